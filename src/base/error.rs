@@ -1,0 +1,60 @@
+//! The library's one error type: what went wrong, by whose fault.
+
+use std::path::Path;
+
+/// Why a call failed. The variants are the answers to "who has to act".
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The input is at fault: a file, a config, a key, a shape, a value. The message says what and where.
+    #[error("{0}")]
+    BadInput(String),
+    /// A budget is too small; the message holds the table of what is needed. The program prints it and exits with 2.
+    #[error("{message}")]
+    OutOfBudget {
+        /// One line that says what does not fit, then the table.
+        message: String,
+        /// The smallest device budget, in bytes, that works.
+        smallest_device_bytes: u64,
+    },
+    /// A device failed, stalled, or is not there.
+    #[error("{0}")]
+    Device(String),
+    /// The operating system refused: a full disk, a directory that cannot be written.
+    #[error("{what}: {source}")]
+    Io {
+        /// The path and what was tried with it.
+        what: String,
+        /// The operating system's own words.
+        source: std::io::Error,
+    },
+    /// The run was asked to stop (SIGINT, SIGTERM) and has left a checkpoint.
+    #[error("interrupted at step {step}, after a checkpoint")]
+    Interrupted {
+        /// Steps done.
+        step: u64,
+    },
+}
+
+/// A result whose error is [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// An input's fault; takes anything that prints.
+    pub fn bad(message: impl std::fmt::Display) -> Self {
+        Error::BadInput(message.to_string())
+    }
+
+    /// The operating system's refusal of `verb` (such as "read", "create") on `path`.
+    pub fn io(verb: &str, path: &Path, source: std::io::Error) -> Self {
+        Error::Io { what: format!("cannot {verb} {}", path.display()), source }
+    }
+
+    /// The program's exit code for this error: 2 where the input is at fault, 75 when interrupted, else 1.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Error::BadInput(_) | Error::OutOfBudget { .. } => 2,
+            Error::Device(_) | Error::Io { .. } => 1,
+            Error::Interrupted { .. } => 75,
+        }
+    }
+}

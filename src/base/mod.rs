@@ -1,0 +1,16 @@
+//! The words every other module speaks: element types, shapes, random numbers, units of bytes and time, errors.
+//!
+//! Nothing here does I/O, starts a thread, or is unsafe.
+
+mod dtype;
+mod error;
+pub mod philox;
+mod shape;
+mod units;
+
+pub use dtype::DType;
+pub use error::{Error, Result};
+pub use shape::Shape;
+pub use units::{
+    Bytes, align_up, format_bytes, format_secs, nearest, parse_bytes, parse_bytes_per_sec, parse_flops_per_sec,
+};

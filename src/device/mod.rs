@@ -1,0 +1,3 @@
+//! Devices: where units run.
+
+pub mod host;

@@ -1,0 +1,7 @@
+//! Trains Transformers and CNNs that are larger than the memory they are given.
+//!
+//! A model is traced once into a graph ([`graph`]), differentiated, cut into shards under a memory budget ([`spill`]) and
+//! run on lanes with the copies beside the arithmetic ([`engine`]). See ARCHITECTURE.md for the map.
+
+pub mod base;
+pub mod device;
