@@ -1,0 +1,314 @@
+//! The job file: TOML text in, plain values out.
+//!
+//! Reading checks everything that can be checked without opening another file or asking a device: types, ranges, words,
+//! keys that do not exist or do not go together. Every error is one line that says the file, the dotted key, what is wrong
+//! and what to write instead. Paths come out absolute; a relative one starts from the job file's folder.
+
+pub mod model;
+pub mod optimizer;
+mod section;
+mod set;
+#[cfg(test)]
+mod tests;
+
+use hydra::base::{Error, Result};
+pub use model::{Data, Length, Model, Source, Tokenizer, Valid, ValidPart};
+pub use optimizer::{Optimizer, Schedule};
+use section::{Origin, Section};
+use std::path::{Path, PathBuf};
+use toml::Table;
+
+/// What a job file asks for.
+#[derive(Clone, Debug)]
+pub struct Job {
+    /// Where and how to run.
+    pub run: Run,
+    /// The devices, at least one entry.
+    pub devices: Vec<Device>,
+    /// The store behind the devices.
+    pub host: Host,
+    /// What to train, at least one, names all different.
+    pub models: Vec<Model>,
+    /// The job as TOML with the overrides in it; the file's own text where there are none.
+    pub source_text: String,
+}
+
+/// Where and how to run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Run {
+    /// The run's directory, absolute; default `runs/` and the job file's stem.
+    pub out: PathBuf,
+    /// Seed of all random numbers; default 0.
+    pub seed: u64,
+    /// Which model's shard goes next; default [`Policy::ShardedLrtf`].
+    pub policy: Policy,
+    /// Weight slots per device; none: the plan chooses.
+    pub slots: Option<usize>,
+    /// What is recomputed in the backward.
+    pub recompute: Recompute,
+    /// First step whose events are kept whole; default 5.
+    pub trace_first: u64,
+    /// Last such step; default 20.
+    pub trace_last: u64,
+    /// Microbatches that [`Policy::Gpipe`] keeps in its pipeline; none: as many as devices.
+    pub pipeline_microbatches: Option<usize>,
+}
+
+/// The policies and, after them, the baselines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Policy {
+    /// The model with the most work left (`sharded-lrtf`).
+    ShardedLrtf,
+    /// In file order (`fifo`).
+    Fifo,
+    /// Any, by a seeded draw (`random`).
+    Random,
+    /// Each in turn (`round-robin`).
+    RoundRobin,
+    /// The model with the least work left (`srtf`).
+    Srtf,
+    /// The most work left, weighed by what is resident and what the links carry (`locality-lrtf`).
+    LocalityLrtf,
+    /// Baseline: one model after another on the first device (`one-at-a-time`).
+    OneAtATime,
+    /// Baseline: each model cut over all devices, one minibatch at a time (`model-parallel`).
+    ModelParallel,
+    /// Baseline: the same cut with microbatches in a pipeline (`gpipe`).
+    Gpipe,
+    /// Baseline: each model whole on one device (`task-parallel`).
+    TaskParallel,
+}
+
+impl Policy {
+    /// The policies and the words for them.
+    pub const WORDS: [(&'static str, Policy); 10] = [
+        ("sharded-lrtf", Policy::ShardedLrtf),
+        ("fifo", Policy::Fifo),
+        ("random", Policy::Random),
+        ("round-robin", Policy::RoundRobin),
+        ("srtf", Policy::Srtf),
+        ("locality-lrtf", Policy::LocalityLrtf),
+        ("one-at-a-time", Policy::OneAtATime),
+        ("model-parallel", Policy::ModelParallel),
+        ("gpipe", Policy::Gpipe),
+        ("task-parallel", Policy::TaskParallel),
+    ];
+
+    /// The word for it in a job file.
+    pub fn word(self) -> &'static str {
+        let found = Policy::WORDS.iter().find(|(_, policy)| *policy == self);
+        found.expect("WORDS has every policy; a test counts them").0
+    }
+}
+
+/// What is recomputed in the backward.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Recompute {
+    /// What the plan must.
+    Auto,
+    /// Every layer's forward, whatever the cut.
+    Always,
+    /// Nothing; refused where that does not fit.
+    Never,
+}
+
+/// One `[[device]]`: `count` devices alike.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Device {
+    /// What they are.
+    pub kind: DeviceKind,
+    /// How many; default 1.
+    pub count: usize,
+    /// Budget of each, in bytes; none: all that there is.
+    pub memory: Option<u64>,
+    /// Host and sim: bytes per second each way; none: as fast as it goes.
+    pub link: Option<f64>,
+    /// Host: cores of each; none: all, shared.
+    pub threads: Option<usize>,
+    /// Sim: floating-point operations per second.
+    pub flops: Option<f64>,
+    /// Sim: bytes per second of its own memory; there exactly when `flops` is.
+    pub memory_bandwidth: Option<f64>,
+    /// Sim: a named set of rates; there exactly when `flops` is not.
+    pub profile: Option<String>,
+}
+
+/// What a device is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceKind {
+    /// Rust op loops in host memory.
+    Host,
+    /// A GPU.
+    Cuda,
+    /// The GPU's kernels run on the CPU.
+    Emulated,
+    /// A cost model and a virtual clock.
+    Sim,
+}
+
+/// The store behind the devices.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Host {
+    /// Budget in bytes; none: 80 % of what is free.
+    pub memory: Option<u64>,
+    /// Bytes per second that all devices share; none: as fast as it goes.
+    pub link: Option<f64>,
+    /// The disk tier, if there is one.
+    pub disk: Option<Disk>,
+}
+
+/// The disk tier.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Disk {
+    /// Its folder, absolute.
+    pub path: PathBuf,
+    /// Budget in bytes.
+    pub memory: u64,
+}
+
+impl Job {
+    /// Reads the job file at `path` with the `sets` (`PATH=VALUE`, see [`set`]) put over it in order.
+    ///
+    /// # Errors
+    /// [`Error::BadInput`] in every case; a file that cannot be read too, since its name was the user's.
+    pub fn load(path: &Path, sets: &[String]) -> Result<Job> {
+        let file = path.display().to_string();
+        let unreadable = |error| Error::bad(format!("{file}: cannot read the job file: {error}"));
+        let bytes = std::fs::read(path).map_err(unreadable)?;
+        let text = String::from_utf8(bytes).map_err(|error| {
+            let at = error.utf8_error().valid_up_to();
+            Error::bad(format!("{file}: byte {at} is no UTF-8; save the job file as UTF-8 text"))
+        })?;
+        let full = std::path::absolute(path).map_err(unreadable)?;
+        let folder = full.parent().unwrap_or(Path::new("/"));
+        let stem = full.file_stem().map_or("job".into(), |stem| stem.to_string_lossy());
+        read_job(Origin { file: &file, folder }, &stem, text, sets)
+    }
+}
+
+fn read_job(origin: Origin, stem: &str, text: String, sets: &[String]) -> Result<Job> {
+    let mut table: Table = text.parse().map_err(|error| syntax_error(origin, &text, &error))?;
+    for setting in sets {
+        set::apply(origin, &mut table, setting)?;
+    }
+    let root = Section::open(origin, String::new(), &table, &["run", "device", "host", "model"])?;
+    let run = read_run(&root, stem)?;
+    let devices = read_devices(&root)?;
+    let host = read_host(&root)?;
+    let mut models: Vec<Model> = Vec::new();
+    for section in root.sections("model", model::MODEL_KEYS)? {
+        let model = model::read_model(&section)?;
+        if let Some(twin) = models.iter().position(|other| other.name == model.name) {
+            return Err(
+                section.fault("name", format!("model.{twin} has the name {:?} too; give each its own", model.name))
+            );
+        }
+        models.push(model);
+    }
+    if models.is_empty() {
+        return Err(origin.fault("model", "there is none; add a [[model]] with name, from or family, data and steps"));
+    }
+    let source_text = if sets.is_empty() {
+        text
+    } else {
+        toml::to_string(&table)
+            .map_err(|error| origin.fault("", format!("cannot write the job back as TOML: {error}")))?
+    };
+    Ok(Job { run, devices, host, models, source_text })
+}
+
+fn syntax_error(origin: Origin, text: &str, error: &toml::de::Error) -> Error {
+    let at = error.span().map_or(0, |span| span.start.min(text.len()));
+    let before = &text.as_bytes()[..at];
+    let line = 1 + before.iter().filter(|&&byte| byte == b'\n').count();
+    let column = 1 + before.iter().rev().take_while(|&&byte| byte != b'\n').count();
+    origin.fault(&format!("line {line}, column {column}"), format!("no valid TOML: {}", error.message()))
+}
+
+fn read_run(root: &Section, stem: &str) -> Result<Run> {
+    const KEYS: &[&str] = &["out", "seed", "policy", "slots", "recompute", "trace", "pipeline_microbatches"];
+    const RECOMPUTE: [(&str, Recompute); 3] =
+        [("auto", Recompute::Auto), ("always", Recompute::Always), ("never", Recompute::Never)];
+    let empty = Table::new();
+    let s = root.section_or("run", &empty, KEYS)?;
+    let trace = s.section_or("trace", &empty, &["first", "last"])?;
+    let first = trace.integer("first", 0..=u64::MAX)?;
+    let last = trace.integer("last", 0..=u64::MAX)?;
+    // One bound alone moves the other's default along, so that it never makes an empty range.
+    let (trace_first, trace_last) = match (first, last) {
+        (Some(first), None) => (first, first.saturating_add(15)),
+        (None, Some(last)) => (last.min(5), last),
+        (first, last) => (first.unwrap_or(5), last.unwrap_or(20)),
+    };
+    if trace_first > trace_last {
+        return Err(trace.fault("last", format!("{trace_last} is before the first, {trace_first}; want at least that")));
+    }
+    Ok(Run {
+        out: s.path("out")?.unwrap_or_else(|| root.origin().resolve(&format!("runs/{stem}"))),
+        seed: s.integer("seed", 0..=u64::MAX)?.unwrap_or(0),
+        policy: s.word("policy", &Policy::WORDS)?.unwrap_or(Policy::ShardedLrtf),
+        slots: s.count("slots")?,
+        recompute: s.word("recompute", &RECOMPUTE)?.unwrap_or(Recompute::Auto),
+        trace_first,
+        trace_last,
+        pipeline_microbatches: s.count("pipeline_microbatches")?,
+    })
+}
+
+fn read_devices(root: &Section) -> Result<Vec<Device>> {
+    const KEYS: &[&str] = &["kind", "count", "memory", "link", "threads", "flops", "memory_bandwidth", "profile"];
+    let sections = root.sections("device", KEYS)?;
+    if sections.is_empty() {
+        // An empty [[device]] is the default: one host device with all that there is.
+        return Ok(vec![read_device(&Section::open(root.origin(), "device".into(), &Table::new(), KEYS)?)?]);
+    }
+    sections.iter().map(read_device).collect()
+}
+
+fn read_device(s: &Section) -> Result<Device> {
+    use DeviceKind::{Cuda, Emulated, Host, Sim};
+    const KINDS: [(&str, DeviceKind); 4] = [("host", Host), ("cuda", Cuda), ("emulated", Emulated), ("sim", Sim)];
+    let kind = s.word("kind", &KINDS)?.unwrap_or(Host);
+    if kind != Sim {
+        s.refuse(&["flops", "memory_bandwidth", "profile"], "is for kind = \"sim\" only; leave it out")?;
+    }
+    if kind != Host {
+        s.refuse(&["threads"], "is for kind = \"host\" only; leave it out")?;
+    }
+    if kind != Host && kind != Sim {
+        s.refuse(&["link"], "is for kind = \"host\" and \"sim\" only; leave it out")?;
+    }
+    let flops = s.flops("flops")?;
+    let memory_bandwidth = s.bandwidth("memory_bandwidth")?;
+    let profile = s.string("profile", "a profile's name in quotes, such as \"v100\"")?.map(str::to_string);
+    if profile.is_some() {
+        s.refuse(&["flops", "memory_bandwidth"], "profile is there too; keep the profile or the rates")?;
+    } else if kind == Sim && (flops.is_none() || memory_bandwidth.is_none()) {
+        let rates = "flops = \"60 TFLOP/s\" with memory_bandwidth = \"900 GB/s\"";
+        return Err(s.fault_here(format!("a sim device needs its rates; write {rates}, or profile = \"v100\"")));
+    }
+    Ok(Device {
+        kind,
+        count: s.count("count")?.unwrap_or(1),
+        memory: s.bytes("memory")?,
+        link: s.bandwidth("link")?,
+        threads: s.count("threads")?,
+        flops,
+        memory_bandwidth,
+        profile,
+    })
+}
+
+fn read_host(root: &Section) -> Result<Host> {
+    let Some(s) = root.section("host", &["memory", "link", "disk"])? else { return Ok(Host::default()) };
+    let disk = match s.section("disk", &["path", "memory"])? {
+        None => None,
+        Some(d) => Some(Disk {
+            path: d
+                .path("path")?
+                .ok_or_else(|| d.fault("path", "is missing; write a folder, such as path = \"spill\""))?,
+            memory: d.bytes("memory")?.ok_or_else(|| d.fault("memory", "is missing; write memory = \"16 GiB\""))?,
+        }),
+    };
+    Ok(Host { memory: s.bytes("memory")?, link: s.bandwidth("link")?, disk })
+}

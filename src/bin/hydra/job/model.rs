@@ -1,0 +1,307 @@
+//! One `[[model]]` of a job: the network, its data and how long it is trained.
+
+use super::optimizer::{Optimizer, SHORT_KEYS, Schedule, read_optimizer, read_schedule};
+use super::section::{MOST, Section, show};
+use hydra::base::{Result, nearest};
+use serde_json::Map;
+use std::path::PathBuf;
+use toml::Value;
+
+/// One thing to train.
+#[derive(Clone, Debug)]
+pub struct Model {
+    /// Its folder in the run's directory; a plain file name, unlike any other model's.
+    pub name: String,
+    /// Where the network and its first weights come from.
+    pub source: Source,
+    /// Type of weights and activations: `f32`, `bf16` or `tf32`.
+    pub dtype: String,
+    /// What it is trained on.
+    pub data: Data,
+    /// What it is evaluated on, if anything.
+    pub valid: Option<Valid>,
+    /// Samples per step.
+    pub batch: usize,
+    /// Samples that run together; divides `batch`.
+    pub microbatch: usize,
+    /// How long it is trained.
+    pub length: Length,
+    /// The update rule.
+    pub optimizer: Optimizer,
+    /// How the learning rate changes.
+    pub schedule: Schedule,
+    /// Values to try, as the file has them: each key is one of [`SEARCH_KEYS`] and holds a list that is not empty.
+    pub search: Option<toml::Table>,
+}
+
+/// Where a network comes from.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Source {
+    /// A Hugging Face directory with config.json and model.safetensors.
+    From(PathBuf),
+    /// A family by name, with its config.json's values; random weights.
+    Family {
+        /// The family, such as `gpt2`; not checked here.
+        family: String,
+        /// config.json's own names; what is left out has transformers' default.
+        config: Map<String, serde_json::Value>,
+    },
+}
+
+/// What a model is trained on.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Data {
+    /// Text files, or folders of them, cut into pieces of `context` tokens.
+    Text {
+        /// Files and folders, never none.
+        paths: Vec<PathBuf>,
+        /// What cuts the text into tokens.
+        tokenizer: Tokenizer,
+        /// Tokens of one sample.
+        context: usize,
+    },
+    /// Ready-made batches in a safetensors file, in order.
+    Batches {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Seeded random inputs.
+    Random {
+        /// Tokens of one sample; none: the model's own.
+        context: Option<usize>,
+        /// Channels, height and width of one image; none: the model's own.
+        image: Option<[usize; 3]>,
+    },
+    /// Images in MNIST's (idx) or CIFAR-10's binary format.
+    Images {
+        /// The files, never none.
+        images: Vec<PathBuf>,
+        /// The labels' file, where the images' files do not hold them.
+        labels: Option<PathBuf>,
+    },
+}
+
+/// What cuts text into tokens.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Tokenizer {
+    /// Each byte is a token.
+    Bytes,
+    /// A tokenizer.json.
+    File(PathBuf),
+}
+
+/// Held-out data and how often it is looked at.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Valid {
+    /// The data.
+    pub part: ValidPart,
+    /// Steps between evaluations; default 50.
+    pub every: u64,
+}
+
+/// Which data are held out.
+#[derive(Clone, Debug, PartialEq)]
+pub enum ValidPart {
+    /// A fraction of the training data, above 0 and below 1, which is then not trained on.
+    Fraction(f64),
+    /// Text of its own, read with the training data's tokenizer and context.
+    Text(Vec<PathBuf>),
+}
+
+/// How long a model is trained.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Length {
+    /// So many updates.
+    Steps(u64),
+    /// So many passes over the data.
+    Epochs(u64),
+}
+
+/// The keys of a `[[model]]`.
+pub const MODEL_KEYS: &[&str] = &[
+    "name",
+    "from",
+    "family",
+    "config",
+    "dtype",
+    "data",
+    "valid",
+    "batch",
+    "microbatch",
+    "steps",
+    "epochs",
+    "optimizer",
+    "schedule",
+    "search",
+];
+
+/// The model's own keys that `search` may vary, beside the optimizer's.
+pub const SEARCH_KEYS: [&str; 5] = ["batch", "microbatch", "steps", "epochs", "dtype"];
+
+/// Names in the run's directory that are not models'.
+const TAKEN_NAMES: [&str; 4] = [".", "..", "trace.json", "plan.json"];
+
+/// Reads one `[[model]]`.
+pub fn read_model(s: &Section) -> Result<Model> {
+    let name = read_name(s)?;
+    let source = read_source(s)?;
+    let dtype = s.word("dtype", &[("f32", "f32"), ("bf16", "bf16"), ("tf32", "tf32")])?.unwrap_or("f32").to_string();
+    let data = read_data(s)?;
+    let valid = read_valid(s, &data)?;
+    let batch = s.count("batch")?.unwrap_or(1);
+    let microbatch = s.count("microbatch")?.unwrap_or(batch);
+    if !batch.is_multiple_of(microbatch) {
+        let fits = (1..=microbatch).rev().find(|n| batch.is_multiple_of(*n)).unwrap_or(1);
+        let message = format!("{microbatch} does not divide the batch of {batch}; {fits} does");
+        return Err(s.fault("microbatch", message));
+    }
+    let length = match (s.integer("steps", 1..=MOST)?, s.integer("epochs", 1..=MOST)?) {
+        (Some(steps), None) => Length::Steps(steps),
+        (None, Some(epochs)) => Length::Epochs(epochs),
+        (Some(_), Some(_)) => return Err(s.fault("epochs", "steps is there too; keep one of them")),
+        (None, None) => return Err(s.fault_here("steps or epochs is missing; write steps = 200")),
+    };
+    let optimizer = read_optimizer(s)?;
+    let schedule = read_schedule(s)?;
+    let search = read_search(s)?;
+    Ok(Model { name, source, dtype, data, valid, batch, microbatch, length, optimizer, schedule, search })
+}
+
+fn read_name(s: &Section) -> Result<String> {
+    let want = "a plain file name in quotes, such as \"gpt\"";
+    let name = s.string("name", want)?.ok_or_else(|| s.fault("name", format!("is missing; write {want}")))?;
+    // The name becomes a folder in the run's directory, and must not lead out of it or onto a file there.
+    let plain =
+        !name.chars().any(|c| c == '/' || c == '\\' || c.is_control()) && name.len() <= 200 && name.trim() == name;
+    if !plain || TAKEN_NAMES.contains(&name) {
+        return Err(s.fault("name", format!("want {want}, got {}", show(&Value::String(name.to_string())))));
+    }
+    Ok(name.to_string())
+}
+
+fn read_source(s: &Section) -> Result<Source> {
+    match (s.path("from")?, s.string("family", "a family's name in quotes, such as \"gpt2\"")?) {
+        (Some(_), Some(_)) => Err(s.fault("family", "from is there too; keep one of them")),
+        (None, None) => {
+            Err(s
+                .fault_here("from or family is missing; write from = \"path/to/huggingface-dir\" or family = \"gpt2\""))
+        }
+        (Some(path), None) => {
+            s.refuse(&["config"], "is for family only; a directory named by from has its own config.json")?;
+            Ok(Source::From(path))
+        }
+        (None, Some(family)) => {
+            let mut config = Map::new();
+            for (key, value) in s.table("config")?.into_iter().flatten() {
+                let json = to_json(value).ok_or_else(|| {
+                    s.fault("config", format!("{key} is {}, which JSON cannot hold; write a finite number, a string, true, false, a list or a table", show(value)))
+                })?;
+                config.insert(key.clone(), json);
+            }
+            Ok(Source::Family { family: family.to_string(), config })
+        }
+    }
+}
+
+fn to_json(value: &Value) -> Option<serde_json::Value> {
+    Some(match value {
+        Value::String(text) => text.clone().into(),
+        Value::Integer(n) => (*n).into(),
+        Value::Float(n) => serde_json::Number::from_f64(*n)?.into(),
+        Value::Boolean(yes) => (*yes).into(),
+        Value::Datetime(_) => return None,
+        Value::Array(list) => serde_json::Value::Array(list.iter().map(to_json).collect::<Option<_>>()?),
+        Value::Table(table) => {
+            let entries = table.iter().map(|(key, value)| Some((key.clone(), to_json(value)?)));
+            serde_json::Value::Object(entries.collect::<Option<_>>()?)
+        }
+    })
+}
+
+fn read_data(s: &Section) -> Result<Data> {
+    const KEYS: &[&str] = &["text", "tokenizer", "context", "batches", "random", "image", "images", "labels"];
+    const KINDS: [&str; 4] = ["text", "batches", "random", "images"];
+    const EXAMPLE: &str = "{ text = \"corpus.txt\", tokenizer = \"bytes\", context = 128 }";
+    let missing = || s.fault("data", format!("is missing; write data = {EXAMPLE}"));
+    let d = s.section("data", KEYS)?.ok_or_else(missing)?;
+    let kinds: Vec<&str> = KINDS.into_iter().filter(|key| d.has(key)).collect();
+    let kind = match kinds[..] {
+        [kind] => kind,
+        [] => return Err(d.fault_here(format!("want one of text, batches, random, images, such as {EXAMPLE}"))),
+        [first, second, ..] => return Err(d.fault(second, format!("{first} is there too; keep one of them"))),
+    };
+    let own: &[&str] = match kind {
+        "text" => &["tokenizer", "context"],
+        "random" => &["context", "image"],
+        "images" => &["labels"],
+        _ => &[],
+    };
+    let foreign: Vec<&str> = KEYS.iter().copied().filter(|key| *key != kind && !own.contains(key)).collect();
+    d.refuse(&foreign, &format!("does not go with {kind}; leave it out"))?;
+    Ok(match kind {
+        "text" => Data::Text {
+            paths: d.paths("text")?.ok_or_else(missing)?,
+            tokenizer: match d.string("tokenizer", "\"bytes\" or the path of a tokenizer.json")? {
+                Some("bytes") => Tokenizer::Bytes,
+                Some(_) => Tokenizer::File(d.path("tokenizer")?.ok_or_else(missing)?),
+                None => {
+                    return Err(d.fault(
+                        "tokenizer",
+                        "is missing; write tokenizer = \"bytes\" or the path of a tokenizer.json",
+                    ));
+                }
+            },
+            context: d.count("context")?.ok_or_else(|| {
+                d.fault("context", "is missing; write the tokens of one sample, such as context = 128")
+            })?,
+        },
+        "batches" => Data::Batches { path: d.path("batches")?.ok_or_else(missing)? },
+        "images" => Data::Images { images: d.paths("images")?.ok_or_else(missing)?, labels: d.path("labels")? },
+        _ => {
+            if d.flag("random")? == Some(false) {
+                return Err(d.fault("random", "want true, or another kind of data"));
+            }
+            let context = d.count("context")?;
+            let image = d.counts("image", "channels, height and width, such as [3, 224, 224]")?;
+            if context.is_some() && image.is_some() {
+                return Err(d.fault("image", "context is there too; keep context for text, image for images"));
+            }
+            Data::Random { context, image }
+        }
+    })
+}
+
+fn read_valid(s: &Section, data: &Data) -> Result<Option<Valid>> {
+    let Some(v) = s.section("valid", &["fraction", "text", "every"])? else { return Ok(None) };
+    let fraction = v.number("fraction", "a number above 0 and below 1, such as 0.1", |n| n > 0.0 && n < 1.0)?;
+    let part = match (fraction, v.paths("text")?) {
+        (Some(fraction), None) => ValidPart::Fraction(fraction),
+        (None, Some(paths)) if matches!(data, Data::Text { .. }) => ValidPart::Text(paths),
+        (None, Some(_)) => {
+            return Err(v.fault("text", "goes with text as the training data only; write fraction = 0.1"));
+        }
+        (Some(_), Some(_)) => return Err(v.fault("text", "fraction is there too; keep one of them")),
+        (None, None) => return Err(v.fault_here("want fraction or text, such as { fraction = 0.1, every = 50 }")),
+    };
+    Ok(Some(Valid { part, every: v.integer("every", 1..=MOST)?.unwrap_or(50) }))
+}
+
+fn read_search(s: &Section) -> Result<Option<toml::Table>> {
+    let Some(table) = s.table("search")? else { return Ok(None) };
+    if table.is_empty() {
+        return Err(s.fault("search", "is empty; write what to try, such as { lr = [1e-3, 3e-4] }, or leave it out"));
+    }
+    for (key, values) in table {
+        let known = || SHORT_KEYS.into_iter().chain(SEARCH_KEYS);
+        let at = format!("{key:?}");
+        if !known().any(|k| k == key) {
+            let hint = nearest(key, known()).map_or(String::new(), |k| format!("did you mean `{k}`? "));
+            let list = known().collect::<Vec<_>>().join(", ");
+            return Err(s.fault("search", format!("unknown key {at}; {hint}(the keys here are {list})")));
+        }
+        if values.as_array().is_none_or(|list| list.is_empty()) {
+            return Err(s.fault("search", format!("{key}: want a list of values to try, got {}", show(values))));
+        }
+    }
+    Ok(Some(table.clone()))
+}

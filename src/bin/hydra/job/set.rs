@@ -1,0 +1,99 @@
+//! `--set path=value`: changes one value of a job before it is read.
+//!
+//! A path is keys and list indices with dots between them. `model.N.KEY` stands for `model.N.optimizer.KEY` where KEY is
+//! one of the optimizer's own, such as `lr`.
+
+use super::optimizer::SHORT_KEYS;
+use super::section::{Origin, show};
+use hydra::base::Result;
+use toml::{Table, Value};
+
+/// Deepest path that is followed; a job file has no value deeper than five, and a parser's own limit is 80.
+const DEEPEST: usize = 16;
+
+/// Puts the value of `setting`, which is written `path=value`, into `job`.
+///
+/// # Errors
+/// When the setting has no `=`, its path leads through a value that is no table or list, an index is out of range, or
+/// its value is no TOML.
+pub fn apply(origin: Origin, job: &mut Table, setting: &str) -> Result<()> {
+    let fault = |message: String| origin.fault("", format!("--set {setting}: {message}"));
+    let (path, text) =
+        setting.split_once('=').ok_or_else(|| fault("want PATH=VALUE, such as model.0.lr=1e-3".into()))?;
+    let mut keys: Vec<&str> = path.trim().split('.').collect();
+    if keys.iter().any(|key| key.is_empty()) || keys.len() > DEEPEST {
+        return Err(fault("want a path such as model.0.lr before the =".into()));
+    }
+    if let ["model", _, key] = keys[..]
+        && SHORT_KEYS.contains(&key)
+    {
+        keys.insert(2, "optimizer");
+    }
+    let value = read_value(text.trim()).map_err(fault)?;
+    // A missing list is not created: no index is in its range.
+    if ["model", "device"].contains(&keys[0]) && keys.len() > 1 && !job.contains_key(keys[0]) {
+        return Err(fault(format!("{}: the job file has no [[{}]]", keys[0], keys[0])));
+    }
+    let (last, way) = keys.split_last().expect("splitting gives at least one key");
+    let mut place = Place::Table(job);
+    for (i, key) in way.iter().enumerate() {
+        place = place.step(key).map_err(|message| fault(format!("{}: {message}", keys[..=i].join("."))))?;
+    }
+    place.put(last, value).map_err(|message| fault(format!("{}: {message}", keys.join("."))))
+}
+
+/// The value that `text` stands for; a bare word, or words, such as `fifo` or `64 MiB`, is a string.
+fn read_value(text: &str) -> std::result::Result<Value, String> {
+    match text.parse::<Value>() {
+        Ok(value) => Ok(value),
+        // What opens a list, a table or a quote was meant as TOML; taking it for a string would hide the slip.
+        Err(error) if text.starts_with(['[', '{', '"', '\'']) => {
+            Err(format!("the value is no TOML: {}", error.message()))
+        }
+        Err(_) => Ok(Value::String(text.to_string())),
+    }
+}
+
+/// Where a path has led: to something that has parts.
+enum Place<'a> {
+    Table(&'a mut Table),
+    List(&'a mut Vec<Value>),
+}
+
+impl<'a> Place<'a> {
+    /// The table or list under `key`, created as a table where a table lacks it.
+    fn step(self, key: &str) -> std::result::Result<Place<'a>, String> {
+        let value = match self {
+            Place::Table(table) => table.entry(key).or_insert_with(|| Value::Table(Table::new())),
+            Place::List(list) => {
+                let at = index(list, key)?;
+                &mut list[at]
+            }
+        };
+        match value {
+            Value::Table(table) => Ok(Place::Table(table)),
+            Value::Array(list) => Ok(Place::List(list)),
+            other => Err(format!("leads through {}, which has no parts", show(other))),
+        }
+    }
+
+    fn put(self, key: &str, value: Value) -> std::result::Result<(), String> {
+        match self {
+            Place::Table(table) => {
+                table.insert(key.to_string(), value);
+            }
+            Place::List(list) => {
+                let at = index(list, key)?;
+                list[at] = value;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn index(list: &[Value], key: &str) -> std::result::Result<usize, String> {
+    key.parse().ok().filter(|&at: &usize| at < list.len()).ok_or_else(|| match list.len() {
+        0 => "the list is empty".to_string(),
+        n => format!("want an index from 0 to {}", n - 1),
+    })
+}

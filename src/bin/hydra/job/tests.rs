@@ -1,0 +1,438 @@
+//! Good and bad job files in tables, and mutated ones that must not panic.
+
+use super::*;
+use proptest::prelude::*;
+
+const MODEL: &str = "[[model]]\nname = 'a'\nfamily = 'gpt2'\ndata = { random = true }\nsteps = 3\n";
+
+/// Every key that a job file may have, in the forms that do not exclude each other.
+const WHOLE: &str = r#"
+[run]
+out = "runs/demo"
+seed = 1
+policy = "gpipe"
+slots = 2
+recompute = "always"
+trace = { first = 2, last = 9 }
+pipeline_microbatches = 4
+
+[[device]]
+kind = "host"
+count = 2
+memory = "64 MiB"
+link = "2 GB/s"
+threads = 1
+
+[[device]]
+kind = "sim"
+flops = "60 TFLOP/s"
+memory_bandwidth = "900 GB/s"
+memory = 1024
+
+[[device]]
+kind = "sim"
+profile = "v100"
+
+[host]
+memory = "4 GiB"
+link = "20 GB/s"
+disk = { path = "spill", memory = "16 GiB" }
+
+[[model]]
+name = "gpt"
+family = "gpt2"
+config = { n_layer = 6, dropout = 0.0, tie = true, act = "gelu", list = [1, { a = 2 }] }
+dtype = "f32"
+data = { text = ["corpus.txt", "/abs/more"], tokenizer = "bytes", context = 128 }
+valid = { fraction = 0.1, every = 7 }
+batch = 16
+microbatch = 4
+steps = 200
+optimizer = { kind = "adamw", lr = 3e-4, betas = [0.9, 0.95], eps = 1e-7, weight_decay = 0.1, clip = 1.0, decay = "matrices" }
+schedule = { kind = "cosine", warmup = 20, min_lr = 3e-5 }
+search = { lr = [1e-3, 3e-4], batch = [16, 32] }
+
+[[model]]
+name = "resnet"
+from = "hub/resnet"
+data = { images = "t10k-images-idx3-ubyte.gz", labels = "labels.gz" }
+epochs = 2
+optimizer = { kind = "sgd", lr = 1, momentum = 0.9, nesterov = true }
+schedule = { kind = "linear" }
+"#;
+
+fn check_with(text: &str, sets: &[&str]) -> Result<Job> {
+    let sets: Vec<String> = sets.iter().map(|set| set.to_string()).collect();
+    let origin = Origin { file: "job.toml", folder: Path::new("/jobs") };
+    read_job(origin, "job", text.to_string(), &sets)
+}
+
+fn check(text: &str) -> Result<Job> {
+    check_with(text, &[])
+}
+
+fn good(text: &str) -> Job {
+    check(text).unwrap_or_else(|error| panic!("{error}\n{text}"))
+}
+
+/// The message of the error that `text` under `sets` gives; it must be bad input, on one line, and name the file.
+fn fault(text: &str, sets: &[&str]) -> String {
+    match check_with(text, sets) {
+        Err(Error::BadInput(message)) => {
+            assert_eq!(message.lines().count(), 1, "{message}");
+            assert!(message.starts_with("job.toml: "), "{message}");
+            message
+        }
+        Err(other) => panic!("not bad input: {other}"),
+        Ok(_) => panic!("accepted: {text} {sets:?}"),
+    }
+}
+
+#[test]
+fn reads_every_key() {
+    let job = good(WHOLE);
+    let run = Run {
+        out: "/jobs/runs/demo".into(),
+        seed: 1,
+        policy: Policy::Gpipe,
+        slots: Some(2),
+        recompute: Recompute::Always,
+        trace_first: 2,
+        trace_last: 9,
+        pipeline_microbatches: Some(4),
+    };
+    assert_eq!(job.run, run);
+    assert_eq!(job.source_text, WHOLE);
+    let [host, sim, v100] = &job.devices[..] else { panic!("three devices") };
+    assert_eq!((host.kind, host.count, host.memory), (DeviceKind::Host, 2, Some(64 << 20)));
+    assert_eq!((host.link, host.threads), (Some(2e9), Some(1)));
+    assert_eq!((sim.kind, sim.count, sim.memory), (DeviceKind::Sim, 1, Some(1024)));
+    assert_eq!((sim.flops, sim.memory_bandwidth), (Some(6e13), Some(9e11)));
+    assert_eq!(v100.profile.as_deref(), Some("v100"));
+    let disk = Disk { path: "/jobs/spill".into(), memory: 16 << 30 };
+    assert_eq!(job.host, Host { memory: Some(4 << 30), link: Some(2e10), disk: Some(disk) });
+
+    let [gpt, resnet] = &job.models[..] else { panic!("two models") };
+    let Source::Family { family, config } = &gpt.source else { panic!("a family") };
+    assert_eq!(family, "gpt2");
+    let want = serde_json::json!({ "n_layer": 6, "dropout": 0.0, "tie": true, "act": "gelu", "list": [1, { "a": 2 }] });
+    assert_eq!(serde_json::Value::Object(config.clone()), want);
+    let paths = vec!["/jobs/corpus.txt".into(), "/abs/more".into()];
+    assert_eq!(gpt.data, Data::Text { paths, tokenizer: Tokenizer::Bytes, context: 128 });
+    assert_eq!(gpt.valid, Some(Valid { part: ValidPart::Fraction(0.1), every: 7 }));
+    assert_eq!((gpt.batch, gpt.microbatch, gpt.length), (16, 4, Length::Steps(200)));
+    let adamw = Optimizer::Adamw {
+        lr: 3e-4,
+        betas: [0.9, 0.95],
+        eps: 1e-7,
+        weight_decay: 0.1,
+        clip: Some(1.0),
+        decay_matrices_only: true,
+    };
+    assert_eq!(gpt.optimizer, adamw);
+    assert_eq!(gpt.schedule, Schedule::Cosine { warmup: 20, min_lr: 3e-5 });
+    assert_eq!(gpt.search.as_ref().map(|table| table.len()), Some(2));
+
+    assert_eq!(resnet.source, Source::From("/jobs/hub/resnet".into()));
+    let images = vec!["/jobs/t10k-images-idx3-ubyte.gz".into()];
+    assert_eq!(resnet.data, Data::Images { images, labels: Some("/jobs/labels.gz".into()) });
+    assert_eq!(resnet.length, Length::Epochs(2));
+    let sgd = Optimizer::Sgd { lr: 1.0, momentum: 0.9, nesterov: true, weight_decay: 0.0, clip: None };
+    assert_eq!(resnet.optimizer, sgd);
+    assert_eq!(resnet.schedule, Schedule::Linear { warmup: 0, min_lr: 0.0 });
+}
+
+#[test]
+fn defaults() {
+    let job = good(MODEL);
+    let run = Run {
+        out: "/jobs/runs/job".into(),
+        seed: 0,
+        policy: Policy::ShardedLrtf,
+        slots: None,
+        recompute: Recompute::Auto,
+        trace_first: 5,
+        trace_last: 20,
+        pipeline_microbatches: None,
+    };
+    assert_eq!(job.run, run);
+    let [device] = &job.devices[..] else { panic!("one device") };
+    assert_eq!((device.kind, device.count, device.memory, device.link), (DeviceKind::Host, 1, None, None));
+    assert_eq!(job.host, Host::default());
+    let model = &job.models[0];
+    assert_eq!((model.batch, model.microbatch, model.dtype.as_str()), (1, 1, "f32"));
+    assert_eq!((&model.valid, &model.search), (&None, &None));
+    let torch = Optimizer::Adamw {
+        lr: 1e-3,
+        betas: [0.9, 0.999],
+        eps: 1e-8,
+        weight_decay: 0.01,
+        clip: None,
+        decay_matrices_only: false,
+    };
+    assert_eq!((&model.optimizer, &model.schedule), (&torch, &Schedule::Constant));
+    assert_eq!(
+        good(&format!("{MODEL}valid = {{ fraction = 0.5 }}")).models[0].valid.as_ref().map(|v| v.every),
+        Some(50)
+    );
+    assert_eq!(good(&format!("{MODEL}batch = 6")).models[0].microbatch, 6);
+    for (trace, want) in [("{ first = 100 }", (100, 115)), ("{ last = 3 }", (3, 3)), ("{ last = 30 }", (5, 30))] {
+        let run = good(&format!("[run]\ntrace = {trace}\n{MODEL}")).run;
+        assert_eq!((run.trace_first, run.trace_last), want, "{trace}");
+    }
+    for (word, policy) in Policy::WORDS {
+        assert_eq!(good(&format!("[run]\npolicy = '{word}'\n{MODEL}")).run.policy, policy);
+        assert_eq!(policy.word(), word);
+    }
+}
+
+/// Each line goes after a small good model; the message must hold the dotted key and the advice.
+#[test]
+fn bad_models() {
+    for (line, want) in [
+        ("bacth = 4", "model.0.bacth: unknown key; did you mean `batch`?"),
+        ("zzzzzzzzz = 4", "model.0.zzzzzzzzz: unknown key; the keys here are name, from"),
+        ("'two words\\n' = 4", "unknown key"),
+        ("batch = 0", "model.0.batch: want a whole number from 1 to 2147483647, got 0"),
+        ("batch = -3", "model.0.batch: want a whole number from 1"),
+        ("batch = 3000000000", "model.0.batch: want a whole number from 1"),
+        ("batch = 1.5", "got 1.5"),
+        ("batch = '4'", "got \"4\""),
+        ("batch = 10\nmicrobatch = 4", "model.0.microbatch: 4 does not divide the batch of 10; 2 does"),
+        ("microbatch = 2", "2 does not divide the batch of 1; 1 does"),
+        ("epochs = 1", "model.0.epochs: steps is there too"),
+        ("from = 'hub'", "model.0.family: from is there too"),
+        ("dtype = 'f16'", "model.0.dtype: want one of \"f32\", \"bf16\", \"tf32\", got \"f16\"; did you mean"),
+        ("dtype = 3", "model.0.dtype: want one of \"f32\""),
+        ("config = { a = nan }", "model.0.config: a is nan, which JSON cannot hold"),
+        ("config = { a = 1979-05-27 }", "which JSON cannot hold"),
+        ("config = 3", "model.0.config: want a table"),
+        ("optimizer = 'adamw'", "model.0.optimizer: want a table"),
+        ("optimizer = { knid = 'sgd' }", "model.0.optimizer.knid: unknown key; did you mean `kind`?"),
+        (
+            "optimizer = { kind = 'adam' }",
+            "model.0.optimizer.kind: want one of \"adamw\", \"sgd\", got \"adam\"; did you mean \"adamw\"?",
+        ),
+        ("optimizer = { lr = -1 }", "model.0.optimizer.lr: want a number of at least 0, such as 1e-3, got -1"),
+        ("optimizer = { lr = nan }", "model.0.optimizer.lr"),
+        ("optimizer = { lr = inf }", "model.0.optimizer.lr"),
+        ("optimizer = { betas = [0.9, 1.0] }", "model.0.optimizer.betas: want two numbers"),
+        ("optimizer = { betas = [0.9] }", "got [0.9]"),
+        ("optimizer = { betas = [-0.1, 0.9] }", "model.0.optimizer.betas"),
+        ("optimizer = { eps = -1e-8 }", "model.0.optimizer.eps"),
+        ("optimizer = { weight_decay = -1 }", "model.0.optimizer.weight_decay"),
+        ("optimizer = { clip = 0 }", "model.0.optimizer.clip: want a number above 0"),
+        ("optimizer = { decay = 'matrix' }", "did you mean \"matrices\"?"),
+        ("optimizer = { momentum = 0.9 }", "model.0.optimizer.momentum: is for kind = \"sgd\" only"),
+        ("optimizer = { kind = 'sgd', betas = [0.9, 0.9] }", "model.0.optimizer.betas: is for kind = \"adamw\" only"),
+        ("optimizer = { kind = 'sgd', nesterov = true }", "model.0.optimizer.nesterov: needs momentum above 0"),
+        ("optimizer = { kind = 'sgd', nesterov = 1 }", "want true or false, got 1"),
+        ("schedule = {}", "model.0.schedule.kind: is missing"),
+        ("schedule = { kind = 'cos' }", "model.0.schedule.kind: want one of"),
+        ("schedule = { kind = 'constant', warmup = 3 }", "model.0.schedule.warmup: is for"),
+        ("schedule = { kind = 'cosine', warmup = -1 }", "model.0.schedule.warmup: want a whole number from 0"),
+        ("schedule = { kind = 'cosine', min_lr = -1e-9 }", "model.0.schedule.min_lr"),
+        ("search = {}", "model.0.search: is empty"),
+        ("search = { rl = [1] }", "model.0.search: unknown key \"rl\"; did you mean `lr`?"),
+        ("search = { lr = 1 }", "model.0.search: lr: want a list"),
+        ("search = { lr = [] }", "model.0.search: lr: want a list"),
+        ("valid = { every = 3 }", "model.0.valid: want fraction or text"),
+        ("valid = { fraction = 1.0 }", "model.0.valid.fraction: want a number above 0 and below 1"),
+        ("valid = { fraction = 0 }", "model.0.valid.fraction"),
+        ("valid = { fraction = 0.1, every = 0 }", "model.0.valid.every"),
+        ("valid = { text = 'v.txt' }", "model.0.valid.text: goes with text as the training data only"),
+        ("valid = { text = 'v.txt', fraction = 0.1 }", "model.0.valid.text: fraction is there too"),
+        ("name = 'b'", "no valid TOML"),
+    ] {
+        let message = fault(&format!("{MODEL}{line}"), &[]);
+        assert!(message.contains(want), "{line}\n got {message}\nwant {want}");
+    }
+}
+
+/// Each text is a whole file.
+#[test]
+fn bad_files() {
+    let with = |from: &str, to: &str| MODEL.replacen(from, to, 1);
+    let device = |line: &str| format!("{MODEL}[[device]]\n{line}");
+    let data = |table: &str| with("{ random = true }", table);
+    for (text, want) in [
+        (String::new(), "model: there is none; add a [[model]]"),
+        ("\n[[model]\n".into(), "line 2, column "),
+        ("model = []".into(), "there is none"),
+        ("model = 3".into(), "model: want tables under [[model]], got 3"),
+        ("model = [3]".into(), "model: want tables under [[model]]"),
+        ("[model]\nname = 'a'".into(), "model: want tables under [[model]], got a table"),
+        (format!("{MODEL}{MODEL}"), "model.1.name: model.0 has the name \"a\" too"),
+        (format!("{MODEL}[runs]"), "runs: unknown key; did you mean `run`?"),
+        (format!("{MODEL}[[model]]"), "model.1.name: is missing"),
+        (with("'a'", "''"), "model.0.name: want a plain file name"),
+        (with("'a'", "'../a'"), "model.0.name: want a plain file name in quotes, such as \"gpt\", got \"../a\""),
+        (with("'a'", "'..'"), "model.0.name"),
+        (with("'a'", "\"a\\nb\""), "model.0.name"),
+        (with("'a'", "'trace.json'"), "model.0.name"),
+        (with("'a'", "7"), "model.0.name"),
+        (with("steps = 3", ""), "model.0: steps or epochs is missing"),
+        (with("steps = 3", "setps = 3"), "model.0.setps: unknown key; did you mean `steps`?"),
+        (with("steps = 3", "steps = 0"), "model.0.steps"),
+        (with("family = 'gpt2'", ""), "model.0: from or family is missing"),
+        (with("family = 'gpt2'", "from = 'x'\nconfig = {}"), "model.0.config: is for family only"),
+        (with("data = { random = true }", ""), "model.0.data: is missing"),
+        (data("{}"), "model.0.data: want one of text, batches, random, images"),
+        (data("{ random = false }"), "model.0.data.random: want true"),
+        (data("{ random = true, text = 'x' }"), "model.0.data.random: text is there too"),
+        (data("{ random = true, image = [3, 0, 4] }"), "model.0.data.image: want channels"),
+        (data("{ random = true, image = [3, 224] }"), "model.0.data.image: want channels"),
+        (data("{ random = true, image = [1, 2, 3], context = 4 }"), "model.0.data.image: context is there too"),
+        (data("{ random = true, labels = 'x' }"), "model.0.data.labels: does not go with random"),
+        (data("{ batches = 'b', context = 4 }"), "model.0.data.context: does not go with batches"),
+        (data("{ text = [], tokenizer = 'bytes', context = 4 }"), "model.0.data.text: want a path"),
+        (data("{ text = ['a', 3], tokenizer = 'bytes', context = 4 }"), "model.0.data.text: want a path"),
+        (data("{ text = 'a', context = 4 }"), "model.0.data.tokenizer: is missing"),
+        (data("{ text = 'a', tokenizer = 'bytes' }"), "model.0.data.context: is missing"),
+        (data("{ txt = 'a' }"), "model.0.data.txt: unknown key; did you mean `text`?"),
+        (format!("run = 3\n{MODEL}"), "run: want a table"),
+        (format!("[run]\nout = ''\n{MODEL}"), "run.out: want a path"),
+        (format!("[run]\nseed = -1\n{MODEL}"), "run.seed: want a whole number of at least 0, got -1"),
+        (format!("[run]\nslots = 0\n{MODEL}"), "run.slots"),
+        (format!("[run]\npolicy = 'sharded_lrtf'\n{MODEL}"), "did you mean \"sharded-lrtf\"?"),
+        (format!("[run]\nrecompute = true\n{MODEL}"), "run.recompute: want one of \"auto\""),
+        (format!("[run]\ntrace = {{ first = 9, last = 3 }}\n{MODEL}"), "run.trace.last: 3 is before the first, 9"),
+        (device("kind = 'gpu'"), "device.0.kind: want one of \"host\", \"cuda\""),
+        (device("count = 0"), "device.0.count"),
+        (device("memory = '64 parsecs'"), "device.0.memory: want a size above 0, such as \"64 MiB\""),
+        (device("memory = -1"), "device.0.memory"),
+        (device("memory = 0"), "device.0.memory"),
+        (device("memory = 1.5"), "device.0.memory"),
+        (device("link = 2"), "device.0.link: want a bandwidth in quotes"),
+        (device(&format!("link = '{} TB/s'", "9".repeat(308))), "device.0.link"),
+        (device("flops = '1 TFLOP/s'"), "device.0.flops: is for kind = \"sim\" only"),
+        (device("kind = 'cuda'\nthreads = 1"), "device.0.threads: is for kind = \"host\" only"),
+        (device("kind = 'cuda'\nlink = '1 GB/s'"), "device.0.link: is for"),
+        (device("kind = 'sim'"), "device.0: a sim device needs its rates"),
+        (device("kind = 'sim'\nflops = '1 TFLOP/s'"), "device.0: a sim device needs its rates"),
+        (device("kind = 'sim'\nprofile = 'v100'\nflops = '1 TFLOP/s'"), "device.0.flops: profile is there too"),
+        (format!("{MODEL}[host]\ndisk = {{ path = 'x' }}"), "host.disk.memory: is missing"),
+        (format!("{MODEL}[host]\ndisk = {{ memory = 7 }}"), "host.disk.path: is missing"),
+        (format!("{MODEL}[host]\nmemroy = 7"), "host.memroy: unknown key; did you mean `memory`?"),
+        (format!("{}x = 1", "a.".repeat(100_000)), "no valid TOML"),
+        (format!("a = {}", "[".repeat(100_000)), "no valid TOML"),
+    ] {
+        let message = fault(&text, &[]);
+        assert!(message.contains(want), "{}\n got {message}\nwant {want}", text.chars().take(400).collect::<String>());
+        assert!(message.len() < 400, "{message}");
+    }
+}
+
+#[test]
+fn overrides() {
+    let set = |sets: &[&str]| check_with(WHOLE, sets).unwrap_or_else(|error| panic!("{sets:?}: {error}"));
+    let job = set(&["model.0.lr=1e-2", "model.1.momentum=0.5", "run.policy=fifo", "device.0.memory=1 GiB"]);
+    assert!(matches!(job.models[0].optimizer, Optimizer::Adamw { lr: 1e-2, .. }));
+    assert!(matches!(job.models[1].optimizer, Optimizer::Sgd { momentum: 0.5, .. }));
+    assert_eq!((job.run.policy, job.devices[0].memory), (Policy::Fifo, Some(1 << 30)));
+    let job = set(&["model.0.optimizer.betas.1=0.5", "model.0.name=\"x\"", " run.out = elsewhere ", "run.seed=4"]);
+    assert!(matches!(job.models[0].optimizer, Optimizer::Adamw { betas: [0.9, 0.5], .. }));
+    assert_eq!((job.models[0].name.as_str(), &job.run.out, job.run.seed), ("x", &"/jobs/elsewhere".into(), 4));
+    let job =
+        set(&["model.1.valid.fraction=0.25", "model.1.valid={ fraction = 0.5 }", "model.0.data.text=['a', 'b=c']"]);
+    assert_eq!(job.models[1].valid.as_ref().map(|v| &v.part), Some(&ValidPart::Fraction(0.5)));
+    assert!(matches!(&job.models[0].data, Data::Text { paths, .. } if paths[1] == Path::new("/jobs/b=c")));
+    // Tables on the way are made where they are missing.
+    let job = check_with(MODEL, &["model.0.lr=0.5", "host.disk.path=d", "host.disk.memory=1 MiB"]).unwrap();
+    assert!(matches!(job.models[0].optimizer, Optimizer::Adamw { lr: 0.5, .. }));
+    assert!(job.host.disk.is_some());
+    // The record is the merged job: reading it again gives the same one.
+    let again = good(&job.source_text);
+    assert_eq!(format!("{:?}", (&again.run, &again.devices, &again.host, &again.models)), {
+        format!("{:?}", (&job.run, &job.devices, &job.host, &job.models))
+    });
+    let whole = set(&["run.seed=9"]);
+    assert_eq!(format!("{:?}", good(&whole.source_text).models), format!("{:?}", good(WHOLE).models));
+
+    let deep = format!("{}=1", vec!["a"; 17].join("."));
+    for (setting, want) in [
+        ("model.0.lr", "--set model.0.lr: want PATH=VALUE"),
+        ("=3", "want a path such as model.0.lr"),
+        ("run..seed=3", "want a path such as model.0.lr"),
+        (deep.as_str(), "want a path such as model.0.lr"),
+        ("model.2.lr=1", "model.2: want an index from 0 to 1"),
+        ("model.-1.lr=1", "model.-1: want an index from 0 to 1"),
+        ("model.x.lr=1", "model.x: want an index from 0 to 1"),
+        ("run.seed.x=1", "run.seed: leads through 1, which has no parts"),
+        ("model.0.optimizer.betas.2=1", "model.0.optimizer.betas.2: want an index from 0 to 1"),
+        ("model.0.optimizer.betas=[0.1", "the value is no TOML"),
+        ("model.0.rl=1", "model.0.rl: unknown key"),
+        ("model.0.lr=fast", "model.0.optimizer.lr: want a number"),
+        ("model.0.lr=", "model.0.optimizer.lr: want a number"),
+        ("model.0.betas=1\nlr = 2", "model.0.optimizer.betas"),
+        ("model=3", "model: want tables"),
+        ("nothing.at.all=3", "nothing: unknown key"),
+    ] {
+        let message = fault(WHOLE, &[setting]);
+        assert!(message.contains(want), "{setting}\n got {message}\nwant {want}");
+    }
+    assert!(fault(MODEL, &["device.0.count=2"]).contains("device: the job file has no [[device]]"));
+}
+
+#[test]
+fn loads_files() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("small.toml");
+    std::fs::write(&path, MODEL).unwrap();
+    let job = Job::load(&path, &["run.seed=3".to_string()]).unwrap();
+    assert_eq!((job.run.seed, job.run.out), (3, folder.path().join("runs/small")));
+    std::fs::write(&path, [b'a', 0xff]).unwrap();
+    for (path, want) in
+        [(path, "byte 1 is no UTF-8"), (folder.path().into(), "cannot read"), ("no/such".into(), "cannot read")]
+    {
+        let error = Job::load(&path, &[]).unwrap_err();
+        assert!(matches!(error, Error::BadInput(_)) && error.to_string().contains(want), "{error}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// A good file with pieces cut out, doubled, or overwritten: an answer or bad input on one line, never a panic.
+    #[test]
+    fn mutated_files_do_not_panic(
+        edits in prop::collection::vec((0usize..2000, 0usize..40, prop_oneof![
+            Just("".to_string()), "[a-z0-9.=\\[\\]{}\"'\n, -]{0,6}", "\\PC{0,3}",
+            Just("-1".into()), Just("nan".into()), Just("9223372036854775807".into()), Just("1e400".into()),
+        ]), 1..4),
+    ) {
+        let mut text: Vec<char> = WHOLE.chars().collect();
+        for (at, long, with) in edits {
+            let at = at.min(text.len());
+            let end = (at + long).min(text.len());
+            text.splice(at..end, with.chars());
+        }
+        let text: String = text.into_iter().collect();
+        if let Err(error) = check(&text) {
+            prop_assert!(matches!(error, Error::BadInput(_)));
+            prop_assert_eq!(error.to_string().lines().count(), 1);
+        }
+    }
+
+    /// Values of every type under every key of the good file, by way of an override.
+    #[test]
+    fn foreign_values_do_not_panic(
+        path in prop::sample::select(vec![
+            "run", "run.out", "run.trace", "run.trace.first", "run.slots", "device", "device.0", "device.0.memory",
+            "device.0.link", "device.1.flops", "host.disk", "model", "model.0", "model.0.name", "model.0.config",
+            "model.0.data", "model.0.data.text", "model.0.valid.every", "model.0.batch", "model.0.microbatch",
+            "model.0.steps", "model.0.betas", "model.0.optimizer", "model.0.schedule", "model.0.search", "model.0.search.lr",
+        ]),
+        value in prop_oneof![
+            Just("{}".to_string()), Just("[]".into()), Just("[[]]".into()), Just("[{}]".into()), Just("true".into()),
+            Just("07:32:00".into()), Just("nan".into()), Just("-inf".into()), Just("\"\\n\"".into()),
+            any::<i64>().prop_map(|n| n.to_string()), any::<f64>().prop_map(|n| n.to_string()), "\\PC{0,12}",
+        ],
+    ) {
+        match check_with(WHOLE, &[&format!("{path}={value}")]) {
+            Ok(job) => prop_assert!(good(&job.source_text).models.len() == job.models.len()),
+            Err(Error::BadInput(message)) => prop_assert_eq!(message.lines().count(), 1),
+            Err(other) => prop_assert!(false, "{}", other),
+        }
+    }
+}
