@@ -292,7 +292,7 @@ fn read_search(s: &Section) -> Result<Option<toml::Table>> {
         return Err(s.fault("search", "is empty; write what to try, such as { lr = [1e-3, 3e-4] }, or leave it out"));
     }
     for (key, values) in table {
-        let known = || SHORT_KEYS.into_iter().chain(SEARCH_KEYS);
+        let known = || SHORT_KEYS.iter().copied().chain(SEARCH_KEYS);
         let at = format!("{key:?}");
         if !known().any(|k| k == key) {
             let hint = nearest(key, known()).map_or(String::new(), |k| format!("did you mean `{k}`? "));

@@ -57,8 +57,10 @@ pub enum Schedule {
     },
 }
 
+const KEYS: &[&str] = &["kind", "lr", "betas", "eps", "weight_decay", "clip", "decay", "momentum", "nesterov"];
+
 /// The optimizer's keys but `kind`: those that `--set model.N.KEY` reaches without saying `optimizer`.
-pub const SHORT_KEYS: [&str; 8] = ["lr", "betas", "eps", "weight_decay", "clip", "decay", "momentum", "nesterov"];
+pub const SHORT_KEYS: &[&str] = KEYS.split_at(1).1;
 
 /// Reads `optimizer` of a model; AdamW with its defaults where it is left out.
 pub fn read_optimizer(model: &Section) -> Result<Optimizer> {
@@ -67,7 +69,6 @@ pub fn read_optimizer(model: &Section) -> Result<Optimizer> {
         Adamw,
         Sgd,
     }
-    const KEYS: &[&str] = &["kind", "lr", "betas", "eps", "weight_decay", "clip", "decay", "momentum", "nesterov"];
     let empty = toml::Table::new();
     let s = model.section_or("optimizer", &empty, KEYS)?;
     let kind = s.word("kind", &[("adamw", Kind::Adamw), ("sgd", Kind::Sgd)])?.unwrap_or(Kind::Adamw);
