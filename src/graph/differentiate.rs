@@ -1,0 +1,219 @@
+//! Reverse mode: appends to a graph the nodes of its gradient.
+//!
+//! Nodes are visited from the loss back; each op's rule (see `gradient`) emits nodes of the same layer, and contributions to
+//! one value are added in that fixed order. Every layer's part is closed: what it hands to the layer before it, and what it adds
+//! to its parameters' accumulators, are outputs of its own nodes, so a cut between any two layers computes the same bits.
+
+use super::gradient;
+use super::graph::{Graph, Node, ParameterGradient, Source, Value, ValueInfo};
+use super::op::Op;
+use crate::base::{Error, Result, Shape};
+
+/// Appends the gradient of `graph.loss` with respect to every parameter.
+///
+/// # Errors
+/// When the graph has no loss, or a layer's output does not reach it.
+pub fn differentiate(graph: &mut Graph) -> Result<()> {
+    let loss = graph.loss.ok_or_else(|| Error::bad("differentiate: the graph has no loss"))?;
+    let mut sweep = Sweep { needed: needed(graph), gradients: vec![None; graph.values.len()], layer: 0, graph };
+    let layers = sweep.graph.layers.len();
+    sweep.graph.input_gradients = vec![None; layers];
+    for layer in (0..layers).rev() {
+        sweep.layer = layer;
+        for node in (0..sweep.graph.forward_nodes).rev() {
+            if sweep.graph.nodes[node].layer == layer {
+                sweep.node(node, loss)?;
+            }
+        }
+        sweep.close_layer(layer)?;
+    }
+    sweep.graph.parameter_gradients.reverse();
+    drop_unused(graph);
+    Ok(())
+}
+
+/// For each value, whether a parameter reaches it.
+fn needed(graph: &Graph) -> Vec<bool> {
+    let mut needed = vec![false; graph.values.len()];
+    for (i, info) in graph.values.iter().enumerate() {
+        needed[i] = match info.source {
+            Source::Parameter(_) => true,
+            Source::View(of) => needed[of.0 as usize],
+            // A node's inputs were made before its outputs, so they are decided already.
+            Source::Node { node, .. } => graph.nodes[node].inputs.iter().any(|v| needed[v.0 as usize]),
+            Source::State(_) | Source::Input(_) => false,
+        };
+    }
+    needed
+}
+
+/// One walk over the graph; gradient rules add nodes through it.
+pub(super) struct Sweep<'a> {
+    pub(super) graph: &'a mut Graph,
+    needed: Vec<bool>,
+    /// The gradient of each root value so far.
+    gradients: Vec<Option<Value>>,
+    layer: usize,
+}
+
+impl Sweep<'_> {
+    fn node(&mut self, node: usize, loss: Value) -> Result<()> {
+        let Node { op, inputs, outputs, .. } = self.graph.nodes[node].clone();
+        if op.has_side_effect() || !outputs.iter().any(|v| self.needed[v.0 as usize]) {
+            return Ok(());
+        }
+        if outputs[0] != loss && self.gradients[outputs[0].0 as usize].is_none() {
+            return Ok(());
+        }
+        let d_out = self.gradients[outputs[0].0 as usize].map(|d| self.shaped_like(d, outputs[0]));
+        gradient::emit(self, &op, &inputs, &outputs, d_out)
+    }
+
+    /// Whether anybody needs the gradient of `value`.
+    pub(super) fn wants(&self, value: Value) -> bool {
+        self.needed[self.graph.root(value).0 as usize]
+    }
+
+    /// Appends a node of the current layer and returns its outputs.
+    pub(super) fn push(&mut self, op: Op, inputs: Vec<Value>, shapes: Vec<Shape>) -> Vec<Value> {
+        let float = self.graph.info(self.graph.loss.expect("checked by differentiate")).dtype;
+        let node = self.graph.nodes.len();
+        let outputs: Vec<Value> = shapes
+            .into_iter()
+            .enumerate()
+            .map(|(output, shape)| {
+                self.graph.values.push(ValueInfo { shape, dtype: float, source: Source::Node { node, output } });
+                self.gradients.push(None);
+                self.needed.push(false);
+                Value(self.graph.values.len() as u32 - 1)
+            })
+            .collect();
+        self.graph.nodes.push(Node { op, inputs, outputs: outputs.clone(), layer: self.layer });
+        outputs
+    }
+
+    /// Appends a node with one output.
+    pub(super) fn push_one(&mut self, op: Op, inputs: Vec<Value>, shape: Shape) -> Value {
+        self.push(op, inputs, vec![shape])[0]
+    }
+
+    /// `gradient` under the shape of `value`: where a view was differentiated, they differ.
+    fn shaped_like(&mut self, gradient: Value, value: Value) -> Value {
+        let shape = self.graph.info(value).shape.clone();
+        let info = self.graph.info(gradient);
+        if info.shape == shape {
+            return gradient;
+        }
+        let (dtype, root) = (info.dtype, self.graph.root(gradient));
+        self.graph.values.push(ValueInfo { shape, dtype, source: Source::View(root) });
+        self.gradients.push(None);
+        self.needed.push(false);
+        Value(self.graph.values.len() as u32 - 1)
+    }
+
+    /// Adds `gradient` to what has come for `value` so far.
+    pub(super) fn contribute(&mut self, value: Value, gradient: Value) {
+        let root = self.graph.root(value);
+        if !self.needed[root.0 as usize] {
+            return;
+        }
+        let sum = match self.gradients[root.0 as usize] {
+            None => gradient,
+            Some(before) => {
+                let shape = self.graph.info(before).shape.clone();
+                self.push_one(Op::Add, vec![before, gradient], shape)
+            }
+        };
+        self.gradients[root.0 as usize] = Some(sum);
+    }
+
+    /// Settles what a layer hands on: its input's gradient and its parameters', each as an output of a node of its own.
+    fn close_layer(&mut self, layer: usize) -> Result<()> {
+        if let Some(input) = self.graph.layers[layer].input
+            && self.wants(input)
+        {
+            let root = self.graph.root(input);
+            let gradient = self.gradients[root.0 as usize].ok_or_else(|| {
+                Error::bad(format!("layer {}: its input does not reach the loss", self.graph.layers[layer].name))
+            })?;
+            let own = self.own(gradient, layer, false);
+            self.gradients[root.0 as usize] = Some(own);
+            self.graph.input_gradients[layer] = Some(own);
+        }
+        for parameter in (0..self.graph.parameters.len()).rev() {
+            if !self.graph.parameters[parameter].layers.contains(&layer) {
+                continue;
+            }
+            let value = self.graph.parameters[parameter].value;
+            let own = match self.gradients[value.0 as usize].take() {
+                Some(gradient) => self.own(gradient, layer, true),
+                None => {
+                    let shape = self.graph.parameters[parameter].shape.clone();
+                    self.push_one(Op::Zero, vec![], shape)
+                }
+            };
+            self.graph.parameter_gradients.push(ParameterGradient { parameter, layer, value: own });
+        }
+        Ok(())
+    }
+
+    /// `gradient` itself where it is an output of this layer's backward pass that nobody else reads and, for a parameter, one that
+    /// can accumulate; otherwise a copy of it.
+    fn own(&mut self, gradient: Value, layer: usize, accumulates: bool) -> Value {
+        let root = self.graph.root(gradient);
+        let fits = match self.graph.info(root).source {
+            Source::Node { node, output } => {
+                let read = accumulates
+                    && self.graph.nodes[self.graph.forward_nodes..].iter().any(|n| n.inputs.iter().any(|&v| self.graph.root(v) == root));
+                let taken = self.graph.parameter_gradients.iter().any(|p| p.value == root)
+                    || self.graph.input_gradients[layer] == Some(root);
+                let op = &self.graph.nodes[node].op;
+                node >= self.graph.forward_nodes
+                    && self.graph.nodes[node].layer == layer
+                    && !read
+                    && !taken
+                    && (!accumulates || op.accumulates(output))
+            }
+            _ => false,
+        };
+        if fits {
+            return root;
+        }
+        let shape = self.graph.info(gradient).shape.clone();
+        self.push_one(Op::Copy, vec![gradient], shape)
+    }
+}
+
+/// Removes backward nodes none of whose outputs is used.
+fn drop_unused(graph: &mut Graph) {
+    let mut used = vec![false; graph.values.len()];
+    for value in graph.parameter_gradients.iter().map(|p| p.value).chain(graph.input_gradients.iter().flatten().copied()) {
+        used[value.0 as usize] = true;
+    }
+    let mut keep = vec![true; graph.nodes.len()];
+    for n in (graph.forward_nodes..graph.nodes.len()).rev() {
+        let node = &graph.nodes[n];
+        keep[n] = node.outputs.iter().any(|v| used[v.0 as usize]);
+        if keep[n] {
+            for &input in &node.inputs {
+                used[graph.root(input).0 as usize] = true;
+            }
+        }
+    }
+    let mut moved = vec![0usize; graph.nodes.len()];
+    let mut next = 0;
+    for (n, &kept) in keep.iter().enumerate() {
+        moved[n] = next;
+        next += usize::from(kept);
+    }
+    let mut n = 0;
+    graph.nodes.retain(|_| {
+        n += 1;
+        keep[n - 1]
+    });
+    for info in &mut graph.values {
+        if let Source::Node { node, .. } = &mut info.source {
+            *node = moved[*node];
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! One rule an op: the nodes of its gradient.
+//!
+//! A rule gets the gradient of the op's first output (`None` for the loss, whose gradient is 1) and contributes one gradient to
+//! each input that wants one. No rule computes anything: it only names ops.
+
+use super::differentiate::Sweep;
+use super::graph::Value;
+use super::kinds::Activation;
+use super::op::Op;
+use crate::base::{Error, Result, Shape};
+
+/// Emits the gradient of `op`.
+pub(super) fn emit(s: &mut Sweep, op: &Op, inputs: &[Value], outputs: &[Value], d_out: Option<Value>) -> Result<()> {
+    let shape = |s: &Sweep, v: Value| s.graph.info(v).shape.clone();
+    if let Op::CrossEntropy = op {
+        let of = shape(s, inputs[0]);
+        let d = s.push_one(Op::CrossEntropyGrad, vec![inputs[0], inputs[1], outputs[1]], of);
+        s.contribute(inputs[0], d);
+        return Ok(());
+    }
+    let d = d_out.expect("only the loss has no gradient, and its rule is above");
+    match op {
+        Op::Embedding => {
+            let table = shape(s, inputs[1]);
+            let d_table = s.push_one(Op::EmbeddingGrad, vec![d, inputs[0]], table);
+            s.contribute(inputs[1], d_table);
+        }
+        Op::AddPosition => {
+            if s.wants(inputs[1]) {
+                let table = shape(s, inputs[1]);
+                let d_table = s.push_one(Op::AddPositionGrad, vec![d], table);
+                s.contribute(inputs[1], d_table);
+            }
+            s.contribute(inputs[0], d);
+        }
+        Op::Linear { activation, layout } => {
+            let d_pre = if *activation == Activation::None {
+                d
+            } else {
+                let of = shape(s, outputs[0]);
+                s.push_one(Op::ActivationGrad(*activation), vec![d, outputs[1]], of)
+            };
+            if let Some(&bias) = inputs.get(2).filter(|&&b| s.wants(b)) {
+                let of = shape(s, bias);
+                let d_bias = s.push_one(Op::LinearGradBias, vec![d_pre], of);
+                s.contribute(bias, d_bias);
+            }
+            if s.wants(inputs[1]) {
+                let of = shape(s, inputs[1]);
+                let d_weight = s.push_one(Op::LinearGradWeight { layout: *layout }, vec![inputs[0], d_pre], of);
+                s.contribute(inputs[1], d_weight);
+            }
+            if s.wants(inputs[0]) {
+                let of = shape(s, inputs[0]);
+                let d_x = s.push_one(Op::LinearGradInput { layout: *layout }, vec![d_pre, inputs[1]], of);
+                s.contribute(inputs[0], d_x);
+            }
+        }
+        Op::Activation(activation) => {
+            let of = shape(s, inputs[0]);
+            let d_x = s.push_one(Op::ActivationGrad(*activation), vec![d, inputs[0]], of);
+            s.contribute(inputs[0], d_x);
+        }
+        Op::Add => {
+            s.contribute(inputs[0], d);
+            s.contribute(inputs[1], d);
+        }
+        Op::Dropout { p, stream } => {
+            let of = shape(s, inputs[0]);
+            let d_x = s.push_one(Op::Dropout { p: *p, stream: *stream }, vec![d], of);
+            s.contribute(inputs[0], d_x);
+        }
+        Op::LayerNorm { .. } => {
+            let shapes = inputs.iter().map(|&v| shape(s, v)).collect();
+            let d_all = s.push(Op::LayerNormGrad, vec![d, inputs[0], inputs[1], outputs[1], outputs[2]], shapes);
+            inputs.iter().zip(d_all).for_each(|(&v, g)| s.contribute(v, g));
+        }
+        Op::Attention(kind) => {
+            let tensors = if kind.packed { 1 } else { 3 };
+            let shapes = inputs[..tensors].iter().map(|&v| shape(s, v)).collect();
+            let mut all = vec![d, outputs[0], outputs[1]];
+            all.extend_from_slice(inputs);
+            let d_all = s.push(Op::AttentionGrad(*kind), all, shapes);
+            inputs.iter().zip(d_all).for_each(|(&v, g)| s.contribute(v, g));
+        }
+        Op::Conv2d(window) => {
+            if let Some(&bias) = inputs.get(2).filter(|&&b| s.wants(b)) {
+                let of = shape(s, bias);
+                let d_bias = s.push_one(Op::Conv2dGradBias, vec![d], of);
+                s.contribute(bias, d_bias);
+            }
+            if s.wants(inputs[1]) {
+                let of = shape(s, inputs[1]);
+                let d_weight = s.push_one(Op::Conv2dGradWeight(*window), vec![d, inputs[0]], of);
+                s.contribute(inputs[1], d_weight);
+            }
+            if s.wants(inputs[0]) {
+                let of = shape(s, inputs[0]);
+                let d_x = s.push_one(Op::Conv2dGradInput(*window), vec![d, inputs[1]], of);
+                s.contribute(inputs[0], d_x);
+            }
+        }
+        Op::BatchNorm { .. } => {
+            let shapes = inputs.iter().map(|&v| shape(s, v)).collect();
+            let d_all = s.push(Op::BatchNormGrad, vec![d, inputs[0], inputs[1], outputs[1], outputs[2]], shapes);
+            inputs.iter().zip(d_all).for_each(|(&v, g)| s.contribute(v, g));
+        }
+        Op::MaxPool(window) => {
+            let of = shape(s, inputs[0]);
+            let d_x = s.push_one(Op::MaxPoolGrad(*window), vec![d, outputs[1]], of);
+            s.contribute(inputs[0], d_x);
+        }
+        Op::AvgPool(window) => {
+            let of = shape(s, inputs[0]);
+            let d_x = s.push_one(Op::AvgPoolGrad(*window), vec![d], of);
+            s.contribute(inputs[0], d_x);
+        }
+        Op::Transpose { axes } => {
+            let mut inverse = vec![0; axes.len()];
+            axes.iter().enumerate().for_each(|(i, &a)| inverse[a] = i);
+            let of: Shape = shape(s, inputs[0]);
+            let d_x = s.push_one(Op::Transpose { axes: inverse }, vec![d], of);
+            s.contribute(inputs[0], d_x);
+        }
+        Op::Copy => s.contribute(inputs[0], d),
+        other => return Err(Error::bad(format!("{}: has no gradient", other.name()))),
+    }
+    Ok(())
+}

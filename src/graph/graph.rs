@@ -1,0 +1,192 @@
+//! A traced model: values, nodes, layers, and what they share.
+
+use super::kinds::Init;
+use super::op::Op;
+use crate::base::{DType, Shape};
+
+/// A tensor in a graph.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Value(pub u32);
+
+/// Where a value comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// An output of a node.
+    Node {
+        /// The node's index.
+        node: usize,
+        /// Which of its outputs.
+        output: usize,
+    },
+    /// A parameter, by its index.
+    Parameter(usize),
+    /// A running statistic, by its index.
+    State(usize),
+    /// An input of the batch, by its index.
+    Input(usize),
+    /// Another value's elements under another shape; never a view of a view.
+    View(Value),
+}
+
+/// What is known of a value.
+#[derive(Clone, Debug)]
+pub struct ValueInfo {
+    /// Its shape.
+    pub shape: Shape,
+    /// Its element type.
+    pub dtype: DType,
+    /// Where it comes from.
+    pub source: Source,
+}
+
+/// One op in its place.
+#[derive(Clone, Debug)]
+pub struct Node {
+    /// What it computes.
+    pub op: Op,
+    /// Inputs, in the op's order.
+    pub inputs: Vec<Value>,
+    /// Outputs, in the op's order.
+    pub outputs: Vec<Value>,
+    /// The layer it belongs to.
+    pub layer: usize,
+}
+
+/// A trainable tensor.
+#[derive(Clone, Debug)]
+pub struct Parameter {
+    /// Its name in files.
+    pub name: String,
+    /// Its value in the graph.
+    pub value: Value,
+    /// Its shape.
+    pub shape: Shape,
+    /// How it starts.
+    pub init: Init,
+    /// The layers that use it, in order; the first owns it.
+    pub layers: Vec<usize>,
+}
+
+/// A tensor that a layer keeps from step to step without a gradient: BatchNorm's running statistics.
+#[derive(Clone, Debug)]
+pub struct State {
+    /// Its name in files.
+    pub name: String,
+    /// Its value in the graph.
+    pub value: Value,
+    /// Its shape.
+    pub shape: Shape,
+    /// What every element starts as.
+    pub start: f64,
+    /// The layer that owns it.
+    pub layer: usize,
+}
+
+/// A tensor that each microbatch brings.
+#[derive(Clone, Debug)]
+pub struct Input {
+    /// Its name in batches.
+    pub name: String,
+    /// Its value in the graph.
+    pub value: Value,
+    /// Its shape for one microbatch.
+    pub shape: Shape,
+    /// Its element type.
+    pub dtype: DType,
+}
+
+/// A stretch of the model between two places where a cut may fall.
+#[derive(Clone, Debug)]
+pub struct Layer {
+    /// Its name.
+    pub name: String,
+    /// The previous layer's output; `None` for the first.
+    pub input: Option<Value>,
+    /// The boundary activation that it hands on; `None` for the last one once the loss is in it.
+    pub output: Option<Value>,
+}
+
+/// The gradient of one use of a parameter: what one layer's backward pass adds to its accumulator.
+#[derive(Clone, Debug)]
+pub struct ParameterGradient {
+    /// Index of the parameter.
+    pub parameter: usize,
+    /// The layer whose use this is.
+    pub layer: usize,
+    /// The gradient.
+    pub value: Value,
+}
+
+/// A traced model, and after [`super::differentiate`] its gradient.
+///
+/// Nodes are in an order in which every input precedes its use. Nodes up to `forward_nodes` are the forward pass; their
+/// indices key the random numbers, so they number the whole model whatever the cut.
+#[derive(Clone, Debug, Default)]
+pub struct Graph {
+    /// All values.
+    pub values: Vec<ValueInfo>,
+    /// All nodes: forward, then backward.
+    pub nodes: Vec<Node>,
+    /// Parameters in the order they were first used.
+    pub parameters: Vec<Parameter>,
+    /// Running statistics.
+    pub states: Vec<State>,
+    /// The batch's tensors.
+    pub inputs: Vec<Input>,
+    /// The layers, in order.
+    pub layers: Vec<Layer>,
+    /// Output of the last layer before the loss: the logits.
+    pub logits: Option<Value>,
+    /// The loss of a microbatch, one element.
+    pub loss: Option<Value>,
+    /// How many of `nodes` are forward.
+    pub forward_nodes: usize,
+    /// Per layer, the gradient of its input (the boundary gradient that its backward pass hands on).
+    pub input_gradients: Vec<Option<Value>>,
+    /// Gradients of parameters, one for each use, in the order of layers.
+    pub parameter_gradients: Vec<ParameterGradient>,
+}
+
+impl Graph {
+    /// A value's description.
+    pub fn info(&self, value: Value) -> &ValueInfo {
+        &self.values[value.0 as usize]
+    }
+
+    /// The value whose elements a view shows; itself for any other.
+    pub fn root(&self, value: Value) -> Value {
+        match self.info(value).source {
+            Source::View(of) => of,
+            _ => value,
+        }
+    }
+
+    /// Bytes of a value.
+    pub fn bytes(&self, value: Value) -> u64 {
+        let info = self.info(value);
+        info.shape.elems() as u64 * info.dtype.bytes()
+    }
+
+    /// The node that computes a value, if one does.
+    pub fn producer(&self, value: Value) -> Option<usize> {
+        match self.info(self.root(value)).source {
+            Source::Node { node, .. } => Some(node),
+            _ => None,
+        }
+    }
+
+    /// The layers' number of parameters, of each parameter counted once.
+    pub fn parameter_elems(&self) -> usize {
+        self.parameters.iter().map(|p| p.shape.elems()).sum()
+    }
+
+    /// The forward nodes of a layer range.
+    pub fn forward_of(&self, layers: std::ops::Range<usize>) -> impl Iterator<Item = usize> + '_ {
+        (0..self.forward_nodes).filter(move |&n| layers.contains(&self.nodes[n].layer))
+    }
+
+    /// The backward nodes of a layer range.
+    pub fn backward_of(&self, layers: std::ops::Range<usize>) -> impl Iterator<Item = usize> + '_ {
+        (self.forward_nodes..self.nodes.len()).filter(move |&n| layers.contains(&self.nodes[n].layer))
+    }
+}

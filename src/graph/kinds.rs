@@ -1,0 +1,55 @@
+//! The small choices that ops are parameterised by.
+
+use serde::{Deserialize, Serialize};
+
+/// The function after a linear layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Activation {
+    /// The identity.
+    None,
+    /// max(x, 0).
+    Relu,
+    /// GELU by tanh: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), GPT-2's `gelu_new` (Hendrycks & Gimpel 2016, arXiv:1606.08415).
+    GeluTanh,
+    /// GELU exactly: 0.5 x (1 + erf(x / sqrt 2)).
+    GeluErf,
+}
+
+/// How a linear layer's weight lies in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum WeightLayout {
+    /// (inputs, outputs): GPT-2's `Conv1D`.
+    InOut,
+    /// (outputs, inputs): torch's `Linear`.
+    OutIn,
+}
+
+/// How a parameter starts when no file gives it.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Init {
+    /// Every element the same.
+    Constant(f64),
+    /// Normal with mean 0 and this standard deviation.
+    Normal(f64),
+    /// Uniform in plus or minus this bound.
+    Uniform(f64),
+}
+
+/// Whether the graph is for training (dropout on, batch statistics) or for evaluation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Mode {
+    /// Dropout drops; BatchNorm uses the batch's statistics and updates the running ones.
+    Training,
+    /// Dropout is the identity; BatchNorm uses the running statistics.
+    Evaluation,
+}
+
+/// Forward or backward: the two visits that a shard gets in a step. The last shard's forward, loss and backward are one
+/// `Backward` visit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+pub enum Direction {
+    /// From the inputs to the boundary activation.
+    Forward,
+    /// From the boundary gradient to the gradients.
+    Backward,
+}

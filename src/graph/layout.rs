@@ -1,0 +1,146 @@
+//! Where parameters and running statistics lie: one flat order for the whole model, so that a shard is a contiguous stretch.
+//!
+//! Invariant: the flat order depends on the model alone, never on the cut. Parameters come by the layer that owns them (the first
+//! that uses them), then by first use. Every tensor starts at a multiple of [`ALIGNMENT`](super::ALIGNMENT); the bytes between are 0.
+
+use super::graph::Graph;
+use super::place::ALIGNMENT;
+use crate::base::align_up;
+use std::ops::Range;
+
+/// The flat order of a model's parameters and states, in bytes of the graph's float type.
+#[derive(Clone, Debug)]
+pub struct ModelLayout {
+    /// Parameters in flat order.
+    pub order: Vec<usize>,
+    /// Start of each parameter, by its index in the graph.
+    pub parameter: Vec<u64>,
+    /// Stretch of parameters that each layer owns.
+    pub layers: Vec<Range<u64>>,
+    /// Bytes of all parameters.
+    pub parameter_bytes: u64,
+    /// Start of each state, by its index in the graph.
+    pub state: Vec<u64>,
+    /// Stretch of states that each layer owns.
+    pub state_layers: Vec<Range<u64>>,
+    /// Bytes of all states.
+    pub state_bytes: u64,
+}
+
+impl ModelLayout {
+    /// Lays out a model.
+    pub fn new(graph: &Graph) -> Self {
+        let mut layout = ModelLayout {
+            order: Vec::new(),
+            parameter: vec![0; graph.parameters.len()],
+            layers: Vec::new(),
+            parameter_bytes: 0,
+            state: vec![0; graph.states.len()],
+            state_layers: Vec::new(),
+            state_bytes: 0,
+        };
+        for layer in 0..graph.layers.len() {
+            let start = layout.parameter_bytes;
+            for (i, p) in graph.parameters.iter().enumerate().filter(|(_, p)| p.layers[0] == layer) {
+                layout.order.push(i);
+                layout.parameter[i] = layout.parameter_bytes;
+                layout.parameter_bytes += align_up(graph.bytes(p.value), ALIGNMENT);
+            }
+            layout.layers.push(start..layout.parameter_bytes);
+            let start = layout.state_bytes;
+            for (i, s) in graph.states.iter().enumerate().filter(|(_, s)| s.layer == layer) {
+                layout.state[i] = layout.state_bytes;
+                layout.state_bytes += align_up(graph.bytes(s.value), ALIGNMENT);
+            }
+            layout.state_layers.push(start..layout.state_bytes);
+        }
+        layout
+    }
+}
+
+/// A use of a shared parameter outside its owner's layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SharedUse {
+    /// Index of the parameter.
+    pub parameter: usize,
+    /// The layer that uses it.
+    pub layer: usize,
+    /// Start of this use's gradient accumulator in the shard's gradients.
+    pub gradient: u64,
+    /// Start of a copy of the weight in the shard's weights; `None` where the shard owns the parameter.
+    pub borrowed: Option<u64>,
+}
+
+/// How one shard's weights, states and gradients lie on a device.
+///
+/// Weights are the shard's own stretch of the flat order, then copies of what it borrows from other shards. Gradients are the
+/// own stretch, then an accumulator for every further use of a shared parameter.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ShardLayout {
+    /// The shard's layers.
+    pub layers: Range<usize>,
+    /// Its own stretch of the model's parameters.
+    pub own: Range<u64>,
+    /// Its own stretch of the model's states.
+    pub states: Range<u64>,
+    /// Uses of shared parameters by layers that do not own them, in the order of layers.
+    pub shared: Vec<SharedUse>,
+    /// Bytes of weights, borrowed ones included.
+    pub weight_bytes: u64,
+    /// Bytes of gradients, shared uses included.
+    pub gradient_bytes: u64,
+}
+
+impl ShardLayout {
+    /// The layout of the shard that holds `layers`.
+    pub fn new(graph: &Graph, model: &ModelLayout, layers: Range<usize>) -> Self {
+        let own = model.layers[layers.start].start..model.layers[layers.end - 1].end;
+        let states = model.state_layers[layers.start].start..model.state_layers[layers.end - 1].end;
+        let mut shard = ShardLayout {
+            weight_bytes: own.end - own.start,
+            gradient_bytes: own.end - own.start,
+            layers: layers.clone(),
+            own,
+            states,
+            shared: Vec::new(),
+        };
+        for layer in layers.clone() {
+            for (parameter, p) in graph.parameters.iter().enumerate() {
+                if p.layers[0] == layer || !p.layers.contains(&layer) {
+                    continue;
+                }
+                let bytes = align_up(graph.bytes(p.value), ALIGNMENT);
+                let before = shard.shared.iter().find(|u| u.parameter == parameter).and_then(|u| u.borrowed);
+                let borrowed = if layers.contains(&p.layers[0]) {
+                    None
+                } else if before.is_some() {
+                    before
+                } else {
+                    shard.weight_bytes += bytes;
+                    Some(shard.weight_bytes - bytes)
+                };
+                shard.shared.push(SharedUse { parameter, layer, gradient: shard.gradient_bytes, borrowed });
+                shard.gradient_bytes += bytes;
+            }
+        }
+        shard
+    }
+
+    /// Start of a parameter in the shard's weights.
+    pub fn weight(&self, model: &ModelLayout, parameter: usize) -> Option<u64> {
+        let at = model.parameter[parameter];
+        if self.own.contains(&at) {
+            return Some(at - self.own.start);
+        }
+        self.shared.iter().find(|u| u.parameter == parameter)?.borrowed
+    }
+
+    /// Start of the accumulator of one layer's use of a parameter in the shard's gradients.
+    pub fn gradient(&self, model: &ModelLayout, parameter: usize, layer: usize) -> Option<u64> {
+        if let Some(shared) = self.shared.iter().find(|u| u.parameter == parameter && u.layer == layer) {
+            return Some(shared.gradient);
+        }
+        let at = model.parameter[parameter];
+        self.own.contains(&at).then(|| at - self.own.start)
+    }
+}

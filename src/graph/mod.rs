@@ -1,0 +1,25 @@
+//! The traced model: ops with their rules, reverse mode, memory placement, programs.
+//!
+//! Nothing here launches anything: a graph is data, and a program is data that a device runs.
+
+mod builder;
+mod cost;
+mod differentiate;
+mod gradient;
+#[expect(clippy::module_inception, reason = "the graph itself is this module's first noun")]
+mod graph;
+pub mod kinds;
+mod layout;
+mod op;
+mod place;
+mod program;
+
+pub use builder::{AttentionOptions, Builder};
+pub use cost::{Cost, Family, cost};
+pub use differentiate::differentiate;
+pub use graph::{Graph, Input, Layer, Node, Parameter, ParameterGradient, Source, State, Value, ValueInfo};
+pub use kinds::{Activation, Direction, Init, Mode, WeightLayout};
+pub use layout::{ModelLayout, SharedUse, ShardLayout};
+pub use op::{AttentionKind, Op, Window};
+pub use place::{ALIGNMENT, Lifetime, place};
+pub use program::{AREAS, Area, Buffer, Kind, Program, Step, UsedInput};

@@ -1,0 +1,233 @@
+//! The ops: what each reads and writes.
+//!
+//! The order of inputs and outputs is stated once, here, on each variant. Rules about an op live beside this file: shapes and
+//! construction in `builder`, arithmetic and traffic in `cost`, gradients in `gradient`. Parentheses mark what may be absent.
+
+use super::kinds::{Activation, WeightLayout};
+
+/// One operation on contiguous row-major tensors.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Op {
+    /// ids (..) i32, table (V, C) -> out (.., C).
+    Embedding,
+    /// d_out (.., C), ids (..) -> d_table (V, C).
+    EmbeddingGrad,
+    /// x (B, T, C), table (P, C) with P >= T -> out = x + table[..T].
+    AddPosition,
+    /// d_out (B, T, C) -> d_table (P, C); rows from T on get 0.
+    AddPositionGrad,
+    /// x (.., K), weight, (bias (N)) -> out (.., N), (pre (.., N): before the activation).
+    Linear {
+        /// Fused after the bias.
+        activation: Activation,
+        /// Of the weight.
+        layout: WeightLayout,
+    },
+    /// d_pre (.., N), weight -> d_x (.., K).
+    LinearGradInput {
+        /// Of the weight.
+        layout: WeightLayout,
+    },
+    /// x (.., K), d_pre (.., N) -> d_weight.
+    LinearGradWeight {
+        /// Of the weight.
+        layout: WeightLayout,
+    },
+    /// d_pre (.., N) -> d_bias (N).
+    LinearGradBias,
+    /// x -> out, elementwise.
+    Activation(Activation),
+    /// d_out, x -> d_x, elementwise; x is what went into the activation.
+    ActivationGrad(Activation),
+    /// a, b of one shape -> a + b.
+    Add,
+    /// x -> out: each element is dropped with probability `p` or scaled by 1/(1-p); its gradient is itself on d_out.
+    Dropout {
+        /// Probability of dropping.
+        p: f64,
+        /// The forward op's number in the model's graph, which keys its random numbers.
+        stream: u32,
+    },
+    /// x (.., C), weight (C), bias (C) -> out (.., C), mean (rows), rstd (rows).
+    LayerNorm {
+        /// Added to the variance.
+        epsilon: f64,
+    },
+    /// d_out, x, weight, mean, rstd -> d_x, d_weight, d_bias.
+    LayerNormGrad,
+    /// qkv (B, T, (H + 2 Hkv) D) packed, or q (B, Tq, H D), k, v (B, Tk, Hkv D); (mask (B, Tk) i32: 1 = attend)
+    /// -> out (B, Tq, H D), lse (B, H, Tq).
+    Attention(AttentionKind),
+    /// d_out, out, lse, then Attention's inputs -> d_qkv, or d_q, d_k, d_v.
+    AttentionGrad(AttentionKind),
+    /// logits (.., V), labels (..) i32 -> loss (1): the sum over rows of -log softmax at the label, times the step's loss scale;
+    /// lse (rows), row_losses (rows). A label of -100 counts for nothing.
+    CrossEntropy,
+    /// logits (.., V), labels (..), lse (rows) -> d_logits (.., V), over the logits where they die.
+    CrossEntropyGrad,
+    /// x (N, C, H, W), weight (O, C, kh, kw), (bias (O)) -> out (N, O, H', W').
+    Conv2d(Window),
+    /// d_out, weight -> d_x (N, C, H, W).
+    Conv2dGradInput(Window),
+    /// d_out, x -> d_weight.
+    Conv2dGradWeight(Window),
+    /// d_out (N, O, H', W') -> d_bias (O).
+    Conv2dGradBias,
+    /// x (N, C, ..), weight (C), bias (C) -> out, mean (C), rstd (C), var (C): the batch's own statistics.
+    BatchNorm {
+        /// Added to the variance.
+        epsilon: f64,
+    },
+    /// mean (C), var (C) of `count` values a channel; running_mean, running_var change in place. No output.
+    UpdateRunning {
+        /// The share of the new value.
+        momentum: f64,
+        /// Values a channel, for the unbiased variance.
+        count: usize,
+    },
+    /// x, weight, bias, running_mean, running_var -> out.
+    BatchNormEval {
+        /// Added to the variance.
+        epsilon: f64,
+    },
+    /// d_out, x, weight, mean, rstd -> d_x, d_weight, d_bias.
+    BatchNormGrad,
+    /// x (N, C, H, W) -> out, argmax i32: the place of the maximum in its plane.
+    MaxPool(Window),
+    /// d_out, argmax -> d_x.
+    MaxPoolGrad(Window),
+    /// x (N, C, H, W) -> out; padding counts as zeros in the mean, as torch's default.
+    AvgPool(Window),
+    /// d_out -> d_x.
+    AvgPoolGrad(Window),
+    /// x -> out with its axes in the order `axes`, copied.
+    Transpose {
+        /// Output axis i is input axis `axes[i]`.
+        axes: Vec<usize>,
+    },
+    /// x -> out, copied: where a value must lie in a place of its own.
+    Copy,
+    /// Nothing -> out, all 0: the gradient of a parameter that the loss does not depend on.
+    Zero,
+}
+
+/// What an attention op computes, besides its shapes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionKind {
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub width: usize,
+    /// Multiplies the scores.
+    pub scale: f64,
+    /// A query sees keys up to its own position.
+    pub causal: bool,
+    /// One packed tensor instead of three.
+    pub packed: bool,
+    /// A mask is the last input.
+    pub masked: bool,
+    /// Probability of dropping an attention weight, and the number that keys its random numbers.
+    pub dropout: Option<(f64, u32)>,
+}
+
+/// A window that slides over an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Window {
+    /// Kernel height and width.
+    pub kernel: [usize; 2],
+    /// Step in both axes.
+    pub stride: usize,
+    /// Rows and columns added on every side.
+    pub padding: usize,
+}
+
+impl Window {
+    /// The output's height and width, or `None` where the kernel does not fit.
+    pub fn out(&self, height: usize, width: usize) -> Option<[usize; 2]> {
+        let along = |size: usize, kernel: usize| Some((size + 2 * self.padding).checked_sub(kernel)? / self.stride + 1);
+        Some([along(height, self.kernel[0])?, along(width, self.kernel[1])?])
+    }
+}
+
+impl Op {
+    /// The op's name in messages and tables.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Op::Embedding => "embedding",
+            Op::EmbeddingGrad => "embedding_grad",
+            Op::AddPosition => "add_position",
+            Op::AddPositionGrad => "add_position_grad",
+            Op::Linear { .. } => "linear",
+            Op::LinearGradInput { .. } => "linear_grad_input",
+            Op::LinearGradWeight { .. } => "linear_grad_weight",
+            Op::LinearGradBias => "linear_grad_bias",
+            Op::Activation(_) => "activation",
+            Op::ActivationGrad(_) => "activation_grad",
+            Op::Add => "add",
+            Op::Dropout { .. } => "dropout",
+            Op::LayerNorm { .. } => "layernorm",
+            Op::LayerNormGrad => "layernorm_grad",
+            Op::Attention(_) => "attention",
+            Op::AttentionGrad(_) => "attention_grad",
+            Op::CrossEntropy => "cross_entropy",
+            Op::CrossEntropyGrad => "cross_entropy_grad",
+            Op::Conv2d(_) => "conv2d",
+            Op::Conv2dGradInput(_) => "conv2d_grad_input",
+            Op::Conv2dGradWeight(_) => "conv2d_grad_weight",
+            Op::Conv2dGradBias => "conv2d_grad_bias",
+            Op::BatchNorm { .. } => "batchnorm",
+            Op::UpdateRunning { .. } => "update_running",
+            Op::BatchNormEval { .. } => "batchnorm_eval",
+            Op::BatchNormGrad => "batchnorm_grad",
+            Op::MaxPool(_) => "max_pool",
+            Op::MaxPoolGrad(_) => "max_pool_grad",
+            Op::AvgPool(_) => "avg_pool",
+            Op::AvgPoolGrad(_) => "avg_pool_grad",
+            Op::Transpose { .. } => "transpose",
+            Op::Copy => "copy",
+            Op::Zero => "zero",
+        }
+    }
+
+    /// The input over which output 0 may be written when that input dies here.
+    pub fn in_place_input(&self) -> Option<usize> {
+        matches!(
+            self,
+            Op::Activation(_)
+                | Op::ActivationGrad(_)
+                | Op::Add
+                | Op::Dropout { .. }
+                | Op::AddPosition
+                | Op::CrossEntropyGrad
+        )
+        .then_some(0)
+    }
+
+    /// Whether the output may be added to what is there, so that it can be a parameter's gradient over microbatches.
+    pub fn accumulates(&self, output: usize) -> bool {
+        match self {
+            Op::EmbeddingGrad
+            | Op::AddPositionGrad
+            | Op::LinearGradWeight { .. }
+            | Op::LinearGradBias
+            | Op::Conv2dGradWeight(_)
+            | Op::Conv2dGradBias
+            | Op::Copy
+            | Op::Zero => true,
+            Op::LayerNormGrad | Op::BatchNormGrad => output > 0,
+            _ => false,
+        }
+    }
+
+    /// Whether the op does without this output when nobody reads it.
+    pub fn output_is_optional(&self, output: usize) -> bool {
+        matches!(self, Op::Linear { .. }) && output == 1
+    }
+
+    /// Whether the op changes the shard's state: it runs once a microbatch and is left out of recomputation.
+    pub fn has_side_effect(&self) -> bool {
+        matches!(self, Op::UpdateRunning { .. })
+    }
+}

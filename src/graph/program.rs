@@ -1,0 +1,425 @@
+//! Programs: what a unit runs, as ops on buffers with fixed offsets.
+//!
+//! A program is a slice of the model's one graph: the nodes of a shard's layers, forward or backward, with every tensor given a
+//! place. Tensors that live within the unit share a workspace (see `place`); the others lie in areas whose bases are given when
+//! the program is submitted, so that one program serves every slot and microbatch. Slicing never changes an op, so a cut never
+//! changes a bit.
+
+use super::cost::{Cost, cost};
+use super::graph::{Graph, Source, Value};
+use super::layout::{ModelLayout, ShardLayout};
+use super::op::Op;
+use super::place::{ALIGNMENT, Lifetime, place};
+use crate::base::{DType, Shape, align_up};
+use std::collections::{HashMap, HashSet};
+
+/// A stretch of memory that a program addresses from a base of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Area {
+    /// What lives and dies within the unit and microbatch.
+    Workspace,
+    /// The shard's weights.
+    Weights,
+    /// The shard's gradient accumulators.
+    Gradients,
+    /// The shard's running statistics.
+    States,
+    /// What forward leaves for backward when nothing is recomputed.
+    Saved,
+    /// The boundary activation from the shard before.
+    ActivationIn,
+    /// The boundary activation for the shard after (or the logits).
+    ActivationOut,
+    /// The boundary gradient from the shard after.
+    GradientIn,
+    /// The boundary gradient for the shard before.
+    GradientOut,
+    /// The batch's tensors that this program reads.
+    Inputs,
+    /// The loss.
+    Results,
+}
+
+/// How many areas there are.
+pub const AREAS: usize = Area::Results as usize + 1;
+
+/// A tensor in its place.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Buffer {
+    /// Where its offset counts from.
+    pub area: Area,
+    /// First byte.
+    pub offset: u64,
+    /// Its shape.
+    pub shape: Shape,
+    /// Its element type.
+    pub dtype: DType,
+}
+
+impl Buffer {
+    /// Its size in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.shape.elems() as u64 * self.dtype.bytes()
+    }
+}
+
+/// One op of a program.
+#[derive(Clone, Debug)]
+pub struct Step {
+    /// What it computes.
+    pub op: Op,
+    /// The layer it belongs to.
+    pub layer: usize,
+    /// Inputs, in the op's order.
+    pub inputs: Vec<Buffer>,
+    /// Outputs, in the op's order; `None` where an optional one is not wanted.
+    pub outputs: Vec<Option<Buffer>>,
+    /// What it costs.
+    pub cost: Cost,
+    /// Whether this step computes its layer's output: where a check for finite values looks.
+    pub ends_layer: bool,
+}
+
+/// An input of the batch that a program reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UsedInput {
+    /// Its index in the graph.
+    pub input: usize,
+    /// Start in the inputs area.
+    pub offset: u64,
+    /// Its size for one microbatch.
+    pub bytes: u64,
+}
+
+/// Which slice of the graph a program runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// Forward of a shard; with `keep`, what backward needs is left in the saved area. On the last shard of an evaluation
+    /// graph it ends in the loss or the logits.
+    Forward {
+        /// Leave what backward needs.
+        keep: bool,
+    },
+    /// Backward of a shard that is not the last; without `kept` its forward is recomputed first.
+    Backward {
+        /// Forward left what is needed.
+        kept: bool,
+    },
+    /// Forward, loss and backward of the last shard; with `recompute` the forward is computed a second time for the backward, as in the other
+    /// shards.
+    Last {
+        /// Compute the forward twice.
+        recompute: bool,
+    },
+}
+
+/// A unit's ops for one microbatch, with fixed buffer offsets.
+#[derive(Clone, Debug)]
+pub struct Program {
+    /// The ops, in order.
+    pub steps: Vec<Step>,
+    /// Bytes that the program addresses in each area: one past the highest byte of any buffer.
+    pub area_bytes: [u64; AREAS],
+    /// The batch's tensors that it reads.
+    pub inputs: Vec<UsedInput>,
+}
+
+impl Program {
+    /// The program of `kind` for the shard that `shard` lays out.
+    ///
+    /// # Panics
+    /// When `kind` does not fit the graph: a backward without a gradient.
+    pub fn new(graph: &Graph, model: &ModelLayout, shard: &ShardLayout, kind: Kind) -> Program {
+        Slice::new(graph, model, shard, kind).program()
+    }
+
+    /// Bytes that it addresses in `area`.
+    pub fn bytes(&self, area: Area) -> u64 {
+        self.area_bytes[area as usize]
+    }
+}
+
+/// One computation of a value: a recomputed value is another instance.
+type Instance = (Value, u8);
+
+struct Slice<'a> {
+    graph: &'a Graph,
+    model: &'a ModelLayout,
+    shard: &'a ShardLayout,
+    kind: Kind,
+    /// Nodes to run, each with the instance that it reads and writes.
+    sequence: Vec<(usize, u8)>,
+    saved: HashMap<Value, u64>,
+    inputs: Vec<UsedInput>,
+}
+
+impl<'a> Slice<'a> {
+    fn new(graph: &'a Graph, model: &'a ModelLayout, shard: &'a ShardLayout, kind: Kind) -> Self {
+        let layers = shard.layers.clone();
+        let forward: Vec<usize> = graph.forward_of(layers.clone()).collect();
+        let backward: Vec<usize> = graph.backward_of(layers).collect();
+        let mut slice = Slice { graph, model, shard, kind, sequence: Vec::new(), saved: HashMap::new(), inputs: Vec::new() };
+        let needed = slice.needed_again(&forward, &backward);
+        match kind {
+            Kind::Forward { .. } => slice.sequence.extend(forward.iter().map(|&n| (n, 0))),
+            Kind::Backward { kept } => {
+                if !kept {
+                    slice.sequence.extend(needed.iter().map(|&n| (n, 0)));
+                }
+                slice.sequence.extend(backward.iter().map(|&n| (n, 0)));
+            }
+            Kind::Last { recompute } => {
+                slice.sequence.extend(forward.iter().map(|&n| (n, 0)));
+                let again = u8::from(recompute);
+                if recompute {
+                    slice.sequence.extend(needed.iter().map(|&n| (n, 1)));
+                }
+                slice.sequence.extend(backward.iter().map(|&n| (n, again)));
+            }
+        }
+        if matches!(kind, Kind::Forward { keep: true } | Kind::Backward { kept: true }) {
+            slice.place_saved(&forward, &backward);
+        }
+        slice
+    }
+
+    /// The forward nodes that must run again for `backward`, in order.
+    fn needed_again(&self, forward: &[usize], backward: &[usize]) -> Vec<usize> {
+        let mut wanted: HashSet<Value> =
+            backward.iter().flat_map(|&n| &self.graph.nodes[n].inputs).map(|&v| self.graph.root(v)).collect();
+        let mut needed = Vec::new();
+        for &n in forward.iter().rev() {
+            let node = &self.graph.nodes[n];
+            if !node.op.has_side_effect() && node.outputs.iter().any(|v| wanted.contains(v)) {
+                wanted.extend(node.inputs.iter().map(|&v| self.graph.root(v)));
+                needed.push(n);
+            }
+        }
+        needed.reverse();
+        needed
+    }
+
+    /// Gives an offset in the saved area to each value that passes from forward to backward.
+    fn place_saved(&mut self, forward: &[usize], backward: &[usize]) {
+        let mut end = 0;
+        for &n in forward {
+            for &value in &self.graph.nodes[n].outputs {
+                let read = |b: &usize| self.graph.nodes[*b].inputs.iter().any(|&v| self.graph.root(v) == value);
+                if backward.iter().any(read) {
+                    self.saved.insert(value, end);
+                    end += align_up(self.graph.bytes(value), ALIGNMENT);
+                }
+            }
+        }
+    }
+
+    /// Where a value lies outside the workspace, if it does.
+    fn fixed(&mut self, (value, instance): Instance) -> Option<(Area, u64)> {
+        let (graph, layers) = (self.graph, self.shard.layers.clone());
+        match graph.info(value).source {
+            Source::Parameter(p) => {
+                let offset = self.shard.weight(self.model, p).expect("a shard's layout holds what its layers use");
+                return Some((Area::Weights, offset));
+            }
+            Source::State(s) => return Some((Area::States, self.model.state[s] - self.shard.states.start)),
+            Source::Input(i) => return Some((Area::Inputs, self.input(i))),
+            Source::View(_) => unreachable!("places are asked for roots"),
+            Source::Node { .. } => {}
+        }
+        let root = |v: Option<Value>| v.map(|v| graph.root(v));
+        if root(graph.layers[layers.start].input) == Some(value) {
+            return Some((Area::ActivationIn, 0));
+        }
+        let last = layers.end == graph.layers.len();
+        if matches!(self.kind, Kind::Forward { .. }) && root(graph.layers[layers.end - 1].output) == Some(value) {
+            return Some((Area::ActivationOut, 0));
+        }
+        if graph.loss == Some(value) && instance == 0 {
+            return Some((Area::Results, 0));
+        }
+        if let Some(&offset) = self.saved.get(&value) {
+            return Some((Area::Saved, offset));
+        }
+        if graph.input_gradients.is_empty() {
+            return None;
+        }
+        if !last && graph.input_gradients[layers.end] == Some(value) {
+            return Some((Area::GradientIn, 0));
+        }
+        if graph.input_gradients[layers.start] == Some(value) {
+            return Some((Area::GradientOut, 0));
+        }
+        let own = graph.parameter_gradients.iter().find(|g| g.value == value)?;
+        let offset = self.shard.gradient(self.model, own.parameter, own.layer).expect("each use has an accumulator");
+        Some((Area::Gradients, offset))
+    }
+
+    /// Offset of an input of the batch, which is given one when it is first asked for.
+    fn input(&mut self, input: usize) -> u64 {
+        if let Some(used) = self.inputs.iter().find(|u| u.input == input) {
+            return used.offset;
+        }
+        let offset = self.inputs.last().map_or(0, |u| align_up(u.offset + u.bytes, ALIGNMENT));
+        self.inputs.push(UsedInput { input, offset, bytes: self.graph.bytes(self.graph.inputs[input].value) });
+        offset
+    }
+
+    fn program(mut self) -> Program {
+        let sequence = std::mem::take(&mut self.sequence);
+        let read_later = last_reads(self.graph, &sequence);
+        let mut workspace = Workspace::default();
+        let mut fixed: HashMap<Instance, (Area, u64)> = HashMap::new();
+        let mut swapped = HashSet::new();
+        for (at, &(n, instance)) in sequence.iter().enumerate() {
+            let node = &self.graph.nodes[n];
+            for &value in &node.inputs {
+                let key = (self.graph.root(value), instance);
+                match self.fixed(key) {
+                    Some(place) => _ = fixed.insert(key, place),
+                    None => workspace.read(key, at),
+                }
+            }
+            for (output, &value) in node.outputs.iter().enumerate() {
+                let key = (value, instance);
+                if node.op.output_is_optional(output) && !read_later.contains_key(&key) && !self.saved.contains_key(&value) {
+                    continue;
+                }
+                if let Some(place) = self.fixed(key) {
+                    fixed.insert(key, place);
+                    continue;
+                }
+                let over = (output == 0).then(|| self.dying_input(&workspace, &read_later, n, instance, at)).flatten();
+                match over {
+                    Some((key_in, operand)) => {
+                        if operand == 1 {
+                            swapped.insert(at);
+                        }
+                        workspace.take_over(key, key_in, at);
+                    }
+                    None => workspace.write(key, self.graph.bytes(value), at),
+                }
+            }
+        }
+        let (offsets, _) = place(&workspace.buffers);
+        let locate = |value: Value, instance: u8| -> Option<Buffer> {
+            let key = (self.graph.root(value), instance);
+            let (area, offset) = fixed.get(&key).copied().or_else(|| workspace.of.get(&key).map(|&b| (Area::Workspace, offsets[b])))?;
+            let info = self.graph.info(value);
+            Some(Buffer { area, offset, shape: info.shape.clone(), dtype: info.dtype })
+        };
+        let mut steps: Vec<Step> = sequence
+            .iter()
+            .enumerate()
+            .map(|(at, &(n, instance))| {
+                let node = &self.graph.nodes[n];
+                let mut inputs: Vec<Buffer> =
+                    node.inputs.iter().map(|&v| locate(v, instance).expect("an input is written before it is read")).collect();
+                if swapped.contains(&at) {
+                    inputs.swap(0, 1);
+                }
+                Step {
+                    op: node.op.clone(),
+                    layer: node.layer,
+                    inputs,
+                    outputs: node.outputs.iter().map(|&v| locate(v, instance)).collect(),
+                    cost: cost(self.graph, node),
+                    ends_layer: n < self.graph.forward_nodes && instance == 0 && self.ends_layer(n),
+                }
+            })
+            .collect();
+        self.save_handed_on(&mut steps);
+        let mut area_bytes = [0; AREAS];
+        for step in &steps {
+            for buffer in step.inputs.iter().chain(step.outputs.iter().flatten()) {
+                let end = &mut area_bytes[buffer.area as usize];
+                *end = (*end).max(buffer.offset + buffer.bytes());
+            }
+        }
+        Program { steps, area_bytes, inputs: self.inputs }
+    }
+
+    /// An input of node `n` that dies at step `at` and may be overwritten by output 0, with its operand number.
+    fn dying_input(
+        &self,
+        workspace: &Workspace,
+        read_later: &HashMap<Instance, usize>,
+        n: usize,
+        instance: u8,
+        at: usize,
+    ) -> Option<(Instance, usize)> {
+        let node = &self.graph.nodes[n];
+        let first = node.op.in_place_input()?;
+        let operands: &[usize] = if node.op == Op::Add { &[0, 1] } else { &[first] };
+        operands.iter().copied().find_map(|operand| {
+            let root = self.graph.root(node.inputs[operand]);
+            let key = (root, instance);
+            let alone = node.inputs.iter().filter(|&&v| self.graph.root(v) == root).count() == 1;
+            let dies = read_later.get(&key) == Some(&at);
+            let fits = self.graph.bytes(root) == self.graph.bytes(node.outputs[0]);
+            (alone && dies && fits && workspace.of.contains_key(&key)).then_some((key, operand))
+        })
+    }
+
+    fn ends_layer(&self, n: usize) -> bool {
+        let node = &self.graph.nodes[n];
+        let layer = &self.graph.layers[node.layer];
+        let ends = layer.output.or(self.graph.logits).map(|v| self.graph.root(v));
+        node.outputs.first().is_some_and(|&v| Some(v) == ends)
+    }
+
+    /// Copies into the saved area the boundary activation that backward reads too.
+    fn save_handed_on(&self, steps: &mut Vec<Step>) {
+        let Kind::Forward { keep: true } = self.kind else { return };
+        let Some(output) = self.graph.layers[self.shard.layers.end - 1].output.map(|v| self.graph.root(v)) else { return };
+        let Some(&offset) = self.saved.get(&output) else { return };
+        let info = self.graph.info(output);
+        let from = Buffer { area: Area::ActivationOut, offset: 0, shape: info.shape.clone(), dtype: info.dtype };
+        let to = Buffer { area: Area::Saved, offset, ..from.clone() };
+        let bytes = 2 * from.bytes();
+        let elems = from.shape.elems() as u64;
+        steps.push(Step {
+            op: Op::Copy,
+            layer: self.shard.layers.end - 1,
+            inputs: vec![from],
+            outputs: vec![Some(to)],
+            cost: Cost { flops: 0.0, bytes, family: super::cost::Family::Memory, elems, gemm: [0; 3] },
+            ends_layer: false,
+        });
+    }
+}
+
+/// For each instance of a value that is read, the last step that reads it.
+fn last_reads(graph: &Graph, sequence: &[(usize, u8)]) -> HashMap<Instance, usize> {
+    let mut last = HashMap::new();
+    for (at, &(n, instance)) in sequence.iter().enumerate() {
+        for &value in &graph.nodes[n].inputs {
+            last.insert((graph.root(value), instance), at);
+        }
+    }
+    last
+}
+
+/// Buffers of the workspace and their lives.
+#[derive(Default)]
+struct Workspace {
+    buffers: Vec<Lifetime>,
+    of: HashMap<Instance, usize>,
+}
+
+impl Workspace {
+    fn write(&mut self, key: Instance, bytes: u64, at: usize) {
+        self.of.insert(key, self.buffers.len());
+        self.buffers.push(Lifetime { bytes, first: at, last: at });
+    }
+
+    fn read(&mut self, key: Instance, at: usize) {
+        let buffer = *self.of.get(&key).expect("a value is written before it is read");
+        self.buffers[buffer].last = at;
+    }
+
+    fn take_over(&mut self, key: Instance, from: Instance, at: usize) {
+        let buffer = self.of[&from];
+        self.buffers[buffer].last = at;
+        self.of.insert(key, buffer);
+    }
+}
