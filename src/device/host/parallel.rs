@@ -25,3 +25,68 @@ pub fn for_each_chunk<T: Send>(out: &mut [T], chunk_elems: usize, body: impl Fn(
     }
     out.par_chunks_mut(chunk_elems).enumerate().for_each(|(i, chunk)| simd(|| body(i * chunk_elems, chunk)));
 }
+
+/// Calls `body` with `len` elements of scratch memory of this thread. What they hold is left from earlier uses: write before
+/// you read.
+///
+/// The memory is kept for the next call, so that a step allocates nothing once every size has been seen. Calls may nest; each
+/// level has its own memory. Do not start parallel work inside `body`: the thread could take up another task that asks for
+/// scratch, and the kept memory would grow with the luck of the schedule.
+pub fn with_scratch<T: bytemuck::Pod, R>(len: usize, body: impl FnOnce(&mut [T]) -> R) -> R {
+    thread_local! {
+        /// Buffers that are not in use, the last used on top. u64, because nothing here needs a greater alignment.
+        static KEPT: std::cell::RefCell<Vec<Vec<u64>>> = const { std::cell::RefCell::new(Vec::new()) };
+    }
+    let words = (len * size_of::<T>()).div_ceil(8);
+    let mut buffer = KEPT.with_borrow_mut(Vec::pop).unwrap_or_default();
+    if buffer.len() < words {
+        buffer.resize(words, 0);
+    }
+    let result = body(&mut bytemuck::cast_slice_mut::<u64, T>(&mut buffer[..words])[..len]);
+    KEPT.with_borrow_mut(|kept| kept.push(buffer));
+    result
+}
+
+/// `for_each(i)` for every i below `count`, on all threads, each compiled for the widest vectors.
+pub fn for_each_index(count: usize, body: impl Fn(usize) + Sync) {
+    (0..count).into_par_iter().with_max_len(1).for_each(|i| simd(|| body(i)));
+}
+
+/// Rows of a chunk of about [`CHUNK`] elements, for ops that treat a row of `cols` as one thing; at least 1.
+pub fn rows_per_chunk(cols: usize) -> usize {
+    (CHUNK / cols.max(1)).max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scratch_is_kept_and_nests() {
+        let first = with_scratch::<f32, _>(1023, |outer| {
+            outer.fill(1.0);
+            let inner = with_scratch::<f64, _>(33, |inner| {
+                inner.fill(2.0);
+                inner.as_ptr() as usize
+            });
+            assert!(outer.iter().all(|&x| x == 1.0));
+            (outer.as_ptr() as usize, inner)
+        });
+        let second = with_scratch::<f32, _>(1000, |outer| outer.as_ptr() as usize);
+        assert_eq!(first.0, second, "the outer buffer was put back last and is taken first");
+        with_scratch::<f32, _>(0, |empty| assert!(empty.is_empty()));
+    }
+
+    #[test]
+    fn chunks_cover_all() {
+        for len in [0, 1, 31, CHUNK, CHUNK + 1, 3 * CHUNK + 7] {
+            let mut out = vec![0usize; len];
+            for_each_chunk(&mut out, CHUNK, |start, chunk| {
+                for (i, x) in chunk.iter_mut().enumerate() {
+                    *x += start + i + 1;
+                }
+            });
+            assert!(out.iter().enumerate().all(|(i, &x)| x == i + 1), "{len}");
+        }
+    }
+}

@@ -1,0 +1,220 @@
+//! Maximum and average pooling over windows of `(N, C, H, W)` tensors; one (image, channel) pair is a plane.
+//!
+//! Planes are independent, and each is computed by one thread, so that overlapping windows' gradients add in a fixed order.
+
+use super::{parallel::simd, real::Real};
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// Sizes of a pooling. `x`: `(planes, height, width)`; `out`: `(planes, out_height, out_width)`. A window that covers the whole
+/// plane with no padding is global pooling.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PoolSizes {
+    /// Images times channels.
+    pub planes: usize,
+    /// Rows of a plane of `x`.
+    pub height: usize,
+    /// Columns of a plane of `x`.
+    pub width: usize,
+    /// Rows of a window.
+    pub kernel_h: usize,
+    /// Columns of a window.
+    pub kernel_w: usize,
+    /// Step between windows, in both directions; at least 1.
+    pub stride: usize,
+    /// Rows and columns added on each side.
+    pub padding: usize,
+    /// Rows of windows.
+    pub out_height: usize,
+    /// Columns of windows.
+    pub out_width: usize,
+}
+
+/// Elements of `x` for one task, at least one plane.
+const TASK_ELEMS: usize = 16384;
+
+impl PoolSizes {
+    /// Elements of a plane of `x`.
+    pub fn positions(&self) -> usize {
+        self.height * self.width
+    }
+
+    /// Elements of a plane of `out`.
+    pub fn out_positions(&self) -> usize {
+        self.out_height * self.out_width
+    }
+
+    fn planes_per_task(&self) -> usize {
+        (TASK_ELEMS / self.positions().max(1)).max(1)
+    }
+
+    /// The rows of the plane inside the windows of row `out_row`.
+    #[inline(always)]
+    fn rows(&self, out_row: usize) -> Range<usize> {
+        inside(out_row * self.stride, self.kernel_h, self.padding, self.height)
+    }
+
+    /// The columns of the plane inside the windows of column `out_col`.
+    #[inline(always)]
+    fn cols(&self, out_col: usize) -> Range<usize> {
+        inside(out_col * self.stride, self.kernel_w, self.padding, self.width)
+    }
+}
+
+/// What of a window lies inside an axis; `start` counts from the first padded place.
+#[inline(always)]
+fn inside(start: usize, kernel: usize, padding: usize, len: usize) -> Range<usize> {
+    let first = start.saturating_sub(padding).min(len);
+    let end = (start + kernel).saturating_sub(padding).min(len);
+    first..end.max(first)
+}
+
+/// The greatest value of every window, and where it is: `argmax` counts rows times `width` plus columns within the plane.
+///
+/// Padding never wins. The first of equal values in row-major order wins; a NaN beats every number and a later NaN an earlier
+/// one, as in torch. A window with nothing inside the plane gives minus infinity and -1. Overwrites `out` and `argmax`.
+pub fn max_forward<T: Real>(out: &mut [T], argmax: &mut [i32], x: &[T], sizes: &PoolSizes) {
+    debug_assert!(x.len() == sizes.planes * sizes.positions());
+    debug_assert!(out.len() == sizes.planes * sizes.out_positions() && argmax.len() == out.len());
+    debug_assert!(i32::try_from(sizes.positions()).is_ok());
+    if out.is_empty() {
+        return;
+    }
+    let (group, positions) = (sizes.planes_per_task(), sizes.positions());
+    let task = group * sizes.out_positions();
+    out.par_chunks_mut(task).zip(argmax.par_chunks_mut(task)).enumerate().for_each(|(index, (out, argmax))| {
+        let outs = out.chunks_mut(sizes.out_positions()).zip(argmax.chunks_mut(sizes.out_positions()));
+        for (plane, (out, argmax)) in outs.enumerate() {
+            let start = (index * group + plane) * positions;
+            max_plane(out, argmax, &x[start..start + positions], sizes);
+        }
+    });
+}
+
+fn max_plane<T: Real>(out: &mut [T], argmax: &mut [i32], x: &[T], sizes: &PoolSizes) {
+    for out_row in 0..sizes.out_height {
+        let rows = sizes.rows(out_row);
+        for out_col in 0..sizes.out_width {
+            let cols = sizes.cols(out_col);
+            let mut best = T::from_f64(f64::NEG_INFINITY);
+            let mut place =
+                if rows.is_empty() || cols.is_empty() { -1 } else { (rows.start * sizes.width + cols.start) as i32 };
+            for row in rows.clone() {
+                let start = row * sizes.width;
+                for (col, &value) in cols.clone().zip(&x[start + cols.start..start + cols.end]) {
+                    #[allow(clippy::eq_op)] // only a NaN differs from itself
+                    if value > best || value != value {
+                        best = value;
+                        place = (start + col) as i32;
+                    }
+                }
+            }
+            let index = out_row * sizes.out_width + out_col;
+            out[index] = best;
+            argmax[index] = place;
+        }
+    }
+}
+
+/// The gradient of [`max_forward`]: every window's gradient goes to the place that won it, windows in row-major order.
+/// Overwrites `d_x`.
+pub fn max_grad<T: Real>(d_x: &mut [T], d_y: &[T], argmax: &[i32], sizes: &PoolSizes) {
+    debug_assert!(d_x.len() == sizes.planes * sizes.positions());
+    debug_assert!(d_y.len() == sizes.planes * sizes.out_positions() && argmax.len() == d_y.len());
+    let out_positions = sizes.out_positions();
+    for_each_plane(d_x, sizes, |plane, d_x| {
+        let out = plane * out_positions..(plane + 1) * out_positions;
+        d_x.fill(T::ZERO);
+        for (&d_y, &place) in d_y[out.clone()].iter().zip(&argmax[out]) {
+            if let Ok(place) = usize::try_from(place) {
+                d_x[place] += d_y;
+            }
+        }
+    });
+}
+
+/// The mean of every window, summed in f64. Padding counts as zeros if `count_include_pad`, otherwise not at all.
+///
+/// A window with nothing to count gives 0. Overwrites `out`.
+pub fn avg_forward<T: Real>(out: &mut [T], x: &[T], sizes: &PoolSizes, count_include_pad: bool) {
+    debug_assert!(x.len() == sizes.planes * sizes.positions());
+    debug_assert!(out.len() == sizes.planes * sizes.out_positions());
+    if out.is_empty() {
+        return;
+    }
+    let (group, positions) = (sizes.planes_per_task(), sizes.positions());
+    out.par_chunks_mut(group * sizes.out_positions()).enumerate().for_each(|(index, out)| {
+        for (plane, out) in out.chunks_mut(sizes.out_positions()).enumerate() {
+            let start = (index * group + plane) * positions;
+            avg_plane(out, &x[start..start + positions], sizes, count_include_pad);
+        }
+    });
+}
+
+fn avg_plane<T: Real>(out: &mut [T], x: &[T], sizes: &PoolSizes, count_include_pad: bool) {
+    for out_row in 0..sizes.out_height {
+        let rows = sizes.rows(out_row);
+        for out_col in 0..sizes.out_width {
+            let cols = sizes.cols(out_col);
+            let mut sum = 0.0;
+            for row in rows.clone() {
+                let start = row * sizes.width;
+                for value in &x[start + cols.start..start + cols.end] {
+                    sum += value.to_f64();
+                }
+            }
+            out[out_row * sizes.out_width + out_col] =
+                T::from_f64(sum / divisor(sizes, &rows, &cols, count_include_pad));
+        }
+    }
+}
+
+/// What a window's sum is divided by; at least 1.
+#[inline(always)]
+fn divisor(sizes: &PoolSizes, rows: &Range<usize>, cols: &Range<usize>, count_include_pad: bool) -> f64 {
+    let count = if count_include_pad { sizes.kernel_h * sizes.kernel_w } else { rows.len() * cols.len() };
+    count.max(1) as f64
+}
+
+/// The gradient of [`avg_forward`]: every window spreads its gradient evenly, windows in row-major order. Overwrites `d_x`.
+pub fn avg_grad<T: Real>(d_x: &mut [T], d_y: &[T], sizes: &PoolSizes, count_include_pad: bool) {
+    debug_assert!(d_x.len() == sizes.planes * sizes.positions());
+    debug_assert!(d_y.len() == sizes.planes * sizes.out_positions());
+    let out_positions = sizes.out_positions();
+    for_each_plane(d_x, sizes, |plane, d_x| {
+        d_x.fill(T::ZERO);
+        let d_y = &d_y[plane * out_positions..(plane + 1) * out_positions];
+        simd(
+            #[inline(always)]
+            || {
+                for out_row in 0..sizes.out_height {
+                    let rows = sizes.rows(out_row);
+                    for out_col in 0..sizes.out_width {
+                        let cols = sizes.cols(out_col);
+                        let count = divisor(sizes, &rows, &cols, count_include_pad);
+                        let share = d_y[out_row * sizes.out_width + out_col] / T::from_f64(count);
+                        for row in rows.clone() {
+                            let start = row * sizes.width;
+                            for d_x in &mut d_x[start + cols.start..start + cols.end] {
+                                *d_x += share;
+                            }
+                        }
+                    }
+                }
+            },
+        );
+    });
+}
+
+/// Calls `body(plane, d_x of the plane)` for every plane, on all threads.
+fn for_each_plane<T: Real>(d_x: &mut [T], sizes: &PoolSizes, body: impl Fn(usize, &mut [T]) + Sync) {
+    if d_x.is_empty() {
+        return;
+    }
+    let group = sizes.planes_per_task();
+    d_x.par_chunks_mut(group * sizes.positions()).enumerate().for_each(|(index, d_x)| {
+        for (plane, d_x) in d_x.chunks_mut(sizes.positions()).enumerate() {
+            body(index * group + plane, d_x);
+        }
+    });
+}
