@@ -1,3 +1,68 @@
-//! Devices: where units run.
+//! Devices: where units run. A device is its lanes; a task goes to a lane with the tickets it waits for.
+//!
+//! The executor knows this trait and nothing below it, so what drives the host device drives a GPU and the simulator. This module and
+//! those under it are the only ones that touch memory by address (`unsafe`).
 
 pub mod host;
+pub mod sim;
+mod task;
+
+pub use task::{
+    AdamwRule, Clip, CopySpan, Memory, Norm, Run, Scalars, Segment, SgdRule, Span, Spans, Task, Update, UpdateRule,
+};
+
+use crate::base::{LaneId, Result};
+
+/// The promise of one task's completion. Lanes run in order, so it names the lane and how many tasks it must have done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Ticket {
+    /// Index of the lane among the device's [`Device::lanes`].
+    pub lane: u16,
+    /// The task's number on that lane, from 1.
+    pub number: u64,
+}
+
+/// A finished task.
+#[derive(Debug)]
+pub struct Completion {
+    /// Which.
+    pub ticket: Ticket,
+    /// When it started, in seconds on the device's clock.
+    pub start_secs: f64,
+    /// When it ended.
+    pub end_secs: f64,
+    /// What went wrong, if anything did: the device runs nothing after that.
+    pub result: Result<()>,
+    /// With [`Run::check`]: the first layer whose output was not finite.
+    pub not_finite_layer: Option<usize>,
+}
+
+/// One or more devices of one kind, with the host's lanes beside them.
+///
+/// `after` may only name tickets that were given out before, so no order of submission can deadlock. Completions come one by one, and
+/// they are the only source of time.
+pub trait Device {
+    /// The lanes, in the order that [`Ticket::lane`] counts.
+    fn lanes(&self) -> &[LaneId];
+
+    /// Queues `task` on a lane, to start when the lane's earlier tasks and all of `after` are done. Never waits.
+    fn submit(&mut self, lane: u16, task: Task, after: &[Ticket]) -> Ticket;
+
+    /// Waits up to `patience_secs` for the next completion; `None` when none came.
+    fn next_completion(&mut self, patience_secs: f64) -> Option<Completion>;
+
+    /// Now, on the device's clock, in seconds.
+    fn now_secs(&self) -> f64;
+
+    /// Whether tasks compute and memory holds anything; a simulated device does neither.
+    fn computes(&self) -> bool;
+
+    /// Copies `bytes` into host memory at `offset`. The caller has waited for every task that reads or writes there.
+    fn write_host(&mut self, offset: u64, bytes: &[u8]);
+
+    /// Copies host memory from `offset` into `bytes`. The caller has waited for every task that writes there.
+    fn read_host(&self, offset: u64, bytes: &mut [u8]);
+
+    /// The highest byte of a device's arena that any task has touched so far, plus one.
+    fn high_water_bytes(&self, device: u16) -> u64;
+}

@@ -1,0 +1,166 @@
+//! Lanes of the host device: one thread each, which waits for a task's tickets, runs it, and says so.
+
+use super::execute::execute;
+use super::memory::Block;
+use crate::base::{Error, Result};
+use crate::device::{Completion, Task, Ticket};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+/// A task on its way to a lane.
+pub(super) struct Order {
+    pub ticket: Ticket,
+    pub task: Task,
+    pub after: Vec<Ticket>,
+}
+
+/// What all lanes see.
+pub(super) struct Shared {
+    pub start: Instant,
+    pub host: Block,
+    pub arenas: Vec<Block>,
+    /// Highest touched byte of each arena, plus one.
+    pub high_water: Vec<AtomicU64>,
+    /// Tasks done, for each lane.
+    done: Vec<AtomicU64>,
+    /// Guards nothing but the wait itself.
+    turn: Mutex<()>,
+    changed: Condvar,
+    stop: AtomicBool,
+}
+
+impl Shared {
+    pub fn new(host: Block, arenas: Vec<Block>, lanes: usize) -> Self {
+        Shared {
+            start: Instant::now(),
+            high_water: arenas.iter().map(|_| AtomicU64::new(0)).collect(),
+            host,
+            arenas,
+            done: (0..lanes).map(|_| AtomicU64::new(0)).collect(),
+            turn: Mutex::new(()),
+            changed: Condvar::new(),
+            stop: AtomicBool::new(false),
+        }
+    }
+
+    fn is_done(&self, ticket: Ticket) -> bool {
+        self.done[ticket.lane as usize].load(Ordering::Acquire) >= ticket.number
+    }
+
+    /// Waits for every ticket; false when the device is being dropped.
+    fn wait_for(&self, after: &[Ticket]) -> bool {
+        let ready = || after.iter().all(|&t| self.is_done(t));
+        if ready() {
+            return !self.stop.load(Ordering::Acquire);
+        }
+        let mut turn = self.turn.lock().expect("no thread panics while it holds the turn");
+        while !ready() {
+            if self.stop.load(Ordering::Acquire) {
+                return false;
+            }
+            turn = self.changed.wait(turn).expect("no thread panics while it holds the turn");
+        }
+        !self.stop.load(Ordering::Acquire)
+    }
+
+    fn mark_done(&self, ticket: Ticket) {
+        let _turn = self.turn.lock().expect("no thread panics while it holds the turn");
+        self.done[ticket.lane as usize].store(ticket.number, Ordering::Release);
+        self.changed.notify_all();
+    }
+
+    /// Ends every wait; lanes finish the task they are at and leave.
+    pub fn stop(&self) {
+        let _turn = self.turn.lock().expect("no thread panics while it holds the turn");
+        self.stop.store(true, Ordering::Release);
+        self.changed.notify_all();
+    }
+}
+
+/// Holds a copy lane to a bandwidth: a copy ends no sooner than its bytes would take after the one before.
+pub(super) struct Throttle {
+    pub bytes_per_sec: f64,
+    pub free_at: Option<Instant>,
+}
+
+impl Throttle {
+    /// Waits until `bytes`, whose copy began at `began`, would have crossed the link.
+    fn wait_for_link(&mut self, began: Instant, bytes: u64) {
+        let from = self.free_at.map_or(began, |free| free.max(began));
+        let until = from + Duration::from_secs_f64(bytes as f64 / self.bytes_per_sec);
+        self.free_at = Some(until);
+        // Sleep overshoots by tens of microseconds, which the next copy would inherit: spin the last stretch.
+        const SPIN: Duration = Duration::from_micros(120);
+        if let Some(rest) = until.checked_duration_since(Instant::now())
+            && rest > SPIN
+        {
+            std::thread::sleep(rest - SPIN);
+        }
+        while Instant::now() < until {
+            std::thread::yield_now();
+        }
+    }
+}
+
+/// What a lane's thread owns.
+pub(super) struct Lane {
+    pub shared: Arc<Shared>,
+    pub orders: Receiver<Order>,
+    pub completions: Sender<Completion>,
+    /// Threads for arithmetic; copy lanes have none.
+    pub pool: Option<Arc<rayon::ThreadPool>>,
+    pub throttle: Option<Throttle>,
+    /// A task's number whose completion is never told: for tests of the watchdog.
+    pub withhold: Option<u64>,
+}
+
+impl Lane {
+    /// Serves orders until the device is dropped.
+    pub fn serve(mut self) {
+        while let Ok(Order { ticket, task, after }) = self.orders.recv() {
+            if !self.shared.wait_for(&after) {
+                return;
+            }
+            let began = Instant::now();
+            let (result, not_finite_layer) = match self.run(&task) {
+                Ok(layer) => (Ok(()), layer),
+                Err(error) => (Err(error), None),
+            };
+            if let (Some(throttle), Task::Copy(_)) = (&mut self.throttle, &task) {
+                throttle.wait_for_link(began, task.bytes());
+            }
+            let secs = |t: Instant| t.duration_since(self.shared.start).as_secs_f64();
+            let failed = result.is_err();
+            let completion =
+                Completion { ticket, start_secs: secs(began), end_secs: secs(Instant::now()), result, not_finite_layer };
+            if self.withhold == Some(ticket.number) {
+                return;
+            }
+            // A failed task stays undone, so that nothing which builds on it runs.
+            if !failed {
+                self.shared.mark_done(ticket);
+            }
+            if self.completions.send(completion).is_err() || failed {
+                return;
+            }
+        }
+    }
+
+    fn run(&self, task: &Task) -> Result<Option<usize>> {
+        let body = || match &self.pool {
+            Some(pool) => pool.install(|| execute(task, &self.shared)),
+            None => execute(task, &self.shared),
+        };
+        catch_unwind(AssertUnwindSafe(body)).map_err(|panic| {
+            let words = panic
+                .downcast_ref::<String>()
+                .cloned()
+                .or_else(|| panic.downcast_ref::<&str>().map(|s| s.to_string()))
+                .unwrap_or_else(|| "no message".into());
+            Error::Device(format!("a task panicked: {words}"))
+        })
+    }
+}
