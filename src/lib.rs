@@ -4,4 +4,5 @@
 //! run on lanes with the copies beside the arithmetic ([`engine`]). See ARCHITECTURE.md for the map.
 
 pub mod base;
+pub mod data;
 pub mod device;
