@@ -1,10 +1,10 @@
 //! Reads the header of a safetensors file and trusts none of it.
 //!
-//! The safetensors crate reads the format but keeps the last of two equal keys, lets `[2^64-1, 0]` pass for a shape, and
-//! seldom names the tensor at fault. Here every tensor is checked by itself first, and the crate has the last word.
+//! The safetensors crate reads the format but keeps the last of two equal keys, lets `[2^64-1, 0]` pass for a shape,
+//! and seldom names the tensor at fault. Here every tensor is checked by itself first, and the crate has the last word.
 //! Parsing needs the header alone, so that files larger than memory can be read piece by piece; what it allocates is
-//! bounded by the header's length, whatever the numbers in it claim. Invariant of [`TensorIndex`]: the tensors cover the
-//! bytes after the header exactly, without gap or overlap, and each is as long as its shape says.
+//! bounded by the header's length, whatever the numbers in it claim. Invariant of [`TensorIndex`]: the tensors cover
+//! the bytes after the header exactly, without gap or overlap, and each is as long as its shape says.
 
 use super::{Error, Result, Shape};
 use serde::Deserialize;
@@ -133,8 +133,8 @@ impl TensorIndex {
     /// Parses the JSON `header` of a file of `file_bytes` bytes; `file` is what messages call it.
     ///
     /// # Errors
-    /// When the header is no UTF-8 or no JSON object of tensors, a key occurs twice, a dtype is unknown, a shape and its
-    /// bytes disagree, or the tensors do not cover the rest of the file exactly.
+    /// When the header is no UTF-8 or no JSON object of tensors, a key occurs twice, a dtype is unknown, a shape and
+    /// its bytes disagree, or the tensors do not cover the rest of the file exactly.
     pub fn parse(header: &[u8], file_bytes: u64, file: &str) -> Result<TensorIndex> {
         let bad = |what: String| Error::bad(format!("{file}: {what}"));
         let data_start = LENGTH_BYTES + header.len() as u64;
@@ -388,18 +388,22 @@ impl<'de> Deserialize<'de> for Texts {
     }
 }
 
-/// A name from the file, escaped and cut so that a message stays one line.
+/// A name from the file, in quotes.
 fn quoted(name: &str) -> String {
-    format!("'{}'", shortened(&name.escape_debug().to_string()))
+    format!("'{}'", shortened(name))
 }
 
-/// The first characters of a text that may hold pieces of the file.
+/// The first characters of a text that may hold pieces of the file, escaped so that a message stays one line.
 fn shortened(text: &str) -> String {
     const CHARS: usize = 200;
-    match text.char_indices().nth(CHARS) {
-        None => text.to_string(),
-        Some((end, _)) => format!("{}...", &text[..end]),
+    let mut short = String::new();
+    for c in text.chars().take(CHARS) {
+        if c.is_control() { short.extend(c.escape_default()) } else { short.push(c) }
     }
+    if text.chars().nth(CHARS).is_some() {
+        short.push_str("...");
+    }
+    short
 }
 
 #[cfg(test)]

@@ -194,6 +194,7 @@ fn hostile_names_do_not_spoil_the_message() {
     let name = "\\n\\u001b[31m".repeat(1000);
     let bytes = file(&format!("{{{}}}", entry(&name, "F32", "[1]", 0, 5)), 5);
     refused(&bytes, &["takes 4 bytes"]);
+    refused(&file(r#"{"a":{"line\nbreak":1}}"#, 0), &["tensor 'a'", "line\\nbreak"]);
     let Err(e) = TensorFile::parse(&bytes, "x") else { panic!("read") };
     assert!(e.to_string().len() < 1000 && !e.to_string().chars().any(char::is_control), "{e}");
 }

@@ -118,10 +118,8 @@ impl Layout {
         if steps == 0 {
             return Err(format!("tensor '{}': shape {} holds no step", main.name, main.shape));
         }
-        if let Some(mask) = mask {
-            if mask.shape != main.shape || ids.is_none() {
-                return Err(format!("tensor '{}': shape {} is not that of 'input_ids'", mask.name, mask.shape));
-            }
+        if let Some(mask) = mask.filter(|mask| mask.shape != main.shape || ids.is_none()) {
+            return Err(format!("tensor '{}': shape {} is not that of 'input_ids'", mask.name, mask.shape));
         }
         let per_token = ids.is_some() && labels.shape == main.shape;
         if !per_token && labels.shape.axes() != [steps, batch] {

@@ -210,7 +210,9 @@ proptest! {
 
     /// Whatever bytes are overwritten, every step is read or refused.
     #[test]
-    fn overwritten_files_do_no_harm(changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6)) {
+    fn overwritten_files_do_no_harm(
+        changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
+    ) {
         let mut bytes = bytes_of(&tokens());
         for (at, byte) in &changes {
             let at = at.index(bytes.len());

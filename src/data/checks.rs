@@ -15,8 +15,8 @@ pub struct Limits {
     pub classes: Option<usize>,
 }
 
-/// Checks that token ids lie in `0..vocab`, labels in `0..classes` or equal [`IGNORED`], and masks hold 0 and 1. A limit
-/// that is not given is not checked from above.
+/// Checks that token ids lie in `0..vocab`, labels in `0..classes` or equal [`IGNORED`], and masks hold 0 and 1. Where a
+/// limit is not given, nothing is checked from above.
 ///
 /// # Errors
 /// When a value is outside; the message names the tensor, the position and the value.

@@ -1,8 +1,8 @@
-//! Labelled images: MNIST's IDX files (LeCun, Cortes & Burges) and CIFAR-10's binary files (Krizhevsky 2009), gzipped or
-//! not.
+//! Labelled images: MNIST's IDX files (LeCun, Cortes & Burges) and CIFAR-10's binary files (Krizhevsky 2009), gzipped
+//! or not.
 //!
-//! Pixels stay in memory as bytes and become f32 when a minibatch is filled: `(x / 255 - mean) / std`, in f32 and in that
-//! order, as torchvision does it.
+//! Pixels stay in memory as bytes and become f32 when a minibatch is filled: `(x / 255 - mean) / std`, in f32 and in
+//! that order, as torchvision does it.
 
 use super::files::Unpacked;
 use super::order::{Order, Split, check_fraction, held_out, smallest_total};

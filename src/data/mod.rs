@@ -1,7 +1,7 @@
 //! Text, tokens and images become minibatches, in a seeded order, ahead of need on their own thread.
 //!
-//! A [`Source`] makes minibatch number `index` from `index` alone, so that a run resumes anywhere and two runs of one seed
-//! see the same bits. A [`Loader`] runs a source ahead and hands its buffers round. What is in a minibatch:
+//! A [`Source`] makes minibatch number `index` from `index` alone, so that a run resumes anywhere and two runs of one
+//! seed see the same bits. A [`Loader`] runs a source ahead and hands its buffers round. What is in a minibatch:
 //!
 //! | tensor | shape | element | |
 //! | --- | --- | --- | --- |
@@ -28,7 +28,7 @@ pub use batches::{BatchesOptions, BatchesSource};
 pub use checks::{IGNORED, Limits, check_ids, labelled};
 pub use images::{ImageFiles, ImageOptions, ImageSource};
 pub use loader::{DEFAULT_AHEAD, Loader};
-pub use order::{Order, Split};
+pub use order::Split;
 pub use random::{RandomOptions, RandomSource};
 pub use text::{TextOptions, TextSource, Tokenizer};
 

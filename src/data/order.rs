@@ -16,7 +16,7 @@ pub struct Split<S> {
 
 /// Maps minibatch numbers to samples.
 #[derive(Clone, Debug)]
-pub struct Order {
+pub(super) struct Order {
     samples: usize,
     batch: usize,
     kind: Kind,
