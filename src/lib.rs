@@ -4,5 +4,6 @@
 //! run on lanes with the copies beside the arithmetic ([`engine`]). See ARCHITECTURE.md for the map.
 
 pub mod base;
+pub mod data;
 pub mod device;
 pub mod graph;

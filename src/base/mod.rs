@@ -6,6 +6,7 @@ mod dtype;
 mod error;
 pub mod philox;
 mod shape;
+pub mod tensorfile;
 mod units;
 
 pub use dtype::DType;

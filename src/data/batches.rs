@@ -1,0 +1,229 @@
+//! Ready-made minibatches from a safetensors file, in the file's order.
+//!
+//! Every tensor has the leading axes (step, batch). One step's rows are read at a time, straight into the minibatch, so
+//! the file may be larger than memory. The header is trusted in nothing (see
+//! [`tensorfile`](crate::base::tensorfile)), nor are the values: what does not fit an i32 and pixels that are not
+//! finite are errors.
+
+use super::checks::position;
+use super::{Batch, BatchTensor, IGNORED, InputSpec, Source, files, names};
+use crate::base::tensorfile::{Element, TensorEntry, TensorIndex};
+use crate::base::{DType, Error, Result, Shape};
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::PathBuf;
+
+/// Which file, and how its labels are meant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BatchesOptions {
+    /// A safetensors file with `labels`, and either `input_ids` (and perhaps `attention_mask`) as I64 or I32, or
+    /// `pixel_values` as F32.
+    pub path: PathBuf,
+    /// Samples in a minibatch, where the caller has a number in mind: the file's must equal it.
+    pub batch: Option<usize>,
+    /// The file's labels stand where their tokens stand, as transformers' language models take them, and are shifted
+    /// here: `labels[t] = file[t + 1]`, the last one [`IGNORED`]. Labels (step, batch) cannot be shifted.
+    pub shift_labels: bool,
+}
+
+/// Makes minibatch i of step i of a file.
+pub struct BatchesSource {
+    name: String,
+    path: PathBuf,
+    file: File,
+    spec: InputSpec,
+    steps: u64,
+    tensors: Vec<Stored>,
+    shift_labels: bool,
+    /// One step of a tensor of 64-bit integers, on its way to 32 bits.
+    wide: Vec<i64>,
+}
+
+/// One tensor of the file.
+struct Stored {
+    start_bytes: u64,
+    element: Element,
+}
+
+impl BatchesSource {
+    /// Reads and checks the file's header.
+    ///
+    /// # Errors
+    /// When the file is missing or damaged, a tensor is missing, unknown, of another type or of a shape that does not
+    /// go with the others, or the minibatch differs from the one asked for. Messages name the file and the tensor.
+    pub fn open(options: &BatchesOptions) -> Result<BatchesSource> {
+        let path = options.path.clone();
+        let name = path.display().to_string();
+        let (mut file, file_bytes) = files::open(&path)?;
+        let mut prefix = Vec::new();
+        (&mut file).take(8).read_to_end(&mut prefix).map_err(|e| Error::io("read", &path, e))?;
+        let header_bytes = TensorIndex::header_bytes(&prefix, file_bytes, &name)?;
+        let mut header = vec![0; header_bytes];
+        file.read_exact(&mut header).map_err(|e| Error::io("read", &path, e))?;
+        let index = TensorIndex::parse(&header, file_bytes, &name)?;
+
+        let bad = |what: String| Error::bad(format!("{name}: {what}"));
+        let layout = Layout::of(&index, options).map_err(bad)?;
+        let spec = InputSpec::new(layout.tensors, layout.batch).map_err(|e| bad(e.to_string()))?;
+        let spec = InputSpec { samples: Some(layout.steps * layout.batch as u64), batches: Some(layout.steps), ..spec };
+        Ok(BatchesSource {
+            name,
+            path,
+            file,
+            spec,
+            steps: layout.steps,
+            tensors: layout.stored,
+            shift_labels: options.shift_labels,
+            wide: Vec::new(),
+        })
+    }
+
+    /// Minibatches in the file.
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+}
+
+/// The file's tensors as minibatches.
+struct Layout {
+    steps: u64,
+    batch: usize,
+    tensors: Vec<(String, DType, Shape)>,
+    stored: Vec<Stored>,
+}
+
+impl Layout {
+    fn of(index: &TensorIndex, options: &BatchesOptions) -> std::result::Result<Layout, String> {
+        const KNOWN: [&str; 4] = [names::INPUT_IDS, names::ATTENTION_MASK, names::PIXEL_VALUES, names::LABELS];
+        if let Some(unknown) = index.entries().iter().find(|entry| !KNOWN.contains(&entry.name.as_str())) {
+            let name: String = unknown.name.escape_debug().take(80).collect();
+            return Err(format!("tensor '{name}' is none that a model takes ({})", KNOWN.join(", ")));
+        }
+        let [ids, mask, pixels, labels] = KNOWN.map(|name| index.get(name));
+        let labels = labels.ok_or("there is no tensor 'labels'")?;
+        let (main, axes) = match (ids, pixels) {
+            (Some(ids), None) => (ids, 3),
+            (None, Some(pixels)) => (pixels, 5),
+            (None, None) => return Err("there is neither a tensor 'input_ids' nor 'pixel_values'".into()),
+            (Some(_), Some(_)) => return Err("there are both 'input_ids' and 'pixel_values'; one is taken".into()),
+        };
+        if main.shape.axes().len() != axes {
+            let want = if axes == 3 { "(step, batch, time)" } else { "(step, batch, channel, height, width)" };
+            return Err(format!("tensor '{}': shape {} is not {want}", main.name, main.shape));
+        }
+        let (steps, batch) = (main.shape.axes()[0], main.shape.axes()[1]);
+        if let Some(want) = options.batch.filter(|&want| want != batch) {
+            return Err(format!("tensor '{}': has {batch} samples in a minibatch, batch is {want}", main.name));
+        }
+        if steps == 0 {
+            return Err(format!("tensor '{}': shape {} holds no step", main.name, main.shape));
+        }
+        if let Some(mask) = mask.filter(|mask| mask.shape != main.shape || ids.is_none()) {
+            return Err(format!("tensor '{}': shape {} is not that of 'input_ids'", mask.name, mask.shape));
+        }
+        let per_token = ids.is_some() && labels.shape == main.shape;
+        if !per_token && labels.shape.axes() != [steps, batch] {
+            let or_tokens = if ids.is_some() { format!(", nor {}", main.shape) } else { String::new() };
+            return Err(format!("tensor 'labels': shape {} is not {steps}x{batch}{or_tokens}", labels.shape));
+        }
+        if options.shift_labels && !per_token {
+            return Err(format!("tensor 'labels': shape {} has no axis of time to shift along", labels.shape));
+        }
+        let mut layout = Layout { steps: steps as u64, batch, tensors: Vec::new(), stored: Vec::new() };
+        for entry in [Some(main), mask, Some(labels)].into_iter().flatten() {
+            layout.push(entry)?;
+        }
+        Ok(layout)
+    }
+
+    fn push(&mut self, entry: &TensorEntry) -> std::result::Result<(), String> {
+        let is_pixels = entry.name == names::PIXEL_VALUES;
+        let (dtype, want) = if is_pixels { (DType::F32, "F32") } else { (DType::I32, "I64 or I32") };
+        let fits = match entry.element {
+            Element::F32 => is_pixels,
+            Element::I64 | Element::I32 => !is_pixels,
+            _ => false,
+        };
+        if !fits {
+            return Err(format!("tensor '{}': element type {} is not {want}", entry.name, entry.element));
+        }
+        self.tensors.push((entry.name.clone(), dtype, Shape::new(&entry.shape.axes()[2..])));
+        self.stored.push(Stored { start_bytes: entry.start_bytes, element: entry.element });
+        Ok(())
+    }
+}
+
+/// Writes little-endian 64-bit integers as 32-bit ones; finds the first that does not fit.
+fn narrow(wide: &[i64], tensor: &mut BatchTensor) -> Option<(usize, String)> {
+    for (at, (value, narrow)) in wide.iter().zip(tensor.as_i32_mut()).enumerate() {
+        let value = i64::from_le(*value);
+        let Ok(fits) = i32::try_from(value) else { return Some((at, format!("{value} does not fit 32 bits"))) };
+        *narrow = fits;
+    }
+    None
+}
+
+/// Finds the first pixel that is infinite or no number.
+fn not_finite(tensor: &BatchTensor) -> Option<(usize, String)> {
+    if tensor.dtype != DType::F32 {
+        return None;
+    }
+    let at = tensor.as_f32().iter().position(|value| !value.is_finite())?;
+    Some((at, format!("{} is not a finite number", tensor.as_f32()[at])))
+}
+
+impl Source for BatchesSource {
+    fn spec(&self) -> &InputSpec {
+        &self.spec
+    }
+
+    fn fill(&mut self, index: u64, batch: &mut Batch) -> Result<()> {
+        if index >= self.steps {
+            return Err(Error::bad(format!(
+                "{}: holds {} minibatches, number {index} is asked for",
+                self.name, self.steps
+            )));
+        }
+        batch.conform(&self.spec);
+        for (tensor, stored) in batch.tensors.iter_mut().zip(&self.tensors) {
+            let elems = tensor.shape.elems();
+            // Below the file's length, which the header was checked against.
+            let start = stored.start_bytes + index * elems as u64 * stored.element.bytes();
+            let mut read = |bytes: &mut [u8]| {
+                let read = self.file.seek(SeekFrom::Start(start)).and_then(|_| self.file.read_exact(bytes));
+                read.map_err(|e| Error::io("read", &self.path, e))
+            };
+            let fault = if stored.element == Element::I64 {
+                self.wide.resize(elems.max(self.wide.len()), 0);
+                let wide = &mut self.wide[..elems];
+                read(bytemuck::cast_slice_mut(wide))?;
+                narrow(wide, tensor)
+            } else {
+                read(bytemuck::cast_slice_mut(tensor.words_mut()))?;
+                tensor.words_mut().iter_mut().for_each(|word| *word = u32::from_le(*word));
+                not_finite(tensor)
+            };
+            if let Some((at, what)) = fault {
+                let (tensor, at) = (&tensor.name, position(&tensor.shape, at));
+                let message = format!("{}: tensor '{tensor}': step {index}, position {at}: {what}", self.name);
+                return Err(Error::bad(message));
+            }
+            if self.shift_labels && tensor.name == names::LABELS {
+                let time = tensor.shape.cols();
+                for row in tensor.as_i32_mut().chunks_exact_mut(time) {
+                    row.copy_within(1.., 0);
+                    row[time - 1] = IGNORED;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn batches_per_epoch(&self) -> u64 {
+        self.steps
+    }
+}
+
+#[cfg(test)]
+#[path = "batches_tests.rs"]
+mod tests;

@@ -1,0 +1,192 @@
+//! Opening the files that people name: what is missing is their input's fault, what fails later the system's.
+
+use crate::base::{Error, Result};
+use flate2::read::MultiGzDecoder;
+use std::fs::{self, File};
+use std::io::{ErrorKind, Read};
+use std::path::{Path, PathBuf};
+
+/// What the two first bytes of a gzip file are.
+const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
+/// Deflate cannot make more than this many bytes out of one.
+const MOST_BYTES_PER_DEFLATED: u64 = 1032;
+/// The endings of the files that are taken from a folder.
+const TEXT_ENDINGS: [&str; 3] = ["rs", "md", "txt"];
+
+/// Opens a file and finds its length in bytes.
+///
+/// # Errors
+/// When there is no such file, it is a folder, or it cannot be opened.
+pub(super) fn open(path: &Path) -> Result<(File, u64)> {
+    let file = File::open(path).map_err(|e| refused(path, e))?;
+    let metadata = file.metadata().map_err(|e| Error::io("read", path, e))?;
+    if metadata.is_dir() {
+        return Err(Error::bad(format!("{}: is a folder, a file is needed", path.display())));
+    }
+    Ok((file, metadata.len()))
+}
+
+/// Reads a whole file.
+///
+/// # Errors
+/// As [`open`], and when reading fails.
+pub(super) fn read(path: &Path) -> Result<Vec<u8>> {
+    let (mut file, _) = open(path)?;
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes).map_err(|e| Error::io("read", path, e))?;
+    Ok(bytes)
+}
+
+fn refused(path: &Path, source: std::io::Error) -> Error {
+    match source.kind() {
+        ErrorKind::NotFound | ErrorKind::NotADirectory => Error::bad(format!("{}: no such file", path.display())),
+        _ => Error::io("open", path, source),
+    }
+}
+
+/// The bytes of a file that may be gzipped, handed out piece by piece.
+pub(super) struct Unpacked {
+    reader: Box<dyn Read>,
+    /// No more than this many bytes can come, by the file's length.
+    pub most_bytes: u64,
+    gzipped: bool,
+    path: PathBuf,
+}
+
+impl Unpacked {
+    /// Opens a file, gzipped or not, which its first two bytes tell.
+    ///
+    /// # Errors
+    /// As [`open`], and when reading fails.
+    pub fn open(path: &Path) -> Result<Unpacked> {
+        let (mut file, len) = open(path)?;
+        let mut first = Vec::new();
+        (&mut file).take(2).read_to_end(&mut first).map_err(|e| Error::io("read", path, e))?;
+        let gzipped = first == GZIP_MAGIC;
+        let whole = std::io::Cursor::new(first).chain(std::io::BufReader::new(file));
+        let (reader, most_bytes): (Box<dyn Read>, u64) = if gzipped {
+            (Box::new(MultiGzDecoder::new(whole)), len.saturating_mul(MOST_BYTES_PER_DEFLATED))
+        } else {
+            (Box::new(whole), len)
+        };
+        Ok(Unpacked { reader, most_bytes, gzipped, path: path.to_path_buf() })
+    }
+
+    /// The next bytes, `most` of them at most; fewer at the file's end alone. Memory grows with what really comes.
+    ///
+    /// # Errors
+    /// When reading fails, or a gzipped file is damaged.
+    pub fn take(&mut self, most: u64) -> Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        match (&mut self.reader).take(most).read_to_end(&mut bytes) {
+            Ok(_) => Ok(bytes),
+            Err(e) if self.gzipped => {
+                Err(Error::bad(format!("{}: damaged gzip data after {} bytes: {e}", self.path.display(), bytes.len())))
+            }
+            Err(e) => Err(Error::io("read", &self.path, e)),
+        }
+    }
+}
+
+/// The text files that `paths` name: a file is itself, a folder every `*.rs`, `*.md` and `*.txt` in it and its folders,
+/// but for hidden folders and those called `target`. The paths keep their order; a folder's files are sorted, so that
+/// the text is the same on every machine. Links to folders are not followed.
+///
+/// # Errors
+/// When a path does not exist, a folder holds no such file, or a folder cannot be read.
+pub(super) fn text_files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for path in paths {
+        let metadata = fs::metadata(path).map_err(|e| refused(path, e))?;
+        if !metadata.is_dir() {
+            files.push(path.clone());
+            continue;
+        }
+        let mut found = Vec::new();
+        walk(path, &mut found)?;
+        if found.is_empty() {
+            return Err(Error::bad(format!("{}: the folder holds no *.rs, *.md or *.txt", path.display())));
+        }
+        found.sort();
+        files.append(&mut found);
+    }
+    Ok(files)
+}
+
+fn walk(root: &Path, found: &mut Vec<PathBuf>) -> Result<()> {
+    let mut folders = vec![root.to_path_buf()];
+    while let Some(folder) = folders.pop() {
+        let entries = fs::read_dir(&folder).map_err(|e| Error::io("list", &folder, e))?;
+        for entry in entries {
+            let entry = entry.map_err(|e| Error::io("list", &folder, e))?;
+            let kind = entry.file_type().map_err(|e| Error::io("inspect", &entry.path(), e))?;
+            let (path, name) = (entry.path(), entry.file_name());
+            if kind.is_dir() {
+                if name != "target" && !name.as_encoded_bytes().starts_with(b".") {
+                    folders.push(path);
+                }
+            } else if path.extension().is_some_and(|ending| TEXT_ENDINGS.iter().any(|known| ending == *known))
+                && path.is_file()
+            {
+                found.push(path);
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    #[test]
+    fn folders_are_walked_in_order() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path();
+        for name in ["b.txt", "a/z.rs", "a/b/c.md", "a.rs", "x.py", ".git/q.txt", "a/target/t.rs", "a/.h/i.md", "A.md"]
+        {
+            let path = root.join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, name).unwrap();
+        }
+        fs::create_dir(root.join("folder.txt")).unwrap();
+        let files = text_files(&[root.join("x.py"), root.to_path_buf(), root.join("b.txt")]).unwrap();
+        let names: Vec<_> = files.iter().map(|f| f.strip_prefix(root).unwrap().to_str().unwrap()).collect();
+        assert_eq!(names, ["x.py", "A.md", "a/b/c.md", "a/z.rs", "a.rs", "b.txt", "b.txt"]);
+
+        let empty = text_files(&[root.join("folder.txt")]).unwrap_err();
+        assert!(matches!(empty, Error::BadInput(_)) && empty.to_string().contains("folder.txt"), "{empty}");
+        let missing = text_files(&[root.join("none")]).unwrap_err();
+        assert!(matches!(missing, Error::BadInput(_)) && missing.to_string().contains("no such file"), "{missing}");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_link_back_up_ends_the_walk() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("a.txt"), "a").unwrap();
+        std::os::unix::fs::symlink(folder.path(), folder.path().join("again")).unwrap();
+        std::os::unix::fs::symlink(folder.path().join("gone"), folder.path().join("b.txt")).unwrap();
+        assert_eq!(text_files(&[folder.path().to_path_buf()]).unwrap(), [folder.path().join("a.txt")]);
+    }
+
+    #[test]
+    fn gzip_is_told_by_its_bytes() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("data");
+        for content in [&b""[..], b"x", b"\x1f", b"plain text"] {
+            fs::write(&path, content).unwrap();
+            assert_eq!(Unpacked::open(&path).unwrap().take(u64::MAX).unwrap(), content);
+            let mut packer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+            packer.write_all(content).unwrap();
+            let packed = packer.finish().unwrap();
+            fs::write(&path, &packed).unwrap();
+            assert_eq!(Unpacked::open(&path).unwrap().take(u64::MAX).unwrap(), content);
+            fs::write(&path, &packed[..packed.len() - 3]).unwrap();
+            let cut = Unpacked::open(&path).unwrap().take(u64::MAX).unwrap_err();
+            assert!(matches!(cut, Error::BadInput(_)), "{cut}");
+        }
+        assert!(matches!(open(folder.path()), Err(Error::BadInput(_))));
+    }
+}

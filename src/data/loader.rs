@@ -1,0 +1,132 @@
+//! Runs a source ahead of its reader on a thread of its own.
+//!
+//! Full minibatches come through a bounded channel; emptied ones go back through another and are filled again. All
+//! buffers are allocated at the start: `ahead` full ones and one in the reader's hands. Invariant: the thread waits for
+//! nothing but room in the channel, so dropping the reader's end always ends it.
+
+use super::{Batch, InputSpec, Limits, Source, check_ids};
+use crate::base::{Error, Result};
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::{Builder, JoinHandle};
+
+/// How many minibatches are made ahead unless asked otherwise: one to be taken next, one being made.
+pub const DEFAULT_AHEAD: usize = 2;
+
+/// Hands out the minibatches of a source, which is run ahead on its own thread.
+pub struct Loader {
+    spec: InputSpec,
+    batches_per_epoch: u64,
+    /// `None` only while being dropped.
+    full: Option<Receiver<Result<Batch>>>,
+    empty: SyncSender<Batch>,
+    /// `None` only while being dropped.
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Loader {
+    /// Starts at minibatch `first_index`, which counts over epochs, `ahead` minibatches ahead (at least one). What
+    /// [`check_ids`] checks without limits is checked.
+    ///
+    /// # Errors
+    /// When the system has no thread for it.
+    pub fn start(source: Box<dyn Source>, first_index: u64, ahead: usize) -> Result<Loader> {
+        Self::start_limited(source, first_index, ahead, Limits::default())
+    }
+
+    /// As [`start`](Self::start), and checks each minibatch against what the model can take.
+    ///
+    /// # Errors
+    /// When the system has no thread for it.
+    pub fn start_limited(source: Box<dyn Source>, first_index: u64, ahead: usize, limits: Limits) -> Result<Loader> {
+        let ahead = ahead.max(1);
+        let (spec, batches_per_epoch) = (source.spec().clone(), source.batches_per_epoch());
+        // The one minibatch that the thread holds finished while the channel is full counts as made ahead.
+        let (full_in, full) = sync_channel(ahead - 1);
+        let (empty, empty_out) = sync_channel(ahead + 1);
+        for _ in 0..=ahead {
+            // There is room for every one of them.
+            let _ = empty.try_send(Batch::zeros(&spec));
+        }
+        let thread = Builder::new()
+            .name("data".into())
+            .spawn(move || run(source, first_index, limits, &full_in, &empty_out))
+            .map_err(|e| Error::Io { what: "cannot start the data thread".into(), source: e })?;
+        Ok(Loader { spec, batches_per_epoch, full: Some(full), empty, thread: Some(thread) })
+    }
+
+    /// What every minibatch looks like.
+    pub fn spec(&self) -> &InputSpec {
+        &self.spec
+    }
+
+    /// Minibatches in one pass over the data.
+    pub fn batches_per_epoch(&self) -> u64 {
+        self.batches_per_epoch
+    }
+
+    /// Waits for the next minibatch and takes it. Give it back with [`recycle`](Self::recycle) before taking another,
+    /// or every one is a new allocation.
+    ///
+    /// # Errors
+    /// When the source failed or panicked at this minibatch, or has ended after an earlier failure.
+    pub fn next(&self) -> Result<Batch> {
+        match self.full.as_ref().map(Receiver::recv) {
+            Some(Ok(result)) => result,
+            Some(Err(_)) | None => Err(Error::bad("the data has ended with the error that was reported before")),
+        }
+    }
+
+    /// Gives a minibatch back to be filled again. Never waits; a buffer too many is freed.
+    pub fn recycle(&self, batch: Batch) {
+        let _ = self.empty.try_send(batch);
+    }
+}
+
+impl Drop for Loader {
+    fn drop(&mut self) {
+        // First the channel: the thread may be waiting for room in it.
+        self.full = None;
+        if let Some(thread) = self.thread.take() {
+            // A panic of the source has been caught and sent; there is nobody left to tell of another.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The thread: fills and sends until there is an error or nobody to send to.
+fn run(
+    mut source: Box<dyn Source>,
+    first_index: u64,
+    limits: Limits,
+    full: &SyncSender<Result<Batch>>,
+    empty: &Receiver<Batch>,
+) {
+    let mut index = first_index;
+    loop {
+        let mut batch = empty.try_recv().unwrap_or_default();
+        // The source is not used again after a panic, so a torn state of it is never seen.
+        let filled = catch_unwind(AssertUnwindSafe(|| {
+            source.fill(index, &mut batch)?;
+            check_ids(&batch, limits).map_err(|e| Error::bad(format!("minibatch {index}: {e}")))
+        }))
+        .unwrap_or_else(|panic| {
+            Err(Error::Device(format!("the data thread panicked at minibatch {index}: {}", panic_text(&*panic))))
+        });
+        let failed = filled.is_err();
+        if full.send(filled.map(|()| batch)).is_err() || failed {
+            return;
+        }
+        index += 1;
+    }
+}
+
+fn panic_text(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
+}
+
+#[cfg(test)]
+#[path = "loader_tests.rs"]
+mod tests;

@@ -1,0 +1,188 @@
+//! Windows of text for language models.
+//!
+//! The files become one stream of tokens, cut into windows that do not overlap: window i of context T has the tokens
+//! `s[i*T .. i*T + T + 1]`, one more than it feeds, so that the last position too has a token to predict:
+//!
+//! ```text
+//!   input_ids[t] = w[t]        t in 0..T
+//!   labels[t]    = w[t + 1]    already shifted; no position is lost
+//! ```
+
+use super::order::{Order, Split, check_fraction, held_out, smallest_total};
+use super::{Batch, IGNORED, InputSpec, Source, files, names};
+use crate::base::{DType, Error, Result, Shape};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// How text becomes tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Tokenizer {
+    /// Each byte is a token: a vocabulary of 256, and any file will do.
+    #[default]
+    Bytes,
+}
+
+impl Tokenizer {
+    /// Token ids lie below this.
+    pub const fn vocab(self) -> usize {
+        match self {
+            Tokenizer::Bytes => 256,
+        }
+    }
+
+    /// Appends the tokens of `text`.
+    fn encode(self, mut text: Vec<u8>, tokens: &mut Vec<u8>) {
+        match self {
+            Tokenizer::Bytes => tokens.append(&mut text),
+        }
+    }
+}
+
+/// What text, and how it is cut.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TextOptions {
+    /// Files, and folders whose `*.rs`, `*.md` and `*.txt` are taken in the order of their paths. Hidden folders and
+    /// those called `target` are left out.
+    pub paths: Vec<PathBuf>,
+    /// How text becomes tokens.
+    pub tokenizer: Tokenizer,
+    /// Tokens that a sample feeds (T).
+    pub context: usize,
+    /// Samples in a minibatch (B).
+    pub batch: usize,
+    /// Fixes the order of the windows.
+    pub seed: u64,
+    /// The part of the windows to hold out, in `[0, 1)`: the last ones, rounded, at least one unless it is 0.
+    pub valid_fraction: f64,
+}
+
+/// Makes `input_ids` (B, T) and `labels` (B, T) from windows of text.
+pub struct TextSource {
+    tokens: Arc<Vec<u8>>,
+    /// The first token of window 0.
+    start: usize,
+    context: usize,
+    order: Order,
+    spec: InputSpec,
+}
+
+impl TextSource {
+    /// Reads all the text, and cuts off what is held out.
+    ///
+    /// Held-out windows begin after the last label of training, one token later than the windows would run on: no token
+    /// is in both. They come in order, the last minibatch padded with rows whose labels are all [`IGNORED`].
+    ///
+    /// # Errors
+    /// When a file is missing, an option is out of range, or the text is too short for one minibatch of training and
+    /// one window held out; the message says how many bytes are needed.
+    pub fn open(options: &TextOptions) -> Result<Split<TextSource>> {
+        check_fraction(options.valid_fraction)?;
+        let spec = spec_of(options)?;
+        let tokens = Arc::new(read_tokens(options)?);
+        let context = options.context;
+        // A label after the last window, and one token that lies between training and held-out data.
+        let between = if options.valid_fraction > 0.0 { 2 } else { 1 };
+        let windows = tokens.len().saturating_sub(between) / context;
+        let valid_windows = held_out(windows, options.valid_fraction).min(windows);
+        let train_windows = windows - valid_windows;
+        if train_windows < options.batch {
+            let needed = smallest_total(options.batch, options.valid_fraction);
+            return Err(too_short(options, tokens.len(), needed as u128 * context as u128 + between as u128));
+        }
+        let source = |start: usize, order: Order| TextSource {
+            tokens: Arc::clone(&tokens),
+            start,
+            context,
+            spec: InputSpec { samples: Some(order.samples() as u64), ..spec.clone() },
+            order,
+        };
+        let valid = (valid_windows > 0)
+            .then(|| source(train_windows * context + 1, Order::in_order(valid_windows, options.batch)));
+        Ok(Split { train: source(0, Order::shuffled(train_windows, options.batch, options.seed)), valid })
+    }
+
+    /// Reads text that is held out as a whole: every window in order, the last minibatch padded as in
+    /// [`open`](Self::open). `seed` and `valid_fraction` have no part in it.
+    ///
+    /// # Errors
+    /// When a file is missing, an option is out of range, or the text is shorter than one window.
+    pub fn open_valid(options: &TextOptions) -> Result<TextSource> {
+        let spec = spec_of(options)?;
+        let tokens = Arc::new(read_tokens(options)?);
+        let windows = tokens.len().saturating_sub(1) / options.context;
+        if windows == 0 {
+            return Err(too_short(options, tokens.len(), options.context as u128 + 1));
+        }
+        let order = Order::in_order(windows, options.batch);
+        let spec = InputSpec { samples: Some(windows as u64), ..spec };
+        Ok(TextSource { tokens, start: 0, context: options.context, order, spec })
+    }
+}
+
+fn spec_of(options: &TextOptions) -> Result<InputSpec> {
+    if options.context == 0 {
+        return Err(Error::bad("the context of a text must be at least one token; it is 0"));
+    }
+    let tensor = |name: &str| (name.to_string(), DType::I32, Shape::from([options.context]));
+    let spec = InputSpec::new(vec![tensor(names::INPUT_IDS), tensor(names::LABELS)], options.batch)?;
+    let vocab = Some(options.tokenizer.vocab());
+    Ok(InputSpec { vocab, classes: vocab, ..spec })
+}
+
+fn read_tokens(options: &TextOptions) -> Result<Vec<u8>> {
+    let mut tokens = Vec::new();
+    for path in files::text_files(&options.paths)? {
+        options.tokenizer.encode(files::read(&path)?, &mut tokens);
+    }
+    Ok(tokens)
+}
+
+fn too_short(options: &TextOptions, have: usize, needed: u128) -> Error {
+    let first = options.paths.first().map_or_else(|| "no file".to_string(), |path| path.display().to_string());
+    let more = match options.paths.len() {
+        0 | 1 => String::new(),
+        n => format!(" and {} more", n - 1),
+    };
+    let held_out = if options.valid_fraction > 0.0 { " beside the held-out part" } else { "" };
+    Error::bad(format!(
+        "{first}{more}: the text has {have} bytes; batch {} of context {}{held_out} needs at least {needed}",
+        options.batch, options.context
+    ))
+}
+
+impl Source for TextSource {
+    fn spec(&self) -> &InputSpec {
+        &self.spec
+    }
+
+    fn fill(&mut self, index: u64, batch: &mut Batch) -> Result<()> {
+        batch.conform(&self.spec);
+        let [input_ids, labels] = batch.tensors.as_mut_slice() else {
+            unreachable!("the minibatch has just been made that of a specification with two tensors")
+        };
+        let rows = input_ids.as_i32_mut().chunks_exact_mut(self.context);
+        let label_rows = labels.as_i32_mut().chunks_exact_mut(self.context);
+        for ((ids, labels), window) in rows.zip(label_rows).zip(self.order.rows(index)) {
+            let Some(window) = window else {
+                ids.fill(0);
+                labels.fill(IGNORED);
+                continue;
+            };
+            let first = self.start + window * self.context;
+            let tokens = &self.tokens[first..=first + self.context];
+            for t in 0..self.context {
+                ids[t] = i32::from(tokens[t]);
+                labels[t] = i32::from(tokens[t + 1]);
+            }
+        }
+        Ok(())
+    }
+
+    fn batches_per_epoch(&self) -> u64 {
+        self.order.batches_per_epoch()
+    }
+}
+
+#[cfg(test)]
+#[path = "text_tests.rs"]
+mod tests;
