@@ -1,0 +1,209 @@
+//! The host device: an arena and three lanes for each device, an arithmetic lane for the host, real copies between separate memories.
+
+use super::lanes::{Lane, Order, Shared, Throttle};
+use super::memory::Block;
+use crate::base::{Error, LaneId, LaneKind, Result};
+use crate::device::{Completion, Device, Task, Ticket};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// One device of a [`HostDevice`].
+#[derive(Clone, Debug, Default)]
+pub struct HostSpec {
+    /// Size of the arena: the device's memory.
+    pub arena_bytes: u64,
+    /// Bandwidth each way, in bytes per second; `None` is as fast as memory goes.
+    pub link_bytes_per_sec: Option<f64>,
+    /// Cores of this device, its copies and the host's arithmetic included; `None` is all, shared.
+    pub threads: Option<usize>,
+}
+
+/// What a [`HostDevice`] is made of.
+#[derive(Clone, Debug, Default)]
+pub struct HostConfig {
+    /// The devices.
+    pub devices: Vec<HostSpec>,
+    /// Size of the host's store.
+    pub host_bytes: u64,
+    /// Fill arenas with [`super::memory::POISON`] first, so that use of what was never written shows as NaN.
+    pub poison: bool,
+    /// Never tell the completion of this lane's n-th task (from 1): for tests of the watchdog.
+    pub withhold: Option<(u16, u64)>,
+}
+
+/// Devices made of the host's own cores and memory.
+pub struct HostDevice {
+    lanes: Vec<LaneId>,
+    shared: Arc<Shared>,
+    orders: Vec<Sender<Order>>,
+    submitted: Vec<u64>,
+    completions: Receiver<Completion>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl HostDevice {
+    /// Allocates memory and starts the lanes' threads.
+    ///
+    /// # Errors
+    /// When there is not enough memory, or no thread can be started.
+    pub fn new(config: &HostConfig) -> Result<HostDevice> {
+        let host = Block::new(config.host_bytes, "the host's store")?;
+        let mut arenas = Vec::new();
+        for (i, spec) in config.devices.iter().enumerate() {
+            let mut arena = Block::new(spec.arena_bytes, &format!("the arena of device {i}"))?;
+            if config.poison {
+                arena.poison();
+            }
+            arenas.push(arena);
+        }
+        let mut lanes = Vec::new();
+        for device in 0..config.devices.len() as u16 {
+            for kind in [LaneKind::Compute, LaneKind::HostToDevice, LaneKind::DeviceToHost] {
+                lanes.push(LaneId { device, kind });
+            }
+        }
+        lanes.push(LaneId::host(LaneKind::HostMath));
+        let shared = Arc::new(Shared::new(host, arenas, lanes.len()));
+        let (completed, completions) = channel();
+        let mut device = HostDevice {
+            submitted: vec![0; lanes.len()],
+            lanes,
+            shared,
+            orders: Vec::new(),
+            completions,
+            threads: Vec::new(),
+        };
+        device.start(config, &completed)?;
+        Ok(device)
+    }
+
+    fn start(&mut self, config: &HostConfig, completed: &Sender<Completion>) -> Result<()> {
+        let all = std::thread::available_parallelism().map_or(1, usize::from);
+        let shared_pool = config.devices.iter().any(|d| d.threads.is_none()).then(|| pool(all, 0..all)).transpose()?;
+        let mut first_core = 0;
+        let mut pools = Vec::new();
+        for spec in &config.devices {
+            let cores = spec.threads.map(|n| {
+                let n = n.clamp(1, all);
+                first_core = if first_core + n > all { 0 } else { first_core };
+                first_core += n;
+                first_core - n..first_core
+            });
+            let pool = match (&cores, &shared_pool) {
+                (Some(cores), _) => pool(cores.len(), cores.clone())?,
+                (None, Some(shared)) => Arc::clone(shared),
+                (None, None) => unreachable!("a device without cores of its own has the shared pool"),
+            };
+            pools.push((pool, cores));
+        }
+        for (index, lane) in self.lanes.clone().into_iter().enumerate() {
+            // The host's arithmetic runs on the first device's cores.
+            let device = if lane.is_host() { 0 } else { lane.device as usize };
+            let (pool, cores) = pools.get(device).cloned().ok_or_else(|| Error::bad("a host device needs at least one device"))?;
+            let copies = matches!(lane.kind, LaneKind::HostToDevice | LaneKind::DeviceToHost);
+            let rate = config.devices[device].link_bytes_per_sec.filter(|_| copies);
+            let (sender, orders) = channel();
+            let lane_body = Lane {
+                shared: Arc::clone(&self.shared),
+                orders,
+                completions: completed.clone(),
+                pool: (!copies).then_some(pool),
+                throttle: rate.map(|bytes_per_sec| Throttle { bytes_per_sec, free_at: None }),
+                withhold: config.withhold.filter(|&(l, _)| l as usize == index).map(|(_, n)| n),
+            };
+            let thread = std::thread::Builder::new()
+                .name(lane.to_string())
+                .spawn(move || {
+                    if let Some(cores) = cores {
+                        super::affinity::pin(cores);
+                    }
+                    lane_body.serve();
+                })
+                .map_err(|e| Error::Device(format!("cannot start the thread of {lane}: {e}")))?;
+            self.orders.push(sender);
+            self.threads.push(thread);
+        }
+        Ok(())
+    }
+
+    /// One past the last byte of an arena that differs from the poison it was filled with. Waits for nothing: ask when no task
+    /// runs.
+    pub fn unpoisoned_bytes(&self, device: u16) -> u64 {
+        // SAFETY: asked when no task runs, as stated.
+        unsafe { self.shared.arenas[device as usize].unpoisoned_bytes() }
+    }
+}
+
+/// A rayon pool of `threads` threads on `cores`.
+fn pool(threads: usize, cores: std::ops::Range<usize>) -> Result<Arc<rayon::ThreadPool>> {
+    let pinned = threads < std::thread::available_parallelism().map_or(1, usize::from);
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .thread_name(|i| format!("host arithmetic {i}"))
+        .start_handler(move |_| {
+            if pinned {
+                super::affinity::pin(cores.clone());
+            }
+        })
+        .build()
+        .map(Arc::new)
+        .map_err(|e| Error::Device(format!("cannot start {threads} threads: {e}")))
+}
+
+impl Device for HostDevice {
+    fn lanes(&self) -> &[LaneId] {
+        &self.lanes
+    }
+
+    fn submit(&mut self, lane: u16, task: Task, after: &[Ticket]) -> Ticket {
+        let number = &mut self.submitted[lane as usize];
+        *number += 1;
+        let ticket = Ticket { lane, number: *number };
+        // A lane that failed has left: its task is never told done, and the executor has the failure already.
+        let _ = self.orders[lane as usize].send(Order { ticket, task, after: after.to_vec() });
+        ticket
+    }
+
+    fn next_completion(&mut self, patience_secs: f64) -> Option<Completion> {
+        match self.completions.recv_timeout(Duration::from_secs_f64(patience_secs)) {
+            Ok(completion) => Some(completion),
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => None,
+        }
+    }
+
+    fn now_secs(&self) -> f64 {
+        self.shared.start.elapsed().as_secs_f64()
+    }
+
+    fn computes(&self) -> bool {
+        true
+    }
+
+    fn write_host(&mut self, offset: u64, bytes: &[u8]) {
+        // SAFETY: no task touches these bytes now, by the trait's contract.
+        unsafe { self.shared.host.slice_mut(offset, bytes.len() as u64) }.copy_from_slice(bytes);
+    }
+
+    fn read_host(&self, offset: u64, bytes: &mut [u8]) {
+        // SAFETY: no task writes these bytes now, by the trait's contract.
+        bytes.copy_from_slice(unsafe { self.shared.host.slice(offset, bytes.len() as u64) });
+    }
+
+    fn high_water_bytes(&self, device: u16) -> u64 {
+        self.shared.high_water[device as usize].load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for HostDevice {
+    fn drop(&mut self) {
+        self.shared.stop();
+        self.orders.clear();
+        for thread in self.threads.drain(..) {
+            // A lane's panics are caught and reported as its task's failure; nothing is left to say here.
+            let _ = thread.join();
+        }
+    }
+}

@@ -1,0 +1,238 @@
+//! From an op of a program to its body: finds the operands in the arena and calls the op's file.
+
+use super::memory::Block;
+use super::real::Real;
+use super::{
+    activation, attention, batchnorm, conv, cross_entropy, elementwise, embedding, linear, norm, optimizer, pool,
+};
+use crate::device::Scalars;
+use crate::graph::{AREAS, AttentionKind, Buffer, Op, Step, Window};
+use batchnorm::BatchnormSizes;
+use conv::ConvSizes;
+use pool::PoolSizes;
+
+/// An op's operands in the arena.
+struct Operands<'a> {
+    step: &'a Step,
+    arena: &'a Block,
+    bases: &'a [u64; AREAS],
+}
+
+impl<'a> Operands<'a> {
+    fn offset(&self, buffer: &Buffer) -> u64 {
+        self.bases[buffer.area as usize] + buffer.offset
+    }
+
+    fn read<T: bytemuck::Pod>(&self, buffer: &Buffer) -> &'a [T] {
+        // SAFETY: placement keeps an op's inputs apart from its outputs (save for `first_or_in_place`), and tickets keep other tasks away.
+        bytemuck::cast_slice(unsafe { self.arena.slice(self.offset(buffer), buffer.bytes()) })
+    }
+
+    /// Input `i`.
+    fn input<T: bytemuck::Pod>(&self, i: usize) -> &'a [T] {
+        self.read(&self.step.inputs[i])
+    }
+
+    /// Input `i`, or `None` where the output lies over it.
+    fn unless_in_place<T: bytemuck::Pod>(&self, i: usize) -> Option<&'a [T]> {
+        let out = self.step.outputs[0].as_ref().expect("only optional outputs are left out, and the first never is");
+        (self.offset(&self.step.inputs[i]) != self.offset(out)).then(|| self.input(i))
+    }
+
+    /// Output `i`, exclusively.
+    fn output<T: bytemuck::Pod>(&self, i: usize) -> &'a mut [T] {
+        self.optional_output(i).expect("only optional outputs are left out")
+    }
+
+    fn optional_output<T: bytemuck::Pod>(&self, i: usize) -> Option<&'a mut [T]> {
+        let buffer = self.step.outputs.get(i)?.as_ref()?;
+        // SAFETY: placement keeps outputs apart from each other and from inputs, each is asked for once, and tickets keep other tasks away.
+        Some(bytemuck::cast_slice_mut(unsafe { self.arena.slice_mut(self.offset(buffer), buffer.bytes()) }))
+    }
+
+    fn in_axes(&self, i: usize) -> &'a [usize] {
+        self.step.inputs[i].shape.axes()
+    }
+
+    fn out_axes(&self, i: usize) -> &'a [usize] {
+        self.step.outputs[i].as_ref().expect("only optional outputs are left out").shape.axes()
+    }
+
+    fn rows_cols(&self, i: usize) -> (usize, usize) {
+        (self.step.inputs[i].shape.rows(), self.step.inputs[i].shape.cols())
+    }
+
+    fn out_cols(&self) -> usize {
+        self.out_axes(0).last().copied().unwrap_or(1)
+    }
+}
+
+/// Runs one op. With `check`, tells whether output 0 is finite; otherwise true.
+pub(super) fn run_step<T: Real>(step: &Step, arena: &Block, bases: &[u64; AREAS], scalars: &Scalars, check: bool) -> bool {
+    let o = Operands { step, arena, bases };
+    body::<T>(&o, scalars);
+    !(check && step.ends_layer) || optimizer::is_finite(o.output::<T>(0))
+}
+
+fn body<T: Real>(o: &Operands, scalars: &Scalars) {
+    let accumulate = scalars.accumulate;
+    match &o.step.op {
+        Op::Embedding => embedding::forward::<T>(o.output(0), o.input(0), o.input(1), o.out_cols()),
+        Op::EmbeddingGrad => {
+            let &[rows, cols] = o.out_axes(0) else { unreachable!("a table is a matrix") };
+            embedding::grad::<T>(o.output(0), o.input(0), o.input(1), accumulate, rows, cols);
+        }
+        Op::AddPosition => {
+            let &[b, t, c] = o.in_axes(0) else { unreachable!("checked by the builder") };
+            elementwise::add_position::<T>(o.output(0), o.unless_in_place(0), o.input(1), b, t, c);
+        }
+        Op::AddPositionGrad => {
+            let &[b, t, c] = o.in_axes(0) else { unreachable!("checked by the builder") };
+            elementwise::add_position_grad::<T>(o.output(0), o.input(0), accumulate, b, t, o.out_axes(0)[0], c);
+        }
+        Op::Linear { activation, layout } => {
+            let (rows, inputs) = o.rows_cols(0);
+            let bias = (o.step.inputs.len() > 2).then(|| o.input(2));
+            linear::forward::<T>(
+                o.output(0), o.optional_output(1), o.input(0), o.input(1), bias, *activation, *layout, rows, inputs, o.out_cols(),
+            );
+        }
+        Op::LinearGradInput { layout } => {
+            let (rows, outputs) = o.rows_cols(0);
+            linear::grad_input::<T>(o.output(0), o.input(0), o.input(1), *layout, rows, o.out_cols(), outputs);
+        }
+        Op::LinearGradWeight { layout } => {
+            let (rows, inputs) = o.rows_cols(0);
+            let (_, outputs) = o.rows_cols(1);
+            linear::grad_weight::<T>(o.output(0), o.input(0), o.input(1), accumulate, *layout, rows, inputs, outputs);
+        }
+        Op::LinearGradBias => {
+            let (rows, cols) = o.rows_cols(0);
+            linear::grad_bias::<T>(o.output(0), o.input(0), accumulate, rows, cols);
+        }
+        Op::Activation(kind) => activation::forward::<T>(o.output(0), o.unless_in_place(0), *kind),
+        Op::ActivationGrad(kind) => activation::grad::<T>(o.output(0), o.unless_in_place(0), o.input(1), *kind),
+        Op::Add => elementwise::add::<T>(o.output(0), o.unless_in_place(0), o.input(1)),
+        Op::Dropout { p, stream } => {
+            elementwise::dropout::<T>(o.output(0), o.unless_in_place(0), *p, scalars.stream(*stream));
+        }
+        Op::LayerNorm { epsilon } => {
+            let (rows, cols) = o.rows_cols(0);
+            norm::forward::<T>(o.output(0), o.output(1), o.output(2), o.input(0), o.input(1), o.input(2), rows, cols, *epsilon);
+        }
+        Op::LayerNormGrad => {
+            let (rows, cols) = o.rows_cols(1);
+            norm::grad::<T>(
+                o.output(0), o.output(1), o.output(2), o.input(0), o.input(1), o.input(2), o.input(3), o.input(4), accumulate, rows, cols,
+            );
+        }
+        Op::Attention(kind) => attention_forward::<T>(o, kind, scalars),
+        Op::AttentionGrad(kind) => attention_grad::<T>(o, kind, scalars),
+        Op::CrossEntropy => {
+            let (rows, cols) = o.rows_cols(0);
+            let row_losses = o.output::<T>(2);
+            cross_entropy::forward::<T>(row_losses, o.output(1), o.input(0), o.input(1), rows, cols);
+            cross_entropy::sum::<T>(o.output(0), row_losses, scalars.loss_scale);
+        }
+        Op::CrossEntropyGrad => {
+            let (rows, cols) = o.rows_cols(0);
+            cross_entropy::grad::<T>(o.output(0), o.unless_in_place(0), o.input(1), o.input(2), scalars.loss_scale, rows, cols);
+        }
+        Op::Conv2d(window) => {
+            let bias = (o.step.inputs.len() > 2).then(|| o.input(2));
+            let sizes = conv_sizes(window, o.in_axes(0), o.out_axes(0));
+            conv::forward::<T>(o.output(0), o.input(0), o.input(1), bias, &sizes);
+        }
+        Op::Conv2dGradInput(window) => {
+            let sizes = conv_sizes(window, o.out_axes(0), o.in_axes(0));
+            conv::grad_input::<T>(o.output(0), o.input(0), o.input(1), &sizes);
+        }
+        Op::Conv2dGradWeight(window) => {
+            let sizes = conv_sizes(window, o.in_axes(1), o.in_axes(0));
+            conv::grad_weight::<T>(o.output(0), o.input(0), o.input(1), accumulate, &sizes);
+        }
+        Op::Conv2dGradBias => {
+            let window = Window { kernel: [1, 1], stride: 1, padding: 0 };
+            let sizes = conv_sizes(&window, o.in_axes(0), o.in_axes(0));
+            conv::grad_bias::<T>(o.output(0), o.input(0), accumulate, &sizes);
+        }
+        Op::BatchNorm { epsilon } => {
+            let sizes = batchnorm_sizes(o.in_axes(0));
+            batchnorm::forward_train::<T>(
+                o.output(0), o.output(1), o.output(3), o.output(2), o.input(0), o.input(1), o.input(2), &sizes, *epsilon,
+            );
+        }
+        Op::UpdateRunning { momentum, count } => {
+            let state = |i: usize| {
+                let buffer = &o.step.inputs[i];
+                // SAFETY: running statistics are this unit's alone; no input or output lies over them.
+                bytemuck::cast_slice_mut::<u8, T>(unsafe { o.arena.slice_mut(o.offset(buffer), buffer.bytes()) })
+            };
+            batchnorm::update_running::<T>(state(2), state(3), o.input(0), o.input(1), *count, *momentum);
+        }
+        Op::BatchNormEval { epsilon } => {
+            let sizes = batchnorm_sizes(o.in_axes(0));
+            batchnorm::forward_eval::<T>(
+                o.output(0), o.input(0), o.input(1), o.input(2), o.input(3), o.input(4), &sizes, *epsilon,
+            );
+        }
+        Op::BatchNormGrad => {
+            let sizes = batchnorm_sizes(o.in_axes(1));
+            batchnorm::grad::<T>(
+                o.output(0), o.output(1), o.output(2), o.input(0), o.input(1), o.input(2), o.input(3), o.input(4), accumulate, &sizes,
+            );
+        }
+        Op::MaxPool(window) => {
+            let sizes = pool_sizes(window, o.in_axes(0), o.out_axes(0));
+            pool::max_forward::<T>(o.output(0), o.output(1), o.input(0), &sizes);
+        }
+        Op::MaxPoolGrad(window) => {
+            let sizes = pool_sizes(window, o.out_axes(0), o.in_axes(1));
+            pool::max_grad::<T>(o.output(0), o.input(0), o.input(1), &sizes);
+        }
+        Op::AvgPool(window) => {
+            let sizes = pool_sizes(window, o.in_axes(0), o.out_axes(0));
+            pool::avg_forward::<T>(o.output(0), o.input(0), &sizes, true);
+        }
+        Op::AvgPoolGrad(window) => {
+            let sizes = pool_sizes(window, o.out_axes(0), o.in_axes(0));
+            pool::avg_grad::<T>(o.output(0), o.input(0), &sizes, true);
+        }
+        Op::Transpose { axes } => elementwise::transpose::<T>(o.output(0), o.input(0), o.in_axes(0), axes),
+        Op::Copy => {
+            let out = o.output::<T>(0);
+            if accumulate && o.step.outputs[0].as_ref().is_some_and(|b| b.area == crate::graph::Area::Gradients) {
+                optimizer::add_assign(out, o.input(0));
+            } else {
+                out.copy_from_slice(o.input(0));
+            }
+        }
+        Op::Zero => {
+            if !accumulate {
+                o.output::<T>(0).fill(T::ZERO);
+            }
+        }
+    }
+}
+
+fn conv_sizes(window: &Window, x: &[usize], out: &[usize]) -> ConvSizes {
+    let (&[batch, in_channels, height, width], &[_, out_channels, out_height, out_width]) = (x, out) else {
+        unreachable!("images have four axes, as the builder checks")
+    };
+    let [kernel_h, kernel_w] = window.kernel;
+    let Window { stride, padding, .. } = *window;
+    ConvSizes { batch, in_channels, height, width, out_channels, kernel_h, kernel_w, stride, padding, out_height, out_width }
+}
+
+fn pool_sizes(window: &Window, x: &[usize], out: &[usize]) -> PoolSizes {
+    let (&[n, c, height, width], &[_, _, out_height, out_width]) = (x, out) else {
+        unreachable!("images have four axes, as the builder checks")
+    };
+    let [kernel_h, kernel_w] = window.kernel;
+    let Window { stride, padding, .. } = *window;
+    PoolSizes { planes: n * c, height, width, kernel_h, kernel_w, stride, padding, out_height, out_width }
+}
+
+fn batchnorm_sizes(x: &[usize]) -> BatchnormSizes {
+    BatchnormSizes { batch: x[0], channels: x[1], positions: x[2..].iter().product() }
+}

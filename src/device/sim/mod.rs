@@ -1,0 +1,121 @@
+//! The simulated device: no arithmetic, a cost model and a virtual clock.
+//!
+//! A task's start is the latest of: its lane's last end, the ends of what it waits for, and the moment it was submitted. All of them are
+//! known at submission, since tickets only point back, so a lane is one number and the clock is a heap.
+
+mod cost_model;
+
+pub use cost_model::{CostModel, GemmRate};
+
+use super::{Completion, Device, Task, Ticket};
+use crate::base::{LaneId, LaneKind};
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+
+/// Seconds, ordered totally.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Secs(f64);
+
+impl Eq for Secs {}
+
+impl PartialOrd for Secs {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Secs {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.0.total_cmp(&other.0)
+    }
+}
+
+/// Simulated devices on one virtual clock.
+pub struct SimDevice {
+    lanes: Vec<LaneId>,
+    models: Vec<CostModel>,
+    now: f64,
+    /// Ends of each lane's tasks, from the first.
+    ends: Vec<Lane>,
+    /// Completions to come: equal times are ordered by device, lane and task.
+    coming: BinaryHeap<Reverse<(Secs, LaneId, Ticket, Secs)>>,
+}
+
+/// Ends of a lane's tasks. Old ones are forgotten once told: a ticket below them is long done.
+#[derive(Debug, Default)]
+struct Lane {
+    forgotten: u64,
+    ends: std::collections::VecDeque<f64>,
+    last_end: f64,
+}
+
+impl Lane {
+    fn end_of(&self, number: u64) -> f64 {
+        number.checked_sub(self.forgotten + 1).map_or(0.0, |i| self.ends[i as usize])
+    }
+}
+
+impl SimDevice {
+    /// Devices that cost what `models` say, one for each.
+    pub fn new(models: Vec<CostModel>) -> SimDevice {
+        let mut lanes = Vec::new();
+        for device in 0..models.len() as u16 {
+            for kind in [LaneKind::Compute, LaneKind::HostToDevice, LaneKind::DeviceToHost] {
+                lanes.push(LaneId { device, kind });
+            }
+        }
+        lanes.push(LaneId::host(LaneKind::HostMath));
+        let ends = lanes.iter().map(|_| Lane::default()).collect();
+        SimDevice { lanes, models, now: 0.0, ends, coming: BinaryHeap::new() }
+    }
+}
+
+impl Device for SimDevice {
+    fn lanes(&self) -> &[LaneId] {
+        &self.lanes
+    }
+
+    fn submit(&mut self, lane: u16, task: Task, after: &[Ticket]) -> Ticket {
+        let id = self.lanes[lane as usize];
+        let model = &self.models[if id.is_host() { 0 } else { id.device as usize }];
+        let waited = after.iter().map(|t| self.ends[t.lane as usize].end_of(t.number)).fold(self.now, f64::max);
+        let on = &mut self.ends[lane as usize];
+        let start = waited.max(on.last_end);
+        let end = start + model.task_secs(&task, id.kind);
+        on.ends.push_back(end);
+        on.last_end = end;
+        let ticket = Ticket { lane, number: on.forgotten + on.ends.len() as u64 };
+        self.coming.push(Reverse((Secs(end), id, ticket, Secs(start))));
+        ticket
+    }
+
+    fn next_completion(&mut self, _patience_secs: f64) -> Option<Completion> {
+        let Reverse((Secs(end_secs), _, ticket, Secs(start_secs))) = self.coming.pop()?;
+        self.now = end_secs;
+        let lane = &mut self.ends[ticket.lane as usize];
+        // Nobody who is submitted from now on can be held up by what has ended, so its end may be forgotten: 0 stands for "past".
+        while lane.ends.front().is_some_and(|&e| e <= self.now) && lane.forgotten < ticket.number {
+            lane.ends.pop_front();
+            lane.forgotten += 1;
+        }
+        Some(Completion { ticket, start_secs, end_secs, result: Ok(()), not_finite_layer: None })
+    }
+
+    fn now_secs(&self) -> f64 {
+        self.now
+    }
+
+    fn computes(&self) -> bool {
+        false
+    }
+
+    fn write_host(&mut self, _offset: u64, _bytes: &[u8]) {}
+
+    fn read_host(&self, _offset: u64, bytes: &mut [u8]) {
+        bytes.fill(0);
+    }
+
+    fn high_water_bytes(&self, _device: u16) -> u64 {
+        0
+    }
+}

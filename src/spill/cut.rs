@@ -1,0 +1,106 @@
+//! Where to cut a model into shards: pure functions from per-layer weights to ranges of layers.
+
+use std::ops::Range;
+
+/// How a model is cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum CutRule {
+    /// The dearest shard is as cheap as it can be in seconds.
+    BalancedSecs,
+    /// The largest shard is as small as it can be in bytes.
+    BalancedBytes,
+    /// Layers are added until the next would not fit, as HYDRA's pilot runs do (arXiv:2110.08633), for comparison.
+    MaxFill,
+}
+
+/// Cuts layers of the given weights into exactly `shards` stretches such that the heaviest is as light as can be; among those, each
+/// stretch from the front takes as little as it may. `shards` is clamped to 1..=layers.
+pub fn balanced(weights: &[f64], shards: usize) -> Vec<Range<usize>> {
+    let layers = weights.len();
+    let shards = shards.clamp(1, layers.max(1));
+    let mut sums = vec![0.0; layers + 1];
+    for (i, w) in weights.iter().enumerate() {
+        sums[i + 1] = sums[i] + w;
+    }
+    // best[k][i]: the heaviest stretch when the layers from i on are cut into k.
+    let mut best = vec![vec![f64::INFINITY; layers + 1]; shards + 1];
+    let mut first_end = vec![vec![layers; layers + 1]; shards + 1];
+    best[0][layers] = 0.0;
+    for k in 1..=shards {
+        for i in 0..layers {
+            for end in i + 1..=layers - (k - 1).min(layers - i - 1) {
+                let heaviest = (sums[end] - sums[i]).max(best[k - 1][end]);
+                if heaviest < best[k][i] {
+                    best[k][i] = heaviest;
+                    first_end[k][i] = end;
+                }
+            }
+        }
+    }
+    let mut cut = Vec::new();
+    let mut at = 0;
+    for k in (1..=shards).rev() {
+        let end = first_end[k][at];
+        cut.push(at..end);
+        at = end;
+    }
+    cut
+}
+
+/// Fills each shard with layers until one more would exceed `capacity` by `bytes(range)`; `None` when a single layer does.
+pub fn max_fill(layers: usize, capacity: u64, bytes: impl Fn(Range<usize>) -> u64) -> Option<Vec<Range<usize>>> {
+    let mut cut = Vec::new();
+    let mut start = 0;
+    while start < layers {
+        let mut end = start;
+        while end < layers && bytes(start..end + 1) <= capacity {
+            end += 1;
+        }
+        if end == start {
+            return None;
+        }
+        cut.push(start..end);
+        start = end;
+    }
+    Some(cut)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn small_cuts() {
+        assert_eq!(balanced(&[1.0, 1.0, 1.0, 1.0], 2), [0..2, 2..4]);
+        assert_eq!(balanced(&[5.0, 1.0, 1.0, 1.0], 2), [0..1, 1..4]);
+        assert_eq!(balanced(&[1.0, 2.0], 9), [0..1, 1..2]);
+        assert_eq!(max_fill(4, 2, |r| r.len() as u64), Some(vec![0..2, 2..4]));
+        assert_eq!(max_fill(4, 0, |r| r.len() as u64), None);
+    }
+
+    proptest! {
+        /// Against every cut there is.
+        #[test]
+        fn no_cut_is_lighter(weights in prop::collection::vec(0u32..100, 1..9), shards in 1usize..5) {
+            let weights: Vec<f64> = weights.into_iter().map(f64::from).collect();
+            let shards = shards.min(weights.len());
+            let heaviest = |cut: &[Range<usize>]| {
+                cut.iter().map(|r| weights[r.clone()].iter().sum::<f64>()).fold(0.0, f64::max)
+            };
+            let ours = balanced(&weights, shards);
+            prop_assert_eq!(ours.len(), shards);
+            prop_assert_eq!((ours[0].start, ours[shards - 1].end), (0, weights.len()));
+            prop_assert!(ours.iter().all(|r| !r.is_empty()) && ours.windows(2).all(|w| w[0].end == w[1].start));
+            for mask in 0u32..1 << (weights.len() - 1) {
+                if mask.count_ones() as usize + 1 != shards { continue; }
+                let mut cut = Vec::new();
+                let mut start = 0;
+                for i in 1..=weights.len() {
+                    if i == weights.len() || mask >> (i - 1) & 1 == 1 { cut.push(start..i); start = i; }
+                }
+                prop_assert!(heaviest(&ours) <= heaviest(&cut));
+            }
+        }
+    }
+}

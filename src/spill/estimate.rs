@@ -1,0 +1,61 @@
+//! A quick estimate of a step, to choose between plans: units in their order, fetches ahead as far as slots allow.
+//!
+//! The executor on a simulated device gives the exact prediction of the plan that is chosen; this recurrence only ranks.
+
+use super::memory::{BoundaryTier, Choice};
+use super::model::Model;
+use super::shard::ShardPrograms;
+use crate::device::sim::CostModel;
+
+/// Estimated seconds of a training step.
+pub fn estimate_secs(model: &Model, shards: &[ShardPrograms], choice: &Choice, cost: &CostModel) -> f64 {
+    let (n, m) = (shards.len(), model.microbatches as f64);
+    let units: Vec<(usize, f64)> = (0..n.saturating_sub(1))
+        .map(|s| (s, m * shards[s].forward_secs(cost)))
+        .chain((0..n).rev().map(|s| (s, m * shards[s].backward_secs(cost))))
+        .collect();
+    let parameter_bytes = model.layout.parameter_bytes as f64;
+    if choice.resident {
+        let update = parameter_bytes * 7.0 / cost.device_update_bytes_per_sec;
+        return update + units.iter().map(|u| u.1).sum::<f64>() + boundary_secs(model, shards, choice, cost) * 0.1;
+    }
+    let fetch = |s: usize| cost.copy_secs + shards[s].fetch_bytes() as f64 / cost.h2d_bytes_per_sec;
+    let leave = |s: usize| cost.copy_secs + shards[s].layout.gradient_bytes as f64 / cost.d2h_bytes_per_sec;
+    let slots = choice.slots.min(n);
+    let (mut compute, mut h2d, mut d2h) = (0.0f64, 0.0f64, 0.0f64);
+    let mut ends: Vec<f64> = Vec::new();
+    let mut left: Vec<f64> = Vec::new();
+    for (u, &(s, secs)) in units.iter().enumerate() {
+        // Around the turn the last shards are still in their slots.
+        let hit = u >= n && u - (n - 1) < slots;
+        if !hit {
+            let free = if u >= slots { ends[u - slots] } else { 0.0 };
+            h2d = h2d.max(free) + fetch(s);
+        }
+        let ready = if hit { 0.0 } else { h2d };
+        let backward = u + 1 >= n;
+        let room = if backward && left.len() >= choice.gradient_slots { left[left.len() - choice.gradient_slots] } else { 0.0 };
+        compute = compute.max(ready).max(room) + secs;
+        ends.push(compute);
+        if backward {
+            d2h = d2h.max(compute) + leave(s);
+            left.push(d2h);
+        }
+    }
+    let updates = parameter_bytes * 7.0 / cost.host_update_bytes_per_sec;
+    let first = (shards[0].layout.own.end - shards[0].layout.own.start) as f64 * 7.0 / cost.host_update_bytes_per_sec;
+    let links = boundary_secs(model, shards, choice, cost);
+    // The host's arithmetic shares cores with a host device; a part of the boundary copies shows.
+    (d2h + first).max(updates).max(h2d + links) + 0.25 * links
+}
+
+/// Seconds of h2d that boundary tensors in host memory cost.
+fn boundary_secs(model: &Model, shards: &[ShardPrograms], choice: &Choice, cost: &CostModel) -> f64 {
+    let bytes: u64 = shards.iter().map(|s| s.boundary_bytes).sum::<u64>() * model.microbatches as u64;
+    let visits = |tier: BoundaryTier| match tier {
+        BoundaryTier::Device => 0.0,
+        BoundaryTier::Host { .. } => 1.0,
+    };
+    let crossings = 2.0 * visits(choice.activations) + visits(choice.gradients);
+    crossings * bytes as f64 / cost.h2d_bytes_per_sec
+}

@@ -1,0 +1,206 @@
+//! Where everything lies: the map of a device's arena and of the host's store under one choice of cut, slots and tiers.
+//!
+//! A map is made by laying stretches end to end; its total is the exact number of bytes that the run will touch, which is what
+//! budgets are held against.
+
+use super::model::Model;
+use super::shard::ShardPrograms;
+use crate::base::align_up;
+use crate::graph::{ALIGNMENT, Area};
+
+/// Bytes laid end to end, each stretch at a multiple of [`ALIGNMENT`].
+#[derive(Debug, Default)]
+struct Tape {
+    end: u64,
+}
+
+impl Tape {
+    fn take(&mut self, bytes: u64) -> u64 {
+        let at = align_up(self.end, ALIGNMENT);
+        self.end = at + bytes;
+        at
+    }
+
+    fn take_many(&mut self, count: usize, bytes: u64) -> Vec<u64> {
+        (0..count).map(|_| self.take(bytes)).collect()
+    }
+}
+
+/// Where boundary tensors of one kind live.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum BoundaryTier {
+    /// On the device until they are used.
+    Device,
+    /// In host memory, visiting this many entries of the device.
+    Host {
+        /// Entries of the ring.
+        entries: usize,
+    },
+}
+
+/// What of a plan decides the maps.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Choice {
+    /// Weights, gradients and optimizer state stay on the device.
+    pub resident: bool,
+    /// Weight slots, where not resident.
+    pub slots: usize,
+    /// Gradient slots, where not resident.
+    pub gradient_slots: usize,
+    /// Boundary activations.
+    pub activations: BoundaryTier,
+    /// Boundary gradients.
+    pub gradients: BoundaryTier,
+    /// Entries for the batch's tensors.
+    pub input_entries: usize,
+}
+
+/// The map of a device's arena, in bytes from its start.
+#[derive(Clone, Debug, PartialEq, Default)]
+pub struct ArenaMap {
+    /// Losses of the microbatches, 4 bytes each, for steps of even and odd number.
+    pub losses: [u64; 2],
+    /// Sums of squares, 8 bytes a parameter, for steps of even and odd number; resident only.
+    pub norms: [u64; 2],
+    /// Entries for the batch's tensors.
+    pub inputs: Vec<u64>,
+    /// Weight slots; shard `s` has slot `s` where resident. States lie after the weights, at `states_at`.
+    pub weight_slots: Vec<u64>,
+    /// Start of a shard's states in its slot.
+    pub states_at: Vec<u64>,
+    /// Gradient slots; shard `s` has slot `s` where resident.
+    pub gradient_slots: Vec<u64>,
+    /// Moments of each shard: first and second; resident only.
+    pub moments: [Vec<u64>; 2],
+    /// Boundary activations: one for each boundary and microbatch, or a ring.
+    pub activations: Vec<u64>,
+    /// Boundary gradients: a ring.
+    pub gradients: Vec<u64>,
+    /// What forward leaves for backward, by shard and microbatch; empty for shards that recompute.
+    pub saved: Vec<Vec<u64>>,
+    /// The workspace, last so that the peak is a program's own.
+    pub workspace: u64,
+    /// One past the last byte.
+    pub bytes: u64,
+}
+
+/// The map of the host's store, in bytes from its start.
+#[derive(Clone, Debug, PartialEq, Default)]
+pub struct HostMap {
+    /// Weights in flat order.
+    pub weights: u64,
+    /// States in flat order.
+    pub states: u64,
+    /// Moments in flat order.
+    pub moments: [u64; 2],
+    /// Gradients of each shard, shared uses included.
+    pub shard_gradients: Vec<u64>,
+    /// Sums of squares, for steps of even and odd number.
+    pub norms: [u64; 2],
+    /// Losses, for steps of even and odd number.
+    pub losses: [u64; 2],
+    /// Staging of the batch: by parity, input and microbatch 0; microbatches follow each other.
+    pub inputs: [Vec<u64>; 2],
+    /// Boundary activations by boundary and microbatch.
+    pub activations: Vec<Vec<u64>>,
+    /// Boundary gradients by boundary and microbatch.
+    pub gradients: Vec<Vec<u64>>,
+    /// Where an evaluation's logits arrive.
+    pub logits: u64,
+    /// One past the last byte.
+    pub bytes: u64,
+}
+
+/// Maps the arena.
+pub fn arena_map(model: &Model, shards: &[ShardPrograms], choice: &Choice, moments: usize) -> ArenaMap {
+    let (n, microbatches) = (shards.len(), model.microbatches);
+    let parameters = model.train.parameters.len() as u64;
+    let mut tape = Tape::default();
+    let losses = [0, 1].map(|_| tape.take(4 * microbatches as u64));
+    let norms = [0, 1].map(|_| if choice.resident { tape.take(8 * parameters) } else { 0 });
+    let input_bytes = shards.iter().map(ShardPrograms::input_bytes).max().unwrap_or(0);
+    let inputs = tape.take_many(choice.input_entries, input_bytes);
+    let states_at: Vec<u64> = shards.iter().map(|s| align_up(s.layout.weight_bytes, ALIGNMENT)).collect();
+    let slot_bytes = |s: usize| match shards[s].layout.states.end - shards[s].layout.states.start {
+        0 => shards[s].layout.weight_bytes,
+        states => states_at[s] + states,
+    };
+    let gradient_bytes = |s: usize| shards[s].layout.gradient_bytes;
+    let (weight_slots, gradient_slots) = if choice.resident {
+        ((0..n).map(|s| tape.take(slot_bytes(s))).collect(), (0..n).map(|s| tape.take(gradient_bytes(s))).collect())
+    } else {
+        let slot = (0..n).map(slot_bytes).max().unwrap_or(0);
+        let gradient = (0..n).map(gradient_bytes).max().unwrap_or(0);
+        (tape.take_many(choice.slots.min(n), slot), tape.take_many(choice.gradient_slots.min(n), gradient))
+    };
+    let moments = [0, 1].map(|i| {
+        let own = |s: &ShardPrograms| s.layout.own.end - s.layout.own.start;
+        if choice.resident && i < moments { shards.iter().map(|s| tape.take(own(s))).collect() } else { Vec::new() }
+    });
+    let boundary = |s: usize| shards[s].boundary_bytes;
+    let largest = (0..n.saturating_sub(1)).map(boundary).max().unwrap_or(0);
+    let mut activations = Vec::new();
+    let mut gradients = Vec::new();
+    if n > 1 {
+        match choice.activations {
+            BoundaryTier::Device => {
+                for s in 0..n - 1 {
+                    activations.extend(tape.take_many(microbatches, boundary(s)));
+                }
+            }
+            BoundaryTier::Host { entries } => activations = tape.take_many(entries, largest),
+        }
+        let entries = match choice.gradients {
+            BoundaryTier::Device => microbatches + 1,
+            BoundaryTier::Host { entries } => entries,
+        };
+        gradients = tape.take_many(entries, largest);
+    }
+    let saved = shards
+        .iter()
+        .map(|s| match s.forward.as_ref().map(|p| p.bytes(Area::Saved)) {
+            Some(bytes) if bytes > 0 => tape.take_many(microbatches, bytes),
+            _ => Vec::new(),
+        })
+        .collect();
+    let workspace_bytes = shards.iter().map(ShardPrograms::workspace_bytes).max().unwrap_or(0);
+    let workspace = tape.take(workspace_bytes);
+    ArenaMap {
+        losses, norms, inputs, weight_slots, states_at, gradient_slots, moments, activations, gradients, saved, workspace,
+        bytes: tape.end,
+    }
+}
+
+/// Maps the host's store.
+pub fn host_map(model: &Model, shards: &[ShardPrograms], choice: &Choice, moments: usize) -> HostMap {
+    let mut tape = Tape::default();
+    let (n, microbatches) = (shards.len(), model.microbatches);
+    let graph = &model.train;
+    let parameter_bytes = model.layout.parameter_bytes;
+    let boundaries = |tape: &mut Tape, tier: BoundaryTier| match tier {
+        BoundaryTier::Host { .. } if n > 1 => {
+            shards[..n - 1].iter().map(|s| tape.take_many(microbatches, s.boundary_bytes)).collect()
+        }
+        _ => Vec::new(),
+    };
+    let logits = model.eval.as_ref().and_then(|g| g.logits.map(|v| g.bytes(v))).unwrap_or(0);
+    let map = HostMap {
+        weights: tape.take(parameter_bytes),
+        states: tape.take(model.layout.state_bytes),
+        moments: [0, 1].map(|i| if i < moments { tape.take(parameter_bytes) } else { 0 }),
+        shard_gradients: shards
+            .iter()
+            .map(|s| if choice.resident { 0 } else { tape.take(s.layout.gradient_bytes) })
+            .collect(),
+        norms: [0, 1].map(|_| tape.take(8 * graph.parameters.len() as u64)),
+        losses: [0, 1].map(|_| tape.take(4 * microbatches as u64)),
+        inputs: [0, 1].map(|_| {
+            graph.inputs.iter().map(|input| tape.take(microbatches as u64 * graph.bytes(input.value))).collect()
+        }),
+        activations: boundaries(&mut tape, choice.activations),
+        gradients: boundaries(&mut tape, choice.gradients),
+        logits: tape.take(logits),
+        bytes: 0,
+    };
+    HostMap { bytes: tape.end, ..map }
+}

@@ -1,0 +1,76 @@
+//! A model ready to be planned: its graphs, its flat layout, and the numbers that do not depend on the cut.
+
+use crate::base::{Error, Result};
+use crate::device::Segment;
+use crate::graph::{Graph, ModelLayout, differentiate};
+use std::ops::Range;
+
+/// A traced model with its gradient.
+#[derive(Clone, Debug)]
+pub struct Model {
+    /// The training graph, differentiated.
+    pub train: Graph,
+    /// The same layers for evaluation, where wanted.
+    pub eval: Option<Graph>,
+    /// Where parameters and states lie.
+    pub layout: ModelLayout,
+    /// Microbatches in a minibatch.
+    pub microbatches: usize,
+}
+
+impl Model {
+    /// Differentiates `train` and lays the model out.
+    ///
+    /// # Errors
+    /// When the graph has no loss, or the evaluation graph's parameters are not the training graph's.
+    pub fn new(mut train: Graph, eval: Option<Graph>, microbatches: usize) -> Result<Model> {
+        differentiate(&mut train)?;
+        if let Some(eval) = &eval {
+            let names = |g: &Graph| g.parameters.iter().map(|p| (p.name.clone(), p.layers.clone())).collect::<Vec<_>>();
+            let states = |g: &Graph| g.states.iter().map(|s| s.name.clone()).collect::<Vec<_>>();
+            if names(&train) != names(eval) || states(&train) != states(eval) || train.layers.len() != eval.layers.len() {
+                return Err(Error::bad("the evaluation graph has other layers or parameters than the training graph"));
+            }
+        }
+        Model::laid_out(train, eval, microbatches)
+    }
+
+    /// A model that only evaluates.
+    ///
+    /// # Errors
+    /// When the graph has no layer.
+    pub fn evaluation(graph: Graph) -> Result<Model> {
+        Model::laid_out(graph.clone(), Some(graph), 1)
+    }
+
+    fn laid_out(train: Graph, eval: Option<Graph>, microbatches: usize) -> Result<Model> {
+        if train.layers.is_empty() || microbatches == 0 {
+            return Err(Error::bad("a model needs a layer, and a minibatch at least one microbatch"));
+        }
+        let layout = ModelLayout::new(&train);
+        Ok(Model { train, eval, layout, microbatches })
+    }
+
+    /// Number of layers.
+    pub fn layers(&self) -> usize {
+        self.train.layers.len()
+    }
+
+    /// The tensors in a stretch of the flat order, with offsets from its start. `decays` tells whether weight decay applies.
+    pub fn segments(&self, stretch: &Range<u64>, decays: impl Fn(usize) -> bool) -> Vec<Segment> {
+        let mut segments = Vec::new();
+        for (index, &parameter) in self.layout.order.iter().enumerate() {
+            let at = self.layout.parameter[parameter];
+            if stretch.contains(&at) {
+                let shape = &self.train.parameters[parameter].shape;
+                segments.push(Segment {
+                    offset: (at - stretch.start) / 4,
+                    elems: shape.elems() as u64,
+                    decay: decays(parameter),
+                    index: index as u32,
+                });
+            }
+        }
+        segments
+    }
+}

@@ -1,0 +1,77 @@
+//! A shard's programs, and what they cost.
+
+use super::model::Model;
+use crate::device::sim::CostModel;
+use crate::graph::{Area, Kind, Program, ShardLayout};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// The programs of one shard.
+#[derive(Clone, Debug)]
+pub struct ShardPrograms {
+    /// Its layers and how its state lies.
+    pub layout: ShardLayout,
+    /// Forward; `None` for the last shard, whose forward is in `backward`.
+    pub forward: Option<Arc<Program>>,
+    /// Backward; for the last shard forward, loss and backward. `None` where the model only evaluates.
+    pub backward: Option<Arc<Program>>,
+    /// Forward for evaluation.
+    pub eval: Option<Arc<Program>>,
+    /// Forward leaves what backward needs; nothing is recomputed.
+    pub kept: bool,
+    /// Bytes of the boundary activation of one microbatch that it hands on; 0 for the last shard.
+    pub boundary_bytes: u64,
+}
+
+impl ShardPrograms {
+    /// The programs of the shard that holds `layers`. `keep`: leave forward's tensors for backward. `twice`: recompute even in the last
+    /// shard.
+    pub fn new(model: &Model, layers: Range<usize>, keep: bool, twice: bool) -> ShardPrograms {
+        let graph = &model.train;
+        let layout = ShardLayout::new(graph, &model.layout, layers.clone());
+        let program = |kind| Arc::new(Program::new(graph, &model.layout, &layout, kind));
+        let last = layers.end == model.layers();
+        let trains = graph.loss.is_some() && !graph.input_gradients.is_empty();
+        let backward = if last { Kind::Last { recompute: twice } } else { Kind::Backward { kept: keep } };
+        ShardPrograms {
+            forward: (!last && trains).then(|| program(Kind::Forward { keep })),
+            backward: trains.then(|| program(backward)),
+            eval: model
+                .eval
+                .as_ref()
+                .map(|eval| Arc::new(Program::new(eval, &model.layout, &layout, Kind::Forward { keep: false }))),
+            kept: keep && !last,
+            boundary_bytes: graph.layers[layers.end - 1].output.filter(|_| !last).map_or(0, |v| graph.bytes(v)),
+            layout,
+        }
+    }
+
+    fn programs(&self) -> impl Iterator<Item = &Arc<Program>> {
+        self.forward.iter().chain(&self.backward).chain(&self.eval)
+    }
+
+    /// Bytes of workspace of the program that needs most.
+    pub fn workspace_bytes(&self) -> u64 {
+        self.programs().map(|p| p.bytes(Area::Workspace)).max().unwrap_or(0)
+    }
+
+    /// Bytes of the batch's tensors of the program that reads most.
+    pub fn input_bytes(&self) -> u64 {
+        self.programs().map(|p| p.bytes(Area::Inputs)).max().unwrap_or(0)
+    }
+
+    /// Bytes that a fetch of the shard's weights and states moves.
+    pub fn fetch_bytes(&self) -> u64 {
+        self.layout.weight_bytes + self.layout.states.end - self.layout.states.start
+    }
+
+    /// Seconds of forward for one microbatch; 0 for the last shard.
+    pub fn forward_secs(&self, cost: &CostModel) -> f64 {
+        self.forward.as_ref().map_or(0.0, |p| cost.program_secs(p))
+    }
+
+    /// Seconds of backward, recomputation included, for one microbatch.
+    pub fn backward_secs(&self, cost: &CostModel) -> f64 {
+        self.backward.as_ref().map_or(0.0, |p| cost.program_secs(p))
+    }
+}
