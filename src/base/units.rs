@@ -116,7 +116,9 @@ mod tests {
 
     #[test]
     fn sizes_and_rates() {
-        for (text, want) in [("64 MiB", 64 << 20), ("1.5GB", 1_500_000_000), ("4096", 4096), ("10 B", 10), ("1_000", 1000)] {
+        for (text, want) in
+            [("64 MiB", 64 << 20), ("1.5GB", 1_500_000_000), ("4096", 4096), ("10 B", 10), ("1_000", 1000)]
+        {
             assert_eq!(parse_bytes(text).unwrap(), want, "{text}");
         }
         for text in ["", "MiB", "12 parsecs", "-3 MiB", "1e5 MiB", "64 MiB/s"] {

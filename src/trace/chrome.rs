@@ -86,7 +86,11 @@ impl ChromeWriter {
             for (i, sum) in sums.iter().enumerate() {
                 let comma = if i == 0 { "" } else { "," };
                 let LaneSum { lane, tasks, busy_secs, bytes, flops } = sum;
-                write!(this.out, "{comma}\n{{\"lane\":\"{lane}\",\"tasks\":{tasks},\"busy_secs\":{}", finite(*busy_secs))?;
+                write!(
+                    this.out,
+                    "{comma}\n{{\"lane\":\"{lane}\",\"tasks\":{tasks},\"busy_secs\":{}",
+                    finite(*busy_secs)
+                )?;
                 write!(this.out, ",\"bytes\":{bytes},\"flops\":{}}}", finite(*flops))?;
             }
             writeln!(this.out, "]}}}}")?;
@@ -226,7 +230,8 @@ pub fn read_trace(path: &Path) -> Result<Vec<Event>> {
     let mut events = Vec::with_capacity(lines.len());
     for (place, line) in lines.into_iter().enumerate() {
         let Some(what) = What::from_label(&line.cat).filter(|_| line.ph == "X") else { continue };
-        let event = to_event(what, line).map_err(|why| Error::bad(format!("{}: event {place}: {why}", path.display())))?;
+        let event =
+            to_event(what, line).map_err(|why| Error::bad(format!("{}: event {place}: {why}", path.display())))?;
         events.push(event);
     }
     Ok(events)
@@ -296,14 +301,18 @@ mod tests {
             ("{\"traceEvents\":7}".to_string(), "no trace"),
             ("{}".to_string(), "traceEvents"),
             (format!("{{\"traceEvents\":[{}]}}", ours.replace("\"tid\":8", "\"tid\":3")), "tid 3 is no lane"),
-            (format!("{{\"traceEvents\":[{ours},{}]}}", ours.replace("\"dur\":2", "\"dur\":-2")), "event 1: ts 1 and dur -2"),
+            (
+                format!("{{\"traceEvents\":[{ours},{}]}}", ours.replace("\"dur\":2", "\"dur\":-2")),
+                "event 1: ts 1 and dur -2",
+            ),
             (format!("{{\"traceEvents\":[{}]}}", ours.replace("\"shard\":0", "\"shard\":-1")), "event 0: args"),
             (format!("{{\"traceEvents\":[{}]}}", ours.replace("\"shard\":0,", "")), "shard"),
         ] {
             let error = read(&text).unwrap_err().to_string();
             assert!(error.contains(says), "{text}: {error}");
         }
-        let others = r#"{"traceEvents":[{"ph":"B","name":"x"},{"ph":"X","cat":"toplevel","ts":-1},{"ph":"i"}],"more":1}"#;
+        let others =
+            r#"{"traceEvents":[{"ph":"B","name":"x"},{"ph":"X","cat":"toplevel","ts":-1},{"ph":"i"}],"more":1}"#;
         assert_eq!(read(others).unwrap(), []);
         assert!(read_trace(Path::new("/nonexistent/trace.json")).is_err());
     }
@@ -311,7 +320,9 @@ mod tests {
     #[test]
     fn a_file_that_breaks_off_is_read_up_to_there() {
         let line = |n: u32| {
-            format!(r#"{{"ph":"X","cat":"norm","tid":8,"ts":{n},"dur":1,"args":{{"step":0,"model":0,"shard":0,"ticket":{n},"after":0}}}}"#)
+            format!(
+                r#"{{"ph":"X","cat":"norm","tid":8,"ts":{n},"dur":1,"args":{{"step":0,"model":0,"shard":0,"ticket":{n},"after":0}}}}"#
+            )
         };
         let text = format!("{{\"displayTimeUnit\":\"ms\",\"traceEvents\":[\n{},\n{},\n{}", line(1), line(2), line(3));
         assert_eq!(read(&text).unwrap().len(), 3);

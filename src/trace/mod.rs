@@ -11,10 +11,12 @@ mod event;
 mod gantt;
 mod page;
 mod recorder;
+#[cfg(test)]
+mod sample;
 mod svg;
 mod utilisation;
 
-pub use chart::{Axis, Bar, LineChart, LineStyle, Series, StackedBars};
+pub use chart::Axis;
 pub use chrome::read_trace;
 pub use event::{Event, TaskName, What};
 pub use gantt::{ColourBy, GanttOptions, gantt_svg};

@@ -66,7 +66,8 @@ pub struct Summary {
     pub written: u64,
     /// Events that found the ring full. They are in the sums but not in the file.
     pub dropped: u64,
-    /// Events of the last steps that did not fit the window.
+    /// Events that left the full window while their step was among its model's last so far. Where this is not 0, a run that
+    /// ended early may lack some of its last steps' events.
     pub displaced: u64,
     /// Totals over the whole run, a row per lane, in lane order.
     pub sums: Vec<LaneSum>,
@@ -225,3 +226,7 @@ impl Writer {
         u64::from(event.step).saturating_add(self.keep.last) > u64::from(self.newest[usize::from(event.name.model)])
     }
 }
+
+#[cfg(test)]
+#[path = "recorder_tests.rs"]
+mod tests;

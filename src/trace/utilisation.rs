@@ -26,8 +26,7 @@ pub struct Bound {
 
 impl Bound {
     /// The parts' names, in the order of [`Bound::parts`].
-    pub const NAMES: [&'static str; 6] =
-        ["compute", "host to device", "device to host", "host math", "disk", "idle"];
+    pub const NAMES: [&'static str; 6] = ["compute", "host to device", "device to host", "host math", "disk", "idle"];
 
     /// The parts as a list: compute, h2d, d2h, host, disk, idle.
     pub fn parts(&self) -> [f64; 6] {
@@ -295,9 +294,11 @@ impl StepAccount {
         }
         if now < end {
             // No task of this device ends the last gap; what ended the window did: the task that finished last in it.
-            let last = self.tasks.iter().filter(|task| task.end <= end).max_by(|a, b| {
-                a.end.total_cmp(&b.end).then(a.ticket.cmp(&b.ticket))
-            });
+            let last = self
+                .tasks
+                .iter()
+                .filter(|task| task.end <= end)
+                .max_by(|a, b| a.end.total_cmp(&b.end).then(a.ticket.cmp(&b.ticket)));
             self.charge_gap(&mut bound, last.map_or(0, |task| task.ticket), now, end);
         }
         // From the other parts, so that all sum to the window however the differences above were rounded.

@@ -49,9 +49,12 @@ fn hand_made_cases() {
     check("the window cuts the chain", &chain, (2.0, 7.0), [0.0, 1.0, 1.0, 1.5, 1.0, 0.5]);
     let tail = [event(GPU, 1, 0, 0.0, 1.0), event(DOWN, 2, 1, 1.0, 2.0), event(MATH, 3, 2, 2.0, 4.0)];
     check("what ends the window", &tail, (0.0, 4.0), [1.0, 0.0, 1.0, 2.0, 0.0, 0.0]);
-    check("unknown and circular tickets", &[event(UP, 3, 3, 0.0, 1.0), event(GPU, 2, 9, 2.0, 3.0)], (0.0, 3.0), [
-        1.0, 0.0, 0.0, 0.0, 0.0, 2.0,
-    ]);
+    check(
+        "unknown and circular tickets",
+        &[event(UP, 3, 3, 0.0, 1.0), event(GPU, 2, 9, 2.0, 3.0)],
+        (0.0, 3.0),
+        [1.0, 0.0, 0.0, 0.0, 0.0, 2.0],
+    );
     let loops = [event(UP, 5, 6, 0.5, 0.5), event(UP, 6, 5, 0.5, 0.5), event(GPU, 7, 6, 1.0, 2.0)];
     check("a circle ends", &loops, (0.0, 2.0), [1.0, 0.0, 0.0, 0.0, 0.0, 1.0]);
     let broken = [event(GPU, 1, 0, f64::NAN, 1.0), event(GPU, 2, 0, 3.0, 2.0), event(GPU, 3, 0, 0.0, 1.0)];
@@ -91,7 +94,8 @@ fn sums_and_ceilings() {
 
 /// A schedule in which each task starts once its lane is free and its inputs are there, plus a latency.
 fn schedule(draws: &[(u8, u8, u8, u8, u8)]) -> Vec<Event> {
-    let lanes = [GPU, UP, DOWN, MATH, READ, LaneId::device(1, LaneKind::Compute), LaneId::device(1, LaneKind::HostToDevice)];
+    let lanes =
+        [GPU, UP, DOWN, MATH, READ, LaneId::device(1, LaneKind::Compute), LaneId::device(1, LaneKind::HostToDevice)];
     let mut events: Vec<Event> = Vec::new();
     for (ticket, &(lane, secs, latency, back, back2)) in (1..).zip(draws) {
         let lane = lanes[usize::from(lane) % lanes.len()];
