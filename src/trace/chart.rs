@@ -23,7 +23,7 @@ pub(super) enum LineStyle {
     Dots,
 }
 
-/// Points (step, value) that belong together, ascending in step. Values that are not finite leave a gap.
+/// Points (step, value) that belong together, ascending in step. Values that are not finite, or beyond 1e150, leave a gap.
 #[derive(Clone, Debug)]
 pub(super) struct Series {
     pub label: String,
@@ -67,11 +67,11 @@ impl Plot {
         self.bottom - share * (self.bottom - self.top)
     }
 
-    /// Grid, ticks and names of both axes.
-    fn axes(&self, out: &mut String, y_label: &str, x_label: &str) {
+    /// Grid and ticks of the values, and the names of both axes.
+    fn axes(&self, out: &mut String, y_label: &str) {
         let (marks, labels) = match self.axis {
             Axis::Linear => {
-                let ticks = ticks(self.y.0, self.y.1, ((self.bottom - self.top) / 45.0) as usize);
+                let ticks = ticks(self.y.0, self.y.1, ((self.bottom - self.top) / 34.0) as usize);
                 let labels: Vec<String> = ticks.at.iter().map(|&at| tick_label(at, ticks.step)).collect();
                 (ticks.at, labels)
             }
@@ -97,6 +97,23 @@ impl Plot {
                 y = px(y)
             );
         }
+        let middle = px((self.top + self.bottom) / 2.0);
+        let _ = writeln!(
+            out,
+            "<line class=\"axis\" x1=\"{}\" x2=\"{}\" y1=\"{b}\" y2=\"{b}\"/><text class=\"soft\" x=\"{}\" y=\"{}\" \
+             text-anchor=\"end\">step</text><text class=\"soft\" x=\"14\" y=\"{middle}\" text-anchor=\"middle\" \
+             transform=\"rotate(-90 14 {middle})\">{}</text>",
+            px(self.left),
+            px(self.right),
+            px(self.right),
+            px(self.bottom + 36.0),
+            escape(y_label),
+            b = px(self.bottom)
+        );
+    }
+
+    /// Ticks at whole steps.
+    fn step_ticks(&self, out: &mut String) {
         let steps = ticks(self.x.0, self.x.1, ((self.right - self.left) / 90.0) as usize);
         for &at in steps.at.iter().filter(|at| at.fract() == 0.0) {
             let x = px(self.x(at));
@@ -109,20 +126,6 @@ impl Plot {
                 px(self.bottom + 19.0)
             );
         }
-        let middle = px((self.top + self.bottom) / 2.0);
-        let _ = writeln!(
-            out,
-            "<line class=\"axis\" x1=\"{}\" x2=\"{}\" y1=\"{b}\" y2=\"{b}\"/><text class=\"soft\" x=\"{}\" y=\"{}\" \
-             text-anchor=\"end\">{}</text><text class=\"soft\" x=\"14\" y=\"{middle}\" text-anchor=\"middle\" \
-             transform=\"rotate(-90 14 {middle})\">{}</text>",
-            px(self.left),
-            px(self.right),
-            px(self.right),
-            px(self.bottom + 36.0),
-            escape(x_label),
-            escape(y_label),
-            b = px(self.bottom)
-        );
     }
 }
 
@@ -137,7 +140,8 @@ fn head<'a>(out: &mut String, title: &str, width: f64, entries: impl IntoIterato
 impl LineChart {
     /// The chart as an SVG document; without a value to show it says so.
     pub(super) fn svg(&self) -> String {
-        let shown = |value: f64| value.is_finite() && (self.axis == Axis::Linear || value > 0.0);
+        // Nothing drawn comes near these; within them, differences and ratios stay finite.
+        let shown = |value: f64| value.abs() < 1e150 && (self.axis == Axis::Linear || value > 1e-150);
         let values = || self.series.iter().flat_map(|series| &series.points).filter(|point| shown(point.1));
         let low = values().map(|point| point.1).fold(f64::INFINITY, f64::min);
         let high = values().map(|point| point.1).fold(f64::NEG_INFINITY, f64::max);
@@ -158,11 +162,13 @@ impl LineChart {
             right: self.width - 18.0,
             top,
             bottom: self.height - 46.0,
-            x: (first as f64, if last > first { last as f64 } else { first as f64 + 1.0 }),
+            // Far up, steps that differ may be one f64: the range must not be empty then either.
+            x: (first as f64, (last as f64).max(first as f64 + 1.0).max(first as f64 * (1.0 + 1e-12))),
             y: padded(low, high, self.axis),
             axis: self.axis,
         };
-        plot.axes(&mut out, &self.y_label, "step");
+        plot.axes(&mut out, &self.y_label);
+        plot.step_ticks(&mut out);
         for series in &self.series {
             self.draw(&mut out, &plot, series, &shown);
         }
@@ -180,10 +186,11 @@ impl LineChart {
                     let _ = writeln!(
                         out,
                         "<circle class=\"dot\" cx=\"{}\" cy=\"{}\" r=\"{radius}\" fill=\"{colour}\"><title>{}, step {step}: \
-                         {value:.6}</title></circle>",
+                         {}</title></circle>",
                         px(x),
                         px(y),
-                        escape(&series.label)
+                        escape(&series.label),
+                        tick_label(*value, (value.abs() * 1e-5).max(f64::MIN_POSITIVE))
                     );
                 }
                 continue;
@@ -200,13 +207,13 @@ fn padded(low: f64, high: f64, axis: Axis) -> (f64, f64) {
     match axis {
         Axis::Log if high > low * 1.0001 => (low / (high / low).powf(0.04), high * (high / low).powf(0.04)),
         Axis::Log => (low / 2.0, high * 2.0),
-        // Halves, since the difference of two huge values may be infinite.
         Axis::Linear => {
-            let half = high / 2.0 - low / 2.0;
-            let room = if half > low.abs().max(high.abs()) * 1e-9 { half * 0.1 } else { low.abs().max(1e-12) * 0.5 };
+            let length = high - low;
+            let room =
+                if length > low.abs().max(high.abs()) * 1e-9 { length * 0.05 } else { high.abs().max(1e-12) * 0.5 };
             // Zero is worth showing when it is near, and a positive quantity has nothing below it.
-            let floor = if low >= 0.0 && low - room <= (high - low) * 0.25 { 0.0 } else { low - room };
-            (floor.max(f64::MIN / 4.0), (high + room).min(f64::MAX / 4.0))
+            let floor = if low >= 0.0 && low - room <= length * 0.25 { 0.0 } else { low - room };
+            (floor, high + room)
         }
     }
 }
@@ -229,18 +236,26 @@ fn thinned(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     out
 }
 
-/// The exponential moving average of the finite values over about `span` points, corrected for its start from nothing.
+/// The finite values, each averaged with its neighbours on both sides by weights that fall with `exp(-distance / span)`.
+/// Both sides, since an average of the past alone lies above a falling curve.
 pub(super) fn smoothed(points: &[(u64, f64)], span: f64) -> Vec<(u64, f64)> {
     let keep = (-1.0 / span.max(1e-9)).exp();
+    let mut out: Vec<(u64, f64)> = points.iter().copied().filter(|point| point.1.is_finite()).collect();
+    let values: Vec<f64> = out.iter().map(|point| point.1).collect();
     let (mut sum, mut weight) = (0.0, 0.0);
-    let finite = points.iter().filter(|point| point.1.is_finite());
-    finite
-        .map(|&(step, value)| {
-            sum = keep * sum + (1.0 - keep) * value;
-            weight = keep * weight + (1.0 - keep);
-            (step, sum / weight)
+    let past: Vec<(f64, f64)> = values
+        .iter()
+        .map(|value| {
+            (sum, weight) = (keep * sum + value, keep * weight + 1.0);
+            (sum, weight)
         })
-        .collect()
+        .collect();
+    let (mut sum, mut weight) = (0.0, 0.0);
+    for i in (0..values.len()).rev() {
+        out[i].1 = (past[i].0 + sum) / (past[i].1 + weight);
+        (sum, weight) = (keep * (sum + values[i]), keep * (weight + 1.0));
+    }
+    out
 }
 
 /// One stacked bar.
@@ -293,7 +308,7 @@ impl StackedBars {
             y: (0.0, most / unit * 1.04),
             axis: Axis::Linear,
         };
-        plot.axes(&mut out, &format!("{name} a step"), "");
+        plot.axes(&mut out, &format!("{name} a step"));
         let pitch = (plot.right - plot.left) / self.bars.len() as f64;
         let width = (pitch * 0.82).min(64.0);
         let mut labelled_until = f64::NEG_INFINITY;
@@ -332,12 +347,7 @@ impl StackedBars {
                 );
             }
         }
-        let _ = writeln!(
-            out,
-            "<text class=\"soft\" x=\"{}\" y=\"{}\" text-anchor=\"end\">step</text>\n</svg>",
-            px(plot.right),
-            px(plot.bottom + 36.0)
-        );
+        out.push_str("</svg>\n");
         out
     }
 }
@@ -380,7 +390,7 @@ mod tests {
             }
         }
         assert!(chart(Axis::Linear, vec![(0, 0.0), (1, 0.0)]).contains("<polyline"));
-        assert!(chart(Axis::Linear, vec![(0, -f64::MAX), (1, f64::MAX)]).contains("<polyline"));
+        assert!(chart(Axis::Linear, vec![(0, -f64::MAX), (1, f64::MAX)]).contains("No values yet"));
         assert!(chart(Axis::Log, vec![(0, 0.0), (1, -1.0)]).contains("No values yet"));
     }
 
@@ -401,8 +411,10 @@ mod tests {
         assert_eq!(smooth.len(), 32);
         // Weights that sum to one, up to rounding.
         assert!(smooth.iter().all(|point| (point.1 - 3.0).abs() < 1e-12));
-        let falling = smoothed(&[(0, 4.0), (1, 0.0)], 1.0);
-        assert!(falling[0].1 == 4.0 && falling[1].1 > 0.0 && falling[1].1 < 2.0);
+        // A straight line stays where it is, but for its ends; the weights left and right of the middle are equal.
+        let line: Vec<(u64, f64)> = (0..101).map(|step| (step, step as f64)).collect();
+        assert!((smoothed(&line, 3.0)[50].1 - 50.0).abs() < 1e-9);
+        assert_eq!(smoothed(&[], 3.0), []);
     }
 
     #[test]

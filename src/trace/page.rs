@@ -172,9 +172,9 @@ fn headline(out: &mut String, data: &ReportData) {
     out.push_str("</div>\n");
 }
 
-/// Steps that the smoothed loss looks back over: more where there are more to show.
+/// Steps over which the loss is smoothed, to either side: more where there are more to show.
 fn span(model: &ModelCurves) -> f64 {
-    (model.train_loss.len() as f64 / 40.0).max(2.0)
+    (model.train_loss.len() as f64 / 80.0).max(2.0)
 }
 
 fn curves(out: &mut String, data: &ReportData) {
@@ -265,7 +265,8 @@ fn time(out: &mut String, data: &ReportData) {
                 .map(|(name, secs)| {
                     let share = if sum.total() > 0.0 { secs / sum.total() * 100.0 } else { 0.0 };
                     let step = secs / data.steps.len() as f64;
-                    vec![name.to_string(), format!("{secs:.3}"), format_secs(step), format!("{share:.1} %")]
+                    let step = if step > 0.0 { format_secs(step) } else { "-".into() };
+                    vec![name.to_string(), format!("{secs:.3}"), step, format!("{share:.1} %")]
                 })
                 .collect();
             let _ = write!(out, "<div class=\"beside\"><figure>{}</figure><div>", chart.svg());

@@ -11,7 +11,9 @@ fn sample(steps: u64, models: usize) -> ReportData {
     let curves = |i: usize| {
         let loss = |step: u64| 1.4 + 4.1 * (-(step as f64) / (40.0 + 15.0 * i as f64)).exp() + 0.1 * i as f64;
         let warm = |step: u64| (step as f64 + 1.0).min(20.0) / 20.0;
-        let rate = |step: u64| warm(step) * (3e-5 + 1.35e-4 * (1.0 + (step as f64 / steps as f64 * 3.14159).cos()));
+        let rate = |step: u64| {
+            warm(step) * (3e-5 + 1.35e-4 * (1.0 + (step as f64 / steps as f64 * std::f64::consts::PI).cos()))
+        };
         ModelCurves {
             name: format!("gpt {i}"),
             train_loss: (0..steps).map(|step| (step, loss(step) + 0.12 * wave(step, 1.7 + i as f64))).collect(),

@@ -66,8 +66,7 @@ pub struct Summary {
     pub written: u64,
     /// Events that found the ring full. They are in the sums but not in the file.
     pub dropped: u64,
-    /// Events that left the full window while their step was among its model's last so far. Where this is not 0, a run that
-    /// ended early may lack some of its last steps' events.
+    /// Events of the last steps of a run that ended early, missing from the file because the window was full.
     pub displaced: u64,
     /// Totals over the whole run, a row per lane, in lane order.
     pub sums: Vec<LaneSum>,
@@ -104,7 +103,7 @@ impl Recorder {
             window: VecDeque::with_capacity(window_events),
             window_events,
             newest: Vec::with_capacity(models.len().max(16)),
-            displaced: 0,
+            displaced: VecDeque::with_capacity(64),
         };
         let (ring, events) = sync_channel(ring_events.max(1));
         let thread = std::thread::Builder::new()
@@ -153,7 +152,7 @@ impl Recorder {
             return Err(Error::bad("the trace is closed already"));
         };
         let writer = thread.join().map_err(|_| Error::Device("the trace writer panicked".into()))?;
-        let (written, displaced, dropped) = (writer.file.events(), writer.displaced, self.dropped);
+        let (written, displaced, dropped) = (writer.file.events(), writer.displaced_events(), self.dropped);
         let closed = writer.file.close(dropped, displaced, &self.sums, &self.models);
         closed.map_err(|e| Error::io("write", &self.path, e))?;
         Ok(Summary { written, dropped, displaced, sums: std::mem::take(&mut self.sums) })
@@ -180,7 +179,8 @@ struct Writer {
     window_events: usize,
     /// The newest step of each model, by number.
     newest: Vec<u32>,
-    displaced: u64,
+    /// Events that left the full window too early: model, step, how many. Steps that are among the last no more go again.
+    displaced: VecDeque<(u16, u32, u64)>,
 }
 
 impl Writer {
@@ -195,7 +195,7 @@ impl Writer {
             std::thread::sleep(REST);
         }
         for event in std::mem::take(&mut self.window) {
-            if self.is_among_last(&event) {
+            if self.is_among_last(event.name.model, event.step) {
                 self.file.event(&event);
             }
         }
@@ -211,19 +211,40 @@ impl Writer {
         if self.keep.is_certain(u64::from(event.step)) {
             return self.file.event(&event);
         }
+        let mut displaced = None;
         if self.window.len() == self.window_events {
-            let oldest = self.window.pop_front();
-            self.displaced += u64::from(oldest.is_none_or(|oldest| self.is_among_last(&oldest)));
+            displaced = self.window.pop_front().or(Some(event));
         }
         if self.window_events > 0 {
             self.window.push_back(event);
         }
+        if let Some(Event { name, step, .. }) = displaced
+            && self.is_among_last(name.model, step)
+        {
+            self.count_displaced(name.model, step);
+        }
     }
 
-    /// True where the event's step is one of its model's last so far. Steps that were certain are not in the window, so
-    /// none is written twice.
-    fn is_among_last(&self, event: &Event) -> bool {
-        u64::from(event.step).saturating_add(self.keep.last) > u64::from(self.newest[usize::from(event.name.model)])
+    fn count_displaced(&mut self, model: u16, step: u32) {
+        if let Some(entry) = self.displaced.iter_mut().rev().find(|entry| (entry.0, entry.1) == (model, step)) {
+            entry.2 += 1;
+            return;
+        }
+        while self.displaced.front().is_some_and(|&(model, step, _)| !self.is_among_last(model, step)) {
+            self.displaced.pop_front();
+        }
+        self.displaced.push_back((model, step, 1));
+    }
+
+    fn displaced_events(&self) -> u64 {
+        let missing = self.displaced.iter().filter(|&&(model, step, _)| self.is_among_last(model, step));
+        missing.map(|entry| entry.2).sum()
+    }
+
+    /// True where the step is one of its model's last so far. Steps that were certain are not in the window, so none is
+    /// written twice.
+    fn is_among_last(&self, model: u16, step: u32) -> bool {
+        u64::from(step).saturating_add(self.keep.last) > u64::from(self.newest[usize::from(model)])
     }
 }
 

@@ -133,7 +133,7 @@ fn the_window_is_bounded() {
         let (summary, read) = check(RecorderOptions { window_events, ..options(keep) }, &events);
         assert_eq!(read.len(), kept, "{window_events}");
         assert!(read.iter().all(|event| event.step >= 996));
-        assert_eq!(summary.displaced > 0, window_events < 31, "{window_events}: {}", summary.displaced);
+        assert_eq!(summary.displaced, 40 - kept as u64, "{window_events}: what is missing is counted");
     }
     let mut writer = Writer {
         file: ChromeWriter::create(Path::new("/dev/null"), &[]).unwrap(),
@@ -141,11 +141,12 @@ fn the_window_is_bounded() {
         window: VecDeque::with_capacity(33),
         window_events: 33,
         newest: Vec::new(),
-        displaced: 0,
+        displaced: VecDeque::new(),
     };
     for step in 0..1023 {
         writer.take(event(0, step, 0));
         assert!(writer.window.len() <= 33 && writer.window.capacity() == 33);
+        assert!(writer.displaced.is_empty(), "33 events hold four steps of one");
     }
 }
 

@@ -64,11 +64,18 @@ svg.hydra .axis{stroke:var(--soft);stroke-width:1;shape-rendering:crispEdges}\
 svg.hydra .step{stroke:var(--soft);stroke-width:1;stroke-dasharray:2 3}\
 svg.hydra .band{fill:var(--line);opacity:.35}svg.hydra .in{fill:#fff;font-size:11px;font-weight:600;pointer-events:none}\
 svg.hydra .curve{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}\
-svg.hydra .faint{fill:none;stroke-width:1;opacity:.35}svg.hydra .dot{stroke:var(--paper);stroke-width:1.5}";
+svg.hydra .faint{fill:none;stroke-width:1;opacity:.55}svg.hydra .dot{stroke:var(--paper);stroke-width:1.5}";
 
-/// Pixels that `text` takes at 12 px, roughly: the widths of common sans-serif faces lie around 0.56 em.
+/// Pixels that `text` takes at 12 px, roughly, in the wider of the common sans-serif faces.
 pub(super) fn text_width(text: &str) -> f64 {
-    text.chars().count() as f64 * 6.8
+    let width = |c: char| match c {
+        'i' | 'j' | 'l' | '.' | ',' | ' ' | ':' | '\'' => 3.6,
+        'f' | 'r' | 't' | '-' | '(' | ')' => 5.0,
+        'm' | 'w' | 'M' | 'W' => 10.5,
+        c if c.is_ascii() => 7.4,
+        _ => 12.0,
+    };
+    text.chars().map(width).sum()
 }
 
 /// A line of coloured squares with labels, wrapped at `width`. Returns the drawing and its height.
@@ -136,7 +143,7 @@ pub(super) fn tick_label(value: f64, step: f64) -> String {
         return "0".into();
     }
     let place = (step.log10() + 1e-9).floor() as i32;
-    if magnitude >= 1e6 || magnitude < 1e-3 {
+    if !(1e-3..1e6).contains(&magnitude) {
         let digits = (value.abs().log10() + 1e-9).floor() as i32 - place;
         let text = format!("{value:.*e}", digits.clamp(0, 12) as usize);
         return match text.split_once('e') {
