@@ -1,4 +1,4 @@
-//! Charts for the report: lines over steps, and stacked bars of seconds.
+//! Charts for the report: lines over steps, and the axes they share with the bars.
 
 use std::fmt::Write;
 
@@ -44,14 +44,14 @@ pub(super) struct LineChart {
 }
 
 /// The rectangle that curves are drawn in, and the values at its edges.
-struct Plot {
-    left: f64,
-    right: f64,
-    top: f64,
-    bottom: f64,
-    x: (f64, f64),
-    y: (f64, f64),
-    axis: Axis,
+pub(super) struct Plot {
+    pub left: f64,
+    pub right: f64,
+    pub top: f64,
+    pub bottom: f64,
+    pub x: (f64, f64),
+    pub y: (f64, f64),
+    pub axis: Axis,
 }
 
 impl Plot {
@@ -59,7 +59,7 @@ impl Plot {
         self.left + (value - self.x.0) / (self.x.1 - self.x.0) * (self.right - self.left)
     }
 
-    fn y(&self, value: f64) -> f64 {
+    pub(super) fn y(&self, value: f64) -> f64 {
         let share = match self.axis {
             Axis::Linear => (value - self.y.0) / (self.y.1 - self.y.0),
             Axis::Log => (value / self.y.0).ln() / (self.y.1 / self.y.0).ln(),
@@ -68,7 +68,7 @@ impl Plot {
     }
 
     /// Grid and ticks of the values, and the names of both axes.
-    fn axes(&self, out: &mut String, y_label: &str) {
+    pub(super) fn axes(&self, out: &mut String, y_label: &str) {
         let (marks, labels) = match self.axis {
             Axis::Linear => {
                 let ticks = ticks(self.y.0, self.y.1, ((self.bottom - self.top) / 34.0) as usize);
@@ -130,7 +130,12 @@ impl Plot {
 }
 
 /// Draws the head of a chart, its title and legend; returns the pixel where the plot may begin.
-fn head<'a>(out: &mut String, title: &str, width: f64, entries: impl IntoIterator<Item = (&'a str, String)>) -> f64 {
+pub(super) fn head<'a>(
+    out: &mut String,
+    title: &str,
+    width: f64,
+    entries: impl IntoIterator<Item = (&'a str, String)>,
+) -> f64 {
     let _ = writeln!(out, "<text class=\"name\" x=\"14\" y=\"24\" style=\"font-size:14px\">{}</text>", escape(title));
     let (legend, height) = svg::legend(entries, 14.0, 36.0, width - 28.0);
     out.push_str(&legend);
@@ -258,100 +263,6 @@ pub(super) fn smoothed(points: &[(u64, f64)], span: f64) -> Vec<(u64, f64)> {
     out
 }
 
-/// One stacked bar.
-#[derive(Clone, Debug)]
-pub(super) struct Bar {
-    pub label: String,
-    /// The step it begins with.
-    pub step: u64,
-    /// Seconds of each part, in the order of [`StackedBars::parts`].
-    pub secs: [f64; 6],
-}
-
-/// Bars of seconds, stacked from the first part up.
-#[derive(Clone, Debug)]
-pub(super) struct StackedBars {
-    pub title: String,
-    pub parts: [(&'static str, &'static str); 6],
-    pub width: f64,
-    pub height: f64,
-    pub bars: Vec<Bar>,
-}
-
-impl StackedBars {
-    /// The chart as an SVG document; parts that are not finite or negative count as 0.
-    pub(super) fn svg(&self) -> String {
-        let clean = |secs: f64| if secs.is_finite() { secs.max(0.0) } else { 0.0 };
-        let total = |bar: &Bar| bar.secs.iter().map(|&secs| clean(secs)).sum::<f64>();
-        let most = self.bars.iter().map(total).fold(0.0, f64::max);
-        if most <= 0.0 || !most.is_finite() {
-            let mut out = svg::open(self.width, 90.0, &self.title);
-            head(&mut out, &self.title, self.width, []);
-            out.push_str("<text class=\"soft\" x=\"14\" y=\"58\">No steps yet.</text>\n</svg>\n");
-            return out;
-        }
-        let (unit, name) = match most {
-            m if m >= 1.0 => (1.0, "seconds"),
-            m if m >= 1e-3 => (1e-3, "milliseconds"),
-            _ => (1e-6, "microseconds"),
-        };
-        let mut out = svg::open(self.width, self.height, &self.title);
-        let there = (0..6).filter(|&part| self.bars.iter().any(|bar| clean(bar.secs[part]) > 0.0));
-        let entries = there.map(|part| (self.parts[part].1, self.parts[part].0.to_string()));
-        let top = head(&mut out, &self.title, self.width, entries);
-        let plot = Plot {
-            left: 74.0,
-            right: self.width - 18.0,
-            top,
-            bottom: self.height - 46.0,
-            x: (0.0, 1.0),
-            y: (0.0, most / unit * 1.04),
-            axis: Axis::Linear,
-        };
-        plot.axes(&mut out, &format!("{name} a step"));
-        let pitch = (plot.right - plot.left) / self.bars.len() as f64;
-        let width = (pitch * 0.82).min(64.0);
-        let mut labelled_until = f64::NEG_INFINITY;
-        for (i, bar) in self.bars.iter().enumerate() {
-            let middle = plot.left + pitch * (i as f64 + 0.5);
-            let mut base = 0.0;
-            for (part, (name, colour)) in self.parts.iter().enumerate() {
-                let secs = clean(bar.secs[part]);
-                if secs <= 0.0 {
-                    continue;
-                }
-                let (low, high) = (plot.y(base / unit), plot.y((base + secs) / unit));
-                base += secs;
-                let _ = writeln!(
-                    out,
-                    "<rect x=\"{}\" y=\"{}\" width=\"{}\" height=\"{}\" fill=\"{colour}\"><title>{}, {name}: {}, {:.1} \
-                     %</title></rect>",
-                    px(middle - width / 2.0),
-                    px(high),
-                    px(width),
-                    px((low - high).max(0.1)),
-                    escape(&bar.label),
-                    crate::base::format_secs(secs),
-                    secs / total(bar) * 100.0
-                );
-            }
-            let label = bar.step.to_string();
-            let half = svg::text_width(&label) / 2.0;
-            if middle - half > labelled_until {
-                labelled_until = middle + half + 14.0;
-                let _ = writeln!(
-                    out,
-                    "<text class=\"soft\" x=\"{}\" y=\"{}\" text-anchor=\"middle\">{label}</text>",
-                    px(middle),
-                    px(plot.bottom + 19.0)
-                );
-            }
-        }
-        out.push_str("</svg>\n");
-        out
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -415,18 +326,5 @@ mod tests {
         let line: Vec<(u64, f64)> = (0..101).map(|step| (step, step as f64)).collect();
         assert!((smoothed(&line, 3.0)[50].1 - 50.0).abs() < 1e-9);
         assert_eq!(smoothed(&[], 3.0), []);
-    }
-
-    #[test]
-    fn bars_stack() {
-        let parts = [("a", "#1"), ("b", "#2"), ("c", "#3"), ("d", "#4"), ("e", "#5"), ("f", "#6")];
-        for count in [0usize, 1, 2, 33] {
-            let bar = |i| Bar { label: format!("step {i}"), step: i, secs: [0.5, 0.0, f64::NAN, 0.25, -1.0, 0.25] };
-            let bars: Vec<Bar> = (0..count as u64).map(bar).collect();
-            let svg = StackedBars { title: "t".into(), parts, width: 600.0, height: 300.0, bars }.svg();
-            check_tags(&svg);
-            assert_eq!(svg.matches("<title>").count(), 3 * count);
-            assert_eq!(svg.contains("No steps yet"), count == 0);
-        }
     }
 }

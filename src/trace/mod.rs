@@ -5,6 +5,7 @@
 //! file back; [`where_time_went`] says what bound a step; [`gantt_svg`] and [`report_page`] draw.
 //! Uses [`base`](crate::base) alone.
 
+mod bars;
 mod chart;
 mod chrome;
 mod event;

@@ -4,7 +4,8 @@
 
 use std::fmt::Write;
 
-use super::chart::{Axis, Bar, LineChart, LineStyle, Series, StackedBars, smoothed};
+use super::bars::{Bar, StackedBars};
+use super::chart::{Axis, LineChart, LineStyle, Series, smoothed};
 use super::svg::{BOUND_COLOURS, colour, escape};
 use super::{Bound, ColourBy, Event, GanttOptions, LaneSum, gantt_svg};
 use crate::base::{LaneKind, format_bytes, format_secs};
