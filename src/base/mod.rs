@@ -4,6 +4,7 @@
 
 mod dtype;
 mod error;
+mod lane;
 pub mod philox;
 mod shape;
 pub mod tensorfile;
@@ -11,6 +12,7 @@ mod units;
 
 pub use dtype::DType;
 pub use error::{Error, Result};
+pub use lane::{LaneId, LaneKind};
 pub use shape::Shape;
 pub use units::{
     Bytes, align_up, format_bytes, format_secs, nearest, parse_bytes, parse_bytes_per_sec, parse_flops_per_sec,

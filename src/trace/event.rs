@@ -1,0 +1,207 @@
+//! Events: what ran where, from when to when, and what it had waited for.
+//!
+//! An event is `Copy` and holds no text, so that recording one costs no allocation.
+
+use std::fmt;
+
+use crate::base::LaneId;
+
+/// One finished task.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Event {
+    /// The lane it ran on.
+    pub lane: LaneId,
+    /// What it did, for which model and shard.
+    pub name: TaskName,
+    /// The step of its model, from 0.
+    pub step: u32,
+    /// When it started, in seconds since the run's start, real or virtual.
+    pub start_secs: f64,
+    /// When it ended, on the same clock.
+    pub end_secs: f64,
+    /// Bytes it moved; 0 where it moved none.
+    pub bytes: u64,
+    /// Floating-point operations it did; 0 where it did none.
+    pub flops: f64,
+    /// Its ticket; tickets count up from 1 in the order of submission, over all lanes.
+    pub ticket: u64,
+    /// Among the tasks it waited for and its predecessor on the lane, the ticket of the one that finished last; 0 where
+    /// there was none. Less than `ticket`.
+    pub after: u64,
+}
+
+impl Event {
+    /// Seconds it ran; 0 where the times are out of order or not finite.
+    pub fn secs(&self) -> f64 {
+        if self.has_times() { self.end_secs - self.start_secs } else { 0.0 }
+    }
+
+    /// True where both times are finite and in order.
+    pub fn has_times(&self) -> bool {
+        self.start_secs.is_finite() && self.end_secs.is_finite() && self.start_secs <= self.end_secs
+    }
+}
+
+/// What a task did and for whom; prints as `forward model 0 shard 3 microbatch 1`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct TaskName {
+    /// The kind of task.
+    pub what: What,
+    /// The model's number.
+    pub model: u16,
+    /// The shard's number within the model.
+    pub shard: u16,
+    /// The microbatch, where the task is for one of several.
+    pub microbatch: Option<u16>,
+}
+
+impl fmt::Display for TaskName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} model {} shard {}", self.what.label(), self.model, self.shard)?;
+        match self.microbatch {
+            Some(microbatch) => write!(f, " microbatch {microbatch}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Kinds of tasks. The order is the order in a legend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum What {
+    /// A shard's forward unit.
+    Forward,
+    /// A shard's backward unit, recomputation included.
+    Backward,
+    /// The last shard's forward, loss and backward.
+    LastUnit,
+    /// A forward unit on held-out data.
+    Eval,
+    /// An optimizer's update.
+    Update,
+    /// A gradient's share of the global norm.
+    Norm,
+    /// Weights on their way to the device.
+    FetchWeights,
+    /// Masters and moments on their way to the device.
+    FetchState,
+    /// A gradient on its way to the device.
+    FetchGradient,
+    /// A boundary activation or boundary gradient on its way to the device.
+    FetchBoundary,
+    /// Updated weights on their way to their home.
+    SpillWeights,
+    /// Updated masters and moments on their way to their home.
+    SpillState,
+    /// A gradient on its way to the host.
+    SpillGradient,
+    /// A boundary activation or boundary gradient on its way to the host.
+    SpillBoundary,
+    /// A batch on its way to the device.
+    Input,
+    /// A loss or logits on their way to the host.
+    Result,
+    /// State read from the disk tier.
+    DiskRead,
+    /// State written to the disk tier.
+    DiskWrite,
+    /// State copied for a checkpoint.
+    Checkpoint,
+}
+
+impl What {
+    /// Every kind, in the order of a legend.
+    pub const ALL: [What; 19] = [
+        What::Forward,
+        What::Backward,
+        What::LastUnit,
+        What::Eval,
+        What::Update,
+        What::Norm,
+        What::FetchWeights,
+        What::FetchState,
+        What::FetchGradient,
+        What::FetchBoundary,
+        What::SpillWeights,
+        What::SpillState,
+        What::SpillGradient,
+        What::SpillBoundary,
+        What::Input,
+        What::Result,
+        What::DiskRead,
+        What::DiskWrite,
+        What::Checkpoint,
+    ];
+
+    /// The kind in words; also its category in the trace file.
+    pub const fn label(self) -> &'static str {
+        match self {
+            What::Forward => "forward",
+            What::Backward => "backward",
+            What::LastUnit => "last unit",
+            What::Eval => "eval",
+            What::Update => "update",
+            What::Norm => "norm",
+            What::FetchWeights => "fetch weights",
+            What::FetchState => "fetch state",
+            What::FetchGradient => "fetch gradient",
+            What::FetchBoundary => "fetch boundary",
+            What::SpillWeights => "spill weights",
+            What::SpillState => "spill state",
+            What::SpillGradient => "spill gradient",
+            What::SpillBoundary => "spill boundary",
+            What::Input => "input",
+            What::Result => "result",
+            What::DiskRead => "disk read",
+            What::DiskWrite => "disk write",
+            What::Checkpoint => "checkpoint",
+        }
+    }
+
+    /// The kind whose [`What::label`] is `label`.
+    pub fn from_label(label: &str) -> Option<What> {
+        What::ALL.into_iter().find(|what| what.label() == label)
+    }
+
+    /// A CSS colour. Arithmetic is cool, fetches are warm, spills are purple to pink, the disk is brown; each is legible
+    /// on white and on near-black.
+    pub const fn colour(self) -> &'static str {
+        match self {
+            What::Forward => "#4c8bd6",
+            What::Backward => "#2f5fa8",
+            What::LastUnit => "#1fa3a3",
+            What::Eval => "#8fb8e8",
+            What::Update => "#3f9d5a",
+            What::Norm => "#8cc56d",
+            What::FetchWeights => "#f0993a",
+            What::FetchState => "#e3b93c",
+            What::FetchGradient => "#f3c98b",
+            What::FetchBoundary => "#dd6f3c",
+            What::SpillWeights => "#9a6fd0",
+            What::SpillState => "#7a55b8",
+            What::SpillGradient => "#d0649c",
+            What::SpillBoundary => "#e395bd",
+            What::Input => "#9aa5b1",
+            What::Result => "#7b8794",
+            What::DiskRead => "#a97b55",
+            What::DiskWrite => "#8a5a3b",
+            What::Checkpoint => "#5f6b78",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kind_has_its_own_label_and_colour() {
+        for (index, what) in What::ALL.into_iter().enumerate() {
+            assert_eq!(What::from_label(what.label()), Some(what));
+            assert_eq!(what as usize, index, "ALL is in the order of the enum");
+            assert!(What::ALL[..index].iter().all(|other| other.colour() != what.colour()), "{what:?}");
+        }
+        assert_eq!(What::from_label("job"), None);
+        let name = TaskName { what: What::FetchWeights, model: 0, shard: 3, microbatch: Some(1) };
+        assert_eq!(name.to_string(), "fetch weights model 0 shard 3 microbatch 1");
+    }
+}

@@ -1,0 +1,26 @@
+//! The event log: a Chrome trace, a Gantt chart, where the time went, and the report page.
+//!
+//! Everything here reads one kind of record, the [`Event`], and keeps no clock: times are given. The [`Recorder`] takes
+//! events from the executor without holding it up and streams the chosen steps to `trace.json`; [`read_trace`] reads that
+//! file back; [`where_time_went`] says what bound a step; [`gantt_svg`] and [`report_page`] draw.
+//! Uses [`base`](crate::base) alone.
+
+mod bars;
+mod chart;
+mod chrome;
+mod event;
+mod gantt;
+mod page;
+mod recorder;
+#[cfg(test)]
+mod sample;
+mod svg;
+mod utilisation;
+
+pub use chart::Axis;
+pub use chrome::read_trace;
+pub use event::{Event, TaskName, What};
+pub use gantt::{ColourBy, GanttOptions, gantt_svg};
+pub use page::{LaneRow, ModelCurves, ReportData, StepBound, report_page};
+pub use recorder::{Keep, Recorder, RecorderOptions, Summary};
+pub use utilisation::{Bound, Ceilings, LaneSum, StepAccount, where_time_went};

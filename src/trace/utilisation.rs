@@ -1,0 +1,331 @@
+//! Where the time went: what each second of a step was bound by, and how near each lane came to its ceiling.
+//!
+//! The second a compute lane works is bound by compute. When it stands still, the task that it runs next was waiting, and
+//! the event says for which task. That task's time is charged to its lane's kind; where it, too, had waited, the walk goes
+//! on along the chain until the gap is filled. What no task ran in is idle: latency, or nothing to do.
+
+use super::Event;
+use crate::base::{LaneId, LaneKind};
+
+/// Seconds of a window by what bound them; they sum to the window.
+#[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
+pub struct Bound {
+    /// A compute lane worked, or the compute lane waited for another device's.
+    pub compute: f64,
+    /// The compute lane waited for a copy to the device.
+    pub h2d: f64,
+    /// The compute lane waited for a copy from the device.
+    pub d2h: f64,
+    /// The compute lane waited for arithmetic on the host.
+    pub host: f64,
+    /// The compute lane waited for the disk, either way.
+    pub disk: f64,
+    /// Nothing that the compute lane waited for ran.
+    pub idle: f64,
+}
+
+impl Bound {
+    /// The parts' names, in the order of [`Bound::parts`].
+    pub const NAMES: [&'static str; 6] = ["compute", "host to device", "device to host", "host math", "disk", "idle"];
+
+    /// The parts as a list: compute, h2d, d2h, host, disk, idle.
+    pub fn parts(&self) -> [f64; 6] {
+        [self.compute, self.h2d, self.d2h, self.host, self.disk, self.idle]
+    }
+
+    /// Seconds of the window.
+    pub fn total(&self) -> f64 {
+        self.parts().iter().sum()
+    }
+
+    /// Adds `other`'s seconds, part by part.
+    pub fn add(&mut self, other: &Bound) {
+        self.compute += other.compute;
+        self.h2d += other.h2d;
+        self.d2h += other.d2h;
+        self.host += other.host;
+        self.disk += other.disk;
+        self.idle += other.idle;
+    }
+
+    fn charge(&mut self, kind: LaneKind, secs: f64) {
+        match kind {
+            LaneKind::Compute => self.compute += secs,
+            LaneKind::HostToDevice => self.h2d += secs,
+            LaneKind::DeviceToHost => self.d2h += secs,
+            LaneKind::HostMath => self.host += secs,
+            LaneKind::DiskRead | LaneKind::DiskWrite => self.disk += secs,
+        }
+    }
+
+    fn scaled(self, by: f64) -> Bound {
+        let [compute, h2d, d2h, host, disk, idle] = self.parts().map(|part| part * by);
+        Bound { compute, h2d, d2h, host, disk, idle }
+    }
+}
+
+/// A lane's totals.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LaneSum {
+    /// The lane.
+    pub lane: LaneId,
+    /// Tasks that ran on it.
+    pub tasks: u64,
+    /// Seconds they ran.
+    pub busy_secs: f64,
+    /// Bytes they moved.
+    pub bytes: u64,
+    /// Floating-point operations they did.
+    pub flops: f64,
+}
+
+impl LaneSum {
+    /// A lane on which nothing ran.
+    pub fn new(lane: LaneId) -> Self {
+        LaneSum { lane, tasks: 0, busy_secs: 0.0, bytes: 0, flops: 0.0 }
+    }
+
+    /// Bytes per second while it worked; `None` where it moved none.
+    pub fn bytes_per_sec(&self) -> Option<f64> {
+        (self.bytes > 0 && self.busy_secs > 0.0).then(|| self.bytes as f64 / self.busy_secs)
+    }
+
+    /// Floating-point operations per second while it worked; `None` where it did none.
+    pub fn flops_per_sec(&self) -> Option<f64> {
+        (self.flops > 0.0 && self.busy_secs > 0.0).then(|| self.flops / self.busy_secs)
+    }
+
+    /// The fewest seconds the lane's work can take: flops over their rate for compute, bytes over their bandwidth for the
+    /// others. `None` where no ceiling is known.
+    pub fn least_secs(&self, ceilings: &Ceilings) -> Option<f64> {
+        let per_sec = ceilings.of(self.lane.kind)?;
+        Some(if self.lane.kind == LaneKind::Compute { self.flops / per_sec } else { self.bytes as f64 / per_sec })
+    }
+}
+
+/// What each kind of lane can do at best; `None` where it is not known.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Ceilings {
+    /// Floating-point operations per second of a device.
+    pub flops_per_sec: Option<f64>,
+    /// Bytes per second to a device.
+    pub h2d_bytes_per_sec: Option<f64>,
+    /// Bytes per second from a device.
+    pub d2h_bytes_per_sec: Option<f64>,
+    /// Bytes per second that host arithmetic can read and write.
+    pub host_bytes_per_sec: Option<f64>,
+    /// Bytes per second from the disk.
+    pub disk_read_bytes_per_sec: Option<f64>,
+    /// Bytes per second to the disk.
+    pub disk_write_bytes_per_sec: Option<f64>,
+}
+
+impl Ceilings {
+    /// The ceiling of a kind of lane: flop/s for compute, bytes/s for the others.
+    pub fn of(&self, kind: LaneKind) -> Option<f64> {
+        match kind {
+            LaneKind::Compute => self.flops_per_sec,
+            LaneKind::HostToDevice => self.h2d_bytes_per_sec,
+            LaneKind::DeviceToHost => self.d2h_bytes_per_sec,
+            LaneKind::HostMath => self.host_bytes_per_sec,
+            LaneKind::DiskRead => self.disk_read_bytes_per_sec,
+            LaneKind::DiskWrite => self.disk_write_bytes_per_sec,
+        }
+        .filter(|&per_sec| per_sec > 0.0)
+    }
+}
+
+/// Adds `event` to its lane's row, which is put in lane order where it is new.
+pub(super) fn add_to_sums(sums: &mut Vec<LaneSum>, event: &Event) {
+    let row = sums.binary_search_by_key(&event.lane, |sum| sum.lane).unwrap_or_else(|place| {
+        sums.insert(place, LaneSum::new(event.lane));
+        place
+    });
+    let sum = &mut sums[row];
+    sum.tasks += 1;
+    sum.busy_secs += event.secs();
+    sum.bytes += event.bytes;
+    sum.flops += if event.flops.is_finite() { event.flops } else { 0.0 };
+}
+
+/// Says what bound the window from `start_secs` to `end_secs`, given the events that touch it, in any order.
+///
+/// Several devices: the average over their compute lanes. The parts sum to the window; with no device all of it is idle.
+pub fn where_time_went(events: &[Event], start_secs: f64, end_secs: f64) -> Bound {
+    let lanes: Vec<LaneId> = events.iter().map(|event| event.lane).collect();
+    let mut account = StepAccount::new(&lanes, events.len());
+    events.iter().for_each(|event| account.add(event));
+    account.finish_step(start_secs, end_secs)
+}
+
+/// Takes events as tasks complete and settles them step by step.
+///
+/// Its memory is what the largest step so far needed, and is used again.
+#[derive(Debug)]
+pub struct StepAccount {
+    /// Numbers of the devices, ascending, without the host.
+    devices: Vec<u16>,
+    /// Events of the open step; those with impossible times are left out.
+    tasks: Vec<Task>,
+    /// Sums of the open step and of the one settled last; each has the same lanes.
+    open: Vec<LaneSum>,
+    settled: Vec<LaneSum>,
+    /// Indices of compute tasks by device and start; scratch space of `finish_step`.
+    compute: Vec<u32>,
+}
+
+/// What attribution needs of an event.
+#[derive(Clone, Copy, Debug)]
+struct Task {
+    ticket: u64,
+    after: u64,
+    start: f64,
+    end: f64,
+    lane: LaneId,
+}
+
+impl StepAccount {
+    /// An account for a run with these lanes, with room for `events_per_step`.
+    pub fn new(lanes: &[LaneId], events_per_step: usize) -> Self {
+        let mut account = StepAccount {
+            devices: Vec::with_capacity(16),
+            tasks: Vec::with_capacity(events_per_step),
+            open: Vec::with_capacity(64),
+            settled: Vec::with_capacity(64),
+            compute: Vec::with_capacity(events_per_step),
+        };
+        let mut sorted = lanes.to_vec();
+        sorted.sort_unstable();
+        sorted.dedup();
+        for lane in sorted {
+            account.know_device(lane);
+            account.open.push(LaneSum::new(lane));
+        }
+        account
+    }
+
+    /// Adds a finished task to the open step.
+    pub fn add(&mut self, event: &Event) {
+        self.know_device(event.lane);
+        add_to_sums(&mut self.open, event);
+        if event.has_times() {
+            let Event { lane, ticket, after, start_secs: start, end_secs: end, .. } = *event;
+            self.tasks.push(Task { ticket, after, start, end, lane });
+        }
+    }
+
+    /// Settles the window from `start_secs` to `end_secs`, as [`where_time_went`] does, and opens the next step.
+    ///
+    /// Tasks that ended after the window stay, since they reach into the next one.
+    pub fn finish_step(&mut self, start_secs: f64, end_secs: f64) -> Bound {
+        let mut bound = Bound::default();
+        let window = end_secs - start_secs;
+        if window > 0.0 && window.is_finite() {
+            self.tasks.sort_unstable_by_key(|task| task.ticket);
+            if self.devices.is_empty() {
+                bound.idle = window;
+            } else {
+                self.sort_compute();
+                let mut rest = self.compute.as_slice();
+                for &device in &self.devices {
+                    let length = rest.partition_point(|&i| self.tasks[i as usize].lane.device <= device);
+                    let (own, others) = rest.split_at(length);
+                    rest = others;
+                    bound.add(&self.device_bound(own, start_secs, end_secs));
+                }
+                bound = bound.scaled(1.0 / self.devices.len() as f64);
+            }
+        }
+        self.tasks.retain(|task| task.end > end_secs);
+        self.settled.clear();
+        self.settled.extend_from_slice(&self.open);
+        for sum in &mut self.open {
+            *sum = LaneSum::new(sum.lane);
+        }
+        bound
+    }
+
+    /// Sums of the step that was settled last, in lane order. A task counts, whole, in the step in which it was added.
+    pub fn sums(&self) -> &[LaneSum] {
+        &self.settled
+    }
+
+    fn know_device(&mut self, lane: LaneId) {
+        if !lane.is_host()
+            && let Err(place) = self.devices.binary_search(&lane.device)
+        {
+            self.devices.insert(place, lane.device);
+        }
+    }
+
+    fn sort_compute(&mut self) {
+        let tasks = &self.tasks;
+        self.compute.clear();
+        let of_devices = |&i: &u32| {
+            let lane = tasks[i as usize].lane;
+            lane.kind == LaneKind::Compute && !lane.is_host()
+        };
+        self.compute.extend((0..tasks.len() as u32).filter(of_devices));
+        self.compute.sort_unstable_by(|&a, &b| {
+            let (a, b) = (&tasks[a as usize], &tasks[b as usize]);
+            a.lane.device.cmp(&b.lane.device).then(a.start.total_cmp(&b.start)).then(a.ticket.cmp(&b.ticket))
+        });
+    }
+
+    /// One device's share: `compute` are its compute tasks in order of start.
+    fn device_bound(&self, compute: &[u32], start: f64, end: f64) -> Bound {
+        let mut bound = Bound::default();
+        let mut now = start;
+        for &i in compute {
+            let task = self.tasks[i as usize];
+            if now >= end {
+                break;
+            }
+            if task.start > now {
+                let until = task.start.min(end);
+                self.charge_gap(&mut bound, task.after, now, until);
+                now = until;
+            }
+            let until = task.end.min(end);
+            if until > now {
+                bound.compute += until - now;
+                now = until;
+            }
+        }
+        if now < end {
+            // No task of this device ends the last gap; what ended the window did: the task that finished last in it.
+            let last = self
+                .tasks
+                .iter()
+                .filter(|task| task.end <= end)
+                .max_by(|a, b| a.end.total_cmp(&b.end).then(a.ticket.cmp(&b.ticket)));
+            self.charge_gap(&mut bound, last.map_or(0, |task| task.ticket), now, end);
+        }
+        // From the other parts, so that all sum to the window however the differences above were rounded.
+        bound.idle = (end - start - (bound.compute + bound.h2d + bound.d2h + bound.host + bound.disk)).max(0.0);
+        bound
+    }
+
+    /// Charges the gap between `from` and `until` to the chain of tasks that begins with `ticket`, back in time.
+    fn charge_gap(&self, bound: &mut Bound, mut ticket: u64, from: f64, until: f64) {
+        let mut now = until;
+        while ticket != 0 && now > from {
+            let Ok(i) = self.tasks.binary_search_by_key(&ticket, |task| task.ticket) else { return };
+            let task = &self.tasks[i];
+            let (began, ended) = (task.start.max(from), task.end.min(now));
+            if ended > began {
+                bound.charge(task.lane.kind, ended - began);
+            }
+            now = now.min(began);
+            // A task waits for tasks submitted before it; an event that says otherwise would send the walk in circles.
+            if task.after >= ticket {
+                return;
+            }
+            ticket = task.after;
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "utilisation_tests.rs"]
+mod tests;
