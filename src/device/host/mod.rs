@@ -1,13 +1,36 @@
-//! The host device: arithmetic on the CPU.
+//! The host device: the machine's cores as devices, with separate memories and real copies between them.
+//!
+//! One file an op family holds bodies on slices, generic over [`real::Real`]; `ops` finds their operands, `execute` runs tasks, `lanes` are
+//! the threads. Every body gives the same bits whatever the number of threads.
 
+pub mod activation;
+mod affinity;
+pub mod attention;
 pub mod batchnorm;
+mod calibrate;
 pub mod conv;
+pub mod cross_entropy;
+mod device;
+pub mod elementwise;
+pub mod embedding;
+mod execute;
 pub mod gemm;
 mod im2col;
+mod lanes;
+pub mod linear;
+mod memory;
+pub mod norm;
+mod ops;
 pub mod optimizer;
 pub mod parallel;
 mod planes;
 pub mod pool;
 pub mod real;
+mod reduce;
+pub mod strided;
 #[cfg(test)]
 pub mod testing;
+mod transpose;
+
+pub use calibrate::calibrate;
+pub use device::{HostConfig, HostDevice, HostSpec};

@@ -3,13 +3,14 @@
 use super::memory::Block;
 use super::real::Real;
 use super::{
-    activation, attention, batchnorm, conv, cross_entropy, elementwise, embedding, linear, norm, optimizer, pool,
+    activation, attention, batchnorm, conv, cross_entropy, elementwise, embedding, linear, norm, optimizer, pool, transpose,
 };
 use crate::device::Scalars;
 use crate::graph::{AREAS, AttentionKind, Buffer, Op, Step, Window};
 use batchnorm::BatchnormSizes;
 use conv::ConvSizes;
 use pool::PoolSizes;
+use super::strided::{Rows, RowsMut};
 
 /// An op's operands in the arena.
 struct Operands<'a> {
@@ -198,7 +199,7 @@ fn body<T: Real>(o: &Operands, scalars: &Scalars) {
             let sizes = pool_sizes(window, o.out_axes(0), o.in_axes(0));
             pool::avg_grad::<T>(o.output(0), o.input(0), &sizes, true);
         }
-        Op::Transpose { axes } => elementwise::transpose::<T>(o.output(0), o.input(0), o.in_axes(0), axes),
+        Op::Transpose { axes } => transpose::transpose::<T>(o.output(0), o.input(0), o.in_axes(0), axes),
         Op::Copy => {
             let out = o.output::<T>(0);
             if accumulate && o.step.outputs[0].as_ref().is_some_and(|b| b.area == crate::graph::Area::Gradients) {
@@ -235,4 +236,43 @@ fn pool_sizes(window: &Window, x: &[usize], out: &[usize]) -> PoolSizes {
 
 fn batchnorm_sizes(x: &[usize]) -> BatchnormSizes {
     BatchnormSizes { batch: x[0], channels: x[1], positions: x[2..].iter().product() }
+}
+
+/// Attention's inputs, which begin at operand `first`.
+fn attention_inputs<'a, T: Real>(o: &Operands<'a>, kind: &AttentionKind, first: usize, scalars: &Scalars) -> attention::Inputs<'a, T> {
+    let AttentionKind { heads, kv_heads, width, packed, .. } = *kind;
+    let q_axes = o.in_axes(first);
+    let rows = |operand: usize, offset: usize| Rows { data: o.input::<T>(operand), offset, stride: o.in_axes(operand)[2] };
+    let (q, k, v, keys, tensors) = if packed {
+        let (k, v) = (heads * width, (heads + kv_heads) * width);
+        (rows(first, 0), rows(first, k), rows(first, v), q_axes[1], 1)
+    } else {
+        (rows(first, 0), rows(first + 1, 0), rows(first + 2, 0), o.in_axes(first + 1)[1], 3)
+    };
+    attention::Inputs {
+        q,
+        k,
+        v,
+        key_mask: kind.masked.then(|| o.input::<i32>(first + tensors)),
+        sizes: attention::Sizes { batch: q_axes[0], heads, kv_heads, queries: q_axes[1], keys, width },
+        scale: kind.scale,
+        causal: kind.causal,
+        dropout: kind.dropout.map(|(p, op)| (p, scalars.stream(op))),
+    }
+}
+
+fn attention_forward<T: Real>(o: &Operands, kind: &AttentionKind, scalars: &Scalars) {
+    attention::forward::<T>(o.output(0), o.output(1), &attention_inputs(o, kind, 0, scalars));
+}
+
+fn attention_grad<T: Real>(o: &Operands, kind: &AttentionKind, scalars: &Scalars) {
+    let inputs = attention_inputs::<T>(o, kind, 3, scalars);
+    let AttentionKind { heads, kv_heads, width, .. } = *kind;
+    let (q, kv) = (heads * width, kv_heads * width);
+    let [d_q, d_k, d_v] = if kind.packed {
+        RowsMut::split(o.output(0), q + 2 * kv, [0..q, q..q + kv, q + kv..q + 2 * kv])
+    } else {
+        [RowsMut::whole(o.output(0), q), RowsMut::whole(o.output(1), kv), RowsMut::whole(o.output(2), kv)]
+    };
+    attention::backward::<T>(d_q, d_k, d_v, o.input(0), o.input(1), o.input(2), &inputs);
 }

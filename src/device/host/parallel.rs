@@ -3,6 +3,7 @@
 //! Work is split into chunks whose size depends on shapes alone, each chunk is computed by one thread, and no reduction
 //! crosses chunks except in a written order. Threads come from the rayon pool that the caller has installed.
 
+use super::real::Real;
 use rayon::prelude::*;
 
 /// Runs `body` compiled for the widest vectors of this machine. Everything called inside must be `#[inline(always)]` to be
@@ -10,6 +11,23 @@ use rayon::prelude::*;
 #[inline(always)]
 pub fn simd<R>(body: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(body)
+}
+
+/// Calls `kernel(args)` compiled for the widest vectors of this machine.
+///
+/// For loops with much in them: a large closure given to [`simd`] may be left out of line by the compiler, and is then compiled
+/// for the narrowest vectors. A function marked `#[inline(always)]` never is.
+#[inline(always)]
+pub fn vectorized<A, R>(kernel: impl FnOnce(A) -> R, args: A) -> R {
+    struct Call<F, A>(F, A);
+    impl<R, A, F: FnOnce(A) -> R> pulp::WithSimd for Call<F, A> {
+        type Output = R;
+        #[inline(always)]
+        fn with_simd<S: pulp::Simd>(self, _: S) -> R {
+            (self.0)(self.1)
+        }
+    }
+    pulp::Arch::new().dispatch(Call(kernel, args))
 }
 
 /// Elements of a chunk of an elementwise loop: large enough to pay for a task, small enough for the first-level cache.
@@ -47,9 +65,63 @@ pub fn with_scratch<T: bytemuck::Pod, R>(len: usize, body: impl FnOnce(&mut [T])
     result
 }
 
-/// `for_each(i)` for every i below `count`, on all threads, each compiled for the widest vectors.
-pub fn for_each_index(count: usize, body: impl Fn(usize) + Sync) {
-    (0..count).into_par_iter().with_max_len(1).for_each(|i| simd(|| body(i)));
+/// Calls `body(i)` for every i below `count`, on all threads.
+pub fn for_each_index(count: usize, body: impl Fn(usize) + Sync + Send) {
+    (0..count).into_par_iter().with_max_len(1).for_each(body);
+}
+
+/// `out[i] = f(x[i])`, or `f(out[i])` where `x` is `None`. `f` is to be a function marked `#[inline(always)]`.
+///
+/// # Panics
+/// When the lengths differ.
+pub fn map<T: Real>(out: &mut [T], x: Option<&[T]>, f: impl Fn(T) -> T + Sync + Copy) {
+    #[inline(always)]
+    fn kernel<T: Real, F: Fn(T) -> T>((out, x, f): (&mut [T], Option<&[T]>, F)) {
+        match x {
+            Some(x) => out.iter_mut().zip(x).for_each(|(out, &x)| *out = f(x)),
+            None => out.iter_mut().for_each(|out| *out = f(*out)),
+        }
+    }
+    if let Some(x) = x {
+        expect_len("map", "x", x.len(), out.len());
+    }
+    out.par_chunks_mut(CHUNK).enumerate().for_each(|(i, out)| {
+        let x = x.map(|x| &x[i * CHUNK..][..out.len()]);
+        vectorized(kernel, (out, x, f));
+    });
+}
+
+/// `out[i] = f(a[i], b[i])`, or `f(out[i], b[i])` where `a` is `None`. `f` is to be a function marked `#[inline(always)]`.
+///
+/// # Panics
+/// When the lengths differ.
+pub fn zip<T: Real>(out: &mut [T], a: Option<&[T]>, b: &[T], f: impl Fn(T, T) -> T + Sync + Copy) {
+    #[inline(always)]
+    fn kernel<T: Real, F: Fn(T, T) -> T>((out, a, b, f): (&mut [T], Option<&[T]>, &[T], F)) {
+        match a {
+            Some(a) => out.iter_mut().zip(a).zip(b).for_each(|((out, &a), &b)| *out = f(a, b)),
+            None => out.iter_mut().zip(b).for_each(|(out, &b)| *out = f(*out, b)),
+        }
+    }
+    if let Some(a) = a {
+        expect_len("zip", "a", a.len(), out.len());
+    }
+    expect_len("zip", "b", b.len(), out.len());
+    out.par_chunks_mut(CHUNK).enumerate().for_each(|(i, out)| {
+        let a = a.map(|a| &a[i * CHUNK..][..out.len()]);
+        let b = &b[i * CHUNK..][..out.len()];
+        vectorized(kernel, (out, a, b, f));
+    });
+}
+
+/// Checks a length that the caller promised.
+///
+/// # Panics
+/// When `len` is not `want`: a bug of ours, since shapes are checked when a graph is built.
+#[inline]
+#[track_caller]
+pub fn expect_len(op: &str, name: &str, len: usize, want: usize) {
+    assert!(len == want, "{op}: {name} is {len} long, want {want}");
 }
 
 /// Rows of a chunk of about [`CHUNK`] elements, for ops that treat a row of `cols` as one thing; at least 1.
