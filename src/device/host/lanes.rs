@@ -154,13 +154,13 @@ impl Lane {
             Some(pool) => pool.install(|| execute(task, &self.shared)),
             None => execute(task, &self.shared),
         };
-        catch_unwind(AssertUnwindSafe(body)).map_err(|panic| {
+        catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| {
             let words = panic
                 .downcast_ref::<String>()
                 .cloned()
                 .or_else(|| panic.downcast_ref::<&str>().map(|s| s.to_string()))
                 .unwrap_or_else(|| "no message".into());
-            Error::Device(format!("a task panicked: {words}"))
+            Err(Error::Device(format!("a task panicked: {words}")))
         })
     }
 }
