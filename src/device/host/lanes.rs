@@ -150,9 +150,10 @@ impl Lane {
     }
 
     fn run(&self, task: &Task) -> Result<Option<usize>> {
+        let shared: &Shared = &self.shared;
         let body = || match &self.pool {
-            Some(pool) => pool.install(|| execute(task, &self.shared)),
-            None => execute(task, &self.shared),
+            Some(pool) => pool.install(|| execute(task, shared)),
+            None => execute(task, shared),
         };
         catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| {
             let words = panic
