@@ -1,0 +1,140 @@
+//! Which earlier tasks a task must wait for, found from the bytes that they touch.
+//!
+//! Invariant: every byte knows the last task that writes it and the tasks that read it since. A reader waits for the writer, a writer for
+//! both, so a slot is never reused, nor a copy started, before its time, whoever forgot to say so. Tasks must be entered in program
+//! order.
+
+use crate::device::{Memory, Span};
+use std::collections::BTreeMap;
+
+/// A task's number in program order.
+pub(super) type TaskId = u64;
+
+#[derive(Debug)]
+struct Stretch {
+    end: u64,
+    writer: Option<TaskId>,
+    readers: Vec<TaskId>,
+}
+
+/// The last users of every byte.
+#[derive(Debug, Default)]
+pub(super) struct Hazards {
+    memories: BTreeMap<Memory, BTreeMap<u64, Stretch>>,
+    inside: Vec<u64>,
+}
+
+impl Hazards {
+    /// Enters a task's access to `span` and adds to `after` the tasks that it must wait for, those that `done` says have ended left
+    /// out.
+    pub fn access(&mut self, span: Span, write: bool, task: TaskId, done: impl Fn(TaskId) -> bool, after: &mut Vec<TaskId>) {
+        if span.bytes == 0 {
+            return;
+        }
+        let stretches = self.memories.entry(span.memory).or_default();
+        split(stretches, span.offset);
+        split(stretches, span.end());
+        let mut wait = |id: TaskId| {
+            if id != task && !done(id) && !after.contains(&id) {
+                after.push(id);
+            }
+        };
+        self.inside.clear();
+        self.inside.extend(stretches.range(span.offset..span.end()).map(|(&start, _)| start));
+        if write {
+            let mut kept: Option<Stretch> = None;
+            for start in &self.inside {
+                let stretch = stretches.remove(start).expect("listed just above");
+                stretch.writer.into_iter().chain(stretch.readers.iter().copied()).for_each(&mut wait);
+                kept = kept.or(Some(stretch));
+            }
+            let mut whole = kept.unwrap_or(Stretch { end: 0, writer: None, readers: Vec::new() });
+            (whole.end, whole.writer) = (span.end(), Some(task));
+            whole.readers.clear();
+            stretches.insert(span.offset, whole);
+            return;
+        }
+        let mut at = span.offset;
+        for i in 0..self.inside.len() {
+            let start = self.inside[i];
+            if at < start {
+                stretches.insert(at, Stretch { end: start, writer: None, readers: vec![task] });
+            }
+            let stretch = stretches.get_mut(&start).expect("listed just above");
+            stretch.writer.into_iter().for_each(&mut wait);
+            stretch.readers.retain(|&id| !done(id));
+            if !stretch.readers.contains(&task) {
+                stretch.readers.push(task);
+            }
+            at = stretch.end;
+        }
+        if at < span.end() {
+            stretches.insert(at, Stretch { end: span.end(), writer: None, readers: vec![task] });
+        }
+    }
+}
+
+/// Makes `at` a boundary between stretches.
+fn split(stretches: &mut BTreeMap<u64, Stretch>, at: u64) {
+    let Some((_, stretch)) = stretches.range_mut(..at).next_back() else { return };
+    if stretch.end > at {
+        let rest = Stretch { end: stretch.end, writer: stretch.writer, readers: stretch.readers.clone() };
+        stretch.end = at;
+        stretches.insert(at, rest);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn span(offset: u64, bytes: u64) -> Span {
+        Span { memory: Memory::Host, offset, bytes }
+    }
+
+    proptest! {
+        /// Against a table that has an entry for every byte.
+        #[test]
+        fn agrees_with_a_byte_by_byte_table(accesses in prop::collection::vec((0u64..40, 0u64..20, any::<bool>(), any::<bool>()), 1..60)) {
+            let mut hazards = Hazards::default();
+            let mut writer = [None; 64];
+            let mut readers = vec![Vec::new(); 64];
+            for (task, &(offset, bytes, write, second)) in accesses.iter().enumerate() {
+                let task = task as u64 / if second { 2 } else { 1 };
+                let mut want: Vec<u64> = Vec::new();
+                for b in offset..offset + bytes {
+                    let b = b as usize;
+                    want.extend(writer[b]);
+                    if write {
+                        want.extend(readers[b].drain(..));
+                        writer[b] = Some(task);
+                    } else {
+                        readers[b].push(task);
+                    }
+                }
+                want.retain(|&t| t != task);
+                want.sort_unstable();
+                want.dedup();
+                let mut got = Vec::new();
+                hazards.access(span(offset, bytes), write, task, |_| false, &mut got);
+                got.sort_unstable();
+                prop_assert_eq!(got, want);
+            }
+        }
+    }
+
+    #[test]
+    fn memories_are_apart_and_the_past_is_left_out() {
+        let mut hazards = Hazards::default();
+        let mut after = Vec::new();
+        hazards.access(span(0, 8), true, 1, |_| false, &mut after);
+        hazards.access(Span { memory: Memory::Device(0), offset: 0, bytes: 8 }, true, 2, |_| false, &mut after);
+        assert!(after.is_empty());
+        hazards.access(span(4, 8), false, 3, |_| false, &mut after);
+        assert_eq!(after, [1]);
+        after.clear();
+        hazards.access(span(0, 16), true, 4, |id| id == 1, &mut after);
+        assert_eq!(after, [3]);
+    }
+}

@@ -1,0 +1,327 @@
+//! Tasks between creation and completion: what waits for what, and which task each lane gets next.
+//!
+//! A task may go to its lane once everything it waits for is on a lane, so lanes can be kept a few tasks ahead and no order of issue
+//! can deadlock. A compute lane takes its tasks in program order; on the other lanes, among those that could start at once, the one whose
+//! result is needed first goes first (earliest deadline).
+
+use super::hazards::{Hazards, TaskId};
+use crate::base::{LaneId, LaneKind};
+use crate::device::{Device, Span, Task, Ticket};
+use crate::trace::TaskName;
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, VecDeque};
+
+/// When a task's result is needed, or when its input is there: a place in the order of compute tasks.
+pub(super) type Deadline = u64;
+
+/// A task with what the executor knows about it.
+#[derive(Debug)]
+pub(super) struct Order {
+    pub lane: u16,
+    pub task: Task,
+    pub name: TaskName,
+    pub step: u64,
+    pub deadline: Deadline,
+}
+
+#[derive(Debug)]
+struct Entry {
+    lane: u16,
+    name: TaskName,
+    step: u64,
+    deadline: Deadline,
+    bytes: u64,
+    flops: f64,
+    /// Until it is submitted.
+    task: Option<Task>,
+    ticket: Option<Ticket>,
+    done: bool,
+    /// Tasks it waits for.
+    after: Vec<TaskId>,
+    /// Of `after`, those not on a lane yet, and those not done yet.
+    not_submitted: u32,
+    not_done: u32,
+    /// Tasks that wait for it.
+    dependents: Vec<TaskId>,
+    /// Its number among events, from 1 in order of submission.
+    event: u64,
+    /// The event that it last waited for, and that event's end.
+    waited: (u64, f64),
+}
+
+#[derive(Debug)]
+struct LaneQueue {
+    id: LaneId,
+    depth: usize,
+    /// Created and not submitted, for lanes that keep program order.
+    in_order: VecDeque<TaskId>,
+    /// Everything waited for is done.
+    ready: BinaryHeap<Reverse<(Deadline, TaskId)>>,
+    /// Everything waited for is on a lane.
+    submittable: BinaryHeap<Reverse<(Deadline, TaskId)>>,
+    in_flight: VecDeque<TaskId>,
+    last: (u64, f64),
+}
+
+/// What a finished task was.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Finished {
+    pub lane: LaneId,
+    pub name: TaskName,
+    pub step: u64,
+    pub bytes: u64,
+    pub flops: f64,
+    pub event: u64,
+    pub after: u64,
+}
+
+/// All tasks that are not done.
+#[derive(Debug)]
+pub(super) struct Queue {
+    entries: VecDeque<Entry>,
+    /// Number of the first of `entries`.
+    first: TaskId,
+    lanes: Vec<LaneQueue>,
+    hazards: Hazards,
+    events: u64,
+    tickets: Vec<Ticket>,
+}
+
+impl Queue {
+    pub fn new(lanes: &[LaneId]) -> Self {
+        let lanes = lanes
+            .iter()
+            .map(|&id| LaneQueue {
+                id,
+                // Two tasks hide the executor's round trip; arithmetic lanes get one more, since theirs can be short.
+                depth: if id.kind == LaneKind::Compute { 3 } else { 2 },
+                in_order: VecDeque::new(),
+                ready: BinaryHeap::new(),
+                submittable: BinaryHeap::new(),
+                in_flight: VecDeque::new(),
+                last: (0, 0.0),
+            })
+            .collect();
+        Queue { entries: VecDeque::new(), first: 0, lanes, hazards: Hazards::default(), events: 0, tickets: Vec::new() }
+    }
+
+    /// Number of the next task.
+    pub fn next_id(&self) -> TaskId {
+        self.first + self.entries.len() as u64
+    }
+
+    /// Whether nothing is left.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Adds a task that reads and writes the given spans.
+    pub fn add(&mut self, order: Order, reads: &[Span], writes: &[Span]) {
+        let id = self.next_id();
+        let (entries, first) = (&self.entries, self.first);
+        let done = |id: TaskId| id < first || entries[(id - first) as usize].done;
+        let mut after = Vec::new();
+        for &span in reads {
+            self.hazards.access(span, false, id, done, &mut after);
+        }
+        for &span in writes {
+            self.hazards.access(span, true, id, done, &mut after);
+        }
+        let mut not_submitted = 0;
+        for &dep in &after {
+            let entry = &mut self.entries[(dep - self.first) as usize];
+            entry.dependents.push(id);
+            not_submitted += u32::from(entry.ticket.is_none());
+        }
+        let lane = &mut self.lanes[order.lane as usize];
+        if lane.id.kind == LaneKind::Compute {
+            lane.in_order.push_back(id);
+        } else if after.is_empty() {
+            lane.ready.push(Reverse((order.deadline, id)));
+        } else if not_submitted == 0 {
+            lane.submittable.push(Reverse((order.deadline, id)));
+        }
+        self.entries.push_back(Entry {
+            lane: order.lane,
+            name: order.name,
+            step: order.step,
+            deadline: order.deadline,
+            bytes: order.task.bytes(),
+            flops: order.task.flops(),
+            task: Some(order.task),
+            ticket: None,
+            done: false,
+            not_done: after.len() as u32,
+            not_submitted,
+            after,
+            dependents: Vec::new(),
+            event: 0,
+            waited: (0, 0.0),
+        });
+    }
+
+    /// Fills every lane from the tasks that may go to it.
+    pub fn issue(&mut self, device: &mut dyn Device) {
+        let mut progress = true;
+        while progress {
+            progress = false;
+            for lane in 0..self.lanes.len() {
+                while self.lanes[lane].in_flight.len() < self.lanes[lane].depth {
+                    let Some(id) = self.pick(lane) else { break };
+                    self.submit(id, device);
+                    progress = true;
+                }
+            }
+        }
+    }
+
+    fn entry(&self, id: TaskId) -> Option<&Entry> {
+        self.entries.get(id.checked_sub(self.first)? as usize)
+    }
+
+    fn pick(&mut self, lane: usize) -> Option<TaskId> {
+        if self.lanes[lane].id.kind == LaneKind::Compute {
+            let &id = self.lanes[lane].in_order.front()?;
+            return (self.entry(id)?.not_submitted == 0).then(|| {
+                self.lanes[lane].in_order.pop_front();
+                id
+            });
+        }
+        let waits = |queue: &Queue, id: TaskId| queue.entry(id).is_some_and(|e| e.ticket.is_none());
+        while let Some(Reverse((_, id))) = self.lanes[lane].ready.pop() {
+            if waits(self, id) {
+                return Some(id);
+            }
+        }
+        // Arithmetic of the host goes by deadline alone, and never stands behind a task that still waits.
+        if self.lanes[lane].id.is_host() || !self.lanes[lane].in_flight.is_empty() {
+            return None;
+        }
+        while let Some(Reverse((_, id))) = self.lanes[lane].submittable.pop() {
+            if waits(self, id) {
+                return Some(id);
+            }
+        }
+        None
+    }
+
+    fn submit(&mut self, id: TaskId, device: &mut dyn Device) {
+        let at = (id - self.first) as usize;
+        let mut tickets = std::mem::take(&mut self.tickets);
+        tickets.clear();
+        for &dep in &self.entries[at].after {
+            if let Some(entry) = self.entry(dep)
+                && !entry.done
+            {
+                tickets.push(entry.ticket.expect("a task is submitted after all that it waits for"));
+            }
+        }
+        self.events += 1;
+        let entry = &mut self.entries[at];
+        entry.event = self.events;
+        let task = entry.task.take().expect("a task is submitted once");
+        entry.ticket = Some(device.submit(entry.lane, task, &tickets));
+        self.tickets = tickets;
+        let lane = entry.lane as usize;
+        self.lanes[lane].in_flight.push_back(id);
+        for i in 0..self.entries[at].dependents.len() {
+            let dependent = self.entries[at].dependents[i];
+            let entry = &mut self.entries[(dependent - self.first) as usize];
+            entry.not_submitted -= 1;
+            if entry.not_submitted == 0 {
+                let (lane, key) = (entry.lane as usize, Reverse((entry.deadline, dependent)));
+                if self.lanes[lane].id.kind != LaneKind::Compute {
+                    self.lanes[lane].submittable.push(key);
+                }
+            }
+        }
+    }
+
+    /// Notes a completion.
+    pub fn complete(&mut self, ticket: Ticket, end_secs: f64) -> Finished {
+        let lane = &mut self.lanes[ticket.lane as usize];
+        let id = lane.in_flight.pop_front().expect("a completion is of a task in flight");
+        let before = lane.last;
+        let at = (id - self.first) as usize;
+        let entry = &mut self.entries[at];
+        assert_eq!(entry.ticket, Some(ticket), "a lane ends its tasks in order");
+        entry.done = true;
+        lane.last = (entry.event, end_secs);
+        let waited = if before.1 > entry.waited.1 { before } else { entry.waited };
+        let finished = Finished {
+            lane: lane.id,
+            name: entry.name,
+            step: entry.step,
+            bytes: entry.bytes,
+            flops: entry.flops,
+            event: entry.event,
+            after: waited.0,
+        };
+        let dependents = std::mem::take(&mut entry.dependents);
+        for &dependent in &dependents {
+            let entry = &mut self.entries[(dependent - self.first) as usize];
+            entry.not_done -= 1;
+            if end_secs >= entry.waited.1 {
+                entry.waited = (finished.event, end_secs);
+            }
+            if entry.not_done == 0 && entry.ticket.is_none() {
+                let (lane, key) = (entry.lane as usize, Reverse((entry.deadline, dependent)));
+                if self.lanes[lane].id.kind != LaneKind::Compute {
+                    self.lanes[lane].ready.push(key);
+                }
+            }
+        }
+        while self.entries.front().is_some_and(|e| e.done) {
+            self.entries.pop_front();
+            self.first += 1;
+        }
+        finished
+    }
+
+    /// Forgets every task that is not on a lane yet.
+    pub fn cancel(&mut self) {
+        for entry in &mut self.entries {
+            entry.task = None;
+        }
+        for lane in &mut self.lanes {
+            lane.in_order.clear();
+            lane.ready.clear();
+            lane.submittable.clear();
+        }
+    }
+
+    /// Whether any lane has a task.
+    pub fn in_flight(&self) -> bool {
+        self.lanes.iter().any(|l| !l.in_flight.is_empty())
+    }
+
+    /// Forgets everything; no task may be in flight.
+    pub fn reset(&mut self) {
+        debug_assert!(!self.in_flight());
+        self.first = self.next_id();
+        self.entries.clear();
+        self.hazards = Hazards::default();
+    }
+
+    /// Who waits for whom, for people: the head of every lane.
+    pub fn describe_stall(&self) -> String {
+        let mut text = String::new();
+        let describe = |id: TaskId| {
+            let Some(entry) = self.entry(id) else { return "a finished task".to_string() };
+            format!("{} (step {}, {})", entry.name, entry.step, self.lanes[entry.lane as usize].id)
+        };
+        for lane in &self.lanes {
+            match lane.in_flight.front() {
+                None => text += &format!("\n  {}: idle", lane.id),
+                Some(&id) => {
+                    let entry = self.entry(id).expect("a task in flight is not done");
+                    let open: Vec<String> =
+                        entry.after.iter().filter(|&&d| self.entry(d).is_some_and(|e| !e.done)).map(|&d| describe(d)).collect();
+                    let state = if open.is_empty() { "has not ended".to_string() } else { format!("waits for {}", open.join(", ")) };
+                    text += &format!("\n  {}: {} {state}", lane.id, describe(id));
+                }
+            }
+        }
+        text
+    }
+}

@@ -1,0 +1,120 @@
+//! Which shard's weights, which boundary tensor, each slot of the arena holds: decided in program order, when tasks are created.
+//!
+//! Invariant: a slot names what it will hold once all tasks created so far have run. Whether it may be overwritten yet is not decided
+//! here: the bytes' own history does that (`hazards`).
+
+use crate::spill::{BoundaryTier, Plan};
+
+/// Slots that are handed out again in the order of their last use.
+#[derive(Debug)]
+pub(super) struct Slots<K> {
+    holds: Vec<Option<K>>,
+    used: Vec<u64>,
+    clock: u64,
+}
+
+impl<K: Copy + PartialEq> Slots<K> {
+    fn new(count: usize) -> Self {
+        Slots { holds: (0..count).map(|_| None).collect(), used: vec![0; count], clock: 0 }
+    }
+
+    /// The slot that holds `key`, which counts as a use.
+    pub fn find(&mut self, key: K) -> Option<usize> {
+        let slot = self.holds.iter().position(|&h| h == Some(key))?;
+        self.touch(slot);
+        Some(slot)
+    }
+
+    /// A slot for `key`: an empty one if there is one, else the least recently used; never one that holds any of `pinned`.
+    pub fn take(&mut self, key: K, pinned: &[K]) -> usize {
+        let free = (0..self.holds.len()).filter(|&s| self.holds[s].is_none_or(|h| !pinned.contains(&h)));
+        let slot = free.min_by_key(|&s| (self.holds[s].is_some(), self.used[s])).expect("a ring has more entries than a task pins");
+        self.holds[slot] = Some(key);
+        self.touch(slot);
+        slot
+    }
+
+    /// Puts `key` into a slot of its own.
+    pub fn pin(&mut self, slot: usize, key: K) {
+        self.holds[slot] = Some(key);
+        self.touch(slot);
+    }
+
+    /// Whether `slot` holds `key`.
+    pub fn has(&self, slot: usize, key: K) -> bool {
+        self.holds[slot] == Some(key)
+    }
+
+    /// Forgets what satisfies `stale`.
+    pub fn forget(&mut self, stale: impl Fn(K) -> bool) {
+        self.holds.iter_mut().for_each(|h| *h = h.filter(|&k| !stale(k)));
+    }
+
+    fn touch(&mut self, slot: usize) {
+        self.clock += 1;
+        self.used[slot] = self.clock;
+    }
+}
+
+/// A boundary tensor: the boundary after a shard, and the microbatch.
+pub(super) type Place = (usize, usize);
+
+/// All slots of an arena.
+#[derive(Debug)]
+pub(super) struct Rings {
+    /// Weight slots, by shard.
+    pub weights: Slots<usize>,
+    /// Boundary activations.
+    pub activations: Slots<Place>,
+    /// Boundary gradients.
+    pub gradients: Slots<Place>,
+    /// Next entry for the batch's tensors.
+    next_input: usize,
+    inputs: usize,
+    /// Next gradient slot.
+    next_gradient: usize,
+    gradient_slots: usize,
+    /// Resident: moments have been brought to the device.
+    pub moments_fetched: bool,
+}
+
+impl Rings {
+    pub fn new(plan: &Plan, microbatches: usize) -> Self {
+        let mut rings = Rings {
+            weights: Slots::new(plan.arena.weight_slots.len()),
+            activations: Slots::new(plan.arena.activations.len()),
+            gradients: Slots::new(plan.arena.gradients.len()),
+            next_input: 0,
+            inputs: plan.arena.inputs.len(),
+            next_gradient: 0,
+            gradient_slots: plan.arena.gradient_slots.len(),
+            moments_fetched: false,
+        };
+        if plan.choice.activations == BoundaryTier::Device {
+            for entry in 0..plan.arena.activations.len() {
+                rings.activations.pin(entry, (entry / microbatches, entry % microbatches));
+            }
+        }
+        rings
+    }
+
+    /// The next entry for the batch's tensors.
+    pub fn input_entry(&mut self) -> usize {
+        self.next_input = (self.next_input + 1) % self.inputs.max(1);
+        self.next_input
+    }
+
+    /// The next gradient slot.
+    pub fn gradient_slot(&mut self) -> usize {
+        self.next_gradient = (self.next_gradient + 1) % self.gradient_slots.max(1);
+        self.next_gradient
+    }
+
+    /// Forgets every copy whose home is in the host's store.
+    pub fn forget_all(&mut self, resident: bool) {
+        if !resident {
+            self.weights.forget(|_| true);
+        }
+        self.gradients.forget(|_| true);
+    }
+}

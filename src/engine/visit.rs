@@ -1,0 +1,544 @@
+//! Expands a step into tasks: for every visit of a shard, the fetches before it, a compute task for each microbatch, what leaves after.
+//!
+//! Tasks are made in the order in which one device with one lane could run them; every overlap comes from lanes running ahead of that
+//! order as far as the bytes allow. The visits of a step are F(0) .. F(n-2), the last shard's forward, loss and backward, B(n-2) .. B(0).
+
+use super::queue::Order;
+use super::rings::Place;
+use super::{Engine, EngineOptions, StepInput};
+use crate::device::{AdamwRule, Clip, CopySpan, Memory, Norm, Run, Scalars, Segment, SgdRule, Span, Task, Update, UpdateRule};
+use crate::graph::{AREAS, Area, Program};
+use crate::spill::{BoundaryTier, Model, Plan};
+use crate::trace::{TaskName, What};
+use std::sync::Arc;
+
+/// What every step needs and no step changes.
+#[derive(Debug)]
+pub(super) struct Tables {
+    /// Tensors of each shard's own stretch.
+    segments: Vec<Arc<[Segment]>>,
+    /// By owning shard: uses of its parameters elsewhere, in the order of layers.
+    joins: Vec<Vec<Join>>,
+    /// Stretches of weights that each shard borrows.
+    borrows: Vec<Vec<Borrow>>,
+}
+
+/// A shared parameter's further accumulator, to be added to its owner's.
+#[derive(Clone, Copy, Debug)]
+struct Join {
+    /// The shard that uses it, and the accumulator's start in that shard's gradients.
+    user: usize,
+    from: u64,
+    /// Start in the owner's gradients.
+    to: u64,
+    bytes: u64,
+}
+
+/// A copy of a shared weight.
+#[derive(Clone, Copy, Debug)]
+struct Borrow {
+    owner: usize,
+    /// Start in the flat order.
+    flat: u64,
+    /// Start in the owner's own stretch.
+    in_owner: u64,
+    /// Start in the borrower's weights.
+    at: u64,
+    bytes: u64,
+}
+
+impl Tables {
+    pub fn new(model: &Model, plan: &Plan, options: &EngineOptions) -> Self {
+        let owner_of = |flat: u64| plan.shards.iter().position(|s| s.layout.own.contains(&flat)).expect("every parameter has an owner");
+        let segments = plan.shards.iter().map(|s| model.segments(&s.layout.own, |p| options.decays[p]).into()).collect();
+        let mut joins: Vec<Vec<Join>> = vec![Vec::new(); plan.shards.len()];
+        let mut borrows: Vec<Vec<Borrow>> = vec![Vec::new(); plan.shards.len()];
+        for (user, shard) in plan.shards.iter().enumerate() {
+            for shared in &shard.layout.shared {
+                let flat = model.layout.parameter[shared.parameter];
+                let bytes = model.train.bytes(model.train.parameters[shared.parameter].value);
+                let owner = owner_of(flat);
+                let in_owner = flat - plan.shards[owner].layout.own.start;
+                joins[owner].push(Join { user, from: shared.gradient, to: in_owner, bytes });
+                if let Some(at) = shared.borrowed
+                    && !borrows[user].iter().any(|b| b.at == at)
+                {
+                    borrows[user].push(Borrow { owner, flat, in_owner, at, bytes });
+                }
+            }
+        }
+        Tables { segments, joins, borrows }
+    }
+}
+
+/// A rule of the right kind for `moments`, where its numbers do not matter.
+pub(super) fn any_rule(moments: usize) -> UpdateRule {
+    match moments {
+        2 => UpdateRule::Adamw(AdamwRule { update: 1, lr: 0.0, betas: (0.9, 0.999), epsilon: 1e-8, weight_decay: 0.0 }),
+        n => UpdateRule::Sgd(SgdRule { update: 1, lr: 0.0, momentum: if n > 0 { 0.9 } else { 0.0 }, nesterov: false, weight_decay: 0.0 }),
+    }
+}
+
+/// What a visit does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pass {
+    Forward,
+    Backward,
+    Evaluate,
+}
+
+/// What is common to the visits of a step.
+#[derive(Clone, Copy, Debug)]
+struct Context {
+    step: u64,
+    loss_scale: f64,
+    check: bool,
+}
+
+impl Engine {
+    /// Makes the tasks of a training step.
+    pub(super) fn expand_step(&mut self, input: &StepInput) {
+        let n = self.plan.shards.len();
+        let context = Context { step: input.step, loss_scale: input.loss_scale, check: false };
+        for s in 0..n - 1 {
+            self.visit(s, Pass::Forward, context);
+        }
+        let mut updates = Vec::new();
+        let next_step = self.sequence + (n * self.model.microbatches) as u64;
+        for s in (0..n).rev() {
+            let slot = self.visit(s, Pass::Backward, context);
+            if s == n - 1 && !self.plan.choice.resident {
+                self.result(input.step);
+            }
+            if self.plan.choice.resident {
+                continue;
+            }
+            self.spill_gradient(s, slot, input.step);
+            self.join_and_norm(s, input.step);
+            // Without clipping an update need not wait for the norm; the first shard is needed first in the next step.
+            match input.clip {
+                None => self.update(s, input, next_step + (s * self.model.microbatches) as u64),
+                Some(_) => updates.push(s),
+            }
+        }
+        for s in updates.into_iter().rev() {
+            self.update(s, input, next_step + (s * self.model.microbatches) as u64);
+        }
+        if self.plan.choice.resident {
+            for s in (0..n).rev() {
+                self.join_and_norm(s, input.step);
+            }
+            self.result(input.step);
+            for s in 0..n {
+                self.update(s, input, self.sequence);
+            }
+        }
+    }
+
+    /// Makes the tasks of a forward pass that looks for the first layer whose output is not finite.
+    pub(super) fn expand_check(&mut self, step: u64) {
+        let n = self.plan.shards.len();
+        let context = Context { step, loss_scale: 1.0, check: true };
+        for s in 0..n {
+            self.visit(s, if s + 1 == n { Pass::Backward } else { Pass::Forward }, context);
+        }
+    }
+
+    /// Makes the tasks of an evaluation of one minibatch; losses, or the logits of microbatch 0, end in the host's store.
+    pub(super) fn expand_evaluation(&mut self, step: u64, loss_scale: f64) {
+        let n = self.plan.shards.len();
+        for s in 0..n {
+            self.visit(s, Pass::Evaluate, Context { step, loss_scale, check: false });
+        }
+        if self.model.eval.as_ref().is_some_and(|g| g.loss.is_some()) {
+            self.result(step);
+        }
+    }
+
+    /// Makes the tasks of one visit and returns the gradient slot that it filled.
+    fn visit(&mut self, s: usize, pass: Pass, context: Context) -> usize {
+        let plan = Arc::clone(&self.plan);
+        let shard = &plan.shards[s];
+        let last = s + 1 == plan.shards.len();
+        let program = match pass {
+            Pass::Forward => shard.forward.as_ref(),
+            Pass::Backward => shard.backward.as_ref(),
+            Pass::Evaluate => shard.eval.as_ref(),
+        };
+        let program = Arc::clone(program.expect("a model has the programs of every pass that it is asked for"));
+        let slot = self.fetch_weights(s, context.step);
+        let gradient_slot = if plan.choice.resident { s } else { self.rings.gradient_slot() };
+        for m in 0..self.model.microbatches {
+            self.microbatch(s, m, pass, &program, slot, gradient_slot, context);
+        }
+        let states = shard.layout.states.end - shard.layout.states.start;
+        let changes_states = pass == Pass::Forward || (pass == Pass::Backward && last);
+        if changes_states && states > 0 && !plan.choice.resident {
+            let from = self.arena(plan.arena.weight_slots[slot] + plan.arena.states_at[s], states);
+            let to = self.store(plan.host.states + shard.layout.states.start, states);
+            self.copy(What::SpillState, s, None, context.step, vec![CopySpan { from, to }]);
+        }
+        gradient_slot
+    }
+
+    /// Makes the compute task of one microbatch of a visit, with the copies of its boundary tensors.
+    fn microbatch(&mut self, s: usize, m: usize, pass: Pass, program: &Arc<Program>, slot: usize, gradient_slot: usize, context: Context) {
+        let plan = Arc::clone(&self.plan);
+        let (shard, last, step) = (&plan.shards[s], s + 1 == plan.shards.len(), context.step);
+        let mut bases = [0; AREAS];
+        let mut reads: [Option<Span>; 8] = [None; 8];
+        let mut writes: [Option<Span>; 8] = [None; 8];
+        let mut set = |area: Area, base: u64| {
+            bases[area as usize] = base;
+            self.arena(base, program.bytes(area))
+        };
+        set(Area::Workspace, plan.arena.workspace);
+        reads[0] = Some(set(Area::Weights, plan.arena.weight_slots[slot]));
+        let states = set(Area::States, plan.arena.weight_slots[slot] + plan.arena.states_at[s]);
+        if pass == Pass::Evaluate { reads[1] = Some(states) } else { writes[0] = Some(states) }
+        if pass == Pass::Backward {
+            writes[1] = Some(set(Area::Gradients, plan.arena.gradient_slots[gradient_slot]));
+        }
+        if last && pass != Pass::Forward {
+            writes[2] = Some(set(Area::Results, plan.arena.losses[(step % 2) as usize] + 4 * m as u64));
+        }
+        if let Some(&saved) = plan.arena.saved[s].get(m)
+            && pass != Pass::Evaluate
+        {
+            let span = set(Area::Saved, saved);
+            if pass == Pass::Forward { writes[3] = Some(span) } else { reads[2] = Some(span) }
+        }
+        // What the task before in this shard hands over is brought first, then what the batch brings.
+        let place_in: Option<Place> = s.checked_sub(1).map(|before| (before, m));
+        let place_out: Option<Place> = (!last).then_some((s, m));
+        let mut pinned: [Option<Place>; 2] = [None; 2];
+        if let Some(place) = place_in.filter(|_| program.bytes(Area::ActivationIn) > 0) {
+            let entry = self.fetch_activation(place, step);
+            bases[Area::ActivationIn as usize] = plan.arena.activations[entry];
+            reads[3] = Some(self.arena(plan.arena.activations[entry], program.bytes(Area::ActivationIn)));
+            pinned[0] = Some(place);
+        }
+        if let Some(place) = place_out.filter(|_| pass != Pass::Backward) {
+            let entry = match self.rings.activations.find(place) {
+                Some(entry) => entry,
+                None => self.rings.activations.take(place, &pinned.map(|p| p.unwrap_or(place))),
+            };
+            bases[Area::ActivationOut as usize] = plan.arena.activations[entry];
+            writes[4] = Some(self.arena(plan.arena.activations[entry], program.bytes(Area::ActivationOut)));
+        }
+        if pass == Pass::Evaluate && last && program.bytes(Area::ActivationOut) > 0 {
+            // Logits are handed on to nobody: they lie over the workspace's end, where the map of an evaluation leaves room.
+            let at = plan.arena.workspace + crate::base::align_up(program.bytes(Area::Workspace), crate::graph::ALIGNMENT);
+            bases[Area::ActivationOut as usize] = at;
+            writes[4] = Some(self.arena(at, program.bytes(Area::ActivationOut)));
+        }
+        let mut grad_in = None;
+        if let Some(place) = place_out.filter(|_| pass == Pass::Backward && program.bytes(Area::GradientIn) > 0) {
+            let entry = self.fetch_gradient(place, step);
+            bases[Area::GradientIn as usize] = plan.arena.gradients[entry];
+            reads[4] = Some(self.arena(plan.arena.gradients[entry], program.bytes(Area::GradientIn)));
+            grad_in = Some(place);
+        }
+        let mut grad_out = None;
+        if let Some(place) = place_in.filter(|_| pass == Pass::Backward && program.bytes(Area::GradientOut) > 0) {
+            let entry = self.rings.gradients.take(place, &[grad_in.unwrap_or(place)]);
+            bases[Area::GradientOut as usize] = plan.arena.gradients[entry];
+            let span = self.arena(plan.arena.gradients[entry], program.bytes(Area::GradientOut));
+            writes[5] = Some(span);
+            grad_out = Some((place, span));
+        }
+        if !program.inputs.is_empty() {
+            let base = self.fetch_inputs(s, m, program, step);
+            bases[Area::Inputs as usize] = base;
+            reads[5] = Some(self.arena(base, program.bytes(Area::Inputs)));
+        }
+        let scalars = Scalars {
+            seed: self.options.seed,
+            step: step as u32,
+            microbatch: m as u32,
+            loss_scale: context.loss_scale,
+            accumulate: m > 0,
+        };
+        let what = match pass {
+            Pass::Evaluate => What::Eval,
+            Pass::Forward => What::Forward,
+            Pass::Backward if last => What::LastUnit,
+            Pass::Backward => What::Backward,
+        };
+        let run = Run { program: Arc::clone(program), device: 0, bases, scalars, check: context.check };
+        let spans = |list: [Option<Span>; 8]| list.into_iter().flatten().filter(|s| s.bytes > 0).collect::<Vec<_>>();
+        let lane = self.lanes.compute;
+        self.add(lane, what, s, Some(m), step, self.sequence, Task::Run(Box::new(run)), &spans(reads), &spans(writes));
+        if let (Some(place), Some(from)) = (place_out.filter(|_| pass != Pass::Backward), writes[4])
+            && plan.choice.activations != BoundaryTier::Device
+        {
+            let to = self.store(plan.host.activations[place.0][place.1], from.bytes);
+            self.copy(What::SpillBoundary, s, Some(m), step, vec![CopySpan { from, to }]);
+        }
+        if let Some((place, from)) = grad_out
+            && plan.choice.gradients != BoundaryTier::Device
+        {
+            let to = self.store(plan.host.gradients[place.0][place.1], from.bytes);
+            self.copy(What::SpillBoundary, s, Some(m), step, vec![CopySpan { from, to }]);
+        }
+        if let Some(place) = grad_in {
+            self.rings.gradients.forget(|p| p == place);
+        }
+        if pass != Pass::Forward
+            && plan.choice.activations != BoundaryTier::Device
+            && let Some(place) = place_in
+        {
+            self.rings.activations.forget(|p| p == place);
+        }
+        if pass == Pass::Evaluate && last && program.bytes(Area::ActivationOut) > 0 {
+            let from = writes[4].expect("set above");
+            let to = self.store(plan.host.logits, from.bytes);
+            self.copy(What::Result, s, Some(m), step, vec![CopySpan { from, to }]);
+        }
+        let _ = shard;
+        self.sequence += 1;
+    }
+
+    fn arena(&self, offset: u64, bytes: u64) -> Span {
+        Span { memory: Memory::Device(0), offset, bytes }
+    }
+
+    fn store(&self, offset: u64, bytes: u64) -> Span {
+        Span { memory: Memory::Host, offset, bytes }
+    }
+
+    fn add(&mut self, lane: u16, what: What, s: usize, m: Option<usize>, step: u64, deadline: u64, task: Task, reads: &[Span], writes: &[Span]) {
+        let microbatch = m.filter(|_| self.model.microbatches > 1).map(|m| m as u16);
+        let name = TaskName { what, model: self.options.model, shard: s as u16, microbatch };
+        self.queue.add(Order { lane, task, name, step, deadline }, reads, writes);
+    }
+
+    /// Adds a copy; its lane follows from where it goes.
+    fn copy(&mut self, what: What, s: usize, m: Option<usize>, step: u64, mut spans: Vec<CopySpan>) {
+        spans.retain(|c| c.from.bytes > 0);
+        if spans.is_empty() {
+            return;
+        }
+        let lane = match (spans[0].from.memory, spans[0].to.memory) {
+            (Memory::Host, _) => self.lanes.h2d,
+            (_, Memory::Host) => self.lanes.d2h,
+            _ => self.lanes.compute,
+        };
+        let (reads, writes): (Vec<Span>, Vec<Span>) = spans.iter().map(|c| (c.from, c.to)).unzip();
+        self.add(lane, what, s, m, step, self.sequence, Task::Copy(spans), &reads, &writes);
+    }
+
+    /// The slot that holds a shard's weights, after a fetch where none does.
+    fn fetch_weights(&mut self, s: usize, step: u64) -> usize {
+        if let Some(slot) = self.rings.weights.find(s) {
+            return slot;
+        }
+        let plan = Arc::clone(&self.plan);
+        let (arena, host, shard) = (&plan.arena, &plan.host, &plan.shards[s].layout);
+        let slot = if plan.choice.resident {
+            self.rings.weights.pin(s, s);
+            s
+        } else {
+            self.rings.weights.take(s, &[])
+        };
+        let base = arena.weight_slots[slot];
+        let own = shard.own.end - shard.own.start;
+        let mut spans = vec![CopySpan { from: self.store(host.weights + shard.own.start, own), to: self.arena(base, own) }];
+        for b in &self.visits.borrows[s] {
+            spans.push(CopySpan { from: self.store(host.weights + b.flat, b.bytes), to: self.arena(base + b.at, b.bytes) });
+        }
+        let states = shard.states.end - shard.states.start;
+        spans.push(CopySpan {
+            from: self.store(host.states + shard.states.start, states),
+            to: self.arena(base + arena.states_at[s], states),
+        });
+        self.copy(What::FetchWeights, s, None, step, spans);
+        slot
+    }
+
+    fn fetch_activation(&mut self, place: Place, step: u64) -> usize {
+        if let Some(entry) = self.rings.activations.find(place) {
+            return entry;
+        }
+        let plan = Arc::clone(&self.plan);
+        let entry = self.rings.activations.take(place, &[]);
+        let bytes = plan.shards[place.0].boundary_bytes;
+        let from = self.store(plan.host.activations[place.0][place.1], bytes);
+        let to = self.arena(plan.arena.activations[entry], bytes);
+        self.copy(What::FetchBoundary, place.0 + 1, Some(place.1), step, vec![CopySpan { from, to }]);
+        entry
+    }
+
+    fn fetch_gradient(&mut self, place: Place, step: u64) -> usize {
+        if let Some(entry) = self.rings.gradients.find(place) {
+            return entry;
+        }
+        let plan = Arc::clone(&self.plan);
+        let entry = self.rings.gradients.take(place, &[]);
+        let bytes = plan.shards[place.0].boundary_bytes;
+        let from = self.store(plan.host.gradients[place.0][place.1], bytes);
+        let to = self.arena(plan.arena.gradients[entry], bytes);
+        self.copy(What::FetchBoundary, place.0, Some(place.1), step, vec![CopySpan { from, to }]);
+        entry
+    }
+
+    /// Brings what a program reads of the batch; returns where it will lie.
+    fn fetch_inputs(&mut self, s: usize, m: usize, program: &Program, step: u64) -> u64 {
+        let plan = Arc::clone(&self.plan);
+        let base = plan.arena.inputs[self.rings.input_entry()];
+        let staged = &plan.host.inputs[(step % 2) as usize];
+        let spans = program
+            .inputs
+            .iter()
+            .map(|used| CopySpan {
+                from: self.store(staged[used.input] + m as u64 * used.bytes, used.bytes),
+                to: self.arena(base + used.offset, used.bytes),
+            })
+            .collect();
+        self.copy(What::Input, s, Some(m), step, spans);
+        base
+    }
+
+    /// Sends a shard's gradients to the host's store.
+    fn spill_gradient(&mut self, s: usize, slot: usize, step: u64) {
+        let bytes = self.plan.shards[s].layout.gradient_bytes;
+        let from = self.arena(self.plan.arena.gradient_slots[slot], bytes);
+        let to = self.store(self.plan.host.shard_gradients[s], bytes);
+        self.copy(What::SpillGradient, s, None, step, vec![CopySpan { from, to }]);
+    }
+
+    /// Where a shard's gradients lie when its update reads them.
+    fn gradients(&self, s: usize) -> Span {
+        let bytes = self.plan.shards[s].layout.gradient_bytes;
+        match self.plan.choice.resident {
+            true => self.arena(self.plan.arena.gradient_slots[s], bytes),
+            false => self.store(self.plan.host.shard_gradients[s], bytes),
+        }
+    }
+
+    fn math_lane(&self) -> u16 {
+        if self.plan.choice.resident { self.lanes.compute } else { self.lanes.host }
+    }
+
+    fn norms(&self, step: u64) -> Span {
+        let bytes = 8 * self.model.train.parameters.len() as u64;
+        let parity = (step % 2) as usize;
+        match self.plan.choice.resident {
+            true => self.arena(self.plan.arena.norms[parity], bytes),
+            false => self.store(self.plan.host.norms[parity], bytes),
+        }
+    }
+
+    /// Adds the accumulators of a shard's shared parameters in the order of layers, then sums its gradients' squares. Users are later
+    /// shards, whose backward came before.
+    fn join_and_norm(&mut self, s: usize, step: u64) {
+        let lane = self.math_lane();
+        let within = |span: Span, offset: u64, bytes: u64| Span { offset: span.offset + offset, bytes, ..span };
+        for i in 0..self.visits.joins[s].len() {
+            let Join { user, from, to, bytes } = self.visits.joins[s][i];
+            let from = within(self.gradients(user), from, bytes);
+            let to = within(self.gradients(s), to, bytes);
+            let task = Task::Add(vec![CopySpan { from, to }]);
+            self.add(lane, What::Update, s, None, step, self.sequence, task, &[from], &[to]);
+        }
+        let segments = Arc::clone(&self.visits.segments[s]);
+        if segments.is_empty() {
+            return;
+        }
+        let gradient = self.gradients(s);
+        let table = self.norms(step);
+        // Only this shard's entries are written, so norms of other shards need not wait.
+        let first = u64::from(segments[0].index);
+        let entries = within(table, 8 * first, 8 * segments.len() as u64);
+        let task = Task::Norm(Box::new(Norm { gradient, segments, table }));
+        self.add(lane, What::Norm, s, None, step, self.sequence, task, &[gradient], &[entries]);
+    }
+
+    fn update(&mut self, s: usize, input: &StepInput, deadline: u64) {
+        let segments = Arc::clone(&self.visits.segments[s]);
+        if segments.is_empty() {
+            return;
+        }
+        let plan = Arc::clone(&self.plan);
+        let own = &plan.shards[s].layout.own;
+        let bytes = own.end - own.start;
+        let (weight, moments) = if plan.choice.resident {
+            self.fetch_moments(input.step);
+            let moments = [0, 1].map(|i| plan.arena.moments[i].get(s).map(|&at| self.arena(at, bytes)));
+            (self.arena(plan.arena.weight_slots[s], bytes), moments)
+        } else {
+            let moments = [0, 1].map(|i| (i < plan.moments).then(|| self.store(plan.host.moments[i] + own.start, bytes)));
+            (self.store(plan.host.weights + own.start, bytes), moments)
+        };
+        let gradient = Span { bytes, ..self.gradients(s) };
+        let parity = (input.step % 2) as usize;
+        let loss_bytes = 4 * self.model.microbatches as u64;
+        let gate = match plan.choice.resident {
+            true => self.arena(plan.arena.losses[parity], loss_bytes),
+            false => self.store(plan.host.losses[parity], loss_bytes),
+        };
+        let clip = input.clip.map(|max_norm| Clip { max_norm, table: self.norms(input.step) });
+        let mut reads = vec![gradient, gate];
+        reads.extend(clip.map(|c| c.table));
+        let mut writes = vec![weight];
+        writes.extend(moments.iter().flatten());
+        let update = Update { rule: input.rule, segments, weight, moments, gradient, clip, gate };
+        let lane = self.math_lane();
+        self.add(lane, What::Update, s, None, input.step, deadline, Task::Update(Box::new(update)), &reads, &writes);
+        self.refresh_copies(s, input.step);
+    }
+
+    /// After an update of shard `s`: copies of its weights elsewhere are stale.
+    fn refresh_copies(&mut self, s: usize, step: u64) {
+        let plan = Arc::clone(&self.plan);
+        if !plan.choice.resident {
+            let borrows = &self.visits.borrows;
+            self.rings.weights.forget(|shard| shard == s || borrows[shard].iter().any(|b| b.owner == s));
+            return;
+        }
+        for user in 0..plan.shards.len() {
+            let spans = self.visits.borrows[user]
+                .iter()
+                .filter(|b| b.owner == s)
+                .map(|b| CopySpan {
+                    from: self.arena(plan.arena.weight_slots[s] + b.in_owner, b.bytes),
+                    to: self.arena(plan.arena.weight_slots[user] + b.at, b.bytes),
+                })
+                .collect();
+            self.copy(What::Update, user, None, step, spans);
+        }
+    }
+
+    /// Resident: brings the moments to the device before the first update.
+    fn fetch_moments(&mut self, step: u64) {
+        if self.rings.moments_fetched {
+            return;
+        }
+        self.rings.moments_fetched = true;
+        let plan = Arc::clone(&self.plan);
+        for (s, shard) in plan.shards.iter().enumerate() {
+            let own = &shard.layout.own;
+            let bytes = own.end - own.start;
+            let spans = (0..plan.moments)
+                .map(|i| CopySpan {
+                    from: self.store(plan.host.moments[i] + own.start, bytes),
+                    to: self.arena(plan.arena.moments[i][s], bytes),
+                })
+                .collect();
+            self.copy(What::FetchState, s, None, step, spans);
+        }
+    }
+
+    /// Brings a step's losses, and the norms where they are on the device, to the host.
+    fn result(&mut self, step: u64) {
+        let plan = Arc::clone(&self.plan);
+        let parity = (step % 2) as usize;
+        let bytes = 4 * self.model.microbatches as u64;
+        let mut spans = vec![CopySpan { from: self.arena(plan.arena.losses[parity], bytes), to: self.store(plan.host.losses[parity], bytes) }];
+        if plan.choice.resident {
+            let norms = self.norms(step);
+            spans.push(CopySpan { from: norms, to: self.store(plan.host.norms[parity], norms.bytes) });
+        }
+        self.copy(What::Result, plan.shards.len() - 1, None, step, spans);
+    }
+}
