@@ -7,7 +7,7 @@ use super::real::Real;
 use rayon::prelude::*;
 
 /// Runs `body` compiled for the widest vectors of this machine. Everything called inside must be `#[inline(always)]` to be
-/// compiled so too, and `body` itself must be small; for more than a few operations use [`vector_fn`].
+/// compiled so too, and `body` itself must be small; for more than a few operations use `vector_fn!`.
 #[inline(always)]
 pub fn simd<R>(body: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(body)
