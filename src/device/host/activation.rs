@@ -3,7 +3,7 @@
 //! GELU after Hendrycks & Gimpel 2016, "Gaussian error linear units", arXiv:1606.08415: x Φ(x), with Φ by the error function,
 //! or by tanh as GPT-2 has it (`gelu_new` in transformers).
 
-use super::parallel;
+use super::parallel::{self, Binary, Unary};
 use super::real::Real;
 use crate::graph::kinds::Activation;
 
@@ -14,9 +14,9 @@ use crate::graph::kinds::Activation;
 pub fn forward<T: Real>(out: &mut [T], x: Option<&[T]>, activation: Activation) {
     match activation {
         Activation::None => copy(out, x),
-        Activation::Relu => parallel::map(out, x, relu),
-        Activation::GeluTanh => parallel::map(out, x, gelu_tanh),
-        Activation::GeluErf => parallel::map(out, x, gelu_erf),
+        Activation::Relu => parallel::map::<T, Relu>(out, x),
+        Activation::GeluTanh => parallel::map::<T, GeluTanh>(out, x),
+        Activation::GeluErf => parallel::map::<T, GeluErf>(out, x),
     }
 }
 
@@ -27,68 +27,90 @@ pub fn forward<T: Real>(out: &mut [T], x: Option<&[T]>, activation: Activation) 
 pub fn grad<T: Real>(d_x: &mut [T], d_y: Option<&[T]>, pre: &[T], activation: Activation) {
     match activation {
         Activation::None => copy(d_x, d_y),
-        Activation::Relu => parallel::zip(d_x, d_y, pre, relu_grad),
-        Activation::GeluTanh => parallel::zip(d_x, d_y, pre, gelu_tanh_grad),
-        Activation::GeluErf => parallel::zip(d_x, d_y, pre, gelu_erf_grad),
+        Activation::Relu => parallel::zip::<T, Relu>(d_x, d_y, pre),
+        Activation::GeluTanh => parallel::zip::<T, GeluTanh>(d_x, d_y, pre),
+        Activation::GeluErf => parallel::zip::<T, GeluErf>(d_x, d_y, pre),
     }
 }
 
 fn copy<T: Real>(out: &mut [T], x: Option<&[T]>) {
     if x.is_some() {
-        parallel::map(out, x, identity);
+        parallel::map::<T, Identity>(out, x);
     }
 }
 
-#[inline(always)]
-pub(super) fn identity<T: Real>(x: T) -> T {
-    x
-}
-
-#[inline(always)]
-pub(super) fn relu<T: Real>(x: T) -> T {
-    x.max(T::ZERO)
-}
-
-#[inline(always)]
-fn relu_grad<T: Real>(d_y: T, x: T) -> T {
-    if x <= T::ZERO { T::ZERO } else { d_y }
-}
+/// x. As types: the value is [`Unary`], the gradient from d_y and x is [`Binary`].
+pub(super) struct Identity;
+/// max(x, 0).
+pub(super) struct Relu;
+/// x Φ(x), with Φ by tanh.
+pub(super) struct GeluTanh;
+/// x Φ(x), exactly.
+pub(super) struct GeluErf;
 
 /// sqrt(2/pi).
 const SLOPE: f64 = 0.797_884_560_802_865_4;
 const CUBIC: f64 = 0.044715;
 
-#[inline(always)]
-pub(super) fn gelu_tanh<T: Real>(x: T) -> T {
-    let u = x * (x * x).mul_add(T::from_f64(SLOPE * CUBIC), T::from_f64(SLOPE));
-    let half = T::from_f64(0.5) * x;
-    half.mul_add(u.tanh(), half)
+impl<T: Real> Unary<T> for Identity {
+    #[inline(always)]
+    fn apply(x: T) -> T {
+        x
+    }
 }
 
-#[inline(always)]
-fn gelu_tanh_grad<T: Real>(d_y: T, x: T) -> T {
-    // With t = tanh(u): y' = (1 + t)/2 + x/2 (1 - t^2) u', u' = sqrt(2/pi) (1 + 3 * 0.044715 x^2).
-    let square = x * x;
-    let t = (x * square.mul_add(T::from_f64(SLOPE * CUBIC), T::from_f64(SLOPE))).tanh();
-    let slope = square.mul_add(T::from_f64(3.0 * SLOPE * CUBIC), T::from_f64(SLOPE));
-    let half = T::from_f64(0.5);
-    let inner = (x * slope).mul_add(T::ONE - t * t, T::ONE + t);
-    d_y * (half * inner)
+impl<T: Real> Unary<T> for Relu {
+    #[inline(always)]
+    fn apply(x: T) -> T {
+        x.max(T::ZERO)
+    }
 }
 
-#[inline(always)]
-pub(super) fn gelu_erf<T: Real>(x: T) -> T {
-    let half = T::from_f64(0.5) * x;
-    half.mul_add((x * T::from_f64(std::f64::consts::FRAC_1_SQRT_2)).erf(), half)
+impl<T: Real> Binary<T> for Relu {
+    #[inline(always)]
+    fn apply(d_y: T, x: T) -> T {
+        if x <= T::ZERO { T::ZERO } else { d_y }
+    }
 }
 
-#[inline(always)]
-fn gelu_erf_grad<T: Real>(d_y: T, x: T) -> T {
-    // y' = Φ(x) + x φ(x), φ(x) = exp(-x^2 / 2) / sqrt(2 pi).
-    let half = T::from_f64(0.5);
-    let cdf = half.mul_add((x * T::from_f64(std::f64::consts::FRAC_1_SQRT_2)).erf(), half);
-    let density = (-(half * x * x)).exp() * T::from_f64(0.5 * SLOPE);
-    d_y * x.mul_add(density, cdf)
+impl<T: Real> Unary<T> for GeluTanh {
+    #[inline(always)]
+    fn apply(x: T) -> T {
+        let u = x * (x * x).mul_add(T::from_f64(SLOPE * CUBIC), T::from_f64(SLOPE));
+        let half = T::from_f64(0.5) * x;
+        half.mul_add(u.tanh(), half)
+    }
+}
+
+impl<T: Real> Binary<T> for GeluTanh {
+    #[inline(always)]
+    fn apply(d_y: T, x: T) -> T {
+        // With t = tanh(u): y' = (1 + t)/2 + x/2 (1 - t^2) u', u' = sqrt(2/pi) (1 + 3 * 0.044715 x^2).
+        let square = x * x;
+        let t = (x * square.mul_add(T::from_f64(SLOPE * CUBIC), T::from_f64(SLOPE))).tanh();
+        let slope = square.mul_add(T::from_f64(3.0 * SLOPE * CUBIC), T::from_f64(SLOPE));
+        let inner = (x * slope).mul_add(T::ONE - t * t, T::ONE + t);
+        d_y * (T::from_f64(0.5) * inner)
+    }
+}
+
+impl<T: Real> Unary<T> for GeluErf {
+    #[inline(always)]
+    fn apply(x: T) -> T {
+        let half = T::from_f64(0.5) * x;
+        half.mul_add((x * T::from_f64(std::f64::consts::FRAC_1_SQRT_2)).erf(), half)
+    }
+}
+
+impl<T: Real> Binary<T> for GeluErf {
+    #[inline(always)]
+    fn apply(d_y: T, x: T) -> T {
+        // y' = Φ(x) + x φ(x), φ(x) = exp(-x^2 / 2) / sqrt(2 pi).
+        let half = T::from_f64(0.5);
+        let cdf = half.mul_add((x * T::from_f64(std::f64::consts::FRAC_1_SQRT_2)).erf(), half);
+        let density = (-(half * x * x)).exp() * T::from_f64(0.5 * SLOPE);
+        d_y * x.mul_add(density, cdf)
+    }
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@
 
 use super::elementwise::factors;
 use super::gemm::{Matrix, Threads, gemm};
-use super::parallel::{expect_len, for_each_index, vectorized, with_scratch};
+use super::parallel::{expect_len, for_each_index, vector_fn, with_scratch};
 use super::real::Real;
 use super::reduce;
 use super::strided::{Rows, RowsMut};
@@ -87,7 +87,7 @@ pub fn forward<T: Real>(out: &mut [T], lse: &mut [T], inputs: &Inputs<T>) {
             gemm(scores, seen, q, k.transposed(), [rows, seen, width], false, Threads::One);
             let mut sums = [T::ZERO; TILE];
             let sums = &mut sums[..rows];
-            vectorized(softmax, (scores, lse, sums, bias, inputs, head, first));
+            softmax(scores, lse, sums, bias, inputs, head, first);
             gemm(product, width, Matrix::rows(scores, seen), v, [rows, width, seen], false, Threads::One);
             for i in 0..rows {
                 // SAFETY: one task has these queries of this head, and asks for each row once.
@@ -122,7 +122,20 @@ pub fn backward<T: Real>(
     expect_len("attention backward", "d_out", d_out.len(), batch * queries * heads * width);
     expect_len("attention backward", "out", out.len(), d_out.len());
     expect_len("attention backward", "lse", lse.len(), batch * heads * queries);
-    let group = heads / kv_heads.max(1);
+    for (name, rows, d, width) in [
+        ("d_q", queries, &d_q, heads * width),
+        ("d_k", keys, &d_k, kv_heads * width),
+        ("d_v", keys, &d_v, kv_heads * width),
+    ] {
+        assert!(
+            d.rows() == batch * rows && d.width() == width,
+            "attention backward: {name} has {} rows of {}, want {} of {width}",
+            d.rows(),
+            d.width(),
+            batch * rows
+        );
+    }
+    let group = heads / kv_heads;
     let tile = TILE.min(queries);
     for_each_index(batch * kv_heads, |task| {
         let (b, kv) = (task / kv_heads, task % kv_heads);
@@ -152,8 +165,7 @@ pub fn backward<T: Real>(
                     gemm(scores, seen, q, k.transposed(), [rows, seen, width], false, Threads::One);
                     gemm(d_scores, seen, d_out_tile, v.transposed(), [rows, seen, width], false, Threads::One);
                     let lse = &lse[head * queries + first..][..rows];
-                    let tile = (&mut *scores, &mut *d_scores, &mut *keep);
-                    vectorized(grad_rows, (tile, d_out, out, lse, &*bias, inputs, head, first));
+                    grad_rows(scores, d_scores, keep, d_out, out, lse, bias, inputs, head, first);
                     let weights = Matrix::rows(scores, seen);
                     let d_scores = Matrix::rows(d_scores, seen);
                     gemm(d_v_sum, width, weights.transposed(), d_out_tile, [seen, width, rows], true, Threads::One);
@@ -180,7 +192,8 @@ pub fn backward<T: Real>(
 
 impl<T: Real> Inputs<'_, T> {
     fn check(&self) {
-        let Sizes { batch, heads, kv_heads, keys, .. } = self.sizes;
+        let Sizes { batch, heads, kv_heads, keys, width, .. } = self.sizes;
+        assert!(width > 0, "attention: heads have no elements");
         assert!(kv_heads > 0 && heads % kv_heads == 0, "attention: {heads} heads share {kv_heads} of k and v");
         if let Some(mask) = self.key_mask {
             expect_len("attention", "key_mask", mask.len(), batch * keys);
@@ -211,73 +224,85 @@ impl<T: Real> Inputs<'_, T> {
     }
 }
 
-/// Turns a tile of scores into `exp(score - max)`, dropped, and gives the sum before dropping of each row.
-#[inline(always)]
-fn softmax<T: Real>(
-    (scores, lse, sums, bias, inputs, head, first): (&mut [T], &mut [T], &mut [T], &[T], &Inputs<T>, usize, usize),
-) {
-    let seen = scores.len() / sums.len();
-    let scale = T::from_f64(inputs.scale);
-    let nothing = T::from_f64(f64::NEG_INFINITY);
-    for i in 0..sums.len() {
-        let (row, hidden) = scores[i * seen..][..seen].split_at_mut(row_sees(inputs.causal, first + i, seen));
-        hidden.fill(T::ZERO);
-        row.iter_mut().zip(bias).for_each(|(x, &bias)| *x = x.mul_add(scale, bias));
-        let max = reduce::max(row);
-        if max == nothing {
-            row.fill(T::ZERO);
-            (sums[i], lse[i]) = (T::ZERO, nothing);
-            continue;
-        }
-        let sum = reduce::exp_and_sum(row, max);
-        (sums[i], lse[i]) = (sum, max + sum.ln());
-        if let Some((p, stream)) = inputs.dropout {
-            factors(stream, p, inputs.first_word(head, first + i), row.len(), |at, factors| {
-                row[at..].iter_mut().zip(factors).for_each(|(x, &factor)| *x *= factor);
-            });
+vector_fn! {
+    /// Turns a tile of scores into `exp(score - max)`, dropped, and gives the sum before dropping of each row.
+    fn softmax<T: Real>(
+        scores: &mut [T],
+        lse: &mut [T],
+        sums: &mut [T],
+        bias: &[T],
+        inputs: &Inputs<'_, T>,
+        head: usize,
+        first: usize,
+    ) {
+        let seen = scores.len() / sums.len();
+        let scale = T::from_f64(inputs.scale);
+        let nothing = T::from_f64(f64::NEG_INFINITY);
+        for i in 0..sums.len() {
+            let (row, hidden) = scores[i * seen..][..seen].split_at_mut(row_sees(inputs.causal, first + i, seen));
+            hidden.fill(T::ZERO);
+            for (x, &bias) in row.iter_mut().zip(bias) {
+                *x = x.mul_add(scale, bias);
+            }
+            let max = reduce::max(row);
+            if max == nothing {
+                row.fill(T::ZERO);
+                (sums[i], lse[i]) = (T::ZERO, nothing);
+                continue;
+            }
+            let sum = reduce::exp_and_sum(row, max);
+            (sums[i], lse[i]) = (sum, max + sum.ln());
+            if let Some((p, stream)) = inputs.dropout {
+                factors(stream, p, inputs.first_word(head, first + i), row.len(), |at, factors| {
+                    for (x, &factor) in row[at..].iter_mut().zip(factors) {
+                        *x *= factor;
+                    }
+                });
+            }
         }
     }
 }
 
-/// Turns a tile of scores into the weights that v was multiplied by, and the gradient of those into that of q k^T.
-#[inline(always)]
-fn grad_rows<T: Real>(
-    ((scores, d_scores, keep), d_out, out, lse, bias, inputs, head, first): (
-        (&mut [T], &mut [T], &mut [T]),
-        &[T],
-        &[T],
-        &[T],
-        &[T],
-        &Inputs<T>,
-        usize,
-        usize,
-    ),
-) {
-    let seen = scores.len() / lse.len();
-    let scale = T::from_f64(inputs.scale);
-    let Sizes { heads, width, .. } = inputs.sizes;
-    for (i, &lse) in lse.iter().enumerate() {
-        let sees = row_sees(inputs.causal, first + i, seen);
-        let (row, hidden) = scores[i * seen..][..seen].split_at_mut(sees);
-        let (d_row, d_hidden) = d_scores[i * seen..][..seen].split_at_mut(sees);
-        hidden.fill(T::ZERO);
-        d_hidden.fill(T::ZERO);
-        if lse == T::from_f64(f64::NEG_INFINITY) {
-            row.fill(T::ZERO);
-            d_row.fill(T::ZERO);
-            continue;
-        }
-        if let Some((p, stream)) = inputs.dropout {
-            factors(stream, p, inputs.first_word(head, first + i), sees, |at, factors| {
-                keep[at..][..factors.len()].copy_from_slice(factors);
-            });
-        }
-        let at = i * heads * width;
-        let [delta] = reduce::sums([&d_out[at..][..width], &out[at..][..width]], |[d_out, out]| [d_out * out]);
-        for (((x, d), &bias), &keep) in row.iter_mut().zip(d_row).zip(bias).zip(&*keep) {
-            let p = (x.mul_add(scale, bias) - lse).exp();
-            *x = p * keep;
-            *d = p * (d.mul_add(keep, -delta)) * scale;
+vector_fn! {
+    /// Turns a tile of scores into the weights that v was multiplied by, and the gradient of those into that of q k^T.
+    fn grad_rows<T: Real>(
+        scores: &mut [T],
+        d_scores: &mut [T],
+        keep: &mut [T],
+        d_out: &[T],
+        out: &[T],
+        lse: &[T],
+        bias: &[T],
+        inputs: &Inputs<'_, T>,
+        head: usize,
+        first: usize,
+    ) {
+        let seen = scores.len() / lse.len();
+        let scale = T::from_f64(inputs.scale);
+        let Sizes { heads, width, .. } = inputs.sizes;
+        for (i, &lse) in lse.iter().enumerate() {
+            let sees = row_sees(inputs.causal, first + i, seen);
+            let (row, hidden) = scores[i * seen..][..seen].split_at_mut(sees);
+            let (d_row, d_hidden) = d_scores[i * seen..][..seen].split_at_mut(sees);
+            hidden.fill(T::ZERO);
+            d_hidden.fill(T::ZERO);
+            if lse == T::from_f64(f64::NEG_INFINITY) {
+                row.fill(T::ZERO);
+                d_row.fill(T::ZERO);
+                continue;
+            }
+            if let Some((p, stream)) = inputs.dropout {
+                factors(stream, p, inputs.first_word(head, first + i), sees, |at, factors| {
+                    keep[at..][..factors.len()].copy_from_slice(factors);
+                });
+            }
+            let at = i * heads * width;
+            let [delta] = reduce::sums([&d_out[at..][..width], &out[at..][..width]], |[d_out, out]| [d_out * out]);
+            for (((x, d), &bias), &keep) in row.iter_mut().zip(d_row).zip(bias).zip(&*keep) {
+                let p = (x.mul_add(scale, bias) - lse).exp();
+                *x = p * keep;
+                *d = p * (d.mul_add(keep, -delta)) * scale;
+            }
         }
     }
 }
@@ -287,3 +312,6 @@ fn grad_rows<T: Real>(
 fn row_sees(causal: bool, i: usize, seen: usize) -> usize {
     if causal { seen.min(i + 1) } else { seen }
 }
+
+#[cfg(test)]
+mod tests;

@@ -3,7 +3,7 @@
 //! Sizes: logits (rows, cols); labels, loss_rows, lse (rows). A label of -100 leaves its row out, as in torch: its loss and its
 //! gradient are 0. Labels are checked where data enters; another one out of range is our own bug and panics.
 
-use super::parallel::{expect_len, rows_per_chunk, vectorized};
+use super::parallel::{expect_len, rows_per_chunk, vector_fn};
 use super::real::Real;
 use super::reduce;
 use rayon::prelude::*;
@@ -30,16 +30,17 @@ pub fn forward<T: Real>(loss_rows: &mut [T], lse: &mut [T], logits: &[T], labels
         .par_chunks_mut(chunk)
         .zip(lse.par_chunks_mut(chunk))
         .zip(logits.par_chunks(chunk * cols).zip(labels.par_chunks(chunk)))
-        .for_each(|((loss, lse), (logits, labels))| vectorized(forward_rows, (loss, lse, logits, labels, cols)));
+        .for_each(|((loss, lse), (logits, labels))| forward_rows(loss, lse, logits, labels, cols));
 }
 
-#[inline(always)]
-fn forward_rows<T: Real>((loss, lse, logits, labels, cols): (&mut [T], &mut [T], &[T], &[i32], usize)) {
-    for (((loss, lse), row), &label) in loss.iter_mut().zip(lse).zip(logits.chunks_exact(cols)).zip(labels) {
-        let max = reduce::max(row);
-        let [sum] = reduce::sums([row], |[x]| [(x - max).exp()]);
-        *lse = max + sum.ln();
-        *loss = if label == IGNORED { T::ZERO } else { *lse - row[label as usize] };
+vector_fn! {
+    fn forward_rows<T: Real>(loss: &mut [T], lse: &mut [T], logits: &[T], labels: &[i32], cols: usize) {
+        for (((loss, lse), row), &label) in loss.iter_mut().zip(lse).zip(logits.chunks_exact(cols)).zip(labels) {
+            let max = reduce::max(row);
+            let sum = reduce::sum_of_exp(row, max);
+            *lse = max + sum.ln();
+            *loss = if label == IGNORED { T::ZERO } else { *lse - row[label as usize] };
+        }
     }
 }
 
@@ -82,25 +83,39 @@ pub fn grad<T: Real>(
         .enumerate()
         .for_each(|(i, (d_logits, (lse, labels)))| {
             let logits = logits.map(|logits| &logits[i * chunk * cols..][..d_logits.len()]);
-            vectorized(grad_rows, (d_logits, logits, labels, lse, scale, cols));
+            grad_rows(d_logits, logits, labels, lse, scale, cols);
         });
 }
 
-#[inline(always)]
-fn grad_rows<T: Real>((d_logits, logits, labels, lse, scale, cols): (&mut [T], Option<&[T]>, &[i32], &[T], T, usize)) {
-    for (r, (d, (&lse, &label))) in d_logits.chunks_exact_mut(cols).zip(lse.iter().zip(labels)).enumerate() {
-        if label == IGNORED {
-            d.fill(T::ZERO);
-            continue;
-        }
-        match logits {
-            Some(logits) => {
-                let row = &logits[r * cols..][..cols];
-                d.iter_mut().zip(row).for_each(|(d, &x)| *d = (x - lse).exp() * scale);
+vector_fn! {
+    fn grad_rows<T: Real>(
+        d_logits: &mut [T],
+        logits: Option<&[T]>,
+        labels: &[i32],
+        lse: &[T],
+        scale: T,
+        cols: usize,
+    ) {
+        for (r, (d, (&lse, &label))) in d_logits.chunks_exact_mut(cols).zip(lse.iter().zip(labels)).enumerate() {
+            if label == IGNORED {
+                d.fill(T::ZERO);
+                continue;
             }
-            None => d.iter_mut().for_each(|d| *d = (*d - lse).exp() * scale),
+            match logits {
+                Some(logits) => {
+                    let row = &logits[r * cols..][..cols];
+                    for (d, &x) in d.iter_mut().zip(row) {
+                        *d = (x - lse).exp() * scale;
+                    }
+                }
+                None => {
+                    for d in &mut *d {
+                        *d = (*d - lse).exp() * scale;
+                    }
+                }
+            }
+            d[label as usize] += -scale;
         }
-        d[label as usize] += -scale;
     }
 }
 

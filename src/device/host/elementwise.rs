@@ -1,6 +1,6 @@
 //! Elementwise ops: addition, dropout, and the position table's addition to every sequence of a batch.
 
-use super::parallel::{self, CHUNK, expect_len, vectorized};
+use super::parallel::{self, CHUNK, Sum, expect_len, vector_fn, zip_chunk};
 use super::real::Real;
 use crate::base::philox::{Stream, drop_below};
 use rayon::prelude::*;
@@ -10,11 +10,7 @@ use rayon::prelude::*;
 /// # Panics
 /// When the lengths differ.
 pub fn add<T: Real>(out: &mut [T], a: Option<&[T]>, b: &[T]) {
-    #[inline(always)]
-    fn sum<T: Real>(a: T, b: T) -> T {
-        a + b
-    }
-    parallel::zip(out, a, b, sum);
+    parallel::zip::<T, Sum>(out, a, b);
 }
 
 /// Drops each element with probability `p` and multiplies the others by 1/(1-p) (Srivastava et al. 2014, "Dropout"; scaled in
@@ -25,25 +21,31 @@ pub fn add<T: Real>(out: &mut [T], a: Option<&[T]>, b: &[T]) {
 /// # Panics
 /// When the lengths differ.
 pub fn dropout<T: Real>(out: &mut [T], x: Option<&[T]>, p: f64, stream: Stream) {
-    #[inline(always)]
-    fn kernel<T: Real>((out, x, start, p, stream): (&mut [T], Option<&[T]>, u64, f64, Stream)) {
-        match x {
-            Some(x) => factors(stream, p, start, out.len(), |at, factors| {
-                let x = &x[at..][..factors.len()];
-                out[at..].iter_mut().zip(x).zip(factors).for_each(|((out, &x), &factor)| *out = x * factor);
-            }),
-            None => factors(stream, p, start, out.len(), |at, factors| {
-                out[at..].iter_mut().zip(factors).for_each(|(out, &factor)| *out *= factor);
-            }),
-        }
-    }
     if let Some(x) = x {
         expect_len("dropout", "x", x.len(), out.len());
     }
     out.par_chunks_mut(CHUNK).enumerate().for_each(|(i, out)| {
         let x = x.map(|x| &x[i * CHUNK..][..out.len()]);
-        vectorized(kernel, (out, x, (i * CHUNK) as u64, p, stream));
+        dropout_chunk(out, x, (i * CHUNK) as u64, p, stream);
     });
+}
+
+vector_fn! {
+    fn dropout_chunk<T: Real>(out: &mut [T], x: Option<&[T]>, start: u64, p: f64, stream: Stream) {
+        match x {
+            Some(x) => factors(stream, p, start, out.len(), |at, factors| {
+                let x = &x[at..][..factors.len()];
+                for ((out, &x), &factor) in out[at..].iter_mut().zip(x).zip(factors) {
+                    *out = x * factor;
+                }
+            }),
+            None => factors(stream, p, start, out.len(), |at, factors| {
+                for (out, &factor) in out[at..].iter_mut().zip(factors) {
+                    *out *= factor;
+                }
+            }),
+        }
+    }
 }
 
 /// Hands out dropout's factors, 0 or 1/(1-p), of the elements from `start` on: `body(offset, factors)` for runs of up to 64
@@ -84,13 +86,6 @@ pub(super) fn factors<T: Real>(stream: Stream, p: f64, start: u64, len: usize, m
 /// # Panics
 /// When a length does not fit the sizes.
 pub fn add_position<T: Real>(out: &mut [T], x: Option<&[T]>, table: &[T], batch: usize, positions: usize, cols: usize) {
-    #[inline(always)]
-    fn kernel<T: Real>((out, x, table): (&mut [T], Option<&[T]>, &[T])) {
-        match x {
-            Some(x) => out.iter_mut().zip(x).zip(table).for_each(|((out, &x), &table)| *out = x + table),
-            None => out.iter_mut().zip(table).for_each(|(out, &table)| *out += table),
-        }
-    }
     expect_len("add_position", "out", out.len(), batch * positions * cols);
     if let Some(x) = x {
         expect_len("add_position", "x", x.len(), out.len());
@@ -104,7 +99,7 @@ pub fn add_position<T: Real>(out: &mut [T], x: Option<&[T]>, table: &[T], batch:
         for (r, out) in out.chunks_exact_mut(cols).enumerate() {
             let row = i * rows + r;
             let x = x.map(|x| &x[row * cols..][..cols]);
-            vectorized(kernel, (out, x, &table[row % positions * cols..][..cols]));
+            zip_chunk::<T, Sum>(out, x, &table[row % positions * cols..][..cols]);
         }
     });
 }
@@ -123,10 +118,6 @@ pub fn add_position_grad<T: Real>(
     table_rows: usize,
     cols: usize,
 ) {
-    #[inline(always)]
-    fn add<T: Real>((sum, d_y): (&mut [T], &[T])) {
-        sum.iter_mut().zip(d_y).for_each(|(sum, &d_y)| *sum += d_y);
-    }
     expect_len("add_position grad", "d_table", d_table.len(), table_rows * cols);
     expect_len("add_position grad", "d_y", d_y.len(), batch * positions * cols);
     assert!(positions <= table_rows, "add_position grad: {positions} positions, the table has {table_rows}");
@@ -142,7 +133,7 @@ pub fn add_position_grad<T: Real>(
         let own = positions.saturating_sub(first).min(d_table.len() / cols) * cols;
         for b in 0..batch {
             if own > 0 {
-                vectorized(add, (&mut d_table[..own], &d_y[(b * positions + first) * cols..][..own]));
+                zip_chunk::<T, Sum>(&mut d_table[..own], None, &d_y[(b * positions + first) * cols..][..own]);
             }
         }
     });

@@ -3,7 +3,7 @@
 //! Sizes: `ids` (tokens), table (table_rows, cols), out (tokens, cols). Ids are checked where data enters; one out of range
 //! here is our own bug and panics.
 
-use super::parallel::{expect_len, rows_per_chunk, vectorized};
+use super::parallel::{Sum, expect_len, rows_per_chunk, zip_chunk};
 use super::real::Real;
 use rayon::prelude::*;
 
@@ -33,10 +33,6 @@ pub fn forward<T: Real>(out: &mut [T], ids: &[i32], table: &[T], cols: usize) {
 /// # Panics
 /// When a length does not fit, or an id is outside the table.
 pub fn grad<T: Real>(d_table: &mut [T], d_y: &[T], ids: &[i32], accumulate: bool, table_rows: usize, cols: usize) {
-    #[inline(always)]
-    fn add<T: Real>((sum, d_y): (&mut [T], &[T])) {
-        sum.iter_mut().zip(d_y).for_each(|(sum, &d_y)| *sum += d_y);
-    }
     expect_len("embedding grad", "d_table", d_table.len(), table_rows * cols);
     expect_len("embedding grad", "d_y", d_y.len(), ids.len() * cols);
     ids.iter().for_each(|&id| _ = checked(id, table_rows));
@@ -53,7 +49,7 @@ pub fn grad<T: Real>(d_table: &mut [T], d_y: &[T], ids: &[i32], accumulate: bool
         for (&id, d_y) in ids.iter().zip(d_y.chunks_exact(cols)) {
             let row = (id as usize).wrapping_sub(i * part);
             if row < own {
-                vectorized(add, (&mut d_table[row * cols..][..cols], d_y));
+                zip_chunk::<T, Sum>(&mut d_table[row * cols..][..cols], None, d_y);
             }
         }
     });

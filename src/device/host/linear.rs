@@ -3,9 +3,9 @@
 //! Sizes: `rows` (all leading axes of x), `inputs`, `outputs`. The weight is (inputs, outputs) or (outputs, inputs). Bias and
 //! activation are one pass over the product.
 
-use super::activation;
+use super::activation::{GeluErf, GeluTanh, Identity, Relu};
 use super::gemm::{Matrix, Threads, gemm};
-use super::parallel::{expect_len, rows_per_chunk, vectorized};
+use super::parallel::{Unary, expect_len, rows_per_chunk, vector_fn};
 use super::real::Real;
 use super::reduce;
 use crate::graph::kinds::{Activation, WeightLayout};
@@ -40,10 +40,10 @@ pub fn forward<T: Real>(
     let weight = weight_matrix(weight, layout, inputs, outputs);
     gemm(product, outputs, Matrix::rows(x, inputs), weight, [rows, outputs, inputs], false, Threads::All);
     match activation {
-        Activation::None => finish(out, pre, bias, outputs, activation::identity),
-        Activation::Relu => finish(out, pre, bias, outputs, activation::relu),
-        Activation::GeluTanh => finish(out, pre, bias, outputs, activation::gelu_tanh),
-        Activation::GeluErf => finish(out, pre, bias, outputs, activation::gelu_erf),
+        Activation::None => finish::<T, Identity>(out, pre, bias, outputs),
+        Activation::Relu => finish::<T, Relu>(out, pre, bias, outputs),
+        Activation::GeluTanh => finish::<T, GeluTanh>(out, pre, bias, outputs),
+        Activation::GeluErf => finish::<T, GeluErf>(out, pre, bias, outputs),
     }
 }
 
@@ -100,14 +100,9 @@ pub fn grad_weight<T: Real>(
 /// # Panics
 /// When a length does not fit the sizes.
 pub fn grad_bias<T: Real>(d_b: &mut [T], d_y: &[T], accumulate: bool, rows: usize, cols: usize) {
-    #[inline(always)]
-    fn add_row<T: Real>((d_y, cols): (&[T], usize), row: usize, first: usize, sums: &mut [T]) {
-        let d_y = &d_y[row * cols + first..][..sums.len()];
-        sums.iter_mut().zip(d_y).for_each(|(sum, &d_y)| *sum += d_y);
-    }
     expect_len("linear grad_bias", "d_b", d_b.len(), cols);
     expect_len("linear grad_bias", "d_y", d_y.len(), rows * cols);
-    reduce::columns(d_b, accumulate, rows, (d_y, cols), add_row);
+    reduce::columns(d_b, accumulate, rows, reduce::Elements { x: d_y, cols });
 }
 
 /// The weight as (inputs, outputs).
@@ -119,48 +114,56 @@ fn weight_matrix<T>(weight: &[T], layout: WeightLayout, inputs: usize, outputs: 
 }
 
 /// Adds the bias to the product, which is in `pre` or else in `out`, and puts the activation of that in `out`.
-fn finish<T: Real>(
-    out: &mut [T],
-    pre: Option<&mut [T]>,
-    bias: Option<&[T]>,
-    cols: usize,
-    act: impl Fn(T) -> T + Sync + Copy,
-) {
-    #[inline(always)]
-    fn in_place<T: Real, F: Fn(T) -> T>((out, bias, act): (&mut [T], Option<&[T]>, F)) {
-        match bias {
-            Some(bias) => {
-                for row in out.chunks_exact_mut(bias.len()) {
-                    row.iter_mut().zip(bias).for_each(|(out, &bias)| *out = act(*out + bias));
-                }
-            }
-            None => out.iter_mut().for_each(|out| *out = act(*out)),
-        }
-    }
-    #[inline(always)]
-    fn beside<T: Real, F: Fn(T) -> T>((out, pre, bias, act): (&mut [T], &mut [T], Option<&[T]>, F)) {
-        match bias {
-            Some(bias) => {
-                for (out, pre) in out.chunks_exact_mut(bias.len()).zip(pre.chunks_exact_mut(bias.len())) {
-                    for ((out, pre), &bias) in out.iter_mut().zip(pre).zip(bias) {
-                        *pre += bias;
-                        *out = act(*pre);
-                    }
-                }
-            }
-            None => out.iter_mut().zip(pre).for_each(|(out, pre)| *out = act(*pre)),
-        }
-    }
+fn finish<T: Real, F: Unary<T>>(out: &mut [T], pre: Option<&mut [T]>, bias: Option<&[T]>, cols: usize) {
     if out.is_empty() {
         return;
     }
     let chunk = rows_per_chunk(cols) * cols;
     match pre {
-        None => out.par_chunks_mut(chunk).for_each(|out| vectorized(in_place, (out, bias, act))),
+        None => out.par_chunks_mut(chunk).for_each(|out| finish_in_place::<T, F>(out, bias)),
         Some(pre) => out
             .par_chunks_mut(chunk)
             .zip(pre.par_chunks_mut(chunk))
-            .for_each(|(out, pre)| vectorized(beside, (out, pre, bias, act))),
+            .for_each(|(out, pre)| finish_beside::<T, F>(out, pre, bias)),
+    }
+}
+
+vector_fn! {
+    fn finish_in_place<T: Real, F: Unary<T>>(out: &mut [T], bias: Option<&[T]>) {
+        match bias {
+            Some(bias) => {
+                for row in out.chunks_exact_mut(bias.len()) {
+                    for (out, &bias) in row.iter_mut().zip(bias) {
+                        *out = F::apply(*out + bias);
+                    }
+                }
+            }
+            None => {
+                for out in out {
+                    *out = F::apply(*out);
+                }
+            }
+        }
+    }
+}
+
+vector_fn! {
+    fn finish_beside<T: Real, F: Unary<T>>(out: &mut [T], pre: &mut [T], bias: Option<&[T]>) {
+        match bias {
+            Some(bias) => {
+                for (out, pre) in out.chunks_exact_mut(bias.len()).zip(pre.chunks_exact_mut(bias.len())) {
+                    for ((out, pre), &bias) in out.iter_mut().zip(pre).zip(bias) {
+                        *pre += bias;
+                        *out = F::apply(*pre);
+                    }
+                }
+            }
+            None => {
+                for (out, pre) in out.iter_mut().zip(pre) {
+                    *out = F::apply(*pre);
+                }
+            }
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 //! Sizes: x, out (rows, cols); weight, bias (cols); mean, rstd (rows), kept for the gradient.
 //! `out = (x - mean) rstd weight + bias`, `rstd = 1 / sqrt(var + epsilon)`, var with divisor cols.
 
-use super::parallel::{expect_len, rows_per_chunk, vectorized};
+use super::parallel::{expect_len, rows_per_chunk, vector_fn};
 use super::real::Real;
 use super::reduce;
 use rayon::prelude::*;
@@ -36,26 +36,33 @@ pub fn forward<T: Real>(
     out.par_chunks_mut(chunk * cols)
         .zip(x.par_chunks(chunk * cols))
         .zip(mean.par_chunks_mut(chunk).zip(rstd.par_chunks_mut(chunk)))
-        .for_each(|((out, x), (mean, rstd))| vectorized(forward_rows, (out, mean, rstd, x, weight, bias, epsilon)));
+        .for_each(|((out, x), (mean, rstd))| forward_rows(out, mean, rstd, x, weight, bias, epsilon));
 }
 
-#[inline(always)]
-fn forward_rows<T: Real>(
-    (out, mean, rstd, x, weight, bias, epsilon): (&mut [T], &mut [T], &mut [T], &[T], &[T], &[T], f64),
-) {
-    let cols = weight.len();
-    let per_col = T::from_f64(1.0 / cols as f64);
-    for (r, (out, x)) in out.chunks_exact_mut(cols).zip(x.chunks_exact(cols)).enumerate() {
-        let [sum] = reduce::sums([x], |[x]| [x]);
-        let m = sum * per_col;
-        // A second pass, since the sum of squares less the square of the sum loses all digits where the mean is large.
-        let [squares] = reduce::sums([x], |[x]| [(x - m) * (x - m)]);
-        let s = T::ONE / (squares * per_col + T::from_f64(epsilon)).sqrt();
-        for (((out, &x), &weight), &bias) in out.iter_mut().zip(x).zip(weight).zip(bias) {
-            *out = ((x - m) * s).mul_add(weight, bias);
+vector_fn! {
+    fn forward_rows<T: Real>(
+        out: &mut [T],
+        mean: &mut [T],
+        rstd: &mut [T],
+        x: &[T],
+        weight: &[T],
+        bias: &[T],
+        epsilon: f64,
+    ) {
+        let cols = weight.len();
+        let per_col = T::from_f64(1.0 / cols as f64);
+        for (r, (out, x)) in out.chunks_exact_mut(cols).zip(x.chunks_exact(cols)).enumerate() {
+            let [sum] = reduce::sums([x], |[x]| [x]);
+            let m = sum * per_col;
+            // A second pass, since the sum of squares less the square of the sum loses all digits where the mean is large.
+            let [squares] = reduce::sums([x], |[x]| [(x - m) * (x - m)]);
+            let s = T::ONE / (squares * per_col + T::from_f64(epsilon)).sqrt();
+            for (((out, &x), &weight), &bias) in out.iter_mut().zip(x).zip(weight).zip(bias) {
+                *out = ((x - m) * s).mul_add(weight, bias);
+            }
+            mean[r] = m;
+            rstd[r] = s;
         }
-        mean[r] = m;
-        rstd[r] = s;
     }
 }
 
@@ -79,30 +86,11 @@ pub fn grad<T: Real>(
     rows: usize,
     cols: usize,
 ) {
-    #[inline(always)]
-    fn add_bias<T: Real>((d_y, cols): (&[T], usize), row: usize, first: usize, sums: &mut [T]) {
-        let d_y = &d_y[row * cols + first..][..sums.len()];
-        sums.iter_mut().zip(d_y).for_each(|(sum, &d_y)| *sum += d_y);
-    }
-    #[inline(always)]
-    fn add_weight<T: Real>(
-        (d_y, x, mean, rstd, cols): (&[T], &[T], &[T], &[T], usize),
-        row: usize,
-        first: usize,
-        sums: &mut [T],
-    ) {
-        let d_y = &d_y[row * cols + first..][..sums.len()];
-        let x = &x[row * cols + first..][..sums.len()];
-        let (mean, rstd) = (mean[row], rstd[row]);
-        for ((sum, &d_y), &x) in sums.iter_mut().zip(d_y).zip(x) {
-            *sum = d_y.mul_add((x - mean) * rstd, *sum);
-        }
-    }
     check(&[("d_x", d_x.len()), ("d_y", d_y.len()), ("x", x.len())], rows * cols);
     check(&[("mean", mean.len()), ("rstd", rstd.len())], rows);
     check(&[("d_weight", d_weight.len()), ("d_bias", d_bias.len()), ("weight", weight.len())], cols);
-    reduce::columns(d_bias, accumulate, rows, (d_y, cols), add_bias);
-    reduce::columns(d_weight, accumulate, rows, (d_y, x, mean, rstd, cols), add_weight);
+    reduce::columns(d_bias, accumulate, rows, reduce::Elements { x: d_y, cols });
+    reduce::columns(d_weight, accumulate, rows, WeightTerms { d_y, x, mean, rstd, cols });
     if d_x.is_empty() {
         return;
     }
@@ -110,23 +98,46 @@ pub fn grad<T: Real>(
     d_x.par_chunks_mut(chunk * cols)
         .zip(d_y.par_chunks(chunk * cols).zip(x.par_chunks(chunk * cols)))
         .zip(mean.par_chunks(chunk).zip(rstd.par_chunks(chunk)))
-        .for_each(|((d_x, (d_y, x)), (mean, rstd))| vectorized(grad_rows, (d_x, d_y, x, weight, mean, rstd)));
+        .for_each(|((d_x, (d_y, x)), (mean, rstd))| grad_rows(d_x, d_y, x, weight, mean, rstd));
 }
 
-#[inline(always)]
-fn grad_rows<T: Real>((d_x, d_y, x, weight, mean, rstd): (&mut [T], &[T], &[T], &[T], &[T], &[T])) {
-    let cols = weight.len();
-    let per_col = T::from_f64(1.0 / cols as f64);
-    let rows = d_x.chunks_exact_mut(cols).zip(d_y.chunks_exact(cols).zip(x.chunks_exact(cols)));
-    for ((d_x, (d_y, x)), (&m, &s)) in rows.zip(mean.iter().zip(rstd)) {
-        let [sum, product] = reduce::sums([d_y, weight, x], |[d_y, weight, x]| {
-            let g = d_y * weight;
-            [g, g * ((x - m) * s)]
-        });
-        let (mean_g, mean_gn) = (sum * per_col, product * per_col);
-        for (((d_x, &d_y), &weight), &x) in d_x.iter_mut().zip(d_y).zip(weight).zip(x) {
-            let n = (x - m) * s;
-            *d_x = s * (d_y * weight - n.mul_add(mean_gn, mean_g));
+/// d_y (x - mean) rstd.
+#[derive(Clone, Copy)]
+struct WeightTerms<'a, T> {
+    d_y: &'a [T],
+    x: &'a [T],
+    mean: &'a [T],
+    rstd: &'a [T],
+    cols: usize,
+}
+
+impl<T: Real> reduce::Terms<T> for WeightTerms<'_, T> {
+    #[inline(always)]
+    fn add_row(self, row: usize, first: usize, sums: &mut [T]) {
+        let d_y = &self.d_y[row * self.cols + first..][..sums.len()];
+        let x = &self.x[row * self.cols + first..][..sums.len()];
+        let (mean, rstd) = (self.mean[row], self.rstd[row]);
+        for ((sum, &d_y), &x) in sums.iter_mut().zip(d_y).zip(x) {
+            *sum = d_y.mul_add((x - mean) * rstd, *sum);
+        }
+    }
+}
+
+vector_fn! {
+    fn grad_rows<T: Real>(d_x: &mut [T], d_y: &[T], x: &[T], weight: &[T], mean: &[T], rstd: &[T]) {
+        let cols = weight.len();
+        let per_col = T::from_f64(1.0 / cols as f64);
+        let rows = d_x.chunks_exact_mut(cols).zip(d_y.chunks_exact(cols).zip(x.chunks_exact(cols)));
+        for ((d_x, (d_y, x)), (&m, &s)) in rows.zip(mean.iter().zip(rstd)) {
+            let [sum, product] = reduce::sums([d_y, weight, x], |[d_y, weight, x]| {
+                let g = d_y * weight;
+                [g, g * ((x - m) * s)]
+            });
+            let (mean_g, mean_gn) = (sum * per_col, product * per_col);
+            for (((d_x, &d_y), &weight), &x) in d_x.iter_mut().zip(d_y).zip(weight).zip(x) {
+                let n = (x - m) * s;
+                *d_x = s * (d_y * weight - n.mul_add(mean_gn, mean_g));
+            }
         }
     }
 }

@@ -7,28 +7,38 @@ use super::real::Real;
 use rayon::prelude::*;
 
 /// Runs `body` compiled for the widest vectors of this machine. Everything called inside must be `#[inline(always)]` to be
-/// compiled so too.
+/// compiled so too, and `body` itself must be small; for more than a few operations use `vector_fn!`.
 #[inline(always)]
 pub fn simd<R>(body: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(body)
 }
 
-/// Calls `kernel(args)` compiled for the widest vectors of this machine.
+/// Defines a function whose body is compiled for the widest vectors of this machine, picked when it is called.
 ///
-/// For loops with much in them: a large closure given to [`simd`] may be left out of line by the compiler, and is then compiled
-/// for the narrowest vectors. A function marked `#[inline(always)]` never is.
-#[inline(always)]
-pub fn vectorized<A, R>(kernel: impl FnOnce(A) -> R, args: A) -> R {
-    struct Call<F, A>(F, A);
-    impl<R, A, F: FnOnce(A) -> R> pulp::WithSimd for Call<F, A> {
-        type Output = R;
-        #[inline(always)]
-        fn with_simd<S: pulp::Simd>(self, _: S) -> R {
-            (self.0)(self.1)
+/// Unlike a closure given to [`simd`], which the compiler leaves out of line when it is large and then compiles for the
+/// narrowest vectors, the body is always inlined. So must be what it calls in its loops: functions marked `#[inline(always)]`,
+/// such as [`Real`]'s, `for` loops, and closures of a few operations only.
+macro_rules! vector_fn {
+    (
+        $(#[$meta:meta])*
+        $vis:vis fn $name:ident<$($generic:ident: $bound:path),*>($($arg:ident: $type:ty),* $(,)?) $body:block
+    ) => {
+        $(#[$meta])*
+        $vis fn $name<$($generic: $bound),*>($($arg: $type),*) {
+            struct Call<Args, $($generic),*>(Args, std::marker::PhantomData<($($generic,)*)>);
+            impl<$($generic: $bound),*> pulp::WithSimd for Call<($($type,)*), $($generic),*> {
+                type Output = ();
+                #[inline(always)]
+                fn with_simd<Simd: pulp::Simd>(self, _: Simd) {
+                    let ($($arg,)*) = self.0;
+                    $body
+                }
+            }
+            pulp::Arch::new().dispatch(Call(($($arg,)*), std::marker::PhantomData::<($($generic,)*)>))
         }
-    }
-    pulp::Arch::new().dispatch(Call(kernel, args))
+    };
 }
+pub(crate) use vector_fn;
 
 /// Elements of a chunk of an elementwise loop: large enough to pay for a task, small enough for the first-level cache.
 pub const CHUNK: usize = 8192;
@@ -70,39 +80,54 @@ pub fn for_each_index(count: usize, body: impl Fn(usize) + Sync + Send) {
     (0..count).into_par_iter().with_max_len(1).for_each(body);
 }
 
-/// `out[i] = f(x[i])`, or `f(out[i])` where `x` is `None`. `f` is to be a function marked `#[inline(always)]`.
+/// A function of one element, as a type: so it is inlined where a closure may not be.
+pub trait Unary<T>: Sync {
+    /// Its value; to be marked `#[inline(always)]`.
+    fn apply(x: T) -> T;
+}
+
+/// A function of two elements, as a type.
+pub trait Binary<T>: Sync {
+    /// Its value; to be marked `#[inline(always)]`.
+    fn apply(a: T, b: T) -> T;
+}
+
+/// `out[i] = F(x[i])`, or `F(out[i])` where `x` is `None`.
 ///
 /// # Panics
 /// When the lengths differ.
-pub fn map<T: Real>(out: &mut [T], x: Option<&[T]>, f: impl Fn(T) -> T + Sync + Copy) {
-    #[inline(always)]
-    fn kernel<T: Real, F: Fn(T) -> T>((out, x, f): (&mut [T], Option<&[T]>, F)) {
-        match x {
-            Some(x) => out.iter_mut().zip(x).for_each(|(out, &x)| *out = f(x)),
-            None => out.iter_mut().for_each(|out| *out = f(*out)),
-        }
-    }
+pub fn map<T: Real, F: Unary<T>>(out: &mut [T], x: Option<&[T]>) {
     if let Some(x) = x {
         expect_len("map", "x", x.len(), out.len());
     }
     out.par_chunks_mut(CHUNK).enumerate().for_each(|(i, out)| {
         let x = x.map(|x| &x[i * CHUNK..][..out.len()]);
-        vectorized(kernel, (out, x, f));
+        map_chunk::<T, F>(out, x);
     });
 }
 
-/// `out[i] = f(a[i], b[i])`, or `f(out[i], b[i])` where `a` is `None`. `f` is to be a function marked `#[inline(always)]`.
+vector_fn! {
+    fn map_chunk<T: Real, F: Unary<T>>(out: &mut [T], x: Option<&[T]>) {
+        match x {
+            Some(x) => {
+                for (out, &x) in out.iter_mut().zip(x) {
+                    *out = F::apply(x);
+                }
+            }
+            None => {
+                for out in out {
+                    *out = F::apply(*out);
+                }
+            }
+        }
+    }
+}
+
+/// `out[i] = F(a[i], b[i])`, or `F(out[i], b[i])` where `a` is `None`.
 ///
 /// # Panics
 /// When the lengths differ.
-pub fn zip<T: Real>(out: &mut [T], a: Option<&[T]>, b: &[T], f: impl Fn(T, T) -> T + Sync + Copy) {
-    #[inline(always)]
-    fn kernel<T: Real, F: Fn(T, T) -> T>((out, a, b, f): (&mut [T], Option<&[T]>, &[T], F)) {
-        match a {
-            Some(a) => out.iter_mut().zip(a).zip(b).for_each(|((out, &a), &b)| *out = f(a, b)),
-            None => out.iter_mut().zip(b).for_each(|(out, &b)| *out = f(*out, b)),
-        }
-    }
+pub fn zip<T: Real, F: Binary<T>>(out: &mut [T], a: Option<&[T]>, b: &[T]) {
     if let Some(a) = a {
         expect_len("zip", "a", a.len(), out.len());
     }
@@ -110,8 +135,35 @@ pub fn zip<T: Real>(out: &mut [T], a: Option<&[T]>, b: &[T], f: impl Fn(T, T) ->
     out.par_chunks_mut(CHUNK).enumerate().for_each(|(i, out)| {
         let a = a.map(|a| &a[i * CHUNK..][..out.len()]);
         let b = &b[i * CHUNK..][..out.len()];
-        vectorized(kernel, (out, a, b, f));
+        zip_chunk::<T, F>(out, a, b);
     });
+}
+
+vector_fn! {
+    /// [`zip`] on the calling thread.
+    pub fn zip_chunk<T: Real, F: Binary<T>>(out: &mut [T], a: Option<&[T]>, b: &[T]) {
+        match a {
+            Some(a) => {
+                for ((out, &a), &b) in out.iter_mut().zip(a).zip(b) {
+                    *out = F::apply(a, b);
+                }
+            }
+            None => {
+                for (out, &b) in out.iter_mut().zip(b) {
+                    *out = F::apply(*out, b);
+                }
+            }
+        }
+    }
+}
+
+/// Addition.
+pub struct Sum;
+impl<T: Real> Binary<T> for Sum {
+    #[inline(always)]
+    fn apply(a: T, b: T) -> T {
+        a + b
+    }
 }
 
 /// Checks a length that the caller promised.

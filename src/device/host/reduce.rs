@@ -3,7 +3,7 @@
 //! Along a row, element i goes to lane i mod 16, and the lanes are then added in a fixed tree: vectors as wide as any machine's
 //! do it, and all give the same bits. Down the columns, rows are added in blocks of 256, in order.
 
-use super::parallel::vectorized;
+use super::parallel::vector_fn;
 use super::real::Real;
 use rayon::prelude::*;
 
@@ -76,6 +76,23 @@ pub fn max<T: Real>(x: &[T]) -> T {
     fold(lanes, T::max)
 }
 
+/// The sum of `exp(x - shift)`.
+#[inline(always)]
+pub fn sum_of_exp<T: Real>(x: &[T], shift: T) -> T {
+    let mut lanes = [T::ZERO; LANES];
+    let blocks = x.chunks_exact(LANES);
+    let rest = blocks.remainder();
+    for block in blocks {
+        for lane in 0..LANES {
+            lanes[lane] += (block[lane] - shift).exp();
+        }
+    }
+    for (lane, &x) in lanes.iter_mut().zip(rest) {
+        *lane += (x - shift).exp();
+    }
+    fold(lanes, |a, b| a + b)
+}
+
 /// Replaces each element by `exp(x - shift)` and returns their sum.
 #[inline(always)]
 pub fn exp_and_sum<T: Real>(x: &mut [T], shift: T) -> T {
@@ -108,36 +125,56 @@ fn fold<T: Real>(mut lanes: [T; LANES], join: impl Fn(T, T) -> T) -> T {
     lanes[0]
 }
 
-/// `out[c] = sum over rows of its terms`, or `out[c] +=` that with `accumulate`. `add_row(args, row, first, sums)` adds row
-/// `row`'s terms for the columns from `first` on to `sums`; it is to be a function marked `#[inline(always)]`.
-pub fn columns<T: Real, A: Copy + Sync>(
-    out: &mut [T],
-    accumulate: bool,
-    rows: usize,
-    args: A,
-    add_row: impl Fn(A, usize, usize, &mut [T]) + Sync + Copy,
-) {
-    #[inline(always)]
-    fn kernel<T: Real, A: Copy, F: Fn(A, usize, usize, &mut [T])>(
-        (out, first, accumulate, rows, args, add_row): (&mut [T], usize, bool, usize, A, F),
-    ) {
+/// What [`columns`] sums.
+pub trait Terms<T>: Copy + Sync {
+    /// Adds row `row`'s terms for the columns from `first` on to `sums`; to be marked `#[inline(always)]`.
+    fn add_row(self, row: usize, first: usize, sums: &mut [T]);
+}
+
+/// `out[c] = sum over rows of the terms`, or `out[c] +=` that with `accumulate`.
+pub fn columns<T: Real, F: Terms<T>>(out: &mut [T], accumulate: bool, rows: usize, terms: F) {
+    out.par_chunks_mut(COLUMNS)
+        .enumerate()
+        .for_each(|(i, out)| column_block(out, i * COLUMNS, accumulate, rows, terms));
+}
+
+vector_fn! {
+    fn column_block<T: Real, F: Terms<T>>(out: &mut [T], first: usize, accumulate: bool, rows: usize, terms: F) {
         let mut totals = [T::ZERO; COLUMNS];
         let totals = &mut totals[..out.len()];
         for start in (0..rows).step_by(ROWS) {
             let mut block = [T::ZERO; COLUMNS];
             let block = &mut block[..out.len()];
             for row in start..rows.min(start + ROWS) {
-                add_row(args, row, first, block);
+                terms.add_row(row, first, block);
             }
-            totals.iter_mut().zip(block).for_each(|(total, block)| *total += *block);
+            for (total, block) in totals.iter_mut().zip(block) {
+                *total += *block;
+            }
         }
         for (out, &total) in out.iter_mut().zip(&*totals) {
             *out = if accumulate { *out + total } else { total };
         }
     }
-    out.par_chunks_mut(COLUMNS)
-        .enumerate()
-        .for_each(|(i, out)| vectorized(kernel, (out, i * COLUMNS, accumulate, rows, args, add_row)));
+}
+
+/// The elements of a matrix themselves, with rows of `cols`.
+#[derive(Clone, Copy)]
+pub struct Elements<'a, T> {
+    /// (rows, cols).
+    pub x: &'a [T],
+    /// Elements of a row.
+    pub cols: usize,
+}
+
+impl<T: Real> Terms<T> for Elements<'_, T> {
+    #[inline(always)]
+    fn add_row(self, row: usize, first: usize, sums: &mut [T]) {
+        let x = &self.x[row * self.cols + first..][..sums.len()];
+        for (sum, &x) in sums.iter_mut().zip(x) {
+            *sum += x;
+        }
+    }
 }
 
 #[cfg(test)]
@@ -159,6 +196,7 @@ mod tests {
             let mut e = x.clone();
             let total = exp_and_sum(&mut e, 0.5);
             assert_close(&e, &x.iter().map(|&x| f64::from(x - 0.5).exp()).collect::<Vec<f64>>(), 1e-6, "exp");
+            assert_eq!(sum_of_exp(&x, 0.5), total);
             assert_close(&[total], &[e.iter().map(|&x| f64::from(x)).sum::<f64>()], 1e-5, "sum of exp");
         }
         for at in [0, 7, 16, 18] {
@@ -170,18 +208,14 @@ mod tests {
 
     #[test]
     fn down_the_columns() {
-        #[inline(always)]
-        fn add<T: Real>(x: (&[T], usize), row: usize, first: usize, sums: &mut [T]) {
-            sums.iter_mut().zip(&x.0[row * x.1 + first..]).for_each(|(sum, &x)| *sum += x);
-        }
         for (rows, cols) in [(0, 3), (1, 1), (31, 33), (257, 64), (600, 129)] {
             let x = normal::<f32>(rows * cols, 1);
             let want: Vec<f64> = (0..cols).map(|c| (0..rows).map(|r| f64::from(x[r * cols + c])).sum()).collect();
             let got = same_in_all_pools(|| {
                 let mut out = poison::<f32>(cols);
-                columns(&mut out, false, rows, (&x[..], cols), add);
+                columns(&mut out, false, rows, Elements { x: &x, cols });
                 let mut more = out.clone();
-                columns(&mut more, true, rows, (&x[..], cols), add);
+                columns(&mut more, true, rows, Elements { x: &x, cols });
                 vec![out, more]
             });
             assert_close(&got[0], &want, 1e-5, "columns");
