@@ -212,3 +212,159 @@ pub fn grad<T: Real>(
         );
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::host::testing::{assert_close, dot, finite_difference, normal, poison, same_in_all_pools};
+
+    const EPSILON: f64 = 1e-5;
+
+    /// (batch, channels, positions): few and many channels, cut and uncut planes, one value, none.
+    const SHAPES: &[(usize, usize, usize)] = &[
+        (1, 1, 1),
+        (2, 1, 1),
+        (1, 3, 49),
+        (5, 3, 169),
+        (3, 33, 7),
+        (4, 17, 31),
+        (2, 2, 40_000),
+        (33, 1, 1023),
+        (0, 3, 5),
+        (3, 0, 5),
+        (3, 17, 0),
+    ];
+
+    fn sizes_of(&(batch, channels, positions): &(usize, usize, usize)) -> BatchnormSizes {
+        BatchnormSizes { batch, channels, positions }
+    }
+
+    /// out, mean, var, rstd.
+    fn train<T: Real>(x: &[T], weight: &[T], bias: &[T], sizes: &BatchnormSizes) -> Vec<Vec<T>> {
+        let (mut out, channels) = (poison::<T>(x.len()), sizes.channels);
+        let (mut mean, mut var, mut rstd) = (poison::<T>(channels), poison::<T>(channels), poison::<T>(channels));
+        forward_train(&mut out, &mut mean, &mut var, &mut rstd, x, weight, bias, sizes, EPSILON);
+        vec![out, mean, var, rstd]
+    }
+
+    /// out, mean, var, rstd by the formulas.
+    fn train_by_loops(x: &[f64], weight: &[f64], bias: &[f64], sizes: &BatchnormSizes) -> Vec<Vec<f64>> {
+        let channel_of = |i: usize| i / sizes.positions % sizes.channels;
+        let count = sizes.count().max(1) as f64;
+        let (mut mean, mut var) = (vec![0.0; sizes.channels], vec![0.0; sizes.channels]);
+        x.iter().enumerate().for_each(|(i, x)| mean[channel_of(i)] += x / count);
+        x.iter().enumerate().for_each(|(i, x)| var[channel_of(i)] += (x - mean[channel_of(i)]).powi(2) / count);
+        let rstd: Vec<f64> = var.iter().map(|var| 1.0 / (var + EPSILON).sqrt()).collect();
+        let normalized = |(i, x): (usize, &f64)| {
+            let c = channel_of(i);
+            (x - mean[c]) * rstd[c] * weight[c] + bias[c]
+        };
+        let out = x.iter().enumerate().map(normalized).collect();
+        vec![out, mean, var, rstd]
+    }
+
+    fn inputs<T: Real>(sizes: &BatchnormSizes) -> [Vec<T>; 4] {
+        let lens = [sizes.elems(), sizes.channels, sizes.channels, sizes.elems()];
+        std::array::from_fn(|i| normal(lens[i], i as u64))
+    }
+
+    /// Relative errors of f32: a dozen roundings; where a channel's few values are nearly equal, 1/sqrt(var + epsilon) makes them larger.
+    const SINGLE: f64 = 1e-5;
+    const DOUBLE: f64 = 1e-12;
+
+    #[test]
+    fn forward_is_the_formula() {
+        for sizes in SHAPES.iter().map(sizes_of) {
+            let [x, weight, bias, _] = inputs::<f64>(&sizes);
+            let want = train_by_loops(&x, &weight, &bias, &sizes);
+            let double = same_in_all_pools(|| train(&x, &weight, &bias, &sizes));
+            let [x, weight, bias, _] = inputs::<f32>(&sizes);
+            let single = same_in_all_pools(|| train(&x, &weight, &bias, &sizes));
+            for (i, want) in want.iter().enumerate() {
+                assert_close(&double[i], want, DOUBLE, &format!("f64 {i} of {sizes:?}"));
+                assert_close(&single[i], want, SINGLE, &format!("f32 {i} of {sizes:?}"));
+            }
+        }
+    }
+
+    #[test]
+    fn a_large_mean_keeps_the_variance() {
+        let sizes = BatchnormSizes { batch: 3, channels: 2, positions: 1023 };
+        let x: Vec<f32> = normal::<f32>(sizes.elems(), 1).iter().map(|x| x + 4096.0).collect();
+        let wide: Vec<f64> = x.iter().map(|&x| x.into()).collect();
+        let want = train_by_loops(&wide, &[1.0; 2], &[0.0; 2], &sizes);
+        let got = train(&x, &[1.0; 2], &[0.0; 2], &sizes);
+        assert_close(&got[2], &want[2], 1e-6, "var");
+        // The mean is rounded to f32 before it is taken off: half an ulp of 4096 is 2.4e-4.
+        assert_close(&got[0], &want[0], 1e-4, "out");
+    }
+
+    #[test]
+    fn gradient_is_the_difference_quotient() {
+        for shape in [(2, 1, 1), (1, 3, 4), (3, 2, 5), (2, 17, 3)] {
+            let sizes = sizes_of(&shape);
+            let [x, weight, bias, d_y] = inputs::<f64>(&sizes);
+            let loss = |x: &[f64], w: &[f64], b: &[f64]| dot(&train_by_loops(x, w, b, &sizes)[0], &d_y);
+            let stats = train(&x, &weight, &bias, &sizes);
+            let got = grads(&d_y, &x, &weight, &stats[1], &stats[3], &sizes);
+            let want = [
+                finite_difference(&x, |x| loss(x, &weight, &bias)),
+                finite_difference(&weight, |weight| loss(&x, weight, &bias)),
+                finite_difference(&bias, |bias| loss(&x, &weight, bias)),
+            ];
+            for (got, want) in got.iter().zip(&want) {
+                // Differences of step 6e-6 are good to about 1e-10 times the loss' curvature, which 1/sqrt(var) raises.
+                assert_close(got, want, 1e-6, &format!("{sizes:?}"));
+            }
+        }
+    }
+
+    /// d_x, d_weight, d_bias, and the latter two added to ones.
+    fn grads<T: Real>(d_y: &[T], x: &[T], weight: &[T], mean: &[T], rstd: &[T], sizes: &BatchnormSizes) -> Vec<Vec<T>> {
+        let channels = sizes.channels;
+        let (mut d_x, mut d_w, mut d_b) = (poison::<T>(x.len()), poison::<T>(channels), poison::<T>(channels));
+        grad(&mut d_x, &mut d_w, &mut d_b, d_y, x, weight, mean, rstd, false, sizes);
+        let (mut again, mut more_w, mut more_b) =
+            (poison::<T>(x.len()), vec![T::ONE; channels], vec![T::ONE; channels]);
+        grad(&mut again, &mut more_w, &mut more_b, d_y, x, weight, mean, rstd, true, sizes);
+        assert_eq!(bytemuck::cast_slice::<T, u8>(&d_x), bytemuck::cast_slice::<T, u8>(&again));
+        for (more, once) in more_w.iter().zip(&d_w).chain(more_b.iter().zip(&d_b)) {
+            assert_eq!(*more, T::ONE + *once);
+        }
+        vec![d_x, d_w, d_b]
+    }
+
+    #[test]
+    fn gradient_in_f32_is_that_in_f64() {
+        for sizes in SHAPES.iter().map(sizes_of).filter(|sizes| sizes.count() != 1) {
+            let [x, weight, bias, d_y] = inputs::<f64>(&sizes);
+            let stats = train(&x, &weight, &bias, &sizes);
+            let want = same_in_all_pools(|| grads(&d_y, &x, &weight, &stats[1], &stats[3], &sizes));
+            let [x, weight, bias, d_y] = inputs::<f32>(&sizes);
+            let stats = train(&x, &weight, &bias, &sizes);
+            let got = same_in_all_pools(|| grads(&d_y, &x, &weight, &stats[1], &stats[3], &sizes));
+            for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+                assert_close(got, want, SINGLE, &format!("{i} of {sizes:?}"));
+            }
+        }
+    }
+
+    #[test]
+    fn running_statistics_are_torchs() {
+        let (mut mean, mut var) = ([1f32, 2.0], [3f32, 4.0]);
+        update_running(&mut mean, &mut var, &[5.0, 6.0], &[8.0, 16.0], 5, 0.25);
+        assert_eq!((mean, var), ([2.0, 3.0], [0.75 * 3.0 + 0.25 * 10.0, 0.75 * 4.0 + 0.25 * 20.0]));
+        for sizes in SHAPES.iter().map(sizes_of) {
+            let [x, weight, bias, _] = inputs::<f32>(&sizes);
+            let trained = train(&x, &weight, &bias, &sizes);
+            // Evaluated by its own statistics, a batch gives what training gave: the same operations, hence the same bits but for rstd,
+            // which comes from the rounded variance.
+            let out = same_in_all_pools(|| {
+                let mut out = poison::<f32>(x.len());
+                forward_eval(&mut out, &x, &weight, &bias, &trained[1], &trained[2], &sizes, EPSILON);
+                vec![out]
+            });
+            assert_close(&out[0], &trained[0], 1e-6, &format!("{sizes:?}"));
+        }
+    }
+}

@@ -339,3 +339,6 @@ fn chunk_is_finite<T: Real>(chunk: &[T]) -> bool {
     }
     lanes.iter().all(|&lane| lane == T::ZERO)
 }
+
+#[cfg(test)]
+mod tests;

@@ -218,3 +218,139 @@ fn for_each_plane<T: Real>(d_x: &mut [T], sizes: &PoolSizes, body: impl Fn(usize
         }
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::host::testing::{assert_close, normal, poison, same_in_all_pools};
+
+    /// (planes, height, width, kernel h, kernel w, stride, padding)
+    type Row = (usize, usize, usize, usize, usize, usize, usize);
+
+    const SHAPES: &[Row] = &[
+        (1, 1, 1, 1, 1, 1, 0),
+        (3, 7, 7, 7, 7, 1, 0), // global
+        (5, 13, 7, 13, 7, 1, 0),
+        (7, 13, 13, 3, 3, 2, 1),
+        (2, 13, 1, 3, 1, 1, 0),
+        (3, 1, 13, 1, 2, 2, 0),
+        (2, 13, 7, 2, 2, 2, 0),
+        (2, 7, 7, 7, 7, 1, 3),
+        (2, 5, 5, 3, 3, 4, 1),
+        (1, 3, 3, 2, 2, 2, 3), // windows with nothing inside
+        (33, 31, 33, 3, 3, 2, 1),
+        (0, 3, 3, 2, 2, 1, 0),
+        (3, 2, 2, 3, 3, 1, 0), // no window fits
+        (3, 0, 4, 1, 1, 1, 1),
+    ];
+
+    fn sizes_of(&(planes, height, width, kernel_h, kernel_w, stride, padding): &Row) -> PoolSizes {
+        let fits =
+            |len: usize, kernel: usize| (len + 2 * padding).checked_sub(kernel).map_or(0, |free| free / stride + 1);
+        let (out_height, out_width) = (fits(height, kernel_h), fits(width, kernel_w));
+        PoolSizes { planes, height, width, kernel_h, kernel_w, stride, padding, out_height, out_width }
+    }
+
+    /// For every window, the indices in its plane that lie inside.
+    fn windows(s: &PoolSizes) -> Vec<Vec<usize>> {
+        let mut windows = Vec::new();
+        for (oy, ox) in (0..s.out_height).flat_map(|oy| (0..s.out_width).map(move |ox| (oy, ox))) {
+            let mut inside = Vec::new();
+            for (ky, kx) in (0..s.kernel_h).flat_map(|ky| (0..s.kernel_w).map(move |kx| (ky, kx))) {
+                let y = (oy * s.stride + ky) as isize - s.padding as isize;
+                let x = (ox * s.stride + kx) as isize - s.padding as isize;
+                if (0..s.height as isize).contains(&y) && (0..s.width as isize).contains(&x) {
+                    inside.push(y as usize * s.width + x as usize);
+                }
+            }
+            windows.push(inside);
+        }
+        windows
+    }
+
+    /// Values from a few integers, so that maxima are often equal.
+    fn coarse<T: Real>(len: usize) -> Vec<T> {
+        normal::<f64>(len, 1).iter().map(|x| T::from_f64((x * 2.0).round())).collect()
+    }
+
+    fn check_max<T: Real>(s: &PoolSizes) {
+        let x = coarse::<T>(s.planes * s.positions());
+        let d_y = normal::<T>(s.planes * s.out_positions(), 2);
+        let results = same_in_all_pools(|| {
+            let (mut out, mut argmax) = (poison::<T>(d_y.len()), vec![i32::MIN; d_y.len()]);
+            max_forward(&mut out, &mut argmax, &x, s);
+            let mut d_x = poison::<T>(x.len());
+            max_grad(&mut d_x, &d_y, &argmax, s);
+            vec![out, argmax.into_iter().map(|place| T::from_f64(place.into())).collect(), d_x]
+        });
+        let (mut outs, mut places, mut d_x) = (Vec::new(), Vec::new(), vec![T::ZERO; x.len()]);
+        for plane in 0..s.planes {
+            for inside in windows(s) {
+                let value = |place: usize| x[plane * s.positions() + place].to_f64();
+                let best = inside.iter().map(|&place| value(place)).fold(f64::NEG_INFINITY, f64::max);
+                let place = inside.iter().copied().find(|&place| value(place) == best);
+                if let Some(place) = place {
+                    d_x[plane * s.positions() + place] += d_y[outs.len()];
+                }
+                outs.push(best);
+                places.push(place.map_or(-1.0, |place| place as f64));
+            }
+        }
+        // Maxima are copies and gradients add in window order here too: equal, not close.
+        assert_close(&results[0], &outs, 0.0, &format!("out of {s:?}"));
+        assert_close(&results[1], &places, 0.0, &format!("argmax of {s:?}"));
+        assert_close(&results[2], &d_x, 0.0, &format!("d_x of {s:?}"));
+    }
+
+    fn check_avg<T: Real>(s: &PoolSizes, tolerance: f64) {
+        let (x, d_y) = (normal::<T>(s.planes * s.positions(), 1), normal::<T>(s.planes * s.out_positions(), 2));
+        for count_include_pad in [false, true] {
+            let results = same_in_all_pools(|| {
+                let (mut out, mut d_x) = (poison::<T>(d_y.len()), poison::<T>(x.len()));
+                avg_forward(&mut out, &x, s, count_include_pad);
+                avg_grad(&mut d_x, &d_y, s, count_include_pad);
+                vec![out, d_x]
+            });
+            let (mut outs, mut d_x) = (Vec::new(), vec![0.0; x.len()]);
+            for plane in 0..s.planes {
+                for inside in windows(s) {
+                    let count = if count_include_pad { s.kernel_h * s.kernel_w } else { inside.len() }.max(1) as f64;
+                    let mut sum = 0.0;
+                    for place in inside {
+                        sum += x[plane * s.positions() + place].to_f64();
+                        d_x[plane * s.positions() + place] += d_y[outs.len()].to_f64() / count;
+                    }
+                    outs.push(sum / count);
+                }
+            }
+            assert_close(&results[0], &outs, tolerance, &format!("out of {s:?}"));
+            assert_close(&results[1], &d_x, tolerance, &format!("d_x of {s:?}"));
+        }
+    }
+
+    #[test]
+    fn is_the_plain_loop() {
+        for sizes in SHAPES.iter().map(sizes_of) {
+            check_max::<f32>(&sizes);
+            check_max::<f64>(&sizes);
+            // One rounding for the mean, up to 49 additions for the gradient.
+            check_avg::<f32>(&sizes, 1e-6);
+            check_avg::<f64>(&sizes, 1e-14);
+        }
+    }
+
+    #[test]
+    fn nan_and_infinity_are_torchs() {
+        let sizes = sizes_of(&(1, 2, 3, 2, 3, 1, 0));
+        let max = |x: [f32; 6]| {
+            let (mut out, mut argmax) = ([0f32], [0]);
+            max_forward(&mut out, &mut argmax, &x, &sizes);
+            (out[0], argmax[0])
+        };
+        let (inf, nan) = (f32::INFINITY, f32::NAN);
+        assert_eq!(max([-inf; 6]), (-inf, 0));
+        assert_eq!(max([1.0, inf, 2.0, inf, 0.0, 0.0]), (inf, 1));
+        let (value, place) = max([1.0, nan, inf, 5.0, nan, 6.0]);
+        assert!(value.is_nan() && place == 4, "{value} at {place}");
+    }
+}
