@@ -13,7 +13,7 @@ use rayon::prelude::*;
 /// Elements of a block of [`sum_squares`]; part of what the sum's bits depend on.
 pub const SUM_BLOCK: usize = 4096;
 /// Running sums inside a block of [`sum_squares`]; part of what the sum's bits depend on.
-pub const SUM_LANES: usize = 16;
+pub const SUM_LANES: usize = 32;
 /// Blocks that are summed at once: their sums fit a stack array, so that no length needs memory.
 const SUM_GROUP: usize = 512;
 
@@ -249,8 +249,9 @@ fn sgd_momentum_loop<T: Real, const FIRST: bool, const NESTEROV: bool>(
 
 /// The sum of the squares of `x` in f64, on all threads.
 ///
-/// `x` is cut into blocks of [`SUM_BLOCK`]; inside a block, element `i` goes to running sum `i % SUM_LANES`, in order; the
-/// running sums are added pairwise (`lane[i] + lane[i + width]`, width 8, 4, 2, 1), and the blocks in order from 0.
+/// `x` is cut into blocks of [`SUM_BLOCK`]; inside a block, element `i` goes to running sum `i % SUM_LANES`, in order, by
+/// `lane = fma(x, x, lane)` (for f32 the square is exact in f64, so this equals a product and a sum); the
+/// running sums are added pairwise (`lane[i] + lane[i + width]`, width 16, 8, 4, 2, 1), and the blocks in order from 0.
 pub fn sum_squares<T: Real>(x: &[T]) -> f64 {
     let mut total = 0.0;
     for group in x.chunks(SUM_GROUP * SUM_BLOCK) {
@@ -281,12 +282,12 @@ fn block_sum_squares<T: Real>(block: &[T]) -> f64 {
     for row in &mut rows {
         for lane in 0..SUM_LANES {
             let value = row[lane].to_f64();
-            lanes[lane] += value * value;
+            lanes[lane] = value.mul_add(value, lanes[lane]);
         }
     }
     for (lane, value) in rows.remainder().iter().enumerate() {
         let value = value.to_f64();
-        lanes[lane] += value * value;
+        lanes[lane] = value.mul_add(value, lanes[lane]);
     }
     let mut width = SUM_LANES / 2;
     while width > 0 {

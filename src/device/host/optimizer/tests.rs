@@ -153,16 +153,16 @@ fn sgd_is_torchs() {
 
 #[test]
 fn sum_squares_is_its_written_order() {
-    for len in [0, 1, 15, 17, 4095, 4096, 4097, 5 * 4096 + 33, SUM_GROUP * SUM_BLOCK + 4097] {
+    for len in [0, 1, 31, 33, 4095, 4096, 4097, 5 * 4096 + 33, SUM_GROUP * SUM_BLOCK + 4097] {
         let x = normal::<f32>(len, 1);
         let got = same_in_all_pools(|| vec![vec![sum_squares(&x)]])[0][0];
         let mut want = 0.0f64;
         for block in x.chunks(4096) {
-            let mut lanes = [0.0f64; 16];
+            let mut lanes = [0.0f64; 32];
             for (i, &x) in block.iter().enumerate() {
-                lanes[i % 16] += f64::from(x) * f64::from(x);
+                lanes[i % 32] += f64::from(x) * f64::from(x);
             }
-            for width in [8, 4, 2, 1] {
+            for width in [16, 8, 4, 2, 1] {
                 for i in 0..width {
                     lanes[i] += lanes[i + width];
                 }
@@ -218,6 +218,11 @@ fn speed() {
     rate("add_assign", 12, &mut || add_assign(&mut v, &grad));
     rate("sum_squares", 4, &mut || assert!(sum_squares(&grad) > 0.0));
     rate("is_finite", 4, &mut || assert!(is_finite(&grad)));
+    rate("sum_squares in cache", 4, &mut || {
+        for _ in 0..len / 8192 {
+            assert!(sum_squares(std::hint::black_box(&grad[..8192])) > 0.0);
+        }
+    });
     // In the first-level cache: what the arithmetic alone reaches.
     let n = 2048;
     let constants = step_of(2).constants();
