@@ -189,7 +189,7 @@ mod tests {
     #[test]
     fn rows_apart_leave_the_gaps_alone() {
         let (a, b) = (normal::<f32>(6, 1), normal::<f32>(8, 2));
-        let mut out = vec![9.0; 3 * 7];
+        let mut out = [9.0; 3 * 7];
         gemm(&mut out[..18], 7, Matrix::rows(&a, 2), Matrix::rows(&b, 4), [3, 4, 2], false, Threads::All);
         for (i, x) in out.iter().enumerate() {
             assert_eq!(*x == 9.0, i % 7 >= 4, "{i}");

@@ -3,14 +3,42 @@
 //! Work is split into chunks whose size depends on shapes alone, each chunk is computed by one thread, and no reduction
 //! crosses chunks except in a written order. Threads come from the rayon pool that the caller has installed.
 
+use super::real::Real;
 use rayon::prelude::*;
 
 /// Runs `body` compiled for the widest vectors of this machine. Everything called inside must be `#[inline(always)]` to be
-/// compiled so too.
+/// compiled so too, and `body` itself must be small; for more than a few operations use `vector_fn!`.
 #[inline(always)]
 pub fn simd<R>(body: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(body)
 }
+
+/// Defines a function whose body is compiled for the widest vectors of this machine, picked when it is called.
+///
+/// Unlike a closure given to [`simd`], which the compiler leaves out of line when it is large and then compiles for the
+/// narrowest vectors, the body is always inlined. So must be what it calls in its loops: functions marked `#[inline(always)]`,
+/// such as [`Real`]'s, `for` loops, and closures of a few operations only.
+macro_rules! vector_fn {
+    (
+        $(#[$meta:meta])*
+        $vis:vis fn $name:ident<$($generic:ident: $bound:path),*>($($arg:ident: $type:ty),* $(,)?) $body:block
+    ) => {
+        $(#[$meta])*
+        $vis fn $name<$($generic: $bound),*>($($arg: $type),*) {
+            struct Call<Args, $($generic),*>(Args, std::marker::PhantomData<($($generic,)*)>);
+            impl<$($generic: $bound),*> pulp::WithSimd for Call<($($type,)*), $($generic),*> {
+                type Output = ();
+                #[inline(always)]
+                fn with_simd<Simd: pulp::Simd>(self, _: Simd) {
+                    let ($($arg,)*) = self.0;
+                    $body
+                }
+            }
+            pulp::Arch::new().dispatch(Call(($($arg,)*), std::marker::PhantomData::<($($generic,)*)>))
+        }
+    };
+}
+pub(crate) use vector_fn;
 
 /// Elements of a chunk of an elementwise loop: large enough to pay for a task, small enough for the first-level cache.
 pub const CHUNK: usize = 8192;
@@ -47,9 +75,105 @@ pub fn with_scratch<T: bytemuck::Pod, R>(len: usize, body: impl FnOnce(&mut [T])
     result
 }
 
-/// `for_each(i)` for every i below `count`, on all threads, each compiled for the widest vectors.
-pub fn for_each_index(count: usize, body: impl Fn(usize) + Sync) {
-    (0..count).into_par_iter().with_max_len(1).for_each(|i| simd(|| body(i)));
+/// Calls `body(i)` for every i below `count`, on all threads.
+pub fn for_each_index(count: usize, body: impl Fn(usize) + Sync + Send) {
+    (0..count).into_par_iter().with_max_len(1).for_each(body);
+}
+
+/// A function of one element, as a type: so it is inlined where a closure may not be.
+pub trait Unary<T>: Sync {
+    /// Its value; to be marked `#[inline(always)]`.
+    fn apply(x: T) -> T;
+}
+
+/// A function of two elements, as a type.
+pub trait Binary<T>: Sync {
+    /// Its value; to be marked `#[inline(always)]`.
+    fn apply(a: T, b: T) -> T;
+}
+
+/// `out[i] = F(x[i])`, or `F(out[i])` where `x` is `None`.
+///
+/// # Panics
+/// When the lengths differ.
+pub fn map<T: Real, F: Unary<T>>(out: &mut [T], x: Option<&[T]>) {
+    if let Some(x) = x {
+        expect_len("map", "x", x.len(), out.len());
+    }
+    out.par_chunks_mut(CHUNK).enumerate().for_each(|(i, out)| {
+        let x = x.map(|x| &x[i * CHUNK..][..out.len()]);
+        map_chunk::<T, F>(out, x);
+    });
+}
+
+vector_fn! {
+    fn map_chunk<T: Real, F: Unary<T>>(out: &mut [T], x: Option<&[T]>) {
+        match x {
+            Some(x) => {
+                for (out, &x) in out.iter_mut().zip(x) {
+                    *out = F::apply(x);
+                }
+            }
+            None => {
+                for out in out {
+                    *out = F::apply(*out);
+                }
+            }
+        }
+    }
+}
+
+/// `out[i] = F(a[i], b[i])`, or `F(out[i], b[i])` where `a` is `None`.
+///
+/// # Panics
+/// When the lengths differ.
+pub fn zip<T: Real, F: Binary<T>>(out: &mut [T], a: Option<&[T]>, b: &[T]) {
+    if let Some(a) = a {
+        expect_len("zip", "a", a.len(), out.len());
+    }
+    expect_len("zip", "b", b.len(), out.len());
+    out.par_chunks_mut(CHUNK).enumerate().for_each(|(i, out)| {
+        let a = a.map(|a| &a[i * CHUNK..][..out.len()]);
+        let b = &b[i * CHUNK..][..out.len()];
+        zip_chunk::<T, F>(out, a, b);
+    });
+}
+
+vector_fn! {
+    /// [`zip`] on the calling thread.
+    pub fn zip_chunk<T: Real, F: Binary<T>>(out: &mut [T], a: Option<&[T]>, b: &[T]) {
+        match a {
+            Some(a) => {
+                for ((out, &a), &b) in out.iter_mut().zip(a).zip(b) {
+                    *out = F::apply(a, b);
+                }
+            }
+            None => {
+                for (out, &b) in out.iter_mut().zip(b) {
+                    *out = F::apply(*out, b);
+                }
+            }
+        }
+    }
+}
+
+/// Addition.
+pub struct Sum;
+impl<T: Real> Binary<T> for Sum {
+    #[inline(always)]
+    fn apply(a: T, b: T) -> T {
+        a + b
+    }
+}
+
+/// Checks a length that the caller promised.
+///
+/// # Panics
+/// When `len` is not `want`: a bug of ours, since shapes are checked when a graph is built.
+#[inline]
+#[track_caller]
+pub fn expect_len(op: &str, name: &str, len: usize, want: usize) {
+    assert!(len == want, "{op}: {name} is {len} long, want {want}");
 }
 
 /// Rows of a chunk of about [`CHUNK`] elements, for ops that treat a row of `cols` as one thing; at least 1.

@@ -279,7 +279,8 @@ mod tests {
     fn close_to_f64() {
         let wide = grid(-110.0, 95.0, 2_000_000);
         let near = grid(-12.0, 12.0, 2_000_000);
-        let checks: [(&str, Vec<f32>, fn(f32) -> f32, fn(f64) -> f64, f64); 8] = [
+        type Check = (&'static str, Vec<f32>, fn(f32) -> f32, fn(f64) -> f64, f64);
+        let checks: [Check; 8] = [
             ("exp", wide, Real::exp, f64::exp, 1.5),
             ("exp near 0", magnitudes(), Real::exp, f64::exp, 1.5),
             ("tanh", near.clone(), Real::tanh, f64::tanh, 3.0),

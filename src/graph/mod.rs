@@ -1,0 +1,3 @@
+//! The traced computation: ops, their shape and gradient rules.
+
+pub mod kinds;
