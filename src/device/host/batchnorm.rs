@@ -4,7 +4,7 @@
 //! before the squares of the differences from it, so that a large mean does not swallow a small variance.
 
 use super::{
-    parallel::simd,
+    parallel::{expect_len, simd},
     planes::{Disjoint, Planes},
     real::Real,
 };
@@ -30,6 +30,11 @@ impl BatchnormSizes {
     fn elems(&self) -> usize {
         self.count() * self.channels
     }
+
+    fn expect(&self, whole: &[(&str, usize)], channels: &[(&str, usize)]) {
+        whole.iter().for_each(|&(name, len)| expect_len("batchnorm", name, len, self.elems()));
+        channels.iter().for_each(|&(name, len)| expect_len("batchnorm", name, len, self.channels));
+    }
 }
 
 /// Elements of one task of an elementwise pass.
@@ -50,7 +55,9 @@ pub fn forward_train<T: Real>(
     sizes: &BatchnormSizes,
     epsilon: f64,
 ) {
-    debug_assert!(out.len() == sizes.elems() && x.len() == sizes.elems());
+    let channels = [("mean", mean.len()), ("var", var.len()), ("rstd", rstd.len())];
+    sizes.expect(&[("out", out.len()), ("x", x.len())], &channels);
+    sizes.expect(&[], &[("weight", weight.len()), ("bias", bias.len())]);
     let walk = Planes::new(sizes.batch, sizes.channels, sizes.positions);
     let count = sizes.count().max(1) as f64;
     let out = Disjoint::new(out);
@@ -105,7 +112,8 @@ pub fn update_running<T: Real>(
     count: usize,
     momentum: f64,
 ) {
-    debug_assert!(running_mean.len() == mean.len() && running_var.len() == var.len());
+    expect_len("batchnorm", "mean", mean.len(), running_mean.len());
+    expect_len("batchnorm", "var", var.len(), running_var.len());
     let unbiased = count as f64 / count.saturating_sub(1).max(1) as f64;
     let mix = |running: &mut T, value: f64| {
         *running = T::from_f64((1.0 - momentum) * running.to_f64() + momentum * value);
@@ -129,7 +137,8 @@ pub fn forward_eval<T: Real>(
     sizes: &BatchnormSizes,
     epsilon: f64,
 ) {
-    debug_assert!(out.len() == sizes.elems() && x.len() == sizes.elems());
+    sizes.expect(&[("out", out.len()), ("x", x.len())], &[("weight", weight.len()), ("bias", bias.len())]);
+    sizes.expect(&[], &[("running_mean", running_mean.len()), ("running_var", running_var.len())]);
     if out.is_empty() {
         return;
     }
@@ -173,7 +182,9 @@ pub fn grad<T: Real>(
     accumulate: bool,
     sizes: &BatchnormSizes,
 ) {
-    debug_assert!(d_x.len() == sizes.elems() && d_y.len() == sizes.elems() && x.len() == sizes.elems());
+    let channels = [("weight", weight.len()), ("mean", mean.len()), ("rstd", rstd.len())];
+    sizes.expect(&[("d_x", d_x.len()), ("d_y", d_y.len()), ("x", x.len())], &channels);
+    sizes.expect(&[], &[("d_weight", d_weight.len()), ("d_bias", d_bias.len())]);
     let walk = Planes::new(sizes.batch, sizes.channels, sizes.positions);
     let count = sizes.count().max(1) as f64;
     let d_x = Disjoint::new(d_x);

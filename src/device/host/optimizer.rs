@@ -5,7 +5,7 @@
 //! Only [`sum_squares`] reduces, over fixed blocks in a fixed order.
 
 use super::{
-    parallel::{CHUNK, simd},
+    parallel::{CHUNK, expect_len, simd},
     real::Real,
 };
 use rayon::prelude::*;
@@ -114,7 +114,9 @@ pub struct AdamwConstants<T> {
 /// Square root and division are the correctly rounded ones; subnormal numbers are kept. The order is that of
 /// `torch.optim.AdamW`, which rounds the products of lines 3, 6, 8 and 11 once more.
 pub fn adamw<T: Real>(weight: &mut [T], m: &mut [T], v: &mut [T], grad: &[T], step: &AdamwStep) {
-    debug_assert!(weight.len() == m.len() && m.len() == v.len() && v.len() == grad.len());
+    for (name, len) in [("m", m.len()), ("v", v.len()), ("grad", grad.len())] {
+        expect_len("adamw", name, len, weight.len());
+    }
     let constants = step.constants();
     if weight.len() <= CHUNK {
         return adamw_serial(weight, m, v, grad, &constants);
@@ -129,6 +131,9 @@ pub fn adamw<T: Real>(weight: &mut [T], m: &mut [T], v: &mut [T], grad: &[T], st
 
 /// [`adamw`] on the calling thread: the same bits.
 pub fn adamw_serial<T: Real>(weight: &mut [T], m: &mut [T], v: &mut [T], grad: &[T], constants: &AdamwConstants<T>) {
+    for (name, len) in [("m", m.len()), ("v", v.len()), ("grad", grad.len())] {
+        expect_len("adamw", name, len, weight.len());
+    }
     simd(
         #[inline(always)]
         || adamw_loop(weight, m, v, grad, constants),
@@ -183,7 +188,7 @@ pub struct SgdStep {
 /// | 4 | `g = fma(momentum, b, g)` | momentum, nesterov |
 /// | 5 | `weight = fma(-lr, g, weight)` | |
 pub fn sgd<T: Real>(weight: &mut [T], momentum_buffer: &mut [T], grad: &[T], step: &SgdStep) {
-    debug_assert!(weight.len() == grad.len());
+    expect_len("sgd", "grad", grad.len(), weight.len());
     if step.momentum == 0.0 {
         if weight.len() <= CHUNK {
             return sgd_serial(weight, &mut [], grad, step);
@@ -194,7 +199,7 @@ pub fn sgd<T: Real>(weight: &mut [T], momentum_buffer: &mut [T], grad: &[T], ste
             .for_each(|(weight, grad)| sgd_serial(weight, &mut [], grad, step));
         return;
     }
-    debug_assert!(weight.len() == momentum_buffer.len());
+    expect_len("sgd", "momentum_buffer", momentum_buffer.len(), weight.len());
     if weight.len() <= CHUNK {
         return sgd_serial(weight, momentum_buffer, grad, step);
     }
@@ -207,6 +212,10 @@ pub fn sgd<T: Real>(weight: &mut [T], momentum_buffer: &mut [T], grad: &[T], ste
 
 /// [`sgd`] on the calling thread: the same bits.
 pub fn sgd_serial<T: Real>(weight: &mut [T], momentum_buffer: &mut [T], grad: &[T], step: &SgdStep) {
+    expect_len("sgd", "grad", grad.len(), weight.len());
+    if step.momentum != 0.0 {
+        expect_len("sgd", "momentum_buffer", momentum_buffer.len(), weight.len());
+    }
     simd(
         #[inline(always)]
         || match (step.momentum != 0.0, step.first, step.nesterov) {
@@ -301,7 +310,7 @@ fn block_sum_squares<T: Real>(block: &[T]) -> f64 {
 
 /// Adds `x` to `acc`, element by element, on all threads.
 pub fn add_assign<T: Real>(acc: &mut [T], x: &[T]) {
-    debug_assert!(acc.len() == x.len());
+    expect_len("add_assign", "x", x.len(), acc.len());
     acc.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(acc, x)| {
         simd(
             #[inline(always)]

@@ -2,7 +2,10 @@
 //!
 //! Planes are independent, and each is computed by one thread, so that overlapping windows' gradients add in a fixed order.
 
-use super::{parallel::simd, real::Real};
+use super::{
+    parallel::{expect_len, simd},
+    real::Real,
+};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -44,6 +47,11 @@ impl PoolSizes {
         self.out_height * self.out_width
     }
 
+    fn expect(&self, x: usize, out: usize) {
+        expect_len("pool", "x", x, self.planes * self.positions());
+        expect_len("pool", "out", out, self.planes * self.out_positions());
+    }
+
     fn planes_per_task(&self) -> usize {
         (TASK_ELEMS / self.positions().max(1)).max(1)
     }
@@ -74,9 +82,9 @@ fn inside(start: usize, kernel: usize, padding: usize, len: usize) -> Range<usiz
 /// Padding never wins. The first of equal values in row-major order wins; a NaN beats every number and a later NaN an earlier
 /// one, as in torch. A window with nothing inside the plane gives minus infinity and -1. Overwrites `out` and `argmax`.
 pub fn max_forward<T: Real>(out: &mut [T], argmax: &mut [i32], x: &[T], sizes: &PoolSizes) {
-    debug_assert!(x.len() == sizes.planes * sizes.positions());
-    debug_assert!(out.len() == sizes.planes * sizes.out_positions() && argmax.len() == out.len());
-    debug_assert!(i32::try_from(sizes.positions()).is_ok());
+    sizes.expect(x.len(), out.len());
+    expect_len("pool", "argmax", argmax.len(), out.len());
+    assert!(i32::try_from(sizes.positions()).is_ok(), "pool: a plane of {} places", sizes.positions());
     if out.is_empty() {
         return;
     }
@@ -119,8 +127,8 @@ fn max_plane<T: Real>(out: &mut [T], argmax: &mut [i32], x: &[T], sizes: &PoolSi
 /// The gradient of [`max_forward`]: every window's gradient goes to the place that won it, windows in row-major order.
 /// Overwrites `d_x`.
 pub fn max_grad<T: Real>(d_x: &mut [T], d_y: &[T], argmax: &[i32], sizes: &PoolSizes) {
-    debug_assert!(d_x.len() == sizes.planes * sizes.positions());
-    debug_assert!(d_y.len() == sizes.planes * sizes.out_positions() && argmax.len() == d_y.len());
+    sizes.expect(d_x.len(), d_y.len());
+    expect_len("pool", "argmax", argmax.len(), d_y.len());
     let out_positions = sizes.out_positions();
     for_each_plane(d_x, sizes, |plane, d_x| {
         let out = plane * out_positions..(plane + 1) * out_positions;
@@ -137,8 +145,7 @@ pub fn max_grad<T: Real>(d_x: &mut [T], d_y: &[T], argmax: &[i32], sizes: &PoolS
 ///
 /// A window with nothing to count gives 0. Overwrites `out`.
 pub fn avg_forward<T: Real>(out: &mut [T], x: &[T], sizes: &PoolSizes, count_include_pad: bool) {
-    debug_assert!(x.len() == sizes.planes * sizes.positions());
-    debug_assert!(out.len() == sizes.planes * sizes.out_positions());
+    sizes.expect(x.len(), out.len());
     if out.is_empty() {
         return;
     }
@@ -178,8 +185,7 @@ fn divisor(sizes: &PoolSizes, rows: &Range<usize>, cols: &Range<usize>, count_in
 
 /// The gradient of [`avg_forward`]: every window spreads its gradient evenly, windows in row-major order. Overwrites `d_x`.
 pub fn avg_grad<T: Real>(d_x: &mut [T], d_y: &[T], sizes: &PoolSizes, count_include_pad: bool) {
-    debug_assert!(d_x.len() == sizes.planes * sizes.positions());
-    debug_assert!(d_y.len() == sizes.planes * sizes.out_positions());
+    sizes.expect(d_x.len(), d_y.len());
     let out_positions = sizes.out_positions();
     for_each_plane(d_x, sizes, |plane, d_x| {
         d_x.fill(T::ZERO);
