@@ -4,7 +4,7 @@
 //! before the squares of the differences from it, so that a large mean does not swallow a small variance.
 
 use super::{
-    parallel::simd,
+    parallel::{expect_len, simd},
     planes::{Disjoint, Planes},
     real::Real,
 };
@@ -30,6 +30,11 @@ impl BatchnormSizes {
     fn elems(&self) -> usize {
         self.count() * self.channels
     }
+
+    fn expect(&self, whole: &[(&str, usize)], channels: &[(&str, usize)]) {
+        whole.iter().for_each(|&(name, len)| expect_len("batchnorm", name, len, self.elems()));
+        channels.iter().for_each(|&(name, len)| expect_len("batchnorm", name, len, self.channels));
+    }
 }
 
 /// Elements of one task of an elementwise pass.
@@ -50,7 +55,9 @@ pub fn forward_train<T: Real>(
     sizes: &BatchnormSizes,
     epsilon: f64,
 ) {
-    debug_assert!(out.len() == sizes.elems() && x.len() == sizes.elems());
+    let channels = [("mean", mean.len()), ("var", var.len()), ("rstd", rstd.len())];
+    sizes.expect(&[("out", out.len()), ("x", x.len())], &channels);
+    sizes.expect(&[], &[("weight", weight.len()), ("bias", bias.len())]);
     let walk = Planes::new(sizes.batch, sizes.channels, sizes.positions);
     let count = sizes.count().max(1) as f64;
     let out = Disjoint::new(out);
@@ -105,7 +112,8 @@ pub fn update_running<T: Real>(
     count: usize,
     momentum: f64,
 ) {
-    debug_assert!(running_mean.len() == mean.len() && running_var.len() == var.len());
+    expect_len("batchnorm", "mean", mean.len(), running_mean.len());
+    expect_len("batchnorm", "var", var.len(), running_var.len());
     let unbiased = count as f64 / count.saturating_sub(1).max(1) as f64;
     let mix = |running: &mut T, value: f64| {
         *running = T::from_f64((1.0 - momentum) * running.to_f64() + momentum * value);
@@ -129,7 +137,8 @@ pub fn forward_eval<T: Real>(
     sizes: &BatchnormSizes,
     epsilon: f64,
 ) {
-    debug_assert!(out.len() == sizes.elems() && x.len() == sizes.elems());
+    sizes.expect(&[("out", out.len()), ("x", x.len())], &[("weight", weight.len()), ("bias", bias.len())]);
+    sizes.expect(&[], &[("running_mean", running_mean.len()), ("running_var", running_var.len())]);
     if out.is_empty() {
         return;
     }
@@ -173,7 +182,9 @@ pub fn grad<T: Real>(
     accumulate: bool,
     sizes: &BatchnormSizes,
 ) {
-    debug_assert!(d_x.len() == sizes.elems() && d_y.len() == sizes.elems() && x.len() == sizes.elems());
+    let channels = [("weight", weight.len()), ("mean", mean.len()), ("rstd", rstd.len())];
+    sizes.expect(&[("d_x", d_x.len()), ("d_y", d_y.len()), ("x", x.len())], &channels);
+    sizes.expect(&[], &[("d_weight", d_weight.len()), ("d_bias", d_bias.len())]);
     let walk = Planes::new(sizes.batch, sizes.channels, sizes.positions);
     let count = sizes.count().max(1) as f64;
     let d_x = Disjoint::new(d_x);
@@ -211,4 +222,190 @@ pub fn grad<T: Real>(
             },
         );
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::host::testing::{assert_close, dot, finite_difference, normal, poison, same_in_all_pools};
+
+    const EPSILON: f64 = 1e-5;
+
+    /// (batch, channels, positions): few and many channels, cut and uncut planes, one value, none.
+    const SHAPES: &[(usize, usize, usize)] = &[
+        (1, 1, 1),
+        (2, 1, 1),
+        (1, 3, 49),
+        (5, 3, 169),
+        (3, 33, 7),
+        (4, 17, 31),
+        (2, 2, 40_000),
+        (33, 1, 1023),
+        (0, 3, 5),
+        (3, 0, 5),
+        (3, 17, 0),
+    ];
+
+    fn sizes_of(&(batch, channels, positions): &(usize, usize, usize)) -> BatchnormSizes {
+        BatchnormSizes { batch, channels, positions }
+    }
+
+    /// out, mean, var, rstd.
+    fn train<T: Real>(x: &[T], weight: &[T], bias: &[T], sizes: &BatchnormSizes) -> Vec<Vec<T>> {
+        let (mut out, channels) = (poison::<T>(x.len()), sizes.channels);
+        let (mut mean, mut var, mut rstd) = (poison::<T>(channels), poison::<T>(channels), poison::<T>(channels));
+        forward_train(&mut out, &mut mean, &mut var, &mut rstd, x, weight, bias, sizes, EPSILON);
+        vec![out, mean, var, rstd]
+    }
+
+    /// out, mean, var, rstd by the formulas.
+    fn train_by_loops(x: &[f64], weight: &[f64], bias: &[f64], sizes: &BatchnormSizes) -> Vec<Vec<f64>> {
+        let channel_of = |i: usize| i / sizes.positions % sizes.channels;
+        let count = sizes.count().max(1) as f64;
+        let (mut mean, mut var) = (vec![0.0; sizes.channels], vec![0.0; sizes.channels]);
+        x.iter().enumerate().for_each(|(i, x)| mean[channel_of(i)] += x / count);
+        x.iter().enumerate().for_each(|(i, x)| var[channel_of(i)] += (x - mean[channel_of(i)]).powi(2) / count);
+        let rstd: Vec<f64> = var.iter().map(|var| 1.0 / (var + EPSILON).sqrt()).collect();
+        let normalized = |(i, x): (usize, &f64)| {
+            let c = channel_of(i);
+            (x - mean[c]) * rstd[c] * weight[c] + bias[c]
+        };
+        let out = x.iter().enumerate().map(normalized).collect();
+        vec![out, mean, var, rstd]
+    }
+
+    fn inputs<T: Real>(sizes: &BatchnormSizes) -> [Vec<T>; 4] {
+        let lens = [sizes.elems(), sizes.channels, sizes.channels, sizes.elems()];
+        std::array::from_fn(|i| normal(lens[i], i as u64))
+    }
+
+    /// Relative errors of f32: a dozen roundings; where a channel's few values are nearly equal, 1/sqrt(var + epsilon) makes them larger.
+    const SINGLE: f64 = 1e-5;
+    const DOUBLE: f64 = 1e-12;
+
+    #[test]
+    fn forward_is_the_formula() {
+        for sizes in SHAPES.iter().map(sizes_of) {
+            let [x, weight, bias, _] = inputs::<f64>(&sizes);
+            let want = train_by_loops(&x, &weight, &bias, &sizes);
+            let double = same_in_all_pools(|| train(&x, &weight, &bias, &sizes));
+            let [x, weight, bias, _] = inputs::<f32>(&sizes);
+            let single = same_in_all_pools(|| train(&x, &weight, &bias, &sizes));
+            for (i, want) in want.iter().enumerate() {
+                assert_close(&double[i], want, DOUBLE, &format!("f64 {i} of {sizes:?}"));
+                assert_close(&single[i], want, SINGLE, &format!("f32 {i} of {sizes:?}"));
+            }
+        }
+    }
+
+    #[test]
+    fn a_large_mean_keeps_the_variance() {
+        let sizes = BatchnormSizes { batch: 3, channels: 2, positions: 1023 };
+        let x: Vec<f32> = normal::<f32>(sizes.elems(), 1).iter().map(|x| x + 4096.0).collect();
+        let wide: Vec<f64> = x.iter().map(|&x| x.into()).collect();
+        let want = train_by_loops(&wide, &[1.0; 2], &[0.0; 2], &sizes);
+        let got = train(&x, &[1.0; 2], &[0.0; 2], &sizes);
+        assert_close(&got[2], &want[2], 1e-6, "var");
+        // The mean is rounded to f32 before it is taken off: half an ulp of 4096 is 2.4e-4.
+        assert_close(&got[0], &want[0], 1e-4, "out");
+    }
+
+    #[test]
+    fn gradient_is_the_difference_quotient() {
+        for shape in [(2, 1, 1), (1, 3, 4), (3, 2, 5), (2, 17, 3)] {
+            let sizes = sizes_of(&shape);
+            let [x, weight, bias, d_y] = inputs::<f64>(&sizes);
+            let loss = |x: &[f64], w: &[f64], b: &[f64]| dot(&train_by_loops(x, w, b, &sizes)[0], &d_y);
+            let stats = train(&x, &weight, &bias, &sizes);
+            let got = grads(&d_y, &x, &weight, &stats[1], &stats[3], &sizes);
+            let want = [
+                finite_difference(&x, |x| loss(x, &weight, &bias)),
+                finite_difference(&weight, |weight| loss(&x, weight, &bias)),
+                finite_difference(&bias, |bias| loss(&x, &weight, bias)),
+            ];
+            for (got, want) in got.iter().zip(&want) {
+                // Differences of step 6e-6 are good to about 1e-10 times the loss' curvature, which 1/sqrt(var) raises.
+                assert_close(got, want, 1e-6, &format!("{sizes:?}"));
+            }
+        }
+    }
+
+    /// d_x, d_weight, d_bias, and the latter two added to ones.
+    fn grads<T: Real>(d_y: &[T], x: &[T], weight: &[T], mean: &[T], rstd: &[T], sizes: &BatchnormSizes) -> Vec<Vec<T>> {
+        let channels = sizes.channels;
+        let (mut d_x, mut d_w, mut d_b) = (poison::<T>(x.len()), poison::<T>(channels), poison::<T>(channels));
+        grad(&mut d_x, &mut d_w, &mut d_b, d_y, x, weight, mean, rstd, false, sizes);
+        let (mut again, mut more_w, mut more_b) =
+            (poison::<T>(x.len()), vec![T::ONE; channels], vec![T::ONE; channels]);
+        grad(&mut again, &mut more_w, &mut more_b, d_y, x, weight, mean, rstd, true, sizes);
+        assert_eq!(bytemuck::cast_slice::<T, u8>(&d_x), bytemuck::cast_slice::<T, u8>(&again));
+        for (more, once) in more_w.iter().zip(&d_w).chain(more_b.iter().zip(&d_b)) {
+            assert_eq!(*more, T::ONE + *once);
+        }
+        vec![d_x, d_w, d_b]
+    }
+
+    #[test]
+    fn gradient_in_f32_is_that_in_f64() {
+        for sizes in SHAPES.iter().map(sizes_of).filter(|sizes| sizes.count() != 1) {
+            let [x, weight, bias, d_y] = inputs::<f64>(&sizes);
+            let stats = train(&x, &weight, &bias, &sizes);
+            let want = same_in_all_pools(|| grads(&d_y, &x, &weight, &stats[1], &stats[3], &sizes));
+            let [x, weight, bias, d_y] = inputs::<f32>(&sizes);
+            let stats = train(&x, &weight, &bias, &sizes);
+            let got = same_in_all_pools(|| grads(&d_y, &x, &weight, &stats[1], &stats[3], &sizes));
+            for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+                assert_close(got, want, SINGLE, &format!("{i} of {sizes:?}"));
+            }
+        }
+    }
+
+    #[test]
+    fn running_statistics_are_torchs() {
+        let (mut mean, mut var) = ([1f32, 2.0], [3f32, 4.0]);
+        update_running(&mut mean, &mut var, &[5.0, 6.0], &[8.0, 16.0], 5, 0.25);
+        assert_eq!((mean, var), ([2.0, 3.0], [0.75 * 3.0 + 0.25 * 10.0, 0.75 * 4.0 + 0.25 * 20.0]));
+        for sizes in SHAPES.iter().map(sizes_of) {
+            let [x, weight, bias, _] = inputs::<f32>(&sizes);
+            let trained = train(&x, &weight, &bias, &sizes);
+            // Evaluated by its own statistics, a batch gives what training gave: the same operations, hence the same bits but for rstd,
+            // which comes from the rounded variance.
+            let out = same_in_all_pools(|| {
+                let mut out = poison::<f32>(x.len());
+                forward_eval(&mut out, &x, &weight, &bias, &trained[1], &trained[2], &sizes, EPSILON);
+                vec![out]
+            });
+            assert_close(&out[0], &trained[0], 1e-6, &format!("{sizes:?}"));
+        }
+    }
+
+    /// Prints the memory traffic of each body, counting every tensor once. Run by name in a release build.
+    #[test]
+    #[ignore = "a measurement, not a check"]
+    fn speed() {
+        for shape in [(8, 64, 112 * 112), (8, 256, 56 * 56), (8, 2048, 49), (8, 3, 224 * 224)] {
+            let sizes = sizes_of(&shape);
+            let [x, weight, bias, d_y] = inputs::<f32>(&sizes);
+            let mut out = x.clone();
+            let (mut mean, mut var, mut rstd) = (weight.clone(), weight.clone(), weight.clone());
+            let (mut d_w, mut d_b) = (weight.clone(), weight.clone());
+            let rate = |bytes: usize, body: &mut dyn FnMut()| {
+                body();
+                let best = (0..5).map(|_| {
+                    let start = std::time::Instant::now();
+                    body();
+                    start.elapsed().as_secs_f64()
+                });
+                (bytes * x.len()) as f64 / best.fold(f64::INFINITY, f64::min) / 1e9
+            };
+            let train = rate(8, &mut || {
+                forward_train(&mut out, &mut mean, &mut var, &mut rstd, &x, &weight, &bias, &sizes, EPSILON);
+            });
+            let eval = rate(8, &mut || forward_eval(&mut out, &x, &weight, &bias, &mean, &var, &sizes, EPSILON));
+            let grads = rate(12, &mut || {
+                grad(&mut out, &mut d_w, &mut d_b, &d_y, &x, &weight, &mean, &rstd, false, &sizes);
+            });
+            println!("{shape:?}: train {train:.1}, eval {eval:.1}, grad {grads:.1} GB/s");
+        }
+    }
 }

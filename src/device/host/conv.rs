@@ -11,7 +11,7 @@
 use super::{
     gemm::{Matrix, Threads, gemm},
     im2col::{Tile, Tiling, add_columns, gather_columns},
-    parallel::{simd, with_scratch},
+    parallel::{expect_len, simd, with_scratch},
     planes::{Disjoint, Planes},
     real::Real,
 };
@@ -72,9 +72,9 @@ impl ConvSizes {
     }
 
     fn check_lens(&self, x: usize, weight: usize, out: usize) {
-        debug_assert_eq!(x, self.batch * self.in_channels * self.positions());
-        debug_assert_eq!(weight, self.out_channels * self.filter_elems());
-        debug_assert_eq!(out, self.batch * self.out_channels * self.out_positions());
+        expect_len("conv", "x", x, self.batch * self.in_channels * self.positions());
+        expect_len("conv", "weight", weight, self.out_channels * self.filter_elems());
+        expect_len("conv", "out", out, self.batch * self.out_channels * self.out_positions());
     }
 }
 
@@ -110,6 +110,9 @@ impl Blocks {
 /// `out[n,o,p] = bias[o] + sum over k of weight[o,k] * im2col(x)[n,k,p]`. Overwrites `out`.
 pub fn forward<T: Real>(out: &mut [T], x: &[T], weight: &[T], bias: Option<&[T]>, sizes: &ConvSizes) {
     sizes.check_lens(x.len(), weight.len(), out.len());
+    if let Some(bias) = bias {
+        expect_len("conv", "bias", bias.len(), sizes.out_channels);
+    }
     if out.is_empty() {
         return;
     }
@@ -284,7 +287,8 @@ pub fn grad_weight<T: Real>(d_w: &mut [T], d_y: &[T], x: &[T], accumulate: bool,
 
 /// `d_bias[o] = sum over n, p of d_y[n,o,p]`, summed in f64. Overwrites `d_b`, or adds to it when `accumulate`.
 pub fn grad_bias<T: Real>(d_b: &mut [T], d_y: &[T], accumulate: bool, sizes: &ConvSizes) {
-    debug_assert_eq!(d_b.len(), sizes.out_channels);
+    expect_len("conv", "d_bias", d_b.len(), sizes.out_channels);
+    expect_len("conv", "d_y", d_y.len(), sizes.batch * sizes.out_channels * sizes.out_positions());
     let walk = Planes::new(sizes.batch, sizes.out_channels, sizes.out_positions());
     d_b.par_iter_mut().enumerate().for_each(|(channel, d_b)| {
         let [sum] = walk.sums(

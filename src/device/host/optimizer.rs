@@ -5,7 +5,7 @@
 //! Only [`sum_squares`] reduces, over fixed blocks in a fixed order.
 
 use super::{
-    parallel::{CHUNK, simd},
+    parallel::{CHUNK, expect_len, simd},
     real::Real,
 };
 use rayon::prelude::*;
@@ -13,7 +13,7 @@ use rayon::prelude::*;
 /// Elements of a block of [`sum_squares`]; part of what the sum's bits depend on.
 pub const SUM_BLOCK: usize = 4096;
 /// Running sums inside a block of [`sum_squares`]; part of what the sum's bits depend on.
-pub const SUM_LANES: usize = 16;
+pub const SUM_LANES: usize = 32;
 /// Blocks that are summed at once: their sums fit a stack array, so that no length needs memory.
 const SUM_GROUP: usize = 512;
 
@@ -114,7 +114,9 @@ pub struct AdamwConstants<T> {
 /// Square root and division are the correctly rounded ones; subnormal numbers are kept. The order is that of
 /// `torch.optim.AdamW`, which rounds the products of lines 3, 6, 8 and 11 once more.
 pub fn adamw<T: Real>(weight: &mut [T], m: &mut [T], v: &mut [T], grad: &[T], step: &AdamwStep) {
-    debug_assert!(weight.len() == m.len() && m.len() == v.len() && v.len() == grad.len());
+    for (name, len) in [("m", m.len()), ("v", v.len()), ("grad", grad.len())] {
+        expect_len("adamw", name, len, weight.len());
+    }
     let constants = step.constants();
     if weight.len() <= CHUNK {
         return adamw_serial(weight, m, v, grad, &constants);
@@ -129,6 +131,9 @@ pub fn adamw<T: Real>(weight: &mut [T], m: &mut [T], v: &mut [T], grad: &[T], st
 
 /// [`adamw`] on the calling thread: the same bits.
 pub fn adamw_serial<T: Real>(weight: &mut [T], m: &mut [T], v: &mut [T], grad: &[T], constants: &AdamwConstants<T>) {
+    for (name, len) in [("m", m.len()), ("v", v.len()), ("grad", grad.len())] {
+        expect_len("adamw", name, len, weight.len());
+    }
     simd(
         #[inline(always)]
         || adamw_loop(weight, m, v, grad, constants),
@@ -183,7 +188,7 @@ pub struct SgdStep {
 /// | 4 | `g = fma(momentum, b, g)` | momentum, nesterov |
 /// | 5 | `weight = fma(-lr, g, weight)` | |
 pub fn sgd<T: Real>(weight: &mut [T], momentum_buffer: &mut [T], grad: &[T], step: &SgdStep) {
-    debug_assert!(weight.len() == grad.len());
+    expect_len("sgd", "grad", grad.len(), weight.len());
     if step.momentum == 0.0 {
         if weight.len() <= CHUNK {
             return sgd_serial(weight, &mut [], grad, step);
@@ -194,7 +199,7 @@ pub fn sgd<T: Real>(weight: &mut [T], momentum_buffer: &mut [T], grad: &[T], ste
             .for_each(|(weight, grad)| sgd_serial(weight, &mut [], grad, step));
         return;
     }
-    debug_assert!(weight.len() == momentum_buffer.len());
+    expect_len("sgd", "momentum_buffer", momentum_buffer.len(), weight.len());
     if weight.len() <= CHUNK {
         return sgd_serial(weight, momentum_buffer, grad, step);
     }
@@ -207,6 +212,10 @@ pub fn sgd<T: Real>(weight: &mut [T], momentum_buffer: &mut [T], grad: &[T], ste
 
 /// [`sgd`] on the calling thread: the same bits.
 pub fn sgd_serial<T: Real>(weight: &mut [T], momentum_buffer: &mut [T], grad: &[T], step: &SgdStep) {
+    expect_len("sgd", "grad", grad.len(), weight.len());
+    if step.momentum != 0.0 {
+        expect_len("sgd", "momentum_buffer", momentum_buffer.len(), weight.len());
+    }
     simd(
         #[inline(always)]
         || match (step.momentum != 0.0, step.first, step.nesterov) {
@@ -249,8 +258,9 @@ fn sgd_momentum_loop<T: Real, const FIRST: bool, const NESTEROV: bool>(
 
 /// The sum of the squares of `x` in f64, on all threads.
 ///
-/// `x` is cut into blocks of [`SUM_BLOCK`]; inside a block, element `i` goes to running sum `i % SUM_LANES`, in order; the
-/// running sums are added pairwise (`lane[i] + lane[i + width]`, width 8, 4, 2, 1), and the blocks in order from 0.
+/// `x` is cut into blocks of [`SUM_BLOCK`]; inside a block, element `i` goes to running sum `i % SUM_LANES`, in order, by
+/// `lane = fma(x, x, lane)` (for f32 the square is exact in f64, so this equals a product and a sum); the
+/// running sums are added pairwise (`lane[i] + lane[i + width]`, width 16, 8, 4, 2, 1), and the blocks in order from 0.
 pub fn sum_squares<T: Real>(x: &[T]) -> f64 {
     let mut total = 0.0;
     for group in x.chunks(SUM_GROUP * SUM_BLOCK) {
@@ -281,12 +291,12 @@ fn block_sum_squares<T: Real>(block: &[T]) -> f64 {
     for row in &mut rows {
         for lane in 0..SUM_LANES {
             let value = row[lane].to_f64();
-            lanes[lane] += value * value;
+            lanes[lane] = value.mul_add(value, lanes[lane]);
         }
     }
     for (lane, value) in rows.remainder().iter().enumerate() {
         let value = value.to_f64();
-        lanes[lane] += value * value;
+        lanes[lane] = value.mul_add(value, lanes[lane]);
     }
     let mut width = SUM_LANES / 2;
     while width > 0 {
@@ -300,7 +310,7 @@ fn block_sum_squares<T: Real>(block: &[T]) -> f64 {
 
 /// Adds `x` to `acc`, element by element, on all threads.
 pub fn add_assign<T: Real>(acc: &mut [T], x: &[T]) {
-    debug_assert!(acc.len() == x.len());
+    expect_len("add_assign", "x", x.len(), acc.len());
     acc.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(acc, x)| {
         simd(
             #[inline(always)]
@@ -339,3 +349,6 @@ fn chunk_is_finite<T: Real>(chunk: &[T]) -> bool {
     }
     lanes.iter().all(|&lane| lane == T::ZERO)
 }
+
+#[cfg(test)]
+mod tests;

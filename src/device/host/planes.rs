@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use std::{marker::PhantomData, ops::Range};
 
 /// Running sums of a plane sum; part of what the sum's bits depend on.
-const LANES: usize = 16;
+const LANES: usize = 32;
 /// Channels below which one channel's planes are shared by several tasks, and the most parts they are then cut into.
 const PARTS: usize = 16;
 /// Elements of a run inside a plane, where planes are cut.
@@ -101,8 +101,8 @@ impl Planes {
 
     /// The sums over one channel's planes in f64. `terms` maps a value of `a` and of `b` at the same place to the `N` addends.
     ///
-    /// Inside a part, the element at place `i` of a run goes to running sum `i % 16`; a part's running sums are added pairwise
-    /// (`lane[i] + lane[i + width]`, width 8, 4, 2, 1), the parts in order from 0.
+    /// Inside a part, the element at place `i` of a run goes to running sum `i % 32`; a part's running sums are added pairwise
+    /// (`lane[i] + lane[i + width]`, width 16, 8, 4, 2, 1), the parts in order from 0.
     pub(crate) fn sums<T: Real, const N: usize>(
         &self,
         channel: usize,
@@ -141,20 +141,26 @@ fn add_run<T: Real, const N: usize>(
     b: &[T],
     terms: &impl Fn(T, T) -> [f64; N],
 ) {
-    let (mut a_rows, mut b_rows) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+    let (a_rows, a_rest) = a.as_chunks::<LANES>();
+    let (b_rows, b_rest) = b.as_chunks::<LANES>();
     let mut sums = *lanes;
-    for (a, b) in (&mut a_rows).zip(&mut b_rows) {
-        for lane in 0..LANES {
-            let addends = terms(a[lane], b[lane]);
-            for n in 0..N {
-                sums[n][lane] += addends[n];
+    for (a, b) in a_rows.iter().zip(b_rows) {
+        for n in 0..N {
+            for lane in 0..LANES {
+                sums[n][lane] += terms(a[lane], b[lane])[n];
             }
         }
     }
-    for (lane, (&a, &b)) in a_rows.remainder().iter().zip(b_rows.remainder()).enumerate() {
-        let addends = terms(a, b);
+    if !a_rest.is_empty() {
+        // A whole row again, so that it is vectors too; the lanes past the end add 0.
+        let (mut a, mut b) = ([T::ZERO; LANES], [T::ZERO; LANES]);
+        a[..a_rest.len()].copy_from_slice(a_rest);
+        b[..a_rest.len()].copy_from_slice(b_rest);
         for n in 0..N {
-            sums[n][lane] += addends[n];
+            for lane in 0..LANES {
+                let addend = terms(a[lane], b[lane])[n];
+                sums[n][lane] += if lane < a_rest.len() { addend } else { 0.0 };
+            }
         }
     }
     *lanes = sums;

@@ -2,7 +2,10 @@
 //!
 //! Planes are independent, and each is computed by one thread, so that overlapping windows' gradients add in a fixed order.
 
-use super::{parallel::simd, real::Real};
+use super::{
+    parallel::{expect_len, simd},
+    real::Real,
+};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -44,6 +47,11 @@ impl PoolSizes {
         self.out_height * self.out_width
     }
 
+    fn expect(&self, x: usize, out: usize) {
+        expect_len("pool", "x", x, self.planes * self.positions());
+        expect_len("pool", "out", out, self.planes * self.out_positions());
+    }
+
     fn planes_per_task(&self) -> usize {
         (TASK_ELEMS / self.positions().max(1)).max(1)
     }
@@ -74,9 +82,9 @@ fn inside(start: usize, kernel: usize, padding: usize, len: usize) -> Range<usiz
 /// Padding never wins. The first of equal values in row-major order wins; a NaN beats every number and a later NaN an earlier
 /// one, as in torch. A window with nothing inside the plane gives minus infinity and -1. Overwrites `out` and `argmax`.
 pub fn max_forward<T: Real>(out: &mut [T], argmax: &mut [i32], x: &[T], sizes: &PoolSizes) {
-    debug_assert!(x.len() == sizes.planes * sizes.positions());
-    debug_assert!(out.len() == sizes.planes * sizes.out_positions() && argmax.len() == out.len());
-    debug_assert!(i32::try_from(sizes.positions()).is_ok());
+    sizes.expect(x.len(), out.len());
+    expect_len("pool", "argmax", argmax.len(), out.len());
+    assert!(i32::try_from(sizes.positions()).is_ok(), "pool: a plane of {} places", sizes.positions());
     if out.is_empty() {
         return;
     }
@@ -119,8 +127,8 @@ fn max_plane<T: Real>(out: &mut [T], argmax: &mut [i32], x: &[T], sizes: &PoolSi
 /// The gradient of [`max_forward`]: every window's gradient goes to the place that won it, windows in row-major order.
 /// Overwrites `d_x`.
 pub fn max_grad<T: Real>(d_x: &mut [T], d_y: &[T], argmax: &[i32], sizes: &PoolSizes) {
-    debug_assert!(d_x.len() == sizes.planes * sizes.positions());
-    debug_assert!(d_y.len() == sizes.planes * sizes.out_positions() && argmax.len() == d_y.len());
+    sizes.expect(d_x.len(), d_y.len());
+    expect_len("pool", "argmax", argmax.len(), d_y.len());
     let out_positions = sizes.out_positions();
     for_each_plane(d_x, sizes, |plane, d_x| {
         let out = plane * out_positions..(plane + 1) * out_positions;
@@ -137,8 +145,7 @@ pub fn max_grad<T: Real>(d_x: &mut [T], d_y: &[T], argmax: &[i32], sizes: &PoolS
 ///
 /// A window with nothing to count gives 0. Overwrites `out`.
 pub fn avg_forward<T: Real>(out: &mut [T], x: &[T], sizes: &PoolSizes, count_include_pad: bool) {
-    debug_assert!(x.len() == sizes.planes * sizes.positions());
-    debug_assert!(out.len() == sizes.planes * sizes.out_positions());
+    sizes.expect(x.len(), out.len());
     if out.is_empty() {
         return;
     }
@@ -178,8 +185,7 @@ fn divisor(sizes: &PoolSizes, rows: &Range<usize>, cols: &Range<usize>, count_in
 
 /// The gradient of [`avg_forward`]: every window spreads its gradient evenly, windows in row-major order. Overwrites `d_x`.
 pub fn avg_grad<T: Real>(d_x: &mut [T], d_y: &[T], sizes: &PoolSizes, count_include_pad: bool) {
-    debug_assert!(d_x.len() == sizes.planes * sizes.positions());
-    debug_assert!(d_y.len() == sizes.planes * sizes.out_positions());
+    sizes.expect(d_x.len(), d_y.len());
     let out_positions = sizes.out_positions();
     for_each_plane(d_x, sizes, |plane, d_x| {
         d_x.fill(T::ZERO);
@@ -217,4 +223,175 @@ fn for_each_plane<T: Real>(d_x: &mut [T], sizes: &PoolSizes, body: impl Fn(usize
             body(index * group + plane, d_x);
         }
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::host::testing::{assert_close, normal, poison, same_in_all_pools};
+
+    /// (planes, height, width, kernel h, kernel w, stride, padding)
+    type Row = (usize, usize, usize, usize, usize, usize, usize);
+
+    const SHAPES: &[Row] = &[
+        (1, 1, 1, 1, 1, 1, 0),
+        (3, 7, 7, 7, 7, 1, 0), // global
+        (5, 13, 7, 13, 7, 1, 0),
+        (7, 13, 13, 3, 3, 2, 1),
+        (2, 13, 1, 3, 1, 1, 0),
+        (3, 1, 13, 1, 2, 2, 0),
+        (2, 13, 7, 2, 2, 2, 0),
+        (2, 7, 7, 7, 7, 1, 3),
+        (2, 5, 5, 3, 3, 4, 1),
+        (1, 3, 3, 2, 2, 2, 3), // windows with nothing inside
+        (33, 31, 33, 3, 3, 2, 1),
+        (0, 3, 3, 2, 2, 1, 0),
+        (3, 2, 2, 3, 3, 1, 0), // no window fits
+        (3, 0, 4, 1, 1, 1, 1),
+    ];
+
+    fn sizes_of(&(planes, height, width, kernel_h, kernel_w, stride, padding): &Row) -> PoolSizes {
+        let fits =
+            |len: usize, kernel: usize| (len + 2 * padding).checked_sub(kernel).map_or(0, |free| free / stride + 1);
+        let (out_height, out_width) = (fits(height, kernel_h), fits(width, kernel_w));
+        PoolSizes { planes, height, width, kernel_h, kernel_w, stride, padding, out_height, out_width }
+    }
+
+    /// For every window, the indices in its plane that lie inside.
+    fn windows(s: &PoolSizes) -> Vec<Vec<usize>> {
+        let mut windows = Vec::new();
+        for (oy, ox) in (0..s.out_height).flat_map(|oy| (0..s.out_width).map(move |ox| (oy, ox))) {
+            let mut inside = Vec::new();
+            for (ky, kx) in (0..s.kernel_h).flat_map(|ky| (0..s.kernel_w).map(move |kx| (ky, kx))) {
+                let y = (oy * s.stride + ky) as isize - s.padding as isize;
+                let x = (ox * s.stride + kx) as isize - s.padding as isize;
+                if (0..s.height as isize).contains(&y) && (0..s.width as isize).contains(&x) {
+                    inside.push(y as usize * s.width + x as usize);
+                }
+            }
+            windows.push(inside);
+        }
+        windows
+    }
+
+    /// Values from a few integers, so that maxima are often equal.
+    fn coarse<T: Real>(len: usize) -> Vec<T> {
+        normal::<f64>(len, 1).iter().map(|x| T::from_f64((x * 2.0).round())).collect()
+    }
+
+    fn check_max<T: Real>(s: &PoolSizes) {
+        let x = coarse::<T>(s.planes * s.positions());
+        let d_y = normal::<T>(s.planes * s.out_positions(), 2);
+        let results = same_in_all_pools(|| {
+            let (mut out, mut argmax) = (poison::<T>(d_y.len()), vec![i32::MIN; d_y.len()]);
+            max_forward(&mut out, &mut argmax, &x, s);
+            let mut d_x = poison::<T>(x.len());
+            max_grad(&mut d_x, &d_y, &argmax, s);
+            vec![out, argmax.into_iter().map(|place| T::from_f64(place.into())).collect(), d_x]
+        });
+        let (mut outs, mut places, mut d_x) = (Vec::new(), Vec::new(), vec![T::ZERO; x.len()]);
+        for plane in 0..s.planes {
+            for inside in windows(s) {
+                let value = |place: usize| x[plane * s.positions() + place].to_f64();
+                let best = inside.iter().map(|&place| value(place)).fold(f64::NEG_INFINITY, f64::max);
+                let place = inside.iter().copied().find(|&place| value(place) == best);
+                if let Some(place) = place {
+                    d_x[plane * s.positions() + place] += d_y[outs.len()];
+                }
+                outs.push(best);
+                places.push(place.map_or(-1.0, |place| place as f64));
+            }
+        }
+        // Maxima are copies and gradients add in window order here too: equal, not close.
+        assert_close(&results[0], &outs, 0.0, &format!("out of {s:?}"));
+        assert_close(&results[1], &places, 0.0, &format!("argmax of {s:?}"));
+        assert_close(&results[2], &d_x, 0.0, &format!("d_x of {s:?}"));
+    }
+
+    fn check_avg<T: Real>(s: &PoolSizes, tolerance: f64) {
+        let (x, d_y) = (normal::<T>(s.planes * s.positions(), 1), normal::<T>(s.planes * s.out_positions(), 2));
+        for count_include_pad in [false, true] {
+            let results = same_in_all_pools(|| {
+                let (mut out, mut d_x) = (poison::<T>(d_y.len()), poison::<T>(x.len()));
+                avg_forward(&mut out, &x, s, count_include_pad);
+                avg_grad(&mut d_x, &d_y, s, count_include_pad);
+                vec![out, d_x]
+            });
+            let (mut outs, mut d_x) = (Vec::new(), vec![0.0; x.len()]);
+            for plane in 0..s.planes {
+                for inside in windows(s) {
+                    let count = if count_include_pad { s.kernel_h * s.kernel_w } else { inside.len() }.max(1) as f64;
+                    let mut sum = 0.0;
+                    for place in inside {
+                        sum += x[plane * s.positions() + place].to_f64();
+                        d_x[plane * s.positions() + place] += d_y[outs.len()].to_f64() / count;
+                    }
+                    outs.push(sum / count);
+                }
+            }
+            assert_close(&results[0], &outs, tolerance, &format!("out of {s:?}"));
+            assert_close(&results[1], &d_x, tolerance, &format!("d_x of {s:?}"));
+        }
+    }
+
+    #[test]
+    fn is_the_plain_loop() {
+        for sizes in SHAPES.iter().map(sizes_of) {
+            check_max::<f32>(&sizes);
+            check_max::<f64>(&sizes);
+            // One rounding for the mean, up to 49 additions for the gradient.
+            check_avg::<f32>(&sizes, 1e-6);
+            check_avg::<f64>(&sizes, 1e-14);
+        }
+    }
+
+    #[test]
+    fn nan_and_infinity_are_torchs() {
+        let sizes = sizes_of(&(1, 2, 3, 2, 3, 1, 0));
+        let max = |x: [f32; 6]| {
+            let (mut out, mut argmax) = ([0f32], [0]);
+            max_forward(&mut out, &mut argmax, &x, &sizes);
+            (out[0], argmax[0])
+        };
+        let (inf, nan) = (f32::INFINITY, f32::NAN);
+        assert_eq!(max([-inf; 6]), (-inf, 0));
+        assert_eq!(max([1.0, inf, 2.0, inf, 0.0, 0.0]), (inf, 1));
+        let (value, place) = max([1.0, nan, inf, 5.0, nan, 6.0]);
+        assert!(value.is_nan() && place == 4, "{value} at {place}");
+    }
+
+    /// Prints the memory traffic of each body, counting every tensor once. Run by name in a release build.
+    #[test]
+    #[ignore = "a measurement, not a check"]
+    fn speed() {
+        for row in [
+            (512, 112, 112, 3, 3, 2, 1),
+            (512, 56, 56, 2, 2, 2, 0),
+            (512, 56, 56, 3, 3, 1, 1),
+            (16384, 7, 7, 7, 7, 1, 0),
+        ] {
+            let sizes = sizes_of(&row);
+            let x = normal::<f32>(sizes.planes * sizes.positions(), 1);
+            let mut out = normal::<f32>(sizes.planes * sizes.out_positions(), 2);
+            let (mut argmax, mut d_x) = (vec![0; out.len()], x.clone());
+            let rate = |body: &mut dyn FnMut()| {
+                body();
+                let best = (0..5).map(|_| {
+                    let start = std::time::Instant::now();
+                    body();
+                    start.elapsed().as_secs_f64()
+                });
+                (4 * sizes.planes * (sizes.positions() + sizes.out_positions())) as f64
+                    / best.fold(f64::INFINITY, f64::min)
+                    / 1e9
+            };
+            let rates = [
+                rate(&mut || max_forward(&mut out, &mut argmax, &x, &sizes)),
+                rate(&mut || avg_forward(&mut out, &x, &sizes, true)),
+                rate(&mut || max_grad(&mut d_x, &out, &argmax, &sizes)),
+                rate(&mut || avg_grad(&mut d_x, &out, &sizes, true)),
+            ];
+            println!("{row:?}: max, avg, their gradients {rates:.1?} GB/s");
+        }
+    }
 }
