@@ -6,6 +6,7 @@
 pub mod base;
 pub mod data;
 pub mod device;
+pub mod engine;
 pub mod graph;
 pub mod spill;
 pub mod trace;

@@ -112,6 +112,9 @@ pub struct Engine {
     not_finite_layer: Option<usize>,
 }
 
+/// Stands for the step in tasks of an evaluation; even, like the results that it uses.
+const EVALUATION: u64 = u64::MAX - 1;
+
 /// Numbers of the lanes that a model on one device uses.
 #[derive(Clone, Copy, Debug)]
 struct Lanes {
@@ -239,6 +242,35 @@ impl Engine {
         Ok(())
     }
 
+    /// Runs the evaluation graph on one minibatch, waits for it, and gives its loss: the sum over labelled positions times
+    /// `loss_scale`. No step may be in flight.
+    ///
+    /// # Errors
+    /// As [`Engine::wait_step`]; and when the model has no evaluation graph.
+    pub fn wait_evaluation(&mut self, inputs: &[&[u8]], loss_scale: f64) -> Result<f32> {
+        self.evaluate(inputs, loss_scale)?;
+        Ok(self.read_loss(EVALUATION))
+    }
+
+    /// Runs an evaluation graph that ends in logits on one microbatch, waits for it, and gives the logits.
+    ///
+    /// # Errors
+    /// As [`Engine::wait_evaluation`].
+    pub fn wait_logits(&mut self, inputs: &[&[u8]]) -> Result<Vec<f32>> {
+        self.evaluate(inputs, 1.0)?;
+        Ok(self.read_logits())
+    }
+
+    fn evaluate(&mut self, inputs: &[&[u8]], loss_scale: f64) -> Result<()> {
+        if self.model.eval.is_none() || !self.pending.is_empty() {
+            return Err(Error::bad("an evaluation needs an evaluation graph, and no step in flight"));
+        }
+        self.wait_idle()?;
+        self.stage(EVALUATION, inputs)?;
+        self.expand_evaluation(EVALUATION, loss_scale);
+        self.wait_idle()
+    }
+
     /// Time spent outside steps (validation, a checkpoint) is left out of the next step's seconds.
     pub fn skip_time(&mut self) {
         self.last_step_end = self.device.now_secs();
@@ -314,7 +346,7 @@ impl Engine {
             self.pump()?;
         }
         self.queue.reset();
-        self.rings.forget_all(self.plan.choice.resident);
+        self.rings.forget_all(&self.plan);
         self.not_finite_layer = None;
         self.expand_check(step);
         let result = self.wait_idle();
@@ -323,37 +355,39 @@ impl Engine {
     }
 }
 
-/// Predicts a steady step of `plan` by running the executor on a simulated device.
+/// Predicts a steady step of `plan` by running the executor on a simulated device: what four steps take beyond two.
 ///
 /// # Errors
 /// When the plan stalls: our own bug.
 pub fn predict(model: &Arc<Model>, plan: &Arc<Plan>, cost: &CostModel, clip: bool) -> Result<Prediction> {
-    const STEPS: u64 = 4;
-    let options = EngineOptions::new(0, model);
+    let (few, _) = simulate(model, plan, cost, clip, 2)?;
+    let (many, bound) = simulate(model, plan, cost, clip, 4)?;
+    let busy = many.lanes.iter().zip(&few.lanes).map(|(m, f)| (m - f) / 2.0).fold(0.0, f64::max);
+    Ok(Prediction { step_secs: (many.end_secs - few.end_secs) / 2.0, bound_secs: busy, bound })
+}
+
+struct Simulated {
+    end_secs: f64,
+    /// Busy seconds of each lane.
+    lanes: Vec<f64>,
+}
+
+/// Runs `steps` steps on a simulated device; also gives the last step's seconds by what bound them.
+fn simulate(model: &Arc<Model>, plan: &Arc<Plan>, cost: &CostModel, clip: bool, steps: u64) -> Result<(Simulated, Bound)> {
     let device = Box::new(SimDevice::new(vec![cost.clone()]));
-    let mut engine = Engine::new(Arc::clone(model), Arc::clone(plan), device, options);
+    let mut engine = Engine::new(Arc::clone(model), Arc::clone(plan), device, EngineOptions::new(0, model));
     let rule = visit::any_rule(plan.moments);
-    let empty = vec![Vec::new(); model.train.inputs.len()];
-    let mut result = None;
-    let mut busy = Vec::new();
-    for step in 0..STEPS {
-        let inputs = empty.iter().map(Vec::as_slice).collect();
-        engine.begin_step(&StepInput { step, inputs, loss_scale: 1.0, rule, clip: clip.then_some(1.0) })?;
+    let mut bound = Bound::default();
+    for step in 0..steps {
         if engine.steps_in_flight() == 2 {
-            result = Some(engine.wait_step()?);
-            if step == STEPS - 2 {
-                busy = engine.lane_sums().iter().map(|l| l.busy_secs).collect();
-            }
+            engine.wait_step()?;
         }
+        let inputs = vec![&[][..]; model.train.inputs.len()];
+        engine.begin_step(&StepInput { step, inputs, loss_scale: 1.0, rule, clip: clip.then_some(1.0) })?;
     }
-    let last = engine.wait_step()?;
-    let steady = result.unwrap_or(last);
-    // Two whole steps have ended since the sums were taken at the end of the second but last.
-    let steps = (STEPS - 2) as f64;
-    let bound_secs = if busy.is_empty() {
-        last.secs
-    } else {
-        engine.lane_sums().iter().zip(&busy).map(|(l, before)| (l.busy_secs - before) / (STEPS as f64 - steps)).fold(0.0, f64::max)
-    };
-    Ok(Prediction { step_secs: steady.secs, bound_secs, bound: steady.bound })
+    while engine.steps_in_flight() > 0 {
+        bound = engine.wait_step()?.bound;
+    }
+    let lanes = engine.lane_sums().iter().map(|l| l.busy_secs).collect();
+    Ok((Simulated { end_secs: engine.device.now_secs(), lanes }, bound))
 }

@@ -111,9 +111,12 @@ impl Rings {
     }
 
     /// Forgets every copy whose home is in the host's store.
-    pub fn forget_all(&mut self, resident: bool) {
-        if !resident {
+    pub fn forget_all(&mut self, plan: &Plan) {
+        if !plan.choice.resident {
             self.weights.forget(|_| true);
+        }
+        if plan.choice.activations != BoundaryTier::Device {
+            self.activations.forget(|_| true);
         }
         self.gradients.forget(|_| true);
     }

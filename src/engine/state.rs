@@ -128,6 +128,14 @@ impl Engine {
         sum as f32
     }
 
+    /// The logits of an evaluation that has ended.
+    pub(super) fn read_logits(&self) -> Vec<f32> {
+        let logits = self.model.eval.as_ref().and_then(|g| Some(g.info(g.logits?).shape.elems())).unwrap_or(0);
+        let mut values = vec![0.0; logits];
+        self.device.read_host(self.plan.host.logits, bytemuck::cast_slice_mut(&mut values));
+        values
+    }
+
     /// The gradient's global norm of a step that has ended: tensors in flat order, in f64.
     pub(super) fn grad_norm(&self, step: u64) -> f64 {
         let mut sum = 0.0;

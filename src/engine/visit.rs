@@ -184,7 +184,7 @@ impl Engine {
     /// Makes the compute task of one microbatch of a visit, with the copies of its boundary tensors.
     fn microbatch(&mut self, s: usize, m: usize, pass: Pass, program: &Arc<Program>, slot: usize, gradient_slot: usize, context: Context) {
         let plan = Arc::clone(&self.plan);
-        let (shard, last, step) = (&plan.shards[s], s + 1 == plan.shards.len(), context.step);
+        let (last, step) = (s + 1 == plan.shards.len(), context.step);
         let mut bases = [0; AREAS];
         let mut reads: [Option<Span>; 8] = [None; 8];
         let mut writes: [Option<Span>; 8] = [None; 8];
@@ -295,7 +295,6 @@ impl Engine {
             let to = self.store(plan.host.logits, from.bytes);
             self.copy(What::Result, s, Some(m), step, vec![CopySpan { from, to }]);
         }
-        let _ = shard;
         self.sequence += 1;
     }
 

@@ -2,7 +2,8 @@
 
 use super::model::Model;
 use crate::device::sim::CostModel;
-use crate::graph::{Area, Kind, Program, ShardLayout};
+use crate::base::align_up;
+use crate::graph::{ALIGNMENT, Area, Kind, Program, ShardLayout};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -50,9 +51,13 @@ impl ShardPrograms {
         self.forward.iter().chain(&self.backward).chain(&self.eval)
     }
 
-    /// Bytes of workspace of the program that needs most.
+    /// Bytes of workspace of the program that needs most. The logits of an evaluation lie behind the workspace.
     pub fn workspace_bytes(&self) -> u64 {
-        self.programs().map(|p| p.bytes(Area::Workspace)).max().unwrap_or(0)
+        let logits = |p: &Arc<Program>| match self.forward.is_none() && p.bytes(Area::ActivationOut) > 0 && self.boundary_bytes == 0 {
+            true => align_up(p.bytes(Area::Workspace), ALIGNMENT) + p.bytes(Area::ActivationOut),
+            false => p.bytes(Area::Workspace),
+        };
+        self.programs().map(logits).max().unwrap_or(0)
     }
 
     /// Bytes of the batch's tensors of the program that reads most.
