@@ -8,5 +8,7 @@ pub mod data;
 pub mod device;
 pub mod engine;
 pub mod graph;
+pub mod nn;
 pub mod spill;
 pub mod trace;
+pub mod train;

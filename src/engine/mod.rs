@@ -8,6 +8,7 @@ mod hazards;
 mod queue;
 mod rings;
 mod state;
+pub use state::Stored;
 mod visit;
 
 use crate::base::{Error, LaneId, LaneKind, Result};

@@ -1,0 +1,79 @@
+//! The families of networks that are built in, by the names that config.json's `model_type` gives them.
+
+pub mod gpt2;
+pub mod resnet;
+
+use super::Network;
+use super::fields::{Fields, shortened};
+use crate::base::{Error, Result, nearest};
+use crate::graph::Activation;
+use serde_json::{Map, Value};
+
+/// Activations by transformers' names. `gelu_pytorch_tanh` computes what `gelu_new` does.
+pub(super) const ACTIVATIONS: [(&str, Activation); 4] = [
+    ("gelu_new", Activation::GeluTanh),
+    ("gelu", Activation::GeluErf),
+    ("gelu_pytorch_tanh", Activation::GeluTanh),
+    ("relu", Activation::Relu),
+];
+
+/// What is known of a family besides its networks.
+pub(super) struct Family {
+    /// `model_type`.
+    pub name: &'static str,
+    /// The one of `architectures` that is supported.
+    pub architecture: &'static str,
+    /// The start of tensors' names that old files leave out.
+    pub prefix: Option<&'static str>,
+    /// A tied head that a file may hold, and the tensor that it must equal.
+    pub tied: Option<(&'static str, &'static str)>,
+    /// Whether a file's tensor is a constant that the network does without.
+    pub is_buffer: fn(&str) -> bool,
+    /// Builds the network.
+    pub build: fn(&Fields) -> Result<Box<dyn Network>>,
+}
+
+/// All families.
+pub(super) const FAMILIES: [Family; 2] = [gpt2::FAMILY, resnet::FAMILY];
+
+/// The family of a `model_type`; messages begin with `whence`.
+pub(super) fn family(name: &str, whence: &str) -> Result<&'static Family> {
+    FAMILIES.iter().find(|family| family.name == name).ok_or_else(|| {
+        let names: Vec<&str> = FAMILIES.iter().map(|family| family.name).collect();
+        let hint = nearest(name, names.iter().copied()).map_or(String::new(), |near| format!("; did you mean {near}?"));
+        Error::bad(format!("{whence}: family '{}' is not known, only {}{hint}", shortened(name), names.join(", ")))
+    })
+}
+
+/// Builds the network of a family from the keys of its config.json; what is left out has transformers' default.
+///
+/// `strict` refuses keys that mean nothing to the family, for configs that people write; Hugging Face's own files hold many.
+///
+/// # Errors
+/// When the family or a value is not supported, naming the nearest known word, or the key.
+pub fn from_config(name: &str, config: &Map<String, Value>, strict: bool) -> Result<Box<dyn Network>> {
+    let family = family(name, "model")?;
+    let whence = format!("{name} config");
+    let fields = Fields::new(config, &whence, strict);
+    if let Some(model_type) = fields.get("model_type").filter(|&found| found != name) {
+        return Err(fields.fault("model_type", format!("is {}, the family {name}", super::fields::shown(model_type))));
+    }
+    (family.build)(&fields)
+}
+
+/// The config.json of a new model: what it was made from, what that left out, and what its files are.
+fn whole_config(family: &Family, given: &Map<String, Value>, settings: Value) -> Value {
+    let Value::Object(mut config) = settings else { unreachable!("families state their settings as an object") };
+    config.extend(given.iter().map(|(key, value)| (key.clone(), value.clone())));
+    // New models are saved in f32, whatever the config was copied from.
+    config.remove("torch_dtype");
+    config.insert("dtype".into(), "float32".into());
+    config.insert("model_type".into(), family.name.into());
+    config.insert("architectures".into(), vec![family.architecture].into());
+    Value::Object(config)
+}
+
+/// transformers' name of an activation.
+fn activation_name(activation: Activation) -> Option<&'static str> {
+    ACTIVATIONS.iter().find(|(_, known)| *known == activation).map(|(name, _)| *name)
+}

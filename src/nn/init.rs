@@ -1,0 +1,66 @@
+//! First values of parameters and running statistics.
+//!
+//! A parameter's numbers depend on the seed and its place in the model alone, so that any shard can make its own at any time.
+
+use crate::base::philox::Sequence;
+use crate::graph::{Init, Parameter, State};
+
+/// First values of the parameter numbered `index` in the model, under the run's `seed`.
+pub fn initial(parameter: &Parameter, index: usize, seed: u64) -> Vec<f32> {
+    let elems = parameter.shape.elems();
+    let mut numbers = Sequence::new(seed, index as u64);
+    match parameter.init {
+        Init::Constant(value) => vec![value as f32; elems],
+        Init::Normal(deviation) => (0..elems).map(|_| (deviation * numbers.normal()) as f32).collect(),
+        Init::Uniform(bound) => (0..elems).map(|_| (bound * (2.0 * numbers.uniform() - 1.0)) as f32).collect(),
+    }
+}
+
+/// First values of a running statistic.
+pub fn initial_state(state: &State) -> Vec<f32> {
+    vec![state.start as f32; state.shape.elems()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::base::Shape;
+    use crate::graph::Value;
+
+    fn parameter(elems: usize, init: Init) -> Parameter {
+        Parameter { name: "w".into(), value: Value(0), shape: Shape::from([elems]), init, layers: vec![0] }
+    }
+
+    #[test]
+    fn values_follow_the_seed_and_the_place() {
+        for elems in [0, 1, 31, 33, 1023] {
+            let p = parameter(elems, Init::Normal(0.02));
+            let first = initial(&p, 3, 7);
+            assert_eq!(first.len(), elems);
+            assert_eq!(first, initial(&p, 3, 7));
+            if elems > 0 {
+                assert_ne!(first, initial(&p, 4, 7));
+                assert_ne!(first, initial(&p, 3, 8));
+            }
+            // A longer tensor of the same place starts with the same numbers.
+            assert_eq!(first, initial(&parameter(elems + 5, Init::Normal(0.02)), 3, 7)[..elems]);
+        }
+    }
+
+    #[test]
+    fn moments_are_those_asked_for() {
+        let moments = |v: &[f32]| {
+            let n = v.len() as f64;
+            let mean = v.iter().map(|&x| f64::from(x)).sum::<f64>() / n;
+            (mean, (v.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / n).sqrt())
+        };
+        // 20,000 numbers: the standard error of the mean is deviation / 141, of the deviation about deviation / 200.
+        let (mean, deviation) = moments(&initial(&parameter(20_000, Init::Normal(0.02)), 0, 1));
+        assert!(mean.abs() < 6e-4 && (deviation - 0.02).abs() < 5e-4, "{mean} {deviation}");
+        let uniform = initial(&parameter(20_000, Init::Uniform(0.5)), 0, 1);
+        let (mean, deviation) = moments(&uniform);
+        assert!(mean.abs() < 0.01 && (deviation - 0.5 / 3f64.sqrt()).abs() < 0.01, "{mean} {deviation}");
+        assert!(uniform.iter().all(|x| x.abs() <= 0.5));
+        assert_eq!(initial(&parameter(3, Init::Constant(1.0)), 0, 1), [1.0; 3]);
+    }
+}

@@ -1,0 +1,94 @@
+//! Layers that several families share: each names its parameters under a prefix and traces one or two ops.
+//!
+//! None holds weights; a layer is a description that is traced and forgotten.
+
+use crate::base::Result;
+use crate::graph::{Activation, Builder, Init, Value, WeightLayout};
+
+/// Batch normalisation's epsilon and the running statistics' share of the new value: torch's defaults.
+const BATCHNORM: (f64, f64) = (1e-5, 0.1);
+
+/// `x` (.., K) times `{name}.weight`, plus `{name}.bias`, through an activation -> (.., N).
+#[derive(Clone, Copy, Debug)]
+pub struct Linear {
+    /// N.
+    pub outputs: usize,
+    /// How the weight lies in its file.
+    pub layout: WeightLayout,
+    /// How the weight starts.
+    pub weight: Init,
+    /// How the bias starts; `None` where there is none.
+    pub bias: Option<Init>,
+    /// Fused after the bias.
+    pub activation: Activation,
+}
+
+impl Linear {
+    /// Traces the layer.
+    ///
+    /// # Errors
+    /// When a parameter is there with another shape.
+    pub fn trace(&self, b: &mut Builder, x: Value, name: &str) -> Result<Value> {
+        let (k, n) = (b.shape(x).cols(), self.outputs);
+        let shape = match self.layout {
+            WeightLayout::InOut => [k, n],
+            WeightLayout::OutIn => [n, k],
+        };
+        let weight = b.parameter(format!("{name}.weight"), shape, self.weight)?;
+        let bias = self.bias.map(|init| b.parameter(format!("{name}.bias"), [n], init)).transpose()?;
+        b.linear(x, weight, bias, self.activation, self.layout)
+    }
+}
+
+/// Layer normalisation over the last axis with `{name}.weight` from 1 and `{name}.bias` from 0.
+///
+/// # Errors
+/// When a parameter is there with another shape.
+pub fn layernorm(b: &mut Builder, x: Value, name: &str, epsilon: f64) -> Result<Value> {
+    let width = b.shape(x).cols();
+    let weight = b.parameter(format!("{name}.weight"), [width], Init::Constant(1.0))?;
+    let bias = b.parameter(format!("{name}.bias"), [width], Init::Constant(0.0))?;
+    b.layernorm(x, weight, bias, epsilon)
+}
+
+/// Rows of `{name}.weight` (V, C) at `ids` (..) -> (.., C).
+///
+/// # Errors
+/// When the parameter is there with another shape, or the ids are no integers.
+pub fn embedding(b: &mut Builder, ids: Value, name: &str, table: [usize; 2], init: Init) -> Result<Value> {
+    let table = b.parameter(format!("{name}.weight"), table, init)?;
+    b.embedding(ids, table)
+}
+
+/// A convolution without bias, padded by half its kernel, then batch normalisation and an activation:
+/// (N, C, H, W) -> (N, O, H', W'). Its parameters are `{name}.convolution` and `{name}.normalization`.
+#[derive(Clone, Copy, Debug)]
+pub struct ConvNorm {
+    /// O.
+    pub outputs: usize,
+    /// Height and width of the kernel.
+    pub kernel: usize,
+    /// Step in both axes.
+    pub stride: usize,
+    /// After the normalisation.
+    pub activation: Activation,
+}
+
+impl ConvNorm {
+    /// Traces the layer. The weight starts normal with variance 2 / (O kh kw), which keeps the gradient's size through
+    /// ReLU (He, Zhang, Ren & Sun 2015, arXiv:1502.01852, section 2.2, backward case).
+    ///
+    /// # Errors
+    /// When `x` is no image, or too small for the kernel.
+    pub fn trace(&self, b: &mut Builder, x: Value, name: &str) -> Result<Value> {
+        let ConvNorm { outputs, kernel, stride, activation } = *self;
+        let channels = b.shape(x).axes().get(1).copied().unwrap_or(0);
+        let deviation = (2.0 / (outputs * kernel * kernel) as f64).sqrt();
+        let shape = [outputs, channels, kernel, kernel];
+        let weight = b.parameter(format!("{name}.convolution.weight"), shape, Init::Normal(deviation))?;
+        let x = b.conv2d(x, weight, None, stride, kernel / 2)?;
+        let (epsilon, momentum) = BATCHNORM;
+        let x = b.batchnorm(x, &format!("{name}.normalization"), epsilon, momentum)?;
+        if activation == Activation::None { Ok(x) } else { b.activation(x, activation) }
+    }
+}

@@ -1,0 +1,238 @@
+//! Writes Hugging Face model directories, so that transformers loads them and equal weights give equal bytes.
+//!
+//! Every file is written under another name, flushed to the disk and then renamed: a crash or a full disk leaves the old
+//! files whole. Tensors are asked for one by one, so that a model larger than memory can be saved.
+
+use super::Network;
+use crate::base::tensorfile::Element;
+use crate::base::{Error, Result, Shape};
+use half::{bf16, f16};
+use safetensors::tensor::{Dtype, Metadata, TensorInfo};
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+/// The end of the name of a running statistic, and of its layer's count of training batches.
+const RUNNING_MEAN: &str = "running_mean";
+const COUNTER: &str = "num_batches_tracked";
+
+/// One floating-point tensor of a model directory.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SavedTensor {
+    /// Its name in the graph.
+    pub name: String,
+    /// Its name in the file.
+    pub file_name: String,
+    /// Its shape.
+    pub shape: Shape,
+    /// Its type in the file: F64, F32, F16 or BF16.
+    pub element: Element,
+}
+
+/// What a model directory looks like: all of it but the numbers.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Form {
+    /// The text of config.json.
+    pub config: String,
+    /// The bytes of generation_config.json, where there is one.
+    pub generation_config: Option<Vec<u8>>,
+    /// The parameters and running statistics.
+    pub tensors: Vec<SavedTensor>,
+    /// The counts of training batches that BatchNorm layers keep beside them, by name: one i64 each.
+    pub counters: Vec<String>,
+}
+
+impl Form {
+    /// The form of a network that came from no directory: f32, under the graph's names.
+    ///
+    /// # Errors
+    /// When the network does not trace with its own inputs.
+    pub fn of(network: &dyn Network) -> Result<Form> {
+        let tensors: Vec<SavedTensor> = super::tensors(network)?
+            .into_iter()
+            .map(|(name, shape)| SavedTensor { file_name: name.clone(), name, shape, element: Element::F32 })
+            .collect();
+        let mut config = format!("{:#}", network.config());
+        config.push('\n');
+        Ok(Form { config, generation_config: None, counters: counters(&tensors), tensors })
+    }
+}
+
+/// The names of the counts that stand beside running means.
+pub(super) fn counters(tensors: &[SavedTensor]) -> Vec<String> {
+    let layers = tensors.iter().filter_map(|t| t.name.strip_suffix(RUNNING_MEAN));
+    layers.map(|layer| format!("{layer}{COUNTER}")).collect()
+}
+
+/// Writes the directory `dir`, making it where it is missing.
+///
+/// `read` gives a tensor's elements by its name in the graph; it is asked once for each, in the order of the file.
+/// `counts` holds [`Form::counters`]; those left out are 0.
+///
+/// # Errors
+/// What `read` returns, a tensor of another length than its shape's, a value that is not finite in the file's type, and
+/// what the operating system refuses.
+pub fn save(
+    dir: &Path,
+    form: &Form,
+    counts: &BTreeMap<String, i64>,
+    read: &mut dyn FnMut(&str) -> Result<Vec<f32>>,
+) -> Result<()> {
+    std::fs::create_dir_all(dir).map_err(|e| Error::io("create", dir, e))?;
+    // The weights last: a config alone is no model, weights with an old config would be a wrong one.
+    let mut pending = vec![Pending::write(dir, "config.json", |out| out.bytes(form.config.as_bytes()))?];
+    if let Some(bytes) = &form.generation_config {
+        pending.push(Pending::write(dir, "generation_config.json", |out| out.bytes(bytes))?);
+    }
+    pending.push(Pending::write(dir, "model.safetensors", |out| weights(out, form, counts, read))?);
+    pending.into_iter().try_for_each(Pending::commit)?;
+    sync_directory(dir)
+}
+
+/// What stands at one place of the file.
+enum Entry<'a> {
+    Counter(&'a str),
+    Tensor(&'a SavedTensor),
+}
+
+impl Entry<'_> {
+    fn info(&self) -> (Dtype, &str, Vec<usize>) {
+        match self {
+            Entry::Counter(name) => (Dtype::I64, name, vec![]),
+            Entry::Tensor(t) => (dtype(t.element), &t.file_name, t.shape.axes().to_vec()),
+        }
+    }
+}
+
+fn weights(
+    out: &mut Output,
+    form: &Form,
+    counts: &BTreeMap<String, i64>,
+    read: &mut dyn FnMut(&str) -> Result<Vec<f32>>,
+) -> Result<()> {
+    let counters = form.counters.iter().map(|name| Entry::Counter(name));
+    let mut entries: Vec<Entry> = counters.chain(form.tensors.iter().map(Entry::Tensor)).collect();
+    // The safetensors crate's order: wide elements first, so that all are aligned, then by name.
+    entries.sort_by(|a, b| {
+        let (a, b) = (a.info(), b.info());
+        b.0.cmp(&a.0).then(a.1.cmp(b.1))
+    });
+    let mut end = 0;
+    let mut infos = Vec::new();
+    for entry in &entries {
+        let (dtype, name, shape) = entry.info();
+        let start = end;
+        end += Shape::new(shape.clone()).elems() * dtype.bitsize() / 8;
+        infos.push((name.to_string(), TensorInfo { dtype, shape, data_offsets: (start, end) }));
+    }
+    let format = HashMap::from([("format".to_string(), "pt".to_string())]);
+    let header = Metadata::new(Some(format), infos).map_err(|e| out.fault(format!("header: {e}")))?;
+    let mut header = serde_json::to_vec(&header).map_err(|e| out.fault(format!("header: {e}")))?;
+    header.resize(header.len().next_multiple_of(8), b' ');
+    out.bytes(&(header.len() as u64).to_le_bytes())?;
+    out.bytes(&header)?;
+    for entry in &entries {
+        match entry {
+            Entry::Counter(name) => out.bytes(&counts.get(*name).copied().unwrap_or(0).to_le_bytes())?,
+            Entry::Tensor(tensor) => {
+                let values = read(&tensor.name)?;
+                if values.len() != tensor.shape.elems() {
+                    let (found, want) = (values.len(), &tensor.shape);
+                    return Err(out.fault(format!("tensor {}: has {found} elements, want {want}", tensor.file_name)));
+                }
+                elements(out, tensor, &values)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn elements(out: &mut Output, tensor: &SavedTensor, values: &[f32]) -> Result<()> {
+    let encode: fn(f32) -> ([u8; 8], bool) = match tensor.element {
+        Element::F64 => |x| (f64::from(x).to_le_bytes(), x.is_finite()),
+        Element::F16 => |x| (padded(f16::from_f32(x).to_le_bytes()), f16::from_f32(x).is_finite()),
+        Element::BF16 => |x| (padded(bf16::from_f32(x).to_le_bytes()), bf16::from_f32(x).is_finite()),
+        _ => |x| (padded(x.to_le_bytes()), x.is_finite()),
+    };
+    let width = tensor.element.bytes() as usize;
+    for (i, &x) in values.iter().enumerate() {
+        let (bytes, is_finite) = encode(x);
+        if !is_finite {
+            let (name, element) = (&tensor.file_name, tensor.element);
+            return Err(out.fault(format!("tensor {name}: element {i} is {x}, which is no finite {element}")));
+        }
+        out.bytes(&bytes[..width])?;
+    }
+    Ok(())
+}
+
+fn padded<const N: usize>(bytes: [u8; N]) -> [u8; 8] {
+    let mut all = [0; 8];
+    all[..N].copy_from_slice(&bytes);
+    all
+}
+
+fn dtype(element: Element) -> Dtype {
+    match element {
+        Element::F64 => Dtype::F64,
+        Element::F16 => Dtype::F16,
+        Element::BF16 => Dtype::BF16,
+        // `hub` takes no other type for a weight.
+        _ => Dtype::F32,
+    }
+}
+
+/// A file being written, under its temporary name.
+struct Output {
+    file: BufWriter<File>,
+    temporary: PathBuf,
+    target: PathBuf,
+}
+
+impl Output {
+    fn bytes(&mut self, bytes: &[u8]) -> Result<()> {
+        self.file.write_all(bytes).map_err(|e| Error::io("write", &self.temporary, e))
+    }
+
+    fn fault(&self, what: String) -> Error {
+        Error::bad(format!("{}: {what}", self.target.display()))
+    }
+}
+
+/// A file that is written and flushed, but not yet in its place. Dropped, it vanishes.
+struct Pending {
+    temporary: PathBuf,
+    target: PathBuf,
+}
+
+impl Pending {
+    fn write(dir: &Path, name: &str, body: impl FnOnce(&mut Output) -> Result<()>) -> Result<Pending> {
+        let (temporary, target) = (dir.join(format!(".{name}.part")), dir.join(name));
+        let file = File::create(&temporary).map_err(|e| Error::io("create", &temporary, e))?;
+        // From here on the temporary file is removed on every way out but commit().
+        let pending = Pending { temporary: temporary.clone(), target: target.clone() };
+        let mut out = Output { file: BufWriter::with_capacity(1 << 18, file), temporary, target };
+        body(&mut out)?;
+        let flushed = out.file.flush().and_then(|()| out.file.get_ref().sync_all());
+        flushed.map_err(|e| Error::io("write", &out.temporary, e))?;
+        Ok(pending)
+    }
+
+    fn commit(self) -> Result<()> {
+        std::fs::rename(&self.temporary, &self.target).map_err(|e| Error::io("create", &self.target, e))
+    }
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        // After commit() there is nothing under this name; where it cannot be removed, the next save overwrites it.
+        let _ = std::fs::remove_file(&self.temporary);
+    }
+}
+
+/// Makes renames in `dir` outlive a power cut.
+fn sync_directory(dir: &Path) -> Result<()> {
+    let synced = File::open(dir).and_then(|dir| dir.sync_all());
+    if cfg!(unix) { synced.map_err(|e| Error::io("write", dir, e)) } else { Ok(()) }
+}

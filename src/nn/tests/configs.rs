@@ -1,0 +1,160 @@
+//! Configs: what is taken, what is refused and in which words, and that nothing makes a trace panic.
+
+use super::*;
+use crate::graph::Mode;
+use proptest::prelude::*;
+use serde_json::json;
+
+#[test]
+fn values_that_are_not_supported_are_named() {
+    let gpt2 = |config: Value, parts: &[&str]| {
+        let message = refused(strict("gpt2", config), parts);
+        assert!(message.starts_with("gpt2 config: "), "{message}");
+    };
+    gpt2(json!({ "n_embed": 64 }), &["n_embed", "did you mean n_embd?"]);
+    gpt2(json!({ "zzzzzzzzzzzz": 64 }), &["zzzzzzzzzzzz", "known are", "n_layer"]);
+    gpt2(json!({ "hidden_size": 64 }), &["hidden_size", "write it as n_embd"]);
+    gpt2(json!({ "n_ctx": 64 }), &["n_ctx", "is 64, n_positions 1024"]);
+    gpt2(json!({ "n_layer": 0 }), &["n_layer", "from 1 to 1024", "got 0"]);
+    gpt2(json!({ "n_layer": -1 }), &["n_layer", "got -1"]);
+    gpt2(json!({ "n_layer": 1.5 }), &["n_layer", "got 1.5"]);
+    gpt2(json!({ "n_layer": "12" }), &["n_layer", "got \"12\""]);
+    gpt2(json!({ "n_layer": null }), &["n_layer", "is null"]);
+    gpt2(json!({ "n_layer": 1_000_000 }), &["n_layer", "got 1000000"]);
+    gpt2(json!({ "vocab_size": u64::MAX }), &["vocab_size", "18446744073709551615"]);
+    gpt2(json!({ "n_embd": 10, "n_head": 3 }), &["n_embd", "10 is no multiple of n_head, 3"]);
+    gpt2(json!({ "n_inner": [] }), &["n_inner", "got []"]);
+    gpt2(json!({ "activation_function": "swish" }), &["activation_function", "\"swish\"", "gelu_new, gelu"]);
+    gpt2(json!({ "activation_function": 1 }), &["activation_function", "1 is not supported"]);
+    gpt2(json!({ "resid_pdrop": 1.0 }), &["resid_pdrop", "below 1", "got 1.0"]);
+    gpt2(json!({ "attn_pdrop": -0.1 }), &["attn_pdrop"]);
+    gpt2(json!({ "embd_pdrop": "0.1" }), &["embd_pdrop"]);
+    gpt2(json!({ "layer_norm_epsilon": 0 }), &["layer_norm_epsilon"]);
+    gpt2(json!({ "initializer_range": -1 }), &["initializer_range"]);
+    gpt2(json!({ "tie_word_embeddings": 1 }), &["tie_word_embeddings", "true or false"]);
+    gpt2(json!({ "add_cross_attention": true }), &["add_cross_attention", "not supported"]);
+    gpt2(json!({ "model_type": "resnet" }), &["model_type", "resnet", "gpt2"]);
+    gpt2(json!({ "n_head": "x".repeat(10_000) }), &["n_head", "..."]);
+    let resnet = |config: Value, parts: &[&str]| {
+        refused(strict("resnet", config), parts);
+    };
+    resnet(json!({ "hidden_sizes": [] }), &["hidden_sizes", "1 to 32"]);
+    resnet(json!({ "hidden_sizes": [8, 0] }), &["hidden_sizes", "got 0"]);
+    resnet(json!({ "hidden_sizes": 8 }), &["hidden_sizes", "a list"]);
+    resnet(json!({ "hidden_sizes": [3], "depths": [1] }), &["hidden_sizes", "3 is too few"]);
+    resnet(json!({ "depths": [1, 2] }), &["depths", "2 stages, hidden_sizes 4"]);
+    resnet(json!({ "depths": [1024, 1, 1, 1] }), &["depths", "1027 blocks"]);
+    resnet(json!({ "layer_type": "wide" }), &["layer_type", "\"wide\"", "bottleneck, basic"]);
+    resnet(json!({ "hidden_act": "silu" }), &["hidden_act", "\"silu\""]);
+    resnet(json!({ "id2label": {} }), &["id2label"]);
+    resnet(json!({ "id2label": ["a"] }), &["id2label"]);
+    resnet(json!({ "id2label": { "0": "a" }, "num_labels": 2 }), &["num_labels", "is 2", "names 1"]);
+    resnet(json!({ "problem_type": "regression" }), &["problem_type", "regression"]);
+    resnet(json!({ "depth": [1] }), &["depth", "did you mean depths?"]);
+    refused(strict("gtp2", json!({})), &["'gtp2'", "gpt2, resnet", "did you mean gpt2?"]);
+    refused(strict("", json!({})), &["''", "gpt2, resnet"]);
+}
+
+#[test]
+fn files_may_hold_more_than_jobs() {
+    let more = object(json!({ "embd_drop": 0.1 }));
+    assert!(from_config("gpt2", &more, false).is_ok());
+    refused(from_config("gpt2", &more, true), &["embd_drop", "did you mean embd_pdrop?"]);
+    assert!(strict("gpt2", json!({ "n_ctx": 64, "n_positions": 64 })).is_ok());
+    // A config.json copied into a job is no mistake.
+    for case in CASES {
+        let text = std::fs::read_to_string(fixture(case).join("model/config.json")).unwrap();
+        let config: Value = serde_json::from_str(&text).unwrap();
+        strict(config["model_type"].as_str().unwrap(), config.clone()).unwrap();
+    }
+}
+
+#[test]
+fn a_networks_config_describes_it() {
+    let configs = [
+        ("gpt2", json!({})),
+        (
+            "gpt2",
+            json!({ "n_inner": 7, "activation_function": "gelu", "bos_token_id": 5, "tie_word_embeddings": false }),
+        ),
+        ("resnet", json!({})),
+        ("resnet", json!({ "num_labels": 7, "layer_type": "basic", "torch_dtype": "float16" })),
+        ("resnet", json!({ "id2label": { "0": "cat", "1": "dog", "2": "cow" }, "architectures": ["ResNetModel"] })),
+    ];
+    for (family, given) in configs {
+        let network = strict(family, given.clone()).unwrap();
+        let config = network.config();
+        let again = strict(family, config.clone()).unwrap();
+        assert_eq!(config, again.config(), "{given}");
+        let shapes = |network: &dyn Network| crate::nn::tensors(network).unwrap();
+        assert_eq!(shapes(&*network), shapes(&*again), "{given}");
+        assert_eq!(network.labels(), again.labels());
+        assert_eq!((&config["model_type"], &config["dtype"]), (&json!(family), &json!("float32")));
+        assert!(config.get("num_labels").is_none() && config.get("torch_dtype").is_none());
+        if family == "resnet" {
+            assert_eq!(config["id2label"].as_object().unwrap().len(), network.labels().classes);
+            assert_eq!(config["architectures"], json!(["ResNetForImageClassification"]));
+        }
+    }
+    assert_eq!(strict("resnet", json!({})).unwrap().labels().classes, 2);
+    let labels = strict("gpt2", json!({ "vocab_size": 31 })).unwrap().labels();
+    assert_eq!(labels, crate::nn::Labels { shift: true, classes: 31, vocab: Some(31) });
+}
+
+/// What may stand where a value is expected; small numbers most often, so that many configs are taken.
+fn hostile() -> impl Strategy<Value = Value> {
+    let number = prop_oneof![
+        8 => (0u64..9).prop_map(|n| json!(n)),
+        1 => any::<i64>().prop_map(|n| json!(n)),
+        1 => any::<u64>().prop_map(|n| json!(n)),
+        1 => any::<f64>().prop_map(|x| json!(x)),
+        1 => (0.0f64..1.0).prop_map(|x| json!(x)),
+    ];
+    let leaf = prop_oneof![
+        8 => number,
+        1 => any::<bool>().prop_map(|b| json!(b)),
+        1 => prop_oneof!["relu", "gelu", "basic", "bottleneck", ".{0,8}"].prop_map(|s| json!(s)),
+        1 => Just(Value::Null),
+    ];
+    prop_oneof![
+        5 => leaf.clone(),
+        2 => prop::collection::vec(leaf.clone(), 0..5).prop_map(|list| json!(list)),
+        1 => prop::collection::hash_map("[0-9]", leaf, 0..3).prop_map(|map| json!(map)),
+    ]
+}
+
+fn hostile_config(family: &str) -> impl Strategy<Value = Map<String, Value>> + use<> {
+    let mut keys: Vec<String> = object(strict(family, json!({})).unwrap().config()).keys().cloned().collect();
+    keys.retain(|key| key != "model_type");
+    keys.extend(["num_labels".into(), "n_inner".into(), "problem_type".into(), "noise".into()]);
+    prop::collection::vec((prop::sample::select(keys), hostile()), 0..6).prop_map(|pairs| pairs.into_iter().collect())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    /// Whatever a config holds, it is refused as bad input, or traces or is refused by shape.
+    #[test]
+    fn hostile_configs_do_no_harm(
+        (family, config) in prop_oneof![
+            hostile_config("gpt2").prop_map(|config| ("gpt2", config)),
+            hostile_config("resnet").prop_map(|config| ("resnet", config)),
+        ],
+        strictly in any::<bool>(),
+        size in 1usize..40,
+    ) {
+        match from_config(family, &config, strictly) {
+            Err(Error::BadInput(message)) => prop_assert!(!message.contains('\n') && message.len() < 1000),
+            Err(other) => prop_assert!(false, "{}", other),
+            Ok(network) => {
+                let inputs = if family == "gpt2" { text(size) } else { images([network.inputs()[0].axes[0], size, size]) };
+                for mode in [Mode::Training, Mode::Evaluation] {
+                    let traced = network.trace(mode, DType::F32, 2, &inputs);
+                    prop_assert!(matches!(traced, Ok(_) | Err(Error::BadInput(_))));
+                }
+                prop_assert!(crate::nn::tensors(&*network).is_ok());
+                prop_assert_eq!(&from_config(family, &object(network.config()), false).unwrap().config(), &network.config());
+            }
+        }
+    }
+}

@@ -1,0 +1,261 @@
+//! Model directories: what was read is written back to the byte, whatever way the file names and types its tensors.
+
+use super::*;
+use crate::base::Shape;
+use crate::graph::{Activation, Builder, Graph, Init, Mode, WeightLayout};
+use crate::nn::layers::Linear;
+use crate::nn::{Form, Inputs, Labels, Pretrained, init, open, save, tensors};
+use half::{bf16, f16};
+use safetensors::tensor::{Dtype, TensorView, serialize};
+use serde_json::json;
+use std::path::Path;
+
+/// A file's tensors, to be changed and written.
+pub type Raw = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
+
+pub fn raw(case: &str) -> Raw {
+    let bytes = std::fs::read(fixture(case).join("model/model.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    file.tensors().into_iter().map(|(name, t)| (name, (t.dtype(), t.shape().to_vec(), t.data().to_vec()))).collect()
+}
+
+/// Writes a directory with a case's config.json and these tensors.
+pub fn write(dir: &Path, case: &str, tensors: &Raw) {
+    std::fs::copy(fixture(case).join("model/config.json"), dir.join("config.json")).unwrap();
+    let views = tensors
+        .iter()
+        .map(|(name, (dtype, shape, bytes))| (name, TensorView::new(*dtype, shape.clone(), bytes).unwrap()));
+    std::fs::write(dir.join("model.safetensors"), serialize(views, None).unwrap()).unwrap();
+}
+
+pub fn save_again(pretrained: &Pretrained, dir: &Path) -> Result<()> {
+    let shapes: BTreeMap<String, Shape> = tensors(pretrained.network.as_ref())?.into_iter().collect();
+    save(dir, &pretrained.form, &pretrained.counts, &mut |name| pretrained.tensor(name, &shapes[name]))
+}
+
+fn read(dir: &Path, name: &str) -> Vec<u8> {
+    std::fs::read(dir.join(name)).unwrap()
+}
+
+/// Checks that `dir` reads the same after a round trip, and gives the bytes of its second writing.
+fn round_trip(dir: &Path) -> Vec<u8> {
+    let other = tempfile::tempdir().unwrap();
+    save_again(&open(dir).unwrap(), other.path()).unwrap();
+    let third = tempfile::tempdir().unwrap();
+    save_again(&open(other.path()).unwrap(), third.path()).unwrap();
+    let bytes = read(other.path(), "model.safetensors");
+    assert_eq!(bytes, read(third.path(), "model.safetensors"));
+    assert_eq!(read(dir, "config.json"), read(third.path(), "config.json"));
+    bytes
+}
+
+#[test]
+fn what_transformers_wrote_is_written_back_to_the_byte() {
+    for case in CASES {
+        let model = fixture(case).join("model");
+        let dir = tempfile::tempdir().unwrap();
+        let inside = dir.path().join("a/b");
+        save_again(&open(&model).unwrap(), &inside).unwrap();
+        let mut names: Vec<_> = std::fs::read_dir(&inside).unwrap().map(|e| e.unwrap().file_name()).collect();
+        let mut want: Vec<_> = std::fs::read_dir(&model).unwrap().map(|e| e.unwrap().file_name()).collect();
+        names.sort();
+        want.sort();
+        assert_eq!(names, want, "{case}");
+        for name in names {
+            assert!(read(&inside, name.to_str().unwrap()) == read(&model, name.to_str().unwrap()), "{case}: {name:?}");
+        }
+        assert_eq!(open(&model).unwrap().counts.len(), open(&model).unwrap().form.counters.len());
+    }
+}
+
+/// As the first GPT-2 files are: no prefix, causal masks beside the weights, a copy of the tied head.
+#[test]
+fn old_names_buffers_and_tied_heads_are_taken() {
+    let plain = raw("gpt2");
+    let mut old: Raw = plain
+        .iter()
+        .map(|(name, tensor)| (name.strip_prefix("transformer.").unwrap().into(), tensor.clone()))
+        .collect();
+    let names: Vec<String> = old.keys().cloned().collect();
+    old.insert("lm_head.weight".into(), old["wte.weight"].clone());
+    for layer in 0..3 {
+        old.insert(format!("h.{layer}.attn.bias"), (Dtype::U8, vec![1, 1, 24, 24], vec![1; 576]));
+        old.insert(format!("h.{layer}.attn.masked_bias"), (Dtype::F32, vec![], (-1e4f32).to_le_bytes().to_vec()));
+    }
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path(), "gpt2", &old);
+    let bytes = round_trip(dir.path());
+    let saved = TensorFile::parse(&bytes, "saved").unwrap();
+    let saved_names: Vec<&str> = saved.tensors().map(|t| t.entry.name.as_str()).collect();
+    assert_eq!(saved_names, names);
+    for name in &names {
+        assert_eq!(saved.get(name).unwrap().bytes, old[name].2, "{name}");
+    }
+}
+
+#[test]
+fn other_types_are_converted_and_kept() {
+    let plain = raw("gpt2");
+    for dtype in [Dtype::F16, Dtype::BF16, Dtype::F64] {
+        let mut other = plain.clone();
+        let mut narrowed = BTreeMap::new();
+        for (name, (of, _, bytes)) in &mut other {
+            let values = bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b));
+            let (new, back): (Vec<Vec<u8>>, Vec<f32>) = values
+                .map(|x| match dtype {
+                    Dtype::F16 => (f16::from_f32(x).to_le_bytes().to_vec(), f16::from_f32(x).to_f32()),
+                    Dtype::BF16 => (bf16::from_f32(x).to_le_bytes().to_vec(), bf16::from_f32(x).to_f32()),
+                    _ => (f64::from(x).to_le_bytes().to_vec(), x),
+                })
+                .unzip();
+            (*of, *bytes) = (dtype, new.concat());
+            narrowed.insert(name.clone(), back);
+        }
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), "gpt2", &other);
+        let pretrained = open(dir.path()).unwrap();
+        for (name, shape) in tensors(pretrained.network.as_ref()).unwrap() {
+            assert_eq!(pretrained.tensor(&name, &shape).unwrap(), narrowed[&name], "{name}");
+        }
+        let bytes = round_trip(dir.path());
+        for tensor in TensorFile::parse(&bytes, "saved").unwrap().tensors() {
+            assert_eq!(tensor.bytes, other[&tensor.entry.name].2, "{}", tensor.entry.name);
+        }
+    }
+}
+
+/// A model without a directory is saved in f32 under its own names, with counts from 0, and is the same when opened.
+#[test]
+fn new_models_are_saved_and_opened() {
+    let small = [
+        ("gpt2", json!({ "vocab_size": 31, "n_positions": 7, "n_embd": 6, "n_layer": 1, "n_head": 3 })),
+        ("resnet", json!({ "embedding_size": 5, "hidden_sizes": [7, 9], "depths": [1, 2], "num_labels": 3 })),
+    ];
+    for (family, config) in small {
+        let network = strict(family, config).unwrap();
+        let graph = network.trace(Mode::Evaluation, DType::F32, 1, &network.inputs()).unwrap();
+        let mut values = BTreeMap::new();
+        for (i, p) in graph.parameters.iter().enumerate() {
+            values.insert(p.name.clone(), init::initial(p, i, 7));
+        }
+        for state in &graph.states {
+            values.insert(state.name.clone(), init::initial_state(state));
+        }
+        let form = Form::of(&*network).unwrap();
+        let counts: BTreeMap<String, i64> = form.counters.iter().take(1).map(|name| (name.clone(), 12)).collect();
+        let dir = tempfile::tempdir().unwrap();
+        save(dir.path(), &form, &counts, &mut |name| Ok(values[name].clone())).unwrap();
+        let pretrained = open(dir.path()).unwrap();
+        assert_eq!(pretrained.form, form);
+        assert_eq!(pretrained.counts.values().sum::<i64>(), if family == "resnet" { 12 } else { 0 });
+        for (name, shape) in tensors(pretrained.network.as_ref()).unwrap() {
+            assert_eq!(pretrained.tensor(&name, &shape).unwrap(), values[&name], "{name}");
+        }
+        round_trip(dir.path());
+        assert!(!dir.path().join("generation_config.json").exists());
+    }
+}
+
+/// A save that fails leaves what was there, and nothing else.
+#[test]
+fn failed_saves_leave_the_old_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let pretrained = open(&fixture("gpt2").join("model")).unwrap();
+    save_again(&pretrained, dir.path()).unwrap();
+    let listing = || -> BTreeMap<_, _> {
+        let entries = std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().path());
+        entries.map(|path| (path.clone(), std::fs::read(path).unwrap())).collect()
+    };
+    let before = listing();
+    let mut form = pretrained.form.clone();
+    form.config.push(' ');
+    let shapes: BTreeMap<String, Shape> = tensors(pretrained.network.as_ref()).unwrap().into_iter().collect();
+    let last = "transformer.wte.weight";
+    let attempt = |bad: &dyn Fn(Vec<f32>) -> Result<Vec<f32>>| {
+        save(dir.path(), &form, &BTreeMap::new(), &mut |name| {
+            let values = pretrained.tensor(name, &shapes[name])?;
+            if name == last { bad(values) } else { Ok(values) }
+        })
+    };
+    refused(attempt(&|_| Err(Error::bad("gone"))), &["gone"]);
+    refused(attempt(&|values| Ok(values[1..].to_vec())), &["model.safetensors", last, "3103 elements, want 97x32"]);
+    refused(attempt(&|values| Ok(vec![f32::NAN; values.len()])), &["model.safetensors", last, "element 0 is NaN"]);
+    assert_eq!(before, listing());
+    // A directory that cannot be made.
+    let file = dir.path().join("config.json");
+    assert!(matches!(save_again(&pretrained, &file), Err(Error::Io { .. })));
+}
+
+/// A disk that is full when the weights are written: the old files stay, and the half file goes.
+#[test]
+#[cfg(target_os = "linux")]
+fn full_disks_leave_the_old_files() {
+    let model = fixture("gpt2").join("model");
+    let pretrained = open(&model).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    save_again(&pretrained, dir.path()).unwrap();
+    // What is written under the temporary name goes to a device without room.
+    std::os::unix::fs::symlink("/dev/full", dir.path().join(".model.safetensors.part")).unwrap();
+    match save_again(&pretrained, dir.path()) {
+        Err(Error::Io { what, source }) => {
+            assert!(what.contains("cannot write"), "{what}");
+            assert_eq!(source.kind(), std::io::ErrorKind::StorageFull);
+        }
+        other => panic!("{other:?}"),
+    }
+    for name in ["config.json", "generation_config.json", "model.safetensors"] {
+        assert_eq!(read(dir.path(), name), read(&model, name), "{name}");
+    }
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 3);
+}
+
+/// What someone who embeds the crate writes: a network of their own.
+struct Perceptron;
+
+impl Network for Perceptron {
+    fn trace(&self, mode: Mode, float: DType, batch: usize, inputs: &[InputShape]) -> Result<Graph> {
+        let inputs = Inputs::new(batch, float, inputs, &["features", "labels"])?;
+        let mut b = Builder::new(mode, float);
+        let x = inputs.declare(&mut b, "features", &[33], false)?.ok_or_else(|| Error::bad("features are missing"))?;
+        let linear = |outputs, activation| Linear {
+            outputs,
+            layout: WeightLayout::OutIn,
+            weight: Init::Normal(0.1),
+            bias: Some(Init::Constant(0.0)),
+            activation,
+        };
+        let hidden = b.layer("hidden", |b, _| linear(31, Activation::Relu).trace(b, x, "hidden"))?;
+        let logits = b.layer("out", |b, _| linear(3, Activation::None).trace(b, hidden, "out"))?;
+        if let Some(labels) = inputs.declare(&mut b, "labels", &[], true)? {
+            b.cross_entropy(logits, labels)?;
+        }
+        b.finish()
+    }
+
+    fn inputs(&self) -> Vec<InputShape> {
+        vec![InputShape::new("features", [33], DType::F32)]
+    }
+
+    fn labels(&self) -> Labels {
+        Labels { shift: false, classes: 3, vocab: None }
+    }
+
+    fn config(&self) -> Value {
+        json!({ "model_type": "perceptron" })
+    }
+}
+
+#[test]
+fn networks_of_ones_own_are_saved_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let form = Form::of(&Perceptron).unwrap();
+    let shapes: BTreeMap<String, Shape> = tensors(&Perceptron).unwrap().into_iter().collect();
+    save(dir.path(), &form, &BTreeMap::new(), &mut |name| Ok(vec![0.5; shapes[name].elems()])).unwrap();
+    let bytes = read(dir.path(), "model.safetensors");
+    let file = TensorFile::parse(&bytes, "saved").unwrap();
+    let found: Vec<_> = file.tensors().map(|t| (t.entry.name.as_str(), t.entry.shape.to_string())).collect();
+    let want = [("hidden.bias", "31"), ("hidden.weight", "31x33"), ("out.bias", "3"), ("out.weight", "3x31")];
+    assert_eq!(found, want.map(|(name, shape)| (name, shape.to_string())));
+    assert_eq!(read(dir.path(), "config.json"), b"{\n  \"model_type\": \"perceptron\"\n}\n");
+    refused(open(dir.path()), &["config.json", "model_type", "'perceptron'"]);
+}

@@ -1,0 +1,210 @@
+//! Traced graphs: names and shapes are the reference files', layers are where cuts may fall, every use has a gradient.
+
+use super::*;
+use crate::graph::{Graph, Init, Mode, Op, Source, differentiate};
+use serde_json::json;
+use std::collections::BTreeSet;
+
+/// A reference case's graph for training, in f32.
+fn traced(case: &str) -> Graph {
+    let config = std::fs::read_to_string(fixture(case).join("model/config.json")).unwrap();
+    let config: Value = serde_json::from_str(&config).unwrap();
+    let family = config["model_type"].as_str().unwrap();
+    let network = from_config(family, config.as_object().unwrap(), false).unwrap();
+    let inputs = if family == "gpt2" { text(19) } else { images([network.inputs()[0].axes[0], 47, 47]) };
+    network.trace(Mode::Training, DType::F32, 6, &inputs).unwrap()
+}
+
+fn names(graph: &Graph) -> Vec<&str> {
+    graph.layers.iter().map(|layer| layer.name.as_str()).collect()
+}
+
+/// Every use of a parameter has a gradient computed in the layer of the use, and every layer but the first hands one on.
+#[track_caller]
+fn check_gradients(graph: &mut Graph) {
+    differentiate(graph).unwrap();
+    let uses: BTreeSet<(usize, usize)> =
+        graph.parameters.iter().enumerate().flat_map(|(i, p)| p.layers.iter().map(move |&layer| (i, layer))).collect();
+    let gradients: BTreeSet<_> = graph.parameter_gradients.iter().map(|g| (g.parameter, g.layer)).collect();
+    assert_eq!(gradients.len(), graph.parameter_gradients.len());
+    assert_eq!(uses, gradients);
+    for gradient in &graph.parameter_gradients {
+        let Source::Node { node, .. } = graph.info(gradient.value).source else { panic!("computed by no node") };
+        let name = &graph.parameters[gradient.parameter].name;
+        assert_eq!(graph.nodes[node].layer, gradient.layer, "{name}");
+        assert_ne!(graph.nodes[node].op, Op::Zero, "{name}");
+        assert_eq!(graph.info(gradient.value).shape, graph.parameters[gradient.parameter].shape, "{name}");
+    }
+    assert!(graph.input_gradients[0].is_none());
+    assert!(graph.input_gradients[1..].iter().all(Option::is_some));
+}
+
+#[test]
+fn names_and_shapes_are_those_of_the_files() {
+    for case in CASES {
+        let graph = traced(case);
+        let parameters = graph.parameters.iter().map(|p| (p.name.clone(), p.shape.0.clone()));
+        let states = graph.states.iter().map(|s| (s.name.clone(), s.shape.0.clone()));
+        let ours: BTreeMap<_, _> = parameters.chain(states).collect();
+        let file = tensors_of(case, "model/model.safetensors").into_iter();
+        let theirs: BTreeMap<_, _> =
+            file.filter(|(_, t)| t.element == Element::F32).map(|(name, t)| (name, t.axes)).collect();
+        assert_eq!(ours, theirs, "{case}");
+    }
+}
+
+#[test]
+fn cuts_fall_between_halves_of_gpt2s_blocks() {
+    let mut graph = traced("gpt2");
+    let halves = ["embeddings", "h.0.attn", "h.0.mlp", "h.1.attn", "h.1.mlp", "h.2.attn", "h.2.mlp", "head"];
+    assert_eq!(names(&graph), halves);
+    for layer in &graph.layers[..7] {
+        assert_eq!(graph.info(layer.output.unwrap()).shape.axes(), [6, 19, 32], "{}", layer.name);
+    }
+    let table = graph.parameters.iter().find(|p| p.name == "transformer.wte.weight").unwrap();
+    assert_eq!(table.layers, [0, 7]);
+    assert!(graph.parameters.iter().filter(|p| p.name != table.name).all(|p| p.layers.len() == 1));
+    check_gradients(&mut graph);
+}
+
+#[test]
+fn cuts_fall_between_resnets_blocks() {
+    let mut graph = traced("resnet");
+    let blocks =
+        ["stages.0.layers.0", "stages.1.layers.0", "stages.2.layers.0", "stages.2.layers.1", "stages.3.layers.0"];
+    assert_eq!(names(&graph), [&["embedder"][..], &blocks, &["classifier"]].concat());
+    check_gradients(&mut graph);
+    check_gradients(&mut traced("resnet-basic"));
+}
+
+/// Published sizes, by their numbers of parameters.
+#[test]
+fn defaults_are_the_published_models() {
+    let elems = |family: &str, config: Value| {
+        let network = strict(family, config).unwrap();
+        network.trace(Mode::Evaluation, DType::F32, 1, &network.inputs()).unwrap().parameter_elems()
+    };
+    assert_eq!(elems("gpt2", json!({})), 124_439_808);
+    assert_eq!(elems("gpt2", json!({ "n_embd": 1600, "n_layer": 48, "n_head": 25 })), 1_557_611_200);
+    assert_eq!(elems("resnet", json!({ "num_labels": 1000 })), 25_557_032);
+    let resnet18 = json!({ "hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2], "layer_type": "basic", "num_labels": 1000 });
+    assert_eq!(elems("resnet", resnet18), 11_689_512);
+}
+
+#[test]
+fn gpt2s_switches_change_the_graph() {
+    let small = json!({ "vocab_size": 31, "n_positions": 33, "n_embd": 12, "n_layer": 2, "n_head": 3 });
+    let trace = |more: Value, mode| {
+        let mut config = object(small.clone());
+        config.extend(object(more));
+        strict("gpt2", config.into()).unwrap().trace(mode, DType::F32, 1, &text(33)).unwrap()
+    };
+    let scales = |graph: &Graph| -> Vec<f64> {
+        let nodes = graph.nodes.iter();
+        nodes.filter_map(|n| if let Op::Attention(kind) = &n.op { Some(kind.scale) } else { None }).collect()
+    };
+    assert_eq!(scales(&trace(json!({}), Mode::Training)), [0.5, 0.5]);
+    assert_eq!(scales(&trace(json!({ "scale_attn_weights": false }), Mode::Training)), [1.0, 1.0]);
+    assert_eq!(scales(&trace(json!({ "scale_attn_by_inverse_layer_idx": true }), Mode::Training)), [0.5, 0.25]);
+    let count = |graph: &Graph, is: fn(&Op) -> bool| graph.nodes.iter().filter(|n| is(&n.op)).count();
+    let dropouts = |op: &Op| matches!(op, Op::Dropout { .. }) || matches!(op, Op::Attention(k) if k.dropout.is_some());
+    assert_eq!(count(&trace(json!({}), Mode::Training), dropouts), 1 + 3 * 2);
+    assert_eq!(count(&trace(json!({}), Mode::Evaluation), dropouts), 0);
+    assert_eq!(count(&trace(json!({ "attn_pdrop": 0.0, "resid_pdrop": 0.0 }), Mode::Training), dropouts), 1);
+    let mut untied =
+        trace(json!({ "tie_word_embeddings": false, "n_inner": 7, "activation_function": "relu" }), Mode::Training);
+    let shape = |name: &str| untied.parameters.iter().find(|p| p.name == name).unwrap().shape.axes().to_vec();
+    assert_eq!(shape("lm_head.weight"), [31, 12]);
+    assert_eq!(shape("transformer.h.1.mlp.c_fc.weight"), [12, 7]);
+    check_gradients(&mut untied);
+    let init = |name: &str| untied.parameters.iter().find(|p| p.name == name).unwrap().init;
+    assert_eq!(init("transformer.h.1.mlp.c_fc.weight"), Init::Normal(0.02));
+    assert_eq!(init("transformer.h.1.mlp.c_proj.weight"), Init::Normal(0.01));
+    assert_eq!(init("transformer.h.0.attn.c_proj.weight"), Init::Normal(0.01));
+    assert_eq!(init("transformer.h.0.attn.c_proj.bias"), Init::Constant(0.0));
+    assert_eq!(init("transformer.ln_f.weight"), Init::Constant(1.0));
+}
+
+#[test]
+fn resnets_switches_change_the_strides() {
+    let strides = |more: Value| -> Vec<usize> {
+        let mut config = object(json!({ "embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 2] }));
+        config.extend(object(more));
+        let graph = strict("resnet", config.into())
+            .unwrap()
+            .trace(Mode::Training, DType::F32, 2, &images([3, 33, 31]))
+            .unwrap();
+        graph.nodes.iter().filter_map(|n| if let Op::Conv2d(w) = &n.op { Some(w.stride) } else { None }).collect()
+    };
+    // The stem; a block without shortcut; a block with a stride and a shortcut; a block without.
+    assert_eq!(strides(json!({})), [2, 1, 1, 1, 1, 2, 1, 2, 1, 1, 1]);
+    assert_eq!(strides(json!({ "downsample_in_bottleneck": true })), [2, 1, 1, 1, 2, 1, 1, 2, 1, 1, 1]);
+    assert_eq!(strides(json!({ "downsample_in_first_stage": true })), [2, 1, 2, 1, 2, 1, 2, 1, 2, 1, 1, 1]);
+    assert_eq!(strides(json!({ "layer_type": "basic" })), [2, 1, 1, 2, 1, 2, 1, 1]);
+}
+
+#[test]
+fn resnets_start_as_torch_starts_them() {
+    let graph = traced("resnet");
+    let init = |name: &str| graph.parameters.iter().find(|p| p.name == name).unwrap().init;
+    // Variance 2 / (8 channels x 7 x 7), and a bound of 1 / sqrt(40 channels).
+    assert_eq!(init("resnet.embedder.embedder.convolution.weight"), Init::Normal((2.0f64 / 392.0).sqrt()));
+    assert_eq!(init("resnet.embedder.embedder.normalization.weight"), Init::Constant(1.0));
+    assert_eq!(init("resnet.embedder.embedder.normalization.bias"), Init::Constant(0.0));
+    assert_eq!(init("classifier.1.weight"), Init::Uniform(40f64.sqrt().recip()));
+    assert_eq!(init("classifier.1.bias"), Init::Uniform(40f64.sqrt().recip()));
+    assert!(graph.states.iter().all(|s| s.start == if s.name.ends_with("var") { 1.0 } else { 0.0 }));
+    // 6 images of 47x47 are 24x24 after the stem's convolution.
+    let updates = graph.nodes.iter().find(|n| matches!(n.op, Op::UpdateRunning { .. })).unwrap();
+    assert_eq!(updates.op, Op::UpdateRunning { momentum: 0.1, count: 6 * 24 * 24 });
+}
+
+/// The largest configs that are taken trace in a moment, and nothing in them overflows.
+#[test]
+fn the_largest_configs_trace() {
+    let wide = json!({ "vocab_size": i32::MAX, "n_positions": 1 << 24, "n_embd": 1 << 20, "n_head": 1 << 20, "n_inner": 1 << 24, "n_layer": 1024 });
+    let network = strict("gpt2", wide).unwrap();
+    let graph = network.trace(Mode::Training, DType::F64, 1, &network.inputs()).unwrap();
+    assert_eq!(graph.layers.len(), 2 + 2 * 1024);
+    assert!(graph.parameter_elems() > 1 << 50);
+    refused(network.trace(Mode::Training, DType::F64, 1 << 20, &network.inputs()), &["more elements than fit"]);
+    let (sizes, depths) = ([1 << 16; 32], [32; 32]);
+    let wide = json!({ "embedding_size": 1 << 16, "hidden_sizes": sizes, "depths": depths, "layer_type": "basic" });
+    assert_eq!(crate::nn::tensors(&*strict("resnet", wide).unwrap()).unwrap().len(), (1024 * 2 + 31 + 1) * 5 + 2);
+}
+
+#[test]
+fn masks_reach_attention() {
+    let network = strict("gpt2", json!({ "n_layer": 1 })).unwrap();
+    let mut inputs = text(5);
+    inputs.push(InputShape::new("attention_mask", [5], DType::I32));
+    let mut graph = network.trace(Mode::Training, DType::F64, 2, &inputs).unwrap();
+    assert!(graph.nodes.iter().any(|n| matches!(&n.op, Op::Attention(kind) if kind.masked)));
+    check_gradients(&mut graph);
+}
+
+#[test]
+fn inputs_that_do_not_fit_are_named() {
+    let gpt2 = strict("gpt2", json!({ "n_layer": 1, "n_positions": 33 })).unwrap();
+    let resnet = strict("resnet", json!({ "depths": [1, 1, 1, 1] })).unwrap();
+    let check = |network: &dyn Network, batch, inputs: &[InputShape], parts: &[&str]| {
+        refused(network.trace(Mode::Training, DType::F32, batch, inputs), parts);
+    };
+    check(&*gpt2, 1, &text(34), &["context of 34", "n_positions, 33"]);
+    check(&*gpt2, 0, &text(33), &["one sample"]);
+    check(&*gpt2, 1, &text(0), &["input_ids", "is 0"]);
+    check(&*gpt2, 1, &text(5)[1..], &["input_ids", "missing"]);
+    check(&*gpt2, 1, &[text(5), text(5)].concat(), &["input_ids", "twice"]);
+    check(&*gpt2, 1, &[InputShape::new("input_id", [5], DType::I32)], &["\"input_id\"", "did you mean input_ids"]);
+    check(&*gpt2, 1, &[InputShape::new("input_ids", [5], DType::F32)], &["input_ids: is f32, want i32"]);
+    check(&*gpt2, 1, &[InputShape::new("input_ids", [5, 5], DType::I32)], &["5x5", "1 axes"]);
+    check(&*gpt2, 1, &[text(5)[0].clone(), text(6)[1].clone()], &["labels", "is 6, want 5"]);
+    check(&*gpt2, usize::MAX, &text(33), &["more elements than fit"]);
+    check(&*resnet, 2, &images([1, 64, 64]), &["1 channels", "num_channels, 3"]);
+    check(&*resnet, 2, &[InputShape::new("pixel_values", [3, 64, 64], DType::I32)], &["is i32, want f32"]);
+    check(&*resnet, 2, &images([3, usize::MAX, 64]), &["more elements than fit"]);
+    // One value a channel in the last stage: torch refuses it too.
+    check(&*resnet, 1, &images([3, 32, 32]), &["stages.3.layers.0", "one value a channel"]);
+    let one = strict("resnet", json!({ "num_labels": 1 })).unwrap();
+    check(&*one, 2, &images([3, 64, 64]), &["labels", "regression"]);
+}

@@ -1,0 +1,177 @@
+//! metrics.jsonl: one JSON object a line, for every step and every validation.
+
+use crate::base::{Error, Result};
+use crate::trace::Bound;
+use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::io::{BufRead, BufReader, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+/// One line. The loss is f32 and is written with the digits that give the same f32 back.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Row {
+    /// A training step.
+    Step(StepRow),
+    /// A validation, after `step` steps.
+    Valid(ValidRow),
+}
+
+/// A training step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StepRow {
+    /// Step, from 0.
+    pub step: u64,
+    /// Loss of the minibatch.
+    pub loss: f32,
+    /// Learning rate of its update.
+    pub lr: f64,
+    /// Global norm of its gradient, before clipping.
+    pub grad_norm: f64,
+    /// Tokens per second, for language models.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub tokens_per_sec: Option<f64>,
+    /// Samples per second, for others.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub samples_per_sec: Option<f64>,
+    /// Seconds since the step before ended.
+    pub secs: f64,
+    /// Of those, seconds in which the device computed.
+    pub compute_secs: f64,
+    /// In which it waited for a copy to the device.
+    pub h2d_secs: f64,
+    /// In which it waited for a copy from the device.
+    pub d2h_secs: f64,
+    /// In which it waited for the host's arithmetic.
+    pub host_secs: f64,
+    /// In which it waited for the disk.
+    pub disk_secs: f64,
+    /// In which nothing ran that it waited for.
+    pub idle_secs: f64,
+}
+
+impl StepRow {
+    /// The seconds by what bound them.
+    pub fn bound(&self) -> Bound {
+        Bound {
+            compute: self.compute_secs,
+            h2d: self.h2d_secs,
+            d2h: self.d2h_secs,
+            host: self.host_secs,
+            disk: self.disk_secs,
+            idle: self.idle_secs,
+        }
+    }
+}
+
+/// A validation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ValidRow {
+    /// Steps done before it.
+    pub step: u64,
+    /// Loss over all held-out data.
+    pub valid_loss: f32,
+    /// Seconds that it took.
+    pub secs: f64,
+}
+
+/// Appends rows to a file.
+#[derive(Debug)]
+pub struct Metrics {
+    path: PathBuf,
+    file: BufWriter<File>,
+}
+
+impl Metrics {
+    /// Starts a file, or goes on with the one there: its rows from `step` on are dropped first.
+    ///
+    /// # Errors
+    /// When the file cannot be read or written.
+    pub fn open(path: &Path, step: u64) -> Result<Metrics> {
+        let kept: Vec<String> = match step {
+            0 => Vec::new(),
+            _ => read_rows(path)?
+                .into_iter()
+                .filter(|row| match row {
+                    Row::Step(r) => r.step < step,
+                    Row::Valid(r) => r.step <= step,
+                })
+                .map(|row| serde_json::to_string(&row).expect("a row is plain numbers"))
+                .collect(),
+        };
+        let file = File::create(path).map_err(|e| Error::io("create", path, e))?;
+        let mut metrics = Metrics { path: path.to_path_buf(), file: BufWriter::with_capacity(1 << 16, file) };
+        for line in kept {
+            metrics.line(&line)?;
+        }
+        Ok(metrics)
+    }
+
+    /// Appends a row, which is in the file when this returns.
+    ///
+    /// # Errors
+    /// When the disk is full.
+    pub fn write(&mut self, row: &Row) -> Result<()> {
+        let line = serde_json::to_string(row).expect("a row is plain numbers");
+        self.line(&line)
+    }
+
+    fn line(&mut self, line: &str) -> Result<()> {
+        let written = writeln!(self.file, "{line}").and_then(|()| self.file.flush());
+        written.map_err(|e| Error::io("write", &self.path, e))
+    }
+}
+
+/// Reads a file's rows. A last line that was cut off is left out.
+///
+/// # Errors
+/// When the file cannot be read, or a line before the last is no row.
+pub fn read_rows(path: &Path) -> Result<Vec<Row>> {
+    let file = File::open(path).map_err(|e| Error::io("read", path, e))?;
+    let lines: Vec<String> =
+        BufReader::new(file).lines().collect::<std::io::Result<_>>().map_err(|e| Error::io("read", path, e))?;
+    let mut rows = Vec::new();
+    for (i, line) in lines.iter().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
+        match serde_json::from_str(line) {
+            Ok(row) => rows.push(row),
+            Err(_) if i + 1 == lines.len() => {}
+            Err(e) => return Err(Error::bad(format!("{}: line {}: {e}", path.display(), i + 1))),
+        }
+    }
+    Ok(rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn step(step: u64, loss: f32) -> Row {
+        Row::Step(StepRow {
+            step, loss, lr: 1e-3, grad_norm: 0.5, tokens_per_sec: Some(10.0), samples_per_sec: None, secs: 1.0, compute_secs: 0.5,
+            h2d_secs: 0.25, d2h_secs: 0.0, host_secs: 0.0, disk_secs: 0.0, idle_secs: 0.25,
+        })
+    }
+
+    #[test]
+    fn losses_come_back_bit_for_bit_and_a_resume_drops_what_follows() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics.jsonl");
+        let losses = [0.1f32, 1.0 / 3.0, 16_777_217.0, f32::MIN_POSITIVE];
+        let mut metrics = Metrics::open(&path, 0).unwrap();
+        for (i, &loss) in losses.iter().enumerate() {
+            metrics.write(&step(i as u64, loss)).unwrap();
+        }
+        metrics.write(&Row::Valid(ValidRow { step: 4, valid_loss: 0.7, secs: 0.1 })).unwrap();
+        drop(metrics);
+        let rows = read_rows(&path).unwrap();
+        for (row, loss) in rows.iter().zip(losses) {
+            assert!(matches!(row, Row::Step(r) if r.loss.to_bits() == loss.to_bits()));
+        }
+        drop(Metrics::open(&path, 2).unwrap());
+        assert_eq!(read_rows(&path).unwrap(), rows[..2]);
+        std::fs::write(&path, "{\"step\":0,\"valid_loss\":1.0,\"secs\":0.5}\n{\"step\":1,\"lo").unwrap();
+        assert_eq!(read_rows(&path).unwrap().len(), 1);
+        std::fs::write(&path, "nonsense\n{}\n").unwrap();
+        assert!(read_rows(&path).unwrap_err().to_string().contains("line 1"));
+    }
+}

@@ -1,0 +1,181 @@
+//! Optimizers and learning-rate schedules as values: what a step's update gets.
+
+use crate::base::{Error, Result};
+use crate::device::{AdamwRule, SgdRule, UpdateRule};
+use serde::{Deserialize, Serialize};
+
+/// Which update, with the numbers that stay the same. Defaults are torch.optim's.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Optimizer {
+    /// AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101).
+    Adamw {
+        /// Peak learning rate.
+        lr: f64,
+        /// Decays of the moments.
+        betas: (f64, f64),
+        /// Added to the denominator.
+        epsilon: f64,
+        /// Decoupled weight decay.
+        weight_decay: f64,
+        /// Decay matrices alone: parameters of two axes and more.
+        decay_matrices_only: bool,
+    },
+    /// SGD with momentum.
+    Sgd {
+        /// Peak learning rate.
+        lr: f64,
+        /// Decay of the momentum buffer.
+        momentum: f64,
+        /// Nesterov's variant.
+        nesterov: bool,
+        /// Added to the gradient, times the weight.
+        weight_decay: f64,
+    },
+}
+
+impl Default for Optimizer {
+    fn default() -> Self {
+        Optimizer::Adamw { lr: 1e-3, betas: (0.9, 0.999), epsilon: 1e-8, weight_decay: 0.01, decay_matrices_only: false }
+    }
+}
+
+impl Optimizer {
+    /// Peak learning rate.
+    pub fn lr(&self) -> f64 {
+        match *self {
+            Optimizer::Adamw { lr, .. } | Optimizer::Sgd { lr, .. } => lr,
+        }
+    }
+
+    /// Numbers kept for each parameter.
+    pub fn moments(&self) -> usize {
+        match *self {
+            Optimizer::Adamw { .. } => 2,
+            Optimizer::Sgd { momentum, .. } => usize::from(momentum > 0.0),
+        }
+    }
+
+    /// Whether weight decay applies to a parameter with so many axes.
+    pub fn decays(&self, axes: usize) -> bool {
+        match *self {
+            Optimizer::Adamw { decay_matrices_only, .. } => !decay_matrices_only || axes >= 2,
+            Optimizer::Sgd { .. } => true,
+        }
+    }
+
+    /// The update of `step` (from 0) at learning rate `lr`.
+    pub fn rule(&self, step: u64, lr: f64) -> UpdateRule {
+        let update = step + 1;
+        match *self {
+            Optimizer::Adamw { betas, epsilon, weight_decay, .. } => {
+                UpdateRule::Adamw(AdamwRule { update, lr, betas, epsilon, weight_decay })
+            }
+            Optimizer::Sgd { momentum, nesterov, weight_decay, .. } => {
+                UpdateRule::Sgd(SgdRule { update, lr, momentum, nesterov, weight_decay })
+            }
+        }
+    }
+
+    /// Refuses numbers that cannot be meant.
+    ///
+    /// # Errors
+    /// When one is negative, not finite, or a decay is not below 1.
+    pub fn check(&self) -> Result<()> {
+        let at_least_0 = |name: &str, x: f64| match x.is_finite() && x >= 0.0 {
+            true => Ok(()),
+            false => Err(Error::bad(format!("optimizer: {name} is {x}, want 0 or more"))),
+        };
+        let decay = |name: &str, x: f64| match (0.0..1.0).contains(&x) {
+            true => Ok(()),
+            false => Err(Error::bad(format!("optimizer: {name} is {x}, want 0 <= {name} < 1"))),
+        };
+        at_least_0("lr", self.lr())?;
+        match *self {
+            Optimizer::Adamw { betas, epsilon, weight_decay, .. } => {
+                decay("beta1", betas.0)?;
+                decay("beta2", betas.1)?;
+                at_least_0("eps", epsilon)?;
+                at_least_0("weight_decay", weight_decay)
+            }
+            Optimizer::Sgd { momentum, weight_decay, .. } => {
+                decay("momentum", momentum)?;
+                at_least_0("weight_decay", weight_decay)
+            }
+        }
+    }
+}
+
+/// How the learning rate changes over a run. Warm-up goes linearly from 0 to the peak over `warmup` steps.
+#[derive(Clone, Copy, Debug, PartialEq, Default, Serialize, Deserialize)]
+pub enum Schedule {
+    /// The peak throughout.
+    #[default]
+    Constant,
+    /// Linearly from the peak to `min_lr`.
+    Linear {
+        /// Steps of warm-up.
+        warmup: u64,
+        /// Learning rate of the last step.
+        min_lr: f64,
+    },
+    /// Half a cosine from the peak to `min_lr` (Loshchilov & Hutter 2017, arXiv:1608.03983, one period).
+    Cosine {
+        /// Steps of warm-up.
+        warmup: u64,
+        /// Learning rate of the last step.
+        min_lr: f64,
+    },
+}
+
+impl Schedule {
+    /// The learning rate of `step` (from 0) of `steps`. The first step of a warm-up of n has 1/n of the peak; the last step of all has
+    /// `min_lr`.
+    pub fn lr(&self, peak: f64, step: u64, steps: u64) -> f64 {
+        let (warmup, min_lr) = match *self {
+            Schedule::Constant => return peak,
+            Schedule::Linear { warmup, min_lr } | Schedule::Cosine { warmup, min_lr } => (warmup, min_lr),
+        };
+        if step < warmup {
+            return peak * (step + 1) as f64 / warmup as f64;
+        }
+        let last = steps.saturating_sub(1).max(warmup);
+        let gone = if last == warmup { 0.0 } else { (step.min(last) - warmup) as f64 / (last - warmup) as f64 };
+        let left = match self {
+            Schedule::Cosine { .. } => 0.5 * (1.0 + (std::f64::consts::PI * gone).cos()),
+            _ => 1.0 - gone,
+        };
+        min_lr + (peak - min_lr) * left
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn schedules_start_peak_and_end_where_they_say() {
+        let cosine = Schedule::Cosine { warmup: 4, min_lr: 0.1 };
+        let linear = Schedule::Linear { warmup: 4, min_lr: 0.1 };
+        for schedule in [cosine, linear] {
+            assert_eq!(schedule.lr(1.0, 0, 101), 0.25);
+            assert_eq!(schedule.lr(1.0, 3, 101), 1.0);
+            assert_eq!(schedule.lr(1.0, 4, 101), 1.0);
+            assert!((schedule.lr(1.0, 52, 101) - 0.55).abs() < 1e-12);
+            assert!((schedule.lr(1.0, 100, 101) - 0.1).abs() < 1e-12);
+            assert!((schedule.lr(1.0, 1000, 101) - 0.1).abs() < 1e-12);
+        }
+        assert_eq!(Schedule::Constant.lr(0.3, 7, 10), 0.3);
+        // A run that is all warm-up, and one of a single step.
+        assert_eq!(linear.lr(1.0, 1, 2), 0.5);
+        assert_eq!(Schedule::Cosine { warmup: 0, min_lr: 0.0 }.lr(1.0, 0, 1), 1.0);
+    }
+
+    #[test]
+    fn absurd_numbers_are_refused() {
+        assert!(Optimizer::default().check().is_ok());
+        let bad = Optimizer::Sgd { lr: f64::NAN, momentum: 0.0, nesterov: false, weight_decay: 0.0 };
+        assert_eq!(bad.check().unwrap_err().to_string(), "optimizer: lr is NaN, want 0 or more");
+        let bad = Optimizer::Adamw { lr: 1.0, betas: (0.9, 1.0), epsilon: 0.0, weight_decay: 0.0, decay_matrices_only: false };
+        assert!(bad.check().unwrap_err().to_string().contains("beta2 is 1"));
+    }
+}
