@@ -27,7 +27,14 @@ pub(super) struct Hazards {
 impl Hazards {
     /// Enters a task's access to `span` and adds to `after` the tasks that it must wait for, those that `done` says have ended left
     /// out.
-    pub fn access(&mut self, span: Span, write: bool, task: TaskId, done: impl Fn(TaskId) -> bool, after: &mut Vec<TaskId>) {
+    pub fn access(
+        &mut self,
+        span: Span,
+        write: bool,
+        task: TaskId,
+        done: impl Fn(TaskId) -> bool,
+        after: &mut Vec<TaskId>,
+    ) {
         if span.bytes == 0 {
             return;
         }

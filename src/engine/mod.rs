@@ -335,8 +335,12 @@ impl Engine {
                 "the loss is {loss} at step {step}; the first layer whose output is not finite is {}",
                 self.model.train.layers[layer].name
             )),
-            Ok(None) => Error::BadInput(format!("the loss is {loss} at step {step}, though every layer's output is finite")),
-            Err(error) => Error::BadInput(format!("the loss is {loss} at step {step}; looking for the layer failed: {error}")),
+            Ok(None) => {
+                Error::BadInput(format!("the loss is {loss} at step {step}, though every layer's output is finite"))
+            }
+            Err(error) => {
+                Error::BadInput(format!("the loss is {loss} at step {step}; looking for the layer failed: {error}"))
+            }
         }
     }
 
@@ -374,7 +378,13 @@ struct Simulated {
 }
 
 /// Runs `steps` steps on a simulated device; also gives the last step's seconds by what bound them.
-fn simulate(model: &Arc<Model>, plan: &Arc<Plan>, cost: &CostModel, clip: bool, steps: u64) -> Result<(Simulated, Bound)> {
+fn simulate(
+    model: &Arc<Model>,
+    plan: &Arc<Plan>,
+    cost: &CostModel,
+    clip: bool,
+    steps: u64,
+) -> Result<(Simulated, Bound)> {
     let device = Box::new(SimDevice::new(vec![cost.clone()]));
     let mut engine = Engine::new(Arc::clone(model), Arc::clone(plan), device, EngineOptions::new(0, model));
     let rule = visit::any_rule(plan.moments);

@@ -315,9 +315,17 @@ impl Queue {
                 None => text += &format!("\n  {}: idle", lane.id),
                 Some(&id) => {
                     let entry = self.entry(id).expect("a task in flight is not done");
-                    let open: Vec<String> =
-                        entry.after.iter().filter(|&&d| self.entry(d).is_some_and(|e| !e.done)).map(|&d| describe(d)).collect();
-                    let state = if open.is_empty() { "has not ended".to_string() } else { format!("waits for {}", open.join(", ")) };
+                    let open: Vec<String> = entry
+                        .after
+                        .iter()
+                        .filter(|&&d| self.entry(d).is_some_and(|e| !e.done))
+                        .map(|&d| describe(d))
+                        .collect();
+                    let state = if open.is_empty() {
+                        "has not ended".to_string()
+                    } else {
+                        format!("waits for {}", open.join(", "))
+                    };
                     text += &format!("\n  {}: {} {state}", lane.id, describe(id));
                 }
             }

@@ -28,7 +28,9 @@ impl<K: Copy + PartialEq> Slots<K> {
     /// A slot for `key`: an empty one if there is one, else the least recently used; never one that holds any of `pinned`.
     pub fn take(&mut self, key: K, pinned: &[K]) -> usize {
         let free = (0..self.holds.len()).filter(|&s| self.holds[s].is_none_or(|h| !pinned.contains(&h)));
-        let slot = free.min_by_key(|&s| (self.holds[s].is_some(), self.used[s])).expect("a ring has more entries than a task pins");
+        let slot = free
+            .min_by_key(|&s| (self.holds[s].is_some(), self.used[s]))
+            .expect("a ring has more entries than a task pins");
         self.holds[slot] = Some(key);
         self.touch(slot);
         slot

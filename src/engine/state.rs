@@ -75,7 +75,11 @@ impl Engine {
             let slot = plan.arena.weight_slots[s];
             let mut copies = vec![self.to_home(slot, plan.host.weights + own.start, bytes)];
             let states = &shard.layout.states;
-            copies.push(self.to_home(slot + plan.arena.states_at[s], plan.host.states + states.start, states.end - states.start));
+            copies.push(self.to_home(
+                slot + plan.arena.states_at[s],
+                plan.host.states + states.start,
+                states.end - states.start,
+            ));
             if self.rings.moments_fetched {
                 for i in 0..plan.moments {
                     copies.push(self.to_home(plan.arena.moments[i][s], plan.host.moments[i] + own.start, bytes));
@@ -83,8 +87,10 @@ impl Engine {
             }
             copies.retain(|c| c.from.bytes > 0);
             let (reads, writes): (Vec<Span>, Vec<Span>) = copies.iter().map(|c| (c.from, c.to)).unzip();
-            let name = TaskName { what: What::SpillState, model: self.options.model, shard: s as u16, microbatch: None };
-            let order = Order { lane: self.lanes.d2h, task: Task::Copy(copies), name, step: u64::MAX, deadline: self.sequence };
+            let name =
+                TaskName { what: What::SpillState, model: self.options.model, shard: s as u16, microbatch: None };
+            let order =
+                Order { lane: self.lanes.d2h, task: Task::Copy(copies), name, step: u64::MAX, deadline: self.sequence };
             self.queue.add(order, &reads, &writes);
         }
         self.wait_idle()
@@ -98,7 +104,11 @@ impl Engine {
     pub(super) fn stage(&mut self, step: u64, inputs: &[&[u8]]) -> Result<()> {
         let graph = &self.model.train;
         if inputs.len() != graph.inputs.len() {
-            return Err(Error::bad(format!("step {step}: {} inputs, the model takes {}", inputs.len(), graph.inputs.len())));
+            return Err(Error::bad(format!(
+                "step {step}: {} inputs, the model takes {}",
+                inputs.len(),
+                graph.inputs.len()
+            )));
         }
         if !self.device.computes() {
             return Ok(());

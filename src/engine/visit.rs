@@ -6,7 +6,9 @@
 use super::queue::Order;
 use super::rings::Place;
 use super::{Engine, EngineOptions, StepInput};
-use crate::device::{AdamwRule, Clip, CopySpan, Memory, Norm, Run, Scalars, Segment, SgdRule, Span, Task, Update, UpdateRule};
+use crate::device::{
+    AdamwRule, Clip, CopySpan, Memory, Norm, Run, Scalars, Segment, SgdRule, Span, Task, Update, UpdateRule,
+};
 use crate::graph::{AREAS, Area, Program};
 use crate::spill::{BoundaryTier, Model, Plan};
 use crate::trace::{TaskName, What};
@@ -49,8 +51,11 @@ struct Borrow {
 
 impl Tables {
     pub fn new(model: &Model, plan: &Plan, options: &EngineOptions) -> Self {
-        let owner_of = |flat: u64| plan.shards.iter().position(|s| s.layout.own.contains(&flat)).expect("every parameter has an owner");
-        let segments = plan.shards.iter().map(|s| model.segments(&s.layout.own, |p| options.decays[p]).into()).collect();
+        let owner_of = |flat: u64| {
+            plan.shards.iter().position(|s| s.layout.own.contains(&flat)).expect("every parameter has an owner")
+        };
+        let segments =
+            plan.shards.iter().map(|s| model.segments(&s.layout.own, |p| options.decays[p]).into()).collect();
         let mut joins: Vec<Vec<Join>> = vec![Vec::new(); plan.shards.len()];
         let mut borrows: Vec<Vec<Borrow>> = vec![Vec::new(); plan.shards.len()];
         for (user, shard) in plan.shards.iter().enumerate() {
@@ -75,7 +80,13 @@ impl Tables {
 pub(super) fn any_rule(moments: usize) -> UpdateRule {
     match moments {
         2 => UpdateRule::Adamw(AdamwRule { update: 1, lr: 0.0, betas: (0.9, 0.999), epsilon: 1e-8, weight_decay: 0.0 }),
-        n => UpdateRule::Sgd(SgdRule { update: 1, lr: 0.0, momentum: if n > 0 { 0.9 } else { 0.0 }, nesterov: false, weight_decay: 0.0 }),
+        n => UpdateRule::Sgd(SgdRule {
+            update: 1,
+            lr: 0.0,
+            momentum: if n > 0 { 0.9 } else { 0.0 },
+            nesterov: false,
+            weight_decay: 0.0,
+        }),
     }
 }
 
@@ -182,7 +193,16 @@ impl Engine {
     }
 
     /// Makes the compute task of one microbatch of a visit, with the copies of its boundary tensors.
-    fn microbatch(&mut self, s: usize, m: usize, pass: Pass, program: &Arc<Program>, slot: usize, gradient_slot: usize, context: Context) {
+    fn microbatch(
+        &mut self,
+        s: usize,
+        m: usize,
+        pass: Pass,
+        program: &Arc<Program>,
+        slot: usize,
+        gradient_slot: usize,
+        context: Context,
+    ) {
         let plan = Arc::clone(&self.plan);
         let (last, step) = (s + 1 == plan.shards.len(), context.step);
         let mut bases = [0; AREAS];
@@ -195,7 +215,11 @@ impl Engine {
         set(Area::Workspace, plan.arena.workspace);
         reads[0] = Some(set(Area::Weights, plan.arena.weight_slots[slot]));
         let states = set(Area::States, plan.arena.weight_slots[slot] + plan.arena.states_at[s]);
-        if pass == Pass::Evaluate { reads[1] = Some(states) } else { writes[0] = Some(states) }
+        if pass == Pass::Evaluate {
+            reads[1] = Some(states)
+        } else {
+            writes[0] = Some(states)
+        }
         if pass == Pass::Backward {
             writes[1] = Some(set(Area::Gradients, plan.arena.gradient_slots[gradient_slot]));
         }
@@ -228,7 +252,8 @@ impl Engine {
         }
         if pass == Pass::Evaluate && last && program.bytes(Area::ActivationOut) > 0 {
             // Logits are handed on to nobody: they lie over the workspace's end, where the map of an evaluation leaves room.
-            let at = plan.arena.workspace + crate::base::align_up(program.bytes(Area::Workspace), crate::graph::ALIGNMENT);
+            let at =
+                plan.arena.workspace + crate::base::align_up(program.bytes(Area::Workspace), crate::graph::ALIGNMENT);
             bases[Area::ActivationOut as usize] = at;
             writes[4] = Some(self.arena(at, program.bytes(Area::ActivationOut)));
         }
@@ -306,7 +331,18 @@ impl Engine {
         Span { memory: Memory::Host, offset, bytes }
     }
 
-    fn add(&mut self, lane: u16, what: What, s: usize, m: Option<usize>, step: u64, deadline: u64, task: Task, reads: &[Span], writes: &[Span]) {
+    fn add(
+        &mut self,
+        lane: u16,
+        what: What,
+        s: usize,
+        m: Option<usize>,
+        step: u64,
+        deadline: u64,
+        task: Task,
+        reads: &[Span],
+        writes: &[Span],
+    ) {
         let microbatch = m.filter(|_| self.model.microbatches > 1).map(|m| m as u16);
         let name = TaskName { what, model: self.options.model, shard: s as u16, microbatch };
         self.queue.add(Order { lane, task, name, step, deadline }, reads, writes);
@@ -342,9 +378,13 @@ impl Engine {
         };
         let base = arena.weight_slots[slot];
         let own = shard.own.end - shard.own.start;
-        let mut spans = vec![CopySpan { from: self.store(host.weights + shard.own.start, own), to: self.arena(base, own) }];
+        let mut spans =
+            vec![CopySpan { from: self.store(host.weights + shard.own.start, own), to: self.arena(base, own) }];
         for b in &self.visits.borrows[s] {
-            spans.push(CopySpan { from: self.store(host.weights + b.flat, b.bytes), to: self.arena(base + b.at, b.bytes) });
+            spans.push(CopySpan {
+                from: self.store(host.weights + b.flat, b.bytes),
+                to: self.arena(base + b.at, b.bytes),
+            });
         }
         let states = shard.states.end - shard.states.start;
         spans.push(CopySpan {
@@ -466,7 +506,8 @@ impl Engine {
             let moments = [0, 1].map(|i| plan.arena.moments[i].get(s).map(|&at| self.arena(at, bytes)));
             (self.arena(plan.arena.weight_slots[s], bytes), moments)
         } else {
-            let moments = [0, 1].map(|i| (i < plan.moments).then(|| self.store(plan.host.moments[i] + own.start, bytes)));
+            let moments =
+                [0, 1].map(|i| (i < plan.moments).then(|| self.store(plan.host.moments[i] + own.start, bytes)));
             (self.store(plan.host.weights + own.start, bytes), moments)
         };
         let gradient = Span { bytes, ..self.gradients(s) };
@@ -533,7 +574,10 @@ impl Engine {
         let plan = Arc::clone(&self.plan);
         let parity = (step % 2) as usize;
         let bytes = 4 * self.model.microbatches as u64;
-        let mut spans = vec![CopySpan { from: self.arena(plan.arena.losses[parity], bytes), to: self.store(plan.host.losses[parity], bytes) }];
+        let mut spans = vec![CopySpan {
+            from: self.arena(plan.arena.losses[parity], bytes),
+            to: self.store(plan.host.losses[parity], bytes),
+        }];
         if plan.choice.resident {
             let norms = self.norms(step);
             spans.push(CopySpan { from: norms, to: self.store(plan.host.norms[parity], norms.bytes) });

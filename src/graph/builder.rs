@@ -99,7 +99,11 @@ impl Builder {
         self.open = true;
         let rows = Shape::from([x.rows()]);
         let one = Shape::from([1]);
-        let outputs = self.node(Op::CrossEntropy, vec![logits, labels], vec![(one, self.float), (rows.clone(), self.float), (rows, self.float)]);
+        let outputs = self.node(
+            Op::CrossEntropy,
+            vec![logits, labels],
+            vec![(one, self.float), (rows.clone(), self.float), (rows, self.float)],
+        );
         self.open = false;
         let outputs = outputs?;
         self.graph.layers.last_mut().expect("the logits are its output").output = None;
@@ -298,7 +302,9 @@ impl Builder {
         if all == 0 || packed % all != 0 {
             return Err(Error::bad(format!(
                 "attention: qkv is {}, not a multiple of {} heads + 2 x {}",
-                self.shape(qkv), options.heads, options.kv_heads
+                self.shape(qkv),
+                options.heads,
+                options.kv_heads
             )));
         }
         self.attention_node(vec![qkv], mask, [b, t, t, packed / all], options)
@@ -308,11 +314,22 @@ impl Builder {
     ///
     /// # Errors
     /// When the shapes do not agree.
-    pub fn attention(&mut self, q: Value, k: Value, v: Value, mask: Option<Value>, options: AttentionOptions) -> Result<Value> {
+    pub fn attention(
+        &mut self,
+        q: Value,
+        k: Value,
+        v: Value,
+        mask: Option<Value>,
+        options: AttentionOptions,
+    ) -> Result<Value> {
         let [b, tq, c] = self.axes("attention: q", q)?;
         let [_, tk, _] = self.axes("attention: k", k)?;
         if options.heads == 0 || c % options.heads != 0 {
-            return Err(Error::bad(format!("attention: q is {}, not a multiple of {} heads", self.shape(q), options.heads)));
+            return Err(Error::bad(format!(
+                "attention: q is {}, not a multiple of {} heads",
+                self.shape(q),
+                options.heads
+            )));
         }
         let width = c / options.heads;
         self.expect_shape("attention: k", k, &[b, tk, options.kv_heads * width])?;
@@ -350,7 +367,8 @@ impl Builder {
             dropout: (dropout > 0.0 && self.mode == Mode::Training).then_some((dropout, stream)),
         };
         inputs.extend(mask);
-        let outputs = vec![(Shape::from([b, tq, heads * width]), self.float), (Shape::from([b, heads, tq]), self.float)];
+        let outputs =
+            vec![(Shape::from([b, tq, heads * width]), self.float), (Shape::from([b, heads, tq]), self.float)];
         Ok(self.node(Op::Attention(kind), inputs, outputs)?[0])
     }
 
@@ -358,7 +376,14 @@ impl Builder {
     ///
     /// # Errors
     /// When the channels differ, the stride is 0, or the kernel is larger than the padded image.
-    pub fn conv2d(&mut self, x: Value, weight: Value, bias: Option<Value>, stride: usize, padding: usize) -> Result<Value> {
+    pub fn conv2d(
+        &mut self,
+        x: Value,
+        weight: Value,
+        bias: Option<Value>,
+        stride: usize,
+        padding: usize,
+    ) -> Result<Value> {
         let [n, c, h, w] = self.axes("conv2d: x", x)?;
         let [o, wc, kh, kw] = self.axes("conv2d: weight", weight)?;
         let window = Window { kernel: [kh, kw], stride, padding };
@@ -394,7 +419,9 @@ impl Builder {
             return self.one(Op::BatchNormEval { epsilon }, vec![x, weight, bias, running_mean, running_var], shape);
         }
         if count == 1 {
-            return Err(Error::bad(format!("batchnorm {name}: x is {shape}, one value a channel; training needs more")));
+            return Err(Error::bad(format!(
+                "batchnorm {name}: x is {shape}, one value a channel; training needs more"
+            )));
         }
         let stat = (Shape::from(c), self.float);
         let outputs = vec![(shape, self.float), stat.clone(), stat.clone(), stat];
@@ -450,7 +477,12 @@ impl Builder {
         let shape = shape.into();
         let info = self.graph.info(x);
         if info.shape.elems() != shape.elems() {
-            return Err(Error::bad(format!("reshape: {} has {} elements, {shape} has {}", info.shape, info.shape.elems(), shape.elems())));
+            return Err(Error::bad(format!(
+                "reshape: {} has {} elements, {shape} has {}",
+                info.shape,
+                info.shape.elems(),
+                shape.elems()
+            )));
         }
         let (root, dtype) = (self.graph.root(x), info.dtype);
         Ok(self.value(shape, dtype, Source::View(root)))

@@ -164,7 +164,9 @@ impl Sweep<'_> {
         let fits = match self.graph.info(root).source {
             Source::Node { node, output } => {
                 let read = accumulates
-                    && self.graph.nodes[self.graph.forward_nodes..].iter().any(|n| n.inputs.iter().any(|&v| self.graph.root(v) == root));
+                    && self.graph.nodes[self.graph.forward_nodes..]
+                        .iter()
+                        .any(|n| n.inputs.iter().any(|&v| self.graph.root(v) == root));
                 let taken = self.graph.parameter_gradients.iter().any(|p| p.value == root)
                     || self.graph.input_gradients[layer] == Some(root);
                 let op = &self.graph.nodes[node].op;
@@ -187,7 +189,9 @@ impl Sweep<'_> {
 /// Removes backward nodes none of whose outputs is used.
 fn drop_unused(graph: &mut Graph) {
     let mut used = vec![false; graph.values.len()];
-    for value in graph.parameter_gradients.iter().map(|p| p.value).chain(graph.input_gradients.iter().flatten().copied()) {
+    for value in
+        graph.parameter_gradients.iter().map(|p| p.value).chain(graph.input_gradients.iter().flatten().copied())
+    {
         used[value.0 as usize] = true;
     }
     let mut keep = vec![true; graph.nodes.len()];

@@ -158,7 +158,8 @@ impl<'a> Slice<'a> {
         let layers = shard.layers.clone();
         let forward: Vec<usize> = graph.forward_of(layers.clone()).collect();
         let backward: Vec<usize> = graph.backward_of(layers).collect();
-        let mut slice = Slice { graph, model, shard, kind, sequence: Vec::new(), saved: HashMap::new(), inputs: Vec::new() };
+        let mut slice =
+            Slice { graph, model, shard, kind, sequence: Vec::new(), saved: HashMap::new(), inputs: Vec::new() };
         let needed = slice.needed_again(&forward, &backward);
         match kind {
             Kind::Forward { .. } => slice.sequence.extend(forward.iter().map(|&n| (n, 0))),
@@ -281,7 +282,10 @@ impl<'a> Slice<'a> {
             }
             for (output, &value) in node.outputs.iter().enumerate() {
                 let key = (value, instance);
-                if node.op.output_is_optional(output) && !read_later.contains_key(&key) && !self.saved.contains_key(&value) {
+                if node.op.output_is_optional(output)
+                    && !read_later.contains_key(&key)
+                    && !self.saved.contains_key(&value)
+                {
                     continue;
                 }
                 if let Some(place) = self.fixed(key) {
@@ -303,7 +307,8 @@ impl<'a> Slice<'a> {
         let (offsets, _) = place(&workspace.buffers);
         let locate = |value: Value, instance: u8| -> Option<Buffer> {
             let key = (self.graph.root(value), instance);
-            let (area, offset) = fixed.get(&key).copied().or_else(|| workspace.of.get(&key).map(|&b| (Area::Workspace, offsets[b])))?;
+            let (area, offset) =
+                fixed.get(&key).copied().or_else(|| workspace.of.get(&key).map(|&b| (Area::Workspace, offsets[b])))?;
             let info = self.graph.info(value);
             Some(Buffer { area, offset, shape: info.shape.clone(), dtype: info.dtype })
         };
@@ -312,8 +317,11 @@ impl<'a> Slice<'a> {
             .enumerate()
             .map(|(at, &(n, instance))| {
                 let node = &self.graph.nodes[n];
-                let mut inputs: Vec<Buffer> =
-                    node.inputs.iter().map(|&v| locate(v, instance).expect("an input is written before it is read")).collect();
+                let mut inputs: Vec<Buffer> = node
+                    .inputs
+                    .iter()
+                    .map(|&v| locate(v, instance).expect("an input is written before it is read"))
+                    .collect();
                 if swapped.contains(&at) {
                     inputs.swap(0, 1);
                 }
@@ -370,7 +378,9 @@ impl<'a> Slice<'a> {
     /// Copies into the saved area the boundary activation that backward reads too.
     fn save_handed_on(&self, steps: &mut Vec<Step>) {
         let Kind::Forward { keep: true } = self.kind else { return };
-        let Some(output) = self.graph.layers[self.shard.layers.end - 1].output.map(|v| self.graph.root(v)) else { return };
+        let Some(output) = self.graph.layers[self.shard.layers.end - 1].output.map(|v| self.graph.root(v)) else {
+            return;
+        };
         let Some(&offset) = self.saved.get(&output) else { return };
         let info = self.graph.info(output);
         let from = Buffer { area: Area::ActivationOut, offset: 0, shape: info.shape.clone(), dtype: info.dtype };

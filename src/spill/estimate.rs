@@ -34,7 +34,11 @@ pub fn estimate_secs(model: &Model, shards: &[ShardPrograms], choice: &Choice, c
         }
         let ready = if hit { 0.0 } else { h2d };
         let backward = u + 1 >= n;
-        let room = if backward && left.len() >= choice.gradient_slots { left[left.len() - choice.gradient_slots] } else { 0.0 };
+        let room = if backward && left.len() >= choice.gradient_slots {
+            left[left.len() - choice.gradient_slots]
+        } else {
+            0.0
+        };
         compute = compute.max(ready).max(room) + secs;
         ends.push(compute);
         if backward {

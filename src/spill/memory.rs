@@ -166,7 +166,17 @@ pub fn arena_map(model: &Model, shards: &[ShardPrograms], choice: &Choice, momen
     let workspace_bytes = shards.iter().map(ShardPrograms::workspace_bytes).max().unwrap_or(0);
     let workspace = tape.take(workspace_bytes);
     ArenaMap {
-        losses, norms, inputs, weight_slots, states_at, gradient_slots, moments, activations, gradients, saved, workspace,
+        losses,
+        norms,
+        inputs,
+        weight_slots,
+        states_at,
+        gradient_slots,
+        moments,
+        activations,
+        gradients,
+        saved,
+        workspace,
         bytes: tape.end,
     }
 }

@@ -28,11 +28,13 @@ impl Model {
         if let Some(eval) = &eval {
             let names = |g: &Graph| g.parameters.iter().map(|p| (p.name.clone(), p.layers.clone())).collect::<Vec<_>>();
             let states = |g: &Graph| g.states.iter().map(|s| s.name.clone()).collect::<Vec<_>>();
-            let inputs = |g: &Graph| g.inputs.iter().map(|i| (i.name.clone(), i.shape.clone(), i.dtype)).collect::<Vec<_>>();
+            let inputs =
+                |g: &Graph| g.inputs.iter().map(|i| (i.name.clone(), i.shape.clone(), i.dtype)).collect::<Vec<_>>();
             if inputs(&train) != inputs(eval) {
                 return Err(Error::bad("the evaluation graph reads other inputs than the training graph"));
             }
-            if names(&train) != names(eval) || states(&train) != states(eval) || train.layers.len() != eval.layers.len() {
+            if names(&train) != names(eval) || states(&train) != states(eval) || train.layers.len() != eval.layers.len()
+            {
                 return Err(Error::bad("the evaluation graph has other layers or parameters than the training graph"));
             }
         }

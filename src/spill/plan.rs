@@ -97,7 +97,8 @@ impl Plan {
         for cut in cuts(model, options, &CostModel::stated(1e11, 2e10, 1e10))? {
             search.try_cut(&cut);
         }
-        let smallest = search.smallest.expect("every model has the cut into its layers, and each cut a smallest choice");
+        let smallest =
+            search.smallest.expect("every model has the cut into its layers, and each cut a smallest choice");
         match search.best {
             Some(mut plan) => {
                 plan.smallest_device_bytes = smallest.arena.bytes;
@@ -107,7 +108,9 @@ impl Plan {
                     return Err(Error::OutOfBudget {
                         message: format!(
                             "the host's store needs {} ({} bytes), its budget is {} ({budget} bytes)",
-                            format_bytes(plan.host.bytes), plan.host.bytes, format_bytes(budget)
+                            format_bytes(plan.host.bytes),
+                            plan.host.bytes,
+                            format_bytes(budget)
                         ),
                         smallest_device_bytes: smallest.arena.bytes,
                     });
@@ -236,11 +239,8 @@ impl Search<'_> {
                 }
                 let tier = |entries| if stay { BoundaryTier::Device } else { BoundaryTier::Host { entries } };
                 // Single entries leave no room to copy beside the arithmetic: small, and only for small budgets.
-                let depths: &[(usize, usize, usize, usize)] = if !deep {
-                    &[(1, 2, 2, 1)]
-                } else {
-                    &[(1, 2, 2, 1), (2, 3, 3, 2)]
-                };
+                let depths: &[(usize, usize, usize, usize)] =
+                    if !deep { &[(1, 2, 2, 1)] } else { &[(1, 2, 2, 1), (2, 3, 3, 2)] };
                 for &(gradient_slots, activations, gradients, input_entries) in depths {
                     choices.push(Choice {
                         resident,
@@ -260,7 +260,15 @@ impl Search<'_> {
         let arena = arena_map(self.model, &shards, choice, self.options.moments);
         let host = host_map(self.model, &shards, choice, self.options.moments);
         let estimated_secs = estimate_secs(self.model, &shards, choice, self.cost);
-        Plan { arena, host, choice: choice.clone(), moments: self.options.moments, smallest_device_bytes: 0, estimated_secs, shards }
+        Plan {
+            arena,
+            host,
+            choice: choice.clone(),
+            moments: self.options.moments,
+            smallest_device_bytes: 0,
+            estimated_secs,
+            shards,
+        }
     }
 
     fn fits(&self, plan: &Plan) -> bool {
@@ -315,7 +323,11 @@ fn refusal(smallest: &Plan, options: &PlanOptions) -> Error {
         format_bytes(needs),
         format_bytes(budget)
     );
-    message += &format!("  the smallest plan has {} shards and {} weight slots:\n", smallest.shards.len(), smallest.arena.weight_slots.len());
+    message += &format!(
+        "  the smallest plan has {} shards and {} weight slots:\n",
+        smallest.shards.len(),
+        smallest.arena.weight_slots.len()
+    );
     for (what, bytes) in smallest.arena_table() {
         message += &format!("  {what:<26} {bytes:>14} bytes  {:>12}\n", format_bytes(bytes));
     }

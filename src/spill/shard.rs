@@ -1,8 +1,8 @@
 //! A shard's programs, and what they cost.
 
 use super::model::Model;
-use crate::device::sim::CostModel;
 use crate::base::align_up;
+use crate::device::sim::CostModel;
 use crate::graph::{ALIGNMENT, Area, Kind, Program, ShardLayout};
 use std::ops::Range;
 use std::sync::Arc;
@@ -53,7 +53,10 @@ impl ShardPrograms {
 
     /// Bytes of workspace of the program that needs most. The logits of an evaluation lie behind the workspace.
     pub fn workspace_bytes(&self) -> u64 {
-        let logits = |p: &Arc<Program>| match self.forward.is_none() && p.bytes(Area::ActivationOut) > 0 && self.boundary_bytes == 0 {
+        let logits = |p: &Arc<Program>| match self.forward.is_none()
+            && p.bytes(Area::ActivationOut) > 0
+            && self.boundary_bytes == 0
+        {
             true => align_up(p.bytes(Area::Workspace), ALIGNMENT) + p.bytes(Area::ActivationOut),
             false => p.bytes(Area::Workspace),
         };

@@ -147,8 +147,19 @@ mod tests {
 
     fn step(step: u64, loss: f32) -> Row {
         Row::Step(StepRow {
-            step, loss, lr: 1e-3, grad_norm: 0.5, tokens_per_sec: Some(10.0), samples_per_sec: None, secs: 1.0, compute_secs: 0.5,
-            h2d_secs: 0.25, d2h_secs: 0.0, host_secs: 0.0, disk_secs: 0.0, idle_secs: 0.25,
+            step,
+            loss,
+            lr: 1e-3,
+            grad_norm: 0.5,
+            tokens_per_sec: Some(10.0),
+            samples_per_sec: None,
+            secs: 1.0,
+            compute_secs: 0.5,
+            h2d_secs: 0.25,
+            d2h_secs: 0.0,
+            host_secs: 0.0,
+            disk_secs: 0.0,
+            idle_secs: 0.25,
         })
     }
 

@@ -35,7 +35,13 @@ pub enum Optimizer {
 
 impl Default for Optimizer {
     fn default() -> Self {
-        Optimizer::Adamw { lr: 1e-3, betas: (0.9, 0.999), epsilon: 1e-8, weight_decay: 0.01, decay_matrices_only: false }
+        Optimizer::Adamw {
+            lr: 1e-3,
+            betas: (0.9, 0.999),
+            epsilon: 1e-8,
+            weight_decay: 0.01,
+            decay_matrices_only: false,
+        }
     }
 }
 
@@ -175,7 +181,13 @@ mod tests {
         assert!(Optimizer::default().check().is_ok());
         let bad = Optimizer::Sgd { lr: f64::NAN, momentum: 0.0, nesterov: false, weight_decay: 0.0 };
         assert_eq!(bad.check().unwrap_err().to_string(), "optimizer: lr is NaN, want 0 or more");
-        let bad = Optimizer::Adamw { lr: 1.0, betas: (0.9, 1.0), epsilon: 0.0, weight_decay: 0.0, decay_matrices_only: false };
+        let bad = Optimizer::Adamw {
+            lr: 1.0,
+            betas: (0.9, 1.0),
+            epsilon: 0.0,
+            weight_decay: 0.0,
+            decay_matrices_only: false,
+        };
         assert!(bad.check().unwrap_err().to_string().contains("beta2 is 1"));
     }
 }

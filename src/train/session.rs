@@ -171,7 +171,8 @@ impl Session {
     ) -> Result<Session> {
         options.optimizer.check()?;
         let spec = HostSpec { arena_bytes: plan.arena.bytes, ..options.device.clone() };
-        let config = HostConfig { devices: vec![spec], host_bytes: plan.host.bytes, poison: options.poison, withhold: None };
+        let config =
+            HostConfig { devices: vec![spec], host_bytes: plan.host.bytes, poison: options.poison, withhold: None };
         let device = Box::new(HostDevice::new(&config)?);
         let decays = model.train.parameters.iter().map(|p| options.optimizer.decays(p.shape.axes().len())).collect();
         let patience_secs = options.patience_secs;
@@ -300,7 +301,10 @@ impl Session {
 /// The batch's tensors in the order of the graph's inputs.
 fn inputs<'a>(names: &[String], batch: &'a Batch) -> Result<Vec<&'a [u8]>> {
     let of = |name: &String| {
-        batch.get(name).map(|t| t.bytes()).ok_or_else(|| Error::bad(format!("the batch lacks {name}, which the model reads")))
+        batch
+            .get(name)
+            .map(|t| t.bytes())
+            .ok_or_else(|| Error::bad(format!("the batch lacks {name}, which the model reads")))
     };
     names.iter().map(of).collect()
 }

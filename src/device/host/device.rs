@@ -102,7 +102,8 @@ impl HostDevice {
         for (index, lane) in self.lanes.clone().into_iter().enumerate() {
             // The host's arithmetic runs on the first device's cores.
             let device = if lane.is_host() { 0 } else { lane.device as usize };
-            let (pool, cores) = pools.get(device).cloned().ok_or_else(|| Error::bad("a host device needs at least one device"))?;
+            let (pool, cores) =
+                pools.get(device).cloned().ok_or_else(|| Error::bad("a host device needs at least one device"))?;
             let copies = matches!(lane.kind, LaneKind::HostToDevice | LaneKind::DeviceToHost);
             let rate = config.devices[device].link_bytes_per_sec.filter(|_| copies);
             let (sender, orders) = channel();

@@ -2,8 +2,8 @@
 
 use super::lanes::Shared;
 use super::memory::Block;
-use super::optimizer::{self, AdamwStep, SgdStep};
 use super::ops::run_step;
+use super::optimizer::{self, AdamwStep, SgdStep};
 use super::real::Real;
 use crate::base::Result;
 use crate::device::{Clip, CopySpan, Memory, Norm, Run, Span, Task, Update, UpdateRule};

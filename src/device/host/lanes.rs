@@ -134,8 +134,13 @@ impl Lane {
             }
             let secs = |t: Instant| t.duration_since(self.shared.start).as_secs_f64();
             let failed = result.is_err();
-            let completion =
-                Completion { ticket, start_secs: secs(began), end_secs: secs(Instant::now()), result, not_finite_layer };
+            let completion = Completion {
+                ticket,
+                start_secs: secs(began),
+                end_secs: secs(Instant::now()),
+                result,
+                not_finite_layer,
+            };
             if self.withhold == Some(ticket.number) {
                 return;
             }

@@ -2,15 +2,16 @@
 
 use super::memory::Block;
 use super::real::Real;
+use super::strided::{Rows, RowsMut};
 use super::{
-    activation, attention, batchnorm, conv, cross_entropy, elementwise, embedding, linear, norm, optimizer, pool, transpose,
+    activation, attention, batchnorm, conv, cross_entropy, elementwise, embedding, linear, norm, optimizer, pool,
+    transpose,
 };
 use crate::device::Scalars;
 use crate::graph::{AREAS, AttentionKind, Buffer, Op, Step, Window};
 use batchnorm::BatchnormSizes;
 use conv::ConvSizes;
 use pool::PoolSizes;
-use super::strided::{Rows, RowsMut};
 
 /// An op's operands in the arena.
 struct Operands<'a> {
@@ -69,7 +70,13 @@ impl<'a> Operands<'a> {
 }
 
 /// Runs one op. With `check`, tells whether output 0 is finite; otherwise true.
-pub(super) fn run_step<T: Real>(step: &Step, arena: &Block, bases: &[u64; AREAS], scalars: &Scalars, check: bool) -> bool {
+pub(super) fn run_step<T: Real>(
+    step: &Step,
+    arena: &Block,
+    bases: &[u64; AREAS],
+    scalars: &Scalars,
+    check: bool,
+) -> bool {
     let o = Operands { step, arena, bases };
     body::<T>(&o, scalars);
     !(check && step.ends_layer) || optimizer::is_finite(o.output::<T>(0))
@@ -95,7 +102,16 @@ fn body<T: Real>(o: &Operands, scalars: &Scalars) {
             let (rows, inputs) = o.rows_cols(0);
             let bias = (o.step.inputs.len() > 2).then(|| o.input(2));
             linear::forward::<T>(
-                o.output(0), o.optional_output(1), o.input(0), o.input(1), bias, *activation, *layout, rows, inputs, o.out_cols(),
+                o.output(0),
+                o.optional_output(1),
+                o.input(0),
+                o.input(1),
+                bias,
+                *activation,
+                *layout,
+                rows,
+                inputs,
+                o.out_cols(),
             );
         }
         Op::LinearGradInput { layout } => {
@@ -119,12 +135,32 @@ fn body<T: Real>(o: &Operands, scalars: &Scalars) {
         }
         Op::LayerNorm { epsilon } => {
             let (rows, cols) = o.rows_cols(0);
-            norm::forward::<T>(o.output(0), o.output(1), o.output(2), o.input(0), o.input(1), o.input(2), rows, cols, *epsilon);
+            norm::forward::<T>(
+                o.output(0),
+                o.output(1),
+                o.output(2),
+                o.input(0),
+                o.input(1),
+                o.input(2),
+                rows,
+                cols,
+                *epsilon,
+            );
         }
         Op::LayerNormGrad => {
             let (rows, cols) = o.rows_cols(1);
             norm::grad::<T>(
-                o.output(0), o.output(1), o.output(2), o.input(0), o.input(1), o.input(2), o.input(3), o.input(4), accumulate, rows, cols,
+                o.output(0),
+                o.output(1),
+                o.output(2),
+                o.input(0),
+                o.input(1),
+                o.input(2),
+                o.input(3),
+                o.input(4),
+                accumulate,
+                rows,
+                cols,
             );
         }
         Op::Attention(kind) => attention_forward::<T>(o, kind, scalars),
@@ -137,7 +173,15 @@ fn body<T: Real>(o: &Operands, scalars: &Scalars) {
         }
         Op::CrossEntropyGrad => {
             let (rows, cols) = o.rows_cols(0);
-            cross_entropy::grad::<T>(o.output(0), o.unless_in_place(0), o.input(1), o.input(2), scalars.loss_scale, rows, cols);
+            cross_entropy::grad::<T>(
+                o.output(0),
+                o.unless_in_place(0),
+                o.input(1),
+                o.input(2),
+                scalars.loss_scale,
+                rows,
+                cols,
+            );
         }
         Op::Conv2d(window) => {
             let bias = (o.step.inputs.len() > 2).then(|| o.input(2));
@@ -160,7 +204,15 @@ fn body<T: Real>(o: &Operands, scalars: &Scalars) {
         Op::BatchNorm { epsilon } => {
             let sizes = batchnorm_sizes(o.in_axes(0));
             batchnorm::forward_train::<T>(
-                o.output(0), o.output(1), o.output(3), o.output(2), o.input(0), o.input(1), o.input(2), &sizes, *epsilon,
+                o.output(0),
+                o.output(1),
+                o.output(3),
+                o.output(2),
+                o.input(0),
+                o.input(1),
+                o.input(2),
+                &sizes,
+                *epsilon,
             );
         }
         Op::UpdateRunning { momentum, count } => {
@@ -174,13 +226,29 @@ fn body<T: Real>(o: &Operands, scalars: &Scalars) {
         Op::BatchNormEval { epsilon } => {
             let sizes = batchnorm_sizes(o.in_axes(0));
             batchnorm::forward_eval::<T>(
-                o.output(0), o.input(0), o.input(1), o.input(2), o.input(3), o.input(4), &sizes, *epsilon,
+                o.output(0),
+                o.input(0),
+                o.input(1),
+                o.input(2),
+                o.input(3),
+                o.input(4),
+                &sizes,
+                *epsilon,
             );
         }
         Op::BatchNormGrad => {
             let sizes = batchnorm_sizes(o.in_axes(1));
             batchnorm::grad::<T>(
-                o.output(0), o.output(1), o.output(2), o.input(0), o.input(1), o.input(2), o.input(3), o.input(4), accumulate, &sizes,
+                o.output(0),
+                o.output(1),
+                o.output(2),
+                o.input(0),
+                o.input(1),
+                o.input(2),
+                o.input(3),
+                o.input(4),
+                accumulate,
+                &sizes,
             );
         }
         Op::MaxPool(window) => {
@@ -222,7 +290,19 @@ fn conv_sizes(window: &Window, x: &[usize], out: &[usize]) -> ConvSizes {
     };
     let [kernel_h, kernel_w] = window.kernel;
     let Window { stride, padding, .. } = *window;
-    ConvSizes { batch, in_channels, height, width, out_channels, kernel_h, kernel_w, stride, padding, out_height, out_width }
+    ConvSizes {
+        batch,
+        in_channels,
+        height,
+        width,
+        out_channels,
+        kernel_h,
+        kernel_w,
+        stride,
+        padding,
+        out_height,
+        out_width,
+    }
 }
 
 fn pool_sizes(window: &Window, x: &[usize], out: &[usize]) -> PoolSizes {
@@ -239,10 +319,16 @@ fn batchnorm_sizes(x: &[usize]) -> BatchnormSizes {
 }
 
 /// Attention's inputs, which begin at operand `first`.
-fn attention_inputs<'a, T: Real>(o: &Operands<'a>, kind: &AttentionKind, first: usize, scalars: &Scalars) -> attention::Inputs<'a, T> {
+fn attention_inputs<'a, T: Real>(
+    o: &Operands<'a>,
+    kind: &AttentionKind,
+    first: usize,
+    scalars: &Scalars,
+) -> attention::Inputs<'a, T> {
     let AttentionKind { heads, kv_heads, width, packed, .. } = *kind;
     let q_axes = o.in_axes(first);
-    let rows = |operand: usize, offset: usize| Rows { data: o.input::<T>(operand), offset, stride: o.in_axes(operand)[2] };
+    let rows =
+        |operand: usize, offset: usize| Rows { data: o.input::<T>(operand), offset, stride: o.in_axes(operand)[2] };
     let (q, k, v, keys, tensors) = if packed {
         let (k, v) = (heads * width, (heads + kv_heads) * width);
         (rows(first, 0), rows(first, k), rows(first, v), q_axes[1], 1)

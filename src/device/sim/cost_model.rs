@@ -79,9 +79,8 @@ impl CostModel {
     /// The measured rate nearest in size, by ratio.
     fn gemm_rate(&self, cost: &Cost) -> f64 {
         let narrow = cost.gemm.iter().copied().min().unwrap_or(1).max(1) as f64;
-        let apart = |rate: &GemmRate| {
-            (rate.flops / cost.flops.max(1.0)).ln().abs() + 2.0 * (rate.narrow / narrow).ln().abs()
-        };
+        let apart =
+            |rate: &GemmRate| (rate.flops / cost.flops.max(1.0)).ln().abs() + 2.0 * (rate.narrow / narrow).ln().abs();
         let nearest = self.gemm.iter().min_by(|a, b| apart(a).total_cmp(&apart(b)));
         nearest.map_or(self.conv_flops_per_sec, |rate| rate.flops_per_sec)
     }

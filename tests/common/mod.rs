@@ -1,0 +1,154 @@
+//! What integration tests share: fixtures, small models, and a run that gives everything it computed.
+#![allow(dead_code, reason = "each test file uses its part")]
+
+use hydra::base::Result;
+use hydra::base::tensorfile::TensorFile;
+use hydra::data::{BatchesOptions, BatchesSource, Source};
+use hydra::device::sim::CostModel;
+use hydra::engine::Stored;
+use hydra::nn::{self, Pretrained};
+use hydra::spill::{Model, Plan};
+use hydra::train::{Observer, Session, StepReport, TrainOptions, Weights, inputs_of, plan_model, trace_model};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+/// A folder of `tests/fixtures`.
+pub fn fixture(case: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(case)
+}
+
+/// Everything that a run computed.
+#[derive(Debug, Default, PartialEq, Clone)]
+pub struct Outcome {
+    /// Bits of the losses.
+    pub losses: Vec<u32>,
+    /// Bits of the validation losses.
+    pub valid: Vec<u32>,
+    /// Bits of the norms.
+    pub norms: Vec<u64>,
+    /// Bits of weights, moments and running statistics by name.
+    pub tensors: BTreeMap<String, Vec<u32>>,
+}
+
+/// Collects losses.
+#[derive(Default)]
+pub struct Collect(pub Outcome);
+
+impl Observer for Collect {
+    fn step(&mut self, report: &StepReport) -> Result<()> {
+        self.0.losses.push(report.result.loss.to_bits());
+        self.0.norms.push(report.result.grad_norm.to_bits());
+        Ok(())
+    }
+
+    fn valid(&mut self, _: u64, loss: f32, _: f64) -> Result<()> {
+        self.0.valid.push(loss.to_bits());
+        Ok(())
+    }
+}
+
+/// A cost model that is the same everywhere.
+pub fn stated() -> CostModel {
+    CostModel::stated(1e11, 2e10, 1e10)
+}
+
+/// Runs a session to its end and collects what it computed. Asserts that the plan's peak is what the run touched.
+pub fn finish(mut session: Session) -> Result<Outcome> {
+    let mut collect = Collect::default();
+    session.run(&mut collect, &AtomicBool::new(false))?;
+    let engine = session.engine();
+    assert_eq!(engine.high_water_bytes(), engine.plan().arena.bytes, "predicted peak against touched bytes");
+    let mut outcome = collect.0;
+    let model: &Arc<Model> = engine.model();
+    let moments = engine.plan().moments;
+    let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+    for (i, p) in model.train.parameters.iter().enumerate() {
+        outcome.tensors.insert(p.name.clone(), bits(engine.read_parameter(Stored::Weight, i)));
+        for m in 0..moments {
+            outcome.tensors.insert(format!("{}.moment{m}", p.name), bits(engine.read_parameter(Stored::Moment(m), i)));
+        }
+    }
+    for (i, s) in model.train.states.iter().enumerate() {
+        outcome.tensors.insert(s.name.clone(), bits(engine.read_state(i)));
+    }
+    Ok(outcome)
+}
+
+/// One of the fixtures, ready to train.
+pub struct Case {
+    pub pretrained: Pretrained,
+    pub spec: serde_json::Value,
+    pub dir: PathBuf,
+}
+
+impl Case {
+    pub fn open(name: &str) -> Case {
+        let dir = fixture(name);
+        let text = std::fs::read_to_string(dir.join("case.json")).expect("case.json");
+        Case {
+            pretrained: nn::open(&dir.join("model")).expect("model"),
+            spec: serde_json::from_str(&text).expect("json"),
+            dir,
+        }
+    }
+
+    pub fn source(&self) -> Box<dyn Source> {
+        let shift_labels = self.pretrained.network.labels().shift;
+        let options = BatchesOptions { path: self.dir.join("batches.safetensors"), batch: None, shift_labels };
+        Box::new(BatchesSource::open(&options).expect("batches"))
+    }
+
+    /// The case's own hyper-parameters.
+    pub fn options(&self) -> TrainOptions {
+        let number = |key: &str| self.spec[key].as_f64().expect("a number");
+        let batch = self.source().spec().batch;
+        let optimizer = hydra::train::Optimizer::Adamw {
+            lr: number("lr"),
+            betas: (
+                self.spec["betas"][0].as_f64().expect("a number"),
+                self.spec["betas"][1].as_f64().expect("a number"),
+            ),
+            epsilon: number("eps"),
+            weight_decay: number("weight_decay"),
+            decay_matrices_only: false,
+        };
+        TrainOptions { batch, microbatch: batch, optimizer, poison: true, ..TrainOptions::new(number("steps") as u64) }
+    }
+
+    pub fn plan(&self, options: &TrainOptions) -> Result<(Arc<Model>, Arc<Plan>)> {
+        let inputs = inputs_of(self.source().as_ref());
+        let model = trace_model(self.pretrained.network.as_ref(), &inputs, options.batch, options.microbatch)?;
+        let plan = plan_model(&model, options, &stated())?;
+        Ok((Arc::new(model), Arc::new(plan)))
+    }
+
+    pub fn train(&self, options: &TrainOptions) -> Result<Outcome> {
+        let planned = self.plan(options)?;
+        let weights = Weights::Pretrained(&self.pretrained);
+        finish(Session::new(self.pretrained.network.as_ref(), weights, planned, self.source(), None, options.clone())?)
+    }
+
+    /// The values of a tensor of expected.safetensors.
+    pub fn expected(&self) -> BTreeMap<String, Vec<f32>> {
+        let bytes = std::fs::read(self.dir.join("expected.safetensors")).expect("expected");
+        let file = TensorFile::parse(&bytes, "expected").expect("expected parses");
+        file.tensors()
+            .map(|t| {
+                let values =
+                    t.bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().expect("4 bytes"))).collect();
+                (t.entry.name.clone(), values)
+            })
+            .collect()
+    }
+}
+
+/// |got - want| / |want|.
+pub fn distance(got: &[f32], want: &[f32]) -> f64 {
+    assert_eq!(got.len(), want.len());
+    let square = |x: f64| x * x;
+    let num: f64 = got.iter().zip(want).map(|(&a, &b)| square(f64::from(a) - f64::from(b))).sum();
+    let den: f64 = want.iter().map(|&b| square(f64::from(b))).sum();
+    (num / den.max(1e-30)).sqrt()
+}
