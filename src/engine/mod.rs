@@ -15,7 +15,7 @@ use crate::base::{Error, LaneId, LaneKind, Result};
 use crate::device::sim::{CostModel, SimDevice};
 use crate::device::{Device, UpdateRule};
 use crate::spill::{Model, Plan};
-use crate::trace::{Bound, Event, Recorder, StepAccount, What};
+use crate::trace::{Bound, Event, LaneSum, Recorder, StepAccount, What};
 use queue::Queue;
 use rings::Rings;
 use std::collections::VecDeque;
@@ -104,6 +104,8 @@ pub struct Engine {
     pending: VecDeque<Pending>,
     account: StepAccount,
     recorder: Option<Recorder>,
+    /// What ran on each lane since the start.
+    totals: Vec<LaneSum>,
     /// Compute tasks created so far.
     sequence: u64,
     last_step_end: f64,
@@ -150,6 +152,7 @@ impl Engine {
             pending: VecDeque::with_capacity(4),
             account,
             recorder: None,
+            totals: device.lanes().iter().map(|&lane| LaneSum::new(lane)).collect(),
             sequence: 0,
             last_step_end: 0.0,
             failed: false,
@@ -182,8 +185,8 @@ impl Engine {
     }
 
     /// Busy seconds, bytes and flops of each lane since the start.
-    pub fn lane_sums(&self) -> &[crate::trace::LaneSum] {
-        self.account.sums()
+    pub fn lane_sums(&self) -> &[LaneSum] {
+        &self.totals
     }
 
     /// The highest byte of the arena that any task has touched, plus one.
@@ -308,6 +311,11 @@ impl Engine {
             after: finished.after,
         };
         self.account.add(&event);
+        let total = &mut self.totals[completion.ticket.lane as usize];
+        total.tasks += 1;
+        total.busy_secs += event.secs();
+        total.bytes += event.bytes;
+        total.flops += event.flops;
         if let Some(recorder) = &mut self.recorder {
             recorder.record(&event);
         }

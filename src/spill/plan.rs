@@ -40,6 +40,8 @@ pub struct PlanOptions {
     pub moments: usize,
     /// A cut to use instead of searching.
     pub cut: Option<Vec<Range<usize>>>,
+    /// For each shard of `cut`, whether its forward is kept instead of recomputed.
+    pub kept: Option<Vec<bool>>,
     /// A cut rule to use instead of trying the balanced ones.
     pub rule: Option<CutRule>,
     /// Force state to stay on the device, or to leave it.
@@ -57,6 +59,7 @@ impl Default for PlanOptions {
             recompute: Recompute::Auto,
             moments: 2,
             cut: None,
+            kept: None,
             rule: None,
             resident: None,
             boundaries_stay: None,
@@ -208,6 +211,15 @@ impl Search<'_> {
         let build = |keep: bool| -> Vec<ShardPrograms> {
             cut.iter().map(|r| ShardPrograms::new(self.model, r.clone(), keep, twice)).collect()
         };
+        if let Some(keep) = &self.options.kept {
+            let of = |s: usize| keep.get(s).copied().unwrap_or(false);
+            let shards: Vec<ShardPrograms> =
+                cut.iter().enumerate().map(|(s, r)| ShardPrograms::new(self.model, r.clone(), of(s), twice)).collect();
+            for choice in self.choices(n) {
+                self.offer(shards.clone(), &choice);
+            }
+            return;
+        }
         let kept = (self.options.recompute != Recompute::Always).then(|| build(true));
         let again = (self.options.recompute != Recompute::Never || n == 1).then(|| build(false));
         for choice in self.choices(n) {
@@ -275,15 +287,24 @@ impl Search<'_> {
         self.options.device_budget.is_none_or(|budget| plan.arena.bytes <= budget)
     }
 
-    /// Keeps a plan if it is the best so far: the fastest that fits, and among equals the smallest.
+    /// Keeps a plan if it is the best so far. What fits whole is left at rest, with the fewest shards; else the fastest wins, and among
+    /// equals the one with fewer shards, then fewer bytes.
     fn offer(&mut self, shards: Vec<ShardPrograms>, choice: &Choice) {
         let plan = self.plan(shards, choice);
         if self.smallest.as_ref().is_none_or(|s| plan.arena.bytes < s.arena.bytes) {
             self.smallest = Some(plan.clone());
         }
+        let rank = |p: &Plan| {
+            let recomputes = p.shards[..p.shards.len() - 1].iter().any(|s| !s.kept);
+            let at_rest = p.choice.resident && (!recomputes || self.options.recompute == Recompute::Always);
+            (!at_rest, if at_rest { p.shards.len() } else { 0 })
+        };
         let better = |best: &Plan| {
-            let (ours, theirs) = (plan.estimated_secs, best.estimated_secs);
-            ours < theirs * (1.0 - 1e-9) || (ours <= theirs * (1.0 + 1e-9) && plan.arena.bytes < best.arena.bytes)
+            // Estimates this close are the same.
+            let apart = plan.estimated_secs / best.estimated_secs.max(1e-12) - 1.0;
+            let by_secs = if apart.abs() < 1e-3 { std::cmp::Ordering::Equal } else { apart.total_cmp(&0.0) };
+            let by_size = (plan.shards.len(), plan.arena.bytes).cmp(&(best.shards.len(), best.arena.bytes));
+            rank(&plan).cmp(&rank(best)).then(by_secs).then(by_size).is_lt()
         };
         if self.fits(&plan) && self.best.as_ref().is_none_or(better) {
             self.best = Some(plan);

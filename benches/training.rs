@@ -1,0 +1,275 @@
+//! Ratios of whole training runs on the host device, measured side by side: what spilling costs, what a second slot is worth, and
+//! PyTorch's eager speed on the same shape where `HYDRA_PYTHON` (or `python3`) has torch.
+//!
+//! `cargo bench --bench training`; `HYDRA_BENCH_QUICK=1` takes smaller shapes and fewer rounds, to see that it runs.
+
+use hydra::base::{DType, Result, Shape, format_bytes};
+use hydra::data::{RandomOptions, RandomSource, Source};
+use hydra::device::host::calibrate;
+use hydra::device::sim::CostModel;
+use hydra::engine::predict;
+use hydra::nn::{Network, from_config};
+use hydra::spill::{Model, Plan, PlanOptions, Recompute};
+use hydra::train::{Observer, Session, StepReport, TrainOptions, Weights, inputs_of, plan_model, trace_model};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+/// A GPT shape.
+#[derive(Clone, Copy)]
+struct Gpt {
+    layers: usize,
+    width: usize,
+    heads: usize,
+    context: usize,
+    batch: usize,
+}
+
+impl Gpt {
+    fn network(&self) -> Box<dyn Network> {
+        let config = serde_json::json!({
+            "n_layer": self.layers, "n_embd": self.width, "n_head": self.heads, "n_positions": self.context, "vocab_size": 256,
+            "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+        });
+        from_config("gpt2", config.as_object().expect("an object"), true).expect("a sound config")
+    }
+
+    fn source(&self) -> Box<dyn Source> {
+        let tokens = Shape::from([self.context]);
+        let tensors = vec![("input_ids".into(), DType::I32, tokens.clone()), ("labels".into(), DType::I32, tokens)];
+        let options = RandomOptions { tensors, vocab: 256, classes: 256, batch: self.batch, seed: 1 };
+        Box::new(RandomSource::new(&options).expect("a sound shape"))
+    }
+
+    fn tokens(&self) -> f64 {
+        (self.batch * self.context) as f64
+    }
+}
+
+/// One way to run a shape.
+struct Way {
+    name: &'static str,
+    model: Arc<Model>,
+    plan: Arc<Plan>,
+    options: TrainOptions,
+    /// Seconds of each step that counts.
+    secs: Vec<f64>,
+    /// Busy seconds of the busiest lane, a step.
+    bound: f64,
+}
+
+/// Step times, without the first `skip`.
+struct Times {
+    skip: u64,
+    secs: Vec<f64>,
+}
+
+impl Observer for Times {
+    fn step(&mut self, report: &StepReport) -> Result<()> {
+        if report.result.step >= self.skip {
+            self.secs.push(report.result.secs);
+        }
+        Ok(())
+    }
+
+    fn valid(&mut self, _: u64, _: f32, _: f64) -> Result<()> {
+        Ok(())
+    }
+}
+
+fn way(name: &'static str, gpt: Gpt, options: TrainOptions, cost: &CostModel) -> Result<Way> {
+    let model = trace_model(gpt.network().as_ref(), &inputs_of(gpt.source().as_ref()), options.batch, options.microbatch)?;
+    let plan = plan_model(&model, &options, cost)?;
+    Ok(Way { name, model: Arc::new(model), plan: Arc::new(plan), options, secs: Vec::new(), bound: 0.0 })
+}
+
+impl Way {
+    /// Runs once more, in turn with the other ways.
+    fn round(&mut self, gpt: Gpt) -> Result<()> {
+        let network = gpt.network();
+        let planned = (Arc::clone(&self.model), Arc::clone(&self.plan));
+        let mut session = Session::new(network.as_ref(), Weights::Random, planned, gpt.source(), None, self.options.clone())?;
+        let mut times = Times { skip: 2, secs: Vec::new() };
+        session.run(&mut times, &AtomicBool::new(false))?;
+        let steps = self.options.steps as f64;
+        let busiest = session.engine().lane_sums().iter().map(|l| l.busy_secs / steps).fold(0.0, f64::max);
+        self.bound = if self.bound == 0.0 { busiest } else { self.bound.min(busiest) };
+        self.secs.extend(times.secs);
+        Ok(())
+    }
+
+    fn median(&self) -> f64 {
+        percentile(&self.secs, 0.5)
+    }
+}
+
+fn percentile(values: &[f64], at: f64) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted[((sorted.len() - 1) as f64 * at).round() as usize]
+}
+
+fn report(ways: &[Way], tokens: f64) {
+    println!("  {:<34} {:>6} {:>11} {:>9} {:>9} {:>9} {:>9}", "way", "shards", "peak", "median", "p10", "p90", "tokens/s");
+    for w in ways {
+        println!(
+            "  {:<34} {:>6} {:>11} {:>7.1}ms {:>7.1}ms {:>7.1}ms {:>9.0}",
+            w.name,
+            w.plan.shards.len(),
+            format_bytes(w.plan.arena.bytes),
+            w.median() * 1e3,
+            percentile(&w.secs, 0.1) * 1e3,
+            percentile(&w.secs, 0.9) * 1e3,
+            tokens / w.median()
+        );
+    }
+}
+
+/// Spilling at a quarter of the resident peak, against resident runs with and without equal recomputation.
+fn spilling(gpt: Gpt, rounds: usize, steps: u64, cost: &CostModel) -> Result<()> {
+    println!(
+        "spilling is cheap: GPT of {} layers, width {}, context {}, batch {}, no clipping, link uncapped",
+        gpt.layers, gpt.width, gpt.context, gpt.batch
+    );
+    let base = TrainOptions { batch: gpt.batch, microbatch: gpt.batch, ..TrainOptions::new(steps) };
+    let resident = way("resident", gpt, base.clone(), cost)?;
+    let quarter = resident.plan.arena.bytes / 4;
+    let with = |plan: PlanOptions| TrainOptions { plan, ..base.clone() };
+    let spilled = way("spilled at 25 %", gpt, with(PlanOptions { device_budget: Some(quarter), ..PlanOptions::default() }), cost)?;
+    let cut = spilled.plan.shards.iter().map(|s| s.layout.layers.clone()).collect();
+    let kept = spilled.plan.shards.iter().map(|s| s.kept).collect();
+    let equal = PlanOptions { cut: Some(cut), kept: Some(kept), resident: Some(true), boundaries_stay: Some(true), ..PlanOptions::default() };
+    let equal = way("resident, recomputing as much", gpt, with(equal), cost)?;
+    let mut ways = [resident, equal, spilled];
+    for _ in 0..rounds {
+        for w in &mut ways {
+            w.round(gpt)?;
+        }
+    }
+    report(&ways, gpt.tokens());
+    let [resident, equal, spilled] = &ways;
+    println!("  spilled / resident with equal recomputation: {:.3} (want 0.95)", equal.median() / spilled.median());
+    println!("  spilled / resident without:                  {:.3}", resident.median() / spilled.median());
+    torch(gpt, resident.median());
+    Ok(())
+}
+
+/// PyTorch's eager speed, in a process of its own after the runs above.
+fn torch(gpt: Gpt, ours: f64) {
+    let python = std::env::var("HYDRA_PYTHON").unwrap_or_else(|_| "python3".into());
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let sizes = [gpt.layers, gpt.width, gpt.heads, gpt.context, gpt.batch, threads, 8].map(|n| n.to_string());
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/torch_gpt.py");
+    let output = std::process::Command::new(&python).arg(script).args(sizes).output();
+    let rates: Vec<f64> = match output {
+        Ok(o) if o.status.success() => String::from_utf8_lossy(&o.stdout).lines().filter_map(|l| l.parse().ok()).skip(2).collect(),
+        _ => Vec::new(),
+    };
+    match rates.is_empty() {
+        true => println!("  PyTorch: not here ({python} has no torch)"),
+        false => {
+            let theirs = percentile(&rates, 0.5);
+            println!("  PyTorch eager on {threads} threads: {theirs:.0} tokens/s; resident / PyTorch: {:.3} (want 0.8)", gpt.tokens() / ours / theirs);
+        }
+    }
+}
+
+/// One slot against two, with the link held so that fetching a shard takes as long as its forward.
+fn double_buffering(gpt: Gpt, rounds: usize, steps: u64, cost: &CostModel) -> Result<()> {
+    let base = TrainOptions { batch: gpt.batch, microbatch: gpt.batch, ..TrainOptions::new(steps) };
+    let probe = way("probe", gpt, base.clone(), cost)?;
+    // A shard for each block, embeddings with the first and head with the last.
+    let layers = probe.model.layers();
+    let mut cut: Vec<_> = (0..gpt.layers).map(|b| 1 + 2 * b..3 + 2 * b).collect();
+    cut[0].start = 0;
+    cut[gpt.layers - 1].end = layers;
+    let options = |slots: usize| PlanOptions {
+        cut: Some(cut.clone()),
+        resident: Some(false),
+        recompute: Recompute::Always,
+        slots,
+        ..PlanOptions::default()
+    };
+    let mut free = way("link uncapped", gpt, TrainOptions { plan: options(2), ..base.clone() }, cost)?;
+    free.round(gpt)?;
+    // Forward's share of the step: with recomputation everywhere it runs twice, beside a backward of about two.
+    let forward = free.median() / 4.0 / cut.len() as f64;
+    let bytes = free.plan.shards.iter().map(|s| s.fetch_bytes()).sum::<u64>() as f64 / cut.len() as f64;
+    let mut capped = base;
+    capped.device.link_bytes_per_sec = Some(bytes / forward);
+    println!(
+        "double buffering: {} shards of {} on average, link held to {:.0} MB/s so that a fetch takes as long as a forward ({:.1} ms)",
+        cut.len(),
+        format_bytes(bytes as u64),
+        bytes / forward / 1e6,
+        forward * 1e3
+    );
+    let one = way("one slot", gpt, TrainOptions { plan: options(1), ..capped.clone() }, cost)?;
+    let two = way("two slots", gpt, TrainOptions { plan: options(2), ..capped }, cost)?;
+    let mut ways = [one, two];
+    for _ in 0..rounds {
+        for w in &mut ways {
+            w.round(gpt)?;
+        }
+    }
+    report(&ways, gpt.tokens());
+    let [one, two] = &ways;
+    println!("  one slot / two slots: {:.2} (want 1.5)", one.median() / two.median());
+    println!("  two slots, share of A = the busiest lane's seconds: {:.3} (want 0.93)", two.bound / two.median());
+    Ok(())
+}
+
+/// Predicted against measured steps of spilled and resident jobs.
+fn prediction(jobs: &[(&'static str, Gpt, f64)], steps: u64, cost: &CostModel) -> Result<()> {
+    println!("prediction: the executor on a simulated device with this machine's rates, against the host device");
+    let mut errors = Vec::new();
+    for &(name, gpt, share) in jobs {
+        let base = TrainOptions { batch: gpt.batch, microbatch: gpt.batch, ..TrainOptions::new(steps) };
+        let whole = way(name, gpt, base.clone(), cost)?;
+        let budget = (whole.plan.arena.bytes as f64 * share) as u64;
+        let plan = PlanOptions { device_budget: Some(budget.max(whole.plan.smallest_device_bytes)), ..PlanOptions::default() };
+        let mut w = way(name, gpt, TrainOptions { plan, ..base }, cost)?;
+        let predicted = predict(&w.model, &w.plan, cost, false)?.step_secs;
+        w.round(gpt)?;
+        let error = predicted / w.median() - 1.0;
+        errors.push(error.abs());
+        println!(
+            "  {name:<34} {:>3} shards  predicted {:>7.1} ms  measured {:>7.1} ms  {:>+6.1} %",
+            w.plan.shards.len(),
+            predicted * 1e3,
+            w.median() * 1e3,
+            error * 100.0
+        );
+    }
+    println!("  median error {:.1} % (want under 15)", percentile(&errors, 0.5) * 100.0);
+    Ok(())
+}
+
+fn main() -> Result<()> {
+    let quick = std::env::var_os("HYDRA_BENCH_QUICK").is_some();
+    let began = Instant::now();
+    let cost = calibrate(None)?;
+    let (gpt, rounds, steps) = match quick {
+        false => (Gpt { layers: 6, width: 384, heads: 6, context: 256, batch: 8 }, 3, 8),
+        true => (Gpt { layers: 3, width: 96, heads: 3, context: 64, batch: 4 }, 1, 4),
+    };
+    spilling(gpt, rounds, steps, &cost)?;
+    let deep = match quick {
+        false => Gpt { layers: 10, width: 256, heads: 4, context: 128, batch: 8 },
+        true => Gpt { layers: 8, width: 64, heads: 2, context: 32, batch: 2 },
+    };
+    double_buffering(deep, rounds, steps, &cost)?;
+    let jobs: &[(&'static str, Gpt, f64)] = &[
+        ("6 x 384, context 256, resident", gpt, 1.0),
+        ("6 x 384, context 256, 50 %", gpt, 0.5),
+        ("6 x 384, context 256, 25 %", gpt, 0.25),
+        ("4 x 256, context 128, resident", Gpt { layers: 4, width: 256, heads: 4, context: 128, batch: 16 }, 1.0),
+        ("4 x 256, context 128, 30 %", Gpt { layers: 4, width: 256, heads: 4, context: 128, batch: 16 }, 0.3),
+        ("8 x 128, context 256, 40 %", Gpt { layers: 8, width: 128, heads: 4, context: 256, batch: 8 }, 0.4),
+        ("2 x 512, context 64, resident", Gpt { layers: 2, width: 512, heads: 8, context: 64, batch: 16 }, 1.0),
+        ("2 x 512, context 64, 50 %", Gpt { layers: 2, width: 512, heads: 8, context: 64, batch: 16 }, 0.5),
+    ];
+    prediction(if quick { &jobs[..1] } else { jobs }, if quick { 4 } else { 6 }, &cost)?;
+    println!("in {:.0} s", began.elapsed().as_secs_f64());
+    Ok(())
+}
