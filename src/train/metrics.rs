@@ -94,7 +94,8 @@ impl Metrics {
                 .into_iter()
                 .filter(|row| match row {
                     Row::Step(r) => r.step < step,
-                    Row::Valid(r) => r.step <= step,
+                    // A validation at the very step is done again.
+                    Row::Valid(r) => r.step < step,
                 })
                 .map(|row| serde_json::to_string(&row).expect("a row is plain numbers"))
                 .collect(),

@@ -1,8 +1,14 @@
 //! Training: optimizers and schedules, the loop over steps, metrics, checkpoints, the report.
 
+mod checkpoint;
+mod forward;
 pub mod metrics;
 mod optimizer;
+mod safely;
 mod session;
 
+pub use checkpoint::{Checkpoint, Identity, write_checkpoint};
+pub use forward::wait_forward;
 pub use optimizer::{Optimizer, Schedule};
+pub use safely::{refused, write_safely};
 pub use session::{Observer, Session, StepReport, TrainOptions, Weights, inputs_of, plan_model, trace_model};

@@ -221,6 +221,11 @@ impl Session {
         let mut begun = self.done;
         let mut scales = VecDeque::with_capacity(4);
         let mut pause = false;
+        // A run that stopped where a validation was due left it to the one that goes on.
+        if begun > 0 && begun < self.options.steps && begun.is_multiple_of(self.options.valid_every.max(1)) {
+            self.validate(observer)?;
+            self.engine.skip_time();
+        }
         while self.done < self.options.steps {
             let stopping = stop.load(Ordering::Relaxed);
             while !stopping && !pause && self.engine.steps_in_flight() < 2 && begun < self.options.steps {
@@ -268,7 +273,7 @@ impl Session {
         let lr = self.options.schedule.lr(self.options.optimizer.lr(), step, self.options.steps);
         let input = StepInput {
             step,
-            inputs: inputs(&self.names, &batch)?,
+            inputs: batch_inputs(&self.names, &batch)?,
             loss_scale: 1.0 / labels as f64,
             rule: self.options.optimizer.rule(step, lr),
             clip: self.options.clip,
@@ -289,7 +294,7 @@ impl Session {
             let labels = labelled(&self.valid_batch, 1)?.iter().sum::<u64>();
             if labels > 0 {
                 // The sum over labelled positions; batches weigh by their number.
-                sum += f64::from(self.engine.wait_evaluation(&inputs(&self.names, &self.valid_batch)?, 1.0)?);
+                sum += f64::from(self.engine.wait_evaluation(&batch_inputs(&self.names, &self.valid_batch)?, 1.0)?);
                 count += labels;
             }
         }
@@ -299,7 +304,7 @@ impl Session {
 }
 
 /// The batch's tensors in the order of the graph's inputs.
-fn inputs<'a>(names: &[String], batch: &'a Batch) -> Result<Vec<&'a [u8]>> {
+pub(super) fn batch_inputs<'a>(names: &[String], batch: &'a Batch) -> Result<Vec<&'a [u8]>> {
     let of = |name: &String| {
         batch
             .get(name)

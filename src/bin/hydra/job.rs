@@ -46,9 +46,9 @@ pub struct Run {
     pub slots: Option<usize>,
     /// What is recomputed in the backward.
     pub recompute: Recompute,
-    /// First step whose events are kept whole; default 5.
+    /// So many of the first steps have their events kept whole; default 5.
     pub trace_first: u64,
-    /// Last such step; default 20.
+    /// So many of the last steps, too; default 20.
     pub trace_last: u64,
     /// Microbatches that [`Policy::Gpipe`] keeps in its pipeline; none: as many as devices.
     pub pipeline_microbatches: Option<usize>,
@@ -112,6 +112,18 @@ pub enum Recompute {
     Never,
 }
 
+impl Recompute {
+    /// Each with the word for it.
+    pub const WORDS: [(&'static str, Recompute); 3] =
+        [("auto", Recompute::Auto), ("always", Recompute::Always), ("never", Recompute::Never)];
+
+    /// The word for it in a job file.
+    pub fn word(self) -> &'static str {
+        let found = Recompute::WORDS.iter().find(|(_, recompute)| *recompute == self);
+        found.expect("WORDS has every way").0
+    }
+}
+
 /// One `[[device]]`: `count` devices alike.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Device {
@@ -144,6 +156,22 @@ pub enum DeviceKind {
     Emulated,
     /// A cost model and a virtual clock.
     Sim,
+}
+
+impl DeviceKind {
+    /// Each with the word for it.
+    pub const WORDS: [(&'static str, DeviceKind); 4] = [
+        ("host", DeviceKind::Host),
+        ("cuda", DeviceKind::Cuda),
+        ("emulated", DeviceKind::Emulated),
+        ("sim", DeviceKind::Sim),
+    ];
+
+    /// The word for it in a job file.
+    pub fn word(self) -> &'static str {
+        let found = DeviceKind::WORDS.iter().find(|(_, kind)| *kind == self);
+        found.expect("WORDS has every kind").0
+    }
 }
 
 /// The store behind the devices.
@@ -227,30 +255,17 @@ fn syntax_error(origin: Origin, text: &str, error: &toml::de::Error) -> Error {
 
 fn read_run(root: &Section, stem: &str) -> Result<Run> {
     const KEYS: &[&str] = &["out", "seed", "policy", "slots", "recompute", "trace", "pipeline_microbatches"];
-    const RECOMPUTE: [(&str, Recompute); 3] =
-        [("auto", Recompute::Auto), ("always", Recompute::Always), ("never", Recompute::Never)];
     let empty = Table::new();
     let s = root.section_or("run", &empty, KEYS)?;
     let trace = s.section_or("trace", &empty, &["first", "last"])?;
-    let first = trace.integer("first", 0..=u64::MAX)?;
-    let last = trace.integer("last", 0..=u64::MAX)?;
-    // One bound alone moves the other's default along, so that it never makes an empty range.
-    let (trace_first, trace_last) = match (first, last) {
-        (Some(first), None) => (first, first.saturating_add(15)),
-        (None, Some(last)) => (last.min(5), last),
-        (first, last) => (first.unwrap_or(5), last.unwrap_or(20)),
-    };
-    if trace_first > trace_last {
-        return Err(trace.fault("last", format!("{trace_last} is before the first, {trace_first}; want at least that")));
-    }
     Ok(Run {
         out: s.path("out")?.unwrap_or_else(|| root.origin().resolve(&format!("runs/{stem}"))),
         seed: s.integer("seed", 0..=u64::MAX)?.unwrap_or(0),
         policy: s.word("policy", &Policy::WORDS)?.unwrap_or(Policy::ShardedLrtf),
         slots: s.count("slots")?,
-        recompute: s.word("recompute", &RECOMPUTE)?.unwrap_or(Recompute::Auto),
-        trace_first,
-        trace_last,
+        recompute: s.word("recompute", &Recompute::WORDS)?.unwrap_or(Recompute::Auto),
+        trace_first: trace.integer("first", 0..=u64::MAX)?.unwrap_or(5),
+        trace_last: trace.integer("last", 0..=u64::MAX)?.unwrap_or(20),
         pipeline_microbatches: s.count("pipeline_microbatches")?,
     })
 }
@@ -266,9 +281,8 @@ fn read_devices(root: &Section) -> Result<Vec<Device>> {
 }
 
 fn read_device(s: &Section) -> Result<Device> {
-    use DeviceKind::{Cuda, Emulated, Host, Sim};
-    const KINDS: [(&str, DeviceKind); 4] = [("host", Host), ("cuda", Cuda), ("emulated", Emulated), ("sim", Sim)];
-    let kind = s.word("kind", &KINDS)?.unwrap_or(Host);
+    use DeviceKind::{Host, Sim};
+    let kind = s.word("kind", &DeviceKind::WORDS)?.unwrap_or(Host);
     if kind != Sim {
         s.refuse(&["flops", "memory_bandwidth", "profile"], "is for kind = \"sim\" only; leave it out")?;
     }

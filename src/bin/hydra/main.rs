@@ -1,8 +1,62 @@
 //! The command-line program: reads a job file, runs it, prints what happens.
+//!
+//! Exit codes: 0 done; 1 failed, the machine or a bug is at fault; 2 the input is at fault; 75 interrupted after a checkpoint. An error is
+//! one line on standard error that begins with `error: `; only a budget's refusal goes on with its table.
 
-#[allow(dead_code, unused_imports)]
 mod args;
-#[allow(dead_code, unused_imports)]
+mod devices;
+mod forward;
 mod job;
+mod planning;
+mod print;
+mod progress;
+mod rundir;
+mod setup;
+mod show;
+mod train;
 
-fn main() {}
+use args::{Args, Command};
+use clap::Parser;
+use hydra::base::Result;
+use std::io::Write;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    // A panic is our own bug, whichever thread it is in: one line, like every error.
+    std::panic::set_hook(Box::new(|panic| {
+        let payload = panic.payload();
+        let text = payload.downcast_ref::<&str>().copied();
+        let text = text.or_else(|| payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message");
+        let place = panic.location().map_or(String::new(), |l| format!(" ({}:{})", l.file(), l.line()));
+        complain(&format!("bug in hydra: {}{place}", text.replace('\n', " ")));
+    }));
+    let args = Args::parse();
+    match catch_unwind(AssertUnwindSafe(|| run(&args))) {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(error)) => {
+            complain(&error.to_string());
+            ExitCode::from(error.exit_code())
+        }
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
+/// Prints an error. Standard error may be closed; then nobody wants to know.
+fn complain(message: &str) {
+    let _ = writeln!(std::io::stderr().lock(), "error: {message}");
+}
+
+fn run(args: &Args) -> Result<()> {
+    match &args.command {
+        Command::Train { job, resume, set } => train::run(job, set, *resume, args.json),
+        Command::Plan { job, set, out } => show::run(job, set, out.as_deref(), args.json),
+        Command::Forward { model, input, output } => forward::run(model, input, output, args.json),
+        Command::Devices { out } => devices::run(out.as_deref(), args.json),
+        Command::Report { run } => report(run, args.json),
+    }
+}
+
+fn report(_run: &std::path::Path, _json: bool) -> Result<()> {
+    Err(hydra::base::Error::bad("report: is not built in yet"))
+}

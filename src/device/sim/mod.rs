@@ -4,8 +4,10 @@
 //! known at submission, since tickets only point back, so a lane is one number and the clock is a heap.
 
 mod cost_model;
+mod profiles;
 
 pub use cost_model::{CostModel, GemmRate};
+pub use profiles::{PROFILES, Profile};
 
 use super::{Completion, Device, Task, Ticket};
 use crate::base::{LaneId, LaneKind};

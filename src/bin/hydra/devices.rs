@@ -1,0 +1,86 @@
+//! `hydra devices`: what is here, how fast it is, and why a kind is missing. Always ends well.
+
+use crate::planning::{best_gemm, free_memory_bytes, total_memory_bytes};
+use crate::print::{say, table};
+use hydra::base::{Result, format_bytes};
+use hydra::device::host::calibrate;
+use hydra::device::sim::PROFILES;
+use hydra::train::write_safely;
+use serde_json::{Value, json};
+use std::path::Path;
+
+const NO_CUDA: &str = "this program was built without the feature \"cuda\"";
+const NO_EMULATOR: &str = "this program was built without the feature \"emulator\"";
+
+/// Prints the devices; with `out`, also writes devices.json there.
+///
+/// # Errors
+/// When devices.json cannot be written.
+pub fn run(out: Option<&Path>, json: bool) -> Result<()> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let (total, free) = (total_memory_bytes(), free_memory_bytes());
+    let mut host = json!({
+        "kind": "host", "here": true, "cores": cores, "memory_bytes": total, "free_memory_bytes": free,
+    });
+    let rates = calibrate(None);
+    match &rates {
+        Ok(cost) => {
+            host["gemm_flops_per_sec"] = best_gemm(cost).into();
+            host["memcpy_bytes_per_sec"] = cost.h2d_bytes_per_sec.into();
+            host["optimizer_bytes_per_sec"] = cost.host_update_bytes_per_sec.into();
+            host["rates"] = json!(cost);
+        }
+        Err(error) => host["why_no_rates"] = error.to_string().into(),
+    }
+    let profiles: Vec<Value> = PROFILES
+        .iter()
+        .map(|p| {
+            json!({
+                "name": p.name,
+                "flops_per_sec": p.flops_per_sec,
+                "memory_bytes_per_sec": p.memory_bytes_per_sec,
+                "link_bytes_per_sec": p.link_bytes_per_sec,
+            })
+        })
+        .collect();
+    let devices = json!({ "devices": [
+        host,
+        { "kind": "sim", "here": true, "profiles": profiles },
+        { "kind": "cuda", "here": false, "why": NO_CUDA },
+        { "kind": "emulated", "here": false, "why": NO_EMULATOR },
+    ] });
+    if let Some(out) = out {
+        write_safely(&out.join("devices.json"), |file| write!(file, "{devices:#}\n"))?;
+    }
+    if json {
+        say(devices);
+        return Ok(());
+    }
+    let memory = |bytes: Option<u64>| bytes.map_or("unknown".into(), format_bytes);
+    say(format!("host      {cores} cores, {} of memory, {} free", memory(total), memory(free)));
+    match rates {
+        Ok(cost) => {
+            say(format!("          matrix products {:.1} GFLOP/s", best_gemm(&cost) / 1e9));
+            say(format!("          copies          {:.1} GB/s each way", cost.h2d_bytes_per_sec / 1e9));
+            say(format!(
+                "          optimizer       {:.1} GB/s of memory traffic",
+                cost.host_update_bytes_per_sec / 1e9
+            ));
+        }
+        Err(error) => say(format!("          not measured: {error}")),
+    }
+    say("sim       for `hydra plan`; profiles with stated peaks:");
+    let mut rows = vec![["", "f32", "memory", "link"].map(String::from).to_vec()];
+    rows.extend(PROFILES.iter().map(|p| {
+        vec![
+            format!("        {}", p.name),
+            format!("{:.1} TFLOP/s", p.flops_per_sec / 1e12),
+            format!("{:.0} GB/s", p.memory_bytes_per_sec / 1e9),
+            format!("{:.1} GB/s", p.link_bytes_per_sec / 1e9),
+        ]
+    }));
+    say(table(&rows).trim_end());
+    say(format!("cuda      not here: {NO_CUDA}"));
+    say(format!("emulated  not here: {NO_EMULATOR}"));
+    Ok(())
+}

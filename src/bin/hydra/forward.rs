@@ -1,0 +1,98 @@
+//! `hydra forward`: a model directory and a file of inputs in, a file of logits out.
+
+use crate::print::say;
+use hydra::base::tensorfile::{Element, TensorFile, TensorView};
+use hydra::base::{DType, Error, Result};
+use hydra::data::{Batch, BatchTensor, names};
+use hydra::nn;
+use hydra::train::{wait_forward, write_safely};
+use serde_json::json;
+use std::io::ErrorKind;
+use std::path::Path;
+
+/// Runs the model in `model` on the tensors of `input` and writes `output`.
+///
+/// # Errors
+/// When a file is missing or at fault, a tensor is none that the model takes, or `output` cannot be written.
+pub fn run(model: &Path, input: &Path, output: &Path, json: bool) -> Result<()> {
+    let pretrained = nn::open(model)?;
+    let file = input.display().to_string();
+    let bytes = std::fs::read(input).map_err(|e| match e.kind() {
+        ErrorKind::NotFound | ErrorKind::NotADirectory => Error::bad(format!("{file}: no such file")),
+        ErrorKind::IsADirectory => Error::bad(format!("{file}: is a folder, a file is needed")),
+        _ => Error::io("read", input, e),
+    })?;
+    let fault = |error: Error| match error {
+        Error::BadInput(what) => Error::BadInput(format!("{file}: {what}")),
+        other => other,
+    };
+    let batch = read_batch(&TensorFile::parse(&bytes, &file)?).map_err(fault)?;
+    drop(bytes);
+    let (shape, logits) = wait_forward(&pretrained, &batch).map_err(fault)?;
+    let header = json!({
+        "logits": { "dtype": "F32", "shape": shape.axes(), "data_offsets": [0, 4 * logits.len()] }
+    });
+    let mut header = header.to_string().into_bytes();
+    header.resize(header.len().next_multiple_of(8), b' ');
+    write_safely(output, |out| {
+        out.write_all(&(header.len() as u64).to_le_bytes())?;
+        out.write_all(&header)?;
+        logits.iter().try_for_each(|value| out.write_all(&value.to_le_bytes()))
+    })?;
+    if json {
+        say(json!({ "output": output, "shape": shape.axes() }));
+    } else {
+        say(format!("logits {shape} f32 written to {}", output.display()));
+    }
+    Ok(())
+}
+
+/// The file's tensors as a batch, in the order in which models name them.
+fn read_batch(file: &TensorFile) -> Result<Batch> {
+    const KNOWN: [&str; 3] = [names::INPUT_IDS, names::ATTENTION_MASK, names::PIXEL_VALUES];
+    if let Some(unknown) = file.tensors().find(|t| !KNOWN.contains(&t.entry.name.as_str())) {
+        let name: String = unknown.entry.name.escape_debug().take(80).collect();
+        return Err(Error::bad(format!("tensor '{name}': is none that is read, only {}", KNOWN.join(", "))));
+    }
+    if [names::INPUT_IDS, names::PIXEL_VALUES].iter().all(|name| file.get(name).is_none()) {
+        return Err(Error::bad("there is neither a tensor 'input_ids' nor 'pixel_values'"));
+    }
+    let tensors = KNOWN.iter().filter_map(|name| file.get(name)).map(|t| read_tensor(&t));
+    Ok(Batch { tensors: tensors.collect::<Result<_>>()? })
+}
+
+fn read_tensor(view: &TensorView) -> Result<BatchTensor> {
+    let (name, shape) = (view.entry.name.as_str(), view.entry.shape.clone());
+    let fault = |what: String| Error::bad(format!("tensor '{name}': {what}"));
+    if shape.axes().is_empty() || shape.axes().contains(&0) {
+        return Err(fault(format!("shape {shape} holds no batch")));
+    }
+    let pixels = name == names::PIXEL_VALUES;
+    let mut tensor = BatchTensor::zeros(name, if pixels { DType::F32 } else { DType::I32 }, shape);
+    match view.entry.element {
+        Element::F32 if pixels => {
+            for (at, (value, bytes)) in tensor.as_f32_mut().iter_mut().zip(view.bytes.as_chunks::<4>().0).enumerate() {
+                *value = f32::from_le_bytes(*bytes);
+                if !value.is_finite() {
+                    return Err(fault(format!("element {at} is {value}")));
+                }
+            }
+        }
+        Element::I32 if !pixels => {
+            for (value, bytes) in tensor.as_i32_mut().iter_mut().zip(view.bytes.as_chunks::<4>().0) {
+                *value = i32::from_le_bytes(*bytes);
+            }
+        }
+        Element::I64 if !pixels => {
+            for (at, (value, bytes)) in tensor.as_i32_mut().iter_mut().zip(view.bytes.as_chunks::<8>().0).enumerate() {
+                let wide = i64::from_le_bytes(*bytes);
+                *value = i32::try_from(wide).map_err(|_| fault(format!("element {at} is {wide}, out of range")))?;
+            }
+        }
+        other => {
+            let want = if pixels { "F32" } else { "I64 or I32" };
+            return Err(fault(format!("element type {other} is not {want}")));
+        }
+    }
+    Ok(tensor)
+}

@@ -1,0 +1,27 @@
+//! Printing to standard output, which may be a pipe that nobody reads any more.
+
+use std::fmt::Display;
+use std::io::Write;
+
+/// Prints a line. Where nobody reads, the work goes on in silence: a run must not fail because `head` has seen enough.
+pub fn say(line: impl Display) {
+    let _ = writeln!(std::io::stdout().lock(), "{line}");
+}
+
+/// Rows as aligned columns, two spaces between; the first column to the left, the others to the right.
+pub fn table(rows: &[Vec<String>]) -> String {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |c: usize| rows.iter().filter_map(|r| r.get(c)).map(|cell| cell.chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..columns).map(width).collect();
+    let mut text = String::new();
+    for row in rows {
+        let mut line = String::from(" ");
+        for (c, cell) in row.iter().enumerate() {
+            line +=
+                &if c == 0 { format!(" {cell:<w$}", w = widths[c]) } else { format!("  {cell:>w$}", w = widths[c]) };
+        }
+        text += line.trim_end();
+        text.push('\n');
+    }
+    text
+}

@@ -1,0 +1,138 @@
+//! A run's directory: who may write into it, and what a failed start takes back.
+//!
+//! `plan.json` is the first file written and marks a directory as a run's. Nothing is overwritten unless a resumed run asks for it.
+
+use crate::args::Resume;
+use hydra::base::{Error, Result};
+use hydra::train::{refused, write_safely};
+use std::fs::{self, File, TryLockError};
+use std::path::{Path, PathBuf};
+
+/// The file that marks a run's directory.
+pub const PLAN: &str = "plan.json";
+/// The job as it was run.
+pub const JOB: &str = "job.toml";
+/// Events of the first and last steps.
+pub const TRACE: &str = "trace.json";
+/// In a model's folder: one line a step.
+pub const METRICS: &str = "metrics.jsonl";
+/// In a model's folder: what to resume from.
+pub const CHECKPOINT: &str = "checkpoint.safetensors";
+/// In a model's folder: the trained model, a Hugging Face directory.
+pub const MODEL: &str = "model";
+
+/// What is at the path that a job names for its run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// Nothing that is in the way.
+    Free,
+    /// A run.
+    Run,
+}
+
+/// Looks at `out`, changing nothing. `models` are the names of the job's models.
+///
+/// # Errors
+/// [`Error::BadInput`] when a run is there and `resume` does not want one, none is there and it must, or something else is in the way.
+pub fn inspect(out: &Path, models: &[&str], resume: Resume) -> Result<Found> {
+    let found = match fs::metadata(out) {
+        Ok(metadata) if !metadata.is_dir() => {
+            return Err(Error::bad(format!("{}: is a file; a run needs a folder", out.display())));
+        }
+        Ok(_) if out.join(PLAN).exists() => Found::Run,
+        Ok(_) => {
+            let names = [JOB, TRACE].into_iter().chain(models.iter().copied());
+            if let Some(name) = names.into_iter().find(|name| out.join(name).exists()) {
+                return Err(Error::bad(format!(
+                    "{}: holds no run ({PLAN} is missing), but {name} is there already; name an empty or a new folder",
+                    out.display()
+                )));
+            }
+            Found::Free
+        }
+        Err(_) => Found::Free,
+    };
+    match (found, resume) {
+        (Found::Run, Resume::Never) => Err(Error::bad(format!(
+            "{}: holds a run already; name another folder, or go on with it by --resume auto",
+            out.display()
+        ))),
+        (Found::Free, Resume::Require) => {
+            Err(Error::bad(format!("{}: holds no run to resume, as --resume require wants", out.display())))
+        }
+        _ => Ok(found),
+    }
+}
+
+/// A run's directory while a run writes into it.
+pub struct RunDir {
+    path: PathBuf,
+    /// Held for as long as the run lasts, so that no second one writes here.
+    _lock: File,
+    /// What this run has made, outermost first.
+    made: Vec<PathBuf>,
+}
+
+impl RunDir {
+    /// Makes the directory where it is missing, and takes it for this process.
+    ///
+    /// # Errors
+    /// When it cannot be made, or another process has it.
+    pub fn take(path: &Path) -> Result<RunDir> {
+        let mut made: Vec<PathBuf> =
+            path.ancestors().take_while(|a| !a.as_os_str().is_empty() && !a.exists()).map(Path::to_path_buf).collect();
+        made.reverse();
+        fs::create_dir_all(path).map_err(|e| refused("create", path, e))?;
+        let lock = File::open(path).map_err(|e| Error::io("open", path, e))?;
+        match lock.try_lock() {
+            Ok(()) => Ok(RunDir { path: path.to_path_buf(), _lock: lock, made }),
+            Err(TryLockError::WouldBlock) => {
+                Err(Error::bad(format!("{}: another process is training there", path.display())))
+            }
+            // Some file systems have no locks; the run is as good without.
+            Err(TryLockError::Error(_)) => Ok(RunDir { path: path.to_path_buf(), _lock: lock, made }),
+        }
+    }
+
+    /// The path of `name` in it.
+    pub fn at(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// Makes a folder in it, where it is missing.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn folder(&mut self, name: &str) -> Result<PathBuf> {
+        let path = self.at(name);
+        self.will_make(&path);
+        fs::create_dir_all(&path).map_err(|e| refused("create", &path, e))?;
+        Ok(path)
+    }
+
+    /// Writes a file in it.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn write(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+        let path = self.at(name);
+        self.will_make(&path);
+        write_safely(&path, |out| out.write_all(bytes))
+    }
+
+    /// Notes that a file is about to be made.
+    pub fn will_make(&mut self, path: &Path) {
+        if !path.exists() {
+            self.made.push(path.to_path_buf());
+        }
+    }
+
+    /// Takes back what this run has made: a job that was at fault before its first step leaves nothing. Folders go only where they are
+    /// empty.
+    pub fn abandon(self) {
+        for path in self.made.iter().rev() {
+            // What cannot be taken back is left: the error that is reported is another.
+            let _ = if path.is_dir() { fs::remove_dir(path) } else { fs::remove_file(path) };
+        }
+    }
+}

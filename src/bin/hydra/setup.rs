@@ -1,0 +1,338 @@
+//! A job's models made ready: the network, its data, and how to train it; nothing is planned yet and no weight is read.
+
+use crate::job::model::{Data, Length, Source as Whence, Tokenizer, ValidPart};
+use crate::job::{self, Job, Policy};
+use hydra::base::{DType, Error, Result, Shape};
+use hydra::data::{
+    self, BatchesOptions, BatchesSource, ImageFiles, ImageOptions, ImageSource, RandomOptions, RandomSource, Source,
+    TextOptions, TextSource, names,
+};
+use hydra::nn::{self, Form, InputShape, Network, Pretrained};
+use hydra::spill::{PlanOptions, Recompute};
+use hydra::train::{Optimizer, Schedule, TrainOptions, Weights, inputs_of};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// Steps beyond this are refused, as the job file's own key does.
+const MOST_STEPS: u64 = i32::MAX as u64;
+
+/// A model that is ready to be planned.
+pub struct Prepared {
+    /// Its name.
+    pub name: String,
+    /// Its network, with or without weights.
+    pub origin: Origin,
+    /// How to train it; the device's part is filled in by whoever plans.
+    pub options: TrainOptions,
+    /// The tensors of a sample.
+    pub inputs: Vec<InputShape>,
+    /// Its data, opened once to see what is there.
+    opened: Option<Sources>,
+    recipe: Recipe,
+}
+
+/// Where a network and its first weights come from.
+pub enum Origin {
+    /// A Hugging Face directory.
+    Pretrained(Pretrained),
+    /// Sizes from the job; weights drawn from the seed.
+    Family(Box<dyn Network>),
+}
+
+/// Data to train on, and data held out.
+pub struct Sources {
+    /// To train on.
+    pub train: Box<dyn Source>,
+    /// Held out.
+    pub valid: Option<Box<dyn Source>>,
+}
+
+/// What it takes to open the data again.
+struct Recipe {
+    data: Data,
+    valid: Option<job::Valid>,
+    batch: usize,
+    seed: u64,
+}
+
+impl Prepared {
+    /// The network.
+    pub fn network(&self) -> &dyn Network {
+        match &self.origin {
+            Origin::Pretrained(pretrained) => pretrained.network.as_ref(),
+            Origin::Family(network) => network.as_ref(),
+        }
+    }
+
+    /// Where the first weights come from.
+    pub fn weights(&self) -> Weights<'_> {
+        match &self.origin {
+            Origin::Pretrained(pretrained) => Weights::Pretrained(pretrained),
+            Origin::Family(_) => Weights::Random,
+        }
+    }
+
+    /// What its directory looks like when it is saved, and the counts that it began with.
+    ///
+    /// # Errors
+    /// When the network does not trace with its own inputs.
+    pub fn form(&self) -> Result<(Form, BTreeMap<String, i64>)> {
+        Ok(match &self.origin {
+            Origin::Pretrained(pretrained) => (pretrained.form.clone(), pretrained.counts.clone()),
+            Origin::Family(network) => (Form::of(network.as_ref())?, BTreeMap::new()),
+        })
+    }
+
+    /// Its data, from the start.
+    ///
+    /// # Errors
+    /// When a file is missing or at fault.
+    pub fn sources(&mut self) -> Result<Sources> {
+        match self.opened.take() {
+            Some(sources) => Ok(sources),
+            None => self.recipe.open(self.network()),
+        }
+    }
+
+    /// Tokens of a step; `None` for images.
+    pub fn step_tokens(&self) -> Option<u64> {
+        let ids = self.inputs.iter().find(|input| input.name == names::INPUT_IDS)?;
+        Some(self.options.batch as u64 * ids.axes.iter().product::<usize>() as u64)
+    }
+}
+
+/// Refuses what a job may ask for and this program cannot do yet.
+///
+/// # Errors
+/// [`Error::BadInput`] that names the key.
+pub fn check_scope(file: &str, job: &Job) -> Result<()> {
+    let fault = |at: &str, what: &str| Err(Error::bad(format!("{file}: {at}: {what}")));
+    let devices: usize = job.devices.iter().map(|d| d.count).sum();
+    if job.run.policy != Policy::OneAtATime {
+        if job.models.len() > 1 {
+            return fault(
+                "model.1",
+                "training several models together is not built yet; write policy = \"one-at-a-time\" under [run] to train them one after another",
+            );
+        }
+        if devices > 1 {
+            return fault(
+                "device",
+                "several devices are not built yet; keep one, or write policy = \"one-at-a-time\" under [run] to use the first alone",
+            );
+        }
+    }
+    if job.run.pipeline_microbatches.is_some() {
+        return fault("run.pipeline_microbatches", "pipelines are not built yet; leave it out");
+    }
+    if job.host.disk.is_some() {
+        return fault("host.disk", "the disk tier is not built yet; leave it out");
+    }
+    if job.host.link.is_some() {
+        return fault("host.link", "a link shared by devices is not built yet; write link under [[device]]");
+    }
+    for (i, model) in job.models.iter().enumerate() {
+        if model.search.is_some() {
+            return fault(&format!("model.{i}.search"), "searching is not built yet; write one model per combination");
+        }
+        if model.dtype != "f32" {
+            let what = format!("{} is not built yet; write dtype = \"f32\" or leave it out", model.dtype);
+            return fault(&format!("model.{i}.dtype"), &what);
+        }
+    }
+    Ok(())
+}
+
+/// Makes model number `i` of the job ready.
+///
+/// # Errors
+/// When a file is missing or at fault, or the parts do not go together; the message names the file or the key.
+pub fn prepare(file: &str, job: &Job, i: usize) -> Result<Prepared> {
+    let model = &job.models[i];
+    let fault = |key: &str, what: String| Error::bad(format!("{file}: model.{i}.{key}: {what}"));
+    let origin = match &model.source {
+        Whence::From(dir) => Origin::Pretrained(nn::open(dir)?),
+        Whence::Family { family, config } => {
+            let build = |config| nn::from_config(family, config, true).map_err(|e| fault("family", e.to_string()));
+            let mut network = build(config)?;
+            let bytes = matches!(model.data, Data::Text { tokenizer: Tokenizer::Bytes, .. });
+            if bytes && !config.contains_key("vocab_size") && network.labels().vocab.is_some() {
+                let mut config = config.clone();
+                config.insert("vocab_size".into(), data::Tokenizer::Bytes.vocab().into());
+                network = build(&config)?;
+            }
+            Origin::Family(network)
+        }
+    };
+    if let Data::Text { tokenizer: Tokenizer::File(path), .. } = &model.data {
+        let what = format!("{}: tokenizer files are not built yet; write tokenizer = \"bytes\"", path.display());
+        return Err(fault("data.tokenizer", what));
+    }
+    let recipe =
+        Recipe { data: model.data.clone(), valid: model.valid.clone(), batch: model.batch, seed: job.run.seed };
+    let network = match &origin {
+        Origin::Pretrained(pretrained) => pretrained.network.as_ref(),
+        Origin::Family(network) => network.as_ref(),
+    };
+    if recipe.valid.as_ref().is_some_and(|v| matches!(v.part, ValidPart::Fraction(_)))
+        && !matches!(recipe.data, Data::Text { .. } | Data::Images { .. })
+    {
+        return Err(fault("valid.fraction", "goes with text and images only; leave valid out".into()));
+    }
+    let sources = recipe.open(network)?;
+    check_fit(network, sources.train.as_ref()).map_err(|what| fault("data", what))?;
+    let steps = steps(&model.length, sources.train.as_ref()).map_err(|(key, what)| fault(key, what))?;
+    let inputs = inputs_of(sources.train.as_ref());
+    let mut options = TrainOptions::new(steps);
+    options.seed = job.run.seed;
+    options.batch = model.batch;
+    options.microbatch = model.microbatch;
+    (options.optimizer, options.clip) = optimizer(&model.optimizer);
+    options.schedule = match model.schedule {
+        job::Schedule::Constant => Schedule::Constant,
+        job::Schedule::Linear { warmup, min_lr } => Schedule::Linear { warmup, min_lr },
+        job::Schedule::Cosine { warmup, min_lr } => Schedule::Cosine { warmup, min_lr },
+    };
+    options.valid_every = model.valid.as_ref().map_or(50, |v| v.every);
+    options.plan = PlanOptions {
+        slots: job.run.slots.unwrap_or(2),
+        recompute: match job.run.recompute {
+            job::Recompute::Auto => Recompute::Auto,
+            job::Recompute::Always => Recompute::Always,
+            job::Recompute::Never => Recompute::Never,
+        },
+        ..PlanOptions::default()
+    };
+    Ok(Prepared { name: model.name.clone(), origin, options, inputs, opened: Some(sources), recipe })
+}
+
+fn optimizer(wanted: &job::Optimizer) -> (Optimizer, Option<f64>) {
+    match *wanted {
+        job::Optimizer::Adamw { lr, betas, eps, weight_decay, clip, decay_matrices_only } => {
+            let betas = (betas[0], betas[1]);
+            (Optimizer::Adamw { lr, betas, epsilon: eps, weight_decay, decay_matrices_only }, clip)
+        }
+        job::Optimizer::Sgd { lr, momentum, nesterov, weight_decay, clip } => {
+            (Optimizer::Sgd { lr, momentum, nesterov, weight_decay }, clip)
+        }
+    }
+}
+
+/// Ids and labels that the source may make against those that the network takes.
+fn check_fit(network: &dyn Network, source: &dyn Source) -> std::result::Result<(), String> {
+    let (labels, spec) = (network.labels(), source.spec());
+    if let (Some(have), Some(takes)) = (spec.vocab, labels.vocab)
+        && have > takes
+    {
+        return Err(format!("its tokens are 0..{have}, the model's vocab_size is {takes}; it must be at least {have}"));
+    }
+    if let Some(have) = spec.classes.filter(|&have| have > labels.classes) {
+        return Err(format!("its labels are 0..{have}, the model has {} classes", labels.classes));
+    }
+    Ok(())
+}
+
+/// Steps of a run, or the key at fault and why.
+fn steps(length: &Length, source: &dyn Source) -> std::result::Result<u64, (&'static str, String)> {
+    let steps = match *length {
+        Length::Steps(steps) => steps,
+        Length::Epochs(epochs) => match source.batches_per_epoch() {
+            u64::MAX => return Err(("epochs", "random data has no end; write steps".into())),
+            batches => epochs
+                .checked_mul(batches)
+                .filter(|&steps| (1..=MOST_STEPS).contains(&steps))
+                .ok_or(("epochs", format!("{epochs} of {batches} minibatches are more than {MOST_STEPS} steps")))?,
+        },
+    };
+    let key = if matches!(length, Length::Steps(_)) { "steps" } else { "epochs" };
+    match source.spec().batches {
+        Some(ready) if steps > ready => {
+            Err((key, format!("{steps} steps are more than the {ready} minibatches of the file")))
+        }
+        _ => Ok(steps),
+    }
+}
+
+impl Recipe {
+    fn open(&self, network: &dyn Network) -> Result<Sources> {
+        let (batch, seed) = (self.batch, self.seed);
+        let valid_fraction = match self.valid.as_ref().map(|v| &v.part) {
+            Some(ValidPart::Fraction(fraction)) => *fraction,
+            _ => 0.0,
+        };
+        match &self.data {
+            Data::Text { paths, context, .. } => {
+                let tokenizer = data::Tokenizer::Bytes;
+                let options = |paths: &[_], valid_fraction| TextOptions {
+                    paths: paths.to_vec(),
+                    tokenizer,
+                    context: *context,
+                    batch,
+                    seed,
+                    valid_fraction,
+                };
+                let split = TextSource::open(&options(paths, valid_fraction))?;
+                let valid = match self.valid.as_ref().map(|v| &v.part) {
+                    Some(ValidPart::Text(paths)) => Some(TextSource::open_valid(&options(paths, 0.0))?),
+                    _ => split.valid,
+                };
+                Ok(Sources { train: Box::new(split.train), valid: valid.map(|v| Box::new(v) as Box<dyn Source>) })
+            }
+            Data::Batches { path } => {
+                let shift_labels = network.labels().shift;
+                let options = BatchesOptions { path: path.clone(), batch: Some(batch), shift_labels };
+                Ok(Sources { train: Box::new(BatchesSource::open(&options)?), valid: None })
+            }
+            Data::Images { images, labels } => {
+                let files = match (&images[..], labels) {
+                    ([images], Some(labels)) => ImageFiles::Idx { images: images.clone(), labels: labels.clone() },
+                    (files, None) => ImageFiles::Cifar10 { files: files.to_vec() },
+                    ([_, second, ..], Some(_)) => {
+                        let second = Path::new(second).display();
+                        return Err(Error::bad(format!("{second}: with labels there is one file of images")));
+                    }
+                    ([], Some(_)) => return Err(Error::bad("images: no file is named")),
+                };
+                let options = ImageOptions { batch, seed, valid_fraction, ..ImageOptions::new(files) };
+                let split = ImageSource::open(&options)?;
+                let valid = split.valid.map(|v| Box::new(v) as Box<dyn Source>);
+                Ok(Sources { train: Box::new(split.train), valid })
+            }
+            Data::Random { context, image } => {
+                let source = random(network, *context, *image, batch, seed)?;
+                Ok(Sources { train: Box::new(source), valid: None })
+            }
+        }
+    }
+}
+
+/// Random inputs of the network's own sizes, or of `context` tokens, or of an `image`.
+fn random(
+    network: &dyn Network,
+    context: Option<usize>,
+    image: Option<[usize; 3]>,
+    batch: usize,
+    seed: u64,
+) -> Result<RandomSource> {
+    let labels = network.labels();
+    let mut tensors: Vec<(String, DType, Shape)> = Vec::new();
+    for input in network.inputs() {
+        let axes = match (input.name.as_str(), context, image) {
+            (names::PIXEL_VALUES, _, Some(image)) => image.to_vec(),
+            (names::PIXEL_VALUES, Some(_), _) => {
+                return Err(Error::bad("data.context: the model takes images; write image = [3, 224, 224]"));
+            }
+            (_, _, Some(_)) => return Err(Error::bad("data.image: the model takes tokens; write context = 128")),
+            (_, Some(context), _) => vec![context],
+            _ => input.axes,
+        };
+        tensors.push((input.name, input.dtype, Shape::new(axes)));
+    }
+    let label = match tensors.first() {
+        Some((_, _, shape)) if labels.shift => shape.clone(),
+        _ => Shape::default(),
+    };
+    tensors.push((names::LABELS.into(), DType::I32, label));
+    let vocab = labels.vocab.unwrap_or(1);
+    RandomSource::new(&RandomOptions { tensors, vocab, classes: labels.classes, batch, seed })
+}

@@ -1,0 +1,193 @@
+//! A checkpoint: weights, moments and running statistics after some steps, in one safetensors file.
+//!
+//! The numbers are exact, and everything else that a step depends on follows from the step's number (order of the data, dropout, learning
+//! rate), so that a resumed run gives the bits of one that was never stopped. What must be the same for that is written in
+//! the file's metadata and compared.
+
+use super::safely::write_safely;
+use crate::base::tensorfile::{Element, TensorIndex};
+use crate::base::{Error, Result, Shape};
+use crate::engine::{Engine, Stored};
+use crate::spill::Model;
+use serde_json::{Map, Value, json};
+use std::fs::File;
+use std::io::{ErrorKind, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+/// The value of `format` in the file's metadata.
+const FORMAT: &str = "hydra-checkpoint-1";
+
+/// What of a run must stay the same for a resumed run to give the same bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// Seed of everything random.
+    pub seed: u64,
+    /// Samples of a minibatch.
+    pub batch: usize,
+    /// Samples of a microbatch.
+    pub microbatch: usize,
+}
+
+impl Identity {
+    fn fields(&self) -> [(&'static str, u64); 3] {
+        [("seed", self.seed), ("batch", self.batch as u64), ("microbatch", self.microbatch as u64)]
+    }
+}
+
+/// One tensor of a model in training.
+#[derive(Clone, Copy, Debug)]
+enum Part {
+    Parameter(Stored, usize),
+    State(usize),
+}
+
+/// All tensors of a model in training, with their names in the file and their shapes.
+fn parts(model: &Model, moments: usize) -> Vec<(String, &Shape, Part)> {
+    let mut parts = Vec::new();
+    for (i, p) in model.train.parameters.iter().enumerate() {
+        parts.push((format!("weight/{}", p.name), &p.shape, Part::Parameter(Stored::Weight, i)));
+        for m in 0..moments {
+            parts.push((format!("moment{m}/{}", p.name), &p.shape, Part::Parameter(Stored::Moment(m), i)));
+        }
+    }
+    for (i, s) in model.train.states.iter().enumerate() {
+        parts.push((format!("state/{}", s.name), &s.shape, Part::State(i)));
+    }
+    parts
+}
+
+/// Writes the state of `engine` after `step` steps to `path`, replacing an older checkpoint only once this one is on the disk. Call
+/// [`Engine::wait_home`] first.
+///
+/// # Errors
+/// When the file cannot be written.
+pub fn write_checkpoint(path: &Path, engine: &Engine, identity: Identity, step: u64) -> Result<()> {
+    let model = engine.model();
+    let parts = parts(model, engine.plan().moments);
+    let mut header = Map::new();
+    let mut metadata = json!({ "format": FORMAT, "step": step.to_string() });
+    for (key, value) in identity.fields() {
+        metadata[key] = value.to_string().into();
+    }
+    header.insert("__metadata__".into(), metadata);
+    let mut end = 0;
+    for (name, shape, _) in &parts {
+        let start = end;
+        end += 4 * shape.elems();
+        let entry = json!({ "dtype": "F32", "shape": shape.axes(), "data_offsets": [start, end] });
+        header.insert(name.clone(), entry);
+    }
+    let mut header = Value::Object(header).to_string().into_bytes();
+    header.resize(header.len().next_multiple_of(8), b' ');
+    write_safely(path, |out| {
+        out.write_all(&(header.len() as u64).to_le_bytes())?;
+        out.write_all(&header)?;
+        for (_, _, part) in &parts {
+            let values = match *part {
+                Part::Parameter(what, i) => engine.read_parameter(what, i),
+                Part::State(i) => engine.read_state(i),
+            };
+            for value in values {
+                out.write_all(&value.to_le_bytes())?;
+            }
+        }
+        Ok(())
+    })
+}
+
+/// A checkpoint on the disk whose header has been read.
+#[derive(Debug)]
+pub struct Checkpoint {
+    path: PathBuf,
+    file: File,
+    index: TensorIndex,
+    step: u64,
+}
+
+impl Checkpoint {
+    /// Opens the checkpoint at `path`; `None` where there is no such file.
+    ///
+    /// # Errors
+    /// When the file cannot be read, is damaged, or is no checkpoint.
+    pub fn open(path: &Path) -> Result<Option<Checkpoint>> {
+        let io = |e| Error::io("read", path, e);
+        let mut file = match File::open(path) {
+            Ok(file) => file,
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(io(e)),
+        };
+        let file_bytes = file.metadata().map_err(io)?.len();
+        let called = path.display().to_string();
+        let mut prefix = Vec::new();
+        (&mut file).take(8).read_to_end(&mut prefix).map_err(io)?;
+        let mut header = vec![0; TensorIndex::header_bytes(&prefix, file_bytes, &called)?];
+        file.read_exact(&mut header).map_err(io)?;
+        let index = TensorIndex::parse(&header, file_bytes, &called)?;
+        let step = index.metadata().get("step").and_then(|s| s.parse().ok());
+        match (index.metadata().get("format").map(String::as_str), step) {
+            (Some(FORMAT), Some(step)) => Ok(Some(Checkpoint { path: path.to_path_buf(), file, index, step })),
+            _ => Err(Error::bad(format!("{called}: is no checkpoint of this program ({FORMAT})"))),
+        }
+    }
+
+    /// Steps done when it was written.
+    pub fn step(&self) -> u64 {
+        self.step
+    }
+
+    /// Compares it with the run that is to go on from it.
+    ///
+    /// # Errors
+    /// [`Error::BadInput`] that names the first difference.
+    pub fn check(&self, identity: Identity, model: &Model, moments: usize) -> Result<()> {
+        for (key, want) in identity.fields() {
+            let found = self.index.metadata().get(key).map_or("missing", String::as_str);
+            if found != want.to_string() {
+                return Err(self.fault(format!("{key} is {found} in the checkpoint, {want} in the job")));
+            }
+        }
+        let parts = parts(model, moments);
+        for (name, shape, _) in &parts {
+            let Some(entry) = self.index.get(name) else {
+                return Err(self.fault(format!("tensor {name}: is missing; the job's model has it")));
+            };
+            if entry.shape != **shape || entry.element != Element::F32 {
+                let (found, element) = (&entry.shape, entry.element);
+                return Err(self.fault(format!("tensor {name}: is {found} {element}, the job's model has {shape} F32")));
+            }
+        }
+        if self.index.entries().len() > parts.len() {
+            let known = |name: &str| parts.iter().any(|(part, _, _)| part == name);
+            let extra = self.index.entries().iter().find(|e| !known(&e.name)).map_or("?", |e| &e.name);
+            return Err(self.fault(format!("tensor {extra}: the job's model has no such tensor")));
+        }
+        Ok(())
+    }
+
+    /// Writes all tensors into the engine's host store. Call [`Checkpoint::check`] first, and this before the first step.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or lacks a tensor.
+    pub fn restore(&mut self, engine: &mut Engine) -> Result<()> {
+        let model = std::sync::Arc::clone(engine.model());
+        for (name, shape, part) in parts(&model, engine.plan().moments) {
+            let start = match self.index.get(&name).filter(|e| e.shape == *shape) {
+                Some(entry) => entry.start_bytes,
+                None => return Err(self.fault(format!("tensor {name}: is missing, or not {shape}"))),
+            };
+            let mut bytes = vec![0; 4 * shape.elems()];
+            let read = self.file.seek(SeekFrom::Start(start)).and_then(|_| self.file.read_exact(&mut bytes));
+            read.map_err(|e| Error::io("read", &self.path, e))?;
+            let values: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
+            match part {
+                Part::Parameter(what, i) => engine.write_parameter(what, i, &values),
+                Part::State(i) => engine.write_state(i, &values),
+            }
+        }
+        Ok(())
+    }
+
+    fn fault(&self, what: String) -> Error {
+        Error::bad(format!("{}: {what}", self.path.display()))
+    }
+}

@@ -1,0 +1,57 @@
+//! One batch through a model in evaluation mode.
+
+use super::session::batch_inputs;
+use crate::base::{DType, Error, Result, Shape};
+use crate::data::{Batch, Limits, check_ids};
+use crate::device::host::{HostConfig, HostDevice, HostSpec};
+use crate::device::sim::CostModel;
+use crate::engine::{Engine, EngineOptions, Stored};
+use crate::graph::Mode;
+use crate::nn::{InputShape, Pretrained};
+use crate::spill::{Model, Plan, PlanOptions};
+use std::sync::Arc;
+
+/// Runs `batch`, whose tensors have the sample as their first axis, and gives the logits with their shape. Waits for the device.
+///
+/// # Errors
+/// When the model does not take these tensors, an id is out of range, memory cannot be had, or a weight is not finite.
+pub fn wait_forward(pretrained: &Pretrained, batch: &Batch) -> Result<(Shape, Vec<f32>)> {
+    let network = pretrained.network.as_ref();
+    let labels = network.labels();
+    check_ids(batch, Limits { vocab: labels.vocab, classes: Some(labels.classes) })?;
+    let samples = batch.tensors.first().and_then(|t| t.shape.axes().first()).copied().unwrap_or(0);
+    let mut inputs = Vec::new();
+    for tensor in &batch.tensors {
+        match tensor.shape.axes().split_first() {
+            Some((&n, axes)) if n == samples => inputs.push(InputShape::new(tensor.name.clone(), axes, tensor.dtype)),
+            _ => {
+                let (name, shape) = (&tensor.name, &tensor.shape);
+                return Err(Error::bad(format!("{name}: shape {shape} has another batch than {samples}")));
+            }
+        }
+    }
+    let graph = network.trace(Mode::Evaluation, DType::F32, samples, &inputs)?;
+    let shape = match graph.logits {
+        Some(logits) => graph.info(logits).shape.clone(),
+        None => return Err(Error::bad("the model has no logits")),
+    };
+    let model = Arc::new(Model::evaluation(graph)?);
+    // Nothing is chosen by these rates: without a budget there is nothing to choose.
+    let cost = CostModel::stated(1e11, 2e10, 1e10);
+    let plan = Arc::new(Plan::new(&model, &PlanOptions { moments: 0, ..PlanOptions::default() }, &cost)?);
+    let spec = HostSpec { arena_bytes: plan.arena.bytes, ..HostSpec::default() };
+    let config = HostConfig { devices: vec![spec], host_bytes: plan.host.bytes, poison: false, withhold: None };
+    let device = Box::new(HostDevice::new(&config)?);
+    // A large batch may take its time: there is one task only.
+    let options = EngineOptions { patience_secs: 3600.0, ..EngineOptions::new(0, &model) };
+    let mut engine = Engine::new(Arc::clone(&model), plan, device, options);
+    for (i, parameter) in model.train.parameters.iter().enumerate() {
+        engine.write_parameter(Stored::Weight, i, &pretrained.tensor(&parameter.name, &parameter.shape)?);
+    }
+    for (i, state) in model.train.states.iter().enumerate() {
+        engine.write_state(i, &pretrained.tensor(&state.name, &state.shape)?);
+    }
+    let names: Vec<String> = model.train.inputs.iter().map(|i| i.name.clone()).collect();
+    let logits = engine.wait_logits(&batch_inputs(&names, batch)?)?;
+    Ok((shape, logits))
+}
