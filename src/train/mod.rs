@@ -2,7 +2,9 @@
 
 pub mod metrics;
 mod optimizer;
+mod report;
 mod session;
 
 pub use optimizer::{Optimizer, Schedule};
+pub use report::write_report;
 pub use session::{Observer, Session, StepReport, TrainOptions, Weights, inputs_of, plan_model, trace_model};
