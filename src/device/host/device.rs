@@ -168,7 +168,9 @@ impl Device for HostDevice {
     }
 
     fn next_completion(&mut self, patience_secs: f64) -> Option<Completion> {
-        match self.completions.recv_timeout(Duration::from_secs_f64(patience_secs)) {
+        // No end to patience is as long as a duration goes.
+        let patience = Duration::try_from_secs_f64(patience_secs.max(0.0)).unwrap_or(Duration::MAX);
+        match self.completions.recv_timeout(patience) {
             Ok(completion) => Some(completion),
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => None,
         }

@@ -38,11 +38,6 @@ impl Block {
         if start.is_null() { Err(refused()) } else { Ok(Block { start, bytes }) }
     }
 
-    /// Its size.
-    pub fn bytes(&self) -> usize {
-        self.bytes
-    }
-
     /// The address of `offset`, with `bytes` after it inside the block.
     ///
     /// # Panics
