@@ -1,9 +1,7 @@
 //! The table of cases: each builds one op between parameters and a loss.
 
 use hydra::base::{DType, Result, Shape};
-use hydra::graph::{
-    Activation, AttentionOptions, Builder, Graph, Init, Mode, Value, WeightLayout, differentiate,
-};
+use hydra::graph::{Activation, AttentionOptions, Builder, Graph, Init, Mode, Value, WeightLayout, differentiate};
 
 /// Classes of the head.
 const CLASSES: usize = 5;
@@ -127,19 +125,30 @@ fn linears(t: &mut Table) {
         for activation in ACTIVATIONS {
             for bias in [false, true] {
                 for (rows, inputs, outputs) in [(2, 1, 1), (5, 31, 33), (33, 7, 3), (1023, 3, 2)] {
-                    t.add(format!("linear {rows}x{inputs}x{outputs} {layout:?} {activation:?} bias {bias}"), move |s| {
-                        linear(s, [rows, inputs, outputs], layout, activation, bias)
-                    });
+                    t.add(
+                        format!("linear {rows}x{inputs}x{outputs} {layout:?} {activation:?} bias {bias}"),
+                        move |s| linear(s, [rows, inputs, outputs], layout, activation, bias),
+                    );
                 }
             }
         }
-        t.add(format!("linear {layout:?} no rows"), move |s| linear(s, [0, 3, 4], layout, Activation::GeluTanh, true)).flat = true;
-        t.add(format!("linear {layout:?} no outputs"), move |s| linear(s, [4, 3, 0], layout, Activation::Relu, true)).flat = true;
+        t.add(format!("linear {layout:?} no rows"), move |s| {
+            linear(s, [0, 3, 4], layout, Activation::GeluTanh, true)
+        })
+        .flat = true;
+        t.add(format!("linear {layout:?} no outputs"), move |s| linear(s, [4, 3, 0], layout, Activation::Relu, true))
+            .flat = true;
         t.add(format!("linear {layout:?} no inputs"), move |s| linear(s, [4, 0, 3], layout, Activation::GeluErf, true));
     }
 }
 
-fn linear(s: &mut Body, [rows, inputs, outputs]: [usize; 3], layout: WeightLayout, act: Activation, bias: bool) -> Result<Value> {
+fn linear(
+    s: &mut Body,
+    [rows, inputs, outputs]: [usize; 3],
+    layout: WeightLayout,
+    act: Activation,
+    bias: bool,
+) -> Result<Value> {
     let x = s.leaf("x", [rows, inputs])?;
     let shape = if layout == WeightLayout::InOut { [inputs, outputs] } else { [outputs, inputs] };
     let weight = s.leaf("weight", shape)?;
@@ -298,9 +307,13 @@ fn images(t: &mut Table) {
         s.b.conv2d(x, weight, Some(bias), 1, 1)
     })
     .flat = true;
-    for (x, kernel, stride, padding) in
-        [([1, 1, 1, 1], 1, 1, 0), ([2, 3, 5, 7], 2, 2, 0), ([2, 3, 5, 7], 3, 2, 1), ([1, 2, 31, 33], 3, 1, 1), ([3, 1, 7, 7], 2, 3, 1)]
-    {
+    for (x, kernel, stride, padding) in [
+        ([1, 1, 1, 1], 1, 1, 0),
+        ([2, 3, 5, 7], 2, 2, 0),
+        ([2, 3, 5, 7], 3, 2, 1),
+        ([1, 2, 31, 33], 3, 1, 1),
+        ([3, 1, 7, 7], 2, 3, 1),
+    ] {
         t.add(format!("max_pool {x:?} kernel {kernel} stride {stride} padding {padding}"), move |s| {
             let x = s.leaf("x", x)?;
             s.b.max_pool(x, kernel, stride, padding)
@@ -344,7 +357,12 @@ fn shapes(t: &mut Table) {
         let sum = s.b.add(x, y)?;
         s.b.transpose(sum, &[1, 0, 2])
     });
-    for (axes, order) in [(vec![31, 33], vec![1, 0]), (vec![3, 4, 5], vec![2, 0, 1]), (vec![2, 3, 4, 5], vec![0, 2, 1, 3]), (vec![1, 1023, 2], vec![2, 1, 0])] {
+    for (axes, order) in [
+        (vec![31, 33], vec![1, 0]),
+        (vec![3, 4, 5], vec![2, 0, 1]),
+        (vec![2, 3, 4, 5], vec![0, 2, 1, 3]),
+        (vec![1, 1023, 2], vec![2, 1, 0]),
+    ] {
         t.add(format!("transpose {axes:?} by {order:?}"), move |s| {
             let x = s.leaf("x", Shape(axes.clone()))?;
             s.b.transpose(x, &order)
@@ -382,7 +400,8 @@ fn parameters(t: &mut Table) {
     });
     t.add("parameter used as bias and as norm's bias", |s| {
         let (x, w) = (s.leaf("x", [3, 7])?, s.leaf("w", [7, 4])?);
-        let (bias, scale) = (s.b.parameter("bias", [4], Init::Normal(1.0))?, s.b.parameter("scale", [4], Init::Normal(1.0))?);
+        let (bias, scale) =
+            (s.b.parameter("bias", [4], Init::Normal(1.0))?, s.b.parameter("scale", [4], Init::Normal(1.0))?);
         let y = s.b.linear(x, w, Some(bias), Activation::Relu, WeightLayout::InOut)?;
         s.b.layernorm(y, scale, bias, 1e-5)
     });

@@ -17,11 +17,16 @@ fn check(graph: Graph) {
     for (parameter, layer, gradient) in &want.gradients {
         let gradient = decode(gradient, DType::F32);
         let name = &graph.parameters[*parameter].name;
-        assert!(gradient.iter().all(|g| g.is_finite()) && gradient.iter().any(|&g| g != 0.0), "{name} in layer {layer}: {gradient:?}");
+        assert!(
+            gradient.iter().all(|g| g.is_finite()) && gradient.iter().any(|&g| g != 0.0),
+            "{name} in layer {layer}: {gradient:?}"
+        );
     }
     for mask in 0u32..1 << (layers - 1) {
         let shards = cut(layers, mask);
-        for (keep, recompute, threads) in [(0, false, None), (!0, false, Some(1)), (0x5555, true, None), (0xAAAA, true, Some(1))] {
+        for (keep, recompute, threads) in
+            [(0, false, None), (!0, false, Some(1)), (0x5555, true, None), (0xAAAA, true, Some(1))]
+        {
             let keep = (0..shards.len()).map(|s| keep >> s & 1u32 == 1).collect();
             let cut = Cut { shards: shards.clone(), keep, recompute, threads };
             let got = run(cut.clone());
@@ -63,7 +68,8 @@ fn gpt() -> Result<Graph> {
     for block in 0..2 {
         b.layer(format!("block {block}"), |b, x| {
             let x = x.expect("the embedding comes first");
-            let own = |b: &mut Builder, name: &str, shape: &[usize]| parameter(b, &format!("{block} {name}"), shape, 0.4);
+            let own =
+                |b: &mut Builder, name: &str, shape: &[usize]| parameter(b, &format!("{block} {name}"), shape, 0.4);
             let shared = parameter(b, "shared bias", &[C], 0.4)?;
             let mask = b.input("mask", [B, T], DType::I32)?;
             let (scale, qkv, out) = (own(b, "norm 1", &[C])?, own(b, "qkv", &[C, 3 * C])?, own(b, "out", &[C, C])?);
@@ -75,7 +81,8 @@ fn gpt() -> Result<Graph> {
             let a = b.dropout(a, 0.1)?;
             let x = b.add(x, a)?;
             let (scale, bias) = (own(b, "norm 2", &[C])?, own(b, "norm 2 bias", &[C])?);
-            let (up, up_bias, down) = (own(b, "up", &[C, 4 * C])?, own(b, "up bias", &[4 * C])?, own(b, "down", &[4 * C, C])?);
+            let (up, up_bias, down) =
+                (own(b, "up", &[C, 4 * C])?, own(b, "up bias", &[4 * C])?, own(b, "down", &[4 * C, C])?);
             let n = b.layernorm(x, scale, bias, 1e-5)?;
             let h = b.linear(n, up, Some(up_bias), Activation::GeluTanh, WeightLayout::InOut)?;
             let h = b.linear(h, down, None, Activation::None, WeightLayout::InOut)?;

@@ -24,7 +24,7 @@ pub struct Cut {
 impl Cut {
     /// One shard of `layers` layers.
     pub fn whole(layers: usize) -> Cut {
-        Cut { shards: vec![0..layers], keep: vec![false], recompute: false, threads: None }
+        Cut { shards: std::iter::once(0..layers).collect(), keep: vec![false], recompute: false, threads: None }
     }
 }
 
@@ -91,7 +91,11 @@ impl Machine {
             let kind = if s == last { Kind::Last { recompute: cut.recompute } } else { Kind::Backward { kept: keep } };
             let (forward, backward) = ((s < last).then(|| program(Kind::Forward { keep })), program(kind));
             let saved = forward.as_ref().map_or(0, |p| p.bytes(Area::Saved));
-            assert!(saved >= backward.bytes(Area::Saved), "backward reads {} saved bytes of {saved}", backward.bytes(Area::Saved));
+            assert!(
+                saved >= backward.bytes(Area::Saved),
+                "backward reads {} saved bytes of {saved}",
+                backward.bytes(Area::Saved)
+            );
             shards.push(Shard {
                 weights: tape.take(shard.weight_bytes),
                 gradients: tape.take(shard.gradient_bytes),
@@ -103,7 +107,9 @@ impl Machine {
             });
         }
         let mut boundaries = || -> Vec<Vec<u64>> {
-            let bytes = |s: usize| graph.bytes(graph.layers[cut.shards[s].end - 1].output.expect("a layer before the last hands on"));
+            let bytes = |s: usize| {
+                graph.bytes(graph.layers[cut.shards[s].end - 1].output.expect("a layer before the last hands on"))
+            };
             (0..last).map(|s| (0..microbatches).map(|_| tape.take(bytes(s))).collect()).collect()
         };
         let (activations, boundary_gradients) = (boundaries(), boundaries());
@@ -120,15 +126,30 @@ impl Machine {
         let config = HostConfig {
             devices: vec![HostSpec { arena_bytes, threads: cut.threads, ..Default::default() }],
             // Poison; weights and states; inputs; a place to read back to. Alignment adds less than a page.
-            host_bytes: arena_bytes + layout.parameter_bytes + layout.state_bytes
-                + microbatches as u64 * input_bytes + gradient_bytes + arena_bytes + 4096,
+            host_bytes: arena_bytes
+                + layout.parameter_bytes
+                + layout.state_bytes
+                + microbatches as u64 * input_bytes
+                + gradient_bytes
+                + arena_bytes
+                + 4096,
             poison: true,
             withhold: None,
         };
         let mut device = HostDevice::new(&config).expect("a small device starts");
         device.write_host(0, &vec![0xFF; arena_bytes as usize]);
         Machine {
-            graph, layout, dtype, device, shards, activations, boundary_gradients, inputs, results, workspace, arena_bytes,
+            graph,
+            layout,
+            dtype,
+            device,
+            shards,
+            activations,
+            boundary_gradients,
+            inputs,
+            results,
+            workspace,
+            arena_bytes,
         }
     }
 
@@ -200,7 +221,8 @@ impl Machine {
         ] {
             bases[area as usize] = base;
         }
-        let inputs: Vec<_> = program.inputs.iter().map(|u| (inputs_at[u.input], self.inputs + u.offset, u.bytes)).collect();
+        let inputs: Vec<_> =
+            program.inputs.iter().map(|u| (inputs_at[u.input], self.inputs + u.offset, u.bytes)).collect();
         self.copy(&inputs, true);
         let scalars = Scalars { seed: 11, step: 3, microbatch: number, loss_scale: 0.25, accumulate: microbatch > 0 };
         self.finish(0, Task::Run(Box::new(Run { program, device: 0, bases, scalars, check: false })));
@@ -219,14 +241,16 @@ impl Machine {
             states.extend(self.read(states_at, state_bytes, free));
             let layout = &self.shards[s].layout;
             for g in self.graph.parameter_gradients.iter().filter(|g| layout.layers.contains(&g.layer)) {
-                let at = layout.gradient(&self.layout, g.parameter, g.layer).expect("each use has an accumulator") as usize;
+                let at =
+                    layout.gradient(&self.layout, g.parameter, g.layer).expect("each use has an accumulator") as usize;
                 let bytes = self.graph.bytes(self.graph.parameters[g.parameter].value) as usize;
                 gradients.push((g.parameter, g.layer, all[at..at + bytes].to_vec()));
             }
         }
         gradients.sort_by_key(|g| (g.1, g.0));
         // Between states lie the bytes that alignment leaves, which hold poison.
-        let spans = self.graph.states.iter().enumerate().map(|(i, s)| (self.layout.state[i], self.graph.bytes(s.value)));
+        let spans =
+            self.graph.states.iter().enumerate().map(|(i, s)| (self.layout.state[i], self.graph.bytes(s.value)));
         let states = spans.flat_map(|(at, bytes)| states[at as usize..(at + bytes) as usize].to_vec()).collect();
         Outcome { losses: self.decode(&losses), gradients, states }
     }

@@ -9,8 +9,8 @@ mod machine;
 
 use cases::{Case, all};
 use hydra::base::DType;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use machine::{Cut, Machine, Outcome, draw_inputs, draw_weights};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// Coordinates of one parameter that are moved: all of a small one, a spread of a large one.
 const SAMPLE: usize = 24;
@@ -83,7 +83,10 @@ fn slopes(
             weights[p][i] = here;
             let (slope, got) = ((above - below) / (2.0 * MOVE), gradients[p][i]);
             let apart = (slope - got).abs();
-            assert!(apart <= SLOPE_TOLERANCE * scale.max(1e-2), "{what}: gradient of {name}[{i}] is {got}, the slope {slope}");
+            assert!(
+                apart <= SLOPE_TOLERANCE * scale.max(1e-2),
+                "{what}: gradient of {name}[{i}] is {got}, the slope {slope}"
+            );
         }
     }
 }

@@ -58,7 +58,6 @@ fn floats<T: Real>(shared: &Shared, span: Span) -> &[T] {
     bytemuck::cast_slice(bytes(shared, span))
 }
 
-#[expect(clippy::mut_from_ref, reason = "the order of tasks is what makes it exclusive")]
 fn floats_mut<T: Real>(shared: &Shared, span: Span) -> &mut [T] {
     bytemuck::cast_slice_mut(bytes_mut(shared, span))
 }

@@ -45,7 +45,7 @@ unsafe impl<T: Send> Sync for RowsMut<'_, T> {}
 impl<'a, T> RowsMut<'a, T> {
     /// A matrix of its own memory: all of `data`, in rows of `width`.
     pub fn whole(data: &'a mut [T], width: usize) -> Self {
-        let [rows] = Self::split(data, width, [0..width]);
+        let [rows] = Self::split(data, width, std::array::from_fn(|_| 0..width));
         rows
     }
 
@@ -60,7 +60,7 @@ impl<'a, T> RowsMut<'a, T> {
             end = range.end;
         }
         assert!(end <= stride, "columns {columns:?} end after the stride of {stride}");
-        let rows = if stride == 0 { 0 } else { data.len() / stride };
+        let rows = data.len().checked_div(stride).unwrap_or(0);
         assert!(rows * stride == data.len(), "{} elements are not rows of {stride}", data.len());
         let data = data.as_mut_ptr();
         columns.map(|range| RowsMut {
@@ -135,7 +135,7 @@ mod tests {
     #[should_panic(expected = "outside a view of 2 rows of 2")]
     fn rows_outside_are_refused() {
         let mut data = [0; 8];
-        let [view] = RowsMut::split(&mut data, 4, [2..4]);
+        let [view] = RowsMut::split(&mut data, 4, std::array::from_fn(|_| 2..4));
         // SAFETY: asked for once.
         unsafe { view.row(1, 1..3) };
     }
