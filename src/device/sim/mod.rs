@@ -5,7 +5,7 @@
 
 mod cost_model;
 
-pub use cost_model::{CostModel, GemmRate};
+pub use cost_model::{CostModel, Rate};
 
 use super::{Completion, Device, Task, Ticket};
 use crate::base::{LaneId, LaneKind};
