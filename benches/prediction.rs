@@ -16,8 +16,8 @@ use hydra::graph::{
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// Steps that are timed, after two that are not.
-const STEPS: usize = 5;
+/// Steps that are timed, after two that are not. As in calibration the lower quartile counts.
+const STEPS: usize = 9;
 
 /// A model to train.
 enum Job {
@@ -157,7 +157,7 @@ impl Bench {
         Ok(done.end_secs - done.start_secs)
     }
 
-    /// Median seconds of the program and of the update.
+    /// Seconds of the program and of the update.
     fn measure(&mut self) -> Result<(f64, f64)> {
         let (mut runs, mut updates) = (Vec::new(), Vec::new());
         for step in 0..STEPS + 2 {
@@ -167,7 +167,7 @@ impl Bench {
                 updates.push(update);
             }
         }
-        Ok((median(runs), median(updates)))
+        Ok((lower_quartile(runs), lower_quartile(updates)))
     }
 
     /// Prints each family's predicted and measured seconds, the latter op by op.
@@ -184,7 +184,7 @@ impl Bench {
         let mut sums: BTreeMap<Family, (f64, f64)> = BTreeMap::new();
         for (step, secs) in steps.iter().zip(secs) {
             let sum = sums.entry(step.cost.family).or_default();
-            *sum = (sum.0 + cost.op_secs(&step.cost), sum.1 + median(secs));
+            *sum = (sum.0 + cost.op_secs(&step.cost), sum.1 + lower_quartile(secs));
         }
         for (family, (predicted, measured)) in sums {
             let error = 100.0 * (predicted / measured - 1.0);
@@ -202,6 +202,11 @@ impl Bench {
 fn task(program: Program, bases: [u64; AREAS]) -> Task {
     let scalars = Scalars { seed: 1, step: 0, microbatch: 0, loss_scale: 1e-3, accumulate: false };
     Task::Run(Box::new(Run { program: Arc::new(program), device: 0, bases, scalars, check: false }))
+}
+
+fn lower_quartile(mut x: Vec<f64>) -> f64 {
+    x.sort_by(f64::total_cmp);
+    x[x.len() / 4]
 }
 
 fn median(mut x: Vec<f64>) -> f64 {

@@ -10,14 +10,13 @@ pub(super) const CLASSES: usize = 10;
 pub(super) fn all() -> Result<Vec<Graph>> {
     Ok(vec![
         transformer(2, 32, 64, 1, 64)?,
-        transformer(2, 128, 128, 4, 256)?,
-        transformer(4, 64, 256, 4, 512)?,
-        transformer(1, 512, 128, 2, 128)?,
-        transformer(4, 128, 512, 8, 1024)?,
-        images(4, 16, 8)?,
+        transformer(4, 64, 128, 4, 256)?,
+        transformer(1, 256, 128, 2, 1024)?,
+        transformer(2, 128, 256, 8, 512)?,
+        transformer(1, 256, 512, 8, 512)?,
         images(8, 32, 16)?,
+        images(4, 32, 32)?,
         images(8, 16, 64)?,
-        images(8, 8, 128)?,
     ])
 }
 
