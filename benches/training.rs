@@ -78,7 +78,8 @@ impl Observer for Times {
 }
 
 fn way(name: &'static str, gpt: Gpt, options: TrainOptions, cost: &CostModel) -> Result<Way> {
-    let model = trace_model(gpt.network().as_ref(), &inputs_of(gpt.source().as_ref()), options.batch, options.microbatch)?;
+    let model =
+        trace_model(gpt.network().as_ref(), &inputs_of(gpt.source().as_ref()), options.batch, options.microbatch)?;
     let plan = plan_model(&model, &options, cost)?;
     Ok(Way { name, model: Arc::new(model), plan: Arc::new(plan), options, secs: Vec::new(), bound: 0.0 })
 }
@@ -88,7 +89,8 @@ impl Way {
     fn round(&mut self, gpt: Gpt) -> Result<()> {
         let network = gpt.network();
         let planned = (Arc::clone(&self.model), Arc::clone(&self.plan));
-        let mut session = Session::new(network.as_ref(), Weights::Random, planned, gpt.source(), None, self.options.clone())?;
+        let mut session =
+            Session::new(network.as_ref(), Weights::Random, planned, gpt.source(), None, self.options.clone())?;
         let mut times = Times { skip: 2, secs: Vec::new() };
         session.run(&mut times, &AtomicBool::new(false))?;
         let steps = self.options.steps as f64;
@@ -110,7 +112,10 @@ fn percentile(values: &[f64], at: f64) -> f64 {
 }
 
 fn report(ways: &[Way], tokens: f64) {
-    println!("  {:<34} {:>6} {:>11} {:>9} {:>9} {:>9} {:>9}", "way", "shards", "peak", "median", "p10", "p90", "tokens/s");
+    println!(
+        "  {:<34} {:>6} {:>11} {:>9} {:>9} {:>9} {:>9}",
+        "way", "shards", "peak", "median", "p10", "p90", "tokens/s"
+    );
     for w in ways {
         println!(
             "  {:<34} {:>6} {:>11} {:>7.1}ms {:>7.1}ms {:>7.1}ms {:>9.0}",
@@ -135,10 +140,21 @@ fn spilling(gpt: Gpt, rounds: usize, steps: u64, cost: &CostModel) -> Result<()>
     let resident = way("resident", gpt, base.clone(), cost)?;
     let quarter = resident.plan.arena.bytes / 4;
     let with = |plan: PlanOptions| TrainOptions { plan, ..base.clone() };
-    let spilled = way("spilled at 25 %", gpt, with(PlanOptions { device_budget: Some(quarter), ..PlanOptions::default() }), cost)?;
+    let spilled = way(
+        "spilled at 25 %",
+        gpt,
+        with(PlanOptions { device_budget: Some(quarter), ..PlanOptions::default() }),
+        cost,
+    )?;
     let cut = spilled.plan.shards.iter().map(|s| s.layout.layers.clone()).collect();
     let kept = spilled.plan.shards.iter().map(|s| s.kept).collect();
-    let equal = PlanOptions { cut: Some(cut), kept: Some(kept), resident: Some(true), boundaries_stay: Some(true), ..PlanOptions::default() };
+    let equal = PlanOptions {
+        cut: Some(cut),
+        kept: Some(kept),
+        resident: Some(true),
+        boundaries_stay: Some(true),
+        ..PlanOptions::default()
+    };
     let equal = way("resident, recomputing as much", gpt, with(equal), cost)?;
     let mut ways = [resident, equal, spilled];
     for _ in 0..rounds {
@@ -162,14 +178,19 @@ fn torch(gpt: Gpt, ours: f64) {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/torch_gpt.py");
     let output = std::process::Command::new(&python).arg(script).args(sizes).output();
     let rates: Vec<f64> = match output {
-        Ok(o) if o.status.success() => String::from_utf8_lossy(&o.stdout).lines().filter_map(|l| l.parse().ok()).skip(2).collect(),
+        Ok(o) if o.status.success() => {
+            String::from_utf8_lossy(&o.stdout).lines().filter_map(|l| l.parse().ok()).skip(2).collect()
+        }
         _ => Vec::new(),
     };
     match rates.is_empty() {
         true => println!("  PyTorch: not here ({python} has no torch)"),
         false => {
             let theirs = percentile(&rates, 0.5);
-            println!("  PyTorch eager on {threads} threads: {theirs:.0} tokens/s; resident / PyTorch: {:.3} (want 0.8)", gpt.tokens() / ours / theirs);
+            println!(
+                "  PyTorch eager on {threads} threads: {theirs:.0} tokens/s; resident / PyTorch: {:.3} (want 0.8)",
+                gpt.tokens() / ours / theirs
+            );
         }
     }
 }
@@ -227,7 +248,8 @@ fn prediction(jobs: &[(&'static str, Gpt, f64)], steps: u64, cost: &CostModel) -
         let base = TrainOptions { batch: gpt.batch, microbatch: gpt.batch, ..TrainOptions::new(steps) };
         let whole = way(name, gpt, base.clone(), cost)?;
         let budget = (whole.plan.arena.bytes as f64 * share) as u64;
-        let plan = PlanOptions { device_budget: Some(budget.max(whole.plan.smallest_device_bytes)), ..PlanOptions::default() };
+        let plan =
+            PlanOptions { device_budget: Some(budget.max(whole.plan.smallest_device_bytes)), ..PlanOptions::default() };
         let mut w = way(name, gpt, TrainOptions { plan, ..base }, cost)?;
         let predicted = predict(&w.model, &w.plan, cost, false)?.step_secs;
         w.round(gpt)?;

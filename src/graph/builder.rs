@@ -526,7 +526,12 @@ impl Builder {
 
     fn node(&mut self, op: Op, inputs: Vec<Value>, outputs: Vec<(Shape, DType)>) -> Result<Vec<Value>> {
         let here = self.here(op.name())?;
-        for &input in &inputs {
+        for (i, &input) in inputs.iter().enumerate() {
+            let (found, want) =
+                (self.graph.info(input).dtype, if op.reads_integers(i) { DType::I32 } else { self.float });
+            if found != want {
+                return Err(Error::bad(format!("{}: operand {i} is {found}, want {want}", op.name())));
+            }
             if let Some(node) = self.graph.producer(input) {
                 let from = self.graph.nodes[node].layer;
                 let handed_on = self.graph.layers[here].input.map(|v| self.graph.root(v));

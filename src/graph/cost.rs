@@ -4,22 +4,96 @@
 //! every output written once. A cost model turns them into seconds.
 
 use super::graph::{Graph, Node};
+use super::kinds::Activation;
 use super::op::Op;
+use crate::base::Shape;
 
-/// The kind of work, which decides the rate that it runs at.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+/// The kind of work, which decides the rate that it runs at. Kinds are told apart where their rates on the host differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Family {
-    /// Matrix products.
+    /// A linear layer's product.
     Gemm,
+    /// A linear layer's product with a transcendental function fused behind it.
+    GemmActivation,
+    /// The product that is its input's gradient.
+    GemmGradInput,
+    /// The product that is its weight's gradient.
+    GemmGradWeight,
     /// Fused attention.
     Attention,
+    /// Its gradient.
+    AttentionGrad,
     /// Convolution.
     Conv,
-    /// Elementwise arithmetic with transcendental functions (activations, softmax over the vocabulary, dropout).
-    Transcendental,
+    /// The gradient of its input.
+    ConvGradInput,
+    /// The gradient of its weight.
+    ConvGradWeight,
+    /// Activations with a transcendental function, and their gradients.
+    Activation,
+    /// Elements dropped by random words.
+    Dropout,
+    /// Softmax over the vocabulary, with the loss.
+    Softmax,
+    /// Normalisation.
+    Norm,
+    /// Its gradient.
+    NormGrad,
+    /// Sums over rows or positions: biases' gradients.
+    Sum,
+    /// Pooling, both directions, and copies that permute axes.
+    Pool,
     /// Everything else: bound by memory.
     Memory,
+}
+
+/// What a family's rate is a rate of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// Floating-point operations.
+    Flops,
+    /// Bytes read and written.
+    Bytes,
+}
+
+impl Family {
+    /// Every family.
+    pub const ALL: [Family; 17] = [
+        Family::Gemm,
+        Family::GemmActivation,
+        Family::GemmGradInput,
+        Family::GemmGradWeight,
+        Family::Attention,
+        Family::AttentionGrad,
+        Family::Conv,
+        Family::ConvGradInput,
+        Family::ConvGradWeight,
+        Family::Activation,
+        Family::Dropout,
+        Family::Softmax,
+        Family::Norm,
+        Family::NormGrad,
+        Family::Sum,
+        Family::Pool,
+        Family::Memory,
+    ];
+
+    /// What bounds it.
+    pub fn work(self) -> Work {
+        match self {
+            Family::Gemm
+            | Family::GemmActivation
+            | Family::GemmGradInput
+            | Family::GemmGradWeight
+            | Family::Attention
+            | Family::AttentionGrad
+            | Family::Conv
+            | Family::ConvGradInput
+            | Family::ConvGradWeight => Work::Flops,
+            _ => Work::Bytes,
+        }
+    }
 }
 
 /// The cost of one op.
@@ -33,8 +107,19 @@ pub struct Cost {
     pub family: Family,
     /// Elements of the largest operand, by which elementwise work is counted.
     pub elems: u64,
-    /// Rows, columns and depth of the matrix product that dominates; zeros where none does.
-    pub gemm: [usize; 3],
+    /// What the rate depends on. A product: rows, columns and depth. Attention: sequences times heads, keys, a head's width. A
+    /// convolution: output channels, input channels times taps, output positions of an image. The rest: bytes, the last axis' size, 1.
+    pub sizes: [usize; 3],
+}
+
+impl Cost {
+    /// Flops or bytes, by which the family is counted.
+    pub fn work(&self) -> f64 {
+        match self.family.work() {
+            Work::Flops => self.flops,
+            Work::Bytes => self.bytes as f64,
+        }
+    }
 }
 
 /// The cost of `node`.
@@ -43,47 +128,64 @@ pub fn cost(graph: &Graph, node: &Node) -> Cost {
     let elems = |i: usize| shape(i).elems() as f64;
     let out = || graph.info(node.outputs[0]).shape.elems() as f64;
     let touched = node.inputs.iter().chain(&node.outputs);
-    let bytes = touched.clone().map(|&v| graph.bytes(v)).sum();
-    let largest = touched.map(|&v| graph.info(v).shape.elems() as u64).max().unwrap_or(0);
-    let mut gemm = [0; 3];
+    let bytes = match node.op {
+        // Of the table only the rows that are picked.
+        Op::Embedding => 2 * graph.bytes(node.outputs[0]) + graph.bytes(node.inputs[0]),
+        _ => touched.clone().map(|&v| graph.bytes(v)).sum(),
+    };
+    let largest = touched.clone().map(|&v| graph.info(v).shape.elems() as u64).max().unwrap_or(0);
+    let largest_cols = touched.map(|&v| &graph.info(v).shape).max_by_key(|s| s.elems()).map_or(1, Shape::cols);
+    let mut sizes = [bytes as usize, largest_cols, 1];
     let (family, flops) = match &node.op {
-        Op::Linear { .. } => {
-            gemm = [shape(0).rows(), graph.info(node.outputs[0]).shape.cols(), shape(0).cols()];
-            (Family::Gemm, 2.0 * out() * shape(0).cols() as f64)
-        }
-        Op::LinearGradInput { .. } => {
-            gemm = [shape(0).rows(), graph.info(node.outputs[0]).shape.cols(), shape(0).cols()];
-            (Family::Gemm, 2.0 * out() * shape(0).cols() as f64)
+        Op::Linear { .. } | Op::LinearGradInput { .. } => {
+            sizes = [shape(0).rows(), graph.info(node.outputs[0]).shape.cols(), shape(0).cols()];
+            let family = match node.op {
+                Op::Linear { activation: Activation::None | Activation::Relu, .. } => Family::Gemm,
+                Op::Linear { .. } => Family::GemmActivation,
+                _ => Family::GemmGradInput,
+            };
+            (family, 2.0 * out() * shape(0).cols() as f64)
         }
         Op::LinearGradWeight { .. } => {
-            gemm = [shape(0).cols(), shape(1).cols(), shape(0).rows()];
-            (Family::Gemm, 2.0 * out() * shape(0).rows() as f64)
+            sizes = [shape(0).cols(), shape(1).cols(), shape(0).rows()];
+            (Family::GemmGradWeight, 2.0 * out() * shape(0).rows() as f64)
         }
         Op::Attention(kind) | Op::AttentionGrad(kind) => {
             let backward = matches!(node.op, Op::AttentionGrad(_));
             let lse = if backward { shape(2) } else { &graph.info(node.outputs[1]).shape };
-            let queries = lse.cols();
             let key = if backward { 3 } else { 0 } + usize::from(!kind.packed);
             let keys = shape(key).axes()[1];
-            let pairs = lse.rows() as f64 * queries as f64 * keys as f64 * if kind.causal { 0.5 } else { 1.0 };
+            let pairs = lse.elems() as f64 * keys as f64 * if kind.causal { 0.5 } else { 1.0 };
+            sizes = [lse.rows(), keys, kind.width];
             // Forward: scores and output; backward: scores again, then four products.
-            (Family::Attention, pairs * kind.width as f64 * if backward { 10.0 } else { 4.0 })
+            let (family, products) = if backward { (Family::AttentionGrad, 10.0) } else { (Family::Attention, 4.0) };
+            (family, pairs * kind.width as f64 * products)
         }
         Op::Conv2d(_) | Op::Conv2dGradInput(_) | Op::Conv2dGradWeight(_) => {
-            let (image, weight) = match node.op {
-                Op::Conv2d(_) => (out(), shape(1)),
-                Op::Conv2dGradInput(_) => (elems(0), shape(1)),
-                _ => (elems(0), &graph.info(node.outputs[0]).shape),
+            let (family, image, weight) = match node.op {
+                Op::Conv2d(_) => (Family::Conv, &graph.info(node.outputs[0]).shape, shape(1)),
+                Op::Conv2dGradInput(_) => (Family::ConvGradInput, shape(0), shape(1)),
+                _ => (Family::ConvGradWeight, shape(0), &graph.info(node.outputs[0]).shape),
             };
-            let [o, c, kh, kw] = weight.axes() else { unreachable!("a convolution's weight has four axes") };
-            gemm = [*o, c * kh * kw, if *o > 0 { image as usize / o } else { 0 }];
-            (Family::Conv, 2.0 * image * (c * kh * kw) as f64)
+            let ([o, c, kh, kw], [_, _, h, w]) = (weight.axes(), image.axes()) else {
+                unreachable!("weights and images have four axes, as the builder checks")
+            };
+            sizes = [*o, c * kh * kw, h * w];
+            (family, 2.0 * image.elems() as f64 * (c * kh * kw) as f64)
         }
-        Op::Activation(_) | Op::ActivationGrad(_) | Op::Dropout { .. } => (Family::Transcendental, 10.0 * elems(0)),
-        Op::CrossEntropy | Op::CrossEntropyGrad => (Family::Transcendental, 5.0 * elems(0)),
-        Op::LayerNorm { .. } | Op::BatchNorm { .. } | Op::BatchNormEval { .. } => (Family::Memory, 8.0 * elems(0)),
-        Op::LayerNormGrad | Op::BatchNormGrad => (Family::Memory, 12.0 * elems(0)),
+        Op::Activation(kind) | Op::ActivationGrad(kind) => {
+            let cheap = matches!(kind, Activation::None | Activation::Relu);
+            (if cheap { Family::Memory } else { Family::Activation }, 10.0 * elems(0))
+        }
+        Op::Dropout { .. } => (Family::Dropout, 10.0 * elems(0)),
+        Op::CrossEntropy | Op::CrossEntropyGrad => (Family::Softmax, 5.0 * elems(0)),
+        Op::LayerNorm { .. } | Op::BatchNorm { .. } | Op::BatchNormEval { .. } => (Family::Norm, 8.0 * elems(0)),
+        Op::LayerNormGrad | Op::BatchNormGrad => (Family::NormGrad, 12.0 * elems(0)),
+        Op::LinearGradBias | Op::Conv2dGradBias | Op::AddPositionGrad => (Family::Sum, elems(0)),
+        Op::MaxPool(_) | Op::MaxPoolGrad(_) | Op::AvgPool(_) | Op::AvgPoolGrad(_) | Op::Transpose { .. } => {
+            (Family::Pool, largest as f64)
+        }
         _ => (Family::Memory, largest as f64),
     };
-    Cost { flops, bytes, family, elems: largest, gemm }
+    Cost { flops, bytes, family, elems: largest, sizes }
 }

@@ -146,7 +146,14 @@ impl Sweep<'_> {
             }
             let value = self.graph.parameters[parameter].value;
             let own = match self.gradients[value.0 as usize].take() {
-                Some(gradient) => self.own(gradient, layer, true),
+                // Another of the layer's parameters may get the same gradient later: `own` must not give it away.
+                Some(gradient) => {
+                    let root = self.graph.root(gradient);
+                    let alone = !self.graph.parameters.iter().any(|p| {
+                        self.gradients[p.value.0 as usize].is_some_and(|other| self.graph.root(other) == root)
+                    });
+                    if alone { self.own(gradient, layer, true) } else { self.copy(gradient) }
+                }
                 None => {
                     let shape = self.graph.parameters[parameter].shape.clone();
                     self.push_one(Op::Zero, vec![], shape)
@@ -181,6 +188,10 @@ impl Sweep<'_> {
         if fits {
             return root;
         }
+        self.copy(gradient)
+    }
+
+    fn copy(&mut self, gradient: Value) -> Value {
         let shape = self.graph.info(gradient).shape.clone();
         self.push_one(Op::Copy, vec![gradient], shape)
     }

@@ -1,7 +1,8 @@
 //! Where parameters and running statistics lie: one flat order for the whole model, so that a shard is a contiguous stretch.
 //!
 //! Invariant: the flat order depends on the model alone, never on the cut. Parameters come by the layer that owns them (the first
-//! that uses them), then by first use. Every tensor starts at a multiple of [`ALIGNMENT`](super::ALIGNMENT); the bytes between are 0.
+//! that uses them), then by first use. Every tensor starts at a multiple of [`ALIGNMENT`](super::ALIGNMENT); the bytes between are 0. Even an empty
+//! parameter takes [`ALIGNMENT`](super::ALIGNMENT) bytes, so that a start belongs to one parameter and one shard.
 
 use super::graph::Graph;
 use super::place::ALIGNMENT;
@@ -44,7 +45,7 @@ impl ModelLayout {
             for (i, p) in graph.parameters.iter().enumerate().filter(|(_, p)| p.layers[0] == layer) {
                 layout.order.push(i);
                 layout.parameter[i] = layout.parameter_bytes;
-                layout.parameter_bytes += align_up(graph.bytes(p.value), ALIGNMENT);
+                layout.parameter_bytes += align_up(graph.bytes(p.value).max(1), ALIGNMENT);
             }
             layout.layers.push(start..layout.parameter_bytes);
             let start = layout.state_bytes;

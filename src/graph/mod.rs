@@ -15,7 +15,7 @@ mod place;
 mod program;
 
 pub use builder::{AttentionOptions, Builder};
-pub use cost::{Cost, Family, cost};
+pub use cost::{Cost, Family, Work, cost};
 pub use differentiate::differentiate;
 pub use graph::{Graph, Input, Layer, Node, Parameter, ParameterGradient, Source, State, Value, ValueInfo};
 pub use kinds::{Activation, Direction, Init, Mode, WeightLayout};

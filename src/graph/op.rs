@@ -191,6 +191,16 @@ impl Op {
         }
     }
 
+    /// Whether a forward op's input holds integers: ids, labels, a mask.
+    pub fn reads_integers(&self, input: usize) -> bool {
+        match self {
+            Op::Embedding => input == 0,
+            Op::CrossEntropy => input == 1,
+            Op::Attention(kind) => kind.masked && input == if kind.packed { 1 } else { 3 },
+            _ => false,
+        }
+    }
+
     /// The input over which output 0 may be written when that input dies here.
     pub fn in_place_input(&self) -> Option<usize> {
         matches!(

@@ -392,7 +392,7 @@ impl<'a> Slice<'a> {
             layer: self.shard.layers.end - 1,
             inputs: vec![from],
             outputs: vec![Some(to)],
-            cost: Cost { flops: 0.0, bytes, family: super::cost::Family::Memory, elems, gemm: [0; 3] },
+            cost: Cost { flops: 0.0, bytes, family: super::cost::Family::Memory, elems, sizes: [bytes as usize, 1, 1] },
             ends_layer: false,
         });
     }

@@ -1,6 +1,6 @@
 //! `hydra devices`: what is here, how fast it is, and why a kind is missing. Always ends well.
 
-use crate::planning::{best_gemm, free_memory_bytes, total_memory_bytes};
+use crate::planning::{free_memory_bytes, total_memory_bytes};
 use crate::print::{say, table};
 use hydra::base::{Result, format_bytes};
 use hydra::device::host::calibrate;
@@ -25,7 +25,7 @@ pub fn run(out: Option<&Path>, json: bool) -> Result<()> {
     let rates = calibrate(None);
     match &rates {
         Ok(cost) => {
-            host["gemm_flops_per_sec"] = best_gemm(cost).into();
+            host["gemm_flops_per_sec"] = cost.best_flops_per_sec().into();
             host["memcpy_bytes_per_sec"] = cost.h2d_bytes_per_sec.into();
             host["optimizer_bytes_per_sec"] = cost.host_update_bytes_per_sec.into();
             host["rates"] = json!(cost);
@@ -60,7 +60,7 @@ pub fn run(out: Option<&Path>, json: bool) -> Result<()> {
     say(format!("host      {cores} cores, {} of memory, {} free", memory(total), memory(free)));
     match rates {
         Ok(cost) => {
-            say(format!("          matrix products {:.1} GFLOP/s", best_gemm(&cost) / 1e9));
+            say(format!("          matrix products {:.1} GFLOP/s", cost.best_flops_per_sec() / 1e9));
             say(format!("          copies          {:.1} GB/s each way", cost.h2d_bytes_per_sec / 1e9));
             say(format!(
                 "          optimizer       {:.1} GB/s of memory traffic",

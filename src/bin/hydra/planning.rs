@@ -172,11 +172,6 @@ fn memory_line(key: &str) -> Option<u64> {
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
 }
 
-/// The best rate of matrix products.
-pub fn best_gemm(cost: &CostModel) -> f64 {
-    cost.gemm.iter().map(|rate| rate.flops_per_sec).fold(0.0, f64::max)
-}
-
 impl Planned {
     fn json(&self, cost: &CostModel) -> Value {
         let (plan, microbatches) = (&self.plan, self.model.microbatches as f64);
@@ -246,7 +241,12 @@ impl PlannedJob {
             "slots": self.models.iter().map(|m| m.plan.choice.slots).max(),
             "host_bytes": most(|p| p.host.bytes),
             "host_budget": self.machine.host_budget,
-            "ceilings": cost,
+            "ceilings": {
+                "flops_per_sec": cost.best_flops_per_sec(),
+                "h2d_bytes_per_sec": cost.h2d_bytes_per_sec,
+                "d2h_bytes_per_sec": cost.d2h_bytes_per_sec,
+                "host_update_bytes_per_sec": cost.host_update_bytes_per_sec,
+            },
             "models": self.models.iter().map(|m| m.json(cost)).collect::<Vec<_>>(),
         })
     }

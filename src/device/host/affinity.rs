@@ -8,8 +8,9 @@ pub(super) fn pin(cores: Range<usize>) {
     #[cfg(target_os = "linux")]
     {
         // SAFETY: a cpu_set_t is plain bits, for which all zeros is the empty set.
-        let (mut allowed, mut chosen) =
-            unsafe { (std::mem::zeroed::<libc::cpu_set_t>(), std::mem::zeroed::<libc::cpu_set_t>()) };
+        let mut allowed = unsafe { std::mem::zeroed::<libc::cpu_set_t>() };
+        // SAFETY: as above.
+        let mut chosen = unsafe { std::mem::zeroed::<libc::cpu_set_t>() };
         let size = size_of::<libc::cpu_set_t>();
         // SAFETY: the kernel writes at most `size` bytes into the set.
         if unsafe { libc::sched_getaffinity(0, size, &mut allowed) } != 0 {

@@ -6,7 +6,7 @@ use crate::base::{Error, LaneId, LaneKind, Result};
 use crate::device::{Completion, Device, Task, Ticket};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -169,10 +169,9 @@ impl Device for HostDevice {
     }
 
     fn next_completion(&mut self, patience_secs: f64) -> Option<Completion> {
-        match self.completions.recv_timeout(Duration::from_secs_f64(patience_secs)) {
-            Ok(completion) => Some(completion),
-            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => None,
-        }
+        // No end to patience is as long as a duration goes.
+        let patience = Duration::try_from_secs_f64(patience_secs.max(0.0)).unwrap_or(Duration::MAX);
+        self.completions.recv_timeout(patience).ok()
     }
 
     fn now_secs(&self) -> f64 {

@@ -47,6 +47,7 @@ fn bytes(shared: &Shared, span: Span) -> &[u8] {
     unsafe { block(shared, span.memory).slice(span.offset, span.bytes) }
 }
 
+#[expect(clippy::mut_from_ref, reason = "the order of tasks is what makes it exclusive")]
 fn bytes_mut(shared: &Shared, span: Span) -> &mut [u8] {
     touch(shared, span);
     // SAFETY: the executor orders every other user of these bytes before or after this task by tickets.

@@ -8,7 +8,7 @@ use super::{
     transpose,
 };
 use crate::device::Scalars;
-use crate::graph::{AREAS, AttentionKind, Buffer, Op, Step, Window};
+use crate::graph::{AREAS, Area, AttentionKind, Buffer, Op, Step, Window};
 use batchnorm::BatchnormSizes;
 use conv::ConvSizes;
 use pool::PoolSizes;
@@ -52,6 +52,22 @@ impl<'a> Operands<'a> {
         Some(bytemuck::cast_slice_mut(unsafe { self.arena.slice_mut(self.offset(buffer), buffer.bytes()) }))
     }
 
+    /// Whether output `i` is to be added to what is there. Only a gradient accumulator is: the same op may also write a part of a
+    /// gradient into the workspace, where it must overwrite.
+    fn adds_to(&self, i: usize, scalars: &Scalars) -> bool {
+        scalars.accumulate && self.step.outputs[i].as_ref().is_some_and(|b| b.area == Area::Gradients)
+    }
+
+    /// [`Operands::adds_to`] for outputs 1 and 2, which an op treats alike. Where only one is an accumulator, the other is cleared,
+    /// so that adding to it writes it.
+    fn adds_to_both<T: Real>(&self, scalars: &Scalars) -> bool {
+        let adds = [1, 2].map(|i| self.adds_to(i, scalars));
+        if adds[0] != adds[1] {
+            self.output::<T>(if adds[0] { 2 } else { 1 }).fill(T::ZERO);
+        }
+        adds[0] || adds[1]
+    }
+
     fn in_axes(&self, i: usize) -> &'a [usize] {
         self.step.inputs[i].shape.axes()
     }
@@ -83,12 +99,12 @@ pub(super) fn run_step<T: Real>(
 }
 
 fn body<T: Real>(o: &Operands, scalars: &Scalars) {
-    let accumulate = scalars.accumulate;
+    let adds = || o.adds_to(0, scalars);
     match &o.step.op {
         Op::Embedding => embedding::forward::<T>(o.output(0), o.input(0), o.input(1), o.out_cols()),
         Op::EmbeddingGrad => {
             let &[rows, cols] = o.out_axes(0) else { unreachable!("a table is a matrix") };
-            embedding::grad::<T>(o.output(0), o.input(0), o.input(1), accumulate, rows, cols);
+            embedding::grad::<T>(o.output(0), o.input(0), o.input(1), adds(), rows, cols);
         }
         Op::AddPosition => {
             let &[b, t, c] = o.in_axes(0) else { unreachable!("checked by the builder") };
@@ -96,7 +112,7 @@ fn body<T: Real>(o: &Operands, scalars: &Scalars) {
         }
         Op::AddPositionGrad => {
             let &[b, t, c] = o.in_axes(0) else { unreachable!("checked by the builder") };
-            elementwise::add_position_grad::<T>(o.output(0), o.input(0), accumulate, b, t, o.out_axes(0)[0], c);
+            elementwise::add_position_grad::<T>(o.output(0), o.input(0), adds(), b, t, o.out_axes(0)[0], c);
         }
         Op::Linear { activation, layout } => {
             let (rows, inputs) = o.rows_cols(0);
@@ -121,11 +137,11 @@ fn body<T: Real>(o: &Operands, scalars: &Scalars) {
         Op::LinearGradWeight { layout } => {
             let (rows, inputs) = o.rows_cols(0);
             let (_, outputs) = o.rows_cols(1);
-            linear::grad_weight::<T>(o.output(0), o.input(0), o.input(1), accumulate, *layout, rows, inputs, outputs);
+            linear::grad_weight::<T>(o.output(0), o.input(0), o.input(1), adds(), *layout, rows, inputs, outputs);
         }
         Op::LinearGradBias => {
             let (rows, cols) = o.rows_cols(0);
-            linear::grad_bias::<T>(o.output(0), o.input(0), accumulate, rows, cols);
+            linear::grad_bias::<T>(o.output(0), o.input(0), adds(), rows, cols);
         }
         Op::Activation(kind) => activation::forward::<T>(o.output(0), o.unless_in_place(0), *kind),
         Op::ActivationGrad(kind) => activation::grad::<T>(o.output(0), o.unless_in_place(0), o.input(1), *kind),
@@ -148,6 +164,7 @@ fn body<T: Real>(o: &Operands, scalars: &Scalars) {
             );
         }
         Op::LayerNormGrad => {
+            let adds = o.adds_to_both::<T>(scalars);
             let (rows, cols) = o.rows_cols(1);
             norm::grad::<T>(
                 o.output(0),
@@ -158,7 +175,7 @@ fn body<T: Real>(o: &Operands, scalars: &Scalars) {
                 o.input(2),
                 o.input(3),
                 o.input(4),
-                accumulate,
+                adds,
                 rows,
                 cols,
             );
@@ -194,12 +211,12 @@ fn body<T: Real>(o: &Operands, scalars: &Scalars) {
         }
         Op::Conv2dGradWeight(window) => {
             let sizes = conv_sizes(window, o.in_axes(1), o.in_axes(0));
-            conv::grad_weight::<T>(o.output(0), o.input(0), o.input(1), accumulate, &sizes);
+            conv::grad_weight::<T>(o.output(0), o.input(0), o.input(1), adds(), &sizes);
         }
         Op::Conv2dGradBias => {
             let window = Window { kernel: [1, 1], stride: 1, padding: 0 };
             let sizes = conv_sizes(&window, o.in_axes(0), o.in_axes(0));
-            conv::grad_bias::<T>(o.output(0), o.input(0), accumulate, &sizes);
+            conv::grad_bias::<T>(o.output(0), o.input(0), adds(), &sizes);
         }
         Op::BatchNorm { epsilon } => {
             let sizes = batchnorm_sizes(o.in_axes(0));
@@ -237,6 +254,7 @@ fn body<T: Real>(o: &Operands, scalars: &Scalars) {
             );
         }
         Op::BatchNormGrad => {
+            let adds = o.adds_to_both::<T>(scalars);
             let sizes = batchnorm_sizes(o.in_axes(1));
             batchnorm::grad::<T>(
                 o.output(0),
@@ -247,7 +265,7 @@ fn body<T: Real>(o: &Operands, scalars: &Scalars) {
                 o.input(2),
                 o.input(3),
                 o.input(4),
-                accumulate,
+                adds,
                 &sizes,
             );
         }
@@ -270,14 +288,14 @@ fn body<T: Real>(o: &Operands, scalars: &Scalars) {
         Op::Transpose { axes } => transpose::transpose::<T>(o.output(0), o.input(0), o.in_axes(0), axes),
         Op::Copy => {
             let out = o.output::<T>(0);
-            if accumulate && o.step.outputs[0].as_ref().is_some_and(|b| b.area == crate::graph::Area::Gradients) {
+            if adds() {
                 optimizer::add_assign(out, o.input(0));
             } else {
                 out.copy_from_slice(o.input(0));
             }
         }
         Op::Zero => {
-            if !accumulate {
+            if !adds() {
                 o.output::<T>(0).fill(T::ZERO);
             }
         }

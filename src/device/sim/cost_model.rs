@@ -1,35 +1,34 @@
 //! Seconds for tasks: rates of a machine, stated or measured, over the counts that ops give.
+//!
+//! An op's seconds are its work over its family's rate at its size, and a little for starting it. Rates are known at a few sizes; between
+//! them the nearer ones count for more.
 
 use crate::base::LaneKind;
 use crate::device::Task;
-use crate::graph::{Cost, Family, Program};
+use crate::graph::{Cost, Family, Program, Work};
 
-/// The rate of matrix products of about one size.
+/// The rate of one family at one size.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
-pub struct GemmRate {
-    /// Floating-point operations of the product.
-    pub flops: f64,
-    /// Smallest of rows, columns and depth.
-    pub narrow: f64,
-    /// Rate reached.
-    pub flops_per_sec: f64,
+pub struct Rate {
+    /// The kind of work.
+    pub family: Family,
+    /// As in [`Cost::sizes`].
+    pub sizes: [usize; 3],
+    /// Flops or bytes per second, by [`Family::work`].
+    pub work_per_sec: f64,
 }
 
 /// What a device and its links achieve.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct CostModel {
-    /// Rates of matrix products; the nearest in size is taken.
-    pub gemm: Vec<GemmRate>,
-    /// Rate of fused attention, forward and backward, by its own flop count.
-    pub attention_flops_per_sec: f64,
-    /// Rate of convolutions.
-    pub conv_flops_per_sec: f64,
-    /// Rate of activations, dropout and softmax over the vocabulary, in elements.
-    pub transcendental_elems_per_sec: f64,
-    /// Memory traffic of everything else.
+    /// Rates by family and size; several for a family where it was measured at several sizes.
+    pub rates: Vec<Rate>,
+    /// Memory traffic that no op can beat.
     pub memory_bytes_per_sec: f64,
     /// Seconds that starting an op costs.
     pub op_secs: f64,
+    /// Seconds that starting a program costs.
+    pub run_secs: f64,
     /// Host-to-device bandwidth.
     pub h2d_bytes_per_sec: f64,
     /// Device-to-host bandwidth.
@@ -47,13 +46,18 @@ pub struct CostModel {
 impl CostModel {
     /// A device of stated rates: `flops` for all arithmetic that is not bound by memory.
     pub fn stated(flops_per_sec: f64, memory_bytes_per_sec: f64, link_bytes_per_sec: f64) -> CostModel {
+        let rate = |family: Family| {
+            let work_per_sec = match family.work() {
+                Work::Flops => flops_per_sec,
+                Work::Bytes => memory_bytes_per_sec,
+            };
+            Rate { family, sizes: [1; 3], work_per_sec }
+        };
         CostModel {
-            gemm: vec![GemmRate { flops: 1e9, narrow: 1024.0, flops_per_sec }],
-            attention_flops_per_sec: flops_per_sec,
-            conv_flops_per_sec: flops_per_sec,
-            transcendental_elems_per_sec: memory_bytes_per_sec / 8.0,
+            rates: Family::ALL.map(rate).to_vec(),
             memory_bytes_per_sec,
             op_secs: 0.0,
+            run_secs: 0.0,
             h2d_bytes_per_sec: link_bytes_per_sec,
             d2h_bytes_per_sec: link_bytes_per_sec,
             copy_secs: 0.0,
@@ -65,29 +69,41 @@ impl CostModel {
 
     /// Seconds of one op.
     pub fn op_secs(&self, cost: &Cost) -> f64 {
-        let memory = cost.bytes as f64 / self.memory_bytes_per_sec;
-        let arithmetic = match cost.family {
-            Family::Gemm => cost.flops / self.gemm_rate(cost),
-            Family::Attention => cost.flops / self.attention_flops_per_sec,
-            Family::Conv => cost.flops / self.conv_flops_per_sec,
-            Family::Transcendental => cost.elems as f64 / self.transcendental_elems_per_sec,
-            Family::Memory => 0.0,
-        };
-        self.op_secs + memory.max(arithmetic)
+        let work = cost.work();
+        let of_family = if work > 0.0 { work / self.rate(cost) } else { 0.0 };
+        self.op_secs + of_family.max(cost.bytes as f64 / self.memory_bytes_per_sec)
     }
 
-    /// The measured rate nearest in size, by ratio.
-    fn gemm_rate(&self, cost: &Cost) -> f64 {
-        let narrow = cost.gemm.iter().copied().min().unwrap_or(1).max(1) as f64;
-        let apart =
-            |rate: &GemmRate| (rate.flops / cost.flops.max(1.0)).ln().abs() + 2.0 * (rate.narrow / narrow).ln().abs();
-        let nearest = self.gemm.iter().min_by(|a, b| apart(a).total_cmp(&apart(b)));
-        nearest.map_or(self.conv_flops_per_sec, |rate| rate.flops_per_sec)
+    /// The rate at the op's size: the mean of the family's measured rates, each weighted by how near it is. Sizes are apart as their
+    /// ratios are, so a size that was measured gets just that rate.
+    fn rate(&self, cost: &Cost) -> f64 {
+        let log = |size: usize| (size.max(1) as f64).ln();
+        let (mut weights, mut sum) = (0.0, 0.0);
+        for rate in self.rates.iter().filter(|r| r.family == cost.family) {
+            let apart: f64 = rate.sizes.iter().zip(cost.sizes).map(|(&a, b)| (log(a) - log(b)).powi(2)).sum();
+            // The square of the squared distance: a far size has next to no say beside a near one.
+            let weight = 1.0 / (apart + 1e-3).powi(2);
+            weights += weight;
+            // Seconds add up, so seconds per work are averaged.
+            sum += weight / rate.work_per_sec;
+        }
+        // A family that nobody measured moves its operands as fast as memory goes, or computes as fast as the best one.
+        if weights > 0.0 { weights / sum } else { self.best_rate(cost.family.work()) }
+    }
+
+    /// The best arithmetic rate of any family: the ceiling of a compute lane.
+    pub fn best_flops_per_sec(&self) -> f64 {
+        self.rates.iter().filter(|r| r.family.work() == Work::Flops).map(|r| r.work_per_sec).fold(0.0, f64::max)
+    }
+
+    fn best_rate(&self, work: Work) -> f64 {
+        let same = self.rates.iter().filter(|r| r.family.work() == work).map(|r| r.work_per_sec);
+        same.fold(0.0, f64::max).max(self.memory_bytes_per_sec)
     }
 
     /// Seconds of a program.
     pub fn program_secs(&self, program: &Program) -> f64 {
-        program.steps.iter().map(|step| self.op_secs(&step.cost)).sum()
+        self.run_secs + program.steps.iter().map(|step| self.op_secs(&step.cost)).sum::<f64>()
     }
 
     /// Seconds of a task on a lane of `kind`.
@@ -97,9 +113,53 @@ impl CostModel {
             (Task::Run(run), _) => self.program_secs(&run.program),
             (Task::Copy(_), LaneKind::HostToDevice) => self.copy_secs + bytes / self.h2d_bytes_per_sec,
             (Task::Copy(_), _) => self.copy_secs + bytes / self.d2h_bytes_per_sec,
-            (_, LaneKind::Compute) => self.op_secs + bytes / self.device_update_bytes_per_sec,
-            _ => self.op_secs + bytes / self.host_update_bytes_per_sec,
+            (_, LaneKind::Compute) => self.run_secs + bytes / self.device_update_bytes_per_sec,
+            _ => self.run_secs + bytes / self.host_update_bytes_per_sec,
         };
         secs + self.hand_over_secs
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cost(family: Family, work: f64, sizes: [usize; 3]) -> Cost {
+        Cost { flops: work, bytes: work as u64, family, elems: 0, sizes }
+    }
+
+    #[test]
+    fn measured_sizes_have_their_rates_and_others_lie_between() {
+        let mut model = CostModel::stated(1e9, 1e12, 1e9);
+        model.rates = [(64, 1e9), (1024, 4e9)]
+            .map(|(n, work_per_sec)| Rate { family: Family::Gemm, sizes: [n; 3], work_per_sec })
+            .to_vec();
+        let secs = |n: usize| model.op_secs(&cost(Family::Gemm, 1e9, [n; 3]));
+        assert!((secs(64) - 1.0).abs() < 1e-3 && (secs(1024) - 0.25).abs() < 1e-3, "{} {}", secs(64), secs(1024));
+        assert!(secs(64) > secs(128) && secs(128) > secs(256) && secs(256) > secs(1024));
+        assert!(secs(0) > 0.9 && secs(1 << 20) < 0.5, "outside what was measured the nearest counts for most");
+    }
+
+    #[test]
+    fn nothing_takes_no_time_and_an_unmeasured_family_some() {
+        let mut model = CostModel::stated(1e9, 1e9, 1e9);
+        assert_eq!(model.op_secs(&cost(Family::Conv, 0.0, [0; 3])), 0.0);
+        model.rates.clear();
+        assert_eq!(model.op_secs(&cost(Family::Norm, 1e9, [7, 7, 1])), 1.0);
+    }
+
+    #[test]
+    fn a_stated_device_is_bound_by_the_slower_of_arithmetic_and_memory() {
+        let model = CostModel::stated(1e9, 1e6, 1e9);
+        let both = Cost { flops: 2e9, bytes: 1_000_000, family: Family::Gemm, elems: 0, sizes: [9; 3] };
+        assert!((model.op_secs(&both) - 2.0).abs() < 1e-9);
+        assert!((model.op_secs(&Cost { flops: 1.0, ..both }) - 1.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn survives_json() {
+        let model = CostModel::stated(1e9, 1e8, 1e7);
+        let text = serde_json::to_string(&model).unwrap();
+        assert_eq!(serde_json::from_str::<CostModel>(&text).unwrap(), model);
     }
 }

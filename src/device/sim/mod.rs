@@ -6,7 +6,7 @@
 mod cost_model;
 mod profiles;
 
-pub use cost_model::{CostModel, GemmRate};
+pub use cost_model::{CostModel, Rate};
 pub use profiles::{PROFILES, Profile};
 
 use super::{Completion, Device, Task, Ticket};

@@ -53,31 +53,20 @@ pub(super) struct ShardPlan {
     pub backward_secs: Option<f64>,
 }
 
-/// The rates of a cost model that are ceilings of lanes.
+/// The rates that are ceilings of lanes.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct Rates {
-    gemm: Vec<GemmRate>,
-    attention_flops_per_sec: Option<f64>,
-    conv_flops_per_sec: Option<f64>,
+    flops_per_sec: Option<f64>,
     h2d_bytes_per_sec: Option<f64>,
     d2h_bytes_per_sec: Option<f64>,
     host_update_bytes_per_sec: Option<f64>,
 }
 
-#[derive(Debug, Default, Deserialize)]
-#[serde(default)]
-struct GemmRate {
-    flops_per_sec: Option<f64>,
-}
-
 impl Rates {
-    /// Ceilings of lanes; of a device's several arithmetic rates the highest.
     pub(super) fn ceilings(&self) -> Ceilings {
-        let rates = self.gemm.iter().map(|rate| rate.flops_per_sec);
-        let rates = rates.chain([self.attention_flops_per_sec, self.conv_flops_per_sec]);
         Ceilings {
-            flops_per_sec: rates.flatten().max_by(f64::total_cmp),
+            flops_per_sec: self.flops_per_sec,
             h2d_bytes_per_sec: self.h2d_bytes_per_sec,
             d2h_bytes_per_sec: self.d2h_bytes_per_sec,
             host_bytes_per_sec: self.host_update_bytes_per_sec,

@@ -1,0 +1,413 @@
+//! The table of cases: each builds one op between parameters and a loss.
+
+use hydra::base::{DType, Result, Shape};
+use hydra::graph::{Activation, AttentionOptions, Builder, Graph, Init, Mode, Value, WeightLayout, differentiate};
+
+/// Classes of the head.
+const CLASSES: usize = 5;
+
+/// One op under one shape.
+pub struct Case {
+    /// The op, then what is special.
+    pub name: String,
+    /// No parameter has a gradient: nothing reaches the loss.
+    pub flat: bool,
+    /// Body's output is made logits by a linear layer.
+    head: bool,
+    labels: &'static str,
+    body: Box<dyn Fn(&mut Body) -> Result<Value>>,
+}
+
+/// What a case's body builds with.
+pub struct Body<'a> {
+    /// The builder, in the first layer.
+    pub b: &'a mut Builder,
+    computed: bool,
+}
+
+impl Body<'_> {
+    /// An operand: a parameter, or a sum of two.
+    fn leaf(&mut self, name: &str, shape: impl Into<Shape>) -> Result<Value> {
+        let shape = shape.into();
+        let x = self.b.parameter(name, shape.clone(), Init::Normal(1.0))?;
+        if !self.computed {
+            return Ok(x);
+        }
+        let y = self.b.parameter(format!("{name} plus"), shape, Init::Normal(1.0))?;
+        self.b.add(x, y)
+    }
+}
+
+impl Case {
+    /// The word that the name begins with.
+    pub fn family(&self) -> &str {
+        self.name.split(' ').next().expect("a split has a first part")
+    }
+
+    /// The differentiated graph; with `computed`, operands are sums instead of parameters, so that ops may overwrite them.
+    pub fn graph(&self, dtype: DType, computed: bool) -> Result<Graph> {
+        let mut b = Builder::new(Mode::Training, dtype);
+        let body = |b: &mut Builder| (self.body)(&mut Body { b, computed });
+        b.layer("body", |b, _| body(b))?;
+        let logits = b.layer("head", |b, x| {
+            let x = x.expect("the body hands on a value");
+            if !self.head {
+                let offset = b.parameter("offset", b.shape(x).clone(), Init::Constant(0.0))?;
+                return b.add(x, offset);
+            }
+            let shape = b.shape(x).axes().to_vec();
+            let rows = if shape.len() == 4 { shape[0] } else { Shape(shape.clone()).rows() };
+            let cols = shape.iter().product::<usize>().checked_div(rows).unwrap_or(3);
+            let x = b.reshape(x, [rows, cols])?;
+            // So small that the softmax does not saturate.
+            let w = b.parameter("head", [cols, CLASSES], Init::Normal(1.0 / (cols as f64).sqrt()))?;
+            b.linear(x, w, None, Activation::None, WeightLayout::InOut)
+        })?;
+        let axes = b.shape(logits).axes().to_vec();
+        let labels = b.input(self.labels, Shape(axes[..axes.len() - 1].to_vec()), DType::I32)?;
+        b.cross_entropy(logits, labels)?;
+        let mut graph = b.finish()?;
+        differentiate(&mut graph)?;
+        Ok(graph)
+    }
+}
+
+struct Table(Vec<Case>);
+
+impl Table {
+    fn add(&mut self, name: impl Into<String>, body: impl Fn(&mut Body) -> Result<Value> + 'static) -> &mut Case {
+        self.0.push(Case { name: name.into(), flat: false, head: true, labels: "labels", body: Box::new(body) });
+        self.0.last_mut().expect("pushed just above")
+    }
+}
+
+const ACTIVATIONS: [Activation; 4] = [Activation::None, Activation::Relu, Activation::GeluTanh, Activation::GeluErf];
+
+/// Every case.
+pub fn all() -> Vec<Case> {
+    let mut t = Table(Vec::new());
+    lookups(&mut t);
+    linears(&mut t);
+    elementwise(&mut t);
+    norms(&mut t);
+    attentions(&mut t);
+    losses(&mut t);
+    images(&mut t);
+    shapes(&mut t);
+    parameters(&mut t);
+    t.0
+}
+
+fn lookups(t: &mut Table) {
+    for (b, len, cols) in [(1, 1, 1), (2, 31, 3), (3, 33, 31), (1, 1023, 2)] {
+        t.add(format!("embedding {b}x{len}x{cols}"), move |s| {
+            let ids = s.b.input("ids", [b, len], DType::I32)?;
+            let table = s.leaf("table", [7, cols])?;
+            s.b.embedding(ids, table)
+        });
+    }
+    t.add("embedding of nothing", |s| {
+        let ids = s.b.input("ids", [0, 4], DType::I32)?;
+        let table = s.leaf("table", [7, 3])?;
+        s.b.embedding(ids, table)
+    })
+    .flat = true;
+    for (b, len, cols, table) in [(1, 1, 1, 1), (3, 5, 31, 5), (2, 31, 3, 33), (1, 1023, 2, 1024)] {
+        t.add(format!("add_position {b}x{len}x{cols} of {table}"), move |s| {
+            let (x, table) = (s.leaf("x", [b, len, cols])?, s.leaf("table", [table, cols])?);
+            s.b.add_position(x, table)
+        });
+    }
+}
+
+fn linears(t: &mut Table) {
+    for layout in [WeightLayout::InOut, WeightLayout::OutIn] {
+        for activation in ACTIVATIONS {
+            for bias in [false, true] {
+                for (rows, inputs, outputs) in [(2, 1, 1), (5, 31, 33), (33, 7, 3), (1023, 3, 2)] {
+                    t.add(
+                        format!("linear {rows}x{inputs}x{outputs} {layout:?} {activation:?} bias {bias}"),
+                        move |s| linear(s, [rows, inputs, outputs], layout, activation, bias),
+                    );
+                }
+            }
+        }
+        t.add(format!("linear {layout:?} no rows"), move |s| {
+            linear(s, [0, 3, 4], layout, Activation::GeluTanh, true)
+        })
+        .flat = true;
+        t.add(format!("linear {layout:?} no outputs"), move |s| linear(s, [4, 3, 0], layout, Activation::Relu, true))
+            .flat = true;
+        t.add(format!("linear {layout:?} no inputs"), move |s| linear(s, [4, 0, 3], layout, Activation::GeluErf, true));
+    }
+}
+
+fn linear(
+    s: &mut Body,
+    [rows, inputs, outputs]: [usize; 3],
+    layout: WeightLayout,
+    act: Activation,
+    bias: bool,
+) -> Result<Value> {
+    let x = s.leaf("x", [rows, inputs])?;
+    let shape = if layout == WeightLayout::InOut { [inputs, outputs] } else { [outputs, inputs] };
+    let weight = s.leaf("weight", shape)?;
+    let bias = if bias { Some(s.leaf("bias", [outputs])?) } else { None };
+    s.b.linear(x, weight, bias, act, layout)
+}
+
+fn elementwise(t: &mut Table) {
+    for (rows, cols) in [(1, 1), (3, 31), (31, 33), (1, 1023)] {
+        for activation in ACTIVATIONS {
+            t.add(format!("activation {activation:?} {rows}x{cols}"), move |s| {
+                // The one number drawn there is below 0.
+                let flat = activation == Activation::Relu && rows * cols == 1;
+                let x = s.leaf(if flat { "flat x" } else { "x" }, [rows, cols])?;
+                let y = s.leaf("y", [rows, cols])?;
+                let x = s.b.activation(x, activation)?;
+                s.b.add(x, y)
+            });
+        }
+        t.add(format!("add {rows}x{cols}"), move |s| {
+            let (x, y) = (s.leaf("x", [rows, cols])?, s.leaf("y", [rows, cols])?);
+            s.b.add(x, y)
+        });
+        t.add(format!("add x + x {rows}x{cols}"), move |s| {
+            let x = s.leaf("x", [rows, cols])?;
+            s.b.add(x, x)
+        });
+    }
+    t.add("add twice the same sum", |s| {
+        let (x, y) = (s.leaf("x", [3, 5])?, s.leaf("y", [3, 5])?);
+        let z = s.b.add(x, y)?;
+        let z = s.b.activation(z, Activation::GeluTanh)?;
+        let w = s.b.add(z, y)?;
+        s.b.add(w, z)
+    });
+    t.add("activation of nothing", |s| {
+        let x = s.leaf("x", [0, 3])?;
+        s.b.activation(x, Activation::Relu)
+    })
+    .flat = true;
+    for (p, rows, cols) in [(0.1, 31, 33), (0.5, 3, 31), (0.9, 1, 1023)] {
+        t.add(format!("dropout {p} {rows}x{cols}"), move |s| {
+            let x = s.leaf("x", [rows, cols])?;
+            s.b.dropout(x, p)
+        });
+    }
+    t.add("dropout twice", |s| {
+        let x = s.leaf("x", [31, 5])?;
+        let x = s.b.dropout(x, 0.3)?;
+        let x = s.b.activation(x, Activation::GeluErf)?;
+        s.b.dropout(x, 0.5)
+    });
+}
+
+fn norms(t: &mut Table) {
+    for (rows, cols) in [(2, 1), (1, 2), (3, 31), (31, 33), (2, 1023)] {
+        t.add(format!("layernorm {rows}x{cols}"), move |s| {
+            // One value is its own mean.
+            let flat = if cols == 1 { "flat x" } else { "x" };
+            let scale = if cols == 1 { "flat weight" } else { "weight" };
+            let (x, weight, bias) = (s.leaf(flat, [rows, cols])?, s.leaf(scale, [cols])?, s.leaf("bias", [cols])?);
+            s.b.layernorm(x, weight, bias, 1e-5)
+        });
+    }
+    t.add("layernorm twice with one weight", |s| {
+        let (x, weight, bias) = (s.leaf("x", [3, 7])?, s.leaf("weight", [7])?, s.leaf("bias", [7])?);
+        let second = s.leaf("second bias", [7])?;
+        let x = s.b.layernorm(x, weight, bias, 1e-5)?;
+        let x = s.b.activation(x, Activation::GeluTanh)?;
+        s.b.layernorm(x, weight, second, 1e-5)
+    });
+    for (n, c, h, w) in [(2, 1, 1, 1), (3, 5, 1, 1), (1, 3, 3, 5), (4, 3, 5, 7), (3, 33, 2, 2), (2, 2, 31, 33)] {
+        t.add(format!("batchnorm {n}x{c}x{h}x{w}"), move |s| {
+            let x = s.leaf("x", [n, c, h, w])?;
+            s.b.batchnorm(x, "norm", 1e-3, 0.1)
+        });
+    }
+}
+
+fn attentions(t: &mut Table) {
+    for packed in [false, true] {
+        for causal in [false, true] {
+            for masked in [false, true] {
+                for (dropout, b, len, keys, heads, kv_heads, width) in [
+                    (0.0, 2, 1, 1, 1, 1, 1),
+                    (0.0, 2, 5, 7, 3, 3, 2),
+                    (0.3, 2, 7, 5, 4, 2, 3),
+                    (0.0, 3, 31, 33, 2, 1, 5),
+                    (0.1, 2, 67, 67, 2, 2, 3),
+                ] {
+                    let keys = if packed { len } else { keys };
+                    let name = format!(
+                        "attention {b}x{len} on {keys}, {heads} of {kv_heads} heads of {width}, packed {packed}, causal {causal}, masked {masked}, dropout {dropout}"
+                    );
+                    t.add(name, move |s| {
+                        let options = AttentionOptions { heads, kv_heads, scale: None, causal, dropout };
+                        let mask = if masked { Some(s.b.input("mask", [b, keys], DType::I32)?) } else { None };
+                        // With a single key the weights are 1, whatever q and k are.
+                        let lone = if keys == 1 { "flat " } else { "" };
+                        if packed {
+                            let qkv = s.leaf("qkv", [b, len, (heads + 2 * kv_heads) * width])?;
+                            return s.b.attention_packed(qkv, mask, options);
+                        }
+                        let q = s.leaf(&format!("{lone}q"), [b, len, heads * width])?;
+                        let k = s.leaf(&format!("{lone}k"), [b, keys, kv_heads * width])?;
+                        let v = s.leaf("v", [b, keys, kv_heads * width])?;
+                        s.b.attention(q, k, v, mask, options)
+                    });
+                }
+            }
+        }
+    }
+    t.add("attention on itself", |s| {
+        let x = s.leaf("x", [2, 5, 6])?;
+        let options = AttentionOptions { heads: 2, kv_heads: 2, scale: Some(0.7), causal: true, dropout: 0.0 };
+        s.b.attention(x, x, x, None, options)
+    });
+}
+
+fn losses(t: &mut Table) {
+    for (rows, classes) in [(1, 5), (31, 33), (7, 1023), (1023, 5)] {
+        t.add(format!("cross_entropy {rows}x{classes}"), move |s| {
+            let (x, y) = (s.leaf("x", [rows, classes])?, s.leaf("y", [rows, classes])?);
+            s.b.add(x, y)
+        })
+        .head = false;
+    }
+    let none = t.add("cross_entropy without labels", |s| {
+        let (x, y) = (s.leaf("x", [3, 5])?, s.leaf("y", [3, 5])?);
+        s.b.add(x, y)
+    });
+    (none.flat, none.labels) = (true, "unlabelled");
+}
+
+fn images(t: &mut Table) {
+    for (x, weight, bias, stride, padding) in [
+        ([1, 1, 1, 1], [1, 1, 1, 1], true, 1, 0),
+        ([2, 3, 5, 7], [4, 3, 1, 1], false, 1, 0),
+        ([2, 3, 5, 7], [4, 3, 3, 3], true, 1, 1),
+        ([3, 2, 7, 6], [5, 2, 3, 2], true, 2, 1),
+        ([1, 2, 2, 3], [3, 2, 5, 5], true, 1, 2),
+        ([2, 1, 3, 3], [2, 1, 5, 7], false, 3, 2),
+        ([1, 3, 31, 33], [2, 3, 3, 3], true, 2, 0),
+        ([1, 33, 3, 3], [31, 33, 3, 3], false, 1, 1),
+        ([3, 2, 5, 5], [2, 2, 1, 1], true, 3, 0),
+    ] {
+        t.add(format!("conv2d {x:?} with {weight:?} bias {bias} stride {stride} padding {padding}"), move |s| {
+            let out = weight[0];
+            let (x, weight) = (s.leaf("x", x)?, s.leaf("weight", weight)?);
+            let bias = if bias { Some(s.leaf("bias", [out])?) } else { None };
+            s.b.conv2d(x, weight, bias, stride, padding)
+        });
+    }
+    t.add("conv2d of no image", |s| {
+        let (x, weight, bias) = (s.leaf("x", [0, 2, 3, 3])?, s.leaf("weight", [3, 2, 2, 2])?, s.leaf("bias", [3])?);
+        s.b.conv2d(x, weight, Some(bias), 1, 1)
+    })
+    .flat = true;
+    for (x, kernel, stride, padding) in [
+        ([1, 1, 1, 1], 1, 1, 0),
+        ([2, 3, 5, 7], 2, 2, 0),
+        ([2, 3, 5, 7], 3, 2, 1),
+        ([1, 2, 31, 33], 3, 1, 1),
+        ([3, 1, 7, 7], 2, 3, 1),
+    ] {
+        t.add(format!("max_pool {x:?} kernel {kernel} stride {stride} padding {padding}"), move |s| {
+            let x = s.leaf("x", x)?;
+            s.b.max_pool(x, kernel, stride, padding)
+        });
+        t.add(format!("avg_pool {x:?} kernel {kernel} stride {stride} padding {padding}"), move |s| {
+            let x = s.leaf("x", x)?;
+            s.b.avg_pool(x, [kernel, kernel], stride, padding)
+        });
+    }
+    for x in [[1, 1, 1, 1], [2, 3, 5, 7], [3, 33, 1, 31]] {
+        t.add(format!("global_avg_pool {x:?}"), move |s| {
+            let x = s.leaf("x", x)?;
+            s.b.global_avg_pool(x)
+        });
+    }
+}
+
+fn shapes(t: &mut Table) {
+    t.add("reshape between ops", |s| {
+        let x = s.leaf("x", [3, 4, 5])?;
+        let x = s.b.activation(x, Activation::GeluTanh)?;
+        let flat = s.b.reshape(x, [6, 10])?;
+        let y = s.leaf("y", [6, 10])?;
+        s.b.add(flat, y)
+    });
+    t.add("reshape of a parameter, used under both shapes", |s| {
+        let x = s.b.parameter("x", [4, 6], Init::Normal(1.0))?;
+        let y = s.leaf("y", [24])?;
+        let (flat, y) = (s.b.reshape(x, [24])?, s.b.activation(y, Activation::GeluErf)?);
+        let sum = s.b.add(flat, y)?;
+        let sum = s.b.reshape(sum, [4, 6])?;
+        s.b.linear(sum, x, None, Activation::None, WeightLayout::OutIn)
+    });
+    t.add("reshape handed on", |s| {
+        let (x, y) = (s.leaf("x", [2, 3, 5])?, s.leaf("y", [2, 3, 5])?);
+        let sum = s.b.add(x, y)?;
+        s.b.reshape(sum, [5, 6])
+    });
+    t.add("transpose that is a view", |s| {
+        let (x, y) = (s.leaf("x", [3, 1, 5])?, s.leaf("y", [3, 1, 5])?);
+        let sum = s.b.add(x, y)?;
+        s.b.transpose(sum, &[1, 0, 2])
+    });
+    for (axes, order) in [
+        (vec![31, 33], vec![1, 0]),
+        (vec![3, 4, 5], vec![2, 0, 1]),
+        (vec![2, 3, 4, 5], vec![0, 2, 1, 3]),
+        (vec![1, 1023, 2], vec![2, 1, 0]),
+    ] {
+        t.add(format!("transpose {axes:?} by {order:?}"), move |s| {
+            let x = s.leaf("x", Shape(axes.clone()))?;
+            s.b.transpose(x, &order)
+        });
+    }
+}
+
+fn parameters(t: &mut Table) {
+    t.add("parameter used twice in one layer", |s| {
+        let (x, w) = (s.leaf("x", [3, 7])?, s.b.parameter("w", [7, 7], Init::Normal(1.0))?);
+        let y = s.b.linear(x, w, None, Activation::GeluTanh, WeightLayout::InOut)?;
+        s.b.linear(y, w, None, Activation::None, WeightLayout::OutIn)
+    });
+    t.add("parameter shared by two layers", |s| {
+        let x = s.leaf("x", [3, CLASSES])?;
+        let w = s.b.parameter("head", [CLASSES, CLASSES], Init::Normal(1.0))?;
+        s.b.linear(x, w, None, Activation::GeluTanh, WeightLayout::OutIn)
+    });
+    t.add("parameter that the loss does not reach", |s| {
+        let x = s.leaf("x", [3, 7])?;
+        s.b.parameter("flat unused", [5], Init::Normal(1.0))?;
+        let lost = s.b.parameter("flat lost", [3, 7], Init::Normal(1.0))?;
+        s.b.activation(lost, Activation::Relu)?;
+        s.b.activation(x, Activation::GeluErf)
+    });
+    t.add("parameter added directly", |s| {
+        let (x, p) = (s.leaf("x", [3, 7])?, s.b.parameter("p", [3, 7], Init::Normal(1.0))?);
+        s.b.add(x, p)
+    });
+    t.add("parameter added to another as a bias", |s| {
+        let (p, q) = (s.b.parameter("p", [4], Init::Normal(1.0))?, s.b.parameter("q", [4], Init::Normal(1.0))?);
+        let (x, w) = (s.leaf("x", [3, 7])?, s.leaf("w", [7, 4])?);
+        let bias = s.b.add(p, q)?;
+        s.b.linear(x, w, Some(bias), Activation::None, WeightLayout::InOut)
+    });
+    t.add("parameter used as bias and as norm's bias", |s| {
+        let (x, w) = (s.leaf("x", [3, 7])?, s.leaf("w", [7, 4])?);
+        let (bias, scale) =
+            (s.b.parameter("bias", [4], Init::Normal(1.0))?, s.b.parameter("scale", [4], Init::Normal(1.0))?);
+        let y = s.b.linear(x, w, Some(bias), Activation::Relu, WeightLayout::InOut)?;
+        s.b.layernorm(y, scale, bias, 1e-5)
+    });
+    t.add("parameter of no elements", |s| {
+        let (x, w) = (s.leaf("x", [3, 0])?, s.leaf("w", [0, 4])?);
+        s.b.linear(x, w, None, Activation::None, WeightLayout::InOut)
+    })
+    .flat = true;
+}
