@@ -5,4 +5,4 @@ mod optimizer;
 mod session;
 
 pub use optimizer::{Optimizer, Schedule};
-pub use session::{Observer, Session, StepReport, TrainOptions, Weights, inputs_of, plan_model, trace_model};
+pub use session::{Observer, Session, StepReport, TrainOptions, Weights, inputs_of, plan_model, prepare, trace_model};
