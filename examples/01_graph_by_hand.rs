@@ -11,6 +11,7 @@ use hydra::graph::{
 };
 use std::sync::Arc;
 
+/// Traces, differentiates, places and runs three rows of softmax regression.
 pub fn main() -> Result<()> {
     // Trace: logits = x W, with x (3, 2) and W (2, 2), and the loss over three labels. Nothing is computed here.
     let mut b = Builder::new(Mode::Training, DType::F32);

@@ -90,6 +90,7 @@ impl Source for SecondNext {
     }
 }
 
+/// Trains the model for sixty steps.
 pub fn main() -> Result<()> {
     let network = Own { vocab: 32, width: 32, depth: 3 };
     let tensors = [names::INPUT_IDS, names::LABELS].map(|name| (name.to_string(), DType::I32, Shape::from([16])));

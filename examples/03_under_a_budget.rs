@@ -52,6 +52,7 @@ fn train(gpt: &dyn Network, options: &TrainOptions, cost: &CostModel) -> Result<
     Ok((weights, losses))
 }
 
+/// Trains twice and compares the bits.
 pub fn main() -> Result<()> {
     let config = serde_json::json!({ "n_layer": 3, "n_embd": 64, "n_head": 2, "n_positions": 32, "vocab_size": 256 });
     let gpt = from_config("gpt2", config.as_object().expect("written as an object"), true)?;
