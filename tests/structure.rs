@@ -158,7 +158,11 @@ fn module_path(path: &str) -> Vec<String> {
 /// Files that hold test code alone.
 fn is_test_file(path: &str) -> bool {
     let stem = Path::new(path).file_stem().and_then(|s| s.to_str()).unwrap_or("");
-    path.contains("/tests/") || stem == "tests" || stem == "testing" || stem.ends_with("_tests")
+    path.starts_with("tests/")
+        || path.contains("/tests/")
+        || stem == "tests"
+        || stem == "testing"
+        || stem.ends_with("_tests")
 }
 
 /// The crate's own modules that a file names, with their lines: after `crate::`, or after as many `super::` as lead to the root.
