@@ -366,7 +366,7 @@ fn main() {
     let cases = [ceilings(), linear_cases(), attention_cases(), row_cases(), image_cases(), state_cases()];
     for case in cases.into_iter().flatten() {
         let Some([best, median]) = measure(&mut criterion, &case) else { continue };
-        let Work::Flop(work) | Work::Bytes(work) = case.work;
+        let (Work::Flop(work) | Work::Bytes(work)) = case.work;
         let rate = |secs: f64| work / secs / 1e9;
         match case.name.as_str() {
             // A ceiling is what the machine has done once; the others are judged by what they usually do.
