@@ -146,12 +146,3 @@ fn rates_are_short() {
         assert_eq!(rate(value, "B/s"), want);
     }
 }
-
-/// Writes a page to look at: `HYDRA_SAMPLE_PAGE=page.html cargo test sample_page -- --ignored`.
-#[test]
-#[ignore = "writes a file for the eye"]
-fn sample_page() {
-    let path = std::env::var("HYDRA_SAMPLE_PAGE").expect("HYDRA_SAMPLE_PAGE names a file");
-    let models = std::env::var("HYDRA_SAMPLE_MODELS").map_or(1, |n| n.parse().expect("a number"));
-    std::fs::write(path, report_page(&sample(200, models))).expect("the page is written");
-}

@@ -114,6 +114,17 @@ impl Observer for () {
     }
 }
 
+/// A closure watches the steps alone.
+impl<F: FnMut(&StepReport) -> Result<()>> Observer for F {
+    fn step(&mut self, report: &StepReport) -> Result<()> {
+        self(report)
+    }
+
+    fn valid(&mut self, _: u64, _: f32, _: f64) -> Result<()> {
+        Ok(())
+    }
+}
+
 /// Traces `network` for microbatches with the tensors of `inputs`: the training graph with its gradient and the evaluation
 /// graph.
 ///
@@ -340,4 +351,23 @@ fn fill(engine: &mut Engine, graph: &Graph, weights: Weights, seed: u64) -> Resu
 pub fn plan_model(model: &Model, options: &TrainOptions, cost: &CostModel) -> Result<Plan> {
     let wishes = PlanOptions { moments: options.optimizer.moments(), ..options.plan.clone() };
     Plan::new(model, &wishes, cost)
+}
+
+/// Traces `network` for the tensors of `source` and plans it: all that [`Session::new`] needs besides weights and data.
+///
+/// # Errors
+/// As [`trace_model`] and [`Plan::new`]; and when the source's minibatch is not `options.batch`.
+pub fn prepare(
+    network: &dyn Network,
+    source: &dyn Source,
+    options: &TrainOptions,
+    cost: &CostModel,
+) -> Result<(Arc<Model>, Arc<Plan>)> {
+    let found = source.spec().batch;
+    if found != options.batch {
+        return Err(Error::bad(format!("the data has {found} samples a minibatch, the options say {}", options.batch)));
+    }
+    let model = trace_model(network, &inputs_of(source), options.batch, options.microbatch)?;
+    let plan = plan_model(&model, options, cost)?;
+    Ok((Arc::new(model), Arc::new(plan)))
 }

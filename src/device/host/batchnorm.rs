@@ -378,34 +378,4 @@ mod tests {
             assert_close(&out[0], &trained[0], 1e-6, &format!("{sizes:?}"));
         }
     }
-
-    /// Prints the memory traffic of each body, counting every tensor once. Run by name in a release build.
-    #[test]
-    #[ignore = "a measurement, not a check"]
-    fn speed() {
-        for shape in [(8, 64, 112 * 112), (8, 256, 56 * 56), (8, 2048, 49), (8, 3, 224 * 224)] {
-            let sizes = sizes_of(&shape);
-            let [x, weight, bias, d_y] = inputs::<f32>(&sizes);
-            let mut out = x.clone();
-            let (mut mean, mut var, mut rstd) = (weight.clone(), weight.clone(), weight.clone());
-            let (mut d_w, mut d_b) = (weight.clone(), weight.clone());
-            let rate = |bytes: usize, body: &mut dyn FnMut()| {
-                body();
-                let best = (0..5).map(|_| {
-                    let start = std::time::Instant::now();
-                    body();
-                    start.elapsed().as_secs_f64()
-                });
-                (bytes * x.len()) as f64 / best.fold(f64::INFINITY, f64::min) / 1e9
-            };
-            let train = rate(8, &mut || {
-                forward_train(&mut out, &mut mean, &mut var, &mut rstd, &x, &weight, &bias, &sizes, EPSILON);
-            });
-            let eval = rate(8, &mut || forward_eval(&mut out, &x, &weight, &bias, &mean, &var, &sizes, EPSILON));
-            let grads = rate(12, &mut || {
-                grad(&mut out, &mut d_w, &mut d_b, &d_y, &x, &weight, &mean, &rstd, false, &sizes);
-            });
-            println!("{shape:?}: train {train:.1}, eval {eval:.1}, grad {grads:.1} GB/s");
-        }
-    }
 }

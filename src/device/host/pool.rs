@@ -359,39 +359,4 @@ mod tests {
         let (value, place) = max([1.0, nan, inf, 5.0, nan, 6.0]);
         assert!(value.is_nan() && place == 4, "{value} at {place}");
     }
-
-    /// Prints the memory traffic of each body, counting every tensor once. Run by name in a release build.
-    #[test]
-    #[ignore = "a measurement, not a check"]
-    fn speed() {
-        for row in [
-            (512, 112, 112, 3, 3, 2, 1),
-            (512, 56, 56, 2, 2, 2, 0),
-            (512, 56, 56, 3, 3, 1, 1),
-            (16384, 7, 7, 7, 7, 1, 0),
-        ] {
-            let sizes = sizes_of(&row);
-            let x = normal::<f32>(sizes.planes * sizes.positions(), 1);
-            let mut out = normal::<f32>(sizes.planes * sizes.out_positions(), 2);
-            let (mut argmax, mut d_x) = (vec![0; out.len()], x.clone());
-            let rate = |body: &mut dyn FnMut()| {
-                body();
-                let best = (0..5).map(|_| {
-                    let start = std::time::Instant::now();
-                    body();
-                    start.elapsed().as_secs_f64()
-                });
-                (4 * sizes.planes * (sizes.positions() + sizes.out_positions())) as f64
-                    / best.fold(f64::INFINITY, f64::min)
-                    / 1e9
-            };
-            let rates = [
-                rate(&mut || max_forward(&mut out, &mut argmax, &x, &sizes)),
-                rate(&mut || avg_forward(&mut out, &x, &sizes, true)),
-                rate(&mut || max_grad(&mut d_x, &out, &argmax, &sizes)),
-                rate(&mut || avg_grad(&mut d_x, &out, &sizes, true)),
-            ];
-            println!("{row:?}: max, avg, their gradients {rates:.1?} GB/s");
-        }
-    }
 }

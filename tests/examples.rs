@@ -1,0 +1,23 @@
+//! Runs the examples, which assert what they show.
+
+#[path = "../examples/01_graph_by_hand.rs"]
+mod graph_by_hand;
+#[path = "../examples/02_own_model.rs"]
+mod own_model;
+#[path = "../examples/03_under_a_budget.rs"]
+mod under_a_budget;
+
+#[test]
+fn graph_by_hand_runs() {
+    graph_by_hand::main().expect("the example runs");
+}
+
+#[test]
+fn own_model_runs() {
+    own_model::main().expect("the example runs");
+}
+
+#[test]
+fn under_a_budget_runs() {
+    under_a_budget::main().expect("the example runs");
+}
