@@ -98,7 +98,12 @@ impl PlanFile {
             std::io::ErrorKind::NotFound => fault(&"is not there; a run directory holds one"),
             _ => Error::io("read", path, e),
         })?;
-        let plan: PlanFile = serde_json::from_slice(&bytes).map_err(|e| fault(&format!("damaged: {e}")))?;
+        let value: Value = serde_json::from_slice(&bytes).map_err(|e| fault(&format!("damaged: {e}")))?;
+        // serde would take a list of the values too.
+        if !value.is_object() {
+            return Err(fault(&"damaged: is no JSON object"));
+        }
+        let plan: PlanFile = serde_json::from_value(value).map_err(|e| fault(&format!("damaged: {e}")))?;
         for model in &plan.models {
             let mut parts = Path::new(&model.name).components();
             // A file from elsewhere must not point the report outside the run directory.
