@@ -102,7 +102,7 @@ fn train(run: &Path, size: &Size) {
         .map(|s| {
             let shard = &plan.shards[s];
             serde_json::json!({
-                "layers": plan.layer_names(&model, s), "bytes": shard.fetch_bytes(), "tiers": ["pageable"],
+                "layers": plan.layer_names(&model, s), "bytes": shard.fetch_bytes(), "tiers": { "weights": "pageable", "boundary_activations": "device" },
                 "forward_secs": shard.forward_secs(&cost), "backward_secs": shard.backward_secs(&cost),
             })
         })
@@ -156,7 +156,7 @@ fn a_run_under_a_budget_is_reported() {
         "gpt: steps 0 to 11 in ",
         " tokens/s.",
         "The trace holds every event of the steps 0 to 1 and 8 to 11.",
-        "% of predicted",
+        "% against predicted",
         "of it reached",
         "device budget",
         "held out",
@@ -167,7 +167,6 @@ fn a_run_under_a_budget_is_reported() {
     ] {
         assert!(html.contains(says), "{says}");
     }
-    // Steps 9 (before which step 8 is known) and 10 are followed and preceded by none that validates but 9 itself, after 10 steps.
     let trace = Trace::read(&run.join("trace.json")).unwrap();
     assert!(trace.events.iter().all(|event| event.step < 12), "evaluations stand under the step before them");
     let evaluated: BTreeSet<u32> =
@@ -248,7 +247,8 @@ fn the_plan_is_told_in_few_words() {
         "budget": "64 MiB",
         "models": [
             { "name": "a", "shards": [
-                { "layers": ["embedding", "h.0", "h.1"], "bytes": 1536, "tiers": { "weights": "pageable", "moments": "disk" } },
+                { "layers": ["embedding", "h.0", "h.1"], "bytes": 1536, "recompute": true,
+                  "tiers": { "weights": "pageable", "moments": "disk", "all_others": "pageable" } },
                 { "layers": ["head"], "tiers": "pinned", "forward_secs": 0.25 },
             ] },
             { "name": "b", "shards": [{ "layers": 7, "tiers": ["device", "pageable"] }] },
@@ -257,9 +257,12 @@ fn the_plan_is_told_in_few_words() {
     .unwrap();
     let (columns, rows) = plan.shard_table();
     assert_eq!(columns[..3], ["model", "shard", "layers"]);
-    assert_eq!(rows[0], ["a", "0", "embedding to h.1 (3)", "1.50 KiB", "moments disk, weights pageable", "-", "-"]);
-    assert_eq!(rows[1], ["a", "1", "head", "-", "pinned", "250.00 ms", "-"]);
-    assert_eq!(rows[2], ["b", "0", "7", "-", "device, pageable", "-", "-"]);
+    assert_eq!(
+        rows[0],
+        ["a", "0", "embedding to h.1 (3)", "1.50 KiB", "pageable: all others, weights; disk: moments", "yes", "-", "-"]
+    );
+    assert_eq!(rows[1], ["a", "1", "head", "-", "pinned", "-", "250.00 ms", "-"]);
+    assert_eq!(rows[2], ["b", "0", "7", "-", "device, pageable", "-", "-", "-"]);
     assert_eq!(facts(&plan, &[])[..2], [("shards".into(), "3".into()), ("device budget".into(), "64 MiB".to_string())]);
 }
 
@@ -312,6 +315,9 @@ fn steady_steps_are_drawn() {
     check((0..3).collect(), &[2], Some((0, 2)));
     // A step before which nothing is known comes last.
     check(vec![7, 9], &[], Some((9, 9)));
+    // A window begins and ends where steps begin: six seconds for three.
+    let shown = shown::choose(&events(0..10, &[])).unwrap();
+    assert_eq!((shown.window, shown.events.len()), ((12.0, 18.0), 3));
     let broken = Event { end_secs: f64::NAN, ..events([3], &[])[0] };
     assert_eq!(shown::choose(&[broken]), None);
 
