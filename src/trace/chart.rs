@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::svg::{self, escape, log_ticks, px, tick_label, ticks};
+use super::svg::{self, escape, log_ticks, px, tick_label, tick_labels, ticks};
 
 /// How an axis of values is divided.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -71,8 +71,8 @@ impl Plot {
     pub(super) fn axes(&self, out: &mut String, y_label: &str) {
         let (marks, labels) = match self.axis {
             Axis::Linear => {
-                let ticks = ticks(self.y.0, self.y.1, ((self.bottom - self.top) / 34.0) as usize);
-                let labels: Vec<String> = ticks.at.iter().map(|&at| tick_label(at, ticks.step)).collect();
+                let ticks = ticks(self.y.0, self.y.1, ((self.bottom - self.top) / 27.0) as usize);
+                let labels = tick_labels(&ticks);
                 (ticks.at, labels)
             }
             Axis::Log => {

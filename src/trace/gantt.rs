@@ -8,7 +8,7 @@ use std::fmt::Write;
 
 use super::svg::{self, colour, escape, px, tick_label, ticks};
 use super::{Event, What};
-use crate::base::{LaneId, format_bytes, format_secs};
+use crate::base::{LaneId, LaneKind, format_bytes, format_secs};
 
 const MARGIN: f64 = 14.0;
 const LABELS: f64 = 170.0;
@@ -189,13 +189,16 @@ impl Chart<'_> {
         );
     }
 
-    /// A dashed line where each step of the one model begins.
+    /// A dashed line where each step of the one model begins: where its first unit starts, since copies work ahead.
     fn steps(&self, out: &mut String, events: &[Event], bottom: f64) {
+        let computes = events.iter().any(|event| event.lane.kind == LaneKind::Compute);
         let mut begins: BTreeMap<u32, f64> = BTreeMap::new();
-        for event in events {
+        for event in events.iter().filter(|event| !computes || event.lane.kind == LaneKind::Compute) {
             let begin = begins.entry(event.step).or_insert(event.start_secs);
             *begin = begin.min(event.start_secs);
         }
+        // A step that began before the window has no beginning in it.
+        begins.retain(|_, begin| (self.from..self.until).contains(begin));
         let mut labelled_until = f64::NEG_INFINITY;
         for (step, begin) in begins {
             let x = self.x(begin);

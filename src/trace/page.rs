@@ -123,7 +123,7 @@ pub fn report_page(data: &ReportData) -> String {
         if data.plan_rows.is_empty() {
             out.push_str("<p class=\"none\">The plan lists no shards.</p>\n");
         } else {
-            table(out, &data.plan_columns, &data.plan_rows, 1);
+            table(out, &data.plan_columns, &data.plan_rows);
         }
     });
     out.push_str("</main>\n</body>\n</html>\n");
@@ -157,14 +157,18 @@ fn facts(out: &mut String, data: &ReportData) {
     });
 }
 
-/// A table of text; columns from `numbers_from` on stand to the right.
-fn table(out: &mut String, columns: &[String], rows: &[Vec<String>], numbers_from: usize) {
+/// A table of text; columns of numbers stand to the right, but for the first, which names the rows.
+fn table(out: &mut String, columns: &[String], rows: &[Vec<String>]) {
+    let is_number = |cell: &String| cell.starts_with(|c: char| c.is_ascii_digit() || c == '-');
+    let numbers = |i: usize| i > 0 && rows.iter().filter_map(|row| row.get(i)).all(is_number);
     out.push_str("<div class=\"scroll\"><table>\n");
-    let class = |i: usize| if i >= numbers_from { " class=\"n\"" } else { "" };
+    let classes: Vec<&str> = (0..rows.iter().map(Vec::len).fold(columns.len(), usize::max))
+        .map(|i| if numbers(i) { " class=\"n\"" } else { "" })
+        .collect();
     if !columns.is_empty() {
         out.push_str("<thead><tr>");
         for (i, column) in columns.iter().enumerate() {
-            let _ = write!(out, "<th{}>{}</th>", class(i), escape(column));
+            let _ = write!(out, "<th{}>{}</th>", classes[i], escape(column));
         }
         out.push_str("</tr></thead>\n");
     }
@@ -172,7 +176,7 @@ fn table(out: &mut String, columns: &[String], rows: &[Vec<String>], numbers_fro
     for row in rows {
         out.push_str("<tr>");
         for (i, cell) in row.iter().enumerate() {
-            let _ = write!(out, "<td{}>{}</td>", class(i), escape(cell));
+            let _ = write!(out, "<td{}>{}</td>", classes[i], escape(cell));
         }
         out.push_str("</tr>\n");
     }
@@ -199,7 +203,7 @@ fn headline(out: &mut String, data: &ReportData) {
     }
     let whole = total(&data.steps);
     if whole.total() > 0.0 {
-        tiles.push(("a step".into(), format_secs(whole.total() / data.steps.len() as f64)));
+        tiles.push(("a step, mean".into(), format_secs(whole.total() / data.steps.len() as f64)));
         tiles.push(("bound by compute".into(), format!("{:.1} %", whole.compute / whole.total() * 100.0)));
     }
     if tiles.is_empty() {
@@ -311,7 +315,7 @@ fn time(out: &mut String, data: &ReportData) {
                 })
                 .collect();
             let _ = write!(out, "<div class=\"beside\"><figure>{}</figure><div>", chart.svg());
-            table(out, &columns, &rows, 1);
+            table(out, &columns, &rows);
             out.push_str("</div></div>\n");
         }
         if !data.lanes.is_empty() {
@@ -321,7 +325,7 @@ fn time(out: &mut String, data: &ReportData) {
                 ["lane", "tasks", "busy", "of the time", "work", "rate while busy", "peak", "of peak", "at best"]
                     .map(String::from);
             let rows: Vec<Vec<String>> = data.lanes.iter().map(lane_cells).collect();
-            table(out, &columns, &rows, 1);
+            table(out, &columns, &rows);
         }
     });
 }

@@ -136,14 +136,25 @@ pub(super) fn log_ticks(low: f64, high: f64) -> Vec<f64> {
     if finer.len() >= 2 { finer } else { ticks(low, high, 4).at }
 }
 
-/// A tick's number: as many decimals as `step` needs, with a power of ten where the zeros would take over.
+/// The numbers of an axis, all in one form: with powers of ten where the greatest needs them, or where it is small and its
+/// neighbours would.
+pub(super) fn tick_labels(ticks: &Ticks) -> Vec<String> {
+    let most = ticks.at.iter().fold(ticks.step, |most, at| most.max(at.abs()));
+    let powers = !(1e-3..1e6).contains(&most) || (ticks.step < 1e-3 && most < 1e-2);
+    ticks.at.iter().map(|&at| number(at, ticks.step, powers)).collect()
+}
+
+/// A number alone: as many decimals as `step` needs, with a power of ten where the zeros would take over.
 pub(super) fn tick_label(value: f64, step: f64) -> String {
-    let magnitude = value.abs().max(step);
+    number(value, step, !(1e-3..1e6).contains(&value.abs().max(step)))
+}
+
+fn number(value: f64, step: f64, powers: bool) -> String {
     if value.abs() < step * 1e-6 {
         return "0".into();
     }
     let place = (step.log10() + 1e-9).floor() as i32;
-    if !(1e-3..1e6).contains(&magnitude) {
+    if powers {
         let digits = (value.abs().log10() + 1e-9).floor() as i32 - place;
         let text = format!("{value:.*e}", digits.clamp(0, 12) as usize);
         return match text.split_once('e') {
@@ -212,16 +223,15 @@ pub(super) mod tests {
 
     #[test]
     fn ticks_are_round() {
-        let labels = |low, high, count| -> Vec<String> {
-            let ticks = ticks(low, high, count);
-            ticks.at.iter().map(|&at| tick_label(at, ticks.step)).collect()
-        };
+        let labels = |low, high, count| -> Vec<String> { tick_labels(&ticks(low, high, count)) };
         assert_eq!(labels(0.0, 10.0, 5), ["0", "2", "4", "6", "8", "10"]);
         assert_eq!(
             labels(-0.1, 0.35, 5),
             ["-0.1", "0.0", "0.1", "0.2", "0.3"].map(|t| if t == "0.0" { "0" } else { t })
         );
         assert_eq!(labels(0.0, 3e-4, 3), ["0", "1e-4", "2e-4", "3e-4"]);
+        assert_eq!(labels(0.0, 1.05e-3, 3), ["0", "5e-4", "1e-3"], "one form along an axis");
+        assert_eq!(labels(2.0, 2.0005, 2), ["2.0000", "2.0005"]);
         assert_eq!(labels(0.0, 2.5e7, 2), ["0", "2e7"]);
         assert_eq!(labels(1e9, 1e9 + 1e-9, 4).len(), 1);
         assert_eq!(tick_label(1.5e-4, 5e-5), "1.5e-4");

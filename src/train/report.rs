@@ -215,10 +215,10 @@ fn facts(plan: &PlanFile, models: &[ModelRows]) -> Vec<(String, String)> {
         _ => None,
     };
     add(
-        "measured step, median of the steady ones",
+        "measured step, median",
         measured.map(|secs| match plan.step_secs.filter(|&predicted| predicted > 0.0) {
             Some(predicted) => {
-                format!("{}, {:+.1} % of predicted", format_secs(secs), (secs / predicted - 1.0) * 100.0)
+                format!("{}, {:+.1} % against predicted", format_secs(secs), (secs / predicted - 1.0) * 100.0)
             }
             None => format_secs(secs),
         }),

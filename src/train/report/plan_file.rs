@@ -49,6 +49,8 @@ pub(super) struct ShardPlan {
     pub bytes: Option<u64>,
     /// A tier, a list of them, or one for each kind of state.
     pub tiers: Value,
+    /// Its forward is computed again in its backward.
+    pub recompute: Option<bool>,
     pub forward_secs: Option<f64>,
     pub backward_secs: Option<f64>,
 }
@@ -87,7 +89,12 @@ impl PlanFile {
             std::io::ErrorKind::NotFound => fault(&"is not there; a run directory holds one"),
             _ => Error::io("read", path, e),
         })?;
-        let plan: PlanFile = serde_json::from_slice(&bytes).map_err(|e| fault(&format!("damaged: {e}")))?;
+        let value: Value = serde_json::from_slice(&bytes).map_err(|e| fault(&format!("damaged: {e}")))?;
+        // serde would take a list of the values too.
+        if !value.is_object() {
+            return Err(fault(&"damaged: is no JSON object"));
+        }
+        let plan: PlanFile = serde_json::from_value(value).map_err(|e| fault(&format!("damaged: {e}")))?;
         for model in &plan.models {
             let mut parts = Path::new(&model.name).components();
             // A file from elsewhere must not point the report outside the run directory.
@@ -116,7 +123,7 @@ impl PlanFile {
     pub(super) fn shard_table(&self) -> (Vec<String>, Vec<Vec<String>>) {
         let many = self.models.len() > 1;
         let mut columns: Vec<&str> =
-            vec!["shard", "layers", "bytes", "tiers", "forward, predicted", "backward, predicted"];
+            vec!["shard", "layers", "bytes", "tiers", "recomputed", "forward, predicted", "backward, predicted"];
         if many {
             columns.insert(0, "model");
         }
@@ -130,6 +137,7 @@ impl PlanFile {
                     layers(&shard.layers),
                     shard.bytes.map_or("-".into(), format_bytes),
                     text(&shard.tiers),
+                    shard.recompute.map_or("-", |again| if again { "yes" } else { "no" }).into(),
                     secs(shard.forward_secs),
                     secs(shard.backward_secs),
                 ]);
@@ -150,15 +158,28 @@ fn layers(value: &Value) -> String {
     }
 }
 
-/// A value for people: `pageable`; `weights pageable, moments disk`; nothing for null.
+/// A value for people: `pageable`; `pageable: gradients, weights; disk: moments`; nothing for null.
 fn text(value: &Value) -> String {
     match value {
         Value::Null => String::new(),
         Value::String(text) => text.clone(),
         Value::Array(items) => items.iter().map(text_of_item).collect::<Vec<_>>().join(", "),
         Value::Object(items) => {
-            let item = |(name, value): (&String, &Value)| format!("{name} {}", text_of_item(value));
-            items.iter().map(item).collect::<Vec<_>>().join(", ")
+            let mut groups: Vec<(String, Vec<String>)> = Vec::new();
+            for (name, value) in items {
+                let (name, value) = (name.replace('_', " "), text_of_item(value));
+                match groups.iter_mut().find(|group| group.0 == value) {
+                    Some(group) => group.1.push(name),
+                    None => groups.push((value, vec![name])),
+                }
+            }
+            match groups.as_slice() {
+                [(value, _)] => value.clone(),
+                _ => {
+                    let words = groups.iter().map(|(value, names)| format!("{value}: {}", names.join(", ")));
+                    words.collect::<Vec<_>>().join("; ")
+                }
+            }
         }
         other => other.to_string(),
     }

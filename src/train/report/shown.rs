@@ -1,5 +1,6 @@
 //! Which part of a trace is looked at: the steps whose events were kept, and the few of them whose schedule is drawn.
 
+use crate::base::LaneKind;
 use crate::trace::{Event, What};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -13,7 +14,7 @@ const MANY_EVENTS: usize = 3000;
 pub(super) struct Shown {
     pub first: u32,
     pub last: u32,
-    /// From the end of the step before `first` to the end of `last`.
+    /// From the first arithmetic of `first` to that of the step after `last`: what repeats. To the end of `last` where no more is known.
     pub window: (f64, f64),
     /// Everything that ran in the window, other steps' tasks too.
     pub events: Vec<Event>,
@@ -24,6 +25,8 @@ pub(super) struct Shown {
 struct Step {
     start: f64,
     end: f64,
+    /// When its first unit started; other lanes work ahead of it.
+    begin: f64,
     count: usize,
     /// Held-out data were evaluated after it, or it is the model's first or second: what follows or runs is not steady.
     unsteady: bool,
@@ -35,10 +38,14 @@ pub(super) fn choose(events: &[Event]) -> Option<Shown> {
     let model = events.iter().filter(|event| event.has_times()).map(|event| event.name.model).min()?;
     let mut steps: BTreeMap<u32, Step> = BTreeMap::new();
     for event in events.iter().filter(|event| event.name.model == model && event.has_times()) {
-        let new = Step { start: event.start_secs, end: event.end_secs, count: 0, unsteady: event.step < 2 };
+        let (start, end) = (event.start_secs, event.end_secs);
+        let new = Step { start, end, begin: f64::INFINITY, count: 0, unsteady: event.step < 2 };
         let step = steps.entry(event.step).or_insert(new);
         step.start = step.start.min(event.start_secs);
         step.end = step.end.max(event.end_secs);
+        if event.lane.kind == LaneKind::Compute {
+            step.begin = step.begin.min(event.start_secs);
+        }
         step.count += 1;
         step.unsteady |= event.name.what == What::Eval;
     }
@@ -60,10 +67,12 @@ pub(super) fn choose(events: &[Event]) -> Option<Shown> {
     let lengths = || (1..=MOST_STEPS).rev();
     let steady = lengths().find_map(|length| run(length, &is_steady));
     let (first, last) = steady.or_else(|| lengths().find_map(|length| run(length, &is_there)))?;
-    let from = before(first).map_or(steps[&first].start, |step| step.end.min(steps[&last].end));
-    let mut window = (from, steps[&last].end);
+    let begin = |step: &Step| if step.begin.is_finite() { step.begin } else { step.start };
+    let end = steps[&last].end;
+    let until = last.checked_add(1).and_then(|next| steps.get(&next)).map(begin);
+    let mut window = (begin(&steps[&first]), until.unwrap_or(end));
     if window.1 <= window.0 {
-        window.0 = steps[&first].start;
+        window = (steps[&first].start, end);
     }
     let is_inside = |event: &&Event| event.has_times() && event.start_secs < window.1 && event.end_secs > window.0;
     Some(Shown { first, last, window, events: events.iter().filter(is_inside).copied().collect() })
