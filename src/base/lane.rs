@@ -84,6 +84,28 @@ impl fmt::Display for LaneId {
     }
 }
 
+impl std::str::FromStr for LaneId {
+    type Err = super::Error;
+
+    /// Reads what a lane prints as.
+    ///
+    /// # Errors
+    /// When the text is no lane's.
+    fn from_str(text: &str) -> super::Result<Self> {
+        let read = || {
+            let (device, kind) = match text.strip_prefix("host ") {
+                Some(kind) => (LaneId::HOST, kind),
+                None => {
+                    let (number, kind) = text.strip_prefix("device ")?.split_once(' ')?;
+                    (number.parse().ok().filter(|&number| number != LaneId::HOST)?, kind)
+                }
+            };
+            Some(LaneId { device, kind: LaneKind::ALL.into_iter().find(|known| known.label() == kind)? })
+        };
+        read().ok_or_else(|| super::Error::bad(format!("'{text}' is no lane")))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -99,5 +121,13 @@ mod tests {
             serde_json::to_string(&LaneId::device(1, LaneKind::DeviceToHost)).unwrap(),
             r#"{"device":1,"kind":"device_to_host"}"#
         );
+        for kind in LaneKind::ALL {
+            for lane in [LaneId::device(0, kind), LaneId::device(1023, kind), LaneId::host(kind)] {
+                assert_eq!(lane.to_string().parse::<LaneId>().unwrap(), lane);
+            }
+        }
+        for text in ["", "host", "device 0", "device x compute", "device 65535 compute", "host dreams"] {
+            assert!(text.parse::<LaneId>().is_err(), "{text}");
+        }
     }
 }

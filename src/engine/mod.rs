@@ -107,6 +107,8 @@ pub struct Engine {
     /// Compute tasks created so far.
     sequence: u64,
     last_step_end: f64,
+    /// The step begun last: tasks that belong to no step, an evaluation's or the state's on its way home, are recorded under it.
+    last_begun: u64,
     /// Set by the first failure; nothing runs after it.
     failed: bool,
     /// With [`Engine::find_not_finite`]: the first such layer so far.
@@ -152,6 +154,7 @@ impl Engine {
             recorder: None,
             sequence: 0,
             last_step_end: 0.0,
+            last_begun: 0,
             failed: false,
             not_finite_layer: None,
             device,
@@ -205,6 +208,7 @@ impl Engine {
             return Err(Error::bad(format!("step {}: two steps are in flight already", input.step)));
         }
         self.stage(input.step, &input.inputs)?;
+        self.last_begun = input.step;
         let before = self.queue.next_id();
         self.expand_step(input);
         let tasks = self.queue.next_id() - before;
@@ -299,7 +303,7 @@ impl Engine {
         let event = Event {
             lane: finished.lane,
             name: finished.name,
-            step: finished.step as u32,
+            step: finished.step.min(self.last_begun) as u32,
             start_secs: completion.start_secs,
             end_secs: completion.end_secs,
             bytes: finished.bytes,

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use super::{Event, LaneSum, TaskName, What};
+use super::{Event, LaneSum, Summary, TaskName, What};
 use crate::base::{Error, LaneId, LaneKind, Result};
 
 /// Bytes gathered before a write to the file.
@@ -52,7 +52,7 @@ impl ChromeWriter {
         let out = BufWriter::with_capacity(BUFFER_BYTES, File::create(path)?);
         let mut writer =
             ChromeWriter { out, lanes: Vec::with_capacity(lanes.len() + 64), lines: 0, events: 0, failure: None };
-        writer.attempt(|this| write!(this.out, "{{\"displayTimeUnit\":\"ms\",\"traceEvents\":["));
+        writer.attempt(|this| this.out.write_all(HEAD.as_bytes()));
         for &lane in lanes {
             writer.name_row(lane);
         }
@@ -180,6 +180,27 @@ impl ChromeWriter {
 struct Document {
     #[serde(rename = "traceEvents")]
     events: Vec<Line>,
+    #[serde(rename = "otherData", default)]
+    end: Option<End>,
+}
+
+/// What [`ChromeWriter::close`] says; other programs' traces have other things here.
+#[derive(Deserialize)]
+struct End {
+    events: Option<u64>,
+    dropped: Option<u64>,
+    displaced: Option<u64>,
+    #[serde(default)]
+    lanes: Vec<LaneLine>,
+}
+
+#[derive(Deserialize)]
+struct LaneLine {
+    lane: String,
+    tasks: u64,
+    busy_secs: f64,
+    bytes: u64,
+    flops: f64,
 }
 
 /// One element of `traceEvents`, ours or another program's.
@@ -212,29 +233,69 @@ struct Args {
     after: u64,
 }
 
-/// Reads the events of a trace that a [`Recorder`](super::Recorder) wrote, in file order, times to the nanosecond.
-///
-/// Lines of other kinds and categories that are not ours are passed over. A file that breaks off, because its writer was
-/// killed, gives the events up to there.
+/// The start of every file, up to where events begin.
+const HEAD: &str = "{\"displayTimeUnit\":\"ms\",\"traceEvents\":[";
+
+/// A trace as it was read back.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Trace {
+    /// The events, in file order, times to the nanosecond.
+    pub events: Vec<Event>,
+    /// What the recorder said at the end; `None` where the file breaks off before it, or another program wrote it.
+    pub summary: Option<Summary>,
+}
+
+impl Trace {
+    /// Reads a trace that a [`Recorder`](super::Recorder) wrote.
+    ///
+    /// Lines of other kinds and categories that are not ours are passed over. A file that breaks off, because its writer was
+    /// killed, gives the events up to there; it may have broken off before its first byte.
+    ///
+    /// # Errors
+    /// When the file cannot be read, is no trace, or an event of ours lacks a field or holds an impossible one; the message
+    /// has the path and the event's place.
+    pub fn read(path: &Path) -> Result<Trace> {
+        let bytes = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
+        let text = std::str::from_utf8(&bytes).map_err(|e| Error::bad(format!("{}: no trace: {e}", path.display())))?;
+        let (lines, end) = match serde_json::from_str::<Document>(text) {
+            Ok(document) => (document.events, document.end),
+            Err(e) if e.is_eof() && (text.contains("\"traceEvents\":[") || HEAD.starts_with(text)) => {
+                (whole_lines(text), None)
+            }
+            Err(e) => return Err(Error::bad(format!("{}: no trace: {e}", path.display()))),
+        };
+        let mut events = Vec::with_capacity(lines.len());
+        for (place, line) in lines.into_iter().enumerate() {
+            let Some(what) = What::from_label(&line.cat).filter(|_| line.ph == "X") else { continue };
+            let event =
+                to_event(what, line).map_err(|why| Error::bad(format!("{}: event {place}: {why}", path.display())))?;
+            events.push(event);
+        }
+        Ok(Trace { events, summary: end.and_then(End::summary) })
+    }
+}
+
+impl End {
+    fn summary(self) -> Option<Summary> {
+        let sums = self.lanes.iter().filter_map(|line| {
+            let LaneLine { tasks, busy_secs, bytes, flops, .. } = *line;
+            Some(LaneSum { lane: line.lane.parse().ok()?, tasks, busy_secs, bytes, flops })
+        });
+        Some(Summary {
+            written: self.events?,
+            dropped: self.dropped?,
+            displaced: self.displaced?,
+            sums: sums.collect(),
+        })
+    }
+}
+
+/// Reads the events of a trace, as [`Trace::read`] does, without the summary.
 ///
 /// # Errors
-/// When the file cannot be read, is no trace, or an event of ours lacks a field or holds an impossible one; the message has
-/// the path and the event's place.
+/// As [`Trace::read`].
 pub fn read_trace(path: &Path) -> Result<Vec<Event>> {
-    let text = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
-    let lines = match serde_json::from_str::<Document>(&text) {
-        Ok(document) => document.events,
-        Err(e) if e.is_eof() && text.contains("\"traceEvents\":[") => whole_lines(&text),
-        Err(e) => return Err(Error::bad(format!("{}: no trace: {e}", path.display()))),
-    };
-    let mut events = Vec::with_capacity(lines.len());
-    for (place, line) in lines.into_iter().enumerate() {
-        let Some(what) = What::from_label(&line.cat).filter(|_| line.ph == "X") else { continue };
-        let event =
-            to_event(what, line).map_err(|why| Error::bad(format!("{}: event {place}: {why}", path.display())))?;
-        events.push(event);
-    }
-    Ok(events)
+    Ok(Trace::read(path)?.events)
 }
 
 /// The lines of a broken-off file that are whole.
@@ -296,7 +357,7 @@ mod tests {
         let ours = r#"{"ph":"X","cat":"forward","tid":8,"ts":1,"dur":2,"args":{"step":0,"model":0,"shard":0,"ticket":1,"after":0}}"#;
         assert_eq!(read(&format!("{{\"traceEvents\":[{ours}]}}")).unwrap().len(), 1);
         for (text, says) in [
-            ("".to_string(), "no trace"),
+            ("\u{0}".to_string(), "no trace"),
             ("[]".to_string(), "no trace"),
             ("{\"traceEvents\":7}".to_string(), "no trace"),
             ("{}".to_string(), "traceEvents"),
@@ -327,5 +388,8 @@ mod tests {
         let text = format!("{{\"displayTimeUnit\":\"ms\",\"traceEvents\":[\n{},\n{},\n{}", line(1), line(2), line(3));
         assert_eq!(read(&text).unwrap().len(), 3);
         assert_eq!(read(&text[..text.len() - 5]).unwrap().len(), 2);
+        for bytes in 0..HEAD.len() {
+            assert_eq!(read(&text[..bytes]).unwrap(), [], "{bytes} bytes");
+        }
     }
 }

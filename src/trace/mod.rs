@@ -18,7 +18,7 @@ mod svg;
 mod utilisation;
 
 pub use chart::Axis;
-pub use chrome::read_trace;
+pub use chrome::{Trace, read_trace};
 pub use event::{Event, TaskName, What};
 pub use gantt::{ColourBy, GanttOptions, gantt_svg};
 pub use page::{LaneRow, ModelCurves, ReportData, StepBound, report_page};

@@ -45,6 +45,8 @@ pub struct LaneRow {
     pub sum: LaneSum,
     /// The most it can do in a second: flop/s for compute, bytes/s for the others; `None` where nobody measured.
     pub peak_per_sec: Option<f64>,
+    /// The part of the time in which it worked, where the time is known.
+    pub busy_share: Option<f64>,
 }
 
 /// All that the page shows.
@@ -54,9 +56,11 @@ pub struct ReportData {
     pub title: String,
     /// Short sentences under the title: when, where, what was dropped from the trace.
     pub notes: Vec<String>,
-    /// Names of the plan's columns; may be empty.
+    /// What the plan comes to: names and values.
+    pub facts: Vec<(String, String)>,
+    /// Names of the shards' columns; may be empty.
     pub plan_columns: Vec<String>,
-    /// The plan's rows.
+    /// The shards, a row each.
     pub plan_rows: Vec<Vec<String>>,
     /// The models' curves.
     pub models: Vec<ModelCurves>,
@@ -66,10 +70,24 @@ pub struct ReportData {
     pub steps: Vec<StepBound>,
     /// Totals of the lanes.
     pub lanes: Vec<LaneRow>,
+    /// Which time the lanes' totals are of.
+    pub lanes_note: String,
     /// Events of the steps whose schedule is drawn.
     pub events: Vec<Event>,
+    /// The seconds whose schedule is drawn; all of `events` where `None`.
+    pub window: Option<(f64, f64)>,
+    /// Which steps the schedule shows.
+    pub schedule_note: String,
     /// What colours tell in the schedule.
     pub colour_by: ColourBy,
+}
+
+impl ReportData {
+    /// How the schedule is drawn, in the page and alone.
+    pub fn gantt_options(&self) -> GanttOptions {
+        let models = self.models.iter().map(|model| model.name.clone()).collect();
+        GanttOptions { width: WIDTH, colour_by: self.colour_by, models, window: self.window, ..GanttOptions::default() }
+    }
 }
 
 /// Draws the report as one HTML page without links to anything outside it.
@@ -89,20 +107,21 @@ pub fn report_page(data: &ReportData) -> String {
     }
     out.push_str("</header>\n");
     headline(&mut out, data);
+    facts(&mut out, data);
     curves(&mut out, data);
     time(&mut out, data);
     section(&mut out, "Schedule", |out| {
-        let models = data.models.iter().map(|model| model.name.clone()).collect();
-        let options = GanttOptions { width: WIDTH, colour_by: data.colour_by, models, ..GanttOptions::default() };
+        note(out, &data.schedule_note);
         if data.events.is_empty() {
             out.push_str("<p class=\"none\">No events were kept.</p>\n");
         } else {
+            let options = data.gantt_options();
             let _ = writeln!(out, "<figure>{}</figure>", gantt_svg(&data.events, &options));
         }
     });
-    section(&mut out, "Plan", |out| {
+    section(&mut out, "Shards", |out| {
         if data.plan_rows.is_empty() {
-            out.push_str("<p class=\"none\">No plan is given.</p>\n");
+            out.push_str("<p class=\"none\">The plan lists no shards.</p>\n");
         } else {
             table(out, &data.plan_columns, &data.plan_rows, 1);
         }
@@ -115,6 +134,27 @@ fn section(out: &mut String, title: &str, body: impl FnOnce(&mut String)) {
     let _ = writeln!(out, "<section><h2>{title}</h2>");
     body(out);
     out.push_str("</section>\n");
+}
+
+/// A sentence under a heading, where there is one.
+fn note(out: &mut String, text: &str) {
+    if !text.is_empty() {
+        let _ = writeln!(out, "<p class=\"none\">{}</p>", escape(text));
+    }
+}
+
+/// What the plan comes to.
+fn facts(out: &mut String, data: &ReportData) {
+    if data.facts.is_empty() {
+        return;
+    }
+    section(out, "Plan", |out| {
+        out.push_str("<dl>\n");
+        for (name, value) in &data.facts {
+            let _ = writeln!(out, "<div><dt>{}</dt><dd>{}</dd></div>", escape(name), escape(value));
+        }
+        out.push_str("</dl>\n");
+    });
 }
 
 /// A table of text; columns from `numbers_from` on stand to the right.
@@ -276,8 +316,10 @@ fn time(out: &mut String, data: &ReportData) {
         }
         if !data.lanes.is_empty() {
             out.push_str("<h3>Lanes against their ceilings</h3>\n");
+            note(out, &data.lanes_note);
             let columns =
-                ["lane", "tasks", "busy", "work", "rate while busy", "peak", "of peak", "at best"].map(String::from);
+                ["lane", "tasks", "busy", "of the time", "work", "rate while busy", "peak", "of peak", "at best"]
+                    .map(String::from);
             let rows: Vec<Vec<String>> = data.lanes.iter().map(lane_cells).collect();
             table(out, &columns, &rows, 1);
         }
@@ -328,7 +370,7 @@ fn rate(value: f64, unit: &str) -> String {
 }
 
 fn lane_cells(row: &LaneRow) -> Vec<String> {
-    let LaneRow { sum, peak_per_sec } = row;
+    let LaneRow { sum, peak_per_sec, busy_share } = row;
     let none = || "-".to_string();
     let (measured, work, unit, least) = if sum.lane.kind == LaneKind::Compute {
         (sum.flops_per_sec(), rate(sum.flops, "FLOP"), "FLOP/s", sum.flops)
@@ -340,6 +382,7 @@ fn lane_cells(row: &LaneRow) -> Vec<String> {
         sum.lane.to_string(),
         sum.tasks.to_string(),
         format_secs(sum.busy_secs),
+        busy_share.filter(|share| share.is_finite()).map_or_else(none, |share| format!("{:.1} %", share * 100.0)),
         if measured.is_some() { work } else { none() },
         measured.map_or_else(none, |value| rate(value, unit)),
         peak.map_or_else(none, |peak| rate(peak, unit)),
@@ -368,7 +411,9 @@ figure{margin:0}figure svg{display:block;width:100%}\
 @media (max-width:860px){.beside{grid-template-columns:1fr}}\
 .share{display:flex;height:30px;border-radius:8px;overflow:hidden;margin:0 0 16px}\
 .share span{color:#fff;font-size:12px;font-weight:600;line-height:30px;text-align:center;white-space:nowrap;overflow:hidden}\
-.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:14px}\
+dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(230px,1fr));gap:14px 24px;margin:0}dl div{min-width:0}\
+dt{color:var(--soft);font-size:13px}dd{margin:0;font-variant-numeric:tabular-nums}\
+.scroll{overflow:auto;max-height:640px}table{border-collapse:collapse;width:100%;font-size:14px}\
 th,td{padding:7px 12px;text-align:left;border-bottom:1px solid var(--line);white-space:nowrap}\
 th{color:var(--soft);font-weight:600;font-size:13px}tbody tr:last-child td{border-bottom:0}\
 .n{text-align:right;font-variant-numeric:tabular-nums}.none{color:var(--soft);margin:6px 0}\

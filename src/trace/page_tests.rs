@@ -36,10 +36,15 @@ fn sample(steps: u64, models: usize) -> ReportData {
         from = until;
     }
     let peak = |kind| if kind == LaneKind::Compute { Some(75e9) } else { Some(2.4e9) };
-    let lanes = account.sums().iter().map(|&sum| LaneRow { sum, peak_per_sec: peak(sum.lane.kind) }).collect();
+    let lanes = account
+        .sums()
+        .iter()
+        .map(|&sum| LaneRow { sum, peak_per_sec: peak(sum.lane.kind), busy_share: Some(0.5) })
+        .collect();
     ReportData {
         title: "gpt2 small in 64 MiB".into(),
         notes: vec!["200 steps on one host device, link 2 GB/s, 2 slots; 0 events dropped".into()],
+        facts: vec![("shards".into(), "3".into()), ("device peak".into(), "64.00 MiB".into())],
         plan_columns: ["shard", "layers", "bytes", "tier", "forward", "backward"].map(String::from).to_vec(),
         plan_rows: (0..3)
             .map(|i| {
@@ -53,6 +58,9 @@ fn sample(steps: u64, models: usize) -> ReportData {
         lanes,
         events: schedule.events.into_iter().filter(|event| event.step < 2).collect(),
         colour_by: ColourBy::What,
+        lanes_note: "Over the last step.".into(),
+        window: None,
+        schedule_note: "Steps 0 and 1.".into(),
     }
 }
 
@@ -96,13 +104,17 @@ fn every_section_is_there() {
 #[test]
 fn absence_is_said() {
     let page = check(&ReportData::default());
-    for says in ["Training report", "No steps yet", "No values yet", "No events were kept", "No plan"] {
+    for says in ["Training report", "No steps yet", "No values yet", "No events were kept", "The plan lists no shards"]
+    {
         assert!(page.contains(says), "{says}");
     }
     let bound = Bound { compute: f64::NAN, ..Bound::default() };
     let models = vec![ModelCurves { name: "one".into(), train_loss: vec![(0, f64::NAN)], ..ModelCurves::default() }];
     let sum = LaneSum::new(crate::base::LaneId::host(LaneKind::DiskRead));
-    let lanes = vec![LaneRow { sum, peak_per_sec: Some(f64::NAN) }, LaneRow { sum, peak_per_sec: None }];
+    let lanes = vec![
+        LaneRow { sum, peak_per_sec: Some(f64::NAN), busy_share: Some(f64::NAN) },
+        LaneRow { sum, peak_per_sec: None, busy_share: None },
+    ];
     check(&ReportData { steps: vec![StepBound { step: 0, bound }], models, lanes, ..ReportData::default() });
     for steps in [1, 2, 33] {
         check(&sample(steps, 1));
@@ -116,6 +128,9 @@ fn text_cannot_break_out() {
     data.title = evil.into();
     data.notes = vec![evil.into()];
     data.plan_columns = vec![evil.into()];
+    data.facts = vec![(evil.into(), evil.into())];
+    data.lanes_note = evil.into();
+    data.schedule_note = evil.into();
     data.plan_rows = vec![vec![evil.into()], vec![]];
     data.models.iter_mut().for_each(|model| model.name = evil.into());
     data.colour_by = ColourBy::Model;

@@ -23,10 +23,12 @@ pub struct StepRow {
     /// Step, from 0.
     pub step: u64,
     /// Loss of the minibatch.
+    #[serde(deserialize_with = "finite_or_nan")]
     pub loss: f32,
     /// Learning rate of its update.
     pub lr: f64,
     /// Global norm of its gradient, before clipping.
+    #[serde(deserialize_with = "finite_or_nan")]
     pub grad_norm: f64,
     /// Tokens per second, for language models.
     #[serde(skip_serializing_if = "Option::is_none", default)]
@@ -70,9 +72,18 @@ pub struct ValidRow {
     /// Steps done before it.
     pub step: u64,
     /// Loss over all held-out data.
+    #[serde(deserialize_with = "finite_or_nan")]
     pub valid_loss: f32,
     /// Seconds that it took.
     pub secs: f64,
+}
+
+/// JSON has no word for numbers that are not finite: they are written as `null`, which is read back as NaN. The row of a step
+/// whose gradient overflowed must not make the whole file unreadable.
+fn finite_or_nan<'de, D: serde::Deserializer<'de>, T: Deserialize<'de> + From<f32>>(
+    from: D,
+) -> std::result::Result<T, D::Error> {
+    Ok(Option::<T>::deserialize(from)?.unwrap_or_else(|| f32::NAN.into()))
 }
 
 /// Appends rows to a file.
@@ -130,7 +141,10 @@ impl Metrics {
 pub fn read_rows(path: &Path) -> Result<Vec<Row>> {
     let file = File::open(path).map_err(|e| Error::io("read", path, e))?;
     let lines: Vec<String> =
-        BufReader::new(file).lines().collect::<std::io::Result<_>>().map_err(|e| Error::io("read", path, e))?;
+        BufReader::new(file).lines().collect::<std::io::Result<_>>().map_err(|e| match e.kind() {
+            std::io::ErrorKind::InvalidData => Error::bad(format!("{}: {e}", path.display())),
+            _ => Error::io("read", path, e),
+        })?;
     let mut rows = Vec::new();
     for (i, line) in lines.iter().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
         match serde_json::from_str(line) {
@@ -183,6 +197,12 @@ mod tests {
         assert_eq!(read_rows(&path).unwrap(), rows[..2]);
         std::fs::write(&path, "{\"step\":0,\"valid_loss\":1.0,\"secs\":0.5}\n{\"step\":1,\"lo").unwrap();
         assert_eq!(read_rows(&path).unwrap().len(), 1);
+        std::fs::write(&path, "{\"step\":0,\"valid_loss\":null,\"secs\":0.5}\n").unwrap();
+        assert!(
+            matches!(read_rows(&path).unwrap()[..], [Row::Valid(ValidRow { valid_loss, .. })] if valid_loss.is_nan())
+        );
+        std::fs::write(&path, b"{\xff\xfe}\n").unwrap();
+        assert_eq!(read_rows(&path).unwrap_err().exit_code(), 2);
         std::fs::write(&path, "nonsense\n{}\n").unwrap();
         assert!(read_rows(&path).unwrap_err().to_string().contains("line 1"));
     }

@@ -4,11 +4,13 @@ mod checkpoint;
 mod forward;
 pub mod metrics;
 mod optimizer;
+mod report;
 mod safely;
 mod session;
 
 pub use checkpoint::{Checkpoint, Identity, write_checkpoint};
 pub use forward::wait_forward;
 pub use optimizer::{Optimizer, Schedule};
+pub use report::write_report;
 pub use safely::{refused, write_safely};
 pub use session::{Observer, Session, StepReport, TrainOptions, Weights, inputs_of, plan_model, trace_model};

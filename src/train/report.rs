@@ -1,0 +1,290 @@
+//! The report of a run: reads what the run left in its directory and draws it as report.html and schedule.svg.
+//!
+//! Nothing is asked of a running program, and nothing but these two files is written, each under a temporary name first: a run may be
+//! looked at while it goes on. What is missing (a trace, a validation, ceilings) is said on the page; what is damaged is an error.
+
+mod plan_file;
+mod shown;
+
+use super::metrics::{Row, StepRow, read_rows};
+use crate::base::{Error, Result, format_bytes, format_secs};
+use crate::trace::{
+    Axis, Bound, ColourBy, Event, LaneRow, LaneSum, ModelCurves, ReportData, StepBound, Trace, gantt_svg, report_page,
+};
+use plan_file::PlanFile;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+/// Steps at the start that are not steady: the first fetches all, the second still overlaps with it.
+const WARM_UP: u64 = 2;
+
+/// Writes `report.html` (one page that needs nothing else) and `schedule.svg` into the run directory `run`; gives the page's path.
+///
+/// Reads `plan.json`, `trace.json` (which may be missing or break off) and the `metrics.jsonl` of every model that plan.json names and of
+/// every subfolder that has one.
+///
+/// # Errors
+/// [`Error::BadInput`], naming the file, when there is no such directory, no plan.json, or a file is damaged; [`Error::Io`] when one
+/// cannot be read or written.
+pub fn write_report(run: &Path) -> Result<PathBuf> {
+    if !run.is_dir() {
+        return Err(Error::bad(format!("{}: is no run directory", run.display())));
+    }
+    let plan = PlanFile::read(&run.join("plan.json"))?;
+    let models = read_models(run, &plan)?;
+    let trace_path = run.join("trace.json");
+    let trace = if trace_path.exists() { Some(Trace::read(&trace_path)?) } else { None };
+    let data = report_data(&title(run), &plan, &models, trace.as_ref());
+    let mut gantt = data.gantt_options();
+    gantt.title = format!("{}: {}", data.title, data.schedule_note);
+    write_whole(&run.join("schedule.svg"), &gantt_svg(&data.events, &gantt))?;
+    let page = run.join("report.html");
+    write_whole(&page, &report_page(&data))?;
+    Ok(page)
+}
+
+/// A model's name and its rows.
+struct ModelRows {
+    name: String,
+    steps: Vec<StepRow>,
+    /// Steps done and the loss on held-out data then.
+    valid: Vec<(u64, f64)>,
+}
+
+/// The directory's own name, `runs/demo/.` included.
+fn title(run: &Path) -> String {
+    let whole = run.canonicalize().unwrap_or_else(|_| run.to_path_buf());
+    whole.file_name().map_or_else(|| whole.display().to_string(), |name| name.to_string_lossy().into_owned())
+}
+
+/// The plan's models in its order, then those that it does not name, by name.
+fn read_models(run: &Path, plan: &PlanFile) -> Result<Vec<ModelRows>> {
+    let mut names: Vec<String> = plan.models.iter().map(|model| model.name.clone()).collect();
+    let mut others = BTreeSet::new();
+    for entry in std::fs::read_dir(run).map_err(|e| Error::io("read", run, e))? {
+        let entry = entry.map_err(|e| Error::io("read", run, e))?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if !names.contains(&name) && entry.path().join("metrics.jsonl").is_file() {
+            others.insert(name);
+        }
+    }
+    names.extend(others);
+    names.into_iter().map(|name| read_model(run, name)).collect()
+}
+
+fn read_model(run: &Path, name: String) -> Result<ModelRows> {
+    let path = run.join(&name).join("metrics.jsonl");
+    let rows = if path.exists() { read_rows(&path)? } else { Vec::new() };
+    let (mut steps, mut valid) = (Vec::new(), Vec::new());
+    for row in rows {
+        match row {
+            Row::Step(row) => steps.push(row),
+            Row::Valid(row) => valid.push((row.step, f64::from(row.valid_loss))),
+        }
+    }
+    steps.sort_by_key(|row| row.step);
+    valid.sort_by_key(|row| row.0);
+    Ok(ModelRows { name, steps, valid })
+}
+
+/// Writes a file so that it is there whole or not at all.
+fn write_whole(path: &Path, text: &str) -> Result<()> {
+    let mut name = path.file_name().unwrap_or_default().to_os_string();
+    name.push(format!(".{}.tmp", std::process::id()));
+    let temporary = path.with_file_name(name);
+    let written = std::fs::write(&temporary, text).and_then(|()| std::fs::rename(&temporary, path));
+    written.map_err(|e| {
+        // What is left of a failed write is of no use; that it cannot be removed either says nothing new.
+        let _ = std::fs::remove_file(&temporary);
+        Error::io("write", path, e)
+    })
+}
+
+fn report_data(title: &str, plan: &PlanFile, models: &[ModelRows], trace: Option<&Trace>) -> ReportData {
+    let none = Vec::new();
+    let events = trace.map_or(&none, |trace| &trace.events);
+    let shown = shown::choose(events);
+    let kept: BTreeSet<u32> = events.iter().map(|event| event.step).collect();
+    let schedule_note = match &shown {
+        Some(shown) if shown.first == shown.last => {
+            format!("Step {} of those whose events were kept ({}).", shown.first, shown::steps_text(&kept))
+        }
+        Some(shown) => format!(
+            "Steps {} to {} of those whose events were kept ({}).",
+            shown.first,
+            shown.last,
+            shown::steps_text(&kept)
+        ),
+        None => String::new(),
+    };
+    let (lanes, lanes_note) = lanes(plan, events, &kept);
+    let (plan_columns, plan_rows) = plan.shard_table();
+    ReportData {
+        title: title.into(),
+        notes: notes(models, trace, events, &kept),
+        facts: facts(plan, models),
+        plan_columns,
+        plan_rows,
+        models: models.iter().map(curves).collect(),
+        loss_axis: Axis::Linear,
+        steps: step_bounds(models),
+        lanes,
+        lanes_note,
+        window: shown.as_ref().map(|shown| shown.window),
+        events: shown.map_or_else(Vec::new, |shown| shown.events),
+        schedule_note,
+        colour_by: if models.len() > 1 { ColourBy::Model } else { ColourBy::What },
+    }
+}
+
+/// What the run is, and what its trace lacks.
+fn notes(models: &[ModelRows], trace: Option<&Trace>, events: &[Event], kept: &BTreeSet<u32>) -> Vec<String> {
+    let mut notes = Vec::new();
+    for model in models {
+        let trained = match model.steps.as_slice() {
+            [] => "no steps yet".to_string(),
+            [row] => format!("step {}", row.step),
+            [first, .., last] => format!("steps {} to {}", first.step, last.step),
+        };
+        let secs: f64 = model.steps.iter().map(|row| row.secs).sum();
+        let speed = speed(model).map_or(String::new(), |speed| format!(", {speed}"));
+        notes.push(format!("{}: {trained} in {}{speed}.", model.name, format_secs(secs)));
+    }
+    match trace {
+        None => notes
+            .push("The run directory holds no trace.json, so there is no schedule and lanes have no totals.".into()),
+        Some(trace) => {
+            let missing = trace.summary.as_ref().map_or(0, |summary| summary.dropped + summary.displaced);
+            let steps = shown::steps_text(kept);
+            match missing {
+                _ if events.is_empty() => notes.push("The trace holds no events.".into()),
+                0 => notes.push(format!("The trace holds every event of the steps {steps}.")),
+                missing => notes
+                    .push(format!("The trace holds the steps {steps}, but for {missing} events that found no room.")),
+            }
+            if trace.summary.is_none() {
+                notes.push("The trace breaks off: the run goes on, or it was killed.".into());
+            }
+        }
+    }
+    notes
+}
+
+/// The median speed of the steady steps.
+fn speed(model: &ModelRows) -> Option<String> {
+    let of = |what: fn(&StepRow) -> Option<f64>| median(steady(model).filter_map(what).collect());
+    let tokens = of(|row| row.tokens_per_sec).map(|speed| format!("{speed:.0} tokens/s"));
+    tokens.or_else(|| of(|row| row.samples_per_sec).map(|speed| format!("{speed:.1} samples/s")))
+}
+
+/// The steps beyond the first two, or all where there are no more.
+fn steady(model: &ModelRows) -> impl Iterator<Item = &StepRow> {
+    let skipped = if model.steps.iter().any(|row| row.step >= WARM_UP) { WARM_UP } else { 0 };
+    model.steps.iter().filter(move |row| row.step >= skipped)
+}
+
+/// The middle value, or the mean of the two; finite values alone count.
+fn median(mut values: Vec<f64>) -> Option<f64> {
+    values.retain(|value| value.is_finite());
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    match values.len() {
+        0 => None,
+        n if n % 2 == 1 => Some(values[middle]),
+        _ => Some((values[middle - 1] + values[middle]) / 2.0),
+    }
+}
+
+/// What the plan comes to, and what came of it.
+fn facts(plan: &PlanFile, models: &[ModelRows]) -> Vec<(String, String)> {
+    let mut facts: Vec<(String, String)> = Vec::new();
+    let mut add = |name: &str, value: Option<String>| facts.extend(value.map(|value| (name.to_string(), value)));
+    let listed = plan.models.iter().map(|model| model.shards.len() as u64).sum();
+    add("shards", plan.shards.or(Some(listed)).filter(|&shards| shards > 0).map(|shards| shards.to_string()));
+    add("predicted device peak", plan.device_peak_bytes.map(format_bytes));
+    add("device budget", plan.budget_text());
+    add("smallest budget that works", plan.smallest_device_bytes.map(format_bytes));
+    let state = |resident| if resident { "resident on the device" } else { "streamed from the host" };
+    add("state of the model", plan.resident.map(|resident| state(resident).into()));
+    add("weight slots", plan.slots.filter(|_| plan.resident != Some(true)).map(|slots| slots.to_string()));
+    add("recomputation", plan.recompute.as_str().map(String::from));
+    add("predicted step", plan.step_secs.map(format_secs));
+    // Steps of several models overlap in ways that a median of each does not tell.
+    let measured = match models {
+        [model] => median(steady(model).map(|row| row.secs).collect()),
+        _ => None,
+    };
+    add(
+        "measured step, median of the steady ones",
+        measured.map(|secs| match plan.step_secs.filter(|&predicted| predicted > 0.0) {
+            Some(predicted) => {
+                format!("{}, {:+.1} % of predicted", format_secs(secs), (secs / predicted - 1.0) * 100.0)
+            }
+            None => format_secs(secs),
+        }),
+    );
+    add(
+        "bound that no schedule beats",
+        plan.bound_secs.map(|bound| match measured.filter(|&secs| secs > 0.0 && bound > 0.0) {
+            Some(secs) => format!("{}, {:.1} % of it reached", format_secs(bound), bound / secs * 100.0),
+            None => format_secs(bound),
+        }),
+    );
+    facts
+}
+
+fn curves(model: &ModelRows) -> ModelCurves {
+    let points = |of: fn(&StepRow) -> f64| model.steps.iter().map(|row| (row.step, of(row))).collect();
+    ModelCurves {
+        name: model.name.clone(),
+        train_loss: points(|row| f64::from(row.loss)),
+        valid_loss: model.valid.clone(),
+        learning_rate: points(|row| row.lr),
+        grad_norm: points(|row| row.grad_norm),
+    }
+}
+
+/// What bound each step; several models' seconds at one step number are averaged, since each counts the whole time.
+fn step_bounds(models: &[ModelRows]) -> Vec<StepBound> {
+    let mut steps: BTreeMap<u64, (Bound, f64)> = BTreeMap::new();
+    for row in models.iter().flat_map(|model| &model.steps) {
+        let (sum, count) = steps.entry(row.step).or_default();
+        sum.add(&row.bound());
+        *count += 1.0;
+    }
+    let mean = |bound: Bound, count: f64| {
+        let [compute, h2d, d2h, host, disk, idle] = bound.parts().map(|part| part / count);
+        Bound { compute, h2d, d2h, host, disk, idle }
+    };
+    steps.into_iter().map(|(step, (bound, count))| StepBound { step, bound: mean(bound, count) }).collect()
+}
+
+/// Totals of each lane over the kept steps, and a sentence on what they are of.
+fn lanes(plan: &PlanFile, events: &[Event], kept: &BTreeSet<u32>) -> (Vec<LaneRow>, String) {
+    let mut sums = BTreeMap::new();
+    for event in events.iter().filter(|event| event.has_times()) {
+        let sum = sums.entry(event.lane).or_insert_with(|| LaneSum::new(event.lane));
+        sum.tasks += 1;
+        sum.busy_secs += event.secs();
+        sum.bytes += event.bytes;
+        sum.flops += event.flops;
+    }
+    if sums.is_empty() {
+        return (Vec::new(), String::new());
+    }
+    let secs = shown::kept_secs(events);
+    let row = |sum: LaneSum| LaneRow {
+        sum,
+        peak_per_sec: plan.peak(sum.lane.kind),
+        busy_share: (secs > 0.0).then(|| sum.busy_secs / secs),
+    };
+    let mut note = format!("Over the steps {}, which took {}.", shown::steps_text(kept), format_secs(secs));
+    if plan.ceilings.is_none() {
+        note.push_str(" plan.json holds no ceilings.");
+    }
+    (sums.into_values().map(row).collect(), note)
+}
+
+#[cfg(test)]
+#[path = "report_tests.rs"]
+mod tests;
