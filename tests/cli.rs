@@ -432,7 +432,13 @@ fn bad_models() {
             fs::write(job.at("model/config.json"), config.to_string()).expect("config");
         }
     };
-    check("no size", &config("n_embd", Value::Null), &["model.safetensors", "768"]);
+    let sizeless = |job: &Job| {
+        let mut config = job.json("model/config.json");
+        config.as_object_mut().expect("an object").remove("n_embd");
+        fs::write(job.at("model/config.json"), config.to_string()).expect("config");
+    };
+    check("no size", &sizeless, &["model.safetensors", "768"]);
+    check("null size", &config("n_embd", Value::Null), &["config.json", "n_embd: is null"]);
     check("absurd size", &config("n_embd", json!(1u64 << 50)), &["config.json", "n_embd"]);
     check("negative size", &config("n_layer", json!(-1)), &["config.json", "n_layer"]);
     check("no JSON", &|job| fs::write(job.at("model/config.json"), "{").expect("config"), &["config.json", "JSON"]);
@@ -480,6 +486,7 @@ fn bad_batches() {
 fn a_loss_that_is_not_finite_stops_the_run_and_names_the_layer() {
     let job = Job::new(&GPT.replace("steps = 4", "steps = 40\noptimizer = { kind = 'sgd', lr = 1e30 }"));
     let ran = job.hydra(&["train"]);
+    assert_eq!(fs::read_dir(job.at("runs/job/m")).expect("folder").count(), 1, "metrics alone");
     ran.bad(&["m: the loss is", "at step", "the first layer whose output is not finite is"]);
     let rows = read_rows(&job.at("runs/job/m/metrics.jsonl")).expect("the steps before are kept");
     assert!(!rows.is_empty() && rows.len() < 40);
