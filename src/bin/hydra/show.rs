@@ -8,7 +8,7 @@ use hydra::device::sim::CostModel;
 use hydra::engine::predict;
 use hydra::spill::{BoundaryTier, Recompute};
 use hydra::trace::Bound;
-use hydra::train::{TrainOptions, plan_model, trace_model, write_safely};
+use hydra::train::{TrainOptions, plan_model, refused, trace_model, write_safely};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -22,7 +22,7 @@ const WORTH_SAYING: f64 = 1.03;
 pub fn run(path: &Path, sets: &[String], out: Option<&Path>, json: bool) -> Result<()> {
     let planned = plan_job(path, sets, false)?;
     if let Some(out) = out {
-        std::fs::create_dir_all(out).map_err(|e| hydra::train::refused("create", out, e))?;
+        std::fs::create_dir_all(out).map_err(|e| refused("create", out, e))?;
         write_safely(&out.join(PLAN), |file| write!(file, "{:#}\n", planned.json()))?;
     }
     if json {
