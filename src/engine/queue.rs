@@ -282,6 +282,8 @@ impl Queue {
     pub fn cancel(&mut self) {
         for entry in &mut self.entries {
             entry.task = None;
+            // Tasks in flight end later; nobody is to become ready then.
+            entry.dependents.clear();
         }
         for lane in &mut self.lanes {
             lane.in_order.clear();

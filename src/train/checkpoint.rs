@@ -191,3 +191,7 @@ impl Checkpoint {
         Error::bad(format!("{}: {what}", self.path.display()))
     }
 }
+
+#[cfg(test)]
+#[path = "checkpoint_tests.rs"]
+mod tests;

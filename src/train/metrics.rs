@@ -1,9 +1,10 @@
 //! metrics.jsonl: one JSON object a line, for every step and every validation.
 
+use super::safely::write_safely;
 use crate::base::{Error, Result};
 use crate::trace::Bound;
 use serde::{Deserialize, Serialize};
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
@@ -111,12 +112,10 @@ impl Metrics {
                 .map(|row| serde_json::to_string(&row).expect("a row is plain numbers"))
                 .collect(),
         };
-        let file = File::create(path).map_err(|e| Error::io("create", path, e))?;
-        let mut metrics = Metrics { path: path.to_path_buf(), file: BufWriter::with_capacity(1 << 16, file) };
-        for line in kept {
-            metrics.line(&line)?;
-        }
-        Ok(metrics)
+        // Whole or not at all: rows of steps that a checkpoint has are made by nobody again.
+        write_safely(path, |out| kept.iter().try_for_each(|line| writeln!(out, "{line}")))?;
+        let file = OpenOptions::new().append(true).open(path).map_err(|e| Error::io("open", path, e))?;
+        Ok(Metrics { path: path.to_path_buf(), file: BufWriter::with_capacity(1 << 16, file) })
     }
 
     /// Appends a row, which is in the file when this returns.

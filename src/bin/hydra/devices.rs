@@ -5,7 +5,7 @@ use crate::print::{say, table};
 use hydra::base::{Result, format_bytes};
 use hydra::device::host::calibrate;
 use hydra::device::sim::PROFILES;
-use hydra::train::write_safely;
+use hydra::train::{refused, write_safely};
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -50,6 +50,7 @@ pub fn run(out: Option<&Path>, json: bool) -> Result<()> {
         { "kind": "emulated", "here": false, "why": NO_EMULATOR },
     ] });
     if let Some(out) = out {
+        std::fs::create_dir_all(out).map_err(|e| refused("create", out, e))?;
         write_safely(&out.join("devices.json"), |file| write!(file, "{devices:#}\n"))?;
     }
     if json {

@@ -28,7 +28,11 @@ pub fn run(model: &Path, input: &Path, output: &Path, json: bool) -> Result<()> 
     };
     let batch = read_batch(&TensorFile::parse(&bytes, &file)?).map_err(fault)?;
     drop(bytes);
-    let (shape, logits) = wait_forward(&pretrained, &batch).map_err(fault)?;
+    let (shape, logits) = wait_forward(&pretrained, &batch).map_err(|error| match error {
+        // What is wrong with the weights names their file already.
+        Error::BadInput(what) if what.starts_with(&model.display().to_string()) => Error::BadInput(what),
+        other => fault(other),
+    })?;
     let header = json!({
         "logits": { "dtype": "F32", "shape": shape.axes(), "data_offsets": [0, 4 * logits.len()] }
     });

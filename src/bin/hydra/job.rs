@@ -12,7 +12,7 @@ mod set;
 mod tests;
 
 use hydra::base::{Error, Result};
-pub use model::{Data, Length, Model, Source, Tokenizer, Valid, ValidPart};
+pub use model::{Model, Valid};
 pub use optimizer::{Optimizer, Schedule};
 use section::{Origin, Section};
 use std::path::{Path, PathBuf};
@@ -93,12 +93,6 @@ impl Policy {
         ("gpipe", Policy::Gpipe),
         ("task-parallel", Policy::TaskParallel),
     ];
-
-    /// The word for it in a job file.
-    pub fn word(self) -> &'static str {
-        let found = Policy::WORDS.iter().find(|(_, policy)| *policy == self);
-        found.expect("WORDS has every policy; a test counts them").0
-    }
 }
 
 /// What is recomputed in the backward.

@@ -18,8 +18,10 @@ mod train;
 use args::{Args, Command};
 use clap::Parser;
 use hydra::base::Result;
+use hydra::train::write_report;
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -57,6 +59,13 @@ fn run(args: &Args) -> Result<()> {
     }
 }
 
-fn report(_run: &std::path::Path, _json: bool) -> Result<()> {
-    Err(hydra::base::Error::bad("report: is not built in yet"))
+/// Writes the report of the run in `run`.
+fn report(run: &Path, json: bool) -> Result<()> {
+    let page = write_report(run)?;
+    if json {
+        print::say(serde_json::json!({ "report": page }));
+    } else {
+        print::say(format!("{}: open it in a browser", page.display()));
+    }
+    Ok(())
 }

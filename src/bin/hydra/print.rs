@@ -25,3 +25,18 @@ pub fn table(rows: &[Vec<String>]) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_line_up() {
+        let row = |cells: &[&str]| cells.iter().map(|c| c.to_string()).collect::<Vec<_>>();
+        assert_eq!(
+            table(&[row(&["a", "long"]), row(&["longer", "b", ""]), row(&[])]),
+            "  a       long\n  longer     b\n\n"
+        );
+        assert_eq!(table(&[]), "");
+    }
+}

@@ -6,8 +6,10 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
-/// Lines come no closer than this, but for tenths of the run.
+/// Lines come no closer than this.
 const BETWEEN_LINES: Duration = Duration::from_secs(2);
+/// A line comes at least this often.
+const LONGEST_SILENCE: Duration = Duration::from_secs(30);
 
 /// Shows a model's training.
 pub struct Progress {
@@ -59,9 +61,9 @@ impl Progress {
             }
             Way::Lines { last, tenth } => {
                 let now_tenth = done * 10 / self.steps.max(1);
-                // The first step, the last, and between them the rarer of tenths and seconds.
-                let due =
-                    last.elapsed() >= BETWEEN_LINES && (now_tenth > *tenth || self.steps - done > self.steps / 10);
+                // The first step, the last, and between them tenths of the run; where those are rare, one a while.
+                let rested = last.elapsed();
+                let due = rested >= BETWEEN_LINES && now_tenth > *tenth || rested >= LONGEST_SILENCE;
                 if done == self.first_step + 1 || done == self.steps || due {
                     (*last, *tenth) = (Instant::now(), now_tenth);
                     let per_step = self.began.elapsed().as_secs_f64() / (done - self.first_step) as f64;

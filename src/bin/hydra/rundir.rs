@@ -136,3 +136,48 @@ impl RunDir {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_there_decides_what_may_be_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("a/run");
+        let check = |resume| inspect(&out, &["gpt"], resume).map_err(|e| e.to_string());
+        assert_eq!(check(Resume::Never), Ok(Found::Free));
+        assert_eq!(check(Resume::Auto), Ok(Found::Free));
+        assert!(check(Resume::Require).unwrap_err().contains("holds no run to resume"));
+        fs::create_dir_all(&out).unwrap();
+        fs::write(out.join("notes.txt"), "mine").unwrap();
+        assert_eq!(check(Resume::Never), Ok(Found::Free));
+        fs::create_dir(out.join("gpt")).unwrap();
+        assert!(check(Resume::Auto).unwrap_err().contains("gpt is there already"));
+        fs::write(out.join(PLAN), "{}").unwrap();
+        assert_eq!(check(Resume::Auto), Ok(Found::Run));
+        assert_eq!(check(Resume::Require), Ok(Found::Run));
+        assert!(check(Resume::Never).unwrap_err().contains("holds a run already"));
+    }
+
+    #[test]
+    fn a_second_run_is_kept_out_and_an_abandoned_one_leaves_what_it_found() {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("a/run");
+        let mut dir = RunDir::take(&out).unwrap();
+        assert!(RunDir::take(&out).err().expect("refused").to_string().contains("another process"));
+        dir.write(PLAN, b"{}").unwrap();
+        let model = dir.folder("gpt").unwrap();
+        dir.will_make(&model.join(METRICS));
+        fs::write(model.join(METRICS), "").unwrap();
+        dir.abandon();
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+
+        fs::create_dir_all(&out).unwrap();
+        fs::write(out.join("notes.txt"), "mine").unwrap();
+        let mut dir = RunDir::take(&out).unwrap();
+        dir.write(PLAN, b"{}").unwrap();
+        dir.abandon();
+        assert_eq!(fs::read_dir(&out).unwrap().count(), 1);
+    }
+}

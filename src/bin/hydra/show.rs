@@ -4,10 +4,16 @@ use crate::planning::{Planned, PlannedJob, plan_job};
 use crate::print::{say, table};
 use crate::rundir::PLAN;
 use hydra::base::{Result, format_bytes, format_secs};
-use hydra::spill::BoundaryTier;
+use hydra::device::sim::CostModel;
+use hydra::engine::predict;
+use hydra::spill::{BoundaryTier, Recompute};
 use hydra::trace::Bound;
-use hydra::train::write_safely;
+use hydra::train::{TrainOptions, plan_model, refused, trace_model, write_safely};
 use std::path::Path;
+use std::sync::Arc;
+
+/// Gains below this are not worth a line.
+const WORTH_SAYING: f64 = 1.03;
 
 /// Plans the job at `path` and prints the plan; with `out`, also writes plan.json there.
 ///
@@ -16,7 +22,7 @@ use std::path::Path;
 pub fn run(path: &Path, sets: &[String], out: Option<&Path>, json: bool) -> Result<()> {
     let planned = plan_job(path, sets, false)?;
     if let Some(out) = out {
-        std::fs::create_dir_all(out).map_err(|e| hydra::train::refused("create", out, e))?;
+        std::fs::create_dir_all(out).map_err(|e| refused("create", out, e))?;
         write_safely(&out.join(PLAN), |file| write!(file, "{:#}\n", planned.json()))?;
     }
     if json {
@@ -61,7 +67,7 @@ fn describe(model: &Planned, planned: &PlannedJob) -> String {
     let microbatches = model.model.microbatches as f64;
     let mut text = headline(model, planned);
     text += "\n\n";
-    let mut rows = vec![["shard", "bytes", "tier", "forward", "backward", "layers"].map(String::from).to_vec()];
+    let mut rows = vec![["shard", "bytes", "tier", "forward", "backward", "recomputes"].map(String::from).to_vec()];
     for (s, shard) in plan.shards.iter().enumerate() {
         let names = plan.layer_names(&model.model, s);
         let layers = match names[..] {
@@ -73,14 +79,14 @@ fn describe(model: &Planned, planned: &PlannedJob) -> String {
             Some(_) => format_secs(microbatches * shard.forward_secs(cost)),
             None => "with backward".to_string(),
         };
-        let again = if shard.forward.is_some() && !shard.kept { " (recomputes)" } else { "" };
+        let again = if shard.forward.is_some() && !shard.kept { "yes" } else { "" };
         rows.push(vec![
-            s.to_string(),
+            format!("{s}  {layers}"),
             format_bytes(shard.fetch_bytes()),
             if plan.choice.resident { "device" } else { "pageable" }.to_string(),
             forward,
-            format!("{}{again}", format_secs(microbatches * shard.backward_secs(cost))),
-            layers,
+            format_secs(microbatches * shard.backward_secs(cost)),
+            again.to_string(),
         ]);
     }
     text += &table(&rows);
@@ -100,6 +106,8 @@ fn describe(model: &Planned, planned: &PlannedJob) -> String {
     text += &table(&rows);
     text += &format!("\na step: {}, of which\n", format_secs(model.prediction.step_secs));
     text += &bound_table(&model.prediction.bound);
+    text += &format!("\n{}; what would help:\n", the_bound(model));
+    text += &what_would_help(model, planned);
     text.trim_end().to_string()
 }
 
@@ -113,4 +121,73 @@ fn bound_table(bound: &Bound) -> String {
         .map(|(name, secs)| vec![name.to_string(), format_secs(secs), format!("{:.1} %", 100.0 * secs / total)])
         .collect();
     table(&rows)
+}
+
+/// What a step waits for most, and how near it comes to what its busiest lane allows.
+fn the_bound(model: &Planned) -> String {
+    let parts = model.prediction.bound.parts();
+    let most = (0..parts.len()).max_by(|&a, &b| parts[a].total_cmp(&parts[b])).unwrap_or(0);
+    let share = 100.0 * model.prediction.bound_secs / model.prediction.step_secs.max(f64::MIN_POSITIVE);
+    let secs = format_secs(model.prediction.bound_secs);
+    format!("bound by {}; its busiest lane works {secs} a step, {share:.0} % of it", Bound::NAMES[most])
+}
+
+/// Predictions of the same model with more of one thing, the best first.
+fn what_would_help(model: &Planned, planned: &PlannedJob) -> String {
+    let options = &model.prepared.options;
+    let cost = &planned.machine.cost;
+    let mut tries: Vec<(String, TrainOptions, CostModel)> = Vec::new();
+    if let Some(budget) = options.plan.device_budget {
+        for (what, bytes) in [("twice the device memory", Some(2 * budget)), ("all the device memory it wants", None)] {
+            let mut more = options.clone();
+            more.plan.device_budget = bytes;
+            tries.push((what.to_string(), more, cost.clone()));
+        }
+    }
+    if !model.plan.choice.resident {
+        let (h2d, d2h) = (2.0 * cost.h2d_bytes_per_sec, 2.0 * cost.d2h_bytes_per_sec);
+        let faster = CostModel { h2d_bytes_per_sec: h2d, d2h_bytes_per_sec: d2h, ..cost.clone() };
+        tries.push(("a link twice as fast".into(), options.clone(), faster));
+        let mut more = options.clone();
+        more.plan.slots += 1;
+        tries.push((format!("slots = {}", more.plan.slots), more, cost.clone()));
+    }
+    if options.plan.recompute == Recompute::Always {
+        let mut less = options.clone();
+        less.plan.recompute = Recompute::Auto;
+        tries.push(("recompute = \"auto\"".into(), less, cost.clone()));
+    }
+    let mut more = options.clone();
+    more.batch *= 2;
+    tries.push(("twice the batch, so more work per visit".into(), more, cost.clone()));
+    let mut gains: Vec<(f64, String, u64)> = tries
+        .into_iter()
+        .filter_map(|(what, options, cost)| {
+            let (secs, bytes) = predicted(model, &options, &cost)?;
+            let share = options.batch as f64 / model.prepared.options.batch as f64;
+            Some((model.prediction.step_secs * share / secs, what, bytes))
+        })
+        .filter(|(gain, _, _)| *gain >= WORTH_SAYING)
+        .collect();
+    gains.sort_by(|a, b| b.0.total_cmp(&a.0));
+    if gains.is_empty() {
+        return "  nothing that can be asked for here: faster arithmetic alone\n".into();
+    }
+    let row = |(gain, what, bytes): (f64, String, u64)| {
+        vec![what, format!("{gain:.2} times as fast"), format!("{} on the device", format_bytes(bytes))]
+    };
+    table(&gains.into_iter().map(row).collect::<Vec<_>>())
+}
+
+/// Seconds of a step and device bytes under other options; `None` where there is no such plan.
+fn predicted(model: &Planned, options: &TrainOptions, cost: &CostModel) -> Option<(f64, u64)> {
+    let prepared = &model.prepared;
+    let traced = if options.batch == prepared.options.batch {
+        Arc::clone(&model.model)
+    } else {
+        Arc::new(trace_model(prepared.network(), &prepared.inputs, options.batch, options.microbatch).ok()?)
+    };
+    let plan = Arc::new(plan_model(&traced, options, cost).ok()?);
+    let prediction = predict(&traced, &plan, cost, options.clip.is_some()).ok()?;
+    Some((prediction.step_secs, plan.arena.bytes))
 }

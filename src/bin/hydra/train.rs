@@ -1,12 +1,12 @@
 //! `hydra train`: plans, makes the run's directory, trains the models one after another, saves them.
 
 use crate::args::Resume;
-use crate::planning::{Planned, PlannedJob, named, plan_job};
+use crate::planning::{Planned, PlannedJob, free_memory_bytes, named, plan_job};
 use crate::print::say;
 use crate::progress::Progress;
 use crate::rundir::{self, Found, RunDir, inspect};
 use crate::show::summary;
-use hydra::base::{Error, LaneId, LaneKind, Result, format_secs};
+use hydra::base::{Error, LaneId, LaneKind, Result, format_bytes, format_secs};
 use hydra::engine::{Engine, Stored};
 use hydra::nn;
 use hydra::trace::{Keep, Recorder, RecorderOptions};
@@ -41,6 +41,7 @@ pub fn run(path: &Path, sets: &[String], resume: Resume, json: bool) -> Result<(
     if checkpoints.iter().zip(&planned.models).all(|(c, m)| all_done(c, m)) {
         return already_done(&out, json);
     }
+    check_memory(&planned)?;
     if !json {
         summary(&planned);
     }
@@ -75,6 +76,25 @@ impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         Failure { error, untouched: true }
     }
+}
+
+/// Memory is handed out before it is there; a run that will not get it should not begin.
+fn check_memory(planned: &PlannedJob) -> Result<()> {
+    let Some(free) = free_memory_bytes() else { return Ok(()) };
+    for Planned { prepared, plan, .. } in &planned.models {
+        let wants = plan.arena.bytes + plan.host.bytes;
+        if wants > free {
+            return Err(Error::Device(format!(
+                "{}: the machine has {} of memory free, the run needs {} ({} for the device, {} for the host's store); write a smaller memory under [[device]]",
+                prepared.name,
+                format_bytes(free),
+                format_bytes(wants),
+                format_bytes(plan.arena.bytes),
+                format_bytes(plan.host.bytes)
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// Sets the flag on the first SIGINT or SIGTERM, and ends the program on the second.

@@ -1,5 +1,6 @@
 //! Good and bad job files in tables, and mutated ones that must not panic.
 
+use super::model::{Data, Length, Source, Tokenizer, ValidPart};
 use super::*;
 use proptest::prelude::*;
 

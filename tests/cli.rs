@@ -1,0 +1,563 @@
+//! The program itself: exit codes, what it prints, what it writes, and what it leaves alone when the input is at fault.
+
+mod common;
+
+use common::fixture;
+use hydra::train::metrics::{Row, read_rows};
+use serde_json::{Value, json};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+const GPT: &str = r#"
+[[model]]
+name = "m"
+family = "gpt2"
+config = { n_layer = 2, n_embd = 32, n_head = 2, n_positions = 16, vocab_size = 61, bos_token_id = 0, eos_token_id = 0 }
+data = { random = true }
+batch = 4
+microbatch = 2
+steps = 4
+"#;
+
+/// A folder with a job in it.
+struct Job {
+    folder: TempDir,
+}
+
+impl Job {
+    fn new(text: &str) -> Job {
+        let folder = tempfile::tempdir().expect("a folder");
+        fs::write(folder.path().join("job.toml"), text).expect("job.toml");
+        Job { folder }
+    }
+
+    /// The fixture `case` with its own batches.
+    fn fixture(case: &str) -> Job {
+        let job = Job::new("");
+        copy_folder(&fixture(case).join("model"), &job.at("model"));
+        fs::copy(fixture(case).join("batches.safetensors"), job.at("batches.safetensors")).expect("batches");
+        let batch = if case == "gpt2" { 2 } else { batch_of(case) };
+        let text = format!(
+            "[[model]]\nname = 'm'\nfrom = 'model'\ndata = {{ batches = 'batches.safetensors' }}\nbatch = {batch}\nsteps = 3\n"
+        );
+        fs::write(job.at("job.toml"), text).expect("job.toml");
+        job
+    }
+
+    fn at(&self, path: &str) -> PathBuf {
+        self.folder.path().join(path)
+    }
+
+    fn hydra(&self, args: &[&str]) -> Ran {
+        let mut all = vec![args[0].to_string(), self.at("job.toml").display().to_string()];
+        all.extend(args[1..].iter().map(|a| a.to_string()));
+        hydra(&all.iter().map(String::as_str).collect::<Vec<_>>())
+    }
+
+    fn json(&self, path: &str) -> Value {
+        serde_json::from_slice(&fs::read(self.at(path)).expect(path)).expect("json")
+    }
+}
+
+fn batch_of(case: &str) -> u64 {
+    let bytes = fs::read(fixture(case).join("batches.safetensors")).expect("batches");
+    let length = u64::from_le_bytes(bytes[..8].try_into().expect("8 bytes")) as usize;
+    let header: Value = serde_json::from_slice(&bytes[8..8 + length]).expect("header");
+    header["labels"]["shape"][1].as_u64().expect("a batch")
+}
+
+fn copy_folder(from: &Path, to: &Path) {
+    fs::create_dir_all(to).expect("a folder");
+    for entry in fs::read_dir(from).expect("a folder") {
+        let entry = entry.expect("an entry");
+        fs::copy(entry.path(), to.join(entry.file_name())).expect("a copy");
+        // Fixtures may be read-only; their copies are changed.
+        let mut permissions = fs::metadata(to.join(entry.file_name())).expect("metadata").permissions();
+        #[allow(clippy::permissions_set_readonly_false, reason = "a temporary file of the test")]
+        permissions.set_readonly(false);
+        fs::set_permissions(to.join(entry.file_name()), permissions).expect("permissions");
+    }
+}
+
+/// What a run of the program gave.
+#[derive(Debug)]
+struct Ran {
+    code: i32,
+    out: String,
+    err: String,
+}
+
+impl From<Output> for Ran {
+    fn from(output: Output) -> Ran {
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("UTF-8");
+        Ran { code: output.status.code().expect("an exit code"), out: text(output.stdout), err: text(output.stderr) }
+    }
+}
+
+fn hydra(args: &[&str]) -> Ran {
+    Command::new(env!("CARGO_BIN_EXE_hydra")).args(args).output().expect("the program runs").into()
+}
+
+impl Ran {
+    #[track_caller]
+    fn fine(self) -> Ran {
+        assert_eq!(self.code, 0, "{self:?}");
+        self
+    }
+
+    /// The input is at fault: exit code 2 and one line that has all of `says`.
+    #[track_caller]
+    fn bad(&self, says: &[&str]) {
+        self.fails(2, says);
+        assert_eq!(self.err.lines().count(), 1, "{self:?}");
+    }
+
+    #[track_caller]
+    fn fails(&self, code: i32, says: &[&str]) {
+        assert_eq!(self.code, code, "{self:?}");
+        let first = self.err.lines().next().unwrap_or_default();
+        assert!(first.starts_with("error: "), "{self:?}");
+        for says in says {
+            assert!(first.contains(says), "{says:?} is not in {self:?}");
+        }
+    }
+}
+
+/// A safetensors file from its header and its data.
+fn tensors(header: &str, data: &[u8]) -> Vec<u8> {
+    [&(header.len() as u64).to_le_bytes(), header.as_bytes(), data].concat()
+}
+
+/// A safetensors file of little-endian integers or floats.
+fn tensor_file(entries: &[(&str, &str, &[usize], Vec<u8>)]) -> Vec<u8> {
+    let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
+    for (name, dtype, shape, bytes) in entries {
+        let offsets = [data.len(), data.len() + bytes.len()];
+        header.insert(name.to_string(), json!({ "dtype": dtype, "shape": shape, "data_offsets": offsets }));
+        data.extend_from_slice(bytes);
+    }
+    tensors(&Value::Object(header).to_string(), &data)
+}
+
+fn i64s(values: &[i64]) -> Vec<u8> {
+    values.iter().flat_map(|v| v.to_le_bytes()).collect()
+}
+
+/// Header and data of a safetensors file.
+fn taken_apart(bytes: &[u8]) -> (Value, Vec<u8>) {
+    let length = u64::from_le_bytes(bytes[..8].try_into().expect("8 bytes")) as usize;
+    (serde_json::from_slice(&bytes[8..8 + length]).expect("header"), bytes[8 + length..].to_vec())
+}
+
+#[test]
+fn a_run_leaves_plan_metrics_trace_and_a_model_that_loads_again() {
+    let job = Job::new(GPT);
+    let ran = job.hydra(&["train", "--json"]).fine();
+    let said: Value = serde_json::from_str(&ran.out).expect("one JSON object");
+    assert_eq!(said["models"][0]["steps"], 4);
+    let plan = job.json("runs/job/plan.json");
+    for key in ["device_peak_bytes", "smallest_device_bytes", "shards", "step_secs", "bound_secs"] {
+        assert!(plan[key].as_f64().is_some_and(|n| n > 0.0), "{key}: {plan}");
+    }
+    let shard = &plan["models"][0]["shards"][0];
+    for key in ["layers", "bytes", "tiers", "forward_secs", "backward_secs"] {
+        assert!(!shard[key].is_null(), "{key}: {shard}");
+    }
+    let rows = read_rows(&job.at("runs/job/m/metrics.jsonl")).expect("rows");
+    let steps = rows.iter().filter_map(|r| if let Row::Step(r) = r { Some(r) } else { None });
+    assert_eq!(steps.map(|r| r.step).collect::<Vec<_>>(), [0, 1, 2, 3]);
+    assert_eq!(fs::read_to_string(job.at("runs/job/job.toml")).expect("job"), GPT);
+    assert!(job.json("runs/job/trace.json")["traceEvents"].as_array().expect("events").len() > 10);
+    hydra::nn::open(&job.at("runs/job/m/model")).expect("the saved model loads");
+
+    let before = fs::read(job.at("runs/job/plan.json")).expect("plan");
+    job.hydra(&["train"]).bad(&["runs/job", "holds a run already", "--resume auto"]);
+    assert_eq!(fs::read(job.at("runs/job/plan.json")).expect("plan"), before);
+    for resume in ["auto", "require"] {
+        let again = job.hydra(&["train", "--resume", resume]).fine();
+        assert!(again.out.contains("nothing to do"), "{again:?}");
+    }
+    let fewer = job.hydra(&["train", "--resume", "auto", "--set", "model.0.steps=2"]);
+    fewer.bad(&["checkpoint.safetensors", "after 4 steps, the job has 2"]);
+
+    let report = hydra(&["report", &job.at("runs/job").display().to_string()]).fine();
+    assert!(report.out.contains("report.html"), "{report:?}");
+    assert!(fs::read_to_string(job.at("runs/job/report.html")).expect("page").contains("<svg"));
+}
+
+#[test]
+fn plain_lines_and_validation() {
+    let text = "The quick brown fox jumps over the lazy dog. ".repeat(40);
+    let model = GPT
+        .replace("vocab_size = 61, ", "")
+        .replace("random = true", "text = 'corpus.txt', tokenizer = 'bytes', context = 16");
+    let job = Job::new(&format!("[run]\nout = 'out'\n{model}valid = {{ fraction = 0.2, every = 2 }}\n"));
+    fs::write(job.at("corpus.txt"), text).expect("corpus");
+    let ran = job.hydra(&["train"]).fine();
+    assert!(ran.out.contains("step 4 of 4"), "{ran:?}");
+    assert_eq!(ran.out.matches("held-out loss").count(), 3, "{ran:?}");
+    assert!(!ran.out.contains('\u{1b}'), "no escape codes in a pipe: {ran:?}");
+    let config = job.json("out/m/model/config.json");
+    assert_eq!(config["vocab_size"], 256, "the tokenizer's");
+    // An epoch is the minibatches there are.
+    let plan = job.hydra(&["plan", "--json", "--set", "model.0.steps=1"]).fine();
+    let plan: Value = serde_json::from_str(&plan.out).expect("json");
+    assert_eq!(plan["models"][0]["steps"], 1);
+    fs::write(job.at("held.txt"), "Held out. ".repeat(9)).expect("text");
+    let own = job.hydra(&["train", "--set", "run.out=own", "--set", "model.0.valid={ text = 'held.txt', every = 9 }"]);
+    assert_eq!(own.fine().out.matches("held-out loss").count(), 2);
+}
+
+#[test]
+fn plan_is_text_or_what_plan_json_holds_and_writes_nothing() {
+    let job = Job::new(&format!("[[device]]\nkind = 'sim'\nprofile = 'v100'\nmemory = '200 KiB'\n{GPT}"));
+    let text = job.hydra(&["plan"]).fine();
+    for says in ["shard", "device memory", "smallest budget that works", "a step", "what would help"] {
+        assert!(text.out.contains(says), "{says}: {}", text.out);
+    }
+    assert!(!job.at("runs").exists());
+    let said: Value = serde_json::from_str(&job.hydra(&["plan", "--json"]).fine().out).expect("json");
+    job.hydra(&["plan", "--out", &job.at("plans").display().to_string()]).fine();
+    assert_eq!(job.json("plans/plan.json"), said);
+    job.hydra(&["train"]).bad(&["device.0.kind", "\"sim\"", "host"]);
+    job.hydra(&["plan", "--set", "device.0.profile=v10"]).bad(&["device.0.profile", "v10", "did you mean \"v100\""]);
+}
+
+#[test]
+fn a_budget_that_is_too_small_is_refused_with_one_that_works() {
+    let job = Job::new(&format!("[[device]]\nmemory = '1 KiB'\n{GPT}"));
+    let refused = job.hydra(&["train"]);
+    refused.fails(2, &["m: device memory", "the budget is 1024 bytes"]);
+    assert!(refused.err.contains("workspace") && refused.err.lines().count() > 4, "{refused:?}");
+    assert!(!job.at("runs").exists(), "a refused job leaves nothing");
+    job.hydra(&["plan"]).fails(2, &["m: device memory"]);
+    let (_, after) = refused.err.split_once("memory = ").expect("the smallest budget is printed");
+    let smallest: u64 = after.chars().take_while(char::is_ascii_digit).collect::<String>().parse().expect("bytes");
+    let less = format!("device.0.memory={}", smallest - 1);
+    job.hydra(&["train", "--set", &less]).fails(2, &["m: device memory"]);
+    job.hydra(&["train", "--set", &format!("device.0.memory={smallest}")]).fine();
+    let plan = job.json("runs/job/plan.json");
+    assert_eq!(plan["smallest_device_bytes"], smallest);
+    assert_eq!(plan["device_peak_bytes"], smallest);
+    job.hydra(&["plan", "--set", "host={ memory = 1000 }", "--set", "device.0.memory=1000000"])
+        .fails(2, &["host's store", "1000 bytes"]);
+}
+
+#[test]
+fn a_run_that_was_stopped_goes_on_with_the_same_bits() {
+    let model = GPT
+        .replace("steps = 4", "steps = 300")
+        .replace("random = true", "text = 'corpus.txt', tokenizer = 'bytes', context = 16");
+    let model = model.replace("vocab_size = 61, ", "");
+    let clip = "optimizer = { clip = 0.5, lr = 1e-3 }\nvalid = { fraction = 0.2, every = 10 }\n";
+    let job = Job::new(&format!("[run]\nseed = 9\nout = 'whole'\n[[device]]\nmemory = '260 KiB'\n{model}{clip}"));
+    fs::write(job.at("corpus.txt"), "The quick brown fox jumps over the lazy dog. ".repeat(40)).expect("corpus");
+    job.hydra(&["train"]).fine();
+    let mut stops = 0;
+    for attempt in 0..100 {
+        let child = Command::new(env!("CARGO_BIN_EXE_hydra"))
+            .args(["train", &job.at("job.toml").display().to_string(), "--set", "run.out=parts", "--resume"])
+            .arg(if stops == 0 { "auto" } else { "require" })
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the program runs");
+        let rows = || fs::read_to_string(job.at("parts/m/metrics.jsonl")).map_or(0, |text| text.lines().count());
+        let (before, began) = (rows(), Instant::now());
+        // The first two are stopped once they have trained; the others may finish.
+        while attempt < 2 && rows() < before + 15 && began.elapsed() < Duration::from_secs(60) {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        if attempt < 2 {
+            Command::new("kill").args(["-TERM", &child.id().to_string()]).status().expect("kill");
+        }
+        let ran: Ran = child.wait_with_output().expect("an end").into();
+        if ran.code == 0 {
+            break;
+        }
+        ran.fails(75, &["interrupted at step", "after a checkpoint"]);
+        assert!(!job.at("parts/m/model").exists());
+        stops += 1;
+    }
+    assert!(stops > 0, "the run ended before it could be stopped");
+    let weights = |run: &str| fs::read(job.at(run).join("m/model/model.safetensors")).expect("weights");
+    assert!(weights("whole") == weights("parts"), "other bits after {stops} stops");
+    let losses = |run: &str| -> Vec<(u64, u32, u64)> {
+        let rows = read_rows(&job.at(run).join("m/metrics.jsonl")).expect("rows");
+        let bits = |row: Row| match row {
+            Row::Step(r) => (r.step, r.loss.to_bits(), r.grad_norm.to_bits()),
+            Row::Valid(r) => (r.step, r.valid_loss.to_bits(), 0),
+        };
+        rows.into_iter().map(bits).collect()
+    };
+    assert_eq!(losses("whole"), losses("parts"));
+
+    // What must be the same is compared, and nothing is touched where it is not.
+    for (set, says) in [
+        ("run.seed=10", "seed is 9 in the checkpoint, 10 in the job"),
+        ("model.0.microbatch=4", "microbatch is 2 in the checkpoint, 4 in the job"),
+        ("model.0.config.n_embd=16", "weight/transformer.wte.weight"),
+        ("model.0.optimizer={ kind = 'sgd' }", "no such tensor"),
+    ] {
+        job.hydra(&["train", "--resume", "auto", "--set", "run.out=parts", "--set", set])
+            .bad(&["parts/m/checkpoint.safetensors", says]);
+    }
+    // More steps go on from the last.
+    let more =
+        job.hydra(&["train", "--resume", "require", "--set", "run.out=parts", "--set", "model.0.steps=303"]).fine();
+    assert!(more.out.contains("303 steps done"), "{more:?}");
+    fs::write(job.at("parts/m/checkpoint.safetensors"), b"damaged").expect("a damaged checkpoint");
+    job.hydra(&["train", "--resume", "auto", "--set", "run.out=parts"]).bad(&["checkpoint.safetensors", "too few"]);
+}
+
+#[test]
+fn resume_require_needs_a_run() {
+    let job = Job::new(GPT);
+    job.hydra(&["train", "--resume", "require"]).bad(&["runs/job", "holds no run to resume"]);
+    assert!(!job.at("runs").exists());
+    job.hydra(&["train", "--resume", "auto"]).fine();
+}
+
+#[test]
+fn what_is_not_built_yet_is_said() {
+    let job = Job::new(GPT);
+    let twice = GPT.replace("\"m\"", "\"n\"");
+    fs::write(job.at("job.toml"), format!("{GPT}{twice}")).expect("job");
+    job.hydra(&["train"]).bad(&["model.1", "not built yet", "one-at-a-time"]);
+    job.hydra(&["train", "--set", "run={ policy = 'one-at-a-time' }"]).fine();
+    assert!(job.at("runs/job/m/model").exists() && job.at("runs/job/n/model").exists());
+    fs::write(job.at("job.toml"), format!("[[device]]\nkind = 'host'\n{GPT}")).expect("job");
+    for (set, says) in [
+        ("device.0.kind=cuda", "device.0.kind: \"cuda\" is not built in"),
+        ("device.0.kind=emulated", "device.0.kind: \"emulated\" is not built in"),
+        ("device.0.count=2", "several devices are not built yet"),
+        ("model.0.dtype=bf16", "model.0.dtype: bf16 is not built yet"),
+        ("model.0.search={ lr = [1e-3] }", "model.0.search: searching is not built yet"),
+        ("host={ disk = { path = 'd', memory = 1000 } }", "host.disk: the disk tier is not built yet"),
+        ("host={ link = '1 GB/s' }", "host.link"),
+    ] {
+        job.hydra(&["plan", "--set", set]).bad(&["job.toml", says]);
+    }
+}
+
+#[test]
+fn bad_jobs() {
+    let job = Job::new(&GPT.replace("batch = 4", "bacth = 4"));
+    job.hydra(&["train"]).bad(&["job.toml", "model.0.bacth", "did you mean `batch`"]);
+    let job = Job::new(GPT);
+    hydra(&["train", "/no/such/job.toml"]).bad(&["/no/such/job.toml"]);
+    for (set, says) in [
+        ("run.sede=1", "did you mean `seed`"),
+        ("model.0.config.n_emb=32", "n_emb"),
+        ("model.0.config.n_layer=1000000000000", "n_layer"),
+        ("model.0.config.n_head=3", "n_head"),
+        ("model.0.family=gtp2", "did you mean gpt2"),
+        ("model.0.data={ text = 'none.txt', tokenizer = 'bytes', context = 16 }", "none.txt: no such file"),
+        ("model.0.data={ batches = 'none.safetensors' }", "none.safetensors: no such file"),
+        ("model.0.data={ images = 'none', labels = 'none' }", "none: no such file"),
+        ("model.0.data={ random = true, context = 17 }", "17"),
+        ("model.0.data={ random = true, image = [3, 8, 8] }", "takes tokens"),
+        ("model.0.data={ text = 'job.toml', tokenizer = 'bytes', context = 8 }", "vocab_size is 61"),
+        ("model.0.data={ text = 'job.toml', tokenizer = 't.json', context = 8 }", "data.tokenizer"),
+        ("model.0.valid={ fraction = 0.5 }", "valid.fraction"),
+        ("model.0.microbatch=3", "does not divide"),
+    ] {
+        job.hydra(&["train", "--set", set]).bad(&[says]);
+        assert!(!job.at("runs").exists(), "{set}");
+    }
+    job.hydra(&["train", "--set", "run.out=job.toml"]).bad(&["job.toml", "is a file"]);
+    job.hydra(&["train", "--set", "run.out=."]).bad(&["holds no run", "job.toml is there already"]);
+    assert_eq!(fs::read_to_string(job.at("job.toml")).expect("job"), GPT);
+    job.hydra(&["train", "--set", "run.out=/dev/null/x"]).bad(&["/dev/null/x"]);
+    // A file system that takes nothing, for root neither.
+    let read_only = job.hydra(&["train", "--set", "run.out=/sys/kernel/hydra"]);
+    assert!([1, 2].contains(&read_only.code), "{read_only:?}");
+    read_only.fails(read_only.code, &["/sys/kernel/hydra"]);
+    for usage in [&["trian"][..], &["train"], &[]] {
+        let ran = hydra(usage);
+        assert_eq!(ran.code, 2);
+        assert!(ran.err.starts_with("error: "), "{ran:?}");
+    }
+}
+
+#[test]
+fn bad_models() {
+    let check = |what: &str, mutate: &dyn Fn(&Job), says: &[&str]| {
+        let job = Job::fixture("gpt2");
+        mutate(&job);
+        for command in ["train", "plan"] {
+            let ran = job.hydra(&[command]);
+            assert!(ran.code == 2, "{what}: {ran:?}");
+            ran.bad(says);
+        }
+        assert!(!job.at("runs").exists(), "{what}");
+    };
+    let weights = "model/model.safetensors";
+    let rewrite = |job: &Job, change: &dyn Fn(&mut Value, &mut Vec<u8>)| {
+        let (mut header, mut data) = taken_apart(&fs::read(job.at(weights)).expect("weights"));
+        change(&mut header, &mut data);
+        fs::write(job.at(weights), tensors(&header.to_string(), &data)).expect("weights");
+    };
+    const LN: &str = "transformer.ln_f.bias";
+    let truncate = |job: &Job| rewrite(job, &|_, data| data.truncate(data.len() - 1));
+    check("truncated", &truncate, &["model.safetensors", "truncated"]);
+    check("overlong", &|job| rewrite(job, &|_, data| data.push(0)), &["model.safetensors", "1 bytes follow"]);
+    let overlap = |job: &Job| {
+        rewrite(job, &|header, _| {
+            let other = header["transformer.ln_f.weight"]["data_offsets"].clone();
+            header[LN]["data_offsets"] = other;
+        });
+    };
+    check("overlapping", &overlap, &["model.safetensors", "transformer.ln_f"]);
+    let twice = |job: &Job| {
+        let (header, data) = taken_apart(&fs::read(job.at(weights)).expect("weights"));
+        let entry = header[LN].to_string();
+        let text = header.to_string().replacen('{', &format!("{{\"{LN}\":{entry},"), 1);
+        fs::write(job.at(weights), tensors(&text, &data)).expect("weights");
+    };
+    check("duplicate key", &twice, &["model.safetensors", LN, "occurs twice"]);
+    let dtype = |job: &Job| rewrite(job, &|header, _| header[LN]["dtype"] = "I32".into());
+    check("wrong dtype", &dtype, &["model.safetensors", LN, "I32", "want F32"]);
+    let missing = |job: &Job| rewrite(job, &|header, _| header[LN]["dtype"] = "F99".into());
+    check("unknown dtype", &missing, &["model.safetensors", LN, "F99"]);
+    check("no weights", &|job| fs::remove_file(job.at(weights)).expect("gone"), &["model.safetensors", "no such file"]);
+    check("no config", &|job| fs::remove_file(job.at("model/config.json")).expect("gone"), &["config.json"]);
+    let config = |key: &'static str, value: Value| {
+        move |job: &Job| {
+            let mut config = job.json("model/config.json");
+            config[key] = value.clone();
+            fs::write(job.at("model/config.json"), config.to_string()).expect("config");
+        }
+    };
+    let sizeless = |job: &Job| {
+        let mut config = job.json("model/config.json");
+        config.as_object_mut().expect("an object").remove("n_embd");
+        fs::write(job.at("model/config.json"), config.to_string()).expect("config");
+    };
+    check("no size", &sizeless, &["model.safetensors", "768"]);
+    check("null size", &config("n_embd", Value::Null), &["config.json", "n_embd: is null"]);
+    check("absurd size", &config("n_embd", json!(1u64 << 50)), &["config.json", "n_embd"]);
+    check("negative size", &config("n_layer", json!(-1)), &["config.json", "n_layer"]);
+    check("no JSON", &|job| fs::write(job.at("model/config.json"), "{").expect("config"), &["config.json", "JSON"]);
+    let nan = |job: &Job| {
+        rewrite(job, &|header, data| {
+            let at = header[LN]["data_offsets"][0].as_u64().expect("an offset") as usize;
+            data[at..at + 4].copy_from_slice(&f32::NAN.to_le_bytes());
+        });
+    };
+    let job = Job::fixture("gpt2");
+    nan(&job);
+    job.hydra(&["train"]).bad(&["model.safetensors", LN, "NaN"]);
+    assert!(!job.at("runs").exists());
+}
+
+#[test]
+fn bad_batches() {
+    let job = Job::fixture("gpt2");
+    job.hydra(&["train", "--set", "model.0.batch=3"]).bad(&["batches.safetensors", "batch is 3"]);
+    job.hydra(&["train", "--set", "model.0.steps=99"]).bad(&["model.0.steps", "99 steps are more than"]);
+    let write = |ids: &[i64], labels: &[i64]| {
+        let file =
+            tensor_file(&[("input_ids", "I64", &[1, 2, 4], i64s(ids)), ("labels", "I64", &[1, 2, 4], i64s(labels))]);
+        fs::write(job.at("batches.safetensors"), file).expect("batches");
+    };
+    let train = || job.hydra(&["train", "--set", "model.0.steps=1"]);
+    write(&[1, 2, 3, 4, 5, 6, 97, 8], &[1; 8]);
+    train().bad(&["input_ids", "97", "(1, 2)"]);
+    assert!(!job.at("runs").exists(), "a job at fault before its first step leaves nothing");
+    write(&[1; 8], &[1, 2, 3, 4, 5, 6, 7, 97]);
+    train().bad(&["labels", "97"]);
+    write(&[1; 8], &[-100; 8]);
+    train().bad(&["no position"]);
+    write(&[1 << 40; 8], &[1; 8]);
+    train().bad(&["input_ids", "1099511627776"]);
+    write(&[1; 8], &[1; 8]);
+    train().fine();
+    let file =
+        tensor_file(&[("input_ids", "F32", &[1, 2, 4], vec![0; 32]), ("labels", "I64", &[1, 2, 4], i64s(&[1; 8]))]);
+    fs::write(job.at("batches.safetensors"), file).expect("batches");
+    train().bad(&["input_ids", "F32"]);
+}
+
+#[test]
+fn a_loss_that_is_not_finite_stops_the_run_and_names_the_layer() {
+    let job = Job::new(&GPT.replace("steps = 4", "steps = 40\noptimizer = { kind = 'sgd', lr = 1e30 }"));
+    let ran = job.hydra(&["train"]);
+    assert_eq!(fs::read_dir(job.at("runs/job/m")).expect("folder").count(), 1, "metrics alone");
+    ran.bad(&["m: the loss is", "at step", "the first layer whose output is not finite is"]);
+    let rows = read_rows(&job.at("runs/job/m/metrics.jsonl")).expect("the steps before are kept");
+    assert!(!rows.is_empty() && rows.len() < 40);
+    assert!(!job.at("runs/job/m/model").exists());
+}
+
+#[test]
+fn forward_writes_logits_whole_or_not_at_all() {
+    let job = Job::fixture("gpt2");
+    let (model, input, output) = (job.at("model"), job.at("x.safetensors"), job.at("y.safetensors"));
+    let forward = |bytes: Vec<u8>, output: &Path| {
+        fs::write(&input, bytes).expect("input");
+        let path = |p: &Path| p.display().to_string();
+        hydra(&["forward", &path(&model), "--input", &path(&input), "--output", &path(output)])
+    };
+    let ids = |n: i64| i64s(&(0..6).map(|i| i * n).collect::<Vec<_>>());
+    let good = tensor_file(&[("input_ids", "I64", &[2, 3], ids(1)), ("attention_mask", "I64", &[2, 3], i64s(&[1; 6]))]);
+    forward(good, &output).fine();
+    let (header, data) = taken_apart(&fs::read(&output).expect("logits"));
+    assert_eq!(header["logits"]["shape"], json!([2, 3, 97]));
+    assert_eq!(data.len(), 2 * 3 * 97 * 4);
+    // The mask of ones changes nothing, nor does the type of the ids.
+    let narrow: Vec<u8> = (0..6i32).flat_map(i32::to_le_bytes).collect();
+    forward(tensor_file(&[("input_ids", "I32", &[2, 3], narrow)]), &output).fine();
+    assert_eq!(taken_apart(&fs::read(&output).expect("logits")).1, data);
+
+    let kept = fs::read(&output).expect("logits");
+    for (bytes, says) in [
+        (tensor_file(&[("input_ids", "I64", &[2, 3], ids(50))]), "input_ids: value 100 at (0, 2)"),
+        (tensor_file(&[("input_ids", "I64", &[2, 3], i64s(&[1 << 33; 6]))]), "out of range"),
+        (tensor_file(&[("input_ids", "F32", &[2, 3], vec![0; 24])]), "element type F32"),
+        (tensor_file(&[("input_ids", "I64", &[0, 3], vec![])]), "holds no batch"),
+        (tensor_file(&[("input_ids", "I64", &[6], ids(1))]), "input_ids"),
+        (tensor_file(&[("input_ids", "I64", &[1, 6], ids(1)), ("ids", "I64", &[1], i64s(&[1]))]), "tensor 'ids'"),
+        (tensor_file(&[("attention_mask", "I64", &[2, 3], i64s(&[1; 6]))]), "neither"),
+        (tensor_file(&[("pixel_values", "F32", &[1, 1, 1, 1], vec![0; 4])]), "pixel_values"),
+        (tensor_file(&[("input_ids", "I64", &[1, 25], i64s(&[1; 25]))]), "25"),
+        (vec![0; 7], "too few"),
+    ] {
+        forward(bytes, &output).bad(&["x.safetensors", says]);
+    }
+    assert_eq!(fs::read(&output).expect("logits"), kept, "nothing was overwritten");
+    let good = tensor_file(&[("input_ids", "I64", &[2, 3], ids(1))]);
+    forward(good, &job.at("none/y.safetensors")).bad(&["none/y.safetensors"]);
+}
+
+#[test]
+fn devices_always_ends_well() {
+    let text = hydra(&["devices"]).fine();
+    for says in ["host", "cores", "GFLOP/s", "cuda", "not here"] {
+        assert!(text.out.contains(says), "{says}: {text:?}");
+    }
+    let said: Value = serde_json::from_str(&hydra(&["devices", "--json"]).fine().out).expect("json");
+    assert_eq!(said["devices"][0]["kind"], "host");
+    assert!(said["devices"][2]["why"].as_str().expect("why").contains("cuda"));
+}
+
+#[test]
+fn images_train_and_count_their_batches() {
+    let job = Job::fixture("resnet-basic");
+    job.hydra(&["train", "--set", "model.0.steps=2"]).fine();
+    let (header, data) = taken_apart(&fs::read(job.at("runs/job/m/model/model.safetensors")).expect("weights"));
+    let counts =
+        header.as_object().expect("an object").iter().filter(|(name, _)| name.ends_with("num_batches_tracked"));
+    let (before, _) = taken_apart(&fs::read(job.at("model/model.safetensors")).expect("weights"));
+    let mut seen = 0;
+    for (name, entry) in counts {
+        let at = entry["data_offsets"][0].as_u64().expect("an offset") as usize;
+        let count = i64::from_le_bytes(data[at..at + 8].try_into().expect("8 bytes"));
+        assert!(count >= 2 && before.get(name).is_some(), "{name}: {count}");
+        seen += 1;
+    }
+    assert!(seen > 0);
+}
