@@ -230,7 +230,8 @@ impl Search<'_> {
         let mut choices = Vec::new();
         for resident in [false, true] {
             let lone = self.model.layers() == 1;
-            if self.options.resident.is_some_and(|r| r != resident) || (!resident && n == 1 && !lone) {
+            let pointless = !resident && n == 1 && !lone && self.options.resident.is_none();
+            if self.options.resident.is_some_and(|r| r != resident) || pointless {
                 continue;
             }
             for stay in [false, true] {
