@@ -105,7 +105,8 @@ fn clip_factor(clip: Option<Clip>, shared: &Shared) -> f64 {
 }
 
 fn execute_update(update: &Update, shared: &Shared) {
-    if !floats::<f32>(shared, update.gate).iter().all(|loss| loss.is_finite()) {
+    let open = |&gate: &Span| floats::<f32>(shared, gate).iter().all(|loss| loss.is_finite());
+    if !update.gates.iter().flatten().all(open) {
         return;
     }
     let grad_scale = clip_factor(update.clip, shared);

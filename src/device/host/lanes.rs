@@ -87,17 +87,20 @@ pub(super) struct Throttle {
 }
 
 impl Throttle {
-    /// Waits until `bytes`, whose copy began at `began`, would have crossed the link.
-    fn wait_for_link(&mut self, began: Instant, bytes: u64) {
+    /// Waits until `bytes`, whose copy began at `began`, would have crossed the link, or the device is being dropped.
+    fn wait_for_link(&mut self, began: Instant, bytes: u64, stop: &AtomicBool) {
         let from = self.free_at.map_or(began, |free| free.max(began));
         let until = from + Duration::from_secs_f64(bytes as f64 / self.bytes_per_sec);
         self.free_at = Some(until);
         // Sleep overshoots by tens of microseconds, which the next copy would inherit: spin the last stretch.
         const SPIN: Duration = Duration::from_micros(120);
-        if let Some(rest) = until.checked_duration_since(Instant::now())
-            && rest > SPIN
-        {
-            std::thread::sleep(rest - SPIN);
+        // A slow link's copy may take minutes, which a drop need not wait for.
+        const SLICE: Duration = Duration::from_millis(50);
+        while let Some(rest) = until.checked_duration_since(Instant::now() + SPIN) {
+            if stop.load(Ordering::Acquire) {
+                return;
+            }
+            std::thread::sleep(rest.min(SLICE));
         }
         while Instant::now() < until {
             std::thread::yield_now();
@@ -130,7 +133,7 @@ impl Lane {
                 Err(error) => (Err(error), None),
             };
             if let (Some(throttle), Task::Copy(_)) = (&mut self.throttle, &task) {
-                throttle.wait_for_link(began, task.bytes());
+                throttle.wait_for_link(began, task.bytes(), &self.shared.stop);
             }
             let secs = |t: Instant| t.duration_since(self.shared.start).as_secs_f64();
             let failed = result.is_err();
