@@ -122,6 +122,15 @@ impl Observer for Watch {
     }
 }
 
+/// Whether it was the GEMM library, or the crate that makes its buffers, that asked: it stands just above the allocator. Deeper frames prove
+/// nothing, since a thread that waits inside the library may run any other work of its pool meanwhile.
+fn is_of_gemm(trace: &str) -> bool {
+    // A vector that grows has other frames there, and a backtrace without symbols none.
+    let Some(asked) = trace.split("__rust_alloc").nth(1) else { return false };
+    let nearest = asked.lines().filter(|line| line.trim_start().starts_with(|c: char| c.is_ascii_digit())).take(2);
+    nearest.into_iter().any(|line| ["dyn_stack::", "gemm_common::", "gemm_f32::"].iter().any(|of| line.contains(of)))
+}
+
 /// Runs a session and checks both halves of the promise.
 fn check(what: &str, mut session: Session, dir: &Path) {
     let lanes = [LaneKind::Compute, LaneKind::HostToDevice, LaneKind::DeviceToHost].map(|kind| LaneId::device(0, kind));
@@ -145,7 +154,7 @@ fn check(what: &str, mut session: Session, dir: &Path) {
     let ours: Vec<String> = large
         .iter()
         .map(|(bytes, trace)| (bytes, trace.to_string()))
-        .filter(|(_, trace)| !trace.contains("gemm_common::"))
+        .filter(|(_, trace)| !is_of_gemm(trace))
         .map(|(bytes, trace)| format!("{bytes} bytes:\n{trace}"))
         .collect();
     println!("{what}: {count} large requests, {} not the GEMM library's", ours.len());
@@ -189,8 +198,8 @@ fn a_gpt_on_text_allocates_nothing_after_the_second_step() {
         let model = trace_model(network.as_ref(), &inputs_of(source.as_ref()), 4, 2).expect("a model");
         assert_eq!(model.layers(), 6);
         let plan = plan_model(&model, &options, &stated()).expect("a plan");
-        // Otherwise the test could not fail.
-        assert!(plan.arena.inputs.len() * 4096 < plan.arena.bytes as usize && plan.shards[0].boundary_bytes > 8192);
+        let boundary = model.train.bytes(model.train.layers[0].output.expect("a layer hands its output on"));
+        assert!(boundary > 2 * LARGE_BYTES as u64, "a temporary tensor of {boundary} bytes would not be seen");
         let planned = (Arc::new(model), Arc::new(plan));
         let session =
             Session::new(network.as_ref(), Weights::Random, planned, source, None, options).expect("a session");

@@ -2,6 +2,7 @@
 
 use super::execute::execute;
 use super::memory::Block;
+use super::parallel::{most_scratch, reserve_scratch};
 use crate::base::{Error, Result};
 use crate::device::{Completion, Task, Ticket};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -115,6 +116,8 @@ pub(super) struct Lane {
     pub completions: Sender<Completion>,
     /// Threads for arithmetic; copy lanes have none.
     pub pool: Option<Arc<rayon::ThreadPool>>,
+    /// Scratch that every thread of the pool has been given, in words.
+    pub scratch: usize,
     pub throttle: Option<Throttle>,
     /// A task's number whose completion is never told: for tests of the watchdog.
     pub withhold: Option<u64>,
@@ -132,6 +135,7 @@ impl Lane {
                 Ok(layer) => (Ok(()), layer),
                 Err(error) => (Err(error), None),
             };
+            self.share_scratch();
             if let (Some(throttle), Task::Copy(_)) = (&mut self.throttle, &task) {
                 throttle.wait_for_link(began, task.bytes(), &self.shared.stop);
             }
@@ -154,6 +158,15 @@ impl Lane {
             if self.completions.send(completion).is_err() || failed {
                 return;
             }
+        }
+    }
+
+    /// Gives all threads of the pool as much scratch as one of them has needed, in the first step and then never again.
+    fn share_scratch(&mut self) {
+        let most = most_scratch();
+        if let Some(pool) = self.pool.as_ref().filter(|_| most > self.scratch) {
+            pool.broadcast(|_| reserve_scratch(most));
+            self.scratch = most;
         }
     }
 
