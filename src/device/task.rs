@@ -168,8 +168,8 @@ pub struct Update {
     pub gradient: Span,
     /// Clipping, if any.
     pub clip: Option<Clip>,
-    /// The step's losses, and those of the step before where that was still in flight; where one is not finite nothing is updated.
-    pub gates: [Option<Span>; 2],
+    /// The step's losses; where one is not finite nothing is updated.
+    pub gate: Span,
 }
 
 /// What a lane does.

@@ -511,21 +511,18 @@ impl Engine {
             (self.store(plan.host.weights + own.start, bytes), moments)
         };
         let gradient = Span { bytes, ..self.gradients(s) };
+        let parity = (input.step % 2) as usize;
         let loss_bytes = 4 * self.model.microbatches as u64;
-        let losses = |step: u64| match plan.choice.resident {
-            true => self.arena(plan.arena.losses[(step % 2) as usize], loss_bytes),
-            false => self.store(plan.host.losses[(step % 2) as usize], loss_bytes),
+        let gate = match plan.choice.resident {
+            true => self.arena(plan.arena.losses[parity], loss_bytes),
+            false => self.store(plan.host.losses[parity], loss_bytes),
         };
-        // What the executor has not seen yet may still turn out not to be finite: then nothing after it may change a weight.
-        let before = self.pending.back().map(|p| losses(p.step));
-        let gates = [Some(losses(input.step)), before];
         let clip = input.clip.map(|max_norm| Clip { max_norm, table: self.norms(input.step) });
-        let mut reads = vec![gradient];
-        reads.extend(gates.iter().flatten());
+        let mut reads = vec![gradient, gate];
         reads.extend(clip.map(|c| c.table));
         let mut writes = vec![weight];
         writes.extend(moments.iter().flatten());
-        let update = Update { rule: input.rule, segments, weight, moments, gradient, clip, gates };
+        let update = Update { rule: input.rule, segments, weight, moments, gradient, clip, gate };
         let lane = self.math_lane();
         self.add(lane, What::Update, s, None, input.step, deadline, Task::Update(Box::new(update)), &reads, &writes);
         self.refresh_copies(s, input.step);

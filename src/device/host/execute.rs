@@ -47,6 +47,7 @@ fn bytes(shared: &Shared, span: Span) -> &[u8] {
     unsafe { block(shared, span.memory).slice(span.offset, span.bytes) }
 }
 
+#[expect(clippy::mut_from_ref, reason = "the order of tasks is what makes it exclusive")]
 fn bytes_mut(shared: &Shared, span: Span) -> &mut [u8] {
     touch(shared, span);
     // SAFETY: the executor orders every other user of these bytes before or after this task by tickets.
@@ -105,8 +106,7 @@ fn clip_factor(clip: Option<Clip>, shared: &Shared) -> f64 {
 }
 
 fn execute_update(update: &Update, shared: &Shared) {
-    let open = |&gate: &Span| floats::<f32>(shared, gate).iter().all(|loss| loss.is_finite());
-    if !update.gates.iter().flatten().all(open) {
+    if !floats::<f32>(shared, update.gate).iter().all(|loss| loss.is_finite()) {
         return;
     }
     let grad_scale = clip_factor(update.clip, shared);
