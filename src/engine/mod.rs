@@ -205,8 +205,9 @@ impl Engine {
     /// Queues a training step; at most two may be in flight. Copies the inputs and returns without waiting.
     ///
     /// # Errors
-    /// When two steps are in flight already, or the inputs' sizes are not the graph's.
+    /// When the run has failed before, two steps are in flight already, or the inputs' sizes are not the graph's.
     pub fn begin_step(&mut self, input: &StepInput) -> Result<()> {
+        self.check_running()?;
         if self.pending.len() >= 2 {
             return Err(Error::bad(format!("step {}: two steps are in flight already", input.step)));
         }
@@ -215,6 +216,8 @@ impl Engine {
         let before = self.queue.next_id();
         self.expand_step(input);
         let tasks = self.queue.next_id() - before;
+        // Two steps may be in flight, with all of their tasks.
+        self.queue.reserve(2 * tasks as usize);
         self.pending.push_back(Pending { step: input.step, tasks, loss: None, last_end: 0.0 });
         self.queue.issue(self.device.as_mut());
         Ok(())
@@ -247,7 +250,7 @@ impl Engine {
         while !self.queue.is_empty() {
             self.pump()?;
         }
-        Ok(())
+        self.check_running()
     }
 
     /// Runs the evaluation graph on one minibatch, waits for it, and gives its loss: the sum over labelled positions times
@@ -284,11 +287,14 @@ impl Engine {
         self.last_step_end = self.device.now_secs();
     }
 
+    /// Refuses to go on after a failure.
+    fn check_running(&self) -> Result<()> {
+        if self.failed { Err(Error::Device("the run has failed before".into())) } else { Ok(()) }
+    }
+
     /// Issues what can be issued and takes one completion.
     fn pump(&mut self) -> Result<()> {
-        if self.failed {
-            return Err(Error::Device("the run has failed before".into()));
-        }
+        self.check_running()?;
         self.queue.issue(self.device.as_mut());
         let Some(completion) = self.device.next_completion(self.options.patience_secs) else {
             self.failed = true;
@@ -323,7 +329,8 @@ impl Engine {
         if let Some(recorder) = &mut self.recorder {
             recorder.record(&event);
         }
-        self.not_finite_layer = self.not_finite_layer.or(completion.not_finite_layer);
+        // Shards run microbatch by microbatch, so a later one may name an earlier layer.
+        self.not_finite_layer = self.not_finite_layer.into_iter().chain(completion.not_finite_layer).min();
         let Some(at) = self.pending.iter().position(|p| p.step == finished.step) else { return Ok(()) };
         self.pending[at].tasks -= 1;
         self.pending[at].last_end = completion.end_secs.max(self.pending[at].last_end);

@@ -63,6 +63,16 @@ struct LaneQueue {
     last: (u64, f64),
 }
 
+impl LaneQueue {
+    /// Notes a task of which everything that it waits for is on a lane. Compute keeps program order; arithmetic of the host goes by
+    /// deadline alone, and never stands behind a task that still waits.
+    fn push_submittable(&mut self, deadline: Deadline, id: TaskId) {
+        if self.id.kind != LaneKind::Compute && !self.id.is_host() {
+            self.submittable.push(Reverse((deadline, id)));
+        }
+    }
+}
+
 /// What a finished task was.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Finished {
@@ -105,6 +115,18 @@ impl Queue {
         Queue { entries: VecDeque::new(), first: 0, lanes, hazards: Hazards::default(), events: 0, tickets: Vec::new() }
     }
 
+    /// Makes room for as many tasks at once, so that none is made later.
+    pub fn reserve(&mut self, tasks: usize) {
+        let more = |len: usize| tasks.saturating_sub(len);
+        self.entries.reserve(more(self.entries.len()));
+        for lane in &mut self.lanes {
+            lane.in_order.reserve(more(lane.in_order.len()));
+            lane.ready.reserve(more(lane.ready.len()));
+            lane.submittable.reserve(more(lane.submittable.len()));
+            lane.in_flight.reserve(more(lane.in_flight.len()).min(lane.depth));
+        }
+    }
+
     /// Number of the next task.
     pub fn next_id(&self) -> TaskId {
         self.first + self.entries.len() as u64
@@ -139,7 +161,7 @@ impl Queue {
         } else if after.is_empty() {
             lane.ready.push(Reverse((order.deadline, id)));
         } else if not_submitted == 0 {
-            lane.submittable.push(Reverse((order.deadline, id)));
+            lane.push_submittable(order.deadline, id);
         }
         self.entries.push_back(Entry {
             lane: order.lane,
@@ -187,22 +209,21 @@ impl Queue {
                 id
             });
         }
-        let waits = |queue: &Queue, id: TaskId| queue.entry(id).is_some_and(|e| e.ticket.is_none());
+        // A task that was cancelled, or that went to its lane from the other of the two heaps, is not there to be submitted.
+        let waits = |queue: &Queue, id: TaskId| queue.entry(id).is_some_and(|e| e.task.is_some());
+        // Those that went by way of `ready` are taken out here, or the heap would grow for as long as the lane is busy.
+        while self.lanes[lane].submittable.peek().is_some_and(|&Reverse((_, id))| !waits(self, id)) {
+            self.lanes[lane].submittable.pop();
+        }
         while let Some(Reverse((_, id))) = self.lanes[lane].ready.pop() {
             if waits(self, id) {
                 return Some(id);
             }
         }
-        // Arithmetic of the host goes by deadline alone, and never stands behind a task that still waits.
-        if self.lanes[lane].id.is_host() || !self.lanes[lane].in_flight.is_empty() {
+        if !self.lanes[lane].in_flight.is_empty() {
             return None;
         }
-        while let Some(Reverse((_, id))) = self.lanes[lane].submittable.pop() {
-            if waits(self, id) {
-                return Some(id);
-            }
-        }
-        None
+        self.lanes[lane].submittable.pop().map(|Reverse((_, id))| id)
     }
 
     fn submit(&mut self, id: TaskId, device: &mut dyn Device) {
@@ -229,10 +250,7 @@ impl Queue {
             let entry = &mut self.entries[(dependent - self.first) as usize];
             entry.not_submitted -= 1;
             if entry.not_submitted == 0 {
-                let (lane, key) = (entry.lane as usize, Reverse((entry.deadline, dependent)));
-                if self.lanes[lane].id.kind != LaneKind::Compute {
-                    self.lanes[lane].submittable.push(key);
-                }
+                self.lanes[entry.lane as usize].push_submittable(entry.deadline, dependent);
             }
         }
     }
@@ -305,33 +323,53 @@ impl Queue {
         self.hazards = Hazards::default();
     }
 
-    /// Who waits for whom, for people: the head of every lane.
+    /// Who waits for whom, for people: the head of every lane, or else the first task that has not reached it.
     pub fn describe_stall(&self) -> String {
         let mut text = String::new();
-        let describe = |id: TaskId| {
-            let Some(entry) = self.entry(id) else { return "a finished task".to_string() };
-            format!("{} (step {}, {})", entry.name, entry.step, self.lanes[entry.lane as usize].id)
-        };
-        for lane in &self.lanes {
-            match lane.in_flight.front() {
-                None => text += &format!("\n  {}: idle", lane.id),
-                Some(&id) => {
-                    let entry = self.entry(id).expect("a task in flight is not done");
-                    let open: Vec<String> = entry
-                        .after
-                        .iter()
-                        .filter(|&&d| self.entry(d).is_some_and(|e| !e.done))
-                        .map(|&d| describe(d))
-                        .collect();
-                    let state = if open.is_empty() {
-                        "has not ended".to_string()
-                    } else {
-                        format!("waits for {}", open.join(", "))
-                    };
-                    text += &format!("\n  {}: {} {state}", lane.id, describe(id));
-                }
-            }
+        for (number, lane) in self.lanes.iter().enumerate() {
+            let next = || {
+                let to_come = |e: &&Entry| e.lane as usize == number && e.task.is_some();
+                self.entries.iter().find(to_come)
+            };
+            text += &format!("\n  {}: ", lane.id);
+            let Some(entry) = lane.in_flight.front().and_then(|&id| self.entry(id)) else {
+                text += &match next().map(|entry| (self.describe(entry), self.waits_for(entry))) {
+                    Some((name, Some(others))) => format!("idle; {name} waits for {others}"),
+                    Some((name, None)) => format!("idle; {name} is ready"),
+                    None => "idle".into(),
+                };
+                continue;
+            };
+            text += &match self.waits_for(entry) {
+                Some(others) => format!("{} waits for {others}", self.describe(entry)),
+                None => format!("{} has not ended", self.describe(entry)),
+            };
+            let list = |text: &mut String, what: &str, ids: &mut dyn Iterator<Item = TaskId>| {
+                let names = self.describe_all(ids.filter_map(|id| self.entry(id)));
+                names.into_iter().for_each(|names| *text += &format!("; {what}: {names}"));
+            };
+            list(&mut text, "behind it on its lane", &mut lane.in_flight.iter().skip(1).copied());
+            list(&mut text, "waiting for it", &mut entry.dependents.iter().copied());
         }
         text
+    }
+
+    fn describe(&self, entry: &Entry) -> String {
+        format!("{} (step {}, {})", entry.name, entry.step, self.lanes[entry.lane as usize].id)
+    }
+
+    /// The tasks that one waits for and that are not done; `None` when there are none.
+    fn waits_for(&self, entry: &Entry) -> Option<String> {
+        self.describe_all(entry.after.iter().filter_map(|&d| self.entry(d)).filter(|e| !e.done))
+    }
+
+    fn describe_all<'a>(&self, mut entries: impl Iterator<Item = &'a Entry>) -> Option<String> {
+        const MOST: usize = 4;
+        let names: Vec<String> = entries.by_ref().take(MOST).map(|e| self.describe(e)).collect();
+        let more = match entries.count() {
+            0 => String::new(),
+            count => format!(" and {count} more"),
+        };
+        (!names.is_empty()).then(|| names.join(", ") + &more)
     }
 }

@@ -1,11 +1,14 @@
 //! What integration tests share: fixtures, small models, and a run that gives everything it computed.
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub mod shuffled;
+pub mod small;
+
 use hydra::base::Result;
 use hydra::base::tensorfile::TensorFile;
 use hydra::data::{BatchesOptions, BatchesSource, Source};
 use hydra::device::sim::CostModel;
-use hydra::engine::Stored;
+use hydra::engine::{Engine, Stored};
 use hydra::nn::{self, Pretrained};
 use hydra::spill::{Model, Plan};
 use hydra::train::{Observer, Session, StepReport, TrainOptions, Weights, inputs_of, plan_model, trace_model};
@@ -58,9 +61,14 @@ pub fn stated() -> CostModel {
 pub fn finish(mut session: Session) -> Result<Outcome> {
     let mut collect = Collect::default();
     session.run(&mut collect, &AtomicBool::new(false))?;
-    let engine = session.engine();
-    assert_eq!(engine.high_water_bytes(), engine.plan().arena.bytes, "predicted peak against touched bytes");
     let mut outcome = collect.0;
+    gather(session.engine(), &mut outcome);
+    Ok(outcome)
+}
+
+/// Adds the weights, moments and running statistics of an engine whose state is home. Asserts that the plan's peak is what it touched.
+pub fn gather(engine: &Engine, outcome: &mut Outcome) {
+    assert_eq!(engine.high_water_bytes(), engine.plan().arena.bytes, "predicted peak against touched bytes");
     let model: &Arc<Model> = engine.model();
     let moments = engine.plan().moments;
     let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<_>>();
@@ -73,7 +81,6 @@ pub fn finish(mut session: Session) -> Result<Outcome> {
     for (i, s) in model.train.states.iter().enumerate() {
         outcome.tensors.insert(s.name.clone(), bits(engine.read_state(i)));
     }
-    Ok(outcome)
 }
 
 /// One of the fixtures, ready to train.

@@ -112,6 +112,7 @@ impl HostDevice {
                 orders,
                 completions: completed.clone(),
                 pool: (!copies).then_some(pool),
+                scratch: 0,
                 throttle: rate.map(|bytes_per_sec| Throttle { bytes_per_sec, free_at: None }),
                 withhold: config.withhold.filter(|&(l, _)| l as usize == index).map(|(_, n)| n),
             };

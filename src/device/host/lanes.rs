@@ -2,6 +2,7 @@
 
 use super::execute::execute;
 use super::memory::Block;
+use super::parallel::{most_scratch, reserve_scratch};
 use crate::base::{Error, Result};
 use crate::device::{Completion, Task, Ticket};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -87,17 +88,20 @@ pub(super) struct Throttle {
 }
 
 impl Throttle {
-    /// Waits until `bytes`, whose copy began at `began`, would have crossed the link.
-    fn wait_for_link(&mut self, began: Instant, bytes: u64) {
+    /// Waits until `bytes`, whose copy began at `began`, would have crossed the link, or the device is being dropped.
+    fn wait_for_link(&mut self, began: Instant, bytes: u64, stop: &AtomicBool) {
         let from = self.free_at.map_or(began, |free| free.max(began));
         let until = from + Duration::from_secs_f64(bytes as f64 / self.bytes_per_sec);
         self.free_at = Some(until);
         // Sleep overshoots by tens of microseconds, which the next copy would inherit: spin the last stretch.
         const SPIN: Duration = Duration::from_micros(120);
-        if let Some(rest) = until.checked_duration_since(Instant::now())
-            && rest > SPIN
-        {
-            std::thread::sleep(rest - SPIN);
+        // A slow link's copy may take minutes, which a drop need not wait for.
+        const SLICE: Duration = Duration::from_millis(50);
+        while let Some(rest) = until.checked_duration_since(Instant::now() + SPIN) {
+            if stop.load(Ordering::Acquire) {
+                return;
+            }
+            std::thread::sleep(rest.min(SLICE));
         }
         while Instant::now() < until {
             std::thread::yield_now();
@@ -112,6 +116,8 @@ pub(super) struct Lane {
     pub completions: Sender<Completion>,
     /// Threads for arithmetic; copy lanes have none.
     pub pool: Option<Arc<rayon::ThreadPool>>,
+    /// Scratch that every thread of the pool has been given, in words.
+    pub scratch: usize,
     pub throttle: Option<Throttle>,
     /// A task's number whose completion is never told: for tests of the watchdog.
     pub withhold: Option<u64>,
@@ -129,8 +135,9 @@ impl Lane {
                 Ok(layer) => (Ok(()), layer),
                 Err(error) => (Err(error), None),
             };
+            self.share_scratch();
             if let (Some(throttle), Task::Copy(_)) = (&mut self.throttle, &task) {
-                throttle.wait_for_link(began, task.bytes());
+                throttle.wait_for_link(began, task.bytes(), &self.shared.stop);
             }
             let secs = |t: Instant| t.duration_since(self.shared.start).as_secs_f64();
             let failed = result.is_err();
@@ -151,6 +158,15 @@ impl Lane {
             if self.completions.send(completion).is_err() || failed {
                 return;
             }
+        }
+    }
+
+    /// Gives all threads of the pool as much scratch as one of them has needed, in the first step and then never again.
+    fn share_scratch(&mut self) {
+        let most = most_scratch();
+        if let Some(pool) = self.pool.as_ref().filter(|_| most > self.scratch) {
+            pool.broadcast(|_| reserve_scratch(most));
+            self.scratch = most;
         }
     }
 

@@ -5,6 +5,8 @@
 
 use super::real::Real;
 use rayon::prelude::*;
+use std::cell::RefCell;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Runs `body` compiled for the widest vectors of this machine. Everything called inside must be `#[inline(always)]` to be
 /// compiled so too, and `body` itself must be small; for more than a few operations use `vector_fn!`.
@@ -54,6 +56,31 @@ pub fn for_each_chunk<T: Send>(out: &mut [T], chunk_elems: usize, body: impl Fn(
     out.par_chunks_mut(chunk_elems).enumerate().for_each(|(i, chunk)| simd(|| body(i * chunk_elems, chunk)));
 }
 
+thread_local! {
+    /// Scratch buffers that are not in use, the last used on top. u64, because nothing here needs a greater alignment.
+    static KEPT: RefCell<Vec<Vec<u64>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// The most scratch that any thread has asked for, in words of 8 bytes.
+static MOST_SCRATCH: AtomicUsize = AtomicUsize::new(0);
+
+/// The most scratch that any thread has asked for so far, in words of 8 bytes.
+pub fn most_scratch() -> usize {
+    MOST_SCRATCH.load(Ordering::Relaxed)
+}
+
+/// Gives this thread a scratch buffer of at least `words` words of 8 bytes. Which thread meets a size first is the scheduler's luck;
+/// called on all of them once a size is known, it keeps later steps from allocating.
+pub fn reserve_scratch(words: usize) {
+    KEPT.with_borrow_mut(|kept| {
+        if kept.is_empty() {
+            kept.push(Vec::new());
+        }
+        let top = kept.last_mut().expect("filled just above");
+        top.resize(words.max(top.len()), 0);
+    });
+}
+
 /// Calls `body` with `len` elements of scratch memory of this thread. What they hold is left from earlier uses: write before
 /// you read.
 ///
@@ -61,11 +88,10 @@ pub fn for_each_chunk<T: Send>(out: &mut [T], chunk_elems: usize, body: impl Fn(
 /// level has its own memory. Do not start parallel work inside `body`: the thread could take up another task that asks for
 /// scratch, and the kept memory would grow with the luck of the schedule.
 pub fn with_scratch<T: bytemuck::Pod, R>(len: usize, body: impl FnOnce(&mut [T]) -> R) -> R {
-    thread_local! {
-        /// Buffers that are not in use, the last used on top. u64, because nothing here needs a greater alignment.
-        static KEPT: std::cell::RefCell<Vec<Vec<u64>>> = const { std::cell::RefCell::new(Vec::new()) };
-    }
     let words = (len * size_of::<T>()).div_ceil(8);
+    if words > most_scratch() {
+        MOST_SCRATCH.fetch_max(words, Ordering::Relaxed);
+    }
     let mut buffer = KEPT.with_borrow_mut(Vec::pop).unwrap_or_default();
     if buffer.len() < words {
         buffer.resize(words, 0);

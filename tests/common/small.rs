@@ -1,0 +1,206 @@
+//! Small networks with random data, for tests that need many short runs.
+
+use super::{Outcome, finish, gather, stated};
+use hydra::base::{DType, Result, Shape};
+use hydra::data::{Batch, IGNORED, InputSpec, RandomOptions, RandomSource, Source, labelled, names};
+use hydra::device::Device;
+use hydra::engine::{Engine, EngineOptions, StepInput, Stored};
+use hydra::nn::{self, Network, init};
+use hydra::spill::{Model, Plan};
+use hydra::train::{Session, TrainOptions, Weights, inputs_of, plan_model, trace_model};
+use serde_json::{Value, json};
+use std::sync::Arc;
+
+/// A network and what its random data look like.
+pub struct Small {
+    pub network: Box<dyn Network>,
+    tensors: Vec<(String, DType, Shape)>,
+    vocab: usize,
+    classes: usize,
+}
+
+fn network(family: &str, config: &Value) -> Box<dyn Network> {
+    nn::from_config(family, config.as_object().expect("an object"), true).expect("a network")
+}
+
+impl Small {
+    /// A GPT-2 with a tied head and dropout of all three kinds; labels for every position but those that `Holes` takes out.
+    pub fn gpt(width: usize, heads: usize, layers: usize, context: usize, dropout: f64) -> Small {
+        let vocab = 61;
+        let config = json!({
+            "vocab_size": vocab, "n_positions": context + 2, "n_embd": width, "n_head": heads, "n_layer": layers,
+            "resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout,
+        });
+        let ids = |name: &str| (name.to_string(), DType::I32, Shape::from([context]));
+        let tensors = vec![ids(names::INPUT_IDS), ids(names::LABELS)];
+        Small { network: network("gpt2", &config), tensors, vocab, classes: vocab }
+    }
+
+    /// A ResNet of basic blocks, with batch normalization throughout.
+    pub fn resnet(sizes: &[usize], depths: &[usize], pixels: [usize; 2]) -> Small {
+        let classes = 5;
+        let config = json!({
+            "num_channels": 3, "embedding_size": sizes[0], "hidden_sizes": sizes, "depths": depths,
+            "layer_type": "basic", "num_labels": classes,
+        });
+        let tensors = vec![
+            (names::PIXEL_VALUES.to_string(), DType::F32, Shape::from([3, pixels[0], pixels[1]])),
+            (names::LABELS.to_string(), DType::I32, Shape::default()),
+        ];
+        Small { network: network("resnet", &config), tensors, vocab: 1, classes }
+    }
+
+    /// Random minibatches in which about a fifth of a text's labels are left out, so that microbatches weigh differently.
+    pub fn source(&self, batch: usize, seed: u64) -> Box<dyn Source> {
+        let options =
+            RandomOptions { tensors: self.tensors.clone(), vocab: self.vocab, classes: self.classes, batch, seed };
+        Box::new(Holes { source: RandomSource::new(&options).expect("options in range"), batches: u64::MAX })
+    }
+
+    /// Three minibatches to validate on.
+    pub fn held_out(&self, batch: usize) -> Box<dyn Source> {
+        let options =
+            RandomOptions { tensors: self.tensors.clone(), vocab: self.vocab, classes: self.classes, batch, seed: 999 };
+        Box::new(Holes { source: RandomSource::new(&options).expect("options in range"), batches: 3 })
+    }
+
+    pub fn model(&self, options: &TrainOptions) -> Arc<Model> {
+        let inputs = inputs_of(self.source(options.batch, 0).as_ref());
+        Arc::new(trace_model(self.network.as_ref(), &inputs, options.batch, options.microbatch).expect("a model"))
+    }
+
+    pub fn plan(&self, options: &TrainOptions) -> Result<(Arc<Model>, Arc<Plan>)> {
+        let model = self.model(options);
+        let plan = plan_model(&model, options, &stated())?;
+        Ok((model, Arc::new(plan)))
+    }
+
+    /// A session with random first weights and data.
+    pub fn session(&self, planned: (Arc<Model>, Arc<Plan>), options: &TrainOptions) -> Result<Session> {
+        let source = self.source(options.batch, options.seed);
+        let valid = Some(self.held_out(options.batch));
+        Session::new(self.network.as_ref(), Weights::Random, planned, source, valid, options.clone())
+    }
+
+    /// Trains and validates, and gives everything that was computed.
+    pub fn train(&self, options: &TrainOptions) -> Result<Outcome> {
+        finish(self.session(self.plan(options)?, options)?)
+    }
+}
+
+/// An engine on a device of one's own, driven step by step as a session does it.
+pub struct Driver {
+    pub engine: Engine,
+    pub source: Box<dyn Source>,
+    pub options: TrainOptions,
+    pub batch: Batch,
+}
+
+/// The tensors of a minibatch in the order of the graph's inputs.
+fn inputs<'a>(model: &Model, batch: &'a Batch) -> Vec<&'a [u8]> {
+    model.train.inputs.iter().map(|i| batch.get(&i.name).expect("the batch has it").bytes()).collect()
+}
+
+impl Driver {
+    /// Fills the store of `device` with the first weights that a session would begin with.
+    pub fn new(
+        small: &Small,
+        (model, plan): (Arc<Model>, Arc<Plan>),
+        device: Box<dyn Device>,
+        options: &TrainOptions,
+    ) -> Driver {
+        let decays = model.train.parameters.iter().map(|p| options.optimizer.decays(p.shape.axes().len())).collect();
+        let engine_options =
+            EngineOptions { seed: options.seed, model: 0, patience_secs: options.patience_secs, decays };
+        let mut engine = Engine::new(Arc::clone(&model), plan, device, engine_options);
+        for (i, parameter) in model.train.parameters.iter().enumerate() {
+            engine.write_parameter(Stored::Weight, i, &init::initial(parameter, i, options.seed));
+        }
+        for (i, state) in model.train.states.iter().enumerate() {
+            engine.write_state(i, &init::initial_state(state));
+        }
+        let source = small.source(options.batch, options.seed);
+        let batch = Batch::zeros(source.spec());
+        Driver { engine, source, options: options.clone(), batch }
+    }
+
+    /// Begins `step` after `change` has had its way with the data.
+    pub fn begin(&mut self, step: u64, change: impl FnOnce(&mut Batch)) -> Result<()> {
+        self.source.fill(step, &mut self.batch)?;
+        change(&mut self.batch);
+        let labels = labelled(&self.batch, 1)?.iter().sum::<u64>();
+        let lr = self.options.schedule.lr(self.options.optimizer.lr(), step, self.options.steps);
+        let model = Arc::clone(self.engine.model());
+        self.engine.begin_step(&StepInput {
+            step,
+            inputs: inputs(&model, &self.batch),
+            loss_scale: 1.0 / labels as f64,
+            rule: self.options.optimizer.rule(step, lr),
+            clip: self.options.clip,
+        })
+    }
+
+    /// Runs all steps, two in flight, and evaluates `held_out` in the middle and at the end, as a session does.
+    pub fn run(mut self, mut held_out: Box<dyn Source>) -> Result<Outcome> {
+        let mut outcome = Outcome::default();
+        let mut begun = 0;
+        let model = Arc::clone(self.engine.model());
+        for step in 0..self.options.steps {
+            while begun < self.options.steps
+                && self.engine.steps_in_flight() < 2
+                && (begun == step || !begun.is_multiple_of(self.options.valid_every))
+            {
+                self.begin(begun, |_| ())?;
+                begun += 1;
+            }
+            let result = self.engine.wait_step()?;
+            assert_eq!(result.step, step);
+            outcome.losses.push(result.loss.to_bits());
+            outcome.norms.push(result.grad_norm.to_bits());
+            if (step + 1).is_multiple_of(self.options.valid_every) || step + 1 == self.options.steps {
+                self.engine.wait_home()?;
+                let (mut sum, mut count) = (0.0, 0);
+                for index in 0..held_out.batches_per_epoch() {
+                    held_out.fill(index, &mut self.batch)?;
+                    count += labelled(&self.batch, 1)?.iter().sum::<u64>();
+                    sum += f64::from(self.engine.wait_evaluation(&inputs(&model, &self.batch), 1.0)?);
+                }
+                outcome.valid.push(((sum / count as f64) as f32).to_bits());
+            }
+        }
+        self.engine.wait_home()?;
+        gather(&self.engine, &mut outcome);
+        Ok(outcome)
+    }
+}
+
+/// Takes some labels out of a random source's texts.
+struct Holes {
+    source: RandomSource,
+    batches: u64,
+}
+
+impl Source for Holes {
+    fn spec(&self) -> &InputSpec {
+        self.source.spec()
+    }
+
+    fn fill(&mut self, index: u64, batch: &mut Batch) -> Result<()> {
+        self.source.fill(index, batch)?;
+        for tensor in batch.tensors.iter_mut().filter(|t| t.name == names::LABELS && t.shape.axes().len() == 2) {
+            let labels = tensor.as_i32_mut();
+            // The first third is thinned out most.
+            for i in 0..labels.len() {
+                let every = if 3 * i < labels.len() { 2 } else { 7 };
+                if (i as u64 + index).is_multiple_of(every) {
+                    labels[i] = IGNORED;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn batches_per_epoch(&self) -> u64 {
+        self.batches
+    }
+}

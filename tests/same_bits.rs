@@ -1,0 +1,251 @@
+//! Promise 1: the bits of weights, moments, losses, norms and running statistics follow from the model, the data and the recipe alone,
+//! never from budgets, cuts, slots, tiers, links, threads, or the order in which things happen to end.
+
+mod common;
+
+use common::shuffled::Shuffled;
+use common::small::{Driver, Small};
+use common::{Outcome, stated};
+use hydra::base::Error;
+use hydra::device::host::{HostConfig, HostDevice, HostSpec};
+use hydra::spill::{BoundaryTier, PlanOptions, Recompute};
+use hydra::train::{Optimizer, Schedule, TrainOptions, plan_model};
+use proptest::prelude::*;
+use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+
+/// What may change every bit: the reference run has the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Recipe {
+    microbatches: usize,
+    optimizer: usize,
+    clip: bool,
+    cosine: bool,
+}
+
+impl Recipe {
+    fn options(self, microbatch: usize) -> TrainOptions {
+        let adamw = |weight_decay, decay_matrices_only| Optimizer::Adamw {
+            lr: 3e-3,
+            betas: (0.9, 0.95),
+            epsilon: 1e-8,
+            weight_decay,
+            decay_matrices_only,
+        };
+        let sgd = |momentum, nesterov| Optimizer::Sgd { lr: 0.05, momentum, nesterov, weight_decay: 0.01 };
+        let optimizer =
+            [adamw(0.1, false), adamw(0.1, true), adamw(0.0, false), sgd(0.0, false), sgd(0.9, false), sgd(0.9, true)];
+        TrainOptions {
+            seed: 5 + self.microbatches as u64,
+            batch: microbatch * self.microbatches,
+            microbatch,
+            optimizer: optimizer[self.optimizer],
+            schedule: if self.cosine { Schedule::Cosine { warmup: 2, min_lr: 1e-4 } } else { Schedule::Constant },
+            // Below the norms that come up, so that it does clip.
+            clip: self.clip.then_some(0.5),
+            valid_every: 2,
+            poison: true,
+            ..TrainOptions::new(5)
+        }
+    }
+}
+
+/// What must not change a bit.
+#[derive(Clone, Debug)]
+struct Regime {
+    /// Between the smallest budget that works and what the fastest plan wants, if there is a budget.
+    budget: Option<f64>,
+    slots: usize,
+    /// Whether a cut falls after each layer, if the cut is given.
+    cut: Option<Vec<bool>>,
+    resident: Option<bool>,
+    boundaries_stay: Option<bool>,
+    recompute: Recompute,
+    link_bytes_per_sec: Option<f64>,
+    threads: Option<usize>,
+    /// Seed of a device that brings things about in another order.
+    shuffle: Option<u64>,
+}
+
+fn recipes() -> impl Strategy<Value = Recipe> {
+    (1usize..=4, 0usize..6, any::<bool>(), any::<bool>()).prop_map(|(microbatches, optimizer, clip, cosine)| Recipe {
+        microbatches,
+        optimizer,
+        clip,
+        cosine,
+    })
+}
+
+fn regimes() -> impl Strategy<Value = Regime> {
+    let link = prop_oneof![2 => Just(None), 3 => (7.0f64..10.0).prop_map(|log| Some(10f64.powf(log)))];
+    let recompute = prop_oneof![Just(Recompute::Auto), Just(Recompute::Always), Just(Recompute::Never)];
+    let budget = prop_oneof![1 => Just(None), 1 => Just(Some(0.0)), 3 => (0.0f64..1.0).prop_map(Some)];
+    (
+        budget,
+        1usize..=4,
+        prop::option::of(prop::collection::vec(any::<bool>(), 16)),
+        prop::option::of(any::<bool>()),
+        prop::option::of(any::<bool>()),
+        recompute,
+        link,
+        prop::option::of(1usize..=3),
+        prop::option::of(any::<u64>()),
+    )
+        .prop_map(
+            |(budget, slots, cut, resident, boundaries_stay, recompute, link_bytes_per_sec, threads, shuffle)| Regime {
+                budget,
+                slots,
+                cut,
+                resident,
+                boundaries_stay,
+                recompute,
+                link_bytes_per_sec,
+                threads,
+                shuffle,
+            },
+        )
+}
+
+/// Ranges of layers between cuts.
+fn ranges(cuts: &[bool], layers: usize) -> Vec<Range<usize>> {
+    let mut ranges = Vec::new();
+    let mut start = 0;
+    for end in 1..=layers {
+        if end == layers || cuts[end - 1] {
+            ranges.push(start..end);
+            start = end;
+        }
+    }
+    ranges
+}
+
+/// What the cases of a property have covered, so that a generator that has gone narrow shows.
+#[derive(Debug, Default)]
+struct Seen {
+    shards: BTreeSet<usize>,
+    resident: BTreeSet<bool>,
+    activations_on_host: BTreeSet<bool>,
+    kept: BTreeSet<bool>,
+}
+
+/// Trains `small` by `recipe` under `regime`.
+fn train(small: &Small, microbatch: usize, recipe: Recipe, regime: &Regime, seen: &mut Seen) -> Outcome {
+    let mut options = recipe.options(microbatch);
+    options.device =
+        HostSpec { arena_bytes: 0, link_bytes_per_sec: regime.link_bytes_per_sec, threads: regime.threads };
+    let model = small.model(&options);
+    options.plan = PlanOptions {
+        slots: regime.slots,
+        cut: regime.cut.as_ref().map(|cuts| ranges(cuts, model.layers())),
+        resident: regime.resident,
+        boundaries_stay: regime.boundaries_stay,
+        recompute: regime.recompute,
+        ..PlanOptions::default()
+    };
+    if let Some(part) = regime.budget {
+        let most = plan_model(&model, &options, &stated()).expect("no budget").arena.bytes;
+        options.plan.device_budget = Some(0);
+        let Err(Error::OutOfBudget { smallest_device_bytes: least, .. }) = plan_model(&model, &options, &stated())
+        else {
+            panic!("no bytes are too few");
+        };
+        options.plan.device_budget = Some(least + (part * most.saturating_sub(least) as f64) as u64);
+    }
+    let (model, plan) = small.plan(&options).expect("the smallest budget works");
+    seen.shards.insert(plan.shards.len());
+    seen.resident.insert(plan.choice.resident);
+    seen.activations_on_host.insert(plan.choice.activations != BoundaryTier::Device);
+    seen.kept.extend(plan.shards.iter().map(|s| s.kept));
+    match regime.shuffle {
+        None => common::finish(small.session((model, plan), &options).expect("a session")).expect("a run"),
+        Some(seed) => {
+            let spec = HostSpec { arena_bytes: plan.arena.bytes, ..options.device.clone() };
+            let config =
+                HostConfig { devices: vec![spec], host_bytes: plan.host.bytes, poison: true, ..HostConfig::default() };
+            let device = Shuffled::new(HostDevice::new(&config).expect("a device"), seed);
+            let held_out = small.held_out(options.batch);
+            Driver::new(small, (model, plan), Box::new(device), &options).run(held_out).expect("a run")
+        }
+    }
+}
+
+/// The first thing in which two runs differ, for people.
+fn difference(got: &Outcome, want: &Outcome) -> Option<String> {
+    let tensor = |(name, bits): (&String, &Vec<u32>)| {
+        let wrong = want.tensors.get(name).map_or(bits.len(), |w| w.iter().zip(bits).filter(|(a, b)| a != b).count());
+        (wrong > 0).then(|| format!("{name}: {wrong} of {} elements", bits.len()))
+    };
+    let lists = [
+        ("losses", got.losses != want.losses),
+        ("norms", got.norms != want.norms),
+        ("validation", got.valid != want.valid),
+    ];
+    let of_lists = lists.into_iter().find(|l| l.1).map(|l| l.0.to_string());
+    of_lists.or_else(|| got.tensors.iter().find_map(tensor)).or_else(|| (got != want).then(|| "other tensors".into()))
+}
+
+/// Compares `cases` random runs with the unconstrained run of the same recipe.
+fn check(small: &Small, microbatch: usize, cases: u32, regimes: impl Strategy<Value = Regime>) -> Seen {
+    let references: RefCell<BTreeMap<Recipe, Outcome>> = RefCell::default();
+    let seen: RefCell<Seen> = RefCell::default();
+    let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[7; 32]);
+    let config = Config { cases, failure_persistence: None, max_shrink_iters: 30, ..Config::default() };
+    let mut runner = TestRunner::new_with_rng(config, rng);
+    let result = runner.run(&(recipes(), regimes), |(recipe, regime)| {
+        let mut references = references.borrow_mut();
+        let want = references.entry(recipe).or_insert_with(|| {
+            let outcome = small.train(&recipe.options(microbatch)).expect("the unconstrained run");
+            let finite = outcome.losses.iter().all(|&b| f32::from_bits(b).is_finite());
+            assert!(finite && outcome.valid.len() == 3, "a run worth comparing: {:?}", outcome.losses);
+            outcome
+        });
+        let got = train(small, microbatch, recipe, &regime, &mut seen.borrow_mut());
+        prop_assert!(got == *want, "other bits: {}", difference(&got, want).unwrap_or_default());
+        Ok(())
+    });
+    if let Err(error) = result {
+        panic!("{error}");
+    }
+    seen.into_inner()
+}
+
+/// Dropout of all three kinds, a tied head, odd widths, labels left out.
+#[test]
+fn gpt_has_the_same_bits_however_it_is_run() {
+    let small = Small::gpt(26, 2, 3, 19, 0.1);
+    let seen = check(&small, 2, 90, regimes());
+    println!("{seen:?}");
+    assert!(seen.shards.len() >= 5 && seen.resident.len() == 2, "{seen:?}");
+    assert!(seen.activations_on_host.len() == 2 && seen.kept.len() == 2, "{seen:?}");
+}
+
+/// Batch normalization: running statistics are state of a shard, and recomputation must not change them.
+#[test]
+fn resnet_has_the_same_bits_however_it_is_run() {
+    let small = Small::resnet(&[6, 10], &[1, 2], [19, 17]);
+    let seen = check(&small, 3, 60, regimes());
+    println!("{seen:?}");
+    assert!(seen.shards.len() >= 4 && seen.resident.len() == 2, "{seen:?}");
+    assert!(seen.activations_on_host.len() == 2 && seen.kept.len() == 2, "{seen:?}");
+}
+
+/// One number of threads against another, with products large enough to be split and widths that split badly.
+#[test]
+fn threads_do_not_show() {
+    let check = |small: &Small, microbatch: usize| {
+        let recipe = Recipe { microbatches: 2, optimizer: 0, clip: true, cosine: false };
+        let mut runs = Vec::new();
+        for threads in [None, Some(1), Some(2), Some(3)] {
+            let device = HostSpec { threads, ..HostSpec::default() };
+            let options = TrainOptions { steps: 2, device, ..recipe.options(microbatch) };
+            runs.push(small.train(&options).expect("a run"));
+        }
+        for run in &runs[1..] {
+            assert_eq!(difference(run, &runs[0]), None);
+        }
+    };
+    check(&Small::gpt(129, 3, 1, 67, 0.1), 5);
+    check(&Small::resnet(&[33, 65], &[1, 1], [33, 31]), 5);
+}
