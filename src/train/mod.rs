@@ -13,4 +13,4 @@ pub use forward::wait_forward;
 pub use optimizer::{Optimizer, Schedule};
 pub use report::write_report;
 pub use safely::{refused, write_safely};
-pub use session::{Observer, Session, StepReport, TrainOptions, Weights, inputs_of, plan_model, prepare, trace_model, trace_modelObserver};
+pub use session::{Observer, Session, StepReport, TrainOptions, Weights, inputs_of, plan_model, prepare, trace_model};
