@@ -190,8 +190,7 @@ fn used_modules(path: &str, source: &Source) -> Vec<(String, usize)> {
         if is(next, "{") {
             let mut depth = 0;
             let mut expects = true;
-            loop {
-                let Some(token) = tokens.get(next) else { break };
+            while let Some(token) = tokens.get(next) {
                 match token.text.as_str() {
                     "{" => depth += 1,
                     "}" => depth -= 1,
