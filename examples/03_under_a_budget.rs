@@ -58,7 +58,9 @@ pub fn main() -> Result<()> {
     let gpt = from_config("gpt2", config.as_object().expect("written as an object"), true)?;
     let cost = calibrate(None)?;
 
-    let resident = TrainOptions { seed: 1, batch: 4, microbatch: 2, clip: Some(1.0), ..TrainOptions::new(6) };
+    let stays = PlanOptions { resident: Some(true), ..PlanOptions::default() };
+    let resident =
+        TrainOptions { plan: stays, seed: 1, batch: 4, microbatch: 2, clip: Some(1.0), ..TrainOptions::new(6) };
     let (weights, losses) = train(gpt.as_ref(), &resident, &cost)?;
     // Weights, gradients and AdamW's two moments, 4 bytes each.
     let state_bytes = 16 * weights.len() as u64;
