@@ -51,7 +51,7 @@ pub fn run(out: Option<&Path>, json: bool) -> Result<()> {
     ] });
     if let Some(out) = out {
         std::fs::create_dir_all(out).map_err(|e| refused("create", out, e))?;
-        write_safely(&out.join("devices.json"), |file| write!(file, "{devices:#}\n"))?;
+        write_safely(&out.join("devices.json"), |file| writeln!(file, "{devices:#}"))?;
     }
     if json {
         say(devices);

@@ -23,7 +23,7 @@ pub fn run(path: &Path, sets: &[String], out: Option<&Path>, json: bool) -> Resu
     let planned = plan_job(path, sets, false)?;
     if let Some(out) = out {
         std::fs::create_dir_all(out).map_err(|e| refused("create", out, e))?;
-        write_safely(&out.join(PLAN), |file| write!(file, "{:#}\n", planned.json()))?;
+        write_safely(&out.join(PLAN), |file| writeln!(file, "{:#}", planned.json()))?;
     }
     if json {
         say(planned.json());
