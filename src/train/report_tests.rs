@@ -355,24 +355,3 @@ fn medians_leave_out_the_start() {
         assert_eq!(median(values.clone()), want, "{values:?}");
     }
 }
-
-/// Trains a run to look at: `HYDRA_SAMPLE_RUN=folder cargo test sample_run -- --ignored`.
-#[test]
-#[ignore = "writes files for the eye"]
-fn sample_run() {
-    let run = std::env::var("HYDRA_SAMPLE_RUN").expect("HYDRA_SAMPLE_RUN names a folder");
-    let link = std::env::var("HYDRA_SAMPLE_LINK").ok().map(|link| link.parse().expect("bytes per second"));
-    let size = Size {
-        steps: 120,
-        layers: 6,
-        width: 128,
-        context: 128,
-        batch: 4,
-        budget: 0.1,
-        link,
-        valid_every: 40,
-        keep: (5, 20),
-    };
-    train(Path::new(&run), &size);
-    report(Path::new(&run));
-}
