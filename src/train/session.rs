@@ -39,7 +39,7 @@ pub struct TrainOptions {
     pub device: HostSpec,
     /// Validate after every so many steps, where there is held-out data.
     pub valid_every: u64,
-    /// Seconds without any completion after which the run ends.
+    /// Seconds without any completion after which the run ends; ten estimated steps where that is longer.
     pub patience_secs: f64,
     /// Fill the arena with NaN first, so that use of what was never written shows.
     pub poison: bool,
@@ -186,7 +186,8 @@ impl Session {
             HostConfig { devices: vec![spec], host_bytes: plan.host.bytes, poison: options.poison, withhold: None };
         let device = Box::new(HostDevice::new(&config)?);
         let decays = model.train.parameters.iter().map(|p| options.optimizer.decays(p.shape.axes().len())).collect();
-        let patience_secs = options.patience_secs;
+        // One task of a large model may take long: nothing is wrong while a whole step's time has not passed a few times.
+        let patience_secs = options.patience_secs.max(10.0 * plan.estimated_secs);
         let engine_options = EngineOptions { seed: options.seed, model: 0, patience_secs, decays };
         let mut engine = Engine::new(Arc::clone(&model), plan, device, engine_options);
         fill(&mut engine, &model.train, weights, options.seed)?;
