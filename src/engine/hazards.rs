@@ -114,7 +114,7 @@ mod tests {
                     let b = b as usize;
                     want.extend(writer[b]);
                     if write {
-                        want.extend(readers[b].drain(..));
+                        want.append(&mut readers[b]);
                         writer[b] = Some(task);
                     } else {
                         readers[b].push(task);

@@ -6,6 +6,9 @@ use hydra::graph::{Activation, AttentionOptions, Builder, Graph, Init, Mode, Val
 /// Classes of the head.
 const CLASSES: usize = 5;
 
+/// Traces the op under test.
+type Trace = Box<dyn Fn(&mut Body) -> Result<Value>>;
+
 /// One op under one shape.
 pub struct Case {
     /// The op, then what is special.
@@ -15,7 +18,7 @@ pub struct Case {
     /// Body's output is made logits by a linear layer.
     head: bool,
     labels: &'static str,
-    body: Box<dyn Fn(&mut Body) -> Result<Value>>,
+    body: Trace,
 }
 
 /// What a case's body builds with.

@@ -28,7 +28,7 @@ pub struct HostConfig {
     pub devices: Vec<HostSpec>,
     /// Size of the host's store.
     pub host_bytes: u64,
-    /// Fill arenas with [`super::memory::POISON`] first, so that use of what was never written shows as NaN.
+    /// Fill arenas with NaN first, so that use of what was never written shows as NaN.
     pub poison: bool,
     /// Never tell the completion of this lane's n-th task (from 1): for tests of the watchdog.
     pub withhold: Option<(u16, u64)>,
