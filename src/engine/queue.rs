@@ -2,14 +2,14 @@
 //!
 //! A task may go to its lane once everything it waits for is on a lane, so lanes can be kept a few tasks ahead and no order of issue
 //! can deadlock. A compute lane takes its tasks in program order; on the other lanes, among those that could start at once, the one whose
-//! result is needed first goes first (earliest deadline).
+//! result is needed first goes first (earliest deadline). Such a lane is kept ahead only by the task that is needed first of all that
+//! wait for it: any other might stand in the way of a more urgent one that becomes ready in the meantime.
 
 use super::hazards::{Hazards, TaskId};
 use crate::base::{LaneId, LaneKind};
 use crate::device::{Device, Span, Task, Ticket};
 use crate::trace::TaskName;
-use std::cmp::Reverse;
-use std::collections::{BinaryHeap, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 
 /// When a task's result is needed, or when its input is there: a place in the order of compute tasks.
 pub(super) type Deadline = u64;
@@ -55,10 +55,10 @@ struct LaneQueue {
     depth: usize,
     /// Created and not submitted, for lanes that keep program order.
     in_order: VecDeque<TaskId>,
-    /// Everything waited for is done.
-    ready: BinaryHeap<Reverse<(Deadline, TaskId)>>,
-    /// Everything waited for is on a lane.
-    submittable: BinaryHeap<Reverse<(Deadline, TaskId)>>,
+    /// Created and not submitted, for lanes that go by deadline.
+    waiting: BTreeSet<(Deadline, TaskId)>,
+    /// Of those, the ones that could start at once.
+    ready: BTreeSet<(Deadline, TaskId)>,
     in_flight: VecDeque<TaskId>,
     last: (u64, f64),
 }
@@ -96,8 +96,8 @@ impl Queue {
                 // Two tasks hide the executor's round trip; arithmetic lanes get one more, since theirs can be short.
                 depth: if id.kind == LaneKind::Compute { 3 } else { 2 },
                 in_order: VecDeque::new(),
-                ready: BinaryHeap::new(),
-                submittable: BinaryHeap::new(),
+                waiting: BTreeSet::new(),
+                ready: BTreeSet::new(),
                 in_flight: VecDeque::new(),
                 last: (0, 0.0),
             })
@@ -136,10 +136,11 @@ impl Queue {
         let lane = &mut self.lanes[order.lane as usize];
         if lane.id.kind == LaneKind::Compute {
             lane.in_order.push_back(id);
-        } else if after.is_empty() {
-            lane.ready.push(Reverse((order.deadline, id)));
-        } else if not_submitted == 0 {
-            lane.submittable.push(Reverse((order.deadline, id)));
+        } else {
+            lane.waiting.insert((order.deadline, id));
+            if after.is_empty() {
+                lane.ready.insert((order.deadline, id));
+            }
         }
         self.entries.push_back(Entry {
             lane: order.lane,
@@ -180,29 +181,24 @@ impl Queue {
     }
 
     fn pick(&mut self, lane: usize) -> Option<TaskId> {
-        if self.lanes[lane].id.kind == LaneKind::Compute {
-            let &id = self.lanes[lane].in_order.front()?;
+        let queue = &self.lanes[lane];
+        if queue.id.kind == LaneKind::Compute {
+            let &id = queue.in_order.front()?;
             return (self.entry(id)?.not_submitted == 0).then(|| {
                 self.lanes[lane].in_order.pop_front();
                 id
             });
         }
-        let waits = |queue: &Queue, id: TaskId| queue.entry(id).is_some_and(|e| e.ticket.is_none());
-        while let Some(Reverse((_, id))) = self.lanes[lane].ready.pop() {
-            if waits(self, id) {
-                return Some(id);
-            }
-        }
-        // Arithmetic of the host goes by deadline alone, and never stands behind a task that still waits.
-        if self.lanes[lane].id.is_host() || !self.lanes[lane].in_flight.is_empty() {
-            return None;
-        }
-        while let Some(Reverse((_, id))) = self.lanes[lane].submittable.pop() {
-            if waits(self, id) {
-                return Some(id);
-            }
-        }
-        None
+        let &first = queue.waiting.first()?;
+        let chosen = match queue.ready.first() {
+            Some(&ready) if ready == first || queue.in_flight.is_empty() => ready,
+            // Copies may wait on their lane, which spares them a round trip; arithmetic of the host would hold up other arithmetic.
+            None if !queue.id.is_host() && self.entry(first.1)?.not_submitted == 0 => first,
+            _ => return None,
+        };
+        self.lanes[lane].waiting.remove(&chosen);
+        self.lanes[lane].ready.remove(&chosen);
+        Some(chosen.1)
     }
 
     fn submit(&mut self, id: TaskId, device: &mut dyn Device) {
@@ -228,12 +224,6 @@ impl Queue {
             let dependent = self.entries[at].dependents[i];
             let entry = &mut self.entries[(dependent - self.first) as usize];
             entry.not_submitted -= 1;
-            if entry.not_submitted == 0 {
-                let (lane, key) = (entry.lane as usize, Reverse((entry.deadline, dependent)));
-                if self.lanes[lane].id.kind != LaneKind::Compute {
-                    self.lanes[lane].submittable.push(key);
-                }
-            }
         }
     }
 
@@ -265,9 +255,9 @@ impl Queue {
                 entry.waited = (finished.event, end_secs);
             }
             if entry.not_done == 0 && entry.ticket.is_none() {
-                let (lane, key) = (entry.lane as usize, Reverse((entry.deadline, dependent)));
-                if self.lanes[lane].id.kind != LaneKind::Compute {
-                    self.lanes[lane].ready.push(key);
+                let lane = &mut self.lanes[entry.lane as usize];
+                if lane.id.kind != LaneKind::Compute {
+                    lane.ready.insert((entry.deadline, dependent));
                 }
             }
         }
@@ -285,8 +275,8 @@ impl Queue {
         }
         for lane in &mut self.lanes {
             lane.in_order.clear();
+            lane.waiting.clear();
             lane.ready.clear();
-            lane.submittable.clear();
         }
     }
 

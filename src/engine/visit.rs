@@ -125,11 +125,17 @@ impl Engine {
                 continue;
             }
             self.spill_gradient(s, slot, input.step);
-            self.join_and_norm(s, input.step);
-            // Without clipping an update need not wait for the norm; the first shard is needed first in the next step.
+            // Without clipping nobody but the report waits for the norm: it gives way to the updates, of which the first shard's is
+            // needed first in the next step.
             match input.clip {
-                None => self.update(s, input, next_step + (s * self.model.microbatches) as u64),
-                Some(_) => updates.push(s),
+                None => {
+                    self.join_and_norm(s, input.step, next_step + (n * self.model.microbatches) as u64);
+                    self.update(s, input, next_step + (s * self.model.microbatches) as u64);
+                }
+                Some(_) => {
+                    self.join_and_norm(s, input.step, self.sequence);
+                    updates.push(s);
+                }
             }
         }
         for s in updates.into_iter().rev() {
@@ -137,7 +143,7 @@ impl Engine {
         }
         if self.plan.choice.resident {
             for s in (0..n).rev() {
-                self.join_and_norm(s, input.step);
+                self.join_and_norm(s, input.step, self.sequence);
             }
             self.result(input.step);
             for s in 0..n {
@@ -469,8 +475,8 @@ impl Engine {
     }
 
     /// Adds the accumulators of a shard's shared parameters in the order of layers, then sums its gradients' squares. Users are later
-    /// shards, whose backward came before.
-    fn join_and_norm(&mut self, s: usize, step: u64) {
+    /// shards, whose backward came before. `deadline` is the norm's.
+    fn join_and_norm(&mut self, s: usize, step: u64, deadline: u64) {
         let lane = self.math_lane();
         let within = |span: Span, offset: u64, bytes: u64| Span { offset: span.offset + offset, bytes, ..span };
         for i in 0..self.visits.joins[s].len() {
@@ -490,7 +496,7 @@ impl Engine {
         let first = u64::from(segments[0].index);
         let entries = within(table, 8 * first, 8 * segments.len() as u64);
         let task = Task::Norm(Box::new(Norm { gradient, segments, table }));
-        self.add(lane, What::Norm, s, None, step, self.sequence, task, &[gradient], &[entries]);
+        self.add(lane, What::Norm, s, None, step, deadline, task, &[gradient], &[entries]);
     }
 
     fn update(&mut self, s: usize, input: &StepInput, deadline: u64) {
