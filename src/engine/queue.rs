@@ -193,7 +193,7 @@ impl Queue {
         let chosen = match queue.ready.first() {
             Some(&ready) if ready == first || queue.in_flight.is_empty() => ready,
             // Copies may wait on their lane, which spares them a round trip; arithmetic of the host would hold up other arithmetic.
-            None if !queue.id.is_host() && self.entry(first.1)?.not_submitted == 0 => first,
+            None if !queue.id.is_host() && self.entry(first.1)?.not_submitted == 0 && match std::env::var("OV").as_deref() { Ok("never") => false, Ok("running") => queue.in_flight.is_empty() && self.entry(first.1)?.after.iter().all(|&d| self.entry(d).is_none_or(|e| e.done || self.lanes[e.lane as usize].in_flight.front() == Some(&d))), Ok("empty") => queue.in_flight.is_empty(), _ => true } => first,
             _ => return None,
         };
         self.lanes[lane].waiting.remove(&chosen);

@@ -12,6 +12,7 @@ use crate::device::{
 use crate::graph::{AREAS, Area, Program};
 use crate::spill::{BoundaryTier, Model, Plan};
 use crate::trace::{TaskName, What};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// What every step needs and no step changes.
@@ -19,10 +20,31 @@ use std::sync::Arc;
 pub(super) struct Tables {
     /// Tensors of each shard's own stretch.
     segments: Vec<Arc<[Segment]>>,
+    /// The pieces of each shard's own stretch.
+    pieces: Vec<Vec<Piece>>,
     /// By owning shard: uses of its parameters elsewhere, in the order of layers.
     joins: Vec<Vec<Join>>,
     /// Stretches of weights that each shard borrows.
     borrows: Vec<Vec<Borrow>>,
+}
+
+/// A stretch of a shard's weights, as [`Plan::pieces`] cuts them.
+#[derive(Clone, Debug)]
+struct Piece {
+    /// Bytes from the shard's first weight.
+    range: Range<u64>,
+    /// Tensors, or parts of them, in it, with offsets from its start. An update is elementwise, so a tensor may be cut.
+    segments: Arc<[Segment]>,
+}
+
+/// The parts of `segments` that lie within `range`, given in bytes.
+fn cut_segments(segments: &[Segment], range: &Range<u64>) -> Arc<[Segment]> {
+    let (start, end) = (range.start / 4, range.end / 4);
+    let part = |s: &Segment| {
+        let (from, to) = (s.offset.max(start), (s.offset + s.elems).min(end));
+        (from < to).then(|| Segment { offset: from - start, elems: to - from, ..*s })
+    };
+    segments.iter().filter_map(part).collect()
 }
 
 /// A shared parameter's further accumulator, to be added to its owner's.
@@ -54,8 +76,13 @@ impl Tables {
         let owner_of = |flat: u64| {
             plan.shards.iter().position(|s| s.layout.own.contains(&flat)).expect("every parameter has an owner")
         };
-        let segments =
+        let segments: Vec<Arc<[Segment]>> =
             plan.shards.iter().map(|s| model.segments(&s.layout.own, |p| options.decays[p]).into()).collect();
+        let cut = |(s, all): (usize, &Arc<[Segment]>)| -> Vec<Piece> {
+            let piece = |range| Piece { segments: cut_segments(all, &range), range };
+            plan.pieces(s).into_iter().map(piece).collect()
+        };
+        let pieces = segments.iter().enumerate().map(cut).collect();
         let mut joins: Vec<Vec<Join>> = vec![Vec::new(); plan.shards.len()];
         let mut borrows: Vec<Vec<Borrow>> = vec![Vec::new(); plan.shards.len()];
         for (user, shard) in plan.shards.iter().enumerate() {
@@ -72,7 +99,7 @@ impl Tables {
                 }
             }
         }
-        Tables { segments, joins, borrows }
+        Tables { segments, pieces, joins, borrows }
     }
 }
 
@@ -183,7 +210,7 @@ impl Engine {
             Pass::Evaluate => shard.eval.as_ref(),
         };
         let program = Arc::clone(program.expect("a model has the programs of every pass that it is asked for"));
-        let slot = self.fetch_weights(s, context.step);
+        let slot = self.fetch_weights(s, pass, context.step);
         let gradient_slot = if plan.choice.resident { s } else { self.rings.gradient_slot() };
         for m in 0..self.model.microbatches {
             self.microbatch(s, m, pass, &program, slot, gradient_slot, context);
@@ -370,7 +397,7 @@ impl Engine {
     }
 
     /// The slot that holds a shard's weights, after a fetch where none does.
-    fn fetch_weights(&mut self, s: usize, step: u64) -> usize {
+    fn fetch_weights(&mut self, s: usize, pass: Pass, step: u64) -> usize {
         if let Some(slot) = self.rings.weights.find(s) {
             return slot;
         }
@@ -380,24 +407,34 @@ impl Engine {
             self.rings.weights.pin(s, s);
             s
         } else {
-            self.rings.weights.take(s, &[])
+            // New weights exist once their last use is over, so the slot of the old ones costs no wait, and leaves the others' slots to
+            // shards whose update comes sooner.
+            self.rings.weights.take_back(s).unwrap_or_else(|| self.rings.weights.take(s, &[]))
         };
         let base = arena.weight_slots[slot];
-        let own = shard.own.end - shard.own.start;
-        let mut spans =
-            vec![CopySpan { from: self.store(host.weights + shard.own.start, own), to: self.arena(base, own) }];
-        for b in &self.visits.borrows[s] {
-            spans.push(CopySpan {
-                from: self.store(host.weights + b.flat, b.bytes),
-                to: self.arena(base + b.at, b.bytes),
-            });
+        // Only at the turn of the step is a piece there before the next: see `Plan::pieces`.
+        let whole = [0..shard.own.end - shard.own.start];
+        let count = if pass == Pass::Forward { self.visits.pieces[s].len() } else { 1 };
+        for i in 0..count {
+            let piece = if count == 1 { whole[0].clone() } else { self.visits.pieces[s][i].range.clone() };
+            let bytes = piece.end - piece.start;
+            let from = self.store(host.weights + shard.own.start + piece.start, bytes);
+            let mut spans = vec![CopySpan { from, to: self.arena(base + piece.start, bytes) }];
+            if i + 1 == count {
+                for b in &self.visits.borrows[s] {
+                    spans.push(CopySpan {
+                        from: self.store(host.weights + b.flat, b.bytes),
+                        to: self.arena(base + b.at, b.bytes),
+                    });
+                }
+                let states = shard.states.end - shard.states.start;
+                spans.push(CopySpan {
+                    from: self.store(host.states + shard.states.start, states),
+                    to: self.arena(base + arena.states_at[s], states),
+                });
+            }
+            self.copy(What::FetchWeights, s, None, step, spans);
         }
-        let states = shard.states.end - shard.states.start;
-        spans.push(CopySpan {
-            from: self.store(host.states + shard.states.start, states),
-            to: self.arena(base + arena.states_at[s], states),
-        });
-        self.copy(What::FetchWeights, s, None, step, spans);
         slot
     }
 
@@ -444,12 +481,17 @@ impl Engine {
         base
     }
 
-    /// Sends a shard's gradients to the host's store.
+    /// Sends a shard's gradients to the host's store, shared parameters' accumulators with the last piece.
     fn spill_gradient(&mut self, s: usize, slot: usize, step: u64) {
-        let bytes = self.plan.shards[s].layout.gradient_bytes;
-        let from = self.arena(self.plan.arena.gradient_slots[slot], bytes);
-        let to = self.store(self.plan.host.shard_gradients[s], bytes);
-        self.copy(What::SpillGradient, s, None, step, vec![CopySpan { from, to }]);
+        let all = self.plan.shards[s].layout.gradient_bytes;
+        let (from, to) = (self.plan.arena.gradient_slots[slot], self.plan.host.shard_gradients[s]);
+        let count = self.visits.pieces[s].len();
+        for i in 0..count {
+            let Range { start, end } = self.visits.pieces[s][i].range;
+            let bytes = if i + 1 == count { all - start } else { end - start };
+            let span = CopySpan { from: self.arena(from + start, bytes), to: self.store(to + start, bytes) };
+            self.copy(What::SpillGradient, s, None, step, vec![span]);
+        }
     }
 
     /// Where a shard's gradients lie when its update reads them.
@@ -500,23 +542,31 @@ impl Engine {
     }
 
     fn update(&mut self, s: usize, input: &StepInput, deadline: u64) {
-        let segments = Arc::clone(&self.visits.segments[s]);
-        if segments.is_empty() {
+        if self.visits.segments[s].is_empty() {
             return;
         }
-        let plan = Arc::clone(&self.plan);
-        let own = &plan.shards[s].layout.own;
-        let bytes = own.end - own.start;
-        let (weight, moments) = if plan.choice.resident {
+        if self.plan.choice.resident {
             self.fetch_moments(input.step);
-            let moments = [0, 1].map(|i| plan.arena.moments[i].get(s).map(|&at| self.arena(at, bytes)));
-            (self.arena(plan.arena.weight_slots[s], bytes), moments)
+        }
+        for i in 0..self.visits.pieces[s].len() {
+            self.update_piece(s, i, input, deadline);
+        }
+        self.refresh_copies(s, input.step);
+    }
+
+    fn update_piece(&mut self, s: usize, i: usize, input: &StepInput, deadline: u64) {
+        let Piece { range: Range { start, end }, segments } = self.visits.pieces[s][i].clone();
+        let plan = Arc::clone(&self.plan);
+        let (flat, bytes) = (plan.shards[s].layout.own.start + start, end - start);
+        let (weight, moments) = if plan.choice.resident {
+            let moments = [0, 1].map(|i| plan.arena.moments[i].get(s).map(|&at| self.arena(at + start, bytes)));
+            (self.arena(plan.arena.weight_slots[s] + start, bytes), moments)
         } else {
-            let moments =
-                [0, 1].map(|i| (i < plan.moments).then(|| self.store(plan.host.moments[i] + own.start, bytes)));
-            (self.store(plan.host.weights + own.start, bytes), moments)
+            let moments = [0, 1].map(|i| (i < plan.moments).then(|| self.store(plan.host.moments[i] + flat, bytes)));
+            (self.store(plan.host.weights + flat, bytes), moments)
         };
-        let gradient = Span { bytes, ..self.gradients(s) };
+        let gradient = self.gradients(s);
+        let gradient = Span { offset: gradient.offset + start, bytes, ..gradient };
         let parity = (input.step % 2) as usize;
         let loss_bytes = 4 * self.model.microbatches as u64;
         let gate = match plan.choice.resident {
@@ -531,7 +581,6 @@ impl Engine {
         let update = Update { rule: input.rule, segments, weight, moments, gradient, clip, gate };
         let lane = self.math_lane();
         self.add(lane, What::Update, s, None, input.step, deadline, Task::Update(Box::new(update)), &reads, &writes);
-        self.refresh_copies(s, input.step);
     }
 
     /// After an update of shard `s`: copies of its weights elsewhere are stale.

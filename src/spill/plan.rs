@@ -8,8 +8,9 @@ use super::estimate::estimate_secs;
 use super::memory::{ArenaMap, BoundaryTier, Choice, HostMap, arena_map, host_map};
 use super::model::Model;
 use super::shard::ShardPrograms;
-use crate::base::{Error, Result, format_bytes};
+use crate::base::{Error, Result, align_up, format_bytes};
 use crate::device::sim::CostModel;
+use crate::graph::ALIGNMENT;
 use std::collections::HashSet;
 use std::ops::Range;
 
@@ -119,6 +120,24 @@ impl Plan {
             }
             None => Err(refusal(&smallest, options)),
         }
+    }
+
+    /// The stretches in which a shard's own gradients leave, are applied, and its weights come back at the turn of the step, in bytes
+    /// from the shard's first weight.
+    ///
+    /// The first shards' gradients are the last to leave and their weights the first to be needed, so there these three would follow each
+    /// other with nothing beside them. In pieces they overlap, and a piece for the first shard need not wait for a whole one of the
+    /// second. The other shards have the length of a visit for it, and go whole.
+    pub fn pieces(&self, shard: usize) -> Vec<Range<u64>> {
+        // Smaller pieces cost more to start than they hide.
+        const LEAST_BYTES: u64 = 256 << 10;
+        const MOST: u64 = 4;
+        let own = &self.shards[shard].layout.own;
+        let bytes = own.end - own.start;
+        let count = if self.choice.resident || shard >= self.arena.weight_slots.len() { 1 } else { MOST };
+        let count = count.min(bytes / LEAST_BYTES).max(1);
+        let at = |i: u64| if i == count { bytes } else { align_up(bytes * i / count, ALIGNMENT) };
+        (0..count).map(|i| at(i)..at(i + 1)).collect()
     }
 
     /// Names of a shard's layers.

@@ -25,11 +25,13 @@ struct Work {
     step: usize,
 }
 
+/// What a ring's entry holds, its last use, and the work that must end before it is overwritten.
+type Entry = (Option<(usize, usize)>, usize, Vec<usize>);
+
 /// A ring of entries, the least recently used of which is handed out.
 #[derive(Clone, Debug)]
 struct Ring {
-    /// What it holds, its last use, and the work that must end before it is overwritten.
-    entries: Vec<(Option<(usize, usize)>, usize, Vec<usize>)>,
+    entries: Vec<Entry>,
     uses: usize,
 }
 
@@ -47,7 +49,11 @@ impl Ring {
 
     /// An entry for `key`, not that of `keep`, and what its last holder leaves to wait for.
     fn take(&mut self, key: (usize, usize), keep: Option<(usize, usize)>) -> (usize, Vec<usize>) {
-        let open = (0..self.entries.len()).filter(|&i| keep.is_none() || self.entries[i].0 != keep);
+        self.take_of(key, |e| keep.is_none() || e.0 != keep)
+    }
+
+    fn take_of(&mut self, key: (usize, usize), open: impl Fn(&Entry) -> bool) -> (usize, Vec<usize>) {
+        let open = (0..self.entries.len()).filter(|&i| open(&self.entries[i]));
         let at = open.min_by_key(|&i| (self.entries[i].0.is_some(), self.entries[i].1)).expect("an open entry");
         self.uses += 1;
         let users = std::mem::take(&mut self.entries[at].2);
@@ -68,14 +74,17 @@ struct Recurrence<'a> {
     computes: usize,
     step: usize,
     slots: Ring,
+    /// The slot that each shard was in last, and the use of it.
+    last_slot: Vec<Option<usize>>,
+    last_use: Vec<usize>,
     activations: Ring,
     gradients: Ring,
     inputs: Ring,
     /// Last work that read each gradient slot's content out.
     leaving: Vec<Vec<usize>>,
     next_leaving: usize,
-    /// Last update of each shard, and its last norm.
-    updated: Vec<Option<usize>>,
+    /// Last update of each shard, piece by piece, and its last norm.
+    updated: Vec<Vec<usize>>,
     normed: Vec<Option<usize>>,
     /// The copies that took boundary tensors to the host.
     activation_home: Vec<Vec<Option<usize>>>,
@@ -93,12 +102,14 @@ pub fn step_secs(model: &Model, plan: &Plan, cost: &CostModel, clip: bool, warm:
         computes: 0,
         step: 0,
         slots: Ring::new(if plan.choice.resident { n } else { plan.choice.slots.min(n) }),
+        last_slot: vec![None; n],
+        last_use: vec![0; n],
         activations: Ring::new(plan.arena.activations.len()),
         gradients: Ring::new(plan.arena.gradients.len()),
         inputs: Ring::new(plan.arena.inputs.len()),
         leaving: vec![Vec::new(); plan.choice.gradient_slots.min(n)],
         next_leaving: 0,
-        updated: vec![None; n],
+        updated: vec![Vec::new(); n],
         normed: vec![None; n],
         activation_home: vec![vec![None; model.microbatches]; n],
         gradient_home: vec![vec![None; model.microbatches]; n],
@@ -109,7 +120,11 @@ pub fn step_secs(model: &Model, plan: &Plan, cost: &CostModel, clip: bool, warm:
     }
     let work = &recurrence.work;
     let orders = [[true, true], [true, false], [false, true], [false, false]];
-    orders.into_iter().map(|[i, o]| measure(work, [true, i, o, false], warm, measured)).fold(f64::INFINITY, f64::min)
+    let all: Vec<f64> = orders.into_iter().map(|[i, o]| measure(work, [true, i, o, false], warm, measured)).collect();
+    if std::env::var("OVERLAP_SEED").is_ok() {
+        println!("B {all:?}");
+    }
+    all.into_iter().fold(f64::INFINITY, f64::min)
 }
 
 impl Recurrence<'_> {
@@ -142,28 +157,32 @@ impl Recurrence<'_> {
             if s == n - 1 {
                 result = self.copy_out(4 * self.microbatches as u64, vec![last]);
             }
-            let bytes = self.plan.shards[s].layout.gradient_bytes;
-            if bytes == 0 {
+            if self.plan.shards[s].layout.gradient_bytes == 0 {
                 continue;
             }
             // The host's copy of the gradient is overwritten: its last readers come first.
-            let mut after = vec![last];
-            after.extend(self.updated[s].iter().chain(&self.normed[s]));
-            let out = self.copy_out(bytes, after);
-            self.leaving[slot] = vec![out];
-            home[s] = Some(out);
-            let own = self.own_bytes(s);
+            let before: Vec<usize> = self.updated[s].iter().chain(&self.normed[s]).chain([&last]).copied().collect();
+            let pieces = self.plan.pieces(s);
+            let out: Vec<usize> = pieces.iter().map(|p| self.copy_out(p.end - p.start, before.clone())).collect();
+            self.leaving[slot] = out.clone();
             let wanted = if clip { self.computes } else { next_step + n * self.microbatches };
-            let secs = self.cost.op_secs + own / self.cost.host_update_bytes_per_sec;
-            self.normed[s] = Some(self.add(HOST, secs, vec![out], wanted));
+            let bytes = self.plan.shards[s].layout.own.end - self.plan.shards[s].layout.own.start;
+            self.normed[s] = Some(self.math(bytes as f64, out.clone(), wanted));
+            home[s] = self.normed[s];
             if !clip {
-                self.update(s, vec![out, result], next_step);
+                self.updated[s].clear();
+                for (piece, out) in pieces.iter().zip(out) {
+                    self.update(s, piece.end - piece.start, vec![out, result], next_step);
+                }
             }
         }
         if clip {
-            let norms: Vec<usize> = (0..n).filter_map(|s| home[s].and(self.normed[s])).chain([result]).collect();
+            let norms: Vec<usize> = home.iter().flatten().copied().chain([result]).collect();
             for s in (0..n).filter(|&s| home[s].is_some()) {
-                self.update(s, norms.clone(), next_step);
+                self.updated[s].clear();
+                for piece in self.plan.pieces(s) {
+                    self.update(s, piece.end - piece.start, norms.clone(), next_step);
+                }
             }
         }
         self.slots.forget(None);
@@ -184,10 +203,14 @@ impl Recurrence<'_> {
         (own.end - own.start) as f64
     }
 
-    fn update(&mut self, s: usize, after: Vec<usize>, next_step: usize) {
-        let bytes = self.own_bytes(s) * (3 + 2 * self.plan.moments) as f64;
-        let secs = self.cost.op_secs + bytes / self.cost.host_update_bytes_per_sec;
-        self.updated[s] = Some(self.add(HOST, secs, after, next_step + s * self.microbatches));
+    fn math(&mut self, bytes: f64, after: Vec<usize>, wanted: usize) -> usize {
+        self.add(HOST, self.cost.op_secs + bytes / self.cost.host_update_bytes_per_sec, after, wanted)
+    }
+
+    fn update(&mut self, s: usize, bytes: u64, after: Vec<usize>, next_step: usize) {
+        let traffic = bytes as f64 * (3 + 2 * self.plan.moments) as f64;
+        let update = self.math(traffic, after, next_step + s * self.microbatches);
+        self.updated[s].push(update);
     }
 
     /// One visit; gives the gradient slot that it filled and its last compute work.
@@ -200,12 +223,27 @@ impl Recurrence<'_> {
         let slot = match self.slots.find((s, 0)) {
             Some(slot) => slot,
             None => {
-                let (slot, mut after) = self.slots.take((s, 0), None);
-                after.extend(self.updated[s]);
-                if shard.fetch_bytes() > 0 && !plan.choice.resident {
-                    here.push(self.copy_in(shard.fetch_bytes(), after));
-                } else {
+                // The first shards of a step go back to the slots that they left last in the step before.
+                let own = self.last_slot[s].filter(|&slot| self.slots.entries[slot].0.is_none());
+                let own = own.filter(|&slot| self.slots.entries[slot].1 == self.last_use[s]);
+                let (slot, mut after) = match own {
+                    Some(slot) => {
+                        let use_of = self.slots.entries[slot].1;
+                        self.slots.take_of((s, 0), |e| e.1 == use_of)
+                    }
+                    None => self.slots.take((s, 0), None),
+                };
+                let pieces = plan.pieces(s);
+                if plan.choice.resident || shard.fetch_bytes() == 0 {
                     here = after;
+                } else if pieces.len() == self.updated[s].len() && !backward {
+                    for (piece, updated) in pieces.into_iter().zip(self.updated[s].clone()) {
+                        let waits = after.iter().copied().chain([updated]).collect();
+                        here.push(self.copy_in(piece.end - piece.start, waits));
+                    }
+                } else {
+                    after.extend(&self.updated[s]);
+                    here.push(self.copy_in(shard.fetch_bytes(), after));
                 }
                 slot
             }
@@ -221,6 +259,7 @@ impl Recurrence<'_> {
             last = self.microbatch(s, m, backward, program, std::mem::take(&mut here));
         }
         self.slots.entries[slot].2 = vec![last];
+        (self.last_slot[s], self.last_use[s]) = (Some(slot), self.slots.entries[slot].1);
         (gradient_slot, last)
     }
 
@@ -335,6 +374,9 @@ fn measure(work: &[Work], in_order: [bool; 4], warm: usize, measured: usize) -> 
                 next[lane] += 1;
                 ready[lane].retain(|&r| r != i);
                 busy[lane] = Some((now + work[i].secs, i));
+                if std::env::var("OVERLAP_SEED").is_ok() && (work[i].step == 4 || work[i].step == 5) {
+                    println!("{in_order:?} lane {lane} {now:.4e} .. {:.4e} step {} wanted {}", now + work[i].secs, work[i].step, work[i].wanted);
+                }
             }
         }
         now = busy.iter().flatten().map(|b| b.0).fold(f64::INFINITY, f64::min);

@@ -49,10 +49,10 @@ pub struct Chain {
 
 impl Chain {
     pub fn random(random: &mut Random) -> Chain {
-        let width = |random: &mut Random| random.factor(4.0, 160.0) as usize;
+        let width = |random: &mut Random| random.factor(16.0, 2500.0) as usize;
         let layers = random.whole(3, 10);
         Chain {
-            rows: random.factor(1.0, 200.0) as usize,
+            rows: random.factor(1.0, 4000.0) as usize,
             input: width(random),
             layers: (0..layers).map(|_| (0..random.whole(1, 3)).map(|_| width(random)).collect()).collect(),
             microbatches: random.whole(1, 4),
@@ -126,6 +126,12 @@ pub const MEASURED: u64 = 4;
 pub fn run_simulated(model: &Arc<Model>, plan: &Arc<Plan>, cost: &CostModel, clip: Option<f64>) -> Steady {
     let device = Box::new(SimDevice::new(vec![cost.clone()]));
     let mut engine = Engine::new(Arc::clone(model), Arc::clone(plan), device, EngineOptions::new(0, model));
+    let debug = std::env::var("OVERLAP_SEED").is_ok();
+    if debug {
+        let keep = hydra::trace::Keep { first: 99, last: 0, total_steps: 99 };
+        let options = hydra::trace::RecorderOptions::new(keep, vec![], vec!["m".into()]);
+        engine.record(hydra::trace::Recorder::create(std::path::Path::new("/tmp/ov.json"), options).unwrap());
+    }
     let mut steady = Steady { secs: 0.0, busy: Vec::new() };
     let mut begun = 0;
     for step in 0..WARM + MEASURED {
@@ -137,10 +143,10 @@ pub fn run_simulated(model: &Arc<Model>, plan: &Arc<Plan>, cost: &CostModel, cli
             begun += 1;
         }
         let result = engine.wait_step().expect("nothing fails");
-        if step >= WARM {
-            steady.secs += result.secs / MEASURED as f64;
+        if step < WARM {
+            continue;
         }
-        // The last steps' tasks are counted where they ended, so a whole number of steps is summed from the start.
+        steady.secs += result.secs / MEASURED as f64;
         for (i, lane) in engine.lane_sums().iter().enumerate() {
             match steady.busy.get_mut(i) {
                 Some(sum) => sum.busy_secs += lane.busy_secs,
@@ -148,8 +154,17 @@ pub fn run_simulated(model: &Arc<Model>, plan: &Arc<Plan>, cost: &CostModel, cli
             }
         }
     }
+    if debug {
+        engine.take_recorder().unwrap().finish().unwrap();
+        let mut events = hydra::trace::read_trace(std::path::Path::new("/tmp/ov.json")).unwrap();
+        events.sort_by(|a, b| a.start_secs.total_cmp(&b.start_secs));
+        let unit = steady.secs / 1000.0;
+        for e in events.iter().filter(|e| e.step == 4 || e.step == 5) {
+            println!("E {:>22} {:9.1} {:9.1} step {} {}", e.lane.to_string(), e.start_secs / unit, e.end_secs / unit, e.step, e.name);
+        }
+    }
     for lane in &mut steady.busy {
-        lane.busy_secs /= (WARM + MEASURED) as f64;
+        lane.busy_secs /= MEASURED as f64;
     }
     steady
 }
