@@ -1,9 +1,9 @@
 //! Tasks between creation and completion: what waits for what, and which task each lane gets next.
 //!
-//! A task may go to its lane once everything it waits for is on a lane, so lanes can be kept a few tasks ahead and no order of issue
-//! can deadlock. A compute lane takes its tasks in program order; on the other lanes, among those that could start at once, the one whose
-//! result is needed first goes first (earliest deadline). Such a lane is kept ahead only by the task that is needed first of all that
-//! wait for it: any other might stand in the way of a more urgent one that becomes ready in the meantime.
+//! A compute lane takes its tasks in program order, each as soon as everything it waits for is on a lane, so it is kept a few tasks ahead
+//! and no order of issue can deadlock. The other lanes take only what could start at once, and of that what is needed first (earliest
+//! deadline): a copy that still waits, put on its lane, would hold up all that become ready before it. They are kept ahead by a task
+//! that is ready and needed first of all; any other might stand in the way of a more urgent one that becomes ready in the meantime.
 
 use super::hazards::{Hazards, TaskId};
 use crate::base::{LaneId, LaneKind};
@@ -189,13 +189,10 @@ impl Queue {
                 id
             });
         }
-        let &first = queue.waiting.first()?;
-        let chosen = match queue.ready.first() {
-            Some(&ready) if ready == first || queue.in_flight.is_empty() => ready,
-            // Copies may wait on their lane, which spares them a round trip; arithmetic of the host would hold up other arithmetic.
-            None if !queue.id.is_host() && self.entry(first.1)?.not_submitted == 0 && match std::env::var("OV").as_deref() { Ok("never") => false, Ok("running") => queue.in_flight.is_empty() && self.entry(first.1)?.after.iter().all(|&d| self.entry(d).is_none_or(|e| e.done || self.lanes[e.lane as usize].in_flight.front() == Some(&d))), Ok("empty") => queue.in_flight.is_empty(), _ => true } => first,
-            _ => return None,
-        };
+        let &chosen = queue.ready.first()?;
+        if !queue.in_flight.is_empty() && queue.waiting.first() != Some(&chosen) {
+            return None;
+        }
         self.lanes[lane].waiting.remove(&chosen);
         self.lanes[lane].ready.remove(&chosen);
         Some(chosen.1)

@@ -412,9 +412,10 @@ impl Engine {
             self.rings.weights.take_back(s).unwrap_or_else(|| self.rings.weights.take(s, &[]))
         };
         let base = arena.weight_slots[slot];
-        // Only at the turn of the step is a piece there before the next: see `Plan::pieces`.
+        // A step's first visit comes soon after the update; by the second all pieces have long been there.
+        let first_visit = pass != Pass::Backward || s + 1 == plan.shards.len();
         let whole = [0..shard.own.end - shard.own.start];
-        let count = if pass == Pass::Forward { self.visits.pieces[s].len() } else { 1 };
+        let count = if first_visit { self.visits.pieces[s].len() } else { 1 };
         for i in 0..count {
             let piece = if count == 1 { whole[0].clone() } else { self.visits.pieces[s][i].range.clone() };
             let bytes = piece.end - piece.start;

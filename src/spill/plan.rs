@@ -122,20 +122,20 @@ impl Plan {
         }
     }
 
-    /// The stretches in which a shard's own gradients leave, are applied, and its weights come back at the turn of the step, in bytes
-    /// from the shard's first weight.
+    /// The stretches in which a shard's own gradients leave, are applied, and its weights come back for the next step, in bytes from the
+    /// shard's first weight.
     ///
-    /// The first shards' gradients are the last to leave and their weights the first to be needed, so there these three would follow each
-    /// other with nothing beside them. In pieces they overlap, and a piece for the first shard need not wait for a whole one of the
-    /// second. The other shards have the length of a visit for it, and go whole.
+    /// In pieces these three overlap, which matters most at the turn of the step, where the first shard's gradient is the last to leave
+    /// and its weights are the first to be needed; and no copy that can wait keeps a lane from a more urgent one for long. With one slot
+    /// there is one piece: no double buffering means that nothing of a shard moves while another computes.
     pub fn pieces(&self, shard: usize) -> Vec<Range<u64>> {
-        // Smaller pieces cost more to start than they hide.
+        // Smaller pieces cost more to start than they hide: at 10 GB/s this is 26 microseconds.
         const LEAST_BYTES: u64 = 256 << 10;
-        const MOST: u64 = 4;
+        const MOST: u64 = 8;
         let own = &self.shards[shard].layout.own;
         let bytes = own.end - own.start;
-        let count = if self.choice.resident || shard >= self.arena.weight_slots.len() { 1 } else { MOST };
-        let count = count.min(bytes / LEAST_BYTES).max(1);
+        let most = if self.choice.resident || self.arena.weight_slots.len() == 1 { 1 } else { MOST };
+        let count = most.min(bytes / LEAST_BYTES).max(1);
         let at = |i: u64| if i == count { bytes } else { align_up(bytes * i / count, ALIGNMENT) };
         (0..count).map(|i| at(i)..at(i + 1)).collect()
     }

@@ -25,8 +25,12 @@ struct Work {
     step: usize,
 }
 
-/// What a ring's entry holds, its last use, and the work that must end before it is overwritten.
-type Entry = (Option<(usize, usize)>, usize, Vec<usize>);
+/// What a ring's entry holds, its last use, and the work that must end before it is overwritten, with how far from its start in bytes
+/// that work reaches.
+type Entry = (Option<(usize, usize)>, usize, Vec<(usize, u64)>);
+
+/// Reaches to the end of an entry.
+const WHOLE: u64 = u64::MAX;
 
 /// A ring of entries, the least recently used of which is handed out.
 #[derive(Clone, Debug)]
@@ -49,10 +53,11 @@ impl Ring {
 
     /// An entry for `key`, not that of `keep`, and what its last holder leaves to wait for.
     fn take(&mut self, key: (usize, usize), keep: Option<(usize, usize)>) -> (usize, Vec<usize>) {
-        self.take_of(key, |e| keep.is_none() || e.0 != keep)
+        let (at, users) = self.take_of(key, |e| keep.is_none() || e.0 != keep);
+        (at, users.into_iter().map(|u| u.0).collect())
     }
 
-    fn take_of(&mut self, key: (usize, usize), open: impl Fn(&Entry) -> bool) -> (usize, Vec<usize>) {
+    fn take_of(&mut self, key: (usize, usize), open: impl Fn(&Entry) -> bool) -> (usize, Vec<(usize, u64)>) {
         let open = (0..self.entries.len()).filter(|&i| open(&self.entries[i]));
         let at = open.min_by_key(|&i| (self.entries[i].0.is_some(), self.entries[i].1)).expect("an open entry");
         self.uses += 1;
@@ -80,8 +85,8 @@ struct Recurrence<'a> {
     activations: Ring,
     gradients: Ring,
     inputs: Ring,
-    /// Last work that read each gradient slot's content out.
-    leaving: Vec<Vec<usize>>,
+    /// The copies that read each gradient slot's content out, with where they start.
+    leaving: Vec<Vec<(usize, u64)>>,
     next_leaving: usize,
     /// Last update of each shard, piece by piece, and its last norm.
     updated: Vec<Vec<usize>>,
@@ -120,11 +125,7 @@ pub fn step_secs(model: &Model, plan: &Plan, cost: &CostModel, clip: bool, warm:
     }
     let work = &recurrence.work;
     let orders = [[true, true], [true, false], [false, true], [false, false]];
-    let all: Vec<f64> = orders.into_iter().map(|[i, o]| measure(work, [true, i, o, false], warm, measured)).collect();
-    if std::env::var("OVERLAP_SEED").is_ok() {
-        println!("B {all:?}");
-    }
-    all.into_iter().fold(f64::INFINITY, f64::min)
+    orders.into_iter().map(|[i, o]| measure(work, [true, i, o, false], warm, measured)).fold(f64::INFINITY, f64::min)
 }
 
 impl Recurrence<'_> {
@@ -164,7 +165,7 @@ impl Recurrence<'_> {
             let before: Vec<usize> = self.updated[s].iter().chain(&self.normed[s]).chain([&last]).copied().collect();
             let pieces = self.plan.pieces(s);
             let out: Vec<usize> = pieces.iter().map(|p| self.copy_out(p.end - p.start, before.clone())).collect();
-            self.leaving[slot] = out.clone();
+            self.leaving[slot].extend(out.iter().copied().zip(pieces.iter().map(|p| p.start)));
             let wanted = if clip { self.computes } else { next_step + n * self.microbatches };
             let bytes = self.plan.shards[s].layout.own.end - self.plan.shards[s].layout.own.start;
             self.normed[s] = Some(self.math(bytes as f64, out.clone(), wanted));
@@ -226,25 +227,22 @@ impl Recurrence<'_> {
                 // The first shards of a step go back to the slots that they left last in the step before.
                 let own = self.last_slot[s].filter(|&slot| self.slots.entries[slot].0.is_none());
                 let own = own.filter(|&slot| self.slots.entries[slot].1 == self.last_use[s]);
-                let (slot, mut after) = match own {
-                    Some(slot) => {
-                        let use_of = self.slots.entries[slot].1;
-                        self.slots.take_of((s, 0), |e| e.1 == use_of)
-                    }
-                    None => self.slots.take((s, 0), None),
-                };
+                let own_use = own.map(|slot| self.slots.entries[slot].1);
+                let (slot, users) = self.slots.take_of((s, 0), |e| own_use.is_none_or(|u| e.1 == u));
+                let before = |start: u64| users.iter().filter(move |u| u.1 > start).map(|u| u.0).collect::<Vec<_>>();
                 let pieces = plan.pieces(s);
                 if plan.choice.resident || shard.fetch_bytes() == 0 {
-                    here = after;
-                } else if pieces.len() == self.updated[s].len() && !backward {
+                    here = before(0);
+                } else if pieces.len() == self.updated[s].len() && (!backward || s + 1 == plan.shards.len()) {
                     for (piece, updated) in pieces.into_iter().zip(self.updated[s].clone()) {
-                        let waits = after.iter().copied().chain([updated]).collect();
+                        let waits = before(piece.start).into_iter().chain([updated]).collect();
                         here.push(self.copy_in(piece.end - piece.start, waits));
                     }
                 } else {
-                    after.extend(&self.updated[s]);
-                    here.push(self.copy_in(shard.fetch_bytes(), after));
+                    let waits = before(0).into_iter().chain(self.updated[s].iter().copied()).collect();
+                    here.push(self.copy_in(shard.fetch_bytes(), waits));
                 }
+                self.slots.entries[slot].2 = users;
                 slot
             }
         };
@@ -252,13 +250,18 @@ impl Recurrence<'_> {
         if backward && !plan.choice.resident {
             self.next_leaving = (self.next_leaving + 1) % self.leaving.len();
             gradient_slot = self.next_leaving;
-            here.append(&mut self.leaving[gradient_slot]);
+            // A smaller shard's gradients need not wait for the end of a larger one's.
+            let leaving = &mut self.leaving[gradient_slot];
+            here.extend(leaving.iter().filter(|l| l.1 < shard.layout.gradient_bytes).map(|l| l.0));
+            leaving.retain(|l| l.1 >= shard.layout.gradient_bytes);
         }
         let mut last = 0;
         for m in 0..self.microbatches {
             last = self.microbatch(s, m, backward, program, std::mem::take(&mut here));
         }
-        self.slots.entries[slot].2 = vec![last];
+        let users = &mut self.slots.entries[slot].2;
+        users.retain(|u| u.1 > shard.fetch_bytes());
+        users.push((last, shard.fetch_bytes()));
         (self.last_slot[s], self.last_use[s]) = (Some(slot), self.slots.entries[slot].1);
         (gradient_slot, last)
     }
@@ -314,23 +317,23 @@ impl Recurrence<'_> {
             input = Some(entry);
         }
         let unit = self.add(COMPUTE, self.cost.program_secs(program), after, self.computes);
-        used.into_iter().for_each(|entry| self.activations.entries[entry].2 = vec![unit]);
-        input.into_iter().for_each(|entry| self.inputs.entries[entry].2 = vec![unit]);
+        used.into_iter().for_each(|entry| self.activations.entries[entry].2.push((unit, WHOLE)));
+        input.into_iter().for_each(|entry| self.inputs.entries[entry].2 = vec![(unit, WHOLE)]);
         if let Some(entry) = leaves {
             let out = self.copy_out(plan.shards[s].boundary_bytes, vec![unit]);
             self.activation_home[s][m] = Some(out);
-            self.activations.entries[entry].2.push(out);
+            self.activations.entries[entry].2.push((out, WHOLE));
         }
         if let Some((key, entry)) = gradient_out {
-            self.gradients.entries[entry].2 = vec![unit];
+            self.gradients.entries[entry].2 = vec![(unit, WHOLE)];
             if !gradients_stay {
                 let out = self.copy_out(plan.shards[key.0].boundary_bytes, vec![unit]);
                 self.gradient_home[key.0][m] = Some(out);
-                self.gradients.entries[entry].2.push(out);
+                self.gradients.entries[entry].2.push((out, WHOLE));
             }
         }
         if let Some((key, entry)) = gradient_in {
-            self.gradients.entries[entry].2.push(unit);
+            self.gradients.entries[entry].2.push((unit, WHOLE));
             self.gradients.forget(Some(key));
         }
         if let Some(key) = before.filter(|_| backward) {
@@ -374,9 +377,6 @@ fn measure(work: &[Work], in_order: [bool; 4], warm: usize, measured: usize) -> 
                 next[lane] += 1;
                 ready[lane].retain(|&r| r != i);
                 busy[lane] = Some((now + work[i].secs, i));
-                if std::env::var("OVERLAP_SEED").is_ok() && (work[i].step == 4 || work[i].step == 5) {
-                    println!("{in_order:?} lane {lane} {now:.4e} .. {:.4e} step {} wanted {}", now + work[i].secs, work[i].step, work[i].wanted);
-                }
             }
         }
         now = busy.iter().flatten().map(|b| b.0).fold(f64::INFINITY, f64::min);

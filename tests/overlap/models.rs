@@ -126,12 +126,6 @@ pub const MEASURED: u64 = 4;
 pub fn run_simulated(model: &Arc<Model>, plan: &Arc<Plan>, cost: &CostModel, clip: Option<f64>) -> Steady {
     let device = Box::new(SimDevice::new(vec![cost.clone()]));
     let mut engine = Engine::new(Arc::clone(model), Arc::clone(plan), device, EngineOptions::new(0, model));
-    let debug = std::env::var("OVERLAP_SEED").is_ok();
-    if debug {
-        let keep = hydra::trace::Keep { first: 99, last: 0, total_steps: 99 };
-        let options = hydra::trace::RecorderOptions::new(keep, vec![], vec!["m".into()]);
-        engine.record(hydra::trace::Recorder::create(std::path::Path::new("/tmp/ov.json"), options).unwrap());
-    }
     let mut steady = Steady { secs: 0.0, busy: Vec::new() };
     let mut begun = 0;
     for step in 0..WARM + MEASURED {
@@ -152,15 +146,6 @@ pub fn run_simulated(model: &Arc<Model>, plan: &Arc<Plan>, cost: &CostModel, cli
                 Some(sum) => sum.busy_secs += lane.busy_secs,
                 None => steady.busy.push(*lane),
             }
-        }
-    }
-    if debug {
-        engine.take_recorder().unwrap().finish().unwrap();
-        let mut events = hydra::trace::read_trace(std::path::Path::new("/tmp/ov.json")).unwrap();
-        events.sort_by(|a, b| a.start_secs.total_cmp(&b.start_secs));
-        let unit = steady.secs / 1000.0;
-        for e in events.iter().filter(|e| e.step == 4 || e.step == 5) {
-            println!("E {:>22} {:9.1} {:9.1} step {} {}", e.lane.to_string(), e.start_secs / unit, e.end_secs / unit, e.step, e.name);
         }
     }
     for lane in &mut steady.busy {
