@@ -8,8 +8,9 @@ mod hazards;
 mod queue;
 mod rings;
 mod state;
-pub use state::Stored;
+mod tables;
 mod visit;
+pub use state::Stored;
 
 use crate::base::{Error, LaneId, LaneKind, Result};
 use crate::device::sim::{CostModel, SimDevice};
@@ -100,7 +101,7 @@ pub struct Engine {
     queue: Queue,
     rings: Rings,
     lanes: Lanes,
-    visits: visit::Tables,
+    visits: tables::Tables,
     pending: VecDeque<Pending>,
     account: StepAccount,
     recorder: Option<Recorder>,
@@ -145,7 +146,7 @@ impl Engine {
         Engine {
             queue,
             rings: Rings::new(&plan, model.microbatches),
-            visits: visit::Tables::new(&model, &plan, &options),
+            visits: tables::Tables::new(&model, &plan, &options),
             lanes,
             pending: VecDeque::with_capacity(4),
             account,

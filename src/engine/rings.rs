@@ -132,3 +132,20 @@ impl Rings {
         self.gradients.forget(|_| true);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slots_go_to_the_least_recently_used_and_back_to_their_shard() {
+        let mut slots = Slots::new(2);
+        assert_eq!((slots.take(0, &[]), slots.take(1, &[])), (0, 1));
+        assert_eq!(slots.find(0), Some(0));
+        assert_eq!(slots.take(2, &[]), 1, "shard 1 was used before shard 0");
+        assert_eq!(slots.take_back(0), None, "shard 0 is still there");
+        slots.forget(|_| true);
+        assert_eq!((slots.find(2), slots.take_back(1)), (None, None), "shard 1's slot held another since");
+        assert_eq!((slots.take_back(2), slots.take_back(0)), (Some(1), Some(0)));
+    }
+}

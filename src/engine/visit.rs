@@ -5,103 +5,14 @@
 
 use super::queue::Order;
 use super::rings::Place;
-use super::{Engine, EngineOptions, StepInput};
-use crate::device::{
-    AdamwRule, Clip, CopySpan, Memory, Norm, Run, Scalars, Segment, SgdRule, Span, Task, Update, UpdateRule,
-};
+use super::tables::{Join, Piece};
+use super::{Engine, StepInput};
+use crate::device::{AdamwRule, Clip, CopySpan, Memory, Norm, Run, Scalars, SgdRule, Span, Task, Update, UpdateRule};
 use crate::graph::{AREAS, Area, Program};
-use crate::spill::{BoundaryTier, Model, Plan};
+use crate::spill::BoundaryTier;
 use crate::trace::{TaskName, What};
 use std::ops::Range;
 use std::sync::Arc;
-
-/// What every step needs and no step changes.
-#[derive(Debug)]
-pub(super) struct Tables {
-    /// Tensors of each shard's own stretch.
-    segments: Vec<Arc<[Segment]>>,
-    /// The pieces of each shard's own stretch.
-    pieces: Vec<Vec<Piece>>,
-    /// By owning shard: uses of its parameters elsewhere, in the order of layers.
-    joins: Vec<Vec<Join>>,
-    /// Stretches of weights that each shard borrows.
-    borrows: Vec<Vec<Borrow>>,
-}
-
-/// A stretch of a shard's weights, as [`Plan::pieces`] cuts them.
-#[derive(Clone, Debug)]
-struct Piece {
-    /// Bytes from the shard's first weight.
-    range: Range<u64>,
-    /// Tensors, or parts of them, in it, with offsets from its start. An update is elementwise, so a tensor may be cut.
-    segments: Arc<[Segment]>,
-}
-
-/// The parts of `segments` that lie within `range`, given in bytes.
-fn cut_segments(segments: &[Segment], range: &Range<u64>) -> Arc<[Segment]> {
-    let (start, end) = (range.start / 4, range.end / 4);
-    let part = |s: &Segment| {
-        let (from, to) = (s.offset.max(start), (s.offset + s.elems).min(end));
-        (from < to).then(|| Segment { offset: from - start, elems: to - from, ..*s })
-    };
-    segments.iter().filter_map(part).collect()
-}
-
-/// A shared parameter's further accumulator, to be added to its owner's.
-#[derive(Clone, Copy, Debug)]
-struct Join {
-    /// The shard that uses it, and the accumulator's start in that shard's gradients.
-    user: usize,
-    from: u64,
-    /// Start in the owner's gradients.
-    to: u64,
-    bytes: u64,
-}
-
-/// A copy of a shared weight.
-#[derive(Clone, Copy, Debug)]
-struct Borrow {
-    owner: usize,
-    /// Start in the flat order.
-    flat: u64,
-    /// Start in the owner's own stretch.
-    in_owner: u64,
-    /// Start in the borrower's weights.
-    at: u64,
-    bytes: u64,
-}
-
-impl Tables {
-    pub fn new(model: &Model, plan: &Plan, options: &EngineOptions) -> Self {
-        let owner_of = |flat: u64| {
-            plan.shards.iter().position(|s| s.layout.own.contains(&flat)).expect("every parameter has an owner")
-        };
-        let segments: Vec<Arc<[Segment]>> =
-            plan.shards.iter().map(|s| model.segments(&s.layout.own, |p| options.decays[p]).into()).collect();
-        let cut = |(s, all): (usize, &Arc<[Segment]>)| -> Vec<Piece> {
-            let piece = |range| Piece { segments: cut_segments(all, &range), range };
-            plan.pieces(s).into_iter().map(piece).collect()
-        };
-        let pieces = segments.iter().enumerate().map(cut).collect();
-        let mut joins: Vec<Vec<Join>> = vec![Vec::new(); plan.shards.len()];
-        let mut borrows: Vec<Vec<Borrow>> = vec![Vec::new(); plan.shards.len()];
-        for (user, shard) in plan.shards.iter().enumerate() {
-            for shared in &shard.layout.shared {
-                let flat = model.layout.parameter[shared.parameter];
-                let bytes = model.train.bytes(model.train.parameters[shared.parameter].value);
-                let owner = owner_of(flat);
-                let in_owner = flat - plan.shards[owner].layout.own.start;
-                joins[owner].push(Join { user, from: shared.gradient, to: in_owner, bytes });
-                if let Some(at) = shared.borrowed
-                    && !borrows[user].iter().any(|b| b.at == at)
-                {
-                    borrows[user].push(Borrow { owner, flat, in_owner, at, bytes });
-                }
-            }
-        }
-        Tables { segments, pieces, joins, borrows }
-    }
-}
 
 /// A rule of the right kind for `moments`, where its numbers do not matter.
 pub(super) fn any_rule(moments: usize) -> UpdateRule {
@@ -414,10 +325,10 @@ impl Engine {
         let base = arena.weight_slots[slot];
         // A step's first visit comes soon after the update; by the second all pieces have long been there.
         let first_visit = pass != Pass::Backward || s + 1 == plan.shards.len();
-        let whole = [0..shard.own.end - shard.own.start];
+        let own = shard.own.end - shard.own.start;
         let count = if first_visit { self.visits.pieces[s].len() } else { 1 };
         for i in 0..count {
-            let piece = if count == 1 { whole[0].clone() } else { self.visits.pieces[s][i].range.clone() };
+            let piece = if count == 1 { 0..own } else { self.visits.pieces[s][i].range.clone() };
             let bytes = piece.end - piece.start;
             let from = self.store(host.weights + shard.own.start + piece.start, bytes);
             let mut spans = vec![CopySpan { from, to: self.arena(base + piece.start, bytes) }];
