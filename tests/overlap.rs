@@ -34,7 +34,8 @@ fn random_cost(random: &mut Random, model: &Model) -> CostModel {
     let mut cost = CostModel::stated(flops, flops * random.factor(0.02, 1.0), 1.0);
     let free = PlanOptions { resident: Some(true), ..PlanOptions::default() };
     let whole =
-        Plan::new(model, &PlanOptions { cut: Some(vec![0..model.layers()]), ..free }, &cost).expect("no budget");
+        Plan::new(model, &PlanOptions { cut: Some(std::iter::once(0..model.layers()).collect()), ..free }, &cost)
+            .expect("no budget");
     let compute = whole.shards[0].backward_secs(&cost) * model.microbatches as f64;
     let bytes = model.layout.parameter_bytes as f64;
     cost.h2d_bytes_per_sec = 2.0 * bytes / compute * random.factor(0.05, 50.0);
