@@ -8,8 +8,9 @@ mod hazards;
 mod queue;
 mod rings;
 mod state;
-pub use state::Stored;
+mod tables;
 mod visit;
+pub use state::Stored;
 
 use crate::base::{Error, LaneId, LaneKind, Result};
 use crate::device::sim::{CostModel, SimDevice};
@@ -100,7 +101,7 @@ pub struct Engine {
     queue: Queue,
     rings: Rings,
     lanes: Lanes,
-    visits: visit::Tables,
+    visits: tables::Tables,
     pending: VecDeque<Pending>,
     account: StepAccount,
     recorder: Option<Recorder>,
@@ -149,7 +150,7 @@ impl Engine {
         Engine {
             queue,
             rings: Rings::new(&plan, model.microbatches),
-            visits: visit::Tables::new(&model, &plan, &options),
+            visits: tables::Tables::new(&model, &plan, &options),
             lanes,
             pending: VecDeque::with_capacity(4),
             account,
@@ -190,6 +191,11 @@ impl Engine {
     /// Busy seconds, bytes and flops of each lane since the start.
     pub fn lane_sums(&self) -> &[LaneSum] {
         &self.totals
+    }
+
+    /// The same in the step that was waited for last; a task counts in the step in which it ended.
+    pub fn step_lane_sums(&self) -> &[LaneSum] {
+        self.account.sums()
     }
 
     /// The highest byte of the arena that any task has touched, plus one.
@@ -379,45 +385,35 @@ impl Engine {
     }
 }
 
-/// Predicts a steady step of `plan` by running the executor on a simulated device: what four steps take beyond two.
+/// Predicts a steady step of `plan` by running the executor on a simulated device.
 ///
 /// # Errors
 /// When the plan stalls: our own bug.
 pub fn predict(model: &Arc<Model>, plan: &Arc<Plan>, cost: &CostModel, clip: bool) -> Result<Prediction> {
-    let (few, _) = simulate(model, plan, cost, clip, 2)?;
-    let (many, bound) = simulate(model, plan, cost, clip, 4)?;
-    let busy = many.lanes.iter().zip(&few.lanes).map(|(m, f)| (m - f) / 2.0).fold(0.0, f64::max);
-    Ok(Prediction { step_secs: (many.end_secs - few.end_secs) / 2.0, bound_secs: busy, bound })
-}
-
-struct Simulated {
-    end_secs: f64,
-    /// Busy seconds of each lane.
-    lanes: Vec<f64>,
-}
-
-/// Runs `steps` steps on a simulated device; also gives the last step's seconds by what bound them.
-fn simulate(
-    model: &Arc<Model>,
-    plan: &Arc<Plan>,
-    cost: &CostModel,
-    clip: bool,
-    steps: u64,
-) -> Result<(Simulated, Bound)> {
+    /// Steps until the lanes have settled into their rhythm, and steps that are averaged.
+    const WARM: u64 = 3;
+    const MEASURED: u64 = 4;
     let device = Box::new(SimDevice::new(vec![cost.clone()]));
     let mut engine = Engine::new(Arc::clone(model), Arc::clone(plan), device, EngineOptions::new(0, model));
     let rule = visit::any_rule(plan.moments);
-    let mut bound = Bound::default();
-    for step in 0..steps {
-        if engine.steps_in_flight() == 2 {
-            engine.wait_step()?;
+    let mut busy = vec![0.0; engine.device.lanes().len()];
+    let mut prediction = Prediction { step_secs: 0.0, bound_secs: 0.0, bound: Bound::default() };
+    let mut begun = 0;
+    for step in 0..WARM + MEASURED {
+        while begun < WARM + MEASURED && engine.steps_in_flight() < 2 {
+            let inputs = vec![&[][..]; model.train.inputs.len()];
+            let clip = clip.then_some(1.0);
+            engine.begin_step(&StepInput { step: begun, inputs, loss_scale: 1.0, rule, clip })?;
+            begun += 1;
         }
-        let inputs = vec![&[][..]; model.train.inputs.len()];
-        engine.begin_step(&StepInput { step, inputs, loss_scale: 1.0, rule, clip: clip.then_some(1.0) })?;
+        let result = engine.wait_step()?;
+        if step >= WARM {
+            prediction.step_secs += result.secs / MEASURED as f64;
+            prediction.bound = result.bound;
+            let sums = engine.step_lane_sums().iter();
+            busy.iter_mut().zip(sums).for_each(|(busy, sum)| *busy += sum.busy_secs / MEASURED as f64);
+        }
     }
-    while engine.steps_in_flight() > 0 {
-        bound = engine.wait_step()?.bound;
-    }
-    let lanes = engine.lane_sums().iter().map(|l| l.busy_secs).collect();
-    Ok((Simulated { end_secs: engine.device.now_secs(), lanes }, bound))
+    prediction.bound_secs = busy.into_iter().fold(0.0, f64::max);
+    Ok(prediction)
 }

@@ -1,15 +1,15 @@
 //! Tasks between creation and completion: what waits for what, and which task each lane gets next.
 //!
-//! A task may go to its lane once everything it waits for is on a lane, so lanes can be kept a few tasks ahead and no order of issue
-//! can deadlock. A compute lane takes its tasks in program order; on the other lanes, among those that could start at once, the one whose
-//! result is needed first goes first (earliest deadline).
+//! A compute lane takes its tasks in program order, each as soon as everything it waits for is on a lane, so it is kept a few tasks ahead
+//! and no order of issue can deadlock. The other lanes take only what could start at once, and of that what is needed first (earliest
+//! deadline): a copy that still waits, put on its lane, would hold up all that become ready before it. They are kept ahead by a task
+//! that is ready and needed first of all; any other might stand in the way of a more urgent one that becomes ready in the meantime.
 
 use super::hazards::{Hazards, TaskId};
 use crate::base::{LaneId, LaneKind};
 use crate::device::{Device, Span, Task, Ticket};
 use crate::trace::TaskName;
-use std::cmp::Reverse;
-use std::collections::{BinaryHeap, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 
 /// When a task's result is needed, or when its input is there: a place in the order of compute tasks.
 pub(super) type Deadline = u64;
@@ -55,22 +55,12 @@ struct LaneQueue {
     depth: usize,
     /// Created and not submitted, for lanes that keep program order.
     in_order: VecDeque<TaskId>,
-    /// Everything waited for is done.
-    ready: BinaryHeap<Reverse<(Deadline, TaskId)>>,
-    /// Everything waited for is on a lane.
-    submittable: BinaryHeap<Reverse<(Deadline, TaskId)>>,
+    /// Created and not submitted, for lanes that go by deadline.
+    waiting: BTreeSet<(Deadline, TaskId)>,
+    /// Of those, the ones that could start at once.
+    ready: BTreeSet<(Deadline, TaskId)>,
     in_flight: VecDeque<TaskId>,
     last: (u64, f64),
-}
-
-impl LaneQueue {
-    /// Notes a task of which everything that it waits for is on a lane. Compute keeps program order; arithmetic of the host goes by
-    /// deadline alone, and never stands behind a task that still waits.
-    fn push_submittable(&mut self, deadline: Deadline, id: TaskId) {
-        if self.id.kind != LaneKind::Compute && !self.id.is_host() {
-            self.submittable.push(Reverse((deadline, id)));
-        }
-    }
 }
 
 /// What a finished task was.
@@ -106,8 +96,8 @@ impl Queue {
                 // Two tasks hide the executor's round trip; arithmetic lanes get one more, since theirs can be short.
                 depth: if id.kind == LaneKind::Compute { 3 } else { 2 },
                 in_order: VecDeque::new(),
-                ready: BinaryHeap::new(),
-                submittable: BinaryHeap::new(),
+                waiting: BTreeSet::new(),
+                ready: BTreeSet::new(),
                 in_flight: VecDeque::new(),
                 last: (0, 0.0),
             })
@@ -121,8 +111,6 @@ impl Queue {
         self.entries.reserve(more(self.entries.len()));
         for lane in &mut self.lanes {
             lane.in_order.reserve(more(lane.in_order.len()));
-            lane.ready.reserve(more(lane.ready.len()));
-            lane.submittable.reserve(more(lane.submittable.len()));
             lane.in_flight.reserve(more(lane.in_flight.len()).min(lane.depth));
         }
     }
@@ -158,10 +146,11 @@ impl Queue {
         let lane = &mut self.lanes[order.lane as usize];
         if lane.id.kind == LaneKind::Compute {
             lane.in_order.push_back(id);
-        } else if after.is_empty() {
-            lane.ready.push(Reverse((order.deadline, id)));
-        } else if not_submitted == 0 {
-            lane.push_submittable(order.deadline, id);
+        } else {
+            lane.waiting.insert((order.deadline, id));
+            if after.is_empty() {
+                lane.ready.insert((order.deadline, id));
+            }
         }
         self.entries.push_back(Entry {
             lane: order.lane,
@@ -202,28 +191,21 @@ impl Queue {
     }
 
     fn pick(&mut self, lane: usize) -> Option<TaskId> {
-        if self.lanes[lane].id.kind == LaneKind::Compute {
-            let &id = self.lanes[lane].in_order.front()?;
+        let queue = &self.lanes[lane];
+        if queue.id.kind == LaneKind::Compute {
+            let &id = queue.in_order.front()?;
             return (self.entry(id)?.not_submitted == 0).then(|| {
                 self.lanes[lane].in_order.pop_front();
                 id
             });
         }
-        // A task that was cancelled, or that went to its lane from the other of the two heaps, is not there to be submitted.
-        let waits = |queue: &Queue, id: TaskId| queue.entry(id).is_some_and(|e| e.task.is_some());
-        // Those that went by way of `ready` are taken out here, or the heap would grow for as long as the lane is busy.
-        while self.lanes[lane].submittable.peek().is_some_and(|&Reverse((_, id))| !waits(self, id)) {
-            self.lanes[lane].submittable.pop();
-        }
-        while let Some(Reverse((_, id))) = self.lanes[lane].ready.pop() {
-            if waits(self, id) {
-                return Some(id);
-            }
-        }
-        if !self.lanes[lane].in_flight.is_empty() {
+        let &chosen = queue.ready.first()?;
+        if !queue.in_flight.is_empty() && queue.waiting.first() != Some(&chosen) {
             return None;
         }
-        self.lanes[lane].submittable.pop().map(|Reverse((_, id))| id)
+        self.lanes[lane].waiting.remove(&chosen);
+        self.lanes[lane].ready.remove(&chosen);
+        Some(chosen.1)
     }
 
     fn submit(&mut self, id: TaskId, device: &mut dyn Device) {
@@ -249,9 +231,6 @@ impl Queue {
             let dependent = self.entries[at].dependents[i];
             let entry = &mut self.entries[(dependent - self.first) as usize];
             entry.not_submitted -= 1;
-            if entry.not_submitted == 0 {
-                self.lanes[entry.lane as usize].push_submittable(entry.deadline, dependent);
-            }
         }
     }
 
@@ -283,9 +262,9 @@ impl Queue {
                 entry.waited = (finished.event, end_secs);
             }
             if entry.not_done == 0 && entry.ticket.is_none() {
-                let (lane, key) = (entry.lane as usize, Reverse((entry.deadline, dependent)));
-                if self.lanes[lane].id.kind != LaneKind::Compute {
-                    self.lanes[lane].ready.push(key);
+                let lane = &mut self.lanes[entry.lane as usize];
+                if lane.id.kind != LaneKind::Compute {
+                    lane.ready.insert((entry.deadline, dependent));
                 }
             }
         }
@@ -305,8 +284,8 @@ impl Queue {
         }
         for lane in &mut self.lanes {
             lane.in_order.clear();
+            lane.waiting.clear();
             lane.ready.clear();
-            lane.submittable.clear();
         }
     }
 

@@ -9,13 +9,16 @@ use crate::spill::{BoundaryTier, Plan};
 #[derive(Debug)]
 pub(super) struct Slots<K> {
     holds: Vec<Option<K>>,
+    /// What it held last, forgotten or not.
+    held: Vec<Option<K>>,
     used: Vec<u64>,
     clock: u64,
 }
 
 impl<K: Copy + PartialEq> Slots<K> {
     fn new(count: usize) -> Self {
-        Slots { holds: (0..count).map(|_| None).collect(), used: vec![0; count], clock: 0 }
+        let nothing = || (0..count).map(|_| None).collect();
+        Slots { holds: nothing(), held: nothing(), used: vec![0; count], clock: 0 }
     }
 
     /// The slot that holds `key`, which counts as a use.
@@ -31,14 +34,20 @@ impl<K: Copy + PartialEq> Slots<K> {
         let slot = free
             .min_by_key(|&s| (self.holds[s].is_some(), self.used[s]))
             .expect("a ring has more entries than a task pins");
-        self.holds[slot] = Some(key);
-        self.touch(slot);
+        self.pin(slot, key);
         slot
+    }
+
+    /// The empty slot that held `key` last, for `key` again.
+    pub fn take_back(&mut self, key: K) -> Option<usize> {
+        let slot = (0..self.holds.len()).find(|&s| self.holds[s].is_none() && self.held[s] == Some(key))?;
+        self.pin(slot, key);
+        Some(slot)
     }
 
     /// Puts `key` into a slot of its own.
     pub fn pin(&mut self, slot: usize, key: K) {
-        self.holds[slot] = Some(key);
+        (self.holds[slot], self.held[slot]) = (Some(key), Some(key));
         self.touch(slot);
     }
 
@@ -121,5 +130,22 @@ impl Rings {
             self.activations.forget(|_| true);
         }
         self.gradients.forget(|_| true);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slots_go_to_the_least_recently_used_and_back_to_their_shard() {
+        let mut slots = Slots::new(2);
+        assert_eq!((slots.take(0, &[]), slots.take(1, &[])), (0, 1));
+        assert_eq!(slots.find(0), Some(0));
+        assert_eq!(slots.take(2, &[]), 1, "shard 1 was used before shard 0");
+        assert_eq!(slots.take_back(0), None, "shard 0 is still there");
+        slots.forget(|_| true);
+        assert_eq!((slots.find(2), slots.take_back(1)), (None, None), "shard 1's slot held another since");
+        assert_eq!((slots.take_back(2), slots.take_back(0)), (Some(1), Some(0)));
     }
 }

@@ -5,76 +5,14 @@
 
 use super::queue::Order;
 use super::rings::Place;
-use super::{Engine, EngineOptions, StepInput};
-use crate::device::{
-    AdamwRule, Clip, CopySpan, Memory, Norm, Run, Scalars, Segment, SgdRule, Span, Task, Update, UpdateRule,
-};
+use super::tables::{Join, Piece};
+use super::{Engine, StepInput};
+use crate::device::{AdamwRule, Clip, CopySpan, Memory, Norm, Run, Scalars, SgdRule, Span, Task, Update, UpdateRule};
 use crate::graph::{AREAS, Area, Program};
-use crate::spill::{BoundaryTier, Model, Plan};
+use crate::spill::BoundaryTier;
 use crate::trace::{TaskName, What};
+use std::ops::Range;
 use std::sync::Arc;
-
-/// What every step needs and no step changes.
-#[derive(Debug)]
-pub(super) struct Tables {
-    /// Tensors of each shard's own stretch.
-    segments: Vec<Arc<[Segment]>>,
-    /// By owning shard: uses of its parameters elsewhere, in the order of layers.
-    joins: Vec<Vec<Join>>,
-    /// Stretches of weights that each shard borrows.
-    borrows: Vec<Vec<Borrow>>,
-}
-
-/// A shared parameter's further accumulator, to be added to its owner's.
-#[derive(Clone, Copy, Debug)]
-struct Join {
-    /// The shard that uses it, and the accumulator's start in that shard's gradients.
-    user: usize,
-    from: u64,
-    /// Start in the owner's gradients.
-    to: u64,
-    bytes: u64,
-}
-
-/// A copy of a shared weight.
-#[derive(Clone, Copy, Debug)]
-struct Borrow {
-    owner: usize,
-    /// Start in the flat order.
-    flat: u64,
-    /// Start in the owner's own stretch.
-    in_owner: u64,
-    /// Start in the borrower's weights.
-    at: u64,
-    bytes: u64,
-}
-
-impl Tables {
-    pub fn new(model: &Model, plan: &Plan, options: &EngineOptions) -> Self {
-        let owner_of = |flat: u64| {
-            plan.shards.iter().position(|s| s.layout.own.contains(&flat)).expect("every parameter has an owner")
-        };
-        let segments =
-            plan.shards.iter().map(|s| model.segments(&s.layout.own, |p| options.decays[p]).into()).collect();
-        let mut joins: Vec<Vec<Join>> = vec![Vec::new(); plan.shards.len()];
-        let mut borrows: Vec<Vec<Borrow>> = vec![Vec::new(); plan.shards.len()];
-        for (user, shard) in plan.shards.iter().enumerate() {
-            for shared in &shard.layout.shared {
-                let flat = model.layout.parameter[shared.parameter];
-                let bytes = model.train.bytes(model.train.parameters[shared.parameter].value);
-                let owner = owner_of(flat);
-                let in_owner = flat - plan.shards[owner].layout.own.start;
-                joins[owner].push(Join { user, from: shared.gradient, to: in_owner, bytes });
-                if let Some(at) = shared.borrowed
-                    && !borrows[user].iter().any(|b| b.at == at)
-                {
-                    borrows[user].push(Borrow { owner, flat, in_owner, at, bytes });
-                }
-            }
-        }
-        Tables { segments, joins, borrows }
-    }
-}
 
 /// A rule of the right kind for `moments`, where its numbers do not matter.
 pub(super) fn any_rule(moments: usize) -> UpdateRule {
@@ -125,11 +63,17 @@ impl Engine {
                 continue;
             }
             self.spill_gradient(s, slot, input.step);
-            self.join_and_norm(s, input.step);
-            // Without clipping an update need not wait for the norm; the first shard is needed first in the next step.
+            // Without clipping nobody but the report waits for the norm: it gives way to the updates, of which the first shard's is
+            // needed first in the next step.
             match input.clip {
-                None => self.update(s, input, next_step + (s * self.model.microbatches) as u64),
-                Some(_) => updates.push(s),
+                None => {
+                    self.join_and_norm(s, input.step, next_step + (n * self.model.microbatches) as u64);
+                    self.update(s, input, next_step + (s * self.model.microbatches) as u64);
+                }
+                Some(_) => {
+                    self.join_and_norm(s, input.step, self.sequence);
+                    updates.push(s);
+                }
             }
         }
         for s in updates.into_iter().rev() {
@@ -137,7 +81,7 @@ impl Engine {
         }
         if self.plan.choice.resident {
             for s in (0..n).rev() {
-                self.join_and_norm(s, input.step);
+                self.join_and_norm(s, input.step, self.sequence);
             }
             self.result(input.step);
             for s in 0..n {
@@ -177,7 +121,7 @@ impl Engine {
             Pass::Evaluate => shard.eval.as_ref(),
         };
         let program = Arc::clone(program.expect("a model has the programs of every pass that it is asked for"));
-        let slot = self.fetch_weights(s, context.step);
+        let slot = self.fetch_weights(s, pass, context.step);
         let gradient_slot = if plan.choice.resident { s } else { self.rings.gradient_slot() };
         for m in 0..self.model.microbatches {
             self.microbatch(s, m, pass, &program, slot, gradient_slot, context);
@@ -364,7 +308,7 @@ impl Engine {
     }
 
     /// The slot that holds a shard's weights, after a fetch where none does.
-    fn fetch_weights(&mut self, s: usize, step: u64) -> usize {
+    fn fetch_weights(&mut self, s: usize, pass: Pass, step: u64) -> usize {
         if let Some(slot) = self.rings.weights.find(s) {
             return slot;
         }
@@ -374,24 +318,35 @@ impl Engine {
             self.rings.weights.pin(s, s);
             s
         } else {
-            self.rings.weights.take(s, &[])
+            // New weights exist once their last use is over, so the slot of the old ones costs no wait, and leaves the others' slots to
+            // shards whose update comes sooner.
+            self.rings.weights.take_back(s).unwrap_or_else(|| self.rings.weights.take(s, &[]))
         };
         let base = arena.weight_slots[slot];
+        // A step's first visit comes soon after the update; by the second all pieces have long been there.
+        let first_visit = pass != Pass::Backward || s + 1 == plan.shards.len();
         let own = shard.own.end - shard.own.start;
-        let mut spans =
-            vec![CopySpan { from: self.store(host.weights + shard.own.start, own), to: self.arena(base, own) }];
-        for b in &self.visits.borrows[s] {
-            spans.push(CopySpan {
-                from: self.store(host.weights + b.flat, b.bytes),
-                to: self.arena(base + b.at, b.bytes),
-            });
+        let count = if first_visit { self.visits.pieces[s].len() } else { 1 };
+        for i in 0..count {
+            let piece = if count == 1 { 0..own } else { self.visits.pieces[s][i].range.clone() };
+            let bytes = piece.end - piece.start;
+            let from = self.store(host.weights + shard.own.start + piece.start, bytes);
+            let mut spans = vec![CopySpan { from, to: self.arena(base + piece.start, bytes) }];
+            if i + 1 == count {
+                for b in &self.visits.borrows[s] {
+                    spans.push(CopySpan {
+                        from: self.store(host.weights + b.flat, b.bytes),
+                        to: self.arena(base + b.at, b.bytes),
+                    });
+                }
+                let states = shard.states.end - shard.states.start;
+                spans.push(CopySpan {
+                    from: self.store(host.states + shard.states.start, states),
+                    to: self.arena(base + arena.states_at[s], states),
+                });
+            }
+            self.copy(What::FetchWeights, s, None, step, spans);
         }
-        let states = shard.states.end - shard.states.start;
-        spans.push(CopySpan {
-            from: self.store(host.states + shard.states.start, states),
-            to: self.arena(base + arena.states_at[s], states),
-        });
-        self.copy(What::FetchWeights, s, None, step, spans);
         slot
     }
 
@@ -438,12 +393,17 @@ impl Engine {
         base
     }
 
-    /// Sends a shard's gradients to the host's store.
+    /// Sends a shard's gradients to the host's store, shared parameters' accumulators with the last piece.
     fn spill_gradient(&mut self, s: usize, slot: usize, step: u64) {
-        let bytes = self.plan.shards[s].layout.gradient_bytes;
-        let from = self.arena(self.plan.arena.gradient_slots[slot], bytes);
-        let to = self.store(self.plan.host.shard_gradients[s], bytes);
-        self.copy(What::SpillGradient, s, None, step, vec![CopySpan { from, to }]);
+        let all = self.plan.shards[s].layout.gradient_bytes;
+        let (from, to) = (self.plan.arena.gradient_slots[slot], self.plan.host.shard_gradients[s]);
+        let count = self.visits.pieces[s].len();
+        for i in 0..count {
+            let Range { start, end } = self.visits.pieces[s][i].range;
+            let bytes = if i + 1 == count { all - start } else { end - start };
+            let span = CopySpan { from: self.arena(from + start, bytes), to: self.store(to + start, bytes) };
+            self.copy(What::SpillGradient, s, None, step, vec![span]);
+        }
     }
 
     /// Where a shard's gradients lie when its update reads them.
@@ -469,8 +429,8 @@ impl Engine {
     }
 
     /// Adds the accumulators of a shard's shared parameters in the order of layers, then sums its gradients' squares. Users are later
-    /// shards, whose backward came before.
-    fn join_and_norm(&mut self, s: usize, step: u64) {
+    /// shards, whose backward came before. `deadline` is the norm's.
+    fn join_and_norm(&mut self, s: usize, step: u64, deadline: u64) {
         let lane = self.math_lane();
         let within = |span: Span, offset: u64, bytes: u64| Span { offset: span.offset + offset, bytes, ..span };
         for i in 0..self.visits.joins[s].len() {
@@ -490,27 +450,35 @@ impl Engine {
         let first = u64::from(segments[0].index);
         let entries = within(table, 8 * first, 8 * segments.len() as u64);
         let task = Task::Norm(Box::new(Norm { gradient, segments, table }));
-        self.add(lane, What::Norm, s, None, step, self.sequence, task, &[gradient], &[entries]);
+        self.add(lane, What::Norm, s, None, step, deadline, task, &[gradient], &[entries]);
     }
 
     fn update(&mut self, s: usize, input: &StepInput, deadline: u64) {
-        let segments = Arc::clone(&self.visits.segments[s]);
-        if segments.is_empty() {
+        if self.visits.segments[s].is_empty() {
             return;
         }
-        let plan = Arc::clone(&self.plan);
-        let own = &plan.shards[s].layout.own;
-        let bytes = own.end - own.start;
-        let (weight, moments) = if plan.choice.resident {
+        if self.plan.choice.resident {
             self.fetch_moments(input.step);
-            let moments = [0, 1].map(|i| plan.arena.moments[i].get(s).map(|&at| self.arena(at, bytes)));
-            (self.arena(plan.arena.weight_slots[s], bytes), moments)
+        }
+        for i in 0..self.visits.pieces[s].len() {
+            self.update_piece(s, i, input, deadline);
+        }
+        self.refresh_copies(s, input.step);
+    }
+
+    fn update_piece(&mut self, s: usize, i: usize, input: &StepInput, deadline: u64) {
+        let Piece { range: Range { start, end }, segments } = self.visits.pieces[s][i].clone();
+        let plan = Arc::clone(&self.plan);
+        let (flat, bytes) = (plan.shards[s].layout.own.start + start, end - start);
+        let (weight, moments) = if plan.choice.resident {
+            let moments = [0, 1].map(|i| plan.arena.moments[i].get(s).map(|&at| self.arena(at + start, bytes)));
+            (self.arena(plan.arena.weight_slots[s] + start, bytes), moments)
         } else {
-            let moments =
-                [0, 1].map(|i| (i < plan.moments).then(|| self.store(plan.host.moments[i] + own.start, bytes)));
-            (self.store(plan.host.weights + own.start, bytes), moments)
+            let moments = [0, 1].map(|i| (i < plan.moments).then(|| self.store(plan.host.moments[i] + flat, bytes)));
+            (self.store(plan.host.weights + flat, bytes), moments)
         };
-        let gradient = Span { bytes, ..self.gradients(s) };
+        let gradient = self.gradients(s);
+        let gradient = Span { offset: gradient.offset + start, bytes, ..gradient };
         let parity = (input.step % 2) as usize;
         let loss_bytes = 4 * self.model.microbatches as u64;
         let gate = match plan.choice.resident {
@@ -525,7 +493,6 @@ impl Engine {
         let update = Update { rule: input.rule, segments, weight, moments, gradient, clip, gate };
         let lane = self.math_lane();
         self.add(lane, What::Update, s, None, input.step, deadline, Task::Update(Box::new(update)), &reads, &writes);
-        self.refresh_copies(s, input.step);
     }
 
     /// After an update of shard `s`: copies of its weights elsewhere are stale.
