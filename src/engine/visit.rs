@@ -323,10 +323,12 @@ impl Engine {
             self.rings.weights.take_back(s).unwrap_or_else(|| self.rings.weights.take(s, &[]))
         };
         let base = arena.weight_slots[slot];
-        // A step's first visit comes soon after the update; by the second all pieces have long been there.
-        let first_visit = pass != Pass::Backward || s + 1 == plan.shards.len();
+        // In pieces where a piece can be of use before the next: at a step's first visit, which begins on what an update has left, and
+        // where boundary tensors share the lane, since one that is needed sooner must not stand behind a whole shard.
         let own = shard.own.end - shard.own.start;
-        let count = if first_visit { self.visits.pieces[s].len() } else { 1 };
+        let first_visit = pass != Pass::Backward || s + 1 == plan.shards.len();
+        let shared_lane = [plan.choice.activations, plan.choice.gradients].iter().any(|&t| t != BoundaryTier::Device);
+        let count = if first_visit || shared_lane { self.visits.pieces[s].len() } else { 1 };
         for i in 0..count {
             let piece = if count == 1 { 0..own } else { self.visits.pieces[s][i].range.clone() };
             let bytes = piece.end - piece.start;

@@ -231,9 +231,12 @@ impl Recurrence<'_> {
                 let (slot, users) = self.slots.take_of((s, 0), |e| own_use.is_none_or(|u| e.1 == u));
                 let before = |start: u64| users.iter().filter(move |u| u.1 > start).map(|u| u.0).collect::<Vec<_>>();
                 let pieces = plan.pieces(s);
+                // A backward visit's fetch is whole, save where boundary tensors cross the same link.
+                let crossing = [plan.choice.activations, plan.choice.gradients].iter().any(|&t| t != BoundaryTier::Device);
+                let in_pieces = !backward || s + 1 == plan.shards.len() || crossing;
                 if plan.choice.resident || shard.fetch_bytes() == 0 {
                     here = before(0);
-                } else if pieces.len() == self.updated[s].len() && (!backward || s + 1 == plan.shards.len()) {
+                } else if pieces.len() == self.updated[s].len() && in_pieces {
                     for (piece, updated) in pieces.into_iter().zip(self.updated[s].clone()) {
                         let waits = before(piece.start).into_iter().chain([updated]).collect();
                         here.push(self.copy_in(piece.end - piece.start, waits));
