@@ -1,7 +1,7 @@
 //! Ratios of whole training runs on the host device, measured side by side: what spilling costs, what a second slot is worth, and
 //! PyTorch's eager speed on the same shape where `HYDRA_PYTHON` (or `python3`) has torch.
 //!
-//! `cargo bench --bench training`; `HYDRA_BENCH_QUICK=1` takes smaller shapes and fewer rounds, to see that it runs.
+//! `cargo bench --bench training`, with `-- spilling`, `-- double-buffering` or `-- prediction` for a part; `HYDRA_BENCH_QUICK=1` takes smaller shapes and fewer rounds, to see that it runs.
 
 use hydra::base::{DType, Result, Shape, format_bytes};
 use hydra::data::{RandomOptions, RandomSource, Source};
@@ -9,7 +9,7 @@ use hydra::device::host::calibrate;
 use hydra::device::sim::CostModel;
 use hydra::engine::predict;
 use hydra::nn::{Network, from_config};
-use hydra::spill::{Model, Plan, PlanOptions, Recompute};
+use hydra::spill::{Model, Plan, PlanOptions};
 use hydra::train::{Observer, Session, StepReport, TrainOptions, Weights, inputs_of, plan_model, trace_model};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -207,14 +207,14 @@ fn double_buffering(gpt: Gpt, rounds: usize, steps: u64, cost: &CostModel) -> Re
     let options = |slots: usize| PlanOptions {
         cut: Some(cut.clone()),
         resident: Some(false),
-        recompute: Recompute::Always,
+        kept: Some(vec![true; cut.len()]),
         slots,
         ..PlanOptions::default()
     };
     let mut free = way("link uncapped", gpt, TrainOptions { plan: options(2), ..base.clone() }, cost)?;
     free.round(gpt)?;
-    // Forward's share of the step: with recomputation everywhere it runs twice, beside a backward of about two.
-    let forward = free.median() / 4.0 / cut.len() as f64;
+    // Forward's share of what the device computes in a step: nothing is recomputed, and a backward takes about two forwards.
+    let forward = free.bound / 3.0 / cut.len() as f64;
     let bytes = free.plan.shards.iter().map(|s| s.fetch_bytes()).sum::<u64>() as f64 / cut.len() as f64;
     let mut capped = base;
     capped.device.link_bytes_per_sec = Some(bytes / forward);
@@ -241,10 +241,12 @@ fn double_buffering(gpt: Gpt, rounds: usize, steps: u64, cost: &CostModel) -> Re
 }
 
 /// Predicted against measured steps of spilled and resident jobs.
-fn prediction(jobs: &[(&'static str, Gpt, f64)], steps: u64, cost: &CostModel) -> Result<()> {
+fn prediction(jobs: &[(&'static str, Gpt, f64)], steps: u64) -> Result<()> {
     println!("prediction: the executor on a simulated device with this machine's rates, against the host device");
     let mut errors = Vec::new();
     for &(name, gpt, share) in jobs {
+        // As `hydra plan` does: measured just before.
+        let cost = &calibrate(None)?;
         let base = TrainOptions { batch: gpt.batch, microbatch: gpt.batch, ..TrainOptions::new(steps) };
         let whole = way(name, gpt, base.clone(), cost)?;
         let budget = (whole.plan.arena.bytes as f64 * share) as u64;
@@ -275,12 +277,19 @@ fn main() -> Result<()> {
         false => (Gpt { layers: 6, width: 384, heads: 6, context: 256, batch: 8 }, 3, 8),
         true => (Gpt { layers: 3, width: 96, heads: 3, context: 64, batch: 4 }, 1, 4),
     };
-    spilling(gpt, rounds, steps, &cost)?;
+    // Names of parts, such as `cargo bench --bench training -- prediction`; none is all.
+    let parts: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
+    let wanted = |part: &str| parts.is_empty() || parts.iter().any(|p| p == part);
+    if wanted("spilling") {
+        spilling(gpt, rounds, steps, &cost)?;
+    }
     let deep = match quick {
         false => Gpt { layers: 10, width: 256, heads: 4, context: 128, batch: 8 },
         true => Gpt { layers: 8, width: 64, heads: 2, context: 32, batch: 2 },
     };
-    double_buffering(deep, rounds, steps, &cost)?;
+    if wanted("double-buffering") {
+        double_buffering(deep, rounds, steps, &cost)?;
+    }
     let jobs: &[(&'static str, Gpt, f64)] = &[
         ("6 x 384, context 256, resident", gpt, 1.0),
         ("6 x 384, context 256, 50 %", gpt, 0.5),
@@ -291,7 +300,9 @@ fn main() -> Result<()> {
         ("2 x 512, context 64, resident", Gpt { layers: 2, width: 512, heads: 8, context: 64, batch: 16 }, 1.0),
         ("2 x 512, context 64, 50 %", Gpt { layers: 2, width: 512, heads: 8, context: 64, batch: 16 }, 0.5),
     ];
-    prediction(if quick { &jobs[..1] } else { jobs }, if quick { 4 } else { 6 }, &cost)?;
+    if wanted("prediction") {
+        prediction(if quick { &jobs[..1] } else { jobs }, if quick { 4 } else { 6 })?;
+    }
     println!("in {:.0} s", began.elapsed().as_secs_f64());
     Ok(())
 }

@@ -232,7 +232,8 @@ impl Recurrence<'_> {
                 let before = |start: u64| users.iter().filter(move |u| u.1 > start).map(|u| u.0).collect::<Vec<_>>();
                 let pieces = plan.pieces(s);
                 // A backward visit's fetch is whole, save where boundary tensors cross the same link.
-                let crossing = [plan.choice.activations, plan.choice.gradients].iter().any(|&t| t != BoundaryTier::Device);
+                let crossing =
+                    [plan.choice.activations, plan.choice.gradients].iter().any(|&t| t != BoundaryTier::Device);
                 let in_pieces = !backward || s + 1 == plan.shards.len() || crossing;
                 if plan.choice.resident || shard.fetch_bytes() == 0 {
                     here = before(0);

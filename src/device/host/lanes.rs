@@ -90,21 +90,19 @@ pub(super) struct Throttle {
 impl Throttle {
     /// Waits until `bytes`, whose copy began at `began`, would have crossed the link, or the device is being dropped.
     fn wait_for_link(&mut self, began: Instant, bytes: u64, stop: &AtomicBool) {
-        let from = self.free_at.map_or(began, |free| free.max(began));
-        let until = from + Duration::from_secs_f64(bytes as f64 / self.bytes_per_sec);
-        self.free_at = Some(until);
-        // Sleep overshoots by tens of microseconds, which the next copy would inherit: spin the last stretch.
-        const SPIN: Duration = Duration::from_micros(120);
+        // A sleep overshoots by some tens of microseconds. A copy that begins within them follows the one before at once, or the link would
+        // be slower than stated; spinning instead would take the time from the arithmetic, which has the same cores.
+        const OVERSHOOT: Duration = Duration::from_micros(200);
         // A slow link's copy may take minutes, which a drop need not wait for.
         const SLICE: Duration = Duration::from_millis(50);
-        while let Some(rest) = until.checked_duration_since(Instant::now() + SPIN) {
+        let from = self.free_at.filter(|&free| free + OVERSHOOT >= began).unwrap_or(began);
+        let until = from + Duration::from_secs_f64(bytes as f64 / self.bytes_per_sec);
+        self.free_at = Some(until);
+        while let Some(rest) = until.checked_duration_since(Instant::now()).filter(|r| !r.is_zero()) {
             if stop.load(Ordering::Acquire) {
                 return;
             }
             std::thread::sleep(rest.min(SLICE));
-        }
-        while Instant::now() < until {
-            std::thread::yield_now();
         }
     }
 }

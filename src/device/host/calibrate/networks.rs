@@ -14,8 +14,9 @@ pub(super) fn all() -> Result<Vec<Graph>> {
         transformer(1, 256, 128, 2, 1024)?,
         transformer(2, 128, 256, 8, 512)?,
         transformer(1, 256, 512, 8, 512)?,
+        transformer(4, 256, 384, 6, 256)?,
         images(8, 32, 16)?,
-        images(4, 32, 32)?,
+        images(4, 48, 24)?,
         images(8, 16, 64)?,
     ])
 }
