@@ -10,6 +10,7 @@ use hydra::device::sim::CostModel;
 use hydra::engine::predict;
 use hydra::nn::{Network, from_config};
 use hydra::spill::{Model, Plan, PlanOptions};
+use hydra::trace::Bound;
 use hydra::train::{Observer, Session, StepReport, TrainOptions, Weights, inputs_of, plan_model, trace_model};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -56,18 +57,23 @@ struct Way {
     secs: Vec<f64>,
     /// Busy seconds a step of the busiest lane, for each round.
     bounds: Vec<f64>,
+    /// Seconds of all those steps by what bound them.
+    bound_by: Bound,
 }
 
 /// Step times, without the first `skip`.
 struct Times {
     skip: u64,
     secs: Vec<f64>,
+    /// Those seconds by what bound them.
+    bound: Bound,
 }
 
 impl Observer for Times {
     fn step(&mut self, report: &StepReport) -> Result<()> {
         if report.result.step >= self.skip {
             self.secs.push(report.result.secs);
+            self.bound.add(&report.result.bound);
         }
         Ok(())
     }
@@ -81,7 +87,15 @@ fn way(name: &'static str, gpt: Gpt, options: TrainOptions, cost: &CostModel) ->
     let model =
         trace_model(gpt.network().as_ref(), &inputs_of(gpt.source().as_ref()), options.batch, options.microbatch)?;
     let plan = plan_model(&model, &options, cost)?;
-    Ok(Way { name, model: Arc::new(model), plan: Arc::new(plan), options, secs: Vec::new(), bounds: Vec::new() })
+    Ok(Way {
+        name,
+        model: Arc::new(model),
+        plan: Arc::new(plan),
+        options,
+        secs: Vec::new(),
+        bounds: Vec::new(),
+        bound_by: Bound::default(),
+    })
 }
 
 impl Way {
@@ -91,12 +105,13 @@ impl Way {
         let planned = (Arc::clone(&self.model), Arc::clone(&self.plan));
         let mut session =
             Session::new(network.as_ref(), Weights::Random, planned, gpt.source(), None, self.options.clone())?;
-        let mut times = Times { skip: 2, secs: Vec::new() };
+        let mut times = Times { skip: 2, secs: Vec::new(), bound: Bound::default() };
         session.run(&mut times, &AtomicBool::new(false))?;
         // All steps count here: the first ones compute as much as the others.
         let steps = self.options.steps as f64;
         self.bounds.push(session.engine().lane_sums().iter().map(|l| l.busy_secs / steps).fold(0.0, f64::max));
         self.secs.extend(times.secs);
+        self.bound_by.add(&times.bound);
         Ok(())
     }
 
@@ -240,6 +255,10 @@ fn double_buffering(gpt: Gpt, rounds: usize, steps: u64, cost: &CostModel) -> Re
     report(&ways, gpt.tokens());
     let [one, two] = &ways;
     println!("  one slot / two slots: {:.2} (want 1.5)", one.median() / two.median());
+    let shares = Bound::NAMES.iter().zip(two.bound_by.parts());
+    let shares: Vec<String> =
+        shares.map(|(name, secs)| format!("{name} {:.1} %", 100.0 * secs / two.bound_by.total())).collect();
+    println!("  two slots, bound by: {}", shares.join(", "));
     println!("  two slots, share of A = the busiest lane's seconds: {:.3} (want 0.93)", two.bound() / two.median());
     Ok(())
 }
