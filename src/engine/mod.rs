@@ -7,6 +7,7 @@
 mod hazards;
 mod queue;
 mod rings;
+mod settle;
 mod state;
 mod tables;
 mod visit;

@@ -5,9 +5,8 @@
 
 use super::queue::Order;
 use super::rings::Place;
-use super::tables::{Join, Piece};
 use super::{Engine, StepInput};
-use crate::device::{AdamwRule, Clip, CopySpan, Memory, Norm, Run, Scalars, SgdRule, Span, Task, Update, UpdateRule};
+use crate::device::{AdamwRule, CopySpan, Memory, Run, Scalars, SgdRule, Span, Task, UpdateRule};
 use crate::graph::{AREAS, Area, Program};
 use crate::spill::BoundaryTier;
 use crate::trace::{TaskName, What};
@@ -26,6 +25,14 @@ pub(super) fn any_rule(moments: usize) -> UpdateRule {
             weight_decay: 0.0,
         }),
     }
+}
+
+/// One visit of a shard: what is scheduled. The range is the whole minibatch unless a schedule pipelines microbatches.
+#[derive(Clone, Debug)]
+struct Unit {
+    shard: usize,
+    pass: Pass,
+    microbatches: Range<usize>,
 }
 
 /// What a visit does.
@@ -50,12 +57,12 @@ impl Engine {
         let n = self.plan.shards.len();
         let context = Context { step: input.step, loss_scale: input.loss_scale, check: false };
         for s in 0..n - 1 {
-            self.visit(s, Pass::Forward, context);
+            self.visit(&self.unit(s, Pass::Forward), context);
         }
         let mut updates = Vec::new();
         let next_step = self.sequence + (n * self.model.microbatches) as u64;
         for s in (0..n).rev() {
-            let slot = self.visit(s, Pass::Backward, context);
+            let slot = self.visit(&self.unit(s, Pass::Backward), context);
             if s == n - 1 && !self.plan.choice.resident {
                 self.result(input.step);
             }
@@ -95,7 +102,8 @@ impl Engine {
         let n = self.plan.shards.len();
         let context = Context { step, loss_scale: 1.0, check: true };
         for s in 0..n {
-            self.visit(s, if s + 1 == n { Pass::Backward } else { Pass::Forward }, context);
+            let pass = if s + 1 == n { Pass::Backward } else { Pass::Forward };
+            self.visit(&self.unit(s, pass), context);
         }
     }
 
@@ -103,15 +111,21 @@ impl Engine {
     pub(super) fn expand_evaluation(&mut self, step: u64, loss_scale: f64) {
         let n = self.plan.shards.len();
         for s in 0..n {
-            self.visit(s, Pass::Evaluate, Context { step, loss_scale, check: false });
+            self.visit(&self.unit(s, Pass::Evaluate), Context { step, loss_scale, check: false });
         }
         if self.model.eval.as_ref().is_some_and(|g| g.loss.is_some()) {
             self.result(step);
         }
     }
 
+    /// A visit of all microbatches.
+    fn unit(&self, shard: usize, pass: Pass) -> Unit {
+        Unit { shard, pass, microbatches: 0..self.model.microbatches }
+    }
+
     /// Makes the tasks of one visit and returns the gradient slot that it filled.
-    fn visit(&mut self, s: usize, pass: Pass, context: Context) -> usize {
+    fn visit(&mut self, unit: &Unit, context: Context) -> usize {
+        let (s, pass) = (unit.shard, unit.pass);
         let plan = Arc::clone(&self.plan);
         let shard = &plan.shards[s];
         let last = s + 1 == plan.shards.len();
@@ -123,7 +137,7 @@ impl Engine {
         let program = Arc::clone(program.expect("a model has the programs of every pass that it is asked for"));
         let slot = self.fetch_weights(s, pass, context.step);
         let gradient_slot = if plan.choice.resident { s } else { self.rings.gradient_slot() };
-        for m in 0..self.model.microbatches {
+        for m in unit.microbatches.clone() {
             self.microbatch(s, m, pass, &program, slot, gradient_slot, context);
         }
         let states = shard.layout.states.end - shard.layout.states.start;
@@ -267,15 +281,15 @@ impl Engine {
         self.sequence += 1;
     }
 
-    fn arena(&self, offset: u64, bytes: u64) -> Span {
+    pub(super) fn arena(&self, offset: u64, bytes: u64) -> Span {
         Span { memory: Memory::Device(0), offset, bytes }
     }
 
-    fn store(&self, offset: u64, bytes: u64) -> Span {
+    pub(super) fn store(&self, offset: u64, bytes: u64) -> Span {
         Span { memory: Memory::Host, offset, bytes }
     }
 
-    fn add(
+    pub(super) fn add(
         &mut self,
         lane: u16,
         what: What,
@@ -293,7 +307,7 @@ impl Engine {
     }
 
     /// Adds a copy; its lane follows from where it goes.
-    fn copy(&mut self, what: What, s: usize, m: Option<usize>, step: u64, mut spans: Vec<CopySpan>) {
+    pub(super) fn copy(&mut self, what: What, s: usize, m: Option<usize>, step: u64, mut spans: Vec<CopySpan>) {
         spans.retain(|c| c.from.bytes > 0);
         if spans.is_empty() {
             return;
@@ -393,164 +407,5 @@ impl Engine {
             .collect();
         self.copy(What::Input, s, Some(m), step, spans);
         base
-    }
-
-    /// Sends a shard's gradients to the host's store, shared parameters' accumulators with the last piece.
-    fn spill_gradient(&mut self, s: usize, slot: usize, step: u64) {
-        let all = self.plan.shards[s].layout.gradient_bytes;
-        let (from, to) = (self.plan.arena.gradient_slots[slot], self.plan.host.shard_gradients[s]);
-        let count = self.visits.pieces[s].len();
-        for i in 0..count {
-            let Range { start, end } = self.visits.pieces[s][i].range;
-            let bytes = if i + 1 == count { all - start } else { end - start };
-            let span = CopySpan { from: self.arena(from + start, bytes), to: self.store(to + start, bytes) };
-            self.copy(What::SpillGradient, s, None, step, vec![span]);
-        }
-    }
-
-    /// Where a shard's gradients lie when its update reads them.
-    fn gradients(&self, s: usize) -> Span {
-        let bytes = self.plan.shards[s].layout.gradient_bytes;
-        match self.plan.choice.resident {
-            true => self.arena(self.plan.arena.gradient_slots[s], bytes),
-            false => self.store(self.plan.host.shard_gradients[s], bytes),
-        }
-    }
-
-    fn math_lane(&self) -> u16 {
-        if self.plan.choice.resident { self.lanes.compute } else { self.lanes.host }
-    }
-
-    fn norms(&self, step: u64) -> Span {
-        let bytes = 8 * self.model.train.parameters.len() as u64;
-        let parity = (step % 2) as usize;
-        match self.plan.choice.resident {
-            true => self.arena(self.plan.arena.norms[parity], bytes),
-            false => self.store(self.plan.host.norms[parity], bytes),
-        }
-    }
-
-    /// Adds the accumulators of a shard's shared parameters in the order of layers, then sums its gradients' squares. Users are later
-    /// shards, whose backward came before. `deadline` is the norm's.
-    fn join_and_norm(&mut self, s: usize, step: u64, deadline: u64) {
-        let lane = self.math_lane();
-        let within = |span: Span, offset: u64, bytes: u64| Span { offset: span.offset + offset, bytes, ..span };
-        for i in 0..self.visits.joins[s].len() {
-            let Join { user, from, to, bytes } = self.visits.joins[s][i];
-            let from = within(self.gradients(user), from, bytes);
-            let to = within(self.gradients(s), to, bytes);
-            let task = Task::Add(vec![CopySpan { from, to }]);
-            self.add(lane, What::Update, s, None, step, self.sequence, task, &[from], &[to]);
-        }
-        let segments = Arc::clone(&self.visits.segments[s]);
-        if segments.is_empty() {
-            return;
-        }
-        let gradient = self.gradients(s);
-        let table = self.norms(step);
-        // Only this shard's entries are written, so norms of other shards need not wait.
-        let first = u64::from(segments[0].index);
-        let entries = within(table, 8 * first, 8 * segments.len() as u64);
-        let task = Task::Norm(Box::new(Norm { gradient, segments, table }));
-        self.add(lane, What::Norm, s, None, step, deadline, task, &[gradient], &[entries]);
-    }
-
-    fn update(&mut self, s: usize, input: &StepInput, deadline: u64) {
-        if self.visits.segments[s].is_empty() {
-            return;
-        }
-        if self.plan.choice.resident {
-            self.fetch_moments(input.step);
-        }
-        for i in 0..self.visits.pieces[s].len() {
-            self.update_piece(s, i, input, deadline);
-        }
-        self.refresh_copies(s, input.step);
-    }
-
-    fn update_piece(&mut self, s: usize, i: usize, input: &StepInput, deadline: u64) {
-        let Piece { range: Range { start, end }, segments } = self.visits.pieces[s][i].clone();
-        let plan = Arc::clone(&self.plan);
-        let (flat, bytes) = (plan.shards[s].layout.own.start + start, end - start);
-        let (weight, moments) = if plan.choice.resident {
-            let moments = [0, 1].map(|i| plan.arena.moments[i].get(s).map(|&at| self.arena(at + start, bytes)));
-            (self.arena(plan.arena.weight_slots[s] + start, bytes), moments)
-        } else {
-            let moments = [0, 1].map(|i| (i < plan.moments).then(|| self.store(plan.host.moments[i] + flat, bytes)));
-            (self.store(plan.host.weights + flat, bytes), moments)
-        };
-        let gradient = self.gradients(s);
-        let gradient = Span { offset: gradient.offset + start, bytes, ..gradient };
-        let parity = (input.step % 2) as usize;
-        let loss_bytes = 4 * self.model.microbatches as u64;
-        let gate = match plan.choice.resident {
-            true => self.arena(plan.arena.losses[parity], loss_bytes),
-            false => self.store(plan.host.losses[parity], loss_bytes),
-        };
-        let clip = input.clip.map(|max_norm| Clip { max_norm, table: self.norms(input.step) });
-        let mut reads = vec![gradient, gate];
-        reads.extend(clip.map(|c| c.table));
-        let mut writes = vec![weight];
-        writes.extend(moments.iter().flatten());
-        let update = Update { rule: input.rule, segments, weight, moments, gradient, clip, gate };
-        let lane = self.math_lane();
-        self.add(lane, What::Update, s, None, input.step, deadline, Task::Update(Box::new(update)), &reads, &writes);
-    }
-
-    /// After an update of shard `s`: copies of its weights elsewhere are stale.
-    fn refresh_copies(&mut self, s: usize, step: u64) {
-        let plan = Arc::clone(&self.plan);
-        if !plan.choice.resident {
-            let borrows = &self.visits.borrows;
-            self.rings.weights.forget(|shard| shard == s || borrows[shard].iter().any(|b| b.owner == s));
-            return;
-        }
-        for user in 0..plan.shards.len() {
-            let spans = self.visits.borrows[user]
-                .iter()
-                .filter(|b| b.owner == s)
-                .map(|b| CopySpan {
-                    from: self.arena(plan.arena.weight_slots[s] + b.in_owner, b.bytes),
-                    to: self.arena(plan.arena.weight_slots[user] + b.at, b.bytes),
-                })
-                .collect();
-            self.copy(What::Update, user, None, step, spans);
-        }
-    }
-
-    /// Resident: brings the moments to the device before the first update.
-    fn fetch_moments(&mut self, step: u64) {
-        if self.rings.moments_fetched {
-            return;
-        }
-        self.rings.moments_fetched = true;
-        let plan = Arc::clone(&self.plan);
-        for (s, shard) in plan.shards.iter().enumerate() {
-            let own = &shard.layout.own;
-            let bytes = own.end - own.start;
-            let spans = (0..plan.moments)
-                .map(|i| CopySpan {
-                    from: self.store(plan.host.moments[i] + own.start, bytes),
-                    to: self.arena(plan.arena.moments[i][s], bytes),
-                })
-                .collect();
-            self.copy(What::FetchState, s, None, step, spans);
-        }
-    }
-
-    /// Brings a step's losses, and the norms where they are on the device, to the host.
-    fn result(&mut self, step: u64) {
-        let plan = Arc::clone(&self.plan);
-        let parity = (step % 2) as usize;
-        let bytes = 4 * self.model.microbatches as u64;
-        let mut spans = vec![CopySpan {
-            from: self.arena(plan.arena.losses[parity], bytes),
-            to: self.store(plan.host.losses[parity], bytes),
-        }];
-        if plan.choice.resident {
-            let norms = self.norms(step);
-            spans.push(CopySpan { from: norms, to: self.store(plan.host.norms[parity], norms.bytes) });
-        }
-        self.copy(What::Result, plan.shards.len() - 1, None, step, spans);
     }
 }

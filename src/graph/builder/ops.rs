@@ -1,0 +1,332 @@
+//! The builder's ops, one method each: checks shapes, gives the output's.
+
+use super::{AttentionOptions, Builder};
+use crate::base::{DType, Error, Result, Shape};
+use crate::graph::graph::{Source, Value};
+use crate::graph::kinds::{Activation, Init, Mode, WeightLayout};
+use crate::graph::op::{AttentionKind, Op, Window};
+
+impl Builder {
+    /// Rows of `table` (V, C) at `ids` (..) -> (.., C).
+    ///
+    /// # Errors
+    /// When the table is no matrix or the ids are no integers.
+    pub fn embedding(&mut self, ids: Value, table: Value) -> Result<Value> {
+        self.expect_dtype("embedding: ids", ids, DType::I32)?;
+        let [_, cols] = self.axes("embedding: table", table)?;
+        let mut shape = self.shape(ids).clone();
+        shape.0.push(cols);
+        self.one(Op::Embedding, vec![ids, table], shape)
+    }
+
+    /// `x` (B, T, C) plus the first T rows of `table` (P, C).
+    ///
+    /// # Errors
+    /// When T is over P or the widths differ.
+    pub fn add_position(&mut self, x: Value, table: Value) -> Result<Value> {
+        let [_, t, c] = self.axes("add_position: x", x)?;
+        let [p, cols] = self.axes("add_position: table", table)?;
+        if t > p || c != cols {
+            return Err(Error::bad(format!("add_position: x is {}, the table {p}x{cols}", self.shape(x))));
+        }
+        let shape = self.shape(x).clone();
+        self.one(Op::AddPosition, vec![x, table], shape)
+    }
+
+    /// `x` (.., K) times `weight`, plus `bias` (N), through `activation` -> (.., N).
+    ///
+    /// # Errors
+    /// When the sizes do not match.
+    pub fn linear(
+        &mut self,
+        x: Value,
+        weight: Value,
+        bias: Option<Value>,
+        activation: Activation,
+        layout: WeightLayout,
+    ) -> Result<Value> {
+        let [a, b] = self.axes("linear: weight", weight)?;
+        let (k, n) = match layout {
+            WeightLayout::InOut => (a, b),
+            WeightLayout::OutIn => (b, a),
+        };
+        let mut shape = self.shape(x).clone();
+        if shape.0.last() != Some(&k) {
+            return Err(Error::bad(format!("linear: x is {shape}, the weight takes {k} and gives {n}")));
+        }
+        *shape.0.last_mut().expect("checked just above") = n;
+        let mut inputs = vec![x, weight];
+        if let Some(bias) = bias {
+            self.expect_shape("linear: bias", bias, &[n])?;
+            inputs.push(bias);
+        }
+        let mut outputs = vec![(shape.clone(), self.float)];
+        if activation != Activation::None {
+            outputs.push((shape, self.float));
+        }
+        Ok(self.node(Op::Linear { activation, layout }, inputs, outputs)?[0])
+    }
+
+    /// An activation on its own.
+    ///
+    /// # Errors
+    /// When `x` is no floating-point tensor of this layer.
+    pub fn activation(&mut self, x: Value, activation: Activation) -> Result<Value> {
+        let shape = self.shape(x).clone();
+        self.one(Op::Activation(activation), vec![x], shape)
+    }
+
+    /// `a + b`, of one shape.
+    ///
+    /// # Errors
+    /// When the shapes differ.
+    pub fn add(&mut self, a: Value, b: Value) -> Result<Value> {
+        let shape = self.shape(a).clone();
+        self.expect_shape("add: b", b, shape.axes())?;
+        self.one(Op::Add, vec![a, b], shape)
+    }
+
+    /// Drops elements of `x` with probability `p` in training; `x` itself otherwise.
+    ///
+    /// # Errors
+    /// When `p` is not in [0, 1).
+    pub fn dropout(&mut self, x: Value, p: f64) -> Result<Value> {
+        if !(0.0..1.0).contains(&p) {
+            return Err(Error::bad(format!("dropout: p is {p}, want 0 <= p < 1")));
+        }
+        if p == 0.0 || self.mode == Mode::Evaluation {
+            return Ok(x);
+        }
+        let shape = self.shape(x).clone();
+        let stream = self.graph.nodes.len() as u32;
+        self.one(Op::Dropout { p, stream }, vec![x], shape)
+    }
+
+    /// Layer normalisation over the last axis (Ba, Kiros & Hinton 2016, arXiv:1607.06450).
+    ///
+    /// # Errors
+    /// When weight or bias is not as long as the last axis.
+    pub fn layernorm(&mut self, x: Value, weight: Value, bias: Value, epsilon: f64) -> Result<Value> {
+        let shape = self.shape(x).clone();
+        self.expect_shape("layernorm: weight", weight, &[shape.cols()])?;
+        self.expect_shape("layernorm: bias", bias, &[shape.cols()])?;
+        let rows = Shape::from([shape.rows()]);
+        let outputs = vec![(shape, self.float), (rows.clone(), self.float), (rows, self.float)];
+        Ok(self.node(Op::LayerNorm { epsilon }, vec![x, weight, bias], outputs)?[0])
+    }
+
+    /// Attention on packed `qkv` (B, T, (H + 2 Hkv) D); `mask` (B, T) is 1 where a key may be seen.
+    ///
+    /// # Errors
+    /// When the last axis is not a whole number of heads.
+    pub fn attention_packed(&mut self, qkv: Value, mask: Option<Value>, options: AttentionOptions) -> Result<Value> {
+        let [b, t, packed] = self.axes("attention: qkv", qkv)?;
+        let all = options.heads + 2 * options.kv_heads;
+        if all == 0 || packed % all != 0 {
+            return Err(Error::bad(format!(
+                "attention: qkv is {}, not a multiple of {} heads + 2 x {}",
+                self.shape(qkv),
+                options.heads,
+                options.kv_heads
+            )));
+        }
+        self.attention_node(vec![qkv], mask, [b, t, t, packed / all], options)
+    }
+
+    /// Attention of `q` (B, Tq, H D) over `k`, `v` (B, Tk, Hkv D); `mask` (B, Tk) is 1 where a key may be seen.
+    ///
+    /// # Errors
+    /// When the shapes do not agree.
+    pub fn attention(
+        &mut self,
+        q: Value,
+        k: Value,
+        v: Value,
+        mask: Option<Value>,
+        options: AttentionOptions,
+    ) -> Result<Value> {
+        let [b, tq, c] = self.axes("attention: q", q)?;
+        let [_, tk, _] = self.axes("attention: k", k)?;
+        if options.heads == 0 || c % options.heads != 0 {
+            return Err(Error::bad(format!(
+                "attention: q is {}, not a multiple of {} heads",
+                self.shape(q),
+                options.heads
+            )));
+        }
+        let width = c / options.heads;
+        self.expect_shape("attention: k", k, &[b, tk, options.kv_heads * width])?;
+        self.expect_shape("attention: v", v, &[b, tk, options.kv_heads * width])?;
+        self.attention_node(vec![q, k, v], mask, [b, tq, tk, width], options)
+    }
+
+    fn attention_node(
+        &mut self,
+        mut inputs: Vec<Value>,
+        mask: Option<Value>,
+        [b, tq, tk, width]: [usize; 4],
+        options: AttentionOptions,
+    ) -> Result<Value> {
+        let AttentionOptions { heads, kv_heads, scale, causal, dropout } = options;
+        if kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
+            return Err(Error::bad(format!("attention: {heads} query heads do not share {kv_heads} key heads evenly")));
+        }
+        if !(0.0..1.0).contains(&dropout) {
+            return Err(Error::bad(format!("attention: dropout is {dropout}, want 0 <= p < 1")));
+        }
+        if let Some(mask) = mask {
+            self.expect_dtype("attention: mask", mask, DType::I32)?;
+            self.expect_shape("attention: mask", mask, &[b, tk])?;
+        }
+        let stream = self.graph.nodes.len() as u32;
+        let kind = AttentionKind {
+            heads,
+            kv_heads,
+            width,
+            scale: scale.unwrap_or(1.0 / (width as f64).sqrt()),
+            causal,
+            packed: inputs.len() == 1,
+            masked: mask.is_some(),
+            dropout: (dropout > 0.0 && self.mode == Mode::Training).then_some((dropout, stream)),
+        };
+        inputs.extend(mask);
+        let outputs =
+            vec![(Shape::from([b, tq, heads * width]), self.float), (Shape::from([b, heads, tq]), self.float)];
+        Ok(self.node(Op::Attention(kind), inputs, outputs)?[0])
+    }
+
+    /// Convolution of `x` (N, C, H, W) with `weight` (O, C, kh, kw), plus `bias` (O).
+    ///
+    /// # Errors
+    /// When the channels differ, the stride is 0, or the kernel is larger than the padded image.
+    pub fn conv2d(
+        &mut self,
+        x: Value,
+        weight: Value,
+        bias: Option<Value>,
+        stride: usize,
+        padding: usize,
+    ) -> Result<Value> {
+        let [n, c, h, w] = self.axes("conv2d: x", x)?;
+        let [o, wc, kh, kw] = self.axes("conv2d: weight", weight)?;
+        let window = Window { kernel: [kh, kw], stride, padding };
+        if c != wc {
+            return Err(Error::bad(format!("conv2d: x is {}, the weight {}", self.shape(x), self.shape(weight))));
+        }
+        let [oh, ow] = self.window("conv2d", window, [h, w])?;
+        let mut inputs = vec![x, weight];
+        if let Some(bias) = bias {
+            self.expect_shape("conv2d: bias", bias, &[o])?;
+            inputs.push(bias);
+        }
+        self.one(Op::Conv2d(window), inputs, Shape::from([n, o, oh, ow]))
+    }
+
+    /// Batch normalisation over all axes but the second (Ioffe & Szegedy 2015, arXiv:1502.03167), with running statistics as
+    /// states. In training one value a channel is refused, as in torch.
+    ///
+    /// # Errors
+    /// When the sizes do not match, or training has one value a channel.
+    pub fn batchnorm(&mut self, x: Value, name: &str, epsilon: f64, momentum: f64) -> Result<Value> {
+        let shape = self.shape(x).clone();
+        let &[_, channels, ..] = shape.axes() else {
+            return Err(Error::bad(format!("batchnorm: x is {shape}, want (N, C, ..)")));
+        };
+        let count = shape.elems().checked_div(channels).unwrap_or(0);
+        let c = [channels];
+        let weight = self.parameter(format!("{name}.weight"), c, Init::Constant(1.0))?;
+        let bias = self.parameter(format!("{name}.bias"), c, Init::Constant(0.0))?;
+        let running_mean = self.state(format!("{name}.running_mean"), c, 0.0)?;
+        let running_var = self.state(format!("{name}.running_var"), c, 1.0)?;
+        if self.mode == Mode::Evaluation {
+            return self.one(Op::BatchNormEval { epsilon }, vec![x, weight, bias, running_mean, running_var], shape);
+        }
+        if count == 1 {
+            return Err(Error::bad(format!(
+                "batchnorm {name}: x is {shape}, one value a channel; training needs more"
+            )));
+        }
+        let stat = (Shape::from(c), self.float);
+        let outputs = vec![(shape, self.float), stat.clone(), stat.clone(), stat];
+        let out = self.node(Op::BatchNorm { epsilon }, vec![x, weight, bias], outputs)?;
+        self.node(Op::UpdateRunning { momentum, count }, vec![out[1], out[3], running_mean, running_var], vec![])?;
+        Ok(out[0])
+    }
+
+    /// Greatest value of each window.
+    ///
+    /// # Errors
+    /// When the kernel is larger than the padded image, or the padding over half the kernel.
+    pub fn max_pool(&mut self, x: Value, kernel: usize, stride: usize, padding: usize) -> Result<Value> {
+        let [n, c, h, w] = self.axes("max_pool: x", x)?;
+        let window = Window { kernel: [kernel; 2], stride, padding };
+        if padding * 2 > kernel {
+            return Err(Error::bad(format!("max_pool: padding {padding} is over half of the kernel {kernel}")));
+        }
+        let [oh, ow] = self.window("max_pool", window, [h, w])?;
+        let out = Shape::from([n, c, oh, ow]);
+        Ok(self.node(Op::MaxPool(window), vec![x], vec![(out.clone(), self.float), (out, DType::I32)])?[0])
+    }
+
+    /// Mean of each window.
+    ///
+    /// # Errors
+    /// When the kernel is larger than the padded image, or the padding over half the kernel.
+    pub fn avg_pool(&mut self, x: Value, kernel: [usize; 2], stride: usize, padding: usize) -> Result<Value> {
+        let [n, c, h, w] = self.axes("avg_pool: x", x)?;
+        let window = Window { kernel, stride, padding };
+        if padding * 2 > kernel[0].min(kernel[1]) {
+            return Err(Error::bad(format!("avg_pool: padding {padding} is over half of the kernel {kernel:?}")));
+        }
+        let [oh, ow] = self.window("avg_pool", window, [h, w])?;
+        self.one(Op::AvgPool(window), vec![x], Shape::from([n, c, oh, ow]))
+    }
+
+    /// Mean of each plane: (N, C, H, W) -> (N, C).
+    ///
+    /// # Errors
+    /// When `x` is no image or has empty planes.
+    pub fn global_avg_pool(&mut self, x: Value) -> Result<Value> {
+        let [n, c, h, w] = self.axes("global_avg_pool: x", x)?;
+        let pooled = self.avg_pool(x, [h, w], 1, 0)?;
+        self.reshape(pooled, [n, c])
+    }
+
+    /// The same elements under another shape; nothing is computed.
+    ///
+    /// # Errors
+    /// When the number of elements differs.
+    pub fn reshape(&mut self, x: Value, shape: impl Into<Shape>) -> Result<Value> {
+        let shape = shape.into();
+        let info = self.graph.info(x);
+        if info.shape.elems() != shape.elems() {
+            return Err(Error::bad(format!(
+                "reshape: {} has {} elements, {shape} has {}",
+                info.shape,
+                info.shape.elems(),
+                shape.elems()
+            )));
+        }
+        let (root, dtype) = (self.graph.root(x), info.dtype);
+        Ok(self.value(shape, dtype, Source::View(root)))
+    }
+
+    /// `x` with its axes in another order: a view where only axes of size 1 move, else a copy.
+    ///
+    /// # Errors
+    /// When `axes` is no permutation.
+    pub fn transpose(&mut self, x: Value, axes: &[usize]) -> Result<Value> {
+        let shape = self.shape(x).clone();
+        let mut sorted = axes.to_vec();
+        sorted.sort_unstable();
+        if sorted != (0..shape.axes().len()).collect::<Vec<_>>() {
+            return Err(Error::bad(format!("transpose: axes {axes:?} do not permute {shape}")));
+        }
+        let out = Shape(axes.iter().map(|&a| shape.axes()[a]).collect());
+        let wide: Vec<usize> = axes.iter().copied().filter(|&a| shape.axes()[a] != 1).collect();
+        if wide.is_sorted() {
+            return self.reshape(x, out);
+        }
+        self.one(Op::Transpose { axes: axes.to_vec() }, vec![x], out)
+    }
+}
