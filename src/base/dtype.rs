@@ -10,6 +10,8 @@ pub enum DType {
     F32,
     /// IEEE double precision: the oracle that tests hold the others against.
     F64,
+    /// The upper half of an IEEE single: what models train in on tensor cores, with an f32 master beside it.
+    Bf16,
     /// 32-bit signed integers: token ids, labels, masks, positions of maxima.
     I32,
 }
@@ -18,6 +20,7 @@ impl DType {
     /// Bytes of one element.
     pub const fn bytes(self) -> u64 {
         match self {
+            DType::Bf16 => 2,
             DType::F32 | DType::I32 => 4,
             DType::F64 => 8,
         }
@@ -27,6 +30,7 @@ impl DType {
 impl fmt::Display for DType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            DType::Bf16 => "bf16",
             DType::F32 => "f32",
             DType::F64 => "f64",
             DType::I32 => "i32",

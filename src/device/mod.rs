@@ -3,6 +3,8 @@
 //! The executor knows this trait and nothing below it, so what drives the host device drives a GPU and the simulator. This module and
 //! those under it are the only ones that touch memory by address (`unsafe`).
 
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+pub mod cuda;
 pub mod host;
 pub mod sim;
 mod task;

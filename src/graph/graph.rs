@@ -145,6 +145,8 @@ pub struct Graph {
     pub input_gradients: Vec<Option<Value>>,
     /// Gradients of parameters, one for each use, in the order of layers.
     pub parameter_gradients: Vec<ParameterGradient>,
+    /// Whether its programs run on a device whose kernels want scratch in the workspace (see [`super::scratch_bytes`]).
+    pub scratch: bool,
 }
 
 impl Graph {

@@ -13,6 +13,7 @@ mod layout;
 mod op;
 mod place;
 mod program;
+mod scratch;
 
 pub use builder::{AttentionOptions, Builder};
 pub use cost::{Cost, Family, Work, cost};
@@ -23,3 +24,4 @@ pub use layout::{ModelLayout, ShardLayout, SharedUse};
 pub use op::{AttentionKind, Op, Window};
 pub use place::{ALIGNMENT, Lifetime, place};
 pub use program::{AREAS, Area, Buffer, Kind, Program, Step, UsedInput};
+pub use scratch::scratch_bytes;

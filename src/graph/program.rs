@@ -9,6 +9,7 @@ use super::cost::{Cost, cost};
 use super::graph::{Graph, Source, Value};
 use super::layout::{ModelLayout, ShardLayout};
 use super::op::Op;
+use super::scratch::scratch_bytes;
 use super::place::{ALIGNMENT, Lifetime, place};
 use crate::base::{DType, Shape, align_up};
 use std::collections::{HashMap, HashSet};
@@ -74,6 +75,8 @@ pub struct Step {
     pub inputs: Vec<Buffer>,
     /// Outputs, in the op's order; `None` where an optional one is not wanted.
     pub outputs: Vec<Option<Buffer>>,
+    /// Room in the workspace for this step alone, where the graph asks for it (see [`scratch_bytes`]).
+    pub scratch: Option<Buffer>,
     /// What it costs.
     pub cost: Cost,
     /// Whether this step computes its layer's output: where a check for finite values looks.
@@ -304,6 +307,14 @@ impl<'a> Slice<'a> {
                 }
             }
         }
+        let scratch: Vec<Option<(usize, u64)>> = sequence
+            .iter()
+            .enumerate()
+            .map(|(at, &(n, _))| {
+                let bytes = if self.graph.scratch { align_up(scratch_bytes(self.graph, &self.graph.nodes[n]), 4) } else { 0 };
+                (bytes > 0).then(|| (workspace.reserve(bytes, at), bytes))
+            })
+            .collect();
         let (offsets, _) = place(&workspace.buffers);
         let locate = |value: Value, instance: u8| -> Option<Buffer> {
             let key = (self.graph.root(value), instance);
@@ -330,6 +341,12 @@ impl<'a> Slice<'a> {
                     layer: node.layer,
                     inputs,
                     outputs: node.outputs.iter().map(|&v| locate(v, instance)).collect(),
+                    scratch: scratch[at].map(|(buffer, bytes)| Buffer {
+                        area: Area::Workspace,
+                        offset: offsets[buffer],
+                        shape: Shape::from([bytes as usize / 4]),
+                        dtype: DType::I32,
+                    }),
                     cost: cost(self.graph, node),
                     ends_layer: n < self.graph.forward_nodes && instance == 0 && self.ends_layer(n),
                 }
@@ -338,7 +355,7 @@ impl<'a> Slice<'a> {
         self.save_handed_on(&mut steps);
         let mut area_bytes = [0; AREAS];
         for step in &steps {
-            for buffer in step.inputs.iter().chain(step.outputs.iter().flatten()) {
+            for buffer in step.inputs.iter().chain(step.outputs.iter().flatten()).chain(&step.scratch) {
                 let end = &mut area_bytes[buffer.area as usize];
                 *end = (*end).max(buffer.offset + buffer.bytes());
             }
@@ -392,6 +409,7 @@ impl<'a> Slice<'a> {
             layer: self.shard.layers.end - 1,
             inputs: vec![from],
             outputs: vec![Some(to)],
+            scratch: None,
             cost: Cost { flops: 0.0, bytes, family: super::cost::Family::Memory, elems, sizes: [bytes as usize, 1, 1] },
             ends_layer: false,
         });
@@ -420,6 +438,12 @@ impl Workspace {
     fn write(&mut self, key: Instance, bytes: u64, at: usize) {
         self.of.insert(key, self.buffers.len());
         self.buffers.push(Lifetime { bytes, first: at, last: at });
+    }
+
+    /// A buffer for step `at` alone.
+    fn reserve(&mut self, bytes: u64, at: usize) -> usize {
+        self.buffers.push(Lifetime { bytes, first: at, last: at });
+        self.buffers.len() - 1
     }
 
     fn read(&mut self, key: Instance, at: usize) {

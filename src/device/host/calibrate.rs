@@ -216,7 +216,7 @@ impl Bench {
         let out = Buffer { area: Area::Workspace, offset: 0, shape: Shape::from([16]), dtype: DType::F32 };
         let cost = Cost { flops: 0.0, bytes: 64, family: Family::Memory, elems: 16, sizes: [64, 16, 1] };
         let step =
-            Step { op: Op::Zero, layer: 0, inputs: Vec::new(), outputs: vec![Some(out)], cost, ends_layer: false };
+            Step { op: Op::Zero, layer: 0, inputs: Vec::new(), outputs: vec![Some(out)], scratch: None, cost, ends_layer: false };
         let tasks = |ops: usize| {
             let steps = vec![step.clone(); ops];
             (0..ROUNDS).map(move |_| {

@@ -1,0 +1,51 @@
+//! From an op of a program to its family's launch code.
+
+use super::launch::Queue;
+use super::operands::Operands;
+use super::{
+    activation, attention, batchnorm, conv, cross_entropy, elementwise, embedding, linear, norm, pool, transpose,
+};
+use crate::base::Result;
+use crate::graph::Op;
+
+/// Queues the kernels of one op.
+///
+/// # Errors
+/// When a size is beyond what kernels take, or the device has failed.
+pub(super) fn launch_step(q: &mut Queue, o: &Operands) -> Result<()> {
+    match &o.step.op {
+        Op::Embedding => embedding::forward(q, o),
+        Op::EmbeddingGrad => embedding::grad(q, o),
+        Op::AddPosition => elementwise::add_position(q, o),
+        Op::AddPositionGrad => elementwise::add_position_grad(q, o),
+        Op::Linear { activation, layout } => linear::forward(q, o, *activation, *layout),
+        Op::LinearGradInput { layout } => linear::grad_input(q, o, *layout),
+        Op::LinearGradWeight { layout } => linear::grad_weight(q, o, *layout),
+        Op::LinearGradBias => linear::grad_bias(q, o),
+        Op::Activation(kind) => activation::forward(q, o, *kind),
+        Op::ActivationGrad(kind) => activation::grad(q, o, *kind),
+        Op::Add => elementwise::add(q, o),
+        Op::Dropout { p, stream } => elementwise::dropout(q, o, *p, *stream),
+        Op::LayerNorm { epsilon } => norm::forward(q, o, *epsilon),
+        Op::LayerNormGrad => norm::grad(q, o),
+        Op::Attention(kind) => attention::forward(q, o, kind),
+        Op::AttentionGrad(kind) => attention::grad(q, o, kind),
+        Op::CrossEntropy => cross_entropy::forward(q, o),
+        Op::CrossEntropyGrad => cross_entropy::grad(q, o),
+        Op::Conv2d(window) => conv::forward(q, o, window),
+        Op::Conv2dGradInput(window) => conv::grad_input(q, o, window),
+        Op::Conv2dGradWeight(window) => conv::grad_weight(q, o, window),
+        Op::Conv2dGradBias => conv::grad_bias(q, o),
+        Op::BatchNorm { epsilon } => batchnorm::forward_train(q, o, *epsilon),
+        Op::UpdateRunning { momentum, count } => batchnorm::update_running(q, o, *momentum, *count),
+        Op::BatchNormEval { epsilon } => batchnorm::forward_eval(q, o, *epsilon),
+        Op::BatchNormGrad => batchnorm::grad(q, o),
+        Op::MaxPool(window) => pool::max_forward(q, o, window),
+        Op::MaxPoolGrad(window) => pool::max_grad(q, o, window),
+        Op::AvgPool(window) => pool::avg_forward(q, o, window),
+        Op::AvgPoolGrad(window) => pool::avg_grad(q, o, window),
+        Op::Transpose { axes } => transpose::transpose(q, o, axes),
+        Op::Copy => elementwise::copy(q, o),
+        Op::Zero => elementwise::zero(q, o),
+    }
+}
