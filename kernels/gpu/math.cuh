@@ -1,0 +1,62 @@
+// Numbers and reductions that more than one kernel needs. Included by gpu.cuh, on both sides.
+#pragma once
+
+DEV float to_float(float x) { return x; }
+DEV float to_float(bf16 x) { return __bfloat162float(x); }
+template <class T> DEV T from_float(float x);
+template <> DEV float from_float<float>(float x) { return x; }
+template <> DEV bf16 from_float<bf16>(float x) { return __float2bfloat16(x); }
+
+// As many elements as one 16-byte access moves; a pointer to one must be 16-byte aligned.
+template <class T> struct alignas(16) Pack { static constexpr int N = 16 / sizeof(T); T x[N]; };
+template <class T> DEV Pack<T> load_pack(const T* p) { return *reinterpret_cast<const Pack<T>*>(p); }
+template <class T> DEV void store_pack(T* p, const Pack<T>& v) { *reinterpret_cast<Pack<T>*>(p) = v; }
+DEV bool aligned16(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
+
+// Over a warp, by halves: 16, 8, 4, 2, 1 lanes apart. Every lane gets the result; all 32 lanes take part.
+DEV float warp_sum(float x) {
+  for (int apart = 16; apart > 0; apart /= 2) x += __shfl_xor_sync(~0u, x, apart);
+  return x;
+}
+DEV float warp_max(float x) {
+  for (int apart = 16; apart > 0; apart /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, apart));
+  return x;
+}
+
+// Philox4x32-10 (Salmon, Moraes, Dror & Shaw 2011), the same words as base/philox.rs.
+struct Words { uint32_t w[4]; };
+DEV Words philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
+  for (int round = 0; round < 10; round++) {
+    if (round > 0) { k0 += 0x9E3779B9u; k1 += 0xBB67AE85u; }
+    uint64_t p0 = (uint64_t)0xD2511F53u * c0, p1 = (uint64_t)0xCD9E8D57u * c2;
+    uint32_t n0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0, n2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1;
+    c0 = n0; c1 = (uint32_t)p1; c2 = n2; c3 = (uint32_t)p0;
+  }
+  return {{c0, c1, c2, c3}};
+}
+// The words of elements 4 * block to 4 * block + 3 of op `op`: Stream::words.
+DEV Words random_words(const Now* now, uint32_t op, uint64_t block) {
+  return philox((uint32_t)block, op, now->microbatch, now->step, (uint32_t)now->seed, (uint32_t)(now->seed >> 32));
+}
+
+// graph::Activation, in its order.
+enum Activation { ACTIVATION_NONE = 0, ACTIVATION_RELU = 1, ACTIVATION_GELU_TANH = 2, ACTIVATION_GELU_ERF = 3 };
+DEV float activate(int kind, float x) {
+  switch (kind) {
+    case ACTIVATION_RELU: return x > 0 ? x : (x != x ? x : 0.0f);
+    case ACTIVATION_GELU_TANH: return 0.5f * x * (1 + tanhf(0.7978845608f * (x + 0.044715f * x * x * x)));
+    case ACTIVATION_GELU_ERF: return 0.5f * x * (1 + erff(0.7071067812f * x));
+    default: return x;
+  }
+}
+DEV float activate_grad(int kind, float x) {
+  switch (kind) {
+    case ACTIVATION_RELU: return x > 0 ? 1.0f : 0.0f;
+    case ACTIVATION_GELU_TANH: {
+      float t = tanhf(0.7978845608f * (x + 0.044715f * x * x * x));
+      return 0.5f * (1 + t) + 0.5f * x * (1 - t * t) * 0.7978845608f * (1 + 3 * 0.044715f * x * x);
+    }
+    case ACTIVATION_GELU_ERF: return 0.5f * (1 + erff(0.7071067812f * x)) + x * 0.3989422804f * expf(-0.5f * x * x);
+    default: return 1.0f;
+  }
+}
