@@ -6,7 +6,8 @@
 //! runs them here: their prediction is the same cost model under a simulated device.
 
 use hydra::base::{DType, Result, Shape, align_up};
-use hydra::device::host::{HostConfig, HostDevice, HostSpec, calibrate};
+use hydra::device::host::{HostConfig, HostDevice, HostSpec};
+use hydra::device::{DeviceSpec, calibrate};
 use hydra::device::sim::CostModel;
 use hydra::device::{AdamwRule, CopySpan, Device, Memory, Run, Scalars, Segment, Span, Task, Update, UpdateRule};
 use hydra::graph::{
@@ -49,7 +50,7 @@ fn main() {
 
 fn compare(families: bool) -> Result<()> {
     let begin = std::time::Instant::now();
-    let cost = calibrate(None)?;
+    let cost = calibrate(&DeviceSpec::default())?;
     println!("calibration took {:.2} s; {} rates", begin.elapsed().as_secs_f64(), cost.rates.len());
     println!("{:<44} {:>10} {:>10} {:>8}", "one program and one update", "predicted", "measured", "error");
     let mut errors = Vec::new();

@@ -5,7 +5,7 @@
 
 use hydra::base::{DType, Result, Shape, format_bytes};
 use hydra::data::{RandomOptions, RandomSource, Source};
-use hydra::device::host::calibrate;
+use hydra::device::{DeviceSpec, calibrate};
 use hydra::device::sim::CostModel;
 use hydra::engine::predict;
 use hydra::nn::{Network, from_config};
@@ -236,7 +236,8 @@ fn double_buffering(gpt: Gpt, rounds: usize, steps: u64, cost: &CostModel) -> Re
     let forward = free.bound() / 3.0 / cut.len() as f64;
     let bytes = free.plan.shards.iter().map(|s| s.fetch_bytes()).sum::<u64>() as f64 / cut.len() as f64;
     let mut capped = base;
-    capped.device.link_bytes_per_sec = Some(bytes / forward);
+    let link_bytes_per_sec = Some(bytes / forward);
+    capped.device = hydra::device::host::HostSpec { link_bytes_per_sec, ..Default::default() }.into();
     println!(
         "double buffering: {} shards of {} on average, link held to {:.0} MB/s so that a fetch takes as long as a forward ({:.1} ms)",
         cut.len(),
@@ -269,7 +270,7 @@ fn prediction(jobs: &[(&'static str, Gpt, f64)], steps: u64) -> Result<()> {
     let mut errors = Vec::new();
     for &(name, gpt, share) in jobs {
         // As `hydra plan` does: measured just before.
-        let cost = &calibrate(None)?;
+        let cost = &calibrate(&DeviceSpec::default())?;
         let base = TrainOptions { batch: gpt.batch, microbatch: gpt.batch, ..TrainOptions::new(steps) };
         let whole = way(name, gpt, base.clone(), cost)?;
         let budget = (whole.plan.arena.bytes as f64 * share) as u64;
@@ -295,7 +296,7 @@ fn prediction(jobs: &[(&'static str, Gpt, f64)], steps: u64) -> Result<()> {
 fn main() -> Result<()> {
     let quick = std::env::var_os("HYDRA_BENCH_QUICK").is_some();
     let began = Instant::now();
-    let cost = calibrate(None)?;
+    let cost = calibrate(&DeviceSpec::default())?;
     let (gpt, rounds, steps) = match quick {
         false => (Gpt { layers: 6, width: 384, heads: 6, context: 256, batch: 8 }, 3, 8),
         true => (Gpt { layers: 3, width: 96, heads: 3, context: 64, batch: 4 }, 1, 4),

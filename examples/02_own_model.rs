@@ -4,7 +4,7 @@
 
 use hydra::base::{DType, Result, Shape};
 use hydra::data::{RandomOptions, RandomSource, names};
-use hydra::device::host::calibrate;
+use hydra::device::{DeviceSpec, calibrate};
 use hydra::graph::{Activation, Builder, Graph, Init, Mode, Value, WeightLayout};
 use hydra::nn::{InputShape, Inputs, Labels, Network, layers};
 use hydra::train::{Session, StepReport, TrainOptions, Weights, prepare};
@@ -66,7 +66,7 @@ pub fn main() -> Result<()> {
     let random = RandomOptions { tensors: tensors.to_vec(), vocab: 32, classes: 4, batch: 8, seed: 1 };
     let source = Box::new(RandomSource::new(&random)?);
     let options = TrainOptions { seed: 1, batch: 8, microbatch: 4, ..TrainOptions::new(60) };
-    let planned = prepare(&Own, source.as_ref(), &options, &calibrate(None)?)?;
+    let planned = prepare(&Own, source.as_ref(), &options, &calibrate(&DeviceSpec::default())?)?;
     let mut session = Session::new(&Own, Weights::Random, planned, source, None, options)?;
     let mut losses = Vec::new();
     let mut watch = |report: &StepReport| {

@@ -134,7 +134,7 @@ struct Seen {
 fn train(small: &Small, microbatch: usize, recipe: Recipe, regime: &Regime, seen: &mut Seen) -> Outcome {
     let mut options = recipe.options(microbatch);
     options.device =
-        HostSpec { arena_bytes: 0, link_bytes_per_sec: regime.link_bytes_per_sec, threads: regime.threads };
+        HostSpec { arena_bytes: 0, link_bytes_per_sec: regime.link_bytes_per_sec, threads: regime.threads }.into();
     let model = small.model(&options);
     options.plan = PlanOptions {
         slots: regime.slots,
@@ -161,7 +161,8 @@ fn train(small: &Small, microbatch: usize, recipe: Recipe, regime: &Regime, seen
     match regime.shuffle {
         None => common::finish(small.session((model, plan), &options).expect("a session")).expect("a run"),
         Some(seed) => {
-            let spec = HostSpec { arena_bytes: plan.arena.bytes, ..options.device.clone() };
+            let (link_bytes_per_sec, threads) = (regime.link_bytes_per_sec, regime.threads);
+            let spec = HostSpec { arena_bytes: plan.arena.bytes, link_bytes_per_sec, threads };
             let config =
                 HostConfig { devices: vec![spec], host_bytes: plan.host.bytes, poison: true, ..HostConfig::default() };
             let device = Shuffled::new(HostDevice::new(&config).expect("a device"), seed);
@@ -238,7 +239,7 @@ fn threads_do_not_show() {
         let recipe = Recipe { microbatches: 2, optimizer: 0, clip: true, cosine: false };
         let mut runs = Vec::new();
         for threads in [None, Some(1), Some(2), Some(3)] {
-            let device = HostSpec { threads, ..HostSpec::default() };
+            let device = HostSpec { threads, ..HostSpec::default() }.into();
             let options = TrainOptions { steps: 2, device, ..recipe.options(microbatch) };
             runs.push(small.train(&options).expect("a run"));
         }

@@ -3,12 +3,16 @@
 //! The executor knows this trait and nothing below it, so what drives the host device drives a GPU and the simulator. This module and
 //! those under it are the only ones that touch memory by address (`unsafe`).
 
+mod calibrate;
 #[cfg(any(feature = "cuda", feature = "emulator"))]
 pub mod cuda;
 pub mod host;
 pub mod sim;
+mod start;
 mod task;
 
+pub use calibrate::calibrate;
+pub use start::{DeviceMemory, DeviceSpec, why_no_cuda, why_no_emulator};
 pub use task::{
     AdamwRule, Clip, CopySpan, Memory, Norm, Run, Scalars, Segment, SgdRule, Span, Spans, Task, Update, UpdateRule,
 };

@@ -3,8 +3,8 @@
 use super::session::batch_inputs;
 use crate::base::{DType, Error, Result, Shape};
 use crate::data::{Batch, Limits, check_ids};
-use crate::device::host::{HostConfig, HostDevice, HostSpec};
 use crate::device::sim::CostModel;
+use crate::device::{DeviceMemory, DeviceSpec};
 use crate::engine::{Engine, EngineOptions, Stored};
 use crate::graph::Mode;
 use crate::nn::{InputShape, Pretrained};
@@ -39,9 +39,8 @@ pub fn wait_forward(pretrained: &Pretrained, batch: &Batch) -> Result<(Shape, Ve
     // Nothing is chosen by these rates: without a budget there is nothing to choose.
     let cost = CostModel::stated(1e11, 2e10, 1e10);
     let plan = Arc::new(Plan::new(&model, &PlanOptions { moments: 0, ..PlanOptions::default() }, &cost)?);
-    let spec = HostSpec { arena_bytes: plan.arena.bytes, ..HostSpec::default() };
-    let config = HostConfig { devices: vec![spec], host_bytes: plan.host.bytes, poison: false, withhold: None };
-    let device = Box::new(HostDevice::new(&config)?);
+    let memory = DeviceMemory { arena_bytes: plan.arena.bytes, host_bytes: plan.host.bytes, poison: false };
+    let device = DeviceSpec::default().start(memory)?;
     // A large batch may take its time: there is one task only.
     let options = EngineOptions { patience_secs: 3600.0, ..EngineOptions::new(0, &model) };
     let mut engine = Engine::new(Arc::clone(&model), plan, device, options);

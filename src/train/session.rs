@@ -6,8 +6,8 @@
 use super::optimizer::{Optimizer, Schedule};
 use crate::base::{DType, Error, Result};
 use crate::data::{Batch, Limits, Loader, Source, check_ids, labelled};
-use crate::device::host::{HostConfig, HostDevice, HostSpec};
 use crate::device::sim::CostModel;
+use crate::device::{DeviceMemory, DeviceSpec};
 use crate::engine::{Engine, EngineOptions, StepInput, StepResult, Stored};
 use crate::graph::{Graph, Mode};
 use crate::nn::{InputShape, Network, Pretrained, init};
@@ -35,8 +35,8 @@ pub struct TrainOptions {
     pub clip: Option<f64>,
     /// The plan's budgets and wishes; moments are filled in from the optimizer.
     pub plan: PlanOptions,
-    /// The host device's link and cores; its arena's size comes from the plan.
-    pub device: HostSpec,
+    /// The device; its arena's size comes from the plan.
+    pub device: DeviceSpec,
     /// Validate after every so many steps, where there is held-out data.
     pub valid_every: u64,
     /// Seconds without any completion after which the run ends; ten estimated steps where that is longer.
@@ -57,7 +57,7 @@ impl TrainOptions {
             schedule: Schedule::Constant,
             clip: None,
             plan: PlanOptions::default(),
-            device: HostSpec::default(),
+            device: DeviceSpec::default(),
             valid_every: 50,
             patience_secs: 60.0,
             poison: false,
@@ -181,10 +181,9 @@ impl Session {
         options: TrainOptions,
     ) -> Result<Session> {
         options.optimizer.check()?;
-        let spec = HostSpec { arena_bytes: plan.arena.bytes, ..options.device.clone() };
-        let config =
-            HostConfig { devices: vec![spec], host_bytes: plan.host.bytes, poison: options.poison, withhold: None };
-        let device = Box::new(HostDevice::new(&config)?);
+        let memory =
+            DeviceMemory { arena_bytes: plan.arena.bytes, host_bytes: plan.host.bytes, poison: options.poison };
+        let device = options.device.start(memory)?;
         let decays = model.train.parameters.iter().map(|p| options.optimizer.decays(p.shape.axes().len())).collect();
         // One task of a large model may take long: nothing is wrong while a whole step's time has not passed a few times.
         let patience_secs = options.patience_secs.max(10.0 * plan.estimated_secs);

@@ -30,7 +30,7 @@ pub struct Body<'a> {
 
 impl Body<'_> {
     /// An operand: a parameter, or a sum of two.
-    fn leaf(&mut self, name: &str, shape: impl Into<Shape>) -> Result<Value> {
+    pub fn leaf(&mut self, name: &str, shape: impl Into<Shape>) -> Result<Value> {
         let shape = shape.into();
         let x = self.b.parameter(name, shape.clone(), Init::Normal(1.0))?;
         if !self.computed {
@@ -75,10 +75,13 @@ impl Case {
     }
 }
 
-struct Table(Vec<Case>);
+/// Cases on their way into a list.
+#[derive(Default)]
+pub struct Table(pub Vec<Case>);
 
 impl Table {
-    fn add(&mut self, name: impl Into<String>, body: impl Fn(&mut Body) -> Result<Value> + 'static) -> &mut Case {
+    /// Adds a case; the name's first word is its family.
+    pub fn add(&mut self, name: impl Into<String>, body: impl Fn(&mut Body) -> Result<Value> + 'static) -> &mut Case {
         self.0.push(Case { name: name.into(), flat: false, head: true, labels: "labels", body: Box::new(body) });
         self.0.last_mut().expect("pushed just above")
     }
@@ -88,7 +91,7 @@ const ACTIVATIONS: [Activation; 4] = [Activation::None, Activation::Relu, Activa
 
 /// Every case.
 pub fn all() -> Vec<Case> {
-    let mut t = Table(Vec::new());
+    let mut t = Table::default();
     lookups(&mut t);
     linears(&mut t);
     elementwise(&mut t);

@@ -2,8 +2,8 @@
 
 use hydra::base::philox::Sequence;
 use hydra::base::{DType, align_up};
-use hydra::device::host::{HostConfig, HostDevice, HostSpec};
-use hydra::device::{CopySpan, Device, Memory, Run, Scalars, Span, Task};
+use hydra::device::host::HostSpec;
+use hydra::device::{CopySpan, Device, DeviceMemory, DeviceSpec, Memory, Run, Scalars, Span, Task};
 use hydra::graph::{ALIGNMENT, AREAS, Area, Graph, Init, Kind, ModelLayout, Parameter, Program, ShardLayout};
 use std::ops::Range;
 use std::sync::Arc;
@@ -55,7 +55,7 @@ pub struct Machine {
     pub graph: Graph,
     layout: ModelLayout,
     dtype: DType,
-    device: HostDevice,
+    device: Box<dyn Device>,
     shards: Vec<Shard>,
     activations: Vec<Vec<u64>>,
     boundary_gradients: Vec<Vec<u64>>,
@@ -77,8 +77,15 @@ impl Tape {
 }
 
 impl Machine {
-    /// Maps an arena for `cut` and as many microbatches, and starts a device with it.
+    /// Maps an arena for `cut` and as many microbatches, and starts a host device with it.
     pub fn new(graph: Graph, cut: Cut, microbatches: usize) -> Machine {
+        let spec = HostSpec { threads: cut.threads, ..Default::default() }.into();
+        Machine::on(&spec, graph, cut, microbatches)
+    }
+
+    /// The same on any device.
+    pub fn on(spec: &DeviceSpec, mut graph: Graph, cut: Cut, microbatches: usize) -> Machine {
+        graph.scratch = spec.wants_scratch();
         let layout = ModelLayout::new(&graph);
         let dtype = graph.info(graph.loss.expect("a test's graph ends in a loss")).dtype;
         let mut tape = Tape::default();
@@ -123,8 +130,8 @@ impl Machine {
         let arena_bytes = tape.0;
         let input_bytes: u64 = graph.inputs.iter().map(|i| align_up(graph.bytes(i.value), ALIGNMENT)).sum();
         let gradient_bytes: u64 = shards.iter().map(|s| s.layout.gradient_bytes).sum();
-        let config = HostConfig {
-            devices: vec![HostSpec { arena_bytes, threads: cut.threads, ..Default::default() }],
+        let memory = DeviceMemory {
+            arena_bytes,
             // Poison; weights and states; inputs; a place to read back to. Alignment adds less than a page.
             host_bytes: arena_bytes
                 + layout.parameter_bytes
@@ -134,9 +141,8 @@ impl Machine {
                 + arena_bytes
                 + 4096,
             poison: true,
-            withhold: None,
         };
-        let mut device = HostDevice::new(&config).expect("a small device starts");
+        let mut device = spec.start(memory).expect("a small device starts");
         device.write_host(0, &vec![0xFF; arena_bytes as usize]);
         Machine {
             graph,
@@ -293,6 +299,7 @@ impl Machine {
 pub fn decode(bytes: &[u8], dtype: DType) -> Vec<f64> {
     match dtype {
         DType::F64 => bytes.chunks_exact(8).map(|b| f64::from_le_bytes(b.try_into().unwrap())).collect(),
+        DType::Bf16 => bytes.chunks_exact(2).map(|b| half::bf16::from_le_bytes(b.try_into().unwrap()).into()).collect(),
         _ => bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap()).into()).collect(),
     }
 }
@@ -302,6 +309,7 @@ fn encode(x: &[f64], dtype: DType) -> Vec<u8> {
         DType::F64 => x.iter().flat_map(|x| x.to_le_bytes()).collect(),
         DType::F32 => x.iter().flat_map(|&x| (x as f32).to_le_bytes()).collect(),
         DType::I32 => x.iter().flat_map(|&x| (x as i32).to_le_bytes()).collect(),
+        DType::Bf16 => x.iter().flat_map(|&x| half::bf16::from_f64(x).to_le_bytes()).collect(),
     }
 }
 

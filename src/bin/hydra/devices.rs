@@ -3,14 +3,13 @@
 use crate::planning::{free_memory_bytes, total_memory_bytes};
 use crate::print::{say, table};
 use hydra::base::{Result, format_bytes};
-use hydra::device::host::calibrate;
+use hydra::device::{DeviceSpec, calibrate};
 use hydra::device::sim::PROFILES;
+use hydra::device::{why_no_cuda, why_no_emulator};
 use hydra::train::{refused, write_safely};
 use serde_json::{Value, json};
 use std::path::Path;
 
-const NO_CUDA: &str = "this program was built without the feature \"cuda\"";
-const NO_EMULATOR: &str = "this program was built without the feature \"emulator\"";
 
 /// Prints the devices; with `out`, also writes devices.json there.
 ///
@@ -22,7 +21,7 @@ pub fn run(out: Option<&Path>, json: bool) -> Result<()> {
     let mut host = json!({
         "kind": "host", "here": true, "cores": cores, "memory_bytes": total, "free_memory_bytes": free,
     });
-    let rates = calibrate(None);
+    let rates = calibrate(&DeviceSpec::default());
     match &rates {
         Ok(cost) => {
             host["gemm_flops_per_sec"] = cost.best_flops_per_sec().into();
@@ -46,8 +45,8 @@ pub fn run(out: Option<&Path>, json: bool) -> Result<()> {
     let devices = json!({ "devices": [
         host,
         { "kind": "sim", "here": true, "profiles": profiles },
-        { "kind": "cuda", "here": false, "why": NO_CUDA },
-        { "kind": "emulated", "here": false, "why": NO_EMULATOR },
+        missing("cuda", why_no_cuda()),
+        missing("emulated", why_no_emulator()),
     ] });
     if let Some(out) = out {
         std::fs::create_dir_all(out).map_err(|e| refused("create", out, e))?;
@@ -81,7 +80,16 @@ pub fn run(out: Option<&Path>, json: bool) -> Result<()> {
         ]
     }));
     say(table(&rows).trim_end());
-    say(format!("cuda      not here: {NO_CUDA}"));
-    say(format!("emulated  not here: {NO_EMULATOR}"));
+    for (kind, why) in [("cuda", why_no_cuda()), ("emulated", why_no_emulator())] {
+        say(format!("{kind:<9} {}", why.map_or("here".into(), |why| format!("not here: {why}"))));
+    }
     Ok(())
+}
+
+/// A kind with the reason for which it is missing, or as one that is here.
+fn missing(kind: &str, why: Option<String>) -> Value {
+    match why {
+        None => json!({ "kind": kind, "here": true }),
+        Some(why) => json!({ "kind": kind, "here": false, "why": why }),
+    }
 }

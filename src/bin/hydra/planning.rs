@@ -3,7 +3,8 @@
 use crate::job::{DeviceKind, Job};
 use crate::setup::{Prepared, check_scope, prepare};
 use hydra::base::{Error, Result};
-use hydra::device::host::{HostSpec, calibrate};
+use hydra::device::host::HostSpec;
+use hydra::device::{DeviceSpec, calibrate, why_no_cuda, why_no_emulator};
 use hydra::device::sim::{CostModel, PROFILES, Profile};
 use hydra::engine::{Prediction, predict};
 use hydra::spill::{BoundaryTier, Model, Plan};
@@ -17,10 +18,10 @@ const SHARE_OF_FREE_MEMORY: f64 = 0.8;
 
 /// What a job runs on.
 pub struct Machine {
-    /// Its kind: host or sim.
+    /// Its kind.
     pub kind: DeviceKind,
-    /// Link and cores.
-    pub spec: HostSpec,
+    /// The device to start; for sim, which starts none, the host.
+    pub spec: DeviceSpec,
     /// Measured or stated rates.
     pub cost: CostModel,
     /// Bytes of the device's memory; `None` is no limit.
@@ -106,8 +107,15 @@ fn check_device(file: &str, job: &Job, trains: bool) -> Result<()> {
                 );
             }
             DeviceKind::Sim => {}
-            DeviceKind::Cuda => return fault("\"cuda\" is not built in; write kind = \"host\""),
-            DeviceKind::Emulated => return fault("\"emulated\" is not built in; write kind = \"host\""),
+            DeviceKind::Cuda => match why_no_cuda() {
+                None => {}
+                Some(_) if !cfg!(feature = "cuda") => return fault("\"cuda\" is not built in; write kind = \"host\""),
+                Some(why) => return Err(Error::Device(format!("{file}: device.{i}.kind: {why}"))),
+            },
+            DeviceKind::Emulated if why_no_emulator().is_some() => {
+                return fault("\"emulated\" is not built in; write kind = \"host\"");
+            }
+            DeviceKind::Emulated => {}
         }
         if let Some(profile) = device.profile.as_deref()
             && Profile::find(profile).is_none()
@@ -128,6 +136,14 @@ fn check_device(file: &str, job: &Job, trains: bool) -> Result<()> {
 fn machine(job: &Job) -> Result<Machine> {
     let device = &job.devices[0];
     let link = device.link;
+    let spec = match device.kind {
+        DeviceKind::Cuda => DeviceSpec::Cuda { ordinal: 0, threads: None },
+        // In order, as a GPU of the Hopper generation.
+        DeviceKind::Emulated => DeviceSpec::Emulated { arch: 90, seed: 0, threads: None },
+        DeviceKind::Host | DeviceKind::Sim => {
+            HostSpec { arena_bytes: 0, link_bytes_per_sec: link, threads: device.threads }.into()
+        }
+    };
     let mut cost = match device.kind {
         DeviceKind::Sim => match device.profile.as_deref().and_then(Profile::find) {
             Some(profile) => profile.cost(),
@@ -136,7 +152,7 @@ fn machine(job: &Job) -> Result<Machine> {
                 CostModel::stated(flops, memory, link.unwrap_or(memory))
             }
         },
-        _ => calibrate(device.threads)?,
+        _ => calibrate(&spec)?,
     };
     if let Some(link) = link {
         cost.h2d_bytes_per_sec = if device.kind == DeviceKind::Sim { link } else { cost.h2d_bytes_per_sec.min(link) };
@@ -149,7 +165,7 @@ fn machine(job: &Job) -> Result<Machine> {
     };
     Ok(Machine {
         kind: device.kind,
-        spec: HostSpec { arena_bytes: 0, link_bytes_per_sec: link, threads: device.threads },
+        spec,
         cost,
         device_budget: device.memory,
         host_budget,

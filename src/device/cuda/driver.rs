@@ -99,13 +99,22 @@ pub trait Driver: Send {
     /// When something before it has failed.
     fn passed(&mut self, mark: Mark) -> Result<bool>;
 
-    /// Gives the device a moment: waits a little, or runs something where nothing runs by itself. `false` where nothing is left to run.
+    /// Tells which bytes the launches that follow on `stream` may touch, until the next call. A driver that checks holds them to it.
     ///
     /// # Errors
     /// When the device has failed.
-    fn wait_a_moment(&mut self, idle_for_secs: f64) -> Result<bool>;
+    fn confine(&mut self, stream: Stream, regions: &mut dyn Iterator<Item = (Ptr, u64)>) -> Result<()> {
+        let _ = (stream, regions);
+        Ok(())
+    }
 
-    /// Seconds from one passed mark to another.
+    /// Gives the device a moment: waits a little, longer the longer nothing has happened, or runs something where nothing runs by itself.
+    ///
+    /// # Errors
+    /// When the device has failed.
+    fn wait_a_moment(&mut self, idle_secs: f64) -> Result<()>;
+
+    /// Seconds from one passed mark to another, less than 0 where the other came first. Good to a microsecond up to ten seconds.
     ///
     /// # Errors
     /// When the device has failed.

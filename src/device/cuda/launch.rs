@@ -1,7 +1,10 @@
 //! A kernel launch as a value: a name, a grid, arguments in the kernel's order.
 
+use super::blocks::Blocks;
 use super::driver::{Driver, Stream};
+use super::operands::Operands;
 use crate::base::{Error, Result};
+use crate::device::Scalars;
 
 /// An address in device memory, or in pinned host memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -183,11 +186,59 @@ pub struct TensorMapSpec {
 pub struct Queue<'a> {
     pub(super) driver: &'a mut dyn Driver,
     pub(super) stream: Stream,
-    /// What the task's kernels read of the step: `Now` in `gpu.cuh`.
+    pub(super) blocks: &'a Blocks,
+    /// The task's number on its lane.
+    pub(super) number: u64,
+    /// What a program's kernels read of the step: `Now` in `gpu.cuh`.
     pub now: Ptr,
+    /// Where a checking program's kernels put the first layer whose output is not finite, as an `int`.
+    pub layer: Ptr,
 }
 
-impl Queue<'_> {
+impl<'a> Queue<'a> {
+    pub(super) fn new(driver: &'a mut dyn Driver, stream: Stream, blocks: &'a Blocks, number: u64) -> Self {
+        Queue { driver, stream, blocks, number, now: Ptr::NULL, layer: Ptr::NULL }
+    }
+
+    /// Sends what a program's kernels read of the step; with `check`, clears the first layer that is not finite.
+    pub(super) fn begin(&mut self, scalars: &Scalars, check: bool) -> Result<()> {
+        let mut now = [0; 32];
+        now[..8].copy_from_slice(&scalars.seed.to_ne_bytes());
+        now[8..16].copy_from_slice(&scalars.loss_scale.to_ne_bytes());
+        now[16..20].copy_from_slice(&scalars.step.to_ne_bytes());
+        now[20..24].copy_from_slice(&scalars.microbatch.to_ne_bytes());
+        now[24..28].copy_from_slice(&u32::from(scalars.accumulate).to_ne_bytes());
+        self.now = self.upload(&now)?;
+        if check {
+            self.layer = self.blocks.layer(self.driver, self.stream, self.number)?;
+        }
+        Ok(())
+    }
+
+    /// Brings the first layer that is not finite back to the host.
+    pub(super) fn end_check(&mut self) -> Result<()> {
+        self.blocks.download_layer(self.driver, self.stream, self.number)
+    }
+
+    /// Holds the launches that follow to the bytes of one op's operands, on drivers that check.
+    pub(super) fn confine(&mut self, operands: &Operands) -> Result<()> {
+        let block = (self.blocks.entry(self.number), Blocks::ENTRY_BYTES);
+        self.driver.confine(self.stream, &mut operands.regions().chain([block]))
+    }
+
+    /// Sends at most 256 bytes to the task's own block of device memory; once a task.
+    ///
+    /// # Errors
+    /// When there are more, or the device has failed.
+    pub fn upload(&mut self, bytes: &[u8]) -> Result<Ptr> {
+        self.blocks.upload(self.driver, self.stream, self.number, bytes)
+    }
+
+    /// 192 bytes of device memory where one kernel of a task leaves what a later one reads.
+    pub fn passed_on(&self) -> Ptr {
+        self.blocks.passed_on(self.number)
+    }
+
     /// Queues a launch.
     ///
     /// # Errors

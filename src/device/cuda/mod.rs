@@ -6,11 +6,17 @@
 mod activation;
 mod attention;
 mod batchnorm;
+mod blocks;
 mod conv;
 mod cross_entropy;
+mod device;
 pub mod driver;
 mod elementwise;
 mod embedding;
+#[cfg(feature = "emulator")]
+mod emulated;
+#[cfg(feature = "cuda")]
+mod gpu;
 pub mod launch;
 mod linear;
 mod norm;
@@ -19,3 +25,27 @@ mod ops;
 mod optimizer;
 mod pool;
 mod transpose;
+
+pub use device::{CudaConfig, CudaDevice};
+#[cfg(feature = "emulator")]
+pub use emulated::Emulated;
+#[cfg(feature = "cuda")]
+pub use gpu::{Gpu, count};
+
+/// The environment variable that names a folder of kernels to load instead of those that were built in: `<stem>.fatbin` for a GPU,
+/// `kernels.so` for the emulator.
+pub const KERNELS_VARIABLE: &str = "HYDRA_KERNELS";
+
+/// The folder that [`KERNELS_VARIABLE`] names.
+fn kernels_dir() -> Option<std::path::PathBuf> {
+    std::env::var_os(KERNELS_VARIABLE).map(Into::into)
+}
+
+/// Sleeps the longer the longer nothing has happened: not at all at first, then up to 50 microseconds, which no step notices.
+fn nap(idle_secs: f64) {
+    if idle_secs > 50e-6 {
+        std::thread::sleep(std::time::Duration::from_micros(50));
+    } else {
+        std::hint::spin_loop();
+    }
+}

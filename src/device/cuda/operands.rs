@@ -20,6 +20,12 @@ impl Operands<'_> {
         self.arena.plus(self.bases[buffer.area as usize] + buffer.offset)
     }
 
+    /// The bytes that the op may touch.
+    pub(super) fn regions(&self) -> impl Iterator<Item = (Ptr, u64)> + '_ {
+        let all = self.step.inputs.iter().chain(self.step.outputs.iter().flatten()).chain(&self.step.scratch);
+        all.map(|buffer| (self.at(buffer), buffer.bytes()))
+    }
+
     /// Input `i`.
     pub fn input(&self, i: usize) -> Ptr {
         self.at(&self.step.inputs[i])

@@ -18,3 +18,8 @@ pub(super) fn norm(_q: &mut Queue, _norm: &Norm, _at: &dyn Fn(Span) -> Ptr) -> R
 pub(super) fn update(_q: &mut Queue, _update: &Update, _at: &dyn Fn(Span) -> Ptr) -> Result<()> {
     Err(Error::bad("optimizer::update has no kernel yet"))
 }
+
+/// Looks at output 0 for what is not finite; `q.layer` keeps the lowest `layer` where there is any.
+pub(super) fn check_finite(_q: &mut Queue, _o: &super::operands::Operands, _layer: usize) -> Result<()> {
+    Err(Error::bad("optimizer::check_finite has no kernel yet"))
+}

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// One device of a [`HostDevice`].
 #[derive(Clone, Debug, Default)]
@@ -66,7 +66,7 @@ impl HostDevice {
             }
         }
         lanes.push(LaneId::host(LaneKind::HostMath));
-        let shared = Arc::new(Shared::new(host, arenas, lanes.len()));
+        let shared = Arc::new(Shared::new(host, arenas, lanes.len(), Instant::now()));
         let (completed, completions) = channel();
         let mut device = HostDevice {
             submitted: vec![0; lanes.len()],
@@ -140,7 +140,7 @@ impl HostDevice {
 }
 
 /// A rayon pool of `threads` threads on `cores`.
-fn pool(threads: usize, cores: std::ops::Range<usize>) -> Result<Arc<rayon::ThreadPool>> {
+pub(super) fn pool(threads: usize, cores: std::ops::Range<usize>) -> Result<Arc<rayon::ThreadPool>> {
     let pinned = threads < std::thread::available_parallelism().map_or(1, usize::from);
     rayon::ThreadPoolBuilder::new()
         .num_threads(threads)

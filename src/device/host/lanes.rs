@@ -34,9 +34,9 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    pub fn new(host: Block, arenas: Vec<Block>, lanes: usize) -> Self {
+    pub fn new(host: Block, arenas: Vec<Block>, lanes: usize, start: Instant) -> Self {
         Shared {
-            start: Instant::now(),
+            start,
             high_water: arenas.iter().map(|_| AtomicU64::new(0)).collect(),
             host,
             arenas,

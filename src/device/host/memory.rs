@@ -17,6 +17,8 @@ pub const POISON: u8 = 0xFF;
 pub struct Block {
     start: *mut u8,
     bytes: usize,
+    /// Whether it is this block's to free.
+    owned: bool,
 }
 
 // SAFETY: a block is plain bytes; who may touch which is settled by tickets, as the module says.
@@ -35,7 +37,16 @@ impl Block {
         let layout = Layout::from_size_align(bytes.max(1), PAGE).map_err(|_| refused())?;
         // SAFETY: the layout's size is at least 1.
         let start = unsafe { alloc_zeroed(layout) };
-        if start.is_null() { Err(refused()) } else { Ok(Block { start, bytes }) }
+        if start.is_null() { Err(refused()) } else { Ok(Block { start, bytes, owned: true }) }
+    }
+
+    /// A block over memory that somebody else owns.
+    ///
+    /// # Safety
+    /// `start` is page-aligned and good for `bytes` initialised bytes as long as the block lives.
+    #[cfg(any(feature = "cuda", feature = "emulator"))]
+    pub unsafe fn borrowed(start: *mut u8, bytes: u64) -> Block {
+        Block { start, bytes: bytes as usize, owned: false }
     }
 
     /// The address of `offset`, with `bytes` after it inside the block.
@@ -89,6 +100,9 @@ impl Block {
 
 impl Drop for Block {
     fn drop(&mut self) {
+        if !self.owned {
+            return;
+        }
         let layout = Layout::from_size_align(self.bytes.max(1), PAGE).expect("the same layout was valid in new");
         // SAFETY: allocated by `new` with this layout, and freed once.
         unsafe { dealloc(self.start, layout) };

@@ -7,7 +7,6 @@ pub mod activation;
 mod affinity;
 pub mod attention;
 pub mod batchnorm;
-mod calibrate;
 pub mod conv;
 pub mod cross_entropy;
 mod device;
@@ -18,6 +17,8 @@ pub mod gemm;
 mod im2col;
 mod lanes;
 pub mod linear;
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+pub(in crate::device) mod math;
 mod memory;
 pub mod norm;
 mod ops;
@@ -32,5 +33,7 @@ pub mod strided;
 pub mod testing;
 mod transpose;
 
-pub use calibrate::calibrate;
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+pub(in crate::device) use memory::POISON;
+
 pub use device::{HostConfig, HostDevice, HostSpec};

@@ -1,17 +1,16 @@
-//! Measures this machine in about a second, so that plans are predicted in its own seconds.
+//! Measures a device in about a second, so that plans are predicted in its own seconds.
 //!
-//! Small networks of usual shapes (see `networks`) are traced and placed like any model; their programs run on a host device op by op, each
+//! Small networks of usual shapes (see `networks`) are traced and placed like any model; their programs run on the device op by op, each
 //! op as a task of its own, so that an op is measured with the operands, the caches and the threads that it has in a model. The first
 //! pass is thrown away. Of the others the lower quartile counts: what else runs on the machine only ever adds to a time, and on an idle
 //! machine the quartile is the median within a percent or two.
 
 mod networks;
 
-use super::{HostConfig, HostDevice, HostSpec};
 use crate::base::{DType, Error, Result, Shape, align_up};
-use crate::device::sim::{CostModel, Rate};
-use crate::device::{
-    AdamwRule, CopySpan, Device, Memory, Run, Scalars, Segment, Span, Task, Ticket, Update, UpdateRule,
+use super::sim::{CostModel, Rate};
+use super::{
+    AdamwRule, CopySpan, Device, DeviceMemory, DeviceSpec, Memory, Run, Scalars, Segment, Span, Task, Ticket, Update, UpdateRule,
 };
 use crate::graph::{
     ALIGNMENT, AREAS, Area, Buffer, Cost, Family, Graph, Kind, ModelLayout, Op, Program, ShardLayout, Step,
@@ -32,31 +31,33 @@ const UPDATE_ELEMS: u64 = 1 << 21;
 const LARGE_COPY_BYTES: u64 = 16 << 20;
 /// The small one: mostly what starting a copy costs.
 const SMALL_COPY_BYTES: u64 = 4096;
-/// The device's lanes, in the order that [`HostDevice`] has them.
+/// The device's lanes, in the order that every device of one has them.
 const COMPUTE: u16 = 0;
 const H2D: u16 = 1;
 const D2H: u16 = 2;
 const HOST_MATH: u16 = 3;
 
-/// Measures this machine with `threads` threads (`None`: all). Waits about a second.
+/// What an emulated device is taken to do, without measuring: its seconds serve no plan, and a second of it computes little.
+const EMULATED: (f64, f64, f64) = (1e9, 1e9, 1e10);
+
+/// Measures a device. Waits about a second.
 ///
 /// # Errors
 /// When the device cannot be started, or a task fails on it.
-pub fn calibrate(threads: Option<usize>) -> Result<CostModel> {
+pub fn calibrate(spec: &DeviceSpec) -> Result<CostModel> {
+    if let DeviceSpec::Emulated { .. } = spec {
+        return Ok(CostModel::stated(EMULATED.0, EMULATED.1, EMULATED.2));
+    }
     let mut networks = Vec::new();
-    for graph in networks::all()? {
+    for mut graph in networks::all()? {
+        graph.scratch = spec.wants_scratch();
         networks.push(Network::new(graph)?);
     }
     let arena_bytes =
         networks.iter().map(|n| n.arena_bytes).max().unwrap_or(0).max(16 * UPDATE_ELEMS + 4096).max(LARGE_COPY_BYTES);
     let id_bytes = networks.iter().flat_map(|n| &n.integers).map(|s| s.bytes).max().unwrap_or(0);
-    let device = HostDevice::new(&HostConfig {
-        devices: vec![HostSpec { arena_bytes, link_bytes_per_sec: None, threads }],
-        host_bytes: arena_bytes + id_bytes,
-        // Touches every page, so that no page fault is timed.
-        poison: true,
-        withhold: None,
-    })?;
+    // Poison touches every page, so that no page fault is timed.
+    let device = spec.start(DeviceMemory { arena_bytes, host_bytes: arena_bytes + id_bytes, poison: true })?;
     let mut bench = Bench { device };
     bench.fill_host(arena_bytes, id_bytes);
     let (run_secs, op_secs) = bench.starts()?;
@@ -158,7 +159,7 @@ impl Rates {
 }
 
 struct Bench {
-    device: HostDevice,
+    device: Box<dyn Device>,
 }
 
 impl Bench {
@@ -299,7 +300,8 @@ mod tests {
     /// Every family has a rate, and every number is one that a plan can be made with. How fast is for `benches/prediction.rs` to say.
     #[test]
     fn measures_every_family() {
-        let model = calibrate(Some(1)).unwrap();
+        let spec = super::super::host::HostSpec { threads: Some(1), ..Default::default() };
+        let model = calibrate(&spec.into()).unwrap();
         for family in Family::ALL {
             let mut rates = model.rates.iter().filter(|r| r.family == family).peekable();
             assert!(rates.peek().is_some(), "{family:?} was not measured");

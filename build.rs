@@ -1,0 +1,163 @@
+//! Compiles kernels/: with the feature `cuda` by nvcc, one fatbin a source file; with `emulator` as C++, one shared object.
+//!
+//! Only what changed is compiled again. Warnings are errors; what ptxas says of registers and spills is kept for a test.
+
+use std::collections::hash_map::DefaultHasher;
+use std::hash::{Hash, Hasher};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// What each fatbin holds: machine code, and for the first PTX as well, which newer chips compile for themselves.
+const TARGETS: [&str; 7] = [
+    "arch=compute_80,code=sm_80",
+    "arch=compute_80,code=compute_80",
+    "arch=compute_86,code=sm_86",
+    "arch=compute_89,code=sm_89",
+    "arch=compute_90a,code=sm_90a",
+    "arch=compute_100,code=sm_100",
+    "arch=compute_120,code=sm_120",
+];
+
+const HOW_TO_GET_NVCC: &str = "the feature \"cuda\" needs nvcc of CUDA 13.0 or later, and none was found.
+Looked at the variables NVCC and CUDA_HOME, then at PATH. Without a CUDA installation five wheels will do:
+    python3 -m venv .nvcc && .nvcc/bin/pip install nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 \\
+        nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85
+    export NVCC=$(echo $PWD/.nvcc/lib/python3.*/site-packages/nvidia/cu13/bin/nvcc)";
+
+fn main() -> ExitCode {
+    println!("cargo:rerun-if-changed=kernels");
+    let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    let feature = |name: &str| std::env::var_os(format!("CARGO_FEATURE_{name}")).is_some();
+    let mut result = Ok(());
+    if feature("CUDA") {
+        result = result.and_then(|()| fatbins(&out.join("fatbins")));
+    }
+    if feature("EMULATOR") {
+        result = result.and_then(|()| emulated(&out.join("emulated")));
+    }
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(why) => {
+            eprintln!("{why}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The kernels' sources, by name.
+fn sources() -> Result<Vec<PathBuf>, String> {
+    let entries = std::fs::read_dir("kernels").map_err(|e| format!("kernels: {e}"))?;
+    let mut found: Vec<PathBuf> = entries.flatten().map(|e| e.path()).collect();
+    found.retain(|path| path.extension().is_some_and(|e| e == "cu"));
+    found.sort();
+    Ok(found)
+}
+
+/// Compiles for the CPU.
+fn emulated(out: &Path) -> Result<(), String> {
+    println!("cargo:rerun-if-env-changed=CXX");
+    let run = Command::new("sh").arg("kernels/emulator/build.sh").arg(out).arg("plain").output();
+    let output = run.map_err(|e| format!("the feature \"emulator\" needs a shell and a C++ compiler: {e}"))?;
+    if !output.status.success() {
+        let text = String::from_utf8_lossy(&output.stderr);
+        return Err(format!("the feature \"emulator\" needs a C++20 compiler (CXX, or c++ on PATH), which said:\n{text}"));
+    }
+    println!("cargo:rustc-env=HYDRA_EMULATED_KERNELS={}", out.join("kernels.so").display());
+    Ok(())
+}
+
+/// Compiles for GPUs, and lists the fatbins in a Rust file.
+fn fatbins(out: &Path) -> Result<(), String> {
+    for variable in ["NVCC", "CUDA_HOME"] {
+        println!("cargo:rerun-if-env-changed={variable}");
+    }
+    let nvcc = find_nvcc().ok_or(HOW_TO_GET_NVCC)?;
+    std::fs::create_dir_all(out).map_err(|e| format!("{}: {e}", out.display()))?;
+    let sources = sources()?;
+    let common = hash_of_headers(Path::new("kernels"))? ^ hash(&TARGETS);
+    let (next, faults) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    let jobs = std::env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(2);
+    std::thread::scope(|scope| {
+        for _ in 0..jobs {
+            scope.spawn(|| {
+                while let Some(source) = sources.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    if let Err(fault) = fatbin(&nvcc, source, out, common) {
+                        faults.lock().expect("no thread panics while it holds this").push(fault);
+                    }
+                }
+            });
+        }
+    });
+    let faults = faults.into_inner().expect("no thread panicked");
+    if !faults.is_empty() {
+        return Err(faults.join("\n"));
+    }
+    let mut list = String::from("&[\n");
+    for source in &sources {
+        let stem = stem(source);
+        list += &format!("    ({stem:?}, include_bytes!({:?})),\n", out.join(format!("{stem}.fatbin")));
+    }
+    list += "]\n";
+    std::fs::write(out.join("list.rs"), list).map_err(|e| format!("{}: {e}", out.display()))?;
+    println!("cargo:rustc-env=HYDRA_FATBINS={}", out.display());
+    Ok(())
+}
+
+/// Compiles one file, unless neither it nor a header has changed since.
+fn fatbin(nvcc: &Path, source: &Path, out: &Path, common: u64) -> Result<(), String> {
+    let io = |e: std::io::Error| format!("{}: {e}", source.display());
+    let stem = stem(source);
+    let (fatbin, mark, log) =
+        (out.join(format!("{stem}.fatbin")), out.join(format!("{stem}.hash")), out.join(format!("{stem}.log")));
+    let now = format!("{:x}", common ^ hash(&std::fs::read(source).map_err(io)?));
+    if fatbin.exists() && std::fs::read_to_string(&mark).is_ok_and(|before| before == now) {
+        return Ok(());
+    }
+    let mut command = Command::new(nvcc);
+    command.args(["-std=c++17", "-O3", "-lineinfo", "-fatbin", "-Werror", "all-warnings", "-Xptxas", "-v", "-I", "kernels"]);
+    for target in TARGETS {
+        command.args(["-gencode", target]);
+    }
+    let output = command.arg("-o").arg(&fatbin).arg(source).output().map_err(io)?;
+    let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    if !output.status.success() {
+        return Err(format!("nvcc refused {}:\n{text}", source.display()));
+    }
+    std::fs::write(log, text.as_bytes()).map_err(io)?;
+    std::fs::write(mark, now).map_err(io)
+}
+
+fn find_nvcc() -> Option<PathBuf> {
+    let named = std::env::var_os("NVCC").map(PathBuf::from);
+    let home = std::env::var_os("CUDA_HOME").map(|home| Path::new(&home).join("bin/nvcc"));
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let on_path = std::env::split_paths(&path).map(|dir| dir.join("nvcc")).find(|file| file.is_file());
+    named.or(home).or(on_path).filter(|file| file.is_file())
+}
+
+/// Of everything that a kernel may include.
+fn hash_of_headers(dir: &Path) -> Result<u64, String> {
+    let entries = std::fs::read_dir(dir).map_err(|e| format!("{}: {e}", dir.display()))?;
+    let mut all = 0;
+    for path in entries.flatten().map(|e| e.path()) {
+        if path.is_dir() {
+            all ^= hash_of_headers(&path)?;
+        } else if path.extension().is_some_and(|e| e == "cuh" || e == "h") {
+            let bytes = std::fs::read(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+            all ^= hash(&(path, bytes));
+        }
+    }
+    Ok(all)
+}
+
+fn hash(value: &impl Hash) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    value.hash(&mut hasher);
+    hasher.finish()
+}
+
+fn stem(path: &Path) -> String {
+    path.file_stem().unwrap_or_default().to_string_lossy().into_owned()
+}

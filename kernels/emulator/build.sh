@@ -1,0 +1,46 @@
+#!/bin/sh
+# Compiles kernels/*.cu and the emulator for the CPU, into one shared object: build.sh OUT_DIR [plain|asan|race]
+#   plain  as fast as the emulator goes
+#   asan   AddressSanitizer watches global and shared memory; run with LD_PRELOAD=$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0
+#   race   every access to memory is checked against what barriers and waits order
+# Only what changed is compiled again. CXX names the compiler (default c++); build.rs calls this for the feature "emulator".
+set -eu
+out=$1 kind=${2:-plain}
+kernels=$(cd "$(dirname "$0")/.." && pwd)
+mkdir -p "$out"
+# No contraction: a multiply-add is fused where the source says so, as in the kernels.
+common="-std=c++20 -fPIC -ffp-contract=off -march=x86-64-v3 -Wall -Wno-unknown-pragmas -Wno-psabi -I$kernels"
+case $kind in
+    plain) kernel_flags="-O2" runtime_flags="-O2" link_flags="" ;;
+    asan) kernel_flags="-O1 -g -fsanitize=address" runtime_flags="-O2 -g -fsanitize=address" link_flags="-fsanitize=address -shared-libasan" ;;
+    race) kernel_flags="-O1 -g -fsanitize=thread" runtime_flags="-O2 -g -DSIM_RACE" link_flags="" ;;
+    *) echo "build.sh: $kind is none of plain, asan, race" >&2; exit 2 ;;
+esac
+export CXX="${CXX:-c++}" common kernel_flags runtime_flags out kernels
+
+compile() {
+    source=$1
+    object=$out/$(basename "$source").o
+    # A header that is newer than the object, or the source itself, compiles it again.
+    if [ -f "$object" ] && [ -z "$(find "$source" "$kernels" -newer "$object" \( -path "$source" -o -name '*.cuh' -o -name '*.h' -o -name build.sh \) | head -n 1)" ]; then
+        return 0
+    fi
+    case $source in
+        *.cu) flags=$kernel_flags ;;
+        *) flags=$runtime_flags ;;
+    esac
+    $CXX $common $flags -x c++ -c "$source" -o "$object.new" && mv "$object.new" "$object"
+}
+if [ "${3:-}" = compile ]; then
+    compile "$4"
+    exit
+fi
+
+sources=$(ls "$kernels"/*.cu "$kernels"/emulator/*.cpp 2>/dev/null)
+cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+printf '%s\n' "$sources" | xargs -P "$cores" -I{} sh "$0" "$out" "$kind" compile {}
+objects=""
+for source in $sources; do objects="$objects $out/$(basename "$source").o"; done
+# shellcheck disable=SC2086
+$CXX -shared $link_flags $objects -o "$out/kernels.so.new"
+mv "$out/kernels.so.new" "$out/kernels.so"

@@ -1,0 +1,393 @@
+//! The emulator as a driver: the kernels' own sources compiled for the CPU, behind streams whose order is adversarial.
+//!
+//! A stream is a queue that runs only while somebody waits, one entry at a time, the stream drawn by seed among those whose head may
+//! run. What the caller forgot to order by marks therefore happens in the wrong order sooner or later, and the same seed repeats it.
+
+use super::driver::{Driver, Facts, Mark, Stream};
+use super::launch::{Launch, Ptr, Swizzle, TensorMap, TensorMapSpec};
+use crate::base::philox::Sequence;
+use crate::base::{Error, Result};
+use std::collections::{HashMap, VecDeque};
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::sync::OnceLock;
+use std::time::Instant;
+
+/// The kernels, as `build.rs` compiled them.
+static KERNELS: &[u8] = include_bytes!(env!("HYDRA_EMULATED_KERNELS"));
+/// Of files in [`super::KERNELS_VARIABLE`]'s folder, the one that is loaded instead.
+const FILE: &str = "kernels.so";
+
+/// The emulator's `Launch` (kernels/emulator/launch.h).
+#[repr(C)]
+struct Settings {
+    grid: [u32; 3],
+    block: [u32; 3],
+    shared_bytes: u32,
+    seed: u32,
+}
+
+/// The library that every driver uses, loaded once.
+static LIBRARY: OnceLock<Library> = OnceLock::new();
+
+type Kernel = unsafe extern "C" fn(*const Settings, *mut *mut c_void) -> c_int;
+type LastError = unsafe extern "C" fn() -> *const c_char;
+type EncodeMap = unsafe extern "C" fn(*mut c_void, *const c_void, u32, u64, u64, u64, u32, u32, u32) -> c_int;
+type Track = unsafe extern "C" fn(*const c_void, usize);
+type UntrackAll = unsafe extern "C" fn();
+
+/// A shared object with kernels and the emulator that runs them; never unloaded.
+struct Library {
+    handle: *mut c_void,
+    last_error: LastError,
+    encode_map: EncodeMap,
+    track: Track,
+    untrack_all: UntrackAll,
+}
+
+// SAFETY: the emulator keeps its state by thread; the handle is only asked for symbols.
+unsafe impl Send for Library {}
+// SAFETY: as above.
+unsafe impl Sync for Library {}
+
+impl Library {
+    /// The kernels that were built in, or those of the folder that the environment names.
+    fn built_in() -> Result<&'static Library> {
+        if let Some(library) = LIBRARY.get() {
+            return Ok(library);
+        }
+        let library = match super::kernels_dir() {
+            None => Library::new("kernels", KERNELS)?,
+            Some(dir) => {
+                let path = dir.join(FILE);
+                Library::new("kernels", &std::fs::read(&path).map_err(|e| Error::io("read", &path, e))?)?
+            }
+        };
+        // Where two threads were here at once the second library is left alone: both are the same.
+        Ok(LIBRARY.get_or_init(|| library))
+    }
+
+    /// Loads a shared object from its bytes.
+    fn new(name: &str, image: &[u8]) -> Result<Library> {
+        let failed = |what: &str| Error::Device(format!("emulated kernels {name}: cannot {what}"));
+        let c_name = CString::new(name).map_err(|_| failed("be named so"))?;
+        // SAFETY: the name is a C string.
+        let file = unsafe { libc::memfd_create(c_name.as_ptr(), libc::MFD_CLOEXEC) };
+        if file < 0 {
+            return Err(failed("have a file in memory"));
+        }
+        let mut written = 0;
+        while written < image.len() {
+            let rest = &image[written..];
+            // SAFETY: the descriptor was opened above, and `rest` is as long as said.
+            match unsafe { libc::write(file, rest.as_ptr().cast(), rest.len()) } {
+                n if n > 0 => written += n as usize,
+                _ => return Err(failed("be copied into memory")),
+            }
+        }
+        let path = CString::new(format!("/proc/self/fd/{file}")).expect("a number has no zero byte");
+        // SAFETY: loads our own kernels, whose initialisers register names and nothing else.
+        let handle = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
+        // SAFETY: the descriptor is open and belongs to this function; the loader keeps its own mapping.
+        unsafe { libc::close(file) };
+        if handle.is_null() {
+            // SAFETY: dlerror gives a C string after a failure.
+            let why = unsafe { CStr::from_ptr(libc::dlerror()) }.to_string_lossy().into_owned();
+            return Err(Error::Device(format!("emulated kernels {name}: {why}")));
+        }
+        let symbol = |symbol: &CStr| {
+            // SAFETY: the handle is open.
+            let found = unsafe { libc::dlsym(handle, symbol.as_ptr()) };
+            if found.is_null() { Err(failed(&format!("find {}", symbol.to_string_lossy()))) } else { Ok(found) }
+        };
+        Ok(Library {
+            handle,
+            // SAFETY: the emulator's own functions, with the types of kernels/emulator/launch.h.
+            last_error: unsafe { std::mem::transmute::<*mut c_void, LastError>(symbol(c"sim_last_error")?) },
+            // SAFETY: as above.
+            encode_map: unsafe { std::mem::transmute::<*mut c_void, EncodeMap>(symbol(c"sim_tensor_map")?) },
+            // SAFETY: as above.
+            track: unsafe { std::mem::transmute::<*mut c_void, Track>(symbol(c"sim_track")?) },
+            // SAFETY: as above.
+            untrack_all: unsafe { std::mem::transmute::<*mut c_void, UntrackAll>(symbol(c"sim_untrack_all")?) },
+        })
+    }
+
+    fn kernel(&self, name: &str) -> Option<Kernel> {
+        let symbol = CString::new(format!("{name}_sim")).ok()?;
+        // SAFETY: the handle is open as long as the library lives.
+        let found = unsafe { libc::dlsym(self.handle, symbol.as_ptr()) };
+        // SAFETY: GPU_EXPORT gives every such symbol this type.
+        (!found.is_null()).then(|| unsafe { std::mem::transmute::<*mut c_void, Kernel>(found) })
+    }
+
+    fn error(&self) -> String {
+        // SAFETY: the emulator keeps the message of this thread until its next launch.
+        let text = unsafe { CStr::from_ptr((self.last_error)()) };
+        text.to_string_lossy().into_owned()
+    }
+}
+
+/// What a stream has to do. Marks carry the recording that is meant.
+enum Action {
+    Launch(Box<Launch>),
+    Copy { to: Ptr, from: Ptr, bytes: u64 },
+    Fill { to: Ptr, byte: u8, bytes: u64 },
+    Confine(Vec<(Ptr, u64)>),
+    Record { mark: usize, recording: u64 },
+    WaitFor { mark: usize, recording: u64 },
+}
+
+/// How often a mark was put on a stream and passed, and when last.
+#[derive(Clone, Copy)]
+struct MarkState {
+    recorded: u64,
+    passed: u64,
+    at: Instant,
+}
+
+/// An allocation, freed when the driver is dropped.
+struct Memory {
+    start: *mut c_void,
+}
+
+impl Memory {
+    /// Device memory is as the last program left it: filled with NaN here. A device's own allocator aligns to 256 bytes.
+    fn new(bytes: u64, fill: c_int) -> Result<Memory> {
+        let mut start = std::ptr::null_mut();
+        let size = usize::try_from(bytes).unwrap_or(usize::MAX).max(1);
+        // SAFETY: 4096 is a power of two and a multiple of a pointer's size.
+        let code = unsafe { libc::posix_memalign(&raw mut start, 4096, size) };
+        if code != 0 {
+            return Err(Error::Device(format!("cannot allocate {bytes} bytes for an emulated device")));
+        }
+        // SAFETY: just allocated with this size.
+        unsafe { libc::memset(start, fill, size) };
+        Ok(Memory { start })
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: from posix_memalign, freed once.
+        unsafe { libc::free(self.start) };
+    }
+}
+
+/// A GPU whose kernels run on the CPU.
+pub struct Emulated {
+    facts: Facts,
+    libraries: Vec<&'static Library>,
+    kernels: HashMap<&'static str, (usize, Kernel)>,
+    streams: Vec<VecDeque<Action>>,
+    marks: Vec<MarkState>,
+    memory: Vec<Memory>,
+    order: Sequence,
+    seed: u32,
+    launches: u32,
+}
+
+// SAFETY: memory is used through `&mut self` alone, so by one thread at a time.
+unsafe impl Send for Emulated {}
+
+impl Emulated {
+    /// An emulated GPU of compute capability `arch` (80, 90). Seed 0 runs threads, blocks and streams in order; others in an order drawn from the
+    /// seed.
+    ///
+    /// # Errors
+    /// When the kernels cannot be loaded.
+    pub fn new(arch: u32, seed: u32) -> Result<Emulated> {
+        let facts = Facts {
+            name: "emulated".into(),
+            arch,
+            multiprocessors: 4,
+            memory_bytes: 1 << 36,
+            shared_bytes: 227 << 10,
+        };
+        Ok(Emulated {
+            facts,
+            libraries: vec![Library::built_in()?],
+            kernels: HashMap::new(),
+            streams: Vec::new(),
+            marks: Vec::new(),
+            memory: Vec::new(),
+            order: Sequence::new(u64::from(seed), 0),
+            seed,
+            launches: 0,
+        })
+    }
+
+    fn kernel(&mut self, name: &'static str) -> Result<(usize, Kernel)> {
+        if let Some(&found) = self.kernels.get(name) {
+            return Ok(found);
+        }
+        let found = self.libraries.iter().enumerate().find_map(|(i, l)| Some((i, l.kernel(name)?)));
+        let found = found.ok_or_else(|| Error::Device(format!("there is no kernel {name}")))?;
+        self.kernels.insert(name, found);
+        Ok(found)
+    }
+
+    fn may_run(&self, stream: usize) -> bool {
+        match self.streams[stream].front() {
+            None => false,
+            Some(&Action::WaitFor { mark, recording }) => self.marks[mark].passed >= recording,
+            Some(_) => true,
+        }
+    }
+
+    fn run(&mut self, action: Action) -> Result<()> {
+        match action {
+            Action::Launch(launch) => self.run_kernel(&launch)?,
+            Action::Copy { to, from, bytes } => {
+                // SAFETY: the caller's addresses, within memory of this driver; the two may be the same place but never overlap in part.
+                unsafe { libc::memmove(to.0 as *mut c_void, from.0 as *const c_void, bytes as usize) };
+            }
+            Action::Fill { to, byte, bytes } => {
+                // SAFETY: the caller's address, within memory of this driver.
+                unsafe { libc::memset(to.0 as *mut c_void, c_int::from(byte), bytes as usize) };
+            }
+            Action::Confine(regions) => {
+                for library in &self.libraries {
+                    // SAFETY: forgets regions; nothing runs now.
+                    unsafe { (library.untrack_all)() };
+                    for &(start, bytes) in &regions {
+                        // SAFETY: the caller's region, within memory of this driver.
+                        unsafe { (library.track)(start.0 as *const c_void, bytes as usize) };
+                    }
+                }
+            }
+            Action::Record { mark, recording } => {
+                self.marks[mark].passed = recording;
+                self.marks[mark].at = Instant::now();
+            }
+            Action::WaitFor { .. } => {}
+        }
+        Ok(())
+    }
+
+    fn run_kernel(&mut self, launch: &Launch) -> Result<()> {
+        let (library, kernel) = self.kernel(launch.kernel)?;
+        self.launches = self.launches.wrapping_add(1);
+        // Small seeds name the orders that find most; the rest are drawn.
+        let seed = if self.seed < 2 { self.seed } else { self.seed.wrapping_add(self.launches) | 2 };
+        let settings =
+            Settings { grid: launch.grid, block: [launch.block, 1, 1], shared_bytes: launch.shared_bytes, seed };
+        // SAFETY: the arguments are in the kernel's order and of its types, which the parity tests check by running it.
+        let code = launch.with_arguments(|arguments| unsafe { kernel(&raw const settings, arguments.as_mut_ptr()) });
+        if code == 0 { Ok(()) } else { Err(Error::Device(format!("{}: {}", launch.kernel, self.libraries[library].error()))) }
+    }
+}
+
+impl Driver for Emulated {
+    fn facts(&self) -> &Facts {
+        &self.facts
+    }
+
+    fn load(&mut self, name: &str, image: &[u8]) -> Result<()> {
+        self.libraries.push(Box::leak(Box::new(Library::new(name, image)?)));
+        Ok(())
+    }
+
+    fn alloc(&mut self, bytes: u64) -> Result<Ptr> {
+        self.memory.push(Memory::new(bytes, 0xFF)?);
+        Ok(Ptr(self.memory.last().expect("pushed just above").start as u64))
+    }
+
+    fn alloc_host(&mut self, bytes: u64) -> Result<*mut u8> {
+        self.memory.push(Memory::new(bytes, 0)?);
+        Ok(self.memory.last().expect("pushed just above").start.cast())
+    }
+
+    fn stream(&mut self) -> Result<Stream> {
+        self.streams.push(VecDeque::new());
+        Ok(Stream(self.streams.len() as u32 - 1))
+    }
+
+    fn launch(&mut self, stream: Stream, launch: &Launch) -> Result<()> {
+        self.kernel(launch.kernel)?;
+        self.streams[stream.0 as usize].push_back(Action::Launch(Box::new(*launch)));
+        Ok(())
+    }
+
+    fn copy(&mut self, stream: Stream, to: Ptr, from: Ptr, bytes: u64) -> Result<()> {
+        self.streams[stream.0 as usize].push_back(Action::Copy { to, from, bytes });
+        Ok(())
+    }
+
+    fn fill(&mut self, stream: Stream, to: Ptr, byte: u8, bytes: u64) -> Result<()> {
+        self.streams[stream.0 as usize].push_back(Action::Fill { to, byte, bytes });
+        Ok(())
+    }
+
+    fn mark(&mut self) -> Result<Mark> {
+        self.marks.push(MarkState { recorded: 0, passed: 0, at: Instant::now() });
+        Ok(Mark(self.marks.len() as u32 - 1))
+    }
+
+    fn record(&mut self, mark: Mark, stream: Stream) -> Result<()> {
+        let state = &mut self.marks[mark.0 as usize];
+        state.recorded += 1;
+        let recording = state.recorded;
+        self.streams[stream.0 as usize].push_back(Action::Record { mark: mark.0 as usize, recording });
+        Ok(())
+    }
+
+    fn wait_for(&mut self, stream: Stream, mark: Mark) -> Result<()> {
+        let recording = self.marks[mark.0 as usize].recorded;
+        self.streams[stream.0 as usize].push_back(Action::WaitFor { mark: mark.0 as usize, recording });
+        Ok(())
+    }
+
+    fn passed(&mut self, mark: Mark) -> Result<bool> {
+        let state = &self.marks[mark.0 as usize];
+        Ok(state.passed == state.recorded)
+    }
+
+    fn confine(&mut self, stream: Stream, regions: &mut dyn Iterator<Item = (Ptr, u64)>) -> Result<()> {
+        self.streams[stream.0 as usize].push_back(Action::Confine(regions.collect()));
+        Ok(())
+    }
+
+    fn wait_a_moment(&mut self, idle_secs: f64) -> Result<()> {
+        let ready = (0..self.streams.len()).filter(|&s| self.may_run(s)).count();
+        if ready == 0 {
+            super::nap(idle_secs);
+            return Ok(());
+        }
+        let drawn = if self.seed == 0 { 0 } else { self.order.below(ready as u64) as usize };
+        let stream = (0..self.streams.len()).filter(|&s| self.may_run(s)).nth(drawn).expect("counted just above");
+        let action = self.streams[stream].pop_front().expect("its head may run");
+        self.run(action)
+    }
+
+    fn secs_between(&mut self, from: Mark, to: Mark) -> Result<f64> {
+        let at = |mark: Mark| self.marks[mark.0 as usize].at;
+        Ok(match at(to).checked_duration_since(at(from)) {
+            Some(later) => later.as_secs_f64(),
+            None => -at(from).duration_since(at(to)).as_secs_f64(),
+        })
+    }
+
+    fn tensor_map(&mut self, spec: &TensorMapSpec) -> Result<TensorMap> {
+        let mut map = TensorMap([0; 128]);
+        let swizzle = match spec.swizzle {
+            Swizzle::None => 0,
+            Swizzle::Bytes128 => 128,
+        };
+        let library = self.libraries[0];
+        // SAFETY: writes 128 bytes to the map; the matrix is only named.
+        let code = unsafe {
+            (library.encode_map)(
+                map.0.as_mut_ptr().cast(),
+                spec.base.0 as *const c_void,
+                spec.elem_bytes,
+                spec.rows,
+                spec.cols,
+                spec.pitch_bytes,
+                spec.box_rows,
+                spec.box_cols,
+                swizzle,
+            )
+        };
+        if code == 0 { Ok(map) } else { Err(Error::Device(format!("tensor map: {}", library.error()))) }
+    }
+}

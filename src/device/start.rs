@@ -1,0 +1,124 @@
+//! Starting a device of any kind, from what a job says of it.
+
+use super::Device;
+use super::host::{HostConfig, HostDevice, HostSpec};
+use crate::base::Result;
+
+/// Which device, besides the sizes that a plan decides.
+#[derive(Clone, Debug)]
+pub enum DeviceSpec {
+    /// The machine's own cores.
+    Host(HostSpec),
+    /// An NVIDIA GPU, by its number.
+    Cuda {
+        /// The driver's number for it.
+        ordinal: usize,
+        /// Cores for the host's arithmetic; `None` is all.
+        threads: Option<usize>,
+    },
+    /// The GPU's kernels on the CPU.
+    Emulated {
+        /// Compute capability that is emulated: 80, 90.
+        arch: u32,
+        /// Order of threads, blocks and streams; 0 is in order.
+        seed: u32,
+        /// Cores for the host's arithmetic; `None` is all.
+        threads: Option<usize>,
+    },
+}
+
+impl Default for DeviceSpec {
+    fn default() -> Self {
+        DeviceSpec::Host(HostSpec::default())
+    }
+}
+
+impl From<HostSpec> for DeviceSpec {
+    fn from(spec: HostSpec) -> Self {
+        DeviceSpec::Host(spec)
+    }
+}
+
+/// Memory of a device that is to be started.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct DeviceMemory {
+    /// Bytes of the arena.
+    pub arena_bytes: u64,
+    /// Bytes of the host's store.
+    pub host_bytes: u64,
+    /// Fill the arena with NaN first.
+    pub poison: bool,
+}
+
+impl DeviceSpec {
+    /// Whether its programs need scratch in the workspace ([`crate::graph::Graph::scratch`]).
+    pub fn wants_scratch(&self) -> bool {
+        !matches!(self, DeviceSpec::Host(_))
+    }
+
+    /// Allocates memory and starts one device.
+    ///
+    /// # Errors
+    /// When it is not built in ([`Error::BadInput`]) or not there, or memory or threads cannot be had.
+    pub fn start(&self, memory: DeviceMemory) -> Result<Box<dyn Device>> {
+        let DeviceMemory { arena_bytes, host_bytes, poison } = memory;
+        match self {
+            DeviceSpec::Host(spec) => {
+                let spec = HostSpec { arena_bytes, ..spec.clone() };
+                let config = HostConfig { devices: vec![spec], host_bytes, poison, withhold: None };
+                Ok(Box::new(HostDevice::new(&config)?))
+            }
+            #[cfg(feature = "cuda")]
+            DeviceSpec::Cuda { ordinal, threads } => {
+                start_cuda(Box::new(super::cuda::Gpu::open(*ordinal)?), *threads, memory)
+            }
+            #[cfg(feature = "emulator")]
+            DeviceSpec::Emulated { arch, seed, threads } => {
+                start_cuda(Box::new(super::cuda::Emulated::new(*arch, *seed)?), *threads, memory)
+            }
+            #[cfg(not(feature = "cuda"))]
+            DeviceSpec::Cuda { .. } => Err(not_built("cuda")),
+            #[cfg(not(feature = "emulator"))]
+            DeviceSpec::Emulated { .. } => Err(not_built("emulator")),
+        }
+    }
+}
+
+/// Why a kind is missing.
+#[cfg(not(all(feature = "cuda", feature = "emulator")))]
+fn not_built(feature: &str) -> crate::base::Error {
+    crate::base::Error::bad(format!("this program was built without the feature \"{feature}\""))
+}
+
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+fn start_cuda(
+    driver: Box<dyn super::cuda::driver::Driver>,
+    threads: Option<usize>,
+    memory: DeviceMemory,
+) -> Result<Box<dyn Device>> {
+    let config = super::cuda::CudaConfig {
+        arenas: vec![memory.arena_bytes],
+        host_bytes: memory.host_bytes,
+        threads,
+        poison: memory.poison,
+        withhold: None,
+    };
+    Ok(Box::new(super::cuda::CudaDevice::new(driver, &config)?))
+}
+
+/// Why there is no device of this kind here; `None` where there is one.
+pub fn why_no_cuda() -> Option<String> {
+    #[cfg(feature = "cuda")]
+    return match super::cuda::count() {
+        Ok(0) => Some("cuda: the driver finds no GPU".into()),
+        Ok(_) => None,
+        Err(error) => Some(error.to_string()),
+    };
+    #[cfg(not(feature = "cuda"))]
+    Some(not_built("cuda").to_string())
+}
+
+/// Why the emulator is not there; `None` where it is.
+pub fn why_no_emulator() -> Option<String> {
+    if cfg!(feature = "emulator") { None } else { Some("this program was built without the feature \"emulator\"".into()) }
+}

@@ -1,0 +1,162 @@
+//! Every kernel against the host device, on the emulator: whole programs of one op, a head and a loss, forward and gradient.
+//!
+//! The oracle is the host in f64. The arena is filled with NaN before each run and inputs are drawn anew, and the order of threads,
+//! blocks and streams is drawn from a seed. Cases are those of tests/gradients and, with sizes that finite differences would take too long
+//! for, those of the files beside this one. `HYDRA_KERNEL_TESTS=full` runs every order on every architecture.
+
+#[path = "../gradients/cases.rs"]
+#[allow(dead_code, reason = "shared with the gradients' tests")]
+mod cases;
+#[path = "../gradients/machine.rs"]
+#[allow(dead_code, reason = "shared with the gradients' tests")]
+mod machine;
+mod shapes;
+
+use cases::{Case, Table};
+use hydra::base::DType;
+use hydra::device::DeviceSpec;
+use machine::{Cut, Machine, Outcome, draw_inputs, draw_weights};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+/// Architectures with orders: three of each for the ordinary run, all for the full one. Between them the paths of every GPU, and six orders.
+fn orders() -> Vec<(u32, u32)> {
+    if std::env::var("HYDRA_KERNEL_TESTS").is_ok_and(|v| v == "full") {
+        return [80, 90].into_iter().flat_map(|arch| (0..8).map(move |seed| (arch, seed))).collect();
+    }
+    vec![(80, 0), (90, 1), (80, 2), (90, 3), (80, 5), (90, 8)]
+}
+
+/// How far a run may be from f64's, as the norm of the difference over the norm.
+fn tolerance(dtype: DType) -> f64 {
+    match dtype {
+        // f32's rounding, through an op, a head of up to a thousand inputs and a softmax, forward and back.
+        DType::F32 => 2e-5,
+        // Eight bits of mantissa, rounded at every op's output.
+        _ => 2e-2,
+    }
+}
+
+/// What a step gave, as numbers: losses, gradients by parameter, states.
+struct Numbers {
+    losses: Vec<f64>,
+    gradients: Vec<(String, Vec<f64>)>,
+    states: Vec<f64>,
+}
+
+fn numbers(machine: &Machine, outcome: &Outcome) -> Numbers {
+    let named = |(p, _, bytes): &(usize, usize, Vec<u8>)| {
+        (machine.graph.parameters[*p].name.clone(), machine.decode(bytes))
+    };
+    Numbers {
+        losses: outcome.losses.clone(),
+        gradients: outcome.gradients.iter().map(named).collect(),
+        states: machine.decode(&outcome.states),
+    }
+}
+
+/// Two microbatches, so that gradients are written and then added to.
+fn run(spec: &DeviceSpec, case: &Case, computed: bool, dtype: DType) -> Numbers {
+    let graph = case.graph(dtype, computed).unwrap_or_else(|e| panic!("{}: {e}", case.name));
+    let mut machine = Machine::on(spec, graph, Cut::whole(2), 2);
+    let weights = draw_weights(&machine.graph);
+    let inputs: Vec<_> = (0..2).map(|m| draw_inputs(&machine.graph, m)).collect();
+    let outcome = machine.run(&weights, &inputs, &[0, 1]);
+    numbers(&machine, &outcome)
+}
+
+fn near(what: &str, got: &[f64], want: &[f64], tolerance: f64) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    let square = |sum: f64, x: f64| sum + x * x;
+    let apart = got.iter().zip(want).map(|(g, w)| g - w).fold(0.0, square).sqrt();
+    let size = want.iter().copied().fold(0.0, square).sqrt();
+    // Gradients of nothing are 0 up to the rounding of what cancels.
+    assert!(apart <= tolerance * (size + 1e-3), "{what}: off by {apart:e} of {size:e}");
+}
+
+fn check(case: &Case, computed: bool) {
+    let host = DeviceSpec::default();
+    let want = run(&host, case, computed, DType::F64);
+    for dtype in [DType::F32] {
+        for (arch, seed) in orders() {
+            let what = format!("{}, computed {computed}, {dtype}, arch {arch}, seed {seed}", case.name);
+            let got = run(&DeviceSpec::Emulated { arch, seed, threads: Some(1) }, case, computed, dtype);
+            near(&format!("{what}: losses"), &got.losses, &want.losses, tolerance(dtype));
+            near(&format!("{what}: states"), &got.states, &want.states, tolerance(dtype));
+            for ((name, got), (_, want)) in got.gradients.iter().zip(&want.gradients) {
+                near(&format!("{what}: gradient of {name}"), got, want, tolerance(dtype));
+            }
+        }
+    }
+}
+
+/// Runs the cases whose names begin with one of `families`; all of them, so that one run shows all that is wrong.
+fn family(families: &[&str]) {
+    let mut table = Table(cases::all());
+    shapes::all(&mut table);
+    let cases: Vec<Case> = table.0.into_iter().filter(|c| families.contains(&c.family())).collect();
+    assert!(!cases.is_empty(), "no case of {families:?}");
+    let failed = |case: &Case, computed| catch_unwind(AssertUnwindSafe(|| check(case, computed))).is_err();
+    let failures = cases.iter().filter(|case| failed(case, false) | failed(case, true)).count();
+    assert_eq!(failures, 0, "cases of {families:?} failed, as printed above");
+}
+
+/// What each test below runs.
+const FAMILIES: [&[&str]; 8] = [
+    &["embedding", "add_position"],
+    &["linear"],
+    &["activation", "add", "dropout"],
+    &["layernorm", "batchnorm"],
+    &["attention"],
+    &["cross_entropy"],
+    &["conv2d", "max_pool", "avg_pool", "global_avg_pool"],
+    &["reshape", "transpose", "parameter"],
+];
+
+#[test]
+fn no_case_is_left_out() {
+    let mut table = Table(cases::all());
+    shapes::all(&mut table);
+    for case in table.0 {
+        assert!(FAMILIES.iter().any(|f| f.contains(&case.family())), "no test runs {}", case.name);
+    }
+}
+
+#[test]
+fn lookups() {
+    family(FAMILIES[0]);
+}
+
+#[test]
+fn linear() {
+    family(FAMILIES[1]);
+}
+
+#[test]
+fn elementwise() {
+    family(FAMILIES[2]);
+}
+
+#[test]
+fn norms() {
+    family(FAMILIES[3]);
+}
+
+#[test]
+fn attention() {
+    family(FAMILIES[4]);
+}
+
+#[test]
+fn cross_entropy() {
+    family(FAMILIES[5]);
+}
+
+#[test]
+fn images() {
+    family(FAMILIES[6]);
+}
+
+#[test]
+fn shapes_and_parameters() {
+    family(FAMILIES[7]);
+}
