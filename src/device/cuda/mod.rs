@@ -6,6 +6,7 @@
 mod activation;
 mod attention;
 mod batchnorm;
+mod column_sum;
 mod conv;
 mod cross_entropy;
 pub mod driver;
