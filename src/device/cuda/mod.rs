@@ -7,6 +7,7 @@ mod activation;
 mod attention;
 mod batchnorm;
 mod blocks;
+mod column_sum;
 mod conv;
 mod cross_entropy;
 mod device;
