@@ -11,6 +11,7 @@ mod task;
 
 pub use task::{
     AdamwRule, Clip, CopySpan, Memory, Norm, Run, Scalars, Segment, SgdRule, Span, Spans, Task, Update, UpdateRule,
+    norm_scratch_bytes,
 };
 
 use crate::base::{LaneId, Result};

@@ -38,6 +38,11 @@ impl Block {
         if start.is_null() { Err(refused()) } else { Ok(Block { start, bytes }) }
     }
 
+    /// Its size.
+    pub fn bytes(&self) -> u64 {
+        self.bytes as u64
+    }
+
     /// The address of `offset`, with `bytes` after it inside the block.
     ///
     /// # Panics

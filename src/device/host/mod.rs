@@ -18,6 +18,7 @@ pub mod gemm;
 mod im2col;
 mod lanes;
 pub mod linear;
+pub mod master;
 mod memory;
 pub mod norm;
 mod ops;
@@ -31,6 +32,7 @@ pub mod strided;
 #[cfg(test)]
 pub mod testing;
 mod transpose;
+mod widen;
 
 pub use calibrate::calibrate;
 pub use device::{HostConfig, HostDevice, HostSpec};
