@@ -122,6 +122,7 @@ impl Bench {
             }),
             segments: layout.order.iter().map(|&p| segment(p)).collect(),
             weight: array(bases[Area::Weights as usize]),
+            remainder: None,
             moments: moments.map(|at| Some(array(at))),
             gradient: array(bases[Area::Gradients as usize]),
             clip: None,

@@ -84,8 +84,7 @@ impl Observer for Times {
 }
 
 fn way(name: &'static str, gpt: Gpt, options: TrainOptions, cost: &CostModel) -> Result<Way> {
-    let model =
-        trace_model(gpt.network().as_ref(), &inputs_of(gpt.source().as_ref()), options.batch, options.microbatch)?;
+    let model = trace_model(gpt.network().as_ref(), &inputs_of(gpt.source().as_ref()), &options)?;
     let plan = plan_model(&model, &options, cost)?;
     Ok(Way {
         name,

@@ -195,7 +195,7 @@ fn a_gpt_on_text_allocates_nothing_after_the_second_step() {
             valid_fraction: 0.0,
         };
         let source: Box<dyn Source> = Box::new(TextSource::open(&text).expect("long enough").train);
-        let model = trace_model(network.as_ref(), &inputs_of(source.as_ref()), 4, 2).expect("a model");
+        let model = trace_model(network.as_ref(), &inputs_of(source.as_ref()), &options).expect("a model");
         assert_eq!(model.layers(), 6);
         let plan = plan_model(&model, &options, &stated()).expect("a plan");
         let boundary = model.train.bytes(model.train.layers[0].output.expect("a layer hands its output on"));

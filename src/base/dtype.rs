@@ -3,10 +3,11 @@
 use std::fmt;
 
 /// The type of one element of a tensor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DType {
     /// IEEE single precision: what models train in.
+    #[default]
     F32,
     /// IEEE double precision: the oracle that tests hold the others against.
     F64,
@@ -23,6 +24,14 @@ impl DType {
             DType::Bf16 => 2,
             DType::F32 | DType::I32 => 4,
             DType::F64 => 8,
+        }
+    }
+
+    /// The type of what is summed up beside tensors of this type: statistics, losses, parameters' gradients and moments.
+    pub const fn wide(self) -> DType {
+        match self {
+            DType::Bf16 => DType::F32,
+            other => other,
         }
     }
 }

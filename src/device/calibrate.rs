@@ -216,8 +216,15 @@ impl Bench {
         const ROUNDS: usize = 50;
         let out = Buffer { area: Area::Workspace, offset: 0, shape: Shape::from([16]), dtype: DType::F32 };
         let cost = Cost { flops: 0.0, bytes: 64, family: Family::Memory, elems: 16, sizes: [64, 16, 1] };
-        let step =
-            Step { op: Op::Zero, layer: 0, inputs: Vec::new(), outputs: vec![Some(out)], scratch: None, cost, ends_layer: false };
+        let step = Step {
+            op: Op::Zero,
+            layer: 0,
+            inputs: Vec::new(),
+            outputs: vec![Some(out)],
+            scratch: None,
+            cost,
+            ends_layer: false,
+        };
         let tasks = |ops: usize| {
             let steps = vec![step.clone(); ops];
             (0..ROUNDS).map(move |_| {
@@ -253,6 +260,7 @@ impl Bench {
             rule: UpdateRule::Adamw(rule),
             segments: vec![Segment { offset: 0, elems: UPDATE_ELEMS, decay: true, index: 0 }].into(),
             weight: array(0),
+            remainder: None,
             moments: [Some(array(1)), Some(array(2))],
             gradient: array(3),
             clip: None,

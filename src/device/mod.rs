@@ -15,6 +15,7 @@ pub use calibrate::calibrate;
 pub use start::{DeviceMemory, DeviceSpec, why_no_cuda, why_no_emulator};
 pub use task::{
     AdamwRule, Clip, CopySpan, Memory, Norm, Run, Scalars, Segment, SgdRule, Span, Spans, Task, Update, UpdateRule,
+    norm_scratch_bytes,
 };
 
 use crate::base::{LaneId, Result};

@@ -1,5 +1,6 @@
 //! Tasks: what a lane can do. Plain values; memory is named by offset, never by address.
 
+use super::host::optimizer::SUM_BLOCK;
 use crate::base::philox::Stream;
 use crate::graph::{AREAS, Program};
 use std::sync::Arc;
@@ -102,6 +103,13 @@ pub struct Norm {
     pub segments: Arc<[Segment]>,
     /// The whole model's table of sums, one f64 a tensor; only this shard's entries are written.
     pub table: Span,
+    /// Room for [`norm_scratch_bytes`], for devices that ask for scratch.
+    pub scratch: Option<Span>,
+}
+
+/// Bytes of partial sums for the squares of `segments`: one f64 for each block of [`SUM_BLOCK`] elements of a tensor.
+pub fn norm_scratch_bytes(segments: &[Segment]) -> u64 {
+    segments.iter().map(|s| 8 * s.elems.div_ceil(SUM_BLOCK as u64)).sum()
 }
 
 /// Clipping by the global norm (Pascanu, Mikolov & Bengio 2013, arXiv:1211.5063), as `torch.nn.utils.clip_grad_norm_`:
@@ -160,8 +168,10 @@ pub struct Update {
     pub rule: UpdateRule,
     /// The tensors in the stretch.
     pub segments: Arc<[Segment]>,
-    /// Weights, changed in place.
+    /// Weights, changed in place: f32, or with a `remainder` bf16.
     pub weight: Span,
+    /// Of bf16 weights the lower halves of their f32 masters, changed in place (see [`super::host::master`]).
+    pub remainder: Option<Span>,
     /// Moments, changed in place: two for AdamW, one for SGD with momentum, none for SGD without.
     pub moments: [Option<Span>; 2],
     /// Gradients.
@@ -179,7 +189,7 @@ pub enum Task {
     Run(Box<Run>),
     /// Copies, on a copy lane.
     Copy(Spans),
-    /// `acc[i] += x[i]` over stretches of floats: shared parameters' accumulators are joined.
+    /// `acc[i] += x[i]` over stretches of f32: shared parameters' accumulators are joined.
     Add(Spans),
     /// Sums of squares.
     Norm(Box<Norm>),
@@ -197,7 +207,8 @@ impl Task {
             Task::Norm(norm) => norm.gradient.bytes,
             Task::Update(update) => {
                 let moments = update.moments.iter().flatten().map(|m| 2 * m.bytes).sum::<u64>();
-                2 * update.weight.bytes + update.gradient.bytes + moments
+                let remainder = update.remainder.map_or(0, |r| 2 * r.bytes);
+                2 * update.weight.bytes + remainder + update.gradient.bytes + moments
             }
         }
     }

@@ -85,8 +85,8 @@ pub(super) struct Rings {
     /// Next gradient slot.
     next_gradient: usize,
     gradient_slots: usize,
-    /// Resident: moments have been brought to the device.
-    pub moments_fetched: bool,
+    /// Resident: remainders and moments have been brought to the device.
+    pub state_fetched: bool,
 }
 
 impl Rings {
@@ -99,7 +99,7 @@ impl Rings {
             inputs: plan.arena.inputs.len(),
             next_gradient: 0,
             gradient_slots: plan.arena.gradient_slots.len(),
-            moments_fetched: false,
+            state_fetched: false,
         };
         if plan.choice.activations == BoundaryTier::Device {
             for entry in 0..plan.arena.activations.len() {

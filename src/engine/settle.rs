@@ -4,7 +4,7 @@
 
 use super::tables::{Join, Piece};
 use super::{Engine, StepInput};
-use crate::device::{Clip, CopySpan, Norm, Span, Task, Update};
+use crate::device::{Clip, CopySpan, Norm, Span, Task, Update, norm_scratch_bytes};
 use crate::trace::What;
 use std::ops::Range;
 use std::sync::Arc;
@@ -14,9 +14,10 @@ impl Engine {
     pub(super) fn spill_gradient(&mut self, s: usize, slot: usize, step: u64) {
         let all = self.plan.shards[s].layout.gradient_bytes;
         let (from, to) = (self.plan.arena.gradient_slots[slot], self.plan.host.shard_gradients[s]);
-        let count = self.visits.pieces[s].len();
+        let (count, ratio) = (self.visits.pieces[s].len(), self.model.layout.wide_ratio);
         for i in 0..count {
             let Range { start, end } = self.visits.pieces[s][i].range;
+            let (start, end) = (start * ratio, end * ratio);
             let bytes = if i + 1 == count { all - start } else { end - start };
             let span = CopySpan { from: self.arena(from + start, bytes), to: self.store(to + start, bytes) };
             self.copy(What::SpillGradient, s, None, step, vec![span]);
@@ -66,8 +67,21 @@ impl Engine {
         // Only this shard's entries are written, so norms of other shards need not wait.
         let first = u64::from(segments[0].index);
         let entries = within(table, 8 * first, 8 * segments.len() as u64);
-        let task = Task::Norm(Box::new(Norm { gradient, segments, table }));
-        self.add(lane, What::Norm, s, None, step, deadline, task, &[gradient], &[entries]);
+        let scratch = (self.plan.choice.resident && self.model.train.scratch)
+            .then(|| self.arena(self.plan.arena.norm_scratch, norm_scratch_bytes(&segments)));
+        let task = Task::Norm(Box::new(Norm { gradient, segments, table, scratch }));
+        let writes: &[Span] = &[entries, scratch.unwrap_or(entries)];
+        self.add(
+            lane,
+            What::Norm,
+            s,
+            None,
+            step,
+            deadline,
+            task,
+            &[gradient],
+            &writes[..1 + usize::from(scratch.is_some())],
+        );
     }
 
     pub(super) fn update(&mut self, s: usize, input: &StepInput, deadline: u64) {
@@ -75,7 +89,7 @@ impl Engine {
             return;
         }
         if self.plan.choice.resident {
-            self.fetch_moments(input.step);
+            self.fetch_state(input.step);
         }
         for i in 0..self.visits.pieces[s].len() {
             self.update_piece(s, i, input, deadline);
@@ -87,15 +101,22 @@ impl Engine {
         let Piece { range: Range { start, end }, segments } = self.visits.pieces[s][i].clone();
         let plan = Arc::clone(&self.plan);
         let (flat, bytes) = (plan.shards[s].layout.own.start + start, end - start);
-        let (weight, moments) = if plan.choice.resident {
-            let moments = [0, 1].map(|i| plan.arena.moments[i].get(s).map(|&at| self.arena(at + start, bytes)));
-            (self.arena(plan.arena.weight_slots[s] + start, bytes), moments)
+        // Moments and gradients may be wider than weights, and lie as many times further on.
+        let ratio = self.model.layout.wide_ratio;
+        let (wide_start, wide_bytes) = (start * ratio, bytes * ratio);
+        let (weight, remainder, moments) = if plan.choice.resident {
+            let of = |at: &u64| self.arena(at + wide_start, wide_bytes);
+            let remainder = plan.arena.remainders.get(s).map(|at| self.arena(at + start, bytes));
+            let moments = [0, 1].map(|i| plan.arena.moments[i].get(s).map(of));
+            (self.arena(plan.arena.weight_slots[s] + start, bytes), remainder, moments)
         } else {
-            let moments = [0, 1].map(|i| (i < plan.moments).then(|| self.store(plan.host.moments[i] + flat, bytes)));
-            (self.store(plan.host.weights + flat, bytes), moments)
+            let of = |i: usize| self.store(plan.host.moments[i] + flat * ratio, wide_bytes);
+            let remainder = self.model.has_remainders().then(|| self.store(plan.host.remainders + flat, bytes));
+            let moments = [0, 1].map(|i| (i < plan.moments).then(|| of(i)));
+            (self.store(plan.host.weights + flat, bytes), remainder, moments)
         };
         let gradient = self.gradients(s);
-        let gradient = Span { offset: gradient.offset + start, bytes, ..gradient };
+        let gradient = Span { offset: gradient.offset + wide_start, bytes: wide_bytes, ..gradient };
         let parity = (input.step % 2) as usize;
         let loss_bytes = 4 * self.model.microbatches as u64;
         let gate = match plan.choice.resident {
@@ -106,8 +127,8 @@ impl Engine {
         let mut reads = vec![gradient, gate];
         reads.extend(clip.map(|c| c.table));
         let mut writes = vec![weight];
-        writes.extend(moments.iter().flatten());
-        let update = Update { rule: input.rule, segments, weight, moments, gradient, clip, gate };
+        writes.extend(remainder.iter().chain(moments.iter().flatten()));
+        let update = Update { rule: input.rule, segments, weight, remainder, moments, gradient, clip, gate };
         let lane = self.math_lane();
         self.add(lane, What::Update, s, None, input.step, deadline, Task::Update(Box::new(update)), &reads, &writes);
     }
@@ -133,24 +154,31 @@ impl Engine {
         }
     }
 
-    /// Resident: brings the moments to the device before the first update.
-    fn fetch_moments(&mut self, step: u64) {
-        if self.rings.moments_fetched {
+    /// Resident: brings remainders and moments to the device before the first update.
+    fn fetch_state(&mut self, step: u64) {
+        if self.rings.state_fetched {
             return;
         }
-        self.rings.moments_fetched = true;
+        self.rings.state_fetched = true;
         let plan = Arc::clone(&self.plan);
         for (s, shard) in plan.shards.iter().enumerate() {
-            let own = &shard.layout.own;
-            let bytes = own.end - own.start;
-            let spans = (0..plan.moments)
-                .map(|i| CopySpan {
-                    from: self.store(plan.host.moments[i] + own.start, bytes),
-                    to: self.arena(plan.arena.moments[i][s], bytes),
-                })
-                .collect();
+            let spans = self.update_state(s, &shard.layout.own).map(|(to, from)| CopySpan { from, to }).collect();
             self.copy(What::FetchState, s, None, step, spans);
         }
+    }
+
+    /// Resident: where what only updates touch, a shard's remainders and moments, lies on the device and at home.
+    pub(super) fn update_state(&self, s: usize, own: &Range<u64>) -> impl Iterator<Item = (Span, Span)> {
+        let (plan, ratio) = (&self.plan, self.model.layout.wide_ratio);
+        let remainder = plan.arena.remainders.get(s).map(|&at| (at, plan.host.remainders, 1));
+        let moments = [0, 1].map(|i| plan.arena.moments[i].get(s).map(|&at| (at, plan.host.moments[i], ratio)));
+        let spans = [remainder, moments[0], moments[1]].map(|place| {
+            place.map(|(arena, host, ratio)| {
+                let bytes = (own.end - own.start) * ratio;
+                (self.arena(arena, bytes), self.store(host + own.start * ratio, bytes))
+            })
+        });
+        spans.into_iter().flatten()
     }
 
     /// Brings a step's losses, and the norms where they are on the device, to the host.

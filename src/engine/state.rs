@@ -2,14 +2,16 @@
 
 use super::Engine;
 use super::queue::Order;
-use crate::base::{Error, Result};
-use crate::device::{CopySpan, Memory, Span, Task};
+use crate::base::{DType, Error, Result};
+use crate::device::host::master;
+use crate::device::{CopySpan, Device, Memory, Span, Task};
 use crate::trace::{TaskName, What};
+use half::bf16;
 
 /// A tensor's place in the flat order, by kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stored {
-    /// A weight.
+    /// A weight; of a bf16 one its f32 master.
     Weight,
     /// A moment of the optimizer: 0 the first, 1 the second.
     Moment(usize),
@@ -21,23 +23,42 @@ impl Engine {
         Span { memory: Memory::Host, offset, bytes }
     }
 
-    fn flat(&self, what: Stored) -> u64 {
-        match what {
-            Stored::Weight => self.plan.host.weights,
-            Stored::Moment(i) => self.plan.host.moments[i],
-        }
-    }
-
     /// Writes a parameter's elements, or its moment's, into the host's store. Call it before the first step.
     pub fn write_parameter(&mut self, what: Stored, parameter: usize, values: &[f32]) {
-        let offset = self.flat(what) + self.model.layout.parameter[parameter];
-        self.device.write_host(offset, bytemuck::cast_slice(values));
+        let (host, at) = (&self.plan.host, self.model.layout.parameter[parameter]);
+        match what {
+            Stored::Weight if self.model.has_remainders() => {
+                let (weights, remainders) = (host.weights + at, host.remainders + at);
+                let (high, low): (Vec<u16>, Vec<u16>) = values.iter().map(|&x| master::split(x)).unzip();
+                self.device.write_host(weights, bytemuck::cast_slice(&high));
+                self.device.write_host(remainders, bytemuck::cast_slice(&low));
+            }
+            Stored::Weight => self.device.write_host(host.weights + at, bytemuck::cast_slice(values)),
+            Stored::Moment(i) => {
+                let offset = host.moments[i] + at * self.model.layout.wide_ratio;
+                self.device.write_host(offset, bytemuck::cast_slice(values));
+            }
+        }
     }
 
     /// Reads a parameter's elements, or its moment's, from the host's store. Call [`Engine::wait_home`] first.
     pub fn read_parameter(&self, what: Stored, parameter: usize) -> Vec<f32> {
-        let mut values = vec![0.0; self.model.train.parameters[parameter].shape.elems()];
-        let offset = self.flat(what) + self.model.layout.parameter[parameter];
+        let (host, at) = (&self.plan.host, self.model.layout.parameter[parameter]);
+        let elems = self.model.train.parameters[parameter].shape.elems();
+        match what {
+            Stored::Weight if self.model.has_remainders() => {
+                let (high, low) =
+                    (self.read::<u16>(host.weights + at, elems), self.read::<u16>(host.remainders + at, elems));
+                high.into_iter().zip(low).map(|(high, low)| master::join(high, low)).collect()
+            }
+            Stored::Weight => self.read(host.weights + at, elems),
+            Stored::Moment(i) => self.read(host.moments[i] + at * self.model.layout.wide_ratio, elems),
+        }
+    }
+
+    /// Elements of the host's store.
+    fn read<T: bytemuck::Pod>(&self, offset: u64, elems: usize) -> Vec<T> {
+        let mut values = vec![T::zeroed(); elems];
         self.device.read_host(offset, bytemuck::cast_slice_mut(&mut values));
         values
     }
@@ -50,10 +71,8 @@ impl Engine {
 
     /// Reads a state's elements from the host's store. Call [`Engine::wait_home`] first.
     pub fn read_state(&self, state: usize) -> Vec<f32> {
-        let mut values = vec![0.0; self.model.train.states[state].shape.elems()];
         let offset = self.plan.host.states + self.model.layout.state[state];
-        self.device.read_host(offset, bytemuck::cast_slice_mut(&mut values));
-        values
+        self.read(offset, self.model.train.states[state].shape.elems())
     }
 
     /// Waits until every weight, moment and state is in the host's store.
@@ -80,10 +99,8 @@ impl Engine {
                 plan.host.states + states.start,
                 states.end - states.start,
             ));
-            if self.rings.moments_fetched {
-                for i in 0..plan.moments {
-                    copies.push(self.to_home(plan.arena.moments[i][s], plan.host.moments[i] + own.start, bytes));
-                }
+            if self.rings.state_fetched {
+                copies.extend(self.update_state(s, own).map(|(from, to)| CopySpan { from, to }));
             }
             copies.retain(|c| c.from.bytes > 0);
             let (reads, writes): (Vec<Span>, Vec<Span>) = copies.iter().map(|c| (c.from, c.to)).unzip();
@@ -114,7 +131,10 @@ impl Engine {
             return Ok(());
         }
         for (i, bytes) in inputs.iter().enumerate() {
-            let want = self.model.microbatches as u64 * graph.bytes(graph.inputs[i].value);
+            let dtype = graph.inputs[i].dtype;
+            // Floats come as f32 and are rounded on the way, to the nearest, ties to even.
+            let ratio = dtype.wide().bytes() / dtype.bytes();
+            let want = self.model.microbatches as u64 * graph.bytes(graph.inputs[i].value) * ratio;
             if bytes.len() as u64 != want {
                 return Err(Error::bad(format!(
                     "step {step}: input {} has {} bytes, the model takes {want}",
@@ -122,7 +142,12 @@ impl Engine {
                     bytes.len()
                 )));
             }
-            self.device.write_host(self.plan.host.inputs[(step % 2) as usize][i], bytes);
+            let offset = self.plan.host.inputs[(step % 2) as usize][i];
+            if dtype == DType::Bf16 {
+                write_rounded(self.device.as_mut(), offset, bytes);
+            } else {
+                self.device.write_host(offset, bytes);
+            }
         }
         Ok(())
     }
@@ -140,10 +165,14 @@ impl Engine {
 
     /// The logits of an evaluation that has ended.
     pub(super) fn read_logits(&self) -> Vec<f32> {
-        let logits = self.model.eval.as_ref().and_then(|g| Some(g.info(g.logits?).shape.elems())).unwrap_or(0);
-        let mut values = vec![0.0; logits];
-        self.device.read_host(self.plan.host.logits, bytemuck::cast_slice_mut(&mut values));
-        values
+        let Some((graph, logits)) = self.model.eval.as_ref().and_then(|g| Some((g, g.logits?))) else {
+            return Vec::new();
+        };
+        let (elems, at) = (graph.info(logits).shape.elems(), self.plan.host.logits);
+        match graph.info(logits).dtype {
+            DType::Bf16 => self.read::<u16>(at, elems).into_iter().map(|x| bf16::from_bits(x).to_f32()).collect(),
+            _ => self.read(at, elems),
+        }
     }
 
     /// The gradient's global norm of a step that has ended: tensors in flat order, in f64.
@@ -155,5 +184,17 @@ impl Engine {
             sum += f64::from_le_bytes(bytes);
         }
         sum.sqrt()
+    }
+}
+
+/// Writes f32 values as bf16 into the host's store, piece by piece, so that nothing is allocated.
+fn write_rounded(device: &mut dyn Device, offset: u64, values: &[u8]) {
+    const PIECE: usize = 1024;
+    for (i, values) in values.chunks(4 * PIECE).enumerate() {
+        let mut piece = [bf16::ZERO; PIECE];
+        let values = values.as_chunks::<4>().0;
+        piece.iter_mut().zip(values).for_each(|(to, &from)| *to = bf16::from_f32(f32::from_le_bytes(from)));
+        let bits = piece.map(bf16::to_bits);
+        device.write_host(offset + (2 * PIECE * i) as u64, bytemuck::cast_slice(&bits[..values.len()]));
     }
 }

@@ -28,9 +28,9 @@ pub(super) struct Piece {
     pub segments: Arc<[Segment]>,
 }
 
-/// The parts of `segments` that lie within `range`, given in bytes.
-fn cut_segments(segments: &[Segment], range: &Range<u64>) -> Arc<[Segment]> {
-    let (start, end) = (range.start / 4, range.end / 4);
+/// The parts of `segments` that lie within `range`, given in bytes of weights of `float_bytes` each.
+fn cut_segments(segments: &[Segment], range: &Range<u64>, float_bytes: u64) -> Arc<[Segment]> {
+    let (start, end) = (range.start / float_bytes, range.end / float_bytes);
     let part = |s: &Segment| {
         let (from, to) = (s.offset.max(start), (s.offset + s.elems).min(end));
         (from < to).then(|| Segment { offset: from - start, elems: to - from, ..*s })
@@ -44,7 +44,7 @@ pub(super) struct Join {
     /// The shard that uses it, and the accumulator's start in that shard's gradients.
     pub user: usize,
     pub from: u64,
-    /// Start in the owner's gradients.
+    /// Start in the owner's gradients, and size there.
     pub to: u64,
     pub bytes: u64,
 }
@@ -70,7 +70,7 @@ impl Tables {
         let segments: Vec<Arc<[Segment]>> =
             plan.shards.iter().map(|s| model.segments(&s.layout.own, |p| options.decays[p]).into()).collect();
         let cut = |(s, all): (usize, &Arc<[Segment]>)| -> Vec<Piece> {
-            let piece = |range| Piece { segments: cut_segments(all, &range), range };
+            let piece = |range| Piece { segments: cut_segments(all, &range, model.train.float.bytes()), range };
             plan.pieces(s).into_iter().map(piece).collect()
         };
         let pieces = segments.iter().enumerate().map(cut).collect();
@@ -82,7 +82,8 @@ impl Tables {
                 let bytes = model.train.bytes(model.train.parameters[shared.parameter].value);
                 let owner = owner_of(flat);
                 let in_owner = flat - plan.shards[owner].layout.own.start;
-                joins[owner].push(Join { user, from: shared.gradient, to: in_owner, bytes });
+                let ratio = model.layout.wide_ratio;
+                joins[owner].push(Join { user, from: shared.gradient, to: in_owner * ratio, bytes: bytes * ratio });
                 if let Some(at) = shared.borrowed
                     && !borrows[user].iter().any(|b| b.at == at)
                 {
@@ -107,7 +108,7 @@ mod tests {
         for cuts in [vec![0u64, 4356], vec![0, 64, 128, 4352, 4356], vec![0, 256, 1024, 1088, 4356]] {
             let mut seen = Vec::new();
             for cut in cuts.windows(2) {
-                for part in cut_segments(&whole, &(cut[0]..cut[1])).iter() {
+                for part in cut_segments(&whole, &(cut[0]..cut[1]), 4).iter() {
                     assert!(part.elems > 0 && 4 * (part.offset + part.elems) <= cut[1] - cut[0]);
                     let start = cut[0] / 4 + part.offset;
                     seen.extend((start..start + part.elems).map(|e| (e, part.decay, part.index)));

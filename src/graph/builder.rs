@@ -14,7 +14,6 @@ use crate::base::{DType, Error, Result, Shape};
 #[derive(Debug)]
 pub struct Builder {
     graph: Graph,
-    float: DType,
     mode: Mode,
     open: bool,
 }
@@ -35,9 +34,9 @@ pub struct AttentionOptions {
 }
 
 impl Builder {
-    /// An empty model whose floating-point tensors are `float`: F32, or F64 for an oracle.
+    /// An empty model whose weights and activations are `float`: F32, Bf16, or F64 for an oracle.
     pub fn new(mode: Mode, float: DType) -> Self {
-        Builder { graph: Graph::default(), float, mode, open: false }
+        Builder { graph: Graph { float, ..Graph::default() }, mode, open: false }
     }
 
     /// Whether the graph is for training.
@@ -101,11 +100,7 @@ impl Builder {
         self.open = true;
         let rows = Shape::from([x.rows()]);
         let one = Shape::from([1]);
-        let outputs = self.node(
-            Op::CrossEntropy,
-            vec![logits, labels],
-            vec![(one, self.float), (rows.clone(), self.float), (rows, self.float)],
-        );
+        let outputs = self.node(Op::CrossEntropy, vec![logits, labels], vec![one, rows.clone(), rows]);
         self.open = false;
         let outputs = outputs?;
         self.graph.layers.last_mut().expect("the logits are its output").output = None;
@@ -165,7 +160,7 @@ impl Builder {
             return Ok(found.value);
         }
         shape.checked_elems()?;
-        let value = self.value(shape.clone(), self.float, Source::Parameter(self.graph.parameters.len()));
+        let value = self.value(shape.clone(), self.graph.float, Source::Parameter(self.graph.parameters.len()));
         self.graph.parameters.push(Parameter { name, value, shape, init, layers: vec![here] });
         Ok(value)
     }
@@ -181,7 +176,7 @@ impl Builder {
             return Err(Error::bad(format!("state {name}: the name is taken")));
         }
         shape.checked_elems()?;
-        let value = self.value(shape.clone(), self.float, Source::State(self.graph.states.len()));
+        let value = self.value(shape.clone(), self.graph.float.wide(), Source::State(self.graph.states.len()));
         self.graph.states.push(State { name, value, shape, start, layer });
         Ok(value)
     }
@@ -199,15 +194,14 @@ impl Builder {
     }
 
     fn one(&mut self, op: Op, inputs: Vec<Value>, shape: Shape) -> Result<Value> {
-        let float = self.float;
-        Ok(self.node(op, inputs, vec![(shape, float)])?[0])
+        Ok(self.node(op, inputs, vec![shape])?[0])
     }
 
-    fn node(&mut self, op: Op, inputs: Vec<Value>, outputs: Vec<(Shape, DType)>) -> Result<Vec<Value>> {
+    /// Appends a node with outputs of these shapes, whose types are the op's (see [`Op::output_dtype`]).
+    fn node(&mut self, op: Op, inputs: Vec<Value>, outputs: Vec<Shape>) -> Result<Vec<Value>> {
         let here = self.here(op.name())?;
         for (i, &input) in inputs.iter().enumerate() {
-            let (found, want) =
-                (self.graph.info(input).dtype, if op.reads_integers(i) { DType::I32 } else { self.float });
+            let (found, want) = (self.graph.info(input).dtype, op.input_dtype(i, self.graph.float));
             if found != want {
                 return Err(Error::bad(format!("{}: operand {i} is {found}, want {want}", op.name())));
             }
@@ -223,14 +217,17 @@ impl Builder {
                 }
             }
         }
-        for (shape, _) in &outputs {
+        for shape in &outputs {
             shape.checked_elems()?;
         }
         let node = self.graph.nodes.len();
         let outputs = outputs
             .into_iter()
             .enumerate()
-            .map(|(output, (shape, dtype))| self.value(shape, dtype, Source::Node { node, output }))
+            .map(|(output, shape)| {
+                let dtype = op.output_dtype(output, self.graph.float);
+                self.value(shape, dtype, Source::Node { node, output })
+            })
             .collect::<Vec<_>>();
         self.graph.nodes.push(Node { op, inputs, outputs: outputs.clone(), layer: here });
         Ok(outputs)

@@ -3,11 +3,14 @@
 //! Nodes are visited from the loss back; each op's rule (see `gradient`) emits nodes of the same layer, and contributions to
 //! one value are added in that fixed order. Every layer's part is closed: what it hands to the layer before it, and what it adds
 //! to its parameters' accumulators, are outputs of its own nodes, so a cut between any two layers computes the same bits.
+//!
+//! A value's gradient has the value's element type, a parameter's the wide one ([`DType::wide`]): what comes in another is converted by
+//! a copy before it is added.
 
 use super::gradient;
 use super::graph::{Graph, Node, ParameterGradient, Source, Value, ValueInfo};
 use super::op::Op;
-use crate::base::{Error, Result, Shape};
+use crate::base::{DType, Error, Result, Shape};
 
 /// Appends the gradient of `graph.loss` with respect to every parameter.
 ///
@@ -74,15 +77,20 @@ impl Sweep<'_> {
         self.needed[self.graph.root(value).0 as usize]
     }
 
-    /// Appends a node of the current layer and returns its outputs.
+    /// Appends a node of the current layer and returns its outputs, whose types are the op's (see [`Op::output_dtype`]).
     pub(super) fn push(&mut self, op: Op, inputs: Vec<Value>, shapes: Vec<Shape>) -> Vec<Value> {
-        let float = self.graph.info(self.graph.loss.expect("checked by differentiate")).dtype;
+        let float = self.graph.float;
+        let dtypes: Vec<DType> = (0..shapes.len()).map(|output| op.output_dtype(output, float)).collect();
+        self.push_typed(op, inputs, shapes.into_iter().zip(dtypes).collect())
+    }
+
+    fn push_typed(&mut self, op: Op, inputs: Vec<Value>, outputs: Vec<(Shape, DType)>) -> Vec<Value> {
         let node = self.graph.nodes.len();
-        let outputs: Vec<Value> = shapes
+        let outputs: Vec<Value> = outputs
             .into_iter()
             .enumerate()
-            .map(|(output, shape)| {
-                self.graph.values.push(ValueInfo { shape, dtype: float, source: Source::Node { node, output } });
+            .map(|(output, (shape, dtype))| {
+                self.graph.values.push(ValueInfo { shape, dtype, source: Source::Node { node, output } });
                 self.gradients.push(None);
                 self.needed.push(false);
                 Value(self.graph.values.len() as u32 - 1)
@@ -117,11 +125,14 @@ impl Sweep<'_> {
         if !self.needed[root.0 as usize] {
             return;
         }
+        let info = self.graph.info(root);
+        let dtype = if let Source::Parameter(_) = info.source { info.dtype.wide() } else { info.dtype };
+        let gradient = if self.graph.info(gradient).dtype == dtype { gradient } else { self.copy(gradient, dtype) };
         let sum = match self.gradients[root.0 as usize] {
             None => gradient,
             Some(before) => {
                 let shape = self.graph.info(before).shape.clone();
-                self.push_one(Op::Add, vec![before, gradient], shape)
+                self.push_typed(Op::Add, vec![before, gradient], vec![(shape, dtype)])[0]
             }
         };
         self.gradients[root.0 as usize] = Some(sum);
@@ -152,7 +163,8 @@ impl Sweep<'_> {
                     let alone = !self.graph.parameters.iter().any(|p| {
                         self.gradients[p.value.0 as usize].is_some_and(|other| self.graph.root(other) == root)
                     });
-                    if alone { self.own(gradient, layer, true) } else { self.copy(gradient) }
+                    let dtype = self.graph.info(gradient).dtype;
+                    if alone { self.own(gradient, layer, true) } else { self.copy(gradient, dtype) }
                 }
                 None => {
                     let shape = self.graph.parameters[parameter].shape.clone();
@@ -188,12 +200,14 @@ impl Sweep<'_> {
         if fits {
             return root;
         }
-        self.copy(gradient)
+        let dtype = self.graph.info(gradient).dtype;
+        self.copy(gradient, dtype)
     }
 
-    fn copy(&mut self, gradient: Value) -> Value {
+    /// A copy of `gradient` as `dtype`.
+    fn copy(&mut self, gradient: Value, dtype: DType) -> Value {
         let shape = self.graph.info(gradient).shape.clone();
-        self.push_one(Op::Copy, vec![gradient], shape)
+        self.push_typed(Op::Copy, vec![gradient], vec![(shape, dtype)])[0]
     }
 }
 

@@ -123,6 +123,8 @@ pub struct ParameterGradient {
 /// indices key the random numbers, so they number the whole model whatever the cut.
 #[derive(Clone, Debug, Default)]
 pub struct Graph {
+    /// Element type of weights and activations. What is summed up beside them is [`DType::wide`].
+    pub float: DType,
     /// All values.
     pub values: Vec<ValueInfo>,
     /// All nodes: forward, then backward.

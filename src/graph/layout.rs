@@ -3,13 +3,16 @@
 //! Invariant: the flat order depends on the model alone, never on the cut. Parameters come by the layer that owns them (the first
 //! that uses them), then by first use. Every tensor starts at a multiple of [`ALIGNMENT`](super::ALIGNMENT); the bytes between are 0. Even an empty
 //! parameter takes [`ALIGNMENT`](super::ALIGNMENT) bytes, so that a start belongs to one parameter and one shard.
+//!
+//! What has an element for each of a weight's (gradients, moments) lies in the same order; where its elements are wider, every offset
+//! is as many times the weight's ([`ModelLayout::wide_ratio`]).
 
 use super::graph::Graph;
 use super::place::ALIGNMENT;
 use crate::base::align_up;
 use std::ops::Range;
 
-/// The flat order of a model's parameters and states, in bytes of the graph's float type.
+/// The flat order of a model's parameters, in bytes of the graph's float type, and of its states, in bytes of the wide one.
 #[derive(Clone, Debug)]
 pub struct ModelLayout {
     /// Parameters in flat order.
@@ -26,6 +29,8 @@ pub struct ModelLayout {
     pub state_layers: Vec<Range<u64>>,
     /// Bytes of all states.
     pub state_bytes: u64,
+    /// Bytes of a gradient's or a moment's element over those of a weight's: 2 for bf16 weights, else 1.
+    pub wide_ratio: u64,
 }
 
 impl ModelLayout {
@@ -39,6 +44,7 @@ impl ModelLayout {
             state: vec![0; graph.states.len()],
             state_layers: Vec::new(),
             state_bytes: 0,
+            wide_ratio: graph.float.wide().bytes() / graph.float.bytes(),
         };
         for layer in 0..graph.layers.len() {
             let start = layout.parameter_bytes;
@@ -66,7 +72,7 @@ pub struct SharedUse {
     pub parameter: usize,
     /// The layer that uses it.
     pub layer: usize,
-    /// Start of this use's gradient accumulator in the shard's gradients.
+    /// Start of this use's gradient accumulator in the shard's gradients, in their own bytes.
     pub gradient: u64,
     /// Start of a copy of the weight in the shard's weights; `None` where the shard owns the parameter.
     pub borrowed: Option<u64>,
@@ -99,7 +105,7 @@ impl ShardLayout {
         let states = model.state_layers[layers.start].start..model.state_layers[layers.end - 1].end;
         let mut shard = ShardLayout {
             weight_bytes: own.end - own.start,
-            gradient_bytes: own.end - own.start,
+            gradient_bytes: (own.end - own.start) * model.wide_ratio,
             layers: layers.clone(),
             own,
             states,
@@ -121,7 +127,7 @@ impl ShardLayout {
                     Some(shard.weight_bytes - bytes)
                 };
                 shard.shared.push(SharedUse { parameter, layer, gradient: shard.gradient_bytes, borrowed });
-                shard.gradient_bytes += bytes;
+                shard.gradient_bytes += bytes * model.wide_ratio;
             }
         }
         shard
@@ -142,6 +148,6 @@ impl ShardLayout {
             return Some(shared.gradient);
         }
         let at = model.parameter[parameter];
-        self.own.contains(&at).then(|| at - self.own.start)
+        self.own.contains(&at).then(|| (at - self.own.start) * model.wide_ratio)
     }
 }

@@ -4,6 +4,7 @@
 //! construction in `builder`, arithmetic and traffic in `cost`, gradients in `gradient`. Parentheses mark what may be absent.
 
 use super::kinds::{Activation, WeightLayout};
+use crate::base::DType;
 
 /// One operation on contiguous row-major tensors.
 #[derive(Clone, Debug, PartialEq)]
@@ -198,6 +199,38 @@ impl Op {
             Op::CrossEntropy => input == 1,
             Op::Attention(kind) => kind.masked && input == if kind.packed { 1 } else { 3 },
             _ => false,
+        }
+    }
+
+    /// The element type of a forward op's input, in a model of `float`.
+    pub fn input_dtype(&self, input: usize, float: DType) -> DType {
+        match self {
+            _ if self.reads_integers(input) => DType::I32,
+            Op::UpdateRunning { .. } => float.wide(),
+            Op::BatchNormEval { .. } if input >= 3 => float.wide(),
+            _ => float,
+        }
+    }
+
+    /// The element type of an output, in a model of `float`: statistics, losses and parameters' gradients are wide. A sum and a copy
+    /// in the backward pass have the type of what they are part of.
+    pub fn output_dtype(&self, output: usize, float: DType) -> DType {
+        match self {
+            Op::MaxPool(_) if output == 1 => DType::I32,
+            Op::CrossEntropy
+            | Op::EmbeddingGrad
+            | Op::AddPositionGrad
+            | Op::LinearGradWeight { .. }
+            | Op::LinearGradBias
+            | Op::Conv2dGradWeight(_)
+            | Op::Conv2dGradBias
+            | Op::Zero => float.wide(),
+            Op::LayerNorm { .. } | Op::LayerNormGrad | Op::Attention(_) | Op::BatchNorm { .. } | Op::BatchNormGrad
+                if output > 0 =>
+            {
+                float.wide()
+            }
+            _ => float,
         }
     }
 

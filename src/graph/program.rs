@@ -9,8 +9,8 @@ use super::cost::{Cost, cost};
 use super::graph::{Graph, Source, Value};
 use super::layout::{ModelLayout, ShardLayout};
 use super::op::Op;
-use super::scratch::scratch_bytes;
 use super::place::{ALIGNMENT, Lifetime, place};
+use super::scratch::scratch_bytes;
 use crate::base::{DType, Shape, align_up};
 use std::collections::{HashMap, HashSet};
 
@@ -311,7 +311,8 @@ impl<'a> Slice<'a> {
             .iter()
             .enumerate()
             .map(|(at, &(n, _))| {
-                let bytes = if self.graph.scratch { align_up(scratch_bytes(self.graph, &self.graph.nodes[n]), 4) } else { 0 };
+                let bytes =
+                    if self.graph.scratch { align_up(scratch_bytes(self.graph, &self.graph.nodes[n]), 4) } else { 0 };
                 (bytes > 0).then(|| (workspace.reserve(bytes, at), bytes))
             })
             .collect();

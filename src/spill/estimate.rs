@@ -14,7 +14,8 @@ pub fn estimate_secs(model: &Model, shards: &[ShardPrograms], choice: &Choice, c
         .map(|s| (s, m * shards[s].forward_secs(cost)))
         .chain((0..n).rev().map(|s| (s, m * shards[s].backward_secs(cost))))
         .collect();
-    let parameter_bytes = model.layout.parameter_bytes as f64;
+    // Of the wide elements; a bf16 weight and its remainder are as many bytes together.
+    let parameter_bytes = (model.layout.parameter_bytes * model.layout.wide_ratio) as f64;
     if choice.resident {
         let update = parameter_bytes * 7.0 / cost.device_update_bytes_per_sec;
         return update + units.iter().map(|u| u.1).sum::<f64>() + boundary_secs(model, shards, choice, cost) * 0.1;
@@ -47,7 +48,8 @@ pub fn estimate_secs(model: &Model, shards: &[ShardPrograms], choice: &Choice, c
         }
     }
     let updates = parameter_bytes * 7.0 / cost.host_update_bytes_per_sec;
-    let first = (shards[0].layout.own.end - shards[0].layout.own.start) as f64 * 7.0 / cost.host_update_bytes_per_sec;
+    let first = (shards[0].layout.own.end - shards[0].layout.own.start) * model.layout.wide_ratio;
+    let first = first as f64 * 7.0 / cost.host_update_bytes_per_sec;
     let links = boundary_secs(model, shards, choice, cost);
     // The host's arithmetic shares cores with a host device; a part of the boundary copies shows.
     (d2h + first).max(updates).max(h2d + links) + 0.25 * links

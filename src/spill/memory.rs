@@ -6,6 +6,7 @@
 use super::model::Model;
 use super::shard::ShardPrograms;
 use crate::base::align_up;
+use crate::device::norm_scratch_bytes;
 use crate::graph::{ALIGNMENT, Area};
 
 /// Bytes laid end to end, each stretch at a multiple of [`ALIGNMENT`].
@@ -70,6 +71,10 @@ pub struct ArenaMap {
     pub states_at: Vec<u64>,
     /// Gradient slots; shard `s` has slot `s` where resident.
     pub gradient_slots: Vec<u64>,
+    /// Partial sums for the norm of one shard at a time; resident only, and where the device asks for scratch.
+    pub norm_scratch: u64,
+    /// Remainders of each shard's bf16 weights; resident only.
+    pub remainders: Vec<u64>,
     /// Moments of each shard: first and second; resident only.
     pub moments: [Vec<u64>; 2],
     /// Boundary activations: one for each boundary and microbatch, or a ring.
@@ -91,6 +96,8 @@ pub struct HostMap {
     pub weights: u64,
     /// States in flat order.
     pub states: u64,
+    /// Remainders of bf16 weights in flat order.
+    pub remainders: u64,
     /// Moments in flat order.
     pub moments: [u64; 2],
     /// Gradients of each shard, shared uses included.
@@ -118,6 +125,12 @@ pub fn arena_map(model: &Model, shards: &[ShardPrograms], choice: &Choice, momen
     let mut tape = Tape::default();
     let losses = [0, 1].map(|_| tape.take(4 * microbatches as u64));
     let norms = [0, 1].map(|_| if choice.resident { tape.take(8 * parameters) } else { 0 });
+    let norm_scratch = if choice.resident && model.train.scratch {
+        let bytes = |s: &ShardPrograms| norm_scratch_bytes(&model.segments(&s.layout.own, |_| true));
+        tape.take(shards.iter().map(bytes).max().unwrap_or(0))
+    } else {
+        0
+    };
     let input_bytes = shards.iter().map(ShardPrograms::input_bytes).max().unwrap_or(0);
     let inputs = tape.take_many(choice.input_entries, input_bytes);
     let states_at: Vec<u64> = shards.iter().map(|s| align_up(s.layout.weight_bytes, ALIGNMENT)).collect();
@@ -133,9 +146,19 @@ pub fn arena_map(model: &Model, shards: &[ShardPrograms], choice: &Choice, momen
         let gradient = (0..n).map(gradient_bytes).max().unwrap_or(0);
         (tape.take_many(choice.slots.min(n), slot), tape.take_many(choice.gradient_slots.min(n), gradient))
     };
+    let own = |s: &ShardPrograms| s.layout.own.end - s.layout.own.start;
+    let ratio = model.layout.wide_ratio;
+    let remainders = if choice.resident && model.has_remainders() {
+        shards.iter().map(|s| tape.take(own(s))).collect()
+    } else {
+        Vec::new()
+    };
     let moments = [0, 1].map(|i| {
-        let own = |s: &ShardPrograms| s.layout.own.end - s.layout.own.start;
-        if choice.resident && i < moments { shards.iter().map(|s| tape.take(own(s))).collect() } else { Vec::new() }
+        if choice.resident && i < moments {
+            shards.iter().map(|s| tape.take(own(s) * ratio)).collect()
+        } else {
+            Vec::new()
+        }
     });
     let boundary = |s: usize| shards[s].boundary_bytes;
     let largest = (0..n.saturating_sub(1)).map(boundary).max().unwrap_or(0);
@@ -172,6 +195,8 @@ pub fn arena_map(model: &Model, shards: &[ShardPrograms], choice: &Choice, momen
         weight_slots,
         states_at,
         gradient_slots,
+        norm_scratch,
+        remainders,
         moments,
         activations,
         gradients,
@@ -197,7 +222,8 @@ pub fn host_map(model: &Model, shards: &[ShardPrograms], choice: &Choice, moment
     let map = HostMap {
         weights: tape.take(parameter_bytes),
         states: tape.take(model.layout.state_bytes),
-        moments: [0, 1].map(|i| if i < moments { tape.take(parameter_bytes) } else { 0 }),
+        remainders: if model.has_remainders() { tape.take(parameter_bytes) } else { 0 },
+        moments: [0, 1].map(|i| if i < moments { tape.take(parameter_bytes * model.layout.wide_ratio) } else { 0 }),
         shard_gradients: shards
             .iter()
             .map(|s| if choice.resident { 0 } else { tape.take(s.layout.gradient_bytes) })

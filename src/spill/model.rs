@@ -1,6 +1,6 @@
 //! A model ready to be planned: its graphs, its flat layout, and the numbers that do not depend on the cut.
 
-use crate::base::{Error, Result};
+use crate::base::{DType, Error, Result};
 use crate::device::Segment;
 use crate::graph::{Graph, ModelLayout, differentiate};
 use std::ops::Range;
@@ -62,6 +62,11 @@ impl Model {
         self.train.layers.len()
     }
 
+    /// Whether weights are bf16, with the lower halves of their f32 masters beside them.
+    pub fn has_remainders(&self) -> bool {
+        self.train.float == DType::Bf16
+    }
+
     /// The tensors in a stretch of the flat order, with offsets from its start. `decays` tells whether weight decay applies.
     pub fn segments(&self, stretch: &Range<u64>, decays: impl Fn(usize) -> bool) -> Vec<Segment> {
         let mut segments = Vec::new();
@@ -70,7 +75,7 @@ impl Model {
             if stretch.contains(&at) {
                 let shape = &self.train.parameters[parameter].shape;
                 segments.push(Segment {
-                    offset: (at - stretch.start) / 4,
+                    offset: (at - stretch.start) / self.train.float.bytes(),
                     elems: shape.elems() as u64,
                     decay: decays(parameter),
                     index: index as u32,

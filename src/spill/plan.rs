@@ -125,8 +125,8 @@ impl Plan {
         }
     }
 
-    /// The stretches in which a shard's own gradients leave, are applied, and its weights come back for the next step, in bytes from the
-    /// shard's first weight.
+    /// The stretches in which a shard's own gradients leave, are applied, and its weights come back for the next step, in bytes of weights
+    /// from the shard's first.
     ///
     /// In pieces these three overlap, which matters most at the turn of the step, where the first shard's gradient is the last to leave
     /// and its weights are the first to be needed; and no copy that can wait keeps a lane from a more urgent one for long. With one slot
@@ -157,13 +157,13 @@ impl Plan {
         let saved_start = a.saved.iter().flatten().min().copied().unwrap_or(a.workspace);
         let gradients_start = a.gradients.first().copied().unwrap_or(saved_start);
         let activations_start = a.activations.first().copied().unwrap_or(gradients_start);
-        let moments_start = a.moments[0].first().copied().unwrap_or(activations_start);
-        let slots_start = a.gradient_slots.first().copied().unwrap_or(moments_start);
+        let state_start = a.remainders.iter().chain(&a.moments[0]).min().copied().unwrap_or(activations_start);
+        let slots_start = a.gradient_slots.first().copied().unwrap_or(state_start);
         let mut rows = vec![
             ("batch inputs and results", a.weight_slots.first().copied().unwrap_or(0)),
             ("weights", until(a.weight_slots.first(), slots_start)),
-            ("gradients", moments_start - slots_start),
-            ("optimizer state", activations_start - moments_start),
+            ("gradients", state_start - slots_start),
+            ("optimizer state", activations_start - state_start),
             ("boundary activations", gradients_start - activations_start),
             ("boundary gradients", saved_start - gradients_start),
             ("kept activations", a.workspace - saved_start),

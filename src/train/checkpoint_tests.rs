@@ -5,7 +5,7 @@ use crate::base::DType;
 use crate::device::sim::CostModel;
 use crate::nn::{self, InputShape};
 use crate::spill::{Plan, PlanOptions};
-use crate::train::trace_model;
+use crate::train::{TrainOptions, trace_model};
 use std::sync::Arc;
 
 const IDENTITY: Identity = Identity { seed: 7, batch: 2, microbatch: 1 };
@@ -14,7 +14,8 @@ fn engine(width: usize) -> Engine {
     let config = json!({ "n_layer": 1, "n_embd": width, "n_head": 1, "n_positions": 3, "vocab_size": 5 });
     let network = nn::from_config("gpt2", config.as_object().unwrap(), true).unwrap();
     let inputs = ["input_ids", "labels"].map(|name| InputShape::new(name, [3], DType::I32));
-    let model = Arc::new(trace_model(network.as_ref(), &inputs, 2, 1).unwrap());
+    let options = TrainOptions { batch: 2, microbatch: 1, ..TrainOptions::new(1) };
+    let model = Arc::new(trace_model(network.as_ref(), &inputs, &options).unwrap());
     let plan = Arc::new(Plan::new(&model, &PlanOptions::default(), &CostModel::stated(1e11, 2e10, 1e10)).unwrap());
     let spec = crate::device::host::HostSpec { arena_bytes: plan.arena.bytes, ..Default::default() };
     let config = crate::device::host::HostConfig {

@@ -91,7 +91,7 @@ fn train(run: &Path, size: &Size) {
     options.schedule = Schedule::Cosine { warmup: size.steps / 5, min_lr: 1e-4 };
     options.clip = Some(1.0);
     options.device = crate::device::host::HostSpec { link_bytes_per_sec: size.link, ..Default::default() }.into();
-    let model = trace_model(network.as_ref(), &inputs_of(source.as_ref()), size.batch, size.batch).unwrap();
+    let model = trace_model(network.as_ref(), &inputs_of(source.as_ref()), &options).unwrap();
     let whole = plan_model(&model, &options, &cost).unwrap();
     let (least, most) = (whole.smallest_device_bytes, whole.arena.bytes);
     let budget = least + ((most - least) as f64 * size.budget) as u64;

@@ -43,6 +43,8 @@ pub struct TrainOptions {
     pub patience_secs: f64,
     /// Fill the arena with NaN first, so that use of what was never written shows.
     pub poison: bool,
+    /// Element type of weights and activations: F32, or Bf16 with f32 masters.
+    pub dtype: DType,
 }
 
 impl TrainOptions {
@@ -61,6 +63,7 @@ impl TrainOptions {
             valid_every: 50,
             patience_secs: 60.0,
             poison: false,
+            dtype: DType::F32,
         }
     }
 }
@@ -125,16 +128,18 @@ impl<F: FnMut(&StepReport) -> Result<()>> Observer for F {
     }
 }
 
-/// Traces `network` for microbatches with the tensors of `inputs`: the training graph with its gradient and the evaluation
-/// graph.
+/// Traces `network` for the options' microbatches, element type and device with the tensors of `inputs`: the training graph with its
+/// gradient and the evaluation graph.
 ///
 /// # Errors
 /// When the network does not take the inputs, or the microbatch does not divide the batch.
-pub fn trace_model(network: &dyn Network, inputs: &[InputShape], batch: usize, microbatch: usize) -> Result<Model> {
+pub fn trace_model(network: &dyn Network, inputs: &[InputShape], options: &TrainOptions) -> Result<Model> {
+    let &TrainOptions { batch, microbatch, dtype, .. } = options;
+    let scratch = options.device.wants_scratch();
     if microbatch == 0 || !batch.is_multiple_of(microbatch) {
         return Err(Error::bad(format!("microbatch {microbatch} does not divide batch {batch}")));
     }
-    let trace = |mode| network.trace(mode, DType::F32, microbatch, inputs);
+    let trace = |mode| network.trace(mode, dtype, microbatch, inputs).map(|graph| Graph { scratch, ..graph });
     Model::new(trace(Mode::Training)?, Some(trace(Mode::Evaluation)?), batch / microbatch)
 }
 
@@ -367,7 +372,7 @@ pub fn prepare(
     if found != options.batch {
         return Err(Error::bad(format!("the data has {found} samples a minibatch, the options say {}", options.batch)));
     }
-    let model = trace_model(network, &inputs_of(source), options.batch, options.microbatch)?;
+    let model = trace_model(network, &inputs_of(source), options)?;
     let plan = plan_model(&model, options, cost)?;
     Ok((Arc::new(model), Arc::new(plan)))
 }

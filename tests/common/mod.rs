@@ -126,7 +126,7 @@ impl Case {
 
     pub fn plan(&self, options: &TrainOptions) -> Result<(Arc<Model>, Arc<Plan>)> {
         let inputs = inputs_of(self.source().as_ref());
-        let model = trace_model(self.pretrained.network.as_ref(), &inputs, options.batch, options.microbatch)?;
+        let model = trace_model(self.pretrained.network.as_ref(), &inputs, options)?;
         let plan = plan_model(&model, options, &stated())?;
         Ok((Arc::new(model), Arc::new(plan)))
     }

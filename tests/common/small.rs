@@ -66,7 +66,7 @@ impl Small {
 
     pub fn model(&self, options: &TrainOptions) -> Arc<Model> {
         let inputs = inputs_of(self.source(options.batch, 0).as_ref());
-        Arc::new(trace_model(self.network.as_ref(), &inputs, options.batch, options.microbatch).expect("a model"))
+        Arc::new(trace_model(self.network.as_ref(), &inputs, options).expect("a model"))
     }
 
     pub fn plan(&self, options: &TrainOptions) -> Result<(Arc<Model>, Arc<Plan>)> {

@@ -15,7 +15,7 @@ fn check(graph: Graph) {
     let want = run(Cut::whole(layers));
     assert!(want.losses.iter().all(|l| l.is_finite()) && want.losses[0] != want.losses[1]);
     for (parameter, layer, gradient) in &want.gradients {
-        let gradient = decode(gradient, DType::F32);
+        let gradient = decode(gradient, graph.float.wide());
         let name = &graph.parameters[*parameter].name;
         assert!(
             gradient.iter().all(|g| g.is_finite()) && gradient.iter().any(|&g| g != 0.0),
@@ -52,12 +52,12 @@ fn parameter(b: &mut Builder, name: &str, shape: &[usize], deviation: f64) -> Re
 }
 
 /// A GPT of two blocks whose head shares the embedding's table, with dropout everywhere and a bias that three layers share.
-fn gpt() -> Result<Graph> {
+fn gpt(dtype: DType) -> Result<Graph> {
     const B: usize = 2;
     const T: usize = 33;
     const C: usize = 12;
     const V: usize = 31;
-    let mut b = Builder::new(Mode::Training, DType::F32);
+    let mut b = Builder::new(Mode::Training, dtype);
     b.layer("embedding", |b, _| {
         let ids = b.input("ids", [B, T], DType::I32)?;
         let (table, positions) = (parameter(b, "table", &[V, C], 0.5)?, parameter(b, "positions", &[40, C], 0.5)?);
@@ -102,11 +102,11 @@ fn gpt() -> Result<Graph> {
 }
 
 /// A CNN with batch normalisation, a residual layer that hands on its own input's activation, pooling, and a boundary that is a view.
-fn cnn() -> Result<Graph> {
+fn cnn(dtype: DType) -> Result<Graph> {
     const N: usize = 3;
-    let mut b = Builder::new(Mode::Training, DType::F32);
+    let mut b = Builder::new(Mode::Training, dtype);
     b.layer("stem", |b, _| {
-        let x = b.input("image", [N, 3, 11, 9], DType::F32)?;
+        let x = b.input("image", [N, 3, 11, 9], dtype)?;
         let w = parameter(b, "stem", &[5, 3, 3, 3], 0.4)?;
         let x = b.conv2d(x, w, None, 1, 1)?;
         let x = b.batchnorm(x, "stem norm", 1e-5, 0.1)?;
@@ -143,10 +143,10 @@ fn finish(mut b: Builder, logits: Value, labels: &[usize]) -> Result<Graph> {
 
 #[test]
 fn every_cut_of_a_gpt() {
-    check(gpt().unwrap());
+    [DType::F32, DType::Bf16].into_iter().for_each(|dtype| check(gpt(dtype).unwrap()));
 }
 
 #[test]
 fn every_cut_of_a_cnn() {
-    check(cnn().unwrap());
+    [DType::F32, DType::Bf16].into_iter().for_each(|dtype| check(cnn(dtype).unwrap()));
 }

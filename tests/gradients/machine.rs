@@ -1,5 +1,6 @@
 //! A model under one cut on a host device of its own: memory mapped by hand, tasks one after another.
 
+use half::bf16;
 use hydra::base::philox::Sequence;
 use hydra::base::{DType, align_up};
 use hydra::device::host::HostSpec;
@@ -87,7 +88,7 @@ impl Machine {
     pub fn on(spec: &DeviceSpec, mut graph: Graph, cut: Cut, microbatches: usize) -> Machine {
         graph.scratch = spec.wants_scratch();
         let layout = ModelLayout::new(&graph);
-        let dtype = graph.info(graph.loss.expect("a test's graph ends in a loss")).dtype;
+        let dtype = graph.float;
         let mut tape = Tape::default();
         let last = cut.shards.len() - 1;
         let mut shards: Vec<Shard> = Vec::new();
@@ -125,7 +126,7 @@ impl Machine {
             programs.map(|p| p.bytes(area)).max().unwrap_or(0)
         };
         let inputs = tape.take(most(Area::Inputs));
-        let results = tape.take(microbatches as u64 * dtype.bytes());
+        let results = tape.take(microbatches as u64 * dtype.wide().bytes());
         let workspace = tape.take(most(Area::Workspace));
         let arena_bytes = tape.0;
         let input_bytes: u64 = graph.inputs.iter().map(|i| align_up(graph.bytes(i.value), ALIGNMENT)).sum();
@@ -166,12 +167,12 @@ impl Machine {
         let weights_at = host.take(self.layout.parameter_bytes);
         let states_at = host.take(self.layout.state_bytes);
         for (p, weight) in weights.iter().enumerate() {
-            let bytes = self.encode(weight);
+            let bytes = encode(weight, self.dtype);
             self.device.write_host(weights_at + self.layout.parameter[p], &bytes);
         }
         for s in 0..self.graph.states.len() {
             let state = &self.graph.states[s];
-            let bytes = self.encode(&vec![state.start; state.shape.elems()]);
+            let bytes = encode(&vec![state.start; state.shape.elems()], self.dtype.wide());
             self.device.write_host(states_at + self.layout.state[s], &bytes);
         }
         let mut inputs_at = Vec::new();
@@ -223,7 +224,7 @@ impl Machine {
             (Area::GradientIn, boundary(&self.boundary_gradients, Some(s))),
             (Area::GradientOut, boundary(&self.boundary_gradients, s.checked_sub(1))),
             (Area::Inputs, self.inputs),
-            (Area::Results, self.results + microbatch as u64 * self.dtype.bytes()),
+            (Area::Results, self.results + microbatch as u64 * self.dtype.wide().bytes()),
         ] {
             bases[area as usize] = base;
         }
@@ -235,7 +236,7 @@ impl Machine {
     }
 
     fn outcome(&mut self, microbatches: usize, free: u64) -> Outcome {
-        let float = self.dtype.bytes();
+        let float = self.dtype.wide().bytes();
         let losses = self.read(self.results, microbatches as u64 * float, free);
         let mut gradients = Vec::new();
         let mut states = Vec::new();
@@ -249,7 +250,7 @@ impl Machine {
             for g in self.graph.parameter_gradients.iter().filter(|g| layout.layers.contains(&g.layer)) {
                 let at =
                     layout.gradient(&self.layout, g.parameter, g.layer).expect("each use has an accumulator") as usize;
-                let bytes = self.graph.bytes(self.graph.parameters[g.parameter].value) as usize;
+                let bytes = self.graph.bytes(g.value) as usize;
                 gradients.push((g.parameter, g.layer, all[at..at + bytes].to_vec()));
             }
         }
@@ -285,13 +286,9 @@ impl Machine {
         done.result.expect("the task succeeds");
     }
 
-    fn encode(&self, x: &[f64]) -> Vec<u8> {
-        encode(x, self.dtype)
-    }
-
-    /// Floats of the model's type.
+    /// Losses or gradients: floats of the model's wide type.
     pub fn decode(&self, bytes: &[u8]) -> Vec<f64> {
-        decode(bytes, self.dtype)
+        decode(bytes, self.dtype.wide())
     }
 }
 
@@ -308,6 +305,7 @@ fn encode(x: &[f64], dtype: DType) -> Vec<u8> {
     match dtype {
         DType::F64 => x.iter().flat_map(|x| x.to_le_bytes()).collect(),
         DType::F32 => x.iter().flat_map(|&x| (x as f32).to_le_bytes()).collect(),
+        DType::Bf16 => x.iter().flat_map(|&x| bf16::from_f64(x).to_le_bytes()).collect(),
         DType::I32 => x.iter().flat_map(|&x| (x as i32).to_le_bytes()).collect(),
         DType::Bf16 => x.iter().flat_map(|&x| half::bf16::from_f64(x).to_le_bytes()).collect(),
     }

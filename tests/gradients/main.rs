@@ -1,5 +1,5 @@
 //! Gradients through the real machinery: graphs are traced, differentiated, cut, placed and run on the host device, and every
-//! parameter's gradient is held against finite differences of the loss in f64, against f32, and against every other cut.
+//! parameter's gradient is held against finite differences of the loss in f64, against f32 and bf16, and against every other cut.
 //!
 //! The arena is refilled with NaN before every run, so that reading what was never written shows.
 
@@ -8,6 +8,7 @@ mod cuts;
 mod machine;
 
 use cases::{Case, all};
+use half::bf16;
 use hydra::base::DType;
 use machine::{Cut, Machine, Outcome, draw_inputs, draw_weights};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -20,10 +21,15 @@ const MOVE: f64 = 6e-6;
 const SLOPE_TOLERANCE: f64 = 3e-7;
 /// Of the greatest gradient: sums of up to a thousand f32 products, through two layers and a softmax.
 const F32_TOLERANCE: f64 = 1e-4;
+/// Of a gradient's length where every tensor is rounded to bf16, up to 2^-9 of an element each time: a dozen roundings on the way, which
+/// add up as random ones do, of sums that may cancel.
+const BF16_TOLERANCE: f64 = 2e-2;
+/// The same as a part of all gradients together: one that is small beside them is the rest of what cancelled.
+const BF16_PART: f64 = 2e-3;
 /// Below this a gradient counts as none where a slope is expected.
 const FLAT: f64 = 1e-7;
 
-/// Checks one case: slopes, a second microbatch on top, f32, recomputation in the last shard.
+/// Checks one case: slopes, a second microbatch on top, f32, bf16, recomputation in the last shard.
 fn check(case: &Case, computed: bool) {
     let what = format!("{}, {}", case.name, if computed { "operands computed" } else { "operands are parameters" });
     let graph = |dtype| case.graph(dtype, computed).unwrap_or_else(|e| panic!("{what}: {e}"));
@@ -46,6 +52,32 @@ fn check(case: &Case, computed: bool) {
     let mut single = Machine::new(graph(DType::F32), Cut::whole(2), 1);
     let out = single.run(&weights, &inputs, &[0]);
     near(&format!("{what}: f32"), &machine, &sums(&single, &out), &gradients, F32_TOLERANCE);
+
+    // A maximum of sums is another one's once they are rounded.
+    if computed && case.family() == "max_pool" {
+        return;
+    }
+    let round = |w: &Vec<f64>| w.iter().map(|&x| bf16::from_f64(x).to_f64()).collect();
+    let weights: Vec<Vec<f64>> = weights.iter().map(round).collect();
+    let once = machine.run(&weights, &inputs, &[0]);
+    let gradients = sums(&machine, &once);
+    let mut half = Machine::new(graph(DType::Bf16), Cut::whole(2), 1);
+    let out = half.run(&weights, &inputs, &[0]);
+    along(&format!("{what}: bf16"), &machine, &sums(&half, &out), &gradients);
+}
+
+/// Compares gradients that many roundings have made noisy: each as a whole.
+fn along(what: &str, machine: &Machine, got: &[Vec<f64>], want: &[Vec<f64>]) {
+    let length = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+    let all = length(&mut want.iter().flatten().copied());
+    for (p, (got, want)) in got.iter().zip(want).enumerate() {
+        let (apart, whole) = (length(&mut got.iter().zip(want).map(|(g, w)| g - w)), length(&mut want.iter().copied()));
+        let name = &machine.graph.parameters[p].name;
+        assert!(
+            apart <= BF16_TOLERANCE * whole + BF16_PART * all,
+            "{what}: the gradient of {name} is {apart:.1e} off, {whole:.1e} long, all together {all:.1e}"
+        );
+    }
 }
 
 /// Each parameter's gradient: its uses' accumulators, added.

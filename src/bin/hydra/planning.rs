@@ -65,8 +65,7 @@ pub fn plan_job(path: &Path, sets: &[String], trains: bool) -> Result<PlannedJob
     // Graphs before rates: what a network refuses is said before a second goes into measuring.
     let mut traced = Vec::new();
     for (i, prepared) in prepared.into_iter().enumerate() {
-        let (batch, microbatch) = (prepared.options.batch, prepared.options.microbatch);
-        let model = trace_model(prepared.network(), &prepared.inputs, batch, microbatch);
+        let model = trace_model(prepared.network(), &prepared.inputs, &prepared.options);
         let model = model.map_err(|e| Error::bad(format!("{file}: model.{i}: {e}")))?;
         traced.push((prepared, Arc::new(model)));
     }

@@ -135,8 +135,8 @@ pub fn check_scope(file: &str, job: &Job) -> Result<()> {
         if model.search.is_some() {
             return fault(&format!("model.{i}.search"), "searching is not built yet; write one model per combination");
         }
-        if model.dtype != "f32" {
-            let what = format!("{} is not built yet; write dtype = \"f32\" or leave it out", model.dtype);
+        if model.dtype == "tf32" {
+            let what = "tf32 is not built yet; write dtype = \"f32\" or \"bf16\"".to_string();
             return fault(&format!("model.{i}.dtype"), &what);
         }
     }
@@ -187,6 +187,7 @@ pub fn prepare(file: &str, job: &Job, i: usize) -> Result<Prepared> {
     options.seed = job.run.seed;
     options.batch = model.batch;
     options.microbatch = model.microbatch;
+    options.dtype = if model.dtype == "bf16" { DType::Bf16 } else { DType::F32 };
     (options.optimizer, options.clip) = optimizer(&model.optimizer);
     options.schedule = match model.schedule {
         job::Schedule::Constant => Schedule::Constant,

@@ -185,7 +185,7 @@ fn predicted(model: &Planned, options: &TrainOptions, cost: &CostModel) -> Optio
     let traced = if options.batch == prepared.options.batch {
         Arc::clone(&model.model)
     } else {
-        Arc::new(trace_model(prepared.network(), &prepared.inputs, options.batch, options.microbatch).ok()?)
+        Arc::new(trace_model(prepared.network(), &prepared.inputs, options).ok()?)
     };
     let plan = Arc::new(plan_model(&traced, options, cost).ok()?);
     let prediction = predict(&traced, &plan, cost, options.clip.is_some()).ok()?;

@@ -4,9 +4,9 @@ use super::lanes::{Lane, Order, Shared, Throttle};
 use super::memory::Block;
 use crate::base::{Error, LaneId, LaneKind, Result};
 use crate::device::{Completion, Device, Task, Ticket};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -51,13 +51,15 @@ impl HostDevice {
     /// When there is not enough memory, or no thread can be started.
     pub fn new(config: &HostConfig) -> Result<HostDevice> {
         let host = Block::new(config.host_bytes, "the host's store")?;
-        let mut arenas = Vec::new();
+        let (mut arenas, mut wide) = (Vec::new(), Vec::new());
         for (i, spec) in config.devices.iter().enumerate() {
             let mut arena = Block::new(spec.arena_bytes, &format!("the arena of device {i}"))?;
             if config.poison {
                 arena.poison();
             }
             arenas.push(arena);
+            // Grows in the first step of a model that wants it.
+            wide.push(Mutex::new(Block::new(0, "no operands yet")?));
         }
         let mut lanes = Vec::new();
         for device in 0..config.devices.len() as u16 {
@@ -66,7 +68,7 @@ impl HostDevice {
             }
         }
         lanes.push(LaneId::host(LaneKind::HostMath));
-        let shared = Arc::new(Shared::new(host, arenas, lanes.len(), Instant::now()));
+        let shared = Arc::new(Shared::new(host, arenas, wide, lanes.len(), Instant::now()));
         let (completed, completions) = channel();
         let mut device = HostDevice {
             submitted: vec![0; lanes.len()],

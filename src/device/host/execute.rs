@@ -2,21 +2,22 @@
 
 use super::lanes::Shared;
 use super::memory::Block;
-use super::ops::run_step;
+use super::ops::{Operands, run_step};
 use super::optimizer::{self, AdamwStep, SgdStep};
-use super::real::Real;
+use super::{master, widen};
 use crate::base::Result;
 use crate::device::{Clip, CopySpan, Memory, Norm, Run, Span, Task, Update, UpdateRule};
 use crate::graph::Area;
+use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
 /// Runs `task`; with [`Run::check`] gives the first layer whose output is not finite.
 pub(super) fn execute(task: &Task, shared: &Shared) -> Result<Option<usize>> {
     match task {
-        Task::Run(run) => return Ok(execute_run(run, shared)),
+        Task::Run(run) => return execute_run(run, shared),
         Task::Copy(spans) => spans.iter().for_each(|span| copy(span, shared)),
         Task::Add(spans) => spans.iter().for_each(|span| {
-            let (acc, x) = (floats_mut::<f32>(shared, span.to), floats::<f32>(shared, span.from));
+            let (acc, x) = (elements_mut::<f32>(shared, span.to), elements::<f32>(shared, span.from));
             optimizer::add_assign(acc, x);
         }),
         Task::Norm(norm) => sum_squares(norm, shared),
@@ -54,11 +55,11 @@ fn bytes_mut(shared: &Shared, span: Span) -> &mut [u8] {
     unsafe { block(shared, span.memory).slice_mut(span.offset, span.bytes) }
 }
 
-fn floats<T: Real>(shared: &Shared, span: Span) -> &[T] {
+fn elements<T: bytemuck::Pod>(shared: &Shared, span: Span) -> &[T] {
     bytemuck::cast_slice(bytes(shared, span))
 }
 
-fn floats_mut<T: Real>(shared: &Shared, span: Span) -> &mut [T] {
+fn elements_mut<T: bytemuck::Pod>(shared: &Shared, span: Span) -> &mut [T] {
     bytemuck::cast_slice_mut(bytes_mut(shared, span))
 }
 
@@ -66,28 +67,29 @@ fn copy(span: &CopySpan, shared: &Shared) {
     bytes_mut(shared, span.to).copy_from_slice(bytes(shared, span.from));
 }
 
-fn execute_run(run: &Run, shared: &Shared) -> Option<usize> {
+fn execute_run(run: &Run, shared: &Shared) -> Result<Option<usize>> {
     let arena = &shared.arenas[run.device as usize];
+    let mut wide = shared.wide[run.device as usize].lock().unwrap_or_else(PoisonError::into_inner);
+    let wide_bytes = widen::program_bytes(&run.program);
+    if wide_bytes > wide.bytes() {
+        *wide = Block::new(wide_bytes, "f32 copies of bf16 operands")?;
+    }
     for (area, &bytes) in run.program.area_bytes.iter().enumerate() {
         touch(shared, Span { memory: Memory::Device(run.device), offset: run.bases[area], bytes });
     }
-    let float = run.program.steps.iter().flat_map(|s| s.outputs.iter().flatten()).map(|b| b.dtype).next();
     let mut not_finite = None;
     for step in &run.program.steps {
-        let result = match float {
-            Some(crate::base::DType::F64) => run_step::<f64>(step, arena, &run.bases, &run.scalars, run.check),
-            _ => run_step::<f32>(step, arena, &run.bases, &run.scalars, run.check),
-        };
-        if run.check && step.ends_layer && !result {
+        let operands = Operands { step, arena, bases: &run.bases, wide: &wide };
+        if !run_step(&operands, &run.scalars, run.check) {
             not_finite = not_finite.or(Some(step.layer));
         }
     }
     debug_assert!(run.bases.iter().enumerate().all(|(a, b)| a == Area::Inputs as usize || b % 4 == 0));
-    not_finite
+    Ok(not_finite)
 }
 
 fn sum_squares(norm: &Norm, shared: &Shared) {
-    let gradient = floats::<f32>(shared, norm.gradient);
+    let gradient = elements::<f32>(shared, norm.gradient);
     for segment in norm.segments.iter() {
         let tensor = &gradient[segment.offset as usize..][..segment.elems as usize];
         let entry = Span { offset: norm.table.offset + 8 * u64::from(segment.index), bytes: 8, ..norm.table };
@@ -105,24 +107,40 @@ fn clip_factor(clip: Option<Clip>, shared: &Shared) -> f64 {
     if factor >= 1.0 { 1.0 } else { factor }
 }
 
+/// The weights of an update.
+enum Weights<'a> {
+    F32(&'a mut [f32]),
+    /// With the lower halves of their masters.
+    Bf16(&'a mut [u16], &'a mut [u16]),
+}
+
 fn execute_update(update: &Update, shared: &Shared) {
-    if !floats::<f32>(shared, update.gate).iter().all(|loss| loss.is_finite()) {
+    if !elements::<f32>(shared, update.gate).iter().all(|loss| loss.is_finite()) {
         return;
     }
     let grad_scale = clip_factor(update.clip, shared);
-    let weight = floats_mut::<f32>(shared, update.weight);
-    let gradient = floats::<f32>(shared, update.gradient);
-    let mut moments = update.moments.map(|m| m.map(|m| floats_mut::<f32>(shared, m)));
+    let mut weights = match update.remainder {
+        None => Weights::F32(elements_mut(shared, update.weight)),
+        Some(remainder) => Weights::Bf16(elements_mut(shared, update.weight), elements_mut(shared, remainder)),
+    };
+    let gradient = elements::<f32>(shared, update.gradient);
+    let mut moments = update.moments.map(|m| m.map(|m| elements_mut::<f32>(shared, m)));
     for segment in update.segments.iter() {
         let range = segment.offset as usize..(segment.offset + segment.elems) as usize;
-        let (weight, gradient) = (&mut weight[range.clone()], &gradient[range.clone()]);
+        let gradient = &gradient[range.clone()];
         let [first, second] = &mut moments;
         match update.rule {
             UpdateRule::Adamw(rule) => {
                 let decay = if segment.decay { rule.weight_decay } else { 0.0 };
                 let step = AdamwStep::new(rule.update, rule.lr, rule.betas, rule.epsilon, decay, grad_scale);
                 let (Some(m), Some(v)) = (first, second) else { unreachable!("AdamW has two moments") };
-                optimizer::adamw(weight, &mut m[range.clone()], &mut v[range], gradient, &step);
+                let (m, v) = (&mut m[range.clone()], &mut v[range.clone()]);
+                match &mut weights {
+                    Weights::F32(weight) => optimizer::adamw(&mut weight[range], m, v, gradient, &step),
+                    Weights::Bf16(weight, low) => {
+                        master::adamw(&mut weight[range.clone()], &mut low[range], m, v, gradient, &step);
+                    }
+                }
             }
             UpdateRule::Sgd(rule) => {
                 let step = SgdStep {
@@ -133,8 +151,13 @@ fn execute_update(update: &Update, shared: &Shared) {
                     grad_scale,
                     first: rule.update == 1,
                 };
-                let buffer = first.as_mut().map_or(&mut [][..], |m| &mut m[range]);
-                optimizer::sgd(weight, buffer, gradient, &step);
+                let buffer = first.as_mut().map_or(&mut [][..], |m| &mut m[range.clone()]);
+                match &mut weights {
+                    Weights::F32(weight) => optimizer::sgd(&mut weight[range], buffer, gradient, &step),
+                    Weights::Bf16(weight, low) => {
+                        master::sgd(&mut weight[range.clone()], &mut low[range], buffer, gradient, &step);
+                    }
+                }
             }
         }
     }

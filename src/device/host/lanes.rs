@@ -23,6 +23,8 @@ pub(super) struct Shared {
     pub start: Instant,
     pub host: Block,
     pub arenas: Vec<Block>,
+    /// For each device, f32 copies of the operands of the op that it runs, where they are bf16.
+    pub wide: Vec<Mutex<Block>>,
     /// Highest touched byte of each arena, plus one.
     pub high_water: Vec<AtomicU64>,
     /// Tasks done, for each lane.
@@ -34,9 +36,10 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    pub fn new(host: Block, arenas: Vec<Block>, lanes: usize, start: Instant) -> Self {
+    pub fn new(host: Block, arenas: Vec<Block>, wide: Vec<Mutex<Block>>, lanes: usize, start: Instant) -> Self {
         Shared {
             start,
+            wide,
             high_water: arenas.iter().map(|_| AtomicU64::new(0)).collect(),
             host,
             arenas,

@@ -43,7 +43,7 @@ impl MathLane {
         let (orders, received) = channel();
         let (completed, completions) = channel();
         let lane = Lane {
-            shared: Arc::new(Shared::new(host, Vec::new(), config.lane as usize + 1, config.clock)),
+            shared: Arc::new(Shared::new(host, Vec::new(), Vec::new(), config.lane as usize + 1, config.clock)),
             orders: received,
             completions: completed,
             pool: Some(pool(threads, 0..threads)?),

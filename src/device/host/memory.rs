@@ -49,6 +49,11 @@ impl Block {
         Block { start, bytes: bytes as usize, owned: false }
     }
 
+    /// Its size.
+    pub fn bytes(&self) -> u64 {
+        self.bytes as u64
+    }
+
     /// The address of `offset`, with `bytes` after it inside the block.
     ///
     /// # Panics

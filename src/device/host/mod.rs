@@ -19,6 +19,7 @@ mod lanes;
 pub mod linear;
 #[cfg(any(feature = "cuda", feature = "emulator"))]
 pub(in crate::device) mod math;
+pub mod master;
 mod memory;
 pub mod norm;
 mod ops;
@@ -32,6 +33,7 @@ pub mod strided;
 #[cfg(test)]
 pub mod testing;
 mod transpose;
+mod widen;
 
 #[cfg(any(feature = "cuda", feature = "emulator"))]
 pub(in crate::device) use memory::POISON;

@@ -1,55 +1,74 @@
 //! From an op of a program to its body: finds the operands in the arena and calls the op's file.
+//!
+//! Bodies compute in f32 or f64. An op with bf16 operands runs on f32 copies of them (see `widen`), and what it writes is rounded to the
+//! nearest bf16, ties to even: as on a device that computes in f32 and stores bf16.
 
 use super::memory::Block;
 use super::real::Real;
 use super::strided::{Rows, RowsMut};
 use super::{
     activation, attention, batchnorm, conv, cross_entropy, elementwise, embedding, linear, norm, optimizer, pool,
-    transpose,
+    transpose, widen,
 };
+use crate::base::DType;
 use crate::device::Scalars;
 use crate::graph::{AREAS, Area, AttentionKind, Buffer, Op, Step, Window};
 use batchnorm::BatchnormSizes;
 use conv::ConvSizes;
 use pool::PoolSizes;
 
-/// An op's operands in the arena.
-struct Operands<'a> {
-    step: &'a Step,
-    arena: &'a Block,
-    bases: &'a [u64; AREAS],
+/// An op's operands in the arena, or their f32 copies.
+pub(super) struct Operands<'a> {
+    pub step: &'a Step,
+    pub arena: &'a Block,
+    pub bases: &'a [u64; AREAS],
+    /// Room for the f32 copies of bf16 operands.
+    pub wide: &'a Block,
 }
 
 impl<'a> Operands<'a> {
-    fn offset(&self, buffer: &Buffer) -> u64 {
+    pub fn offset(&self, buffer: &Buffer) -> u64 {
         self.bases[buffer.area as usize] + buffer.offset
     }
 
-    fn read<T: bytemuck::Pod>(&self, buffer: &Buffer) -> &'a [T] {
-        // SAFETY: placement keeps an op's inputs apart from its outputs (save for `first_or_in_place`), and tickets keep other tasks away.
-        bytemuck::cast_slice(unsafe { self.arena.slice(self.offset(buffer), buffer.bytes()) })
+    /// Where the values of `buffer` are for the body: in the arena, or for bf16 at `wide_at` in the f32 copies.
+    fn place(&self, buffer: &Buffer, wide_at: impl FnOnce() -> u64) -> (&'a Block, u64, u64) {
+        match buffer.dtype {
+            DType::Bf16 => (self.wide, wide_at(), 4 * buffer.shape.elems() as u64),
+            _ => (self.arena, self.offset(buffer), buffer.bytes()),
+        }
     }
 
     /// Input `i`.
-    fn input<T: bytemuck::Pod>(&self, i: usize) -> &'a [T] {
-        self.read(&self.step.inputs[i])
+    pub fn input<T: bytemuck::Pod>(&self, i: usize) -> &'a [T] {
+        let (block, offset, bytes) = self.place(&self.step.inputs[i], || widen::input_at(self, i));
+        // SAFETY: placement keeps an op's inputs apart from its outputs (save for `unless_in_place`), the copies are laid end to end, and
+        // tickets keep other tasks away.
+        bytemuck::cast_slice(unsafe { block.slice(offset, bytes) })
     }
 
     /// Input `i`, or `None` where the output lies over it.
     fn unless_in_place<T: bytemuck::Pod>(&self, i: usize) -> Option<&'a [T]> {
+        (!self.is_in_place(i)).then(|| self.input(i))
+    }
+
+    /// Whether output 0 lies over input `i`.
+    pub fn is_in_place(&self, i: usize) -> bool {
         let out = self.step.outputs[0].as_ref().expect("only optional outputs are left out, and the first never is");
-        (self.offset(&self.step.inputs[i]) != self.offset(out)).then(|| self.input(i))
+        self.offset(&self.step.inputs[i]) == self.offset(out)
     }
 
     /// Output `i`, exclusively.
-    fn output<T: bytemuck::Pod>(&self, i: usize) -> &'a mut [T] {
+    pub fn output<T: bytemuck::Pod>(&self, i: usize) -> &'a mut [T] {
         self.optional_output(i).expect("only optional outputs are left out")
     }
 
     fn optional_output<T: bytemuck::Pod>(&self, i: usize) -> Option<&'a mut [T]> {
         let buffer = self.step.outputs.get(i)?.as_ref()?;
-        // SAFETY: placement keeps outputs apart from each other and from inputs, each is asked for once, and tickets keep other tasks away.
-        Some(bytemuck::cast_slice_mut(unsafe { self.arena.slice_mut(self.offset(buffer), buffer.bytes()) }))
+        let (block, offset, bytes) = self.place(buffer, || widen::output_at(self, i));
+        // SAFETY: placement keeps outputs apart from each other and from inputs, and so are the copies; each is asked for once, and tickets
+        // keep other tasks away.
+        Some(bytemuck::cast_slice_mut(unsafe { block.slice_mut(offset, bytes) }))
     }
 
     /// Whether output `i` is to be added to what is there. Only a gradient accumulator is: the same op may also write a part of a
@@ -86,16 +105,21 @@ impl<'a> Operands<'a> {
 }
 
 /// Runs one op. With `check`, tells whether output 0 is finite; otherwise true.
-pub(super) fn run_step<T: Real>(
-    step: &Step,
-    arena: &Block,
-    bases: &[u64; AREAS],
-    scalars: &Scalars,
-    check: bool,
-) -> bool {
-    let o = Operands { step, arena, bases };
-    body::<T>(&o, scalars);
-    !(check && step.ends_layer) || optimizer::is_finite(o.output::<T>(0))
+pub(super) fn run_step(o: &Operands, scalars: &Scalars, check: bool) -> bool {
+    let check = check && o.step.ends_layer;
+    let buffers = || o.step.inputs.iter().chain(o.step.outputs.iter().flatten());
+    if buffers().any(|b| b.dtype == DType::F64) {
+        body::<f64>(o, scalars);
+        return !check || optimizer::is_finite(o.output::<f64>(0));
+    }
+    if buffers().any(|b| b.dtype == DType::Bf16) {
+        widen::inputs(o);
+        body::<f32>(o, scalars);
+        widen::outputs(o);
+    } else {
+        body::<f32>(o, scalars);
+    }
+    !check || optimizer::is_finite(o.output::<f32>(0))
 }
 
 fn body<T: Real>(o: &Operands, scalars: &Scalars) {

@@ -60,9 +60,9 @@ impl Builder {
             self.expect_shape("linear: bias", bias, &[n])?;
             inputs.push(bias);
         }
-        let mut outputs = vec![(shape.clone(), self.float)];
+        let mut outputs = vec![shape.clone()];
         if activation != Activation::None {
-            outputs.push((shape, self.float));
+            outputs.push(shape);
         }
         Ok(self.node(Op::Linear { activation, layout }, inputs, outputs)?[0])
     }
@@ -111,7 +111,7 @@ impl Builder {
         self.expect_shape("layernorm: weight", weight, &[shape.cols()])?;
         self.expect_shape("layernorm: bias", bias, &[shape.cols()])?;
         let rows = Shape::from([shape.rows()]);
-        let outputs = vec![(shape, self.float), (rows.clone(), self.float), (rows, self.float)];
+        let outputs = vec![shape, rows.clone(), rows];
         Ok(self.node(Op::LayerNorm { epsilon }, vec![x, weight, bias], outputs)?[0])
     }
 
@@ -190,8 +190,7 @@ impl Builder {
             dropout: (dropout > 0.0 && self.mode == Mode::Training).then_some((dropout, stream)),
         };
         inputs.extend(mask);
-        let outputs =
-            vec![(Shape::from([b, tq, heads * width]), self.float), (Shape::from([b, heads, tq]), self.float)];
+        let outputs = vec![Shape::from([b, tq, heads * width]), Shape::from([b, heads, tq])];
         Ok(self.node(Op::Attention(kind), inputs, outputs)?[0])
     }
 
@@ -246,8 +245,8 @@ impl Builder {
                 "batchnorm {name}: x is {shape}, one value a channel; training needs more"
             )));
         }
-        let stat = (Shape::from(c), self.float);
-        let outputs = vec![(shape, self.float), stat.clone(), stat.clone(), stat];
+        let stat = Shape::from(c);
+        let outputs = vec![shape, stat.clone(), stat.clone(), stat];
         let out = self.node(Op::BatchNorm { epsilon }, vec![x, weight, bias], outputs)?;
         self.node(Op::UpdateRunning { momentum, count }, vec![out[1], out[3], running_mean, running_var], vec![])?;
         Ok(out[0])
@@ -265,7 +264,7 @@ impl Builder {
         }
         let [oh, ow] = self.window("max_pool", window, [h, w])?;
         let out = Shape::from([n, c, oh, ow]);
-        Ok(self.node(Op::MaxPool(window), vec![x], vec![(out.clone(), self.float), (out, DType::I32)])?[0])
+        Ok(self.node(Op::MaxPool(window), vec![x], vec![out.clone(), out])?[0])
     }
 
     /// Mean of each window.
