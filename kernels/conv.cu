@@ -18,6 +18,7 @@
 // element costs 7 instructions for its place beside 64 multiply-adds for each 24 loaded elements' worth of work, so 75 % of the 60
 // TFLOP/s of an H200 is the most to expect.
 #include "gpu.cuh"
+#include "gpu/conv.cuh"
 
 constexpr int ROWS = 64, COLUMNS = 128, STEPS = 16, THREADS = 128;
 // Rows of shared memory are 16 bytes longer than the tile, which spreads stores that run along the steps over the banks.

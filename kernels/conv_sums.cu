@@ -10,6 +10,7 @@
 // Weight: a thread an element, parts in order, 8 loads in flight. All of it is bound by memory: one read of d_out, or of the partial
 // sums, which the split keeps below 34 MB, so that they come from the L2 cache.
 #include "gpu.cuh"
+#include "gpu/conv.cuh"
 
 constexpr int THREADS = 256;
 

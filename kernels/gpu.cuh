@@ -78,8 +78,11 @@ inline bf16 __float2bfloat16(float f) {                      // round to nearest
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
+#include <algorithm>
 inline float4 make_float4(float a, float b, float c, float d) { return {a, b, c, d}; }
 template <class T> T __ldg(const T* p) { return *p; }
+using std::max;
+using std::min;
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __expf(float x) { return expf(x); }
 template <class T> T atomicAdd(T* p, T v) { T o = *p; *p = o + v; return o; }   // fibers do not preempt
@@ -181,4 +184,3 @@ namespace sim { template <auto K> struct Entry; template <class... A, void (*K)(
 #define GPU_EXPORT(k) extern "C" int k##_sim(const ::sim::Launch* l, void** args) { return ::sim::launch(*l, ::sim::Entry<k>::run, args); }
 #endif
 #include "gpu/math.cuh"
-#include "gpu/conv.cuh"

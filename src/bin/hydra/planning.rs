@@ -20,8 +20,6 @@ const SHARE_OF_FREE_MEMORY: f64 = 0.8;
 pub struct Machine {
     /// Its kind.
     pub kind: DeviceKind,
-    /// The device to start; for sim, which starts none, the host.
-    pub spec: DeviceSpec,
     /// Measured or stated rates.
     pub cost: CostModel,
     /// Bytes of the device's memory; `None` is no limit.
@@ -64,17 +62,18 @@ pub fn plan_job(path: &Path, sets: &[String], trains: bool) -> Result<PlannedJob
     let prepared = (0..job.models.len()).map(|i| prepare(&file, &job, i)).collect::<Result<Vec<_>>>()?;
     // Graphs before rates: what a network refuses is said before a second goes into measuring.
     let mut traced = Vec::new();
-    for (i, prepared) in prepared.into_iter().enumerate() {
+    let spec = device_spec(&job);
+    for (i, mut prepared) in prepared.into_iter().enumerate() {
+        prepared.options.device = spec.clone();
         let model = trace_model(prepared.network(), &prepared.inputs, &prepared.options);
         let model = model.map_err(|e| Error::bad(format!("{file}: model.{i}: {e}")))?;
         traced.push((prepared, Arc::new(model)));
     }
-    let machine = machine(&job)?;
+    let machine = machine(&job, &spec)?;
     let mut models = Vec::new();
     for (mut prepared, model) in traced {
         prepared.options.plan.device_budget = machine.device_budget;
         prepared.options.plan.host_budget = machine.host_budget;
-        prepared.options.device = machine.spec.clone();
         let plan = plan_model(&model, &prepared.options, &machine.cost).map_err(|e| named(&prepared.name, e))?;
         let plan = Arc::new(plan);
         let prediction = predict(&model, &plan, &machine.cost, prepared.options.clip.is_some())?;
@@ -131,18 +130,23 @@ fn check_device(file: &str, job: &Job, trains: bool) -> Result<()> {
     Ok(())
 }
 
-/// The first device, measured where it is real.
-fn machine(job: &Job) -> Result<Machine> {
+/// The first device, to be started; for sim, which starts none, the host.
+fn device_spec(job: &Job) -> DeviceSpec {
     let device = &job.devices[0];
-    let link = device.link;
-    let spec = match device.kind {
+    match device.kind {
         DeviceKind::Cuda => DeviceSpec::Cuda { ordinal: 0, threads: None },
         // In order, as a GPU of the Hopper generation.
         DeviceKind::Emulated => DeviceSpec::Emulated { arch: 90, seed: 0, threads: None },
         DeviceKind::Host | DeviceKind::Sim => {
-            HostSpec { arena_bytes: 0, link_bytes_per_sec: link, threads: device.threads }.into()
+            HostSpec { arena_bytes: 0, link_bytes_per_sec: device.link, threads: device.threads }.into()
         }
-    };
+    }
+}
+
+/// The first device, measured where it is real.
+fn machine(job: &Job, spec: &DeviceSpec) -> Result<Machine> {
+    let device = &job.devices[0];
+    let link = device.link;
     let mut cost = match device.kind {
         DeviceKind::Sim => match device.profile.as_deref().and_then(Profile::find) {
             Some(profile) => profile.cost(),
@@ -151,7 +155,7 @@ fn machine(job: &Job) -> Result<Machine> {
                 CostModel::stated(flops, memory, link.unwrap_or(memory))
             }
         },
-        _ => calibrate(&spec)?,
+        _ => calibrate(spec)?,
     };
     if let Some(link) = link {
         cost.h2d_bytes_per_sec = if device.kind == DeviceKind::Sim { link } else { cost.h2d_bytes_per_sec.min(link) };
@@ -164,7 +168,6 @@ fn machine(job: &Job) -> Result<Machine> {
     };
     Ok(Machine {
         kind: device.kind,
-        spec,
         cost,
         device_budget: device.memory,
         host_budget,

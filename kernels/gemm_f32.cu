@@ -1,0 +1,139 @@
+// Matrix products on the plain arithmetic units, for f32 at full precision.
+//   out (m, n) = act(a b + bias), pre (m, n) = a b + bias where it is wanted, out += a b for accumulators.
+//   nn: a (m, k), b (k, n);  nt: a (m, k), b (n, k);  tn: a (k, m), b (k, n). bias (n).
+// Overwrites out (or adds to it, when `accumulator` and now->accumulate) and pre. With `partials` (parts, m, n), blockIdx.y is a part of k of
+// `k_part` and gemm_finish adds the parts in order. Deterministic: each element is one chain of fused multiply-adds in the order of k.
+//
+// Launch: (tiles of 128 x 128, parts) blocks of 256 threads. A block keeps two k-steps of 8 of both operands in shared memory as
+// f32, k outermost; while it works on one, the next is on its way through registers. A thread owns 8 x 8 elements, as four squares of 4 x 4 that
+// lie 64 apart, so that a warp (8 threads across, 4 down) reads each operand as whole 16-byte words from distinct banks.
+// Rows of k-contiguous operands are transposed on the way in; the row index is xored with 16 in every second group of 4 k, which
+// keeps those scattered stores free of bank conflicts and every 16-byte word whole.
+//
+// Cost: a k-step moves 8 KB in for 262,144 flop (32 flop a byte of L2 traffic), and 4 16-byte shared reads feed 64 multiply-adds,
+// so the multiply-add pipe is the bound: 2 blocks of 128 registers a multiprocessor, about 85 % of 60 TFLOP/s on an H200 is to be expected; the
+// rest goes to shared reads (4 issue slots in 68) and to the copies through registers.
+#include "gpu.cuh"
+#include "gpu/gemm.cuh"
+
+constexpr int TILE = 128, STEP = 8, THREADS = 256;
+
+// Where element (k, row) of an operand's step lies.
+DEV int slot(int k, int row) { return k * TILE + (row ^ (k / 4 * 16)); }
+
+// Up to 4 elements from `from`, `count` of them there; `whole` when 16-byte (bf16: 8-byte) loads are aligned, and count a multiple of 4.
+DEV void load_quad(float (&to)[4], const float* from, int count, bool whole) {
+  if (whole && count >= 4) {
+    float4 v = *reinterpret_cast<const float4*>(from);
+    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+  } else {
+    for (int i = 0; i < 4; i++) to[i] = i < count ? from[i] : 0.0f;
+  }
+}
+
+// One operand's walk along k: `K_ROWS` when it is stored with k along a row. A thread carries 4 neighbours of a row.
+template <bool K_ROWS> struct Operand {
+  const float* at; // the thread's quad of the next step
+  int pitch, k_left, row_left; // row_left alone counts where k runs across rows; k_left is 0 for a row that is not there
+  float held[4];
+
+  DEV static int row() { return K_ROWS ? threadIdx.x / (STEP / 4) : threadIdx.x % (TILE / 4) * 4; }
+  DEV static int k() { return K_ROWS ? threadIdx.x % (STEP / 4) * 4 : threadIdx.x / (TILE / 4); }
+
+  DEV Operand(const float* from, int row0, int rows, int k0, int k_end, int row_pitch)
+      : pitch(row_pitch), k_left(k_end - k0 - k()), row_left(rows - row0 - row()) {
+    int64_t first_row = row0 + row(), first_k = k0 + k();
+    at = from + (K_ROWS ? first_row * pitch + first_k : first_k * pitch + first_row);
+    if (K_ROWS && row_left <= 0) k_left = 0;
+  }
+
+  DEV void fetch() {
+    load_quad(held, at, K_ROWS ? k_left : k_left > 0 ? row_left : 0, pitch % 4 == 0);
+    at += K_ROWS ? STEP : (int64_t)pitch * STEP;
+    k_left -= STEP;
+  }
+
+  DEV void place(float* tile) const {
+    if (K_ROWS) {
+      for (int e = 0; e < 4; e++) tile[slot(k() + e, row())] = held[e];
+    } else {
+      *reinterpret_cast<float4*>(tile + slot(k(), row())) = make_float4(held[0], held[1], held[2], held[3]);
+    }
+  }
+};
+static_assert(TILE * STEP / 4 == THREADS, "a thread carries one quad of each operand");
+
+// 8 elements of row k for a thread: 4 from `at`, 4 from `at` + 64.
+DEV void read_octet(float (&to)[8], const float* tile, int k, int at) {
+  for (int half = 0; half < 2; half++) {
+    float4 v = *reinterpret_cast<const float4*>(tile + slot(k, at + 64 * half));
+    to[4 * half] = v.x, to[4 * half + 1] = v.y, to[4 * half + 2] = v.z, to[4 * half + 3] = v.w;
+  }
+}
+
+template <bool A_TRANSPOSED, bool B_TRANSPOSED>
+DEV void product(GemmEnd<float> end, const float* a, const float* b, int m, int n, int k, int k_part) {
+  GPU_SHARED(float, tiles, [4 * TILE * STEP]); // two buffers of a, two of b
+  GemmTile tile = gemm_tile(blockIdx.x, (m + TILE - 1) / TILE, (n + TILE - 1) / TILE);
+  int row0 = tile.row * TILE, col0 = tile.col * TILE;
+  int k_begin = blockIdx.y * k_part, k_end = min(k - k_begin, k_part) + k_begin;
+  Operand<!A_TRANSPOSED> in_a(a, row0, m, k_begin, k_end, A_TRANSPOSED ? m : k);
+  Operand<B_TRANSPOSED> in_b(b, col0, n, k_begin, k_end, B_TRANSPOSED ? k : n);
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int y = (warp / 2 * 4 + lane / 8) * 4, x = (warp % 2 * 8 + lane % 8) * 4;
+
+  float sums[8][8] = {};
+  in_a.fetch();
+  in_b.fetch();
+  int buffer = 0;
+  for (int left = k_end - k_begin; left > 0; left -= STEP, buffer ^= 1) {
+    in_a.place(tiles + buffer * TILE * STEP);
+    in_b.place(tiles + (2 + buffer) * TILE * STEP);
+    __syncthreads(); // the other buffer's readers passed the last one
+    if (left > STEP) {
+      in_a.fetch();
+      in_b.fetch();
+    }
+#pragma unroll 2 // further, and the reads ahead take more registers than there are
+    for (int kk = 0; kk < STEP; kk++) {
+      float down[8], across[8];
+      read_octet(down, tiles + buffer * TILE * STEP, kk, y);
+      read_octet(across, tiles + (2 + buffer) * TILE * STEP, kk, x);
+#pragma unroll
+      for (int i = 0; i < 8; i++)
+#pragma unroll
+        for (int j = 0; j < 8; j++) sums[i][j] = fmaf(down[i], across[j], sums[i][j]);
+    }
+  }
+  // Out by quarters of 64 x 64 through shared memory, so that a warp writes 32 elements of a row.
+#pragma unroll
+  for (int quarter = 0; quarter < 4; quarter++) {
+    int down = quarter / 2 * 4, across = quarter % 2 * 4;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      *reinterpret_cast<float4*>(tiles + (y + i) * (TILE / 2) + x) =
+          make_float4(sums[down + i][across], sums[down + i][across + 1], sums[down + i][across + 2], sums[down + i][across + 3]);
+    }
+    __syncthreads();
+    int64_t col = col0 + across * 16 + threadIdx.x % 64, row = row0 + down * 16 + threadIdx.x / 64;
+    float bias = end.bias_at(col);
+#pragma unroll 1
+    for (int at = threadIdx.x; at < TILE * TILE / 4 && row < m; at += THREADS, row += THREADS / 64) {
+      if (col < n) end.put(row, col, tiles[at] + bias);
+    }
+  }
+}
+
+#define GEMM_F32(name, a_transposed, b_transposed)                                                                              \
+  extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                                      \
+      name(float* out, float* pre, float* partials, const float* a, const float* b, const float* bias, const Now* now,          \
+           int accumulator, int activation, int m, int n, int k, int k_part) {                                                  \
+    product<a_transposed, b_transposed>(                                                                                        \
+        gemm_end(out, pre, partials, bias, now, accumulator, activation, m, n, blockIdx.y), a, b, m, n, k, k_part);             \
+  }                                                                                                                             \
+  GPU_EXPORT(name)
+
+GEMM_F32(gemm_nn_f32, false, false)
+GEMM_F32(gemm_nt_f32, false, true)
+GEMM_F32(gemm_tn_f32, true, false)

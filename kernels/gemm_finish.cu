@@ -1,0 +1,30 @@
+// The end of a matrix product that was cut along k: the parts are added and become the output.
+//   partials (parts, m, n) f32; out (m, n) = act(sum of parts + bias (n)), pre (m, n) what act is given, or out += sum for accumulators.
+// Overwrites out (or adds to it, when `accumulator` and now->accumulate) and pre. Deterministic: parts are added from the first to the last.
+// Launch: ceil(m n / 256) blocks of 256 threads, one thread an element; m n < 2^31. Bound by memory: 4 bytes a part and element, most
+// of them still in the L2.
+#include "gpu.cuh"
+#include "gpu/gemm.cuh"
+
+constexpr int THREADS = 256;
+
+template <class Out> DEV void finish(GemmEnd<Out> end, const float* partials, int parts, int m, int n) {
+  int count = m * n, at = blockIdx.x * THREADS + threadIdx.x;
+  if (at >= count) return;
+  float sum = 0;
+#pragma unroll 8
+  for (int part = 0; part < parts; part++) sum += partials[(int64_t)part * count + at];
+  int row = at / n, col = at - row * n;
+  end.put(row, col, sum + end.bias_at(col));
+}
+
+#define GEMM_FINISH(name, Out)                                                                                                  \
+  extern "C" __global__ void __launch_bounds__(THREADS)                                                                         \
+      name(Out* out, Out* pre, const float* partials, const Out* bias, const Now* now, int accumulator, int activation,         \
+           int parts, int m, int n) {                                                                                           \
+    finish(gemm_end(out, pre, nullptr, bias, now, accumulator, activation, m, n, 0), partials, parts, m, n);                    \
+  }                                                                                                                             \
+  GPU_EXPORT(name)
+
+GEMM_FINISH(gemm_finish_f32, float)
+GEMM_FINISH(gemm_finish_bf16, bf16)
