@@ -9,6 +9,9 @@ use std::process::{Command, ExitCode};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+/// The kernels of the example with an op of its own.
+const EXAMPLE: &str = "examples/04_custom_op";
+
 /// What each fatbin holds: machine code, and for the first PTX as well, which newer chips compile for themselves.
 const TARGETS: [&str; 7] = [
     "arch=compute_80,code=sm_80",
@@ -28,14 +31,21 @@ Looked at the variables NVCC and CUDA_HOME, then at PATH. Without a CUDA install
 
 fn main() -> ExitCode {
     println!("cargo:rerun-if-changed=kernels");
+    println!("cargo:rerun-if-changed={EXAMPLE}/squared_relu.cu");
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let feature = |name: &str| std::env::var_os(format!("CARGO_FEATURE_{name}")).is_some();
     let mut result = Ok(());
     if feature("CUDA") {
-        result = result.and_then(|()| fatbins(&out.join("fatbins")));
+        result = result.and_then(|()| fatbins(&sources("kernels")?, &out.join("fatbins")));
+        println!("cargo:rustc-env=HYDRA_FATBINS={}", out.join("fatbins").display());
+        result = result.and_then(|()| fatbins(&sources(EXAMPLE)?, &out.join("example")));
+        println!("cargo:rustc-env=HYDRA_EXAMPLE_FATBIN={}", out.join("example/squared_relu.fatbin").display());
     }
     if feature("EMULATOR") {
-        result = result.and_then(|()| emulated(&out.join("emulated")));
+        result = result.and_then(|()| emulated("kernels", &out.join("emulated")));
+        println!("cargo:rustc-env=HYDRA_EMULATED_KERNELS={}", out.join("emulated/kernels.so").display());
+        result = result.and_then(|()| emulated(EXAMPLE, &out.join("emulated_example")));
+        println!("cargo:rustc-env=HYDRA_EXAMPLE_EMULATED={}", out.join("emulated_example/kernels.so").display());
     }
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -46,9 +56,9 @@ fn main() -> ExitCode {
     }
 }
 
-/// The kernels' sources, by name.
-fn sources() -> Result<Vec<PathBuf>, String> {
-    let entries = std::fs::read_dir("kernels").map_err(|e| format!("kernels: {e}"))?;
+/// The kernels in a folder, by name.
+fn sources(dir: &str) -> Result<Vec<PathBuf>, String> {
+    let entries = std::fs::read_dir(dir).map_err(|e| format!("{dir}: {e}"))?;
     let mut found: Vec<PathBuf> = entries.flatten().map(|e| e.path()).collect();
     found.retain(|path| path.extension().is_some_and(|e| e == "cu"));
     found.sort();
@@ -56,26 +66,25 @@ fn sources() -> Result<Vec<PathBuf>, String> {
 }
 
 /// Compiles for the CPU.
-fn emulated(out: &Path) -> Result<(), String> {
+fn emulated(dir: &str, out: &Path) -> Result<(), String> {
+    let sources: Vec<String> = sources(dir)?.iter().map(|path| path.display().to_string()).collect();
     println!("cargo:rerun-if-env-changed=CXX");
-    let run = Command::new("sh").arg("kernels/emulator/build.sh").arg(out).arg("plain").output();
+    let run = Command::new("sh").arg("kernels/emulator/build.sh").arg(out).arg("plain").env("SOURCES", sources.join(" ")).output();
     let output = run.map_err(|e| format!("the feature \"emulator\" needs a shell and a C++ compiler: {e}"))?;
     if !output.status.success() {
         let text = String::from_utf8_lossy(&output.stderr);
         return Err(format!("the feature \"emulator\" needs a C++20 compiler (CXX, or c++ on PATH), which said:\n{text}"));
     }
-    println!("cargo:rustc-env=HYDRA_EMULATED_KERNELS={}", out.join("kernels.so").display());
     Ok(())
 }
 
 /// Compiles for GPUs, and lists the fatbins in a Rust file.
-fn fatbins(out: &Path) -> Result<(), String> {
+fn fatbins(sources: &[PathBuf], out: &Path) -> Result<(), String> {
     for variable in ["NVCC", "CUDA_HOME"] {
         println!("cargo:rerun-if-env-changed={variable}");
     }
     let nvcc = find_nvcc().ok_or(HOW_TO_GET_NVCC)?;
     std::fs::create_dir_all(out).map_err(|e| format!("{}: {e}", out.display()))?;
-    let sources = sources()?;
     let common = hash_of_headers(Path::new("kernels"))? ^ hash(&TARGETS);
     let (next, faults) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     let jobs = std::env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(2);
@@ -95,14 +104,12 @@ fn fatbins(out: &Path) -> Result<(), String> {
         return Err(faults.join("\n"));
     }
     let mut list = String::from("&[\n");
-    for source in &sources {
+    for source in sources {
         let stem = stem(source);
         list += &format!("    ({stem:?}, include_bytes!({:?})),\n", out.join(format!("{stem}.fatbin")));
     }
     list += "]\n";
-    std::fs::write(out.join("list.rs"), list).map_err(|e| format!("{}: {e}", out.display()))?;
-    println!("cargo:rustc-env=HYDRA_FATBINS={}", out.display());
-    Ok(())
+    std::fs::write(out.join("list.rs"), list).map_err(|e| format!("{}: {e}", out.display()))
 }
 
 /// Compiles one file, unless neither it nor a header has changed since.

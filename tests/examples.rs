@@ -7,6 +7,14 @@ mod own_model;
 #[path = "../examples/03_under_a_budget.rs"]
 mod under_a_budget;
 
+#[path = "../examples/04_custom_op/main.rs"]
+mod custom_op;
+
+#[test]
+fn custom_op_runs() {
+    custom_op::main().expect("the example runs");
+}
+
 #[test]
 fn graph_by_hand_runs() {
     graph_by_hand::main().expect("the example runs");

@@ -3,7 +3,7 @@
 #   plain  as fast as the emulator goes
 #   asan   AddressSanitizer watches global and shared memory; run with LD_PRELOAD=$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0
 #   race   every access to memory is checked against what barriers and waits order
-# Only what changed is compiled again. CXX names the compiler (default c++); build.rs calls this for the feature "emulator".
+# Only what changed is compiled again. SOURCES names other kernels than kernels/*.cu, for an op of one's own. CXX names the compiler (default c++); build.rs calls this for the feature "emulator".
 set -eu
 out=$1 kind=${2:-plain}
 kernels=$(cd "$(dirname "$0")/.." && pwd)
@@ -36,9 +36,10 @@ if [ "${3:-}" = compile ]; then
     exit
 fi
 
-sources=$(ls "$kernels"/*.cu "$kernels"/emulator/*.cpp 2>/dev/null)
+sources="${SOURCES:-$(echo "$kernels"/*.cu)} $(echo "$kernels"/emulator/*.cpp)"
 cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
-printf '%s\n' "$sources" | xargs -P "$cores" -I{} sh "$0" "$out" "$kind" compile {}
+# shellcheck disable=SC2086
+printf '%s\n' $sources | xargs -P "$cores" -I{} sh "$0" "$out" "$kind" compile {}
 objects=""
 for source in $sources; do objects="$objects $out/$(basename "$source").o"; done
 # shellcheck disable=SC2086

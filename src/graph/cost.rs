@@ -177,6 +177,10 @@ pub fn cost(graph: &Graph, node: &Node) -> Cost {
             let cheap = matches!(kind, Activation::None | Activation::Relu);
             (if cheap { Family::Memory } else { Family::Activation }, 10.0 * elems(0))
         }
+        Op::Custom(custom) => {
+            let shapes: Vec<&Shape> = (0..node.inputs.len()).map(shape).collect();
+            (Family::Memory, custom.0.flops(&shapes))
+        }
         Op::Dropout { .. } => (Family::Dropout, 10.0 * elems(0)),
         Op::CrossEntropy | Op::CrossEntropyGrad => (Family::Softmax, 5.0 * elems(0)),
         Op::LayerNorm { .. } | Op::BatchNorm { .. } | Op::BatchNormEval { .. } => (Family::Norm, 8.0 * elems(0)),

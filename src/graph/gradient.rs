@@ -3,6 +3,7 @@
 //! A rule gets the gradient of the op's first output (`None` for the loss, whose gradient is 1) and contributes one gradient to
 //! each input that wants one. No rule computes anything: it only names ops.
 
+use super::custom::Custom;
 use super::differentiate::Sweep;
 use super::graph::Value;
 use super::kinds::Activation;
@@ -121,6 +122,21 @@ pub(super) fn emit(s: &mut Sweep, op: &Op, inputs: &[Value], outputs: &[Value], 
             let of: Shape = shape(s, inputs[0]);
             let d_x = s.push_one(Op::Transpose { axes: inverse }, vec![d], of);
             s.contribute(inputs[0], d_x);
+        }
+        Op::Custom(custom) => {
+            let name = custom.0.name();
+            let gradient =
+                custom.0.gradient().ok_or_else(|| Error::bad(format!("{name}: has no gradient, and one is wanted")))?;
+            let mut operands = vec![d];
+            operands.extend_from_slice(inputs);
+            operands.extend_from_slice(outputs);
+            let shapes: Vec<Shape> = inputs.iter().map(|&v| shape(s, v)).collect();
+            let said = gradient.shapes(&operands.iter().map(|&v| &s.graph.info(v).shape).collect::<Vec<_>>())?;
+            if said != shapes {
+                return Err(Error::bad(format!("{name}: its gradient's shapes are {said:?}, its inputs' {shapes:?}")));
+            }
+            let d_all = s.push(Op::Custom(Custom(gradient)), operands, shapes);
+            inputs.iter().zip(d_all).for_each(|(&v, g)| s.contribute(v, g));
         }
         Op::Copy => s.contribute(inputs[0], d),
         other => return Err(Error::bad(format!("{}: has no gradient", other.name()))),

@@ -4,6 +4,7 @@
 
 mod builder;
 mod cost;
+mod custom;
 mod differentiate;
 mod gradient;
 #[expect(clippy::module_inception, reason = "the graph itself is this module's first noun")]
@@ -17,6 +18,7 @@ mod scratch;
 
 pub use builder::{AttentionOptions, Builder};
 pub use cost::{Cost, Family, Work, cost};
+pub use custom::{CUSTOM_OPERANDS, Custom, CustomOp, KernelCall, Kernels, Number};
 pub use differentiate::differentiate;
 pub use graph::{Graph, Input, Layer, Node, Parameter, ParameterGradient, Source, State, Value, ValueInfo};
 pub use kinds::{Activation, Direction, Init, Mode, WeightLayout};

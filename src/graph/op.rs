@@ -3,6 +3,7 @@
 //! The order of inputs and outputs is stated once, here, on each variant. Rules about an op live beside this file: shapes and
 //! construction in `builder`, arithmetic and traffic in `cost`, gradients in `gradient`. Parentheses mark what may be absent.
 
+use super::custom::Custom;
 use super::kinds::{Activation, WeightLayout};
 use crate::base::DType;
 
@@ -108,6 +109,8 @@ pub enum Op {
     },
     /// x -> out, copied: where a value must lie in a place of its own.
     Copy,
+    /// An embedder's own: its inputs -> its outputs.
+    Custom(Custom),
     /// Nothing -> out, all 0: the gradient of a parameter that the loss does not depend on.
     Zero,
 }
@@ -188,6 +191,7 @@ impl Op {
             Op::AvgPoolGrad(_) => "avg_pool_grad",
             Op::Transpose { .. } => "transpose",
             Op::Copy => "copy",
+            Op::Custom(custom) => custom.0.name(),
             Op::Zero => "zero",
         }
     }

@@ -4,6 +4,7 @@
 
 use super::launch::{Launch, Ptr, TensorMap, TensorMapSpec};
 use crate::base::Result;
+use crate::graph::Kernels;
 
 /// What a GPU is.
 #[derive(Clone, Debug)]
@@ -33,11 +34,11 @@ pub trait Driver: Send {
     /// What it is.
     fn facts(&self) -> &Facts;
 
-    /// Loads a module's kernels, which are then known by their names.
+    /// Loads an embedder's kernels unless they are loaded already; they are then known by their names.
     ///
     /// # Errors
     /// When the bytes hold nothing for this device.
-    fn load(&mut self, name: &str, image: &[u8]) -> Result<()>;
+    fn load_once(&mut self, kernels: &Kernels) -> Result<()>;
 
     /// Memory of the device, of exactly this size. Freed when the driver is dropped.
     ///

@@ -7,9 +7,10 @@ use super::driver::{Driver, Facts, Mark, Stream};
 use super::launch::{Launch, Ptr, Swizzle, TensorMap, TensorMapSpec};
 use crate::base::philox::Sequence;
 use crate::base::{Error, Result};
-use std::collections::{HashMap, VecDeque};
+use crate::graph::Kernels;
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock};
 use std::time::Instant;
 
 /// The kernels, as `build.rs` compiled them.
@@ -28,6 +29,8 @@ struct Settings {
 
 /// The library that every driver uses, loaded once.
 static LIBRARY: OnceLock<Library> = OnceLock::new();
+/// Embedders' libraries, by name, each loaded once.
+static CUSTOM: Mutex<BTreeMap<&'static str, &'static Library>> = Mutex::new(BTreeMap::new());
 
 type Kernel = unsafe extern "C" fn(*const Settings, *mut *mut c_void) -> c_int;
 type LastError = unsafe extern "C" fn() -> *const c_char;
@@ -64,6 +67,17 @@ impl Library {
         };
         // Where two threads were here at once the second library is left alone: both are the same.
         Ok(LIBRARY.get_or_init(|| library))
+    }
+
+    /// An embedder's kernels.
+    fn custom(name: &'static str, image: &[u8]) -> Result<&'static Library> {
+        let mut loaded = CUSTOM.lock().expect("no thread panics while it holds this");
+        if let Some(library) = loaded.get(name) {
+            return Ok(library);
+        }
+        let library: &'static Library = Box::leak(Box::new(Library::new(name, image)?));
+        loaded.insert(name, library);
+        Ok(library)
     }
 
     /// Loads a shared object from its bytes.
@@ -178,6 +192,8 @@ pub struct Emulated {
     facts: Facts,
     libraries: Vec<&'static Library>,
     kernels: HashMap<&'static str, (usize, Kernel)>,
+    /// Embedders' kernels that are loaded.
+    custom: HashSet<&'static str>,
     streams: Vec<VecDeque<Action>>,
     marks: Vec<MarkState>,
     memory: Vec<Memory>,
@@ -207,6 +223,7 @@ impl Emulated {
             facts,
             libraries: vec![Library::built_in()?],
             kernels: HashMap::new(),
+            custom: HashSet::new(),
             streams: Vec::new(),
             marks: Vec::new(),
             memory: Vec::new(),
@@ -282,8 +299,16 @@ impl Driver for Emulated {
         &self.facts
     }
 
-    fn load(&mut self, name: &str, image: &[u8]) -> Result<()> {
-        self.libraries.push(Box::leak(Box::new(Library::new(name, image)?)));
+    fn load_once(&mut self, kernels: &Kernels) -> Result<()> {
+        let Kernels { name, emulated, .. } = *kernels;
+        if self.custom.contains(name) {
+            return Ok(());
+        }
+        if emulated.is_empty() {
+            return Err(Error::bad(format!("{name}: was not compiled for the emulator")));
+        }
+        self.libraries.push(Library::custom(name, emulated)?);
+        self.custom.insert(name);
         Ok(())
     }
 

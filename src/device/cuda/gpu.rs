@@ -6,9 +6,10 @@
 use super::driver::{Driver, Facts, Mark, Stream};
 use super::launch::{Launch, Ptr, Swizzle, TensorMap, TensorMapSpec};
 use crate::base::{Error, Result};
+use crate::graph::Kernels;
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 use cudarc::driver::{DriverError, result};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::{CString, c_int};
 
 /// The fatbins that `build.rs` made, by the stem of their source.
@@ -32,6 +33,8 @@ pub struct Gpu {
     device: sys::CUdevice,
     modules: Vec<sys::CUmodule>,
     kernels: HashMap<&'static str, Kernel>,
+    /// Embedders' kernels that are loaded.
+    custom: HashSet<&'static str>,
     streams: Vec<sys::CUstream>,
     events: Vec<sys::CUevent>,
     device_memory: Vec<sys::CUdeviceptr>,
@@ -112,6 +115,7 @@ impl Gpu {
             device,
             modules: Vec::new(),
             kernels: HashMap::new(),
+            custom: HashSet::new(),
             streams: Vec::new(),
             events: Vec::new(),
             device_memory: Vec::new(),
@@ -140,6 +144,17 @@ impl Gpu {
         result::mem_get_info().map(|(free, _)| free as u64).map_err(said("asking for free memory"))
     }
 
+    fn load(&mut self, name: &str, image: &[u8]) -> Result<()> {
+        // The driver would read on where there is nothing.
+        if image.len() < 64 {
+            return Err(Error::bad(format!("cuda: the kernels {name} are {} bytes, no fatbin", image.len())));
+        }
+        // SAFETY: the image is a fatbin or a cubin, which begin with their own length; the driver copies what it keeps.
+        let module = unsafe { result::module::load_data(image.as_ptr().cast()) };
+        self.modules.push(module.map_err(said(&format!("loading the kernels {name}")))?);
+        Ok(())
+    }
+
     fn kernel(&mut self, name: &'static str, shared_bytes: u32) -> Result<sys::CUfunction> {
         if !self.kernels.contains_key(name) {
             let c_name = CString::new(name).map_err(|_| Error::bad(format!("kernel {name:?}: has a zero byte")))?;
@@ -166,11 +181,8 @@ impl Driver for Gpu {
         &self.facts
     }
 
-    fn load(&mut self, name: &str, image: &[u8]) -> Result<()> {
-        // SAFETY: the image is a fatbin or a cubin, which begin with their own length; the driver copies what it keeps.
-        let module = unsafe { result::module::load_data(image.as_ptr().cast()) };
-        self.modules.push(module.map_err(said(&format!("loading the kernels {name}")))?);
-        Ok(())
+    fn load_once(&mut self, kernels: &Kernels) -> Result<()> {
+        if self.custom.insert(kernels.name) { self.load(kernels.name, kernels.fatbin) } else { Ok(()) }
     }
 
     fn alloc(&mut self, bytes: u64) -> Result<Ptr> {

@@ -10,6 +10,7 @@ mod blocks;
 mod column_sum;
 mod conv;
 mod cross_entropy;
+mod custom;
 mod device;
 pub mod driver;
 mod elementwise;

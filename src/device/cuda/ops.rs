@@ -3,7 +3,7 @@
 use super::launch::Queue;
 use super::operands::Operands;
 use super::{
-    activation, attention, batchnorm, conv, cross_entropy, elementwise, embedding, linear, norm, pool, transpose,
+    activation, attention, batchnorm, conv, cross_entropy, custom, elementwise, embedding, linear, norm, pool, transpose,
 };
 use crate::base::Result;
 use crate::graph::Op;
@@ -45,6 +45,7 @@ pub(super) fn launch_step(q: &mut Queue, o: &Operands) -> Result<()> {
         Op::AvgPool(window) => pool::avg_forward(q, o, window),
         Op::AvgPoolGrad(window) => pool::avg_grad(q, o, window),
         Op::Transpose { axes } => transpose::transpose(q, o, axes),
+        Op::Custom(op) => custom::launch(q, o, op.0.as_ref()),
         Op::Copy => elementwise::copy(q, o),
         Op::Zero => elementwise::zero(q, o),
     }

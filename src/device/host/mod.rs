@@ -9,6 +9,7 @@ pub mod attention;
 pub mod batchnorm;
 pub mod conv;
 pub mod cross_entropy;
+mod custom;
 mod device;
 pub mod elementwise;
 pub mod embedding;

@@ -7,7 +7,7 @@ use super::memory::Block;
 use super::real::Real;
 use super::strided::{Rows, RowsMut};
 use super::{
-    activation, attention, batchnorm, conv, cross_entropy, elementwise, embedding, linear, norm, optimizer, pool,
+    activation, attention, batchnorm, conv, cross_entropy, custom, elementwise, embedding, linear, norm, optimizer, pool,
     transpose, widen,
 };
 use crate::base::DType;
@@ -310,6 +310,7 @@ fn body<T: Real>(o: &Operands, scalars: &Scalars) {
             pool::avg_grad::<T>(o.output(0), o.input(0), &sizes, true);
         }
         Op::Transpose { axes } => transpose::transpose::<T>(o.output(0), o.input(0), o.in_axes(0), axes),
+        Op::Custom(op) => custom::run(op.0.as_ref(), o),
         Op::Copy => {
             let out = o.output::<T>(0);
             if adds() {

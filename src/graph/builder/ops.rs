@@ -2,9 +2,11 @@
 
 use super::{AttentionOptions, Builder};
 use crate::base::{DType, Error, Result, Shape};
+use crate::graph::custom::{CUSTOM_OPERANDS, Custom, CustomOp};
 use crate::graph::graph::{Source, Value};
 use crate::graph::kinds::{Activation, Init, Mode, WeightLayout};
 use crate::graph::op::{AttentionKind, Op, Window};
+use std::sync::Arc;
 
 impl Builder {
     /// Rows of `table` (V, C) at `ids` (..) -> (.., C).
@@ -289,6 +291,29 @@ impl Builder {
         let [n, c, h, w] = self.axes("global_avg_pool: x", x)?;
         let pooled = self.avg_pool(x, [h, w], 1, 0)?;
         self.reshape(pooled, [n, c])
+    }
+
+    /// An embedder's own op.
+    ///
+    /// # Errors
+    /// What its shape rule says; and in a model of f64, which its body does not compute in, or with more operands than
+    /// [`CUSTOM_OPERANDS`].
+    pub fn custom(&mut self, op: Arc<dyn CustomOp>, inputs: Vec<Value>) -> Result<Vec<Value>> {
+        if self.graph.float == DType::F64 {
+            return Err(Error::bad(format!("{}: a custom op computes in f32, this model in f64", op.name())));
+        }
+        let shapes: Vec<&Shape> = inputs.iter().map(|&v| self.shape(v)).collect();
+        let outputs = op.shapes(&shapes)?;
+        // Its gradient has as operands all of these and one more.
+        if inputs.len() + outputs.len() >= CUSTOM_OPERANDS || outputs.is_empty() {
+            return Err(Error::bad(format!(
+                "{}: has {} inputs and {} outputs; there must be an output, and fewer than {CUSTOM_OPERANDS} of both",
+                op.name(),
+                inputs.len(),
+                outputs.len()
+            )));
+        }
+        self.node(Op::Custom(Custom(op)), inputs, outputs)
     }
 
     /// The same elements under another shape; nothing is computed.

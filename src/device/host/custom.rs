@@ -1,0 +1,17 @@
+//! Runs an embedder's own op: hands it its operands as f32 slices.
+
+use super::ops::Operands;
+use crate::base::Shape;
+use crate::graph::{CUSTOM_OPERANDS, CustomOp};
+
+/// Runs the body of `op`.
+pub(super) fn run(op: &dyn CustomOp, o: &Operands) {
+    let (ins, outs) = (o.step.inputs.len(), o.step.outputs.len());
+    let inputs: [&[f32]; CUSTOM_OPERANDS] = std::array::from_fn(|i| if i < ins { o.input(i) } else { &[] });
+    let mut outputs: [&mut [f32]; CUSTOM_OPERANDS] =
+        std::array::from_fn(|i| if i < outs { o.output(i) } else { &mut [] });
+    let nothing = Shape::default();
+    let shapes: [&Shape; CUSTOM_OPERANDS] =
+        std::array::from_fn(|i| if i < ins { &o.step.inputs[i].shape } else { &nothing });
+    op.host(&mut outputs[..outs], &inputs[..ins], &shapes[..ins]);
+}
