@@ -69,11 +69,18 @@ fn sources(dir: &str) -> Result<Vec<PathBuf>, String> {
 fn emulated(dir: &str, out: &Path) -> Result<(), String> {
     let sources: Vec<String> = sources(dir)?.iter().map(|path| path.display().to_string()).collect();
     println!("cargo:rerun-if-env-changed=CXX");
-    let run = Command::new("sh").arg("kernels/emulator/build.sh").arg(out).arg("plain").env("SOURCES", sources.join(" ")).output();
+    let run = Command::new("sh")
+        .arg("kernels/emulator/build.sh")
+        .arg(out)
+        .arg("plain")
+        .env("SOURCES", sources.join(" "))
+        .output();
     let output = run.map_err(|e| format!("the feature \"emulator\" needs a shell and a C++ compiler: {e}"))?;
     if !output.status.success() {
         let text = String::from_utf8_lossy(&output.stderr);
-        return Err(format!("the feature \"emulator\" needs a C++20 compiler (CXX, or c++ on PATH), which said:\n{text}"));
+        return Err(format!(
+            "the feature \"emulator\" needs a C++20 compiler (CXX, or c++ on PATH), which said:\n{text}"
+        ));
     }
     Ok(())
 }
@@ -123,7 +130,18 @@ fn fatbin(nvcc: &Path, source: &Path, out: &Path, common: u64) -> Result<(), Str
         return Ok(());
     }
     let mut command = Command::new(nvcc);
-    command.args(["-std=c++17", "-O3", "-lineinfo", "-fatbin", "-Werror", "all-warnings", "-Xptxas", "-v", "-I", "kernels"]);
+    command.args([
+        "-std=c++17",
+        "-O3",
+        "-lineinfo",
+        "-fatbin",
+        "-Werror",
+        "all-warnings",
+        "-Xptxas",
+        "-v",
+        "-I",
+        "kernels",
+    ]);
     for target in TARGETS {
         command.args(["-gencode", target]);
     }

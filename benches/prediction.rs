@@ -7,9 +7,9 @@
 
 use hydra::base::{DType, Result, Shape, align_up};
 use hydra::device::host::{HostConfig, HostDevice, HostSpec};
-use hydra::device::{DeviceSpec, calibrate};
 use hydra::device::sim::CostModel;
 use hydra::device::{AdamwRule, CopySpan, Device, Memory, Run, Scalars, Segment, Span, Task, Update, UpdateRule};
+use hydra::device::{DeviceSpec, calibrate};
 use hydra::graph::{
     ALIGNMENT, AREAS, Activation, Area, AttentionOptions, Builder, Family, Graph, Init, Kind, Mode, ModelLayout,
     Program, ShardLayout, Value, WeightLayout, differentiate,

@@ -5,8 +5,8 @@
 
 use hydra::base::{DType, Result, Shape, format_bytes};
 use hydra::data::{RandomOptions, RandomSource, Source};
-use hydra::device::{DeviceSpec, calibrate};
 use hydra::device::sim::CostModel;
+use hydra::device::{DeviceSpec, calibrate};
 use hydra::engine::predict;
 use hydra::nn::{Network, from_config};
 use hydra::spill::{Model, Plan, PlanOptions};

@@ -3,8 +3,8 @@
 
 use hydra::base::{Result, format_bytes};
 use hydra::data::{TextOptions, TextSource, Tokenizer};
-use hydra::device::{DeviceSpec, calibrate};
 use hydra::device::sim::CostModel;
+use hydra::device::{DeviceSpec, calibrate};
 use hydra::engine::Stored;
 use hydra::nn::{Network, from_config};
 use hydra::spill::PlanOptions;

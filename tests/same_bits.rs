@@ -1,12 +1,12 @@
-//! Promise 1: the bits of weights, moments, losses, norms and running statistics follow from the model, the data and the recipe alone,
-//! never from budgets, cuts, slots, tiers, links, threads, or the order in which things happen to end.
+//! Promise 1: the bits of weights, moments, losses, norms and running statistics follow from the model, the data and the recipe alone (f32
+//! or bf16 is part of it), never from budgets, cuts, slots, tiers, links, threads, or the order in which things happen to end.
 
 mod common;
 
 use common::shuffled::Shuffled;
 use common::small::{Driver, Small};
-use common::{Outcome, stated};
-use hydra::base::Error;
+use common::{Outcome, difference, stated};
+use hydra::base::{DType, Error};
 use hydra::device::host::{HostConfig, HostDevice, HostSpec};
 use hydra::spill::{BoundaryTier, PlanOptions, Recompute};
 use hydra::train::{Optimizer, Schedule, TrainOptions, plan_model};
@@ -19,6 +19,7 @@ use std::ops::Range;
 /// What may change every bit: the reference run has the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Recipe {
+    bf16: bool,
     microbatches: usize,
     optimizer: usize,
     clip: bool,
@@ -47,6 +48,7 @@ impl Recipe {
             clip: self.clip.then_some(0.5),
             valid_every: 2,
             poison: true,
+            dtype: if self.bf16 { DType::Bf16 } else { DType::F32 },
             ..TrainOptions::new(5)
         }
     }
@@ -69,13 +71,9 @@ struct Regime {
     shuffle: Option<u64>,
 }
 
-fn recipes() -> impl Strategy<Value = Recipe> {
-    (1usize..=4, 0usize..6, any::<bool>(), any::<bool>()).prop_map(|(microbatches, optimizer, clip, cosine)| Recipe {
-        microbatches,
-        optimizer,
-        clip,
-        cosine,
-    })
+fn recipes(bf16: bool) -> impl Strategy<Value = Recipe> {
+    (1usize..=4, 0usize..6, any::<bool>(), any::<bool>())
+        .prop_map(move |(microbatches, optimizer, clip, cosine)| Recipe { bf16, microbatches, optimizer, clip, cosine })
 }
 
 fn regimes() -> impl Strategy<Value = Regime> {
@@ -172,29 +170,14 @@ fn train(small: &Small, microbatch: usize, recipe: Recipe, regime: &Regime, seen
     }
 }
 
-/// The first thing in which two runs differ, for people.
-fn difference(got: &Outcome, want: &Outcome) -> Option<String> {
-    let tensor = |(name, bits): (&String, &Vec<u32>)| {
-        let wrong = want.tensors.get(name).map_or(bits.len(), |w| w.iter().zip(bits).filter(|(a, b)| a != b).count());
-        (wrong > 0).then(|| format!("{name}: {wrong} of {} elements", bits.len()))
-    };
-    let lists = [
-        ("losses", got.losses != want.losses),
-        ("norms", got.norms != want.norms),
-        ("validation", got.valid != want.valid),
-    ];
-    let of_lists = lists.into_iter().find(|l| l.1).map(|l| l.0.to_string());
-    of_lists.or_else(|| got.tensors.iter().find_map(tensor)).or_else(|| (got != want).then(|| "other tensors".into()))
-}
-
 /// Compares `cases` random runs with the unconstrained run of the same recipe.
-fn check(small: &Small, microbatch: usize, cases: u32, regimes: impl Strategy<Value = Regime>) -> Seen {
+fn check(small: &Small, microbatch: usize, bf16: bool, cases: u32) -> Seen {
     let references: RefCell<BTreeMap<Recipe, Outcome>> = RefCell::default();
     let seen: RefCell<Seen> = RefCell::default();
     let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[7; 32]);
     let config = Config { cases, failure_persistence: None, max_shrink_iters: 30, ..Config::default() };
     let mut runner = TestRunner::new_with_rng(config, rng);
-    let result = runner.run(&(recipes(), regimes), |(recipe, regime)| {
+    let result = runner.run(&(recipes(bf16), regimes()), |(recipe, regime)| {
         let mut references = references.borrow_mut();
         let want = references.entry(recipe).or_insert_with(|| {
             let outcome = small.train(&recipe.options(microbatch)).expect("the unconstrained run");
@@ -216,27 +199,31 @@ fn check(small: &Small, microbatch: usize, cases: u32, regimes: impl Strategy<Va
 #[test]
 fn gpt_has_the_same_bits_however_it_is_run() {
     let small = Small::gpt(26, 2, 3, 19, 0.1);
-    let seen = check(&small, 2, 90, regimes());
-    println!("{seen:?}");
-    assert!(seen.shards.len() >= 5 && seen.resident.len() == 2, "{seen:?}");
-    assert!(seen.activations_on_host.len() == 2 && seen.kept.len() == 2, "{seen:?}");
+    for (bf16, cases) in [(false, 90), (true, 60)] {
+        let seen = check(&small, 2, bf16, cases);
+        println!("{seen:?}");
+        assert!(seen.shards.len() >= 5 && seen.resident.len() == 2, "{seen:?}");
+        assert!(seen.activations_on_host.len() == 2 && seen.kept.len() == 2, "{seen:?}");
+    }
 }
 
 /// Batch normalization: running statistics are state of a shard, and recomputation must not change them.
 #[test]
 fn resnet_has_the_same_bits_however_it_is_run() {
     let small = Small::resnet(&[6, 10], &[1, 2], [19, 17]);
-    let seen = check(&small, 3, 60, regimes());
-    println!("{seen:?}");
-    assert!(seen.shards.len() >= 4 && seen.resident.len() == 2, "{seen:?}");
-    assert!(seen.activations_on_host.len() == 2 && seen.kept.len() == 2, "{seen:?}");
+    for (bf16, cases) in [(false, 60), (true, 40)] {
+        let seen = check(&small, 3, bf16, cases);
+        println!("{seen:?}");
+        assert!(seen.shards.len() >= 4 && seen.resident.len() == 2, "{seen:?}");
+        assert!(seen.activations_on_host.len() == 2 && seen.kept.len() == 2, "{seen:?}");
+    }
 }
 
 /// One number of threads against another, with products large enough to be split and widths that split badly.
 #[test]
 fn threads_do_not_show() {
-    let check = |small: &Small, microbatch: usize| {
-        let recipe = Recipe { microbatches: 2, optimizer: 0, clip: true, cosine: false };
+    let check = |small: &Small, microbatch: usize, bf16: bool| {
+        let recipe = Recipe { bf16, microbatches: 2, optimizer: 0, clip: true, cosine: false };
         let mut runs = Vec::new();
         for threads in [None, Some(1), Some(2), Some(3)] {
             let device = HostSpec { threads, ..HostSpec::default() }.into();
@@ -247,6 +234,8 @@ fn threads_do_not_show() {
             assert_eq!(difference(run, &runs[0]), None);
         }
     };
-    check(&Small::gpt(129, 3, 1, 67, 0.1), 5);
-    check(&Small::resnet(&[33, 65], &[1, 1], [33, 31]), 5);
+    for bf16 in [false, true] {
+        check(&Small::gpt(129, 3, 1, 67, 0.1), 5, bf16);
+        check(&Small::resnet(&[33, 65], &[1, 1], [33, 31]), 5, bf16);
+    }
 }

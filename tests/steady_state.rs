@@ -5,7 +5,7 @@ mod common;
 
 use common::small::Small;
 use common::stated;
-use hydra::base::{LaneId, LaneKind, Result};
+use hydra::base::{DType, LaneId, LaneKind, Result};
 use hydra::data::{Source, TextOptions, TextSource, Tokenizer};
 use hydra::nn;
 use hydra::spill::PlanOptions;
@@ -163,16 +163,19 @@ fn check(what: &str, mut session: Session, dir: &Path) {
     INSIDE.with(|inside| inside.set(false));
 }
 
-/// Resident; on its way with every boundary tensor; and the same with one slot and recomputation.
-fn plans(layers: usize) -> Vec<(&'static str, PlanOptions)> {
+/// Resident; on its way with every boundary tensor; and the same with one slot and recomputation. In f32, and those that differ in bf16.
+fn plans(layers: usize) -> Vec<(&'static str, DType, PlanOptions)> {
     let base = PlanOptions::default();
     let cut: Vec<_> = (0..layers).map(|l| l..l + 1).collect();
     let spilled =
         PlanOptions { resident: Some(false), boundaries_stay: Some(false), cut: Some(cut), ..PlanOptions::default() };
+    let resident = PlanOptions { resident: Some(true), ..base };
     vec![
-        ("resident", PlanOptions { resident: Some(true), ..base }),
-        ("spilled", spilled.clone()),
-        ("spilled, one slot", PlanOptions { slots: 1, ..spilled }),
+        ("resident", DType::F32, resident.clone()),
+        ("spilled", DType::F32, spilled.clone()),
+        ("spilled, one slot", DType::F32, PlanOptions { slots: 1, ..spilled.clone() }),
+        ("resident", DType::Bf16, resident),
+        ("spilled", DType::Bf16, spilled),
     ]
 }
 
@@ -184,8 +187,9 @@ fn a_gpt_on_text_allocates_nothing_after_the_second_step() {
     std::fs::write(&path, (0..60_000u32).map(|n| (n * 7 % 251) as u8).collect::<Vec<u8>>()).expect("written");
     let config = serde_json::json!({ "vocab_size": 256, "n_positions": 64, "n_embd": 48, "n_head": 3, "n_layer": 2 });
     let network = nn::from_config("gpt2", config.as_object().expect("an object"), true).expect("a network");
-    for (what, plan) in plans(6) {
-        let options = TrainOptions { batch: 4, microbatch: 2, clip: Some(1.0), plan, ..TrainOptions::new(STEPS) };
+    for (what, dtype, plan) in plans(6) {
+        let options =
+            TrainOptions { batch: 4, microbatch: 2, clip: Some(1.0), dtype, plan, ..TrainOptions::new(STEPS) };
         let text = TextOptions {
             paths: vec![path.clone()],
             tokenizer: Tokenizer::Bytes,
@@ -203,7 +207,7 @@ fn a_gpt_on_text_allocates_nothing_after_the_second_step() {
         let planned = (Arc::new(model), Arc::new(plan));
         let session =
             Session::new(network.as_ref(), Weights::Random, planned, source, None, options).expect("a session");
-        check(&format!("gpt, {what}"), session, dir.path());
+        check(&format!("gpt, {what}, {dtype}"), session, dir.path());
     }
 }
 
@@ -213,12 +217,12 @@ fn a_resnet_allocates_nothing_after_the_second_step() {
     let dir = tempfile::tempdir().expect("a folder");
     let small = Small::resnet(&[8, 12], &[1, 1], [21, 19]);
     let layers = small.model(&TrainOptions { batch: 2, microbatch: 2, ..TrainOptions::new(1) }).layers();
-    for (what, plan) in plans(layers) {
-        let options = TrainOptions { batch: 6, microbatch: 3, plan, ..TrainOptions::new(STEPS) };
+    for (what, dtype, plan) in plans(layers) {
+        let options = TrainOptions { batch: 6, microbatch: 3, dtype, plan, ..TrainOptions::new(STEPS) };
         let planned = small.plan(&options).expect("a plan");
         let source = small.source(6, 1);
         let session =
             Session::new(small.network.as_ref(), Weights::Random, planned, source, None, options).expect("a session");
-        check(&format!("resnet, {what}"), session, dir.path());
+        check(&format!("resnet, {what}, {dtype}"), session, dir.path());
     }
 }

@@ -6,9 +6,7 @@
 use hydra::base::{DType, Result, Shape};
 use hydra::data::{RandomOptions, RandomSource, names};
 use hydra::device::{DeviceSpec, why_no_cuda, why_no_emulator};
-use hydra::graph::{
-    Activation, Builder, CustomOp, Graph, Init, KernelCall, Kernels, Mode, Number, WeightLayout,
-};
+use hydra::graph::{Activation, Builder, CustomOp, Graph, Init, KernelCall, Kernels, Mode, Number, WeightLayout};
 use hydra::nn::{InputShape, Inputs, Labels, Network, layers};
 use hydra::train::{Session, StepReport, TrainOptions, Weights, prepare};
 use std::sync::Arc;

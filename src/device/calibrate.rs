@@ -7,11 +7,12 @@
 
 mod networks;
 
-use crate::base::{DType, Error, Result, Shape, align_up};
 use super::sim::{CostModel, Rate};
 use super::{
-    AdamwRule, CopySpan, Device, DeviceMemory, DeviceSpec, Memory, Run, Scalars, Segment, Span, Task, Ticket, Update, UpdateRule,
+    AdamwRule, CopySpan, Device, DeviceMemory, DeviceSpec, Memory, Run, Scalars, Segment, Span, Task, Ticket, Update,
+    UpdateRule,
 };
+use crate::base::{DType, Error, Result, Shape, align_up};
 use crate::graph::{
     ALIGNMENT, AREAS, Area, Buffer, Cost, Family, Graph, Kind, ModelLayout, Op, Program, ShardLayout, Step,
     differentiate,

@@ -120,5 +120,9 @@ pub fn why_no_cuda() -> Option<String> {
 
 /// Why the emulator is not there; `None` where it is.
 pub fn why_no_emulator() -> Option<String> {
-    if cfg!(feature = "emulator") { None } else { Some("this program was built without the feature \"emulator\"".into()) }
+    if cfg!(feature = "emulator") {
+        None
+    } else {
+        Some("this program was built without the feature \"emulator\"".into())
+    }
 }

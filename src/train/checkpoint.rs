@@ -16,8 +16,10 @@ use std::path::{Path, PathBuf};
 
 /// The value of `format` in the file's metadata.
 const FORMAT: &str = "hydra-checkpoint-1";
+/// The key of the model's element type. Numbers are f32 in any case: a bf16 model's weights are kept as their masters.
+const DTYPE: &str = "dtype";
 
-/// What of a run must stay the same for a resumed run to give the same bits.
+/// What of a run must stay the same for a resumed run to give the same bits, besides its model and the model's element type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Identity {
     /// Seed of everything random.
@@ -69,6 +71,7 @@ pub fn write_checkpoint(path: &Path, engine: &Engine, identity: Identity, step: 
     for (key, value) in identity.fields() {
         metadata[key] = value.to_string().into();
     }
+    metadata[DTYPE] = model.train.float.to_string().into();
     header.insert("__metadata__".into(), metadata);
     let mut end = 0;
     for (name, shape, _) in &parts {
@@ -145,6 +148,11 @@ impl Checkpoint {
             if found != want.to_string() {
                 return Err(self.fault(format!("{key} is {found} in the checkpoint, {want} in the job")));
             }
+        }
+        // Checkpoints were of f32 models before they said so.
+        let (found, want) = (self.index.metadata().get(DTYPE).map_or("f32", String::as_str), model.train.float);
+        if found != want.to_string() {
+            return Err(self.fault(format!("{DTYPE} is {found} in the checkpoint, {want} in the job")));
         }
         let parts = parts(model, moments);
         for (name, shape, _) in &parts {

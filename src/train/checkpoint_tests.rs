@@ -11,10 +11,14 @@ use std::sync::Arc;
 const IDENTITY: Identity = Identity { seed: 7, batch: 2, microbatch: 1 };
 
 fn engine(width: usize) -> Engine {
+    engine_of(width, DType::F32)
+}
+
+fn engine_of(width: usize, dtype: DType) -> Engine {
     let config = json!({ "n_layer": 1, "n_embd": width, "n_head": 1, "n_positions": 3, "vocab_size": 5 });
     let network = nn::from_config("gpt2", config.as_object().unwrap(), true).unwrap();
     let inputs = ["input_ids", "labels"].map(|name| InputShape::new(name, [3], DType::I32));
-    let options = TrainOptions { batch: 2, microbatch: 1, ..TrainOptions::new(1) };
+    let options = TrainOptions { batch: 2, microbatch: 1, dtype, ..TrainOptions::new(1) };
     let model = Arc::new(trace_model(network.as_ref(), &inputs, &options).unwrap());
     let plan = Arc::new(Plan::new(&model, &PlanOptions::default(), &CostModel::stated(1e11, 2e10, 1e10)).unwrap());
     let spec = crate::device::host::HostSpec { arena_bytes: plan.arena.bytes, ..Default::default() };
@@ -42,14 +46,20 @@ fn values(engine: &Engine) -> Vec<Vec<u32>> {
 #[test]
 fn what_is_written_comes_back_bit_for_bit() {
     let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("checkpoint.safetensors");
+    for dtype in [DType::F32, DType::Bf16] {
+        comes_back(folder.path(), dtype);
+    }
+}
+
+fn comes_back(folder: &Path, dtype: DType) {
+    let path = folder.join(format!("{dtype}.safetensors"));
     assert!(Checkpoint::open(&path).unwrap().is_none());
-    let mut written = engine(3);
+    let (engine, mut written) = (|width| engine_of(width, dtype), engine_of(3, dtype));
     let model = Arc::clone(written.model());
     for (i, p) in model.train.parameters.iter().enumerate() {
         for (k, what) in [Stored::Weight, Stored::Moment(0), Stored::Moment(1)].into_iter().enumerate() {
             // Awkward values too: what is no number comes back as the same bits.
-            let value = |e: usize| [1.0 / 3.0, -0.0, f32::MIN_POSITIVE / 2.0, f32::from_bits(0x7FC0_0001)][e % 4];
+            let value = |e: usize| [1.0 / 3.0, -0.0, f32::MIN_POSITIVE / 2.0, f32::from_bits(0x7FC0_7001)][e % 4];
             let all: Vec<f32> = (0..p.shape.elems()).map(|e| value(e + i + k)).collect();
             written.write_parameter(what, i, &all);
         }
@@ -63,7 +73,7 @@ fn what_is_written_comes_back_bit_for_bit() {
     checkpoint.restore(&mut read).unwrap();
     assert_eq!(values(&read), values(&written));
     // Equal states give equal bytes.
-    let again = folder.path().join("again.safetensors");
+    let again = folder.join("again.safetensors");
     write_checkpoint(&again, &read, IDENTITY, 12).unwrap();
     assert_eq!(std::fs::read(&path).unwrap(), std::fs::read(&again).unwrap());
 }
@@ -82,6 +92,8 @@ fn differences_and_damage_are_named() {
     refused(Identity { seed: 8, ..IDENTITY }, engine.model(), 2, "seed is 7 in the checkpoint, 8 in the job");
     refused(Identity { batch: 4, ..IDENTITY }, engine.model(), 2, "batch is 2");
     refused(Identity { microbatch: 2, ..IDENTITY }, engine.model(), 2, "microbatch is 1");
+    let half = engine_of(3, DType::Bf16);
+    refused(IDENTITY, half.model(), 2, "dtype is f32 in the checkpoint, bf16 in the job");
     refused(IDENTITY, wider.model(), 2, "the job's model has 5x4");
     refused(IDENTITY, engine.model(), 1, "no such tensor");
     write_checkpoint(&path, &wider, IDENTITY, 3).unwrap();

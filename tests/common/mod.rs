@@ -83,6 +83,21 @@ pub fn gather(engine: &Engine, outcome: &mut Outcome) {
     }
 }
 
+/// The first thing in which two runs differ, for people.
+pub fn difference(got: &Outcome, want: &Outcome) -> Option<String> {
+    let tensor = |(name, bits): (&String, &Vec<u32>)| {
+        let wrong = want.tensors.get(name).map_or(bits.len(), |w| w.iter().zip(bits).filter(|(a, b)| a != b).count());
+        (wrong > 0).then(|| format!("{name}: {wrong} of {} elements", bits.len()))
+    };
+    let lists = [
+        ("losses", got.losses != want.losses),
+        ("norms", got.norms != want.norms),
+        ("validation", got.valid != want.valid),
+    ];
+    let of_lists = lists.into_iter().find(|l| l.1).map(|l| l.0.to_string());
+    of_lists.or_else(|| got.tensors.iter().find_map(tensor)).or_else(|| (got != want).then(|| "other tensors".into()))
+}
+
 /// One of the fixtures, ready to train.
 pub struct Case {
     pub pretrained: Pretrained,

@@ -44,9 +44,8 @@ struct Numbers {
 }
 
 fn numbers(machine: &Machine, outcome: &Outcome) -> Numbers {
-    let named = |(p, _, bytes): &(usize, usize, Vec<u8>)| {
-        (machine.graph.parameters[*p].name.clone(), machine.decode(bytes))
-    };
+    let named =
+        |(p, _, bytes): &(usize, usize, Vec<u8>)| (machine.graph.parameters[*p].name.clone(), machine.decode(bytes));
     Numbers {
         losses: outcome.losses.clone(),
         gradients: outcome.gradients.iter().map(named).collect(),

@@ -3,13 +3,12 @@
 use crate::planning::{free_memory_bytes, total_memory_bytes};
 use crate::print::{say, table};
 use hydra::base::{Result, format_bytes};
-use hydra::device::{DeviceSpec, calibrate};
 use hydra::device::sim::PROFILES;
+use hydra::device::{DeviceSpec, calibrate};
 use hydra::device::{why_no_cuda, why_no_emulator};
 use hydra::train::{refused, write_safely};
 use serde_json::{Value, json};
 use std::path::Path;
-
 
 /// Prints the devices; with `out`, also writes devices.json there.
 ///

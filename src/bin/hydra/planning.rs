@@ -4,8 +4,8 @@ use crate::job::{DeviceKind, Job};
 use crate::setup::{Prepared, check_scope, prepare};
 use hydra::base::{Error, Result};
 use hydra::device::host::HostSpec;
-use hydra::device::{DeviceSpec, calibrate, why_no_cuda, why_no_emulator};
 use hydra::device::sim::{CostModel, PROFILES, Profile};
+use hydra::device::{DeviceSpec, calibrate, why_no_cuda, why_no_emulator};
 use hydra::engine::{Prediction, predict};
 use hydra::spill::{BoundaryTier, Model, Plan};
 use hydra::train::{plan_model, trace_model};
@@ -166,12 +166,7 @@ fn machine(job: &Job, spec: &DeviceSpec) -> Result<Machine> {
         (None, DeviceKind::Sim) => None,
         (None, _) => free_memory_bytes().map(|free| (free as f64 * SHARE_OF_FREE_MEMORY) as u64),
     };
-    Ok(Machine {
-        kind: device.kind,
-        cost,
-        device_budget: device.memory,
-        host_budget,
-    })
+    Ok(Machine { kind: device.kind, cost, device_budget: device.memory, host_budget })
 }
 
 /// Memory that programs can still have, where the system says (Linux's MemAvailable).

@@ -3,7 +3,7 @@
 use super::launch::Queue;
 use super::operands::Operands;
 use crate::base::{Error, Result};
-use crate::graph::{Activation};
+use crate::graph::Activation;
 
 /// STUB.
 pub(super) fn forward(_q: &mut Queue, _o: &Operands, _kind: Activation) -> Result<()> {

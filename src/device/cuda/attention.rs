@@ -3,7 +3,7 @@
 use super::launch::Queue;
 use super::operands::Operands;
 use crate::base::{Error, Result};
-use crate::graph::{AttentionKind};
+use crate::graph::AttentionKind;
 
 /// STUB.
 pub(super) fn forward(_q: &mut Queue, _o: &Operands, _kind: &AttentionKind) -> Result<()> {

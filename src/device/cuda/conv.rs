@@ -3,7 +3,7 @@
 use super::launch::Queue;
 use super::operands::Operands;
 use crate::base::{Error, Result};
-use crate::graph::{Window};
+use crate::graph::Window;
 
 /// STUB.
 pub(super) fn forward(_q: &mut Queue, _o: &Operands, _window: &Window) -> Result<()> {

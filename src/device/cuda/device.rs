@@ -140,7 +140,9 @@ impl CudaDevice {
         let zero_secs = clock.elapsed().as_secs_f64();
         let spare = driver.mark()?;
         // SAFETY: pinned memory of exactly this size, aligned to pages, which lives as long as the driver; the math lane is dropped before it.
-        let math = unsafe { MathLane::new(&MathConfig { lane: math, threads: config.threads, clock }, host, config.host_bytes)? };
+        let math = unsafe {
+            MathLane::new(&MathConfig { lane: math, threads: config.threads, clock }, host, config.host_bytes)?
+        };
         Ok(CudaDevice {
             submitted: vec![0; lanes.len()],
             lanes,
@@ -189,7 +191,9 @@ impl CudaDevice {
                         Some(other) => other.done + other.queued.len() as u64 >= t.number,
                         None => self.math_done >= t.number,
                     };
-                    if !held.after.iter().all(queued) || self.streams[lane].queued.len() >= self.streams[lane].blocks.len() {
+                    if !held.after.iter().all(queued)
+                        || self.streams[lane].queued.len() >= self.streams[lane].blocks.len()
+                    {
                         break;
                     }
                     let held = self.streams[lane].held.pop_front().expect("there is a front");
@@ -429,9 +433,11 @@ impl Device for CudaDevice {
             let gone = self.driver.wait_a_moment(idle_secs).and_then(|()| self.collect());
             if let Err(error) = gone {
                 // The first task that is not done is as near as the driver lets us name it.
-                let ticket = self.streams.iter().enumerate().find_map(|(lane, l)| {
-                    l.queued.front().map(|q| Ticket { lane: lane as u16, number: q.number })
-                });
+                let ticket = self
+                    .streams
+                    .iter()
+                    .enumerate()
+                    .find_map(|(lane, l)| l.queued.front().map(|q| Ticket { lane: lane as u16, number: q.number }));
                 self.fail(ticket.unwrap_or(Ticket { lane: 0, number: 0 }), error);
             }
         }

@@ -212,13 +212,8 @@ impl Emulated {
     /// # Errors
     /// When the kernels cannot be loaded.
     pub fn new(arch: u32, seed: u32) -> Result<Emulated> {
-        let facts = Facts {
-            name: "emulated".into(),
-            arch,
-            multiprocessors: 4,
-            memory_bytes: 1 << 36,
-            shared_bytes: 227 << 10,
-        };
+        let facts =
+            Facts { name: "emulated".into(), arch, multiprocessors: 4, memory_bytes: 1 << 36, shared_bytes: 227 << 10 };
         Ok(Emulated {
             facts,
             libraries: vec![Library::built_in()?],
@@ -290,7 +285,11 @@ impl Emulated {
             Settings { grid: launch.grid, block: [launch.block, 1, 1], shared_bytes: launch.shared_bytes, seed };
         // SAFETY: the arguments are in the kernel's order and of its types, which the parity tests check by running it.
         let code = launch.with_arguments(|arguments| unsafe { kernel(&raw const settings, arguments.as_mut_ptr()) });
-        if code == 0 { Ok(()) } else { Err(Error::Device(format!("{}: {}", launch.kernel, self.libraries[library].error()))) }
+        if code == 0 {
+            Ok(())
+        } else {
+            Err(Error::Device(format!("{}: {}", launch.kernel, self.libraries[library].error())))
+        }
     }
 }
 

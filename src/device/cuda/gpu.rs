@@ -208,7 +208,8 @@ impl Driver for Gpu {
     }
 
     fn stream(&mut self) -> Result<Stream> {
-        let stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(said("making a stream"))?;
+        let stream =
+            result::stream::create(result::stream::StreamKind::NonBlocking).map_err(said("making a stream"))?;
         self.streams.push(stream);
         Ok(Stream(self.streams.len() as u32 - 1))
     }
@@ -278,9 +279,9 @@ impl Driver for Gpu {
     }
 
     fn tensor_map(&mut self, spec: &TensorMapSpec) -> Result<TensorMap> {
+        use sys::CUtensorMapSwizzle_enum as Permutation;
         use sys::{CUtensorMapDataType_enum as Type, CUtensorMapFloatOOBfill_enum as Fill};
         use sys::{CUtensorMapInterleave_enum as Interleave, CUtensorMapL2promotion_enum as Promotion};
-        use sys::CUtensorMapSwizzle_enum as Permutation;
         let element = match spec.elem_bytes {
             2 => Type::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
             _ => Type::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,

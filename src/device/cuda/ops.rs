@@ -3,7 +3,8 @@
 use super::launch::Queue;
 use super::operands::Operands;
 use super::{
-    activation, attention, batchnorm, conv, cross_entropy, custom, elementwise, embedding, linear, norm, pool, transpose,
+    activation, attention, batchnorm, conv, cross_entropy, custom, elementwise, embedding, linear, norm, pool,
+    transpose,
 };
 use crate::base::Result;
 use crate::graph::Op;

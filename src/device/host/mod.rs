@@ -18,9 +18,9 @@ pub mod gemm;
 mod im2col;
 mod lanes;
 pub mod linear;
+pub mod master;
 #[cfg(any(feature = "cuda", feature = "emulator"))]
 pub(in crate::device) mod math;
-pub mod master;
 mod memory;
 pub mod norm;
 mod ops;

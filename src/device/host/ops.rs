@@ -7,8 +7,8 @@ use super::memory::Block;
 use super::real::Real;
 use super::strided::{Rows, RowsMut};
 use super::{
-    activation, attention, batchnorm, conv, cross_entropy, custom, elementwise, embedding, linear, norm, optimizer, pool,
-    transpose, widen,
+    activation, attention, batchnorm, conv, cross_entropy, custom, elementwise, embedding, linear, norm, optimizer,
+    pool, transpose, widen,
 };
 use crate::base::DType;
 use crate::device::Scalars;
