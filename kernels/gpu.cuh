@@ -181,3 +181,4 @@ namespace sim { template <auto K> struct Entry; template <class... A, void (*K)(
 #define GPU_EXPORT(k) extern "C" int k##_sim(const ::sim::Launch* l, void** args) { return ::sim::launch(*l, ::sim::Entry<k>::run, args); }
 #endif
 #include "gpu/math.cuh"
+#include "gpu/pointwise.cuh"
