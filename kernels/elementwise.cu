@@ -15,11 +15,11 @@
 // integer pipes in f32 and all of them in bf16, so the same share is expected in f32 and about 80 % in bf16.
 #include "gpu.cuh"
 
-template <class T> DEV void add(T* out, const T* a, const T* b, int64_t n) {
+template <class T> DEV void add_all(T* out, const T* a, const T* b, int64_t n) {
   zip_each(out, a, b, n, [](float x, float y) { return x + y; });
 }
-extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) add_f32(float* out, const float* a, const float* b, int64_t n) { add(out, a, b, n); }
-extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) add_bf16(bf16* out, const bf16* a, const bf16* b, int64_t n) { add(out, a, b, n); }
+extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) add_f32(float* out, const float* a, const float* b, int64_t n) { add_all(out, a, b, n); }
+extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) add_bf16(bf16* out, const bf16* a, const bf16* b, int64_t n) { add_all(out, a, b, n); }
 GPU_EXPORT(add_f32)
 GPU_EXPORT(add_bf16)
 
@@ -53,7 +53,7 @@ extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) zero_f32(float* 
 }
 GPU_EXPORT(zero_f32)
 
-template <class T> DEV void dropout(T* out, const T* x, int64_t n, uint32_t limit, float scale, uint32_t stream, const Now* now) {
+template <class T> DEV void drop_all(T* out, const T* x, int64_t n, uint32_t limit, float scale, uint32_t stream, const Now* now) {
   constexpr int N = FEW<T>;
   const Now here = *now;
   pointwise<N, 4>(
@@ -73,10 +73,10 @@ template <class T> DEV void dropout(T* out, const T* x, int64_t n, uint32_t limi
       });
 }
 extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) dropout_f32(float* out, const float* x, int64_t n, uint32_t limit, float scale, uint32_t stream, const Now* now) {
-  dropout(out, x, n, limit, scale, stream, now);
+  drop_all(out, x, n, limit, scale, stream, now);
 }
 extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) dropout_bf16(bf16* out, const bf16* x, int64_t n, uint32_t limit, float scale, uint32_t stream, const Now* now) {
-  dropout(out, x, n, limit, scale, stream, now);
+  drop_all(out, x, n, limit, scale, stream, now);
 }
 GPU_EXPORT(dropout_f32)
 GPU_EXPORT(dropout_bf16)
@@ -85,24 +85,26 @@ GPU_EXPORT(dropout_bf16)
 constexpr int SEQUENCES = 4;
 
 // One thread a pack of the table and SEQUENCES sequences. `plane` = T * C elements of a sequence; blocks along a plane first.
-template <class T> DEV void add_position(T* out, const T* x, const T* table, int64_t batch, int64_t plane) {
+template <class T> DEV void add_table(T* out, const T* x, const T* table, int64_t batch, int64_t plane) {
   constexpr int N = FEW<T>;
   unsigned along = (unsigned)((plane + POINTWISE_THREADS * N - 1) / (POINTWISE_THREADS * N));
   int64_t first = (int64_t)(blockIdx.x % along) * (POINTWISE_THREADS * N), b = (int64_t)(blockIdx.x / along) * SEQUENCES;
+  int here = batch - b < SEQUENCES ? (int)(batch - b) : SEQUENCES;
+  x += b * plane;
+  out += b * plane;
   if (aligned_few<N>(out) && aligned_few<N>(x) && aligned_few<N>(table) && plane % N == 0) {
     int64_t i = first + threadIdx.x * N;
     if (i >= plane) return;
     Few<T, N> t = load_few<N>(table + i), v[SEQUENCES];
-    x += b * plane + i;
-    out += b * plane + i;
+    x += i;
+    out += i;
 #pragma unroll
     for (int s = 0; s < SEQUENCES; s++)
-      if (b + s < batch) v[s] = load_few<N>(x + s * plane);
+      if (s < here) v[s] = load_few<N>(x + s * plane);
 #pragma unroll
     for (int s = 0; s < SEQUENCES; s++) {
-      if (b + s >= batch) return;
+      if (s >= here) return;
       Few<T, N> y;
-#pragma unroll
       for (int k = 0; k < N; k++) y.x[k] = from_float<T>(to_float(v[s].x[k]) + to_float(t.x[k]));
       store_few<N>(out + s * plane, y);
     }
@@ -113,14 +115,15 @@ template <class T> DEV void add_position(T* out, const T* x, const T* table, int
     int64_t i = first + j * POINTWISE_THREADS + threadIdx.x;
     if (i >= plane) return;
     float t = to_float(table[i]);
-    for (int64_t s = b; s < b + SEQUENCES && s < batch; s++) out[s * plane + i] = from_float<T>(to_float(x[s * plane + i]) + t);
+#pragma unroll 1
+    for (int s = 0; s < here; s++) out[s * plane + i] = from_float<T>(to_float(x[s * plane + i]) + t);
   }
 }
 extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) add_position_forward_f32(float* out, const float* x, const float* table, int64_t batch, int64_t plane) {
-  add_position(out, x, table, batch, plane);
+  add_table(out, x, table, batch, plane);
 }
 extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) add_position_forward_bf16(bf16* out, const bf16* x, const bf16* table, int64_t batch, int64_t plane) {
-  add_position(out, x, table, batch, plane);
+  add_table(out, x, table, batch, plane);
 }
 GPU_EXPORT(add_position_forward_f32)
 GPU_EXPORT(add_position_forward_bf16)
@@ -130,7 +133,7 @@ constexpr int AHEAD = 8;
 
 // One thread a pack of 4 elements of the table, through the batch in order. `table_elems` = P * C, `plane` = T * C.
 template <class T>
-DEV void add_position_grad(float* d_table, const T* d_y, int64_t batch, int64_t plane, int64_t table_elems, int accumulator, const Now* now) {
+DEV void sum_sequences(float* d_table, const T* d_y, int64_t batch, int64_t plane, int64_t table_elems, int accumulator, const Now* now) {
   constexpr int N = FEW<float>;
   bool adds = accumulator && now->accumulate;
   int64_t i = ((int64_t)blockIdx.x * POINTWISE_THREADS + threadIdx.x) * N;
@@ -151,17 +154,19 @@ DEV void add_position_grad(float* d_table, const T* d_y, int64_t batch, int64_t 
     store_few<N>(d_table + i, sum);
     return;
   }
+#pragma unroll 1
   for (int64_t e = i; e < i + N && e < table_elems; e++) {
     float sum = adds ? d_table[e] : 0.0f;
+#pragma unroll 4
     for (int64_t b = 0; e < plane && b < batch; b++) sum += to_float(d_y[b * plane + e]);
     d_table[e] = sum;
   }
 }
 extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) add_position_grad_f32(float* d_table, const float* d_y, int64_t batch, int64_t plane, int64_t table_elems, int accumulator, const Now* now) {
-  add_position_grad(d_table, d_y, batch, plane, table_elems, accumulator, now);
+  sum_sequences(d_table, d_y, batch, plane, table_elems, accumulator, now);
 }
 extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) add_position_grad_bf16(float* d_table, const bf16* d_y, int64_t batch, int64_t plane, int64_t table_elems, int accumulator, const Now* now) {
-  add_position_grad(d_table, d_y, batch, plane, table_elems, accumulator, now);
+  sum_sequences(d_table, d_y, batch, plane, table_elems, accumulator, now);
 }
 GPU_EXPORT(add_position_grad_f32)
 GPU_EXPORT(add_position_grad_bf16)

@@ -12,7 +12,9 @@ template <class T, int N> struct alignas(N * sizeof(T)) Few { T x[N]; };
 template <int N, class T> DEV Few<T, N> load_few(const T* p) { return *reinterpret_cast<const Few<T, N>*>(p); }
 template <int N, class T> DEV void store_few(T* p, const Few<T, N>& v) {
   if constexpr (sizeof(v) == 16) {
-    *reinterpret_cast<uint4*>(p) = *reinterpret_cast<const uint4*>(&v);
+    uint4 bits;
+    memcpy(&bits, &v, 16);
+    store16(p, bits);
   } else {
     *reinterpret_cast<Few<T, N>*>(p) = v;
   }
