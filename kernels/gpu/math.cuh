@@ -7,6 +7,12 @@ template <class T> DEV T from_float(float x);
 template <> DEV float from_float<float>(float x) { return x; }
 template <> DEV bf16 from_float<bf16>(float x) { return __float2bfloat16(x); }
 
+// Two bf16 in a register, the first in the lower half, as matrix fragments have them.
+DEV uint32_t pack_bf16(float low, float high) {
+  return (uint32_t)__bfloat16_as_ushort(__float2bfloat16(high)) << 16 | __bfloat16_as_ushort(__float2bfloat16(low));
+}
+DEV float2 unpack_bf16(uint32_t pair) { return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u)); }
+
 // As many elements as one 16-byte access moves; a pointer to one must be 16-byte aligned.
 template <class T> struct alignas(16) Pack { static constexpr int N = 16 / sizeof(T); T x[N]; };
 template <class T> DEV Pack<T> load_pack(const T* p) { return *reinterpret_cast<const Pack<T>*>(p); }

@@ -1,0 +1,192 @@
+// Running one block; see block.h.
+#include "block.h"
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+
+namespace sim {
+
+__thread View* cur = nullptr;
+__thread Block* current_block = nullptr;
+
+void fail(const char* format, ...) {
+  Block& b = *current_block;
+  char text[1024];
+  va_list list;
+  va_start(list, format);
+  vsnprintf(text, sizeof text, format, list);
+  va_end(list);
+  b.error = text;
+  b.aborted = true;
+  Thread* t = self();
+  if (!t) throw Failure{};
+  char place[128];
+  snprintf(place, sizeof place, " [block %u,%u,%u thread %u,%u,%u]", t->blockIdx.x, t->blockIdx.y, t->blockIdx.z, t->threadIdx.x,
+           t->threadIdx.y, t->threadIdx.z);
+  b.error += place;
+  cur = nullptr;
+  switch_fiber(t->fiber, b.scheduler, true);
+  abort();                                        // nobody resumes a failed thread
+}
+
+uint32_t Block::random(uint32_t below) {          // xorshift (Marsaglia 2003)
+  random_state ^= random_state << 13;
+  random_state ^= random_state >> 7;
+  random_state ^= random_state << 17;
+  return static_cast<uint32_t>((random_state >> 11) % below);
+}
+
+// Goes on with the next thread at once where the order leaves no choice, and otherwise back to the scheduler.
+void Block::leave(Thread* t, bool forever) {
+  if (call->launch.seed == IN_ORDER && head != tail) {
+    Thread* next = ready[head++ & (ready.size() - 1)];
+    if (next == t) { cur = t; return; }
+    cur = next;
+    switch_fiber(t->fiber, next->fiber, forever);
+  } else {
+    cur = nullptr;
+    switch_fiber(t->fiber, scheduler, forever);
+  }
+}
+
+void Block::park(const char* state, const Site& site) {
+  Thread* t = self();
+  t->state = state;
+  t->site = site;
+  leave(t, false);
+}
+
+void Block::thread_body() {
+  fiber_entered();
+  Block& b = *current_block;
+  b.call->entry(b.call->args);
+  Thread* t = self();
+  if (!t->copies.idle()) fail("a thread exits with cp.async copies that it has not waited for");
+  if (!t->stores.idle()) fail("a thread exits with bulk stores that it has not waited for");
+  t->done = true;
+  b.live--;
+  thread_has_exited();
+  b.leave(t, true);
+  abort();                                        // nobody resumes a thread that has exited
+}
+
+void Block::set_up(const Call& c, Dim3 index) {
+  call = &c;
+  const Launch& launch = c.launch;
+  count = live = launch.block.x * launch.block.y * launch.block.z;
+  if (threads.size() < count) threads = std::vector<Thread>(count);
+  while (ready.size() < count) { ready.assign(ready.empty() ? 64 : 2 * ready.size(), nullptr); }
+  head = tail = 0;
+  if (warps.size() < (count + WARP - 1) / WARP) warps.resize((count + WARP - 1) / WARP);
+  if (warpgroups.size() < (count + WARPGROUP - 1) / WARPGROUP) warpgroups.resize((count + WARPGROUP - 1) / WARPGROUP);
+  aborted = false;
+  error.clear();
+
+  if (!arena) {
+    arena = static_cast<char*>(aligned_alloc(4096, (SHARED_START + SHARED_BYTES + 4095) / 4096 * 4096));
+    ASAN_POISON_MEMORY_REGION(arena, SHARED_START + SHARED_BYTES);
+  }
+  variables.clear();
+  top = SHARED_START + launch.shared_bytes + RED_ZONE;
+  ASAN_UNPOISON_MEMORY_REGION(arena + SHARED_START, launch.shared_bytes);
+  memset(arena + SHARED_START, 0xFF, launch.shared_bytes);       // NaN, whatever the type
+
+  random_state = 0x9E3779B97F4A7C15ull * (launch.seed + 1) ^ (index.x * 2654435761u + index.y * 40503u + index.z + 1);
+  if (!random_state) random_state = 1;
+
+  Dim3 at{0, 0, 0};
+  for (unsigned i = 0; i < count; i++) {
+    Thread& t = threads[i];
+    t.linear = i;
+    t.lane = i % WARP;
+    t.threadIdx = at;
+    t.blockIdx = index;
+    t.blockDim = launch.block;
+    t.gridDim = launch.grid;
+    if (++at.x == launch.block.x) { at.x = 0; if (++at.y == launch.block.y) { at.y = 0; at.z++; } }
+    t.done = false;
+    t.bar = nullptr;
+    if (!t.fiber.stack) stacks.give(t.fiber, i);
+    t.fiber.prepare(thread_body, i);
+    wake(&t);
+  }
+}
+
+// The next thread by the launch's order, taken out of the ready ones.
+Thread* Block::choose(std::vector<uint32_t>& priorities) {
+  const size_t wrap = ready.size() - 1;
+  size_t pick = head;
+  if (call->launch.seed == REVERSE) {
+    pick = tail - 1;
+  } else if (random_order() && call->launch.seed % 2) {
+    // A warp runs as far as it can. Priorities change now and then.
+    if (random(512) == 0) priorities[random(static_cast<uint32_t>(priorities.size()))] = random(1 << 30);
+    for (size_t i = head + 1; i != tail; i++)
+      if (priorities[ready[i & wrap]->linear / WARP] > priorities[ready[pick & wrap]->linear / WARP]) pick = i;
+  } else if (random_order()) {
+    pick = head + random(static_cast<uint32_t>(tail - head));
+  }
+  std::swap(ready[head & wrap], ready[pick & wrap]);
+  return ready[head++ & wrap];
+}
+
+void Block::schedule() {
+  std::vector<uint32_t> priorities;
+  if (random_order())
+    for (unsigned w = 0; w * WARP < count; w++) priorities.push_back(random(1 << 30));
+  while (!aborted) {
+    const bool nobody = head == tail;
+    if (!loads.empty() && (nobody || (random_order() && random(8) == 0))) {
+      finish_load(random_order() ? random(static_cast<uint32_t>(loads.size())) : 0);
+      continue;
+    }
+    if (nobody) break;
+    cur = choose(priorities);
+    switch_fiber(scheduler, self()->fiber);
+  }
+}
+
+std::string Block::who_waits_where() const {
+  std::map<std::string, std::pair<unsigned, unsigned>> places;        // how many, the first of them
+  for (unsigned i = 0; i < count; i++) {
+    const Thread& t = threads[i];
+    if (t.done) continue;
+    auto& [threads_here, first] = places[std::string(t.state) + " at " + t.site.file + ":" + std::to_string(t.site.line)];
+    if (threads_here++ == 0) first = i;
+  }
+  std::string text = "deadlock:";
+  for (auto& [place, who] : places)
+    text += " " + std::to_string(who.first) + " threads (first " + std::to_string(who.second) + ") in " + place + ";";
+  return text + " " + std::to_string(count - live) + " threads have exited";
+}
+
+bool Block::run(const Call& c, Dim3 index, uint32_t number) {
+  current_block = this;
+  set_up(c, index);
+  if (race::on) race::start_block(*this, number);
+  scheduler.adopt_native_stack();
+  try {
+    schedule();
+  } catch (const Failure&) {                      // the text is in `error`
+  }
+  if (!aborted && live) error = who_waits_where();
+  const bool fine = error.empty();
+  if (!fine) {                                    // what a failed block leaves behind
+    for (auto& warp : warps) for (auto& m : warp) m.reset();
+    for (auto& m : barriers) m.reset();
+    for (auto& g : warpgroups) { g.meeting.reset(); g.products.clear(); }
+    for (auto& t : threads) { t.copies.clear(); t.stores.clear(); }
+    loads.clear();
+  }
+  for (auto& g : warpgroups) g.fenced = false;
+  ASAN_POISON_MEMORY_REGION(arena, top < SHARED_START + SHARED_BYTES ? top : SHARED_START + SHARED_BYTES);
+  current_block = nullptr;
+  cur = nullptr;
+  return fine;
+}
+
+}  // namespace sim

@@ -1,0 +1,285 @@
+// The race detector; see race.h.
+#include "race.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <mutex>
+
+#include "block.h"
+
+namespace sim {
+
+void join(Clock& into, const Clock& from) {
+  const size_t n = std::min(into.size(), from.size());
+  for (size_t i = 0; i < n; i++) into[i] = into[i] > from[i] ? into[i] : from[i];
+}
+
+namespace race {
+
+bool on = false;
+
+constexpr uint32_t PENDING = ~0u;                 // a clock entry: under way, so after everything
+constexpr size_t CELL_BYTES = 2;
+
+// Of a cell in global memory: the blocks of this launch that have written and read it, by number + 1.
+struct Visits { uint32_t launch, writer, reader; };
+constexpr uint32_t SEVERAL = ~0u;
+
+struct Buffer {
+  const char* start;
+  size_t bytes;
+  Cell* cells;                                    // mapped, so that only what is touched takes memory
+  Visits* visits;
+  size_t count() const { return bytes / CELL_BYTES + 2; }
+};
+static std::mutex buffers_mutex;
+static auto& buffers = *new std::vector<Buffer>;
+static uint32_t launches = 0, epochs = 0;
+
+static void* reserve(size_t bytes) {
+  void* m = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  return m == MAP_FAILED ? nullptr : m;
+}
+static void release(const Buffer& b) {
+  munmap(b.cells, b.count() * sizeof(Cell));
+  munmap(b.visits, b.count() * sizeof(Visits));
+}
+
+void start_launch() { launches++; }
+
+void start_block(Block& b, uint32_t number) {
+  if (b.shadow.cells.empty()) b.shadow.cells.resize((SHARED_START + SHARED_BYTES) / CELL_BYTES + 1);
+  b.shadow.epoch = ++epochs;
+  b.shadow.launch = launches;
+  b.shadow.block = number;
+  b.shadow.barriers.clear();
+  for (unsigned i = 0; i < b.count; i++) {
+    Thread& t = b.threads[i];
+    t.clock.assign(b.count + ENGINE_CLOCKS, 0);
+    t.clock[i] = 1;
+    t.fenced.assign(b.count + ENGINE_CLOCKS, 0);
+  }
+}
+
+// ---- order
+
+void tick(Thread* t) { if (on) t->clock[t->linear]++; }
+
+void meet(const std::vector<Thread*>& members, const std::vector<Thread*>& released) {
+  Clock clock = members[0]->clock, fenced = members[0]->fenced;
+  for (const Thread* t : members) {
+    join(clock, t->clock);
+    join(fenced, t->fenced);
+  }
+  for (Thread* t : released) {
+    join(t->clock, clock);
+    join(t->fenced, fenced);
+    tick(t);
+  }
+}
+
+void proxy_fence(Thread* t) {
+  if (!on) return;
+  t->fenced[t->linear] = t->clock[t->linear];
+  tick(t);
+}
+
+void barrier_initialized(uint64_t* bar) {
+  if (!on) return;
+  const Thread* t = self();
+  Barrier& b = current_block->shadow.barriers[bar];
+  b.clock.assign(t->clock.size(), 0);
+  b.fenced.assign(t->clock.size(), 0);
+  b.initialized_by = t->linear;
+  b.initialized_at = t->clock[t->linear];
+  b.published = false;
+}
+void barriers_published() {
+  if (!on) return;
+  for (auto& [bar, b] : current_block->shadow.barriers)
+    if (b.initialized_by == self()->linear) b.published = true;
+}
+void barrier_used(uint64_t* bar, bool by_engine, const char* what) {
+  if (!on) return;
+  const Thread* t = self();
+  const Barrier& b = current_block->shadow.barriers[bar];
+  if (b.clock.empty()) fail("race: %s of an mbarrier that is not initialized", what);
+  if (b.initialized_by != t->linear && b.initialized_at > t->clock[b.initialized_by])
+    fail("race: %s of an mbarrier that thread %u initializes without ordering", what, b.initialized_by);
+  if (by_engine && !b.published) fail("race: %s on an mbarrier that was initialized without mbar_init_fence", what);
+}
+void barrier_arrived(uint64_t* bar) {
+  if (!on) return;
+  Thread* t = self();
+  Barrier& b = current_block->shadow.barriers[bar];
+  join(b.clock, t->clock);
+  join(b.fenced, t->fenced);
+  tick(t);
+}
+void barrier_passed(uint64_t* bar, Thread* t) {
+  if (!on) return;
+  const Barrier& b = current_block->shadow.barriers[bar];
+  join(t->clock, b.clock);
+  join(t->fenced, b.fenced);
+  tick(t);
+}
+unsigned engine_of(uint64_t* bar) {
+  return current_block->count + static_cast<unsigned>(reinterpret_cast<uintptr_t>(bar) / 8 % ENGINE_CLOCKS);
+}
+uint32_t engine_done(uint64_t* bar) { return ++current_block->shadow.barriers[bar].clock[engine_of(bar)]; }
+
+// ---- memory
+
+// The cells of a range, and where it is for messages.
+struct Where {
+  Cell* cells = nullptr;
+  Visits* visits = nullptr;                       // null in shared memory
+  size_t first = 0, last = 0;
+  const char* of = "shared memory";
+  const char* start = nullptr;                    // what a message counts bytes from
+};
+
+static Where find(const void* p, size_t bytes) {
+  Block& b = *current_block;
+  const char* at = static_cast<const char*>(p);
+  auto where = [&](const char* start, size_t length) {
+    Where w;
+    w.first = static_cast<size_t>(at - start) / CELL_BYTES;
+    w.last = (std::min(static_cast<size_t>(at - start) + bytes, length) - 1) / CELL_BYTES;
+    w.start = start;
+    return w;
+  };
+  if (at >= b.arena && at < b.arena + SHARED_START + SHARED_BYTES) {
+    Where w = where(b.arena, SHARED_START + SHARED_BYTES);
+    w.cells = b.shadow.cells.data();
+    w.start = b.arena + SHARED_START;
+    return w;
+  }
+  for (const Buffer& buffer : buffers) {
+    if (at < buffer.start || at >= buffer.start + buffer.bytes) continue;
+    Where w = where(buffer.start, buffer.bytes);
+    w.cells = buffer.cells;
+    w.visits = buffer.visits;
+    w.of = "a global buffer";
+    return w;
+  }
+  return {};
+}
+
+static bool unordered(uint32_t clock, uint32_t thread, const Thread* t) {
+  return clock && (clock == PENDING || (thread != t->linear && clock > t->clock[thread]));
+}
+static const char* kind(uint32_t thread) { return thread < current_block->count ? "thread" : "bulk copy"; }
+
+static Cell& fresh_cell(const Where& w, size_t index) {
+  Cell& c = w.cells[index];
+  if (c.epoch != current_block->shadow.epoch) c = Cell{current_block->shadow.epoch, 0, 0, {0, 0}, {0, 0}};
+  return c;
+}
+
+static void check_blocks(const Where& w, size_t index, bool write, const char* at) {
+  const race::Shadow& s = current_block->shadow;
+  Visits& v = w.visits[index];
+  if (v.launch != s.launch) v = {s.launch, 0, 0};
+  const uint32_t me = s.block + 1;
+  const uint32_t other = v.writer && v.writer != me ? v.writer : write && v.reader && v.reader != me ? v.reader : 0;
+  if (other) {
+    const char* did = other == v.writer ? "writes" : "reads";
+    if (other == SEVERAL) fail("race: blocks: block number %u writes byte %zd of a global buffer, which others read", s.block, at - w.start);
+    fail("race: blocks %u and %u: one %s byte %zd of a global buffer, which the other %s", other - 1, s.block, did, at - w.start, write ? "writes" : "reads");
+  }
+  if (write) v.writer = me; else v.reader = v.reader == 0 || v.reader == me ? me : SEVERAL;
+}
+
+static void remember_read(Cell& c, uint32_t clock, uint32_t thread, const Thread* t) {
+  // Two readers are kept: in this thread's entry, a free one, or one that is ordered before.
+  const int k = c.read_thread[0] == thread || !unordered(c.read_clock[0], c.read_thread[0], t) ? 0 : 1;
+  if (c.read_clock[k] == PENDING && clock != PENDING) return;
+  c.read_clock[k] = clock;
+  c.read_thread[k] = thread;
+}
+
+void access(const void* p, size_t bytes, bool write) {
+  if (!on || !cur || bytes == 0) return;
+  const Where w = find(p, bytes);
+  if (!w.cells) return;
+  const Thread* t = self();
+  for (size_t i = w.first; i <= w.last; i++) {
+    const char* at = static_cast<const char*>(p) + (i - w.first) * CELL_BYTES;
+    if (w.visits) check_blocks(w, i, write, at);
+    Cell& c = fresh_cell(w, i);
+    if (unordered(c.write_clock, c.write_thread, t))
+      fail("race: %s byte %zd of %s, written by %s %u without ordering", write ? "writes" : "reads", at - w.start, w.of, kind(c.write_thread), c.write_thread);
+    if (!write) {
+      remember_read(c, t->clock[t->linear], t->linear, t);
+      continue;
+    }
+    for (int k = 0; k < 2; k++)
+      if (unordered(c.read_clock[k], c.read_thread[k], t))
+        fail("race: writes byte %zd of %s, read by %s %u without ordering", at - w.start, w.of, kind(c.read_thread[k]), c.read_thread[k]);
+    c = Cell{c.epoch, t->clock[t->linear], t->linear, {0, 0}, {0, 0}};
+  }
+}
+
+void begin(const void* p, size_t bytes, bool write, unsigned owner, bool async_proxy, const char* what) {
+  if (!on || !cur) return;
+  const Where w = find(p, bytes);
+  if (!w.cells) return;
+  const Thread* t = self();
+  for (size_t i = w.first; i <= w.last; i++) {
+    const char* at = static_cast<const char*>(p) + (i - w.first) * CELL_BYTES;
+    Cell& c = fresh_cell(w, i);
+    if (unordered(c.write_clock, c.write_thread, t))
+      fail("race: %s touches byte %zd of %s, written by %s %u without ordering", what, at - w.start, w.of, kind(c.write_thread), c.write_thread);
+    if (async_proxy && !write && c.write_clock && c.write_thread < current_block->count && c.write_clock > t->fenced[c.write_thread])
+      fail("race: %s reads byte %zd of %s, which thread %u wrote without a fence.proxy.async after it", what, at - w.start, w.of, c.write_thread);
+    if (!write) {
+      remember_read(c, PENDING, owner, t);
+      continue;
+    }
+    for (int k = 0; k < 2; k++)
+      if (unordered(c.read_clock[k], c.read_thread[k], t))
+        fail("race: %s overwrites byte %zd of %s, which %s %u may still read", what, at - w.start, w.of, kind(c.read_thread[k]), c.read_thread[k]);
+    c = Cell{c.epoch, PENDING, owner, {0, 0}, {0, 0}};
+  }
+}
+
+void end(const void* p, size_t bytes, bool write, unsigned owner, uint32_t clock) {
+  if (!on) return;
+  const Where w = find(p, bytes);
+  if (!w.cells) return;
+  for (size_t i = w.first; i <= w.last; i++) {
+    Cell& c = fresh_cell(w, i);
+    if (write) {
+      if (c.write_clock == PENDING && c.write_thread == owner) c.write_clock = clock;
+      continue;
+    }
+    for (int k = 0; k < 2; k++)
+      if (c.read_clock[k] == PENDING) {
+        c.read_clock[k] = clock;
+        c.read_thread[k] = owner;
+      }
+  }
+}
+
+}  // namespace race
+}  // namespace sim
+
+extern "C" {
+void sim_track(const void* p, uint64_t bytes) {
+  using namespace sim::race;
+  if (!on || bytes == 0) return;
+  std::lock_guard hold(buffers_mutex);
+  Buffer b{static_cast<const char*>(p), bytes, nullptr, nullptr};
+  b.cells = static_cast<Cell*>(reserve(b.count() * sizeof(Cell)));
+  b.visits = static_cast<Visits*>(reserve(b.count() * sizeof(Visits)));
+  if (b.cells && b.visits) buffers.push_back(b);
+}
+void sim_untrack_all() {
+  using namespace sim::race;
+  std::lock_guard hold(buffers_mutex);
+  for (const Buffer& b : buffers) release(b);
+  buffers.clear();
+}
+}

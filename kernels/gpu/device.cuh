@@ -1,0 +1,55 @@
+// Device side: types, shared memory, barriers, memory accesses with a hint, fast functions.
+#pragma once
+#include <cuda.h>
+#include <cuda_bf16.h>
+
+typedef __nv_bfloat16 bf16;
+typedef __nv_bfloat162 bf162;
+#define DEV __device__ __forceinline__
+#define GPU_QUIET
+
+// A variable in shared memory: GPU_SHARED(float, sums, [4][32]). The dynamic part starts at GPU_DYNAMIC(float, name).
+#define GPU_SHARED(T, name, dims) __shared__ __align__(1024) T name dims
+#define GPU_DYNAMIC(T, name) extern __shared__ __align__(1024) unsigned char gpu_dynamic_[]; T* name = reinterpret_cast<T*>(gpu_dynamic_)
+#define GPU_EXPORT(kernel)
+
+// Its 32-bit address.
+DEV uint32_t smem_addr(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+// Named barriers 0 to 15 for a number of threads; `arrive` does not wait.
+DEV void bar_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+DEV void bar_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+// Values of 2, 4, 8 or 16 bytes that are read or written once: they leave the caches first.
+template <int BYTES> struct StreamWord;
+template <> struct StreamWord<2> { typedef unsigned short T; };
+template <> struct StreamWord<4> { typedef unsigned int T; };
+template <> struct StreamWord<8> { typedef uint2 T; };
+template <> struct StreamWord<16> { typedef uint4 T; };
+template <class T> DEV T load_stream(const T* p) {
+  typedef typename StreamWord<sizeof(T)>::T Word;
+  const Word word = __ldcs(reinterpret_cast<const Word*>(p));
+  T value;
+  memcpy(&value, &word, sizeof value);
+  return value;
+}
+template <class T> DEV void store_stream(T* p, const T& value) {
+  typedef typename StreamWord<sizeof(T)>::T Word;
+  Word word;
+  memcpy(&word, &value, sizeof word);
+  __stcs(reinterpret_cast<Word*>(p), word);
+}
+
+// 2^x within 2 ulp.
+DEV float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// tf32: f32 with 10 bits of fraction, rounded to nearest, ties away from zero.
+DEV uint32_t to_tf32(float x) {
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return y;
+}
