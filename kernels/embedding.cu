@@ -1,6 +1,7 @@
 // The embedding: rows of a table picked by token ids, and the gradient that adds rows back.
 //   forward  out[t,:] = table[ids[t],:]; ids (tokens) i32; table (V, C), out (tokens, C), f32 or bf16.
 #include "gpu.cuh"
+#include "gpu/pointwise.cuh"
 
 constexpr int ROWS = 8;        // rows of a block, one warp each
 constexpr int IN_FLIGHT = 4;   // packs that a lane has on their way at once

@@ -63,6 +63,10 @@ template <class T> inline void __stcg(T* p, T v) { *p = v; }
 template <class T> inline T load_stream(const T* p) { return *p; }
 template <class T> inline void store_stream(T* p, const T& v) { *p = v; }
 
+inline void store16(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
+inline void forget(uint32_t&) {}
+template <class T> inline void forget(T*&) {}
+
 // Atomics. Fibers do not interrupt each other, but blocks run on several threads of the operating system.
 template <class T> GPU_QUIET inline T atomicAdd(T* p, T v) {
   T old, sum;

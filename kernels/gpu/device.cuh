@@ -40,6 +40,15 @@ template <class T> DEV void store_stream(T* p, const T& value) {
   __stcs(reinterpret_cast<Word*>(p), word);
 }
 
+// One 16-byte store; p is a multiple of 16. The compiler splits a struct's store when it may not prove its parts adjacent.
+DEV void store16(void* p, uint4 v) {
+  asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+// The value comes as news to the compiler: nothing that it computed from it, or loaded through it, stays in registers. No instruction.
+DEV void forget(uint32_t& word) { asm volatile("" : "+r"(word)); }
+template <class T> DEV void forget(T*& p) { asm volatile("" : "+l"(p)); }
+
 // 2^x within 2 ulp.
 DEV float exp2_fast(float x) {
   float y;
