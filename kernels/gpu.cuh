@@ -47,6 +47,9 @@ DEV void wgmma_64x64x16(float (&d)[32], uint64_t da, uint64_t db, int accumulate
     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
       "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
     : "l"(da), "l"(db), "r"(accumulate)); }
+// The value comes as news to the compiler: nothing that it computed from it, or loaded through it, stays in registers. No instruction.
+DEV void forget(uint32_t& word) { asm volatile("" : "+r"(word)); }
+template <class T> DEV void forget(T*& p) { asm volatile("" : "+l"(p)); }
 #else // ======================================================================== host
 #include "emulator/sim.h"
 #include <array>
@@ -90,6 +93,8 @@ template <class T> T atomicAdd(T* p, T v) { T o = *p; *p = o + v; return o; }   
   using name##_shared_t = T dims; static char name##_tag; \
   name##_shared_t& name = *static_cast<name##_shared_t*>(::sim::shared_var(&name##_tag, sizeof(name##_shared_t), 1024))
 #define GPU_DYNAMIC(T, name) T* name = static_cast<T*>(::sim::shared_dynamic())
+inline void forget(uint32_t&) {}
+template <class T> void forget(T*&) {}
 #define SITE_ARG ::sim::Site site = {__builtin_FUNCTION(), __builtin_FILE(), __builtin_LINE()}
 inline void __syncthreads(const char* f = __builtin_FILE(), int l = __builtin_LINE()) { sim::bar_sync(0, 0, {"__syncthreads", f, l}); }
 inline void bar_sync(int id, int n, const char* f = __builtin_FILE(), int l = __builtin_LINE()) { sim::bar_sync(id, n, {"bar.sync", f, l}); }
@@ -184,3 +189,4 @@ namespace sim { template <auto K> struct Entry; template <class... A, void (*K)(
 #define GPU_EXPORT(k) extern "C" int k##_sim(const ::sim::Launch* l, void** args) { return ::sim::launch(*l, ::sim::Entry<k>::run, args); }
 #endif
 #include "gpu/math.cuh"
+#include "gpu/row.cuh"
