@@ -1,0 +1,77 @@
+// A row of a matrix shared out over threads. Included by gpu.cuh, on both sides.
+// In packs, a thread's values lie side by side, 16 bytes at a time, and neighbouring threads take neighbouring packs. Rows whose width or
+// address 16-byte accesses cannot take go value by value, neighbouring threads at neighbouring columns.
+#pragma once
+
+// The column of a thread's value i.
+template <class T, bool PACKED> DEV int column_of(int i, int thread, int threads) {
+  constexpr int N = Pack<T>::N;
+  return PACKED ? (i / N * threads + thread) * N + i % N : i * threads + thread;
+}
+
+// A thread's pack p of a row. Columns from `cols` on read as 0 and are not written. In packs, `cols` is a multiple of a pack.
+template <bool PACKED, class T> DEV Pack<T> load_part(const T* row, int p, int64_t cols, int thread, int threads) {
+  constexpr int N = Pack<T>::N;
+  Pack<T> to = {};
+  if (PACKED) {
+    int c = column_of<T, true>(p * N, thread, threads);
+    if (c < cols) to = load_pack(row + c);
+  } else {
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+      int c = column_of<T, false>(p * N + j, thread, threads);
+      to.x[j] = c < cols ? row[c] : from_float<T>(0);
+    }
+  }
+  return to;
+}
+template <bool PACKED, class T> DEV void store_part(T* row, const Pack<T>& from, int p, int64_t cols, int thread, int threads) {
+  constexpr int N = Pack<T>::N;
+  if (PACKED) {
+    int c = column_of<T, true>(p * N, thread, threads);
+    if (c < cols) store_pack(row + c, from);
+  } else {
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+      int c = column_of<T, false>(p * N + j, thread, threads);
+      if (c < cols) row[c] = from.x[j];
+    }
+  }
+}
+
+// C values of a row, kept as they lie in memory: a bf16 takes half a register.
+template <class T, int C> struct Part {
+  static constexpr int N = Pack<T>::N, PACKS = C / N;
+  Pack<T> packs[PACKS];
+  DEV float at(int i) const { return to_float(packs[i / N].x[i % N]); }
+  template <bool PACKED> DEV void load(const T* row, int64_t cols, int thread, int threads) {
+#pragma unroll
+    for (int p = 0; p < PACKS; p++) packs[p] = load_part<PACKED>(row, p, cols, thread, threads);
+  }
+  // From here on values are read out of the packs anew, so that they take no f32 registers in between.
+  DEV void forget_floats() {
+#pragma unroll
+    for (int w = 0; w < PACKS * 4; w++) forget(reinterpret_cast<uint32_t*>(packs)[w]);
+  }
+};
+
+// The f32 values that belong to the columns of a row of T.
+template <class T, bool PACKED, int C> DEV void store_floats(float* row, const float (&from)[C], int64_t cols, int thread, int threads) {
+  constexpr int STEP = PACKED ? Pack<float>::N : 1;
+#pragma unroll
+  for (int i = 0; i < C; i += STEP) {
+    int c = column_of<T, PACKED>(i, thread, threads);
+    if (c >= cols) continue;
+    if (PACKED) store_pack(row + c, Pack<float>{from[i], from[i + 1 % C], from[i + 2 % C], from[i + 3 % C]});
+    else row[c] = from[i];
+  }
+}
+
+// Over a block of whole warps, the same order every time. `warps` is shared, one float a warp; another barrier lies between two uses of it.
+DEV float block_sum(float x, float* warps) {
+  int lane = threadIdx.x % 32;
+  x = warp_sum(x);
+  if (lane == 0) warps[threadIdx.x / 32] = x;
+  __syncthreads();
+  return warp_sum(lane < blockDim.x / 32 ? warps[lane] : 0.0f);
+}
