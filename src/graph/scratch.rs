@@ -41,11 +41,52 @@ pub fn column_sum_bytes(rows: usize, cols: usize) -> u64 {
     (row_parts(rows, cols).parts * cols * 4) as u64
 }
 
+/// Tokens that a block of the embedding gradient's sort takes.
+pub const SORT_KEYS: usize = 2048;
+
+/// How `kernels/embedding.cu` sorts tokens by id, 8 bits a pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EmbeddingSort {
+    /// How many.
+    pub tokens: usize,
+    /// Rows of the table, V.
+    pub table_rows: usize,
+    /// Blocks of [`SORT_KEYS`] tokens.
+    pub blocks: usize,
+    /// Passes, so that V itself, which stands for an id outside the table, is told apart too.
+    pub passes: usize,
+}
+
+impl EmbeddingSort {
+    /// For so many tokens and a table of so many rows.
+    pub fn new(tokens: usize, table_rows: usize) -> EmbeddingSort {
+        let bits = (usize::BITS - table_rows.leading_zeros()).max(1);
+        EmbeddingSort { tokens, table_rows, blocks: tokens.div_ceil(SORT_KEYS), passes: bits.div_ceil(8) as usize }
+    }
+
+    /// Where its parts start in the scratch, in bytes: begin and end of each id's stretch (V, 2), counts of digits (blocks, 256), and the
+    /// tokens' order (tokens) after passes of even number and of odd number. All i32.
+    pub fn starts(&self) -> [u64; 4] {
+        let counts = 8 * self.table_rows as u64;
+        let even = counts + 1024 * self.blocks as u64;
+        [0, counts, even, even + 4 * self.tokens as u64]
+    }
+
+    /// Bytes of all of them.
+    pub fn bytes(&self) -> u64 {
+        self.starts()[3] + 4 * self.tokens as u64
+    }
+}
+
 /// Bytes of scratch for `node`.
 pub fn scratch_bytes(graph: &Graph, node: &Node) -> u64 {
     let input = |i: usize| &graph.info(node.inputs[i]).shape;
     match &node.op {
         Op::LinearGradBias => column_sum_bytes(input(0).rows(), input(0).cols()),
+        Op::EmbeddingGrad => {
+            let table = &graph.info(node.outputs[0]).shape;
+            EmbeddingSort::new(input(1).elems(), table.rows()).bytes()
+        }
         _ => 0,
     }
 }
@@ -53,6 +94,15 @@ pub fn scratch_bytes(graph: &Graph, node: &Node) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_sort_has_passes_for_every_id_and_the_one_past_them() {
+        for (table_rows, passes) in [(0, 1), (1, 1), (255, 1), (256, 2), (50_257, 2), (65_535, 2), (65_536, 3)] {
+            assert_eq!(EmbeddingSort::new(5, table_rows).passes, passes, "{table_rows}");
+        }
+        let sort = EmbeddingSort::new(2049, 10);
+        assert_eq!((sort.starts(), sort.bytes()), ([0, 80, 80 + 2048, 80 + 2048 + 8196], 80 + 2048 + 2 * 8196));
+    }
 
     #[test]
     fn parts_cover_the_rows_and_none_is_empty() {

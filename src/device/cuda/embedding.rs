@@ -1,11 +1,16 @@
 //! Launches of `kernels/embedding.cu`.
 
-use super::launch::{Launch, Queue};
+use super::launch::{Launch, Ptr, Queue};
 use super::operands::{Operands, pick};
-use crate::base::{Error, Result};
+use crate::base::Result;
+use crate::graph::EmbeddingSort;
 
-/// Rows that a block picks, one warp each.
+/// Rows of a block, one warp each.
 const ROWS: usize = 8;
+/// Columns that one warp adds up.
+const GROUP: usize = 128;
+/// Values of a digit that tokens are sorted by: threads of a sorting block.
+const DIGITS: u32 = 256;
 
 /// `out (tokens, C) = table (V, C)[ids (tokens)]`.
 pub(super) fn forward(q: &mut Queue, o: &Operands) -> Result<()> {
@@ -16,7 +21,44 @@ pub(super) fn forward(q: &mut Queue, o: &Operands) -> Result<()> {
     q.launch(launch.ptr(o.input(0)).ptr(o.input(1)).long(tokens).int(table_rows).int(cols))
 }
 
-/// STUB.
-pub(super) fn grad(_q: &mut Queue, _o: &Operands) -> Result<()> {
-    Err(Error::bad("embedding::grad has no kernel yet"))
+/// `d_table (V, C) f32 = ` the sum over tokens t with ids[t] = v of `d_y (tokens, C)`, or `+=` for an accumulator.
+pub(super) fn grad(q: &mut Queue, o: &Operands) -> Result<()> {
+    let &[table_rows, cols] = o.out_axes(0) else { unreachable!("a table is a matrix") };
+    let (ids, tokens) = (o.input(1), o.step.inputs[1].shape.elems());
+    let sort = EmbeddingSort::new(tokens, table_rows);
+    let [bounds, counts, even, odd] = sort.starts().map(|start| o.scratch().plus(start));
+    q.fill(bounds, 0, 8 * table_rows as u64)?;
+    let mut order = Ptr::NULL;
+    for pass in 0..sort.passes {
+        let placed = if pass % 2 == 0 { even } else { odd };
+        let blocks = [sort.blocks, 1, 1];
+        let count = Launch::new("embedding_grad_count", blocks, DIGITS).ptr(counts).ptr(ids).ptr(order);
+        q.launch(count.int(tokens).int(table_rows).int(8 * pass))?;
+        let place = Launch::new("embedding_grad_place", blocks, DIGITS).ptr(placed).ptr(counts).ptr(ids).ptr(order);
+        q.launch(place.int(tokens).int(table_rows).int(8 * pass))?;
+        order = placed;
+    }
+    let noted = Launch::new("embedding_grad_bounds", [tokens.div_ceil(256), 1, 1], 256);
+    q.launch(noted.ptr(bounds).ptr(ids).ptr(order).int(tokens).int(table_rows))?;
+    let kernel = pick(o.in_dtype(0), "embedding_grad_f32", "embedding_grad_bf16");
+    let grid = [table_rows.div_ceil(ROWS), cols.div_ceil(GROUP), 1];
+    let launch = Launch::new(kernel, grid, 32 * ROWS as u32).ptr(o.output(0)).ptr(o.input(0)).ptr(order).ptr(bounds);
+    q.launch(launch.int(table_rows).int(cols).int(o.accumulator(0)).ptr(q.now))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::graph::SORT_KEYS;
+
+    #[test]
+    fn kernels_have_the_same_blocks() {
+        let source = include_str!("../../../kernels/embedding.cu");
+        for (name, value) in [("ROWS", ROWS), ("DIGITS", DIGITS as usize)] {
+            assert!(source.contains(&format!("constexpr int {name} = {value};")), "{name}");
+        }
+        assert!(source.contains("constexpr int SORT_WARPS = 8;") && source.contains("constexpr int SORT_ROUNDS = 8;"));
+        assert_eq!(SORT_KEYS, 8 * 8 * 32);
+        assert!(source.contains("constexpr int GROUP = 32 * GROUP_FEW;") && GROUP == 32 * 4);
+    }
 }
