@@ -19,6 +19,7 @@
 // remainder is as wide as its master); sgd 12, with momentum 20; finite_check 4 / 2. All are bound by memory: 90-95 % of the copy rate is
 // expected. sum_squares ends with one warp a tensor that adds up to 9,000 blocks in order, some 60 us for 38 million elements.
 #include "gpu.cuh"
+#include "gpu/pointwise.cuh"
 
 constexpr int BLOCK_ELEMS = 4096;   // of a block; optimizer::SUM_BLOCK
 constexpr int SEGMENTS = 160;       // tensors of a launch: 24 bytes each, of the 4096 that arguments may take

@@ -273,7 +273,7 @@ impl CudaDevice {
                 Ok(())
             }
             Task::Norm(norm) => {
-                let touched = [Some(norm.gradient), Some(norm.table)];
+                let touched = [Some(norm.gradient), Some(norm.table), norm.scratch];
                 touched.into_iter().flatten().for_each(|span| self.touch(span));
                 let address = self.addresses();
                 optimizer::norm(&mut self.task_queue(lane, held.ticket.number), norm, &address)
@@ -281,7 +281,7 @@ impl CudaDevice {
             Task::Update(update) => {
                 let moments = update.moments.iter().flatten().copied();
                 let others = [update.weight, update.gradient, update.gate];
-                let touched = moments.chain(others).chain(update.clip.map(|c| c.table));
+                let touched = moments.chain(others).chain(update.clip.map(|c| c.table)).chain(update.remainder);
                 touched.for_each(|span| self.touch(span));
                 let address = self.addresses();
                 optimizer::update(&mut self.task_queue(lane, held.ticket.number), update, &address)
