@@ -331,6 +331,7 @@ pub fn draw_inputs(graph: &Graph, microbatch: u64) -> Vec<Vec<u8>> {
         let values: Vec<f64> = (0..elems)
             .map(|e| match input.name.split(' ').next() {
                 Some("ids") => sequence.below(7) as f64,
+                Some("tokens") => sequence.below(300) as f64,
                 Some("labels") if e % 3 == 2 => -100.0,
                 Some("labels") => sequence.below(5) as f64,
                 Some("unlabelled") => -100.0,
