@@ -73,5 +73,5 @@ DEV float block_sum(float x, float* warps) {
   x = warp_sum(x);
   if (lane == 0) warps[threadIdx.x / 32] = x;
   __syncthreads();
-  return warp_sum(lane < blockDim.x / 32 ? warps[lane] : 0.0f);
+  return warp_sum(lane < (int)blockDim.x / 32 ? warps[lane] : 0.0f);
 }

@@ -30,6 +30,21 @@ pub fn row_parts(rows: usize, cols: usize) -> RowParts {
     parts_of(rows, rows.div_ceil(LEAST_ROWS).min(BLOCKS.div_ceil(tiles)))
 }
 
+/// Columns of a row that the threads of one block of `kernels/norm.cu` keep, whatever the element type.
+pub const NORM_COLUMNS: usize = 5120;
+
+/// Parts for the gradient of a normalization of (rows, cols): two blocks on each of an H200's multiprocessors.
+pub fn norm_parts(rows: usize, cols: usize) -> RowParts {
+    let tiles = cols.div_ceil(NORM_COLUMNS).max(1);
+    parts_of(rows, rows.div_ceil(8).min(264_usize.div_ceil(tiles)))
+}
+
+/// Bytes of `sums` partial column sums of (rows, cols), f32 (sums, parts, cols), and of the two means of each row where it is long: f32 (rows, 2).
+fn norm_bytes(sums: usize, rows: usize, cols: usize) -> u64 {
+    let means = if cols > NORM_COLUMNS { 2 * rows } else { 0 };
+    ((sums * norm_parts(rows, cols).parts * cols + means) * 4) as u64
+}
+
 /// At most `parts` parts of `rows` rows, none of them empty.
 fn parts_of(rows: usize, parts: usize) -> RowParts {
     let per_part = rows.div_ceil(parts.max(1));
@@ -46,6 +61,7 @@ pub fn scratch_bytes(graph: &Graph, node: &Node) -> u64 {
     let input = |i: usize| &graph.info(node.inputs[i]).shape;
     match &node.op {
         Op::LinearGradBias => column_sum_bytes(input(0).rows(), input(0).cols()),
+        Op::LayerNormGrad => norm_bytes(2, input(1).rows(), input(1).cols()),
         _ => 0,
     }
 }
@@ -58,10 +74,11 @@ mod tests {
     fn parts_cover_the_rows_and_none_is_empty() {
         for rows in [0, 1, 31, 32, 33, 1000, 8192, 100_000, 16_777_216] {
             for cols in [0, 1, 256, 257, 768, 50_257, 1 << 20] {
-                let RowParts { parts, rows: per_part } = row_parts(rows, cols);
-                assert!(parts * per_part >= rows, "{rows}x{cols}");
-                assert!(parts == 0 && rows == 0 || (parts - 1) * per_part < rows, "{rows}x{cols}");
-                assert!(parts <= BLOCKS, "{rows}x{cols}");
+                for RowParts { parts, rows: per_part } in [row_parts(rows, cols), norm_parts(rows, cols)] {
+                    assert!(parts * per_part >= rows, "{rows}x{cols}");
+                    assert!(parts == 0 && rows == 0 || (parts - 1) * per_part < rows, "{rows}x{cols}");
+                    assert!(parts <= BLOCKS, "{rows}x{cols}");
+                }
             }
         }
     }
