@@ -14,17 +14,6 @@ constexpr int AHEAD = 4;           // packs that a thread has on their way at on
 constexpr int IGNORED = -100;
 constexpr float LOG2_E = 1.4426950408889634f;
 
-// A row's packs: `head` elements before the first, `packs` of them, the rest behind.
-template <class T> struct Packs {
-  int head, packs, tail;
-  DEV Packs(const T* row, int cols) {
-    int before = (int)((16 - (reinterpret_cast<uintptr_t>(row) & 15)) % 16 / sizeof(T));
-    head = before < cols ? before : cols;
-    packs = (cols - head) / Pack<T>::N;
-    tail = head + packs * Pack<T>::N;
-  }
-};
-
 // The maximum of values and the sum of exp(value - maximum).
 struct Sums {
   float max = -INFINITY, sum = 0;
@@ -127,9 +116,7 @@ template <class T> DEV void grad(T* d_logits, const T* logits, const int32_t* la
     float p = exp2f((x - log_sum) * LOG2_E);
     return label == IGNORED ? 0.0f : (c == label ? p - 1 : p) * scale;
   };
-  Packs<T> at(d_logits, cols);
-  // Where the two lie apart by other than a multiple of 16 bytes, packs of the one are none of the other.
-  if ((reinterpret_cast<uintptr_t>(d_logits) ^ reinterpret_cast<uintptr_t>(logits)) & 15) at.head = cols, at.packs = 0, at.tail = cols;
+  Packs<T> at(d_logits, logits, cols);
   for (int c = thread; c < at.head; c += threads) d_logits[c] = from_float<T>(one(to_float(logits[c]), c));
   for (int c = at.tail + thread; c < cols; c += threads) d_logits[c] = from_float<T>(one(to_float(logits[c]), c));
   for (int first = thread; first < at.packs; first += AHEAD * threads) {

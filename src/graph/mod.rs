@@ -26,4 +26,7 @@ pub use layout::{ModelLayout, ShardLayout, SharedUse};
 pub use op::{AttentionKind, Op, Window};
 pub use place::{ALIGNMENT, Lifetime, place};
 pub use program::{AREAS, Area, Buffer, Kind, Program, Step, UsedInput};
-pub use scratch::{COLUMN_TILE, NORM_COLUMNS, RowParts, column_sum_bytes, norm_parts, row_parts, scratch_bytes};
+pub use scratch::{
+    COLUMN_TILE, ChannelParts, NORM_COLUMNS, PLANE_PIECE, RowParts, channel_parts, column_sum_bytes, norm_parts, row_parts,
+    scratch_bytes,
+};

@@ -45,6 +45,38 @@ fn norm_bytes(sums: usize, rows: usize, cols: usize) -> u64 {
     ((sums * norm_parts(rows, cols).parts * cols + means) * 4) as u64
 }
 
+/// Positions from which on a plane of a batch normalization is summed by itself.
+const LARGE_PLANE: usize = 256;
+
+/// Elements of a plane that a warp of `kernels/batchnorm.cu` takes at a time.
+pub const PLANE_PIECE: usize = 8192;
+
+/// How the sums of a batch normalization of (images, channels, positions) are divided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ChannelParts {
+    /// Large planes: parts of a channel's pieces, with one partial result a channel and part. Else: parts of the images as rows of a
+    /// matrix, with one partial result a column and part.
+    pub parts: RowParts,
+    /// Partial results that a channel has in each part: 1, or `positions`.
+    pub width: usize,
+}
+
+impl ChannelParts {
+    /// Partial results.
+    fn count(&self, channels: usize) -> usize {
+        self.parts.parts * channels * self.width
+    }
+}
+
+/// Parts for the sums of a batch normalization.
+pub fn channel_parts(images: usize, channels: usize, positions: usize) -> ChannelParts {
+    if positions < LARGE_PLANE {
+        return ChannelParts { parts: row_parts(images, channels * positions), width: positions };
+    }
+    let pieces = images * positions.div_ceil(PLANE_PIECE);
+    ChannelParts { parts: parts_of(pieces, pieces.div_ceil(16).min(BLOCKS.div_ceil(channels.max(1)))), width: 1 }
+}
+
 /// At most `parts` parts of `rows` rows, none of them empty.
 fn parts_of(rows: usize, parts: usize) -> RowParts {
     let per_part = rows.div_ceil(parts.max(1));
@@ -62,6 +94,13 @@ pub fn scratch_bytes(graph: &Graph, node: &Node) -> u64 {
     match &node.op {
         Op::LinearGradBias => column_sum_bytes(input(0).rows(), input(0).cols()),
         Op::LayerNormGrad => norm_bytes(2, input(1).rows(), input(1).cols()),
+        Op::BatchNorm { .. } | Op::BatchNormGrad => {
+            let x = input(if node.op == Op::BatchNormGrad { 1 } else { 0 }).axes();
+            let partials = channel_parts(x[0], x[1], x[2..].iter().product()).count(x[1]);
+            // Count, mean and squares of each; or two sums of each, and three numbers a channel for the elementwise pass.
+            let floats = if node.op == Op::BatchNormGrad { 2 * partials + 3 * x[1] } else { 3 * partials };
+            (floats * 4) as u64
+        }
         _ => 0,
     }
 }
