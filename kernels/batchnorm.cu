@@ -12,6 +12,7 @@
 // Bytes: forward reads x twice and writes out; the gradient reads d_out and x twice and writes d_x; beside them 12 and 8 a partial result.
 // Expected: 85 % of the copy rate, for large planes or batches.
 #include "gpu.cuh"
+#include "gpu/row.cuh"
 
 constexpr int WARPS = 8;
 constexpr int TILE = 256;        // columns a block; graph::COLUMN_TILE

@@ -1,4 +1,4 @@
-// A row of a matrix shared out over threads. Included by gpu.cuh, on both sides.
+// A row of a matrix shared out over threads. Included by the kernels that need it, after gpu.cuh.
 // In packs, a thread's values lie side by side, 16 bytes at a time, and neighbouring threads take neighbouring packs. Rows whose width or
 // address 16-byte accesses cannot take go value by value, neighbouring threads at neighbouring columns.
 #pragma once
