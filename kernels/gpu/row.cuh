@@ -1,4 +1,4 @@
-// A row of a matrix shared out over threads. Included by gpu.cuh, on both sides.
+// A row of a matrix shared out over threads. Included by the kernels that need it, after gpu.cuh.
 // In packs, a thread's values lie side by side, 16 bytes at a time, and neighbouring threads take neighbouring packs. Rows whose width or
 // address 16-byte accesses cannot take go value by value, neighbouring threads at neighbouring columns.
 #pragma once
@@ -67,11 +67,26 @@ template <class T, bool PACKED, int C> DEV void store_floats(float* row, const f
   }
 }
 
+// The 16-byte packs of a row at any address: `head` elements lie before the first, the rest from `tail` on.
+template <class T> struct Packs {
+  int head, packs, tail;
+  DEV Packs(const T* row, int cols) {
+    int before = (int)((16 - (reinterpret_cast<uintptr_t>(row) & 15)) % 16 / sizeof(T));
+    head = before < cols ? before : cols;
+    packs = (cols - head) / Pack<T>::N;
+    tail = head + packs * Pack<T>::N;
+  }
+  // For two rows at once. Where they lie apart by other than a multiple of 16 bytes, packs of the one are none of the other.
+  DEV Packs(const T* row, const T* other, int cols) : Packs(row, cols) {
+    if ((reinterpret_cast<uintptr_t>(row) ^ reinterpret_cast<uintptr_t>(other)) & 15) head = cols, packs = 0, tail = cols;
+  }
+};
+
 // Over a block of whole warps, the same order every time. `warps` is shared, one float a warp; another barrier lies between two uses of it.
 DEV float block_sum(float x, float* warps) {
   int lane = threadIdx.x % 32;
   x = warp_sum(x);
   if (lane == 0) warps[threadIdx.x / 32] = x;
   __syncthreads();
-  return warp_sum(lane < blockDim.x / 32 ? warps[lane] : 0.0f);
+  return warp_sum(lane < (int)blockDim.x / 32 ? warps[lane] : 0.0f);
 }

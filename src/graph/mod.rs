@@ -26,4 +26,4 @@ pub use layout::{ModelLayout, ShardLayout, SharedUse};
 pub use op::{AttentionKind, Op, Window};
 pub use place::{ALIGNMENT, Lifetime, place};
 pub use program::{AREAS, Area, Buffer, Kind, Program, Step, UsedInput};
-pub use scratch::{COLUMN_TILE, EmbeddingSort, RowParts, SORT_KEYS, column_sum_bytes, row_parts, scratch_bytes};
+pub use scratch::*;

@@ -30,6 +30,53 @@ pub fn row_parts(rows: usize, cols: usize) -> RowParts {
     parts_of(rows, rows.div_ceil(LEAST_ROWS).min(BLOCKS.div_ceil(tiles)))
 }
 
+/// Columns of a row that the threads of one block of `kernels/norm.cu` keep, whatever the element type.
+pub const NORM_COLUMNS: usize = 5120;
+
+/// Parts for the gradient of a normalization of (rows, cols): two blocks on each of an H200's multiprocessors.
+pub fn norm_parts(rows: usize, cols: usize) -> RowParts {
+    let tiles = cols.div_ceil(NORM_COLUMNS).max(1);
+    parts_of(rows, rows.div_ceil(8).min(264_usize.div_ceil(tiles)))
+}
+
+/// Bytes of `sums` partial column sums of (rows, cols), f32 (sums, parts, cols), and of the two means of each row where it is long: f32 (rows, 2).
+fn norm_bytes(sums: usize, rows: usize, cols: usize) -> u64 {
+    let means = if cols > NORM_COLUMNS { 2 * rows } else { 0 };
+    ((sums * norm_parts(rows, cols).parts * cols + means) * 4) as u64
+}
+
+/// Positions from which on a plane of a batch normalization is summed by itself.
+const LARGE_PLANE: usize = 256;
+
+/// Elements of a plane that a warp of `kernels/batchnorm.cu` takes at a time.
+pub const PLANE_PIECE: usize = 8192;
+
+/// How the sums of a batch normalization of (images, channels, positions) are divided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ChannelParts {
+    /// Large planes: parts of a channel's pieces, with one partial result a channel and part. Else: parts of the images as rows of a
+    /// matrix, with one partial result a column and part.
+    pub parts: RowParts,
+    /// Partial results that a channel has in each part: 1, or `positions`.
+    pub width: usize,
+}
+
+impl ChannelParts {
+    /// Partial results.
+    fn count(&self, channels: usize) -> usize {
+        self.parts.parts * channels * self.width
+    }
+}
+
+/// Parts for the sums of a batch normalization.
+pub fn channel_parts(images: usize, channels: usize, positions: usize) -> ChannelParts {
+    if positions < LARGE_PLANE {
+        return ChannelParts { parts: row_parts(images, channels * positions), width: positions };
+    }
+    let pieces = images * positions.div_ceil(PLANE_PIECE);
+    ChannelParts { parts: parts_of(pieces, pieces.div_ceil(16).min(BLOCKS.div_ceil(channels.max(1)))), width: 1 }
+}
+
 /// At most `parts` parts of `rows` rows, none of them empty.
 fn parts_of(rows: usize, parts: usize) -> RowParts {
     let per_part = rows.div_ceil(parts.max(1));
@@ -87,6 +134,14 @@ pub fn scratch_bytes(graph: &Graph, node: &Node) -> u64 {
             let table = &graph.info(node.outputs[0]).shape;
             EmbeddingSort::new(input(1).elems(), table.rows()).bytes()
         }
+        Op::LayerNormGrad => norm_bytes(2, input(1).rows(), input(1).cols()),
+        Op::BatchNorm { .. } | Op::BatchNormGrad => {
+            let x = input(if node.op == Op::BatchNormGrad { 1 } else { 0 }).axes();
+            let partials = channel_parts(x[0], x[1], x[2..].iter().product()).count(x[1]);
+            // Count, mean and squares of each; or two sums of each, and three numbers a channel for the elementwise pass.
+            let floats = if node.op == Op::BatchNormGrad { 2 * partials + 3 * x[1] } else { 3 * partials };
+            (floats * 4) as u64
+        }
         _ => 0,
     }
 }
@@ -108,10 +163,11 @@ mod tests {
     fn parts_cover_the_rows_and_none_is_empty() {
         for rows in [0, 1, 31, 32, 33, 1000, 8192, 100_000, 16_777_216] {
             for cols in [0, 1, 256, 257, 768, 50_257, 1 << 20] {
-                let RowParts { parts, rows: per_part } = row_parts(rows, cols);
-                assert!(parts * per_part >= rows, "{rows}x{cols}");
-                assert!(parts == 0 && rows == 0 || (parts - 1) * per_part < rows, "{rows}x{cols}");
-                assert!(parts <= BLOCKS, "{rows}x{cols}");
+                for RowParts { parts, rows: per_part } in [row_parts(rows, cols), norm_parts(rows, cols)] {
+                    assert!(parts * per_part >= rows, "{rows}x{cols}");
+                    assert!(parts == 0 && rows == 0 || (parts - 1) * per_part < rows, "{rows}x{cols}");
+                    assert!(parts <= BLOCKS, "{rows}x{cols}");
+                }
             }
         }
     }

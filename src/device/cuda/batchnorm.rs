@@ -1,25 +1,135 @@
-//! Launches of `kernels/batchnorm.cu`.
+//! Launches of `kernels/batchnorm.cu`: partial sums, a kernel that joins them, an elementwise pass.
 
-use super::launch::Queue;
-use super::operands::Operands;
-use crate::base::{Error, Result};
+use super::launch::{Launch, Queue};
+use super::operands::{Operands, pick};
+use crate::base::{DType, Result};
+use crate::graph::{COLUMN_TILE, ChannelParts, RowParts, channel_parts};
 
-/// STUB.
-pub(super) fn forward_train(_q: &mut Queue, _o: &Operands, _epsilon: f64) -> Result<()> {
-    Err(Error::bad("batchnorm::forward_train has no kernel yet"))
+/// Threads of every block; channels that a block of the joining kernels takes, one a warp.
+const THREADS: u32 = 256;
+const CHANNELS: usize = 8;
+
+/// x (N, C, ..), weight, bias -> out, mean, rstd, var.
+pub(super) fn forward_train(q: &mut Queue, o: &Operands, epsilon: f64) -> Result<()> {
+    let s = Sizes::of(o.in_axes(0));
+    let dtype = o.in_dtype(0);
+    let (mean, rstd) = (o.output(1), o.output(2));
+    if s.planes() {
+        let kernel = pick(dtype, "batchnorm_stats_planes_f32", "batchnorm_stats_planes_bf16");
+        let stats = s.sums(kernel).ptr(o.scratch()).ptr(o.input(0)).long(s.images).int(s.channels).int(s.positions);
+        q.launch(stats.long(s.parts.parts.rows))?;
+    } else {
+        let kernel = pick(dtype, "batchnorm_stats_columns_f32", "batchnorm_stats_columns_bf16");
+        let stats = s.sums(kernel).ptr(o.scratch()).ptr(o.input(0)).long(s.images).long(s.cols());
+        q.launch(stats.long(s.parts.parts.rows))?;
+    }
+    let finish = s.finish("batchnorm_stats_finish").ptr(mean).ptr(rstd).ptr(o.output(3)).ptr(o.scratch());
+    q.launch(finish.int(s.parts.parts.parts).int(s.channels).int(s.parts.width).float(epsilon as f32))?;
+    let kernel = pick(dtype, "batchnorm_normalize_f32", "batchnorm_normalize_bf16");
+    let normalize = s.elementwise(kernel, dtype).ptr(o.output(0)).ptr(o.input(0)).ptr(o.input(1)).ptr(o.input(2));
+    let normalize = normalize.ptr(mean).ptr(rstd).long(s.elems()).int(s.channels).int(s.positions);
+    q.launch(normalize.float(epsilon as f32).int(0))
 }
 
-/// STUB.
-pub(super) fn update_running(_q: &mut Queue, _o: &Operands, _momentum: f64, _count: usize) -> Result<()> {
-    Err(Error::bad("batchnorm::update_running has no kernel yet"))
+/// mean (C), var (C) of `count` values a channel; running_mean, running_var change in place.
+pub(super) fn update_running(q: &mut Queue, o: &Operands, momentum: f64, count: usize) -> Result<()> {
+    let channels = o.step.inputs[0].shape.elems();
+    let unbiased = count as f64 / count.saturating_sub(1).max(1) as f64;
+    let update = Launch::new("batchnorm_update_running", [channels.div_ceil(THREADS as usize), 1, 1], THREADS);
+    let update = update.ptr(o.input(2)).ptr(o.input(3)).ptr(o.input(0)).ptr(o.input(1));
+    q.launch(update.int(channels).double(unbiased).double(momentum))
 }
 
-/// STUB.
-pub(super) fn forward_eval(_q: &mut Queue, _o: &Operands, _epsilon: f64) -> Result<()> {
-    Err(Error::bad("batchnorm::forward_eval has no kernel yet"))
+/// x (N, C, ..), weight, bias, running_mean, running_var -> out.
+pub(super) fn forward_eval(q: &mut Queue, o: &Operands, epsilon: f64) -> Result<()> {
+    let s = Sizes::of(o.in_axes(0));
+    let dtype = o.in_dtype(0);
+    let kernel = pick(dtype, "batchnorm_normalize_f32", "batchnorm_normalize_bf16");
+    let normalize = s.elementwise(kernel, dtype).ptr(o.output(0)).ptr(o.input(0)).ptr(o.input(1)).ptr(o.input(2));
+    let normalize = normalize.ptr(o.input(3)).ptr(o.input(4)).long(s.elems()).int(s.channels).int(s.positions);
+    q.launch(normalize.float(epsilon as f32).int(1))
 }
 
-/// STUB.
-pub(super) fn grad(_q: &mut Queue, _o: &Operands) -> Result<()> {
-    Err(Error::bad("batchnorm::grad has no kernel yet"))
+/// d_out, x (N, C, ..), weight, mean, rstd -> d_x, d_weight, d_bias.
+pub(super) fn grad(q: &mut Queue, o: &Operands) -> Result<()> {
+    let s = Sizes::of(o.in_axes(1));
+    let dtype = o.in_dtype(1);
+    let (d_out, x, weight, mean, rstd) = (o.input(0), o.input(1), o.input(2), o.input(3), o.input(4));
+    let RowParts { parts, rows } = s.parts.parts;
+    let slopes = o.scratch().plus((2 * parts * s.channels * s.parts.width * 4) as u64);
+    if s.planes() {
+        let kernel = pick(dtype, "batchnorm_grad_planes_f32", "batchnorm_grad_planes_bf16");
+        let sums = s.sums(kernel).ptr(o.scratch()).ptr(d_out).ptr(x).ptr(mean);
+        q.launch(sums.long(s.images).int(s.channels).int(s.positions).long(rows))?;
+    } else {
+        let kernel = pick(dtype, "batchnorm_grad_columns_f32", "batchnorm_grad_columns_bf16");
+        let sums = s.sums(kernel).ptr(o.scratch()).ptr(d_out).ptr(x).ptr(mean);
+        q.launch(sums.long(s.images).long(s.cols()).int(s.positions).long(rows))?;
+    }
+    let finish = s.finish(pick(dtype, "batchnorm_grad_finish_f32", "batchnorm_grad_finish_bf16"));
+    let finish = finish.ptr(o.output(1)).ptr(o.output(2)).ptr(slopes).ptr(o.scratch()).ptr(weight).ptr(rstd);
+    let finish = finish.int(parts).int(s.channels).int(s.parts.width).double((s.images * s.positions) as f64);
+    q.launch(finish.int(o.accumulator(1)).int(o.accumulator(2)).ptr(q.now))?;
+    let input = s.elementwise(pick(dtype, "batchnorm_grad_input_f32", "batchnorm_grad_input_bf16"), dtype);
+    let input = input.ptr(o.output(0)).ptr(d_out).ptr(x).ptr(mean).ptr(slopes);
+    q.launch(input.long(s.elems()).int(s.channels).int(s.positions))
+}
+
+/// Sizes of a batch, and how its sums are divided.
+struct Sizes {
+    images: usize,
+    channels: usize,
+    positions: usize,
+    parts: ChannelParts,
+}
+
+impl Sizes {
+    fn of(x: &[usize]) -> Sizes {
+        let positions = x[2..].iter().product();
+        Sizes { images: x[0], channels: x[1], positions, parts: channel_parts(x[0], x[1], positions) }
+    }
+
+    /// Whether each plane is summed by itself.
+    fn planes(&self) -> bool {
+        self.parts.width != self.positions
+    }
+
+    fn cols(&self) -> usize {
+        self.channels * self.positions
+    }
+
+    fn elems(&self) -> usize {
+        self.images * self.cols()
+    }
+
+    /// A launch of a kernel that leaves partial sums.
+    fn sums(&self, kernel: &'static str) -> Launch {
+        let across = if self.planes() { self.channels } else { self.cols().div_ceil(COLUMN_TILE) };
+        Launch::new(kernel, [across, self.parts.parts.parts, 1], THREADS)
+    }
+
+    /// A launch of a kernel that joins them.
+    fn finish(&self, kernel: &'static str) -> Launch {
+        Launch::new(kernel, [self.channels.div_ceil(CHANNELS), 1, 1], THREADS)
+    }
+
+    /// A launch of an elementwise kernel: a pack a thread.
+    fn elementwise(&self, kernel: &'static str, dtype: DType) -> Launch {
+        let pack = if dtype == DType::Bf16 { 8 } else { 4 };
+        Launch::new(kernel, [self.elems().div_ceil(pack).div_ceil(THREADS as usize), 1, 1], THREADS)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::graph::PLANE_PIECE;
+
+    #[test]
+    fn kernels_have_the_same_sizes() {
+        let source = include_str!("../../../kernels/batchnorm.cu");
+        assert!(source.contains(&format!("constexpr int TILE = {COLUMN_TILE};")));
+        assert!(source.contains(&format!("constexpr int PIECE = {PLANE_PIECE};")));
+        assert!(source.contains(&format!("constexpr int WARPS = {CHANNELS};")));
+    }
 }

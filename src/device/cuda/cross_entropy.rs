@@ -1,15 +1,34 @@
 //! Launches of `kernels/cross_entropy.cu`.
 
-use super::launch::Queue;
-use super::operands::Operands;
-use crate::base::{Error, Result};
+use super::launch::{Launch, Queue};
+use super::operands::{Operands, pick};
+use crate::base::Result;
 
-/// STUB.
-pub(super) fn forward(_q: &mut Queue, _o: &Operands) -> Result<()> {
-    Err(Error::bad("cross_entropy::forward has no kernel yet"))
+/// Most threads that take a row.
+const MOST_THREADS: usize = 512;
+
+/// Elements that a thread has on their way at once: 4 accesses of 16 bytes.
+const AT_ONCE: usize = 32;
+
+/// logits (rows, cols), labels -> loss, lse, row_losses.
+pub(super) fn forward(q: &mut Queue, o: &Operands) -> Result<()> {
+    let (rows, cols) = o.rows_cols(0);
+    let kernel = pick(o.in_dtype(0), "cross_entropy_forward_f32", "cross_entropy_forward_bf16");
+    let row_losses = o.output(2);
+    let losses = Launch::new(kernel, [rows, 1, 1], threads(cols)).ptr(row_losses).ptr(o.output(1));
+    q.launch(losses.ptr(o.input(0)).ptr(o.input(1)).int(cols))?;
+    q.launch(Launch::new("cross_entropy_sum", [1, 1, 1], 1024).ptr(o.output(0)).ptr(row_losses).long(rows).ptr(q.now))
 }
 
-/// STUB.
-pub(super) fn grad(_q: &mut Queue, _o: &Operands) -> Result<()> {
-    Err(Error::bad("cross_entropy::grad has no kernel yet"))
+/// logits (rows, cols), labels, lse -> d_logits, over the logits where they die.
+pub(super) fn grad(q: &mut Queue, o: &Operands) -> Result<()> {
+    let (rows, cols) = o.rows_cols(0);
+    let kernel = pick(o.in_dtype(0), "cross_entropy_grad_f32", "cross_entropy_grad_bf16");
+    let grad = Launch::new(kernel, [rows, 1, 1], threads(cols)).ptr(o.output(0)).ptr(o.input(0));
+    q.launch(grad.ptr(o.input(1)).ptr(o.input(2)).int(cols).ptr(q.now))
+}
+
+/// Threads for a row.
+fn threads(cols: usize) -> u32 {
+    cols.div_ceil(AT_ONCE).next_multiple_of(32).clamp(32, MOST_THREADS) as u32
 }
