@@ -26,4 +26,6 @@ pub use layout::{ModelLayout, ShardLayout, SharedUse};
 pub use op::{AttentionKind, Op, Window};
 pub use place::{ALIGNMENT, Lifetime, place};
 pub use program::{AREAS, Area, Buffer, Kind, Program, Step, UsedInput};
-pub use scratch::{COLUMN_TILE, RowParts, column_sum_bytes, row_parts, scratch_bytes};
+pub use scratch::{
+    COLUMN_TILE, K_STEP, KParts, RowParts, column_sum_bytes, k_parts, product_bytes, row_parts, scratch_bytes,
+};
