@@ -30,10 +30,8 @@ pub(super) struct Product {
     pub bias: Ptr,
     /// After the bias.
     pub activation: Activation,
-    /// (m, n).
+    /// (m, n), of the inputs' type; f32 for tn, which makes parameters' gradients.
     pub out: Ptr,
-    /// Element type of out: `dtype`, or f32 for a parameter's gradient.
-    pub out_dtype: DType,
     /// (m, n), of out's type: what the activation is given; or null.
     pub pre: Ptr,
     /// 1 where out is an accumulator.
@@ -48,7 +46,7 @@ pub(super) struct Product {
 /// When a size is beyond what kernels take, or the device has failed.
 pub(super) fn launch(q: &mut Queue, p: &Product) -> Result<()> {
     let Sizes { m, n, k } = p.sizes;
-    let plan = plan(p.form, p.sizes, p.dtype, p.out_dtype);
+    let plan = plan(p.form, p.sizes, p.dtype);
     let parts = plan.parts.parts;
     let partials = if parts > 1 { p.scratch } else { Ptr::NULL };
     let product = Launch::new(plan.kernel, [plan.tiles(p.sizes), parts, 1], plan.block);
@@ -58,7 +56,8 @@ pub(super) fn launch(q: &mut Queue, p: &Product) -> Result<()> {
     if parts == 1 {
         return Ok(());
     }
-    let finish = Launch::new(plan.finish, [(m * n.div_ceil(FINISH_ELEMS)).div_ceil(FINISH_BLOCK), 1, 1], FINISH_BLOCK as u32);
+    let finish =
+        Launch::new(plan.finish, [(m * n.div_ceil(FINISH_ELEMS)).div_ceil(FINISH_BLOCK), 1, 1], FINISH_BLOCK as u32);
     let finish = finish.ptr(p.out).ptr(p.pre).ptr(partials).ptr(p.bias).ptr(q.now);
     q.launch(finish.int(p.accumulator).int(p.activation as usize).int(parts).int(m).int(n))
 }

@@ -57,7 +57,6 @@ fn product(o: &Operands, form: Form, sizes: Sizes, a: Ptr, b: Ptr) -> Product {
         bias: Ptr::NULL,
         activation: Activation::None,
         out: o.output(0),
-        out_dtype: o.out_dtype(0),
         pre: Ptr::NULL,
         accumulator: o.accumulator(0),
         scratch: o.scratch(),

@@ -50,19 +50,31 @@ impl GemmPlan {
     }
 }
 
-/// The plan for a product with inputs of `dtype` and an output of `out`.
-pub fn plan(form: Form, sizes: Sizes, dtype: DType, out: DType) -> GemmPlan {
-    let _ = dtype;
-    let kernel = match form {
-        Form::Nn => "gemm_nn_f32",
-        Form::Nt => "gemm_nt_f32",
-        Form::Tn => "gemm_tn_f32",
+/// Elements of bf16 in the 16 bytes that the tensor core kernels copy at once.
+const WORD_ELEMS: usize = 8;
+
+/// The plan for a product with inputs of `dtype`.
+pub fn plan(form: Form, sizes: Sizes, dtype: DType) -> GemmPlan {
+    let Sizes { m, n, k } = sizes;
+    let [a_pitch, b_pitch] = match form {
+        Form::Nn => [k, n],
+        Form::Nt => [k, k],
+        Form::Tn => [m, n],
     };
-    GemmPlan {
-        kernel,
-        finish: if out == DType::Bf16 { "gemm_finish_bf16" } else { "gemm_finish_f32" },
-        tile: [128, 128],
-        block: 256,
-        parts: k_parts(sizes.m, sizes.n, sizes.k),
-    }
+    let aligned = a_pitch % WORD_ELEMS == 0 && b_pitch % WORD_ELEMS == 0;
+    let (kernel, block) = match (dtype, form, aligned) {
+        (DType::Bf16, Form::Nn, true) => ("gemm_nn_bf16", 128),
+        (DType::Bf16, Form::Nt, true) => ("gemm_nt_bf16", 128),
+        (DType::Bf16, Form::Tn, true) => ("gemm_tn_bf16", 128),
+        (DType::Bf16, Form::Nn, false) => ("gemm_nn_ragged_bf16", 256),
+        (DType::Bf16, Form::Nt, false) => ("gemm_nt_ragged_bf16", 256),
+        (DType::Bf16, Form::Tn, false) => ("gemm_tn_ragged_bf16", 256),
+        (_, Form::Nn, _) => ("gemm_nn_f32", 256),
+        (_, Form::Nt, _) => ("gemm_nt_f32", 256),
+        (_, Form::Tn, _) => ("gemm_tn_f32", 256),
+    };
+    // A parameter's gradient, the only use of tn, is f32 in a bf16 model too.
+    let bf16_out = dtype == DType::Bf16 && form != Form::Tn;
+    let finish = if bf16_out { "gemm_finish_bf16" } else { "gemm_finish_f32" };
+    GemmPlan { kernel, finish, tile: [128, 128], block, parts: k_parts(m, n, k) }
 }
