@@ -105,7 +105,7 @@ DEV void product(GemmEnd<float> end, const float* a, const float* b, int m, int 
         for (int j = 0; j < 8; j++) sums[i][j] = fmaf(down[i], across[j], sums[i][j]);
     }
   }
-  // Out by quarters of 64 x 64 through shared memory, so that a warp writes 32 elements of a row.
+  // Out by quarters of 64 x 64 through shared memory, so that 8 threads write a row of 64.
 #pragma unroll
   for (int quarter = 0; quarter < 4; quarter++) {
     int down = quarter / 2 * 4, across = quarter % 2 * 4;
@@ -116,11 +116,13 @@ DEV void product(GemmEnd<float> end, const float* a, const float* b, int m, int 
           make_float4(sums[down + i][across], sums[down + i][across + 1], sums[down + i][across + 2], sums[down + i][across + 3]);
     }
     __syncthreads();
-    int64_t col = col0 + across * 16 + threadIdx.x % 64, row = row0 + down * 16 + threadIdx.x / 64;
-    float bias = end.bias_at(col);
+    int64_t row = row0 + down * 16 + threadIdx.x / 8, col = col0 + across * 16 + threadIdx.x % 8 * 8;
+    float biases[8], octet[8];
+    end.bias_octet(biases, col);
 #pragma unroll 1
-    for (int at = threadIdx.x; at < TILE * TILE / 4 && row < m; at += THREADS, row += THREADS / 64) {
-      if (col < n) end.put(row, col, tiles[at] + bias);
+    for (int at = threadIdx.x * 8; at < TILE * TILE / 4; at += THREADS * 8, row += THREADS / 8) {
+      load_octet(octet, tiles + at, 8, true);
+      end.put_octet(row, col, octet, biases);
     }
   }
 }

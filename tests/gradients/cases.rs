@@ -148,7 +148,7 @@ fn linears(t: &mut Table) {
     }
 }
 
-fn linear(
+pub fn linear(
     s: &mut Body,
     [rows, inputs, outputs]: [usize; 3],
     layout: WeightLayout,

@@ -1,28 +1,64 @@
-//! Launches of `kernels/linear.cu`.
+//! The linear layer's launches: products of `gemm`, one column sum.
+//!
+//! Sizes: M (rows of x), K (inputs), N (outputs). The weight is (K, N) or (N, K).
 
 use super::column_sum;
-use super::launch::Queue;
+use super::gemm::{self, Form, Product, Sizes};
+use super::launch::{Ptr, Queue};
 use super::operands::Operands;
-use crate::base::{Error, Result};
+use crate::base::Result;
 use crate::graph::{Activation, WeightLayout};
 
-/// STUB.
-pub(super) fn forward(_q: &mut Queue, _o: &Operands, _activation: Activation, _layout: WeightLayout) -> Result<()> {
-    Err(Error::bad("linear::forward has no kernel yet"))
+/// x (M, K), weight, bias (N) or none -> out (M, N) = act(x W + bias), pre (M, N) where it is wanted.
+pub(super) fn forward(q: &mut Queue, o: &Operands, activation: Activation, layout: WeightLayout) -> Result<()> {
+    let (m, k) = o.rows_cols(0);
+    let form = match layout {
+        WeightLayout::InOut => Form::Nn,
+        WeightLayout::OutIn => Form::Nt,
+    };
+    let product = product(o, form, Sizes { m, n: o.out_cols(), k }, o.input(0), o.input(1));
+    gemm::launch(q, &Product { bias: o.optional_input(2), activation, pre: o.optional_output(1), ..product })
 }
 
-/// STUB.
-pub(super) fn grad_input(_q: &mut Queue, _o: &Operands, _layout: WeightLayout) -> Result<()> {
-    Err(Error::bad("linear::grad_input has no kernel yet"))
+/// d_pre (M, N), weight -> d_x (M, K) = d_pre W^T.
+pub(super) fn grad_input(q: &mut Queue, o: &Operands, layout: WeightLayout) -> Result<()> {
+    let (m, k) = o.rows_cols(0);
+    let form = match layout {
+        WeightLayout::InOut => Form::Nt,
+        WeightLayout::OutIn => Form::Nn,
+    };
+    gemm::launch(q, &product(o, form, Sizes { m, n: o.out_cols(), k }, o.input(0), o.input(1)))
 }
 
-/// STUB.
-pub(super) fn grad_weight(_q: &mut Queue, _o: &Operands, _layout: WeightLayout) -> Result<()> {
-    Err(Error::bad("linear::grad_weight has no kernel yet"))
+/// x (M, K), d_pre (M, N) -> d_weight = x^T d_pre (K, N), or d_pre^T x (N, K).
+pub(super) fn grad_weight(q: &mut Queue, o: &Operands, layout: WeightLayout) -> Result<()> {
+    let ((k, inputs), (_, outputs)) = (o.rows_cols(0), o.rows_cols(1));
+    let product = match layout {
+        WeightLayout::InOut => product(o, Form::Tn, Sizes { m: inputs, n: outputs, k }, o.input(0), o.input(1)),
+        WeightLayout::OutIn => product(o, Form::Tn, Sizes { m: outputs, n: inputs, k }, o.input(1), o.input(0)),
+    };
+    gemm::launch(q, &product)
 }
 
 /// d_pre (rows, N) -> d_bias (N).
 pub(super) fn grad_bias(q: &mut Queue, o: &Operands) -> Result<()> {
     let (rows, cols) = o.rows_cols(0);
     column_sum::launch(q, o.output(0), o.accumulator(0), o.input(0), o.in_dtype(0), rows, cols, o.scratch())
+}
+
+/// The product a b into output 0.
+fn product(o: &Operands, form: Form, sizes: Sizes, a: Ptr, b: Ptr) -> Product {
+    Product {
+        form,
+        sizes,
+        dtype: o.in_dtype(0),
+        a,
+        b,
+        bias: Ptr::NULL,
+        activation: Activation::None,
+        out: o.output(0),
+        pre: Ptr::NULL,
+        accumulator: o.accumulator(0),
+        scratch: o.scratch(),
+    }
 }

@@ -17,6 +17,7 @@ mod elementwise;
 mod embedding;
 #[cfg(feature = "emulator")]
 mod emulated;
+mod gemm;
 #[cfg(feature = "cuda")]
 mod gpu;
 pub mod launch;

@@ -1,6 +1,31 @@
 //! Products.
 
-use crate::cases::Table;
+use crate::cases::{Table, linear};
+use hydra::graph::{Activation, WeightLayout};
+
+/// (rows, inputs, outputs): tails of the tiles and of the steps along k, one row, rows of every alignment, a k that is cut.
+const SIZES: [[usize; 3]; 9] = [
+    [1, 64, 24],
+    [7, 1, 9],
+    [17, 40, 257],
+    [33, 129, 1],
+    [65, 31, 127],
+    [127, 8, 33],
+    [129, 72, 136],
+    [2, 1000, 15],
+    [700, 3, 5],
+];
 
 /// Adds the cases.
-pub fn cases(_t: &mut Table) {}
+pub fn cases(t: &mut Table) {
+    let activations = [Activation::None, Activation::Relu, Activation::GeluTanh, Activation::GeluErf];
+    for (i, sizes) in SIZES.into_iter().enumerate() {
+        for (j, layout) in [WeightLayout::InOut, WeightLayout::OutIn].into_iter().enumerate() {
+            let (activation, bias) = (activations[(i + 2 * j) % 4], i % 3 > 0);
+            let [rows, inputs, outputs] = sizes;
+            t.add(format!("linear {rows}x{inputs}x{outputs} {layout:?} {activation:?} bias {bias}"), move |s| {
+                linear(s, sizes, layout, activation, bias)
+            });
+        }
+    }
+}
