@@ -46,6 +46,8 @@ pub fn scratch_bytes(graph: &Graph, node: &Node) -> u64 {
     let input = |i: usize| &graph.info(node.inputs[i]).shape;
     match &node.op {
         Op::LinearGradBias => column_sum_bytes(input(0).rows(), input(0).cols()),
+        // For each query of each head the sum of d_out * out, f32: as many as lse has.
+        Op::AttentionGrad(_) => input(2).elems() as u64 * 4,
         _ => 0,
     }
 }
