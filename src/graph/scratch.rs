@@ -194,6 +194,8 @@ pub fn scratch_bytes(graph: &Graph, node: &Node) -> u64 {
             let floats = if node.op == Op::BatchNormGrad { 2 * partials + 3 * x[1] } else { 3 * partials };
             (floats * 4) as u64
         }
+        // For each query of each head the sum of d_out * out, f32: as many as lse has.
+        Op::AttentionGrad(_) => input(2).elems() as u64 * 4,
         _ => 0,
     }
 }

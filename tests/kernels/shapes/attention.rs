@@ -1,6 +1,46 @@
 //! Attention.
 
 use crate::cases::Table;
+use hydra::base::DType;
+use hydra::graph::AttentionOptions;
 
 /// Adds the cases.
-pub fn cases(_t: &mut Table) {}
+pub fn cases(t: &mut Table) {
+    // Tails of tiles of 64 and of 128, heads that share keys, widths that kernels are made for and widths that none is.
+    for (b, queries, keys, heads, kv_heads, width, causal, masked, dropout) in [
+        (1, 1, 1, 1, 1, 64, true, false, 0.0),
+        (2, 33, 33, 2, 1, 32, true, true, 0.0),
+        (1, 65, 65, 2, 2, 64, true, false, 0.1),
+        (1, 129, 70, 2, 1, 16, false, true, 0.0),
+        (2, 63, 130, 2, 2, 8, true, false, 0.3),
+        (1, 130, 129, 1, 1, 128, false, false, 0.0),
+        (1, 197, 197, 1, 1, 48, false, false, 0.2),
+        (1, 127, 65, 3, 1, 33, true, true, 0.1),
+        (1, 66, 66, 2, 2, 96, true, false, 0.0),
+        (1, 7, 67, 1, 1, 130, false, true, 0.0),
+        (1, 257, 257, 1, 1, 24, true, false, 0.0),
+    ] {
+        for packed in [false, true] {
+            if packed && queries != keys {
+                continue;
+            }
+            let name = format!(
+                "attention {b}x{queries} on {keys}, {heads} of {kv_heads} heads of {width}, packed {packed}, causal {causal}, masked {masked}, dropout {dropout}"
+            );
+            t.add(name, move |s| {
+                let options = AttentionOptions { heads, kv_heads, scale: None, causal, dropout };
+                let mask = if masked { Some(s.b.input("mask", [b, keys], DType::I32)?) } else { None };
+                if packed {
+                    let qkv = s.leaf("qkv", [b, queries, (heads + 2 * kv_heads) * width])?;
+                    return s.b.attention_packed(qkv, mask, options);
+                }
+                // With a single key the weights are 1, whatever q and k are.
+                let lone = if keys == 1 { "flat " } else { "" };
+                let q = s.leaf(&format!("{lone}q"), [b, queries, heads * width])?;
+                let k = s.leaf(&format!("{lone}k"), [b, keys, kv_heads * width])?;
+                let v = s.leaf("v", [b, keys, kv_heads * width])?;
+                s.b.attention(q, k, v, mask, options)
+            });
+        }
+    }
+}
