@@ -27,3 +27,4 @@ pub use op::{AttentionKind, Op, Window};
 pub use place::{ALIGNMENT, Lifetime, place};
 pub use program::{AREAS, Area, Buffer, Kind, Program, Step, UsedInput};
 pub use scratch::{COLUMN_TILE, RowParts, column_sum_bytes, row_parts, scratch_bytes};
+pub use scratch::{ConvSizes, ConvTile, conv_bias_parts, conv_regions, is_channels_last};
