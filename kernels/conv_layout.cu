@@ -7,6 +7,8 @@
 // thread where rows of positions are whole packs; a tile of all positions is read as one stretch of memory. Writes are 16 bytes a
 // thread along the channels, 128 bytes in a row. One read and one write: bound by memory, 90 % of the copy rate is to be expected.
 #include "gpu.cuh"
+#include "gpu/conv.cuh"
+#include "gpu/conv_mma.cuh"
 
 constexpr int TILE = 64, THREADS = 256;
 // Of a row in shared memory: an odd number of words, so that both directions spread over the banks.

@@ -26,17 +26,19 @@ const MOST_ROWS: usize = 1 << 29;
 pub(super) fn forward(q: &mut Queue, o: &Operands, window: &Window) -> Result<()> {
     let s = ConvSizes::new(window, o.in_axes(0), o.out_axes(0));
     let (mut x, mut weight, dtype) = (o.input(0), o.input(1), o.in_dtype(0));
-    let pixels = s.out_pixels();
     let (kernel, tile) = if dtype == DType::Bf16 {
         let begins = conv_regions(&o.step.op, dtype, &s);
-        x = channels_last(q, o.scratch().plus(begins[0]), x, s.batch, s.in_channels, s.plane())?;
         weight = channels_last(q, o.scratch().plus(begins[1]), weight, s.out_channels, s.in_channels, s.taps())?;
+        if s.is_pointwise() {
+            return pointwise(q, o.output(0), x, weight, o.optional_input(2), &s);
+        }
+        x = channels_last(q, o.scratch().plus(begins[0]), x, s.batch, s.in_channels, s.plane())?;
         let names = ["conv2d_forward_square_bf16", "conv2d_forward_flat_bf16", "conv2d_forward_small_bf16"];
-        tensor_core_tile(q, names, s.out_channels, pixels, 1)
+        tensor_core_tile(q, names, s.out_channels, s.out_pixels(), 1)
     } else {
         ("conv2d_forward_f32", ConvTile::PLAIN)
     };
-    let launch = gather(kernel, tile, tile.count(s.out_channels, pixels));
+    let launch = gather(kernel, tile, tile.count(s.out_channels, s.out_pixels()));
     q.launch(launch.ptr(o.output(0)).ptr(x).ptr(weight).ptr(o.optional_input(2)).bytes(&sizes(&s)?, 4))
 }
 
@@ -49,9 +51,12 @@ pub(super) fn grad_input(q: &mut Queue, o: &Operands, window: &Window) -> Result
     let pixels = s.batch * s.height.div_ceil(window.stride) * s.width.div_ceil(window.stride);
     let (kernel, tile) = if dtype == DType::Bf16 {
         let begins = conv_regions(&o.step.op, dtype, &s);
-        d_out = channels_last(q, o.scratch().plus(begins[0]), d_out, s.batch, s.out_channels, s.out_plane())?;
         let columns = s.in_channels * s.taps();
         weight = channels_last(q, o.scratch().plus(begins[1]), weight, 1, s.out_channels, columns)?;
+        if s.is_pointwise() {
+            return pointwise(q, o.output(0), d_out, weight, Ptr::NULL, &s.exchanged());
+        }
+        d_out = channels_last(q, o.scratch().plus(begins[0]), d_out, s.batch, s.out_channels, s.out_plane())?;
         let names = ["conv2d_grad_input_square_bf16", "conv2d_grad_input_flat_bf16", "conv2d_grad_input_small_bf16"];
         tensor_core_tile(q, names, s.in_channels, pixels, classes)
     } else {
@@ -64,7 +69,7 @@ pub(super) fn grad_input(q: &mut Queue, o: &Operands, window: &Window) -> Result
 /// d_out (N, O, H', W'), x (N, C, H, W) -> d_weight (O, C, kh, kw) f32.
 pub(super) fn grad_weight(q: &mut Queue, o: &Operands, window: &Window) -> Result<()> {
     let s = ConvSizes::new(window, o.in_axes(1), o.in_axes(0));
-    let (d_out, x, dtype) = (o.input(0), o.input(1), o.in_dtype(0));
+    let (mut d_out, mut x, dtype) = (o.input(0), o.input(1), o.in_dtype(0));
     let begins = conv_regions(&o.step.op, dtype, &s);
     let RowParts { parts, rows: part_pixels } = s.weight_parts(dtype);
     let (tile, columns) = (s.weight_tile(dtype), s.weight_columns(dtype));
@@ -72,10 +77,16 @@ pub(super) fn grad_weight(q: &mut Queue, o: &Operands, window: &Window) -> Resul
     let partials = o.scratch().plus(begins[2]);
     // What the sum sees of an element's place in a part: the pitch of channels, and that of taps.
     let (channel_pitch, tap_pitch) = if dtype == DType::Bf16 {
-        let d_out = channels_last(q, o.scratch().plus(begins[0]), d_out, s.batch, s.out_channels, s.out_plane())?;
-        let x = channels_last(q, o.scratch().plus(begins[1]), x, s.batch, s.in_channels, s.plane())?;
-        let flat = tile == ConvTile::FLAT;
-        let kernel = if flat { "conv2d_grad_weight_flat_bf16" } else { "conv2d_grad_weight_square_bf16" };
+        if !s.is_pointwise() {
+            d_out = channels_last(q, o.scratch().plus(begins[0]), d_out, s.batch, s.out_channels, s.out_plane())?;
+            x = channels_last(q, o.scratch().plus(begins[1]), x, s.batch, s.in_channels, s.plane())?;
+        }
+        let kernel = match (s.is_pointwise(), tile == ConvTile::FLAT) {
+            (false, false) => "conv2d_grad_weight_square_bf16",
+            (false, true) => "conv2d_grad_weight_flat_bf16",
+            (true, false) => "conv2d_grad_weight_pointwise_square_bf16",
+            (true, true) => "conv2d_grad_weight_pointwise_flat_bf16",
+        };
         let launch = Launch::new(kernel, grid, THREADS).shared(ring_bytes(tile));
         q.launch(launch.ptr(partials).ptr(d_out).ptr(x).bytes(&sizes(&s)?, 4).long(part_pixels))?;
         (1, columns.checked_div(s.taps()).unwrap_or(0))
@@ -112,7 +123,15 @@ pub(super) fn grad_bias(q: &mut Queue, o: &Operands) -> Result<()> {
     q.launch(sum.int(channels).int(parts).int(o.accumulator(0)))
 }
 
-/// A launch of the forward pass or the data gradient.
+/// x (N, C, plane), weight (O, C'), bias (O) or null -> out (N, O, plane), by `kernels/conv_pointwise.cu`.
+fn pointwise(q: &mut Queue, out: Ptr, x: Ptr, weight: Ptr, bias: Ptr, s: &ConvSizes) -> Result<()> {
+    let names = ["conv2d_pointwise_square_bf16", "conv2d_pointwise_flat_bf16", "conv2d_pointwise_small_bf16"];
+    let (kernel, tile) = tensor_core_tile(q, names, s.out_channels, s.out_pixels(), 1);
+    let launch = gather(kernel, tile, tile.count(s.out_channels, s.out_pixels()));
+    q.launch(launch.ptr(out).ptr(x).ptr(weight).ptr(bias).bytes(&sizes(s)?, 4))
+}
+
+/// A launch of a product of channels and pixels.
 fn gather(kernel: &'static str, tile: ConvTile, blocks: usize) -> Launch {
     let shared = if tile == ConvTile::PLAIN { 0 } else { ring_bytes(tile) + (tile.columns * PLACE_BYTES) as u32 };
     Launch::new(kernel, [blocks, 1, 1], THREADS).shared(shared)
@@ -186,24 +205,17 @@ mod tests {
         let plain = include_str!("../../../kernels/conv.cu");
         let ConvTile { rows, columns } = ConvTile::PLAIN;
         has(plain, format!("constexpr int ROWS = {rows}, COLUMNS = {columns}, STEPS = 16, THREADS = {THREADS};"));
-        let gather = include_str!("../../../kernels/conv_mma.cu");
-        has(gather, format!("constexpr int STAGES = {STAGES}, STAGE_GROUPS = 4, THREADS = {THREADS};"));
-        let weight = include_str!("../../../kernels/conv_mma_weight.cu");
-        has(weight, format!("constexpr int STAGES = {STAGES}, STAGE_PIXELS = 32, THREADS = {THREADS};"));
+        let tensor = include_str!("../../../kernels/gpu/conv_mma.cuh");
+        has(
+            tensor,
+            format!("constexpr int MMA_THREADS = {THREADS}, STAGES = {STAGES}, STAGE_STEPS = {}", STAGE_ROW_BYTES / 2),
+        );
         let tiles =
             [("Square", ConvTile::SQUARE, 2, 2), ("Flat", ConvTile::FLAT, 1, 4), ("Small", ConvTile::SMALL, 2, 2)];
         for (name, tile, down, across) in tiles {
             let (rows, columns) = (tile.rows / down, tile.columns / across);
-            let line = format!("using {name} = WarpTiling<{down}, {across}, {rows}, {columns}>;");
-            has(gather, line.clone());
-            if tile != ConvTile::SMALL {
-                has(weight, line);
-            }
+            has(tensor, format!("using {name} = WarpTiling<{down}, {across}, {rows}, {columns}>;"));
         }
-        has(
-            include_str!("../../../kernels/gpu/conv_mma.cuh"),
-            format!("constexpr int NARROW_BYTES = {STAGE_ROW_BYTES};"),
-        );
         let layout = include_str!("../../../kernels/conv_layout.cu");
         has(layout, format!("constexpr int TILE = {LAYOUT_TILE}, THREADS = {SUM_THREADS};"));
         has(include_str!("../../../kernels/conv_sums.cu"), format!("constexpr int THREADS = {SUM_THREADS};"));

@@ -83,6 +83,25 @@ impl ConvSizes {
         }
     }
 
+    /// Whether the convolution is a matrix product of images as they lie, whose planes are whole groups: `kernels/conv_pointwise.cu`.
+    pub fn is_pointwise(&self) -> bool {
+        let Window { kernel, stride, padding } = self.window;
+        kernel == [1, 1] && stride == 1 && padding == 0 && self.plane().is_multiple_of(GROUP)
+    }
+
+    /// The same with x and out exchanged.
+    pub fn exchanged(&self) -> ConvSizes {
+        ConvSizes {
+            in_channels: self.out_channels,
+            height: self.out_height,
+            width: self.out_width,
+            out_channels: self.in_channels,
+            out_height: self.height,
+            out_width: self.width,
+            ..*self
+        }
+    }
+
     /// Weights of one filter in one input channel.
     pub fn taps(&self) -> usize {
         self.window.kernel[0] * self.window.kernel[1]
@@ -153,10 +172,10 @@ fn channels_last_bytes(batch: usize, channels: usize, positions: usize) -> u64 {
 /// | `Conv2dGradInput` | d_out, channels last | weight (C, taps, O) | |
 /// | `Conv2dGradWeight` | d_out, channels last | x, channels last | partial sums, f32 (parts, O, weight_columns) |
 ///
-/// In f32 there are partial sums alone, and those only for several parts.
+/// A pointwise convolution's images stay as they are. In f32 there are partial sums alone, and those only for several parts.
 pub fn conv_regions(op: &Op, dtype: DType, s: &ConvSizes) -> [u64; 4] {
     let bf16 = dtype == DType::Bf16;
-    let (x, out) = if bf16 {
+    let (x, out) = if bf16 && !s.is_pointwise() {
         (
             channels_last_bytes(s.batch, s.in_channels, s.plane()),
             channels_last_bytes(s.batch, s.out_channels, s.out_plane()),
@@ -234,8 +253,11 @@ mod tests {
     #[test]
     fn a_pointwise_weight_needs_no_copy() {
         let window = Window { kernel: [1, 1], stride: 1, padding: 0 };
-        let s = ConvSizes::new(&window, &[2, 64, 4, 4], &[2, 16, 4, 4]);
-        assert_eq!(conv_regions(&Op::Conv2d(window), DType::Bf16, &s), [0, 4096, 4096, 4096]);
+        let s = ConvSizes::new(&window, &[2, 64, 3, 3], &[2, 16, 3, 3]);
+        assert_eq!(conv_regions(&Op::Conv2d(window), DType::Bf16, &s), [0, 2304, 2304, 2304]);
         assert_eq!(conv_regions(&Op::Conv2d(window), DType::F32, &s), [0; 4]);
+        let s = ConvSizes::new(&window, &[2, 64, 4, 4], &[2, 16, 4, 4]);
+        assert_eq!(conv_regions(&Op::Conv2d(window), DType::Bf16, &s), [0; 4]);
+        assert_eq!(conv_regions(&Op::Conv2dGradInput(window), DType::Bf16, &s), [0, 0, 2048, 2048]);
     }
 }
