@@ -20,6 +20,8 @@
 #include "gpu.cuh"
 #include "gpu/conv.cuh"
 
+namespace {
+
 constexpr int ROWS = 64, COLUMNS = 128, STEPS = 16, THREADS = 128;
 // Rows of shared memory are 16 bytes longer than the tile, which spreads stores that run along the steps over the banks.
 constexpr int SKEW = 4;
@@ -210,6 +212,8 @@ template <class T> DEV void weight_product(float* d_weight, float* partials, con
     }
   }
 }
+
+}  // namespace
 
 extern "C" __global__ void __launch_bounds__(THREADS, 3)
 conv2d_forward_f32(float* out, const float* x, const float* weight, const float* bias, const ConvSizes sizes) {

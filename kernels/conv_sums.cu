@@ -12,6 +12,8 @@
 #include "gpu.cuh"
 #include "gpu/conv.cuh"
 
+namespace {
+
 constexpr int THREADS = 256;
 
 DEV void put(float* at, float sum, const Now* now, int accumulator) { *at = accumulator && now->accumulate ? *at + sum : sum; }
@@ -60,6 +62,8 @@ template <class T> DEV void grad_bias(float* d_bias, float* partials, const T* d
   if (partials) partials[blockIdx.x] = sum;
   else put(d_bias + channel, sum, now, accumulator);
 }
+
+}  // namespace
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 conv2d_grad_bias_f32(float* d_bias, float* partials, const float* d_out, const Now* now, int batch, int channels, int positions,

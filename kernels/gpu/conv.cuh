@@ -1,4 +1,4 @@
-// The geometry of a convolution: where the elements of its gathered matrices lie. Included by gpu.cuh, on both sides.
+// The geometry of a convolution: where the elements of its gathered matrices lie.
 //
 // Each of the three products of a convolution multiplies a plain matrix with a gathered one, whose element at (step, column) is a
 // pixel of an image, or 0 outside it. The pixel's place is the sum of a place for the step and a place for the column:

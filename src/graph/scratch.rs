@@ -3,8 +3,11 @@
 //! Kernels that reduce over many blocks leave partial results for a second kernel. How many is a function of shapes alone, never of
 //! the chip, so neither the plan's bytes nor the order of any sum depend on the machine.
 
+mod conv;
+
 use super::graph::{Graph, Node};
 use super::op::Op;
+pub use conv::{ConvSizes, ConvTile, conv_bias_bytes, conv_bias_parts, conv_regions, is_channels_last};
 
 /// Columns that one block of `kernels/column_sum.cu` sums.
 pub const COLUMN_TILE: usize = 256;
@@ -196,8 +199,23 @@ pub fn scratch_bytes(graph: &Graph, node: &Node) -> u64 {
         }
         // For each query of each head the sum of d_out * out, f32: as many as lse has.
         Op::AttentionGrad(_) => input(2).elems() as u64 * 4,
+        Op::Conv2d(_) | Op::Conv2dGradInput(_) | Op::Conv2dGradWeight(_) => conv_bytes(graph, node),
+        Op::Conv2dGradBias => conv_bias_bytes(input(0).axes()[1], input(0).elems() / input(0).axes()[1].max(1)),
         _ => 0,
     }
+}
+
+/// Of a convolution or one of its gradients but the bias'.
+fn conv_bytes(graph: &Graph, node: &Node) -> u64 {
+    let axes = |value| graph.info(value).shape.axes();
+    let (window, x, out) = match &node.op {
+        Op::Conv2d(window) => (window, node.inputs[0], node.outputs[0]),
+        Op::Conv2dGradInput(window) => (window, node.outputs[0], node.inputs[0]),
+        Op::Conv2dGradWeight(window) => (window, node.inputs[1], node.inputs[0]),
+        other => unreachable!("{} is no convolution", other.name()),
+    };
+    let sizes = ConvSizes::new(window, axes(x), axes(out));
+    conv_regions(&node.op, graph.info(node.inputs[0]).dtype, &sizes)[3]
 }
 
 #[cfg(test)]

@@ -1,0 +1,263 @@
+//! Scratch of convolutions: tensors with their channels last, for the kernels in bf16, and partial sums of weight gradients.
+
+use super::{RowParts, parts_of};
+use crate::base::DType;
+use crate::graph::op::{Op, Window};
+
+/// Blocks that a weight gradient is cut into where it has the pixels for it: 4 on each of an H200's 132 multiprocessors.
+const BLOCKS: usize = 528;
+/// Most parts, so that adding them up stays short beside making them.
+const MOST_PARTS: usize = 128;
+/// Fewest pixels of a part.
+const LEAST_PIXELS: usize = 256;
+/// Values of one channel that a block of the bias gradient sums; a multiple of what one load moves.
+const BIAS_PART: usize = 16_384;
+/// Channels of a group: what one asynchronous copy moves in bf16.
+const GROUP: usize = 8;
+/// Regions start at multiples of this many bytes, as tensors do.
+const ALIGNMENT: u64 = 64;
+
+/// A part of a product that one block computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ConvTile {
+    /// Channels; output channels in the weight gradient.
+    pub rows: usize,
+    /// Pixels; taps of input channels in the weight gradient.
+    pub columns: usize,
+}
+
+impl ConvTile {
+    /// That of `kernels/conv.cu`.
+    pub const PLAIN: ConvTile = ConvTile { rows: 64, columns: 128 };
+    /// Of `kernels/conv_mma.cu` and `kernels/conv_mma_weight.cu`.
+    pub const SQUARE: ConvTile = ConvTile { rows: 128, columns: 128 };
+    /// Of the same, for few rows.
+    pub const FLAT: ConvTile = ConvTile { rows: 64, columns: 256 };
+    /// Of `kernels/conv_mma.cu`, for few tiles.
+    pub const SMALL: ConvTile = ConvTile { rows: 64, columns: 64 };
+
+    /// Tiles that cover (rows, columns).
+    pub fn count(&self, rows: usize, columns: usize) -> usize {
+        rows.div_ceil(self.rows) * columns.div_ceil(self.columns)
+    }
+
+    /// [`ConvTile::SQUARE`] or [`ConvTile::FLAT`]: both have the same area, and fewer tiles waste less of it.
+    pub fn covering(rows: usize, columns: usize) -> ConvTile {
+        if Self::FLAT.count(rows, columns) < Self::SQUARE.count(rows, columns) { Self::FLAT } else { Self::SQUARE }
+    }
+}
+
+/// Sizes of a convolution: x (batch, in_channels, height, width), out (batch, out_channels, out_height, out_width).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ConvSizes {
+    /// Images.
+    pub batch: usize,
+    /// Channels of x.
+    pub in_channels: usize,
+    /// Rows of an image of x.
+    pub height: usize,
+    /// Columns of an image of x.
+    pub width: usize,
+    /// Channels of out.
+    pub out_channels: usize,
+    /// Rows of an image of out.
+    pub out_height: usize,
+    /// Columns of an image of out.
+    pub out_width: usize,
+    /// The filter's size and its way over the image.
+    pub window: Window,
+}
+
+impl ConvSizes {
+    /// From the axes of x and out.
+    pub fn new(window: &Window, x: &[usize], out: &[usize]) -> ConvSizes {
+        ConvSizes {
+            batch: x[0],
+            in_channels: x[1],
+            height: x[2],
+            width: x[3],
+            out_channels: out[1],
+            out_height: out[2],
+            out_width: out[3],
+            window: *window,
+        }
+    }
+
+    /// Whether the convolution is a matrix product of images as they lie, whose planes are whole groups: `kernels/conv_pointwise.cu`.
+    pub fn is_pointwise(&self) -> bool {
+        let Window { kernel, stride, padding } = self.window;
+        kernel == [1, 1] && stride == 1 && padding == 0 && self.plane().is_multiple_of(GROUP)
+    }
+
+    /// The same with x and out exchanged.
+    pub fn exchanged(&self) -> ConvSizes {
+        ConvSizes {
+            in_channels: self.out_channels,
+            height: self.out_height,
+            width: self.out_width,
+            out_channels: self.in_channels,
+            out_height: self.height,
+            out_width: self.width,
+            ..*self
+        }
+    }
+
+    /// Weights of one filter in one input channel.
+    pub fn taps(&self) -> usize {
+        self.window.kernel[0] * self.window.kernel[1]
+    }
+
+    /// Pixels of one channel of an image of x.
+    pub fn plane(&self) -> usize {
+        self.height * self.width
+    }
+
+    /// Pixels of one channel of an image of out.
+    pub fn out_plane(&self) -> usize {
+        self.out_height * self.out_width
+    }
+
+    /// Pixels of one channel of out, over all images.
+    pub fn out_pixels(&self) -> usize {
+        self.batch * self.out_plane()
+    }
+
+    /// Columns of the weight gradient as a matrix; in bf16 every tap has its channels padded to whole groups.
+    pub fn weight_columns(&self, dtype: DType) -> usize {
+        self.taps() * if dtype == DType::Bf16 { padded(self.in_channels) } else { self.in_channels }
+    }
+
+    /// Tile of the weight gradient.
+    pub fn weight_tile(&self, dtype: DType) -> ConvTile {
+        match dtype {
+            DType::Bf16 => ConvTile::covering(self.out_channels, self.weight_columns(dtype)),
+            _ => ConvTile::PLAIN,
+        }
+    }
+
+    /// How the pixels that a weight gradient sums over are cut. A part has a multiple of 32 pixels, the last one excepted.
+    pub fn weight_parts(&self, dtype: DType) -> RowParts {
+        let tiles = self.weight_tile(dtype).count(self.out_channels, self.weight_columns(dtype)).max(1);
+        let wanted = self.out_pixels().div_ceil(LEAST_PIXELS).min(BLOCKS.div_ceil(tiles)).clamp(1, MOST_PARTS);
+        let steps = parts_of(self.out_pixels().div_ceil(32).max(1), wanted);
+        RowParts { parts: steps.parts, rows: steps.rows * 32 }
+    }
+}
+
+/// How the values that a bias gradient sums in each channel are cut.
+pub fn conv_bias_parts(out_pixels: usize) -> RowParts {
+    RowParts { parts: out_pixels.div_ceil(BIAS_PART).max(1), rows: BIAS_PART }
+}
+
+/// `channels` and the zeros that make whole groups of them.
+fn padded(channels: usize) -> usize {
+    channels.next_multiple_of(GROUP)
+}
+
+/// Whether a tensor (batch, channels, positions) is the same with its channels last and padded.
+pub fn is_channels_last(channels: usize, positions: usize) -> bool {
+    positions == 1 && channels % GROUP == 0
+}
+
+/// Bytes of a bf16 tensor (batch, channels, positions) with its channels last; 0 where the tensor itself will do.
+fn channels_last_bytes(batch: usize, channels: usize, positions: usize) -> u64 {
+    if is_channels_last(channels, positions) { 0 } else { (batch * positions * padded(channels) * 2) as u64 }
+}
+
+/// Where the regions of a convolution's scratch begin, in bytes, and where the last one ends.
+///
+/// | op | first | second | third |
+/// | --- | --- | --- | --- |
+/// | `Conv2d` | x, channels last | weight (O, taps, C) | |
+/// | `Conv2dGradInput` | d_out, channels last | weight (C, taps, O) | |
+/// | `Conv2dGradWeight` | d_out, channels last | x, channels last | partial sums, f32 (parts, O, weight_columns) |
+///
+/// A pointwise convolution's images stay as they are. In f32 there are partial sums alone, and those only for several parts.
+pub fn conv_regions(op: &Op, dtype: DType, s: &ConvSizes) -> [u64; 4] {
+    let bf16 = dtype == DType::Bf16;
+    let (x, out) = if bf16 && !s.is_pointwise() {
+        (
+            channels_last_bytes(s.batch, s.in_channels, s.plane()),
+            channels_last_bytes(s.batch, s.out_channels, s.out_plane()),
+        )
+    } else {
+        (0, 0)
+    };
+    let sizes = match op {
+        Op::Conv2d(_) if bf16 => [x, channels_last_bytes(s.out_channels, s.in_channels, s.taps()), 0],
+        Op::Conv2dGradInput(_) if bf16 => [out, channels_last_bytes(1, s.out_channels, s.in_channels * s.taps()), 0],
+        Op::Conv2dGradWeight(_) => {
+            let parts = s.weight_parts(dtype).parts;
+            let partials = if bf16 || parts > 1 { parts * s.out_channels * s.weight_columns(dtype) * 4 } else { 0 };
+            [out, x, partials as u64]
+        }
+        _ => [0; 3],
+    };
+    let mut begins = [0; 4];
+    for (i, bytes) in sizes.into_iter().enumerate() {
+        begins[i + 1] = begins[i] + bytes.next_multiple_of(ALIGNMENT);
+    }
+    begins
+}
+
+/// Bytes of a bias gradient's partial sums: f32 (O, parts), where there are several.
+pub fn conv_bias_bytes(channels: usize, out_pixels: usize) -> u64 {
+    let parts = conv_bias_parts(out_pixels).parts;
+    if parts > 1 { (channels * parts * 4) as u64 } else { 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sizes(
+        batch: usize,
+        in_channels: usize,
+        side: usize,
+        out_channels: usize,
+        kernel: usize,
+        stride: usize,
+    ) -> ConvSizes {
+        let window = Window { kernel: [kernel; 2], stride, padding: kernel / 2 };
+        let [out_height, out_width] = window.out(side, side).expect("the padded image holds the filter");
+        ConvSizes::new(&window, &[batch, in_channels, side, side], &[batch, out_channels, out_height, out_width])
+    }
+
+    #[test]
+    fn parts_cover_the_pixels_and_none_is_empty() {
+        for dtype in [DType::F32, DType::Bf16] {
+            for s in [
+                sizes(0, 3, 5, 4, 3, 1),
+                sizes(1, 3, 1, 1, 1, 1),
+                sizes(32, 3, 224, 64, 7, 2),
+                sizes(256, 64, 56, 64, 3, 1),
+                sizes(3, 512, 7, 2048, 1, 1),
+                sizes(1, 1, 257, 1, 3, 1),
+            ] {
+                let RowParts { parts, rows } = s.weight_parts(dtype);
+                assert!(rows % 32 == 0 && (1..=MOST_PARTS).contains(&parts), "{s:?}");
+                assert!(parts * rows >= s.out_pixels(), "{s:?}");
+                assert!(parts == 1 || (parts - 1) * rows < s.out_pixels(), "{s:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn few_rows_take_flat_tiles() {
+        assert_eq!(ConvTile::covering(64, 100_000), ConvTile::FLAT);
+        assert_eq!(ConvTile::covering(128, 100_000), ConvTile::SQUARE);
+        assert_eq!(ConvTile::covering(192, 100_000), ConvTile::FLAT);
+        assert_eq!(ConvTile::covering(64, 128), ConvTile::SQUARE);
+    }
+
+    #[test]
+    fn a_pointwise_weight_needs_no_copy() {
+        let window = Window { kernel: [1, 1], stride: 1, padding: 0 };
+        let s = ConvSizes::new(&window, &[2, 64, 3, 3], &[2, 16, 3, 3]);
+        assert_eq!(conv_regions(&Op::Conv2d(window), DType::Bf16, &s), [0, 2304, 2304, 2304]);
+        assert_eq!(conv_regions(&Op::Conv2d(window), DType::F32, &s), [0; 4]);
+        let s = ConvSizes::new(&window, &[2, 64, 4, 4], &[2, 16, 4, 4]);
+        assert_eq!(conv_regions(&Op::Conv2d(window), DType::Bf16, &s), [0; 4]);
+        assert_eq!(conv_regions(&Op::Conv2dGradInput(window), DType::Bf16, &s), [0, 0, 2048, 2048]);
+    }
+}
