@@ -23,6 +23,21 @@ const TARGETS: [&str; 7] = [
     "arch=compute_120,code=sm_120",
 ];
 
+/// How: warnings are errors, and ptxas tells of registers and spills.
+const FLAGS: [&str; 11] = [
+    "-std=c++17",
+    "-O3",
+    "-fatbin",
+    "--compress-mode=size",
+    "-lineinfo",
+    "-Werror",
+    "all-warnings",
+    "-Xptxas",
+    "-v",
+    "-I",
+    "kernels",
+];
+
 const HOW_TO_GET_NVCC: &str = "the feature \"cuda\" needs nvcc of CUDA 13.0 or later, and none was found.
 Looked at the variables NVCC and CUDA_HOME, then at PATH. Without a CUDA installation five wheels will do:
     python3 -m venv .nvcc && .nvcc/bin/pip install nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 \\
@@ -87,19 +102,19 @@ fn emulated(dir: &str, out: &Path) -> Result<(), String> {
 
 /// Compiles for GPUs, and lists the fatbins in a Rust file.
 fn fatbins(sources: &[PathBuf], out: &Path) -> Result<(), String> {
-    for variable in ["NVCC", "CUDA_HOME"] {
+    for variable in ["NVCC", "CUDA_HOME", "HYDRA_CUDA_ARCHS"] {
         println!("cargo:rerun-if-env-changed={variable}");
     }
     let nvcc = find_nvcc().ok_or(HOW_TO_GET_NVCC)?;
     std::fs::create_dir_all(out).map_err(|e| format!("{}: {e}", out.display()))?;
-    let common = hash_of_headers(Path::new("kernels"))? ^ hash(&TARGETS);
+    let targets = targets()?;
     let (next, faults) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     let jobs = std::env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(2);
     std::thread::scope(|scope| {
         for _ in 0..jobs {
             scope.spawn(|| {
                 while let Some(source) = sources.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    if let Err(fault) = fatbin(&nvcc, source, out, common) {
+                    if let Err(fault) = fatbin(&nvcc, source, out, &targets) {
                         faults.lock().expect("no thread panics while it holds this").push(fault);
                     }
                 }
@@ -119,30 +134,21 @@ fn fatbins(sources: &[PathBuf], out: &Path) -> Result<(), String> {
     std::fs::write(out.join("list.rs"), list).map_err(|e| format!("{}: {e}", out.display()))
 }
 
-/// Compiles one file, unless neither it nor a header has changed since.
-fn fatbin(nvcc: &Path, source: &Path, out: &Path, common: u64) -> Result<(), String> {
+/// Compiles one file, unless neither it nor what it includes has changed since.
+fn fatbin(nvcc: &Path, source: &Path, out: &Path, targets: &[&str]) -> Result<(), String> {
     let io = |e: std::io::Error| format!("{}: {e}", source.display());
     let stem = stem(source);
     let (fatbin, mark, log) =
         (out.join(format!("{stem}.fatbin")), out.join(format!("{stem}.hash")), out.join(format!("{stem}.log")));
-    let now = format!("{:x}", common ^ hash(&std::fs::read(source).map_err(io)?));
+    let mut texts = Vec::new();
+    gather(source, &mut texts)?;
+    let now = format!("{:x}", hash(&(texts, targets, FLAGS)));
     if fatbin.exists() && std::fs::read_to_string(&mark).is_ok_and(|before| before == now) {
         return Ok(());
     }
     let mut command = Command::new(nvcc);
-    command.args([
-        "-std=c++17",
-        "-O3",
-        "-lineinfo",
-        "-fatbin",
-        "-Werror",
-        "all-warnings",
-        "-Xptxas",
-        "-v",
-        "-I",
-        "kernels",
-    ]);
-    for target in TARGETS {
+    command.args(FLAGS);
+    for target in targets {
         command.args(["-gencode", target]);
     }
     let output = command.arg("-o").arg(&fatbin).arg(source).output().map_err(io)?;
@@ -154,6 +160,18 @@ fn fatbin(nvcc: &Path, source: &Path, out: &Path, common: u64) -> Result<(), Str
     std::fs::write(mark, now).map_err(io)
 }
 
+/// All of [`TARGETS`], or those that HYDRA_CUDA_ARCHS names, as "80 90a": a developer's builds are quicker with one.
+fn targets() -> Result<Vec<&'static str>, String> {
+    let Ok(wanted) = std::env::var("HYDRA_CUDA_ARCHS") else { return Ok(TARGETS.to_vec()) };
+    let mut targets = Vec::new();
+    for arch in wanted.split([' ', ',']).filter(|arch| !arch.is_empty()) {
+        let code = format!("code=sm_{arch}");
+        let target = TARGETS.iter().find(|target| target.ends_with(&code));
+        targets.push(*target.ok_or_else(|| format!("HYDRA_CUDA_ARCHS: {arch} is none of 80, 86, 89, 90a, 100, 120"))?);
+    }
+    if targets.is_empty() { Err("HYDRA_CUDA_ARCHS names no architecture".into()) } else { Ok(targets) }
+}
+
 fn find_nvcc() -> Option<PathBuf> {
     let named = std::env::var_os("NVCC").map(PathBuf::from);
     let home = std::env::var_os("CUDA_HOME").map(|home| Path::new(&home).join("bin/nvcc"));
@@ -162,19 +180,17 @@ fn find_nvcc() -> Option<PathBuf> {
     named.or(home).or(on_path).filter(|file| file.is_file())
 }
 
-/// Of everything that a kernel may include.
-fn hash_of_headers(dir: &Path) -> Result<u64, String> {
-    let entries = std::fs::read_dir(dir).map_err(|e| format!("{}: {e}", dir.display()))?;
-    let mut all = 0;
-    for path in entries.flatten().map(|e| e.path()) {
-        if path.is_dir() {
-            all ^= hash_of_headers(&path)?;
-        } else if path.extension().is_some_and(|e| e == "cuh" || e == "h") {
-            let bytes = std::fs::read(&path).map_err(|e| format!("{}: {e}", path.display()))?;
-            all ^= hash(&(path, bytes));
-        }
+/// The text of a file, and of everything that it includes from kernels/.
+fn gather(path: &Path, texts: &mut Vec<(PathBuf, String)>) -> Result<(), String> {
+    if texts.iter().any(|(seen, _)| seen == path) {
+        return Ok(());
     }
-    Ok(all)
+    let text = std::fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))?;
+    let includes = text.lines().filter_map(|line| line.strip_prefix("#include \"")?.strip_suffix('"').map(str::to_string));
+    // What the emulator includes is not there for a GPU; a change of it compiles a little more than it must.
+    let files: Vec<PathBuf> = includes.map(|name| Path::new("kernels").join(name)).filter(|file| file.is_file()).collect();
+    texts.push((path.to_path_buf(), text));
+    files.iter().filter(|file| !file.starts_with("kernels/emulator")).try_for_each(|file| gather(file, texts))
 }
 
 fn hash(value: &impl Hash) -> u64 {

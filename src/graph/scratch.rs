@@ -229,8 +229,9 @@ mod tests {
         }
         let sort = EmbeddingSort::new(2049, 10);
         assert_eq!((sort.starts(), sort.bytes()), ([0, 80, 80 + 2048, 80 + 2048 + 8196], 80 + 2048 + 2 * 8196));
-}
+    }
 
+    #[test]
     fn products_are_cut_where_that_fills_the_machine() {
         for (m, n, k, parts) in [
             (8192, 8192, 8192, 1), // fills it as it is

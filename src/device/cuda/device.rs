@@ -88,6 +88,14 @@ pub struct CudaDevice {
     clock: Instant,
 }
 
+/// Where a span begins.
+fn address(arenas: &[Ptr], host: Ptr, span: Span) -> Ptr {
+    match span.memory {
+        Memory::Host => host.plus(span.offset),
+        Memory::Device(device) => arenas[device as usize].plus(span.offset),
+    }
+}
+
 impl CudaDevice {
     /// Allocates memory, loads nothing more, and starts the host's arithmetic.
     ///
@@ -256,7 +264,7 @@ impl CudaDevice {
         match &held.task {
             Task::Copy(spans) => {
                 for span in spans {
-                    let (to, from) = (self.address(span.to), self.address(span.from));
+                    let (to, from) = (self.touched(span.to), self.touched(span.from));
                     if span.from.bytes > 0 {
                         self.driver.copy(self.streams[lane].stream, to, from, span.from.bytes)?;
                     }
@@ -266,7 +274,7 @@ impl CudaDevice {
             Task::Run(run) => self.run(lane, held.ticket.number, run),
             Task::Add(spans) => {
                 for span in spans {
-                    let (to, from) = (self.address(span.to), self.address(span.from));
+                    let (to, from) = (self.touched(span.to), self.touched(span.from));
                     let mut queue = self.task_queue(lane, held.ticket.number);
                     optimizer::add(&mut queue, to, from, (span.from.bytes / 4) as usize)?;
                 }
@@ -275,16 +283,20 @@ impl CudaDevice {
             Task::Norm(norm) => {
                 let touched = [Some(norm.gradient), Some(norm.table), norm.scratch];
                 touched.into_iter().flatten().for_each(|span| self.touch(span));
-                let address = self.addresses();
-                optimizer::norm(&mut self.task_queue(lane, held.ticket.number), norm, &address)
+                let (arenas, host) = (&self.arenas, Ptr(self.host as u64));
+                let StreamLane { stream, blocks, .. } = &mut self.streams[lane];
+                let mut queue = Queue::new(self.driver.as_mut(), *stream, blocks, held.ticket.number);
+                optimizer::norm(&mut queue, norm, &|span| address(arenas, host, span))
             }
             Task::Update(update) => {
                 let moments = update.moments.iter().flatten().copied();
                 let others = [update.weight, update.gradient, update.gate];
                 let touched = moments.chain(others).chain(update.clip.map(|c| c.table)).chain(update.remainder);
                 touched.for_each(|span| self.touch(span));
-                let address = self.addresses();
-                optimizer::update(&mut self.task_queue(lane, held.ticket.number), update, &address)
+                let (arenas, host) = (&self.arenas, Ptr(self.host as u64));
+                let StreamLane { stream, blocks, .. } = &mut self.streams[lane];
+                let mut queue = Queue::new(self.driver.as_mut(), *stream, blocks, held.ticket.number);
+                optimizer::update(&mut queue, update, &|span| address(arenas, host, span))
             }
         }
     }
@@ -322,23 +334,15 @@ impl CudaDevice {
         }
     }
 
-    /// Spans to addresses.
-    fn addresses(&self) -> impl Fn(Span) -> Ptr + use<> {
-        let (arenas, host) = (self.arenas.clone(), Ptr(self.host as u64));
-        move |span: Span| match span.memory {
-            Memory::Host => host.plus(span.offset),
-            Memory::Device(device) => arenas[device as usize].plus(span.offset),
-        }
-    }
-
-    fn address(&mut self, span: Span) -> Ptr {
+    /// Where a span begins; notes that it is touched.
+    fn touched(&mut self, span: Span) -> Ptr {
         self.touch(span);
-        let (start, bytes) = match span.memory {
-            Memory::Host => (Ptr(self.host as u64), self.host_bytes),
-            Memory::Device(device) => (self.arenas[device as usize], self.arena_bytes[device as usize]),
+        let bytes = match span.memory {
+            Memory::Host => self.host_bytes,
+            Memory::Device(device) => self.arena_bytes[device as usize],
         };
         assert!(span.end() <= bytes, "bytes {}..{} of memory of {bytes}", span.offset, span.end());
-        start.plus(span.offset)
+        address(&self.arenas, Ptr(self.host as u64), span)
     }
 
     /// Moves the zero of time along: the difference of two marks loses digits when they are far apart.
