@@ -67,6 +67,7 @@ void Block::thread_body() {
   Thread* t = self();
   if (!t->copies.idle()) fail("a thread exits with cp.async copies that it has not waited for");
   if (!t->stores.idle()) fail("a thread exits with bulk stores that it has not waited for");
+  if (!b.warpgroups[t->linear / WARPGROUP].products.idle()) fail("a thread exits with wgmma products that it has not waited for");
   t->done = true;
   b.live--;
   thread_has_exited();

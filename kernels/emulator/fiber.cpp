@@ -27,7 +27,8 @@ sim_switch:
   popq %r12
   popq %rbx
   popq %rbp
-  ret
+  popq %rcx
+  jmpq *%rcx
 .size sim_switch,.-sim_switch
 )");
 

@@ -10,12 +10,11 @@ namespace sim {
 // Lets everybody go on. `last_goes_on`: the running thread is a member that did not park, and not one that only arrived.
 static void release(Meeting& m, bool last_goes_on) {
   Block& b = *current_block;
-  if (race::on) {
-    std::vector<Thread*> released = m.waiting;
-    if (last_goes_on) released.push_back(self());
-    race::meet(m.members, released);
-  }
   for (Thread* t : m.waiting) b.wake(t);
+  if (race::on) {
+    if (last_goes_on) m.waiting.push_back(self());
+    race::meet(m.members, m.waiting);
+  }
   m.reset();
 }
 
@@ -42,14 +41,15 @@ static void meet(Meeting& m, unsigned slot, int expected, Op op, void* arg, cons
   }
 }
 
-static Meeting& meeting_for(WarpMeetings& meetings, uint32_t mask, const Site& site) {
+// Masks may differ as long as nobody waits in a circle: another meeting may expect this lane, but not hold one that this lane waits for.
+static Meeting& meeting_for(WarpMeetings& meetings, uint32_t mask, unsigned lane, const Site& site) {
   Meeting* fresh = nullptr;
   for (Meeting& m : meetings) {
     if (m.arrived == 0) {
       if (!fresh) fresh = &m;
     } else if (m.mask == mask) {
       return m;
-    } else if (m.mask & mask) {
+    } else if (m.mask >> lane & 1 && m.present & mask) {
       fail("%s at %s:%d with mask %08x while lanes wait with mask %08x at line %d", site.what, site.file, site.line, mask, m.mask, m.site.line);
     }
   }
@@ -59,6 +59,7 @@ static Meeting& meeting_for(WarpMeetings& meetings, uint32_t mask, const Site& s
     fresh->args.resize(WARP);
   }
   fresh->mask = mask;
+  fresh->present = 0;
   return *fresh;
 }
 
@@ -68,7 +69,9 @@ void warp_collective(uint32_t mask, Op op, void* arg, const Site& site) {
   if (!(mask >> t->lane & 1)) fail("%s at %s:%d: lane %u is not in its own mask %08x", site.what, site.file, site.line, t->lane, mask);
   const unsigned lanes = b.count - (t->linear & ~(WARP - 1));
   if (lanes < WARP) mask &= (1u << lanes) - 1;                // the block's last warp may have fewer
-  meet(meeting_for(b.warps[t->linear / WARP], mask, site), t->lane, __builtin_popcount(mask), op, arg, site);
+  Meeting& m = meeting_for(b.warps[t->linear / WARP], mask, t->lane, site);
+  m.present |= 1u << t->lane;
+  meet(m, t->lane, __builtin_popcount(mask), op, arg, site);
 }
 
 void warpgroup_collective(Op op, void* arg, const Site& site) {

@@ -13,7 +13,7 @@ struct Thread;
 
 struct Meeting {
   int arrived = 0, expected = 0;
-  uint32_t mask = 0;                  // of a warp's meeting: who is to come
+  uint32_t mask = 0, present = 0;     // of a warp's meeting: the lanes that are to come, and those that have
   Op op = nullptr;
   Site site;                          // where the first member came from
   std::vector<void*> args;            // by lane; what absent lanes left here is stale

@@ -4,15 +4,24 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstring>
 #include <mutex>
 
 #include "block.h"
 
 namespace sim {
 
+// Clocks have a multiple of eight entries.
+using EightEntries = uint32_t __attribute__((vector_size(32)));
+
 void join(Clock& into, const Clock& from) {
-  const size_t n = std::min(into.size(), from.size());
-  for (size_t i = 0; i < n; i++) into[i] = into[i] > from[i] ? into[i] : from[i];
+  for (size_t i = 0; i < into.size(); i += 8) {
+    EightEntries a, b;
+    memcpy(&a, &into[i], sizeof a);
+    memcpy(&b, &from[i], sizeof b);
+    a = a > b ? a : b;
+    memcpy(&into[i], &a, sizeof a);
+  }
 }
 
 namespace race {
@@ -54,11 +63,15 @@ void start_block(Block& b, uint32_t number) {
   b.shadow.launch = launches;
   b.shadow.block = number;
   b.shadow.barriers.clear();
+  b.shadow.fences = false;
+  const size_t entries = (b.count + ENGINE_CLOCKS + 7) / 8 * 8;
+  b.shadow.clock.assign(entries, 0);
+  b.shadow.fenced.assign(entries, 0);
   for (unsigned i = 0; i < b.count; i++) {
     Thread& t = b.threads[i];
-    t.clock.assign(b.count + ENGINE_CLOCKS, 0);
+    t.clock.assign(entries, 0);
     t.clock[i] = 1;
-    t.fenced.assign(b.count + ENGINE_CLOCKS, 0);
+    t.fenced.assign(entries, 0);
   }
 }
 
@@ -67,21 +80,24 @@ void start_block(Block& b, uint32_t number) {
 void tick(Thread* t) { if (on) t->clock[t->linear]++; }
 
 void meet(const std::vector<Thread*>& members, const std::vector<Thread*>& released) {
-  Clock clock = members[0]->clock, fenced = members[0]->fenced;
-  for (const Thread* t : members) {
-    join(clock, t->clock);
-    join(fenced, t->fenced);
-  }
-  for (Thread* t : released) {
-    join(t->clock, clock);
-    join(t->fenced, fenced);
+  Shadow& s = current_block->shadow;
+  s.clock = members[0]->clock;
+  for (const Thread* t : members) join(s.clock, t->clock);
+  for (Thread* t : released) {                    // who goes on is a member: its clock is in the common one
+    t->clock = s.clock;
     tick(t);
   }
+  if (!s.fences) return;
+  s.fenced = members[0]->fenced;
+  for (const Thread* t : members) join(s.fenced, t->fenced);
+  for (Thread* t : released) t->fenced = s.fenced;
 }
 
 void proxy_fence(Thread* t) {
   if (!on) return;
-  t->fenced[t->linear] = t->clock[t->linear];
+  current_block->shadow.fences = true;
+  // A fence counts anywhere on the way from the write to the asynchronous read (PTX ISA, "Causality order"): also after the barrier.
+  t->fenced = t->clock;
   tick(t);
 }
 

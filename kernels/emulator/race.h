@@ -34,6 +34,8 @@ struct Shadow {
   std::vector<Cell> cells;                    // of the arena
   uint32_t epoch = 0, launch = 0, block = 0;  // cells of another epoch are blank
   std::unordered_map<const void*, Barrier> barriers;
+  bool fences = false;                        // whether any thread has called fence.proxy.async yet
+  Clock clock, fenced;                        // what the members of a meeting have in common, while it is released
 };
 
 // Between launches and blocks. One launch at a time runs under the detector, its blocks on one thread.

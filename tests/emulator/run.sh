@@ -1,0 +1,44 @@
+#!/bin/sh
+# Tests the emulator: compiles the kernels here in three ways, and runs all cases on each: run.sh [OUT_DIR]
+# Needs a C++ compiler. With NVCC set, nvcc compiles the kernels too, for every target, without a warning.
+set -eu
+here=$(cd "$(dirname "$0")" && pwd)
+kernels=$(cd "$here/../../kernels" && pwd)
+out=${1:-$(mktemp -d)}
+[ $# -gt 0 ] || trap 'rm -rf "$out"' EXIT
+mkdir -p "$out"
+CXX=${CXX:-c++}
+
+compile_check() {
+    for source in "$here"/*.cpp; do
+        $CXX -std=c++20 -O1 -Wall -Wextra -I"$kernels/emulator" -c "$source" -o "$out/$(basename "$source").o"
+    done
+    $CXX "$out"/*.cpp.o -o "$out/check" -ldl -lpthread
+}
+compile_check &
+check=$!
+for kind in plain asan race; do
+    SOURCES="$(echo "$here"/kernels/*.cu)" sh "$kernels/emulator/build.sh" "$out/$kind" $kind
+done
+wait $check
+
+failed=0
+"$out/check" plain "$out/plain/kernels.so" || failed=1
+"$out/check" race "$out/race/kernels.so" || failed=1
+# The options say that memory is still there at the end, and that processes end where AddressSanitizer says so.
+LD_PRELOAD=$($CXX -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 "$out/check" asan "$out/asan/kernels.so" || failed=1
+
+if [ -n "${NVCC:-}" ]; then
+    targets=""
+    for arch in 80 86 89 90a 100 120; do targets="$targets -gencode=arch=compute_$arch,code=sm_$arch"; done
+    for source in "$here"/kernels/*.cu; do
+        # shellcheck disable=SC2086
+        if "$NVCC" -std=c++17 -fatbin $targets -Werror all-warnings -I"$kernels" -o "$out/nvcc.fatbin" "$source"; then
+            echo "ok   nvcc  $(basename "$source")"
+        else
+            echo "FAIL nvcc  $(basename "$source")"
+            failed=1
+        fi
+    done
+fi
+exit $failed
