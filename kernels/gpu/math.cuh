@@ -47,22 +47,43 @@ DEV Words random_words(const Now* now, uint32_t op, uint64_t block) {
 
 // graph::Activation, in its order.
 enum Activation { ACTIVATION_NONE = 0, ACTIVATION_RELU = 1, ACTIVATION_GELU_TANH = 2, ACTIVATION_GELU_ERF = 3 };
+
+// GELU's two forms of x P(x), in 12 to 20 instructions by the fast exponential: within 3e-7 of the largest value around, so the norm of an
+// f32 result is as good as with tanhf and erff, which take twice as many.
+//
+// By tanh: P(x) = (1 + tanh u) / 2 = 1 / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3).
+DEV float tanh_share(float x) { return __fdividef(1.0f, 1 + __expf(x * (-1.5957691216f - 0.0713548163f * (x * x)))); }
+
+// By the error function: P(x) is the normal distribution's, through Abramowitz & Stegun 1964, equation 7.1.26, whose error is at most
+// 7.5e-8 here and falls with exp(-x^2 / 2) in the tails. `bell` is exp(-x^2 / 2).
+DEV float normal_share(float x, float& bell) {
+  bell = __expf(-0.5f * (x * x));
+  float t = __fdividef(1.0f, 1 + 0.3275911f * 0.7071067812f * fabsf(x));
+  float tail = 0.5f * bell * t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+  return x < 0 ? tail : 1 - tail;
+}
+
 DEV float activate(int kind, float x) {
+  float bell;
   switch (kind) {
     case ACTIVATION_RELU: return x > 0 ? x : (x != x ? x : 0.0f);
-    case ACTIVATION_GELU_TANH: return 0.5f * x * (1 + tanhf(0.7978845608f * (x + 0.044715f * x * x * x)));
-    case ACTIVATION_GELU_ERF: return 0.5f * x * (1 + erff(0.7071067812f * x));
+    case ACTIVATION_GELU_TANH: return x * tanh_share(x);
+    case ACTIVATION_GELU_ERF: return x * normal_share(x, bell);
     default: return x;
   }
 }
 DEV float activate_grad(int kind, float x) {
+  float bell;
   switch (kind) {
     case ACTIVATION_RELU: return x > 0 ? 1.0f : 0.0f;
     case ACTIVATION_GELU_TANH: {
-      float t = tanhf(0.7978845608f * (x + 0.044715f * x * x * x));
-      return 0.5f * (1 + t) + 0.5f * x * (1 - t * t) * 0.7978845608f * (1 + 3 * 0.044715f * x * x);
+      float share = tanh_share(x);
+      return share + x * (share * (1 - share)) * (1.5957691216f + 0.2140644488f * (x * x));
     }
-    case ACTIVATION_GELU_ERF: return 0.5f * (1 + erff(0.7071067812f * x)) + x * 0.3989422804f * expf(-0.5f * x * x);
+    case ACTIVATION_GELU_ERF: {
+      float share = normal_share(x, bell);
+      return share + x * 0.3989422804f * bell;
+    }
     default: return 1.0f;
   }
 }
