@@ -3,16 +3,21 @@
 mod common;
 
 use common::small::Small;
-use common::{Outcome, difference, gather};
-use hydra::base::{DType, Error, Result};
+use common::{Case, Outcome, difference, distance, gather};
+use half::bf16;
+use hydra::base::tensorfile::Element;
+use hydra::base::{DType, Error, Result, Shape, align_up};
 use hydra::data::{Source, TextOptions, TextSource, Tokenizer};
-use hydra::graph::Mode;
-use hydra::nn;
-use hydra::spill::PlanOptions;
+use hydra::device::host::{HostConfig, HostDevice, HostSpec};
+use hydra::engine::{Engine, EngineOptions, Stored};
+use hydra::graph::{ALIGNMENT, Mode};
+use hydra::nn::{self, Form, InputShape};
+use hydra::spill::{Model, Plan, PlanOptions};
 use hydra::train::{
     Checkpoint, Identity, Observer, Optimizer, Session, StepReport, TrainOptions, Weights, inputs_of, plan_model,
     trace_model, write_checkpoint,
 };
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -58,7 +63,7 @@ fn losses(text: &Path, dtype: DType) -> Vec<f32> {
     losses
 }
 
-/// Within 1 % of it while it falls to a fraction, dropout included, whose random words are the same.
+/// Within half a percent of it while it falls to a fraction, dropout included, whose random words are the same.
 #[test]
 fn the_loss_follows_that_of_f32() {
     let dir = tempfile::tempdir().expect("a folder");
@@ -69,7 +74,7 @@ fn the_loss_follows_that_of_f32() {
     println!("f32 {:?} bf16 {:?}, apart by {apart:.4} at most", single.last(), half.last());
     assert!(single[49] < 0.6 * single[0], "the loss falls: {single:?}");
     assert_ne!(single, half);
-    assert!(apart < 1e-2, "f32 {single:?}, bf16 {half:?}");
+    assert!(apart < 5e-3, "f32 {single:?}, bf16 {half:?}");
 }
 
 /// Stops a run after some steps, with a checkpoint.
@@ -141,6 +146,68 @@ fn a_stopped_run_goes_on_with_the_same_bits() {
     }
 }
 
+/// A directory whose weights are bf16 trains from them, and is saved in bf16 again, from the masters.
+#[test]
+fn a_directory_in_bf16_stays_one() {
+    let dir = tempfile::tempdir().expect("a folder");
+    for name in ["gpt2", "resnet-basic"] {
+        let mut case = Case::open(name);
+        let mut form = case.pretrained.form.clone();
+        form.tensors.iter_mut().for_each(|t| t.element = Element::BF16);
+        let save = |to: &Path, form: &Form, of: &dyn Fn(&str, &Shape) -> Result<Vec<f32>>| {
+            let shapes: BTreeMap<&str, &Shape> = form.tensors.iter().map(|t| (t.name.as_str(), &t.shape)).collect();
+            nn::save(to, form, &BTreeMap::new(), &mut |name| of(name, shapes[name])).expect("saved");
+        };
+        let (before, after) = (dir.path().join(format!("{name} before")), dir.path().join(format!("{name} after")));
+        save(&before, &form, &|name, shape| case.pretrained.tensor(name, shape));
+        case.pretrained = nn::open(&before).expect("it opens");
+        let options = TrainOptions { dtype: DType::Bf16, ..case.options() };
+        let (single, half) =
+            (case.train(&case.options()).expect("a run in f32"), case.train(&options).expect("a run in bf16"));
+        for (&s, &h) in single.losses.iter().zip(&half.losses) {
+            let (s, h) = (f32::from_bits(s), f32::from_bits(h));
+            assert!((h - s).abs() < 1e-2 * s, "{name}: loss {h}, in f32 {s}");
+        }
+        let masters =
+            |name: &str| -> Vec<f32> { half.tensors[name].iter().map(|&bits| f32::from_bits(bits)).collect() };
+        save(&after, &case.pretrained.form, &|name, _| Ok(masters(name)));
+        let saved = nn::open(&after).expect("it opens");
+        for tensor in &saved.form.tensors {
+            assert_eq!(tensor.element, Element::BF16, "{name}: {}", tensor.name);
+            let want: Vec<f32> = masters(&tensor.name).into_iter().map(|x| bf16::from_f32(x).to_f32()).collect();
+            assert_eq!(saved.tensor(&tensor.name, &tensor.shape).expect("finite"), want, "{name}: {}", tensor.name);
+        }
+    }
+}
+
+/// An evaluation that ends in logits gives them as f32, near those of f32.
+#[test]
+fn logits_are_near_those_of_f32() {
+    let small = Small::gpt(26, 2, 2, 9, 0.1);
+    let ids: Vec<i32> = (0..9).map(|i| i * 7 % 61).collect();
+    let logits = |dtype| {
+        let inputs = [InputShape::new("input_ids", [9], DType::I32)];
+        let graph = small.network.trace(Mode::Evaluation, dtype, 1, &inputs).expect("traced");
+        let model = Arc::new(Model::evaluation(graph).expect("a model"));
+        let options = PlanOptions { moments: 0, ..PlanOptions::default() };
+        let plan = Arc::new(Plan::new(&model, &options, &common::stated()).expect("a plan"));
+        let spec = HostSpec { arena_bytes: plan.arena.bytes, ..HostSpec::default() };
+        let config =
+            HostConfig { devices: vec![spec], host_bytes: plan.host.bytes, poison: true, ..HostConfig::default() };
+        let device = Box::new(HostDevice::new(&config).expect("a device"));
+        let mut engine = Engine::new(Arc::clone(&model), plan, device, EngineOptions::new(0, &model));
+        for (i, parameter) in model.train.parameters.iter().enumerate() {
+            engine.write_parameter(Stored::Weight, i, &nn::init::initial(parameter, i, 1));
+        }
+        engine.wait_logits(&[bytemuck::cast_slice(&ids)]).expect("logits")
+    };
+    let (single, half) = (logits(DType::F32), logits(DType::Bf16));
+    let apart = distance(&half, &single);
+    println!("apart by {apart:.1e} of their length");
+    // Rounded to 8 bits after each of some 20 ops.
+    assert!(apart > 0.0 && apart < 1e-2, "{apart}");
+}
+
 /// Half the bytes for weights, and f32 for what is summed up.
 #[test]
 fn memory_is_what_the_types_say() {
@@ -150,15 +217,35 @@ fn memory_is_what_the_types_say() {
         small.plan(&TrainOptions { dtype, plan, ..TrainOptions::new(1) }).expect("a plan")
     };
     let (single, half) = (plan(DType::F32), plan(DType::Bf16));
-    let bytes = |(model, plan): &(Arc<_>, Arc<hydra::spill::Plan>), what: &str| {
-        let _: &Arc<hydra::spill::Model> = model;
-        plan.arena_table().iter().find(|row| row.0 == what).map_or(0, |row| row.1)
+    let bytes = |planned: &(Arc<Model>, Arc<Plan>), what: &str| {
+        planned.1.arena_table().iter().find(|row| row.0 == what).map_or(0, |row| row.1)
     };
     // All widths here are multiples of the alignment, so that nothing is lost between tensors.
     let weights = bytes(&single, "weights");
     assert_eq!(bytes(&half, "weights"), weights / 2);
     assert_eq!(bytes(&half, "gradients"), bytes(&single, "gradients"));
     assert_eq!(bytes(&half, "optimizer state"), bytes(&single, "optimizer state") + weights / 2);
+}
+
+/// Kernels that ask for scratch get one f64 for each 4096 elements of a tensor, for the shard that has most.
+#[test]
+fn scratch_of_the_norm_is_in_the_plan() {
+    let small = Small::gpt(64, 2, 2, 16, 0.0);
+    let plan = PlanOptions { resident: Some(true), cut: Some(vec![0..3, 3..6]), ..PlanOptions::default() };
+    let options = TrainOptions { dtype: DType::Bf16, plan, ..TrainOptions::new(1) };
+    let mut model = Arc::unwrap_or_clone(small.model(&options));
+    let mut planned = |scratch| {
+        model.train.scratch = scratch;
+        plan_model(&model, &options, &common::stated()).expect("a plan")
+    };
+    let (with, without) = (planned(true), planned(false));
+    let blocks = |layers: std::ops::Range<usize>| -> u64 {
+        let own = model.train.parameters.iter().filter(|p| layers.contains(&p.layers[0]));
+        own.map(|p| p.shape.elems().div_ceil(4096) as u64).sum()
+    };
+    let bytes = align_up(8 * blocks(0..3).max(blocks(3..6)), ALIGNMENT);
+    assert!(bytes > ALIGNMENT);
+    assert_eq!(with.arena.weight_slots[0], without.arena.weight_slots[0] + bytes);
 }
 
 /// The graph's types: what is added up is wide, the rest is not.
@@ -175,8 +262,5 @@ fn statistics_and_gradients_of_parameters_are_f32() {
         assert!(graph.layers.iter().filter_map(|l| l.output).all(|v| dtype(v) == DType::Bf16));
         assert_eq!(dtype(graph.loss.expect("it trains")), DType::F32);
         assert_eq!(dtype(graph.logits.expect("it has logits")), DType::Bf16);
-        let evaluation =
-            small.network.trace(Mode::Evaluation, DType::Bf16, 1, &small.network.inputs()).expect("traced");
-        assert_eq!(evaluation.float, DType::Bf16);
     }
 }

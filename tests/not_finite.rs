@@ -4,7 +4,7 @@
 mod common;
 
 use common::small::{Driver, Small};
-use hydra::base::{Error, Result};
+use hydra::base::{DType, Error, Result};
 use hydra::device::host::{HostConfig, HostDevice, HostSpec};
 use hydra::engine::{Engine, StepResult, Stored};
 use hydra::spill::{PlanOptions, Recompute};
@@ -51,8 +51,12 @@ fn options(plan: &PlanOptions, layers: usize) -> TrainOptions {
 }
 
 fn driver(small: &Small, plan: &PlanOptions, link: Option<f64>) -> Driver {
+    driver_of(small, plan, link, DType::F32)
+}
+
+fn driver_of(small: &Small, plan: &PlanOptions, link: Option<f64>, dtype: DType) -> Driver {
     let layers = small.model(&TrainOptions { batch: 2, microbatch: 2, ..TrainOptions::new(1) }).layers();
-    let options = options(plan, layers);
+    let options = TrainOptions { dtype, ..options(plan, layers) };
     let (model, plan) = small.plan(&options).expect("a plan");
     let spec = HostSpec { arena_bytes: plan.arena.bytes, link_bytes_per_sec: link, threads: None };
     let config = HostConfig { devices: vec![spec], host_bytes: plan.host.bytes, poison: true, ..HostConfig::default() };
@@ -90,7 +94,8 @@ fn until_error(driver: &mut Driver, change: impl Fn(u64, &mut hydra::data::Batch
 }
 
 /// Plants an infinite weight in each layer in turn.
-fn check_planted(small: &Small) {
+fn check_planted(small: &Small, dtype: DType) {
+    let driver = |small: &Small, plan: &PlanOptions, link| driver_of(small, plan, link, dtype);
     for (what, plan) in plans() {
         let layers = driver(small, &plan, None).engine.model().train.layers.len();
         for layer in 0..layers {
@@ -121,12 +126,14 @@ fn check_planted(small: &Small) {
 
 #[test]
 fn the_layer_with_the_planted_weight_is_named_in_a_gpt() {
-    check_planted(&Small::gpt(14, 2, 2, 9, 0.1));
+    check_planted(&Small::gpt(14, 2, 2, 9, 0.1), DType::F32);
+    check_planted(&Small::gpt(14, 2, 2, 9, 0.1), DType::Bf16);
 }
 
 #[test]
 fn the_layer_with_the_planted_weight_is_named_in_a_resnet() {
-    check_planted(&Small::resnet(&[6, 9], &[1, 1], [13, 11]));
+    check_planted(&Small::resnet(&[6, 9], &[1, 1], [13, 11]), DType::F32);
+    check_planted(&Small::resnet(&[6, 9], &[1, 1], [13, 11]), DType::Bf16);
 }
 
 /// NaN among the pixels of the second microbatch of step 2, with step 3 in flight behind it, whose own loss is finite: in host memory no

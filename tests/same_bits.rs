@@ -15,6 +15,7 @@ use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
+use std::sync::Arc;
 
 /// What may change every bit: the reference run has the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -69,6 +70,8 @@ struct Regime {
     threads: Option<usize>,
     /// Seed of a device that brings things about in another order.
     shuffle: Option<u64>,
+    /// Room in the arena for kernels that want it.
+    scratch: bool,
 }
 
 fn recipes(bf16: bool) -> impl Strategy<Value = Recipe> {
@@ -80,30 +83,25 @@ fn regimes() -> impl Strategy<Value = Regime> {
     let link = prop_oneof![2 => Just(None), 3 => (7.0f64..10.0).prop_map(|log| Some(10f64.powf(log)))];
     let recompute = prop_oneof![Just(Recompute::Auto), Just(Recompute::Always), Just(Recompute::Never)];
     let budget = prop_oneof![1 => Just(None), 1 => Just(Some(0.0)), 3 => (0.0f64..1.0).prop_map(Some)];
-    (
-        budget,
-        1usize..=4,
-        prop::option::of(prop::collection::vec(any::<bool>(), 16)),
-        prop::option::of(any::<bool>()),
-        prop::option::of(any::<bool>()),
-        recompute,
-        link,
-        prop::option::of(1usize..=3),
-        prop::option::of(any::<u64>()),
-    )
-        .prop_map(
-            |(budget, slots, cut, resident, boundaries_stay, recompute, link_bytes_per_sec, threads, shuffle)| Regime {
-                budget,
-                slots,
-                cut,
-                resident,
-                boundaries_stay,
-                recompute,
-                link_bytes_per_sec,
-                threads,
-                shuffle,
-            },
-        )
+    let cut = prop::option::of(prop::collection::vec(any::<bool>(), 16));
+    let tiers = (prop::option::of(any::<bool>()), prop::option::of(any::<bool>()), recompute, any::<bool>());
+    let device = (link, prop::option::of(1usize..=3), prop::option::of(any::<u64>()));
+    (budget, 1usize..=4, cut, tiers, device).prop_map(|(budget, slots, cut, tiers, device)| {
+        let (resident, boundaries_stay, recompute, scratch) = tiers;
+        let (link_bytes_per_sec, threads, shuffle) = device;
+        Regime {
+            budget,
+            slots,
+            cut,
+            resident,
+            boundaries_stay,
+            recompute,
+            link_bytes_per_sec,
+            threads,
+            shuffle,
+            scratch,
+        }
+    })
 }
 
 /// Ranges of layers between cuts.
@@ -133,7 +131,8 @@ fn train(small: &Small, microbatch: usize, recipe: Recipe, regime: &Regime, seen
     let mut options = recipe.options(microbatch);
     options.device =
         HostSpec { arena_bytes: 0, link_bytes_per_sec: regime.link_bytes_per_sec, threads: regime.threads }.into();
-    let model = small.model(&options);
+    let mut model = Arc::unwrap_or_clone(small.model(&options));
+    model.train.scratch = regime.scratch;
     options.plan = PlanOptions {
         slots: regime.slots,
         cut: regime.cut.as_ref().map(|cuts| ranges(cuts, model.layers())),
@@ -151,7 +150,8 @@ fn train(small: &Small, microbatch: usize, recipe: Recipe, regime: &Regime, seen
         };
         options.plan.device_budget = Some(least + (part * most.saturating_sub(least) as f64) as u64);
     }
-    let (model, plan) = small.plan(&options).expect("the smallest budget works");
+    let plan = Arc::new(plan_model(&model, &options, &stated()).expect("the smallest budget works"));
+    let model = Arc::new(model);
     seen.shards.insert(plan.shards.len());
     seen.resident.insert(plan.choice.resident);
     seen.activations_on_host.insert(plan.choice.activations != BoundaryTier::Device);

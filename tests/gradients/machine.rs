@@ -307,7 +307,6 @@ fn encode(x: &[f64], dtype: DType) -> Vec<u8> {
         DType::F32 => x.iter().flat_map(|&x| (x as f32).to_le_bytes()).collect(),
         DType::Bf16 => x.iter().flat_map(|&x| bf16::from_f64(x).to_le_bytes()).collect(),
         DType::I32 => x.iter().flat_map(|&x| (x as i32).to_le_bytes()).collect(),
-        DType::Bf16 => x.iter().flat_map(|&x| half::bf16::from_f64(x).to_le_bytes()).collect(),
     }
 }
 

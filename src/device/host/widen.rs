@@ -56,6 +56,7 @@ pub(super) fn outputs(o: &Operands) {
     }
 }
 
+#[expect(clippy::mut_from_ref, reason = "each copy is asked for once at a time")]
 fn copy<'a>(wide: &'a Block, at: u64, buffer: &Buffer) -> &'a mut [f32] {
     // SAFETY: the copies are one op's at a time, which asks for each of them apart.
     bytemuck::cast_slice_mut(unsafe { wide.slice_mut(at, 4 * buffer.shape.elems() as u64) })
