@@ -23,6 +23,11 @@ const TARGETS: [&str; 7] = [
     "arch=compute_120,code=sm_120",
 ];
 
+/// How all are compiled. Compressed for size, since every program and test carries them: a quarter of the bytes.
+const FLAGS: [&str; 11] = [
+    "-std=c++17", "-O3", "-lineinfo", "-fatbin", "--compress-mode=size", "-Werror", "all-warnings", "-Xptxas", "-v", "-I", "kernels",
+];
+
 const HOW_TO_GET_NVCC: &str = "the feature \"cuda\" needs nvcc of CUDA 13.0 or later, and none was found.
 Looked at the variables NVCC and CUDA_HOME, then at PATH. Without a CUDA installation five wheels will do:
     python3 -m venv .nvcc && .nvcc/bin/pip install nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 \\
@@ -92,7 +97,7 @@ fn fatbins(sources: &[PathBuf], out: &Path) -> Result<(), String> {
     }
     let nvcc = find_nvcc().ok_or(HOW_TO_GET_NVCC)?;
     std::fs::create_dir_all(out).map_err(|e| format!("{}: {e}", out.display()))?;
-    let common = hash_of_headers(Path::new("kernels"))? ^ hash(&TARGETS);
+    let common = hash_of_headers(Path::new("kernels"))? ^ hash(&(TARGETS, FLAGS));
     let (next, faults) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     let jobs = std::env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(2);
     std::thread::scope(|scope| {

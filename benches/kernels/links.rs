@@ -7,7 +7,7 @@ use hydra::device::{AdamwRule, CopySpan, Memory, Segment, Span, Task, Update, Up
 
 /// Sizes of the copies that are timed, smallest first; the last is the large one.
 fn sizes(largest: u64) -> Vec<u64> {
-    [4096, 1 << 16, 1 << 20, 1 << 24, largest].into_iter().filter(|&bytes| bytes <= largest).collect()
+    [4096, 1 << 16, 1 << 20, 1 << 24].into_iter().filter(|&bytes| bytes < largest).chain([largest]).collect()
 }
 
 /// A copy of the first `bytes`, up; or of those behind them, down.

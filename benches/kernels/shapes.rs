@@ -213,7 +213,9 @@ impl Spec {
         for node in 0..graph.nodes.len() {
             let op = &graph.nodes[node].op;
             if self.counts(op) {
-                let name = format!("{}/{place}", op.name());
+                // Of some ops the gradient is the op itself.
+                let back = node >= graph.forward_nodes && op.name() == graph.nodes[0].op.name();
+                let name = format!("{}/{place}{}", op.name(), if back { ", gradient" } else { "" });
                 to.push(Case { name, dtype, graph: graph.clone(), node });
             }
         }
