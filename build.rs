@@ -25,7 +25,17 @@ const TARGETS: [&str; 7] = [
 
 /// How all are compiled. Compressed for size, since every program and test carries them: a quarter of the bytes.
 const FLAGS: [&str; 11] = [
-    "-std=c++17", "-O3", "-lineinfo", "-fatbin", "--compress-mode=size", "-Werror", "all-warnings", "-Xptxas", "-v", "-I", "kernels",
+    "-std=c++17",
+    "-O3",
+    "-lineinfo",
+    "-fatbin",
+    "--compress-mode=size",
+    "-Werror",
+    "all-warnings",
+    "-Xptxas",
+    "-v",
+    "-I",
+    "kernels",
 ];
 
 const HOW_TO_GET_NVCC: &str = "the feature \"cuda\" needs nvcc of CUDA 13.0 or later, and none was found.

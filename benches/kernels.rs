@@ -105,8 +105,7 @@ fn measure(emulated: bool, effort: Effort, filters: &[String]) -> Result<()> {
     let copy = shapes::ceiling_copy(emulated)?;
     let ceilings = products.iter().chain([&copy]);
     let needed = cases.iter().chain(ceilings).map(|case| Prepared::new(case, &effort).bytes()).filter(|&b| b <= room);
-    let arena_bytes =
-        needed.max().unwrap_or(0).max(2 * effort.copy_bytes).max(links::adamw_bytes(emulated)).min(room);
+    let arena_bytes = needed.max().unwrap_or(0).max(2 * effort.copy_bytes).max(links::adamw_bytes(emulated)).min(room);
     let spec = match emulated {
         true => DeviceSpec::Emulated { arch: 90, seed: 0, threads: Some(1) },
         false => DeviceSpec::Cuda { ordinal: 0, threads: None },
@@ -202,12 +201,24 @@ impl Bench {
             Ok((ours, peer)) => (Ok(ours), peer),
             Err(error) => (Err(error.to_string()), None),
         };
-        Row { name: case.name.clone(), dtype: case.dtype.to_string(), shapes: case.shapes(), unit, bound_secs, ours, peer }
+        Row {
+            name: case.name.clone(),
+            dtype: case.dtype.to_string(),
+            shapes: case.shapes(),
+            unit,
+            bound_secs,
+            ours,
+            peer,
+        }
     }
 
     fn samples(&mut self, case: &Case, prepared: &Prepared) -> Result<(Spread, Option<Spread>)> {
         if prepared.bytes() > self.arena_bytes {
-            return Err(Error::Device(format!("needs {} bytes, of which there are {}", prepared.bytes(), self.arena_bytes)));
+            return Err(Error::Device(format!(
+                "needs {} bytes, of which there are {}",
+                prepared.bytes(),
+                self.arena_bytes
+            )));
         }
         self.machine.fill(prepared)?;
         let (task, repeats) = self.machine.sized(prepared)?;

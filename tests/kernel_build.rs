@@ -71,9 +71,7 @@ fn source(dir: &str) -> PathBuf {
 fn names(text: &str) -> BTreeSet<String> {
     let code = text.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n");
     let word = |literal: &&str| {
-        let lower = |part: &str| {
-            !part.is_empty() && part.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit())
-        };
+        let lower = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
         literal.starts_with(|c: char| c.is_ascii_lowercase()) && literal.contains('_') && literal.split('_').all(lower)
     };
     code.split('"').filter(word).map(str::to_string).collect()
