@@ -224,10 +224,13 @@ impl Bench {
         let (task, repeats) = self.machine.sized(prepared)?;
         let product = Product::of(case);
         let mut cublas = match (&mut self.cublas, &product) {
-            (Ok(cublas), Some(product)) => {
-                cublas.prepare(product, prepared.sets as usize)?;
-                Some(cublas)
-            }
+            (Ok(cublas), Some(product)) => match cublas.prepare(product, prepared.sets as usize) {
+                Ok(()) => Some(cublas),
+                Err(why) => {
+                    println!("cuBLAS is not beside {}: {why}", case.name);
+                    None
+                }
+            },
             _ => None,
         };
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
