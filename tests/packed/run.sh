@@ -56,8 +56,8 @@ say '```'
 if wanted parity; then
     say "" "## Parity" "" "Every op on the device against the host's f64, and training against PyTorch's weights, resident and under three budgets with the same bits."
     if [ "$device" = cuda ]; then
-        HYDRA_KERNEL_TESTS_DEVICE=cuda step parity.log 25 "$here/bin/test-kernels" --test-threads 4
-        HYDRA_KERNEL_TESTS_DEVICE=cuda step reference.log 15 "$here/bin/test-reference" --test-threads 1
+        step parity.log 25 env HYDRA_KERNEL_TESTS_DEVICE=cuda "$here/bin/test-kernels" --test-threads 4
+        step reference.log 15 env HYDRA_KERNEL_TESTS_DEVICE=cuda "$here/bin/test-reference" --test-threads 1
     else
         step reference.log 15 "$here/bin/test-reference" --test-threads 1
     fi
