@@ -59,8 +59,17 @@ fn main() -> ExitCode {
     }
 }
 
-/// A device's name and facts, and its bytes of memory.
-fn facts(emulated: bool) -> Result<(serde_json::Value, u64)> {
+/// What is known of the device before it starts.
+struct Facts {
+    /// For the JSON.
+    device: serde_json::Value,
+    /// Bytes of its memory that are free.
+    free_bytes: u64,
+    /// Keeps the GPU's context alive while devices come and go: cuBLAS lives in it.
+    _context: Option<Box<dyn std::any::Any>>,
+}
+
+fn facts(emulated: bool) -> Result<Facts> {
     #[cfg(feature = "cuda")]
     if !emulated {
         use hydra::device::cuda::driver::Driver;
@@ -69,27 +78,34 @@ fn facts(emulated: bool) -> Result<(serde_json::Value, u64)> {
         let device = json!({
             "name": facts.name, "arch": facts.arch, "multiprocessors": facts.multiprocessors, "memory_bytes": facts.memory_bytes,
         });
-        return Ok((device, gpu.free_bytes()?));
+        let free_bytes = gpu.free_bytes()?;
+        return Ok(Facts { device, free_bytes, _context: Some(Box::new(gpu)) });
     }
-    if emulated {
-        return Ok((json!({ "name": "emulated" }), 64 << 20));
+    match emulated {
+        true => Ok(Facts { device: json!({ "name": "emulated" }), free_bytes: 64 << 20, _context: None }),
+        false => Err(Error::bad("built without the feature \"cuda\"")),
     }
-    Err(Error::bad("built without the feature \"cuda\""))
 }
 
 fn measure(emulated: bool, effort: Effort, filters: &[String]) -> Result<()> {
-    let (device, free_bytes) = facts(emulated)?;
-    println!("device: {device}");
+    let facts = facts(emulated)?;
+    println!("device: {}", facts.device);
     let wanted = |name: &str| filters.is_empty() || filters.iter().any(|f| name.contains(f.as_str()));
     let mut cases = shapes::all(emulated)?;
     cases.retain(|case| wanted(&case.name));
-    let room = (free_bytes as f64 * (1.0 - LEFT_FREE)) as u64;
+    let room = (facts.free_bytes as f64 * (1.0 - LEFT_FREE)) as u64;
+    cases.retain(|case| {
+        let bytes = Prepared::new(case, &effort).bytes();
+        if bytes > room {
+            println!("left out: {} in {}, which takes {bytes} bytes of the {room} there are", case.name, case.dtype);
+        }
+        bytes <= room
+    });
     let products = [shapes::ceiling_product(DType::Bf16, emulated)?, shapes::ceiling_product(DType::F32, emulated)?];
     let copy = shapes::ceiling_copy(emulated)?;
     let ceilings = products.iter().chain([&copy]);
     let needed = cases.iter().chain(ceilings).map(|case| Prepared::new(case, &effort).bytes()).filter(|&b| b <= room);
-    let arena_bytes =
-        needed.max().unwrap_or(0).max(2 * effort.copy_bytes).max(links::adamw_bytes(emulated)).min(room);
+    let arena_bytes = needed.max().unwrap_or(0).max(2 * effort.copy_bytes).max(links::adamw_bytes(emulated)).min(room);
     let spec = match emulated {
         true => DeviceSpec::Emulated { arch: 90, seed: 0, threads: Some(1) },
         false => DeviceSpec::Cuda { ordinal: 0, threads: None },
@@ -115,7 +131,7 @@ fn measure(emulated: bool, effort: Effort, filters: &[String]) -> Result<()> {
     }
     rows.extend(bench.others(emulated, &wanted)?);
     if let Some(path) = std::env::var_os("HYDRA_BENCH_JSON") {
-        let text = format!("{:#}\n", report::json(&device, &bench.ceilings, &rows));
+        let text = format!("{:#}\n", report::json(&facts.device, &bench.ceilings, &rows));
         std::fs::write(&path, text).map_err(|e| Error::io("write", path.as_ref(), e))?;
     }
     let failed = rows.iter().filter(|row| row.ours.is_err()).count();
@@ -185,21 +201,36 @@ impl Bench {
             Ok((ours, peer)) => (Ok(ours), peer),
             Err(error) => (Err(error.to_string()), None),
         };
-        Row { name: case.name.clone(), dtype: case.dtype.to_string(), shapes: case.shapes(), unit, bound_secs, ours, peer }
+        Row {
+            name: case.name.clone(),
+            dtype: case.dtype.to_string(),
+            shapes: case.shapes(),
+            unit,
+            bound_secs,
+            ours,
+            peer,
+        }
     }
 
     fn samples(&mut self, case: &Case, prepared: &Prepared) -> Result<(Spread, Option<Spread>)> {
         if prepared.bytes() > self.arena_bytes {
-            return Err(Error::Device(format!("needs {} bytes, of which there are {}", prepared.bytes(), self.arena_bytes)));
+            return Err(Error::Device(format!(
+                "needs {} bytes, of which there are {}",
+                prepared.bytes(),
+                self.arena_bytes
+            )));
         }
         self.machine.fill(prepared)?;
         let (task, repeats) = self.machine.sized(prepared)?;
         let product = Product::of(case);
         let mut cublas = match (&mut self.cublas, &product) {
-            (Ok(cublas), Some(product)) => {
-                cublas.prepare(product, prepared.sets as usize)?;
-                Some(cublas)
-            }
+            (Ok(cublas), Some(product)) => match cublas.prepare(product, prepared.sets as usize) {
+                Ok(()) => Some(cublas),
+                Err(why) => {
+                    println!("cuBLAS is not beside {}: {why}", case.name);
+                    None
+                }
+            },
             _ => None,
         };
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());

@@ -1,13 +1,20 @@
-//! The fixtures against PyTorch: losses and weights after AdamW steps, resident and under small budgets.
+//! The fixtures against PyTorch: losses and weights after AdamW steps, resident and under small budgets. On the host; where
+//! `HYDRA_KERNEL_TESTS_DEVICE` names another device, on that (see `common::device`).
 
 mod common;
 
+use common::device::{Asked, asked};
 use common::{Case, distance};
 use hydra::spill::PlanOptions;
 
 fn check(name: &str) {
     let case = Case::open(name);
-    let options = case.options();
+    let mut options = case.options();
+    match asked(None) {
+        Asked::Nothing => {}
+        Asked::Device(spec) => options.device = spec,
+        Asked::Missing => return,
+    }
     let whole = case.train(&options).expect("unconstrained run");
     let expected = case.expected();
     let limit = |key: &str| case.spec["tolerance"][key].as_f64().expect("a number");

@@ -7,7 +7,7 @@ use hydra::device::{AdamwRule, CopySpan, Memory, Segment, Span, Task, Update, Up
 
 /// Sizes of the copies that are timed, smallest first; the last is the large one.
 fn sizes(largest: u64) -> Vec<u64> {
-    [4096, 1 << 16, 1 << 20, 1 << 24, largest].into_iter().filter(|&bytes| bytes <= largest).collect()
+    [4096, 1 << 16, 1 << 20, 1 << 24].into_iter().filter(|&bytes| bytes < largest).chain([largest]).collect()
 }
 
 /// A copy of the first `bytes`, up; or of those behind them, down.
@@ -119,7 +119,13 @@ pub fn adamw(machine: &mut Machine, tiny: bool, bf16: bool, samples: usize) -> R
     };
     let half = if bf16 { 2 } else { 4 };
     let update = Update {
-        rule: UpdateRule::Adamw(AdamwRule { update: 10, lr: 1e-3, betas: (0.9, 0.999), epsilon: 1e-8, weight_decay: 0.1 }),
+        rule: UpdateRule::Adamw(AdamwRule {
+            update: 10,
+            lr: 1e-3,
+            betas: (0.9, 0.999),
+            epsilon: 1e-8,
+            weight_decay: 0.1,
+        }),
         segments: segments.into(),
         weight: array(half * elems),
         remainder: bf16.then(|| array(2 * elems)),
@@ -128,7 +134,9 @@ pub fn adamw(machine: &mut Machine, tiny: bool, bf16: bool, samples: usize) -> R
         clip: None,
         gate: array(4),
     };
-    for span in [update.weight, update.gradient, update.gate].into_iter().chain(update.moments[0]).chain(update.remainder) {
+    for span in
+        [update.weight, update.gradient, update.gate].into_iter().chain(update.moments[0]).chain(update.remainder)
+    {
         let dtype = if bf16 && span == update.weight { DType::Bf16 } else { DType::F32 };
         machine.fill_spans(Fill::Normal, dtype, span.bytes, std::iter::once(span.offset))?;
     }

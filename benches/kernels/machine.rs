@@ -7,12 +7,10 @@ use crate::shapes::Case;
 use half::bf16;
 use hydra::base::philox::Sequence;
 use hydra::base::{DType, Error, Result, Shape, align_up};
-use hydra::device::{
-    Completion, CopySpan, Device, DeviceMemory, DeviceSpec, Memory, Run, Scalars, Span, Task, Ticket,
-};
+use hydra::device::{Completion, CopySpan, Device, DeviceMemory, DeviceSpec, Memory, Run, Scalars, Span, Task, Ticket};
 use hydra::graph::{
-    ALIGNMENT, AREAS, Area, Buffer, Cost, Graph, Kind, Layer, ModelLayout, Node, Op, Program, ShardLayout, Source, Step,
-    Value, ValueInfo, Input,
+    ALIGNMENT, AREAS, Area, Buffer, Cost, Graph, Input, Kind, Layer, ModelLayout, Node, Op, Program, ShardLayout,
+    Source, Step, Value, ValueInfo,
 };
 use std::sync::Arc;
 
@@ -313,7 +311,8 @@ impl Machine {
         let round = prepared.program(sets);
         self.time(COMPUTE, round.clone())?;
         let secs = self.time(COMPUTE, round.clone())?;
-        let rounds = ((self.effort.sample_secs / secs.max(1e-7)).ceil() as usize).clamp(1, (MOST_REPEATS / sets).max(1));
+        let rounds =
+            ((self.effort.sample_secs / secs.max(1e-7)).ceil() as usize).clamp(1, (MOST_REPEATS / sets).max(1));
         Ok(if rounds == 1 { (round, sets) } else { (prepared.program(rounds * sets), rounds * sets) })
     }
 

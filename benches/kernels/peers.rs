@@ -159,7 +159,8 @@ mod cublas {
                     for start in (0..bytes).step_by(pattern.len()) {
                         let part = &pattern[..pattern.len().min(bytes - start)];
                         // SAFETY: the part ends within the allocation; the call waits for the copy.
-                        unsafe { result::memcpy_htod_sync(at + start as u64, part) }.map_err(cuda("filling operands"))?;
+                        unsafe { result::memcpy_htod_sync(at + start as u64, part) }
+                            .map_err(cuda("filling operands"))?;
                     }
                 }
             }

@@ -97,15 +97,12 @@ impl Row {
         let (peer, ratio) = self.peer.map_or((String::new(), String::new()), |peer| {
             (rate(peer.median), format!("{:.3}", peer.median / ours.median))
         });
-        format!(
-            "{head} {} | {spread} | {} | {share} | {peer} | {ratio} |",
-            format_secs(ours.median),
-            rate(ours.median)
-        )
+        format!("{head} {} | {spread} | {} | {share} | {peer} | {ratio} |", format_secs(ours.median), rate(ours.median))
     }
 
     fn json(&self) -> Value {
-        let mut row = json!({ "name": self.name, "dtype": self.dtype, "shapes": self.shapes, "bound_secs": self.bound_secs });
+        let mut row =
+            json!({ "name": self.name, "dtype": self.dtype, "shapes": self.shapes, "bound_secs": self.bound_secs });
         match self.unit {
             Unit::Flops(flops) => row["flops"] = json!(flops),
             Unit::Bytes(bytes) => row["bytes"] = json!(bytes),
@@ -130,7 +127,9 @@ impl Row {
 
 /// The head of the table that [`print_row`] fills.
 pub fn print_head() {
-    println!("| op / model / place | type | median | p10 .. p90 | rate | of the roofline | cuBLAS | cuBLAS time / ours |");
+    println!(
+        "| op / model / place | type | median | p10 .. p90 | rate | of the roofline | cuBLAS | cuBLAS time / ours |"
+    );
     println!("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |");
 }
 

@@ -4,7 +4,9 @@
 //! are taken from that graph: shapes and element types are the graph's own.
 
 use hydra::base::{DType, Result, Shape};
-use hydra::graph::{Activation, AttentionOptions, Builder, Graph, Init, Mode, Node, Op, Value, WeightLayout, differentiate};
+use hydra::graph::{
+    Activation, AttentionOptions, Builder, Graph, Init, Mode, Node, Op, Value, WeightLayout, differentiate,
+};
 
 /// One forward op with its sizes.
 #[derive(Clone, Copy, Debug)]
@@ -179,10 +181,17 @@ impl Spec {
     fn tiny(self) -> Spec {
         let few = |n: usize, most: usize| n.min(most);
         match self {
-            Spec::Linear { activation, layout, .. } => Spec::Linear { rows: 24, inputs: 40, outputs: 48, activation, layout },
-            Spec::Attention { heads, kv_heads, causal, .. } => {
-                Spec::Attention { batch: 2, heads: 2, kv_heads: if heads == kv_heads { 2 } else { 1 }, len: 20, width: 16, causal }
+            Spec::Linear { activation, layout, .. } => {
+                Spec::Linear { rows: 24, inputs: 40, outputs: 48, activation, layout }
             }
+            Spec::Attention { heads, kv_heads, causal, .. } => Spec::Attention {
+                batch: 2,
+                heads: 2,
+                kv_heads: if heads == kv_heads { 2 } else { 1 },
+                len: 20,
+                width: 16,
+                causal,
+            },
             Spec::LayerNorm { cols, .. } => Spec::LayerNorm { rows: 6, cols: few(cols / 16, 64) },
             Spec::CrossEntropy { vocabulary, .. } => Spec::CrossEntropy { rows: 6, vocabulary: 40 + vocabulary % 2 },
             Spec::Embedding { .. } => Spec::Embedding { rows: 12, vocabulary: 10, cols: 24 },
@@ -213,7 +222,9 @@ impl Spec {
         for node in 0..graph.nodes.len() {
             let op = &graph.nodes[node].op;
             if self.counts(op) {
-                let name = format!("{}/{place}", op.name());
+                // Of some ops the gradient is the op itself.
+                let back = node >= graph.forward_nodes && op.name() == graph.nodes[0].op.name();
+                let name = format!("{}/{place}{}", op.name(), if back { ", gradient" } else { "" });
                 to.push(Case { name, dtype, graph: graph.clone(), node });
             }
         }
@@ -232,9 +243,8 @@ impl Spec {
     }
 
     fn trace(&self, b: &mut Builder) -> Result<Value> {
-        let leaf = |b: &mut Builder, name: &str, shape: &[usize]| {
-            b.parameter(name, Shape(shape.to_vec()), Init::Normal(1.0))
-        };
+        let leaf =
+            |b: &mut Builder, name: &str, shape: &[usize]| b.parameter(name, Shape(shape.to_vec()), Init::Normal(1.0));
         match *self {
             Spec::Linear { rows, inputs, outputs, activation, layout } => {
                 let x = leaf(b, "x", &[rows, inputs])?;
@@ -250,7 +260,8 @@ impl Spec {
                     return b.attention_packed(qkv, None, options);
                 }
                 let q = leaf(b, "q", &[batch, len, heads * width])?;
-                let (k, v) = (leaf(b, "k", &[batch, len, kv_heads * width])?, leaf(b, "v", &[batch, len, kv_heads * width])?);
+                let (k, v) =
+                    (leaf(b, "k", &[batch, len, kv_heads * width])?, leaf(b, "v", &[batch, len, kv_heads * width])?);
                 b.attention(q, k, v, None, options)
             }
             Spec::LayerNorm { rows, cols } => {

@@ -1,6 +1,7 @@
 //! What integration tests share: fixtures, small models, and a run that gives everything it computed.
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub mod device;
 pub mod shuffled;
 pub mod small;
 
@@ -17,9 +18,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-/// A folder of `tests/fixtures`.
+/// A folder of `tests/fixtures`, or of the folder that `HYDRA_FIXTURES` names where the binary was carried away from its sources.
 pub fn fixture(case: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(case)
+    let carried = std::env::var_os("HYDRA_FIXTURES").map(PathBuf::from);
+    carried.unwrap_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")).join(case)
 }
 
 /// Everything that a run computed.

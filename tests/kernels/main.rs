@@ -1,29 +1,56 @@
-//! Every kernel against the host device, on the emulator: whole programs of one op, a head and a loss, forward and gradient.
+//! Every kernel against the host device, on the emulator or a GPU: whole programs of one op, a head and a loss, forward and gradient.
 //!
 //! The oracle is the host in f64. The arena is filled with NaN before each run and inputs are drawn anew, and the order of threads,
 //! blocks and streams is drawn from a seed. Cases are those of tests/gradients and, with sizes that finite differences would take too long
-//! for, those of the files beside this one. `HYDRA_KERNEL_TESTS=full` runs every order on every architecture.
+//! for, those of the files beside this one. `HYDRA_KERNEL_TESTS=full` runs every order on every architecture; `HYDRA_KERNEL_TESTS_DEVICE=cuda` runs
+//! on a GPU instead, for which the binary can be carried to another machine (see docs/gpu.md). Without either it says that it skips.
 
 #[path = "../gradients/cases.rs"]
 #[allow(dead_code, reason = "shared with the gradients' tests")]
 mod cases;
+#[path = "../common/device.rs"]
+mod device;
 #[path = "../gradients/machine.rs"]
 #[allow(dead_code, reason = "shared with the gradients' tests")]
 mod machine;
 mod shapes;
 
 use cases::{Case, Table};
+use device::{Asked, asked};
 use hydra::base::DType;
 use hydra::device::DeviceSpec;
 use machine::{Cut, Machine, Outcome, draw_inputs, draw_weights};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-/// Architectures with orders: three of each for the ordinary run, all for the full one. Between them the paths of every GPU, and six orders.
-fn orders() -> Vec<(u32, u32)> {
-    if std::env::var("HYDRA_KERNEL_TESTS").is_ok_and(|v| v == "full") {
-        return [80, 90].into_iter().flat_map(|arch| (0..8).map(move |seed| (arch, seed))).collect();
+/// The devices of one run, each with its name; none where what was asked for is not there. On the emulator three orders of each architecture for the
+/// ordinary run, all for the full one: between them the paths of every GPU, and six orders.
+fn devices() -> Vec<(String, DeviceSpec)> {
+    let default = if cfg!(feature = "emulator") { "emulated" } else { "cuda" };
+    let spec = match asked(Some(default)) {
+        Asked::Device(spec) => spec,
+        Asked::Missing | Asked::Nothing => return Vec::new(),
+    };
+    if let DeviceSpec::Cuda { .. } = spec {
+        keep_context();
+        return vec![("cuda".into(), spec)];
     }
-    vec![(80, 0), (90, 1), (80, 2), (90, 3), (80, 5), (90, 8)]
+    let orders: Vec<(u32, u32)> = match std::env::var("HYDRA_KERNEL_TESTS").is_ok_and(|v| v == "full") {
+        true => [80, 90].into_iter().flat_map(|arch| (0..8).map(move |seed| (arch, seed))).collect(),
+        false => vec![(80, 0), (90, 1), (80, 2), (90, 3), (80, 5), (90, 8)],
+    };
+    let emulated = |(arch, seed)| {
+        (format!("arch {arch}, seed {seed}"), DeviceSpec::Emulated { arch, seed, threads: Some(1) })
+    };
+    orders.into_iter().map(emulated).collect()
+}
+
+/// Holds the GPU open until the process ends: each case starts a device of its own, and the last one to go would take the context with it.
+fn keep_context() {
+    #[cfg(feature = "cuda")]
+    {
+        static OPEN: std::sync::OnceLock<std::sync::Mutex<hydra::device::cuda::Gpu>> = std::sync::OnceLock::new();
+        OPEN.get_or_init(|| std::sync::Mutex::new(hydra::device::cuda::Gpu::open(0).expect("the GPU opens")));
+    }
 }
 
 /// How far a run may be from f64's, as the norm of the difference over the norm.
@@ -72,13 +99,13 @@ fn near(what: &str, got: &[f64], want: &[f64], tolerance: f64) {
     assert!(apart <= tolerance * (size + 1e-3), "{what}: off by {apart:e} of {size:e}");
 }
 
-fn check(case: &Case, computed: bool) {
+fn check(case: &Case, computed: bool, devices: &[(String, DeviceSpec)]) {
     let host = DeviceSpec::default();
     let want = run(&host, case, computed, DType::F64);
     for dtype in [DType::F32] {
-        for (arch, seed) in orders() {
-            let what = format!("{}, computed {computed}, {dtype}, arch {arch}, seed {seed}", case.name);
-            let got = run(&DeviceSpec::Emulated { arch, seed, threads: Some(1) }, case, computed, dtype);
+        for (device, spec) in devices {
+            let what = format!("{}, computed {computed}, {dtype}, {device}", case.name);
+            let got = run(spec, case, computed, dtype);
             near(&format!("{what}: losses"), &got.losses, &want.losses, tolerance(dtype));
             near(&format!("{what}: states"), &got.states, &want.states, tolerance(dtype));
             for ((name, got), (_, want)) in got.gradients.iter().zip(&want.gradients) {
@@ -90,11 +117,15 @@ fn check(case: &Case, computed: bool) {
 
 /// Runs the cases whose names begin with one of `families`; all of them, so that one run shows all that is wrong.
 fn family(families: &[&str]) {
+    let devices = devices();
+    if devices.is_empty() {
+        return;
+    }
     let mut table = Table(cases::all());
     shapes::all(&mut table);
     let cases: Vec<Case> = table.0.into_iter().filter(|c| families.contains(&c.family())).collect();
     assert!(!cases.is_empty(), "no case of {families:?}");
-    let failed = |case: &Case, computed| catch_unwind(AssertUnwindSafe(|| check(case, computed))).is_err();
+    let failed = |case: &Case, computed| catch_unwind(AssertUnwindSafe(|| check(case, computed, &devices))).is_err();
     let failures = cases.iter().filter(|case| failed(case, false) | failed(case, true)).count();
     assert_eq!(failures, 0, "cases of {families:?} failed, as printed above");
 }
