@@ -56,7 +56,8 @@ fn launch(kernel: &'static str, o: &Operands, threads_each: usize) -> Launch {
 fn sizes(launch: Launch, o: &Operands, window: &Window, x: &[usize], out: &[usize]) -> Result<Launch> {
     let [height, width] = window.kernel;
     let mut numbers = [0_i32; 8];
-    for (to, from) in numbers.iter_mut().zip([x[2], x[3], height, width, window.stride, window.padding, out[2], out[3]]) {
+    for (to, from) in numbers.iter_mut().zip([x[2], x[3], height, width, window.stride, window.padding, out[2], out[3]])
+    {
         *to = i32::try_from(from).map_err(|_| Error::bad("pooling: an axis of 2^31 elements or more"))?;
     }
     Ok(launch.long(o.out_elems(0)).bytes(bytemuck::cast_slice(&numbers), 4))
