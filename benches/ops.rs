@@ -14,8 +14,8 @@ use hydra::device::host::gemm::{Matrix, Threads, gemm};
 use hydra::device::host::optimizer::{self, AdamwStep};
 use hydra::device::host::pool::{self, PoolSizes};
 use hydra::device::host::strided::{Rows, RowsMut};
-use hydra::device::host::{activation, cross_entropy, elementwise, embedding, linear, norm, parallel};
-use hydra::graph::{Activation, WeightLayout};
+use hydra::device::host::{activation, cross_entropy, elementwise, embedding, linear, norm, parallel, rotary};
+use hydra::graph::{Activation, Rotation, WeightLayout};
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
@@ -168,6 +168,21 @@ fn row_cases() -> Vec<Case> {
                 (values(elems), values(elems), values(cols), values(rows), vec![1f32; rows]);
             let (mut d_x, mut d_w, mut d_b) = (vec![0f32; elems], vec![0f32; cols], vec![0f32; cols]);
             move || norm::grad(&mut d_x, &mut d_w, &mut d_b, &d_y, &x, &weight, &mean, &rstd, true, rows, cols)
+        }));
+        cases.push(case(format!("rmsnorm/{name}"), Work::Bytes(8.0 * elems as f64), move || {
+            let (x, weight, mut out, mut rstd) = (values(elems), values(cols), vec![0f32; elems], vec![0f32; rows]);
+            move || norm::rms_forward(&mut out, &mut rstd, &x, &weight, rows, cols, 1e-5)
+        }));
+        cases.push(case(format!("rmsnorm_grad/{name}"), Work::Bytes(12.0 * elems as f64), move || {
+            let (x, d_y, weight, rstd) = (values(elems), values(elems), values(cols), vec![1f32; rows]);
+            let (mut d_x, mut d_w) = (vec![0f32; elems], vec![0f32; cols]);
+            move || norm::rms_grad(&mut d_x, &mut d_w, &d_y, &x, &weight, &rstd, true, rows, cols)
+        }));
+        // Queries and keys of packed rows, three times as wide.
+        cases.push(case(format!("rotary/{name}"), Work::Bytes(24.0 * elems as f64), move || {
+            let (x, mut out) = (values(3 * elems), vec![0f32; 3 * elems]);
+            let rotation = Rotation { heads: 2 * cols / 64, width: 64, base: 10_000.0, back: false };
+            move || rotary::turn(&mut out, Some(&x), &rotation, rows, 3 * cols)
         }));
         cases.push(case(format!("add/{name}"), Work::Bytes(12.0 * elems as f64), move || {
             let (a, b, mut out) = (values(elems), values(elems), vec![0f32; elems]);

@@ -183,8 +183,12 @@ pub fn cost(graph: &Graph, node: &Node) -> Cost {
         }
         Op::Dropout { .. } => (Family::Dropout, 10.0 * elems(0)),
         Op::CrossEntropy | Op::CrossEntropyGrad => (Family::Softmax, 5.0 * elems(0)),
-        Op::LayerNorm { .. } | Op::BatchNorm { .. } | Op::BatchNormEval { .. } => (Family::Norm, 8.0 * elems(0)),
-        Op::LayerNormGrad | Op::BatchNormGrad => (Family::NormGrad, 12.0 * elems(0)),
+        // Two products and a sum an element; the sines and cosines are shared by all heads.
+        Op::Rotary(_) => (Family::Memory, 3.0 * elems(0)),
+        Op::LayerNorm { .. } | Op::RmsNorm { .. } | Op::BatchNorm { .. } | Op::BatchNormEval { .. } => {
+            (Family::Norm, 8.0 * elems(0))
+        }
+        Op::LayerNormGrad | Op::RmsNormGrad | Op::BatchNormGrad => (Family::NormGrad, 12.0 * elems(0)),
         Op::LinearGradBias | Op::Conv2dGradBias | Op::AddPositionGrad => (Family::Sum, elems(0)),
         Op::MaxPool(_) | Op::MaxPoolGrad(_) | Op::AvgPool(_) | Op::AvgPoolGrad(_) | Op::Transpose { .. } => {
             (Family::Pool, largest as f64)

@@ -7,7 +7,7 @@ use super::custom::Custom;
 use super::differentiate::Sweep;
 use super::graph::Value;
 use super::kinds::Activation;
-use super::op::Op;
+use super::op::{Op, Rotation};
 use crate::base::{Error, Result, Shape};
 
 /// Emits the gradient of `op`.
@@ -75,6 +75,16 @@ pub(super) fn emit(s: &mut Sweep, op: &Op, inputs: &[Value], outputs: &[Value], 
             let shapes = inputs.iter().map(|&v| shape(s, v)).collect();
             let d_all = s.push(Op::LayerNormGrad, vec![d, inputs[0], inputs[1], outputs[1], outputs[2]], shapes);
             inputs.iter().zip(d_all).for_each(|(&v, g)| s.contribute(v, g));
+        }
+        Op::RmsNorm { .. } => {
+            let shapes = inputs.iter().map(|&v| shape(s, v)).collect();
+            let d_all = s.push(Op::RmsNormGrad, vec![d, inputs[0], inputs[1], outputs[1]], shapes);
+            inputs.iter().zip(d_all).for_each(|(&v, g)| s.contribute(v, g));
+        }
+        Op::Rotary(rotation) => {
+            let of = shape(s, inputs[0]);
+            let d_x = s.push_one(Op::Rotary(Rotation { back: !rotation.back, ..*rotation }), vec![d], of);
+            s.contribute(inputs[0], d_x);
         }
         Op::Attention(kind) => {
             let tensors = if kind.packed { 1 } else { 3 };

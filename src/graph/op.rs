@@ -57,6 +57,16 @@ pub enum Op {
     },
     /// d_out, x, weight, mean, rstd -> d_x, d_weight, d_bias.
     LayerNormGrad,
+    /// x (.., C), weight (C) -> out (.., C), rstd (rows): LayerNorm without a mean and a bias.
+    RmsNorm {
+        /// Added to the mean of the squares.
+        epsilon: f64,
+    },
+    /// d_out, x, weight, rstd -> d_x, d_weight.
+    RmsNormGrad,
+    /// x (B, T, R) with R >= H D -> out: the first H heads of width D of position t turned by t's angles, the rest copied. Its gradient is
+    /// the turn back, on d_out.
+    Rotary(Rotation),
     /// qkv (B, T, (H + 2 Hkv) D) packed, or q (B, Tq, H D), k, v (B, Tk, Hkv D); (mask (B, Tk) i32: 1 = attend)
     /// -> out (B, Tq, H D), lse (B, H, Tq).
     Attention(AttentionKind),
@@ -136,6 +146,19 @@ pub struct AttentionKind {
     pub dropout: Option<(f64, u32)>,
 }
 
+/// How a rotary position embedding turns heads.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rotation {
+    /// Heads that are turned; what lies behind them in a row is copied.
+    pub heads: usize,
+    /// Width of a head, even: elements i and i + width/2 are turned together.
+    pub width: usize,
+    /// They are turned by t * base^(-2i/width) at position t.
+    pub base: f64,
+    /// By minus that.
+    pub back: bool,
+}
+
 /// A window that slides over an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Window {
@@ -173,6 +196,9 @@ impl Op {
             Op::Dropout { .. } => "dropout",
             Op::LayerNorm { .. } => "layernorm",
             Op::LayerNormGrad => "layernorm_grad",
+            Op::RmsNorm { .. } => "rmsnorm",
+            Op::RmsNormGrad => "rmsnorm_grad",
+            Op::Rotary(_) => "rotary",
             Op::Attention(_) => "attention",
             Op::AttentionGrad(_) => "attention_grad",
             Op::CrossEntropy => "cross_entropy",
@@ -229,7 +255,13 @@ impl Op {
             | Op::Conv2dGradWeight(_)
             | Op::Conv2dGradBias
             | Op::Zero => float.wide(),
-            Op::LayerNorm { .. } | Op::LayerNormGrad | Op::Attention(_) | Op::BatchNorm { .. } | Op::BatchNormGrad
+            Op::LayerNorm { .. }
+            | Op::LayerNormGrad
+            | Op::RmsNorm { .. }
+            | Op::RmsNormGrad
+            | Op::Attention(_)
+            | Op::BatchNorm { .. }
+            | Op::BatchNormGrad
                 if output > 0 =>
             {
                 float.wide()
@@ -247,6 +279,7 @@ impl Op {
                 | Op::Add
                 | Op::Dropout { .. }
                 | Op::AddPosition
+                | Op::Rotary(_)
                 | Op::CrossEntropyGrad
         )
         .then_some(0)
@@ -263,7 +296,7 @@ impl Op {
             | Op::Conv2dGradBias
             | Op::Copy
             | Op::Zero => true,
-            Op::LayerNormGrad | Op::BatchNormGrad => output > 0,
+            Op::LayerNormGrad | Op::RmsNormGrad | Op::BatchNormGrad => output > 0,
             _ => false,
         }
     }

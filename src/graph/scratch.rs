@@ -190,6 +190,7 @@ pub fn scratch_bytes(graph: &Graph, node: &Node) -> u64 {
             EmbeddingSort::new(input(1).elems(), table.rows()).bytes()
         }
         Op::LayerNormGrad => norm_bytes(2, input(1).rows(), input(1).cols()),
+        Op::RmsNormGrad => norm_bytes(1, input(1).rows(), input(1).cols()),
         Op::BatchNorm { .. } | Op::BatchNormGrad => {
             let x = input(if node.op == Op::BatchNormGrad { 1 } else { 0 }).axes();
             let partials = channel_parts(x[0], x[1], x[2..].iter().product()).count(x[1]);

@@ -226,6 +226,30 @@ fn norms(t: &mut Table) {
         let x = s.b.activation(x, Activation::GeluTanh)?;
         s.b.layernorm(x, weight, second, 1e-5)
     });
+    for (rows, cols) in [(1, 2), (3, 31), (31, 33), (2, 1023)] {
+        t.add(format!("rmsnorm {rows}x{cols}"), move |s| {
+            let (x, weight) = (s.leaf("x", [rows, cols])?, s.leaf("weight", [cols])?);
+            s.b.rmsnorm(x, weight, 1e-5)
+        });
+    }
+    t.add("rmsnorm twice with one weight", |s| {
+        let (x, weight) = (s.leaf("x", [3, 7])?, s.leaf("weight", [7])?);
+        let x = s.b.rmsnorm(x, weight, 1e-5)?;
+        let x = s.b.activation(x, Activation::GeluTanh)?;
+        s.b.rmsnorm(x, weight, 1e-5)
+    });
+    for (b, len, heads, width, rest) in [(1, 1, 1, 2, 0), (2, 5, 1, 2, 1), (1, 31, 3, 6, 5), (2, 33, 2, 16, 16)] {
+        t.add(format!("rotary {b}x{len}, {heads} heads of {width} and {rest}"), move |s| {
+            let x = s.leaf("x", [b, len, heads * width + rest])?;
+            s.b.rotary(x, heads, width, 100.0)
+        });
+    }
+    t.add("rotary of queries and keys before attention", |s| {
+        let qkv = s.leaf("qkv", [2, 5, (4 + 2 * 2) * 6])?;
+        let qkv = s.b.rotary(qkv, 4 + 2, 6, 10_000.0)?;
+        let options = AttentionOptions { heads: 4, kv_heads: 2, scale: None, causal: true, dropout: 0.0 };
+        s.b.attention_packed(qkv, None, options)
+    });
     for (n, c, h, w) in [(2, 1, 1, 1), (3, 5, 1, 1), (1, 3, 3, 5), (4, 3, 5, 7), (3, 33, 2, 2), (2, 2, 31, 33)] {
         t.add(format!("batchnorm {n}x{c}x{h}x{w}"), move |s| {
             let x = s.leaf("x", [n, c, h, w])?;

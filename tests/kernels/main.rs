@@ -135,7 +135,7 @@ const FAMILIES: [&[&str]; 8] = [
     &["embedding", "add_position"],
     &["linear"],
     &["activation", "add", "dropout"],
-    &["layernorm", "batchnorm"],
+    &["layernorm", "rmsnorm", "rotary", "batchnorm"],
     &["attention"],
     &["cross_entropy"],
     &["conv2d", "max_pool", "avg_pool", "global_avg_pool"],

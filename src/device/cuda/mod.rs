@@ -27,6 +27,7 @@ mod operands;
 mod ops;
 mod optimizer;
 mod pool;
+mod rotary;
 mod transpose;
 
 pub use device::{CudaConfig, CudaDevice};

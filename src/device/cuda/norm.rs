@@ -19,15 +19,14 @@ const SINGLE: usize = 8;
 /// x (rows, cols), weight, bias -> out, mean, rstd.
 pub(super) fn forward(q: &mut Queue, o: &Operands, epsilon: f64) -> Result<()> {
     let (rows, cols) = o.rows_cols(0);
-    let (narrow, wide) = match o.in_dtype(0) {
-        DType::Bf16 => ("layernorm_forward_bf16", "layernorm_forward_wide_bf16"),
-        _ => ("layernorm_forward_f32", "layernorm_forward_wide_f32"),
+    let kernels = match o.in_dtype(0) {
+        DType::Bf16 => ["layernorm_forward_bf16", "layernorm_forward_wide_bf16"],
+        _ => ["layernorm_forward_f32", "layernorm_forward_wide_f32"],
     };
     let (out, x, weight, bias) = (o.output(0), o.input(0), o.input(1), o.input(2));
     let row = Row::new(o.in_dtype(0), cols, &[out, x, weight, bias]);
-    let arguments =
-        |launch: Launch| launch.ptr(out).ptr(o.output(1)).ptr(o.output(2)).ptr(x).ptr(weight).ptr(bias);
-    row.forward(q, [narrow, wide], arguments, rows, cols, epsilon)
+    let arguments = |launch: Launch| launch.ptr(out).ptr(o.output(1)).ptr(o.output(2)).ptr(x).ptr(weight).ptr(bias);
+    row.forward(q, kernels, arguments, rows, cols, epsilon)
 }
 
 /// d_out, x (rows, cols), weight, mean, rstd -> d_x, d_weight, d_bias.
@@ -41,6 +40,32 @@ pub(super) fn grad(q: &mut Queue, o: &Operands) -> Result<()> {
     let row = Row::new(o.in_dtype(1), cols, &[d_x, d_out, x, weight]);
     let arguments = |launch: Launch| launch.ptr(d_out).ptr(x).ptr(weight).ptr(o.input(3)).ptr(o.input(4));
     let sums = [(o.output(1), o.accumulator(1)), (o.output(2), o.accumulator(2))];
+    row.grad(q, kernels, d_x, sums, arguments, rows, cols, o.scratch())
+}
+
+/// x (rows, cols), weight -> out, rstd.
+pub(super) fn rms_forward(q: &mut Queue, o: &Operands, epsilon: f64) -> Result<()> {
+    let (rows, cols) = o.rows_cols(0);
+    let kernels = match o.in_dtype(0) {
+        DType::Bf16 => ["rmsnorm_forward_bf16", "rmsnorm_forward_wide_bf16"],
+        _ => ["rmsnorm_forward_f32", "rmsnorm_forward_wide_f32"],
+    };
+    let (out, x, weight) = (o.output(0), o.input(0), o.input(1));
+    let row = Row::new(o.in_dtype(0), cols, &[out, x, weight]);
+    row.forward(q, kernels, |launch| launch.ptr(out).ptr(o.output(1)).ptr(x).ptr(weight), rows, cols, epsilon)
+}
+
+/// d_out, x (rows, cols), weight, rstd -> d_x, d_weight.
+pub(super) fn rms_grad(q: &mut Queue, o: &Operands) -> Result<()> {
+    let (rows, cols) = o.rows_cols(1);
+    let kernels = match o.in_dtype(1) {
+        DType::Bf16 => ["rmsnorm_grad_bf16", "rmsnorm_grad_wide_bf16", "rmsnorm_grad_sums_bf16"],
+        _ => ["rmsnorm_grad_f32", "rmsnorm_grad_wide_f32", "rmsnorm_grad_sums_f32"],
+    };
+    let (d_x, d_out, x, weight) = (o.output(0), o.input(0), o.input(1), o.input(2));
+    let row = Row::new(o.in_dtype(1), cols, &[d_x, d_out, x, weight]);
+    let arguments = |launch: Launch| launch.ptr(d_out).ptr(x).ptr(weight).ptr(o.input(3));
+    let sums = [(o.output(1), o.accumulator(1)), (Ptr::NULL, 0)];
     row.grad(q, kernels, d_x, sums, arguments, rows, cols, o.scratch())
 }
 

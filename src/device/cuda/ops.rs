@@ -3,7 +3,7 @@
 use super::launch::Queue;
 use super::operands::Operands;
 use super::{
-    activation, attention, batchnorm, conv, cross_entropy, custom, elementwise, embedding, linear, norm, pool,
+    activation, attention, batchnorm, conv, cross_entropy, custom, elementwise, embedding, linear, norm, pool, rotary,
     transpose,
 };
 use crate::base::Result;
@@ -29,6 +29,9 @@ pub(super) fn launch_step(q: &mut Queue, o: &Operands) -> Result<()> {
         Op::Dropout { p, stream } => elementwise::dropout(q, o, *p, *stream),
         Op::LayerNorm { epsilon } => norm::forward(q, o, *epsilon),
         Op::LayerNormGrad => norm::grad(q, o),
+        Op::RmsNorm { epsilon } => norm::rms_forward(q, o, *epsilon),
+        Op::RmsNormGrad => norm::rms_grad(q, o),
+        Op::Rotary(rotation) => rotary::turn(q, o, rotation),
         Op::Attention(kind) => attention::forward(q, o, kind),
         Op::AttentionGrad(kind) => attention::grad(q, o, kind),
         Op::CrossEntropy => cross_entropy::forward(q, o),

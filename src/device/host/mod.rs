@@ -30,6 +30,7 @@ mod planes;
 pub mod pool;
 pub mod real;
 mod reduce;
+pub mod rotary;
 pub mod strided;
 #[cfg(test)]
 pub mod testing;

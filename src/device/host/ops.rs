@@ -8,7 +8,7 @@ use super::real::Real;
 use super::strided::{Rows, RowsMut};
 use super::{
     activation, attention, batchnorm, conv, cross_entropy, custom, elementwise, embedding, linear, norm, optimizer,
-    pool, transpose, widen,
+    pool, rotary, transpose, widen,
 };
 use crate::base::DType;
 use crate::device::Scalars;
@@ -203,6 +203,29 @@ fn body<T: Real>(o: &Operands, scalars: &Scalars) {
                 rows,
                 cols,
             );
+        }
+        Op::RmsNorm { epsilon } => {
+            let (rows, cols) = o.rows_cols(0);
+            norm::rms_forward::<T>(o.output(0), o.output(1), o.input(0), o.input(1), rows, cols, *epsilon);
+        }
+        Op::RmsNormGrad => {
+            let adds = o.adds_to(1, scalars);
+            let (rows, cols) = o.rows_cols(1);
+            norm::rms_grad::<T>(
+                o.output(0),
+                o.output(1),
+                o.input(0),
+                o.input(1),
+                o.input(2),
+                o.input(3),
+                adds,
+                rows,
+                cols,
+            );
+        }
+        Op::Rotary(rotation) => {
+            let &[_, positions, cols] = o.in_axes(0) else { unreachable!("checked by the builder") };
+            rotary::turn::<T>(o.output(0), o.unless_in_place(0), rotation, positions, cols);
         }
         Op::Attention(kind) => attention_forward::<T>(o, kind, scalars),
         Op::AttentionGrad(kind) => attention_grad::<T>(o, kind, scalars),

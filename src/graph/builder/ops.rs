@@ -5,7 +5,7 @@ use crate::base::{DType, Error, Result, Shape};
 use crate::graph::custom::{CUSTOM_OPERANDS, Custom, CustomOp};
 use crate::graph::graph::{Source, Value};
 use crate::graph::kinds::{Activation, Init, Mode, WeightLayout};
-use crate::graph::op::{AttentionKind, Op, Window};
+use crate::graph::op::{AttentionKind, Op, Rotation, Window};
 use std::sync::Arc;
 
 impl Builder {
@@ -115,6 +115,35 @@ impl Builder {
         let rows = Shape::from([shape.rows()]);
         let outputs = vec![shape, rows.clone(), rows];
         Ok(self.node(Op::LayerNorm { epsilon }, vec![x, weight, bias], outputs)?[0])
+    }
+
+    /// Normalisation by the root mean square of the last axis (Zhang & Sennrich 2019, arXiv:1910.07467).
+    ///
+    /// # Errors
+    /// When the weight is not as long as the last axis.
+    pub fn rmsnorm(&mut self, x: Value, weight: Value, epsilon: f64) -> Result<Value> {
+        let shape = self.shape(x).clone();
+        self.expect_shape("rmsnorm: weight", weight, &[shape.cols()])?;
+        let rows = Shape::from([shape.rows()]);
+        Ok(self.node(Op::RmsNorm { epsilon }, vec![x, weight], vec![shape, rows])?[0])
+    }
+
+    /// Rotary position embedding of the first `heads` heads of `width` of each row of `x` (B, T, R); the rest of the row passes (Su et al.
+    /// 2021, arXiv:2104.09864, eq. 34, with Llama's pairs: element i of a head and i + width/2). For packed qkv, (B, T, (H + 2 Hkv) D),
+    /// `heads` is H + Hkv.
+    ///
+    /// # Errors
+    /// When `x` has not three axes, its rows are shorter than the heads, the width is odd, or the base not above 0.
+    pub fn rotary(&mut self, x: Value, heads: usize, width: usize, base: f64) -> Result<Value> {
+        let [_, _, cols] = self.axes("rotary: x", x)?;
+        let shape = self.shape(x).clone();
+        if heads.checked_mul(width).is_none_or(|turned| turned > cols) {
+            return Err(Error::bad(format!("rotary: x is {shape}, its rows shorter than {heads} heads of {width}")));
+        }
+        if width % 2 == 1 || !(base > 0.0 && base.is_finite()) {
+            return Err(Error::bad(format!("rotary: heads are {width} wide, the base is {base}; want even, above 0")));
+        }
+        self.one(Op::Rotary(Rotation { heads, width, base, back: false }), vec![x], shape)
     }
 
     /// Attention on packed `qkv` (B, T, (H + 2 Hkv) D); `mask` (B, T) is 1 where a key may be seen.

@@ -3,4 +3,25 @@
 use crate::cases::Table;
 
 /// Adds the cases.
-pub fn cases(_t: &mut Table) {}
+pub fn cases(t: &mut Table) {
+    // Planes summed as columns and by themselves; one piece of a plane, several; rows that are not aligned.
+    for (n, c, h, w) in
+        [(65, 8, 1, 1), (7, 300, 1, 1), (33, 4, 7, 7), (5, 3, 15, 17), (3, 2, 16, 16), (7, 2, 28, 28), (2, 1, 97, 101)]
+    {
+        t.add(format!("batchnorm {n}x{c}x{h}x{w}"), move |s| {
+            let x = s.leaf("x", [n, c, h, w])?;
+            s.b.batchnorm(x, "norm", 1e-3, 0.1)
+        });
+    }
+    for (x, kernel, stride, padding) in [([2, 3, 13, 13], 3, 2, 1), ([2, 2, 33, 31], 7, 2, 3), ([1, 65, 8, 9], 2, 3, 0)]
+    {
+        t.add(format!("max_pool {x:?} kernel {kernel} stride {stride} padding {padding}"), move |s| {
+            let x = s.leaf("x", x)?;
+            s.b.max_pool(x, kernel, stride, padding)
+        });
+        t.add(format!("avg_pool {x:?} kernel {kernel} stride {stride} padding {padding}"), move |s| {
+            let x = s.leaf("x", x)?;
+            s.b.avg_pool(x, [kernel, kernel], stride, padding)
+        });
+    }
+}

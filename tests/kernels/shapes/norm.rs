@@ -3,4 +3,40 @@
 use crate::cases::Table;
 
 /// Adds the cases.
-pub fn cases(_t: &mut Table) {}
+pub fn cases(t: &mut Table) {
+    // Rows of one warp, of several, of a block; in packs and one by one; more rows than a block's groups take at once.
+    for (rows, cols) in
+        [(7, 256), (65, 264), (3, 512), (9, 768), (5, 776), (3, 1024), (2, 1032), (3, 1280), (2, 4099), (300, 40)]
+    {
+        t.add(format!("layernorm {rows}x{cols}"), move |s| {
+            let (x, weight, bias) = (s.leaf("x", [rows, cols])?, s.leaf("weight", [cols])?, s.leaf("bias", [cols])?);
+            s.b.layernorm(x, weight, bias, 1e-5)
+        });
+        t.add(format!("rmsnorm {rows}x{cols}"), move |s| {
+            let (x, weight) = (s.leaf("x", [rows, cols])?, s.leaf("weight", [cols])?);
+            s.b.rmsnorm(x, weight, 1e-5)
+        });
+    }
+    // Rows that no block keeps.
+    for cols in [5121, 10_248, 20_484] {
+        t.add(format!("layernorm 2x{cols}"), move |s| {
+            let (x, weight, bias) = (s.leaf("x", [2, cols])?, s.leaf("weight", [cols])?, s.leaf("bias", [cols])?);
+            s.b.layernorm(x, weight, bias, 1e-5)
+        });
+    }
+    for (b, len, heads, width, rest) in
+        [(1, 3, 40, 128, 1024), (2, 1025, 1, 64, 0), (1, 2, 1, 1032, 8), (1, 4, 3, 10, 7)]
+    {
+        t.add(format!("rotary {b}x{len}, {heads} heads of {width} and {rest}"), move |s| {
+            let x = s.leaf("x", [b, len, heads * width + rest])?;
+            s.b.rotary(x, heads, width, 10_000.0)
+        });
+    }
+    for (rows, classes) in [(2, 1), (9, 1000), (3, 4099), (1, 50_257)] {
+        t.add(format!("cross_entropy {rows}x{classes}"), move |s| {
+            let (x, y) = (s.leaf("x", [rows, classes])?, s.leaf("y", [rows, classes])?);
+            s.b.add(x, y)
+        })
+        .head = false;
+    }
+}

@@ -1,0 +1,21 @@
+//! Launches of `kernels/rotary.cu`.
+
+use super::launch::{Launch, Queue};
+use super::operands::{Operands, pick};
+use crate::base::Result;
+use crate::graph::Rotation;
+
+/// Most threads of a block.
+const MOST_THREADS: usize = 256;
+
+/// x (B, T, cols) -> out, which may lie over x.
+pub(super) fn turn(q: &mut Queue, o: &Operands, rotation: &Rotation) -> Result<()> {
+    let (rows, cols) = o.rows_cols(0);
+    // 16 bytes of a bf16 row a thread.
+    let threads = cols.div_ceil(8).next_multiple_of(32).clamp(32, MOST_THREADS);
+    let per_pair = -2.0 / rotation.width.max(1) as f64 * rotation.base.log2();
+    let kernel = pick(o.in_dtype(0), "rotary_f32", "rotary_bf16");
+    let turn = Launch::new(kernel, [rows, 1, 1], threads as u32).ptr(o.output(0)).ptr(o.input(0));
+    let turn = turn.int(o.in_axes(0)[1]).int(cols).int(rotation.heads).int(rotation.width).double(per_pair);
+    q.launch(turn.float(if rotation.back { -1.0 } else { 1.0 }))
+}

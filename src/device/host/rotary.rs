@@ -1,0 +1,129 @@
+//! Rotary position embedding (Su et al. 2021, arXiv:2104.09864, eq. 34), with the pairs of Llama's weights.
+//!
+//! Sizes: x, out (batch * positions, cols), whose rows begin with `heads` heads of `width`. With `a = x[i]` and `b = x[i + width/2]` of a head
+//! and the angle `p = t base^(-2i/width)` at position t: `out[i] = a cos p - b sin p`, `out[i + width/2] = b cos p + a sin p`. What lies
+//! behind the heads is copied.
+
+use super::parallel::{expect_len, rows_per_chunk, with_scratch};
+use super::real::Real;
+use crate::graph::Rotation;
+use rayon::prelude::*;
+
+/// Turns every row's heads by its position; where `x` is `None`, `out` holds it. Overwrites `out`. Turning `back` is the gradient.
+///
+/// # Panics
+/// When a length does not fit the sizes.
+pub fn turn<T: Real>(out: &mut [T], x: Option<&[T]>, rotation: &Rotation, positions: usize, cols: usize) {
+    if let Some(x) = x {
+        expect_len("rotary", "x", x.len(), out.len());
+    }
+    if out.is_empty() {
+        return;
+    }
+    let (rows, half) = (rows_per_chunk(cols), rotation.width / 2);
+    out.par_chunks_mut(rows * cols).enumerate().for_each(|(chunk, out)| {
+        with_scratch::<T, _>(2 * half, |angles| {
+            let (cos, sin) = angles.split_at_mut(half);
+            for (r, out) in out.chunks_exact_mut(cols).enumerate() {
+                let row = chunk * rows + r;
+                if let Some(x) = x {
+                    out.copy_from_slice(&x[row * cols..][..cols]);
+                }
+                set_angles(cos, sin, rotation, row % positions);
+                for head in out[..rotation.heads * rotation.width].chunks_exact_mut(rotation.width.max(1)) {
+                    turn_head(head, cos, sin);
+                }
+            }
+        });
+    });
+}
+
+/// Cosines and sines of `position`, taken in f64 and rounded once: an f32 angle of a thousand turns would be off by 1e-4.
+fn set_angles<T: Real>(cos: &mut [T], sin: &mut [T], rotation: &Rotation, position: usize) {
+    let per_pair = -2.0 / rotation.width as f64 * rotation.base.log2();
+    for (i, (cos, sin)) in cos.iter_mut().zip(sin).enumerate() {
+        let angle = position as f64 * (i as f64 * per_pair).exp2();
+        let (s, c) = angle.sin_cos();
+        *cos = T::from_f64(c);
+        *sin = T::from_f64(if rotation.back { -s } else { s });
+    }
+}
+
+fn turn_head<T: Real>(head: &mut [T], cos: &[T], sin: &[T]) {
+    let (first, second) = head.split_at_mut(cos.len());
+    for (((a, b), &cos), &sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::host::testing::{assert_close, dot, normal, poison, same_in_all_pools};
+
+    /// batch, positions, heads, width, columns behind the heads
+    const SHAPES: [[usize; 5]; 7] = [
+        [1, 1, 1, 2, 0],
+        [2, 3, 1, 2, 1],
+        [0, 3, 2, 4, 0],
+        [2, 31, 3, 6, 5],
+        [1, 1025, 1, 64, 0],
+        [3, 7, 0, 4, 3],
+        [2, 5, 3, 0, 4],
+    ];
+
+    fn run<T: Real>([batch, positions, heads, width, rest]: [usize; 5], back: bool) -> Vec<T> {
+        let cols = heads * width + rest;
+        let x = normal::<T>(batch * positions * cols, 1);
+        let rotation = Rotation { heads, width, base: 10_000.0, back };
+        let (mut out, mut over) = (poison(x.len()), x.clone());
+        turn(&mut out, Some(&x), &rotation, positions, cols);
+        turn(&mut over, None, &rotation, positions, cols);
+        assert_eq!(out, over, "in place");
+        out
+    }
+
+    #[test]
+    fn f32_like_f64_on_any_number_of_threads() {
+        for shape in SHAPES {
+            let got = same_in_all_pools(|| vec![run::<f32>(shape, false)]);
+            // Products and a sum, each rounded once; the angles are exact.
+            assert_close(&got[0], &run::<f64>(shape, false), 1e-6, &format!("{shape:?}"));
+        }
+    }
+
+    /// The pairs as transformers writes them: `x * cos + rotate_half(x) * sin`, with angles that repeat after half the width.
+    #[test]
+    fn like_the_definition() {
+        let (positions, heads, width) = (5, 2, 6);
+        let x = normal::<f64>(positions * 13, 1);
+        let mut out = poison(x.len());
+        turn(&mut out, Some(&x), &Rotation { heads, width, base: 500.0, back: false }, positions, 13);
+        for t in 0..positions {
+            for c in 0..13 {
+                let (head, i) = (c / width, c % width);
+                let pair = i % 3;
+                let at = |i: usize| x[t * 13 + head * width + i];
+                let turned_half = |i: usize| if i < 3 { -at(i + 3) } else { at(i - 3) };
+                let angle = t as f64 * 500f64.powf(-2.0 * pair as f64 / width as f64);
+                let want = if c < 12 { at(i) * angle.cos() + turned_half(i) * angle.sin() } else { x[t * 13 + c] };
+                assert!((out[t * 13 + c] - want).abs() < 1e-12, "{t} {c}");
+            }
+        }
+    }
+
+    #[test]
+    fn turning_back_is_the_inverse_and_the_gradient() {
+        let (positions, cols) = (7, 3 * 4 + 2);
+        let (x, d_y) = (normal::<f64>(2 * positions * cols, 1), normal::<f64>(2 * positions * cols, 2));
+        let rotation = Rotation { heads: 3, width: 4, base: 10_000.0, back: false };
+        let back = Rotation { back: true, ..rotation };
+        let [mut y, mut again, mut d_x] = [(); 3].map(|()| poison(x.len()));
+        turn(&mut y, Some(&x), &rotation, positions, cols);
+        turn(&mut again, Some(&y), &back, positions, cols);
+        assert_close(&again, &x, 1e-13, "there and back");
+        // <d_y, R x> = <R^T d_y, x>: turning is linear, so its gradient is its transpose.
+        turn(&mut d_x, Some(&d_y), &back, positions, cols);
+        assert!((dot(&y, &d_y) - dot(&x, &d_x)).abs() < 1e-12);
+    }
+}
