@@ -7,7 +7,7 @@ pub(super) use plan::{Form, Sizes};
 use super::launch::{Launch, Ptr, Queue, Swizzle, TensorMap, TensorMapSpec};
 use crate::base::{DType, Result};
 use crate::graph::Activation;
-use plan::{GemmPlan, HOPPER_STEP, Path, plan};
+use plan::{GemmPlan, HOPPER_STEP, Path, Precision, plan};
 
 /// Threads of a block of `gemm_finish`, and elements of a thread.
 const FINISH_BLOCK: usize = 256;
@@ -46,7 +46,12 @@ pub(super) struct Product {
 /// When a size is beyond what kernels take, or the device has failed.
 pub(super) fn launch(q: &mut Queue, p: &Product) -> Result<()> {
     let Sizes { m, n, k } = p.sizes;
-    let plan = plan(p.form, p.sizes, p.dtype, q.arch());
+    let precision = match p.dtype {
+        DType::Bf16 => Precision::Bf16,
+        _ if q.tf32 => Precision::Tf32,
+        _ => Precision::F32,
+    };
+    let plan = plan(p.form, p.sizes, precision, q.arch());
     let parts = plan.parts.parts;
     let partials = if parts > 1 { p.scratch } else { Ptr::NULL };
     let tiles = plan.tiles(p.sizes);
@@ -58,7 +63,7 @@ pub(super) fn launch(q: &mut Queue, p: &Product) -> Result<()> {
             product.ptr(p.out).ptr(p.pre).ptr(partials).map(&a).map(&b)
         }
         _ => {
-            let product = Launch::new(plan.kernel, [tiles, parts, 1], plan.block);
+            let product = Launch::new(plan.kernel, [tiles, parts, 1], plan.block).shared(plan.shared_bytes);
             product.ptr(p.out).ptr(p.pre).ptr(partials).ptr(p.a).ptr(p.b)
         }
     };

@@ -3,7 +3,6 @@
 //! Never of the number of multiprocessors, nor of where operands lie: a tensor starts at a multiple of 64 bytes wherever the shards are
 //! cut, so whether its rows are aligned is a matter of their width. The tiles change no bit: each sum is taken in the order of k.
 
-use crate::base::DType;
 use crate::graph::{KParts, k_parts};
 
 /// How the operands of `out (m, n) = a b` are stored.
@@ -28,11 +27,24 @@ pub struct Sizes {
     pub k: usize,
 }
 
+/// How exactly factors are multiplied. Sums are f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// f32 as it is.
+    F32,
+    /// f32, rounded to 10 bits of fraction.
+    Tf32,
+    /// bf16.
+    Bf16,
+}
+
 /// What multiplies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Path {
     /// `gemm_f32.cu`.
     Plain,
+    /// `gemm_tf32.cu`.
+    Tf32,
     /// `gemm_mma.cu`, rows aligned to 16 bytes.
     Mma,
     /// `gemm_mma.cu`, rows of any width.
@@ -70,6 +82,9 @@ impl GemmPlan {
 /// Elements of bf16 in the 16 bytes that copies into shared memory start at multiples of.
 const WORD_ELEMS: usize = 8;
 
+/// The ring of `gemm_tf32.cu`: 3 steps of both operands, of 128 rows of 20 f32.
+const TF32_RING_BYTES: u32 = 3 * 2 * 128 * 20 * 4;
+
 /// k of a step of `gemm_hopper.cu`, columns of a box of its tensor maps, and rows of what its warpgroups own.
 pub(super) const HOPPER_STEP: usize = 64;
 /// Steps in its ring, for tiles 256 and 128 wide.
@@ -82,15 +97,18 @@ const MULTIPROCESSORS: usize = 132;
 /// Time of a tile 256 wide in that of one 128 wide, which reads more for as many products.
 const WIDE_TILE_COST: f64 = 1.75;
 
-/// The plan for a product with inputs of `dtype` on `arch` (90 for compute capability 9.0).
-pub fn plan(form: Form, sizes: Sizes, dtype: DType, arch: u32) -> GemmPlan {
-    let path = path(form, sizes, dtype, arch);
+/// The plan for a product with factors of this precision on `arch` (90 for compute capability 9.0).
+pub fn plan(form: Form, sizes: Sizes, precision: Precision, arch: u32) -> GemmPlan {
+    let path = path(form, sizes, precision, arch);
     let parts = k_parts(sizes.m, sizes.n, sizes.k);
     let wide = path == Path::Hopper && wide_tiles(sizes, parts.parts);
     let kernel = match (path, form, wide) {
         (Path::Plain, Form::Nn, _) => "gemm_nn_f32",
         (Path::Plain, Form::Nt, _) => "gemm_nt_f32",
         (Path::Plain, Form::Tn, _) => "gemm_tn_f32",
+        (Path::Tf32, Form::Nn, _) => "gemm_nn_tf32",
+        (Path::Tf32, Form::Nt, _) => "gemm_nt_tf32",
+        (Path::Tf32, Form::Tn, _) => "gemm_tn_tf32",
         (Path::Mma, Form::Nn, _) => "gemm_nn_bf16",
         (Path::Mma, Form::Nt, _) => "gemm_nt_bf16",
         (Path::Mma, Form::Tn, _) => "gemm_tn_bf16",
@@ -105,11 +123,12 @@ pub fn plan(form: Form, sizes: Sizes, dtype: DType, arch: u32) -> GemmPlan {
         (Path::Hopper, Form::Tn, false) => "gemm_tn_128_bf16",
     };
     // A parameter's gradient, the only use of tn, is f32 in a bf16 model too.
-    let bf16_out = dtype == DType::Bf16 && form != Form::Tn;
+    let bf16_out = precision == Precision::Bf16 && form != Form::Tn;
     let finish = if bf16_out { "gemm_finish_bf16" } else { "gemm_finish_f32" };
     let tile = [128, if wide { 256 } else { 128 }];
     let (block, shared_bytes) = match path {
         Path::Plain | Path::MmaRagged => (256, 0),
+        Path::Tf32 => (128, TF32_RING_BYTES),
         Path::Mma => (128, 0),
         Path::Hopper => {
             let ring = HOPPER_STAGES[usize::from(!wide)] * (tile[0] + tile[1]) * HOPPER_STEP * 2;
@@ -119,9 +138,11 @@ pub fn plan(form: Form, sizes: Sizes, dtype: DType, arch: u32) -> GemmPlan {
     GemmPlan { path, kernel, finish, tile, block, shared_bytes, parts }
 }
 
-fn path(form: Form, Sizes { m, n, k }: Sizes, dtype: DType, arch: u32) -> Path {
-    if dtype != DType::Bf16 {
-        return Path::Plain;
+fn path(form: Form, Sizes { m, n, k }: Sizes, precision: Precision, arch: u32) -> Path {
+    match precision {
+        Precision::F32 => return Path::Plain,
+        Precision::Tf32 => return Path::Tf32,
+        Precision::Bf16 => {}
     }
     let [a_pitch, b_pitch] = match form {
         Form::Nn => [k, n],
@@ -148,7 +169,7 @@ mod tests {
     use super::*;
 
     fn of(form: Form, m: usize, n: usize, k: usize, arch: u32) -> GemmPlan {
-        plan(form, Sizes { m, n, k }, DType::Bf16, arch)
+        plan(form, Sizes { m, n, k }, Precision::Bf16, arch)
     }
 
     #[test]
@@ -167,7 +188,9 @@ mod tests {
             }
             assert_eq!(of(form, 1024, 1024, 0, 90).path, Path::Mma, "{form:?}: sums of nothing");
             assert_eq!(of(form, 1024, 1024, 1024, 120).path, Path::Mma, "{form:?}: sm_120 has no warpgroup products");
-            assert_eq!(plan(form, Sizes { m: 8, n: 8, k: 8 }, DType::F32, 90).path, Path::Plain, "{form:?}");
+            for (precision, path) in [(Precision::F32, Path::Plain), (Precision::Tf32, Path::Tf32)] {
+                assert_eq!(plan(form, Sizes { m: 8, n: 8, k: 8 }, precision, 90).path, path, "{form:?}");
+            }
         }
     }
 
@@ -200,6 +223,12 @@ mod tests {
             "static constexpr int STAGES = TILE_N == 256 ? 4 : 6,",
         ] {
             assert!(source.contains(line), "gemm_hopper.cu has no line {line}");
+        }
+        let source = include_str!("../../../../kernels/gemm_tf32.cu");
+        for line in
+            ["constexpr int TILE = 128, STEP = 16, STAGES = 3, THREADS = 128;", "constexpr int K_PITCH = STEP + 4,"]
+        {
+            assert!(source.contains(line), "gemm_tf32.cu has no line {line}");
         }
         let wide = of(Form::Nn, 8192, 8192, 768, 90).shared_bytes;
         // With the barriers, which take up to 1024 bytes, what a block can have.
