@@ -16,6 +16,8 @@
 #include "gpu.cuh"
 #include "gpu/gemm.cuh"
 
+namespace {
+
 constexpr int TILE = 128, STEP = 8, THREADS = 256;
 
 // Where element (k, row) of an operand's step lies.
@@ -72,7 +74,7 @@ DEV void read_octet(float (&to)[8], const float* tile, int k, int at) {
 }
 
 template <bool A_TRANSPOSED, bool B_TRANSPOSED>
-DEV void product(GemmEnd<float> end, const float* a, const float* b, int m, int n, int k, int k_part) {
+DEV void product(const GemmEnd<float>& whole, const float* a, const float* b, int m, int n, int k, int k_part) {
   GPU_SHARED(float, tiles, [4 * TILE * STEP]); // two buffers of a, two of b
   GemmTile tile = gemm_tile(blockIdx.x, (m + TILE - 1) / TILE, (n + TILE - 1) / TILE);
   int row0 = tile.row * TILE, col0 = tile.col * TILE;
@@ -105,6 +107,7 @@ DEV void product(GemmEnd<float> end, const float* a, const float* b, int m, int 
         for (int j = 0; j < 8; j++) sums[i][j] = fmaf(down[i], across[j], sums[i][j]);
     }
   }
+  GemmEnd<float> end = whole.part(blockIdx.y);
   // Out by quarters of 64 x 64 through shared memory, so that 8 threads write a row of 64.
 #pragma unroll
   for (int quarter = 0; quarter < 4; quarter++) {
@@ -127,12 +130,14 @@ DEV void product(GemmEnd<float> end, const float* a, const float* b, int m, int 
   }
 }
 
+}  // namespace
+
 #define GEMM_F32(name, a_transposed, b_transposed)                                                                              \
   extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                                      \
       name(float* out, float* pre, float* partials, const float* a, const float* b, const float* bias, const Now* now,          \
            int accumulator, int activation, int m, int n, int k, int k_part) {                                                  \
     product<a_transposed, b_transposed>(                                                                                        \
-        gemm_end(out, pre, partials, bias, now, accumulator, activation, m, n, blockIdx.y), a, b, m, n, k, k_part);             \
+        gemm_end(out, pre, partials, bias, now, accumulator, activation, m, n), a, b, m, n, k, k_part);             \
   }                                                                                                                             \
   GPU_EXPORT(name)
 

@@ -6,9 +6,11 @@
 #include "gpu.cuh"
 #include "gpu/gemm.cuh"
 
+namespace {
+
 constexpr int THREADS = 256;
 
-template <class Out> DEV void finish(GemmEnd<Out> end, const float* partials, int parts, int m, int n) {
+template <class Out> DEV void finish(const GemmEnd<Out>& end, const float* partials, int parts, int m, int n) {
   int octets = (n + 7) / 8, at = blockIdx.x * THREADS + threadIdx.x, row = at / octets, col = at % octets * 8;
   if (row >= m) return;
   float sums[8] = {}, biases[8];
@@ -22,11 +24,13 @@ template <class Out> DEV void finish(GemmEnd<Out> end, const float* partials, in
   end.put_octet(row, col, sums, biases);
 }
 
+}  // namespace
+
 #define GEMM_FINISH(name, Out)                                                                                                  \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                                         \
       name(Out* out, Out* pre, const float* partials, const Out* bias, const Now* now, int accumulator, int activation,         \
            int parts, int m, int n) {                                                                                           \
-    finish(gemm_end(out, pre, nullptr, bias, now, accumulator, activation, m, n, 0), partials, parts, m, n);                    \
+    finish(gemm_end<Out>(out, pre, nullptr, bias, now, accumulator, activation, m, n), partials, parts, m, n);                    \
   }                                                                                                                             \
   GPU_EXPORT(name)
 

@@ -17,10 +17,12 @@
 #include "gpu/gemm.cuh"
 #include "gpu/gemm_mma.cuh"
 
+namespace {
+
 constexpr int STAGES = 3;
 
 template <class Out, bool A_TRANSPOSED, bool B_TRANSPOSED, bool RAGGED>
-DEV void product(GemmEnd<Out> end, const bf16* a, const bf16* b, int m, int n, int k, int k_part) {
+DEV void product(const GemmEnd<Out>& whole, const bf16* a, const bf16* b, int m, int n, int k, int k_part) {
   constexpr int WARPS_ACROSS = RAGGED ? 4 : 2, THREADS = 64 * WARPS_ACROSS, ACROSS = MMA_TILE / WARPS_ACROSS;
   constexpr int PITCH = ACROSS + 8; // of staged sums: rows 8 banks apart
   GPU_SHARED(uint4, ring, [2 * STAGES][MMA_WORDS]); // a, then b
@@ -72,6 +74,7 @@ DEV void product(GemmEnd<Out> end, const bf16* a, const bf16* b, int m, int n, i
   __syncthreads();
   float* staged = reinterpret_cast<float*>(ring[0]) + warp * 16 * PITCH;
   int64_t col = col0 + warp_col + lane % (ACROSS / 8) * 8, row = row0 + warp_row + lane / (ACROSS / 8);
+  GemmEnd<Out> end = whole.part(blockIdx.y);
   float biases[8], octet[8];
   end.bias_octet(biases, col);
 #pragma unroll 1
@@ -95,12 +98,14 @@ DEV void product(GemmEnd<Out> end, const bf16* a, const bf16* b, int m, int n, i
   }
 }
 
+}  // namespace
+
 #define GEMM_MMA(name, Out, a_transposed, b_transposed, ragged)                                                                 \
   extern "C" __global__ void __launch_bounds__(ragged ? 256 : 128, ragged ? 1 : 2)                                              \
       name(Out* out, Out* pre, float* partials, const bf16* a, const bf16* b, const Out* bias, const Now* now, int accumulator, \
            int activation, int m, int n, int k, int k_part) {                                                                   \
     product<Out, a_transposed, b_transposed, ragged>(                                                                           \
-        gemm_end(out, pre, partials, bias, now, accumulator, activation, m, n, blockIdx.y), a, b, m, n, k, k_part);             \
+        gemm_end(out, pre, partials, bias, now, accumulator, activation, m, n), a, b, m, n, k, k_part);             \
   }                                                                                                                             \
   GPU_EXPORT(name)
 

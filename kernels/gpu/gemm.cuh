@@ -2,8 +2,8 @@
 //   out (m, n) = act(a b + bias); a is stored (m, k) or, transposed, (k, m); b is stored (k, n) or, transposed, (n, k).
 #pragma once
 
-// Tiles in bands of 8 tile rows, walked down and then right, so that what runs at one time shares rows and columns in the L2.
-constexpr int GEMM_BAND = 8;
+// Tiles in bands of 16 tile rows, walked down and then right, so that what runs at one time shares rows and columns in the L2.
+constexpr int GEMM_BAND = 16;
 struct GemmTile { int row, col; };
 DEV GemmTile gemm_tile(int index, int tiles_m, int tiles_n) {
   int band = index / (GEMM_BAND * tiles_n), in_band = index % (GEMM_BAND * tiles_n);
@@ -47,7 +47,7 @@ DEV void store_octet(bf16* p, const float (&v)[8], int64_t count, bool whole) {
   }
 }
 
-// What becomes of sums. With `partials` (m, n) they are those of one part of k, kept for gemm_finish. Otherwise `bias` (n) is added, `pre` (m, n) gets
+// What becomes of sums. With `partials` (parts, m, n) they are those of one part of k, kept for gemm_finish. Otherwise `bias` (n) is added, `pre` (m, n) gets
 // the result and `out` (m, n) its activation; each of bias and pre may be null. `add`: the sum joins what `out` holds.
 template <class Out> struct GemmEnd {
   Out* out;
@@ -59,6 +59,13 @@ template <class Out> struct GemmEnd {
   int64_t m, n;
 
   DEV bool whole() const { return n % 8 == 0; }
+
+  // The end of one part of k.
+  DEV GemmEnd part(int part) const {
+    GemmEnd end = *this;
+    if (partials) end.partials += part * m * n;
+    return end;
+  }
 
   // The bias of 8 columns from `col` on, 0 where there is none.
   DEV void bias_octet(float (&v)[8], int64_t col) const {
@@ -84,10 +91,8 @@ template <class Out> struct GemmEnd {
   }
 };
 
-// Part `part` of a product that is cut along k. `now` may be null where the output does not accumulate.
+// `now` may be null where the output does not accumulate.
 template <class Out>
-DEV GemmEnd<Out> gemm_end(Out* out, Out* pre, float* partials, const Out* bias, const Now* now, int accumulator, int activation,
-                          int m, int n, int part) {
-  if (partials) partials += (int64_t)part * m * n;
+DEV GemmEnd<Out> gemm_end(Out* out, Out* pre, float* partials, const Out* bias, const Now* now, int accumulator, int activation, int m, int n) {
   return {out, pre, partials, bias, activation, accumulator && now->accumulate, m, n};
 }

@@ -189,6 +189,8 @@ pub struct Queue<'a> {
     pub(super) blocks: &'a Blocks,
     /// The task's number on its lane.
     pub(super) number: u64,
+    /// Whether products of f32 may round their factors to tf32.
+    pub tf32: bool,
     /// What a program's kernels read of the step: `Now` in `gpu.cuh`.
     pub now: Ptr,
     /// Where a checking program's kernels put the first layer whose output is not finite, as an `int`.
@@ -197,7 +199,7 @@ pub struct Queue<'a> {
 
 impl<'a> Queue<'a> {
     pub(super) fn new(driver: &'a mut dyn Driver, stream: Stream, blocks: &'a Blocks, number: u64) -> Self {
-        Queue { driver, stream, blocks, number, now: Ptr::NULL, layer: Ptr::NULL }
+        Queue { driver, stream, blocks, number, tf32: false, now: Ptr::NULL, layer: Ptr::NULL }
     }
 
     /// Sends what a program's kernels read of the step; with `check`, clears the first layer that is not finite.

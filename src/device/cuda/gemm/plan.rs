@@ -1,9 +1,8 @@
-//! Which kernel computes a product, and on what grid: a pure function of shape, element type and architecture.
+//! Which kernel computes a product, and in which tiles: a pure function of shape, element type and architecture.
 //!
 //! Never of the number of multiprocessors, nor of where operands lie: a tensor starts at a multiple of 64 bytes wherever the shards are
-//! cut, so whether its rows are aligned is a matter of their width.
+//! cut, so whether its rows are aligned is a matter of their width. The tiles change no bit: each sum is taken in the order of k.
 
-use crate::base::DType;
 use crate::graph::{KParts, k_parts};
 
 /// How the operands of `out (m, n) = a b` are stored.
@@ -28,17 +27,47 @@ pub struct Sizes {
     pub k: usize,
 }
 
+/// How exactly factors are multiplied. Sums are f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// f32 as it is.
+    F32,
+    /// f32, rounded to 10 bits of fraction.
+    Tf32,
+    /// bf16.
+    Bf16,
+}
+
+/// What multiplies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Path {
+    /// `gemm_f32.cu`.
+    Plain,
+    /// `gemm_tf32.cu`.
+    Tf32,
+    /// `gemm_mma.cu`, rows aligned to 16 bytes.
+    Mma,
+    /// `gemm_mma.cu`, rows of any width.
+    MmaRagged,
+    /// `gemm_hopper.cu`.
+    Hopper,
+}
+
 /// A kernel with its launch shape.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GemmPlan {
+    /// What multiplies.
+    pub path: Path,
     /// The entry point.
     pub kernel: &'static str,
     /// The one that adds up the parts of k, where there are several.
     pub finish: &'static str,
-    /// Rows and columns of a block's tile.
+    /// Rows and columns of a tile.
     pub tile: [usize; 2],
     /// Threads of a block.
     pub block: u32,
+    /// Bytes of dynamic shared memory.
+    pub shared_bytes: u32,
     /// How k is cut.
     pub parts: KParts,
 }
@@ -50,31 +79,159 @@ impl GemmPlan {
     }
 }
 
-/// Elements of bf16 in the 16 bytes that the tensor core kernels copy at once.
+/// Elements of bf16 in the 16 bytes that copies into shared memory start at multiples of.
 const WORD_ELEMS: usize = 8;
 
-/// The plan for a product with inputs of `dtype`.
-pub fn plan(form: Form, sizes: Sizes, dtype: DType) -> GemmPlan {
-    let Sizes { m, n, k } = sizes;
+/// The ring of `gemm_tf32.cu`: 3 steps of both operands, of 128 rows of 20 f32.
+const TF32_RING_BYTES: u32 = 3 * 2 * 128 * 20 * 4;
+
+/// k of a step of `gemm_hopper.cu`, columns of a box of its tensor maps, and rows of what its warpgroups own.
+pub(super) const HOPPER_STEP: usize = 64;
+/// Steps in its ring, for tiles 256 and 128 wide.
+const HOPPER_STAGES: [usize; 2] = [4, 6];
+/// Bytes in which its warps stage sums: 8 warps, 16 rows, 40 columns of f32.
+const HOPPER_STAGED_BYTES: usize = 8 * 16 * 40 * 4;
+
+/// Multiprocessors of the machine that tile widths are chosen for.
+const MULTIPROCESSORS: usize = 132;
+/// Time of a tile 256 wide in that of one 128 wide, which reads more for as many products.
+const WIDE_TILE_COST: f64 = 1.75;
+
+/// The plan for a product with factors of this precision on `arch` (90 for compute capability 9.0).
+pub fn plan(form: Form, sizes: Sizes, precision: Precision, arch: u32) -> GemmPlan {
+    let path = path(form, sizes, precision, arch);
+    let parts = k_parts(sizes.m, sizes.n, sizes.k);
+    let wide = path == Path::Hopper && wide_tiles(sizes, parts.parts);
+    let kernel = match (path, form, wide) {
+        (Path::Plain, Form::Nn, _) => "gemm_nn_f32",
+        (Path::Plain, Form::Nt, _) => "gemm_nt_f32",
+        (Path::Plain, Form::Tn, _) => "gemm_tn_f32",
+        (Path::Tf32, Form::Nn, _) => "gemm_nn_tf32",
+        (Path::Tf32, Form::Nt, _) => "gemm_nt_tf32",
+        (Path::Tf32, Form::Tn, _) => "gemm_tn_tf32",
+        (Path::Mma, Form::Nn, _) => "gemm_nn_bf16",
+        (Path::Mma, Form::Nt, _) => "gemm_nt_bf16",
+        (Path::Mma, Form::Tn, _) => "gemm_tn_bf16",
+        (Path::MmaRagged, Form::Nn, _) => "gemm_nn_ragged_bf16",
+        (Path::MmaRagged, Form::Nt, _) => "gemm_nt_ragged_bf16",
+        (Path::MmaRagged, Form::Tn, _) => "gemm_tn_ragged_bf16",
+        (Path::Hopper, Form::Nn, true) => "gemm_nn_256_bf16",
+        (Path::Hopper, Form::Nt, true) => "gemm_nt_256_bf16",
+        (Path::Hopper, Form::Tn, true) => "gemm_tn_256_bf16",
+        (Path::Hopper, Form::Nn, false) => "gemm_nn_128_bf16",
+        (Path::Hopper, Form::Nt, false) => "gemm_nt_128_bf16",
+        (Path::Hopper, Form::Tn, false) => "gemm_tn_128_bf16",
+    };
+    // A parameter's gradient, the only use of tn, is f32 in a bf16 model too.
+    let bf16_out = precision == Precision::Bf16 && form != Form::Tn;
+    let finish = if bf16_out { "gemm_finish_bf16" } else { "gemm_finish_f32" };
+    let tile = [128, if wide { 256 } else { 128 }];
+    let (block, shared_bytes) = match path {
+        Path::Plain | Path::MmaRagged => (256, 0),
+        Path::Tf32 => (128, TF32_RING_BYTES),
+        Path::Mma => (128, 0),
+        Path::Hopper => {
+            let ring = HOPPER_STAGES[usize::from(!wide)] * (tile[0] + tile[1]) * HOPPER_STEP * 2;
+            (384, (ring + HOPPER_STAGED_BYTES) as u32)
+        }
+    };
+    GemmPlan { path, kernel, finish, tile, block, shared_bytes, parts }
+}
+
+fn path(form: Form, Sizes { m, n, k }: Sizes, precision: Precision, arch: u32) -> Path {
+    match precision {
+        Precision::F32 => return Path::Plain,
+        Precision::Tf32 => return Path::Tf32,
+        Precision::Bf16 => {}
+    }
     let [a_pitch, b_pitch] = match form {
         Form::Nn => [k, n],
         Form::Nt => [k, k],
         Form::Tn => [m, n],
     };
     let aligned = a_pitch % WORD_ELEMS == 0 && b_pitch % WORD_ELEMS == 0;
-    let (kernel, block) = match (dtype, form, aligned) {
-        (DType::Bf16, Form::Nn, true) => ("gemm_nn_bf16", 128),
-        (DType::Bf16, Form::Nt, true) => ("gemm_nt_bf16", 128),
-        (DType::Bf16, Form::Tn, true) => ("gemm_tn_bf16", 128),
-        (DType::Bf16, Form::Nn, false) => ("gemm_nn_ragged_bf16", 256),
-        (DType::Bf16, Form::Nt, false) => ("gemm_nt_ragged_bf16", 256),
-        (DType::Bf16, Form::Tn, false) => ("gemm_tn_ragged_bf16", 256),
-        (_, Form::Nn, _) => ("gemm_nn_f32", 256),
-        (_, Form::Nt, _) => ("gemm_nt_f32", 256),
-        (_, Form::Tn, _) => ("gemm_tn_f32", 256),
-    };
-    // A parameter's gradient, the only use of tn, is f32 in a bf16 model too.
-    let bf16_out = dtype == DType::Bf16 && form != Form::Tn;
-    let finish = if bf16_out { "gemm_finish_bf16" } else { "gemm_finish_f32" };
-    GemmPlan { kernel, finish, tile: [128, 128], block, parts: k_parts(m, n, k) }
+    // sm_90a is compute capability 9.0 alone. A tensor map of nothing cannot be made; nor is there work without m or n.
+    match (aligned, arch == 90 && m > 0 && n > 0 && k > 0) {
+        (false, _) => Path::MmaRagged,
+        (true, false) => Path::Mma,
+        (true, true) => Path::Hopper,
+    }
+}
+
+/// Whether tiles 256 wide take less time than tiles 128 wide, by how often the machine has to be filled.
+fn wide_tiles(Sizes { m, n, .. }: Sizes, parts: usize) -> bool {
+    let rounds = |width: usize| (m.div_ceil(128) * n.div_ceil(width) * parts).div_ceil(MULTIPROCESSORS);
+    rounds(256) as f64 * WIDE_TILE_COST <= rounds(128) as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(form: Form, m: usize, n: usize, k: usize, arch: u32) -> GemmPlan {
+        plan(form, Sizes { m, n, k }, Precision::Bf16, arch)
+    }
+
+    #[test]
+    fn paths_follow_the_rows_of_memory() {
+        // The form, and which of m, n and k are along rows.
+        for (form, along) in
+            [(Form::Nn, [false, true, true]), (Form::Nt, [false, false, true]), (Form::Tn, [true, true, false])]
+        {
+            for axis in 0..3 {
+                let mut sizes = [1024; 3];
+                sizes[axis] = 1001;
+                let [m, n, k] = sizes;
+                let (old, new) = (of(form, m, n, k, 80).path, of(form, m, n, k, 90).path);
+                let want = if along[axis] { [Path::MmaRagged; 2] } else { [Path::Mma, Path::Hopper] };
+                assert_eq!([old, new], want, "{form:?} {sizes:?}");
+            }
+            assert_eq!(of(form, 1024, 1024, 0, 90).path, Path::Mma, "{form:?}: sums of nothing");
+            assert_eq!(of(form, 1024, 1024, 1024, 120).path, Path::Mma, "{form:?}: sm_120 has no warpgroup products");
+            for (precision, path) in [(Precision::F32, Path::Plain), (Precision::Tf32, Path::Tf32)] {
+                assert_eq!(plan(form, Sizes { m: 8, n: 8, k: 8 }, precision, 90).path, path, "{form:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn tiles_are_as_wide_as_fills_the_machine() {
+        for (m, n, width) in [
+            (8192, 8192, 256),
+            (8192, 768, 256),  // 192 tiles: 2 rounds, where 384 narrow ones take 3
+            (1024, 1024, 128), // 32 tiles: half the rounds are empty either way, and narrow tiles are done sooner
+            (64, 128, 128),
+        ] {
+            assert_eq!(of(Form::Nn, m, n, 768, 90).tile[1], width, "{m}x{n}");
+        }
+    }
+
+    #[test]
+    fn architectures_differ_in_the_path_alone() {
+        for (m, n, k) in [(768, 768, 65_536), (1, 50_304, 768), (8192, 3072, 768)] {
+            assert_eq!(of(Form::Tn, m, n, k, 80).parts, of(Form::Tn, m, n, k, 90).parts);
+        }
+    }
+
+    #[test]
+    fn kernels_have_the_same_sizes() {
+        let source = include_str!("../../../../kernels/gemm_hopper.cu");
+        for line in [
+            "constexpr int TILE_M = 128, STEP = 64, CONSUMERS = 2, THREADS = 128 * (1 + CONSUMERS);",
+            "constexpr int PIECE = 32, PITCH = PIECE + 8;",
+            "constexpr int STAGED_BYTES = CONSUMERS * 4 * 16 * PITCH * 4;",
+            "static constexpr int STAGES = TILE_N == 256 ? 4 : 6,",
+        ] {
+            assert!(source.contains(line), "gemm_hopper.cu has no line {line}");
+        }
+        let source = include_str!("../../../../kernels/gemm_tf32.cu");
+        for line in
+            ["constexpr int TILE = 128, STEP = 16, STAGES = 3, THREADS = 128;", "constexpr int K_PITCH = STEP + 4,"]
+        {
+            assert!(source.contains(line), "gemm_tf32.cu has no line {line}");
+        }
+        let wide = of(Form::Nn, 8192, 8192, 768, 90).shared_bytes;
+        // With the barriers, which take up to 1024 bytes, what a block can have.
+        assert!(wide + 1024 <= 227 * 1024, "{wide}");
+    }
 }
