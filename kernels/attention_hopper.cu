@@ -90,12 +90,25 @@ template <int W> struct Consumer {
     for (int i = 0; i < KEYS / 16; i++) wgmma_64xNx16<W, 1>(acc, weights[i], wgmma_desc_mn(v + i * 16 * BOX, KEYS * BOX * 2), 1);
     wgmma_commit();
   }
+  // Scores of keys that a query does not see become minus infinity.
   DEV void hide(const AttentionSizes& s, const int32_t* mask, int query, int key, int t) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      int seen = keys_seen(s, query + 8 * h + 1) - key - 2 * t;
+#pragma unroll
+      for (int j = 0; j < KEYS / 8; j++)
+#pragma unroll
+        for (int e = 0; e < 2; e++)
+          if (8 * j + e >= seen) scores[4 * j + 2 * h + e] = NOTHING;
+    }
+    if (!mask) return;
 #pragma unroll
     for (int j = 0; j < KEYS / 8; j++)
 #pragma unroll
-      for (int i = 0; i < 4; i++)
-        if (!sees(s, mask, query + i / 2 * 8, key + 8 * j + 2 * t + i % 2)) scores[4 * j + i] = NOTHING;
+      for (int e = 0; e < 2; e++) {
+        int col = key + 8 * j + 2 * t + e;
+        if (col >= s.keys || mask[col] == 0) scores[4 * j + e] = scores[4 * j + 2 + e] = NOTHING;
+      }
   }
   // Scores become weights; `shrink` is what sums so far have to be multiplied by.
   DEV void exponentials(float (&shrink)[2], float scale) {
@@ -116,6 +129,15 @@ template <int W> struct Consumer {
       // Each lane sums its own columns; the four of a row add up at the end.
       sum[h] = fmaf(sum[h], shrink[h], partial);
     }
+  }
+  // Keeps the compiler from moving their uses over a wait, up where a product still writes them, or down from under one.
+  DEV void settle_scores() {
+#pragma unroll
+    for (int i = 0; i < KEYS / 2; i++) forget(scores[i]);
+  }
+  DEV void settle_acc() {
+#pragma unroll
+    for (int i = 0; i < W / 2; i++) forget(acc[i]);
   }
   DEV void round_weights() {
 #pragma unroll
@@ -151,16 +173,17 @@ template <int W> DEV void consume(Shared<W>& shared, bf16* out, float* lse, cons
     c.issue_scores(q, shared.k[0]);
     pass_turn(0);
     wgmma_wait<0>();
+    c.settle_scores();
     if (lane == 0) mbar_arrive(&shared.k_empty[0]);
     int key = (tiles - 1) * KEYS;
     if (hidden(key)) c.hide(s, mask, query, key, t);
     c.exponentials(shrink, scale);
     c.round_weights();
+    if (tiles > 1) mbar_wait(&shared.k_full[1], 0);
     for (int i = 1; i < tiles; i++) {
-      Slot now(i), last(i - 1);
+      Slot now(i), last(i - 1), next(i + 1);
       key = (tiles - 1 - i) * KEYS;
       bar_sync(TURN + group, 256);
-      mbar_wait(&shared.k_full[now.stage], now.parity);
       mbar_wait(&shared.v_full[last.stage], last.parity);
       if (i == 1 && key + 2 * KEYS > s.keys) mbar_wait(&shared.v_cleared, 0);
       wgmma_fence();
@@ -168,10 +191,15 @@ template <int W> DEV void consume(Shared<W>& shared, bf16* out, float* lse, cons
       c.issue_gather(shared.v[last.stage]);
       pass_turn(i);
       wgmma_wait<1>();
+      c.settle_scores();
       if (lane == 0) mbar_arrive(&shared.k_empty[now.stage]);
       if (hidden(key)) c.hide(s, mask, query, key, t);
       c.exponentials(shrink, scale);
+      c.settle_scores();
+      // Waited for here, since ptxas moves the wait for products over exponentials up to the last branch.
+      if (i + 1 < tiles) mbar_wait(&shared.k_full[next.stage], next.parity);
       wgmma_wait<0>();
+      c.settle_acc();
       if (lane == 0) mbar_arrive(&shared.v_empty[last.stage]);
 #pragma unroll
       for (int n = 0; n < W / 2; n++) c.acc[n] *= shrink[n / 2 % 2];
@@ -183,6 +211,7 @@ template <int W> DEV void consume(Shared<W>& shared, bf16* out, float* lse, cons
     wgmma_fence();
     c.issue_gather(shared.v[last.stage]);
     wgmma_wait<0>();
+    c.settle_acc();
   }
 
   // By way of the queries' shared memory, so that memory is written in 16-byte pieces, which are swizzled like the tiles.

@@ -64,15 +64,7 @@ DEV void forward(bf16* out, float* lse, const bf16* q, const bf16* k, const bf16
     float w[M][N][4];
     if constexpr (F::ROWS_IN_REGISTERS) products<W>(w, fragments, keys, at);
     else products<W>(w, rows, keys, at);
-    if (mask || key + KEYS > s.keys || (s.causal && key + KEYS > first)) {
-#pragma unroll
-      for (int m = 0; m < M; m++)
-#pragma unroll
-        for (int n = 0; n < N; n++)
-#pragma unroll
-          for (int i = 0; i < 4; i++)
-            if (!sees(s, mask, first + 16 * m + at.g + i / 2 * 8, key + 8 * n + 2 * at.t + i % 2)) w[m][n][i] = NOTHING;
-    }
+    if (mask || key + KEYS > s.keys || (s.causal && key + KEYS > first)) hide_by_query(w, s, mask, first, key, at);
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll

@@ -72,15 +72,7 @@ DEV void grad_q(bf16* d_q, const bf16* d_out, const float* lse, const float* del
     if (DROPOUT) draw_by_query<M, N>(kept, s, now, head.row + first, key, at);
     float w[M][N][4], d[M][N][4];
     products<W>(w, queries, keys, at);
-    if (mask || key + COLS > s.keys || (s.causal && key + COLS > first)) {
-#pragma unroll
-      for (int m = 0; m < M; m++)
-#pragma unroll
-        for (int n = 0; n < N; n++)
-#pragma unroll
-          for (int i = 0; i < 4; i++)
-            if (!sees(s, mask, first + 16 * m + at.g + i / 2 * 8, key + 8 * n + 2 * at.t + i % 2)) w[m][n][i] = NOTHING;
-    }
+    if (mask || key + COLS > s.keys || (s.causal && key + COLS > first)) hide_by_query(w, s, mask, first, key, at);
     products<W>(d, d_outs, keys + TILE, at);
     if (DROPOUT) {
 #pragma unroll
@@ -148,15 +140,7 @@ DEV void grad_kv(bf16* d_k, bf16* d_v, const bf16* d_out, const float* lse, cons
     if (s.causal && query + COLS <= first) continue;
     float w[M][N][4], d[M][N][4];
     products<W>(w, keys, queries, at);
-    if (mask || (s.causal && query < first + 16 * M)) {
-#pragma unroll
-      for (int m = 0; m < M; m++)
-#pragma unroll
-        for (int n = 0; n < N; n++)
-#pragma unroll
-          for (int i = 0; i < 4; i++)
-            if (!sees(s, mask, query + 8 * n + 2 * at.t + i % 2, first + 16 * m + at.g + i / 2 * 8)) w[m][n][i] = NOTHING;
-    }
+    if (mask || (s.causal && query < first + 16 * M)) hide_by_key(w, s, mask, query, first, at);
 #pragma unroll
     for (int n = 0; n < N; n++)
 #pragma unroll

@@ -146,6 +146,48 @@ template <int W, int M> DEV void write_rows(bf16* to, int64_t pitch, int rows, i
   }
 }
 
+// Scores of keys that a query does not see become minus infinity. Rows are queries, `query` the first; `key` is the first column.
+template <int M, int N> DEV void hide_by_query(float (&w)[M][N][4], const AttentionSizes& s, const int32_t* mask, int query, int key, const Lane& at) {
+#pragma unroll
+  for (int m = 0; m < M; m++)
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      int seen = keys_seen(s, query + 16 * m + at.g + 8 * h + 1) - key - 2 * at.t;
+#pragma unroll
+      for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++)
+          if (8 * n + e >= seen) w[m][n][2 * h + e] = NOTHING;
+    }
+  if (!mask) return;
+#pragma unroll
+  for (int n = 0; n < N; n++)
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      int col = key + 8 * n + 2 * at.t + e;
+      if (col < s.keys && mask[col] != 0) continue;
+#pragma unroll
+      for (int m = 0; m < M; m++) w[m][n][e] = w[m][n][2 + e] = NOTHING;
+    }
+}
+// Rows are keys, and columns queries.
+template <int M, int N> DEV void hide_by_key(float (&w)[M][N][4], const AttentionSizes& s, const int32_t* mask, int query, int key, const Lane& at) {
+#pragma unroll
+  for (int m = 0; m < M; m++)
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      int row = key + 16 * m + at.g + 8 * h;
+      // The first query that sees the key.
+      int first = (s.causal ? row : 0) - query - 2 * at.t;
+      if (mask && (row >= s.keys || mask[row] == 0)) first = 8 * N;
+#pragma unroll
+      for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++)
+          if (8 * n + e < first) w[m][n][2 * h + e] = NOTHING;
+    }
+}
+
 // Which weights dropout keeps. Four keys share a block of random words, and the lanes that hold them share out the blocks.
 // acc[m][n][i] is kept if bit 4 n + i of kept[m] is set. Here rows are queries, the first `row` among all (B, H, Tq).
 template <int M, int N> DEV void draw_by_query(uint32_t (&kept)[M], const AttentionSizes& s, const Now* now, int64_t row, int key, const Lane& at) {
