@@ -65,6 +65,7 @@ template <class T> inline void store_stream(T* p, const T& v) { *p = v; }
 
 inline void store16(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
 inline void forget(uint32_t&) {}
+inline void forget(float&) {}
 template <class T> inline void forget(T*&) {}
 
 // Atomics. Fibers do not interrupt each other, but blocks run on several threads of the operating system.

@@ -47,6 +47,7 @@ DEV void store16(void* p, uint4 v) {
 
 // The value comes as news to the compiler: nothing that it computed from it, or loaded through it, stays in registers. No instruction.
 DEV void forget(uint32_t& word) { asm volatile("" : "+r"(word)); }
+DEV void forget(float& value) { asm volatile("" : "+f"(value)); }
 template <class T> DEV void forget(T*& p) { asm volatile("" : "+l"(p)); }
 
 // 2^x within 2 ulp.
