@@ -30,10 +30,10 @@ void fail(const char* format, ...) {
   b.error += place;
   cur = nullptr;
   switch_fiber(t->fiber, b.scheduler, true);
-  abort();                                        // nobody resumes a failed thread
+  abort();  // nobody resumes a failed thread
 }
 
-uint32_t Block::random(uint32_t below) {          // xorshift (Marsaglia 2003)
+uint32_t Block::random(uint32_t below) {  // xorshift (Marsaglia 2003)
   random_state ^= random_state << 13;
   random_state ^= random_state >> 7;
   random_state ^= random_state << 17;
@@ -44,7 +44,12 @@ uint32_t Block::random(uint32_t below) {          // xorshift (Marsaglia 2003)
 void Block::leave(Thread* t, bool forever) {
   if (call->launch.seed == IN_ORDER && head != tail) {
     Thread* next = ready[head++ & (ready.size() - 1)];
-    if (next == t) { cur = t; return; }
+    if (next == t) {
+      cur = t;
+      return;
+    }
+    // Where the one after it stopped is rarely in the nearest cache.
+    if (head != tail) __builtin_prefetch(ready[head & (ready.size() - 1)]->fiber.sp);
     cur = next;
     switch_fiber(t->fiber, next->fiber, forever);
   } else {
@@ -72,7 +77,7 @@ void Block::thread_body() {
   b.live--;
   thread_has_exited();
   b.leave(t, true);
-  abort();                                        // nobody resumes a thread that has exited
+  abort();  // nobody resumes a thread that has exited
 }
 
 void Block::set_up(const Call& c, Dim3 index) {
@@ -80,7 +85,9 @@ void Block::set_up(const Call& c, Dim3 index) {
   const Launch& launch = c.launch;
   count = live = launch.block.x * launch.block.y * launch.block.z;
   if (threads.size() < count) threads = std::vector<Thread>(count);
-  while (ready.size() < count) { ready.assign(ready.empty() ? 64 : 2 * ready.size(), nullptr); }
+  while (ready.size() < count) {
+    ready.assign(ready.empty() ? 64 : 2 * ready.size(), nullptr);
+  }
   head = tail = 0;
   if (warps.size() < (count + WARP - 1) / WARP) warps.resize((count + WARP - 1) / WARP);
   if (warpgroups.size() < (count + WARPGROUP - 1) / WARPGROUP) warpgroups.resize((count + WARPGROUP - 1) / WARPGROUP);
@@ -94,10 +101,16 @@ void Block::set_up(const Call& c, Dim3 index) {
   variables.clear();
   top = SHARED_START + launch.shared_bytes + RED_ZONE;
   ASAN_UNPOISON_MEMORY_REGION(arena + SHARED_START, launch.shared_bytes);
-  memset(arena + SHARED_START, 0xFF, launch.shared_bytes);       // NaN, whatever the type
+  memset(arena + SHARED_START, 0xFF, launch.shared_bytes);  // NaN, whatever the type
 
+  by_warp = launch.seed > REVERSE && launch.seed % 2;
   random_state = 0x9E3779B97F4A7C15ull * (launch.seed + 1) ^ (index.x * 2654435761u + index.y * 40503u + index.z + 1);
   if (!random_state) random_state = 1;
+  if (by_warp) {
+    ready_lanes.assign(warps.size(), 0);
+    priorities.resize(warps.size());
+    for (auto& p : priorities) p = random(1 << 30);
+  }
 
   Dim3 at{0, 0, 0};
   for (unsigned i = 0; i < count; i++) {
@@ -108,7 +121,13 @@ void Block::set_up(const Call& c, Dim3 index) {
     t.blockIdx = index;
     t.blockDim = launch.block;
     t.gridDim = launch.grid;
-    if (++at.x == launch.block.x) { at.x = 0; if (++at.y == launch.block.y) { at.y = 0; at.z++; } }
+    if (++at.x == launch.block.x) {
+      at.x = 0;
+      if (++at.y == launch.block.y) {
+        at.y = 0;
+        at.z++;
+      }
+    }
     t.done = false;
     t.bar = nullptr;
     if (!t.fiber.stack) stacks.give(t.fiber, i);
@@ -117,42 +136,47 @@ void Block::set_up(const Call& c, Dim3 index) {
   }
 }
 
-// The next thread by the launch's order, taken out of the ready ones.
-Thread* Block::choose(std::vector<uint32_t>& priorities) {
+// The next thread by the launch's order, no longer among the ready ones; null if nobody is ready.
+Thread* Block::choose() {
+  if (by_warp) return choose_by_warp();
+  if (head == tail) return nullptr;
   const size_t wrap = ready.size() - 1;
-  size_t pick = head;
-  if (call->launch.seed == REVERSE) {
-    pick = tail - 1;
-  } else if (random_order() && call->launch.seed % 2) {
-    // A warp runs as far as it can. Priorities change now and then.
-    if (random(512) == 0) priorities[random(static_cast<uint32_t>(priorities.size()))] = random(1 << 30);
-    for (size_t i = head + 1; i != tail; i++)
-      if (priorities[ready[i & wrap]->linear / WARP] > priorities[ready[pick & wrap]->linear / WARP]) pick = i;
-  } else if (random_order()) {
-    pick = head + random(static_cast<uint32_t>(tail - head));
-  }
+  const size_t pick = random_order()                 ? head + random(static_cast<uint32_t>(tail - head))
+                      : call->launch.seed == REVERSE ? tail - 1
+                                                     : head;
   std::swap(ready[head & wrap], ready[pick & wrap]);
   return ready[head++ & wrap];
 }
 
+// A warp runs as far as it can, its lanes by number. Priorities change now and then.
+Thread* Block::choose_by_warp() {
+  const uint32_t warps_in_use = (count + WARP - 1) / WARP;
+  if (random(512) == 0) priorities[random(warps_in_use)] = random(1 << 30);
+  uint32_t best = warps_in_use;
+  for (uint32_t w = 0; w < warps_in_use; w++)
+    if (ready_lanes[w] && (best == warps_in_use || priorities[w] > priorities[best])) best = w;
+  if (best == warps_in_use) return nullptr;
+  const uint32_t lane = static_cast<uint32_t>(__builtin_ctz(ready_lanes[best]));
+  ready_lanes[best] &= ready_lanes[best] - 1;
+  return &threads[best * WARP + lane];
+}
+
 void Block::schedule() {
-  std::vector<uint32_t> priorities;
-  if (random_order())
-    for (unsigned w = 0; w * WARP < count; w++) priorities.push_back(random(1 << 30));
   while (!aborted) {
-    const bool nobody = head == tail;
-    if (!loads.empty() && (nobody || (random_order() && random(8) == 0))) {
+    if (!loads.empty() && random_order() && random(8) == 0) finish_load(random(static_cast<uint32_t>(loads.size())));
+    if (Thread* next = choose()) {
+      cur = next;
+      switch_fiber(scheduler, next->fiber);
+    } else if (!loads.empty()) {
       finish_load(random_order() ? random(static_cast<uint32_t>(loads.size())) : 0);
-      continue;
+    } else {
+      break;
     }
-    if (nobody) break;
-    cur = choose(priorities);
-    switch_fiber(scheduler, self()->fiber);
   }
 }
 
 std::string Block::who_waits_where() const {
-  std::map<std::string, std::pair<unsigned, unsigned>> places;        // how many, the first of them
+  std::map<std::string, std::pair<unsigned, unsigned>> places;  // how many, the first of them
   for (unsigned i = 0; i < count; i++) {
     const Thread& t = threads[i];
     if (t.done) continue;
@@ -172,15 +196,23 @@ bool Block::run(const Call& c, Dim3 index, uint32_t number) {
   scheduler.adopt_native_stack();
   try {
     schedule();
-  } catch (const Failure&) {                      // the text is in `error`
+  } catch (const Failure&) {  // the text is in `error`
   }
   if (!aborted && live) error = who_waits_where();
   const bool fine = error.empty();
-  if (!fine) {                                    // what a failed block leaves behind
-    for (auto& warp : warps) for (auto& m : warp) m.reset();
+  if (!fine) {  // what a failed block leaves behind
+    for (auto& warp : warps)
+      for (auto& m : warp) m.reset();
     for (auto& m : barriers) m.reset();
-    for (auto& g : warpgroups) { g.meeting.reset(); g.products.clear(); }
-    for (auto& t : threads) { t.copies.clear(); t.stores.clear(); }
+    for (auto& g : warpgroups) {
+      g.meeting.reset();
+      g.products.clear();
+    }
+    for (auto& t : threads) {
+      t.copies.clear();
+      t.stores.clear();
+      t.fiber.abandoned = true;
+    }
     loads.clear();
   }
   for (auto& g : warpgroups) g.fenced = false;

@@ -17,9 +17,10 @@ namespace sim {
 
 struct Fiber {
   void* sp = nullptr;
-  char* stack = nullptr;        // lowest byte, above a guard page
+  char* stack = nullptr;  // lowest byte, above a guard page
   size_t stack_bytes = 0;
-  void* fake = nullptr;         // AddressSanitizer's
+  void* fake = nullptr;  // AddressSanitizer's
+  bool abandoned = true;  // whether its last body was left in the middle
 
   // Makes the next switch to this fiber call `body`, which must not return.
   void prepare(void (*body)(), unsigned number);
@@ -36,6 +37,7 @@ void fiber_entered();
 class Stacks {
  public:
   void give(Fiber& fiber, unsigned number);
+
  private:
   std::vector<char*> stacks;
 };
