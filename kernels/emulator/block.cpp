@@ -50,6 +50,7 @@ void Block::leave(Thread* t, bool forever) {
     }
     // Where the one after it stopped is rarely in the nearest cache.
     if (head != tail) __builtin_prefetch(ready[head & (ready.size() - 1)]->fiber.sp);
+    if (!next->started) begin(next);
     cur = next;
     switch_fiber(t->fiber, next->fiber, forever);
   } else {
@@ -65,18 +66,39 @@ void Block::park(const char* state, const Site& site) {
   leave(t, false);
 }
 
-void Block::thread_body() {
-  fiber_entered();
-  Block& b = *current_block;
-  b.call->entry(b.call->args);
+void Block::begin(Thread* t) {
+  t->started = true;
+  t->fiber.prepare(thread_body, t->linear);
+}
+
+// Ends the running thread, except for leaving it.
+void Block::end_thread() {
   Thread* t = self();
   if (!t->copies.idle()) fail("a thread exits with cp.async copies that it has not waited for");
   if (!t->stores.idle()) fail("a thread exits with bulk stores that it has not waited for");
-  if (!b.warpgroups[t->linear / WARPGROUP].products.idle()) fail("a thread exits with wgmma products that it has not waited for");
+  if (!warpgroups[t->linear / WARPGROUP].products.idle()) fail("a thread exits with wgmma products that it has not waited for");
   t->done = true;
-  b.live--;
+  live--;
   thread_has_exited();
-  b.leave(t, true);
+}
+
+void Block::thread_body() {
+  fiber_entered();
+  Block& b = *current_block;
+  for (;;) {
+    b.call->entry(b.call->args);
+    b.end_thread();
+    if (b.call->launch.seed != IN_ORDER || b.head == b.tail) break;
+    // The next thread, unless it has begun, takes over the stack, which is in the cache, without a switch.
+    Thread* next = b.ready[b.head & (b.ready.size() - 1)];
+    if (next->started) break;
+    b.head++;
+    next->started = true;
+    next->fiber.trade_stacks(self()->fiber);
+    cur = next;
+  }
+  b.finished = self();
+  b.leave(self(), true);
   abort();  // nobody resumes a thread that has exited
 }
 
@@ -89,6 +111,7 @@ void Block::set_up(const Call& c, Dim3 index) {
     ready.assign(ready.empty() ? 64 : 2 * ready.size(), nullptr);
   }
   head = tail = 0;
+  finished = nullptr;
   if (warps.size() < (count + WARP - 1) / WARP) warps.resize((count + WARP - 1) / WARP);
   if (warpgroups.size() < (count + WARPGROUP - 1) / WARPGROUP) warpgroups.resize((count + WARPGROUP - 1) / WARPGROUP);
   aborted = false;
@@ -131,7 +154,7 @@ void Block::set_up(const Call& c, Dim3 index) {
     t.done = false;
     t.bar = nullptr;
     if (!t.fiber.stack) stacks.give(t.fiber, i);
-    t.fiber.prepare(thread_body, i);
+    t.started = false;
     wake(&t);
   }
 }
@@ -166,6 +189,11 @@ void Block::schedule() {
     if (!loads.empty() && random_order() && random(8) == 0) finish_load(random(static_cast<uint32_t>(loads.size())));
     if (Thread* next = choose()) {
       cur = next;
+      if (!next->started) {
+        if (finished) next->fiber.trade_stacks(finished->fiber);
+        begin(next);
+      }
+      finished = nullptr;
       switch_fiber(scheduler, next->fiber);
     } else if (!loads.empty()) {
       finish_load(random_order() ? random(static_cast<uint32_t>(loads.size())) : 0);

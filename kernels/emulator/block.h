@@ -22,7 +22,7 @@ constexpr unsigned WARP = 32, WARPGROUP = 128, BARRIERS = 16, THREADS = 1024;
 
 struct Thread : View {
   Fiber fiber;
-  bool done = false;
+  bool started = false, done = false;
   const char* state = "ready";  // what it waits in, with its place, for messages
   Site site;
   uint64_t* bar = nullptr;  // the mbarrier it waits at, and for which parity to pass
@@ -63,6 +63,7 @@ struct Block {
   Fiber scheduler;
   Stacks stacks;
   uint64_t random_state = 1;
+  Thread* finished = nullptr;  // the last one that left its stack behind, warm from the cache
   bool aborted = false;
   std::string error;
   race::Shadow shadow;
@@ -88,6 +89,8 @@ struct Block {
   void schedule();
   Thread* choose();
   Thread* choose_by_warp();
+  void begin(Thread*);
+  void end_thread();
   void leave(Thread*, bool forever);
   std::string who_waits_where() const;
   static void thread_body();
