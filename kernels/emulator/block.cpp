@@ -30,10 +30,10 @@ void fail(const char* format, ...) {
   b.error += place;
   cur = nullptr;
   switch_fiber(t->fiber, b.scheduler, true);
-  abort();                                        // nobody resumes a failed thread
+  abort();  // nobody resumes a failed thread
 }
 
-uint32_t Block::random(uint32_t below) {          // xorshift (Marsaglia 2003)
+uint32_t Block::random(uint32_t below) {  // xorshift (Marsaglia 2003)
   random_state ^= random_state << 13;
   random_state ^= random_state >> 7;
   random_state ^= random_state << 17;
@@ -44,7 +44,13 @@ uint32_t Block::random(uint32_t below) {          // xorshift (Marsaglia 2003)
 void Block::leave(Thread* t, bool forever) {
   if (call->launch.seed == IN_ORDER && head != tail) {
     Thread* next = ready[head++ & (ready.size() - 1)];
-    if (next == t) { cur = t; return; }
+    if (next == t) {
+      cur = t;
+      return;
+    }
+    // Where the one after it stopped is rarely in the nearest cache.
+    if (head != tail) __builtin_prefetch(ready[head & (ready.size() - 1)]->fiber.sp);
+    if (!next->started) begin(next);
     cur = next;
     switch_fiber(t->fiber, next->fiber, forever);
   } else {
@@ -60,19 +66,40 @@ void Block::park(const char* state, const Site& site) {
   leave(t, false);
 }
 
-void Block::thread_body() {
-  fiber_entered();
-  Block& b = *current_block;
-  b.call->entry(b.call->args);
+void Block::begin(Thread* t) {
+  t->started = true;
+  t->fiber.prepare(thread_body, t->linear);
+}
+
+// Ends the running thread, except for leaving it.
+void Block::end_thread() {
   Thread* t = self();
   if (!t->copies.idle()) fail("a thread exits with cp.async copies that it has not waited for");
   if (!t->stores.idle()) fail("a thread exits with bulk stores that it has not waited for");
-  if (!b.warpgroups[t->linear / WARPGROUP].products.idle()) fail("a thread exits with wgmma products that it has not waited for");
+  if (!warpgroups[t->linear / WARPGROUP].products.idle()) fail("a thread exits with wgmma products that it has not waited for");
   t->done = true;
-  b.live--;
+  live--;
   thread_has_exited();
-  b.leave(t, true);
-  abort();                                        // nobody resumes a thread that has exited
+}
+
+void Block::thread_body() {
+  fiber_entered();
+  Block& b = *current_block;
+  for (;;) {
+    b.call->entry(b.call->args);
+    b.end_thread();
+    if (b.call->launch.seed != IN_ORDER || b.head == b.tail) break;
+    // The next thread, unless it has begun, takes over the stack, which is in the cache, without a switch.
+    Thread* next = b.ready[b.head & (b.ready.size() - 1)];
+    if (next->started) break;
+    b.head++;
+    next->started = true;
+    next->fiber.trade_stacks(self()->fiber);
+    cur = next;
+  }
+  b.finished = self();
+  b.leave(self(), true);
+  abort();  // nobody resumes a thread that has exited
 }
 
 void Block::set_up(const Call& c, Dim3 index) {
@@ -80,8 +107,11 @@ void Block::set_up(const Call& c, Dim3 index) {
   const Launch& launch = c.launch;
   count = live = launch.block.x * launch.block.y * launch.block.z;
   if (threads.size() < count) threads = std::vector<Thread>(count);
-  while (ready.size() < count) { ready.assign(ready.empty() ? 64 : 2 * ready.size(), nullptr); }
+  while (ready.size() < count) {
+    ready.assign(ready.empty() ? 64 : 2 * ready.size(), nullptr);
+  }
   head = tail = 0;
+  finished = nullptr;
   if (warps.size() < (count + WARP - 1) / WARP) warps.resize((count + WARP - 1) / WARP);
   if (warpgroups.size() < (count + WARPGROUP - 1) / WARPGROUP) warpgroups.resize((count + WARPGROUP - 1) / WARPGROUP);
   aborted = false;
@@ -94,10 +124,16 @@ void Block::set_up(const Call& c, Dim3 index) {
   variables.clear();
   top = SHARED_START + launch.shared_bytes + RED_ZONE;
   ASAN_UNPOISON_MEMORY_REGION(arena + SHARED_START, launch.shared_bytes);
-  memset(arena + SHARED_START, 0xFF, launch.shared_bytes);       // NaN, whatever the type
+  memset(arena + SHARED_START, 0xFF, launch.shared_bytes);  // NaN, whatever the type
 
+  by_warp = launch.seed > REVERSE && launch.seed % 2;
   random_state = 0x9E3779B97F4A7C15ull * (launch.seed + 1) ^ (index.x * 2654435761u + index.y * 40503u + index.z + 1);
   if (!random_state) random_state = 1;
+  if (by_warp) {
+    ready_lanes.assign(warps.size(), 0);
+    priorities.resize(warps.size());
+    for (auto& p : priorities) p = random(1 << 30);
+  }
 
   Dim3 at{0, 0, 0};
   for (unsigned i = 0; i < count; i++) {
@@ -108,51 +144,67 @@ void Block::set_up(const Call& c, Dim3 index) {
     t.blockIdx = index;
     t.blockDim = launch.block;
     t.gridDim = launch.grid;
-    if (++at.x == launch.block.x) { at.x = 0; if (++at.y == launch.block.y) { at.y = 0; at.z++; } }
+    if (++at.x == launch.block.x) {
+      at.x = 0;
+      if (++at.y == launch.block.y) {
+        at.y = 0;
+        at.z++;
+      }
+    }
     t.done = false;
     t.bar = nullptr;
     if (!t.fiber.stack) stacks.give(t.fiber, i);
-    t.fiber.prepare(thread_body, i);
+    t.started = false;
     wake(&t);
   }
 }
 
-// The next thread by the launch's order, taken out of the ready ones.
-Thread* Block::choose(std::vector<uint32_t>& priorities) {
+// The next thread by the launch's order, no longer among the ready ones; null if nobody is ready.
+Thread* Block::choose() {
+  if (by_warp) return choose_by_warp();
+  if (head == tail) return nullptr;
   const size_t wrap = ready.size() - 1;
-  size_t pick = head;
-  if (call->launch.seed == REVERSE) {
-    pick = tail - 1;
-  } else if (random_order() && call->launch.seed % 2) {
-    // A warp runs as far as it can. Priorities change now and then.
-    if (random(512) == 0) priorities[random(static_cast<uint32_t>(priorities.size()))] = random(1 << 30);
-    for (size_t i = head + 1; i != tail; i++)
-      if (priorities[ready[i & wrap]->linear / WARP] > priorities[ready[pick & wrap]->linear / WARP]) pick = i;
-  } else if (random_order()) {
-    pick = head + random(static_cast<uint32_t>(tail - head));
-  }
+  const size_t pick = random_order()                 ? head + random(static_cast<uint32_t>(tail - head))
+                      : call->launch.seed == REVERSE ? tail - 1
+                                                     : head;
   std::swap(ready[head & wrap], ready[pick & wrap]);
   return ready[head++ & wrap];
 }
 
+// A warp runs as far as it can, its lanes by number. Priorities change now and then.
+Thread* Block::choose_by_warp() {
+  const uint32_t warps_in_use = (count + WARP - 1) / WARP;
+  if (random(512) == 0) priorities[random(warps_in_use)] = random(1 << 30);
+  uint32_t best = warps_in_use;
+  for (uint32_t w = 0; w < warps_in_use; w++)
+    if (ready_lanes[w] && (best == warps_in_use || priorities[w] > priorities[best])) best = w;
+  if (best == warps_in_use) return nullptr;
+  const uint32_t lane = static_cast<uint32_t>(__builtin_ctz(ready_lanes[best]));
+  ready_lanes[best] &= ready_lanes[best] - 1;
+  return &threads[best * WARP + lane];
+}
+
 void Block::schedule() {
-  std::vector<uint32_t> priorities;
-  if (random_order())
-    for (unsigned w = 0; w * WARP < count; w++) priorities.push_back(random(1 << 30));
   while (!aborted) {
-    const bool nobody = head == tail;
-    if (!loads.empty() && (nobody || (random_order() && random(8) == 0))) {
+    if (!loads.empty() && random_order() && random(8) == 0) finish_load(random(static_cast<uint32_t>(loads.size())));
+    if (Thread* next = choose()) {
+      cur = next;
+      if (!next->started) {
+        if (finished) next->fiber.trade_stacks(finished->fiber);
+        begin(next);
+      }
+      finished = nullptr;
+      switch_fiber(scheduler, next->fiber);
+    } else if (!loads.empty()) {
       finish_load(random_order() ? random(static_cast<uint32_t>(loads.size())) : 0);
-      continue;
+    } else {
+      break;
     }
-    if (nobody) break;
-    cur = choose(priorities);
-    switch_fiber(scheduler, self()->fiber);
   }
 }
 
 std::string Block::who_waits_where() const {
-  std::map<std::string, std::pair<unsigned, unsigned>> places;        // how many, the first of them
+  std::map<std::string, std::pair<unsigned, unsigned>> places;  // how many, the first of them
   for (unsigned i = 0; i < count; i++) {
     const Thread& t = threads[i];
     if (t.done) continue;
@@ -172,15 +224,23 @@ bool Block::run(const Call& c, Dim3 index, uint32_t number) {
   scheduler.adopt_native_stack();
   try {
     schedule();
-  } catch (const Failure&) {                      // the text is in `error`
+  } catch (const Failure&) {  // the text is in `error`
   }
   if (!aborted && live) error = who_waits_where();
   const bool fine = error.empty();
-  if (!fine) {                                    // what a failed block leaves behind
-    for (auto& warp : warps) for (auto& m : warp) m.reset();
+  if (!fine) {  // what a failed block leaves behind
+    for (auto& warp : warps)
+      for (auto& m : warp) m.reset();
     for (auto& m : barriers) m.reset();
-    for (auto& g : warpgroups) { g.meeting.reset(); g.products.clear(); }
-    for (auto& t : threads) { t.copies.clear(); t.stores.clear(); }
+    for (auto& g : warpgroups) {
+      g.meeting.reset();
+      g.products.clear();
+    }
+    for (auto& t : threads) {
+      t.copies.clear();
+      t.stores.clear();
+      t.fiber.abandoned = true;
+    }
     loads.clear();
   }
   for (auto& g : warpgroups) g.fenced = false;

@@ -1,9 +1,11 @@
 #!/bin/sh
 # Compiles kernels/*.cu and the emulator for the CPU, into one shared object: build.sh OUT_DIR [plain|asan|race]
 #   plain  as fast as the emulator goes
-#   asan   AddressSanitizer watches global and shared memory; run with LD_PRELOAD=$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0
+#   asan   AddressSanitizer watches global and shared memory; run with
+#          LD_PRELOAD=$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0
 #   race   every access to memory is checked against what barriers and waits order
-# Only what changed is compiled again. SOURCES names other kernels than kernels/*.cu, for an op of one's own. CXX names the compiler (default c++); build.rs calls this for the feature "emulator".
+# Only what changed is compiled again. SOURCES names other kernels than kernels/*.cu, for an op of one's own. CXX names the compiler
+# (default c++). build.rs calls this for the feature "emulator".
 set -eu
 out=$1 kind=${2:-plain}
 kernels=$(cd "$(dirname "$0")/.." && pwd)
@@ -13,7 +15,7 @@ common="-std=c++20 -fPIC -ffp-contract=off -march=x86-64-v3 -Wall -Wno-unknown-p
 case $kind in
     plain) kernel_flags="-O2" runtime_flags="-O2" link_flags="" ;;
     asan) kernel_flags="-O1 -g -fsanitize=address" runtime_flags="-O2 -g -fsanitize=address" link_flags="-fsanitize=address" ;;
-    race) kernel_flags="-O1 -g -fsanitize=thread" runtime_flags="-O2 -g -DSIM_RACE" link_flags="" ;;
+    race) kernel_flags="-O1 -g -fsanitize=thread" runtime_flags="-O2 -g" link_flags="" ;;
     *) echo "build.sh: $kind is none of plain, asan, race" >&2; exit 2 ;;
 esac
 export CXX="${CXX:-c++}" common kernel_flags runtime_flags out kernels

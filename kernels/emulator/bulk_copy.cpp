@@ -1,7 +1,7 @@
 // The bulk copy engine (TMA): boxes of a matrix to shared memory and back, swizzled on the way.
 //
-// A box lies row by row without gaps. With a swizzle of 128 bytes, bits 4 to 6 of a byte's shared address are xored with bits 7 to 9
-// (PTX ISA, "Swizzling modes"; CuTe's Swizzle<3,4,3>), so that a column of 16-byte pieces spreads over all banks.
+// A box lies row by row without gaps. With a swizzle of 128 bytes, bits 4 to 6 of a byte's shared address are xored with bits 7
+// to 9 (PTX ISA, "Swizzling modes"; CuTe's Swizzle<3,4,3>), so that a column of 16-byte pieces spreads over all banks.
 #include <cstring>
 
 #include "block.h"
@@ -20,7 +20,8 @@ template <class Piece> static void for_pieces(const Box& box, Piece piece) {
     for (uint32_t done = 0; done < row_bytes; done += m.elem_bytes) {
       const int64_t x = static_cast<int64_t>(box.x) + done / m.elem_bytes;
       const bool inside = x >= 0 && y >= 0 && x < static_cast<int64_t>(m.cols) && y < static_cast<int64_t>(m.rows);
-      const char* global = inside ? m.base + static_cast<uint64_t>(y) * m.pitch_bytes + static_cast<uint64_t>(x) * m.elem_bytes : nullptr;
+      const char* global =
+          inside ? m.base + static_cast<uint64_t>(y) * m.pitch_bytes + static_cast<uint64_t>(x) * m.elem_bytes : nullptr;
       piece(swizzle(box.at + r * row_bytes + done, m.swizzle_bytes), global, m.elem_bytes);
     }
   }
@@ -53,9 +54,10 @@ static void touch_global(const Box& box, bool write) {
 static void load_now(const BulkLoad& load) {
   for_pieces(load.box, [](uint32_t at, const char* global, uint32_t bytes) {
     void* shared = shared_pointer(at);
-    if (global) memcpy(shared, global, bytes); else memset(shared, 0, bytes);
+    if (global) memcpy(shared, global, bytes);
+    else memset(shared, 0, bytes);
   });
-  const uint32_t bytes = load.box.map.box_bytes();             // what lies outside counts as well
+  const uint32_t bytes = load.box.map.box_bytes();  // what lies outside counts as well
   if (race::on) race::end(shared_pointer(load.box.at), bytes, true, race::engine_of(load.bar), race::engine_done(load.bar));
   mbar_complete_bytes(load.bar, bytes);
 }
@@ -74,7 +76,8 @@ void tma_load(void* dst, const TensorMap& map, int x, int y, uint64_t* bar, cons
     touch_global(load.box, false);
     race::begin(dst, map.box_bytes(), true, race::engine_of(bar), true, site.what);
   }
-  if (b.at_once()) load_now(load); else b.loads.push_back(load);
+  if (b.at_once()) load_now(load);
+  else b.loads.push_back(load);
 }
 
 void finish_load(size_t index) {

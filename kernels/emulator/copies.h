@@ -1,7 +1,7 @@
 // Asynchronous work under way: cp.async copies and bulk stores of a thread, bulk loads of a block, products of a warpgroup.
 //
-// Work runs when it is issued, when somebody waits for it, or, for bulk loads, in between, as the launch's seed has it. Until it is
-// waited for, the race detector counts its memory as in use.
+// Work runs when it is issued, when somebody waits for it, or, for bulk loads, in between, as the launch's seed has it. Until it
+// is waited for, the race detector counts its memory as in use.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -30,21 +30,45 @@ template <class Item> struct Groups {
     }
     if (idle()) clear();
   }
-  void clear() { items.clear(); ends.clear(); first_item = first_group = 0; }
+  void clear() {
+    items.clear();
+    ends.clear();
+    first_item = first_group = 0;
+  }
 };
 
-struct Copy { void* dst; const void* src; int bytes, from_source; bool copied; };
+struct Copy {
+  void* dst;
+  const void* src;
+  int bytes, from_source;
+  bool copied;
+};
 using CopyGroups = Groups<Copy>;
 
 // A rectangle of a matrix in global memory, and its place in shared memory.
-struct Box { TensorMap map; uint32_t at; int x, y; };
+struct Box {
+  TensorMap map;
+  uint32_t at;
+  int x, y;
+};
 
-struct BulkLoad { Box box; uint64_t* bar; };
-struct BulkStore { Box box; bool stored; };
+struct BulkLoad {
+  Box box;
+  uint64_t* bar;
+};
+struct BulkStore {
+  Box box;
+  bool stored;
+};
 using StoreGroups = Groups<BulkStore>;
 
 // A warpgroup product: where its operands and the accumulators of its 128 threads are.
-struct Product { Wgmma what; float* d[128]; uint32_t a_regs[128][4]; bool computed; };
+struct Product {
+  Wgmma what;
+  float* d[128];
+  uint32_t a_regs[128][4];
+  bool computed;
+};
 
 struct WarpgroupState {
   Meeting meeting;

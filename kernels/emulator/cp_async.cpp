@@ -14,8 +14,10 @@ void cp_async(void* dst, const void* src, int bytes, int from_source, const Site
   Thread* t = self();
   shared_offset(dst);
   const uintptr_t both = reinterpret_cast<uintptr_t>(dst) | reinterpret_cast<uintptr_t>(src);
-  if (both % static_cast<uintptr_t>(bytes)) fail("%s at %s:%d: an operand is not %d-byte aligned", site.what, site.file, site.line, bytes);
-  if (from_source < 0 || from_source > bytes) fail("%s at %s:%d: %d of %d bytes", site.what, site.file, site.line, from_source, bytes);
+  if (both % static_cast<uintptr_t>(bytes))
+    fail("%s at %s:%d: an operand is not %d-byte aligned", site.what, site.file, site.line, bytes);
+  if (from_source < 0 || from_source > bytes)
+    fail("%s at %s:%d: %d of %d bytes", site.what, site.file, site.line, from_source, bytes);
   race::begin(dst, static_cast<size_t>(bytes), true, t->linear, false, "cp.async");
   Copy c{dst, src, bytes, from_source, current_block->at_once()};
   if (c.copied) copy_now(c);

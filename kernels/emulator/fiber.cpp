@@ -36,7 +36,7 @@ namespace sim {
 
 constexpr size_t PAGE = 4096;
 #if defined(__SANITIZE_ADDRESS__)
-constexpr size_t STACK_BYTES = 256 << 10;   // red zones around every local array
+constexpr size_t STACK_BYTES = 256 << 10;  // red zones around every local array
 #else
 constexpr size_t STACK_BYTES = 64 << 10;
 #endif
@@ -44,7 +44,10 @@ constexpr size_t STACK_BYTES = 64 << 10;
 void Stacks::give(Fiber& fiber, unsigned number) {
   while (stacks.size() <= number) {
     void* m = mmap(nullptr, STACK_BYTES + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (m == MAP_FAILED) { perror("emulator: no memory for a stack"); abort(); }
+    if (m == MAP_FAILED) {
+      perror("emulator: no memory for a stack");
+      abort();
+    }
     mprotect(m, PAGE, PROT_NONE);
     stacks.push_back(static_cast<char*>(m) + PAGE);
   }
@@ -53,7 +56,10 @@ void Stacks::give(Fiber& fiber, unsigned number) {
 }
 
 void Fiber::prepare(void (*body)(), unsigned number) {
-  ASAN_UNPOISON_MEMORY_REGION(stack, stack_bytes);
+  // A body that ended left at most its own frame behind; one that was abandoned, anything.
+  const size_t used = abandoned ? stack_bytes : 2 * PAGE;
+  ASAN_UNPOISON_MEMORY_REGION(stack + stack_bytes - used, used);
+  abandoned = false;
   // Stacks start at different places of their pages: at one and the same, they would share a few lines of the cache.
   void** top = reinterpret_cast<void**>(stack + stack_bytes - number % 12 * 320) - 2;
   *top = reinterpret_cast<void*>(body);

@@ -3,6 +3,7 @@
 // x86-64 System V only: a switch saves the callee-saved registers and changes stacks, in about 2 ns. AddressSanitizer is told.
 #pragma once
 #include <cstddef>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -17,12 +18,18 @@ namespace sim {
 
 struct Fiber {
   void* sp = nullptr;
-  char* stack = nullptr;        // lowest byte, above a guard page
+  char* stack = nullptr;  // lowest byte, above a guard page
   size_t stack_bytes = 0;
-  void* fake = nullptr;         // AddressSanitizer's
+  void* fake = nullptr;  // AddressSanitizer's
+  bool abandoned = true;  // whether its last body was left in the middle
 
   // Makes the next switch to this fiber call `body`, which must not return.
   void prepare(void (*body)(), unsigned number);
+  // Takes the stack of a fiber that has ended, or that goes on as this one.
+  void trade_stacks(Fiber& other) {
+    std::swap(stack, other.stack);
+    std::swap(abandoned, other.abandoned);
+  }
   // Describes the stack that the operating system gave this thread.
   void adopt_native_stack();
 };
@@ -36,6 +43,7 @@ void fiber_entered();
 class Stacks {
  public:
   void give(Fiber& fiber, unsigned number);
+
  private:
   std::vector<char*> stacks;
 };

@@ -22,10 +22,14 @@ inline long long __double_as_longlong(double x) { return gpu_bits<long long>(x);
 inline double __longlong_as_double(long long x) { return gpu_bits<double>(x); }
 
 // ---- bf16
-struct bf16 { uint16_t bits; };
-struct alignas(4) bf162 { bf16 x, y; };
+struct bf16 {
+  uint16_t bits;
+};
+struct alignas(4) bf162 {
+  bf16 x, y;
+};
 inline float __bfloat162float(bf16 v) { return __uint_as_float(static_cast<uint32_t>(v.bits) << 16); }
-inline bf16 __float2bfloat16_rn(float f) {                      // to nearest even; every NaN becomes 0x7FFF, as on the device
+inline bf16 __float2bfloat16_rn(float f) {  // to nearest even; every NaN becomes 0x7FFF, as on the device
   const uint32_t u = __float_as_uint(f);
   if ((u & 0x7FFFFFFF) > 0x7F800000) return {0x7FFF};
   return {static_cast<uint16_t>((u + 0x7FFF + (u >> 16 & 1)) >> 16)};

@@ -18,14 +18,25 @@
 // For what the race detector must not see: the emulator's own accesses inside of a kernel's object.
 #define GPU_QUIET __attribute__((no_sanitize("thread")))
 
+// The last parameter of what threads meet in: the caller's place, for messages.
+#define GPU_HERE(what) ::sim::Site site = ::sim::at(what)
+
 #define threadIdx (::sim::cur->threadIdx)
 #define blockIdx (::sim::cur->blockIdx)
 #define blockDim (::sim::cur->blockDim)
 #define gridDim (::sim::cur->gridDim)
 constexpr int warpSize = 32;
 
-#define GPU_VECTOR2(name, T, align) struct alignas(align) name { T x, y; }; inline name make_##name(T x, T y) { return {x, y}; }
-#define GPU_VECTOR4(name, T, align) struct alignas(align) name { T x, y, z, w; }; inline name make_##name(T x, T y, T z, T w) { return {x, y, z, w}; }
+#define GPU_VECTOR2(name, T, align) \
+  struct alignas(align) name {      \
+    T x, y;                         \
+  };                                \
+  inline name make_##name(T x, T y) { return {x, y}; }
+#define GPU_VECTOR4(name, T, align) \
+  struct alignas(align) name {      \
+    T x, y, z, w;                   \
+  };                                \
+  inline name make_##name(T x, T y, T z, T w) { return {x, y, z, w}; }
 GPU_VECTOR2(float2, float, 8)
 GPU_VECTOR4(float4, float, 16)
 GPU_VECTOR2(double2, double, 16)
@@ -40,15 +51,19 @@ GPU_VECTOR2(longlong2, long long, 16)
 GPU_VECTOR2(ulonglong2, unsigned long long, 16)
 #undef GPU_VECTOR2
 #undef GPU_VECTOR4
-struct float3 { float x, y, z; };
-struct int3 { int x, y, z; };
+struct float3 {
+  float x, y, z;
+};
+struct int3 {
+  int x, y, z;
+};
 inline float3 make_float3(float x, float y, float z) { return {x, y, z}; }
 inline int3 make_int3(int x, int y, int z) { return {x, y, z}; }
 
 // A variable in shared memory: GPU_SHARED(float, sums, [4][32]). The dynamic part starts at GPU_DYNAMIC(float, name).
-#define GPU_SHARED(T, name, dims)                 \
-  using name##_shared_t = T dims;                 \
-  static char name##_tag;                         \
+#define GPU_SHARED(T, name, dims) \
+  using name##_shared_t = T dims; \
+  static char name##_tag;         \
   name##_shared_t& name = *static_cast<name##_shared_t*>(::sim::shared_variable(&name##_tag, sizeof(name##_shared_t)))
 #define GPU_DYNAMIC(T, name) T* name = static_cast<T*>(::sim::shared_dynamic())
 // Its 32-bit address.
@@ -72,11 +87,14 @@ template <class T> inline void forget(T*&) {}
 template <class T> GPU_QUIET inline T atomicAdd(T* p, T v) {
   T old, sum;
   __atomic_load(p, &old, __ATOMIC_RELAXED);
-  do { sum = old + v; } while (!__atomic_compare_exchange(p, &old, &sum, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+  do {
+    sum = old + v;
+  } while (!__atomic_compare_exchange(p, &old, &sum, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
   return old;
 }
 GPU_QUIET inline int atomicMin(int* p, int v) {
   int old = __atomic_load_n(p, __ATOMIC_RELAXED);
-  while (v < old && !__atomic_compare_exchange_n(p, &old, v, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
+  while (v < old && !__atomic_compare_exchange_n(p, &old, v, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
   return old;
 }

@@ -1,7 +1,8 @@
 // Launches; see launch.h.
 //
-// A launch is a job. The thread that launches takes blocks of it one by one, and so do the helpers that are free. Blocks do not depend on each
-// other, so who runs which changes nothing; of several failures, the one of the first block by the launch's order is told.
+// A launch is a job. The thread that launches takes blocks of it one by one, and so do the helpers that are free. Blocks do not
+// depend on each other, so who runs which changes nothing; of several failures, the one of the first block by the launch's order
+// is told.
 #include "launch.h"
 
 #include <atomic>
@@ -22,7 +23,7 @@ namespace sim {
 // Everything here lives until the process ends: helpers may still wait when static objects are destroyed.
 struct Job {
   const Call call;
-  std::vector<uint64_t> order;                    // block numbers; empty when in order
+  std::vector<uint64_t> order;  // block numbers; empty when in order
   uint64_t blocks;
   std::atomic<uint64_t> next{0}, first_failed{~0ull};
   std::mutex mutex;
@@ -36,7 +37,7 @@ struct Job {
     order.resize(blocks);
     for (uint64_t i = 0; i < blocks; i++) order[i] = seed == REVERSE ? blocks - 1 - i : i;
     uint64_t state = seed;
-    for (uint64_t i = blocks; seed != REVERSE && i > 1; i--) {                // shuffles (Fisher & Yates)
+    for (uint64_t i = blocks; seed != REVERSE && i > 1; i--) {  // shuffles (Fisher & Yates)
       state = state * 6364136223846793005ull + 1442695040888963407ull;
       std::swap(order[i - 1], order[(state >> 33) % i]);
     }
@@ -81,7 +82,7 @@ static std::mutex helpers_mutex;
 static auto& jobs_wait = *new std::condition_variable;
 static auto& open_jobs = *new std::deque<Job*>;
 static unsigned helper_threads = 0;
-static std::atomic<unsigned> wanted_threads{0};   // 0: not yet known
+static std::atomic<unsigned> wanted_threads{0};  // 0: not yet known
 
 static unsigned threads_to_use() {
   if (wanted_threads == 0) {
@@ -141,9 +142,10 @@ int refuse(const std::string& message) {
 static uint64_t threads_of(Dim3 block) { return static_cast<uint64_t>(block.x) * block.y * block.z; }
 
 int launch(const Launch& l, void (*entry)(void**), void** args) {
-  constexpr uint64_t WORTH_A_HELPER = 2048;       // CUDA threads; waking a thread costs as much as running about that many
+  constexpr uint64_t WORTH_A_HELPER = 2048;  // CUDA threads; waking a thread costs as much as running about that many
   if (l.shared_bytes > SHARED_BYTES) return refuse("a launch with more than 227 KB of shared memory");
-  if (threads_of(l.block) == 0 || threads_of(l.block) > THREADS) return refuse("a launch with no threads in a block, or more than 1024");
+  if (threads_of(l.block) == 0 || threads_of(l.block) > THREADS)
+    return refuse("a launch with no threads in a block, or more than 1024");
   if (threads_of(l.grid) == 0) return refuse("a launch with no blocks");
   const Call call{l, entry, args};
   Job job(call);

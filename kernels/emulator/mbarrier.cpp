@@ -4,7 +4,10 @@
 namespace sim {
 
 // PTX leaves the word's layout open; this one is ours.
-struct Word { uint64_t phase : 1, valid : 1, count : 15, pending : 15; int64_t bytes : 32; };
+struct Word {
+  uint64_t phase : 1, valid : 1, count : 15, pending : 15;
+  int64_t bytes : 32;
+};
 
 static Word& word(uint64_t* bar, const char* what) {
   if (reinterpret_cast<uintptr_t>(bar) % 8) fail("%s: the mbarrier is not 8-byte aligned", what);
@@ -43,7 +46,9 @@ void mbar_init_fence() { race::barriers_published(); }
 void mbar_arrive(uint64_t* bar, int expect_bytes, const Site& site) {
   Word& w = word(bar, site.what);
   race::barrier_used(bar, false, site.what);
-  if (w.pending == 0) fail("%s at %s:%d: more arrivals than the mbarrier's count, %u", site.what, site.file, site.line, static_cast<unsigned>(w.count));
+  if (w.pending == 0)
+    fail("%s at %s:%d: more arrivals than the mbarrier's count, %u", site.what, site.file, site.line,
+         static_cast<unsigned>(w.count));
   race::barrier_arrived(bar);
   w.bytes = w.bytes + expect_bytes;
   w.pending = (w.pending - 1) & 0x7FFF;
@@ -60,7 +65,7 @@ void mbar_wait(uint64_t* bar, int parity, const Site& site) {
   Word& w = word(bar, site.what);
   race::barrier_used(bar, false, site.what);
   Thread* t = self();
-  if (static_cast<int>(w.phase) != (parity & 1)) {          // the phase of that parity is over
+  if (static_cast<int>(w.phase) != (parity & 1)) {  // the phase of that parity is over
     race::barrier_passed(bar, t);
     return;
   }

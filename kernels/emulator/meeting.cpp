@@ -20,7 +20,8 @@ static void release(Meeting& m, bool last_goes_on) {
 
 static void check_same_place(const Meeting& m, const Site& site) {
   if (m.site.line == site.line && (m.site.file == site.file || !strcmp(m.site.file, site.file))) return;
-  fail("threads meet at different places: %s at %s:%d and %s at %s:%d", m.site.what, m.site.file, m.site.line, site.what, site.file, site.line);
+  fail("threads meet at different places: %s at %s:%d and %s at %s:%d", m.site.what, m.site.file, m.site.line, site.what,
+       site.file, site.line);
 }
 
 static void meet(Meeting& m, unsigned slot, int expected, Op op, void* arg, const Site& site) {
@@ -41,7 +42,8 @@ static void meet(Meeting& m, unsigned slot, int expected, Op op, void* arg, cons
   }
 }
 
-// Masks may differ as long as nobody waits in a circle: another meeting may expect this lane, but not hold one that this lane waits for.
+// Masks may differ as long as nobody waits in a circle: another meeting may expect this lane, but not hold one that this lane
+// waits for.
 static Meeting& meeting_for(WarpMeetings& meetings, uint32_t mask, unsigned lane, const Site& site) {
   Meeting* fresh = nullptr;
   for (Meeting& m : meetings) {
@@ -50,11 +52,12 @@ static Meeting& meeting_for(WarpMeetings& meetings, uint32_t mask, unsigned lane
     } else if (m.mask == mask) {
       return m;
     } else if (m.mask >> lane & 1 && m.present & mask) {
-      fail("%s at %s:%d with mask %08x while lanes wait with mask %08x at line %d", site.what, site.file, site.line, mask, m.mask, m.site.line);
+      fail("%s at %s:%d with mask %08x while lanes wait with mask %08x at line %d", site.what, site.file, site.line, mask, m.mask,
+           m.site.line);
     }
   }
   if (!fresh) {
-    if (meetings.empty()) meetings.reserve(WARP);             // references stay good
+    if (meetings.empty()) meetings.reserve(WARP);  // references stay good
     fresh = &meetings.emplace_back();
     fresh->args.resize(WARP);
   }
@@ -66,9 +69,10 @@ static Meeting& meeting_for(WarpMeetings& meetings, uint32_t mask, unsigned lane
 void warp_collective(uint32_t mask, Op op, void* arg, const Site& site) {
   Thread* t = self();
   Block& b = *current_block;
-  if (!(mask >> t->lane & 1)) fail("%s at %s:%d: lane %u is not in its own mask %08x", site.what, site.file, site.line, t->lane, mask);
+  if (!(mask >> t->lane & 1))
+    fail("%s at %s:%d: lane %u is not in its own mask %08x", site.what, site.file, site.line, t->lane, mask);
   const unsigned lanes = b.count - (t->linear & ~(WARP - 1));
-  if (lanes < WARP) mask &= (1u << lanes) - 1;                // the block's last warp may have fewer
+  if (lanes < WARP) mask &= (1u << lanes) - 1;  // the block's last warp may have fewer
   Meeting& m = meeting_for(b.warps[t->linear / WARP], mask, t->lane, site);
   m.present |= 1u << t->lane;
   meet(m, t->lane, __builtin_popcount(mask), op, arg, site);
@@ -82,7 +86,8 @@ void warpgroup_collective(Op op, void* arg, const Site& site) {
 }
 
 static Meeting& barrier(int id, int count, const Site& site) {
-  if (id < 0 || id >= static_cast<int>(BARRIERS)) fail("%s at %s:%d: there is no barrier %d", site.what, site.file, site.line, id);
+  if (id < 0 || id >= static_cast<int>(BARRIERS))
+    fail("%s at %s:%d: there is no barrier %d", site.what, site.file, site.line, id);
   if (count % WARP) fail("%s at %s:%d: %d threads are no whole number of warps", site.what, site.file, site.line, count);
   Meeting& m = current_block->barriers[id];
   if (m.arrived && m.expected != count)
@@ -93,7 +98,7 @@ static Meeting& barrier(int id, int count, const Site& site) {
 
 void bar_sync(int id, int count, const Site& site) {
   Block& b = *current_block;
-  if (count == 0) {                                           // the whole block: all come to the same place
+  if (count == 0) {  // the whole block: all come to the same place
     Meeting& m = b.barriers[id];
     meet(m, 0, static_cast<int>(b.live), nullptr, nullptr, site);
     return;

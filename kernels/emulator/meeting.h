@@ -13,14 +13,20 @@ struct Thread;
 
 struct Meeting {
   int arrived = 0, expected = 0;
-  uint32_t mask = 0, present = 0;     // of a warp's meeting: the lanes that are to come, and those that have
+  uint32_t mask = 0, present = 0;  // of a warp's meeting: the lanes that are to come, and those that have
   Op op = nullptr;
-  Site site;                          // where the first member came from
-  std::vector<void*> args;            // by lane; what absent lanes left here is stale
+  Site site;                // where the first member came from
+  std::vector<void*> args;  // by lane; what absent lanes left here is stale
   std::vector<Thread*> waiting;
-  std::vector<Thread*> members;       // waiting or not; kept for the race detector alone
+  std::vector<Thread*> members;  // waiting or not; kept for the race detector alone
 
-  void reset() { arrived = expected = 0; mask = 0; op = nullptr; waiting.clear(); members.clear(); }
+  void reset() {
+    arrived = expected = 0;
+    mask = 0;
+    op = nullptr;
+    waiting.clear();
+    members.clear();
+  }
 };
 
 // Meetings of one warp: as many as there are disjoint masks on their way.

@@ -28,17 +28,19 @@ namespace race {
 
 bool on = false;
 
-constexpr uint32_t PENDING = ~0u;                 // a clock entry: under way, so after everything
+constexpr uint32_t PENDING = ~0u;  // a clock entry: under way, so after everything
 constexpr size_t CELL_BYTES = 2;
 
 // Of a cell in global memory: the blocks of this launch that have written and read it, by number + 1.
-struct Visits { uint32_t launch, writer, reader; };
+struct Visits {
+  uint32_t launch, writer, reader;
+};
 constexpr uint32_t SEVERAL = ~0u;
 
 struct Buffer {
   const char* start;
   size_t bytes;
-  Cell* cells;                                    // mapped, so that only what is touched takes memory
+  Cell* cells;  // mapped, so that only what is touched takes memory
   Visits* visits;
   size_t count() const { return bytes / CELL_BYTES + 2; }
 };
@@ -77,13 +79,15 @@ void start_block(Block& b, uint32_t number) {
 
 // ---- order
 
-void tick(Thread* t) { if (on) t->clock[t->linear]++; }
+void tick(Thread* t) {
+  if (on) t->clock[t->linear]++;
+}
 
 void meet(const std::vector<Thread*>& members, const std::vector<Thread*>& released) {
   Shadow& s = current_block->shadow;
   s.clock = members[0]->clock;
   for (const Thread* t : members) join(s.clock, t->clock);
-  for (Thread* t : released) {                    // who goes on is a member: its clock is in the common one
+  for (Thread* t : released) {  // who goes on is a member: its clock is in the common one
     t->clock = s.clock;
     tick(t);
   }
@@ -96,7 +100,8 @@ void meet(const std::vector<Thread*>& members, const std::vector<Thread*>& relea
 void proxy_fence(Thread* t) {
   if (!on) return;
   current_block->shadow.fences = true;
-  // A fence counts anywhere on the way from the write to the asynchronous read (PTX ISA, "Causality order"): also after the barrier.
+  // A fence counts anywhere on the way from the write to the asynchronous read (PTX ISA, "Causality order"): also after the
+  // barrier.
   t->fenced = t->clock;
   tick(t);
 }
@@ -150,10 +155,10 @@ uint32_t engine_done(uint64_t* bar) { return ++current_block->shadow.barriers[ba
 // The cells of a range, and where it is for messages.
 struct Where {
   Cell* cells = nullptr;
-  Visits* visits = nullptr;                       // null in shared memory
+  Visits* visits = nullptr;  // null in shared memory
   size_t first = 0, last = 0;
   const char* of = "shared memory";
-  const char* start = nullptr;                    // what a message counts bytes from
+  const char* start = nullptr;  // what a message counts bytes from
 };
 
 static Where find(const void* p, size_t bytes) {
@@ -202,10 +207,13 @@ static void check_blocks(const Where& w, size_t index, bool write, const char* a
   const uint32_t other = v.writer && v.writer != me ? v.writer : write && v.reader && v.reader != me ? v.reader : 0;
   if (other) {
     const char* did = other == v.writer ? "writes" : "reads";
-    if (other == SEVERAL) fail("race: blocks: block number %u writes byte %zd of a global buffer, which others read", s.block, at - w.start);
-    fail("race: blocks %u and %u: one %s byte %zd of a global buffer, which the other %s", other - 1, s.block, did, at - w.start, write ? "writes" : "reads");
+    if (other == SEVERAL)
+      fail("race: blocks: block number %u writes byte %zd of a global buffer, which others read", s.block, at - w.start);
+    fail("race: blocks %u and %u: one %s byte %zd of a global buffer, which the other %s", other - 1, s.block, did, at - w.start,
+         write ? "writes" : "reads");
   }
-  if (write) v.writer = me; else v.reader = v.reader == 0 || v.reader == me ? me : SEVERAL;
+  if (write) v.writer = me;
+  else v.reader = v.reader == 0 || v.reader == me ? me : SEVERAL;
 }
 
 static void remember_read(Cell& c, uint32_t clock, uint32_t thread, const Thread* t) {
@@ -226,14 +234,16 @@ void access(const void* p, size_t bytes, bool write) {
     if (w.visits) check_blocks(w, i, write, at);
     Cell& c = fresh_cell(w, i);
     if (unordered(c.write_clock, c.write_thread, t))
-      fail("race: %s byte %zd of %s, written by %s %u without ordering", write ? "writes" : "reads", at - w.start, w.of, kind(c.write_thread), c.write_thread);
+      fail("race: %s byte %zd of %s, written by %s %u without ordering", write ? "writes" : "reads", at - w.start, w.of,
+           kind(c.write_thread), c.write_thread);
     if (!write) {
       remember_read(c, t->clock[t->linear], t->linear, t);
       continue;
     }
     for (int k = 0; k < 2; k++)
       if (unordered(c.read_clock[k], c.read_thread[k], t))
-        fail("race: writes byte %zd of %s, read by %s %u without ordering", at - w.start, w.of, kind(c.read_thread[k]), c.read_thread[k]);
+        fail("race: writes byte %zd of %s, read by %s %u without ordering", at - w.start, w.of, kind(c.read_thread[k]),
+             c.read_thread[k]);
     c = Cell{c.epoch, t->clock[t->linear], t->linear, {0, 0}, {0, 0}};
   }
 }
@@ -247,16 +257,20 @@ void begin(const void* p, size_t bytes, bool write, unsigned owner, bool async_p
     const char* at = static_cast<const char*>(p) + (i - w.first) * CELL_BYTES;
     Cell& c = fresh_cell(w, i);
     if (unordered(c.write_clock, c.write_thread, t))
-      fail("race: %s touches byte %zd of %s, written by %s %u without ordering", what, at - w.start, w.of, kind(c.write_thread), c.write_thread);
-    if (async_proxy && !write && c.write_clock && c.write_thread < current_block->count && c.write_clock > t->fenced[c.write_thread])
-      fail("race: %s reads byte %zd of %s, which thread %u wrote without a fence.proxy.async after it", what, at - w.start, w.of, c.write_thread);
+      fail("race: %s touches byte %zd of %s, written by %s %u without ordering", what, at - w.start, w.of, kind(c.write_thread),
+           c.write_thread);
+    if (async_proxy && !write && c.write_clock && c.write_thread < current_block->count &&
+        c.write_clock > t->fenced[c.write_thread])
+      fail("race: %s reads byte %zd of %s, which thread %u wrote without a fence.proxy.async after it", what, at - w.start, w.of,
+           c.write_thread);
     if (!write) {
       remember_read(c, PENDING, owner, t);
       continue;
     }
     for (int k = 0; k < 2; k++)
       if (unordered(c.read_clock[k], c.read_thread[k], t))
-        fail("race: %s overwrites byte %zd of %s, which %s %u may still read", what, at - w.start, w.of, kind(c.read_thread[k]), c.read_thread[k]);
+        fail("race: %s overwrites byte %zd of %s, which %s %u may still read", what, at - w.start, w.of, kind(c.read_thread[k]),
+             c.read_thread[k]);
     c = Cell{c.epoch, PENDING, owner, {0, 0}, {0, 0}};
   }
 }

@@ -6,7 +6,7 @@
 
 namespace sim {
 
-constexpr size_t ALIGN = 1024;                  // of every variable: GPU_SHARED asks for it on the device, too
+constexpr size_t ALIGN = 1024;  // of every variable: GPU_SHARED asks for it on the device, too
 
 void* shared_variable(const void* tag, size_t bytes) {
   Block& b = *current_block;
@@ -32,7 +32,7 @@ uint32_t shared_offset(const void* p) {
 }
 
 void* shared_pointer(uint32_t offset) {
-  if (offset < SHARED_START || offset >= SHARED_START + SHARED_BYTES) fail("shared address %u is outside of the block's memory", offset);
+  if (offset < SHARED_START || offset >= current_block->top) fail("shared address %u is outside of what the block has", offset);
   return current_block->arena + offset;
 }
 

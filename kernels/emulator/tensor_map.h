@@ -8,7 +8,7 @@ struct alignas(64) TensorMap {
   const char* base;
   uint64_t rows, cols, pitch_bytes;
   uint32_t box_rows, box_cols, swizzle_bytes, elem_bytes;
-  uint64_t mark;                    // MARK, once sim_tensor_map has filled the map in
+  uint64_t mark;  // MARK, once sim_tensor_map has filled the map in
   uint64_t unused[9];
 
   static constexpr uint64_t MARK = 0x70616D2D7279646Full;

@@ -3,14 +3,15 @@
 // A descriptor's bits (PTX ISA, "Asynchronous warpgroup level matrix shared memory layout", matrix descriptor format):
 //   0-13 start address, 16-29 leading byte offset, 32-45 stride byte offset, each >> 4; 49-51 base offset;
 //   62-63 swizzle: 0 none, 1 128 bytes, 2 64 bytes, 3 32 bytes.
-// Where an element is, from its canonical layouts in CuTe's words (also CUTLASS, mma_traits_sm90_gmma.hpp), with r the row along M or N, k along K,
-// W the 16-byte pieces that the swizzle spans, and elements of 2 bytes, so that a piece has 8 of them:
+// Where an element is, from its canonical layouts in CuTe's words (also CUTLASS, mma_traits_sm90_gmma.hpp), with r the row along
+// M or N, k along K, W the 16-byte pieces that the swizzle spans, and elements of 2 bytes, so that a piece has 8 of them:
 //   K-major, swizzled    ((8,m),(8,2)) : ((8W,SBO),(1,8))          r % 8 * 16W + r / 8 * SBO + k * 2; LBO is not read
 //   K-major, none        ((8,m),(8,2)) : ((8,SBO),(1,LBO))         r % 8 * 16 + r / 8 * SBO + k % 8 * 2 + k / 8 * LBO
 //   MN-major, swizzled   ((8,W,m),(8,2)) : ((1,8,LBO),(8W,SBO))    r % 8W * 2 + r / 8W * LBO + k % 8 * 16W + k / 8 * SBO
 //   MN-major, none       ((8,1,m),(8,2)) : ((1,8,SBO),(8,LBO))     r % 8 * 2 + r / 8 * SBO + k % 8 * 16 + k / 8 * LBO
-// to which the start address is added, and the swizzle is applied to the sum, as an address. So a start address inside of a pattern, as one
-// gets by stepping along K, means what it means on the device. A base offset other than 0 is not modelled: patterns start at their size.
+// to which the start address is added, and the swizzle is applied to the sum, as an address. So a start address inside of a
+// pattern, as one gets by stepping along K, means what it means on the device. A base offset other than 0 is not modelled:
+// patterns start at their size.
 #include <cstring>
 
 #include "block.h"
@@ -34,7 +35,8 @@ struct Layout {
     mn_major = mn;
     if (desc >> 49 & 7) fail("wgmma: descriptor of %s with a base offset", what);
   }
-  // The shared address of the 16-byte piece that holds (r, k) and the next seven along the major axis. Both are multiples of 8 there.
+  // The shared address of the 16-byte piece that holds (r, k) and the next seven along the major axis. Both are multiples of 8
+  // there.
   uint32_t piece(int r, int k) const {
     const uint32_t row = static_cast<uint32_t>(r), col = static_cast<uint32_t>(k), width = span_bytes / 16;
     uint32_t at;
@@ -70,8 +72,8 @@ template <class Put> static void read(const Layout& layout, int rows, Put put) {
 }
 
 static void compute(const Product& p) {
-  auto& a = current_block->product_a;              // (64, K)
-  auto& b = current_block->product_b;              // (K, N)
+  auto& a = current_block->product_a;  // (64, K)
+  auto& b = current_block->product_b;  // (K, N)
   read(Layout(p.what.b_desc, p.what.b_mn_major, "B"), p.what.n, [&](int r, int k, float value) { b[k][r] = value; });
   if (p.what.a_regs) {
     for (int t = 0; t < 128; t++)
@@ -115,22 +117,24 @@ static WarpgroupState& group() { return current_block->warpgroups[self()->linear
 void wgmma(const Wgmma& product, const Site& site) {
   if (!group().fenced) fail("%s at %s:%d: no wgmma.fence before the first product", site.what, site.file, site.line);
   Wgmma mine = product;
-  warpgroup_collective([](void** args, uint32_t) {
-    const Wgmma& first = *static_cast<Wgmma*>(args[0]);
-    Product p;
-    p.what = first;
-    p.computed = false;
-    for (unsigned i = 0; i < WARPGROUP; i++) {
-      const Wgmma& w = *static_cast<Wgmma*>(args[i]);
-      if (w.a_desc != first.a_desc || w.b_desc != first.b_desc || w.accumulate != first.accumulate)
-        fail("wgmma: operands differ within the warpgroup");
-      p.d[i] = w.d;
-      if (w.a_regs) memcpy(p.a_regs[i], w.a_regs, sizeof p.a_regs[i]);
-    }
-    const unsigned owner = self()->linear;
-    if (race::on) for_reads(p, [&](void* piece) { race::begin(piece, 16, false, owner, true, "wgmma"); });
-    group().products.items.push_back(p);
-  }, &mine, site);
+  warpgroup_collective(
+      [](void** args, uint32_t) {
+        const Wgmma& first = *static_cast<Wgmma*>(args[0]);
+        Product p;
+        p.what = first;
+        p.computed = false;
+        for (unsigned i = 0; i < WARPGROUP; i++) {
+          const Wgmma& w = *static_cast<Wgmma*>(args[i]);
+          if (w.a_desc != first.a_desc || w.b_desc != first.b_desc || w.accumulate != first.accumulate)
+            fail("wgmma: operands differ within the warpgroup");
+          p.d[i] = w.d;
+          if (w.a_regs) memcpy(p.a_regs[i], w.a_regs, sizeof p.a_regs[i]);
+        }
+        const unsigned owner = self()->linear;
+        if (race::on) for_reads(p, [&](void* piece) { race::begin(piece, 16, false, owner, true, "wgmma"); });
+        group().products.items.push_back(p);
+      },
+      &mine, site);
 }
 
 void wgmma_fence(const Site& site) {
@@ -138,29 +142,33 @@ void wgmma_fence(const Site& site) {
 }
 
 void wgmma_commit(const Site& site) {
-  warpgroup_collective([](void**, uint32_t) {
-    auto& products = group().products;
-    if (current_block->at_once()) {
-      // In order also among groups: whatever is older goes first.
-      for (size_t i = products.first_item; i < products.items.size(); i++) {
-        Product& p = products.items[i];
-        if (!p.computed) compute(p);
-        p.computed = true;
-      }
-    }
-    products.commit();
-  }, nullptr, site);
+  warpgroup_collective(
+      [](void**, uint32_t) {
+        auto& products = group().products;
+        if (current_block->at_once()) {
+          // In order also among groups: whatever is older goes first.
+          for (size_t i = products.first_item; i < products.items.size(); i++) {
+            Product& p = products.items[i];
+            if (!p.computed) compute(p);
+            p.computed = true;
+          }
+        }
+        products.commit();
+      },
+      nullptr, site);
 }
 
 void wgmma_wait(int keep, const Site& site) {
-  warpgroup_collective([](void** args, uint32_t) {
-    group().products.wait(*static_cast<int*>(args[0]), [](const Product& p) {
-      if (!p.computed) compute(p);
-      if (!race::on) return;
-      const Thread* t = self();
-      for_reads(p, [&](void* piece) { race::end(piece, 16, false, t->linear, t->clock[t->linear]); });
-    });
-  }, &keep, site);
+  warpgroup_collective(
+      [](void** args, uint32_t) {
+        group().products.wait(*static_cast<int*>(args[0]), [](const Product& p) {
+          if (!p.computed) compute(p);
+          if (!race::on) return;
+          const Thread* t = self();
+          for_reads(p, [&](void* piece) { race::end(piece, 16, false, t->linear, t->clock[t->linear]); });
+        });
+      },
+      &keep, site);
 }
 
 }  // namespace sim

@@ -1,11 +1,12 @@
 // Both sides: descriptors, by which wgmma finds an operand of bf16 in shared memory. `emulator/wgmma.cpp` says how they are read.
 //
-// Operands lie in tiles with a 128-byte swizzle, as bulk loads leave them with a box of 64 columns: a row is 64 elements, 8 rows are an atom of
-// 1024 bytes, at a multiple of 1024. Along a row runs K (K-major), or M or N (MN-major).
+// Operands lie in tiles with a 128-byte swizzle, as bulk loads leave them with a box of 64 columns: a row is 64 elements, 8 rows
+// are an atom of 1024 bytes, at a multiple of 1024. Along a row runs K (K-major), or M or N (MN-major).
 #pragma once
 
 DEV uint64_t wgmma_descriptor(const void* p, uint32_t leading_bytes, uint32_t stride_bytes) {
-  const uint64_t start = (smem_addr(p) & 0x3FFFF) >> 4, leading = (leading_bytes & 0x3FFFF) >> 4, stride = (stride_bytes & 0x3FFFF) >> 4;
+  const uint64_t start = (smem_addr(p) & 0x3FFFF) >> 4, leading = (leading_bytes & 0x3FFFF) >> 4,
+                 stride = (stride_bytes & 0x3FFFF) >> 4;
   return start | leading << 16 | stride << 32 | 1ull << 62;
 }
 // K-major: `p` is the tile's start, or 32 bytes further for each 16 along K. Atoms follow each other along M or N.

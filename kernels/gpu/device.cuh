@@ -10,7 +10,8 @@ typedef __nv_bfloat162 bf162;
 
 // A variable in shared memory: GPU_SHARED(float, sums, [4][32]). The dynamic part starts at GPU_DYNAMIC(float, name).
 #define GPU_SHARED(T, name, dims) __shared__ __align__(1024) T name dims
-#define GPU_DYNAMIC(T, name) extern __shared__ __align__(1024) unsigned char gpu_dynamic_[]; T* name = reinterpret_cast<T*>(gpu_dynamic_)
+extern __shared__ __align__(1024) unsigned char gpu_dynamic_[];
+#define GPU_DYNAMIC(T, name) T* name = reinterpret_cast<T*>(gpu_dynamic_)
 #define GPU_EXPORT(kernel)
 
 // Its 32-bit address.

@@ -9,15 +9,23 @@ static std::string row_sums(u32 seed, int bug, int rows) {
   Buffer<float> sums(static_cast<size_t>(rows)), x(random_numbers(static_cast<size_t>(rows * cols)));
   std::string error = launch("test_row_sums", (static_cast<unsigned>(rows) + 1) / 2, 256, 0, seed, sums, x, rows, cols, bug);
   if (!error.empty()) return error;
-  return near("sums", sums.data.size(), [&](size_t r) { return sums[r]; }, [&](size_t r) {
-    double sum = 0;
-    for (int c = 0; c < cols; c++) sum += x[r * static_cast<size_t>(cols) + static_cast<size_t>(c)];
-    return sum;
-  }, 1e-4);                                     // f32 sums of 300 numbers of up to 1
+  return near(
+      "sums", sums.data.size(), [&](size_t r) { return sums[r]; },
+      [&](size_t r) {
+        double sum = 0;
+        for (int c = 0; c < cols; c++) sum += x[r * static_cast<size_t>(cols) + static_cast<size_t>(c)];
+        return sum;
+      },
+      1e-4);  // f32 sums of 300 numbers of up to 1
 }
-static const Add sums{{"row sums by barriers", [](u32 seed, int bug) { return row_sums(seed, bug, 5); },
-                       {{1, RACE, "without ordering"}, {2, RACE, "without ordering"}, {3, ASAN, "heap-buffer-overflow"}, {4, ASAN, "use-after-poison"},
-                        {5, PLAIN, "meet at different places"}, {6, PLAIN, "deadlock"}}}};
+static const Add sums{{"row sums by barriers",
+                       [](u32 seed, int bug) { return row_sums(seed, bug, 5); },
+                       {{1, RACE, "without ordering"},
+                        {2, RACE, "without ordering"},
+                        {3, ASAN, "heap-buffer-overflow"},
+                        {4, ASAN, "use-after-poison"},
+                        {5, PLAIN, "meet at different places"},
+                        {6, PLAIN, "deadlock"}}}};
 
 static std::string copies(u32 seed, int bug, int width) {
   std::string error;
@@ -26,82 +34,111 @@ static std::string copies(u32 seed, int bug, int width) {
     Buffer<float> out(64 * blocks), in(random_numbers(static_cast<size_t>(cols)));
     error = launch("test_copies", blocks, 64, 0, seed, out, in, cols, width, bug);
     if (!error.empty()) return error;
-    error = same<float>("out", out.data.size(), [&](size_t i) { return out[i]; }, [&](size_t i) {
-      const size_t from = i / 64 * 64 + 63 - i % 64;
-      return from < in.data.size() ? in[from] : 0.0f;
-    });
+    error = same<float>(
+        "out", out.data.size(), [&](size_t i) { return out[i]; },
+        [&](size_t i) {
+          const size_t from = i / 64 * 64 + 63 - i % 64;
+          return from < in.data.size() ? in[from] : 0.0f;
+        });
     if (!error.empty()) return error;
   }
   return error;
 }
 static const Add copies4{{"cp.async of 4 bytes", [](u32 seed, int bug) { return copies(seed, bug, 4); }, {}}};
 static const Add copies8{{"cp.async of 8 bytes", [](u32 seed, int bug) { return copies(seed, bug, 8); }, {}}};
-static const Add copies16{{"cp.async of 16 bytes", [](u32 seed, int bug) { return copies(seed, bug, 16); },
-                           {{1, RACE, "without ordering"}, {1, PLAIN, "wrong"}, {2, RACE, "without ordering"}, {3, PLAIN, "cp.async copies that it has not waited for"},
+static const Add copies16{{"cp.async of 16 bytes",
+                           [](u32 seed, int bug) { return copies(seed, bug, 16); },
+                           {{1, RACE, "without ordering"},
+                            {1, PLAIN, "wrong"},
+                            {2, RACE, "without ordering"},
+                            {3, PLAIN, "cp.async copies that it has not waited for"},
                             {4, PLAIN, "not 16-byte aligned"}}}};
 
-static const Add named{{"named barriers", [](u32 seed, int bug) {
-  int steps = 5;
-  Buffer<float> out(160);
-  std::string error = launch("test_named_barriers", 1, 64, 0, seed, out, steps, bug);
-  if (!error.empty()) return error;
-  return same<float>("out", 160, [&](size_t i) { return out[i]; }, [](size_t i) { return static_cast<float>(100 * (i / 32) + 31 - i % 32); });
-}, {{1, RACE, "without ordering"}}}};
+static const Add named{{"named barriers",
+                        [](u32 seed, int bug) {
+                          int steps = 5;
+                          Buffer<float> out(160);
+                          std::string error = launch("test_named_barriers", 1, 64, 0, seed, out, steps, bug);
+                          if (!error.empty()) return error;
+                          return same<float>(
+                              "out", 160, [&](size_t i) { return out[i]; },
+                              [](size_t i) { return static_cast<float>(100 * (i / 32) + 31 - i % 32); });
+                        },
+                        {{1, RACE, "without ordering"}}}};
 
-static const Add blocks{{"blocks", [](u32 seed, int bug) {
-  Buffer<int> out(4 * 32);
-  std::string error = launch("test_blocks", 4, 32, 0, seed, out, bug);
-  if (!error.empty()) return error;
-  return same<int>("out", 128, [&](size_t i) { return out[i]; }, [](size_t i) { return i % 32 == 28 || i % 32 == 29 ? -1 : static_cast<int>(i); });
-}, {{1, RACE, "blocks"}, {2, RACE, "blocks"}, {3, RACE, "without ordering"}}}};
+static const Add blocks{{"blocks",
+                         [](u32 seed, int bug) {
+                           Buffer<int> out(4 * 32);
+                           std::string error = launch("test_blocks", 4, 32, 0, seed, out, bug);
+                           if (!error.empty()) return error;
+                           return same<int>(
+                               "out", 128, [&](size_t i) { return out[i]; },
+                               [](size_t i) { return i % 32 == 28 || i % 32 == 29 ? -1 : static_cast<int>(i); });
+                         },
+                         {{1, RACE, "blocks"}, {2, RACE, "blocks"}, {3, RACE, "without ordering"}}}};
 
-// Many blocks on four threads of the operating system, and several launches at once: the same bits; and the message of the first block that fails.
-static const Add threads{{"operating system threads", [](u32 seed, int) -> std::string {
-  auto set_threads = function<void(unsigned)>("sim_set_threads");
-  set_threads(4);
-  int rows = 61, cols = 200, fine = 0, bug = 5;
-  Buffer<float> x(random_numbers(61 * 200)), first(61);
-  std::string error = launch("test_row_sums", 31, 256, 0, seed, first, x, rows, cols, fine);
-  std::vector<Buffer<float>> sums(3, Buffer<float>(61));
-  for (auto& s : sums) s.pointer = s.data.data(), watch(s.pointer, 61 * sizeof(float));
-  std::string errors[3];
-  std::vector<std::thread> at_once;
-  for (size_t i = 0; i < 3; i++)
-    at_once.emplace_back([&, i] { errors[i] = launch("test_row_sums", 31, 256, 0, seed, sums[i], x, rows, cols, fine); });
-  for (auto& t : at_once) t.join();
-  for (size_t i = 0; i < 3 && error.empty(); i++) {
-    error = errors[i];
-    if (error.empty()) error = same<float>("sums", 61, [&](size_t r) { return sums[i][r]; }, [&](size_t r) { return first[r]; });
-  }
-  const std::string said = launch("test_row_sums", 31, 256, 0, 0, first, x, rows, cols, bug);
-  set_threads(2);
-  if (error.empty() && said.find("[block 0,0,0") == std::string::npos) return "not the first block's message: " + said;
-  return error;
-}, {}}};
+// Many blocks on four threads of the operating system, and several launches at once: the same bits; and the message of the first
+// block that fails.
+static const Add threads{
+    {"operating system threads",
+     [](u32 seed, int) -> std::string {
+       auto set_threads = function<void(unsigned)>("sim_set_threads");
+       set_threads(4);
+       int rows = 61, cols = 200, fine = 0, bug = 5;
+       Buffer<float> x(random_numbers(61 * 200)), first(61);
+       std::string error = launch("test_row_sums", 31, 256, 0, seed, first, x, rows, cols, fine);
+       std::vector<Buffer<float>> sums(3, Buffer<float>(61));
+       for (auto& s : sums) s.pointer = s.data.data(), watch(s.pointer, 61 * sizeof(float));
+       std::string errors[3];
+       std::vector<std::thread> at_once;
+       for (size_t i = 0; i < 3; i++)
+         at_once.emplace_back([&, i] { errors[i] = launch("test_row_sums", 31, 256, 0, seed, sums[i], x, rows, cols, fine); });
+       for (auto& t : at_once) t.join();
+       for (size_t i = 0; i < 3 && error.empty(); i++) {
+         error = errors[i];
+         if (error.empty())
+           error = same<float>("sums", 61, [&](size_t r) { return sums[i][r]; }, [&](size_t r) { return first[r]; });
+       }
+       const std::string said = launch("test_row_sums", 31, 256, 0, 0, first, x, rows, cols, bug);
+       set_threads(2);
+       if (error.empty() && said.find("[block 0,0,0") == std::string::npos) return "not the first block's message: " + said;
+       return error;
+     },
+     {}}};
 
-static const Add limits{{"limits of launches and tensor maps", [](u32 seed, int) -> std::string {
-  Buffer<int> out(32);
-  int bug = 0;
-  if (launch("test_blocks", 1, 2048, 0, seed, out, bug).find("1024") == std::string::npos) return "2048 threads";
-  if (launch("test_blocks", 1, 32, 300000, seed, out, bug).find("227 KB") == std::string::npos) return "300000 bytes";
-  if (function<int()>("sim_kernel_count")() < 10) return "kernels are not listed";
-  bool listed = false;
-  for (int i = 0; i < function<int()>("sim_kernel_count")(); i++) listed |= !strcmp(function<const char*(int)>("sim_kernel_name")(i), "test_blocks");
-  if (!listed) return "test_blocks is not listed";
-  auto encode = function<decltype(sim_tensor_map)>("sim_tensor_map");
-  alignas(64) static char base[64];
-  Map m;
-  struct { int want; const char* start; u32 elem; u64 rows, cols, pitch; u32 box_rows, box_cols, swizzle; } maps[] = {
-      {0, base, 2, 100, 64, 128, 64, 64, 128}, {0, base, 4, 1, 1, 16, 256, 32, 128}, {0, base, 2, 10, 8, 16, 8, 256, 0},
-      {1, base + 2, 2, 100, 64, 128, 64, 64, 128},                             // the start
-      {1, base, 2, 100, 65, 130, 64, 64, 128},                                 // the pitch
-      {1, base, 2, 100, 64, 128, 257, 64, 128}, {1, base, 2, 100, 64, 128, 0, 64, 128},
-      {1, base, 2, 100, 128, 256, 64, 128, 128},                               // a row of the box beyond the swizzle
-      {1, base, 2, 100, 64, 128, 64, 4, 0},                                    // a row of the box of 8 bytes
-      {1, base, 2, 0, 64, 128, 64, 64, 128},
-  };
-  for (auto& t : maps)
-    if (encode(m.bytes, t.start, t.elem, t.rows, t.cols, t.pitch, t.box_rows, t.box_cols, t.swizzle) != t.want)
-      return "map " + std::to_string(&t - maps);
-  return "";
-}, {}}};
+static const Add limits{
+    {"limits of launches and tensor maps",
+     [](u32 seed, int) -> std::string {
+       Buffer<int> out(32);
+       int bug = 0;
+       if (launch("test_blocks", 1, 2048, 0, seed, out, bug).find("1024") == std::string::npos) return "2048 threads";
+       if (launch("test_blocks", 1, 32, 300000, seed, out, bug).find("227 KB") == std::string::npos) return "300000 bytes";
+       if (function<int()>("sim_kernel_count")() < 10) return "kernels are not listed";
+       bool listed = false;
+       for (int i = 0; i < function<int()>("sim_kernel_count")(); i++)
+         listed |= !strcmp(function<const char*(int)>("sim_kernel_name")(i), "test_blocks");
+       if (!listed) return "test_blocks is not listed";
+       auto encode = function<decltype(sim_tensor_map)>("sim_tensor_map");
+       alignas(64) static char base[64];
+       Map m;
+       struct {
+         int want;
+         const char* start;
+         u32 elem;
+         u64 rows, cols, pitch;
+         u32 box_rows, box_cols, swizzle;
+       } maps[] = {
+           {0, base, 2, 100, 64, 128, 64, 64, 128},   {0, base, 4, 1, 1, 16, 256, 32, 128},
+           {0, base, 2, 10, 8, 16, 8, 256, 0},        {1, base + 2, 2, 100, 64, 128, 64, 64, 128},  // the start
+           {1, base, 2, 100, 65, 130, 64, 64, 128},                                                 // the pitch
+           {1, base, 2, 100, 64, 128, 257, 64, 128},  {1, base, 2, 100, 64, 128, 0, 64, 128},
+           {1, base, 2, 100, 128, 256, 64, 128, 128},  // a row of the box beyond the swizzle
+           {1, base, 2, 100, 64, 128, 64, 4, 0},       // a row of the box of 8 bytes
+           {1, base, 2, 0, 64, 128, 64, 64, 128},
+       };
+       for (auto& t : maps)
+         if (encode(m.bytes, t.start, t.elem, t.rows, t.cols, t.pitch, t.box_rows, t.box_cols, t.swizzle) != t.want)
+           return "map " + std::to_string(&t - maps);
+       return "";
+     },
+     {}}};

@@ -34,7 +34,8 @@ std::string launch(const char* kernel, const sim::Launch& l, std::vector<void*> 
 
 Map tensor_map(Buffer<u16>& matrix, u64 rows, u64 cols, u32 box_rows, u32 box_cols, u32 swizzle) {
   Map m;
-  if (function<decltype(sim_tensor_map)>("sim_tensor_map")(m.bytes, matrix.pointer, 2, rows, cols, cols * 2, box_rows, box_cols, swizzle)) {
+  if (function<decltype(sim_tensor_map)>("sim_tensor_map")(m.bytes, matrix.pointer, 2, rows, cols, cols * 2, box_rows, box_cols,
+                                                           swizzle)) {
     printf("tensor map: %s\n", function<const char*()>("sim_last_error")());
     exit(2);
   }
@@ -78,10 +79,12 @@ u16 to_bf16(float x) {
   return to_below < to_above || (to_below == to_above && below % 2 == 0) ? below : above;
 }
 
-std::string near(const char* what, size_t n, const std::function<double(size_t)>& got, const std::function<double(size_t)>& want, double tolerance) {
+std::string near(const char* what, size_t n, const std::function<double(size_t)>& got, const std::function<double(size_t)>& want,
+                 double tolerance) {
   for (size_t i = 0; i < n; i++)
     if (!(std::fabs(got(i) - want(i)) <= tolerance))
-      return std::string("wrong: ") + what + "[" + std::to_string(i) + "] is " + std::to_string(got(i)) + ", want " + std::to_string(want(i));
+      return std::string("wrong: ") + what + "[" + std::to_string(i) + "] is " + std::to_string(got(i)) + ", want " +
+             std::to_string(want(i));
   return "";
 }
 
@@ -125,7 +128,8 @@ int main(int argc, char** argv) {
   auto line = [&](bool fine, const Case& c, const std::string& what, const std::string& why) {
     lines++;
     failures += !fine;
-    printf("%s %-5s %s: %s%s%s\n", fine ? "ok  " : "FAIL", word.c_str(), c.name, what.c_str(), why.empty() ? "" : ": ", why.substr(0, 300).c_str());
+    printf("%s %-5s %s: %s%s%s\n", fine ? "ok  " : "FAIL", word.c_str(), c.name, what.c_str(), why.empty() ? "" : ": ",
+           why.substr(0, 300).c_str());
     fflush(stdout);
   };
   for (const Case& c : cases()) {
@@ -142,7 +146,8 @@ int main(int argc, char** argv) {
         last = kind == ASAN ? run_apart(c, seed, m.bug) : run(c, seed, m.bug);
         if (last.find(m.message) != std::string::npos) said = last;
       }
-      line(!said.empty(), c, "mistake " + std::to_string(m.bug) + (said.empty() ? " is not found" : " is found"), said.empty() ? last : m.message);
+      line(!said.empty(), c, "mistake " + std::to_string(m.bug) + (said.empty() ? " is not found" : " is found"),
+           said.empty() ? last : m.message);
     }
   }
   printf("%s: %d of %d cases failed\n", word.c_str(), failures, lines);

@@ -1,12 +1,14 @@
 // Bulk copies, mbarriers and warpgroup products, and what goes wrong with them: each kernel has its mistakes, by number.
 #include "gpu.cuh"
 
-// A box of 64 columns and 32 rows of `from`, at (x, y), in shared memory as it lies there (raw, 64 * 32 bf16), and stored at (x, y) of `to`.
-// 64 threads. 1 no wait for the load, 2 no fence after initializing, 3 no proxy fence before the store, 4 the source is written before the store has
-// read it, 5 more bytes are expected than come, 6 one arrival too many, 7 a misaligned place, 8 no wait for the store.
-extern "C" __global__ void test_bulk(const __grid_constant__ CUtensorMap from, const __grid_constant__ CUtensorMap to, bf16* raw, int x, int y, int bug) {
+// A box of 64 columns and 32 rows of `from`, at (x, y), in shared memory as it lies there (raw, 64 * 32 bf16), and stored at (x,
+// y) of `to`. 64 threads. 1 no wait for the load, 2 no fence after initializing, 3 no proxy fence before the store, 4 the source
+// is written before the store has read it, 5 more bytes are expected than come, 6 one arrival too many, 7 a misaligned place, 8
+// no wait for the store.
+extern "C" __global__ void test_bulk(const __grid_constant__ CUtensorMap from, const __grid_constant__ CUtensorMap to, bf16* raw,
+                                     int x, int y, int bug) {
 #if GPU_HOPPER
-  GPU_DYNAMIC(bf16, tile);                                   // (32, 64), and as much again
+  GPU_DYNAMIC(bf16, tile);  // (32, 64), and as much again
   GPU_SHARED(uint64_t, full, [1]);
   const int t = threadIdx.x, elems = 32 * 64;
   if (t == 0) {
@@ -38,11 +40,17 @@ extern "C" __global__ void test_bulk(const __grid_constant__ CUtensorMap from, c
 }
 GPU_EXPORT(test_bulk)
 
-constexpr int K_TILE = 64;
-
 #if GPU_HOPPER
-// A ring of one slot: a producer warp loads, a warpgroup multiplies. out (64, N) = a (64, k) * b (k, N), with a as (64, k) or, A_MN, (k, 64), and b as
-// (N, k) or, B_MN, (k, N).
+constexpr int K_TILE = 64;
+// nvcc compiles what is right: it says aloud where products would have to wait for each other.
+#ifdef __CUDACC__
+#define MISTAKE 0
+#else
+#define MISTAKE bug
+#endif
+
+// A ring of one slot: a producer warp loads, a warpgroup multiplies. out (64, N) = a (64, k) * b (k, N), with a as (64, k) or,
+// A_MN, (k, 64), and b as (N, k) or, B_MN, (k, N).
 template <int N, int A_MN, int B_MN, bool REGISTERS>
 DEV void product(float* out, const CUtensorMap& a_map, const CUtensorMap& b_map, int k, int bug) {
   GPU_DYNAMIC(bf16, tiles);
@@ -66,14 +74,13 @@ DEV void product(float* out, const CUtensorMap& a_map, const CUtensorMap& b_map,
         A_MN ? tma_load_2d(a, &a_map, 0, i * K_TILE, full) : tma_load_2d(a, &a_map, i * K_TILE, 0, full);
         if (B_MN)
           for (int p = 0; p < PANELS; p++) tma_load_2d(b + p * TILE, &b_map, 64 * p, i * K_TILE, full);
-        else
-          tma_load_2d(b, &b_map, i * K_TILE, 0, full);
+        else tma_load_2d(b, &b_map, i * K_TILE, 0, full);
       }
     return;
   }
   setmaxnreg_inc<240>();
   float d[N / 2];
-  for (int i = 0; i < N / 2; i++) d[i] = 7;                  // the first product does not add
+  for (int i = 0; i < N / 2; i++) d[i] = 7;  // the first product does not add
   for (int i = 0; i < k / K_TILE; i++) {
     if (bug != 1) mbar_wait(full, i & 1);
     if (bug != 2) wgmma_fence();
@@ -84,9 +91,10 @@ DEV void product(float* out, const CUtensorMap& a_map, const CUtensorMap& b_map,
         uint32_t f[4];
         for (int r = 0; r < 4; r++) {
           const int row = t / 32 * 16 + t % 32 / 4 + r % 2 * 8, col = kk + t % 4 * 2 + r / 2 * 8;
-          const int at = row * 64 + (col / 8 ^ row % 8) * 8 + col % 8;         // swizzled
+          const int at = row * 64 + (col / 8 ^ row % 8) * 8 + col % 8;  // swizzled
           f[r] = pack_bf16(to_float(a[at]), to_float(a[at + 1]));
         }
+        wgmma_fence();  // after registers are written
         wgmma_64xNx16<N, B_MN>(d, f, b_at, accumulate);
       } else {
         const uint64_t a_at = A_MN ? wgmma_desc_mn(a + kk * 64, TILE * 2) : wgmma_desc(a + kk);
@@ -100,14 +108,14 @@ DEV void product(float* out, const CUtensorMap& a_map, const CUtensorMap& b_map,
   if (bug == 5) wgmma_wait<0>();
   for (int j = 0; j < N / 2; j++) out[(t / 32 * 16 + t % 32 / 4 + j / 2 % 2 * 8) * N + j / 4 * 8 + t % 4 * 2 + j % 2] = d[j];
 }
-#define TEST_PRODUCT(name, N, A_MN, B_MN, REGISTERS)                                                                                     \
-  extern "C" __global__ void __launch_bounds__(256, 1) name(float* out, const __grid_constant__ CUtensorMap a,                          \
-                                                            const __grid_constant__ CUtensorMap b, int k, int bug) {                    \
-    product<N, A_MN, B_MN, REGISTERS>(out, a, b, k, bug);                                                                               \
-  }                                                                                                                                     \
+#define TEST_PRODUCT(name, N, A_MN, B_MN, REGISTERS)                                                                   \
+  extern "C" __global__ void __launch_bounds__(256, 1)                                                                 \
+      name(float* out, const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b, int k, int bug) { \
+    product<N, A_MN, B_MN, REGISTERS>(out, a, b, k, MISTAKE);                                                              \
+  }                                                                                                                    \
   GPU_EXPORT(name)
-// The mistakes of all of them: 1 no wait for the load, 2 no wgmma.fence, 3 no wait for the products, 4 the producer does not wait for a free slot,
-// 5 the slot is given back before the products are done.
+// The mistakes of all of them: 1 no wait for the load, 2 no wgmma.fence, 3 no wait for the products, 4 the producer does not wait
+// for a free slot, 5 the slot is given back before the products are done.
 TEST_PRODUCT(test_wgmma_64_kk, 64, 0, 0, false)
 TEST_PRODUCT(test_wgmma_64_mm, 64, 1, 1, false)
 TEST_PRODUCT(test_wgmma_96_kk, 96, 0, 0, false)
@@ -118,8 +126,8 @@ TEST_PRODUCT(test_wgmma_64_rk, 64, 0, 0, true)
 TEST_PRODUCT(test_wgmma_128_rm, 128, 0, 1, true)
 #endif
 
-// out (64, 64) = a (64, 16) * b (64, 16) transposed, operands written by the threads themselves in the swizzled layout. 128 threads.
-// 1 no proxy fence. 2 is no mistake: the fence after the barrier.
+// out (64, 64) = a (64, 16) * b (64, 16) transposed, operands written by the threads themselves in the swizzled layout. 128
+// threads. 1 no proxy fence. 2 is no mistake: the fence after the barrier.
 extern "C" __global__ void test_wgmma_written(float* out, const float* a, const float* b, int bug) {
 #if GPU_HOPPER
   GPU_SHARED(bf16, sa, [64 * 64]);
