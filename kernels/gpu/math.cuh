@@ -51,8 +51,13 @@ enum Activation { ACTIVATION_NONE = 0, ACTIVATION_RELU = 1, ACTIVATION_GELU_TANH
 // GELU's two forms of x P(x), in 12 to 20 instructions by the fast exponential: within 3e-7 of the largest value around, so the norm of an
 // f32 result is as good as with tanhf and erff, which take twice as many.
 //
-// By tanh: P(x) = (1 + tanh u) / 2 = 1 / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3).
-DEV float tanh_share(float x) { return __fdividef(1.0f, 1 + __expf(x * (-1.5957691216f - 0.0713548163f * (x * x)))); }
+// By tanh: P(x) = (1 + tanh u) / 2 = 1 / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3). `rest` is 1 - P(x), without cancellation.
+DEV float tanh_share(float x, float& rest) {
+  float e = __expf(x * (-1.5957691216f - 0.0713548163f * (x * x)));
+  float share = __fdividef(1.0f, 1 + e);
+  rest = x > 0 ? e * share : 1 - share;
+  return share;
+}
 
 // By the error function: P(x) is the normal distribution's, through Abramowitz & Stegun 1964, equation 7.1.26, whose error is at most
 // 7.5e-8 here and falls with exp(-x^2 / 2) in the tails. `bell` is exp(-x^2 / 2).
@@ -64,24 +69,23 @@ DEV float normal_share(float x, float& bell) {
 }
 
 DEV float activate(int kind, float x) {
-  float bell;
+  float unused;
   switch (kind) {
     case ACTIVATION_RELU: return x > 0 ? x : (x != x ? x : 0.0f);
-    case ACTIVATION_GELU_TANH: return x * tanh_share(x);
-    case ACTIVATION_GELU_ERF: return x * normal_share(x, bell);
+    case ACTIVATION_GELU_TANH: return x * tanh_share(x, unused);
+    case ACTIVATION_GELU_ERF: return x * normal_share(x, unused);
     default: return x;
   }
 }
 DEV float activate_grad(int kind, float x) {
-  float bell;
   switch (kind) {
     case ACTIVATION_RELU: return x > 0 ? 1.0f : 0.0f;
     case ACTIVATION_GELU_TANH: {
-      float share = tanh_share(x);
-      return share + x * (share * (1 - share)) * (1.5957691216f + 0.2140644488f * (x * x));
+      float rest, share = tanh_share(x, rest);
+      return share + x * (share * rest) * (1.5957691216f + 0.2140644488f * (x * x));
     }
     case ACTIVATION_GELU_ERF: {
-      float share = normal_share(x, bell);
+      float bell, share = normal_share(x, bell);
       return share + x * 0.3989422804f * bell;
     }
     default: return 1.0f;

@@ -13,6 +13,7 @@ mod device;
 #[path = "../gradients/machine.rs"]
 #[allow(dead_code, reason = "shared with the gradients' tests")]
 mod machine;
+mod optimizer;
 mod shapes;
 
 use cases::{Case, Table};
