@@ -16,7 +16,7 @@ pub struct Case {
     /// No parameter has a gradient: nothing reaches the loss.
     pub flat: bool,
     /// Body's output is made logits by a linear layer.
-    head: bool,
+    pub head: bool,
     labels: &'static str,
     body: Trace,
 }
