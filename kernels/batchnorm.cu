@@ -150,11 +150,11 @@ extern "C" __global__ __launch_bounds__(THREADS) void batchnorm_stats_finish(
   if (channel >= channels) return;
   int64_t cols = (int64_t)channels * width, step = parts * cols;
   Moments m = {};
-  for (int part = 0; part < parts; part++)
-    for (int i = lane; i < width; i += 32) {
-      const float* at = partials + part * cols + (int64_t)channel * width + i;
-      m.join({at[0], at[step], at[2 * step]});
-    }
+#pragma unroll 4
+  for (int i = lane; i < parts * width; i += 32) {
+    const float* at = partials + i / width * cols + (int64_t)channel * width + i % width;
+    m.join({at[0], at[step], at[2 * step]});
+  }
   m = join_warp(m);
   if (lane > 0) return;
   float v = m.count > 0 ? m.m2 / m.count : 0.0f;
@@ -311,11 +311,11 @@ DEV void grad_finish(float* d_weight, float* d_bias, float* slopes, const float*
   if (channel >= channels) return;
   int64_t cols = (int64_t)channels * width, step = parts * cols;
   float sum = 0, dot = 0;
-  for (int part = 0; part < parts; part++)
-    for (int i = lane; i < width; i += 32) {
-      const float* at = partials + part * cols + (int64_t)channel * width + i;
-      sum += at[0], dot += at[step];
-    }
+#pragma unroll 4
+  for (int i = lane; i < parts * width; i += 32) {
+    const float* at = partials + i / width * cols + (int64_t)channel * width + i % width;
+    sum += at[0], dot += at[step];
+  }
   sum = warp_sum(sum);
   dot = warp_sum(dot) * rstd[channel];
   if (lane > 0) return;
