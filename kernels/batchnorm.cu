@@ -354,11 +354,11 @@ template <class T> DEV void grad_input(T* d_x, const T* d_out, const T* x, const
     stats_planes(partials, x, images, channels, positions, pieces_per_part); \
   } \
   GPU_EXPORT(batchnorm_stats_planes_##T) \
-  extern "C" __global__ __launch_bounds__(THREADS, 3) void batchnorm_stats_columns_##T(float* partials, const T* x, int64_t images, int64_t cols, int64_t rows_per_part) { \
+  extern "C" __global__ __launch_bounds__(THREADS, 2) void batchnorm_stats_columns_##T(float* partials, const T* x, int64_t images, int64_t cols, int64_t rows_per_part) { \
     stats_columns(partials, x, images, cols, rows_per_part); \
   } \
   GPU_EXPORT(batchnorm_stats_columns_##T) \
-  extern "C" __global__ __launch_bounds__(THREADS) void batchnorm_normalize_##T( \
+  extern "C" __global__ __launch_bounds__(THREADS, 4) void batchnorm_normalize_##T( \
       T* out, const T* x, const T* weight, const T* bias, const float* mean, const float* spread, int64_t elems, int channels, int positions, float epsilon, int is_var) { \
     normalize(out, x, Scale<T>{mean, spread, weight, bias, epsilon, is_var, 0, 0, 0}, elems, channels, positions); \
   } \
