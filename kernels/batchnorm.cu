@@ -150,11 +150,11 @@ extern "C" __global__ __launch_bounds__(THREADS) void batchnorm_stats_finish(
   if (channel >= channels) return;
   int64_t cols = (int64_t)channels * width, step = parts * cols;
   Moments m = {};
-  for (int part = 0; part < parts; part++)
-    for (int i = lane; i < width; i += 32) {
-      const float* at = partials + part * cols + (int64_t)channel * width + i;
-      m.join({at[0], at[step], at[2 * step]});
-    }
+#pragma unroll 4
+  for (int i = lane; i < parts * width; i += 32) {
+    const float* at = partials + i / width * cols + (int64_t)channel * width + i % width;
+    m.join({at[0], at[step], at[2 * step]});
+  }
   m = join_warp(m);
   if (lane > 0) return;
   float v = m.count > 0 ? m.m2 / m.count : 0.0f;
@@ -311,11 +311,11 @@ DEV void grad_finish(float* d_weight, float* d_bias, float* slopes, const float*
   if (channel >= channels) return;
   int64_t cols = (int64_t)channels * width, step = parts * cols;
   float sum = 0, dot = 0;
-  for (int part = 0; part < parts; part++)
-    for (int i = lane; i < width; i += 32) {
-      const float* at = partials + part * cols + (int64_t)channel * width + i;
-      sum += at[0], dot += at[step];
-    }
+#pragma unroll 4
+  for (int i = lane; i < parts * width; i += 32) {
+    const float* at = partials + i / width * cols + (int64_t)channel * width + i % width;
+    sum += at[0], dot += at[step];
+  }
   sum = warp_sum(sum);
   dot = warp_sum(dot) * rstd[channel];
   if (lane > 0) return;
@@ -354,11 +354,11 @@ template <class T> DEV void grad_input(T* d_x, const T* d_out, const T* x, const
     stats_planes(partials, x, images, channels, positions, pieces_per_part); \
   } \
   GPU_EXPORT(batchnorm_stats_planes_##T) \
-  extern "C" __global__ __launch_bounds__(THREADS, 3) void batchnorm_stats_columns_##T(float* partials, const T* x, int64_t images, int64_t cols, int64_t rows_per_part) { \
+  extern "C" __global__ __launch_bounds__(THREADS, 2) void batchnorm_stats_columns_##T(float* partials, const T* x, int64_t images, int64_t cols, int64_t rows_per_part) { \
     stats_columns(partials, x, images, cols, rows_per_part); \
   } \
   GPU_EXPORT(batchnorm_stats_columns_##T) \
-  extern "C" __global__ __launch_bounds__(THREADS) void batchnorm_normalize_##T( \
+  extern "C" __global__ __launch_bounds__(THREADS, 4) void batchnorm_normalize_##T( \
       T* out, const T* x, const T* weight, const T* bias, const float* mean, const float* spread, int64_t elems, int channels, int positions, float epsilon, int is_var) { \
     normalize(out, x, Scale<T>{mean, spread, weight, bias, epsilon, is_var, 0, 0, 0}, elems, channels, positions); \
   } \

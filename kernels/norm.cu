@@ -16,10 +16,10 @@
 #include "gpu/row.cuh"
 
 constexpr int FORWARD_WARPS = 4;
-constexpr int FORWARD_THREADS = 640;  // at most, where a block takes a row, 64 bytes each: the compiler then keeps to 96 registers
+constexpr int FORWARD_THREADS = 640;  // at most, where a block takes a row, 4 packs each: 96 registers
 constexpr int GRAD_WARPS = 8;
 constexpr int GRAD_NARROW = 768;      // columns up to which a warp takes a row of the gradient: 24 a lane, each with two sums to keep
-constexpr int GRAD_THREADS = 640;     // at most, where several warps take a row, 2 packs each, for the same reason
+constexpr int GRAD_THREADS = 512;     // at most, where several warps take a row, 2 packs each: 128 registers
 constexpr int SINGLE = 8;             // columns a thread where 16-byte accesses do not fit
 constexpr int ROOMS = 128;            // floats that warps leave for each other in a sum over a row
 
@@ -215,7 +215,7 @@ DEV void grad_wide(T* d_x, float* partials, const T* d_out, const T* x, const T*
 
 // The entry points for element type T. rmsnorm's have the same arguments less mean and bias.
 #define NORM_ENTRIES(T) \
-  extern "C" __global__ __launch_bounds__(FORWARD_WARPS * 32, 8) void layernorm_forward_##T( \
+  extern "C" __global__ __launch_bounds__(FORWARD_WARPS * 32, 7) void layernorm_forward_##T( \
       T* out, float* mean, float* rstd, const T* x, const T* weight, const T* bias, int64_t rows, int cols, float epsilon) { \
     forward<T, true>(out, mean, rstd, x, weight, bias, rows, cols, epsilon); \
   } \
@@ -235,12 +235,12 @@ DEV void grad_wide(T* d_x, float* partials, const T* d_out, const T* x, const T*
     grad_wide<T, true>(d_x, partials, d_out, x, weight, mean, rstd, row_sums, rows, cols, rows_per_part, threads, packed); \
   } \
   GPU_EXPORT(layernorm_grad_wide_##T) \
-  extern "C" __global__ __launch_bounds__(FORWARD_THREADS) void layernorm_grad_sums_##T( \
+  extern "C" __global__ __launch_bounds__(GRAD_THREADS) void layernorm_grad_sums_##T( \
       float* row_sums, const T* d_out, const T* x, const T* weight, const float* mean, const float* rstd, int cols) { \
     grad_sums<T, true>(row_sums, d_out, x, weight, mean, rstd, cols); \
   } \
   GPU_EXPORT(layernorm_grad_sums_##T) \
-  extern "C" __global__ __launch_bounds__(FORWARD_WARPS * 32, 8) void rmsnorm_forward_##T( \
+  extern "C" __global__ __launch_bounds__(FORWARD_WARPS * 32, 7) void rmsnorm_forward_##T( \
       T* out, float* rstd, const T* x, const T* weight, int64_t rows, int cols, float epsilon) { \
     forward<T, false>(out, nullptr, rstd, x, weight, nullptr, rows, cols, epsilon); \
   } \
@@ -260,7 +260,7 @@ DEV void grad_wide(T* d_x, float* partials, const T* d_out, const T* x, const T*
     grad_wide<T, false>(d_x, partials, d_out, x, weight, nullptr, rstd, row_sums, rows, cols, rows_per_part, threads, packed); \
   } \
   GPU_EXPORT(rmsnorm_grad_wide_##T) \
-  extern "C" __global__ __launch_bounds__(FORWARD_THREADS) void rmsnorm_grad_sums_##T( \
+  extern "C" __global__ __launch_bounds__(GRAD_THREADS) void rmsnorm_grad_sums_##T( \
       float* row_sums, const T* d_out, const T* x, const T* weight, const float* rstd, int cols) { \
     grad_sums<T, false>(row_sums, d_out, x, weight, nullptr, rstd, cols); \
   } \

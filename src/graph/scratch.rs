@@ -34,7 +34,7 @@ pub fn row_parts(rows: usize, cols: usize) -> RowParts {
 }
 
 /// Columns of a row that the threads of one block of `kernels/norm.cu` keep, whatever the element type.
-pub const NORM_COLUMNS: usize = 5120;
+pub const NORM_COLUMNS: usize = 4096;
 
 /// Parts for the gradient of a normalization of (rows, cols): two blocks on each of an H200's multiprocessors.
 pub fn norm_parts(rows: usize, cols: usize) -> RowParts {

@@ -11,8 +11,9 @@ const FORWARD_ROWS: usize = 4;
 const FORWARD_NARROW: usize = 1024;
 /// Columns up to which the gradient's do, with 8 rows a block.
 const GRAD_NARROW: usize = 768;
-/// Most threads that share a row.
-const MOST_THREADS: usize = 640;
+/// Most threads that share a row, forward and in the gradient.
+const FORWARD_THREADS: usize = 640;
+const GRAD_THREADS: usize = 512;
 /// Columns a thread where 16-byte accesses do not fit.
 const SINGLE: usize = 8;
 
@@ -83,10 +84,10 @@ impl Row {
         Row { packed: cols.is_multiple_of(pack) && operands.iter().all(|p| p.0.is_multiple_of(16)), pack }
     }
 
-    /// Columns and threads for one row, with `packs` of them to a thread.
-    fn threads(&self, packs: usize, cols: usize) -> (usize, usize) {
+    /// Columns of a thread with so many packs, and threads for one row.
+    fn threads(&self, packs: usize, most: usize, cols: usize) -> (usize, usize) {
         let each = if self.packed { packs * self.pack } else { SINGLE };
-        (each, (cols.div_ceil(each).next_multiple_of(32)).clamp(32, MOST_THREADS))
+        (each, (cols.div_ceil(each).next_multiple_of(32)).clamp(32, most))
     }
 
     /// Queues the forward kernel of `[narrow, wide]` that fits; `arguments` gives it its operands.
@@ -103,7 +104,7 @@ impl Row {
             let launch = Launch::new(narrow, [rows.div_ceil(FORWARD_ROWS), 1, 1], 32 * FORWARD_ROWS as u32);
             return q.launch(arguments(launch).long(rows).int(cols).float(epsilon as f32));
         }
-        let (_, threads) = self.threads(4, cols);
+        let (_, threads) = self.threads(4, FORWARD_THREADS, cols);
         let launch = arguments(Launch::new(wide, [rows, 1, 1], threads as u32));
         q.launch(launch.int(cols).float(epsilon as f32).int(self.packed.into()))
     }
@@ -126,7 +127,7 @@ impl Row {
             let launch = Launch::new(narrow, [1, parts, 1], 256).ptr(d_x).ptr(scratch);
             q.launch(arguments(launch).long(rows).int(cols).long(per_part))?;
         } else {
-            let (each, threads) = self.threads(2, cols);
+            let (each, threads) = self.threads(2, GRAD_THREADS, cols);
             let tiles = cols.div_ceil(each * threads);
             let mut means = Ptr::NULL;
             if tiles > 1 {
