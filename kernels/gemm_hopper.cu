@@ -117,14 +117,7 @@ template <int TILE_N, class Out> DEV void finish(const float (&sums)[TILE_N / 2]
       }
     }
     __syncwarp();
-    int64_t col = col0 + piece * PIECE + lane % (PIECE / 8) * 8;
-    float biases[8], octet[8];
-    end.bias_octet(biases, col);
-#pragma unroll 1
-    for (int row = lane / (PIECE / 8); row < 16; row += 256 / PIECE) {
-      load_octet(octet, staged + row * PITCH + lane % (PIECE / 8) * 8, 8, true);
-      end.put_octet(row0 + row, col, octet, biases);
-    }
+    end.template put_staged<16, PIECE, PITCH>(staged, row0, col0 + piece * PIECE);
     __syncwarp();
   }
 }

@@ -9,9 +9,8 @@ use crate::base::{DType, Result};
 use crate::graph::Activation;
 use plan::{GemmPlan, HOPPER_STEP, Path, Precision, plan};
 
-/// Threads of a block of `gemm_finish`, and elements of a thread.
+/// Threads, and elements, of a block of `gemm_finish`.
 const FINISH_BLOCK: usize = 256;
-const FINISH_ELEMS: usize = 8;
 
 /// A product: `out (m, n) = act(a b + bias)`.
 #[derive(Clone, Copy, Debug)]
@@ -73,8 +72,7 @@ pub(super) fn launch(q: &mut Queue, p: &Product) -> Result<()> {
     if parts == 1 {
         return Ok(());
     }
-    let octets = m * n.div_ceil(FINISH_ELEMS);
-    let finish = Launch::new(plan.finish, [octets.div_ceil(FINISH_BLOCK), 1, 1], FINISH_BLOCK as u32);
+    let finish = Launch::new(plan.finish, [(m * n).div_ceil(FINISH_BLOCK), 1, 1], FINISH_BLOCK as u32);
     let finish = finish.ptr(p.out).ptr(p.pre).ptr(partials).ptr(p.bias).ptr(q.now);
     q.launch(finish.int(p.accumulator).int(p.activation as usize).int(parts).int(m).int(n))
 }
