@@ -15,6 +15,7 @@
 // on sm_80, sm_89 and sm_120 it is the whole path, at about 85-90 % of what they have.
 #include "gpu.cuh"
 #include "gpu/gemm.cuh"
+#include "gpu/shifted_word.cuh"
 #include "gpu/gemm_mma.cuh"
 
 namespace {
