@@ -4,17 +4,21 @@
 // Overwrites out (or adds to it, when `accumulator` and now->accumulate) and pre. With `partials` (parts, m, n) f32, k is cut into `parts` of
 // `k_part` and gemm_finish adds them in order. Deterministic: each sum is taken 16 k at a time, in the order of k, whatever the grid.
 // a and b come by tensor maps: rows start at multiples of 16 bytes; what lies outside reads as 0. Boxes are 64 columns wide, and a tile's height or
-// 64 k high. After Bikshandi & Shah 2023, arXiv:2312.11918, and the CUTLASS pipelines that it describes.
+// 64 k high. For the `shifted` kernels the rows of a may have any width, as those of 50,257 logits do; b comes by its map.
+// After Bikshandi & Shah 2023, arXiv:2312.11918, and the CUTLASS pipelines that it describes.
 //
 // Launch: any number of blocks of 384 threads, best one a multiprocessor; block i works on tiles i, i + blocks, and so on. One thread of the first
 // warpgroup asks the bulk copy engine for steps of 64 k, a ring of them ahead, across tiles: the next tile's first steps arrive while this one's
 // sums leave. The other two warpgroups, with the registers that the first gives up, own 64 rows each of the 128 x 256 (or 128 x 128) of a tile. One group of
 // 4 products is in flight while the next is issued; then the step before is handed back. Sums leave through shared memory, a warp 16 x 32 at a time.
+// Shifted: all threads of the first warpgroup read a as the aligned words that its rows lie in, and lay it down as a bulk copy would.
 //
 // Cost: a step of 128 x 256 brings 48 KB for 4,194,304 flop (85 flop a byte from the L2, 48 bytes a cycle), and takes the tensor cores 1024 cycles; a product of
-// 64 x 256 x 16 reads 10 KB of shared memory in 128 cycles, 80 of the 128 bytes a cycle that there are. So large products are bound by the tensor
-// cores and their power: 660-700 TFLOP/s of an H200's 770-800 are to be expected at 8192^3. What is missing: sums leave without products beside them
-// (about 2,500 cycles a tile, 4 % at k = 4096, 17 % at k = 768, more with an activation), and rows are not shared between blocks of a cluster.
+// 64 x 256 x 16 reads 10 KB of shared memory in 128 cycles, 80 of the 128 bytes a cycle that there are. One block a multiprocessor, by registers (168 a thread)
+// and shared memory (213 KB). So large products are bound by the tensor cores and their power: 660-700 TFLOP/s of an H200's 770-800 are to be
+// expected at 8192^3. What is missing: sums leave without products beside them (about 2,500 cycles a tile, 4 % at k = 4096, 17 % at k = 768, more with
+// an activation), and rows are not shared between blocks of a cluster. Shifted: a thread has 16 words in flight, which the memory takes about 1000 cycles
+// to bring, as long as a step's products: 450-600 TFLOP/s.
 #include "gpu.cuh"
 #if GPU_HOPPER
 #include "gpu/gemm.cuh"

@@ -11,7 +11,7 @@
 //
 // Cost: a step brings 16 KB for 1,048,576 flop (64 flop a byte from the L2); a warp reads 8 KB of fragments for 64 products of 16 x 8 x 16, 128 cycles of
 // shared memory a multiprocessor where the tensor cores take 256. 2 blocks a multiprocessor, by registers and shared memory. On
-// an H200 mma.sync itself ends near 400 of 990 TFLOP/s; 350 are to be expected, ragged 250. There it serves what gemm_hopper does not take;
+// an H200 mma.sync itself ends near 400 of 990 TFLOP/s; 350 are to be expected, ragged 250. There it serves what gemm_hopper does not take: rows of b of odd width;
 // on sm_80, sm_89 and sm_120 it is the whole path, at about 85-90 % of what they have.
 #include "gpu.cuh"
 #include "gpu/gemm.cuh"
