@@ -108,7 +108,7 @@ DEV void product(const GemmEnd<float>& whole, const float* a, const float* b, in
     }
   }
   GemmEnd<float> end = whole.part(blockIdx.y);
-  // Out by quarters of 64 x 64 through shared memory, so that 8 threads write a row of 64.
+  // Out by quarters of 64 x 64 through shared memory, 8 rows a warp.
 #pragma unroll
   for (int quarter = 0; quarter < 4; quarter++) {
     int down = quarter / 2 * 4, across = quarter % 2 * 4;
@@ -119,14 +119,8 @@ DEV void product(const GemmEnd<float>& whole, const float* a, const float* b, in
           make_float4(sums[down + i][across], sums[down + i][across + 1], sums[down + i][across + 2], sums[down + i][across + 3]);
     }
     __syncthreads();
-    int64_t row = row0 + down * 16 + threadIdx.x / 8, col = col0 + across * 16 + threadIdx.x % 8 * 8;
-    float biases[8], octet[8];
-    end.bias_octet(biases, col);
-#pragma unroll 1
-    for (int at = threadIdx.x * 8; at < TILE * TILE / 4; at += THREADS * 8, row += THREADS / 8) {
-      load_octet(octet, tiles + at, 8, true);
-      end.put_octet(row, col, octet, biases);
-    }
+    int warp_row = warp * 8;
+    end.put_staged<8, TILE / 2, TILE / 2>(tiles + warp_row * TILE / 2, row0 + down * 16 + warp_row, col0 + across * 16);
   }
 }
 

@@ -7,14 +7,15 @@
 // Launch: (tiles of 128 x 128, parts) blocks of 128 threads, or of 256 for the `ragged` kernels, which take rows of any width: without a word of 16
 // bytes to start at, a row is read as the aligned words that it lies in and shifted in registers. Else cp.async brings the words.
 // A ring of 3 tiles of each operand, 32 k deep; the two next are on their way while one is worked on. A warp owns 64 x 64 of the output (ragged: 64 x 32).
-// Sums leave through shared memory, 16 rows at a time, so that 8 threads write 64 neighbours.
+// Sums leave through shared memory, 16 rows at a time.
 //
 // Cost: a step brings 16 KB for 1,048,576 flop (64 flop a byte from the L2); a warp reads 8 KB of fragments for 64 products of 16 x 8 x 16, 128 cycles of
 // shared memory a multiprocessor where the tensor cores take 256. 2 blocks a multiprocessor, by registers and shared memory. On
-// an H200 mma.sync itself ends near 400 of 990 TFLOP/s; 350 are to be expected, ragged 250. There it serves what gemm_hopper does not take;
+// an H200 mma.sync itself ends near 400 of 990 TFLOP/s; 350 are to be expected, ragged 250. There it serves what gemm_hopper does not take: rows of b of odd width;
 // on sm_80, sm_89 and sm_120 it is the whole path, at about 85-90 % of what they have.
 #include "gpu.cuh"
 #include "gpu/gemm.cuh"
+#include "gpu/shifted_word.cuh"
 #include "gpu/gemm_mma.cuh"
 
 namespace {
@@ -73,10 +74,7 @@ DEV void product(const GemmEnd<Out>& whole, const bf16* a, const bf16* b, int m,
   cp_async_wait<0>();
   __syncthreads();
   float* staged = reinterpret_cast<float*>(ring[0]) + warp * 16 * PITCH;
-  int64_t col = col0 + warp_col + lane % (ACROSS / 8) * 8, row = row0 + warp_row + lane / (ACROSS / 8);
   GemmEnd<Out> end = whole.part(blockIdx.y);
-  float biases[8], octet[8];
-  end.bias_octet(biases, col);
 #pragma unroll 1
   for (int sixteenth = 0; sixteenth < 4; sixteenth++) {
 #pragma unroll
@@ -89,11 +87,7 @@ DEV void product(const GemmEnd<Out>& whole, const bf16* a, const bf16* b, int m,
       }
     }
     __syncwarp();
-#pragma unroll 1
-    for (int at = lane * 8; at < 16 * ACROSS; at += 256, row += 256 / ACROSS) {
-      load_octet(octet, staged + at / ACROSS * PITCH + at % ACROSS, 8, true);
-      end.put_octet(row, col, octet, biases);
-    }
+    end.template put_staged<16, ACROSS, PITCH>(staged, row0 + warp_row + 16 * sixteenth, col0 + warp_col);
     __syncwarp();
   }
 }

@@ -95,10 +95,7 @@ DEV void product(const GemmEnd<float>& whole, const float* a, const float* b, in
   cp_async_wait<0>();
   __syncthreads();
   float* staged = ring + warp * 16 * OUT_PITCH;
-  int64_t col = col0 + warp_col + lane % 8 * 8, row = row0 + warp_row + lane / 8;
   GemmEnd<float> end = whole.part(blockIdx.y);
-  float biases[8], octet[8];
-  end.bias_octet(biases, col);
 #pragma unroll 1
   for (int sixteenth = 0; sixteenth < 4; sixteenth++) {
 #pragma unroll
@@ -111,11 +108,7 @@ DEV void product(const GemmEnd<float>& whole, const float* a, const float* b, in
       }
     }
     __syncwarp();
-#pragma unroll 1
-    for (int line = lane / 8; line < 16; line += 4, row += 4) {
-      load_octet(octet, staged + line * OUT_PITCH + lane % 8 * 8, 8, true);
-      end.put_octet(row, col, octet, biases);
-    }
+    end.put_staged<16, 64, OUT_PITCH>(staged, row0 + warp_row + 16 * sixteenth, col0 + warp_col);
     __syncwarp();
   }
 }

@@ -11,44 +11,30 @@ DEV GemmTile gemm_tile(int index, int tiles_m, int tiles_n) {
   return {band * GEMM_BAND + in_band % height, in_band / height};
 }
 
-// Eight neighbours of a row, of which `count` are there; `whole` where all are, and rows start at multiples of 16 bytes.
-DEV void load_octet(float (&v)[8], const float* p, int64_t count, bool whole) {
-  if (whole) {
-    Pack<float> low = load_pack(p), high = load_pack(p + 4);
-    for (int i = 0; i < 4; i++) v[i] = low.x[i], v[4 + i] = high.x[i];
-  } else {
-    for (int i = 0; i < 8; i++) v[i] = i < count ? p[i] : 0.0f;
-  }
+// Eight neighbours, as 16-byte words.
+struct Octet { float v[8]; };
+DEV Octet load_octet(const float* p) {
+  Octet o;
+  Pack<float> low = load_pack(p), high = load_pack(p + 4);
+  for (int i = 0; i < 4; i++) o.v[i] = low.x[i], o.v[4 + i] = high.x[i];
+  return o;
 }
-DEV void load_octet(float (&v)[8], const bf16* p, int64_t count, bool whole) {
-  if (whole) {
-    Pack<bf16> all = load_pack(p);
-    for (int i = 0; i < 8; i++) v[i] = to_float(all.x[i]);
-  } else {
-    for (int i = 0; i < 8; i++) v[i] = i < count ? to_float(p[i]) : 0.0f;
-  }
+DEV Octet load_octet(const bf16* p) {
+  Octet o;
+  Pack<bf16> all = load_pack(p);
+  for (int i = 0; i < 8; i++) o.v[i] = to_float(all.x[i]);
+  return o;
 }
-DEV uint4 float_bits(float a, float b, float c, float d) {
-  return make_uint4(__float_as_uint(a), __float_as_uint(b), __float_as_uint(c), __float_as_uint(d));
+DEV void store_octet(float* p, const Octet& o) {
+  for (int i = 0; i < 8; i += 4)
+    store16(p + i, make_uint4(__float_as_uint(o.v[i]), __float_as_uint(o.v[i + 1]), __float_as_uint(o.v[i + 2]), __float_as_uint(o.v[i + 3])));
 }
-DEV void store_octet(float* p, const float (&v)[8], int64_t count, bool whole) {
-  if (whole) {
-    store16(p, float_bits(v[0], v[1], v[2], v[3]));
-    store16(p + 4, float_bits(v[4], v[5], v[6], v[7]));
-  } else {
-    for (int i = 0; i < 8; i++) if (i < count) p[i] = v[i];
-  }
-}
-DEV void store_octet(bf16* p, const float (&v)[8], int64_t count, bool whole) {
-  if (whole) {
-    store16(p, make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7])));
-  } else {
-    for (int i = 0; i < 8; i++) if (i < count) p[i] = from_float<bf16>(v[i]);
-  }
+DEV void store_octet(bf16* p, const Octet& o) {
+  store16(p, make_uint4(pack_bf16(o.v[0], o.v[1]), pack_bf16(o.v[2], o.v[3]), pack_bf16(o.v[4], o.v[5]), pack_bf16(o.v[6], o.v[7])));
 }
 
-// What becomes of sums. With `partials` (parts, m, n) they are those of one part of k, kept for gemm_finish. Otherwise `bias` (n) is added, `pre` (m, n) gets
-// the result and `out` (m, n) its activation; each of bias and pre may be null. `add`: the sum joins what `out` holds.
+// What becomes of sums. With `partials` (parts, m, n) they are those of one part of k, kept for gemm_finish. Otherwise `bias` (n) is added, `pre` (m, n)
+// gets the result and `out` (m, n) its activation; each of bias and pre may be null. `add`: the sum joins what `out` holds.
 template <class Out> struct GemmEnd {
   Out* out;
   Out* pre;
@@ -58,36 +44,62 @@ template <class Out> struct GemmEnd {
   bool add;
   int64_t m, n;
 
-  DEV bool whole() const { return n % 8 == 0; }
-
   // The end of one part of k.
   DEV GemmEnd part(int part) const {
     GemmEnd end = *this;
-    if (partials) end.partials += part * m * n;
+    if (partials) end.partials += part * m * n, end.bias = nullptr;
     return end;
   }
 
-  // The bias of 8 columns from `col` on, 0 where there is none.
-  DEV void bias_octet(float (&v)[8], int64_t col) const {
-    bool there = bias && !partials && col < n;
-    load_octet(v, there ? bias + col : bias, there ? n - col : 0, there && whole());
+  DEV float bias_at(int64_t col) const { return bias ? to_float(bias[col]) : 0.0f; }
+  DEV Octet bias_octet(int64_t col) const { return bias ? load_octet(bias + col) : Octet{}; }
+
+  // One element that is there, bias_at(col) being in it.
+  DEV void put(int64_t row, int64_t col, float v) const {
+    int64_t at = row * n + col;
+    if (partials) { partials[at] = v; return; }
+    if (pre) pre[at] = from_float<Out>(v);
+    if (activation != ACTIVATION_NONE) v = activate(activation, v);
+    out[at] = from_float<Out>(add ? v + to_float(out[at]) : v);
   }
 
-  // The 8 sums of `row` from `col` on, a multiple of 8. Rows and columns that are not there are passed over.
-  DEV void put_octet(int64_t row, int64_t col, float (&v)[8], const float (&biases)[8]) const {
-    if (row >= m || col >= n) return;
-    int64_t at = row * n + col, count = n - col;
-    if (partials) { store_octet(partials + at, v, count, whole()); return; }
-    for (int i = 0; i < 8; i++) v[i] += biases[i];
-    if (pre) store_octet(pre + at, v, count, whole());
+  // Eight elements that are there, where n is a multiple of 8.
+  DEV void put_octet(int64_t row, int64_t col, Octet o) const {
+    int64_t at = row * n + col;
+    if (partials) { store_octet(partials + at, o); return; }
+    if (pre) store_octet(pre + at, o);
     if (activation != ACTIVATION_NONE)
-      for (int i = 0; i < 8; i++) v[i] = activate(activation, v[i]);
+      for (int i = 0; i < 8; i++) o.v[i] = activate(activation, o.v[i]);
     if (add) {
-      float old[8];
-      load_octet(old, out + at, count, whole());
-      for (int i = 0; i < 8; i++) v[i] += old[i];
+      Octet old = load_octet(out + at);
+      for (int i = 0; i < 8; i++) o.v[i] += old.v[i];
     }
-    store_octet(out + at, v, count, whole());
+    store_octet(out + at, o);
+  }
+
+  // A warp's sums, ROWS by COLS from (row0, col0) on, that it has staged in shared memory, PITCH floats a row. What is not there is passed over. Lanes
+  // take octets of rows that start at multiples of 16 bytes, and of others single elements, so that a store is one stretch all the same.
+  template <int ROWS, int COLS, int PITCH> DEV void put_staged(const float* staged, int64_t row0, int64_t col0) const {
+    int lane = threadIdx.x % 32, rows_left = (int)min((int64_t)ROWS, m - row0);
+    if (n % 8 == 0) {
+      constexpr int ACROSS = COLS / 8;
+      int64_t col = col0 + lane % ACROSS * 8;
+      if (col >= n) return;
+      Octet biases = bias_octet(col);
+#pragma unroll 1
+      for (int row = lane / ACROSS; row < rows_left; row += 32 / ACROSS) {
+        Octet sums = load_octet(staged + row * PITCH + lane % ACROSS * 8);
+        for (int i = 0; i < 8; i++) sums.v[i] += biases.v[i];
+        put_octet(row0 + row, col, sums);
+      }
+    } else {
+#pragma unroll 1
+      for (int across = lane; across < COLS && col0 + across < n; across += 32) {
+        float bias = bias_at(col0 + across);
+#pragma unroll 1
+        for (int row = 0; row < rows_left; row++) put(row0 + row, col0 + across, staged[row * PITCH + across] + bias);
+      }
+    }
   }
 };
 

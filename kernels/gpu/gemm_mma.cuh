@@ -7,32 +7,6 @@
 
 constexpr int MMA_TILE = 128, MMA_STEP = 32, MMA_WORDS = MMA_TILE * MMA_STEP / 8;
 
-// 16 bytes from a multiple of 2: the two aligned words that they lie in are read (the second only where `bytes` reach into it, none where there
-// are 0 bytes) and shifted when they are there. What a word holds beside the `bytes` is another row's or nobody's, and dropped.
-struct ShiftedWord {
-  uint4 low, high;
-  int shift, bytes;
-
-  DEV void fetch(const bf16* from, int valid_bytes) {
-    shift = reinterpret_cast<uintptr_t>(from) & 15, bytes = valid_bytes;
-    const uint4* word = reinterpret_cast<const uint4*>(reinterpret_cast<uintptr_t>(from) - shift);
-    low = bytes > 0 ? word[0] : make_uint4(0, 0, 0, 0);
-    high = bytes > 16 - shift ? word[1] : make_uint4(0, 0, 0, 0);
-  }
-
-  DEV uint4 value() const {
-    uint32_t w[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-    for (int i = 0; i < 6; i++) w[i] = shift & 8 ? w[i + 2] : w[i];
-    for (int i = 0; i < 5; i++) w[i] = shift & 4 ? w[i + 1] : w[i];
-    for (int i = 0; i < 4; i++) {
-      if (shift & 2) w[i] = w[i] >> 16 | w[i + 1] << 16;
-      int kept = bytes - 4 * i; // of this word: 4 or more, 2, or none
-      w[i] = kept >= 4 ? w[i] : kept == 2 ? w[i] & 0xFFFF : 0;
-    }
-    return make_uint4(w[0], w[1], w[2], w[3]);
-  }
-};
-
 // One thread's share of an operand's tiles, of THREADS threads: WORDS words of each tile. RAGGED: rows may start anywhere.
 template <bool K_ROWS, int THREADS, bool RAGGED> struct MmaOperand {
   static constexpr int WORDS = MMA_WORDS / THREADS;
@@ -40,13 +14,21 @@ template <bool K_ROWS, int THREADS, bool RAGGED> struct MmaOperand {
   const bf16* from; // the operand, where nothing is read
   const bf16* at;   // the first word of the next tile
   int pitch, rows_left, k_left, place;
+  int shift; // of every word of this thread: they lie multiples of 16 bytes apart
   ShiftedWord held[RAGGED ? WORDS : 1];
 
   DEV MmaOperand(const bf16* operand, int row0, int rows, int k0, int k_end, int row_pitch) : from(operand), pitch(row_pitch) {
     int thread = threadIdx.x, row = K_ROWS ? thread / 4 : thread % 16 * 8, k = K_ROWS ? thread % 4 * 8 : thread / 16;
     rows_left = rows - row0 - row, k_left = k_end - k0 - k;
     at = operand + (K_ROWS ? (int64_t)(row0 + row) * pitch + k0 + k : (int64_t)(k0 + k) * pitch + row0 + row);
+    shift = ShiftedWord::shift_of(at);
     place = K_ROWS ? thread / 4 * 4 + (thread % 4 ^ thread / 8 % 4) : thread / 16 * 16 + (thread % 16 ^ thread / 16 % 8);
+  }
+
+  // Bytes that are there of word i of the tile that lies `k_ahead` k before the next one.
+  DEV int bytes(int i, int k_ahead) const {
+    int along_k = k_left + k_ahead, across = (K_ROWS ? rows_left : along_k) - i * APART, along = K_ROWS ? along_k : rows_left;
+    return across > 0 ? 2 * max(0, min(along, 8)) : 0;
   }
 
   DEV bool aligned() const { return !RAGGED || pitch % 8 == 0; }
@@ -55,11 +37,10 @@ template <bool K_ROWS, int THREADS, bool RAGGED> struct MmaOperand {
   DEV void start(uint4* tile) {
 #pragma unroll
     for (int i = 0; i < WORDS; i++) {
-      int across = (K_ROWS ? rows_left : k_left) - i * APART, along = K_ROWS ? k_left : rows_left;
-      int bytes = across > 0 ? 2 * max(0, min(along, 8)) : 0;
-      const bf16* word = bytes ? at + (int64_t)pitch * (i * APART) : from;
-      if (aligned()) cp_async16_zfill(tile + place + i * THREADS, word, bytes);
-      else held[RAGGED ? i : 0].fetch(word, bytes);
+      int there = bytes(i, 0);
+      const bf16* word = at + (int64_t)pitch * (i * APART);
+      if (aligned()) cp_async16_zfill(tile + place + i * THREADS, there ? word : from, there);
+      else held[RAGGED ? i : 0].fetch(word, shift, there);
     }
     at += K_ROWS ? MMA_STEP : (int64_t)pitch * MMA_STEP;
     k_left -= MMA_STEP;
@@ -69,7 +50,7 @@ template <bool K_ROWS, int THREADS, bool RAGGED> struct MmaOperand {
   DEV void arrive(uint4* tile) const {
     if (aligned()) return;
 #pragma unroll
-    for (int i = 0; i < WORDS; i++) tile[place + i * THREADS] = held[RAGGED ? i : 0].value();
+    for (int i = 0; i < WORDS; i++) tile[place + i * THREADS] = held[RAGGED ? i : 0].value(shift, bytes(i, MMA_STEP));
   }
 };
 

@@ -9,9 +9,8 @@ use crate::base::{DType, Result};
 use crate::graph::Activation;
 use plan::{GemmPlan, HOPPER_STEP, Path, Precision, plan};
 
-/// Threads of a block of `gemm_finish`, and elements of a thread.
+/// Threads, and elements, of a block of `gemm_finish`.
 const FINISH_BLOCK: usize = 256;
-const FINISH_ELEMS: usize = 8;
 
 /// A product: `out (m, n) = act(a b + bias)`.
 #[derive(Clone, Copy, Debug)]
@@ -55,52 +54,54 @@ pub(super) fn launch(q: &mut Queue, p: &Product) -> Result<()> {
     let parts = plan.parts.parts;
     let partials = if parts > 1 { p.scratch } else { Ptr::NULL };
     let tiles = plan.tiles(p.sizes);
+    let persistent = matches!(plan.path, Path::Hopper | Path::HopperShifted);
+    let grid = if persistent { [(tiles * parts).min(q.multiprocessors()), 1, 1] } else { [tiles, parts, 1] };
+    let product = Launch::new(plan.kernel, grid, plan.block).shared(plan.shared_bytes);
+    let product = product.ptr(p.out).ptr(p.pre).ptr(partials);
     let product = match plan.path {
-        Path::Hopper => {
-            let blocks = (tiles * parts).min(q.multiprocessors());
-            let [a, b] = tensor_maps(q, p, &plan)?;
-            let product = Launch::new(plan.kernel, [blocks, 1, 1], plan.block).shared(plan.shared_bytes);
-            product.ptr(p.out).ptr(p.pre).ptr(partials).map(&a).map(&b)
-        }
-        _ => {
-            let product = Launch::new(plan.kernel, [tiles, parts, 1], plan.block).shared(plan.shared_bytes);
-            product.ptr(p.out).ptr(p.pre).ptr(partials).ptr(p.a).ptr(p.b)
-        }
+        Path::Hopper => product.map(&left_map(q, p, &plan)?).map(&right_map(q, p, &plan)?),
+        Path::HopperShifted => product.ptr(p.a).map(&right_map(q, p, &plan)?),
+        _ => product.ptr(p.a).ptr(p.b),
     };
     let product = product.ptr(p.bias).ptr(q.now).int(p.accumulator).int(p.activation as usize);
     let product = product.int(m).int(n).int(k).int(plan.parts.k);
-    q.launch(if plan.path == Path::Hopper { product.int(parts) } else { product })?;
+    q.launch(if persistent { product.int(parts) } else { product })?;
     if parts == 1 {
         return Ok(());
     }
-    let octets = m * n.div_ceil(FINISH_ELEMS);
-    let finish = Launch::new(plan.finish, [octets.div_ceil(FINISH_BLOCK), 1, 1], FINISH_BLOCK as u32);
+    let finish = Launch::new(plan.finish, [(m * n).div_ceil(FINISH_BLOCK), 1, 1], FINISH_BLOCK as u32);
     let finish = finish.ptr(p.out).ptr(p.pre).ptr(partials).ptr(p.bias).ptr(q.now);
     q.launch(finish.int(p.accumulator).int(p.activation as usize).int(parts).int(m).int(n))
 }
 
-/// Descriptors of a and b for `gemm_hopper.cu`. Boxes are 64 wide; where k runs along the rows of memory, they are as high as the tile, and else one
-/// step of k high.
-fn tensor_maps(q: &mut Queue, p: &Product, plan: &GemmPlan) -> Result<[TensorMap; 2]> {
-    let Sizes { m, n, k } = p.sizes;
-    let along_k = |base, rows, tile| (base, rows, k, tile);
-    let across_k = |base, cols| (base, k, cols, HOPPER_STEP);
-    let [a, b] = match p.form {
-        Form::Nn => [along_k(p.a, m, plan.tile[0]), across_k(p.b, n)],
-        Form::Nt => [along_k(p.a, m, plan.tile[0]), along_k(p.b, n, plan.tile[1])],
-        Form::Tn => [across_k(p.a, m), across_k(p.b, n)],
-    };
-    let mut map = |(base, rows, cols, box_rows): (Ptr, usize, usize, usize)| {
-        q.tensor_map(&TensorMapSpec {
-            base,
-            elem_bytes: 2,
-            rows: rows as u64,
-            cols: cols as u64,
-            pitch_bytes: 2 * cols as u64,
-            box_rows: box_rows as u32,
-            box_cols: HOPPER_STEP as u32,
-            swizzle: Swizzle::Bytes128,
-        })
-    };
-    Ok([map(a)?, map(b)?])
+/// A descriptor of a for `gemm_hopper.cu`.
+fn left_map(q: &mut Queue, p: &Product, plan: &GemmPlan) -> Result<TensorMap> {
+    let Sizes { m, k, .. } = p.sizes;
+    match p.form {
+        Form::Nn | Form::Nt => map(q, p.a, [m, k], plan.tile[0]),
+        Form::Tn => map(q, p.a, [k, m], HOPPER_STEP),
+    }
+}
+
+/// A descriptor of b for `gemm_hopper.cu`.
+fn right_map(q: &mut Queue, p: &Product, plan: &GemmPlan) -> Result<TensorMap> {
+    let Sizes { n, k, .. } = p.sizes;
+    match p.form {
+        Form::Nt => map(q, p.b, [n, k], plan.tile[1]),
+        Form::Nn | Form::Tn => map(q, p.b, [k, n], HOPPER_STEP),
+    }
+}
+
+/// A descriptor of a bf16 matrix. Where k runs along its rows, a box is as high as the tile, and else one step of k high.
+fn map(q: &mut Queue, base: Ptr, [rows, cols]: [usize; 2], box_rows: usize) -> Result<TensorMap> {
+    q.tensor_map(&TensorMapSpec {
+        base,
+        elem_bytes: 2,
+        rows: rows as u64,
+        cols: cols as u64,
+        pitch_bytes: 2 * cols as u64,
+        box_rows: box_rows as u32,
+        box_cols: HOPPER_STEP as u32,
+        swizzle: Swizzle::Bytes128,
+    })
 }

@@ -49,8 +49,10 @@ pub enum Path {
     Mma,
     /// `gemm_mma.cu`, rows of any width.
     MmaRagged,
-    /// `gemm_hopper.cu`.
+    /// `gemm_hopper.cu`, both operands by bulk copies.
     Hopper,
+    /// `gemm_hopper.cu`, rows of a of any width.
+    HopperShifted,
 }
 
 /// A kernel with its launch shape.
@@ -94,14 +96,15 @@ const HOPPER_STAGED_BYTES: usize = 8 * 16 * 40 * 4;
 
 /// Multiprocessors of the machine that tile widths are chosen for.
 const MULTIPROCESSORS: usize = 132;
-/// Time of a tile 256 wide in that of one 128 wide, which reads more for as many products.
-const WIDE_TILE_COST: f64 = 1.75;
+/// Time of a tile 256 wide in that of one 128 wide, which reads more for as many products: twice 498 over 610 TFLOP/s on an H100, by the
+/// work log of pranjalssh/fast.cu.
+const WIDE_TILE_COST: f64 = 1.63;
 
 /// The plan for a product with factors of this precision on `arch` (90 for compute capability 9.0).
 pub fn plan(form: Form, sizes: Sizes, precision: Precision, arch: u32) -> GemmPlan {
     let path = path(form, sizes, precision, arch);
     let parts = k_parts(sizes.m, sizes.n, sizes.k);
-    let wide = path == Path::Hopper && wide_tiles(sizes, parts.parts);
+    let wide = path == Path::HopperShifted || path == Path::Hopper && wide_tiles(sizes, parts.parts);
     let kernel = match (path, form, wide) {
         (Path::Plain, Form::Nn, _) => "gemm_nn_f32",
         (Path::Plain, Form::Nt, _) => "gemm_nt_f32",
@@ -121,6 +124,11 @@ pub fn plan(form: Form, sizes: Sizes, precision: Precision, arch: u32) -> GemmPl
         (Path::Hopper, Form::Nn, false) => "gemm_nn_128_bf16",
         (Path::Hopper, Form::Nt, false) => "gemm_nt_128_bf16",
         (Path::Hopper, Form::Tn, false) => "gemm_tn_128_bf16",
+        (Path::HopperShifted, Form::Nn, _) => "gemm_nn_shifted_bf16",
+        (Path::HopperShifted, Form::Tn, _) => "gemm_tn_shifted_bf16",
+        (Path::HopperShifted, Form::Nt, _) => {
+            unreachable!("a and b have rows of one width, so b has to be shifted too")
+        }
     };
     // A parameter's gradient, the only use of tn, is f32 in a bf16 model too.
     let bf16_out = precision == Precision::Bf16 && form != Form::Tn;
@@ -130,7 +138,7 @@ pub fn plan(form: Form, sizes: Sizes, precision: Precision, arch: u32) -> GemmPl
         Path::Plain | Path::MmaRagged => (256, 0),
         Path::Tf32 => (128, TF32_RING_BYTES),
         Path::Mma => (128, 0),
-        Path::Hopper => {
+        Path::Hopper | Path::HopperShifted => {
             let ring = HOPPER_STAGES[usize::from(!wide)] * (tile[0] + tile[1]) * HOPPER_STEP * 2;
             (384, (ring + HOPPER_STAGED_BYTES) as u32)
         }
@@ -149,12 +157,14 @@ fn path(form: Form, Sizes { m, n, k }: Sizes, precision: Precision, arch: u32) -
         Form::Nt => [k, k],
         Form::Tn => [m, n],
     };
-    let aligned = a_pitch % WORD_ELEMS == 0 && b_pitch % WORD_ELEMS == 0;
+    let aligned = [a_pitch % WORD_ELEMS == 0, b_pitch % WORD_ELEMS == 0];
     // sm_90a is compute capability 9.0 alone. A tensor map of nothing cannot be made; nor is there work without m or n.
-    match (aligned, arch == 90 && m > 0 && n > 0 && k > 0) {
-        (false, _) => Path::MmaRagged,
-        (true, false) => Path::Mma,
-        (true, true) => Path::Hopper,
+    let hopper = arch == 90 && m > 0 && n > 0 && k > 0;
+    match (aligned, hopper) {
+        ([true, true], true) => Path::Hopper,
+        ([false, true], true) => Path::HopperShifted,
+        ([true, true], false) => Path::Mma,
+        _ => Path::MmaRagged,
     }
 }
 
@@ -174,17 +184,17 @@ mod tests {
 
     #[test]
     fn paths_follow_the_rows_of_memory() {
-        // The form, and which of m, n and k are along rows.
-        for (form, along) in
-            [(Form::Nn, [false, true, true]), (Form::Nt, [false, false, true]), (Form::Tn, [true, true, false])]
+        // By form, what an m, n or k that is no multiple of 8 leads to.
+        let both = [Path::Mma, Path::Hopper];
+        let (left, right) = ([Path::MmaRagged, Path::HopperShifted], [Path::MmaRagged; 2]);
+        for (form, want) in
+            [(Form::Nn, [both, right, left]), (Form::Nt, [both, both, right]), (Form::Tn, [left, right, both])]
         {
-            for axis in 0..3 {
+            for (axis, want) in want.into_iter().enumerate() {
                 let mut sizes = [1024; 3];
                 sizes[axis] = 1001;
                 let [m, n, k] = sizes;
-                let (old, new) = (of(form, m, n, k, 80).path, of(form, m, n, k, 90).path);
-                let want = if along[axis] { [Path::MmaRagged; 2] } else { [Path::Mma, Path::Hopper] };
-                assert_eq!([old, new], want, "{form:?} {sizes:?}");
+                assert_eq!([80, 90].map(|arch| of(form, m, n, k, arch).path), want, "{form:?} {sizes:?}");
             }
             assert_eq!(of(form, 1024, 1024, 0, 90).path, Path::Mma, "{form:?}: sums of nothing");
             assert_eq!(of(form, 1024, 1024, 1024, 120).path, Path::Mma, "{form:?}: sm_120 has no warpgroup products");
@@ -198,7 +208,8 @@ mod tests {
     fn tiles_are_as_wide_as_fills_the_machine() {
         for (m, n, width) in [
             (8192, 8192, 256),
-            (8192, 768, 256),  // 192 tiles: 2 rounds, where 384 narrow ones take 3
+            (8192, 768, 128), // 192 wide tiles take 2 rounds, and 384 narrow ones 3 that are little over half as long
+            (8192, 3072, 256), // 6 rounds against 12
             (1024, 1024, 128), // 32 tiles: half the rounds are empty either way, and narrow tiles are done sooner
             (64, 128, 128),
         ] {
