@@ -97,7 +97,7 @@ impl Inputs {
         put((kind.scale as f32).to_ne_bytes());
         put(op.to_ne_bytes());
         put(philox::drop_below(p).to_ne_bytes());
-        put((1.0 / (1.0 - p) as f32).to_ne_bytes());
+        put(((1.0 / (1.0 - p)) as f32).to_ne_bytes());
 
         let mut inputs = Inputs {
             dtype,
