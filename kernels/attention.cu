@@ -7,9 +7,10 @@
 // Overwrites outputs. Deterministic: each sum is in the order of keys, or of heads and queries, and made by one thread. Gradients take two
 // kernels that make the scores again, one with a block a tile of keys and one with a block a tile of queries, instead of atomics.
 // A block of 256 threads has a tile of 64 x 64 scores, 4 x 4 a thread, and 64 columns of what it makes: heads wider than 64 take more blocks,
-// which make the scores again. Operands are staged in shared memory as f32, 32 deep. One block is 35 KB, so 6 fit a multiprocessor.
-// Per 16 multiply-adds a thread reads 32 bytes of shared memory, 3 wavefronts a warp against 4 issue cycles of four warps. Expected on an
-// H200: half of the f32 rate (30 of 60 TFLOP/s) at width 64; staging is not overlapped with arithmetic, which costs the rest.
+// which make the scores again. Operands are staged in shared memory as f32, 32 deep. A block has 35 KB and 128 registers a thread: two fit a
+// multiprocessor. Per 16 multiply-adds a thread reads 32 bytes of shared memory, 3 wavefronts a warp against 4 issue cycles of four warps.
+// Expected on an H200: 30 of 60 TFLOP/s in f32 at width 64, for staging is not overlapped with arithmetic but by the other block; two thirds of
+// that at width 128.
 #include "gpu.cuh"
 #include "gpu/attention.cuh"
 
@@ -191,7 +192,8 @@ template <class T> DEV void row_dots(float* delta, const T* d_out, const T* out,
 }
 
 template <class T>
-DEV void grad_q(T* d_q, const T* d_out, const float* lse, const float* delta, const T* q, const T* k, const T* v, const int32_t* mask, const Now* now, const AttentionSizes& s) {
+DEV void grad_q(T* d_q, const T* d_out, const float* lse, const float* delta, const T* q, const T* k, const T* v, const int32_t* mask,
+                const Now* now, const AttentionSizes& s) {
   GPU_SHARED(Shared, shared, );
   Part part(s, s.heads, s.queries);
   Head head(s, part.batch, part.head);
@@ -228,7 +230,8 @@ DEV void grad_q(T* d_q, const T* d_out, const float* lse, const float* delta, co
 }
 
 template <class T>
-DEV void grad_kv(T* d_k, T* d_v, const T* d_out, const float* lse, const float* delta, const T* q, const T* k, const T* v, const int32_t* mask, const Now* now, const AttentionSizes& s) {
+DEV void grad_kv(T* d_k, T* d_v, const T* d_out, const float* lse, const float* delta, const T* q, const T* k, const T* v, const int32_t* mask,
+                 const Now* now, const AttentionSizes& s) {
   GPU_SHARED(Shared, shared, );
   Part part(s, s.kv_heads, s.keys);
   int group = s.heads / s.kv_heads, x = threadIdx.x % 16, y = threadIdx.x / 16, first = part.first;

@@ -6,13 +6,13 @@
 // keys ahead, each with a pair of mbarriers (full, empty). The other two have 64 queries each: wgmma makes the scores from shared memory; the
 // weights stay in registers as the left operand of the product with v, which is read as it lies, MN-major.
 // Two things run under the softmax: the products of the other warpgroup, by named barriers that let one issue while the other computes
-// exponentials, and a warpgroup's own scores of the next tile with the product of the last.
+// exponentials, and the warpgroup's own product of the last tile's weights with v, which is issued together with this tile's scores.
 // Tiles go from the last key to the first, so that the diagonal comes first and the loop has no hidden keys unless a mask is given.
 // Keys of the last tile that are not there would be the next sequence's: their scores are hidden, and v's rows are overwritten with 0, so
 // that no value of another sequence is ever multiplied. Deterministic: a sum is made by one thread, tiles in order.
 //   width  shared memory  registers                       multiply-adds per byte copied into shared memory
-//   64     82 KB          240 a consumer, 24 a producer   64: 128 x 128 x 64 x 2 a pair of tiles of 32 KB
-//   128    163 KB         as above                        64
+//   64     80 KB          240 a consumer, 24 a producer   64: 128 x 128 x 64 x 2 a pair of tiles of 32 KB
+//   128    160 KB         as above                        64
 // Expected on an H200, 8k long: 520 TFLOP/s at width 128 full, 480 causal; 400 at width 64, where exponentials (16 a cycle, 128 x 128 a tile) take
 // as long as the products (4096 flop a cycle), so that only a perfect overlap would reach the rate.
 #include "gpu.cuh"
@@ -47,7 +47,9 @@ template <int W> DEV void load(bf16* to, const CUtensorMap* map, int col, int ro
 }
 
 // One warp: copies tiles in the order of their use. Tile 0 of the iteration is the last of the sequence.
-template <int W> DEV void produce(Shared<W>& shared, const CUtensorMap* q_map, const CUtensorMap* k_map, const CUtensorMap* v_map, const Head& head, int first, int tiles, const AttentionSizes& s) {
+template <int W>
+DEV void produce(Shared<W>& shared, const CUtensorMap* q_map, const CUtensorMap* k_map, const CUtensorMap* v_map, const Head& head, int first,
+                 int tiles, const AttentionSizes& s) {
   int lane = threadIdx.x % 32, col = head.kv_head * W, row = head.batch * s.keys;
   if (lane == 0) load<W>(shared.q, q_map, head.head * W, head.batch * s.queries + first, &shared.q_full);
   for (int i = 0; i < tiles; i++) {
@@ -147,7 +149,8 @@ template <int W> struct Consumer {
   }
 };
 
-template <int W> DEV void consume(Shared<W>& shared, bf16* out, float* lse, const int32_t* mask, const Head& head, int first, int tiles, const AttentionSizes& s) {
+template <int W>
+DEV void consume(Shared<W>& shared, bf16* out, float* lse, const int32_t* mask, const Head& head, int first, int tiles, const AttentionSizes& s) {
   int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   int top_row = first + 64 * group, query = top_row + 16 * warp + g;
   float scale = s.scale * LOG2_E;
@@ -242,7 +245,8 @@ template <int W> DEV void consume(Shared<W>& shared, bf16* out, float* lse, cons
 #endif
 
 template <int W>
-DEV void forward(bf16* out, float* lse, const CUtensorMap* q_map, const CUtensorMap* k_map, const CUtensorMap* v_map, const int32_t* mask, const AttentionSizes& s) {
+DEV void forward(bf16* out, float* lse, const CUtensorMap* q_map, const CUtensorMap* k_map, const CUtensorMap* v_map, const int32_t* mask,
+                 const AttentionSizes& s) {
 #if GPU_HOPPER
   GPU_DYNAMIC(Shared<W>, shared);
   int blocks = (s.queries + ROWS - 1) / ROWS, at = blockIdx.x / blocks;

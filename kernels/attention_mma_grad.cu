@@ -2,14 +2,14 @@
 //   Formulas, shapes and what is overwritten are those of attention.cu, whose attention_grad_delta comes first; scale is positive. Weights
 //   and their gradients are rounded to bf16 for the products that sum over them; scale is applied to the f32 sums.
 // grad_q: a block has 128 queries (64 from width 96 on), a warp 32 of them, and goes over tiles of 32 keys. grad_kv: a block has 128 keys
-// (64), a warp 32 (16), and goes over tiles of 32 queries, of the heads that share the keys one after the other. Rows are keys there, so that
-// weights are left operands from registers here too. The next tiles are copied while these are multiplied.
+// (64), a warp 32 (16; always with dropout), and goes over tiles of 32 queries, of the heads that share the keys one after the other. Rows
+// are keys there, so that weights are left operands from registers here too. The next tiles are copied while these are multiplied.
 // Deterministic: two passes, which make 14 products a score and column where one pass with atomics makes 10; each sum is by one thread, in order.
-//   width  grad_q: shared memory   grad_kv: shared memory
-//   32     30 KB                   31 KB
-//   64     54 KB                   55 KB
-//   96     52 KB                   53 KB
-//   128    68 KB                   69 KB
+//   width  shared memory   registers of grad_q and grad_kv (sm_90a; two blocks a multiprocessor)
+//   32     31 KB           166, 204
+//   64     55 KB           216, 255
+//   96     53 KB           236, 186
+//   128    69 KB           252, 228
 // Loads of shared memory (ldmatrix x4) per product: 0.42 in grad_q; 0.38 in grad_kv, 0.63 from width 96 on, whose 16 rows a warp is what
 // registers hold; 0.4 is what an H200 gives at mma.sync's rate. Expected there: 260 TFLOP/s at width 64 and 8k, counting 10 products.
 #include "gpu.cuh"
@@ -26,7 +26,8 @@ template <int W, bool DROPOUT> struct GradKv {
 };
 
 template <int W, bool DROPOUT>
-DEV void grad_q(bf16* d_q, const bf16* d_out, const float* lse, const float* delta, const bf16* q, const bf16* k, const bf16* v, const int32_t* mask, const Now* now, const AttentionSizes& s) {
+DEV void grad_q(bf16* d_q, const bf16* d_out, const float* lse, const float* delta, const bf16* q, const bf16* k, const bf16* v,
+                const int32_t* mask, const Now* now, const AttentionSizes& s) {
   using G = GradQ<W>;
   constexpr int M = G::M, TILE = COLS * PITCH<W>, STAGE = 2 * TILE;
   GPU_DYNAMIC(bf16, tiles);
@@ -94,7 +95,8 @@ DEV void grad_q(bf16* d_q, const bf16* d_out, const float* lse, const float* del
 }
 
 template <int W, bool DROPOUT>
-DEV void grad_kv(bf16* d_k, bf16* d_v, const bf16* d_out, const float* lse, const float* delta, const bf16* q, const bf16* k, const bf16* v, const int32_t* mask, const Now* now, const AttentionSizes& s) {
+DEV void grad_kv(bf16* d_k, bf16* d_v, const bf16* d_out, const float* lse, const float* delta, const bf16* q, const bf16* k, const bf16* v,
+                 const int32_t* mask, const Now* now, const AttentionSizes& s) {
   using G = GradKv<W, DROPOUT>;
   constexpr int M = G::M, TILE = COLS * PITCH<W>;
   // The tiles of a stage: queries, gradients of out; then of each query the logarithm of its sum, and its delta.

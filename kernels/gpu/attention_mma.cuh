@@ -127,7 +127,9 @@ DEV float quad_sum(float v) {
 }
 
 // A warp's rows times `factors`, by way of its own rows of a tile, so that memory is written in 16-byte pieces.
-template <int W, int M> DEV void write_rows(bf16* to, int64_t pitch, int rows, int cols, bf16* tile, const float (&acc)[M][W / 8][4], const float (&factors)[M][2], const Lane& at) {
+template <int W, int M>
+DEV void write_rows(bf16* to, int64_t pitch, int rows, int cols, bf16* tile, const float (&acc)[M][W / 8][4], const float (&factors)[M][2],
+                    const Lane& at) {
   __syncwarp();
 #pragma unroll
   for (int m = 0; m < M; m++)
@@ -147,7 +149,8 @@ template <int W, int M> DEV void write_rows(bf16* to, int64_t pitch, int rows, i
 }
 
 // Scores of keys that a query does not see become minus infinity. Rows are queries, `query` the first; `key` is the first column.
-template <int M, int N> DEV void hide_by_query(float (&w)[M][N][4], const AttentionSizes& s, const int32_t* mask, int query, int key, const Lane& at) {
+template <int M, int N>
+DEV void hide_by_query(float (&w)[M][N][4], const AttentionSizes& s, const int32_t* mask, int query, int key, const Lane& at) {
 #pragma unroll
   for (int m = 0; m < M; m++)
 #pragma unroll
@@ -171,7 +174,8 @@ template <int M, int N> DEV void hide_by_query(float (&w)[M][N][4], const Attent
     }
 }
 // Rows are keys, and columns queries.
-template <int M, int N> DEV void hide_by_key(float (&w)[M][N][4], const AttentionSizes& s, const int32_t* mask, int query, int key, const Lane& at) {
+template <int M, int N>
+DEV void hide_by_key(float (&w)[M][N][4], const AttentionSizes& s, const int32_t* mask, int query, int key, const Lane& at) {
 #pragma unroll
   for (int m = 0; m < M; m++)
 #pragma unroll
@@ -190,7 +194,8 @@ template <int M, int N> DEV void hide_by_key(float (&w)[M][N][4], const Attentio
 
 // Which weights dropout keeps. Four keys share a block of random words, and the lanes that hold them share out the blocks.
 // acc[m][n][i] is kept if bit 4 n + i of kept[m] is set. Here rows are queries, the first `row` among all (B, H, Tq).
-template <int M, int N> DEV void draw_by_query(uint32_t (&kept)[M], const AttentionSizes& s, const Now* now, int64_t row, int key, const Lane& at) {
+template <int M, int N>
+DEV void draw_by_query(uint32_t (&kept)[M], const AttentionSizes& s, const Now* now, int64_t row, int key, const Lane& at) {
 #pragma unroll
   for (int m = 0; m < M; m++) {
     static_assert(N <= 8, "a register has the bits of 8");
@@ -204,7 +209,8 @@ template <int M, int N> DEV void draw_by_query(uint32_t (&kept)[M], const Attent
   }
 }
 // And here keys, and `row` is the first column's.
-template <int M, int N> DEV void draw_by_key(uint32_t (&kept)[M], const AttentionSizes& s, const Now* now, int64_t row, int key, const Lane& at) {
+template <int M, int N>
+DEV void draw_by_key(uint32_t (&kept)[M], const AttentionSizes& s, const Now* now, int64_t row, int key, const Lane& at) {
 #pragma unroll
   for (int m = 0; m < M; m++) {
     static_assert(N <= 8, "a register has the bits of 8");

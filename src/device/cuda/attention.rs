@@ -1,18 +1,19 @@
-//! Launches of `kernels/attention.cu`.
+//! Launches of `kernels/attention.cu`, and on tensor cores of `attention_mma.cu`, `attention_mma_grad.cu` and `attention_hopper.cu`.
 //!
 //! The gradient is three kernels: the row sums of `d_out * out` into scratch, then `d_q` by tiles of queries and `d_k`, `d_v` by tiles
 //! of keys. Both make the scores again, so that no sum crosses blocks.
 
-use super::launch::{Launch, Ptr, Queue};
+mod choice;
+
+use super::launch::{Launch, Ptr, Queue, Swizzle, TensorMap, TensorMapSpec};
 use super::operands::{Operands, pick};
 use crate::base::{DType, Error, Result, philox};
 use crate::graph::AttentionKind;
+use choice::{FORWARD_ROWS, HOPPER_BOX, HOPPER_KEYS, Kernel, Path};
 
-/// Queries, keys and columns of a block of `attention.cu`, and its threads.
-const TILE: usize = 64;
-const THREADS: u32 = 256;
-/// Rows whose sums a block of `attention_grad_delta` makes.
-const DELTA_ROWS: usize = THREADS as usize / 32;
+/// Threads of a block of `attention_grad_delta`, and the rows whose sums it makes.
+const DELTA_THREADS: u32 = 256;
+const DELTA_ROWS: usize = DELTA_THREADS as usize / 32;
 
 /// Queues the kernel of `Op::Attention`.
 ///
@@ -20,9 +21,16 @@ const DELTA_ROWS: usize = THREADS as usize / 32;
 /// When a size is beyond what kernels take, or the device has failed.
 pub(super) fn forward(q: &mut Queue, o: &Operands, kind: &AttentionKind) -> Result<()> {
     let inputs = Inputs::new(q, o, kind, 0)?;
-    let kernel = pick(inputs.dtype, "attention_forward_f32", "attention_forward_bf16");
-    let blocks = inputs.batch * kind.heads * inputs.queries.div_ceil(TILE) * kind.width.div_ceil(TILE);
-    q.launch(inputs.arguments(Launch::new(kernel, [blocks, 1, 1], THREADS).ptr(o.output(0)).ptr(o.output(1))))
+    let rows = [inputs.batch * inputs.queries, inputs.batch * inputs.keys];
+    let path = choice::forward_path(kind, inputs.dtype, rows, q.arch());
+    let kernel = choice::forward(path, inputs.dtype);
+    let launch = inputs.launch(&kernel, kind.heads, inputs.queries).ptr(o.output(0)).ptr(o.output(1));
+    if let Path::Hopper { .. } = path {
+        let [q_map, k_map, v_map] = inputs.maps(q, kind, rows)?;
+        let launch = launch.map(&q_map).map(&k_map).map(&v_map);
+        return q.launch(launch.ptr(inputs.mask).bytes(&inputs.sizes, 4));
+    }
+    q.launch(inputs.arguments(launch))
 }
 
 /// Queues the kernels of `Op::AttentionGrad`.
@@ -33,21 +41,16 @@ pub(super) fn grad(q: &mut Queue, o: &Operands, kind: &AttentionKind) -> Result<
     let inputs = Inputs::new(q, o, kind, 3)?;
     let (d_out, out, lse, delta) = (o.input(0), o.input(1), o.input(2), o.scratch());
     let [d_q, d_k, d_v] = inputs.thirds(|i| o.output(i));
-    let columns = kind.width.div_ceil(TILE);
+    let path = choice::path(kind, inputs.dtype);
 
     let rows = inputs.batch * inputs.queries * kind.heads;
     let kernel = pick(inputs.dtype, "attention_grad_delta_f32", "attention_grad_delta_bf16");
-    let launch = Launch::new(kernel, [rows.div_ceil(DELTA_ROWS), 1, 1], THREADS).ptr(delta).ptr(d_out).ptr(out);
-    q.launch(launch.bytes(&inputs.sizes, 4))?;
+    let launch = Launch::new(kernel, [rows.div_ceil(DELTA_ROWS), 1, 1], DELTA_THREADS);
+    q.launch(launch.ptr(delta).ptr(d_out).ptr(out).bytes(&inputs.sizes, 4))?;
 
-    let kernel = pick(inputs.dtype, "attention_grad_q_f32", "attention_grad_q_bf16");
-    let blocks = inputs.batch * kind.heads * inputs.queries.div_ceil(TILE) * columns;
-    let launch = Launch::new(kernel, [blocks, 1, 1], THREADS).ptr(d_q);
+    let launch = inputs.launch(&choice::grad_q(path, inputs.dtype), kind.heads, inputs.queries).ptr(d_q);
     q.launch(inputs.arguments(launch.ptr(d_out).ptr(lse).ptr(delta)))?;
-
-    let kernel = pick(inputs.dtype, "attention_grad_kv_f32", "attention_grad_kv_bf16");
-    let blocks = inputs.batch * kind.kv_heads * inputs.keys.div_ceil(TILE) * columns;
-    let launch = Launch::new(kernel, [blocks, 1, 1], THREADS).ptr(d_k).ptr(d_v);
+    let launch = inputs.launch(&choice::grad_kv(path, inputs.dtype), kind.kv_heads, inputs.keys).ptr(d_k).ptr(d_v);
     q.launch(inputs.arguments(launch.ptr(d_out).ptr(lse).ptr(delta)))
 }
 
@@ -56,8 +59,11 @@ struct Inputs {
     dtype: DType,
     packed: bool,
     batch: usize,
+    width: usize,
     queries: usize,
     keys: usize,
+    /// Bytes from a row of q, k and v to the next.
+    pitches: [u64; 3],
     /// Bytes before q, k and v in a row of a packed tensor.
     before: [u64; 3],
     tensors: [Ptr; 3],
@@ -91,14 +97,16 @@ impl Inputs {
         put((kind.scale as f32).to_ne_bytes());
         put(op.to_ne_bytes());
         put(philox::drop_below(p).to_ne_bytes());
-        put((1.0 / (1.0 - p) as f32).to_ne_bytes());
+        put(((1.0 / (1.0 - p)) as f32).to_ne_bytes());
 
         let mut inputs = Inputs {
             dtype,
             packed,
             batch,
+            width,
             queries,
             keys,
+            pitches: [q_pitch, kv_pitch, kv_pitch].map(|elems| elems as u64 * elem_bytes),
             before: before.map(|elems| elems as u64 * elem_bytes),
             tensors: [Ptr::NULL; 3],
             mask: if kind.masked { o.input(mask) } else { Ptr::NULL },
@@ -112,6 +120,33 @@ impl Inputs {
     /// Where q, k and v or their gradients begin, of which `tensor` has the first or all three.
     fn thirds(&self, tensor: impl Fn(usize) -> Ptr) -> [Ptr; 3] {
         [0, 1, 2].map(|i| tensor(if self.packed { 0 } else { i }).plus(self.before[i]))
+    }
+
+    /// A launch for `positions` of each of `heads` heads.
+    fn launch(&self, kernel: &Kernel, heads: usize, positions: usize) -> Launch {
+        let blocks = kernel.blocks(self.batch * heads, positions, self.width);
+        Launch::new(kernel.name, [blocks, 1, 1], kernel.threads).shared(kernel.shared_bytes)
+    }
+
+    /// Descriptors of q, k and v for the bulk copy engine; `rows` are all queries and all keys of the batch.
+    fn maps(&self, q: &mut Queue, kind: &AttentionKind, rows: [usize; 2]) -> Result<[TensorMap; 3]> {
+        let mut map = |i: usize, rows: usize, heads: usize, box_rows: usize| {
+            q.tensor_map(&TensorMapSpec {
+                base: self.tensors[i],
+                elem_bytes: 2,
+                rows: rows as u64,
+                cols: (heads * kind.width) as u64,
+                pitch_bytes: self.pitches[i],
+                box_rows: box_rows as u32,
+                box_cols: HOPPER_BOX as u32,
+                swizzle: Swizzle::Bytes128,
+            })
+        };
+        Ok([
+            map(0, rows[0], kind.heads, FORWARD_ROWS)?,
+            map(1, rows[1], kind.kv_heads, HOPPER_KEYS)?,
+            map(2, rows[1], kind.kv_heads, HOPPER_KEYS)?,
+        ])
     }
 
     /// The arguments that end every kernel's list.

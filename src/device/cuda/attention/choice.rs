@@ -1,0 +1,239 @@
+//! Which kernels an attention takes, and their blocks: a function of shapes, element type and architecture.
+
+use crate::base::DType;
+use crate::graph::AttentionKind;
+
+/// Widths that the kernels on tensor cores are made for; others take the next.
+const WIDTHS: [usize; 4] = [32, 64, 96, 128];
+/// Rows that a streamed tile of the gradients has.
+const GRAD_COLS: usize = 32;
+/// Queries, keys and columns of a block on the ordinary cores, and its threads.
+const PLAIN_TILE: usize = 64;
+const PLAIN_THREADS: u32 = 256;
+/// Queries of a block of the forwards on tensor cores.
+pub(super) const FORWARD_ROWS: usize = 128;
+/// Keys of a tile of `attention_hopper.cu`.
+pub(super) const HOPPER_KEYS: usize = 128;
+/// Columns of its swizzled tiles.
+pub(super) const HOPPER_BOX: usize = 64;
+
+/// Kernels by width, without and with dropout.
+type Names = [[&'static str; 4]; 2];
+
+const FORWARD: Names = [
+    [
+        "attention_forward_mma32_bf16",
+        "attention_forward_mma64_bf16",
+        "attention_forward_mma96_bf16",
+        "attention_forward_mma128_bf16",
+    ],
+    [
+        "attention_forward_dropout_mma32_bf16",
+        "attention_forward_dropout_mma64_bf16",
+        "attention_forward_dropout_mma96_bf16",
+        "attention_forward_dropout_mma128_bf16",
+    ],
+];
+const GRAD_Q: Names = [
+    [
+        "attention_grad_q_mma32_bf16",
+        "attention_grad_q_mma64_bf16",
+        "attention_grad_q_mma96_bf16",
+        "attention_grad_q_mma128_bf16",
+    ],
+    [
+        "attention_grad_q_dropout_mma32_bf16",
+        "attention_grad_q_dropout_mma64_bf16",
+        "attention_grad_q_dropout_mma96_bf16",
+        "attention_grad_q_dropout_mma128_bf16",
+    ],
+];
+const GRAD_KV: Names = [
+    [
+        "attention_grad_kv_mma32_bf16",
+        "attention_grad_kv_mma64_bf16",
+        "attention_grad_kv_mma96_bf16",
+        "attention_grad_kv_mma128_bf16",
+    ],
+    [
+        "attention_grad_kv_dropout_mma32_bf16",
+        "attention_grad_kv_dropout_mma64_bf16",
+        "attention_grad_kv_dropout_mma96_bf16",
+        "attention_grad_kv_dropout_mma128_bf16",
+    ],
+];
+
+/// Where the products are made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Path {
+    /// On the ordinary cores: f32, and what the others do not take.
+    Plain,
+    /// On tensor cores, by warps, at `WIDTHS[class]`.
+    Tensor { class: usize, dropout: bool },
+    /// On tensor cores, by warpgroups of sm_90a, at this width.
+    Hopper { width: usize },
+}
+
+/// A kernel and its blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Kernel {
+    pub(super) name: &'static str,
+    /// Positions, queries or keys, that a block makes the rows of.
+    pub(super) rows: usize,
+    /// Columns of a head that a block makes; all where the head is narrower.
+    pub(super) cols: usize,
+    pub(super) threads: u32,
+    pub(super) shared_bytes: u32,
+}
+
+impl Kernel {
+    /// Blocks for `positions` of each of `heads` heads `width` wide.
+    pub(super) fn blocks(&self, heads: usize, positions: usize, width: usize) -> usize {
+        heads * positions.div_ceil(self.rows) * width.div_ceil(self.cols)
+    }
+}
+
+/// The path of the gradient, and of the forward but on Hopper.
+pub(super) fn path(kind: &AttentionKind, dtype: DType) -> Path {
+    let scale = kind.scale as f32;
+    // Rows of heads have to be whole 16-byte pieces, and the largest score is looked for before scaling.
+    let fits = dtype == DType::Bf16 && kind.width.is_multiple_of(8) && scale > 0.0 && scale.is_finite();
+    match WIDTHS.iter().position(|&width| kind.width <= width) {
+        Some(class) if fits && kind.width > 0 => Path::Tensor { class, dropout: kind.dropout.is_some() },
+        _ => Path::Plain,
+    }
+}
+
+/// The path of the forward, for `rows`: all queries and all keys of a batch.
+pub(super) fn forward_path(kind: &AttentionKind, dtype: DType, rows: [usize; 2], arch: u32) -> Path {
+    // Tensor maps have rows, and the bulk copy engine counts them in 31 bits.
+    let mapped = rows.iter().all(|rows| (1..=i32::MAX as usize).contains(rows));
+    match path(kind, dtype) {
+        Path::Tensor { dropout: false, .. } if arch == 90 && mapped && matches!(kind.width, 64 | 128) => {
+            Path::Hopper { width: kind.width }
+        }
+        path => path,
+    }
+}
+
+/// The forward's kernel.
+pub(super) fn forward(path: Path, dtype: DType) -> Kernel {
+    match path {
+        Path::Plain => plain(dtype, "attention_forward_f32", "attention_forward_bf16"),
+        Path::Tensor { class, dropout } => {
+            let width = WIDTHS[class];
+            // Queries, and two stages of keys and of values.
+            let tile_rows = FORWARD_ROWS + 4 * if width <= 64 { 64 } else { 32 };
+            tensor(FORWARD[usize::from(dropout)][class], FORWARD_ROWS, 128, tile_bytes(tile_rows, width))
+        }
+        Path::Hopper { width } => Kernel {
+            name: if width == 64 { "attention_forward_hopper64_bf16" } else { "attention_forward_hopper128_bf16" },
+            rows: FORWARD_ROWS,
+            cols: width,
+            threads: 384,
+            // Queries, and two stages of keys and of values; then ten mbarriers.
+            shared_bytes: ((FORWARD_ROWS + 4 * HOPPER_KEYS) * width * 2 + 10 * 8) as u32,
+        },
+    }
+}
+
+/// The kernel that makes the gradient of q.
+pub(super) fn grad_q(path: Path, dtype: DType) -> Kernel {
+    match path {
+        Path::Tensor { class, dropout } => {
+            let width = WIDTHS[class];
+            let rows = if width <= 64 { 128 } else { 64 };
+            // Queries and the gradients of their outputs, and two stages of keys and of values. A warp has 32 queries.
+            let shared = tile_bytes(2 * rows + 4 * GRAD_COLS, width);
+            tensor(GRAD_Q[usize::from(dropout)][class], rows, rows as u32, shared)
+        }
+        _ => plain(dtype, "attention_grad_q_f32", "attention_grad_q_bf16"),
+    }
+}
+
+/// The kernel that makes the gradients of k and v.
+pub(super) fn grad_kv(path: Path, dtype: DType) -> Kernel {
+    match path {
+        Path::Tensor { class, dropout } => {
+            let width = WIDTHS[class];
+            let rows = if width <= 64 && !dropout { 128 } else { 64 };
+            // Keys and values, and two stages of queries and the gradients of their outputs, with two numbers for each query.
+            let shared = tile_bytes(2 * rows + 4 * GRAD_COLS, width) + (2 * 2 * GRAD_COLS * 4) as u32;
+            tensor(GRAD_KV[usize::from(dropout)][class], rows, 128, shared)
+        }
+        _ => plain(dtype, "attention_grad_kv_f32", "attention_grad_kv_bf16"),
+    }
+}
+
+fn plain(dtype: DType, f32: &'static str, bf16: &'static str) -> Kernel {
+    let name = if dtype == DType::Bf16 { bf16 } else { f32 };
+    Kernel { name, rows: PLAIN_TILE, cols: PLAIN_TILE, threads: PLAIN_THREADS, shared_bytes: 0 }
+}
+
+fn tensor(name: &'static str, rows: usize, threads: u32, shared_bytes: u32) -> Kernel {
+    Kernel { name, rows, cols: WIDTHS[WIDTHS.len() - 1], threads, shared_bytes }
+}
+
+/// Bytes of tiles with `rows` rows in all: rows are 8 elements longer than wide.
+fn tile_bytes(rows: usize, width: usize) -> u32 {
+    (rows * (width + 8) * 2) as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kind(width: usize, scale: f64, dropout: Option<(f64, u32)>) -> AttentionKind {
+        AttentionKind { heads: 2, kv_heads: 1, width, scale, causal: true, packed: false, masked: false, dropout }
+    }
+
+    #[test]
+    fn a_width_takes_the_next_that_there_is() {
+        for (width, class) in [(8, 0), (32, 0), (40, 1), (64, 1), (72, 2), (96, 2), (104, 3), (128, 3)] {
+            assert_eq!(path(&kind(width, 0.1, None), DType::Bf16), Path::Tensor { class, dropout: false });
+        }
+        for (width, scale, dtype) in [
+            (33, 0.1, DType::Bf16),
+            (136, 0.1, DType::Bf16),
+            (64, -1.0, DType::Bf16),
+            (64, 0.0, DType::Bf16),
+            (64, 0.1, DType::F32),
+        ] {
+            assert_eq!(path(&kind(width, scale, None), dtype), Path::Plain, "{width} {scale} {dtype}");
+        }
+    }
+
+    #[test]
+    fn hopper_takes_two_widths_without_dropout() {
+        let forward = |width, dropout, rows, arch| forward_path(&kind(width, 0.1, dropout), DType::Bf16, rows, arch);
+        assert_eq!(forward(64, None, [7, 9], 90), Path::Hopper { width: 64 });
+        assert_eq!(forward(128, None, [7, 9], 90), Path::Hopper { width: 128 });
+        for (width, dropout, rows, arch) in [
+            (96, None, [7, 9], 90),
+            (64, Some((0.1, 3)), [7, 9], 90),
+            (64, None, [7, 0], 90),
+            (64, None, [1 << 31, 9], 90),
+            (64, None, [7, 9], 80),
+            (64, None, [7, 9], 100),
+        ] {
+            assert!(
+                matches!(forward(width, dropout, rows, arch), Path::Tensor { .. }),
+                "{width} {dropout:?} {rows:?} {arch}"
+            );
+        }
+    }
+
+    #[test]
+    fn blocks_fit_the_smallest_chips() {
+        // 99 KB is what a block may have on sm_86, sm_89 and sm_120; 227 KB on sm_90.
+        for class in 0..WIDTHS.len() {
+            for dropout in [false, true] {
+                let path = Path::Tensor { class, dropout };
+                for kernel in [forward(path, DType::Bf16), grad_q(path, DType::Bf16), grad_kv(path, DType::Bf16)] {
+                    assert!(kernel.shared_bytes <= 99 << 10, "{kernel:?}");
+                }
+            }
+        }
+        assert!(forward(Path::Hopper { width: 128 }, DType::Bf16).shared_bytes <= 227 << 10);
+    }
+}
