@@ -14,9 +14,9 @@
 // A thread owns 8 x 8 elements as four squares 4 x 4, 32 rows and 64 columns apart; a warp is 4 threads down and 8 across, so that
 // each of its 16-byte shared reads is one pass over the banks. Neighbouring threads load along the pixels of a row of the image.
 //
-// Cost: 16 steps take 12 KB in for 262,144 flop (21 flop a byte of L2 traffic), and 4 shared reads feed 64 multiply-adds. A gathered
-// element costs 7 instructions for its place beside 64 multiply-adds for each 24 loaded elements' worth of work, so 75 % of the 60
-// TFLOP/s of an H200 is the most to expect.
+// Cost: 16 steps take 12 KB in for 262,144 flop (21 flop a byte of L2 traffic). Of about 1,500 instructions for them 1,024 are
+// multiply-adds and 96 shared reads, without conflicts; the rest finds, checks and fetches 24 elements a thread. 3 blocks a
+// multiprocessor (168 registers, 28 KB) hide the fetches, so that issue slots are the bound: 65 % of an H200's 60 TFLOP/s may be had.
 #include "gpu.cuh"
 #include "gpu/conv.cuh"
 
@@ -55,6 +55,10 @@ template <bool ALONG_STEPS, class T, class Steps>
 DEV void multiply(float (&sum)[8][8], Shared& shared, const Product<T, Steps>& product) {
   int thread = threadIdx.x;
   float plain[ROWS * STEPS / THREADS], gathered[COLUMNS * STEPS / THREADS];
+  // The rows of the plain matrix that this thread loads: every 8th.
+  int own = product.first_row + thread / STEPS, rows_left = product.rows - own;
+  const T* plain_rows = product.plain + own * product.row_pitch;
+  int64_t rows_pitch = product.row_pitch * (THREADS / STEPS);
   auto place_steps = [&](int64_t first, int buffer) {
     if (thread >= STEPS) return;
     int64_t step = first + thread;
@@ -66,17 +70,19 @@ DEV void multiply(float (&sum)[8][8], Shared& shared, const Product<T, Steps>& p
   };
   auto load = [&](int buffer) {
     int64_t offset = shared.plain_steps[buffer][thread % STEPS];
+    const T* from = plain_rows + offset;
 #pragma unroll
     for (int i = 0; i < ROWS * STEPS / THREADS; i++) {
-      int row = product.first_row + thread / STEPS + i * (THREADS / STEPS);
-      plain[i] = offset >= 0 && row < product.rows ? to_float(product.plain[row * product.row_pitch + offset]) : 0.0f;
+      plain[i] = offset >= 0 && i * (THREADS / STEPS) < rows_left ? to_float(*from) : 0.0f;
+      from += rows_pitch;
     }
+    // One of the two places stays the same: its part of the address is added first.
+    Place same = ALONG_STEPS ? shared.steps[buffer][thread % STEPS] : shared.columns[thread];
+    from = product.source + same.offset;
 #pragma unroll
     for (int i = 0; i < COLUMNS * STEPS / THREADS; i++) {
-      Place column = shared.columns[ALONG_STEPS ? thread / STEPS + i * (THREADS / STEPS) : thread];
-      Place step = shared.steps[buffer][ALONG_STEPS ? thread % STEPS : i];
-      bool there = inside(column, step, product.height, product.width);
-      gathered[i] = there ? to_float(product.source[column.offset + step.offset]) : 0.0f;
+      Place other = ALONG_STEPS ? shared.columns[thread / STEPS + i * (THREADS / STEPS)] : shared.steps[buffer][i];
+      gathered[i] = inside(same, other, product.height, product.width) ? to_float(from[other.offset]) : 0.0f;
     }
   };
   auto store = [&](int buffer) {

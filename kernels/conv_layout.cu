@@ -1,7 +1,7 @@
 // Tensors with their channels last, for the convolutions on the tensor cores.
 //   in (batch, channels, positions) bf16 -> out (batch, positions, channels'), channels' = channels rounded up to 8, the rest 0.
-// Overwrites out. It serves three uses: images (N, C, H * W); the forward pass's weight (O, C, kh * kw); and, taken as (1, O, C * kh * kw), the
-// data gradient's weight, whose channels are O. Deterministic: a copy.
+// Overwrites out. It serves three uses: images (N, C, H * W); the forward pass's weight (O, C, kh * kw); and, taken as
+// (1, O, C * kh * kw), the data gradient's weight, whose channels are O. Deterministic: a copy.
 //
 // Launch: one block of 256 threads a tile of 64 channels x 64 positions, through shared memory. Reads run along positions, 16 bytes a
 // thread where rows of positions are whole packs; a tile of all positions is read as one stretch of memory. Writes are 16 bytes a
@@ -21,7 +21,8 @@ conv2d_channels_last_bf16(bf16* out, const bf16* in, int64_t batch, int channels
   int64_t position_tiles = (positions + TILE - 1) / TILE, index = blockIdx.x;
   int channel = (int)(index % channel_tiles) * TILE;
   int64_t position = index / channel_tiles % position_tiles * TILE, image = index / channel_tiles / position_tiles;
-  int height = channels - channel < TILE ? channels - channel : TILE, width = positions - position < TILE ? (int)(positions - position) : TILE;
+  int height = channels - channel < TILE ? channels - channel : TILE;
+  int width = positions - position < TILE ? (int)(positions - position) : TILE;
   const bf16* from = in + (image * channels + channel) * positions + position;
 
   constexpr int PACK = Pack<bf16>::N;

@@ -13,10 +13,11 @@
 // The end goes through shared memory, so that the target is written along its rows: 16 bytes a store where planes are whole groups.
 //
 // Cost: a stage of the 128 x 128 tile is 16 KB for 1,048,576 flop: 64 flop a byte of L2 traffic, so that neither L2 nor memory bounds
-// K of 256 and more. For each 16 steps a warp reads 4 KB by 8 ldmatrix (32 cycles of the shared memory's 128 bytes a cycle) for 32 mma.sync (50
-// cycles at 1300 multiply-adds a cycle and multiprocessor, what mma.sync reaches on an H200). 2 blocks a multiprocessor (66 KB and
-// 84 KB of shared memory each) hide one's waits under the other's products: 350 of the 400 TFLOP/s of mma.sync are to be expected on
-// large layers, less the pre-pass, which reads and writes the source once.
+// sums of 256 steps and more. In 16 steps a warp reads 4 KB by 8 ldmatrix, 32 cycles of the shared memory's 128 bytes, for 32 mma.sync:
+// 76 cycles at 860 multiply-adds a cycle and multiprocessor, which is the 400 TFLOP/s that mma.sync reaches on an H200. Of about 220
+// instructions of a stage 64 are mma.sync, a third of the issue slots in all. 2 blocks a multiprocessor (66 and 84 KB of shared memory,
+// 224 registers) hide one's waits under the other's products: 350 TFLOP/s are to be expected on large layers, less the copy of the
+// source, which is read and written once, at most 32 MB at a time, so that the product finds it in the L2 cache.
 #include "gpu.cuh"
 #include "gpu/conv.cuh"
 #include "gpu/conv_mma.cuh"
@@ -62,7 +63,7 @@ DEV void gather_product(bf16* target, const bf16* source, const bf16* weight, co
 
   int steps = (int)(((int64_t)g.taps_h * g.taps_w * groups + STAGE_GROUPS - 1) / STAGE_GROUPS);
   int own_row = thread / STAGE_GROUPS, own_group = thread % STAGE_GROUPS;
-  constexpr int ROWS_A_PASS = MMA_THREADS / STAGE_GROUPS;        // a multiple of 8: the permutation is the same in every pass
+  constexpr int ROWS_A_PASS = MMA_THREADS / STAGE_GROUPS;    // a multiple of 8: the permutation is the same in every pass
   GroupStep own = {g, groups, own_group};
   const bf16* filter = weight + (int64_t)(tile.channel + own_row) * g.taps * pitch;
   int64_t filter_pass = (int64_t)ROWS_A_PASS * g.taps * pitch;
@@ -70,7 +71,8 @@ DEV void gather_product(bf16* target, const bf16* source, const bf16* weight, co
   auto load = [&](int at) {
     unsigned char* to = shared + at % STAGES * Tiling::STAGE_BYTES + narrow_at(own_row, own_group);
     bool there = own.i < g.taps_h;
-    Place under = {(g.sign * ((int64_t)own.i * g.source_width + own.j)) * pitch + own.group * GROUP, there ? g.sign * own.i : NOWHERE, g.sign * own.j};
+    int64_t pixels_on = g.sign * ((int64_t)own.i * g.source_width + own.j);
+    Place under = {pixels_on * pitch + own.group * GROUP, there ? g.sign * own.i : NOWHERE, g.sign * own.j};
     const bf16* from = filter + (int64_t)g.tap(own.i, own.j) * pitch + own.group * GROUP;
     const bf16* source_from = source + under.offset;
 #pragma unroll

@@ -1,8 +1,10 @@
 // Convolution of one tap and stride 1 without padding, in bf16 on the tensor cores: matrix products on images as they lie (tiles in
 // gpu/conv_mma.cuh). Planes are whole groups of 8 pixels, so that 16 bytes never belong to two images.
-//   conv2d_pointwise:             x (N, C, plane), weight (O, C'), bias (O) or null -> out[n,o,p] = bias[o] + sum over c of weight[o,c] * x[n,c,p]
+//   conv2d_pointwise: x (N, C, plane), weight (O, C'), bias (O) or null
+//     out[n,o,p] = bias[o] + sum over c of weight[o,c] * x[n,c,p]
 //     The data gradient is the same with d_out for x, C and O exchanged, and the transposed weight (C, O').
-//   conv2d_grad_weight_pointwise: d_out (N, O, plane), x (N, C, plane) -> partials[part][o][c] = sum over the part's n, p of d_out[n,o,p] * x[n,c,p]
+//   conv2d_grad_weight_pointwise: d_out (N, O, plane), x (N, C, plane)
+//     partials[part][o][c] = sum over the part's n, p of d_out[n,o,p] * x[n,c,p]
 // C' and O' are C and O rounded up to 8, the rest 0. Tensors are bf16, sums and partials (parts, O, C') f32; blockIdx.y is a part of
 // `part_pixels` pixels, a multiple of 32, and conv2d_grad_weight_sum adds the parts in order. Overwrites out, partials. Deterministic:
 // a sum runs over its steps 16 at a time, whatever the tile, and parts depend on sizes alone.
@@ -84,8 +86,8 @@ template <class Tiling> DEV void weight_product(float* partials, const bf16* d_o
     from = x + (image * s.in_channels + first_column + own_row) * plane + position;
 #pragma unroll
     for (int pass = 0; pass < Tiling::COLUMNS / ROWS_A_PASS; pass++) {
-      int column = own_row + pass * ROWS_A_PASS;
-      copy_group(to + Tiling::PLAIN_BYTES + pass * ROWS_A_PASS * NARROW_BYTES, from, there && first_column + column < s.in_channels);
+      bool column_there = there && first_column + own_row + pass * ROWS_A_PASS < s.in_channels;
+      copy_group(to + Tiling::PLAIN_BYTES + pass * ROWS_A_PASS * NARROW_BYTES, from, column_there);
       from += ROWS_A_PASS * plane;
     }
     pixel += STAGE_STEPS;

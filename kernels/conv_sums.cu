@@ -2,8 +2,8 @@
 //   d_out (N, O, positions) f32 or bf16; d_bias (O), d_weight (O, C, taps) f32; partial sums f32.
 //   d_bias[o]       = sum over n, p of d_out[n,o,p]
 //   d_weight[o,c,t] = sum over parts of partials[part][o][c * channel_pitch + t * tap_pitch]
-// d_bias and d_weight are overwritten, or added to where `accumulator` and now->accumulate. Deterministic: the order of every sum
-// depends on sizes alone.
+// d_bias and d_weight are overwritten where `accumulator` is 0, added to where it is 2, and where it is 1 as now->accumulate says.
+// Deterministic: the order of every sum depends on sizes alone.
 //
 // Bias: a block of 256 threads sums `part_elems` values of one channel (blockIdx.x = channel * parts + part), 16 bytes a load where
 // planes are whole packs; threads, then lanes by halves, then warps in order. With several parts, a warp a channel adds them.
@@ -16,10 +16,13 @@ namespace {
 
 constexpr int THREADS = 256;
 
-DEV void put(float* at, float sum, const Now* now, int accumulator) { *at = accumulator && now->accumulate ? *at + sum : sum; }
+DEV void put(float* at, float sum, const Now* now, int accumulator) {
+  *at = accumulator == 2 || (accumulator == 1 && now->accumulate) ? *at + sum : sum;
+}
 
 // The sum of values [begin, end) of a channel, counted over images and then positions, in units of PACK values.
-template <int PACK, class T> DEV float channel_sum(const T* d_out, int channel, int channels, int positions, int64_t begin, int64_t end) {
+template <int PACK, class T>
+DEV float channel_sum(const T* d_out, int channel, int channels, int positions, int64_t begin, int64_t end) {
   int plane = positions / PACK, apart = THREADS / plane, rest = THREADS % plane;
   Divided at = divided(begin + threadIdx.x, plane);
   int64_t image = at.quotient;
@@ -40,8 +43,9 @@ template <int PACK, class T> DEV float channel_sum(const T* d_out, int channel, 
   return sum;
 }
 
-template <class T> DEV void grad_bias(float* d_bias, float* partials, const T* d_out, const Now* now, int batch, int channels, int positions,
-                                      int64_t part_elems, int accumulator) {
+template <class T>
+DEV void grad_bias(float* d_bias, float* partials, const T* d_out, const Now* now, int batch, int channels, int positions,
+                   int64_t part_elems, int accumulator) {
   GPU_SHARED(float, warps, [THREADS / 32]);
   constexpr int PACK = Pack<T>::N;
   int64_t elems = (int64_t)batch * positions, parts = (elems + part_elems - 1) / part_elems;
@@ -93,12 +97,13 @@ GPU_EXPORT(conv2d_grad_bias_sum)
 
 // partials (parts, out_channels, row_pitch) -> d_weight.
 extern "C" __global__ void __launch_bounds__(THREADS)
-conv2d_grad_weight_sum(float* d_weight, const float* partials, const Now* now, int out_channels, int in_channels, int taps, int64_t row_pitch,
-                       int channel_pitch, int tap_pitch, int parts, int accumulator) {
+conv2d_grad_weight_sum(float* d_weight, const float* partials, const Now* now, int out_channels, int in_channels, int taps,
+                       int64_t row_pitch, int channel_pitch, int tap_pitch, int parts, int accumulator) {
   int64_t index = (int64_t)blockIdx.x * THREADS + threadIdx.x;
   if (index >= (int64_t)out_channels * in_channels * taps) return;
   Divided pair = divided(index, taps), row = divided(pair.quotient, in_channels);
-  const float* from = partials + row.quotient * row_pitch + (int64_t)row.remainder * channel_pitch + (int64_t)pair.remainder * tap_pitch;
+  int64_t place = (int64_t)row.remainder * channel_pitch + (int64_t)pair.remainder * tap_pitch;
+  const float* from = partials + row.quotient * row_pitch + place;
   float sum = 0;
 #pragma unroll 8
   for (int part = 0; part < parts; part++) sum += from[part * out_channels * row_pitch];

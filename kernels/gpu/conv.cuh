@@ -52,7 +52,7 @@ struct Gather {
   int taps_h, taps_w;                // taps of this class
   int tap_row, tap_col, tap_apart;   // tap (i, j) of the class is (tap_row + i * tap_apart, tap_col + j * tap_apart) of the filter
   int kernel_w, taps;                // columns, and all taps, of the filter
-  int scale, sign, row, col;         // target pixel (a, b) with tap (i, j) reads source (row + a * scale + i * sign, col + b * scale + j * sign)
+  int scale, sign, row, col;         // (a, b) under tap (i, j) reads source (row + a * scale + i * sign, col + b * scale + j * sign)
 
   DEV int64_t columns() const { return (int64_t)batch * rows * cols; }
   DEV int tap(int i, int j) const { return (tap_row + i * tap_apart) * kernel_w + tap_col + j * tap_apart; }

@@ -94,14 +94,16 @@ DEV void store_tile(bf16* target, const bf16* tile, const Place* columns, int ro
   for (int index = threadIdx.x; index < Tiling::ROWS * ACROSS; index += MMA_THREADS) {
     int row = index / ACROSS, column = index % ACROSS * PIXELS;
     if (row >= rows || columns[column].row < 0) continue;
-    *reinterpret_cast<Unit*>(target + columns[column].offset + row * plane) = *reinterpret_cast<const Unit*>(tile + row * PITCH + column);
+    bf16* to = target + columns[column].offset + row * plane;
+    *reinterpret_cast<Unit*>(to) = *reinterpret_cast<const Unit*>(tile + row * PITCH + column);
   }
 }
 
 // Adds the bias, rounds, and writes the tile's target pixels, NCHW, through shared memory: along rows of the image, 16 bytes a store
 // where planes are whole groups. `shared` and `columns`, a place for each of the tile's columns, are overwritten; they do not overlap.
 template <class Tiling>
-DEV void finish_tile(bf16* target, const bf16* bias, const WarpSum<Tiling>& sum, const GatherTile& tile, unsigned char* shared, Place* columns) {
+DEV void finish_tile(bf16* target, const bf16* bias, const WarpSum<Tiling>& sum, const GatherTile& tile, unsigned char* shared,
+                     Place* columns) {
   constexpr int PITCH = Tiling::COLUMNS + GROUP;             // 4 banks further a row: the lanes of a piece do not collide
   const Gather& g = tile.gather;
   bf16* finished = reinterpret_cast<bf16*>(shared);
@@ -134,7 +136,8 @@ DEV void finish_tile(bf16* target, const bf16* bias, const WarpSum<Tiling>& sum,
 }
 
 // Writes a tile of one part of the weight gradient: partials (rows, columns) f32 of that part, columns a whole number of groups.
-template <class Tiling> DEV void finish_partials(float* partials, const WarpSum<Tiling>& sum, int first_row, int rows, int first_column, int64_t columns) {
+template <class Tiling>
+DEV void finish_partials(float* partials, const WarpSum<Tiling>& sum, int first_row, int rows, int first_column, int64_t columns) {
   int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < Tiling::WARP_ROWS / 16; i++) {
@@ -145,7 +148,8 @@ template <class Tiling> DEV void finish_partials(float* partials, const WarpSum<
         int row = first_row + Tiling::first_row() + i * 16 + lane / 4 + below * 8;
         int column = first_column + Tiling::first_column() + j * 8 + lane % 4 * 2;
         if (row >= rows || column >= columns) continue;
-        *reinterpret_cast<float2*>(partials + row * columns + column) = {sum.piece[i][j][below * 2], sum.piece[i][j][below * 2 + 1]};
+        const float* pair = sum.piece[i][j] + below * 2;
+        *reinterpret_cast<float2*>(partials + row * columns + column) = {pair[0], pair[1]};
       }
     }
   }

@@ -313,6 +313,16 @@ fn losses(t: &mut Table) {
     (none.flat, none.labels) = (true, "unlabelled");
 }
 
+/// Adds a convolution, by the axes of `x` and `weight`.
+pub fn conv2d(t: &mut Table, x: [usize; 4], weight: [usize; 4], bias: bool, stride: usize, padding: usize) {
+    t.add(format!("conv2d {x:?} with {weight:?} bias {bias} stride {stride} padding {padding}"), move |s| {
+        let out = weight[0];
+        let (x, weight) = (s.leaf("x", x)?, s.leaf("weight", weight)?);
+        let bias = if bias { Some(s.leaf("bias", [out])?) } else { None };
+        s.b.conv2d(x, weight, bias, stride, padding)
+    });
+}
+
 fn images(t: &mut Table) {
     for (x, weight, bias, stride, padding) in [
         ([1, 1, 1, 1], [1, 1, 1, 1], true, 1, 0),
@@ -325,12 +335,7 @@ fn images(t: &mut Table) {
         ([1, 33, 3, 3], [31, 33, 3, 3], false, 1, 1),
         ([3, 2, 5, 5], [2, 2, 1, 1], true, 3, 0),
     ] {
-        t.add(format!("conv2d {x:?} with {weight:?} bias {bias} stride {stride} padding {padding}"), move |s| {
-            let out = weight[0];
-            let (x, weight) = (s.leaf("x", x)?, s.leaf("weight", weight)?);
-            let bias = if bias { Some(s.leaf("bias", [out])?) } else { None };
-            s.b.conv2d(x, weight, bias, stride, padding)
-        });
+        conv2d(t, x, weight, bias, stride, padding);
     }
     t.add("conv2d of no image", |s| {
         let (x, weight, bias) = (s.leaf("x", [0, 2, 3, 3])?, s.leaf("weight", [3, 2, 2, 2])?, s.leaf("bias", [3])?);

@@ -19,90 +19,124 @@ const STAGES: usize = 4;
 const STAGE_ROW_BYTES: usize = 64;
 /// Bytes of a `Place` in `gpu/conv.cuh`.
 const PLACE_BYTES: usize = 16;
+/// An accumulator's number that makes kernels add to it whatever `Now` says.
+const ADD: usize = 2;
 /// Rows and columns of a padded image that kernels count: below the row that stands for nowhere.
 const MOST_ROWS: usize = 1 << 29;
 
 /// x (N, C, H, W), weight (O, C, kh, kw), (bias (O)) -> out (N, O, H', W').
 pub(super) fn forward(q: &mut Queue, o: &Operands, window: &Window) -> Result<()> {
     let s = ConvSizes::new(window, o.in_axes(0), o.out_axes(0));
-    let (mut x, mut weight, dtype) = (o.input(0), o.input(1), o.in_dtype(0));
-    let (kernel, tile) = if dtype == DType::Bf16 {
-        let begins = conv_regions(&o.step.op, dtype, &s);
+    let (mut weight, bias, dtype) = (o.input(1), o.optional_input(2), o.in_dtype(0));
+    let begins = conv_regions(&o.step.op, dtype, &s);
+    if dtype == DType::Bf16 {
         weight = channels_last(q, o.scratch().plus(begins[1]), weight, s.out_channels, s.in_channels, s.taps())?;
         if s.is_pointwise() {
-            return pointwise(q, o.output(0), x, weight, o.optional_input(2), &s);
+            return pointwise(q, o.output(0), o.input(0), weight, bias, &s);
         }
-        x = channels_last(q, o.scratch().plus(begins[0]), x, s.batch, s.in_channels, s.plane())?;
-        let names = ["conv2d_forward_square_bf16", "conv2d_forward_flat_bf16", "conv2d_forward_small_bf16"];
-        tensor_core_tile(q, names, s.out_channels, s.out_pixels(), 1)
-    } else {
-        ("conv2d_forward_f32", ConvTile::PLAIN)
-    };
-    let launch = gather(kernel, tile, tile.count(s.out_channels, s.out_pixels()));
-    q.launch(launch.ptr(o.output(0)).ptr(x).ptr(weight).ptr(o.optional_input(2)).bytes(&sizes(&s)?, 4))
+    }
+    for (first, s) in rounds(&s, dtype) {
+        let mut x = o.input(0).plus(first * image_bytes(dtype, s.in_channels, s.plane()));
+        let out = o.output(0).plus(first * image_bytes(dtype, s.out_channels, s.out_plane()));
+        let (kernel, tile) = if dtype == DType::Bf16 {
+            x = channels_last(q, o.scratch().plus(begins[0]), x, s.batch, s.in_channels, s.plane())?;
+            let names = ["conv2d_forward_square_bf16", "conv2d_forward_flat_bf16", "conv2d_forward_small_bf16"];
+            tensor_core_tile(q, names, s.out_channels, s.out_pixels(), 1)
+        } else {
+            ("conv2d_forward_f32", ConvTile::PLAIN)
+        };
+        let launch = product(kernel, tile, tile.count(s.out_channels, s.out_pixels()));
+        q.launch(launch.ptr(out).ptr(x).ptr(weight).ptr(bias).bytes(&sizes(&s)?, 4))?;
+    }
+    Ok(())
 }
 
 /// d_out (N, O, H', W'), weight (O, C, kh, kw) -> d_x (N, C, H, W).
 pub(super) fn grad_input(q: &mut Queue, o: &Operands, window: &Window) -> Result<()> {
     let s = ConvSizes::new(window, o.out_axes(0), o.in_axes(0));
-    let (mut d_out, mut weight, dtype) = (o.input(0), o.input(1), o.in_dtype(0));
-    // Pixels by row and column modulo the stride: every class is given the tiles of the largest, that of 0 and 0.
-    let classes = s.height.min(window.stride) * s.width.min(window.stride);
-    let pixels = s.batch * s.height.div_ceil(window.stride) * s.width.div_ceil(window.stride);
-    let (kernel, tile) = if dtype == DType::Bf16 {
-        let begins = conv_regions(&o.step.op, dtype, &s);
+    let (mut weight, dtype) = (o.input(1), o.in_dtype(0));
+    let begins = conv_regions(&o.step.op, dtype, &s);
+    if dtype == DType::Bf16 {
         let columns = s.in_channels * s.taps();
         weight = channels_last(q, o.scratch().plus(begins[1]), weight, 1, s.out_channels, columns)?;
         if s.is_pointwise() {
-            return pointwise(q, o.output(0), d_out, weight, Ptr::NULL, &s.exchanged());
+            return pointwise(q, o.output(0), o.input(0), weight, Ptr::NULL, &s.exchanged());
         }
-        d_out = channels_last(q, o.scratch().plus(begins[0]), d_out, s.batch, s.out_channels, s.out_plane())?;
-        let names = ["conv2d_grad_input_square_bf16", "conv2d_grad_input_flat_bf16", "conv2d_grad_input_small_bf16"];
-        tensor_core_tile(q, names, s.in_channels, pixels, classes)
-    } else {
-        ("conv2d_grad_input_f32", ConvTile::PLAIN)
-    };
-    let launch = gather(kernel, tile, classes * tile.count(s.in_channels, pixels));
-    q.launch(launch.ptr(o.output(0)).ptr(d_out).ptr(weight).bytes(&sizes(&s)?, 4))
+    }
+    // Pixels by row and column modulo the stride: every class is given the tiles of the largest, that of 0 and 0.
+    let classes = s.height.min(window.stride) * s.width.min(window.stride);
+    for (first, s) in rounds(&s, dtype) {
+        let mut d_out = o.input(0).plus(first * image_bytes(dtype, s.out_channels, s.out_plane()));
+        let d_x = o.output(0).plus(first * image_bytes(dtype, s.in_channels, s.plane()));
+        let pixels = s.batch * s.height.div_ceil(window.stride) * s.width.div_ceil(window.stride);
+        let (kernel, tile) = if dtype == DType::Bf16 {
+            d_out = channels_last(q, o.scratch().plus(begins[0]), d_out, s.batch, s.out_channels, s.out_plane())?;
+            let names =
+                ["conv2d_grad_input_square_bf16", "conv2d_grad_input_flat_bf16", "conv2d_grad_input_small_bf16"];
+            tensor_core_tile(q, names, s.in_channels, pixels, classes)
+        } else {
+            ("conv2d_grad_input_f32", ConvTile::PLAIN)
+        };
+        let launch = product(kernel, tile, classes * tile.count(s.in_channels, pixels));
+        q.launch(launch.ptr(d_x).ptr(d_out).ptr(weight).bytes(&sizes(&s)?, 4))?;
+    }
+    Ok(())
 }
 
 /// d_out (N, O, H', W'), x (N, C, H, W) -> d_weight (O, C, kh, kw) f32.
 pub(super) fn grad_weight(q: &mut Queue, o: &Operands, window: &Window) -> Result<()> {
     let s = ConvSizes::new(window, o.in_axes(1), o.in_axes(0));
-    let (mut d_out, mut x, dtype) = (o.input(0), o.input(1), o.in_dtype(0));
+    let dtype = o.in_dtype(0);
     let begins = conv_regions(&o.step.op, dtype, &s);
-    let RowParts { parts, rows: part_pixels } = s.weight_parts(dtype);
-    let (tile, columns) = (s.weight_tile(dtype), s.weight_columns(dtype));
-    let grid = [tile.count(s.out_channels, columns), parts, 1];
     let partials = o.scratch().plus(begins[2]);
-    // What the sum sees of an element's place in a part: the pitch of channels, and that of taps.
-    let (channel_pitch, tap_pitch) = if dtype == DType::Bf16 {
+    let RowParts { parts: most_parts, rows: part_pixels } = s.weight_parts(dtype);
+    let (tile, columns) = (s.weight_tile(dtype), s.weight_columns(dtype));
+    let tiles = tile.count(s.out_channels, columns);
+    if dtype != DType::Bf16 {
+        let partials = if most_parts > 1 { partials } else { Ptr::NULL };
+        let launch = Launch::new("conv2d_grad_weight_f32", [tiles, most_parts, 1], THREADS).ptr(o.output(0));
+        let launch = launch.ptr(partials).ptr(o.input(0)).ptr(o.input(1)).ptr(q.now).bytes(&sizes(&s)?, 4);
+        q.launch(launch.long(part_pixels).int(o.accumulator(0)))?;
+        return if most_parts > 1 { add_parts(q, o, &s, partials, most_parts, o.accumulator(0)) } else { Ok(()) };
+    }
+    let kernel = match (s.is_pointwise(), tile == ConvTile::FLAT) {
+        (false, false) => "conv2d_grad_weight_square_bf16",
+        (false, true) => "conv2d_grad_weight_flat_bf16",
+        (true, false) => "conv2d_grad_weight_pointwise_square_bf16",
+        (true, true) => "conv2d_grad_weight_pointwise_flat_bf16",
+    };
+    for (first, s) in rounds(&s, dtype) {
+        let mut d_out = o.input(0).plus(first * image_bytes(dtype, s.out_channels, s.out_plane()));
+        let mut x = o.input(1).plus(first * image_bytes(dtype, s.in_channels, s.plane()));
         if !s.is_pointwise() {
             d_out = channels_last(q, o.scratch().plus(begins[0]), d_out, s.batch, s.out_channels, s.out_plane())?;
             x = channels_last(q, o.scratch().plus(begins[1]), x, s.batch, s.in_channels, s.plane())?;
         }
-        let kernel = match (s.is_pointwise(), tile == ConvTile::FLAT) {
-            (false, false) => "conv2d_grad_weight_square_bf16",
-            (false, true) => "conv2d_grad_weight_flat_bf16",
-            (true, false) => "conv2d_grad_weight_pointwise_square_bf16",
-            (true, true) => "conv2d_grad_weight_pointwise_flat_bf16",
-        };
-        let launch = Launch::new(kernel, grid, THREADS).shared(ring_bytes(tile));
+        let parts = s.out_pixels().div_ceil(part_pixels).max(1);
+        let launch = Launch::new(kernel, [tiles, parts, 1], THREADS).shared(ring_bytes(tile));
         q.launch(launch.ptr(partials).ptr(d_out).ptr(x).bytes(&sizes(&s)?, 4).long(part_pixels))?;
-        (1, columns.checked_div(s.taps()).unwrap_or(0))
-    } else {
-        let partials = if parts > 1 { partials } else { Ptr::NULL };
-        let launch = Launch::new("conv2d_grad_weight_f32", grid, THREADS).ptr(o.output(0)).ptr(partials);
-        let launch = launch.ptr(d_out).ptr(x).ptr(q.now).bytes(&sizes(&s)?, 4);
-        q.launch(launch.long(part_pixels).int(o.accumulator(0)))?;
-        if parts == 1 {
-            return Ok(());
-        }
-        (s.taps(), 1)
-    };
-    let sum = Launch::new("conv2d_grad_weight_sum", [o.out_elems(0).div_ceil(SUM_THREADS), 1, 1], SUM_THREADS as u32);
+        add_parts(q, o, &s, partials, parts, if first == 0 { o.accumulator(0) } else { ADD })?;
+    }
+    Ok(())
+}
+
+/// partials (parts, O, weight_columns) -> d_weight (O, C, kh, kw).
+fn add_parts(
+    q: &mut Queue,
+    o: &Operands,
+    s: &ConvSizes,
+    partials: Ptr,
+    parts: usize,
+    accumulator: usize,
+) -> Result<()> {
+    let columns = s.weight_columns(o.in_dtype(0));
+    // Elements from a channel to the next in a part, and from a tap to the next.
+    let (channel_pitch, tap_pitch) =
+        if o.in_dtype(0) == DType::Bf16 { (1, columns.checked_div(s.taps()).unwrap_or(0)) } else { (s.taps(), 1) };
+    let blocks = o.out_elems(0).div_ceil(SUM_THREADS);
+    let sum = Launch::new("conv2d_grad_weight_sum", [blocks, 1, 1], SUM_THREADS as u32);
     let sum = sum.ptr(o.output(0)).ptr(partials).ptr(q.now).int(s.out_channels).int(s.in_channels).int(s.taps());
-    q.launch(sum.long(columns).int(channel_pitch).int(tap_pitch).int(parts).int(o.accumulator(0)))
+    q.launch(sum.long(columns).int(channel_pitch).int(tap_pitch).int(parts).int(accumulator))
 }
 
 /// d_out (N, O, H', W') -> d_bias (O) f32.
@@ -127,12 +161,24 @@ pub(super) fn grad_bias(q: &mut Queue, o: &Operands) -> Result<()> {
 fn pointwise(q: &mut Queue, out: Ptr, x: Ptr, weight: Ptr, bias: Ptr, s: &ConvSizes) -> Result<()> {
     let names = ["conv2d_pointwise_square_bf16", "conv2d_pointwise_flat_bf16", "conv2d_pointwise_small_bf16"];
     let (kernel, tile) = tensor_core_tile(q, names, s.out_channels, s.out_pixels(), 1);
-    let launch = gather(kernel, tile, tile.count(s.out_channels, s.out_pixels()));
+    let launch = product(kernel, tile, tile.count(s.out_channels, s.out_pixels()));
     q.launch(launch.ptr(out).ptr(x).ptr(weight).ptr(bias).bytes(&sizes(s)?, 4))
 }
 
+/// The first image of each round, and the sizes of what it works on. There is one round at least.
+fn rounds(s: &ConvSizes, dtype: DType) -> impl Iterator<Item = (u64, ConvSizes)> {
+    let (s, images) = (*s, s.images_at_once(dtype));
+    let firsts = (0..s.batch.div_ceil(images).max(1)).map(move |round| round * images);
+    firsts.map(move |first| (first as u64, s.with_batch(images.min(s.batch - first))))
+}
+
+/// Bytes of an image.
+fn image_bytes(dtype: DType, channels: usize, plane: usize) -> u64 {
+    (channels * plane) as u64 * dtype.bytes()
+}
+
 /// A launch of a product of channels and pixels.
-fn gather(kernel: &'static str, tile: ConvTile, blocks: usize) -> Launch {
+fn product(kernel: &'static str, tile: ConvTile, blocks: usize) -> Launch {
     let shared = if tile == ConvTile::PLAIN { 0 } else { ring_bytes(tile) + (tile.columns * PLACE_BYTES) as u32 };
     Launch::new(kernel, [blocks, 1, 1], THREADS).shared(shared)
 }

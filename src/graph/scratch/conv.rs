@@ -12,6 +12,9 @@ const MOST_PARTS: usize = 128;
 const LEAST_PIXELS: usize = 256;
 /// Values of one channel that a block of the bias gradient sums; a multiple of what one load moves.
 const BIAS_PART: usize = 16_384;
+/// Bytes that copies with their channels last may take at once, where one image takes no more: they are read again while the L2 cache has
+/// them, and the workspace stays small.
+const COPY_BYTES: u64 = 32 << 20;
 /// Channels of a group: what one asynchronous copy moves in bf16.
 const GROUP: usize = 8;
 /// Regions start at multiples of this many bytes, as tensors do.
@@ -83,6 +86,22 @@ impl ConvSizes {
         }
     }
 
+    /// The same for fewer images.
+    pub fn with_batch(&self, batch: usize) -> ConvSizes {
+        ConvSizes { batch, ..*self }
+    }
+
+    /// Images that are worked on at once: all of them, unless they are copied.
+    pub fn images_at_once(&self, dtype: DType) -> usize {
+        if dtype != DType::Bf16 || self.is_pointwise() {
+            return self.batch.max(1);
+        }
+        let x = channels_last_bytes(self.batch, self.in_channels, self.plane());
+        let out = channels_last_bytes(self.batch, self.out_channels, self.out_plane());
+        let rounds = usize::try_from(x.max(out).div_ceil(COPY_BYTES)).unwrap_or(usize::MAX);
+        self.batch.div_ceil(rounds.clamp(1, self.batch.max(1))).max(1)
+    }
+
     /// Whether the convolution is a matrix product of images as they lie, whose planes are whole groups: `kernels/conv_pointwise.cu`.
     pub fn is_pointwise(&self) -> bool {
         let Window { kernel, stride, padding } = self.window;
@@ -135,11 +154,12 @@ impl ConvSizes {
         }
     }
 
-    /// How the pixels that a weight gradient sums over are cut. A part has a multiple of 32 pixels, the last one excepted.
+    /// How the pixels that a weight gradient sums over are cut, of the images that are worked on at once. A part has a multiple of 32 pixels, the last one excepted.
     pub fn weight_parts(&self, dtype: DType) -> RowParts {
         let tiles = self.weight_tile(dtype).count(self.out_channels, self.weight_columns(dtype)).max(1);
-        let wanted = self.out_pixels().div_ceil(LEAST_PIXELS).min(BLOCKS.div_ceil(tiles)).clamp(1, MOST_PARTS);
-        let steps = parts_of(self.out_pixels().div_ceil(32).max(1), wanted);
+        let pixels = self.with_batch(self.images_at_once(dtype).min(self.batch)).out_pixels();
+        let wanted = pixels.div_ceil(LEAST_PIXELS).min(BLOCKS.div_ceil(tiles)).clamp(1, MOST_PARTS);
+        let steps = parts_of(pixels.div_ceil(32).max(1), wanted);
         RowParts { parts: steps.parts, rows: steps.rows * 32 }
     }
 }
@@ -164,7 +184,8 @@ fn channels_last_bytes(batch: usize, channels: usize, positions: usize) -> u64 {
     if is_channels_last(channels, positions) { 0 } else { (batch * positions * padded(channels) * 2) as u64 }
 }
 
-/// Where the regions of a convolution's scratch begin, in bytes, and where the last one ends.
+/// Where the regions of a convolution's scratch begin, in bytes, and where the last one ends. Each serves the images that are worked on at
+/// once, and then the next of them.
 ///
 /// | op | first | second | third |
 /// | --- | --- | --- | --- |
@@ -174,6 +195,7 @@ fn channels_last_bytes(batch: usize, channels: usize, positions: usize) -> u64 {
 ///
 /// A pointwise convolution's images stay as they are. In f32 there are partial sums alone, and those only for several parts.
 pub fn conv_regions(op: &Op, dtype: DType, s: &ConvSizes) -> [u64; 4] {
+    let s = s.with_batch(s.images_at_once(dtype).min(s.batch));
     let bf16 = dtype == DType::Bf16;
     let (x, out) = if bf16 && !s.is_pointwise() {
         (
@@ -235,11 +257,26 @@ mod tests {
                 sizes(1, 1, 257, 1, 3, 1),
             ] {
                 let RowParts { parts, rows } = s.weight_parts(dtype);
+                let pixels = s.with_batch(s.images_at_once(dtype).min(s.batch)).out_pixels();
                 assert!(rows % 32 == 0 && (1..=MOST_PARTS).contains(&parts), "{s:?}");
-                assert!(parts * rows >= s.out_pixels(), "{s:?}");
-                assert!(parts == 1 || (parts - 1) * rows < s.out_pixels(), "{s:?}");
+                assert!(parts * rows >= pixels, "{s:?}");
+                assert!(parts == 1 || (parts - 1) * rows < pixels, "{s:?}");
             }
         }
+    }
+
+    #[test]
+    fn copies_are_bounded_and_images_even() {
+        let s = sizes(256, 64, 112, 64, 3, 1);
+        let images = s.images_at_once(DType::Bf16);
+        assert_eq!(images, 20, "of 13 rounds, 1.6 MB each");
+        assert_eq!(s.images_at_once(DType::F32), 256);
+        for op in [Op::Conv2d(s.window), Op::Conv2dGradInput(s.window)] {
+            let bytes = conv_regions(&op, DType::Bf16, &s)[3];
+            assert!(bytes < COPY_BYTES + 100_000, "{bytes}");
+        }
+        assert_eq!(sizes(0, 64, 112, 64, 3, 1).images_at_once(DType::Bf16), 1);
+        assert_eq!(sizes(3, 64, 1120, 64, 3, 1).images_at_once(DType::Bf16), 1);
     }
 
     #[test]

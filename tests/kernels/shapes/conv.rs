@@ -1,6 +1,34 @@
 //! Convolutions.
 
-use crate::cases::Table;
+use crate::cases::{Table, conv2d};
 
 /// Adds the cases.
-pub fn cases(_t: &mut Table) {}
+pub fn cases(t: &mut Table) {
+    for (x, weight, bias, stride, padding) in [
+        // A first layer: 3 channels and a large filter.
+        ([2, 3, 13, 13], [70, 3, 7, 7], true, 2, 3),
+        // Tails of every tile.
+        ([1, 17, 7, 7], [33, 17, 3, 3], false, 1, 1),
+        ([2, 65, 9, 5], [129, 65, 1, 3], true, 1, 1),
+        // One tap: planes of whole groups, planes that are not, one pixel, a stride.
+        ([2, 40, 8, 8], [72, 40, 1, 1], true, 1, 0),
+        ([3, 33, 2, 4], [65, 33, 1, 1], false, 1, 0),
+        ([3, 24, 7, 7], [16, 24, 1, 1], true, 1, 0),
+        ([3, 65, 1, 1], [127, 65, 1, 1], true, 1, 0),
+        ([2, 8, 1, 1], [16, 8, 1, 1], false, 1, 0),
+        ([2, 16, 9, 10], [8, 16, 1, 1], false, 2, 0),
+        // Strides that divide nothing, and pixels that no tap reaches.
+        ([2, 16, 13, 12], [8, 16, 3, 3], false, 2, 1),
+        ([1, 8, 9, 9], [8, 8, 2, 2], true, 3, 0),
+        ([1, 5, 16, 11], [9, 5, 4, 4], true, 4, 0),
+        ([2, 3, 4, 4], [3, 3, 2, 2], false, 7, 2),
+        // Filters larger than the image, and one column.
+        ([2, 5, 3, 3], [9, 5, 5, 5], true, 2, 2),
+        ([3, 9, 7, 1], [5, 9, 3, 1], true, 1, 0),
+        // Sums over many pixels: parts of the weight gradient, then of the bias gradient.
+        ([4, 2, 33, 31], [3, 2, 3, 3], true, 1, 1),
+        ([3, 1, 127, 65], [2, 1, 1, 1], true, 1, 0),
+    ] {
+        conv2d(t, x, weight, bias, stride, padding);
+    }
+}
