@@ -2,7 +2,7 @@
 # Builds program, tests and benches for the cuda device and puts them into one folder that runs on a machine with an NVIDIA driver and no Rust.
 #   scripts/pack-gpu.sh [DIR]        default target/gpu-pack
 #   PEERS=path/to/peers.py           a script that measures PyTorch on the same shapes, carried along and run last
-#   CARGO_BUILD_JOBS=N               as always
+#   HYDRA_CUDA_ARCHS="80 90a"        the chips it is for. The default is A100, RTX 30 and 40, L40S; H100, H200. Blackwell is "100" and "120"
 # Then copy DIR there and run `sh DIR/run.sh`; docs/gpu.md says what comes back. Needs nvcc here (see docs/gpu.md), no GPU.
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -10,6 +10,7 @@ cd "$root"
 out=${1:-target/gpu-pack}
 log=target/gpu-pack.log
 mkdir -p target
+export HYDRA_CUDA_ARCHS="${HYDRA_CUDA_ARCHS:-80 90a}"
 
 # One set of features for everything, so that the engine is compiled once. cuBLAS beside ours is wanted, and done without where it does not build.
 features=peers
@@ -18,24 +19,27 @@ if ! cargo build --release --features peers --message-format=json >"$log" 2>"$lo
     tail -n 5 "$log.err" >&2
     features=cuda
 fi
-messages() {
-    # The executables of one cargo call, one a line.
-    cargo "$@" --features "$features" --message-format=json 2>"$log.err" >"$log" || { cat "$log.err" >&2; exit 1; }
-    sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' "$log"
+executable_of() {
+    # Of the target that the last argument names; tests and benches come with the program that they may run.
+    for target; do :; done
+    cargo "$@" --features "$features" --message-format=json >"$log" 2>"$log.err" || { cat "$log.err" >&2; return 1; }
+    sed -n "/\"name\":\"$target\"/s/.*\"executable\":\"\([^\"]*\)\".*/\1/p" "$log" | tail -n 1
 }
 
 rm -rf "$out"
 mkdir -p "$out/bin" "$out/fixtures" "$out/kernels/gpu"
 take() {
-    # Copies one executable under a plain name, stripped.
-    cp "$2" "$out/bin/$1"
-    strip -s "$out/bin/$1"
+    # take NAME cargo arguments: builds one executable and copies it under a plain name, stripped.
+    name=$1
+    shift
+    executable=$(executable_of "$@")
+    cp "$executable" "$out/bin/$name"
+    strip -s "$out/bin/$name"
 }
-take hydra "$(messages build --release --bin hydra | tail -n 1)"
-for test in kernels reference; do
-    take "test-$test" "$(messages test --release --no-run --test "$test" | tail -n 1)"
-done
-take bench-kernels "$(messages bench --no-run --bench kernels | tail -n 1)"
+take hydra build --release --bin hydra
+take test-kernels test --release --no-run --test kernels
+take test-reference test --release --no-run --test reference
+take bench-kernels bench --no-run --bench kernels
 
 cp -R tests/fixtures/gpt2 tests/fixtures/resnet tests/fixtures/resnet-basic "$out/fixtures/"
 cp -R tests/packed/. "$out/"
@@ -45,7 +49,7 @@ cp docs/gpu.md "$out/README.md"
 if [ -n "${PEERS:-}" ]; then cp "$PEERS" "$out/peers.py"; fi
 {
     echo "commit $(git rev-parse HEAD 2>/dev/null || echo unknown)$(git diff --quiet 2>/dev/null || echo ', with changes')"
-    echo "features $features"
+    echo "features $features, for sm_$(echo "$HYDRA_CUDA_ARCHS" | sed 's/[ ,]/, sm_/g')"
     rustc --version
     "${NVCC:-nvcc}" --version 2>/dev/null | tail -n 2 || true
 } >"$out/built-from.txt"

@@ -5,8 +5,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-/// Kernels that may use local memory: kernel, architecture, most bytes of spill stores, of stack; and why.
-const EXCEPTIONS: &[(&str, &str, u32, u32, &str)] = &[];
+/// Kernels that may use local memory: kernel, most bytes of spills, of stack; and why.
+const EXCEPTIONS: &[(&str, u32, u32, &str)] = &[
+    (
+        "rotary_f32",
+        0,
+        32,
+        "sinf and cosf reduce large angles in an array; ours are within a turn, so that branch is never taken",
+    ),
+    ("rotary_bf16", 0, 32, "as rotary_f32"),
+];
 
 /// A source file whose snake-case literals are no kernels: the emulator's own entry points.
 const OTHER_NAMES: &str = "emulated.rs";
@@ -86,8 +94,8 @@ fn no_spills_and_no_stack_frames() {
     for ((kernel, arch), said) in &all {
         assert!(said.registers > 0, "{kernel} for {arch}: the log has no register count");
         let spills = said.spill_store_bytes.max(said.spill_load_bytes);
-        let exception = EXCEPTIONS.iter().position(|e| e.0 == kernel && e.1 == arch);
-        let (most_spills, most_stack) = exception.map_or((0, 0), |e| (EXCEPTIONS[e].2, EXCEPTIONS[e].3));
+        let exception = EXCEPTIONS.iter().position(|e| e.0 == kernel);
+        let (most_spills, most_stack) = exception.map_or((0, 0), |e| (EXCEPTIONS[e].1, EXCEPTIONS[e].2));
         used.extend(exception);
         if spills > most_spills || said.stack_bytes > most_stack {
             faults.push(format!("{kernel} for {arch}: {said:?}"));
@@ -96,7 +104,7 @@ fn no_spills_and_no_stack_frames() {
     assert!(faults.is_empty(), "local memory is used by\n{}", faults.join("\n"));
     for (i, exception) in EXCEPTIONS.iter().enumerate() {
         assert!(used.contains(&i), "no kernel needs the exception {exception:?}");
-        assert!(!exception.4.is_empty(), "an exception says why");
+        assert!(!exception.3.is_empty(), "an exception says why");
     }
 }
 

@@ -188,7 +188,7 @@ impl Fill {
             (Op::CrossEntropyGrad, 2) => lse(step.inputs[0].shape.cols()),
             (Op::AttentionGrad(_), 2) => lse(step.inputs[3].shape.axes()[1]),
             (Op::LayerNormGrad | Op::BatchNormGrad, 3) => Fill::Constant(0.0),
-            (Op::LayerNormGrad | Op::BatchNormGrad, 4) => Fill::Constant(1.0),
+            (Op::LayerNormGrad | Op::BatchNormGrad, 4) | (Op::RmsNormGrad, 3) => Fill::Constant(1.0),
             (Op::MaxPoolGrad(_), 1) => Fill::Below(axis(out(), 2) * axis(out(), 3)),
             _ => Fill::Normal,
         }

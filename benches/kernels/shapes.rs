@@ -17,6 +17,10 @@ pub enum Spec {
     Attention { batch: usize, heads: usize, kv_heads: usize, len: usize, width: usize, causal: bool },
     /// Over the last axis of (rows, cols).
     LayerNorm { rows: usize, cols: usize },
+    /// Over the last axis of (rows, cols), by the root mean square.
+    RmsNorm { rows: usize, cols: usize },
+    /// The first heads of rows of packed queries, keys and values turn by their position.
+    Rotary { batch: usize, heads: usize, kv_heads: usize, len: usize, width: usize },
     /// Logits of (rows, vocabulary).
     CrossEntropy { rows: usize, vocabulary: usize },
     /// As many ids as rows.
@@ -88,6 +92,8 @@ const TABLE: &[(&str, Spec)] = &[
     ("bert_large/norm", Spec::LayerNorm { rows: 16384, cols: 1024 }),
     ("wide/4096", Spec::LayerNorm { rows: 8192, cols: 4096 }),
     ("wide/8192", Spec::LayerNorm { rows: 8192, cols: 8192 }),
+    ("llama_1b/norm", Spec::RmsNorm { rows: 8192, cols: 2048 }),
+    ("llama_1b/rotary", Spec::Rotary { batch: 4, heads: 32, kv_heads: 8, len: 2048, width: 64 }),
     ("gpt2_124m/loss", Spec::CrossEntropy { rows: 8192, vocabulary: 50257 }),
     ("gpt2_124m/loss padded", Spec::CrossEntropy { rows: 8192, vocabulary: 50304 }),
     ("bert_large/loss", Spec::CrossEntropy { rows: 16384, vocabulary: 30522 }),
@@ -193,6 +199,8 @@ impl Spec {
                 causal,
             },
             Spec::LayerNorm { cols, .. } => Spec::LayerNorm { rows: 6, cols: few(cols / 16, 64) },
+            Spec::RmsNorm { .. } => Spec::RmsNorm { rows: 6, cols: 40 },
+            Spec::Rotary { .. } => Spec::Rotary { batch: 2, heads: 2, kv_heads: 1, len: 5, width: 16 },
             Spec::CrossEntropy { vocabulary, .. } => Spec::CrossEntropy { rows: 6, vocabulary: 40 + vocabulary % 2 },
             Spec::Embedding { .. } => Spec::Embedding { rows: 12, vocabulary: 10, cols: 24 },
             Spec::AddPosition { .. } => Spec::AddPosition { batch: 2, len: 5, cols: 24 },
@@ -268,6 +276,14 @@ impl Spec {
                 let x = leaf(b, "x", &[rows, cols])?;
                 let (weight, bias) = (leaf(b, "weight", &[cols])?, leaf(b, "bias", &[cols])?);
                 b.layernorm(x, weight, bias, 1e-5)
+            }
+            Spec::RmsNorm { rows, cols } => {
+                let (x, weight) = (leaf(b, "x", &[rows, cols])?, leaf(b, "weight", &[cols])?);
+                b.rmsnorm(x, weight, 1e-5)
+            }
+            Spec::Rotary { batch, heads, kv_heads, len, width } => {
+                let qkv = leaf(b, "qkv", &[batch, len, (heads + 2 * kv_heads) * width])?;
+                b.rotary(qkv, heads + kv_heads, width, 10_000.0)
             }
             Spec::CrossEntropy { rows, vocabulary } => {
                 // The loss is appended to every entry; its logits must be computed.

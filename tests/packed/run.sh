@@ -20,7 +20,8 @@ mkdir -p "$results"
 report=$results/RESULTS.md
 failures=0
 
-say() { printf '%s\n' "$*" | tee -a "$report"; }
+# Lines for the report, one an argument.
+say() { printf '%s\n' "$@" | tee -a "$report"; }
 # Runs a command, keeps all that it prints in LOG, puts the command and the last lines into the report.
 #   step LOG LINES command ...
 step() {
@@ -32,7 +33,7 @@ step() {
     code=$?
     say "" '```'
     tail -n "$lines" "$log" | tee -a "$report"
-    say '```' "exit $code after $(($(date +%s) - begin)) s; all of it in $(basename "$log")"
+    say '```' "" "exit $code after $(($(date +%s) - begin)) s; all of it in $(basename "$log")"
     [ "$code" = 0 ] || failures=$((failures + 1))
     return "$code"
 }
@@ -99,6 +100,8 @@ if wanted training; then
     pair small 40
     [ "$device" = host ] || pair gpt2-124m 25
 fi
+
+rmdir "$results/runs" 2>/dev/null
 
 if wanted bench; then
     say "" "## Kernels" "" "Medians and spread; the share is of the roofline measured in the same run; cuBLAS runs in turn with ours."
