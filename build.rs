@@ -186,9 +186,11 @@ fn gather(path: &Path, texts: &mut Vec<(PathBuf, String)>) -> Result<(), String>
         return Ok(());
     }
     let text = std::fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))?;
-    let includes = text.lines().filter_map(|line| line.strip_prefix("#include \"")?.strip_suffix('"').map(str::to_string));
+    let includes =
+        text.lines().filter_map(|line| line.strip_prefix("#include \"")?.strip_suffix('"').map(str::to_string));
     // What the emulator includes is not there for a GPU; a change of it compiles a little more than it must.
-    let files: Vec<PathBuf> = includes.map(|name| Path::new("kernels").join(name)).filter(|file| file.is_file()).collect();
+    let files: Vec<PathBuf> =
+        includes.map(|name| Path::new("kernels").join(name)).filter(|file| file.is_file()).collect();
     texts.push((path.to_path_buf(), text));
     files.iter().filter(|file| !file.starts_with("kernels/emulator")).try_for_each(|file| gather(file, texts))
 }

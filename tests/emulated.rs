@@ -81,12 +81,18 @@ fn check_bits(small: &Small, dtype: DType, batch: usize) {
     for arch in [80, 90] {
         let want = train(PlanOptions { resident: Some(true), ..base.clone() }, arch, 0);
         let all = [
-            (PlanOptions { boundaries_stay: Some(false), recompute: Recompute::Always, slots: 1, ..spilled.clone() }, 3),
+            (
+                PlanOptions { boundaries_stay: Some(false), recompute: Recompute::Always, slots: 1, ..spilled.clone() },
+                3,
+            ),
             (PlanOptions { boundaries_stay: Some(false), slots: 2, ..spilled.clone() }, 4),
             (PlanOptions { boundaries_stay: Some(true), slots: 3, ..spilled.clone() }, 9),
         ];
         for (plan, seed) in all {
-            assert!(train(plan.clone(), arch, seed) == want, "{dtype}, arch {arch}, seed {seed}: other bits under {plan:?}");
+            assert!(
+                train(plan.clone(), arch, seed) == want,
+                "{dtype}, arch {arch}, seed {seed}: other bits under {plan:?}"
+            );
         }
     }
 }
@@ -110,8 +116,7 @@ fn resnet_has_the_same_bits_however_it_is_cut() {
 fn bf16_follows_f32() {
     for small in [Small::gpt(32, 2, 2, 16, 0.0), Small::resnet(&[8, 8], &[1, 1], [9, 9])] {
         let losses = |dtype, device| -> Vec<f32> {
-            let options =
-                TrainOptions { seed: 5, batch: 4, microbatch: 4, dtype, device, ..TrainOptions::new(50) };
+            let options = TrainOptions { seed: 5, batch: 4, microbatch: 4, dtype, device, ..TrainOptions::new(50) };
             let outcome = small.train(&options).expect("a run");
             outcome.losses.iter().map(|&b| f32::from_bits(b)).collect()
         };

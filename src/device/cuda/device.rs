@@ -310,7 +310,7 @@ impl CudaDevice {
         let mut queue = Queue::new(self.driver.as_mut(), *stream, blocks, number);
         queue.begin(&run.scalars, run.check)?;
         for step in &run.program.steps {
-            let operands = Operands { step, arena, bases: &run.bases, scalars: &run.scalars };
+            let operands = Operands { step, arena, bases: &run.bases };
             queue.confine(&operands)?;
             ops::launch_step(&mut queue, &operands)?;
             if run.check && step.ends_layer {

@@ -2,7 +2,6 @@
 
 use super::launch::Ptr;
 use crate::base::DType;
-use crate::device::Scalars;
 use crate::graph::{AREAS, Area, Buffer, Step};
 
 /// The operands of one op of a program.
@@ -11,8 +10,6 @@ pub struct Operands<'a> {
     pub step: &'a Step,
     pub(super) arena: Ptr,
     pub(super) bases: &'a [u64; AREAS],
-    /// The host's copy of the step's numbers. Kernels read those that change from the device's block instead.
-    pub scalars: &'a Scalars,
 }
 
 impl Operands<'_> {
