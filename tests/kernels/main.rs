@@ -96,8 +96,8 @@ fn near(what: &str, got: &[f64], want: &[f64], tolerance: f64) {
     let square = |sum: f64, x: f64| sum + x * x;
     let apart = got.iter().zip(want).map(|(g, w)| g - w).fold(0.0, square).sqrt();
     let size = want.iter().copied().fold(0.0, square).sqrt();
-    // Gradients of nothing are 0 up to the rounding of what cancels.
-    assert!(apart <= tolerance * (size + 1e-3), "{what}: off by {apart:e} of {size:e}");
+    // Gradients of nothing are 0 up to the rounding of what cancels: in f32 this allows three roundings of a number near 1.
+    assert!(apart <= tolerance * (size + 1e-2), "{what}: off by {apart:e} of {size:e}");
 }
 
 fn check(case: &Case, computed: bool, devices: &[(String, DeviceSpec)]) {
