@@ -20,13 +20,17 @@
 // an activation), and rows are not shared between blocks of a cluster. Shifted: a thread has 16 words in flight, which the memory takes about 1000 cycles
 // to bring, as long as a step's products: 450-600 TFLOP/s.
 #include "gpu.cuh"
-#if GPU_HOPPER
 #include "gpu/gemm.cuh"
 #include "gpu/shifted_word.cuh"
 
 namespace {
 
-constexpr int TILE_M = 128, STEP = 64, CONSUMERS = 2, THREADS = 128 * (1 + CONSUMERS);
+constexpr int CONSUMERS = 2, THREADS = 128 * (1 + CONSUMERS);
+
+struct Sizes { int m, n, k, k_part, parts; };
+
+#if GPU_HOPPER
+constexpr int TILE_M = 128, STEP = 64;
 constexpr int BOX_BYTES = 64 * STEP * 2;                   // 64 rows of m or n by one step of k
 constexpr int PIECE = 32, PITCH = PIECE + 8;               // columns of sums that a warp stages at once; rows 8 banks apart
 constexpr int STAGED_BYTES = CONSUMERS * 4 * 16 * PITCH * 4;
@@ -45,13 +49,15 @@ template <int STAGES> struct Turn {
   DEV void next() { if (++stage == STAGES) stage = 0, parity ^= 1; }
 };
 
-// The tiles and parts of k of a block.
-struct Work {
-  int m, n, k, k_part, parts, tiles_m, tiles_n;
-  DEV int count() const { return tiles_m * tiles_n * parts; }
-  DEV GemmTile tile(int index) const { return gemm_tile(index % (tiles_m * tiles_n), tiles_m, tiles_n); }
-  DEV int part(int index) const { return index / (tiles_m * tiles_n); }
-  DEV int steps(int part) const { return (min(k - part * k_part, k_part) + STEP - 1) / STEP; }
+// The tiles and parts of k of all blocks.
+template <int TILE_N> struct Work {
+  Sizes s;
+  DEV int tiles_m() const { return (s.m + TILE_M - 1) / TILE_M; }
+  DEV int tiles_n() const { return (s.n + TILE_N - 1) / TILE_N; }
+  DEV int count() const { return tiles_m() * tiles_n() * s.parts; }
+  DEV GemmTile tile(int index) const { return gemm_tile(index % (tiles_m() * tiles_n()), tiles_m(), tiles_n()); }
+  DEV int part(int index) const { return index / (tiles_m() * tiles_n()); }
+  DEV int steps(int part) const { return (min(s.k - part * s.k_part, s.k_part) + STEP - 1) / STEP; }
 };
 
 // One step of an operand by its tensor map: `rows` of m or n from row0 on. K_ROWS: one box, all rows high; else boxes of 64 rows wide, a step high.
@@ -93,7 +99,7 @@ template <bool TRANSPOSED> struct Shifted {
 };
 
 template <int TILE_N, bool B_TRANSPOSED, class Left>
-DEV void produce(Ring<TILE_N>& ring, unsigned char* stages, const Left& a, const CUtensorMap* b, const Work& work) {
+DEV void produce(Ring<TILE_N>& ring, unsigned char* stages, const Left& a, const CUtensorMap* b, const Work<TILE_N>& work) {
   typedef Ring<TILE_N> R;
   bool speaks = threadIdx.x == 0;
   if (Left::COPIED && !speaks) return;
@@ -104,7 +110,7 @@ DEV void produce(Ring<TILE_N>& ring, unsigned char* stages, const Left& a, const
     for (int step = 0; step < steps; step++, turn.next()) {
       unsigned char* to = stages + turn.stage * R::BYTES;
       uint64_t* full = &ring.full[turn.stage];
-      int k0 = part * work.k_part + step * STEP;
+      int k0 = part * work.s.k_part + step * STEP;
       mbar_wait(&ring.empty[turn.stage], turn.parity ^ 1);
       if (speaks) {
         mbar_expect_tx(full, Left::COPIED ? R::BYTES : R::BYTES - R::A_BYTES);
@@ -165,8 +171,9 @@ template <int TILE_N, class Out> DEV void finish(const float (&sums)[TILE_N / 2]
 }
 
 template <class Out, int TILE_N, bool A_TRANSPOSED, bool B_TRANSPOSED, class Left>
-DEV void product(const GemmEnd<Out>& whole, const Left& a, const CUtensorMap* b, const Work& work) {
+DEV void product(const GemmEnd<Out>& whole, const Left& a, const CUtensorMap* b, const Sizes& sizes) {
   typedef Ring<TILE_N> R;
+  const Work<TILE_N> work = {sizes};
   GPU_SHARED(R, ring, [1]);
   GPU_DYNAMIC(unsigned char, stages);
   static_assert(1024 + R::STAGES * R::BYTES + STAGED_BYTES <= 227 * 1024, "more shared memory than a block can have");
@@ -192,16 +199,30 @@ DEV void product(const GemmEnd<Out>& whole, const Left& a, const CUtensorMap* b,
   }
 }
 
+#endif
+
+// By the tensor maps of both operands, or with the rows of a as they are. Other GPUs never get here.
+template <class Out, int TILE_N, bool A_TRANSPOSED, bool B_TRANSPOSED>
+DEV void product_of_maps(const GemmEnd<Out>& end, const CUtensorMap* a, const CUtensorMap* b, const Sizes& sizes) {
+#if GPU_HOPPER
+  product<Out, TILE_N, A_TRANSPOSED, B_TRANSPOSED>(end, Boxes<A_TRANSPOSED>{a}, b, sizes);
+#endif
+}
+template <class Out, int TILE_N, bool A_TRANSPOSED, bool B_TRANSPOSED>
+DEV void product_of_rows(const GemmEnd<Out>& end, const bf16* a, const CUtensorMap* b, const Sizes& sizes) {
+#if GPU_HOPPER
+  product<Out, TILE_N, A_TRANSPOSED, B_TRANSPOSED>(end, Shifted<A_TRANSPOSED>{a, sizes.m, sizes.k}, b, sizes);
+#endif
+}
+
 }  // namespace
 
 #define GEMM_HOPPER(name, Out, tile_n, a_transposed, b_transposed)                                                                       \
   extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                                               \
       name(Out* out, Out* pre, float* partials, const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b,            \
            const Out* bias, const Now* now, int accumulator, int activation, int m, int n, int k, int k_part, int parts) {               \
-    Work work = {m, n, k, k_part, parts, (m + TILE_M - 1) / TILE_M, (n + tile_n - 1) / tile_n};                                          \
-    Boxes<a_transposed> left = {&a};                                                                                                     \
-    product<Out, tile_n, a_transposed, b_transposed>(                                                                                    \
-        gemm_end(out, pre, partials, bias, now, accumulator, activation, m, n), left, &b, work);                                         \
+    product_of_maps<Out, tile_n, a_transposed, b_transposed>(                                                                            \
+        gemm_end(out, pre, partials, bias, now, accumulator, activation, m, n), &a, &b, {m, n, k, k_part, parts});                       \
   }                                                                                                                                      \
   GPU_EXPORT(name)
 
@@ -209,10 +230,8 @@ DEV void product(const GemmEnd<Out>& whole, const Left& a, const CUtensorMap* b,
   extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                                               \
       name(Out* out, Out* pre, float* partials, const bf16* a, const __grid_constant__ CUtensorMap b, const Out* bias, const Now* now,   \
            int accumulator, int activation, int m, int n, int k, int k_part, int parts) {                                                \
-    Work work = {m, n, k, k_part, parts, (m + TILE_M - 1) / TILE_M, (n + 255) / 256};                                                    \
-    Shifted<a_transposed> left = {a, m, k};                                                                                              \
-    product<Out, 256, a_transposed, b_transposed>(                                                                                       \
-        gemm_end(out, pre, partials, bias, now, accumulator, activation, m, n), left, &b, work);                                         \
+    product_of_rows<Out, 256, a_transposed, b_transposed>(                                                                               \
+        gemm_end(out, pre, partials, bias, now, accumulator, activation, m, n), a, &b, {m, n, k, k_part, parts});                        \
   }                                                                                                                                      \
   GPU_EXPORT(name)
 
@@ -224,4 +243,3 @@ GEMM_HOPPER(gemm_nt_128_bf16, bf16, 128, false, true)
 GEMM_HOPPER(gemm_tn_128_bf16, float, 128, true, false)
 GEMM_SHIFTED(gemm_nn_shifted_bf16, bf16, false, false)
 GEMM_SHIFTED(gemm_tn_shifted_bf16, float, true, false)
-#endif

@@ -228,7 +228,8 @@ mod tests {
     fn kernels_have_the_same_sizes() {
         let source = include_str!("../../../../kernels/gemm_hopper.cu");
         for line in [
-            "constexpr int TILE_M = 128, STEP = 64, CONSUMERS = 2, THREADS = 128 * (1 + CONSUMERS);",
+            "constexpr int CONSUMERS = 2, THREADS = 128 * (1 + CONSUMERS);",
+            "constexpr int TILE_M = 128, STEP = 64;",
             "constexpr int PIECE = 32, PITCH = PIECE + 8;",
             "constexpr int STAGED_BYTES = CONSUMERS * 4 * 16 * PITCH * 4;",
             "static constexpr int STAGES = TILE_N == 256 ? 4 : 6,",
