@@ -34,11 +34,10 @@ DEV void forward(bf16* out, float* lse, const bf16* q, const bf16* k, const bf16
   Lane at;
   int warp_row = threadIdx.x / 32 * 16 * M, first = part.first + warp_row;
   bf16 *rows = tiles + warp_row * PITCH<W>, *stages = tiles + F::ROWS * PITCH<W>;
-  k += head.key(s), v += head.key(s);
-  if (mask) mask += (int64_t)part.batch * s.keys;
+  int64_t own = head.key(s);
   int end = keys_seen(s, part.first + F::ROWS);
   auto load = [&](bf16* to, int key) {
-    int64_t from = (int64_t)key * s.kv_pitch;
+    int64_t from = own + (int64_t)key * s.kv_pitch;
     load_tile<W, KEYS, THREADS>(to, k + from, s.kv_pitch, s.keys - key, s.width);
     load_tile<W, KEYS, THREADS>(to + STAGE / 2, v + from, s.kv_pitch, s.keys - key, s.width);
     cp_async_commit();
@@ -64,7 +63,7 @@ DEV void forward(bf16* out, float* lse, const bf16* q, const bf16* k, const bf16
     float w[M][N][4];
     if constexpr (F::ROWS_IN_REGISTERS) products<W>(w, fragments, keys, at);
     else products<W>(w, rows, keys, at);
-    if (mask || key + KEYS > s.keys || (s.causal && key + KEYS > first)) hide_by_query(w, s, mask, first, key, at);
+    if (mask || key + KEYS > s.keys || (s.causal && key + KEYS > first)) hide_by_query(w, s, mask, part.batch, first, key, at);
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
@@ -96,6 +95,9 @@ DEV void forward(bf16* out, float* lse, const bf16* q, const bf16* k, const bf16
     }
     gather<W>(acc, w, keys + STAGE / 2, at);
   }
+  part = part_again<F::ROWS>(s.heads, s.queries);
+  head = Head(s, part.batch, part.head);
+  first = part.first + warp_row;
   float factors[M][2];
 #pragma unroll
   for (int m = 0; m < M; m++)
