@@ -53,7 +53,8 @@ DEV void forward(bf16* out, float* lse, const bf16* q, const bf16* k, const bf16
 #pragma unroll
     for (int h = 0; h < 2; h++) max[m][h] = NOTHING, sum[m][h] = 0;
   RowFragments<W, M> fragments;
-  for (int key = 0, stage = 0; key < end; key += KEYS, stage ^= 1) {
+  for (int key = 0; key < end; key += KEYS) {
+    int stage = key / KEYS % 2;
     cp_async_wait<0>();
     __syncthreads();
     if (key + KEYS < end) load(stages + (stage ^ 1) * STAGE, key + KEYS);
