@@ -5,11 +5,12 @@
 // Deterministic: a sum is made by one thread in the order of keys. Tiles that causality hides are skipped, by warp on the diagonal; hidden
 // keys are looked for in tiles that have some alone. Dropout has kernels of its own, as drawing costs registers.
 // Widths between 32, 64, 96 and 128 take the next, with columns of 0 in shared memory.
-//   width  keys a tile  shared memory   registers (sm_90a; two blocks a multiprocessor)
-//   32     64           30 KB           192, q stays in them
-//   64     64           54 KB           238, q stays in them
-//   96     32           52 KB           206
-//   128    32           68 KB           242
+//   width  keys a tile  shared memory   where q is
+//   32     64           30 KB           registers
+//   64     64           54 KB           registers
+//   96     32           52 KB           shared memory
+//   128    32           68 KB           shared memory
+// Up to 255 registers a thread (docs/kernels.md has the table), so two blocks are on a multiprocessor.
 // Each 16-byte-row load of k or v (ldmatrix x4) feeds 4 products, so shared memory is read at 0.25 loads a product (0.5 from width 96 on, where
 // q is read again) against 0.4 that it gives at the rate of mma.sync on an H200, which is 0.62 of the card's. Expected there: 330 TFLOP/s at
 // width 64 full and 8k long (0.33 of the rate): exponentials take as many cycles as a quarter of the products, and overlap only across warps.

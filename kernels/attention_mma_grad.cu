@@ -5,11 +5,8 @@
 // (64), a warp 32 (16; always with dropout), and goes over tiles of 32 queries, of the heads that share the keys one after the other. Rows
 // are keys there, so that weights are left operands from registers here too. The next tiles are copied while these are multiplied.
 // Deterministic: two passes, which make 14 products a score and column where one pass with atomics makes 10; each sum is by one thread, in order.
-//   width  shared memory   registers of grad_q and grad_kv (sm_90a; two blocks a multiprocessor)
-//   32     31 KB           166, 204
-//   64     55 KB           216, 255
-//   96     53 KB           236, 186
-//   128    69 KB           252, 228
+// Shared memory of a block: 31 KB at width 32, 55 at 64, 53 at 96, 69 at 128. Up to 255 registers a thread (docs/kernels.md has the table),
+// so two blocks are on a multiprocessor (at width 96 and 128 three of grad_q, which have two warps).
 // Loads of shared memory (ldmatrix x4) per product: 0.42 in grad_q; 0.38 in grad_kv, 0.63 from width 96 on, whose 16 rows a warp is what
 // registers hold; 0.4 is what an H200 gives at mma.sync's rate. Expected there: 260 TFLOP/s at width 64 and 8k, counting 10 products.
 #include "gpu.cuh"
