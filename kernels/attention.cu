@@ -245,7 +245,7 @@ DEV void grad_kv(T* d_k, T* d_v, const T* d_out, const float* lse, const float* 
     for (int query = s.causal ? first : 0; query < s.queries; query += TILE) {
       Rows<T> queries = query_rows(q + head.query(s), s.q_pitch, s, query), d_outs = query_rows(d_out + head.out(s), out_pitch, s, query);
       // Rows are keys here, and columns queries.
-      float w[4][4], d[4][4], kept[4][4];
+      float w[4][4], d[4][4];
       products(w, shared, keys, queries, x, y);
       products(d, shared, values, d_outs, x, y);
       uint32_t drawn = s.drop_below ? kept_keys(s, now, head, query + 4 * x, first + 4 * y) : 0;
@@ -253,15 +253,16 @@ DEV void grad_kv(T* d_k, T* d_v, const T* d_out, const float* lse, const float* 
       for (int c = 0; c < 4; c++) {
         int i = query + 4 * x + c;
         float top = i < s.queries ? log2_sum(lse[head.row + i]) : INFINITY, dot = i < s.queries ? delta[head.row + i] : 0.0f;
+        Pack<float> kept;
 #pragma unroll
         for (int r = 0; r < 4; r++) {
           float p = sees(s, mask, i, first + 4 * y + r) ? exp2f(fmaf(w[r][c], s.scale * LOG2_E, -top)) : 0.0f;
           float factor = factor_of(s, drawn, 4 * c + r);
-          kept[r][c] = p * factor;
+          kept.x[r] = p * factor;
           w[r][c] = p * fmaf(d[r][c], factor, -dot);
         }
+        store_pack(&shared.weights[4 * x + c][4 * y], kept);
       }
-      keep_weights(shared, kept, x, y);
       gather(acc_v, shared, d_outs, part.col, x, y);
       __syncthreads();
       keep_weights(shared, w, x, y);

@@ -5,11 +5,12 @@
 // Deterministic: a sum is made by one thread in the order of keys. Tiles that causality hides are skipped, by warp on the diagonal; hidden
 // keys are looked for in tiles that have some alone. Dropout has kernels of its own, as drawing costs registers.
 // Widths between 32, 64, 96 and 128 take the next, with columns of 0 in shared memory.
-//   width  keys a tile  shared memory   registers (sm_90a; two blocks a multiprocessor)
-//   32     64           30 KB           192, q stays in them
-//   64     64           54 KB           238, q stays in them
-//   96     32           52 KB           206
-//   128    32           68 KB           242
+//   width  keys a tile  shared memory   where q is
+//   32     64           30 KB           registers
+//   64     64           54 KB           registers
+//   96     32           52 KB           shared memory
+//   128    32           68 KB           shared memory
+// Up to 255 registers a thread (docs/kernels.md has the table), so two blocks are on a multiprocessor.
 // Each 16-byte-row load of k or v (ldmatrix x4) feeds 4 products, so shared memory is read at 0.25 loads a product (0.5 from width 96 on, where
 // q is read again) against 0.4 that it gives at the rate of mma.sync on an H200, which is 0.62 of the card's. Expected there: 330 TFLOP/s at
 // width 64 full and 8k long (0.33 of the rate): exponentials take as many cycles as a quarter of the products, and overlap only across warps.
@@ -34,11 +35,10 @@ DEV void forward(bf16* out, float* lse, const bf16* q, const bf16* k, const bf16
   Lane at;
   int warp_row = threadIdx.x / 32 * 16 * M, first = part.first + warp_row;
   bf16 *rows = tiles + warp_row * PITCH<W>, *stages = tiles + F::ROWS * PITCH<W>;
-  k += head.key(s), v += head.key(s);
-  if (mask) mask += (int64_t)part.batch * s.keys;
+  int64_t own = head.key(s);
   int end = keys_seen(s, part.first + F::ROWS);
   auto load = [&](bf16* to, int key) {
-    int64_t from = (int64_t)key * s.kv_pitch;
+    int64_t from = own + (int64_t)key * s.kv_pitch;
     load_tile<W, KEYS, THREADS>(to, k + from, s.kv_pitch, s.keys - key, s.width);
     load_tile<W, KEYS, THREADS>(to + STAGE / 2, v + from, s.kv_pitch, s.keys - key, s.width);
     cp_async_commit();
@@ -54,7 +54,8 @@ DEV void forward(bf16* out, float* lse, const bf16* q, const bf16* k, const bf16
 #pragma unroll
     for (int h = 0; h < 2; h++) max[m][h] = NOTHING, sum[m][h] = 0;
   RowFragments<W, M> fragments;
-  for (int key = 0, stage = 0; key < end; key += KEYS, stage ^= 1) {
+  for (int key = 0; key < end; key += KEYS) {
+    int stage = key / KEYS % 2;
     cp_async_wait<0>();
     __syncthreads();
     if (key + KEYS < end) load(stages + (stage ^ 1) * STAGE, key + KEYS);
@@ -64,7 +65,7 @@ DEV void forward(bf16* out, float* lse, const bf16* q, const bf16* k, const bf16
     float w[M][N][4];
     if constexpr (F::ROWS_IN_REGISTERS) products<W>(w, fragments, keys, at);
     else products<W>(w, rows, keys, at);
-    if (mask || key + KEYS > s.keys || (s.causal && key + KEYS > first)) hide_by_query(w, s, mask, first, key, at);
+    if (mask || key + KEYS > s.keys || (s.causal && key + KEYS > first)) hide_by_query(w, s, mask, part.batch, first, key, at);
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
@@ -96,6 +97,9 @@ DEV void forward(bf16* out, float* lse, const bf16* q, const bf16* k, const bf16
     }
     gather<W>(acc, w, keys + STAGE / 2, at);
   }
+  part = part_again<F::ROWS>(s.heads, s.queries);
+  head = Head(s, part.batch, part.head);
+  first = part.first + warp_row;
   float factors[M][2];
 #pragma unroll
   for (int m = 0; m < M; m++)

@@ -5,11 +5,8 @@
 // (64), a warp 32 (16; always with dropout), and goes over tiles of 32 queries, of the heads that share the keys one after the other. Rows
 // are keys there, so that weights are left operands from registers here too. The next tiles are copied while these are multiplied.
 // Deterministic: two passes, which make 14 products a score and column where one pass with atomics makes 10; each sum is by one thread, in order.
-//   width  shared memory   registers of grad_q and grad_kv (sm_90a; two blocks a multiprocessor)
-//   32     31 KB           166, 204
-//   64     55 KB           216, 255
-//   96     53 KB           236, 186
-//   128    69 KB           252, 228
+// Shared memory of a block: 31 KB at width 32, 55 at 64, 53 at 96, 69 at 128. Up to 255 registers a thread (docs/kernels.md has the table),
+// so two blocks are on a multiprocessor (at width 96 and 128 three of grad_q, which have two warps).
 // Loads of shared memory (ldmatrix x4) per product: 0.42 in grad_q; 0.38 in grad_kv, 0.63 from width 96 on, whose 16 rows a warp is what
 // registers hold; 0.4 is what an H200 gives at mma.sync's rate. Expected there: 260 TFLOP/s at width 64 and 8k, counting 10 products.
 #include "gpu.cuh"
@@ -37,11 +34,10 @@ DEV void grad_q(bf16* d_q, const bf16* d_out, const float* lse, const float* del
   int warp_row = threadIdx.x / 32 * 16 * M, first = part.first + warp_row;
   bf16 *queries = tiles + warp_row * PITCH<W>, *d_outs = queries + G::ROWS * PITCH<W>, *stages = tiles + 2 * G::ROWS * PITCH<W>;
   int64_t out_pitch = (int64_t)s.heads * s.width;
-  k += head.key(s), v += head.key(s);
-  if (mask) mask += (int64_t)part.batch * s.keys;
+  int64_t own = head.key(s);
   int end = keys_seen(s, part.first + G::ROWS);
   auto load = [&](bf16* to, int key) {
-    int64_t from = (int64_t)key * s.kv_pitch;
+    int64_t from = own + (int64_t)key * s.kv_pitch;
     load_tile<W, COLS, G::THREADS>(to, k + from, s.kv_pitch, s.keys - key, s.width);
     load_tile<W, COLS, G::THREADS>(to + TILE, v + from, s.kv_pitch, s.keys - key, s.width);
     cp_async_commit();
@@ -73,7 +69,7 @@ DEV void grad_q(bf16* d_q, const bf16* d_out, const float* lse, const float* del
     if (DROPOUT) draw_by_query<M, N>(kept, s, now, head.row + first, key, at);
     float w[M][N][4], d[M][N][4];
     products<W>(w, queries, keys, at);
-    if (mask || key + COLS > s.keys || (s.causal && key + COLS > first)) hide_by_query(w, s, mask, first, key, at);
+    if (mask || key + COLS > s.keys || (s.causal && key + COLS > first)) hide_by_query(w, s, mask, part.batch, first, key, at);
     products<W>(d, d_outs, keys + TILE, at);
     if (DROPOUT) {
 #pragma unroll
@@ -91,6 +87,9 @@ DEV void grad_q(bf16* d_q, const bf16* d_out, const float* lse, const float* del
         for (int i = 0; i < 4; i++) w[m][n][i] = exp2_fast(fmaf(w[m][n][i], scale, -top[m][i / 2])) * (d[m][n][i] - dot[m][i / 2]);
     gather<W>(acc, w, keys, at);
   }
+  part = part_again<G::ROWS>(s.heads, s.queries);
+  first = part.first + warp_row;
+  head = Head(s, part.batch, part.head);
   write_rows<W>(d_q + head.query(s) + first * (int64_t)s.q_pitch, s.q_pitch, s.queries - first, s.width, queries, acc, factors, at);
 }
 
@@ -107,7 +106,6 @@ DEV void grad_kv(bf16* d_k, bf16* d_v, const bf16* d_out, const float* lse, cons
   int group = s.heads / s.kv_heads, warp_row = threadIdx.x / 32 * 16 * M, first = part.first + warp_row;
   bf16 *keys = tiles + warp_row * PITCH<W>, *values = keys + G::ROWS * PITCH<W>, *stages = tiles + 2 * G::ROWS * PITCH<W>;
   int64_t out_pitch = (int64_t)s.heads * s.width, own = Head(s, part.batch, part.head * group).key(s) + part.first * (int64_t)s.kv_pitch;
-  if (mask) mask += (int64_t)part.batch * s.keys;
   // Queries before the first key see none of the tile when causal.
   int begin = s.causal ? part.first / COLS : 0, tiles_of_head = (s.queries + COLS - 1) / COLS - begin;
   int count = tiles_of_head > 0 ? tiles_of_head * group : 0;
@@ -142,7 +140,7 @@ DEV void grad_kv(bf16* d_k, bf16* d_v, const bf16* d_out, const float* lse, cons
     if (s.causal && query + COLS <= first) continue;
     float w[M][N][4], d[M][N][4];
     products<W>(w, keys, queries, at);
-    if (mask || (s.causal && query < first + 16 * M)) hide_by_key(w, s, mask, query, first, at);
+    if (mask || (s.causal && query < first + 16 * M)) hide_by_key(w, s, mask, part.batch, query, first, at);
 #pragma unroll
     for (int n = 0; n < N; n++)
 #pragma unroll
@@ -181,7 +179,9 @@ DEV void grad_kv(bf16* d_k, bf16* d_v, const bf16* d_out, const float* lse, cons
   for (int m = 0; m < M; m++)
 #pragma unroll
     for (int h = 0; h < 2; h++) scales[m][h] = s.scale, ones[m][h] = 1;
-  own += warp_row * (int64_t)s.kv_pitch;
+  part = part_again<G::ROWS>(s.kv_heads, s.keys);
+  first = part.first + warp_row;
+  own = Head(s, part.batch, part.head * group).key(s) + first * (int64_t)s.kv_pitch;
   write_rows<W>(d_k + own, s.kv_pitch, s.keys - first, s.width, keys, acc_k, scales, at);
   write_rows<W>(d_v + own, s.kv_pitch, s.keys - first, s.width, values, acc_v, ones, at);
 }

@@ -17,11 +17,12 @@ struct Lane {
   DEV Lane() : lane(threadIdx.x % 32), g(lane / 4), t(lane % 4) {}
 };
 
-// Rows of a matrix into a tile; rows from `rows` on and columns from `cols` on become 0. The columns are whole 16-byte pieces.
+// Rows of a matrix into a tile; rows from `rows` on and columns from `cols` on become 0. The columns are whole 16-byte pieces. Not unrolled:
+// the addresses would take registers that the products need.
 template <int W, int ROWS, int THREADS> DEV void load_tile(bf16* to, const bf16* from, int64_t pitch, int rows, int cols) {
   constexpr int PIECES = W / 8;
   static_assert(ROWS * PIECES % THREADS == 0, "threads have as many pieces each");
-#pragma unroll 2
+#pragma unroll 1
   for (int i = 0; i < ROWS * PIECES / THREADS; i++) {
     int piece = i * THREADS + threadIdx.x, row = piece / PIECES, col = piece % PIECES * 8;
     bool inside = row < rows && col < cols;
@@ -150,7 +151,7 @@ DEV void write_rows(bf16* to, int64_t pitch, int rows, int cols, bf16* tile, con
 
 // Scores of keys that a query does not see become minus infinity. Rows are queries, `query` the first; `key` is the first column.
 template <int M, int N>
-DEV void hide_by_query(float (&w)[M][N][4], const AttentionSizes& s, const int32_t* mask, int query, int key, const Lane& at) {
+DEV void hide_by_query(float (&w)[M][N][4], const AttentionSizes& s, const int32_t* mask, int batch, int query, int key, const Lane& at) {
 #pragma unroll
   for (int m = 0; m < M; m++)
 #pragma unroll
@@ -163,6 +164,7 @@ DEV void hide_by_query(float (&w)[M][N][4], const AttentionSizes& s, const int32
           if (8 * n + e >= seen) w[m][n][2 * h + e] = NOTHING;
     }
   if (!mask) return;
+  mask += (int64_t)batch * s.keys;
 #pragma unroll
   for (int n = 0; n < N; n++)
 #pragma unroll
@@ -175,7 +177,7 @@ DEV void hide_by_query(float (&w)[M][N][4], const AttentionSizes& s, const int32
 }
 // Rows are keys, and columns queries.
 template <int M, int N>
-DEV void hide_by_key(float (&w)[M][N][4], const AttentionSizes& s, const int32_t* mask, int query, int key, const Lane& at) {
+DEV void hide_by_key(float (&w)[M][N][4], const AttentionSizes& s, const int32_t* mask, int batch, int query, int key, const Lane& at) {
 #pragma unroll
   for (int m = 0; m < M; m++)
 #pragma unroll
@@ -183,7 +185,7 @@ DEV void hide_by_key(float (&w)[M][N][4], const AttentionSizes& s, const int32_t
       int row = key + 16 * m + at.g + 8 * h;
       // The first query that sees the key.
       int first = (s.causal ? row : 0) - query - 2 * at.t;
-      if (mask && (row >= s.keys || mask[row] == 0)) first = 8 * N;
+      if (mask && (row >= s.keys || mask[(int64_t)batch * s.keys + row] == 0)) first = 8 * N;
 #pragma unroll
       for (int n = 0; n < N; n++)
 #pragma unroll
@@ -225,14 +227,21 @@ DEV void draw_by_key(uint32_t (&kept)[M], const AttentionSizes& s, const Now* no
   }
 }
 
-// A block's tile of `ROWS` positions. Later tiles, which see the most keys when causal, come first.
+// A block's tile of `ROWS` positions. Later tiles, which see the most keys when causal, come first. `part_again` is the same, made from the
+// block's number anew, for the end of a kernel: so it takes no registers in the loop before.
 template <int ROWS> struct Part {
   int batch, head, first;
-  DEV Part(int heads, int positions) {
-    int tiles = (positions + ROWS - 1) / ROWS, at = blockIdx.x;
+  DEV Part(int heads, int positions, uint32_t block = blockIdx.x) {
+    int tiles = (positions + ROWS - 1) / ROWS, at = block;
     first = (tiles - 1 - at % tiles) * ROWS, at /= tiles;
     head = at % heads, batch = at / heads;
   }
 };
+
+template <int ROWS> DEV Part<ROWS> part_again(int heads, int positions) {
+  uint32_t block = blockIdx.x;
+  forget(block);
+  return Part<ROWS>(heads, positions, block);
+}
 
 }  // namespace tensor

@@ -19,6 +19,8 @@ pub fn cases(t: &mut Table) {
         (1, 66, 66, 2, 2, 96, true, false, 0.0),
         (1, 7, 67, 1, 1, 130, false, true, 0.0),
         (1, 257, 257, 1, 1, 24, true, false, 0.0),
+        (1, 300, 300, 2, 1, 64, true, false, 0.0),
+        (2, 70, 260, 2, 1, 64, false, true, 0.0),
     ] {
         for packed in [false, true] {
             // With a single key the weights are 1 whatever q and k are: their gradients are what is left of sums that cancel, and can be
