@@ -5,16 +5,22 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-/// Kernels that may use local memory: kernel, most bytes of spills, of stack; and why.
-const EXCEPTIONS: &[(&str, u32, u32, &str)] = &[
-    (
-        "rotary_f32",
-        0,
-        32,
-        "sinf and cosf reduce large angles in an array; ours are within a turn, so that branch is never taken",
-    ),
-    ("rotary_bf16", 0, 32, "as rotary_f32"),
+/// What may use local memory: kernel, architecture, most bytes of spills, of stack; and why.
+const EXCEPTIONS: &[(&str, &str, u32, u32, &str)] = &[
+    ("attention_grad_kv_f32", "sm_80", 8, 8, GRAD_KV),
+    ("attention_grad_kv_bf16", "sm_80", 8, 8, GRAD_KV),
+    ("attention_forward_mma128_bf16", "sm_120", 52, 40, BLACKWELL),
+    ("attention_grad_kv_mma64_bf16", "sm_100", 8, 8, BLACKWELL),
+    ("attention_grad_kv_mma64_bf16", "sm_120", 8, 8, BLACKWELL),
+    ("attention_grad_q_dropout_mma128_bf16", "sm_120", 4, 8, BLACKWELL),
+    ("conv2d_grad_bias_f32", "sm_100", 4, 8, BLACKWELL),
+    ("add_position_grad_f32", "sm_120", 24, 24, BLACKWELL),
 ];
+
+const GRAD_KV: &str =
+    "one pair of words is put aside once a tile of 64 x 64 scores, beside half a million multiply-adds";
+const BLACKWELL: &str =
+    "tiles and launch bounds are chosen for the registers of sm_80 and sm_90a; here a few words do not fit";
 
 /// A source file whose snake-case literals are no kernels: the emulator's own entry points.
 const OTHER_NAMES: &str = "emulated.rs";
@@ -94,17 +100,19 @@ fn no_spills_and_no_stack_frames() {
     for ((kernel, arch), said) in &all {
         assert!(said.registers > 0, "{kernel} for {arch}: the log has no register count");
         let spills = said.spill_store_bytes.max(said.spill_load_bytes);
-        let exception = EXCEPTIONS.iter().position(|e| e.0 == kernel);
-        let (most_spills, most_stack) = exception.map_or((0, 0), |e| (EXCEPTIONS[e].1, EXCEPTIONS[e].2));
-        used.extend(exception);
+        let exception = EXCEPTIONS.iter().position(|e| e.0 == kernel && e.1 == arch);
+        let (most_spills, most_stack) = exception.map_or((0, 0), |e| (EXCEPTIONS[e].2, EXCEPTIONS[e].3));
+        used.extend(exception.filter(|_| spills > 0 || said.stack_bytes > 0));
         if spills > most_spills || said.stack_bytes > most_stack {
             faults.push(format!("{kernel} for {arch}: {said:?}"));
         }
     }
     assert!(faults.is_empty(), "local memory is used by\n{}", faults.join("\n"));
     for (i, exception) in EXCEPTIONS.iter().enumerate() {
-        assert!(used.contains(&i), "no kernel needs the exception {exception:?}");
-        assert!(!exception.3.is_empty(), "an exception says why");
+        // A build for fewer architectures needs fewer.
+        let built = all.keys().any(|(_, arch)| arch == exception.1);
+        assert!(used.contains(&i) || !built, "no kernel needs the exception {exception:?}");
+        assert!(!exception.4.is_empty(), "an exception says why");
     }
 }
 
