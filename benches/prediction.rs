@@ -179,7 +179,7 @@ impl Bench {
         for _ in 0..STEPS {
             for (step, secs) in steps.iter().zip(&mut secs) {
                 let one =
-                    Program { steps: vec![step.clone()], area_bytes: self.program.area_bytes, inputs: Vec::new() };
+                    Program { steps: vec![step.clone()], area_bytes: self.program.area_bytes, inputs: Vec::new(), tf32: false };
                 secs.push(self.time(0, task(one, self.bases))? - cost.run_secs);
             }
         }

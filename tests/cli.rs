@@ -334,7 +334,7 @@ fn what_is_not_built_yet_is_said() {
         ("device.0.kind=cuda", "device.0.kind: \"cuda\" is not built in"),
         ("device.0.kind=emulated", "device.0.kind: \"emulated\" is not built in"),
         ("device.0.count=2", "several devices are not built yet"),
-        ("model.0.dtype=tf32", "model.0.dtype: tf32 is not built yet"),
+        ("model.0.dtype=tf32", "model.0.dtype: tf32 goes with kind = \"cuda\", not \"host\""),
         ("model.0.search={ lr = [1e-3] }", "model.0.search: searching is not built yet"),
         ("host={ disk = { path = 'd', memory = 1000 } }", "host.disk: the disk tier is not built yet"),
         ("host={ link = '1 GB/s' }", "host.link"),

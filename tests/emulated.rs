@@ -127,6 +127,21 @@ fn bf16_follows_f32() {
     }
 }
 
+/// Products with factors rounded to tf32 are other bits and nearly the same losses.
+#[test]
+fn tf32_is_close_to_f32() {
+    let small = Small::gpt(32, 2, 2, 16, 0.0);
+    let losses = |tf32| -> Vec<f32> {
+        let options =
+            TrainOptions { seed: 5, batch: 4, microbatch: 4, tf32, device: emulated(90, 0), ..TrainOptions::new(6) };
+        let outcome = small.train(&options).expect("a run");
+        outcome.losses.iter().map(|&b| f32::from_bits(b)).collect()
+    };
+    let (f32, tf32) = (losses(false), losses(true));
+    assert!(f32 != tf32, "tf32 changed nothing");
+    assert!(f32.iter().zip(&tf32).all(|(a, b)| (a - b).abs() < 1e-3 * a), "{f32:?} {tf32:?}");
+}
+
 /// An infinite weight ends the run at its step, names its layer, and leaves the weights as they were.
 #[test]
 fn what_is_not_finite_is_named() {

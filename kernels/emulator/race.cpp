@@ -297,6 +297,7 @@ void end(const void* p, size_t bytes, bool write, unsigned owner, uint32_t clock
 }  // namespace sim
 
 extern "C" {
+int sim_checks_races() { return sim::race::on; }
 void sim_track(const void* p, uint64_t bytes) {
   using namespace sim::race;
   if (!on || bytes == 0) return;

@@ -149,6 +149,8 @@ pub struct Graph {
     pub parameter_gradients: Vec<ParameterGradient>,
     /// Whether its programs run on a device whose kernels want scratch in the workspace (see [`super::scratch_bytes`]).
     pub scratch: bool,
+    /// Whether products of f32 may round their factors to tf32 (10 bits of fraction), on a device that has it.
+    pub tf32: bool,
 }
 
 impl Graph {

@@ -125,6 +125,8 @@ pub struct Program {
     pub area_bytes: [u64; AREAS],
     /// The batch's tensors that it reads.
     pub inputs: Vec<UsedInput>,
+    /// Whether products of f32 may round their factors to tf32, on a device that has it.
+    pub tf32: bool,
 }
 
 impl Program {
@@ -361,7 +363,7 @@ impl<'a> Slice<'a> {
                 *end = (*end).max(buffer.offset + buffer.bytes());
             }
         }
-        Program { steps, area_bytes, inputs: self.inputs }
+        Program { steps, area_bytes, inputs: self.inputs, tf32: self.graph.tf32 }
     }
 
     /// An input of node `n` that dies at step `at` and may be overwritten by output 0, with its operand number.

@@ -45,6 +45,8 @@ pub struct TrainOptions {
     pub poison: bool,
     /// Element type of weights and activations: F32, or Bf16 with f32 masters.
     pub dtype: DType,
+    /// Products of f32 may round their factors to tf32; for the cuda device, emulated or not.
+    pub tf32: bool,
 }
 
 impl TrainOptions {
@@ -64,6 +66,7 @@ impl TrainOptions {
             patience_secs: 60.0,
             poison: false,
             dtype: DType::F32,
+            tf32: false,
         }
     }
 }
@@ -134,12 +137,12 @@ impl<F: FnMut(&StepReport) -> Result<()>> Observer for F {
 /// # Errors
 /// When the network does not take the inputs, or the microbatch does not divide the batch.
 pub fn trace_model(network: &dyn Network, inputs: &[InputShape], options: &TrainOptions) -> Result<Model> {
-    let &TrainOptions { batch, microbatch, dtype, .. } = options;
+    let &TrainOptions { batch, microbatch, dtype, tf32, .. } = options;
     let scratch = options.device.wants_scratch();
     if microbatch == 0 || !batch.is_multiple_of(microbatch) {
         return Err(Error::bad(format!("microbatch {microbatch} does not divide batch {batch}")));
     }
-    let trace = |mode| network.trace(mode, dtype, microbatch, inputs).map(|graph| Graph { scratch, ..graph });
+    let trace = |mode| network.trace(mode, dtype, microbatch, inputs).map(|graph| Graph { scratch, tf32, ..graph });
     Model::new(trace(Mode::Training)?, Some(trace(Mode::Evaluation)?), batch / microbatch)
 }
 

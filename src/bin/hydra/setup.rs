@@ -1,7 +1,7 @@
 //! A job's models made ready: the network, its data, and how to train it; nothing is planned yet and no weight is read.
 
 use crate::job::model::{Data, Length, Source as Whence, Tokenizer, ValidPart};
-use crate::job::{self, Job, Policy};
+use crate::job::{self, DeviceKind, Job, Policy};
 use hydra::base::{DType, Error, Result, Shape};
 use hydra::data::{
     self, BatchesOptions, BatchesSource, ImageFiles, ImageOptions, ImageSource, RandomOptions, RandomSource, Source,
@@ -135,8 +135,9 @@ pub fn check_scope(file: &str, job: &Job) -> Result<()> {
         if model.search.is_some() {
             return fault(&format!("model.{i}.search"), "searching is not built yet; write one model per combination");
         }
-        if model.dtype == "tf32" {
-            let what = "tf32 is not built yet; write dtype = \"f32\" or \"bf16\"".to_string();
+        let kind = job.devices[0].kind;
+        if model.dtype == "tf32" && !matches!(kind, DeviceKind::Cuda | DeviceKind::Emulated) {
+            let what = format!("tf32 goes with kind = \"cuda\", not \"{}\"; write dtype = \"f32\"", kind.word());
             return fault(&format!("model.{i}.dtype"), &what);
         }
     }
@@ -188,6 +189,7 @@ pub fn prepare(file: &str, job: &Job, i: usize) -> Result<Prepared> {
     options.batch = model.batch;
     options.microbatch = model.microbatch;
     options.dtype = if model.dtype == "bf16" { DType::Bf16 } else { DType::F32 };
+    options.tf32 = model.dtype == "tf32";
     (options.optimizer, options.clip) = optimizer(&model.optimizer);
     options.schedule = match model.schedule {
         job::Schedule::Constant => Schedule::Constant,

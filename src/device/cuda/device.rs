@@ -308,6 +308,7 @@ impl CudaDevice {
         let arena = self.arenas[run.device as usize];
         let StreamLane { stream, blocks, .. } = &mut self.streams[lane];
         let mut queue = Queue::new(self.driver.as_mut(), *stream, blocks, number);
+        queue.tf32 = run.program.tf32;
         queue.begin(&run.scalars, run.check)?;
         for step in &run.program.steps {
             let operands = Operands { step, arena, bases: &run.bases };
@@ -317,6 +318,7 @@ impl CudaDevice {
                 optimizer::check_finite(&mut queue, &operands, step.layer)?;
             }
         }
+        queue.release()?;
         if run.check { queue.end_check() } else { Ok(()) }
     }
 

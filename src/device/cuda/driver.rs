@@ -100,7 +100,8 @@ pub trait Driver: Send {
     /// When something before it has failed.
     fn passed(&mut self, mark: Mark) -> Result<bool>;
 
-    /// Tells which bytes the launches that follow on `stream` may touch, until the next call. A driver that checks holds them to it.
+    /// Tells which bytes the launches that follow on `stream` may touch, until the next call; none: any. A driver that checks holds them
+    /// to it.
     ///
     /// # Errors
     /// When the device has failed.

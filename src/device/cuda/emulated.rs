@@ -29,6 +29,8 @@ struct Settings {
 
 /// The library that every driver uses, loaded once.
 static LIBRARY: OnceLock<Library> = OnceLock::new();
+/// Held while checked kernels run.
+static CHECKED: Mutex<()> = Mutex::new(());
 /// Embedders' libraries, by name, each loaded once.
 static CUSTOM: Mutex<BTreeMap<&'static str, &'static Library>> = Mutex::new(BTreeMap::new());
 
@@ -37,6 +39,9 @@ type LastError = unsafe extern "C" fn() -> *const c_char;
 type EncodeMap = unsafe extern "C" fn(*mut c_void, *const c_void, u32, u64, u64, u64, u32, u32, u32) -> c_int;
 type Track = unsafe extern "C" fn(*const c_void, usize);
 type UntrackAll = unsafe extern "C" fn();
+type ChecksRaces = unsafe extern "C" fn() -> c_int;
+/// AddressSanitizer's, where it is loaded.
+type SetAccess = unsafe extern "C" fn(*const c_void, usize);
 
 /// A shared object with kernels and the emulator that runs them; never unloaded.
 struct Library {
@@ -45,6 +50,10 @@ struct Library {
     encode_map: EncodeMap,
     track: Track,
     untrack_all: UntrackAll,
+    /// Whether these kernels were compiled for the race detector.
+    checks_races: bool,
+    /// AddressSanitizer's ways to forbid a stretch of memory and to allow it.
+    sanitizer: Option<[SetAccess; 2]>,
 }
 
 // SAFETY: the emulator keeps its state by thread; the handle is only asked for symbols.
@@ -123,6 +132,13 @@ impl Library {
             track: unsafe { std::mem::transmute::<*mut c_void, Track>(symbol(c"sim_track")?) },
             // SAFETY: as above.
             untrack_all: unsafe { std::mem::transmute::<*mut c_void, UntrackAll>(symbol(c"sim_untrack_all")?) },
+            checks_races: {
+                // SAFETY: as above.
+                let ask = unsafe { std::mem::transmute::<*mut c_void, ChecksRaces>(symbol(c"sim_checks_races")?) };
+                // SAFETY: only reads a flag.
+                (unsafe { ask() }) != 0
+            },
+            sanitizer: sanitizer(),
         })
     }
 
@@ -139,6 +155,17 @@ impl Library {
         let text = unsafe { CStr::from_ptr((self.last_error)()) };
         text.to_string_lossy().into_owned()
     }
+}
+
+/// Where AddressSanitizer is loaded, its functions.
+fn sanitizer() -> Option<[SetAccess; 2]> {
+    let find = |symbol: &CStr| {
+        // SAFETY: looks among the libraries that are loaded.
+        let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, symbol.as_ptr()) };
+        // SAFETY: the two have this type in every version of it (sanitizer/asan_interface.h).
+        (!found.is_null()).then(|| unsafe { std::mem::transmute::<*mut c_void, SetAccess>(found) })
+    };
+    Some([find(c"__asan_poison_memory_region")?, find(c"__asan_unpoison_memory_region")?])
 }
 
 /// What a stream has to do. Marks carry the recording that is meant.
@@ -162,11 +189,15 @@ struct MarkState {
 /// An allocation, freed when the driver is dropped.
 struct Memory {
     start: *mut c_void,
+    bytes: usize,
+    /// Whether it is a device's, not the host's.
+    device: bool,
 }
 
 impl Memory {
     /// Device memory is as the last program left it: filled with NaN here. A device's own allocator aligns to 256 bytes.
-    fn new(bytes: u64, fill: c_int) -> Result<Memory> {
+    fn new(bytes: u64, device: bool) -> Result<Memory> {
+        let fill = if device { 0xFF } else { 0 };
         let mut start = std::ptr::null_mut();
         let size = usize::try_from(bytes).unwrap_or(usize::MAX).max(1);
         // SAFETY: 4096 is a power of two and a multiple of a pointer's size.
@@ -176,7 +207,7 @@ impl Memory {
         }
         // SAFETY: just allocated with this size.
         unsafe { libc::memset(start, fill, size) };
-        Ok(Memory { start })
+        Ok(Memory { start, bytes: size, device })
     }
 }
 
@@ -197,6 +228,8 @@ pub struct Emulated {
     streams: Vec<VecDeque<Action>>,
     marks: Vec<MarkState>,
     memory: Vec<Memory>,
+    /// What launches on each stream may touch; empty where nothing was said.
+    confined: Vec<Vec<(Ptr, u64)>>,
     order: Sequence,
     seed: u32,
     launches: u32,
@@ -222,6 +255,7 @@ impl Emulated {
             streams: Vec::new(),
             marks: Vec::new(),
             memory: Vec::new(),
+            confined: Vec::new(),
             order: Sequence::new(u64::from(seed), 0),
             seed,
             launches: 0,
@@ -246,9 +280,9 @@ impl Emulated {
         }
     }
 
-    fn run(&mut self, action: Action) -> Result<()> {
+    fn run(&mut self, stream: usize, action: Action) -> Result<()> {
         match action {
-            Action::Launch(launch) => self.run_kernel(&launch)?,
+            Action::Launch(launch) => self.run_confined(stream, &launch)?,
             Action::Copy { to, from, bytes } => {
                 // SAFETY: the caller's addresses, within memory of this driver; the two may be the same place but never overlap in part.
                 unsafe { libc::memmove(to.0 as *mut c_void, from.0 as *const c_void, bytes as usize) };
@@ -257,16 +291,7 @@ impl Emulated {
                 // SAFETY: the caller's address, within memory of this driver.
                 unsafe { libc::memset(to.0 as *mut c_void, c_int::from(byte), bytes as usize) };
             }
-            Action::Confine(regions) => {
-                for library in &self.libraries {
-                    // SAFETY: forgets regions; nothing runs now.
-                    unsafe { (library.untrack_all)() };
-                    for &(start, bytes) in &regions {
-                        // SAFETY: the caller's region, within memory of this driver.
-                        unsafe { (library.track)(start.0 as *const c_void, bytes as usize) };
-                    }
-                }
-            }
+            Action::Confine(regions) => self.confined[stream] = regions,
             Action::Record { mark, recording } => {
                 self.marks[mark].passed = recording;
                 self.marks[mark].at = Instant::now();
@@ -274,6 +299,41 @@ impl Emulated {
             Action::WaitFor { .. } => {}
         }
         Ok(())
+    }
+
+    /// Runs a kernel; with kernels that are checked, only what its op may touch is open to it, and races there are looked for.
+    fn run_confined(&mut self, stream: usize, launch: &Launch) -> Result<()> {
+        let (index, _) = self.kernel(launch.kernel)?;
+        let library = self.libraries[index];
+        if self.confined[stream].is_empty() || (!library.checks_races && library.sanitizer.is_none()) {
+            return self.run_kernel(launch);
+        }
+        // What is tracked and forbidden is the process's, so one at a time.
+        let _turn = CHECKED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some([forbid, allow]) = library.sanitizer {
+            for memory in self.memory.iter().filter(|m| m.device) {
+                // SAFETY: an allocation of this driver; nothing else runs in it now.
+                unsafe { forbid(memory.start, memory.bytes) };
+            }
+            for &(start, bytes) in &self.confined[stream] {
+                // SAFETY: within an allocation of this driver.
+                unsafe { allow(start.0 as *const c_void, bytes as usize) };
+            }
+        }
+        for &(start, bytes) in &self.confined[stream] {
+            // SAFETY: within an allocation of this driver.
+            unsafe { (library.track)(start.0 as *const c_void, bytes as usize) };
+        }
+        let result = self.run_kernel(launch);
+        // SAFETY: nothing runs now.
+        unsafe { (library.untrack_all)() };
+        if let Some([_, allow]) = library.sanitizer {
+            for memory in self.memory.iter().filter(|m| m.device) {
+                // SAFETY: an allocation of this driver.
+                unsafe { allow(memory.start, memory.bytes) };
+            }
+        }
+        result
     }
 
     fn run_kernel(&mut self, launch: &Launch) -> Result<()> {
@@ -312,17 +372,18 @@ impl Driver for Emulated {
     }
 
     fn alloc(&mut self, bytes: u64) -> Result<Ptr> {
-        self.memory.push(Memory::new(bytes, 0xFF)?);
+        self.memory.push(Memory::new(bytes, true)?);
         Ok(Ptr(self.memory.last().expect("pushed just above").start as u64))
     }
 
     fn alloc_host(&mut self, bytes: u64) -> Result<*mut u8> {
-        self.memory.push(Memory::new(bytes, 0)?);
+        self.memory.push(Memory::new(bytes, false)?);
         Ok(self.memory.last().expect("pushed just above").start.cast())
     }
 
     fn stream(&mut self) -> Result<Stream> {
         self.streams.push(VecDeque::new());
+        self.confined.push(Vec::new());
         Ok(Stream(self.streams.len() as u32 - 1))
     }
 
@@ -380,7 +441,7 @@ impl Driver for Emulated {
         let drawn = if self.seed == 0 { 0 } else { self.order.below(ready as u64) as usize };
         let stream = (0..self.streams.len()).filter(|&s| self.may_run(s)).nth(drawn).expect("counted just above");
         let action = self.streams[stream].pop_front().expect("its head may run");
-        self.run(action)
+        self.run(stream, action)
     }
 
     fn secs_between(&mut self, from: Mark, to: Mark) -> Result<f64> {

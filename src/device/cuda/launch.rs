@@ -228,6 +228,11 @@ impl<'a> Queue<'a> {
         self.driver.confine(self.stream, &mut operands.regions().chain([block]))
     }
 
+    /// Ends what [`Queue::confine`] began.
+    pub(super) fn release(&mut self) -> Result<()> {
+        self.driver.confine(self.stream, &mut std::iter::empty())
+    }
+
     /// Sends at most 256 bytes to the task's own block of device memory; once a task.
     ///
     /// # Errors
