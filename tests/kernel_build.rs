@@ -6,19 +6,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// What may use local memory: kernel, architecture, most bytes of spills, of stack; and why.
-const EXCEPTIONS: &[(&str, &str, u32, u32, &str)] = &[
-    ("attention_grad_kv_f32", "sm_80", 8, 8, GRAD_KV),
-    ("attention_grad_kv_bf16", "sm_80", 8, 8, GRAD_KV),
-    ("attention_forward_mma128_bf16", "sm_120", 52, 40, BLACKWELL),
-    ("attention_grad_kv_mma64_bf16", "sm_100", 8, 8, BLACKWELL),
-    ("attention_grad_kv_mma64_bf16", "sm_120", 8, 8, BLACKWELL),
-    ("attention_grad_q_dropout_mma128_bf16", "sm_120", 4, 8, BLACKWELL),
-    ("conv2d_grad_bias_f32", "sm_100", 4, 8, BLACKWELL),
-    ("add_position_grad_f32", "sm_120", 24, 24, BLACKWELL),
-];
+const EXCEPTIONS: &[(&str, &str, u32, u32, &str)] =
+    &[("conv2d_grad_bias_f32", "sm_100", 4, 8, BLACKWELL), ("add_position_grad_f32", "sm_120", 24, 24, BLACKWELL)];
 
-const GRAD_KV: &str =
-    "one pair of words is put aside once a tile of 64 x 64 scores, beside half a million multiply-adds";
 const BLACKWELL: &str =
     "tiles and launch bounds are chosen for the registers of sm_80 and sm_90a; here a few words do not fit";
 

@@ -1,4 +1,4 @@
-//! Attention.
+//! Attention: lengths around a tile, widths that are no multiple of one, shared heads, masks, one key.
 
 use crate::cases::Table;
 use hydra::base::DType;

@@ -1,4 +1,4 @@
-//! Products.
+//! Products: every tail of every tile, in both layouts, with and without what is fused behind.
 
 use crate::cases::{Table, linear};
 use hydra::graph::{Activation, WeightLayout};
