@@ -41,6 +41,9 @@ template <class T> DEV void store_stream(T* p, const T& value) {
   __stcs(reinterpret_cast<Word*>(p), word);
 }
 
+// An aligned 16-byte word of which some bytes are an operand's: no access check looks at the others, which are there all the same.
+DEV uint4 load_whole_word(const uint4* p) { return *p; }
+
 // One 16-byte store; p is a multiple of 16. The compiler splits a struct's store when it may not prove its parts adjacent.
 DEV void store16(void* p, uint4 v) {
   asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");

@@ -10,8 +10,8 @@ struct ShiftedWord {
 
   DEV void fetch(const bf16* from, int shift, int bytes) {
     const uint4* word = reinterpret_cast<const uint4*>(from - shift / 2);
-    low = bytes > 0 ? word[0] : make_uint4(0, 0, 0, 0);
-    high = bytes > 16 - shift ? word[1] : make_uint4(0, 0, 0, 0);
+    low = bytes > 0 ? load_whole_word(word) : make_uint4(0, 0, 0, 0);
+    high = bytes > 16 - shift ? load_whole_word(word + 1) : make_uint4(0, 0, 0, 0);
   }
 
   DEV uint4 value(int shift, int bytes) const {
