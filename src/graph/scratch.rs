@@ -246,7 +246,7 @@ mod tests {
             let cut = k_parts(m, n, k);
             assert_eq!(cut.parts, parts, "{m}x{n}x{k}");
             assert!(
-                cut.k % K_STEP == 0 && cut.parts * cut.k >= k && (cut.parts - 1) * cut.k <= k,
+                cut.k.is_multiple_of(K_STEP) && cut.parts * cut.k >= k && (cut.parts - 1) * cut.k <= k,
                 "{m}x{n}x{k}: {cut:?}"
             );
         }

@@ -113,8 +113,10 @@ impl Library {
         // SAFETY: the descriptor is open and belongs to this function; the loader keeps its own mapping.
         unsafe { libc::close(file) };
         if handle.is_null() {
-            // SAFETY: dlerror gives a C string after a failure.
-            let why = unsafe { CStr::from_ptr(libc::dlerror()) }.to_string_lossy().into_owned();
+            // SAFETY: asks for this thread's last failure.
+            let why = unsafe { libc::dlerror() };
+            // SAFETY: a C string after a failure, kept until the next call.
+            let why = unsafe { CStr::from_ptr(why) }.to_string_lossy().into_owned();
             return Err(Error::Device(format!("emulated kernels {name}: {why}")));
         }
         let symbol = |symbol: &CStr| {
@@ -151,8 +153,10 @@ impl Library {
     }
 
     fn error(&self) -> String {
-        // SAFETY: the emulator keeps the message of this thread until its next launch.
-        let text = unsafe { CStr::from_ptr((self.last_error)()) };
+        // SAFETY: only gives an address.
+        let text = unsafe { (self.last_error)() };
+        // SAFETY: a C string, which the emulator keeps for this thread until its next launch.
+        let text = unsafe { CStr::from_ptr(text) };
         text.to_string_lossy().into_owned()
     }
 }

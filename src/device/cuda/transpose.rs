@@ -64,9 +64,9 @@ fn form_of(axes: Vec<Axis>, elem: usize, aligned: usize) -> Form {
     }
     if last.stride == 1 {
         let fits = |unit: &usize| {
-            aligned % unit == 0
-                && last.size * elem % unit == 0
-                && axes[..axes.len() - 1].iter().all(|axis| axis.stride * elem % unit == 0)
+            aligned.is_multiple_of(*unit)
+                && (last.size * elem).is_multiple_of(*unit)
+                && axes[..axes.len() - 1].iter().all(|axis| (axis.stride * elem).is_multiple_of(*unit))
         };
         let unit = [16, 8, 4].into_iter().filter(|&unit| unit > elem).find(fits).unwrap_or(elem);
         let mut axes: Vec<Axis> = axes.iter().map(|a| Axis { stride: a.stride * elem / unit, ..*a }).collect();

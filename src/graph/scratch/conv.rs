@@ -176,7 +176,7 @@ fn padded(channels: usize) -> usize {
 
 /// Whether a tensor (batch, channels, positions) is the same with its channels last and padded.
 pub fn is_channels_last(channels: usize, positions: usize) -> bool {
-    positions == 1 && channels % GROUP == 0
+    positions == 1 && channels.is_multiple_of(GROUP)
 }
 
 /// Bytes of a bf16 tensor (batch, channels, positions) with its channels last; 0 where the tensor itself will do.
