@@ -2,7 +2,7 @@
 # Runs the parity tests of all kernels on checked builds of the emulator: check-kernels.sh [asan|race|plain]...
 #   asan   AddressSanitizer: a store or load outside of the operands, globally or in shared memory
 #   race   accesses that no barrier or wait orders, within a block and between blocks
-# Each case runs about once; HYDRA_KERNEL_TESTS=full runs all in all orders, which takes hours. The test program is built by cargo; kernels by build.sh.
+# TESTS names some of the tests, such as "attention lookups"; otherwise all run. Each case runs about once; HYDRA_KERNEL_TESTS=full runs all in all orders, which takes hours. The test program is built by cargo; kernels by build.sh.
 set -eu
 cd "$(dirname "$0")/.."
 target=${CARGO_TARGET_DIR:-target}
@@ -16,7 +16,7 @@ for kind in "$@"; do
     preload=""
     [ "$kind" = asan ] && preload=$(${CXX:-c++} -print-file-name=libasan.so)
     HYDRA_KERNEL_TESTS="${HYDRA_KERNEL_TESTS:-brief}" HYDRA_KERNELS="$target/kernels-$kind" LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0 \
-        HYDRA_EMULATOR_THREADS=1 "$test" -q --test-threads 1 > "$target/kernels-$kind.log" 2>&1 &
+        HYDRA_EMULATOR_THREADS=1 "$test" -q --test-threads 1 ${TESTS:-} > "$target/kernels-$kind.log" 2>&1 &
     running="$running $kind:$!"
 done
 failed=0
