@@ -59,7 +59,7 @@ impl DeviceSpec {
     /// Allocates memory and starts one device.
     ///
     /// # Errors
-    /// When it is not built in ([`Error::BadInput`]) or not there, or memory or threads cannot be had.
+    /// When it is not built in ([`crate::base::Error::BadInput`]) or not there, or memory or threads cannot be had.
     pub fn start(&self, memory: DeviceMemory) -> Result<Box<dyn Device>> {
         let DeviceMemory { arena_bytes, host_bytes, poison } = memory;
         match self {
