@@ -107,11 +107,10 @@ impl Library {
                 _ => return Err(failed("be copied into memory")),
             }
         }
+        // The descriptor stays open, like the library: the loader takes a path that it has seen for the library that it was then.
         let path = CString::new(format!("/proc/self/fd/{file}")).expect("a number has no zero byte");
         // SAFETY: loads our own kernels, whose initialisers register names and nothing else.
         let handle = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
-        // SAFETY: the descriptor is open and belongs to this function; the loader keeps its own mapping.
-        unsafe { libc::close(file) };
         if handle.is_null() {
             // SAFETY: asks for this thread's last failure.
             let why = unsafe { libc::dlerror() };
