@@ -2,6 +2,7 @@
 //   logits, d_logits (rows, cols) f32 or bf16; labels (rows) i32; row_losses, lse (rows) f32; loss (1) f32.
 //   lse[r] = log sum over c of exp(logits[r,c]); row_losses[r] = lse[r] - logits[r,labels[r]]; loss = loss_scale sum over r of row_losses[r];
 //   d_logits[r,c] = (exp(logits[r,c] - lse[r]) - (c == labels[r])) loss_scale. A row with label -100 has loss and gradient 0.
+// Rows of logits and d_logits are `pitch` apart; between cols and pitch the gradient is 0.
 // Overwrites its outputs; d_logits may lie over logits. One block a row. A row of any width at any address goes in 16-byte packs, save what
 // lies before the first multiple of 16 bytes and behind the last pack. The sum is one block's, in f64, each thread's rows in order, then by
 // halves. Every order depends on the shape alone.
@@ -38,12 +39,12 @@ DEV Sums join(Sums s) {
   return s;
 }
 
-template <class T> DEV void forward(float* row_losses, float* lse, const T* logits, const int32_t* labels, int cols) {
+template <class T> DEV void forward(float* row_losses, float* lse, const T* logits, const int32_t* labels, int cols, int pitch) {
   constexpr int N = Pack<T>::N;
   GPU_SHARED(float, warps, [2][32]);
   int64_t row = blockIdx.x;
   int thread = threadIdx.x, threads = blockDim.x;
-  logits += row * cols;
+  logits += row * pitch;
   Packs<T> at(logits, cols);
   Sums s;
   if (thread < at.head) s.add(to_float(logits[thread]));
@@ -82,13 +83,13 @@ template <class T> DEV void forward(float* row_losses, float* lse, const T* logi
   row_losses[row] = label == IGNORED ? 0.0f : log_sum - to_float(logits[label]);
 }
 
-extern "C" __global__ __launch_bounds__(THREADS) void cross_entropy_forward_f32(float* row_losses, float* lse, const float* logits, const int32_t* labels, int cols) {
-  forward(row_losses, lse, logits, labels, cols);
+extern "C" __global__ __launch_bounds__(THREADS) void cross_entropy_forward_f32(float* row_losses, float* lse, const float* logits, const int32_t* labels, int cols, int pitch) {
+  forward(row_losses, lse, logits, labels, cols, pitch);
 }
 GPU_EXPORT(cross_entropy_forward_f32)
 
-extern "C" __global__ __launch_bounds__(THREADS) void cross_entropy_forward_bf16(float* row_losses, float* lse, const bf16* logits, const int32_t* labels, int cols) {
-  forward(row_losses, lse, logits, labels, cols);
+extern "C" __global__ __launch_bounds__(THREADS) void cross_entropy_forward_bf16(float* row_losses, float* lse, const bf16* logits, const int32_t* labels, int cols, int pitch) {
+  forward(row_losses, lse, logits, labels, cols, pitch);
 }
 GPU_EXPORT(cross_entropy_forward_bf16)
 
@@ -107,11 +108,11 @@ extern "C" __global__ __launch_bounds__(SUM_THREADS) void cross_entropy_sum(floa
 }
 GPU_EXPORT(cross_entropy_sum)
 
-template <class T> DEV void grad(T* d_logits, const T* logits, const int32_t* labels, const float* lse, int cols, const Now* now) {
+template <class T> DEV void grad(T* d_logits, const T* logits, const int32_t* labels, const float* lse, int cols, int pitch, const Now* now) {
   constexpr int N = Pack<T>::N;
   int64_t row = blockIdx.x;
   int thread = threadIdx.x, threads = blockDim.x, label = labels[row];
-  d_logits += row * cols, logits += row * cols;
+  d_logits += row * pitch, logits += row * pitch;
   float log_sum = lse[row], scale = label == IGNORED ? 0.0f : (float)now->loss_scale;
   auto one = [&](float x, int c) {
     float p = exp2_fast((x - log_sum) * LOG2_E);
@@ -120,6 +121,7 @@ template <class T> DEV void grad(T* d_logits, const T* logits, const int32_t* la
   Packs<T> at(d_logits, logits, cols);
   for (int c = thread; c < at.head; c += threads) d_logits[c] = from_float<T>(one(to_float(logits[c]), c));
   for (int c = at.tail + thread; c < cols; c += threads) d_logits[c] = from_float<T>(one(to_float(logits[c]), c));
+  for (int c = cols + thread; c < pitch; c += threads) d_logits[c] = from_float<T>(0);
   for (int first = thread; first < at.packs; first += AHEAD * threads) {
     Pack<T> v[AHEAD];
 #pragma unroll
@@ -136,12 +138,12 @@ template <class T> DEV void grad(T* d_logits, const T* logits, const int32_t* la
   }
 }
 
-extern "C" __global__ __launch_bounds__(THREADS) void cross_entropy_grad_f32(float* d_logits, const float* logits, const int32_t* labels, const float* lse, int cols, const Now* now) {
-  grad(d_logits, logits, labels, lse, cols, now);
+extern "C" __global__ __launch_bounds__(THREADS) void cross_entropy_grad_f32(float* d_logits, const float* logits, const int32_t* labels, const float* lse, int cols, int pitch, const Now* now) {
+  grad(d_logits, logits, labels, lse, cols, pitch, now);
 }
 GPU_EXPORT(cross_entropy_grad_f32)
 
-extern "C" __global__ __launch_bounds__(THREADS) void cross_entropy_grad_bf16(bf16* d_logits, const bf16* logits, const int32_t* labels, const float* lse, int cols, const Now* now) {
-  grad(d_logits, logits, labels, lse, cols, now);
+extern "C" __global__ __launch_bounds__(THREADS) void cross_entropy_grad_bf16(bf16* d_logits, const bf16* logits, const int32_t* labels, const float* lse, int cols, int pitch, const Now* now) {
+  grad(d_logits, logits, labels, lse, cols, pitch, now);
 }
 GPU_EXPORT(cross_entropy_grad_bf16)

@@ -131,7 +131,7 @@ DEV void product(const GemmEnd<float>& whole, const float* a, const float* b, in
       name(float* out, float* pre, float* partials, const float* a, const float* b, const float* bias, const Now* now,          \
            int accumulator, int activation, int m, int n, int k, int k_part) {                                                  \
     product<a_transposed, b_transposed>(                                                                                        \
-        gemm_end(out, pre, partials, bias, now, accumulator, activation, m, n), a, b, m, n, k, k_part);             \
+        gemm_end(out, pre, partials, bias, now, accumulator, activation, m, n, n), a, b, m, n, k, k_part);             \
   }                                                                                                                             \
   GPU_EXPORT(name)
 

@@ -220,18 +220,18 @@ DEV void product_of_rows(const GemmEnd<Out>& end, const bf16* a, const CUtensorM
 #define GEMM_HOPPER(name, Out, tile_n, a_transposed, b_transposed)                                                                       \
   extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                                               \
       name(Out* out, Out* pre, float* partials, const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b,            \
-           const Out* bias, const Now* now, int accumulator, int activation, int m, int n, int k, int k_part, int parts) {               \
+           const Out* bias, const Now* now, int accumulator, int activation, int m, int n, int k, int k_part, int out_pitch, int parts) { \
     product_of_maps<Out, tile_n, a_transposed, b_transposed>(                                                                            \
-        gemm_end(out, pre, partials, bias, now, accumulator, activation, m, n), &a, &b, {m, n, k, k_part, parts});                       \
+        gemm_end(out, pre, partials, bias, now, accumulator, activation, m, n, out_pitch), &a, &b, {m, n, k, k_part, parts});            \
   }                                                                                                                                      \
   GPU_EXPORT(name)
 
 #define GEMM_SHIFTED(name, Out, a_transposed, b_transposed)                                                                              \
   extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                                               \
       name(Out* out, Out* pre, float* partials, const bf16* a, const __grid_constant__ CUtensorMap b, const Out* bias, const Now* now,   \
-           int accumulator, int activation, int m, int n, int k, int k_part, int parts) {                                                \
+           int accumulator, int activation, int m, int n, int k, int k_part, int out_pitch, int parts) {                                 \
     product_of_rows<Out, 256, a_transposed, b_transposed>(                                                                               \
-        gemm_end(out, pre, partials, bias, now, accumulator, activation, m, n), a, &b, {m, n, k, k_part, parts});                        \
+        gemm_end(out, pre, partials, bias, now, accumulator, activation, m, n, out_pitch), a, &b, {m, n, k, k_part, parts});             \
   }                                                                                                                                      \
   GPU_EXPORT(name)
 

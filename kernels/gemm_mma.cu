@@ -1,6 +1,7 @@
 // Matrix products in bf16 with f32 sums on the tensor cores of every GPU from sm_80 on.
 //   out (m, n) = act(a b + bias), pre (m, n) = a b + bias where it is wanted, out += a b for accumulators.
 //   nn: a (m, k), b (k, n), all bf16;  nt: a (m, k), b (n, k), all bf16;  tn: a (k, m), b (k, n) bf16, out f32. bias (n).
+// Rows of a, b and out are a_pitch, b_pitch and out_pitch apart.
 // Overwrites out (or adds to it, when `accumulator` and now->accumulate) and pre. With `partials` (parts, m, n) f32, blockIdx.y is a part of k of
 // `k_part` and gemm_finish adds the parts in order. Deterministic: each sum is taken 16 k at a time, in the order of k.
 //
@@ -23,15 +24,15 @@ namespace {
 constexpr int STAGES = 3;
 
 template <class Out, bool A_TRANSPOSED, bool B_TRANSPOSED, bool RAGGED>
-DEV void product(const GemmEnd<Out>& whole, const bf16* a, const bf16* b, int m, int n, int k, int k_part) {
+DEV void product(const GemmEnd<Out>& whole, const bf16* a, const bf16* b, int m, int n, int k, int k_part, int a_pitch, int b_pitch) {
   constexpr int WARPS_ACROSS = RAGGED ? 4 : 2, THREADS = 64 * WARPS_ACROSS, ACROSS = MMA_TILE / WARPS_ACROSS;
   constexpr int PITCH = ACROSS + 8; // of staged sums: rows 8 banks apart
   GPU_SHARED(uint4, ring, [2 * STAGES][MMA_WORDS]); // a, then b
   GemmTile tile = gemm_tile(blockIdx.x, (m + MMA_TILE - 1) / MMA_TILE, (n + MMA_TILE - 1) / MMA_TILE);
   int row0 = tile.row * MMA_TILE, col0 = tile.col * MMA_TILE;
   int k_begin = blockIdx.y * k_part, k_end = min(k - k_begin, k_part) + k_begin;
-  MmaOperand<!A_TRANSPOSED, THREADS, RAGGED> in_a(a, row0, m, k_begin, k_end, A_TRANSPOSED ? m : k);
-  MmaOperand<B_TRANSPOSED, THREADS, RAGGED> in_b(b, col0, n, k_begin, k_end, B_TRANSPOSED ? k : n);
+  MmaOperand<!A_TRANSPOSED, THREADS, RAGGED> in_a(a, row0, m, k_begin, k_end, a_pitch);
+  MmaOperand<B_TRANSPOSED, THREADS, RAGGED> in_b(b, col0, n, k_begin, k_end, b_pitch);
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int warp_row = warp / WARPS_ACROSS * 64, warp_col = warp % WARPS_ACROSS * ACROSS;
   MmaFragments<!A_TRANSPOSED, 64> from_a(warp_row);
@@ -97,9 +98,9 @@ DEV void product(const GemmEnd<Out>& whole, const bf16* a, const bf16* b, int m,
 #define GEMM_MMA(name, Out, a_transposed, b_transposed, ragged)                                                                 \
   extern "C" __global__ void __launch_bounds__(ragged ? 256 : 128, ragged ? 1 : 2)                                              \
       name(Out* out, Out* pre, float* partials, const bf16* a, const bf16* b, const Out* bias, const Now* now, int accumulator, \
-           int activation, int m, int n, int k, int k_part) {                                                                   \
+           int activation, int m, int n, int k, int k_part, int a_pitch, int b_pitch, int out_pitch) {                          \
     product<Out, a_transposed, b_transposed, ragged>(                                                                           \
-        gemm_end(out, pre, partials, bias, now, accumulator, activation, m, n), a, b, m, n, k, k_part);             \
+        gemm_end(out, pre, partials, bias, now, accumulator, activation, m, n, out_pitch), a, b, m, n, k, k_part, a_pitch, b_pitch); \
   }                                                                                                                             \
   GPU_EXPORT(name)
 

@@ -249,21 +249,25 @@ extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) sgd_bf16(uint16_
 GPU_EXPORT(sgd_f32)
 GPU_EXPORT(sgd_bf16)
 
-// The minimum of integers does not depend on who comes first.
-template <class T> DEV void check_all(int* first_layer, const T* x, int64_t n, int layer) {
+// Of n elements, `cols` of every `pitch` count. The minimum of integers does not depend on who comes first.
+template <class T> DEV void check_all(int* first_layer, const T* x, int64_t n, int cols, int pitch, int layer) {
   constexpr int N = FEW<T>;
+  auto bad = [=](int64_t i, float v) { return !(fabsf(v) < INFINITY) && i % pitch < cols; };
   pointwise<N, 4>(
       n, aligned_few<N>(x), [=](int64_t i) { return load_few<N>(x + i); },
-      [=](int64_t, const Few<T, N>& v) {
-        bool finite = true;
-        for (int k = 0; k < N; k++) finite &= fabsf(to_float(v.x[k])) < INFINITY;
-        if (!finite) atomicMin(first_layer, layer);
+      [=](int64_t i, const Few<T, N>& v) {
+        for (int k = 0; k < N; k++)
+          if (bad(i + k, to_float(v.x[k]))) atomicMin(first_layer, layer);
       },
       [=](int64_t i) {
-        if (!(fabsf(to_float(x[i])) < INFINITY)) atomicMin(first_layer, layer);
+        if (bad(i, to_float(x[i]))) atomicMin(first_layer, layer);
       });
 }
-extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) finite_check_f32(int* first_layer, const float* x, int64_t n, int layer) { check_all(first_layer, x, n, layer); }
-extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) finite_check_bf16(int* first_layer, const bf16* x, int64_t n, int layer) { check_all(first_layer, x, n, layer); }
+extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) finite_check_f32(int* first_layer, const float* x, int64_t n, int cols, int pitch, int layer) {
+  check_all(first_layer, x, n, cols, pitch, layer);
+}
+extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) finite_check_bf16(int* first_layer, const bf16* x, int64_t n, int cols, int pitch, int layer) {
+  check_all(first_layer, x, n, cols, pitch, layer);
+}
 GPU_EXPORT(finite_check_f32)
 GPU_EXPORT(finite_check_bf16)

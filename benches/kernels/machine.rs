@@ -93,7 +93,7 @@ impl Prepared {
         for (output, buffer) in step.outputs.iter_mut().enumerate() {
             if buffer.is_none() {
                 let info = graph.info(graph.nodes[0].outputs[output]);
-                let kept = Buffer { area: Area::Saved, offset: 0, shape: info.shape.clone(), dtype: info.dtype };
+                let kept = Buffer::new(Area::Saved, 0, info.shape.clone(), info.dtype);
                 program.area_bytes[Area::Saved as usize] = kept.bytes();
                 *buffer = Some(kept);
             }
@@ -318,7 +318,7 @@ impl Machine {
 
     /// A small op for the time between two tasks.
     pub fn small(&self) -> Task {
-        let buffer = |offset| Buffer { area: Area::Workspace, offset, shape: Shape::from([1024]), dtype: DType::F32 };
+        let buffer = |offset| Buffer::new(Area::Workspace, offset, Shape::from([1024]), DType::F32);
         let family = hydra::graph::Family::Memory;
         let step = Step {
             op: Op::Add,
@@ -326,7 +326,7 @@ impl Machine {
             inputs: vec![buffer(0), buffer(4096)],
             outputs: vec![Some(buffer(8192))],
             scratch: None,
-            cost: Cost { flops: 0.0, bytes: 12_288, family, elems: 1024, sizes: [12_288, 1024, 1] },
+            cost: Cost { flops: 0.0, bytes: 12_288, family, float: DType::F32, elems: 1024, sizes: [12_288, 1024, 1] },
             ends_layer: false,
         };
         run(Program { steps: vec![step], area_bytes: [0; AREAS], inputs: Vec::new(), tf32: false })

@@ -70,6 +70,13 @@ impl Sequence {
         Sequence { key: [seed as u32, (seed >> 32) as u32], stream, next: 0, left: [0; 4] }
     }
 
+    /// This sequence from its word `words` on.
+    pub fn from_word(&self, words: u64) -> Self {
+        let mut later = Sequence { next: words - words % 4, ..self.clone() };
+        (0..words % 4).for_each(|_| _ = later.next_u32());
+        later
+    }
+
     /// The next 32 random bits.
     pub fn next_u32(&mut self) -> u32 {
         let at = (self.next % 4) as usize;
@@ -125,6 +132,16 @@ mod tests {
             philox([0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344], [0xa409_3822, 0x299f_31d0]),
             [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1]
         );
+    }
+
+    #[test]
+    fn a_sequence_can_be_entered_anywhere() {
+        let whole = Sequence::new(7, 5);
+        for words in [0, 1, 3, 4, 9] {
+            let (mut walked, mut entered) = (whole.clone(), whole.from_word(words));
+            (0..words).for_each(|_| _ = walked.next_u32());
+            assert_eq!([walked.next_u32(), walked.next_u32()], [entered.next_u32(), entered.next_u32()], "{words}");
+        }
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Measures a device in about a second, so that plans are predicted in its own seconds.
 //!
-//! Small networks of usual shapes (see `networks`) are traced and placed like any model; their programs run on the device op by op, each
+//! Networks of usual shapes (see `networks`), small ones for the host and for a GPU such as fill it, are traced and placed like any model; their programs run on the device op by op, each
 //! op as a task of its own, so that an op is measured with the operands, the caches and the threads that it has in a model. The first
 //! pass is thrown away. Of the others the lower quartile counts: what else runs on the machine only ever adds to a time, and on an idle
 //! machine the quartile is the median within a percent or two.
@@ -26,8 +26,8 @@ const PASSES: std::ops::RangeInclusive<usize> = 3..=9;
 const NETWORK_SECS: f64 = 0.07;
 /// Times that a copy or an update is timed.
 const TIMES: usize = 5;
-/// Elements of the update that is timed: four arrays of this are larger than most last-level caches.
-const UPDATE_ELEMS: u64 = 1 << 21;
+/// Elements of the update that is timed, on the host and on a GPU: four arrays of this are larger than most last-level caches.
+const UPDATE_ELEMS: [u64; 2] = [1 << 21, 1 << 24];
 /// The large copy that is timed.
 const LARGE_COPY_BYTES: u64 = 16 << 20;
 /// The small one: mostly what starting a copy costs.
@@ -49,13 +49,16 @@ pub fn calibrate(spec: &DeviceSpec) -> Result<CostModel> {
     if let DeviceSpec::Emulated { .. } = spec {
         return Ok(CostModel::stated(EMULATED.0, EMULATED.1, EMULATED.2));
     }
+    let is_gpu = matches!(spec, DeviceSpec::Cuda { .. });
+    let graphs = if is_gpu { networks::large()? } else { networks::all()? };
     let mut networks = Vec::new();
-    for mut graph in networks::all()? {
+    for mut graph in graphs {
         graph.scratch = spec.wants_scratch();
         networks.push(Network::new(graph)?);
     }
+    let update_elems = UPDATE_ELEMS[usize::from(is_gpu)];
     let arena_bytes =
-        networks.iter().map(|n| n.arena_bytes).max().unwrap_or(0).max(16 * UPDATE_ELEMS + 4096).max(LARGE_COPY_BYTES);
+        networks.iter().map(|n| n.arena_bytes).max().unwrap_or(0).max(16 * update_elems + 4096).max(LARGE_COPY_BYTES);
     let id_bytes = networks.iter().flat_map(|n| &n.integers).map(|s| s.bytes).max().unwrap_or(0);
     // Poison touches every page, so that no page fault is timed.
     let device = spec.start(DeviceMemory { arena_bytes, host_bytes: arena_bytes + id_bytes, poison: true })?;
@@ -68,7 +71,7 @@ pub fn calibrate(spec: &DeviceSpec) -> Result<CostModel> {
     }
     let (small, h2d) = bench.copies(H2D)?;
     let (_, d2h) = bench.copies(D2H)?;
-    let update_bytes = 28.0 * UPDATE_ELEMS as f64;
+    let update_bytes = 28.0 * update_elems as f64;
     Ok(CostModel {
         memory_bytes_per_sec: rates.fastest_bytes_per_sec,
         rates: rates.all(),
@@ -77,8 +80,8 @@ pub fn calibrate(spec: &DeviceSpec) -> Result<CostModel> {
         h2d_bytes_per_sec: h2d,
         d2h_bytes_per_sec: d2h,
         copy_secs: small,
-        device_update_bytes_per_sec: update_bytes / bench.update(COMPUTE)?,
-        host_update_bytes_per_sec: update_bytes / bench.update(HOST_MATH)?,
+        device_update_bytes_per_sec: update_bytes / bench.update(COMPUTE, update_elems)?,
+        host_update_bytes_per_sec: update_bytes / bench.update(HOST_MATH, update_elems)?,
         hand_over_secs: bench.hand_over()?,
     })
 }
@@ -139,7 +142,7 @@ fn run(program: Program, bases: [u64; AREAS]) -> Task {
 #[derive(Default)]
 struct Rates {
     /// Work and seconds of all ops of one family and size.
-    sums: BTreeMap<(Family, [usize; 3]), (f64, f64)>,
+    sums: BTreeMap<(Family, DType, [usize; 3]), (f64, f64)>,
     fastest_bytes_per_sec: f64,
 }
 
@@ -150,16 +153,16 @@ impl Rates {
             let secs = (secs - start_secs).max(0.05 * start_secs).max(1e-7);
             self.fastest_bytes_per_sec = self.fastest_bytes_per_sec.max(cost.bytes as f64 / secs);
             if cost.work() > 0.0 {
-                let sum = self.sums.entry((cost.family, cost.sizes)).or_default();
+                let sum = self.sums.entry((cost.family, cost.float, cost.sizes)).or_default();
                 *sum = (sum.0 + cost.work(), sum.1 + secs);
             }
         }
     }
 
     fn all(self) -> Vec<Rate> {
-        let rate =
-            |((family, sizes), (work, secs)): ((_, _), (f64, f64))| Rate { family, sizes, work_per_sec: work / secs };
-        self.sums.into_iter().map(rate).collect()
+        let all = self.sums.into_iter();
+        all.map(|((family, float, sizes), (work, secs))| Rate { family, float, sizes, work_per_sec: work / secs })
+            .collect()
     }
 }
 
@@ -219,8 +222,9 @@ impl Bench {
     fn starts(&mut self) -> Result<(f64, f64)> {
         const OPS: usize = 64;
         const ROUNDS: usize = 50;
-        let out = Buffer { area: Area::Workspace, offset: 0, shape: Shape::from([16]), dtype: DType::F32 };
-        let cost = Cost { flops: 0.0, bytes: 64, family: Family::Memory, elems: 16, sizes: [64, 16, 1] };
+        let out = Buffer::new(Area::Workspace, 0, Shape::from([16]), DType::F32);
+        let cost =
+            Cost { flops: 0.0, bytes: 64, family: Family::Memory, float: DType::F32, elems: 16, sizes: [64, 16, 1] };
         let step = Step {
             op: Op::Zero,
             layer: 0,
@@ -254,10 +258,10 @@ impl Bench {
         Ok((small, (LARGE_COPY_BYTES - SMALL_COPY_BYTES) as f64 / (large - small).max(1e-9)))
     }
 
-    /// Seconds of an AdamW update of [`UPDATE_ELEMS`] on `lane`.
-    fn update(&mut self, lane: u16) -> Result<f64> {
+    /// Seconds of an AdamW update of `elems` on `lane`.
+    fn update(&mut self, lane: u16, elems: u64) -> Result<f64> {
         let memory = if lane == HOST_MATH { Memory::Host } else { Memory::Device(0) };
-        let bytes = 4 * UPDATE_ELEMS;
+        let bytes = 4 * elems;
         let array = |i: u64| Span { memory, offset: i * bytes, bytes };
         // Second moments must not be negative, and the arena holds whatever ran last: gradients and moments start at 0.
         let zero = vec![0; 3 * bytes as usize + 64];
@@ -266,7 +270,7 @@ impl Bench {
         let rule = AdamwRule { update: 10, lr: 1e-3, betas: (0.9, 0.999), epsilon: 1e-8, weight_decay: 0.1 };
         let update = Update {
             rule: UpdateRule::Adamw(rule),
-            segments: vec![Segment { offset: 0, elems: UPDATE_ELEMS, decay: true, index: 0 }].into(),
+            segments: vec![Segment { offset: 0, elems, decay: true, index: 0 }].into(),
             weight: array(0),
             remainder: None,
             moments: [Some(array(1)), Some(array(2))],

@@ -6,7 +6,7 @@
 use super::graph::{Graph, Node};
 use super::kinds::Activation;
 use super::op::Op;
-use crate::base::Shape;
+use crate::base::{DType, Shape};
 
 /// The kind of work, which decides the rate that it runs at. Kinds are told apart where their rates on the host differ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
@@ -105,6 +105,8 @@ pub struct Cost {
     pub bytes: u64,
     /// The kind of work.
     pub family: Family,
+    /// Element type of the model's weights and activations.
+    pub float: DType,
     /// Elements of the largest operand, by which elementwise work is counted.
     pub elems: u64,
     /// What the rate depends on. A product: rows, columns and depth. Attention: sequences times heads, keys, a head's width. A
@@ -195,5 +197,5 @@ pub fn cost(graph: &Graph, node: &Node) -> Cost {
         }
         _ => (Family::Memory, largest as f64),
     };
-    Cost { flops, bytes, family, elems: largest, sizes }
+    Cost { flops, bytes, family, float: graph.float, elems: largest, sizes }
 }

@@ -6,7 +6,8 @@
 //! changes a bit.
 
 use super::cost::{Cost, cost};
-use super::graph::{Graph, Source, Value};
+use super::graph::{Graph, Node, Source, Value};
+use super::kinds::Activation;
 use super::layout::{ModelLayout, ShardLayout};
 use super::op::Op;
 use super::place::{ALIGNMENT, Lifetime, place};
@@ -55,13 +56,26 @@ pub struct Buffer {
     pub shape: Shape,
     /// Its element type.
     pub dtype: DType,
+    /// Elements from one row (of the last axis) to the next: as many as a row has, or in the workspace [`padded_cols`] of them.
+    pub pitch: usize,
 }
 
 impl Buffer {
+    /// With its rows next to each other.
+    pub fn new(area: Area, offset: u64, shape: Shape, dtype: DType) -> Buffer {
+        let pitch = shape.cols();
+        Buffer { area, offset, shape, dtype, pitch }
+    }
+
     /// Its size in bytes.
     pub fn bytes(&self) -> u64 {
-        self.shape.elems() as u64 * self.dtype.bytes()
+        (self.shape.rows() * self.pitch) as u64 * self.dtype.bytes()
     }
+}
+
+/// Columns that a row of `cols` has room for where rows are to start at multiples of 16 bytes: what bulk copies of bf16 need.
+pub fn padded_cols(cols: usize) -> usize {
+    cols.next_multiple_of(8)
 }
 
 /// One op of a program.
@@ -156,6 +170,8 @@ struct Slice<'a> {
     sequence: Vec<(usize, u8)>,
     saved: HashMap<Value, u64>,
     inputs: Vec<UsedInput>,
+    /// Values that get [`padded_cols`] columns where they lie in the workspace.
+    padded: HashSet<Value>,
 }
 
 impl<'a> Slice<'a> {
@@ -163,8 +179,16 @@ impl<'a> Slice<'a> {
         let layers = shard.layers.clone();
         let forward: Vec<usize> = graph.forward_of(layers.clone()).collect();
         let backward: Vec<usize> = graph.backward_of(layers).collect();
-        let mut slice =
-            Slice { graph, model, shard, kind, sequence: Vec::new(), saved: HashMap::new(), inputs: Vec::new() };
+        let mut slice = Slice {
+            graph,
+            model,
+            shard,
+            kind,
+            sequence: Vec::new(),
+            saved: HashMap::new(),
+            inputs: Vec::new(),
+            padded: padded(graph),
+        };
         let needed = slice.needed_again(&forward, &backward);
         match kind {
             Kind::Forward { .. } => slice.sequence.extend(forward.iter().map(|&n| (n, 0))),
@@ -305,7 +329,7 @@ impl<'a> Slice<'a> {
                         }
                         workspace.take_over(key, key_in, at);
                     }
-                    None => workspace.write(key, self.graph.bytes(value), at),
+                    None => workspace.write(key, self.room(value), at),
                 }
             }
         }
@@ -324,7 +348,10 @@ impl<'a> Slice<'a> {
             let (area, offset) =
                 fixed.get(&key).copied().or_else(|| workspace.of.get(&key).map(|&b| (Area::Workspace, offsets[b])))?;
             let info = self.graph.info(value);
-            Some(Buffer { area, offset, shape: info.shape.clone(), dtype: info.dtype })
+            let buffer = Buffer::new(area, offset, info.shape.clone(), info.dtype);
+            let padded = area == Area::Workspace && self.padded.contains(&key.0);
+            let pitch = if padded { padded_cols(buffer.pitch) } else { buffer.pitch };
+            Some(Buffer { pitch, ..buffer })
         };
         let mut steps: Vec<Step> = sequence
             .iter()
@@ -344,11 +371,8 @@ impl<'a> Slice<'a> {
                     layer: node.layer,
                     inputs,
                     outputs: node.outputs.iter().map(|&v| locate(v, instance)).collect(),
-                    scratch: scratch[at].map(|(buffer, bytes)| Buffer {
-                        area: Area::Workspace,
-                        offset: offsets[buffer],
-                        shape: Shape::from([bytes as usize / 4]),
-                        dtype: DType::I32,
+                    scratch: scratch[at].map(|(buffer, bytes)| {
+                        Buffer::new(Area::Workspace, offsets[buffer], Shape::from([bytes as usize / 4]), DType::I32)
                     }),
                     cost: cost(self.graph, node),
                     ends_layer: n < self.graph.forward_nodes && instance == 0 && self.ends_layer(n),
@@ -364,6 +388,15 @@ impl<'a> Slice<'a> {
             }
         }
         Program { steps, area_bytes, inputs: self.inputs, tf32: self.graph.tf32 }
+    }
+
+    /// Bytes of a value in the workspace.
+    fn room(&self, value: Value) -> u64 {
+        let info = self.graph.info(value);
+        match self.padded.contains(&value) {
+            true => (info.shape.rows() * padded_cols(info.shape.cols())) as u64 * info.dtype.bytes(),
+            false => self.graph.bytes(value),
+        }
     }
 
     /// An input of node `n` that dies at step `at` and may be overwritten by output 0, with its operand number.
@@ -383,7 +416,7 @@ impl<'a> Slice<'a> {
             let key = (root, instance);
             let alone = node.inputs.iter().filter(|&&v| self.graph.root(v) == root).count() == 1;
             let dies = read_later.get(&key) == Some(&at);
-            let fits = self.graph.bytes(root) == self.graph.bytes(node.outputs[0]);
+            let fits = self.room(root) == self.room(node.outputs[0]);
             (alone && dies && fits && workspace.of.contains_key(&key)).then_some((key, operand))
         })
     }
@@ -403,7 +436,7 @@ impl<'a> Slice<'a> {
         };
         let Some(&offset) = self.saved.get(&output) else { return };
         let info = self.graph.info(output);
-        let from = Buffer { area: Area::ActivationOut, offset: 0, shape: info.shape.clone(), dtype: info.dtype };
+        let from = Buffer::new(Area::ActivationOut, 0, info.shape.clone(), info.dtype);
         let to = Buffer { area: Area::Saved, offset, ..from.clone() };
         let bytes = 2 * from.bytes();
         let elems = from.shape.elems() as u64;
@@ -413,10 +446,45 @@ impl<'a> Slice<'a> {
             inputs: vec![from],
             outputs: vec![Some(to)],
             scratch: None,
-            cost: Cost { flops: 0.0, bytes, family: super::cost::Family::Memory, elems, sizes: [bytes as usize, 1, 1] },
+            cost: Cost {
+                flops: 0.0,
+                bytes,
+                family: super::cost::Family::Memory,
+                float: self.graph.float,
+                elems,
+                sizes: [bytes as usize, 1, 1],
+            },
             ends_layer: false,
         });
     }
+}
+
+/// Logits and their gradients in bf16 whose rows are an odd number of elements long, as those over a vocabulary of 50,257 are, for a device
+/// whose kernels can take rows that lie further apart. Products of such rows take half the time when they start at multiples of 16 bytes.
+fn padded(graph: &Graph) -> HashSet<Value> {
+    if !graph.scratch || graph.float != DType::Bf16 {
+        return HashSet::new();
+    }
+    let takes = |op: &Op, operand: usize| match op {
+        Op::CrossEntropy | Op::CrossEntropyGrad | Op::LinearGradInput { .. } => operand == 0,
+        Op::LinearGradWeight { .. } => operand == 1,
+        _ => false,
+    };
+    let makes = |node: &Node| match node.op {
+        Op::Linear { activation, .. } => activation == Activation::None && node.inputs.len() == 2,
+        Op::CrossEntropyGrad => true,
+        _ => false,
+    };
+    let made = graph.nodes.iter().filter(|node| makes(node)).map(|node| node.outputs[0]);
+    let mut found: HashSet<Value> = made.filter(|&v| graph.info(v).shape.cols() % 8 != 0).collect();
+    for node in &graph.nodes {
+        for (operand, &value) in node.inputs.iter().enumerate() {
+            if !takes(&node.op, operand) || graph.root(value) != value {
+                found.remove(&graph.root(value));
+            }
+        }
+    }
+    found
 }
 
 /// For each instance of a value that is read, the last step that reads it.
@@ -458,5 +526,47 @@ impl Workspace {
         let buffer = self.of[&from];
         self.buffers[buffer].last = at;
         self.of.insert(key, buffer);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::graph::{Builder, Init, Mode, WeightLayout, differentiate};
+
+    /// Rows of logits and of their gradient in the program of a head over 10 classes.
+    fn pitches(float: DType, scratch: bool, bias: bool) -> HashSet<usize> {
+        let mut b = Builder::new(Mode::Training, float);
+        let logits = b.layer("head", |b, _| {
+            let x = b.input("x", [4, 16], float)?;
+            let weight = b.parameter("weight", [16, 10], Init::Normal(1.0))?;
+            let bias = if bias { Some(b.parameter("bias", [10], Init::Constant(0.0))?) } else { None };
+            b.linear(x, weight, bias, Activation::None, WeightLayout::InOut)
+        });
+        let labels = b.input("labels", [4], DType::I32).unwrap();
+        b.cross_entropy(logits.unwrap(), labels).unwrap();
+        let mut graph = b.finish().unwrap();
+        differentiate(&mut graph).unwrap();
+        graph.scratch = scratch;
+        let layout = ModelLayout::new(&graph);
+        let shard = ShardLayout::new(&graph, &layout, 0..1);
+        let program = Program::new(&graph, &layout, &shard, Kind::Last { recompute: false });
+        let buffers = program.steps.iter().flat_map(|s| s.inputs.iter().chain(s.outputs.iter().flatten()));
+        let rows: Vec<&Buffer> = buffers.filter(|b| b.shape == Shape::from([4, 10])).collect();
+        assert!(rows.iter().all(|b| b.bytes() == (4 * b.pitch) as u64 * float.bytes()));
+        rows.into_iter().map(|b| b.pitch).collect()
+    }
+
+    #[test]
+    fn logits_of_odd_width_are_padded_for_kernels() {
+        for (float, scratch, bias, pitch) in [
+            (DType::Bf16, true, false, 16),
+            (DType::F32, true, false, 10),
+            (DType::Bf16, false, false, 10),
+            // The sum down the columns that is the bias' gradient takes rows that lie next to each other.
+            (DType::Bf16, true, true, 10),
+        ] {
+            assert_eq!(pitches(float, scratch, bias), HashSet::from([pitch]), "{float} {scratch} {bias}");
+        }
     }
 }

@@ -4,16 +4,30 @@
 
 use crate::base::philox::Sequence;
 use crate::graph::{Init, Parameter, State};
+use rayon::prelude::*;
 
 /// First values of the parameter numbered `index` in the model, under the run's `seed`.
 pub fn initial(parameter: &Parameter, index: usize, seed: u64) -> Vec<f32> {
     let elems = parameter.shape.elems();
-    let mut numbers = Sequence::new(seed, index as u64);
+    let numbers = Sequence::new(seed, index as u64);
     match parameter.init {
         Init::Constant(value) => vec![value as f32; elems],
-        Init::Normal(deviation) => (0..elems).map(|_| (deviation * numbers.normal()) as f32).collect(),
-        Init::Uniform(bound) => (0..elems).map(|_| (bound * (2.0 * numbers.uniform() - 1.0)) as f32).collect(),
+        Init::Normal(deviation) => drawn(elems, &numbers, 4, |numbers| deviation * numbers.normal()),
+        Init::Uniform(bound) => drawn(elems, &numbers, 2, |numbers| bound * (2.0 * numbers.uniform() - 1.0)),
     }
+}
+
+/// Elements that a thread draws at a time.
+const CHUNK: usize = 1 << 14;
+
+/// Numbers that take so many `words` of the sequence each, drawn by all threads.
+fn drawn(elems: usize, numbers: &Sequence, words: u64, draw: impl Fn(&mut Sequence) -> f64 + Sync) -> Vec<f32> {
+    let mut out = vec![0.0; elems];
+    out.par_chunks_mut(CHUNK).enumerate().for_each(|(i, chunk)| {
+        let mut numbers = numbers.from_word((i * CHUNK) as u64 * words);
+        chunk.iter_mut().for_each(|x| *x = draw(&mut numbers) as f32);
+    });
+    out
 }
 
 /// First values of a running statistic.
@@ -45,6 +59,17 @@ mod tests {
             // A longer tensor of the same place starts with the same numbers.
             assert_eq!(first, initial(&parameter(elems + 5, Init::Normal(0.02)), 3, 7)[..elems]);
         }
+    }
+
+    #[test]
+    fn values_are_those_of_one_sequence() {
+        let elems = 2 * CHUNK + 7;
+        let mut numbers = Sequence::new(7, 3);
+        let normal: Vec<f32> = (0..elems).map(|_| numbers.normal() as f32).collect();
+        assert_eq!(initial(&parameter(elems, Init::Normal(1.0)), 3, 7), normal);
+        let mut numbers = Sequence::new(7, 3);
+        let uniform: Vec<f32> = (0..elems).map(|_| (2.0 * numbers.uniform() - 1.0) as f32).collect();
+        assert_eq!(initial(&parameter(elems, Init::Uniform(1.0)), 3, 7), uniform);
     }
 
     #[test]

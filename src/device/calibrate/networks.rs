@@ -6,24 +6,38 @@ use crate::graph::{Activation, AttentionOptions, Builder, Graph, Init, Mode, Val
 /// Ids and labels are below this.
 pub(super) const CLASSES: usize = 10;
 
-/// All networks, smallest first.
+/// All networks for the host, smallest first. In f32: the host computes in it whatever the element type.
 pub(super) fn all() -> Result<Vec<Graph>> {
+    let float = DType::F32;
     Ok(vec![
-        transformer(2, 32, 64, 1, 64)?,
-        transformer(4, 64, 128, 4, 256)?,
-        transformer(1, 256, 128, 2, 1024)?,
-        transformer(2, 128, 256, 8, 512)?,
-        transformer(1, 256, 512, 8, 512)?,
-        transformer(4, 256, 384, 6, 256)?,
-        images(8, 32, 16)?,
-        images(4, 48, 24)?,
-        images(8, 16, 64)?,
+        transformer(float, 2, 32, 64, 1, 64)?,
+        transformer(float, 4, 64, 128, 4, 256)?,
+        transformer(float, 1, 256, 128, 2, 1024)?,
+        transformer(float, 2, 128, 256, 8, 512)?,
+        transformer(float, 1, 256, 512, 8, 512)?,
+        transformer(float, 4, 256, 384, 6, 256)?,
+        images(float, 8, 32, 16)?,
+        images(float, 4, 48, 24)?,
+        images(float, 8, 16, 64)?,
     ])
 }
 
+/// Networks that fill a GPU, in each element type that models train in there. Of less than that, starting an op is what takes the time.
+pub(super) fn large() -> Result<Vec<Graph>> {
+    let mut graphs = Vec::new();
+    for float in [DType::F32, DType::Bf16] {
+        graphs.push(transformer(float, 4, 256, 512, 8, 4096)?);
+        graphs.push(transformer(float, 4, 1024, 768, 12, 16_384)?);
+        graphs.push(transformer(float, 2, 1024, 1600, 25, 8192)?);
+        graphs.push(images(float, 32, 64, 64)?);
+        graphs.push(images(float, 32, 28, 256)?);
+    }
+    Ok(graphs)
+}
+
 /// Embeddings, one block in GPT-2's manner, and a head over `vocabulary`: (B, T, C), heads.
-fn transformer(batch: usize, len: usize, width: usize, heads: usize, vocabulary: usize) -> Result<Graph> {
-    let mut b = Builder::new(Mode::Training, DType::F32);
+fn transformer(float: DType, batch: usize, len: usize, width: usize, heads: usize, vocabulary: usize) -> Result<Graph> {
+    let mut b = Builder::new(Mode::Training, float);
     let logits = b.layer("transformer", |b, _| {
         let ids = b.input("ids", [batch, len], DType::I32)?;
         let table = parameter(b, "table", &[vocabulary, width])?;
@@ -49,10 +63,10 @@ fn transformer(batch: usize, len: usize, width: usize, heads: usize, vocabulary:
 }
 
 /// A residual network's kinds of convolution on square images: 3x3 from few channels, 3x3 and 1x1 among many, 3x3 with stride, pooling.
-fn images(batch: usize, side: usize, channels: usize) -> Result<Graph> {
-    let mut b = Builder::new(Mode::Training, DType::F32);
+fn images(float: DType, batch: usize, side: usize, channels: usize) -> Result<Graph> {
+    let mut b = Builder::new(Mode::Training, float);
     let logits = b.layer("images", |b, _| {
-        let x = b.input("image", [batch, 3, side, side], DType::F32)?;
+        let x = b.input("image", [batch, 3, side, side], float)?;
         let x = convolution(b, x, "stem", [channels, 3], 3, 1)?;
         let y = convolution(b, x, "same", [channels, channels], 3, 1)?;
         let x = b.add(x, y)?;

@@ -16,7 +16,7 @@ pub(super) fn forward(q: &mut Queue, o: &Operands) -> Result<()> {
     let kernel = pick(o.in_dtype(0), "cross_entropy_forward_f32", "cross_entropy_forward_bf16");
     let row_losses = o.output(2);
     let losses = Launch::new(kernel, [rows, 1, 1], threads(cols)).ptr(row_losses).ptr(o.output(1));
-    q.launch(losses.ptr(o.input(0)).ptr(o.input(1)).int(cols))?;
+    q.launch(losses.ptr(o.input(0)).ptr(o.input(1)).int(cols).int(o.pitch(0)))?;
     q.launch(Launch::new("cross_entropy_sum", [1, 1, 1], 1024).ptr(o.output(0)).ptr(row_losses).long(rows).ptr(q.now))
 }
 
@@ -25,7 +25,7 @@ pub(super) fn grad(q: &mut Queue, o: &Operands) -> Result<()> {
     let (rows, cols) = o.rows_cols(0);
     let kernel = pick(o.in_dtype(0), "cross_entropy_grad_f32", "cross_entropy_grad_bf16");
     let grad = Launch::new(kernel, [rows, 1, 1], threads(cols)).ptr(o.output(0)).ptr(o.input(0));
-    q.launch(grad.ptr(o.input(1)).ptr(o.input(2)).int(cols).ptr(q.now))
+    q.launch(grad.ptr(o.input(1)).ptr(o.input(2)).int(cols).int(o.pitch(0)).ptr(q.now))
 }
 
 /// Threads for a row.

@@ -12,6 +12,15 @@ use plan::{GemmPlan, HOPPER_STEP, Path, Precision, plan};
 /// Threads, and elements, of a block of `gemm_finish`.
 const FINISH_BLOCK: usize = 256;
 
+/// A matrix in memory.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Matrix {
+    /// Where it starts.
+    pub at: Ptr,
+    /// Elements from one row to the next.
+    pub pitch: usize,
+}
+
 /// A product: `out (m, n) = act(a b + bias)`.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Product {
@@ -22,16 +31,16 @@ pub(super) struct Product {
     /// Element type of a, b and bias.
     pub dtype: DType,
     /// Left operand.
-    pub a: Ptr,
+    pub a: Matrix,
     /// Right operand.
-    pub b: Ptr,
+    pub b: Matrix,
     /// (n), or null.
     pub bias: Ptr,
     /// After the bias.
     pub activation: Activation,
     /// (m, n), of the inputs' type; f32 for tn, which makes parameters' gradients.
-    pub out: Ptr,
-    /// (m, n), of out's type: what the activation is given; or null.
+    pub out: Matrix,
+    /// (m, n), of out's type and pitch: what the activation is given; or null.
     pub pre: Ptr,
     /// 1 where out is an accumulator.
     pub accumulator: usize,
@@ -50,28 +59,33 @@ pub(super) fn launch(q: &mut Queue, p: &Product) -> Result<()> {
         _ if q.tf32 => Precision::Tf32,
         _ => Precision::F32,
     };
-    let plan = plan(p.form, p.sizes, precision, q.arch());
+    let plan = plan(p.form, p.sizes, [p.a.pitch, p.b.pitch], precision, q.arch());
     let parts = plan.parts.parts;
     let partials = if parts > 1 { p.scratch } else { Ptr::NULL };
     let tiles = plan.tiles(p.sizes);
     let persistent = matches!(plan.path, Path::Hopper | Path::HopperShifted);
     let grid = if persistent { [(tiles * parts).min(q.multiprocessors()), 1, 1] } else { [tiles, parts, 1] };
     let product = Launch::new(plan.kernel, grid, plan.block).shared(plan.shared_bytes);
-    let product = product.ptr(p.out).ptr(p.pre).ptr(partials);
+    let product = product.ptr(p.out.at).ptr(p.pre).ptr(partials);
     let product = match plan.path {
         Path::Hopper => product.map(&left_map(q, p, &plan)?).map(&right_map(q, p, &plan)?),
-        Path::HopperShifted => product.ptr(p.a).map(&right_map(q, p, &plan)?),
-        _ => product.ptr(p.a).ptr(p.b),
+        Path::HopperShifted => product.ptr(p.a.at).map(&right_map(q, p, &plan)?),
+        _ => product.ptr(p.a.at).ptr(p.b.at),
     };
     let product = product.ptr(p.bias).ptr(q.now).int(p.accumulator).int(p.activation as usize);
     let product = product.int(m).int(n).int(k).int(plan.parts.k);
-    q.launch(if persistent { product.int(parts) } else { product })?;
+    q.launch(match plan.path {
+        // f32 has no padded rows.
+        Path::Plain | Path::Tf32 => product,
+        Path::Mma | Path::MmaRagged => product.int(p.a.pitch).int(p.b.pitch).int(p.out.pitch),
+        Path::Hopper | Path::HopperShifted => product.int(p.out.pitch).int(parts),
+    })?;
     if parts == 1 {
         return Ok(());
     }
     let finish = Launch::new(plan.finish, [(m * n).div_ceil(FINISH_BLOCK), 1, 1], FINISH_BLOCK as u32);
-    let finish = finish.ptr(p.out).ptr(p.pre).ptr(partials).ptr(p.bias).ptr(q.now);
-    q.launch(finish.int(p.accumulator).int(p.activation as usize).int(parts).int(m).int(n))
+    let finish = finish.ptr(p.out.at).ptr(p.pre).ptr(partials).ptr(p.bias).ptr(q.now);
+    q.launch(finish.int(p.accumulator).int(p.activation as usize).int(parts).int(m).int(n).int(p.out.pitch))
 }
 
 /// A descriptor of a for `gemm_hopper.cu`.
@@ -93,13 +107,13 @@ fn right_map(q: &mut Queue, p: &Product, plan: &GemmPlan) -> Result<TensorMap> {
 }
 
 /// A descriptor of a bf16 matrix. Where k runs along its rows, a box is as high as the tile, and else one step of k high.
-fn map(q: &mut Queue, base: Ptr, [rows, cols]: [usize; 2], box_rows: usize) -> Result<TensorMap> {
+fn map(q: &mut Queue, matrix: Matrix, [rows, cols]: [usize; 2], box_rows: usize) -> Result<TensorMap> {
     q.tensor_map(&TensorMapSpec {
-        base,
+        base: matrix.at,
         elem_bytes: 2,
         rows: rows as u64,
         cols: cols as u64,
-        pitch_bytes: 2 * cols as u64,
+        pitch_bytes: 2 * matrix.pitch as u64,
         box_rows: box_rows as u32,
         box_cols: HOPPER_STEP as u32,
         swizzle: Swizzle::Bytes128,

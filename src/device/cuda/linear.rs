@@ -1,9 +1,9 @@
 //! The linear layer's launches: products of `gemm`, one column sum.
 //!
-//! Sizes: M (rows of x), K (inputs), N (outputs). The weight is (K, N) or (N, K).
+//! Sizes: M (rows of x), K (inputs), N (outputs). The weight is (K, N) or (N, K). Rows of out and of d_pre may be further apart than N.
 
 use super::column_sum;
-use super::gemm::{self, Form, Product, Sizes};
+use super::gemm::{self, Form, Matrix, Product, Sizes};
 use super::launch::{Ptr, Queue};
 use super::operands::Operands;
 use crate::base::Result;
@@ -16,7 +16,7 @@ pub(super) fn forward(q: &mut Queue, o: &Operands, activation: Activation, layou
         WeightLayout::InOut => Form::Nn,
         WeightLayout::OutIn => Form::Nt,
     };
-    let product = product(o, form, Sizes { m, n: o.out_cols(), k }, o.input(0), o.input(1));
+    let product = product(o, form, Sizes { m, n: o.out_cols(), k }, [0, 1]);
     gemm::launch(q, &Product { bias: o.optional_input(2), activation, pre: o.optional_output(1), ..product })
 }
 
@@ -27,15 +27,15 @@ pub(super) fn grad_input(q: &mut Queue, o: &Operands, layout: WeightLayout) -> R
         WeightLayout::InOut => Form::Nt,
         WeightLayout::OutIn => Form::Nn,
     };
-    gemm::launch(q, &product(o, form, Sizes { m, n: o.out_cols(), k }, o.input(0), o.input(1)))
+    gemm::launch(q, &product(o, form, Sizes { m, n: o.out_cols(), k }, [0, 1]))
 }
 
 /// x (M, K), d_pre (M, N) -> d_weight = x^T d_pre (K, N), or d_pre^T x (N, K).
 pub(super) fn grad_weight(q: &mut Queue, o: &Operands, layout: WeightLayout) -> Result<()> {
     let ((k, inputs), (_, outputs)) = (o.rows_cols(0), o.rows_cols(1));
     let product = match layout {
-        WeightLayout::InOut => product(o, Form::Tn, Sizes { m: inputs, n: outputs, k }, o.input(0), o.input(1)),
-        WeightLayout::OutIn => product(o, Form::Tn, Sizes { m: outputs, n: inputs, k }, o.input(1), o.input(0)),
+        WeightLayout::InOut => product(o, Form::Tn, Sizes { m: inputs, n: outputs, k }, [0, 1]),
+        WeightLayout::OutIn => product(o, Form::Tn, Sizes { m: outputs, n: inputs, k }, [1, 0]),
     };
     gemm::launch(q, &product)
 }
@@ -46,8 +46,9 @@ pub(super) fn grad_bias(q: &mut Queue, o: &Operands) -> Result<()> {
     column_sum::launch(q, o.output(0), o.accumulator(0), o.input(0), o.in_dtype(0), rows, cols, o.scratch())
 }
 
-/// The product a b into output 0.
-fn product(o: &Operands, form: Form, sizes: Sizes, a: Ptr, b: Ptr) -> Product {
+/// The product of two inputs into output 0.
+fn product(o: &Operands, form: Form, sizes: Sizes, inputs: [usize; 2]) -> Product {
+    let [a, b] = inputs.map(|i| Matrix { at: o.input(i), pitch: o.pitch(i) });
     Product {
         form,
         sizes,
@@ -56,7 +57,7 @@ fn product(o: &Operands, form: Form, sizes: Sizes, a: Ptr, b: Ptr) -> Product {
         b,
         bias: Ptr::NULL,
         activation: Activation::None,
-        out: o.output(0),
+        out: Matrix { at: o.output(0), pitch: o.out_pitch() },
         pre: Ptr::NULL,
         accumulator: o.accumulator(0),
         scratch: o.scratch(),

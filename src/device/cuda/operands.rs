@@ -68,6 +68,16 @@ impl Operands<'_> {
         (self.step.inputs[i].shape.rows(), self.step.inputs[i].shape.cols())
     }
 
+    /// Elements from one row of input `i` to the next.
+    pub(super) fn pitch(&self, i: usize) -> usize {
+        self.step.inputs[i].pitch
+    }
+
+    /// Elements from one row of output 0 to the next.
+    pub(super) fn out_pitch(&self) -> usize {
+        self.step.outputs[0].as_ref().expect("only optional outputs are left out").pitch
+    }
+
     /// The last axis of output 0.
     pub fn out_cols(&self) -> usize {
         self.out_axes(0).last().copied().unwrap_or(1)

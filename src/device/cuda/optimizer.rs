@@ -138,9 +138,10 @@ fn sgd_numbers(rule: &SgdRule) -> Numbers {
 
 /// Looks at output 0 for what is not finite; `q.layer` keeps the lowest `layer` where there is any.
 pub(super) fn check_finite(q: &mut Queue, o: &Operands, layer: usize) -> Result<()> {
-    let (dtype, elems) = (o.out_dtype(0), o.out_elems(0));
+    let (dtype, cols, pitch) = (o.out_dtype(0), o.out_cols().max(1), o.out_pitch().max(1));
+    let elems = o.out_elems(0) / cols * pitch;
     let launch = pointwise(pick(dtype, "finite_check_f32", "finite_check_bf16"), elems, dtype);
-    q.launch(launch.ptr(q.layer).ptr(o.output(0)).long(elems).int(layer))
+    q.launch(launch.ptr(q.layer).ptr(o.output(0)).long(elems).int(cols).int(pitch).int(layer))
 }
 
 #[cfg(test)]

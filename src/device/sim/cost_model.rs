@@ -3,7 +3,7 @@
 //! An op's seconds are its work over its family's rate at its size, and a little for starting it. Rates are known at a few sizes; between
 //! them the nearer ones count for more.
 
-use crate::base::LaneKind;
+use crate::base::{DType, LaneKind};
 use crate::device::Task;
 use crate::graph::{Cost, Family, Program, Work};
 
@@ -12,6 +12,8 @@ use crate::graph::{Cost, Family, Program, Work};
 pub struct Rate {
     /// The kind of work.
     pub family: Family,
+    /// As in [`Cost::float`].
+    pub float: DType,
     /// As in [`Cost::sizes`].
     pub sizes: [usize; 3],
     /// Flops or bytes per second, by [`Family::work`].
@@ -51,7 +53,7 @@ impl CostModel {
                 Work::Flops => flops_per_sec,
                 Work::Bytes => memory_bytes_per_sec,
             };
-            Rate { family, sizes: [1; 3], work_per_sec }
+            Rate { family, float: DType::F32, sizes: [1; 3], work_per_sec }
         };
         CostModel {
             rates: Family::ALL.map(rate).to_vec(),
@@ -75,11 +77,13 @@ impl CostModel {
     }
 
     /// The rate at the op's size: the mean of the family's measured rates, each weighted by how near it is. Sizes are apart as their
-    /// ratios are, so a size that was measured gets just that rate.
+    /// ratios are, so a size that was measured gets just that rate. Where nothing was measured in the op's element type, others count.
     fn rate(&self, cost: &Cost) -> f64 {
         let log = |size: usize| (size.max(1) as f64).ln();
         let (mut weights, mut sum) = (0.0, 0.0);
-        for rate in self.rates.iter().filter(|r| r.family == cost.family) {
+        let of_family = || self.rates.iter().filter(|r| r.family == cost.family);
+        let of_its_own = of_family().any(|r| r.float == cost.float);
+        for rate in of_family().filter(|r| !of_its_own || r.float == cost.float) {
             let apart: f64 = rate.sizes.iter().zip(cost.sizes).map(|(&a, b)| (log(a) - log(b)).powi(2)).sum();
             // The square of the squared distance: a far size has next to no say beside a near one.
             let weight = 1.0 / (apart + 1e-3).powi(2);
@@ -125,14 +129,14 @@ mod tests {
     use super::*;
 
     fn cost(family: Family, work: f64, sizes: [usize; 3]) -> Cost {
-        Cost { flops: work, bytes: work as u64, family, elems: 0, sizes }
+        Cost { flops: work, bytes: work as u64, family, float: DType::F32, elems: 0, sizes }
     }
 
     #[test]
     fn measured_sizes_have_their_rates_and_others_lie_between() {
         let mut model = CostModel::stated(1e9, 1e12, 1e9);
         model.rates = [(64, 1e9), (1024, 4e9)]
-            .map(|(n, work_per_sec)| Rate { family: Family::Gemm, sizes: [n; 3], work_per_sec })
+            .map(|(n, work_per_sec)| Rate { family: Family::Gemm, float: DType::F32, sizes: [n; 3], work_per_sec })
             .to_vec();
         let secs = |n: usize| model.op_secs(&cost(Family::Gemm, 1e9, [n; 3]));
         assert!((secs(64) - 1.0).abs() < 1e-3 && (secs(1024) - 0.25).abs() < 1e-3, "{} {}", secs(64), secs(1024));
@@ -151,7 +155,8 @@ mod tests {
     #[test]
     fn a_stated_device_is_bound_by_the_slower_of_arithmetic_and_memory() {
         let model = CostModel::stated(1e9, 1e6, 1e9);
-        let both = Cost { flops: 2e9, bytes: 1_000_000, family: Family::Gemm, elems: 0, sizes: [9; 3] };
+        let sizes = [9; 3];
+        let both = Cost { bytes: 1_000_000, ..cost(Family::Gemm, 2e9, sizes) };
         assert!((model.op_secs(&both) - 2.0).abs() < 1e-9);
         assert!((model.op_secs(&Cost { flops: 1.0, ..both }) - 1.0).abs() < 1e-9);
     }

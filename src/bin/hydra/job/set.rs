@@ -30,7 +30,12 @@ pub fn apply(origin: Origin, job: &mut Table, setting: &str) -> Result<()> {
         keys.insert(2, "optimizer");
     }
     let value = read_value(text.trim()).map_err(fault)?;
-    // A missing list is not created: no index is in its range.
+    // A job without [[device]] has one all the same, the host.
+    if keys.starts_with(&["device", "0"]) && keys.len() > 2 && !job.contains_key("device") {
+        let host = Table::from_iter([("kind".to_string(), Value::from("host"))]);
+        job.insert("device".into(), Value::Array(vec![Value::Table(host)]));
+    }
+    // A missing list is not created otherwise: no index is in its range.
     if ["model", "device"].contains(&keys[0]) && keys.len() > 1 && !job.contains_key(keys[0]) {
         return Err(fault(format!("{}: the job file has no [[{}]]", keys[0], keys[0])));
     }

@@ -372,7 +372,10 @@ fn overrides() {
         let message = fault(WHOLE, &[setting]);
         assert!(message.contains(want), "{setting}\n got {message}\nwant {want}");
     }
-    assert!(fault(MODEL, &["device.0.count=2"]).contains("device: the job file has no [[device]]"));
+    assert!(fault(MODEL, &["device.1.count=2"]).contains("device: the job file has no [[device]]"));
+    // The device that a job has without saying so.
+    let job = check_with(MODEL, &["device.0.memory=1 MiB"]).unwrap();
+    assert_eq!((job.devices.len(), job.devices[0].kind, job.devices[0].memory), (1, DeviceKind::Host, Some(1 << 20)));
 }
 
 #[test]

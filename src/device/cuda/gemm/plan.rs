@@ -100,9 +100,9 @@ const MULTIPROCESSORS: usize = 132;
 /// work log of pranjalssh/fast.cu.
 const WIDE_TILE_COST: f64 = 1.63;
 
-/// The plan for a product with factors of this precision on `arch` (90 for compute capability 9.0).
-pub fn plan(form: Form, sizes: Sizes, precision: Precision, arch: u32) -> GemmPlan {
-    let path = path(form, sizes, precision, arch);
+/// The plan for a product with factors of this precision, rows of a and b being `pitches` elements apart, on `arch` (90 for compute capability 9.0).
+pub fn plan(form: Form, sizes: Sizes, pitches: [usize; 2], precision: Precision, arch: u32) -> GemmPlan {
+    let path = path(sizes, pitches, precision, arch);
     let parts = k_parts(sizes.m, sizes.n, sizes.k);
     let wide = path == Path::HopperShifted || path == Path::Hopper && wide_tiles(sizes, parts.parts);
     let kernel = match (path, form, wide) {
@@ -146,18 +146,13 @@ pub fn plan(form: Form, sizes: Sizes, precision: Precision, arch: u32) -> GemmPl
     GemmPlan { path, kernel, finish, tile, block, shared_bytes, parts }
 }
 
-fn path(form: Form, Sizes { m, n, k }: Sizes, precision: Precision, arch: u32) -> Path {
+fn path(Sizes { m, n, k }: Sizes, pitches: [usize; 2], precision: Precision, arch: u32) -> Path {
     match precision {
         Precision::F32 => return Path::Plain,
         Precision::Tf32 => return Path::Tf32,
         Precision::Bf16 => {}
     }
-    let [a_pitch, b_pitch] = match form {
-        Form::Nn => [k, n],
-        Form::Nt => [k, k],
-        Form::Tn => [m, n],
-    };
-    let aligned = [a_pitch % WORD_ELEMS == 0, b_pitch % WORD_ELEMS == 0];
+    let aligned = pitches.map(|pitch| pitch % WORD_ELEMS == 0);
     // sm_90a is compute capability 9.0 alone. A tensor map of nothing cannot be made; nor is there work without m or n.
     let hopper = arch == 90 && m > 0 && n > 0 && k > 0;
     match (aligned, hopper) {
@@ -178,8 +173,14 @@ fn wide_tiles(Sizes { m, n, .. }: Sizes, parts: usize) -> bool {
 mod tests {
     use super::*;
 
+    /// Of rows that lie next to each other.
     fn of(form: Form, m: usize, n: usize, k: usize, arch: u32) -> GemmPlan {
-        plan(form, Sizes { m, n, k }, Precision::Bf16, arch)
+        let pitches = match form {
+            Form::Nn => [k, n],
+            Form::Nt => [k, k],
+            Form::Tn => [m, n],
+        };
+        plan(form, Sizes { m, n, k }, pitches, Precision::Bf16, arch)
     }
 
     #[test]
@@ -199,7 +200,7 @@ mod tests {
             assert_eq!(of(form, 1024, 1024, 0, 90).path, Path::Mma, "{form:?}: sums of nothing");
             assert_eq!(of(form, 1024, 1024, 1024, 120).path, Path::Mma, "{form:?}: sm_120 has no warpgroup products");
             for (precision, path) in [(Precision::F32, Path::Plain), (Precision::Tf32, Path::Tf32)] {
-                assert_eq!(plan(form, Sizes { m: 8, n: 8, k: 8 }, precision, 90).path, path, "{form:?}");
+                assert_eq!(plan(form, Sizes { m: 8, n: 8, k: 8 }, [8, 8], precision, 90).path, path, "{form:?}");
             }
         }
     }
