@@ -4,21 +4,22 @@
 // Overwrites out (or adds to it, when `accumulator` and now->accumulate) and pre. With `partials` (parts, m, n), blockIdx.y is a part of k of
 // `k_part` and gemm_finish adds the parts in order. Deterministic: each element is one chain of fused multiply-adds in the order of k.
 //
-// Launch: (tiles of 128 x 128, parts) blocks of 256 threads. A block keeps two k-steps of 8 of both operands in shared memory as
-// f32, k outermost; while it works on one, the next is on its way through registers. A thread owns 8 x 8 elements, as four squares of 4 x 4 that
-// lie 64 apart, so that a warp (8 threads across, 4 down) reads each operand as whole 16-byte words from distinct banks.
+// Launch: (tiles of 128 x 128, parts) blocks of 128 threads. A block keeps two k-steps of 8 of both operands in shared memory as
+// f32, k outermost; while it works on one, the next is on its way through registers. A thread owns 16 x 8 elements, as squares of 4 x 4 that
+// lie 32 rows or 64 columns apart, so that a warp (8 threads across, 4 down) reads each operand as whole 16-byte words from distinct banks.
 // Rows of k-contiguous operands are transposed on the way in; the row index is xored with 16 in every second group of 4 k, which
 // keeps those scattered stores free of bank conflicts and every 16-byte word whole.
 //
-// Cost: a k-step moves 8 KB in for 262,144 flop (32 flop a byte of L2 traffic), and 4 16-byte shared reads feed 64 multiply-adds,
-// so the multiply-add pipe is the bound: 2 blocks of 128 registers a multiprocessor, about 85 % of 60 TFLOP/s on an H200 is to be expected; the
-// rest goes to shared reads (4 issue slots in 68) and to the copies through registers.
+// Cost: a k-step moves 8 KB in for 262,144 flop (32 flop a byte of L2 traffic). For each k a warp reads 6 16-byte words a lane, 24 cycles of
+// shared memory, for 128 multiply-adds a lane; the 8 warps of 2 blocks (by registers) take 192 of the 256 cycles that their arithmetic takes. With 8 x 8
+// elements a thread both took 256, and the kernel reached 36 TFLOP/s on an H100 where cuBLAS has 51; 45 are to be expected.
 #include "gpu.cuh"
 #include "gpu/gemm.cuh"
 
 namespace {
 
-constexpr int TILE = 128, STEP = 8, THREADS = 256;
+constexpr int TILE = 128, STEP = 8, THREADS = 128;
+constexpr int DOWN = 16, ACROSS = 8; // elements of a thread
 
 // Where element (k, row) of an operand's step lies.
 DEV int slot(int k, int row) { return k * TILE + (row ^ (k / 4 * 16)); }
@@ -33,11 +34,12 @@ DEV void load_quad(float (&to)[4], const float* from, int count, bool whole) {
   }
 }
 
-// One operand's walk along k: `K_ROWS` when it is stored with k along a row. A thread carries 4 neighbours of a row.
+// One operand's walk along k: `K_ROWS` when it is stored with k along a row. A thread carries 4 neighbours of each of two rows.
 template <bool K_ROWS> struct Operand {
-  const float* at; // the thread's quad of the next step
-  int pitch, k_left, row_left; // row_left alone counts where k runs across rows; k_left is 0 for a row that is not there
-  float held[4];
+  static constexpr int QUADS = TILE * STEP / 4 / THREADS, APART = K_ROWS ? TILE / QUADS : STEP / QUADS; // rows, or k, between a thread's quads
+  const float* at; // the thread's first quad of the next step
+  int pitch, k_left, row_left;
+  float held[QUADS][4];
 
   DEV static int row() { return K_ROWS ? threadIdx.x / (STEP / 4) : threadIdx.x % (TILE / 4) * 4; }
   DEV static int k() { return K_ROWS ? threadIdx.x % (STEP / 4) * 4 : threadIdx.x / (TILE / 4); }
@@ -46,30 +48,36 @@ template <bool K_ROWS> struct Operand {
       : pitch(row_pitch), k_left(k_end - k0 - k()), row_left(rows - row0 - row()) {
     int64_t first_row = row0 + row(), first_k = k0 + k();
     at = from + (K_ROWS ? first_row * pitch + first_k : first_k * pitch + first_row);
-    if (K_ROWS && row_left <= 0) k_left = 0;
   }
 
   DEV void fetch() {
-    load_quad(held, at, K_ROWS ? k_left : k_left > 0 ? row_left : 0, pitch % 4 == 0);
+#pragma unroll
+    for (int q = 0; q < QUADS; q++) {
+      int along = K_ROWS ? k_left : row_left, across = (K_ROWS ? row_left : k_left) - q * APART;
+      load_quad(held[q], at + (int64_t)pitch * (q * APART), across > 0 ? along : 0, pitch % 4 == 0);
+    }
     at += K_ROWS ? STEP : (int64_t)pitch * STEP;
     k_left -= STEP;
   }
 
   DEV void place(float* tile) const {
-    if (K_ROWS) {
-      for (int e = 0; e < 4; e++) tile[slot(k() + e, row())] = held[e];
-    } else {
-      *reinterpret_cast<float4*>(tile + slot(k(), row())) = make_float4(held[0], held[1], held[2], held[3]);
+#pragma unroll
+    for (int q = 0; q < QUADS; q++) {
+      const float(&v)[4] = held[q];
+      if (K_ROWS) {
+        for (int e = 0; e < 4; e++) tile[slot(k() + e, row() + q * APART)] = v[e];
+      } else {
+        *reinterpret_cast<float4*>(tile + slot(k() + q * APART, row())) = make_float4(v[0], v[1], v[2], v[3]);
+      }
     }
   }
 };
-static_assert(TILE * STEP / 4 == THREADS, "a thread carries one quad of each operand");
 
-// 8 elements of row k for a thread: 4 from `at`, 4 from `at` + 64.
-DEV void read_octet(float (&to)[8], const float* tile, int k, int at) {
-  for (int half = 0; half < 2; half++) {
-    float4 v = *reinterpret_cast<const float4*>(tile + slot(k, at + 64 * half));
-    to[4 * half] = v.x, to[4 * half + 1] = v.y, to[4 * half + 2] = v.z, to[4 * half + 3] = v.w;
+// N elements of row k for a thread, by fours that lie 4 TILE / N apart.
+template <int N> DEV void read_row(float (&to)[N], const float* tile, int k, int at) {
+  for (int i = 0; i < N; i += 4) {
+    float4 v = *reinterpret_cast<const float4*>(tile + slot(k, at + i * TILE / N));
+    to[i] = v.x, to[i + 1] = v.y, to[i + 2] = v.z, to[i + 3] = v.w;
   }
 }
 
@@ -84,7 +92,7 @@ DEV void product(const GemmEnd<float>& whole, const float* a, const float* b, in
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int y = (warp / 2 * 4 + lane / 8) * 4, x = (warp % 2 * 8 + lane % 8) * 4;
 
-  float sums[8][8] = {};
+  float sums[DOWN][ACROSS] = {};
   in_a.fetch();
   in_b.fetch();
   int buffer = 0;
@@ -98,20 +106,20 @@ DEV void product(const GemmEnd<float>& whole, const float* a, const float* b, in
     }
 #pragma unroll 2 // further, and the reads ahead take more registers than there are
     for (int kk = 0; kk < STEP; kk++) {
-      float down[8], across[8];
-      read_octet(down, tiles + buffer * TILE * STEP, kk, y);
-      read_octet(across, tiles + (2 + buffer) * TILE * STEP, kk, x);
+      float down[DOWN], across[ACROSS];
+      read_row(down, tiles + buffer * TILE * STEP, kk, y);
+      read_row(across, tiles + (2 + buffer) * TILE * STEP, kk, x);
 #pragma unroll
-      for (int i = 0; i < 8; i++)
+      for (int i = 0; i < DOWN; i++)
 #pragma unroll
-        for (int j = 0; j < 8; j++) sums[i][j] = fmaf(down[i], across[j], sums[i][j]);
+        for (int j = 0; j < ACROSS; j++) sums[i][j] = fmaf(down[i], across[j], sums[i][j]);
     }
   }
   GemmEnd<float> end = whole.part(blockIdx.y);
-  // Out by quarters of 64 x 64 through shared memory, 8 rows a warp.
+  // Out by eighths of 32 x 64 through shared memory, 8 rows a warp.
 #pragma unroll
-  for (int quarter = 0; quarter < 4; quarter++) {
-    int down = quarter / 2 * 4, across = quarter % 2 * 4;
+  for (int eighth = 0; eighth < 8; eighth++) {
+    int down = eighth / 2 * 4, across = eighth % 2 * 4;
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -120,7 +128,7 @@ DEV void product(const GemmEnd<float>& whole, const float* a, const float* b, in
     }
     __syncthreads();
     int warp_row = warp * 8;
-    end.put_staged<8, TILE / 2, TILE / 2>(tiles + warp_row * TILE / 2, row0 + down * 16 + warp_row, col0 + across * 16);
+    end.put_staged<8, TILE / 2, TILE / 2>(tiles + warp_row * TILE / 2, row0 + down * 8 + warp_row, col0 + across * 16);
   }
 }
 

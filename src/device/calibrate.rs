@@ -27,7 +27,7 @@ const NETWORK_SECS: f64 = 0.07;
 /// Times that a copy or an update is timed.
 const TIMES: usize = 5;
 /// Elements of the update that is timed, on the host and on a GPU: four arrays of this are larger than most last-level caches.
-const UPDATE_ELEMS: [u64; 2] = [1 << 21, 1 << 24];
+const UPDATE_ELEMS: [u64; 2] = [1 << 21, 1 << 25];
 /// The large copy that is timed.
 const LARGE_COPY_BYTES: u64 = 16 << 20;
 /// The small one: mostly what starting a copy costs.

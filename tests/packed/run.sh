@@ -1,7 +1,7 @@
 #!/bin/sh
 # Runs what scripts/pack-gpu.sh packed, on a machine with an NVIDIA driver: parity, training, benches, peers. Writes results/RESULTS.md and the
 # JSON beside it; copy that folder back.
-#   sh run.sh [parity] [training] [bench] [peers]     no part named = all
+#   sh run.sh [parity] [training] [large] [bench] [peers]     no part named = all
 #   QUICK=1            few samples and short jobs, to see that it runs
 #   HYDRA_REQUIRE_GPU  default 1: no GPU is a failure; 0: it is said, and the rest goes on
 #   DEVICE=host        tries this script itself where there is no GPU: jobs on the CPU
@@ -15,7 +15,7 @@ export HYDRA_REQUIRE_GPU="${HYDRA_REQUIRE_GPU:-1}" HYDRA_FIXTURES="$here/fixture
 [ "$device" = cuda ] || HYDRA_REQUIRE_GPU=0
 [ "$HYDRA_REQUIRE_GPU" = 0 ] && unset HYDRA_REQUIRE_GPU
 [ "${QUICK:-0}" = 0 ] || export HYDRA_BENCH_QUICK=1
-parts=${*:-parity training bench peers}
+parts=${*:-parity training large bench peers}
 mkdir -p "$results"
 report=$results/RESULTS.md
 failures=0
@@ -65,40 +65,74 @@ if wanted parity; then
 fi
 
 # Trains a job twice, resident and with a share of that run's memory, and compares the trained models byte for byte.
-#   pair NAME PERCENT
+#   pair NAME PERCENT [--set ...]
 pair() {
-    name=$1
+    name=$1 percent=$2
+    shift 2
     rm -rf "$results/runs/$name" "$results/runs/$name-spilled"
     set_steps=""
     [ "${QUICK:-0}" = 0 ] || set_steps="--set model.0.steps=3"
     # shellcheck disable=SC2086
-    step "$name.log" 12 "$here/bin/hydra" train "$here/jobs/$name.toml" --set "run.out=$results/runs/$name" --set "device.0.kind=$device" $set_steps || return
+    step "$name.log" 12 "$here/bin/hydra" train "$here/jobs/$name.toml" --set "run.out=$results/runs/$name" --set "device.0.kind=$device" $set_steps "$@" || return
     peak=$(field "$results/runs/$name/plan.json" device_peak_bytes)
     smallest=$(field "$results/runs/$name/plan.json" smallest_device_bytes)
-    budget=$((peak * $2 / 100))
+    budget=$((peak * percent / 100))
     [ "$budget" -ge "$smallest" ] || budget=$smallest
     # shellcheck disable=SC2086
     step "$name-spilled.log" 12 "$here/bin/hydra" train "$here/jobs/$name.toml" --set "run.out=$results/runs/$name-spilled" --set "device.0.kind=$device" \
-        --set "device.0.memory=$budget" $set_steps || return
+        --set "device.0.memory=$budget" $set_steps "$@" || return
     if cmp -s "$results/runs/$name/$name/model/model.safetensors" "$results/runs/$name-spilled/$name/model/model.safetensors"; then
         say "" "$name: resident peak $peak bytes, spilled under $budget: the same bits."
     else
         say "" "$name: resident peak $peak bytes, spilled under $budget: OTHER BITS."
         failures=$((failures + 1))
     fi
-    for run in "$name" "$name-spilled"; do
-        cp "$results/runs/$run/$name/metrics.jsonl" "$results/$run.metrics.jsonl"
-        cp "$results/runs/$run/plan.json" "$results/$run.plan.json"
-        say "" "Last steps of $run:" '```' "$(tail -n 3 "$results/$run.metrics.jsonl")" '```'
+    keep "$name" "$name"
+    keep "$name" "$name-spilled"
+}
+# What travels back of a run: not its weights, which can take gigabytes.
+#   keep NAME RUN
+keep() {
+    for file in plan.json trace.json; do cp "$results/runs/$2/$file" "$results/$2.$file"; done
+    cp "$results/runs/$2/$1/metrics.jsonl" "$results/$2.metrics.jsonl"
+    say "" "Last steps of $2:" '```' "$(tail -n 3 "$results/$2.metrics.jsonl")" '```'
+    rm -rf "$results/runs/$2"
+}
+# The first steps of a job whose checkpoint is not wanted: it is stopped once its metrics have so many lines.
+#   first_steps STEPS NAME RUN [--set ...]
+first_steps() {
+    steps=$1 name=$2 run=$3
+    shift 3
+    say "" "    \$ bin/hydra train jobs/$name.toml $* # as $run, stopped after $steps steps"
+    "$here/bin/hydra" train "$here/jobs/$name.toml" --set "run.out=$results/runs/$run" --set "device.0.kind=$device" "$@" >"$results/$run.log" 2>&1 &
+    program=$!
+    lines=0
+    while [ "$lines" -lt "$steps" ] && kill -0 "$program" 2>/dev/null; do
+        sleep 1
+        lines=$(wc -l <"$results/runs/$run/$name/metrics.jsonl" 2>/dev/null || echo 0)
     done
-    # Weights of gigabytes need not travel back.
-    rm -rf "$results/runs/$name" "$results/runs/$name-spilled"
+    kill -KILL "$program" 2>/dev/null
+    wait "$program" 2>/dev/null
+    if [ "$lines" -lt "$steps" ]; then
+        say "" "$run ended by itself:" '```' "$(tail -n 5 "$results/$run.log")" '```'
+        failures=$((failures + 1))
+        return 1
+    fi
+    peak=$(field "$results/runs/$run/plan.json" device_peak_bytes)
+    keep "$name" "$run"
 }
 if wanted training; then
     say "" "## Training" "" "Random data; resident, then with a part of the memory."
     step devices.log 30 "$here/bin/hydra" devices
     pair small 40
-    [ "$device" = host ] || pair gpt2-124m 25
+    if [ "$device" != host ]; then
+        pair gpt2-124m 25 --set model.0.microbatch=8
+        first_steps 6 gpt2-124m gpt2-124m-whole
+    fi
+fi
+if wanted large && [ "$device" != host ]; then
+    say "" "## Training a model of 1.6 billion parameters" "" "As in peers.py: 8 x 1024 tokens a step, without clipping; resident, then with a quarter of that memory."
+    first_steps 6 gpt2-1558m gpt2-1558m && first_steps 6 gpt2-1558m gpt2-1558m-spilled --set "device.0.memory=$((peak / 4))"
 fi
 
 rmdir "$results/runs" 2>/dev/null
@@ -119,7 +153,7 @@ if wanted peers && [ -f "$here/peers.py" ]; then
     say "" "## PyTorch on the same shapes"
     if [ "$device" = cuda ] && "${PYTHON:-python3}" -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
         rm -f "$results/peers.jsonl"
-        step peers.log 400 "${PYTHON:-python3}" "$here/peers.py" "$results/peers.jsonl" ceilings kernels training
+        step peers.log 400 "${PYTHON:-python3}" "$here/peers.py" "$results/peers.jsonl" ceilings kernels training offload
     else
         say "" "No PyTorch that sees a GPU in ${PYTHON:-python3}: not measured."
     fi

@@ -135,9 +135,9 @@ pub fn plan(form: Form, sizes: Sizes, pitches: [usize; 2], precision: Precision,
     let finish = if bf16_out { "gemm_finish_bf16" } else { "gemm_finish_f32" };
     let tile = [128, if wide { 256 } else { 128 }];
     let (block, shared_bytes) = match path {
-        Path::Plain | Path::MmaRagged => (256, 0),
+        Path::MmaRagged => (256, 0),
         Path::Tf32 => (128, TF32_RING_BYTES),
-        Path::Mma => (128, 0),
+        Path::Plain | Path::Mma => (128, 0),
         Path::Hopper | Path::HopperShifted => {
             let ring = HOPPER_STAGES[usize::from(!wide)] * (tile[0] + tile[1]) * HOPPER_STEP * 2;
             (384, (ring + HOPPER_STAGED_BYTES) as u32)
