@@ -33,7 +33,7 @@ pub fn row_parts(rows: usize, cols: usize) -> RowParts {
     parts_of(rows, rows.div_ceil(LEAST_ROWS).min(BLOCKS.div_ceil(tiles)))
 }
 
-/// Columns of a row that the threads of one block of `kernels/norm.cu` keep, whatever the element type.
+/// Columns of a row that the threads of one block of `kernels/norm_grad.cu` keep at the least, whatever the element type and the address.
 pub const NORM_COLUMNS: usize = 4096;
 
 /// Parts for the gradient of a normalization of (rows, cols): two blocks on each of an H200's multiprocessors.
