@@ -172,32 +172,32 @@ DEV void forward_wide(T* out, float* mean, float* rstd, const T* x, const T* wei
 
 // The entry points for element type T. rmsnorm's have the same arguments less mean and bias.
 #define NORM_ENTRIES(T) \
-  extern "C" __global__ __launch_bounds__(FORWARD_WARPS * 32, 6) void layernorm_forward_##T( \
+  extern "C" __global__ __launch_bounds__(FORWARD_WARPS * 32, GPU_BLOCKS(6)) void layernorm_forward_##T( \
       T* out, float* mean, float* rstd, const T* x, const T* weight, const T* bias, int64_t rows, int cols, float epsilon) { \
     forward<T, true, false>(out, mean, rstd, x, weight, bias, rows, cols, epsilon); \
   } \
   GPU_EXPORT(layernorm_forward_##T) \
-  extern "C" __global__ __launch_bounds__(FORWARD_WARPS * 32, 4) void layernorm_forward_long_##T( \
+  extern "C" __global__ __launch_bounds__(FORWARD_WARPS * 32, GPU_BLOCKS(4)) void layernorm_forward_long_##T( \
       T* out, float* mean, float* rstd, const T* x, const T* weight, const T* bias, int64_t rows, int cols, float epsilon) { \
     forward<T, true, true>(out, mean, rstd, x, weight, bias, rows, cols, epsilon); \
   } \
   GPU_EXPORT(layernorm_forward_long_##T) \
-  extern "C" __global__ __launch_bounds__(FORWARD_THREADS, 2) void layernorm_forward_wide_##T( \
+  extern "C" __global__ __launch_bounds__(FORWARD_THREADS, GPU_BLOCKS(2)) void layernorm_forward_wide_##T( \
       T* out, float* mean, float* rstd, const T* x, const T* weight, const T* bias, int cols, float epsilon, int packed) { \
     forward_wide<T, true>(out, mean, rstd, x, weight, bias, cols, epsilon, packed); \
   } \
   GPU_EXPORT(layernorm_forward_wide_##T) \
-  extern "C" __global__ __launch_bounds__(FORWARD_WARPS * 32, 6) void rmsnorm_forward_##T( \
+  extern "C" __global__ __launch_bounds__(FORWARD_WARPS * 32, GPU_BLOCKS(6)) void rmsnorm_forward_##T( \
       T* out, float* rstd, const T* x, const T* weight, int64_t rows, int cols, float epsilon) { \
     forward<T, false, false>(out, nullptr, rstd, x, weight, nullptr, rows, cols, epsilon); \
   } \
   GPU_EXPORT(rmsnorm_forward_##T) \
-  extern "C" __global__ __launch_bounds__(FORWARD_WARPS * 32, 4) void rmsnorm_forward_long_##T( \
+  extern "C" __global__ __launch_bounds__(FORWARD_WARPS * 32, GPU_BLOCKS(4)) void rmsnorm_forward_long_##T( \
       T* out, float* rstd, const T* x, const T* weight, int64_t rows, int cols, float epsilon) { \
     forward<T, false, true>(out, nullptr, rstd, x, weight, nullptr, rows, cols, epsilon); \
   } \
   GPU_EXPORT(rmsnorm_forward_long_##T) \
-  extern "C" __global__ __launch_bounds__(FORWARD_THREADS, 2) void rmsnorm_forward_wide_##T( \
+  extern "C" __global__ __launch_bounds__(FORWARD_THREADS, GPU_BLOCKS(2)) void rmsnorm_forward_wide_##T( \
       T* out, float* rstd, const T* x, const T* weight, int cols, float epsilon, int packed) { \
     forward_wide<T, false>(out, nullptr, rstd, x, weight, nullptr, cols, epsilon, packed); \
   } \

@@ -9,8 +9,9 @@
 // column sums in registers. Its rows come by cp.async, into places of a ring that one thread alone fills and reads, so that no barrier
 // comes with them: with 3 stages two rows of each warp are on their way while it works on a third, 98 KB a multiprocessor at
 // 768 columns of bf16, 64 KB where rows are wide. Rows that do not fit 16-byte accesses go the wide way, without a ring.
-// Bytes: d_out and x in, d_x out, once; 16 a column and part (8 for rmsnorm), 2 % at 16384 x 768, mostly in L2. About 18 instructions an
-// element, half of what the issue slots give at the copy rate. Expected: 90 % of the copy rate, less 6 us for two launches.
+// Bytes: d_out and x in, d_x out, once; 16 a column and part (8 for rmsnorm), 2 % at 16384 x 768, mostly in L2. About 25 instructions an
+// element of bf16, 32 where rows are wide: 70 % of the issue slots at the copy rate, or all of them where a quarter of the lanes is idle, as at
+// 1600 columns. Expected: 90 % of the copy rate, 80 % at such widths, less 6 us for two launches.
 #include "gpu.cuh"
 #include "gpu/row.cuh"
 
@@ -40,31 +41,34 @@ DEV void grad_sums(float* row_sums, const T* d_out, const T* x, const T* weight,
   }
 }
 
-// A thread's packs of x and d_out for some rows ahead. A stage has the packs of one row, x's before d_out's.
-template <class T, int P> struct Ring {
-  uint4* own;     // the thread's first pack; the next is blockDim.x further on
-  int stages, next, at;
+// A thread's packs of x and d_out for some rows ahead. A stage has the packs of one row, x's before d_out's; `pitch` packs lie between one and
+// the next, one for each thread of the block.
+template <class T, int P, bool ALONE> struct Ring {
+  uint4* own;
+  int stages, next, at;   // where the next stage to ask for begins, and the next to read
 
   DEV Ring(uint4* shared, int stages) : own(shared + threadIdx.x), stages(stages), next(0), at(0) {}
+  static DEV int pitch() { return ALONE ? GRAD_WARPS * 32 : blockDim.x; }
+  DEV int after(int stage) const { return stage + 2 * P * pitch() < stages * 2 * P * pitch() ? stage + 2 * P * pitch() : 0; }
 
-  // Asks for a row, or for nothing where `here` is 0: a group in any case, so that groups count rows.
-  DEV void ask(const T* x, const T* d_out, int64_t here, int thread, int threads) {
+  // Asks for `bytes` of each pack, 16 or 0, of a row; a group of copies in any case, so that groups count rows. Packs lie `apart` elements from
+  // each other.
+  DEV void ask(const T* x, const T* d_out, int apart, const int (&bytes)[P]) {
 #pragma unroll
     for (int p = 0; p < P; p++) {
-      int c = (p * threads + thread) * Pack<T>::N, bytes = c < here ? 16 : 0;
-      cp_async16_zfill(own + (next * 2 * P + p) * blockDim.x, bytes ? x + c : x, bytes);
-      cp_async16_zfill(own + (next * 2 * P + P + p) * blockDim.x, bytes ? d_out + c : d_out, bytes);
+      cp_async16_zfill(own + next + p * pitch(), x + p * apart, bytes[p]);
+      cp_async16_zfill(own + next + (P + p) * pitch(), d_out + p * apart, bytes[p]);
     }
     cp_async_commit();
-    next = next + 1 < stages ? next + 1 : 0;
+    next = after(next);
   }
-  // Until the row is there that was asked for stages - 1 rows ago.
-  DEV const uint4* row() {
+  // Waits until the row is there that was asked for stages - 1 rows ago; returns where it begins.
+  DEV uint32_t row() {
     if (stages == 3) cp_async_wait<2>();
     else if (stages == 2) cp_async_wait<1>();
     else cp_async_wait<0>();
-    const uint4* row = own + at * 2 * P * blockDim.x;
-    at = at + 1 < stages ? at + 1 : 0;
+    int row = at;
+    at = after(at);
     return row;
   }
 };
@@ -73,44 +77,59 @@ template <class T, int P> struct Ring {
 // warps. All columns of them, or columns blockIdx.x * C * threads on where row_sums gives the means.
 template <class T, bool CENTERED, bool PACKED, int C, bool ALONE>
 DEV void grad_rows(T* d_x, float* partials, const T* d_out, const T* x, const T* weight, const float* mean, const float* rstd,
-                   const float* row_sums, int64_t rows, int cols, int64_t rows_per_part, int threads, int stages) {
+                   const float* row_sums, int64_t rows, int cols, int64_t rows_per_part, int some_threads, int stages) {
   constexpr int N = Pack<T>::N, P = C / N;
-  GPU_SHARED(float, rooms, [2][2][GRAD_THREADS / 32]);
+  GPU_SHARED(float2, rooms, [2][GRAD_THREADS / 32]);
   GPU_DYNAMIC(uint4, shared);
-  int group = threadIdx.x / threads, thread = threadIdx.x % threads, groups = blockDim.x / threads;
+  const int threads = ALONE ? 32 : some_threads;
+  int group = threadIdx.x / threads, thread = threadIdx.x % threads, groups = ALONE ? GRAD_WARPS : blockDim.x / threads;
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, width = C * threads;
   int64_t first = ALONE ? 0 : (int64_t)blockIdx.x * width, here = cols - first;
-  int64_t row = blockIdx.y * rows_per_part, end = row + rows_per_part < rows ? row + rows_per_part : rows;
-  row += group;
-  x += first, d_out += first, weight += first, d_x += first;
+  int64_t row = blockIdx.y * rows_per_part + group, end = row - group + rows_per_part < rows ? row - group + rows_per_part : rows;
+  // To the thread's first pack, of its first row.
+  int64_t start = row * cols + first + (PACKED ? thread * N : 0), step = (int64_t)groups * cols;
+  x += start, d_out += start, d_x += start, weight += first + (PACKED ? thread * N : 0), mean += CENTERED ? row : 0, rstd += row;
+  const int apart = threads * N;
+  int bytes[P];   // of a pack that are columns
+#pragma unroll
+  for (int p = 0; p < P; p++) bytes[p] = (p * threads + thread) * N < here ? 16 : 0;
   float per_col = 1.0f / cols, d_weight[C] = {}, d_bias[C] = {};
-  Ring<T, P> ring(shared, stages);
-  auto ask = [&](int64_t row) {
-    bool any = row < end;
-    ring.ask(any ? x + row * cols : x, any ? d_out + row * cols : d_out, any ? here : 0, thread, threads);
+  Ring<T, P, ALONE> ring(shared, stages);
+  const T *x_ahead = x, *d_ahead = d_out;
+  int64_t asked = row;
+  auto ask = [&] {
+    int wanted[P];
+#pragma unroll
+    for (int p = 0; p < P; p++) wanted[p] = asked < end ? bytes[p] : 0;
+    ring.ask(x_ahead, d_ahead, apart, wanted);
+    x_ahead += step, d_ahead += step, asked += groups;
   };
   if (PACKED)
-    for (int ahead = 0; ahead < stages - 1; ahead++) ask(row + ahead * groups);
+    for (int ahead = 1; ahead < stages; ahead++) ask();
   float m = 0, s = 0, next_m = 0, next_s = 0;   // of this row and the next
-  if (row < end) next_m = CENTERED ? mean[row] : 0.0f, next_s = rstd[row];
-  for (int slot = 0; row < end; row += groups, slot ^= 1) {
-    const uint4* packs = nullptr;
+  if (row < end) next_m = CENTERED ? *mean : 0.0f, next_s = *rstd;
+  for (int slot = 0; row < end; row += groups, slot ^= 1, x += step, d_out += step, d_x += step) {
+    uint32_t packs = 0, again = 0;
     if (PACKED) {
-      ask(row + (stages - 1) * groups);
+      ask();
       packs = ring.row();
     }
-    const T *x_row = x + row * cols, *d_row = d_out + row * cols, *weights = weight;
-    auto x_pack = [&](int p) { return PACKED ? packs[p * blockDim.x] : load_words<false>(x_row, p, here, thread, threads); };
-    auto d_pack = [&](int p) { return PACKED ? packs[(P + p) * blockDim.x] : load_words<false>(d_row, p, here, thread, threads); };
+    auto x_pack = [&](int p) { return PACKED ? ring.own[packs + p * ring.pitch()] : load_words<false>(x + again, p, here, thread, threads); };
+    auto d_pack = [&](int p) { return PACKED ? ring.own[packs + (P + p) * ring.pitch()] : load_words<false>(d_out + again, p, here, thread, threads); };
+    auto w_pack = [&](int p) {
+      if (!PACKED) return load_words<false>(weight + again, p, here, thread, threads);
+      return bytes[p] ? load16(weight + again + p * apart) : make_uint4(0, 0, 0, 0);
+    };
     m = next_m, s = next_s;
-    if (row + groups < end) next_m = CENTERED ? mean[row + groups] : 0.0f, next_s = rstd[row + groups];
+    mean += CENTERED ? groups : 0, rstd += groups;
+    if (row + groups < end) next_m = CENTERED ? *mean : 0.0f, next_s = *rstd;
     float sums[2] = {};   // of g, of g n
     if (!ALONE && row_sums) {
       sums[0] = row_sums[row * 2], sums[1] = row_sums[row * 2 + 1];
     } else {
 #pragma unroll
       for (int p = 0; p < P; p++) {
-        uint4 v = x_pack(p), d = d_pack(p), w = load_words<PACKED>(weights, p, here, thread, threads);
+        uint4 v = x_pack(p), d = d_pack(p), w = w_pack(p);
 #pragma unroll
         for (int j = 0; j < N; j++) {
           float g = __fmul_rn(of_pack<T>(d, j), of_pack<T>(w, j));
@@ -121,20 +140,23 @@ DEV void grad_rows(T* d_x, float* partials, const T* d_out, const T* x, const T*
       warp_sums(sums);
       if (!ALONE) {
         // Two rooms in turn: one barrier a row keeps a fast warp from the room that a slow one still reads.
-        float (&room)[2][GRAD_THREADS / 32] = rooms[slot];
-        if (lane == 0) room[0][warp] = sums[0], room[1][warp] = sums[1];
+        if (lane == 0) rooms[slot][warp] = make_float2(sums[0], sums[1]);
         bar_sync(1 + group, threads);
-        int from = group * (threads / 32);
+        const float2* room = rooms[slot] + group * (threads / 32);
         sums[0] = sums[1] = 0;
-        for (int w = 0; w < threads / 32; w++) sums[0] += room[0][from + w], sums[1] += room[1][from + w];
+#pragma unroll 2
+        for (int w = 0; w < threads / 32; w++) {
+          float2 theirs = room[w];
+          sums[0] += theirs.x, sums[1] += theirs.y;
+        }
       }
       sums[0] *= per_col, sums[1] *= s * per_col;
     }
     // The packs are read anew, since they would take the registers that the column sums need.
-    forget(packs), forget(x_row), forget(d_row), forget(weights);
+    forget(packs), forget(again);
 #pragma unroll
     for (int p = 0; p < P; p++) {
-      uint4 v = x_pack(p), d = d_pack(p), w = load_words<PACKED>(weights, p, here, thread, threads);
+      uint4 v = x_pack(p), d = d_pack(p), w = w_pack(p);
       float y[N];
 #pragma unroll
       for (int j = 0; j < N; j++) {
@@ -142,11 +164,12 @@ DEV void grad_rows(T* d_x, float* partials, const T* d_out, const T* x, const T*
         d_weight[p * N + j] += g * n;
         if (CENTERED) d_bias[p * N + j] += g;
         // The product is rounded as it was for the mean: in a row of one column nothing is left of it.
-        float apart = __fmul_rn(g, of_pack<T>(w, j));
-        if (CENTERED) apart -= sums[0];
-        y[j] = s * (apart - n * sums[1]);
+        float from_mean = __fmul_rn(g, of_pack<T>(w, j));
+        if (CENTERED) from_mean -= sums[0];
+        y[j] = s * (from_mean - n * sums[1]);
       }
-      store_words<PACKED>(d_x + row * cols, y, p, here, thread, threads);
+      if (!PACKED) store_words<false>(d_x, y, p, here, thread, threads);
+      else if (bytes[p]) store16(d_x + p * apart, to_pack<T>(y));
     }
   }
   if (PACKED) cp_async_wait<0>();
@@ -186,7 +209,7 @@ DEV void grad_wide(T* d_x, float* partials, const T* d_out, const T* x, const T*
 
 // The entry points for element type T. rmsnorm's have the same arguments less mean.
 #define NORM_GRAD_ENTRIES(T) \
-  extern "C" __global__ __launch_bounds__(GRAD_WARPS * 32, 2) void layernorm_grad_##T( \
+  extern "C" __global__ __launch_bounds__(GRAD_WARPS * 32, GPU_BLOCKS(2)) void layernorm_grad_##T( \
       T* d_x, float* partials, const T* d_out, const T* x, const T* weight, const float* mean, const float* rstd, int64_t rows, int cols, int64_t rows_per_part, int stages) { \
     grad<T, true>(d_x, partials, d_out, x, weight, mean, rstd, rows, cols, rows_per_part, stages); \
   } \
@@ -201,7 +224,7 @@ DEV void grad_wide(T* d_x, float* partials, const T* d_out, const T* x, const T*
     grad_sums<T, true>(row_sums, d_out, x, weight, mean, rstd, cols); \
   } \
   GPU_EXPORT(layernorm_grad_sums_##T) \
-  extern "C" __global__ __launch_bounds__(GRAD_WARPS * 32, 2) void rmsnorm_grad_##T( \
+  extern "C" __global__ __launch_bounds__(GRAD_WARPS * 32, GPU_BLOCKS(2)) void rmsnorm_grad_##T( \
       T* d_x, float* partials, const T* d_out, const T* x, const T* weight, const float* rstd, int64_t rows, int cols, int64_t rows_per_part, int stages) { \
     grad<T, false>(d_x, partials, d_out, x, weight, nullptr, rstd, rows, cols, rows_per_part, stages); \
   } \

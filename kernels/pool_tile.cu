@@ -113,7 +113,7 @@ template <int K, class T> DEV void max_columns(T* out, int32_t* argmax, const Sh
     int col[K], kept_row = -1;
 #pragma unroll
     for (int j = 0; j < K; j++) col[j] = clamp(left + j, s.width);
-    Best kept;   // of row kept_row
+    Best kept = {};   // of row kept_row
     auto row_best = [&](int row) {
       int at = row * s.width;
       Best best = {to_float(x[at + col[0]]), at + col[0]};
@@ -125,10 +125,8 @@ template <int K, class T> DEV void max_columns(T* out, int32_t* argmax, const Sh
     int to = (plane * share.out_rows + begin) * s.out_width + out_col;
 #pragma unroll 1
     for (int row = begin; row < end; row++, top += s.stride, to += s.out_width) {
-      Best best;
-      if (nothing || top >= s.height || top + K <= 0) {
-        best = {-INFINITY, -1};
-      } else {
+      Best best = {-INFINITY, -1};
+      if (!nothing && top < s.height && top + K > 0) {
         int first = clamp(top, s.height);
         best = first == kept_row ? kept : row_best(first);
 #pragma unroll
@@ -258,15 +256,15 @@ template <class T> DEV void avg_grad_whole(T* d_x, const T* d_out, int64_t elems
 
 // The entry points for element type T.
 #define POOL_TILE_ENTRIES(T) \
-  extern "C" __global__ __launch_bounds__(THREADS, 6) void max_pool_forward_tile_##T(T* out, int32_t* argmax, const T* x, int64_t planes, Sizes s, Cut cut) { \
+  extern "C" __global__ __launch_bounds__(THREADS, GPU_BLOCKS(6)) void max_pool_forward_tile_##T(T* out, int32_t* argmax, const T* x, int64_t planes, Sizes s, Cut cut) { \
     max_forward(out, argmax, x, planes, s, cut); \
   } \
   GPU_EXPORT(max_pool_forward_tile_##T) \
-  extern "C" __global__ __launch_bounds__(THREADS, 5) void max_pool_grad_tile_##T(T* d_x, const T* d_out, const int32_t* argmax, int64_t planes, Sizes s, Cut cut, int mask_h, int mask_w, int bits_w) { \
+  extern "C" __global__ __launch_bounds__(THREADS, GPU_BLOCKS(5)) void max_pool_grad_tile_##T(T* d_x, const T* d_out, const int32_t* argmax, int64_t planes, Sizes s, Cut cut, int mask_h, int mask_w, int bits_w) { \
     max_grad(d_x, d_out, argmax, planes, s, cut, mask_h, mask_w, bits_w); \
   } \
   GPU_EXPORT(max_pool_grad_tile_##T) \
-  extern "C" __global__ __launch_bounds__(THREADS, 8) void avg_pool_forward_tile_##T(T* out, const T* x, int64_t planes, Sizes s, Cut cut, int lanes) { \
+  extern "C" __global__ __launch_bounds__(THREADS, GPU_BLOCKS(6)) void avg_pool_forward_tile_##T(T* out, const T* x, int64_t planes, Sizes s, Cut cut, int lanes) { \
     avg_forward(out, x, planes, s, cut, lanes); \
   } \
   GPU_EXPORT(avg_pool_forward_tile_##T) \

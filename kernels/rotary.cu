@@ -75,12 +75,12 @@ template <class T> DEV void rotary(T* out, const T* x, int positions, int cols, 
   else turn<T, 1>(out, x, positions, cols, heads, width, per_pair, sign);
 }
 
-extern "C" __global__ __launch_bounds__(THREADS, 4) void rotary_f32(float* out, const float* x, int positions, int cols, int heads, int width, double per_pair, float sign) {
+extern "C" __global__ __launch_bounds__(THREADS, GPU_BLOCKS(4)) void rotary_f32(float* out, const float* x, int positions, int cols, int heads, int width, double per_pair, float sign) {
   rotary(out, x, positions, cols, heads, width, per_pair, sign);
 }
 GPU_EXPORT(rotary_f32)
 
-extern "C" __global__ __launch_bounds__(THREADS, 4) void rotary_bf16(bf16* out, const bf16* x, int positions, int cols, int heads, int width, double per_pair, float sign) {
+extern "C" __global__ __launch_bounds__(THREADS, GPU_BLOCKS(4)) void rotary_bf16(bf16* out, const bf16* x, int positions, int cols, int heads, int width, double per_pair, float sign) {
   rotary(out, x, positions, cols, heads, width, per_pair, sign);
 }
 GPU_EXPORT(rotary_bf16)

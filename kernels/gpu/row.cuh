@@ -99,6 +99,22 @@ template <class T, bool PACKED, int C> DEV void store_floats(float* row, const f
   }
 }
 
+template <class T, bool PACKED, int C> DEV void load_floats(float (&to)[C], const float* row, int64_t cols, int thread, int threads) {
+  constexpr int STEP = PACKED ? Pack<float>::N : 1;
+#pragma unroll
+  for (int i = 0; i < C; i += STEP) {
+    int c = column_of<T, PACKED>(i, thread, threads);
+    if (c >= cols) continue;
+    if (PACKED) {
+      Pack<float> pack = load_pack(row + c);
+#pragma unroll
+      for (int j = 0; j < STEP; j++) to[i + j] = pack.x[j];
+    } else {
+      to[i] = row[c];
+    }
+  }
+}
+
 // The 16-byte packs of a row at any address: `head` elements lie before the first, the rest from `tail` on.
 template <class T> struct Packs {
   int head, packs, tail;
