@@ -125,38 +125,47 @@ DEV void normalize_wide(T* out, float* mean, float* rstd, const T* x, const T* w
   if (CENTERED) {
     float sum = 0;
     do {
-      v.template load<PACKED>(x + c, cols - c, thread, threads);
+      v.template load<PACKED>(x + c, (int)(cols - c), thread, threads);
 #pragma unroll
-      for (int i = 0; i < C; i++) sum += v.at(i);
+      for (int p = 0; p < C / N; p++) sum += sum_pack<T>(v.packs[p]);
     } while ((c += step) < cols);
     m = block_sum(sum, warps[0]) * per_col;
   }
   c = 0;
   do {
-    if (!CENTERED || again) v.template load<PACKED>(x + c, cols - c, thread, threads);
+    int here = (int)(cols - c);
+    if (!CENTERED || again) v.template load<PACKED>(x + c, here, thread, threads);
     else v.forget_floats();
 #pragma unroll
-    for (int i = 0; i < C; i++) {
-      float d = column_of<T, PACKED>(i, thread, threads) < cols - c ? v.at(i) - m : 0.0f;
-      squares += d * d;
+    for (int p = 0; p < C / N; p++) {
+      if constexpr (PACKED) {
+        if (column_of<T, true>(p * N, thread, threads) < here) squares += sum_squares<T>(v.packs[p], m);
+      } else {
+#pragma unroll
+        for (int i = p * N; i < (p + 1) * N; i++) {
+          float d = column_of<T, false>(i, thread, threads) < here ? v.at(i) - m : 0.0f;
+          squares += d * d;
+        }
+      }
     }
   } while ((c += step) < cols);
   float s = 1 / sqrtf(block_sum(squares, warps[1]) * per_col + epsilon);
   c = 0;
   do {
-    if (again) v.template load<PACKED>(x + c, cols - c, thread, threads);
+    int here = (int)(cols - c);
+    if (again) v.template load<PACKED>(x + c, here, thread, threads);
     else v.forget_floats();
 #pragma unroll
     for (int p = 0; p < C / N; p++) {
-      uint4 w = load_words<PACKED>(weight + c, p, cols - c, thread, threads), b = {};
-      if (CENTERED) b = load_words<PACKED>(bias + c, p, cols - c, thread, threads);
+      uint4 w = load_words<PACKED>(weight + c, p, here, thread, threads), b = {};
+      if (CENTERED) b = load_words<PACKED>(bias + c, p, here, thread, threads);
       float y[N];
 #pragma unroll
       for (int j = 0; j < N; j++) {
         y[j] = (v.at(p * N + j) - m) * s * of_pack<T>(w, j);
         if (CENTERED) y[j] += of_pack<T>(b, j);
       }
-      store_words<PACKED>(out + c, y, p, cols - c, thread, threads);
+      store_words<PACKED>(out + c, y, p, here, thread, threads);
     }
   } while ((c += step) < cols);
   if (thread > 0) return;
