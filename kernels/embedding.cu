@@ -3,15 +3,18 @@
 //   grad     d_table[v,:] = sum over t with ids[t] = v, in order, of d_y[t,:]; d_y (tokens, C), d_table (V, C) f32. Rows of tokens that do
 //            not occur get 0; where d_table is an accumulator and now->accumulate is set it is added to instead.
 // The gradient first sorts the tokens by id, keeping their order among equals: a radix sort by 8 bits a pass, least significant first, each
-// pass a kernel that counts digits and one that places tokens. Then one kernel notes where each id's stretch begins and ends, and in the
-// last one a warp has a row of the table and 128 columns, and adds up its tokens' rows in order. A single writer an element, no atomics:
-// the bits are those of the host's loop over tokens.
+// pass a kernel that counts digits and one that places tokens. Then one kernel notes which ids occur, and the last one does two things. A warp
+// has 16 places of the order and 256 columns: it walks over its tokens' rows of d_y, 4 KB of them on their way, and stores a sum where the id
+// changes; ids that began before its first place are the warp's before it, and its own last id it follows to the end. The blocks after
+// those write zeros to the rows of ids that do not occur. A single writer an element, no atomics: the bits are those of the host's loop over
+// tokens.
 //
-// Bytes an element (f32 / bf16): forward 8 / 4, at 90 % of the copy rate. Grad: d_y once, 4 / 2, and the table once, 4 (8 when added
-// to): 85 % of the copy rate is expected, less what the five to seven small kernels before cost, 2-3 us each. A row that very many tokens
-// share is summed by one warp per 128 columns, 8 rows in flight, since the order is fixed: 65,536 equal tokens take about 5 ms.
+// Bytes an element (f32 / bf16): forward 8 / 4, at 90 % of the copy rate. Grad: d_y once, 4 / 2, and the table once, 4 (8 for the rows that are
+// added to): 90 % of the copy rate is expected, less what the five to seven small kernels before cost, 3 us each. A row that very many
+// tokens share is summed by one warp per 256 columns since the order is fixed: 65,536 equal tokens take about 5 ms.
 #include "gpu.cuh"
 #include "gpu/pointwise.cuh"
+#include "gpu/row.cuh"
 
 constexpr int ROWS = 8;        // rows of a block, one warp each
 constexpr int IN_FLIGHT = 4;   // packs that a lane has on their way at once
@@ -161,84 +164,108 @@ extern "C" __global__ void __launch_bounds__(DIGITS) embedding_grad_place(int* p
 }
 GPU_EXPORT(embedding_grad_place)
 
-// bounds (V, 2): begin and end of each id's stretch in `order`. Those of ids that do not occur stay as they are, 0 and 0.
-extern "C" __global__ void __launch_bounds__(256) embedding_grad_bounds(int* bounds, const int* ids, const int* order, int tokens, int table_rows) {
+// seen (V): 1 for the ids that occur. The others' stay 0.
+extern "C" __global__ void __launch_bounds__(256) embedding_grad_seen(int* seen, const int* ids, const int* order, int tokens, int table_rows) {
   int64_t s = (int64_t)blockIdx.x * 256 + threadIdx.x;
   if (s >= tokens) return;
   unsigned key = sort_key(ids, order[s], table_rows), outside = (unsigned)table_rows;
-  if (key == outside) return;
-  if (s == 0 || sort_key(ids, order[s - 1], table_rows) != key) bounds[2 * (int64_t)key] = (int)s;
-  if (s == tokens - 1 || sort_key(ids, order[s + 1], table_rows) != key) bounds[2 * (int64_t)key + 1] = (int)s + 1;
+  if (key != outside && (s == 0 || sort_key(ids, order[s - 1], table_rows) != key)) seen[key] = 1;
 }
-GPU_EXPORT(embedding_grad_bounds)
+GPU_EXPORT(embedding_grad_seen)
 
-constexpr int GROUP_FEW = FEW<float>;             // columns of a lane
-constexpr int GROUP = 32 * GROUP_FEW;             // columns of a warp
-constexpr int TOKENS_AHEAD = 8;                   // rows of d_y that a lane has on their way at once
+constexpr int GROUP_LANE = 8;                     // columns of a lane
+constexpr int GROUP = 32 * GROUP_LANE;            // columns of a warp
+constexpr int CHUNK = 16;                         // places of the order that a warp has
+constexpr int ZEROED = 32;                        // rows that a block looks at, one warp a row, for what to zero
 
-// A lane's columns of its warp's group: side by side where rows are aligned, else 32 apart, so that neighbouring lanes are neighbours.
-template <class T, bool WIDE> DEV Few<T, GROUP_FEW> load_group(const T* row, int lane, int here) {
-  Few<T, GROUP_FEW> v = {};
-  if constexpr (WIDE) {
-    if (lane * GROUP_FEW < here) v = load_few<GROUP_FEW>(row + lane * GROUP_FEW);
-  } else {
-#pragma unroll
-    for (int i = 0; i < GROUP_FEW; i++)
-      if (i * 32 + lane < here) v.x[i] = row[i * 32 + lane];
-  }
-  return v;
-}
-
-// Block (x, y): rows 8x.. of the table, one warp each, and columns 128y..
+// Warp `number` of chunks times groups.
 template <class T, bool WIDE>
-DEV void add_token_rows(float* d_table, const T* d_y, const int* order, const int* bounds, int table_rows, int cols, bool adds) {
-  int64_t v = (int64_t)blockIdx.x * ROWS + threadIdx.x / 32;
-  if (v >= table_rows) return;
-  int lane = threadIdx.x % 32, first = blockIdx.y * GROUP, here = cols - first < GROUP ? cols - first : GROUP;
-  int begin = bounds[2 * v], end = bounds[2 * v + 1];
-  if (adds && begin == end) return;
-  float* to = d_table + v * cols + first;
-  d_y += first;
-  Few<float, GROUP_FEW> sum = {};
-  if (adds) sum = load_group<float, WIDE>(to, lane, here);
-  for (int s = begin; s < end; s += 32) {
-    int count = end - s < 32 ? end - s : 32;
-    int token = lane < count ? order[s + lane] : 0;
+DEV void add_chunk(float* d_table, const T* d_y, const int* ids, const int* order, int64_t number, int tokens, int table_rows, int cols, bool adds) {
+  constexpr int TOKENS_AHEAD = 16 / sizeof(T);   // rows of d_y that a lane has on their way at once: 128 bytes
+  int groups = (cols + GROUP - 1) / GROUP, chunk = (int)(number / groups), first = (int)(number - (int64_t)chunk * groups) * GROUP;
+  int begin = chunk * CHUNK, end = tokens - begin < CHUNK ? tokens : begin + CHUNK;
+  if (begin >= tokens) return;
+  int lane = threadIdx.x % 32, here = cols - first < GROUP ? cols - first : GROUP;
+  unsigned outside = (unsigned)table_rows;
+  // The ids before, in and, last of all, at the end of the chunk: lane l has that of place begin + l - 1.
+  int place = begin + lane - 1;
+  unsigned key = place >= 0 && place < end ? sort_key(ids, order[place], table_rows) : ~0u;
+  unsigned before = __shfl_sync(~0u, key, 0), last = __shfl_sync(~0u, key, end - begin), current = outside;
+  begin += __popc(__ballot_sync(~0u, lane > 0 && place < end && key == before));
+  if (begin == end) return;
+  d_y += first, d_table += first;
+  float sum[GROUP_LANE] = {};
+  for (int s = begin;; s += 32) {
+    place = s + lane;
+    int token = place < tokens ? order[place] : 0;
+    key = place < tokens ? sort_key(ids, token, table_rows) : ~0u;
+    int count = __popc(__ballot_sync(~0u, place < tokens && (place < end || key == last)));
 #pragma unroll 1
     for (int k = 0; k < count; k += TOKENS_AHEAD) {
-      Few<T, GROUP_FEW> rows[TOKENS_AHEAD];
+      Part<T, GROUP_LANE> rows[TOKENS_AHEAD];
 #pragma unroll
       for (int j = 0; j < TOKENS_AHEAD; j++) {
-        int64_t t = __shfl_sync(~0u, token, k + j);
-        if (k + j < count) rows[j] = load_group<T, WIDE>(d_y + t * cols, lane, here);
+        int64_t t = __shfl_sync(~0u, token, (k + j) % 32);
+        if (k + j < count) rows[j].template load<WIDE>(d_y + t * cols, here, lane, 32);
       }
 #pragma unroll
-      for (int j = 0; j < TOKENS_AHEAD; j++)
-        if (k + j < count)
-          for (int i = 0; i < GROUP_FEW; i++) sum.x[i] += to_float(rows[j].x[i]);
+      for (int j = 0; j < TOKENS_AHEAD; j++) {
+        unsigned id = __shfl_sync(~0u, key, (k + j) % 32);
+        if (k + j >= count) continue;
+        if (id != current) {
+          if (current != outside) store_floats<T, WIDE>(d_table + (int64_t)current * cols, sum, here, lane, 32);
+          current = id;
+#pragma unroll
+          for (int i = 0; i < GROUP_LANE; i++) sum[i] = 0;
+          if (adds && id != outside) load_floats<T, WIDE>(sum, d_table + (int64_t)id * cols, here, lane, 32);
+        }
+#pragma unroll
+        for (int i = 0; i < GROUP_LANE; i++) sum[i] += rows[j].at(i);
+      }
+    }
+    if (count < 32) break;
+  }
+  if (current != outside) store_floats<T, WIDE>(d_table + (int64_t)current * cols, sum, here, lane, 32);
+}
+
+// Zeros to those of rows first.. that no token has, one warp a row.
+DEV void zero_rows(float* d_table, const int* seen, int64_t first, int table_rows, int cols) {
+  constexpr int N = FEW<float>;
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  bool wide = cols % N == 0 && aligned_few<N>(d_table);
+  int empty = first + lane < table_rows && seen[first + lane] == 0;
+  for (int r = warp; r < ZEROED; r += ROWS) {
+    if (!__shfl_sync(~0u, empty, r)) continue;
+    float* row = d_table + (first + r) * cols;
+    if (wide) {
+#pragma unroll 4
+      for (int c = lane * N; c < cols; c += 32 * N) store_few<N>(row + c, Few<float, N>{});
+    } else {
+      for (int c = lane; c < cols; c += 32) row[c] = 0;
     }
   }
-  if constexpr (WIDE) {
-    if (lane * GROUP_FEW < here) store_few<GROUP_FEW>(to + lane * GROUP_FEW, sum);
-  } else {
-    for (int i = 0; i < GROUP_FEW; i++)
-      if (i * 32 + lane < here) to[i * 32 + lane] = sum.x[i];
-  }
 }
+
+// `adding` blocks of 8 warps, then those that zero.
 template <class T>
-DEV void add_rows_back(float* d_table, const T* d_y, const int* order, const int* bounds, int table_rows, int cols, int accumulator, const Now* now) {
+DEV void add_rows_back(float* d_table, const T* d_y, const int* ids, const int* order, const int* seen, int adding, int tokens, int table_rows, int cols, int accumulator, const Now* now) {
   bool adds = accumulator && now->accumulate;
-  if (cols % GROUP_FEW == 0 && aligned_few<GROUP_FEW>(d_table) && aligned_few<GROUP_FEW>(d_y)) {
-    add_token_rows<T, true>(d_table, d_y, order, bounds, table_rows, cols, adds);
+  if ((int)blockIdx.x >= adding) {
+    if (!adds) zero_rows(d_table, seen, (int64_t)(blockIdx.x - adding) * ZEROED, table_rows, cols);
+    return;
+  }
+  int64_t number = (int64_t)blockIdx.x * ROWS + threadIdx.x / 32;
+  if (cols % FEW<T> == 0 && aligned_few<FEW<float>>(d_table) && aligned_few<FEW<T>>(d_y)) {
+    add_chunk<T, true>(d_table, d_y, ids, order, number, tokens, table_rows, cols, adds);
   } else {
-    add_token_rows<T, false>(d_table, d_y, order, bounds, table_rows, cols, adds);
+    add_chunk<T, false>(d_table, d_y, ids, order, number, tokens, table_rows, cols, adds);
   }
 }
-extern "C" __global__ void __launch_bounds__(ROWS * 32) embedding_grad_f32(float* d_table, const float* d_y, const int* order, const int* bounds, int table_rows, int cols, int accumulator, const Now* now) {
-  add_rows_back(d_table, d_y, order, bounds, table_rows, cols, accumulator, now);
+extern "C" __global__ void __launch_bounds__(ROWS * 32, GPU_BLOCKS(GPU_HOPPER ? 3 : 2)) embedding_grad_f32(float* d_table, const float* d_y, const int* ids, const int* order, const int* seen, int adding, int tokens, int table_rows, int cols, int accumulator, const Now* now) {
+  add_rows_back(d_table, d_y, ids, order, seen, adding, tokens, table_rows, cols, accumulator, now);
 }
-extern "C" __global__ void __launch_bounds__(ROWS * 32) embedding_grad_bf16(float* d_table, const bf16* d_y, const int* order, const int* bounds, int table_rows, int cols, int accumulator, const Now* now) {
-  add_rows_back(d_table, d_y, order, bounds, table_rows, cols, accumulator, now);
+extern "C" __global__ void __launch_bounds__(ROWS * 32, GPU_BLOCKS(GPU_HOPPER ? 3 : 2)) embedding_grad_bf16(float* d_table, const bf16* d_y, const int* ids, const int* order, const int* seen, int adding, int tokens, int table_rows, int cols, int accumulator, const Now* now) {
+  add_rows_back(d_table, d_y, ids, order, seen, adding, tokens, table_rows, cols, accumulator, now);
 }
 GPU_EXPORT(embedding_grad_f32)
 GPU_EXPORT(embedding_grad_bf16)

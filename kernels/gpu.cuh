@@ -10,6 +10,14 @@
 // What changes from microbatch to microbatch while a launch stays the same. `device/cuda/launch.rs` writes it.
 struct Now { uint64_t seed; double loss_scale; uint32_t step, microbatch, accumulate, unused; };
 
+// Blocks that a multiprocessor shall have room for, in __launch_bounds__. Not on the latest chips, for which the compiler needs more registers
+// for the same code and would spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+#define GPU_BLOCKS(n) 1
+#else
+#define GPU_BLOCKS(n) n
+#endif
+
 #ifdef __CUDACC__
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define GPU_HOPPER 1

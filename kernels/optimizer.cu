@@ -7,12 +7,13 @@
 //   adamw, sgd           the update, as host/optimizer.rs writes it down: the same IEEE operations in the same order, fused where it says so.
 //                        AdamW: Loshchilov & Hutter 2019, arXiv:1711.05101.
 //   finite_check         the lowest layer whose output has an infinity or a NaN.
-// Every result has the host's bits. Nothing waits for the host: gate and update follow one another on the stream.
+// Every result has the host's bits, but for what is in an f32 NaN: x86 hands on an operand's, a GPU makes its own. Nothing waits for the
+// host: gate and update follow one another on the stream.
 //
 // A bf16 weight is its f32 master rounded to the nearest, ties away from zero; the master's lower 16 bits lie beside it. With `bits` the
 // master's, weight = (bits + 0x8000) >> 16 and remainder = bits & 0xFFFF. Adding 0x8000 carries into the upper half exactly when the
-// remainder is 0x8000 or more, so the upper half is weight - (remainder >> 15): the pair is exact for every master but NaN, which is made
-// one that stays NaN in the weight.
+// remainder is 0x8000 or more, so the upper half is weight - (remainder >> 15): the pair is exact for every master but NaN, of which there
+// is one, that stays NaN in the weight.
 //
 // Launches take up to SEGMENTS tensors, described in their arguments. One block of 256 threads a 4096 elements (sum_squares: one warp).
 // Bytes an element: add 12; sum_squares 4; adamw 28 (weight, two moments read and written, gradient read; a bf16 weight with its
@@ -160,7 +161,7 @@ struct SplitMasters {
   }
   static DEV void split(float master, uint16_t& weight, uint16_t& remainder) {
     uint32_t bits = __float_as_uint(master);
-    if (master != master) bits = (bits | 0x00400000u) & ~0x8000u;
+    if (master != master) bits = 0x7FC00000u;
     weight = (uint16_t)((bits + 0x8000u) >> 16);
     remainder = (uint16_t)bits;
   }

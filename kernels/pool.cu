@@ -4,14 +4,13 @@
 //   Padding never is a maximum. The first of equal values in row-major order wins; a NaN beats every number, and a later NaN an earlier one,
 //   as in PyTorch. A window with nothing inside the plane gives minus infinity and -1.
 //   d_x: each position adds up what the windows that cover it give it, in row-major order: no atomics.
-// Overwrites its outputs. One thread an element of the output; for windows of 32 elements and more (large), one warp an average.
-// Bytes: every operand once, what windows share coming from the caches. Expected: 60 % of the copy rate in bf16, where a thread moves 2 bytes
-// at a time, 80 % in f32.
+// Overwrites its outputs. These kernels take any shape, one thread an element of the output, for windows of 32 elements and more (large) one
+// warp an average: pool_tile.cu is faster where a few rows of a plane fit into shared memory. An element costs them 100 instructions and
+// more: 10 to 50 % of the copy rate.
 #include "gpu.cuh"
+#include "gpu/pool.cuh"
 
 constexpr int THREADS = 256;
-
-struct Sizes { int height, width, kernel_h, kernel_w, stride, padding, out_height, out_width; };
 
 // Element `e` of planes of (height, width), taken apart.
 struct Place {
@@ -24,24 +23,6 @@ struct Place {
     row = (int)(line - plane * height);
   }
 };
-
-// From `first` up to before `end`.
-struct Range {
-  int first, end;
-  DEV int len() const { return end > first ? end - first : 0; }
-};
-
-// Rows, or columns, of a plane that are inside of window number `out`.
-DEV Range inside(int out, int stride, int padding, int kernel, int size) {
-  int first = out * stride - padding, end = first + kernel;
-  return {first > 0 ? first : 0, end < size ? end : size};
-}
-
-// Windows that row, or column, `at` of a plane is inside of.
-DEV Range covering(int at, int stride, int padding, int kernel, int out_size) {
-  int past = at + padding - kernel + 1, last = (at + padding) / stride;
-  return {past > 0 ? (past + stride - 1) / stride : 0, last < out_size ? last + 1 : out_size};
-}
 
 template <class T> DEV void max_forward(T* out, int32_t* argmax, const T* x, int64_t elems, const Sizes& s) {
   int64_t e = (int64_t)blockIdx.x * THREADS + threadIdx.x;

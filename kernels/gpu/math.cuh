@@ -24,6 +24,12 @@ DEV float warp_sum(float x) {
   for (int apart = 16; apart > 0; apart /= 2) x += __shfl_xor_sync(~0u, x, apart);
   return x;
 }
+// Several sums at once: their shuffles run side by side.
+template <int N> DEV void warp_sums(float (&x)[N]) {
+  for (int apart = 16; apart > 0; apart /= 2)
+#pragma unroll
+    for (int i = 0; i < N; i++) x[i] += __shfl_xor_sync(~0u, x[i], apart);
+}
 DEV float warp_max(float x) {
   for (int apart = 16; apart > 0; apart /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, apart));
   return x;

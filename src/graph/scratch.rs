@@ -15,7 +15,7 @@ pub const COLUMN_TILE: usize = 256;
 /// Blocks that a launch is divided into where a matrix has the rows for it: 8 on each of an H200's 132 multiprocessors.
 const BLOCKS: usize = 1056;
 
-/// Fewest rows of a part, so that writing partial sums is cheap beside reading the rows.
+/// Fewest images of a part, so that writing partial sums is cheap beside reading the images.
 const LEAST_ROWS: usize = 32;
 
 /// A matrix's rows cut into parts, each summed by itself.
@@ -27,13 +27,31 @@ pub struct RowParts {
     pub rows: usize,
 }
 
-/// Parts for the column sums of (rows, cols).
+/// Blocks of `column_sum` that run at once on an H200, 4 a multiprocessor.
+const SUM_BLOCKS: usize = 528;
+
+/// Fewest rows of a part of column sums: what a block has on its way at once.
+const SUM_ROWS: usize = 64;
+
+/// Parts for the column sums of (rows, cols): those that a machine of the size of an H200 is done with first. A function of the shape alone.
 pub fn row_parts(rows: usize, cols: usize) -> RowParts {
     let tiles = cols.div_ceil(COLUMN_TILE).max(1);
-    parts_of(rows, rows.div_ceil(LEAST_ROWS).min(BLOCKS.div_ceil(tiles)))
+    // In rows of a block: those of its part, as many as go by until the first of them is there, and a share of the sum over parts.
+    let cost = |parts: usize| {
+        let waves = (tiles * parts).div_ceil(SUM_BLOCKS);
+        16 * waves * (rows.div_ceil(parts) + 24) + parts
+    };
+    let most = rows.div_ceil(SUM_ROWS).min((2 * BLOCKS).div_ceil(tiles).min(BLOCKS));
+    parts_of(rows, (1..=most).min_by_key(|&parts| cost(parts)).unwrap_or(1))
 }
 
-/// Columns of a row that the threads of one block of `kernels/norm.cu` keep, whatever the element type.
+/// Parts for the sums over images of a matrix (images, cols) whose columns are a channel's positions.
+fn image_parts(images: usize, cols: usize) -> RowParts {
+    let tiles = cols.div_ceil(COLUMN_TILE).max(1);
+    parts_of(images, images.div_ceil(LEAST_ROWS).min(BLOCKS.div_ceil(tiles)))
+}
+
+/// Columns of a row that the threads of one block of `kernels/norm_grad.cu` keep at the least, whatever the element type and the address.
 pub const NORM_COLUMNS: usize = 4096;
 
 /// Parts for the gradient of a normalization of (rows, cols): two blocks on each of an H200's multiprocessors.
@@ -74,7 +92,7 @@ impl ChannelParts {
 /// Parts for the sums of a batch normalization.
 pub fn channel_parts(images: usize, channels: usize, positions: usize) -> ChannelParts {
     if positions < LARGE_PLANE {
-        return ChannelParts { parts: row_parts(images, channels * positions), width: positions };
+        return ChannelParts { parts: image_parts(images, channels * positions), width: positions };
     }
     let pieces = images * positions.div_ceil(PLANE_PIECE);
     ChannelParts { parts: parts_of(pieces, pieces.div_ceil(16).min(BLOCKS.div_ceil(channels.max(1)))), width: 1 }
@@ -114,10 +132,10 @@ impl EmbeddingSort {
         EmbeddingSort { tokens, table_rows, blocks: tokens.div_ceil(SORT_KEYS), passes: bits.div_ceil(8) as usize }
     }
 
-    /// Where its parts start in the scratch, in bytes: begin and end of each id's stretch (V, 2), counts of digits (blocks, 256), and the
-    /// tokens' order (tokens) after passes of even number and of odd number. All i32.
+    /// Where its parts start in the scratch, in bytes: which ids occur (V), counts of digits (blocks, 256), and the tokens' order (tokens) after
+    /// passes of even number and of odd number. All i32.
     pub fn starts(&self) -> [u64; 4] {
-        let counts = 8 * self.table_rows as u64;
+        let counts = 4 * self.table_rows as u64;
         let even = counts + 1024 * self.blocks as u64;
         [0, counts, even, even + 4 * self.tokens as u64]
     }
@@ -229,7 +247,7 @@ mod tests {
             assert_eq!(EmbeddingSort::new(5, table_rows).passes, passes, "{table_rows}");
         }
         let sort = EmbeddingSort::new(2049, 10);
-        assert_eq!((sort.starts(), sort.bytes()), ([0, 80, 80 + 2048, 80 + 2048 + 8196], 80 + 2048 + 2 * 8196));
+        assert_eq!((sort.starts(), sort.bytes()), ([0, 40, 40 + 2048, 40 + 2048 + 8196], 40 + 2048 + 2 * 8196));
     }
 
     #[test]
@@ -261,10 +279,18 @@ mod tests {
     }
 
     #[test]
+    fn column_sums_fill_the_machine() {
+        for (rows, cols, parts) in [(8192, 768, 128), (8192, 3072, 44), (8192, 8192, 16), (8192, 50_257, 8), (10, 5, 1)]
+        {
+            assert_eq!(row_parts(rows, cols).parts, parts, "{rows}x{cols}");
+        }
+    }
+
+    #[test]
     fn parts_cover_the_rows_and_none_is_empty() {
         for rows in [0, 1, 31, 32, 33, 1000, 8192, 100_000, 16_777_216] {
             for cols in [0, 1, 256, 257, 768, 50_257, 1 << 20] {
-                for RowParts { parts, rows: per_part } in [row_parts(rows, cols), norm_parts(rows, cols)] {
+                for RowParts { parts, rows: per_part } in [row_parts, norm_parts, image_parts].map(|f| f(rows, cols)) {
                     assert!(parts * per_part >= rows, "{rows}x{cols}");
                     assert!(parts == 0 && rows == 0 || (parts - 1) * per_part < rows, "{rows}x{cols}");
                     assert!(parts <= BLOCKS, "{rows}x{cols}");

@@ -1,6 +1,6 @@
 //! Launches of `kernels/batchnorm.cu`: partial sums, a kernel that joins them, an elementwise pass.
 
-use super::launch::{Launch, Queue};
+use super::launch::{Launch, Ptr, Queue};
 use super::operands::{Operands, pick};
 use crate::base::{DType, Result};
 use crate::graph::{COLUMN_TILE, ChannelParts, RowParts, channel_parts};
@@ -8,6 +8,8 @@ use crate::graph::{COLUMN_TILE, ChannelParts, RowParts, channel_parts};
 /// Threads of every block; channels that a block of the joining kernels takes, one a warp.
 const THREADS: u32 = 256;
 const CHANNELS: usize = 8;
+/// Elements of a plane that a warp normalizes.
+const FLAT_PIECE: usize = 4096;
 
 /// x (N, C, ..), weight, bias -> out, mean, rstd, var.
 pub(super) fn forward_train(q: &mut Queue, o: &Operands, epsilon: f64) -> Result<()> {
@@ -25,10 +27,7 @@ pub(super) fn forward_train(q: &mut Queue, o: &Operands, epsilon: f64) -> Result
     }
     let finish = s.finish("batchnorm_stats_finish").ptr(mean).ptr(rstd).ptr(o.output(3)).ptr(o.scratch());
     q.launch(finish.int(s.parts.parts.parts).int(s.channels).int(s.parts.width).float(epsilon as f32))?;
-    let kernel = pick(dtype, "batchnorm_normalize_f32", "batchnorm_normalize_bf16");
-    let normalize = s.elementwise(kernel, dtype).ptr(o.output(0)).ptr(o.input(0)).ptr(o.input(1)).ptr(o.input(2));
-    let normalize = normalize.ptr(mean).ptr(rstd).long(s.elems()).int(s.channels).int(s.positions);
-    q.launch(normalize.float(epsilon as f32).int(0))
+    normalize(q, o, &s, mean, rstd, epsilon, 0)
 }
 
 /// mean (C), var (C) of `count` values a channel; running_mean, running_var change in place.
@@ -43,11 +42,36 @@ pub(super) fn update_running(q: &mut Queue, o: &Operands, momentum: f64, count: 
 /// x (N, C, ..), weight, bias, running_mean, running_var -> out.
 pub(super) fn forward_eval(q: &mut Queue, o: &Operands, epsilon: f64) -> Result<()> {
     let s = Sizes::of(o.in_axes(0));
+    normalize(q, o, &s, o.input(3), o.input(4), epsilon, 1)
+}
+
+/// x, weight, bias, mean and rstd, or with `is_var` a variance -> out.
+fn normalize(
+    q: &mut Queue,
+    o: &Operands,
+    s: &Sizes,
+    mean: Ptr,
+    spread: Ptr,
+    epsilon: f64,
+    is_var: usize,
+) -> Result<()> {
     let dtype = o.in_dtype(0);
-    let kernel = pick(dtype, "batchnorm_normalize_f32", "batchnorm_normalize_bf16");
-    let normalize = s.elementwise(kernel, dtype).ptr(o.output(0)).ptr(o.input(0)).ptr(o.input(1)).ptr(o.input(2));
-    let normalize = normalize.ptr(o.input(3)).ptr(o.input(4)).long(s.elems()).int(s.channels).int(s.positions);
-    q.launch(normalize.float(epsilon as f32).int(1))
+    let operands = |launch: Launch| {
+        let launch = launch.ptr(o.output(0)).ptr(o.input(0)).ptr(o.input(1)).ptr(o.input(2));
+        launch.ptr(mean).ptr(spread)
+    };
+    let launch = if s.planes() {
+        let kernel = pick(dtype, "batchnorm_normalize_planes_f32", "batchnorm_normalize_planes_bf16");
+        let planes = s.images * s.channels;
+        let pieces = planes * s.positions.div_ceil(FLAT_PIECE);
+        let launch = operands(Launch::new(kernel, [pieces.div_ceil(CHANNELS), 1, 1], THREADS));
+        launch.long(planes).int(s.channels).int(s.positions)
+    } else {
+        let kernel = pick(dtype, "batchnorm_normalize_columns_f32", "batchnorm_normalize_columns_bf16");
+        let launch = operands(s.sums(kernel)).long(s.images).long(s.cols()).int(s.positions);
+        launch.long(s.parts.parts.rows)
+    };
+    q.launch(launch.float(epsilon as f32).int(is_var))
 }
 
 /// d_out, x (N, C, ..), weight, mean, rstd -> d_x, d_weight, d_bias.
@@ -130,6 +154,7 @@ mod tests {
         let source = include_str!("../../../kernels/batchnorm.cu");
         assert!(source.contains(&format!("constexpr int TILE = {COLUMN_TILE};")));
         assert!(source.contains(&format!("constexpr int PIECE = {PLANE_PIECE};")));
+        assert!(source.contains(&format!("constexpr int FLAT_PIECE = {FLAT_PIECE};")));
         assert!(source.contains(&format!("constexpr int WARPS = {CHANNELS};")));
     }
 }

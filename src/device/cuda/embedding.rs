@@ -7,8 +7,11 @@ use crate::graph::EmbeddingSort;
 
 /// Rows of a block, one warp each.
 const ROWS: usize = 8;
-/// Columns that one warp adds up.
-const GROUP: usize = 128;
+/// Columns that one warp adds up, and places of the tokens' order.
+const GROUP: usize = 256;
+const CHUNK: usize = 16;
+/// Rows of the table of a block that zeros those without a token.
+const ZEROED: usize = 32;
 /// Values of a digit that tokens are sorted by: threads of a sorting block.
 const DIGITS: u32 = 256;
 
@@ -26,8 +29,8 @@ pub(super) fn grad(q: &mut Queue, o: &Operands) -> Result<()> {
     let &[table_rows, cols] = o.out_axes(0) else { unreachable!("a table is a matrix") };
     let (ids, tokens) = (o.input(1), o.step.inputs[1].shape.elems());
     let sort = EmbeddingSort::new(tokens, table_rows);
-    let [bounds, counts, even, odd] = sort.starts().map(|start| o.scratch().plus(start));
-    q.fill(bounds, 0, 8 * table_rows as u64)?;
+    let [seen, counts, even, odd] = sort.starts().map(|start| o.scratch().plus(start));
+    q.fill(seen, 0, 4 * table_rows as u64)?;
     let mut order = Ptr::NULL;
     for pass in 0..sort.passes {
         let placed = if pass % 2 == 0 { even } else { odd };
@@ -38,12 +41,14 @@ pub(super) fn grad(q: &mut Queue, o: &Operands) -> Result<()> {
         q.launch(place.int(tokens).int(table_rows).int(8 * pass))?;
         order = placed;
     }
-    let noted = Launch::new("embedding_grad_bounds", [tokens.div_ceil(256), 1, 1], 256);
-    q.launch(noted.ptr(bounds).ptr(ids).ptr(order).int(tokens).int(table_rows))?;
+    let noted = Launch::new("embedding_grad_seen", [tokens.div_ceil(256), 1, 1], 256);
+    q.launch(noted.ptr(seen).ptr(ids).ptr(order).int(tokens).int(table_rows))?;
     let kernel = pick(o.in_dtype(0), "embedding_grad_f32", "embedding_grad_bf16");
-    let grid = [table_rows.div_ceil(ROWS), cols.div_ceil(GROUP), 1];
-    let launch = Launch::new(kernel, grid, 32 * ROWS as u32).ptr(o.output(0)).ptr(o.input(0)).ptr(order).ptr(bounds);
-    q.launch(launch.int(table_rows).int(cols).int(o.accumulator(0)).ptr(q.now))
+    let adding = (tokens.div_ceil(CHUNK) * cols.div_ceil(GROUP)).div_ceil(ROWS);
+    let grid = [adding + if cols > 0 { table_rows.div_ceil(ZEROED) } else { 0 }, 1, 1];
+    let launch = Launch::new(kernel, grid, 32 * ROWS as u32).ptr(o.output(0)).ptr(o.input(0)).ptr(ids).ptr(order);
+    let launch = launch.ptr(seen).int(adding).int(tokens).int(table_rows).int(cols);
+    q.launch(launch.int(o.accumulator(0)).ptr(q.now))
 }
 
 #[cfg(test)]
@@ -54,11 +59,11 @@ mod tests {
     #[test]
     fn kernels_have_the_same_blocks() {
         let source = include_str!("../../../kernels/embedding.cu");
-        for (name, value) in [("ROWS", ROWS), ("DIGITS", DIGITS as usize)] {
+        for (name, value) in [("ROWS", ROWS), ("DIGITS", DIGITS as usize), ("CHUNK", CHUNK), ("ZEROED", ZEROED)] {
             assert!(source.contains(&format!("constexpr int {name} = {value};")), "{name}");
         }
         assert!(source.contains("constexpr int SORT_WARPS = 8;") && source.contains("constexpr int SORT_ROUNDS = 8;"));
         assert_eq!(SORT_KEYS, 8 * 8 * 32);
-        assert!(source.contains("constexpr int GROUP = 32 * GROUP_FEW;") && GROUP == 32 * 4);
+        assert!(source.contains("constexpr int GROUP_LANE = 8;") && GROUP == 32 * 8);
     }
 }

@@ -289,6 +289,11 @@ impl<'a> Queue<'a> {
         self.driver.facts().arch
     }
 
+    /// Bytes of shared memory that a block may have.
+    pub fn shared_bytes(&self) -> usize {
+        self.driver.facts().shared_bytes as usize
+    }
+
     /// The GPU's multiprocessors. Grids may depend on it, results never.
     pub fn multiprocessors(&self) -> usize {
         self.driver.facts().multiprocessors as usize

@@ -11,8 +11,9 @@ const MOST_THREADS: usize = 256;
 /// x (B, T, cols) -> out, which may lie over x.
 pub(super) fn turn(q: &mut Queue, o: &Operands, rotation: &Rotation) -> Result<()> {
     let (rows, cols) = o.rows_cols(0);
-    // 16 bytes of a bf16 row a thread.
-    let threads = cols.div_ceil(8).next_multiple_of(32).clamp(32, MOST_THREADS);
+    // 16 bytes of either half of a head a thread.
+    let pack = 16 / o.in_dtype(0).bytes() as usize;
+    let threads = (rotation.heads * rotation.width).div_ceil(2 * pack).next_multiple_of(32).clamp(32, MOST_THREADS);
     let per_pair = -2.0 / rotation.width.max(1) as f64 * rotation.base.log2();
     let kernel = pick(o.in_dtype(0), "rotary_f32", "rotary_bf16");
     let turn = Launch::new(kernel, [rows, 1, 1], threads as u32).ptr(o.output(0)).ptr(o.input(0));

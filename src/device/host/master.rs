@@ -4,8 +4,9 @@
 //! Back: the upper half is the weight, less one where the remainder's top bit says that it was rounded up. So the master is kept without
 //! keeping its upper half twice, and a device sees a weight that is rounded, not cut off.
 //!
-//! A NaN stays one in the weight as well: its quiet bit is set and the remainder's top bit cleared, or rounding up could carry it into
-//! a zero of the other sign. Infinities are exact; so are finite masters that round to infinity, half a place below it.
+//! A NaN stays one in the weight as well, whatever its lower half: every NaN becomes the same, since rounding up could carry others into a
+//! zero of the other sign, and since what an operation leaves in a NaN differs from machine to machine. Infinities are exact; so are finite
+//! masters that round to infinity, half a place below it.
 
 use super::optimizer::{AdamwStep, SgdStep, adamw_serial, sgd_serial};
 use super::parallel::{expect_len, simd};
@@ -17,8 +18,7 @@ const PIECE: usize = 2048;
 /// The weight and the remainder of a master.
 #[inline(always)]
 pub fn split(master: f32) -> (u16, u16) {
-    let bits = master.to_bits();
-    let bits = if master.is_nan() { (bits | 0x0040_0000) & !0x8000 } else { bits };
+    let bits = if master.is_nan() { 0x7FC0_0000 } else { master.to_bits() };
     (((bits + 0x8000) >> 16) as u16, bits as u16)
 }
 

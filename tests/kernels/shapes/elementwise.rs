@@ -13,7 +13,9 @@ pub fn cases(t: &mut Table) {
 
 fn lookups(t: &mut Table) {
     // Rows that are aligned and rows that are not; ids of one digit and of two, in one sorting block and in two.
-    for (tokens, table, cols) in [(17, 300, 8), (65, 7, 132), (33, 7, 129), (2055, 1000, 3)] {
+    for (tokens, table, cols) in
+        [(17, 300, 8), (65, 7, 132), (33, 7, 129), (2055, 1000, 3), (200, 7, 264), (70, 40, 777)]
+    {
         let name = if table > 255 { "tokens" } else { "ids" };
         t.add(format!("embedding {tokens} of {table}x{cols}"), move |s| {
             let ids = s.b.input(name, [1, tokens], DType::I32)?;

@@ -17,6 +17,15 @@ pub fn cases(t: &mut Table) {
             s.b.rmsnorm(x, weight, 1e-5)
         });
     }
+    // Rows of a warp of every length, one and two at a time; more rows of the gradient than a warp, or a block, has on their way.
+    for (rows, cols) in
+        [(5, 1536), (3, 1600), (2, 1992), (3, 2048), (17, 2056), (9, 4104), (5, 8192), (8500, 8)]
+    {
+        t.add(format!("layernorm {rows}x{cols}"), move |s| {
+            let (x, weight, bias) = (s.leaf("x", [rows, cols])?, s.leaf("weight", [cols])?, s.leaf("bias", [cols])?);
+            s.b.layernorm(x, weight, bias, 1e-5)
+        });
+    }
     // Rows that no block keeps.
     for cols in [5121, 10_248, 20_484] {
         t.add(format!("layernorm 2x{cols}"), move |s| {
