@@ -14,8 +14,14 @@ const PLAIN_THREADS: u32 = 256;
 pub(super) const FORWARD_ROWS: usize = 128;
 /// Keys of a tile of `attention_hopper.cu`.
 pub(super) const HOPPER_KEYS: usize = 128;
-/// Columns of its swizzled tiles.
+/// Columns of the swizzled tiles of `attention_hopper.cu` and `attention_hopper_grad.cu`.
 pub(super) const HOPPER_BOX: usize = 64;
+/// Of `attention_hopper_grad.cu`: queries or keys of a block, rows of a box and of a tile that is streamed, and stages of these.
+const HOPPER_GRAD_ROWS: usize = 128;
+pub(super) const HOPPER_GRAD_BOX: usize = 64;
+const HOPPER_QUERY_STAGES: usize = 3;
+const HOPPER_KEY_STAGES: usize = 4;
+const HOPPER_THREADS: u32 = 384;
 
 /// Kernels by width, without and with dropout.
 type Names = [[&'static str; 4]; 2];
@@ -93,8 +99,8 @@ impl Kernel {
     }
 }
 
-/// The path of the gradient, and of the forward but on Hopper.
-pub(super) fn path(kind: &AttentionKind, dtype: DType) -> Path {
+/// The path on any chip that has tensor cores.
+fn path_by_warps(kind: &AttentionKind, dtype: DType) -> Path {
     let scale = kind.scale as f32;
     // Rows of heads have to be whole 16-byte pieces, and the largest score is looked for before scaling.
     let fits = dtype == DType::Bf16 && kind.width.is_multiple_of(8) && scale > 0.0 && scale.is_finite();
@@ -104,11 +110,11 @@ pub(super) fn path(kind: &AttentionKind, dtype: DType) -> Path {
     }
 }
 
-/// The path of the forward, for `rows`: all queries and all keys of a batch.
-pub(super) fn forward_path(kind: &AttentionKind, dtype: DType, rows: [usize; 2], arch: u32) -> Path {
+/// The path for `rows`: all queries and all keys of a batch.
+pub(super) fn path(kind: &AttentionKind, dtype: DType, rows: [usize; 2], arch: u32) -> Path {
     // Tensor maps have rows, and the bulk copy engine counts them in 31 bits.
     let mapped = rows.iter().all(|rows| (1..=i32::MAX as usize).contains(rows));
-    match path(kind, dtype) {
+    match path_by_warps(kind, dtype) {
         Path::Tensor { dropout: false, .. } if arch == 90 && mapped && matches!(kind.width, 64 | 128) => {
             Path::Hopper { width: kind.width }
         }
@@ -130,7 +136,7 @@ pub(super) fn forward(path: Path, dtype: DType) -> Kernel {
             name: if width == 64 { "attention_forward_hopper64_bf16" } else { "attention_forward_hopper128_bf16" },
             rows: FORWARD_ROWS,
             cols: width,
-            threads: 384,
+            threads: HOPPER_THREADS,
             // Queries, and two stages of keys and of values; then ten mbarriers.
             shared_bytes: ((FORWARD_ROWS + 4 * HOPPER_KEYS) * width * 2 + 10 * 8) as u32,
         },
@@ -147,7 +153,13 @@ pub(super) fn grad_q(path: Path, dtype: DType) -> Kernel {
             let shared = tile_bytes(2 * rows + 4 * GRAD_COLS, width);
             tensor(GRAD_Q[usize::from(dropout)][class], rows, rows as u32, shared)
         }
-        _ => plain(dtype, "attention_grad_q_f32", "attention_grad_q_bf16"),
+        Path::Hopper { width } => {
+            let name = if width == 64 { "attention_grad_q_hopper64_bf16" } else { "attention_grad_q_hopper128_bf16" };
+            // Queries and the gradients of their outputs, and stages of keys and values; then mbarriers: two, and four a stage.
+            let rows = 2 * HOPPER_GRAD_ROWS + 2 * HOPPER_KEY_STAGES * HOPPER_GRAD_BOX;
+            hopper_grad(name, width, rows * width * 2 + (2 + 4 * HOPPER_KEY_STAGES) * 8)
+        }
+        Path::Plain => plain(dtype, "attention_grad_q_f32", "attention_grad_q_bf16"),
     }
 }
 
@@ -161,7 +173,15 @@ pub(super) fn grad_kv(path: Path, dtype: DType) -> Kernel {
             let shared = tile_bytes(2 * rows + 4 * GRAD_COLS, width) + (2 * 2 * GRAD_COLS * 4) as u32;
             tensor(GRAD_KV[usize::from(dropout)][class], rows, 128, shared)
         }
-        _ => plain(dtype, "attention_grad_kv_f32", "attention_grad_kv_bf16"),
+        Path::Hopper { width } => {
+            let name = if width == 64 { "attention_grad_kv_hopper64_bf16" } else { "attention_grad_kv_hopper128_bf16" };
+            // Keys and values, and stages of queries and the gradients of their outputs, with two numbers for each query; then mbarriers:
+            // one, and three a stage.
+            let rows = 2 * HOPPER_GRAD_ROWS + 2 * HOPPER_QUERY_STAGES * HOPPER_GRAD_BOX;
+            let stage_bytes = 2 * HOPPER_GRAD_BOX * 4 + 3 * 8;
+            hopper_grad(name, width, rows * width * 2 + HOPPER_QUERY_STAGES * stage_bytes + 8)
+        }
+        Path::Plain => plain(dtype, "attention_grad_kv_f32", "attention_grad_kv_bf16"),
     }
 }
 
@@ -172,6 +192,10 @@ fn plain(dtype: DType, f32: &'static str, bf16: &'static str) -> Kernel {
 
 fn tensor(name: &'static str, rows: usize, threads: u32, shared_bytes: u32) -> Kernel {
     Kernel { name, rows, cols: WIDTHS[WIDTHS.len() - 1], threads, shared_bytes }
+}
+
+fn hopper_grad(name: &'static str, width: usize, shared_bytes: usize) -> Kernel {
+    Kernel { name, rows: HOPPER_GRAD_ROWS, cols: width, threads: HOPPER_THREADS, shared_bytes: shared_bytes as u32 }
 }
 
 /// Bytes of tiles with `rows` rows in all: rows are 8 elements longer than wide.
@@ -190,7 +214,7 @@ mod tests {
     #[test]
     fn a_width_takes_the_next_that_there_is() {
         for (width, class) in [(8, 0), (32, 0), (40, 1), (64, 1), (72, 2), (96, 2), (104, 3), (128, 3)] {
-            assert_eq!(path(&kind(width, 0.1, None), DType::Bf16), Path::Tensor { class, dropout: false });
+            assert_eq!(path_by_warps(&kind(width, 0.1, None), DType::Bf16), Path::Tensor { class, dropout: false });
         }
         for (width, scale, dtype) in [
             (33, 0.1, DType::Bf16),
@@ -199,15 +223,15 @@ mod tests {
             (64, 0.0, DType::Bf16),
             (64, 0.1, DType::F32),
         ] {
-            assert_eq!(path(&kind(width, scale, None), dtype), Path::Plain, "{width} {scale} {dtype}");
+            assert_eq!(path_by_warps(&kind(width, scale, None), dtype), Path::Plain, "{width} {scale} {dtype}");
         }
     }
 
     #[test]
     fn hopper_takes_two_widths_without_dropout() {
-        let forward = |width, dropout, rows, arch| forward_path(&kind(width, 0.1, dropout), DType::Bf16, rows, arch);
-        assert_eq!(forward(64, None, [7, 9], 90), Path::Hopper { width: 64 });
-        assert_eq!(forward(128, None, [7, 9], 90), Path::Hopper { width: 128 });
+        let on = |width, dropout, rows, arch| path(&kind(width, 0.1, dropout), DType::Bf16, rows, arch);
+        assert_eq!(on(64, None, [7, 9], 90), Path::Hopper { width: 64 });
+        assert_eq!(on(128, None, [7, 9], 90), Path::Hopper { width: 128 });
         for (width, dropout, rows, arch) in [
             (96, None, [7, 9], 90),
             (64, Some((0.1, 3)), [7, 9], 90),
@@ -217,7 +241,7 @@ mod tests {
             (64, None, [7, 9], 100),
         ] {
             assert!(
-                matches!(forward(width, dropout, rows, arch), Path::Tensor { .. }),
+                matches!(on(width, dropout, rows, arch), Path::Tensor { .. }),
                 "{width} {dropout:?} {rows:?} {arch}"
             );
         }
@@ -234,6 +258,11 @@ mod tests {
                 }
             }
         }
-        assert!(forward(Path::Hopper { width: 128 }, DType::Bf16).shared_bytes <= 227 << 10);
+        for width in [64, 128] {
+            let path = Path::Hopper { width };
+            for kernel in [forward(path, DType::Bf16), grad_q(path, DType::Bf16), grad_kv(path, DType::Bf16)] {
+                assert!(kernel.shared_bytes <= 227 << 10, "{kernel:?}");
+            }
+        }
     }
 }
