@@ -1,5 +1,5 @@
 //! Launches of `kernels/attention.cu`, and on tensor cores of `attention_mma.cu`, `attention_mma_grad.cu`, `attention_hopper.cu` and
-//! `attention_hopper_grad.cu`.
+//! `attention_hopper_grad_*.cu`.
 //!
 //! The gradient is three kernels: the row sums of `d_out * out` into scratch, then `d_q` by tiles of queries and `d_k`, `d_v` by tiles
 //! of keys. Both make the scores again, so that no sum crosses blocks.
@@ -10,10 +10,9 @@ use super::launch::{Launch, Ptr, Queue, Swizzle, TensorMap, TensorMapSpec};
 use super::operands::{Operands, pick};
 use crate::base::{DType, Error, Result, philox};
 use crate::graph::AttentionKind;
-use choice::{FORWARD_ROWS, HOPPER_BOX, HOPPER_GRAD_BOX, HOPPER_KEYS, Kernel, Path};
+use choice::{DELTA_THREADS, FORWARD_ROWS, HOPPER_BOX, HOPPER_GRAD_TILE, HOPPER_KEYS, Kernel, Path};
 
-/// Threads of a block of `attention_grad_delta`, and the rows whose sums it makes.
-const DELTA_THREADS: u32 = 256;
+/// Rows whose sums a block of `attention_grad_delta` makes.
 const DELTA_ROWS: usize = DELTA_THREADS as usize / 32;
 
 /// Queues the kernel of `Op::Attention`.
@@ -44,19 +43,34 @@ pub(super) fn grad(q: &mut Queue, o: &Operands, kind: &AttentionKind) -> Result<
     let path = choice::path(kind, inputs.dtype, inputs.rows(), q.arch());
 
     let rows = inputs.batch * inputs.queries * kind.heads;
-    let kernel = pick(inputs.dtype, "attention_grad_delta_f32", "attention_grad_delta_bf16");
-    let launch = Launch::new(kernel, [rows.div_ceil(DELTA_ROWS), 1, 1], DELTA_THREADS);
+    let (kernel, rows_of_block) = match path {
+        Path::Hopper { width } => choice::hopper_delta(width),
+        _ => (pick(inputs.dtype, "attention_grad_delta_f32", "attention_grad_delta_bf16"), DELTA_ROWS),
+    };
+    let launch = Launch::new(kernel, [rows.div_ceil(rows_of_block), 1, 1], DELTA_THREADS);
     q.launch(launch.ptr(delta).ptr(d_out).ptr(out).bytes(&inputs.sizes, 4))?;
 
-    let to_q = inputs.launch(&choice::grad_q(path, inputs.dtype), kind.heads, inputs.queries).ptr(d_q);
-    let to_kv = inputs.launch(&choice::grad_kv(path, inputs.dtype), kind.kv_heads, inputs.keys).ptr(d_k).ptr(d_v);
+    let (grad_q, grad_kv) = (choice::grad_q(path, inputs.dtype), choice::grad_kv(path, inputs.dtype));
+    let to_q = inputs.launch(&grad_q, kind.heads, inputs.queries).ptr(d_q);
+    let to_kv = inputs.launch(&grad_kv, kind.kv_heads, inputs.keys).ptr(d_k).ptr(d_v);
     if let Path::Hopper { .. } = path {
-        let [q_map, k_map, v_map] = inputs.maps(q, kind, [HOPPER_GRAD_BOX; 2])?;
+        let [q_map, k_map, v_map] = inputs.maps(q, kind, [HOPPER_GRAD_TILE; 2])?;
         let out_pitch = (kind.heads * kind.width * 2) as u64;
-        let d_out_map = inputs.map(q, d_out, out_pitch, inputs.rows()[0], kind.heads, HOPPER_GRAD_BOX)?;
-        for launch in [to_q, to_kv] {
+        let d_out_map = inputs.map(q, d_out, out_pitch, inputs.rows()[0], kind.heads, HOPPER_GRAD_TILE)?;
+        // Of each pass the parts that blocks have taken, and the rows of each head that it streams.
+        let group = kind.heads / kind.kv_heads;
+        let passes = [
+            (to_q, grad_q, rows * 4, kind.heads, inputs.keys),
+            (to_kv, grad_kv, (rows + 1) * 4, kind.kv_heads, group * inputs.queries),
+        ];
+        for (mut launch, kernel, taken, heads, streamed) in passes {
+            if choice::makes_several(&kernel) {
+                launch.grid[0] = launch.grid[0].min(q.multiprocessors() as u32);
+            }
+            let together = choice::together(kind, inputs.batch * heads, streamed);
             let launch = launch.ptr(lse).ptr(delta).map(&q_map).map(&d_out_map).map(&k_map).map(&v_map);
-            q.launch(launch.ptr(inputs.mask).bytes(&inputs.sizes, 4))?;
+            let launch = launch.ptr(inputs.mask).ptr(delta.plus(taken as u64)).int(together);
+            q.launch(launch.bytes(&inputs.sizes, 4))?;
         }
         return Ok(());
     }

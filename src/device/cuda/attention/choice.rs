@@ -14,14 +14,17 @@ const PLAIN_THREADS: u32 = 256;
 pub(super) const FORWARD_ROWS: usize = 128;
 /// Keys of a tile of `attention_hopper.cu`.
 pub(super) const HOPPER_KEYS: usize = 128;
-/// Columns of the swizzled tiles of `attention_hopper.cu` and `attention_hopper_grad.cu`.
+/// Threads of a block of `attention_grad_delta`.
+pub(super) const DELTA_THREADS: u32 = 256;
+/// Columns of the swizzled tiles of `attention_hopper.cu` and of the gradient on Hopper.
 pub(super) const HOPPER_BOX: usize = 64;
-/// Of `attention_hopper_grad.cu`: queries or keys of a block, rows of a box and of a tile that is streamed, and stages of these.
-const HOPPER_GRAD_ROWS: usize = 128;
-pub(super) const HOPPER_GRAD_BOX: usize = 64;
-const HOPPER_QUERY_STAGES: usize = 3;
-const HOPPER_KEY_STAGES: usize = 4;
 const HOPPER_THREADS: u32 = 384;
+/// Of `gpu/attention_hopper_grad.cuh`: queries or keys of a part, rows of a tile that is streamed and of a box, and stages of these.
+const HOPPER_GRAD_ROWS: usize = 128;
+pub(super) const HOPPER_GRAD_TILE: usize = 64;
+const HOPPER_GRAD_STAGES: usize = 3;
+/// Bytes of tiles that heads may stream for their parts to be interleaved: they are to stay in the L2 cache (50 MB) beside what is written.
+const INTERLEAVED_BYTES: usize = 24 << 20;
 
 /// Kernels by width, without and with dropout.
 type Names = [[&'static str; 4]; 2];
@@ -155,9 +158,8 @@ pub(super) fn grad_q(path: Path, dtype: DType) -> Kernel {
         }
         Path::Hopper { width } => {
             let name = if width == 64 { "attention_grad_q_hopper64_bf16" } else { "attention_grad_q_hopper128_bf16" };
-            // Queries and the gradients of their outputs, and stages of keys and values; then mbarriers: two, and four a stage.
-            let rows = 2 * HOPPER_GRAD_ROWS + 2 * HOPPER_KEY_STAGES * HOPPER_GRAD_BOX;
-            hopper_grad(name, width, rows * width * 2 + (2 + 4 * HOPPER_KEY_STAGES) * 8)
+            // Two mbarriers for each pair of a part's tiles, four for each pair of a stage's, and one; then the parts' numbers.
+            hopper_grad(name, width, 2, 2 * 2 * 8 + HOPPER_GRAD_STAGES * 4 * 8 + 8 + 2 * 4)
         }
         Path::Plain => plain(dtype, "attention_grad_q_f32", "attention_grad_q_bf16"),
     }
@@ -175,11 +177,11 @@ pub(super) fn grad_kv(path: Path, dtype: DType) -> Kernel {
         }
         Path::Hopper { width } => {
             let name = if width == 64 { "attention_grad_kv_hopper64_bf16" } else { "attention_grad_kv_hopper128_bf16" };
-            // Keys and values, and stages of queries and the gradients of their outputs, with two numbers for each query; then mbarriers:
-            // one, and three a stage.
-            let rows = 2 * HOPPER_GRAD_ROWS + 2 * HOPPER_QUERY_STAGES * HOPPER_GRAD_BOX;
-            let stage_bytes = 2 * HOPPER_GRAD_BOX * 4 + 3 * 8;
-            hopper_grad(name, width, rows * width * 2 + HOPPER_QUERY_STAGES * stage_bytes + 8)
+            let own_stages = if width == 64 { 2 } else { 1 };
+            // Two numbers for each query of a stage, two mbarriers for each pair of a part's tiles, three for each pair of a stage's; then the
+            // parts' numbers, in whole 8 bytes.
+            let stage_bytes = 2 * HOPPER_GRAD_TILE * 4 + 3 * 8;
+            hopper_grad(name, width, own_stages, HOPPER_GRAD_STAGES * stage_bytes + own_stages * 2 * 8 + 8)
         }
         Path::Plain => plain(dtype, "attention_grad_kv_f32", "attention_grad_kv_bf16"),
     }
@@ -194,8 +196,30 @@ fn tensor(name: &'static str, rows: usize, threads: u32, shared_bytes: u32) -> K
     Kernel { name, rows, cols: WIDTHS[WIDTHS.len() - 1], threads, shared_bytes }
 }
 
-fn hopper_grad(name: &'static str, width: usize, shared_bytes: usize) -> Kernel {
-    Kernel { name, rows: HOPPER_GRAD_ROWS, cols: width, threads: HOPPER_THREADS, shared_bytes: shared_bytes as u32 }
+/// A pass of the gradient on Hopper: pairs of a part's own tiles, pairs of streamed ones, and what stands beside them.
+fn hopper_grad(name: &'static str, width: usize, own_stages: usize, beside_bytes: usize) -> Kernel {
+    let rows = 2 * own_stages * HOPPER_GRAD_ROWS + 2 * HOPPER_GRAD_STAGES * HOPPER_GRAD_TILE;
+    let shared_bytes = (rows * width * 2 + beside_bytes) as u32;
+    Kernel { name, rows: HOPPER_GRAD_ROWS, cols: width, threads: HOPPER_THREADS, shared_bytes }
+}
+
+/// Whether a block of this pass on Hopper makes several parts, so that there need not be more than multiprocessors.
+pub(super) fn makes_several(kernel: &Kernel) -> bool {
+    // At width 128 d_k and d_v leave no registers for it.
+    kernel.name != "attention_grad_kv_hopper128_bf16"
+}
+
+/// The kernel that makes `delta` on Hopper, and its rows.
+pub(super) fn hopper_delta(width: usize) -> (&'static str, usize) {
+    let name = if width == 64 { "attention_grad_delta_hopper64_bf16" } else { "attention_grad_delta_hopper128_bf16" };
+    (name, DELTA_THREADS as usize / (width / 8))
+}
+
+/// Of how many heads out of `heads` parts are made side by side, so that the longest come first: as many as stream tiles, of `rows` rows of two
+/// tensors each, that fit the L2 cache. One where parts are as long as each other.
+pub(super) fn together(kind: &AttentionKind, heads: usize, rows: usize) -> usize {
+    let streamed_bytes = (rows * kind.width * 2 * 2).max(1);
+    if kind.causal { (INTERLEAVED_BYTES / streamed_bytes).clamp(1, heads.max(1)) } else { 1 }
 }
 
 /// Bytes of tiles with `rows` rows in all: rows are 8 elements longer than wide.
@@ -245,6 +269,17 @@ mod tests {
                 "{width} {dropout:?} {rows:?} {arch}"
             );
         }
+    }
+
+    #[test]
+    fn heads_are_together_as_far_as_the_cache_goes() {
+        let kind = |causal, width| AttentionKind { causal, ..kind(width, 0.1, None) };
+        assert_eq!(together(&kind(false, 64), 192, 1024), 1);
+        assert_eq!(together(&kind(true, 64), 192, 1024), 96);
+        assert_eq!(together(&kind(true, 64), 48, 1024), 48);
+        assert_eq!(together(&kind(true, 128), 16, 16384), 3);
+        assert_eq!(together(&kind(true, 128), 16, 1 << 20), 1);
+        assert_eq!(together(&kind(true, 128), 0, 0), 1);
     }
 
     #[test]
