@@ -17,11 +17,11 @@
 // as long as the products (4096 flop a cycle), so that only a perfect overlap would reach the rate.
 #include "gpu.cuh"
 #include "gpu/attention.cuh"
+#include "gpu/attention_hopper.cuh"
 
 namespace hopper {
 constexpr int ROWS = 128, KEYS = 128;      // queries of a block, keys of a tile
 constexpr int STAGES = 2;
-constexpr int CONSUMERS = 2, THREADS = 128 * (1 + CONSUMERS);
 
 // In shared memory; the tiles are columns of 64, each with all of its rows.
 template <int W> struct Shared {
@@ -30,8 +30,6 @@ template <int W> struct Shared {
 };
 
 #if GPU_HOPPER
-constexpr int BOX = 64;                    // columns of a swizzled tile: 128 bytes
-constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
 constexpr int TURN = 1, OWN = 3;           // named barriers: one for each consumer's turn, one for each consumer's threads
 
 // The tile of K and V that an iteration works on, and whose turn of the ring it is.
@@ -40,33 +38,25 @@ struct Slot {
   DEV explicit Slot(int iteration) : stage(iteration % STAGES), parity(iteration / STAGES % 2) {}
 };
 
-template <int W> DEV void load(bf16* to, const CUtensorMap* map, int col, int row, uint64_t* full) {
-  mbar_expect_tx(full, KEYS * W * 2);
-#pragma unroll
-  for (int box = 0; box < W / BOX; box++) tma_load_2d(to + box * KEYS * BOX, map, col + box * BOX, row, full);
-}
-
 // One warp: copies tiles in the order of their use. Tile 0 of the iteration is the last of the sequence.
 template <int W>
 DEV void produce(Shared<W>& shared, const CUtensorMap* q_map, const CUtensorMap* k_map, const CUtensorMap* v_map, const Head& head, int first,
                  int tiles, const AttentionSizes& s) {
   int lane = threadIdx.x % 32, col = head.kv_head * W, row = head.batch * s.keys;
-  if (lane == 0) load<W>(shared.q, q_map, head.head * W, head.batch * s.queries + first, &shared.q_full);
+  if (lane == 0) load<W, ROWS>(shared.q, q_map, head.head * W, head.batch * s.queries + first, &shared.q_full);
   for (int i = 0; i < tiles; i++) {
     Slot slot(i);
     int key = (tiles - 1 - i) * KEYS;
     if (lane == 0) {
       mbar_wait(&shared.k_empty[slot.stage], slot.parity ^ 1);
-      load<W>(shared.k[slot.stage], k_map, col, row + key, &shared.k_full[slot.stage]);
+      load<W, KEYS>(shared.k[slot.stage], k_map, col, row + key, &shared.k_full[slot.stage]);
       mbar_wait(&shared.v_empty[slot.stage], slot.parity ^ 1);
-      load<W>(shared.v[slot.stage], v_map, col, row + key, &shared.v_full[slot.stage]);
+      load<W, KEYS>(shared.v[slot.stage], v_map, col, row + key, &shared.v_full[slot.stage]);
     }
     if (key + KEYS > s.keys) {
-      // The first tile alone. Rows of a tile are 128 bytes in each box.
+      // The first tile alone.
       mbar_wait(&shared.v_full[slot.stage], slot.parity);
-      int rest = key + KEYS - s.keys;
-      for (int piece = lane; piece < W / BOX * rest * 8; piece += 32)
-        store_pack(shared.v[slot.stage] + piece / (rest * 8) * KEYS * BOX + (KEYS - rest) * BOX + piece % (rest * 8) * 8, Pack<bf16>{});
+      clear_rest<W, KEYS>(shared.v[slot.stage], key + KEYS - s.keys, lane);
       proxy_fence_shared();
       __syncwarp();
       if (lane == 0) mbar_arrive(&shared.v_cleared);
@@ -80,16 +70,12 @@ template <int W> struct Consumer {
   uint32_t weights[KEYS / 16][4];
 
   DEV void issue_scores(const bf16* q, const bf16* k) {
+    uint64_t rows = wgmma_desc(q), cols = wgmma_desc(k);
 #pragma unroll
     for (int i = 0; i < W / 16; i++) {
-      int at = i % (BOX / 16) * 16;
-      wgmma_64xNx16<KEYS>(scores, wgmma_desc(q + i * 16 / BOX * ROWS * BOX + at), wgmma_desc(k + i * 16 / BOX * KEYS * BOX + at), i > 0);
+      int column = i * 16 / BOX * BOX, at = i % (BOX / 16) * 16;
+      wgmma_64xNx16<KEYS>(scores, wgmma_further(rows, (column * ROWS + at) * 2), wgmma_further(cols, (column * KEYS + at) * 2), i > 0);
     }
-    wgmma_commit();
-  }
-  DEV void issue_gather(const bf16* v) {
-#pragma unroll
-    for (int i = 0; i < KEYS / 16; i++) wgmma_64xNx16<W, 1>(acc, weights[i], wgmma_desc_mn(v + i * 16 * BOX, KEYS * BOX * 2), 1);
     wgmma_commit();
   }
   // Scores of keys that a query does not see become minus infinity.
@@ -132,21 +118,6 @@ template <int W> struct Consumer {
       sum[h] = fmaf(sum[h], shrink[h], partial);
     }
   }
-  // Keeps the compiler from moving their uses over a wait, up where a product still writes them, or down from under one.
-  DEV void settle_scores() {
-#pragma unroll
-    for (int i = 0; i < KEYS / 2; i++) forget(scores[i]);
-  }
-  DEV void settle_acc() {
-#pragma unroll
-    for (int i = 0; i < W / 2; i++) forget(acc[i]);
-  }
-  DEV void round_weights() {
-#pragma unroll
-    for (int i = 0; i < KEYS / 16; i++)
-#pragma unroll
-      for (int r = 0; r < 4; r++) weights[i][r] = pack_bf16(scores[8 * i + 2 * r], scores[8 * i + 2 * r + 1]);
-  }
 };
 
 template <int W>
@@ -176,12 +147,12 @@ DEV void consume(Shared<W>& shared, bf16* out, float* lse, const int32_t* mask, 
     c.issue_scores(q, shared.k[0]);
     pass_turn(0);
     wgmma_wait<0>();
-    c.settle_scores();
+    settle(c.scores);
     if (lane == 0) mbar_arrive(&shared.k_empty[0]);
     int key = (tiles - 1) * KEYS;
     if (hidden(key)) c.hide(s, mask, query, key, t);
     c.exponentials(shrink, scale);
-    c.round_weights();
+    round_pairs(c.weights, c.scores);
     if (tiles > 1) mbar_wait(&shared.k_full[1], 0);
     for (int i = 1; i < tiles; i++) {
       Slot now(i), last(i - 1), next(i + 1);
@@ -191,56 +162,44 @@ DEV void consume(Shared<W>& shared, bf16* out, float* lse, const int32_t* mask, 
       if (i == 1 && key + 2 * KEYS > s.keys) mbar_wait(&shared.v_cleared, 0);
       wgmma_fence();
       c.issue_scores(q, shared.k[now.stage]);
-      c.issue_gather(shared.v[last.stage]);
+      issue_gather<W, KEYS>(c.acc, c.weights, shared.v[last.stage]);
       pass_turn(i);
       wgmma_wait<1>();
-      c.settle_scores();
+      settle(c.scores);
       if (lane == 0) mbar_arrive(&shared.k_empty[now.stage]);
       if (hidden(key)) c.hide(s, mask, query, key, t);
       c.exponentials(shrink, scale);
-      c.settle_scores();
+      settle(c.scores);
       // Waited for here, since ptxas moves the wait for products over exponentials up to the last branch.
       if (i + 1 < tiles) mbar_wait(&shared.k_full[next.stage], next.parity);
       wgmma_wait<0>();
-      c.settle_acc();
+      settle(c.acc);
       if (lane == 0) mbar_arrive(&shared.v_empty[last.stage]);
 #pragma unroll
       for (int n = 0; n < W / 2; n++) c.acc[n] *= shrink[n / 2 % 2];
-      c.round_weights();
+      round_pairs(c.weights, c.scores);
     }
     Slot last(tiles - 1);
     mbar_wait(&shared.v_full[last.stage], last.parity);
     if (tiles == 1 && KEYS > s.keys) mbar_wait(&shared.v_cleared, 0);
     wgmma_fence();
-    c.issue_gather(shared.v[last.stage]);
+    issue_gather<W, KEYS>(c.acc, c.weights, shared.v[last.stage]);
     wgmma_wait<0>();
-    c.settle_acc();
+    settle(c.acc);
   }
 
-  // By way of the queries' shared memory, so that memory is written in 16-byte pieces, which are swizzled like the tiles.
   bar_sync(OWN + group, 128);
+  float factors[2];
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     float total = c.sum[h];
     total += __shfl_xor_sync(~0u, total, 1);
     total += __shfl_xor_sync(~0u, total, 2);
-    float factor = total == 0 ? 0.0f : 1.0f / total;
-    int row = 16 * warp + g + 8 * h;
-    if (t == 0 && top_row + row < s.queries) lse[head.row + top_row + row] = fmaf(c.max[h], s.scale, logf(total));
-#pragma unroll
-    for (int j = 0; j < W / 8; j++)
-      *reinterpret_cast<uint32_t*>(q + j * 8 / BOX * ROWS * BOX + row * BOX + (j % 8 ^ row % 8) * 8 + 2 * t) =
-          pack_bf16(c.acc[4 * j + 2 * h] * factor, c.acc[4 * j + 2 * h + 1] * factor);
+    factors[h] = total == 0 ? 0.0f : 1.0f / total;
+    if (t == 0 && query + 8 * h < s.queries) lse[head.row + query + 8 * h] = fmaf(c.max[h], s.scale, logf(total));
   }
-  __syncwarp();
   int64_t pitch = (int64_t)s.heads * W;
-  out += head.out(s) + top_row * pitch;
-#pragma unroll 4
-  for (int i = lane; i < 16 * W / 8; i += 32) {
-    int row = 16 * warp + i / (W / 8), piece = i % (W / 8);
-    if (top_row + row < s.queries)
-      store_pack(out + row * pitch + piece * 8, load_pack(q + piece / 8 * ROWS * BOX + row * BOX + (piece % 8 ^ row % 8) * 8));
-  }
+  write_rows<W, ROWS>(out + head.out(s) + top_row * pitch, pitch, s.queries - top_row, q, c.acc, factors, warp, lane);
 }
 #endif
 

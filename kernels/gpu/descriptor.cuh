@@ -13,3 +13,8 @@ DEV uint64_t wgmma_descriptor(const void* p, uint32_t leading_bytes, uint32_t st
 DEV uint64_t wgmma_desc(const void* p) { return wgmma_descriptor(p, 16, 1024); }
 // MN-major: `p` is the start of the row of the first k, a multiple of 8. Tiles of 64 columns along M or N lie `tile_bytes` apart.
 DEV uint64_t wgmma_desc_mn(const void* p, uint32_t tile_bytes) { return wgmma_descriptor(p, tile_bytes, 1024); }
+// Of the same layout, `bytes` further. Addresses are below 2^18, so the sum stays in its bits; one addition where a new descriptor takes five
+// instructions, which count beside products of 32 cycles.
+DEV uint64_t wgmma_further(uint64_t desc, uint32_t bytes) {
+  return desc >> 32 << 32 | static_cast<uint32_t>(static_cast<uint32_t>(desc) + (bytes >> 4));
+}

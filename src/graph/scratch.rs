@@ -217,7 +217,8 @@ pub fn scratch_bytes(graph: &Graph, node: &Node) -> u64 {
             (floats * 4) as u64
         }
         // For each query of each head the sum of d_out * out, f32: as many as lse has.
-        Op::AttentionGrad(_) => input(2).elems() as u64 * 4,
+        // A number for each row, then one for each pass.
+        Op::AttentionGrad(_) => (input(2).elems() as u64 + 2) * 4,
         Op::Conv2d(_) | Op::Conv2dGradInput(_) | Op::Conv2dGradWeight(_) => conv_bytes(graph, node),
         Op::Conv2dGradBias => conv_bias_bytes(input(0).axes()[1], input(0).elems() / input(0).axes()[1].max(1)),
         _ => 0,

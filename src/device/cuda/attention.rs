@@ -1,4 +1,5 @@
-//! Launches of `kernels/attention.cu`, and on tensor cores of `attention_mma.cu`, `attention_mma_grad.cu` and `attention_hopper.cu`.
+//! Launches of `kernels/attention.cu`, and on tensor cores of `attention_mma.cu`, `attention_mma_grad.cu`, `attention_hopper.cu` and
+//! `attention_hopper_grad_*.cu`.
 //!
 //! The gradient is three kernels: the row sums of `d_out * out` into scratch, then `d_q` by tiles of queries and `d_k`, `d_v` by tiles
 //! of keys. Both make the scores again, so that no sum crosses blocks.
@@ -9,10 +10,9 @@ use super::launch::{Launch, Ptr, Queue, Swizzle, TensorMap, TensorMapSpec};
 use super::operands::{Operands, pick};
 use crate::base::{DType, Error, Result, philox};
 use crate::graph::AttentionKind;
-use choice::{FORWARD_ROWS, HOPPER_BOX, HOPPER_KEYS, Kernel, Path};
+use choice::{DELTA_THREADS, FORWARD_ROWS, HOPPER_BOX, HOPPER_GRAD_TILE, HOPPER_KEYS, Kernel, Path};
 
-/// Threads of a block of `attention_grad_delta`, and the rows whose sums it makes.
-const DELTA_THREADS: u32 = 256;
+/// Rows whose sums a block of `attention_grad_delta` makes.
 const DELTA_ROWS: usize = DELTA_THREADS as usize / 32;
 
 /// Queues the kernel of `Op::Attention`.
@@ -21,12 +21,11 @@ const DELTA_ROWS: usize = DELTA_THREADS as usize / 32;
 /// When a size is beyond what kernels take, or the device has failed.
 pub(super) fn forward(q: &mut Queue, o: &Operands, kind: &AttentionKind) -> Result<()> {
     let inputs = Inputs::new(q, o, kind, 0)?;
-    let rows = [inputs.batch * inputs.queries, inputs.batch * inputs.keys];
-    let path = choice::forward_path(kind, inputs.dtype, rows, q.arch());
+    let path = choice::path(kind, inputs.dtype, inputs.rows(), q.arch());
     let kernel = choice::forward(path, inputs.dtype);
     let launch = inputs.launch(&kernel, kind.heads, inputs.queries).ptr(o.output(0)).ptr(o.output(1));
     if let Path::Hopper { .. } = path {
-        let [q_map, k_map, v_map] = inputs.maps(q, kind, rows)?;
+        let [q_map, k_map, v_map] = inputs.maps(q, kind, [FORWARD_ROWS, HOPPER_KEYS])?;
         let launch = launch.map(&q_map).map(&k_map).map(&v_map);
         return q.launch(launch.ptr(inputs.mask).bytes(&inputs.sizes, 4));
     }
@@ -41,17 +40,44 @@ pub(super) fn grad(q: &mut Queue, o: &Operands, kind: &AttentionKind) -> Result<
     let inputs = Inputs::new(q, o, kind, 3)?;
     let (d_out, out, lse, delta) = (o.input(0), o.input(1), o.input(2), o.scratch());
     let [d_q, d_k, d_v] = inputs.thirds(|i| o.output(i));
-    let path = choice::path(kind, inputs.dtype);
+    let path = choice::path(kind, inputs.dtype, inputs.rows(), q.arch());
 
     let rows = inputs.batch * inputs.queries * kind.heads;
-    let kernel = pick(inputs.dtype, "attention_grad_delta_f32", "attention_grad_delta_bf16");
-    let launch = Launch::new(kernel, [rows.div_ceil(DELTA_ROWS), 1, 1], DELTA_THREADS);
+    let (kernel, rows_of_block) = match path {
+        Path::Hopper { width } => choice::hopper_delta(width),
+        _ => (pick(inputs.dtype, "attention_grad_delta_f32", "attention_grad_delta_bf16"), DELTA_ROWS),
+    };
+    let launch = Launch::new(kernel, [rows.div_ceil(rows_of_block), 1, 1], DELTA_THREADS);
     q.launch(launch.ptr(delta).ptr(d_out).ptr(out).bytes(&inputs.sizes, 4))?;
 
-    let launch = inputs.launch(&choice::grad_q(path, inputs.dtype), kind.heads, inputs.queries).ptr(d_q);
-    q.launch(inputs.arguments(launch.ptr(d_out).ptr(lse).ptr(delta)))?;
-    let launch = inputs.launch(&choice::grad_kv(path, inputs.dtype), kind.kv_heads, inputs.keys).ptr(d_k).ptr(d_v);
-    q.launch(inputs.arguments(launch.ptr(d_out).ptr(lse).ptr(delta)))
+    let (grad_q, grad_kv) = (choice::grad_q(path, inputs.dtype), choice::grad_kv(path, inputs.dtype));
+    let to_q = inputs.launch(&grad_q, kind.heads, inputs.queries).ptr(d_q);
+    let to_kv = inputs.launch(&grad_kv, kind.kv_heads, inputs.keys).ptr(d_k).ptr(d_v);
+    if let Path::Hopper { .. } = path {
+        let [q_map, k_map, v_map] = inputs.maps(q, kind, [HOPPER_GRAD_TILE; 2])?;
+        let out_pitch = (kind.heads * kind.width * 2) as u64;
+        let d_out_map = inputs.map(q, d_out, out_pitch, inputs.rows()[0], kind.heads, HOPPER_GRAD_TILE)?;
+        // Of each pass the parts that blocks have taken, and the rows of each head that it streams.
+        let group = kind.heads / kind.kv_heads;
+        let passes = [
+            (to_q, grad_q, rows * 4, kind.heads, inputs.keys),
+            (to_kv, grad_kv, (rows + 1) * 4, kind.kv_heads, group * inputs.queries),
+        ];
+        for (mut launch, kernel, taken, heads, streamed) in passes {
+            if choice::makes_several(&kernel) {
+                launch.grid[0] = launch.grid[0].min(q.multiprocessors() as u32);
+            }
+            let together = choice::together(kind, inputs.batch * heads, streamed);
+            let launch = launch.ptr(lse).ptr(delta).map(&q_map).map(&d_out_map).map(&k_map).map(&v_map);
+            let launch = launch.ptr(inputs.mask).ptr(delta.plus(taken as u64)).int(together);
+            q.launch(launch.bytes(&inputs.sizes, 4))?;
+        }
+        return Ok(());
+    }
+    for launch in [to_q, to_kv] {
+        q.launch(inputs.arguments(launch.ptr(d_out).ptr(lse).ptr(delta)))?;
+    }
+    Ok(())
 }
 
 /// What every kernel but `delta`'s reads, and the sizes that launches depend on.
@@ -128,25 +154,39 @@ impl Inputs {
         Launch::new(kernel.name, [blocks, 1, 1], kernel.threads).shared(kernel.shared_bytes)
     }
 
-    /// Descriptors of q, k and v for the bulk copy engine; `rows` are all queries and all keys of the batch.
-    fn maps(&self, q: &mut Queue, kind: &AttentionKind, rows: [usize; 2]) -> Result<[TensorMap; 3]> {
-        let mut map = |i: usize, rows: usize, heads: usize, box_rows: usize| {
-            q.tensor_map(&TensorMapSpec {
-                base: self.tensors[i],
-                elem_bytes: 2,
-                rows: rows as u64,
-                cols: (heads * kind.width) as u64,
-                pitch_bytes: self.pitches[i],
-                box_rows: box_rows as u32,
-                box_cols: HOPPER_BOX as u32,
-                swizzle: Swizzle::Bytes128,
-            })
+    /// All queries and all keys of the batch.
+    fn rows(&self) -> [usize; 2] {
+        [self.batch * self.queries, self.batch * self.keys]
+    }
+
+    /// Descriptors of q, k and v for the bulk copy engine, in boxes with so many queries or keys.
+    fn maps(&self, q: &mut Queue, kind: &AttentionKind, box_rows: [usize; 2]) -> Result<[TensorMap; 3]> {
+        let mut map = |i: usize, side: usize, heads: usize| {
+            self.map(q, self.tensors[i], self.pitches[i], self.rows()[side], heads, box_rows[side])
         };
-        Ok([
-            map(0, rows[0], kind.heads, FORWARD_ROWS)?,
-            map(1, rows[1], kind.kv_heads, HOPPER_KEYS)?,
-            map(2, rows[1], kind.kv_heads, HOPPER_KEYS)?,
-        ])
+        Ok([map(0, 0, kind.heads)?, map(1, 1, kind.kv_heads)?, map(2, 1, kind.kv_heads)?])
+    }
+
+    /// The descriptor of `rows` rows of `heads` heads.
+    fn map(
+        &self,
+        q: &mut Queue,
+        base: Ptr,
+        pitch_bytes: u64,
+        rows: usize,
+        heads: usize,
+        box_rows: usize,
+    ) -> Result<TensorMap> {
+        q.tensor_map(&TensorMapSpec {
+            base,
+            elem_bytes: 2,
+            rows: rows as u64,
+            cols: (heads * self.width) as u64,
+            pitch_bytes,
+            box_rows: box_rows as u32,
+            box_cols: HOPPER_BOX as u32,
+            swizzle: Swizzle::Bytes128,
+        })
     }
 
     /// The arguments that end every kernel's list.

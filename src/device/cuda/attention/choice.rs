@@ -14,8 +14,17 @@ const PLAIN_THREADS: u32 = 256;
 pub(super) const FORWARD_ROWS: usize = 128;
 /// Keys of a tile of `attention_hopper.cu`.
 pub(super) const HOPPER_KEYS: usize = 128;
-/// Columns of its swizzled tiles.
+/// Threads of a block of `attention_grad_delta`.
+pub(super) const DELTA_THREADS: u32 = 256;
+/// Columns of the swizzled tiles of `attention_hopper.cu` and of the gradient on Hopper.
 pub(super) const HOPPER_BOX: usize = 64;
+const HOPPER_THREADS: u32 = 384;
+/// Of `gpu/attention_hopper_grad.cuh`: queries or keys of a part, rows of a tile that is streamed and of a box, and stages of these.
+const HOPPER_GRAD_ROWS: usize = 128;
+pub(super) const HOPPER_GRAD_TILE: usize = 64;
+const HOPPER_GRAD_STAGES: usize = 3;
+/// Bytes of tiles that heads may stream for their parts to be interleaved: they are to stay in the L2 cache (50 MB) beside what is written.
+const INTERLEAVED_BYTES: usize = 24 << 20;
 
 /// Kernels by width, without and with dropout.
 type Names = [[&'static str; 4]; 2];
@@ -93,8 +102,8 @@ impl Kernel {
     }
 }
 
-/// The path of the gradient, and of the forward but on Hopper.
-pub(super) fn path(kind: &AttentionKind, dtype: DType) -> Path {
+/// The path on any chip that has tensor cores.
+fn path_by_warps(kind: &AttentionKind, dtype: DType) -> Path {
     let scale = kind.scale as f32;
     // Rows of heads have to be whole 16-byte pieces, and the largest score is looked for before scaling.
     let fits = dtype == DType::Bf16 && kind.width.is_multiple_of(8) && scale > 0.0 && scale.is_finite();
@@ -104,11 +113,11 @@ pub(super) fn path(kind: &AttentionKind, dtype: DType) -> Path {
     }
 }
 
-/// The path of the forward, for `rows`: all queries and all keys of a batch.
-pub(super) fn forward_path(kind: &AttentionKind, dtype: DType, rows: [usize; 2], arch: u32) -> Path {
+/// The path for `rows`: all queries and all keys of a batch.
+pub(super) fn path(kind: &AttentionKind, dtype: DType, rows: [usize; 2], arch: u32) -> Path {
     // Tensor maps have rows, and the bulk copy engine counts them in 31 bits.
     let mapped = rows.iter().all(|rows| (1..=i32::MAX as usize).contains(rows));
-    match path(kind, dtype) {
+    match path_by_warps(kind, dtype) {
         Path::Tensor { dropout: false, .. } if arch == 90 && mapped && matches!(kind.width, 64 | 128) => {
             Path::Hopper { width: kind.width }
         }
@@ -130,7 +139,7 @@ pub(super) fn forward(path: Path, dtype: DType) -> Kernel {
             name: if width == 64 { "attention_forward_hopper64_bf16" } else { "attention_forward_hopper128_bf16" },
             rows: FORWARD_ROWS,
             cols: width,
-            threads: 384,
+            threads: HOPPER_THREADS,
             // Queries, and two stages of keys and of values; then ten mbarriers.
             shared_bytes: ((FORWARD_ROWS + 4 * HOPPER_KEYS) * width * 2 + 10 * 8) as u32,
         },
@@ -147,7 +156,12 @@ pub(super) fn grad_q(path: Path, dtype: DType) -> Kernel {
             let shared = tile_bytes(2 * rows + 4 * GRAD_COLS, width);
             tensor(GRAD_Q[usize::from(dropout)][class], rows, rows as u32, shared)
         }
-        _ => plain(dtype, "attention_grad_q_f32", "attention_grad_q_bf16"),
+        Path::Hopper { width } => {
+            let name = if width == 64 { "attention_grad_q_hopper64_bf16" } else { "attention_grad_q_hopper128_bf16" };
+            // Two mbarriers for each pair of a part's tiles, four for each pair of a stage's, and one; then the parts' numbers.
+            hopper_grad(name, width, 2, 2 * 2 * 8 + HOPPER_GRAD_STAGES * 4 * 8 + 8 + 2 * 4)
+        }
+        Path::Plain => plain(dtype, "attention_grad_q_f32", "attention_grad_q_bf16"),
     }
 }
 
@@ -161,7 +175,15 @@ pub(super) fn grad_kv(path: Path, dtype: DType) -> Kernel {
             let shared = tile_bytes(2 * rows + 4 * GRAD_COLS, width) + (2 * 2 * GRAD_COLS * 4) as u32;
             tensor(GRAD_KV[usize::from(dropout)][class], rows, 128, shared)
         }
-        _ => plain(dtype, "attention_grad_kv_f32", "attention_grad_kv_bf16"),
+        Path::Hopper { width } => {
+            let name = if width == 64 { "attention_grad_kv_hopper64_bf16" } else { "attention_grad_kv_hopper128_bf16" };
+            let own_stages = if width == 64 { 2 } else { 1 };
+            // Two numbers for each query of a stage, two mbarriers for each pair of a part's tiles, three for each pair of a stage's; then the
+            // parts' numbers, in whole 8 bytes.
+            let stage_bytes = 2 * HOPPER_GRAD_TILE * 4 + 3 * 8;
+            hopper_grad(name, width, own_stages, HOPPER_GRAD_STAGES * stage_bytes + own_stages * 2 * 8 + 8)
+        }
+        Path::Plain => plain(dtype, "attention_grad_kv_f32", "attention_grad_kv_bf16"),
     }
 }
 
@@ -172,6 +194,32 @@ fn plain(dtype: DType, f32: &'static str, bf16: &'static str) -> Kernel {
 
 fn tensor(name: &'static str, rows: usize, threads: u32, shared_bytes: u32) -> Kernel {
     Kernel { name, rows, cols: WIDTHS[WIDTHS.len() - 1], threads, shared_bytes }
+}
+
+/// A pass of the gradient on Hopper: pairs of a part's own tiles, pairs of streamed ones, and what stands beside them.
+fn hopper_grad(name: &'static str, width: usize, own_stages: usize, beside_bytes: usize) -> Kernel {
+    let rows = 2 * own_stages * HOPPER_GRAD_ROWS + 2 * HOPPER_GRAD_STAGES * HOPPER_GRAD_TILE;
+    let shared_bytes = (rows * width * 2 + beside_bytes) as u32;
+    Kernel { name, rows: HOPPER_GRAD_ROWS, cols: width, threads: HOPPER_THREADS, shared_bytes }
+}
+
+/// Whether a block of this pass on Hopper makes several parts, so that there need not be more than multiprocessors.
+pub(super) fn makes_several(kernel: &Kernel) -> bool {
+    // At width 128 d_k and d_v leave no registers for it.
+    kernel.name != "attention_grad_kv_hopper128_bf16"
+}
+
+/// The kernel that makes `delta` on Hopper, and its rows.
+pub(super) fn hopper_delta(width: usize) -> (&'static str, usize) {
+    let name = if width == 64 { "attention_grad_delta_hopper64_bf16" } else { "attention_grad_delta_hopper128_bf16" };
+    (name, DELTA_THREADS as usize / (width / 8))
+}
+
+/// Of how many heads out of `heads` parts are made side by side, so that the longest come first: as many as stream tiles, of `rows` rows of two
+/// tensors each, that fit the L2 cache. One where parts are as long as each other.
+pub(super) fn together(kind: &AttentionKind, heads: usize, rows: usize) -> usize {
+    let streamed_bytes = (rows * kind.width * 2 * 2).max(1);
+    if kind.causal { (INTERLEAVED_BYTES / streamed_bytes).clamp(1, heads.max(1)) } else { 1 }
 }
 
 /// Bytes of tiles with `rows` rows in all: rows are 8 elements longer than wide.
@@ -190,7 +238,7 @@ mod tests {
     #[test]
     fn a_width_takes_the_next_that_there_is() {
         for (width, class) in [(8, 0), (32, 0), (40, 1), (64, 1), (72, 2), (96, 2), (104, 3), (128, 3)] {
-            assert_eq!(path(&kind(width, 0.1, None), DType::Bf16), Path::Tensor { class, dropout: false });
+            assert_eq!(path_by_warps(&kind(width, 0.1, None), DType::Bf16), Path::Tensor { class, dropout: false });
         }
         for (width, scale, dtype) in [
             (33, 0.1, DType::Bf16),
@@ -199,15 +247,15 @@ mod tests {
             (64, 0.0, DType::Bf16),
             (64, 0.1, DType::F32),
         ] {
-            assert_eq!(path(&kind(width, scale, None), dtype), Path::Plain, "{width} {scale} {dtype}");
+            assert_eq!(path_by_warps(&kind(width, scale, None), dtype), Path::Plain, "{width} {scale} {dtype}");
         }
     }
 
     #[test]
     fn hopper_takes_two_widths_without_dropout() {
-        let forward = |width, dropout, rows, arch| forward_path(&kind(width, 0.1, dropout), DType::Bf16, rows, arch);
-        assert_eq!(forward(64, None, [7, 9], 90), Path::Hopper { width: 64 });
-        assert_eq!(forward(128, None, [7, 9], 90), Path::Hopper { width: 128 });
+        let on = |width, dropout, rows, arch| path(&kind(width, 0.1, dropout), DType::Bf16, rows, arch);
+        assert_eq!(on(64, None, [7, 9], 90), Path::Hopper { width: 64 });
+        assert_eq!(on(128, None, [7, 9], 90), Path::Hopper { width: 128 });
         for (width, dropout, rows, arch) in [
             (96, None, [7, 9], 90),
             (64, Some((0.1, 3)), [7, 9], 90),
@@ -217,10 +265,21 @@ mod tests {
             (64, None, [7, 9], 100),
         ] {
             assert!(
-                matches!(forward(width, dropout, rows, arch), Path::Tensor { .. }),
+                matches!(on(width, dropout, rows, arch), Path::Tensor { .. }),
                 "{width} {dropout:?} {rows:?} {arch}"
             );
         }
+    }
+
+    #[test]
+    fn heads_are_together_as_far_as_the_cache_goes() {
+        let kind = |causal, width| AttentionKind { causal, ..kind(width, 0.1, None) };
+        assert_eq!(together(&kind(false, 64), 192, 1024), 1);
+        assert_eq!(together(&kind(true, 64), 192, 1024), 96);
+        assert_eq!(together(&kind(true, 64), 48, 1024), 48);
+        assert_eq!(together(&kind(true, 128), 16, 16384), 3);
+        assert_eq!(together(&kind(true, 128), 16, 1 << 20), 1);
+        assert_eq!(together(&kind(true, 128), 0, 0), 1);
     }
 
     #[test]
@@ -234,6 +293,11 @@ mod tests {
                 }
             }
         }
-        assert!(forward(Path::Hopper { width: 128 }, DType::Bf16).shared_bytes <= 227 << 10);
+        for width in [64, 128] {
+            let path = Path::Hopper { width };
+            for kernel in [forward(path, DType::Bf16), grad_q(path, DType::Bf16), grad_kv(path, DType::Bf16)] {
+                assert!(kernel.shared_bytes <= 227 << 10, "{kernel:?}");
+            }
+        }
     }
 }
