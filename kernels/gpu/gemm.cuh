@@ -34,15 +34,17 @@ DEV void store_octet(bf16* p, const Octet& o) {
 }
 
 // What becomes of sums. With `partials` (parts, m, n) they are those of one part of k, kept for gemm_finish. Otherwise `bias` (n) is added, `pre` (m, n)
-// gets the result and `out` (m, n) its activation; each of bias and pre may be null. `add`: the sum joins what `out` holds.
+// gets the result and `out` (m, n) its activation; each of bias and pre may be null. `add`: the sum joins what `out` holds. Rows of out and pre
+// are `pitch` apart; what lies between n and the next multiple of 8 there may be overwritten.
 template <class Out> struct GemmEnd {
+  typedef Out Element;
   Out* out;
   Out* pre;
   float* partials;
   const Out* bias;
   int activation;
   bool add;
-  int64_t m, n;
+  int64_t m, n, pitch;
 
   // The end of one part of k.
   DEV GemmEnd part(int part) const {
@@ -56,17 +58,20 @@ template <class Out> struct GemmEnd {
 
   // One element that is there, bias_at(col) being in it.
   DEV void put(int64_t row, int64_t col, float v) const {
-    int64_t at = row * n + col;
-    if (partials) { partials[at] = v; return; }
+    if (partials) { partials[row * n + col] = v; return; }
+    int64_t at = row * pitch + col;
     if (pre) pre[at] = from_float<Out>(v);
     if (activation != ACTIVATION_NONE) v = activate(activation, v);
     out[at] = from_float<Out>(add ? v + to_float(out[at]) : v);
   }
 
-  // Eight elements that are there, where n is a multiple of 8.
+  // Whether rows start at multiples of 16 bytes, and a bias ends at one.
+  DEV bool octets() const { return n % 8 == 0 || (pitch % 8 == 0 && !partials && !bias); }
+
+  // Eight elements, of which the first is there, where there are octets().
   DEV void put_octet(int64_t row, int64_t col, Octet o) const {
-    int64_t at = row * n + col;
-    if (partials) { store_octet(partials + at, o); return; }
+    if (partials) { store_octet(partials + row * n + col, o); return; }
+    int64_t at = row * pitch + col;
     if (pre) store_octet(pre + at, o);
     if (activation != ACTIVATION_NONE)
       for (int i = 0; i < 8; i++) o.v[i] = activate(activation, o.v[i]);
@@ -81,7 +86,7 @@ template <class Out> struct GemmEnd {
   // take octets of rows that start at multiples of 16 bytes, and of others single elements, so that a store is one stretch all the same.
   template <int ROWS, int COLS, int PITCH> DEV void put_staged(const float* staged, int64_t row0, int64_t col0) const {
     int lane = threadIdx.x % 32, rows_left = (int)min((int64_t)ROWS, m - row0);
-    if (n % 8 == 0) {
+    if (octets()) {
       constexpr int ACROSS = COLS / 8;
       int64_t col = col0 + lane % ACROSS * 8;
       if (col >= n) return;
@@ -106,5 +111,5 @@ template <class Out> struct GemmEnd {
 // `now` may be null where the output does not accumulate.
 template <class Out>
 DEV GemmEnd<Out> gemm_end(Out* out, Out* pre, float* partials, const Out* bias, const Now* now, int accumulator, int activation, int m, int n) {
-  return {out, pre, partials, bias, activation, accumulator && now->accumulate, m, n};
+  return {out, pre, partials, bias, activation, accumulator && now->accumulate, m, n, n};
 }
