@@ -7,7 +7,7 @@
 
 #if GPU_HOPPER
 constexpr int PIECE = 32, PITCH = PIECE + 8;               // columns of a piece; as f32 its rows are staged 8 banks apart
-constexpr int STAGED_BYTES = 16 * PITCH * 4;               // of a warp
+constexpr int STAGED_BYTES = 16 * PITCH * 4;               // of a warp; two stages of bf16 take less
 
 // The bias of a lane's columns of a piece, as it lies in memory.
 template <class Out> struct PieceBias;
@@ -59,22 +59,26 @@ DEV void leave_floats(float* to, int lane, int64_t pitch, bool add, const float 
   }
 }
 
-// bf16, to rows that start at multiples of 16 bytes. Word w of row r is staged at 4 r + (w ^ (r / 2 % 4)): eight rows of one word, and two rows, lie in
-// different banks. Two stages in turn, so that lanes meet once.
-DEV void leave_words(bf16* to, int lane, int64_t pitch, const float (&v)[PIECE / 2], Rest rest, uint4* staged) {
-  int matrix_row = lane % 16;
+// A piece rounded to bf16, into a stage and, when the lanes have met, out of it to rows that start at multiples of 16 bytes. Word w of row r is at
+// 4 r + (w ^ (r / 2 % 4)): eight rows of one word, and two rows, lie in different banks.
+constexpr int STAGE_WORDS = 16 * PIECE / 8;
+DEV void stage_words(uint4* staged, int lane, const float (&v)[PIECE / 2]) {
+  int row = lane % 16;
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const uint32_t words[4] = {pack_bf16(v[8 * half], v[8 * half + 1]), pack_bf16(v[8 * half + 2], v[8 * half + 3]),
                                pack_bf16(v[8 * half + 4], v[8 * half + 5]), pack_bf16(v[8 * half + 6], v[8 * half + 7])};
-    stmatrix_x4(staged + matrix_row * 4 + ((2 * half + lane / 16) ^ (matrix_row / 2 % 4)), words);
+    stmatrix_x4(staged + row * 4 + ((2 * half + lane / 16) ^ (row / 2 % 4)), words);
   }
-  __syncwarp();
+}
+DEV void leave_words(bf16* to, int lane, int64_t pitch, const uint4* staged, Rest rest) {
   int row = lane / 4, word = lane % 4;
-#pragma unroll
-  for (int h = 0; h < 2; h++)
-    if (row + 8 * h < rest.rows && 8 * word < rest.cols)
-      store16(to + (row + 8 * h) * pitch + 8 * word, staged[(row + 8 * h) * 4 + (word ^ (row / 2 % 4))]);
+  const uint4* mine = staged + row * 4 + (word ^ (row / 2 % 4));
+  const uint4 upper = mine[0], lower = mine[STAGE_WORDS / 2];
+  to += row * pitch + 8 * word;
+  if (8 * word >= rest.cols) return;
+  if (row < rest.rows) store16(to, upper);
+  if (row + 8 < rest.rows) store16(to + 8 * pitch, lower);
 }
 
 // One element after the other; a lane has a column.
@@ -92,21 +96,24 @@ template <class Out> DEV void leave_elements(const GemmEnd<Out>& end, int lane, 
   for (int row = 0; row < min(rest.rows, 16); row++) end.put(row0 + row, col0 + lane, staged[row * PITCH + lane] + bias);
 }
 
-DEV void leave(const GemmEnd<float>& end, int lane, int64_t row, int64_t col, float (&v)[PIECE / 2], Rest rest, float* staged, int) {
+DEV void leave(const GemmEnd<float>& end, int lane, int64_t row, int64_t col, float (&v)[PIECE / 2], Rest rest, float* staged) {
   if (end.partials) leave_floats(end.partials + row * end.n + col, lane, end.n, false, v, rest);
   else if (end.pre || end.bias || end.activation != ACTIVATION_NONE) leave_elements(end, lane, row, col, v, rest, staged, false);
   else leave_floats(end.out + row * end.pitch + col, lane, end.pitch, end.add, v, rest);
 }
-DEV void leave(const GemmEnd<bf16>& end, int lane, int64_t row, int64_t col, float (&v)[PIECE / 2], Rest rest, float* staged, int piece) {
+DEV void leave(const GemmEnd<bf16>& end, int lane, int64_t row, int64_t col, float (&v)[PIECE / 2], Rest rest, float* staged) {
   if (end.partials) leave_floats(end.partials + row * end.n + col, lane, end.n, false, v, rest);
   else if (end.add || !end.octets()) leave_elements(end, lane, row, col, v, rest, staged, true);
   else {
-    uint4* words = reinterpret_cast<uint4*>(staged);
+    uint4 *pre = reinterpret_cast<uint4*>(staged), *out = pre + STAGE_WORDS;
     int64_t at = row * end.pitch + col;
-    if (end.pre) leave_words(end.pre + at, lane, end.pitch, v, rest, words + 64);
+    __syncwarp(); // the piece before has left
+    if (end.pre) stage_words(pre, lane, v);
     activate_each(end.activation, v);
-    // With two outputs each has a stage, and the lanes meet for the one before the other is written again.
-    leave_words(end.out + at, lane, end.pitch, v, rest, words + (end.pre ? 0 : piece % 2 * 64));
+    stage_words(out, lane, v);
+    __syncwarp();
+    if (end.pre) leave_words(end.pre + at, lane, end.pitch, pre, rest);
+    leave_words(end.out + at, lane, end.pitch, out, rest);
   }
 }
 
@@ -139,7 +146,7 @@ DEV void leave_all(const float (&sums)[BLOCKS][TILE_N / 2], const End& end_of, i
     float v[PIECE / 2];
     take_piece<0>(v, sums, bias, piece);
     if (AHEAD) bias.load(end, col + PIECE + lane % 4 * 2);
-    if (row < end.m) leave(end, lane, row, col, v, {(int)end.m - row, (int)end.n - col}, reinterpret_cast<float*>(staged + warp * STAGED_BYTES), piece);
+    if (row < end.m) leave(end, lane, row, col, v, {(int)end.m - row, (int)end.n - col}, reinterpret_cast<float*>(staged + warp * STAGED_BYTES));
   }
 }
 #endif

@@ -33,10 +33,10 @@ template <int TILE_N> struct Work {
   DEV int count() const { return tiles_m() * tiles_n() * s.parts; }
   DEV GemmTile tile(int index) const { return gemm_tile(index % (tiles_m() * tiles_n()), tiles_m(), tiles_n()); }
   DEV int part(int index) const { return index / (tiles_m() * tiles_n()); }
-  DEV int index(int item) const { return blockIdx.x + item * gridDim.x; }
+  DEV int index(int item) const { return (int)blockIdx.x + item * (int)gridDim.x; }
   // Steps of a block's items before this one: all parts but the last have as many.
   DEV int steps_before(int item) const {
-    int whole = tiles_m() * tiles_n() * (s.parts - 1) - blockIdx.x, of_whole = min(item, max(0, (whole + (int)gridDim.x - 1) / (int)gridDim.x));
+    int whole = tiles_m() * tiles_n() * (s.parts - 1), of_whole = min(item, max(0, (whole - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x));
     return of_whole * (s.k_part / STEP) + (item - of_whole) * steps(s.parts - 1);
   }
   DEV int steps(int part) const { return (min(s.k - part * s.k_part, s.k_part) + STEP - 1) / STEP; }

@@ -208,6 +208,9 @@ mod tests {
             (8192, 8192, 8192, "gemm_nt_256_bf16"),
             (8192, 768, 3072, "gemm_nt_192_bf16"),
             (1024, 1024, 1024, "gemm_nt_128_bf16"),
+            // In tests/kernels.
+            (1, 17_104, 136, "gemm_nt_256_bf16"),
+            (8450, 184, 264, "gemm_nt_192_bf16"),
         ] {
             let plan = of(Form::Nt, m, n, k, 90);
             assert_eq!((plan.kernel, plan.tile[1]), (kernel, product_cut(m, n, k).tile_cols));
