@@ -78,6 +78,7 @@ inline float __logf(float x) { return logf(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __saturatef(float x) { return x > 0 ? (x < 1 ? x : 1.0f) : 0.0f; }
 inline float exp2_fast(float x) { return exp2f(x); }
+inline float reciprocal_fast(float x) { return 1.0f / x; }
 
 // ---- the smaller and the larger, of two arithmetic types
 template <class A, class B> inline std::common_type_t<A, B> min(A a, B b) {

@@ -50,14 +50,28 @@ DEV void store16(void* p, uint4 v) {
 }
 
 // The value comes as news to the compiler: nothing that it computed from it, or loaded through it, stays in registers. No instruction.
+DEV void forget(int& word) { asm volatile("" : "+r"(word)); }
 DEV void forget(uint32_t& word) { asm volatile("" : "+r"(word)); }
 DEV void forget(float& value) { asm volatile("" : "+f"(value)); }
+// threadIdx.x, read anew: it takes no register until then.
+DEV uint32_t thread_again() {
+  uint32_t thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
 template <class T> DEV void forget(T*& p) { asm volatile("" : "+l"(p)); }
 
 // 2^x within 2 ulp.
 DEV float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 1 / x within 1 ulp; 0 from 2^126 on.
+DEV float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

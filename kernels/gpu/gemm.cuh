@@ -37,6 +37,7 @@ DEV void store_octet(bf16* p, const Octet& o) {
 // gets the result and `out` (m, n) its activation; each of bias and pre may be null. `add`: the sum joins what `out` holds. Rows of out and pre
 // are `pitch` apart; what lies between n and the next multiple of 8 there may be overwritten.
 template <class Out> struct GemmEnd {
+  typedef Out Element;
   Out* out;
   Out* pre;
   float* partials;

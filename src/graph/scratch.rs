@@ -4,10 +4,12 @@
 //! the chip, so neither the plan's bytes nor the order of any sum depend on the machine.
 
 mod conv;
+mod product;
 
 use super::graph::{Graph, Node};
 use super::op::Op;
 pub use conv::{ConvSizes, ConvTile, conv_bias_bytes, conv_bias_parts, conv_regions, is_channels_last};
+pub use product::{K_STEP, KParts, ProductCut, product_bytes, product_cut};
 
 /// Columns that one block of `kernels/column_sum.cu` sums.
 pub const COLUMN_TILE: usize = 256;
@@ -146,53 +148,6 @@ impl EmbeddingSort {
     }
 }
 
-/// k of one step of a product's kernels: a part of k is a multiple of it.
-pub const K_STEP: usize = 64;
-
-/// The machine that products are cut for, an H200: multiprocessors, the tile (m, n) that one works on, flop/s of all.
-const MULTIPROCESSORS: usize = 132;
-const PRODUCT_TILE: [usize; 2] = [128, 256];
-const PRODUCT_FLOPS: f64 = 700e12;
-/// Bytes a second at which partial products are written and read back, and what the second launch costs.
-const PARTIAL_BYTES_PER_SEC: f64 = 3e12;
-const FINISH_SECS: f64 = 4e-6;
-/// Most parts of k: with more, adding up costs more than it gains.
-const MOST_K_PARTS: usize = 32;
-
-/// The k of a product cut into parts, each computed by blocks of its own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct KParts {
-    /// How many parts, at least one.
-    pub parts: usize,
-    /// k of each but the last, which may have less; a multiple of [`K_STEP`].
-    pub k: usize,
-}
-
-/// How the k of a product (m, k) x (k, n) is cut: so that a machine of the size of an H200 takes the least time by this model. A function
-/// of the shape alone.
-pub fn k_parts(m: usize, n: usize, k: usize) -> KParts {
-    let steps = k.div_ceil(K_STEP).max(1);
-    let tiles = m.div_ceil(PRODUCT_TILE[0]) * n.div_ceil(PRODUCT_TILE[1]);
-    let tile_flops = (2 * PRODUCT_TILE[0] * PRODUCT_TILE[1] * K_STEP) as f64;
-    let step_secs = tile_flops * MULTIPROCESSORS as f64 / PRODUCT_FLOPS;
-    let secs = |parts: usize| {
-        let work = ((tiles * parts).div_ceil(MULTIPROCESSORS) * steps.div_ceil(parts)) as f64 * step_secs;
-        let adding_up = FINISH_SECS + (8 * m * n * parts) as f64 / PARTIAL_BYTES_PER_SEC;
-        if parts == 1 { work } else { work + adding_up }
-    };
-    // From so many tiles on, cutting gains too little to be looked at, and a part's place in (parts, m, n) would outgrow 32 bits.
-    let most = if tiles >= MULTIPROCESSORS { 1 } else { MOST_K_PARTS.min(steps) };
-    let best = (1..=most).min_by(|&a, &b| secs(a).total_cmp(&secs(b))).unwrap_or(1);
-    let RowParts { parts, rows } = parts_of(steps, best);
-    KParts { parts: parts.max(1), k: rows * K_STEP }
-}
-
-/// Bytes of a product's partial results: f32 (parts, m, n), or none where k is whole.
-pub fn product_bytes(m: usize, n: usize, k: usize) -> u64 {
-    let KParts { parts, .. } = k_parts(m, n, k);
-    if parts == 1 { 0 } else { (parts * m * n * 4) as u64 }
-}
-
 /// Bytes of scratch for `node`.
 pub fn scratch_bytes(graph: &Graph, node: &Node) -> u64 {
     let input = |i: usize| &graph.info(node.inputs[i]).shape;
@@ -249,34 +204,6 @@ mod tests {
         }
         let sort = EmbeddingSort::new(2049, 10);
         assert_eq!((sort.starts(), sort.bytes()), ([0, 40, 40 + 2048, 40 + 2048 + 8196], 40 + 2048 + 2 * 8196));
-    }
-
-    #[test]
-    fn products_are_cut_where_that_fills_the_machine() {
-        for (m, n, k, parts) in [
-            (8192, 8192, 8192, 1), // fills it as it is
-            (768, 50_257, 8192, 1),
-            (128, 256, 64, 1), // one step
-            (128, 256, 0, 1),
-            (0, 5, 100, 1),
-            (768, 768, 65_536, 7), // 18 tiles, 126 blocks
-            (10, 7, 1 << 20, 32),
-        ] {
-            let cut = k_parts(m, n, k);
-            assert_eq!(cut.parts, parts, "{m}x{n}x{k}");
-            assert!(
-                cut.k.is_multiple_of(K_STEP) && cut.parts * cut.k >= k && (cut.parts - 1) * cut.k <= k,
-                "{m}x{n}x{k}: {cut:?}"
-            );
-        }
-    }
-
-    #[test]
-    fn partial_products_do_not_depend_on_which_side_is_longer_by_much() {
-        // The two layouts of a weight have the gradient (K, N) or (N, K); neither may need boundless scratch.
-        for (m, n, k) in [(768, 3072, 8192), (3072, 768, 8192), (1600, 6400, 16_384), (6400, 1600, 16_384)] {
-            assert!(product_bytes(m, n, k) <= (4 * 8 * m * n) as u64, "{m}x{n}x{k}");
-        }
     }
 
     #[test]

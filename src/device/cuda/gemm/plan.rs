@@ -3,7 +3,7 @@
 //! Never of the number of multiprocessors, nor of where operands lie: a tensor starts at a multiple of 64 bytes wherever the shards are
 //! cut, so whether its rows are aligned is a matter of their width. The tiles change no bit: each sum is taken in the order of k.
 
-use crate::graph::{KParts, k_parts};
+use crate::graph::{KParts, ProductCut, product_cut};
 
 /// How the operands of `out (m, n) = a b` are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,23 +89,21 @@ const TF32_RING_BYTES: u32 = 3 * 2 * 128 * 20 * 4;
 
 /// k of a step of `gemm_hopper.cu`, columns of a box of its tensor maps, and rows of what its warpgroups own.
 pub(super) const HOPPER_STEP: usize = 64;
-/// Steps in its ring, for tiles 256 and 128 wide.
-const HOPPER_STAGES: [usize; 2] = [4, 6];
+/// Columns of its tiles, and steps in the ring of each. A tile of 256 is two warpgroups'; others belong to one, and the other has the next.
+const HOPPER_WIDTHS: [(usize, usize); 3] = [(256, 4), (192, 5), (128, 6)];
 /// Bytes in which its warps stage sums: 8 warps, 16 rows, 40 columns of f32.
 const HOPPER_STAGED_BYTES: usize = 8 * 16 * 40 * 4;
-
-/// Multiprocessors of the machine that tile widths are chosen for.
-const MULTIPROCESSORS: usize = 132;
-/// Time of a tile 256 wide in that of one 128 wide, which reads more for as many products: twice 498 over 610 TFLOP/s on an H100, by the
-/// work log of pranjalssh/fast.cu.
-const WIDE_TILE_COST: f64 = 1.63;
 
 /// The plan for a product with factors of this precision, rows of a and b being `pitches` elements apart, on `arch` (90 for compute capability 9.0).
 pub fn plan(form: Form, sizes: Sizes, pitches: [usize; 2], precision: Precision, arch: u32) -> GemmPlan {
     let path = path(sizes, pitches, precision, arch);
-    let parts = k_parts(sizes.m, sizes.n, sizes.k);
-    let wide = path == Path::HopperShifted || path == Path::Hopper && wide_tiles(sizes, parts.parts);
-    let kernel = match (path, form, wide) {
+    let ProductCut { tile_cols, parts } = product_cut(sizes.m, sizes.n, sizes.k);
+    let width = match path {
+        Path::Hopper => tile_cols,
+        Path::HopperShifted => 256,
+        _ => 128,
+    };
+    let kernel = match (path, form, width) {
         (Path::Plain, Form::Nn, _) => "gemm_nn_f32",
         (Path::Plain, Form::Nt, _) => "gemm_nt_f32",
         (Path::Plain, Form::Tn, _) => "gemm_tn_f32",
@@ -118,12 +116,15 @@ pub fn plan(form: Form, sizes: Sizes, pitches: [usize; 2], precision: Precision,
         (Path::MmaRagged, Form::Nn, _) => "gemm_nn_ragged_bf16",
         (Path::MmaRagged, Form::Nt, _) => "gemm_nt_ragged_bf16",
         (Path::MmaRagged, Form::Tn, _) => "gemm_tn_ragged_bf16",
-        (Path::Hopper, Form::Nn, true) => "gemm_nn_256_bf16",
-        (Path::Hopper, Form::Nt, true) => "gemm_nt_256_bf16",
-        (Path::Hopper, Form::Tn, true) => "gemm_tn_256_bf16",
-        (Path::Hopper, Form::Nn, false) => "gemm_nn_128_bf16",
-        (Path::Hopper, Form::Nt, false) => "gemm_nt_128_bf16",
-        (Path::Hopper, Form::Tn, false) => "gemm_tn_128_bf16",
+        (Path::Hopper, Form::Nn, 256) => "gemm_nn_256_bf16",
+        (Path::Hopper, Form::Nn, 192) => "gemm_nn_192_bf16",
+        (Path::Hopper, Form::Nn, _) => "gemm_nn_128_bf16",
+        (Path::Hopper, Form::Nt, 256) => "gemm_nt_256_bf16",
+        (Path::Hopper, Form::Nt, 192) => "gemm_nt_192_bf16",
+        (Path::Hopper, Form::Nt, _) => "gemm_nt_128_bf16",
+        (Path::Hopper, Form::Tn, 256) => "gemm_tn_256_bf16",
+        (Path::Hopper, Form::Tn, 192) => "gemm_tn_192_bf16",
+        (Path::Hopper, Form::Tn, _) => "gemm_tn_128_bf16",
         (Path::HopperShifted, Form::Nn, _) => "gemm_nn_shifted_bf16",
         (Path::HopperShifted, Form::Tn, _) => "gemm_tn_shifted_bf16",
         (Path::HopperShifted, Form::Nt, _) => {
@@ -133,15 +134,12 @@ pub fn plan(form: Form, sizes: Sizes, pitches: [usize; 2], precision: Precision,
     // A parameter's gradient, the only use of tn, is f32 in a bf16 model too.
     let bf16_out = precision == Precision::Bf16 && form != Form::Tn;
     let finish = if bf16_out { "gemm_finish_bf16" } else { "gemm_finish_f32" };
-    let tile = [128, if wide { 256 } else { 128 }];
+    let tile = [128, width];
     let (block, shared_bytes) = match path {
         Path::MmaRagged => (256, 0),
         Path::Tf32 => (128, TF32_RING_BYTES),
         Path::Plain | Path::Mma => (128, 0),
-        Path::Hopper | Path::HopperShifted => {
-            let ring = HOPPER_STAGES[usize::from(!wide)] * (tile[0] + tile[1]) * HOPPER_STEP * 2;
-            (384, (ring + HOPPER_STAGED_BYTES) as u32)
-        }
+        Path::Hopper | Path::HopperShifted => (384, hopper_bytes(width)),
     };
     GemmPlan { path, kernel, finish, tile, block, shared_bytes, parts }
 }
@@ -163,10 +161,10 @@ fn path(Sizes { m, n, k }: Sizes, pitches: [usize; 2], precision: Precision, arc
     }
 }
 
-/// Whether tiles 256 wide take less time than tiles 128 wide, by how often the machine has to be filled.
-fn wide_tiles(Sizes { m, n, .. }: Sizes, parts: usize) -> bool {
-    let rounds = |width: usize| (m.div_ceil(128) * n.div_ceil(width) * parts).div_ceil(MULTIPROCESSORS);
-    rounds(256) as f64 * WIDE_TILE_COST <= rounds(128) as f64
+/// Bytes of shared memory of `gemm_hopper.cu`, with tiles so wide.
+fn hopper_bytes(width: usize) -> u32 {
+    let stages = HOPPER_WIDTHS.iter().find(|(cols, _)| *cols == width).map_or(0, |(_, stages)| *stages);
+    (stages * (128 + width) * HOPPER_STEP * 2 + HOPPER_STAGED_BYTES) as u32
 }
 
 #[cfg(test)]
@@ -206,16 +204,20 @@ mod tests {
     }
 
     #[test]
-    fn tiles_are_as_wide_as_fills_the_machine() {
-        for (m, n, width) in [
-            (8192, 8192, 256),
-            (8192, 768, 128), // 192 wide tiles take 2 rounds, and 384 narrow ones 3 that are little over half as long
-            (8192, 3072, 256), // 6 rounds against 12
-            (1024, 1024, 128), // 32 tiles: half the rounds are empty either way, and narrow tiles are done sooner
-            (64, 128, 128),
+    fn tiles_are_those_of_the_cut() {
+        for (m, n, k, kernel) in [
+            (8192, 8192, 8192, "gemm_nt_256_bf16"),
+            (8192, 768, 3072, "gemm_nt_192_bf16"),
+            (1024, 1024, 1024, "gemm_nt_128_bf16"),
+            // In tests/kernels.
+            (1, 17_104, 136, "gemm_nt_256_bf16"),
+            (8450, 184, 264, "gemm_nt_192_bf16"),
         ] {
-            assert_eq!(of(Form::Nn, m, n, 768, 90).tile[1], width, "{m}x{n}");
+            let plan = of(Form::Nt, m, n, k, 90);
+            assert_eq!((plan.kernel, plan.tile[1]), (kernel, product_cut(m, n, k).tile_cols));
+            assert_eq!(of(Form::Nt, m, n, k, 80).tile, [128, 128]);
         }
+        assert_eq!(of(Form::Nn, 1024, 1024, 1001, 90).tile, [128, 256], "the one width of rows that are shifted");
     }
 
     #[test]
@@ -227,15 +229,19 @@ mod tests {
 
     #[test]
     fn kernels_have_the_same_sizes() {
-        let source = include_str!("../../../../kernels/gemm_hopper.cu");
+        let hopper = concat!(
+            include_str!("../../../../kernels/gemm_hopper.cu"),
+            include_str!("../../../../kernels/gpu/gemm_ring.cuh"),
+            include_str!("../../../../kernels/gpu/gemm_leave.cuh"),
+        );
         for line in [
             "constexpr int CONSUMERS = 2, THREADS = 128 * (1 + CONSUMERS);",
             "constexpr int TILE_M = 128, STEP = 64;",
             "constexpr int PIECE = 32, PITCH = PIECE + 8;",
-            "constexpr int STAGED_BYTES = CONSUMERS * 4 * 16 * PITCH * 4;",
-            "static constexpr int STAGES = TILE_N == 256 ? 4 : 6,",
+            "constexpr int STAGED_BYTES = 16 * PITCH * 4;",
+            "static constexpr int STAGES = TILE_N == 256 ? 4 : TILE_N == 192 ? 5 : 6;",
         ] {
-            assert!(source.contains(line), "gemm_hopper.cu has no line {line}");
+            assert!(hopper.contains(line), "gemm_hopper.cu has no line {line}");
         }
         let source = include_str!("../../../../kernels/gemm_tf32.cu");
         for line in
@@ -243,8 +249,10 @@ mod tests {
         {
             assert!(source.contains(line), "gemm_tf32.cu has no line {line}");
         }
-        let wide = of(Form::Nn, 8192, 8192, 768, 90).shared_bytes;
-        // With the barriers, which take up to 1024 bytes, what a block can have.
-        assert!(wide + 1024 <= 227 * 1024, "{wide}");
+        for (width, _) in HOPPER_WIDTHS {
+            // With the barriers, which take up to 1024 bytes, what a block can have.
+            let bytes = hopper_bytes(width);
+            assert!(bytes + 1024 <= 227 * 1024, "{width}: {bytes}");
+        }
     }
 }

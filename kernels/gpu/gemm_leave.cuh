@@ -1,0 +1,152 @@
+// How sums leave the registers of a warpgroup. Included by the kernels of sm_90a, after gemm.cuh.
+//
+// A warp sends its sums off 16 rows by 32 columns at a time. Of such a piece a lane has v[4 j + 2 h + e] at (lane / 4 + 8 h, 8 j + lane % 4 * 2 + e), as
+// wgmma leaves them. f32 goes straight to memory: four lanes write 32 bytes of a row, a whole sector. bf16 changes lanes by way of shared memory, so that
+// four lanes write 64 bytes. Rows that 16-byte stores do not fit, and what joins a bf16 output, go element by element.
+#pragma once
+
+#if GPU_HOPPER
+constexpr int PIECE = 32, PITCH = PIECE + 8;               // columns of a piece; as f32 its rows are staged 8 banks apart
+constexpr int STAGED_BYTES = 16 * PITCH * 4;               // of a warp; two stages of bf16 take less
+
+// The bias of a lane's columns of a piece, as it lies in memory.
+template <class Out> struct PieceBias;
+template <> struct PieceBias<bf16> {
+  uint32_t words[PIECE / 8];
+
+  DEV void load(const GemmEnd<bf16>& end, int col) {
+#pragma unroll
+    for (int j = 0; j < PIECE / 8; j++, col += 8) {
+      words[j] = 0;
+      if (!end.bias || col >= end.n) continue;
+      if (end.n % 2 == 0) words[j] = *reinterpret_cast<const uint32_t*>(end.bias + col);
+      else words[j] = pack_bf16(end.bias_at(col), col + 1 < end.n ? end.bias_at(col + 1) : 0.0f);
+    }
+  }
+  DEV float at(int j, int e) const { return e ? unpack_bf16(words[j]).y : unpack_bf16(words[j]).x; }
+};
+template <> struct PieceBias<float> { // parameters' gradients, which are f32, have none: leave_elements adds it
+  DEV void load(const GemmEnd<float>&, int) {}
+  DEV float at(int, int) const { return 0; }
+};
+
+// What is left of an output from a piece's first element on.
+struct Rest { int rows, cols; };
+
+// f32, to rows `pitch` apart. Of a lane's two rows, what is there already is read before any of it is written, so that one wait is enough.
+DEV void leave_floats(float* to, int lane, int64_t pitch, bool add, const float (&v)[PIECE / 2], Rest rest) {
+  int row = lane / 4, col = lane % 4 * 2;
+  bool pairs = pitch % 2 == 0;
+  rest.rows -= row, rest.cols -= col;
+  to += row * pitch + col;
+#pragma unroll
+  for (int h = 0; h < 2; h++, to += 8 * pitch) {
+    if (8 * h >= rest.rows) return;
+    if (pairs) {
+      float2 old[PIECE / 8] = {};
+      if (add)
+        for (int j = 0; j < PIECE / 8; j++)
+          if (8 * j < rest.cols) old[j] = *reinterpret_cast<const float2*>(to + 8 * j);
+      for (int j = 0; j < PIECE / 8; j++)
+        if (8 * j < rest.cols)
+          *reinterpret_cast<float2*>(to + 8 * j) = make_float2(v[4 * j + 2 * h] + old[j].x, v[4 * j + 2 * h + 1] + old[j].y);
+    } else {
+      for (int i = 0; i < PIECE / 4; i++) {
+        int at = i / 2 * 8 + i % 2;
+        if (at < rest.cols) to[at] = v[i / 2 * 4 + 2 * h + i % 2] + (add ? to[at] : 0.0f);
+      }
+    }
+  }
+}
+
+// A piece rounded to bf16, into a stage and, when the lanes have met, out of it to rows that start at multiples of 16 bytes. Word w of row r is at
+// 4 r + (w ^ (r / 2 % 4)): eight rows of one word, and two rows, lie in different banks.
+constexpr int STAGE_WORDS = 16 * PIECE / 8;
+DEV void stage_words(uint4* staged, int lane, const float (&v)[PIECE / 2]) {
+  int row = lane % 16;
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const uint32_t words[4] = {pack_bf16(v[8 * half], v[8 * half + 1]), pack_bf16(v[8 * half + 2], v[8 * half + 3]),
+                               pack_bf16(v[8 * half + 4], v[8 * half + 5]), pack_bf16(v[8 * half + 6], v[8 * half + 7])};
+    stmatrix_x4(staged + row * 4 + ((2 * half + lane / 16) ^ (row / 2 % 4)), words);
+  }
+}
+DEV void leave_words(bf16* to, int lane, int64_t pitch, const uint4* staged, Rest rest) {
+  int row = lane / 4, word = lane % 4;
+  const uint4* mine = staged + row * 4 + (word ^ (row / 2 % 4));
+  const uint4 upper = mine[0], lower = mine[STAGE_WORDS / 2];
+  to += row * pitch + 8 * word;
+  if (8 * word >= rest.cols) return;
+  if (row < rest.rows) store16(to, upper);
+  if (row + 8 < rest.rows) store16(to + 8 * pitch, lower);
+}
+
+// One element after the other; a lane has a column.
+template <class Out> DEV void leave_elements(const GemmEnd<Out>& end, int lane, int64_t row0, int64_t col0, const float (&v)[PIECE / 2], Rest rest, float* staged, bool biased) {
+  __syncwarp();
+#pragma unroll
+  for (int j = 0; j < PIECE / 8; j++)
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+      *reinterpret_cast<float2*>(staged + (lane / 4 + 8 * h) * PITCH + j * 8 + lane % 4 * 2) = make_float2(v[4 * j + 2 * h], v[4 * j + 2 * h + 1]);
+  __syncwarp();
+  if (lane >= rest.cols) return;
+  float bias = biased ? 0.0f : end.bias_at(col0 + lane);
+#pragma unroll 1
+  for (int row = 0; row < min(rest.rows, 16); row++) end.put(row0 + row, col0 + lane, staged[row * PITCH + lane] + bias);
+}
+
+DEV void leave(const GemmEnd<float>& end, int lane, int64_t row, int64_t col, float (&v)[PIECE / 2], Rest rest, float* staged) {
+  if (end.partials) leave_floats(end.partials + row * end.n + col, lane, end.n, false, v, rest);
+  else if (end.pre || end.bias || end.activation != ACTIVATION_NONE) leave_elements(end, lane, row, col, v, rest, staged, false);
+  else leave_floats(end.out + row * end.pitch + col, lane, end.pitch, end.add, v, rest);
+}
+DEV void leave(const GemmEnd<bf16>& end, int lane, int64_t row, int64_t col, float (&v)[PIECE / 2], Rest rest, float* staged) {
+  if (end.partials) leave_floats(end.partials + row * end.n + col, lane, end.n, false, v, rest);
+  else if (end.add || !end.octets()) leave_elements(end, lane, row, col, v, rest, staged, true);
+  else {
+    uint4 *pre = reinterpret_cast<uint4*>(staged), *out = pre + STAGE_WORDS;
+    int64_t at = row * end.pitch + col;
+    __syncwarp(); // the piece before has left
+    if (end.pre) stage_words(pre, lane, v);
+    activate_each(end.activation, v);
+    stage_words(out, lane, v);
+    __syncwarp();
+    if (end.pre) leave_words(end.pre + at, lane, end.pitch, pre, rest);
+    leave_words(end.out + at, lane, end.pitch, out, rest);
+  }
+}
+
+// A piece of the sums, the bias added. Registers have no index.
+template <int I, int BLOCKS, int HALF, class Bias>
+DEV void take_piece(float (&v)[PIECE / 2], const float (&sums)[BLOCKS][HALF], const Bias& bias, int piece) {
+  if constexpr (I + 1 < BLOCKS * HALF / (PIECE / 2))
+    if (piece != I) return take_piece<I + 1>(v, sums, bias, piece);
+#pragma unroll
+  for (int k = 0; k < PIECE / 2; k++) v[k] = sums[I % BLOCKS][I / BLOCKS * PIECE / 2 + k] + bias.at(k / 4, k % 2);
+}
+
+// The sums of the warps from the fifth on: each has 16 rows of each of BLOCKS blocks of 64, WARPS of them one beneath the other from row0 on, and TILE_N
+// columns from col0 on. Sums take most registers: what becomes of them, `end_of(part)`, and addresses are made anew for each piece.
+template <int BLOCKS, int TILE_N, int WARPS, class End>
+DEV void leave_all(const float (&sums)[BLOCKS][TILE_N / 2], const End& end_of, int part, unsigned char* staged, int row0, int col0) {
+  constexpr int PIECES = BLOCKS * TILE_N / PIECE;
+  constexpr bool AHEAD = BLOCKS == 1; // whether there are registers for the next piece's bias; with two blocks others multiply meanwhile
+  PieceBias<typename decltype(end_of(0))::Element> bias;
+  if (AHEAD) bias.load(end_of(part), col0 + threadIdx.x % 4 * 2);
+#pragma unroll 1
+  for (int piece = 0; piece < PIECES; piece++) {
+    forget(part);
+    auto end = end_of(part);
+    uint32_t thread = thread_again();
+    int lane = thread % 32, warp = thread / 32 - 4;
+    int row = row0 + (warp & (WARPS - 1)) * 16 + piece % BLOCKS * 64, col = col0 + piece / BLOCKS * PIECE;
+    if (col >= end.n) return;
+    if (!AHEAD) bias.load(end, col + lane % 4 * 2);
+    float v[PIECE / 2];
+    take_piece<0>(v, sums, bias, piece);
+    if (AHEAD) bias.load(end, col + PIECE + lane % 4 * 2);
+    if (row < end.m) leave(end, lane, row, col, v, {(int)end.m - row, (int)end.n - col}, reinterpret_cast<float*>(staged + warp * STAGED_BYTES));
+  }
+}
+#endif

@@ -1,0 +1,137 @@
+//! How a matrix product is cut: into tiles of the output, and k into parts whose sums a second kernel adds.
+//!
+//! A function of the shape alone, by a model of one machine, an H100 or H200: neither bits nor bytes of scratch depend on the chip at hand. The
+//! parts hold for every kernel; the tile is that of `kernels/gemm_hopper.cu`, and changes no bit.
+
+use super::{RowParts, parts_of};
+
+/// k of one step of a product's kernels: a part of k is a multiple of it.
+pub const K_STEP: usize = 64;
+
+/// Rows of a tile.
+const TILE_ROWS: usize = 128;
+
+/// A width of tiles, with what a multiprocessor takes for one, in cycles.
+struct Width {
+    cols: usize,
+    /// A step of k: the products' own 4 a column, and what the widths lose beside the widest, which brings the fewest bytes a product.
+    step: usize,
+    /// Its sums' way out.
+    end: usize,
+    /// Whether the next tile's products go on meanwhile.
+    overlaps: bool,
+}
+
+/// The widths, the widest first: that is taken where others are no faster.
+const WIDTHS: [Width; 3] = [
+    Width { cols: 256, step: 1024, end: 2500, overlaps: false },
+    Width { cols: 192, step: 800, end: 3500, overlaps: true },
+    Width { cols: 128, step: 600, end: 2500, overlaps: true },
+];
+
+/// The machine's multiprocessors, and bytes a cycle at which partial sums are written and read back; cycles that a second launch costs.
+const MULTIPROCESSORS: usize = 132;
+const PARTIAL_BYTES_PER_CYCLE: usize = 1800;
+const FINISH_CYCLES: usize = 6000;
+/// Most parts of k: with more, adding up costs more than it gains.
+const MOST_K_PARTS: usize = 32;
+
+/// The k of a product cut into parts, each computed by blocks of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KParts {
+    /// How many parts, at least one.
+    pub parts: usize,
+    /// k of each but the last, which may have less; a multiple of [`K_STEP`].
+    pub k: usize,
+}
+
+/// How a product (m, k) x (k, n) is cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProductCut {
+    /// Columns of a tile of 128 rows: 256, 192 or 128.
+    pub tile_cols: usize,
+    /// Parts of k.
+    pub parts: KParts,
+}
+
+/// The cut that takes the machine the least time.
+pub fn product_cut(m: usize, n: usize, k: usize) -> ProductCut {
+    let steps = k.div_ceil(K_STEP).max(1);
+    // From so many tiles on, cutting gains too little to be looked at, and a part's place in (parts, m, n) would outgrow 32 bits.
+    let most = if tiles(m, n, WIDTHS[0].cols) >= MULTIPROCESSORS { 1 } else { MOST_K_PARTS.min(steps) };
+    let cuts = (1..=most).flat_map(|parts| WIDTHS.iter().map(move |width| (parts, width)));
+    let best = cuts.min_by_key(|&(parts, width)| cycles(m, n, steps, parts, width));
+    let (parts, width) = best.unwrap_or((1, &WIDTHS[0]));
+    let RowParts { parts, rows } = parts_of(steps, parts);
+    ProductCut { tile_cols: width.cols, parts: KParts { parts: parts.max(1), k: rows * K_STEP } }
+}
+
+fn tiles(m: usize, n: usize, cols: usize) -> usize {
+    m.div_ceil(TILE_ROWS) * n.div_ceil(cols)
+}
+
+/// Time by the model, with k in so many steps and parts.
+fn cycles(m: usize, n: usize, steps: usize, parts: usize, width: &Width) -> usize {
+    let rounds = (tiles(m, n, width.cols) * parts).div_ceil(MULTIPROCESSORS);
+    let products = steps.div_ceil(parts) * width.step;
+    // Two warpgroups that take turns: one's sums leave beside the other's products, but the last ones'.
+    let alone = if width.overlaps { products.max((products + width.end) / 2) } else { products + width.end };
+    let adding_up = if parts == 1 { 0 } else { FINISH_CYCLES + 8 * m * n * parts / PARTIAL_BYTES_PER_CYCLE };
+    rounds * alone + if width.overlaps { width.end } else { 0 } + adding_up
+}
+
+/// Bytes of a product's partial results: f32 (parts, m, n), or none where k is whole.
+pub fn product_bytes(m: usize, n: usize, k: usize) -> u64 {
+    let KParts { parts, .. } = product_cut(m, n, k).parts;
+    if parts == 1 { 0 } else { (parts * m * n * 4) as u64 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn products_are_cut_where_that_fills_the_machine() {
+        for (m, n, k, parts) in [
+            (8192, 8192, 8192, 1), // fills it as it is
+            (768, 50_257, 8192, 1),
+            (128, 256, 64, 1), // one step
+            (128, 256, 0, 1),
+            (0, 5, 100, 1),
+            (768, 768, 8192, 3), // 36 narrow tiles, 108 blocks
+            (10, 7, 1 << 20, 32),
+        ] {
+            let cut = product_cut(m, n, k).parts;
+            assert_eq!(cut.parts, parts, "{m}x{n}x{k}");
+            assert!(
+                cut.k.is_multiple_of(K_STEP) && cut.parts * cut.k >= k && (cut.parts - 1) * cut.k <= k,
+                "{m}x{n}x{k}: {cut:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn tiles_are_as_wide_as_fills_the_machine() {
+        for (m, n, k, tile_cols) in [
+            (8192, 8192, 8192, 256), // 16 rounds
+            (4096, 4096, 4096, 256), // 4 rounds of 128 tiles; a width of 192 takes 6 that are three quarters as long
+            (8192, 768, 768, 192),   // 2 rounds, as with a width of 256, where 60 of 132 tiles are missing
+            (8192, 768, 50_304, 192),
+            (8192, 3072, 768, 192),  // short sums: what leaves beside products counts
+            (768, 2304, 8192, 128),  // 108 tiles; 72 or 54 of the wider ones
+            (768, 3072, 8192, 192),  // 96 tiles; 144 of a width of 128
+            (1024, 1024, 1024, 128), // 64 tiles: half the machine is idle, and narrow tiles are done sooner
+            (64, 128, 768, 128),
+        ] {
+            assert_eq!(product_cut(m, n, k).tile_cols, tile_cols, "{m}x{n}x{k}");
+        }
+    }
+
+    #[test]
+    fn partial_products_do_not_depend_on_which_side_is_longer_by_much() {
+        // The two layouts of a weight have the gradient (K, N) or (N, K); neither may need boundless scratch.
+        for (m, n, k) in [(768, 3072, 8192), (3072, 768, 8192), (1600, 6400, 16_384), (6400, 1600, 16_384)] {
+            assert!(product_bytes(m, n, k) <= (4 * 8 * m * n) as u64, "{m}x{n}x{k}");
+        }
+    }
+}
