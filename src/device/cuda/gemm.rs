@@ -1,6 +1,8 @@
 //! Launches of `kernels/gemm_*.cu`: matrix products for every family that needs them.
 
 mod plan;
+#[cfg(all(test, feature = "emulator"))]
+mod tests;
 
 pub(super) use plan::{Form, Sizes};
 
@@ -53,13 +55,17 @@ pub(super) struct Product {
 /// # Errors
 /// When a size is beyond what kernels take, or the device has failed.
 pub(super) fn launch(q: &mut Queue, p: &Product) -> Result<()> {
-    let Sizes { m, n, k } = p.sizes;
     let precision = match p.dtype {
         DType::Bf16 => Precision::Bf16,
         _ if q.tf32 => Precision::Tf32,
         _ => Precision::F32,
     };
-    let plan = plan(p.form, p.sizes, [p.a.pitch, p.b.pitch], precision, q.arch());
+    launch_as(q, p, &plan(p.form, p.sizes, [p.a.pitch, p.b.pitch], precision, q.arch()))
+}
+
+/// Queues a product that was planned.
+fn launch_as(q: &mut Queue, p: &Product, plan: &GemmPlan) -> Result<()> {
+    let Sizes { m, n, k } = p.sizes;
     let parts = plan.parts.parts;
     let partials = if parts > 1 { p.scratch } else { Ptr::NULL };
     let tiles = plan.tiles(p.sizes);
@@ -68,8 +74,8 @@ pub(super) fn launch(q: &mut Queue, p: &Product) -> Result<()> {
     let product = Launch::new(plan.kernel, grid, plan.block).shared(plan.shared_bytes);
     let product = product.ptr(p.out.at).ptr(p.pre).ptr(partials);
     let product = match plan.path {
-        Path::Hopper => product.map(&left_map(q, p, &plan)?).map(&right_map(q, p, &plan)?),
-        Path::HopperShifted => product.ptr(p.a.at).map(&right_map(q, p, &plan)?),
+        Path::Hopper => product.map(&left_map(q, p, plan)?).map(&right_map(q, p, plan)?),
+        Path::HopperShifted => product.ptr(p.a.at).map(&right_map(q, p, plan)?),
         _ => product.ptr(p.a.at).ptr(p.b.at),
     };
     let product = product.ptr(p.bias).ptr(q.now).int(p.accumulator).int(p.activation as usize);

@@ -97,7 +97,12 @@ const HOPPER_STAGED_BYTES: usize = 8 * 16 * 40 * 4;
 /// The plan for a product with factors of this precision, rows of a and b being `pitches` elements apart, on `arch` (90 for compute capability 9.0).
 pub fn plan(form: Form, sizes: Sizes, pitches: [usize; 2], precision: Precision, arch: u32) -> GemmPlan {
     let path = path(sizes, pitches, precision, arch);
-    let ProductCut { tile_cols, parts } = product_cut(sizes.m, sizes.n, sizes.k);
+    planned(form, path, precision, product_cut(sizes.m, sizes.n, sizes.k))
+}
+
+/// The plan for a product that is cut so.
+pub(super) fn planned(form: Form, path: Path, precision: Precision, cut: ProductCut) -> GemmPlan {
+    let ProductCut { tile_cols, parts } = cut;
     let width = match path {
         Path::Hopper => tile_cols,
         Path::HopperShifted => 256,
@@ -209,9 +214,6 @@ mod tests {
             (8192, 8192, 8192, "gemm_nt_256_bf16"),
             (8192, 768, 3072, "gemm_nt_192_bf16"),
             (1024, 1024, 1024, "gemm_nt_128_bf16"),
-            // In tests/kernels.
-            (1, 17_104, 136, "gemm_nt_256_bf16"),
-            (8450, 184, 264, "gemm_nt_192_bf16"),
         ] {
             let plan = of(Form::Nt, m, n, k, 90);
             assert_eq!((plan.kernel, plan.tile[1]), (kernel, product_cut(m, n, k).tile_cols));

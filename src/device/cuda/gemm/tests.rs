@@ -1,0 +1,156 @@
+//! Every tile width of `gemm_hopper.cu` on the emulator: shapes that choose the wider ones are too large for the tables of tests/kernels.
+//!
+//! Factors are -1, 0 and 1 and sums stay below 256, so every result is exact.
+
+use super::plan::{Path, Precision, planned};
+use super::{Form, Matrix, Product, Sizes, launch_as};
+use crate::base::DType;
+use crate::device::Scalars;
+use crate::device::cuda::Emulated;
+use crate::device::cuda::blocks::Blocks;
+use crate::device::cuda::driver::Driver;
+use crate::device::cuda::launch::{Ptr, Queue};
+use crate::graph::{Activation, KParts, ProductCut};
+
+/// Tails in every direction, several tiles a block of the emulator's four, and steps beyond the ring.
+const SIZES: Sizes = Sizes { m: 312, n: 456, k: 584 };
+
+/// A matrix of small integers, as the device sees it.
+struct Tensor {
+    at: *mut u8,
+    dtype: DType,
+    values: Vec<i32>,
+}
+
+impl Tensor {
+    fn new(driver: &mut Emulated, dtype: DType, values: Vec<i32>) -> Tensor {
+        let at = driver.alloc_host(values.len() as u64 * 4).expect("memory");
+        let bytes: Vec<u8> = match dtype {
+            DType::Bf16 => {
+                values.iter().flat_map(|&v| ((v as f32).to_bits() >> 16).to_le_bytes()[..2].to_vec()).collect()
+            }
+            _ => values.iter().flat_map(|&v| (v as f32).to_le_bytes()).collect(),
+        };
+        // SAFETY: allocated just above with at least as many bytes.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), at, bytes.len()) };
+        Tensor { at, dtype, values }
+    }
+
+    fn rows(&self, pitch: usize) -> Matrix {
+        Matrix { at: self.ptr(), pitch }
+    }
+
+    fn ptr(&self) -> Ptr {
+        Ptr(self.at as u64)
+    }
+
+    /// What is there now.
+    fn read(&self) -> Vec<f32> {
+        let width = if self.dtype == DType::Bf16 { 2 } else { 4 };
+        // SAFETY: as in `new`; no kernel runs now.
+        let bytes = unsafe { std::slice::from_raw_parts(self.at, self.values.len() * width) };
+        let value = |v: &[u8]| match *v {
+            [low, high] => f32::from_bits(u32::from(u16::from_le_bytes([low, high])) << 16),
+            [a, b, c, d] => f32::from_le_bytes([a, b, c, d]),
+            _ => unreachable!("chunks of 2 or 4"),
+        };
+        bytes.chunks(width).map(value).collect()
+    }
+}
+
+/// Numbers from -bound to bound.
+fn draw(seed: &mut u32, count: usize, bound: i32) -> Vec<i32> {
+    let mut next = || {
+        *seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (*seed >> 16) as i32 % (2 * bound + 1) - bound
+    };
+    (0..count).map(|_| next()).collect()
+}
+
+fn transposed(from: &[i32], rows: usize, cols: usize) -> Vec<i32> {
+    (0..cols).flat_map(|c| (0..rows).map(move |r| from[r * cols + c])).collect()
+}
+
+/// One product by tiles so wide, with k in parts of `k_part`.
+fn check(form: Form, width: usize, k_part: usize, seed: u32) {
+    let Sizes { m, n, k } = SIZES;
+    let what = format!("{form:?}, width {width}, parts of {k_part}, seed {seed}");
+    let mut state = seed + width as u32;
+    // One factor in three is not 0: sums stay far below 256.
+    let sparse = |state: &mut u32, count| {
+        let (signs, kept) = (draw(state, count, 1), draw(state, count, 1));
+        signs.into_iter().zip(kept).map(|(s, kept)| if kept == 0 { s } else { 0 }).collect::<Vec<_>>()
+    };
+    let (a, b) = (sparse(&mut state, m * k), sparse(&mut state, k * n));
+    let (bias, old) = (draw(&mut state, n, 9), draw(&mut state, m * n, 9));
+    let gradient = form == Form::Tn;
+
+    let mut driver = Emulated::new(90, seed).expect("an emulator");
+    let out_dtype = if gradient { DType::F32 } else { DType::Bf16 };
+    let stored_a = if form == Form::Tn { transposed(&a, m, k) } else { a.clone() };
+    let stored_b = if form == Form::Nt { transposed(&b, k, n) } else { b.clone() };
+    let left = Tensor::new(&mut driver, DType::Bf16, stored_a);
+    let right = Tensor::new(&mut driver, DType::Bf16, stored_b);
+    let biases = Tensor::new(&mut driver, DType::Bf16, bias.clone());
+    let out = Tensor::new(&mut driver, out_dtype, old.clone());
+    let pre = Tensor::new(&mut driver, out_dtype, vec![99; m * n]);
+    let scratch = Tensor::new(&mut driver, DType::F32, vec![99; m * n * k.div_ceil(k_part)]);
+
+    let product = Product {
+        form,
+        sizes: SIZES,
+        dtype: DType::Bf16,
+        a: left.rows(if form == Form::Tn { m } else { k }),
+        b: right.rows(if form == Form::Nt { k } else { n }),
+        bias: if gradient { Ptr::NULL } else { biases.ptr() },
+        activation: if gradient { Activation::None } else { Activation::Relu },
+        out: out.rows(n),
+        pre: if gradient { Ptr::NULL } else { pre.ptr() },
+        accumulator: usize::from(gradient),
+        scratch: scratch.ptr(),
+    };
+    let cut = ProductCut { tile_cols: width, parts: KParts { parts: k.div_ceil(k_part), k: k_part } };
+    let plan = planned(form, Path::Hopper, Precision::Bf16, cut);
+    let stream = driver.stream().expect("a stream");
+    let blocks = Blocks::new(&mut driver, true).expect("memory");
+    let mut q = Queue::new(&mut driver, stream, &blocks, 0);
+    let now = Scalars { seed: 0, step: 0, microbatch: 1, loss_scale: 1.0, accumulate: true };
+    q.begin(&now, false).expect("a block");
+    launch_as(&mut q, &product, &plan).expect("a launch");
+    let done = driver.mark().expect("a mark");
+    driver.record(done, stream).expect("a stream");
+    while !driver.passed(done).expect("a mark") {
+        driver.wait_a_moment(0.0).unwrap_or_else(|e| panic!("{what}: {e}"));
+    }
+
+    let (got, got_pre) = (out.read(), pre.read());
+    for row in 0..m {
+        let mut sums = vec![0; n];
+        for i in 0..k {
+            let factor = a[row * k + i];
+            sums.iter_mut().zip(&b[i * n..]).for_each(|(sum, b)| *sum += factor * b);
+        }
+        for (col, sum) in sums.into_iter().enumerate() {
+            let at = row * n + col;
+            if gradient {
+                assert_eq!(got[at], (sum + old[at]) as f32, "{what}: ({row}, {col})");
+            } else {
+                let want = sum + bias[col];
+                assert_eq!(got_pre[at], want as f32, "{what}: pre ({row}, {col})");
+                assert_eq!(got[at], want.max(0) as f32, "{what}: ({row}, {col})");
+            }
+        }
+    }
+}
+
+#[test]
+fn tiles_of_every_width_give_the_same() {
+    for (seed, width) in [256, 192, 128].into_iter().enumerate() {
+        for form in [Form::Nn, Form::Nt, Form::Tn] {
+            for k_part in [SIZES.k.next_multiple_of(64), 256] {
+                check(form, width, k_part, seed as u32);
+            }
+        }
+        check(Form::Nt, width, SIZES.k.next_multiple_of(64), 7);
+    }
+}
