@@ -8,15 +8,16 @@
 // keys and makes scores with keys as rows, w = k q^T and d = v d_out^T, so that what they become is, from registers, the left operand of
 // d_v += p^T d_out and d_k += d_s^T q; tiles of q and d_out are read both ways, by a bit of their descriptors. Of the third warpgroup one warp
 // asks for copies and two keep lse and delta of a tile's queries ready in shared memory: they belong to columns here.
-// Exponentials run under the warpgroup's own product d, and d_s is made under d_v; the rest is under the other warpgroup's products. Tiles of
-// queries that see none of the keys are left out; only the diagonal's are compared. A mask's hidden keys are rows, which become 0 at the end.
+// Exponentials run under the warpgroup's own product d, at width 64 under the last tile's d_k too, and d_s is made under d_v; the rest is under
+// the other warpgroup's products. Tiles of queries that see none of the keys are left out; only the diagonal's are compared. A mask's hidden
+// keys are rows, which become 0 at the end.
 // Rows of a last tile that are not there would be the next sequence's: they are overwritten with 0, so that no value of another sequence is
 // ever multiplied. At width 64 a block makes several parts, and the next one's tiles come while results are written: it takes the next number
 // from a counter in memory, so which block makes a part depends on the chip, but what it makes does not.
 // Deterministic: each sum is made by one thread, in order. Two passes make 14 products a score and column where one with atomics makes 10.
 //   width  shared memory  registers of a consumer   cycles of products a tile   bytes a cycle of shared memory, and copied into it
-//   64     114 KB         205, with k and v         1024                        64 + 16 of 128
-//   128    162 KB         236                       2048                        96 + 16
+//   64     147 KB         223, with v               1024                        80 + 16 of 128
+//   128    162 KB         235                       2048                        96 + 16
 // Exponentials (16 a cycle) take half of the products' time at width 64, a quarter at 128; 690 of 1024 issue slots are taken at width 64.
 // Expected on an H100: 560 TFLOP/s made (of 750 in practice) at width 128 and 4k, 450 at width 64; 30 % less at 1k.
 #include "gpu.cuh"
@@ -31,12 +32,15 @@ using namespace hopper;
 template <int W> constexpr bool SEVERAL = W == 64;
 template <int W> constexpr int OWN_STAGES = SEVERAL<W> ? 2 : 1;
 
+// A consumer may hold two tiles, and waits for one behind another that it has just let go.
+static_assert(STAGES<64> >= 4 && STAGES<128> >= 3, "consumers would wait for themselves");
+
 // In shared memory. `full` is for bulk copies, `ready` for what warps write, `empty` for consumers that are done.
 template <int W> struct Shared {
-  bf16 k[OWN_STAGES<W>][ROWS * W], v[OWN_STAGES<W>][ROWS * W], q[STAGES][TILE * W], d_out[STAGES][TILE * W];
-  float top[STAGES][TILE], dot[STAGES][TILE];   // log2 of the softmax's denominator, and delta
+  bf16 k[OWN_STAGES<W>][ROWS * W], v[OWN_STAGES<W>][ROWS * W], q[STAGES<W>][TILE * W], d_out[STAGES<W>][TILE * W];
+  float top[STAGES<W>][TILE], dot[STAGES<W>][TILE];   // log2 of the softmax's denominator, and delta
   int part[OWN_STAGES<W>];                      // -1 after the last
-  uint64_t own_full[OWN_STAGES<W>], own_empty[OWN_STAGES<W>], full[STAGES], ready[STAGES], empty[STAGES];
+  uint64_t own_full[OWN_STAGES<W>], own_empty[OWN_STAGES<W>], full[STAGES<W>], ready[STAGES<W>], empty[STAGES<W>];
 };
 
 #if GPU_HOPPER
@@ -56,7 +60,7 @@ struct Keys {
 template <int W>
 DEV void produce(Shared<W>& shared, const CUtensorMap* q_map, const CUtensorMap* d_out_map, const CUtensorMap* k_map, const CUtensorMap* v_map,
                  int* taken, int together, const AttentionSizes& s) {
-  Slot<STAGES> slot;
+  Slot<STAGES<W>> slot;
   Slot<OWN_STAGES<W>> own;
   int at = blockIdx.x, parts = s.batch * s.kv_heads * ((s.keys + ROWS - 1) / ROWS);
 #pragma unroll 1
@@ -91,7 +95,7 @@ DEV void produce(Shared<W>& shared, const CUtensorMap* q_map, const CUtensorMap*
 template <int W>
 DEV void prepare(Shared<W>& shared, const float* lse, const float* delta, int half, int together, const AttentionSizes& s) {
   int lane = threadIdx.x % 32, at = 32 * half + lane;
-  Slot<STAGES> slot;
+  Slot<STAGES<W>> slot;
   Slot<OWN_STAGES<W>> own;
 #pragma unroll 1
   for (;; own.advance()) {
@@ -127,7 +131,7 @@ template <int W>
 DEV void consume(Shared<W>& shared, bf16* d_k, bf16* d_v, const int32_t* mask, int together, const AttentionSizes& s) {
   int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   float scale = s.scale * LOG2_E;
-  Slot<STAGES> slot;
+  Slot<STAGES<W>> slot;
   Slot<OWN_STAGES<W>> own;
   auto release = [&](int stage) {
     __syncwarp();
@@ -159,73 +163,94 @@ DEV void consume(Shared<W>& shared, bf16* d_k, bf16* d_v, const int32_t* mask, i
       mbar_wait(&shared.ready[slot.stage], slot.parity);
       return true;
     };
-    if (find()) {
-      LeftRows<W, W == 64> keys, values;
-      keys.take(shared.k[own.stage] + 64 * group * BOX, 16 * warp, lane);
-      values.take(shared.v[own.stage] + 64 * group * BOX, 16 * warp, lane);
-      // Variables of their own for what is multiplied, scores, and weights: ptxas keeps what a product on its way may write from other uses.
+    // Of the last tile whose d_k has not been asked for.
+    uint32_t d_scores[TILE / 16][4];
+    int last = 0;
+    LeftRows<W, false> keys;
+    LeftRows<W, W == 64> values;
+    // True where there is another tile. `opening` is known when compiled: there are no d_scores yet. Variables of their own for scores, weights and
+    // what is multiplied: ptxas keeps what a product on its way may write from other uses.
+    auto multiply = [&](auto opening) {
+      constexpr bool OPENING = decltype(opening)::value;
       float w[TILE / 2], d[TILE / 2], p[TILE / 2];
+      int now = slot.stage, before = last;
       wgmma_fence();
-      keys.issue(w, shared.q[slot.stage]);
-      wgmma_wait<0>();
-      settle(w);
-      for (;;) {
-        int now = slot.stage;
-        wgmma_fence();
+      if constexpr (W == 64) {
+        keys.issue(w, shared.q[now]);
+        if constexpr (!OPENING) issue_gather<W, TILE>(sum_k, d_scores, shared.q[before]);
         values.issue(d, shared.d_out[now]);
-        // Queries before a key do not see it.
-        if (s.causal && query < first + 63) {
-#pragma unroll
-          for (int h = 0; h < 2; h++) {
-            int hidden = first + 16 * warp + g + 8 * h - query - 2 * t;
-#pragma unroll
-            for (int j = 0; j < TILE / 8; j++)
-#pragma unroll
-              for (int e = 0; e < 2; e++)
-                if (8 * j + e < hidden) w[4 * j + 2 * h + e] = NOTHING;
-          }
-        }
-#pragma unroll
-        for (int j = 0; j < TILE / 8; j++) {
-          float2 top = *reinterpret_cast<const float2*>(&shared.top[now][8 * j + 2 * t]);
-#pragma unroll
-          for (int h = 0; h < 2; h++) {
-            p[4 * j + 2 * h] = exp2_fast(fmaf(w[4 * j + 2 * h], scale, -top.x));
-            p[4 * j + 2 * h + 1] = exp2_fast(fmaf(w[4 * j + 2 * h + 1], scale, -top.y));
-          }
-        }
-        settle(p);
-        // The next tile is waited for here, since ptxas moves the wait for products over exponentials up to the last branch.
-        advance();
-        bool more = find();
-        wgmma_wait<0>();
-        settle(d);
-        uint32_t weights[TILE / 16][4], d_scores[TILE / 16][4];
-        round_pairs(weights, p);
-        wgmma_fence();
-        issue_gather<W, TILE>(sum_v, weights, shared.d_out[now]);
-#pragma unroll
-        for (int j = 0; j < TILE / 8; j++) {
-          float2 dot = *reinterpret_cast<const float2*>(&shared.dot[now][8 * j + 2 * t]);
-#pragma unroll
-          for (int h = 0; h < 2; h++) {
-            p[4 * j + 2 * h] *= d[4 * j + 2 * h] - dot.x;
-            p[4 * j + 2 * h + 1] *= d[4 * j + 2 * h + 1] - dot.y;
-          }
-        }
-        round_pairs(d_scores, p);
-        wgmma_fence();
-        issue_gather<W, TILE>(sum_k, d_scores, shared.q[now]);
-        if (!more) {
-          wgmma_wait<0>();
-          release(now);
-          break;
-        }
-        wgmma_fence();
-        keys.issue(w, shared.q[slot.stage]);
+        wgmma_wait<OPENING ? 1 : 2>();
+        settle(w);
+      } else {
+        // Registers do not reach for d_scores beside this tile's exponentials: the last tile's d_k is there already.
+        keys.issue(w, shared.q[now]);
         wgmma_wait<0>();
         settle(w);
+        wgmma_fence();
+        values.issue(d, shared.d_out[now]);
+      }
+      // Queries before a key do not see it.
+      if (s.causal && query < first + 63) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          int hidden = first + 16 * warp + g + 8 * h - query - 2 * t;
+#pragma unroll
+          for (int j = 0; j < TILE / 8; j++)
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+              if (8 * j + e < hidden) w[4 * j + 2 * h + e] = NOTHING;
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < TILE / 8; j++) {
+        float2 top = *reinterpret_cast<const float2*>(&shared.top[now][8 * j + 2 * t]);
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          p[4 * j + 2 * h] = exp2_fast(fmaf(w[4 * j + 2 * h], scale, -top.x));
+          p[4 * j + 2 * h + 1] = exp2_fast(fmaf(w[4 * j + 2 * h + 1], scale, -top.y));
+        }
+      }
+      settle(p);
+      // The next tile is waited for here, since ptxas moves the wait for products over exponentials up to the last branch.
+      last = now;
+      advance();
+      bool more = find();
+      wgmma_wait<0>();
+      settle(d);
+      if constexpr (W == 64 && !OPENING) release(before);
+      uint32_t weights[TILE / 16][4];
+      round_pairs(weights, p);
+      wgmma_fence();
+      issue_gather<W, TILE>(sum_v, weights, shared.d_out[now]);
+#pragma unroll
+      for (int j = 0; j < TILE / 8; j++) {
+        float2 dot = *reinterpret_cast<const float2*>(&shared.dot[now][8 * j + 2 * t]);
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          p[4 * j + 2 * h] *= d[4 * j + 2 * h] - dot.x;
+          p[4 * j + 2 * h + 1] *= d[4 * j + 2 * h + 1] - dot.y;
+        }
+      }
+      round_pairs(d_scores, p);
+      if constexpr (W != 64) {
+        wgmma_fence();
+        issue_gather<W, TILE>(sum_k, d_scores, shared.q[now]);
+        wgmma_wait<0>();
         release(now);
+      }
+      return more;
+    };
+    if (find()) {
+      keys.take(shared.k[own.stage] + 64 * group * BOX, 16 * warp, lane);
+      values.take(shared.v[own.stage] + 64 * group * BOX, 16 * warp, lane);
+      bool more = true;
+      if constexpr (W == 64) more = multiply(Constant<true>());
+      while (more) more = multiply(Constant<false>());
+      if constexpr (W == 64) {
+        wgmma_fence();
+        issue_gather<W, TILE>(sum_k, d_scores, shared.q[last]);
+        wgmma_wait<0>();
+        release(last);
       }
       settle(sum_k);
       settle(sum_v);
@@ -269,7 +294,7 @@ DEV void grad_kv(bf16* d_k, bf16* d_v, const float* lse, const float* delta, con
       mbar_init(&shared->own_full[i], 2);
       mbar_init(&shared->own_empty[i], 4 * CONSUMERS + 2);
     }
-    for (int i = 0; i < STAGES; i++) {
+    for (int i = 0; i < STAGES<W>; i++) {
       mbar_init(&shared->full[i], 2);
       mbar_init(&shared->ready[i], 2);
       mbar_init(&shared->empty[i], 4 * CONSUMERS);

@@ -2,13 +2,13 @@
 // attention_hopper_grad_kv.cu, where sources, operands and what is rounded stand.
 //   Overwrites d_q alone. d_s = p (d_out v^T - delta), d_q = scale d_s k.
 // A part is 128 queries, and goes over tiles of 64 keys. Each of two warpgroups has 64 queries; w = q k^T and d = d_out v^T become the left
-// operand of d_q from registers. The product d_q of the last tile, w and d of this one are issued together; exponentials run under d, the rest
-// under the other warpgroup's products. One warp of the third warpgroup asks for copies. Tiles past the diagonal are left out. Rows of a last
+// operand of d_q from registers. The product w of a tile, d_q of the last one and d of this are issued together; exponentials run under the last
+// two, the rest under the other warpgroup's products. One warp of the third warpgroup asks for copies. Tiles past the diagonal are left out. Rows of a last
 // tile that are not there are overwritten with 0. A block makes several parts, as in the other pass, and reads what belongs to the next part's
 // queries before it writes results. Deterministic: each sum is made by one thread, in order.
 //   width  shared memory  registers of a consumer   cycles of products a tile   bytes a cycle of shared memory, and copied into it
-//   64     112 KB         175, with q and d_out     768                         64 + 21 of 128
-//   128    224 KB         205, with d_out           1536                        85 + 21
+//   64     144 KB         168, with q and d_out     768                         64 + 21 of 128
+//   128    224 KB         209, with d_out           1536                        85 + 21
 // Exponentials (16 a cycle) take two thirds of the products' time at width 64, a third at 128. Expected on an H100: 560 TFLOP/s made (of 750 in
 // practice) at width 128 and 4k, 420 at width 64; 20 % less at 1k.
 #include "gpu.cuh"
@@ -21,10 +21,11 @@ using namespace hopper;
 
 constexpr int OWN_STAGES = 2;              // of a part's own tiles: the next part's come while this one is made
 
-// In shared memory. `full` is for bulk copies, `empty` for consumers that are done, `cleared` for a last tile's rows that are not there.
+// In shared memory. `full` is for bulk copies, `empty` for consumers that are done, `ready` follows `full` once a last tile's rows
+// that are not there are 0.
 template <int W> struct Shared {
-  bf16 q[OWN_STAGES][ROWS * W], d_out[OWN_STAGES][ROWS * W], k[STAGES][TILE * W], v[STAGES][TILE * W];
-  uint64_t own_full[OWN_STAGES], own_empty[OWN_STAGES], k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES], cleared;
+  bf16 q[OWN_STAGES][ROWS * W], d_out[OWN_STAGES][ROWS * W], k[STAGES<W>][TILE * W], v[STAGES<W>][TILE * W];
+  uint64_t own_full[OWN_STAGES], own_empty[OWN_STAGES], k_full[STAGES<W>], k_empty[STAGES<W>], v_full[STAGES<W>], v_empty[STAGES<W>], ready[STAGES<W>];
   int part[OWN_STAGES];   // -1 after the last
 };
 
@@ -46,7 +47,7 @@ template <int W>
 DEV void produce(Shared<W>& shared, const CUtensorMap* q_map, const CUtensorMap* d_out_map, const CUtensorMap* k_map, const CUtensorMap* v_map,
                  int* taken, int together, const AttentionSizes& s) {
   int lane = threadIdx.x % 32, at = blockIdx.x, parts = s.batch * s.heads * ((s.queries + ROWS - 1) / ROWS);
-  Slot<STAGES> slot;
+  Slot<STAGES<W>> slot;
   Slot<OWN_STAGES> own;
 #pragma unroll 1
   for (; at < parts; own.advance()) {
@@ -78,8 +79,8 @@ DEV void produce(Shared<W>& shared, const CUtensorMap* q_map, const CUtensorMap*
         clear_rest<W, TILE>(shared.v[slot.stage], rest, lane);
         proxy_fence_shared();
         __syncwarp();
-        if (lane == 0) mbar_arrive(&shared.cleared);
       }
+      if (lane == 0) mbar_arrive(&shared.ready[slot.stage]);
     }
     at = __shfl_sync(~0u, at, 0);
   }
@@ -95,9 +96,8 @@ template <int W>
 DEV void consume(Shared<W>& shared, bf16* d_q, const float* lse, const float* delta, const int32_t* mask, int together, const AttentionSizes& s) {
   int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   float scale = s.scale * LOG2_E, top[2], dot[2];
-  Slot<STAGES> slot, last;
+  Slot<STAGES<W>> slot, last;
   Slot<OWN_STAGES> own;
-  int cleared = 0;
   // The number of the next part, and what belongs to its queries, read before it is made: that takes as long as a tile.
   auto read = [&] {
     mbar_wait(&shared.own_full[own.stage], own.parity);
@@ -129,7 +129,7 @@ DEV void consume(Shared<W>& shared, bf16* d_q, const float* lse, const float* de
     auto wait_keys = [&] {
       mbar_wait(&shared.k_full[slot.stage], slot.parity);
       mbar_wait(&shared.v_full[slot.stage], slot.parity);
-      if (key + TILE > s.keys) mbar_wait(&shared.cleared, cleared), cleared ^= 1;
+      if (key + TILE > s.keys) mbar_wait(&shared.ready[slot.stage], slot.parity);
     };
     // `opening` is known when compiled: there are no d_scores yet. Variables of their own for scores, weights and what is multiplied: ptxas
     // keeps what a product on its way may write from other uses.
@@ -137,13 +137,11 @@ DEV void consume(Shared<W>& shared, bf16* d_q, const float* lse, const float* de
       constexpr bool OPENING = decltype(opening)::value;
       float w[TILE / 2], d[TILE / 2], p[TILE / 2];
       wgmma_fence();
-      if constexpr (!OPENING) issue_gather<W, TILE>(sum, d_scores, shared.k[last.stage]);
       queries.issue(w, shared.k[slot.stage]);
-      if constexpr (!OPENING) wgmma_wait<1>();
+      if constexpr (!OPENING) issue_gather<W, TILE>(sum, d_scores, shared.k[last.stage]);
       d_outs.issue(d, shared.v[slot.stage]);
-      wgmma_wait<1>();
+      wgmma_wait<OPENING ? 1 : 2>();
       settle(w);
-      if (lane == 0 && !OPENING) mbar_arrive(&shared.k_empty[last.stage]);
       if (hides || key + TILE > s.keys || (s.causal && key + TILE > first)) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
@@ -168,6 +166,7 @@ DEV void consume(Shared<W>& shared, bf16* d_q, const float* lse, const float* de
       for (int i = 0; i < TILE / 2; i++) p[i] = exp2_fast(fmaf(w[i], scale, -top[i / 2 % 2]));
       settle(p);
       // Waited for here, since ptxas moves the wait for products over exponentials up to the last branch.
+      int before = last.stage;
       last = slot;
       slot.advance();
       key += TILE;
@@ -175,6 +174,7 @@ DEV void consume(Shared<W>& shared, bf16* d_q, const float* lse, const float* de
       wgmma_wait<0>();
       settle(d);
       if (lane == 0) mbar_arrive(&shared.v_empty[last.stage]);
+      if (lane == 0 && !OPENING) mbar_arrive(&shared.k_empty[before]);
 #pragma unroll
       for (int i = 0; i < TILE / 2; i++) p[i] *= d[i] - dot[i / 2 % 2];
       round_pairs(d_scores, p);
@@ -216,13 +216,13 @@ DEV void grad_q(bf16* d_q, const float* lse, const float* delta, const CUtensorM
       mbar_init(&shared->own_full[i], 2);
       mbar_init(&shared->own_empty[i], 4 * CONSUMERS);
     }
-    for (int i = 0; i < STAGES; i++) {
+    for (int i = 0; i < STAGES<W>; i++) {
       mbar_init(&shared->k_full[i], 1);
       mbar_init(&shared->v_full[i], 1);
+      mbar_init(&shared->ready[i], 1);
       mbar_init(&shared->k_empty[i], 4 * CONSUMERS);
       mbar_init(&shared->v_empty[i], 4 * CONSUMERS);
     }
-    mbar_init(&shared->cleared, 1);
     mbar_init_fence();
   }
   __syncthreads();

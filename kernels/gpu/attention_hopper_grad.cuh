@@ -4,7 +4,7 @@
 namespace hopper {
 constexpr int ROWS = 128;                  // keys (grad_kv) or queries (grad_q) of a part
 constexpr int TILE = 64;                   // rows of a tile that is streamed, and of the boxes of every map
-constexpr int STAGES = 3;                  // of the ring of these
+template <int W> constexpr int STAGES = W == 64 ? 5 : 3;   // of the ring of these
 
 // What a block makes at a time: 128 positions of a head of a sequence. The number of a part says where it stands among all; the longest come
 // first, where they are not as long, but no other head's before those of `together` heads, whose tiles fit the L2 cache.

@@ -22,7 +22,9 @@ const HOPPER_THREADS: u32 = 384;
 /// Of `gpu/attention_hopper_grad.cuh`: queries or keys of a part, rows of a tile that is streamed and of a box, and stages of these.
 const HOPPER_GRAD_ROWS: usize = 128;
 pub(super) const HOPPER_GRAD_TILE: usize = 64;
-const HOPPER_GRAD_STAGES: usize = 3;
+const fn hopper_grad_stages(width: usize) -> usize {
+    if width == 64 { 5 } else { 3 }
+}
 /// Bytes of tiles that heads may stream for their parts to be interleaved: they are to stay in the L2 cache (50 MB) beside what is written.
 const INTERLEAVED_BYTES: usize = 24 << 20;
 
@@ -158,8 +160,8 @@ pub(super) fn grad_q(path: Path, dtype: DType) -> Kernel {
         }
         Path::Hopper { width } => {
             let name = if width == 64 { "attention_grad_q_hopper64_bf16" } else { "attention_grad_q_hopper128_bf16" };
-            // Two mbarriers for each pair of a part's tiles, four for each pair of a stage's, and one; then the parts' numbers.
-            hopper_grad(name, width, 2, 2 * 2 * 8 + HOPPER_GRAD_STAGES * 4 * 8 + 8 + 2 * 4)
+            // Two mbarriers for each pair of a part's tiles, five for each pair of a stage's; then the parts' numbers.
+            hopper_grad(name, width, 2, 2 * 2 * 8 + hopper_grad_stages(width) * 5 * 8 + 2 * 4)
         }
         Path::Plain => plain(dtype, "attention_grad_q_f32", "attention_grad_q_bf16"),
     }
@@ -181,7 +183,7 @@ pub(super) fn grad_kv(path: Path, dtype: DType) -> Kernel {
             // Two numbers for each query of a stage, two mbarriers for each pair of a part's tiles, three for each pair of a stage's; then the
             // parts' numbers, in whole 8 bytes.
             let stage_bytes = 2 * HOPPER_GRAD_TILE * 4 + 3 * 8;
-            hopper_grad(name, width, own_stages, HOPPER_GRAD_STAGES * stage_bytes + own_stages * 2 * 8 + 8)
+            hopper_grad(name, width, own_stages, hopper_grad_stages(width) * stage_bytes + own_stages * 2 * 8 + 8)
         }
         Path::Plain => plain(dtype, "attention_grad_kv_f32", "attention_grad_kv_bf16"),
     }
@@ -198,7 +200,7 @@ fn tensor(name: &'static str, rows: usize, threads: u32, shared_bytes: u32) -> K
 
 /// A pass of the gradient on Hopper: pairs of a part's own tiles, pairs of streamed ones, and what stands beside them.
 fn hopper_grad(name: &'static str, width: usize, own_stages: usize, beside_bytes: usize) -> Kernel {
-    let rows = 2 * own_stages * HOPPER_GRAD_ROWS + 2 * HOPPER_GRAD_STAGES * HOPPER_GRAD_TILE;
+    let rows = 2 * own_stages * HOPPER_GRAD_ROWS + 2 * hopper_grad_stages(width) * HOPPER_GRAD_TILE;
     let shared_bytes = (rows * width * 2 + beside_bytes) as u32;
     Kernel { name, rows: HOPPER_GRAD_ROWS, cols: width, threads: HOPPER_THREADS, shared_bytes }
 }
