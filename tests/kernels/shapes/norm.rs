@@ -18,9 +18,7 @@ pub fn cases(t: &mut Table) {
         });
     }
     // Rows of a warp of every length, one and two at a time; more rows of the gradient than a warp, or a block, has on their way.
-    for (rows, cols) in
-        [(5, 1536), (3, 1600), (2, 1992), (3, 2048), (17, 2056), (9, 4104), (5, 8192), (8500, 8)]
-    {
+    for (rows, cols) in [(5, 1536), (3, 1600), (2, 1992), (3, 2048), (17, 2056), (9, 4104), (5, 8192), (8500, 8)] {
         t.add(format!("layernorm {rows}x{cols}"), move |s| {
             let (x, weight, bias) = (s.leaf("x", [rows, cols])?, s.leaf("weight", [cols])?, s.leaf("bias", [cols])?);
             s.b.layernorm(x, weight, bias, 1e-5)
