@@ -183,6 +183,6 @@ mod tests {
         {
             assert!(source.contains(&format!("constexpr int {name} = {value};")), "{name}");
         }
-        assert!(WIDE * GRAD_THREADS >= NORM_COLUMNS && SINGLE * GRAD_THREADS >= NORM_COLUMNS);
+        const { assert!(WIDE * GRAD_THREADS >= NORM_COLUMNS && SINGLE * GRAD_THREADS >= NORM_COLUMNS) };
     }
 }
