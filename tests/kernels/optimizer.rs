@@ -73,10 +73,10 @@ fn run(spec: &DeviceSpec, segments: &Arc<[Segment]>, case: &Case) -> Vec<u8> {
     // Second moments are not negative; tensors outside of this shard have their entries in the table.
     floats(p.moments[1], &mut |i| (i % 17) as f32 * 1e-3);
     // Halves of random bits as weights and remainders: any number, or NaN. Not where a moment would keep what is in the NaN, which is the
-    // machine's own.
+    // machine's own: without an exponent's highest bit, and no 0, which is no half of a pair whose remainder rounds up.
     if let (true, UpdateRule::Sgd(_)) = (case.split, case.rule) {
         let mut bits = Sequence::new(3, 4);
-        floats(p.weight, &mut |_| f32::from_bits((bits.normal() as f32).to_bits() & 0xBFFF_BFFF));
+        floats(p.weight, &mut |_| f32::from_bits((bits.normal() as f32).to_bits() & 0xBFFF_BFFF | 0x0001_0001));
     }
     floats(p.losses, &mut |i| if i == 35 { case.loss } else { 1.5 });
     floats(p.table, &mut |_| 0.0);

@@ -18,10 +18,7 @@ static FATBINS: &[(&str, &[u8])] = include!(concat!(env!("HYDRA_FATBINS"), "/lis
 const OLDEST_DRIVER: c_int = 13_000;
 /// The oldest GPU that they run on.
 const OLDEST_ARCH: u32 = 80;
-/// Dynamic shared memory that a kernel may have without asking.
-const SHARED_WITHOUT_ASKING: u32 = 48 << 10;
-
-/// A kernel, with the dynamic shared memory that was asked for.
+/// A kernel, with the dynamic shared memory that was asked for. Up to 48 KiB less its static shared memory it could have without.
 struct Kernel {
     function: sys::CUfunction,
     shared_bytes: u32,
@@ -162,7 +159,7 @@ impl Gpu {
             let find = |&module| unsafe { result::module::get_function(module, c_name.clone()) }.ok();
             let function = self.modules.iter().find_map(find);
             let function = function.ok_or_else(|| Error::Device(format!("cuda: there is no kernel {name}")))?;
-            self.kernels.insert(name, Kernel { function, shared_bytes: SHARED_WITHOUT_ASKING });
+            self.kernels.insert(name, Kernel { function, shared_bytes: 0 });
         }
         let kernel = self.kernels.get_mut(name).expect("just inserted");
         if shared_bytes > kernel.shared_bytes {
