@@ -94,6 +94,7 @@ DEV void product(const End& end_of, const Left& a, const CUtensorMap* b, const S
     GemmTile tile = work.tile(index);
     int part = work.part(index);
     Turn<R::STAGES> turn = {work.steps_before(item) % (2 * R::STAGES)};
+    stage_bias<TILE_N>(end_of(part), stages + R::STAGES * R::BYTES + (threadIdx.x / 32 - 4) * STAGED_BYTES, tile.col * TILE_N);
     // The other's steps have all come when its last products are under way: until then the ring's parities say nothing of this one's.
     if (!SHARED) mbar_wait(&ring[0].next[consumer], (item / 2 & 1) ^ (consumer == 0));
     float sums[BLOCKS][TILE_N / 2];

@@ -7,26 +7,42 @@
 
 #if GPU_HOPPER
 constexpr int PIECE = 32, PITCH = PIECE + 8;               // columns of a piece; as f32 its rows are staged 8 banks apart
-constexpr int STAGED_BYTES = 16 * PITCH * 4;               // of a warp; two stages of bf16 take less
+constexpr int BIAS_BYTES = 256 * 2;                        // the bias of a tile's columns, for a warp by itself
+constexpr int STAGED_BYTES = 16 * PITCH * 4 + BIAS_BYTES;  // of a warp; two stages of bf16 take less
 
-// The bias of a lane's columns of a piece, as it lies in memory.
+// A warp's copy of the bias of a tile's columns, made before the products: to wait for it beside each piece takes as long as the piece.
+template <int TILE_N> DEV void stage_bias(const GemmEnd<bf16>& end, unsigned char* staged, int col0) {
+  uint32_t* to = reinterpret_cast<uint32_t*>(staged + STAGED_BYTES - BIAS_BYTES);
+  int lane = threadIdx.x % 32;
+  __syncwarp(); // the last tile's has been read
+#pragma unroll
+  for (int c = 2 * lane; c < TILE_N; c += 64) {
+    int64_t col = col0 + c;
+    uint32_t pair = 0;
+    if (end.bias && col < end.n) {
+      if (end.n % 2 == 0) pair = *reinterpret_cast<const uint32_t*>(end.bias + col);
+      else pair = pack_bf16(end.bias_at(col), col + 1 < end.n ? end.bias_at(col + 1) : 0.0f);
+    }
+    to[c / 2] = pair;
+  }
+  __syncwarp();
+}
+// Parameters' gradients, which are f32, have none: leave_elements adds it.
+template <int TILE_N> DEV void stage_bias(const GemmEnd<float>&, unsigned char*, int) {}
+
+// The bias of a lane's columns of a piece.
 template <class Out> struct PieceBias;
 template <> struct PieceBias<bf16> {
   uint32_t words[PIECE / 8];
 
-  DEV void load(const GemmEnd<bf16>& end, int col) {
-#pragma unroll
-    for (int j = 0; j < PIECE / 8; j++, col += 8) {
-      words[j] = 0;
-      if (!end.bias || col >= end.n) continue;
-      if (end.n % 2 == 0) words[j] = *reinterpret_cast<const uint32_t*>(end.bias + col);
-      else words[j] = pack_bf16(end.bias_at(col), col + 1 < end.n ? end.bias_at(col + 1) : 0.0f);
-    }
+  DEV PieceBias(const unsigned char* staged, int col) {
+    const uint32_t* from = reinterpret_cast<const uint32_t*>(staged + STAGED_BYTES - BIAS_BYTES);
+    for (int j = 0; j < PIECE / 8; j++) words[j] = from[col / 2 + 4 * j];
   }
   DEV float at(int j, int e) const { return e ? unpack_bf16(words[j]).y : unpack_bf16(words[j]).x; }
 };
-template <> struct PieceBias<float> { // parameters' gradients, which are f32, have none: leave_elements adds it
-  DEV void load(const GemmEnd<float>&, int) {}
+template <> struct PieceBias<float> {
+  DEV PieceBias(const unsigned char*, int) {}
   DEV float at(int, int) const { return 0; }
 };
 
@@ -131,9 +147,6 @@ DEV void take_piece(float (&v)[PIECE / 2], const float (&sums)[BLOCKS][HALF], co
 template <int BLOCKS, int TILE_N, int WARPS, class End>
 DEV void leave_all(const float (&sums)[BLOCKS][TILE_N / 2], const End& end_of, int part, unsigned char* staged, int row0, int col0) {
   constexpr int PIECES = BLOCKS * TILE_N / PIECE;
-  constexpr bool AHEAD = BLOCKS == 1; // whether there are registers for the next piece's bias; with two blocks others multiply meanwhile
-  PieceBias<typename decltype(end_of(0))::Element> bias;
-  if (AHEAD) bias.load(end_of(part), col0 + threadIdx.x % 4 * 2);
 #pragma unroll 1
   for (int piece = 0; piece < PIECES; piece++) {
     forget(part);
@@ -142,10 +155,8 @@ DEV void leave_all(const float (&sums)[BLOCKS][TILE_N / 2], const End& end_of, i
     int lane = thread % 32, warp = thread / 32 - 4;
     int row = row0 + (warp & (WARPS - 1)) * 16 + piece % BLOCKS * 64, col = col0 + piece / BLOCKS * PIECE;
     if (col >= end.n) return;
-    if (!AHEAD) bias.load(end, col + lane % 4 * 2);
     float v[PIECE / 2];
-    take_piece<0>(v, sums, bias, piece);
-    if (AHEAD) bias.load(end, col + PIECE + lane % 4 * 2);
+    take_piece<0>(v, sums, PieceBias<typename decltype(end)::Element>(staged + warp * STAGED_BYTES, piece / BLOCKS * PIECE + lane % 4 * 2), piece);
     if (row < end.m) leave(end, lane, row, col, v, {(int)end.m - row, (int)end.n - col}, reinterpret_cast<float*>(staged + warp * STAGED_BYTES));
   }
 }

@@ -91,8 +91,8 @@ const TF32_RING_BYTES: u32 = 3 * 2 * 128 * 20 * 4;
 pub(super) const HOPPER_STEP: usize = 64;
 /// Columns of its tiles, and steps in the ring of each. A tile of 256 is two warpgroups'; others belong to one, and the other has the next.
 const HOPPER_WIDTHS: [(usize, usize); 3] = [(256, 4), (192, 5), (128, 6)];
-/// Bytes in which its warps stage sums: 8 warps, 16 rows, 40 columns of f32.
-const HOPPER_STAGED_BYTES: usize = 8 * 16 * 40 * 4;
+/// Bytes in which its warps stage sums and a bias: 8 warps, 16 rows of 40 columns of f32, 256 columns of bf16.
+const HOPPER_STAGED_BYTES: usize = 8 * (16 * 40 * 4 + 256 * 2);
 
 /// The plan for a product with factors of this precision, rows of a and b being `pitches` elements apart, on `arch` (90 for compute capability 9.0).
 pub fn plan(form: Form, sizes: Sizes, pitches: [usize; 2], precision: Precision, arch: u32) -> GemmPlan {
@@ -240,7 +240,8 @@ mod tests {
             "constexpr int CONSUMERS = 2, THREADS = 128 * (1 + CONSUMERS);",
             "constexpr int TILE_M = 128, STEP = 64;",
             "constexpr int PIECE = 32, PITCH = PIECE + 8;",
-            "constexpr int STAGED_BYTES = 16 * PITCH * 4;",
+            "constexpr int BIAS_BYTES = 256 * 2; ",
+            "constexpr int STAGED_BYTES = 16 * PITCH * 4 + BIAS_BYTES;",
             "static constexpr int STAGES = TILE_N == 256 ? 4 : TILE_N == 192 ? 5 : 6;",
         ] {
             assert!(hopper.contains(line), "gemm_hopper.cu has no line {line}");
