@@ -22,6 +22,13 @@ pub fn estimate_secs(model: &Model, shards: &[ShardPrograms], choice: &Choice, c
     }
     let fetch = |s: usize| cost.copy_secs + shards[s].fetch_bytes() as f64 / cost.h2d_bytes_per_sec;
     let leave = |s: usize| cost.copy_secs + shards[s].layout.gradient_bytes as f64 / cost.d2h_bytes_per_sec;
+    // A ring with an entry for what comes in and one for what goes out has none for the next microbatch's: arithmetic waits for the copies.
+    let copy = |s: usize| cost.copy_secs + shards[s].boundary_bytes as f64 / cost.h2d_bytes_per_sec;
+    let exposed = |u: usize, s: usize| {
+        let tier = if u + 1 < n { choice.activations } else { choice.gradients };
+        let both_ways = s > 0 && s + 1 < n && matches!(tier, BoundaryTier::Host { entries: ..=2 });
+        if both_ways { m * copy(s - 1).max(copy(s)) } else { 0.0 }
+    };
     let slots = choice.slots.min(n);
     let (mut compute, mut h2d, mut d2h) = (0.0f64, 0.0f64, 0.0f64);
     let mut ends: Vec<f64> = Vec::new();
@@ -40,7 +47,7 @@ pub fn estimate_secs(model: &Model, shards: &[ShardPrograms], choice: &Choice, c
         } else {
             0.0
         };
-        compute = compute.max(ready).max(room) + secs;
+        compute = compute.max(ready).max(room) + secs + exposed(u, s);
         ends.push(compute);
         if backward {
             d2h = d2h.max(compute) + leave(s);

@@ -272,7 +272,7 @@ impl Search<'_> {
                 let tier = |entries| if stay { BoundaryTier::Device } else { BoundaryTier::Host { entries } };
                 // Single entries leave no room to copy beside the arithmetic: small, and only for small budgets.
                 let depths: &[(usize, usize, usize, usize)] =
-                    if !deep { &[(1, 2, 2, 1)] } else { &[(1, 2, 2, 1), (2, 3, 3, 2)] };
+                    if !deep { &[(1, 2, 2, 1)] } else { &[(1, 2, 2, 1), (1, 3, 3, 2), (2, 3, 3, 2)] };
                 for &(gradient_slots, activations, gradients, input_entries) in depths {
                     choices.push(Choice {
                         resident,
