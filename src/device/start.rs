@@ -106,6 +106,14 @@ fn start_cuda(
     Ok(Box::new(super::cuda::CudaDevice::new(driver, &config)?))
 }
 
+/// Name and bytes of memory of each GPU; none where [`why_no_cuda`] has a reason.
+pub fn gpus() -> Vec<(String, u64)> {
+    #[cfg(feature = "cuda")]
+    return super::cuda::list().unwrap_or_default();
+    #[cfg(not(feature = "cuda"))]
+    Vec::new()
+}
+
 /// Why there is no device of this kind here; `None` where there is one.
 pub fn why_no_cuda() -> Option<String> {
     #[cfg(feature = "cuda")]

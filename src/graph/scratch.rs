@@ -152,11 +152,12 @@ impl EmbeddingSort {
 pub fn scratch_bytes(graph: &Graph, node: &Node) -> u64 {
     let input = |i: usize| &graph.info(node.inputs[i]).shape;
     let output = |i: usize| &graph.info(node.outputs[i]).shape;
+    let dtype = graph.float;
     match &node.op {
         Op::Linear { .. } | Op::LinearGradInput { .. } => {
-            product_bytes(output(0).rows(), output(0).cols(), input(0).cols())
+            product_bytes(dtype, output(0).rows(), output(0).cols(), input(0).cols())
         }
-        Op::LinearGradWeight { .. } => product_bytes(output(0).rows(), output(0).cols(), input(0).rows()),
+        Op::LinearGradWeight { .. } => product_bytes(dtype, output(0).rows(), output(0).cols(), input(0).rows()),
         Op::LinearGradBias => column_sum_bytes(input(0).rows(), input(0).cols()),
         Op::EmbeddingGrad => {
             let table = &graph.info(node.outputs[0]).shape;

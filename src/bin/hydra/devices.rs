@@ -3,9 +3,8 @@
 use crate::planning::{free_memory_bytes, total_memory_bytes};
 use crate::print::{say, table};
 use hydra::base::{Result, format_bytes};
-use hydra::device::sim::PROFILES;
-use hydra::device::{DeviceSpec, calibrate};
-use hydra::device::{why_no_cuda, why_no_emulator};
+use hydra::device::sim::{CostModel, PROFILES};
+use hydra::device::{DeviceSpec, calibrate, gpus, why_no_cuda, why_no_emulator};
 use hydra::train::{refused, write_safely};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -21,14 +20,14 @@ pub fn run(out: Option<&Path>, json: bool) -> Result<()> {
         "kind": "host", "here": true, "cores": cores, "memory_bytes": total, "free_memory_bytes": free,
     });
     let rates = calibrate(&DeviceSpec::default());
-    match &rates {
-        Ok(cost) => {
-            host["gemm_flops_per_sec"] = cost.best_flops_per_sec().into();
-            host["memcpy_bytes_per_sec"] = cost.h2d_bytes_per_sec.into();
-            host["optimizer_bytes_per_sec"] = cost.host_update_bytes_per_sec.into();
-            host["rates"] = json!(cost);
-        }
-        Err(error) => host["why_no_rates"] = error.to_string().into(),
+    put_rates(&mut host, &rates, |cost| cost.host_update_bytes_per_sec);
+    // Each with the rates of the first: a job's devices are alike.
+    let gpus = gpus();
+    let mut cuda = missing("cuda", why_no_cuda());
+    let gpu_rates = (!gpus.is_empty()).then(|| calibrate(&DeviceSpec::Cuda { ordinal: 0, threads: None }));
+    if let Some(rates) = &gpu_rates {
+        cuda["gpus"] = gpus.iter().map(|(name, bytes)| json!({ "name": name, "memory_bytes": bytes })).collect();
+        put_rates(&mut cuda, rates, |cost| cost.device_update_bytes_per_sec);
     }
     let profiles: Vec<Value> = PROFILES
         .iter()
@@ -44,7 +43,7 @@ pub fn run(out: Option<&Path>, json: bool) -> Result<()> {
     let devices = json!({ "devices": [
         host,
         { "kind": "sim", "here": true, "profiles": profiles },
-        missing("cuda", why_no_cuda()),
+        cuda,
         missing("emulated", why_no_emulator()),
     ] });
     if let Some(out) = out {
@@ -57,17 +56,7 @@ pub fn run(out: Option<&Path>, json: bool) -> Result<()> {
     }
     let memory = |bytes: Option<u64>| bytes.map_or("unknown".into(), format_bytes);
     say(format!("host      {cores} cores, {} of memory, {} free", memory(total), memory(free)));
-    match rates {
-        Ok(cost) => {
-            say(format!("          matrix products {:.1} GFLOP/s", cost.best_flops_per_sec() / 1e9));
-            say(format!("          copies          {:.1} GB/s each way", cost.h2d_bytes_per_sec / 1e9));
-            say(format!(
-                "          optimizer       {:.1} GB/s of memory traffic",
-                cost.host_update_bytes_per_sec / 1e9
-            ));
-        }
-        Err(error) => say(format!("          not measured: {error}")),
-    }
+    say_rates(&rates, |cost| cost.host_update_bytes_per_sec);
     say("sim       for `hydra plan`; profiles with stated peaks:");
     let mut rows = vec![["", "f32", "memory", "link"].map(String::from).to_vec()];
     rows.extend(PROFILES.iter().map(|p| {
@@ -79,10 +68,42 @@ pub fn run(out: Option<&Path>, json: bool) -> Result<()> {
         ]
     }));
     say(table(&rows).trim_end());
-    for (kind, why) in [("cuda", why_no_cuda()), ("emulated", why_no_emulator())] {
-        say(format!("{kind:<9} {}", why.map_or("here".into(), |why| format!("not here: {why}"))));
+    for (i, (name, bytes)) in gpus.iter().enumerate() {
+        say(format!("cuda {i:<4} {name}, {}", format_bytes(*bytes)));
     }
+    if let Some(rates) = &gpu_rates {
+        say_rates(rates, |cost| cost.device_update_bytes_per_sec);
+    }
+    if let Some(why) = why_no_cuda() {
+        say(format!("cuda      not here: {}", why.trim_start_matches("cuda: ")));
+    }
+    say(format!("emulated  {}", why_no_emulator().map_or("here".into(), |why| format!("not here: {why}"))));
     Ok(())
+}
+
+/// Measured rates of a device as JSON; `update` picks the one of its optimizer.
+fn put_rates(device: &mut Value, rates: &Result<CostModel>, update: impl Fn(&CostModel) -> f64) {
+    match rates {
+        Ok(cost) => {
+            device["gemm_flops_per_sec"] = cost.best_flops_per_sec().into();
+            device["memcpy_bytes_per_sec"] = cost.h2d_bytes_per_sec.into();
+            device["optimizer_bytes_per_sec"] = update(cost).into();
+            device["rates"] = json!(cost);
+        }
+        Err(error) => device["why_no_rates"] = error.to_string().into(),
+    }
+}
+
+/// The same as lines.
+fn say_rates(rates: &Result<CostModel>, update: impl Fn(&CostModel) -> f64) {
+    match rates {
+        Ok(cost) => {
+            say(format!("          matrix products {:.1} GFLOP/s", cost.best_flops_per_sec() / 1e9));
+            say(format!("          copies          {:.1} GB/s each way", cost.h2d_bytes_per_sec / 1e9));
+            say(format!("          optimizer       {:.1} GB/s of memory traffic", update(cost) / 1e9));
+        }
+        Err(error) => say(format!("          not measured: {error}")),
+    }
 }
 
 /// A kind with the reason for which it is missing, or as one that is here.

@@ -28,6 +28,7 @@ struct Kernel {
 pub struct Gpu {
     facts: Facts,
     device: sys::CUdevice,
+    context: sys::CUcontext,
     modules: Vec<sys::CUmodule>,
     kernels: HashMap<&'static str, Kernel>,
     /// Embedders' kernels that are loaded.
@@ -38,7 +39,7 @@ pub struct Gpu {
     host_memory: Vec<*mut std::ffi::c_void>,
 }
 
-// SAFETY: handles of the driver API may be used from any thread; `&mut self` keeps it to one at a time, which makes the context current.
+// SAFETY: handles of the driver API may be used from any thread; `&mut self` keeps it to one at a time, and what needs the context enters it.
 unsafe impl Send for Gpu {}
 
 /// What a call was for, with the driver's own words.
@@ -70,6 +71,21 @@ pub fn count() -> Result<usize> {
         )));
     }
     result::device::get_count().map(|n| n as usize).map_err(said("counting devices"))
+}
+
+/// Name and bytes of memory of each GPU.
+///
+/// # Errors
+/// As [`count`].
+pub fn list() -> Result<Vec<(String, u64)>> {
+    let describe = |ordinal| {
+        let device = result::device::get(ordinal as c_int).map_err(said("opening the device"))?;
+        let name = result::device::get_name(device).map_err(said("asking for the name"))?;
+        // SAFETY: the device is one that `get` gave.
+        let bytes = unsafe { result::device::total_mem(device) }.map_err(said("asking for its memory"))?;
+        Ok((name, bytes as u64))
+    };
+    (0..count()?).map(describe).collect()
 }
 
 impl Gpu {
@@ -110,6 +126,7 @@ impl Gpu {
         let mut gpu = Gpu {
             facts,
             device,
+            context,
             modules: Vec::new(),
             kernels: HashMap::new(),
             custom: HashSet::new(),
@@ -118,8 +135,7 @@ impl Gpu {
             device_memory: Vec::new(),
             host_memory: Vec::new(),
         };
-        // SAFETY: the context was just retained.
-        unsafe { result::ctx::set_current(context) }.map_err(said("entering the context"))?;
+        gpu.enter()?;
         match super::kernels_dir() {
             None => FATBINS.iter().try_for_each(|(name, image)| gpu.load(name, image))?,
             Some(dir) => {
@@ -133,15 +149,23 @@ impl Gpu {
         Ok(gpu)
     }
 
+    /// Makes the context this thread's: the last call may have come from another thread.
+    fn enter(&self) -> Result<()> {
+        // SAFETY: retained until the driver is dropped.
+        unsafe { result::ctx::set_current(self.context) }.map_err(said("entering the context"))
+    }
+
     /// Bytes of memory that are free now.
     ///
     /// # Errors
     /// When the device has failed.
     pub fn free_bytes(&self) -> Result<u64> {
+        self.enter()?;
         result::mem_get_info().map(|(free, _)| free as u64).map_err(said("asking for free memory"))
     }
 
     fn load(&mut self, name: &str, image: &[u8]) -> Result<()> {
+        self.enter()?;
         // The driver would read on where there is nothing.
         if image.len() < 64 {
             return Err(Error::bad(format!("cuda: the kernels {name} are {} bytes, no fatbin", image.len())));
@@ -186,6 +210,7 @@ impl Driver for Gpu {
         if bytes == 0 {
             return Ok(Ptr::NULL);
         }
+        self.enter()?;
         // SAFETY: the size is not 0; freed when the driver is dropped.
         let memory = unsafe { result::malloc_sync(bytes as usize) };
         let memory = memory.map_err(said(&format!("{bytes} bytes of device memory")))?;
@@ -194,6 +219,7 @@ impl Driver for Gpu {
     }
 
     fn alloc_host(&mut self, bytes: u64) -> Result<*mut u8> {
+        self.enter()?;
         // SAFETY: the size is not 0; freed when the driver is dropped. Flags 0: the host reads it too, which write-combined memory is slow for.
         let memory = unsafe { result::malloc_host(bytes.max(1) as usize, 0) };
         let memory = memory.map_err(said(&format!("{bytes} bytes of pinned host memory")))?;
@@ -205,6 +231,7 @@ impl Driver for Gpu {
     }
 
     fn stream(&mut self) -> Result<Stream> {
+        self.enter()?;
         let stream =
             result::stream::create(result::stream::StreamKind::NonBlocking).map_err(said("making a stream"))?;
         self.streams.push(stream);
@@ -212,6 +239,7 @@ impl Driver for Gpu {
     }
 
     fn launch(&mut self, stream: Stream, launch: &Launch) -> Result<()> {
+        self.enter()?;
         let function = self.kernel(launch.kernel, launch.shared_bytes)?;
         let ([x, y, z], stream) = (launch.grid, self.streams[stream.0 as usize]);
         // SAFETY: the arguments are in the kernel's order and of its types, which the parity tests check by running it; the memory that they
@@ -223,6 +251,7 @@ impl Driver for Gpu {
     }
 
     fn copy(&mut self, stream: Stream, to: Ptr, from: Ptr, bytes: u64) -> Result<()> {
+        self.enter()?;
         // SAFETY: both lie in memory of this driver, whose use is ordered by marks; with one address space the driver sees the direction.
         unsafe { sys::cuMemcpyAsync(to.0, from.0, bytes as usize, self.streams[stream.0 as usize]) }
             .result()
@@ -230,24 +259,28 @@ impl Driver for Gpu {
     }
 
     fn fill(&mut self, stream: Stream, to: Ptr, byte: u8, bytes: u64) -> Result<()> {
+        self.enter()?;
         // SAFETY: it lies in memory of this driver, whose use is ordered by marks.
         unsafe { result::memset_d8_async(to.0, byte, bytes as usize, self.streams[stream.0 as usize]) }
             .map_err(said(&format!("filling {bytes} bytes")))
     }
 
     fn mark(&mut self) -> Result<Mark> {
+        self.enter()?;
         let event = result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map_err(said("making an event"))?;
         self.events.push(event);
         Ok(Mark(self.events.len() as u32 - 1))
     }
 
     fn record(&mut self, mark: Mark, stream: Stream) -> Result<()> {
+        self.enter()?;
         // SAFETY: both handles live as long as the driver.
         unsafe { result::event::record(self.events[mark.0 as usize], self.streams[stream.0 as usize]) }
             .map_err(said("recording an event"))
     }
 
     fn wait_for(&mut self, stream: Stream, mark: Mark) -> Result<()> {
+        self.enter()?;
         let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
         // SAFETY: both handles live as long as the driver.
         unsafe { result::stream::wait_event(self.streams[stream.0 as usize], self.events[mark.0 as usize], flags) }
@@ -320,6 +353,7 @@ impl Driver for Gpu {
 impl Drop for Gpu {
     /// Waits for what is queued, then frees. Failures have nobody left to be told to: the run has its result or its first error.
     fn drop(&mut self) {
+        let _ = self.enter();
         let _ = result::ctx::synchronize();
         for &event in &self.events {
             // SAFETY: created by this driver, destroyed once.

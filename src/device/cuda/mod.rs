@@ -34,7 +34,7 @@ pub use device::{CudaConfig, CudaDevice};
 #[cfg(feature = "emulator")]
 pub use emulated::Emulated;
 #[cfg(feature = "cuda")]
-pub use gpu::{Gpu, count};
+pub use gpu::{Gpu, count, list};
 
 /// The environment variable that names a folder of kernels to load instead of those that were built in: `<stem>.fatbin` for a GPU,
 /// `kernels.so` for the emulator.

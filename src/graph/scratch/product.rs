@@ -1,9 +1,10 @@
 //! How a matrix product is cut: into tiles of the output, and k into parts whose sums a second kernel adds.
 //!
-//! A function of the shape alone, by a model of one machine, an H100 or H200: neither bits nor bytes of scratch depend on the chip at hand. The
-//! parts hold for every kernel; the tile is that of `kernels/gemm_hopper.cu`, and changes no bit.
+//! A function of shape and element type alone, by a model of one machine, an H100 or H200: neither bits nor bytes of scratch depend on the chip at hand.
+//! The parts hold for every kernel of that type; the tile is that of `kernels/gemm_hopper.cu` or `gemm_f32.cu`, and changes no bit.
 
 use super::{RowParts, parts_of};
+use crate::base::DType;
 
 /// k of one step of a product's kernels: a part of k is a multiple of it.
 pub const K_STEP: usize = 64;
@@ -14,6 +15,8 @@ const TILE_ROWS: usize = 128;
 /// A width of tiles, with what a multiprocessor takes for one, in cycles.
 struct Width {
     cols: usize,
+    /// Tiles that it works on at a time.
+    at_once: usize,
     /// A step of k: the products' own 4 a column, and what the widths lose beside the widest, which brings the fewest bytes a product.
     step: usize,
     /// Its sums' way out.
@@ -22,12 +25,14 @@ struct Width {
     overlaps: bool,
 }
 
-/// The widths, the widest first: that is taken where others are no faster.
+/// The widths of bf16, the widest first: that is taken where others are no faster.
 const WIDTHS: [Width; 3] = [
-    Width { cols: 256, step: 1024, end: 2500, overlaps: false },
-    Width { cols: 192, step: 800, end: 3500, overlaps: true },
-    Width { cols: 128, step: 600, end: 2500, overlaps: true },
+    Width { cols: 256, at_once: 1, step: 1024, end: 2500, overlaps: false },
+    Width { cols: 192, at_once: 1, step: 800, end: 3500, overlaps: true },
+    Width { cols: 128, at_once: 1, step: 600, end: 2500, overlaps: true },
 ];
+/// The one width of f32, at three quarters of what the arithmetic units could.
+const F32_WIDTHS: [Width; 1] = [Width { cols: 128, at_once: 2, step: 21_800, end: 5000, overlaps: false }];
 
 /// The machine's multiprocessors, and bytes a cycle at which partial sums are written and read back; cycles that a second launch costs.
 const MULTIPROCESSORS: usize = 132;
@@ -54,14 +59,15 @@ pub struct ProductCut {
     pub parts: KParts,
 }
 
-/// The cut that takes the machine the least time.
-pub fn product_cut(m: usize, n: usize, k: usize) -> ProductCut {
+/// The cut that takes the machine the least time, for factors of this type.
+pub fn product_cut(dtype: DType, m: usize, n: usize, k: usize) -> ProductCut {
+    let widths = if dtype == DType::Bf16 { &WIDTHS[..] } else { &F32_WIDTHS[..] };
     let steps = k.div_ceil(K_STEP).max(1);
     // From so many tiles on, cutting gains too little to be looked at, and a part's place in (parts, m, n) would outgrow 32 bits.
     let most = if tiles(m, n, WIDTHS[0].cols) >= MULTIPROCESSORS { 1 } else { MOST_K_PARTS.min(steps) };
-    let cuts = (1..=most).flat_map(|parts| WIDTHS.iter().map(move |width| (parts, width)));
+    let cuts = (1..=most).flat_map(|parts| widths.iter().map(move |width| (parts, width)));
     let best = cuts.min_by_key(|&(parts, width)| cycles(m, n, steps, parts, width));
-    let (parts, width) = best.unwrap_or((1, &WIDTHS[0]));
+    let (parts, width) = best.unwrap_or((1, &widths[0]));
     let RowParts { parts, rows } = parts_of(steps, parts);
     ProductCut { tile_cols: width.cols, parts: KParts { parts: parts.max(1), k: rows * K_STEP } }
 }
@@ -72,7 +78,7 @@ fn tiles(m: usize, n: usize, cols: usize) -> usize {
 
 /// Time by the model, with k in so many steps and parts.
 fn cycles(m: usize, n: usize, steps: usize, parts: usize, width: &Width) -> usize {
-    let rounds = (tiles(m, n, width.cols) * parts).div_ceil(MULTIPROCESSORS);
+    let rounds = (tiles(m, n, width.cols) * parts).div_ceil(MULTIPROCESSORS * width.at_once);
     let products = steps.div_ceil(parts) * width.step;
     // Two warpgroups that take turns: one's sums leave beside the other's products, but the last ones'.
     let alone = if width.overlaps { products.max((products + width.end) / 2) } else { products + width.end };
@@ -81,8 +87,8 @@ fn cycles(m: usize, n: usize, steps: usize, parts: usize, width: &Width) -> usiz
 }
 
 /// Bytes of a product's partial results: f32 (parts, m, n), or none where k is whole.
-pub fn product_bytes(m: usize, n: usize, k: usize) -> u64 {
-    let KParts { parts, .. } = product_cut(m, n, k).parts;
+pub fn product_bytes(dtype: DType, m: usize, n: usize, k: usize) -> u64 {
+    let KParts { parts, .. } = product_cut(dtype, m, n, k).parts;
     if parts == 1 { 0 } else { (parts * m * n * 4) as u64 }
 }
 
@@ -101,7 +107,7 @@ mod tests {
             (768, 768, 8192, 3), // 36 narrow tiles, 108 blocks
             (10, 7, 1 << 20, 32),
         ] {
-            let cut = product_cut(m, n, k).parts;
+            let cut = product_cut(DType::Bf16, m, n, k).parts;
             assert_eq!(cut.parts, parts, "{m}x{n}x{k}");
             assert!(
                 cut.k.is_multiple_of(K_STEP) && cut.parts * cut.k >= k && (cut.parts - 1) * cut.k <= k,
@@ -123,7 +129,7 @@ mod tests {
             (1024, 1024, 1024, 128), // 64 tiles: half the machine is idle, and narrow tiles are done sooner
             (64, 128, 768, 128),
         ] {
-            assert_eq!(product_cut(m, n, k).tile_cols, tile_cols, "{m}x{n}x{k}");
+            assert_eq!(product_cut(DType::Bf16, m, n, k).tile_cols, tile_cols, "{m}x{n}x{k}");
         }
     }
 
@@ -131,7 +137,9 @@ mod tests {
     fn partial_products_do_not_depend_on_which_side_is_longer_by_much() {
         // The two layouts of a weight have the gradient (K, N) or (N, K); neither may need boundless scratch.
         for (m, n, k) in [(768, 3072, 8192), (3072, 768, 8192), (1600, 6400, 16_384), (6400, 1600, 16_384)] {
-            assert!(product_bytes(m, n, k) <= (4 * 8 * m * n) as u64, "{m}x{n}x{k}");
+            for (dtype, parts) in [(DType::Bf16, 8), (DType::F32, 16)] {
+                assert!(product_bytes(dtype, m, n, k) <= (4 * parts * m * n) as u64, "{m}x{n}x{k}");
+            }
         }
     }
 }

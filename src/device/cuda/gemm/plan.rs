@@ -3,6 +3,7 @@
 //! Never of the number of multiprocessors, nor of where operands lie: a tensor starts at a multiple of 64 bytes wherever the shards are
 //! cut, so whether its rows are aligned is a matter of their width. The tiles change no bit: each sum is taken in the order of k.
 
+use crate::base::DType;
 use crate::graph::{KParts, ProductCut, product_cut};
 
 /// How the operands of `out (m, n) = a b` are stored.
@@ -97,7 +98,8 @@ const HOPPER_STAGED_BYTES: usize = 8 * (16 * 40 * 4 + 256 * 2);
 /// The plan for a product with factors of this precision, rows of a and b being `pitches` elements apart, on `arch` (90 for compute capability 9.0).
 pub fn plan(form: Form, sizes: Sizes, pitches: [usize; 2], precision: Precision, arch: u32) -> GemmPlan {
     let path = path(sizes, pitches, precision, arch);
-    planned(form, path, precision, product_cut(sizes.m, sizes.n, sizes.k))
+    let dtype = if precision == Precision::Bf16 { DType::Bf16 } else { DType::F32 };
+    planned(form, path, precision, product_cut(dtype, sizes.m, sizes.n, sizes.k))
 }
 
 /// The plan for a product that is cut so.
@@ -216,7 +218,7 @@ mod tests {
             (1024, 1024, 1024, "gemm_nt_128_bf16"),
         ] {
             let plan = of(Form::Nt, m, n, k, 90);
-            assert_eq!((plan.kernel, plan.tile[1]), (kernel, product_cut(m, n, k).tile_cols));
+            assert_eq!((plan.kernel, plan.tile[1]), (kernel, product_cut(DType::Bf16, m, n, k).tile_cols));
             assert_eq!(of(Form::Nt, m, n, k, 80).tile, [128, 128]);
         }
         assert_eq!(of(Form::Nn, 1024, 1024, 1001, 90).tile, [128, 256], "the one width of rows that are shifted");
