@@ -26,6 +26,7 @@
 #include "gpu/gemm.cuh"
 #include "gpu/gemm_ring.cuh"
 #include "gpu/gemm_leave.cuh"
+#include "gpu/conv_hopper.cuh"
 
 // How the target is cut: the box of pixels that a tile has, and bytes of the largest words in which rows of it can be written. Boxes across an image and
 // down, groups of a tile's boxes in a class of pixels, tiles of channels, classes by row and by column.
@@ -33,22 +34,7 @@ struct ConvCut { int images, rows, cols, word, across, down, groups, channel_til
 
 namespace {
 
-constexpr int THREADS = 384;
-
 #if GPU_HOPPER
-constexpr int CONSUMER_WARPS = 8;
-// Of 168 each to begin with.
-constexpr int COPY_REGISTERS = 72, REGISTERS_BESIDE_COPY = 216;
-constexpr int ROW_BYTES = STEP * 2, LEAVING_BYTES = 16 * PIECE * 2; // of a pixel or channel in a step; of a piece of a warp's sums
-
-// Where each step is: `full` once its bytes are there, `empty` once both warpgroups are done with it.
-template <int CHANNELS, int PIXELS> struct Steps {
-  static constexpr int BOXES = 128 / CHANNELS;
-  static constexpr int WEIGHT_BYTES = CHANNELS * ROW_BYTES, BOX = PIXELS * ROW_BYTES, BYTES = WEIGHT_BYTES + BOXES * BOX;
-  static constexpr int STAGES = (226 * 1024 - CONSUMER_WARPS * LEAVING_BYTES) / BYTES;
-  uint64_t full[STAGES], empty[STAGES];
-};
-
 // A tile: its class, its first channel, and the number of its first box. And where a box begins, counted in its class.
 struct Tile { Gather g; int of = -1, channel, box; };
 struct Corner { int image, row, col; };
@@ -84,8 +70,8 @@ DEV int blocks_of(const Gather& g) { return (g.source_channels + STEP - 1) / STE
 
 // What the first thread does: fills the ring, tile after tile.
 template <int CHANNELS, int PIXELS>
-DEV void fill(Steps<CHANNELS, PIXELS>& ring, unsigned char* stages, const CUtensorMap* source, const CUtensorMap* weight, const Tiles& tiles) {
-  typedef Steps<CHANNELS, PIXELS> R;
+DEV void fill(ConvSteps<CHANNELS, PIXELS>& ring, unsigned char* stages, const CUtensorMap* source, const CUtensorMap* weight, const Tiles& tiles) {
+  typedef ConvSteps<CHANNELS, PIXELS> R;
   Turn<R::STAGES> turn;
   Tile tile;
   int bytes = R::WEIGHT_BYTES + R::BOXES * tiles.cut.images * tiles.cut.rows * tiles.cut.cols * ROW_BYTES;
@@ -114,63 +100,13 @@ DEV void fill(Steps<CHANNELS, PIXELS>& ring, unsigned char* stages, const CUtens
   }
 }
 
-// The sums of 64 channels and a box of pixels.
-template <int CHANNELS, int PIXELS>
-DEV void multiply(float (&sums)[1][PIXELS / 2], Steps<CHANNELS, PIXELS>& ring, const unsigned char* weights, const unsigned char* pixels,
-                  Turn<Steps<CHANNELS, PIXELS>::STAGES>& turn, int steps) {
-  typedef Steps<CHANNELS, PIXELS> R;
-  bool speaks = threadIdx.x % 128 == 0;
-  int before = 0;
-  for (int step = 0; step < steps; step++, turn.next()) {
-    mbar_wait(&ring.full[turn.stage()], turn.parity());
-    const unsigned char *a = weights + turn.stage() * R::BYTES, *b = pixels + turn.stage() * R::BYTES;
-    wgmma_fence();
-#pragma unroll
-    for (int j = 0; j < STEP / 16; j++) wgmma_64xNx16<PIXELS>(sums[0], wgmma_desc(a + j * 32), wgmma_desc(b + j * 32), step + j > 0);
-    wgmma_commit();
-    if (step > 0) {
-      wgmma_wait<1>();
-      if (speaks) mbar_arrive(&ring.empty[before]);
-    }
-    before = turn.stage();
-  }
-  wgmma_wait<0>();
-  if (speaks && steps > 0) mbar_arrive(&ring.empty[before]);
-  if (steps == 0)
-#pragma unroll
-    for (int i = 0; i < PIXELS / 2; i++) sums[0][i] = 0;
-}
-
-// The bias of a lane's two rows of a piece.
-struct RowBias {
-  float rows[2];
-  DEV float at(int k) const { return rows[k / 2 % 2]; }
-};
-
-// Of a piece that stage_words has staged, the rows that are there, from `to` on, one Word a lane at a time. `to` is the lane's place in the first row, or
-// null where its pixels are not there.
-template <class Word> DEV void leave_rows(bf16* to, int64_t plane, int rows, const unsigned char* staged, int lane) {
-  constexpr int ACROSS = PIECE * 2 / sizeof(Word), DOWN = 32 / ACROSS;
-  int at = lane % ACROSS * (int)sizeof(Word), row = lane / ACROSS;
-  if (!to) return;
-  to += row * plane;
-#pragma unroll 4
-  for (int i = 0; i < 16 / DOWN; i++, row += DOWN, to += DOWN * plane) {
-    const unsigned char* from = staged + row * PIECE * 2 + ((at / 16) ^ (row / 2 % 4)) * 16 + at % 16;
-    if (row < rows) *reinterpret_cast<Word*>(to) = *reinterpret_cast<const Word*>(from);
-  }
-}
-
 // A warp's sums: 16 channels from `channel` on, and the pixels of a box.
 template <int PIXELS>
 DEV void leave_box(bf16* target, const float (&sums)[1][PIXELS / 2], const bf16* bias, const Gather& g, const ConvCut& box, const Corner& corner, int channel,
                    unsigned char* staged) {
-  int row_of_lane = threadIdx.x % 32 / 4, rows = g.channels - channel;
+  int rows = g.channels - channel;
   if (rows <= 0) return;
-  RowBias add = {};
-  if (bias)
-    for (int h = 0; h < 2; h++)
-      if (row_of_lane + 8 * h < rows) add.rows[h] = to_float(bias[channel + row_of_lane + 8 * h]);
+  const RowBias add(bias, channel, rows);
   int64_t plane = (int64_t)g.height * g.width;
   bf16* first = target + (corner.image * (int64_t)g.channels + channel) * plane + (int64_t)(g.first_row + corner.row * g.apart) * g.width +
                 g.first_col + corner.col * g.apart;
@@ -198,16 +134,11 @@ DEV void leave_box(bf16* target, const float (&sums)[1][PIXELS / 2], const bf16*
 
 template <int CHANNELS, int PIXELS>
 DEV void convolve(bf16* target, const CUtensorMap* source, const CUtensorMap* weight, const bf16* bias, const Tiles& tiles) {
-  typedef Steps<CHANNELS, PIXELS> R;
+  typedef ConvSteps<CHANNELS, PIXELS> R;
   GPU_SHARED(R, ring, [1]);
   GPU_DYNAMIC(unsigned char, stages);
   static_assert(1024 + R::STAGES * R::BYTES + CONSUMER_WARPS * LEAVING_BYTES <= 227 * 1024, "more shared memory than a block can have");
-  if (threadIdx.x == 0) {
-    tma_prefetch_map(source), tma_prefetch_map(weight);
-    for (int i = 0; i < R::STAGES; i++) mbar_init(&ring[0].full[i], 1), mbar_init(&ring[0].empty[i], 2);
-    mbar_init_fence();
-  }
-  __syncthreads();
+  begin(ring[0], source, weight);
   if (threadIdx.x < 128) {
     setmaxnreg_dec<COPY_REGISTERS>();
     if (threadIdx.x == 0) fill(ring[0], stages, source, weight, tiles);
@@ -220,7 +151,7 @@ DEV void convolve(bf16* target, const CUtensorMap* source, const CUtensorMap* we
   Tile tile;
   for (int item = 0; tiles.find(item, tile); item++) {
     float sums[1][PIXELS / 2];
-    multiply(sums, ring[0], stages + row * ROW_BYTES, stages + R::WEIGHT_BYTES + own_box * R::BOX, turn,
+    multiply<PIXELS, false, false>(sums, ring[0], stages + row * ROW_BYTES, stages + R::WEIGHT_BYTES + own_box * R::BOX, turn,
              tile.g.taps_h * tile.g.taps_w * blocks_of(tile.g));
     leave_box<PIXELS>(target, sums, bias, tile.g, tiles.cut, tiles.corner(tile.box + own_box), tile.channel + row + warp % 4 * 16,
                       stages + R::STAGES * R::BYTES + warp * LEAVING_BYTES);
@@ -237,7 +168,7 @@ DEV void convolve(bf16* target, const CUtensorMap* source, const CUtensorMap* we
 #define CONV_HOPPER_BODY(channels, pixels)
 #endif
 #define CONV_HOPPER(name, channels, pixels)                                                                                              \
-  extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                                               \
+  extern "C" __global__ void __launch_bounds__(CONV_THREADS, 1)                                                                               \
       name(bf16* target, const __grid_constant__ CUtensorMap source, const __grid_constant__ CUtensorMap weight, const bf16* bias,       \
            int grad, const __grid_constant__ ConvSizes sizes, const __grid_constant__ ConvCut cut) {                                     \
     CONV_HOPPER_BODY(channels, pixels);                                                                                                  \

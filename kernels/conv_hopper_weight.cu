@@ -22,23 +22,16 @@
 #include "gpu/gemm.cuh"
 #include "gpu/gemm_ring.cuh"
 #include "gpu/gemm_leave.cuh"
+#include "gpu/conv_hopper.cuh"
 
 // How the product is cut. A box of pixels; boxes across an image and down, all of them, of a part; parts; tiles of output channels and of columns.
 struct ConvWeightCut { int images, rows, cols, across, down, boxes, part_boxes, parts, row_tiles, column_tiles; };
 
 namespace {
 
-constexpr int THREADS = 384;
-
 #if GPU_HOPPER
-// Of 168 each to begin with.
-constexpr int COPY_REGISTERS = 72, REGISTERS_BESIDE_COPY = 216;
-
-// Where each step is: `full` once its bytes are there, `empty` once both warpgroups are done with it.
-template <int ROWS, int BLOCKS> struct Steps {
+template <int ROWS, int BLOCKS> struct Steps : StepRing<(ROWS / 64 + BLOCKS) * BOX_BYTES, 0> {
   static constexpr int ROW_BOXES = ROWS / 64, WIDTH = ROWS == 128 ? 64 * BLOCKS : 32 * BLOCKS; // columns of a warpgroup
-  static constexpr int BYTES = (ROW_BOXES + BLOCKS) * BOX_BYTES, STAGES = 226 * 1024 / BYTES;
-  uint64_t full[STAGES], empty[STAGES];
 };
 
 struct Part { int first, end; };
@@ -97,35 +90,6 @@ DEV void fill(Steps<ROWS, BLOCKS>& ring, unsigned char* stages, const CUtensorMa
   }
 }
 
-// The sums of 64 output channels and a warpgroup's columns over a part.
-template <int ROWS, int BLOCKS>
-DEV void multiply(float (&sums)[1][Steps<ROWS, BLOCKS>::WIDTH / 2], Steps<ROWS, BLOCKS>& ring, const unsigned char* rows, const unsigned char* columns,
-                  Turn<Steps<ROWS, BLOCKS>::STAGES>& turn, int steps) {
-  typedef Steps<ROWS, BLOCKS> R;
-  bool speaks = threadIdx.x % 128 == 0;
-  int before = 0;
-  for (int step = 0; step < steps; step++, turn.next()) {
-    mbar_wait(&ring.full[turn.stage()], turn.parity());
-    const unsigned char *a = rows + turn.stage() * R::BYTES, *b = columns + turn.stage() * R::BYTES;
-    wgmma_fence();
-#pragma unroll
-    for (int j = 0; j < STEP / 16; j++)
-      wgmma_64xNx16<R::WIDTH, true, true>(sums[0], wgmma_desc_mn(a + j * 2048, BOX_BYTES), wgmma_desc_mn(b + j * 2048, BOX_BYTES), step + j > 0);
-    wgmma_commit();
-    if (step > 0) {
-      wgmma_wait<1>();
-      if (speaks) mbar_arrive(&ring.empty[before]);
-    }
-    before = turn.stage();
-  }
-  wgmma_wait<0>();
-  if (speaks) mbar_arrive(&ring.empty[before]);
-}
-
-struct NoBias {
-  DEV float at(int) const { return 0; }
-};
-
 // A warp's sums: 16 output channels from `row` on, and columns from block `block` on.
 template <int WIDTH> DEV void leave_columns(float* partials, const float (&sums)[1][WIDTH / 2], const WeightTiles& tiles, int row, int block) {
   int rows = tiles.s.out_channels - row, pitch = tiles.pitch();
@@ -146,12 +110,7 @@ template <int ROWS, int BLOCKS> DEV void sum_products(float* partials, const CUt
   GPU_SHARED(R, ring, [1]);
   GPU_DYNAMIC(unsigned char, stages);
   static_assert(1024 + R::STAGES * R::BYTES <= 227 * 1024, "more shared memory than a block can have");
-  if (threadIdx.x == 0) {
-    tma_prefetch_map(d_out), tma_prefetch_map(x);
-    for (int i = 0; i < R::STAGES; i++) mbar_init(&ring[0].full[i], 1), mbar_init(&ring[0].empty[i], 2);
-    mbar_init_fence();
-  }
-  __syncthreads();
+  begin(ring[0], d_out, x);
   if (threadIdx.x < 128) {
     setmaxnreg_dec<COPY_REGISTERS>();
     if (threadIdx.x == 0) fill(ring[0], stages, d_out, x, tiles);
@@ -164,7 +123,7 @@ template <int ROWS, int BLOCKS> DEV void sum_products(float* partials, const CUt
   for (int index = blockIdx.x; tiles.there(index); index += gridDim.x) {
     Part part = tiles.part(index);
     float sums[1][R::WIDTH / 2];
-    multiply(sums, ring[0], stages + own_row * BOX_BYTES, stages + (R::ROW_BOXES + own_block) * BOX_BYTES, turn, part.end - part.first);
+    multiply<R::WIDTH, true, true>(sums, ring[0], stages + own_row * BOX_BYTES, stages + (R::ROW_BOXES + own_block) * BOX_BYTES, turn, part.end - part.first);
     int64_t elems = (int64_t)tiles.s.out_channels * tiles.s.kernel_h * tiles.s.kernel_w * tiles.pitch();
     leave_columns<R::WIDTH>(partials + index / tiles.tiles() * elems, sums, tiles, tiles.row(index) * ROWS + own_row * 64 + warp % 4 * 16,
                             tiles.column(index) * BLOCKS + own_block);
@@ -181,7 +140,7 @@ template <int ROWS, int BLOCKS> DEV void sum_products(float* partials, const CUt
 #define CONV_HOPPER_WEIGHT_BODY(rows, blocks)
 #endif
 #define CONV_HOPPER_WEIGHT(name, rows, blocks)                                                                                           \
-  extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                                               \
+  extern "C" __global__ void __launch_bounds__(CONV_THREADS, 1)                                                                               \
       name(float* partials, const __grid_constant__ CUtensorMap d_out, const __grid_constant__ CUtensorMap x,                            \
            const __grid_constant__ ConvSizes sizes, const __grid_constant__ ConvWeightCut cut) {                                         \
     CONV_HOPPER_WEIGHT_BODY(rows, blocks);                                                                                               \

@@ -4,6 +4,7 @@
 //! last; the tile depends on the shape and the chip, the bits of the result on the shape and on which kernels the architecture takes.
 
 mod hopper;
+mod hopper_pointwise;
 mod hopper_weight;
 
 use super::launch::{Launch, Ptr, Queue};
@@ -69,6 +70,9 @@ pub(super) fn grad_input(q: &mut Queue, o: &Operands, window: &Window) -> Result
         if s.is_pointwise() {
             return pointwise(q, o.output(0), o.input(0), weight, Ptr::NULL, &s.exchanged());
         }
+        if hopper_pointwise::launch_spread(q, o.output(0), [o.input(0), weight], &s)? {
+            return Ok(());
+        }
     }
     // Pixels by row and column modulo the stride: every class is given the tiles of the largest, that of 0 and 0.
     let classes = s.height.min(window.stride) * s.width.min(window.stride);
@@ -109,7 +113,8 @@ pub(super) fn grad_weight(q: &mut Queue, o: &Operands, window: &Window) -> Resul
         q.launch(launch.long(part_pixels).int(o.accumulator(0)))?;
         return if most_parts > 1 { add_parts(q, o, &s, partials, most_parts, o.accumulator(0)) } else { Ok(()) };
     }
-    let kernel = match (s.is_pointwise(), tile == ConvTile::FLAT) {
+    let pointwise = s.is_pointwise();
+    let kernel = match (pointwise, tile == ConvTile::FLAT) {
         (false, false) => "conv2d_grad_weight_square_bf16",
         (false, true) => "conv2d_grad_weight_flat_bf16",
         (true, false) => "conv2d_grad_weight_pointwise_square_bf16",
@@ -119,14 +124,15 @@ pub(super) fn grad_weight(q: &mut Queue, o: &Operands, window: &Window) -> Resul
         let mut d_out = o.input(0).plus(first * image_bytes(dtype, s.out_channels, s.out_plane()));
         let mut x = o.input(1).plus(first * image_bytes(dtype, s.in_channels, s.plane()));
         let accumulator = if first == 0 { o.accumulator(0) } else { ADD };
-        if !s.is_pointwise() {
+        if !pointwise {
             d_out = channels_last(q, o.scratch().plus(begins[0]), d_out, s.batch, s.out_channels, s.out_plane())?;
             x = image_channels_last(q, o.scratch().plus(begins[1]), x, &s)?;
             s = s.copied();
-            if let Some(parts) = hopper_weight::launch(q, partials, [d_out, x], &s, most_parts)? {
-                add_parts(q, o, &s, partials, parts, accumulator)?;
-                continue;
-            }
+        }
+        let hopper = if pointwise { hopper_pointwise::launch_weight } else { hopper_weight::launch };
+        if let Some(parts) = hopper(q, partials, [d_out, x], &s, most_parts)? {
+            add_parts(q, o, &s, partials, parts, accumulator)?;
+            continue;
         }
         let parts = s.out_pixels().div_ceil(part_pixels).max(1);
         let launch = Launch::new(kernel, [tiles, parts, 1], THREADS).shared(ring_bytes(tile));
@@ -175,6 +181,9 @@ pub(super) fn grad_bias(q: &mut Queue, o: &Operands) -> Result<()> {
 
 /// x (N, C, plane), weight (O, C'), bias (O) or null -> out (N, O, plane), by `kernels/conv_pointwise.cu`.
 fn pointwise(q: &mut Queue, out: Ptr, x: Ptr, weight: Ptr, bias: Ptr, s: &ConvSizes) -> Result<()> {
+    if hopper_pointwise::launch(q, out, [x, weight, bias], s)? {
+        return Ok(());
+    }
     let names = ["conv2d_pointwise_square_bf16", "conv2d_pointwise_flat_bf16", "conv2d_pointwise_small_bf16"];
     let (kernel, tile) = tensor_core_tile(q, names, s.out_channels, s.out_pixels(), 1);
     let launch = product(kernel, tile, tile.count(s.out_channels, s.out_pixels()));

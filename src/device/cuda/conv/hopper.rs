@@ -273,14 +273,15 @@ mod tests {
             include_str!("../../../../kernels/conv_hopper.cu"),
             include_str!("../../../../kernels/gpu/gemm_ring.cuh"),
             include_str!("../../../../kernels/gpu/gemm_leave.cuh"),
+            include_str!("../../../../kernels/gpu/conv_hopper.cuh"),
         );
         let mut lines = vec![
-            format!("constexpr int THREADS = {THREADS};"),
+            format!("constexpr int CONV_THREADS = {THREADS};"),
             "constexpr int CONSUMER_WARPS = 8;".into(),
             format!("constexpr int TILE_M = 128, STEP = {STEP};"),
             "constexpr int PIECE = 32, PITCH".into(),
             "LEAVING_BYTES = 16 * PIECE * 2;".into(),
-            format!("STAGES = ({} * 1024 - CONSUMER_WARPS * LEAVING_BYTES) / BYTES;", SHARED_BYTES >> 10),
+            format!("STAGES = ({} * 1024 - BYTES_BESIDE) / BYTES;", SHARED_BYTES >> 10),
         ];
         lines.extend(TILES.map(|(channels, pixels, kernel)| format!("CONV_HOPPER({kernel}, {channels}, {pixels})")));
         for line in lines {

@@ -225,13 +225,14 @@ mod tests {
     fn kernels_have_the_same_sizes() {
         let source = concat!(
             include_str!("../../../../kernels/conv_hopper_weight.cu"),
-            include_str!("../../../../kernels/gpu/gemm_ring.cuh")
+            include_str!("../../../../kernels/gpu/gemm_ring.cuh"),
+            include_str!("../../../../kernels/gpu/conv_hopper.cuh"),
         );
         let mut lines = vec![
-            format!("constexpr int THREADS = {THREADS};"),
+            format!("constexpr int CONV_THREADS = {THREADS};"),
             format!("STEP = {BOX_PIXELS};"),
             format!("constexpr int BOX_BYTES = {BOX_CHANNELS} * STEP * 2;"),
-            format!("STAGES = {} * 1024 / BYTES;", SHARED_BYTES >> 10),
+            format!("STAGES = ({} * 1024 - BYTES_BESIDE) / BYTES;", SHARED_BYTES >> 10),
         ];
         lines.extend(TILES.map(|(rows, blocks, _, kernel)| format!("CONV_HOPPER_WEIGHT({kernel}, {rows}, {blocks})")));
         for line in lines {
