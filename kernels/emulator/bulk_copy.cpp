@@ -11,44 +11,55 @@ namespace sim {
 
 void mbar_complete_bytes(uint64_t* bar, uint32_t bytes);
 
-// Calls piece(shared address, global pointer or null outside of the matrix, bytes) for every element of a box.
-template <class Piece> static void for_pieces(const Box& box, Piece piece) {
+// Calls row(first byte of it in the box, global pointer or null outside of the tensor) for every row of a box: all that the innermost axis has.
+template <class Row> static void for_rows(const Box& box, Row row) {
   const TensorMap& m = box.map;
-  const uint32_t row_bytes = m.box_cols * m.elem_bytes;
-  for (uint32_t r = 0; r < m.box_rows; r++) {
-    const int64_t y = static_cast<int64_t>(box.y) + r;
-    for (uint32_t done = 0; done < row_bytes; done += m.elem_bytes) {
-      const int64_t x = static_cast<int64_t>(box.x) + done / m.elem_bytes;
-      const bool inside = x >= 0 && y >= 0 && x < static_cast<int64_t>(m.cols) && y < static_cast<int64_t>(m.rows);
-      const char* global =
-          inside ? m.base + static_cast<uint64_t>(y) * m.pitch_bytes + static_cast<uint64_t>(x) * m.elem_bytes : nullptr;
-      piece(swizzle(box.at + r * row_bytes + done, m.swizzle_bytes), global, m.elem_bytes);
+  for (uint32_t r = 0; r < m.box_rows(); r++) {
+    uint32_t rest = r;
+    const char* global = m.base;
+    for (int axis = 1; axis < TensorMap::AXES; axis++) {
+      const int64_t at = box.from[axis] + static_cast<int64_t>(rest % m.box[axis]) * m.apart[axis];
+      rest /= m.box[axis];
+      if (at < 0 || at >= static_cast<int64_t>(m.sizes[axis])) global = nullptr;
+      if (global) global += static_cast<uint64_t>(at) * m.pitch_bytes[axis - 1];
     }
+    row(r * m.row_bytes(), global);
   }
 }
 
-static Box box_at(const void* shared, const TensorMap& map, int x, int y, const Site& site) {
+// Calls piece(shared address, global pointer or null outside of the tensor, bytes) for every element of a box.
+template <class Piece> static void for_pieces(const Box& box, Piece piece) {
+  const TensorMap& m = box.map;
+  for_rows(box, [&](uint32_t start, const char* global) {
+    for (uint32_t done = 0; done < m.row_bytes(); done += m.elem_bytes) {
+      const int64_t x = static_cast<int64_t>(box.from[0]) + done / m.elem_bytes;
+      const bool inside = global && x >= 0 && x < static_cast<int64_t>(m.sizes[0]);
+      piece(swizzle(box.at + start + done, m.swizzle_bytes), inside ? global + static_cast<uint64_t>(x) * m.elem_bytes : nullptr, m.elem_bytes);
+    }
+  });
+}
+
+static Box box_at(const void* shared, const TensorMap& map, uint32_t axes, const int (&from)[TensorMap::AXES], const Site& site) {
   if (map.mark != TensorMap::MARK) fail("%s at %s:%d: this is no tensor map", site.what, site.file, site.line);
+  if (map.axes != axes) fail("%s at %s:%d: the tensor map has %u axes", site.what, site.file, site.line, map.axes);
   const uint32_t at = shared_offset(shared);
   const uint32_t align = map.swizzle_bytes ? map.swizzle_bytes * 8 : 128;
   if (at % align) fail("%s at %s:%d: shared address %u is not aligned to %u", site.what, site.file, site.line, at, align);
   shared_pointer(at + map.box_bytes() - 1);
-  return {map, at, x, y};
+  return {map, at, {from[0], from[1], from[2], from[3]}};
 }
 
 // The part of each row that lies inside of the matrix, for the race detector.
 static void touch_global(const Box& box, bool write) {
   const TensorMap& m = box.map;
-  const int64_t first = box.x < 0 ? 0 : box.x;
-  int64_t last = static_cast<int64_t>(box.x) + m.box_cols;
-  if (last > static_cast<int64_t>(m.cols)) last = static_cast<int64_t>(m.cols);
+  const int64_t first = box.from[0] < 0 ? 0 : box.from[0];
+  int64_t last = static_cast<int64_t>(box.from[0]) + m.box[0];
+  if (last > static_cast<int64_t>(m.sizes[0])) last = static_cast<int64_t>(m.sizes[0]);
   if (first >= last) return;
-  for (uint32_t r = 0; r < m.box_rows; r++) {
-    const int64_t y = static_cast<int64_t>(box.y) + r;
-    if (y < 0 || y >= static_cast<int64_t>(m.rows)) continue;
-    race::access(m.base + static_cast<uint64_t>(y) * m.pitch_bytes + static_cast<uint64_t>(first) * m.elem_bytes,
-                 static_cast<size_t>(last - first) * m.elem_bytes, write);
-  }
+  for_rows(box, [&](uint32_t, const char* global) {
+    if (!global) return;
+    race::access(global + static_cast<uint64_t>(first) * m.elem_bytes, static_cast<size_t>(last - first) * m.elem_bytes, write);
+  });
 }
 
 static void load_now(const BulkLoad& load) {
@@ -68,9 +79,9 @@ static void store_now(const BulkStore& store) {
   });
 }
 
-void tma_load(void* dst, const TensorMap& map, int x, int y, uint64_t* bar, const Site& site) {
+void tma_load(void* dst, const TensorMap& map, uint32_t axes, const int (&from)[TensorMap::AXES], uint64_t* bar, const Site& site) {
   Block& b = *current_block;
-  BulkLoad load{box_at(dst, map, x, y, site), bar};
+  BulkLoad load{box_at(dst, map, axes, from, site), bar};
   if (race::on) {
     race::barrier_used(bar, true, site.what);
     touch_global(load.box, false);
@@ -88,7 +99,7 @@ void finish_load(size_t index) {
 }
 
 void tma_store(const TensorMap& map, const void* src, int x, int y, const Site& site) {
-  BulkStore store{box_at(src, map, x, y, site), current_block->at_once()};
+  BulkStore store{box_at(src, map, 2, {x, y, 0, 0}, site), current_block->at_once()};
   if (race::on) {
     race::begin(src, map.box_bytes(), false, self()->linear, true, site.what);
     touch_global(store.box, true);

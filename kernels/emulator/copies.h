@@ -49,7 +49,7 @@ using CopyGroups = Groups<Copy>;
 struct Box {
   TensorMap map;
   uint32_t at;
-  int x, y;
+  int from[TensorMap::AXES];
 };
 
 struct BulkLoad {

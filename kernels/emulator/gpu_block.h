@@ -48,7 +48,10 @@ inline void proxy_fence_shared() { sim::proxy_fence(); }
 // ---- bulk copies
 inline void tma_prefetch_map(const CUtensorMap*) {}
 inline void tma_load_2d(void* dst, const CUtensorMap* map, int x, int y, uint64_t* bar, GPU_HERE("bulk load")) {
-  sim::tma_load(dst, *map, x, y, bar, site);
+  sim::tma_load(dst, *map, 2, {x, y, 0, 0}, bar, site);
+}
+inline void tma_load_4d(void* dst, const CUtensorMap* map, int c, int w, int h, int n, uint64_t* bar, GPU_HERE("bulk load")) {
+  sim::tma_load(dst, *map, 4, {c, w, h, n}, bar, site);
 }
 inline void tma_store_2d(const CUtensorMap* map, const void* src, int x, int y, GPU_HERE("bulk store")) {
   sim::tma_store(*map, src, x, y, site);

@@ -36,6 +36,13 @@ DEV void tma_load_2d(void* dst, const CUtensorMap* map, int x, int y, uint64_t* 
                : "r"(smem_addr(dst)), "l"(map), "r"(x), "r"(y), "r"(smem_addr(bar))
                : "memory");
 }
+// The same of a tensor of four axes, the innermost first: they lie in shared memory as in the tensor.
+DEV void tma_load_4d(void* dst, const CUtensorMap* map, int c, int w, int h, int n, uint64_t* bar) {
+  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2,%3,%4,%5}], [%6];"
+               :
+               : "r"(smem_addr(dst)), "l"(map), "r"(c), "r"(w), "r"(h), "r"(n), "r"(smem_addr(bar))
+               : "memory");
+}
 // And back; what lies outside is not written. In groups of the issuing thread, which waits until the source may be overwritten
 // (`_read`) or the writes are done.
 DEV void tma_store_2d(const CUtensorMap* map, const void* src, int x, int y) {

@@ -39,11 +39,11 @@ template <> struct PieceBias<bf16> {
     const uint32_t* from = reinterpret_cast<const uint32_t*>(staged + STAGED_BYTES - BIAS_BYTES);
     for (int j = 0; j < PIECE / 8; j++) words[j] = from[col / 2 + 4 * j];
   }
-  DEV float at(int j, int e) const { return e ? unpack_bf16(words[j]).y : unpack_bf16(words[j]).x; }
+  DEV float at(int k) const { return k % 2 ? unpack_bf16(words[k / 4]).y : unpack_bf16(words[k / 4]).x; } // of v[k]
 };
 template <> struct PieceBias<float> {
   DEV PieceBias(const unsigned char*, int) {}
-  DEV float at(int, int) const { return 0; }
+  DEV float at(int) const { return 0; }
 };
 
 // What is left of an output from a piece's first element on.
@@ -139,7 +139,7 @@ DEV void take_piece(float (&v)[PIECE / 2], const float (&sums)[BLOCKS][HALF], co
   if constexpr (I + 1 < BLOCKS * HALF / (PIECE / 2))
     if (piece != I) return take_piece<I + 1>(v, sums, bias, piece);
 #pragma unroll
-  for (int k = 0; k < PIECE / 2; k++) v[k] = sums[I % BLOCKS][I / BLOCKS * PIECE / 2 + k] + bias.at(k / 4, k % 2);
+  for (int k = 0; k < PIECE / 2; k++) v[k] = sums[I % BLOCKS][I / BLOCKS * PIECE / 2 + k] + bias.at(k);
 }
 
 // The sums of the warps from the fifth on: each has 16 rows of each of BLOCKS blocks of 64, WARPS of them one beneath the other from row0 on, and TILE_N

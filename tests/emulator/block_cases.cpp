@@ -139,6 +139,16 @@ static const Add limits{
        for (auto& t : maps)
          if (encode(m.bytes, t.start, t.elem, t.rows, t.cols, t.pitch, t.box_rows, t.box_cols, t.swizzle) != t.want)
            return "map " + std::to_string(&t - maps);
+       auto encode_4d = function<decltype(sim_tensor_map_4d)>("sim_tensor_map_4d");
+       const u64 sizes[] = {64, 7, 7, 3}, pitches[] = {128, 896, 6272}, odd_pitches[] = {128, 904, 6272};
+       const u32 box[] = {64, 8, 6, 2}, wide[] = {64, 257, 6, 2}, next[] = {1, 1, 1, 1}, other[] = {1, 2, 2, 1}, far[] = {1, 9, 1, 1}, inner[] = {2, 1, 1, 1};
+       struct {
+         int want;
+         const u64* pitch;
+         const u32 *box, *apart;
+       } maps_4d[] = {{0, pitches, box, next}, {0, pitches, box, other}, {1, odd_pitches, box, next}, {1, pitches, wide, next}, {1, pitches, box, far}, {1, pitches, box, inner}};
+       for (auto& t : maps_4d)
+         if (encode_4d(m.bytes, base, 2, sizes, t.pitch, t.box, t.apart, 128) != t.want) return "map of four axes " + std::to_string(&t - maps_4d);
        return "";
      },
      {}}};

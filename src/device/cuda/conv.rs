@@ -1,7 +1,11 @@
 //! Launches of `kernels/conv*.cu`.
 //!
 //! In f32 the plain arithmetic units work on the tensors as they are. In bf16 the tensor cores do, on copies with the channels
-//! last; the tile depends on the shape and the chip, the bits of the result on neither.
+//! last; the tile depends on the shape and the chip, the bits of the result on the shape and on which kernels the architecture takes.
+
+mod hopper;
+mod hopper_pointwise;
+mod hopper_weight;
 
 use super::launch::{Launch, Ptr, Queue};
 use super::operands::{Operands, pick};
@@ -35,11 +39,15 @@ pub(super) fn forward(q: &mut Queue, o: &Operands, window: &Window) -> Result<()
             return pointwise(q, o.output(0), o.input(0), weight, bias, &s);
         }
     }
-    for (first, s) in rounds(&s, dtype) {
+    for (first, mut s) in rounds(&s, dtype) {
         let mut x = o.input(0).plus(first * image_bytes(dtype, s.in_channels, s.plane()));
         let out = o.output(0).plus(first * image_bytes(dtype, s.out_channels, s.out_plane()));
         let (kernel, tile) = if dtype == DType::Bf16 {
-            x = channels_last(q, o.scratch().plus(begins[0]), x, s.batch, s.in_channels, s.plane())?;
+            x = image_channels_last(q, o.scratch().plus(begins[0]), x, &s)?;
+            s = s.copied();
+            if hopper::launch(q, out, [x, weight, bias], &s, false)? {
+                continue;
+            }
             let names = ["conv2d_forward_square_bf16", "conv2d_forward_flat_bf16", "conv2d_forward_small_bf16"];
             tensor_core_tile(q, names, s.out_channels, s.out_pixels(), 1)
         } else {
@@ -62,6 +70,9 @@ pub(super) fn grad_input(q: &mut Queue, o: &Operands, window: &Window) -> Result
         if s.is_pointwise() {
             return pointwise(q, o.output(0), o.input(0), weight, Ptr::NULL, &s.exchanged());
         }
+        if hopper_pointwise::launch_spread(q, o.output(0), [o.input(0), weight], &s)? {
+            return Ok(());
+        }
     }
     // Pixels by row and column modulo the stride: every class is given the tiles of the largest, that of 0 and 0.
     let classes = s.height.min(window.stride) * s.width.min(window.stride);
@@ -71,6 +82,9 @@ pub(super) fn grad_input(q: &mut Queue, o: &Operands, window: &Window) -> Result
         let pixels = s.batch * s.height.div_ceil(window.stride) * s.width.div_ceil(window.stride);
         let (kernel, tile) = if dtype == DType::Bf16 {
             d_out = channels_last(q, o.scratch().plus(begins[0]), d_out, s.batch, s.out_channels, s.out_plane())?;
+            if hopper::launch(q, d_x, [d_out, weight, Ptr::NULL], &s, true)? {
+                continue;
+            }
             let names =
                 ["conv2d_grad_input_square_bf16", "conv2d_grad_input_flat_bf16", "conv2d_grad_input_small_bf16"];
             tensor_core_tile(q, names, s.in_channels, pixels, classes)
@@ -99,23 +113,31 @@ pub(super) fn grad_weight(q: &mut Queue, o: &Operands, window: &Window) -> Resul
         q.launch(launch.long(part_pixels).int(o.accumulator(0)))?;
         return if most_parts > 1 { add_parts(q, o, &s, partials, most_parts, o.accumulator(0)) } else { Ok(()) };
     }
-    let kernel = match (s.is_pointwise(), tile == ConvTile::FLAT) {
+    let pointwise = s.is_pointwise();
+    let kernel = match (pointwise, tile == ConvTile::FLAT) {
         (false, false) => "conv2d_grad_weight_square_bf16",
         (false, true) => "conv2d_grad_weight_flat_bf16",
         (true, false) => "conv2d_grad_weight_pointwise_square_bf16",
         (true, true) => "conv2d_grad_weight_pointwise_flat_bf16",
     };
-    for (first, s) in rounds(&s, dtype) {
+    for (first, mut s) in rounds(&s, dtype) {
         let mut d_out = o.input(0).plus(first * image_bytes(dtype, s.out_channels, s.out_plane()));
         let mut x = o.input(1).plus(first * image_bytes(dtype, s.in_channels, s.plane()));
-        if !s.is_pointwise() {
+        let accumulator = if first == 0 { o.accumulator(0) } else { ADD };
+        if !pointwise {
             d_out = channels_last(q, o.scratch().plus(begins[0]), d_out, s.batch, s.out_channels, s.out_plane())?;
-            x = channels_last(q, o.scratch().plus(begins[1]), x, s.batch, s.in_channels, s.plane())?;
+            x = image_channels_last(q, o.scratch().plus(begins[1]), x, &s)?;
+            s = s.copied();
+        }
+        let hopper = if pointwise { hopper_pointwise::launch_weight } else { hopper_weight::launch };
+        if let Some(parts) = hopper(q, partials, [d_out, x], &s, most_parts)? {
+            add_parts(q, o, &s, partials, parts, accumulator)?;
+            continue;
         }
         let parts = s.out_pixels().div_ceil(part_pixels).max(1);
         let launch = Launch::new(kernel, [tiles, parts, 1], THREADS).shared(ring_bytes(tile));
         q.launch(launch.ptr(partials).ptr(d_out).ptr(x).bytes(&sizes(&s)?, 4).long(part_pixels))?;
-        add_parts(q, o, &s, partials, parts, if first == 0 { o.accumulator(0) } else { ADD })?;
+        add_parts(q, o, &s, partials, parts, accumulator)?;
     }
     Ok(())
 }
@@ -159,6 +181,9 @@ pub(super) fn grad_bias(q: &mut Queue, o: &Operands) -> Result<()> {
 
 /// x (N, C, plane), weight (O, C'), bias (O) or null -> out (N, O, plane), by `kernels/conv_pointwise.cu`.
 fn pointwise(q: &mut Queue, out: Ptr, x: Ptr, weight: Ptr, bias: Ptr, s: &ConvSizes) -> Result<()> {
+    if hopper_pointwise::launch(q, out, [x, weight, bias], s)? {
+        return Ok(());
+    }
     let names = ["conv2d_pointwise_square_bf16", "conv2d_pointwise_flat_bf16", "conv2d_pointwise_small_bf16"];
     let (kernel, tile) = tensor_core_tile(q, names, s.out_channels, s.out_pixels(), 1);
     let launch = product(kernel, tile, tile.count(s.out_channels, s.out_pixels()));
@@ -215,6 +240,19 @@ fn channels_last(q: &mut Queue, to: Ptr, from: Ptr, batch: usize, channels: usiz
     let blocks = batch * channels.div_ceil(LAYOUT_TILE) * positions.div_ceil(LAYOUT_TILE);
     let launch = Launch::new("conv2d_channels_last_bf16", [blocks, 1, 1], SUM_THREADS as u32);
     q.launch(launch.ptr(to).ptr(from).long(batch).int(channels).long(positions))?;
+    Ok(to)
+}
+
+/// x (N, C, H, W) with its channels last, in `to`: what [`ConvSizes::copied`] has of it.
+fn image_channels_last(q: &mut Queue, to: Ptr, x: Ptr, s: &ConvSizes) -> Result<Ptr> {
+    let copied = s.copied();
+    if copied.plane() == s.plane() {
+        return channels_last(q, to, x, s.batch, s.in_channels, s.plane());
+    }
+    let blocks = s.batch * s.in_channels.div_ceil(LAYOUT_TILE) * copied.plane().div_ceil(LAYOUT_TILE);
+    let launch = Launch::new("conv2d_channels_last_strided_bf16", [blocks, 1, 1], SUM_THREADS as u32);
+    let launch = launch.ptr(to).ptr(x).long(s.batch).int(s.in_channels).long(copied.plane()).long(s.plane());
+    q.launch(launch.int(copied.width).int(s.width).int(s.window.stride))?;
     Ok(to)
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Streams run in order; events tie them together. Nothing here waits for the device except where its name says so.
 
-use super::launch::{Launch, Ptr, TensorMap, TensorMapSpec};
+use super::launch::{BoxMapSpec, Launch, Ptr, TensorMap, TensorMapSpec};
 use crate::base::Result;
 use crate::graph::Kernels;
 
@@ -127,4 +127,10 @@ pub trait Driver: Send {
     /// # Errors
     /// When the device does not take it.
     fn tensor_map(&mut self, spec: &TensorMapSpec) -> Result<TensorMap>;
+
+    /// The same for boxes of four axes.
+    ///
+    /// # Errors
+    /// When the device does not take it.
+    fn box_map(&mut self, spec: &BoxMapSpec) -> Result<TensorMap>;
 }

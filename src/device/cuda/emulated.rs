@@ -4,7 +4,7 @@
 //! run. What the caller forgot to order by marks therefore happens in the wrong order sooner or later, and the same seed repeats it.
 
 use super::driver::{Driver, Facts, Mark, Stream};
-use super::launch::{Launch, Ptr, Swizzle, TensorMap, TensorMapSpec};
+use super::launch::{BoxMapSpec, Launch, Ptr, Swizzle, TensorMap, TensorMapSpec};
 use crate::base::philox::Sequence;
 use crate::base::{Error, Result};
 use crate::graph::Kernels;
@@ -37,6 +37,8 @@ static CUSTOM: Mutex<BTreeMap<&'static str, &'static Library>> = Mutex::new(BTre
 type Kernel = unsafe extern "C" fn(*const Settings, *mut *mut c_void) -> c_int;
 type LastError = unsafe extern "C" fn() -> *const c_char;
 type EncodeMap = unsafe extern "C" fn(*mut c_void, *const c_void, u32, u64, u64, u64, u32, u32, u32) -> c_int;
+type EncodeBoxMap =
+    unsafe extern "C" fn(*mut c_void, *const c_void, u32, *const u64, *const u64, *const u32, *const u32, u32) -> c_int;
 type Track = unsafe extern "C" fn(*const c_void, usize);
 type UntrackAll = unsafe extern "C" fn();
 type ChecksRaces = unsafe extern "C" fn() -> c_int;
@@ -48,6 +50,7 @@ struct Library {
     handle: *mut c_void,
     last_error: LastError,
     encode_map: EncodeMap,
+    encode_box_map: EncodeBoxMap,
     track: Track,
     untrack_all: UntrackAll,
     /// Whether these kernels were compiled for the race detector.
@@ -129,6 +132,8 @@ impl Library {
             last_error: unsafe { std::mem::transmute::<*mut c_void, LastError>(symbol(c"sim_last_error")?) },
             // SAFETY: as above.
             encode_map: unsafe { std::mem::transmute::<*mut c_void, EncodeMap>(symbol(c"sim_tensor_map")?) },
+            // SAFETY: as above.
+            encode_box_map: unsafe { std::mem::transmute::<*mut c_void, EncodeBoxMap>(symbol(c"sim_tensor_map_4d")?) },
             // SAFETY: as above.
             track: unsafe { std::mem::transmute::<*mut c_void, Track>(symbol(c"sim_track")?) },
             // SAFETY: as above.
@@ -474,6 +479,25 @@ impl Driver for Emulated {
                 spec.box_rows,
                 spec.box_cols,
                 swizzle,
+            )
+        };
+        if code == 0 { Ok(map) } else { Err(Error::Device(format!("tensor map: {}", library.error()))) }
+    }
+
+    fn box_map(&mut self, spec: &BoxMapSpec) -> Result<TensorMap> {
+        let mut map = TensorMap([0; 128]);
+        let library = self.libraries[0];
+        // SAFETY: writes 128 bytes to the map; the tensor is only named, and the arrays have the four axes, three for pitches.
+        let code = unsafe {
+            (library.encode_box_map)(
+                map.0.as_mut_ptr().cast(),
+                spec.base.0 as *const c_void,
+                2,
+                spec.sizes.as_ptr(),
+                spec.pitch_bytes.as_ptr(),
+                spec.boxed.as_ptr(),
+                spec.apart.as_ptr(),
+                128,
             )
         };
         if code == 0 { Ok(map) } else { Err(Error::Device(format!("tensor map: {}", library.error()))) }

@@ -4,7 +4,7 @@
 //! through a wrapper that tracks events by itself). Each call that can fail says what it was.
 
 use super::driver::{Driver, Facts, Mark, Stream};
-use super::launch::{Launch, Ptr, Swizzle, TensorMap, TensorMapSpec};
+use super::launch::{BoxMapSpec, Launch, Ptr, Swizzle, TensorMap, TensorMapSpec};
 use crate::base::{Error, Result};
 use crate::graph::Kernels;
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
@@ -309,9 +309,8 @@ impl Driver for Gpu {
     }
 
     fn tensor_map(&mut self, spec: &TensorMapSpec) -> Result<TensorMap> {
+        use sys::CUtensorMapDataType_enum as Type;
         use sys::CUtensorMapSwizzle_enum as Permutation;
-        use sys::{CUtensorMapDataType_enum as Type, CUtensorMapFloatOOBfill_enum as Fill};
-        use sys::{CUtensorMapInterleave_enum as Interleave, CUtensorMapL2promotion_enum as Promotion};
         let element = match spec.elem_bytes {
             2 => Type::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
             _ => Type::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
@@ -320,34 +319,56 @@ impl Driver for Gpu {
             Swizzle::None => Permutation::CU_TENSOR_MAP_SWIZZLE_NONE,
             Swizzle::Bytes128 => Permutation::CU_TENSOR_MAP_SWIZZLE_128B,
         };
-        let (sizes, pitch) = ([spec.cols, spec.rows], [spec.pitch_bytes]);
-        let (boxed, strides) = ([spec.box_cols, spec.box_rows], [1, 1]);
-        let mut map = sys::CUtensorMap { opaque: [0; 16] };
-        // SAFETY: the arrays have the two axes that the rank says, and the map is written whole.
-        unsafe {
-            sys::cuTensorMapEncodeTiled(
-                &raw mut map,
-                element,
-                2,
-                spec.base.0 as *mut _,
-                sizes.as_ptr(),
-                pitch.as_ptr(),
-                boxed.as_ptr(),
-                strides.as_ptr(),
-                Interleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-                swizzle,
-                Promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                Fill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-            )
-        }
-        .result()
-        .map_err(said(&format!("a tensor map of {spec:?}")))?;
-        let mut bytes = [0; 128];
-        for (to, word) in bytes.chunks_exact_mut(8).zip(map.opaque) {
-            to.copy_from_slice(&word.to_ne_bytes());
-        }
-        Ok(TensorMap(bytes))
+        let (sizes, boxed) = ([spec.cols, spec.rows], [spec.box_cols, spec.box_rows]);
+        encode_map(element, swizzle, spec.base, sizes, &[spec.pitch_bytes], boxed, [1, 1])
+            .map_err(said(&format!("a tensor map of {spec:?}")))
     }
+
+    fn box_map(&mut self, spec: &BoxMapSpec) -> Result<TensorMap> {
+        let element = sys::CUtensorMapDataType_enum::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+        let swizzle = sys::CUtensorMapSwizzle_enum::CU_TENSOR_MAP_SWIZZLE_128B;
+        encode_map(element, swizzle, spec.base, spec.sizes, &spec.pitch_bytes, spec.boxed, spec.apart)
+            .map_err(said(&format!("a tensor map of {spec:?}")))
+    }
+}
+
+/// A descriptor of a tensor of `AXES` axes, the innermost first; of all but that one `pitch_bytes` says how far elements lie apart.
+fn encode_map<const AXES: usize>(
+    element: sys::CUtensorMapDataType,
+    swizzle: sys::CUtensorMapSwizzle,
+    base: Ptr,
+    sizes: [u64; AXES],
+    pitch_bytes: &[u64],
+    boxed: [u32; AXES],
+    apart: [u32; AXES],
+) -> std::result::Result<TensorMap, DriverError> {
+    use sys::CUtensorMapFloatOOBfill_enum as Fill;
+    use sys::{CUtensorMapInterleave_enum as Interleave, CUtensorMapL2promotion_enum as Promotion};
+    assert_eq!(pitch_bytes.len() + 1, AXES, "the innermost axis has no pitch");
+    let mut map = sys::CUtensorMap { opaque: [0; 16] };
+    // SAFETY: the arrays have as many axes as the rank says, pitches one less, and the map is written whole.
+    unsafe {
+        sys::cuTensorMapEncodeTiled(
+            &raw mut map,
+            element,
+            AXES as u32,
+            base.0 as *mut _,
+            sizes.as_ptr(),
+            pitch_bytes.as_ptr(),
+            boxed.as_ptr(),
+            apart.as_ptr(),
+            Interleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+            swizzle,
+            Promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            Fill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    }
+    .result()?;
+    let mut bytes = [0; 128];
+    for (to, word) in bytes.chunks_exact_mut(8).zip(map.opaque) {
+        to.copy_from_slice(&word.to_ne_bytes());
+    }
+    Ok(TensorMap(bytes))
 }
 
 impl Drop for Gpu {

@@ -182,6 +182,21 @@ pub struct TensorMapSpec {
     pub swizzle: Swizzle,
 }
 
+/// A bf16 tensor of four axes, the innermost first, and the box of it that one bulk copy moves, swizzled over 128 bytes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct BoxMapSpec {
+    /// Its first element; a multiple of 16 bytes.
+    pub base: Ptr,
+    /// Elements along each axis; what lies outside reads as 0.
+    pub sizes: [u64; 4],
+    /// Bytes from an element to the next along each axis but the innermost; multiples of 16.
+    pub pitch_bytes: [u64; 3],
+    /// Elements of the tensor that the box spans along each axis, at most 256.
+    pub boxed: [u32; 4],
+    /// How far those lie apart that are moved, at most 8; 1 for the innermost axis.
+    pub apart: [u32; 4],
+}
+
 /// The compute stream of one task, as launch code sees it.
 pub struct Queue<'a> {
     pub(super) driver: &'a mut dyn Driver,
@@ -282,6 +297,14 @@ impl<'a> Queue<'a> {
     /// When the device does not take it.
     pub fn tensor_map(&mut self, spec: &TensorMapSpec) -> Result<TensorMap> {
         self.driver.tensor_map(spec)
+    }
+
+    /// The same for boxes of four axes.
+    ///
+    /// # Errors
+    /// When the device does not take it.
+    pub fn box_map(&mut self, spec: &BoxMapSpec) -> Result<TensorMap> {
+        self.driver.box_map(spec)
     }
 
     /// The GPU's compute capability: 90 for 9.0.

@@ -96,7 +96,7 @@ impl ConvSizes {
         if dtype != DType::Bf16 || self.is_pointwise() {
             return self.batch.max(1);
         }
-        let x = channels_last_bytes(self.batch, self.in_channels, self.plane());
+        let x = self.x_copy_bytes();
         let out = channels_last_bytes(self.batch, self.out_channels, self.out_plane());
         let rounds = usize::try_from(x.max(out).div_ceil(COPY_BYTES)).unwrap_or(usize::MAX);
         self.batch.div_ceil(rounds.clamp(1, self.batch.max(1))).max(1)
@@ -106,6 +106,22 @@ impl ConvSizes {
     pub fn is_pointwise(&self) -> bool {
         let Window { kernel, stride, padding } = self.window;
         kernel == [1, 1] && stride == 1 && padding == 0 && self.plane().is_multiple_of(GROUP)
+    }
+
+    /// The convolution of x's copy with its channels last: that of a filter of one tap has the pixels alone that the filter reads.
+    pub fn copied(&self) -> ConvSizes {
+        let Window { kernel, stride, padding } = self.window;
+        if kernel != [1, 1] || stride == 1 || padding != 0 {
+            return *self;
+        }
+        let window = Window { kernel, stride: 1, padding };
+        ConvSizes { height: self.out_height, width: self.out_width, window, ..*self }
+    }
+
+    /// Bytes of x's copy; 0 where x itself will do.
+    fn x_copy_bytes(&self) -> u64 {
+        let whole = channels_last_bytes(self.batch, self.in_channels, self.plane());
+        if whole == 0 { 0 } else { (self.batch * self.copied().plane() * padded(self.in_channels) * 2) as u64 }
     }
 
     /// The same with x and out exchanged.
@@ -198,10 +214,7 @@ pub fn conv_regions(op: &Op, dtype: DType, s: &ConvSizes) -> [u64; 4] {
     let s = s.with_batch(s.images_at_once(dtype).min(s.batch));
     let bf16 = dtype == DType::Bf16;
     let (x, out) = if bf16 && !s.is_pointwise() {
-        (
-            channels_last_bytes(s.batch, s.in_channels, s.plane()),
-            channels_last_bytes(s.batch, s.out_channels, s.out_plane()),
-        )
+        (s.x_copy_bytes(), channels_last_bytes(s.batch, s.out_channels, s.out_plane()))
     } else {
         (0, 0)
     };
@@ -277,6 +290,17 @@ mod tests {
         }
         assert_eq!(sizes(0, 64, 112, 64, 3, 1).images_at_once(DType::Bf16), 1);
         assert_eq!(sizes(3, 64, 1120, 64, 3, 1).images_at_once(DType::Bf16), 1);
+    }
+
+    #[test]
+    fn one_tap_reads_every_other_pixel() {
+        let s = sizes(2, 16, 9, 8, 1, 2);
+        assert_eq!(s.copied(), sizes(2, 16, 5, 8, 1, 1));
+        assert_eq!(conv_regions(&Op::Conv2d(s.window), DType::Bf16, &s)[1], 2 * 5 * 5 * 16 * 2);
+        let s = sizes(2, 16, 2, 8, 1, 2);
+        assert_eq!(conv_regions(&Op::Conv2d(s.window), DType::Bf16, &s)[1], 2 * 16 * 2, "one pixel of four");
+        let s = sizes(2, 16, 9, 8, 3, 2);
+        assert_eq!(s.copied(), s);
     }
 
     #[test]

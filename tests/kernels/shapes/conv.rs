@@ -17,6 +17,21 @@ pub fn cases(t: &mut Table) {
         ([3, 65, 1, 1], [127, 65, 1, 1], true, 1, 0),
         ([2, 8, 1, 1], [16, 8, 1, 1], false, 1, 0),
         ([2, 16, 9, 10], [8, 16, 1, 1], false, 2, 0),
+        // Strips of pixels that end within a plane, and several steps of channels.
+        ([3, 100, 20, 20], [70, 100, 1, 1], true, 1, 0),
+        ([5, 33, 12, 6], [130, 33, 1, 1], false, 1, 0),
+        // And a stride of 2, whose gradient is spread over even rows and columns: of an even and an odd number of rows.
+        ([4, 70, 20, 24], [50, 70, 1, 1], true, 2, 0),
+        ([5, 66, 7, 16], [40, 66, 1, 1], false, 2, 0),
+        // Boxes of pixels: parts of rows, of images and of the batch; two steps of channels; words of 16 to 2 bytes; classes of a stride with taps and
+        // without.
+        ([5, 80, 14, 14], [136, 80, 3, 3], true, 1, 1),
+        ([3, 43, 9, 7], [144, 43, 3, 3], true, 1, 1),
+        ([2, 64, 6, 40], [64, 64, 3, 3], true, 1, 1),
+        ([2, 46, 20, 17], [45, 46, 5, 3], false, 1, 2),
+        ([4, 64, 13, 12], [48, 64, 3, 3], true, 2, 1),
+        ([4, 48, 13, 16], [48, 48, 1, 1], true, 2, 0),
+        ([3, 48, 11, 13], [80, 48, 3, 5], false, 3, 2),
         // Strides that divide nothing, and pixels that no tap reaches.
         ([2, 16, 13, 12], [8, 16, 3, 3], false, 2, 1),
         ([1, 8, 9, 9], [8, 8, 2, 2], true, 3, 0),
