@@ -476,7 +476,7 @@ fn padded(graph: &Graph) -> HashSet<Value> {
         _ => false,
     };
     let made = graph.nodes.iter().filter(|node| makes(node)).map(|node| node.outputs[0]);
-    let mut found: HashSet<Value> = made.filter(|&v| graph.info(v).shape.cols() % 8 != 0).collect();
+    let mut found: HashSet<Value> = made.filter(|&v| !graph.info(v).shape.cols().is_multiple_of(8)).collect();
     for node in &graph.nodes {
         for (operand, &value) in node.inputs.iter().enumerate() {
             if !takes(&node.op, operand) || graph.root(value) != value {
