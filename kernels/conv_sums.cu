@@ -7,7 +7,7 @@
 //
 // Bias: a block of 256 threads sums `part_elems` values of one channel (blockIdx.x = channel * parts + part), 16 bytes a load where
 // planes are whole packs; threads, then lanes by halves, then warps in order. With several parts, a warp a channel adds them.
-// Weight: a thread an element, parts in order, 8 loads in flight. All of it is bound by memory: one read of d_out, or of the partial
+// Weight: a thread an element, parts in order, 8 loads in flight; where channels follow each other in the parts, a warp 8 channels by 4 taps. All of it is bound by memory: one read of d_out, or of the partial
 // sums, which the split keeps below 34 MB, so that they come from the L2 cache.
 #include "gpu.cuh"
 #include "gpu/conv.cuh"
@@ -99,11 +99,19 @@ GPU_EXPORT(conv2d_grad_bias_sum)
 extern "C" __global__ void __launch_bounds__(THREADS)
 conv2d_grad_weight_sum(float* d_weight, const float* partials, const Now* now, int out_channels, int in_channels, int taps,
                        int64_t row_pitch, int channel_pitch, int tap_pitch, int parts, int accumulator) {
-  int64_t index = (int64_t)blockIdx.x * THREADS + threadIdx.x;
-  if (index >= (int64_t)out_channels * in_channels * taps) return;
-  Divided pair = divided(index, taps), row = divided(pair.quotient, in_channels);
-  int64_t place = (int64_t)row.remainder * channel_pitch + (int64_t)pair.remainder * tap_pitch;
-  const float* from = partials + row.quotient * row_pitch + place;
+  int64_t index = (int64_t)blockIdx.x * THREADS + threadIdx.x, row;
+  int channel, tap;
+  if (tap_pitch == 1 || taps == 1) {
+    Divided pair = divided(index, taps), whole = divided(pair.quotient, in_channels);
+    row = whole.quotient, channel = whole.remainder, tap = pair.remainder;
+  } else {
+    // Channels follow each other in the parts and taps in the gradient: 8 of those by 4 of these a warp, so that it reads whole sectors.
+    Divided taps_of = divided(index / 32, (taps + 3) / 4), channels_of = divided(taps_of.quotient, (in_channels + 7) / 8);
+    row = channels_of.quotient, channel = channels_of.remainder * 8 + (int)(index % 8), tap = taps_of.remainder * 4 + (int)(index / 8 % 4);
+  }
+  if (row >= out_channels || channel >= in_channels || tap >= taps) return;
+  index = (row * in_channels + channel) * taps + tap;
+  const float* from = partials + row * row_pitch + (int64_t)channel * channel_pitch + (int64_t)tap * tap_pitch;
   float sum = 0;
 #pragma unroll 8
   for (int part = 0; part < parts; part++) sum += from[part * out_channels * row_pitch];

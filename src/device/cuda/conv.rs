@@ -155,7 +155,10 @@ fn add_parts(
     // Elements from a channel to the next in a part, and from a tap to the next.
     let (channel_pitch, tap_pitch) =
         if o.in_dtype(0) == DType::Bf16 { (1, columns.checked_div(s.taps()).unwrap_or(0)) } else { (s.taps(), 1) };
-    let blocks = o.out_elems(0).div_ceil(SUM_THREADS);
+    // Where channels follow each other a warp has 8 of them under 4 taps.
+    let warps = s.out_channels * s.in_channels.div_ceil(8) * s.taps().div_ceil(4);
+    let threads = if tap_pitch == 1 || s.taps() == 1 { o.out_elems(0) } else { warps * 32 };
+    let blocks = threads.div_ceil(SUM_THREADS);
     let sum = Launch::new("conv2d_grad_weight_sum", [blocks, 1, 1], SUM_THREADS as u32);
     let sum = sum.ptr(o.output(0)).ptr(partials).ptr(q.now).int(s.out_channels).int(s.in_channels).int(s.taps());
     q.launch(sum.long(columns).int(channel_pitch).int(tap_pitch).int(parts).int(accumulator))
