@@ -56,7 +56,8 @@ pub struct Buffer {
     pub shape: Shape,
     /// Its element type.
     pub dtype: DType,
-    /// Elements from one row (of the last axis) to the next: as many as a row has, or in the workspace [`padded_cols`] of them.
+    /// Elements from one row (of the last axis) to the next: as many as a row has, or in the workspace up to 7 more, so that rows
+    /// start at multiples of 16 bytes.
     pub pitch: usize,
 }
 
@@ -74,7 +75,7 @@ impl Buffer {
 }
 
 /// Columns that a row of `cols` has room for where rows are to start at multiples of 16 bytes: what bulk copies of bf16 need.
-pub fn padded_cols(cols: usize) -> usize {
+fn padded_cols(cols: usize) -> usize {
     cols.next_multiple_of(8)
 }
 
