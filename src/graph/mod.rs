@@ -12,6 +12,7 @@ mod graph;
 pub mod kinds;
 mod layout;
 mod op;
+mod padding;
 mod place;
 mod program;
 mod scratch;
