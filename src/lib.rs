@@ -9,6 +9,7 @@ pub mod device;
 pub mod engine;
 pub mod graph;
 pub mod nn;
+pub mod sched;
 pub mod spill;
 pub mod trace;
 pub mod train;

@@ -1,0 +1,112 @@
+//! What a policy sees: models and devices at the moment when one device can take another unit.
+
+/// A model's number, in the order in which models came.
+pub type ModelId = u16;
+
+/// A device's number.
+pub type DeviceId = u16;
+
+/// Who has claimed a model's units.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Claim {
+    /// Nobody: its next unit may start anywhere.
+    Idle,
+    /// This device has all of its claimed units in its queue; only there may the next one follow them.
+    By(DeviceId),
+    /// It has no unit to give: it has ended, or waits for its data.
+    Away,
+}
+
+/// A model as a policy sees it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelView {
+    /// Which; its place in [`View::models`] too.
+    pub id: ModelId,
+    /// Who has claimed its units.
+    pub claim: Claim,
+    /// The one device that may run its next unit, where its state is at home on a device.
+    pub pinned: Option<DeviceId>,
+    /// Predicted seconds, on a device of speed 1, of all units to come; claimed ones are left out.
+    pub remaining_secs: f64,
+    /// The next unit's shard.
+    pub shard: u16,
+    /// The next unit's arithmetic, in seconds on a device of speed 1.
+    pub unit_secs: f64,
+    /// Bytes of weights that the next unit fetches, unless the device holds its shard ([`DeviceView::held`]).
+    pub weight_bytes: u64,
+    /// Bytes of boundary tensors that it fetches, unless its predecessor ran on the same device.
+    pub boundary_bytes: u64,
+    /// Bytes that leave after it.
+    pub leave_bytes: u64,
+    /// Where its last claimed unit ran or will run.
+    pub last_device: Option<DeviceId>,
+}
+
+/// A device as a policy sees it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DeviceView {
+    /// Which; its place in [`View::devices`] too.
+    pub id: DeviceId,
+    /// Its arithmetic rate over that of the first device.
+    pub speed: f64,
+    /// Shards in its weight slots that are of use as they are.
+    pub held: Vec<(ModelId, u16)>,
+    /// Units in its queue, the running one included.
+    pub claimed: usize,
+    /// Predicted seconds until its queue has run.
+    pub busy_secs: f64,
+    /// Bytes per second to it.
+    pub h2d_bytes_per_sec: f64,
+    /// Predicted seconds until all copies to it that are asked for have arrived.
+    pub h2d_secs: f64,
+}
+
+/// The moment of a choice.
+#[derive(Clone, Copy, Debug)]
+pub struct View<'a> {
+    /// The device that can take another unit.
+    pub device: DeviceId,
+    /// How many choices were made before.
+    pub choices: u64,
+    /// The model chosen last, by whichever device.
+    pub last: Option<ModelId>,
+    /// All models, by number.
+    pub models: &'a [ModelView],
+    /// All devices, by number.
+    pub devices: &'a [DeviceView],
+    /// Bytes per second that all devices' links share; `None` where each has its own.
+    pub shared_bytes_per_sec: Option<f64>,
+}
+
+impl<'a> View<'a> {
+    /// Whether the device may take this model's next unit.
+    pub fn may_take(&self, model: &ModelView) -> bool {
+        let free = match model.claim {
+            Claim::Idle => true,
+            Claim::By(device) => device == self.device,
+            Claim::Away => false,
+        };
+        free && model.pinned.is_none_or(|device| device == self.device)
+    }
+
+    /// The models whose next unit the device may take, by number.
+    pub fn candidates(&self) -> impl Iterator<Item = &'a ModelView> {
+        let view = *self;
+        self.models.iter().filter(move |model| view.may_take(model))
+    }
+
+    /// The device that can take another unit.
+    pub fn asking(&self) -> &'a DeviceView {
+        &self.devices[usize::from(self.device)]
+    }
+}
+
+/// Chooses which model's next unit a device takes.
+pub trait Policy: Send {
+    /// Its name, for messages and results.
+    fn name(&self) -> &str;
+
+    /// One of [`View::candidates`], or `None` to leave the device waiting until something ends. It is asked only when there is a candidate.
+    /// Anything else ends the run with an error that names the policy.
+    fn choose(&self, view: &View) -> Option<ModelId>;
+}
