@@ -46,9 +46,9 @@ fn train(gpt: &dyn Network, options: &TrainOptions, cost: &CostModel) -> Result<
     };
     session.run(&mut watch, &AtomicBool::new(false))?;
     let engine = session.engine();
-    assert_eq!(engine.high_water_bytes(), engine.plan().arena.bytes, "the plan knows the peak to the byte");
-    let parameters = 0..engine.model().train.parameters.len();
-    let weights = parameters.flat_map(|i| engine.read_parameter(Stored::Weight, i)).map(f32::to_bits).collect();
+    assert_eq!(engine.high_water_bytes(0), engine.plan(0).arena.bytes, "the plan knows the peak to the byte");
+    let parameters = 0..engine.model(0).train.parameters.len();
+    let weights = parameters.flat_map(|i| engine.read_parameter(0, Stored::Weight, i)).map(f32::to_bits).collect();
     Ok((weights, losses))
 }
 

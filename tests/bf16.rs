@@ -95,8 +95,8 @@ impl Observer for StopAt {
         Ok(())
     }
 
-    fn checkpoint(&mut self, step: u64, session: &Session) -> Result<()> {
-        write_checkpoint(&self.path, session.engine(), self.identity, step)
+    fn checkpoint(&mut self, step: u64, engine: &Engine, model: usize) -> Result<()> {
+        write_checkpoint(&self.path, engine, model, self.identity, step)
     }
 }
 
@@ -133,9 +133,9 @@ fn a_stopped_run_goes_on_with_the_same_bits() {
             let options = resident(second);
             let mut session = small.session(small.plan(&options).expect("a plan"), &options).expect("a session");
             let mut checkpoint = Checkpoint::open(&path).expect("it is sound").expect("it is there");
-            let model = Arc::clone(session.engine().model());
+            let model = Arc::clone(session.engine().model(0));
             checkpoint.check(identity, &model, 2).expect("of the same run");
-            checkpoint.restore(session.engine_mut()).expect("restored");
+            checkpoint.restore(session.engine_mut(), 0).expect("restored");
             session.start_at(checkpoint.step(), small.source(options.batch, options.seed)).expect("started");
             session.run(&mut (), &AtomicBool::new(false)).expect("a run");
             let mut got = Outcome { losses: want.losses.clone(), ..Outcome::default() };
@@ -197,9 +197,9 @@ fn logits_are_near_those_of_f32() {
         let device = Box::new(HostDevice::new(&config).expect("a device"));
         let mut engine = Engine::new(Arc::clone(&model), plan, device, EngineOptions::new(0, &model));
         for (i, parameter) in model.train.parameters.iter().enumerate() {
-            engine.write_parameter(Stored::Weight, i, &nn::init::initial(parameter, i, 1));
+            engine.write_parameter(0, Stored::Weight, i, &nn::init::initial(parameter, i, 1));
         }
-        engine.wait_logits(&[bytemuck::cast_slice(&ids)]).expect("logits")
+        engine.wait_logits(0, &[bytemuck::cast_slice(&ids)]).expect("logits")
     };
     let (single, half) = (logits(DType::F32), logits(DType::Bf16));
     let apart = distance(&half, &single);

@@ -160,19 +160,19 @@ fn what_is_not_finite_is_named() {
         let config = CudaConfig { arenas: vec![plan.arena.bytes], host_bytes: plan.host.bytes, ..Default::default() };
         let device = CudaDevice::new(Box::new(Emulated::new(80, 2).expect("an emulator")), &config).expect("a device");
         let mut driver = Driver::new(&small, (model, plan), Box::new(device), &options);
-        let model = std::sync::Arc::clone(driver.engine.model());
+        let model = std::sync::Arc::clone(driver.engine.model(0));
         let parameter = model.train.parameters.iter().position(|p| p.layers[0] == 2).expect("a block has parameters");
-        let mut values = driver.engine.read_parameter(Stored::Weight, parameter);
+        let mut values = driver.engine.read_parameter(0, Stored::Weight, parameter);
         values.fill(f32::INFINITY);
-        driver.engine.write_parameter(Stored::Weight, parameter, &values);
-        let other = driver.engine.read_parameter(Stored::Weight, 0);
+        driver.engine.write_parameter(0, Stored::Weight, parameter, &values);
+        let other = driver.engine.read_parameter(0, Stored::Weight, 0);
         driver.begin(0, |_| ()).expect("a step begins");
-        let error = driver.engine.wait_step().expect_err("the loss is not finite");
+        let error = driver.engine.wait_step(0).expect_err("the loss is not finite");
         let name = &model.train.layers[2].name;
         assert!(matches!(error, Error::BadInput(_)), "{error}");
         assert!(error.to_string().contains(name), "{name} is not in: {error}");
-        let _ = driver.engine.wait_home();
-        assert_eq!(driver.engine.read_parameter(Stored::Weight, 0), other, "a weight changed, resident {resident}");
+        let _ = driver.engine.wait_home(0);
+        assert_eq!(driver.engine.read_parameter(0, Stored::Weight, 0), other, "a weight changed, resident {resident}");
     }
 }
 

@@ -66,11 +66,11 @@ fn driver_of(small: &Small, plan: &PlanOptions, link: Option<f64>, dtype: DType)
 
 /// Bits of all weights and moments in the host's store.
 fn state(engine: &Engine) -> Vec<Vec<u32>> {
-    let kinds = std::iter::once(Stored::Weight).chain((0..engine.plan().moments).map(Stored::Moment));
+    let kinds = std::iter::once(Stored::Weight).chain((0..engine.plan(0).moments).map(Stored::Moment));
     let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect();
     kinds
-        .flat_map(|kind| (0..engine.model().train.parameters.len()).map(move |i| (kind, i)))
-        .map(|(kind, i)| bits(engine.read_parameter(kind, i)))
+        .flat_map(|kind| (0..engine.model(0).train.parameters.len()).map(move |i| (kind, i)))
+        .map(|(kind, i)| bits(engine.read_parameter(0, kind, i)))
         .collect()
 }
 
@@ -80,12 +80,12 @@ fn until_error(driver: &mut Driver, change: impl Fn(u64, &mut hydra::data::Batch
     let mut run = |results: &mut Vec<StepResult>| -> Result<()> {
         for step in 0..driver.options.steps {
             driver.begin(step, |batch| change(step, batch))?;
-            if driver.engine.steps_in_flight() == 2 {
-                results.push(driver.engine.wait_step()?);
+            if driver.engine.steps_in_flight(0) == 2 {
+                results.push(driver.engine.wait_step(0)?);
             }
         }
-        while driver.engine.steps_in_flight() > 0 {
-            results.push(driver.engine.wait_step()?);
+        while driver.engine.steps_in_flight(0) > 0 {
+            results.push(driver.engine.wait_step(0)?);
         }
         Ok(())
     };
@@ -97,15 +97,15 @@ fn until_error(driver: &mut Driver, change: impl Fn(u64, &mut hydra::data::Batch
 fn check_planted(small: &Small, dtype: DType) {
     let driver = |small: &Small, plan: &PlanOptions, link| driver_of(small, plan, link, dtype);
     for (what, plan) in plans() {
-        let layers = driver(small, &plan, None).engine.model().train.layers.len();
+        let layers = driver(small, &plan, None).engine.model(0).train.layers.len();
         for layer in 0..layers {
             let mut driver = driver(small, &plan, None);
-            let model = std::sync::Arc::clone(driver.engine.model());
+            let model = std::sync::Arc::clone(driver.engine.model(0));
             let name = &model.train.layers[layer].name;
             let Some(parameter) = model.train.parameters.iter().position(|p| p.layers[0] == layer) else { continue };
-            let mut values = driver.engine.read_parameter(Stored::Weight, parameter);
+            let mut values = driver.engine.read_parameter(0, Stored::Weight, parameter);
             values.fill(f32::INFINITY);
-            driver.engine.write_parameter(Stored::Weight, parameter, &values);
+            driver.engine.write_parameter(0, Stored::Weight, parameter, &values);
             let before = state(&driver.engine);
             let (results, error) = until_error(&mut driver, |_, _| ());
             let error = error.unwrap_or_else(|| panic!("{what}, {name}: no error"));
@@ -117,7 +117,7 @@ fn check_planted(small: &Small, dtype: DType) {
             assert!(message.ends_with(&end), "{what}, {name}: {message}");
             assert!(state(&driver.engine) == before, "{what}, {name}: a weight has changed");
             assert!(
-                driver.engine.wait_step().is_err() && driver.engine.wait_home().is_err(),
+                driver.engine.wait_step(0).is_err() && driver.engine.wait_home(0).is_err(),
                 "{what}: the run is over"
             );
         }
@@ -160,11 +160,11 @@ fn a_bad_pixel_stops_its_step_and_the_one_behind_it() {
             });
             assert_eq!(results.iter().map(|r| r.step).collect::<Vec<_>>(), [0, 1], "{what}");
             let message = error.unwrap_or_else(|| panic!("{what}: no error")).to_string();
-            let first = &driver.engine.model().train.layers[0].name;
+            let first = &driver.engine.model(0).train.layers[0].name;
             let end = format!("the loss is NaN at step 2; the first layer whose output is not finite is {first}");
             assert_eq!(message, end, "{what}");
             // A resident model's weights are on the device, where a run that is over leaves them.
-            if !driver.engine.plan().choice.resident {
+            if !driver.engine.plan(0).choice.resident {
                 assert!(state(&driver.engine) == want, "{what}: a weight has changed");
             }
         }
@@ -177,13 +177,13 @@ fn the_first_layer_is_the_first_of_all_microbatches() {
     let small = Small::gpt(14, 2, 2, 9, 0.0);
     for (what, plan) in plans() {
         let mut driver = driver(&small, &plan, None);
-        let model = std::sync::Arc::clone(driver.engine.model());
+        let model = std::sync::Arc::clone(driver.engine.model(0));
         let table = model.train.parameters.iter().position(|p| p.name.ends_with("wte.weight")).expect("embeddings");
-        let mut values = driver.engine.read_parameter(Stored::Weight, table);
+        let mut values = driver.engine.read_parameter(0, Stored::Weight, table);
         let width = *model.train.parameters[table].shape.axes().last().expect("a matrix");
         values[7 * width..8 * width].fill(3e38);
         values[8 * width..9 * width].fill(f32::INFINITY);
-        driver.engine.write_parameter(Stored::Weight, table, &values);
+        driver.engine.write_parameter(0, Stored::Weight, table, &values);
         let (_, error) = until_error(&mut driver, |_, batch| {
             let ids = batch.tensors.iter_mut().find(|t| t.name == "input_ids").expect("ids").as_i32_mut();
             ids.iter_mut().for_each(|id| *id %= 7);

@@ -194,9 +194,9 @@ fn run_on_host(chain: &Chain, slots: Option<usize>, link: Option<f64>, clip: Opt
         |count: usize, by: f64| -> Vec<f32> { (0..count).map(|_| ((random.part() - 0.5) * by) as f32).collect() };
     for (i, parameter) in model.train.parameters.iter().enumerate() {
         let values = floats(parameter.shape.elems(), 0.1);
-        engine.write_parameter(Stored::Weight, i, &values);
-        engine.write_parameter(Stored::Moment(0), i, &vec![0.0; values.len()]);
-        engine.write_parameter(Stored::Moment(1), i, &vec![0.0; values.len()]);
+        engine.write_parameter(0, Stored::Weight, i, &values);
+        engine.write_parameter(0, Stored::Moment(0), i, &vec![0.0; values.len()]);
+        engine.write_parameter(0, Stored::Moment(1), i, &vec![0.0; values.len()]);
     }
     let dir = tempfile::tempdir().expect("a directory");
     let path = dir.path().join("trace.json");
@@ -207,25 +207,25 @@ fn run_on_host(chain: &Chain, slots: Option<usize>, link: Option<f64>, clip: Opt
     let labels: Vec<i32> = (0..rows as i32).map(|r| r % 5).collect();
     let mut bits = Vec::new();
     let mut wait = |engine: &mut Engine| {
-        let result = engine.wait_step().expect("nothing fails");
+        let result = engine.wait_step(0).expect("nothing fails");
         bits.extend([u64::from(result.loss.to_bits()), result.grad_norm.to_bits()]);
     };
     for step in 0..steps {
-        if engine.steps_in_flight() == 2 {
+        if engine.steps_in_flight(0) == 2 {
             wait(&mut engine);
         }
         let inputs = vec![bytemuck::cast_slice(&x), bytemuck::cast_slice(&labels)];
         let input = StepInput { step, inputs, loss_scale: 1.0 / rows as f64, rule: rule(plan.moments, step + 1), clip };
-        engine.begin_step(&input).expect("fewer than two in flight");
+        engine.begin_step(0, &input).expect("fewer than two in flight");
     }
-    while engine.steps_in_flight() > 0 {
+    while engine.steps_in_flight(0) > 0 {
         wait(&mut engine);
     }
-    engine.wait_home().expect("nothing fails");
-    assert_eq!(engine.high_water_bytes(), plan.arena.bytes, "predicted peak against touched bytes");
+    engine.wait_home(0).expect("nothing fails");
+    assert_eq!(engine.high_water_bytes(0), plan.arena.bytes, "predicted peak against touched bytes");
     for i in 0..model.train.parameters.len() {
         for what in [Stored::Weight, Stored::Moment(0), Stored::Moment(1)] {
-            bits.extend(engine.read_parameter(what, i).into_iter().map(|v| u64::from(v.to_bits())));
+            bits.extend(engine.read_parameter(0, what, i).into_iter().map(|v| u64::from(v.to_bits())));
         }
     }
     let summary = engine.take_recorder().expect("given above").finish().expect("the file is whole");

@@ -66,8 +66,8 @@ fn first_error(driver: &mut Driver) -> Option<Error> {
         if let Err(error) = driver.begin(step, |_| ()) {
             return Some(error);
         }
-        if driver.engine.steps_in_flight() == 2
-            && let Err(error) = driver.engine.wait_step()
+        if driver.engine.steps_in_flight(0) == 2
+            && let Err(error) = driver.engine.wait_step(0)
         {
             return Some(error);
         }
@@ -137,8 +137,8 @@ fn a_panic_on_a_lane_ends_the_run() {
                         }
                     };
                     error = driver.begin(step, spoil).err();
-                    while error.is_none() && driver.engine.steps_in_flight() == 2 {
-                        error = driver.engine.wait_step().err();
+                    while error.is_none() && driver.engine.steps_in_flight(0) == 2 {
+                        error = driver.engine.wait_step(0).err();
                     }
                     if error.is_some() {
                         break;
@@ -147,7 +147,7 @@ fn a_panic_on_a_lane_ends_the_run() {
                 let error = error.unwrap_or_else(|| panic!("{name}: nothing happened"));
                 assert!(matches!(error, Error::Device(_)), "{name}: {error}");
                 assert!(error.to_string().contains("a task panicked: "), "{name}: {error}");
-                assert!(driver.engine.wait_step().is_err() && driver.engine.wait_idle().is_err());
+                assert!(driver.engine.wait_step(0).is_err() && driver.engine.wait_idle().is_err());
                 // The drop is inside the time too.
             });
         }

@@ -7,6 +7,7 @@ use common::small::Small;
 use common::stated;
 use hydra::base::{DType, LaneId, LaneKind, Result};
 use hydra::data::{Source, TextOptions, TextSource, Tokenizer};
+use hydra::engine::Engine;
 use hydra::nn;
 use hydra::spill::PlanOptions;
 use hydra::trace::{Keep, Recorder, RecorderOptions};
@@ -116,7 +117,7 @@ impl Observer for Watch {
         self.done == FIRST
     }
 
-    fn checkpoint(&mut self, _: u64, _: &Session) -> Result<()> {
+    fn checkpoint(&mut self, _: u64, _: &Engine, _: usize) -> Result<()> {
         self.live.push(LIVE_BYTES.load(Ordering::Relaxed));
         Ok(())
     }

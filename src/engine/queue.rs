@@ -20,22 +20,30 @@ pub(super) struct Order {
     pub lane: u16,
     pub task: Task,
     pub name: TaskName,
+    /// The work of its model that it belongs to.
+    pub serial: u64,
     pub step: u64,
     pub deadline: Deadline,
+    /// Whether it is the last compute task of a unit.
+    pub ends_unit: bool,
 }
 
 #[derive(Debug)]
 struct Entry {
     lane: u16,
     name: TaskName,
+    serial: u64,
     step: u64,
     deadline: Deadline,
+    ends_unit: bool,
     bytes: u64,
     flops: f64,
     /// Until it is submitted.
     task: Option<Task>,
     ticket: Option<Ticket>,
     done: bool,
+    /// Its model wants it no more: it ends, without having run, once all that it waits for has.
+    dropped: bool,
     /// Tasks it waits for.
     after: Vec<TaskId>,
     /// Of `after`, those not on a lane yet, and those not done yet.
@@ -68,6 +76,8 @@ struct LaneQueue {
 pub(super) struct Finished {
     pub lane: LaneId,
     pub name: TaskName,
+    pub serial: u64,
+    pub ends_unit: bool,
     pub step: u64,
     pub bytes: u64,
     pub flops: f64,
@@ -155,13 +165,16 @@ impl Queue {
         self.entries.push_back(Entry {
             lane: order.lane,
             name: order.name,
+            serial: order.serial,
             step: order.step,
             deadline: order.deadline,
+            ends_unit: order.ends_unit,
             bytes: order.task.bytes(),
             flops: order.task.flops(),
             task: Some(order.task),
             ticket: None,
             done: false,
+            dropped: false,
             not_done: after.len() as u32,
             not_submitted,
             after,
@@ -248,58 +261,82 @@ impl Queue {
         let finished = Finished {
             lane: lane.id,
             name: entry.name,
+            serial: entry.serial,
+            ends_unit: entry.ends_unit,
             step: entry.step,
             bytes: entry.bytes,
             flops: entry.flops,
             event: entry.event,
             after: waited.0,
         };
-        let dependents = std::mem::take(&mut entry.dependents);
+        self.release_dependents(id, Some((finished.event, end_secs)));
+        self.forget_done();
+        finished
+    }
+
+    /// Tells those that wait for a task that it is over; `event`: it ran. Dropped ones among them may be over with that.
+    fn release_dependents(&mut self, id: TaskId, event: Option<(u64, f64)>) {
+        let dependents = std::mem::take(&mut self.entries[(id - self.first) as usize].dependents);
         for &dependent in &dependents {
             let entry = &mut self.entries[(dependent - self.first) as usize];
             entry.not_done -= 1;
-            if end_secs >= entry.waited.1 {
-                entry.waited = (finished.event, end_secs);
+            match event {
+                Some(event) if event.1 >= entry.waited.1 => entry.waited = event,
+                Some(_) => {}
+                // It was never submitted, and never will be.
+                None => entry.not_submitted -= 1,
             }
-            if entry.not_done == 0 && entry.ticket.is_none() {
-                let lane = &mut self.lanes[entry.lane as usize];
-                if lane.id.kind != LaneKind::Compute {
-                    lane.ready.insert((entry.deadline, dependent));
-                }
+            if entry.not_done > 0 || entry.ticket.is_some() {
+                continue;
+            }
+            if entry.dropped {
+                entry.done = true;
+                self.release_dependents(dependent, None);
+                continue;
+            }
+            let lane = &mut self.lanes[entry.lane as usize];
+            if lane.id.kind != LaneKind::Compute {
+                lane.ready.insert((entry.deadline, dependent));
             }
         }
+    }
+
+    fn forget_done(&mut self) {
         while self.entries.front().is_some_and(|e| e.done) {
             self.entries.pop_front();
             self.first += 1;
         }
-        finished
     }
 
-    /// Forgets every task that is not on a lane yet.
-    pub fn cancel(&mut self) {
-        for entry in &mut self.entries {
-            entry.task = None;
-            // Tasks in flight end later; nobody is to become ready then.
-            entry.dependents.clear();
+    /// Drops a model's tasks that are not on a lane, and tells of which work each was.
+    pub fn drop_model(&mut self, model: usize, mut told: impl FnMut(u64)) {
+        let first = self.first;
+        let mut over = Vec::new();
+        for (i, entry) in self.entries.iter_mut().enumerate() {
+            if usize::from(entry.name.model) != model || entry.ticket.is_some() || entry.dropped {
+                continue;
+            }
+            (entry.task, entry.dropped) = (None, true);
+            told(entry.serial);
+            if entry.not_done == 0 {
+                over.push(first + i as u64);
+            }
         }
+        let entries = &self.entries;
+        let dropped = |id: TaskId| entries[(id - first) as usize].dropped;
         for lane in &mut self.lanes {
-            lane.in_order.clear();
-            lane.waiting.clear();
-            lane.ready.clear();
+            lane.in_order.retain(|&id| !dropped(id));
+            lane.waiting.retain(|&(_, id)| !dropped(id));
+            lane.ready.retain(|&(_, id)| !dropped(id));
         }
-    }
-
-    /// Whether any lane has a task.
-    pub fn in_flight(&self) -> bool {
-        self.lanes.iter().any(|l| !l.in_flight.is_empty())
-    }
-
-    /// Forgets everything; no task may be in flight.
-    pub fn reset(&mut self) {
-        debug_assert!(!self.in_flight());
-        self.first = self.next_id();
-        self.entries.clear();
-        self.hazards = Hazards::default();
+        for id in over {
+            let entry = &mut self.entries[(id - first) as usize];
+            if !entry.done {
+                entry.done = true;
+                self.release_dependents(id, None);
+            }
+        }
+        self.forget_done();
     }
 
     /// Who waits for whom, for people: the head of every lane, or else the first task that has not reached it.

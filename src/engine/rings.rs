@@ -1,9 +1,10 @@
-//! Which shard's weights, which boundary tensor, each slot of the arena holds: decided in program order, when tasks are created.
+//! Which shard's weights, which boundary tensor, each slot of an arena holds: decided in program order, when tasks are created.
 //!
+//! Models whose shards run on any device share a device's slots; a model at home on a device has slots of its own there.
 //! Invariant: a slot names what it will hold once all tasks created so far have run. Whether it may be overwritten yet is not decided
 //! here: the bytes' own history does that (`hazards`).
 
-use crate::spill::{BoundaryTier, Plan};
+use crate::spill::ArenaMap;
 
 /// Slots that are handed out again in the order of their last use.
 #[derive(Debug)]
@@ -51,6 +52,11 @@ impl<K: Copy + PartialEq> Slots<K> {
         self.touch(slot);
     }
 
+    /// What the slots hold.
+    pub fn held(&self) -> impl Iterator<Item = K> {
+        self.holds.iter().copied().flatten()
+    }
+
     /// Whether `slot` holds `key`.
     pub fn has(&self, slot: usize, key: K) -> bool {
         self.holds[slot] == Some(key)
@@ -67,46 +73,55 @@ impl<K: Copy + PartialEq> Slots<K> {
     }
 }
 
-/// A boundary tensor: the boundary after a shard, and the microbatch.
-pub(super) type Place = (usize, usize);
+/// A shard of a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct ShardOf {
+    pub model: usize,
+    pub shard: usize,
+}
 
-/// All slots of an arena.
+/// A boundary tensor: the boundary after a shard, and the microbatch. The serial tells it from that of another step or evaluation, whose
+/// entry on a device that has not been there since is stale.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    pub model: usize,
+    pub serial: u64,
+    pub boundary: usize,
+    pub microbatch: usize,
+}
+
+/// Slots of one arena that are handed out together.
 #[derive(Debug)]
 pub(super) struct Rings {
     /// Weight slots, by shard.
-    pub weights: Slots<usize>,
-    /// Boundary activations.
+    pub weights: Slots<ShardOf>,
+    /// Boundary activations, where they visit.
     pub activations: Slots<Place>,
     /// Boundary gradients.
     pub gradients: Slots<Place>,
+    /// Remainders and moments, where they visit for an update.
+    pub update_states: Slots<ShardOf>,
     /// Next entry for the batch's tensors.
     next_input: usize,
     inputs: usize,
     /// Next gradient slot.
     next_gradient: usize,
     gradient_slots: usize,
-    /// Resident: remainders and moments have been brought to the device.
-    pub state_fetched: bool,
 }
 
 impl Rings {
-    pub fn new(plan: &Plan, microbatches: usize) -> Self {
-        let mut rings = Rings {
-            weights: Slots::new(plan.arena.weight_slots.len()),
-            activations: Slots::new(plan.arena.activations.len()),
-            gradients: Slots::new(plan.arena.gradients.len()),
+    /// Empty slots, as many as the map has.
+    pub fn new(map: &ArenaMap) -> Self {
+        Rings {
+            weights: Slots::new(map.weight_slots.len()),
+            activations: Slots::new(map.activations.len()),
+            gradients: Slots::new(map.gradients.len()),
+            update_states: Slots::new(map.update_states.len()),
             next_input: 0,
-            inputs: plan.arena.inputs.len(),
+            inputs: map.inputs.len(),
             next_gradient: 0,
-            gradient_slots: plan.arena.gradient_slots.len(),
-            state_fetched: false,
-        };
-        if plan.choice.activations == BoundaryTier::Device {
-            for entry in 0..plan.arena.activations.len() {
-                rings.activations.pin(entry, (entry / microbatches, entry % microbatches));
-            }
+            gradient_slots: map.gradient_slots.len(),
         }
-        rings
     }
 
     /// The next entry for the batch's tensors.
@@ -121,15 +136,13 @@ impl Rings {
         self.next_gradient
     }
 
-    /// Forgets every copy whose home is in the host's store.
-    pub fn forget_all(&mut self, plan: &Plan) {
-        if !plan.choice.resident {
-            self.weights.forget(|_| true);
+    /// Forgets every copy of a model's tensors. `resident`: its weights are at home in these slots, and stay.
+    pub fn forget_model(&mut self, model: usize, resident: bool) {
+        if !resident {
+            self.weights.forget(|held| held.model == model);
         }
-        if plan.choice.activations != BoundaryTier::Device {
-            self.activations.forget(|_| true);
-        }
-        self.gradients.forget(|_| true);
+        self.activations.forget(|place| place.model == model);
+        self.gradients.forget(|place| place.model == model);
     }
 }
 

@@ -1,199 +1,437 @@
 //! What a step does with gradients: their way out, the sums over shared parameters, the norm, the update, and what that makes stale.
 //!
-//! Resident state is settled by the device, spilled state by the host's threads; the tasks are the same, and so are the bits.
+//! State that is resident is settled by its device once the last gradient is there. State that visits is settled shard by shard: by the
+//! host's threads, or by the device that has just computed the gradients. The tasks are the same, and so are the bits.
 
+use super::Engine;
 use super::tables::{Join, Piece};
-use super::{Engine, StepInput};
-use crate::device::{Clip, CopySpan, Norm, Span, Task, Update, norm_scratch_bytes};
+use super::visit::Site;
+use crate::device::{Clip, CopySpan, Norm, Span, Task, Update, UpdateRule, norm_scratch_bytes};
 use crate::trace::What;
 use std::ops::Range;
 use std::sync::Arc;
 
+/// A shard whose gradients are complete once the tasks made so far have run.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Settled {
+    pub shard: usize,
+    /// The gradient slot that has them.
+    pub slot: usize,
+    pub rule: UpdateRule,
+    pub clip: Option<f64>,
+    /// Deadlines: the next step's first visit, and how far visits are apart.
+    pub next_step: u64,
+    pub visit: u64,
+}
+
+fn within(span: Span, offset: u64, bytes: u64) -> Span {
+    Span { offset: span.offset + offset, bytes, ..span }
+}
+
 impl Engine {
+    /// Settles what can be settled after a shard's backward.
+    pub(super) fn settle(&mut self, site: &Site, done: &Settled) {
+        let (s, n, choice) = (done.shard, site.plan.shards.len(), &site.plan.choice);
+        if choice.resident {
+            if choice.crosses {
+                self.spill_shared(site, done);
+            }
+            if s == 0 {
+                self.settle_resident(site, done);
+            }
+            return;
+        }
+        if site.is_last(s) {
+            self.result(site);
+        }
+        if choice.updates_on_device {
+            self.spill_shared(site, done);
+            self.join_and_norm(site, done, self.sequence);
+            self.bring_losses(site);
+            self.update(site, done, self.sequence);
+            return;
+        }
+        self.spill_gradient(site, done);
+        // Without clipping nobody but the report waits for the norm: it gives way to the updates, of which the first shard's is
+        // needed first in the next step.
+        if done.clip.is_none() {
+            self.join_and_norm(site, done, done.next_step + n as u64 * done.visit);
+            self.update(site, done, done.next_step + s as u64 * done.visit);
+            return;
+        }
+        self.join_and_norm(site, done, self.sequence);
+        if s == 0 {
+            for shard in 0..n {
+                let there = self.moved(site, self.members[site.member].ran_on[shard]);
+                let deadline = done.next_step + shard as u64 * done.visit;
+                self.update(&there, &Settled { shard, ..*done }, deadline);
+            }
+        }
+    }
+
+    /// The same model and step on another device.
+    fn moved(&self, site: &Site, device: u16) -> Site {
+        if device == site.device {
+            return site.clone();
+        }
+        Site { step: site.step, serial: site.serial, ..self.site(site.member, device) }
+    }
+
+    /// Settles a model whose state is at home on devices: norms everywhere, then updates everywhere.
+    fn settle_resident(&mut self, site: &Site, done: &Settled) {
+        let n = site.plan.shards.len();
+        let home = |engine: &Engine, s: usize| {
+            let device = engine.members[site.member].home_of(s).expect("resident state is at home on a device");
+            (engine.moved(site, device), Settled { shard: s, slot: s, ..*done })
+        };
+        for s in (0..n).rev() {
+            let (there, settled) = home(self, s);
+            self.join_and_norm(&there, &settled, self.sequence);
+        }
+        let (last, _) = home(self, n - 1);
+        self.result(&last);
+        if site.plan.choice.crosses {
+            self.gather_norms(site, done.clip.is_some());
+        }
+        for s in 0..n {
+            let (there, settled) = home(self, s);
+            self.update(&there, &settled, self.sequence);
+        }
+    }
+
+    /// Sends every device's norms to the host, and with clipping the whole table back to each, with the losses.
+    fn gather_norms(&mut self, site: &Site, clips: bool) {
+        let parity = site.parity();
+        for s in 0..site.plan.shards.len() {
+            let there = self.moved(site, self.members[site.member].home_of(s).expect("it has a home"));
+            self.send_norms(&there, s);
+        }
+        for device in 0..self.lanes.len() as u16 {
+            let visits = (0..site.plan.shards.len()).any(|s| self.members[site.member].home_of(s) == Some(device));
+            if !visits {
+                continue;
+            }
+            let there = self.moved(site, device);
+            self.bring_losses(&there);
+            if clips {
+                let to = self.norms(&there);
+                let from = there.store(there.plan.host.norms[parity], to.bytes);
+                self.copy(&there, What::FetchState, 0, None, vec![CopySpan { from, to }]);
+            }
+        }
+    }
+
+    /// Sends the norms of a shard's tensors from its device to the host.
+    fn send_norms(&mut self, site: &Site, s: usize) {
+        let segments = &self.members[site.member].tables.segments[s];
+        if segments.is_empty() {
+            return;
+        }
+        let (first, bytes) = (8 * u64::from(segments[0].index), 8 * segments.len() as u64);
+        let from = within(self.norms(site), first, bytes);
+        let to = site.store(site.plan.host.norms[site.parity()] + first, bytes);
+        self.copy(site, What::Norm, s, None, vec![CopySpan { from, to }]);
+    }
+
     /// Sends a shard's gradients to the host's store, shared parameters' accumulators with the last piece.
-    pub(super) fn spill_gradient(&mut self, s: usize, slot: usize, step: u64) {
-        let all = self.plan.shards[s].layout.gradient_bytes;
-        let (from, to) = (self.plan.arena.gradient_slots[slot], self.plan.host.shard_gradients[s]);
-        let (count, ratio) = (self.visits.pieces[s].len(), self.model.layout.wide_ratio);
+    fn spill_gradient(&mut self, site: &Site, done: &Settled) {
+        let s = done.shard;
+        let all = site.plan.shards[s].layout.gradient_bytes;
+        let (from, to) = (site.map.gradient_slots[done.slot], site.plan.host.shard_gradients[s]);
+        let (count, ratio) = (self.members[site.member].tables.pieces[s].len(), site.model.layout.wide_ratio);
         for i in 0..count {
-            let Range { start, end } = self.visits.pieces[s][i].range;
+            let Range { start, end } = self.members[site.member].tables.pieces[s][i].range;
             let (start, end) = (start * ratio, end * ratio);
             let bytes = if i + 1 == count { all - start } else { end - start };
-            let span = CopySpan { from: self.arena(from + start, bytes), to: self.store(to + start, bytes) };
-            self.copy(What::SpillGradient, s, None, step, vec![span]);
+            let span = CopySpan { from: site.arena(from + start, bytes), to: site.store(to + start, bytes) };
+            self.copy(site, What::SpillGradient, s, None, vec![span]);
         }
+    }
+
+    /// Sends the accumulators of parameters that other shards own to the host's store, from where their owners fetch them.
+    fn spill_shared(&mut self, site: &Site, done: &Settled) {
+        let s = done.shard;
+        let (from, to) = (site.map.gradient_slots[done.slot], site.plan.host.shard_gradients[s]);
+        let uses = site.plan.shards[s].layout.shared.iter().filter(|u| u.borrowed.is_some());
+        let copy = |u: &crate::graph::SharedUse| {
+            let bytes = site.model.gradient_bytes(u.parameter);
+            CopySpan { from: site.arena(from + u.gradient, bytes), to: site.store(to + u.gradient, bytes) }
+        };
+        self.copy(site, What::SpillGradient, s, None, uses.map(copy).collect());
+    }
+
+    /// Whether a model's gradients are settled where they were computed.
+    fn on_device(site: &Site) -> bool {
+        site.plan.choice.resident || site.plan.choice.updates_on_device
+    }
+
+    fn math_lane(site: &Site) -> u16 {
+        if Self::on_device(site) { site.lanes.compute } else { site.lanes.host }
     }
 
     /// Where a shard's gradients lie when its update reads them.
-    fn gradients(&self, s: usize) -> Span {
-        let bytes = self.plan.shards[s].layout.gradient_bytes;
-        match self.plan.choice.resident {
-            true => self.arena(self.plan.arena.gradient_slots[s], bytes),
-            false => self.store(self.plan.host.shard_gradients[s], bytes),
+    fn gradients(site: &Site, done: &Settled) -> Span {
+        let bytes = site.plan.shards[done.shard].layout.gradient_bytes;
+        match Self::on_device(site) {
+            true => site.arena(site.map.gradient_slots[done.slot], bytes),
+            false => site.store(site.plan.host.shard_gradients[done.shard], bytes),
         }
     }
 
-    fn math_lane(&self) -> u16 {
-        if self.plan.choice.resident { self.lanes.compute } else { self.lanes.host }
+    fn norms(&self, site: &Site) -> Span {
+        let bytes = 8 * site.model.train.parameters.len() as u64;
+        match Self::on_device(site) {
+            true => site.arena(site.map.norms[site.parity()], bytes),
+            false => site.store(site.plan.host.norms[site.parity()], bytes),
+        }
     }
 
-    fn norms(&self, step: u64) -> Span {
-        let bytes = 8 * self.model.train.parameters.len() as u64;
-        let parity = (step % 2) as usize;
-        match self.plan.choice.resident {
-            true => self.arena(self.plan.arena.norms[parity], bytes),
-            false => self.store(self.plan.host.norms[parity], bytes),
+    /// The accumulator of a shared parameter's further use, where it can be added to its owner's; fetched if it is elsewhere.
+    fn joining(&mut self, site: &Site, done: &Settled, join: &Join) -> Span {
+        let &Join { user, from, bytes, visits_at, .. } = join;
+        let in_store = site.store(site.plan.host.shard_gradients[user] + from, bytes);
+        if !Self::on_device(site) {
+            return in_store;
+        }
+        let gradient = Self::gradients(site, done);
+        let member = &self.members[site.member];
+        if user == done.shard {
+            within(gradient, from, bytes)
+        } else if site.plan.choice.resident && member.home_of(user) == Some(site.device) {
+            site.arena(site.map.gradient_slots[user] + from, bytes)
+        } else {
+            let visiting = within(gradient, visits_at, bytes);
+            let span = CopySpan { from: in_store, to: visiting };
+            self.copy(site, What::FetchGradient, done.shard, None, vec![span]);
+            visiting
         }
     }
 
     /// Adds the accumulators of a shard's shared parameters in the order of layers, then sums its gradients' squares. Users are later
     /// shards, whose backward came before. `deadline` is the norm's.
-    pub(super) fn join_and_norm(&mut self, s: usize, step: u64, deadline: u64) {
-        let lane = self.math_lane();
-        let within = |span: Span, offset: u64, bytes: u64| Span { offset: span.offset + offset, bytes, ..span };
-        for i in 0..self.visits.joins[s].len() {
-            let Join { user, from, to, bytes } = self.visits.joins[s][i];
-            let from = within(self.gradients(user), from, bytes);
-            let to = within(self.gradients(s), to, bytes);
+    fn join_and_norm(&mut self, site: &Site, done: &Settled, deadline: u64) {
+        let (s, lane) = (done.shard, Self::math_lane(site));
+        let gradient = Self::gradients(site, done);
+        for i in 0..self.members[site.member].tables.joins[s].len() {
+            let join = self.members[site.member].tables.joins[s][i];
+            let from = self.joining(site, done, &join);
+            let to = within(gradient, join.to, join.bytes);
             let task = Task::Add(vec![CopySpan { from, to }]);
-            self.add(lane, What::Update, s, None, step, self.sequence, task, &[from], &[to]);
+            self.add(site, lane, (What::Update, s), self.sequence, task, &[from], &[to]);
         }
-        let segments = Arc::clone(&self.visits.segments[s]);
+        let segments = Arc::clone(&self.members[site.member].tables.segments[s]);
         if segments.is_empty() {
             return;
         }
-        let gradient = self.gradients(s);
-        let table = self.norms(step);
+        let table = self.norms(site);
         // Only this shard's entries are written, so norms of other shards need not wait.
-        let first = u64::from(segments[0].index);
-        let entries = within(table, 8 * first, 8 * segments.len() as u64);
-        let scratch = (self.plan.choice.resident && self.model.train.scratch)
-            .then(|| self.arena(self.plan.arena.norm_scratch, norm_scratch_bytes(&segments)));
+        let entries = within(table, 8 * u64::from(segments[0].index), 8 * segments.len() as u64);
+        let scratch = (Self::on_device(site) && site.model.train.scratch)
+            .then(|| site.arena(site.map.norm_scratch, norm_scratch_bytes(&segments)));
         let task = Task::Norm(Box::new(Norm { gradient, segments, table, scratch }));
         let writes: &[Span] = &[entries, scratch.unwrap_or(entries)];
-        self.add(
-            lane,
-            What::Norm,
-            s,
-            None,
-            step,
-            deadline,
-            task,
-            &[gradient],
-            &writes[..1 + usize::from(scratch.is_some())],
-        );
+        let writes = &writes[..1 + usize::from(scratch.is_some())];
+        self.add(site, lane, (What::Norm, s), deadline, task, &[gradient], writes);
+        if !site.plan.choice.resident && Self::on_device(site) {
+            self.send_norms(site, s);
+        }
     }
 
-    pub(super) fn update(&mut self, s: usize, input: &StepInput, deadline: u64) {
-        if self.visits.segments[s].is_empty() {
+    fn update(&mut self, site: &Site, done: &Settled, deadline: u64) {
+        let s = done.shard;
+        if self.members[site.member].tables.segments[s].is_empty() {
             return;
         }
-        if self.plan.choice.resident {
-            self.fetch_state(input.step);
+        if site.plan.choice.resident {
+            self.fetch_state(site);
         }
-        for i in 0..self.visits.pieces[s].len() {
-            self.update_piece(s, i, input, deadline);
+        let visiting = (!site.plan.choice.resident && site.plan.choice.updates_on_device)
+            .then(|| self.fetch_update_state(site, s));
+        for i in 0..self.members[site.member].tables.pieces[s].len() {
+            self.update_piece(site, done, i, visiting, deadline);
         }
-        self.refresh_copies(s, input.step);
+        if let Some(visiting) = visiting {
+            self.spill_updated(site, s, visiting);
+        }
+        self.refresh_copies(site, s);
     }
 
-    fn update_piece(&mut self, s: usize, i: usize, input: &StepInput, deadline: u64) {
-        let Piece { range: Range { start, end }, segments } = self.visits.pieces[s][i].clone();
-        let plan = Arc::clone(&self.plan);
+    fn update_piece(&mut self, site: &Site, done: &Settled, i: usize, visiting: Option<u64>, deadline: u64) {
+        let (s, plan, map) = (done.shard, &site.plan, &site.map);
+        let Piece { range: Range { start, end }, segments } = self.members[site.member].tables.pieces[s][i].clone();
         let (flat, bytes) = (plan.shards[s].layout.own.start + start, end - start);
         // Moments and gradients may be wider than weights, and lie as many times further on.
-        let ratio = self.model.layout.wide_ratio;
+        let ratio = site.model.layout.wide_ratio;
         let (wide_start, wide_bytes) = (start * ratio, bytes * ratio);
         let (weight, remainder, moments) = if plan.choice.resident {
-            let of = |at: &u64| self.arena(at + wide_start, wide_bytes);
-            let remainder = plan.arena.remainders.get(s).map(|at| self.arena(at + start, bytes));
-            let moments = [0, 1].map(|i| plan.arena.moments[i].get(s).map(of));
-            (self.arena(plan.arena.weight_slots[s] + start, bytes), remainder, moments)
+            let of = |at: &u64| site.arena(at + wide_start, wide_bytes);
+            let remainder = map.remainders.get(s).map(|at| site.arena(at + start, bytes));
+            let moments = [0, 1].map(|i| map.moments[i].get(s).map(of));
+            (site.arena(map.weight_slots[s] + start, bytes), remainder, moments)
+        } else if let Some(state) = visiting {
+            let slot = self.rings[site.rings].weights.find(site.shard(s));
+            let slot = slot.expect("the shard's backward has just used its weights here");
+            let moments =
+                [0, 1].map(|i| (i < plan.moments).then(|| site.arena(state + i as u64 * wide_bytes, wide_bytes)));
+            let after_moments = state + plan.moments as u64 * wide_bytes;
+            let remainder = site.model.has_remainders().then(|| site.arena(after_moments, bytes));
+            (site.arena(map.weight_slots[slot], bytes), remainder, moments)
         } else {
-            let of = |i: usize| self.store(plan.host.moments[i] + flat * ratio, wide_bytes);
-            let remainder = self.model.has_remainders().then(|| self.store(plan.host.remainders + flat, bytes));
+            let of = |i: usize| site.store(plan.host.moments[i] + flat * ratio, wide_bytes);
+            let remainder = site.model.has_remainders().then(|| site.store(plan.host.remainders + flat, bytes));
             let moments = [0, 1].map(|i| (i < plan.moments).then(|| of(i)));
-            (self.store(plan.host.weights + flat, bytes), remainder, moments)
+            (site.store(plan.host.weights + flat, bytes), remainder, moments)
         };
-        let gradient = self.gradients(s);
-        let gradient = Span { offset: gradient.offset + wide_start, bytes: wide_bytes, ..gradient };
-        let parity = (input.step % 2) as usize;
-        let loss_bytes = 4 * self.model.microbatches as u64;
-        let gate = match plan.choice.resident {
-            true => self.arena(plan.arena.losses[parity], loss_bytes),
-            false => self.store(plan.host.losses[parity], loss_bytes),
+        let gradient = within(Self::gradients(site, done), wide_start, wide_bytes);
+        let loss_bytes = 4 * site.model.microbatches as u64;
+        let gate = match Self::on_device(site) {
+            true => site.arena(map.losses[site.parity()], loss_bytes),
+            false => site.store(plan.host.losses[site.parity()], loss_bytes),
         };
-        let clip = input.clip.map(|max_norm| Clip { max_norm, table: self.norms(input.step) });
+        let clip = done.clip.map(|max_norm| Clip { max_norm, table: self.norms(site) });
         let mut reads = vec![gradient, gate];
         reads.extend(clip.map(|c| c.table));
         let mut writes = vec![weight];
         writes.extend(remainder.iter().chain(moments.iter().flatten()));
-        let update = Update { rule: input.rule, segments, weight, remainder, moments, gradient, clip, gate };
-        let lane = self.math_lane();
-        self.add(lane, What::Update, s, None, input.step, deadline, Task::Update(Box::new(update)), &reads, &writes);
+        let update = Update { rule: done.rule, segments, weight, remainder, moments, gradient, clip, gate };
+        let task = Task::Update(Box::new(update));
+        self.add(site, Self::math_lane(site), (What::Update, s), deadline, task, &reads, &writes);
+    }
+
+    /// What only updates touch of a shard, end to end as it visits: sizes, and where it is at home.
+    fn update_state_at_home(site: &Site, s: usize) -> impl Iterator<Item = Span> {
+        let (own, ratio, host) = (&site.plan.shards[s].layout.own, site.model.layout.wide_ratio, &site.plan.host);
+        let bytes = own.end - own.start;
+        let moment = |i: usize| site.store(host.moments[i] + own.start * ratio, bytes * ratio);
+        let moments = [0, 1].map(|i| (i < site.plan.moments).then(|| moment(i)));
+        let remainder = site.model.has_remainders().then(|| site.store(host.remainders + own.start, bytes));
+        moments.into_iter().chain([remainder]).flatten()
+    }
+
+    /// Brings a shard's remainders and moments to the device for one update; returns where they will lie.
+    fn fetch_update_state(&mut self, site: &Site, s: usize) -> u64 {
+        if site.plan.update_state_bytes(&site.model, s) == 0 {
+            return 0;
+        }
+        let states = &mut self.rings[site.rings].update_states;
+        let base = site.map.update_states[states.take(site.shard(s), &[])];
+        let mut at = base;
+        let spans = Self::update_state_at_home(site, s).map(|from| {
+            at += from.bytes;
+            CopySpan { from, to: site.arena(at - from.bytes, from.bytes) }
+        });
+        let spans = spans.collect();
+        self.copy(site, What::FetchState, s, None, spans);
+        base
+    }
+
+    /// Sends an updated shard's weights home, with the state that visited.
+    fn spill_updated(&mut self, site: &Site, s: usize, state: u64) {
+        let own = &site.plan.shards[s].layout.own;
+        let slot = self.rings[site.rings].weights.find(site.shard(s)).expect("its update has just been made");
+        let bytes = own.end - own.start;
+        let from = site.arena(site.map.weight_slots[slot], bytes);
+        let to = site.store(site.plan.host.weights + own.start, bytes);
+        self.copy(site, What::SpillWeights, s, None, vec![CopySpan { from, to }]);
+        let mut at = state;
+        let spans = Self::update_state_at_home(site, s).map(|to| {
+            at += to.bytes;
+            CopySpan { from: site.arena(at - to.bytes, to.bytes), to }
+        });
+        let spans = spans.collect();
+        self.copy(site, What::SpillState, s, None, spans);
     }
 
     /// After an update of shard `s`: copies of its weights elsewhere are stale.
-    fn refresh_copies(&mut self, s: usize, step: u64) {
-        let plan = Arc::clone(&self.plan);
-        if !plan.choice.resident {
-            let borrows = &self.visits.borrows;
-            self.rings.weights.forget(|shard| shard == s || borrows[shard].iter().any(|b| b.owner == s));
+    fn refresh_copies(&mut self, site: &Site, s: usize) {
+        if !site.plan.choice.resident {
+            // Where the device has made the update, its own copy is the new one.
+            let stays = site.plan.choice.updates_on_device;
+            for device in 0..self.lanes.len() {
+                let member = &self.members[site.member];
+                let (rings, borrows) = (member.rings[device], &member.tables.borrows);
+                let stale = |shard: usize| shard == s && !(stays && rings == site.rings);
+                let borrower = |shard: usize| borrows[shard].iter().any(|b| b.owner == s);
+                let weights = &mut self.rings[rings].weights;
+                weights.forget(|held| held.model == site.member && (stale(held.shard) || borrower(held.shard)));
+            }
             return;
         }
-        for user in 0..plan.shards.len() {
-            let spans = self.visits.borrows[user]
-                .iter()
-                .filter(|b| b.owner == s)
-                .map(|b| CopySpan {
-                    from: self.arena(plan.arena.weight_slots[s] + b.in_owner, b.bytes),
-                    to: self.arena(plan.arena.weight_slots[user] + b.at, b.bytes),
-                })
-                .collect();
-            self.copy(What::Update, user, None, step, spans);
+        for user in 0..site.plan.shards.len() {
+            let there = self.moved(site, self.members[site.member].home_of(user).expect("it has a home"));
+            let borrows = self.members[site.member].tables.borrows[user].iter().filter(|b| b.owner == s);
+            let copies = borrows.map(|b| {
+                let from = site.arena(site.map.weight_slots[s] + b.in_owner, b.bytes);
+                (
+                    from,
+                    site.store(site.plan.host.weights + b.flat, b.bytes),
+                    there.arena(there.map.weight_slots[user] + b.at, b.bytes),
+                )
+            });
+            if there.device == site.device {
+                let spans = copies.map(|(from, _, to)| CopySpan { from, to }).collect();
+                self.copy(site, What::Update, user, None, spans);
+            } else {
+                let (down, up): (Vec<_>, Vec<_>) =
+                    copies.map(|(from, home, to)| (CopySpan { from, to: home }, CopySpan { from: home, to })).unzip();
+                self.copy(site, What::SpillWeights, user, None, down);
+                self.copy(&there, What::FetchWeights, user, None, up);
+            }
         }
     }
 
-    /// Resident: brings remainders and moments to the device before the first update.
-    fn fetch_state(&mut self, step: u64) {
-        if self.rings.state_fetched {
+    /// Resident: brings remainders and moments to their devices before the first update.
+    fn fetch_state(&mut self, site: &Site) {
+        if std::mem::replace(&mut self.members[site.member].state_fetched, true) {
             return;
         }
-        self.rings.state_fetched = true;
-        let plan = Arc::clone(&self.plan);
-        for (s, shard) in plan.shards.iter().enumerate() {
-            let spans = self.update_state(s, &shard.layout.own).map(|(to, from)| CopySpan { from, to }).collect();
-            self.copy(What::FetchState, s, None, step, spans);
+        for s in 0..site.plan.shards.len() {
+            let there = self.moved(site, self.members[site.member].home_of(s).expect("it has a home"));
+            let spans = Self::resident_state(&there, s).map(|(to, from)| CopySpan { from, to }).collect();
+            self.copy(&there, What::FetchState, s, None, spans);
         }
     }
 
-    /// Resident: where what only updates touch, a shard's remainders and moments, lies on the device and at home.
-    pub(super) fn update_state(&self, s: usize, own: &Range<u64>) -> impl Iterator<Item = (Span, Span)> {
-        let (plan, ratio) = (&self.plan, self.model.layout.wide_ratio);
-        let remainder = plan.arena.remainders.get(s).map(|&at| (at, plan.host.remainders, 1));
-        let moments = [0, 1].map(|i| plan.arena.moments[i].get(s).map(|&at| (at, plan.host.moments[i], ratio)));
+    /// Resident: where what only updates touch, a shard's remainders and moments, lies on its device and at home.
+    pub(super) fn resident_state(site: &Site, s: usize) -> impl Iterator<Item = (Span, Span)> {
+        let (map, plan, ratio) = (&site.map, &site.plan, site.model.layout.wide_ratio);
+        let own = &plan.shards[s].layout.own;
+        let remainder = map.remainders.get(s).map(|&at| (at, plan.host.remainders, 1));
+        let moments = [0, 1].map(|i| map.moments[i].get(s).map(|&at| (at, plan.host.moments[i], ratio)));
         let spans = [remainder, moments[0], moments[1]].map(|place| {
             place.map(|(arena, host, ratio)| {
                 let bytes = (own.end - own.start) * ratio;
-                (self.arena(arena, bytes), self.store(host + own.start * ratio, bytes))
+                (site.arena(arena, bytes), site.store(host + own.start * ratio, bytes))
             })
         });
         spans.into_iter().flatten()
     }
 
-    /// Brings a step's losses, and the norms where they are on the device, to the host.
-    pub(super) fn result(&mut self, step: u64) {
-        let plan = Arc::clone(&self.plan);
-        let parity = (step % 2) as usize;
-        let bytes = 4 * self.model.microbatches as u64;
+    /// Brings a step's losses to the host from the device that has them, and the norms where that one has them all.
+    pub(super) fn result(&mut self, site: &Site) {
+        let parity = site.parity();
+        let bytes = 4 * site.model.microbatches as u64;
         let mut spans = vec![CopySpan {
-            from: self.arena(plan.arena.losses[parity], bytes),
-            to: self.store(plan.host.losses[parity], bytes),
+            from: site.arena(site.map.losses[parity], bytes),
+            to: site.store(site.plan.host.losses[parity], bytes),
         }];
-        if plan.choice.resident {
-            let norms = self.norms(step);
-            spans.push(CopySpan { from: norms, to: self.store(plan.host.norms[parity], norms.bytes) });
+        if site.plan.choice.resident && !site.plan.choice.crosses {
+            let norms = self.norms(site);
+            spans.push(CopySpan { from: norms, to: site.store(site.plan.host.norms[parity], norms.bytes) });
         }
-        self.copy(What::Result, plan.shards.len() - 1, None, step, spans);
+        self.members[site.member].losses_on[usize::from(site.device)] = site.serial;
+        self.copy(site, What::Result, site.plan.shards.len() - 1, None, spans);
+    }
+
+    /// Brings a step's losses to a device that updates and has not computed them.
+    fn bring_losses(&mut self, site: &Site) {
+        let on = &mut self.members[site.member].losses_on[usize::from(site.device)];
+        if std::mem::replace(on, site.serial) == site.serial {
+            return;
+        }
+        let (parity, bytes) = (site.parity(), 4 * site.model.microbatches as u64);
+        let from = site.store(site.plan.host.losses[parity], bytes);
+        let to = site.arena(site.map.losses[parity], bytes);
+        self.copy(site, What::FetchState, site.plan.shards.len() - 1, None, vec![CopySpan { from, to }]);
     }
 }

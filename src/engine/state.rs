@@ -1,12 +1,12 @@
 //! What goes in and out of the host's store: batches, weights, moments, losses.
 
 use super::Engine;
-use super::queue::Order;
 use crate::base::{DType, Error, Result};
 use crate::device::host::master;
-use crate::device::{CopySpan, Device, Memory, Span, Task};
-use crate::trace::{TaskName, What};
+use crate::device::{CopySpan, Device};
+use crate::trace::What;
 use half::bf16;
+use std::ops::Range;
 
 /// A tensor's place in the flat order, by kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,108 +18,120 @@ pub enum Stored {
 }
 
 impl Engine {
-    /// Bytes `from` the host's map.
-    fn host(&self, offset: u64, bytes: u64) -> Span {
-        Span { memory: Memory::Host, offset, bytes }
+    /// Bytes of a model's part of the host's store.
+    fn home(&self, model: usize, offset: u64) -> u64 {
+        self.members[model].store + offset
     }
 
-    /// Writes a parameter's elements, or its moment's, into the host's store. Call it before the first step.
-    pub fn write_parameter(&mut self, what: Stored, parameter: usize, values: &[f32]) {
-        let (host, at) = (&self.plan.host, self.model.layout.parameter[parameter]);
+    /// Writes a parameter's elements, or its moment's, into the host's store. Call it before the model's first step.
+    pub fn write_parameter(&mut self, model: usize, what: Stored, parameter: usize, values: &[f32]) {
+        let member = &self.members[model];
+        let (host, layout) = (&member.plan.host, &member.model.layout);
+        let at = layout.parameter[parameter];
         match what {
-            Stored::Weight if self.model.has_remainders() => {
-                let (weights, remainders) = (host.weights + at, host.remainders + at);
+            Stored::Weight if member.model.has_remainders() => {
+                let (weights, remainders) = (member.store + host.weights + at, member.store + host.remainders + at);
                 let (high, low): (Vec<u16>, Vec<u16>) = values.iter().map(|&x| master::split(x)).unzip();
                 self.device.write_host(weights, bytemuck::cast_slice(&high));
                 self.device.write_host(remainders, bytemuck::cast_slice(&low));
             }
-            Stored::Weight => self.device.write_host(host.weights + at, bytemuck::cast_slice(values)),
+            Stored::Weight => {
+                self.device.write_host(member.store + host.weights + at, bytemuck::cast_slice(values));
+            }
             Stored::Moment(i) => {
-                let offset = host.moments[i] + at * self.model.layout.wide_ratio;
+                let offset = member.store + host.moments[i] + at * layout.wide_ratio;
                 self.device.write_host(offset, bytemuck::cast_slice(values));
             }
         }
     }
 
     /// Reads a parameter's elements, or its moment's, from the host's store. Call [`Engine::wait_home`] first.
-    pub fn read_parameter(&self, what: Stored, parameter: usize) -> Vec<f32> {
-        let (host, at) = (&self.plan.host, self.model.layout.parameter[parameter]);
-        let elems = self.model.train.parameters[parameter].shape.elems();
+    pub fn read_parameter(&self, model: usize, what: Stored, parameter: usize) -> Vec<f32> {
+        let member = &self.members[model];
+        let (host, layout) = (&member.plan.host, &member.model.layout);
+        let at = layout.parameter[parameter];
+        let elems = member.model.train.parameters[parameter].shape.elems();
         match what {
-            Stored::Weight if self.model.has_remainders() => {
-                let (high, low) =
-                    (self.read::<u16>(host.weights + at, elems), self.read::<u16>(host.remainders + at, elems));
+            Stored::Weight if member.model.has_remainders() => {
+                let high = self.read::<u16>(model, host.weights + at, elems);
+                let low = self.read::<u16>(model, host.remainders + at, elems);
                 high.into_iter().zip(low).map(|(high, low)| master::join(high, low)).collect()
             }
-            Stored::Weight => self.read(host.weights + at, elems),
-            Stored::Moment(i) => self.read(host.moments[i] + at * self.model.layout.wide_ratio, elems),
+            Stored::Weight => self.read(model, host.weights + at, elems),
+            Stored::Moment(i) => self.read(model, host.moments[i] + at * layout.wide_ratio, elems),
         }
     }
 
-    /// Elements of the host's store.
-    fn read<T: bytemuck::Pod>(&self, offset: u64, elems: usize) -> Vec<T> {
+    /// Elements of a model's part of the host's store.
+    fn read<T: bytemuck::Pod>(&self, model: usize, offset: u64, elems: usize) -> Vec<T> {
         let mut values = vec![T::zeroed(); elems];
-        self.device.read_host(offset, bytemuck::cast_slice_mut(&mut values));
+        self.device.read_host(self.home(model, offset), bytemuck::cast_slice_mut(&mut values));
         values
     }
 
-    /// Writes a state's elements into the host's store. Call it before the first step.
-    pub fn write_state(&mut self, state: usize, values: &[f32]) {
-        let offset = self.plan.host.states + self.model.layout.state[state];
+    /// Writes a state's elements into the host's store. Call it before the model's first step.
+    pub fn write_state(&mut self, model: usize, state: usize, values: &[f32]) {
+        let member = &self.members[model];
+        let offset = member.store + member.plan.host.states + member.model.layout.state[state];
         self.device.write_host(offset, bytemuck::cast_slice(values));
     }
 
     /// Reads a state's elements from the host's store. Call [`Engine::wait_home`] first.
-    pub fn read_state(&self, state: usize) -> Vec<f32> {
-        let offset = self.plan.host.states + self.model.layout.state[state];
-        self.read(offset, self.model.train.states[state].shape.elems())
+    pub fn read_state(&self, model: usize, state: usize) -> Vec<f32> {
+        let member = &self.members[model];
+        let offset = member.plan.host.states + member.model.layout.state[state];
+        self.read(model, offset, member.model.train.states[state].shape.elems())
     }
 
-    /// Waits until every weight, moment and state is in the host's store.
+    /// Waits until nothing of a model runs, and every weight, moment and state of it is in the host's store.
     ///
     /// # Errors
-    /// When a task fails or stalls.
-    pub fn wait_home(&mut self) -> Result<()> {
-        self.wait_idle()?;
-        if !self.plan.choice.resident {
+    /// When a device fails or stalls, or the model has ended before its time.
+    pub fn wait_home(&mut self, model: usize) -> Result<()> {
+        self.check_running(model)?;
+        self.wait_rest(model)?;
+        self.check_running(model)?;
+        if !self.members[model].plan.choice.resident {
             return Ok(());
         }
-        let plan = std::sync::Arc::clone(&self.plan);
-        for (s, shard) in plan.shards.iter().enumerate() {
-            if !self.rings.weights.has(s, s) {
+        for s in 0..self.members[model].plan.shards.len() {
+            let device = self.members[model].home_of(s).expect("resident state is at home on a device");
+            let site = self.site(model, device);
+            if !self.rings[site.rings].weights.has(s, site.shard(s)) {
                 continue;
             }
-            let own = &shard.layout.own;
-            let bytes = own.end - own.start;
-            let slot = plan.arena.weight_slots[s];
-            let mut copies = vec![self.to_home(slot, plan.host.weights + own.start, bytes)];
-            let states = &shard.layout.states;
-            copies.push(self.to_home(
-                slot + plan.arena.states_at[s],
-                plan.host.states + states.start,
-                states.end - states.start,
-            ));
-            if self.rings.state_fetched {
-                copies.extend(self.update_state(s, own).map(|(from, to)| CopySpan { from, to }));
+            let (plan, shard) = (&site.plan, &site.plan.shards[s].layout);
+            let slot = site.map.weight_slots[s];
+            let copy = |arena: u64, host: u64, stretch: &Range<u64>| {
+                let bytes = stretch.end - stretch.start;
+                CopySpan { from: site.arena(arena, bytes), to: site.store(host + stretch.start, bytes) }
+            };
+            let mut copies = vec![
+                copy(slot, plan.host.weights, &shard.own),
+                copy(slot + site.map.states_at[s], plan.host.states, &shard.states),
+            ];
+            if self.members[model].state_fetched {
+                copies.extend(Engine::resident_state(&site, s).map(|(from, to)| CopySpan { from, to }));
             }
-            copies.retain(|c| c.from.bytes > 0);
-            let (reads, writes): (Vec<Span>, Vec<Span>) = copies.iter().map(|c| (c.from, c.to)).unzip();
-            let name =
-                TaskName { what: What::SpillState, model: self.options.model, shard: s as u16, microbatch: None };
-            let order =
-                Order { lane: self.lanes.d2h, task: Task::Copy(copies), name, step: u64::MAX, deadline: self.sequence };
-            self.queue.add(order, &reads, &writes);
+            self.copy(&site, What::SpillState, s, None, copies);
         }
-        self.wait_idle()
+        self.wait_rest(model)
     }
 
-    fn to_home(&self, arena: u64, host: u64, bytes: u64) -> CopySpan {
-        CopySpan { from: Span { memory: Memory::Device(0), offset: arena, bytes }, to: self.host(host, bytes) }
+    /// Waits until nothing of a model runs; what has ended is told afterwards as ever.
+    fn wait_rest(&mut self, model: usize) -> Result<()> {
+        let busy =
+            |e: &Engine| e.members[model].loose_tasks > 0 || e.members[model].pending.iter().any(|p| !p.is_over());
+        while busy(self) {
+            self.pump()?;
+        }
+        self.check_device()
     }
 
     /// Copies a minibatch into the staging memory of its step. The step before the last has ended, so nobody reads there.
-    pub(super) fn stage(&mut self, step: u64, inputs: &[&[u8]]) -> Result<()> {
-        let graph = &self.model.train;
+    pub(super) fn stage(&mut self, model: usize, step: u64, inputs: &[&[u8]]) -> Result<()> {
+        let member = &self.members[model];
+        let graph = &member.model.train;
         if inputs.len() != graph.inputs.len() {
             return Err(Error::bad(format!(
                 "step {step}: {} inputs, the model takes {}",
@@ -134,7 +146,7 @@ impl Engine {
             let dtype = graph.inputs[i].dtype;
             // Floats come as f32 and are rounded on the way, to the nearest, ties to even.
             let ratio = dtype.wide().bytes() / dtype.bytes();
-            let want = self.model.microbatches as u64 * graph.bytes(graph.inputs[i].value) * ratio;
+            let want = member.model.microbatches as u64 * graph.bytes(graph.inputs[i].value) * ratio;
             if bytes.len() as u64 != want {
                 return Err(Error::bad(format!(
                     "step {step}: input {} has {} bytes, the model takes {want}",
@@ -142,7 +154,7 @@ impl Engine {
                     bytes.len()
                 )));
             }
-            let offset = self.plan.host.inputs[(step % 2) as usize][i];
+            let offset = member.store + member.plan.host.inputs[(step % 2) as usize][i];
             if dtype == DType::Bf16 {
                 write_rounded(self.device.as_mut(), offset, bytes);
             } else {
@@ -153,34 +165,44 @@ impl Engine {
     }
 
     /// The loss of a step whose results have arrived: the microbatches' shares, added in order in f64.
-    pub(super) fn read_loss(&self, step: u64) -> f32 {
+    pub(super) fn read_loss(&self, model: usize, step: u64) -> f32 {
+        let member = &self.members[model];
         let mut sum = 0.0f64;
-        for m in 0..self.model.microbatches as u64 {
+        for m in 0..member.model.microbatches as u64 {
             let mut bytes = [0; 4];
-            self.device.read_host(self.plan.host.losses[(step % 2) as usize] + 4 * m, &mut bytes);
+            let at = member.plan.host.losses[(step % 2) as usize] + 4 * m;
+            self.device.read_host(self.home(model, at), &mut bytes);
             sum += f64::from(f32::from_le_bytes(bytes));
         }
         sum as f32
     }
 
     /// The logits of an evaluation that has ended.
-    pub(super) fn read_logits(&self) -> Vec<f32> {
-        let Some((graph, logits)) = self.model.eval.as_ref().and_then(|g| Some((g, g.logits?))) else {
+    pub(super) fn read_logits(&self, model: usize) -> Vec<f32> {
+        let member = &self.members[model];
+        let Some((graph, logits)) = member.model.eval.as_ref().and_then(|g| Some((g, g.logits?))) else {
             return Vec::new();
         };
-        let (elems, at) = (graph.info(logits).shape.elems(), self.plan.host.logits);
+        let (elems, at) = (graph.info(logits).shape.elems(), member.plan.host.logits);
         match graph.info(logits).dtype {
-            DType::Bf16 => self.read::<u16>(at, elems).into_iter().map(|x| bf16::from_bits(x).to_f32()).collect(),
-            _ => self.read(at, elems),
+            DType::Bf16 => {
+                self.read::<u16>(model, at, elems).into_iter().map(|x| bf16::from_bits(x).to_f32()).collect()
+            }
+            _ => self.read(model, at, elems),
         }
     }
 
     /// The gradient's global norm of a step that has ended: tensors in flat order, in f64.
-    pub(super) fn grad_norm(&self, step: u64) -> f64 {
+    pub(super) fn grad_norm(&self, model: usize, step: u64) -> f64 {
+        let member = &self.members[model];
+        if !self.device.computes() {
+            return 0.0;
+        }
         let mut sum = 0.0;
-        for i in 0..self.model.train.parameters.len() as u64 {
+        for i in 0..member.model.train.parameters.len() as u64 {
             let mut bytes = [0; 8];
-            self.device.read_host(self.plan.host.norms[(step % 2) as usize] + 8 * i, &mut bytes);
+            let at = member.plan.host.norms[(step % 2) as usize] + 8 * i;
+            self.device.read_host(self.home(model, at), &mut bytes);
             sum += f64::from_le_bytes(bytes);
         }
         sum.sqrt()

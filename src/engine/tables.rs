@@ -1,7 +1,9 @@
 //! What every step needs and no step changes: tensors by shard and piece, and the ways of shared parameters.
 
 use super::EngineOptions;
+use crate::base::align_up;
 use crate::device::Segment;
+use crate::graph::ALIGNMENT;
 use crate::spill::{Model, Plan};
 use std::ops::Range;
 use std::sync::Arc;
@@ -47,6 +49,8 @@ pub(super) struct Join {
     /// Start in the owner's gradients, and size there.
     pub to: u64,
     pub bytes: u64,
+    /// Where, in the owner's gradient slot, it lies when it visits the owner's device to be added.
+    pub visits_at: u64,
 }
 
 /// A copy of a shared weight.
@@ -83,7 +87,12 @@ impl Tables {
                 let owner = owner_of(flat);
                 let in_owner = flat - plan.shards[owner].layout.own.start;
                 let ratio = model.layout.wide_ratio;
-                joins[owner].push(Join { user, from: shared.gradient, to: in_owner * ratio, bytes: bytes * ratio });
+                let end = |j: &Join| align_up(j.visits_at + j.bytes, ALIGNMENT);
+                let visitors = joins[owner].iter().filter(|j| j.user != owner);
+                let visits_at = visitors.map(end).max().unwrap_or(plan.visiting_gradients_at(owner));
+                let (to, bytes) = (in_owner * ratio, bytes * ratio);
+                joins[owner].push(Join { user, from: shared.gradient, to, bytes, visits_at });
+                let bytes = bytes / ratio;
                 if let Some(at) = shared.borrowed
                     && !borrows[user].iter().any(|b| b.at == at)
                 {

@@ -2,13 +2,15 @@
 //!
 //! Tasks are made in the order in which one device with one lane could run them; every overlap comes from lanes running ahead of that
 //! order as far as the bytes allow. The visits of a step are F(0) .. F(n-2), the last shard's forward, loss and backward, B(n-2) .. B(0).
+//! A visit may be on another device than the one before: what it needs of that one's it fetches from the host's store.
 
+use super::member::{Pending, Purpose};
 use super::queue::Order;
-use super::rings::Place;
-use super::{Engine, StepInput};
+use super::rings::{Place, ShardOf};
+use super::{Engine, Lanes, NO_STEP};
 use crate::device::{AdamwRule, CopySpan, Memory, Run, Scalars, SgdRule, Span, Task, UpdateRule};
 use crate::graph::{AREAS, Area, Program};
-use crate::spill::BoundaryTier;
+use crate::spill::{ArenaMap, BoundaryTier, Model, Plan};
 use crate::trace::{TaskName, What};
 use std::ops::Range;
 use std::sync::Arc;
@@ -29,217 +31,253 @@ pub(super) fn any_rule(moments: usize) -> UpdateRule {
 
 /// One visit of a shard: what is scheduled. The range is the whole minibatch unless a schedule pipelines microbatches.
 #[derive(Clone, Debug)]
-struct Unit {
-    shard: usize,
-    pass: Pass,
-    microbatches: Range<usize>,
+pub(super) struct Unit {
+    pub shard: usize,
+    pub pass: Pass,
+    pub microbatches: Range<usize>,
 }
 
 /// What a visit does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Pass {
+pub(super) enum Pass {
     Forward,
     Backward,
     Evaluate,
 }
 
-/// What is common to the visits of a step.
-#[derive(Clone, Copy, Debug)]
-struct Context {
-    step: u64,
-    loss_scale: f64,
-    check: bool,
+impl Pending {
+    /// Shard and pass of its unit number `unit`, of a model with `shards`.
+    pub fn unit(&self, unit: usize, shards: usize) -> (usize, Pass) {
+        match self.purpose {
+            Purpose::Evaluation => (unit, Pass::Evaluate),
+            _ if unit + 1 < shards => (unit, Pass::Forward),
+            _ => (2 * (shards - 1) - unit, Pass::Backward),
+        }
+    }
+}
+
+/// A model on a device, at work: where its tensors are there, and what the tasks belong to.
+#[derive(Clone)]
+pub(super) struct Site {
+    pub member: usize,
+    pub device: u16,
+    pub model: Arc<Model>,
+    pub plan: Arc<Plan>,
+    pub map: Arc<ArenaMap>,
+    pub rings: usize,
+    pub lanes: Lanes,
+    /// Where the model's part of the host's store begins.
+    pub store: u64,
+    pub step: u64,
+    pub serial: u64,
+}
+
+impl Site {
+    pub fn arena(&self, offset: u64, bytes: u64) -> Span {
+        Span { memory: Memory::Device(self.device), offset, bytes }
+    }
+
+    pub fn store(&self, offset: u64, bytes: u64) -> Span {
+        Span { memory: Memory::Host, offset: self.store + offset, bytes }
+    }
+
+    pub fn shard(&self, shard: usize) -> ShardOf {
+        ShardOf { model: self.member, shard }
+    }
+
+    fn place(&self, boundary: usize, microbatch: usize) -> Place {
+        Place { model: self.member, serial: self.serial, boundary, microbatch }
+    }
+
+    pub fn is_last(&self, shard: usize) -> bool {
+        shard + 1 == self.plan.shards.len()
+    }
+
+    /// Which of the two sets of numbers (losses, norms, inputs) the step uses.
+    pub fn parity(&self) -> usize {
+        (self.step % 2) as usize
+    }
 }
 
 impl Engine {
-    /// Makes the tasks of a training step.
-    pub(super) fn expand_step(&mut self, input: &StepInput) {
-        let n = self.plan.shards.len();
-        let context = Context { step: input.step, loss_scale: input.loss_scale, check: false };
-        for s in 0..n - 1 {
-            self.visit(&self.unit(s, Pass::Forward), context);
+    /// A model on a device, for tasks of no step.
+    pub(super) fn site(&self, member: usize, device: u16) -> Site {
+        let m = &self.members[member];
+        Site {
+            member,
+            device,
+            model: Arc::clone(&m.model),
+            plan: Arc::clone(&m.plan),
+            map: Arc::clone(&m.maps[usize::from(device)]),
+            rings: m.rings[usize::from(device)],
+            lanes: self.lanes[usize::from(device)],
+            store: m.store,
+            step: NO_STEP,
+            serial: 0,
         }
-        let mut updates = Vec::new();
-        let next_step = self.sequence + (n * self.model.microbatches) as u64;
-        for s in (0..n).rev() {
-            let slot = self.visit(&self.unit(s, Pass::Backward), context);
-            if s == n - 1 && !self.plan.choice.resident {
-                self.result(input.step);
+    }
+
+    /// Makes the tasks of a model's next unit, on the device where the shard is at home.
+    pub(super) fn expand_at_home(&mut self, member: usize) {
+        let m = &self.members[member];
+        let pending = &m.pending[m.next_work().expect("asked for only where there is work")];
+        let (shard, _) = pending.unit(pending.made, m.plan.shards.len());
+        let device = m.home_of(shard).expect("a model without a home takes turns");
+        self.expand(member, device);
+    }
+
+    /// Makes the tasks of a model's next unit on a device.
+    pub(super) fn expand(&mut self, member: usize, device: u16) {
+        let m = &mut self.members[member];
+        let at = m.next_work().expect("asked for only where there is work");
+        let pending = m.pending[at].clone();
+        m.pending[at].made += 1;
+        let site = Site { step: pending.step, serial: pending.serial, ..self.site(member, device) };
+        let (shard, pass) = pending.unit(pending.made, site.plan.shards.len());
+        let unit = Unit { shard, pass, microbatches: 0..site.model.microbatches };
+        let (ahead, crowd) = (self.sequence, self.members.len() as u64);
+        let slot = self.visit(&site, &unit, &pending);
+        match pending.purpose {
+            Purpose::Step { rule, clip } if pass == Pass::Backward => {
+                self.members[member].ran_on[shard] = device;
+                // The next step's first visit comes after the rest of this one's, each with as many others' between as there are models.
+                let visit = site.model.microbatches as u64 * crowd;
+                let next_step = ahead + (shard as u64 + 1) * visit;
+                self.settle(&site, &super::settle::Settled { shard, slot, rule, clip, next_step, visit });
             }
-            if self.plan.choice.resident {
-                continue;
-            }
-            self.spill_gradient(s, slot, input.step);
-            // Without clipping nobody but the report waits for the norm: it gives way to the updates, of which the first shard's is
-            // needed first in the next step.
-            match input.clip {
-                None => {
-                    self.join_and_norm(s, input.step, next_step + (n * self.model.microbatches) as u64);
-                    self.update(s, input, next_step + (s * self.model.microbatches) as u64);
+            Purpose::Evaluation if site.is_last(shard) => {
+                if site.model.eval.as_ref().is_some_and(|g| g.loss.is_some()) {
+                    self.result(&site);
                 }
-                Some(_) => {
-                    self.join_and_norm(s, input.step, self.sequence);
-                    updates.push(s);
-                }
             }
+            _ => {}
         }
-        for s in updates.into_iter().rev() {
-            self.update(s, input, next_step + (s * self.model.microbatches) as u64);
-        }
-        if self.plan.choice.resident {
-            for s in (0..n).rev() {
-                self.join_and_norm(s, input.step, self.sequence);
-            }
-            self.result(input.step);
-            for s in 0..n {
-                self.update(s, input, self.sequence);
-            }
-        }
-    }
-
-    /// Makes the tasks of a forward pass that looks for the first layer whose output is not finite.
-    pub(super) fn expand_check(&mut self, step: u64) {
-        let n = self.plan.shards.len();
-        let context = Context { step, loss_scale: 1.0, check: true };
-        for s in 0..n {
-            let pass = if s + 1 == n { Pass::Backward } else { Pass::Forward };
-            self.visit(&self.unit(s, pass), context);
-        }
-    }
-
-    /// Makes the tasks of an evaluation of one minibatch; losses, or the logits of microbatch 0, end in the host's store.
-    pub(super) fn expand_evaluation(&mut self, step: u64, loss_scale: f64) {
-        let n = self.plan.shards.len();
-        for s in 0..n {
-            self.visit(&self.unit(s, Pass::Evaluate), Context { step, loss_scale, check: false });
-        }
-        if self.model.eval.as_ref().is_some_and(|g| g.loss.is_some()) {
-            self.result(step);
-        }
-    }
-
-    /// A visit of all microbatches.
-    fn unit(&self, shard: usize, pass: Pass) -> Unit {
-        Unit { shard, pass, microbatches: 0..self.model.microbatches }
     }
 
     /// Makes the tasks of one visit and returns the gradient slot that it filled.
-    fn visit(&mut self, unit: &Unit, context: Context) -> usize {
+    fn visit(&mut self, site: &Site, unit: &Unit, pending: &Pending) -> usize {
         let (s, pass) = (unit.shard, unit.pass);
-        let plan = Arc::clone(&self.plan);
-        let shard = &plan.shards[s];
-        let last = s + 1 == plan.shards.len();
+        let shard = &site.plan.shards[s];
         let program = match pass {
             Pass::Forward => shard.forward.as_ref(),
             Pass::Backward => shard.backward.as_ref(),
             Pass::Evaluate => shard.eval.as_ref(),
         };
         let program = Arc::clone(program.expect("a model has the programs of every pass that it is asked for"));
-        let slot = self.fetch_weights(s, pass, context.step);
-        let gradient_slot = if plan.choice.resident { s } else { self.rings.gradient_slot() };
+        let slot = self.fetch_weights(site, s, pass);
+        let gradient_slot = if site.plan.choice.resident { s } else { self.rings[site.rings].gradient_slot() };
         for m in unit.microbatches.clone() {
-            self.microbatch(s, m, pass, &program, slot, gradient_slot, context);
+            let ends_unit = m + 1 == unit.microbatches.end;
+            self.microbatch(site, (s, m, pass), &program, (slot, gradient_slot), pending, ends_unit);
         }
         let states = shard.layout.states.end - shard.layout.states.start;
-        let changes_states = pass == Pass::Forward || (pass == Pass::Backward && last);
-        if changes_states && states > 0 && !plan.choice.resident {
-            let from = self.arena(plan.arena.weight_slots[slot] + plan.arena.states_at[s], states);
-            let to = self.store(plan.host.states + shard.layout.states.start, states);
-            self.copy(What::SpillState, s, None, context.step, vec![CopySpan { from, to }]);
+        let changes_states = pass == Pass::Forward || (pass == Pass::Backward && site.is_last(s));
+        if changes_states && states > 0 && !site.plan.choice.resident {
+            let from = site.arena(site.map.weight_slots[slot] + site.map.states_at[s], states);
+            let to = site.store(site.plan.host.states + shard.layout.states.start, states);
+            self.copy(site, What::SpillState, s, None, vec![CopySpan { from, to }]);
+            // Elsewhere they are older now.
+            self.forget_weights(site, |engine, rings| engine.rings[rings].weights.forget(|held| held == site.shard(s)));
         }
         gradient_slot
+    }
+
+    /// Lets every set of slots but this device's forget weights, where the model has such.
+    pub(super) fn forget_weights(&mut self, site: &Site, forget: impl Fn(&mut Engine, usize)) {
+        for device in 0..self.lanes.len() {
+            let rings = self.members[site.member].rings[device];
+            if rings != site.rings {
+                forget(self, rings);
+            }
+        }
     }
 
     /// Makes the compute task of one microbatch of a visit, with the copies of its boundary tensors.
     fn microbatch(
         &mut self,
-        s: usize,
-        m: usize,
-        pass: Pass,
+        site: &Site,
+        (s, m, pass): (usize, usize, Pass),
         program: &Arc<Program>,
-        slot: usize,
-        gradient_slot: usize,
-        context: Context,
+        (slot, gradient_slot): (usize, usize),
+        pending: &Pending,
+        ends_unit: bool,
     ) {
-        let plan = Arc::clone(&self.plan);
-        let (last, step) = (s + 1 == plan.shards.len(), context.step);
+        let (plan, map, last) = (&site.plan, &site.map, site.is_last(s));
         let mut bases = [0; AREAS];
         let mut reads: [Option<Span>; 8] = [None; 8];
         let mut writes: [Option<Span>; 8] = [None; 8];
         let mut set = |area: Area, base: u64| {
             bases[area as usize] = base;
-            self.arena(base, program.bytes(area))
+            site.arena(base, program.bytes(area))
         };
-        set(Area::Workspace, plan.arena.workspace);
-        reads[0] = Some(set(Area::Weights, plan.arena.weight_slots[slot]));
-        let states = set(Area::States, plan.arena.weight_slots[slot] + plan.arena.states_at[s]);
+        set(Area::Workspace, map.workspace);
+        reads[0] = Some(set(Area::Weights, map.weight_slots[slot]));
+        let states = set(Area::States, map.weight_slots[slot] + map.states_at[s]);
         if pass == Pass::Evaluate {
             reads[1] = Some(states)
         } else {
             writes[0] = Some(states)
         }
         if pass == Pass::Backward {
-            writes[1] = Some(set(Area::Gradients, plan.arena.gradient_slots[gradient_slot]));
+            writes[1] = Some(set(Area::Gradients, map.gradient_slots[gradient_slot]));
         }
         if last && pass != Pass::Forward {
-            writes[2] = Some(set(Area::Results, plan.arena.losses[(step % 2) as usize] + 4 * m as u64));
+            writes[2] = Some(set(Area::Results, map.losses[site.parity()] + 4 * m as u64));
         }
-        if let Some(&saved) = plan.arena.saved[s].get(m)
+        if let Some(&saved) = map.saved[s].get(m)
             && pass != Pass::Evaluate
         {
             let span = set(Area::Saved, saved);
             if pass == Pass::Forward { writes[3] = Some(span) } else { reads[2] = Some(span) }
         }
         // What the task before in this shard hands over is brought first, then what the batch brings.
-        let place_in: Option<Place> = s.checked_sub(1).map(|before| (before, m));
-        let place_out: Option<Place> = (!last).then_some((s, m));
+        let place_in: Option<Place> = s.checked_sub(1).map(|before| site.place(before, m));
+        let place_out: Option<Place> = (!last).then(|| site.place(s, m));
         let mut pinned: [Option<Place>; 2] = [None; 2];
         if let Some(place) = place_in.filter(|_| program.bytes(Area::ActivationIn) > 0) {
-            let entry = self.fetch_activation(place, step);
-            bases[Area::ActivationIn as usize] = plan.arena.activations[entry];
-            reads[3] = Some(self.arena(plan.arena.activations[entry], program.bytes(Area::ActivationIn)));
+            let entry = self.fetch_activation(site, place);
+            bases[Area::ActivationIn as usize] = map.activations[entry];
+            reads[3] = Some(site.arena(map.activations[entry], program.bytes(Area::ActivationIn)));
             pinned[0] = Some(place);
         }
         if let Some(place) = place_out.filter(|_| pass != Pass::Backward) {
-            let entry = match self.rings.activations.find(place) {
-                Some(entry) => entry,
-                None => self.rings.activations.take(place, &pinned.map(|p| p.unwrap_or(place))),
-            };
-            bases[Area::ActivationOut as usize] = plan.arena.activations[entry];
-            writes[4] = Some(self.arena(plan.arena.activations[entry], program.bytes(Area::ActivationOut)));
+            let entry = self
+                .activation_entry(site, place)
+                .unwrap_or_else(|| self.rings[site.rings].activations.take(place, &pinned.map(|p| p.unwrap_or(place))));
+            bases[Area::ActivationOut as usize] = map.activations[entry];
+            writes[4] = Some(site.arena(map.activations[entry], program.bytes(Area::ActivationOut)));
         }
         if pass == Pass::Evaluate && last && program.bytes(Area::ActivationOut) > 0 {
             // Logits are handed on to nobody: they lie over the workspace's end, where the map of an evaluation leaves room.
-            let at =
-                plan.arena.workspace + crate::base::align_up(program.bytes(Area::Workspace), crate::graph::ALIGNMENT);
+            let at = map.workspace + crate::base::align_up(program.bytes(Area::Workspace), crate::graph::ALIGNMENT);
             bases[Area::ActivationOut as usize] = at;
-            writes[4] = Some(self.arena(at, program.bytes(Area::ActivationOut)));
+            writes[4] = Some(site.arena(at, program.bytes(Area::ActivationOut)));
         }
         let mut grad_in = None;
         if let Some(place) = place_out.filter(|_| pass == Pass::Backward && program.bytes(Area::GradientIn) > 0) {
-            let entry = self.fetch_gradient(place, step);
-            bases[Area::GradientIn as usize] = plan.arena.gradients[entry];
-            reads[4] = Some(self.arena(plan.arena.gradients[entry], program.bytes(Area::GradientIn)));
+            let entry = self.fetch_gradient(site, place);
+            bases[Area::GradientIn as usize] = map.gradients[entry];
+            reads[4] = Some(site.arena(map.gradients[entry], program.bytes(Area::GradientIn)));
             grad_in = Some(place);
         }
         let mut grad_out = None;
         if let Some(place) = place_in.filter(|_| pass == Pass::Backward && program.bytes(Area::GradientOut) > 0) {
-            let entry = self.rings.gradients.take(place, &[grad_in.unwrap_or(place)]);
-            bases[Area::GradientOut as usize] = plan.arena.gradients[entry];
-            let span = self.arena(plan.arena.gradients[entry], program.bytes(Area::GradientOut));
+            let entry = self.rings[site.rings].gradients.take(place, &[grad_in.unwrap_or(place)]);
+            bases[Area::GradientOut as usize] = map.gradients[entry];
+            let span = site.arena(map.gradients[entry], program.bytes(Area::GradientOut));
             writes[5] = Some(span);
             grad_out = Some((place, span));
         }
         if !program.inputs.is_empty() {
-            let base = self.fetch_inputs(s, m, program, step);
+            let base = self.fetch_inputs(site, s, m, program);
             bases[Area::Inputs as usize] = base;
-            reads[5] = Some(self.arena(base, program.bytes(Area::Inputs)));
+            reads[5] = Some(site.arena(base, program.bytes(Area::Inputs)));
         }
         let scalars = Scalars {
-            seed: self.options.seed,
-            step: step as u32,
+            seed: self.members[site.member].options.seed,
+            step: site.step as u32,
             microbatch: m as u32,
-            loss_scale: context.loss_scale,
+            loss_scale: pending.loss_scale,
             accumulate: m > 0,
         };
         let what = match pass {
@@ -248,164 +286,188 @@ impl Engine {
             Pass::Backward if last => What::LastUnit,
             Pass::Backward => What::Backward,
         };
-        let run = Run { program: Arc::clone(program), device: 0, bases, scalars, check: context.check };
+        let check = pending.purpose == Purpose::Check;
+        let run = Run { program: Arc::clone(program), device: site.device, bases, scalars, check };
         let spans = |list: [Option<Span>; 8]| list.into_iter().flatten().filter(|s| s.bytes > 0).collect::<Vec<_>>();
-        let lane = self.lanes.compute;
-        self.add(lane, what, s, Some(m), step, self.sequence, Task::Run(Box::new(run)), &spans(reads), &spans(writes));
+        let order = Order {
+            lane: site.lanes.compute,
+            task: Task::Run(Box::new(run)),
+            name: self.name(site, what, s, Some(m)),
+            serial: site.serial,
+            step: site.step,
+            deadline: self.sequence,
+            ends_unit,
+        };
+        self.enter(order, &spans(reads), &spans(writes));
         if let (Some(place), Some(from)) = (place_out.filter(|_| pass != Pass::Backward), writes[4])
             && plan.choice.activations != BoundaryTier::Device
         {
-            let to = self.store(plan.host.activations[place.0][place.1], from.bytes);
-            self.copy(What::SpillBoundary, s, Some(m), step, vec![CopySpan { from, to }]);
+            let to = site.store(plan.host.activations[place.boundary][place.microbatch], from.bytes);
+            self.copy(site, What::SpillBoundary, s, Some(m), vec![CopySpan { from, to }]);
         }
         if let Some((place, from)) = grad_out
             && plan.choice.gradients != BoundaryTier::Device
         {
-            let to = self.store(plan.host.gradients[place.0][place.1], from.bytes);
-            self.copy(What::SpillBoundary, s, Some(m), step, vec![CopySpan { from, to }]);
+            let to = site.store(plan.host.gradients[place.boundary][place.microbatch], from.bytes);
+            self.copy(site, What::SpillBoundary, s, Some(m), vec![CopySpan { from, to }]);
         }
         if let Some(place) = grad_in {
-            self.rings.gradients.forget(|p| p == place);
+            self.rings[site.rings].gradients.forget(|p| p == place);
         }
         if pass != Pass::Forward
             && plan.choice.activations != BoundaryTier::Device
             && let Some(place) = place_in
         {
-            self.rings.activations.forget(|p| p == place);
+            self.rings[site.rings].activations.forget(|p| p == place);
         }
         if pass == Pass::Evaluate && last && program.bytes(Area::ActivationOut) > 0 {
             let from = writes[4].expect("set above");
-            let to = self.store(plan.host.logits, from.bytes);
-            self.copy(What::Result, s, Some(m), step, vec![CopySpan { from, to }]);
+            let to = site.store(plan.host.logits, from.bytes);
+            self.copy(site, What::Result, s, Some(m), vec![CopySpan { from, to }]);
         }
         self.sequence += 1;
     }
 
-    pub(super) fn arena(&self, offset: u64, bytes: u64) -> Span {
-        Span { memory: Memory::Device(0), offset, bytes }
+    fn name(&self, site: &Site, what: What, s: usize, m: Option<usize>) -> TaskName {
+        let microbatch = m.filter(|_| site.model.microbatches > 1).map(|m| m as u16);
+        TaskName { what, model: site.member as u16, shard: s as u16, microbatch }
     }
 
-    pub(super) fn store(&self, offset: u64, bytes: u64) -> Span {
-        Span { memory: Memory::Host, offset, bytes }
+    /// Adds a task and books it under its work.
+    fn enter(&mut self, order: Order, reads: &[Span], writes: &[Span]) {
+        let member = &mut self.members[usize::from(order.name.model)];
+        match member.pending.iter_mut().find(|p| p.serial == order.serial) {
+            Some(pending) => pending.tasks += 1,
+            None => member.loose_tasks += 1,
+        }
+        self.queue.add(order, reads, writes);
     }
 
     pub(super) fn add(
         &mut self,
+        site: &Site,
         lane: u16,
-        what: What,
-        s: usize,
-        m: Option<usize>,
-        step: u64,
+        (what, s): (What, usize),
         deadline: u64,
         task: Task,
         reads: &[Span],
         writes: &[Span],
     ) {
-        let microbatch = m.filter(|_| self.model.microbatches > 1).map(|m| m as u16);
-        let name = TaskName { what, model: self.options.model, shard: s as u16, microbatch };
-        self.queue.add(Order { lane, task, name, step, deadline }, reads, writes);
+        let name = self.name(site, what, s, None);
+        let (step, serial) = (site.step, site.serial);
+        self.enter(Order { lane, task, name, serial, step, deadline, ends_unit: false }, reads, writes);
     }
 
     /// Adds a copy; its lane follows from where it goes.
-    pub(super) fn copy(&mut self, what: What, s: usize, m: Option<usize>, step: u64, mut spans: Vec<CopySpan>) {
+    pub(super) fn copy(&mut self, site: &Site, what: What, s: usize, m: Option<usize>, mut spans: Vec<CopySpan>) {
         spans.retain(|c| c.from.bytes > 0);
         if spans.is_empty() {
             return;
         }
         let lane = match (spans[0].from.memory, spans[0].to.memory) {
-            (Memory::Host, _) => self.lanes.h2d,
-            (_, Memory::Host) => self.lanes.d2h,
-            _ => self.lanes.compute,
+            (Memory::Host, _) => site.lanes.h2d,
+            (_, Memory::Host) => site.lanes.d2h,
+            _ => site.lanes.compute,
         };
         let (reads, writes): (Vec<Span>, Vec<Span>) = spans.iter().map(|c| (c.from, c.to)).unzip();
-        self.add(lane, what, s, m, step, self.sequence, Task::Copy(spans), &reads, &writes);
+        let (name, deadline) = (self.name(site, what, s, m), self.sequence);
+        let (step, serial, task) = (site.step, site.serial, Task::Copy(spans));
+        self.enter(Order { lane, task, name, serial, step, deadline, ends_unit: false }, &reads, &writes);
     }
 
     /// The slot that holds a shard's weights, after a fetch where none does.
-    fn fetch_weights(&mut self, s: usize, pass: Pass, step: u64) -> usize {
-        if let Some(slot) = self.rings.weights.find(s) {
+    fn fetch_weights(&mut self, site: &Site, s: usize, pass: Pass) -> usize {
+        let weights = &mut self.rings[site.rings].weights;
+        let key = site.shard(s);
+        if let Some(slot) = weights.find(key) {
             return slot;
         }
-        let plan = Arc::clone(&self.plan);
-        let (arena, host, shard) = (&plan.arena, &plan.host, &plan.shards[s].layout);
+        let (plan, map, host, shard) = (&site.plan, &site.map, &site.plan.host, &site.plan.shards[s].layout);
         let slot = if plan.choice.resident {
-            self.rings.weights.pin(s, s);
+            weights.pin(s, key);
             s
         } else {
             // New weights exist once their last use is over, so the slot of the old ones costs no wait, and leaves the others' slots to
             // shards whose update comes sooner.
-            self.rings.weights.take_back(s).unwrap_or_else(|| self.rings.weights.take(s, &[]))
+            weights.take_back(key).unwrap_or_else(|| weights.take(key, &[]))
         };
-        let base = arena.weight_slots[slot];
+        let base = map.weight_slots[slot];
         // In pieces where a piece can be of use before the next: at a step's first visit, which begins on what an update has left, and
         // where boundary tensors share the lane, since one that is needed sooner must not stand behind a whole shard.
         let own = shard.own.end - shard.own.start;
-        let first_visit = pass != Pass::Backward || s + 1 == plan.shards.len();
+        let first_visit = pass != Pass::Backward || site.is_last(s);
         let shared_lane = [plan.choice.activations, plan.choice.gradients].iter().any(|&t| t != BoundaryTier::Device);
-        let count = if first_visit || shared_lane { self.visits.pieces[s].len() } else { 1 };
+        let tables = &self.members[site.member].tables;
+        let count = if first_visit || shared_lane { tables.pieces[s].len() } else { 1 };
         for i in 0..count {
-            let piece = if count == 1 { 0..own } else { self.visits.pieces[s][i].range.clone() };
+            let tables = &self.members[site.member].tables;
+            let piece = if count == 1 { 0..own } else { tables.pieces[s][i].range.clone() };
             let bytes = piece.end - piece.start;
-            let from = self.store(host.weights + shard.own.start + piece.start, bytes);
-            let mut spans = vec![CopySpan { from, to: self.arena(base + piece.start, bytes) }];
+            let from = site.store(host.weights + shard.own.start + piece.start, bytes);
+            let mut spans = vec![CopySpan { from, to: site.arena(base + piece.start, bytes) }];
             if i + 1 == count {
-                for b in &self.visits.borrows[s] {
+                for b in &tables.borrows[s] {
                     spans.push(CopySpan {
-                        from: self.store(host.weights + b.flat, b.bytes),
-                        to: self.arena(base + b.at, b.bytes),
+                        from: site.store(host.weights + b.flat, b.bytes),
+                        to: site.arena(base + b.at, b.bytes),
                     });
                 }
                 let states = shard.states.end - shard.states.start;
                 spans.push(CopySpan {
-                    from: self.store(host.states + shard.states.start, states),
-                    to: self.arena(base + arena.states_at[s], states),
+                    from: site.store(host.states + shard.states.start, states),
+                    to: site.arena(base + map.states_at[s], states),
                 });
             }
-            self.copy(What::FetchWeights, s, None, step, spans);
+            self.copy(site, What::FetchWeights, s, None, spans);
         }
         slot
     }
 
-    fn fetch_activation(&mut self, place: Place, step: u64) -> usize {
-        if let Some(entry) = self.rings.activations.find(place) {
+    /// The entry that holds a boundary activation, or always does where they stay on the device.
+    fn activation_entry(&mut self, site: &Site, place: Place) -> Option<usize> {
+        match site.plan.choice.activations {
+            BoundaryTier::Device => Some(place.boundary * site.model.microbatches + place.microbatch),
+            BoundaryTier::Host { .. } => self.rings[site.rings].activations.find(place),
+        }
+    }
+
+    fn fetch_activation(&mut self, site: &Site, place: Place) -> usize {
+        if let Some(entry) = self.activation_entry(site, place) {
             return entry;
         }
-        let plan = Arc::clone(&self.plan);
-        let entry = self.rings.activations.take(place, &[]);
-        let bytes = plan.shards[place.0].boundary_bytes;
-        let from = self.store(plan.host.activations[place.0][place.1], bytes);
-        let to = self.arena(plan.arena.activations[entry], bytes);
-        self.copy(What::FetchBoundary, place.0 + 1, Some(place.1), step, vec![CopySpan { from, to }]);
+        let entry = self.rings[site.rings].activations.take(place, &[]);
+        let bytes = site.plan.shards[place.boundary].boundary_bytes;
+        let from = site.store(site.plan.host.activations[place.boundary][place.microbatch], bytes);
+        let to = site.arena(site.map.activations[entry], bytes);
+        self.copy(site, What::FetchBoundary, place.boundary + 1, Some(place.microbatch), vec![CopySpan { from, to }]);
         entry
     }
 
-    fn fetch_gradient(&mut self, place: Place, step: u64) -> usize {
-        if let Some(entry) = self.rings.gradients.find(place) {
+    fn fetch_gradient(&mut self, site: &Site, place: Place) -> usize {
+        if let Some(entry) = self.rings[site.rings].gradients.find(place) {
             return entry;
         }
-        let plan = Arc::clone(&self.plan);
-        let entry = self.rings.gradients.take(place, &[]);
-        let bytes = plan.shards[place.0].boundary_bytes;
-        let from = self.store(plan.host.gradients[place.0][place.1], bytes);
-        let to = self.arena(plan.arena.gradients[entry], bytes);
-        self.copy(What::FetchBoundary, place.0, Some(place.1), step, vec![CopySpan { from, to }]);
+        let entry = self.rings[site.rings].gradients.take(place, &[]);
+        let bytes = site.plan.shards[place.boundary].boundary_bytes;
+        let from = site.store(site.plan.host.gradients[place.boundary][place.microbatch], bytes);
+        let to = site.arena(site.map.gradients[entry], bytes);
+        self.copy(site, What::FetchBoundary, place.boundary, Some(place.microbatch), vec![CopySpan { from, to }]);
         entry
     }
 
     /// Brings what a program reads of the batch; returns where it will lie.
-    fn fetch_inputs(&mut self, s: usize, m: usize, program: &Program, step: u64) -> u64 {
-        let plan = Arc::clone(&self.plan);
-        let base = plan.arena.inputs[self.rings.input_entry()];
-        let staged = &plan.host.inputs[(step % 2) as usize];
+    fn fetch_inputs(&mut self, site: &Site, s: usize, m: usize, program: &Program) -> u64 {
+        let base = site.map.inputs[self.rings[site.rings].input_entry()];
+        let staged = &site.plan.host.inputs[site.parity()];
         let spans = program
             .inputs
             .iter()
             .map(|used| CopySpan {
-                from: self.store(staged[used.input] + m as u64 * used.bytes, used.bytes),
-                to: self.arena(base + used.offset, used.bytes),
+                from: site.store(staged[used.input] + m as u64 * used.bytes, used.bytes),
+                to: site.arena(base + used.offset, used.bytes),
             })
             .collect();
-        self.copy(What::Input, s, Some(m), step, spans);
+        self.copy(site, What::Input, s, Some(m), spans);
         base
     }
 }

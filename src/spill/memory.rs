@@ -11,18 +11,18 @@ use crate::graph::{ALIGNMENT, Area};
 
 /// Bytes laid end to end, each stretch at a multiple of [`ALIGNMENT`].
 #[derive(Debug, Default)]
-struct Tape {
-    end: u64,
+pub(super) struct Tape {
+    pub end: u64,
 }
 
 impl Tape {
-    fn take(&mut self, bytes: u64) -> u64 {
+    pub fn take(&mut self, bytes: u64) -> u64 {
         let at = align_up(self.end, ALIGNMENT);
         self.end = at + bytes;
         at
     }
 
-    fn take_many(&mut self, count: usize, bytes: u64) -> Vec<u64> {
+    pub fn take_many(&mut self, count: usize, bytes: u64) -> Vec<u64> {
         (0..count).map(|_| self.take(bytes)).collect()
     }
 }
@@ -54,6 +54,11 @@ pub struct Choice {
     pub gradients: BoundaryTier,
     /// Entries for the batch's tensors.
     pub input_entries: usize,
+    /// Where not resident: shards are updated on the device that has just computed their gradients, with remainders and moments visiting, instead of
+    /// by the host's threads. Not with clipping, which knows its factor only after the last gradient.
+    pub updates_on_device: bool,
+    /// Where resident: shards are at home on several devices, so gradients and weights of shared parameters cross by way of the host.
+    pub crosses: bool,
 }
 
 /// The map of a device's arena, in bytes from its start.
@@ -77,6 +82,8 @@ pub struct ArenaMap {
     pub remainders: Vec<u64>,
     /// Moments of each shard: first and second; resident only.
     pub moments: [Vec<u64>; 2],
+    /// Remainders and moments that visit for an update: first and second moment, then remainder, end to end; not where resident.
+    pub update_states: Vec<u64>,
     /// Boundary activations: one for each boundary and microbatch, or a ring.
     pub activations: Vec<u64>,
     /// Boundary gradients: a ring.
@@ -118,27 +125,58 @@ pub struct HostMap {
     pub bytes: u64,
 }
 
-/// Maps the arena.
+impl ArenaMap {
+    /// The same map, all of it `by` bytes further on, with the workspace at `workspace`.
+    pub(super) fn shifted(mut self, by: u64, workspace: u64) -> ArenaMap {
+        let lists = [
+            &mut self.inputs,
+            &mut self.weight_slots,
+            &mut self.gradient_slots,
+            &mut self.remainders,
+            &mut self.update_states,
+            &mut self.activations,
+            &mut self.gradients,
+        ];
+        let places = lists.into_iter().chain(&mut self.moments).chain(&mut self.saved).flatten();
+        let single = self.losses.iter_mut().chain(&mut self.norms).chain([&mut self.norm_scratch]);
+        places.chain(single).for_each(|at| *at += by);
+        self.workspace = workspace;
+        self
+    }
+}
+
+/// Maps an arena that is a model's own.
 pub fn arena_map(model: &Model, shards: &[ShardPrograms], choice: &Choice, moments: usize) -> ArenaMap {
+    arena_map_of(model, shards, choice, moments, &|_| true)
+}
+
+/// Maps the arena of one of the devices that a model's shards are at home on; `here` tells which are on this one. The others have stretches
+/// of no bytes.
+pub fn arena_map_of(
+    model: &Model,
+    shards: &[ShardPrograms],
+    choice: &Choice,
+    moments: usize,
+    here: &dyn Fn(usize) -> bool,
+) -> ArenaMap {
     let (n, microbatches) = (shards.len(), model.microbatches);
+    let if_here = |s: usize, bytes: u64| if here(s) { bytes } else { 0 };
+    let all_here = || shards.iter().enumerate().filter(|(s, _)| here(*s)).map(|(_, shard)| shard);
     let parameters = model.train.parameters.len() as u64;
     let mut tape = Tape::default();
     let losses = [0, 1].map(|_| tape.take(4 * microbatches as u64));
     let norms = [0, 1].map(|_| if choice.resident { tape.take(8 * parameters) } else { 0 });
     let norm_scratch = if choice.resident && model.train.scratch {
         let bytes = |s: &ShardPrograms| norm_scratch_bytes(&model.segments(&s.layout.own, |_| true));
-        tape.take(shards.iter().map(bytes).max().unwrap_or(0))
+        tape.take(all_here().map(bytes).max().unwrap_or(0))
     } else {
         0
     };
-    let input_bytes = shards.iter().map(ShardPrograms::input_bytes).max().unwrap_or(0);
+    let input_bytes = all_here().map(ShardPrograms::input_bytes).max().unwrap_or(0);
     let inputs = tape.take_many(choice.input_entries, input_bytes);
-    let states_at: Vec<u64> = shards.iter().map(|s| align_up(s.layout.weight_bytes, ALIGNMENT)).collect();
-    let slot_bytes = |s: usize| match shards[s].layout.states.end - shards[s].layout.states.start {
-        0 => shards[s].layout.weight_bytes,
-        states => states_at[s] + states,
-    };
-    let gradient_bytes = |s: usize| shards[s].layout.gradient_bytes;
+    let states_at: Vec<u64> = shards.iter().map(ShardPrograms::states_at).collect();
+    let slot_bytes = |s: usize| if_here(s, shards[s].slot_bytes());
+    let gradient_bytes = |s: usize| if_here(s, shards[s].layout.gradient_bytes);
     let (weight_slots, gradient_slots) = if choice.resident {
         ((0..n).map(|s| tape.take(slot_bytes(s))).collect(), (0..n).map(|s| tape.take(gradient_bytes(s))).collect())
     } else {
@@ -146,21 +184,18 @@ pub fn arena_map(model: &Model, shards: &[ShardPrograms], choice: &Choice, momen
         let gradient = (0..n).map(gradient_bytes).max().unwrap_or(0);
         (tape.take_many(choice.slots.min(n), slot), tape.take_many(choice.gradient_slots.min(n), gradient))
     };
-    let own = |s: &ShardPrograms| s.layout.own.end - s.layout.own.start;
     let ratio = model.layout.wide_ratio;
+    let own = |s: usize| if_here(s, shards[s].own_bytes());
     let remainders = if choice.resident && model.has_remainders() {
-        shards.iter().map(|s| tape.take(own(s))).collect()
+        (0..n).map(|s| tape.take(own(s))).collect()
     } else {
         Vec::new()
     };
     let moments = [0, 1].map(|i| {
-        if choice.resident && i < moments {
-            shards.iter().map(|s| tape.take(own(s) * ratio)).collect()
-        } else {
-            Vec::new()
-        }
+        if choice.resident && i < moments { (0..n).map(|s| tape.take(own(s) * ratio)).collect() } else { Vec::new() }
     });
-    let boundary = |s: usize| shards[s].boundary_bytes;
+    // A boundary tensor is handed out by one shard and taken in by the next.
+    let boundary = |s: usize| if here(s) || here(s + 1) { shards[s].boundary_bytes } else { 0 };
     let largest = (0..n.saturating_sub(1)).map(boundary).max().unwrap_or(0);
     let mut activations = Vec::new();
     let mut gradients = Vec::new();
@@ -179,14 +214,13 @@ pub fn arena_map(model: &Model, shards: &[ShardPrograms], choice: &Choice, momen
         };
         gradients = tape.take_many(entries, largest);
     }
-    let saved = shards
-        .iter()
-        .map(|s| match s.forward.as_ref().map(|p| p.bytes(Area::Saved)) {
-            Some(bytes) if bytes > 0 => tape.take_many(microbatches, bytes),
+    let saved = (0..n)
+        .map(|s| match shards[s].forward.as_ref().map(|p| p.bytes(Area::Saved)) {
+            Some(bytes) if bytes > 0 => tape.take_many(microbatches, if_here(s, bytes)),
             _ => Vec::new(),
         })
         .collect();
-    let workspace_bytes = shards.iter().map(ShardPrograms::workspace_bytes).max().unwrap_or(0);
+    let workspace_bytes = all_here().map(ShardPrograms::workspace_bytes).max().unwrap_or(0);
     let workspace = tape.take(workspace_bytes);
     ArenaMap {
         losses,
@@ -198,6 +232,7 @@ pub fn arena_map(model: &Model, shards: &[ShardPrograms], choice: &Choice, momen
         norm_scratch,
         remainders,
         moments,
+        update_states: Vec::new(),
         activations,
         gradients,
         saved,
@@ -226,7 +261,7 @@ pub fn host_map(model: &Model, shards: &[ShardPrograms], choice: &Choice, moment
         moments: [0, 1].map(|i| if i < moments { tape.take(parameter_bytes * model.layout.wide_ratio) } else { 0 }),
         shard_gradients: shards
             .iter()
-            .map(|s| if choice.resident { 0 } else { tape.take(s.layout.gradient_bytes) })
+            .map(|s| if choice.resident && !choice.crosses { 0 } else { tape.take(s.layout.gradient_bytes) })
             .collect(),
         norms: [0, 1].map(|_| tape.take(8 * graph.parameters.len() as u64)),
         losses: [0, 1].map(|_| tape.take(4 * microbatches as u64)),

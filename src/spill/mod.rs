@@ -2,12 +2,14 @@
 
 mod cut;
 mod estimate;
+mod fleet;
 mod memory;
 mod model;
 mod plan;
 mod shard;
 
 pub use cut::{CutRule, balanced, max_fill};
+pub use fleet::{FleetMap, Home, Placed};
 pub use memory::{ArenaMap, BoundaryTier, Choice, HostMap};
 pub use model::Model;
 pub use plan::{Plan, PlanOptions, Recompute};

@@ -67,6 +67,11 @@ impl Model {
         self.train.float == DType::Bf16
     }
 
+    /// Bytes of a parameter's gradient accumulator.
+    pub fn gradient_bytes(&self, parameter: usize) -> u64 {
+        self.train.bytes(self.train.parameters[parameter].value) * self.layout.wide_ratio
+    }
+
     /// The tensors in a stretch of the flat order, with offsets from its start. `decays` tells whether weight decay applies.
     pub fn segments(&self, stretch: &Range<u64>, decays: impl Fn(usize) -> bool) -> Vec<Segment> {
         let mut segments = Vec::new();

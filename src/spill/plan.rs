@@ -137,10 +137,30 @@ impl Plan {
         const MOST: u64 = 8;
         let own = &self.shards[shard].layout.own;
         let bytes = own.end - own.start;
-        let most = if self.choice.resident || self.arena.weight_slots.len() == 1 { 1 } else { MOST };
+        let whole = self.choice.resident || self.choice.updates_on_device || self.choice.slots == 1;
+        let most = if whole { 1 } else { MOST };
         let count = most.min(bytes / LEAST_BYTES).max(1);
         let at = |i: u64| if i == count { bytes } else { align_up(bytes * i / count, ALIGNMENT) };
         (0..count).map(|i| at(i)..at(i + 1)).collect()
+    }
+
+    /// Where, after a shard's gradients, further accumulators of parameters that it owns lie when they visit its device to be added.
+    pub fn visiting_gradients_at(&self, shard: usize) -> u64 {
+        align_up(self.shards[shard].layout.gradient_bytes, ALIGNMENT)
+    }
+
+    /// Bytes of those accumulators: every use of its parameters in another shard.
+    pub fn visiting_gradient_bytes(&self, model: &Model, shard: usize) -> u64 {
+        let own = &self.shards[shard].layout.own;
+        let others = self.shards.iter().enumerate().filter(|&(s, _)| s != shard).flat_map(|(_, o)| &o.layout.shared);
+        let owned = others.filter(|u| own.contains(&model.layout.parameter[u.parameter]));
+        owned.map(|u| align_up(model.gradient_bytes(u.parameter), ALIGNMENT)).sum()
+    }
+
+    /// Bytes of a shard's remainders and moments, end to end.
+    pub fn update_state_bytes(&self, model: &Model, shard: usize) -> u64 {
+        let own = self.shards[shard].own_bytes();
+        own * model.layout.wide_ratio * self.moments as u64 + if model.has_remainders() { own } else { 0 }
     }
 
     /// Names of a shard's layers.
@@ -281,6 +301,8 @@ impl Search<'_> {
                         activations: tier(activations),
                         gradients: tier(gradients.min(microbatches + 1)),
                         input_entries,
+                        updates_on_device: false,
+                        crosses: false,
                     });
                 }
             }

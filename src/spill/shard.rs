@@ -68,6 +68,24 @@ impl ShardPrograms {
         self.programs().map(|p| p.bytes(Area::Inputs)).max().unwrap_or(0)
     }
 
+    /// Where the states begin in a weight slot, after the weights.
+    pub fn states_at(&self) -> u64 {
+        align_up(self.layout.weight_bytes, ALIGNMENT)
+    }
+
+    /// Bytes of a weight slot that it fills, states included.
+    pub fn slot_bytes(&self) -> u64 {
+        match self.layout.states.end - self.layout.states.start {
+            0 => self.layout.weight_bytes,
+            states => self.states_at() + states,
+        }
+    }
+
+    /// Bytes of its own part of the flat order.
+    pub fn own_bytes(&self) -> u64 {
+        self.layout.own.end - self.layout.own.start
+    }
+
     /// Bytes that a fetch of the shard's weights and states moves.
     pub fn fetch_bytes(&self) -> u64 {
         self.layout.weight_bytes + self.layout.states.end - self.layout.states.start
@@ -76,6 +94,11 @@ impl ShardPrograms {
     /// Seconds of forward for one microbatch; 0 for the last shard.
     pub fn forward_secs(&self, cost: &CostModel) -> f64 {
         self.forward.as_ref().map_or(0.0, |p| cost.program_secs(p))
+    }
+
+    /// Seconds of both for one microbatch.
+    pub fn step_secs(&self, cost: &CostModel) -> f64 {
+        self.forward_secs(cost) + self.backward_secs(cost)
     }
 
     /// Seconds of backward, recomputation included, for one microbatch.

@@ -58,14 +58,14 @@ fn parts(model: &Model, moments: usize) -> Vec<(String, &Shape, Part)> {
     parts
 }
 
-/// Writes the state of `engine` after `step` steps to `path`, replacing an older checkpoint only once this one is on the disk. Call
+/// Writes the state of the engine's model number `of` after `step` steps to `path`, replacing an older checkpoint only once this one is on the disk. Call
 /// [`Engine::wait_home`] first.
 ///
 /// # Errors
 /// When the file cannot be written.
-pub fn write_checkpoint(path: &Path, engine: &Engine, identity: Identity, step: u64) -> Result<()> {
-    let model = engine.model();
-    let parts = parts(model, engine.plan().moments);
+pub fn write_checkpoint(path: &Path, engine: &Engine, of: usize, identity: Identity, step: u64) -> Result<()> {
+    let model = engine.model(of);
+    let parts = parts(model, engine.plan(of).moments);
     let mut header = Map::new();
     let mut metadata = json!({ "format": FORMAT, "step": step.to_string() });
     for (key, value) in identity.fields() {
@@ -87,8 +87,8 @@ pub fn write_checkpoint(path: &Path, engine: &Engine, identity: Identity, step: 
         out.write_all(&header)?;
         for (_, _, part) in &parts {
             let values = match *part {
-                Part::Parameter(what, i) => engine.read_parameter(what, i),
-                Part::State(i) => engine.read_state(i),
+                Part::Parameter(what, i) => engine.read_parameter(of, what, i),
+                Part::State(i) => engine.read_state(of, i),
             };
             for value in values {
                 out.write_all(&value.to_le_bytes())?;
@@ -172,13 +172,13 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Writes all tensors into the engine's host store. Call [`Checkpoint::check`] first, and this before the first step.
+    /// Writes all tensors into the part of the host's store that the engine's model number `of` has. Call [`Checkpoint::check`] first, and this before the first step.
     ///
     /// # Errors
     /// When the file cannot be read, or lacks a tensor.
-    pub fn restore(&mut self, engine: &mut Engine) -> Result<()> {
-        let model = std::sync::Arc::clone(engine.model());
-        for (name, shape, part) in parts(&model, engine.plan().moments) {
+    pub fn restore(&mut self, engine: &mut Engine, of: usize) -> Result<()> {
+        let model = std::sync::Arc::clone(engine.model(of));
+        for (name, shape, part) in parts(&model, engine.plan(of).moments) {
             let start = match self.index.get(&name).filter(|e| e.shape == *shape) {
                 Some(entry) => entry.start_bytes,
                 None => return Err(self.fault(format!("tensor {name}: is missing, or not {shape}"))),
@@ -188,8 +188,8 @@ impl Checkpoint {
             read.map_err(|e| Error::io("read", &self.path, e))?;
             let values: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
             match part {
-                Part::Parameter(what, i) => engine.write_parameter(what, i, &values),
-                Part::State(i) => engine.write_state(i, &values),
+                Part::Parameter(what, i) => engine.write_parameter(of, what, i, &values),
+                Part::State(i) => engine.write_state(of, i, &values),
             }
         }
         Ok(())

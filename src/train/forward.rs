@@ -45,12 +45,12 @@ pub fn wait_forward(pretrained: &Pretrained, batch: &Batch) -> Result<(Shape, Ve
     let options = EngineOptions { patience_secs: 3600.0, ..EngineOptions::new(0, &model) };
     let mut engine = Engine::new(Arc::clone(&model), plan, device, options);
     for (i, parameter) in model.train.parameters.iter().enumerate() {
-        engine.write_parameter(Stored::Weight, i, &pretrained.tensor(&parameter.name, &parameter.shape)?);
+        engine.write_parameter(0, Stored::Weight, i, &pretrained.tensor(&parameter.name, &parameter.shape)?);
     }
     for (i, state) in model.train.states.iter().enumerate() {
-        engine.write_state(i, &pretrained.tensor(&state.name, &state.shape)?);
+        engine.write_state(0, i, &pretrained.tensor(&state.name, &state.shape)?);
     }
     let names: Vec<String> = model.train.inputs.iter().map(|i| i.name.clone()).collect();
-    let logits = engine.wait_logits(&batch_inputs(&names, batch)?)?;
+    let logits = engine.wait_logits(0, &batch_inputs(&names, batch)?)?;
     Ok((shape, logits))
 }

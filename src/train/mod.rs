@@ -1,6 +1,7 @@
 //! Training: optimizers and schedules, the loop over steps, metrics, checkpoints, the report.
 
 mod checkpoint;
+mod fleet;
 mod forward;
 pub mod metrics;
 mod optimizer;
@@ -9,6 +10,7 @@ mod safely;
 mod session;
 
 pub use checkpoint::{Checkpoint, Identity, write_checkpoint};
+pub use fleet::{Fleet, Recruit};
 pub use forward::wait_forward;
 pub use optimizer::{Optimizer, Schedule};
 pub use report::write_report;

@@ -1,20 +1,17 @@
-//! A model in training: its plan, its engine, its data, and the loop over steps.
-//!
-//! The loop keeps two steps in flight, so that no lane stands still while the host reads a loss. Everything that a caller sees, the
-//! progress line, the metrics, the trace, comes from the results and events of the same engine.
+//! Training one model: how, from what to what, and a session that does it. A session is a fleet of one.
 
+use super::fleet::{Fleet, Recruit};
 use super::optimizer::{Optimizer, Schedule};
 use crate::base::{DType, Error, Result};
-use crate::data::{Batch, Limits, Loader, Source, check_ids, labelled};
+use crate::data::{Batch, Source};
 use crate::device::sim::CostModel;
 use crate::device::{DeviceMemory, DeviceSpec};
-use crate::engine::{Engine, EngineOptions, StepInput, StepResult, Stored};
+use crate::engine::{Engine, StepResult};
 use crate::graph::{Graph, Mode};
-use crate::nn::{InputShape, Network, Pretrained, init};
-use crate::spill::{Model, Plan, PlanOptions};
-use std::collections::VecDeque;
+use crate::nn::{InputShape, Network, Pretrained};
+use crate::spill::{Model, Placed, Plan, PlanOptions};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 /// How to train a model.
 #[derive(Clone, Debug)]
@@ -94,17 +91,17 @@ pub trait Observer {
     /// Whatever should end the run.
     fn valid(&mut self, step: u64, loss: f32, secs: f64) -> Result<()>;
 
-    /// Asked after every step: whether to save a checkpoint now, with `session` at rest. `None`: not now.
+    /// Asked after every step: whether to save a checkpoint now, with the model at rest.
     fn wants_checkpoint(&mut self) -> bool {
         false
     }
 
-    /// The session is at rest after `step` steps, and its state is in the host's store.
+    /// The model, number `model` of the engine's, is at rest after `step` steps, and its state is in the host's store.
     ///
     /// # Errors
     /// Whatever should end the run.
-    fn checkpoint(&mut self, step: u64, session: &Session) -> Result<()> {
-        let _ = (step, session);
+    fn checkpoint(&mut self, step: u64, engine: &Engine, model: usize) -> Result<()> {
+        let _ = (step, engine, model);
         Ok(())
     }
 }
@@ -161,22 +158,13 @@ pub enum Weights<'a> {
     Random,
 }
 
-/// A model in training.
+/// A model in training, alone on one device.
 pub struct Session {
-    engine: Engine,
-    options: TrainOptions,
-    loader: Loader,
-    valid: Option<Box<dyn Source>>,
-    valid_batch: Batch,
-    limits: Limits,
-    /// For each graph input, the batch tensor's name.
-    names: Vec<String>,
-    /// Steps done.
-    done: u64,
+    fleet: Fleet,
 }
 
 impl Session {
-    /// Starts the devices and fills the store with the first weights. `model` and `plan` come from [`trace_model`] and [`Plan::new`].
+    /// Starts the device and fills the store with the first weights. `model` and `plan` come from [`trace_model`] and [`Plan::new`].
     ///
     /// # Errors
     /// When memory or threads cannot be had, weights are missing, or an option is absurd.
@@ -188,22 +176,12 @@ impl Session {
         valid: Option<Box<dyn Source>>,
         options: TrainOptions,
     ) -> Result<Session> {
-        options.optimizer.check()?;
         let memory =
             DeviceMemory { arena_bytes: plan.arena.bytes, host_bytes: plan.host.bytes, poison: options.poison };
+        options.optimizer.check()?;
         let device = options.device.start(memory)?;
-        let decays = model.train.parameters.iter().map(|p| options.optimizer.decays(p.shape.axes().len())).collect();
-        // One task of a large model may take long: nothing is wrong while a whole step's time has not passed a few times.
-        let patience_secs = options.patience_secs.max(10.0 * plan.estimated_secs);
-        let engine_options = EngineOptions { seed: options.seed, model: 0, patience_secs, decays };
-        let mut engine = Engine::new(Arc::clone(&model), plan, device, engine_options);
-        fill(&mut engine, &model.train, weights, options.seed)?;
-        let labels = network.labels();
-        let limits = Limits { vocab: labels.vocab, classes: Some(labels.classes) };
-        let valid_batch = valid.as_ref().map_or(Batch { tensors: Vec::new() }, |v| Batch::zeros(v.spec()));
-        let names = model.train.inputs.iter().map(|i| i.name.clone()).collect();
-        let loader = Loader::start_limited(source, 0, crate::data::DEFAULT_AHEAD, limits)?;
-        Ok(Session { engine, options, loader, valid, valid_batch, limits, names, done: 0 })
+        let recruit = Recruit { network, weights, placed: Placed::alone(model, plan), source, valid, options };
+        Ok(Session { fleet: Fleet::new(vec![recruit], device, None)? })
     }
 
     /// Goes on from `step`: state was written by the caller, data starts there. `source` is a fresh one of the same kind.
@@ -211,24 +189,22 @@ impl Session {
     /// # Errors
     /// When the loader's thread cannot be started.
     pub fn start_at(&mut self, step: u64, source: Box<dyn Source>) -> Result<()> {
-        self.loader = Loader::start_limited(source, step, crate::data::DEFAULT_AHEAD, self.limits)?;
-        self.done = step;
-        Ok(())
+        self.fleet.start_at(0, step, source)
     }
 
     /// The engine.
     pub fn engine(&self) -> &Engine {
-        &self.engine
+        self.fleet.engine()
     }
 
     /// The engine, to record events or write state.
     pub fn engine_mut(&mut self) -> &mut Engine {
-        &mut self.engine
+        self.fleet.engine_mut()
     }
 
     /// Steps done.
     pub fn steps_done(&self) -> u64 {
-        self.done
+        self.fleet.steps_done(0)
     }
 
     /// Runs the remaining steps, or until `stop` is set; then the state is in the host's store. Validates every
@@ -237,88 +213,8 @@ impl Session {
     /// # Errors
     /// What the engine, the data or `observer` gives; [`Error::Interrupted`] when `stop` was set before the last step.
     pub fn run(&mut self, observer: &mut dyn Observer, stop: &AtomicBool) -> Result<()> {
-        let mut begun = self.done;
-        let mut scales = VecDeque::with_capacity(4);
-        let mut pause = false;
-        // A run that stopped where a validation was due left it to the one that goes on.
-        if begun > 0 && begun < self.options.steps && begun.is_multiple_of(self.options.valid_every.max(1)) {
-            self.validate(observer)?;
-            self.engine.skip_time();
-        }
-        while self.done < self.options.steps {
-            let stopping = stop.load(Ordering::Relaxed);
-            while !stopping && !pause && self.engine.steps_in_flight() < 2 && begun < self.options.steps {
-                scales.push_back(self.begin(begun)?);
-                begun += 1;
-                pause = self.valid.is_some() && begun.is_multiple_of(self.options.valid_every.max(1));
-            }
-            if self.engine.steps_in_flight() > 0 {
-                let result = self.engine.wait_step()?;
-                self.done = result.step + 1;
-                let lr = scales.pop_front().expect("each step in flight has its learning rate");
-                observer.step(&StepReport { result, lr })?;
-                if observer.wants_checkpoint() {
-                    pause = true;
-                }
-                if self.engine.steps_in_flight() > 0 {
-                    continue;
-                }
-            }
-            if pause || stopping {
-                self.engine.wait_home()?;
-                observer.checkpoint(self.done, self)?;
-                if stopping && self.done < self.options.steps {
-                    return Err(Error::Interrupted { step: self.done });
-                }
-                if self.done < self.options.steps && self.done.is_multiple_of(self.options.valid_every.max(1)) {
-                    self.validate(observer)?;
-                }
-                self.engine.skip_time();
-                pause = false;
-            }
-        }
-        self.engine.wait_home()?;
-        observer.checkpoint(self.done, self)?;
-        self.validate(observer)
-    }
-
-    /// Begins a step and gives its learning rate.
-    fn begin(&mut self, step: u64) -> Result<f64> {
-        let batch = self.loader.next()?;
-        let labels = labelled(&batch, 1)?.iter().sum::<u64>();
-        if labels == 0 {
-            return Err(Error::bad(format!("step {step}: no position of the minibatch has a label")));
-        }
-        let lr = self.options.schedule.lr(self.options.optimizer.lr(), step, self.options.steps);
-        let input = StepInput {
-            step,
-            inputs: batch_inputs(&self.names, &batch)?,
-            loss_scale: 1.0 / labels as f64,
-            rule: self.options.optimizer.rule(step, lr),
-            clip: self.options.clip,
-        };
-        self.engine.begin_step(&input)?;
-        self.loader.recycle(batch);
-        Ok(lr)
-    }
-
-    /// Evaluates all held-out data and tells the observer.
-    fn validate(&mut self, observer: &mut dyn Observer) -> Result<()> {
-        let Some(source) = &mut self.valid else { return Ok(()) };
-        let began = std::time::Instant::now();
-        let (mut sum, mut count) = (0.0, 0);
-        for index in 0..source.batches_per_epoch() {
-            source.fill(index, &mut self.valid_batch)?;
-            check_ids(&self.valid_batch, self.limits)?;
-            let labels = labelled(&self.valid_batch, 1)?.iter().sum::<u64>();
-            if labels > 0 {
-                // The sum over labelled positions; batches weigh by their number.
-                sum += f64::from(self.engine.wait_evaluation(&batch_inputs(&self.names, &self.valid_batch)?, 1.0)?);
-                count += labels;
-            }
-        }
-        let loss = (sum / count.max(1) as f64) as f32;
-        observer.valid(self.done, loss, began.elapsed().as_secs_f64())
+        self.fleet.run(&mut [observer], stop)?;
+        self.fleet.take_failure(0).map_or(Ok(()), Err)
     }
 }
 
@@ -331,25 +227,6 @@ pub(super) fn batch_inputs<'a>(names: &[String], batch: &'a Batch) -> Result<Vec
             .ok_or_else(|| Error::bad(format!("the batch lacks {name}, which the model reads")))
     };
     names.iter().map(of).collect()
-}
-
-/// Writes the first weights and states into the host's store.
-fn fill(engine: &mut Engine, graph: &Graph, weights: Weights, seed: u64) -> Result<()> {
-    for (i, parameter) in graph.parameters.iter().enumerate() {
-        let values = match weights {
-            Weights::Pretrained(pretrained) => pretrained.tensor(&parameter.name, &parameter.shape)?,
-            Weights::Random => init::initial(parameter, i, seed),
-        };
-        engine.write_parameter(Stored::Weight, i, &values);
-    }
-    for (i, state) in graph.states.iter().enumerate() {
-        let values = match weights {
-            Weights::Pretrained(pretrained) => pretrained.tensor(&state.name, &state.shape)?,
-            Weights::Random => init::initial_state(state),
-        };
-        engine.write_state(i, &values);
-    }
-    Ok(())
 }
 
 /// Plans a traced model under `options` with this machine's measured rates.

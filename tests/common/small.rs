@@ -111,13 +111,13 @@ impl Driver {
     ) -> Driver {
         let decays = model.train.parameters.iter().map(|p| options.optimizer.decays(p.shape.axes().len())).collect();
         let engine_options =
-            EngineOptions { seed: options.seed, model: 0, patience_secs: options.patience_secs, decays };
+            EngineOptions { seed: options.seed, patience_secs: options.patience_secs, decays, steps: options.steps };
         let mut engine = Engine::new(Arc::clone(&model), plan, device, engine_options);
         for (i, parameter) in model.train.parameters.iter().enumerate() {
-            engine.write_parameter(Stored::Weight, i, &init::initial(parameter, i, options.seed));
+            engine.write_parameter(0, Stored::Weight, i, &init::initial(parameter, i, options.seed));
         }
         for (i, state) in model.train.states.iter().enumerate() {
-            engine.write_state(i, &init::initial_state(state));
+            engine.write_state(0, i, &init::initial_state(state));
         }
         let source = small.source(options.batch, options.seed);
         let batch = Batch::zeros(source.spec());
@@ -130,45 +130,48 @@ impl Driver {
         change(&mut self.batch);
         let labels = labelled(&self.batch, 1)?.iter().sum::<u64>();
         let lr = self.options.schedule.lr(self.options.optimizer.lr(), step, self.options.steps);
-        let model = Arc::clone(self.engine.model());
-        self.engine.begin_step(&StepInput {
-            step,
-            inputs: inputs(&model, &self.batch),
-            loss_scale: 1.0 / labels as f64,
-            rule: self.options.optimizer.rule(step, lr),
-            clip: self.options.clip,
-        })
+        let model = Arc::clone(self.engine.model(0));
+        self.engine.begin_step(
+            0,
+            &StepInput {
+                step,
+                inputs: inputs(&model, &self.batch),
+                loss_scale: 1.0 / labels as f64,
+                rule: self.options.optimizer.rule(step, lr),
+                clip: self.options.clip,
+            },
+        )
     }
 
     /// Runs all steps, two in flight, and evaluates `held_out` in the middle and at the end, as a session does.
     pub fn run(mut self, mut held_out: Box<dyn Source>) -> Result<Outcome> {
         let mut outcome = Outcome::default();
         let mut begun = 0;
-        let model = Arc::clone(self.engine.model());
+        let model = Arc::clone(self.engine.model(0));
         for step in 0..self.options.steps {
             while begun < self.options.steps
-                && self.engine.steps_in_flight() < 2
+                && self.engine.steps_in_flight(0) < 2
                 && (begun == step || !begun.is_multiple_of(self.options.valid_every))
             {
                 self.begin(begun, |_| ())?;
                 begun += 1;
             }
-            let result = self.engine.wait_step()?;
+            let result = self.engine.wait_step(0)?;
             assert_eq!(result.step, step);
             outcome.losses.push(result.loss.to_bits());
             outcome.norms.push(result.grad_norm.to_bits());
             if (step + 1).is_multiple_of(self.options.valid_every) || step + 1 == self.options.steps {
-                self.engine.wait_home()?;
+                self.engine.wait_home(0)?;
                 let (mut sum, mut count) = (0.0, 0);
                 for index in 0..held_out.batches_per_epoch() {
                     held_out.fill(index, &mut self.batch)?;
                     count += labelled(&self.batch, 1)?.iter().sum::<u64>();
-                    sum += f64::from(self.engine.wait_evaluation(&inputs(&model, &self.batch), 1.0)?);
+                    sum += f64::from(self.engine.wait_evaluation(0, &inputs(&model, &self.batch), 1.0)?);
                 }
                 outcome.valid.push(((sum / count as f64) as f32).to_bits());
             }
         }
-        self.engine.wait_home()?;
+        self.engine.wait_home(0)?;
         gather(&self.engine, &mut outcome);
         Ok(outcome)
     }

@@ -129,14 +129,14 @@ pub fn run_simulated(model: &Arc<Model>, plan: &Arc<Plan>, cost: &CostModel, cli
     let mut steady = Steady { secs: 0.0, busy: Vec::new() };
     let mut begun = 0;
     for step in 0..WARM + MEASURED {
-        while begun < WARM + MEASURED && engine.steps_in_flight() < 2 {
+        while begun < WARM + MEASURED && engine.steps_in_flight(0) < 2 {
             let inputs = vec![&[][..]; model.train.inputs.len()];
             let rule = rule(plan.moments, begun + 1);
             let input = StepInput { step: begun, inputs, loss_scale: 1.0, rule, clip };
-            engine.begin_step(&input).expect("fewer than two in flight");
+            engine.begin_step(0, &input).expect("fewer than two in flight");
             begun += 1;
         }
-        let result = engine.wait_step().expect("nothing fails");
+        let result = engine.wait_step(0).expect("nothing fails");
         if step < WARM {
             continue;
         }

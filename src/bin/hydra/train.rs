@@ -200,7 +200,7 @@ fn train_model(
     let (network, weights) = (planned.prepared.network(), planned.prepared.weights());
     let mut session = Session::new(network, weights, plan, sources.train, sources.valid, options)?;
     if let Some(mut checkpoint) = checkpoint {
-        checkpoint.restore(session.engine_mut())?;
+        checkpoint.restore(session.engine_mut(), 0)?;
         session.start_at(from, planned.prepared.sources()?.train)?;
     }
     let trace = if alone { dir.at(rundir::TRACE) } else { folder.join(rundir::TRACE) };
@@ -233,7 +233,7 @@ fn train_model(
     result.map_err(kept)?;
     recorded.map_err(kept)?;
     save_model(&saved, &planned, session.engine()).map_err(kept)?;
-    write_checkpoint(&checkpoint, session.engine(), identity(&planned), steps).map_err(kept)?;
+    write_checkpoint(&checkpoint, session.engine(), 0, identity(&planned), steps).map_err(kept)?;
     let secs = began.elapsed().as_secs_f64();
     let (loss, valid) = (watch.last_loss, watch.last_valid);
     if !quiet {
@@ -279,8 +279,8 @@ fn save_model(dir: &Path, planned: &Planned, engine: &Engine) -> Result<()> {
         graph.parameters.iter().enumerate().map(|(i, p)| (p.name.as_str(), i)).collect();
     let states: BTreeMap<&str, usize> = graph.states.iter().enumerate().map(|(i, s)| (s.name.as_str(), i)).collect();
     nn::save(dir, &form, &counts, &mut |name| match (parameters.get(name), states.get(name)) {
-        (Some(&i), _) => Ok(engine.read_parameter(Stored::Weight, i)),
-        (None, Some(&i)) => Ok(engine.read_state(i)),
+        (Some(&i), _) => Ok(engine.read_parameter(0, Stored::Weight, i)),
+        (None, Some(&i)) => Ok(engine.read_state(0, i)),
         (None, None) => Err(Error::bad(format!("tensor {name}: the network has no such tensor"))),
     })
 }
@@ -340,11 +340,11 @@ impl Observer for Watch<'_> {
         self.saved_at.elapsed() >= BETWEEN_CHECKPOINTS
     }
 
-    fn checkpoint(&mut self, step: u64, session: &Session) -> Result<()> {
+    fn checkpoint(&mut self, step: u64, engine: &Engine, model: usize) -> Result<()> {
         // The last one is written after the model is saved.
         let due = self.stop.load(Ordering::Relaxed) || self.wants_checkpoint();
         if step < self.steps && due {
-            write_checkpoint(&self.checkpoint, session.engine(), self.identity, step)?;
+            write_checkpoint(&self.checkpoint, engine, model, self.identity, step)?;
             self.saved_at = Instant::now();
         }
         Ok(())

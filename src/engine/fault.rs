@@ -1,0 +1,91 @@
+//! A model that ends before its time: its loss is not finite, or nobody wants it any more. The others go on, and their bits are the same.
+//!
+//! What is on a lane runs out; what is not is dropped, but keeps its place until what it waited for is done, so that whoever waits for it does
+//! not start too soon. Then, for a loss that is not finite, the step's forward runs again with a check after each layer.
+
+use super::Engine;
+use super::member::{Ending, Purpose};
+use crate::base::{Error, Result};
+
+impl Engine {
+    /// Ends a model before its time; [`Engine::wait_any`] tells when. Its weights are those of the last step that has ended, or in between.
+    ///
+    /// # Errors
+    /// When a device fails.
+    pub fn cancel(&mut self, model: usize) -> Result<()> {
+        if self.members[model].over || self.members[model].ending.is_some() {
+            return Ok(());
+        }
+        self.end_early(model, Ending::Cancelled);
+        self.go_on_ending(model)
+    }
+
+    /// Drops what is not on a lane.
+    pub(super) fn end_early(&mut self, model: usize, ending: Ending) {
+        let member = &mut self.members[model];
+        if member.ending.is_some() || member.over {
+            return;
+        }
+        member.ending = Some(ending);
+        for pending in &mut member.pending {
+            pending.void = !pending.is_over() || pending.loss.is_some_and(|loss| !loss.is_finite());
+            pending.made = pending.units;
+        }
+        let pending = &mut member.pending;
+        let mut loose = 0;
+        self.queue.drop_model(model, |serial| match pending.iter_mut().find(|p| p.serial == serial) {
+            Some(pending) => pending.tasks -= 1,
+            None => loose += 1,
+        });
+        member.loose_tasks -= loose;
+        if let Some(turns) = &mut self.turns {
+            turns.release(model);
+            turns.refresh(model, &self.members[model]);
+        }
+    }
+
+    /// The next stage of a model's end, once nothing of it is on a lane.
+    pub(super) fn go_on_ending(&mut self, model: usize) -> Result<()> {
+        let member = &mut self.members[model];
+        let Some(ending) = member.ending else { return Ok(()) };
+        let busy = member.loose_tasks > 0 || member.pending.iter().any(|p| p.tasks > 0);
+        if busy || member.over {
+            return Ok(());
+        }
+        match ending {
+            Ending::NotFinite { step, loss } => {
+                member.pending.retain(|p| !p.void);
+                member.ending = Some(Ending::Checking { step, loss });
+                member.not_finite_layer = None;
+                let resident = member.plan.choice.resident;
+                for rings in self.members[model].rings.clone() {
+                    self.rings[rings].forget_model(model, resident);
+                }
+                self.begin(model, Purpose::Check, step, 1.0)
+            }
+            Ending::Checking { step, loss } if member.pending.iter().all(|p| p.is_over()) => {
+                let layer = member.not_finite_layer.map(|l| member.model.train.layers[l].name.clone());
+                let found = match layer {
+                    Some(name) => format!("; the first layer whose output is not finite is {name}"),
+                    None => ", though every layer's output is finite".into(),
+                };
+                self.conclude(model, Error::BadInput(format!("the loss is {loss} at step {step}{found}")));
+                Ok(())
+            }
+            Ending::Checking { .. } => Ok(()),
+            Ending::Cancelled => {
+                self.conclude(model, Error::bad("cancelled"));
+                Ok(())
+            }
+        }
+    }
+
+    fn conclude(&mut self, model: usize, why: Error) {
+        let member = &mut self.members[model];
+        member.pending.retain(|p| !p.void && p.purpose != Purpose::Check);
+        (member.over, member.why) = (true, Some(why));
+        if let Some(turns) = &mut self.turns {
+            turns.refresh(model, &self.members[model]);
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! A model in the executor: what it is, where it lies, and how far its steps have come.
+
+use super::EngineOptions;
+use super::tables::Tables;
+use crate::base::Error;
+use crate::device::UpdateRule;
+use crate::spill::{ArenaMap, Home, Model, Placed, Plan};
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+/// What a begun piece of work is for. It is a chain of units.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Purpose {
+    /// A training step with this update: forward through the shards, and back.
+    Step { rule: UpdateRule, clip: Option<f64> },
+    /// An evaluation: forward through the shards.
+    Evaluation,
+    /// A forward pass that looks for the first layer whose output is not finite.
+    Check,
+}
+
+/// Why a model ends before its time.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Ending {
+    /// The loss of this step is not finite; the layer is to be found.
+    NotFinite { step: u64, loss: f32 },
+    /// The check for it runs.
+    Checking { step: u64, loss: f32 },
+    /// Its owner wants no more of it.
+    Cancelled,
+}
+
+/// A step, or an evaluation, that has begun and not ended.
+#[derive(Clone, Debug)]
+pub(super) struct Pending {
+    pub purpose: Purpose,
+    /// Tells it from all others of its model.
+    pub serial: u64,
+    pub step: u64,
+    pub loss_scale: f64,
+    /// Units in all, and those made into tasks so far.
+    pub units: usize,
+    pub made: usize,
+    /// Tasks made and not ended.
+    pub tasks: u64,
+    pub loss: Option<f32>,
+    pub last_end: f64,
+    /// Its model ends early, and it with it: nobody is told of its end.
+    pub void: bool,
+}
+
+impl Pending {
+    /// Whether everything of it has run.
+    pub fn is_over(&self) -> bool {
+        self.made == self.units && self.tasks == 0
+    }
+}
+
+/// A model in the executor.
+pub(super) struct Member {
+    pub model: Arc<Model>,
+    pub plan: Arc<Plan>,
+    pub home: Home,
+    pub options: EngineOptions,
+    /// Where its part of the host's store begins.
+    pub store: u64,
+    /// How it sees each device's arena.
+    pub maps: Vec<Arc<ArenaMap>>,
+    /// Its slots on each device, by number among the executor's.
+    pub rings: Vec<usize>,
+    pub tables: Tables,
+    pub pending: VecDeque<Pending>,
+    /// The serial of the last pending.
+    pub serial: u64,
+    /// For each device, the serial of the step whose losses it has.
+    pub losses_on: Vec<u64>,
+    /// Where each shard's backward ran last.
+    pub ran_on: Vec<u16>,
+    /// Resident: remainders and moments have been brought to the devices.
+    pub state_fetched: bool,
+    /// Tasks of its state on the way home.
+    pub loose_tasks: u64,
+    pub last_step_end: f64,
+    /// The step begun last: tasks that belong to no step, an evaluation's or the state's on its way home, are recorded under it.
+    pub last_begun: u64,
+    pub has_begun: bool,
+    /// Ends before its time; what is on a lane runs out, the rest is dropped.
+    pub ending: Option<Ending>,
+    /// Has ended before its time. Nothing of it runs after that.
+    pub over: bool,
+    /// Why, until it is told.
+    pub why: Option<Error>,
+    /// The first layer so far whose output a check found not finite.
+    pub not_finite_layer: Option<usize>,
+}
+
+impl Member {
+    pub fn new(
+        placed: &Placed,
+        maps: Vec<Arc<ArenaMap>>,
+        rings: Vec<usize>,
+        store: u64,
+        options: EngineOptions,
+    ) -> Self {
+        let Placed { model, plan, home } = placed;
+        let devices = maps.len();
+        Member {
+            tables: Tables::new(model, plan, &options),
+            model: Arc::clone(model),
+            plan: Arc::clone(plan),
+            home: home.clone(),
+            options,
+            store,
+            maps,
+            rings,
+            pending: VecDeque::with_capacity(4),
+            serial: 0,
+            losses_on: vec![0; devices],
+            ran_on: vec![0; plan.shards.len()],
+            state_fetched: false,
+            loose_tasks: 0,
+            last_step_end: 0.0,
+            last_begun: 0,
+            has_begun: false,
+            ending: None,
+            over: false,
+            why: None,
+            not_finite_layer: None,
+        }
+    }
+
+    /// The device where a shard's state is at home, if it is at home on one.
+    pub fn home_of(&self, shard: usize) -> Option<u16> {
+        match &self.home {
+            Home::Anywhere => None,
+            Home::On(devices) => Some(devices[shard]),
+        }
+    }
+
+    /// Adds work to do and gives its serial.
+    pub fn begin(&mut self, purpose: Purpose, step: u64, loss_scale: f64) -> u64 {
+        let shards = self.plan.shards.len();
+        let units = if matches!(purpose, Purpose::Step { .. }) { 2 * shards - 1 } else { shards };
+        self.serial += 1;
+        self.pending.push_back(Pending {
+            purpose,
+            serial: self.serial,
+            step,
+            loss_scale,
+            units,
+            made: 0,
+            tasks: 0,
+            loss: None,
+            last_end: 0.0,
+            void: false,
+        });
+        self.serial
+    }
+
+    /// The work whose next unit would be this model's next, by its place among `pending`.
+    pub fn next_work(&self) -> Option<usize> {
+        self.pending.iter().position(|p| p.made < p.units)
+    }
+}

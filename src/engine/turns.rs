@@ -1,0 +1,341 @@
+//! Who is next: a device that can begin to fetch another unit asks the policy for one, and keeps it in its queue until it has run.
+//!
+//! Invariant: all claimed units of a model stand in one device's queue, so they run in order without any rule that says so. A device holds
+//! as many units as it has weight slots: one that runs, the others on their way.
+
+use super::Engine;
+use super::member::{Ending, Member, Purpose};
+use super::visit::Pass;
+use crate::base::{Error, LaneId, LaneKind, Result};
+use crate::device::sim::CostModel;
+use crate::sched::{Claim, DeviceView, ModelId, ModelView, Policy, View};
+use crate::spill::Home;
+use crate::trace::Event;
+use std::collections::VecDeque;
+
+/// How several models take turns on devices.
+pub struct TurnOptions {
+    /// Chooses the model whose unit a device takes.
+    pub policy: Box<dyn Policy>,
+    /// Units that a device has in its queue: the running one, and those that are fetched beside it.
+    pub units: usize,
+    /// What each device achieves, by which seconds are predicted until they are measured.
+    pub costs: Vec<CostModel>,
+    /// Bytes per second that the devices' links share.
+    pub shared_bytes_per_sec: Option<f64>,
+}
+
+/// What a unit of a training step is predicted to take on the first device.
+#[derive(Clone, Copy, Debug)]
+struct UnitCost {
+    secs: f64,
+    /// Of it and all units after it in the step.
+    rest_secs: f64,
+    weight_bytes: u64,
+    boundary_bytes: u64,
+    leave_bytes: u64,
+}
+
+/// A unit in a device's queue.
+#[derive(Clone, Copy, Debug)]
+struct Claimed {
+    model: usize,
+    secs: f64,
+}
+
+/// The state of a schedule.
+pub(super) struct Turns {
+    policy: Box<dyn Policy>,
+    units: usize,
+    shared_bytes_per_sec: Option<f64>,
+    models: Vec<ModelView>,
+    devices: Vec<DeviceView>,
+    /// Predictions, by model and unit of a step.
+    costs: Vec<Vec<UnitCost>>,
+    /// Measured seconds over predicted ones, by model.
+    corrections: Vec<f64>,
+    queues: Vec<VecDeque<Claimed>>,
+    /// Seconds of arithmetic of each device's running unit so far.
+    running_secs: Vec<f64>,
+    /// When each device's running unit can have started, and when the copies to it that were asked for should have arrived.
+    since: Vec<f64>,
+    arrived: Vec<f64>,
+    choices: u64,
+    last: Option<ModelId>,
+}
+
+impl Turns {
+    pub fn new(options: TurnOptions, members: &[Member], lanes: &[LaneId]) -> Turns {
+        let TurnOptions { policy, units, costs, shared_bytes_per_sec } = options;
+        let devices = lanes.iter().filter(|l| l.kind == LaneKind::Compute && !l.is_host()).count();
+        let cost = |d: usize| &costs[d.min(costs.len() - 1)];
+        let of_first: Vec<Vec<UnitCost>> = members.iter().map(|m| unit_costs(m, cost(0))).collect();
+        let total = |d: usize| -> f64 {
+            members.iter().map(|m| m.plan.shards.iter().map(|s| s.step_secs(cost(d))).sum::<f64>()).sum()
+        };
+        let first_total = total(0);
+        let view = |d: usize| DeviceView {
+            id: d as u16,
+            speed: if costs.len() > 1 { first_total / total(d) } else { 1.0 },
+            held: Vec::with_capacity(8),
+            claimed: 0,
+            busy_secs: 0.0,
+            h2d_bytes_per_sec: cost(d).h2d_bytes_per_sec,
+            h2d_secs: 0.0,
+        };
+        let mut turns = Turns {
+            policy,
+            units: units.max(1),
+            shared_bytes_per_sec,
+            models: Vec::new(),
+            devices: (0..devices).map(view).collect(),
+            costs: of_first,
+            corrections: vec![1.0; members.len()],
+            queues: vec![VecDeque::with_capacity(units + 1); devices],
+            running_secs: vec![0.0; devices],
+            since: vec![0.0; devices],
+            arrived: vec![0.0; devices],
+            choices: 0,
+            last: None,
+        };
+        for (i, member) in members.iter().enumerate() {
+            turns.models.push(ModelView {
+                id: i as u16,
+                claim: Claim::Away,
+                pinned: None,
+                remaining_secs: 0.0,
+                shard: 0,
+                unit_secs: 0.0,
+                weight_bytes: 0,
+                boundary_bytes: 0,
+                leave_bytes: 0,
+                last_device: None,
+            });
+            turns.refresh(i, member);
+        }
+        turns
+    }
+
+    /// Brings the view of a model up to date.
+    pub fn refresh(&mut self, model: usize, member: &Member) {
+        let costs = &self.costs[model];
+        let correction = self.corrections[model];
+        let step_secs = costs[0].rest_secs;
+        let view = &mut self.models[model];
+        let done = member.last_begun_steps();
+        let to_begin = member.options.steps.saturating_sub(done) as f64 * step_secs;
+        let Some(at) = member.next_work().filter(|_| !member.over) else {
+            view.claim = Claim::Away;
+            view.remaining_secs = to_begin * correction;
+            return;
+        };
+        let pending = &member.pending[at];
+        let shards = member.plan.shards.len();
+        let (shard, pass) = pending.unit(pending.made, shards);
+        // An evaluation's unit costs what a forward does; what is left to train comes on top.
+        let unit = match pass {
+            Pass::Backward => costs[2 * (shards - 1) - shard],
+            Pass::Forward | Pass::Evaluate => costs[shard],
+        };
+        let of_steps = |p: &super::member::Pending| match p.purpose {
+            Purpose::Step { .. } => costs.get(p.made).map_or(0.0, |unit| unit.rest_secs),
+            _ => unit.secs,
+        };
+        let begun: f64 = member.pending.iter().map(of_steps).sum();
+        view.remaining_secs = (begun + to_begin) * correction;
+        view.unit_secs = unit.secs * correction;
+        view.shard = shard as u16;
+        view.boundary_bytes = unit.boundary_bytes;
+        view.leave_bytes = unit.leave_bytes;
+        let resident = member.plan.choice.resident;
+        view.weight_bytes = if resident { 0 } else { unit.weight_bytes };
+        view.pinned = member.home_of(shard);
+        let claimed = |q: &VecDeque<Claimed>| q.iter().any(|c| c.model == model);
+        view.claim = match self.queues.iter().position(claimed) {
+            Some(device) => Claim::By(device as u16),
+            None => Claim::Idle,
+        };
+        if matches!(member.ending, Some(Ending::Cancelled | Ending::NotFinite { .. })) {
+            view.claim = Claim::Away;
+        }
+    }
+
+    /// A compute task has ended: measures the unit, and with its last task frees its place.
+    pub fn task_ended(&mut self, event: &Event, ends_unit: bool, member: &Member) {
+        let (device, model) = (usize::from(event.lane.device), usize::from(event.name.model));
+        self.running_secs[device] += event.secs();
+        // A model that ends early has left its queue already.
+        if !ends_unit || self.queues[device].front().is_none_or(|c| c.model != model) {
+            return;
+        }
+        let claimed = self.queues[device].pop_front().expect("looked at just above");
+        let measured = std::mem::take(&mut self.running_secs[device]);
+        let correction = &mut self.corrections[model];
+        // Predictions are in seconds of the first device, corrected so far.
+        let ratio = measured * self.devices[device].speed / claimed.secs.max(1e-12);
+        *correction *= 0.9 + 0.1 * ratio.clamp(0.1, 10.0);
+        self.since[device] = event.end_secs;
+        self.refresh(model, member);
+    }
+
+    /// Takes a model's units out of every queue.
+    pub fn release(&mut self, model: usize) {
+        self.queues.iter_mut().for_each(|q| q.retain(|c| c.model != model));
+    }
+
+    /// The next choice that is to be made: a device with room, and the model that it takes. `held` lists what a device's slots hold.
+    fn next(
+        &mut self,
+        now: f64,
+        mut held: impl FnMut(usize, &mut Vec<(ModelId, u16)>),
+    ) -> Result<Option<(usize, usize)>> {
+        for device in 0..self.devices.len() {
+            let view = View { device: device as u16, ..self.view() };
+            if self.queues[device].len() >= self.units || view.candidates().next().is_none() {
+                continue;
+            }
+            self.look(now);
+            held(device, &mut self.devices[device].held);
+            let view = View { device: device as u16, ..self.view() };
+            let Some(model) = self.policy.choose(&view) else { continue };
+            let name = self.policy.name();
+            let fault =
+                |what: &str| Err(Error::bad(format!("policy {name}: chose model {model} for device {device}, {what}")));
+            match self.models.get(usize::from(model)) {
+                None => return fault(&format!("of models 0 to {}", self.models.len() - 1)),
+                Some(chosen) if !view.may_take(chosen) => {
+                    return fault(match (chosen.claim, chosen.pinned) {
+                        (Claim::Idle, _) => "whose next unit is at home on another device",
+                        (Claim::By(_), _) => "which is busy on another device",
+                        (Claim::Away, _) => "which has no unit to give",
+                    });
+                }
+                Some(_) => {}
+            }
+            self.choices += 1;
+            self.last = Some(model);
+            return Ok(Some((device, usize::from(model))));
+        }
+        Ok(None)
+    }
+
+    /// The moment, for device 0.
+    fn view(&self) -> View<'_> {
+        View {
+            device: 0,
+            choices: self.choices,
+            last: self.last,
+            models: &self.models,
+            devices: &self.devices,
+            shared_bytes_per_sec: self.shared_bytes_per_sec,
+        }
+    }
+
+    /// Brings what changes with time up to date.
+    fn look(&mut self, now: f64) {
+        for (d, view) in self.devices.iter_mut().enumerate() {
+            let queued: f64 = self.queues[d].iter().map(|c| c.secs).sum::<f64>() / view.speed;
+            let gone = if self.queues[d].is_empty() { 0.0 } else { now - self.since[d] };
+            view.claimed = self.queues[d].len();
+            view.busy_secs = (queued - gone).max(0.0);
+            view.h2d_secs = (self.arrived[d] - now).max(0.0);
+        }
+    }
+
+    /// Notes that a device has taken a model's next unit, whose tasks have been made.
+    fn claimed(&mut self, device: usize, model: usize, member: &Member, now: f64) {
+        let view = &self.models[model];
+        let (shard, secs) = (view.shard, view.unit_secs);
+        let here = view.last_device == Some(device as u16);
+        let held = self.devices[device].held.contains(&(model as u16, shard));
+        let bytes = if held { 0 } else { view.weight_bytes } + if here { 0 } else { view.boundary_bytes };
+        let rate = self.devices[device].h2d_bytes_per_sec.min(self.shared_bytes_per_sec.unwrap_or(f64::INFINITY));
+        self.arrived[device] = self.arrived[device].max(now) + bytes as f64 / rate;
+        if self.queues[device].is_empty() {
+            self.since[device] = now;
+        }
+        self.queues[device].push_back(Claimed { model, secs });
+        self.models[model].last_device = Some(device as u16);
+        self.refresh(model, member);
+    }
+
+    /// What every device has in its queue, for people.
+    pub fn describe(&self) -> String {
+        let mut text = format!("\n  policy {}: ", self.policy.name());
+        for (device, queue) in self.queues.iter().enumerate() {
+            let models: Vec<String> = queue.iter().map(|c| format!("model {}", c.model)).collect();
+            let models = if models.is_empty() { "nothing".into() } else { models.join(", ") };
+            text += &format!("{}device {device} has {models}", if device > 0 { "; " } else { "" });
+        }
+        text
+    }
+}
+
+impl Member {
+    /// Steps that were begun so far.
+    fn last_begun_steps(&self) -> u64 {
+        if self.has_begun { self.last_begun + 1 } else { 0 }
+    }
+}
+
+/// Predictions for the units of a training step.
+fn unit_costs(member: &Member, cost: &CostModel) -> Vec<UnitCost> {
+    let (plan, microbatches) = (&member.plan, member.model.microbatches as f64);
+    let shards = plan.shards.len();
+    let units = if plan.shards[0].backward.is_some() { 2 * shards - 1 } else { shards };
+    let on_device = plan.choice.resident || plan.choice.updates_on_device;
+    let mut costs: Vec<UnitCost> = (0..units)
+        .map(|unit| {
+            let (s, backward) = if unit + 1 < shards { (unit, false) } else { (2 * (shards - 1) - unit, true) };
+            let shard = &plan.shards[s];
+            let secs = if backward { shard.backward_secs(cost) } else { shard.forward_secs(cost) };
+            let traffic = (5 + 4 * plan.moments as u64) * 4 * shard.own_bytes() / 4;
+            let update = if backward && on_device { traffic as f64 / cost.device_update_bytes_per_sec } else { 0.0 };
+            let taken_in = s.checked_sub(1).map_or(0, |before| plan.shards[before].boundary_bytes);
+            let handed_in = if backward { shard.boundary_bytes } else { 0 };
+            let boundary = (taken_in + handed_in) * microbatches as u64;
+            let out = if backward { taken_in } else { shard.boundary_bytes };
+            let gradient = if backward && !plan.choice.resident { shard.own_bytes() } else { 0 };
+            UnitCost {
+                secs: secs * microbatches + update,
+                rest_secs: 0.0,
+                weight_bytes: shard.fetch_bytes(),
+                boundary_bytes: if member.home == Home::Anywhere { boundary } else { 0 },
+                leave_bytes: out * microbatches as u64 + gradient,
+            }
+        })
+        .collect();
+    let mut rest = 0.0;
+    for unit in costs.iter_mut().rev() {
+        rest += unit.secs;
+        unit.rest_secs = rest;
+    }
+    costs
+}
+
+impl Engine {
+    /// Lets every device that has room take units, as the policy chooses.
+    ///
+    /// # Errors
+    /// When the policy chooses what the device may not take.
+    pub(super) fn take_turns(&mut self) -> Result<()> {
+        let now = self.device.now_secs();
+        loop {
+            let Some(turns) = &mut self.turns else { return Ok(()) };
+            let (members, rings) = (&self.members, &self.rings);
+            let held = |device: usize, list: &mut Vec<(ModelId, u16)>| {
+                list.clear();
+                let shared = members.iter().find(|m| m.home == Home::Anywhere).map(|m| m.rings[device]);
+                let shards = shared.into_iter().flat_map(|r| rings[r].weights.held());
+                list.extend(shards.map(|h| (h.model as u16, h.shard as u16)));
+            };
+            let Some((device, model)) = turns.next(now, held).inspect_err(|_| self.failed = true)? else {
+                return Ok(());
+            };
+            self.expand(model, device as u16);
+            if let Some(turns) = &mut self.turns {
+                turns.claimed(device, model, &self.members[model], now);
+            }
+        }
+    }
+}

@@ -1,0 +1,398 @@
+//! Models in training together: one loop that keeps two steps of each in flight and takes whatever ends next.
+//!
+//! A model's data, validation, checkpoints and end are its own: nothing that one does waits for another, and what one computes does not
+//! depend on the others. One that fails ends with its reason, and the rest go on.
+
+use super::session::{Observer, StepReport, TrainOptions, Weights, batch_inputs};
+use crate::base::{Error, Result};
+use crate::data::{Batch, DEFAULT_AHEAD, Limits, Loader, Source, check_ids, labelled};
+use crate::device::Device;
+use crate::engine::{Ended, Engine, EngineOptions, StepInput, Stored, TurnOptions};
+use crate::graph::Graph;
+use crate::nn::{Network, init};
+use crate::spill::Placed;
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+/// A model to train, with everything that it takes.
+pub struct Recruit<'a> {
+    /// Its network.
+    pub network: &'a dyn Network,
+    /// Where its first weights come from.
+    pub weights: Weights<'a>,
+    /// Its graphs, its plan and where it runs.
+    pub placed: Placed,
+    /// What it is trained on.
+    pub source: Box<dyn Source>,
+    /// What it is validated on.
+    pub valid: Option<Box<dyn Source>>,
+    /// How it is trained; the device's part is of no account here.
+    pub options: TrainOptions,
+}
+
+/// How far a model has come.
+#[derive(Debug)]
+enum Stage {
+    /// Not its turn yet.
+    Waiting,
+    Training,
+    /// Held-out minibatches before `next` are in the sum; with `next` one in flight of so many labels.
+    Validating {
+        next: u64,
+        labels: u64,
+        sum: f64,
+        count: u64,
+        began: Instant,
+    },
+    Done,
+    Failed(Option<Error>),
+}
+
+/// A model in training.
+struct Trainee {
+    options: TrainOptions,
+    loader: Loader,
+    valid: Option<Box<dyn Source>>,
+    valid_batch: Batch,
+    limits: Limits,
+    /// For each graph input, the batch tensor's name.
+    names: Vec<String>,
+    stage: Stage,
+    /// Steps done and begun.
+    done: u64,
+    begun: u64,
+    /// Learning rates of the steps in flight.
+    rates: VecDeque<f64>,
+    /// No step is begun until the model has been at rest: a validation or a checkpoint is due.
+    pause: bool,
+    /// It stopped where a validation was due, and left it to the run that goes on.
+    owes_validation: bool,
+    /// Why it is to end: the data's fault, or the observer's.
+    fault: Option<Error>,
+}
+
+/// Models in training on the devices of one engine.
+pub struct Fleet {
+    engine: Engine,
+    trainees: Vec<Trainee>,
+    /// Models that run one after another; by default each has a line of its own, and all run at once.
+    lines: Vec<VecDeque<usize>>,
+}
+
+impl Fleet {
+    /// Fills the store of `device` with the first weights. Its arenas and store are at least as large as
+    /// [`FleetMap::new`](crate::spill::FleetMap::new) says for the models.
+    ///
+    /// # Errors
+    /// When threads cannot be had, weights are missing, or an option is absurd.
+    pub fn new(recruits: Vec<Recruit>, device: Box<dyn Device>, turns: Option<TurnOptions>) -> Result<Fleet> {
+        let mut engine_options = Vec::new();
+        for Recruit { placed, options, .. } in &recruits {
+            options.optimizer.check()?;
+            let parameters = &placed.model.train.parameters;
+            let decays = parameters.iter().map(|p| options.optimizer.decays(p.shape.axes().len())).collect();
+            // One task of a large model may take long: nothing is wrong while a whole step's time has not passed a few times.
+            let patience_secs = options.patience_secs.max(10.0 * placed.plan.estimated_secs);
+            engine_options.push(EngineOptions { seed: options.seed, patience_secs, decays, steps: options.steps });
+        }
+        let placed: Vec<Placed> = recruits.iter().map(|r| r.placed.clone()).collect();
+        let mut engine = Engine::fleet(&placed, engine_options, device, turns);
+        let mut trainees = Vec::new();
+        for (i, recruit) in recruits.into_iter().enumerate() {
+            let Recruit { network, weights, placed, source, valid, options } = recruit;
+            fill(&mut engine, i, &placed.model.train, weights, options.seed)?;
+            let labels = network.labels();
+            let limits = Limits { vocab: labels.vocab, classes: Some(labels.classes) };
+            trainees.push(Trainee {
+                loader: Loader::start_limited(source, 0, DEFAULT_AHEAD, limits)?,
+                valid_batch: valid.as_ref().map_or(Batch { tensors: Vec::new() }, |v| Batch::zeros(v.spec())),
+                valid,
+                limits,
+                names: placed.model.train.inputs.iter().map(|i| i.name.clone()).collect(),
+                stage: Stage::Waiting,
+                done: 0,
+                begun: 0,
+                rates: VecDeque::with_capacity(4),
+                pause: false,
+                owes_validation: false,
+                fault: None,
+                options,
+            });
+        }
+        let lines = (0..trainees.len()).map(|i| VecDeque::from([i])).collect();
+        Ok(Fleet { engine, trainees, lines })
+    }
+
+    /// Lets models run one after another: each of `lines` lists models in their order, and every model is in one of them.
+    pub fn line_up(&mut self, lines: Vec<Vec<usize>>) {
+        self.lines = lines.into_iter().map(VecDeque::from).collect();
+    }
+
+    /// A model goes on from `step`: its state was written by the caller, data starts there. `source` is a fresh one of the same kind.
+    ///
+    /// # Errors
+    /// When the loader's thread cannot be started.
+    pub fn start_at(&mut self, model: usize, step: u64, source: Box<dyn Source>) -> Result<()> {
+        let trainee = &mut self.trainees[model];
+        trainee.loader = Loader::start_limited(source, step, DEFAULT_AHEAD, trainee.limits)?;
+        (trainee.done, trainee.begun) = (step, step);
+        let every = trainee.options.valid_every.max(1);
+        trainee.owes_validation = step > 0 && step < trainee.options.steps && step.is_multiple_of(every);
+        Ok(())
+    }
+
+    /// The engine.
+    pub fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    /// The engine, to record events or write state.
+    pub fn engine_mut(&mut self) -> &mut Engine {
+        &mut self.engine
+    }
+
+    /// Steps that a model has done.
+    pub fn steps_done(&self, model: usize) -> u64 {
+        self.trainees[model].done
+    }
+
+    /// Why a model ended before its time, if it did; told once.
+    pub fn take_failure(&mut self, model: usize) -> Option<Error> {
+        match &mut self.trainees[model].stage {
+            Stage::Failed(error) => error.take(),
+            _ => None,
+        }
+    }
+
+    /// Ends a model before its time, as its observer may want; the others go on.
+    ///
+    /// # Errors
+    /// When a device fails.
+    pub fn cancel(&mut self, model: usize, why: Error) -> Result<()> {
+        match &mut self.trainees[model].stage {
+            Stage::Done | Stage::Failed(_) => Ok(()),
+            stage @ Stage::Waiting => {
+                *stage = Stage::Failed(Some(why));
+                Ok(())
+            }
+            Stage::Training | Stage::Validating { .. } => {
+                self.trainees[model].fault.get_or_insert(why);
+                self.engine.cancel(model)
+            }
+        }
+    }
+
+    /// Runs every model to its end, or until `stop` is set; then each one's state is in the host's store and was offered to its observer as a
+    /// checkpoint. A model that fails is told by [`Fleet::take_failure`] afterwards. Waits for the devices throughout.
+    ///
+    /// # Errors
+    /// When a device fails; [`Error::Interrupted`] when `stop` was set before all was done.
+    pub fn run(&mut self, observers: &mut [&mut dyn Observer], stop: &AtomicBool) -> Result<()> {
+        loop {
+            let stopping = stop.load(Ordering::Relaxed);
+            self.call_up(stopping);
+            for model in 0..self.trainees.len() {
+                if let Err(error) = self.attend(model, &mut *observers[model], stopping) {
+                    self.cancel(model, error)?;
+                }
+            }
+            self.call_up(stopping);
+            let busy = |t: &Trainee| matches!(t.stage, Stage::Training | Stage::Validating { .. });
+            let waits = |t: &Trainee| matches!(t.stage, Stage::Waiting);
+            if !self.trainees.iter().any(|t| busy(t) || waits(t) && !stopping) {
+                break;
+            }
+            if self.trainees.iter().all(|t| !busy(t)) || (0..self.trainees.len()).any(|m| self.is_at_rest(m)) {
+                continue;
+            }
+            match self.engine.wait_any()? {
+                Ended::Step(model, result) => {
+                    let trainee = &mut self.trainees[model];
+                    trainee.done = result.step + 1;
+                    let lr = trainee.rates.pop_front().expect("each step in flight has its learning rate");
+                    let told = observers[model].step(&StepReport { result, lr });
+                    self.trainees[model].pause |= observers[model].wants_checkpoint();
+                    if let Err(error) = told {
+                        self.cancel(model, error)?;
+                    }
+                }
+                Ended::Evaluation(model, loss) => {
+                    let Stage::Validating { labels, sum, count, .. } = &mut self.trainees[model].stage else {
+                        unreachable!("an evaluation belongs to a validation");
+                    };
+                    // The sum over labelled positions; batches weigh by their number.
+                    *sum += f64::from(loss);
+                    *count += *labels;
+                }
+                Ended::Model(model, error) => {
+                    let trainee = &mut self.trainees[model];
+                    trainee.stage = Stage::Failed(Some(trainee.fault.take().unwrap_or(error)));
+                }
+            }
+        }
+        let unfinished =
+            self.trainees.iter().find(|t| t.done < t.options.steps && !matches!(t.stage, Stage::Failed(_)));
+        match unfinished {
+            Some(trainee) => Err(Error::Interrupted { step: trainee.done }),
+            None => Ok(()),
+        }
+    }
+
+    /// Lets the first of each line begin that is not at its end.
+    fn call_up(&mut self, stopping: bool) {
+        for line in &mut self.lines {
+            while let Some(&model) = line.front() {
+                let stage = &mut self.trainees[model].stage;
+                match stage {
+                    Stage::Done | Stage::Failed(_) => drop(line.pop_front()),
+                    Stage::Waiting if !stopping => *stage = Stage::Training,
+                    _ => break,
+                }
+            }
+        }
+    }
+
+    /// Whether nothing of a model runs though it is at work: something is to be done with it.
+    fn is_at_rest(&self, model: usize) -> bool {
+        let trainee = &self.trainees[model];
+        let works = matches!(trainee.stage, Stage::Training | Stage::Validating { .. });
+        works && self.engine.steps_in_flight(model) == 0 && trainee.fault.is_none()
+    }
+
+    /// Begins what a model can begin, and does with it what is due when it is at rest.
+    fn attend(&mut self, model: usize, observer: &mut dyn Observer, stopping: bool) -> Result<()> {
+        if self.trainees[model].fault.is_some() {
+            return Ok(());
+        }
+        match self.trainees[model].stage {
+            Stage::Waiting | Stage::Done | Stage::Failed(_) => Ok(()),
+            Stage::Validating { .. } if self.engine.steps_in_flight(model) > 0 => Ok(()),
+            Stage::Validating { .. } => self.validate_on(model, observer, stopping),
+            Stage::Training => self.train_on(model, observer, stopping),
+        }
+    }
+
+    fn train_on(&mut self, model: usize, observer: &mut dyn Observer, stopping: bool) -> Result<()> {
+        let every = self.trainees[model].options.valid_every.max(1);
+        if std::mem::take(&mut self.trainees[model].owes_validation) && self.begin_validation(model) {
+            return self.validate_on(model, observer, stopping);
+        }
+        loop {
+            let trainee = &self.trainees[model];
+            let room = self.engine.steps_in_flight(model) < 2 && trainee.begun < trainee.options.steps;
+            if stopping || trainee.pause || !room {
+                break;
+            }
+            self.begin(model)?;
+            let trainee = &mut self.trainees[model];
+            trainee.pause = trainee.valid.is_some() && trainee.begun.is_multiple_of(every);
+        }
+        if self.engine.steps_in_flight(model) > 0 {
+            return Ok(());
+        }
+        // At rest: paused, stopped, or at the end.
+        self.engine.wait_home(model)?;
+        let (done, steps) = (self.trainees[model].done, self.trainees[model].options.steps);
+        observer.checkpoint(done, &self.engine, model)?;
+        let trainee = &mut self.trainees[model];
+        trainee.pause = false;
+        if stopping && done < steps {
+            trainee.owes_validation = done > 0 && done.is_multiple_of(every);
+            trainee.stage = Stage::Waiting;
+            return Ok(());
+        }
+        if (done == steps || done.is_multiple_of(every)) && self.begin_validation(model) {
+            return self.validate_on(model, observer, stopping);
+        }
+        self.rested(model);
+        Ok(())
+    }
+
+    /// After a rest: on with the steps, or the end.
+    fn rested(&mut self, model: usize) {
+        self.engine.skip_time(model);
+        let trainee = &mut self.trainees[model];
+        trainee.stage = if trainee.done == trainee.options.steps { Stage::Done } else { Stage::Training };
+    }
+
+    /// Begins a step.
+    fn begin(&mut self, model: usize) -> Result<()> {
+        let trainee = &mut self.trainees[model];
+        let step = trainee.begun;
+        let batch = trainee.loader.next()?;
+        let labels = labelled(&batch, 1)?.iter().sum::<u64>();
+        if labels == 0 {
+            return Err(Error::bad(format!("step {step}: no position of the minibatch has a label")));
+        }
+        let options = &trainee.options;
+        let lr = options.schedule.lr(options.optimizer.lr(), step, options.steps);
+        let input = StepInput {
+            step,
+            inputs: batch_inputs(&trainee.names, &batch)?,
+            loss_scale: 1.0 / labels as f64,
+            rule: options.optimizer.rule(step, lr),
+            clip: options.clip,
+        };
+        self.engine.begin_step(model, &input)?;
+        trainee.loader.recycle(batch);
+        trainee.rates.push_back(lr);
+        trainee.begun += 1;
+        Ok(())
+    }
+
+    /// Whether there is held-out data to begin with.
+    fn begin_validation(&mut self, model: usize) -> bool {
+        let trainee = &mut self.trainees[model];
+        if trainee.valid.is_none() {
+            return false;
+        }
+        trainee.stage = Stage::Validating { next: 0, labels: 0, sum: 0.0, count: 0, began: Instant::now() };
+        true
+    }
+
+    /// Begins the evaluation of the next held-out minibatch, or tells the observer what they came to.
+    fn validate_on(&mut self, model: usize, observer: &mut dyn Observer, stopping: bool) -> Result<()> {
+        loop {
+            let trainee = &mut self.trainees[model];
+            let Stage::Validating { next, labels, sum, count, began } = &mut trainee.stage else {
+                unreachable!("asked for in a validation only");
+            };
+            let source = trainee.valid.as_mut().expect("a validation begins only where there is held-out data");
+            if *next == source.batches_per_epoch() {
+                let loss = (*sum / (*count).max(1) as f64) as f32;
+                observer.valid(trainee.done, loss, began.elapsed().as_secs_f64())?;
+                self.rested(model);
+                let ended = matches!(self.trainees[model].stage, Stage::Done);
+                return if ended { Ok(()) } else { self.train_on(model, observer, stopping) };
+            }
+            source.fill(*next, &mut trainee.valid_batch)?;
+            check_ids(&trainee.valid_batch, trainee.limits)?;
+            *labels = labelled(&trainee.valid_batch, 1)?.iter().sum::<u64>();
+            *next += 1;
+            if *labels > 0 {
+                let inputs = batch_inputs(&trainee.names, &trainee.valid_batch)?;
+                return self.engine.begin_evaluation(model, &inputs, 1.0);
+            }
+        }
+    }
+}
+
+/// Writes the first weights and states into the host's store.
+fn fill(engine: &mut Engine, model: usize, graph: &Graph, weights: Weights, seed: u64) -> Result<()> {
+    for (i, parameter) in graph.parameters.iter().enumerate() {
+        let values = match weights {
+            Weights::Pretrained(pretrained) => pretrained.tensor(&parameter.name, &parameter.shape)?,
+            Weights::Random => init::initial(parameter, i, seed),
+        };
+        engine.write_parameter(model, Stored::Weight, i, &values);
+    }
+    for (i, state) in graph.states.iter().enumerate() {
+        let values = match weights {
+            Weights::Pretrained(pretrained) => pretrained.tensor(&state.name, &state.shape)?,
+            Weights::Random => init::initial_state(state),
+        };
+        engine.write_state(model, i, &values);
+    }
+    Ok(())
+}
