@@ -184,7 +184,7 @@ fn run_on_host(chain: &Chain, slots: Option<usize>, link: Option<f64>, clip: Opt
         devices: vec![HostSpec { arena_bytes: plan.arena.bytes, link_bytes_per_sec: link, threads: None }],
         host_bytes: plan.host.bytes,
         poison: true,
-        withhold: None,
+        ..HostConfig::default()
     };
     let (device, log) = Recording::new(HostDevice::new(&config).expect("memory and threads"));
     let mut engine =

@@ -49,7 +49,7 @@ fn driver(resident: bool, link: Option<f64>, withhold: Option<(u16, u64)>) -> Dr
     };
     let (model, plan) = small.plan(&options).expect("a plan");
     let spec = HostSpec { arena_bytes: plan.arena.bytes, link_bytes_per_sec: link, threads: None };
-    let config = HostConfig { devices: vec![spec], host_bytes: plan.host.bytes, poison: false, withhold };
+    let config = HostConfig { devices: vec![spec], host_bytes: plan.host.bytes, withhold, ..HostConfig::default() };
     let device = HostDevice::new(&config).expect("a device");
     Driver::new(&small, (model, plan), Box::new(device), &options)
 }

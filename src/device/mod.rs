@@ -12,7 +12,7 @@ mod start;
 mod task;
 
 pub use calibrate::calibrate;
-pub use start::{DeviceMemory, DeviceSpec, gpus, why_no_cuda, why_no_emulator};
+pub use start::{DeviceMemory, DeviceSpec, FleetMemory, gpus, start_fleet, why_no_cuda, why_no_emulator};
 pub use task::{
     AdamwRule, Clip, CopySpan, Memory, Norm, Run, Scalars, Segment, SgdRule, Span, Spans, Task, Update, UpdateRule,
     norm_scratch_bytes,

@@ -39,6 +39,54 @@ impl From<HostSpec> for DeviceSpec {
     }
 }
 
+/// Memory of devices that are to be started together.
+#[derive(Clone, Debug, Default)]
+pub struct FleetMemory {
+    /// Bytes of each device's arena.
+    pub arena_bytes: Vec<u64>,
+    /// Bytes of the host's store.
+    pub host_bytes: u64,
+    /// Fill the arenas with NaN first.
+    pub poison: bool,
+    /// Bytes per second each way that the links of all devices share; host devices alone.
+    pub shared_bytes_per_sec: Option<f64>,
+}
+
+/// Allocates memory and starts devices of one kind. Several of a GPU's kind are logical devices on the GPU of the first.
+///
+/// # Errors
+/// When there are none, their kinds differ or are not built in ([`crate::base::Error::BadInput`]), or memory or threads cannot be had.
+pub fn start_fleet(specs: &[DeviceSpec], memory: FleetMemory) -> Result<Box<dyn Device>> {
+    let first = specs.first().ok_or_else(|| crate::base::Error::bad("no device"))?;
+    if specs.iter().any(|s| std::mem::discriminant(s) != std::mem::discriminant(first)) {
+        return Err(crate::base::Error::bad("devices of different kinds do not work together"));
+    }
+    match first {
+        DeviceSpec::Host(_) => {
+            let host = specs.iter().zip(&memory.arena_bytes).filter_map(|(spec, &arena_bytes)| match spec {
+                DeviceSpec::Host(spec) => Some(HostSpec { arena_bytes, ..spec.clone() }),
+                _ => None,
+            });
+            let FleetMemory { host_bytes, poison, shared_bytes_per_sec, .. } = memory;
+            let config =
+                HostConfig { devices: host.collect(), host_bytes, poison, shared_bytes_per_sec, withhold: None };
+            Ok(Box::new(HostDevice::new(&config)?))
+        }
+        #[cfg(feature = "cuda")]
+        DeviceSpec::Cuda { ordinal, threads } => {
+            start_cuda(Box::new(super::cuda::Gpu::open(*ordinal)?), *threads, memory)
+        }
+        #[cfg(feature = "emulator")]
+        DeviceSpec::Emulated { arch, seed, threads } => {
+            start_cuda(Box::new(super::cuda::Emulated::new(*arch, *seed)?), *threads, memory)
+        }
+        #[cfg(not(feature = "cuda"))]
+        DeviceSpec::Cuda { .. } => Err(not_built("cuda")),
+        #[cfg(not(feature = "emulator"))]
+        DeviceSpec::Emulated { .. } => Err(not_built("emulator")),
+    }
+}
+
 /// Memory of a device that is to be started.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct DeviceMemory {
@@ -62,25 +110,8 @@ impl DeviceSpec {
     /// When it is not built in ([`crate::base::Error::BadInput`]) or not there, or memory or threads cannot be had.
     pub fn start(&self, memory: DeviceMemory) -> Result<Box<dyn Device>> {
         let DeviceMemory { arena_bytes, host_bytes, poison } = memory;
-        match self {
-            DeviceSpec::Host(spec) => {
-                let spec = HostSpec { arena_bytes, ..spec.clone() };
-                let config = HostConfig { devices: vec![spec], host_bytes, poison, withhold: None };
-                Ok(Box::new(HostDevice::new(&config)?))
-            }
-            #[cfg(feature = "cuda")]
-            DeviceSpec::Cuda { ordinal, threads } => {
-                start_cuda(Box::new(super::cuda::Gpu::open(*ordinal)?), *threads, memory)
-            }
-            #[cfg(feature = "emulator")]
-            DeviceSpec::Emulated { arch, seed, threads } => {
-                start_cuda(Box::new(super::cuda::Emulated::new(*arch, *seed)?), *threads, memory)
-            }
-            #[cfg(not(feature = "cuda"))]
-            DeviceSpec::Cuda { .. } => Err(not_built("cuda")),
-            #[cfg(not(feature = "emulator"))]
-            DeviceSpec::Emulated { .. } => Err(not_built("emulator")),
-        }
+        let memory = FleetMemory { arena_bytes: vec![arena_bytes], host_bytes, poison, shared_bytes_per_sec: None };
+        start_fleet(std::slice::from_ref(self), memory)
     }
 }
 
@@ -94,10 +125,10 @@ fn not_built(feature: &str) -> crate::base::Error {
 fn start_cuda(
     driver: Box<dyn super::cuda::driver::Driver>,
     threads: Option<usize>,
-    memory: DeviceMemory,
+    memory: FleetMemory,
 ) -> Result<Box<dyn Device>> {
     let config = super::cuda::CudaConfig {
-        arenas: vec![memory.arena_bytes],
+        arenas: memory.arena_bytes,
         host_bytes: memory.host_bytes,
         threads,
         poison: memory.poison,

@@ -102,7 +102,7 @@ impl Member {
         store: u64,
         options: EngineOptions,
     ) -> Self {
-        let Placed { model, plan, home } = placed;
+        let Placed { model, plan, home, .. } = placed;
         let devices = maps.len();
         Member {
             tables: Tables::new(model, plan, &options),

@@ -7,6 +7,7 @@ use super::Engine;
 use super::tables::{Join, Piece};
 use super::visit::Site;
 use crate::device::{Clip, CopySpan, Norm, Span, Task, Update, UpdateRule, norm_scratch_bytes};
+use crate::spill::update_state_bytes;
 use crate::trace::What;
 use std::ops::Range;
 use std::sync::Arc;
@@ -310,7 +311,7 @@ impl Engine {
 
     /// Brings a shard's remainders and moments to the device for one update; returns where they will lie.
     fn fetch_update_state(&mut self, site: &Site, s: usize) -> u64 {
-        if site.plan.update_state_bytes(&site.model, s) == 0 {
+        if update_state_bytes(&site.model, &site.plan.shards, site.plan.moments, s) == 0 {
             return 0;
         }
         let states = &mut self.rings[site.rings].update_states;

@@ -4,7 +4,7 @@ use super::EngineOptions;
 use crate::base::align_up;
 use crate::device::Segment;
 use crate::graph::ALIGNMENT;
-use crate::spill::{Model, Plan};
+use crate::spill::{Model, Plan, visiting_gradients_at};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -89,7 +89,7 @@ impl Tables {
                 let ratio = model.layout.wide_ratio;
                 let end = |j: &Join| align_up(j.visits_at + j.bytes, ALIGNMENT);
                 let visitors = joins[owner].iter().filter(|j| j.user != owner);
-                let visits_at = visitors.map(end).max().unwrap_or(plan.visiting_gradients_at(owner));
+                let visits_at = visitors.map(end).max().unwrap_or(visiting_gradients_at(&plan.shards, owner));
                 let (to, bytes) = (in_owner * ratio, bytes * ratio);
                 joins[owner].push(Join { user, from: shared.gradient, to, bytes, visits_at });
                 let bytes = bytes / ratio;

@@ -72,3 +72,45 @@ fn boundary_secs(model: &Model, shards: &[ShardPrograms], choice: &Choice, cost:
     let crossings = 2.0 * visits(choice.activations) + visits(choice.gradients);
     crossings * bytes as f64 / cost.h2d_bytes_per_sec
 }
+
+/// Estimated seconds of device time of a step of a model whose shards run on any of so many `devices`, among others that fill every gap: its busiest
+/// lane decides. A little of the other lanes is added, since not everything can be hidden.
+pub fn estimate_anywhere_secs(
+    model: &Model,
+    shards: &[ShardPrograms],
+    choice: &Choice,
+    moments: usize,
+    devices: usize,
+    cost: &CostModel,
+) -> f64 {
+    let (n, m) = (shards.len(), model.microbatches as f64);
+    let mut compute: f64 = shards.iter().map(|s| m * s.step_secs(cost)).sum();
+    let boundaries: f64 = shards.iter().map(|s| s.boundary_bytes as f64).sum::<f64>() * m;
+    let weights: f64 = shards.iter().map(|s| s.fetch_bytes() as f64).sum();
+    let last = shards[n - 1].fetch_bytes() as f64;
+    let gradients: f64 = shards.iter().map(|s| s.layout.gradient_bytes as f64).sum();
+    let own = model.layout.parameter_bytes as f64;
+    let wide = own * model.layout.wide_ratio as f64;
+    let remainder = if model.has_remainders() { own } else { 0.0 };
+    // Every visit but the last shard's comes twice.
+    let mut h2d = 2.0 * weights - last + 3.0 * boundaries;
+    let mut d2h = 2.0 * boundaries;
+    let traffic = 2.0 * (own + remainder) + wide * (1.0 + 2.0 * moments as f64);
+    let mut host = 0.0;
+    if choice.updates_on_device {
+        let state = wide * moments as f64 + remainder;
+        (h2d, d2h) = (h2d + state, d2h + own + state);
+        compute += traffic / cost.device_update_bytes_per_sec;
+    } else {
+        d2h += gradients;
+        // The host's threads serve all devices.
+        host = devices as f64 * (traffic + wide) / cost.host_update_bytes_per_sec;
+    }
+    let copies = |bytes: f64, per_sec: f64, count: usize| bytes / per_sec + count as f64 * cost.copy_secs;
+    let lanes = [compute, copies(h2d, cost.h2d_bytes_per_sec, 5 * n), copies(d2h, cost.d2h_bytes_per_sec, 3 * n), host];
+    let busiest = lanes.into_iter().fold(0.0, f64::max);
+    let ring = matches!(choice.activations, BoundaryTier::Host { entries: ..=2 });
+    // With single entries copies and arithmetic take turns.
+    let exposed = if ring && n > 1 { copies(boundaries, cost.h2d_bytes_per_sec, n) } else { 0.0 };
+    busiest + exposed + 0.05 * (lanes.iter().sum::<f64>() - busiest)
+}

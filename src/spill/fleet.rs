@@ -4,11 +4,13 @@
 //! slots and rings whose entries hold the largest shard and the largest boundary tensor of any of them. The workspace is shared by all, since
 //! a device runs one unit at a time.
 
-use super::memory::{ArenaMap, BoundaryTier, Tape, arena_map_of};
+use super::memory::{ArenaMap, BoundaryTier, Choice, Tape, arena_map_of};
 use super::model::Model;
 use super::plan::Plan;
 use super::shard::ShardPrograms;
+use crate::base::align_up;
 use crate::device::norm_scratch_bytes;
+use crate::graph::ALIGNMENT;
 use std::sync::Arc;
 
 /// Where a model's shards run.
@@ -29,13 +31,15 @@ pub struct Placed {
     pub plan: Arc<Plan>,
     /// Where its shards run.
     pub home: Home,
+    /// Models of one line run one after another, so those at home on a device lie over each other there.
+    pub line: usize,
 }
 
 impl Placed {
     /// A model alone on the first device.
     pub fn alone(model: Arc<Model>, plan: Arc<Plan>) -> Placed {
         let home = Home::On(vec![0; plan.shards.len()]);
-        Placed { model, plan, home }
+        Placed { model, plan, home, line: 0 }
     }
 
     /// Whether shard `s` may run on `device`.
@@ -44,6 +48,11 @@ impl Placed {
             Home::Anywhere => true,
             Home::On(devices) => devices[s] == device,
         }
+    }
+
+    fn tenant(&self) -> Tenant<'_> {
+        let Plan { shards, choice, moments, .. } = self.plan.as_ref();
+        Tenant { model: &self.model, shards, choice, moments: *moments }
     }
 }
 
@@ -79,80 +88,112 @@ impl FleetMap {
 /// How each model sees one device's arena.
 fn device_maps(models: &[Placed], device: u16) -> Vec<ArenaMap> {
     let mut tape = Tape::default();
+    let mut maps = vec![ArenaMap::default(); models.len()];
+    let lines = models.iter().map(|m| m.line).max().map_or(0, |most| most + 1);
+    for line in 0..lines {
+        let (base, mut end) = (tape.end, tape.end);
+        for (map, Placed { model, plan, home, .. }) in maps.iter_mut().zip(models).filter(|(_, m)| m.line == line) {
+            let Home::On(devices) = home else { continue };
+            if devices.contains(&device) {
+                let here = |s: usize| devices.get(s) == Some(&device);
+                let own = arena_map_of(model, &plan.shards, &plan.choice, plan.moments, &here);
+                tape.end = base;
+                let at = tape.take(own.workspace);
+                *map = own.shifted(at, 0);
+                end = end.max(tape.end);
+            }
+        }
+        tape.end = end;
+    }
+    let anywhere: Vec<usize> = (0..models.len()).filter(|&m| models[m].home == Home::Anywhere).collect();
+    let tenants: Vec<Tenant> = anywhere.iter().map(|&m| models[m].tenant()).collect();
+    for (m, map) in anywhere.into_iter().zip(shared_maps(&tenants, &mut tape)) {
+        maps[m] = map;
+    }
     let workspace = |m: &Placed| {
         let here = m.plan.shards.iter().enumerate().filter(|(s, _)| m.visits(*s, device));
         here.map(|(_, shard)| shard.workspace_bytes()).max().unwrap_or(0)
     };
-    let mut maps: Vec<ArenaMap> = models
-        .iter()
-        .map(|Placed { model, plan, home }| match home {
-            Home::On(devices) if devices.contains(&device) => {
-                let here = |s: usize| devices.get(s) == Some(&device);
-                let map = arena_map_of(model, &plan.shards, &plan.choice, plan.moments, &here);
-                let base = tape.take(map.workspace);
-                map.shifted(base, 0)
-            }
-            _ => ArenaMap::default(),
-        })
-        .collect();
-    let anywhere: Vec<usize> = (0..models.len()).filter(|&m| models[m].home == Home::Anywhere).collect();
-    lay_out_shared(models, &anywhere, &mut tape, &mut maps);
-    let bytes = models.iter().map(workspace).max().unwrap_or(0);
-    let at = tape.take(bytes);
+    let at = tape.take(models.iter().map(workspace).max().unwrap_or(0));
     for map in &mut maps {
         (map.workspace, map.bytes) = (at, tape.end);
     }
     maps
 }
 
-/// Lays out what the models `anywhere` have on a device: losses and norms of each, slots and rings for all.
-fn lay_out_shared(models: &[Placed], anywhere: &[usize], tape: &mut Tape, maps: &mut [ArenaMap]) {
-    if anywhere.is_empty() {
-        return;
-    }
-    let of = |bytes: &dyn Fn(&Placed, usize) -> u64| {
-        let all = anywhere.iter().flat_map(|&m| (0..models[m].plan.shards.len()).map(move |s| (&models[m], s)));
-        all.map(|(m, s)| bytes(m, s)).max().unwrap_or(0)
+/// What of a model decides how much of shared slots it needs.
+#[derive(Clone, Copy)]
+struct Tenant<'a> {
+    model: &'a Model,
+    shards: &'a [ShardPrograms],
+    choice: &'a Choice,
+    moments: usize,
+}
+
+/// Maps the arena of a model that runs anywhere, if it were alone.
+pub(super) fn anywhere_map(model: &Model, shards: &[ShardPrograms], choice: &Choice, moments: usize) -> ArenaMap {
+    let mut tape = Tape::default();
+    let mut map = shared_maps(&[Tenant { model, shards, choice, moments }], &mut tape).remove(0);
+    map.workspace = tape.take(shards.iter().map(ShardPrograms::workspace_bytes).max().unwrap_or(0));
+    ArenaMap { bytes: tape.end, ..map }
+}
+
+/// Lays out what models that run anywhere have on a device: losses and norms of each, slots and rings for all.
+fn shared_maps(tenants: &[Tenant], tape: &mut Tape) -> Vec<ArenaMap> {
+    let of = |bytes: &dyn Fn(&Tenant, usize) -> u64| {
+        tenants.iter().flat_map(|t| (0..t.shards.len()).map(move |s| bytes(t, s))).max().unwrap_or(0)
     };
-    let shard = |m: &Placed, s: usize, bytes: fn(&ShardPrograms) -> u64| bytes(&m.plan.shards[s]);
+    let most = |count: &dyn Fn(&Choice) -> usize| tenants.iter().map(|t| count(t.choice)).max().unwrap_or(0);
     let entries = |tier: BoundaryTier| match tier {
         BoundaryTier::Host { entries } => entries,
         BoundaryTier::Device => unreachable!("a model that runs anywhere keeps nothing on a device"),
     };
-    let most = |count: &dyn Fn(&Plan) -> usize| anywhere.iter().map(|&m| count(&models[m].plan)).max().unwrap_or(0);
-    let on_device = anywhere.iter().any(|&m| models[m].plan.choice.updates_on_device);
-    let boundary = of(&|m, s| m.plan.shards[s].boundary_bytes);
-    let scratch = of(&|m, s| match m.plan.choice.updates_on_device && m.model.train.scratch {
-        true => norm_scratch_bytes(&m.model.segments(&m.plan.shards[s].layout.own, |_| true)),
+    let on_device = |t: &Tenant, bytes: u64| if t.choice.updates_on_device { bytes } else { 0 };
+    let scratch = of(&|t, s| match t.model.train.scratch {
+        true => on_device(t, norm_scratch_bytes(&t.model.segments(&t.shards[s].layout.own, |_| true))),
         false => 0,
     });
+    let gradients = of(&|t, s| match t.choice.updates_on_device {
+        true => visiting_gradients_at(t.shards, s) + visiting_gradient_bytes(t.model, t.shards, s),
+        false => t.shards[s].layout.gradient_bytes,
+    });
+    let states = of(&|t, s| on_device(t, update_state_bytes(t.model, t.shards, t.moments, s)));
+    let boundary = of(&|t, s| t.shards[s].boundary_bytes);
     let shared = ArenaMap {
         norm_scratch: tape.take(scratch),
-        inputs: tape.take_many(most(&|p| p.choice.input_entries), of(&|m, s| shard(m, s, ShardPrograms::input_bytes))),
-        weight_slots: tape.take_many(most(&|p| p.choice.slots), of(&|m, s| shard(m, s, ShardPrograms::slot_bytes))),
-        gradient_slots: tape.take_many(
-            most(&|p| p.choice.gradient_slots),
-            of(&|m, s| m.plan.visiting_gradients_at(s) + m.plan.visiting_gradient_bytes(&m.model, s)),
-        ),
-        update_states: match on_device {
-            true => {
-                tape.take_many(most(&|p| p.choice.gradient_slots), of(&|m, s| m.plan.update_state_bytes(&m.model, s)))
-            }
-            false => Vec::new(),
-        },
-        activations: tape.take_many(most(&|p| entries(p.choice.activations)), boundary),
-        gradients: tape.take_many(most(&|p| entries(p.choice.gradients)), boundary),
+        inputs: tape.take_many(most(&|c| c.input_entries), of(&|t, s| t.shards[s].input_bytes())),
+        weight_slots: tape.take_many(most(&|c| c.slots), of(&|t, s| t.shards[s].slot_bytes())),
+        gradient_slots: tape.take_many(most(&|c| c.gradient_slots), gradients),
+        update_states: tape.take_many(if states > 0 { most(&|c| c.gradient_slots) } else { 0 }, states),
+        activations: tape.take_many(most(&|c| entries(c.activations)), boundary),
+        gradients: tape.take_many(most(&|c| entries(c.gradients)), boundary),
         ..ArenaMap::default()
     };
-    for &m in anywhere {
-        let Placed { model, plan, .. } = &models[m];
-        let (microbatches, parameters) = (model.microbatches as u64, model.train.parameters.len() as u64);
-        maps[m] = ArenaMap {
-            losses: [0, 1].map(|_| tape.take(4 * microbatches)),
-            norms: [0, 1].map(|_| if on_device { tape.take(8 * parameters) } else { 0 }),
-            states_at: plan.shards.iter().map(ShardPrograms::states_at).collect(),
-            saved: vec![Vec::new(); plan.shards.len()],
-            ..shared.clone()
-        };
-    }
+    let of_each = |t: &Tenant| ArenaMap {
+        losses: [0, 1].map(|_| tape.take(4 * t.model.microbatches as u64)),
+        norms: [0, 1].map(|_| tape.take(on_device(t, 8 * t.model.train.parameters.len() as u64))),
+        states_at: t.shards.iter().map(ShardPrograms::states_at).collect(),
+        saved: vec![Vec::new(); t.shards.len()],
+        ..shared.clone()
+    };
+    tenants.iter().map(of_each).collect()
+}
+
+/// Where, after a shard's gradients, further accumulators of parameters that it owns lie when they visit its device to be added.
+pub fn visiting_gradients_at(shards: &[ShardPrograms], shard: usize) -> u64 {
+    align_up(shards[shard].layout.gradient_bytes, ALIGNMENT)
+}
+
+/// Bytes of those accumulators: every use of its parameters in another shard.
+pub(super) fn visiting_gradient_bytes(model: &Model, shards: &[ShardPrograms], shard: usize) -> u64 {
+    let own = &shards[shard].layout.own;
+    let others = shards.iter().enumerate().filter(|&(s, _)| s != shard).flat_map(|(_, o)| &o.layout.shared);
+    let owned = others.filter(|u| own.contains(&model.layout.parameter[u.parameter]));
+    owned.map(|u| align_up(model.gradient_bytes(u.parameter), ALIGNMENT)).sum()
+}
+
+/// Bytes of a shard's moments and remainders, end to end.
+pub fn update_state_bytes(model: &Model, shards: &[ShardPrograms], moments: usize, shard: usize) -> u64 {
+    let own = shards[shard].own_bytes();
+    own * model.layout.wide_ratio * moments as u64 + if model.has_remainders() { own } else { 0 }
 }

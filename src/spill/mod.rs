@@ -3,13 +3,15 @@
 mod cut;
 mod estimate;
 mod fleet;
+mod fleet_plan;
 mod memory;
 mod model;
 mod plan;
 mod shard;
 
 pub use cut::{CutRule, balanced, max_fill};
-pub use fleet::{FleetMap, Home, Placed};
+pub use fleet::{FleetMap, Home, Placed, update_state_bytes, visiting_gradients_at};
+pub use fleet_plan::{FleetDevice, FleetModel, check_host, named, plan_fleet};
 pub use memory::{ArenaMap, BoundaryTier, Choice, HostMap};
 pub use model::Model;
 pub use plan::{Plan, PlanOptions, Recompute};

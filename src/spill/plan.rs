@@ -4,7 +4,8 @@
 //! never decides a bit of the result, only time and bytes.
 
 use super::cut::{CutRule, balanced, max_fill};
-use super::estimate::estimate_secs;
+use super::estimate::{estimate_anywhere_secs, estimate_secs};
+use super::fleet::anywhere_map;
 use super::memory::{ArenaMap, BoundaryTier, Choice, HostMap, arena_map, host_map};
 use super::model::Model;
 use super::shard::ShardPrograms;
@@ -49,6 +50,10 @@ pub struct PlanOptions {
     pub resident: Option<bool>,
     /// Force boundary tensors to stay on the device, or to leave it.
     pub boundaries_stay: Option<bool>,
+    /// For a model among others, whose shards may each run on another of so many devices: nothing stays on a device after a visit.
+    pub anywhere: Option<usize>,
+    /// Whether gradients are clipped by their global norm: no update before the last gradient.
+    pub clips: bool,
 }
 
 impl Default for PlanOptions {
@@ -64,6 +69,8 @@ impl Default for PlanOptions {
             rule: None,
             resident: None,
             boundaries_stay: None,
+            anywhere: None,
+            clips: false,
         }
     }
 }
@@ -142,25 +149,6 @@ impl Plan {
         let count = most.min(bytes / LEAST_BYTES).max(1);
         let at = |i: u64| if i == count { bytes } else { align_up(bytes * i / count, ALIGNMENT) };
         (0..count).map(|i| at(i)..at(i + 1)).collect()
-    }
-
-    /// Where, after a shard's gradients, further accumulators of parameters that it owns lie when they visit its device to be added.
-    pub fn visiting_gradients_at(&self, shard: usize) -> u64 {
-        align_up(self.shards[shard].layout.gradient_bytes, ALIGNMENT)
-    }
-
-    /// Bytes of those accumulators: every use of its parameters in another shard.
-    pub fn visiting_gradient_bytes(&self, model: &Model, shard: usize) -> u64 {
-        let own = &self.shards[shard].layout.own;
-        let others = self.shards.iter().enumerate().filter(|&(s, _)| s != shard).flat_map(|(_, o)| &o.layout.shared);
-        let owned = others.filter(|u| own.contains(&model.layout.parameter[u.parameter]));
-        owned.map(|u| align_up(model.gradient_bytes(u.parameter), ALIGNMENT)).sum()
-    }
-
-    /// Bytes of a shard's remainders and moments, end to end.
-    pub fn update_state_bytes(&self, model: &Model, shard: usize) -> u64 {
-        let own = self.shards[shard].own_bytes();
-        own * model.layout.wide_ratio * self.moments as u64 + if model.has_remainders() { own } else { 0 }
     }
 
     /// Names of a shard's layers.
@@ -259,6 +247,13 @@ impl Search<'_> {
             }
             return;
         }
+        if self.options.anywhere.is_some() {
+            if self.options.recompute != Recompute::Never || n == 1 {
+                let shards = build(false);
+                self.choices_anywhere().iter().for_each(|choice| self.offer(shards.clone(), choice));
+            }
+            return;
+        }
         let kept = (self.options.recompute != Recompute::Always).then(|| build(true));
         let again = (self.options.recompute != Recompute::Never || n == 1).then(|| build(false));
         for choice in self.choices(n) {
@@ -310,10 +305,40 @@ impl Search<'_> {
         choices
     }
 
+    /// The ways for a model whose shards run anywhere, smallest first.
+    fn choices_anywhere(&self) -> Vec<Choice> {
+        let slots = self.options.slots;
+        let depths: &[(usize, usize, usize, usize)] =
+            if slots == 1 { &[(1, 2, 2, 1)] } else { &[(1, 2, 2, 1), (1, 3, 3, 2), (2, 3, 3, 2)] };
+        let of = |updates_on_device: bool| {
+            depths.iter().map(move |&(gradient_slots, activations, gradients, input_entries)| Choice {
+                resident: false,
+                slots,
+                gradient_slots,
+                activations: BoundaryTier::Host { entries: activations },
+                gradients: BoundaryTier::Host { entries: gradients },
+                input_entries,
+                updates_on_device,
+                crosses: false,
+            })
+        };
+        let on_device = if self.options.clips { None } else { Some(of(true)) };
+        of(false).chain(on_device.into_iter().flatten()).collect()
+    }
+
     fn plan(&self, shards: Vec<ShardPrograms>, choice: &Choice) -> Plan {
-        let arena = arena_map(self.model, &shards, choice, self.options.moments);
-        let host = host_map(self.model, &shards, choice, self.options.moments);
-        let estimated_secs = estimate_secs(self.model, &shards, choice, self.cost);
+        let moments = self.options.moments;
+        let host = host_map(self.model, &shards, choice, moments);
+        let (arena, estimated_secs) = match self.options.anywhere {
+            None => (
+                arena_map(self.model, &shards, choice, moments),
+                estimate_secs(self.model, &shards, choice, self.cost),
+            ),
+            Some(devices) => (
+                anywhere_map(self.model, &shards, choice, moments),
+                estimate_anywhere_secs(self.model, &shards, choice, moments, devices, self.cost),
+            ),
+        };
         Plan {
             arena,
             host,

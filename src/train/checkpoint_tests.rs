@@ -25,8 +25,7 @@ fn engine_of(width: usize, dtype: DType) -> Engine {
     let config = crate::device::host::HostConfig {
         devices: vec![spec],
         host_bytes: plan.host.bytes,
-        poison: false,
-        withhold: None,
+        ..Default::default()
     };
     let device = crate::device::host::HostDevice::new(&config).unwrap();
     let options = crate::engine::EngineOptions::new(0, &model);

@@ -7,7 +7,7 @@ use hydra::device::host::HostSpec;
 use hydra::device::sim::{CostModel, PROFILES, Profile};
 use hydra::device::{DeviceSpec, calibrate, why_no_cuda, why_no_emulator};
 use hydra::engine::{Prediction, predict};
-use hydra::spill::{BoundaryTier, Model, Plan};
+use hydra::spill::{BoundaryTier, Model, Plan, named};
 use hydra::train::{plan_model, trace_model};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -80,18 +80,6 @@ pub fn plan_job(path: &Path, sets: &[String], trains: bool) -> Result<PlannedJob
         models.push(Planned { prepared, model, plan, prediction });
     }
     Ok(PlannedJob { job, machine, models })
-}
-
-/// An error about a model, with its name first.
-pub fn named(model: &str, error: Error) -> Error {
-    match error {
-        Error::BadInput(message) => Error::BadInput(format!("{model}: {message}")),
-        Error::OutOfBudget { message, smallest_device_bytes } => {
-            Error::OutOfBudget { message: format!("{model}: {message}"), smallest_device_bytes }
-        }
-        Error::Device(message) => Error::Device(format!("{model}: {message}")),
-        other => other,
-    }
 }
 
 fn check_device(file: &str, job: &Job, trains: bool) -> Result<()> {

@@ -1,7 +1,7 @@
 //! `hydra train`: plans, makes the run's directory, trains the models one after another, saves them.
 
 use crate::args::Resume;
-use crate::planning::{Planned, PlannedJob, free_memory_bytes, named, plan_job};
+use crate::planning::{Planned, PlannedJob, free_memory_bytes, plan_job};
 use crate::print::say;
 use crate::progress::Progress;
 use crate::rundir::{self, Found, RunDir, inspect};
@@ -9,6 +9,7 @@ use crate::show::summary;
 use hydra::base::{Error, LaneId, LaneKind, Result, format_bytes, format_secs};
 use hydra::engine::{Engine, Stored};
 use hydra::nn;
+use hydra::spill::named;
 use hydra::trace::{Keep, Recorder, RecorderOptions};
 use hydra::train::metrics::{Metrics, Row, StepRow, ValidRow};
 use hydra::train::{Checkpoint, Identity, Observer, Session, StepReport, write_checkpoint};

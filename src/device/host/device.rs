@@ -1,6 +1,6 @@
 //! The host device: an arena and three lanes for each device, an arithmetic lane for the host, real copies between separate memories.
 
-use super::lanes::{Lane, Order, Shared, Throttle};
+use super::lanes::{Lane, Link, Order, Shared, Throttle};
 use super::memory::Block;
 use crate::base::{Error, LaneId, LaneKind, Result};
 use crate::device::{Completion, Device, Task, Ticket};
@@ -30,6 +30,8 @@ pub struct HostConfig {
     pub host_bytes: u64,
     /// Fill arenas with NaN first, so that use of what was never written shows as NaN.
     pub poison: bool,
+    /// Bytes per second each way that the links of all devices share; `None` is as fast as memory goes.
+    pub shared_bytes_per_sec: Option<f64>,
     /// Never tell the completion of this lane's n-th task (from 1): for tests of the watchdog.
     pub withhold: Option<(u16, u64)>,
 }
@@ -67,7 +69,7 @@ impl HostDevice {
                 lanes.push(LaneId { device, kind });
             }
         }
-        lanes.push(LaneId::host(LaneKind::HostMath));
+        lanes.extend(math_lanes(&config.devices));
         let shared = Arc::new(Shared::new(host, arenas, wide, lanes.len(), Instant::now()));
         let (completed, completions) = channel();
         let mut device = HostDevice {
@@ -101,13 +103,17 @@ impl HostDevice {
             };
             pools.push((pool, cores));
         }
+        let link = |bytes_per_sec| Arc::new(Mutex::new(Link::new(bytes_per_sec)));
+        let shared_links = config.shared_bytes_per_sec.map(|rate| [link(rate), link(rate)]);
         for (index, lane) in self.lanes.clone().into_iter().enumerate() {
-            // The host's arithmetic runs on the first device's cores.
+            // The host's own arithmetic runs on the first device's cores.
             let device = if lane.is_host() { 0 } else { lane.device as usize };
             let (pool, cores) =
                 pools.get(device).cloned().ok_or_else(|| Error::bad("a host device needs at least one device"))?;
             let copies = matches!(lane.kind, LaneKind::HostToDevice | LaneKind::DeviceToHost);
             let rate = config.devices[device].link_bytes_per_sec.filter(|_| copies);
+            let way = usize::from(lane.kind == LaneKind::DeviceToHost);
+            let shared_link = shared_links.as_ref().filter(|_| copies).map(|links| Arc::clone(&links[way]));
             let (sender, orders) = channel();
             let lane_body = Lane {
                 shared: Arc::clone(&self.shared),
@@ -115,7 +121,7 @@ impl HostDevice {
                 completions: completed.clone(),
                 pool: (!copies).then_some(pool),
                 scratch: 0,
-                throttle: rate.map(|bytes_per_sec| Throttle { bytes_per_sec, free_at: None }),
+                throttle: Throttle { own: rate.map(Link::new), shared: shared_link },
                 withhold: config.withhold.filter(|&(l, _)| l as usize == index).map(|(_, n)| n),
             };
             let thread = std::thread::Builder::new()
@@ -139,6 +145,19 @@ impl HostDevice {
         // SAFETY: asked when no task runs, as stated.
         unsafe { self.shared.arenas[device as usize].unpoisoned_bytes() }
     }
+}
+
+/// Lanes for the host's arithmetic: of several devices each has one on its own cores, and those without share one, as a single device does.
+fn math_lanes(devices: &[HostSpec]) -> Vec<LaneId> {
+    if devices.len() == 1 {
+        return vec![LaneId::host(LaneKind::HostMath)];
+    }
+    let own = (0..devices.len()).filter(|&d| devices[d].threads.is_some());
+    let mut lanes: Vec<LaneId> = own.map(|d| LaneId::device(d as u16, LaneKind::HostMath)).collect();
+    if lanes.len() < devices.len() {
+        lanes.push(LaneId::host(LaneKind::HostMath));
+    }
+    lanes
 }
 
 /// A rayon pool of `threads` threads on `cores`.

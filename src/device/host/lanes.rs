@@ -84,23 +84,47 @@ impl Shared {
     }
 }
 
-/// Holds a copy lane to a bandwidth: a copy ends no sooner than its bytes would take after the one before.
+/// A bandwidth: a copy ends no sooner than its bytes would take after the one before.
+#[derive(Debug)]
+pub(super) struct Link {
+    bytes_per_sec: f64,
+    free_at: Option<Instant>,
+}
+
+impl Link {
+    pub fn new(bytes_per_sec: f64) -> Link {
+        Link { bytes_per_sec, free_at: None }
+    }
+
+    /// When `bytes`, whose copy began at `began`, will have crossed.
+    fn cross(&mut self, began: Instant, bytes: u64) -> Instant {
+        // A sleep overshoots by some tens of microseconds. A copy that begins within them follows the one before at once, or the link would
+        // be slower than stated; spinning instead would take the time from the arithmetic, which has the same cores.
+        const OVERSHOOT: Duration = Duration::from_micros(200);
+        let from = self.free_at.filter(|&free| free + OVERSHOOT >= began).unwrap_or(began);
+        let until = from + Duration::from_secs_f64(bytes as f64 / self.bytes_per_sec);
+        self.free_at = Some(until);
+        until
+    }
+}
+
+/// Holds a copy lane to its link's bandwidth, and to what it shares with others.
+#[derive(Debug)]
 pub(super) struct Throttle {
-    pub bytes_per_sec: f64,
-    pub free_at: Option<Instant>,
+    pub own: Option<Link>,
+    pub shared: Option<Arc<Mutex<Link>>>,
 }
 
 impl Throttle {
     /// Waits until `bytes`, whose copy began at `began`, would have crossed the link, or the device is being dropped.
     fn wait_for_link(&mut self, began: Instant, bytes: u64, stop: &AtomicBool) {
-        // A sleep overshoots by some tens of microseconds. A copy that begins within them follows the one before at once, or the link would
-        // be slower than stated; spinning instead would take the time from the arithmetic, which has the same cores.
-        const OVERSHOOT: Duration = Duration::from_micros(200);
         // A slow link's copy may take minutes, which a drop need not wait for.
         const SLICE: Duration = Duration::from_millis(50);
-        let from = self.free_at.filter(|&free| free + OVERSHOOT >= began).unwrap_or(began);
-        let until = from + Duration::from_secs_f64(bytes as f64 / self.bytes_per_sec);
-        self.free_at = Some(until);
+        let own = self.own.as_mut().map(|link| link.cross(began, bytes));
+        let shared = self.shared.as_ref().map(|link| {
+            link.lock().expect("no thread panics while it holds a link").cross(began, bytes)
+        });
+        let Some(until) = own.max(shared) else { return };
         while let Some(rest) = until.checked_duration_since(Instant::now()).filter(|r| !r.is_zero()) {
             if stop.load(Ordering::Acquire) {
                 return;
@@ -119,7 +143,7 @@ pub(super) struct Lane {
     pub pool: Option<Arc<rayon::ThreadPool>>,
     /// Scratch that every thread of the pool has been given, in words.
     pub scratch: usize,
-    pub throttle: Option<Throttle>,
+    pub throttle: Throttle,
     /// A task's number whose completion is never told: for tests of the watchdog.
     pub withhold: Option<u64>,
 }
@@ -137,8 +161,8 @@ impl Lane {
                 Err(error) => (Err(error), None),
             };
             self.share_scratch();
-            if let (Some(throttle), Task::Copy(_)) = (&mut self.throttle, &task) {
-                throttle.wait_for_link(began, task.bytes(), &self.shared.stop);
+            if let Task::Copy(_) = &task {
+                self.throttle.wait_for_link(began, task.bytes(), &self.shared.stop);
             }
             let secs = |t: Instant| t.duration_since(self.shared.start).as_secs_f64();
             let failed = result.is_err();

@@ -39,8 +39,18 @@ pub struct SimDevice {
     now: f64,
     /// Ends of each lane's tasks, from the first.
     ends: Vec<Lane>,
+    /// What all links share each way, and when what was asked for until now will have crossed.
+    shared: Option<SharedLink>,
     /// Completions to come: equal times are ordered by device, lane and task.
     coming: BinaryHeap<Reverse<(Secs, LaneId, Ticket, Secs)>>,
+}
+
+/// A link behind the devices' own. It carries what is asked of it in that order; who is first on a device's own link does not matter to it.
+#[derive(Clone, Copy, Debug)]
+struct SharedLink {
+    bytes_per_sec: f64,
+    /// To devices, and from them.
+    crossed: [f64; 2],
 }
 
 /// Ends of a lane's tasks. Old ones are forgotten once told: a ticket below them is long done.
@@ -68,7 +78,13 @@ impl SimDevice {
         }
         lanes.push(LaneId::host(LaneKind::HostMath));
         let ends = lanes.iter().map(|_| Lane::default()).collect();
-        SimDevice { lanes, models, now: 0.0, ends, coming: BinaryHeap::new() }
+        SimDevice { lanes, models, now: 0.0, ends, shared: None, coming: BinaryHeap::new() }
+    }
+
+    /// The same devices with links that share so many bytes per second each way.
+    pub fn with_shared_link(mut self, bytes_per_sec: Option<f64>) -> SimDevice {
+        self.shared = bytes_per_sec.map(|bytes_per_sec| SharedLink { bytes_per_sec, crossed: [0.0; 2] });
+        self
     }
 }
 
@@ -83,7 +99,14 @@ impl Device for SimDevice {
         let waited = after.iter().map(|t| self.ends[t.lane as usize].end_of(t.number)).fold(self.now, f64::max);
         let on = &mut self.ends[lane as usize];
         let start = waited.max(on.last_end);
-        let end = start + model.task_secs(&task, id.kind);
+        let mut end = start + model.task_secs(&task, id.kind);
+        if let (Some(shared), Task::Copy(_), LaneKind::HostToDevice | LaneKind::DeviceToHost) =
+            (&mut self.shared, &task, id.kind)
+        {
+            let crossed = &mut shared.crossed[usize::from(id.kind == LaneKind::DeviceToHost)];
+            *crossed = crossed.max(self.now) + task.bytes() as f64 / shared.bytes_per_sec;
+            end = end.max(*crossed);
+        }
         on.ends.push_back(end);
         on.last_end = end;
         let ticket = Ticket { lane, number: on.forgotten + on.ends.len() as u64 };

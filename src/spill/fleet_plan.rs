@@ -1,0 +1,214 @@
+//! Plans for models that share devices: which may run anywhere and which stay, and slots that hold the shards of all of them.
+//!
+//! Each model is planned by itself, as large as the budget allows; if their slots and rings together are then too large, all are held to
+//! the same share of what they asked for beyond their smallest plans. Models that fit whole, in lines that are even enough, stay where they are
+//! and copy nothing.
+
+use super::fleet::{FleetMap, Home, Placed};
+use super::model::Model;
+use super::plan::{Plan, PlanOptions};
+use crate::base::{Error, Result, format_bytes};
+use crate::device::sim::CostModel;
+use std::sync::Arc;
+
+/// A model that is to be planned among others.
+#[derive(Clone, Debug)]
+pub struct FleetModel {
+    /// Its name, for messages.
+    pub name: String,
+    /// Its graphs. Equal models may share one, and are then planned once.
+    pub model: Arc<Model>,
+    /// Its wishes; budgets and what concerns other models are filled in.
+    pub options: PlanOptions,
+    /// Steps that it is to do.
+    pub steps: u64,
+}
+
+/// What a device is to a plan.
+#[derive(Clone, Debug)]
+pub struct FleetDevice {
+    /// Bytes of its arena; `None` is as many as are wanted.
+    pub budget: Option<u64>,
+    /// What it achieves.
+    pub cost: CostModel,
+}
+
+/// How unequal the loads of devices may be before models that could stay had better move.
+const UNEVEN: f64 = 1.05;
+
+/// Plans `models` for turns on `devices`.
+///
+/// # Errors
+/// [`Error::OutOfBudget`] that names the models which do not fit; [`Error::BadInput`] for absurd options.
+pub fn plan_fleet(models: &[FleetModel], devices: &[FleetDevice], host_budget: Option<u64>) -> Result<Vec<Placed>> {
+    let moving = plan_anywhere(models, devices);
+    let staying = plan_at_home(models, devices)?;
+    let placed = match (moving, staying) {
+        (Ok(moving), Some((staying, secs))) => {
+            // Somebody who stays copies nothing; somebody who moves leaves no device idle.
+            if secs <= UNEVEN * makespan_secs(models, &moving, devices) { staying } else { moving }
+        }
+        (Ok(moving), None) => moving,
+        (Err(_), Some((staying, _))) => staying,
+        (Err(error), None) => return Err(error),
+    };
+    check_host(&placed, devices.len(), host_budget)?;
+    Ok(placed)
+}
+
+/// Refuses what the host's store cannot hold.
+///
+/// # Errors
+/// [`Error::OutOfBudget`].
+pub fn check_host(placed: &[Placed], devices: usize, host_budget: Option<u64>) -> Result<()> {
+    let needs = FleetMap::new(placed, devices).host_bytes;
+    match host_budget.filter(|&budget| needs > budget) {
+        None => Ok(()),
+        Some(budget) => Err(Error::OutOfBudget {
+            message: format!(
+                "the host's store needs {} ({needs} bytes) for {} models, its budget is {} ({budget} bytes)",
+                format_bytes(needs),
+                placed.len(),
+                format_bytes(budget)
+            ),
+            smallest_device_bytes: placed.iter().map(|p| p.plan.smallest_device_bytes).max().unwrap_or(0),
+        }),
+    }
+}
+
+/// The least that plans which move can take: all seconds over all devices, or the longest of them.
+fn makespan_secs(models: &[FleetModel], placed: &[Placed], devices: &[FleetDevice]) -> f64 {
+    let speeds = speeds(models, devices);
+    let secs: Vec<f64> = models.iter().zip(placed).map(|(m, p)| m.steps as f64 * p.plan.estimated_secs).collect();
+    let longest = secs.iter().copied().fold(0.0, f64::max) / speeds.iter().copied().fold(0.0, f64::max);
+    longest.max(secs.iter().sum::<f64>() / speeds.iter().sum::<f64>())
+}
+
+/// Each device's rate over that of the first, by the models' own work in one piece.
+fn speeds(models: &[FleetModel], devices: &[FleetDevice]) -> Vec<f64> {
+    if devices.windows(2).all(|d| d[0].cost == d[1].cost) {
+        return vec![1.0; devices.len()];
+    }
+    let secs = |cost: &CostModel| -> f64 {
+        let of = |m: &FleetModel| {
+            let ops = m.model.train.nodes.iter().map(|node| cost.op_secs(&crate::graph::cost(&m.model.train, node)));
+            ops.sum::<f64>() * m.model.microbatches as f64
+        };
+        models.iter().map(of).sum()
+    };
+    let first = secs(&devices[0].cost);
+    devices.iter().map(|d| first / secs(&d.cost).max(f64::MIN_POSITIVE)).collect()
+}
+
+/// Plans with everything anywhere.
+fn plan_anywhere(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Vec<Placed>> {
+    // A shard must fit wherever it may go.
+    let budget = devices.iter().filter_map(|d| d.budget).min();
+    let cost = &devices[0].cost;
+    let plans = |budget_of: &dyn Fn(usize) -> Option<u64>| -> Result<Vec<Placed>> {
+        let mut placed: Vec<Placed> = Vec::new();
+        for (i, m) in models.iter().enumerate() {
+            let mut options =
+                PlanOptions { anywhere: Some(devices.len()), device_budget: budget_of(i), ..m.options.clone() };
+            (options.resident, options.boundaries_stay) = (None, None);
+            let twin = (0..i).find(|&t| Arc::ptr_eq(&models[t].model, &m.model) && models[t].options == m.options);
+            let plan = match twin {
+                Some(twin) => Arc::clone(&placed[twin].plan),
+                None => Arc::new(Plan::new(&m.model, &options, cost).map_err(|e| named(&m.name, e))?),
+            };
+            placed.push(Placed { model: Arc::clone(&m.model), plan, home: Home::Anywhere, line: i });
+        }
+        Ok(placed)
+    };
+    let arena = |placed: &[Placed]| FleetMap::new(placed, 1).arena_bytes[0];
+    let widest = plans(&|_| budget)?;
+    let Some(budget) = budget.filter(|&budget| arena(&widest) > budget) else { return Ok(widest) };
+    let smallest: Vec<u64> = widest.iter().map(|p| p.plan.smallest_device_bytes).collect();
+    let at_share = |share: f64| {
+        plans(&|i| Some(smallest[i] + (budget.saturating_sub(smallest[i]) as f64 * share) as u64))
+    };
+    let mut best = at_share(0.0)?;
+    if arena(&best) > budget {
+        let needs = arena(&best);
+        let mut message = format!(
+            "device memory: the models together need {needs} bytes ({}) of every device, the smallest budget is {budget} bytes ({})\n",
+            format_bytes(needs),
+            format_bytes(budget)
+        );
+        for (m, &bytes) in models.iter().zip(&smallest) {
+            message += &format!("  {:<26} {bytes:>14} bytes  {:>12} alone\n", m.name, format_bytes(bytes));
+        }
+        message += &format!("  smallest budget that works {needs:>14} bytes: memory = {needs}");
+        return Err(Error::OutOfBudget { message, smallest_device_bytes: needs });
+    }
+    let (mut low, mut high) = (0.0, 1.0);
+    for _ in 0..6 {
+        let middle = 0.5 * (low + high);
+        let placed = at_share(middle)?;
+        if arena(&placed) <= budget {
+            (low, best) = (middle, placed);
+        } else {
+            high = middle;
+        }
+    }
+    Ok(best)
+}
+
+/// Plans with every model whole on one device, the longest first onto the device that is done soonest (Graham 1969, "Bounds on multiprocessing timing
+/// anomalies"), and the seconds until the last is done; `None` where they do not all fit.
+fn plan_at_home(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Option<(Vec<Placed>, f64)>> {
+    let cost = &devices[0].cost;
+    let mut plans: Vec<Arc<Plan>> = Vec::new();
+    for (i, m) in models.iter().enumerate() {
+        let whole = std::iter::once(0..m.model.layers()).collect();
+        let options = PlanOptions { resident: Some(true), cut: Some(whole), device_budget: None, ..m.options.clone() };
+        let twin = (0..i).find(|&t| Arc::ptr_eq(&models[t].model, &m.model) && models[t].options == m.options);
+        plans.push(match twin {
+            Some(twin) => Arc::clone(&plans[twin]),
+            None => Arc::new(Plan::new(&m.model, &options, cost).map_err(|e| named(&m.name, e))?),
+        });
+    }
+    let secs = |i: usize| models[i].steps as f64 * plans[i].estimated_secs;
+    let speeds = speeds(models, devices);
+    let mut order: Vec<usize> = (0..models.len()).collect();
+    order.sort_by(|&a, &b| secs(b).total_cmp(&secs(a)).then(a.cmp(&b)));
+    let mut loads = vec![0.0; devices.len()];
+    let mut placed: Vec<Placed> = Vec::new();
+    let mut numbers = Vec::new();
+    for i in order {
+        let mut candidates: Vec<usize> = (0..devices.len()).collect();
+        let end = |d: usize| loads[d] + secs(i) / speeds[d];
+        candidates.sort_by(|&a, &b| end(a).total_cmp(&end(b)).then(a.cmp(&b)));
+        let at = |d: usize| Placed {
+            model: Arc::clone(&models[i].model),
+            plan: Arc::clone(&plans[i]),
+            home: Home::On(vec![d as u16; plans[i].shards.len()]),
+            line: i,
+        };
+        let fits = |&d: &usize| {
+            let mut with = placed.clone();
+            with.push(at(d));
+            devices[d].budget.is_none_or(|budget| FleetMap::new(&with, devices.len()).arena_bytes[d] <= budget)
+        };
+        let Some(d) = candidates.into_iter().find(fits) else { return Ok(None) };
+        loads[d] += secs(i) / speeds[d];
+        placed.push(at(d));
+        numbers.push(i);
+    }
+    let mut by_number: Vec<(usize, Placed)> = numbers.into_iter().zip(placed).collect();
+    by_number.sort_by_key(|(i, _)| *i);
+    let last = loads.into_iter().fold(0.0, f64::max);
+    Ok(Some((by_number.into_iter().map(|(_, p)| p).collect(), last)))
+}
+
+/// An error about a model, with its name first.
+pub fn named(model: &str, error: Error) -> Error {
+    match error {
+        Error::BadInput(message) => Error::BadInput(format!("{model}: {message}")),
+        Error::OutOfBudget { message, smallest_device_bytes } => {
+            Error::OutOfBudget { message: format!("{model}: {message}"), smallest_device_bytes }
+        }
+        Error::Device(message) => Error::Device(format!("{model}: {message}")),
+        other => other,
+    }
+}
