@@ -341,7 +341,7 @@ fn what_is_not_built_yet_is_said() {
         ("model.0.dtype=tf32", "model.0.dtype: tf32 goes with kind = \"cuda\", not \"host\""),
         (
             "model.0.search={ lr = [1e-3, 1e-2] }",
-            "model.0.search: lr = 1e-2: training several models together is not built yet",
+            "model.0.search: lr = 0.01: training several models together is not built yet",
         ),
         (
             "model.0.search={ stop = { kind = 'patience', evaluations = 3 } }",
