@@ -329,13 +329,24 @@ fn what_is_not_built_yet_is_said() {
     job.hydra(&["train"]).bad(&["model.1", "not built yet", "one-at-a-time"]);
     job.hydra(&["train", "--set", "run={ policy = 'one-at-a-time' }"]).fine();
     assert!(job.at("runs/job/m/model").exists() && job.at("runs/job/n/model").exists());
+    fs::write(job.at("job.toml"), GPT).expect("job");
+    let search = "model.0.search={ batch = [2, 4] }";
+    job.hydra(&["train", "--set", "run={ policy = 'one-at-a-time', out = 'searched' }", "--set", search]).fine();
+    assert!(job.at("searched/m-batch=2/model").exists() && job.at("searched/m-batch=4/model").exists());
     fs::write(job.at("job.toml"), format!("[[device]]\nkind = 'host'\n{GPT}")).expect("job");
     for (set, says) in [
         ("device.0.kind=cuda", "device.0.kind: \"cuda\" is not built in"),
         ("device.0.kind=emulated", "device.0.kind: \"emulated\" is not built in"),
         ("device.0.count=2", "several devices are not built yet"),
         ("model.0.dtype=tf32", "model.0.dtype: tf32 goes with kind = \"cuda\", not \"host\""),
-        ("model.0.search={ lr = [1e-3] }", "model.0.search: searching is not built yet"),
+        (
+            "model.0.search={ lr = [1e-3, 1e-2] }",
+            "model.0.search: lr = 0.01: training several models together is not built yet",
+        ),
+        (
+            "model.0.search={ stop = { kind = 'patience', evaluations = 3 } }",
+            "model.0.search.stop: ending models early (here 1) is not built yet",
+        ),
         ("host={ disk = { path = 'd', memory = 1000 } }", "host.disk: the disk tier is not built yet"),
         ("host={ link = '1 GB/s' }", "host.link"),
     ] {

@@ -1,4 +1,4 @@
-//! Training: optimizers and schedules, the loop over steps, metrics, checkpoints, the report.
+//! Training: optimizers and schedules, the loop over steps, metrics, checkpoints, selection, results, the report.
 
 mod checkpoint;
 mod fleet;
@@ -6,7 +6,9 @@ mod forward;
 pub mod metrics;
 mod optimizer;
 mod report;
+pub mod results;
 mod safely;
+mod selection;
 mod session;
 
 pub use checkpoint::{Checkpoint, Identity, write_checkpoint};
@@ -15,4 +17,5 @@ pub use forward::wait_forward;
 pub use optimizer::{Optimizer, Schedule};
 pub use report::write_report;
 pub use safely::{refused, write_safely};
+pub use selection::{Asha, Patience, Rungs, Selection, Survivors, Verdict};
 pub use session::{Observer, Session, StepReport, TrainOptions, Weights, inputs_of, plan_model, prepare, trace_model};

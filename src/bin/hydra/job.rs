@@ -6,6 +6,9 @@
 
 pub mod model;
 pub mod optimizer;
+pub mod search;
+#[cfg(test)]
+mod search_tests;
 mod section;
 mod set;
 #[cfg(test)]
@@ -14,6 +17,7 @@ mod tests;
 use hydra::base::{Error, Result};
 pub use model::{Model, Valid};
 pub use optimizer::{Optimizer, Schedule};
+pub use search::Search;
 use section::{Origin, Section};
 use std::path::{Path, PathBuf};
 use toml::Table;
@@ -27,8 +31,10 @@ pub struct Job {
     pub devices: Vec<Device>,
     /// The store behind the devices.
     pub host: Host,
-    /// What to train, at least one, names all different.
+    /// What to train, at least one, names all different; in the file's order, each search in the place of its model.
     pub models: Vec<Model>,
+    /// The searches, in the file's order.
+    pub searches: Vec<Search>,
     /// The job as TOML with the overrides in it; the file's own text where there are none.
     pub source_text: String,
 }
@@ -217,15 +223,17 @@ fn read_job(origin: Origin, stem: &str, text: String, sets: &[String]) -> Result
     let run = read_run(&root, stem)?;
     let devices = read_devices(&root)?;
     let host = read_host(&root)?;
-    let mut models: Vec<Model> = Vec::new();
-    for section in root.sections("model", model::MODEL_KEYS)? {
-        let model = model::read_model(&section)?;
-        if let Some(twin) = models.iter().position(|other| other.name == model.name) {
-            return Err(
-                section.fault("name", format!("model.{twin} has the name {:?} too; give each its own", model.name))
-            );
+    let (mut models, mut searches): (Vec<Model>, Vec<Search>) = (Vec::new(), Vec::new());
+    for (place, section) in root.sections("model", model::MODEL_KEYS)?.iter().enumerate() {
+        let (made, search) = search::read_models(section, place, models.len(), run.seed)?;
+        for model in made {
+            if let Some(twin) = models.iter().find(|other| other.name == model.name) {
+                let message = format!("{} has the name {:?} too; give each its own", twin.at, model.name);
+                return Err(origin.fault(&model.place("name"), message));
+            }
+            models.push(model);
         }
-        models.push(model);
+        searches.extend(search);
     }
     if models.is_empty() {
         return Err(origin.fault("model", "there is none; add a [[model]] with name, from or family, data and steps"));
@@ -236,7 +244,7 @@ fn read_job(origin: Origin, stem: &str, text: String, sets: &[String]) -> Result
         toml::to_string(&table)
             .map_err(|error| origin.fault("", format!("cannot write the job back as TOML: {error}")))?
     };
-    Ok(Job { run, devices, host, models, source_text })
+    Ok(Job { run, devices, host, models, searches, source_text })
 }
 
 fn syntax_error(origin: Origin, text: &str, error: &toml::de::Error) -> Error {

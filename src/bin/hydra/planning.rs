@@ -66,7 +66,7 @@ pub fn plan_job(path: &Path, sets: &[String], trains: bool) -> Result<PlannedJob
     for (i, mut prepared) in prepared.into_iter().enumerate() {
         prepared.options.device = spec.clone();
         let model = trace_model(prepared.network(), &prepared.inputs, &prepared.options);
-        let model = model.map_err(|e| Error::bad(format!("{file}: model.{i}: {e}")))?;
+        let model = model.map_err(|e| Error::bad(format!("{file}: {}: {e}", job.models[i].at)))?;
         traced.push((prepared, Arc::new(model)));
     }
     let machine = machine(&job, &spec)?;

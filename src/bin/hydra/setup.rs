@@ -111,7 +111,7 @@ pub fn check_scope(file: &str, job: &Job) -> Result<()> {
     if job.run.policy != Policy::OneAtATime {
         if job.models.len() > 1 {
             return fault(
-                "model.1",
+                &job.models[1].at,
                 "training several models together is not built yet; write policy = \"one-at-a-time\" under [run] to train them one after another",
             );
         }
@@ -131,14 +131,17 @@ pub fn check_scope(file: &str, job: &Job) -> Result<()> {
     if job.host.link.is_some() {
         return fault("host.link", "a link shared by devices is not built yet; write link under [[device]]");
     }
-    for (i, model) in job.models.iter().enumerate() {
-        if model.search.is_some() {
-            return fault(&format!("model.{i}.search"), "searching is not built yet; write one model per combination");
+    for search in &job.searches {
+        if search.stop.is_some() || search.simulated.is_some() {
+            let what = format!("ending models early (here {}) is not built yet; leave it out", search.models.len());
+            return fault(&format!("{}.stop", search.at), &what);
         }
+    }
+    for model in &job.models {
         let kind = job.devices[0].kind;
         if model.dtype == "tf32" && !matches!(kind, DeviceKind::Cuda | DeviceKind::Emulated) {
             let what = format!("tf32 goes with kind = \"cuda\", not \"{}\"; write dtype = \"f32\"", kind.word());
-            return fault(&format!("model.{i}.dtype"), &what);
+            return fault(&model.place("dtype"), &what);
         }
     }
     Ok(())
@@ -150,7 +153,7 @@ pub fn check_scope(file: &str, job: &Job) -> Result<()> {
 /// When a file is missing or at fault, or the parts do not go together; the message names the file or the key.
 pub fn prepare(file: &str, job: &Job, i: usize) -> Result<Prepared> {
     let model = &job.models[i];
-    let fault = |key: &str, what: String| Error::bad(format!("{file}: model.{i}.{key}: {what}"));
+    let fault = |key: &str, what: String| Error::bad(format!("{file}: {}: {what}", model.place(key)));
     let origin = match &model.source {
         Whence::From(dir) => Origin::Pretrained(nn::open(dir)?),
         Whence::Family { family, config } => {

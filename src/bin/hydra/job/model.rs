@@ -1,8 +1,8 @@
 //! One `[[model]]` of a job: the network, its data and how long it is trained.
 
-use super::optimizer::{Optimizer, SHORT_KEYS, Schedule, read_optimizer, read_schedule};
+use super::optimizer::{Optimizer, Schedule, read_optimizer, read_schedule};
 use super::section::{MOST, Section, show};
-use hydra::base::{Result, nearest};
+use hydra::base::Result;
 use serde_json::Map;
 use std::path::PathBuf;
 use toml::Value;
@@ -10,6 +10,10 @@ use toml::Value;
 /// One thing to train.
 #[derive(Clone, Debug)]
 pub struct Model {
+    /// Where it stands in the file: `model.0`, or `model.0.search: lr = 1e-3, batch = 16` for one of a search.
+    pub at: String,
+    /// The keys that its search varies, each with its own value as a word; none for a model that stands alone.
+    pub searched: Vec<(String, String)>,
     /// Its folder in the run's directory; a plain file name, unlike any other model's.
     pub name: String,
     /// Where the network and its first weights come from.
@@ -30,8 +34,14 @@ pub struct Model {
     pub optimizer: Optimizer,
     /// How the learning rate changes.
     pub schedule: Schedule,
-    /// Values to try, as the file has them: each key is one of [`SEARCH_KEYS`] and holds a list that is not empty.
-    pub search: Option<toml::Table>,
+}
+
+impl Model {
+    /// What an error at `key` of it says first, after the file.
+    pub fn place(&self, key: &str) -> String {
+        let between = if self.searched.is_empty() { "." } else { ": " };
+        format!("{}{between}{key}", self.at)
+    }
 }
 
 /// Where a network comes from.
@@ -135,15 +145,15 @@ pub const MODEL_KEYS: &[&str] = &[
     "search",
 ];
 
-/// The model's own keys that `search` may vary, beside the optimizer's.
-pub const SEARCH_KEYS: [&str; 5] = ["batch", "microbatch", "steps", "epochs", "dtype"];
+/// Bytes of the longest name.
+pub const LONGEST_NAME: usize = 200;
 
 /// Names in the run's directory that are not models'.
 const TAKEN_NAMES: [&str; 4] = [".", "..", "trace.json", "plan.json"];
 
-/// Reads one `[[model]]`.
+/// Reads one model; `search` is read elsewhere.
 pub fn read_model(s: &Section) -> Result<Model> {
-    let name = read_name(s)?;
+    let name = read_name(s)?.to_string();
     let source = read_source(s)?;
     let dtype = s.word("dtype", &[("f32", "f32"), ("bf16", "bf16"), ("tf32", "tf32")])?.unwrap_or("f32").to_string();
     let data = read_data(s)?;
@@ -163,20 +173,22 @@ pub fn read_model(s: &Section) -> Result<Model> {
     };
     let optimizer = read_optimizer(s)?;
     let schedule = read_schedule(s)?;
-    let search = read_search(s)?;
-    Ok(Model { name, source, dtype, data, valid, batch, microbatch, length, optimizer, schedule, search })
+    let (at, searched) = (s.at().to_string(), Vec::new());
+    Ok(Model { at, searched, name, source, dtype, data, valid, batch, microbatch, length, optimizer, schedule })
 }
 
-fn read_name(s: &Section) -> Result<String> {
+/// Reads a model's name.
+pub fn read_name<'a>(s: &Section<'a>) -> Result<&'a str> {
     let want = "a plain file name in quotes, such as \"gpt\"";
     let name = s.string("name", want)?.ok_or_else(|| s.fault("name", format!("is missing; write {want}")))?;
     // The name becomes a folder in the run's directory, and must not lead out of it or onto a file there.
-    let plain =
-        !name.chars().any(|c| c == '/' || c == '\\' || c.is_control()) && name.len() <= 200 && name.trim() == name;
+    let plain = !name.chars().any(|c| c == '/' || c == '\\' || c.is_control())
+        && name.len() <= LONGEST_NAME
+        && name.trim() == name;
     if !plain || TAKEN_NAMES.contains(&name) {
         return Err(s.fault("name", format!("want {want}, got {}", show(&Value::String(name.to_string())))));
     }
-    Ok(name.to_string())
+    Ok(name)
 }
 
 fn read_source(s: &Section) -> Result<Source> {
@@ -284,24 +296,4 @@ fn read_valid(s: &Section, data: &Data) -> Result<Option<Valid>> {
         (None, None) => return Err(v.fault_here("want fraction or text, such as { fraction = 0.1, every = 50 }")),
     };
     Ok(Some(Valid { part, every: v.integer("every", 1..=MOST)?.unwrap_or(50) }))
-}
-
-fn read_search(s: &Section) -> Result<Option<toml::Table>> {
-    let Some(table) = s.table("search")? else { return Ok(None) };
-    if table.is_empty() {
-        return Err(s.fault("search", "is empty; write what to try, such as { lr = [1e-3, 3e-4] }, or leave it out"));
-    }
-    for (key, values) in table {
-        let known = || SHORT_KEYS.iter().copied().chain(SEARCH_KEYS);
-        let at = format!("{key:?}");
-        if !known().any(|k| k == key) {
-            let hint = nearest(key, known()).map_or(String::new(), |k| format!("did you mean `{k}`? "));
-            let list = known().collect::<Vec<_>>().join(", ");
-            return Err(s.fault("search", format!("unknown key {at}; {hint}(the keys here are {list})")));
-        }
-        if values.as_array().is_none_or(|list| list.is_empty()) {
-            return Err(s.fault("search", format!("{key}: want a list of values to try, got {}", show(values))));
-        }
-    }
-    Ok(Some(table.clone()))
 }

@@ -67,6 +67,16 @@ impl<'a> Section<'a> {
         self.origin
     }
 
+    /// Its own dotted path; empty for the whole file.
+    pub fn at(&self) -> &str {
+        &self.at
+    }
+
+    /// All that it holds.
+    pub fn whole(&self) -> &'a Table {
+        self.table
+    }
+
     /// The dotted path of `key`.
     pub fn path_of(&self, key: &str) -> String {
         // A key with a dot or a space in it is quoted, as TOML would have it.

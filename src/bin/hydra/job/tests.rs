@@ -51,7 +51,6 @@ microbatch = 4
 steps = 200
 optimizer = { kind = "adamw", lr = 3e-4, betas = [0.9, 0.95], eps = 1e-7, weight_decay = 0.1, clip = 1.0, decay = "matrices" }
 schedule = { kind = "cosine", warmup = 20, min_lr = 3e-5 }
-search = { lr = [1e-3, 3e-4], batch = [16, 32] }
 
 [[model]]
 name = "resnet"
@@ -60,9 +59,19 @@ data = { images = "t10k-images-idx3-ubyte.gz", labels = "labels.gz" }
 epochs = 2
 optimizer = { kind = "sgd", lr = 1, momentum = 0.9, nesterov = true }
 schedule = { kind = "linear" }
+
+[[model]]
+name = "swept"
+family = "gpt2"
+data = { random = true }
+batch = 16
+microbatch = 4
+steps = 200
+optimizer = { lr = 3e-4 }
+search = { lr = [1e-3, 3e-4], batch = [16, 32], draw = 3, stop = { kind = "asha", eta = 2, first = 20, survivors = [[0, 2], [2]] } }
 "#;
 
-fn check_with(text: &str, sets: &[&str]) -> Result<Job> {
+pub fn check_with(text: &str, sets: &[&str]) -> Result<Job> {
     let sets: Vec<String> = sets.iter().map(|set| set.to_string()).collect();
     let origin = Origin { file: "job.toml", folder: Path::new("/jobs") };
     read_job(origin, "job", text.to_string(), &sets)
@@ -72,12 +81,12 @@ fn check(text: &str) -> Result<Job> {
     check_with(text, &[])
 }
 
-fn good(text: &str) -> Job {
+pub fn good(text: &str) -> Job {
     check(text).unwrap_or_else(|error| panic!("{error}\n{text}"))
 }
 
 /// The message of the error that `text` under `sets` gives; it must be bad input, on one line, and name the file.
-fn fault(text: &str, sets: &[&str]) -> String {
+pub fn fault(text: &str, sets: &[&str]) -> String {
     match check_with(text, sets) {
         Err(Error::BadInput(message)) => {
             assert_eq!(message.lines().count(), 1, "{message}");
@@ -113,7 +122,7 @@ fn reads_every_key() {
     let disk = Disk { path: "/jobs/spill".into(), memory: 16 << 30 };
     assert_eq!(job.host, Host { memory: Some(4 << 30), link: Some(2e10), disk: Some(disk) });
 
-    let [gpt, resnet] = &job.models[..] else { panic!("two models") };
+    let [gpt, resnet, swept @ ..] = &job.models[..] else { panic!("two models and a search") };
     let Source::Family { family, config } = &gpt.source else { panic!("a family") };
     assert_eq!(family, "gpt2");
     let want = serde_json::json!({ "n_layer": 6, "dropout": 0.0, "tie": true, "act": "gelu", "list": [1, { "a": 2 }] });
@@ -132,7 +141,7 @@ fn reads_every_key() {
     };
     assert_eq!(gpt.optimizer, adamw);
     assert_eq!(gpt.schedule, Schedule::Cosine { warmup: 20, min_lr: 3e-5 });
-    assert_eq!(gpt.search.as_ref().map(|table| table.len()), Some(2));
+    assert_eq!((gpt.at.as_str(), &gpt.searched, gpt.place("batch").as_str()), ("model.0", &vec![], "model.0.batch"));
 
     assert_eq!(resnet.source, Source::From("/jobs/hub/resnet".into()));
     let images = vec!["/jobs/t10k-images-idx3-ubyte.gz".into()];
@@ -141,6 +150,7 @@ fn reads_every_key() {
     let sgd = Optimizer::Sgd { lr: 1.0, momentum: 0.9, nesterov: true, weight_decay: 0.0, clip: None };
     assert_eq!(resnet.optimizer, sgd);
     assert_eq!(resnet.schedule, Schedule::Linear { warmup: 0, min_lr: 0.0 });
+    assert_eq!((swept.len(), job.searches.len()), (3, 1));
 }
 
 #[test]
@@ -162,7 +172,7 @@ fn defaults() {
     assert_eq!(job.host, Host::default());
     let model = &job.models[0];
     assert_eq!((model.batch, model.microbatch, model.dtype.as_str()), (1, 1, "f32"));
-    assert_eq!((&model.valid, &model.search), (&None, &None));
+    assert_eq!((&model.valid, job.models.len(), &job.searches), (&None, 1, &vec![]));
     let torch = Optimizer::Adamw {
         lr: 1e-3,
         betas: [0.9, 0.999],
@@ -234,10 +244,6 @@ fn bad_models() {
         ("schedule = { kind = 'constant', warmup = 3 }", "model.0.schedule.warmup: is for"),
         ("schedule = { kind = 'cosine', warmup = -1 }", "model.0.schedule.warmup: want a whole number from 0"),
         ("schedule = { kind = 'cosine', min_lr = -1e-9 }", "model.0.schedule.min_lr"),
-        ("search = {}", "model.0.search: is empty"),
-        ("search = { rl = [1] }", "model.0.search: unknown key \"rl\"; did you mean `lr`?"),
-        ("search = { lr = 1 }", "model.0.search: lr: want a list"),
-        ("search = { lr = [] }", "model.0.search: lr: want a list"),
         ("valid = { every = 3 }", "model.0.valid: want fraction or text"),
         ("valid = { fraction = 1.0 }", "model.0.valid.fraction: want a number above 0 and below 1"),
         ("valid = { fraction = 0 }", "model.0.valid.fraction"),
@@ -347,7 +353,7 @@ fn overrides() {
     assert_eq!(format!("{:?}", (&again.run, &again.devices, &again.host, &again.models)), {
         format!("{:?}", (&job.run, &job.devices, &job.host, &job.models))
     });
-    let whole = set(&["run.seed=9"]);
+    let whole = set(&["run.slots=9"]);
     assert_eq!(format!("{:?}", good(&whole.source_text).models), format!("{:?}", good(WHOLE).models));
 
     let deep = format!("{}=1", vec!["a"; 17].join("."));
@@ -356,9 +362,9 @@ fn overrides() {
         ("=3", "want a path such as model.0.lr"),
         ("run..seed=3", "want a path such as model.0.lr"),
         (deep.as_str(), "want a path such as model.0.lr"),
-        ("model.2.lr=1", "model.2: want an index from 0 to 1"),
-        ("model.-1.lr=1", "model.-1: want an index from 0 to 1"),
-        ("model.x.lr=1", "model.x: want an index from 0 to 1"),
+        ("model.3.lr=1", "model.3: want an index from 0 to 2"),
+        ("model.-1.lr=1", "model.-1: want an index from 0 to 2"),
+        ("model.x.lr=1", "model.x: want an index from 0 to 2"),
         ("run.seed.x=1", "run.seed: leads through 1, which has no parts"),
         ("model.0.optimizer.betas.2=1", "model.0.optimizer.betas.2: want an index from 0 to 1"),
         ("model.0.optimizer.betas=[0.1", "the value is no TOML"),
@@ -400,7 +406,7 @@ proptest! {
     /// A good file with pieces cut out, doubled, or overwritten: an answer or bad input on one line, never a panic.
     #[test]
     fn mutated_files_do_not_panic(
-        edits in prop::collection::vec((0usize..2000, 0usize..40, prop_oneof![
+        edits in prop::collection::vec((0usize..2400, 0usize..40, prop_oneof![
             Just("".to_string()), "[a-z0-9.=\\[\\]{}\"'\n, -]{0,6}", "\\PC{0,3}",
             Just("-1".into()), Just("nan".into()), Just("9223372036854775807".into()), Just("1e400".into()),
         ]), 1..4),
@@ -425,7 +431,9 @@ proptest! {
             "run", "run.out", "run.trace", "run.trace.first", "run.slots", "device", "device.0", "device.0.memory",
             "device.0.link", "device.1.flops", "host.disk", "model", "model.0", "model.0.name", "model.0.config",
             "model.0.data", "model.0.data.text", "model.0.valid.every", "model.0.batch", "model.0.microbatch",
-            "model.0.steps", "model.0.betas", "model.0.optimizer", "model.0.schedule", "model.0.search", "model.0.search.lr",
+            "model.0.steps", "model.0.betas", "model.0.optimizer", "model.0.schedule", "model.0.search", "model.2.search",
+            "model.2.search.lr", "model.2.search.lr.0", "model.2.search.draw", "model.2.search.betas", "model.2.search.stop",
+            "model.2.search.stop.first", "model.2.search.stop.survivors", "model.2.search.stop.survivors.1.0",
         ]),
         value in prop_oneof![
             Just("{}".to_string()), Just("[]".into()), Just("[[]]".into()), Just("[{}]".into()), Just("true".into()),
@@ -434,7 +442,10 @@ proptest! {
         ],
     ) {
         match check_with(WHOLE, &[&format!("{path}={value}")]) {
-            Ok(job) => prop_assert!(good(&job.source_text).models.len() == job.models.len()),
+            Ok(job) => {
+                let names = |job: &Job| job.models.iter().map(|m| m.name.clone()).collect::<Vec<_>>();
+                prop_assert_eq!(names(&good(&job.source_text)), names(&job));
+            }
             Err(Error::BadInput(message)) => prop_assert_eq!(message.lines().count(), 1),
             Err(other) => prop_assert!(false, "{}", other),
         }

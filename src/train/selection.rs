@@ -1,0 +1,258 @@
+//! Which models of a search go on and which stop early: asynchronous successive halving, patience, or a table.
+//!
+//! Pure: metrics in, verdicts out. A metric is a loss, so lower is better; NaN is worse than any number, and of equal ones the lower
+//! model number is better. Invariant: what was once said stands. A report that was made before (as when a resumed run repeats steps)
+//! changes nothing and gets the same verdict, so a run can be brought back to where it was by repeating its reports in their order.
+
+use crate::base::{Error, Result};
+use std::cmp::Ordering;
+use std::collections::BTreeMap;
+
+/// What becomes of a model that has reported.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It is trained on.
+    GoOn,
+    /// It ends here; the reason is one line.
+    Stop(String),
+}
+
+/// What ends models early, whichever it is.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Selection {
+    /// Successive halving.
+    Asha(Asha),
+    /// Each model by its own losses.
+    Patience(Patience),
+    /// By a table, where there are no losses.
+    Survivors(Survivors),
+}
+
+impl Selection {
+    /// Takes the metric of `model` after `step` steps and says whether it goes on. After a model's last step there is nothing to decide, and
+    /// whoever asks all the same should ignore the verdict.
+    pub fn report(&mut self, model: usize, step: u64, metric: f64) -> Verdict {
+        match self {
+            Selection::Asha(asha) => asha.report(model, step, metric),
+            Selection::Patience(patience) => patience.report(model, step, metric),
+            Selection::Survivors(survivors) => survivors.report(model, step),
+        }
+    }
+
+    /// Whether models are compared after `step` steps, so that each needs a metric of just then.
+    pub fn has_rung(&self, step: u64) -> bool {
+        match self {
+            Selection::Asha(asha) => asha.rungs.at(step).is_some(),
+            Selection::Patience(_) => false,
+            Selection::Survivors(survivors) => survivors.rungs.at(step).is_some(),
+        }
+    }
+}
+
+/// The numbers of steps after which models are compared: `first * eta^k` for k = 0, 1, 2, ...
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rungs {
+    /// At least 1: rungs grow from it.
+    first: u64,
+    /// At least 2: rungs grow by it.
+    eta: u64,
+}
+
+impl Rungs {
+    /// Rungs from `first` steps on, each `eta` times as far as the one before.
+    ///
+    /// # Errors
+    /// [`Error::BadInput`] when `first` is 0 or `eta` is below 2: the rungs would not grow.
+    pub fn new(first: u64, eta: u64) -> Result<Rungs> {
+        if first == 0 || eta < 2 {
+            return Err(Error::bad(format!(
+                "rungs from {first} steps on, times {eta}, do not grow; want at least 1 and 2"
+            )));
+        }
+        Ok(Rungs { first, eta })
+    }
+
+    /// Steps of the first rung.
+    pub fn first(&self) -> u64 {
+        self.first
+    }
+
+    /// The share that goes on is 1 in so many.
+    pub fn eta(&self) -> u64 {
+        self.eta
+    }
+
+    /// The number of the rung after `step` steps, from 0; `None` where there is none.
+    pub fn at(&self, step: u64) -> Option<usize> {
+        let (mut steps, mut rung) = (self.first, 0);
+        while steps < step {
+            steps = steps.checked_mul(self.eta)?;
+            rung += 1;
+        }
+        (steps == step).then_some(rung)
+    }
+}
+
+/// Asynchronous successive halving (Li, Jamieson, Rostamizadeh, Gonina, Hardt, Recht & Talwalkar 2018, "A System for Massively
+/// Parallel Hyperparameter Tuning", arXiv:1810.05934), in the variant that stops.
+///
+/// A model that reports at a rung goes on if it is among the best 1 in `eta` of those that have reported there so far, itself
+/// included, rounded down but never to none: so the first always goes on, and of the first `2 * eta - 1` each that is the best yet.
+/// In the paper's algorithm 2 a model waits at a rung and is promoted later, when enough worse ones have come; here it is told at once and
+/// for good, so that no model holds memory while it waits. The price: verdicts depend on the order of arrival. A good model is
+/// never stopped by worse ones, but early arrivals go on more easily than late ones.
+///
+/// A NaN is counted among those that have reported and never goes on.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Asha {
+    rungs: Rungs,
+    /// For each rung, who has reported, in order of arrival; no model twice.
+    reports: Vec<Vec<Report>>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+struct Report {
+    model: usize,
+    metric: f64,
+    verdict: Verdict,
+}
+
+impl Asha {
+    /// Nobody has reported yet.
+    pub fn new(rungs: Rungs) -> Asha {
+        Asha { rungs, reports: Vec::new() }
+    }
+
+    /// Where models are compared.
+    pub fn rungs(&self) -> Rungs {
+        self.rungs
+    }
+
+    /// Takes the metric of `model` after `step` steps; where there is no rung, it goes on and nothing is noted.
+    pub fn report(&mut self, model: usize, step: u64, metric: f64) -> Verdict {
+        let Some(rung) = self.rungs.at(step) else { return Verdict::GoOn };
+        if self.reports.len() <= rung {
+            self.reports.resize(rung + 1, Vec::new());
+        }
+        let reports = &mut self.reports[rung];
+        if let Some(before) = reports.iter().find(|report| report.model == model) {
+            return before.verdict.clone();
+        }
+        let better = reports.iter().filter(|r| best_first((r.metric, r.model), (metric, model)).is_lt()).count() as u64;
+        let reported = reports.len() as u64 + 1;
+        let places = (reported / self.rungs.eta).max(1);
+        let verdict = if metric.is_nan() {
+            Verdict::Stop(format!("asha after {step} steps: the loss is no number"))
+        } else if better < places {
+            Verdict::GoOn
+        } else {
+            let place = better + 1;
+            Verdict::Stop(format!("asha after {step} steps: place {place} of {reported}, and {places} may go on"))
+        };
+        reports.push(Report { model, metric, verdict: verdict.clone() });
+        verdict
+    }
+}
+
+/// Plain early stopping: a model ends after so many evaluations without improvement, whatever the others do.
+///
+/// Every report is an evaluation. Only a lower metric than all before is an improvement; NaN never is.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Patience {
+    /// Evaluations without improvement that end a model, at least 1.
+    evaluations: u64,
+    models: BTreeMap<usize, Course>,
+}
+
+/// How a model has done.
+#[derive(Clone, Debug, PartialEq)]
+struct Course {
+    /// Lowest metric; NaN as long as there was no number.
+    best: f64,
+    best_step: u64,
+    last_step: u64,
+    /// Evaluations since `best`.
+    stale: u64,
+}
+
+impl Patience {
+    /// Ends a model after so many `evaluations` without improvement; 0 is taken for 1.
+    pub fn new(evaluations: u64) -> Patience {
+        Patience { evaluations: evaluations.max(1), models: BTreeMap::new() }
+    }
+
+    /// Evaluations without improvement that end a model.
+    pub fn evaluations(&self) -> u64 {
+        self.evaluations
+    }
+
+    /// Takes the metric of `model` after `step` steps. Steps come in rising order; one that is not after the last changes nothing.
+    pub fn report(&mut self, model: usize, step: u64, metric: f64) -> Verdict {
+        let start = Course { best: f64::NAN, best_step: 0, last_step: 0, stale: 0 };
+        let course = self.models.entry(model).or_insert(start);
+        if step > course.last_step {
+            course.last_step = step;
+            if metric < course.best || (course.best.is_nan() && !metric.is_nan()) {
+                (course.best, course.best_step, course.stale) = (metric, step, 0);
+            } else {
+                course.stale += 1;
+            }
+        }
+        if course.stale < self.evaluations {
+            return Verdict::GoOn;
+        }
+        let Course { best, best_step, stale, .. } = course;
+        Verdict::Stop(format!("patience: {stale} evaluations without improvement on {best:.4} after {best_step} steps"))
+    }
+}
+
+/// Who survives each rung, as a table says: what the simulator, which has no losses, takes in place of [`Asha`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Survivors {
+    rungs: Rungs,
+    /// Model numbers per rung, each list within the one before.
+    table: Vec<Vec<usize>>,
+}
+
+impl Survivors {
+    /// `table[k]` holds the models that go on after rung k. Rungs beyond the table stop nobody.
+    ///
+    /// # Errors
+    /// [`Error::BadInput`] when a list is empty, has a model twice, or one that the list before has not: no halving looks so.
+    pub fn new(rungs: Rungs, table: Vec<Vec<usize>>) -> Result<Survivors> {
+        for (k, list) in table.iter().enumerate() {
+            if list.is_empty() {
+                return Err(Error::bad(format!("rung {k} has no survivor; the best model of a rung always goes on")));
+            }
+            for (i, model) in list.iter().enumerate() {
+                if list[..i].contains(model) {
+                    return Err(Error::bad(format!("rung {k} has model {model} twice")));
+                }
+                if k > 0 && !table[k - 1].contains(model) {
+                    return Err(Error::bad(format!("model {model} survives rung {k} but not rung {}", k - 1)));
+                }
+            }
+        }
+        Ok(Survivors { rungs, table })
+    }
+
+    /// Says whether `model` goes on after `step` steps.
+    pub fn report(&self, model: usize, step: u64) -> Verdict {
+        match self.rungs.at(step).and_then(|rung| self.table.get(rung)) {
+            Some(list) if !list.contains(&model) => {
+                Verdict::Stop(format!("survivors after {step} steps: not among them"))
+            }
+            _ => Verdict::GoOn,
+        }
+    }
+}
+
+/// Orders (metric, model) with the best first: numbers before NaN, lower before higher, then by the model's number.
+pub(super) fn best_first(a: (f64, usize), b: (f64, usize)) -> Ordering {
+    let nan_last = a.0.is_nan().cmp(&b.0.is_nan());
+    nan_last.then(a.0.partial_cmp(&b.0).unwrap_or(Ordering::Equal)).then(a.1.cmp(&b.1))
+}
+
+#[cfg(test)]
+#[path = "selection_tests.rs"]
+mod tests;
