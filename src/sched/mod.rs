@@ -4,6 +4,14 @@
 //! idle models and those whose claimed units all stand in this very device's queue: without the second kind a model would lose its turn
 //! whenever it is prefetched.
 
+mod bounds;
+mod locality;
+mod policies;
+#[cfg(test)]
+mod tests;
 mod view;
 
+pub use bounds::{Bound, Bounds, DeviceRates, ModelWork};
+pub use locality::LocalityLrtf;
+pub use policies::{Fifo, POLICIES, Random, RoundRobin, ShardedLrtf, Srtf, by_name};
 pub use view::{Claim, DeviceId, DeviceView, ModelId, ModelView, Policy, View};
