@@ -39,7 +39,7 @@ pub struct Ran {
 }
 
 impl Toy {
-    /// Runs all units. Devices are asked in turn, faster ones first, until none takes another.
+    /// Runs all units.
     pub fn run(&self, policy: &dyn Policy) -> Ran {
         let mut models: Vec<ModelView> = (0..self.models.len()).map(|id| self.model_view(id, 0, None)).collect();
         let device_view = |(id, &(speed, rate))| DeviceView {
@@ -52,8 +52,6 @@ impl Toy {
             h2d_secs: 0.0,
         };
         let mut devices: Vec<DeviceView> = self.devices.iter().enumerate().map(device_view).collect();
-        let mut turns: Vec<usize> = (0..devices.len()).collect();
-        turns.sort_by(|&a, &b| devices[b].speed.total_cmp(&devices[a].speed));
         let mut done = vec![0; models.len()];
         let mut ends = vec![0f64; models.len()];
         let mut queues: Vec<VecDeque<(usize, f64)>> = vec![VecDeque::new(); devices.len()];
@@ -61,55 +59,61 @@ impl Toy {
         let (mut now, mut last) = (0f64, None);
         let mut ran = Ran { makespan: 0.0, units: vec![], h2d_bytes: 0 };
         loop {
-            let mut took = true;
-            while took {
-                took = false;
-                for &d in &turns {
-                    for (e, device) in devices.iter_mut().enumerate() {
-                        device.claimed = queues[e].len();
-                        device.busy_secs = queues[e].back().map_or(0.0, |&(_, end)| end - now);
-                        device.h2d_secs = (links[e] - now).max(0.0);
-                    }
-                    let view = View {
-                        device: d as DeviceId,
-                        choices: ran.units.len() as u64,
-                        last,
-                        models: &models,
-                        devices: &devices,
-                        shared_bytes_per_sec: self.shared_rate,
-                    };
-                    if queues[d].len() == self.slots || view.candidates().next().is_none() {
-                        continue;
-                    }
-                    let Some(id) = policy.choose(&view) else { continue };
-                    assert!(view.candidates().any(|model| model.id == id), "{} chose {id}", policy.name());
-                    let (m, device) = (usize::from(id), &mut devices[d]);
-                    let unit = self.models[m][done[m]];
-                    let mut bytes = if models[m].last_device == Some(d as DeviceId) { 0 } else { unit.boundary_bytes };
-                    match device.held.iter().position(|&held| held == (id, unit.shard)) {
-                        Some(at) => _ = device.held.remove(at),
-                        None => bytes += unit.weight_bytes,
-                    }
-                    // The slot of a unit that updates is taken as well, by a shard that nobody asks for.
-                    device.held.push((id, if unit.updates { u16::MAX } else { unit.shard }));
-                    let over = device.held.len().saturating_sub(self.slots);
-                    device.held.drain(..over);
-                    let mut start = ends[m].max(queues[d].back().map_or(now, |&(_, end)| end));
-                    if bytes > 0 {
-                        let rate = self.devices[d].1.min(self.shared_rate.unwrap_or(f64::INFINITY));
-                        let arrived = links[d].max(now) + bytes as f64 / rate;
-                        let all = if self.shared_rate.is_some() { 0..links.len() } else { d..d + 1 };
-                        links[all].fill(arrived);
-                        start = start.max(arrived);
-                    }
-                    ends[m] = start + unit.secs / self.devices[d].0;
-                    queues[d].push_back((m, ends[m]));
-                    done[m] += 1;
-                    models[m] = self.model_view(m, done[m], Some(d as DeviceId));
-                    ran.units.push((d as DeviceId, id, start));
-                    ran.h2d_bytes += bytes;
-                    (last, took) = (Some(id), true);
+            // The device that is free soonest is asked first, of equal ones the fastest: what one takes the others cannot.
+            let mut asked = vec![false; devices.len()];
+            loop {
+                for (d, device) in devices.iter_mut().enumerate() {
+                    device.claimed = queues[d].len();
+                    device.busy_secs = queues[d].back().map_or(0.0, |&(_, end)| end - now);
+                    device.h2d_secs = (links[d] - now).max(0.0);
                 }
+                let able =
+                    devices.iter().filter(|device| device.claimed < self.slots && !asked[usize::from(device.id)]);
+                let sooner = |a: &&DeviceView, b: &&DeviceView| {
+                    a.busy_secs.total_cmp(&b.busy_secs).then(b.speed.total_cmp(&a.speed))
+                };
+                let Some(asking) = able.min_by(sooner) else { break };
+                let d = usize::from(asking.id);
+                let view = View {
+                    device: asking.id,
+                    choices: ran.units.len() as u64,
+                    last,
+                    models: &models,
+                    devices: &devices,
+                    shared_bytes_per_sec: self.shared_rate,
+                };
+                let chosen = view.candidates().next().and_then(|_| policy.choose(&view));
+                let Some(id) = chosen else {
+                    asked[d] = true;
+                    continue;
+                };
+                assert!(view.candidates().any(|model| model.id == id), "{} chose {id}", policy.name());
+                let (m, device) = (usize::from(id), &mut devices[d]);
+                let unit = self.models[m][done[m]];
+                let mut bytes = if models[m].last_device == Some(d as DeviceId) { 0 } else { unit.boundary_bytes };
+                match device.held.iter().position(|&held| held == (id, unit.shard)) {
+                    Some(at) => _ = device.held.remove(at),
+                    None => bytes += unit.weight_bytes,
+                }
+                // The slot of a unit that updates is taken as well, by a shard that nobody asks for.
+                device.held.push((id, if unit.updates { u16::MAX } else { unit.shard }));
+                let over = device.held.len().saturating_sub(self.slots);
+                device.held.drain(..over);
+                let mut start = ends[m].max(queues[d].back().map_or(now, |&(_, end)| end));
+                if bytes > 0 {
+                    let rate = self.devices[d].1.min(self.shared_rate.unwrap_or(f64::INFINITY));
+                    let arrived = links[d].max(now) + bytes as f64 / rate;
+                    let all = if self.shared_rate.is_some() { 0..links.len() } else { d..d + 1 };
+                    links[all].fill(arrived);
+                    start = start.max(arrived);
+                }
+                ends[m] = start + unit.secs / self.devices[d].0;
+                queues[d].push_back((m, ends[m]));
+                done[m] += 1;
+                models[m] = self.model_view(m, done[m], Some(d as DeviceId));
+                ran.units.push((d as DeviceId, id, start));
+                ran.h2d_bytes += bytes;
+                last = Some(id);
             }
             let ends_of_first = queues.iter().filter_map(|queue| Some(queue.front()?.1));
             let Some(next) = ends_of_first.min_by(f64::total_cmp) else { break };
@@ -140,6 +144,7 @@ impl Toy {
             claim: if to_come.is_empty() { Claim::Away } else { device.map_or(Claim::Idle, Claim::By) },
             pinned: None,
             remaining_secs: to_come.iter().map(|unit| unit.secs).sum(),
+            remaining_bytes: to_come.iter().map(|unit| unit.weight_bytes).sum(),
             shard: next.shard,
             unit_secs: next.secs,
             weight_bytes: next.weight_bytes,
