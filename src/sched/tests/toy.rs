@@ -41,6 +41,11 @@ pub struct Ran {
 impl Toy {
     /// Runs all units.
     pub fn run(&self, policy: &dyn Policy) -> Ran {
+        self.run_asking(policy, |device| device.busy_secs)
+    }
+
+    /// Runs all units. Of the devices that can take one, that with the least `order` is asked first, and of equal ones the fastest.
+    pub fn run_asking(&self, policy: &dyn Policy, order: fn(&DeviceView) -> f64) -> Ran {
         let mut models: Vec<ModelView> = (0..self.models.len()).map(|id| self.model_view(id, 0, None)).collect();
         let device_view = |(id, &(speed, rate))| DeviceView {
             id: id as DeviceId,
@@ -59,7 +64,6 @@ impl Toy {
         let (mut now, mut last) = (0f64, None);
         let mut ran = Ran { makespan: 0.0, units: vec![], h2d_bytes: 0 };
         loop {
-            // The device that is free soonest is asked first, of equal ones the fastest: what one takes the others cannot.
             let mut asked = vec![false; devices.len()];
             loop {
                 for (d, device) in devices.iter_mut().enumerate() {
@@ -69,9 +73,8 @@ impl Toy {
                 }
                 let able =
                     devices.iter().filter(|device| device.claimed < self.slots && !asked[usize::from(device.id)]);
-                let sooner = |a: &&DeviceView, b: &&DeviceView| {
-                    a.busy_secs.total_cmp(&b.busy_secs).then(b.speed.total_cmp(&a.speed))
-                };
+                let sooner =
+                    |a: &&DeviceView, b: &&DeviceView| order(a).total_cmp(&order(b)).then(b.speed.total_cmp(&a.speed));
                 let Some(asking) = able.min_by(sooner) else { break };
                 let d = usize::from(asking.id);
                 let view = View {
