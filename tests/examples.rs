@@ -9,6 +9,8 @@ mod under_a_budget;
 
 #[path = "../examples/04_custom_op/main.rs"]
 mod custom_op;
+#[path = "../examples/05_own_policy.rs"]
+mod own_policy;
 
 #[test]
 fn custom_op_runs() {
@@ -28,4 +30,9 @@ fn own_model_runs() {
 #[test]
 fn under_a_budget_runs() {
     under_a_budget::main().expect("the example runs");
+}
+
+#[test]
+fn own_policy_runs() {
+    own_policy::main();
 }

@@ -28,6 +28,8 @@ pub struct ModelView {
     pub pinned: Option<DeviceId>,
     /// Predicted seconds, on a device of speed 1, of all units to come; claimed ones are left out.
     pub remaining_secs: f64,
+    /// Bytes of weights that the same units fetch where no slot holds them.
+    pub remaining_bytes: u64,
     /// The next unit's shard.
     pub shard: u16,
     /// The next unit's arithmetic, in seconds on a device of speed 1.
