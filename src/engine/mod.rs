@@ -11,10 +11,12 @@ mod member;
 mod queue;
 mod rings;
 mod settle;
+mod simulate;
 mod state;
 mod tables;
 mod turns;
 mod visit;
+pub use simulate::{SimulateOptions, Simulation, bounds_of, simulate};
 pub use state::Stored;
 pub use turns::TurnOptions;
 

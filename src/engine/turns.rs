@@ -31,6 +31,7 @@ struct UnitCost {
     secs: f64,
     /// Of it and all units after it in the step.
     rest_secs: f64,
+    rest_bytes: u64,
     weight_bytes: u64,
     boundary_bytes: u64,
     leave_bytes: u64,
@@ -62,6 +63,8 @@ pub(super) struct Turns {
     arrived: Vec<f64>,
     choices: u64,
     last: Option<ModelId>,
+    /// Devices with room, in the order in which they are asked; kept for its memory.
+    order: Vec<usize>,
 }
 
 impl Turns {
@@ -97,6 +100,7 @@ impl Turns {
             arrived: vec![0.0; devices],
             choices: 0,
             last: None,
+            order: Vec::with_capacity(devices),
         };
         for (i, member) in members.iter().enumerate() {
             turns.models.push(ModelView {
@@ -104,6 +108,7 @@ impl Turns {
                 claim: Claim::Away,
                 pinned: None,
                 remaining_secs: 0.0,
+                remaining_bytes: 0,
                 shard: 0,
                 unit_secs: 0.0,
                 weight_bytes: 0,
@@ -120,13 +125,13 @@ impl Turns {
     pub fn refresh(&mut self, model: usize, member: &Member) {
         let costs = &self.costs[model];
         let correction = self.corrections[model];
-        let step_secs = costs[0].rest_secs;
         let view = &mut self.models[model];
-        let done = member.last_begun_steps();
-        let to_begin = member.options.steps.saturating_sub(done) as f64 * step_secs;
+        let steps = member.options.steps.saturating_sub(member.last_begun_steps());
+        let to_begin = steps as f64 * costs[0].rest_secs;
+        let bytes_to_begin = steps * costs[0].rest_bytes;
         let Some(at) = member.next_work().filter(|_| !member.over) else {
             view.claim = Claim::Away;
-            view.remaining_secs = to_begin * correction;
+            (view.remaining_secs, view.remaining_bytes) = (to_begin * correction, bytes_to_begin);
             return;
         };
         let pending = &member.pending[at];
@@ -138,17 +143,19 @@ impl Turns {
             Pass::Forward | Pass::Evaluate => costs[shard],
         };
         let of_steps = |p: &super::member::Pending| match p.purpose {
-            Purpose::Step { .. } => costs.get(p.made).map_or(0.0, |unit| unit.rest_secs),
-            _ => unit.secs,
+            Purpose::Step { .. } => costs.get(p.made).map_or((0.0, 0), |unit| (unit.rest_secs, unit.rest_bytes)),
+            _ => (unit.secs, unit.weight_bytes),
         };
-        let begun: f64 = member.pending.iter().map(of_steps).sum();
-        view.remaining_secs = (begun + to_begin) * correction;
+        let (mut secs, mut bytes) = (to_begin, bytes_to_begin);
+        for (of_secs, of_bytes) in member.pending.iter().map(of_steps) {
+            (secs, bytes) = (secs + of_secs, bytes + of_bytes);
+        }
+        (view.remaining_secs, view.remaining_bytes) = (secs * correction, bytes);
         view.unit_secs = unit.secs * correction;
         view.shard = shard as u16;
         view.boundary_bytes = unit.boundary_bytes;
         view.leave_bytes = unit.leave_bytes;
-        let resident = member.plan.choice.resident;
-        view.weight_bytes = if resident { 0 } else { unit.weight_bytes };
+        view.weight_bytes = unit.weight_bytes;
         view.pinned = member.home_of(shard);
         let claimed = |q: &VecDeque<Claimed>| q.iter().any(|c| c.model == model);
         view.claim = match self.queues.iter().position(claimed) {
@@ -189,12 +196,21 @@ impl Turns {
         now: f64,
         mut held: impl FnMut(usize, &mut Vec<(ModelId, u16)>),
     ) -> Result<Option<(usize, usize)>> {
-        for device in 0..self.devices.len() {
+        self.look(now);
+        self.order.clear();
+        self.order.extend((0..self.devices.len()).filter(|&d| self.queues[d].len() < self.units));
+        // The one that is free soonest is asked first, and of equal ones the fastest: see `sched`.
+        let devices = &self.devices;
+        self.order.sort_unstable_by(|&a, &b| {
+            let (x, y) = (&devices[a], &devices[b]);
+            x.busy_secs.total_cmp(&y.busy_secs).then(y.speed.total_cmp(&x.speed)).then(a.cmp(&b))
+        });
+        for i in 0..self.order.len() {
+            let device = self.order[i];
             let view = View { device: device as u16, ..self.view() };
-            if self.queues[device].len() >= self.units || view.candidates().next().is_none() {
+            if view.candidates().next().is_none() {
                 continue;
             }
-            self.look(now);
             held(device, &mut self.devices[device].held);
             let view = View { device: device as u16, ..self.view() };
             let Some(model) = self.policy.choose(&view) else { continue };
@@ -299,16 +315,17 @@ fn unit_costs(member: &Member, cost: &CostModel) -> Vec<UnitCost> {
             UnitCost {
                 secs: secs * microbatches + update,
                 rest_secs: 0.0,
-                weight_bytes: shard.fetch_bytes(),
+                rest_bytes: 0,
+                weight_bytes: if plan.choice.resident { 0 } else { shard.fetch_bytes() },
                 boundary_bytes: if member.home == Home::Anywhere { boundary } else { 0 },
                 leave_bytes: out * microbatches as u64 + gradient,
             }
         })
         .collect();
-    let mut rest = 0.0;
+    let (mut secs, mut bytes) = (0.0, 0);
     for unit in costs.iter_mut().rev() {
-        rest += unit.secs;
-        unit.rest_secs = rest;
+        (secs, bytes) = (secs + unit.secs, bytes + unit.weight_bytes);
+        (unit.rest_secs, unit.rest_bytes) = (secs, bytes);
     }
     costs
 }

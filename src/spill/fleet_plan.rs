@@ -100,8 +100,11 @@ fn speeds(models: &[FleetModel], devices: &[FleetDevice]) -> Vec<f64> {
     devices.iter().map(|d| first / secs(&d.cost).max(f64::MIN_POSITIVE)).collect()
 }
 
-/// Plans with everything anywhere.
-fn plan_anywhere(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Vec<Placed>> {
+/// Plans with every shard anywhere.
+///
+/// # Errors
+/// As [`plan_fleet`].
+pub fn plan_anywhere(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Vec<Placed>> {
     // A shard must fit wherever it may go.
     let budget = devices.iter().filter_map(|d| d.budget).min();
     let cost = &devices[0].cost;
@@ -124,9 +127,8 @@ fn plan_anywhere(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Vec<P
     let widest = plans(&|_| budget)?;
     let Some(budget) = budget.filter(|&budget| arena(&widest) > budget) else { return Ok(widest) };
     let smallest: Vec<u64> = widest.iter().map(|p| p.plan.smallest_device_bytes).collect();
-    let at_share = |share: f64| {
-        plans(&|i| Some(smallest[i] + (budget.saturating_sub(smallest[i]) as f64 * share) as u64))
-    };
+    let at_share =
+        |share: f64| plans(&|i| Some(smallest[i] + (budget.saturating_sub(smallest[i]) as f64 * share) as u64));
     let mut best = at_share(0.0)?;
     if arena(&best) > budget {
         let needs = arena(&best);
@@ -156,7 +158,10 @@ fn plan_anywhere(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Vec<P
 
 /// Plans with every model whole on one device, the longest first onto the device that is done soonest (Graham 1969, "Bounds on multiprocessing timing
 /// anomalies"), and the seconds until the last is done; `None` where they do not all fit.
-fn plan_at_home(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Option<(Vec<Placed>, f64)>> {
+///
+/// # Errors
+/// [`Error::BadInput`] for absurd options.
+pub fn plan_at_home(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Option<(Vec<Placed>, f64)>> {
     let cost = &devices[0].cost;
     let mut plans: Vec<Arc<Plan>> = Vec::new();
     for (i, m) in models.iter().enumerate() {

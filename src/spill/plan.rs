@@ -330,10 +330,9 @@ impl Search<'_> {
         let moments = self.options.moments;
         let host = host_map(self.model, &shards, choice, moments);
         let (arena, estimated_secs) = match self.options.anywhere {
-            None => (
-                arena_map(self.model, &shards, choice, moments),
-                estimate_secs(self.model, &shards, choice, self.cost),
-            ),
+            None => {
+                (arena_map(self.model, &shards, choice, moments), estimate_secs(self.model, &shards, choice, self.cost))
+            }
             Some(devices) => (
                 anywhere_map(self.model, &shards, choice, moments),
                 estimate_anywhere_secs(self.model, &shards, choice, moments, devices, self.cost),

@@ -22,11 +22,8 @@ fn engine_of(width: usize, dtype: DType) -> Engine {
     let model = Arc::new(trace_model(network.as_ref(), &inputs, &options).unwrap());
     let plan = Arc::new(Plan::new(&model, &PlanOptions::default(), &CostModel::stated(1e11, 2e10, 1e10)).unwrap());
     let spec = crate::device::host::HostSpec { arena_bytes: plan.arena.bytes, ..Default::default() };
-    let config = crate::device::host::HostConfig {
-        devices: vec![spec],
-        host_bytes: plan.host.bytes,
-        ..Default::default()
-    };
+    let config =
+        crate::device::host::HostConfig { devices: vec![spec], host_bytes: plan.host.bytes, ..Default::default() };
     let device = crate::device::host::HostDevice::new(&config).unwrap();
     let options = crate::engine::EngineOptions::new(0, &model);
     Engine::new(model, plan, Box::new(device), options)

@@ -71,19 +71,24 @@ pub fn finish(mut session: Session) -> Result<Outcome> {
 /// Adds the weights, moments and running statistics of an engine whose state is home. Asserts that the plan's peak is what it touched.
 pub fn gather(engine: &Engine, outcome: &mut Outcome) {
     assert_eq!(engine.high_water_bytes(0), engine.plan(0).arena.bytes, "predicted peak against touched bytes");
-    let model: &Arc<Model> = engine.model(0);
-    let moments = engine.plan(0).moments;
+    gather_of(engine, 0, outcome);
+}
+
+/// Adds the weights, moments and running statistics of one of an engine's models.
+pub fn gather_of(engine: &Engine, of: usize, outcome: &mut Outcome) {
+    let model: &Arc<Model> = engine.model(of);
+    let moments = engine.plan(of).moments;
     let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<_>>();
     for (i, p) in model.train.parameters.iter().enumerate() {
-        outcome.tensors.insert(p.name.clone(), bits(engine.read_parameter(0, Stored::Weight, i)));
+        outcome.tensors.insert(p.name.clone(), bits(engine.read_parameter(of, Stored::Weight, i)));
         for m in 0..moments {
             outcome
                 .tensors
-                .insert(format!("{}.moment{m}", p.name), bits(engine.read_parameter(0, Stored::Moment(m), i)));
+                .insert(format!("{}.moment{m}", p.name), bits(engine.read_parameter(of, Stored::Moment(m), i)));
         }
     }
     for (i, s) in model.train.states.iter().enumerate() {
-        outcome.tensors.insert(s.name.clone(), bits(engine.read_state(0, i)));
+        outcome.tensors.insert(s.name.clone(), bits(engine.read_state(of, i)));
     }
 }
 

@@ -121,9 +121,10 @@ impl Throttle {
         // A slow link's copy may take minutes, which a drop need not wait for.
         const SLICE: Duration = Duration::from_millis(50);
         let own = self.own.as_mut().map(|link| link.cross(began, bytes));
-        let shared = self.shared.as_ref().map(|link| {
-            link.lock().expect("no thread panics while it holds a link").cross(began, bytes)
-        });
+        let shared = self
+            .shared
+            .as_ref()
+            .map(|link| link.lock().expect("no thread panics while it holds a link").cross(began, bytes));
         let Some(until) = own.max(shared) else { return };
         while let Some(rest) = until.checked_duration_since(Instant::now()).filter(|r| !r.is_zero()) {
             if stop.load(Ordering::Acquire) {

@@ -1,0 +1,247 @@
+//! Promise 1 with many models and devices: whatever the policy, the number of devices and the company, each model computes the bits of its lone,
+//! unconstrained run. One that is cancelled or fails takes nothing of that away.
+
+mod common;
+
+use common::small::Small;
+use common::{Outcome, difference, gather_of, stated};
+use hydra::base::Error;
+use hydra::device::host::HostSpec;
+use hydra::device::{DeviceSpec, FleetMemory, start_fleet};
+use hydra::engine::TurnOptions;
+use hydra::sched::{POLICIES, by_name};
+use hydra::spill::{FleetDevice, FleetMap, FleetModel, Home, Placed, PlanOptions, Recompute, plan_at_home, plan_fleet};
+use hydra::train::{Fleet, Observer, Optimizer, Recruit, StepReport, TrainOptions, Weights};
+use std::sync::atomic::AtomicBool;
+
+/// A model of the mixed six, and how it is trained.
+struct Entry {
+    name: &'static str,
+    small: Small,
+    options: TrainOptions,
+}
+
+fn sgd() -> Optimizer {
+    Optimizer::Sgd { lr: 0.02, momentum: 0.9, nesterov: false, weight_decay: 0.01 }
+}
+
+/// Four GPTs and two ResNets of unequal depth, steps, microbatches, optimizers and clipping.
+fn six() -> Vec<Entry> {
+    let base = |steps: u64, seed: u64, batch: usize, microbatch: usize| TrainOptions {
+        seed,
+        batch,
+        microbatch,
+        valid_every: 3,
+        patience_secs: 20.0,
+        ..TrainOptions::new(steps)
+    };
+    let entry = |name, small, options| Entry { name, small, options };
+    vec![
+        entry("deep", Small::gpt(24, 2, 6, 13, 0.1), base(5, 1, 4, 2)),
+        entry("wide", Small::gpt(40, 4, 3, 9, 0.1), TrainOptions { clip: Some(0.3), ..base(4, 2, 3, 1) }),
+        entry(
+            "images",
+            Small::resnet(&[8, 12], &[2, 1], [16, 12]),
+            TrainOptions { optimizer: sgd(), ..base(6, 3, 4, 4) },
+        ),
+        entry("short", Small::gpt(16, 1, 1, 7, 0.0), base(7, 4, 2, 2)),
+        entry(
+            "plain",
+            Small::gpt(16, 2, 2, 8, 0.2),
+            TrainOptions {
+                optimizer: Optimizer::Sgd { lr: 0.05, momentum: 0.0, nesterov: false, weight_decay: 0.0 },
+                ..base(4, 5, 2, 1)
+            },
+        ),
+        entry("pictures", Small::resnet(&[6], &[1], [9, 9]), TrainOptions { clip: Some(1.0), ..base(5, 6, 3, 3) }),
+    ]
+}
+
+/// What each computes alone, on a device with all the memory it wants.
+fn alone(entries: &[Entry]) -> Vec<Outcome> {
+    entries.iter().map(|e| e.small.train(&e.options).expect("nothing fails")).collect()
+}
+
+#[derive(Default)]
+struct Collect {
+    outcome: Outcome,
+    /// Fails after this many steps.
+    fails_after: Option<u64>,
+}
+
+impl Observer for Collect {
+    fn step(&mut self, report: &StepReport) -> hydra::base::Result<()> {
+        self.outcome.losses.push(report.result.loss.to_bits());
+        self.outcome.norms.push(report.result.grad_norm.to_bits());
+        match self.fails_after {
+            Some(steps) if report.result.step + 1 >= steps => Err(Error::bad("had enough")),
+            _ => Ok(()),
+        }
+    }
+
+    fn valid(&mut self, _: u64, loss: f32, _: f64) -> hydra::base::Result<()> {
+        self.outcome.valid.push(loss.to_bits());
+        Ok(())
+    }
+}
+
+fn fleet_models(entries: &[Entry], recompute: Recompute, slots: usize) -> Vec<FleetModel> {
+    entries
+        .iter()
+        .map(|e| FleetModel {
+            name: e.name.into(),
+            model: e.small.model(&e.options),
+            options: PlanOptions {
+                moments: e.options.optimizer.moments(),
+                clips: e.options.clip.is_some(),
+                recompute,
+                slots,
+                ..PlanOptions::default()
+            },
+            steps: e.options.steps,
+        })
+        .collect()
+}
+
+fn plan(entries: &[Entry], devices: usize, budget: Option<u64>, recompute: Recompute, slots: usize) -> Vec<Placed> {
+    let devices = vec![FleetDevice { budget, cost: stated() }; devices];
+    plan_fleet(&fleet_models(entries, recompute, slots), &devices, None).expect("a plan")
+}
+
+/// Runs the six as `placed` and gives what each computed, or why it ended.
+fn run(
+    entries: &[Entry],
+    placed: &[Placed],
+    devices: usize,
+    policy: &str,
+    slots: usize,
+    fails: Option<usize>,
+) -> Vec<Result<Outcome, String>> {
+    let map = FleetMap::new(placed, devices);
+    let specs: Vec<DeviceSpec> =
+        (0..devices).map(|_| HostSpec { threads: Some(1), ..HostSpec::default() }.into()).collect();
+    let memory = FleetMemory {
+        arena_bytes: map.arena_bytes.clone(),
+        host_bytes: map.host_bytes,
+        poison: true,
+        shared_bytes_per_sec: None,
+    };
+    let device = start_fleet(&specs, memory).expect("memory and threads");
+    let recruits = entries
+        .iter()
+        .zip(placed)
+        .map(|(e, placed)| Recruit {
+            network: e.small.network.as_ref(),
+            weights: Weights::Random,
+            placed: placed.clone(),
+            source: e.small.source(e.options.batch, e.options.seed),
+            valid: Some(e.small.held_out(e.options.batch)),
+            options: e.options.clone(),
+        })
+        .collect();
+    let turns = TurnOptions {
+        policy: by_name(policy, 9).expect("a built-in policy"),
+        units: slots,
+        costs: vec![stated(); devices],
+        shared_bytes_per_sec: None,
+    };
+    let mut fleet = Fleet::new(recruits, device, Some(turns)).expect("a fleet");
+    let mut collects: Vec<Collect> = entries.iter().map(|_| Collect::default()).collect();
+    if let Some(fails) = fails {
+        collects[fails].fails_after = Some(2);
+    }
+    let mut observers: Vec<&mut dyn Observer> = collects.iter_mut().map(|c| c as &mut dyn Observer).collect();
+    fleet.run(&mut observers, &AtomicBool::new(false)).expect("no device fails");
+    let touched: Vec<u64> = (0..devices as u16).map(|d| fleet.engine().high_water_bytes(d)).collect();
+    assert!(touched.iter().zip(&map.arena_bytes).all(|(t, b)| t <= b), "{touched:?} of {:?}", map.arena_bytes);
+    collects
+        .into_iter()
+        .enumerate()
+        .map(|(i, collect)| match fleet.take_failure(i) {
+            Some(error) => Err(error.to_string()),
+            None => {
+                let mut outcome = collect.outcome;
+                gather_of(fleet.engine(), i, &mut outcome);
+                Ok(outcome)
+            }
+        })
+        .collect()
+}
+
+fn check(what: &str, entries: &[Entry], got: &[Result<Outcome, String>], want: &[Outcome]) {
+    for ((entry, got), want) in entries.iter().zip(got).zip(want) {
+        let got = got.as_ref().unwrap_or_else(|e| panic!("{what}, {}: {e}", entry.name));
+        assert_eq!(difference(got, want), None, "{what}, {}", entry.name);
+    }
+}
+
+/// The smallest budget with which all six fit, anywhere.
+fn smallest(entries: &[Entry]) -> u64 {
+    let alone = |e: &Entry| {
+        let options = PlanOptions {
+            anywhere: Some(1),
+            moments: e.options.optimizer.moments(),
+            clips: e.options.clip.is_some(),
+            ..PlanOptions::default()
+        };
+        hydra::spill::Plan::new(&e.small.model(&e.options), &options, &stated()).expect("a plan").smallest_device_bytes
+    };
+    entries.iter().map(alone).max().expect("six")
+}
+
+#[test]
+fn every_policy_on_any_number_of_devices_gives_the_bits_of_lone_runs() {
+    let entries = six();
+    let want = alone(&entries);
+    let budget = smallest(&entries) * 5 / 4;
+    let whole = |e: &Entry| {
+        let (_, plan) = e.small.plan(&e.options).expect("a plan");
+        plan.arena.bytes > budget
+    };
+    assert!(entries.iter().filter(|e| whole(e)).count() >= 2, "two of the six are larger than any device");
+    for devices in [1, 2, 3] {
+        let placed = plan(&entries, devices, Some(budget), Recompute::Auto, 2);
+        assert!(placed.iter().all(|p| p.home == Home::Anywhere), "they do not fit");
+        for policy in POLICIES {
+            let got = run(&entries, &placed, devices, policy, 2, None);
+            check(&format!("{devices} devices, {policy}"), &entries, &got, &want);
+        }
+    }
+}
+
+#[test]
+fn slots_recomputation_and_homes_do_not_show() {
+    let entries = six();
+    let want = alone(&entries);
+    let budget = smallest(&entries) * 3 / 2;
+    for (slots, recompute) in [(1, Recompute::Auto), (3, Recompute::Auto), (2, Recompute::Always)] {
+        let placed = plan(&entries, 2, Some(budget * slots as u64), recompute, slots);
+        let got = run(&entries, &placed, 2, "locality-lrtf", slots, None);
+        check(&format!("{slots} slots, {recompute:?}"), &entries, &got, &want);
+    }
+    let devices = vec![FleetDevice { budget: None, cost: stated() }; 2];
+    let (placed, _) =
+        plan_at_home(&fleet_models(&entries, Recompute::Auto, 2), &devices).expect("a plan").expect("room");
+    check("at home", &entries, &run(&entries, &placed, 2, "sharded-lrtf", 2, None), &want);
+    // Some that stay beside some that move.
+    let mixed: Vec<Placed> = plan(&entries, 2, Some(budget), Recompute::Auto, 2)
+        .into_iter()
+        .zip(placed)
+        .enumerate()
+        .map(|(i, (moves, stays))| if i % 2 == 0 { moves } else { stays })
+        .collect();
+    check("mixed", &entries, &run(&entries, &mixed, 2, "round-robin", 2, None), &want);
+}
+
+#[test]
+fn one_that_fails_leaves_the_others_bits_alone() {
+    let entries = six();
+    let want = alone(&entries);
+    let placed = plan(&entries, 2, Some(smallest(&entries) * 5 / 4), Recompute::Auto, 2);
+    for fails in [0, 2] {
+        let mut got = run(&entries, &placed, 2, "sharded-lrtf", 2, Some(fails));
+        assert_eq!(got[fails].as_ref().err().map(String::as_str), Some("had enough"));
+        got[fails] = Ok(want[fails].clone());
+        check(&format!("{} fails", entries[fails].name), &entries, &got, &want);
+    }
+}
