@@ -178,12 +178,7 @@ impl Bench {
         let mut secs = vec![Vec::new(); steps.len()];
         for _ in 0..STEPS {
             for (step, secs) in steps.iter().zip(&mut secs) {
-                let one = Program {
-                    steps: vec![step.clone()],
-                    area_bytes: self.program.area_bytes,
-                    inputs: Vec::new(),
-                    tf32: false,
-                };
+                let one = Program::of_steps(vec![step.clone()], self.program.area_bytes, Vec::new(), false);
                 secs.push(self.time(0, task(one, self.bases))? - cost.run_secs);
             }
         }

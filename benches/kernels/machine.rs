@@ -131,7 +131,7 @@ impl Prepared {
         });
         let mut area_bytes = [0; AREAS];
         area_bytes[Area::Workspace as usize] = self.bytes();
-        run(Program { steps: steps.collect(), area_bytes, inputs: Vec::new(), tf32: false })
+        run(Program::of_steps(steps.collect(), area_bytes, Vec::new(), false))
     }
 }
 
@@ -329,7 +329,7 @@ impl Machine {
             cost: Cost { flops: 0.0, bytes: 12_288, family, float: DType::F32, elems: 1024, sizes: [12_288, 1024, 1] },
             ends_layer: false,
         };
-        run(Program { steps: vec![step], area_bytes: [0; AREAS], inputs: Vec::new(), tf32: false })
+        run(Program::of_steps(vec![step], [0; AREAS], Vec::new(), false))
     }
 
     /// Queues a task.

@@ -122,13 +122,7 @@ impl Network {
     /// Each op as a program of its own, in its place.
     fn steps(&self) -> impl Iterator<Item = Task> + '_ {
         self.program.steps.iter().map(|step| {
-            let program = Program {
-                steps: vec![step.clone()],
-                area_bytes: self.program.area_bytes,
-                inputs: Vec::new(),
-                tf32: false,
-            };
-            run(program, self.bases)
+            run(Program::of_steps(vec![step.clone()], self.program.area_bytes, Vec::new(), false), self.bases)
         })
     }
 }
@@ -236,12 +230,7 @@ impl Bench {
         };
         let tasks = |ops: usize| {
             let steps = vec![step.clone(); ops];
-            (0..ROUNDS).map(move |_| {
-                run(
-                    Program { steps: steps.clone(), area_bytes: [0; AREAS], inputs: Vec::new(), tf32: false },
-                    [0; AREAS],
-                )
-            })
+            (0..ROUNDS).map(move |_| run(Program::of_steps(steps.clone(), [0; AREAS], Vec::new(), false), [0; AREAS]))
         };
         let empty = lower_quartile(self.time(COMPUTE, tasks(0))?);
         let full = lower_quartile(self.time(COMPUTE, tasks(OPS))?);

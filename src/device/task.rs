@@ -201,7 +201,7 @@ impl Task {
     /// Bytes that it moves over a link, for copies; bytes of memory traffic for the rest, programs aside.
     pub fn bytes(&self) -> u64 {
         match self {
-            Task::Run(run) => run.program.steps.iter().map(|s| s.cost.bytes).sum(),
+            Task::Run(run) => run.program.traffic_bytes,
             Task::Copy(spans) => spans.iter().map(|s| s.from.bytes).sum(),
             Task::Add(spans) => spans.iter().map(|s| 3 * s.from.bytes).sum(),
             Task::Norm(norm) => norm.gradient.bytes,
@@ -216,7 +216,7 @@ impl Task {
     /// Floating-point operations, for programs.
     pub fn flops(&self) -> f64 {
         match self {
-            Task::Run(run) => run.program.steps.iter().map(|s| s.cost.flops).sum(),
+            Task::Run(run) => run.program.flops,
             _ => 0.0,
         }
     }

@@ -39,13 +39,25 @@ impl Hazards {
             return;
         }
         let stretches = self.memories.entry(span.memory).or_default();
-        split(stretches, span.offset);
-        split(stretches, span.end());
         let mut wait = |id: TaskId| {
             if id != task && !done(id) && !after.contains(&id) {
                 after.push(id);
             }
         };
+        // Most tasks touch just the stretches that others before them did.
+        if let Some(stretch) = stretches.get_mut(&span.offset).filter(|s| s.end == span.end()) {
+            stretch.writer.into_iter().for_each(&mut wait);
+            if write {
+                stretch.readers.drain(..).for_each(&mut wait);
+                stretch.writer = Some(task);
+            } else {
+                stretch.readers.retain(|&id| !done(id) && id != task);
+                stretch.readers.push(task);
+            }
+            return;
+        }
+        split(stretches, span.offset);
+        split(stretches, span.end());
         self.inside.clear();
         self.inside.extend(stretches.range(span.offset..span.end()).map(|(&start, _)| start));
         if write {

@@ -69,6 +69,8 @@ struct LaneQueue {
     ready: BTreeSet<(Deadline, TaskId)>,
     in_flight: VecDeque<TaskId>,
     last: (u64, f64),
+    /// Among the stirred.
+    stirred: bool,
 }
 
 /// What a finished task was.
@@ -95,6 +97,8 @@ pub(super) struct Queue {
     hazards: Hazards,
     events: u64,
     tickets: Vec<Ticket>,
+    /// Lanes for which something has changed since they were filled last.
+    stirred: Vec<u16>,
 }
 
 impl Queue {
@@ -110,9 +114,18 @@ impl Queue {
                 ready: BTreeSet::new(),
                 in_flight: VecDeque::new(),
                 last: (0, 0.0),
+                stirred: false,
             })
             .collect();
-        Queue { entries: VecDeque::new(), first: 0, lanes, hazards: Hazards::default(), events: 0, tickets: Vec::new() }
+        Queue {
+            entries: VecDeque::new(),
+            first: 0,
+            lanes,
+            hazards: Hazards::default(),
+            events: 0,
+            tickets: Vec::new(),
+            stirred: Vec::new(),
+        }
     }
 
     /// Makes room for as many tasks at once, so that none is made later.
@@ -153,6 +166,7 @@ impl Queue {
             entry.dependents.push(id);
             not_submitted += u32::from(entry.ticket.is_none());
         }
+        self.stir(order.lane);
         let lane = &mut self.lanes[order.lane as usize];
         if lane.id.kind == LaneKind::Compute {
             lane.in_order.push_back(id);
@@ -186,16 +200,23 @@ impl Queue {
 
     /// Fills every lane from the tasks that may go to it.
     pub fn issue(&mut self, device: &mut dyn Device) {
-        let mut progress = true;
-        while progress {
-            progress = false;
-            for lane in 0..self.lanes.len() {
-                while self.lanes[lane].in_flight.len() < self.lanes[lane].depth {
-                    let Some(id) = self.pick(lane) else { break };
-                    self.submit(id, device);
-                    progress = true;
-                }
+        // In the order of lanes, so that a run can be repeated.
+        self.stirred.sort_unstable_by(|a, b| b.cmp(a));
+        while let Some(lane) = self.stirred.pop() {
+            let lane = usize::from(lane);
+            self.lanes[lane].stirred = false;
+            while self.lanes[lane].in_flight.len() < self.lanes[lane].depth {
+                let Some(id) = self.pick(lane) else { break };
+                self.submit(id, device);
             }
+        }
+    }
+
+    /// Notes that a lane may take another task.
+    fn stir(&mut self, lane: u16) {
+        let queue = &mut self.lanes[usize::from(lane)];
+        if !std::mem::replace(&mut queue.stirred, true) {
+            self.stirred.push(lane);
         }
     }
 
@@ -244,6 +265,10 @@ impl Queue {
             let dependent = self.entries[at].dependents[i];
             let entry = &mut self.entries[(dependent - self.first) as usize];
             entry.not_submitted -= 1;
+            if entry.not_submitted == 0 {
+                let lane = entry.lane;
+                self.stir(lane);
+            }
         }
     }
 
@@ -269,6 +294,7 @@ impl Queue {
             event: entry.event,
             after: waited.0,
         };
+        self.stir(ticket.lane);
         self.release_dependents(id, Some((finished.event, end_secs)));
         self.forget_done();
         finished
@@ -294,10 +320,12 @@ impl Queue {
                 self.release_dependents(dependent, None);
                 continue;
             }
-            let lane = &mut self.lanes[entry.lane as usize];
+            let (number, deadline) = (entry.lane, entry.deadline);
+            let lane = &mut self.lanes[number as usize];
             if lane.id.kind != LaneKind::Compute {
-                lane.ready.insert((entry.deadline, dependent));
+                lane.ready.insert((deadline, dependent));
             }
+            self.stir(number);
         }
     }
 
@@ -329,6 +357,7 @@ impl Queue {
             lane.waiting.retain(|&(_, id)| !dropped(id));
             lane.ready.retain(|&(_, id)| !dropped(id));
         }
+        (0..self.lanes.len() as u16).for_each(|lane| self.stir(lane));
         for id in over {
             let entry = &mut self.entries[(id - first) as usize];
             if !entry.done {

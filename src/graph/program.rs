@@ -137,6 +137,9 @@ pub struct Program {
     pub inputs: Vec<UsedInput>,
     /// Whether products of f32 may round their factors to tf32, on a device that has it.
     pub tf32: bool,
+    /// Floating-point operations, and bytes of memory traffic, of all ops.
+    pub flops: f64,
+    pub traffic_bytes: u64,
 }
 
 impl Program {
@@ -146,6 +149,13 @@ impl Program {
     /// When `kind` does not fit the graph: a backward without a gradient.
     pub fn new(graph: &Graph, model: &ModelLayout, shard: &ShardLayout, kind: Kind) -> Program {
         Slice::new(graph, model, shard, kind).program()
+    }
+
+    /// A program of these ops, whose operands have been placed.
+    pub fn of_steps(steps: Vec<Step>, area_bytes: [u64; AREAS], inputs: Vec<UsedInput>, tf32: bool) -> Program {
+        let flops = steps.iter().map(|s| s.cost.flops).sum();
+        let traffic_bytes = steps.iter().map(|s| s.cost.bytes).sum();
+        Program { steps, area_bytes, inputs, tf32, flops, traffic_bytes }
     }
 
     /// Bytes that it addresses in `area`.
@@ -383,7 +393,7 @@ impl<'a> Slice<'a> {
                 *end = (*end).max(buffer.offset + buffer.bytes());
             }
         }
-        Program { steps, area_bytes, inputs: self.inputs, tf32: self.graph.tf32 }
+        Program::of_steps(steps, area_bytes, self.inputs, self.graph.tf32)
     }
 
     /// Bytes of a value in the workspace.

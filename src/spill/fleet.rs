@@ -74,8 +74,14 @@ impl FleetMap {
     pub fn new(models: &[Placed], devices: usize) -> FleetMap {
         let mut maps: Vec<Vec<ArenaMap>> = models.iter().map(|_| Vec::with_capacity(devices)).collect();
         let mut arena_bytes = Vec::with_capacity(devices);
+        // Devices that are no model's home have the same map.
+        let is_home = |device: u16| models.iter().any(|m| matches!(&m.home, Home::On(d) if d.contains(&device)));
+        let mut common: Option<Vec<ArenaMap>> = None;
         for device in 0..devices as u16 {
-            let of_device = device_maps(models, device);
+            let of_device = match is_home(device) {
+                true => device_maps(models, device),
+                false => common.get_or_insert_with(|| device_maps(models, device)).clone(),
+            };
             arena_bytes.push(of_device.iter().map(|m| m.bytes).max().unwrap_or(0));
             maps.iter_mut().zip(of_device).for_each(|(maps, map)| maps.push(map));
         }

@@ -12,7 +12,7 @@ pub use profiles::{PROFILES, Profile};
 use super::{Completion, Device, Task, Ticket};
 use crate::base::{LaneId, LaneKind};
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::{BinaryHeap, HashMap};
 
 /// Seconds, ordered totally.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -39,6 +39,8 @@ pub struct SimDevice {
     now: f64,
     /// Ends of each lane's tasks, from the first.
     ends: Vec<Lane>,
+    /// Seconds of programs that have run, by device and address; a program lives as long as the plan that it is of.
+    programs: HashMap<(u16, usize), f64>,
     /// What all links share each way, and when what was asked for until now will have crossed.
     shared: Option<SharedLink>,
     /// Completions to come: equal times are ordered by device, lane and task.
@@ -78,7 +80,7 @@ impl SimDevice {
         }
         lanes.push(LaneId::host(LaneKind::HostMath));
         let ends = lanes.iter().map(|_| Lane::default()).collect();
-        SimDevice { lanes, models, now: 0.0, ends, shared: None, coming: BinaryHeap::new() }
+        SimDevice { lanes, models, now: 0.0, ends, programs: HashMap::new(), shared: None, coming: BinaryHeap::new() }
     }
 
     /// The same devices with links that share so many bytes per second each way.
@@ -99,7 +101,14 @@ impl Device for SimDevice {
         let waited = after.iter().map(|t| self.ends[t.lane as usize].end_of(t.number)).fold(self.now, f64::max);
         let on = &mut self.ends[lane as usize];
         let start = waited.max(on.last_end);
-        let mut end = start + model.task_secs(&task, id.kind);
+        let secs = match &task {
+            Task::Run(run) => {
+                let key = (id.device, std::sync::Arc::as_ptr(&run.program) as usize);
+                *self.programs.entry(key).or_insert_with(|| model.task_secs(&task, id.kind))
+            }
+            _ => model.task_secs(&task, id.kind),
+        };
+        let mut end = start + secs;
         if let (Some(shared), Task::Copy(_), LaneKind::HostToDevice | LaneKind::DeviceToHost) =
             (&mut self.shared, &task, id.kind)
         {
