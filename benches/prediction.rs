@@ -133,6 +133,7 @@ impl Bench {
             host_bytes: arena_bytes,
             poison: true,
             withhold: None,
+            ..Default::default()
         })?;
         // Weights are small, moments 0, ids and labels below the smallest number of classes.
         let numbers: Vec<f32> = (0..bytes / 4).map(|i| (i * 7919 % 4099) as f32 / 4e4 - 0.05).collect();

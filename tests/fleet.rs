@@ -10,7 +10,10 @@ use hydra::device::host::HostSpec;
 use hydra::device::{DeviceSpec, FleetMemory, start_fleet};
 use hydra::engine::TurnOptions;
 use hydra::sched::{POLICIES, by_name};
-use hydra::spill::{FleetDevice, FleetMap, FleetModel, Home, Placed, PlanOptions, Recompute, plan_at_home, plan_fleet};
+use hydra::spill::{
+    Baseline, FleetDevice, FleetMap, FleetModel, Home, Placed, PlanOptions, Recompute, place_baseline, plan_at_home,
+    plan_fleet,
+};
 use hydra::train::{Fleet, Observer, Optimizer, Recruit, StepReport, TrainOptions, Weights};
 use std::sync::atomic::AtomicBool;
 
@@ -108,13 +111,31 @@ fn plan(entries: &[Entry], devices: usize, budget: Option<u64>, recompute: Recom
     plan_fleet(&fleet_models(entries, recompute, slots), &devices, None).expect("a plan")
 }
 
-/// Runs the six as `placed` and gives what each computed, or why it ended.
+/// Runs the six as `placed`, taking turns, and gives what each computed, or why it ended.
 fn run(
     entries: &[Entry],
     placed: &[Placed],
     devices: usize,
     policy: &str,
     slots: usize,
+    fails: Option<usize>,
+) -> Vec<Result<Outcome, String>> {
+    let turns = TurnOptions {
+        policy: by_name(policy, 9).expect("a built-in policy"),
+        units: slots,
+        costs: vec![stated(); devices],
+        shared_bytes_per_sec: None,
+    };
+    run_with(entries, placed, devices, Some(turns), Vec::new(), fails)
+}
+
+/// The same with turns or without, in lines or all at once.
+fn run_with(
+    entries: &[Entry],
+    placed: &[Placed],
+    devices: usize,
+    turns: Option<TurnOptions>,
+    lines: Vec<Vec<usize>>,
     fails: Option<usize>,
 ) -> Vec<Result<Outcome, String>> {
     let map = FleetMap::new(placed, devices);
@@ -139,13 +160,10 @@ fn run(
             options: e.options.clone(),
         })
         .collect();
-    let turns = TurnOptions {
-        policy: by_name(policy, 9).expect("a built-in policy"),
-        units: slots,
-        costs: vec![stated(); devices],
-        shared_bytes_per_sec: None,
-    };
-    let mut fleet = Fleet::new(recruits, device, Some(turns)).expect("a fleet");
+    let mut fleet = Fleet::new(recruits, device, turns).expect("a fleet");
+    if !lines.is_empty() {
+        fleet.line_up(lines);
+    }
     let mut collects: Vec<Collect> = entries.iter().map(|_| Collect::default()).collect();
     if let Some(fails) = fails {
         collects[fails].fails_after = Some(2);
@@ -243,5 +261,35 @@ fn one_that_fails_leaves_the_others_bits_alone() {
         assert_eq!(got[fails].as_ref().err().map(String::as_str), Some("had enough"));
         got[fails] = Ok(want[fails].clone());
         check(&format!("{} fails", entries[fails].name), &entries, &got, &want);
+    }
+}
+
+#[test]
+fn baselines_give_the_bits_of_lone_runs() {
+    let entries = six();
+    let want = alone(&entries);
+    let models = fleet_models(&entries, Recompute::Auto, 2);
+    for (name, baseline) in Baseline::NAMES {
+        for devices in [1, 2, 3] {
+            // All the memory that they want; then so little that stages recompute, and spill.
+            for share in [None, Some(0.7), Some(0.3)] {
+                if share.is_some() && (baseline == Baseline::TaskParallel || baseline == Baseline::OneAtATime) {
+                    continue;
+                }
+                let devices_of = |budget| vec![FleetDevice { budget, cost: stated() }; devices];
+                let mut lined = place_baseline(baseline, &models, &devices_of(None)).expect("no budget");
+                if let Some(share) = share {
+                    let needs = FleetMap::new(&lined.placed, devices).arena_bytes.into_iter().max().expect("a device");
+                    let budget = (needs as f64 * share) as u64;
+                    match place_baseline(baseline, &models, &devices_of(Some(budget))) {
+                        Ok(tight) => lined = tight,
+                        // One device holds what two would: the smallest plan may be larger than the share.
+                        Err(error) => assert!(matches!(error, Error::OutOfBudget { .. }), "{error}"),
+                    }
+                }
+                let got = run_with(&entries, &lined.placed, devices, None, lined.lines, None);
+                check(&format!("{name} on {devices} devices, {share:?} of the memory"), &entries, &got, &want);
+            }
+        }
     }
 }

@@ -47,6 +47,8 @@ pub(super) struct Pending {
     pub last_end: f64,
     /// Its model ends early, and it with it: nobody is told of its end.
     pub void: bool,
+    /// Units are of one microbatch each.
+    pub pipelined: bool,
 }
 
 impl Pending {
@@ -140,7 +142,11 @@ impl Member {
     /// Adds work to do and gives its serial.
     pub fn begin(&mut self, purpose: Purpose, step: u64, loss_scale: f64) -> u64 {
         let shards = self.plan.shards.len();
-        let units = if matches!(purpose, Purpose::Step { .. }) { 2 * shards - 1 } else { shards };
+        let pipelined = self.plan.choice.pipelined && matches!(purpose, Purpose::Step { .. });
+        let units = match purpose {
+            Purpose::Step { .. } => (2 * shards - 1) * if pipelined { self.model.microbatches } else { 1 },
+            Purpose::Evaluation | Purpose::Check => shards,
+        };
         self.serial += 1;
         self.pending.push_back(Pending {
             purpose,
@@ -153,6 +159,7 @@ impl Member {
             loss: None,
             last_end: 0.0,
             void: false,
+            pipelined,
         });
         self.serial
     }

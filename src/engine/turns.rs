@@ -136,7 +136,8 @@ impl Turns {
         };
         let pending = &member.pending[at];
         let shards = member.plan.shards.len();
-        let (shard, pass) = pending.unit(pending.made, shards);
+        let unit = pending.unit(pending.made, shards, member.model.microbatches);
+        let (shard, pass) = (unit.shard, unit.pass);
         // An evaluation's unit costs what a forward does; what is left to train comes on top.
         let unit = match pass {
             Pass::Backward => costs[2 * (shards - 1) - shard],

@@ -46,13 +46,28 @@ pub(super) enum Pass {
 }
 
 impl Pending {
-    /// Shard and pass of its unit number `unit`, of a model with `shards`.
-    pub fn unit(&self, unit: usize, shards: usize) -> (usize, Pass) {
-        match self.purpose {
+    /// Its unit number `unit`, of a model with `shards`, that runs so many `microbatches`.
+    pub fn unit(&self, unit: usize, shards: usize, microbatches: usize) -> Unit {
+        if self.pipelined {
+            return self.pipelined_unit(unit, shards, microbatches);
+        }
+        let (shard, pass) = match self.purpose {
             Purpose::Evaluation => (unit, Pass::Evaluate),
             _ if unit + 1 < shards => (unit, Pass::Forward),
             _ => (2 * (shards - 1) - unit, Pass::Backward),
-        }
+        };
+        Unit { shard, pass, microbatches: 0..microbatches }
+    }
+
+    /// Microbatch by microbatch: all forward, then all backward. A lane takes units in this order as they become ready, which fills and empties
+    /// the pipeline.
+    fn pipelined_unit(&self, unit: usize, shards: usize, microbatches: usize) -> Unit {
+        let forwards = (shards - 1) * microbatches;
+        let (shard, pass, m) = match unit.checked_sub(forwards) {
+            None => (unit % (shards - 1), Pass::Forward, unit / (shards - 1)),
+            Some(unit) => (shards - 1 - unit % shards, Pass::Backward, unit / shards),
+        };
+        Unit { shard, pass, microbatches: m..m + 1 }
     }
 }
 
@@ -121,8 +136,8 @@ impl Engine {
     pub(super) fn expand_at_home(&mut self, member: usize) {
         let m = &self.members[member];
         let pending = &m.pending[m.next_work().expect("asked for only where there is work")];
-        let (shard, _) = pending.unit(pending.made, m.plan.shards.len());
-        let device = m.home_of(shard).expect("a model without a home takes turns");
+        let unit = pending.unit(pending.made, m.plan.shards.len(), m.model.microbatches);
+        let device = m.home_of(unit.shard).expect("a model without a home takes turns");
         self.expand(member, device);
     }
 
@@ -133,12 +148,13 @@ impl Engine {
         let pending = m.pending[at].clone();
         m.pending[at].made += 1;
         let site = Site { step: pending.step, serial: pending.serial, ..self.site(member, device) };
-        let (shard, pass) = pending.unit(pending.made, site.plan.shards.len());
-        let unit = Unit { shard, pass, microbatches: 0..site.model.microbatches };
+        let unit = pending.unit(pending.made, site.plan.shards.len(), site.model.microbatches);
+        let (shard, pass, whole) = (unit.shard, unit.pass, unit.microbatches.end == site.model.microbatches);
         let (ahead, crowd) = (self.sequence, self.members.len() as u64);
         let slot = self.visit(&site, &unit, &pending);
         match pending.purpose {
-            Purpose::Step { rule, clip } if pass == Pass::Backward => {
+            // Its gradients are complete with the last microbatch.
+            Purpose::Step { rule, clip } if pass == Pass::Backward && whole => {
                 self.members[member].ran_on[shard] = device;
                 // The next step's first visit comes after the rest of this one's, each with as many others' between as there are models.
                 let visit = site.model.microbatches as u64 * crowd;
@@ -165,7 +181,8 @@ impl Engine {
         };
         let program = Arc::clone(program.expect("a model has the programs of every pass that it is asked for"));
         let slot = self.fetch_weights(site, s, pass);
-        let gradient_slot = if site.plan.choice.resident { s } else { self.rings[site.rings].gradient_slot() };
+        let own_slot = site.plan.choice.resident || site.plan.choice.pipelined;
+        let gradient_slot = if own_slot { s } else { self.rings[site.rings].gradient_slot() };
         for m in unit.microbatches.clone() {
             let ends_unit = m + 1 == unit.microbatches.end;
             self.microbatch(site, (s, m, pass), &program, (slot, gradient_slot), pending, ends_unit);

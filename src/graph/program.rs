@@ -137,8 +137,9 @@ pub struct Program {
     pub inputs: Vec<UsedInput>,
     /// Whether products of f32 may round their factors to tf32, on a device that has it.
     pub tf32: bool,
-    /// Floating-point operations, and bytes of memory traffic, of all ops.
+    /// Floating-point operations of all ops.
     pub flops: f64,
+    /// Bytes of memory traffic of all ops.
     pub traffic_bytes: u64,
 }
 

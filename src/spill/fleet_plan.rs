@@ -85,7 +85,7 @@ fn makespan_secs(models: &[FleetModel], placed: &[Placed], devices: &[FleetDevic
 }
 
 /// Each device's rate over that of the first, by the models' own work in one piece.
-fn speeds(models: &[FleetModel], devices: &[FleetDevice]) -> Vec<f64> {
+pub(super) fn speeds(models: &[FleetModel], devices: &[FleetDevice]) -> Vec<f64> {
     if devices.windows(2).all(|d| d[0].cost == d[1].cost) {
         return vec![1.0; devices.len()];
     }

@@ -3,6 +3,7 @@
 //! A map is made by laying stretches end to end; its total is the exact number of bytes that the run will touch, which is what
 //! budgets are held against.
 
+use super::fleet::{visiting_gradient_bytes, visiting_gradients_at};
 use super::model::Model;
 use super::shard::ShardPrograms;
 use crate::base::align_up;
@@ -59,6 +60,8 @@ pub struct Choice {
     pub updates_on_device: bool,
     /// Where resident: shards are at home on several devices, so gradients and weights of shared parameters cross by way of the host.
     pub crosses: bool,
+    /// Microbatches go through the shards one behind the other.
+    pub pipelined: bool,
 }
 
 /// The map of a device's arena, in bytes from its start.
@@ -176,13 +179,18 @@ pub fn arena_map_of(
     let inputs = tape.take_many(choice.input_entries, input_bytes);
     let states_at: Vec<u64> = shards.iter().map(ShardPrograms::states_at).collect();
     let slot_bytes = |s: usize| if_here(s, shards[s].slot_bytes());
-    let gradient_bytes = |s: usize| if_here(s, shards[s].layout.gradient_bytes);
-    let (weight_slots, gradient_slots) = if choice.resident {
-        ((0..n).map(|s| tape.take(slot_bytes(s))).collect(), (0..n).map(|s| tape.take(gradient_bytes(s))).collect())
-    } else {
-        let slot = (0..n).map(slot_bytes).max().unwrap_or(0);
-        let gradient = (0..n).map(gradient_bytes).max().unwrap_or(0);
-        (tape.take_many(choice.slots.min(n), slot), tape.take_many(choice.gradient_slots.min(n), gradient))
+    let gradient_bytes = |s: usize| match choice.resident && choice.crosses {
+        true => if_here(s, visiting_gradients_at(shards, s) + visiting_gradient_bytes(model, shards, s)),
+        false => if_here(s, shards[s].layout.gradient_bytes),
+    };
+    let weight_slots = match choice.resident {
+        true => (0..n).map(|s| tape.take(slot_bytes(s))).collect(),
+        false => tape.take_many(choice.slots.min(n), (0..n).map(slot_bytes).max().unwrap_or(0)),
+    };
+    // In a pipeline a shard's gradients wait for the next microbatch while others' are computed.
+    let gradient_slots = match choice.resident || choice.pipelined {
+        true => (0..n).map(|s| tape.take(gradient_bytes(s))).collect(),
+        false => tape.take_many(choice.gradient_slots.min(n), (0..n).map(gradient_bytes).max().unwrap_or(0)),
     };
     let ratio = model.layout.wide_ratio;
     let own = |s: usize| if_here(s, shards[s].own_bytes());

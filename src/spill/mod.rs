@@ -1,5 +1,6 @@
 //! Spilling: the cut into shards, where each kind of state lives, and the plan that a budget allows.
 
+mod baselines;
 mod cut;
 mod estimate;
 mod fleet;
@@ -9,6 +10,7 @@ mod model;
 mod plan;
 mod shard;
 
+pub use baselines::{Baseline, Lined, place_baseline};
 pub use cut::{CutRule, balanced, max_fill};
 pub use fleet::{FleetMap, Home, Placed, update_state_bytes, visiting_gradients_at};
 pub use fleet_plan::{FleetDevice, FleetModel, check_host, named, plan_anywhere, plan_at_home, plan_fleet};

@@ -52,6 +52,10 @@ pub struct PlanOptions {
     pub boundaries_stay: Option<bool>,
     /// For a model among others, whose shards may each run on another of so many devices: nothing stays on a device after a visit.
     pub anywhere: Option<usize>,
+    /// Shards are at home on several devices.
+    pub crosses: bool,
+    /// Microbatches go through the shards one behind the other, instead of all through one before the next.
+    pub pipelined: bool,
     /// Whether gradients are clipped by their global norm: no update before the last gradient.
     pub clips: bool,
 }
@@ -70,6 +74,8 @@ impl Default for PlanOptions {
             resident: None,
             boundaries_stay: None,
             anywhere: None,
+            crosses: false,
+            pipelined: false,
             clips: false,
         }
     }
@@ -297,7 +303,8 @@ impl Search<'_> {
                         gradients: tier(gradients.min(microbatches + 1)),
                         input_entries,
                         updates_on_device: false,
-                        crosses: false,
+                        crosses: self.options.crosses,
+                        pipelined: self.options.pipelined,
                     });
                 }
             }
@@ -320,6 +327,7 @@ impl Search<'_> {
                 input_entries,
                 updates_on_device,
                 crosses: false,
+                pipelined: false,
             })
         };
         let on_device = if self.options.clips { None } else { Some(of(true)) };

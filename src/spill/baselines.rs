@@ -1,0 +1,215 @@
+//! The schedules that others use, as placements on the same executor: where each model's shards are at home, and which models run one after
+//! another.
+
+use super::cut::balanced;
+use super::fleet::{FleetMap, Home, Placed};
+use super::fleet_plan::{FleetDevice, FleetModel, named, speeds};
+use super::plan::{Plan, PlanOptions, Recompute};
+use super::shard::ShardPrograms;
+use crate::base::{Error, Result, format_bytes};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// A way to run several models without taking turns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Baseline {
+    /// Models in their order on the first device, spilling where they must.
+    OneAtATime,
+    /// Each model cut into as many stages as there are devices, a minibatch at a time, models one after another.
+    ModelParallel,
+    /// The same stages with microbatches in a pipeline that is emptied after every minibatch (Huang et al. 2019, "GPipe", arXiv:1811.06965).
+    Gpipe,
+    /// Each model whole on one device, the longest first.
+    TaskParallel,
+}
+
+impl Baseline {
+    /// Each with its name in a job file.
+    pub const NAMES: [(&'static str, Baseline); 4] = [
+        ("one-at-a-time", Baseline::OneAtATime),
+        ("model-parallel", Baseline::ModelParallel),
+        ("gpipe", Baseline::Gpipe),
+        ("task-parallel", Baseline::TaskParallel),
+    ];
+
+    /// The baseline of this name.
+    pub fn by_name(name: &str) -> Option<Baseline> {
+        Baseline::NAMES.iter().find(|(known, _)| *known == name).map(|(_, baseline)| *baseline)
+    }
+}
+
+/// Models placed for a baseline.
+#[derive(Clone, Debug)]
+pub struct Lined {
+    /// Where each is, in the models' order.
+    pub placed: Vec<Placed>,
+    /// Models that run one after another.
+    pub lines: Vec<Vec<usize>>,
+}
+
+/// Places `models` on `devices` as the baseline has it.
+///
+/// # Errors
+/// [`Error::OutOfBudget`] that names what does not fit; [`Error::BadInput`] for absurd options.
+pub fn place_baseline(baseline: Baseline, models: &[FleetModel], devices: &[FleetDevice]) -> Result<Lined> {
+    match baseline {
+        Baseline::OneAtATime => one_at_a_time(models, devices),
+        Baseline::ModelParallel | Baseline::Gpipe => staged(models, devices, baseline == Baseline::Gpipe),
+        Baseline::TaskParallel => task_parallel(models, devices),
+    }
+}
+
+/// Plans a model, or takes the plan of an equal one before it.
+fn plan_each(models: &[FleetModel], mut plan: impl FnMut(&FleetModel) -> Result<Plan>) -> Result<Vec<Arc<Plan>>> {
+    let mut plans: Vec<Arc<Plan>> = Vec::new();
+    for (i, m) in models.iter().enumerate() {
+        let twin = (0..i).find(|&t| Arc::ptr_eq(&models[t].model, &m.model) && models[t].options == m.options);
+        plans.push(match twin {
+            Some(twin) => Arc::clone(&plans[twin]),
+            None => Arc::new(plan(m).map_err(|e| named(&m.name, e))?),
+        });
+    }
+    Ok(plans)
+}
+
+fn one_at_a_time(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Lined> {
+    let plans = plan_each(models, |m| {
+        let options = PlanOptions { device_budget: devices[0].budget, ..m.options.clone() };
+        Plan::new(&m.model, &options, &devices[0].cost)
+    })?;
+    let alone = |(m, plan): (&FleetModel, Arc<Plan>)| Placed::alone(Arc::clone(&m.model), plan);
+    let placed = models.iter().zip(plans).map(alone).collect();
+    Ok(Lined { placed, lines: vec![(0..models.len()).collect()] })
+}
+
+fn task_parallel(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Lined> {
+    let plans = plan_each(models, |m| {
+        let whole = std::iter::once(0..m.model.layers()).collect();
+        let options = PlanOptions { resident: Some(true), cut: Some(whole), device_budget: None, ..m.options.clone() };
+        Plan::new(&m.model, &options, &devices[0].cost)
+    })?;
+    let secs = |i: usize| models[i].steps as f64 * plans[i].estimated_secs;
+    let speeds = speeds(models, devices);
+    let mut order: Vec<usize> = (0..models.len()).collect();
+    order.sort_by(|&a, &b| secs(b).total_cmp(&secs(a)).then(a.cmp(&b)));
+    let mut lines: Vec<Vec<usize>> = vec![Vec::new(); devices.len()];
+    let mut loads = vec![0.0; devices.len()];
+    let (mut homes, mut too_large) = (vec![0; models.len()], Vec::new());
+    for i in order {
+        let fits = |&d: &usize| devices[d].budget.is_none_or(|budget| plans[i].arena.bytes <= budget);
+        let end = |d: usize| loads[d] + secs(i) / speeds[d];
+        let best = (0..devices.len()).filter(fits).min_by(|&a, &b| end(a).total_cmp(&end(b)).then(a.cmp(&b)));
+        match best {
+            Some(d) => {
+                loads[d] = end(d);
+                homes[i] = d;
+                lines[d].push(i);
+            }
+            None => too_large.push(i),
+        }
+    }
+    if !too_large.is_empty() {
+        too_large.sort_unstable();
+        let most = devices.iter().filter_map(|d| d.budget).max().unwrap_or(0);
+        let mut message =
+            format!("task-parallel: models that fit whole on no device, the largest has {}:\n", format_bytes(most));
+        for &i in &too_large {
+            let bytes = plans[i].arena.bytes;
+            message += &format!("  {:<26} {bytes:>14} bytes  {:>12}\n", models[i].name, format_bytes(bytes));
+        }
+        let needs = too_large.iter().map(|&i| plans[i].arena.bytes).max().unwrap_or(0);
+        message += &format!("  smallest budget that works {needs:>14} bytes: memory = {needs}");
+        return Err(Error::OutOfBudget { message, smallest_device_bytes: needs });
+    }
+    let placed = models.iter().zip(plans).zip(&homes).map(|((m, plan), &d)| Placed {
+        model: Arc::clone(&m.model),
+        home: Home::On(vec![d as u16; plan.shards.len()]),
+        plan,
+        line: d,
+    });
+    Ok(Lined { placed: placed.collect(), lines })
+}
+
+/// Cuts each model into a stage for each device.
+fn staged(models: &[FleetModel], devices: &[FleetDevice], pipelined: bool) -> Result<Lined> {
+    let mut placed: Vec<Placed> = Vec::new();
+    for (i, m) in models.iter().enumerate() {
+        let twin = (0..i).find(|&t| Arc::ptr_eq(&models[t].model, &m.model) && models[t].options == m.options);
+        placed.push(match twin {
+            Some(twin) => placed[twin].clone(),
+            None => stage(m, devices, pipelined).map_err(|e| named(&m.name, e))?,
+        });
+    }
+    Ok(Lined { placed, lines: vec![(0..models.len()).collect()] })
+}
+
+/// The fastest plan with these stages: resident with everything kept, resident with recomputation, or stages of several shards that visit.
+fn stage(m: &FleetModel, devices: &[FleetDevice], pipelined: bool) -> Result<Placed> {
+    let cost = &devices[0].cost;
+    let layers = m.model.layers();
+    let secs: Vec<f64> =
+        (0..layers).map(|l| ShardPrograms::new(&m.model, l..l + 1, false, false).step_secs(cost)).collect();
+    let stages = balanced(&secs, devices.len());
+    let fits = |placed: &Placed| {
+        let needs = FleetMap::new(std::slice::from_ref(placed), devices.len()).arena_bytes;
+        needs.iter().zip(devices).all(|(&bytes, d)| d.budget.is_none_or(|budget| bytes <= budget))
+    };
+    let plan = |cut: Vec<Range<usize>>, kept: bool, resident: bool| -> Result<Placed> {
+        let home = cut.iter().map(|r| stages.iter().position(|s| s.contains(&r.start)).unwrap_or(0) as u16).collect();
+        let options = PlanOptions {
+            kept: Some(vec![kept; cut.len()]),
+            cut: Some(cut),
+            resident: Some(resident),
+            boundaries_stay: Some(false),
+            crosses: true,
+            pipelined,
+            device_budget: None,
+            ..m.options.clone()
+        };
+        let plan = Plan::new(&m.model, &options, cost)?;
+        Ok(Placed { model: Arc::clone(&m.model), plan: Arc::new(plan), home: Home::On(home), line: 0 })
+    };
+    let may_keep = m.options.recompute != Recompute::Always;
+    let may_recompute = m.options.recompute != Recompute::Never;
+    if may_keep {
+        let resident = plan(stages.clone(), true, true)?;
+        if fits(&resident) {
+            return Ok(resident);
+        }
+    }
+    if may_recompute {
+        let again = plan(stages.clone(), false, true)?;
+        if fits(&again) {
+            return Ok(again);
+        }
+        // Stages of more and more shards, which visit two at a time.
+        for parts in 2..=layers {
+            let cut: Vec<Range<usize>> = stages
+                .iter()
+                .flat_map(|s| balanced(&secs[s.clone()], parts).into_iter().map(|r| r.start + s.start..r.end + s.start))
+                .collect();
+            let done = cut.len() == layers;
+            let spilled = plan(cut, false, false)?;
+            if fits(&spilled) {
+                return Ok(spilled);
+            }
+            if done {
+                let needs = FleetMap::new(std::slice::from_ref(&spilled), devices.len()).arena_bytes;
+                let needs = needs.into_iter().max().unwrap_or(0);
+                return Err(refusal(needs));
+            }
+        }
+    }
+    let needs = FleetMap::new(&[plan(stages.clone(), may_keep, true)?], devices.len()).arena_bytes;
+    Err(refusal(needs.into_iter().max().unwrap_or(0)))
+}
+
+fn refusal(needs: u64) -> Error {
+    let bytes = format_bytes(needs);
+    Error::OutOfBudget {
+        message: format!(
+            "device memory: its stages need {needs} bytes ({bytes}) of a device\n  smallest budget that works {needs:>14} bytes: memory = {needs}"
+        ),
+        smallest_device_bytes: needs,
+    }
+}
