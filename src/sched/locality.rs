@@ -18,7 +18,7 @@ const TOLERANCE: f64 = 0.125;
 /// models and devices but where it is said.
 ///
 /// 1. **Chain** of a model: `C = max(R / max s, B / max r)`. It takes at least that long wherever it runs.
-/// 2. **Horizon**: nothing ends before `T = max(max C, (sum R + sum b s) / sum s, sum B / sum r)`. A shared link caps `max r` and `sum r`.
+/// 2. **Horizon**: the run does not end before `T = max(max C, (sum R + sum b s) / sum s, sum B / sum r)`. A shared link caps `max r` and `sum r`.
 /// 3. **Critical** is a candidate that might end last if it were passed over once: `b + C + turn >= T`, where a turn is the longest that any
 ///    candidate's next unit takes by the same two measures. If there are critical candidates, only they are considered.
 /// 4. **Useful share** of a candidate: `(u / s) / (w + u / s)`, where `w = max(0, h + bytes / rate - b)` is how long the device would wait
