@@ -27,7 +27,7 @@ fn main() {
         .collect();
     let planned = Instant::now();
     let fleet_devices = vec![FleetDevice { budget: None, cost: cost.clone() }; devices];
-    let placed = plan_anywhere(&fleet, &fleet_devices).expect("a plan");
+    let placed = plan_anywhere(&fleet, &fleet_devices).expect("a plan").placed;
     println!("planned in {:.2} s", planned.elapsed().as_secs_f64());
     for policy in ["sharded-lrtf", "locality-lrtf"] {
         let began = Instant::now();

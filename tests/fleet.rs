@@ -108,7 +108,7 @@ fn fleet_models(entries: &[Entry], recompute: Recompute, slots: usize) -> Vec<Fl
 
 fn plan(entries: &[Entry], devices: usize, budget: Option<u64>, recompute: Recompute, slots: usize) -> Vec<Placed> {
     let devices = vec![FleetDevice { budget, cost: stated() }; devices];
-    plan_fleet(&fleet_models(entries, recompute, slots), &devices, None).expect("a plan")
+    plan_fleet(&fleet_models(entries, recompute, slots), &devices, None).expect("a plan").placed
 }
 
 /// Runs the six as `placed`, taking turns, and gives what each computed, or why it ended.

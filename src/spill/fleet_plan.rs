@@ -36,24 +36,28 @@ pub struct FleetDevice {
 /// How unequal the loads of devices may be before models that could stay had better move.
 const UNEVEN: f64 = 1.05;
 
+/// Models placed on devices.
+#[derive(Clone, Debug)]
+pub struct FleetPlan {
+    /// Where each is, in the models' order.
+    pub placed: Vec<Placed>,
+    /// The smallest budget of every device for which there is a plan under the same options.
+    pub smallest_device_bytes: u64,
+}
+
 /// Plans `models` for turns on `devices`.
 ///
 /// # Errors
 /// [`Error::OutOfBudget`] that names the models which do not fit; [`Error::BadInput`] for absurd options.
-pub fn plan_fleet(models: &[FleetModel], devices: &[FleetDevice], host_budget: Option<u64>) -> Result<Vec<Placed>> {
-    let moving = plan_anywhere(models, devices);
-    let staying = plan_at_home(models, devices)?;
-    let placed = match (moving, staying) {
-        (Ok(moving), Some((staying, secs))) => {
-            // Somebody who stays copies nothing; somebody who moves leaves no device idle.
-            if secs <= UNEVEN * makespan_secs(models, &moving, devices) { staying } else { moving }
-        }
-        (Ok(moving), None) => moving,
-        (Err(_), Some((staying, _))) => staying,
-        (Err(error), None) => return Err(error),
+pub fn plan_fleet(models: &[FleetModel], devices: &[FleetDevice], host_budget: Option<u64>) -> Result<FleetPlan> {
+    let moving = plan_anywhere(models, devices)?;
+    let placed = match plan_at_home(models, devices)? {
+        // Somebody who stays copies nothing; somebody who moves leaves no device idle.
+        Some((staying, secs)) if secs <= UNEVEN * makespan_secs(models, &moving.placed, devices) => staying,
+        _ => moving.placed,
     };
     check_host(&placed, devices.len(), host_budget)?;
-    Ok(placed)
+    Ok(FleetPlan { placed, smallest_device_bytes: moving.smallest_device_bytes })
 }
 
 /// Refuses what the host's store cannot hold.
@@ -104,7 +108,7 @@ pub(super) fn speeds(models: &[FleetModel], devices: &[FleetDevice]) -> Vec<f64>
 ///
 /// # Errors
 /// As [`plan_fleet`].
-pub fn plan_anywhere(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Vec<Placed>> {
+pub fn plan_anywhere(models: &[FleetModel], devices: &[FleetDevice]) -> Result<FleetPlan> {
     // A shard must fit wherever it may go.
     let budget = devices.iter().filter_map(|d| d.budget).min();
     let cost = &devices[0].cost;
@@ -125,13 +129,15 @@ pub fn plan_anywhere(models: &[FleetModel], devices: &[FleetDevice]) -> Result<V
     };
     let arena = |placed: &[Placed]| FleetMap::new(placed, 1).arena_bytes[0];
     let widest = plans(&|_| budget)?;
-    let Some(budget) = budget.filter(|&budget| arena(&widest) > budget) else { return Ok(widest) };
     let smallest: Vec<u64> = widest.iter().map(|p| p.plan.smallest_device_bytes).collect();
+    let least = plans(&|i| Some(smallest[i]))?;
+    let smallest_device_bytes = arena(&least);
+    let plan = |placed| FleetPlan { placed, smallest_device_bytes };
+    let Some(budget) = budget.filter(|&budget| arena(&widest) > budget) else { return Ok(plan(widest)) };
     let at_share =
         |share: f64| plans(&|i| Some(smallest[i] + (budget.saturating_sub(smallest[i]) as f64 * share) as u64));
-    let mut best = at_share(0.0)?;
-    if arena(&best) > budget {
-        let needs = arena(&best);
+    if smallest_device_bytes > budget {
+        let needs = smallest_device_bytes;
         let mut message = format!(
             "device memory: the models together need {needs} bytes ({}) of every device, the smallest budget is {budget} bytes ({})\n",
             format_bytes(needs),
@@ -143,7 +149,7 @@ pub fn plan_anywhere(models: &[FleetModel], devices: &[FleetDevice]) -> Result<V
         message += &format!("  smallest budget that works {needs:>14} bytes: memory = {needs}");
         return Err(Error::OutOfBudget { message, smallest_device_bytes: needs });
     }
-    let (mut low, mut high) = (0.0, 1.0);
+    let (mut low, mut high, mut best) = (0.0, 1.0, least);
     for _ in 0..6 {
         let middle = 0.5 * (low + high);
         let placed = at_share(middle)?;
@@ -153,7 +159,7 @@ pub fn plan_anywhere(models: &[FleetModel], devices: &[FleetDevice]) -> Result<V
             high = middle;
         }
     }
-    Ok(best)
+    Ok(plan(best))
 }
 
 /// Plans with every model whole on one device, the longest first onto the device that is done soonest (Graham 1969, "Bounds on multiprocessing timing

@@ -66,6 +66,8 @@ struct Trainee {
     rates: VecDeque<f64>,
     /// No step is begun until the model has been at rest: a validation or a checkpoint is due.
     pause: bool,
+    /// Nobody wants more of it: it ends at its next rest.
+    ends: bool,
     /// It stopped where a validation was due, and left it to the run that goes on.
     owes_validation: bool,
     /// Why it is to end: the data's fault, or the observer's.
@@ -115,6 +117,7 @@ impl Fleet {
                 begun: 0,
                 rates: VecDeque::with_capacity(4),
                 pause: false,
+                ends: false,
                 owes_validation: false,
                 fault: None,
                 options,
@@ -212,7 +215,9 @@ impl Fleet {
                     trainee.done = result.step + 1;
                     let lr = trainee.rates.pop_front().expect("each step in flight has its learning rate");
                     let told = observers[model].step(&StepReport { result, lr });
-                    self.trainees[model].pause |= observers[model].wants_checkpoint();
+                    let trainee = &mut self.trainees[model];
+                    trainee.ends |= observers[model].wants_end();
+                    trainee.pause |= trainee.ends || observers[model].wants_checkpoint();
                     if let Err(error) = told {
                         self.cancel(model, error)?;
                     }
@@ -287,22 +292,27 @@ impl Fleet {
             self.begin(model)?;
             let trainee = &mut self.trainees[model];
             trainee.pause = trainee.valid.is_some() && trainee.begun.is_multiple_of(every);
+            trainee.pause |= observer.wants_rest(trainee.begun);
         }
         if self.engine.steps_in_flight(model) > 0 {
             return Ok(());
         }
         // At rest: paused, stopped, or at the end.
         self.engine.wait_home(model)?;
-        let (done, steps) = (self.trainees[model].done, self.trainees[model].options.steps);
+        let (done, steps, ends) = {
+            let trainee = &self.trainees[model];
+            (trainee.done, trainee.options.steps, trainee.ends)
+        };
         observer.checkpoint(done, &self.engine, model)?;
         let trainee = &mut self.trainees[model];
         trainee.pause = false;
-        if stopping && done < steps {
+        if stopping && done < steps && !ends {
             trainee.owes_validation = done > 0 && done.is_multiple_of(every);
             trainee.stage = Stage::Waiting;
             return Ok(());
         }
-        if (done == steps || done.is_multiple_of(every)) && self.begin_validation(model) {
+        let due = done == steps || ends || done.is_multiple_of(every) || observer.wants_rest(done);
+        if due && self.begin_validation(model) {
             return self.validate_on(model, observer, stopping);
         }
         self.rested(model);
@@ -313,7 +323,8 @@ impl Fleet {
     fn rested(&mut self, model: usize) {
         self.engine.skip_time(model);
         let trainee = &mut self.trainees[model];
-        trainee.stage = if trainee.done == trainee.options.steps { Stage::Done } else { Stage::Training };
+        let ended = trainee.ends || trainee.done == trainee.options.steps;
+        trainee.stage = if ended { Stage::Done } else { Stage::Training };
     }
 
     /// Begins a step.
@@ -362,6 +373,7 @@ impl Fleet {
             if *next == source.batches_per_epoch() {
                 let loss = (*sum / (*count).max(1) as f64) as f32;
                 observer.valid(trainee.done, loss, began.elapsed().as_secs_f64())?;
+                trainee.ends |= observer.wants_end();
                 self.rested(model);
                 let ended = matches!(self.trainees[model].stage, Stage::Done);
                 return if ended { Ok(()) } else { self.train_on(model, observer, stopping) };

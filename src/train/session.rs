@@ -91,6 +91,17 @@ pub trait Observer {
     /// Whatever should end the run.
     fn valid(&mut self, step: u64, loss: f32, secs: f64) -> Result<()>;
 
+    /// Asked before a step is begun: whether to let the model rest after `step` steps and validate it, beside the times that are due anyway.
+    fn wants_rest(&mut self, step: u64) -> bool {
+        let _ = step;
+        false
+    }
+
+    /// Asked after every step and validation: whether the model ends here, as if these had been all its steps.
+    fn wants_end(&mut self) -> bool {
+        false
+    }
+
     /// Asked after every step: whether to save a checkpoint now, with the model at rest.
     fn wants_checkpoint(&mut self) -> bool {
         false
