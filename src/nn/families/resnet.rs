@@ -15,7 +15,7 @@ pub(super) const FAMILY: Family = Family {
     name: "resnet",
     architecture: ARCHITECTURE,
     prefix: None,
-    tied: None,
+    tied: &[],
     is_buffer: |_| false,
     build: |fields| Ok(Box::new(ResNet::read(fields)?)),
 };
