@@ -221,7 +221,7 @@ fn row_cases() -> Vec<Case> {
         let bytes = 4.0 * (rows * cols + vocab * cols) as f64;
         cases.push(case(format!("embedding_grad/{name}"), Work::Bytes(bytes), move || {
             let (ids, d_y, mut d_table) = (ids(rows, vocab), values(rows * cols), vec![0f32; vocab * cols]);
-            move || embedding::grad(&mut d_table, &d_y, &ids, false, vocab, cols)
+            move || embedding::grad(&mut d_table, &d_y, &ids, None, false, vocab, cols)
         }));
     }
     cases
