@@ -51,6 +51,8 @@ pub struct Bert {
     pub positions: usize,
     /// Types of tokens, of which the first is used: `type_vocab_size`, 2 by default.
     pub types: usize,
+    /// The token whose row the embedding's gradient leaves alone (the decoder's does not): `pad_token_id`, 0 by default; null is none.
+    pub padding: Option<usize>,
     /// Standard deviation of the first weights: `initializer_range`, 0.02 by default.
     pub initializer_range: f64,
     /// Layer normalisation's epsilon: `layer_norm_eps`, 1e-12 by default.
@@ -60,8 +62,9 @@ pub struct Bert {
 
 impl Bert {
     fn read(f: &Fields) -> Result<Bert> {
+        let vocab = f.count("vocab_size", 30522, 1..=i32::MAX as usize)?;
         let bert = Bert {
-            vocab: f.count("vocab_size", 30522, 1..=i32::MAX as usize)?,
+            vocab,
             width: f.count("hidden_size", 768, 1..=1 << 20)?,
             layers: f.count("num_hidden_layers", 12, 1..=MOST_LAYERS)?,
             heads: f.count("num_attention_heads", 12, 1..=1 << 20)?,
@@ -71,6 +74,10 @@ impl Bert {
             attention_dropout: f.dropout("attention_probs_dropout_prob", 0.1)?,
             positions: f.count("max_position_embeddings", 512, 1..=1 << 24)?,
             types: f.count("type_vocab_size", 2, 1..=1 << 20)?,
+            padding: match f.map().get("pad_token_id") {
+                None => Some(0),
+                Some(_) => f.optional_count("pad_token_id", 0..=vocab - 1)?,
+            },
             initializer_range: f.deviation("initializer_range", 0.02)?,
             epsilon: f.epsilon("layer_norm_eps", 1e-12)?,
             given: f.map().clone(),
@@ -111,7 +118,7 @@ impl Bert {
             b.parameter(format!("{name}.token_type_embeddings.weight"), [self.types, self.width], self.normal())?;
         let positions =
             b.parameter(format!("{name}.position_embeddings.weight"), [self.positions, self.width], self.normal())?;
-        let x = b.embedding(ids, words)?;
+        let x = b.embedding_padded(ids, words, self.padding)?;
         let shape = b.shape(x).clone();
         // The first row of a table is added to each token where every token is a sequence of one.
         let tokens = b.reshape(x, [shape.rows(), 1, self.width])?;
@@ -209,6 +216,7 @@ impl Network for Bert {
             "attention_probs_dropout_prob": self.attention_dropout,
             "max_position_embeddings": self.positions,
             "type_vocab_size": self.types,
+            "pad_token_id": self.padding,
             "initializer_range": self.initializer_range,
             "layer_norm_eps": self.epsilon,
         });

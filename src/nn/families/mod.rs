@@ -1,8 +1,10 @@
 //! The families of networks that are built in, by the names that config.json's `model_type` gives them.
 
 pub mod bert;
+mod classes;
 pub mod gpt2;
 pub mod resnet;
+pub mod vit;
 
 use super::Network;
 use super::fields::{Fields, shortened};
@@ -35,7 +37,7 @@ pub(super) struct Family {
 }
 
 /// All families.
-pub(super) const FAMILIES: [Family; 3] = [gpt2::FAMILY, resnet::FAMILY, bert::FAMILY];
+pub(super) const FAMILIES: [Family; 4] = [gpt2::FAMILY, resnet::FAMILY, bert::FAMILY, vit::FAMILY];
 
 /// The family of a `model_type`; messages begin with `whence`.
 pub(super) fn family(name: &str, whence: &str) -> Result<&'static Family> {
