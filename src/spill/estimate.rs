@@ -5,14 +5,16 @@
 use super::memory::{BoundaryTier, Choice};
 use super::model::Model;
 use super::shard::ShardPrograms;
+use super::stand_in::Shards;
 use crate::device::sim::CostModel;
 
 /// Estimated seconds of a training step.
-pub fn estimate_secs(model: &Model, shards: &[ShardPrograms], choice: &Choice, cost: &CostModel) -> f64 {
+pub fn estimate_secs(model: &Model, shards: &Shards, choice: &Choice, cost: &CostModel) -> f64 {
+    let Shards { programs: shards, secs } = shards;
     let (n, m) = (shards.len(), model.microbatches as f64);
     let units: Vec<(usize, f64)> = (0..n.saturating_sub(1))
-        .map(|s| (s, m * shards[s].forward_secs(cost)))
-        .chain((0..n).rev().map(|s| (s, m * shards[s].backward_secs(cost))))
+        .map(|s| (s, m * secs[s][0]))
+        .chain((0..n).rev().map(|s| (s, m * secs[s][1])))
         .collect();
     // Of the wide elements; a bf16 weight and its remainder are as many bytes together.
     let parameter_bytes = (model.layout.parameter_bytes * model.layout.wide_ratio) as f64;

@@ -5,7 +5,9 @@ mod estimate;
 mod memory;
 mod model;
 mod plan;
+mod search;
 mod shard;
+mod stand_in;
 
 pub use cut::{CutRule, balanced, max_fill};
 pub use memory::{ArenaMap, BoundaryTier, Choice, HostMap};
