@@ -121,8 +121,7 @@ pub struct ParameterGradient {
 /// A traced model, and after [`super::differentiate`] its gradient.
 ///
 /// Nodes are in an order in which every input precedes its use: the forward pass layer by layer, up to `forward_nodes`, then the backward
-/// pass from the last layer to the first. Forward nodes'
-/// indices key the random numbers, so they number the whole model whatever the cut.
+/// pass from the last layer to the first. Forward nodes' indices key the random numbers, so they number the whole model whatever the cut.
 #[derive(Clone, Debug, Default)]
 pub struct Graph {
     /// Element type of weights and activations. What is summed up beside them is [`DType::wide`].

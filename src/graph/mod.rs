@@ -18,7 +18,7 @@ mod place;
 mod program;
 mod scratch;
 
-pub use alike::alike;
+pub(crate) use alike::alike;
 pub use builder::{AttentionOptions, Builder};
 pub use cost::{Cost, Family, Work, cost};
 pub use custom::{CUSTOM_OPERANDS, Custom, CustomOp, KernelCall, Kernels, Number};
