@@ -221,9 +221,16 @@ fn row_cases() -> Vec<Case> {
         let bytes = 4.0 * (rows * cols + vocab * cols) as f64;
         cases.push(case(format!("embedding_grad/{name}"), Work::Bytes(bytes), move || {
             let (ids, d_y, mut d_table) = (ids(rows, vocab), values(rows * cols), vec![0f32; vocab * cols]);
-            move || embedding::grad(&mut d_table, &d_y, &ids, false, vocab, cols)
+            move || embedding::grad(&mut d_table, &d_y, &ids, None, false, vocab, cols)
         }));
     }
+    // A class token's place before ViT-Base's patches.
+    let (batch, patches, cols) = (16, 196, 768);
+    let elems = batch * (patches + 1) * cols;
+    cases.push(case("shift/vit_base", Work::Bytes(8.0 * elems as f64), move || {
+        let (x, mut out) = (values(batch * patches * cols), vec![0f32; elems]);
+        move || elementwise::shift(&mut out, &x, 1, batch, patches, patches + 1, cols)
+    }));
     cases
 }
 

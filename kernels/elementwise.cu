@@ -6,10 +6,12 @@
 //                      (Srivastava et al. 2014). The words are those of base/philox.rs: the same elements drop as on the host.
 //   add_position       out[b,t,c] = x[b,t,c] + table[t,c]; x, out (batch, T, C), table (P, C), P >= T; out may be x.
 //   add_position_grad  d_table[t,c] = sum over b, in order, of d_y[b,t,c]; f32; rows from T on get 0; an accumulator is added to.
+//   shift              out[b,t+by,c] = x[b,t,c], 0 where no t gives t + by; x (batch, T, C), out (batch, T', C). Given are plane = T * C,
+//                      out_plane = T' * C and by * C, all in elements.
 // bf16 operands are computed in f32 and rounded once. Every element has one writer and a fixed order, so results do not depend on the
-// grid. add, copy, zero, dropout: blocks of 256 threads, 4 packs of 16 bytes a thread (gpu/pointwise.cuh), one pass.
+// grid. add, copy, zero, dropout, shift: blocks of 256 threads, 4 packs of 16 bytes a thread (gpu/pointwise.cuh), one pass.
 //
-// Bytes an element (f32 / bf16): add 12 / 6, copy 8 / 4 (6 between types), zero 4, dropout 8 / 4, add_position 8 / 4 and the table once,
+// Bytes an element (f32 / bf16): add 12 / 6, copy 8 / 4 (6 between types), shift 8 / 4, zero 4, dropout 8 / 4, add_position 8 / 4 and the table once,
 // add_position_grad 4 / 2 and the table once. All but dropout are loads and stores alone: expected at 90-95 % of the copy rate. Dropout
 // spends ten Philox rounds, some 65 integer instructions, on four elements: at the copy rate of an H200 that takes about half of the
 // integer pipes in f32 and all of them in bf16, so the same share is expected in f32 and about 80 % in bf16.
@@ -53,6 +55,35 @@ extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) zero_f32(float* 
       [=](int64_t i) { out[i] = 0.0f; });
 }
 GPU_EXPORT(zero_f32)
+
+// Elements of x go as they are, so T may be any type of their size.
+template <class T> DEV void shift_rows(T* out, const T* x, int64_t n, int64_t plane, int64_t out_plane, int64_t by) {
+  constexpr int N = FEW<T>;
+  // Where element i of the output comes from, below 0 if from nowhere. A pack comes from one place where all three are multiples of it.
+  auto from = [=](int64_t i) {
+    int64_t b = i / out_plane, e = i - b * out_plane - by;
+    return e >= 0 && e < plane ? b * plane + e : (int64_t)-1;
+  };
+  pointwise<N, 4>(
+      n, aligned_few<N>(out) && aligned_few<N>(x) && plane % N == 0 && out_plane % N == 0 && by % N == 0,
+      [=](int64_t i) {
+        int64_t at = from(i);
+        return at < 0 ? Few<T, N>{} : load_few<N>(x + at);
+      },
+      [=](int64_t i, const Few<T, N>& v) { store_few<N>(out + i, v); },
+      [=](int64_t i) {
+        int64_t at = from(i);
+        out[i] = at < 0 ? from_float<T>(0) : x[at];
+      });
+}
+extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) shift_f32(float* out, const float* x, int64_t n, int64_t plane, int64_t out_plane, int64_t by) {
+  shift_rows(out, x, n, plane, out_plane, by);
+}
+extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) shift_bf16(bf16* out, const bf16* x, int64_t n, int64_t plane, int64_t out_plane, int64_t by) {
+  shift_rows(out, x, n, plane, out_plane, by);
+}
+GPU_EXPORT(shift_f32)
+GPU_EXPORT(shift_bf16)
 
 template <class T> DEV void drop_all(T* out, const T* x, int64_t n, uint32_t limit, float scale, uint32_t stream, const Now* now) {
   constexpr int N = FEW<T>;

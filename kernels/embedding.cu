@@ -1,7 +1,7 @@
 // The embedding: rows of a table picked by token ids, and the gradient that adds rows back.
 //   forward  out[t,:] = table[ids[t],:]; ids (tokens) i32, table (V, C), out (tokens, C).
 //   grad     d_table[v,:] = sum over t with ids[t] = v, in order, of d_y[t,:]; d_y (tokens, C), d_table (V, C) f32. Rows of tokens that do
-//            not occur get 0; where d_table is an accumulator and now->accumulate is set it is added to instead.
+//            not occur, and that of the id `padding`, get 0; where d_table is an accumulator and now->accumulate is set it is added to instead.
 // The gradient first sorts the tokens by id, keeping their order among equals: a radix sort by 8 bits a pass, least significant first, each
 // pass a kernel that counts digits and one that places tokens. Then one kernel notes which ids occur, and the last one does two things. A warp
 // has 16 places of the order and 256 columns: it walks over its tokens' rows of d_y, 4 KB of them on their way, and stores a sum where the id
@@ -62,10 +62,10 @@ constexpr int SORT_ROUNDS = 8;                                // tokens of a lan
 constexpr int SORT_KEYS = SORT_WARPS * SORT_ROUNDS * 32;      // tokens of a block
 constexpr int DIGITS = 256;                                   // values of a digit, one thread each
 
-// What a token sorts by: its id, or past all ids where that is outside the table.
-DEV unsigned sort_key(const int* ids, int token, int table_rows) {
+// What a token sorts by: its id, or past all ids where that is outside the table or the padding's, whose rows are added nowhere.
+DEV unsigned sort_key(const int* ids, int token, int table_rows, unsigned padding) {
   unsigned id = (unsigned)ids[token];
-  return id < (unsigned)table_rows ? id : (unsigned)table_rows;
+  return id < (unsigned)table_rows && id != padding ? id : (unsigned)table_rows;
 }
 // The token in place s of the order so far; at first, the token itself.
 DEV int token_at(const int* order, int s) { return order ? order[s] : s; }
@@ -83,7 +83,7 @@ DEV unsigned lanes_alike(unsigned digit, bool has_token) {
 }
 
 // Walks over a warp's stretch of the block's tokens in order, 32 at a time: visit(token, digit, has_token, alike).
-template <class Visit> DEV void each_key(const int* ids, const int* order, int tokens, int table_rows, int shift, Visit visit) {
+template <class Visit> DEV void each_key(const int* ids, const int* order, int tokens, int table_rows, unsigned padding, int shift, Visit visit) {
   int64_t first = (int64_t)blockIdx.x * SORT_KEYS + threadIdx.x / 32 * (SORT_ROUNDS * 32) + threadIdx.x % 32;
   int token[SORT_ROUNDS];
   unsigned digit[SORT_ROUNDS];
@@ -91,7 +91,7 @@ template <class Visit> DEV void each_key(const int* ids, const int* order, int t
   for (int r = 0; r < SORT_ROUNDS; r++) {
     int64_t s = first + r * 32;
     token[r] = s < tokens ? token_at(order, (int)s) : 0;
-    digit[r] = s < tokens ? sort_key(ids, token[r], table_rows) >> shift & (DIGITS - 1) : 0;
+    digit[r] = s < tokens ? sort_key(ids, token[r], table_rows, padding) >> shift & (DIGITS - 1) : 0;
   }
 #pragma unroll
   for (int r = 0; r < SORT_ROUNDS; r++) {
@@ -101,12 +101,12 @@ template <class Visit> DEV void each_key(const int* ids, const int* order, int t
 }
 
 // Counts the digits of each warp's tokens. Ends with every thread seeing all counts.
-DEV void count_digits(int (&counts)[SORT_WARPS][DIGITS], const int* ids, const int* order, int tokens, int table_rows, int shift) {
+DEV void count_digits(int (&counts)[SORT_WARPS][DIGITS], const int* ids, const int* order, int tokens, int table_rows, unsigned padding, int shift) {
   for (int w = 0; w < SORT_WARPS; w++) counts[w][threadIdx.x] = 0;
   __syncthreads();
   int (&mine)[DIGITS] = counts[threadIdx.x / 32];
   unsigned below = (1u << threadIdx.x % 32) - 1;
-  each_key(ids, order, tokens, table_rows, shift, [&](int, unsigned digit, bool has_token, unsigned alike) {
+  each_key(ids, order, tokens, table_rows, padding, shift, [&](int, unsigned digit, bool has_token, unsigned alike) {
     if (has_token && (alike & below) == 0) mine[digit] += __popc(alike);
     __syncwarp();
   });
@@ -114,9 +114,9 @@ DEV void count_digits(int (&counts)[SORT_WARPS][DIGITS], const int* ids, const i
 }
 
 // counts (blocks, 256): how many of a block's tokens have each digit.
-extern "C" __global__ void __launch_bounds__(DIGITS) embedding_grad_count(int* counts, const int* ids, const int* order, int tokens, int table_rows, int shift) {
+extern "C" __global__ void __launch_bounds__(DIGITS) embedding_grad_count(int* counts, const int* ids, const int* order, int tokens, int table_rows, unsigned padding, int shift) {
   GPU_SHARED(int, by_warp, [SORT_WARPS][DIGITS]);
-  count_digits(by_warp, ids, order, tokens, table_rows, shift);
+  count_digits(by_warp, ids, order, tokens, table_rows, padding, shift);
   int sum = 0;
   for (int w = 0; w < SORT_WARPS; w++) sum += by_warp[w][threadIdx.x];
   counts[(int64_t)blockIdx.x * DIGITS + threadIdx.x] = sum;
@@ -124,10 +124,10 @@ extern "C" __global__ void __launch_bounds__(DIGITS) embedding_grad_count(int* c
 GPU_EXPORT(embedding_grad_count)
 
 // Puts each token into its place by this digit: after all tokens with smaller digits, and after those with the same that come before it.
-extern "C" __global__ void __launch_bounds__(DIGITS) embedding_grad_place(int* placed, const int* counts, const int* ids, const int* order, int tokens, int table_rows, int shift) {
+extern "C" __global__ void __launch_bounds__(DIGITS) embedding_grad_place(int* placed, const int* counts, const int* ids, const int* order, int tokens, int table_rows, unsigned padding, int shift) {
   GPU_SHARED(int, next, [SORT_WARPS][DIGITS]);  // counts by warp, then the place of a warp's next token of each digit
   GPU_SHARED(int, totals, [DIGITS]);
-  count_digits(next, ids, order, tokens, table_rows, shift);
+  count_digits(next, ids, order, tokens, table_rows, padding, shift);
   int before = 0, total = 0;
 #pragma unroll 8
   for (int b = 0; b < (int)gridDim.x; b++) {
@@ -152,7 +152,7 @@ extern "C" __global__ void __launch_bounds__(DIGITS) embedding_grad_place(int* p
   __syncthreads();
   int (&mine)[DIGITS] = next[threadIdx.x / 32];
   unsigned below = (1u << threadIdx.x % 32) - 1;
-  each_key(ids, order, tokens, table_rows, shift, [&](int token, unsigned digit, bool has_token, unsigned alike) {
+  each_key(ids, order, tokens, table_rows, padding, shift, [&](int token, unsigned digit, bool has_token, unsigned alike) {
     int at = mine[digit];
     __syncwarp();
     if (has_token) {
@@ -165,11 +165,11 @@ extern "C" __global__ void __launch_bounds__(DIGITS) embedding_grad_place(int* p
 GPU_EXPORT(embedding_grad_place)
 
 // seen (V): 1 for the ids that occur. The others' stay 0.
-extern "C" __global__ void __launch_bounds__(256) embedding_grad_seen(int* seen, const int* ids, const int* order, int tokens, int table_rows) {
+extern "C" __global__ void __launch_bounds__(256) embedding_grad_seen(int* seen, const int* ids, const int* order, int tokens, int table_rows, unsigned padding) {
   int64_t s = (int64_t)blockIdx.x * 256 + threadIdx.x;
   if (s >= tokens) return;
-  unsigned key = sort_key(ids, order[s], table_rows), outside = (unsigned)table_rows;
-  if (key != outside && (s == 0 || sort_key(ids, order[s - 1], table_rows) != key)) seen[key] = 1;
+  unsigned key = sort_key(ids, order[s], table_rows, padding), outside = (unsigned)table_rows;
+  if (key != outside && (s == 0 || sort_key(ids, order[s - 1], table_rows, padding) != key)) seen[key] = 1;
 }
 GPU_EXPORT(embedding_grad_seen)
 
@@ -180,7 +180,7 @@ constexpr int ZEROED = 32;                        // rows that a block looks at,
 
 // Warp `number` of chunks times groups.
 template <class T, bool WIDE>
-DEV void add_chunk(float* d_table, const T* d_y, const int* ids, const int* order, int64_t number, int tokens, int table_rows, int cols, bool adds) {
+DEV void add_chunk(float* d_table, const T* d_y, const int* ids, const int* order, int64_t number, int tokens, int table_rows, unsigned padding, int cols, bool adds) {
   constexpr int TOKENS_AHEAD = 16 / sizeof(T);   // rows of d_y that a lane has on their way at once: 128 bytes
   int groups = (cols + GROUP - 1) / GROUP, chunk = (int)(number / groups), first = (int)(number - (int64_t)chunk * groups) * GROUP;
   int begin = chunk * CHUNK, end = tokens - begin < CHUNK ? tokens : begin + CHUNK;
@@ -189,7 +189,7 @@ DEV void add_chunk(float* d_table, const T* d_y, const int* ids, const int* orde
   unsigned outside = (unsigned)table_rows;
   // The ids before, in and, last of all, at the end of the chunk: lane l has that of place begin + l - 1.
   int place = begin + lane - 1;
-  unsigned key = place >= 0 && place < end ? sort_key(ids, order[place], table_rows) : ~0u;
+  unsigned key = place >= 0 && place < end ? sort_key(ids, order[place], table_rows, padding) : ~0u;
   unsigned before = __shfl_sync(~0u, key, 0), last = __shfl_sync(~0u, key, end - begin), current = outside;
   begin += __popc(__ballot_sync(~0u, lane > 0 && place < end && key == before));
   if (begin == end) return;
@@ -198,7 +198,7 @@ DEV void add_chunk(float* d_table, const T* d_y, const int* ids, const int* orde
   for (int s = begin;; s += 32) {
     place = s + lane;
     int token = place < tokens ? order[place] : 0;
-    key = place < tokens ? sort_key(ids, token, table_rows) : ~0u;
+    key = place < tokens ? sort_key(ids, token, table_rows, padding) : ~0u;
     int count = __popc(__ballot_sync(~0u, place < tokens && (place < end || key == last)));
 #pragma unroll 1
     for (int k = 0; k < count; k += TOKENS_AHEAD) {
@@ -248,7 +248,7 @@ DEV void zero_rows(float* d_table, const int* seen, int64_t first, int table_row
 
 // `adding` blocks of 8 warps, then those that zero.
 template <class T>
-DEV void add_rows_back(float* d_table, const T* d_y, const int* ids, const int* order, const int* seen, int adding, int tokens, int table_rows, int cols, int accumulator, const Now* now) {
+DEV void add_rows_back(float* d_table, const T* d_y, const int* ids, const int* order, const int* seen, int adding, int tokens, int table_rows, unsigned padding, int cols, int accumulator, const Now* now) {
   bool adds = accumulator && now->accumulate;
   if ((int)blockIdx.x >= adding) {
     if (!adds) zero_rows(d_table, seen, (int64_t)(blockIdx.x - adding) * ZEROED, table_rows, cols);
@@ -256,16 +256,16 @@ DEV void add_rows_back(float* d_table, const T* d_y, const int* ids, const int* 
   }
   int64_t number = (int64_t)blockIdx.x * ROWS + threadIdx.x / 32;
   if (cols % FEW<T> == 0 && aligned_few<FEW<float>>(d_table) && aligned_few<FEW<T>>(d_y)) {
-    add_chunk<T, true>(d_table, d_y, ids, order, number, tokens, table_rows, cols, adds);
+    add_chunk<T, true>(d_table, d_y, ids, order, number, tokens, table_rows, padding, cols, adds);
   } else {
-    add_chunk<T, false>(d_table, d_y, ids, order, number, tokens, table_rows, cols, adds);
+    add_chunk<T, false>(d_table, d_y, ids, order, number, tokens, table_rows, padding, cols, adds);
   }
 }
-extern "C" __global__ void __launch_bounds__(ROWS * 32, GPU_BLOCKS(GPU_HOPPER ? 3 : 2)) embedding_grad_f32(float* d_table, const float* d_y, const int* ids, const int* order, const int* seen, int adding, int tokens, int table_rows, int cols, int accumulator, const Now* now) {
-  add_rows_back(d_table, d_y, ids, order, seen, adding, tokens, table_rows, cols, accumulator, now);
+extern "C" __global__ void __launch_bounds__(ROWS * 32, GPU_BLOCKS(GPU_HOPPER ? 3 : 2)) embedding_grad_f32(float* d_table, const float* d_y, const int* ids, const int* order, const int* seen, int adding, int tokens, int table_rows, unsigned padding, int cols, int accumulator, const Now* now) {
+  add_rows_back(d_table, d_y, ids, order, seen, adding, tokens, table_rows, padding, cols, accumulator, now);
 }
-extern "C" __global__ void __launch_bounds__(ROWS * 32, GPU_BLOCKS(GPU_HOPPER ? 3 : 2)) embedding_grad_bf16(float* d_table, const bf16* d_y, const int* ids, const int* order, const int* seen, int adding, int tokens, int table_rows, int cols, int accumulator, const Now* now) {
-  add_rows_back(d_table, d_y, ids, order, seen, adding, tokens, table_rows, cols, accumulator, now);
+extern "C" __global__ void __launch_bounds__(ROWS * 32, GPU_BLOCKS(GPU_HOPPER ? 3 : 2)) embedding_grad_bf16(float* d_table, const bf16* d_y, const int* ids, const int* order, const int* seen, int adding, int tokens, int table_rows, unsigned padding, int cols, int accumulator, const Now* now) {
+  add_rows_back(d_table, d_y, ids, order, seen, adding, tokens, table_rows, padding, cols, accumulator, now);
 }
 GPU_EXPORT(embedding_grad_f32)
 GPU_EXPORT(embedding_grad_bf16)

@@ -189,6 +189,32 @@ fn a_run_leaves_plan_metrics_trace_and_a_model_that_loads_again() {
 }
 
 #[test]
+fn encoders_are_trained_from_seeded_weights_and_load_again() {
+    let sizes = "hidden_size = 24, num_hidden_layers = 2, num_attention_heads = 3, intermediate_size = 40";
+    for (family, config, data, elems) in [
+        ("bert", "vocab_size = 61, max_position_embeddings = 21", "context = 17", 61 * 24),
+        ("vit", "image_size = 13, patch_size = 4, num_labels = 5", "image = [3, 13, 13]", 5 * 24),
+    ] {
+        let job = Job::new(&format!(
+            "[[model]]\nname = 'm'\nfamily = '{family}'\nconfig = {{ {sizes}, {config} }}\ndata = {{ random = true, {data} }}\nbatch = 4\nmicrobatch = 2\nsteps = 3\n"
+        ));
+        job.hydra(&["plan"]).fine();
+        job.hydra(&["train"]).fine();
+        let rows = read_rows(&job.at("runs/job/m/metrics.jsonl")).expect("rows");
+        assert_eq!(rows.iter().filter(|r| matches!(r, Row::Step(r) if r.loss.is_finite())).count(), 3, "{family}");
+        let saved = hydra::nn::open(&job.at("runs/job/m/model")).expect("the saved model loads");
+        let head = if family == "bert" { "bert.embeddings.word_embeddings.weight" } else { "classifier.weight" };
+        let shape = &saved.form.tensors.iter().find(|t| t.name == head).expect("the head").shape;
+        assert_eq!(saved.tensor(head, shape).expect("values").len(), elems);
+    }
+    let text = GPT
+        .replace("n_layer = 2, n_embd = 32, n_head = 2, n_positions = 16, ", "")
+        .replace("family = \"gpt2\"", "family = \"bert\"")
+        .replace("random = true", "text = 'job.toml', tokenizer = 'bytes', context = 8");
+    Job::new(&text).hydra(&["train"]).bad(&["data.text", "random = true"]);
+}
+
+#[test]
 fn plain_lines_and_validation() {
     let text = "The quick brown fox jumps over the lazy dog. ".repeat(40);
     let model = GPT

@@ -61,3 +61,13 @@ fn resnet_bottleneck() {
 fn resnet_basic() {
     check("resnet-basic");
 }
+
+#[test]
+fn bert() {
+    check("bert");
+}
+
+#[test]
+fn vit() {
+    check("vit");
+}

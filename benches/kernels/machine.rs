@@ -182,8 +182,8 @@ impl Fill {
         // Of n normal scores the logarithm of the summed exponentials is near ln n + 1/2.
         let lse = |n: usize| Fill::Constant((n.max(1) as f32).ln() + 0.5);
         match (&step.op, i) {
-            (Op::Embedding, 0) => Fill::Below(axis(&step.inputs[1], 0)),
-            (Op::EmbeddingGrad, 1) => Fill::Below(axis(out(), 0)),
+            (Op::Embedding { .. }, 0) => Fill::Below(axis(&step.inputs[1], 0)),
+            (Op::EmbeddingGrad { .. }, 1) => Fill::Below(axis(out(), 0)),
             (Op::CrossEntropy | Op::CrossEntropyGrad, 1) => Fill::Below(step.inputs[0].shape.cols() as u64),
             (Op::CrossEntropyGrad, 2) => lse(step.inputs[0].shape.cols()),
             (Op::AttentionGrad(_), 2) => lse(step.inputs[3].shape.axes()[1]),

@@ -132,7 +132,7 @@ pub fn cost(graph: &Graph, node: &Node) -> Cost {
     let touched = node.inputs.iter().chain(&node.outputs);
     let bytes = match node.op {
         // Of the table only the rows that are picked.
-        Op::Embedding => 2 * graph.bytes(node.outputs[0]) + graph.bytes(node.inputs[0]),
+        Op::Embedding { .. } => 2 * graph.bytes(node.outputs[0]) + graph.bytes(node.inputs[0]),
         _ => touched.clone().map(|&v| graph.bytes(v)).sum(),
     };
     let largest = touched.clone().map(|&v| graph.info(v).shape.elems() as u64).max().unwrap_or(0);

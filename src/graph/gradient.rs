@@ -21,9 +21,9 @@ pub(super) fn emit(s: &mut Sweep, op: &Op, inputs: &[Value], outputs: &[Value], 
     }
     let d = d_out.expect("only the loss has no gradient, and its rule is above");
     match op {
-        Op::Embedding => {
+        Op::Embedding { padding } => {
             let table = shape(s, inputs[1]);
-            let d_table = s.push_one(Op::EmbeddingGrad, vec![d, inputs[0]], table);
+            let d_table = s.push_one(Op::EmbeddingGrad { padding: *padding }, vec![d, inputs[0]], table);
             s.contribute(inputs[1], d_table);
         }
         Op::AddPosition => {
@@ -131,6 +131,11 @@ pub(super) fn emit(s: &mut Sweep, op: &Op, inputs: &[Value], outputs: &[Value], 
             axes.iter().enumerate().for_each(|(i, &a)| inverse[a] = i);
             let of: Shape = shape(s, inputs[0]);
             let d_x = s.push_one(Op::Transpose { axes: inverse }, vec![d], of);
+            s.contribute(inputs[0], d_x);
+        }
+        Op::Shift { by } => {
+            let of = shape(s, inputs[0]);
+            let d_x = s.push_one(Op::Shift { by: -by }, vec![d], of);
             s.contribute(inputs[0], d_x);
         }
         Op::Custom(custom) => {

@@ -3,6 +3,7 @@
 use super::kinds::Init;
 use super::op::Op;
 use crate::base::{DType, Shape};
+use std::ops::Range;
 
 /// A tensor in a graph.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -119,8 +120,8 @@ pub struct ParameterGradient {
 
 /// A traced model, and after [`super::differentiate`] its gradient.
 ///
-/// Nodes are in an order in which every input precedes its use. Nodes up to `forward_nodes` are the forward pass; their
-/// indices key the random numbers, so they number the whole model whatever the cut.
+/// Nodes are in an order in which every input precedes its use: the forward pass layer by layer, up to `forward_nodes`, then the backward
+/// pass from the last layer to the first. Forward nodes' indices key the random numbers, so they number the whole model whatever the cut.
 #[derive(Clone, Debug, Default)]
 pub struct Graph {
     /// Element type of weights and activations. What is summed up beside them is [`DType::wide`].
@@ -186,13 +187,23 @@ impl Graph {
         self.parameters.iter().map(|p| p.shape.elems()).sum()
     }
 
-    /// The forward nodes of a layer range.
-    pub fn forward_of(&self, layers: std::ops::Range<usize>) -> impl Iterator<Item = usize> + '_ {
-        (0..self.forward_nodes).filter(move |&n| layers.contains(&self.nodes[n].layer))
+    /// The forward nodes of a layer range, which lie together.
+    pub fn forward_of(&self, layers: Range<usize>) -> Range<usize> {
+        let nodes = &self.nodes[..self.forward_nodes];
+        let before = |layer: usize| nodes.partition_point(|n| n.layer < layer);
+        before(layers.start)..before(layers.end)
     }
 
-    /// The backward nodes of a layer range.
-    pub fn backward_of(&self, layers: std::ops::Range<usize>) -> impl Iterator<Item = usize> + '_ {
-        (self.forward_nodes..self.nodes.len()).filter(move |&n| layers.contains(&self.nodes[n].layer))
+    /// The backward nodes of a layer range, which lie together.
+    pub fn backward_of(&self, layers: Range<usize>) -> Range<usize> {
+        let nodes = &self.nodes[self.forward_nodes..];
+        let from = |layer: usize| self.forward_nodes + nodes.partition_point(|n| n.layer >= layer);
+        from(layers.end)..from(layers.start)
+    }
+
+    /// The gradients of parameters' uses in a layer range, which lie together.
+    pub fn gradients_of(&self, layers: Range<usize>) -> &[ParameterGradient] {
+        let before = |layer: usize| self.parameter_gradients.partition_point(|g| g.layer < layer);
+        &self.parameter_gradients[before(layers.start)..before(layers.end)]
     }
 }

@@ -17,6 +17,8 @@ use std::ops::Range;
 pub struct ModelLayout {
     /// Parameters in flat order.
     pub order: Vec<usize>,
+    /// Parameters that several layers use, in the graph's order.
+    pub shared: Vec<usize>,
     /// Start of each parameter, by its index in the graph.
     pub parameter: Vec<u64>,
     /// Stretch of parameters that each layer owns.
@@ -38,6 +40,7 @@ impl ModelLayout {
     pub fn new(graph: &Graph) -> Self {
         let mut layout = ModelLayout {
             order: Vec::new(),
+            shared: (0..graph.parameters.len()).filter(|&p| graph.parameters[p].layers.len() > 1).collect(),
             parameter: vec![0; graph.parameters.len()],
             layers: Vec::new(),
             parameter_bytes: 0,
@@ -112,7 +115,7 @@ impl ShardLayout {
             shared: Vec::new(),
         };
         for layer in layers.clone() {
-            for (parameter, p) in graph.parameters.iter().enumerate() {
+            for (parameter, p) in model.shared.iter().map(|&p| (p, &graph.parameters[p])) {
                 if p.layers[0] == layer || !p.layers.contains(&layer) {
                     continue;
                 }

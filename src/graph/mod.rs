@@ -2,6 +2,7 @@
 //!
 //! Nothing here launches anything: a graph is data, and a program is data that a device runs.
 
+mod alike;
 mod builder;
 mod cost;
 mod custom;
@@ -17,6 +18,7 @@ mod place;
 mod program;
 mod scratch;
 
+pub(crate) use alike::alike;
 pub use builder::{AttentionOptions, Builder};
 pub use cost::{Cost, Family, Work, cost};
 pub use custom::{CUSTOM_OPERANDS, Custom, CustomOp, KernelCall, Kernels, Number};

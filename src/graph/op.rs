@@ -11,9 +11,15 @@ use crate::base::DType;
 #[derive(Clone, Debug, PartialEq)]
 pub enum Op {
     /// ids (..) i32, table (V, C) -> out (.., C).
-    Embedding,
+    Embedding {
+        /// The id whose row gets no gradient.
+        padding: Option<usize>,
+    },
     /// d_out (.., C), ids (..) -> d_table (V, C).
-    EmbeddingGrad,
+    EmbeddingGrad {
+        /// The id whose row gets 0.
+        padding: Option<usize>,
+    },
     /// x (B, T, C), table (P, C) with P >= T -> out = x + table[..T].
     AddPosition,
     /// d_out (B, T, C) -> d_table (P, C); rows from T on get 0.
@@ -117,6 +123,12 @@ pub enum Op {
         /// Output axis i is input axis `axes[i]`.
         axes: Vec<usize>,
     },
+    /// x (B, T, C) -> out (B, T', C): row t of each sequence becomes row t + `by`, where there is one; rows that none comes to are 0. Its
+    /// gradient is the shift by -`by`, on d_out.
+    Shift {
+        /// Rows down; up where it is negative.
+        by: isize,
+    },
     /// x -> out, copied: where a value must lie in a place of its own.
     Copy,
     /// An embedder's own: its inputs -> its outputs.
@@ -182,8 +194,8 @@ impl Op {
     /// The op's name in messages and tables.
     pub fn name(&self) -> &'static str {
         match self {
-            Op::Embedding => "embedding",
-            Op::EmbeddingGrad => "embedding_grad",
+            Op::Embedding { .. } => "embedding",
+            Op::EmbeddingGrad { .. } => "embedding_grad",
             Op::AddPosition => "add_position",
             Op::AddPositionGrad => "add_position_grad",
             Op::Linear { .. } => "linear",
@@ -216,6 +228,7 @@ impl Op {
             Op::AvgPool(_) => "avg_pool",
             Op::AvgPoolGrad(_) => "avg_pool_grad",
             Op::Transpose { .. } => "transpose",
+            Op::Shift { .. } => "shift",
             Op::Copy => "copy",
             Op::Custom(custom) => custom.0.name(),
             Op::Zero => "zero",
@@ -225,7 +238,7 @@ impl Op {
     /// Whether a forward op's input holds integers: ids, labels, a mask.
     pub fn reads_integers(&self, input: usize) -> bool {
         match self {
-            Op::Embedding => input == 0,
+            Op::Embedding { .. } => input == 0,
             Op::CrossEntropy => input == 1,
             Op::Attention(kind) => kind.masked && input == if kind.packed { 1 } else { 3 },
             _ => false,
@@ -248,7 +261,7 @@ impl Op {
         match self {
             Op::MaxPool(_) if output == 1 => DType::I32,
             Op::CrossEntropy
-            | Op::EmbeddingGrad
+            | Op::EmbeddingGrad { .. }
             | Op::AddPositionGrad
             | Op::LinearGradWeight { .. }
             | Op::LinearGradBias
@@ -288,7 +301,7 @@ impl Op {
     /// Whether the output may be added to what is there, so that it can be a parameter's gradient over microbatches.
     pub fn accumulates(&self, output: usize) -> bool {
         match self {
-            Op::EmbeddingGrad
+            Op::EmbeddingGrad { .. }
             | Op::AddPositionGrad
             | Op::LinearGradWeight { .. }
             | Op::LinearGradBias

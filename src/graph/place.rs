@@ -24,28 +24,31 @@ pub fn place(buffers: &[Lifetime]) -> (Vec<u64>, u64) {
     let mut order: Vec<usize> = (0..buffers.len()).collect();
     order.sort_by_key(|&i| (std::cmp::Reverse(buffers[i].bytes), buffers[i].first, i));
     let mut offsets = vec![0; buffers.len()];
-    let mut placed: Vec<usize> = Vec::new();
+    // Those that have a place, from the lowest to the highest.
+    let mut placed: Vec<(u64, u64, usize)> = Vec::new();
     let mut peak = 0;
     for i in order {
         let buffer = buffers[i];
-        let mut taken: Vec<(u64, u64)> = placed
+        let taken = placed
             .iter()
-            .filter(|&&j| buffers[j].first <= buffer.last && buffer.first <= buffers[j].last && buffers[j].bytes > 0)
-            .map(|&j| (offsets[j], offsets[j] + buffers[j].bytes))
-            .collect();
-        taken.sort_unstable();
-        offsets[i] = tightest_gap(&taken, buffer.bytes);
-        peak = peak.max(offsets[i] + buffer.bytes);
-        placed.push(i);
+            .filter(|&&(_, _, j)| buffers[j].first <= buffer.last && buffer.first <= buffers[j].last)
+            .map(|&(from, to, _)| (from, to));
+        let start = tightest_gap(taken, buffer.bytes);
+        let end = start + buffer.bytes;
+        offsets[i] = start;
+        peak = peak.max(end);
+        if buffer.bytes > 0 {
+            placed.insert(placed.partition_point(|&other| other < (start, end, i)), (start, end, i));
+        }
     }
     (offsets, peak)
 }
 
 /// The start of the smallest gap between the sorted stretches `taken` that holds `bytes`; the end of all when none does.
-fn tightest_gap(taken: &[(u64, u64)], bytes: u64) -> u64 {
+fn tightest_gap(taken: impl Iterator<Item = (u64, u64)>, bytes: u64) -> u64 {
     let mut best: Option<(u64, u64)> = None;
     let mut end = 0;
-    for &(from, to) in taken {
+    for (from, to) in taken {
         let start = align_up(end, ALIGNMENT);
         if start + bytes <= from {
             let room = from - start;

@@ -6,7 +6,7 @@
 //! changes a bit.
 
 use super::cost::{Cost, cost};
-use super::graph::{Graph, Source, Value};
+use super::graph::{Graph, ParameterGradient, Source, Value};
 use super::layout::{ModelLayout, ShardLayout};
 use super::op::Op;
 use super::padding::{padded, padded_cols};
@@ -14,6 +14,7 @@ use super::place::{ALIGNMENT, Lifetime, place};
 use super::scratch::scratch_bytes;
 use crate::base::{DType, Shape, align_up};
 use std::collections::{HashMap, HashSet};
+use std::ops::Range;
 
 /// A stretch of memory that a program addresses from a base of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -176,6 +177,8 @@ struct Slice<'a> {
     /// Nodes to run, each with the instance that it reads and writes.
     sequence: Vec<(usize, u8)>,
     saved: HashMap<Value, u64>,
+    /// Where in the shard's gradients each parameter's gradient is summed up.
+    gradients: HashMap<Value, u64>,
     inputs: Vec<UsedInput>,
     /// Values that get [`padded_cols`] columns where they lie in the workspace.
     padded: HashSet<Value>,
@@ -184,8 +187,11 @@ struct Slice<'a> {
 impl<'a> Slice<'a> {
     fn new(graph: &'a Graph, model: &'a ModelLayout, shard: &'a ShardLayout, kind: Kind) -> Self {
         let layers = shard.layers.clone();
-        let forward: Vec<usize> = graph.forward_of(layers.clone()).collect();
-        let backward: Vec<usize> = graph.backward_of(layers).collect();
+        let (forward, backward) = (graph.forward_of(layers.clone()), graph.backward_of(layers.clone()));
+        let accumulator = |g: &ParameterGradient| {
+            let offset = shard.gradient(model, g.parameter, g.layer).expect("each use has an accumulator");
+            (g.value, offset)
+        };
         let mut slice = Slice {
             graph,
             model,
@@ -193,39 +199,39 @@ impl<'a> Slice<'a> {
             kind,
             sequence: Vec::new(),
             saved: HashMap::new(),
+            gradients: graph.gradients_of(layers).iter().map(accumulator).collect(),
             inputs: Vec::new(),
             padded: padded(graph),
         };
-        let needed = slice.needed_again(&forward, &backward);
+        let needed = slice.needed_again(forward.clone(), backward.clone());
         match kind {
-            Kind::Forward { .. } => slice.sequence.extend(forward.iter().map(|&n| (n, 0))),
+            Kind::Forward { .. } => slice.sequence.extend(forward.clone().map(|n| (n, 0))),
             Kind::Backward { kept } => {
                 if !kept {
                     slice.sequence.extend(needed.iter().map(|&n| (n, 0)));
                 }
-                slice.sequence.extend(backward.iter().map(|&n| (n, 0)));
+                slice.sequence.extend(backward.clone().map(|n| (n, 0)));
             }
             Kind::Last { recompute } => {
-                slice.sequence.extend(forward.iter().map(|&n| (n, 0)));
+                slice.sequence.extend(forward.clone().map(|n| (n, 0)));
                 let again = u8::from(recompute);
                 if recompute {
                     slice.sequence.extend(needed.iter().map(|&n| (n, 1)));
                 }
-                slice.sequence.extend(backward.iter().map(|&n| (n, again)));
+                slice.sequence.extend(backward.clone().map(|n| (n, again)));
             }
         }
         if matches!(kind, Kind::Forward { keep: true } | Kind::Backward { kept: true }) {
-            slice.place_saved(&forward, &backward);
+            slice.place_saved(forward, backward);
         }
         slice
     }
 
     /// The forward nodes that must run again for `backward`, in order.
-    fn needed_again(&self, forward: &[usize], backward: &[usize]) -> Vec<usize> {
-        let mut wanted: HashSet<Value> =
-            backward.iter().flat_map(|&n| &self.graph.nodes[n].inputs).map(|&v| self.graph.root(v)).collect();
+    fn needed_again(&self, forward: Range<usize>, backward: Range<usize>) -> Vec<usize> {
+        let mut wanted = self.read_by(backward);
         let mut needed = Vec::new();
-        for &n in forward.iter().rev() {
+        for n in forward.rev() {
             let node = &self.graph.nodes[n];
             if !node.op.has_side_effect() && node.outputs.iter().any(|v| wanted.contains(v)) {
                 wanted.extend(node.inputs.iter().map(|&v| self.graph.root(v)));
@@ -237,17 +243,22 @@ impl<'a> Slice<'a> {
     }
 
     /// Gives an offset in the saved area to each value that passes from forward to backward.
-    fn place_saved(&mut self, forward: &[usize], backward: &[usize]) {
+    fn place_saved(&mut self, forward: Range<usize>, backward: Range<usize>) {
+        let read = self.read_by(backward);
         let mut end = 0;
-        for &n in forward {
+        for n in forward {
             for &value in &self.graph.nodes[n].outputs {
-                let read = |b: &usize| self.graph.nodes[*b].inputs.iter().any(|&v| self.graph.root(v) == value);
-                if backward.iter().any(read) {
+                if read.contains(&value) {
                     self.saved.insert(value, end);
                     end += align_up(self.graph.bytes(value), ALIGNMENT);
                 }
             }
         }
+    }
+
+    /// The values that some of `nodes` read.
+    fn read_by(&self, nodes: Range<usize>) -> HashSet<Value> {
+        self.graph.nodes[nodes].iter().flat_map(|node| &node.inputs).map(|&v| self.graph.root(v)).collect()
     }
 
     /// Where a value lies outside the workspace, if it does.
@@ -286,9 +297,7 @@ impl<'a> Slice<'a> {
         if graph.input_gradients[layers.start] == Some(value) {
             return Some((Area::GradientOut, 0));
         }
-        let own = graph.parameter_gradients.iter().find(|g| g.value == value)?;
-        let offset = self.shard.gradient(self.model, own.parameter, own.layer).expect("each use has an accumulator");
-        Some((Area::Gradients, offset))
+        self.gradients.get(&value).map(|&offset| (Area::Gradients, offset))
     }
 
     /// Offset of an input of the batch, which is given one when it is first asked for.

@@ -159,7 +159,7 @@ pub fn scratch_bytes(graph: &Graph, node: &Node) -> u64 {
         }
         Op::LinearGradWeight { .. } => product_bytes(dtype, output(0).rows(), output(0).cols(), input(0).rows()),
         Op::LinearGradBias => column_sum_bytes(input(0).rows(), input(0).cols()),
-        Op::EmbeddingGrad => {
+        Op::EmbeddingGrad { .. } => {
             let table = &graph.info(node.outputs[0]).shape;
             EmbeddingSort::new(input(1).elems(), table.rows()).bytes()
         }

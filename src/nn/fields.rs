@@ -104,6 +104,16 @@ impl<'a> Fields<'a> {
         self.number(key, default, "a number from 0 to below 1", |p| (0.0..1.0).contains(&p))
     }
 
+    /// A standard deviation of first weights.
+    pub fn deviation(&self, key: &'static str, default: f64) -> Result<f64> {
+        self.number(key, default, "a number from 0 to 1000", |r| (0.0..=1000.0).contains(&r))
+    }
+
+    /// What a normalisation adds to the variance.
+    pub fn epsilon(&self, key: &'static str, default: f64) -> Result<f64> {
+        self.number(key, default, "a number above 0, up to 1", |e| e > 0.0 && e <= 1.0)
+    }
+
     /// True or false.
     pub fn flag(&self, key: &'static str, default: bool) -> Result<bool> {
         self.refuse_null(key)?;

@@ -110,7 +110,7 @@ impl Pretrained {
             if self.form.counters.iter().any(|counter| counter == name) {
                 let count = self.count(entry)?;
                 self.counts.insert(name.to_string(), count);
-            } else if let Some((_, table)) = family.tied.filter(|&(head, _)| head == name) {
+            } else if let Some((_, table)) = family.tied.iter().find(|&&(head, _)| head == name) {
                 self.check_tied(entry, table)?;
             } else if !(family.is_buffer)(name) {
                 unexpected.push(entry);

@@ -3,7 +3,7 @@
 //! None holds weights; a layer is a description that is traced and forgotten.
 
 use crate::base::Result;
-use crate::graph::{Activation, Builder, Init, Value, WeightLayout};
+use crate::graph::{Activation, AttentionOptions, Builder, Init, Value, WeightLayout};
 
 /// Batch normalisation's epsilon and the running statistics' share of the new value: torch's defaults.
 const BATCHNORM: (f64, f64) = (1e-5, 0.1);
@@ -24,6 +24,11 @@ pub struct Linear {
 }
 
 impl Linear {
+    /// As torch's `nn.Linear` lies in its file, (N, K), with a bias from 0.
+    pub fn new(outputs: usize, weight: Init, activation: Activation) -> Linear {
+        Linear { outputs, layout: WeightLayout::OutIn, weight, bias: Some(Init::Constant(0.0)), activation }
+    }
+
     /// Traces the layer.
     ///
     /// # Errors
@@ -49,6 +54,25 @@ pub fn layernorm(b: &mut Builder, x: Value, name: &str, epsilon: f64) -> Result<
     let weight = b.parameter(format!("{name}.weight"), [width], Init::Constant(1.0))?;
     let bias = b.parameter(format!("{name}.bias"), [width], Init::Constant(0.0))?;
     b.layernorm(x, weight, bias, epsilon)
+}
+
+/// Attention of `x` (B, T, C) over itself -> (B, T, C), with `linear` as each of `{name}.query`, `{name}.key` and `{name}.value`, as BERT
+/// and its kin have it; `mask` (B, T) is 1 where a key may be seen.
+///
+/// # Errors
+/// When a parameter is there with another shape, or the heads do not divide the width.
+pub fn self_attention(
+    b: &mut Builder,
+    x: Value,
+    name: &str,
+    linear: Linear,
+    mask: Option<Value>,
+    options: AttentionOptions,
+) -> Result<Value> {
+    let q = linear.trace(b, x, &format!("{name}.query"))?;
+    let k = linear.trace(b, x, &format!("{name}.key"))?;
+    let v = linear.trace(b, x, &format!("{name}.value"))?;
+    b.attention(q, k, v, mask, options)
 }
 
 /// Rows of `{name}.weight` (V, C) at `ids` (..) -> (.., C).

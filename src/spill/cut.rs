@@ -16,35 +16,59 @@ pub enum CutRule {
 /// Cuts layers of the given weights into exactly `shards` stretches such that the heaviest is as light as can be; among those, each
 /// stretch from the front takes as little as it may. `shards` is clamped to 1..=layers.
 pub fn balanced(weights: &[f64], shards: usize) -> Vec<Range<usize>> {
-    let layers = weights.len();
-    let shards = shards.clamp(1, layers.max(1));
-    let mut sums = vec![0.0; layers + 1];
-    for (i, w) in weights.iter().enumerate() {
-        sums[i + 1] = sums[i] + w;
-    }
-    // best[k][i]: the heaviest stretch when the layers from i on are cut into k.
-    let mut best = vec![vec![f64::INFINITY; layers + 1]; shards + 1];
-    let mut first_end = vec![vec![layers; layers + 1]; shards + 1];
-    best[0][layers] = 0.0;
-    for k in 1..=shards {
-        for i in 0..layers {
-            for end in i + 1..=layers - (k - 1).min(layers - i - 1) {
-                let heaviest = (sums[end] - sums[i]).max(best[k - 1][end]);
-                if heaviest < best[k][i] {
-                    best[k][i] = heaviest;
-                    first_end[k][i] = end;
+    Balanced::new(weights, shards).cut(shards)
+}
+
+/// The cuts that [`balanced`] makes into any number of shards up to some, which are found together.
+#[derive(Clone, Debug)]
+pub struct Balanced {
+    /// `[k][i]`: where the first stretch ends when the layers from i on are cut into k.
+    first_end: Vec<Vec<usize>>,
+    layers: usize,
+}
+
+impl Balanced {
+    /// For up to `most` shards.
+    pub fn new(weights: &[f64], most: usize) -> Balanced {
+        let layers = weights.len();
+        let most = most.clamp(1, layers.max(1));
+        let mut sums = vec![0.0; layers + 1];
+        for (i, w) in weights.iter().enumerate() {
+            sums[i + 1] = sums[i] + w;
+        }
+        let mut first_end = vec![vec![layers; layers + 1]; most + 1];
+        // The heaviest stretch when the layers from i on are cut into k - 1, and into k.
+        let mut before = vec![f64::INFINITY; layers + 1];
+        before[layers] = 0.0;
+        for (k, first_end) in first_end.iter_mut().enumerate().skip(1) {
+            let mut best = vec![f64::INFINITY; layers + 1];
+            for i in 0..layers {
+                for end in i + 1..=layers - (k - 1).min(layers - i - 1) {
+                    let heaviest = (sums[end] - sums[i]).max(before[end]);
+                    if heaviest < best[i] {
+                        best[i] = heaviest;
+                        first_end[i] = end;
+                    }
                 }
             }
+            before = best;
         }
+        Balanced { first_end, layers }
     }
-    let mut cut = Vec::new();
-    let mut at = 0;
-    for k in (1..=shards).rev() {
-        let end = first_end[k][at];
-        cut.push(at..end);
-        at = end;
+
+    /// The cut into `shards`, which is clamped to what there is.
+    pub fn cut(&self, shards: usize) -> Vec<Range<usize>> {
+        let mut at = 0;
+        let shards = shards.clamp(1, self.first_end.len() - 1);
+        let ends = (1..=shards).rev().map(|k| {
+            let start = at;
+            at = self.first_end[k][at];
+            start..at
+        });
+        let cut = ends.collect();
+        debug_assert_eq!(at, self.layers);
+        cut
     }
-    cut
 }
 
 /// Fills each shard with layers until one more would exceed `capacity` by `bytes(range)`; `None` when a single layer does.

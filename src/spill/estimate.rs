@@ -5,14 +5,16 @@
 use super::memory::{BoundaryTier, Choice};
 use super::model::Model;
 use super::shard::ShardPrograms;
+use super::stand_in::Shards;
 use crate::device::sim::CostModel;
 
 /// Estimated seconds of a training step.
-pub fn estimate_secs(model: &Model, shards: &[ShardPrograms], choice: &Choice, cost: &CostModel) -> f64 {
+pub fn estimate_secs(model: &Model, shards: &Shards, choice: &Choice, cost: &CostModel) -> f64 {
+    let Shards { programs: shards, secs } = shards;
     let (n, m) = (shards.len(), model.microbatches as f64);
     let units: Vec<(usize, f64)> = (0..n.saturating_sub(1))
-        .map(|s| (s, m * shards[s].forward_secs(cost)))
-        .chain((0..n).rev().map(|s| (s, m * shards[s].backward_secs(cost))))
+        .map(|s| (s, m * secs[s][0]))
+        .chain((0..n).rev().map(|s| (s, m * secs[s][1])))
         .collect();
     // Of the wide elements; a bf16 weight and its remainder are as many bytes together.
     let parameter_bytes = (model.layout.parameter_bytes * model.layout.wide_ratio) as f64;
@@ -77,14 +79,15 @@ fn boundary_secs(model: &Model, shards: &[ShardPrograms], choice: &Choice, cost:
 /// lane decides. A little of the other lanes is added, since not everything can be hidden.
 pub fn estimate_anywhere_secs(
     model: &Model,
-    shards: &[ShardPrograms],
+    shards: &Shards,
     choice: &Choice,
     moments: usize,
     devices: usize,
     cost: &CostModel,
 ) -> f64 {
+    let Shards { programs: shards, secs } = shards;
     let (n, m) = (shards.len(), model.microbatches as f64);
-    let mut compute: f64 = shards.iter().map(|s| m * s.step_secs(cost)).sum();
+    let mut compute: f64 = secs.iter().map(|[forward, backward]| m * (forward + backward)).sum();
     let boundaries: f64 = shards.iter().map(|s| s.boundary_bytes as f64).sum::<f64>() * m;
     let weights: f64 = shards.iter().map(|s| s.fetch_bytes() as f64).sum();
     let last = shards[n - 1].fetch_bytes() as f64;

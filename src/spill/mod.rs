@@ -8,7 +8,9 @@ mod fleet_plan;
 mod memory;
 mod model;
 mod plan;
+mod search;
 mod shard;
+mod stand_in;
 
 pub use baselines::{Baseline, Lined, place_baseline};
 pub use cut::{CutRule, balanced, max_fill};

@@ -1,18 +1,15 @@
 //! The plan: the cut, what stays on the device, what is recomputed; the fastest by a cost model among those that fit the budgets.
 //!
-//! The search tries every number of shards with each cut rule, and for each the few ways to place state that are worth having. A plan
-//! never decides a bit of the result, only time and bytes.
+//! A plan never decides a bit of the result, only time and bytes.
 
-use super::cut::{CutRule, balanced, max_fill};
-use super::estimate::{estimate_anywhere_secs, estimate_secs};
-use super::fleet::anywhere_map;
-use super::memory::{ArenaMap, BoundaryTier, Choice, HostMap, arena_map, host_map};
+use super::cut::CutRule;
+use super::memory::{ArenaMap, Choice, HostMap};
 use super::model::Model;
+use super::search::Search;
 use super::shard::ShardPrograms;
 use crate::base::{Error, Result, align_up, format_bytes};
 use crate::device::sim::CostModel;
 use crate::graph::ALIGNMENT;
-use std::collections::HashSet;
 use std::ops::Range;
 
 /// Whether a shard's forward is computed again in its backward.
@@ -109,16 +106,13 @@ impl Plan {
         if options.slots == 0 {
             return Err(Error::bad("slots is 0; at least 1 is needed"));
         }
-        let mut search = Search { model, options, cost, best: None, smallest: None };
-        // The cuts must not depend on what was measured this time, or the smallest budget would change from run to run.
-        for cut in cuts(model, options, &CostModel::stated(1e11, 2e10, 1e10))? {
-            search.try_cut(&cut);
-        }
+        let mut search = Search::new(model, options, cost);
+        search.run()?;
         let smallest =
             search.smallest.expect("every model has the cut into its layers, and each cut a smallest choice");
         match search.best {
-            Some(mut plan) => {
-                plan.smallest_device_bytes = smallest.arena.bytes;
+            Some(best) => {
+                let plan = best.plan(model, options, smallest.arena.bytes);
                 if let Some(budget) = options.host_budget
                     && plan.host.bytes > budget
                 {
@@ -134,7 +128,10 @@ impl Plan {
                 }
                 Ok(plan)
             }
-            None => Err(refusal(&smallest, options)),
+            None => {
+                let needs = smallest.arena.bytes;
+                Err(refusal(&smallest.plan(model, options, needs), options))
+            }
         }
     }
 
@@ -185,227 +182,6 @@ impl Plan {
         ];
         rows.retain(|&(_, bytes)| bytes > 0 || n == 0);
         rows
-    }
-}
-
-/// The cuts to try, each once.
-fn cuts(model: &Model, options: &PlanOptions, cost: &CostModel) -> Result<Vec<Vec<Range<usize>>>> {
-    let layers = model.layers();
-    if let Some(cut) = &options.cut {
-        let whole = cut.first().is_some_and(|r| r.start == 0) && cut.last().is_some_and(|r| r.end == layers);
-        if !whole || cut.iter().any(|r| r.is_empty()) || cut.windows(2).any(|w| w[0].end != w[1].start) {
-            return Err(Error::bad(format!("the cut {cut:?} does not divide {layers} layers")));
-        }
-        return Ok(vec![cut.clone()]);
-    }
-    let single: Vec<ShardPrograms> = (0..layers).map(|l| ShardPrograms::new(model, l..l + 1, false, false)).collect();
-    let secs: Vec<f64> = single.iter().map(|s| s.forward_secs(cost) + s.backward_secs(cost)).collect();
-    let bytes: Vec<f64> = single.iter().map(|s| s.layout.weight_bytes as f64).collect();
-    let mut seen = HashSet::new();
-    let mut cuts = Vec::new();
-    // Every count up to 16, then about ten in each doubling: more shards than that differ little.
-    let counts = (1..=layers).filter(|&n| n <= 16 || n == layers || n % (n.ilog2() as usize * n / 64).max(1) == 0);
-    for n in counts {
-        let mut add = |cut: Vec<Range<usize>>| {
-            if seen.insert(cut.clone()) {
-                cuts.push(cut);
-            }
-        };
-        match options.rule {
-            Some(CutRule::BalancedSecs) => add(balanced(&secs, n)),
-            Some(CutRule::BalancedBytes) => add(balanced(&bytes, n)),
-            Some(CutRule::MaxFill) => {
-                // The largest shard of n layers-worth: capacity is what a shard of the heaviest n-th holds.
-                let capacity = (bytes.iter().sum::<f64>() / n as f64).max(bytes.iter().copied().fold(0.0, f64::max));
-                let of = |r: Range<usize>| bytes[r].iter().sum::<f64>() as u64;
-                max_fill(layers, capacity as u64, of).into_iter().for_each(&mut add);
-            }
-            None => {
-                add(balanced(&secs, n));
-                add(balanced(&bytes, n));
-            }
-        }
-    }
-    Ok(cuts)
-}
-
-struct Search<'a> {
-    model: &'a Model,
-    options: &'a PlanOptions,
-    cost: &'a CostModel,
-    best: Option<Plan>,
-    smallest: Option<Plan>,
-}
-
-impl Search<'_> {
-    fn try_cut(&mut self, cut: &[Range<usize>]) {
-        let n = cut.len();
-        let twice = self.options.recompute == Recompute::Always;
-        let build = |keep: bool| -> Vec<ShardPrograms> {
-            cut.iter().map(|r| ShardPrograms::new(self.model, r.clone(), keep, twice)).collect()
-        };
-        if let Some(keep) = &self.options.kept {
-            let of = |s: usize| keep.get(s).copied().unwrap_or(false);
-            let shards: Vec<ShardPrograms> =
-                cut.iter().enumerate().map(|(s, r)| ShardPrograms::new(self.model, r.clone(), of(s), twice)).collect();
-            for choice in self.choices(n) {
-                self.offer(shards.clone(), &choice);
-            }
-            return;
-        }
-        if self.options.anywhere.is_some() {
-            if self.options.recompute != Recompute::Never || n == 1 {
-                let shards = build(false);
-                self.choices_anywhere().iter().for_each(|choice| self.offer(shards.clone(), choice));
-            }
-            return;
-        }
-        let kept = (self.options.recompute != Recompute::Always).then(|| build(true));
-        let again = (self.options.recompute != Recompute::Never || n == 1).then(|| build(false));
-        for choice in self.choices(n) {
-            match (&kept, &again) {
-                (Some(kept), Some(again)) => {
-                    self.offer(again.clone(), &choice);
-                    self.offer(kept.clone(), &choice);
-                    self.offer_mixed(kept, again, &choice);
-                }
-                (Some(only), None) | (None, Some(only)) => self.offer(only.clone(), &choice),
-                (None, None) => unreachable!("each way to recompute builds one of the two"),
-            }
-        }
-    }
-
-    /// The ways to place state that are worth trying for a cut into `n`, smallest first.
-    fn choices(&self, n: usize) -> Vec<Choice> {
-        let (slots, microbatches) = (self.options.slots.min(n), self.model.microbatches);
-        let deep = slots > 1;
-        let mut choices = Vec::new();
-        for resident in [false, true] {
-            let lone = self.model.layers() == 1;
-            let pointless = !resident && n == 1 && !lone && self.options.resident.is_none();
-            if self.options.resident.is_some_and(|r| r != resident) || pointless {
-                continue;
-            }
-            for stay in [false, true] {
-                if self.options.boundaries_stay.is_some_and(|s| s != stay) {
-                    continue;
-                }
-                let tier = |entries| if stay { BoundaryTier::Device } else { BoundaryTier::Host { entries } };
-                // Single entries leave no room to copy beside the arithmetic: small, and only for small budgets.
-                let depths: &[(usize, usize, usize, usize)] =
-                    if !deep { &[(1, 2, 2, 1)] } else { &[(1, 2, 2, 1), (1, 3, 3, 2), (2, 3, 3, 2)] };
-                for &(gradient_slots, activations, gradients, input_entries) in depths {
-                    choices.push(Choice {
-                        resident,
-                        slots,
-                        gradient_slots: gradient_slots.min(n),
-                        activations: tier(activations),
-                        gradients: tier(gradients.min(microbatches + 1)),
-                        input_entries,
-                        updates_on_device: false,
-                        crosses: self.options.crosses,
-                        pipelined: self.options.pipelined,
-                    });
-                }
-            }
-        }
-        choices
-    }
-
-    /// The ways for a model whose shards run anywhere, smallest first.
-    fn choices_anywhere(&self) -> Vec<Choice> {
-        let slots = self.options.slots;
-        let depths: &[(usize, usize, usize, usize)] =
-            if slots == 1 { &[(1, 2, 2, 1)] } else { &[(1, 2, 2, 1), (1, 3, 3, 2), (2, 3, 3, 2)] };
-        let of = |updates_on_device: bool| {
-            depths.iter().map(move |&(gradient_slots, activations, gradients, input_entries)| Choice {
-                resident: false,
-                slots,
-                gradient_slots,
-                activations: BoundaryTier::Host { entries: activations },
-                gradients: BoundaryTier::Host { entries: gradients },
-                input_entries,
-                updates_on_device,
-                crosses: false,
-                pipelined: false,
-            })
-        };
-        let on_device = if self.options.clips { None } else { Some(of(true)) };
-        of(false).chain(on_device.into_iter().flatten()).collect()
-    }
-
-    fn plan(&self, shards: Vec<ShardPrograms>, choice: &Choice) -> Plan {
-        let moments = self.options.moments;
-        let host = host_map(self.model, &shards, choice, moments);
-        let (arena, estimated_secs) = match self.options.anywhere {
-            None => {
-                (arena_map(self.model, &shards, choice, moments), estimate_secs(self.model, &shards, choice, self.cost))
-            }
-            Some(devices) => (
-                anywhere_map(self.model, &shards, choice, moments),
-                estimate_anywhere_secs(self.model, &shards, choice, moments, devices, self.cost),
-            ),
-        };
-        Plan {
-            arena,
-            host,
-            choice: choice.clone(),
-            moments: self.options.moments,
-            smallest_device_bytes: 0,
-            estimated_secs,
-            shards,
-        }
-    }
-
-    fn fits(&self, plan: &Plan) -> bool {
-        self.options.device_budget.is_none_or(|budget| plan.arena.bytes <= budget)
-    }
-
-    /// Keeps a plan if it is the best so far. What fits whole is left at rest, with the fewest shards; else the fastest wins, and among
-    /// equals the one with fewer shards, then fewer bytes.
-    fn offer(&mut self, shards: Vec<ShardPrograms>, choice: &Choice) {
-        let plan = self.plan(shards, choice);
-        if self.smallest.as_ref().is_none_or(|s| plan.arena.bytes < s.arena.bytes) {
-            self.smallest = Some(plan.clone());
-        }
-        let rank = |p: &Plan| {
-            let recomputes = p.shards[..p.shards.len() - 1].iter().any(|s| !s.kept);
-            let at_rest = p.choice.resident && (!recomputes || self.options.recompute == Recompute::Always);
-            (!at_rest, if at_rest { p.shards.len() } else { 0 })
-        };
-        let better = |best: &Plan| {
-            // Estimates this close are the same.
-            let apart = plan.estimated_secs / best.estimated_secs.max(1e-12) - 1.0;
-            let by_secs = if apart.abs() < 1e-3 { std::cmp::Ordering::Equal } else { apart.total_cmp(&0.0) };
-            let by_size = (plan.shards.len(), plan.arena.bytes).cmp(&(best.shards.len(), best.arena.bytes));
-            rank(&plan).cmp(&rank(best)).then(by_secs).then(by_size).is_lt()
-        };
-        if self.fits(&plan) && self.best.as_ref().is_none_or(better) {
-            self.best = Some(plan);
-        }
-    }
-
-    /// Keeps the activations of as many shards as fit, those first that save most seconds a byte.
-    fn offer_mixed(&mut self, kept: &[ShardPrograms], again: &[ShardPrograms], choice: &Choice) {
-        let Some(budget) = self.options.device_budget else { return };
-        let whole = arena_map(self.model, kept, choice, self.options.moments).bytes;
-        if whole <= budget || arena_map(self.model, again, choice, self.options.moments).bytes > budget {
-            return;
-        }
-        let worth = |s: usize| {
-            let saved = kept[s].forward.as_ref().map_or(0, |p| p.bytes(crate::graph::Area::Saved)).max(1);
-            (again[s].backward_secs(self.cost) - kept[s].backward_secs(self.cost)) / saved as f64
-        };
-        let mut order: Vec<usize> = (0..kept.len().saturating_sub(1)).collect();
-        order.sort_by(|&a, &b| worth(b).total_cmp(&worth(a)).then(b.cmp(&a)));
-        let mut mixed = again.to_vec();
-        for s in order {
-            mixed[s] = kept[s].clone();
-            if arena_map(self.model, &mixed, choice, self.options.moments).bytes > budget {
-                mixed[s] = again[s].clone();
-            }
-        }
-        self.offer(mixed, choice);
     }
 }
 

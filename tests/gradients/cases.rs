@@ -387,6 +387,13 @@ fn shapes(t: &mut Table) {
         let sum = s.b.add(x, y)?;
         s.b.reshape(sum, [5, 6])
     });
+    for (by, rows) in [(1, 32), (0, 1), (-3, 33), (2, 40), (-31, 3), (5, 0)] {
+        t.add(format!("shift by {by} to {rows} rows"), move |s| {
+            let x = s.leaf("x", [3, 31, 5])?;
+            s.b.shift(x, by, rows)
+        })
+        .flat = by == -31 || rows == 0;
+    }
     t.add("transpose that is a view", |s| {
         let (x, y) = (s.leaf("x", [3, 1, 5])?, s.leaf("y", [3, 1, 5])?);
         let sum = s.b.add(x, y)?;

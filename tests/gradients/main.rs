@@ -156,7 +156,7 @@ const FAMILIES: [&[&str]; 8] = [
     &["attention"],
     &["cross_entropy"],
     &["conv2d", "max_pool", "avg_pool", "global_avg_pool"],
-    &["reshape", "transpose", "parameter"],
+    &["reshape", "transpose", "shift", "parameter"],
 ];
 
 #[test]

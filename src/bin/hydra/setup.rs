@@ -267,6 +267,9 @@ impl Recipe {
             _ => 0.0,
         };
         match &self.data {
+            Data::Text { .. } if network.labels().vocab.is_some() && !network.labels().shift => Err(Error::bad(
+                "data.text: labels each token by the next one, which is not what the model learns; write batches, or random = true",
+            )),
             Data::Text { paths, context, .. } => {
                 let tokenizer = data::Tokenizer::Bytes;
                 let options = |paths: &[_], valid_fraction| TextOptions {
@@ -335,7 +338,8 @@ fn random(
         tensors.push((input.name, input.dtype, Shape::new(axes)));
     }
     let label = match tensors.first() {
-        Some((_, _, shape)) if labels.shift => shape.clone(),
+        // Where the classes are the tokens, each token has a label.
+        Some((_, _, shape)) if labels.vocab == Some(labels.classes) => shape.clone(),
         _ => Shape::default(),
     };
     tensors.push((names::LABELS.into(), DType::I32, label));

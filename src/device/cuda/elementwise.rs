@@ -87,6 +87,19 @@ pub(super) fn add_position_grad(q: &mut Queue, o: &Operands) -> Result<()> {
     q.launch(launch.long(batch).long(positions * cols).long(elems).int(o.accumulator(0)).ptr(q.now))
 }
 
+/// `out (B, T', C)[b, t + by] = x (B, T, C)[b, t]`; rows that none comes to are 0.
+pub(super) fn shift(q: &mut Queue, o: &Operands, by: isize) -> Result<()> {
+    let (&[_, positions, cols], &[_, rows, _]) = (o.in_axes(0), o.out_axes(0)) else {
+        unreachable!("checked by the builder")
+    };
+    // Beyond all rows it does not matter how far.
+    let by = by.clamp(-(positions as isize), rows as isize) * cols as isize;
+    let (dtype, elems) = (o.out_dtype(0), o.out_elems(0));
+    let launch = pointwise(pick(dtype, "shift_f32", "shift_bf16"), elems, dtype).ptr(o.output(0)).ptr(o.input(0));
+    // A number below 0 goes as its two's complement, which the kernel reads as it was.
+    q.launch(launch.long(elems).long(positions * cols).long(rows * cols).long(by as usize))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -15,8 +15,8 @@ use crate::graph::Op;
 /// When a size is beyond what kernels take, or the device has failed.
 pub(super) fn launch_step(q: &mut Queue, o: &Operands) -> Result<()> {
     match &o.step.op {
-        Op::Embedding => embedding::forward(q, o),
-        Op::EmbeddingGrad => embedding::grad(q, o),
+        Op::Embedding { .. } => embedding::forward(q, o),
+        Op::EmbeddingGrad { padding } => embedding::grad(q, o, *padding),
         Op::AddPosition => elementwise::add_position(q, o),
         Op::AddPositionGrad => elementwise::add_position_grad(q, o),
         Op::Linear { activation, layout } => linear::forward(q, o, *activation, *layout),
@@ -49,6 +49,7 @@ pub(super) fn launch_step(q: &mut Queue, o: &Operands) -> Result<()> {
         Op::AvgPool(window) => pool::avg_forward(q, o, window),
         Op::AvgPoolGrad(window) => pool::avg_grad(q, o, window),
         Op::Transpose { axes } => transpose::transpose(q, o, axes),
+        Op::Shift { by } => elementwise::shift(q, o, *by),
         Op::Custom(op) => custom::launch(q, o, op.0.as_ref()),
         Op::Copy => elementwise::copy(q, o),
         Op::Zero => elementwise::zero(q, o),

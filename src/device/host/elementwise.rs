@@ -139,9 +139,50 @@ pub fn add_position_grad<T: Real>(
     });
 }
 
+/// `out[b, t + by, :] = x[b, t, :]`; rows that none comes to are 0. Sizes: x (batch, T, cols), out (batch, rows, cols).
+///
+/// # Panics
+/// When a length does not fit the sizes.
+pub fn shift<T: Real>(out: &mut [T], x: &[T], by: isize, batch: usize, positions: usize, rows: usize, cols: usize) {
+    expect_len("shift", "out", out.len(), batch * rows * cols);
+    expect_len("shift", "x", x.len(), batch * positions * cols);
+    if out.is_empty() {
+        return;
+    }
+    out.par_chunks_mut(rows * cols).enumerate().for_each(|(b, out)| {
+        for (t, out) in out.chunks_exact_mut(cols).enumerate() {
+            match t.checked_add_signed(by.saturating_neg()).filter(|&from| from < positions) {
+                Some(from) => out.copy_from_slice(&x[(b * positions + from) * cols..][..cols]),
+                None => out.fill(T::ZERO),
+            }
+        }
+    });
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rows_are_shifted_and_what_is_left_is_zero() {
+        let x: Vec<f32> = (1..=12).map(|i| i as f32).collect();
+        for (by, rows, want) in [
+            (1, 4, vec![0, 0, 1, 2, 3, 4, 5, 6, 0, 0, 7, 8, 9, 10, 11, 12]),
+            (0, 1, vec![1, 2, 7, 8]),
+            (0, 4, vec![1, 2, 3, 4, 5, 6, 0, 0, 7, 8, 9, 10, 11, 12, 0, 0]),
+            (-2, 2, vec![5, 6, 0, 0, 11, 12, 0, 0]),
+            (-3, 1, vec![0; 4]),
+            (isize::MIN, 1, vec![0; 4]),
+            (isize::MAX, 2, vec![0; 8]),
+            (1, 0, vec![]),
+        ] {
+            let mut out = vec![f32::NAN; want.len()];
+            shift(&mut out, &x, by, 2, 3, rows, 2);
+            assert_eq!(out, want.iter().map(|&i| i as f32).collect::<Vec<_>>(), "by {by} of {rows}");
+        }
+        shift(&mut [0f32; 0], &[], 1, 0, 3, 4, 2);
+        shift(&mut [0f32; 0], &[], 1, 2, 3, 4, 0);
+    }
     use crate::device::host::testing::{assert_close, normal, poison, same_in_all_pools};
 
     const LENS: [usize; 7] = [0, 1, 31, 33, 1023, CHUNK, 2 * CHUNK + 5];

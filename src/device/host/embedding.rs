@@ -28,11 +28,20 @@ pub fn forward<T: Real>(out: &mut [T], ids: &[i32], table: &[T], cols: usize) {
     });
 }
 
-/// `d_table[v, :] = sum over tokens t with ids[t] = v, in order, of d_y[t, :]`, or `d_table +=` that with `accumulate`.
+/// `d_table[v, :] = sum over tokens t with ids[t] = v, in order, of d_y[t, :]`, or `d_table +=` that with `accumulate`; for the id `padding`
+/// the sum is 0.
 ///
 /// # Panics
 /// When a length does not fit, or an id is outside the table.
-pub fn grad<T: Real>(d_table: &mut [T], d_y: &[T], ids: &[i32], accumulate: bool, table_rows: usize, cols: usize) {
+pub fn grad<T: Real>(
+    d_table: &mut [T],
+    d_y: &[T],
+    ids: &[i32],
+    padding: Option<usize>,
+    accumulate: bool,
+    table_rows: usize,
+    cols: usize,
+) {
     expect_len("embedding grad", "d_table", d_table.len(), table_rows * cols);
     expect_len("embedding grad", "d_y", d_y.len(), ids.len() * cols);
     ids.iter().for_each(|&id| _ = checked(id, table_rows));
@@ -48,7 +57,7 @@ pub fn grad<T: Real>(d_table: &mut [T], d_y: &[T], ids: &[i32], accumulate: bool
         let own = d_table.len() / cols;
         for (&id, d_y) in ids.iter().zip(d_y.chunks_exact(cols)) {
             let row = (id as usize).wrapping_sub(i * part);
-            if row < own {
+            if row < own && padding != Some(id as usize) {
                 zip_chunk::<T, Sum>(&mut d_table[row * cols..][..cols], None, d_y);
             }
         }
@@ -85,9 +94,9 @@ mod tests {
             let got = same_in_all_pools(|| {
                 let (mut out, mut d_table) = (poison(tokens * cols), poison(table_rows * cols));
                 forward(&mut out, &ids, &table, cols);
-                grad(&mut d_table, &d_y, &ids, false, table_rows, cols);
+                grad(&mut d_table, &d_y, &ids, None, false, table_rows, cols);
                 let mut more = table.clone();
-                grad(&mut more, &d_y, &ids, true, table_rows, cols);
+                grad(&mut more, &d_y, &ids, None, true, table_rows, cols);
                 vec![out, d_table, more]
             });
             let mut fresh = vec![0f32; table_rows * cols];
@@ -104,11 +113,21 @@ mod tests {
     }
 
     #[test]
+    fn the_row_of_padding_gets_nothing() {
+        let (mut d_table, mut more) = (poison::<f32>(6), vec![1.0; 6]);
+        let d_y = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0];
+        grad(&mut d_table, &d_y, &[1, 2, 1], Some(1), false, 3, 2);
+        grad(&mut more, &d_y, &[1, 2, 1], Some(2), true, 3, 2);
+        assert_eq!(d_table, [0.0, 0.0, 0.0, 0.0, 4.0, 8.0]);
+        assert_eq!(more, [1.0, 1.0, 18.0, 35.0, 1.0, 1.0]);
+    }
+
+    #[test]
     fn gradient_is_the_slope() {
         let ids = ids(17, 5);
         let (table, d_y) = (normal::<f64>(15, 1), normal::<f64>(51, 2));
         let mut d_table = poison(15);
-        grad(&mut d_table, &d_y, &ids, false, 5, 3);
+        grad(&mut d_table, &d_y, &ids, None, false, 5, 3);
         let slope = finite_difference(&table, |table| {
             let mut out = poison(51);
             forward(&mut out, &ids, table, 3);
@@ -120,6 +139,6 @@ mod tests {
     #[test]
     #[should_panic(expected = "id -1 is outside a table of 3 rows")]
     fn an_id_outside_is_our_bug() {
-        grad(&mut [0f32; 6], &[0.0; 2], &[-1], true, 3, 2);
+        grad(&mut [0f32; 6], &[0.0; 2], &[-1], None, true, 3, 2);
     }
 }

@@ -125,10 +125,10 @@ pub(super) fn run_step(o: &Operands, scalars: &Scalars, check: bool) -> bool {
 fn body<T: Real>(o: &Operands, scalars: &Scalars) {
     let adds = || o.adds_to(0, scalars);
     match &o.step.op {
-        Op::Embedding => embedding::forward::<T>(o.output(0), o.input(0), o.input(1), o.out_cols()),
-        Op::EmbeddingGrad => {
+        Op::Embedding { .. } => embedding::forward::<T>(o.output(0), o.input(0), o.input(1), o.out_cols()),
+        Op::EmbeddingGrad { padding } => {
             let &[rows, cols] = o.out_axes(0) else { unreachable!("a table is a matrix") };
-            embedding::grad::<T>(o.output(0), o.input(0), o.input(1), adds(), rows, cols);
+            embedding::grad::<T>(o.output(0), o.input(0), o.input(1), *padding, adds(), rows, cols);
         }
         Op::AddPosition => {
             let &[b, t, c] = o.in_axes(0) else { unreachable!("checked by the builder") };
@@ -323,6 +323,12 @@ fn body<T: Real>(o: &Operands, scalars: &Scalars) {
         Op::MaxPoolGrad(window) => {
             let sizes = pool_sizes(window, o.out_axes(0), o.in_axes(1));
             pool::max_grad::<T>(o.output(0), o.input(0), o.input(1), &sizes);
+        }
+        Op::Shift { by } => {
+            let (&[b, t, c], &[_, rows, _]) = (o.in_axes(0), o.out_axes(0)) else {
+                unreachable!("checked by the builder")
+            };
+            elementwise::shift::<T>(o.output(0), o.input(0), *by, b, t, rows, c);
         }
         Op::AvgPool(window) => {
             let sizes = pool_sizes(window, o.in_axes(0), o.out_axes(0));

@@ -14,11 +14,22 @@ impl Builder {
     /// # Errors
     /// When the table is no matrix or the ids are no integers.
     pub fn embedding(&mut self, ids: Value, table: Value) -> Result<Value> {
+        self.embedding_padded(ids, table, None)
+    }
+
+    /// [`Builder::embedding`] in whose gradient the row of the id `padding` is 0, as that of torch's `padding_idx`.
+    ///
+    /// # Errors
+    /// When the table is no matrix or has no such row, or the ids are no integers.
+    pub fn embedding_padded(&mut self, ids: Value, table: Value, padding: Option<usize>) -> Result<Value> {
         self.expect_dtype("embedding: ids", ids, DType::I32)?;
-        let [_, cols] = self.axes("embedding: table", table)?;
+        let [rows, cols] = self.axes("embedding: table", table)?;
+        if let Some(padding) = padding.filter(|&padding| padding >= rows) {
+            return Err(Error::bad(format!("embedding: padding is {padding}, the table {rows}x{cols}")));
+        }
         let mut shape = self.shape(ids).clone();
         shape.0.push(cols);
-        self.one(Op::Embedding, vec![ids, table], shape)
+        self.one(Op::Embedding { padding }, vec![ids, table], shape)
     }
 
     /// `x` (B, T, C) plus the first T rows of `table` (P, C).
@@ -362,6 +373,16 @@ impl Builder {
         }
         let (root, dtype) = (self.graph.root(x), info.dtype);
         Ok(self.value(shape, dtype, Source::View(root)))
+    }
+
+    /// Row t of each sequence of `x` (B, T, C) at place t + `by` of `rows` -> (B, rows, C); rows that fall outside are left out, and those that
+    /// none comes to are 0.
+    ///
+    /// # Errors
+    /// When `x` has not three axes.
+    pub fn shift(&mut self, x: Value, by: isize, rows: usize) -> Result<Value> {
+        let [b, _, c] = self.axes("shift: x", x)?;
+        self.one(Op::Shift { by }, vec![x], Shape::from([b, rows, c]))
     }
 
     /// `x` with its axes in another order: a view where only axes of size 1 move, else a copy.

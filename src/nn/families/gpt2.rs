@@ -15,7 +15,7 @@ pub(super) const FAMILY: Family = Family {
     name: "gpt2",
     architecture: ARCHITECTURE,
     prefix: Some("transformer."),
-    tied: Some(("lm_head.weight", TABLE)),
+    tied: &[("lm_head.weight", TABLE)],
     is_buffer,
     build: |fields| Ok(Box::new(Gpt2::read(fields)?)),
 };
@@ -85,9 +85,8 @@ impl Gpt2 {
             resid_pdrop: f.dropout("resid_pdrop", 0.1)?,
             embd_pdrop: f.dropout("embd_pdrop", 0.1)?,
             attn_pdrop: f.dropout("attn_pdrop", 0.1)?,
-            epsilon: f.number("layer_norm_epsilon", 1e-5, "a number above 0, up to 1", |e| e > 0.0 && e <= 1.0)?,
-            initializer_range: f
-                .number("initializer_range", 0.02, "a number from 0 to 1000", |r| (0.0..=1000.0).contains(&r))?,
+            epsilon: f.epsilon("layer_norm_epsilon", 1e-5)?,
+            initializer_range: f.deviation("initializer_range", 0.02)?,
             scale_attn_weights: f.flag("scale_attn_weights", true)?,
             scale_attn_by_inverse_layer_idx: f.flag("scale_attn_by_inverse_layer_idx", false)?,
             tied: f.flag("tie_word_embeddings", true)?,

@@ -1,7 +1,10 @@
 //! The families of networks that are built in, by the names that config.json's `model_type` gives them.
 
+pub mod bert;
+mod classes;
 pub mod gpt2;
 pub mod resnet;
+pub mod vit;
 
 use super::Network;
 use super::fields::{Fields, shortened};
@@ -25,8 +28,8 @@ pub(super) struct Family {
     pub architecture: &'static str,
     /// The start of tensors' names that old files leave out.
     pub prefix: Option<&'static str>,
-    /// A tied head that a file may hold, and the tensor that it must equal.
-    pub tied: Option<(&'static str, &'static str)>,
+    /// Tied tensors of the head that a file may hold, each with the tensor that it must equal.
+    pub tied: &'static [(&'static str, &'static str)],
     /// Whether a file's tensor is a constant that the network does without.
     pub is_buffer: fn(&str) -> bool,
     /// Builds the network.
@@ -34,7 +37,7 @@ pub(super) struct Family {
 }
 
 /// All families.
-pub(super) const FAMILIES: [Family; 2] = [gpt2::FAMILY, resnet::FAMILY];
+pub(super) const FAMILIES: [Family; 4] = [gpt2::FAMILY, resnet::FAMILY, bert::FAMILY, vit::FAMILY];
 
 /// The family of a `model_type`; messages begin with `whence`.
 pub(super) fn family(name: &str, whence: &str) -> Result<&'static Family> {

@@ -3,10 +3,11 @@
 //!
 //! A cut may fall after the stem and after every residual block.
 
+use super::classes::{classes, with_named_classes};
 use super::{ACTIVATIONS, Family};
 use crate::base::{DType, Error, Result};
 use crate::graph::{Activation, Builder, Graph, Init, Mode, Value, WeightLayout};
-use crate::nn::fields::{Fields, shown};
+use crate::nn::fields::Fields;
 use crate::nn::layers::{ConvNorm, Linear};
 use crate::nn::{InputShape, Inputs, Labels, Network};
 use serde_json::{Map, json};
@@ -15,7 +16,7 @@ pub(super) const FAMILY: Family = Family {
     name: "resnet",
     architecture: ARCHITECTURE,
     prefix: None,
-    tied: None,
+    tied: &[],
     is_buffer: |_| false,
     build: |fields| Ok(Box::new(ResNet::read(fields)?)),
 };
@@ -27,7 +28,6 @@ const REDUCTION: usize = 4;
 const MOST_BLOCKS: usize = 1024;
 const MOST_STAGES: usize = 32;
 const MOST_CHANNELS: usize = 1 << 16;
-const MOST_CLASSES: usize = 1 << 20;
 
 /// A ResNet, described by transformers' `ResNetConfig`.
 #[derive(Clone, Debug, PartialEq)]
@@ -75,11 +75,6 @@ impl ResNet {
             classes: classes(f)?,
             given: f.map().clone(),
         };
-        if let Some(kind) = f.get("problem_type").filter(|&kind| kind != "single_label_classification") {
-            return Err(
-                f.fault("problem_type", format!("{} is not supported, only single_label_classification", shown(kind)))
-            );
-        }
         f.finish(&["out_features", "out_indices", "stage_names"])?;
         let (sizes, depths) = (resnet.hidden_sizes.len(), resnet.depths.len());
         if sizes != depths {
@@ -209,31 +204,6 @@ impl Network for ResNet {
             "downsample_in_first_stage": self.downsample_in_first_stage,
             "downsample_in_bottleneck": self.downsample_in_bottleneck,
         });
-        // transformers counts the names of the classes, and knows them both ways.
-        let mut given = self.given.clone();
-        given.remove("num_labels");
-        if given.get("id2label").is_none_or(serde_json::Value::is_null) {
-            let name = |class: usize| format!("LABEL_{class}");
-            let id2label: Map<_, _> = (0..self.classes).map(|c| (c.to_string(), name(c).into())).collect();
-            let label2id: Map<_, _> = (0..self.classes).map(|c| (name(c), c.into())).collect();
-            given.insert("id2label".into(), id2label.into());
-            given.insert("label2id".into(), label2id.into());
-        }
-        super::whole_config(&FAMILY, &given, settings)
-    }
-}
-
-/// The number of classes: as many as have names, else `num_labels`, else 2.
-fn classes(f: &Fields) -> Result<usize> {
-    let stated = f.optional_count("num_labels", 1..=MOST_CLASSES)?;
-    let Some(names) = f.get("id2label") else { return Ok(stated.unwrap_or(2)) };
-    let named = names.as_object().map(Map::len).filter(|n| (1..=MOST_CLASSES).contains(n)).ok_or_else(|| {
-        f.fault("id2label", format!("want 1 to {MOST_CLASSES} names of classes, got {}", shown(names)))
-    })?;
-    match stated {
-        Some(stated) if stated != named => {
-            Err(f.fault("num_labels", format!("is {stated}, but id2label names {named} classes")))
-        }
-        _ => Ok(named),
+        super::whole_config(&FAMILY, &with_named_classes(&self.given, self.classes), settings)
     }
 }

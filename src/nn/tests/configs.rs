@@ -51,8 +51,27 @@ fn values_that_are_not_supported_are_named() {
     resnet(json!({ "id2label": { "0": "a" }, "num_labels": 2 }), &["num_labels", "is 2", "names 1"]);
     resnet(json!({ "problem_type": "regression" }), &["problem_type", "regression"]);
     resnet(json!({ "depth": [1] }), &["depth", "did you mean depths?"]);
-    refused(strict("gtp2", json!({})), &["'gtp2'", "gpt2, resnet", "did you mean gpt2?"]);
-    refused(strict("", json!({})), &["''", "gpt2, resnet"]);
+    let bert = |config: Value, parts: &[&str]| {
+        refused(strict("bert", config), parts);
+    };
+    bert(json!({ "n_layer": 3 }), &["n_layer", "known are", "num_hidden_layers"]);
+    bert(json!({ "hidden_size": 100 }), &["hidden_size", "100 is no multiple of num_attention_heads, 12"]);
+    bert(json!({ "vocab_size": 31, "pad_token_id": 31 }), &["pad_token_id", "from 0 to 30"]);
+    bert(json!({ "is_decoder": true }), &["is_decoder", "not supported"]);
+    bert(json!({ "add_cross_attention": true }), &["add_cross_attention", "not supported"]);
+    bert(json!({ "tie_word_embeddings": false }), &["tie_word_embeddings", "not supported"]);
+    bert(json!({ "position_embedding_type": "relative_key" }), &["position_embedding_type", "only absolute"]);
+    bert(json!({ "layer_norm_eps": 0 }), &["layer_norm_eps", "above 0"]);
+    let vit = |config: Value, parts: &[&str]| {
+        refused(strict("vit", config), parts);
+    };
+    vit(json!({ "patch_size": 225 }), &["patch_size", "225 is over image_size, 224"]);
+    vit(json!({ "image_size": [224, 224] }), &["image_size", "a whole number"]);
+    vit(json!({ "num_attention_heads": 7 }), &["hidden_size", "no multiple of num_attention_heads, 7"]);
+    vit(json!({ "problem_type": "regression" }), &["problem_type", "regression"]);
+    vit(json!({ "num_label": 3 }), &["num_label", "is no key of this family"]);
+    refused(strict("gtp2", json!({})), &["'gtp2'", "gpt2, resnet, bert, vit", "did you mean gpt2?"]);
+    refused(strict("", json!({})), &["''", "gpt2, resnet, bert, vit"]);
 }
 
 #[test]
@@ -77,6 +96,10 @@ fn a_networks_config_describes_it() {
             "gpt2",
             json!({ "n_inner": 7, "activation_function": "gelu", "bos_token_id": 5, "tie_word_embeddings": false }),
         ),
+        ("bert", json!({})),
+        ("bert", json!({ "pad_token_id": null, "hidden_act": "relu", "type_vocab_size": 1 })),
+        ("vit", json!({})),
+        ("vit", json!({ "num_labels": 7, "qkv_bias": false, "patch_size": 33 })),
         ("resnet", json!({})),
         ("resnet", json!({ "num_labels": 7, "layer_type": "basic", "torch_dtype": "float16" })),
         ("resnet", json!({ "id2label": { "0": "cat", "1": "dog", "2": "cow" }, "architectures": ["ResNetModel"] })),
@@ -91,6 +114,9 @@ fn a_networks_config_describes_it() {
         assert_eq!(network.labels(), again.labels());
         assert_eq!((&config["model_type"], &config["dtype"]), (&json!(family), &json!("float32")));
         assert!(config.get("num_labels").is_none() && config.get("torch_dtype").is_none());
+        if family == "vit" {
+            assert_eq!(config["id2label"].as_object().unwrap().len(), network.labels().classes);
+        }
         if family == "resnet" {
             assert_eq!(config["id2label"].as_object().unwrap().len(), network.labels().classes);
             assert_eq!(config["architectures"], json!(["ResNetForImageClassification"]));
@@ -138,6 +164,8 @@ proptest! {
     fn hostile_configs_do_no_harm(
         (family, config) in prop_oneof![
             hostile_config("gpt2").prop_map(|config| ("gpt2", config)),
+            hostile_config("bert").prop_map(|config| ("bert", config)),
+            hostile_config("vit").prop_map(|config| ("vit", config)),
             hostile_config("resnet").prop_map(|config| ("resnet", config)),
         ],
         strictly in any::<bool>(),
@@ -147,7 +175,8 @@ proptest! {
             Err(Error::BadInput(message)) => prop_assert!(!message.contains('\n') && message.len() < 1000),
             Err(other) => prop_assert!(false, "{}", other),
             Ok(network) => {
-                let inputs = if family == "gpt2" { text(size) } else { images([network.inputs()[0].axes[0], size, size]) };
+                let inputs =
+                    if network.labels().vocab.is_some() { text(size) } else { images([network.inputs()[0].axes[0], size, size]) };
                 for mode in [Mode::Training, Mode::Evaluation] {
                     let traced = network.trace(mode, DType::F32, 2, &inputs);
                     prop_assert!(matches!(traced, Ok(_) | Err(Error::BadInput(_))));

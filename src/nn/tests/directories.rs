@@ -93,6 +93,25 @@ fn old_names_buffers_and_tied_heads_are_taken() {
     }
 }
 
+/// As transformers 4 wrote BERT: positions' numbers beside the weights, copies of the tied decoder.
+#[test]
+fn berts_tied_decoder_is_taken_where_it_is_the_same() {
+    let mut old = raw("bert");
+    let names: Vec<String> = old.keys().cloned().collect();
+    old.insert("cls.predictions.decoder.weight".into(), old["bert.embeddings.word_embeddings.weight"].clone());
+    old.insert("cls.predictions.decoder.bias".into(), old["cls.predictions.bias"].clone());
+    old.insert("bert.embeddings.position_ids".into(), (Dtype::I64, vec![1, 1], vec![0; 8]));
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path(), "bert", &old);
+    let bytes = round_trip(dir.path());
+    let saved = TensorFile::parse(&bytes, "saved").unwrap();
+    let saved_names: Vec<&str> = saved.tensors().map(|t| t.entry.name.as_str()).collect();
+    assert_eq!(saved_names, names);
+    old.get_mut("cls.predictions.decoder.bias").unwrap().2[0] ^= 1;
+    write(dir.path(), "bert", &old);
+    refused(open(dir.path()), &["cls.predictions.decoder.bias", "other values than cls.predictions.bias"]);
+}
+
 #[test]
 fn other_types_are_converted_and_kept() {
     let plain = raw("gpt2");
@@ -129,6 +148,14 @@ fn other_types_are_converted_and_kept() {
 fn new_models_are_saved_and_opened() {
     let small = [
         ("gpt2", json!({ "vocab_size": 31, "n_positions": 7, "n_embd": 6, "n_layer": 1, "n_head": 3 })),
+        (
+            "bert",
+            json!({ "vocab_size": 31, "max_position_embeddings": 7, "hidden_size": 6, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 5 }),
+        ),
+        (
+            "vit",
+            json!({ "image_size": 7, "patch_size": 3, "hidden_size": 6, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 5, "num_labels": 3 }),
+        ),
         ("resnet", json!({ "embedding_size": 5, "hidden_sizes": [7, 9], "depths": [1, 2], "num_labels": 3 })),
     ];
     for (family, config) in small {

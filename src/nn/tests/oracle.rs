@@ -46,7 +46,7 @@ pub fn run(graph: &Graph, named: &mut Named) -> Run {
         }
         let out = graph.info(node.outputs[0]).shape.axes();
         let outputs = match &node.op {
-            Op::Embedding => {
+            Op::Embedding { .. } => {
                 let c = shape(1)[1];
                 vec![x[0].iter().flat_map(|&id| x[1][id as usize * c..][..c].to_vec()).collect()]
             }
@@ -71,6 +71,22 @@ pub fn run(graph: &Graph, named: &mut Named) -> Run {
             }
             Op::Activation(activation) => vec![x[0].iter().map(|&v| activate(*activation, v)).collect()],
             Op::Add => vec![x[0].iter().zip(x[1]).map(|(a, b)| a + b).collect()],
+            Op::Transpose { axes } => {
+                assert_eq!(axes, &[0, 2, 1], "the families here use no other");
+                let &[b, n, m] = shape(0) else { panic!("{} axes", shape(0).len()) };
+                let places = (0..b).flat_map(|b| (0..m).flat_map(move |j| (0..n).map(move |i| (b * n + i) * m + j)));
+                vec![places.map(|place| x[0][place]).collect()]
+            }
+            Op::Shift { by } => {
+                let mut y = vec![0.0; out.iter().product()];
+                let (&[_, t, c], rows) = (shape(0), out[1]) else { panic!("{} axes", shape(0).len()) };
+                for (i, value) in x[0].iter().enumerate() {
+                    if let Some(to) = (i / c % t).checked_add_signed(*by).filter(|&to| to < rows) {
+                        y[(i / c / t * rows + to) * c + i % c] = *value;
+                    }
+                }
+                vec![y]
+            }
             Op::LayerNorm { epsilon } => {
                 let mut y = Vec::new();
                 for row in x[0].chunks(x[1].len()) {
@@ -97,11 +113,12 @@ pub fn run(graph: &Graph, named: &mut Named) -> Run {
                                 let taps = window.kernel[0] * window.kernel[1];
                                 x[0][(n * c + channel) * plane + at] * x[1][(o * c + channel) * taps + tap]
                             };
+                            let bias = x.get(2).map_or(0.0, |bias| bias[o]);
                             y.push(
-                                (0..c)
+                                bias + (0..c)
                                     .flat_map(|channel| taps.iter().map(move |t| (t, channel)))
                                     .map(|(t, ch)| one(t, ch))
-                                    .sum(),
+                                    .sum::<f64>(),
                             );
                         });
                     }
@@ -199,16 +216,22 @@ fn slide(window: Window, image: &[usize], out: &[usize], mut at: impl FnMut(&[(u
     }
 }
 
+/// `x` is qkv packed, or q, k and v, all of as many positions; then perhaps a mask.
 fn attention(kind: &AttentionKind, x: &[&[f64]], shape: &[usize]) -> Vec<f64> {
     let AttentionKind { heads, kv_heads, width, scale, causal, packed, masked, dropout } = *kind;
-    assert!(packed && causal && heads == kv_heads && dropout.is_none(), "the families here use no other");
+    assert!(heads == kv_heads && dropout.is_none(), "the families here use no other");
     let (b, t) = (shape[0], shape[1]);
     let part = |b: usize, t_: usize, which: usize, h: usize| {
-        &x[0][(b * t + t_) * 3 * heads * width + (which * heads + h) * width..][..width]
+        let row = b * t + t_;
+        match packed {
+            true => &x[0][row * 3 * heads * width + (which * heads + h) * width..][..width],
+            false => &x[which][row * heads * width + h * width..][..width],
+        }
     };
+    let sees = |b: usize, j: usize| !masked || x[x.len() - 1][b * t + j] != 0.0;
     let mut out = vec![0.0; b * t * heads * width];
     for (b, h, i) in (0..b).flat_map(|b| (0..heads).flat_map(move |h| (0..t).map(move |i| (b, h, i)))) {
-        let seen: Vec<usize> = (0..=i).filter(|&j| !masked || x[1][b * t + j] != 0.0).collect();
+        let seen: Vec<usize> = (0..if causal { i + 1 } else { t }).filter(|&j| sees(b, j)).collect();
         let dot = |j: usize| part(b, i, 0, h).iter().zip(part(b, j, 1, h)).map(|(q, k)| q * k).sum::<f64>();
         let scores: Vec<f64> = seen.iter().map(|&j| scale * dot(j)).collect();
         let lse = log_sum_exp(&scores);

@@ -1,6 +1,7 @@
 //! Traced graphs: names and shapes are the reference files', layers are where cuts may fall, every use has a gradient.
 
 use super::*;
+use crate::base::Shape;
 use crate::graph::{Graph, Init, Mode, Op, Source, differentiate};
 use serde_json::json;
 use std::collections::BTreeSet;
@@ -11,7 +12,12 @@ fn traced(case: &str) -> Graph {
     let config: Value = serde_json::from_str(&config).unwrap();
     let family = config["model_type"].as_str().unwrap();
     let network = from_config(family, config.as_object().unwrap(), false).unwrap();
-    let inputs = if family == "gpt2" { text(19) } else { images([network.inputs()[0].axes[0], 47, 47]) };
+    let axes = network.inputs()[0].axes.clone();
+    let inputs = match family {
+        "resnet" => images([axes[0], 47, 47]),
+        "vit" => images([axes[0], axes[1], axes[2]]),
+        _ => text(19),
+    };
     network.trace(Mode::Training, DType::F32, 6, &inputs).unwrap()
 }
 
@@ -33,7 +39,10 @@ fn check_gradients(graph: &mut Graph) {
         let name = &graph.parameters[gradient.parameter].name;
         assert_eq!(graph.nodes[node].layer, gradient.layer, "{name}");
         assert_ne!(graph.nodes[node].op, Op::Zero, "{name}");
-        assert_eq!(graph.info(gradient.value).shape, graph.parameters[gradient.parameter].shape, "{name}");
+        // A parameter that is used under another shape has its gradient in that.
+        let (found, want) = (&graph.info(gradient.value).shape, &graph.parameters[gradient.parameter].shape);
+        let ones = |shape: &Shape| shape.axes().iter().copied().filter(|&n| n != 1).collect::<Vec<_>>();
+        assert_eq!(ones(found), ones(want), "{name}");
     }
     assert!(graph.input_gradients[0].is_none());
     assert!(graph.input_gradients[1..].iter().all(Option::is_some));
@@ -77,6 +86,23 @@ fn cuts_fall_between_resnets_blocks() {
     check_gradients(&mut traced("resnet-basic"));
 }
 
+#[test]
+fn cuts_fall_between_halves_of_encoders_layers() {
+    for (case, last, [b, t, c]) in [("bert", "head", [6, 19, 32]), ("vit", "classifier", [6, 5, 24])] {
+        let mut graph = traced(case);
+        let halves = ["layer.0.attention", "layer.0.mlp", "layer.1.attention", "layer.1.mlp"];
+        assert_eq!(names(&graph), [&["embeddings"][..], &halves, &[last]].concat());
+        for layer in &graph.layers[..5] {
+            assert_eq!(graph.info(layer.output.unwrap()).shape.axes(), [b, t, c], "{case}: {}", layer.name);
+        }
+        for p in &graph.parameters {
+            let words = p.name == "bert.embeddings.word_embeddings.weight";
+            assert_eq!(p.layers.len(), if words { 2 } else { 1 }, "{}", p.name);
+        }
+        check_gradients(&mut graph);
+    }
+}
+
 /// Published sizes, by their numbers of parameters.
 #[test]
 fn defaults_are_the_published_models() {
@@ -86,6 +112,8 @@ fn defaults_are_the_published_models() {
     };
     assert_eq!(elems("gpt2", json!({})), 124_439_808);
     assert_eq!(elems("gpt2", json!({ "n_embd": 1600, "n_layer": 48, "n_head": 25 })), 1_557_611_200);
+    assert_eq!(elems("bert", json!({})), 109_514_298);
+    assert_eq!(elems("vit", json!({ "num_labels": 1000 })), 86_567_656);
     assert_eq!(elems("resnet", json!({ "num_labels": 1000 })), 25_557_032);
     let resnet18 = json!({ "hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2], "layer_type": "basic", "num_labels": 1000 });
     assert_eq!(elems("resnet", resnet18), 11_689_512);
@@ -123,6 +151,43 @@ fn gpt2s_switches_change_the_graph() {
     assert_eq!(init("transformer.h.0.attn.c_proj.weight"), Init::Normal(0.01));
     assert_eq!(init("transformer.h.0.attn.c_proj.bias"), Init::Constant(0.0));
     assert_eq!(init("transformer.ln_f.weight"), Init::Constant(1.0));
+}
+
+#[test]
+fn encoders_switches_change_the_graph() {
+    let small = json!({ "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 7 });
+    let trace = |family: &str, more: Value, mode| {
+        let mut config = object(small.clone());
+        config.extend(object(more));
+        let network = strict(family, config.into()).unwrap();
+        let inputs = if family == "bert" { text(33) } else { images([3, 224, 224]) };
+        network.trace(mode, DType::F32, 1, &inputs).unwrap()
+    };
+    let count = |graph: &Graph, is: fn(&Op) -> bool| graph.nodes.iter().filter(|n| is(&n.op)).count();
+    let dropouts = |op: &Op| matches!(op, Op::Dropout { .. }) || matches!(op, Op::Attention(k) if k.dropout.is_some());
+    assert_eq!(count(&trace("bert", json!({}), Mode::Training), dropouts), 1 + 3 * 2);
+    assert_eq!(count(&trace("bert", json!({}), Mode::Evaluation), dropouts), 0);
+    assert_eq!(count(&trace("vit", json!({}), Mode::Training), dropouts), 0);
+    assert_eq!(count(&trace("vit", json!({ "hidden_dropout_prob": 0.1 }), Mode::Training), dropouts), 1 + 2 * 2);
+    let padding = |graph: &Graph| {
+        graph
+            .nodes
+            .iter()
+            .find_map(|n| if let Op::Embedding { padding } = n.op { Some(padding) } else { None })
+            .unwrap()
+    };
+    assert_eq!(padding(&trace("bert", json!({}), Mode::Training)), Some(0));
+    assert_eq!(padding(&trace("bert", json!({ "pad_token_id": 7 }), Mode::Training)), Some(7));
+    let biases =
+        |more: Value| trace("vit", more, Mode::Training).parameters.iter().filter(|p| p.name.ends_with("bias")).count();
+    assert_eq!(biases(json!({})) - biases(json!({ "qkv_bias": false })), 3 * 2);
+    for mut graph in [trace("bert", json!({}), Mode::Training), trace("vit", json!({}), Mode::Training)] {
+        check_gradients(&mut graph);
+        let init = |part: &str| graph.parameters.iter().find(|p| p.name.contains(part)).unwrap().init;
+        assert_eq!(init("layer.1.output.dense.weight"), Init::Normal(0.02));
+        assert_eq!(init("layer.1.output.dense.bias"), Init::Constant(0.0));
+        assert_eq!(init("position_embeddings"), Init::Normal(0.02));
+    }
 }
 
 #[test]
@@ -168,6 +233,10 @@ fn the_largest_configs_trace() {
     assert_eq!(graph.layers.len(), 2 + 2 * 1024);
     assert!(graph.parameter_elems() > 1 << 50);
     refused(network.trace(Mode::Training, DType::F64, 1 << 20, &network.inputs()), &["more elements than fit"]);
+    let wide = json!({ "vocab_size": i32::MAX, "max_position_embeddings": 1 << 24, "hidden_size": 1 << 20, "num_attention_heads": 1 << 20, "intermediate_size": 1 << 24, "num_hidden_layers": 1024 });
+    assert_eq!(crate::nn::tensors(&*strict("bert", wide).unwrap()).unwrap().len(), 5 + 1024 * 16 + 5);
+    let wide = json!({ "image_size": 1 << 16, "patch_size": 1, "num_channels": 1 << 16, "hidden_size": 1 << 20, "num_attention_heads": 1 << 20, "intermediate_size": 1 << 24, "num_hidden_layers": 1024 });
+    assert_eq!(crate::nn::tensors(&*strict("vit", wide).unwrap()).unwrap().len(), 4 + 1024 * 16 + 4);
     let (sizes, depths) = ([1 << 16; 32], [32; 32]);
     let wide = json!({ "embedding_size": 1 << 16, "hidden_sizes": sizes, "depths": depths, "layer_type": "basic" });
     assert_eq!(crate::nn::tensors(&*strict("resnet", wide).unwrap()).unwrap().len(), (1024 * 2 + 31 + 1) * 5 + 2);
@@ -175,22 +244,30 @@ fn the_largest_configs_trace() {
 
 #[test]
 fn masks_reach_attention() {
-    let network = strict("gpt2", json!({ "n_layer": 1 })).unwrap();
-    let mut inputs = text(5);
-    inputs.push(InputShape::new("attention_mask", [5], DType::I32));
-    let mut graph = network.trace(Mode::Training, DType::F64, 2, &inputs).unwrap();
-    assert!(graph.nodes.iter().any(|n| matches!(&n.op, Op::Attention(kind) if kind.masked)));
-    check_gradients(&mut graph);
+    for (family, config) in [("gpt2", json!({ "n_layer": 1 })), ("bert", json!({ "num_hidden_layers": 1 }))] {
+        let network = strict(family, config).unwrap();
+        let mut inputs = text(5);
+        inputs.push(InputShape::new("attention_mask", [5], DType::I32));
+        let mut graph = network.trace(Mode::Training, DType::F64, 2, &inputs).unwrap();
+        assert!(graph.nodes.iter().any(|n| matches!(&n.op, Op::Attention(kind) if kind.masked)));
+        check_gradients(&mut graph);
+    }
 }
 
 #[test]
 fn inputs_that_do_not_fit_are_named() {
     let gpt2 = strict("gpt2", json!({ "n_layer": 1, "n_positions": 33 })).unwrap();
+    let bert = strict("bert", json!({ "num_hidden_layers": 1, "max_position_embeddings": 33 })).unwrap();
+    let vit = strict("vit", json!({ "num_hidden_layers": 1, "image_size": 33 })).unwrap();
     let resnet = strict("resnet", json!({ "depths": [1, 1, 1, 1] })).unwrap();
     let check = |network: &dyn Network, batch, inputs: &[InputShape], parts: &[&str]| {
         refused(network.trace(Mode::Training, DType::F32, batch, inputs), parts);
     };
     check(&*gpt2, 1, &text(34), &["context of 34", "n_positions, 33"]);
+    check(&*bert, 1, &text(34), &["context of 34", "max_position_embeddings, 33"]);
+    check(&*vit, 2, &images([3, 33, 32]), &["[3, 33, 32]", "image_size, [3, 33, 33]"]);
+    let one = strict("vit", json!({ "num_labels": 1, "image_size": 32 })).unwrap();
+    check(&*one, 2, &images([3, 32, 32]), &["labels", "regression"]);
     check(&*gpt2, 0, &text(33), &["one sample"]);
     check(&*gpt2, 1, &text(0), &["input_ids", "is 0"]);
     check(&*gpt2, 1, &text(5)[1..], &["input_ids", "missing"]);

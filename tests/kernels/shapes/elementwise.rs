@@ -23,6 +23,14 @@ fn lookups(t: &mut Table) {
             s.b.embedding(ids, table)
         });
     }
+    for (padding, table, cols) in [(0, 300, 129), (6, 7, 264), (299, 300, 8)] {
+        let name = if table > 255 { "tokens" } else { "ids" };
+        t.add(format!("embedding of {table}x{cols}, padding {padding}"), move |s| {
+            let ids = s.b.input(name, [1, 200], DType::I32)?;
+            let table = s.leaf("table", [table, cols])?;
+            s.b.embedding_padded(ids, table, Some(padding))
+        });
+    }
     for (b, len, cols, table) in [(5, 33, 8, 40), (9, 2, 1028, 2), (2, 65, 127, 65), (17, 3, 7, 4)] {
         t.add(format!("add_position {b}x{len}x{cols} of {table}"), move |s| {
             let (x, table) = (s.leaf("x", [b, len, cols])?, s.leaf("table", [table, cols])?);
@@ -52,6 +60,13 @@ fn pointwise(t: &mut Table) {
 }
 
 fn transposes(t: &mut Table) {
+    // Packs that come from one place, and rows that are not aligned; more than a block.
+    for (by, rows, cols) in [(1, 18, 8), (0, 1, 264), (-3, 19, 129), (1, 18, 3), (7, 40, 24)] {
+        t.add(format!("shift by {by} to {rows} rows of {cols}"), move |s| {
+            let x = s.leaf("x", [5, 17, cols])?;
+            s.b.shift(x, by, rows)
+        });
+    }
     // Tiles that are full and ragged, units of every width, axes too short for a tile, as many axes as kernels take.
     for (axes, order) in [
         (vec![64, 64], vec![1, 0]),

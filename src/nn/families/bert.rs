@@ -1,0 +1,225 @@
+//! BERT with its masked-language-modelling head (Devlin, Chang, Lee & Toutanova 2018, arXiv:1810.04805), as transformers'
+//! `BertForMaskedLM` computes it: normalisation comes after each sum, and the decoder is the word embeddings with a bias of its own.
+//!
+//! Every token is of type 0, as transformers takes it where no `token_type_ids` are given. A cut may fall after the embeddings, and after
+//! either half of a layer: attention, or the MLP.
+
+use super::{ACTIVATIONS, Family};
+use crate::base::{DType, Error, Result};
+use crate::graph::{Activation, AttentionOptions, Builder, Graph, Init, Mode, Value, WeightLayout};
+use crate::nn::fields::{Fields, shown};
+use crate::nn::layers::{Linear, layernorm, self_attention};
+use crate::nn::{InputShape, Inputs, Labels, Network};
+use serde_json::{Map, json};
+
+pub(super) const FAMILY: Family = Family {
+    name: "bert",
+    architecture: "BertForMaskedLM",
+    prefix: None,
+    tied: &[("cls.predictions.decoder.weight", WORDS), ("cls.predictions.decoder.bias", BIAS)],
+    is_buffer: |name| name == "bert.embeddings.position_ids",
+    build: |fields| Ok(Box::new(Bert::read(fields)?)),
+};
+
+/// The word embeddings, (V, C), which are the decoder too.
+const WORDS: &str = "bert.embeddings.word_embeddings.weight";
+/// The decoder's bias, (V).
+const BIAS: &str = "cls.predictions.bias";
+/// Layers beyond this are a mistake.
+const MOST_LAYERS: usize = 1024;
+
+/// A BERT, described by transformers' `BertConfig`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Bert {
+    /// V, the number of tokens: `vocab_size`, 30522 by default.
+    pub vocab: usize,
+    /// C: `hidden_size`, 768 by default.
+    pub width: usize,
+    /// `num_hidden_layers`, 12 by default.
+    pub layers: usize,
+    /// H, which divides C: `num_attention_heads`, 12 by default.
+    pub heads: usize,
+    /// Width inside the MLP: `intermediate_size`, 3072 by default.
+    pub inner: usize,
+    /// Inside the MLP and the head: `hidden_act`, gelu by default.
+    pub activation: Activation,
+    /// Dropout of the embeddings and of what a half layer adds to its input: `hidden_dropout_prob`, 0.1 by default.
+    pub hidden_dropout: f64,
+    /// Dropout of attention weights: `attention_probs_dropout_prob`, 0.1 by default.
+    pub attention_dropout: f64,
+    /// The longest context: `max_position_embeddings`, 512 by default.
+    pub positions: usize,
+    /// Types of tokens, of which the first is used: `type_vocab_size`, 2 by default.
+    pub types: usize,
+    /// The token whose row the embedding's gradient leaves alone (the decoder's does not): `pad_token_id`, 0 by default; null is none.
+    pub padding: Option<usize>,
+    /// Standard deviation of the first weights: `initializer_range`, 0.02 by default.
+    pub initializer_range: f64,
+    /// Layer normalisation's epsilon: `layer_norm_eps`, 1e-12 by default.
+    pub epsilon: f64,
+    given: Map<String, serde_json::Value>,
+}
+
+impl Bert {
+    fn read(f: &Fields) -> Result<Bert> {
+        let vocab = f.count("vocab_size", 30522, 1..=i32::MAX as usize)?;
+        let bert = Bert {
+            vocab,
+            width: f.count("hidden_size", 768, 1..=1 << 20)?,
+            layers: f.count("num_hidden_layers", 12, 1..=MOST_LAYERS)?,
+            heads: f.count("num_attention_heads", 12, 1..=1 << 20)?,
+            inner: f.count("intermediate_size", 3072, 1..=1 << 24)?,
+            activation: f.word("hidden_act", Activation::GeluErf, &ACTIVATIONS)?,
+            hidden_dropout: f.dropout("hidden_dropout_prob", 0.1)?,
+            attention_dropout: f.dropout("attention_probs_dropout_prob", 0.1)?,
+            positions: f.count("max_position_embeddings", 512, 1..=1 << 24)?,
+            types: f.count("type_vocab_size", 2, 1..=1 << 20)?,
+            padding: match f.map().get("pad_token_id") {
+                None => Some(0),
+                Some(_) => f.optional_count("pad_token_id", 0..=vocab - 1)?,
+            },
+            initializer_range: f.deviation("initializer_range", 0.02)?,
+            epsilon: f.epsilon("layer_norm_eps", 1e-12)?,
+            given: f.map().clone(),
+        };
+        for key in ["is_decoder", "add_cross_attention"] {
+            if f.flag(key, false)? {
+                return Err(f.fault(key, "true is not supported"));
+            }
+        }
+        if !f.flag("tie_word_embeddings", true)? {
+            return Err(f.fault("tie_word_embeddings", "false is not supported"));
+        }
+        if let Some(kind) = f.get("position_embedding_type").filter(|&kind| kind != "absolute") {
+            return Err(f.fault("position_embedding_type", format!("{} is not supported, only absolute", shown(kind))));
+        }
+        f.finish(&["classifier_dropout"])?;
+        if !bert.width.is_multiple_of(bert.heads) {
+            return Err(f.fault(
+                "hidden_size",
+                format!("{} is no multiple of num_attention_heads, {}", bert.width, bert.heads),
+            ));
+        }
+        Ok(bert)
+    }
+
+    fn normal(&self) -> Init {
+        Init::Normal(self.initializer_range)
+    }
+
+    fn linear(&self, outputs: usize, activation: Activation) -> Linear {
+        Linear::new(outputs, self.normal(), activation)
+    }
+
+    fn embeddings(&self, b: &mut Builder, ids: Value) -> Result<Value> {
+        let name = "bert.embeddings";
+        let words = b.parameter(WORDS, [self.vocab, self.width], self.normal())?;
+        let types =
+            b.parameter(format!("{name}.token_type_embeddings.weight"), [self.types, self.width], self.normal())?;
+        let positions =
+            b.parameter(format!("{name}.position_embeddings.weight"), [self.positions, self.width], self.normal())?;
+        let x = b.embedding_padded(ids, words, self.padding)?;
+        let shape = b.shape(x).clone();
+        // The first row of a table is added to each token where every token is a sequence of one.
+        let tokens = b.reshape(x, [shape.rows(), 1, self.width])?;
+        let typed = b.add_position(tokens, types)?;
+        let x = b.reshape(typed, shape)?;
+        let x = b.add_position(x, positions)?;
+        let x = layernorm(b, x, &format!("{name}.LayerNorm"), self.epsilon)?;
+        b.dropout(x, self.hidden_dropout)
+    }
+
+    fn attention(&self, b: &mut Builder, layer: usize, input: Value, mask: Option<Value>) -> Result<Value> {
+        let name = format!("bert.encoder.layer.{layer}.attention");
+        let options = AttentionOptions {
+            heads: self.heads,
+            kv_heads: self.heads,
+            scale: None,
+            causal: false,
+            dropout: self.attention_dropout,
+        };
+        let x = self_attention(
+            b,
+            input,
+            &format!("{name}.self"),
+            self.linear(self.width, Activation::None),
+            mask,
+            options,
+        )?;
+        self.output(b, &format!("{name}.output"), x, input)
+    }
+
+    fn mlp(&self, b: &mut Builder, layer: usize, input: Value) -> Result<Value> {
+        let name = format!("bert.encoder.layer.{layer}");
+        let x = self.linear(self.inner, self.activation).trace(b, input, &format!("{name}.intermediate.dense"))?;
+        self.output(b, &format!("{name}.output"), x, input)
+    }
+
+    /// The end of a half layer: a dense layer, whose dropped-out output is added to what the half got and normalised.
+    fn output(&self, b: &mut Builder, name: &str, x: Value, input: Value) -> Result<Value> {
+        let x = self.linear(self.width, Activation::None).trace(b, x, &format!("{name}.dense"))?;
+        let x = b.dropout(x, self.hidden_dropout)?;
+        let sum = b.add(x, input)?;
+        layernorm(b, sum, &format!("{name}.LayerNorm"), self.epsilon)
+    }
+
+    fn head(&self, b: &mut Builder, input: Value) -> Result<Value> {
+        let name = "cls.predictions.transform";
+        let x = self.linear(self.width, self.activation).trace(b, input, &format!("{name}.dense"))?;
+        let x = layernorm(b, x, &format!("{name}.LayerNorm"), self.epsilon)?;
+        let words = b.parameter(WORDS, [self.vocab, self.width], self.normal())?;
+        let bias = b.parameter(BIAS, [self.vocab], Init::Constant(0.0))?;
+        b.linear(x, words, Some(bias), Activation::None, WeightLayout::OutIn)
+    }
+}
+
+impl Network for Bert {
+    fn trace(&self, mode: Mode, float: DType, batch: usize, inputs: &[InputShape]) -> Result<Graph> {
+        let inputs = Inputs::new(batch, float, inputs, &["input_ids", "attention_mask", "labels"])?;
+        let [t] = inputs.axes("input_ids")?;
+        if t > self.positions {
+            let most = self.positions;
+            return Err(Error::bad(format!("input_ids: a context of {t} is over max_position_embeddings, {most}")));
+        }
+        let mut b = Builder::new(mode, float);
+        let ids = inputs.declare(&mut b, "input_ids", &[t], true)?.expect("axes() has found it");
+        let mask = inputs.declare(&mut b, "attention_mask", &[t], true)?;
+        let mut x = b.layer("embeddings", |b, _| self.embeddings(b, ids))?;
+        for layer in 0..self.layers {
+            x = b.layer(format!("layer.{layer}.attention"), |b, _| self.attention(b, layer, x, mask))?;
+            x = b.layer(format!("layer.{layer}.mlp"), |b, _| self.mlp(b, layer, x))?;
+        }
+        let logits = b.layer("head", |b, _| self.head(b, x))?;
+        if let Some(labels) = inputs.declare(&mut b, "labels", &[t], true)? {
+            b.cross_entropy(logits, labels)?;
+        }
+        b.finish()
+    }
+
+    fn inputs(&self) -> Vec<InputShape> {
+        vec![InputShape::new("input_ids", [self.positions], DType::I32)]
+    }
+
+    fn labels(&self) -> Labels {
+        Labels { shift: false, classes: self.vocab, vocab: Some(self.vocab) }
+    }
+
+    fn config(&self) -> serde_json::Value {
+        let settings = json!({
+            "vocab_size": self.vocab,
+            "hidden_size": self.width,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "intermediate_size": self.inner,
+            "hidden_act": super::activation_name(self.activation),
+            "hidden_dropout_prob": self.hidden_dropout,
+            "attention_probs_dropout_prob": self.attention_dropout,
+            "max_position_embeddings": self.positions,
+            "type_vocab_size": self.types,
+            "pad_token_id": self.padding,
+            "initializer_range": self.initializer_range,
+            "layer_norm_eps": self.epsilon,
+        });
+        super::whole_config(&FAMILY, &self.given, settings)
+    }
+}

@@ -1,0 +1,293 @@
+//! The search for a plan: every number of shards with each cut rule, and for each the few ways to place state that are worth having.
+//!
+//! It works on stand-ins (see `stand_in`): the shards of the plan that is chosen are built anew.
+
+use super::cut::{Balanced, CutRule, max_fill};
+use super::estimate::{estimate_anywhere_secs, estimate_secs};
+use super::fleet::anywhere_map;
+use super::memory::{ArenaMap, BoundaryTier, Choice, arena_map, host_map};
+use super::model::Model;
+use super::plan::{Plan, PlanOptions, Recompute};
+use super::shard::ShardPrograms;
+use super::stand_in::{Shards, StandIns};
+use crate::base::{Error, Result};
+use crate::device::sim::CostModel;
+use std::collections::HashSet;
+use std::ops::Range;
+
+/// A choice that the search has looked at.
+pub struct Found {
+    shards: Shards,
+    choice: Choice,
+    /// The device's arena.
+    pub arena: ArenaMap,
+    estimated_secs: f64,
+}
+
+impl Found {
+    /// The plan, with the shards' own programs.
+    pub fn plan(self, model: &Model, options: &PlanOptions, smallest_device_bytes: u64) -> Plan {
+        let twice = options.recompute == Recompute::Always;
+        let own = |s: &ShardPrograms| ShardPrograms::new(model, s.layout.layers.clone(), s.kept, twice);
+        let shards: Vec<ShardPrograms> = self.shards.programs.iter().map(own).collect();
+        debug_assert_eq!(self.arena, map(model, &shards, &self.choice, options));
+        Plan {
+            host: host_map(model, &shards, &self.choice, options.moments),
+            shards,
+            choice: self.choice,
+            arena: self.arena,
+            moments: options.moments,
+            smallest_device_bytes,
+            estimated_secs: self.estimated_secs,
+        }
+    }
+}
+
+/// The arena that a plan of these shards would have.
+fn map(model: &Model, shards: &[ShardPrograms], choice: &Choice, options: &PlanOptions) -> ArenaMap {
+    match options.anywhere {
+        None => arena_map(model, shards, choice, options.moments),
+        Some(_) => anywhere_map(model, shards, choice, options.moments),
+    }
+}
+
+/// One search, and what it has found so far.
+pub struct Search<'a> {
+    model: &'a Model,
+    options: &'a PlanOptions,
+    cost: &'a CostModel,
+    shards: StandIns<'a>,
+    /// The fastest that fits.
+    pub best: Option<Found>,
+    /// The one of the smallest arena.
+    pub smallest: Option<Found>,
+}
+
+impl<'a> Search<'a> {
+    /// A search that has found nothing yet.
+    pub fn new(model: &'a Model, options: &'a PlanOptions, cost: &'a CostModel) -> Self {
+        Search { model, options, cost, shards: StandIns::new(model, cost), best: None, smallest: None }
+    }
+
+    /// Looks at every cut.
+    ///
+    /// # Errors
+    /// When the options' own cut is none of the model.
+    pub fn run(&mut self) -> Result<()> {
+        // The cuts must not depend on what was measured this time, or the smallest budget would change from run to run.
+        for cut in self.cuts(&CostModel::stated(1e11, 2e10, 1e10))? {
+            self.try_cut(&cut);
+        }
+        Ok(())
+    }
+
+    /// The cuts to try, each once; `cost` weighs the layers.
+    fn cuts(&mut self, cost: &CostModel) -> Result<Vec<Vec<Range<usize>>>> {
+        let (options, layers) = (self.options, self.model.layers());
+        if let Some(cut) = &options.cut {
+            let whole = cut.first().is_some_and(|r| r.start == 0) && cut.last().is_some_and(|r| r.end == layers);
+            if !whole || cut.iter().any(|r| r.is_empty()) || cut.windows(2).any(|w| w[0].end != w[1].start) {
+                return Err(Error::bad(format!("the cut {cut:?} does not divide {layers} layers")));
+            }
+            return Ok(vec![cut.clone()]);
+        }
+        let single = self.build(&(0..layers).map(|l| l..l + 1).collect::<Vec<_>>(), |_| false, false).programs;
+        let secs: Vec<f64> = single.iter().map(|s| s.forward_secs(cost) + s.backward_secs(cost)).collect();
+        let bytes: Vec<f64> = single.iter().map(|s| s.layout.weight_bytes as f64).collect();
+        let (by_secs, by_bytes) = (Balanced::new(&secs, layers), Balanced::new(&bytes, layers));
+        let mut seen = HashSet::new();
+        let mut cuts = Vec::new();
+        // Every count up to 16, then about ten in each doubling: more shards than that differ little.
+        let counts = (1..=layers).filter(|&n| n <= 16 || n == layers || n % (n.ilog2() as usize * n / 64).max(1) == 0);
+        for n in counts {
+            let mut add = |cut: Vec<Range<usize>>| {
+                if seen.insert(cut.clone()) {
+                    cuts.push(cut);
+                }
+            };
+            match options.rule {
+                Some(CutRule::BalancedSecs) => add(by_secs.cut(n)),
+                Some(CutRule::BalancedBytes) => add(by_bytes.cut(n)),
+                Some(CutRule::MaxFill) => {
+                    // The largest shard of n layers-worth: capacity is what a shard of the heaviest n-th holds.
+                    let capacity =
+                        (bytes.iter().sum::<f64>() / n as f64).max(bytes.iter().copied().fold(0.0, f64::max));
+                    let of = |r: Range<usize>| bytes[r].iter().sum::<f64>() as u64;
+                    max_fill(layers, capacity as u64, of).into_iter().for_each(&mut add);
+                }
+                None => {
+                    add(by_secs.cut(n));
+                    add(by_bytes.cut(n));
+                }
+            }
+        }
+        Ok(cuts)
+    }
+
+    /// The shards of a cut, of which those are kept for which `keep` says so.
+    fn build(&mut self, cut: &[Range<usize>], keep: impl Fn(usize) -> bool, twice: bool) -> Shards {
+        let mut shards = Shards::default();
+        for (s, layers) in cut.iter().enumerate() {
+            self.shards.add(&mut shards, layers.clone(), keep(s), twice);
+        }
+        shards
+    }
+
+    fn try_cut(&mut self, cut: &[Range<usize>]) {
+        let n = cut.len();
+        let twice = self.options.recompute == Recompute::Always;
+        if let Some(keep) = &self.options.kept {
+            let shards = self.build(cut, |s| keep.get(s).copied().unwrap_or(false), twice);
+            for choice in self.choices(n) {
+                self.offer(&shards, &choice);
+            }
+            return;
+        }
+        if self.options.anywhere.is_some() {
+            if self.options.recompute != Recompute::Never || n == 1 {
+                let shards = self.build(cut, |_| false, twice);
+                self.choices_anywhere().iter().for_each(|choice| self.offer(&shards, choice));
+            }
+            return;
+        }
+        let kept = (self.options.recompute != Recompute::Always).then(|| self.build(cut, |_| true, twice));
+        let again = (self.options.recompute != Recompute::Never || n == 1).then(|| self.build(cut, |_| false, twice));
+        for choice in self.choices(n) {
+            match (&kept, &again) {
+                (Some(kept), Some(again)) => {
+                    self.offer(again, &choice);
+                    self.offer(kept, &choice);
+                    self.offer_mixed(kept, again, &choice);
+                }
+                (Some(only), None) | (None, Some(only)) => self.offer(only, &choice),
+                (None, None) => unreachable!("each way to recompute builds one of the two"),
+            }
+        }
+    }
+
+    /// The ways to place state that are worth trying for a cut into `n`, smallest first.
+    fn choices(&self, n: usize) -> Vec<Choice> {
+        let (slots, microbatches) = (self.options.slots.min(n), self.model.microbatches);
+        let deep = slots > 1;
+        let mut choices = Vec::new();
+        for resident in [false, true] {
+            let lone = self.model.layers() == 1;
+            let pointless = !resident && n == 1 && !lone && self.options.resident.is_none();
+            if self.options.resident.is_some_and(|r| r != resident) || pointless {
+                continue;
+            }
+            for stay in [false, true] {
+                if self.options.boundaries_stay.is_some_and(|s| s != stay) {
+                    continue;
+                }
+                let tier = |entries| if stay { BoundaryTier::Device } else { BoundaryTier::Host { entries } };
+                // Single entries leave no room to copy beside the arithmetic: small, and only for small budgets.
+                let depths: &[(usize, usize, usize, usize)] =
+                    if !deep { &[(1, 2, 2, 1)] } else { &[(1, 2, 2, 1), (1, 3, 3, 2), (2, 3, 3, 2)] };
+                for &(gradient_slots, activations, gradients, input_entries) in depths {
+                    choices.push(Choice {
+                        resident,
+                        slots,
+                        gradient_slots: gradient_slots.min(n),
+                        activations: tier(activations),
+                        gradients: tier(gradients.min(microbatches + 1)),
+                        input_entries,
+                        updates_on_device: false,
+                        crosses: self.options.crosses,
+                        pipelined: self.options.pipelined,
+                    });
+                }
+            }
+        }
+        choices
+    }
+
+    /// The ways for a model whose shards run anywhere, smallest first.
+    fn choices_anywhere(&self) -> Vec<Choice> {
+        let slots = self.options.slots;
+        let depths: &[(usize, usize, usize, usize)] =
+            if slots == 1 { &[(1, 2, 2, 1)] } else { &[(1, 2, 2, 1), (1, 3, 3, 2), (2, 3, 3, 2)] };
+        let of = |updates_on_device: bool| {
+            depths.iter().map(move |&(gradient_slots, activations, gradients, input_entries)| Choice {
+                resident: false,
+                slots,
+                gradient_slots,
+                activations: BoundaryTier::Host { entries: activations },
+                gradients: BoundaryTier::Host { entries: gradients },
+                input_entries,
+                updates_on_device,
+                crosses: false,
+                pipelined: false,
+            })
+        };
+        let on_device = if self.options.clips { None } else { Some(of(true)) };
+        of(false).chain(on_device.into_iter().flatten()).collect()
+    }
+
+    fn fits(&self, arena_bytes: u64) -> bool {
+        self.options.device_budget.is_none_or(|budget| arena_bytes <= budget)
+    }
+
+    /// Keeps a plan if it is the best so far. What fits whole is left at rest, with the fewest shards; else the fastest wins, and among
+    /// equals the one with fewer shards, then fewer bytes.
+    fn offer(&mut self, shards: &Shards, choice: &Choice) {
+        let arena = map(self.model, &shards.programs, choice, self.options);
+        let is_smallest = self.smallest.as_ref().is_none_or(|s| arena.bytes < s.arena.bytes);
+        if !is_smallest && !self.fits(arena.bytes) {
+            return;
+        }
+        let estimated_secs = match self.options.anywhere {
+            None => estimate_secs(self.model, shards, choice, self.cost),
+            Some(devices) => {
+                estimate_anywhere_secs(self.model, shards, choice, self.options.moments, devices, self.cost)
+            }
+        };
+        let found = |arena| Found { shards: shards.clone(), choice: choice.clone(), arena, estimated_secs };
+        if is_smallest {
+            self.smallest = Some(found(arena.clone()));
+        }
+        let rank = |shards: &[ShardPrograms], choice: &Choice| {
+            let recomputes = shards[..shards.len() - 1].iter().any(|s| !s.kept);
+            let at_rest = choice.resident && (!recomputes || self.options.recompute == Recompute::Always);
+            (!at_rest, if at_rest { shards.len() } else { 0 })
+        };
+        let better = |best: &Found| {
+            // Estimates this close are the same.
+            let apart = estimated_secs / best.estimated_secs.max(1e-12) - 1.0;
+            let by_secs = if apart.abs() < 1e-3 { std::cmp::Ordering::Equal } else { apart.total_cmp(&0.0) };
+            let theirs = &best.shards.programs;
+            let by_size = (shards.programs.len(), arena.bytes).cmp(&(theirs.len(), best.arena.bytes));
+            rank(&shards.programs, choice).cmp(&rank(theirs, &best.choice)).then(by_secs).then(by_size).is_lt()
+        };
+        if self.fits(arena.bytes) && self.best.as_ref().is_none_or(better) {
+            self.best = Some(found(arena));
+        }
+    }
+
+    /// Keeps the activations of as many shards as fit, those first that save most seconds a byte.
+    fn offer_mixed(&mut self, kept: &Shards, again: &Shards, choice: &Choice) {
+        let Some(budget) = self.options.device_budget else { return };
+        let bytes = |shards: &Shards| arena_map(self.model, &shards.programs, choice, self.options.moments).bytes;
+        if bytes(kept) <= budget || bytes(again) > budget {
+            return;
+        }
+        let worth = |s: usize| {
+            let saved = kept.programs[s].forward.as_ref().map_or(0, |p| p.bytes(crate::graph::Area::Saved)).max(1);
+            (again.secs[s][1] - kept.secs[s][1]) / saved as f64
+        };
+        let mut order: Vec<usize> = (0..kept.programs.len().saturating_sub(1)).collect();
+        order.sort_by(|&a, &b| worth(b).total_cmp(&worth(a)).then(b.cmp(&a)));
+        let mut mixed = again.clone();
+        let take = |mixed: &mut Shards, from: &Shards, s: usize| {
+            mixed.programs[s] = from.programs[s].clone();
+            mixed.secs[s] = from.secs[s];
+        };
+        for s in order {
+            take(&mut mixed, kept, s);
+            if bytes(&mixed) > budget {
+                take(&mut mixed, again, s);
+            }
+        }
+        self.offer(&mixed, choice);
+    }
+}

@@ -1,0 +1,131 @@
+//! Shards for a search over cuts, whose programs may be those of other shards that are alike.
+//!
+//! Invariant: a stand-in's own layout is right, and its programs have the bytes and the cost that its own would have; what they compute is another
+//! shard's. None leaves the search.
+
+use super::model::Model;
+use super::shard::ShardPrograms;
+use crate::device::sim::CostModel;
+use crate::graph::{ShardLayout, alike};
+use std::collections::HashMap;
+use std::ops::Range;
+
+/// Shards of one cut, and how long they take.
+#[derive(Clone, Debug, Default)]
+pub struct Shards {
+    /// In order; the programs may stand for others.
+    pub programs: Vec<ShardPrograms>,
+    /// Seconds of each shard's forward and backward for one microbatch.
+    pub secs: Vec<[f64; 2]>,
+}
+
+/// What tells apart shards of which one cannot stand for another: the likeness of their layers, whether the last is the model's, and how they
+/// are to be built.
+type Key = (Vec<[usize; 2]>, bool, [bool; 2]);
+
+/// The shards that were built so far.
+pub struct StandIns<'a> {
+    model: &'a Model,
+    cost: &'a CostModel,
+    /// For each layer the first one like it, in training and in evaluation.
+    alike: Vec<[usize; 2]>,
+    known: HashMap<Key, (ShardPrograms, [f64; 2])>,
+}
+
+impl<'a> StandIns<'a> {
+    /// For shards of `model`, timed by `cost`.
+    pub fn new(model: &'a Model, cost: &'a CostModel) -> Self {
+        let train = alike(&model.train, &model.layout);
+        let eval = model.eval.as_ref().map_or_else(|| vec![0; train.len()], |eval| alike(eval, &model.layout));
+        let alike = train.into_iter().zip(eval).map(|(train, eval)| [train, eval]).collect();
+        StandIns { model, cost, alike, known: HashMap::new() }
+    }
+
+    /// Adds the shard that holds `layers` to `shards`; see [`ShardPrograms::new`].
+    pub fn add(&mut self, shards: &mut Shards, layers: Range<usize>, keep: bool, twice: bool) {
+        let last = layers.end == self.model.layers();
+        let key = (self.alike[layers.clone()].to_vec(), last, [keep, twice]);
+        let (programs, secs) = self.known.entry(key).or_insert_with(|| {
+            let shard = ShardPrograms::new(self.model, layers.clone(), keep, twice);
+            let secs = [shard.forward_secs(self.cost), shard.backward_secs(self.cost)];
+            (shard, secs)
+        });
+        let layout = ShardLayout::new(&self.model.train, &self.model.layout, layers);
+        shards.programs.push(ShardPrograms { layout, ..programs.clone() });
+        shards.secs.push(*secs);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::base::DType;
+    use crate::graph::{Area, Mode};
+    use crate::nn::{InputShape, from_config};
+    use serde_json::json;
+
+    fn small(family: &str, mode: Mode, float: DType) -> crate::graph::Graph {
+        let (config, inputs) = match family {
+            "gpt2" => (
+                json!({ "vocab_size": 31, "n_positions": 9, "n_embd": 6, "n_layer": 3, "n_head": 3 }),
+                ["input_ids", "labels"].map(|name| InputShape::new(name, [7], DType::I32)),
+            ),
+            "bert" => (
+                json!({ "vocab_size": 31, "max_position_embeddings": 9, "hidden_size": 6, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 5 }),
+                ["input_ids", "labels"].map(|name| InputShape::new(name, [7], DType::I32)),
+            ),
+            "vit" => (
+                json!({ "image_size": 7, "patch_size": 3, "hidden_size": 6, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 5, "num_labels": 3 }),
+                [InputShape::new("pixel_values", [3, 7, 7], DType::F32), InputShape::new("labels", [], DType::I32)],
+            ),
+            _ => (
+                json!({ "embedding_size": 5, "hidden_sizes": [8, 8], "depths": [3, 2], "layer_type": "basic", "num_labels": 3 }),
+                [InputShape::new("pixel_values", [3, 33, 33], DType::F32), InputShape::new("labels", [], DType::I32)],
+            ),
+        };
+        let network = from_config(family, config.as_object().unwrap(), true).unwrap();
+        let mut graph = network.trace(mode, float, 2, &inputs).unwrap();
+        graph.scratch = float == DType::Bf16;
+        graph
+    }
+
+    /// What a search asks of a shard.
+    fn sizes(shard: &ShardPrograms) -> Vec<u64> {
+        let programs = [&shard.forward, &shard.backward, &shard.eval];
+        let mut sizes: Vec<u64> = vec![shard.boundary_bytes, shard.workspace_bytes(), u64::from(shard.kept)];
+        for program in programs.into_iter().flatten() {
+            let areas = [Area::Workspace, Area::Saved, Area::Weights, Area::Gradients, Area::States, Area::Inputs];
+            sizes.extend(areas.map(|area| program.bytes(area)));
+            sizes.extend(program.steps.iter().flat_map(|step| &step.inputs).map(|buffer| buffer.offset));
+        }
+        sizes
+    }
+
+    #[test]
+    fn stand_ins_are_as_large_and_as_slow_as_the_shards_themselves() {
+        let cost = CostModel::stated(1e11, 2e10, 1e10);
+        for (family, alike) in [("gpt2", 4), ("bert", 4), ("vit", 4), ("resnet", 6)] {
+            for float in [DType::F32, DType::Bf16] {
+                let [train, eval] = [Mode::Training, Mode::Evaluation].map(|mode| small(family, mode, float));
+                let model = Model::new(train, Some(eval), 1).unwrap();
+                let mut stand_ins = StandIns::new(&model, &cost);
+                let mut kinds = stand_ins.alike.clone();
+                kinds.sort_unstable();
+                kinds.dedup();
+                assert_eq!(kinds.len(), alike, "{family}: {:?}", stand_ins.alike);
+                let n = model.layers();
+                for layers in (0..n).flat_map(|start| (start + 1..=n).map(move |end| start..end)) {
+                    for (keep, twice) in [(false, false), (true, false), (false, true)] {
+                        let mut got = Shards::default();
+                        stand_ins.add(&mut got, layers.clone(), keep, twice);
+                        let own = ShardPrograms::new(&model, layers.clone(), keep, twice);
+                        let what = format!("{family} {float} {layers:?} {keep} {twice}");
+                        assert_eq!(got.programs[0].layout, own.layout, "{what}");
+                        assert_eq!(sizes(&got.programs[0]), sizes(&own), "{what}");
+                        assert_eq!(got.secs[0], [own.forward_secs(&cost), own.backward_secs(&cost)], "{what}");
+                    }
+                }
+            }
+        }
+    }
+}
