@@ -168,7 +168,14 @@ impl Plan {
         let saved_start = a.saved.iter().flatten().min().copied().unwrap_or(a.workspace);
         let gradients_start = a.gradients.first().copied().unwrap_or(saved_start);
         let activations_start = a.activations.first().copied().unwrap_or(gradients_start);
-        let state_start = a.remainders.iter().chain(&a.moments[0]).min().copied().unwrap_or(activations_start);
+        let state_start = a
+            .remainders
+            .iter()
+            .chain(&a.moments[0])
+            .chain(&a.update_states)
+            .min()
+            .copied()
+            .unwrap_or(activations_start);
         let slots_start = a.gradient_slots.first().copied().unwrap_or(state_start);
         let mut rows = vec![
             ("batch inputs and results", a.weight_slots.first().copied().unwrap_or(0)),

@@ -174,8 +174,9 @@ impl Fleet {
     /// When a device fails.
     pub fn cancel(&mut self, model: usize, why: Error) -> Result<()> {
         match &mut self.trainees[model].stage {
-            Stage::Done | Stage::Failed(_) => Ok(()),
-            stage @ Stage::Waiting => {
+            Stage::Failed(_) => Ok(()),
+            // Its end itself may have gone wrong.
+            stage @ (Stage::Waiting | Stage::Done) => {
                 *stage = Stage::Failed(Some(why));
                 Ok(())
             }
@@ -315,16 +316,16 @@ impl Fleet {
         if due && self.begin_validation(model) {
             return self.validate_on(model, observer, stopping);
         }
-        self.rested(model);
-        Ok(())
+        self.rested(model, observer)
     }
 
     /// After a rest: on with the steps, or the end.
-    fn rested(&mut self, model: usize) {
+    fn rested(&mut self, model: usize, observer: &mut dyn Observer) -> Result<()> {
         self.engine.skip_time(model);
         let trainee = &mut self.trainees[model];
         let ended = trainee.ends || trainee.done == trainee.options.steps;
         trainee.stage = if ended { Stage::Done } else { Stage::Training };
+        if ended { observer.ended(&self.engine, model) } else { Ok(()) }
     }
 
     /// Begins a step.
@@ -374,7 +375,7 @@ impl Fleet {
                 let loss = (*sum / (*count).max(1) as f64) as f32;
                 observer.valid(trainee.done, loss, began.elapsed().as_secs_f64())?;
                 trainee.ends |= observer.wants_end();
-                self.rested(model);
+                self.rested(model, observer)?;
                 let ended = matches!(self.trainees[model].stage, Stage::Done);
                 return if ended { Ok(()) } else { self.train_on(model, observer, stopping) };
             }

@@ -115,6 +115,15 @@ pub trait Observer {
         let _ = (step, engine, model);
         Ok(())
     }
+
+    /// The model has come to its end, validated and at rest; its state is in the host's store.
+    ///
+    /// # Errors
+    /// Whatever should make a failure of it.
+    fn ended(&mut self, engine: &Engine, model: usize) -> Result<()> {
+        let _ = (engine, model);
+        Ok(())
+    }
 }
 
 /// Watches nothing.

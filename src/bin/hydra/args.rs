@@ -42,6 +42,30 @@ pub enum Command {
         #[arg(long, value_name = "DIR")]
         out: Option<PathBuf>,
     },
+    /// Run a job's schedule on simulated devices: the same executor on a virtual clock
+    Simulate {
+        /// The job file
+        #[arg(value_name = "JOB.toml")]
+        job: PathBuf,
+        /// Change one value of the job, such as model.0.lr=1e-3; may be repeated
+        #[arg(long, value_name = "PATH=VALUE", allow_hyphen_values = true)]
+        set: Vec<String>,
+        /// The policy or baseline, instead of the job's
+        #[arg(long, value_name = "P")]
+        policy: Option<String>,
+        /// The number of devices, instead of the job's; for jobs with one [[device]]
+        #[arg(long, value_name = "N")]
+        devices: Option<u64>,
+        /// Weight slots of a device, instead of the job's; 1 is no double buffering
+        #[arg(long, value_name = "N")]
+        slots: Option<u64>,
+        /// Run every combination of these values, such as policy=fifo,srtf or devices=1,2,4 (also slots, memory, link); may be repeated
+        #[arg(long, value_name = "KEY=A,B,..")]
+        sweep: Vec<String>,
+        /// Write schedule.svg, trace.json and simulation.json into this folder; of a sweep sweep.csv and sweep.svg
+        #[arg(long, value_name = "DIR")]
+        out: Option<PathBuf>,
+    },
     /// Run a model forward, in evaluation mode, and write its logits
     Forward {
         /// A Hugging Face directory: config.json and model.safetensors
@@ -59,6 +83,9 @@ pub enum Command {
         /// Write devices.json into this folder
         #[arg(long, value_name = "DIR")]
         out: Option<PathBuf>,
+        /// Write the first device's measured rates into this file, for profile = "FILE.json" of a sim device
+        #[arg(long, value_name = "FILE.json")]
+        profile: Option<PathBuf>,
     },
     /// Write a run's report: schedule, losses, where the time went
     Report {
@@ -105,7 +132,7 @@ mod tests {
         assert!(matches!(args.command, Command::Plan { out: Some(_), .. }));
         let forward = read("hydra forward m --input x.safetensors --output y.safetensors").command;
         assert!(matches!(forward, Command::Forward { .. }));
-        assert!(matches!(read("hydra devices").command, Command::Devices { out: None }));
+        assert!(matches!(read("hydra devices").command, Command::Devices { out: None, profile: None }));
         assert!(matches!(read("hydra report runs/demo").command, Command::Report { .. }));
     }
 

@@ -2,18 +2,19 @@
 
 use crate::planning::{free_memory_bytes, total_memory_bytes};
 use crate::print::{say, table};
-use hydra::base::{Result, format_bytes};
+use hydra::base::{Error, Result, format_bytes};
 use hydra::device::sim::{CostModel, PROFILES};
 use hydra::device::{DeviceSpec, calibrate, gpus, why_no_cuda, why_no_emulator};
 use hydra::train::{refused, write_safely};
 use serde_json::{Value, json};
 use std::path::Path;
 
-/// Prints the devices; with `out`, also writes devices.json there.
+/// Prints the devices; with `out`, also writes devices.json there; with `profile`, the measured rates of the first GPU, or without one of the
+/// host, into that file.
 ///
 /// # Errors
 /// When devices.json cannot be written.
-pub fn run(out: Option<&Path>, json: bool) -> Result<()> {
+pub fn run(out: Option<&Path>, profile: Option<&Path>, json: bool) -> Result<()> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let (total, free) = (total_memory_bytes(), free_memory_bytes());
     let mut host = json!({
@@ -49,6 +50,11 @@ pub fn run(out: Option<&Path>, json: bool) -> Result<()> {
     if let Some(out) = out {
         std::fs::create_dir_all(out).map_err(|e| refused("create", out, e))?;
         write_safely(&out.join("devices.json"), |file| writeln!(file, "{devices:#}"))?;
+    }
+    if let Some(path) = profile {
+        let rates = gpu_rates.as_ref().unwrap_or(&rates);
+        let cost = rates.as_ref().map_err(|e| Error::Device(format!("{}: no rates to write: {e}", path.display())))?;
+        write_safely(path, |file| writeln!(file, "{:#}", json!(cost)))?;
     }
     if json {
         say(devices);

@@ -99,6 +99,12 @@ impl Policy {
         ("gpipe", Policy::Gpipe),
         ("task-parallel", Policy::TaskParallel),
     ];
+
+    /// The word for it in a job file.
+    pub fn word(self) -> &'static str {
+        let found = Policy::WORDS.iter().find(|(_, policy)| *policy == self);
+        found.expect("WORDS has every policy").0
+    }
 }
 
 /// What is recomputed in the backward.
@@ -141,8 +147,10 @@ pub struct Device {
     pub flops: Option<f64>,
     /// Sim: bytes per second of its own memory; there exactly when `flops` is.
     pub memory_bandwidth: Option<f64>,
-    /// Sim: a named set of rates; there exactly when `flops` is not.
+    /// Sim: a named set of rates, or a file with one; there exactly when `flops` is not.
     pub profile: Option<String>,
+    /// The same as a path, absolute.
+    pub profile_path: Option<PathBuf>,
 }
 
 /// What a device is.
@@ -312,6 +320,7 @@ fn read_device(s: &Section) -> Result<Device> {
         flops,
         memory_bandwidth,
         profile,
+        profile_path: s.path("profile")?,
     })
 }
 

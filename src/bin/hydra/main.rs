@@ -7,13 +7,17 @@ mod args;
 mod devices;
 mod forward;
 mod job;
+mod plan_json;
 mod planning;
 mod print;
 mod progress;
 mod rundir;
 mod setup;
 mod show;
+mod simulate;
+mod sweep;
 mod train;
+mod watch;
 
 use args::{Args, Command};
 use clap::Parser;
@@ -54,7 +58,11 @@ fn run(args: &Args) -> Result<()> {
         Command::Train { job, resume, set } => train::run(job, set, *resume, args.json),
         Command::Plan { job, set, out } => show::run(job, set, out.as_deref(), args.json),
         Command::Forward { model, input, output } => forward::run(model, input, output, args.json),
-        Command::Devices { out } => devices::run(out.as_deref(), args.json),
+        Command::Simulate { job, set, policy, devices, slots, sweep, out } => {
+            let wishes = simulate::Wishes { sets: set, policy: policy.as_deref(), devices: *devices, slots: *slots };
+            simulate::run(job, &wishes, sweep, out.as_deref(), args.json)
+        }
+        Command::Devices { out, profile } => devices::run(out.as_deref(), profile.as_deref(), args.json),
         Command::Report { run } => report(run, args.json),
     }
 }

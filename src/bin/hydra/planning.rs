@@ -6,8 +6,8 @@ use hydra::base::{Error, Result, format_bytes};
 use hydra::device::host::HostSpec;
 use hydra::device::sim::{CostModel, PROFILES, Profile};
 use hydra::device::{DeviceSpec, calibrate, why_no_cuda, why_no_emulator};
-use hydra::engine::{Prediction, SimulateOptions, Simulation, bounds_of, predict, simulate};
-use hydra::sched::{Bounds, by_name};
+use hydra::engine::{Prediction, SimulateOptions, Simulation, predict, simulate};
+use hydra::sched::by_name;
 use hydra::spill::{
     Baseline, FleetDevice, FleetMap, FleetModel, Home, Model, Placed, Plan, check_host, place_baseline, plan_fleet,
 };
@@ -127,16 +127,8 @@ pub fn plan_job(path: &Path, sets: &[String], trains: bool) -> Result<PlannedJob
         let prediction = predict_alone(&placed, &machine, prepared.options.clip.is_some())?;
         models.push(Planned { prepared, placed, prediction });
     }
-    let mut planned = PlannedJob {
-        job,
-        machine,
-        models,
-        sharing,
-        smallest_device_bytes,
-        map,
-        step_secs: 0.0,
-        bound_secs: 0.0,
-    };
+    let mut planned =
+        PlannedJob { job, machine, models, sharing, smallest_device_bytes, map, step_secs: 0.0, bound_secs: 0.0 };
     planned.predict_step()?;
     Ok(planned)
 }
@@ -168,11 +160,7 @@ fn trace_all(file: &str, job: &Job, prepared: Vec<Prepared>) -> Result<Vec<(Prep
 }
 
 /// Plans and places all models as the job's policy has it.
-fn place(
-    job: &Job,
-    machine: &Machine,
-    traced: &[(Prepared, Arc<Model>)],
-) -> Result<(Vec<Placed>, Sharing, u64)> {
+fn place(job: &Job, machine: &Machine, traced: &[(Prepared, Arc<Model>)]) -> Result<(Vec<Placed>, Sharing, u64)> {
     let fleet: Vec<FleetModel> = traced
         .iter()
         .map(|(prepared, model)| FleetModel {
@@ -283,7 +271,8 @@ fn stated_cost(file: &str, i: usize, device: &job::Device) -> Result<CostModel> 
     let fault = |what: String| Error::bad(format!("{file}: device.{i}.profile: {what}"));
     if profile.ends_with(".json") {
         let path = device.profile_path.as_deref().unwrap_or(Path::new(profile));
-        let text = std::fs::read_to_string(path).map_err(|e| fault(format!("{}: cannot be read: {e}", path.display())))?;
+        let text =
+            std::fs::read_to_string(path).map_err(|e| fault(format!("{}: cannot be read: {e}", path.display())))?;
         return serde_json::from_str(&text)
             .map_err(|e| fault(format!("{}: is no profile of `hydra devices --profile`: {e}", path.display())));
     }
@@ -380,11 +369,6 @@ impl PlannedJob {
         simulate(&self.placed(), options)
     }
 
-    /// What no schedule of these plans can beat, for so many steps of each model.
-    pub fn bounds(&self, steps: &[u64]) -> Bounds {
-        bounds_of(&self.placed(), steps, &self.machine.costs(), self.machine.shared_bytes_per_sec)
-    }
-
     /// Predicts one step of every model.
     fn predict_step(&mut self) -> Result<()> {
         if self.sharing == Sharing::Alone {
@@ -416,7 +400,9 @@ impl PlannedJob {
         }
         let why = match self.sharing {
             Sharing::Alone | Sharing::Turns if models < devices => "a model runs on one device at a time",
-            Sharing::Lines(_) if self.job.run.policy == Policy::OneAtATime => "one-at-a-time uses the first device alone",
+            Sharing::Lines(_) if self.job.run.policy == Policy::OneAtATime => {
+                "one-at-a-time uses the first device alone"
+            }
             _ => "every model is at home on another",
         };
         let count = |n: usize, what: &str| if n == 1 { format!("{n} {what}") } else { format!("{n} {what}s") };

@@ -2,7 +2,7 @@
 
 use crate::print::say;
 use hydra::base::format_secs;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
@@ -10,6 +10,20 @@ use std::time::{Duration, Instant};
 const BETWEEN_LINES: Duration = Duration::from_secs(2);
 /// A line comes at least this often.
 const LONGEST_SILENCE: Duration = Duration::from_secs(30);
+
+/// Where the models of a run show theirs.
+pub struct Board {
+    bars: Option<MultiProgress>,
+    quiet: bool,
+}
+
+impl Board {
+    /// Bars on a terminal, else lines. `quiet`: nothing is shown.
+    pub fn new(quiet: bool) -> Board {
+        let bars = !quiet && std::io::stdout().is_terminal();
+        Board { bars: bars.then(|| MultiProgress::with_draw_target(ProgressDrawTarget::stdout())), quiet }
+    }
+}
 
 /// Shows a model's training.
 pub struct Progress {
@@ -29,13 +43,13 @@ enum Way {
 }
 
 impl Progress {
-    /// For `steps` steps from `first_step` on. `quiet`: shows nothing.
-    pub fn new(name: &str, first_step: u64, steps: u64, quiet: bool) -> Progress {
+    /// For `steps` steps from `first_step` on.
+    pub fn new(board: &Board, name: &str, first_step: u64, steps: u64) -> Progress {
         let now = Instant::now();
-        let way = if quiet {
+        let way = if board.quiet {
             Way::Quiet
-        } else if std::io::stdout().is_terminal() {
-            let bar = ProgressBar::with_draw_target(Some(steps), ProgressDrawTarget::stdout());
+        } else if let Some(bars) = &board.bars {
+            let bar = bars.add(ProgressBar::new(steps));
             let template = "{prefix} {wide_bar} {pos}/{len}  {msg}  {eta} left";
             bar.set_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()));
             bar.set_prefix(name.to_string());

@@ -14,6 +14,8 @@ pub const PLAN: &str = "plan.json";
 pub const JOB: &str = "job.toml";
 /// Events of the first and last steps.
 pub const TRACE: &str = "trace.json";
+/// What became of each model, of a run of several.
+pub const RESULTS: &str = "results.csv";
 /// In a model's folder: one line a step.
 pub const METRICS: &str = "metrics.jsonl";
 /// In a model's folder: what to resume from.

@@ -107,35 +107,14 @@ impl Prepared {
 /// [`Error::BadInput`] that names the key.
 pub fn check_scope(file: &str, job: &Job) -> Result<()> {
     let fault = |at: &str, what: &str| Err(Error::bad(format!("{file}: {at}: {what}")));
-    let devices: usize = job.devices.iter().map(|d| d.count).sum();
-    if job.run.policy != Policy::OneAtATime {
-        if job.models.len() > 1 {
-            return fault(
-                &job.models[1].at,
-                "training several models together is not built yet; write policy = \"one-at-a-time\" under [run] to train them one after another",
-            );
-        }
-        if devices > 1 {
-            return fault(
-                "device",
-                "several devices are not built yet; keep one, or write policy = \"one-at-a-time\" under [run] to use the first alone",
-            );
-        }
-    }
-    if job.run.pipeline_microbatches.is_some() {
-        return fault("run.pipeline_microbatches", "pipelines are not built yet; leave it out");
+    if job.run.pipeline_microbatches.is_some() && job.run.policy != Policy::Gpipe {
+        return fault("run.pipeline_microbatches", "goes with policy = \"gpipe\" only; leave it out");
     }
     if job.host.disk.is_some() {
         return fault("host.disk", "the disk tier is not built yet; leave it out");
     }
-    if job.host.link.is_some() {
-        return fault("host.link", "a link shared by devices is not built yet; write link under [[device]]");
-    }
-    for search in &job.searches {
-        if search.stop.is_some() || search.simulated.is_some() {
-            let what = format!("ending models early (here {}) is not built yet; leave it out", search.models.len());
-            return fault(&format!("{}.stop", search.at), &what);
-        }
+    if job.host.link.is_some() && !matches!(job.devices[0].kind, DeviceKind::Host | DeviceKind::Sim) {
+        return fault("host.link", "is for kind = \"host\" and \"sim\" only; leave it out");
     }
     for model in &job.models {
         let kind = job.devices[0].kind;
@@ -190,7 +169,7 @@ pub fn prepare(file: &str, job: &Job, i: usize) -> Result<Prepared> {
     let mut options = TrainOptions::new(steps);
     options.seed = job.run.seed;
     options.batch = model.batch;
-    options.microbatch = model.microbatch;
+    options.microbatch = microbatch(job, model)?;
     options.dtype = if model.dtype == "bf16" { DType::Bf16 } else { DType::F32 };
     options.tf32 = model.dtype == "tf32";
     (options.optimizer, options.clip) = optimizer(&model.optimizer);
@@ -210,6 +189,27 @@ pub fn prepare(file: &str, job: &Job, i: usize) -> Result<Prepared> {
         ..PlanOptions::default()
     };
     Ok(Prepared { name: model.name.clone(), origin, options, inputs, opened: Some(sources), recipe })
+}
+
+/// Samples that run together. In a pipeline they follow from how many microbatches it is to hold: by default as many as there are devices, or the
+/// most below that which divide the batch.
+fn microbatch(job: &Job, model: &job::Model) -> Result<usize> {
+    if job.run.policy != Policy::Gpipe {
+        return Ok(model.microbatch);
+    }
+    let devices: usize = job.devices.iter().map(|d| d.count).sum();
+    let fits = |n: usize| model.batch.is_multiple_of(n);
+    let count = match job.run.pipeline_microbatches {
+        Some(stated) if !fits(stated) => {
+            let (at, batch) = (model.place("batch"), model.batch);
+            return Err(Error::bad(format!(
+                "{at}: run.pipeline_microbatches = {stated} does not divide the batch of {batch}"
+            )));
+        }
+        Some(stated) => stated,
+        None => (1..=devices).rev().find(|&n| fits(n)).unwrap_or(1),
+    };
+    Ok(model.batch / count)
 }
 
 fn optimizer(wanted: &job::Optimizer) -> (Optimizer, Option<f64>) {

@@ -1,12 +1,12 @@
 //! `hydra plan`: the cut, where everything lies, what a step will take, what bounds it and what would help.
 
-use crate::planning::{Planned, PlannedJob, plan_job};
+use crate::planning::{Planned, PlannedJob, Sharing, plan_job};
 use crate::print::{say, table};
 use crate::rundir::PLAN;
 use hydra::base::{Result, format_bytes, format_secs};
 use hydra::device::sim::CostModel;
 use hydra::engine::predict;
-use hydra::spill::{BoundaryTier, Recompute};
+use hydra::spill::{BoundaryTier, Home, Recompute};
 use hydra::trace::Bound;
 use hydra::train::{TrainOptions, plan_model, refused, trace_model, write_safely};
 use std::path::Path;
@@ -32,6 +32,7 @@ pub fn run(path: &Path, sets: &[String], out: Option<&Path>, json: bool) -> Resu
     for model in &planned.models {
         say(describe(model, &planned));
     }
+    together(&planned);
     Ok(())
 }
 
@@ -40,16 +41,42 @@ pub fn summary(planned: &PlannedJob) {
     for model in &planned.models {
         say(headline(model, planned));
     }
+    together(planned);
+}
+
+/// Prints how several models or devices work together.
+fn together(planned: &PlannedJob) {
+    if planned.sharing == Sharing::Alone {
+        planned.idle_devices().into_iter().for_each(say);
+        return;
+    }
+    let count = |n: usize, what: &str| if n == 1 { format!("{n} {what}") } else { format!("{n} {what}s") };
+    say(format!(
+        "{} on {}, {}: {}; a step of every model is predicted to take {} (no less than {})",
+        count(planned.models.len(), "model"),
+        count(planned.machine.devices.len(), "device"),
+        planned.job.run.policy.word(),
+        planned.memory_text(),
+        format_secs(planned.step_secs),
+        format_secs(planned.bound_secs),
+    ));
+    planned.idle_devices().into_iter().for_each(say);
 }
 
 fn headline(model: &Planned, planned: &PlannedJob) -> String {
-    let plan = &model.plan;
+    let plan = model.plan();
     let count = |n: usize, what: &str| if n == 1 { format!("{n} {what}") } else { format!("{n} {what}s") };
-    let place = match plan.choice.resident {
-        true => "all state on the device".to_string(),
-        false => format!("state in host memory, {}", count(plan.arena.weight_slots.len(), "weight slot")),
+    let place = match (plan.choice.resident, &model.placed.home) {
+        (true, Home::On(homes)) if planned.machine.devices.len() > 1 => {
+            let mut homes: Vec<u16> = homes.clone();
+            homes.dedup();
+            let homes: Vec<String> = homes.iter().map(u16::to_string).collect();
+            format!("all state on device {}", homes.join(", "))
+        }
+        (true, _) => "all state on the device".to_string(),
+        (false, _) => format!("state in host memory, {}", count(plan.arena.weight_slots.len(), "weight slot")),
     };
-    let budget = planned.machine.device_budget.map_or(String::new(), |b| format!(" of {}", format_bytes(b)));
+    let budget = planned.machine.first().budget.map_or(String::new(), |b| format!(" of {}", format_bytes(b)));
     format!(
         "{}: {}, {place}; device memory {}{budget}, host memory {}\n{}: a step is predicted to take {} (no less than {})",
         model.prepared.name,
@@ -63,13 +90,13 @@ fn headline(model: &Planned, planned: &PlannedJob) -> String {
 }
 
 fn describe(model: &Planned, planned: &PlannedJob) -> String {
-    let (plan, cost) = (&model.plan, &planned.machine.cost);
-    let microbatches = model.model.microbatches as f64;
+    let (plan, cost) = (model.plan(), &planned.machine.first().cost);
+    let microbatches = model.model().microbatches as f64;
     let mut text = headline(model, planned);
     text += "\n\n";
     let mut rows = vec![["shard", "bytes", "tier", "forward", "backward", "recomputes"].map(String::from).to_vec()];
     for (s, shard) in plan.shards.iter().enumerate() {
-        let names = plan.layer_names(&model.model, s);
+        let names = plan.layer_names(model.model(), s);
         let layers = match names[..] {
             [one] => one.to_string(),
             [first, .., last] => format!("{first} to {last} ({})", names.len()),
@@ -106,8 +133,10 @@ fn describe(model: &Planned, planned: &PlannedJob) -> String {
     text += &table(&rows);
     text += &format!("\na step: {}, of which\n", format_secs(model.prediction.step_secs));
     text += &bound_table(&model.prediction.bound);
-    text += &format!("\n{}; what would help:\n", the_bound(model));
-    text += &what_would_help(model, planned);
+    if planned.sharing == Sharing::Alone {
+        text += &format!("\n{}; what would help:\n", the_bound(model));
+        text += &what_would_help(model, planned);
+    }
     text.trim_end().to_string()
 }
 
@@ -135,7 +164,7 @@ fn the_bound(model: &Planned) -> String {
 /// Predictions of the same model with more of one thing, the best first.
 fn what_would_help(model: &Planned, planned: &PlannedJob) -> String {
     let options = &model.prepared.options;
-    let cost = &planned.machine.cost;
+    let cost = &planned.machine.first().cost;
     let mut tries: Vec<(String, TrainOptions, CostModel)> = Vec::new();
     if let Some(budget) = options.plan.device_budget {
         for (what, bytes) in [("twice the device memory", Some(2 * budget)), ("all the device memory it wants", None)] {
@@ -144,7 +173,7 @@ fn what_would_help(model: &Planned, planned: &PlannedJob) -> String {
             tries.push((what.to_string(), more, cost.clone()));
         }
     }
-    if !model.plan.choice.resident {
+    if !model.plan().choice.resident {
         let (h2d, d2h) = (2.0 * cost.h2d_bytes_per_sec, 2.0 * cost.d2h_bytes_per_sec);
         let faster = CostModel { h2d_bytes_per_sec: h2d, d2h_bytes_per_sec: d2h, ..cost.clone() };
         tries.push(("a link twice as fast".into(), options.clone(), faster));
@@ -183,7 +212,7 @@ fn what_would_help(model: &Planned, planned: &PlannedJob) -> String {
 fn predicted(model: &Planned, options: &TrainOptions, cost: &CostModel) -> Option<(f64, u64)> {
     let prepared = &model.prepared;
     let traced = if options.batch == prepared.options.batch {
-        Arc::clone(&model.model)
+        Arc::clone(model.model())
     } else {
         Arc::new(trace_model(prepared.network(), &prepared.inputs, options).ok()?)
     };

@@ -1,27 +1,27 @@
-//! `hydra train`: plans, makes the run's directory, trains the models one after another, saves them.
+//! `hydra train`: plans, makes the run's directory, trains the models together, and says what became of each.
 
 use crate::args::Resume;
-use crate::planning::{Planned, PlannedJob, free_memory_bytes, plan_job};
-use crate::print::say;
-use crate::progress::Progress;
+use crate::planning::{Planned, PlannedJob, Sharing, free_memory_bytes, plan_job};
+use crate::print::{say, table};
+use crate::progress::{Board, Progress};
 use crate::rundir::{self, Found, RunDir, inspect};
 use crate::show::summary;
-use hydra::base::{Error, LaneId, LaneKind, Result, format_bytes, format_secs};
-use hydra::engine::{Engine, Stored};
-use hydra::nn;
+use crate::watch::{Watch, identity};
+use hydra::base::{Error, Result, format_bytes, format_secs};
+use hydra::device::{FleetMemory, start_fleet};
+use hydra::engine::TurnOptions;
+use hydra::sched::by_name;
 use hydra::spill::named;
 use hydra::trace::{Keep, Recorder, RecorderOptions};
-use hydra::train::metrics::{Metrics, Row, StepRow, ValidRow};
-use hydra::train::{Checkpoint, Identity, Observer, Session, StepReport, write_checkpoint};
+use hydra::train::results::{self, ModelResult, Status};
+use hydra::train::Selection;
+use hydra::train::{Checkpoint, Fleet, Observer, Recruit};
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::cell::RefCell;
+use std::path::Path;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
-
-/// A run that is killed without a word loses no more than this.
-const BETWEEN_CHECKPOINTS: Duration = Duration::from_secs(600);
 
 /// Trains the job at `path`.
 ///
@@ -49,13 +49,13 @@ pub fn run(path: &Path, sets: &[String], resume: Resume, json: bool) -> Result<(
     let mut dir = RunDir::take(&out)?;
     let trained = start(&mut dir, &planned).and_then(|()| train_all(&mut dir, planned, checkpoints, &stop, json));
     match trained {
-        Ok(models) => {
+        Ok(Trained { models, failed }) => {
             if json {
                 say(json!({ "run": out, "models": models }));
             } else {
                 say(format!("run: {}", out.display()));
             }
-            Ok(())
+            failed.map_or(Ok(()), Err)
         }
         Err(Failure { error, untouched }) => {
             if untouched && found == Found::Free {
@@ -64,6 +64,13 @@ pub fn run(path: &Path, sets: &[String], resume: Resume, json: bool) -> Result<(
             Err(error)
         }
     }
+}
+
+/// A run that has come to its end.
+struct Trained {
+    models: Vec<Value>,
+    /// Some of its models have failed.
+    failed: Option<Error>,
 }
 
 /// Why training ended early.
@@ -81,21 +88,19 @@ impl From<Error> for Failure {
 
 /// Memory is handed out before it is there; a run that will not get it should not begin.
 fn check_memory(planned: &PlannedJob) -> Result<()> {
-    let Some(free) = free_memory_bytes() else { return Ok(()) };
-    for Planned { prepared, plan, .. } in &planned.models {
-        let wants = plan.arena.bytes + plan.host.bytes;
-        if wants > free {
-            return Err(Error::Device(format!(
-                "{}: the machine has {} of memory free, the run needs {} ({} for the device, {} for the host's store); write a smaller memory under [[device]]",
-                prepared.name,
-                format_bytes(free),
-                format_bytes(wants),
-                format_bytes(plan.arena.bytes),
-                format_bytes(plan.host.bytes)
-            )));
-        }
+    let (Some(free), wants) = (free_memory_bytes(), planned.wants_bytes()) else { return Ok(()) };
+    if wants <= free {
+        return Ok(());
     }
-    Ok(())
+    let names: Vec<&str> = planned.models.iter().map(|m| m.prepared.name.as_str()).collect();
+    Err(Error::Device(format!(
+        "{}: the machine has {} of memory free, the run needs {} ({} for the devices, {} for the host's store); write a smaller memory under [[device]]",
+        names.join(", "),
+        format_bytes(free),
+        format_bytes(wants),
+        format_bytes(wants - planned.map.host_bytes),
+        format_bytes(planned.map.host_bytes)
+    )))
 }
 
 /// Sets the flag on the first SIGINT or SIGTERM, and ends the program on the second.
@@ -118,7 +123,7 @@ fn open_checkpoints(planned: &PlannedJob, resume: Resume) -> Result<Vec<Option<C
         let path = planned.job.run.out.join(&model.prepared.name).join(rundir::CHECKPOINT);
         let checkpoint = Checkpoint::open(&path)?;
         if let Some(checkpoint) = &checkpoint {
-            checkpoint.check(identity(model), &model.model, model.plan.moments)?;
+            checkpoint.check(identity(model), model.model(), model.plan().moments)?;
             let (done, steps) = (checkpoint.step(), model.prepared.options.steps);
             if done > steps {
                 return Err(Error::bad(format!("{}: is after {done} steps, the job has {steps}", path.display())));
@@ -131,11 +136,6 @@ fn open_checkpoints(planned: &PlannedJob, resume: Resume) -> Result<Vec<Option<C
         return Err(Error::bad(format!("{out}: the run has no checkpoint to resume from, as --resume require wants")));
     }
     Ok(checkpoints)
-}
-
-fn identity(model: &Planned) -> Identity {
-    let options = &model.prepared.options;
-    Identity { seed: options.seed, batch: options.batch, microbatch: options.microbatch }
 }
 
 fn already_done(out: &Path, json: bool) -> Result<()> {
@@ -156,198 +156,214 @@ fn start(dir: &mut RunDir, planned: &PlannedJob) -> std::result::Result<(), Fail
     Ok(())
 }
 
+/// Trains all models that are not done, from their checkpoints or from the start.
 fn train_all(
     dir: &mut RunDir,
-    planned: PlannedJob,
-    checkpoints: Vec<Option<Checkpoint>>,
-    stop: &AtomicBool,
-    json: bool,
-) -> std::result::Result<Vec<Value>, Failure> {
-    let alone = planned.models.len() == 1;
-    let keep = (planned.job.run.trace_first, planned.job.run.trace_last);
-    let mut rows = Vec::new();
-    for (model, checkpoint) in planned.models.into_iter().zip(checkpoints) {
-        let name = model.prepared.name.clone();
-        let any = !rows.is_empty();
-        let trained = train_model(dir, model, checkpoint, keep, alone, stop, json);
-        let row = trained.map_err(|f| Failure { error: named(&name, f.error), untouched: f.untouched && !any })?;
-        rows.push(row);
-    }
-    Ok(rows)
-}
-
-/// Trains one model from its checkpoint, or from the start, and saves it. A checkpoint of the last step is written only after the
-/// model, and so tells that there is nothing left to do.
-fn train_model(
-    dir: &mut RunDir,
-    mut planned: Planned,
-    checkpoint: Option<Checkpoint>,
-    (first, last): (u64, u64),
-    alone: bool,
+    mut planned: PlannedJob,
+    mut checkpoints: Vec<Option<Checkpoint>>,
     stop: &AtomicBool,
     quiet: bool,
-) -> std::result::Result<Value, Failure> {
-    let name = planned.prepared.name.clone();
-    let folder = dir.folder(&name)?;
-    let saved = folder.join(rundir::MODEL);
-    let steps = planned.prepared.options.steps;
-    let from = checkpoint.as_ref().map_or(0, Checkpoint::step);
-    if from == steps {
-        return Ok(json!({ "name": name, "steps": steps, "model": saved }));
+) -> std::result::Result<Trained, Failure> {
+    let from: Vec<u64> = checkpoints.iter().map(|c| c.as_ref().map_or(0, Checkpoint::step)).collect();
+    // Models that are done keep out; the others have numbers of their own in the fleet.
+    let active: Vec<usize> =
+        (0..planned.models.len()).filter(|&m| from[m] < planned.models[m].prepared.options.steps).collect();
+    let mut sources = Vec::new();
+    for &m in &active {
+        let prepared = &mut planned.models[m].prepared;
+        let twice = if from[m] > 0 { Some(prepared.sources()?) } else { None };
+        sources.push((prepared.sources()?, twice));
     }
-    let sources = planned.prepared.sources()?;
-    let plan = (Arc::clone(&planned.model), Arc::clone(&planned.plan));
-    let options = planned.prepared.options.clone();
-    let (network, weights) = (planned.prepared.network(), planned.prepared.weights());
-    let mut session = Session::new(network, weights, plan, sources.train, sources.valid, options)?;
-    if let Some(mut checkpoint) = checkpoint {
-        checkpoint.restore(session.engine_mut(), 0)?;
-        session.start_at(from, planned.prepared.sources()?.train)?;
-    }
-    let trace = if alone { dir.at(rundir::TRACE) } else { folder.join(rundir::TRACE) };
-    keep_older_trace(&trace, from)?;
-    dir.will_make(&trace);
-    let keep = Keep { first: from.saturating_add(first), last, total_steps: steps };
-    let recorder = RecorderOptions::new(keep, lanes(), vec![name.clone()]);
-    session.engine_mut().record(Recorder::create(&trace, recorder)?);
-    let metrics = folder.join(rundir::METRICS);
-    dir.will_make(&metrics);
-    let checkpoint = folder.join(rundir::CHECKPOINT);
-    let began = Instant::now();
-    let mut watch = Watch {
-        metrics: Metrics::open(&metrics, from)?,
-        progress: Progress::new(&name, from, steps, quiet),
-        stop,
-        checkpoint: checkpoint.clone(),
-        identity: identity(&planned),
-        steps,
-        saved_at: began,
-        tokens: planned.prepared.step_tokens(),
-        samples: planned.prepared.options.batch as u64,
-        last_loss: None,
-        last_valid: None,
+    let planned = &planned;
+    let specs: Vec<_> = planned.machine.devices.iter().map(|d| d.spec.clone()).collect();
+    let memory = FleetMemory {
+        arena_bytes: planned.map.arena_bytes.clone(),
+        host_bytes: planned.map.host_bytes,
+        poison: false,
+        shared_bytes_per_sec: planned.machine.shared_bytes_per_sec,
     };
-    let result = session.run(&mut watch, stop);
-    watch.progress.finish();
-    let recorded = session.engine_mut().take_recorder().map(Recorder::finish).transpose();
-    let kept = |error| Failure { error, untouched: session.steps_done() == 0 && !checkpoint.exists() };
+    let device = start_fleet(&specs, memory)?;
+    let mut recruits = Vec::new();
+    let mut later = Vec::new();
+    for (&m, (sources, twice)) in active.iter().zip(sources) {
+        let model = &planned.models[m];
+        later.push((sources.valid.is_some(), twice));
+        recruits.push(Recruit {
+            network: model.prepared.network(),
+            weights: model.prepared.weights(),
+            placed: model.placed.clone(),
+            source: sources.train,
+            valid: sources.valid,
+            options: model.prepared.options.clone(),
+        });
+    }
+    let turns = (planned.sharing == Sharing::Turns).then(|| TurnOptions {
+        policy: by_name(planned.job.run.policy.word(), planned.job.run.seed).expect("turns are taken by a policy"),
+        units: planned.units(),
+        costs: planned.machine.costs(),
+        shared_bytes_per_sec: planned.machine.shared_bytes_per_sec,
+    });
+    let mut fleet = Fleet::new(recruits, device, turns)?;
+    if let Sharing::Lines(lines) = &planned.sharing {
+        let number = |m: &usize| active.iter().position(|a| a == m);
+        fleet.line_up(lines.iter().map(|line| line.iter().filter_map(number).collect()).collect());
+    }
+    let mut validates = Vec::new();
+    for (i, (valid, again)) in later.into_iter().enumerate() {
+        validates.push(valid);
+        if let (Some(checkpoint), Some(sources)) = (&mut checkpoints[active[i]], again) {
+            checkpoint.restore(fleet.engine_mut(), i)?;
+            fleet.start_at(i, from[active[i]], sources.train)?;
+        }
+    }
+    record(dir, planned, &active, &from, &mut fleet)?;
+    let board = Board::new(quiet);
+    let selections = selections(planned);
+    let mut watches = Vec::new();
+    for (i, &m) in active.iter().enumerate() {
+        let model = &planned.models[m];
+        let folder = dir.folder(&model.prepared.name)?;
+        dir.will_make(&folder.join(rundir::METRICS));
+        let progress = Progress::new(&board, &model.prepared.name, from[m], model.prepared.options.steps);
+        let place = (folder.as_path(), from[m]);
+        watches.push(Watch::new(model, m, place, progress, stop, selections[m].clone(), validates[i])?);
+    }
+    let mut observers: Vec<&mut dyn Observer> = watches.iter_mut().map(|w| w as &mut dyn Observer).collect();
+    let result = fleet.run(&mut observers, stop);
+    watches.iter().for_each(Watch::finish);
+    let recorded = fleet.engine_mut().take_recorder().map(Recorder::finish).transpose();
+    let nothing_done = (0..active.len()).all(|i| fleet.steps_done(i) == 0) && from.iter().all(|&f| f == 0);
+    let kept = |error| Failure { error, untouched: nothing_done };
+    let failures: Vec<Option<Error>> = (0..active.len()).map(|i| fleet.take_failure(i)).collect();
+    if let [Some(_)] = &failures[..]
+        && planned.models.len() == 1
+    {
+        let error = failures.into_iter().flatten().next().expect("matched just above");
+        return Err(kept(named(&planned.models[0].prepared.name, error)));
+    }
     result.map_err(kept)?;
     recorded.map_err(kept)?;
-    save_model(&saved, &planned, session.engine()).map_err(kept)?;
-    write_checkpoint(&checkpoint, session.engine(), 0, identity(&planned), steps).map_err(kept)?;
-    let secs = began.elapsed().as_secs_f64();
-    let (loss, valid) = (watch.last_loss, watch.last_valid);
+    let rows = rows(planned, &active, &watches, &failures, &from, &dir.at(""));
+    if planned.models.len() > 1 {
+        results::write(&dir.at(rundir::RESULTS), &rows).map_err(kept)?;
+    }
     if !quiet {
-        let valid = valid.map_or(String::new(), |v: f32| format!(", held-out loss {v:.4}"));
-        let loss = loss.map_or(String::new(), |l: f32| format!(", loss {l:.4}"));
-        say(format!("{name}: {steps} steps done in {}{loss}{valid}", format_secs(secs)));
-        say(format!("  model       {}", saved.display()));
-        say(format!("  metrics     {}", metrics.display()));
-        say(format!("  trace       {} (opens in https://ui.perfetto.dev)", trace.display()));
+        tell(planned, dir, &rows);
     }
-    let mut row = json!({ "name": name, "steps": steps, "loss": loss, "secs": secs, "model": saved });
-    if let Some(valid) = valid {
-        row["valid_loss"] = valid.into();
-    }
-    Ok(row)
+    let failed: Vec<&ModelResult> = rows.iter().filter(|r| matches!(r.status, Status::Failed(_))).collect();
+    let failed = failed.first().map(|first| {
+        let (count, all, name, why) = (failed.len(), rows.len(), &first.name, first.status.reason());
+        Error::Device(format!("{count} of {all} models failed; {name}: {why}"))
+    });
+    Ok(Trained { models: rows.iter().map(|row| row_json(row)).collect(), failed })
 }
 
-/// The lanes that a model on one device uses.
-fn lanes() -> Vec<LaneId> {
-    let device = [LaneKind::Compute, LaneKind::HostToDevice, LaneKind::DeviceToHost];
-    device.into_iter().map(|kind| LaneId::device(0, kind)).chain([LaneId::host(LaneKind::HostMath)]).collect()
+/// Records the run's first and last steps.
+fn record(dir: &mut RunDir, planned: &PlannedJob, active: &[usize], from: &[u64], fleet: &mut Fleet) -> Result<()> {
+    let trace = dir.at(rundir::TRACE);
+    let first = active.iter().map(|&m| from[m]).min().unwrap_or(0);
+    keep_older_trace(&trace, first)?;
+    dir.will_make(&trace);
+    let run = &planned.job.run;
+    let total_steps = active.iter().map(|&m| planned.models[m].prepared.options.steps).max().unwrap_or(0);
+    let last = active.iter().map(|&m| from[m]).max().unwrap_or(0);
+    let keep = Keep { first: last.saturating_add(run.trace_first), last: run.trace_last, total_steps };
+    let names = active.iter().map(|&m| planned.models[m].prepared.name.clone()).collect();
+    let options = RecorderOptions::new(keep, fleet.engine().lanes().to_vec(), names);
+    fleet.engine_mut().record(Recorder::create(&trace, options)?);
+    Ok(())
 }
 
 /// A resumed run has a trace of its own; the one before it is kept beside it.
 fn keep_older_trace(trace: &Path, from: u64) -> Result<()> {
-    if from == 0 || !trace.exists() {
+    if !trace.exists() {
         return Ok(());
     }
     let older = trace.with_file_name(format!("trace-until-{from}.json"));
     std::fs::rename(trace, &older).map_err(|e| Error::io("rename", trace, e))
 }
 
-/// Writes the Hugging Face directory, tensor by tensor.
-fn save_model(dir: &Path, planned: &Planned, engine: &Engine) -> Result<()> {
-    let (form, mut counts) = planned.prepared.form()?;
-    let batches = (planned.prepared.options.steps * planned.model.microbatches as u64) as i64;
-    for name in &form.counters {
-        let count = counts.entry(name.clone()).or_insert(0);
-        *count = count.saturating_add(batches);
-    }
-    let graph = &planned.model.train;
-    let parameters: BTreeMap<&str, usize> =
-        graph.parameters.iter().enumerate().map(|(i, p)| (p.name.as_str(), i)).collect();
-    let states: BTreeMap<&str, usize> = graph.states.iter().enumerate().map(|(i, s)| (s.name.as_str(), i)).collect();
-    nn::save(dir, &form, &counts, &mut |name| match (parameters.get(name), states.get(name)) {
-        (Some(&i), _) => Ok(engine.read_parameter(0, Stored::Weight, i)),
-        (None, Some(&i)) => Ok(engine.read_state(0, i)),
-        (None, None) => Err(Error::bad(format!("tensor {name}: the network has no such tensor"))),
-    })
-}
-
-/// Writes metrics and checkpoints and shows progress as a session runs.
-struct Watch<'a> {
-    metrics: Metrics,
-    progress: Progress,
-    stop: &'a AtomicBool,
-    checkpoint: PathBuf,
-    identity: Identity,
-    steps: u64,
-    /// When the last checkpoint was written.
-    saved_at: Instant,
-    tokens: Option<u64>,
-    samples: u64,
-    last_loss: Option<f32>,
-    last_valid: Option<f32>,
-}
-
-impl Observer for Watch<'_> {
-    fn step(&mut self, report: &StepReport) -> Result<()> {
-        let result = &report.result;
-        let per_sec = |count: u64| count as f64 / result.secs.max(1e-9);
-        let tokens_per_sec = self.tokens.map(per_sec);
-        let samples_per_sec = if self.tokens.is_none() { Some(per_sec(self.samples)) } else { None };
-        self.metrics.write(&Row::Step(StepRow {
-            step: result.step,
-            loss: result.loss,
-            lr: report.lr,
-            grad_norm: result.grad_norm,
-            tokens_per_sec,
-            samples_per_sec,
-            secs: result.secs,
-            compute_secs: result.bound.compute,
-            h2d_secs: result.bound.h2d,
-            d2h_secs: result.bound.d2h,
-            host_secs: result.bound.host,
-            disk_secs: result.bound.disk,
-            idle_secs: result.bound.idle,
-        }))?;
-        self.last_loss = Some(result.loss);
-        let units = if self.tokens.is_some() { "tokens" } else { "samples" };
-        let rate = tokens_per_sec.or(samples_per_sec).unwrap_or(0.0);
-        self.progress.step(result.step, result.loss, rate, units);
-        Ok(())
-    }
-
-    fn valid(&mut self, step: u64, loss: f32, secs: f64) -> Result<()> {
-        self.metrics.write(&Row::Valid(ValidRow { step, valid_loss: loss, secs }))?;
-        self.last_valid = Some(loss);
-        self.progress.note(&format!("after {step} steps  held-out loss {loss:.4}  ({})", format_secs(secs)));
-        Ok(())
-    }
-
-    fn wants_checkpoint(&mut self) -> bool {
-        self.saved_at.elapsed() >= BETWEEN_CHECKPOINTS
-    }
-
-    fn checkpoint(&mut self, step: u64, engine: &Engine, model: usize) -> Result<()> {
-        // The last one is written after the model is saved.
-        let due = self.stop.load(Ordering::Relaxed) || self.wants_checkpoint();
-        if step < self.steps && due {
-            write_checkpoint(&self.checkpoint, engine, model, self.identity, step)?;
-            self.saved_at = Instant::now();
+/// What may end each model early, shared by the models of a search.
+fn selections(planned: &PlannedJob) -> Vec<Option<Rc<RefCell<Selection>>>> {
+    let mut of = vec![None; planned.models.len()];
+    for search in &planned.job.searches {
+        if let Some(stop) = &search.stop {
+            let shared = Rc::new(RefCell::new(stop.clone()));
+            search.models.clone().for_each(|m| of[m] = Some(Rc::clone(&shared)));
         }
-        Ok(())
     }
+    of
+}
+
+/// What became of each model.
+fn rows(
+    planned: &PlannedJob,
+    active: &[usize],
+    watches: &[Watch],
+    failures: &[Option<Error>],
+    from: &[u64],
+    run: &Path,
+) -> Vec<ModelResult> {
+    let row = |m: usize| {
+        let (model, place) = (&planned.models[m], active.iter().position(|&a| a == m));
+        let watch = place.map(|i| &watches[i]);
+        let status = match (place.and_then(|i| failures[i].as_ref()), watch) {
+            (Some(error), _) => Status::Failed(error.to_string()),
+            (None, Some(watch)) => match &watch.stopped {
+                Some(reason) => Status::Stopped(reason.clone()),
+                None if watch.saved => Status::Done,
+                None => Status::Cancelled,
+            },
+            (None, None) => Status::Done,
+        };
+        ModelResult {
+            model: m,
+            name: model.prepared.name.clone(),
+            searched: planned.job.models[m].searched.clone(),
+            status,
+            steps: watch.map_or(from[m], |w| w.done),
+            train_loss: watch.and_then(|w| w.loss),
+            valid_loss: watch.and_then(|w| w.valid_loss),
+            secs: watch.map_or(0.0, |w| w.secs),
+            directory: run.join(&model.prepared.name),
+        }
+    };
+    (0..planned.models.len()).map(row).collect()
+}
+
+fn row_json(row: &ModelResult) -> Value {
+    let mut json = json!({
+        "name": row.name,
+        "status": row.status.word(),
+        "steps": row.steps,
+        "loss": row.train_loss,
+        "secs": row.secs,
+        "model": row.directory.join(rundir::MODEL),
+    });
+    if let Some(valid) = row.valid_loss {
+        json["valid_loss"] = valid.into();
+    }
+    if !row.status.reason().is_empty() {
+        json["reason"] = row.status.reason().into();
+    }
+    json
+}
+
+/// Prints how it ended.
+fn tell(planned: &PlannedJob, dir: &RunDir, rows: &[ModelResult]) {
+    if let [row] = rows {
+        let valid = row.valid_loss.map_or(String::new(), |v| format!(", held-out loss {v:.4}"));
+        let loss = row.train_loss.map_or(String::new(), |l| format!(", loss {l:.4}"));
+        say(format!("{}: {} steps done in {}{loss}{valid}", row.name, row.steps, format_secs(row.secs)));
+        say(format!("  model       {}", row.directory.join(rundir::MODEL).display()));
+        say(format!("  metrics     {}", row.directory.join(rundir::METRICS).display()));
+    } else {
+        say(table(&results::table(rows)).trim_end());
+        if let Some(best) = results::best(rows) {
+            say(format!("best: {}, in {}", best.name, best.directory.join(rundir::MODEL).display()));
+        }
+        say(format!("  results     {}", dir.at(rundir::RESULTS).display()));
+    }
+    say(format!("  trace       {} (opens in https://ui.perfetto.dev)", dir.at(rundir::TRACE).display()));
+    planned.idle_devices().into_iter().for_each(say);
 }

@@ -1,0 +1,94 @@
+//! What plan.json holds.
+
+use crate::planning::{Planned, PlannedJob, Sharing};
+use hydra::device::sim::CostModel;
+use hydra::spill::{BoundaryTier, Home};
+use serde_json::{Value, json};
+
+impl Planned {
+    fn json(&self, cost: &CostModel) -> Value {
+        let (plan, microbatches) = (self.plan(), self.model().microbatches as f64);
+        let tier = |resident: bool| if resident { "device" } else { "pageable" };
+        let boundary = |tier: &BoundaryTier| match tier {
+            BoundaryTier::Device => "device",
+            BoundaryTier::Host { .. } => "pageable",
+        };
+        let shards: Vec<Value> = plan
+            .shards
+            .iter()
+            .enumerate()
+            .map(|(s, shard)| {
+                json!({
+                    "layers": plan.layer_names(self.model(), s),
+                    "bytes": shard.fetch_bytes(),
+                    "tiers": {
+                        "weights": tier(plan.choice.resident),
+                        "gradients": tier(plan.choice.resident),
+                        "moments": tier(plan.choice.resident),
+                        "boundary_activations": boundary(&plan.choice.activations),
+                        "boundary_gradients": boundary(&plan.choice.gradients),
+                    },
+                    "recompute": shard.forward.is_some() && !shard.kept,
+                    "device": match &self.placed.home {
+                        Home::Anywhere => Value::Null,
+                        Home::On(homes) => homes[s].into(),
+                    },
+                    "forward_secs": microbatches * shard.forward_secs(cost),
+                    "backward_secs": microbatches * shard.backward_secs(cost),
+                })
+            })
+            .collect();
+        let arena: serde_json::Map<String, Value> =
+            plan.arena_table().into_iter().map(|(what, bytes)| (what.to_string(), bytes.into())).collect();
+        json!({
+            "name": self.prepared.name,
+            "steps": self.prepared.options.steps,
+            "batch": self.prepared.options.batch,
+            "microbatch": self.prepared.options.microbatch,
+            "device_peak_bytes": plan.arena.bytes,
+            "smallest_device_bytes": plan.smallest_device_bytes,
+            "host_bytes": plan.host.bytes,
+            "resident": plan.choice.resident,
+            "slots": plan.choice.slots,
+            "updates_on_device": plan.choice.resident || plan.choice.updates_on_device,
+            "step_secs": self.prediction.step_secs,
+            "bound_secs": self.prediction.bound_secs,
+            "bound": self.prediction.bound,
+            "arena": arena,
+            "shards": shards,
+        })
+    }
+}
+
+impl PlannedJob {
+    /// What plan.json holds. A shard's seconds are those of a step, all microbatches, on the first device; the last shard's forward, loss and
+    /// backward are one unit, whose seconds are `backward_secs`. A model's own seconds are those with the devices to itself.
+    pub fn json(&self) -> Value {
+        let cost = &self.machine.first().cost;
+        let budgets: Vec<Option<u64>> = self.machine.devices.iter().map(|d| d.budget).collect();
+        json!({
+            "device_peak_bytes": self.map.arena_bytes.iter().max(),
+            "smallest_device_bytes": self.smallest_device_bytes,
+            "shards": self.models.iter().map(|m| m.plan().shards.len()).sum::<usize>(),
+            "step_secs": self.step_secs,
+            "bound_secs": self.bound_secs,
+            "device": self.machine.first().kind.word(),
+            "devices": budgets.len(),
+            "policy": if self.sharing == Sharing::Alone { Value::Null } else { self.job.run.policy.word().into() },
+            "budget": if budgets.iter().all(|b| *b == budgets[0]) { json!(budgets[0]) } else { json!(budgets) },
+            "recompute": self.job.run.recompute.word(),
+            "resident": self.models.iter().all(|m| m.plan().choice.resident),
+            "slots": self.models.iter().map(|m| m.plan().choice.slots).max(),
+            "host_bytes": self.map.host_bytes,
+            "host_budget": self.machine.host_budget,
+            "idle": self.idle_devices(),
+            "ceilings": {
+                "flops_per_sec": cost.best_flops_per_sec(),
+                "h2d_bytes_per_sec": cost.h2d_bytes_per_sec,
+                "d2h_bytes_per_sec": cost.d2h_bytes_per_sec,
+                "host_update_bytes_per_sec": cost.host_update_bytes_per_sec,
+            },
+            "models": self.models.iter().map(|m| m.json(cost)).collect::<Vec<_>>(),
+        })
+    }
+}

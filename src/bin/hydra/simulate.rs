@@ -1,0 +1,202 @@
+//! `hydra simulate`: a job's schedule by the executor that trains, on simulated devices and a virtual clock.
+
+use crate::planning::{PlannedJob, plan_job};
+use crate::print::{say, table};
+use hydra::base::{Error, LaneKind, Result, format_secs};
+use hydra::engine::Simulation;
+use hydra::sched::Bound;
+use hydra::trace::{ColourBy, GanttOptions, Keep, Recorder, RecorderOptions, gantt_svg, read_trace};
+use hydra::train::{Selection, Verdict};
+use hydra::train::{refused, write_safely};
+use serde_json::{Value, json};
+use std::path::Path;
+
+/// What the command line changes of the job.
+pub struct Wishes<'a> {
+    /// As in a job's `--set`.
+    pub sets: &'a [String],
+    /// Instead of the job's policy.
+    pub policy: Option<&'a str>,
+    /// Instead of the number of devices.
+    pub devices: Option<u64>,
+    /// Instead of the number of slots.
+    pub slots: Option<u64>,
+}
+
+impl Wishes<'_> {
+    /// The same as settings of the job.
+    fn settings(&self) -> Vec<String> {
+        let mut sets = self.sets.to_vec();
+        sets.extend(self.policy.map(|p| format!("run.policy=\"{p}\"")));
+        sets.extend(self.devices.map(|n| format!("device.0.count={n}")));
+        sets.extend(self.slots.map(|n| format!("run.slots={n}")));
+        sets
+    }
+}
+
+/// Simulates the job at `path`; with `out`, writes the schedule, the trace and the figures there.
+///
+/// # Errors
+/// When the job is at fault, no plan fits, or a file cannot be written.
+pub fn run(path: &Path, wishes: &Wishes, sweep: &[String], out: Option<&Path>, json: bool) -> Result<()> {
+    if !sweep.is_empty() {
+        return crate::sweep::run(path, &wishes.settings(), sweep, out, json);
+    }
+    let (planned, simulation) = simulate_job(path, &wishes.settings(), out)?;
+    let figures = figures(&planned, &simulation);
+    if let Some(out) = out {
+        write_safely(&out.join("simulation.json"), |file| writeln!(file, "{figures:#}"))?;
+    }
+    if json {
+        say(figures);
+        return Ok(());
+    }
+    say(describe(&planned, &simulation));
+    if let Some(out) = out {
+        say(format!("  schedule    {}", out.join("schedule.svg").display()));
+        say(format!("  trace       {} (opens in https://ui.perfetto.dev)", out.join("trace.json").display()));
+    }
+    Ok(())
+}
+
+/// Plans the job and simulates it to its end; with `out`, the trace and the schedule are written there.
+///
+/// # Errors
+/// As [`run`].
+pub fn simulate_job(path: &Path, sets: &[String], out: Option<&Path>) -> Result<(PlannedJob, Simulation)> {
+    let planned = plan_job(path, sets, false)?;
+    let steps = steps(&planned)?;
+    let recorder = out.map(|out| recorder(&planned, &steps, out)).transpose()?;
+    let mut simulation = planned.simulate(steps, recorder)?;
+    if let (Some(out), Some(recorder)) = (out, simulation.recorder.take()) {
+        recorder.finish()?;
+        draw(&planned, out)?;
+    }
+    Ok((planned, simulation))
+}
+
+/// Steps of each model. There are no losses here: models that a search may end early need a table of who survives.
+fn steps(planned: &PlannedJob) -> Result<Vec<u64>> {
+    let mut steps: Vec<u64> = planned.models.iter().map(|m| m.prepared.options.steps).collect();
+    for search in &planned.job.searches {
+        if search.stop.is_some() && search.simulated.is_none() {
+            return Err(Error::bad(format!(
+                "{}.stop: a simulation has no losses to stop by; give it survivors, such as survivors = [[0, 2], [2]], or leave stop out",
+                search.at
+            )));
+        }
+        let Some(mut table) = search.simulated.clone() else { continue };
+        for m in search.models.clone() {
+            steps[m] = survives(&mut table, m, steps[m]);
+        }
+    }
+    Ok(steps)
+}
+
+/// Steps after which the table ends a model.
+fn survives(table: &mut Selection, model: usize, steps: u64) -> u64 {
+    let stops = |step: &u64| table.has_rung(*step) && table.report(model, *step, 0.0) != Verdict::GoOn;
+    (1..steps).find(stops).unwrap_or(steps)
+}
+
+fn recorder(planned: &PlannedJob, steps: &[u64], out: &Path) -> Result<Recorder> {
+    std::fs::create_dir_all(out).map_err(|e| refused("create", out, e))?;
+    let run = &planned.job.run;
+    let keep =
+        Keep { first: run.trace_first, last: run.trace_last, total_steps: steps.iter().copied().max().unwrap_or(0) };
+    let names = planned.models.iter().map(|m| m.prepared.name.clone()).collect();
+    let mut options = RecorderOptions::new(keep, Vec::new(), names);
+    // Nobody is kept from training by a full ring here, and a simulation makes events much faster than they can be written.
+    (options.ring_events, options.window_events) = (1 << 20, 1 << 18);
+    Recorder::create(&out.join("trace.json"), options)
+}
+
+/// Draws the compute and copy lanes of the trace's first steps.
+fn draw(planned: &PlannedJob, out: &Path) -> Result<()> {
+    let mut events = read_trace(&out.join("trace.json"))?;
+    events.retain(|e| e.lane.kind != LaneKind::HostMath);
+    let options = GanttOptions {
+        title: format!("{} on {} simulated devices", planned.job.run.policy.word(), planned.machine.devices.len()),
+        colour_by: ColourBy::Model,
+        models: planned.models.iter().map(|m| m.prepared.name.clone()).collect(),
+        ..GanttOptions::default()
+    };
+    write_safely(&out.join("schedule.svg"), |file| file.write_all(gantt_svg(&events, &options).as_bytes()))
+}
+
+fn bound_name(bound: Bound) -> &'static str {
+    match bound {
+        Bound::Work => "all arithmetic over all devices",
+        Bound::Chain => "the longest chain",
+        Bound::HostToDevice => "bytes to devices over their links",
+        Bound::DeviceToHost => "bytes from devices over their links",
+        Bound::SharedLink => "bytes over the shared link",
+    }
+}
+
+/// What `--json` prints.
+fn figures(planned: &PlannedJob, simulation: &Simulation) -> Value {
+    let (bounds, makespan) = (&simulation.bounds, simulation.makespan_secs);
+    json!({
+        "makespan_secs": makespan,
+        "bound_secs": bounds.secs,
+        "bounds": bounds,
+        "gap": bounds.gap(makespan),
+        "utilisation": simulation.utilisation,
+        "policy": planned.job.run.policy.word(),
+        "devices": planned.machine.devices.len(),
+        "device_peak_bytes": planned.map.arena_bytes.iter().max(),
+        "idle": planned.idle_devices(),
+        "models": planned.models.iter().zip(&simulation.end_secs).map(|(m, end)| json!({
+            "name": m.prepared.name, "shards": m.plan().shards.len(), "end_secs": end,
+        })).collect::<Vec<_>>(),
+        "lanes": simulation.sums.iter().map(|s| json!({
+            "lane": s.lane.to_string(), "tasks": s.tasks, "busy_secs": s.busy_secs, "bytes": s.bytes,
+        })).collect::<Vec<_>>(),
+    })
+}
+
+fn describe(planned: &PlannedJob, simulation: &Simulation) -> String {
+    let (bounds, makespan) = (&simulation.bounds, simulation.makespan_secs);
+    let count = |n: usize, what: &str| if n == 1 { format!("{n} {what}") } else { format!("{n} {what}s") };
+    let mean = simulation.utilisation.iter().sum::<f64>() / simulation.utilisation.len().max(1) as f64;
+    let mut text = format!(
+        "{} on {}, {}: makespan {}, {:.1} % of the devices' time computed; {}\n",
+        count(planned.models.len(), "model"),
+        count(planned.machine.devices.len(), "simulated device"),
+        planned.job.run.policy.word(),
+        format_secs(makespan),
+        100.0 * mean,
+        planned.memory_text(),
+    );
+    text += &format!(
+        "  no schedule of these plans ends before {}: {}; this one is {:.1} % above\n",
+        format_secs(bounds.secs),
+        bound_name(bounds.greatest),
+        100.0 * bounds.gap(makespan),
+    );
+    let parts = [
+        ("all arithmetic over all devices", bounds.work_secs),
+        ("longest chain", bounds.chain_secs),
+        ("bytes to devices", bounds.h2d_secs),
+        ("bytes from devices", bounds.d2h_secs),
+        ("bytes over the shared link", bounds.shared_secs),
+    ];
+    let rows: Vec<Vec<String>> =
+        parts.iter().filter(|p| p.1 > 0.0).map(|(name, secs)| vec![name.to_string(), format_secs(*secs)]).collect();
+    text += &table(&rows);
+    let mut rows = vec![["device", "computes", "copies to it", "copies from it"].map(String::from).to_vec()];
+    for (d, share) in simulation.utilisation.iter().enumerate() {
+        let busy = |kind: LaneKind| {
+            let of = simulation.sums.iter().filter(|s| usize::from(s.lane.device) == d && s.lane.kind == kind);
+            format!("{:.1} %", 100.0 * of.map(|s| s.busy_secs).sum::<f64>() / makespan.max(f64::MIN_POSITIVE))
+        };
+        let computes = format!("{:.1} %", 100.0 * share);
+        rows.push(vec![d.to_string(), computes, busy(LaneKind::HostToDevice), busy(LaneKind::DeviceToHost)]);
+    }
+    text += &table(&rows);
+    if let Some(idle) = planned.idle_devices() {
+        text += &idle;
+    }
+    text.trim_end().to_string()
+}

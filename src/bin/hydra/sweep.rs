@@ -1,0 +1,151 @@
+//! `hydra simulate --sweep`: every combination of a few values, as a table, a CSV and a plot.
+
+use crate::print::{say, table};
+use crate::simulate::simulate_job;
+use hydra::base::{Error, Result, format_secs};
+use hydra::train::{refused, write_safely};
+use serde_json::{Value, json};
+use std::path::Path;
+
+/// One key and the values that it takes.
+struct Axis {
+    key: String,
+    values: Vec<String>,
+}
+
+/// The keys of a sweep and the settings of the job that they stand for.
+const KEYS: [(&str, &str); 6] = [
+    ("policy", "run.policy"),
+    ("devices", "device.0.count"),
+    ("slots", "run.slots"),
+    ("memory", "device.0.memory"),
+    ("link", "device.0.link"),
+    ("recompute", "run.recompute"),
+];
+
+/// Most combinations of one sweep.
+const MOST: usize = 10_000;
+
+/// What one combination came to.
+struct Point {
+    values: Vec<String>,
+    outcome: std::result::Result<Figures, String>,
+}
+
+struct Figures {
+    makespan_secs: f64,
+    bound_secs: f64,
+    utilisation: f64,
+}
+
+/// Simulates every combination; with `out`, writes sweep.csv there.
+///
+/// # Errors
+/// When a key is not known, the job is at fault, or a file cannot be written. A combination that does not fit is a row that says so.
+pub fn run(path: &Path, sets: &[String], sweep: &[String], out: Option<&Path>, json: bool) -> Result<()> {
+    let axes = sweep.iter().map(|text| read_axis(text)).collect::<Result<Vec<Axis>>>()?;
+    let combinations: usize = axes.iter().map(|a| a.values.len()).product();
+    if combinations > MOST {
+        return Err(Error::bad(format!("--sweep: {combinations} combinations; at most {MOST}")));
+    }
+    let mut points = Vec::new();
+    for mut number in 0..combinations {
+        let mut values = vec![String::new(); axes.len()];
+        let mut sets = sets.to_vec();
+        // The last axis is the fastest.
+        for (axis, value) in axes.iter().zip(&mut values).rev() {
+            *value = axis.values[number % axis.values.len()].clone();
+            number /= axis.values.len();
+            let setting = KEYS.iter().find(|(key, _)| *key == axis.key).expect("read_axis knows the key").1;
+            let quoted = if value.parse::<f64>().is_ok() { value.clone() } else { format!("\"{value}\"") };
+            sets.push(format!("{setting}={quoted}"));
+        }
+        let outcome = match simulate_job(path, &sets, None) {
+            Ok((_, s)) => Ok(Figures {
+                makespan_secs: s.makespan_secs,
+                bound_secs: s.bounds.secs,
+                utilisation: s.utilisation.iter().sum::<f64>() / s.utilisation.len().max(1) as f64,
+            }),
+            Err(Error::OutOfBudget { message, .. }) => Err(message.lines().next().unwrap_or_default().to_string()),
+            Err(error) => return Err(error),
+        };
+        points.push(Point { values, outcome });
+    }
+    if let Some(out) = out {
+        std::fs::create_dir_all(out).map_err(|e| refused("create", out, e))?;
+        write_safely(&out.join("sweep.csv"), |file| file.write_all(csv(&axes, &points).as_bytes()))?;
+    }
+    if json {
+        say(Value::from(points.iter().map(|p| point_json(&axes, p)).collect::<Vec<_>>()));
+        return Ok(());
+    }
+    let mut rows: Vec<Vec<String>> = vec![axes.iter().map(|a| a.key.clone()).collect()];
+    rows[0].extend(["makespan", "bound", "gap", "computes"].map(String::from));
+    for point in &points {
+        let mut row = point.values.clone();
+        match &point.outcome {
+            Ok(f) => row.extend([
+                format_secs(f.makespan_secs),
+                format_secs(f.bound_secs),
+                format!("{:.1} %", 100.0 * (f.makespan_secs / f.bound_secs - 1.0)),
+                format!("{:.1} %", 100.0 * f.utilisation),
+            ]),
+            Err(why) => row.push(why.clone()),
+        }
+        rows.push(row);
+    }
+    say(table(&rows).trim_end());
+    out.into_iter().for_each(|out| say(format!("  sweep       {}", out.join("sweep.csv").display())));
+    Ok(())
+}
+
+fn read_axis(text: &str) -> Result<Axis> {
+    let names = KEYS.map(|(key, _)| key);
+    let (key, values) = text.split_once('=').ok_or_else(|| {
+        Error::bad(format!(
+            "--sweep {text}: want a key and its values, such as policy=fifo,srtf; keys are {}",
+            names.join(", ")
+        ))
+    })?;
+    if !names.contains(&key) {
+        let hint = hydra::base::nearest(key, names).map_or(String::new(), |near| format!("; did you mean {near}?"));
+        return Err(Error::bad(format!("--sweep {key}: is not known, only {}{hint}", names.join(", "))));
+    }
+    let values: Vec<String> = values.split(',').map(|v| v.trim().to_string()).filter(|v| !v.is_empty()).collect();
+    if values.is_empty() {
+        return Err(Error::bad(format!("--sweep {key}: has no values")));
+    }
+    Ok(Axis { key: key.to_string(), values })
+}
+
+fn csv(axes: &[Axis], points: &[Point]) -> String {
+    let keys: Vec<&str> = axes.iter().map(|a| a.key.as_str()).collect();
+    let mut text = format!("{},makespan_secs,bound_secs,utilisation,reason\n", keys.join(","));
+    for point in points {
+        // None of the values has a comma or a quote; a reason may.
+        let quoted = |why: &str| format!("\"{}\"", why.replace('"', "\"\""));
+        text += &match &point.outcome {
+            Ok(f) => {
+                format!("{},{:?},{:?},{:?},\n", point.values.join(","), f.makespan_secs, f.bound_secs, f.utilisation)
+            }
+            Err(why) => format!("{},,,,{}\n", point.values.join(","), quoted(why)),
+        };
+    }
+    text
+}
+
+fn point_json(axes: &[Axis], point: &Point) -> Value {
+    let mut json = json!({});
+    for (axis, value) in axes.iter().zip(&point.values) {
+        json[&axis.key] = value.as_str().into();
+    }
+    match &point.outcome {
+        Ok(f) => {
+            json["makespan_secs"] = f.makespan_secs.into();
+            json["bound_secs"] = f.bound_secs.into();
+            json["utilisation"] = f.utilisation.into();
+        }
+        Err(why) => json["reason"] = why.as_str().into(),
+    }
+    json
+}
