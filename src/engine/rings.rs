@@ -12,6 +12,8 @@ pub(super) struct Slots<K> {
     holds: Vec<Option<K>>,
     /// What it held last, forgotten or not.
     held: Vec<Option<K>>,
+    /// What it holds is good but for a part.
+    marked: Vec<bool>,
     used: Vec<u64>,
     clock: u64,
 }
@@ -19,12 +21,29 @@ pub(super) struct Slots<K> {
 impl<K: Copy + PartialEq> Slots<K> {
     fn new(count: usize) -> Self {
         let nothing = || (0..count).map(|_| None).collect();
-        Slots { holds: nothing(), held: nothing(), used: vec![0; count], clock: 0 }
+        Slots { holds: nothing(), held: nothing(), marked: vec![false; count], used: vec![0; count], clock: 0 }
     }
 
-    /// The slot that holds `key`, which counts as a use.
+    /// Marks the slots that hold what satisfies `partly`: a part of it is stale.
+    pub fn mark(&mut self, partly: impl Fn(K) -> bool) {
+        for (mark, held) in self.marked.iter_mut().zip(&self.holds) {
+            *mark |= held.is_some_and(&partly);
+        }
+    }
+
+    /// Takes a slot's mark away and tells whether it had one.
+    pub fn take_mark(&mut self, slot: usize) -> bool {
+        std::mem::take(&mut self.marked[slot])
+    }
+
+    /// The slot that holds `key`.
+    pub fn slot_of(&self, key: K) -> Option<usize> {
+        self.holds.iter().position(|&h| h == Some(key))
+    }
+
+    /// The same, which counts as a use.
     pub fn find(&mut self, key: K) -> Option<usize> {
-        let slot = self.holds.iter().position(|&h| h == Some(key))?;
+        let slot = self.slot_of(key)?;
         self.touch(slot);
         Some(slot)
     }
@@ -48,7 +67,7 @@ impl<K: Copy + PartialEq> Slots<K> {
 
     /// Puts `key` into a slot of its own.
     pub fn pin(&mut self, slot: usize, key: K) {
-        (self.holds[slot], self.held[slot]) = (Some(key), Some(key));
+        (self.holds[slot], self.held[slot], self.marked[slot]) = (Some(key), Some(key), false);
         self.touch(slot);
     }
 

@@ -354,7 +354,8 @@ impl Engine {
                 let stale = |shard: usize| shard == s && !(stays && rings == site.rings);
                 let borrower = |shard: usize| borrows[shard].iter().any(|b| b.owner == s);
                 let weights = &mut self.rings[rings].weights;
-                weights.forget(|held| held.model == site.member && (stale(held.shard) || borrower(held.shard)));
+                weights.forget(|held| held.model == site.member && stale(held.shard));
+                weights.mark(|held| held.model == site.member && borrower(held.shard));
             }
             return;
         }

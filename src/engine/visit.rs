@@ -397,6 +397,9 @@ impl Engine {
         let weights = &mut self.rings[site.rings].weights;
         let key = site.shard(s);
         if let Some(slot) = weights.find(key) {
+            if weights.take_mark(slot) {
+                self.refresh_borrowed(site, s, slot);
+            }
             return slot;
         }
         let (plan, map, host, shard) = (&site.plan, &site.map, &site.plan.host, &site.plan.shards[s].layout);
@@ -438,6 +441,21 @@ impl Engine {
             self.copy(site, What::FetchWeights, s, None, spans);
         }
         slot
+    }
+
+    /// Brings the weights that a shard in a slot borrows up to date: from their owner's slot where it is beside it, else from home.
+    fn refresh_borrowed(&mut self, site: &Site, s: usize, slot: usize) {
+        let base = site.map.weight_slots[slot];
+        for i in 0..self.members[site.member].tables.borrows[s].len() {
+            let borrow = self.members[site.member].tables.borrows[s][i];
+            let beside = self.rings[site.rings].weights.slot_of(site.shard(borrow.owner));
+            let from = match beside {
+                Some(owner) => site.arena(site.map.weight_slots[owner] + borrow.in_owner, borrow.bytes),
+                None => site.store(site.plan.host.weights + borrow.flat, borrow.bytes),
+            };
+            let to = site.arena(base + borrow.at, borrow.bytes);
+            self.copy(site, What::FetchWeights, s, None, vec![CopySpan { from, to }]);
+        }
     }
 
     /// The entry that holds a boundary activation, or always does where they stay on the device.
