@@ -118,9 +118,11 @@ pub enum Kind {
     Backward {
         /// Forward left what is needed.
         kept: bool,
+        /// Recompute all of the forward, and not only what backward reads: so that the work does not depend on the cut.
+        whole: bool,
     },
-    /// Forward, loss and backward of the last shard; with `recompute` the forward is computed a second time for the backward, as in the other
-    /// shards.
+    /// Forward, loss and backward of the last shard; with `recompute` the whole forward but for the loss is computed a second time for the backward,
+    /// as in the other shards.
     Last {
         /// Compute the forward twice.
         recompute: bool,
@@ -203,10 +205,11 @@ impl<'a> Slice<'a> {
             inputs: Vec::new(),
             padded: padded(graph),
         };
-        let needed = slice.needed_again(forward.clone(), backward.clone());
+        let whole = matches!(kind, Kind::Backward { whole: true, .. } | Kind::Last { recompute: true });
+        let needed = slice.needed_again(forward.clone(), backward.clone(), whole);
         match kind {
             Kind::Forward { .. } => slice.sequence.extend(forward.clone().map(|n| (n, 0))),
-            Kind::Backward { kept } => {
+            Kind::Backward { kept, .. } => {
                 if !kept {
                     slice.sequence.extend(needed.iter().map(|&n| (n, 0)));
                 }
@@ -221,19 +224,21 @@ impl<'a> Slice<'a> {
                 slice.sequence.extend(backward.clone().map(|n| (n, again)));
             }
         }
-        if matches!(kind, Kind::Forward { keep: true } | Kind::Backward { kept: true }) {
+        if matches!(kind, Kind::Forward { keep: true } | Kind::Backward { kept: true, .. }) {
             slice.place_saved(forward, backward);
         }
         slice
     }
 
-    /// The forward nodes that must run again for `backward`, in order.
-    fn needed_again(&self, forward: Range<usize>, backward: Range<usize>) -> Vec<usize> {
+    /// The forward nodes that must run again for `backward`, in order; of the `whole` forward all but the loss.
+    fn needed_again(&self, forward: Range<usize>, backward: Range<usize>, whole: bool) -> Vec<usize> {
         let mut wanted = self.read_by(backward);
         let mut needed = Vec::new();
         for n in forward.rev() {
             let node = &self.graph.nodes[n];
-            if !node.op.has_side_effect() && node.outputs.iter().any(|v| wanted.contains(v)) {
+            let is_loss = self.graph.loss.is_some_and(|loss| node.outputs.contains(&loss));
+            let is_wanted = node.outputs.iter().any(|v| wanted.contains(v)) || whole && !is_loss;
+            if !node.op.has_side_effect() && is_wanted {
                 wanted.extend(node.inputs.iter().map(|&v| self.graph.root(v)));
                 needed.push(n);
             }

@@ -95,14 +95,23 @@ impl FleetMap {
 fn device_maps(models: &[Placed], device: u16) -> Vec<ArenaMap> {
     let mut tape = Tape::default();
     let mut maps = vec![ArenaMap::default(); models.len()];
+    let own = |placed: &Placed| match &placed.home {
+        Home::On(devices) if devices.contains(&device) => {
+            let here = |s: usize| devices.get(s) == Some(&device);
+            let Placed { model, plan, .. } = placed;
+            Some(arena_map_of(model, &plan.shards, &plan.choice, plan.moments, &here))
+        }
+        _ => None,
+    };
+    // Of models that never run together each has the arena to itself.
+    if models.iter().all(|m| m.line == models[0].line && m.home != Home::Anywhere) {
+        return models.iter().map(|m| own(m).unwrap_or_default()).collect();
+    }
     let lines = models.iter().map(|m| m.line).max().map_or(0, |most| most + 1);
     for line in 0..lines {
         let (base, mut end) = (tape.end, tape.end);
-        for (map, Placed { model, plan, home, .. }) in maps.iter_mut().zip(models).filter(|(_, m)| m.line == line) {
-            let Home::On(devices) = home else { continue };
-            if devices.contains(&device) {
-                let here = |s: usize| devices.get(s) == Some(&device);
-                let own = arena_map_of(model, &plan.shards, &plan.choice, plan.moments, &here);
+        for (map, placed) in maps.iter_mut().zip(models).filter(|(_, m)| m.line == line) {
+            if let Some(own) = own(placed) {
                 tape.end = base;
                 let at = tape.take(own.workspace);
                 *map = own.shifted(at, 0);

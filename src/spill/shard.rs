@@ -25,15 +25,16 @@ pub struct ShardPrograms {
 }
 
 impl ShardPrograms {
-    /// The programs of the shard that holds `layers`. `keep`: leave forward's tensors for backward. `twice`: recompute even in the last
-    /// shard.
+    /// The programs of the shard that holds `layers`. `keep`: leave forward's tensors for backward. `twice`: recompute all of
+    /// the forward, even in the last shard.
     pub fn new(model: &Model, layers: Range<usize>, keep: bool, twice: bool) -> ShardPrograms {
         let graph = &model.train;
         let layout = ShardLayout::new(graph, &model.layout, layers.clone());
         let program = |kind| Arc::new(Program::new(graph, &model.layout, &layout, kind));
         let last = layers.end == model.layers();
         let trains = graph.loss.is_some() && !graph.input_gradients.is_empty();
-        let backward = if last { Kind::Last { recompute: twice } } else { Kind::Backward { kept: keep } };
+        let backward =
+            if last { Kind::Last { recompute: twice } } else { Kind::Backward { kept: keep, whole: twice && !keep } };
         ShardPrograms {
             forward: (!last && trains).then(|| program(Kind::Forward { keep })),
             backward: trains.then(|| program(backward)),

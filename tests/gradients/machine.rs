@@ -96,7 +96,11 @@ impl Machine {
             let shard = ShardLayout::new(&graph, &layout, layers.clone());
             let program = |kind| Arc::new(Program::new(&graph, &layout, &shard, kind));
             let keep = cut.keep[s];
-            let kind = if s == last { Kind::Last { recompute: cut.recompute } } else { Kind::Backward { kept: keep } };
+            let kind = if s == last {
+                Kind::Last { recompute: cut.recompute }
+            } else {
+                Kind::Backward { kept: keep, whole: cut.recompute && !keep }
+            };
             let (forward, backward) = ((s < last).then(|| program(Kind::Forward { keep })), program(kind));
             let saved = forward.as_ref().map_or(0, |p| p.bytes(Area::Saved));
             assert!(
