@@ -64,6 +64,12 @@ pub trait Device {
     /// Whether tasks compute and memory holds anything; a simulated device does neither.
     fn computes(&self) -> bool;
 
+    /// Adds `bytes` zeroed bytes to host memory while tasks run, and gives the offset where they begin.
+    ///
+    /// # Errors
+    /// When the machine has no such memory.
+    fn grow_host(&mut self, bytes: u64) -> Result<u64>;
+
     /// Copies `bytes` into host memory at `offset`. The caller has waited for every task that reads or writes there.
     fn write_host(&mut self, offset: u64, bytes: &[u8]);
 

@@ -105,6 +105,10 @@ impl Device for Shuffled {
         true
     }
 
+    fn grow_host(&mut self, bytes: u64) -> hydra::base::Result<u64> {
+        self.inner.grow_host(bytes)
+    }
+
     fn write_host(&mut self, offset: u64, bytes: &[u8]) {
         self.inner.write_host(offset, bytes);
     }

@@ -134,6 +134,10 @@ impl<D: Device> Device for Recording<D> {
         self.device.computes()
     }
 
+    fn grow_host(&mut self, bytes: u64) -> hydra::base::Result<u64> {
+        self.device.grow_host(bytes)
+    }
+
     fn write_host(&mut self, offset: u64, bytes: &[u8]) {
         self.device.write_host(offset, bytes);
     }

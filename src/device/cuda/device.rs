@@ -69,8 +69,8 @@ pub struct CudaDevice {
     arenas: Vec<Ptr>,
     arena_bytes: Vec<u64>,
     high_water: Vec<u64>,
-    host: *mut u8,
-    host_bytes: u64,
+    /// Pinned memory, each piece with the offset where it begins and its size.
+    host: Vec<(u64, Ptr, u64)>,
     math_held: VecDeque<Held>,
     math_running: u64,
     math_done: u64,
@@ -89,11 +89,23 @@ pub struct CudaDevice {
 }
 
 /// Where a span begins.
-fn address(arenas: &[Ptr], host: Ptr, span: Span) -> Ptr {
+fn address(arenas: &[Ptr], host: &[(u64, Ptr, u64)], span: Span) -> Ptr {
     match span.memory {
-        Memory::Host => host.plus(span.offset),
+        Memory::Host => host_address(host, span.offset, span.bytes),
         Memory::Device(device) => arenas[device as usize].plus(span.offset),
     }
+}
+
+/// Where `bytes` of host memory from `offset` on begin.
+fn host_address(host: &[(u64, Ptr, u64)], offset: u64, bytes: u64) -> Ptr {
+    let (base, start, size) = host[host.partition_point(|(base, ..)| *base <= offset) - 1];
+    assert!(
+        offset + bytes <= base + size,
+        "bytes {offset}..{} of host memory that ends at {}",
+        offset + bytes,
+        base + size
+    );
+    start.plus(offset - base)
 }
 
 impl CudaDevice {
@@ -159,8 +171,7 @@ impl CudaDevice {
             high_water: vec![0; arenas.len()],
             arenas,
             arena_bytes: config.arenas.clone(),
-            host,
-            host_bytes: config.host_bytes,
+            host: vec![(0, Ptr(host as u64), config.host_bytes)],
             math,
             math_held: VecDeque::new(),
             math_running: 0,
@@ -283,7 +294,7 @@ impl CudaDevice {
             Task::Norm(norm) => {
                 let touched = [Some(norm.gradient), Some(norm.table), norm.scratch];
                 touched.into_iter().flatten().for_each(|span| self.touch(span));
-                let (arenas, host) = (&self.arenas, Ptr(self.host as u64));
+                let (arenas, host) = (&self.arenas, &self.host);
                 let StreamLane { stream, blocks, .. } = &mut self.streams[lane];
                 let mut queue = Queue::new(self.driver.as_mut(), *stream, blocks, held.ticket.number);
                 optimizer::norm(&mut queue, norm, &|span| address(arenas, host, span))
@@ -293,7 +304,7 @@ impl CudaDevice {
                 let others = [update.weight, update.gradient, update.gate];
                 let touched = moments.chain(others).chain(update.clip.map(|c| c.table)).chain(update.remainder);
                 touched.for_each(|span| self.touch(span));
-                let (arenas, host) = (&self.arenas, Ptr(self.host as u64));
+                let (arenas, host) = (&self.arenas, &self.host);
                 let StreamLane { stream, blocks, .. } = &mut self.streams[lane];
                 let mut queue = Queue::new(self.driver.as_mut(), *stream, blocks, held.ticket.number);
                 optimizer::update(&mut queue, update, &|span| address(arenas, host, span))
@@ -339,12 +350,11 @@ impl CudaDevice {
     /// Where a span begins; notes that it is touched.
     fn touched(&mut self, span: Span) -> Ptr {
         self.touch(span);
-        let bytes = match span.memory {
-            Memory::Host => self.host_bytes,
-            Memory::Device(device) => self.arena_bytes[device as usize],
-        };
-        assert!(span.end() <= bytes, "bytes {}..{} of memory of {bytes}", span.offset, span.end());
-        address(&self.arenas, Ptr(self.host as u64), span)
+        if let Memory::Device(device) = span.memory {
+            let bytes = self.arena_bytes[device as usize];
+            assert!(span.end() <= bytes, "bytes {}..{} of memory of {bytes}", span.offset, span.end());
+        }
+        address(&self.arenas, &self.host, span)
     }
 
     /// Moves the zero of time along: the difference of two marks loses digits when they are far apart.
@@ -457,19 +467,23 @@ impl Device for CudaDevice {
         true
     }
 
+    fn grow_host(&mut self, bytes: u64) -> Result<u64> {
+        let start = self.driver.alloc_host(bytes)?;
+        // SAFETY: pinned memory of exactly this size, aligned to pages, which lives as long as the driver; the math lane is dropped before it.
+        let base = unsafe { self.math.add(start, bytes) };
+        self.host.push((base, Ptr(start as u64), bytes));
+        Ok(base)
+    }
+
     fn write_host(&mut self, offset: u64, bytes: &[u8]) {
-        assert!(offset + bytes.len() as u64 <= self.host_bytes, "a write beyond the host's store");
-        // SAFETY: inside the store, as just checked.
-        let to = unsafe { self.host.add(offset as usize) };
-        // SAFETY: no task touches these bytes now, by the trait's contract; the caller's slice is elsewhere.
+        let to = host_address(&self.host, offset, bytes.len() as u64).0 as *mut u8;
+        // SAFETY: inside the store (`host_address`); no task touches these bytes now, by the trait's contract; the caller's slice is elsewhere.
         unsafe { to.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
     }
 
     fn read_host(&self, offset: u64, bytes: &mut [u8]) {
-        assert!(offset + bytes.len() as u64 <= self.host_bytes, "a read beyond the host's store");
-        // SAFETY: inside the store, as just checked.
-        let from = unsafe { self.host.add(offset as usize) };
-        // SAFETY: no task writes these bytes now, by the trait's contract; the caller's slice is elsewhere.
+        let from = host_address(&self.host, offset, bytes.len() as u64).0 as *const u8;
+        // SAFETY: inside the store (`host_address`); no task writes these bytes now, by the trait's contract; the caller's slice is elsewhere.
         unsafe { bytes.as_mut_ptr().copy_from_nonoverlapping(from, bytes.len()) };
     }
 

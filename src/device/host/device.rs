@@ -1,7 +1,7 @@
 //! The host device: an arena and three lanes for each device, an arithmetic lane for the host, real copies between separate memories.
 
 use super::lanes::{Lane, Link, Order, Shared, Throttle};
-use super::memory::Block;
+use super::memory::{Block, Store};
 use crate::base::{Error, LaneId, LaneKind, Result};
 use crate::device::{Completion, Device, Task, Ticket};
 use std::sync::atomic::Ordering;
@@ -9,6 +9,9 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+/// What messages call the store.
+const STORE: &str = "the host's store";
 
 /// One device of a [`HostDevice`].
 #[derive(Clone, Debug, Default)]
@@ -52,7 +55,7 @@ impl HostDevice {
     /// # Errors
     /// When there is not enough memory, or no thread can be started.
     pub fn new(config: &HostConfig) -> Result<HostDevice> {
-        let host = Block::new(config.host_bytes, "the host's store")?;
+        let host = Store::new(Block::new(config.host_bytes, STORE)?);
         let (mut arenas, mut wide) = (Vec::new(), Vec::new());
         for (i, spec) in config.devices.iter().enumerate() {
             let mut arena = Block::new(spec.arena_bytes, &format!("the arena of device {i}"))?;
@@ -202,6 +205,10 @@ impl Device for HostDevice {
 
     fn computes(&self) -> bool {
         true
+    }
+
+    fn grow_host(&mut self, bytes: u64) -> Result<u64> {
+        Ok(self.shared.host.add(Block::new(bytes, STORE)?))
     }
 
     fn write_host(&mut self, offset: u64, bytes: &[u8]) {

@@ -26,13 +26,6 @@ pub(super) fn execute(task: &Task, shared: &Shared) -> Result<Option<usize>> {
     Ok(None)
 }
 
-fn block(shared: &Shared, memory: Memory) -> &Block {
-    match memory {
-        Memory::Host => &shared.host,
-        Memory::Device(device) => &shared.arenas[device as usize],
-    }
-}
-
 /// Notes that a task touches `span`.
 fn touch(shared: &Shared, span: Span) {
     if let Memory::Device(device) = span.memory
@@ -44,15 +37,23 @@ fn touch(shared: &Shared, span: Span) {
 
 fn bytes(shared: &Shared, span: Span) -> &[u8] {
     touch(shared, span);
-    // SAFETY: the executor orders every writer of these bytes before or after this task by tickets.
-    unsafe { block(shared, span.memory).slice(span.offset, span.bytes) }
+    match span.memory {
+        // SAFETY: the executor orders every writer of these bytes before or after this task by tickets.
+        Memory::Host => unsafe { shared.host.slice(span.offset, span.bytes) },
+        // SAFETY: as above.
+        Memory::Device(device) => unsafe { shared.arenas[device as usize].slice(span.offset, span.bytes) },
+    }
 }
 
 #[expect(clippy::mut_from_ref, reason = "the order of tasks is what makes it exclusive")]
 fn bytes_mut(shared: &Shared, span: Span) -> &mut [u8] {
     touch(shared, span);
-    // SAFETY: the executor orders every other user of these bytes before or after this task by tickets.
-    unsafe { block(shared, span.memory).slice_mut(span.offset, span.bytes) }
+    match span.memory {
+        // SAFETY: the executor orders every other user of these bytes before or after this task by tickets.
+        Memory::Host => unsafe { shared.host.slice_mut(span.offset, span.bytes) },
+        // SAFETY: as above.
+        Memory::Device(device) => unsafe { shared.arenas[device as usize].slice_mut(span.offset, span.bytes) },
+    }
 }
 
 fn elements<T: bytemuck::Pod>(shared: &Shared, span: Span) -> &[T] {

@@ -1,7 +1,7 @@
 //! Lanes of the host device: one thread each, which waits for a task's tickets, runs it, and says so.
 
 use super::execute::execute;
-use super::memory::Block;
+use super::memory::{Block, Store};
 use super::parallel::{most_scratch, reserve_scratch};
 use crate::base::{Error, Result};
 use crate::device::{Completion, Task, Ticket};
@@ -21,7 +21,7 @@ pub(super) struct Order {
 /// What all lanes see.
 pub(super) struct Shared {
     pub start: Instant,
-    pub host: Block,
+    pub host: Store,
     pub arenas: Vec<Block>,
     /// For each device, f32 copies of the operands of the op that it runs, where they are bf16.
     pub wide: Vec<Mutex<Block>>,
@@ -36,7 +36,7 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    pub fn new(host: Block, arenas: Vec<Block>, wide: Vec<Mutex<Block>>, lanes: usize, start: Instant) -> Self {
+    pub fn new(host: Store, arenas: Vec<Block>, wide: Vec<Mutex<Block>>, lanes: usize, start: Instant) -> Self {
         Shared {
             start,
             wide,

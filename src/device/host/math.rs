@@ -1,8 +1,8 @@
 //! The host's arithmetic as a lane on its own, over memory of another device: updates and norms beside a GPU.
 
 use super::device::pool;
-use super::lanes::{Lane, Order, Shared};
-use super::memory::Block;
+use super::lanes::{Lane, Order, Shared, Throttle};
+use super::memory::{Block, Store};
 use crate::base::{Error, Result};
 use crate::device::{Completion, Task, Ticket};
 use std::sync::Arc;
@@ -22,6 +22,7 @@ pub(in crate::device) struct MathConfig {
 
 /// A thread, with a pool behind it, that runs tasks on host memory.
 pub(in crate::device) struct MathLane {
+    shared: Arc<Shared>,
     orders: Option<Sender<Order>>,
     completions: Receiver<Completion>,
     thread: Option<JoinHandle<()>>,
@@ -39,23 +40,33 @@ impl MathLane {
         let all = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = config.threads.unwrap_or(all).clamp(1, all);
         // SAFETY: the caller's promise.
-        let host = unsafe { Block::borrowed(store, bytes) };
+        let host = Store::new(unsafe { Block::borrowed(store, bytes) });
         let (orders, received) = channel();
         let (completed, completions) = channel();
+        let shared = Arc::new(Shared::new(host, Vec::new(), Vec::new(), config.lane as usize + 1, config.clock));
         let lane = Lane {
-            shared: Arc::new(Shared::new(host, Vec::new(), Vec::new(), config.lane as usize + 1, config.clock)),
+            shared: Arc::clone(&shared),
             orders: received,
             completions: completed,
             pool: Some(pool(threads, 0..threads)?),
             scratch: 0,
-            throttle: None,
+            throttle: Throttle { own: None, shared: None },
             withhold: None,
         };
         let thread = std::thread::Builder::new()
             .name("host math".into())
             .spawn(move || lane.serve())
             .map_err(|e| Error::Device(format!("cannot start the thread of the host's arithmetic: {e}")))?;
-        Ok(MathLane { orders: Some(orders), completions, thread: Some(thread) })
+        Ok(MathLane { shared, orders: Some(orders), completions, thread: Some(thread) })
+    }
+
+    /// Adds memory to the store; gives the offset where it begins.
+    ///
+    /// # Safety
+    /// The memory is page-aligned, initialised, and outlives the lane.
+    pub unsafe fn add(&self, store: *mut u8, bytes: u64) -> u64 {
+        // SAFETY: the caller's promise.
+        self.shared.host.add(unsafe { Block::borrowed(store, bytes) })
     }
 
     /// Queues a task that may start at once.

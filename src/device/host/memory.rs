@@ -5,6 +5,7 @@
 
 use crate::base::{Error, Result};
 use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::sync::{PoisonError, RwLock};
 
 /// Aligned like a page, so that no buffer shares a line with another allocation.
 const PAGE: usize = 4096;
@@ -100,6 +101,56 @@ impl Block {
         // SAFETY: no task runs, by the caller's promise.
         let all = unsafe { self.slice(0, self.bytes as u64) };
         all.iter().rposition(|&b| b != POISON).map_or(0, |i| i as u64 + 1)
+    }
+}
+
+/// The host's store: blocks end to end, to which more may be added while tasks run. No stretch reaches over two.
+#[derive(Debug)]
+pub struct Store {
+    /// Each with the offset where it begins, in order; none is ever taken away.
+    blocks: RwLock<Vec<(u64, Block)>>,
+}
+
+impl Store {
+    /// A store of one block.
+    pub fn new(block: Block) -> Store {
+        Store { blocks: RwLock::new(vec![(0, block)]) }
+    }
+
+    /// Adds a block and gives the offset where it begins.
+    pub fn add(&self, block: Block) -> u64 {
+        let mut blocks = self.blocks.write().unwrap_or_else(PoisonError::into_inner);
+        let base = blocks.last().map_or(0, |(base, last)| (base + last.bytes()).next_multiple_of(PAGE as u64));
+        blocks.push((base, block));
+        base
+    }
+
+    /// The address of `offset`, with `bytes` after it inside one block.
+    fn at(&self, offset: u64, bytes: u64) -> *mut u8 {
+        let blocks = self.blocks.read().unwrap_or_else(PoisonError::into_inner);
+        let (base, block) = &blocks[blocks.partition_point(|(base, _)| *base <= offset) - 1];
+        block.at(offset - base, bytes)
+    }
+
+    /// The stretch as a slice.
+    ///
+    /// # Safety
+    /// No task that writes there runs while the slice lives.
+    pub unsafe fn slice(&self, offset: u64, bytes: u64) -> &[u8] {
+        let start = self.at(offset, bytes);
+        // SAFETY: inside a block (`at`), which lives as long as the store and does not move; initialised, and unwritten by the caller's promise.
+        unsafe { std::slice::from_raw_parts(start, bytes as usize) }
+    }
+
+    /// The stretch as a mutable slice.
+    ///
+    /// # Safety
+    /// No other task touches it while the slice lives.
+    #[expect(clippy::mut_from_ref, reason = "the order of tasks is what makes it exclusive")]
+    pub unsafe fn slice_mut(&self, offset: u64, bytes: u64) -> &mut [u8] {
+        let start = self.at(offset, bytes);
+        // SAFETY: inside a block (`at`), which lives as long as the store and does not move; initialised, and exclusive by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(start, bytes as usize) }
     }
 }
 

@@ -10,7 +10,7 @@ pub use cost_model::{CostModel, Rate};
 pub use profiles::{PROFILES, Profile};
 
 use super::{Completion, Device, Task, Ticket};
-use crate::base::{LaneId, LaneKind};
+use crate::base::{LaneId, LaneKind, Result};
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 
@@ -41,6 +41,8 @@ pub struct SimDevice {
     ends: Vec<Lane>,
     /// Seconds of programs that have run, by device and address; a program lives as long as the plan that it is of.
     programs: HashMap<(u16, usize), f64>,
+    /// One past the last byte that was added to host memory.
+    host_end: u64,
     /// What all links share each way, and when what was asked for until now will have crossed.
     shared: Option<SharedLink>,
     /// Completions to come: equal times are ordered by device, lane and task.
@@ -80,7 +82,16 @@ impl SimDevice {
         }
         lanes.push(LaneId::host(LaneKind::HostMath));
         let ends = lanes.iter().map(|_| Lane::default()).collect();
-        SimDevice { lanes, models, now: 0.0, ends, programs: HashMap::new(), shared: None, coming: BinaryHeap::new() }
+        SimDevice {
+            lanes,
+            models,
+            now: 0.0,
+            ends,
+            programs: HashMap::new(),
+            host_end: 0,
+            shared: None,
+            coming: BinaryHeap::new(),
+        }
     }
 
     /// The same devices with links that share so many bytes per second each way.
@@ -141,6 +152,13 @@ impl Device for SimDevice {
 
     fn computes(&self) -> bool {
         false
+    }
+
+    fn grow_host(&mut self, bytes: u64) -> Result<u64> {
+        // Nothing lies there: offsets need only be apart from those of the first models, whose store nobody measured.
+        let base = self.host_end.max(1 << 60);
+        self.host_end = base + bytes.next_multiple_of(4096);
+        Ok(base)
     }
 
     fn write_host(&mut self, _offset: u64, _bytes: &[u8]) {}
