@@ -14,7 +14,7 @@ use hydra::spill::{
     Baseline, FleetDevice, FleetMap, FleetModel, Home, Placed, PlanOptions, Recompute, place_baseline, plan_at_home,
     plan_fleet,
 };
-use hydra::train::{Fleet, Observer, Optimizer, Recruit, StepReport, TrainOptions, Weights};
+use hydra::train::{Crew, Fleet, Observer, Optimizer, Recruit, StepReport, TrainOptions, Weights};
 use std::sync::atomic::AtomicBool;
 
 /// A model of the mixed six, and how it is trained.
@@ -111,6 +111,17 @@ fn plan(entries: &[Entry], devices: usize, budget: Option<u64>, recompute: Recom
     plan_fleet(&fleet_models(entries, recompute, slots), &devices, None).expect("a plan").placed
 }
 
+fn recruit<'a>(entry: &'a Entry, placed: &Placed) -> Recruit<'a> {
+    Recruit {
+        network: entry.small.network.as_ref(),
+        weights: Weights::Random,
+        placed: placed.clone(),
+        source: entry.small.source(entry.options.batch, entry.options.seed),
+        valid: Some(entry.small.held_out(entry.options.batch)),
+        options: entry.options.clone(),
+    }
+}
+
 /// Runs the six as `placed`, taking turns, and gives what each computed, or why it ended.
 fn run(
     entries: &[Entry],
@@ -125,6 +136,7 @@ fn run(
         units: slots,
         costs: vec![stated(); devices],
         shared_bytes_per_sec: None,
+        arena_bytes: FleetMap::new(placed, devices).arena_bytes,
     };
     run_with(entries, placed, devices, Some(turns), Vec::new(), fails)
 }
@@ -148,18 +160,7 @@ fn run_with(
         shared_bytes_per_sec: None,
     };
     let device = start_fleet(&specs, memory).expect("memory and threads");
-    let recruits = entries
-        .iter()
-        .zip(placed)
-        .map(|(e, placed)| Recruit {
-            network: e.small.network.as_ref(),
-            weights: Weights::Random,
-            placed: placed.clone(),
-            source: e.small.source(e.options.batch, e.options.seed),
-            valid: Some(e.small.held_out(e.options.batch)),
-            options: e.options.clone(),
-        })
-        .collect();
+    let recruits = entries.iter().zip(placed).map(|(e, placed)| recruit(e, placed)).collect();
     let mut fleet = Fleet::new(recruits, device, turns).expect("a fleet");
     if !lines.is_empty() {
         fleet.line_up(lines);
@@ -261,6 +262,88 @@ fn one_that_fails_leaves_the_others_bits_alone() {
         assert_eq!(got[fails].as_ref().err().map(String::as_str), Some("had enough"));
         got[fails] = Ok(want[fails].clone());
         check(&format!("{} fails", entries[fails].name), &entries, &got, &want);
+    }
+}
+
+/// Adds the last of the six once the first has done a step, and cancels another a step later.
+struct Changes<'a> {
+    entries: &'a [Entry],
+    placed: &'a [Placed],
+    collects: Vec<Collect>,
+    added: bool,
+    cancels: usize,
+}
+
+impl Crew for Changes<'_> {
+    fn observer(&mut self, model: usize) -> &mut dyn Observer {
+        &mut self.collects[model]
+    }
+
+    fn between(&mut self, fleet: &mut Fleet) -> hydra::base::Result<()> {
+        let last = self.entries.len() - 1;
+        if !self.added && fleet.steps_done(0) >= 1 {
+            self.added = true;
+            let number = fleet.wait_add(recruit(&self.entries[last], &self.placed[last]))?;
+            assert_eq!(number, last);
+        }
+        if fleet.steps_done(self.cancels) >= 2 {
+            fleet.cancel(self.cancels, Error::bad("not wanted any more"))?;
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn models_that_come_go_and_fail_leave_the_others_bits_alone() {
+    let entries = six();
+    let want = alone(&entries);
+    let (cancels, fails, last) = (1, 2, 5);
+    for policy in ["sharded-lrtf", "random"] {
+        let placed = plan(&entries, 2, Some(smallest(&entries) * 5 / 4), Recompute::Auto, 2);
+        let map = FleetMap::new(&placed, 2);
+        let memory = FleetMemory {
+            arena_bytes: map.arena_bytes.clone(),
+            host_bytes: FleetMap::new(&placed[..last], 2).host_bytes,
+            poison: true,
+            shared_bytes_per_sec: None,
+        };
+        let specs = vec![HostSpec { threads: Some(1), ..HostSpec::default() }.into(); 2];
+        let device = start_fleet(&specs, memory).expect("memory and threads");
+        let recruits = entries.iter().zip(&placed).take(last).map(|(e, p)| recruit(e, p)).collect();
+        let turns = TurnOptions {
+            policy: by_name(policy, 4).expect("a built-in policy"),
+            units: 2,
+            costs: vec![stated(); 2],
+            shared_bytes_per_sec: None,
+            arena_bytes: map.arena_bytes.clone(),
+        };
+        let mut fleet = Fleet::new(recruits, device, Some(turns)).expect("a fleet");
+        let mut changes = Changes {
+            entries: &entries,
+            placed: &placed,
+            collects: entries.iter().map(|_| Collect::default()).collect(),
+            added: false,
+            cancels,
+        };
+        changes.collects[fails].fails_after = Some(3);
+        fleet.run(&mut changes, &AtomicBool::new(false)).expect("no device fails");
+        assert!(changes.added);
+        for (i, collect) in changes.collects.into_iter().enumerate() {
+            let failure = fleet.take_failure(i).map(|e| e.to_string());
+            let expected = if i == cancels {
+                Some("not wanted any more")
+            } else if i == fails {
+                Some("had enough")
+            } else {
+                None
+            };
+            assert_eq!(failure.as_deref(), expected, "{policy}, {}", entries[i].name);
+            if failure.is_none() {
+                let mut outcome = collect.outcome;
+                gather_of(fleet.engine(), i, &mut outcome);
+                assert_eq!(difference(&outcome, &want[i]), None, "{policy}, {}", entries[i].name);
+            }
+        }
     }
 }
 

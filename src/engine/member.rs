@@ -62,7 +62,7 @@ impl Pending {
 pub(super) struct Member {
     pub model: Arc<Model>,
     pub plan: Arc<Plan>,
-    pub home: Home,
+    pub placed: Placed,
     pub options: EngineOptions,
     /// Where its part of the host's store begins.
     pub store: u64,
@@ -104,13 +104,13 @@ impl Member {
         store: u64,
         options: EngineOptions,
     ) -> Self {
-        let Placed { model, plan, home, .. } = placed;
+        let Placed { model, plan, .. } = placed;
         let devices = maps.len();
         Member {
             tables: Tables::new(model, plan, &options),
             model: Arc::clone(model),
             plan: Arc::clone(plan),
-            home: home.clone(),
+            placed: placed.clone(),
             options,
             store,
             maps,
@@ -133,7 +133,7 @@ impl Member {
 
     /// The device where a shard's state is at home, if it is at home on one.
     pub fn home_of(&self, shard: usize) -> Option<u16> {
-        match &self.home {
+        match &self.placed.home {
             Home::Anywhere => None,
             Home::On(devices) => Some(devices[shard]),
         }

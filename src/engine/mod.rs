@@ -124,6 +124,8 @@ pub struct Engine {
     queue: Queue,
     /// Slots: a model's own on a device where it is at home, and on each device those that the others share.
     rings: Vec<Rings>,
+    /// The latter's numbers among them, by device.
+    shared_rings: Vec<Option<usize>>,
     /// By device.
     lanes: Vec<Lanes>,
     /// With several models on the devices, who is next.
@@ -162,7 +164,6 @@ impl Engine {
         let lanes = lanes_of(device.as_ref());
         let map = FleetMap::new(models, lanes.len());
         let mut rings = Vec::new();
-        // The slots that models without a home share, by device.
         let mut shared: Vec<Option<usize>> = vec![None; lanes.len()];
         let mut members = Vec::new();
         for (((placed, options), maps), store) in models.iter().zip(options).zip(map.maps).zip(map.stores) {
@@ -183,6 +184,7 @@ impl Engine {
         Engine {
             queue: Queue::new(device.lanes()),
             rings,
+            shared_rings: shared,
             turns: turns.map(|options| Turns::new(options, &members, device.lanes())),
             lanes,
             account,

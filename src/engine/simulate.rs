@@ -5,7 +5,7 @@ use super::{Ended, Engine, EngineOptions, StepInput, TurnOptions};
 use crate::base::{LaneKind, Result};
 use crate::device::sim::{CostModel, SimDevice};
 use crate::sched::{Bounds, DeviceRates, ModelWork, Policy};
-use crate::spill::{Home, Placed};
+use crate::spill::{FleetMap, Home, Placed};
 use crate::trace::{LaneSum, Recorder};
 use std::collections::VecDeque;
 
@@ -54,7 +54,8 @@ pub fn simulate(placed: &[Placed], options: SimulateOptions) -> Result<Simulatio
     let bounds = bounds_of(placed, &steps, &costs, shared_bytes_per_sec);
     let devices = costs.len();
     let device = Box::new(SimDevice::new(costs.clone()).with_shared_link(shared_bytes_per_sec));
-    let turns = policy.map(|policy| TurnOptions { policy, units, costs, shared_bytes_per_sec });
+    let arena_bytes = FleetMap::new(placed, devices).arena_bytes;
+    let turns = policy.map(|policy| TurnOptions { policy, units, costs, shared_bytes_per_sec, arena_bytes });
     let of = |(p, &steps): (&Placed, &u64)| EngineOptions { steps, ..EngineOptions::new(0, &p.model) };
     let engine_options = placed.iter().zip(&steps).map(of).collect();
     let mut engine = Engine::fleet(placed, engine_options, device, turns);

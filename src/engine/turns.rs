@@ -3,15 +3,17 @@
 //! Invariant: all claimed units of a model stand in one device's queue, so they run in order without any rule that says so. A device holds
 //! as many units as it has weight slots: one that runs, the others on their way.
 
-use super::Engine;
 use super::member::{Ending, Member, Purpose};
+use super::rings::Rings;
 use super::visit::Pass;
+use super::{Engine, EngineOptions};
 use crate::base::{Error, LaneId, LaneKind, Result};
 use crate::device::sim::CostModel;
 use crate::sched::{Claim, DeviceView, ModelId, ModelView, Policy, View};
-use crate::spill::Home;
+use crate::spill::{FleetMap, Home, Placed};
 use crate::trace::Event;
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 /// How several models take turns on devices.
 pub struct TurnOptions {
@@ -23,6 +25,8 @@ pub struct TurnOptions {
     pub costs: Vec<CostModel>,
     /// Bytes per second that the devices' links share.
     pub shared_bytes_per_sec: Option<f64>,
+    /// Bytes of each device's arena, into which models that come later must fit.
+    pub arena_bytes: Vec<u64>,
 }
 
 /// What a unit of a training step is predicted to take on the first device.
@@ -49,6 +53,11 @@ pub(super) struct Turns {
     policy: Box<dyn Policy>,
     units: usize,
     shared_bytes_per_sec: Option<f64>,
+    arena_bytes: Vec<u64>,
+    /// What the first device achieves.
+    cost: CostModel,
+    /// No unit is given out: the devices are to come to rest.
+    paused: bool,
     models: Vec<ModelView>,
     devices: Vec<DeviceView>,
     /// Predictions, by model and unit of a step.
@@ -69,10 +78,9 @@ pub(super) struct Turns {
 
 impl Turns {
     pub fn new(options: TurnOptions, members: &[Member], lanes: &[LaneId]) -> Turns {
-        let TurnOptions { policy, units, costs, shared_bytes_per_sec } = options;
+        let TurnOptions { policy, units, costs, shared_bytes_per_sec, arena_bytes } = options;
         let devices = lanes.iter().filter(|l| l.kind == LaneKind::Compute && !l.is_host()).count();
         let cost = |d: usize| &costs[d.min(costs.len() - 1)];
-        let of_first: Vec<Vec<UnitCost>> = members.iter().map(|m| unit_costs(m, cost(0))).collect();
         let total = |d: usize| -> f64 {
             members.iter().map(|m| m.plan.shards.iter().map(|s| s.step_secs(cost(d))).sum::<f64>()).sum()
         };
@@ -90,10 +98,13 @@ impl Turns {
             policy,
             units: units.max(1),
             shared_bytes_per_sec,
+            arena_bytes,
+            cost: cost(0).clone(),
+            paused: false,
             models: Vec::new(),
             devices: (0..devices).map(view).collect(),
-            costs: of_first,
-            corrections: vec![1.0; members.len()],
+            costs: Vec::new(),
+            corrections: Vec::new(),
             queues: vec![VecDeque::with_capacity(units + 1); devices],
             running_secs: vec![0.0; devices],
             since: vec![0.0; devices],
@@ -102,23 +113,29 @@ impl Turns {
             last: None,
             order: Vec::with_capacity(devices),
         };
-        for (i, member) in members.iter().enumerate() {
-            turns.models.push(ModelView {
-                id: i as u16,
-                claim: Claim::Away,
-                pinned: None,
-                remaining_secs: 0.0,
-                remaining_bytes: 0,
-                shard: 0,
-                unit_secs: 0.0,
-                weight_bytes: 0,
-                boundary_bytes: 0,
-                leave_bytes: 0,
-                last_device: None,
-            });
-            turns.refresh(i, member);
-        }
+        members.iter().for_each(|member| turns.add(member));
         turns
+    }
+
+    /// Adds a model after those that are there.
+    pub fn add(&mut self, member: &Member) {
+        let number = self.models.len();
+        self.costs.push(unit_costs(member, &self.cost));
+        self.corrections.push(1.0);
+        self.models.push(ModelView {
+            id: number as u16,
+            claim: Claim::Away,
+            pinned: None,
+            remaining_secs: 0.0,
+            remaining_bytes: 0,
+            shard: 0,
+            unit_secs: 0.0,
+            weight_bytes: 0,
+            boundary_bytes: 0,
+            leave_bytes: 0,
+            last_device: None,
+        });
+        self.refresh(number, member);
     }
 
     /// Brings the view of a model up to date.
@@ -318,7 +335,7 @@ fn unit_costs(member: &Member, cost: &CostModel) -> Vec<UnitCost> {
                 rest_secs: 0.0,
                 rest_bytes: 0,
                 weight_bytes: if plan.choice.resident { 0 } else { shard.fetch_bytes() },
-                boundary_bytes: if member.home == Home::Anywhere { boundary } else { 0 },
+                boundary_bytes: if member.placed.home == Home::Anywhere { boundary } else { 0 },
                 leave_bytes: out * microbatches as u64 + gradient,
             }
         })
@@ -332,6 +349,66 @@ fn unit_costs(member: &Member, cost: &CostModel) -> Vec<UnitCost> {
 }
 
 impl Engine {
+    /// Adds a model to those that take turns, and gives its number. Waits until the devices have come to rest between units, so that the slots which
+    /// models share can be laid out anew; no bit of any model depends on where they lie.
+    ///
+    /// # Errors
+    /// [`Error::OutOfBudget`] when the arenas have no room for it, [`Error::Device`] when the host has none or a device fails, [`Error::BadInput`] when
+    /// models do not take turns here. But for a failed device nothing has changed then.
+    pub fn wait_add(&mut self, placed: &Placed, options: EngineOptions) -> Result<usize> {
+        let Some(turns) = &mut self.turns else { return Err(Error::bad("models that run in lines take no others")) };
+        let mut all: Vec<Placed> = self.members.iter().map(|m| m.placed.clone()).collect();
+        all.push(placed.clone());
+        let map = FleetMap::new(&all, self.lanes.len());
+        for (d, (&needs, &has)) in map.arena_bytes.iter().zip(&turns.arena_bytes).enumerate() {
+            if needs > has {
+                let message = format!("device {d} has an arena of {has} bytes, with this model it would need {needs}");
+                return Err(Error::OutOfBudget { message, smallest_device_bytes: needs });
+            }
+        }
+        turns.paused = true;
+        while !self.queue.is_empty() {
+            self.pump()?;
+        }
+        let store = self.device.grow_host(placed.plan.host.bytes);
+        if let Some(turns) = &mut self.turns {
+            turns.paused = false;
+        }
+        let store = store?;
+        let number = self.members.len();
+        let new_maps = map.maps.into_iter().map(|maps| maps.into_iter().map(Arc::new).collect::<Vec<_>>());
+        let mut ring_of = Vec::new();
+        for (m, maps) in new_maps.enumerate() {
+            let shares = all[m].home == Home::Anywhere;
+            if let Some(member) = self.members.get_mut(m) {
+                if shares {
+                    member.losses_on.fill(0);
+                }
+                member.maps = maps;
+                continue;
+            }
+            for (d, map) in maps.iter().enumerate() {
+                let ring = if shares { self.shared_rings[d] } else { None };
+                ring_of.push(ring.unwrap_or_else(|| {
+                    self.rings.push(Rings::new(map));
+                    self.rings.len() - 1
+                }));
+                if shares {
+                    // Slots are empty again: what they held lies elsewhere now.
+                    self.rings[ring_of[d]] = Rings::new(map);
+                    self.shared_rings[d] = Some(ring_of[d]);
+                }
+            }
+            let options = options.clone();
+            self.members.push(Member::new(placed, maps, std::mem::take(&mut ring_of), store, options));
+        }
+        if let Some(turns) = &mut self.turns {
+            turns.add(&self.members[number]);
+        }
+        self.take_turns()?;
+        Ok(number)
+    }
+
     /// Lets every device that has room take units, as the policy chooses.
     ///
     /// # Errors
@@ -339,11 +416,11 @@ impl Engine {
     pub(super) fn take_turns(&mut self) -> Result<()> {
         let now = self.device.now_secs();
         loop {
-            let Some(turns) = &mut self.turns else { return Ok(()) };
+            let Some(turns) = self.turns.as_mut().filter(|turns| !turns.paused) else { return Ok(()) };
             let (members, rings) = (&self.members, &self.rings);
             let held = |device: usize, list: &mut Vec<(ModelId, u16)>| {
                 list.clear();
-                let shared = members.iter().find(|m| m.home == Home::Anywhere).map(|m| m.rings[device]);
+                let shared = members.iter().find(|m| m.placed.home == Home::Anywhere).map(|m| m.rings[device]);
                 let shards = shared.into_iter().flat_map(|r| rings[r].weights.held());
                 list.extend(shards.map(|h| (h.model as u16, h.shard as u16)));
             };

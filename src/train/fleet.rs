@@ -74,6 +74,28 @@ struct Trainee {
     fault: Option<Error>,
 }
 
+/// Who looks after the models of a fleet.
+pub trait Crew {
+    /// Who watches a model.
+    fn observer(&mut self, model: usize) -> &mut dyn Observer;
+
+    /// Called whenever something has ended: models may be added here, and cancelled.
+    ///
+    /// # Errors
+    /// Whatever should end the run.
+    fn between(&mut self, fleet: &mut Fleet) -> Result<()> {
+        let _ = fleet;
+        Ok(())
+    }
+}
+
+/// An observer for each model, in their order.
+impl Crew for Vec<&mut dyn Observer> {
+    fn observer(&mut self, model: usize) -> &mut dyn Observer {
+        &mut *self[model]
+    }
+}
+
 /// Models in training on the devices of one engine.
 pub struct Fleet {
     engine: Engine,
@@ -89,42 +111,51 @@ impl Fleet {
     /// # Errors
     /// When threads cannot be had, weights are missing, or an option is absurd.
     pub fn new(recruits: Vec<Recruit>, device: Box<dyn Device>, turns: Option<TurnOptions>) -> Result<Fleet> {
-        let mut engine_options = Vec::new();
-        for Recruit { placed, options, .. } in &recruits {
-            options.optimizer.check()?;
-            let parameters = &placed.model.train.parameters;
-            let decays = parameters.iter().map(|p| options.optimizer.decays(p.shape.axes().len())).collect();
-            // One task of a large model may take long: nothing is wrong while a whole step's time has not passed a few times.
-            let patience_secs = options.patience_secs.max(10.0 * placed.plan.estimated_secs);
-            engine_options.push(EngineOptions { seed: options.seed, patience_secs, decays, steps: options.steps });
-        }
+        let engine_options = recruits.iter().map(engine_options).collect::<Result<Vec<_>>>()?;
         let placed: Vec<Placed> = recruits.iter().map(|r| r.placed.clone()).collect();
-        let mut engine = Engine::fleet(&placed, engine_options, device, turns);
-        let mut trainees = Vec::new();
-        for (i, recruit) in recruits.into_iter().enumerate() {
-            let Recruit { network, weights, placed, source, valid, options } = recruit;
-            fill(&mut engine, i, &placed.model.train, weights, options.seed)?;
-            let labels = network.labels();
-            let limits = Limits { vocab: labels.vocab, classes: Some(labels.classes) };
-            trainees.push(Trainee {
-                loader: Loader::start_limited(source, 0, DEFAULT_AHEAD, limits)?,
-                valid_batch: valid.as_ref().map_or(Batch { tensors: Vec::new() }, |v| Batch::zeros(v.spec())),
-                valid,
-                limits,
-                names: placed.model.train.inputs.iter().map(|i| i.name.clone()).collect(),
-                stage: Stage::Waiting,
-                done: 0,
-                begun: 0,
-                rates: VecDeque::with_capacity(4),
-                pause: false,
-                ends: false,
-                owes_validation: false,
-                fault: None,
-                options,
-            });
+        let engine = Engine::fleet(&placed, engine_options, device, turns);
+        let mut fleet = Fleet { engine, trainees: Vec::new(), lines: Vec::new() };
+        for (number, recruit) in recruits.into_iter().enumerate() {
+            fleet.enlist(number, recruit)?;
         }
-        let lines = (0..trainees.len()).map(|i| VecDeque::from([i])).collect();
-        Ok(Fleet { engine, trainees, lines })
+        Ok(fleet)
+    }
+
+    /// Adds a model to those in training, and gives its number. Waits until the devices have come to rest between units; no other model's bits
+    /// change by that.
+    ///
+    /// # Errors
+    /// As [`Fleet::new`] and [`Engine::wait_add`].
+    pub fn wait_add(&mut self, recruit: Recruit) -> Result<usize> {
+        let number = self.engine.wait_add(&recruit.placed, engine_options(&recruit)?)?;
+        self.enlist(number, recruit)?;
+        Ok(number)
+    }
+
+    /// Fills a model's store and opens its data.
+    fn enlist(&mut self, number: usize, recruit: Recruit) -> Result<()> {
+        let Recruit { network, weights, placed, source, valid, options } = recruit;
+        fill(&mut self.engine, number, &placed.model.train, weights, options.seed)?;
+        let labels = network.labels();
+        let limits = Limits { vocab: labels.vocab, classes: Some(labels.classes) };
+        self.trainees.push(Trainee {
+            loader: Loader::start_limited(source, 0, DEFAULT_AHEAD, limits)?,
+            valid_batch: valid.as_ref().map_or(Batch { tensors: Vec::new() }, |v| Batch::zeros(v.spec())),
+            valid,
+            limits,
+            names: placed.model.train.inputs.iter().map(|i| i.name.clone()).collect(),
+            stage: Stage::Waiting,
+            done: 0,
+            begun: 0,
+            rates: VecDeque::with_capacity(4),
+            pause: false,
+            ends: false,
+            owes_validation: false,
+            fault: None,
+            options,
+        });
+        self.lines.push(VecDeque::from([number]));
+        Ok(())
     }
 
     /// Lets models run one after another: each of `lines` lists models in their order, and every model is in one of them.
@@ -192,12 +223,13 @@ impl Fleet {
     ///
     /// # Errors
     /// When a device fails; [`Error::Interrupted`] when `stop` was set before all was done.
-    pub fn run(&mut self, observers: &mut [&mut dyn Observer], stop: &AtomicBool) -> Result<()> {
+    pub fn run(&mut self, crew: &mut dyn Crew, stop: &AtomicBool) -> Result<()> {
         loop {
+            crew.between(self)?;
             let stopping = stop.load(Ordering::Relaxed);
             self.call_up(stopping);
             for model in 0..self.trainees.len() {
-                if let Err(error) = self.attend(model, &mut *observers[model], stopping) {
+                if let Err(error) = self.attend(model, crew.observer(model), stopping) {
                     self.cancel(model, error)?;
                 }
             }
@@ -215,10 +247,11 @@ impl Fleet {
                     let trainee = &mut self.trainees[model];
                     trainee.done = result.step + 1;
                     let lr = trainee.rates.pop_front().expect("each step in flight has its learning rate");
-                    let told = observers[model].step(&StepReport { result, lr });
+                    let observer = crew.observer(model);
+                    let told = observer.step(&StepReport { result, lr });
                     let trainee = &mut self.trainees[model];
-                    trainee.ends |= observers[model].wants_end();
-                    trainee.pause |= trainee.ends || observers[model].wants_checkpoint();
+                    trainee.ends |= observer.wants_end();
+                    trainee.pause |= trainee.ends || observer.wants_checkpoint();
                     if let Err(error) = told {
                         self.cancel(model, error)?;
                     }
@@ -389,6 +422,17 @@ impl Fleet {
             }
         }
     }
+}
+
+/// How the engine runs a model.
+fn engine_options(recruit: &Recruit) -> Result<EngineOptions> {
+    let Recruit { placed, options, .. } = recruit;
+    options.optimizer.check()?;
+    let parameters = &placed.model.train.parameters;
+    let decays = parameters.iter().map(|p| options.optimizer.decays(p.shape.axes().len())).collect();
+    // One task of a large model may take long: nothing is wrong while a whole step's time has not passed a few times.
+    let patience_secs = options.patience_secs.max(10.0 * placed.plan.estimated_secs);
+    Ok(EngineOptions { seed: options.seed, patience_secs, decays, steps: options.steps })
 }
 
 /// Writes the first weights and states into the host's store.

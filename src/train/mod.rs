@@ -12,7 +12,7 @@ mod selection;
 mod session;
 
 pub use checkpoint::{Checkpoint, Identity, write_checkpoint};
-pub use fleet::{Fleet, Recruit};
+pub use fleet::{Crew, Fleet, Recruit};
 pub use forward::wait_forward;
 pub use optimizer::{Optimizer, Schedule};
 pub use report::write_report;

@@ -233,7 +233,8 @@ impl Session {
     /// # Errors
     /// What the engine, the data or `observer` gives; [`Error::Interrupted`] when `stop` was set before the last step.
     pub fn run(&mut self, observer: &mut dyn Observer, stop: &AtomicBool) -> Result<()> {
-        self.fleet.run(&mut [observer], stop)?;
+        let mut crew: Vec<&mut dyn Observer> = vec![observer];
+        self.fleet.run(&mut crew, stop)?;
         self.fleet.take_failure(0).map_or(Ok(()), Err)
     }
 }

@@ -202,6 +202,7 @@ fn train_all(
         units: planned.units(),
         costs: planned.machine.costs(),
         shared_bytes_per_sec: planned.machine.shared_bytes_per_sec,
+        arena_bytes: planned.map.arena_bytes.clone(),
     });
     let mut fleet = Fleet::new(recruits, device, turns)?;
     if let Sharing::Lines(lines) = &planned.sharing {
