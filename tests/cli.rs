@@ -1,6 +1,8 @@
 //! The program itself: exit codes, what it prints, what it writes, and what it leaves alone when the input is at fault.
 
 mod common;
+#[path = "cli/many.rs"]
+mod many;
 
 use common::fixture;
 use hydra::train::metrics::{Row, read_rows};
@@ -350,31 +352,12 @@ fn resume_require_needs_a_run() {
 #[test]
 fn what_is_not_built_yet_is_said() {
     let job = Job::new(GPT);
-    let twice = GPT.replace("\"m\"", "\"n\"");
-    fs::write(job.at("job.toml"), format!("{GPT}{twice}")).expect("job");
-    job.hydra(&["train"]).bad(&["model.1", "not built yet", "one-at-a-time"]);
-    job.hydra(&["train", "--set", "run={ policy = 'one-at-a-time' }"]).fine();
-    assert!(job.at("runs/job/m/model").exists() && job.at("runs/job/n/model").exists());
-    fs::write(job.at("job.toml"), GPT).expect("job");
-    let search = "model.0.search={ batch = [2, 4] }";
-    job.hydra(&["train", "--set", "run={ policy = 'one-at-a-time', out = 'searched' }", "--set", search]).fine();
-    assert!(job.at("searched/m-batch=2/model").exists() && job.at("searched/m-batch=4/model").exists());
     fs::write(job.at("job.toml"), format!("[[device]]\nkind = 'host'\n{GPT}")).expect("job");
     for (set, says) in [
         ("device.0.kind=cuda", "device.0.kind: \"cuda\" is not built in"),
         ("device.0.kind=emulated", "device.0.kind: \"emulated\" is not built in"),
-        ("device.0.count=2", "several devices are not built yet"),
         ("model.0.dtype=tf32", "model.0.dtype: tf32 goes with kind = \"cuda\", not \"host\""),
-        (
-            "model.0.search={ lr = [1e-3, 1e-2] }",
-            "model.0.search: lr = 0.01: training several models together is not built yet",
-        ),
-        (
-            "model.0.search={ stop = { kind = 'patience', evaluations = 3 } }",
-            "model.0.search.stop: ending models early (here 1) is not built yet",
-        ),
         ("host={ disk = { path = 'd', memory = 1000 } }", "host.disk: the disk tier is not built yet"),
-        ("host={ link = '1 GB/s' }", "host.link"),
     ] {
         job.hydra(&["plan", "--set", set]).bad(&["job.toml", says]);
     }

@@ -270,8 +270,7 @@ impl Fleet {
                 }
             }
         }
-        let unfinished =
-            self.trainees.iter().find(|t| t.done < t.options.steps && !matches!(t.stage, Stage::Failed(_)));
+        let unfinished = self.trainees.iter().find(|t| !matches!(t.stage, Stage::Done | Stage::Failed(_)));
         match unfinished {
             Some(trainee) => Err(Error::Interrupted { step: trainee.done }),
             None => Ok(()),

@@ -1,0 +1,141 @@
+//! Several models and devices through the program: what is trained, what is simulated, what becomes of a model that fails.
+
+use super::{GPT, Job};
+use serde_json::Value;
+use std::fs;
+
+/// The GPT of the other tests under another name, with `keys` added.
+fn model(name: &str, keys: &str) -> String {
+    format!("{}{keys}\n", GPT.replace("\"m\"", &format!("\"{name}\"")))
+}
+
+const TWO_CORES: &str = "[[device]]\nkind = 'host'\ncount = 2\nthreads = 1\n";
+
+#[test]
+fn models_trained_together_are_those_trained_one_after_another() {
+    let models = model("a", "optimizer = { lr = 0.01 }")
+        + &model("b", "optimizer = { kind = 'sgd', lr = 0.1 }")
+        + &model("c", "");
+    let job = Job::new(&(TWO_CORES.to_string() + &models));
+    let ran = job.hydra(&["train", "--set", "run.out=together"]).fine();
+    assert!(ran.out.contains("3 models on 2 devices, sharded-lrtf"), "{}", ran.out);
+    assert!(ran.out.contains("best: "), "{}", ran.out);
+    let alone = ["train", "--set", "run.out=alone", "--set", "run.policy=one-at-a-time"];
+    job.hydra(&alone).fine();
+    // So little memory that shards of all three visit both devices.
+    let budget = job.hydra(&["plan", "--json"]).fine().json()["smallest_device_bytes"].as_u64().expect("bytes");
+    let memory = format!("device.0.memory={budget}");
+    job.hydra(&["train", "--set", "run.out=tight", "--set", &memory, "--set", "run.policy=locality-lrtf"]).fine();
+    for name in ["a", "b", "c"] {
+        let weights = |run: &str| fs::read(job.at(&format!("{run}/{name}/model/model.safetensors"))).expect("weights");
+        assert!(weights("together") == weights("alone"), "{name}: other bits together");
+        assert!(weights("tight") == weights("alone"), "{name}: other bits in little memory");
+    }
+    let plan = job.json("tight/plan.json");
+    assert_eq!((plan["devices"].as_u64(), plan["policy"].as_str()), (Some(2), Some("locality-lrtf")));
+    assert!(
+        plan["models"].as_array().expect("a list").len() == 3 && plan["device_peak_bytes"].as_u64() <= Some(budget)
+    );
+    let below = format!("device.0.memory={}", budget - 1);
+    let refused = job.hydra(&["train", "--set", "run.out=none", "--set", &below]);
+    refused.fails(2, &["the models together need", &budget.to_string()]);
+    assert!(refused.err.contains(&format!("memory = {budget}")), "{refused:?}");
+    // The same run again has nothing to do; another is refused.
+    assert!(job.hydra(&[&alone[..], &["--resume", "auto"]].concat()).fine().out.contains("nothing to do"));
+    job.hydra(&alone).bad(&["holds a run already"]);
+}
+
+#[test]
+fn one_that_fails_ends_with_its_reason_and_the_others_go_on() {
+    let hot = "optimizer = { kind = 'sgd', lr = 1e30 }";
+    let job = Job::new(&(model("fine", "") + &model("hot", hot).replace("steps = 4", "steps = 9")));
+    let ran = job.hydra(&["train"]);
+    ran.fails(1, &["1 of 2 models failed", "hot", "the loss is"]);
+    let results = fs::read_to_string(job.at("runs/job/results.csv")).expect("results.csv");
+    let row = |name: &str| results.lines().find(|l| l.starts_with(name)).expect("a row").to_string();
+    assert!(row("fine,").contains(",done,") && row("hot,").contains(",failed,"), "{results}");
+    assert!(job.at("runs/job/fine/model/model.safetensors").exists() && !job.at("runs/job/hot/model").exists());
+}
+
+#[test]
+fn a_search_ends_models_early_and_names_the_best() {
+    let search = "search = { lr = [0.01, 0.001, 0.0001], stop = { kind = 'asha', first = 2, eta = 2 } }";
+    let job = Job::new(&model("m", search).replace("steps = 4", "steps = 8"));
+    let ran = job.hydra(&["train", "--json"]).fine();
+    let models = ran.json()["models"].as_array().expect("a list").clone();
+    assert_eq!(models.len(), 3);
+    let of = |status: &str| models.iter().filter(|m| m["status"] == status).count();
+    assert!(of("done") >= 1 && of("stopped") >= 1 && of("done") + of("stopped") == 3, "{models:?}");
+    for model in &models {
+        let steps = model["steps"].as_u64().expect("steps");
+        assert!(if model["status"] == "done" { steps == 8 } else { [2, 4].contains(&steps) }, "{model}");
+        assert!(std::path::Path::new(model["model"].as_str().expect("a path")).join("model.safetensors").exists());
+    }
+    let results = fs::read_to_string(job.at("runs/job/results.csv")).expect("results.csv");
+    assert!(results.starts_with("name,lr,status,reason,steps_done,"), "{results}");
+    // There are no losses in a simulation.
+    job.hydra(&["simulate"]).bad(&["model.0.search.stop", "survivors"]);
+}
+
+#[test]
+fn simulations_say_what_the_schedule_comes_to() {
+    let sim = "[[device]]\nkind = 'sim'\ncount = 2\nprofile = 'v100'\n";
+    let job = Job::new(&(sim.to_string() + &model("a", "") + &model("b", "") + &model("c", "")));
+    let figures = job.hydra(&["simulate", "--json"]).fine().json();
+    let secs = |key: &str| figures[key].as_f64().expect("seconds");
+    assert!(secs("makespan_secs") >= secs("bound_secs") && secs("bound_secs") > 0.0, "{figures}");
+    assert_eq!(figures["utilisation"].as_array().map(Vec::len), Some(2));
+    assert_eq!(figures["policy"], "sharded-lrtf");
+    for policy in ["fifo", "random", "round-robin", "srtf", "locality-lrtf", "model-parallel", "gpipe", "task-parallel"]
+    {
+        let ran = job.hydra(&["simulate", "--json", "--policy", policy]).fine().json();
+        assert_eq!(ran["policy"], policy);
+        assert!(ran["makespan_secs"].as_f64() >= ran["bound_secs"].as_f64(), "{ran}");
+    }
+    assert!(!job.at("runs").exists(), "nothing is written");
+    let out = job.at("out").display().to_string();
+    let text = job.hydra(&["simulate", "--out", &out, "--devices", "4"]).fine().out;
+    assert!(text.contains("no schedule of these plans ends before"), "{text}");
+    assert!(text.contains("1 device of 4 idle"), "{text}");
+    for file in ["schedule.svg", "trace.json", "simulation.json"] {
+        assert!(job.at("out").join(file).exists(), "{file}");
+    }
+    let table =
+        job.hydra(&["simulate", "--json", "--sweep", "policy=fifo,srtf", "--sweep", "devices=1,2,3"]).fine().json();
+    assert_eq!(table.as_array().map(Vec::len), Some(6));
+    job.hydra(&["train"]).bad(&["device.0.kind", "\"sim\" has a clock and no arithmetic"]);
+}
+
+#[test]
+fn bad_fleets() {
+    let job = Job::new(&(model("a", "") + &model("a", "")));
+    job.hydra(&["train"]).bad(&["model.1.name", "model.0 has the name"]);
+    let job = Job::new(&(TWO_CORES.to_string() + &model("a", "") + &model("b", "")));
+    for (args, says) in [
+        (&["simulate", "--policy", "lifo"][..], "run.policy"),
+        (&["simulate", "--devices", "0"], "device.0.count"),
+        (&["simulate", "--slots", "0"], "run.slots"),
+        (&["simulate", "--sweep", "colour=red"], "--sweep colour"),
+        (&["simulate", "--sweep", "devices"], "--sweep devices"),
+        (&["train", "--set", "device.0.count=0"], "device.0.count"),
+        (&["train", "--set", "model.0.search={ colour = [1, 2] }"], "model.0.search"),
+        (&["train", "--set", "run.pipeline_microbatches=2"], "run.pipeline_microbatches"),
+    ] {
+        job.hydra(args).bad(&[says]);
+    }
+    // Whole models on a device of 1 KiB: each is named.
+    let tiny = ["--set", "device.0.memory=1024"];
+    for (policy, says) in [("task-parallel", "fit whole on no device"), ("srtf", "a: device memory")] {
+        let policy = format!("run.policy={policy}");
+        let refused = job.hydra(&[&["train", "--set", &policy], &tiny[..]].concat());
+        refused.fails(2, &[says]);
+        assert!(refused.err.contains("smallest budget that works"), "{refused:?}");
+    }
+    assert!(!job.at("runs").exists());
+}
+
+impl super::Ran {
+    fn json(&self) -> Value {
+        serde_json::from_str(&self.out).unwrap_or_else(|e| panic!("{e}: {self:?}"))
+    }
+}
