@@ -8,8 +8,8 @@ use common::{Outcome, difference, gather_of, stated};
 use hydra::base::Error;
 use hydra::device::host::HostSpec;
 use hydra::device::{DeviceSpec, FleetMemory, start_fleet};
-use hydra::engine::TurnOptions;
-use hydra::sched::{POLICIES, by_name};
+use hydra::engine::{SimulateOptions, TurnOptions, simulate};
+use hydra::sched::{POLICIES, Policy, View, by_name};
 use hydra::spill::{
     Baseline, FleetDevice, FleetMap, FleetModel, Home, Placed, PlanOptions, Recompute, place_baseline, plan_at_home,
     plan_fleet,
@@ -374,5 +374,43 @@ fn baselines_give_the_bits_of_lone_runs() {
                 check(&format!("{name} on {devices} devices, {share:?} of the memory"), &entries, &got, &want);
             }
         }
+    }
+}
+
+/// Chooses what it may not, or nothing.
+struct Wayward(Option<u16>);
+
+impl Policy for Wayward {
+    fn name(&self) -> &str {
+        "wayward"
+    }
+
+    fn choose(&self, view: &View) -> Option<u16> {
+        // At first what anybody would; a device that is asked while all is free would have nothing to go wrong with.
+        if view.choices == 0 { view.candidates().next().map(|m| m.id) } else { self.0 }
+    }
+}
+
+#[test]
+fn a_policy_that_chooses_what_it_may_not_is_named() {
+    let entries = six();
+    let placed = plan(&entries, 2, Some(smallest(&entries) * 5 / 4), Recompute::Auto, 2);
+    for (chooses, says) in [
+        (Some(0), "policy wayward: chose model 0 for device 1, which is busy on another device"),
+        (Some(77), "policy wayward: chose model 77 for device 0, of models 0 to 5"),
+        (None, "stalled: nothing runs"),
+    ] {
+        let options = SimulateOptions {
+            steps: vec![2; entries.len()],
+            clips: entries.iter().map(|e| e.options.clip.is_some()).collect(),
+            costs: vec![stated(); 2],
+            shared_bytes_per_sec: None,
+            policy: Some(Box::new(Wayward(chooses))),
+            units: 2,
+            lines: Vec::new(),
+            recorder: None,
+        };
+        let error = simulate(&placed, options).err().expect("refused").to_string();
+        assert!(error.contains(says), "{error}");
     }
 }
