@@ -1,10 +1,19 @@
-//! A policy of one's own: the least share of its work done goes first, so that all models of a search can be compared at any moment.
+//! A policy of one's own: the model with the least part of its work done goes first, so that all models of a search can be compared at any moment.
 //!
-//! A policy is a pure function from a view of models and devices to a choice. Here it is asked by hand, on one device.
+//! A policy is a pure function from a view of models and devices to a choice. It is tried here on two simulated devices; `TurnOptions` takes the same
+//! object where models are trained.
 
-use hydra::sched::{Claim, DeviceView, ModelId, ModelView, Policy, View};
+use hydra::base::{DType, Result};
+use hydra::device::sim::CostModel;
+use hydra::engine::{SimulateOptions, simulate};
+use hydra::nn::{self, InputShape};
+use hydra::sched::{ModelId, ModelView, Policy, ShardedLrtf, View};
+use hydra::spill::{FleetDevice, FleetModel, PlanOptions, plan_anywhere};
+use hydra::train::{TrainOptions, trace_model};
+use serde_json::json;
+use std::sync::Arc;
 
-/// All models side by side: each has all its seconds here, as they were at the start.
+/// All models side by side: each has all its seconds here, as they are before the first unit.
 struct EvenProgress {
     total_secs: Vec<f64>,
 }
@@ -22,48 +31,44 @@ impl Policy for EvenProgress {
     }
 }
 
-/// Three models of 2, 4 and 8 units of a second, until two units of each of the longer ones are left.
-pub fn main() {
-    let policy = EvenProgress { total_secs: vec![2.0, 4.0, 8.0] };
-    let model = |id| ModelView {
-        id,
-        claim: Claim::Idle,
-        pinned: None,
-        remaining_secs: policy.total_secs[usize::from(id)],
-        remaining_bytes: 0,
-        shard: 0,
-        unit_secs: 1.0,
-        weight_bytes: 0,
-        boundary_bytes: 0,
-        leave_bytes: 0,
-        last_device: None,
-    };
-    let mut models = [0, 1, 2].map(model);
-    let device = DeviceView {
-        id: 0,
-        speed: 1.0,
-        held: vec![],
-        claimed: 0,
-        busy_secs: 0.0,
-        h2d_bytes_per_sec: 16e9,
-        h2d_secs: 0.0,
-    };
-    let mut order = Vec::new();
-    for choices in 0..7 {
-        let view = View {
-            device: 0,
-            choices,
-            last: order.last().copied(),
-            models: &models,
-            devices: std::slice::from_ref(&device),
-            shared_bytes_per_sec: None,
-        };
-        let chosen = policy.choose(&view).expect("all models are idle");
-        models[usize::from(chosen)].remaining_secs -= 1.0;
-        order.push(chosen);
+/// Three GPTs of 2, 4 and 8 layers for ten steps each.
+pub fn main() -> Result<()> {
+    let cost = CostModel::stated(10e12, 900e9, 12e9);
+    let devices = vec![FleetDevice { budget: Some(9 << 20), cost: cost.clone() }; 2];
+    let mut models = Vec::new();
+    for layers in [2, 4, 8] {
+        let config = json!({ "n_layer": layers, "n_embd": 256, "n_head": 4, "n_positions": 64, "vocab_size": 256 });
+        let network = nn::from_config("gpt2", config.as_object().expect("an object"), true)?;
+        let inputs = ["input_ids", "labels"].map(|name| InputShape::new(name, [64], DType::I32));
+        let model = Arc::new(trace_model(network.as_ref(), &inputs, &TrainOptions::new(10))?);
+        let options = PlanOptions { moments: 0, ..PlanOptions::default() };
+        models.push(FleetModel { name: format!("gpt-{layers}"), model, options, steps: 10 });
     }
-    println!("{} takes {order:?}", policy.name());
-    // After seven of fourteen units each model is half done.
-    assert_eq!(order, [0, 1, 2, 2, 1, 2, 2]);
-    assert!(models.iter().all(|model| model.remaining_secs == policy.total_secs[usize::from(model.id)] / 2.0));
+    let placed = plan_anywhere(&models, &devices)?.placed;
+    let total_secs = placed.iter().map(|p| p.plan.shards.iter().map(|s| s.step_secs(&cost)).sum()).collect();
+    let policies: [Box<dyn Policy>; 2] = [Box::new(EvenProgress { total_secs }), Box::new(ShardedLrtf)];
+    for policy in policies {
+        let name = policy.name().to_string();
+        let simulation = simulate(
+            &placed,
+            SimulateOptions {
+                steps: vec![10; models.len()],
+                clips: vec![false; models.len()],
+                costs: vec![cost.clone(); 2],
+                shared_bytes_per_sec: None,
+                policy: Some(policy),
+                units: 2,
+                lines: Vec::new(),
+                recorder: None,
+            },
+        )?;
+        let ends: Vec<String> = simulation.end_secs.iter().map(|secs| format!("{:.1} ms", 1e3 * secs)).collect();
+        println!(
+            "{name}: models end after {}; no schedule ends before {:.1} ms",
+            ends.join(", "),
+            1e3 * simulation.bounds.secs
+        );
+        assert!(simulation.makespan_secs >= simulation.bounds.secs);
+    }
+    Ok(())
 }

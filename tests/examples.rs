@@ -34,5 +34,5 @@ fn under_a_budget_runs() {
 
 #[test]
 fn own_policy_runs() {
-    own_policy::main();
+    own_policy::main().expect("the example runs");
 }
