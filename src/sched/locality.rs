@@ -18,7 +18,7 @@ const TOLERANCE: f64 = 0.125;
 /// models and devices but where it is said.
 ///
 /// 1. **Chain** of a model: `C = max(R / max s, B / max r)`. It takes at least that long wherever it runs.
-/// 2. **Horizon**: nothing ends before `T = max(max C, (sum R + sum b s) / sum s, sum B / sum r)`. A shared link caps `max r` and `sum r`.
+/// 2. **Horizon**: the run does not end before `T = max(max C, (sum R + sum b s) / sum s, sum B / sum r)`. A shared link caps `max r` and `sum r`.
 /// 3. **Critical** is a candidate that might end last if it were passed over once: `b + C + turn >= T`, where a turn is the longest that any
 ///    candidate's next unit takes by the same two measures. If there are critical candidates, only they are considered.
 /// 4. **Useful share** of a candidate: `(u / s) / (w + u / s)`, where `w = max(0, h + bytes / rate - b)` is how long the device would wait
@@ -37,24 +37,28 @@ impl Policy for LocalityLrtf {
 
     fn choose(&self, view: &View) -> Option<ModelId> {
         let outlook = Outlook::new(view);
-        let longest = || view.candidates().max_by(|a, b| outlook.by_chain(a, b));
-        let left = if outlook.may_leave { longest().filter(|model| outlook.is_left(model)) } else { None };
+        let left = outlook.longest.filter(|model| outlook.may_leave && outlook.is_left(model));
         let rest = || view.candidates().filter(|model| left.is_none_or(|left| left.id != model.id));
 
         let (mut best, mut best_critical) = (0f64, None);
         for model in rest() {
             let share = outlook.useful_share(model);
-            best = best.max(share);
+            best = greater(best, share);
             if outlook.is_critical(model) {
-                best_critical = Some(share.max(best_critical.unwrap_or(0.0)));
+                best_critical = Some(greater(best_critical.unwrap_or(0.0), share));
             }
         }
+        // Where there are critical candidates, one of them is the longest that is good enough: no other chain is as long as theirs.
         let enough = (1.0 - TOLERANCE) * best_critical.unwrap_or(best);
-        rest()
-            .filter(|model| best_critical.is_none() || outlook.is_critical(model))
-            .filter(|model| outlook.useful_share(model) >= enough)
-            .max_by(|a, b| outlook.by_chain(a, b))
-            .map(|model| model.id)
+        let mut first: Option<&ModelView> = None;
+        for model in rest() {
+            // The share is asked last: most candidates are shorter than one that was found before.
+            let longer = first.is_none_or(|first| outlook.by_chain(model, first).is_gt());
+            if longer && outlook.useful_share(model) >= enough {
+                first = Some(model);
+            }
+        }
+        first.map(|model| model.id)
     }
 }
 
@@ -64,10 +68,13 @@ struct Outlook<'a> {
     here: &'a DeviceView,
     /// Of the fastest devices, the one that is free soonest.
     fastest: &'a DeviceView,
-    /// The fastest link's rate.
-    fastest_rate: f64,
+    /// The least seconds for a second of arithmetic at speed 1, and for a byte. There are many models to multiply by them.
+    second_secs: f64,
+    byte_secs: f64,
     /// What falls to each copying device of a shared link.
     shared_rate: f64,
+    /// The candidate with the longest chain.
+    longest: Option<&'a ModelView>,
     /// The chain from which a candidate is critical.
     critical_secs: f64,
     /// There is a faster device, and something runs, so that a device which is left waiting will be asked again.
@@ -83,7 +90,7 @@ impl<'a> Outlook<'a> {
             speeds += device.speed;
             work += device.busy_secs * device.speed;
             rates += device.h2d_bytes_per_sec;
-            fastest_rate = fastest_rate.max(device.h2d_bytes_per_sec);
+            fastest_rate = greater(fastest_rate, device.h2d_bytes_per_sec);
             runs |= device.claimed > 0;
             copying += u32::from(device.id != here.id && device.h2d_secs > 0.0);
             let sooner = device.speed == fastest.speed && device.busy_secs < fastest.busy_secs;
@@ -96,35 +103,40 @@ impl<'a> Outlook<'a> {
             view,
             here,
             fastest,
-            fastest_rate: fastest_rate.min(shared),
+            second_secs: 1.0 / fastest.speed,
+            byte_secs: 1.0 / fastest_rate.min(shared),
             shared_rate: shared / f64::from(copying),
+            longest: None,
             critical_secs: 0.0,
             may_leave: runs && fastest.speed > here.speed,
         };
-        let (mut longest, mut bytes, mut turn) = (0f64, 0.0, 0f64);
+        let (mut chain, mut bytes, mut turn) = (0f64, 0.0, 0f64);
         for model in view.models {
             work += model.remaining_secs;
             bytes += model.remaining_bytes as f64;
-            longest = longest.max(outlook.chain_secs(model));
+            chain = greater(chain, outlook.chain_secs(model));
             if view.may_take(model) {
-                turn = turn.max(outlook.least_secs(model.unit_secs, model.weight_bytes));
+                turn = greater(turn, outlook.least_secs(model.unit_secs, model.weight_bytes));
+                if outlook.longest.is_none_or(|longest| outlook.by_chain(model, longest).is_gt()) {
+                    outlook.longest = Some(model);
+                }
             }
         }
-        let horizon = longest.max(work / speeds).max(bytes / rates.min(shared));
+        let horizon = chain.max(work / speeds).max(bytes / rates.min(shared));
         outlook.critical_secs = horizon - here.busy_secs - turn;
         outlook
     }
 
     /// The least seconds for some arithmetic and some bytes of one model on any device.
     fn least_secs(&self, secs: f64, bytes: u64) -> f64 {
-        (secs / self.fastest.speed).max(bytes as f64 / self.fastest_rate)
+        greater(secs * self.second_secs, bytes as f64 * self.byte_secs)
     }
 
     fn chain_secs(&self, model: &ModelView) -> f64 {
         self.least_secs(model.remaining_secs, model.remaining_bytes)
     }
 
-    /// Orders by chain, the longer one greater. A quotient may round two remaining times to one number, so they are asked as well.
+    /// Orders by chain, the longer one greater, and equal chains (of equal bytes, or by rounding) by remaining time.
     fn by_chain(&self, a: &ModelView, b: &ModelView) -> Ordering {
         let chains = self.chain_secs(a).total_cmp(&self.chain_secs(b));
         chains.then_with(|| by_remaining(a, b)).then_with(|| by_place(self.view, a, b))
@@ -134,30 +146,43 @@ impl<'a> Outlook<'a> {
         self.chain_secs(model) >= self.critical_secs
     }
 
-    /// Seconds until a model's next unit has its copies on a device.
-    fn arrival_secs(&self, model: &ModelView, device: &DeviceView) -> f64 {
+    /// Bytes that a model's next unit still fetches to a device.
+    fn fetched_bytes(&self, model: &ModelView, device: &DeviceView) -> u64 {
         let held = device.held.contains(&(model.id, model.shard));
         let near = model.last_device == Some(device.id);
-        let bytes = if held { 0 } else { model.weight_bytes } + if near { 0 } else { model.boundary_bytes };
+        (if held { 0 } else { model.weight_bytes }) + if near { 0 } else { model.boundary_bytes }
+    }
+
+    /// Seconds until such bytes are on a device that can ask for them in `from_secs`.
+    fn arrival_secs(&self, bytes: u64, device: &DeviceView, from_secs: f64) -> f64 {
         let rate = device.h2d_bytes_per_sec.min(self.shared_rate);
-        if bytes == 0 { 0.0 } else { device.h2d_secs + bytes as f64 / rate }
+        if bytes == 0 { from_secs } else { device.h2d_secs.max(from_secs) + bytes as f64 / rate }
     }
 
     /// The part of the time that a unit takes, from the end of the asking device's queue on, in which the device computes.
     fn useful_share(&self, model: &ModelView) -> f64 {
-        let secs = model.unit_secs / self.here.speed;
-        let wait = (self.arrival_secs(model, self.here) - self.here.busy_secs).max(0.0);
-        if wait == 0.0 { 1.0 } else { secs / (wait + secs) }
+        let arrival_secs = self.arrival_secs(self.fetched_bytes(model, self.here), self.here, 0.0);
+        let wait_secs = arrival_secs - self.here.busy_secs;
+        if wait_secs <= 0.0 {
+            return 1.0;
+        }
+        model.unit_secs / (wait_secs * self.here.speed + model.unit_secs)
     }
 
     /// Whether the asking device leaves a model's next unit to the fastest one.
     fn is_left(&self, model: &ModelView) -> bool {
-        let end_secs = |device: &DeviceView, free_secs: f64| {
-            free_secs.max(self.arrival_secs(model, device)) + model.unit_secs / device.speed
+        let end_secs = |device: &DeviceView, from_secs: f64| {
+            let arrival_secs = self.arrival_secs(self.fetched_bytes(model, device), device, from_secs);
+            device.busy_secs.max(arrival_secs) + model.unit_secs / device.speed
         };
-        // Where this device's queue holds the predecessor, no other can have the unit before that has run.
+        // Where this device's queue holds the predecessor, no other can claim the unit before that has run.
         let claimed_secs = if model.claim == Claim::By(self.here.id) { self.here.busy_secs } else { 0.0 };
-        let there = end_secs(self.fastest, self.fastest.busy_secs.max(claimed_secs));
-        model.pinned.is_none() && self.is_critical(model) && there < end_secs(self.here, self.here.busy_secs)
+        let sooner = end_secs(self.fastest, claimed_secs) < end_secs(self.here, 0.0);
+        sooner && model.pinned.is_none() && self.is_critical(model)
     }
+}
+
+/// The greater of two numbers, without `f64::max`'s care for what is none: a choice asks thousands of times.
+fn greater(a: f64, b: f64) -> f64 {
+    if b > a { b } else { a }
 }

@@ -128,6 +128,10 @@ fn locality_prefers_what_is_here() {
     // With copies before it, it is: 0.5 of 1.5 seconds are waited for.
     one[0].h2d_secs = 0.5;
     check(&view(&three, &one), &[("locality-lrtf", Some(2))]);
+    // What needs no copy does not wait for those of others either: 4 seconds of 5 are waited for, and 5 of 9 with the longest.
+    (one[0].h2d_secs, three[1].unit_secs) = (5.0, 4.0);
+    check(&view(&three, &one), &[("locality-lrtf", Some(2))]);
+    three[1].unit_secs = 1.0;
     // A boundary tensor of 2 bytes is 1/8 of a second: within the tolerance. One of 8 bytes is not.
     one = devices(&[1.0]);
     three[0].last_device = Some(0);
@@ -149,6 +153,13 @@ fn locality_hurries_critical_models() {
     // 608 bytes take as long as 38 seconds of arithmetic do.
     (three[1].remaining_secs, three[2].remaining_bytes) = (30.0, 608);
     check(&view(&three, &two), &[("locality-lrtf", Some(2)), ("sharded-lrtf", Some(1))]);
+    // Half of them do over a shared link of half the rate.
+    [0, 0, 304].into_iter().zip(&mut three).for_each(|(bytes, model)| model.remaining_bytes = bytes);
+    check(&View { shared_bytes_per_sec: Some(8.0), ..view(&three, &two) }, &[("locality-lrtf", Some(2))]);
+    // Of two chains of as many bytes, the one with more arithmetic.
+    three.iter_mut().for_each(|model| model.remaining_bytes = 1600);
+    two[0].held.clear();
+    check(&view(&three, &two), &[("locality-lrtf", Some(1))]);
 }
 
 #[test]
@@ -180,11 +191,14 @@ fn a_slow_device_leaves_the_critical_model() {
     check(&view(&two, &unequal), &[("locality-lrtf", None)]);
     (unequal[1].claimed, unequal[1].busy_secs) = (0, 0.0);
     check(&view(&two, &unequal), &[("locality-lrtf", Some(0))]);
-    // What lives here is not left, nor what only this device's queue can hand on.
+    // What lives here is not left; what this device's queue can hand on after 4 seconds is, since 5 are less than 8.
     (unequal[1].claimed, unequal[1].busy_secs, two[0].pinned) = (1, 1.0, Some(0));
     check(&view(&two, &unequal), &[("locality-lrtf", Some(0))]);
     (unequal[0].claimed, unequal[0].busy_secs, two[0].pinned, two[0].claim) = (1, 4.0, None, Claim::By(0));
     check(&view(&two, &unequal), &[("locality-lrtf", None)]);
+    // Nor where the boundary tensor, which leaves when the queue has run, takes 4 seconds: 9 there, 8 here.
+    (two[0].boundary_bytes, two[0].last_device) = (64, Some(0));
+    check(&view(&two, &unequal), &[("locality-lrtf", Some(0))]);
 }
 
 /// A model of `steps` steps over `shards` shards. The first `shards - 1` units run forward, the next ones backward, and take three times as long.
