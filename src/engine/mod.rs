@@ -289,7 +289,7 @@ impl Engine {
         match &mut self.turns {
             Some(turns) => {
                 turns.refresh(model, &self.members[model]);
-                self.take_turns()?;
+                turns.has_begun = true;
             }
             None => {
                 let before = self.queue.next_id();
@@ -383,6 +383,7 @@ impl Engine {
     /// # Errors
     /// As [`Engine::wait_any`].
     pub fn wait_idle(&mut self) -> Result<()> {
+        self.offer()?;
         while !self.queue.is_empty() {
             self.pump()?;
         }
@@ -430,9 +431,17 @@ impl Engine {
         }
     }
 
+    /// Offers what has begun to devices with room. Not before somebody waits: a choice between all models is another one than between those
+    /// that happened to begin first.
+    fn offer(&mut self) -> Result<()> {
+        let has_begun = self.turns.as_mut().is_some_and(|turns| std::mem::take(&mut turns.has_begun));
+        if has_begun { self.take_turns() } else { Ok(()) }
+    }
+
     /// Issues what can be issued and takes one completion; gives the model whose task it was.
     fn pump(&mut self) -> Result<usize> {
         self.check_device()?;
+        self.offer()?;
         self.queue.issue(self.device.as_mut());
         let Some(completion) = self.device.next_completion(self.patience_secs) else {
             self.failed = true;

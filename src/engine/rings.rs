@@ -58,6 +58,16 @@ impl<K: Copy + PartialEq> Slots<K> {
         slot
     }
 
+    /// A slot for `key`, not the one used last if there is another: what is in that has just started or is still to come, so it would be free last
+    /// of all, and an empty one is no better. Among the others as [`Slots::take`].
+    pub fn take_free(&mut self, key: K) -> usize {
+        let last = |s: usize| self.used[s] == self.clock;
+        let slots = 0..self.holds.len();
+        let slot = slots.min_by_key(|&s| (last(s), self.holds[s].is_some(), self.used[s])).expect("there are slots");
+        self.pin(slot, key);
+        slot
+    }
+
     /// The empty slot that held `key` last, for `key` again.
     pub fn take_back(&mut self, key: K) -> Option<usize> {
         let slot = (0..self.holds.len()).find(|&s| self.holds[s].is_none() && self.held[s] == Some(key))?;
@@ -179,5 +189,17 @@ mod tests {
         slots.forget(|_| true);
         assert_eq!((slots.find(2), slots.take_back(1)), (None, None), "shard 1's slot held another since");
         assert_eq!((slots.take_back(2), slots.take_back(0)), (Some(1), Some(0)));
+    }
+
+    #[test]
+    fn the_slot_used_last_is_free_last() {
+        let mut slots = Slots::new(2);
+        assert_eq!((slots.take_free(0), slots.take_free(1)), (0, 1));
+        // Shard 1's unit updates it: the slot is empty, and not free before the unit has run.
+        slots.forget(|held| held == 1);
+        assert_eq!(slots.take_free(2), 0);
+        assert_eq!(slots.take_free(3), 1, "empty, and not the last any more");
+        let mut one = Slots::new(1);
+        assert_eq!((one.take_free(0), one.take_free(1)), (0, 0));
     }
 }

@@ -72,6 +72,8 @@ pub(super) struct Turns {
     arrived: Vec<f64>,
     choices: u64,
     last: Option<ModelId>,
+    /// A model has begun work that no device has been offered.
+    pub has_begun: bool,
     /// Devices with room, in the order in which they are asked; kept for its memory.
     order: Vec<usize>,
 }
@@ -111,6 +113,7 @@ impl Turns {
             arrived: vec![0.0; devices],
             choices: 0,
             last: None,
+            has_begun: false,
             order: Vec::with_capacity(devices),
         };
         members.iter().for_each(|member| turns.add(member));

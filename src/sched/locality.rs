@@ -27,6 +27,7 @@ const TOLERANCE: f64 = 0.125;
 /// 5. Of equals the longest chain goes first, with sharded-LRTF's ties.
 ///
 /// On unequal devices the longest chain, if critical, is left to the fastest device that is free soonest where that would end the unit sooner.
+/// So is every unit after which its model could only end half a turn later than everything could without the asking device.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct LocalityLrtf;
 
@@ -37,8 +38,7 @@ impl Policy for LocalityLrtf {
 
     fn choose(&self, view: &View) -> Option<ModelId> {
         let outlook = Outlook::new(view);
-        let left = outlook.longest.filter(|model| outlook.may_leave && outlook.is_left(model));
-        let rest = || view.candidates().filter(|model| left.is_none_or(|left| left.id != model.id));
+        let rest = || view.candidates().filter(|model| !outlook.is_left(model));
 
         let (mut best, mut best_critical) = (0f64, None);
         for model in rest() {
@@ -77,6 +77,8 @@ struct Outlook<'a> {
     longest: Option<&'a ModelView>,
     /// The chain from which a candidate is critical.
     critical_secs: f64,
+    /// The end that is too late for a model whose unit the asking device takes.
+    late_secs: f64,
     /// There is a faster device, and something runs, so that a device which is left waiting will be asked again.
     may_leave: bool,
 }
@@ -108,6 +110,7 @@ impl<'a> Outlook<'a> {
             shared_rate: shared / f64::from(copying),
             longest: None,
             critical_secs: 0.0,
+            late_secs: 0.0,
             may_leave: runs && fastest.speed > here.speed,
         };
         let (mut chain, mut bytes, mut turn) = (0f64, 0.0, 0f64);
@@ -123,6 +126,10 @@ impl<'a> Outlook<'a> {
             }
         }
         let horizon = chain.max(work / speeds).max(bytes / rates.min(shared));
+        // The horizon of the other devices: it is nearer than the run's end, the more so the fewer units there are.
+        let (others, other_rates) = (speeds - here.speed, (rates - here.h2d_bytes_per_sec).min(shared));
+        let without = chain.max((work - here.busy_secs * here.speed) / others).max(bytes / other_rates);
+        outlook.late_secs = without + 0.5 * turn;
         outlook.critical_secs = horizon - here.busy_secs - turn;
         outlook
     }
@@ -169,16 +176,25 @@ impl<'a> Outlook<'a> {
         model.unit_secs / (wait_secs * self.here.speed + model.unit_secs)
     }
 
-    /// Whether the asking device leaves a model's next unit to the fastest one.
+    /// When a model's next unit would end on a device that can ask for its copies in `from_secs`.
+    fn end_secs(&self, model: &ModelView, device: &DeviceView, from_secs: f64) -> f64 {
+        let arrival_secs = self.arrival_secs(self.fetched_bytes(model, device), device, from_secs);
+        device.busy_secs.max(arrival_secs) + model.unit_secs / device.speed
+    }
+
+    /// Whether the asking device leaves a model's next unit to the fastest one, which ends it sooner: a critical longest chain, and any model
+    /// that could only end late.
     fn is_left(&self, model: &ModelView) -> bool {
-        let end_secs = |device: &DeviceView, from_secs: f64| {
-            let arrival_secs = self.arrival_secs(self.fetched_bytes(model, device), device, from_secs);
-            device.busy_secs.max(arrival_secs) + model.unit_secs / device.speed
-        };
+        if !self.may_leave || model.pinned.is_some() {
+            return false;
+        }
+        let end_secs = self.end_secs(model, self.here, 0.0);
+        let bytes = model.remaining_bytes.saturating_sub(model.weight_bytes);
+        let late = end_secs + self.least_secs(model.remaining_secs - model.unit_secs, bytes) > self.late_secs;
+        let longest = self.longest.is_some_and(|longest| longest.id == model.id) && self.is_critical(model);
         // Where this device's queue holds the predecessor, no other can claim the unit before that has run.
         let claimed_secs = if model.claim == Claim::By(self.here.id) { self.here.busy_secs } else { 0.0 };
-        let sooner = end_secs(self.fastest, claimed_secs) < end_secs(self.here, 0.0);
-        sooner && model.pinned.is_none() && self.is_critical(model)
+        (late || longest) && self.end_secs(model, self.fastest, claimed_secs) < end_secs
     }
 }
 
