@@ -9,21 +9,21 @@ use super::{Claim, DeviceView, ModelId, ModelView, Policy, View};
 use std::cmp::Ordering;
 
 /// A unit whose useful share is within this part of the best one is as good as that: predictions are no better.
-const TOLERANCE: f64 = 0.125;
+const TOLERANCE: f64 = 1.0 / 32.0;
 
-/// Sharded-LRTF that weighs what is resident, links and unequal devices, in three passes over the models and one over the devices.
+/// Sharded-LRTF that weighs what is resident, links and unequal devices, in four passes over the models and one over the devices.
 ///
 /// `s`, `r`, `b` and `h` are a device's speed, its link's bytes per second, the seconds until its queue has run and until its copies are there;
-/// `R`, `B` and `u` a model's remaining seconds and bytes and its next unit's seconds, at speed 1. All sums and maxima are over all
+/// `R`, `B`, `W` and `u` a model's remaining seconds, bytes and waits, and its next unit's seconds, at speed 1. All sums and maxima are over all
 /// models and devices but where it is said.
 ///
-/// 1. **Chain** of a model: `C = max(R / max s, B / max r)`. It takes at least that long wherever it runs.
+/// 1. **Chain** of a model: `C = max(R / max s, B / max r) + W`. It takes at least that long wherever it runs.
 /// 2. **Horizon**: nothing ends before `T = max(max C, (sum R + sum b s) / sum s, sum B / sum r)`. A shared link caps `max r` and `sum r`.
 /// 3. **Critical** is a candidate that might end last if it were passed over once: `b + C + turn >= T`, where a turn is the longest that any
-///    candidate's next unit takes by the same two measures. If there are critical candidates, only they are considered.
+///    candidate's next unit takes by the same two measures. The longest critical chain goes first.
 /// 4. **Useful share** of a candidate: `(u / s) / (w + u / s)`, where `w = max(0, h + bytes / rate - b)` is how long the device would wait
-///    for its copies. `bytes` leaves out a shard that a slot holds and boundary tensors that are here; `rate` is `r`, or an equal part of the
-///    shared link among the devices that are copying. Candidates within 1/8 of the best share are equals.
+///    for its copies, or longer where what it fetches is not at home by then. `bytes` leaves out a shard that a slot holds and boundary tensors that are here; `rate` is `r`, or an equal part of the
+///    shared link among the devices that are copying. Candidates within 1/32 of the best share are equals.
 /// 5. Of equals the longest chain goes first, with sharded-LRTF's ties.
 ///
 /// On unequal devices the longest chain, if critical, is left to the fastest device that is free soonest where that would end the unit sooner.
@@ -41,20 +41,14 @@ impl Policy for LocalityLrtf {
         let left = if outlook.may_leave { longest().filter(|model| outlook.is_left(model)) } else { None };
         let rest = || view.candidates().filter(|model| left.is_none_or(|left| left.id != model.id));
 
-        let (mut best, mut best_critical) = (0f64, None);
-        for model in rest() {
-            let share = outlook.useful_share(model);
-            best = best.max(share);
-            if outlook.is_critical(model) {
-                best_critical = Some(share.max(best_critical.unwrap_or(0.0)));
-            }
+        // Whoever might end last goes first, whatever its copies.
+        let critical = rest().filter(|model| outlook.is_critical(model)).max_by(|a, b| outlook.by_chain(a, b));
+        if let Some(model) = critical {
+            return Some(model.id);
         }
-        let enough = (1.0 - TOLERANCE) * best_critical.unwrap_or(best);
-        rest()
-            .filter(|model| best_critical.is_none() || outlook.is_critical(model))
-            .filter(|model| outlook.useful_share(model) >= enough)
-            .max_by(|a, b| outlook.by_chain(a, b))
-            .map(|model| model.id)
+        let enough = (1.0 - TOLERANCE) * rest().map(|model| outlook.useful_share(model)).fold(0.0, f64::max);
+        let equals = rest().filter(|model| outlook.useful_share(model) >= enough);
+        equals.max_by(|a, b| outlook.by_chain(a, b)).map(|model| model.id)
     }
 }
 
@@ -121,7 +115,7 @@ impl<'a> Outlook<'a> {
     }
 
     fn chain_secs(&self, model: &ModelView) -> f64 {
-        self.least_secs(model.remaining_secs, model.remaining_bytes)
+        self.least_secs(model.remaining_secs, model.remaining_bytes) + model.remaining_wait_secs
     }
 
     /// Orders by chain, the longer one greater. A quotient may round two remaining times to one number, so they are asked as well.
@@ -138,15 +132,25 @@ impl<'a> Outlook<'a> {
     fn arrival_secs(&self, model: &ModelView, device: &DeviceView) -> f64 {
         let held = device.held.contains(&(model.id, model.shard));
         let near = model.last_device == Some(device.id);
-        let bytes = if held { 0 } else { model.weight_bytes } + if near { 0 } else { model.boundary_bytes };
+        let (weight_bytes, weights_ready) =
+            if held { (0, 0.0) } else { (model.weight_bytes, model.weights_ready_secs) };
+        let (boundary_bytes, boundary_ready) =
+            if near { (0, 0.0) } else { (model.boundary_bytes, model.boundary_ready_secs) };
+        let (bytes, ready) = (weight_bytes + boundary_bytes, f64::max(weights_ready, boundary_ready));
         let rate = device.h2d_bytes_per_sec.min(self.shared_rate);
-        if bytes == 0 { 0.0 } else { device.h2d_secs + bytes as f64 / rate }
+        let arrival = if bytes == 0 { 0.0 } else { device.h2d_secs + bytes as f64 / rate };
+        arrival.max(ready)
+    }
+
+    /// Seconds from the end of the asking device's queue until a model's next unit has its copies there.
+    fn wait_secs(&self, model: &ModelView) -> f64 {
+        (self.arrival_secs(model, self.here) - self.here.busy_secs).max(0.0)
     }
 
     /// The part of the time that a unit takes, from the end of the asking device's queue on, in which the device computes.
     fn useful_share(&self, model: &ModelView) -> f64 {
         let secs = model.unit_secs / self.here.speed;
-        let wait = (self.arrival_secs(model, self.here) - self.here.busy_secs).max(0.0);
+        let wait = self.wait_secs(model);
         if wait == 0.0 { 1.0 } else { secs / (wait + secs) }
     }
 
