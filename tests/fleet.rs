@@ -397,7 +397,7 @@ fn a_policy_that_chooses_what_it_may_not_is_named() {
     let placed = plan(&entries, 2, Some(smallest(&entries) * 5 / 4), Recompute::Auto, 2);
     for (chooses, says) in [
         (Some(0), "policy wayward: chose model 0 for device 1, which is busy on another device"),
-        (Some(77), "policy wayward: chose model 77 for device 0, of models 0 to 5"),
+        (Some(77), "policy wayward: chose model 77 for device 1, of models 0 to 5"),
         (None, "stalled: nothing runs"),
     ] {
         let options = SimulateOptions {

@@ -169,7 +169,7 @@ impl Engine {
         for (((placed, options), maps), store) in models.iter().zip(options).zip(map.maps).zip(map.stores) {
             let of_device = |(d, map): (usize, &crate::spill::ArenaMap)| {
                 let mut make = || {
-                    rings.push(Rings::new(map));
+                    rings.push(Rings::new(map, placed.home == Home::Anywhere));
                     rings.len() - 1
                 };
                 if placed.home == Home::Anywhere { *shared[d].get_or_insert_with(make) } else { make() }

@@ -16,12 +16,21 @@ pub(super) struct Slots<K> {
     marked: Vec<bool>,
     used: Vec<u64>,
     clock: u64,
+    /// Empty slots go first, whenever they were used.
+    empty_first: bool,
 }
 
 impl<K: Copy + PartialEq> Slots<K> {
-    fn new(count: usize) -> Self {
+    fn new(count: usize, empty_first: bool) -> Self {
         let nothing = || (0..count).map(|_| None).collect();
-        Slots { holds: nothing(), held: nothing(), marked: vec![false; count], used: vec![0; count], clock: 0 }
+        Slots {
+            holds: nothing(),
+            held: nothing(),
+            marked: vec![false; count],
+            used: vec![0; count],
+            clock: 0,
+            empty_first,
+        }
     }
 
     /// Marks the slots that hold what satisfies `partly`: a part of it is stale.
@@ -52,18 +61,8 @@ impl<K: Copy + PartialEq> Slots<K> {
     pub fn take(&mut self, key: K, pinned: &[K]) -> usize {
         let free = (0..self.holds.len()).filter(|&s| self.holds[s].is_none_or(|h| !pinned.contains(&h)));
         let slot = free
-            .min_by_key(|&s| (self.holds[s].is_some(), self.used[s]))
+            .min_by_key(|&s| (self.empty_first && self.holds[s].is_some(), self.used[s]))
             .expect("a ring has more entries than a task pins");
-        self.pin(slot, key);
-        slot
-    }
-
-    /// A slot for `key`, not the one used last if there is another: what is in that has just started or is still to come, so it would be free last
-    /// of all, and an empty one is no better. Among the others as [`Slots::take`].
-    pub fn take_free(&mut self, key: K) -> usize {
-        let last = |s: usize| self.used[s] == self.clock;
-        let slots = 0..self.holds.len();
-        let slot = slots.min_by_key(|&s| (last(s), self.holds[s].is_some(), self.used[s])).expect("there are slots");
         self.pin(slot, key);
         slot
     }
@@ -139,13 +138,14 @@ pub(super) struct Rings {
 }
 
 impl Rings {
-    /// Empty slots, as many as the map has.
-    pub fn new(map: &ArenaMap) -> Self {
+    /// Empty slots, as many as the map has. `shared`: by models whose units take turns, so that what is fetched next is another's; it then goes where
+    /// nothing has run for longest, since a slot whose content has just become useless is still in use.
+    pub fn new(map: &ArenaMap, shared: bool) -> Self {
         Rings {
-            weights: Slots::new(map.weight_slots.len()),
-            activations: Slots::new(map.activations.len()),
-            gradients: Slots::new(map.gradients.len()),
-            update_states: Slots::new(map.update_states.len()),
+            weights: Slots::new(map.weight_slots.len(), !shared),
+            activations: Slots::new(map.activations.len(), !shared),
+            gradients: Slots::new(map.gradients.len(), !shared),
+            update_states: Slots::new(map.update_states.len(), !shared),
             next_input: 0,
             inputs: map.inputs.len(),
             next_gradient: 0,
@@ -181,7 +181,7 @@ mod tests {
 
     #[test]
     fn slots_go_to_the_least_recently_used_and_back_to_their_shard() {
-        let mut slots = Slots::new(2);
+        let mut slots = Slots::new(2, true);
         assert_eq!((slots.take(0, &[]), slots.take(1, &[])), (0, 1));
         assert_eq!(slots.find(0), Some(0));
         assert_eq!(slots.take(2, &[]), 1, "shard 1 was used before shard 0");
@@ -189,17 +189,5 @@ mod tests {
         slots.forget(|_| true);
         assert_eq!((slots.find(2), slots.take_back(1)), (None, None), "shard 1's slot held another since");
         assert_eq!((slots.take_back(2), slots.take_back(0)), (Some(1), Some(0)));
-    }
-
-    #[test]
-    fn the_slot_used_last_is_free_last() {
-        let mut slots = Slots::new(2);
-        assert_eq!((slots.take_free(0), slots.take_free(1)), (0, 1));
-        // Shard 1's unit updates it: the slot is empty, and not free before the unit has run.
-        slots.forget(|held| held == 1);
-        assert_eq!(slots.take_free(2), 0);
-        assert_eq!(slots.take_free(3), 1, "empty, and not the last any more");
-        let mut one = Slots::new(1);
-        assert_eq!((one.take_free(0), one.take_free(1)), (0, 0));
     }
 }

@@ -4,8 +4,9 @@ use super::visit::any_rule;
 use super::{Ended, Engine, EngineOptions, StepInput, TurnOptions};
 use crate::base::{LaneKind, Result};
 use crate::device::sim::{CostModel, SimDevice};
+use crate::graph::Area;
 use crate::sched::{Bounds, DeviceRates, ModelWork, Policy};
-use crate::spill::{FleetMap, Home, Placed};
+use crate::spill::{BoundaryTier, FleetMap, Home, Placed, update_state_bytes};
 use crate::trace::{LaneSum, Recorder};
 use std::collections::VecDeque;
 
@@ -127,10 +128,24 @@ pub fn bounds_of(placed: &[Placed], steps: &[u64], costs: &[CostModel], shared: 
             d2h_bytes_per_sec: cost.d2h_bytes_per_sec,
         })
         .collect();
+    let best = |of: fn(&CostModel) -> f64| costs.iter().map(of).fold(0.0, f64::max);
+    let rates = Rates {
+        h2d: best(|c| c.h2d_bytes_per_sec).min(shared.unwrap_or(f64::INFINITY)),
+        d2h: best(|c| c.d2h_bytes_per_sec).min(shared.unwrap_or(f64::INFINITY)),
+        host: costs[0].host_update_bytes_per_sec,
+    };
     let work = |(p, &steps): (&Placed, &u64)| {
         let (down, up) = least_bytes(p, costs.len());
+        let secs = steps as f64 * arithmetic_secs(p, &costs[0]);
+        let [first_secs, turn_secs, last_secs] = wait_secs(p, &rates);
+        let in_line = if p.plan.choice.pipelined { p.model.microbatches as f64 } else { 1.0 };
+        let ends = if steps > 0 { 1.0 } else { 0.0 };
         ModelWork {
-            arithmetic_secs: steps as f64 * arithmetic_secs(p, &costs[0]),
+            arithmetic_secs: secs,
+            chain_secs: secs / in_line,
+            first_secs: ends * first_secs,
+            turns_secs: steps.saturating_sub(1) as f64 * turn_secs,
+            last_secs: ends * last_secs,
             h2d_bytes: steps * down,
             d2h_bytes: steps * up,
             pinned: match &p.home {
@@ -142,10 +157,50 @@ pub fn bounds_of(placed: &[Placed], steps: &[u64], costs: &[CostModel], shared: 
     Bounds::new(&placed.iter().zip(steps).map(work).collect::<Vec<_>>(), &devices, shared)
 }
 
-/// Seconds of a step's arithmetic on a device.
+/// The greatest rates of any link, and the host's, in bytes per second.
+struct Rates {
+    h2d: f64,
+    d2h: f64,
+    host: f64,
+}
+
+/// Bytes that the update of so many bytes of a model's weights touches, as [`crate::device::Task::bytes`] counts them.
+fn update_bytes(placed: &Placed, own: u64) -> u64 {
+    let wide = own * placed.model.layout.wide_ratio;
+    let remainder = if placed.model.has_remainders() { 2 * own } else { 0 };
+    2 * own + remainder + wide + 2 * placed.plan.moments as u64 * wide
+}
+
+/// Least seconds before a model's first unit, between two steps, and after its last unit, in which it can run nowhere.
+fn wait_secs(placed: &Placed, rates: &Rates) -> [f64; 3] {
+    let plan = &placed.plan;
+    let shard = &plan.shards[0];
+    let program = shard.forward.as_ref().or(shard.backward.as_ref());
+    let inputs = program.map_or(0, |p| p.bytes(Area::Inputs));
+    let first = (shard.fetch_bytes() + inputs) as f64 / rates.h2d;
+    if plan.choice.resident {
+        return [first, 0.0, 0.0];
+    }
+    if plan.choice.updates_on_device {
+        // Where it was updated the next step can begin.
+        let state = update_state_bytes(&placed.model, &plan.shards, plan.moments, 0);
+        return [first, 0.0, (shard.own_bytes() + state) as f64 / rates.d2h];
+    }
+    // In pieces that overlap: all of the gradient leaves, then at least a piece is updated and comes back.
+    let piece = plan.pieces(0).into_iter().map(|r| r.end - r.start).min().unwrap_or(0);
+    let home = shard.layout.gradient_bytes as f64 / rates.d2h + update_bytes(placed, piece) as f64 / rates.host;
+    [first, home + piece as f64 / rates.h2d, home]
+}
+
+/// Seconds of a step's arithmetic on a device, updates there included.
 fn arithmetic_secs(placed: &Placed, cost: &CostModel) -> f64 {
     let plan = &placed.plan;
-    plan.shards.iter().map(|s| s.step_secs(cost)).sum::<f64>() * placed.model.microbatches as f64
+    let secs = plan.shards.iter().map(|s| s.step_secs(cost)).sum::<f64>() * placed.model.microbatches as f64;
+    if !plan.choice.resident && !plan.choice.updates_on_device {
+        return secs;
+    }
+    let own: u64 = plan.shards.iter().map(|s| s.own_bytes()).sum();
+    secs + (update_bytes(placed, own) + own * placed.model.layout.wide_ratio) as f64 / cost.device_update_bytes_per_sec
 }
 
 /// Least bytes of a step to devices, and from them.
@@ -159,6 +214,22 @@ fn least_bytes(placed: &Placed, devices: usize) -> (u64, u64) {
     // Kept at best: as many shards as there are slots, the largest.
     sizes.sort_unstable_by(|a, b| b.cmp(a));
     let again: u64 = sizes.iter().skip(plan.choice.slots * devices).sum();
-    let up = plan.shards.iter().map(|s| s.own_bytes()).sum::<u64>();
-    (all + again, up)
+    let own = plan.shards.iter().map(|s| s.own_bytes()).sum::<u64>();
+    let state = match plan.choice.updates_on_device {
+        true => (0..plan.shards.len()).map(|s| update_state_bytes(&placed.model, &plan.shards, plan.moments, s)).sum(),
+        false => 0,
+    };
+    // Boundary tensors leave as soon as they are made. Activations come back for the backward, but for those that entries can have kept.
+    let mut boundaries: Vec<u64> =
+        plan.shards.iter().flat_map(|s| std::iter::repeat_n(s.boundary_bytes, placed.model.microbatches)).collect();
+    boundaries.sort_unstable_by(|a, b| b.cmp(a));
+    let (mut back, mut out) = (0, 0);
+    if let BoundaryTier::Host { entries } = plan.choice.activations {
+        back = boundaries.iter().skip(entries * devices).sum();
+        out += boundaries.iter().sum::<u64>();
+    }
+    if plan.choice.gradients != BoundaryTier::Device {
+        out += boundaries.iter().sum::<u64>();
+    }
+    (all + again + state + back, own + state + out)
 }

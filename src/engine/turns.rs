@@ -39,13 +39,29 @@ struct UnitCost {
     weight_bytes: u64,
     boundary_bytes: u64,
     leave_bytes: u64,
+    /// Seconds until the other devices have its last boundary tensor, once the lane out is free.
+    hand_on_secs: f64,
+    /// Where the next step's first unit needs what this one updates: seconds until it has that, once the gradient has left.
+    turn_secs: Option<f64>,
+    /// That, and the seconds in which the gradient leaves.
+    wait_secs: f64,
 }
 
 /// A unit in a device's queue.
 #[derive(Clone, Copy, Debug)]
 struct Claimed {
     model: usize,
+    /// Predicted seconds on the first device.
     secs: f64,
+    /// When what it fetches should have arrived.
+    ready: f64,
+}
+
+/// When a model's next unit can have fetched what its last one leaves behind.
+#[derive(Clone, Copy, Debug, Default)]
+struct Ready {
+    weights: f64,
+    boundary: f64,
 }
 
 /// The state of a schedule.
@@ -70,6 +86,13 @@ pub(super) struct Turns {
     /// When each device's running unit can have started, and when the copies to it that were asked for should have arrived.
     since: Vec<f64>,
     arrived: Vec<f64>,
+    d2h_bytes_per_sec: Vec<f64>,
+    /// The unit of its step that comes next, by model.
+    next_unit: Vec<usize>,
+    /// When all that units leave behind should have left.
+    left: Vec<f64>,
+    /// By model.
+    ready: Vec<Ready>,
     choices: u64,
     last: Option<ModelId>,
     /// A model has begun work that no device has been offered.
@@ -111,6 +134,10 @@ impl Turns {
             running_secs: vec![0.0; devices],
             since: vec![0.0; devices],
             arrived: vec![0.0; devices],
+            d2h_bytes_per_sec: (0..devices).map(|d| cost(d).d2h_bytes_per_sec).collect(),
+            next_unit: Vec::new(),
+            left: vec![0.0; devices],
+            ready: Vec::new(),
             choices: 0,
             last: None,
             has_begun: false,
@@ -125,16 +152,21 @@ impl Turns {
         let number = self.models.len();
         self.costs.push(unit_costs(member, &self.cost));
         self.corrections.push(1.0);
+        self.next_unit.push(0);
+        self.ready.push(Ready::default());
         self.models.push(ModelView {
             id: number as u16,
             claim: Claim::Away,
             pinned: None,
             remaining_secs: 0.0,
+            remaining_wait_secs: 0.0,
             remaining_bytes: 0,
             shard: 0,
             unit_secs: 0.0,
             weight_bytes: 0,
             boundary_bytes: 0,
+            weights_ready_secs: 0.0,
+            boundary_ready_secs: 0.0,
             leave_bytes: 0,
             last_device: None,
         });
@@ -148,6 +180,10 @@ impl Turns {
         let view = &mut self.models[model];
         let steps = member.options.steps.saturating_sub(member.last_begun_steps());
         let to_begin = steps as f64 * costs[0].rest_secs;
+        let in_flight =
+            member.pending.iter().filter(|p| p.made < p.units && matches!(p.purpose, Purpose::Step { .. })).count();
+        let turns = (steps as usize + in_flight).saturating_sub(1) as f64;
+        view.remaining_wait_secs = turns * costs[costs.len() - 1].wait_secs;
         let bytes_to_begin = steps * costs[0].rest_bytes;
         let Some(at) = member.next_work().filter(|_| !member.over) else {
             view.claim = Claim::Away;
@@ -156,13 +192,15 @@ impl Turns {
         };
         let pending = &member.pending[at];
         let shards = member.plan.shards.len();
-        let unit = pending.unit(pending.made, shards, member.model.microbatches);
-        let (shard, pass) = (unit.shard, unit.pass);
+        let visit = pending.unit(pending.made, shards, member.model.microbatches);
+        let (shard, pass) = (visit.shard, visit.pass);
         // An evaluation's unit costs what a forward does; what is left to train comes on top.
-        let unit = match pass {
-            Pass::Backward => costs[2 * (shards - 1) - shard],
-            Pass::Forward | Pass::Evaluate => costs[shard],
+        let next = match pass {
+            Pass::Backward => 2 * (shards - 1) - shard,
+            Pass::Forward | Pass::Evaluate => shard,
         };
+        self.next_unit[model] = next;
+        let unit = costs[next];
         let of_steps = |p: &super::member::Pending| match p.purpose {
             Purpose::Step { .. } => costs.get(p.made).map_or((0.0, 0), |unit| (unit.rest_secs, unit.rest_bytes)),
             _ => (unit.secs, unit.weight_bytes),
@@ -271,11 +309,16 @@ impl Turns {
     /// Brings what changes with time up to date.
     fn look(&mut self, now: f64) {
         for (d, view) in self.devices.iter_mut().enumerate() {
-            let queued: f64 = self.queues[d].iter().map(|c| c.secs).sum::<f64>() / view.speed;
-            let gone = if self.queues[d].is_empty() { 0.0 } else { now - self.since[d] };
+            let end = |from: f64, c: &Claimed| from.max(c.ready) + c.secs / view.speed;
+            // What runs has not ended, whatever was predicted.
+            let runs = self.queues[d].front().map_or(now, |c| end(self.since[d], c).max(now));
             view.claimed = self.queues[d].len();
-            view.busy_secs = (queued - gone).max(0.0);
+            view.busy_secs = self.queues[d].iter().skip(1).fold(runs, end) - now;
             view.h2d_secs = (self.arrived[d] - now).max(0.0);
+        }
+        for (view, ready) in self.models.iter_mut().zip(&self.ready) {
+            view.weights_ready_secs = (ready.weights - now).max(0.0);
+            view.boundary_ready_secs = (ready.boundary - now).max(0.0);
         }
     }
 
@@ -283,15 +326,29 @@ impl Turns {
     fn claimed(&mut self, device: usize, model: usize, member: &Member, now: f64) {
         let view = &self.models[model];
         let (shard, secs) = (view.shard, view.unit_secs);
+        let cost = self.costs[model][self.next_unit[model]];
         let here = view.last_device == Some(device as u16);
         let held = self.devices[device].held.contains(&(model as u16, shard));
         let bytes = if held { 0 } else { view.weight_bytes } + if here { 0 } else { view.boundary_bytes };
-        let rate = self.devices[device].h2d_bytes_per_sec.min(self.shared_bytes_per_sec.unwrap_or(f64::INFINITY));
+        let shared = self.shared_bytes_per_sec.unwrap_or(f64::INFINITY);
+        let rate = self.devices[device].h2d_bytes_per_sec.min(shared);
         self.arrived[device] = self.arrived[device].max(now) + bytes as f64 / rate;
+        let mut ready = if bytes > 0 { self.arrived[device] } else { now };
+        ready = if held { ready } else { ready.max(self.ready[model].weights) };
+        ready = if here { ready } else { ready.max(self.ready[model].boundary) };
         if self.queues[device].is_empty() {
             self.since[device] = now;
         }
-        self.queues[device].push_back(Claimed { model, secs });
+        let queue_end = now + self.devices[device].busy_secs;
+        let end = queue_end.max(ready) + secs / self.devices[device].speed;
+        let d2h = self.d2h_bytes_per_sec[device].min(shared);
+        let leaves = self.left[device].max(end);
+        self.left[device] = leaves + view.leave_bytes as f64 / d2h;
+        self.ready[model] = Ready {
+            weights: cost.turn_secs.map_or(0.0, |secs| self.left[device] + secs),
+            boundary: leaves + cost.hand_on_secs,
+        };
+        self.queues[device].push_back(Claimed { model, secs, ready });
         self.models[model].last_device = Some(device as u16);
         self.refresh(model, member);
     }
@@ -333,6 +390,11 @@ fn unit_costs(member: &Member, cost: &CostModel) -> Vec<UnitCost> {
             let boundary = (taken_in + handed_in) * microbatches as u64;
             let out = if backward { taken_in } else { shard.boundary_bytes };
             let gradient = if backward && !plan.choice.resident { shard.own_bytes() } else { 0 };
+            let piece = plan.pieces(s).first().map_or(0, |r| r.end - r.start) as f64;
+            let update_secs =
+                (traffic as f64 / shard.own_bytes().max(1) as f64) * piece / cost.host_update_bytes_per_sec;
+            let turn_secs = if on_device { 0.0 } else { update_secs + piece / cost.h2d_bytes_per_sec };
+            let hand_on_secs = out as f64 * (1.0 / cost.d2h_bytes_per_sec + 1.0 / cost.h2d_bytes_per_sec);
             UnitCost {
                 secs: secs * microbatches + update,
                 rest_secs: 0.0,
@@ -340,6 +402,9 @@ fn unit_costs(member: &Member, cost: &CostModel) -> Vec<UnitCost> {
                 weight_bytes: if plan.choice.resident { 0 } else { shard.fetch_bytes() },
                 boundary_bytes: if member.placed.home == Home::Anywhere { boundary } else { 0 },
                 leave_bytes: out * microbatches as u64 + gradient,
+                hand_on_secs,
+                wait_secs: if on_device { 0.0 } else { gradient as f64 / cost.d2h_bytes_per_sec + turn_secs },
+                turn_secs: (unit + 1 == units && !plan.choice.resident).then_some(turn_secs),
             }
         })
         .collect();
@@ -393,12 +458,12 @@ impl Engine {
             for (d, map) in maps.iter().enumerate() {
                 let ring = if shares { self.shared_rings[d] } else { None };
                 ring_of.push(ring.unwrap_or_else(|| {
-                    self.rings.push(Rings::new(map));
+                    self.rings.push(Rings::new(map, shares));
                     self.rings.len() - 1
                 }));
                 if shares {
                     // Slots are empty again: what they held lies elsewhere now.
-                    self.rings[ring_of[d]] = Rings::new(map);
+                    self.rings[ring_of[d]] = Rings::new(map, true);
                     self.shared_rings[d] = Some(ring_of[d]);
                 }
             }

@@ -409,7 +409,7 @@ impl Engine {
         } else {
             // New weights exist once their last use is over, so the slot of the old ones costs no wait, and leaves the others' slots to
             // shards whose update comes sooner.
-            weights.take_back(key).unwrap_or_else(|| weights.take_free(key))
+            weights.take_back(key).unwrap_or_else(|| weights.take(key, &[]))
         };
         let base = map.weight_slots[slot];
         // In pieces where a piece can be of use before the next: at a step's first visit, which begins on what an update has left, and

@@ -11,6 +11,14 @@ use serde::Serialize;
 pub struct ModelWork {
     /// Seconds of arithmetic on a device of speed 1.
     pub arithmetic_secs: f64,
+    /// Of those, the ones that must run one after another: all, unless microbatches follow each other through its shards.
+    pub chain_secs: f64,
+    /// The least seconds of copies before its first unit, when nothing of it can run.
+    pub first_secs: f64,
+    /// The same between its steps, in all: gradients on their way home, updates, new weights on their way back.
+    pub turns_secs: f64,
+    /// The same after its last unit.
+    pub last_secs: f64,
     /// The least bytes that cross links to devices.
     pub h2d_bytes: u64,
     /// The least bytes that cross links from devices.
@@ -34,9 +42,10 @@ pub struct DeviceRates {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Bound {
-    /// All arithmetic over all devices' speeds.
+    /// All arithmetic over all devices' speeds, between the shortest first copies of any model and the shortest last ones.
     Work,
-    /// One model's arithmetic: its units run one after another.
+    /// One model's arithmetic and the copies between: its units run one after another. Or the same of so many models on as many of the fastest
+    /// devices.
     Chain,
     /// All bytes to devices over the sum of the links to them.
     HostToDevice,
@@ -73,14 +82,17 @@ impl Bounds {
         let fastest = speeds().fold(0.0, f64::max);
         let chain = |model: &ModelWork| {
             let speed = model.pinned.map_or(fastest, |device| devices[usize::from(device)].speed);
-            over(model.arithmetic_secs, speed)
+            over(model.chain_secs, speed) + model.waits_secs()
         };
+        let chain_secs = models.iter().map(chain).fold(few_models_secs(models, devices), f64::max);
+        let least = |of: fn(&ModelWork) -> f64| models.iter().map(of).min_by(f64::total_cmp).unwrap_or(0.0);
+        let ends_secs = least(|model| model.first_secs) + least(|model| model.last_secs);
         let arithmetic_secs = sum(models.iter().map(|model| model.arithmetic_secs));
         let h2d_bytes = sum(models.iter().map(|model| model.h2d_bytes as f64));
         let d2h_bytes = sum(models.iter().map(|model| model.d2h_bytes as f64));
         let parts = [
-            (Bound::Work, over(arithmetic_secs, sum(speeds()))),
-            (Bound::Chain, models.iter().map(chain).fold(0.0, f64::max)),
+            (Bound::Work, over(arithmetic_secs, sum(speeds())) + ends_secs),
+            (Bound::Chain, chain_secs),
             (Bound::HostToDevice, over(h2d_bytes, sum(devices.iter().map(|device| device.h2d_bytes_per_sec)))),
             (Bound::DeviceToHost, over(d2h_bytes, sum(devices.iter().map(|device| device.d2h_bytes_per_sec)))),
             (Bound::SharedLink, shared_bytes_per_sec.map_or(0.0, |rate| over(h2d_bytes.max(d2h_bytes), rate))),
@@ -94,6 +106,33 @@ impl Bounds {
     pub fn gap(&self, makespan_secs: f64) -> f64 {
         over(makespan_secs - self.secs, self.secs)
     }
+}
+
+impl ModelWork {
+    /// Seconds in which it can run nowhere.
+    fn waits_secs(&self) -> f64 {
+        self.first_secs + self.turns_secs + self.last_secs
+    }
+}
+
+/// The least seconds of the longest `k` models on the `k` fastest devices, for the `k` where that is most (Horvath, Lam & Sethi 1977, "A level
+/// algorithm for preemptive scheduling", which has no waits). They keep no more devices busy than they are, and while one of them
+/// waits the slowest of those at least has nothing of theirs to do.
+fn few_models_secs(models: &[ModelWork], devices: &[DeviceRates]) -> f64 {
+    let mut speeds: Vec<f64> = devices.iter().map(|device| device.speed).collect();
+    speeds.sort_by(|a, b| b.total_cmp(a));
+    let (mut all, mut greatest) = (0.0, 0.0f64);
+    for (k, &slowest) in speeds.iter().enumerate().take_while(|&(k, _)| k < models.len()) {
+        all += slowest;
+        // On equal devices the longest model alone takes longest.
+        if k > 0 && slowest == speeds[0] {
+            continue;
+        }
+        let mut amounts: Vec<f64> = models.iter().map(|m| m.chain_secs + slowest * m.waits_secs()).collect();
+        amounts.sort_by(|a, b| b.total_cmp(a));
+        greatest = greatest.max(over(sum(amounts[..=k].iter().copied()), all));
+    }
+    greatest
 }
 
 /// `amount / rate`, where no amount takes no time, whatever the rate.
@@ -111,7 +150,16 @@ mod tests {
     use super::*;
 
     fn model(arithmetic_secs: f64, h2d_bytes: u64, d2h_bytes: u64) -> ModelWork {
-        ModelWork { arithmetic_secs, h2d_bytes, d2h_bytes, pinned: None }
+        ModelWork {
+            arithmetic_secs,
+            chain_secs: arithmetic_secs,
+            first_secs: 0.0,
+            turns_secs: 0.0,
+            last_secs: 0.0,
+            h2d_bytes,
+            d2h_bytes,
+            pinned: None,
+        }
     }
 
     fn device(speed: f64, h2d_bytes_per_sec: f64, d2h_bytes_per_sec: f64) -> DeviceRates {
@@ -130,8 +178,8 @@ mod tests {
     fn each_part_can_be_the_greatest() {
         let models = [model(6.0, 60, 20), model(3.0, 4, 108)];
         let two = [device(1.0, 16.0, 64.0), device(3.0, 48.0, 64.0)];
-        check(&Bounds::new(&models, &two, None), [2.25, 2.0, 1.0, 1.0, 0.0], Bound::Work);
-        check(&Bounds::new(&models, &two, Some(32.0)), [2.25, 2.0, 1.0, 1.0, 4.0], Bound::SharedLink);
+        check(&Bounds::new(&models, &two, None), [2.25, 2.25, 1.0, 1.0, 0.0], Bound::Work);
+        check(&Bounds::new(&models, &two, Some(32.0)), [2.25, 2.25, 1.0, 1.0, 4.0], Bound::SharedLink);
         let many = [two[0].clone(), two[1].clone(), device(2.0, 64.0, 128.0)];
         check(&Bounds::new(&models, &many, None), [1.5, 2.0, 0.5, 0.5, 0.0], Bound::Chain);
         let slow_in = [device(4.0, 16.0, 64.0)];
@@ -146,6 +194,23 @@ mod tests {
         let two = [device(1.0, 1.0, 1.0), device(3.0, 1.0, 1.0)];
         check(&Bounds::new(&pinned(0), &two, None), [1.5, 6.0, 0.0, 0.0, 0.0], Bound::Chain);
         check(&Bounds::new(&pinned(1), &two, None), [1.5, 2.0, 0.0, 0.0, 0.0], Bound::Chain);
+    }
+
+    #[test]
+    fn few_models_on_unequal_devices_and_copies_between_units() {
+        // Two models of 6 cannot both have the device of speed 3: 12 seconds of work over 4, not over 4.5.
+        let three = [device(3.0, 1.0, 1.0), device(1.0, 1.0, 1.0), device(0.5, 1.0, 1.0)];
+        let two = [model(6.0, 0, 0), model(6.0, 0, 0)];
+        check(&Bounds::new(&two, &three, None), [12.0 / 4.5, 3.0, 0.0, 0.0, 0.0], Bound::Chain);
+        // Each waits 0.5 + 1 + 0.5 seconds, in which the slower of two devices at least has nothing of theirs.
+        let waits = |first_secs| ModelWork { first_secs, turns_secs: 1.0, last_secs: 0.5, ..model(6.0, 0, 0) };
+        let bounds = Bounds::new(&[waits(0.5), waits(0.5)], &three, None);
+        check(&bounds, [12.0 / 4.5 + 1.0, 4.0, 0.0, 0.0, 0.0], Bound::Chain);
+        // On one device the shortest copies at both ends add to the work; waits between do not.
+        let one = Bounds::new(&[waits(2.0), waits(0.25)], &three[..1], None);
+        check(&one, [4.75, 5.5, 0.0, 0.0, 0.0], Bound::Chain);
+        let piped = ModelWork { chain_secs: 1.5, ..model(6.0, 0, 0) };
+        check(&Bounds::new(&[piped], &three, None), [6.0 / 4.5, 0.5, 0.0, 0.0, 0.0], Bound::Work);
     }
 
     #[test]

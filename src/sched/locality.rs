@@ -9,24 +9,25 @@ use super::{Claim, DeviceView, ModelId, ModelView, Policy, View};
 use std::cmp::Ordering;
 
 /// A unit whose useful share is within this part of the best one is as good as that: predictions are no better.
-const TOLERANCE: f64 = 0.125;
+const TOLERANCE: f64 = 1.0 / 32.0;
 
-/// Sharded-LRTF that weighs what is resident, links and unequal devices, in three passes over the models and one over the devices.
+/// Sharded-LRTF that weighs what is resident, links and unequal devices, in four passes over the models and one over the devices.
 ///
 /// `s`, `r`, `b` and `h` are a device's speed, its link's bytes per second, the seconds until its queue has run and until its copies are there;
-/// `R`, `B` and `u` a model's remaining seconds and bytes and its next unit's seconds, at speed 1. All sums and maxima are over all
+/// `R`, `B`, `W` and `u` a model's remaining seconds, bytes and waits, and its next unit's seconds, at speed 1. All sums and maxima are over all
 /// models and devices but where it is said.
 ///
-/// 1. **Chain** of a model: `C = max(R / max s, B / max r)`. It takes at least that long wherever it runs.
+/// 1. **Chain** of a model: `C = max(R / max s, B / max r) + W`. It takes at least that long wherever it runs.
 /// 2. **Horizon**: the run does not end before `T = max(max C, (sum R + sum b s) / sum s, sum B / sum r)`. A shared link caps `max r` and `sum r`.
 /// 3. **Critical** is a candidate that might end last if it were passed over once: `b + C + turn >= T`, where a turn is the longest that any
-///    candidate's next unit takes by the same two measures. If there are critical candidates, only they are considered.
+///    candidate's next unit takes by the same two measures. The longest critical chain goes first.
 /// 4. **Useful share** of a candidate: `(u / s) / (w + u / s)`, where `w = max(0, h + bytes / rate - b)` is how long the device would wait
-///    for its copies. `bytes` leaves out a shard that a slot holds and boundary tensors that are here; `rate` is `r`, or an equal part of the
-///    shared link among the devices that are copying. Candidates within 1/8 of the best share are equals.
+///    for its copies, or longer where what it fetches is not at home by then. `bytes` leaves out a shard that a slot holds and boundary tensors that are here; `rate` is `r`, or an equal part of the
+///    shared link among the devices that are copying. Candidates within 1/32 of the best share are equals.
 /// 5. Of equals the longest chain goes first, with sharded-LRTF's ties.
 ///
-/// On unequal devices the longest chain, if critical, is left to the fastest device that is free soonest where that would end the unit sooner.
+/// On unequal devices a unit is left to the fastest device that is free soonest, where that would end it sooner, if its chain is the longest and critical,
+/// or if its model could otherwise only end after all others: later than the horizon of the other devices and half a turn.
 /// So is every unit after which its model could only end half a turn later than everything could without the asking device.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct LocalityLrtf;
@@ -40,16 +41,14 @@ impl Policy for LocalityLrtf {
         let outlook = Outlook::new(view);
         let rest = || view.candidates().filter(|model| !outlook.is_left(model));
 
-        let (mut best, mut best_critical) = (0f64, None);
-        for model in rest() {
-            let share = outlook.useful_share(model);
-            best = greater(best, share);
-            if outlook.is_critical(model) {
-                best_critical = Some(greater(best_critical.unwrap_or(0.0), share));
-            }
+        // Whoever might end last goes first, whatever its copies: no other chain is as long as a critical one.
+        let longer = |a: &'_ &ModelView, b: &'_ &ModelView| outlook.by_chain(a, b);
+        let longest = rest().max_by(longer)?;
+        if outlook.is_critical(longest) {
+            return Some(longest.id);
         }
-        // Where there are critical candidates, one of them is the longest that is good enough: no other chain is as long as theirs.
-        let enough = (1.0 - TOLERANCE) * best_critical.unwrap_or(best);
+        let best = rest().map(|model| outlook.useful_share(model)).fold(0.0, greater);
+        let enough = (1.0 - TOLERANCE) * best;
         let mut first: Option<&ModelView> = None;
         for model in rest() {
             // The share is asked last: most candidates are shorter than one that was found before.
@@ -140,7 +139,7 @@ impl<'a> Outlook<'a> {
     }
 
     fn chain_secs(&self, model: &ModelView) -> f64 {
-        self.least_secs(model.remaining_secs, model.remaining_bytes)
+        self.least_secs(model.remaining_secs, model.remaining_bytes) + model.remaining_wait_secs
     }
 
     /// Orders by chain, the longer one greater, and equal chains (of equal bytes, or by rounding) by remaining time.
@@ -153,23 +152,23 @@ impl<'a> Outlook<'a> {
         self.chain_secs(model) >= self.critical_secs
     }
 
-    /// Bytes that a model's next unit still fetches to a device.
-    fn fetched_bytes(&self, model: &ModelView, device: &DeviceView) -> u64 {
+    /// Seconds until a model's next unit has its copies on a device that can ask for them in `from_secs`.
+    fn arrival_secs(&self, model: &ModelView, device: &DeviceView, from_secs: f64) -> f64 {
         let held = device.held.contains(&(model.id, model.shard));
         let near = model.last_device == Some(device.id);
-        (if held { 0 } else { model.weight_bytes }) + if near { 0 } else { model.boundary_bytes }
-    }
-
-    /// Seconds until such bytes are on a device that can ask for them in `from_secs`.
-    fn arrival_secs(&self, bytes: u64, device: &DeviceView, from_secs: f64) -> f64 {
+        let (weight_bytes, weights_ready) =
+            if held { (0, 0.0) } else { (model.weight_bytes, model.weights_ready_secs) };
+        let (boundary_bytes, boundary_ready) =
+            if near { (0, 0.0) } else { (model.boundary_bytes, model.boundary_ready_secs) };
+        let (bytes, ready) = (weight_bytes + boundary_bytes, greater(weights_ready, boundary_ready));
         let rate = device.h2d_bytes_per_sec.min(self.shared_rate);
-        if bytes == 0 { from_secs } else { device.h2d_secs.max(from_secs) + bytes as f64 / rate }
+        let arrival = if bytes == 0 { from_secs } else { greater(device.h2d_secs, from_secs) + bytes as f64 / rate };
+        greater(arrival, ready)
     }
 
     /// The part of the time that a unit takes, from the end of the asking device's queue on, in which the device computes.
     fn useful_share(&self, model: &ModelView) -> f64 {
-        let arrival_secs = self.arrival_secs(self.fetched_bytes(model, self.here), self.here, 0.0);
-        let wait_secs = arrival_secs - self.here.busy_secs;
+        let wait_secs = self.arrival_secs(model, self.here, 0.0) - self.here.busy_secs;
         if wait_secs <= 0.0 {
             return 1.0;
         }
@@ -178,8 +177,7 @@ impl<'a> Outlook<'a> {
 
     /// When a model's next unit would end on a device that can ask for its copies in `from_secs`.
     fn end_secs(&self, model: &ModelView, device: &DeviceView, from_secs: f64) -> f64 {
-        let arrival_secs = self.arrival_secs(self.fetched_bytes(model, device), device, from_secs);
-        device.busy_secs.max(arrival_secs) + model.unit_secs / device.speed
+        device.busy_secs.max(self.arrival_secs(model, device, from_secs)) + model.unit_secs / device.speed
     }
 
     /// Whether the asking device leaves a model's next unit to the fastest one, which ends it sooner: a critical longest chain, and any model
@@ -190,7 +188,8 @@ impl<'a> Outlook<'a> {
         }
         let end_secs = self.end_secs(model, self.here, 0.0);
         let bytes = model.remaining_bytes.saturating_sub(model.weight_bytes);
-        let late = end_secs + self.least_secs(model.remaining_secs - model.unit_secs, bytes) > self.late_secs;
+        let rest = self.least_secs(model.remaining_secs - model.unit_secs, bytes) + model.remaining_wait_secs;
+        let late = end_secs + rest > self.late_secs;
         let longest = self.longest.is_some_and(|longest| longest.id == model.id) && self.is_critical(model);
         // Where this device's queue holds the predecessor, no other can claim the unit before that has run.
         let claimed_secs = if model.claim == Claim::By(self.here.id) { self.here.busy_secs } else { 0.0 };

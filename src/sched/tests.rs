@@ -13,11 +13,14 @@ fn models(remaining_secs: &[f64]) -> Vec<ModelView> {
         claim: Claim::Idle,
         pinned: None,
         remaining_secs,
+        remaining_wait_secs: 0.0,
         remaining_bytes: 0,
         shard: 0,
         unit_secs: 1.0,
         weight_bytes: 0,
         boundary_bytes: 0,
+        weights_ready_secs: 0.0,
+        boundary_ready_secs: 0.0,
         leave_bytes: 0,
         last_device: None,
     };
@@ -132,13 +135,30 @@ fn locality_prefers_what_is_here() {
     (one[0].h2d_secs, three[1].unit_secs) = (5.0, 4.0);
     check(&view(&three, &one), &[("locality-lrtf", Some(2))]);
     three[1].unit_secs = 1.0;
-    // A boundary tensor of 2 bytes is 1/8 of a second: within the tolerance. One of 8 bytes is not.
+    // A boundary tensor of 1 byte is 1/16 of a second of two: within the tolerance. One of 8 bytes is not.
     one = devices(&[1.0]);
     three[0].last_device = Some(0);
-    three.iter_mut().for_each(|model| model.boundary_bytes = 2);
+    three.iter_mut().for_each(|model| model.boundary_bytes = 1);
     check(&view(&three, &one), &[("locality-lrtf", Some(1))]);
     three.iter_mut().for_each(|model| model.boundary_bytes = 8);
     check(&view(&three, &one), &[("locality-lrtf", Some(0))]);
+}
+
+#[test]
+fn locality_does_not_wait_for_what_is_not_at_home() {
+    let (mut three, one) = (free_choice(), devices(&[1.0]));
+    // All weights arrive after a second; those of the longest are updated half a second later.
+    three[1].weights_ready_secs = 1.5;
+    check(&view(&three, &one), &[("locality-lrtf", Some(2)), ("sharded-lrtf", Some(1))]);
+    three[2].boundary_ready_secs = 1.5;
+    check(&view(&three, &one), &[("locality-lrtf", Some(0))]);
+    // What the model has left on this device is here.
+    three[2].last_device = Some(0);
+    check(&view(&three, &one), &[("locality-lrtf", Some(2))]);
+    // Waits that are to come make a chain longer: with 60 seconds of them the last one is critical.
+    three[2].last_device = None;
+    three[2].remaining_wait_secs = 60.0;
+    check(&view(&three, &one), &[("locality-lrtf", Some(2))]);
 }
 
 #[test]

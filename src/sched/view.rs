@@ -28,6 +28,8 @@ pub struct ModelView {
     pub pinned: Option<DeviceId>,
     /// Predicted seconds, on a device of speed 1, of all units to come; claimed ones are left out.
     pub remaining_secs: f64,
+    /// Predicted seconds between the same units in which it can run nowhere, since its weights are on their way home and back.
+    pub remaining_wait_secs: f64,
     /// Bytes of weights that the same units fetch where no slot holds them.
     pub remaining_bytes: u64,
     /// The next unit's shard.
@@ -38,6 +40,10 @@ pub struct ModelView {
     pub weight_bytes: u64,
     /// Bytes of boundary tensors that it fetches, unless its predecessor ran on the same device.
     pub boundary_bytes: u64,
+    /// Predicted seconds until those weights are at home, updated, and can have been fetched.
+    pub weights_ready_secs: f64,
+    /// Predicted seconds until those boundary tensors are at home and can have been fetched.
+    pub boundary_ready_secs: f64,
     /// Bytes that leave after it.
     pub leave_bytes: u64,
     /// Where its last claimed unit ran or will run.

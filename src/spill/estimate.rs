@@ -92,11 +92,12 @@ pub fn estimate_anywhere_secs(
     let weights: f64 = shards.iter().map(|s| s.fetch_bytes() as f64).sum();
     let last = shards[n - 1].fetch_bytes() as f64;
     let gradients: f64 = shards.iter().map(|s| s.layout.gradient_bytes as f64).sum();
+    let inputs: f64 = shards.iter().map(|s| 2.0 * m * s.input_bytes() as f64).sum();
     let own = model.layout.parameter_bytes as f64;
     let wide = own * model.layout.wide_ratio as f64;
     let remainder = if model.has_remainders() { own } else { 0.0 };
     // Every visit but the last shard's comes twice.
-    let mut h2d = 2.0 * weights - last + 3.0 * boundaries;
+    let mut h2d = 2.0 * weights - last + 3.0 * boundaries + inputs;
     let mut d2h = 2.0 * boundaries;
     let traffic = 2.0 * (own + remainder) + wide * (1.0 + 2.0 * moments as f64);
     let mut host = 0.0;
@@ -114,6 +115,18 @@ pub fn estimate_anywhere_secs(
     let busiest = lanes.into_iter().fold(0.0, f64::max);
     let ring = matches!(choice.activations, BoundaryTier::Host { entries: ..=2 });
     // With single entries copies and arithmetic take turns.
-    let exposed = if ring && n > 1 { copies(boundaries, cost.h2d_bytes_per_sec, n) } else { 0.0 };
+    let mut exposed = if ring && n > 1 { copies(boundaries, cost.h2d_bytes_per_sec, n) } else { 0.0 };
+    // With three, what comes in waits for what goes out. Measured on random workloads, that seldom shows.
+    if matches!(choice.activations, BoundaryTier::Host { entries: 3 }) && n > 1 {
+        exposed += 0.1 * copies(boundaries, cost.h2d_bytes_per_sec, n);
+    }
+    // One entry for the batch's tensors is in use until the unit before has ended.
+    if choice.input_entries == 1 && choice.slots > 1 {
+        exposed += copies(inputs, cost.h2d_bytes_per_sec, 1);
+    }
+    // With one gradient slot a backward waits for the gradients of the one before to leave.
+    if choice.gradient_slots == 1 && choice.slots > 1 {
+        exposed += copies(if choice.updates_on_device { own } else { gradients }, cost.d2h_bytes_per_sec, n);
+    }
     busiest + exposed + 0.05 * (lanes.iter().sum::<f64>() - busiest)
 }

@@ -205,8 +205,10 @@ impl<'a> Search<'a> {
     /// The ways for a model whose shards run anywhere, smallest first.
     fn choices_anywhere(&self) -> Vec<Choice> {
         let slots = self.options.slots;
-        let depths: &[(usize, usize, usize, usize)] =
-            if slots == 1 { &[(1, 2, 2, 1)] } else { &[(1, 2, 2, 1), (1, 3, 3, 2), (2, 3, 3, 2)] };
+        // With four entries of a ring what comes in need not wait for what goes out.
+        const DEPTHS: [(usize, usize, usize, usize); 5] =
+            [(1, 2, 2, 1), (2, 2, 2, 1), (1, 3, 3, 2), (2, 3, 3, 2), (2, 4, 4, 2)];
+        let depths = if slots == 1 { &DEPTHS[..1] } else { &DEPTHS };
         let of = |updates_on_device: bool| {
             depths.iter().map(move |&(gradient_slots, activations, gradients, input_entries)| Choice {
                 resident: false,
