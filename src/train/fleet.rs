@@ -80,6 +80,8 @@ pub struct Fleet {
     trainees: Vec<Trainee>,
     /// Models that run one after another; by default each has a line of its own, and all run at once.
     lines: Vec<VecDeque<usize>>,
+    /// Looks at the engine after every task.
+    watch: Box<dyn FnMut(&Engine)>,
 }
 
 impl Fleet {
@@ -124,12 +126,17 @@ impl Fleet {
             });
         }
         let lines = (0..trainees.len()).map(|i| VecDeque::from([i])).collect();
-        Ok(Fleet { engine, trainees, lines })
+        Ok(Fleet { engine, trainees, lines, watch: Box::new(|_| ()) })
     }
 
     /// Lets models run one after another: each of `lines` lists models in their order, and every model is in one of them.
     pub fn line_up(&mut self, lines: Vec<Vec<usize>>) {
         self.lines = lines.into_iter().map(VecDeque::from).collect();
+    }
+
+    /// Lets `watch` look at the engine after every task that ends while the models run.
+    pub fn watch(&mut self, watch: impl FnMut(&Engine) + 'static) {
+        self.watch = Box::new(watch);
     }
 
     /// A model goes on from `step`: its state was written by the caller, data starts there. `source` is a fresh one of the same kind.
@@ -210,7 +217,7 @@ impl Fleet {
             if self.trainees.iter().all(|t| !busy(t)) || (0..self.trainees.len()).any(|m| self.is_at_rest(m)) {
                 continue;
             }
-            match self.engine.wait_any()? {
+            match self.engine.wait_any_watched(&mut *self.watch)? {
                 Ended::Step(model, result) => {
                     let trainee = &mut self.trainees[model];
                     trainee.done = result.step + 1;
