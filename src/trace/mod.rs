@@ -22,7 +22,7 @@ pub use chart::Axis;
 pub use chrome::{Trace, read_trace};
 pub use event::{Event, TaskName, What};
 pub use gantt::{ColourBy, GanttOptions, gantt_svg};
-pub use page::{LaneRow, ModelCurves, ReportData, StepBound, report_page};
+pub use page::{DeviceRow, LaneRow, ModelCurves, ReportData, StepBound, report_page};
 pub use recorder::{Keep, Recorder, RecorderOptions, Summary};
 pub use sweep::{SweepLine, SweepPlot, sweep_svg};
 pub use utilisation::{Bound, Ceilings, LaneSum, StepAccount, where_time_went};
