@@ -111,7 +111,7 @@ fn places(plot: &SweepPlot) -> Vec<f64> {
     let Some(numbers) = plot.numbers.as_ref().filter(|n| n.len() == plot.values.len()) else { return one_by_one() };
     let low = numbers.iter().copied().fold(f64::INFINITY, f64::min);
     let high = numbers.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    match low.is_finite() && high.is_finite() {
+    match numbers.iter().all(|number| number.is_finite()) {
         true if low > 0.0 && high > LONG * low => numbers.iter().map(|n| n.ln()).collect(),
         true => numbers.clone(),
         false => one_by_one(),

@@ -101,22 +101,33 @@ pub struct Live {
     show: Show,
     /// When training began, on the devices' clock.
     began_secs: f64,
-    last: Option<Instant>,
+    last: Instant,
 }
 
 impl Live {
     /// Of training that begins at `began_secs` of the devices' clock.
     pub fn new(models: Models, show: Show, began_secs: f64) -> Live {
-        Live { models, show, began_secs, last: None }
+        Live { models, show, began_secs, last: Instant::now() }
     }
 
     /// Looks, and shows what there is if it is time to.
     pub fn look(&mut self, engine: &Engine) {
         let between = if matches!(self.show, Show::Json) { BETWEEN_LINES } else { BETWEEN_DRAWINGS };
-        if self.last.is_some_and(|last| last.elapsed() < between) {
-            return;
+        if self.last.elapsed() >= between {
+            self.last = Instant::now();
+            self.draw(engine);
         }
-        self.last = Some(Instant::now());
+    }
+
+    /// Takes the devices' lines away; of JSON lines the last one says how it ended.
+    pub fn finish(&mut self, engine: &Engine) {
+        match &self.show {
+            Show::Bars(bars) => bars.iter().for_each(ProgressBar::finish_and_clear),
+            Show::Json => self.draw(engine),
+        }
+    }
+
+    fn draw(&self, engine: &Engine) {
         let models = self.models.borrow();
         let secs = engine.now_secs() - self.began_secs;
         let devices = engine.device_states().enumerate().map(|(d, state)| Device::new(d, &state, &models, secs));

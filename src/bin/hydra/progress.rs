@@ -63,11 +63,6 @@ impl Board {
         };
         Some(Live::new(self.models.clone(), show, engine.now_secs()))
     }
-
-    /// Takes the devices' lines away.
-    pub fn finish(&self) {
-        self.devices.iter().for_each(ProgressBar::finish_and_clear);
-    }
 }
 
 fn style(template: &str) -> ProgressStyle {

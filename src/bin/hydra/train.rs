@@ -218,8 +218,9 @@ fn train_all(
     }
     record(dir, planned, &active, &from, &mut fleet)?;
     let board = Board::new(quiet, active.len(), specs.len());
-    if let Some(mut live) = board.live(fleet.engine()) {
-        fleet.watch(move |engine| live.look(engine));
+    let live = board.live(fleet.engine()).map(|live| Rc::new(RefCell::new(live)));
+    if let Some(live) = live.clone() {
+        fleet.watch(move |engine| live.borrow_mut().look(engine));
     }
     let selections = selections(planned);
     let mut watches = Vec::new();
@@ -234,7 +235,7 @@ fn train_all(
     let mut observers: Vec<&mut dyn Observer> = watches.iter_mut().map(|w| w as &mut dyn Observer).collect();
     let result = fleet.run(&mut observers, stop);
     watches.iter().for_each(Watch::finish);
-    board.finish();
+    live.iter().for_each(|live| live.borrow_mut().finish(fleet.engine()));
     let recorded = fleet.engine_mut().take_recorder().map(Recorder::finish).transpose();
     let nothing_done = (0..active.len()).all(|i| fleet.steps_done(i) == 0) && from.iter().all(|&f| f == 0);
     let kept = |error| Failure { error, untouched: nothing_done };
