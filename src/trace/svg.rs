@@ -5,8 +5,10 @@
 use std::fmt::Write;
 
 /// Colours of series and models, in the order they are handed out; legible on white and on near-black.
-pub(super) const COLOURS: [&str; 8] =
-    ["#4c8bd6", "#dd6f3c", "#3f9d5a", "#9a6fd0", "#d0649c", "#1fa3a3", "#b8902a", "#7b8794"];
+pub(super) const COLOURS: [&str; 16] = [
+    "#4c8bd6", "#dd6f3c", "#3f9d5a", "#9a6fd0", "#d0649c", "#1fa3a3", "#b8902a", "#7b8794", "#c74b4b", "#7d9b2f",
+    "#5b66c9", "#a0623a", "#b35ab8", "#5aa0c4", "#d98aa0", "#6f7a4f",
+];
 
 /// Colours of what bounds a step, in the order of [`Bound::parts`](super::Bound::parts).
 pub(super) const BOUND_COLOURS: [&str; 6] = ["#4c8bd6", "#f0993a", "#9a6fd0", "#3f9d5a", "#a97b55", "#a9b4bf"];

@@ -9,7 +9,7 @@ mod plan_file;
 mod shown;
 
 use super::metrics::{Row, StepRow, read_rows};
-use crate::base::{Error, Result, format_bytes, format_secs};
+use crate::base::{Error, LaneId, Result, format_bytes, format_secs};
 use crate::trace::{
     Axis, Bound, ColourBy, Event, LaneRow, LaneSum, ModelCurves, ReportData, StepBound, Trace, gantt_svg, report_page,
 };
@@ -302,13 +302,26 @@ fn lanes(plan: &PlanFile, events: &[Event], kept: &BTreeSet<u32>) -> (Vec<LaneRo
     if sums.is_empty() {
         return (Vec::new(), String::new());
     }
-    let secs = shown::kept_secs(events);
+    let windows = shown::kept_windows(events);
+    let secs: f64 = windows.iter().map(|window| window.1 - window.0).sum();
+    let busy_secs = |lane: LaneId| {
+        let of = events.iter().filter(|e| e.lane == lane && e.has_times());
+        shown::covered_secs(of.map(|e| (e.start_secs, e.end_secs)).collect(), &windows)
+    };
     let row = |sum: LaneSum| LaneRow {
         sum,
         peak_per_sec: plan.peak(sum.lane.kind),
-        busy_share: (secs > 0.0).then(|| sum.busy_secs / secs),
+        busy_share: (secs > 0.0).then(|| busy_secs(sum.lane) / secs),
     };
-    let mut note = format!("Over the steps {}, which took {}.", shown::steps_text(kept), format_secs(secs));
+    let one_model = events.iter().all(|event| event.name.model == events[0].name.model);
+    let kept = shown::steps_text(kept);
+    let mut note = match one_model {
+        true => format!("Over the steps {kept}, which took {}.", format_secs(secs)),
+        // Other models' steps that were not kept run beside some of those that were.
+        false => {
+            format!("Over the steps {kept}; shares are of the {} in which every model's were kept.", format_secs(secs))
+        }
+    };
     if plan.ceilings.is_none() {
         note.push_str(" plan.json holds no ceilings.");
     }

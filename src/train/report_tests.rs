@@ -1,7 +1,7 @@
 //! Tests of the report: a run that trains under a budget, what may be missing, and what is damaged.
 
 use super::*;
-use crate::base::{LaneId, LaneKind};
+use crate::base::LaneKind;
 use crate::data::{Source, TextOptions, TextSource, Tokenizer};
 use crate::device::sim::CostModel;
 use crate::engine::predict;
@@ -393,13 +393,29 @@ fn models_are_colours_over_devices() {
 
 #[test]
 fn kept_time_is_counted_once() {
-    assert_eq!(shown::kept_secs(&[]), 0.0);
+    assert_eq!(shown::kept_windows(&[]), []);
     // Steps 0, 1 and 5, 6 at seconds 0, 2, 4, 6: each pair spans 3 seconds.
     let one = events([0, 1, 5, 6], &[]);
-    assert_eq!(shown::kept_secs(&one), 6.0);
+    assert_eq!(shown::kept_windows(&one), [(0.0, 3.0), (4.0, 7.0)]);
     let mut two = one.clone();
     two.extend(one.iter().map(|e| Event { name: TaskName { model: 1, ..e.name }, ..*e }));
-    assert_eq!(shown::kept_secs(&two), 6.0, "another model beside it adds nothing");
+    assert_eq!(shown::kept_windows(&two), [(0.0, 3.0), (4.0, 7.0)], "another model beside it adds nothing");
+    // A model whose steps 1 to 3 are missing from second 1 to second 2.5 takes that time away.
+    let other = |step, start_secs: f64| Event {
+        name: TaskName { model: 1, ..one[0].name },
+        step,
+        start_secs,
+        end_secs: start_secs + 1.0,
+        ..one[0]
+    };
+    let three: Vec<Event> = one.iter().copied().chain([other(0, 0.0), other(4, 2.5)]).collect();
+    let windows = shown::kept_windows(&three);
+    assert_eq!(windows, [(0.0, 1.0), (2.5, 3.0), (4.0, 7.0)]);
+    // Overlaps count once, and what lies outside the windows not at all.
+    assert_eq!(
+        shown::covered_secs(vec![(2.0, 4.5), (0.5, 0.75), (2.75, 5.0), (9.0, 10.0)], &windows),
+        0.25 + 0.5 + 1.0
+    );
     let text = |steps: &[u32]| shown::steps_text(&steps.iter().copied().collect());
     assert_eq!(text(&[]), "none");
     assert_eq!(text(&[4]), "4");

@@ -1,13 +1,14 @@
-//! What each device did in the time whose events were kept.
+//! What each device did in the time of which the trace has everything.
 
-use super::shown::{covered_secs, kept_secs};
+use super::shown::{covered_secs, kept_windows};
 use crate::base::LaneKind;
 use crate::trace::{DeviceRow, Trace};
 use std::collections::BTreeSet;
 
-/// Shares of the kept time, by device; a device on which nothing ran has its row too, where the trace names its lanes.
+/// Shares of that time, by device; a device on which nothing ran has its row too, where the trace names its lanes.
 pub(super) fn device_rows(trace: &Trace) -> Vec<DeviceRow> {
-    let secs = kept_secs(&trace.events);
+    let windows = kept_windows(&trace.events);
+    let secs: f64 = windows.iter().map(|window| window.1 - window.0).sum();
     if secs <= 0.0 {
         return Vec::new();
     }
@@ -18,7 +19,7 @@ pub(super) fn device_rows(trace: &Trace) -> Vec<DeviceRow> {
         // Seconds in which a lane of one of the kinds was at work.
         let works = |kinds: &[LaneKind]| {
             let of = trace.events.iter().filter(|e| e.lane.device == device && kinds.contains(&e.lane.kind));
-            covered_secs(of.filter(|e| e.has_times()).map(|e| (e.start_secs, e.end_secs)).collect())
+            covered_secs(of.filter(|e| e.has_times()).map(|e| (e.start_secs, e.end_secs)).collect(), &windows)
         };
         let copies = [LaneKind::HostToDevice, LaneKind::DeviceToHost];
         let (computes, any) = (works(&[LaneKind::Compute]), works(&[LaneKind::Compute, copies[0], copies[1]]));

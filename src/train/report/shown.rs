@@ -107,36 +107,47 @@ fn window(events: &[Event], steps: &BTreeMap<u32, Step>, model: u16, (first, las
     Shown { model, first, last, window, events: events.iter().filter(is_inside).copied().collect() }
 }
 
-/// Seconds that the kept steps took: each model's consecutive ones from the first start to the last end, overlaps counted once.
-pub(super) fn kept_secs(events: &[Event]) -> f64 {
+/// The times in which the trace misses nothing: from its first event to its last, but for those in which a model was at steps that were not kept.
+pub(super) fn kept_windows(events: &[Event]) -> Vec<(f64, f64)> {
     let mut steps: BTreeMap<(u16, u32), (f64, f64)> = BTreeMap::new();
     for event in events.iter().filter(|event| event.has_times()) {
         let span = steps.entry((event.name.model, event.step)).or_insert((event.start_secs, event.end_secs));
         *span = (span.0.min(event.start_secs), span.1.max(event.end_secs));
     }
-    let mut spans: Vec<(f64, f64)> = Vec::new();
-    let mut previous = None;
-    for (&(model, step), &(start, end)) in &steps {
-        match spans.last_mut() {
-            Some(span) if previous == Some((model, step.wrapping_sub(1))) => {
-                *span = (span.0.min(start), span.1.max(end));
-            }
-            _ => spans.push((start, end)),
-        }
-        previous = Some((model, step));
+    let begin = steps.values().map(|span| span.0).fold(f64::INFINITY, f64::min);
+    let end = steps.values().map(|span| span.1).fold(f64::NEG_INFINITY, f64::max);
+    let pairs = steps.iter().zip(steps.iter().skip(1));
+    let gaps = pairs.filter(|((a, _), (b, _))| a.0 == b.0 && b.1 - a.1 > 1).map(|((_, a), (_, b))| (a.1, b.0));
+    let mut windows = Vec::new();
+    let mut from = begin;
+    for gap in merged(gaps.collect()) {
+        windows.push((from, gap.0));
+        from = gap.1;
     }
-    covered_secs(spans)
+    windows.push((from, end));
+    windows.retain(|window| window.1 > window.0);
+    windows
 }
 
-/// Seconds that lie in at least one of the spans.
-pub(super) fn covered_secs(mut spans: Vec<(f64, f64)>) -> f64 {
+/// Seconds of the windows that lie in at least one of the spans.
+pub(super) fn covered_secs(spans: Vec<(f64, f64)>, windows: &[(f64, f64)]) -> f64 {
+    let within = |span: (f64, f64)| windows.iter().map(move |w| (span.1.min(w.1) - span.0.max(w.0)).max(0.0));
+    // From 0 on: the sum of nothing is -0.
+    merged(spans).into_iter().flat_map(within).fold(0.0, |sum, secs| sum + secs)
+}
+
+/// The same times as spans that do not touch, in order.
+fn merged(mut spans: Vec<(f64, f64)>) -> Vec<(f64, f64)> {
+    spans.retain(|span| span.1 > span.0);
     spans.sort_by(|a, b| a.0.total_cmp(&b.0));
-    let (mut sum, mut until) = (0.0, f64::NEG_INFINITY);
-    for (start, end) in spans {
-        sum += (end - start.max(until)).max(0.0);
-        until = until.max(end);
+    let mut out: Vec<(f64, f64)> = Vec::new();
+    for span in spans {
+        match out.last_mut() {
+            Some(last) if span.0 <= last.1 => last.1 = last.1.max(span.1),
+            _ => out.push(span),
+        }
     }
-    sum
+    out
 }
 
 /// Steps in words: `0 to 4 and 90 to 99`.
