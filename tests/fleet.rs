@@ -163,6 +163,8 @@ fn run_with(
         })
         .collect();
     let takes_turns = turns.is_some();
+    // With one slot nothing is fetched beside what runs.
+    let one_slot = turns.as_ref().is_some_and(|turns| turns.units == 1);
     let mut fleet = Fleet::new(recruits, device, turns).expect("a fleet");
     if !lines.is_empty() {
         fleet.line_up(lines);
@@ -188,7 +190,7 @@ fn run_with(
     let mut observers: Vec<&mut dyn Observer> = collects.iter_mut().map(|c| c as &mut dyn Observer).collect();
     fleet.run(&mut observers, &AtomicBool::new(false)).expect("no device fails");
     let (looked, ahead) = looks.get();
-    assert!(looked > 100 && ahead > 0, "looked {looked} times, saw {ahead} units on their way");
+    assert!(looked > 100 && (ahead > 0) != one_slot, "looked {looked} times, saw {ahead} units on their way");
     let touched: Vec<u64> = (0..devices as u16).map(|d| fleet.engine().high_water_bytes(d)).collect();
     assert!(touched.iter().zip(&map.arena_bytes).all(|(t, b)| t <= b), "{touched:?} of {:?}", map.arena_bytes);
     collects

@@ -78,7 +78,7 @@ pub fn sweep_svg(plot: &SweepPlot) -> String {
         let bounds = |line: &[Option<(f64, f64)>]| line.iter().map(|point| point.map(|p| p.1)).collect::<Vec<_>>();
         let (own, same) = (bounds(line), |other: &Vec<_>| bounds(other) == bounds(line));
         let shared = lines.iter().filter(|other| same(other)).count() > 1;
-        if !lines[..i].iter().any(|other| same(other)) {
+        if !lines[..i].iter().any(same) {
             let stroke = if shared || plot.lines.len() == 1 { "var(--soft)" } else { colour(i) };
             draw(&mut out, &frame, plot, &places, &own, unit, ("bound", stroke));
         }
@@ -162,7 +162,9 @@ mod tests {
     use super::*;
     use crate::trace::svg::tests::check_tags;
 
-    fn plot(values: &[&str], numbers: Option<&[f64]>, lines: &[(&str, &[Option<(f64, f64)>])]) -> SweepPlot {
+    type Secs = Option<(f64, f64)>;
+
+    fn plot(values: &[&str], numbers: Option<&[f64]>, lines: &[(&str, &[Secs])]) -> SweepPlot {
         let line = |(label, secs): &(&str, &[_])| SweepLine { label: label.to_string(), secs: secs.to_vec() };
         SweepPlot {
             title: "a <sweep>".into(),
