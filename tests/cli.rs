@@ -349,6 +349,77 @@ fn resume_require_needs_a_run() {
     job.hydra(&["train", "--resume", "auto"]).fine();
 }
 
+/// Two models that differ in length.
+fn two_models() -> String {
+    format!("{GPT}{}", GPT.replace("\"m\"", "\"n\"").replace("steps = 4", "steps = 3"))
+}
+
+#[test]
+fn several_models_tell_their_progress_in_json_lines() {
+    let job = Job::new(&format!("[[device]]\ncount = 2\nthreads = 1\n{}", two_models()));
+    let ran = job.hydra(&["train"]).fine();
+    let lines = ran.out.lines().filter(|line| line.starts_with('{'));
+    let lines: Vec<Value> = lines.map(|line| serde_json::from_str(line).expect("a JSON object a line")).collect();
+    let progress: Vec<&Value> = lines.iter().filter(|line| line["event"] == "progress").collect();
+    let last = *progress.last().expect("a line at the end");
+    assert!(last["models"].as_array().expect("models").iter().all(|m| m["step"] == m["steps"]), "{last}");
+    assert!(last["devices"].as_array().expect("devices").iter().all(|d| d["runs"].is_null() && d["next"].is_null()));
+    for line in progress {
+        for (model, (name, steps)) in line["models"].as_array().expect("models").iter().zip([("m", 4), ("n", 3)]) {
+            assert_eq!((model["name"].as_str(), model["steps"].as_u64()), (Some(name), Some(steps)));
+            let (done, loss) = (model["step"].as_u64().expect("a step"), model["loss"].as_f64());
+            assert!(done <= steps && loss.is_some() == (done > 0), "{line}");
+        }
+        let devices = line["devices"].as_array().expect("devices");
+        assert_eq!(devices.iter().map(|d| d["device"].as_u64()).collect::<Vec<_>>(), [Some(0), Some(1)]);
+        for device in devices {
+            assert!((0.0..=1.0).contains(&device["idle_share"].as_f64().expect("a share")), "{line}");
+            for unit in [&device["runs"], &device["next"]] {
+                let is_unit = |text: &str| text.starts_with("m shard ") || text.starts_with("n shard ");
+                assert!(unit.is_null() || unit.as_str().is_some_and(is_unit), "{line}");
+            }
+        }
+    }
+    assert!(!ran.out.contains(" of 4  loss"), "no lines of text beside them: {ran:?}");
+    // One object is all that --json prints, and one model alone has lines of text.
+    let ran = job.hydra(&["train", "--json", "--set", "run.out=again"]).fine();
+    let said: Value = serde_json::from_str(&ran.out).expect("one JSON object");
+    assert_eq!(said["models"].as_array().map(Vec::len), Some(2));
+    let page = hydra(&["report", &job.at("again").display().to_string()]).fine();
+    assert!(page.out.contains("report.html"));
+    let page = fs::read_to_string(job.at("again/report.html")).expect("page");
+    for says in ["<td>m</td>", "<td>done</td>", "<td>device 1</td>"] {
+        assert!(page.contains(says), "{says}");
+    }
+}
+
+#[test]
+fn sweeps_are_tables_and_plots() {
+    let job = Job::new(&format!("[[device]]\nkind = 'sim'\nprofile = 'v100'\nmemory = '1 MiB'\n{}", two_models()));
+    let out = job.at("sweep").display().to_string();
+    let policies = ["--sweep", "policy=fifo,srtf"];
+    let ran = job.hydra(&["simulate", policies[0], policies[1], "--sweep", "devices=1,2,3", "--out", &out]).fine();
+    assert!(ran.out.contains("sweep.csv") && ran.out.contains("sweep.svg"), "{ran:?}");
+    let read = |file: &str| fs::read_to_string(job.at("sweep").join(file)).expect(file);
+    assert_eq!(read("sweep.csv").lines().count(), 7);
+    let svg = read("sweep.svg");
+    // A line for each policy, over three numbers of devices.
+    assert_eq!((svg.matches("class=\"curve\"").count(), svg.matches("<circle").count()), (2, 6), "{svg}");
+    assert!(
+        svg.contains(">policy=fifo</text>") && svg.contains(">policy=srtf</text>") && svg.contains("class=\"bound\"")
+    );
+    job.hydra(&["simulate", policies[0], policies[1], "--out", &out]).fine();
+    let svg = read("sweep.svg");
+    assert_eq!((svg.matches("class=\"curve\"").count(), svg.matches("<circle").count()), (0, 2), "{svg}");
+    assert!(svg.contains(">fifo</text>") && svg.contains(">policy</text>"));
+    // Sizes are numbers too; one that is too small leaves its place empty.
+    let memory = "memory=1 KiB,64 MiB,128 MiB";
+    job.hydra(&["simulate", "--sweep", memory, "--sweep", "slots=2", "--out", &out]).fine();
+    let svg = read("sweep.svg");
+    assert_eq!((svg.matches("class=\"curve\"").count(), svg.matches("<circle").count()), (1, 2), "{svg}");
+    assert!(svg.contains(">memory</text>") && svg.contains("Makespan, slots=2"));
+}
+
 #[test]
 fn what_is_not_built_yet_is_said() {
     let job = Job::new(GPT);

@@ -15,6 +15,8 @@ use hydra::spill::{
     plan_fleet,
 };
 use hydra::train::{Crew, Fleet, Observer, Optimizer, Recruit, StepReport, TrainOptions, Weights};
+use std::cell::Cell;
+use std::rc::Rc;
 use std::sync::atomic::AtomicBool;
 
 /// A model of the mixed six, and how it is trained.
@@ -161,16 +163,35 @@ fn run_with(
     };
     let device = start_fleet(&specs, memory).expect("memory and threads");
     let recruits = entries.iter().zip(placed).map(|(e, placed)| recruit(e, placed)).collect();
+    let takes_turns = turns.is_some();
+    // With one slot nothing is fetched beside what runs.
+    let one_slot = turns.as_ref().is_some_and(|turns| turns.units == 1);
     let mut fleet = Fleet::new(recruits, device, turns).expect("a fleet");
     if !lines.is_empty() {
         fleet.line_up(lines);
     }
+    let looks = Rc::new(Cell::new((0, 0)));
+    fleet.watch({
+        let looks = Rc::clone(&looks);
+        move |engine| {
+            let states: Vec<_> = engine.device_states().collect();
+            assert_eq!(states.len(), devices);
+            let units = states.iter().filter_map(|s| s.runs).filter(|task| task.what.is_unit());
+            let models: Vec<u16> = units.map(|task| task.model).collect();
+            let once = |m: &u16| models.iter().filter(|other| *other == m).count() == 1;
+            assert!(!takes_turns || models.iter().all(once), "one unit of a model at a time: {states:?}");
+            let ahead = states.iter().filter(|s| s.runs.is_some() && s.next.is_some()).count();
+            looks.set((looks.get().0 + 1, looks.get().1 + ahead));
+        }
+    });
     let mut collects: Vec<Collect> = entries.iter().map(|_| Collect::default()).collect();
     if let Some(fails) = fails {
         collects[fails].fails_after = Some(2);
     }
     let mut observers: Vec<&mut dyn Observer> = collects.iter_mut().map(|c| c as &mut dyn Observer).collect();
     fleet.run(&mut observers, &AtomicBool::new(false)).expect("no device fails");
+    let (looked, ahead) = looks.get();
+    assert!(looked > 100 && (ahead > 0) != one_slot, "looked {looked} times, saw {ahead} units on their way");
     let touched: Vec<u64> = (0..devices as u16).map(|d| fleet.engine().high_water_bytes(d)).collect();
     assert!(touched.iter().zip(&map.arena_bytes).all(|(t, b)| t <= b), "{touched:?} of {:?}", map.arena_bytes);
     collects

@@ -45,6 +45,8 @@ pub(super) struct Pending {
     pub tasks: u64,
     pub loss: Option<f32>,
     pub last_end: f64,
+    /// Seconds of arithmetic on devices so far.
+    pub compute_secs: f64,
     /// Its model ends early, and it with it: nobody is told of its end.
     pub void: bool,
     /// Units are of one microbatch each.
@@ -158,6 +160,7 @@ impl Member {
             tasks: 0,
             loss: None,
             last_end: 0.0,
+            compute_secs: 0.0,
             void: false,
             pipelined,
         });

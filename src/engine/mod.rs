@@ -24,7 +24,7 @@ use crate::base::{Error, LaneId, LaneKind, Result};
 use crate::device::sim::{CostModel, SimDevice};
 use crate::device::{Device, UpdateRule};
 use crate::spill::{FleetMap, Home, Model, Placed, Plan};
-use crate::trace::{Bound, Event, LaneSum, Recorder, StepAccount, What};
+use crate::trace::{Bound, Event, LaneSum, Recorder, StepAccount, TaskName, What};
 use member::{Ending, Member, Pending, Purpose};
 use queue::Queue;
 use rings::Rings;
@@ -101,6 +101,17 @@ pub struct Prediction {
     pub bound_secs: f64,
     /// Seconds of the step by what bound them.
     pub bound: Bound,
+}
+
+/// What a device is at.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct DeviceState {
+    /// The arithmetic that runs; nothing while the device waits.
+    pub runs: Option<TaskName>,
+    /// The unit after that, whose tensors are on their way.
+    pub next: Option<TaskName>,
+    /// Seconds of arithmetic since the start.
+    pub busy_secs: f64,
 }
 
 /// Numbers of the lanes that serve a device.
@@ -243,6 +254,14 @@ impl Engine {
         self.account.sums()
     }
 
+    /// What each device is at.
+    pub fn device_states(&self) -> impl Iterator<Item = DeviceState> + '_ {
+        self.lanes.iter().map(|lanes| {
+            let (runs, next) = self.queue.ahead(lanes.compute);
+            DeviceState { runs, next, busy_secs: self.totals[usize::from(lanes.compute)].busy_secs }
+        })
+    }
+
     /// The highest byte of a device's arena that any task has touched, plus one.
     pub fn high_water_bytes(&self, device: u16) -> u64 {
         self.device.high_water_bytes(device)
@@ -328,6 +347,14 @@ impl Engine {
     /// # Errors
     /// When a device fails or stalls, or nothing is in flight.
     pub fn wait_any(&mut self) -> Result<Ended> {
+        self.wait_any_watched(&mut |_| ())
+    }
+
+    /// The same; `watch` is called after every task that has ended meanwhile.
+    ///
+    /// # Errors
+    /// As [`Engine::wait_any`].
+    pub fn wait_any_watched(&mut self, watch: &mut dyn FnMut(&Engine)) -> Result<Ended> {
         // What ended while somebody waited for another model is told first.
         for model in 0..self.members.len() {
             if let Some(ended) = self.ended(model) {
@@ -336,6 +363,7 @@ impl Engine {
         }
         loop {
             let model = self.pump()?;
+            watch(self);
             if let Some(ended) = self.ended(model) {
                 return Ok(ended);
             }
@@ -367,7 +395,8 @@ impl Engine {
         let bound = if self.is_alone() {
             self.account.finish_step(began, done.last_end)
         } else {
-            Bound { idle: secs, ..Bound::default() }
+            let compute = done.compute_secs.min(secs);
+            Bound { compute, idle: secs - compute, ..Bound::default() }
         };
         self.members[model].last_step_end = done.last_end;
         let loss = done.loss.expect("a step's last tasks come after its loss");
@@ -496,6 +525,9 @@ impl Engine {
                 let pending = &mut member.pending[at];
                 pending.tasks -= 1;
                 pending.last_end = event.end_secs.max(pending.last_end);
+                if event.lane.kind == LaneKind::Compute {
+                    pending.compute_secs += event.secs();
+                }
                 let step = pending.step;
                 let first = event.name.what == What::Result && pending.loss.is_none();
                 if first && matches!(pending.purpose, Purpose::Step { .. }) {

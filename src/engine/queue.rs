@@ -368,6 +368,20 @@ impl Queue {
         self.forget_done();
     }
 
+    /// What a lane has before it: the task that runs, and the first unit after it; nothing runs while the lane's head waits for what it
+    /// needs. For lanes that keep program order.
+    pub fn ahead(&self, lane: u16) -> (Option<TaskName>, Option<TaskName>) {
+        let lane = &self.lanes[usize::from(lane)];
+        let mut entries = lane.in_flight.iter().chain(&lane.in_order).filter_map(|&id| self.entry(id));
+        let Some(head) = entries.next() else { return (None, None) };
+        let unit = |e: &Entry| (e.name.model, e.serial, e.name.shard);
+        if head.ticket.is_none() || head.not_done > 0 {
+            return (None, Some(head.name));
+        }
+        let next = entries.find(|e| e.name.what.is_unit() && unit(e) != unit(head));
+        (Some(head.name), next.map(|e| e.name))
+    }
+
     /// Who waits for whom, for people: the head of every lane, or else the first task that has not reached it.
     pub fn describe_stall(&self) -> String {
         let mut text = String::new();

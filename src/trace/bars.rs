@@ -56,7 +56,7 @@ impl StackedBars {
             y: (0.0, most / unit * 1.04),
             axis: Axis::Linear,
         };
-        plot.axes(&mut out, &format!("{name} a step"));
+        plot.axes(&mut out, "step", &format!("{name} a step"));
         let pitch = (plot.right - plot.left) / self.bars.len() as f64;
         let width = (pitch * 0.82).min(64.0);
         let mut labelled_until = f64::NEG_INFINITY;

@@ -55,7 +55,7 @@ pub(super) struct Plot {
 }
 
 impl Plot {
-    fn x(&self, value: f64) -> f64 {
+    pub(super) fn x(&self, value: f64) -> f64 {
         self.left + (value - self.x.0) / (self.x.1 - self.x.0) * (self.right - self.left)
     }
 
@@ -68,7 +68,7 @@ impl Plot {
     }
 
     /// Grid and ticks of the values, and the names of both axes.
-    pub(super) fn axes(&self, out: &mut String, y_label: &str) {
+    pub(super) fn axes(&self, out: &mut String, x_label: &str, y_label: &str) {
         let (marks, labels) = match self.axis {
             Axis::Linear => {
                 let ticks = ticks(self.y.0, self.y.1, ((self.bottom - self.top) / 27.0) as usize);
@@ -101,12 +101,13 @@ impl Plot {
         let _ = writeln!(
             out,
             "<line class=\"axis\" x1=\"{}\" x2=\"{}\" y1=\"{b}\" y2=\"{b}\"/><text class=\"soft\" x=\"{}\" y=\"{}\" \
-             text-anchor=\"end\">step</text><text class=\"soft\" x=\"14\" y=\"{middle}\" text-anchor=\"middle\" \
+             text-anchor=\"end\">{}</text><text class=\"soft\" x=\"14\" y=\"{middle}\" text-anchor=\"middle\" \
              transform=\"rotate(-90 14 {middle})\">{}</text>",
             px(self.left),
             px(self.right),
             px(self.right),
             px(self.bottom + 36.0),
+            escape(x_label),
             escape(y_label),
             b = px(self.bottom)
         );
@@ -115,15 +116,30 @@ impl Plot {
     /// Ticks at whole steps.
     fn step_ticks(&self, out: &mut String) {
         let steps = ticks(self.x.0, self.x.1, ((self.right - self.left) / 90.0) as usize);
-        for &at in steps.at.iter().filter(|at| at.fract() == 0.0) {
-            let x = px(self.x(at));
+        let whole: Vec<(f64, String)> =
+            steps.at.iter().filter(|at| at.fract() == 0.0).map(|&at| (at, at.to_string())).collect();
+        self.value_ticks(out, whole.iter().map(|(at, label)| (*at, label.as_str())));
+    }
+
+    /// Ticks across with their labels; one whose label has no room has none.
+    pub(super) fn value_ticks<'a>(&self, out: &mut String, ticks: impl Iterator<Item = (f64, &'a str)>) {
+        let mut ticks: Vec<(f64, &str)> = ticks.collect();
+        ticks.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let mut labelled_until = f64::NEG_INFINITY;
+        for (at, label) in ticks {
+            let (x, half) = (self.x(at), svg::text_width(label) / 2.0);
+            let fits = x - half > labelled_until;
+            let label = if fits { label } else { "" };
+            labelled_until = if fits { x + half + 6.0 } else { labelled_until };
             let _ = writeln!(
                 out,
                 "<line class=\"axis\" x1=\"{x}\" x2=\"{x}\" y1=\"{}\" y2=\"{}\"/><text class=\"soft\" x=\"{x}\" y=\"{}\" \
-                 text-anchor=\"middle\">{at}</text>",
+                 text-anchor=\"middle\">{}</text>",
                 px(self.bottom),
                 px(self.bottom + 5.0),
-                px(self.bottom + 19.0)
+                px(self.bottom + 19.0),
+                escape(label),
+                x = px(x)
             );
         }
     }
@@ -172,7 +188,7 @@ impl LineChart {
             y: padded(low, high, self.axis),
             axis: self.axis,
         };
-        plot.axes(&mut out, &self.y_label);
+        plot.axes(&mut out, "step", &self.y_label);
         plot.step_ticks(&mut out);
         for series in &self.series {
             self.draw(&mut out, &plot, series, &shown);
@@ -208,7 +224,7 @@ impl LineChart {
 }
 
 /// The range of an axis around the values, with room above and below.
-fn padded(low: f64, high: f64, axis: Axis) -> (f64, f64) {
+pub(super) fn padded(low: f64, high: f64, axis: Axis) -> (f64, f64) {
     match axis {
         Axis::Log if high > low * 1.0001 => (low / (high / low).powf(0.04), high * (high / low).powf(0.04)),
         Axis::Log => (low / 2.0, high * 2.0),

@@ -191,6 +191,8 @@ struct End {
     dropped: Option<u64>,
     displaced: Option<u64>,
     #[serde(default)]
+    models: Vec<String>,
+    #[serde(default)]
     lanes: Vec<LaneLine>,
 }
 
@@ -243,6 +245,8 @@ pub struct Trace {
     pub events: Vec<Event>,
     /// What the recorder said at the end; `None` where the file breaks off before it, or another program wrote it.
     pub summary: Option<Summary>,
+    /// Names of the models, by number; empty where the file does not say.
+    pub models: Vec<String>,
 }
 
 impl Trace {
@@ -257,7 +261,7 @@ impl Trace {
     pub fn read(path: &Path) -> Result<Trace> {
         let bytes = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
         let text = std::str::from_utf8(&bytes).map_err(|e| Error::bad(format!("{}: no trace: {e}", path.display())))?;
-        let (lines, end) = match serde_json::from_str::<Document>(text) {
+        let (lines, mut end) = match serde_json::from_str::<Document>(text) {
             Ok(document) => (document.events, document.end),
             Err(e) if e.is_eof() && (text.contains("\"traceEvents\":[") || HEAD.starts_with(text)) => {
                 (whole_lines(text), None)
@@ -271,7 +275,8 @@ impl Trace {
                 to_event(what, line).map_err(|why| Error::bad(format!("{}: event {place}: {why}", path.display())))?;
             events.push(event);
         }
-        Ok(Trace { events, summary: end.and_then(End::summary) })
+        let models = end.as_mut().map_or_else(Vec::new, |end| std::mem::take(&mut end.models));
+        Ok(Trace { events, summary: end.and_then(End::summary), models })
     }
 }
 

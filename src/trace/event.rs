@@ -132,6 +132,11 @@ impl What {
         What::Checkpoint,
     ];
 
+    /// Whether it is the arithmetic of a shard's unit.
+    pub const fn is_unit(self) -> bool {
+        matches!(self, What::Forward | What::Backward | What::LastUnit | What::Eval)
+    }
+
     /// The kind in words; also its category in the trace file.
     pub const fn label(self) -> &'static str {
         match self {

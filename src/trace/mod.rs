@@ -2,7 +2,7 @@
 //!
 //! Everything here reads one kind of record, the [`Event`], and keeps no clock: times are given. The [`Recorder`] takes
 //! events from the executor without holding it up and streams the chosen steps to `trace.json`; [`read_trace`] reads that
-//! file back; [`where_time_went`] says what bound a step; [`gantt_svg`] and [`report_page`] draw.
+//! file back; [`where_time_went`] says what bound a step; [`gantt_svg`], [`report_page`] and [`sweep_svg`] draw.
 //! Uses [`base`](crate::base) alone.
 
 mod bars;
@@ -15,12 +15,14 @@ mod recorder;
 #[cfg(test)]
 mod sample;
 mod svg;
+mod sweep;
 mod utilisation;
 
 pub use chart::Axis;
 pub use chrome::{Trace, read_trace};
 pub use event::{Event, TaskName, What};
 pub use gantt::{ColourBy, GanttOptions, gantt_svg};
-pub use page::{LaneRow, ModelCurves, ReportData, StepBound, report_page};
+pub use page::{DeviceRow, LaneRow, ModelCurves, ReportData, StepBound, report_page};
 pub use recorder::{Keep, Recorder, RecorderOptions, Summary};
+pub use sweep::{SweepLine, SweepPlot, sweep_svg};
 pub use utilisation::{Bound, Ceilings, LaneSum, StepAccount, where_time_went};

@@ -49,6 +49,21 @@ pub struct LaneRow {
     pub busy_share: Option<f64>,
 }
 
+/// What a device did, in shares of the time; computing, copying alone and idle sum to one.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct DeviceRow {
+    /// The device.
+    pub device: u16,
+    /// It computed.
+    pub computes: f64,
+    /// Something was copied to it or from it.
+    pub copies: f64,
+    /// The same while it did not compute.
+    pub copies_alone: f64,
+    /// Neither.
+    pub idle: f64,
+}
+
 /// All that the page shows.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ReportData {
@@ -62,15 +77,21 @@ pub struct ReportData {
     pub plan_columns: Vec<String>,
     /// The shards, a row each.
     pub plan_rows: Vec<Vec<String>>,
+    /// Names of the columns of what became of the models; may be empty.
+    pub outcome_columns: Vec<String>,
+    /// What became of each model.
+    pub outcome_rows: Vec<Vec<String>>,
     /// The models' curves.
     pub models: Vec<ModelCurves>,
     /// How the axis of losses is divided.
     pub loss_axis: Axis,
     /// What bound each step, ascending in step.
     pub steps: Vec<StepBound>,
+    /// What the devices did.
+    pub devices: Vec<DeviceRow>,
     /// Totals of the lanes.
     pub lanes: Vec<LaneRow>,
-    /// Which time the lanes' totals are of.
+    /// Which time the totals of devices and lanes are of.
     pub lanes_note: String,
     /// Events of the steps whose schedule is drawn.
     pub events: Vec<Event>,
@@ -107,6 +128,9 @@ pub fn report_page(data: &ReportData) -> String {
     }
     out.push_str("</header>\n");
     headline(&mut out, data);
+    if !data.outcome_rows.is_empty() {
+        section(&mut out, "Models", |out| table(out, &data.outcome_columns, &data.outcome_rows));
+    }
     facts(&mut out, data);
     curves(&mut out, data);
     time(&mut out, data);
@@ -292,9 +316,9 @@ fn total(steps: &[StepBound]) -> Bound {
 
 fn time(out: &mut String, data: &ReportData) {
     section(out, "Where the time went", |out| {
-        if data.steps.is_empty() {
+        if data.steps.is_empty() && data.devices.is_empty() {
             out.push_str("<p class=\"none\">No steps yet.</p>\n");
-        } else {
+        } else if !data.steps.is_empty() {
             let sum = total(&data.steps);
             share_bar(out, &sum);
             let parts = std::array::from_fn(|i| (Bound::NAMES[i], BOUND_COLOURS[i]));
@@ -318,9 +342,22 @@ fn time(out: &mut String, data: &ReportData) {
             table(out, &columns, &rows);
             out.push_str("</div></div>\n");
         }
+        if !data.devices.is_empty() {
+            out.push_str("<h3>Devices</h3>\n");
+            note(out, &data.lanes_note);
+            let columns = ["device", "computes", "only copies", "idle", "copies, all"].map(String::from);
+            let percent = |share: f64| format!("{:.1} %", share * 100.0);
+            let cells = |row: &DeviceRow| {
+                let shares = [row.computes, row.copies_alone, row.idle, row.copies].map(percent);
+                [format!("device {}", row.device)].into_iter().chain(shares).collect()
+            };
+            table(out, &columns, &data.devices.iter().map(cells).collect::<Vec<_>>());
+        }
         if !data.lanes.is_empty() {
             out.push_str("<h3>Lanes against their ceilings</h3>\n");
-            note(out, &data.lanes_note);
+            if data.devices.is_empty() {
+                note(out, &data.lanes_note);
+            }
             let columns =
                 ["lane", "tasks", "busy", "of the time", "work", "rate while busy", "peak", "of peak", "at best"]
                     .map(String::from);

@@ -52,6 +52,9 @@ fn sample(steps: u64, models: usize) -> ReportData {
                 cells.map(String::from).to_vec()
             })
             .collect(),
+        outcome_columns: Vec::new(),
+        outcome_rows: Vec::new(),
+        devices: Vec::new(),
         models: (0..models).map(curves).collect(),
         loss_axis: Axis::Linear,
         steps: rows,
@@ -99,6 +102,27 @@ fn every_section_is_there() {
     let share: f64 = log.steps.iter().map(|step| step.bound.compute).sum();
     let span = log.events.iter().fold(0.0, |span: f64, event| span.max(event.end_secs));
     assert!(share > 0.0 && where_time_went(&log.events, 0.0, span).compute > 0.0);
+}
+
+#[test]
+fn devices_and_models_have_tables() {
+    let mut data = sample(3, 2);
+    let row = |device| DeviceRow { device, computes: 0.5, copies: 0.375, copies_alone: 0.125, idle: 0.375 };
+    (data.devices, data.steps) = (vec![row(0), row(7)], Vec::new());
+    data.outcome_columns = ["model", "status"].map(String::from).to_vec();
+    data.outcome_rows = vec![vec!["a<b".into(), "failed: x".into()]];
+    data.colour_by = ColourBy::Model;
+    let page = check(&data);
+    for says in [
+        "<td>device 7</td><td class=\"n\">50.0 %</td><td class=\"n\">12.5 %</td><td class=\"n\">37.5 %</td><td class=\"n\">37.5 %</td>",
+        "<h2>Models</h2>",
+        "<td>a&lt;b</td><td>failed: x</td>",
+        ">gpt 0</text>",
+    ] {
+        assert!(page.contains(says), "{says}");
+    }
+    assert!(!page.contains("No steps yet") && !page.contains("What bound"));
+    assert_eq!(page.matches("Over the last step.").count(), 1);
 }
 
 #[test]

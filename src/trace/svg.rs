@@ -5,8 +5,10 @@
 use std::fmt::Write;
 
 /// Colours of series and models, in the order they are handed out; legible on white and on near-black.
-pub(super) const COLOURS: [&str; 8] =
-    ["#4c8bd6", "#dd6f3c", "#3f9d5a", "#9a6fd0", "#d0649c", "#1fa3a3", "#b8902a", "#7b8794"];
+pub(super) const COLOURS: [&str; 16] = [
+    "#4c8bd6", "#dd6f3c", "#3f9d5a", "#9a6fd0", "#d0649c", "#1fa3a3", "#b8902a", "#7b8794", "#c74b4b", "#7d9b2f",
+    "#5b66c9", "#a0623a", "#b35ab8", "#5aa0c4", "#d98aa0", "#6f7a4f",
+];
 
 /// Colours of what bounds a step, in the order of [`Bound::parts`](super::Bound::parts).
 pub(super) const BOUND_COLOURS: [&str; 6] = ["#4c8bd6", "#f0993a", "#9a6fd0", "#3f9d5a", "#a97b55", "#a9b4bf"];
@@ -64,6 +66,7 @@ svg.hydra .axis{stroke:var(--soft);stroke-width:1;shape-rendering:crispEdges}\
 svg.hydra .step{stroke:var(--soft);stroke-width:1;stroke-dasharray:2 3}\
 svg.hydra .band{fill:var(--line);opacity:.35}svg.hydra .in{fill:#fff;font-size:11px;font-weight:600;pointer-events:none}\
 svg.hydra .curve{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}\
+svg.hydra .bound{fill:none;stroke-width:1.5;stroke-dasharray:5 4}\
 svg.hydra .faint{fill:none;stroke-width:1;opacity:.55}svg.hydra .dot{stroke:var(--paper);stroke-width:1.5}";
 
 /// Pixels that `text` takes at 12 px, roughly, in the wider of the common sans-serif faces.

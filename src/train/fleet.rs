@@ -102,6 +102,8 @@ pub struct Fleet {
     trainees: Vec<Trainee>,
     /// Models that run one after another; by default each has a line of its own, and all run at once.
     lines: Vec<VecDeque<usize>>,
+    /// Looks at the engine after every task.
+    watch: Box<dyn FnMut(&Engine)>,
 }
 
 impl Fleet {
@@ -114,7 +116,7 @@ impl Fleet {
         let engine_options = recruits.iter().map(engine_options).collect::<Result<Vec<_>>>()?;
         let placed: Vec<Placed> = recruits.iter().map(|r| r.placed.clone()).collect();
         let engine = Engine::fleet(&placed, engine_options, device, turns);
-        let mut fleet = Fleet { engine, trainees: Vec::new(), lines: Vec::new() };
+        let mut fleet = Fleet { engine, trainees: Vec::new(), lines: Vec::new(), watch: Box::new(|_| ()) };
         for (number, recruit) in recruits.into_iter().enumerate() {
             fleet.enlist(number, recruit)?;
         }
@@ -161,6 +163,11 @@ impl Fleet {
     /// Lets models run one after another: each of `lines` lists models in their order, and every model is in one of them.
     pub fn line_up(&mut self, lines: Vec<Vec<usize>>) {
         self.lines = lines.into_iter().map(VecDeque::from).collect();
+    }
+
+    /// Lets `watch` look at the engine after every task that ends while the models run.
+    pub fn watch(&mut self, watch: impl FnMut(&Engine) + 'static) {
+        self.watch = Box::new(watch);
     }
 
     /// A model goes on from `step`: its state was written by the caller, data starts there. `source` is a fresh one of the same kind.
@@ -242,7 +249,7 @@ impl Fleet {
             if self.trainees.iter().all(|t| !busy(t)) || (0..self.trainees.len()).any(|m| self.is_at_rest(m)) {
                 continue;
             }
-            match self.engine.wait_any()? {
+            match self.engine.wait_any_watched(&mut *self.watch)? {
                 Ended::Step(model, result) => {
                     let trainee = &mut self.trainees[model];
                     trainee.done = result.step + 1;

@@ -3,14 +3,18 @@
 //! Nothing is asked of a running program, and nothing but these two files is written, each under a temporary name first: a run may be
 //! looked at while it goes on. What is missing (a trace, a validation, ceilings) is said on the page; what is damaged is an error.
 
+mod devices;
+mod outcomes;
 mod plan_file;
 mod shown;
 
 use super::metrics::{Row, StepRow, read_rows};
-use crate::base::{Error, Result, format_bytes, format_secs};
+use crate::base::{Error, LaneId, Result, format_bytes, format_secs};
 use crate::trace::{
     Axis, Bound, ColourBy, Event, LaneRow, LaneSum, ModelCurves, ReportData, StepBound, Trace, gantt_svg, report_page,
 };
+use devices::device_rows;
+use outcomes::outcomes;
 use plan_file::PlanFile;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -20,7 +24,7 @@ const WARM_UP: u64 = 2;
 
 /// Writes `report.html` (one page that needs nothing else) and `schedule.svg` into the run directory `run`; gives the page's path.
 ///
-/// Reads `plan.json`, `trace.json` (which may be missing or break off) and the `metrics.jsonl` of every model that plan.json names and of
+/// Reads `plan.json`, `trace.json` (which may be missing or break off), `results.csv` where there is one, and the `metrics.jsonl` of every model that plan.json names and of
 /// every subfolder that has one.
 ///
 /// # Errors
@@ -33,8 +37,10 @@ pub fn write_report(run: &Path) -> Result<PathBuf> {
     let plan = PlanFile::read(&run.join("plan.json"))?;
     let models = read_models(run, &plan)?;
     let trace_path = run.join("trace.json");
-    let trace = if trace_path.exists() { Some(Trace::read(&trace_path)?) } else { None };
-    let data = report_data(&title(run), &plan, &models, trace.as_ref());
+    let mut trace = if trace_path.exists() { Some(Trace::read(&trace_path)?) } else { None };
+    trace.iter_mut().for_each(|trace| renumber(trace, &models));
+    let mut data = report_data(&title(run), &plan, &models, trace.as_ref());
+    (data.outcome_columns, data.outcome_rows) = outcomes(&run.join("results.csv"))?;
     let mut gantt = data.gantt_options();
     gantt.title = format!("{}: {}", data.title, data.schedule_note);
     write_whole(&run.join("schedule.svg"), &gantt_svg(&data.events, &gantt))?;
@@ -87,6 +93,16 @@ fn read_model(run: &Path, name: String) -> Result<ModelRows> {
     Ok(ModelRows { name, steps, valid })
 }
 
+/// Gives the events the numbers that the models have on the page: a run that goes on without those that are done counts the others anew.
+fn renumber(trace: &mut Trace, models: &[ModelRows]) {
+    let number = |name: &String| models.iter().position(|model| model.name == *name);
+    let numbers: Vec<Option<usize>> = trace.models.iter().map(number).collect();
+    for event in &mut trace.events {
+        let known = numbers.get(usize::from(event.name.model)).copied().flatten();
+        event.name.model = known.map_or(event.name.model, |number| number as u16);
+    }
+}
+
 /// Writes a file so that it is there whole or not at all.
 fn write_whole(path: &Path, text: &str) -> Result<()> {
     let mut name = path.file_name().unwrap_or_default().to_os_string();
@@ -105,18 +121,24 @@ fn report_data(title: &str, plan: &PlanFile, models: &[ModelRows], trace: Option
     let events = trace.map_or(&none, |trace| &trace.events);
     let shown = shown::choose(events);
     let kept: BTreeSet<u32> = events.iter().map(|event| event.step).collect();
-    let schedule_note = match &shown {
-        Some(shown) if shown.first == shown.last => {
-            format!("Step {} of those whose events were kept ({}).", shown.first, shown::steps_text(&kept))
-        }
-        Some(shown) => format!(
-            "Steps {} to {} of those whose events were kept ({}).",
-            shown.first,
-            shown.last,
-            shown::steps_text(&kept)
-        ),
-        None => String::new(),
+    let colour_by = match events.iter().all(|event| event.name.model == events[0].name.model) {
+        true => ColourBy::What,
+        false => ColourBy::Model,
     };
+    let schedule_note = shown.as_ref().map_or_else(String::new, |shown| {
+        let steps = if shown.first == shown.last {
+            format!("Step {}", shown.first)
+        } else {
+            format!("Steps {} to {}", shown.first, shown.last)
+        };
+        let kept = shown::steps_text(&kept);
+        match models.get(usize::from(shown.model)).filter(|_| colour_by == ColourBy::Model) {
+            Some(ModelRows { name, .. }) => {
+                format!("{steps} of {name} of those whose events were kept ({kept}), with all that ran meanwhile.")
+            }
+            None => format!("{steps} of those whose events were kept ({kept})."),
+        }
+    });
     let (lanes, lanes_note) = lanes(plan, events, &kept);
     let (plan_columns, plan_rows) = plan.shard_table();
     ReportData {
@@ -127,13 +149,16 @@ fn report_data(title: &str, plan: &PlanFile, models: &[ModelRows], trace: Option
         plan_rows,
         models: models.iter().map(curves).collect(),
         loss_axis: Axis::Linear,
+        outcome_columns: Vec::new(),
+        outcome_rows: Vec::new(),
         steps: step_bounds(models),
+        devices: trace.map_or_else(Vec::new, device_rows),
         lanes,
         lanes_note,
         window: shown.as_ref().map(|shown| shown.window),
         events: shown.map_or_else(Vec::new, |shown| shown.events),
         schedule_note,
-        colour_by: if models.len() > 1 { ColourBy::Model } else { ColourBy::What },
+        colour_by,
     }
 }
 
@@ -244,8 +269,13 @@ fn curves(model: &ModelRows) -> ModelCurves {
     }
 }
 
-/// What bound each step; several models' seconds at one step number are averaged, since each counts the whole time.
+/// What bound each step; several models' seconds at one step number are averaged, since each counts the whole time. Nothing where nobody
+/// asked: beside others a model's steps are not taken apart, and all their time counts as idle.
 fn step_bounds(models: &[ModelRows]) -> Vec<StepBound> {
+    let mut rows = models.iter().flat_map(|model| &model.steps);
+    if rows.all(|row| row.bound().total() == row.idle_secs) {
+        return Vec::new();
+    }
     let mut steps: BTreeMap<u64, (Bound, f64)> = BTreeMap::new();
     for row in models.iter().flat_map(|model| &model.steps) {
         let (sum, count) = steps.entry(row.step).or_default();
@@ -272,13 +302,26 @@ fn lanes(plan: &PlanFile, events: &[Event], kept: &BTreeSet<u32>) -> (Vec<LaneRo
     if sums.is_empty() {
         return (Vec::new(), String::new());
     }
-    let secs = shown::kept_secs(events);
+    let windows = shown::kept_windows(events);
+    let secs: f64 = windows.iter().map(|window| window.1 - window.0).sum();
+    let busy_secs = |lane: LaneId| {
+        let of = events.iter().filter(|e| e.lane == lane && e.has_times());
+        shown::covered_secs(of.map(|e| (e.start_secs, e.end_secs)).collect(), &windows)
+    };
     let row = |sum: LaneSum| LaneRow {
         sum,
         peak_per_sec: plan.peak(sum.lane.kind),
-        busy_share: (secs > 0.0).then(|| sum.busy_secs / secs),
+        busy_share: (secs > 0.0).then(|| busy_secs(sum.lane) / secs),
     };
-    let mut note = format!("Over the steps {}, which took {}.", shown::steps_text(kept), format_secs(secs));
+    let one_model = events.iter().all(|event| event.name.model == events[0].name.model);
+    let kept = shown::steps_text(kept);
+    let mut note = match one_model {
+        true => format!("Over the steps {kept}, which took {}.", format_secs(secs)),
+        // Other models' steps that were not kept run beside some of those that were.
+        false => {
+            format!("Over the steps {kept}; shares are of the {} in which every model's were kept.", format_secs(secs))
+        }
+    };
     if plan.ceilings.is_none() {
         note.push_str(" plan.json holds no ceilings.");
     }

@@ -1,7 +1,7 @@
 //! Tests of the report: a run that trains under a budget, what may be missing, and what is damaged.
 
 use super::*;
-use crate::base::{LaneId, LaneKind};
+use crate::base::LaneKind;
 use crate::data::{Source, TextOptions, TextSource, Tokenizer};
 use crate::device::sim::CostModel;
 use crate::engine::predict;
@@ -328,14 +328,94 @@ fn steady_steps_are_drawn() {
 }
 
 #[test]
+fn models_are_colours_over_devices() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path();
+    let names = ["first", "second", "third"];
+    let models: Vec<_> = names.iter().map(|name| serde_json::json!({ "name": name })).collect();
+    std::fs::write(run.join("plan.json"), serde_json::json!({ "models": models }).to_string()).unwrap();
+    // The first was done already: the run counts the others from 0.
+    let lane = |d, kind| LaneId::device(d, kind);
+    let lanes: Vec<_> =
+        (0..3).flat_map(|d| LaneKind::ALL[..3].iter().map(move |&kind| LaneId::device(d, kind))).collect();
+    let keep = Keep { first: 9, last: 9, total_steps: 9 };
+    let options = RecorderOptions::new(keep, lanes, vec!["second".into(), "third".into()]);
+    let mut recorder = Recorder::create(&run.join("trace.json"), options).unwrap();
+    let mut ticket = 0;
+    let mut add = |d, kind, what, model, step, (start_secs, end_secs)| {
+        ticket += 1;
+        let name = TaskName { what, model, shard: 0, microbatch: None };
+        let lane = lane(d, kind);
+        recorder.record(&Event { lane, name, step, start_secs, end_secs, bytes: 8, flops: 1.0, ticket, after: 0 });
+    };
+    // Device 0: computes 0-4 and 6-8, copies 3-6: 6 of 8 seconds, 2 alone, none idle. Device 1: computes 2-4, copies 5-6 both ways at once.
+    for step in 0..4 {
+        let at = f64::from(step);
+        add(0, LaneKind::Compute, What::LastUnit, 0, step, (at, at + 1.0));
+    }
+    add(0, LaneKind::HostToDevice, What::FetchWeights, 1, 0, (3.0, 6.0));
+    add(0, LaneKind::Compute, What::LastUnit, 0, 4, (6.0, 8.0));
+    add(1, LaneKind::Compute, What::LastUnit, 1, 0, (2.0, 4.0));
+    add(1, LaneKind::HostToDevice, What::FetchWeights, 1, 1, (5.0, 6.0));
+    add(1, LaneKind::DeviceToHost, What::SpillWeights, 1, 1, (5.0, 6.0));
+    recorder.finish().unwrap();
+    let header = "name,lr,status,reason,steps_done,train_loss,valid_loss,secs,directory\n";
+    let rows = "first,1e-3,done,,9,0.123456,,1.5,/a\nsecond,,failed,\"a, b\",5,NaN,2,0,/b\n";
+    std::fs::write(run.join("results.csv"), format!("{header}{rows}")).unwrap();
+    let html = report(run);
+    for says in [
+        "<th>model</th><th class=\"n\">lr</th><th>status</th>",
+        "<td>first</td><td class=\"n\">1e-3</td><td>done</td><td class=\"n\">9</td><td>0.1235</td>",
+        "<td>second</td><td class=\"n\">-</td><td>failed: a, b</td>",
+        "<td>device 0</td><td class=\"n\">75.0 %</td><td class=\"n\">25.0 %</td><td class=\"n\">0.0 %</td><td class=\"n\">37.5 %</td>",
+        "<td>device 1</td><td class=\"n\">25.0 %</td><td class=\"n\">12.5 %</td><td class=\"n\">62.5 %</td><td class=\"n\">12.5 %</td>",
+        "<td>device 2</td><td class=\"n\">0.0 %</td><td class=\"n\">0.0 %</td><td class=\"n\">100.0 %</td>",
+        "Step 3 of second of those whose events were kept (0 to 4), with all that ran meanwhile.",
+    ] {
+        assert!(html.contains(says), "{says}\n{html}");
+    }
+    let svg = std::fs::read_to_string(run.join("schedule.svg")).unwrap();
+    // The names stand in the legend in the colours of their curves; each device's lanes are rows.
+    for says in [
+        ">second</text>",
+        ">third</text>",
+        "device 0 compute",
+        "device 1 compute",
+        "fill=\"#dd6f3c\"",
+        "fill=\"#3f9d5a\"",
+    ] {
+        assert!(svg.contains(says), "{says}");
+    }
+    assert!(!svg.contains(">first</text>") && !svg.contains("fill=\"#4c8bd6\""));
+    std::fs::write(run.join("results.csv"), "name,status\nfirst\n").unwrap();
+    refused(run, &["results.csv", "damaged"]);
+}
+
+#[test]
 fn kept_time_is_counted_once() {
-    assert_eq!(shown::kept_secs(&[]), 0.0);
+    assert_eq!(shown::kept_windows(&[]), []);
     // Steps 0, 1 and 5, 6 at seconds 0, 2, 4, 6: each pair spans 3 seconds.
     let one = events([0, 1, 5, 6], &[]);
-    assert_eq!(shown::kept_secs(&one), 6.0);
+    assert_eq!(shown::kept_windows(&one), [(0.0, 3.0), (4.0, 7.0)]);
     let mut two = one.clone();
     two.extend(one.iter().map(|e| Event { name: TaskName { model: 1, ..e.name }, ..*e }));
-    assert_eq!(shown::kept_secs(&two), 6.0, "another model beside it adds nothing");
+    assert_eq!(shown::kept_windows(&two), [(0.0, 3.0), (4.0, 7.0)], "another model beside it adds nothing");
+    // A model whose steps 1 to 3 are missing from second 1 to second 2.5 takes that time away.
+    let other = |step, start_secs: f64| Event {
+        name: TaskName { model: 1, ..one[0].name },
+        step,
+        start_secs,
+        end_secs: start_secs + 1.0,
+        ..one[0]
+    };
+    let three: Vec<Event> = one.iter().copied().chain([other(0, 0.0), other(4, 2.5)]).collect();
+    let windows = shown::kept_windows(&three);
+    assert_eq!(windows, [(0.0, 1.0), (2.5, 3.0), (4.0, 7.0)]);
+    // Overlaps count once, and what lies outside the windows not at all.
+    assert_eq!(
+        shown::covered_secs(vec![(2.0, 4.5), (0.5, 0.75), (2.75, 5.0), (9.0, 10.0)], &windows),
+        0.25 + 0.5 + 1.0
+    );
     let text = |steps: &[u32]| shown::steps_text(&steps.iter().copied().collect());
     assert_eq!(text(&[]), "none");
     assert_eq!(text(&[4]), "4");

@@ -5,7 +5,7 @@
 
 use super::safely::write_safely;
 use super::selection::best_first;
-use crate::base::{Result, format_secs};
+use crate::base::{Error, Result, format_secs};
 use std::path::{Path, PathBuf};
 
 /// What became of a model.
@@ -134,6 +134,41 @@ fn push_line<'a>(text: &mut String, fields: impl Iterator<Item = &'a str>) {
     text.push('\n');
 }
 
+/// Reads a results.csv: the fields of each line, the header first.
+///
+/// # Errors
+/// When the file cannot be read, a quote stands open, or a line has not as many fields as the header.
+pub fn read(path: &Path) -> Result<Vec<Vec<String>>> {
+    let damaged = |what: String| Error::bad(format!("{}: damaged: {what}", path.display()));
+    let bytes = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
+    let text = String::from_utf8(bytes).map_err(|e| damaged(e.to_string()))?;
+    let rows = parse(&text).ok_or_else(|| damaged("it breaks off".into()))?;
+    match rows.iter().enumerate().find(|(_, row)| row.len() != rows[0].len()) {
+        Some((i, row)) => Err(damaged(format!("row {i} has {} fields, the header {}", row.len(), rows[0].len()))),
+        None => Ok(rows),
+    }
+}
+
+/// Takes CSV apart as RFC 4180 says, lines ending in a plain line feed; `None` where it does not end with a whole line.
+fn parse(text: &str) -> Option<Vec<Vec<String>>> {
+    let (mut rows, mut row, mut field) = (Vec::new(), Vec::new(), String::new());
+    let mut chars = text.chars().peekable();
+    let mut quoted = false;
+    while let Some(c) = chars.next() {
+        match c {
+            '"' if quoted && chars.peek() == Some(&'"') => field.extend(chars.next()),
+            '"' => quoted = !quoted,
+            ',' if !quoted => row.push(std::mem::take(&mut field)),
+            '\n' if !quoted => {
+                row.push(std::mem::take(&mut field));
+                rows.push(std::mem::take(&mut row));
+            }
+            c => field.push(c),
+        }
+    }
+    (!quoted && row.is_empty() && field.is_empty()).then_some(rows)
+}
+
 /// The table for people: a header, then a row per model. A reason stands on one line, cut where it is long.
 pub fn table(results: &[ModelResult]) -> Vec<Vec<String>> {
     let header = ["model", "steps", "loss", "held-out loss", "time", "status"].map(String::from).to_vec();
@@ -180,27 +215,6 @@ mod tests {
         }
     }
 
-    /// Takes CSV apart as RFC 4180 says.
-    fn parse(text: &str) -> Vec<Vec<String>> {
-        let (mut rows, mut row, mut field) = (Vec::new(), Vec::new(), String::new());
-        let mut chars = text.chars().peekable();
-        let mut quoted = false;
-        while let Some(c) = chars.next() {
-            match c {
-                '"' if quoted && chars.peek() == Some(&'"') => field.extend(chars.next()),
-                '"' => quoted = !quoted,
-                ',' if !quoted => row.push(std::mem::take(&mut field)),
-                '\n' if !quoted => {
-                    row.push(std::mem::take(&mut field));
-                    rows.push(std::mem::take(&mut row));
-                }
-                c => field.push(c),
-            }
-        }
-        assert!(!quoted && row.is_empty() && field.is_empty(), "cut off: {text:?}");
-        rows
-    }
-
     #[test]
     fn rows_stand_by_number_and_awkward_names_in_quotes() {
         let pair = |key: &str, value: &str| (key.to_string(), value.to_string());
@@ -234,6 +248,15 @@ mod tests {
         let rows = [result(0, Status::Done, Some(0.25), None)];
         write(&path, &rows).unwrap();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), csv(&rows));
+        let back = read(&path).unwrap();
+        assert_eq!((back.len(), back[0][0].as_str(), back[1][4].as_str()), (2, "name", "0.25"));
+        for (damaged, says) in
+            [("name,status\na\n", "row 1 has 1 fields"), ("name\n\"a", "breaks off"), ("name\na", "breaks off")]
+        {
+            std::fs::write(&path, damaged).unwrap();
+            let error = read(&path).unwrap_err().to_string();
+            assert!(error.contains("results.csv") && error.contains(says), "{error}");
+        }
         assert_eq!(write(&folder.path().join("none/results.csv"), &rows).unwrap_err().exit_code(), 2);
     }
 
@@ -283,7 +306,7 @@ mod tests {
             (row.name, row.steps, row.secs) = (texts[0].clone(), steps, secs);
             row.searched = vec![("lr".to_string(), texts[2].clone())];
             row.directory = PathBuf::from(&texts[3]);
-            let rows = parse(&csv(&[row]));
+            let rows = parse(&csv(&[row])).unwrap();
             prop_assert_eq!(rows.len(), 2);
             let [name, lr, status, reason, steps_done, train_loss, valid_loss, took, directory] = &rows[1][..] else {
                 panic!("nine fields: {rows:?}");

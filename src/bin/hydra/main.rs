@@ -7,6 +7,7 @@ mod args;
 mod devices;
 mod forward;
 mod job;
+mod live;
 mod plan_json;
 mod planning;
 mod print;

@@ -142,7 +142,7 @@ fn trace_all(file: &str, job: &Job, prepared: Vec<Prepared>) -> Result<Vec<(Prep
         let same = |j: &usize| {
             let (a, b) = (&job.models[*j], &job.models[i]);
             let sizes = |m: &job::Model| (m.batch, m.microbatch, m.dtype.clone());
-            let inputs = &traced[*j].0.inputs == &prepared.inputs;
+            let inputs = traced[*j].0.inputs == prepared.inputs;
             let microbatch = traced[*j].0.options.microbatch == prepared.options.microbatch;
             a.source == b.source && sizes(a) == sizes(b) && microbatch && inputs
         };

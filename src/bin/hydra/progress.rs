@@ -1,8 +1,11 @@
-//! What a run shows as it goes: a bar on a terminal, else a line now and then.
+//! What a run shows as it goes: a bar for each model on a terminal, else a line now and then; of several models or devices JSON lines.
 
+use crate::live::{Live, ModelState, Models, Show};
 use crate::print::say;
 use hydra::base::format_secs;
+use hydra::engine::Engine;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::json;
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
@@ -11,18 +14,59 @@ const BETWEEN_LINES: Duration = Duration::from_secs(2);
 /// A line comes at least this often.
 const LONGEST_SILENCE: Duration = Duration::from_secs(30);
 
-/// Where the models of a run show theirs.
+/// Where the models and devices of a run show theirs.
 pub struct Board {
-    bars: Option<MultiProgress>,
-    quiet: bool,
+    target: Target,
+    models: Models,
+    devices: Vec<ProgressBar>,
+}
+
+enum Target {
+    Bars(MultiProgress),
+    Lines,
+    Json,
+    Quiet,
 }
 
 impl Board {
-    /// Bars on a terminal, else lines. `quiet`: nothing is shown.
-    pub fn new(quiet: bool) -> Board {
-        let bars = !quiet && std::io::stdout().is_terminal();
-        Board { bars: bars.then(|| MultiProgress::with_draw_target(ProgressDrawTarget::stdout())), quiet }
+    /// Bars on a terminal; else lines of text where one model trains alone on one of `devices`, and JSON lines where there are more. `quiet`:
+    /// nothing is shown.
+    pub fn new(quiet: bool, models: usize, devices: usize) -> Board {
+        let target = if quiet {
+            Target::Quiet
+        } else if std::io::stdout().is_terminal() {
+            Target::Bars(MultiProgress::with_draw_target(ProgressDrawTarget::stdout()))
+        } else if models == 1 && devices == 1 {
+            Target::Lines
+        } else {
+            Target::Json
+        };
+        let device = |bars: &MultiProgress, d: usize| {
+            let bar = bars.add(ProgressBar::no_length());
+            bar.set_style(style("{prefix} {wide_msg}"));
+            bar.set_prefix(format!("device {d}"));
+            bar
+        };
+        let devices = match &target {
+            Target::Bars(bars) if models > 1 || devices > 1 => (0..devices).map(|d| device(bars, d)).collect(),
+            _ => Vec::new(),
+        };
+        Board { target, models: Models::default(), devices }
     }
+
+    /// What looks at the engine as it runs, where anything of it is shown.
+    pub fn live(&self, engine: &Engine) -> Option<Live> {
+        let show = match &self.target {
+            Target::Bars(_) if !self.devices.is_empty() => Show::Bars(self.devices.clone()),
+            Target::Json => Show::Json,
+            _ => return None,
+        };
+        Some(Live::new(self.models.clone(), show, engine.now_secs()))
+    }
+}
+
+fn style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
 }
 
 /// Shows a model's training.
@@ -32,34 +76,49 @@ pub struct Progress {
     began: Instant,
     first_step: u64,
     way: Way,
+    models: Models,
+    /// Among `models`.
+    number: usize,
     /// A smoothed rate of units per second.
     rate: Option<f64>,
 }
 
 enum Way {
     Bar(ProgressBar),
-    Lines { last: Instant, tenth: u64 },
+    Lines {
+        last: Instant,
+        tenth: u64,
+    },
+    /// Its steps stand in the run's lines.
+    Json,
     Quiet,
 }
 
 impl Progress {
-    /// For `steps` steps from `first_step` on.
+    /// For `steps` steps from `first_step` on. Models come in the order of their numbers.
     pub fn new(board: &Board, name: &str, first_step: u64, steps: u64) -> Progress {
         let now = Instant::now();
-        let way = if board.quiet {
-            Way::Quiet
-        } else if let Some(bars) = &board.bars {
-            let bar = bars.add(ProgressBar::new(steps));
-            let template = "{prefix} {wide_bar} {pos}/{len}  {msg}  {eta} left";
-            bar.set_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()));
-            bar.set_prefix(name.to_string());
-            bar.set_position(first_step);
-            bar.reset_eta();
-            Way::Bar(bar)
-        } else {
-            Way::Lines { last: now, tenth: 0 }
+        let way = match &board.target {
+            Target::Quiet => Way::Quiet,
+            Target::Bars(bars) => {
+                // Above the lines of the devices.
+                let bar = match board.devices.first() {
+                    Some(device) => bars.insert_before(device, ProgressBar::new(steps)),
+                    None => bars.add(ProgressBar::new(steps)),
+                };
+                bar.set_style(style("{prefix} {wide_bar} {pos}/{len}  {msg}  {eta} left"));
+                bar.set_prefix(name.to_string());
+                bar.set_position(first_step);
+                bar.reset_eta();
+                Way::Bar(bar)
+            }
+            Target::Lines => Way::Lines { last: now, tenth: 0 },
+            Target::Json => Way::Json,
         };
-        Progress { name: name.to_string(), steps, began: now, first_step, way, rate: None }
+        let models = board.models.clone();
+        let number = models.borrow().len();
+        models.borrow_mut().push(ModelState { name: name.to_string(), step: first_step, steps, loss: None });
+        Progress { name: name.to_string(), steps, began: now, first_step, way, models, number, rate: None }
     }
 
     /// Step `step` (from 0) has ended with `loss`; `per_sec` `units` (tokens, samples) went through a second.
@@ -67,8 +126,10 @@ impl Progress {
         let rate = self.rate.map_or(per_sec, |rate| 0.8 * rate + 0.2 * per_sec);
         self.rate = Some(rate);
         let done = step + 1;
+        let state = &mut self.models.borrow_mut()[self.number];
+        (state.step, state.loss) = (done, Some(loss));
         match &mut self.way {
-            Way::Quiet => {}
+            Way::Quiet | Way::Json => {}
             Way::Bar(bar) => {
                 bar.set_message(format!("loss {loss:.4}  {rate:.0} {units}/s"));
                 bar.set_position(done);
@@ -97,6 +158,7 @@ impl Progress {
             Way::Quiet => {}
             Way::Bar(bar) => bar.println(format!("{}: {line}", self.name)),
             Way::Lines { .. } => say(format!("{}: {line}", self.name)),
+            Way::Json => say(json!({ "event": "note", "model": self.name, "text": line })),
         }
     }
 

@@ -2,7 +2,8 @@
 
 use crate::print::{say, table};
 use crate::simulate::simulate_job;
-use hydra::base::{Error, Result, format_secs};
+use hydra::base::{Error, Result, format_secs, parse_bytes, parse_bytes_per_sec};
+use hydra::trace::{SweepLine, SweepPlot, sweep_svg};
 use hydra::train::{refused, write_safely};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -38,7 +39,7 @@ struct Figures {
     utilisation: f64,
 }
 
-/// Simulates every combination; with `out`, writes sweep.csv there.
+/// Simulates every combination; with `out`, writes sweep.csv and sweep.svg there.
 ///
 /// # Errors
 /// When a key is not known, the job is at fault, or a file cannot be written. A combination that does not fit is a row that says so.
@@ -74,6 +75,8 @@ pub fn run(path: &Path, sets: &[String], sweep: &[String], out: Option<&Path>, j
     if let Some(out) = out {
         std::fs::create_dir_all(out).map_err(|e| refused("create", out, e))?;
         write_safely(&out.join("sweep.csv"), |file| file.write_all(csv(&axes, &points).as_bytes()))?;
+        let svg = sweep_svg(&plot(&axes, &points));
+        write_safely(&out.join("sweep.svg"), |file| file.write_all(svg.as_bytes()))?;
     }
     if json {
         say(Value::from(points.iter().map(|p| point_json(&axes, p)).collect::<Vec<_>>()));
@@ -95,7 +98,10 @@ pub fn run(path: &Path, sets: &[String], sweep: &[String], out: Option<&Path>, j
         rows.push(row);
     }
     say(table(&rows).trim_end());
-    out.into_iter().for_each(|out| say(format!("  sweep       {}", out.join("sweep.csv").display())));
+    if let Some(out) = out {
+        say(format!("  sweep       {}", out.join("sweep.csv").display()));
+        say(format!("  plot        {}", out.join("sweep.svg").display()));
+    }
     Ok(())
 }
 
@@ -132,6 +138,39 @@ fn csv(axes: &[Axis], points: &[Point]) -> String {
         };
     }
     text
+}
+
+/// The value as a number: a count, bytes, or bytes per second.
+fn number(value: &str) -> Option<f64> {
+    let plain = value.parse::<f64>().ok().filter(|n| n.is_finite());
+    plain.or_else(|| parse_bytes(value).ok().map(|n| n as f64)).or_else(|| parse_bytes_per_sec(value).ok())
+}
+
+/// Makespans over the last axis of at least two numbers; without one, over the last axis of at least two words.
+fn plot(axes: &[Axis], points: &[Point]) -> SweepPlot {
+    let numbers = |axis: &Axis| axis.values.iter().map(|v| number(v)).collect::<Option<Vec<f64>>>();
+    let varies = |i: &usize| axes[*i].values.len() > 1;
+    let last = |fits: &dyn Fn(&usize) -> bool| (0..axes.len()).rev().find(fits);
+    let across =
+        last(&|i| varies(i) && numbers(&axes[*i]).is_some()).or_else(|| last(&varies)).unwrap_or(axes.len() - 1);
+    let axis = &axes[across];
+    let mut lines: Vec<SweepLine> = Vec::new();
+    for point in points {
+        let others = (0..axes.len()).filter(|i| *i != across && varies(i));
+        let words: Vec<String> = others.map(|i| format!("{}={}", axes[i].key, point.values[i])).collect();
+        let label = words.join(", ");
+        let line = lines.iter().position(|line| line.label == label).unwrap_or_else(|| {
+            lines.push(SweepLine { label, secs: vec![None; axis.values.len()] });
+            lines.len() - 1
+        });
+        let at =
+            axis.values.iter().position(|v| *v == point.values[across]).expect("points are made of the axes' values");
+        lines[line].secs[at] = point.outcome.as_ref().ok().map(|f| (f.makespan_secs, f.bound_secs));
+    }
+    let fixed = axes.iter().enumerate().filter(|(i, axis)| *i != across && axis.values.len() == 1);
+    let fixed: Vec<String> = fixed.map(|(_, axis)| format!("{}={}", axis.key, axis.values[0])).collect();
+    let title = if fixed.is_empty() { "Makespan".to_string() } else { format!("Makespan, {}", fixed.join(", ")) };
+    SweepPlot { title, axis: axis.key.clone(), values: axis.values.clone(), numbers: numbers(axis), lines }
 }
 
 fn point_json(axes: &[Axis], point: &Point) -> Value {

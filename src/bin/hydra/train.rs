@@ -218,7 +218,11 @@ fn train_all(
         }
     }
     record(dir, planned, &active, &from, &mut fleet)?;
-    let board = Board::new(quiet);
+    let board = Board::new(quiet, active.len(), specs.len());
+    let live = board.live(fleet.engine()).map(|live| Rc::new(RefCell::new(live)));
+    if let Some(live) = live.clone() {
+        fleet.watch(move |engine| live.borrow_mut().look(engine));
+    }
     let selections = selections(planned);
     let mut watches = Vec::new();
     for (i, &m) in active.iter().enumerate() {
@@ -232,6 +236,7 @@ fn train_all(
     let mut observers: Vec<&mut dyn Observer> = watches.iter_mut().map(|w| w as &mut dyn Observer).collect();
     let result = fleet.run(&mut observers, stop);
     watches.iter().for_each(Watch::finish);
+    live.iter().for_each(|live| live.borrow_mut().finish(fleet.engine()));
     let recorded = fleet.engine_mut().take_recorder().map(Recorder::finish).transpose();
     let nothing_done = (0..active.len()).all(|i| fleet.steps_done(i) == 0) && from.iter().all(|&f| f == 0);
     let kept = |error| Failure { error, untouched: nothing_done };
@@ -256,7 +261,7 @@ fn train_all(
         let (count, all, name, why) = (failed.len(), rows.len(), &first.name, first.status.reason());
         Error::Device(format!("{count} of {all} models failed; {name}: {why}"))
     });
-    Ok(Trained { models: rows.iter().map(|row| row_json(row)).collect(), failed })
+    Ok(Trained { models: rows.iter().map(row_json).collect(), failed })
 }
 
 /// Records the run's first and last steps.

@@ -12,6 +12,7 @@ const MANY_EVENTS: usize = 3000;
 /// Consecutive steps of one model and the seconds they took.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Shown {
+    pub model: u16,
     pub first: u32,
     pub last: u32,
     /// From the first arithmetic of `first` to that of the step after `last`: what repeats. To the end of `last` where no more is known.
@@ -32,10 +33,27 @@ struct Step {
     unsteady: bool,
 }
 
-/// Chooses what to draw: the last run of up to three kept steps of the lowest model that are steady (no start, no validation, not the
-/// last of all, whose end nothing overlaps), of fewer where there are none, of any at the worst. `None` without events.
+/// A choice and how good it is: the more models the better; then steady steps (no start, no validation, not the last of all, whose end
+/// nothing overlaps); then more of them, up to three.
+struct Candidate {
+    rank: (usize, bool, u32),
+    shown: Shown,
+}
+
+/// Chooses what to draw: the best run of kept steps of any model, of equal ones the last one of the lowest model. `None` without events.
 pub(super) fn choose(events: &[Event]) -> Option<Shown> {
-    let model = events.iter().filter(|event| event.has_times()).map(|event| event.name.model).min()?;
+    let models: BTreeSet<u16> = events.iter().filter(|event| event.has_times()).map(|event| event.name.model).collect();
+    let mut best: Option<Candidate> = None;
+    for candidate in models.into_iter().flat_map(|model| candidates(events, model)) {
+        if best.as_ref().is_none_or(|best| candidate.rank > best.rank) {
+            best = Some(candidate);
+        }
+    }
+    best.map(|best| best.shown)
+}
+
+/// The best of each stretch of consecutive kept steps of a model, the last stretch first.
+fn candidates(events: &[Event], model: u16) -> Vec<Candidate> {
     let mut steps: BTreeMap<u32, Step> = BTreeMap::new();
     for event in events.iter().filter(|event| event.name.model == model && event.has_times()) {
         let (start, end) = (event.start_secs, event.end_secs);
@@ -49,24 +67,35 @@ pub(super) fn choose(events: &[Event]) -> Option<Shown> {
         step.count += 1;
         step.unsteady |= event.name.what == What::Eval;
     }
-    let newest = *steps.keys().next_back()?;
+    let newest = steps.keys().next_back().copied();
     let before = |step: u32| step.checked_sub(1).and_then(|before| steps.get(&before));
     let is_steady = |step: u32| {
         let fits = |step: &Step| !step.unsteady;
-        step < newest && steps.get(&step).is_some_and(fits) && before(step).is_some_and(fits)
+        Some(step) < newest && steps.get(&step).is_some_and(fits) && before(step).is_some_and(fits)
     };
-    let is_there = |step: u32| steps.contains_key(&step);
-    let run = |length: u32, fits: &dyn Fn(u32) -> bool| {
-        let firsts = steps.keys().rev().copied();
-        let mut runs = firsts.filter_map(|last| Some((last.checked_sub(length - 1)?, last)));
-        runs.find(|&(first, last)| {
-            let count: usize = (first..=last).filter_map(|step| steps.get(&step)).map(|step| step.count).sum();
-            (length == 1 || count <= MANY_EVENTS) && (first..=last).all(fits)
-        })
+    let numbers: Vec<u32> = steps.keys().copied().collect();
+    let stretches = numbers.chunk_by(|a, b| a + 1 == *b).rev();
+    let best_of = |stretch: &[u32]| {
+        let run = |length: u32, fits: &dyn Fn(u32) -> bool| {
+            let mut runs = stretch.windows(length as usize).rev();
+            let fits = |run: &&[u32]| {
+                let count: usize = run.iter().filter_map(|step| steps.get(step)).map(|step| step.count).sum();
+                (length == 1 || count <= MANY_EVENTS) && run.iter().all(|&step| fits(step))
+            };
+            runs.find(fits).map(|run| (run[0], run[run.len() - 1]))
+        };
+        let longest = |fits: &dyn Fn(u32) -> bool| (1..=MOST_STEPS).rev().find_map(|length| run(length, fits));
+        let steady = longest(&is_steady);
+        let (first, last) = steady.or_else(|| longest(&|_| true)).expect("a stretch has a step");
+        let shown = window(events, &steps, model, (first, last));
+        let models: BTreeSet<u16> = shown.events.iter().map(|event| event.name.model).collect();
+        Candidate { rank: (models.len(), steady.is_some(), last - first), shown }
     };
-    let lengths = || (1..=MOST_STEPS).rev();
-    let steady = lengths().find_map(|length| run(length, &is_steady));
-    let (first, last) = steady.or_else(|| lengths().find_map(|length| run(length, &is_there)))?;
+    stretches.map(best_of).collect()
+}
+
+/// The seconds of a model's steps `first` to `last`, and all that ran in them.
+fn window(events: &[Event], steps: &BTreeMap<u32, Step>, model: u16, (first, last): (u32, u32)) -> Shown {
     let begin = |step: &Step| if step.begin.is_finite() { step.begin } else { step.start };
     let end = steps[&last].end;
     let until = last.checked_add(1).and_then(|next| steps.get(&next)).map(begin);
@@ -75,34 +104,50 @@ pub(super) fn choose(events: &[Event]) -> Option<Shown> {
         window = (steps[&first].start, end);
     }
     let is_inside = |event: &&Event| event.has_times() && event.start_secs < window.1 && event.end_secs > window.0;
-    Some(Shown { first, last, window, events: events.iter().filter(is_inside).copied().collect() })
+    Shown { model, first, last, window, events: events.iter().filter(is_inside).copied().collect() }
 }
 
-/// Seconds that the kept steps took: each model's consecutive ones from the first start to the last end, overlaps counted once.
-pub(super) fn kept_secs(events: &[Event]) -> f64 {
+/// The times in which the trace misses nothing: from its first event to its last, but for those in which a model was at steps that were not kept.
+pub(super) fn kept_windows(events: &[Event]) -> Vec<(f64, f64)> {
     let mut steps: BTreeMap<(u16, u32), (f64, f64)> = BTreeMap::new();
     for event in events.iter().filter(|event| event.has_times()) {
         let span = steps.entry((event.name.model, event.step)).or_insert((event.start_secs, event.end_secs));
         *span = (span.0.min(event.start_secs), span.1.max(event.end_secs));
     }
-    let mut spans: Vec<(f64, f64)> = Vec::new();
-    let mut previous = None;
-    for (&(model, step), &(start, end)) in &steps {
-        match spans.last_mut() {
-            Some(span) if previous == Some((model, step.wrapping_sub(1))) => {
-                *span = (span.0.min(start), span.1.max(end));
-            }
-            _ => spans.push((start, end)),
-        }
-        previous = Some((model, step));
+    let begin = steps.values().map(|span| span.0).fold(f64::INFINITY, f64::min);
+    let end = steps.values().map(|span| span.1).fold(f64::NEG_INFINITY, f64::max);
+    let pairs = steps.iter().zip(steps.iter().skip(1));
+    let gaps = pairs.filter(|((a, _), (b, _))| a.0 == b.0 && b.1 - a.1 > 1).map(|((_, a), (_, b))| (a.1, b.0));
+    let mut windows = Vec::new();
+    let mut from = begin;
+    for gap in merged(gaps.collect()) {
+        windows.push((from, gap.0));
+        from = gap.1;
     }
+    windows.push((from, end));
+    windows.retain(|window| window.1 > window.0);
+    windows
+}
+
+/// Seconds of the windows that lie in at least one of the spans.
+pub(super) fn covered_secs(spans: Vec<(f64, f64)>, windows: &[(f64, f64)]) -> f64 {
+    let within = |span: (f64, f64)| windows.iter().map(move |w| (span.1.min(w.1) - span.0.max(w.0)).max(0.0));
+    // From 0 on: the sum of nothing is -0.
+    merged(spans).into_iter().flat_map(within).fold(0.0, |sum, secs| sum + secs)
+}
+
+/// The same times as spans that do not touch, in order.
+fn merged(mut spans: Vec<(f64, f64)>) -> Vec<(f64, f64)> {
+    spans.retain(|span| span.1 > span.0);
     spans.sort_by(|a, b| a.0.total_cmp(&b.0));
-    let (mut sum, mut until) = (0.0, f64::NEG_INFINITY);
-    for (start, end) in spans {
-        sum += (end - start.max(until)).max(0.0);
-        until = until.max(end);
+    let mut out: Vec<(f64, f64)> = Vec::new();
+    for span in spans {
+        match out.last_mut() {
+            Some(last) if span.0 <= last.1 => last.1 = last.1.max(span.1),
+            _ => out.push(span),
+        }
     }
-    sum
+    out
 }
 
 /// Steps in words: `0 to 4 and 90 to 99`.
