@@ -161,11 +161,7 @@ impl Engine {
                 let next_step = ahead + (shard as u64 + 1) * visit;
                 self.settle(&site, &super::settle::Settled { shard, slot, rule, clip, next_step, visit });
             }
-            Purpose::Evaluation if site.is_last(shard) => {
-                if site.model.eval.as_ref().is_some_and(|g| g.loss.is_some()) {
-                    self.result(&site);
-                }
-            }
+            Purpose::Evaluation if site.is_last(shard) && site.model.eval_has_loss() => self.result(&site),
             _ => {}
         }
     }

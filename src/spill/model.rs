@@ -67,6 +67,11 @@ impl Model {
         self.train.float == DType::Bf16
     }
 
+    /// Whether its evaluation ends in a loss.
+    pub fn eval_has_loss(&self) -> bool {
+        self.eval.as_ref().is_some_and(|graph| graph.loss.is_some())
+    }
+
     /// Bytes of a parameter's gradient accumulator.
     pub fn gradient_bytes(&self, parameter: usize) -> u64 {
         self.train.bytes(self.train.parameters[parameter].value) * self.layout.wide_ratio
