@@ -9,9 +9,9 @@ use super::{Claim, DeviceView, ModelId, ModelView, Policy, View};
 use std::cmp::Ordering;
 
 /// A unit whose useful share is within this part of the best one is as good as that: predictions are no better.
-const TOLERANCE: f64 = 1.0 / 32.0;
+const TOLERANCE: f64 = 0.125;
 
-/// Sharded-LRTF that weighs what is resident, links and unequal devices, in four passes over the models and one over the devices.
+/// Sharded-LRTF that weighs what is resident, links and unequal devices, in three passes over the models and one over the devices.
 ///
 /// `s`, `r`, `b` and `h` are a device's speed, its link's bytes per second, the seconds until its queue has run and until its copies are there;
 /// `R`, `B`, `W` and `u` a model's remaining seconds, bytes and waits, and its next unit's seconds, at speed 1. All sums and maxima are over all
@@ -20,10 +20,10 @@ const TOLERANCE: f64 = 1.0 / 32.0;
 /// 1. **Chain** of a model: `C = max(R / max s, B / max r) + W`. It takes at least that long wherever it runs.
 /// 2. **Horizon**: the run does not end before `T = max(max C, (sum R + sum b s) / sum s, sum B / sum r)`. A shared link caps `max r` and `sum r`.
 /// 3. **Critical** is a candidate that might end last if it were passed over once: `b + C + turn >= T`, where a turn is the longest that any
-///    candidate's next unit takes by the same two measures. The longest critical chain goes first.
+///    candidate's next unit takes by the same two measures. If there are critical candidates, only they are considered.
 /// 4. **Useful share** of a candidate: `(u / s) / (w + u / s)`, where `w = max(0, h + bytes / rate - b)` is how long the device would wait
 ///    for its copies, or longer where what it fetches is not at home by then. `bytes` leaves out a shard that a slot holds and boundary tensors that are here; `rate` is `r`, or an equal part of the
-///    shared link among the devices that are copying. Candidates within 1/32 of the best share are equals.
+///    shared link among the devices that are copying. Candidates within 1/8 of the best share are equals.
 /// 5. Of equals the longest chain goes first, with sharded-LRTF's ties.
 ///
 /// On unequal devices a unit is left to the fastest device that is free soonest, where that would end it sooner, if its chain is the longest and critical,
@@ -41,14 +41,16 @@ impl Policy for LocalityLrtf {
         let outlook = Outlook::new(view);
         let rest = || view.candidates().filter(|model| !outlook.is_left(model));
 
-        // Whoever might end last goes first, whatever its copies: no other chain is as long as a critical one.
-        let longer = |a: &'_ &ModelView, b: &'_ &ModelView| outlook.by_chain(a, b);
-        let longest = rest().max_by(longer)?;
-        if outlook.is_critical(longest) {
-            return Some(longest.id);
+        let (mut best, mut best_critical) = (0f64, None);
+        for model in rest() {
+            let share = outlook.useful_share(model);
+            best = greater(best, share);
+            if outlook.is_critical(model) {
+                best_critical = Some(greater(best_critical.unwrap_or(0.0), share));
+            }
         }
-        let best = rest().map(|model| outlook.useful_share(model)).fold(0.0, greater);
-        let enough = (1.0 - TOLERANCE) * best;
+        // Where there are critical candidates, one of them is the longest that is good enough: no other chain is as long as theirs.
+        let enough = (1.0 - TOLERANCE) * best_critical.unwrap_or(best);
         let mut first: Option<&ModelView> = None;
         for model in rest() {
             // The share is asked last: most candidates are shorter than one that was found before.

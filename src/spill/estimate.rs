@@ -116,7 +116,7 @@ pub fn estimate_anywhere_secs(
     let ring = matches!(choice.activations, BoundaryTier::Host { entries: ..=2 });
     // With single entries copies and arithmetic take turns.
     let mut exposed = if ring && n > 1 { copies(boundaries, cost.h2d_bytes_per_sec, n) } else { 0.0 };
-    // With three, what comes in waits for what goes out. Measured on random workloads, that seldom shows.
+    // With three, what comes in waits for what goes out; a guess that this shows one time in ten.
     if matches!(choice.activations, BoundaryTier::Host { entries: 3 }) && n > 1 {
         exposed += 0.1 * copies(boundaries, cost.h2d_bytes_per_sec, n);
     }
