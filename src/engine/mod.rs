@@ -15,13 +15,13 @@ mod simulate;
 mod state;
 mod tables;
 mod turns;
+mod unit_cost;
 mod visit;
-pub use simulate::{SimulateOptions, Simulation, bounds_of, simulate};
+pub use simulate::{Prediction, SimulateOptions, Simulation, bounds_of, predict, simulate};
 pub use state::Stored;
 pub use turns::TurnOptions;
 
 use crate::base::{Error, LaneId, LaneKind, Result};
-use crate::device::sim::{CostModel, SimDevice};
 use crate::device::{Device, UpdateRule};
 use crate::spill::{FleetMap, Home, Model, Placed, Plan};
 use crate::trace::{Bound, Event, LaneSum, Recorder, StepAccount, TaskName, What};
@@ -90,17 +90,6 @@ pub enum Ended {
     Evaluation(usize, f32),
     /// This model, before its time; the others go on.
     Model(usize, Error),
-}
-
-/// What one step of a plan takes on a simulated device.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Prediction {
-    /// Seconds of a steady step.
-    pub step_secs: f64,
-    /// Busy seconds of the busiest lane: what no overlap can beat.
-    pub bound_secs: f64,
-    /// Seconds of the step by what bound them.
-    pub bound: Bound,
 }
 
 /// What a device is at.
@@ -565,37 +554,4 @@ fn lanes_of(device: &dyn Device) -> Vec<Lanes> {
         host: find(LaneId::device(d, LaneKind::HostMath)).unwrap_or_else(|| lane(LaneId::host(LaneKind::HostMath))),
     };
     (0..devices).map(of).collect()
-}
-
-/// Predicts a steady step of `plan` by running the executor on a simulated device.
-///
-/// # Errors
-/// When the plan stalls: our own bug.
-pub fn predict(model: &Arc<Model>, plan: &Arc<Plan>, cost: &CostModel, clip: bool) -> Result<Prediction> {
-    /// Steps until the lanes have settled into their rhythm, and steps that are averaged.
-    const WARM: u64 = 3;
-    const MEASURED: u64 = 4;
-    let device = Box::new(SimDevice::new(vec![cost.clone()]));
-    let mut engine = Engine::new(Arc::clone(model), Arc::clone(plan), device, EngineOptions::new(0, model));
-    let rule = visit::any_rule(plan.moments);
-    let mut busy = vec![0.0; engine.device.lanes().len()];
-    let mut prediction = Prediction { step_secs: 0.0, bound_secs: 0.0, bound: Bound::default() };
-    let mut begun = 0;
-    for step in 0..WARM + MEASURED {
-        while begun < WARM + MEASURED && engine.steps_in_flight(0) < 2 {
-            let inputs = vec![&[][..]; model.train.inputs.len()];
-            let clip = clip.then_some(1.0);
-            engine.begin_step(0, &StepInput { step: begun, inputs, loss_scale: 1.0, rule, clip })?;
-            begun += 1;
-        }
-        let result = engine.wait_step(0)?;
-        if step >= WARM {
-            prediction.step_secs += result.secs / MEASURED as f64;
-            prediction.bound = result.bound;
-            let sums = engine.step_lane_sums().iter();
-            busy.iter_mut().zip(sums).for_each(|(busy, sum)| *busy += sum.busy_secs / MEASURED as f64);
-        }
-    }
-    prediction.bound_secs = busy.into_iter().fold(0.0, f64::max);
-    Ok(prediction)
 }

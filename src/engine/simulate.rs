@@ -1,14 +1,16 @@
 //! Models on simulated devices: the executor that trains, on a virtual clock, with no data and no losses.
 
+use super::unit_cost::{norm_bytes, update_bytes};
 use super::visit::any_rule;
 use super::{Ended, Engine, EngineOptions, StepInput, TurnOptions};
 use crate::base::{LaneKind, Result};
 use crate::device::sim::{CostModel, SimDevice};
 use crate::graph::Area;
 use crate::sched::{Bounds, DeviceRates, ModelWork, Policy};
-use crate::spill::{BoundaryTier, FleetMap, Home, Placed, update_state_bytes};
-use crate::trace::{LaneSum, Recorder};
+use crate::spill::{BoundaryTier, FleetMap, Home, Model, Placed, Plan, update_state_bytes};
+use crate::trace::{Bound, LaneSum, Recorder};
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 /// What is simulated.
 pub struct SimulateOptions {
@@ -114,6 +116,50 @@ pub fn simulate(placed: &[Placed], options: SimulateOptions) -> Result<Simulatio
     Ok(Simulation { makespan_secs, utilisation, end_secs, bounds, recorder: engine.take_recorder(), sums })
 }
 
+/// What one step of a plan takes on a simulated device.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Prediction {
+    /// Seconds of a steady step.
+    pub step_secs: f64,
+    /// Busy seconds of the busiest lane: what no overlap can beat.
+    pub bound_secs: f64,
+    /// Seconds of the step by what bound them.
+    pub bound: Bound,
+}
+
+/// Predicts a steady step of `plan` by running the executor on a simulated device.
+///
+/// # Errors
+/// When the plan stalls: our own bug.
+pub fn predict(model: &Arc<Model>, plan: &Arc<Plan>, cost: &CostModel, clip: bool) -> Result<Prediction> {
+    /// Steps until the lanes have settled into their rhythm, and steps that are averaged.
+    const WARM: u64 = 3;
+    const MEASURED: u64 = 4;
+    let device = Box::new(SimDevice::new(vec![cost.clone()]));
+    let mut engine = Engine::new(Arc::clone(model), Arc::clone(plan), device, EngineOptions::new(0, model));
+    let rule = any_rule(plan.moments);
+    let mut busy = vec![0.0; engine.device.lanes().len()];
+    let mut prediction = Prediction { step_secs: 0.0, bound_secs: 0.0, bound: Bound::default() };
+    let mut begun = 0;
+    for step in 0..WARM + MEASURED {
+        while begun < WARM + MEASURED && engine.steps_in_flight(0) < 2 {
+            let inputs = vec![&[][..]; model.train.inputs.len()];
+            let clip = clip.then_some(1.0);
+            engine.begin_step(0, &StepInput { step: begun, inputs, loss_scale: 1.0, rule, clip })?;
+            begun += 1;
+        }
+        let result = engine.wait_step(0)?;
+        if step >= WARM {
+            prediction.step_secs += result.secs / MEASURED as f64;
+            prediction.bound = result.bound;
+            let sums = engine.step_lane_sums().iter();
+            busy.iter_mut().zip(sums).for_each(|(busy, sum)| *busy += sum.busy_secs / MEASURED as f64);
+        }
+    }
+    prediction.bound_secs = busy.into_iter().fold(0.0, f64::max);
+    Ok(prediction)
+}
+
 /// What no schedule of these plans can beat: arithmetic as planned, and the bytes that must cross however shards are spread. A step fetches every
 /// shard once, since an update makes copies stale, and again for its backward where all devices' slots together cannot have kept it.
 pub fn bounds_of(placed: &[Placed], steps: &[u64], costs: &[CostModel], shared: Option<f64>) -> Bounds {
@@ -164,13 +210,6 @@ struct Rates {
     host: f64,
 }
 
-/// Bytes that the update of so many bytes of a model's weights touches, as [`crate::device::Task::bytes`] counts them.
-fn update_bytes(placed: &Placed, own: u64) -> u64 {
-    let wide = own * placed.model.layout.wide_ratio;
-    let remainder = if placed.model.has_remainders() { 2 * own } else { 0 };
-    2 * own + remainder + wide + 2 * placed.plan.moments as u64 * wide
-}
-
 /// Least seconds before a model's first unit, between two steps, and after its last unit, in which it can run nowhere.
 fn wait_secs(placed: &Placed, rates: &Rates) -> [f64; 3] {
     let plan = &placed.plan;
@@ -200,7 +239,7 @@ fn arithmetic_secs(placed: &Placed, cost: &CostModel) -> f64 {
         return secs;
     }
     let own: u64 = plan.shards.iter().map(|s| s.own_bytes()).sum();
-    secs + (update_bytes(placed, own) + own * placed.model.layout.wide_ratio) as f64 / cost.device_update_bytes_per_sec
+    secs + (update_bytes(placed, own) + norm_bytes(placed, own)) as f64 / cost.device_update_bytes_per_sec
 }
 
 /// Least bytes of a step to devices, and from them.

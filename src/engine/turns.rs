@@ -5,6 +5,7 @@
 
 use super::member::{Ending, Member, Purpose};
 use super::rings::Rings;
+use super::unit_cost::{UnitCost, unit_costs};
 use super::visit::Pass;
 use super::{Engine, EngineOptions};
 use crate::base::{Error, LaneId, LaneKind, Result};
@@ -27,24 +28,6 @@ pub struct TurnOptions {
     pub shared_bytes_per_sec: Option<f64>,
     /// Bytes of each device's arena, into which models that come later must fit.
     pub arena_bytes: Vec<u64>,
-}
-
-/// What a unit of a training step is predicted to take on the first device.
-#[derive(Clone, Copy, Debug)]
-struct UnitCost {
-    secs: f64,
-    /// Of it and all units after it in the step.
-    rest_secs: f64,
-    rest_bytes: u64,
-    weight_bytes: u64,
-    boundary_bytes: u64,
-    leave_bytes: u64,
-    /// Seconds until the other devices have its last boundary tensor, once the lane out is free.
-    hand_on_secs: f64,
-    /// Where the next step's first unit needs what this one updates: seconds until it has that, once the gradient has left.
-    turn_secs: Option<f64>,
-    /// That, and the seconds in which the gradient leaves.
-    wait_secs: f64,
 }
 
 /// A unit in a device's queue.
@@ -150,7 +133,7 @@ impl Turns {
     /// Adds a model after those that are there.
     pub fn add(&mut self, member: &Member) {
         let number = self.models.len();
-        self.costs.push(unit_costs(member, &self.cost));
+        self.costs.push(unit_costs(&member.placed, &self.cost));
         self.corrections.push(1.0);
         self.next_unit.push(0);
         self.ready.push(Ready::default());
@@ -370,50 +353,6 @@ impl Member {
     fn last_begun_steps(&self) -> u64 {
         if self.has_begun { self.last_begun + 1 } else { 0 }
     }
-}
-
-/// Predictions for the units of a training step.
-fn unit_costs(member: &Member, cost: &CostModel) -> Vec<UnitCost> {
-    let (plan, microbatches) = (&member.plan, member.model.microbatches as f64);
-    let shards = plan.shards.len();
-    let units = if plan.shards[0].backward.is_some() { 2 * shards - 1 } else { shards };
-    let on_device = plan.choice.resident || plan.choice.updates_on_device;
-    let mut costs: Vec<UnitCost> = (0..units)
-        .map(|unit| {
-            let (s, backward) = if unit + 1 < shards { (unit, false) } else { (2 * (shards - 1) - unit, true) };
-            let shard = &plan.shards[s];
-            let secs = if backward { shard.backward_secs(cost) } else { shard.forward_secs(cost) };
-            let traffic = (5 + 4 * plan.moments as u64) * 4 * shard.own_bytes() / 4;
-            let update = if backward && on_device { traffic as f64 / cost.device_update_bytes_per_sec } else { 0.0 };
-            let taken_in = s.checked_sub(1).map_or(0, |before| plan.shards[before].boundary_bytes);
-            let handed_in = if backward { shard.boundary_bytes } else { 0 };
-            let boundary = (taken_in + handed_in) * microbatches as u64;
-            let out = if backward { taken_in } else { shard.boundary_bytes };
-            let gradient = if backward && !plan.choice.resident { shard.own_bytes() } else { 0 };
-            let piece = plan.pieces(s).first().map_or(0, |r| r.end - r.start) as f64;
-            let update_secs =
-                (traffic as f64 / shard.own_bytes().max(1) as f64) * piece / cost.host_update_bytes_per_sec;
-            let turn_secs = if on_device { 0.0 } else { update_secs + piece / cost.h2d_bytes_per_sec };
-            let hand_on_secs = out as f64 * (1.0 / cost.d2h_bytes_per_sec + 1.0 / cost.h2d_bytes_per_sec);
-            UnitCost {
-                secs: secs * microbatches + update,
-                rest_secs: 0.0,
-                rest_bytes: 0,
-                weight_bytes: if plan.choice.resident { 0 } else { shard.fetch_bytes() },
-                boundary_bytes: if member.placed.home == Home::Anywhere { boundary } else { 0 },
-                leave_bytes: out * microbatches as u64 + gradient,
-                hand_on_secs,
-                wait_secs: if on_device { 0.0 } else { gradient as f64 / cost.d2h_bytes_per_sec + turn_secs },
-                turn_secs: (unit + 1 == units && !plan.choice.resident).then_some(turn_secs),
-            }
-        })
-        .collect();
-    let (mut secs, mut bytes) = (0.0, 0);
-    for unit in costs.iter_mut().rev() {
-        (secs, bytes) = (secs + unit.secs, bytes + unit.weight_bytes);
-        (unit.rest_secs, unit.rest_bytes) = (secs, bytes);
-    }
-    costs
 }
 
 impl Engine {

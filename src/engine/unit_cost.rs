@@ -1,0 +1,80 @@
+//! What a unit is predicted to take, from its plan: arithmetic, and the bytes that come before it and leave after it.
+
+use crate::device::sim::CostModel;
+use crate::spill::{Home, Placed};
+
+/// What a unit of a training step is predicted to take on the first device.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct UnitCost {
+    pub secs: f64,
+    /// Of it and all units after it in the step.
+    pub rest_secs: f64,
+    pub rest_bytes: u64,
+    pub weight_bytes: u64,
+    pub boundary_bytes: u64,
+    pub leave_bytes: u64,
+    /// Seconds until the other devices have its last boundary tensor, once the lane out is free.
+    pub hand_on_secs: f64,
+    /// Where the next step's first unit needs what this one updates: seconds until it has that, once the gradient has left.
+    pub turn_secs: Option<f64>,
+    /// That, and the seconds in which the gradient leaves.
+    pub wait_secs: f64,
+}
+
+/// Bytes that the update of so many bytes of a model's weights touches, as [`crate::device::Task::bytes`] counts them.
+pub(super) fn update_bytes(placed: &Placed, own: u64) -> u64 {
+    let wide = own * placed.model.layout.wide_ratio;
+    let remainder = if placed.model.has_remainders() { 2 * own } else { 0 };
+    2 * own + remainder + wide + 2 * placed.plan.moments as u64 * wide
+}
+
+/// Bytes that the norm of their gradients reads.
+pub(super) fn norm_bytes(placed: &Placed, own: u64) -> u64 {
+    own * placed.model.layout.wide_ratio
+}
+
+/// Predictions for the units of a training step.
+pub(super) fn unit_costs(placed: &Placed, cost: &CostModel) -> Vec<UnitCost> {
+    let (plan, microbatches) = (&placed.plan, placed.model.microbatches as f64);
+    let shards = plan.shards.len();
+    let units = if plan.shards[0].backward.is_some() { 2 * shards - 1 } else { shards };
+    let on_device = plan.choice.resident || plan.choice.updates_on_device;
+    let mut costs: Vec<UnitCost> = (0..units)
+        .map(|unit| {
+            let (s, backward) = if unit + 1 < shards { (unit, false) } else { (2 * (shards - 1) - unit, true) };
+            let shard = &plan.shards[s];
+            let secs = if backward { shard.backward_secs(cost) } else { shard.forward_secs(cost) };
+            let own = shard.own_bytes();
+            let update = match backward && on_device {
+                true => (update_bytes(placed, own) + norm_bytes(placed, own)) as f64 / cost.device_update_bytes_per_sec,
+                false => 0.0,
+            };
+            let taken_in = s.checked_sub(1).map_or(0, |before| plan.shards[before].boundary_bytes);
+            let handed_in = if backward { shard.boundary_bytes } else { 0 };
+            let boundary = (taken_in + handed_in) * microbatches as u64;
+            let out = if backward { taken_in } else { shard.boundary_bytes };
+            let gradient = if backward && !plan.choice.resident { shard.own_bytes() } else { 0 };
+            let piece = plan.pieces(s).first().map_or(0, |r| r.end - r.start) as f64;
+            let update_secs = update_bytes(placed, piece as u64) as f64 / cost.host_update_bytes_per_sec;
+            let turn_secs = if on_device { 0.0 } else { update_secs + piece / cost.h2d_bytes_per_sec };
+            let hand_on_secs = out as f64 * (1.0 / cost.d2h_bytes_per_sec + 1.0 / cost.h2d_bytes_per_sec);
+            UnitCost {
+                secs: secs * microbatches + update,
+                rest_secs: 0.0,
+                rest_bytes: 0,
+                weight_bytes: if plan.choice.resident { 0 } else { shard.fetch_bytes() },
+                boundary_bytes: if placed.home == Home::Anywhere { boundary } else { 0 },
+                leave_bytes: out * microbatches as u64 + gradient,
+                hand_on_secs,
+                wait_secs: if on_device { 0.0 } else { gradient as f64 / cost.d2h_bytes_per_sec + turn_secs },
+                turn_secs: (unit + 1 == units && !plan.choice.resident).then_some(turn_secs),
+            }
+        })
+        .collect();
+    let (mut secs, mut bytes) = (0.0, 0);
+    for unit in costs.iter_mut().rev() {
+        (secs, bytes) = (secs + unit.secs, bytes + unit.weight_bytes);
+        (unit.rest_secs, unit.rest_bytes) = (secs, bytes);
+    }
+    costs
+}
