@@ -10,6 +10,8 @@ use std::cmp::Ordering;
 
 /// A unit whose useful share is within this part of the best one is as good as that: predictions are no better.
 const TOLERANCE: f64 = 0.125;
+/// The same among critical models, of which the longest is worth more waiting.
+const CRITICAL_TOLERANCE: f64 = 0.5;
 
 /// Sharded-LRTF that weighs what is resident, links and unequal devices, in three passes over the models and one over the devices.
 ///
@@ -23,7 +25,8 @@ const TOLERANCE: f64 = 0.125;
 ///    candidate's next unit takes by the same two measures. If there are critical candidates, only they are considered.
 /// 4. **Useful share** of a candidate: `(u / s) / (w + u / s)`, where `w = max(0, h + bytes / rate - b)` is how long the device would wait
 ///    for its copies, or longer where what it fetches is not at home by then. `bytes` leaves out a shard that a slot holds and boundary tensors that are here; `rate` is `r`, or an equal part of the
-///    shared link among the devices that are copying. Candidates within 1/8 of the best share are equals.
+///    shared link among the devices that are copying. Candidates within 1/8 of the best share are equals,
+///    critical ones within 1/2.
 /// 5. Of equals the longest chain goes first, with sharded-LRTF's ties.
 ///
 /// On unequal devices a unit is left to the fastest device that is free soonest, where that would end it sooner, if its chain is the longest and critical,
@@ -50,7 +53,7 @@ impl Policy for LocalityLrtf {
             }
         }
         // Where there are critical candidates, one of them is the longest that is good enough: no other chain is as long as theirs.
-        let enough = (1.0 - TOLERANCE) * best_critical.unwrap_or(best);
+        let enough = best_critical.map_or((1.0 - TOLERANCE) * best, |best| (1.0 - CRITICAL_TOLERANCE) * best);
         let mut first: Option<&ModelView> = None;
         for model in rest() {
             // The share is asked last: most candidates are shorter than one that was found before.

@@ -206,14 +206,21 @@ impl Fleet {
         }
     }
 
-    /// Ends a model before its time, as its observer may want; the others go on.
+    /// Ends a model before its time; the others go on. One that has come to its end stays as it is.
     ///
     /// # Errors
     /// When a device fails.
     pub fn cancel(&mut self, model: usize, why: Error) -> Result<()> {
+        match self.trainees[model].stage {
+            Stage::Done => Ok(()),
+            _ => self.fail(model, why),
+        }
+    }
+
+    /// The same for a fault of its own: of its data, of its observer, or of its very end.
+    fn fail(&mut self, model: usize, why: Error) -> Result<()> {
         match &mut self.trainees[model].stage {
             Stage::Failed(_) => Ok(()),
-            // Its end itself may have gone wrong.
             stage @ (Stage::Waiting | Stage::Done) => {
                 *stage = Stage::Failed(Some(why));
                 Ok(())
@@ -237,7 +244,7 @@ impl Fleet {
             self.call_up(stopping);
             for model in 0..self.trainees.len() {
                 if let Err(error) = self.attend(model, crew.observer(model), stopping) {
-                    self.cancel(model, error)?;
+                    self.fail(model, error)?;
                 }
             }
             self.call_up(stopping);
@@ -260,7 +267,7 @@ impl Fleet {
                     trainee.ends |= observer.wants_end();
                     trainee.pause |= trainee.ends || observer.wants_checkpoint();
                     if let Err(error) = told {
-                        self.cancel(model, error)?;
+                        self.fail(model, error)?;
                     }
                 }
                 Ended::Evaluation(model, loss) => {
