@@ -33,7 +33,8 @@ def settings(**values):
 
 
 def share(part):
-    return f"{100 * part:.1f} %"
+    # What rounds to nothing is nothing, whatever its sign.
+    return f"{100 * (part if abs(part) >= 5e-4 else 0):.1f} %"
 
 
 def main_table(job, recompute):
