@@ -19,20 +19,15 @@ fn models(count: usize, devices: usize, idle_part: f64) -> Vec<ModelView> {
     let mut model = |id| {
         let device = numbers.below(devices as u64) as DeviceId;
         ModelView {
-            id: id as ModelId,
             claim: if numbers.uniform() < idle_part { Claim::Idle } else { Claim::By(device) },
-            pinned: None,
             remaining_secs: 100.0 * numbers.uniform(),
-            remaining_wait_secs: 0.0,
             remaining_bytes: numbers.below(1 << 40),
             shard: numbers.below(16) as u16,
             unit_secs: 0.1 + 0.1 * numbers.uniform(),
             weight_bytes: numbers.below(1 << 30),
             boundary_bytes: numbers.below(1 << 24),
-            weights_ready_secs: 0.0,
-            boundary_ready_secs: 0.0,
-            leave_bytes: 0,
             last_device: Some(device),
+            ..ModelView::away(id as ModelId)
         }
     };
     (0..count).map(&mut model).collect()

@@ -137,22 +137,7 @@ impl Turns {
         self.corrections.push(1.0);
         self.next_unit.push(0);
         self.ready.push(Ready::default());
-        self.models.push(ModelView {
-            id: number as u16,
-            claim: Claim::Away,
-            pinned: None,
-            remaining_secs: 0.0,
-            remaining_wait_secs: 0.0,
-            remaining_bytes: 0,
-            shard: 0,
-            unit_secs: 0.0,
-            weight_bytes: 0,
-            boundary_bytes: 0,
-            weights_ready_secs: 0.0,
-            boundary_ready_secs: 0.0,
-            leave_bytes: 0,
-            last_device: None,
-        });
+        self.models.push(ModelView::away(number as u16));
         self.refresh(number, member);
     }
 
@@ -238,9 +223,14 @@ impl Turns {
         now: f64,
         mut held: impl FnMut(usize, &mut Vec<(ModelId, u16)>),
     ) -> Result<Option<(usize, usize)>> {
+        let mut order = std::mem::take(&mut self.order);
+        order.clear();
+        order.extend((0..self.devices.len()).filter(|&d| self.queues[d].len() < self.units && self.has_candidate(d)));
+        self.order = order;
+        if self.order.is_empty() {
+            return Ok(None);
+        }
         self.look(now);
-        self.order.clear();
-        self.order.extend((0..self.devices.len()).filter(|&d| self.queues[d].len() < self.units));
         // The one that is free soonest is asked first, and of equal ones the fastest: see `sched`.
         let devices = &self.devices;
         self.order.sort_unstable_by(|&a, &b| {
@@ -249,10 +239,6 @@ impl Turns {
         });
         for i in 0..self.order.len() {
             let device = self.order[i];
-            let view = View { device: device as u16, ..self.view() };
-            if view.candidates().next().is_none() {
-                continue;
-            }
             held(device, &mut self.devices[device].held);
             let view = View { device: device as u16, ..self.view() };
             let Some(model) = self.policy.choose(&view) else { continue };
@@ -275,6 +261,10 @@ impl Turns {
             return Ok(Some((device, usize::from(model))));
         }
         Ok(None)
+    }
+
+    fn has_candidate(&self, device: usize) -> bool {
+        View { device: device as u16, ..self.view() }.candidates().next().is_some()
     }
 
     /// The moment, for device 0.

@@ -42,23 +42,25 @@ impl Policy for LocalityLrtf {
 
     fn choose(&self, view: &View) -> Option<ModelId> {
         let outlook = Outlook::new(view);
-        let rest = || view.candidates().filter(|model| !outlook.is_left(model));
-
+        // Whether a model is left to another device is asked last: for most it makes no difference.
         let (mut best, mut best_critical) = (0f64, None);
-        for model in rest() {
-            let share = outlook.useful_share(model);
+        for model in view.candidates() {
+            let (share, critical) = (outlook.useful_share(model), outlook.is_critical(model));
+            let raises = share > best || critical && best_critical.is_none_or(|best| share > best);
+            if !raises || outlook.is_left(model) {
+                continue;
+            }
             best = greater(best, share);
-            if outlook.is_critical(model) {
+            if critical {
                 best_critical = Some(greater(best_critical.unwrap_or(0.0), share));
             }
         }
         // Where there are critical candidates, one of them is the longest that is good enough: no other chain is as long as theirs.
         let enough = best_critical.map_or((1.0 - TOLERANCE) * best, |best| (1.0 - CRITICAL_TOLERANCE) * best);
         let mut first: Option<&ModelView> = None;
-        for model in rest() {
-            // The share is asked last: most candidates are shorter than one that was found before.
+        for model in view.candidates() {
             let longer = first.is_none_or(|first| outlook.by_chain(model, first).is_gt());
-            if longer && outlook.useful_share(model) >= enough {
+            if longer && outlook.useful_share(model) >= enough && !outlook.is_left(model) {
                 first = Some(model);
             }
         }

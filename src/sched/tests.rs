@@ -9,20 +9,10 @@ use toy::{Toy, Unit};
 /// Idle models of these remaining seconds, whose next unit takes 1 second and fetches nothing.
 fn models(remaining_secs: &[f64]) -> Vec<ModelView> {
     let model = |(id, &remaining_secs)| ModelView {
-        id: id as ModelId,
         claim: Claim::Idle,
-        pinned: None,
         remaining_secs,
-        remaining_wait_secs: 0.0,
-        remaining_bytes: 0,
-        shard: 0,
         unit_secs: 1.0,
-        weight_bytes: 0,
-        boundary_bytes: 0,
-        weights_ready_secs: 0.0,
-        boundary_ready_secs: 0.0,
-        leave_bytes: 0,
-        last_device: None,
+        ..ModelView::away(id as ModelId)
     };
     remaining_secs.iter().enumerate().map(model).collect()
 }

@@ -50,6 +50,28 @@ pub struct ModelView {
     pub last_device: Option<DeviceId>,
 }
 
+impl ModelView {
+    /// A model with nothing to do.
+    pub fn away(id: ModelId) -> ModelView {
+        ModelView {
+            id,
+            claim: Claim::Away,
+            pinned: None,
+            remaining_secs: 0.0,
+            remaining_wait_secs: 0.0,
+            remaining_bytes: 0,
+            shard: 0,
+            unit_secs: 0.0,
+            weight_bytes: 0,
+            boundary_bytes: 0,
+            weights_ready_secs: 0.0,
+            boundary_ready_secs: 0.0,
+            leave_bytes: 0,
+            last_device: None,
+        }
+    }
+}
+
 /// A device as a policy sees it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DeviceView {

@@ -143,20 +143,15 @@ impl Toy {
         let none = Unit { shard: 0, secs: 0.0, weight_bytes: 0, boundary_bytes: 0, updates: false };
         let next = to_come.first().unwrap_or(&none);
         ModelView {
-            id: id as ModelId,
             claim: if to_come.is_empty() { Claim::Away } else { device.map_or(Claim::Idle, Claim::By) },
-            pinned: None,
             remaining_secs: to_come.iter().map(|unit| unit.secs).sum(),
-            remaining_wait_secs: 0.0,
             remaining_bytes: to_come.iter().map(|unit| unit.weight_bytes).sum(),
             shard: next.shard,
             unit_secs: next.secs,
             weight_bytes: next.weight_bytes,
             boundary_bytes: next.boundary_bytes,
-            weights_ready_secs: 0.0,
-            boundary_ready_secs: 0.0,
-            leave_bytes: 0,
             last_device: device,
+            ..ModelView::away(id as ModelId)
         }
     }
 }
