@@ -330,10 +330,12 @@ impl Engine {
     fn spill_updated(&mut self, site: &Site, s: usize, state: u64) {
         let own = &site.plan.shards[s].layout.own;
         let slot = self.rings[site.rings].weights.find(site.shard(s)).expect("its update has just been made");
-        let bytes = own.end - own.start;
-        let from = site.arena(site.map.weight_slots[slot], bytes);
-        let to = site.store(site.plan.host.weights + own.start, bytes);
-        self.copy(site, What::SpillWeights, s, None, vec![CopySpan { from, to }]);
+        for i in 0..self.members[site.member].tables.copies[s].len() {
+            let Range { start, end } = self.members[site.member].tables.copies[s][i];
+            let from = site.arena(site.map.weight_slots[slot] + start, end - start);
+            let to = site.store(site.plan.host.weights + own.start + start, end - start);
+            self.copy(site, What::SpillWeights, s, None, vec![CopySpan { from, to }]);
+        }
         let mut at = state;
         let spans = Self::update_state_at_home(site, s).map(|to| {
             at += to.bytes;

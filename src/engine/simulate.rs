@@ -54,7 +54,8 @@ pub struct Simulation {
 /// When the policy chooses what it may not, or everything stalls because it chooses nothing.
 pub fn simulate(placed: &[Placed], options: SimulateOptions) -> Result<Simulation> {
     let SimulateOptions { steps, clips, costs, shared_bytes_per_sec, policy, units, lines, recorder } = options;
-    let bounds = bounds_of(placed, &steps, &costs, shared_bytes_per_sec);
+    let pipelines = policy.as_ref().is_some_and(|policy| policy.pipelines());
+    let bounds = bounds_of(placed, &steps, &costs, shared_bytes_per_sec, pipelines);
     let devices = costs.len();
     let device = Box::new(SimDevice::new(costs.clone()).with_shared_link(shared_bytes_per_sec));
     let arena_bytes = FleetMap::new(placed, devices).arena_bytes;
@@ -161,8 +162,15 @@ pub fn predict(model: &Arc<Model>, plan: &Arc<Plan>, cost: &CostModel, clip: boo
 }
 
 /// What no schedule of these plans can beat: arithmetic as planned, and the bytes that must cross however shards are spread. A step fetches every
-/// shard once, since an update makes copies stale, and again for its backward where all devices' slots together cannot have kept it.
-pub fn bounds_of(placed: &[Placed], steps: &[u64], costs: &[CostModel], shared: Option<f64>) -> Bounds {
+/// shard once, since an update makes copies stale, and again for its backward where all devices' slots together cannot have kept it. `pipelines`: a unit
+/// may begin before the one that it follows has ended.
+pub fn bounds_of(
+    placed: &[Placed],
+    steps: &[u64],
+    costs: &[CostModel],
+    shared: Option<f64>,
+    pipelines: bool,
+) -> Bounds {
     let total =
         |cost: &CostModel| placed.iter().zip(steps).map(|(p, &n)| n as f64 * arithmetic_secs(p, cost)).sum::<f64>();
     let first = total(&costs[0]);
@@ -184,11 +192,14 @@ pub fn bounds_of(placed: &[Placed], steps: &[u64], costs: &[CostModel], shared: 
         let (down, up) = least_bytes(p, costs.len());
         let secs = steps as f64 * arithmetic_secs(p, &costs[0]);
         let [first_secs, turn_secs, last_secs] = wait_secs(p, &rates);
-        let in_line = if p.plan.choice.pipelined { p.model.microbatches as f64 } else { 1.0 };
+        let chain_secs = match p.plan.choice.pipelined || pipelines && p.home == Home::Anywhere {
+            true => steps as f64 * pipelined_secs(p, &costs[0]),
+            false => secs,
+        };
         let ends = if steps > 0 { 1.0 } else { 0.0 };
         ModelWork {
             arithmetic_secs: secs,
-            chain_secs: secs / in_line,
+            chain_secs,
             first_secs: ends * first_secs,
             turns_secs: steps.saturating_sub(1) as f64 * turn_secs,
             last_secs: ends * last_secs,
@@ -229,6 +240,16 @@ fn wait_secs(placed: &Placed, rates: &Rates) -> [f64; 3] {
     let piece = plan.pieces(0).into_iter().map(|r| r.end - r.start).min().unwrap_or(0);
     let home = shard.layout.gradient_bytes as f64 / rates.d2h + update_bytes(placed, piece) as f64 / rates.host;
     [first, home + piece as f64 / rates.h2d, home]
+}
+
+/// Seconds of a step's arithmetic that must pass one after another though microbatches go on from unit to unit: one through all units, and the
+/// others through the longest.
+fn pipelined_secs(placed: &Placed, cost: &CostModel) -> f64 {
+    let shards = &placed.plan.shards;
+    let backward = shards.iter().map(|s| s.backward_secs(cost));
+    let forward = shards[..shards.len() - 1].iter().map(|s| s.forward_secs(cost));
+    let longest = backward.clone().chain(forward.clone()).fold(0.0, f64::max);
+    backward.sum::<f64>() + forward.sum::<f64>() + (placed.model.microbatches - 1) as f64 * longest
 }
 
 /// Seconds of a step's arithmetic on a device, updates there included.

@@ -15,6 +15,8 @@ pub(super) struct Tables {
     pub segments: Vec<Arc<[Segment]>>,
     /// The pieces of each shard's own stretch.
     pub pieces: Vec<Vec<Piece>>,
+    /// The stretches in which its weights come and go.
+    pub copies: Vec<Vec<Range<u64>>>,
     /// By owning shard: uses of its parameters elsewhere, in the order of layers.
     pub joins: Vec<Vec<Join>>,
     /// Stretches of weights that each shard borrows.
@@ -100,7 +102,8 @@ impl Tables {
                 }
             }
         }
-        Tables { segments, pieces, joins, borrows }
+        let copies = (0..plan.shards.len()).map(|s| plan.copies(s)).collect();
+        Tables { segments, pieces, copies, joins, borrows }
     }
 }
 

@@ -1,7 +1,8 @@
 //! Who is next: a device that can begin to fetch another unit asks the policy for one, and keeps it in its queue until it has run.
 //!
-//! Invariant: all claimed units of a model stand in one device's queue, so they run in order without any rule that says so. A device holds
-//! as many units as it has weight slots: one that runs, the others on their way.
+//! Invariant: a unit is claimed after all that it follows, so queues never wait for each other in a circle. Units of one model in one queue run in
+//! order without any rule that says so; where a policy pipelines, a unit may follow one on another device, and each of its microbatches then waits
+//! for the bytes that the same one leaves there. A device holds as many units as it has weight slots: one that runs, the others on their way.
 
 use super::member::{Ending, Member, Purpose};
 use super::rings::Rings;
@@ -36,8 +37,10 @@ struct Claimed {
     model: usize,
     /// Predicted seconds on the first device.
     secs: f64,
-    /// When what it fetches should have arrived.
+    /// When what it fetches should have arrived, of boundary tensors the first.
     ready: f64,
+    /// It does not end before: it follows a unit on another device.
+    last: f64,
 }
 
 /// When a model's next unit can have fetched what its last one leaves behind.
@@ -45,6 +48,8 @@ struct Claimed {
 struct Ready {
     weights: f64,
     boundary: f64,
+    /// The first microbatch's.
+    first: f64,
 }
 
 /// The state of a schedule.
@@ -152,10 +157,12 @@ impl Turns {
             member.pending.iter().filter(|p| p.made < p.units && matches!(p.purpose, Purpose::Step { .. })).count();
         let turns = (steps as usize + in_flight).saturating_sub(1) as f64;
         view.remaining_wait_secs = turns * costs[costs.len() - 1].wait_secs;
+        let chain_to_begin = steps as f64 * costs[0].rest_chain_secs;
         let bytes_to_begin = steps * costs[0].rest_bytes;
         let Some(at) = member.next_work().filter(|_| !member.over) else {
             view.claim = Claim::Away;
             (view.remaining_secs, view.remaining_bytes) = (to_begin * correction, bytes_to_begin);
+            view.remaining_chain_secs = chain_to_begin * correction;
             return;
         };
         let pending = &member.pending[at];
@@ -170,25 +177,27 @@ impl Turns {
         self.next_unit[model] = next;
         let unit = costs[next];
         let of_steps = |p: &super::member::Pending| match p.purpose {
-            Purpose::Step { .. } => costs.get(p.made).map_or((0.0, 0), |unit| (unit.rest_secs, unit.rest_bytes)),
-            _ => (unit.secs, unit.weight_bytes),
+            Purpose::Step { .. } => {
+                costs.get(p.made).map_or((0.0, 0.0, 0), |u| (u.rest_secs, u.rest_chain_secs, u.rest_bytes))
+            }
+            _ => (unit.secs, unit.secs, unit.weight_bytes),
         };
-        let (mut secs, mut bytes) = (to_begin, bytes_to_begin);
-        for (of_secs, of_bytes) in member.pending.iter().map(of_steps) {
-            (secs, bytes) = (secs + of_secs, bytes + of_bytes);
+        let (mut secs, mut chain, mut bytes) = (to_begin, chain_to_begin, bytes_to_begin);
+        for (of_secs, of_chain, of_bytes) in member.pending.iter().map(of_steps) {
+            (secs, chain, bytes) = (secs + of_secs, chain + of_chain, bytes + of_bytes);
         }
         (view.remaining_secs, view.remaining_bytes) = (secs * correction, bytes);
+        view.remaining_chain_secs = chain * correction;
         view.unit_secs = unit.secs * correction;
+        view.microbatches = member.model.microbatches as u32;
         view.shard = shard as u16;
         view.boundary_bytes = unit.boundary_bytes;
         view.leave_bytes = unit.leave_bytes;
         view.weight_bytes = unit.weight_bytes;
         view.pinned = member.home_of(shard);
-        let claimed = |q: &VecDeque<Claimed>| q.iter().any(|c| c.model == model);
-        view.claim = match self.queues.iter().position(claimed) {
-            Some(device) => Claim::By(device as u16),
-            None => Claim::Idle,
-        };
+        // Its last unit is the last to end, whoever has it.
+        let claimed = |&device: &u16| self.queues[usize::from(device)].iter().any(|c| c.model == model);
+        view.claim = view.last_device.filter(claimed).map_or(Claim::Idle, Claim::By);
         if matches!(member.ending, Some(Ending::Cancelled | Ending::NotFinite { .. })) {
             view.claim = Claim::Away;
         }
@@ -247,7 +256,7 @@ impl Turns {
                 |what: &str| Err(Error::bad(format!("policy {name}: chose model {model} for device {device}, {what}")));
             match self.models.get(usize::from(model)) {
                 None => return fault(&format!("of models 0 to {}", self.models.len() - 1)),
-                Some(chosen) if !view.may_take(chosen) => {
+                Some(chosen) if !view.may_take(chosen) && !(self.policy.pipelines() && view.may_follow(chosen)) => {
                     return fault(match (chosen.claim, chosen.pinned) {
                         (Claim::Idle, _) => "whose next unit is at home on another device",
                         (Claim::By(_), _) => "which is busy on another device",
@@ -264,7 +273,8 @@ impl Turns {
     }
 
     fn has_candidate(&self, device: usize) -> bool {
-        View { device: device as u16, ..self.view() }.candidates().next().is_some()
+        let view = View { device: device as u16, ..self.view() };
+        view.candidates().next().is_some() || self.policy.pipelines() && view.followers().next().is_some()
     }
 
     /// The moment, for device 0.
@@ -282,7 +292,7 @@ impl Turns {
     /// Brings what changes with time up to date.
     fn look(&mut self, now: f64) {
         for (d, view) in self.devices.iter_mut().enumerate() {
-            let end = |from: f64, c: &Claimed| from.max(c.ready) + c.secs / view.speed;
+            let end = |from: f64, c: &Claimed| c.last.max(from.max(c.ready) + c.secs / view.speed);
             // What runs has not ended, whatever was predicted.
             let runs = self.queues[d].front().map_or(now, |c| end(self.since[d], c).max(now));
             view.claimed = self.queues[d].len();
@@ -292,6 +302,7 @@ impl Turns {
         for (view, ready) in self.models.iter_mut().zip(&self.ready) {
             view.weights_ready_secs = (ready.weights - now).max(0.0);
             view.boundary_ready_secs = (ready.boundary - now).max(0.0);
+            view.first_ready_secs = (ready.first - now).max(0.0);
         }
     }
 
@@ -301,6 +312,8 @@ impl Turns {
         let (shard, secs) = (view.shard, view.unit_secs);
         let cost = self.costs[model][self.next_unit[model]];
         let here = view.last_device == Some(device as u16);
+        let follows = matches!(view.claim, Claim::By(_)) && !here;
+        let a_microbatch = secs / (f64::from(view.microbatches) * self.devices[device].speed);
         let held = self.devices[device].held.contains(&(model as u16, shard));
         let bytes = if held { 0 } else { view.weight_bytes } + if here { 0 } else { view.boundary_bytes };
         let shared = self.shared_bytes_per_sec.unwrap_or(f64::INFINITY);
@@ -308,20 +321,24 @@ impl Turns {
         self.arrived[device] = self.arrived[device].max(now) + bytes as f64 / rate;
         let mut ready = if bytes > 0 { self.arrived[device] } else { now };
         ready = if held { ready } else { ready.max(self.ready[model].weights) };
-        ready = if here { ready } else { ready.max(self.ready[model].boundary) };
+        let before = self.ready[model];
+        ready = ready.max(if here { 0.0 } else if follows { before.first } else { before.boundary });
+        let last = if follows { before.boundary + a_microbatch } else { 0.0 };
         if self.queues[device].is_empty() {
             self.since[device] = now;
         }
         let queue_end = now + self.devices[device].busy_secs;
-        let end = queue_end.max(ready) + secs / self.devices[device].speed;
+        let start = queue_end.max(ready);
+        let end = last.max(start + secs / self.devices[device].speed);
         let d2h = self.d2h_bytes_per_sec[device].min(shared);
         let leaves = self.left[device].max(end);
         self.left[device] = leaves + view.leave_bytes as f64 / d2h;
         self.ready[model] = Ready {
             weights: cost.turn_secs.map_or(0.0, |secs| self.left[device] + secs),
             boundary: leaves + cost.hand_on_secs,
+            first: start + a_microbatch + cost.hand_on_secs,
         };
-        self.queues[device].push_back(Claimed { model, secs, ready });
+        self.queues[device].push_back(Claimed { model, secs, ready, last });
         self.models[model].last_device = Some(device as u16);
         self.refresh(model, member);
     }

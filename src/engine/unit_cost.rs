@@ -9,6 +9,8 @@ pub(super) struct UnitCost {
     pub secs: f64,
     /// Of it and all units after it in the step.
     pub rest_secs: f64,
+    /// Of those, what must run one after another where microbatches go on from unit to unit.
+    pub rest_chain_secs: f64,
     pub rest_bytes: u64,
     pub weight_bytes: u64,
     pub boundary_bytes: u64,
@@ -56,11 +58,13 @@ pub(super) fn unit_costs(placed: &Placed, cost: &CostModel) -> Vec<UnitCost> {
             let gradient = if backward && !plan.choice.resident { shard.own_bytes() } else { 0 };
             let piece = plan.pieces(s).first().map_or(0, |r| r.end - r.start) as f64;
             let update_secs = update_bytes(placed, piece as u64) as f64 / cost.host_update_bytes_per_sec;
-            let turn_secs = if on_device { 0.0 } else { update_secs + piece / cost.h2d_bytes_per_sec };
+            let first = plan.copies(s).first().map_or(0, |r| r.end - r.start) as f64 / cost.h2d_bytes_per_sec;
+            let turn_secs = if on_device { first } else { update_secs + piece / cost.h2d_bytes_per_sec };
             let hand_on_secs = out as f64 * (1.0 / cost.d2h_bytes_per_sec + 1.0 / cost.h2d_bytes_per_sec);
             UnitCost {
                 secs: secs * microbatches + update,
                 rest_secs: 0.0,
+                rest_chain_secs: 0.0,
                 rest_bytes: 0,
                 weight_bytes: if plan.choice.resident { 0 } else { shard.fetch_bytes() },
                 boundary_bytes: if placed.home == Home::Anywhere { boundary } else { 0 },
@@ -71,10 +75,12 @@ pub(super) fn unit_costs(placed: &Placed, cost: &CostModel) -> Vec<UnitCost> {
             }
         })
         .collect();
-    let (mut secs, mut bytes) = (0.0, 0);
+    let (mut secs, mut bytes, mut longest) = (0.0, 0, 0.0f64);
     for unit in costs.iter_mut().rev() {
-        (secs, bytes) = (secs + unit.secs, bytes + unit.weight_bytes);
+        (secs, bytes, longest) = (secs + unit.secs, bytes + unit.weight_bytes, longest.max(unit.secs));
         (unit.rest_secs, unit.rest_bytes) = (secs, bytes);
+        // One microbatch through all units, and the others through the longest.
+        unit.rest_chain_secs = (secs + (microbatches - 1.0) * longest) / microbatches;
     }
     costs
 }

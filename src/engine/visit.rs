@@ -286,6 +286,16 @@ impl Engine {
             bases[Area::Inputs as usize] = base;
             reads[5] = Some(site.arena(base, program.bytes(Area::Inputs)));
         }
+        if m == 0 && plan.choice.crosses && !plan.choice.pipelined {
+            // One unit at a time: with what is handed over at home, the last microbatch's has been too.
+            let end = site.model.microbatches - 1;
+            let before = match (pass, s.checked_sub(1)) {
+                (Pass::Backward, _) if !last => Some(plan.host.gradients[s][end]),
+                (_, Some(before)) => Some(plan.host.activations[before][end]),
+                (_, None) => None,
+            };
+            reads[6] = before.map(|at| site.store(at, 1));
+        }
         let scalars = Scalars {
             seed: self.members[site.member].options.seed,
             step: site.step as u32,
@@ -414,10 +424,10 @@ impl Engine {
         let first_visit = pass != Pass::Backward || site.is_last(s);
         let shared_lane = [plan.choice.activations, plan.choice.gradients].iter().any(|&t| t != BoundaryTier::Device);
         let tables = &self.members[site.member].tables;
-        let count = if first_visit || shared_lane { tables.pieces[s].len() } else { 1 };
+        let count = if first_visit || shared_lane { tables.copies[s].len() } else { 1 };
         for i in 0..count {
             let tables = &self.members[site.member].tables;
-            let piece = if count == 1 { 0..own } else { tables.pieces[s][i].range.clone() };
+            let piece = if count == 1 { 0..own } else { tables.copies[s][i].clone() };
             let bytes = piece.end - piece.start;
             let from = site.store(host.weights + shard.own.start + piece.start, bytes);
             let mut spans = vec![CopySpan { from, to: site.arena(base + piece.start, bytes) }];

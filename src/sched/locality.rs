@@ -13,14 +13,15 @@ const TOLERANCE: f64 = 0.125;
 /// The same among critical models, of which the longest is worth more waiting.
 const CRITICAL_TOLERANCE: f64 = 0.5;
 
-/// Sharded-LRTF that weighs what is resident, links and unequal devices, in three passes over the models and one over the devices.
+/// Sharded-LRTF that weighs what is resident, links and unequal devices, in three passes over the models and one over the devices. It pipelines.
 ///
 /// `s`, `r`, `b` and `h` are a device's speed, its link's bytes per second, the seconds until its queue has run and until its copies are there;
 /// `R`, `B`, `W` and `u` a model's remaining seconds, bytes and waits, and its next unit's seconds, at speed 1. All sums and maxima are over all
 /// models and devices but where it is said.
 ///
-/// 1. **Chain** of a model: `C = max(R / max s, B / max r) + W`. It takes at least that long wherever it runs.
-/// 2. **Horizon**: the run does not end before `T = max(max C, (sum R + sum b s) / sum s, sum B / sum r)`. A shared link caps `max r` and `sum r`.
+/// 1. **Chain** of a model: `C = max(R / max s, B / max r) + W`. It takes at least that long wherever it runs, one unit at a time.
+/// 2. **Horizon**: the run does not end before `T = max(max C, (sum R + sum b s) / sum s, sum B / sum r)`. A shared link caps `max r` and `sum r`. Where
+///    microbatches can go on from unit to unit, what must run one after another stands for `R` in `C` here.
 /// 3. **Critical** is a candidate that might end last if it were passed over once: `b + C + turn >= T`, where a turn is the longest that any
 ///    candidate's next unit takes by the same two measures. If there are critical candidates, only they are considered.
 /// 4. **Useful share** of a candidate: `(u / s) / (w + u / s)`, where `w = max(0, h + bytes / rate - b)` is how long the device would wait
@@ -28,6 +29,8 @@ const CRITICAL_TOLERANCE: f64 = 0.5;
 ///    shared link among the devices that are copying. Candidates within 1/8 of the best share are equals,
 ///    critical ones within 1/2.
 /// 5. Of equals the longest chain goes first, with sharded-LRTF's ties.
+/// 6. A **follower** is considered where its model is critical, since every other model comes to its end in time without, and where its useful
+///    share is within 1/8 of the best candidate's. It waits for microbatches too: its last one ends no sooner than the unit's before it has.
 ///
 /// On unequal devices a unit is left to the fastest device that is free soonest, where that would end it sooner, if its chain is the longest and critical,
 /// or if its model could otherwise only end after all others: later than the horizon of the other devices and half a turn.
@@ -38,6 +41,10 @@ pub struct LocalityLrtf;
 impl Policy for LocalityLrtf {
     fn name(&self) -> &str {
         "locality-lrtf"
+    }
+
+    fn pipelines(&self) -> bool {
+        true
     }
 
     fn choose(&self, view: &View) -> Option<ModelId> {
@@ -55,10 +62,19 @@ impl Policy for LocalityLrtf {
                 best_critical = Some(greater(best_critical.unwrap_or(0.0), share));
             }
         }
+        let followed = (1.0 - TOLERANCE) * best;
+        let followers = || view.followers().filter(|model| outlook.is_critical(model));
+        for model in followers() {
+            let share = outlook.useful_share(model);
+            if share >= greater(followed, best_critical.unwrap_or(0.0)) && !outlook.is_left(model) {
+                best_critical = Some(share);
+            }
+        }
         // Where there are critical candidates, one of them is the longest that is good enough: no other chain is as long as theirs.
         let enough = best_critical.map_or((1.0 - TOLERANCE) * best, |best| (1.0 - CRITICAL_TOLERANCE) * best);
         let mut first: Option<&ModelView> = None;
-        for model in view.candidates() {
+        let all = view.candidates().map(|model| (model, enough));
+        for (model, enough) in all.chain(followers().map(|model| (model, greater(enough, followed)))) {
             let longer = first.is_none_or(|first| outlook.by_chain(model, first).is_gt());
             if longer && outlook.useful_share(model) >= enough && !outlook.is_left(model) {
                 first = Some(model);
@@ -123,8 +139,9 @@ impl<'a> Outlook<'a> {
         for model in view.models {
             work += model.remaining_secs;
             bytes += model.remaining_bytes as f64;
-            chain = greater(chain, outlook.chain_secs(model));
-            if view.may_take(model) {
+            let least = model.remaining_chain_secs * outlook.second_secs + model.remaining_wait_secs;
+            chain = greater(chain, if model.microbatches > 1 { least } else { outlook.chain_secs(model) });
+            if view.may_take(model) || view.may_follow(model) {
                 turn = greater(turn, outlook.least_secs(model.unit_secs, model.weight_bytes));
                 if outlook.longest.is_none_or(|longest| outlook.by_chain(model, longest).is_gt()) {
                     outlook.longest = Some(model);
@@ -165,8 +182,9 @@ impl<'a> Outlook<'a> {
         let near = model.last_device == Some(device.id);
         let (weight_bytes, weights_ready) =
             if held { (0, 0.0) } else { (model.weight_bytes, model.weights_ready_secs) };
-        let (boundary_bytes, boundary_ready) =
-            if near { (0, 0.0) } else { (model.boundary_bytes, model.boundary_ready_secs) };
+        let boundary_ready =
+            if self.follows(model, device) { model.first_ready_secs } else { model.boundary_ready_secs };
+        let (boundary_bytes, boundary_ready) = if near { (0, 0.0) } else { (model.boundary_bytes, boundary_ready) };
         let (bytes, ready) = (weight_bytes + boundary_bytes, greater(weights_ready, boundary_ready));
         let rate = device.h2d_bytes_per_sec.min(self.shared_rate);
         let arrival = if bytes == 0 { from_secs } else { greater(device.h2d_secs, from_secs) + bytes as f64 / rate };
@@ -175,16 +193,29 @@ impl<'a> Outlook<'a> {
 
     /// The part of the time that a unit takes, from the end of the asking device's queue on, in which the device computes.
     fn useful_share(&self, model: &ModelView) -> f64 {
-        let wait_secs = self.arrival_secs(model, self.here, 0.0) - self.here.busy_secs;
+        let wait_secs = match self.follows(model, self.here) {
+            true => self.end_secs(model, self.here, 0.0) - model.unit_secs / self.here.speed,
+            false => self.arrival_secs(model, self.here, 0.0),
+        } - self.here.busy_secs;
         if wait_secs <= 0.0 {
             return 1.0;
         }
         model.unit_secs / (wait_secs * self.here.speed + model.unit_secs)
     }
 
+    /// Whether a model's next unit would follow one on another device, microbatch by microbatch.
+    fn follows(&self, model: &ModelView, device: &DeviceView) -> bool {
+        model.microbatches > 1 && matches!(model.claim, Claim::By(by) if by != device.id)
+    }
+
     /// When a model's next unit would end on a device that can ask for its copies in `from_secs`.
     fn end_secs(&self, model: &ModelView, device: &DeviceView, from_secs: f64) -> f64 {
-        device.busy_secs.max(self.arrival_secs(model, device, from_secs)) + model.unit_secs / device.speed
+        let unit_secs = model.unit_secs / device.speed;
+        let end = device.busy_secs.max(self.arrival_secs(model, device, from_secs)) + unit_secs;
+        match self.follows(model, device) {
+            true => end.max(model.boundary_ready_secs + unit_secs / f64::from(model.microbatches)),
+            false => end,
+        }
     }
 
     /// Whether the asking device leaves a model's next unit to the fastest one, which ends it sooner: a critical longest chain, and any model

@@ -28,6 +28,8 @@ pub struct ModelView {
     pub pinned: Option<DeviceId>,
     /// Predicted seconds, on a device of speed 1, of all units to come; claimed ones are left out.
     pub remaining_secs: f64,
+    /// Of those, the ones that must run one after another where each microbatch goes on to the next unit as soon as it can.
+    pub remaining_chain_secs: f64,
     /// Predicted seconds between the same units in which it can run nowhere, since its weights are on their way home and back.
     pub remaining_wait_secs: f64,
     /// Bytes of weights that the same units fetch where no slot holds them.
@@ -36,6 +38,8 @@ pub struct ModelView {
     pub shard: u16,
     /// The next unit's arithmetic, in seconds on a device of speed 1.
     pub unit_secs: f64,
+    /// The microbatches that it is made of, equal parts of that.
+    pub microbatches: u32,
     /// Bytes of weights that the next unit fetches, unless the device holds its shard ([`DeviceView::held`]).
     pub weight_bytes: u64,
     /// Bytes of boundary tensors that it fetches, unless its predecessor ran on the same device.
@@ -44,6 +48,8 @@ pub struct ModelView {
     pub weights_ready_secs: f64,
     /// Predicted seconds until those boundary tensors are at home and can have been fetched.
     pub boundary_ready_secs: f64,
+    /// The same for the first microbatch's: the unit may begin then, while the one before it still runs on another device.
+    pub first_ready_secs: f64,
     /// Bytes that leave after it.
     pub leave_bytes: u64,
     /// Where its last claimed unit ran or will run.
@@ -58,14 +64,17 @@ impl ModelView {
             claim: Claim::Away,
             pinned: None,
             remaining_secs: 0.0,
+            remaining_chain_secs: 0.0,
             remaining_wait_secs: 0.0,
             remaining_bytes: 0,
             shard: 0,
             unit_secs: 0.0,
+            microbatches: 1,
             weight_bytes: 0,
             boundary_bytes: 0,
             weights_ready_secs: 0.0,
             boundary_ready_secs: 0.0,
+            first_ready_secs: 0.0,
             leave_bytes: 0,
             last_device: None,
         }
@@ -119,10 +128,22 @@ impl<'a> View<'a> {
         free && model.pinned.is_none_or(|device| device == self.device)
     }
 
+    /// Whether the device may let this model's next unit follow one that another device has: each microbatch goes on as soon as it has left there.
+    pub fn may_follow(&self, model: &ModelView) -> bool {
+        let elsewhere = matches!(model.claim, Claim::By(device) if device != self.device);
+        elsewhere && model.microbatches > 1 && model.pinned.is_none_or(|device| device == self.device)
+    }
+
     /// The models whose next unit the device may take, by number.
     pub fn candidates(&self) -> impl Iterator<Item = &'a ModelView> {
         let view = *self;
         self.models.iter().filter(move |model| view.may_take(model))
+    }
+
+    /// The models whose next unit may follow one on another device, by number. Only for a policy that pipelines.
+    pub fn followers(&self) -> impl Iterator<Item = &'a ModelView> {
+        let view = *self;
+        self.models.iter().filter(move |model| view.may_follow(model))
     }
 
     /// The device that can take another unit.
@@ -135,6 +156,11 @@ impl<'a> View<'a> {
 pub trait Policy: Send {
     /// Its name, for messages and results.
     fn name(&self) -> &str;
+
+    /// Whether it may choose [`View::followers`] too, and is asked when there are no others.
+    fn pipelines(&self) -> bool {
+        false
+    }
 
     /// One of [`View::candidates`], or `None` to leave the device waiting until something ends. It is asked only when there is a candidate.
     /// Anything else ends the run with an error that names the policy.

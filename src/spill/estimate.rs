@@ -130,3 +130,18 @@ pub fn estimate_anywhere_secs(
     }
     busiest + exposed + 0.05 * (lanes.iter().sum::<f64>() - busiest)
 }
+
+/// Estimated seconds of a step of a model that runs anywhere, if it never waits for a device: each microbatch goes on from unit to unit, and the next
+/// step begins when the first shard is updated.
+pub fn chain_secs(model: &Model, shards: &Shards, choice: &Choice, cost: &CostModel) -> f64 {
+    let Shards { programs: shards, secs } = shards;
+    let last = shards.len() - 1;
+    let units = || (0..last).map(|s| secs[s][0]).chain((0..=last).map(|s| secs[s][1]));
+    let longest = units().fold(0.0, f64::max);
+    let microbatches = units().sum::<f64>() + (model.microbatches - 1) as f64 * longest;
+    if choice.updates_on_device {
+        return microbatches;
+    }
+    let first = shards[0].layout.gradient_bytes as f64;
+    microbatches + first * (1.0 / cost.d2h_bytes_per_sec + 7.0 / cost.host_update_bytes_per_sec)
+}

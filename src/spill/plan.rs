@@ -55,6 +55,12 @@ pub struct PlanOptions {
     pub pipelined: bool,
     /// Whether gradients are clipped by their global norm: no update before the last gradient.
     pub clips: bool,
+    /// For a model that runs anywhere and bounds the makespan: the seconds in which a step should pass if it never waits for a device, by its
+    /// microbatches going on from unit to unit. Not only what it takes of devices counts then.
+    pub chain_secs: Option<f64>,
+    /// For a model that runs anywhere: the seconds that no unit should take longer than. The finer the units of all, the better one of them can follow
+    /// another on the next device that is free.
+    pub unit_secs: Option<f64>,
 }
 
 impl Default for PlanOptions {
@@ -74,6 +80,8 @@ impl Default for PlanOptions {
             crosses: false,
             pipelined: false,
             clips: false,
+            chain_secs: None,
+            unit_secs: None,
         }
     }
 }
@@ -142,16 +150,24 @@ impl Plan {
     /// and its weights are the first to be needed; and no copy that can wait keeps a lane from a more urgent one for long. With one slot
     /// there is one piece: no double buffering means that nothing of a shard moves while another computes.
     pub fn pieces(&self, shard: usize) -> Vec<Range<u64>> {
+        if self.choice.updates_on_device { std::iter::once(0..self.own_bytes(shard)).collect() } else { self.copies(shard) }
+    }
+
+    /// The stretches in which a shard's own weights come and go, in bytes from its first.
+    pub fn copies(&self, shard: usize) -> Vec<Range<u64>> {
         // Smaller pieces cost more to start than they hide: at 10 GB/s this is 26 microseconds.
         const LEAST_BYTES: u64 = 256 << 10;
         const MOST: u64 = 8;
-        let own = &self.shards[shard].layout.own;
-        let bytes = own.end - own.start;
-        let whole = self.choice.resident || self.choice.updates_on_device || self.choice.slots == 1;
-        let most = if whole { 1 } else { MOST };
+        let bytes = self.own_bytes(shard);
+        let most = if self.choice.resident || self.choice.slots == 1 { 1 } else { MOST };
         let count = most.min(bytes / LEAST_BYTES).max(1);
         let at = |i: u64| if i == count { bytes } else { align_up(bytes * i / count, ALIGNMENT) };
         (0..count).map(|i| at(i)..at(i + 1)).collect()
+    }
+
+    fn own_bytes(&self, shard: usize) -> u64 {
+        let own = &self.shards[shard].layout.own;
+        own.end - own.start
     }
 
     /// Names of a shard's layers.

@@ -3,7 +3,7 @@
 //! It works on stand-ins (see `stand_in`): the shards of the plan that is chosen are built anew.
 
 use super::cut::{Balanced, CutRule, max_fill};
-use super::estimate::{estimate_anywhere_secs, estimate_secs};
+use super::estimate::{chain_secs, estimate_anywhere_secs, estimate_secs};
 use super::fleet::anywhere_map;
 use super::memory::{ArenaMap, BoundaryTier, Choice, arena_map, host_map};
 use super::model::Model;
@@ -22,6 +22,8 @@ pub struct Found {
     /// The device's arena.
     pub arena: ArenaMap,
     estimated_secs: f64,
+    /// What is to be small: those seconds, and those by which its chain and its longest unit are too long.
+    rank_secs: f64,
 }
 
 impl Found {
@@ -244,7 +246,13 @@ impl<'a> Search<'a> {
                 estimate_anywhere_secs(self.model, shards, choice, self.options.moments, devices, self.cost)
             }
         };
-        let found = |arena| Found { shards: shards.clone(), choice: choice.clone(), arena, estimated_secs };
+        let late = |want: f64| (chain_secs(self.model, shards, choice, self.cost) - want).max(0.0);
+        let unit_secs = || self.model.microbatches as f64 * shards.secs.iter().map(|s| s[1]).fold(0.0, f64::max);
+        let coarse = |want: f64| (unit_secs() - want).max(0.0);
+        let rank_secs = estimated_secs
+            + self.options.chain_secs.map_or(0.0, late)
+            + self.options.unit_secs.map_or(0.0, coarse);
+        let found = |arena| Found { shards: shards.clone(), choice: choice.clone(), arena, estimated_secs, rank_secs };
         if is_smallest {
             self.smallest = Some(found(arena.clone()));
         }
@@ -255,7 +263,7 @@ impl<'a> Search<'a> {
         };
         let better = |best: &Found| {
             // Estimates this close are the same.
-            let apart = estimated_secs / best.estimated_secs.max(1e-12) - 1.0;
+            let apart = rank_secs / best.rank_secs.max(1e-12) - 1.0;
             let by_secs = if apart.abs() < 1e-3 { std::cmp::Ordering::Equal } else { apart.total_cmp(&0.0) };
             let theirs = &best.shards.programs;
             let by_size = (shards.programs.len(), arena.bytes).cmp(&(theirs.len(), best.arena.bytes));
