@@ -13,7 +13,7 @@ const TOLERANCE: f64 = 0.125;
 /// The same among critical models, of which the longest is worth more waiting.
 const CRITICAL_TOLERANCE: f64 = 0.5;
 
-/// Sharded-LRTF that weighs what is resident, links and unequal devices, in three passes over the models and one over the devices. It pipelines.
+/// Sharded-LRTF that weighs what is resident, links and unequal devices, in three passes over the models and one over the devices.
 ///
 /// `s`, `r`, `b` and `h` are a device's speed, its link's bytes per second, the seconds until its queue has run and until its copies are there;
 /// `R`, `B`, `W` and `u` a model's remaining seconds, bytes and waits, and its next unit's seconds, at speed 1. All sums and maxima are over all
@@ -29,14 +29,17 @@ const CRITICAL_TOLERANCE: f64 = 0.5;
 ///    shared link among the devices that are copying. Candidates within 1/8 of the best share are equals,
 ///    critical ones within 1/2.
 /// 5. Of equals the longest chain goes first, with sharded-LRTF's ties.
-/// 6. A **follower** is considered where its model is critical, since every other model comes to its end in time without, and where its useful
+/// 6. Where it pipelines, a **follower** is considered where its model is critical, since every other model comes to its end in time without, and where its useful
 ///    share is within 1/8 of the best candidate's. It waits for microbatches too: its last one ends no sooner than the unit's before it has.
 ///
 /// On unequal devices a unit is left to the fastest device that is free soonest, where that would end it sooner, if its chain is the longest and critical,
 /// or if its model could otherwise only end after all others: later than the horizon of the other devices and half a turn.
 /// So is every unit after which its model could only end half a turn later than everything could without the asking device.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct LocalityLrtf;
+pub struct LocalityLrtf {
+    /// Considers followers.
+    pub pipelines: bool,
+}
 
 impl Policy for LocalityLrtf {
     fn name(&self) -> &str {
@@ -44,11 +47,11 @@ impl Policy for LocalityLrtf {
     }
 
     fn pipelines(&self) -> bool {
-        true
+        self.pipelines
     }
 
     fn choose(&self, view: &View) -> Option<ModelId> {
-        let outlook = Outlook::new(view);
+        let outlook = Outlook::new(view, self.pipelines);
         // Whether a model is left to another device is asked last: for most it makes no difference.
         let (mut best, mut best_critical) = (0f64, None);
         for model in view.candidates() {
@@ -63,7 +66,7 @@ impl Policy for LocalityLrtf {
             }
         }
         let followed = (1.0 - TOLERANCE) * best;
-        let followers = || view.followers().filter(|model| outlook.is_critical(model));
+        let followers = || view.followers().filter(|model| self.pipelines && outlook.is_critical(model));
         for model in followers() {
             let share = outlook.useful_share(model);
             if share >= greater(followed, best_critical.unwrap_or(0.0)) && !outlook.is_left(model) {
@@ -106,7 +109,7 @@ struct Outlook<'a> {
 }
 
 impl<'a> Outlook<'a> {
-    fn new(view: &'a View<'a>) -> Self {
+    fn new(view: &'a View<'a>, pipelines: bool) -> Self {
         let here = view.asking();
         let (mut fastest, mut runs, mut copying) = (here, false, 1);
         let (mut speeds, mut work, mut rates, mut fastest_rate) = (0.0, 0.0, 0.0, 0f64);
@@ -140,8 +143,9 @@ impl<'a> Outlook<'a> {
             work += model.remaining_secs;
             bytes += model.remaining_bytes as f64;
             let least = model.remaining_chain_secs * outlook.second_secs + model.remaining_wait_secs;
-            chain = greater(chain, if model.microbatches > 1 { least } else { outlook.chain_secs(model) });
-            if view.may_take(model) || view.may_follow(model) {
+            let goes_on = pipelines && model.microbatches > 1;
+            chain = greater(chain, if goes_on { least } else { outlook.chain_secs(model) });
+            if view.may_take(model) || pipelines && view.may_follow(model) {
                 turn = greater(turn, outlook.least_secs(model.unit_secs, model.weight_bytes));
                 if outlook.longest.is_none_or(|longest| outlook.by_chain(model, longest).is_gt()) {
                     outlook.longest = Some(model);

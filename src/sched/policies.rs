@@ -9,11 +9,11 @@ use std::cmp::Ordering;
 /// The names that [`by_name`] knows, the default first.
 pub const POLICIES: [&str; 6] = ["sharded-lrtf", "locality-lrtf", "fifo", "random", "round-robin", "srtf"];
 
-/// The built-in policy of this name; `seed` is of use to `random` alone. `None` for a name that is not in [`POLICIES`].
+/// The built-in policy of this name, one that does not pipeline; `seed` is of use to `random` alone. `None` for a name that is not in [`POLICIES`].
 pub fn by_name(name: &str, seed: u64) -> Option<Box<dyn Policy>> {
     Some(match name {
         "sharded-lrtf" => Box::new(ShardedLrtf),
-        "locality-lrtf" => Box::new(LocalityLrtf),
+        "locality-lrtf" => Box::new(LocalityLrtf::default()),
         "fifo" => Box::new(Fifo),
         "random" => Box::new(Random { seed }),
         "round-robin" => Box::new(RoundRobin),

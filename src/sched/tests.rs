@@ -249,7 +249,7 @@ fn hydras_picture_takes_six() {
     let unit = |shard, updates| Unit { shard, secs: 1.0, weight_bytes: 0, boundary_bytes: 0, updates };
     let one = vec![unit(0, false), unit(1, false), unit(1, true), unit(0, true)];
     let toy = free_copies(vec![one; 3], 2);
-    for policy in [&ShardedLrtf as &dyn Policy, &LocalityLrtf] {
+    for policy in [&ShardedLrtf as &dyn Policy, &LocalityLrtf::default()] {
         assert_eq!(toy.run(policy).makespan, 6.0, "{}", policy.name());
     }
 }
@@ -277,9 +277,9 @@ fn equal_models_fill_devices_that_do_not_divide_them() {
 fn with_free_copies_locality_is_lrtf() {
     for seed in 0..300 {
         let toy = workload(seed, 0.0);
-        assert_eq!(toy.run(&LocalityLrtf), toy.run(&ShardedLrtf), "{seed}");
+        assert_eq!(toy.run(&LocalityLrtf::default()), toy.run(&ShardedLrtf), "{seed}");
         let fast = Toy { devices: vec![(3.0, 1e6); toy.devices.len()], ..workload(seed, 0.0) };
-        assert_eq!(fast.run(&LocalityLrtf), fast.run(&ShardedLrtf), "{seed}");
+        assert_eq!(fast.run(&LocalityLrtf::default()), fast.run(&ShardedLrtf), "{seed}");
     }
 }
 
@@ -288,7 +288,7 @@ fn check_against_lrtf(what: &str, copies: f64, change: impl Fn(&mut Toy), median
     let ratio = |seed| {
         let mut toy = workload(seed, copies);
         change(&mut toy);
-        toy.run(&LocalityLrtf).makespan / toy.run(&ShardedLrtf).makespan
+        toy.run(&LocalityLrtf::default()).makespan / toy.run(&ShardedLrtf).makespan
     };
     let mut ratios: Vec<f64> = (0..200).map(ratio).collect();
     ratios.sort_by(f64::total_cmp);

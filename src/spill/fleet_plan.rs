@@ -109,32 +109,6 @@ pub(super) fn speeds(models: &[FleetModel], devices: &[FleetDevice]) -> Vec<f64>
 /// # Errors
 /// As [`plan_fleet`].
 pub fn plan_anywhere(models: &[FleetModel], devices: &[FleetDevice]) -> Result<FleetPlan> {
-    let plan = plan_alike(models, devices)?;
-    let secs = |m: &FleetModel, p: &Placed| m.steps as f64 * p.plan.estimated_secs;
-    let all: f64 = models.iter().zip(&plan.placed).map(|(m, p)| secs(m, p)).sum();
-    let share = all / speeds(models, devices).iter().sum::<f64>();
-    let hurries = |m: &FleetModel, p: &Placed| m.model.microbatches > 1 && secs(m, p) > NEARLY * share;
-    let steps = models.iter().zip(&plan.placed).filter(|(m, p)| hurries(m, p)).map(|(_, p)| p.plan.estimated_secs);
-    let Some(shortest) = steps.min_by(f64::total_cmp) else { return Ok(plan) };
-    let hurried: Vec<FleetModel> = models
-        .iter()
-        .zip(&plan.placed)
-        .map(|(m, p)| {
-            let mut m = m.clone();
-            // As many units in each direction as there are devices.
-            m.options.unit_secs = Some(shortest / (2 * devices.len()) as f64);
-            m.options.chain_secs = hurries(&m, p).then(|| 0.5 * share / m.steps as f64);
-            m
-        })
-        .collect();
-    plan_alike(&hurried, devices)
-}
-
-/// A model whose units one after another take this part of the time that all models' work takes on all devices may bound the makespan.
-const NEARLY: f64 = 0.9;
-
-/// The same, where `models` say which of them hurry.
-fn plan_alike(models: &[FleetModel], devices: &[FleetDevice]) -> Result<FleetPlan> {
     // A shard must fit wherever it may go.
     let budget = devices.iter().filter_map(|d| d.budget).min();
     let cost = &devices[0].cost;
@@ -186,6 +160,31 @@ fn plan_alike(models: &[FleetModel], devices: &[FleetDevice]) -> Result<FleetPla
         }
     }
     Ok(plan(best))
+}
+
+/// A model whose units one after another take this part of the time that all models' work takes on all devices may bound the makespan.
+const NEARLY: f64 = 0.9;
+
+/// As [`plan_anywhere`], for a policy that pipelines: where a model bounds the makespan, units are so fine that its microbatches can go on from
+/// device to device. `None` where no model does, or none that does has several microbatches.
+///
+/// # Errors
+/// As [`plan_anywhere`].
+pub fn plan_pipelined(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Option<FleetPlan>> {
+    let plan = plan_anywhere(models, devices)?;
+    let secs = |m: &FleetModel, p: &Placed| m.steps as f64 * p.plan.estimated_secs;
+    let all: f64 = models.iter().zip(&plan.placed).map(|(m, p)| secs(m, p)).sum();
+    let share = all / speeds(models, devices).iter().sum::<f64>();
+    let hurries = |m: &FleetModel, p: &Placed| m.model.microbatches > 1 && secs(m, p) > NEARLY * share;
+    let steps = models.iter().zip(&plan.placed).filter(|(m, p)| hurries(m, p)).map(|(_, p)| p.plan.estimated_secs);
+    let Some(shortest) = steps.min_by(f64::total_cmp).filter(|_| devices.len() > 1) else { return Ok(None) };
+    let mut fine = models.to_vec();
+    for (m, p) in fine.iter_mut().zip(&plan.placed) {
+        // About as many units in each direction as there are devices.
+        m.options.unit_secs = Some(shortest / (2 * devices.len()) as f64);
+        m.options.chain_secs = hurries(m, p).then(|| 0.5 * share / m.steps as f64);
+    }
+    plan_anywhere(&fine, devices).map(Some)
 }
 
 /// Plans with every model whole on one device, the longest first onto the device that is done soonest (Graham 1969, "Bounds on multiprocessing timing

@@ -15,7 +15,9 @@ mod stand_in;
 pub use baselines::{Baseline, Lined, place_baseline};
 pub use cut::{CutRule, balanced, max_fill};
 pub use fleet::{FleetMap, Home, Placed, update_state_bytes, visiting_gradients_at};
-pub use fleet_plan::{FleetDevice, FleetModel, FleetPlan, check_host, named, plan_anywhere, plan_at_home, plan_fleet};
+pub use fleet_plan::{
+    FleetDevice, FleetModel, FleetPlan, check_host, named, plan_anywhere, plan_at_home, plan_fleet, plan_pipelined,
+};
 pub use memory::{ArenaMap, BoundaryTier, Choice, HostMap};
 pub use model::Model;
 pub use plan::{Plan, PlanOptions, Recompute};

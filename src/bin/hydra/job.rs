@@ -56,6 +56,8 @@ pub struct Run {
     pub trace_first: u64,
     /// So many of the last steps, too; default 20.
     pub trace_last: u64,
+    /// Whether microbatches of one model may go on from device to device, where the policy can have that.
+    pub pipeline: Pipeline,
     /// Microbatches that [`Policy::Gpipe`] keeps in its pipeline; none: as many as devices.
     pub pipeline_microbatches: Option<usize>,
 }
@@ -105,6 +107,23 @@ impl Policy {
         let found = Policy::WORDS.iter().find(|(_, policy)| *policy == self);
         found.expect("WORDS has every policy").0
     }
+}
+
+/// Whether microbatches of one model may go on from device to device, while others of them are still on the one before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pipeline {
+    /// Where that is predicted to end sooner.
+    Auto,
+    /// Wherever one model bounds the makespan.
+    Always,
+    /// Nowhere: a model runs on one device at a time.
+    Never,
+}
+
+impl Pipeline {
+    /// Each with the word for it.
+    pub const WORDS: [(&'static str, Pipeline); 3] =
+        [("auto", Pipeline::Auto), ("always", Pipeline::Always), ("never", Pipeline::Never)];
 }
 
 /// What is recomputed in the backward.
@@ -264,7 +283,8 @@ fn syntax_error(origin: Origin, text: &str, error: &toml::de::Error) -> Error {
 }
 
 fn read_run(root: &Section, stem: &str) -> Result<Run> {
-    const KEYS: &[&str] = &["out", "seed", "policy", "slots", "recompute", "trace", "pipeline_microbatches"];
+    const KEYS: &[&str] =
+        &["out", "seed", "policy", "slots", "recompute", "trace", "pipeline", "pipeline_microbatches"];
     let empty = Table::new();
     let s = root.section_or("run", &empty, KEYS)?;
     let trace = s.section_or("trace", &empty, &["first", "last"])?;
@@ -276,6 +296,7 @@ fn read_run(root: &Section, stem: &str) -> Result<Run> {
         recompute: s.word("recompute", &Recompute::WORDS)?.unwrap_or(Recompute::Auto),
         trace_first: trace.integer("first", 0..=u64::MAX)?.unwrap_or(5),
         trace_last: trace.integer("last", 0..=u64::MAX)?.unwrap_or(20),
+        pipeline: s.word("pipeline", &Pipeline::WORDS)?.unwrap_or(Pipeline::Auto),
         pipeline_microbatches: s.count("pipeline_microbatches")?,
     })
 }

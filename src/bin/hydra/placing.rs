@@ -1,0 +1,168 @@
+//! Where the models of a job run, and how they share its devices: as the policy has it, of the ways there are the one that ends soonest.
+
+use crate::job::{Job, Pipeline, Policy, Run};
+use crate::planning::Machine;
+use crate::setup::Prepared;
+use hydra::base::{Error, Result};
+use hydra::engine::{SimulateOptions, Simulation, simulate};
+use hydra::sched::{self, LocalityLrtf, by_name};
+use hydra::spill::{
+    Baseline, FleetDevice, FleetModel, Home, Model, Placed, check_host, named, place_baseline, plan_fleet,
+    plan_pipelined,
+};
+use hydra::trace::Recorder;
+use hydra::train::plan_model;
+use std::sync::Arc;
+
+/// Steps of the longest model, by which ways are compared.
+const COMPARED_STEPS: u64 = 24;
+
+/// How the models of a job share its devices.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Sharing {
+    /// One model on one device.
+    Alone,
+    /// Units go where the policy wants them.
+    Turns {
+        /// A unit may follow one on another device before that has ended.
+        pipelines: bool,
+    },
+    /// Models run one after another in these lines.
+    Lines(Vec<Vec<usize>>),
+}
+
+impl Sharing {
+    /// Who says which unit is next, where models take turns.
+    pub fn policy(&self, run: &Run) -> Option<Box<dyn sched::Policy>> {
+        match self {
+            Sharing::Turns { pipelines: true } => Some(Box::new(LocalityLrtf { pipelines: true })),
+            Sharing::Turns { pipelines: false } => by_name(run.policy.word(), run.seed),
+            Sharing::Alone | Sharing::Lines(_) => None,
+        }
+    }
+}
+
+/// Models where they run.
+pub struct Placing {
+    /// By number.
+    pub placed: Vec<Placed>,
+    /// How they share the devices.
+    pub sharing: Sharing,
+    /// The smallest budget of every device that would work.
+    pub smallest_device_bytes: u64,
+}
+
+impl Placing {
+    /// Plans and places all models as the job's policy has it.
+    ///
+    /// # Errors
+    /// When no plan fits the budgets.
+    pub fn new(job: &Job, machine: &Machine, traced: &[(Prepared, Arc<Model>)]) -> Result<Placing> {
+        let fleet: Vec<FleetModel> = traced
+            .iter()
+            .map(|(prepared, model)| FleetModel {
+                name: prepared.name.clone(),
+                model: Arc::clone(model),
+                options: hydra::spill::PlanOptions {
+                    moments: prepared.options.optimizer.moments(),
+                    clips: prepared.options.clip.is_some(),
+                    ..prepared.options.plan.clone()
+                },
+                steps: prepared.options.steps,
+            })
+            .collect();
+        let devices: Vec<FleetDevice> =
+            machine.devices.iter().map(|d| FleetDevice { budget: d.budget, cost: d.cost.clone() }).collect();
+        if let Some(baseline) = Baseline::by_name(job.run.policy.word()) {
+            let lined = place_baseline(baseline, &fleet, &devices)?;
+            let smallest_device_bytes =
+                lined.placed.iter().map(|p| p.plan.smallest_device_bytes).max().unwrap_or(0);
+            return Placing { placed: lined.placed, sharing: Sharing::Lines(lined.lines), smallest_device_bytes }
+                .checked(machine);
+        }
+        let one_at_a_time = || match traced {
+            [(prepared, model)] => Placing::alone(machine, prepared, model),
+            _ => {
+                let plan = plan_fleet(&fleet, &devices, machine.host_budget)?;
+                let sharing = Sharing::Turns { pipelines: false };
+                Ok(Placing { placed: plan.placed, sharing, smallest_device_bytes: plan.smallest_device_bytes })
+            }
+        };
+        let may_pipeline = job.run.policy == Policy::LocalityLrtf && job.run.pipeline != Pipeline::Never;
+        let plan = if may_pipeline { plan_pipelined(&fleet, &devices) } else { Ok(None) };
+        // What does not fit with fine units may fit without.
+        let Ok(Some(plan)) = plan else { return one_at_a_time()?.checked(machine) };
+        let sharing = Sharing::Turns { pipelines: true };
+        let pipelined = Placing { placed: plan.placed, sharing, smallest_device_bytes: plan.smallest_device_bytes };
+        if job.run.pipeline == Pipeline::Always {
+            return pipelined.checked(machine);
+        }
+        let without = one_at_a_time()?.checked(machine)?;
+        let longest = fleet.iter().map(|m| m.steps).max().unwrap_or(1).max(1);
+        let steps = |m: &FleetModel| (m.steps * COMPARED_STEPS.min(longest)).div_ceil(longest);
+        let makespan_secs = |placing: &Placing| {
+            let steps = fleet.iter().map(steps).collect();
+            let clips = fleet.iter().map(|m| m.options.clips).collect();
+            placing.simulate(&job.run, machine, (steps, clips), None).map(|s| s.makespan_secs)
+        };
+        let ends_sooner = makespan_secs(&pipelined)? < makespan_secs(&without)?;
+        if ends_sooner && check_host(&pipelined.placed, devices.len(), machine.host_budget).is_ok() {
+            return Ok(pipelined);
+        }
+        Ok(without)
+    }
+
+    fn checked(self, machine: &Machine) -> Result<Placing> {
+        check_host(&self.placed, machine.devices.len(), machine.host_budget)?;
+        Ok(self)
+    }
+
+    /// One model on one device.
+    fn alone(machine: &Machine, prepared: &Prepared, model: &Arc<Model>) -> Result<Placing> {
+        // It may as well be the one with the most memory, of equals the first.
+        let wants = |d: &usize| machine.devices[*d].budget.unwrap_or(u64::MAX);
+        let best = (0..machine.devices.len()).rev().max_by_key(wants).unwrap_or(0);
+        let mut options = prepared.options.clone();
+        options.plan.device_budget = machine.devices[best].budget;
+        options.plan.host_budget = machine.host_budget;
+        let plan = plan_model(model, &options, &machine.devices[best].cost);
+        let plan: Arc<_> = plan.map_err(|e: Error| named(&prepared.name, e))?.into();
+        let smallest_device_bytes = plan.smallest_device_bytes;
+        let home = Home::On(vec![best as u16; plan.shards.len()]);
+        let placed = vec![Placed { home, ..Placed::alone(Arc::clone(model), plan) }];
+        Ok(Placing { placed, sharing: Sharing::Alone, smallest_device_bytes })
+    }
+
+    /// Units that a device has in its queue.
+    pub fn units(&self, run: &Run) -> usize {
+        self.placed.iter().map(|p| p.plan.choice.slots).max().unwrap_or(1).min(run.slots.unwrap_or(2))
+    }
+
+    /// Simulates so many steps of each model, which clips its gradients or not.
+    ///
+    /// # Errors
+    /// When the schedule stalls: our own bug.
+    pub fn simulate(
+        &self,
+        run: &Run,
+        machine: &Machine,
+        (steps, clips): (Vec<u64>, Vec<bool>),
+        recorder: Option<Recorder>,
+    ) -> Result<Simulation> {
+        let lines = match &self.sharing {
+            Sharing::Lines(lines) => lines.clone(),
+            Sharing::Alone | Sharing::Turns { .. } => Vec::new(),
+        };
+        let options = SimulateOptions {
+            steps,
+            clips,
+            costs: machine.costs(),
+            shared_bytes_per_sec: machine.shared_bytes_per_sec,
+            policy: self.sharing.policy(run),
+            units: self.units(run),
+            lines,
+            recorder,
+        };
+        simulate(&self.placed, options)
+    }
+}
