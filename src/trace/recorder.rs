@@ -128,6 +128,11 @@ impl Recorder {
         }
     }
 
+    /// Names a model that comes after those that were named before.
+    pub fn add_model(&mut self, name: String) {
+        self.models.push(name);
+    }
+
     /// Totals so far, a row per lane, in lane order.
     pub fn sums(&self) -> &[LaneSum] {
         &self.sums

@@ -14,10 +14,11 @@ use hydra::spill::{
 use hydra::trace::{Bound, Recorder};
 use hydra::train::{plan_model, trace_model};
 use std::path::Path;
+use std::rc::Rc;
 use std::sync::Arc;
 
 /// Of the memory that is free, the part that the host's store may take unless the job says otherwise.
-const SHARE_OF_FREE_MEMORY: f64 = 0.8;
+pub const SHARE_OF_FREE_MEMORY: f64 = 0.8;
 
 /// One device of a job.
 #[derive(Clone)]
@@ -93,8 +94,8 @@ pub struct PlannedJob {
     pub job: Job,
     /// What it runs on.
     pub machine: Machine,
-    /// Its models, in the file's order.
-    pub models: Vec<Planned>,
+    /// Its models, in the file's order; models that came later after them.
+    pub models: Vec<Rc<Planned>>,
     /// How they share the devices.
     pub sharing: Sharing,
     /// The smallest budget of every device that would work.
@@ -111,13 +112,25 @@ pub struct PlannedJob {
 /// # Errors
 /// When the job or what it names is at fault, or no plan fits the budgets.
 pub fn plan_job(path: &Path, sets: &[String], trains: bool) -> Result<PlannedJob> {
-    let job = Job::load(path, sets)?;
+    plan_loaded(path, Job::load(path, sets)?, trains)
+}
+
+/// Plans a job that was read from `path`.
+///
+/// # Errors
+/// As [`plan_job`].
+pub fn plan_loaded(path: &Path, job: Job, trains: bool) -> Result<PlannedJob> {
     let file = path.display().to_string();
     check_scope(&file, &job)?;
     check_devices(&file, &job, trains)?;
-    let prepared = (0..job.models.len()).map(|i| prepare(&file, &job, i)).collect::<Result<Vec<_>>>()?;
+    let prepared = (0..job.models.len()).map(|i| prepare(&job, i)).collect::<Result<Vec<_>>>()?;
     // Graphs before rates: what a network refuses is said before a second goes into measuring.
-    let traced = trace_all(&file, &job, prepared)?;
+    let mut traced: Vec<(Prepared, Arc<Model>)> = Vec::new();
+    for prepared in prepared {
+        let before: Vec<_> = traced.iter().map(|(p, m)| (p, m)).collect();
+        let next = trace(&job, prepared, &before)?;
+        traced.push(next);
+    }
     let machine = machine(&file, &job)?;
     let (placed, sharing, smallest_device_bytes) = place(&job, &machine, &traced)?;
     check_host(&placed, machine.devices.len(), machine.host_budget)?;
@@ -125,7 +138,7 @@ pub fn plan_job(path: &Path, sets: &[String], trains: bool) -> Result<PlannedJob
     let mut models = Vec::new();
     for ((prepared, _), placed) in traced.into_iter().zip(placed) {
         let prediction = predict_alone(&placed, &machine, prepared.options.clip.is_some())?;
-        models.push(Planned { prepared, placed, prediction });
+        models.push(Rc::new(Planned { prepared, placed, prediction }));
     }
     let mut planned =
         PlannedJob { job, machine, models, sharing, smallest_device_bytes, map, step_secs: 0.0, bound_secs: 0.0 };
@@ -133,47 +146,46 @@ pub fn plan_job(path: &Path, sets: &[String], trains: bool) -> Result<PlannedJob
     Ok(planned)
 }
 
-/// Traces every model; equal ones share a graph.
-fn trace_all(file: &str, job: &Job, prepared: Vec<Prepared>) -> Result<Vec<(Prepared, Arc<Model>)>> {
-    let spec = device_spec(&job.devices[0], 0);
-    let mut traced: Vec<(Prepared, Arc<Model>)> = Vec::new();
-    for (i, mut prepared) in prepared.into_iter().enumerate() {
-        prepared.options.device = spec.clone();
-        let same = |j: &usize| {
-            let (a, b) = (&job.models[*j], &job.models[i]);
-            let sizes = |m: &job::Model| (m.batch, m.microbatch, m.dtype.clone());
-            let inputs = traced[*j].0.inputs == prepared.inputs;
-            let microbatch = traced[*j].0.options.microbatch == prepared.options.microbatch;
-            a.source == b.source && sizes(a) == sizes(b) && microbatch && inputs
-        };
-        let model = match (0..i).find(same) {
-            Some(twin) => Arc::clone(&traced[twin].1),
-            None => {
-                let model = trace_model(prepared.network(), &prepared.inputs, &prepared.options);
-                let at = &job.models[i].at;
-                Arc::new(model.map_err(|e| Error::bad(format!("{file}: {at}: {e}")))?)
-            }
-        };
-        traced.push((prepared, model));
+/// Traces the model of a job that comes after those `before`; equal ones share a graph.
+///
+/// # Errors
+/// When the network does not take the data, or the microbatch does not divide the batch.
+pub fn trace(job: &Job, mut prepared: Prepared, before: &[(&Prepared, &Arc<Model>)]) -> Result<(Prepared, Arc<Model>)> {
+    prepared.options.device = device_spec(&job.devices[0], 0);
+    let b = &job.models[before.len()];
+    let same = |j: &usize| {
+        let (a, twin) = (&job.models[*j], before[*j].0);
+        let sizes = |m: &job::Model| (m.batch, m.microbatch, m.dtype.clone());
+        let microbatch = twin.options.microbatch == prepared.options.microbatch;
+        a.source == b.source && sizes(a) == sizes(b) && microbatch && twin.inputs == prepared.inputs
+    };
+    let model = match (0..before.len()).find(same) {
+        Some(twin) => Arc::clone(before[twin].1),
+        None => {
+            let model = trace_model(prepared.network(), &prepared.inputs, &prepared.options);
+            Arc::new(model.map_err(|e| Error::bad(format!("{}: {}: {e}", b.file, b.at)))?)
+        }
+    };
+    Ok((prepared, model))
+}
+
+/// A model as the planner of several takes it.
+pub fn fleet_model(prepared: &Prepared, model: &Arc<Model>) -> FleetModel {
+    FleetModel {
+        name: prepared.name.clone(),
+        model: Arc::clone(model),
+        options: hydra::spill::PlanOptions {
+            moments: prepared.options.optimizer.moments(),
+            clips: prepared.options.clip.is_some(),
+            ..prepared.options.plan.clone()
+        },
+        steps: prepared.options.steps,
     }
-    Ok(traced)
 }
 
 /// Plans and places all models as the job's policy has it.
 fn place(job: &Job, machine: &Machine, traced: &[(Prepared, Arc<Model>)]) -> Result<(Vec<Placed>, Sharing, u64)> {
-    let fleet: Vec<FleetModel> = traced
-        .iter()
-        .map(|(prepared, model)| FleetModel {
-            name: prepared.name.clone(),
-            model: Arc::clone(model),
-            options: hydra::spill::PlanOptions {
-                moments: prepared.options.optimizer.moments(),
-                clips: prepared.options.clip.is_some(),
-                ..prepared.options.plan.clone()
-            },
-            steps: prepared.options.steps,
-        })
-        .collect();
+    let fleet: Vec<FleetModel> = traced.iter().map(|(prepared, model)| fleet_model(prepared, model)).collect();
     let devices: Vec<FleetDevice> =
         machine.devices.iter().map(|d| FleetDevice { budget: d.budget, cost: d.cost.clone() }).collect();
     if let Some(baseline) = Baseline::by_name(job.run.policy.word()) {
@@ -200,7 +212,10 @@ fn place(job: &Job, machine: &Machine, traced: &[(Prepared, Arc<Model>)]) -> Res
 }
 
 /// What a step of a model takes with the devices to itself.
-fn predict_alone(placed: &Placed, machine: &Machine, clip: bool) -> Result<Prediction> {
+///
+/// # Errors
+/// When the schedule stalls: our own bug.
+pub fn predict_alone(placed: &Placed, machine: &Machine, clip: bool) -> Result<Prediction> {
     let alone = matches!(&placed.home, Home::On(devices) if devices.iter().all(|d| *d == devices[0]));
     if alone {
         let Home::On(devices) = &placed.home else { unreachable!("matched just above") };
@@ -370,7 +385,10 @@ impl PlannedJob {
     }
 
     /// Predicts one step of every model.
-    fn predict_step(&mut self) -> Result<()> {
+    ///
+    /// # Errors
+    /// When the schedule stalls: our own bug.
+    pub fn predict_step(&mut self) -> Result<()> {
         if self.sharing == Sharing::Alone {
             let prediction = &self.models[0].prediction;
             (self.step_secs, self.bound_secs) = (prediction.step_secs, prediction.bound_secs);
