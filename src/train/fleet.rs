@@ -340,12 +340,13 @@ impl Fleet {
     fn is_at_rest(&self, model: usize) -> bool {
         let trainee = &self.trainees[model];
         let works = matches!(trainee.stage, Stage::Training | Stage::Validating { .. });
-        works && self.engine.steps_in_flight(model) == 0 && trainee.fault.is_none()
+        works && self.engine.steps_in_flight(model) == 0 && trainee.fault.is_none() && !self.engine.is_ending(model)
     }
 
     /// Begins what a model can begin, and does with it what is due when it is at rest.
     fn attend(&mut self, model: usize, observer: &mut dyn Observer, stopping: bool) -> Result<()> {
-        if self.trainees[model].fault.is_some() {
+        // Of one that is about to end, the engine tells why.
+        if self.trainees[model].fault.is_some() || self.engine.is_ending(model) {
             return Ok(());
         }
         match self.trainees[model].stage {

@@ -1,7 +1,7 @@
 //! Models that come to a running program, and go: by files in the run's inbox, which are taken or refused.
 
 use super::many::{TWO_CORES, model};
-use super::{Job, Ran, hydra};
+use super::{Job, Ran, copy_folder, hydra};
 use hydra::train::metrics::read_rows;
 use serde_json::Value;
 use std::fs::{self, File};
@@ -117,36 +117,66 @@ fn models_come_and_go_and_leave_the_bits_of_all_alone() {
     let names: Vec<&Value> = plan["models"].as_array().expect("a list").iter().map(|m| &m["name"]).collect();
     assert_eq!(names, ["a", "b", "endless", "c"]);
 
-    // On with all the memory that they want, where each has a home.
+    // On with all the memory that they want, where each has a home; beside those that stay at home another comes, and one that fails.
+    let e = steps(&model("e", "optimizer = { lr = 0.02 }").replace("n_layer = 2", "n_layer = 3"), 20);
     let mut second = Running::start(&job, "second", &["--resume", "auto"]);
-    second.wait_until("the end of a, b and c", || {
-        ["a", "b", "c"].iter().all(|name| job.at(&format!("runs/job/{name}/model/model.safetensors")).exists())
+    let trained = rows("endless");
+    second.wait_until("a step of endless", || rows("endless") > trained);
+    drop_in(&job, "runs/job", "e.toml", &e);
+    drop_in(&job, "runs/job", "hot.toml", &steps(&model("hot", "optimizer = { kind = 'sgd', lr = 1e30 }"), 9));
+    second.wait_until("the end of a, b, c and e", || {
+        let saved = |name: &&str| job.at(&format!("runs/job/{name}/model/model.safetensors")).exists();
+        ["a", "b", "c", "e"].iter().all(saved) && inbox("hot.toml.taken").exists()
     });
+    // One whose weights are no numbers, by a path from the inbox.
+    copy_folder(&job.at("runs/job/a/model"), &job.at("damaged"));
+    let weights = job.at("damaged/model.safetensors");
+    let mut bytes = fs::read(&weights).expect("weights");
+    let end = bytes.len() - 4;
+    bytes[end..].copy_from_slice(&f32::NAN.to_le_bytes());
+    fs::write(&weights, bytes).expect("weights");
+    let damaged = "[[model]]\nname = 'nan'\nfrom = '../../../damaged'\ndata = { random = true }\nsteps = 2\n";
+    drop_in(&job, "runs/job", "nan.toml", damaged);
+    second.wait_until("the refusal of damaged weights", || inbox("nan.toml.refused").exists());
+    let reason = fs::read_to_string(inbox("nan.toml.reason")).expect("a reason");
+    assert!(reason.contains("is NaN in f32"), "{reason}");
     drop_in(&job, "runs/job", "endless.cancel", "");
-    let second = second.wait_end().fine();
+    let second = second.wait_end();
+    assert_eq!(second.code, 1, "{second:?}");
+    let error = second.err.lines().last().expect("a line");
+    assert!(error.starts_with("error: 1 of 6 models failed; hot: the loss is "), "{error}");
     assert!(inbox("endless.cancel.taken").exists());
     let line = second.out.lines().rfind(|line| line.contains("\"progress\"")).expect("a line of progress");
     let line: Value = serde_json::from_str(line).expect("json");
     for model in line["models"].as_array().expect("a list") {
-        let wanted = if model["name"] == "endless" { "cancelled" } else { "done" };
-        assert_eq!(model["status"], wanted, "{line}");
+        let name = model["name"].as_str().expect("a name");
+        let (status, reason) = match name {
+            "endless" => ("cancelled", None),
+            "hot" => ("failed", Some("the loss is")),
+            _ => ("done", None),
+        };
+        assert_eq!(model["status"], status, "{line}");
+        let told = model["reason"].as_str();
+        assert!(told.is_some() == reason.is_some() && told.unwrap_or("").contains(reason.unwrap_or("")), "{line}");
     }
+    // Once more: what has ended is left as it is, what has failed may have a better machine now.
+    let third = job.hydra(&["train", "--resume", "auto"]);
+    third.fails(1, &["1 of 6 models failed", "hot"]);
     let results = fs::read_to_string(job.at("runs/job/results.csv")).expect("results.csv");
     let row = |name: &str| results.lines().find(|l| l.starts_with(name)).expect("a row").to_string();
-    assert!(row("a,").contains(",done,,90,") && row("c,").contains(",done,,110,"), "{results}");
-    let endless = row("endless,");
-    let done: u64 = endless.split(',').nth(3).and_then(|steps| steps.parse().ok()).expect("steps");
-    assert!(endless.contains(",cancelled,") && done == rows("endless") as u64, "{results}");
+    for (name, steps) in [("a", 90), ("b", 70), ("c", 110), ("e", 20)] {
+        assert!(row(&format!("{name},")).starts_with(&format!("{name},done,,{steps},4.")), "with its loss: {results}");
+    }
+    let done: u64 = row("endless,").split(',').nth(3).and_then(|steps| steps.parse().ok()).expect("steps");
+    assert!(row("endless,").contains(",cancelled,") && done == rows("endless") as u64, "{results}");
     hydra::nn::open(&job.at("runs/job/endless/model")).expect("what it has learnt is saved");
-    // The run knows what came to it and what was cancelled.
-    assert!(job.hydra(&["train", "--resume", "auto"]).fine().out.contains("nothing to do"));
     hydra(&["report", &job.at("runs/job").display().to_string()]).fine();
     let page = fs::read_to_string(job.at("runs/job/report.html")).expect("a page");
     assert!(page.contains("110") && page.contains("cancelled"), "c and its steps are in the report");
 
-    fs::write(job.at("job.toml"), format!("{a}{b}{c}")).expect("job.toml");
+    fs::write(job.at("job.toml"), format!("{a}{b}{c}{e}")).expect("job.toml");
     job.hydra(&["train", "--set", "run.out=alone", "--set", "run.policy=one-at-a-time"]).fine();
-    for name in ["a", "b", "c"] {
+    for name in ["a", "b", "c", "e"] {
         let weights = |run: &str| fs::read(job.at(&format!("{run}/{name}/model/model.safetensors"))).expect("weights");
         assert!(weights("runs/job") == weights("alone"), "{name}: other bits");
     }

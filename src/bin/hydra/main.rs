@@ -11,6 +11,7 @@ mod inbox;
 mod job;
 mod judge;
 mod live;
+mod machine;
 mod outcome;
 mod plan_json;
 mod planning;

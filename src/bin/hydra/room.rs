@@ -3,9 +3,8 @@
 //! Arenas do not grow. What is not touched costs a host no memory; a GPU that has no more than the plan needs gets no more.
 
 use crate::job::{DeviceKind, Job};
-use crate::planning::{
-    Planned, PlannedJob, SHARE_OF_FREE_MEMORY, fleet_model, free_memory_bytes, predict_alone, trace,
-};
+use crate::machine::{SHARE_OF_FREE_MEMORY, free_memory_bytes};
+use crate::planning::{Planned, PlannedJob, fleet_model, predict_alone, trace};
 use crate::setup::prepare;
 use hydra::base::{Error, Result, format_bytes};
 use hydra::spill::{FleetDevice, FleetMap, FleetModel, Placed, check_host, plan_anywhere};
@@ -42,6 +41,7 @@ pub fn plan_added(planned: &PlannedJob, job: &Job, there: &[Placed], arenas: &[u
     for i in planned.models.len()..job.models.len() {
         let before: Vec<_> = planned.models.iter().chain(&added).map(|p| (&p.prepared, p.model())).collect();
         let (prepared, model) = trace(job, prepare(job, i)?, &before)?;
+        prepared.check_weights(&model.train)?;
         let one = fit(&fleet_model(&prepared, &model), planned, &placed, arenas)?;
         let one = Placed { line: i, ..one };
         placed.push(one.clone());

@@ -7,6 +7,7 @@ use hydra::data::{
     self, BatchesOptions, BatchesSource, ImageFiles, ImageOptions, ImageSource, RandomOptions, RandomSource, Source,
     TextOptions, TextSource, names,
 };
+use hydra::graph::Graph;
 use hydra::nn::{self, Form, InputShape, Network, Pretrained};
 use hydra::spill::{PlanOptions, Recompute};
 use hydra::train::{Optimizer, Schedule, TrainOptions, Weights, inputs_of};
@@ -71,6 +72,16 @@ impl Prepared {
             Origin::Pretrained(pretrained) => Weights::Pretrained(pretrained),
             Origin::Family(_) => Weights::Random,
         }
+    }
+
+    /// Reads the weights of `graph` once, so that damaged ones are told before anything is done with them.
+    ///
+    /// # Errors
+    /// When one is missing, has another shape, or is not finite.
+    pub fn check_weights(&self, graph: &Graph) -> Result<()> {
+        let Origin::Pretrained(pretrained) = &self.origin else { return Ok(()) };
+        graph.parameters.iter().try_for_each(|p| pretrained.tensor(&p.name, &p.shape).map(drop))?;
+        graph.states.iter().try_for_each(|s| pretrained.tensor(&s.name, &s.shape).map(drop))
     }
 
     /// What its directory looks like when it is saved, and the counts that it began with.
