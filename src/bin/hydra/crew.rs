@@ -141,7 +141,7 @@ impl RunCrew<'_> {
             options: model.prepared.options.clone(),
         })?;
         if let Some(mut recorder) = fleet.engine_mut().take_recorder() {
-            recorder.add_model(model.prepared.name.clone());
+            recorder.add_model(model.prepared.name.clone(), model.prepared.options.steps);
             fleet.engine_mut().record(recorder);
         }
         self.watch_with(number, validates, files);

@@ -4,7 +4,7 @@
 //! verdicts are those of a run that was never interrupted.
 
 use crate::job::Job;
-use crate::rundir;
+use crate::rundir::{self, Found};
 use hydra::base::Result;
 use hydra::train::{Selection, SelectionLog, SelectionRow, Verdict, read_selection};
 use std::cell::RefCell;
@@ -52,13 +52,14 @@ pub struct Judges {
 }
 
 impl Judges {
-    /// Those of the run in `out`, whose record is read.
+    /// Those of the run in `out`, whose record is read where one was `found` there.
     ///
     /// # Errors
     /// When the record cannot be read.
-    pub fn read(out: &Path) -> Result<Judges> {
+    pub fn new(out: &Path, found: Found) -> Result<Judges> {
         let path = out.join(rundir::SELECTION);
-        Ok(Judges { rows: read_selection(&path)?, path, rules: Vec::new(), searches: 0, log: None })
+        let rows = if found == Found::Run { read_selection(&path)? } else { Vec::new() };
+        Ok(Judges { rows, path, rules: Vec::new(), searches: 0, log: None })
     }
 
     /// Takes the rules of `job`'s models that came since the last call, and gives each one's verdict so far; `from` are the steps that

@@ -37,16 +37,17 @@ pub fn run(path: &Path, sets: &[String], resume: Resume, json: bool) -> Result<(
     let stop = stop_on_signals()?;
     let mut job = Job::load(path, sets)?;
     let out = job.run.out.clone();
-    let names: Vec<&str> = job.models.iter().map(|m| m.name.as_str()).collect();
-    let found = inspect(&out, &names, resume)?;
-    let taken = if found == Found::Run { Inbox::taken(&out.join(rundir::INBOX)) } else { Taken::default() };
+    let goes_on = resume != Resume::Never && out.join(rundir::PLAN).exists();
+    let taken = if goes_on { Inbox::taken(&out.join(rundir::INBOX)) } else { Taken::default() };
     taken.jobs.iter().try_for_each(|path| job.add(path))?;
     let planned = plan_loaded(path, job, true)?;
+    let names: Vec<&str> = planned.job.models.iter().map(|m| m.name.as_str()).collect();
+    let found = inspect(&out, &names, resume)?;
     let checkpoints = match found {
         Found::Run => open_checkpoints(&planned, resume)?,
         Found::Free => planned.models.iter().map(|_| None).collect(),
     };
-    let mut judges = Judges::read(&out)?;
+    let mut judges = Judges::new(&out, found)?;
     let standings = standings(&planned, &checkpoints, &taken, &mut judges);
     if standings.iter().all(|s| s.ended.is_some()) {
         return already_done(&out, json);
@@ -246,6 +247,7 @@ fn train_all(
         fleet.watch(move |engine| live.borrow_mut().look(engine));
     }
     let inbox = Inbox::new(dir.at(rundir::INBOX));
+    let began_with = planned.models.len();
     let mut crew = RunCrew {
         planned,
         standings,
@@ -265,8 +267,10 @@ fn train_all(
     crew.watches.iter().for_each(Watch::finish);
     live.iter().for_each(|live| live.borrow_mut().finish(fleet.engine()));
     let recorded = fleet.engine_mut().take_recorder().map(Recorder::finish).transpose();
-    let nothing_done =
-        crew.standings.iter().all(|s| s.from == 0) && (0..crew.active.len()).all(|i| fleet.steps_done(i) == 0);
+    // Files that were taken are worth keeping too.
+    let nothing_done = crew.planned.models.len() == began_with
+        && crew.standings.iter().all(|s| s.from == 0)
+        && (0..crew.active.len()).all(|i| fleet.steps_done(i) == 0);
     let kept = |error| Failure { error, untouched: nothing_done };
     let failed = |watch: &Watch| matches!(watch.status, Some(Status::Failed(_)));
     if let ([watch], [model]) = (&crew.watches[..], &crew.planned.models[..])
@@ -331,10 +335,10 @@ fn record(
     dir.will_make(&trace);
     let run = &planned.job.run;
     let total_steps = active.iter().map(|&m| planned.models[m].prepared.options.steps).max().unwrap_or(0);
-    let last = active.iter().map(|&m| standings[m].from).max().unwrap_or(0);
-    let keep = Keep { first: last.saturating_add(run.trace_first), last: run.trace_last, total_steps };
+    let keep = Keep { first: run.trace_first, last: run.trace_last, total_steps };
     let names = active.iter().map(|&m| planned.models[m].prepared.name.clone()).collect();
-    let options = RecorderOptions::new(keep, fleet.engine().lanes().to_vec(), names);
+    let begins = active.iter().map(|&m| standings[m].from).collect();
+    let options = RecorderOptions { begins, ..RecorderOptions::new(keep, fleet.engine().lanes().to_vec(), names) };
     fleet.engine_mut().record(Recorder::create(&trace, options)?);
     Ok(())
 }
