@@ -1,6 +1,8 @@
 //! The program itself: exit codes, what it prints, what it writes, and what it leaves alone when the input is at fault.
 
 mod common;
+#[path = "cli/inbox.rs"]
+mod inbox;
 #[path = "cli/many.rs"]
 mod many;
 

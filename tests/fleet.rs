@@ -9,6 +9,7 @@ use hydra::base::Error;
 use hydra::device::host::HostSpec;
 use hydra::device::{DeviceSpec, FleetMemory, start_fleet};
 use hydra::engine::{SimulateOptions, TurnOptions, simulate};
+use hydra::nn::Pretrained;
 use hydra::sched::{POLICIES, Policy, View, by_name};
 use hydra::spill::{
     Baseline, FleetDevice, FleetMap, FleetModel, Home, Placed, PlanOptions, Recompute, place_baseline, plan_at_home,
@@ -286,8 +287,9 @@ fn one_that_fails_leaves_the_others_bits_alone() {
     }
 }
 
-/// Adds the last of the six once the first has done a step, and cancels another a step later.
+/// Adds the last of the six once the first has done a step, then one whose weights are another model's, and cancels another a step later.
 struct Changes<'a> {
+    foreign: &'a Pretrained,
     entries: &'a [Entry],
     placed: &'a [Placed],
     collects: Vec<Collect>,
@@ -306,6 +308,10 @@ impl Crew for Changes<'_> {
             self.added = true;
             let number = fleet.wait_add(recruit(&self.entries[last], &self.placed[last]))?;
             assert_eq!(number, last);
+            let misfit = recruit(&self.entries[0], &self.placed[0]);
+            let number = fleet.wait_add(Recruit { weights: Weights::Pretrained(self.foreign), ..misfit })?;
+            assert_eq!(number, self.entries.len());
+            self.collects.push(Collect::default());
         }
         if fleet.steps_done(self.cancels) >= 2 {
             fleet.cancel(self.cancels, Error::bad("not wanted any more"))?;
@@ -319,9 +325,10 @@ fn models_that_come_go_and_fail_leave_the_others_bits_alone() {
     let entries = six();
     let want = alone(&entries);
     let (cancels, fails, last) = (1, 2, 5);
+    let foreign = hydra::nn::open(&common::fixture("gpt2").join("model")).expect("a model");
     for policy in ["sharded-lrtf", "random"] {
         let placed = plan(&entries, 2, Some(smallest(&entries) * 5 / 4), Recompute::Auto, 2);
-        let map = FleetMap::new(&placed, 2);
+        let map = FleetMap::new(&[&placed[..], &placed[..1]].concat(), 2);
         let memory = FleetMemory {
             arena_bytes: map.arena_bytes.clone(),
             host_bytes: FleetMap::new(&placed[..last], 2).host_bytes,
@@ -340,6 +347,7 @@ fn models_that_come_go_and_fail_leave_the_others_bits_alone() {
         };
         let mut fleet = Fleet::new(recruits, device, Some(turns)).expect("a fleet");
         let mut changes = Changes {
+            foreign: &foreign,
             entries: &entries,
             placed: &placed,
             collects: entries.iter().map(|_| Collect::default()).collect(),
@@ -348,7 +356,10 @@ fn models_that_come_go_and_fail_leave_the_others_bits_alone() {
         };
         changes.collects[fails].fails_after = Some(3);
         fleet.run(&mut changes, &AtomicBool::new(false)).expect("no device fails");
-        assert!(changes.added);
+        assert!(changes.added && fleet.is_over());
+        let misfit = fleet.take_failure(entries.len()).map(|e| e.to_string());
+        assert!(misfit.as_ref().is_some_and(|e| e.contains("tensor")), "{misfit:?}");
+        assert!(changes.collects.pop().is_some_and(|c| c.outcome.losses.is_empty()), "nothing of it ran");
         for (i, collect) in changes.collects.into_iter().enumerate() {
             let failure = fleet.take_failure(i).map(|e| e.to_string());
             let expected = if i == cancels {

@@ -20,6 +20,11 @@ impl Engine {
         self.go_on_ending(model)
     }
 
+    /// Whether a model ends before its time, or has: nothing of it is begun any more, and [`Engine::wait_any`] tells why.
+    pub fn is_ending(&self, model: usize) -> bool {
+        self.members[model].over || self.members[model].ending.is_some()
+    }
+
     /// Drops what is not on a lane.
     pub(super) fn end_early(&mut self, model: usize, ending: Ending) {
         let member = &mut self.members[model];

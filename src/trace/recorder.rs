@@ -6,6 +6,8 @@
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -31,9 +33,9 @@ pub struct Keep {
 }
 
 impl Keep {
-    /// True where the step is written as it comes, known to be among the first or the last.
-    pub fn is_certain(&self, step: u64) -> bool {
-        step < self.first || (self.last > 0 && step.saturating_add(self.last) >= self.total_steps)
+    /// True where the step is written as it comes, known to be among the last of a model or, as it goes on from step `begin`, among its first.
+    pub fn is_certain(&self, step: u64, begin: u64) -> bool {
+        step < self.first.saturating_add(begin) || (self.last > 0 && step.saturating_add(self.last) >= self.total_steps)
     }
 }
 
@@ -46,6 +48,8 @@ pub struct RecorderOptions {
     pub lanes: Vec<LaneId>,
     /// Names of the models, by number, for whoever reads the file.
     pub models: Vec<String>,
+    /// The steps that models go on from, by number; 0 beyond the list.
+    pub begins: Vec<u64>,
     /// Events that the ring holds (about 80 bytes each); at least 1.
     pub ring_events: usize,
     /// Events that the window of last steps holds, for runs that end early.
@@ -55,7 +59,7 @@ pub struct RecorderOptions {
 impl RecorderOptions {
     /// A ring and a window that hold tens of thousands of events, about 8 MB together.
     pub fn new(keep: Keep, lanes: Vec<LaneId>, models: Vec<String>) -> Self {
-        RecorderOptions { keep, lanes, models, ring_events: 1 << 16, window_events: 1 << 15 }
+        RecorderOptions { keep, lanes, models, begins: Vec::new(), ring_events: 1 << 16, window_events: 1 << 15 }
     }
 }
 
@@ -81,6 +85,9 @@ pub struct Recorder {
     writer: Option<JoinHandle<Writer>>,
     path: PathBuf,
     keep: Keep,
+    begins: Vec<u64>,
+    /// The keep's steps in all, for the writer: a longer model may come.
+    total_steps: Arc<AtomicU64>,
     models: Vec<String>,
     sums: Vec<LaneSum>,
     dropped: u64,
@@ -92,14 +99,17 @@ impl Recorder {
     /// # Errors
     /// When the file cannot be created or the thread cannot be started.
     pub fn create(path: &Path, options: RecorderOptions) -> Result<Self> {
-        let RecorderOptions { keep, mut lanes, models, ring_events, window_events } = options;
+        let RecorderOptions { keep, mut lanes, models, begins, ring_events, window_events } = options;
         lanes.sort_unstable();
         lanes.dedup();
         let file = ChromeWriter::create(path, &lanes).map_err(|e| Error::io("create", path, e))?;
         let window_events = if keep.last == 0 { 0 } else { window_events };
+        let total_steps = Arc::new(AtomicU64::new(keep.total_steps));
         let writer = Writer {
             file,
             keep,
+            begins: begins.clone(),
+            total_steps: Arc::clone(&total_steps),
             window: VecDeque::with_capacity(window_events),
             window_events,
             newest: Vec::with_capacity(models.len().max(16)),
@@ -113,19 +123,27 @@ impl Recorder {
         // Room for lanes nobody named, so that meeting one allocates nothing.
         let mut sums = Vec::with_capacity(lanes.len() + 64);
         sums.extend(lanes.iter().map(|&lane| LaneSum::new(lane)));
-        Ok(Recorder { ring: Some(ring), writer: Some(thread), path: path.into(), keep, models, sums, dropped: 0 })
+        let (ring, writer, path) = (Some(ring), Some(thread), path.into());
+        Ok(Recorder { ring, writer, path, keep, begins, total_steps, models, sums, dropped: 0 })
     }
 
     /// Records one event. Neither waits nor allocates; where the ring is full the event is counted as dropped.
     pub fn record(&mut self, event: &Event) {
         add_to_sums(&mut self.sums, event);
-        if self.keep.last == 0 && !self.keep.is_certain(u64::from(event.step)) {
+        if self.keep.last == 0 && !self.keep.is_certain(u64::from(event.step), begin_of(&self.begins, event)) {
             return;
         }
         // The ring is open until `finish` or `drop`. A closed far end (the writer panicked) loses the event just so.
         if self.ring.as_ref().is_none_or(|ring| ring.try_send(*event).is_err()) {
             self.dropped += 1;
         }
+    }
+
+    /// Names a model of so many `steps` that comes after those that were named before.
+    pub fn add_model(&mut self, name: String, steps: u64) {
+        self.models.push(name);
+        self.keep.total_steps = self.keep.total_steps.max(steps);
+        self.total_steps.store(self.keep.total_steps, Ordering::Relaxed);
     }
 
     /// Totals so far, a row per lane, in lane order.
@@ -169,11 +187,18 @@ impl Drop for Recorder {
     }
 }
 
+/// The step that an event's model goes on from.
+fn begin_of(begins: &[u64], event: &Event) -> u64 {
+    begins.get(usize::from(event.name.model)).copied().unwrap_or(0)
+}
+
 /// The far end of the ring.
 #[derive(Debug)]
 struct Writer {
     file: ChromeWriter,
     keep: Keep,
+    begins: Vec<u64>,
+    total_steps: Arc<AtomicU64>,
     /// Events not known to be among the last steps until the run ends; never more than `window_events`.
     window: VecDeque<Event>,
     window_events: usize,
@@ -208,7 +233,8 @@ impl Writer {
             self.newest.resize(model + 1, 0);
         }
         self.newest[model] = self.newest[model].max(event.step);
-        if self.keep.is_certain(u64::from(event.step)) {
+        self.keep.total_steps = self.total_steps.load(Ordering::Relaxed);
+        if self.keep.is_certain(u64::from(event.step), begin_of(&self.begins, &event)) {
             return self.file.event(&event);
         }
         let mut displaced = None;

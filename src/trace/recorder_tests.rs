@@ -126,6 +126,28 @@ fn first_and_last_steps_are_kept() {
 }
 
 #[test]
+fn models_that_go_on_or_come_later_have_their_own_first_and_last_steps() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("trace.json");
+    let keep = Keep { first: 2, last: 1, total_steps: 103 };
+    let begins = vec![100, 50];
+    let mut recorder = Recorder::create(&path, RecorderOptions { begins, ..options(keep) }).unwrap();
+    recorder.add_model("second".into(), 60);
+    recorder.add_model("third".into(), 200);
+    let course = |model: u16, steps: std::ops::Range<u32>| steps.map(move |step| event(model, step, 0));
+    let events: Vec<Event> = course(0, 100..103).chain(course(1, 50..60)).chain(course(2, 0..200)).collect();
+    events.iter().for_each(|event| recorder.record(event));
+    recorder.finish().unwrap();
+    let mut read = read_trace(&path).unwrap();
+    read.sort_by_key(|event| event.step);
+    let of = |model| steps(&read, model);
+    // The third is the longest: no step of it is among the last before its last.
+    assert_eq!((of(0), of(1), of(2)), (vec![100, 101, 102], vec![50, 51, 59], vec![0, 1, 199]));
+    let trace = crate::trace::Trace::read(&path).unwrap();
+    assert_eq!(trace.models[1..], ["second", "third"]);
+}
+
+#[test]
 fn the_window_is_bounded() {
     let keep = Keep { first: 0, last: 4, total_steps: u64::MAX };
     for (window_events, kept) in [(0, 0), (1, 1), (31, 31), (40, 40), (41, 40)] {
@@ -138,6 +160,8 @@ fn the_window_is_bounded() {
     let mut writer = Writer {
         file: ChromeWriter::create(Path::new("/dev/null"), &[]).unwrap(),
         keep,
+        begins: Vec::new(),
+        total_steps: Arc::new(AtomicU64::new(keep.total_steps)),
         window: VecDeque::with_capacity(33),
         window_events: 33,
         newest: Vec::new(),

@@ -68,10 +68,35 @@ struct Trainee {
     pause: bool,
     /// Nobody wants more of it: it ends at its next rest.
     ends: bool,
-    /// It stopped where a validation was due, and left it to the run that goes on.
+    /// It goes on from a rest: a validation that was due there was left to the run that goes on.
     owes_validation: bool,
     /// Why it is to end: the data's fault, or the observer's.
     fault: Option<Error>,
+}
+
+impl Trainee {
+    /// A model that waits for its turn; its data is opened, and its first minibatches are on their way.
+    fn new(recruit: Recruit) -> Result<Trainee> {
+        let Recruit { network, placed, source, valid, options, .. } = recruit;
+        let labels = network.labels();
+        let limits = Limits { vocab: labels.vocab, classes: Some(labels.classes) };
+        Ok(Trainee {
+            loader: Loader::start_limited(source, 0, DEFAULT_AHEAD, limits)?,
+            valid_batch: valid.as_ref().map_or(Batch { tensors: Vec::new() }, |v| Batch::zeros(v.spec())),
+            valid,
+            limits,
+            names: placed.model.train.inputs.iter().map(|i| i.name.clone()).collect(),
+            stage: Stage::Waiting,
+            done: 0,
+            begun: 0,
+            rates: VecDeque::with_capacity(4),
+            pause: false,
+            ends: false,
+            owes_validation: false,
+            fault: None,
+            options,
+        })
+    }
 }
 
 /// Who looks after the models of a fleet.
@@ -79,7 +104,7 @@ pub trait Crew {
     /// Who watches a model.
     fn observer(&mut self, model: usize) -> &mut dyn Observer;
 
-    /// Called whenever something has ended: models may be added here, and cancelled.
+    /// Called whenever something has ended, and once more when all has: models may be added here, and cancelled.
     ///
     /// # Errors
     /// Whatever should end the run.
@@ -118,46 +143,35 @@ impl Fleet {
         let engine = Engine::fleet(&placed, engine_options, device, turns);
         let mut fleet = Fleet { engine, trainees: Vec::new(), lines: Vec::new(), watch: Box::new(|_| ()) };
         for (number, recruit) in recruits.into_iter().enumerate() {
-            fleet.enlist(number, recruit)?;
+            fill(&mut fleet.engine, number, &recruit.placed.model.train, recruit.weights, recruit.options.seed)?;
+            fleet.enlist(number, Trainee::new(recruit)?);
         }
         Ok(fleet)
     }
 
     /// Adds a model to those in training, and gives its number. Waits until the devices have come to rest between units; no other model's bits
-    /// change by that.
+    /// change by that. One whose weights cannot be read is added all the same, and fails ([`Fleet::failure`]).
     ///
     /// # Errors
-    /// As [`Fleet::new`] and [`Engine::wait_add`].
+    /// As [`Engine::wait_add`]; and when its data cannot be opened or an option is absurd. But for a failed device nothing has changed then.
     pub fn wait_add(&mut self, recruit: Recruit) -> Result<usize> {
-        let number = self.engine.wait_add(&recruit.placed, engine_options(&recruit)?)?;
-        self.enlist(number, recruit)?;
+        let options = engine_options(&recruit)?;
+        let (placed, weights, seed) = (recruit.placed.clone(), recruit.weights, recruit.options.seed);
+        let trainee = Trainee::new(recruit)?;
+        let number = self.engine.wait_add(&placed, options)?;
+        let filled = fill(&mut self.engine, number, &placed.model.train, weights, seed);
+        self.enlist(number, trainee);
+        if let Err(error) = filled {
+            // The engine has it by now, so that it can only end.
+            self.trainees[number].stage = Stage::Training;
+            self.fail(number, error)?;
+        }
         Ok(number)
     }
 
-    /// Fills a model's store and opens its data.
-    fn enlist(&mut self, number: usize, recruit: Recruit) -> Result<()> {
-        let Recruit { network, weights, placed, source, valid, options } = recruit;
-        fill(&mut self.engine, number, &placed.model.train, weights, options.seed)?;
-        let labels = network.labels();
-        let limits = Limits { vocab: labels.vocab, classes: Some(labels.classes) };
-        self.trainees.push(Trainee {
-            loader: Loader::start_limited(source, 0, DEFAULT_AHEAD, limits)?,
-            valid_batch: valid.as_ref().map_or(Batch { tensors: Vec::new() }, |v| Batch::zeros(v.spec())),
-            valid,
-            limits,
-            names: placed.model.train.inputs.iter().map(|i| i.name.clone()).collect(),
-            stage: Stage::Waiting,
-            done: 0,
-            begun: 0,
-            rates: VecDeque::with_capacity(4),
-            pause: false,
-            ends: false,
-            owes_validation: false,
-            fault: None,
-            options,
-        });
+    fn enlist(&mut self, number: usize, trainee: Trainee) {
+        self.trainees.push(trainee);
         self.lines.push(VecDeque::from([number]));
-        Ok(())
     }
 
     /// Lets models run one after another: each of `lines` lists models in their order, and every model is in one of them.
@@ -178,8 +192,7 @@ impl Fleet {
         let trainee = &mut self.trainees[model];
         trainee.loader = Loader::start_limited(source, step, DEFAULT_AHEAD, trainee.limits)?;
         (trainee.done, trainee.begun) = (step, step);
-        let every = trainee.options.valid_every.max(1);
-        trainee.owes_validation = step > 0 && step < trainee.options.steps && step.is_multiple_of(every);
+        trainee.owes_validation = step > 0 && step < trainee.options.steps;
         Ok(())
     }
 
@@ -198,7 +211,25 @@ impl Fleet {
         self.trainees[model].done
     }
 
-    /// Why a model ended before its time, if it did; told once.
+    /// Whether every model has come to its end.
+    pub fn is_over(&self) -> bool {
+        self.trainees.iter().all(|t| matches!(t.stage, Stage::Done | Stage::Failed(_)))
+    }
+
+    /// Whether a model waits for its turn: nothing of it has run.
+    pub fn is_waiting(&self, model: usize) -> bool {
+        matches!(self.trainees[model].stage, Stage::Waiting)
+    }
+
+    /// Why a model ended before its time, if it did.
+    pub fn failure(&self, model: usize) -> Option<&Error> {
+        match &self.trainees[model].stage {
+            Stage::Failed(error) => error.as_ref(),
+            _ => None,
+        }
+    }
+
+    /// The same, told once.
     pub fn take_failure(&mut self, model: usize) -> Option<Error> {
         match &mut self.trainees[model].stage {
             Stage::Failed(error) => error.take(),
@@ -241,6 +272,11 @@ impl Fleet {
         loop {
             crew.between(self)?;
             let stopping = stop.load(Ordering::Relaxed);
+            let busy = |t: &Trainee| matches!(t.stage, Stage::Training | Stage::Validating { .. });
+            let waits = |t: &Trainee| matches!(t.stage, Stage::Waiting);
+            if !self.trainees.iter().any(|t| busy(t) || waits(t) && !stopping) {
+                break;
+            }
             self.call_up(stopping);
             for model in 0..self.trainees.len() {
                 if let Err(error) = self.attend(model, crew.observer(model), stopping) {
@@ -248,11 +284,6 @@ impl Fleet {
                 }
             }
             self.call_up(stopping);
-            let busy = |t: &Trainee| matches!(t.stage, Stage::Training | Stage::Validating { .. });
-            let waits = |t: &Trainee| matches!(t.stage, Stage::Waiting);
-            if !self.trainees.iter().any(|t| busy(t) || waits(t) && !stopping) {
-                break;
-            }
             if self.trainees.iter().all(|t| !busy(t)) || (0..self.trainees.len()).any(|m| self.is_at_rest(m)) {
                 continue;
             }
@@ -309,12 +340,13 @@ impl Fleet {
     fn is_at_rest(&self, model: usize) -> bool {
         let trainee = &self.trainees[model];
         let works = matches!(trainee.stage, Stage::Training | Stage::Validating { .. });
-        works && self.engine.steps_in_flight(model) == 0 && trainee.fault.is_none()
+        works && self.engine.steps_in_flight(model) == 0 && trainee.fault.is_none() && !self.engine.is_ending(model)
     }
 
     /// Begins what a model can begin, and does with it what is due when it is at rest.
     fn attend(&mut self, model: usize, observer: &mut dyn Observer, stopping: bool) -> Result<()> {
-        if self.trainees[model].fault.is_some() {
+        // Of one that is about to end, the engine tells why.
+        if self.trainees[model].fault.is_some() || self.engine.is_ending(model) {
             return Ok(());
         }
         match self.trainees[model].stage {
@@ -327,7 +359,11 @@ impl Fleet {
 
     fn train_on(&mut self, model: usize, observer: &mut dyn Observer, stopping: bool) -> Result<()> {
         let every = self.trainees[model].options.valid_every.max(1);
-        if std::mem::take(&mut self.trainees[model].owes_validation) && self.begin_validation(model) {
+        let done = self.trainees[model].done;
+        if std::mem::take(&mut self.trainees[model].owes_validation)
+            && (done.is_multiple_of(every) || observer.wants_rest(done))
+            && self.begin_validation(model)
+        {
             return self.validate_on(model, observer, stopping);
         }
         loop {
@@ -354,7 +390,7 @@ impl Fleet {
         let trainee = &mut self.trainees[model];
         trainee.pause = false;
         if stopping && done < steps && !ends {
-            trainee.owes_validation = done > 0 && done.is_multiple_of(every);
+            trainee.owes_validation = done > 0;
             trainee.stage = Stage::Waiting;
             return Ok(());
         }

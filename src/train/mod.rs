@@ -9,6 +9,7 @@ mod report;
 pub mod results;
 mod safely;
 mod selection;
+mod selection_log;
 mod session;
 
 pub use checkpoint::{Checkpoint, Identity, write_checkpoint};
@@ -18,4 +19,5 @@ pub use optimizer::{Optimizer, Schedule};
 pub use report::write_report;
 pub use safely::{refused, write_safely};
 pub use selection::{Asha, Patience, Rungs, Selection, Survivors, Verdict};
+pub use selection_log::{SelectionLog, SelectionRow, read_selection};
 pub use session::{Observer, Session, StepReport, TrainOptions, Weights, inputs_of, plan_model, prepare, trace_model};

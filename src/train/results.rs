@@ -40,7 +40,7 @@ pub enum Status {
     Stopped(String),
     /// It went wrong, for this reason.
     Failed(String),
-    /// The run ended before it.
+    /// Nobody wanted more of it.
     Cancelled,
 }
 

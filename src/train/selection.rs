@@ -39,6 +39,11 @@ impl Selection {
         }
     }
 
+    /// Whether a report after `step` steps changes anything, so that a run which goes on needs it ([`Selection::replay`]).
+    pub fn remembers(&self, step: u64) -> bool {
+        matches!(self, Selection::Patience(_)) || self.has_rung(step)
+    }
+
     /// Whether models are compared after `step` steps, so that each needs a metric of just then.
     pub fn has_rung(&self, step: u64) -> bool {
         match self {

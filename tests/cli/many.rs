@@ -5,11 +5,11 @@ use serde_json::Value;
 use std::fs;
 
 /// The GPT of the other tests under another name, with `keys` added.
-fn model(name: &str, keys: &str) -> String {
+pub(super) fn model(name: &str, keys: &str) -> String {
     format!("{}{keys}\n", GPT.replace("\"m\"", &format!("\"{name}\"")))
 }
 
-const TWO_CORES: &str = "[[device]]\nkind = 'host'\ncount = 2\nthreads = 1\n";
+pub(super) const TWO_CORES: &str = "[[device]]\nkind = 'host'\ncount = 2\nthreads = 1\n";
 
 #[test]
 fn models_trained_together_are_those_trained_one_after_another() {
@@ -73,6 +73,17 @@ fn a_search_ends_models_early_and_names_the_best() {
     }
     let results = fs::read_to_string(job.at("runs/job/results.csv")).expect("results.csv");
     assert!(results.starts_with("name,lr,status,reason,steps_done,"), "{results}");
+    // A run that goes on remembers who was stopped; one that lost its steps is compared with those that were there before it.
+    let stopped = models.iter().find(|m| m["status"] == "stopped").expect("a stopped one");
+    let name = stopped["name"].as_str().expect("a name");
+    assert!(fs::read_to_string(job.at("runs/job/selection.jsonl")).expect("a record").contains(name));
+    fs::remove_file(job.at(&format!("runs/job/{name}/checkpoint.safetensors"))).expect("a checkpoint");
+    let again = job.hydra(&["train", "--resume", "auto", "--json"]).fine().json();
+    for (before, after) in models.iter().zip(again["models"].as_array().expect("a list")) {
+        for key in ["name", "status", "steps", "reason", "loss"] {
+            assert_eq!(before[key], after[key], "{key}: {before} {after}");
+        }
+    }
     // There are no losses in a simulation.
     job.hydra(&["simulate"]).bad(&["model.0.search.stop", "survivors"]);
 }

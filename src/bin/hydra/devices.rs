@@ -1,6 +1,6 @@
 //! `hydra devices`: what is here, how fast it is, and why a kind is missing. Always ends well.
 
-use crate::planning::{free_memory_bytes, total_memory_bytes};
+use crate::machine::{free_memory_bytes, total_memory_bytes};
 use crate::print::{say, table};
 use hydra::base::{Error, Result, format_bytes};
 use hydra::device::sim::{CostModel, PROFILES};

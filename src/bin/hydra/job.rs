@@ -227,18 +227,40 @@ impl Job {
     /// # Errors
     /// [`Error::BadInput`] in every case; a file that cannot be read too, since its name was the user's.
     pub fn load(path: &Path, sets: &[String]) -> Result<Job> {
-        let file = path.display().to_string();
-        let unreadable = |error| Error::bad(format!("{file}: cannot read the job file: {error}"));
-        let bytes = std::fs::read(path).map_err(unreadable)?;
-        let text = String::from_utf8(bytes).map_err(|error| {
-            let at = error.utf8_error().valid_up_to();
-            Error::bad(format!("{file}: byte {at} is no UTF-8; save the job file as UTF-8 text"))
-        })?;
-        let full = std::path::absolute(path).map_err(unreadable)?;
+        let (file, full, text) = read_text(path)?;
         let folder = full.parent().unwrap_or(Path::new("/"));
         let stem = full.file_stem().map_or("job".into(), |stem| stem.to_string_lossy());
         read_job(Origin { file: &file, folder }, &stem, text, sets)
     }
+
+    /// Adds the models of the file at `path`, which holds `[[model]]` tables and nothing else, after those that are there. Relative paths in it
+    /// start from its own folder. A job that refuses the file is left as it was.
+    ///
+    /// # Errors
+    /// As [`Job::load`]; and when a model has the name of one that is there.
+    pub fn add(&mut self, path: &Path) -> Result<()> {
+        let (file, full, text) = read_text(path)?;
+        let origin = Origin { file: &file, folder: full.parent().unwrap_or(Path::new("/")) };
+        let table: Table = text.parse().map_err(|error| syntax_error(origin, &text, &error))?;
+        let root = Section::open(origin, String::new(), &table, &["model"])?;
+        let (models, searches) = read_all_models(&root, &self.models, self.run.seed)?;
+        self.models.extend(models);
+        self.searches.extend(searches);
+        Ok(())
+    }
+}
+
+/// The file's name as it was written, its absolute path, and its text.
+fn read_text(path: &Path) -> Result<(String, PathBuf, String)> {
+    let file = path.display().to_string();
+    let unreadable = |error| Error::bad(format!("{file}: cannot read the job file: {error}"));
+    let bytes = std::fs::read(path).map_err(unreadable)?;
+    let text = String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        Error::bad(format!("{file}: byte {at} is no UTF-8; save the job file as UTF-8 text"))
+    })?;
+    let full = std::path::absolute(path).map_err(unreadable)?;
+    Ok((file, full, text))
 }
 
 fn read_job(origin: Origin, stem: &str, text: String, sets: &[String]) -> Result<Job> {
@@ -250,12 +272,30 @@ fn read_job(origin: Origin, stem: &str, text: String, sets: &[String]) -> Result
     let run = read_run(&root, stem)?;
     let devices = read_devices(&root)?;
     let host = read_host(&root)?;
+    let (models, searches) = read_all_models(&root, &[], run.seed)?;
+    let source_text = if sets.is_empty() {
+        text
+    } else {
+        toml::to_string(&table)
+            .map_err(|error| origin.fault("", format!("cannot write the job back as TOML: {error}")))?
+    };
+    Ok(Job { run, devices, host, models, searches, source_text })
+}
+
+/// The models and searches of a file, which come after the models that are `there`.
+fn read_all_models(root: &Section, there: &[Model], seed: u64) -> Result<(Vec<Model>, Vec<Search>)> {
+    let origin = root.origin();
     let (mut models, mut searches): (Vec<Model>, Vec<Search>) = (Vec::new(), Vec::new());
     for (place, section) in root.sections("model", model::MODEL_KEYS)?.iter().enumerate() {
-        let (made, search) = search::read_models(section, place, models.len(), run.seed)?;
+        let (made, search) = search::read_models(section, place, there.len() + models.len(), seed)?;
         for model in made {
             if let Some(twin) = models.iter().find(|other| other.name == model.name) {
                 let message = format!("{} has the name {:?} too; give each its own", twin.at, model.name);
+                return Err(origin.fault(&model.place("name"), message));
+            }
+            if let Some(twin) = there.iter().find(|other| other.name == model.name) {
+                let message =
+                    format!("{} of {} has the name {:?} too; give each its own", twin.at, twin.file, twin.name);
                 return Err(origin.fault(&model.place("name"), message));
             }
             models.push(model);
@@ -265,13 +305,7 @@ fn read_job(origin: Origin, stem: &str, text: String, sets: &[String]) -> Result
     if models.is_empty() {
         return Err(origin.fault("model", "there is none; add a [[model]] with name, from or family, data and steps"));
     }
-    let source_text = if sets.is_empty() {
-        text
-    } else {
-        toml::to_string(&table)
-            .map_err(|error| origin.fault("", format!("cannot write the job back as TOML: {error}")))?
-    };
-    Ok(Job { run, devices, host, models, searches, source_text })
+    Ok((models, searches))
 }
 
 fn syntax_error(origin: Origin, text: &str, error: &toml::de::Error) -> Error {

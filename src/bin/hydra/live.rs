@@ -26,7 +26,17 @@ pub struct ModelState {
     pub steps: u64,
     /// Of the last step.
     pub loss: Option<f32>,
+    /// [`WAITING`], [`TRAINING`], or the word for how it ended: `done`, `stopped`, `failed`, `cancelled`.
+    pub status: &'static str,
+    /// Why it ended before its time, where there is a reason.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
 }
+
+/// Nothing of it has run.
+pub const WAITING: &str = "waiting";
+/// It has begun and not ended.
+pub const TRAINING: &str = "training";
 
 /// The models of a run by their numbers, shared with what watches each.
 pub type Models = Rc<RefCell<Vec<ModelState>>>;
@@ -128,6 +138,12 @@ impl Live {
     }
 
     fn draw(&self, engine: &Engine) {
+        for (number, model) in self.models.borrow_mut().iter_mut().enumerate() {
+            let begun = number < engine.models() && engine.steps_in_flight(number) > 0;
+            if model.status == WAITING && begun {
+                model.status = TRAINING;
+            }
+        }
         let models = self.models.borrow();
         let secs = engine.now_secs() - self.began_secs;
         let devices = engine.device_states().enumerate().map(|(d, state)| Device::new(d, &state, &models, secs));
@@ -148,8 +164,19 @@ mod tests {
     use hydra::trace::What;
 
     fn models() -> Vec<ModelState> {
-        let model = |name: &str, step, loss| ModelState { name: name.into(), step, steps: 7, loss };
-        vec![model("a \"b\"", 0, None), model("c", 3, Some(0.5)), model("d", 7, Some(f32::NAN))]
+        let model = |name: &str, step, loss, status, reason: Option<&str>| ModelState {
+            name: name.into(),
+            step,
+            steps: 7,
+            loss,
+            status,
+            reason: reason.map(String::from),
+        };
+        vec![
+            model("a \"b\"", 0, None, WAITING, None),
+            model("c", 3, Some(0.5), TRAINING, None),
+            model("d", 7, Some(f32::NAN), "failed", Some("the loss is NaN")),
+        ]
     }
 
     fn task(model: u16, shard: u16, what: What) -> Option<TaskName> {
@@ -165,8 +192,9 @@ mod tests {
         let text = serde_json::to_string(&Line { event: "progress", models: &models, devices }).unwrap();
         assert_eq!(
             text,
-            "{\"event\":\"progress\",\"models\":[{\"name\":\"a \\\"b\\\"\",\"step\":0,\"steps\":7,\"loss\":null},\
-             {\"name\":\"c\",\"step\":3,\"steps\":7,\"loss\":0.5},{\"name\":\"d\",\"step\":7,\"steps\":7,\"loss\":null}],\
+            "{\"event\":\"progress\",\"models\":[{\"name\":\"a \\\"b\\\"\",\"step\":0,\"steps\":7,\"loss\":null,\"status\":\"waiting\"},\
+             {\"name\":\"c\",\"step\":3,\"steps\":7,\"loss\":0.5,\"status\":\"training\"},\
+             {\"name\":\"d\",\"step\":7,\"steps\":7,\"loss\":null,\"status\":\"failed\",\"reason\":\"the loss is NaN\"}],\
              \"devices\":[{\"device\":0,\"runs\":\"c shard 2 backward\",\"next\":\"a \\\"b\\\" shard 0 forward\",\"idle_share\":0.75},\
              {\"device\":1,\"runs\":null,\"next\":\"d shard 1 last unit\",\"idle_share\":1.0}]}"
         );

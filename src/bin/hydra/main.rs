@@ -4,14 +4,20 @@
 //! one line on standard error that begins with `error: `; only a budget's refusal goes on with its table.
 
 mod args;
+mod crew;
 mod devices;
 mod forward;
+mod inbox;
 mod job;
+mod judge;
 mod live;
+mod machine;
+mod outcome;
 mod plan_json;
 mod planning;
 mod print;
 mod progress;
+mod room;
 mod rundir;
 mod setup;
 mod show;

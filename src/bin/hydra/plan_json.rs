@@ -61,6 +61,11 @@ impl Planned {
 }
 
 impl PlannedJob {
+    /// plan.json itself.
+    pub fn text(&self) -> String {
+        format!("{:#}\n", self.json())
+    }
+
     /// What plan.json holds. A shard's seconds are those of a step, all microbatches, on the first device; the last shard's forward, loss and
     /// backward are one unit, whose seconds are `backward_secs`. A model's own seconds are those with the devices to itself.
     pub fn json(&self) -> Value {

@@ -1,11 +1,9 @@
 //! From a job to plans: the devices, the plan and the place of each model, and how they take turns.
 
 use crate::job::{self, DeviceKind, Job, Policy};
+use crate::machine::{Machine, check_devices, device_spec, machine};
 use crate::setup::{Prepared, check_scope, prepare};
 use hydra::base::{Error, Result, format_bytes};
-use hydra::device::host::HostSpec;
-use hydra::device::sim::{CostModel, PROFILES, Profile};
-use hydra::device::{DeviceSpec, calibrate, why_no_cuda, why_no_emulator};
 use hydra::engine::{Prediction, SimulateOptions, Simulation, predict, simulate};
 use hydra::sched::by_name;
 use hydra::spill::{
@@ -14,45 +12,8 @@ use hydra::spill::{
 use hydra::trace::{Bound, Recorder};
 use hydra::train::{plan_model, trace_model};
 use std::path::Path;
+use std::rc::Rc;
 use std::sync::Arc;
-
-/// Of the memory that is free, the part that the host's store may take unless the job says otherwise.
-const SHARE_OF_FREE_MEMORY: f64 = 0.8;
-
-/// One device of a job.
-#[derive(Clone)]
-pub struct MachineDevice {
-    /// Its kind.
-    pub kind: DeviceKind,
-    /// What is started; for sim, which starts none, the host.
-    pub spec: DeviceSpec,
-    /// Measured or stated rates.
-    pub cost: CostModel,
-    /// Bytes of its memory; `None` is no limit.
-    pub budget: Option<u64>,
-}
-
-/// What a job runs on.
-pub struct Machine {
-    /// The devices, at least one.
-    pub devices: Vec<MachineDevice>,
-    /// Bytes of the host's store; `None` is no limit.
-    pub host_budget: Option<u64>,
-    /// Bytes per second that all links share.
-    pub shared_bytes_per_sec: Option<f64>,
-}
-
-impl Machine {
-    /// The first device.
-    pub fn first(&self) -> &MachineDevice {
-        &self.devices[0]
-    }
-
-    /// What each device costs.
-    pub fn costs(&self) -> Vec<CostModel> {
-        self.devices.iter().map(|d| d.cost.clone()).collect()
-    }
-}
 
 /// A model with its plan.
 pub struct Planned {
@@ -93,8 +54,8 @@ pub struct PlannedJob {
     pub job: Job,
     /// What it runs on.
     pub machine: Machine,
-    /// Its models, in the file's order.
-    pub models: Vec<Planned>,
+    /// Its models, in the file's order; models that came later after them.
+    pub models: Vec<Rc<Planned>>,
     /// How they share the devices.
     pub sharing: Sharing,
     /// The smallest budget of every device that would work.
@@ -111,13 +72,25 @@ pub struct PlannedJob {
 /// # Errors
 /// When the job or what it names is at fault, or no plan fits the budgets.
 pub fn plan_job(path: &Path, sets: &[String], trains: bool) -> Result<PlannedJob> {
-    let job = Job::load(path, sets)?;
+    plan_loaded(path, Job::load(path, sets)?, trains)
+}
+
+/// Plans a job that was read from `path`.
+///
+/// # Errors
+/// As [`plan_job`].
+pub fn plan_loaded(path: &Path, job: Job, trains: bool) -> Result<PlannedJob> {
     let file = path.display().to_string();
     check_scope(&file, &job)?;
     check_devices(&file, &job, trains)?;
-    let prepared = (0..job.models.len()).map(|i| prepare(&file, &job, i)).collect::<Result<Vec<_>>>()?;
+    let prepared = (0..job.models.len()).map(|i| prepare(&job, i)).collect::<Result<Vec<_>>>()?;
     // Graphs before rates: what a network refuses is said before a second goes into measuring.
-    let traced = trace_all(&file, &job, prepared)?;
+    let mut traced: Vec<(Prepared, Arc<Model>)> = Vec::new();
+    for prepared in prepared {
+        let before: Vec<_> = traced.iter().map(|(p, m)| (p, m)).collect();
+        let next = trace(&job, prepared, &before)?;
+        traced.push(next);
+    }
     let machine = machine(&file, &job)?;
     let (placed, sharing, smallest_device_bytes) = place(&job, &machine, &traced)?;
     check_host(&placed, machine.devices.len(), machine.host_budget)?;
@@ -125,7 +98,7 @@ pub fn plan_job(path: &Path, sets: &[String], trains: bool) -> Result<PlannedJob
     let mut models = Vec::new();
     for ((prepared, _), placed) in traced.into_iter().zip(placed) {
         let prediction = predict_alone(&placed, &machine, prepared.options.clip.is_some())?;
-        models.push(Planned { prepared, placed, prediction });
+        models.push(Rc::new(Planned { prepared, placed, prediction }));
     }
     let mut planned =
         PlannedJob { job, machine, models, sharing, smallest_device_bytes, map, step_secs: 0.0, bound_secs: 0.0 };
@@ -133,47 +106,46 @@ pub fn plan_job(path: &Path, sets: &[String], trains: bool) -> Result<PlannedJob
     Ok(planned)
 }
 
-/// Traces every model; equal ones share a graph.
-fn trace_all(file: &str, job: &Job, prepared: Vec<Prepared>) -> Result<Vec<(Prepared, Arc<Model>)>> {
-    let spec = device_spec(&job.devices[0], 0);
-    let mut traced: Vec<(Prepared, Arc<Model>)> = Vec::new();
-    for (i, mut prepared) in prepared.into_iter().enumerate() {
-        prepared.options.device = spec.clone();
-        let same = |j: &usize| {
-            let (a, b) = (&job.models[*j], &job.models[i]);
-            let sizes = |m: &job::Model| (m.batch, m.microbatch, m.dtype.clone());
-            let inputs = traced[*j].0.inputs == prepared.inputs;
-            let microbatch = traced[*j].0.options.microbatch == prepared.options.microbatch;
-            a.source == b.source && sizes(a) == sizes(b) && microbatch && inputs
-        };
-        let model = match (0..i).find(same) {
-            Some(twin) => Arc::clone(&traced[twin].1),
-            None => {
-                let model = trace_model(prepared.network(), &prepared.inputs, &prepared.options);
-                let at = &job.models[i].at;
-                Arc::new(model.map_err(|e| Error::bad(format!("{file}: {at}: {e}")))?)
-            }
-        };
-        traced.push((prepared, model));
+/// Traces the model of a job that comes after those `before`; equal ones share a graph.
+///
+/// # Errors
+/// When the network does not take the data, or the microbatch does not divide the batch.
+pub fn trace(job: &Job, mut prepared: Prepared, before: &[(&Prepared, &Arc<Model>)]) -> Result<(Prepared, Arc<Model>)> {
+    prepared.options.device = device_spec(&job.devices[0], 0);
+    let b = &job.models[before.len()];
+    let same = |j: &usize| {
+        let (a, twin) = (&job.models[*j], before[*j].0);
+        let sizes = |m: &job::Model| (m.batch, m.microbatch, m.dtype.clone());
+        let microbatch = twin.options.microbatch == prepared.options.microbatch;
+        a.source == b.source && sizes(a) == sizes(b) && microbatch && twin.inputs == prepared.inputs
+    };
+    let model = match (0..before.len()).find(same) {
+        Some(twin) => Arc::clone(before[twin].1),
+        None => {
+            let model = trace_model(prepared.network(), &prepared.inputs, &prepared.options);
+            Arc::new(model.map_err(|e| Error::bad(format!("{}: {}: {e}", b.file, b.at)))?)
+        }
+    };
+    Ok((prepared, model))
+}
+
+/// A model as the planner of several takes it.
+pub fn fleet_model(prepared: &Prepared, model: &Arc<Model>) -> FleetModel {
+    FleetModel {
+        name: prepared.name.clone(),
+        model: Arc::clone(model),
+        options: hydra::spill::PlanOptions {
+            moments: prepared.options.optimizer.moments(),
+            clips: prepared.options.clip.is_some(),
+            ..prepared.options.plan.clone()
+        },
+        steps: prepared.options.steps,
     }
-    Ok(traced)
 }
 
 /// Plans and places all models as the job's policy has it.
 fn place(job: &Job, machine: &Machine, traced: &[(Prepared, Arc<Model>)]) -> Result<(Vec<Placed>, Sharing, u64)> {
-    let fleet: Vec<FleetModel> = traced
-        .iter()
-        .map(|(prepared, model)| FleetModel {
-            name: prepared.name.clone(),
-            model: Arc::clone(model),
-            options: hydra::spill::PlanOptions {
-                moments: prepared.options.optimizer.moments(),
-                clips: prepared.options.clip.is_some(),
-                ..prepared.options.plan.clone()
-            },
-            steps: prepared.options.steps,
-        })
-        .collect();
+    let fleet: Vec<FleetModel> = traced.iter().map(|(prepared, model)| fleet_model(prepared, model)).collect();
     let devices: Vec<FleetDevice> =
         machine.devices.iter().map(|d| FleetDevice { budget: d.budget, cost: d.cost.clone() }).collect();
     if let Some(baseline) = Baseline::by_name(job.run.policy.word()) {
@@ -200,7 +172,10 @@ fn place(job: &Job, machine: &Machine, traced: &[(Prepared, Arc<Model>)]) -> Res
 }
 
 /// What a step of a model takes with the devices to itself.
-fn predict_alone(placed: &Placed, machine: &Machine, clip: bool) -> Result<Prediction> {
+///
+/// # Errors
+/// When the schedule stalls: our own bug.
+pub fn predict_alone(placed: &Placed, machine: &Machine, clip: bool) -> Result<Prediction> {
     let alone = matches!(&placed.home, Home::On(devices) if devices.iter().all(|d| *d == devices[0]));
     if alone {
         let Home::On(devices) = &placed.home else { unreachable!("matched just above") };
@@ -228,108 +203,6 @@ fn predict_alone(placed: &Placed, machine: &Machine, clip: bool) -> Result<Predi
     let compute = all.utilisation.iter().sum::<f64>() * all.makespan_secs / STEPS as f64;
     let bound = Bound { compute: compute.min(step_secs), idle: (step_secs - compute).max(0.0), ..Bound::default() };
     Ok(Prediction { step_secs, bound_secs: busiest(&all) / STEPS as f64, bound })
-}
-
-fn check_devices(file: &str, job: &Job, trains: bool) -> Result<()> {
-    for (i, device) in job.devices.iter().enumerate() {
-        let fault = |what: &str| Err(Error::bad(format!("{file}: device.{i}.kind: {what}")));
-        if device.kind != job.devices[0].kind {
-            let (first, kind) = (job.devices[0].kind.word(), device.kind.word());
-            return fault(&format!("\"{kind}\" does not work together with device.0's \"{first}\"; write one kind"));
-        }
-        match device.kind {
-            DeviceKind::Host => {}
-            DeviceKind::Sim if trains => {
-                return fault(
-                    "\"sim\" has a clock and no arithmetic: it plans and cannot train; write kind = \"host\"",
-                );
-            }
-            DeviceKind::Sim => {}
-            DeviceKind::Cuda => match why_no_cuda() {
-                None => {}
-                Some(_) if !cfg!(feature = "cuda") => return fault("\"cuda\" is not built in; write kind = \"host\""),
-                Some(why) => return Err(Error::Device(format!("{file}: device.{i}.kind: {why}"))),
-            },
-            DeviceKind::Emulated if why_no_emulator().is_some() => {
-                return fault("\"emulated\" is not built in; write kind = \"host\"");
-            }
-            DeviceKind::Emulated => {}
-        }
-    }
-    Ok(())
-}
-
-/// The rates of a sim device.
-fn stated_cost(file: &str, i: usize, device: &job::Device) -> Result<CostModel> {
-    let Some(profile) = &device.profile else {
-        let (flops, memory) = (device.flops.unwrap_or(1e12), device.memory_bandwidth.unwrap_or(1e11));
-        return Ok(CostModel::stated(flops, memory, device.link.unwrap_or(memory)));
-    };
-    if let Some(known) = Profile::find(profile) {
-        return Ok(known.cost());
-    }
-    let fault = |what: String| Error::bad(format!("{file}: device.{i}.profile: {what}"));
-    if profile.ends_with(".json") {
-        let path = device.profile_path.as_deref().unwrap_or(Path::new(profile));
-        let text =
-            std::fs::read_to_string(path).map_err(|e| fault(format!("{}: cannot be read: {e}", path.display())))?;
-        return serde_json::from_str(&text)
-            .map_err(|e| fault(format!("{}: is no profile of `hydra devices --profile`: {e}", path.display())));
-    }
-    let names = PROFILES.map(|p| p.name);
-    let hint = hydra::base::nearest(profile, names).map_or(String::new(), |near| format!("; did you mean \"{near}\"?"));
-    let known = names.join(", ");
-    Err(fault(format!("\"{profile}\" is not known, only {known}, and files that end in .json{hint}")))
-}
-
-/// What is started for the `n`-th device of a job.
-fn device_spec(device: &job::Device, ordinal: usize) -> DeviceSpec {
-    match device.kind {
-        DeviceKind::Cuda => DeviceSpec::Cuda { ordinal, threads: None },
-        // In order, as a GPU of the Hopper generation.
-        DeviceKind::Emulated => DeviceSpec::Emulated { arch: 90, seed: 0, threads: None },
-        DeviceKind::Host | DeviceKind::Sim => {
-            HostSpec { arena_bytes: 0, link_bytes_per_sec: device.link, threads: device.threads }.into()
-        }
-    }
-}
-
-/// The job's devices, measured where they are real; those of one entry are alike.
-fn machine(file: &str, job: &Job) -> Result<Machine> {
-    let mut devices = Vec::new();
-    for (i, device) in job.devices.iter().enumerate() {
-        let spec = device_spec(device, 0);
-        let sim = device.kind == DeviceKind::Sim;
-        let mut cost = if sim { stated_cost(file, i, device)? } else { calibrate(&spec)? };
-        if let Some(link) = device.link {
-            cost.h2d_bytes_per_sec = if sim { link } else { cost.h2d_bytes_per_sec.min(link) };
-            cost.d2h_bytes_per_sec = if sim { link } else { cost.d2h_bytes_per_sec.min(link) };
-        }
-        let one = MachineDevice { kind: device.kind, spec, cost, budget: device.memory };
-        devices.extend(std::iter::repeat_n(one, device.count));
-    }
-    let host_budget = match (job.host.memory, devices[0].kind) {
-        (Some(bytes), _) => Some(bytes),
-        (None, DeviceKind::Sim) => None,
-        (None, _) => free_memory_bytes().map(|free| (free as f64 * SHARE_OF_FREE_MEMORY) as u64),
-    };
-    Ok(Machine { devices, host_budget, shared_bytes_per_sec: job.host.link })
-}
-
-/// Memory that programs can still have, where the system says (Linux's MemAvailable).
-pub fn free_memory_bytes() -> Option<u64> {
-    memory_line("MemAvailable:")
-}
-
-/// Memory of the machine, where the system says.
-pub fn total_memory_bytes() -> Option<u64> {
-    memory_line("MemTotal:")
-}
-
-fn memory_line(key: &str) -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix(key))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
 }
 
 impl PlannedJob {
@@ -370,7 +243,10 @@ impl PlannedJob {
     }
 
     /// Predicts one step of every model.
-    fn predict_step(&mut self) -> Result<()> {
+    ///
+    /// # Errors
+    /// When the schedule stalls: our own bug.
+    pub fn predict_step(&mut self) -> Result<()> {
         if self.sharing == Sharing::Alone {
             let prediction = &self.models[0].prediction;
             (self.step_secs, self.bound_secs) = (prediction.step_secs, prediction.bound_secs);

@@ -8,6 +8,11 @@ pub fn say(line: impl Display) {
     let _ = writeln!(std::io::stdout().lock(), "{line}");
 }
 
+/// Prints a line on standard error: something that the user should know and that ends nothing.
+pub fn warn(line: impl Display) {
+    let _ = writeln!(std::io::stderr().lock(), "warning: {line}");
+}
+
 /// Rows as aligned columns, two spaces between; the first column to the left, the others to the right.
 pub fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);

@@ -1,9 +1,10 @@
 //! What a run shows as it goes: a bar for each model on a terminal, else a line now and then; of several models or devices JSON lines.
 
-use crate::live::{Live, ModelState, Models, Show};
+use crate::live::{self, Live, ModelState, Models, Show};
 use crate::print::say;
 use hydra::base::format_secs;
 use hydra::engine::Engine;
+use hydra::train::results::Status;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 use std::io::IsTerminal;
@@ -109,16 +110,19 @@ impl Progress {
                 bar.set_style(style("{prefix} {wide_bar} {pos}/{len}  {msg}  {eta} left"));
                 bar.set_prefix(name.to_string());
                 bar.set_position(first_step);
+                bar.set_message(live::WAITING);
                 bar.reset_eta();
                 Way::Bar(bar)
             }
             Target::Lines => Way::Lines { last: now, tenth: 0 },
             Target::Json => Way::Json,
         };
+        let full_name = name.to_string();
         let models = board.models.clone();
         let number = models.borrow().len();
-        models.borrow_mut().push(ModelState { name: name.to_string(), step: first_step, steps, loss: None });
-        Progress { name: name.to_string(), steps, began: now, first_step, way, models, number, rate: None }
+        let (name, status) = (name.to_string(), live::WAITING);
+        models.borrow_mut().push(ModelState { name, step: first_step, steps, loss: None, status, reason: None });
+        Progress { name: full_name, steps, began: now, first_step, way, models, number, rate: None }
     }
 
     /// Step `step` (from 0) has ended with `loss`; `per_sec` `units` (tokens, samples) went through a second.
@@ -127,7 +131,7 @@ impl Progress {
         self.rate = Some(rate);
         let done = step + 1;
         let state = &mut self.models.borrow_mut()[self.number];
-        (state.step, state.loss) = (done, Some(loss));
+        (state.step, state.loss, state.status) = (done, Some(loss), live::TRAINING);
         match &mut self.way {
             Way::Quiet | Way::Json => {}
             Way::Bar(bar) => {
@@ -160,6 +164,20 @@ impl Progress {
             Way::Lines { .. } => say(format!("{}: {line}", self.name)),
             Way::Json => say(json!({ "event": "note", "model": self.name, "text": line })),
         }
+    }
+
+    /// The model has ended: says how, where it was before its time, and takes the bar away.
+    pub fn end(&self, status: &Status) {
+        match status {
+            // Where it trains alone its failure is the run's, which is told at the end; what stopped it was told when it was decided.
+            Status::Failed(reason) if !matches!(self.way, Way::Lines { .. }) => self.note(&format!("failed: {reason}")),
+            Status::Cancelled => self.note("cancelled"),
+            Status::Failed(_) | Status::Stopped(_) | Status::Done => {}
+        }
+        let state = &mut self.models.borrow_mut()[self.number];
+        state.status = status.word();
+        state.reason = Some(status.reason()).filter(|reason| !reason.is_empty()).map(String::from);
+        self.finish();
     }
 
     /// Takes the bar away.

@@ -16,6 +16,10 @@ pub const JOB: &str = "job.toml";
 pub const TRACE: &str = "trace.json";
 /// What became of each model, of a run of several.
 pub const RESULTS: &str = "results.csv";
+/// What models of searches have reported, of a run that ends models early.
+pub const SELECTION: &str = "selection.jsonl";
+/// Job files and cancellations for a run that goes on.
+pub const INBOX: &str = "inbox";
 /// In a model's folder: one line a step.
 pub const METRICS: &str = "metrics.jsonl";
 /// In a model's folder: what to resume from.

@@ -7,9 +7,11 @@ use hydra::data::{
     self, BatchesOptions, BatchesSource, ImageFiles, ImageOptions, ImageSource, RandomOptions, RandomSource, Source,
     TextOptions, TextSource, names,
 };
+use hydra::graph::Graph;
 use hydra::nn::{self, Form, InputShape, Network, Pretrained};
 use hydra::spill::{PlanOptions, Recompute};
 use hydra::train::{Optimizer, Schedule, TrainOptions, Weights, inputs_of};
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -27,7 +29,7 @@ pub struct Prepared {
     /// The tensors of a sample.
     pub inputs: Vec<InputShape>,
     /// Its data, opened once to see what is there.
-    opened: Option<Sources>,
+    opened: RefCell<Option<Sources>>,
     recipe: Recipe,
 }
 
@@ -72,6 +74,16 @@ impl Prepared {
         }
     }
 
+    /// Reads the weights of `graph` once, so that damaged ones are told before anything is done with them.
+    ///
+    /// # Errors
+    /// When one is missing, has another shape, or is not finite.
+    pub fn check_weights(&self, graph: &Graph) -> Result<()> {
+        let Origin::Pretrained(pretrained) = &self.origin else { return Ok(()) };
+        graph.parameters.iter().try_for_each(|p| pretrained.tensor(&p.name, &p.shape).map(drop))?;
+        graph.states.iter().try_for_each(|s| pretrained.tensor(&s.name, &s.shape).map(drop))
+    }
+
     /// What its directory looks like when it is saved, and the counts that it began with.
     ///
     /// # Errors
@@ -87,7 +99,7 @@ impl Prepared {
     ///
     /// # Errors
     /// When a file is missing or at fault.
-    pub fn sources(&mut self) -> Result<Sources> {
+    pub fn sources(&self) -> Result<Sources> {
         match self.opened.take() {
             Some(sources) => Ok(sources),
             None => self.recipe.open(self.network()),
@@ -116,13 +128,6 @@ pub fn check_scope(file: &str, job: &Job) -> Result<()> {
     if job.host.link.is_some() && !matches!(job.devices[0].kind, DeviceKind::Host | DeviceKind::Sim) {
         return fault("host.link", "is for kind = \"host\" and \"sim\" only; leave it out");
     }
-    for model in &job.models {
-        let kind = job.devices[0].kind;
-        if model.dtype == "tf32" && !matches!(kind, DeviceKind::Cuda | DeviceKind::Emulated) {
-            let what = format!("tf32 goes with kind = \"cuda\", not \"{}\"; write dtype = \"f32\"", kind.word());
-            return fault(&model.place("dtype"), &what);
-        }
-    }
     Ok(())
 }
 
@@ -130,9 +135,14 @@ pub fn check_scope(file: &str, job: &Job) -> Result<()> {
 ///
 /// # Errors
 /// When a file is missing or at fault, or the parts do not go together; the message names the file or the key.
-pub fn prepare(file: &str, job: &Job, i: usize) -> Result<Prepared> {
+pub fn prepare(job: &Job, i: usize) -> Result<Prepared> {
     let model = &job.models[i];
-    let fault = |key: &str, what: String| Error::bad(format!("{file}: {}: {what}", model.place(key)));
+    let fault = |key: &str, what: String| model.fault(key, what);
+    let kind = job.devices[0].kind;
+    if model.dtype == "tf32" && !matches!(kind, DeviceKind::Cuda | DeviceKind::Emulated) {
+        let what = format!("tf32 goes with kind = \"cuda\", not \"{}\"; write dtype = \"f32\"", kind.word());
+        return Err(fault("dtype", what));
+    }
     let origin = match &model.source {
         Whence::From(dir) => Origin::Pretrained(nn::open(dir)?),
         Whence::Family { family, config } => {
@@ -188,7 +198,7 @@ pub fn prepare(file: &str, job: &Job, i: usize) -> Result<Prepared> {
         },
         ..PlanOptions::default()
     };
-    Ok(Prepared { name: model.name.clone(), origin, options, inputs, opened: Some(sources), recipe })
+    Ok(Prepared { name: model.name.clone(), origin, options, inputs, opened: RefCell::new(Some(sources)), recipe })
 }
 
 /// Samples that run together. In a pipeline they follow from how many microbatches it is to hold: by default as many as there are devices, or the
@@ -201,10 +211,9 @@ fn microbatch(job: &Job, model: &job::Model) -> Result<usize> {
     let fits = |n: usize| model.batch.is_multiple_of(n);
     let count = match job.run.pipeline_microbatches {
         Some(stated) if !fits(stated) => {
-            let (at, batch) = (model.place("batch"), model.batch);
-            return Err(Error::bad(format!(
-                "{at}: run.pipeline_microbatches = {stated} does not divide the batch of {batch}"
-            )));
+            let batch = model.batch;
+            let what = format!("run.pipeline_microbatches = {stated} does not divide the batch of {batch}");
+            return Err(model.fault("batch", what));
         }
         Some(stated) => stated,
         None => (1..=devices).rev().find(|&n| fits(n)).unwrap_or(1),

@@ -1,21 +1,27 @@
 //! `hydra train`: plans, makes the run's directory, trains the models together, and says what became of each.
 
 use crate::args::Resume;
-use crate::planning::{Planned, PlannedJob, Sharing, free_memory_bytes, plan_job};
-use crate::print::{say, table};
-use crate::progress::{Board, Progress};
+use crate::crew::{RunCrew, Standing};
+use crate::inbox::{Inbox, Taken};
+use crate::job::Job;
+use crate::judge::Judges;
+use crate::machine::free_memory_bytes;
+use crate::outcome;
+use crate::planning::{Planned, PlannedJob, Sharing, plan_loaded};
+use crate::print::say;
+use crate::progress::Board;
+use crate::room::roomy_arenas;
 use crate::rundir::{self, Found, RunDir, inspect};
 use crate::show::summary;
 use crate::watch::{Watch, identity};
-use hydra::base::{Error, Result, format_bytes, format_secs};
-use hydra::device::{FleetMemory, start_fleet};
+use hydra::base::{Error, Result, format_bytes};
+use hydra::device::{Device, FleetMemory, start_fleet};
 use hydra::engine::TurnOptions;
 use hydra::sched::by_name;
 use hydra::spill::named;
 use hydra::trace::{Keep, Recorder, RecorderOptions};
-use hydra::train::Selection;
 use hydra::train::results::{self, ModelResult, Status};
-use hydra::train::{Checkpoint, Fleet, Observer, Recruit};
+use hydra::train::{Checkpoint, Fleet, Recruit, Verdict};
 use serde_json::{Value, json};
 use std::cell::RefCell;
 use std::path::Path;
@@ -29,17 +35,21 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// What the job, the data or the machine is at fault for; [`Error::Interrupted`] after a checkpoint.
 pub fn run(path: &Path, sets: &[String], resume: Resume, json: bool) -> Result<()> {
     let stop = stop_on_signals()?;
-    let planned = plan_job(path, sets, true)?;
-    let out = planned.job.run.out.clone();
+    let mut job = Job::load(path, sets)?;
+    let out = job.run.out.clone();
+    let goes_on = resume != Resume::Never && out.join(rundir::PLAN).exists();
+    let taken = if goes_on { Inbox::taken(&out.join(rundir::INBOX)) } else { Taken::default() };
+    taken.jobs.iter().try_for_each(|path| job.add(path))?;
+    let planned = plan_loaded(path, job, true)?;
     let names: Vec<&str> = planned.job.models.iter().map(|m| m.name.as_str()).collect();
     let found = inspect(&out, &names, resume)?;
     let checkpoints = match found {
         Found::Run => open_checkpoints(&planned, resume)?,
         Found::Free => planned.models.iter().map(|_| None).collect(),
     };
-    let all_done =
-        |c: &Option<Checkpoint>, m: &Planned| c.as_ref().is_some_and(|c| c.step() == m.prepared.options.steps);
-    if checkpoints.iter().zip(&planned.models).all(|(c, m)| all_done(c, m)) {
+    let mut judges = Judges::new(&out, found)?;
+    let standings = standings(&planned, &checkpoints, &taken, &mut judges);
+    if standings.iter().all(|s| s.ended.is_some()) {
         return already_done(&out, json);
     }
     check_memory(&planned)?;
@@ -47,7 +57,8 @@ pub fn run(path: &Path, sets: &[String], resume: Resume, json: bool) -> Result<(
         summary(&planned);
     }
     let mut dir = RunDir::take(&out)?;
-    let trained = start(&mut dir, &planned).and_then(|()| train_all(&mut dir, planned, checkpoints, &stop, json));
+    let trained = start(&mut dir, &planned)
+        .and_then(|()| train_all(&mut dir, planned, (standings, checkpoints, judges), &stop, json));
     match trained {
         Ok(Trained { models, failed }) => {
             if json {
@@ -138,6 +149,27 @@ fn open_checkpoints(planned: &PlannedJob, resume: Resume) -> Result<Vec<Option<C
     Ok(checkpoints)
 }
 
+/// How far each model had come.
+fn standings(
+    planned: &PlannedJob,
+    checkpoints: &[Option<Checkpoint>],
+    taken: &Taken,
+    judges: &mut Judges,
+) -> Vec<Standing> {
+    let from: Vec<u64> = checkpoints.iter().map(|c| c.as_ref().map_or(0, Checkpoint::step)).collect();
+    let verdicts = judges.extend(&planned.job, &from);
+    let standing = |((model, from), verdict): ((&Rc<Planned>, u64), Verdict)| {
+        let ended = match verdict {
+            _ if from == model.prepared.options.steps => Some(Status::Done),
+            _ if taken.cancelled.contains(&model.prepared.name) => Some(Status::Cancelled),
+            Verdict::Stop(reason) => Some(Status::Stopped(reason)),
+            Verdict::GoOn => None,
+        };
+        Standing { from, ended }
+    };
+    planned.models.iter().zip(from).zip(verdicts).map(standing).collect()
+}
+
 fn already_done(out: &Path, json: bool) -> Result<()> {
     if json {
         say(json!({ "run": out, "models": [] }));
@@ -149,40 +181,31 @@ fn already_done(out: &Path, json: bool) -> Result<()> {
 
 /// Writes what marks the directory as a run's.
 fn start(dir: &mut RunDir, planned: &PlannedJob) -> std::result::Result<(), Failure> {
-    let mut plan = format!("{:#}", planned.json());
-    plan.push('\n');
-    dir.write(rundir::PLAN, plan.as_bytes())?;
+    dir.write(rundir::PLAN, planned.text().as_bytes())?;
     dir.write(rundir::JOB, planned.job.source_text.as_bytes())?;
+    if planned.sharing == Sharing::Turns {
+        dir.folder(rundir::INBOX)?;
+    }
     Ok(())
 }
 
-/// Trains all models that are not done, from their checkpoints or from the start.
+/// Trains all models that have not ended, from their checkpoints or from the start.
 fn train_all(
     dir: &mut RunDir,
-    mut planned: PlannedJob,
-    mut checkpoints: Vec<Option<Checkpoint>>,
+    planned: PlannedJob,
+    (standings, mut checkpoints, judges): (Vec<Standing>, Vec<Option<Checkpoint>>, Judges),
     stop: &AtomicBool,
     quiet: bool,
 ) -> std::result::Result<Trained, Failure> {
-    let from: Vec<u64> = checkpoints.iter().map(|c| c.as_ref().map_or(0, Checkpoint::step)).collect();
-    // Models that are done keep out; the others have numbers of their own in the fleet.
-    let active: Vec<usize> =
-        (0..planned.models.len()).filter(|&m| from[m] < planned.models[m].prepared.options.steps).collect();
+    // Models that have ended keep out; the others have numbers of their own in the fleet.
+    let active: Vec<usize> = (0..planned.models.len()).filter(|&m| standings[m].ended.is_none()).collect();
     let mut sources = Vec::new();
     for &m in &active {
-        let prepared = &mut planned.models[m].prepared;
-        let twice = if from[m] > 0 { Some(prepared.sources()?) } else { None };
+        let prepared = &planned.models[m].prepared;
+        let twice = if standings[m].from > 0 { Some(prepared.sources()?) } else { None };
         sources.push((prepared.sources()?, twice));
     }
-    let planned = &planned;
-    let specs: Vec<_> = planned.machine.devices.iter().map(|d| d.spec.clone()).collect();
-    let memory = FleetMemory {
-        arena_bytes: planned.map.arena_bytes.clone(),
-        host_bytes: planned.map.host_bytes,
-        poison: false,
-        shared_bytes_per_sec: planned.machine.shared_bytes_per_sec,
-    };
-    let device = start_fleet(&specs, memory)?;
+    let (device, arenas) = start_devices(&planned)?;
     let mut recruits = Vec::new();
     let mut later = Vec::new();
     for (&m, (sources, twice)) in active.iter().zip(sources) {
@@ -202,7 +225,7 @@ fn train_all(
         units: planned.units(),
         costs: planned.machine.costs(),
         shared_bytes_per_sec: planned.machine.shared_bytes_per_sec,
-        arena_bytes: planned.map.arena_bytes.clone(),
+        arena_bytes: arenas.clone(),
     });
     let mut fleet = Fleet::new(recruits, device, turns)?;
     if let Sharing::Lines(lines) = &planned.sharing {
@@ -214,68 +237,108 @@ fn train_all(
         validates.push(valid);
         if let (Some(checkpoint), Some(sources)) = (&mut checkpoints[active[i]], again) {
             checkpoint.restore(fleet.engine_mut(), i)?;
-            fleet.start_at(i, from[active[i]], sources.train)?;
+            fleet.start_at(i, standings[active[i]].from, sources.train)?;
         }
     }
-    record(dir, planned, &active, &from, &mut fleet)?;
-    let board = Board::new(quiet, active.len(), specs.len());
+    record(dir, &planned, &active, &standings, &mut fleet)?;
+    let board = Board::new(quiet, active.len(), planned.machine.devices.len());
     let live = board.live(fleet.engine()).map(|live| Rc::new(RefCell::new(live)));
     if let Some(live) = live.clone() {
         fleet.watch(move |engine| live.borrow_mut().look(engine));
     }
-    let selections = selections(planned);
-    let mut watches = Vec::new();
-    for (i, &m) in active.iter().enumerate() {
-        let model = &planned.models[m];
-        let folder = dir.folder(&model.prepared.name)?;
-        dir.will_make(&folder.join(rundir::METRICS));
-        let progress = Progress::new(&board, &model.prepared.name, from[m], model.prepared.options.steps);
-        let place = (folder.as_path(), from[m]);
-        watches.push(Watch::new(model, m, place, progress, stop, selections[m].clone(), validates[i])?);
+    let inbox = Inbox::new(dir.at(rundir::INBOX));
+    let began_with = planned.models.len();
+    let mut crew = RunCrew {
+        planned,
+        standings,
+        watches: Vec::new(),
+        active: Vec::new(),
+        dir,
+        board,
+        judges,
+        inbox,
+        arenas,
+        stop,
+    };
+    for (&m, valid) in active.iter().zip(validates) {
+        crew.watch(m, valid)?;
     }
-    let mut observers: Vec<&mut dyn Observer> = watches.iter_mut().map(|w| w as &mut dyn Observer).collect();
-    let result = fleet.run(&mut observers, stop);
-    watches.iter().for_each(Watch::finish);
+    let result = fleet.run(&mut crew, stop);
+    crew.watches.iter().for_each(Watch::finish);
     live.iter().for_each(|live| live.borrow_mut().finish(fleet.engine()));
     let recorded = fleet.engine_mut().take_recorder().map(Recorder::finish).transpose();
-    let nothing_done = (0..active.len()).all(|i| fleet.steps_done(i) == 0) && from.iter().all(|&f| f == 0);
+    // Files that were taken are worth keeping too.
+    let nothing_done = crew.planned.models.len() == began_with
+        && crew.standings.iter().all(|s| s.from == 0)
+        && (0..crew.active.len()).all(|i| fleet.steps_done(i) == 0);
     let kept = |error| Failure { error, untouched: nothing_done };
-    let failures: Vec<Option<Error>> = (0..active.len()).map(|i| fleet.take_failure(i)).collect();
-    if let [Some(_)] = &failures[..]
-        && planned.models.len() == 1
+    let failed = |watch: &Watch| matches!(watch.status, Some(Status::Failed(_)));
+    if let ([watch], [model]) = (&crew.watches[..], &crew.planned.models[..])
+        && failed(watch)
+        && let Some(error) = fleet.take_failure(0)
     {
-        let error = failures.into_iter().flatten().next().expect("matched just above");
-        return Err(kept(named(&planned.models[0].prepared.name, error)));
+        return Err(kept(named(&model.prepared.name, error)));
     }
     result.map_err(kept)?;
     recorded.map_err(kept)?;
-    let rows = rows(planned, &active, &watches, &failures, &from, &dir.at(""));
-    if planned.models.len() > 1 {
-        results::write(&dir.at(rundir::RESULTS), &rows).map_err(kept)?;
+    let rows = outcome::rows(&crew);
+    if rows.len() > 1 {
+        results::write(&crew.dir.at(rundir::RESULTS), &rows).map_err(kept)?;
     }
     if !quiet {
-        tell(planned, dir, &rows);
+        outcome::tell(&crew.planned, crew.dir, &rows);
     }
     let failed: Vec<&ModelResult> = rows.iter().filter(|r| matches!(r.status, Status::Failed(_))).collect();
     let failed = failed.first().map(|first| {
         let (count, all, name, why) = (failed.len(), rows.len(), &first.name, first.status.reason());
         Error::Device(format!("{count} of {all} models failed; {name}: {why}"))
     });
-    Ok(Trained { models: rows.iter().map(row_json).collect(), failed })
+    Ok(Trained { models: rows.iter().map(outcome::row_json).collect(), failed })
+}
+
+/// Starts the devices, with room for models that come later where they can, and says how large the arenas are.
+fn start_devices(planned: &PlannedJob) -> Result<(Box<dyn Device>, Vec<u64>)> {
+    let specs: Vec<_> = planned.machine.devices.iter().map(|d| d.spec.clone()).collect();
+    let start = |arena_bytes: &[u64]| {
+        let memory = FleetMemory {
+            arena_bytes: arena_bytes.to_vec(),
+            host_bytes: planned.map.host_bytes,
+            poison: false,
+            shared_bytes_per_sec: planned.machine.shared_bytes_per_sec,
+        };
+        start_fleet(&specs, memory)
+    };
+    let needed = planned.map.arena_bytes.clone();
+    if planned.sharing == Sharing::Turns {
+        let roomy = roomy_arenas(planned);
+        // A machine that refuses what might be of use later has enough for what is needed now, or says so itself.
+        if roomy != needed
+            && let Ok(device) = start(&roomy)
+        {
+            return Ok((device, roomy));
+        }
+    }
+    Ok((start(&needed)?, needed))
 }
 
 /// Records the run's first and last steps.
-fn record(dir: &mut RunDir, planned: &PlannedJob, active: &[usize], from: &[u64], fleet: &mut Fleet) -> Result<()> {
+fn record(
+    dir: &mut RunDir,
+    planned: &PlannedJob,
+    active: &[usize],
+    standings: &[Standing],
+    fleet: &mut Fleet,
+) -> Result<()> {
     let trace = dir.at(rundir::TRACE);
-    let first = active.iter().map(|&m| from[m]).min().unwrap_or(0);
+    let first = active.iter().map(|&m| standings[m].from).min().unwrap_or(0);
     keep_older_trace(&trace, first)?;
     dir.will_make(&trace);
     let run = &planned.job.run;
     let total_steps = active.iter().map(|&m| planned.models[m].prepared.options.steps).max().unwrap_or(0);
-    let last = active.iter().map(|&m| from[m]).max().unwrap_or(0);
-    let keep = Keep { first: last.saturating_add(run.trace_first), last: run.trace_last, total_steps };
+    let keep = Keep { first: run.trace_first, last: run.trace_last, total_steps };
     let names = active.iter().map(|&m| planned.models[m].prepared.name.clone()).collect();
-    let options = RecorderOptions::new(keep, fleet.engine().lanes().to_vec(), names);
+    let begins = active.iter().map(|&m| standings[m].from).collect();
+    let options = RecorderOptions { begins, ..RecorderOptions::new(keep, fleet.engine().lanes().to_vec(), names) };
     fleet.engine_mut().record(Recorder::create(&trace, options)?);
     Ok(())
 }
@@ -287,89 +350,4 @@ fn keep_older_trace(trace: &Path, from: u64) -> Result<()> {
     }
     let older = trace.with_file_name(format!("trace-until-{from}.json"));
     std::fs::rename(trace, &older).map_err(|e| Error::io("rename", trace, e))
-}
-
-/// What may end each model early, shared by the models of a search.
-fn selections(planned: &PlannedJob) -> Vec<Option<Rc<RefCell<Selection>>>> {
-    let mut of = vec![None; planned.models.len()];
-    for search in &planned.job.searches {
-        if let Some(stop) = &search.stop {
-            let shared = Rc::new(RefCell::new(stop.clone()));
-            search.models.clone().for_each(|m| of[m] = Some(Rc::clone(&shared)));
-        }
-    }
-    of
-}
-
-/// What became of each model.
-fn rows(
-    planned: &PlannedJob,
-    active: &[usize],
-    watches: &[Watch],
-    failures: &[Option<Error>],
-    from: &[u64],
-    run: &Path,
-) -> Vec<ModelResult> {
-    let row = |m: usize| {
-        let (model, place) = (&planned.models[m], active.iter().position(|&a| a == m));
-        let watch = place.map(|i| &watches[i]);
-        let status = match (place.and_then(|i| failures[i].as_ref()), watch) {
-            (Some(error), _) => Status::Failed(error.to_string()),
-            (None, Some(watch)) => match &watch.stopped {
-                Some(reason) => Status::Stopped(reason.clone()),
-                None if watch.saved => Status::Done,
-                None => Status::Cancelled,
-            },
-            (None, None) => Status::Done,
-        };
-        ModelResult {
-            model: m,
-            name: model.prepared.name.clone(),
-            searched: planned.job.models[m].searched.clone(),
-            status,
-            steps: watch.map_or(from[m], |w| w.done),
-            train_loss: watch.and_then(|w| w.loss),
-            valid_loss: watch.and_then(|w| w.valid_loss),
-            secs: watch.map_or(0.0, |w| w.secs),
-            directory: run.join(&model.prepared.name),
-        }
-    };
-    (0..planned.models.len()).map(row).collect()
-}
-
-fn row_json(row: &ModelResult) -> Value {
-    let mut json = json!({
-        "name": row.name,
-        "status": row.status.word(),
-        "steps": row.steps,
-        "loss": row.train_loss,
-        "secs": row.secs,
-        "model": row.directory.join(rundir::MODEL),
-    });
-    if let Some(valid) = row.valid_loss {
-        json["valid_loss"] = valid.into();
-    }
-    if !row.status.reason().is_empty() {
-        json["reason"] = row.status.reason().into();
-    }
-    json
-}
-
-/// Prints how it ended.
-fn tell(planned: &PlannedJob, dir: &RunDir, rows: &[ModelResult]) {
-    if let [row] = rows {
-        let valid = row.valid_loss.map_or(String::new(), |v| format!(", held-out loss {v:.4}"));
-        let loss = row.train_loss.map_or(String::new(), |l| format!(", loss {l:.4}"));
-        say(format!("{}: {} steps done in {}{loss}{valid}", row.name, row.steps, format_secs(row.secs)));
-        say(format!("  model       {}", row.directory.join(rundir::MODEL).display()));
-        say(format!("  metrics     {}", row.directory.join(rundir::METRICS).display()));
-    } else {
-        say(table(&results::table(rows)).trim_end());
-        if let Some(best) = results::best(rows) {
-            say(format!("best: {}, in {}", best.name, best.directory.join(rundir::MODEL).display()));
-        }
-        say(format!("  results     {}", dir.at(rundir::RESULTS).display()));
-    }
-    say(format!("  trace       {} (opens in https://ui.perfetto.dev)", dir.at(rundir::TRACE).display()));
-    planned.idle_devices().into_iter().for_each(say);
 }

@@ -1,15 +1,16 @@
 //! What the program does as a model trains: metrics, checkpoints, progress, selection, and at the end the model's directory.
 
+use crate::judge::Judge;
 use crate::planning::Planned;
 use crate::progress::Progress;
 use crate::rundir;
 use hydra::base::{Error, Result, format_secs};
 use hydra::engine::{Engine, Stored};
 use hydra::nn;
+use hydra::train::Verdict;
 use hydra::train::metrics::{Metrics, Row, StepRow, ValidRow};
+use hydra::train::results::Status;
 use hydra::train::{Identity, Observer, StepReport, write_checkpoint};
-use hydra::train::{Selection, Verdict};
-use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -27,9 +28,7 @@ pub fn identity(model: &Planned) -> Identity {
 
 /// Watches one model.
 pub struct Watch<'a> {
-    planned: &'a Planned,
-    /// Its number in the job.
-    number: usize,
+    planned: Rc<Planned>,
     metrics: Metrics,
     progress: Progress,
     stop: &'a AtomicBool,
@@ -41,38 +40,35 @@ pub struct Watch<'a> {
     tokens: Option<u64>,
     samples: u64,
     /// What may end it early.
-    selection: Option<Rc<RefCell<Selection>>>,
+    judge: Option<Judge>,
     validates: bool,
+    /// Why it is to end early, though it has not come to it.
+    ends: Option<Status>,
     /// Steps done.
     pub done: u64,
     /// The last losses.
     pub loss: Option<f32>,
     pub valid_loss: Option<f32>,
-    /// Why selection ended it.
-    pub stopped: Option<String>,
-    /// Its directory is saved.
-    pub saved: bool,
+    /// How it ended, once it has.
+    pub status: Option<Status>,
     /// Seconds until it ended.
     pub secs: f64,
 }
 
 impl<'a> Watch<'a> {
-    /// Watches `planned`, number `number` of the job, which goes on from step `from`, and writes into `folder`.
-    ///
-    /// # Errors
-    /// When the metrics cannot be written.
+    /// Watches `planned`, which goes on from step `from`, and writes into `folder`, where `metrics` are.
     pub fn new(
-        planned: &'a Planned,
-        number: usize,
+        planned: &Rc<Planned>,
         (folder, from): (&Path, u64),
+        metrics: Metrics,
         progress: Progress,
         stop: &'a AtomicBool,
-        selection: Option<Rc<RefCell<Selection>>>,
+        judge: Option<Judge>,
         validates: bool,
-    ) -> Result<Watch<'a>> {
+    ) -> Watch<'a> {
         let now = Instant::now();
-        Ok(Watch {
-            metrics: Metrics::open(&folder.join(rundir::METRICS), from)?,
+        Watch {
+            metrics,
             progress,
             stop,
             folder: folder.to_path_buf(),
@@ -81,17 +77,28 @@ impl<'a> Watch<'a> {
             began: now,
             tokens: planned.prepared.step_tokens(),
             samples: planned.prepared.options.batch as u64,
-            selection,
+            judge,
             validates,
+            ends: None,
             done: from,
             loss: None,
             valid_loss: None,
-            stopped: None,
-            saved: false,
+            status: None,
             secs: 0.0,
-            planned,
-            number,
-        })
+            planned: Rc::clone(planned),
+        }
+    }
+
+    /// Lets it end after the steps in flight; what it has learnt is saved.
+    pub fn cancel(&mut self) {
+        self.ends.get_or_insert(Status::Cancelled);
+    }
+
+    /// Notes how it ended.
+    pub fn end(&mut self, status: Status) {
+        self.progress.end(&status);
+        self.secs = self.began.elapsed().as_secs_f64();
+        self.status = Some(status);
     }
 
     /// Takes its progress line away.
@@ -99,16 +106,16 @@ impl<'a> Watch<'a> {
         self.progress.finish();
     }
 
-    /// Tells the selection how it does.
-    fn report(&mut self, step: u64, metric: f32) {
-        let Some(selection) = &self.selection else { return };
-        let verdict = selection.borrow_mut().report(self.number, step, f64::from(metric));
-        if let Verdict::Stop(reason) = verdict
+    /// Tells its judge how it does.
+    fn report(&mut self, step: u64, metric: f32) -> Result<()> {
+        let Some(judge) = &self.judge else { return Ok(()) };
+        if let Verdict::Stop(reason) = judge.report(step, metric)?
             && step < self.steps
         {
             self.progress.note(&format!("stopped: {reason}"));
-            self.stopped.get_or_insert(reason);
+            self.ends.get_or_insert(Status::Stopped(reason));
         }
+        Ok(())
     }
 }
 
@@ -138,7 +145,7 @@ impl Observer for Watch<'_> {
         let rate = tokens_per_sec.or(samples_per_sec).unwrap_or(0.0);
         self.progress.step(result.step, result.loss, rate, units);
         if !self.validates {
-            self.report(self.done, result.loss);
+            self.report(self.done, result.loss)?;
         }
         Ok(())
     }
@@ -147,16 +154,15 @@ impl Observer for Watch<'_> {
         self.metrics.write(&Row::Valid(ValidRow { step, valid_loss: loss, secs }))?;
         self.valid_loss = Some(loss);
         self.progress.note(&format!("after {step} steps  held-out loss {loss:.4}  ({})", format_secs(secs)));
-        self.report(step, loss);
-        Ok(())
+        self.report(step, loss)
     }
 
     fn wants_rest(&mut self, step: u64) -> bool {
-        self.selection.as_ref().is_some_and(|selection| selection.borrow().has_rung(step))
+        self.judge.as_ref().is_some_and(|judge| judge.has_rung(step))
     }
 
     fn wants_end(&mut self) -> bool {
-        self.stopped.is_some()
+        self.ends.is_some()
     }
 
     fn wants_checkpoint(&mut self) -> bool {
@@ -166,8 +172,8 @@ impl Observer for Watch<'_> {
     fn checkpoint(&mut self, step: u64, engine: &Engine, model: usize) -> Result<()> {
         // The last one is written after the model is saved.
         let due = self.stop.load(Ordering::Relaxed) || self.wants_checkpoint();
-        if step < self.steps && due && self.stopped.is_none() {
-            write_checkpoint(&self.folder.join(rundir::CHECKPOINT), engine, model, identity(self.planned), step)?;
+        if step < self.steps && due && self.ends.is_none() {
+            write_checkpoint(&self.folder.join(rundir::CHECKPOINT), engine, model, identity(&self.planned), step)?;
             self.saved_at = Instant::now();
         }
         Ok(())
@@ -175,11 +181,12 @@ impl Observer for Watch<'_> {
 
     /// Saves the model; a checkpoint of its last step is written only after it, and so tells that there is nothing left to do.
     fn ended(&mut self, engine: &Engine, model: usize) -> Result<()> {
-        self.progress.finish();
-        self.secs = self.began.elapsed().as_secs_f64();
-        save_model(&self.folder.join(rundir::MODEL), self.planned, engine, model, self.done)?;
-        write_checkpoint(&self.folder.join(rundir::CHECKPOINT), engine, model, identity(self.planned), self.done)?;
-        self.saved = true;
+        let secs = self.began.elapsed().as_secs_f64();
+        save_model(&self.folder.join(rundir::MODEL), &self.planned, engine, model, self.done)?;
+        write_checkpoint(&self.folder.join(rundir::CHECKPOINT), engine, model, identity(&self.planned), self.done)?;
+        let early = self.ends.take().filter(|_| self.done < self.steps);
+        self.end(early.unwrap_or(Status::Done));
+        self.secs = secs;
         Ok(())
     }
 }

@@ -18,8 +18,8 @@ pub const POISON: u8 = 0xFF;
 pub struct Block {
     start: *mut u8,
     bytes: usize,
-    /// Whether it is this block's to free.
-    owned: bool,
+    /// What is this block's to free, if it is its own.
+    owned: Option<(*mut u8, Layout)>,
 }
 
 // SAFETY: a block is plain bytes; who may touch which is settled by tickets, as the module says.
@@ -28,17 +28,24 @@ unsafe impl Send for Block {}
 unsafe impl Sync for Block {}
 
 impl Block {
-    /// `bytes` zeroed bytes.
+    /// `bytes` zeroed bytes. Those that nobody touches cost no memory: the allocator asks the system for zeroed pages as long as no alignment is
+    /// asked of it, so the block is aligned here.
     ///
     /// # Errors
     /// When the system has no such memory.
     pub fn new(bytes: u64, what: &str) -> Result<Block> {
         let refused = || Error::Device(format!("cannot allocate {bytes} bytes for {what}"));
         let bytes = usize::try_from(bytes).map_err(|_| refused())?;
-        let layout = Layout::from_size_align(bytes.max(1), PAGE).map_err(|_| refused())?;
-        // SAFETY: the layout's size is at least 1.
-        let start = unsafe { alloc_zeroed(layout) };
-        if start.is_null() { Err(refused()) } else { Ok(Block { start, bytes, owned: true }) }
+        let with_room = bytes.checked_add(PAGE).ok_or_else(refused)?;
+        let layout = Layout::from_size_align(with_room, 1).map_err(|_| refused())?;
+        // SAFETY: the layout's size is at least a page.
+        let base = unsafe { alloc_zeroed(layout) };
+        if base.is_null() {
+            return Err(refused());
+        }
+        // SAFETY: the next multiple of a page is at most a page less one byte away, inside the allocation.
+        let start = unsafe { base.add(base.addr().next_multiple_of(PAGE) - base.addr()) };
+        Ok(Block { start, bytes, owned: Some((base, layout)) })
     }
 
     /// A block over memory that somebody else owns.
@@ -47,7 +54,7 @@ impl Block {
     /// `start` is page-aligned and good for `bytes` initialised bytes as long as the block lives.
     #[cfg(any(feature = "cuda", feature = "emulator"))]
     pub unsafe fn borrowed(start: *mut u8, bytes: u64) -> Block {
-        Block { start, bytes: bytes as usize, owned: false }
+        Block { start, bytes: bytes as usize, owned: None }
     }
 
     /// Its size.
@@ -156,11 +163,9 @@ impl Store {
 
 impl Drop for Block {
     fn drop(&mut self) {
-        if !self.owned {
-            return;
+        if let Some((base, layout)) = self.owned {
+            // SAFETY: allocated by `new` with this layout, and freed once.
+            unsafe { dealloc(base, layout) };
         }
-        let layout = Layout::from_size_align(self.bytes.max(1), PAGE).expect("the same layout was valid in new");
-        // SAFETY: allocated by `new` with this layout, and freed once.
-        unsafe { dealloc(self.start, layout) };
     }
 }

@@ -2,7 +2,7 @@
 
 use super::optimizer::{Optimizer, Schedule, read_optimizer, read_schedule};
 use super::section::{MOST, Section, show};
-use hydra::base::Result;
+use hydra::base::{Error, Result};
 use serde_json::Map;
 use std::path::PathBuf;
 use toml::Value;
@@ -10,6 +10,8 @@ use toml::Value;
 /// One thing to train.
 #[derive(Clone, Debug)]
 pub struct Model {
+    /// The file that it stands in, as errors name it.
+    pub file: String,
     /// Where it stands in the file: `model.0`, or `model.0.search: lr = 1e-3, batch = 16` for one of a search.
     pub at: String,
     /// The keys that its search varies, each with its own value as a word; none for a model that stands alone.
@@ -37,6 +39,11 @@ pub struct Model {
 }
 
 impl Model {
+    /// The error for `message` at `key` of it.
+    pub fn fault(&self, key: &str, message: impl std::fmt::Display) -> Error {
+        Error::bad(format!("{}: {}: {message}", self.file, self.place(key)))
+    }
+
     /// What an error at `key` of it says first, after the file.
     pub fn place(&self, key: &str) -> String {
         let between = if self.searched.is_empty() { "." } else { ": " };
@@ -149,7 +156,8 @@ pub const MODEL_KEYS: &[&str] = &[
 pub const LONGEST_NAME: usize = 200;
 
 /// Names in the run's directory that are not models'.
-const TAKEN_NAMES: [&str; 4] = [".", "..", "trace.json", "plan.json"];
+const TAKEN_NAMES: [&str; 8] =
+    [".", "..", "trace.json", "plan.json", "job.toml", "results.csv", "selection.jsonl", "inbox"];
 
 /// Reads one model; `search` is read elsewhere.
 pub fn read_model(s: &Section) -> Result<Model> {
@@ -173,8 +181,8 @@ pub fn read_model(s: &Section) -> Result<Model> {
     };
     let optimizer = read_optimizer(s)?;
     let schedule = read_schedule(s)?;
-    let (at, searched) = (s.at().to_string(), Vec::new());
-    Ok(Model { at, searched, name, source, dtype, data, valid, batch, microbatch, length, optimizer, schedule })
+    let (file, at, searched) = (s.origin().file.to_string(), s.at().to_string(), Vec::new());
+    Ok(Model { file, at, searched, name, source, dtype, data, valid, batch, microbatch, length, optimizer, schedule })
 }
 
 /// Reads a model's name.

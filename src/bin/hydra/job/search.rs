@@ -154,7 +154,7 @@ fn combination(s: &Section, name: &str, axes: &[Axis], n: u64) -> Result<Model> 
     let file = format!("{}: {at}", origin.file);
     let origin = Origin { file: &file, folder: origin.folder };
     let model = read_model(&Section::open(origin, String::new(), &table, MODEL_KEYS)?)?;
-    Ok(Model { at, searched, ..model })
+    Ok(Model { file: s.origin().file.to_string(), at, searched, ..model })
 }
 
 /// Puts a value where a person would write it. Where `optimizer` is no table, reading it will say so.

@@ -451,3 +451,40 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn models_are_added_with_their_own_folder_and_refused_whole() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| {
+        let path = folder.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, text).unwrap();
+        path
+    };
+    let seed = "[run]\nseed = 7\n";
+    let mut job = Job::load(&write("job.toml", &format!("{seed}{MODEL}")), &[]).unwrap();
+    let text = "data = { text = 'corpus.txt', tokenizer = 'bytes', context = 8 }";
+    let second = MODEL.replace("'a'", "'b'").replace("data = { random = true }", text);
+    let search = "search = { lr = [0.1, 0.2], stop = { kind = 'asha', first = 1 } }\n";
+    let third = MODEL.replace("'a'", "'c'") + search;
+    job.add(&write("inbox/more.toml", &format!("{second}{third}"))).unwrap();
+    let names: Vec<&str> = job.models.iter().map(|m| m.name.as_str()).collect();
+    assert_eq!(names, ["a", "b", "c-lr=0.1", "c-lr=0.2"]);
+    let Data::Text { paths, .. } = &job.models[1].data else { panic!("text") };
+    assert_eq!(paths[..], [folder.path().join("inbox/corpus.txt")]);
+    assert_eq!((job.searches.len(), job.searches[0].models.clone()), (1, 2..4));
+    assert!(job.models[2].file.ends_with("more.toml") && job.models[2].at.starts_with("model.1.search: "));
+    for (text, says) in [
+        (format!("{}{MODEL}", MODEL.replace("'a'", "'d'")), "model.1.name: model.0 of"),
+        (MODEL.replace("'a'", "'c-lr=0.2'"), "has the name \"c-lr=0.2\" too"),
+        (MODEL.replace("'a'", "'inbox'"), "model.0.name"),
+        (format!("{seed}{MODEL}"), "run: unknown key"),
+        (MODEL.replace("'a'", "'d'") + "stepz = 1\n", "model.0.stepz"),
+        (String::new(), "model: there is none"),
+        ("[[model".into(), "no valid TOML"),
+    ] {
+        let error = job.add(&write("inbox/bad.toml", &text)).unwrap_err().to_string();
+        assert!(error.contains(says) && error.contains("inbox/bad.toml: "), "{error}");
+        assert_eq!((job.models.len(), job.searches.len()), (4, 1), "{text}");
+    }
+}

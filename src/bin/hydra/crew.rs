@@ -1,0 +1,218 @@
+//! Who looks after the models of a run: a watch for each, and the inbox, by which models come and go while others train.
+//!
+//! A model has its number in the job, where those that came later stand last, and one in the fleet, which knows only models that train. Nothing
+//! that lies in the inbox ends the run: what cannot be done is refused with its reason.
+
+use crate::inbox::{Inbox, Letter, Wish};
+use crate::judge::{Judge, Judges};
+use crate::planning::{PlannedJob, Sharing};
+use crate::print::warn;
+use crate::progress::{Board, Progress};
+use crate::room::plan_added;
+use crate::rundir::{self, RunDir};
+use crate::watch::Watch;
+use hydra::base::{Error, Result, nearest};
+use hydra::spill::{FleetMap, Placed};
+use hydra::train::metrics::Metrics;
+use hydra::train::results::Status;
+use hydra::train::{Crew, Fleet, Observer, Recruit};
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// How far a model of the job had come when the run began, or when it came to the run.
+pub struct Standing {
+    /// Steps that it goes on from.
+    pub from: u64,
+    /// How it had ended; nothing of it is trained then.
+    pub ended: Option<Status>,
+}
+
+/// Looks after the models of one run.
+pub struct RunCrew<'a> {
+    /// The job with the models that have come since.
+    pub planned: PlannedJob,
+    /// By number in the job.
+    pub standings: Vec<Standing>,
+    /// By number in the fleet.
+    pub watches: Vec<Watch<'a>>,
+    /// The models' numbers in the job, by number in the fleet.
+    pub active: Vec<usize>,
+    pub dir: &'a mut RunDir,
+    pub board: Board,
+    pub judges: Judges,
+    pub inbox: Inbox,
+    /// Bytes of each device's arena.
+    pub arenas: Vec<u64>,
+    pub stop: &'a AtomicBool,
+}
+
+/// What a model writes while it trains.
+struct Files {
+    folder: PathBuf,
+    metrics: Metrics,
+    judge: Option<Judge>,
+}
+
+impl RunCrew<'_> {
+    /// Watches model number `number` of the job, which the fleet has as its next.
+    ///
+    /// # Errors
+    /// When its files cannot be written.
+    pub fn watch(&mut self, number: usize, validates: bool) -> Result<()> {
+        let files = self.files(number)?;
+        self.watch_with(number, validates, files);
+        Ok(())
+    }
+
+    fn files(&mut self, number: usize) -> Result<Files> {
+        let name = &self.planned.job.models[number].name;
+        let folder = self.dir.folder(name)?;
+        let metrics = folder.join(rundir::METRICS);
+        self.dir.will_make(&metrics);
+        self.dir.will_make(&self.dir.at(rundir::SELECTION));
+        let judge = self.judges.judge(number, name)?;
+        Ok(Files { metrics: Metrics::open(&metrics, self.standings[number].from)?, folder, judge })
+    }
+
+    fn watch_with(&mut self, number: usize, validates: bool, files: Files) {
+        let Files { folder, metrics, judge } = files;
+        let (model, from) = (&self.planned.models[number], self.standings[number].from);
+        let progress = Progress::new(&self.board, &model.prepared.name, from, model.prepared.options.steps);
+        self.watches.push(Watch::new(model, (&folder, from), metrics, progress, self.stop, judge, validates));
+        self.active.push(number);
+    }
+
+    /// Takes the models of a file in, all of them or none.
+    fn add(&mut self, fleet: &mut Fleet, letter: &Letter) -> Result<()> {
+        let path = &letter.path;
+        let why_not = match &self.planned.sharing {
+            Sharing::Turns => None,
+            Sharing::Alone => Some(
+                "the run began with one model, which has its device to itself; one that begins with two takes others",
+            ),
+            Sharing::Lines(_) => {
+                Some("models that run in lines take no others; a run does whose policy is no baseline")
+            }
+        };
+        if let Some(why) = why_not {
+            return Err(Error::bad(format!("{}: {why}", path.display())));
+        }
+        self.inbox.check_new(letter)?;
+        let mut job = self.planned.job.clone();
+        job.add(path)?;
+        let first = self.planned.models.len();
+        for model in &job.models[first..] {
+            let folder = self.dir.at(&model.name);
+            if folder.exists() {
+                return Err(model.fault("name", format!("{} is there already; name another", folder.display())));
+            }
+        }
+        let there: Vec<Placed> = self.active.iter().map(|&m| self.planned.models[m].placed.clone()).collect();
+        let added = plan_added(&self.planned, &job, &there, &self.arenas)?;
+        // From here on they are the run's: one that is interrupted and goes on has them too, and what goes wrong is a model's failure.
+        self.inbox.take(letter);
+        self.planned.job = job;
+        self.planned.models.extend(added);
+        self.standings.extend((first..self.planned.models.len()).map(|_| Standing { from: 0, ended: None }));
+        let from: Vec<u64> = self.standings.iter().map(|s| s.from).collect();
+        self.judges.extend(&self.planned.job, &from);
+        for number in first..self.planned.models.len() {
+            if let Err(error) = self.enlist(fleet, number) {
+                warn(format!("{}: {}: {error}", path.display(), self.planned.job.models[number].name));
+                self.standings[number].ended = Some(Status::Failed(error.to_string()));
+            }
+        }
+        self.plan_again();
+        Ok(())
+    }
+
+    /// Takes model number `number` of the job into the fleet.
+    fn enlist(&mut self, fleet: &mut Fleet, number: usize) -> Result<()> {
+        let model = Rc::clone(&self.planned.models[number]);
+        let (sources, files) = (model.prepared.sources()?, self.files(number)?);
+        let validates = sources.valid.is_some();
+        fleet.wait_add(Recruit {
+            network: model.prepared.network(),
+            weights: model.prepared.weights(),
+            placed: model.placed.clone(),
+            source: sources.train,
+            valid: sources.valid,
+            options: model.prepared.options.clone(),
+        })?;
+        if let Some(mut recorder) = fleet.engine_mut().take_recorder() {
+            recorder.add_model(model.prepared.name.clone(), model.prepared.options.steps);
+            fleet.engine_mut().record(recorder);
+        }
+        self.watch_with(number, validates, files);
+        Ok(())
+    }
+
+    /// Writes plan.json anew, with the models that have come.
+    fn plan_again(&mut self) {
+        self.planned.map = FleetMap::new(&self.planned.placed(), self.planned.machine.devices.len());
+        let plan =
+            self.planned.predict_step().and_then(|()| self.dir.write(rundir::PLAN, self.planned.text().as_bytes()));
+        if let Err(error) = plan {
+            // The run is as good with the plan that it began with.
+            warn(format!("{}: {error}", rundir::PLAN));
+        }
+    }
+
+    /// Lets the model called `name` end.
+    fn cancel(&mut self, fleet: &mut Fleet, name: &str) -> Result<()> {
+        let Some(number) = self.planned.job.models.iter().position(|m| m.name == name) else {
+            let names: Vec<&str> = self.planned.job.models.iter().map(|m| m.name.as_str()).collect();
+            let near = nearest(name, names).map_or(String::new(), |near| format!("; did you mean {near:?}?"));
+            return Err(Error::bad(format!("the run has no model called {name:?}{near}")));
+        };
+        let at = self.active.iter().position(|&m| m == number).filter(|&at| self.watches[at].status.is_none());
+        let Some(at) = at else { return Err(Error::bad(format!("{name:?} has come to its end already"))) };
+        if fleet.is_waiting(at) {
+            fleet.cancel(at, Error::bad("cancelled"))?;
+            self.watches[at].end(Status::Cancelled);
+        } else {
+            self.watches[at].cancel();
+        }
+        Ok(())
+    }
+
+    /// Models that have failed since the last look.
+    fn note_failures(&mut self, fleet: &Fleet) {
+        for (number, watch) in self.watches.iter_mut().enumerate().filter(|(_, w)| w.status.is_none()) {
+            if let Some(error) = fleet.failure(number) {
+                watch.end(Status::Failed(error.to_string()));
+            }
+        }
+    }
+}
+
+impl Crew for RunCrew<'_> {
+    fn observer(&mut self, model: usize) -> &mut dyn Observer {
+        &mut self.watches[model]
+    }
+
+    /// Looks into the inbox, twice a second at most, and once more before the run ends. Planning a model that comes takes a moment, in which what the
+    /// devices have in their queues goes on.
+    fn between(&mut self, fleet: &mut Fleet) -> Result<()> {
+        self.note_failures(fleet);
+        if self.stop.load(Ordering::Relaxed) {
+            // What lies there waits for the run that goes on.
+            return Ok(());
+        }
+        let letters = if fleet.is_over() { self.inbox.wait_look() } else { self.inbox.look() };
+        for letter in letters {
+            let done = match &letter.wish {
+                Wish::Add => self.add(fleet, &letter),
+                Wish::Cancel(name) => {
+                    let checked = self.inbox.check_new(&letter);
+                    checked.and_then(|()| self.cancel(fleet, name)).map(|()| self.inbox.take(&letter))
+                }
+            };
+            if let Err(why) = done {
+                self.inbox.refuse(&letter, &why);
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,155 @@
+//! What a job runs on: its devices with what they achieve, measured or stated, and the memory there is.
+
+use crate::job::{self, DeviceKind, Job};
+use hydra::base::{Error, Result};
+use hydra::device::host::HostSpec;
+use hydra::device::sim::{CostModel, PROFILES, Profile};
+use hydra::device::{DeviceSpec, calibrate, why_no_cuda, why_no_emulator};
+use std::path::Path;
+
+/// Of the memory that is free, the part that the host's store may take unless the job says otherwise.
+pub const SHARE_OF_FREE_MEMORY: f64 = 0.8;
+
+/// One device of a job.
+#[derive(Clone)]
+pub struct MachineDevice {
+    /// Its kind.
+    pub kind: DeviceKind,
+    /// What is started; for sim, which starts none, the host.
+    pub spec: DeviceSpec,
+    /// Measured or stated rates.
+    pub cost: CostModel,
+    /// Bytes of its memory; `None` is no limit.
+    pub budget: Option<u64>,
+}
+
+/// What a job runs on.
+pub struct Machine {
+    /// The devices, at least one.
+    pub devices: Vec<MachineDevice>,
+    /// Bytes of the host's store; `None` is no limit.
+    pub host_budget: Option<u64>,
+    /// Bytes per second that all links share.
+    pub shared_bytes_per_sec: Option<f64>,
+}
+
+impl Machine {
+    /// The first device.
+    pub fn first(&self) -> &MachineDevice {
+        &self.devices[0]
+    }
+
+    /// What each device costs.
+    pub fn costs(&self) -> Vec<CostModel> {
+        self.devices.iter().map(|d| d.cost.clone()).collect()
+    }
+}
+
+/// Refuses devices that are not there, that cannot work together or, where the job `trains`, that cannot compute.
+///
+/// # Errors
+/// [`Error::BadInput`] that names the key; [`Error::Device`] for a machine that lacks a GPU.
+pub fn check_devices(file: &str, job: &Job, trains: bool) -> Result<()> {
+    for (i, device) in job.devices.iter().enumerate() {
+        let fault = |what: &str| Err(Error::bad(format!("{file}: device.{i}.kind: {what}")));
+        if device.kind != job.devices[0].kind {
+            let (first, kind) = (job.devices[0].kind.word(), device.kind.word());
+            return fault(&format!("\"{kind}\" does not work together with device.0's \"{first}\"; write one kind"));
+        }
+        match device.kind {
+            DeviceKind::Host => {}
+            DeviceKind::Sim if trains => {
+                return fault(
+                    "\"sim\" has a clock and no arithmetic: it plans and cannot train; write kind = \"host\"",
+                );
+            }
+            DeviceKind::Sim => {}
+            DeviceKind::Cuda => match why_no_cuda() {
+                None => {}
+                Some(_) if !cfg!(feature = "cuda") => return fault("\"cuda\" is not built in; write kind = \"host\""),
+                Some(why) => return Err(Error::Device(format!("{file}: device.{i}.kind: {why}"))),
+            },
+            DeviceKind::Emulated if why_no_emulator().is_some() => {
+                return fault("\"emulated\" is not built in; write kind = \"host\"");
+            }
+            DeviceKind::Emulated => {}
+        }
+    }
+    Ok(())
+}
+
+/// The rates of a sim device.
+fn stated_cost(file: &str, i: usize, device: &job::Device) -> Result<CostModel> {
+    let Some(profile) = &device.profile else {
+        let (flops, memory) = (device.flops.unwrap_or(1e12), device.memory_bandwidth.unwrap_or(1e11));
+        return Ok(CostModel::stated(flops, memory, device.link.unwrap_or(memory)));
+    };
+    if let Some(known) = Profile::find(profile) {
+        return Ok(known.cost());
+    }
+    let fault = |what: String| Error::bad(format!("{file}: device.{i}.profile: {what}"));
+    if profile.ends_with(".json") {
+        let path = device.profile_path.as_deref().unwrap_or(Path::new(profile));
+        let text =
+            std::fs::read_to_string(path).map_err(|e| fault(format!("{}: cannot be read: {e}", path.display())))?;
+        return serde_json::from_str(&text)
+            .map_err(|e| fault(format!("{}: is no profile of `hydra devices --profile`: {e}", path.display())));
+    }
+    let names = PROFILES.map(|p| p.name);
+    let hint = hydra::base::nearest(profile, names).map_or(String::new(), |near| format!("; did you mean \"{near}\"?"));
+    let known = names.join(", ");
+    Err(fault(format!("\"{profile}\" is not known, only {known}, and files that end in .json{hint}")))
+}
+
+/// What is started for the `n`-th device of a job.
+pub fn device_spec(device: &job::Device, ordinal: usize) -> DeviceSpec {
+    match device.kind {
+        DeviceKind::Cuda => DeviceSpec::Cuda { ordinal, threads: None },
+        // In order, as a GPU of the Hopper generation.
+        DeviceKind::Emulated => DeviceSpec::Emulated { arch: 90, seed: 0, threads: None },
+        DeviceKind::Host | DeviceKind::Sim => {
+            HostSpec { arena_bytes: 0, link_bytes_per_sec: device.link, threads: device.threads }.into()
+        }
+    }
+}
+
+/// The job's devices, measured where they are real; those of one entry are alike.
+///
+/// # Errors
+/// When rates are at fault or cannot be measured.
+pub fn machine(file: &str, job: &Job) -> Result<Machine> {
+    let mut devices = Vec::new();
+    for (i, device) in job.devices.iter().enumerate() {
+        let spec = device_spec(device, 0);
+        let sim = device.kind == DeviceKind::Sim;
+        let mut cost = if sim { stated_cost(file, i, device)? } else { calibrate(&spec)? };
+        if let Some(link) = device.link {
+            cost.h2d_bytes_per_sec = if sim { link } else { cost.h2d_bytes_per_sec.min(link) };
+            cost.d2h_bytes_per_sec = if sim { link } else { cost.d2h_bytes_per_sec.min(link) };
+        }
+        let one = MachineDevice { kind: device.kind, spec, cost, budget: device.memory };
+        devices.extend(std::iter::repeat_n(one, device.count));
+    }
+    let host_budget = match (job.host.memory, devices[0].kind) {
+        (Some(bytes), _) => Some(bytes),
+        (None, DeviceKind::Sim) => None,
+        (None, _) => free_memory_bytes().map(|free| (free as f64 * SHARE_OF_FREE_MEMORY) as u64),
+    };
+    Ok(Machine { devices, host_budget, shared_bytes_per_sec: job.host.link })
+}
+
+/// Memory that programs can still have, where the system says (Linux's MemAvailable).
+pub fn free_memory_bytes() -> Option<u64> {
+    memory_line("MemAvailable:")
+}
+
+/// Memory of the machine, where the system says.
+pub fn total_memory_bytes() -> Option<u64> {
+    memory_line("MemTotal:")
+}
+
+fn memory_line(key: &str) -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(key))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
+}

@@ -1,0 +1,83 @@
+//! What became of a run's models: the rows of results.csv, of the JSON object at the end, and of the table.
+
+use crate::crew::RunCrew;
+use crate::planning::PlannedJob;
+use crate::print::{say, table};
+use crate::rundir::{self, RunDir};
+use hydra::base::format_secs;
+use hydra::train::metrics::{Row, read_rows};
+use hydra::train::results::{self, ModelResult, Status};
+use serde_json::{Value, json};
+use std::path::Path;
+
+/// A row for each model of the job, those that ended before this start of the run included.
+pub fn rows(crew: &RunCrew) -> Vec<ModelResult> {
+    let row = |m: usize| {
+        let (model, standing) = (&crew.planned.job.models[m], &crew.standings[m]);
+        let directory = crew.dir.at(&model.name);
+        let watch = crew.active.iter().position(|&a| a == m).map(|at| &crew.watches[at]);
+        let (train_loss, valid_loss) = match watch {
+            Some(watch) => (watch.loss, watch.valid_loss),
+            None => last_losses(&directory.join(rundir::METRICS)),
+        };
+        ModelResult {
+            model: m,
+            name: model.name.clone(),
+            searched: model.searched.clone(),
+            status: watch.and_then(|w| w.status.clone()).or(standing.ended.clone()).unwrap_or(Status::Cancelled),
+            steps: watch.map_or(standing.from, |w| w.done),
+            train_loss,
+            valid_loss,
+            secs: watch.map_or(0.0, |w| w.secs),
+            directory,
+        }
+    };
+    (0..crew.planned.job.models.len()).map(row).collect()
+}
+
+/// The last losses of a model that trained before; what cannot be read is not known.
+fn last_losses(metrics: &Path) -> (Option<f32>, Option<f32>) {
+    let rows = read_rows(metrics).unwrap_or_default();
+    let train = rows.iter().rev().find_map(|row| if let Row::Step(r) = row { Some(r.loss) } else { None });
+    let valid = rows.iter().rev().find_map(|row| if let Row::Valid(r) = row { Some(r.valid_loss) } else { None });
+    (train, valid)
+}
+
+/// The row in the JSON object at the end.
+pub fn row_json(row: &ModelResult) -> Value {
+    let mut json = json!({
+        "name": row.name,
+        "status": row.status.word(),
+        "steps": row.steps,
+        "loss": row.train_loss,
+        "secs": row.secs,
+        "model": row.directory.join(rundir::MODEL),
+    });
+    if let Some(valid) = row.valid_loss {
+        json["valid_loss"] = valid.into();
+    }
+    if !row.status.reason().is_empty() {
+        json["reason"] = row.status.reason().into();
+    }
+    json
+}
+
+/// Prints how it ended.
+pub fn tell(planned: &PlannedJob, dir: &RunDir, rows: &[ModelResult]) {
+    if let [row] = rows {
+        let valid = row.valid_loss.map_or(String::new(), |v| format!(", held-out loss {v:.4}"));
+        let loss = row.train_loss.map_or(String::new(), |l| format!(", loss {l:.4}"));
+        let word = if row.status == Status::Done { "" } else { "cancelled, " };
+        say(format!("{}: {word}{} steps done in {}{loss}{valid}", row.name, row.steps, format_secs(row.secs)));
+        say(format!("  model       {}", row.directory.join(rundir::MODEL).display()));
+        say(format!("  metrics     {}", row.directory.join(rundir::METRICS).display()));
+    } else {
+        say(table(&results::table(rows)).trim_end());
+        if let Some(best) = results::best(rows) {
+            say(format!("best: {}, in {}", best.name, best.directory.join(rundir::MODEL).display()));
+        }
+        say(format!("  results     {}", dir.at(rundir::RESULTS).display()));
+    }
+    say(format!("  trace       {} (opens in https://ui.perfetto.dev)", dir.at(rundir::TRACE).display()));
+    planned.idle_devices().into_iter().for_each(say);
+}

@@ -1,0 +1,209 @@
+//! selection.jsonl: what models of searches have reported, one JSON object a line, in the order in which verdicts were given.
+//!
+//! Asynchronous halving depends on who reports first, so a run that goes on needs the order and not just the losses. Lines carry names: numbers
+//! may differ from one start of a run to the next. A line is in the file before its verdict is acted on.
+
+use super::safely::write_safely;
+use super::selection::{Selection, Verdict};
+use crate::base::{Error, Result};
+use serde::{Deserialize, Serialize};
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+/// What a model has reported.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SelectionRow {
+    /// The model's name.
+    pub model: String,
+    /// Steps done.
+    pub step: u64,
+    /// The loss then, as a word: JSON has none for an infinite one.
+    metric: String,
+}
+
+impl SelectionRow {
+    /// A report of `model` after `step` steps.
+    pub fn new(model: &str, step: u64, metric: f32) -> SelectionRow {
+        // Debug prints the fewest digits that read back as the same number.
+        SelectionRow { model: model.to_string(), step, metric: format!("{metric:?}") }
+    }
+
+    /// The loss.
+    pub fn metric(&self) -> f32 {
+        self.metric.parse().unwrap_or(f32::NAN)
+    }
+}
+
+/// Appends reports to a file.
+#[derive(Debug)]
+pub struct SelectionLog {
+    path: PathBuf,
+    file: File,
+}
+
+impl SelectionLog {
+    /// Goes on after `rows`, which is what [`read_selection`] gave: a line that was cut off is gone then.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn open(path: &Path, rows: &[SelectionRow]) -> Result<SelectionLog> {
+        write_safely(path, |out| rows.iter().try_for_each(|row| writeln!(out, "{}", line(row))))?;
+        let file = OpenOptions::new().append(true).open(path).map_err(|e| Error::io("open", path, e))?;
+        Ok(SelectionLog { path: path.to_path_buf(), file })
+    }
+
+    /// Appends a report, which is in the file when this returns.
+    ///
+    /// # Errors
+    /// When the disk is full.
+    pub fn write(&mut self, row: &SelectionRow) -> Result<()> {
+        writeln!(self.file, "{}", line(row)).map_err(|e| Error::io("write", &self.path, e))
+    }
+}
+
+fn line(row: &SelectionRow) -> String {
+    serde_json::to_string(row).expect("a row is two words and a number")
+}
+
+/// Reads a file's reports in their order; none where there is no file. A last line that was cut off is left out.
+///
+/// # Errors
+/// When the file cannot be read, or a line before the last is no report.
+pub fn read_selection(path: &Path) -> Result<Vec<SelectionRow>> {
+    let text = match std::fs::read(path) {
+        Ok(bytes) => String::from_utf8(bytes).map_err(|e| Error::bad(format!("{}: {e}", path.display())))?,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(Error::io("read", path, e)),
+    };
+    let lines: Vec<&str> = text.lines().collect();
+    let mut rows = Vec::new();
+    for (i, line) in lines.iter().enumerate() {
+        match serde_json::from_str(line) {
+            Ok(row) => rows.push(row),
+            Err(_) if i + 1 == lines.len() => {}
+            Err(e) => return Err(Error::bad(format!("{}: line {}: {e}", path.display(), i + 1))),
+        }
+    }
+    Ok(rows)
+}
+
+impl Selection {
+    /// Brings a selection back to where `rows` had brought it, and gives the last verdict on each of the `models`: a number in the selection, a
+    /// name, and the steps that it goes on from. What models have reported beyond those steps they will report again. A comparison stands all the
+    /// same, since others were judged by it; of a model that is judged by itself alone it counts when it comes.
+    pub fn replay(&mut self, rows: &[SelectionRow], models: &[(usize, &str, u64)]) -> Vec<Verdict> {
+        let mut verdicts = vec![Verdict::GoOn; models.len()];
+        for row in rows {
+            let Some(at) = models.iter().position(|(_, name, _)| *name == row.model) else { continue };
+            let (number, _, from) = models[at];
+            let comes_again = row.step > from;
+            if comes_again && matches!(self, Selection::Patience(_)) {
+                continue;
+            }
+            let verdict = self.report(number, row.step, f64::from(row.metric()));
+            if !comes_again && matches!(verdicts[at], Verdict::GoOn) {
+                verdicts[at] = verdict;
+            }
+        }
+        verdicts
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::train::{Asha, Patience, Rungs};
+
+    fn rows(of: &[(&str, u64, f32)]) -> Vec<SelectionRow> {
+        of.iter().map(|&(model, step, metric)| SelectionRow::new(model, step, metric)).collect()
+    }
+
+    #[test]
+    fn reports_come_back_bit_for_bit_and_a_torn_line_is_gone() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("selection.jsonl");
+        assert_eq!(read_selection(&path).unwrap(), []);
+        let all = rows(&[
+            ("a \"b\"", 2, 0.1),
+            ("c", 2, f32::INFINITY),
+            ("c", 4, f32::NAN),
+            ("d", u64::MAX, f32::MIN_POSITIVE),
+        ]);
+        let mut log = SelectionLog::open(&path, &[]).unwrap();
+        all.iter().for_each(|row| log.write(row).unwrap());
+        drop(log);
+        let back = read_selection(&path).unwrap();
+        assert_eq!(back, all);
+        let metrics: Vec<u32> = back.iter().map(|row| row.metric().to_bits()).collect();
+        assert_eq!(metrics[..2], [0.1f32.to_bits(), f32::INFINITY.to_bits()]);
+        assert!(back[2].metric().is_nan() && back[3].metric() == f32::MIN_POSITIVE);
+        let mut text = std::fs::read_to_string(&path).unwrap();
+        text += "{\"model\":\"e\",\"st";
+        std::fs::write(&path, &text).unwrap();
+        let kept = read_selection(&path).unwrap();
+        assert_eq!(kept, all);
+        let mut log = SelectionLog::open(&path, &kept).unwrap();
+        log.write(&all[0]).unwrap();
+        drop(log);
+        assert_eq!(read_selection(&path).unwrap().len(), 5);
+        std::fs::write(&path, "nonsense\n{}\n").unwrap();
+        assert!(read_selection(&path).unwrap_err().to_string().contains("line 1"));
+    }
+
+    /// The verdicts on reports that a selection gets after it was brought back by those before.
+    fn after(
+        mut selection: Selection,
+        before: &[SelectionRow],
+        from: &[(usize, &str, u64)],
+        then: &[(usize, u64, f64)],
+    ) {
+        let mut whole = selection.clone();
+        for row in before {
+            let number = from.iter().find(|(_, name, _)| *name == row.model).unwrap().0;
+            whole.report(number, row.step, f64::from(row.metric()));
+        }
+        let fresh = selection.clone();
+        selection.replay(before, from);
+        let verdicts = |s: &mut Selection| -> Vec<Verdict> {
+            then.iter().map(|&(model, step, metric)| s.report(model, step, metric)).collect()
+        };
+        let want = verdicts(&mut whole);
+        assert_eq!(verdicts(&mut selection), want);
+        assert_ne!(verdicts(&mut fresh.clone()), want, "what was forgotten would not have been missed");
+    }
+
+    #[test]
+    fn halving_goes_on_as_if_it_had_not_been_interrupted() {
+        let asha = || Selection::Asha(Asha::new(Rungs::new(2, 2).unwrap()));
+        let before = rows(&[("a", 2, 0.5), ("b", 2, 0.7), ("a", 4, 0.4)]);
+        let from = [(0, "a", 4), (1, "b", 2), (2, "c", 0)];
+        // Alone at the rung c would go on, and at the next as well.
+        after(asha(), &before, &from, &[(2, 2, 0.6), (2, 4, 0.45)]);
+        let mut selection = asha();
+        let verdicts = selection.replay(&before, &from);
+        assert_eq!(verdicts[0], Verdict::GoOn);
+        assert!(matches!(&verdicts[1], Verdict::Stop(why) if why.contains("place 2 of 2")), "{verdicts:?}");
+        assert_eq!(verdicts[2], Verdict::GoOn);
+        // A model that lost the steps after its rung reports again and hears the same; others are judged by it meanwhile.
+        let mut selection = asha();
+        let lost = [(0, "a", 1), (1, "b", 1), (2, "c", 0)];
+        assert_eq!(selection.replay(&before, &lost), vec![Verdict::GoOn; 3]);
+        assert!(matches!(selection.report(2, 2, 0.6), Verdict::Stop(_)));
+        assert!(
+            matches!(selection.report(1, 2, f64::from(0.7f32)), Verdict::Stop(why) if why.contains("place 2 of 2"))
+        );
+    }
+
+    #[test]
+    fn patience_counts_what_its_checkpoint_has_seen() {
+        let patience = || Selection::Patience(Patience::new(2));
+        let before = rows(&[("a", 1, 0.5), ("b", 1, 0.4), ("a", 2, 0.6), ("a", 3, 0.7)]);
+        after(patience(), &before[..3], &[(0, "a", 2), (1, "b", 1)], &[(0, 3, 0.7), (1, 2, 0.5), (1, 3, 0.5)]);
+        // From its second step on, a model that was stopped after the third goes one step more.
+        let mut selection = patience();
+        assert_eq!(selection.replay(&before, &[(0, "a", 2)]), [Verdict::GoOn]);
+        assert!(matches!(selection.report(0, 3, 0.7), Verdict::Stop(_)));
+        assert!(matches!(&patience().replay(&before, &[(0, "a", 3)])[..], [Verdict::Stop(_)]));
+    }
+}
