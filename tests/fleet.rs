@@ -10,10 +10,10 @@ use hydra::device::host::HostSpec;
 use hydra::device::{DeviceSpec, FleetMemory, start_fleet};
 use hydra::engine::{SimulateOptions, TurnOptions, simulate};
 use hydra::nn::Pretrained;
-use hydra::sched::{POLICIES, Policy, View, by_name};
+use hydra::sched::{LocalityLrtf, POLICIES, Policy, View, by_name};
 use hydra::spill::{
-    Baseline, FleetDevice, FleetMap, FleetModel, Home, Placed, PlanOptions, Recompute, place_baseline, plan_at_home,
-    plan_fleet,
+    Baseline, FleetDevice, FleetMap, FleetModel, Home, Placed, PlanOptions, Recompute, place_baseline, plan_anywhere,
+    plan_at_home, plan_fleet,
 };
 use hydra::train::{Crew, Fleet, Observer, Optimizer, Recruit, StepReport, TrainOptions, Weights};
 use std::cell::Cell;
@@ -134,8 +134,20 @@ fn run(
     slots: usize,
     fails: Option<usize>,
 ) -> Vec<Result<Outcome, String>> {
+    run_policy(entries, placed, devices, by_name(policy, 9).expect("a built-in policy"), slots, fails)
+}
+
+/// The same with a policy of one's own.
+fn run_policy(
+    entries: &[Entry],
+    placed: &[Placed],
+    devices: usize,
+    policy: Box<dyn Policy>,
+    slots: usize,
+    fails: Option<usize>,
+) -> Vec<Result<Outcome, String>> {
     let turns = TurnOptions {
-        policy: by_name(policy, 9).expect("a built-in policy"),
+        policy,
         units: slots,
         costs: vec![stated(); devices],
         shared_bytes_per_sec: None,
@@ -164,7 +176,7 @@ fn run_with(
     };
     let device = start_fleet(&specs, memory).expect("memory and threads");
     let recruits = entries.iter().zip(placed).map(|(e, placed)| recruit(e, placed)).collect();
-    let takes_turns = turns.is_some();
+    let takes_turns = turns.as_ref().is_some_and(|turns| !turns.policy.pipelines());
     // With one slot nothing is fetched beside what runs.
     let one_slot = turns.as_ref().is_some_and(|turns| turns.units == 1);
     let mut fleet = Fleet::new(recruits, device, turns).expect("a fleet");
@@ -272,6 +284,44 @@ fn slots_recomputation_and_homes_do_not_show() {
         .map(|(i, (moves, stays))| if i % 2 == 0 { moves } else { stays })
         .collect();
     check("mixed", &entries, &run(&entries, &mixed, 2, "round-robin", 2, None), &want);
+}
+
+/// Follows wherever it may, the longest model first; where it may not, it takes the first candidate.
+struct Eager;
+
+impl Policy for Eager {
+    fn name(&self) -> &str {
+        "eager"
+    }
+
+    fn pipelines(&self) -> bool {
+        true
+    }
+
+    fn choose(&self, view: &View) -> Option<u16> {
+        let longest = view.followers().max_by(|a, b| a.remaining_secs.total_cmp(&b.remaining_secs));
+        longest.or_else(|| view.candidates().next()).map(|model| model.id)
+    }
+}
+
+#[test]
+fn units_that_follow_each_other_on_several_devices_give_the_bits_of_lone_runs() {
+    let entries = six();
+    let want = alone(&entries);
+    for (devices, slots, budget) in [(2, 2, Some(smallest(&entries) * 5 / 4)), (3, 2, None), (3, 1, None)] {
+        let models = fleet_models(&entries, Recompute::Auto, slots);
+        let spec = vec![FleetDevice { budget, cost: stated() }; devices];
+        let placed = plan_anywhere(&models, &spec).expect("a plan").placed;
+        let policies: [Box<dyn Policy>; 2] = [Box::new(Eager), Box::new(LocalityLrtf { pipelines: true })];
+        for policy in policies {
+            let what = format!("{devices} devices, {slots} slots, {}", policy.name());
+            check(&what, &entries, &run_policy(&entries, &placed, devices, policy, slots, None), &want);
+        }
+        let mut got = run_policy(&entries, &placed, devices, Box::new(Eager), slots, Some(0));
+        assert_eq!(got[0].as_ref().err().map(String::as_str), Some("had enough"));
+        got[0] = Ok(want[0].clone());
+        check("one fails in a pipeline", &entries, &got, &want);
+    }
 }
 
 #[test]

@@ -322,7 +322,13 @@ impl Turns {
         let mut ready = if bytes > 0 { self.arrived[device] } else { now };
         ready = if held { ready } else { ready.max(self.ready[model].weights) };
         let before = self.ready[model];
-        ready = ready.max(if here { 0.0 } else if follows { before.first } else { before.boundary });
+        ready = ready.max(if here {
+            0.0
+        } else if follows {
+            before.first
+        } else {
+            before.boundary
+        });
         let last = if follows { before.boundary + a_microbatch } else { 0.0 };
         if self.queues[device].is_empty() {
             self.since[device] = now;

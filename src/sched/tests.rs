@@ -211,6 +211,38 @@ fn a_slow_device_leaves_the_critical_model() {
     check(&view(&two, &unequal), &[("locality-lrtf", Some(0))]);
 }
 
+#[test]
+fn a_critical_model_is_followed_on_another_device() {
+    let pipelines = LocalityLrtf { pipelines: true };
+    // The first model's unit runs on the other device, in four microbatches, and ends in 0.75 seconds.
+    let (mut two, mut devices) = (models(&[100.0, 3.0]), devices(&[1.0, 1.0]));
+    (two[0].claim, two[0].microbatches, two[0].last_device) = (Claim::By(1), 4, Some(1));
+    (two[0].remaining_chain_secs, two[0].first_ready_secs, two[0].boundary_ready_secs) = (40.0, 0.0, 0.75);
+    assert_eq!(pipelines.choose(&view(&two, &devices)), Some(0));
+    check(&view(&two, &devices), &POLICIES.map(|name| (name, Some(1))));
+    // Half a second later its last microbatch would be waited for: 1 of 1.5 seconds is less than 7/8 of what the other model offers.
+    two[0].boundary_ready_secs = 1.25;
+    assert_eq!(pipelines.choose(&view(&two, &devices)), Some(1));
+    // Not where this device's queue runs until then; but again where the first microbatch comes later still.
+    (devices[0].claimed, devices[0].busy_secs) = (1, 0.5);
+    assert_eq!(pipelines.choose(&view(&two, &devices)), Some(0));
+    two[0].first_ready_secs = 0.75;
+    assert_eq!(pipelines.choose(&view(&two, &devices)), Some(1));
+    two[0].first_ready_secs = 0.0;
+    // A model that ends in time needs no second device; nor can one that goes on in one piece have it, or one that is at home elsewhere.
+    two[0].remaining_secs = 1.0;
+    two[0].remaining_chain_secs = 0.4;
+    two[1].remaining_secs = 9.0;
+    assert_eq!(pipelines.choose(&view(&two, &devices)), Some(1));
+    (two[0].remaining_secs, two[0].microbatches) = (100.0, 1);
+    assert_eq!(pipelines.choose(&view(&two, &devices)), Some(1));
+    (two[0].microbatches, two[0].pinned) = (4, Some(1));
+    assert_eq!(pipelines.choose(&view(&two, &devices)), Some(1));
+    // With nothing else to do, any wait is better than none of it.
+    (two[0].pinned, two[1].claim, two[0].boundary_ready_secs) = (None, Claim::Away, 9.0);
+    assert_eq!(pipelines.choose(&view(&two, &devices)), Some(0));
+}
+
 /// A model of `steps` steps over `shards` shards. The first `shards - 1` units run forward, the next ones backward, and take three times as long.
 fn model(steps: usize, shards: u16, forward_secs: f64, weight_bytes: u64) -> Vec<Unit> {
     let unit = |shard: u16, updates: bool| Unit {

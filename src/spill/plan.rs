@@ -150,7 +150,11 @@ impl Plan {
     /// and its weights are the first to be needed; and no copy that can wait keeps a lane from a more urgent one for long. With one slot
     /// there is one piece: no double buffering means that nothing of a shard moves while another computes.
     pub fn pieces(&self, shard: usize) -> Vec<Range<u64>> {
-        if self.choice.updates_on_device { std::iter::once(0..self.own_bytes(shard)).collect() } else { self.copies(shard) }
+        if self.choice.updates_on_device {
+            std::iter::once(0..self.own_bytes(shard)).collect()
+        } else {
+            self.copies(shard)
+        }
     }
 
     /// The stretches in which a shard's own weights come and go, in bytes from its first.

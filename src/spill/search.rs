@@ -249,9 +249,8 @@ impl<'a> Search<'a> {
         let late = |want: f64| (chain_secs(self.model, shards, choice, self.cost) - want).max(0.0);
         let unit_secs = || self.model.microbatches as f64 * shards.secs.iter().map(|s| s[1]).fold(0.0, f64::max);
         let coarse = |want: f64| (unit_secs() - want).max(0.0);
-        let rank_secs = estimated_secs
-            + self.options.chain_secs.map_or(0.0, late)
-            + self.options.unit_secs.map_or(0.0, coarse);
+        let rank_secs =
+            estimated_secs + self.options.chain_secs.map_or(0.0, late) + self.options.unit_secs.map_or(0.0, coarse);
         let found = |arena| Found { shards: shards.clone(), choice: choice.clone(), arena, estimated_secs, rank_secs };
         if is_smallest {
             self.smallest = Some(found(arena.clone()));

@@ -3,8 +3,10 @@
 use super::models::Chain;
 use hydra::device::sim::CostModel;
 use hydra::engine::{SimulateOptions, simulate};
-use hydra::sched::by_name;
-use hydra::spill::{Baseline, FleetDevice, FleetModel, Lined, PlanOptions, place_baseline, plan_anywhere};
+use hydra::sched::{Bound, LocalityLrtf, by_name};
+use hydra::spill::{
+    Baseline, FleetDevice, FleetModel, Lined, PlanOptions, place_baseline, plan_anywhere, plan_pipelined,
+};
 
 /// Enough steps that the ends, where one device has nothing left to do, do not count.
 const STEPS: u64 = 8;
@@ -37,9 +39,7 @@ fn makespan_secs(lined: &Lined, policy: Option<&str>, cost: &CostModel) -> f64 {
 
 #[test]
 fn three_models_on_two_devices_take_twelve_eight_and_six() {
-    // Copies and updates cost next to nothing.
-    let mut cost = CostModel::stated(1e6, 1e12, 1e15);
-    (cost.host_update_bytes_per_sec, cost.device_update_bytes_per_sec) = (1e15, 1e15);
+    let cost = arithmetic_alone();
     let devices = vec![FleetDevice { budget: None, cost: cost.clone() }; 2];
     let options = PlanOptions { moments: 0, cut: Some(vec![0..1, 1..2]), ..PlanOptions::default() };
     let models = models(&options);
@@ -56,4 +56,57 @@ fn three_models_on_two_devices_take_twelve_eight_and_six() {
     for policy in ["sharded-lrtf", "locality-lrtf"] {
         near(in_seconds(&anywhere, Some(policy)), 6.0, 0.02);
     }
+}
+
+/// A cost model in which copies and updates take next to nothing.
+fn arithmetic_alone() -> CostModel {
+    let mut cost = CostModel::stated(1e6, 1e12, 1e15);
+    (cost.host_update_bytes_per_sec, cost.device_update_bytes_per_sec) = (1e15, 1e15);
+    cost
+}
+
+#[test]
+fn fewer_models_than_devices_go_on_microbatch_by_microbatch() {
+    let cost = arithmetic_alone();
+    let chain = |layers: usize| Chain { microbatches: 8, ..Chain::equal(layers, 64, 64) };
+    let run = |models: &[FleetModel], devices: usize, pipelines: bool| {
+        let spec = vec![FleetDevice { budget: None, cost: cost.clone() }; devices];
+        let placed = match pipelines {
+            true => plan_pipelined(models, &spec).expect("a plan").expect("a model that bounds the makespan").placed,
+            false => plan_anywhere(models, &spec).expect("a plan").placed,
+        };
+        let options = SimulateOptions {
+            steps: models.iter().map(|m| m.steps).collect(),
+            clips: vec![false; models.len()],
+            costs: vec![cost.clone(); devices],
+            shared_bytes_per_sec: None,
+            policy: Some(Box::new(LocalityLrtf { pipelines })),
+            units: 2,
+            lines: Vec::new(),
+            recorder: None,
+        };
+        simulate(&placed, options).expect("nothing fails")
+    };
+    let model = |layers: usize, steps: u64| FleetModel {
+        name: format!("{layers} layers"),
+        model: chain(layers).model(),
+        options: PlanOptions { moments: 0, ..PlanOptions::default() },
+        steps,
+    };
+    // One model on as many devices as it likes: a pipeline of 8 microbatches, filled and emptied every step.
+    let one = [model(16, STEPS)];
+    let (alone, piped) = (run(&one, 1, false).makespan_secs, run(&one, 16, true));
+    assert!(piped.makespan_secs < alone / 4.0, "{} of {alone}", piped.makespan_secs);
+    assert!(piped.bounds.greatest == Bound::Chain && piped.bounds.gap(piped.makespan_secs) < 0.2, "{:?}", piped.bounds);
+    // On two devices it is nearly twice as fast; three devices are kept busy by two models.
+    let two = run(&one, 2, true).makespan_secs;
+    assert!(two < alone / 1.8, "{two} of {alone}");
+    let pair = [model(16, STEPS), model(12, STEPS)];
+    let (apart, together) = (run(&pair, 3, false), run(&pair, 3, true));
+    assert!(together.bounds.gap(together.makespan_secs) < 0.1, "{} of {:?}", together.makespan_secs, together.bounds);
+    assert!(together.makespan_secs < 0.7 * apart.makespan_secs, "{}", together.makespan_secs / apart.makespan_secs);
+    // Whole minibatches cannot go on in parts.
+    let whole = FleetModel { model: Chain::equal(16, 64, 512).model(), ..model(16, STEPS) };
+    let spec = vec![FleetDevice { budget: None, cost: cost.clone() }; 2];
+    assert!(plan_pipelined(&[whole], &spec).expect("a plan").is_none());
 }

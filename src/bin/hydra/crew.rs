@@ -5,7 +5,8 @@
 
 use crate::inbox::{Inbox, Letter, Wish};
 use crate::judge::{Judge, Judges};
-use crate::planning::{PlannedJob, Sharing};
+use crate::placing::Sharing;
+use crate::planning::PlannedJob;
 use crate::print::warn;
 use crate::progress::{Board, Progress};
 use crate::room::plan_added;
@@ -87,7 +88,7 @@ impl RunCrew<'_> {
     fn add(&mut self, fleet: &mut Fleet, letter: &Letter) -> Result<()> {
         let path = &letter.path;
         let why_not = match &self.planned.sharing {
-            Sharing::Turns => None,
+            Sharing::Turns { .. } => None,
             Sharing::Alone => Some(
                 "the run began with one model, which has its device to itself; one that begins with two takes others",
             ),

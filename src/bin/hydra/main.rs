@@ -13,6 +13,7 @@ mod judge;
 mod live;
 mod machine;
 mod outcome;
+mod placing;
 mod plan_json;
 mod planning;
 mod print;

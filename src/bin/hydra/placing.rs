@@ -1,10 +1,11 @@
 //! Where the models of a job run, and how they share its devices: as the policy has it, of the ways there are the one that ends soonest.
 
 use crate::job::{Job, Pipeline, Policy, Run};
-use crate::planning::Machine;
+use crate::machine::Machine;
+use crate::planning::fleet_model;
 use crate::setup::Prepared;
 use hydra::base::{Error, Result};
-use hydra::engine::{SimulateOptions, Simulation, simulate};
+use hydra::engine::{self, SimulateOptions, Simulation};
 use hydra::sched::{self, LocalityLrtf, by_name};
 use hydra::spill::{
     Baseline, FleetDevice, FleetModel, Home, Model, Placed, check_host, named, place_baseline, plan_fleet,
@@ -58,25 +59,12 @@ impl Placing {
     /// # Errors
     /// When no plan fits the budgets.
     pub fn new(job: &Job, machine: &Machine, traced: &[(Prepared, Arc<Model>)]) -> Result<Placing> {
-        let fleet: Vec<FleetModel> = traced
-            .iter()
-            .map(|(prepared, model)| FleetModel {
-                name: prepared.name.clone(),
-                model: Arc::clone(model),
-                options: hydra::spill::PlanOptions {
-                    moments: prepared.options.optimizer.moments(),
-                    clips: prepared.options.clip.is_some(),
-                    ..prepared.options.plan.clone()
-                },
-                steps: prepared.options.steps,
-            })
-            .collect();
+        let fleet: Vec<FleetModel> = traced.iter().map(|(prepared, model)| fleet_model(prepared, model)).collect();
         let devices: Vec<FleetDevice> =
             machine.devices.iter().map(|d| FleetDevice { budget: d.budget, cost: d.cost.clone() }).collect();
         if let Some(baseline) = Baseline::by_name(job.run.policy.word()) {
             let lined = place_baseline(baseline, &fleet, &devices)?;
-            let smallest_device_bytes =
-                lined.placed.iter().map(|p| p.plan.smallest_device_bytes).max().unwrap_or(0);
+            let smallest_device_bytes = lined.placed.iter().map(|p| p.plan.smallest_device_bytes).max().unwrap_or(0);
             return Placing { placed: lined.placed, sharing: Sharing::Lines(lined.lines), smallest_device_bytes }
                 .checked(machine);
         }
@@ -103,7 +91,8 @@ impl Placing {
         let makespan_secs = |placing: &Placing| {
             let steps = fleet.iter().map(steps).collect();
             let clips = fleet.iter().map(|m| m.options.clips).collect();
-            placing.simulate(&job.run, machine, (steps, clips), None).map(|s| s.makespan_secs)
+            let Placing { placed, sharing, .. } = placing;
+            simulate(placed, sharing, &job.run, machine, (steps, clips), None).map(|s| s.makespan_secs)
         };
         let ends_sooner = makespan_secs(&pipelined)? < makespan_secs(&without)?;
         if ends_sooner && check_host(&pipelined.placed, devices.len(), machine.host_budget).is_ok() {
@@ -112,6 +101,7 @@ impl Placing {
         Ok(without)
     }
 
+    /// Refuses what the host's store cannot hold.
     fn checked(self, machine: &Machine) -> Result<Placing> {
         check_host(&self.placed, machine.devices.len(), machine.host_budget)?;
         Ok(self)
@@ -132,37 +122,38 @@ impl Placing {
         let placed = vec![Placed { home, ..Placed::alone(Arc::clone(model), plan) }];
         Ok(Placing { placed, sharing: Sharing::Alone, smallest_device_bytes })
     }
+}
 
-    /// Units that a device has in its queue.
-    pub fn units(&self, run: &Run) -> usize {
-        self.placed.iter().map(|p| p.plan.choice.slots).max().unwrap_or(1).min(run.slots.unwrap_or(2))
-    }
+/// Units that a device has in its queue.
+pub fn units(placed: &[Placed], run: &Run) -> usize {
+    placed.iter().map(|p| p.plan.choice.slots).max().unwrap_or(1).min(run.slots.unwrap_or(2))
+}
 
-    /// Simulates so many steps of each model, which clips its gradients or not.
-    ///
-    /// # Errors
-    /// When the schedule stalls: our own bug.
-    pub fn simulate(
-        &self,
-        run: &Run,
-        machine: &Machine,
-        (steps, clips): (Vec<u64>, Vec<bool>),
-        recorder: Option<Recorder>,
-    ) -> Result<Simulation> {
-        let lines = match &self.sharing {
-            Sharing::Lines(lines) => lines.clone(),
-            Sharing::Alone | Sharing::Turns { .. } => Vec::new(),
-        };
-        let options = SimulateOptions {
-            steps,
-            clips,
-            costs: machine.costs(),
-            shared_bytes_per_sec: machine.shared_bytes_per_sec,
-            policy: self.sharing.policy(run),
-            units: self.units(run),
-            lines,
-            recorder,
-        };
-        simulate(&self.placed, options)
-    }
+/// Simulates so many steps of each model, which clips its gradients or not.
+///
+/// # Errors
+/// When the schedule stalls: our own bug.
+pub fn simulate(
+    placed: &[Placed],
+    sharing: &Sharing,
+    run: &Run,
+    machine: &Machine,
+    (steps, clips): (Vec<u64>, Vec<bool>),
+    recorder: Option<Recorder>,
+) -> Result<Simulation> {
+    let lines = match sharing {
+        Sharing::Lines(lines) => lines.clone(),
+        Sharing::Alone | Sharing::Turns { .. } => Vec::new(),
+    };
+    let options = SimulateOptions {
+        steps,
+        clips,
+        costs: machine.costs(),
+        shared_bytes_per_sec: machine.shared_bytes_per_sec,
+        policy: sharing.policy(run),
+        units: units(placed, run),
+        lines,
+        recorder,
+    };
+    engine::simulate(placed, options)
 }

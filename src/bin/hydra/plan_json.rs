@@ -1,6 +1,7 @@
 //! What plan.json holds.
 
-use crate::planning::{Planned, PlannedJob, Sharing};
+use crate::placing::Sharing;
+use crate::planning::{Planned, PlannedJob};
 use hydra::device::sim::CostModel;
 use hydra::spill::{BoundaryTier, Home};
 use serde_json::{Value, json};

@@ -2,15 +2,14 @@
 
 use crate::job::{self, DeviceKind, Job, Policy};
 use crate::machine::{Machine, check_devices, device_spec, machine};
+use crate::placing::{self, Placing, Sharing};
 use crate::setup::{Prepared, check_scope, prepare};
 use hydra::base::{Error, Result, format_bytes};
 use hydra::engine::{Prediction, SimulateOptions, Simulation, predict, simulate};
 use hydra::sched::by_name;
-use hydra::spill::{
-    Baseline, FleetDevice, FleetMap, FleetModel, Home, Model, Placed, Plan, check_host, place_baseline, plan_fleet,
-};
+use hydra::spill::{FleetMap, FleetModel, Home, Model, Placed, Plan};
 use hydra::trace::{Bound, Recorder};
-use hydra::train::{plan_model, trace_model};
+use hydra::train::trace_model;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -35,17 +34,6 @@ impl Planned {
     pub fn plan(&self) -> &Arc<Plan> {
         &self.placed.plan
     }
-}
-
-/// How the models of a job share its devices.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Sharing {
-    /// One model on one device.
-    Alone,
-    /// Units go where the policy wants them.
-    Turns,
-    /// Models run one after another in these lines.
-    Lines(Vec<Vec<usize>>),
 }
 
 /// A job with its plans.
@@ -92,8 +80,7 @@ pub fn plan_loaded(path: &Path, job: Job, trains: bool) -> Result<PlannedJob> {
         traced.push(next);
     }
     let machine = machine(&file, &job)?;
-    let (placed, sharing, smallest_device_bytes) = place(&job, &machine, &traced)?;
-    check_host(&placed, machine.devices.len(), machine.host_budget)?;
+    let Placing { placed, sharing, smallest_device_bytes } = Placing::new(&job, &machine, &traced)?;
     let map = FleetMap::new(&placed, machine.devices.len());
     let mut models = Vec::new();
     for ((prepared, _), placed) in traced.into_iter().zip(placed) {
@@ -143,34 +130,6 @@ pub fn fleet_model(prepared: &Prepared, model: &Arc<Model>) -> FleetModel {
     }
 }
 
-/// Plans and places all models as the job's policy has it.
-fn place(job: &Job, machine: &Machine, traced: &[(Prepared, Arc<Model>)]) -> Result<(Vec<Placed>, Sharing, u64)> {
-    let fleet: Vec<FleetModel> = traced.iter().map(|(prepared, model)| fleet_model(prepared, model)).collect();
-    let devices: Vec<FleetDevice> =
-        machine.devices.iter().map(|d| FleetDevice { budget: d.budget, cost: d.cost.clone() }).collect();
-    if let Some(baseline) = Baseline::by_name(job.run.policy.word()) {
-        let lined = place_baseline(baseline, &fleet, &devices)?;
-        let smallest = lined.placed.iter().map(|p| p.plan.smallest_device_bytes).max().unwrap_or(0);
-        return Ok((lined.placed, Sharing::Lines(lined.lines), smallest));
-    }
-    if let [(prepared, model)] = traced {
-        // A model runs on one device at a time, so it may as well be the one with the most memory, of equals the first.
-        let wants = |d: &usize| machine.devices[*d].budget.unwrap_or(u64::MAX);
-        let best = (0..devices.len()).rev().max_by_key(wants).unwrap_or(0);
-        let mut options = prepared.options.clone();
-        options.plan.device_budget = machine.devices[best].budget;
-        options.plan.host_budget = machine.host_budget;
-        let plan = plan_model(model, &options, &machine.devices[best].cost);
-        let plan = Arc::new(plan.map_err(|e| hydra::spill::named(&prepared.name, e))?);
-        let smallest = plan.smallest_device_bytes;
-        let home = Home::On(vec![best as u16; plan.shards.len()]);
-        let placed = vec![Placed { home, ..Placed::alone(Arc::clone(model), plan) }];
-        return Ok((placed, Sharing::Alone, smallest));
-    }
-    let plan = plan_fleet(&fleet, &devices, machine.host_budget)?;
-    Ok((plan.placed, Sharing::Turns, plan.smallest_device_bytes))
-}
-
 /// What a step of a model takes with the devices to itself.
 ///
 /// # Errors
@@ -213,7 +172,7 @@ impl PlannedJob {
 
     /// Units that a device has in its queue.
     pub fn units(&self) -> usize {
-        self.models.iter().map(|m| m.plan().choice.slots).max().unwrap_or(1).min(self.job.run.slots.unwrap_or(2))
+        placing::units(&self.placed(), &self.job.run)
     }
 
     /// Simulates the job with so many steps of each model.
@@ -221,25 +180,8 @@ impl PlannedJob {
     /// # Errors
     /// When the schedule stalls: our own bug.
     pub fn simulate(&self, steps: Vec<u64>, recorder: Option<Recorder>) -> Result<Simulation> {
-        let policy = match self.sharing {
-            Sharing::Turns => by_name(self.job.run.policy.word(), self.job.run.seed),
-            Sharing::Alone | Sharing::Lines(_) => None,
-        };
-        let lines = match &self.sharing {
-            Sharing::Lines(lines) => lines.clone(),
-            Sharing::Alone | Sharing::Turns => Vec::new(),
-        };
-        let options = SimulateOptions {
-            steps,
-            clips: self.models.iter().map(|m| m.prepared.options.clip.is_some()).collect(),
-            costs: self.machine.costs(),
-            shared_bytes_per_sec: self.machine.shared_bytes_per_sec,
-            policy,
-            units: self.units(),
-            lines,
-            recorder,
-        };
-        simulate(&self.placed(), options)
+        let clips = self.models.iter().map(|m| m.prepared.options.clip.is_some()).collect();
+        placing::simulate(&self.placed(), &self.sharing, &self.job.run, &self.machine, (steps, clips), recorder)
     }
 
     /// Predicts one step of every model.
@@ -270,12 +212,15 @@ impl PlannedJob {
             })
         };
         let unused = (0..devices as u16).filter(|&d| !used(d)).count();
-        let spare = if self.sharing == Sharing::Turns { devices.saturating_sub(models).max(unused) } else { unused };
+        let spare = match self.sharing {
+            Sharing::Turns { pipelines: false } => devices.saturating_sub(models).max(unused),
+            _ => unused,
+        };
         if spare == 0 {
             return None;
         }
         let why = match self.sharing {
-            Sharing::Alone | Sharing::Turns if models < devices => "a model runs on one device at a time",
+            Sharing::Alone | Sharing::Turns { .. } if models < devices => "a model runs on one device at a time",
             Sharing::Lines(_) if self.job.run.policy == Policy::OneAtATime => {
                 "one-at-a-time uses the first device alone"
             }

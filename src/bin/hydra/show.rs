@@ -1,6 +1,7 @@
 //! `hydra plan`: the cut, where everything lies, what a step will take, what bounds it and what would help.
 
-use crate::planning::{Planned, PlannedJob, Sharing, plan_job};
+use crate::placing::Sharing;
+use crate::planning::{Planned, PlannedJob, plan_job};
 use crate::print::{say, table};
 use crate::rundir::PLAN;
 use hydra::base::{Result, format_bytes, format_secs};

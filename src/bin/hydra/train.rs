@@ -7,7 +7,8 @@ use crate::job::Job;
 use crate::judge::Judges;
 use crate::machine::free_memory_bytes;
 use crate::outcome;
-use crate::planning::{Planned, PlannedJob, Sharing, plan_loaded};
+use crate::placing::Sharing;
+use crate::planning::{Planned, PlannedJob, plan_loaded};
 use crate::print::say;
 use crate::progress::Board;
 use crate::room::roomy_arenas;
@@ -17,7 +18,6 @@ use crate::watch::{Watch, identity};
 use hydra::base::{Error, Result, format_bytes};
 use hydra::device::{Device, FleetMemory, start_fleet};
 use hydra::engine::TurnOptions;
-use hydra::sched::by_name;
 use hydra::spill::named;
 use hydra::trace::{Keep, Recorder, RecorderOptions};
 use hydra::train::results::{self, ModelResult, Status};
@@ -183,7 +183,7 @@ fn already_done(out: &Path, json: bool) -> Result<()> {
 fn start(dir: &mut RunDir, planned: &PlannedJob) -> std::result::Result<(), Failure> {
     dir.write(rundir::PLAN, planned.text().as_bytes())?;
     dir.write(rundir::JOB, planned.job.source_text.as_bytes())?;
-    if planned.sharing == Sharing::Turns {
+    if matches!(planned.sharing, Sharing::Turns { .. }) {
         dir.folder(rundir::INBOX)?;
     }
     Ok(())
@@ -220,8 +220,8 @@ fn train_all(
             options: model.prepared.options.clone(),
         });
     }
-    let turns = (planned.sharing == Sharing::Turns).then(|| TurnOptions {
-        policy: by_name(planned.job.run.policy.word(), planned.job.run.seed).expect("turns are taken by a policy"),
+    let turns = planned.sharing.policy(&planned.job.run).map(|policy| TurnOptions {
+        policy,
         units: planned.units(),
         costs: planned.machine.costs(),
         shared_bytes_per_sec: planned.machine.shared_bytes_per_sec,
@@ -309,7 +309,7 @@ fn start_devices(planned: &PlannedJob) -> Result<(Box<dyn Device>, Vec<u64>)> {
         start_fleet(&specs, memory)
     };
     let needed = planned.map.arena_bytes.clone();
-    if planned.sharing == Sharing::Turns {
+    if matches!(planned.sharing, Sharing::Turns { .. }) {
         let roomy = roomy_arenas(planned);
         // A machine that refuses what might be of use later has enough for what is needed now, or says so itself.
         if roomy != needed

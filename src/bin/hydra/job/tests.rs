@@ -15,6 +15,7 @@ policy = "gpipe"
 slots = 2
 recompute = "always"
 trace = { first = 2, last = 9 }
+pipeline = "never"
 pipeline_microbatches = 4
 
 [[device]]
@@ -109,6 +110,7 @@ fn reads_every_key() {
         recompute: Recompute::Always,
         trace_first: 2,
         trace_last: 9,
+        pipeline: Pipeline::Never,
         pipeline_microbatches: Some(4),
     };
     assert_eq!(job.run, run);
@@ -164,6 +166,7 @@ fn defaults() {
         recompute: Recompute::Auto,
         trace_first: 5,
         trace_last: 20,
+        pipeline: Pipeline::Auto,
         pipeline_microbatches: None,
     };
     assert_eq!(job.run, run);
