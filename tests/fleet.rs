@@ -204,7 +204,8 @@ fn run_with(
     let mut observers: Vec<&mut dyn Observer> = collects.iter_mut().map(|c| c as &mut dyn Observer).collect();
     fleet.run(&mut observers, &AtomicBool::new(false)).expect("no device fails");
     let (looked, ahead) = looks.get();
-    assert!(looked > 100 && (ahead > 0) != one_slot, "looked {looked} times, saw {ahead} units on their way");
+    // Behind an update on the device the next unit may stand even so.
+    assert!(looked > 100 && (ahead > 0 || one_slot) && (ahead == 0 || !one_slot || !takes_turns), "looked {looked} times, saw {ahead} units on their way");
     let touched: Vec<u64> = (0..devices as u16).map(|d| fleet.engine().high_water_bytes(d)).collect();
     assert!(touched.iter().zip(&map.arena_bytes).all(|(t, b)| t <= b), "{touched:?} of {:?}", map.arena_bytes);
     collects

@@ -104,6 +104,8 @@ struct Outlook<'a> {
     critical_secs: f64,
     /// The end that is too late for a model whose unit the asking device takes.
     late_secs: f64,
+    /// Units may follow each other on several devices.
+    pipelines: bool,
     /// There is a faster device, and something runs, so that a device which is left waiting will be asked again.
     may_leave: bool,
 }
@@ -136,6 +138,7 @@ impl<'a> Outlook<'a> {
             longest: None,
             critical_secs: 0.0,
             late_secs: 0.0,
+            pipelines,
             may_leave: runs && fastest.speed > here.speed,
         };
         let (mut chain, mut bytes, mut turn) = (0f64, 0.0, 0f64);
@@ -225,10 +228,25 @@ impl<'a> Outlook<'a> {
     /// Whether the asking device leaves a model's next unit to the fastest one, which ends it sooner: a critical longest chain, and any model
     /// that could only end late.
     fn is_left(&self, model: &ModelView) -> bool {
+        if let Claim::By(by) = model.claim
+            && by != self.here.id
+        {
+            // What it follows ends with that device's queue at the latest, and the unit is best placed there: nothing has to be brought.
+            let there = &self.view.devices[usize::from(by)];
+            return there.busy_secs + model.unit_secs / there.speed <= self.end_secs(model, self.here, 0.0);
+        }
+        let end_secs = self.end_secs(model, self.here, 0.0);
+        if self.pipelines && model.microbatches > 1 && model.claim == Claim::By(self.here.id) && self.is_critical(model)
+        {
+            // One that has room before this queue has run will be asked in time.
+            let sooner = |d: &DeviceView| d.busy_secs < self.here.busy_secs && self.end_secs(model, d, 0.0) < end_secs;
+            if model.pinned.is_none() && self.view.devices.iter().any(sooner) {
+                return true;
+            }
+        }
         if !self.may_leave || model.pinned.is_some() {
             return false;
         }
-        let end_secs = self.end_secs(model, self.here, 0.0);
         let bytes = model.remaining_bytes.saturating_sub(model.weight_bytes);
         let rest = self.least_secs(model.remaining_secs - model.unit_secs, bytes) + model.remaining_wait_secs;
         let late = end_secs + rest > self.late_secs;

@@ -180,8 +180,8 @@ pub fn plan_pipelined(models: &[FleetModel], devices: &[FleetDevice]) -> Result<
     let Some(shortest) = steps.min_by(f64::total_cmp).filter(|_| devices.len() > 1) else { return Ok(None) };
     let mut fine = models.to_vec();
     for (m, p) in fine.iter_mut().zip(&plan.placed) {
-        // About as many units in each direction as there are devices.
-        m.options.unit_secs = Some(shortest / (2 * devices.len()) as f64);
+        // About two units in each direction for each device.
+        m.options.unit_secs = Some(shortest / (4 * devices.len()) as f64);
         m.options.chain_secs = hurries(m, p).then(|| 0.5 * share / m.steps as f64);
     }
     plan_anywhere(&fine, devices).map(Some)

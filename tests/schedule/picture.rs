@@ -5,7 +5,7 @@ use hydra::device::sim::CostModel;
 use hydra::engine::{SimulateOptions, simulate};
 use hydra::sched::{Bound, LocalityLrtf, by_name};
 use hydra::spill::{
-    Baseline, FleetDevice, FleetModel, Lined, PlanOptions, place_baseline, plan_anywhere, plan_pipelined,
+    Baseline, FleetDevice, FleetModel, Lined, PlanOptions, Recompute, place_baseline, plan_anywhere, plan_pipelined,
 };
 
 /// Enough steps that the ends, where one device has nothing left to do, do not count.
@@ -90,17 +90,22 @@ fn fewer_models_than_devices_go_on_microbatch_by_microbatch() {
     let model = |layers: usize, steps: u64| FleetModel {
         name: format!("{layers} layers"),
         model: chain(layers).model(),
-        options: PlanOptions { moments: 0, ..PlanOptions::default() },
+        // However fine units are, all of them do the same.
+        options: PlanOptions { moments: 0, recompute: Recompute::Always, ..PlanOptions::default() },
         steps,
     };
     // One model on as many devices as it likes: a pipeline of 8 microbatches, filled and emptied every step.
     let one = [model(16, STEPS)];
     let (alone, piped) = (run(&one, 1, false).makespan_secs, run(&one, 16, true));
     assert!(piped.makespan_secs < alone / 4.0, "{} of {alone}", piped.makespan_secs);
-    assert!(piped.bounds.greatest == Bound::Chain && piped.bounds.gap(piped.makespan_secs) < 0.2, "{:?}", piped.bounds);
+    assert!(
+        piped.bounds.greatest == Bound::Chain && piped.bounds.gap(piped.makespan_secs) < 1e-6,
+        "{:?}",
+        piped.bounds
+    );
     // On two devices it is nearly twice as fast; three devices are kept busy by two models.
     let two = run(&one, 2, true).makespan_secs;
-    assert!(two < alone / 1.8, "{two} of {alone}");
+    assert!(two < alone / 1.95, "{two} of {alone}");
     let pair = [model(16, STEPS), model(12, STEPS)];
     let (apart, together) = (run(&pair, 3, false), run(&pair, 3, true));
     assert!(together.bounds.gap(together.makespan_secs) < 0.1, "{} of {:?}", together.makespan_secs, together.bounds);
