@@ -426,6 +426,7 @@ fn a_policy_that_chooses_what_it_may_not_is_named() {
             clips: entries.iter().map(|e| e.options.clip.is_some()).collect(),
             costs: vec![stated(); 2],
             shared_bytes_per_sec: None,
+            arena_bytes: Vec::new(),
             policy: Some(Box::new(Wayward(chooses))),
             units: 2,
             lines: Vec::new(),

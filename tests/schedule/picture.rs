@@ -27,6 +27,7 @@ fn makespan_secs(lined: &Lined, policy: Option<&str>, cost: &CostModel) -> f64 {
         clips: vec![false; 3],
         costs: vec![cost.clone(); 2],
         shared_bytes_per_sec: None,
+        arena_bytes: Vec::new(),
         policy: policy.and_then(|name| by_name(name, 1)),
         units: 2,
         lines: lined.lines.clone(),

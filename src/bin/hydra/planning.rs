@@ -121,10 +121,13 @@ pub fn plan_job(path: &Path, sets: &[String], trains: bool) -> Result<PlannedJob
     let machine = machine(&file, &job)?;
     let (placed, sharing, smallest_device_bytes) = place(&job, &machine, &traced)?;
     check_host(&placed, machine.devices.len(), machine.host_budget)?;
-    let map = FleetMap::new(&placed, machine.devices.len());
+    // Without a stated budget a real device gives what plans need, and no more; a simulated one has no end of memory.
+    let may_fill = |d: &MachineDevice| d.budget.or((d.kind != DeviceKind::Sim).then_some(0));
+    let budgets: Vec<Option<u64>> = machine.devices.iter().map(may_fill).collect();
+    let map = FleetMap::within(&placed, &budgets);
     let mut models = Vec::new();
     for ((prepared, _), placed) in traced.into_iter().zip(placed) {
-        let prediction = predict_alone(&placed, &machine, prepared.options.clip.is_some())?;
+        let prediction = predict_alone(&placed, &machine, &map.arena_bytes, prepared.options.clip.is_some())?;
         models.push(Planned { prepared, placed, prediction });
     }
     let mut planned =
@@ -200,7 +203,7 @@ fn place(job: &Job, machine: &Machine, traced: &[(Prepared, Arc<Model>)]) -> Res
 }
 
 /// What a step of a model takes with the devices to itself.
-fn predict_alone(placed: &Placed, machine: &Machine, clip: bool) -> Result<Prediction> {
+fn predict_alone(placed: &Placed, machine: &Machine, arena_bytes: &[u64], clip: bool) -> Result<Prediction> {
     let alone = matches!(&placed.home, Home::On(devices) if devices.iter().all(|d| *d == devices[0]));
     if alone {
         let Home::On(devices) = &placed.home else { unreachable!("matched just above") };
@@ -215,6 +218,7 @@ fn predict_alone(placed: &Placed, machine: &Machine, clip: bool) -> Result<Predi
             clips: vec![clip],
             costs: machine.costs(),
             shared_bytes_per_sec: machine.shared_bytes_per_sec,
+            arena_bytes: arena_bytes.to_vec(),
             policy,
             units: placed.plan.choice.slots,
             lines: Vec::new(),
@@ -361,6 +365,7 @@ impl PlannedJob {
             clips: self.models.iter().map(|m| m.prepared.options.clip.is_some()).collect(),
             costs: self.machine.costs(),
             shared_bytes_per_sec: self.machine.shared_bytes_per_sec,
+            arena_bytes: self.map.arena_bytes.clone(),
             policy,
             units: self.units(),
             lines,
