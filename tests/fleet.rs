@@ -124,6 +124,12 @@ fn recruit<'a>(entry: &'a Entry, placed: &Placed) -> Recruit<'a> {
     }
 }
 
+/// Device 0 has an eighth more than what is needed, the others all that is wanted.
+fn budgets(placed: &[Placed], devices: usize) -> Vec<Option<u64>> {
+    let least = FleetMap::new(placed, devices).arena_bytes;
+    (0..devices).map(|d| (d == 0).then(|| least[0] * 9 / 8)).collect()
+}
+
 /// Runs the six as `placed`, taking turns, and gives what each computed, or why it ended.
 fn run(
     entries: &[Entry],
@@ -138,7 +144,11 @@ fn run(
         units: slots,
         costs: vec![stated(); devices],
         shared_bytes_per_sec: None,
-        arena_bytes: FleetMap::new(placed, devices).arena_bytes,
+        // One of the policies has more memory, in which shards stay.
+        arena_bytes: match policy {
+            "locality-lrtf" => FleetMap::within(placed, &budgets(placed, devices)).arena_bytes,
+            _ => FleetMap::new(placed, devices).arena_bytes,
+        },
     };
     run_with(entries, placed, devices, Some(turns), Vec::new(), fails)
 }
@@ -152,7 +162,12 @@ fn run_with(
     lines: Vec<Vec<usize>>,
     fails: Option<usize>,
 ) -> Vec<Result<Outcome, String>> {
-    let map = FleetMap::new(placed, devices);
+    let map = match &turns {
+        Some(turns) => {
+            FleetMap::within(placed, &turns.arena_bytes.iter().map(|&bytes| Some(bytes)).collect::<Vec<_>>())
+        }
+        None => FleetMap::new(placed, devices),
+    };
     let specs: Vec<DeviceSpec> =
         (0..devices).map(|_| HostSpec { threads: Some(1), ..HostSpec::default() }.into()).collect();
     let memory = FleetMemory {

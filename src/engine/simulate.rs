@@ -60,7 +60,8 @@ pub fn simulate(placed: &[Placed], options: SimulateOptions) -> Result<Simulatio
     let arena_bytes = if arena_bytes.is_empty() { vec![0; costs.len()] } else { arena_bytes };
     let devices = costs.len();
     let device = Box::new(SimDevice::new(costs.clone()).with_shared_link(shared_bytes_per_sec));
-    let turns = policy.map(|policy| TurnOptions { policy, units, costs: costs.clone(), shared_bytes_per_sec, arena_bytes });
+    let turns =
+        policy.map(|policy| TurnOptions { policy, units, costs: costs.clone(), shared_bytes_per_sec, arena_bytes });
     let map = turns.as_ref().map_or_else(|| FleetMap::new(placed, devices), |turns| turns.map(placed));
     let bounds = bounds_of(placed, &map, &steps, &costs, shared_bytes_per_sec);
     let of = |(p, &steps): (&Placed, &u64)| EngineOptions { steps, ..EngineOptions::new(0, &p.model) };
@@ -166,13 +167,7 @@ pub fn predict(model: &Arc<Model>, plan: &Arc<Plan>, cost: &CostModel, clip: boo
 
 /// What no schedule of these plans can beat: arithmetic as planned, and the bytes that must cross however shards are spread. A step fetches every
 /// shard once, since an update by the host makes copies stale, and again for its backward where all devices' slots together cannot have kept it.
-pub fn bounds_of(
-    placed: &[Placed],
-    map: &FleetMap,
-    steps: &[u64],
-    costs: &[CostModel],
-    shared: Option<f64>,
-) -> Bounds {
+pub fn bounds_of(placed: &[Placed], map: &FleetMap, steps: &[u64], costs: &[CostModel], shared: Option<f64>) -> Bounds {
     let total =
         |cost: &CostModel| placed.iter().zip(steps).map(|(p, &n)| n as f64 * arithmetic_secs(p, cost)).sum::<f64>();
     let first = total(&costs[0]);
