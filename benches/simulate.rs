@@ -38,6 +38,7 @@ fn main() {
                 clips: vec![false; models],
                 costs: vec![cost.clone(); devices],
                 shared_bytes_per_sec: None,
+                arena_bytes: Vec::new(),
                 policy: by_name(policy, 1),
                 units: 2,
                 lines: Vec::new(),

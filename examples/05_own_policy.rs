@@ -56,6 +56,7 @@ pub fn main() -> Result<()> {
                 clips: vec![false; models.len()],
                 costs: vec![cost.clone(); 2],
                 shared_bytes_per_sec: None,
+                arena_bytes: Vec::new(),
                 policy: Some(policy),
                 units: 2,
                 lines: Vec::new(),

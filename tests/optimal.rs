@@ -163,6 +163,7 @@ impl Fleet {
             clips: vec![false; self.placed.len()],
             costs: self.costs.clone(),
             shared_bytes_per_sec: None,
+            arena_bytes: Vec::new(),
             policy: by_name(policy, 1),
             units: SLOTS,
             lines: Vec::new(),

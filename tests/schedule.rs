@@ -7,6 +7,8 @@
 //! leaves single slots or entries, so that copies and arithmetic take turns (met in the others); the 99 %; and the 10 %. Of what is copied
 //! only boundary tensors that come back to their device and weights around a step's turn are a policy's to save.
 
+#[path = "schedule/held.rs"]
+mod held;
 #[path = "overlap/models.rs"]
 #[allow(dead_code, reason = "other tests use the rest")]
 mod models;

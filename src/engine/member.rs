@@ -80,6 +80,8 @@ pub(super) struct Member {
     pub losses_on: Vec<u64>,
     /// Where each shard's backward ran last.
     pub ran_on: Vec<u16>,
+    /// Whether each shard's backward ran where its forward or its last backward had, so that the next visit may come there too.
+    pub returns: Vec<bool>,
     /// Resident: remainders and moments have been brought to the devices.
     pub state_fetched: bool,
     /// Tasks of its state on the way home.
@@ -121,6 +123,7 @@ impl Member {
             serial: 0,
             losses_on: vec![0; devices],
             ran_on: vec![0; plan.shards.len()],
+            returns: vec![false; plan.shards.len()],
             state_fetched: false,
             loose_tasks: 0,
             last_step_end: 0.0,

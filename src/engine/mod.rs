@@ -149,7 +149,7 @@ impl Engine {
     }
 
     /// An engine for several models on the devices of `device`, whose arenas and store are at least as large as [`FleetMap::new`] says. With
-    /// `turns` units go to devices one by one, as a policy chooses; without, every model must be at home on devices, and its steps run in the order in
+    /// `turns`, whose arenas are filled as [`FleetMap::within`] does, units go to devices one by one, as a policy chooses; without, every model must be at home on devices, and its steps run in the order in
     /// which they are begun.
     ///
     /// # Panics
@@ -162,7 +162,10 @@ impl Engine {
     ) -> Engine {
         assert!(turns.is_some() || models.iter().all(|m| m.home != Home::Anywhere), "somebody has to choose a device");
         let lanes = lanes_of(device.as_ref());
-        let map = FleetMap::new(models, lanes.len());
+        let map = match &turns {
+            Some(turns) => turns.map(models),
+            None => FleetMap::new(models, lanes.len()),
+        };
         let mut rings = Vec::new();
         let mut shared: Vec<Option<usize>> = vec![None; lanes.len()];
         let mut members = Vec::new();

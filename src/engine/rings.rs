@@ -45,6 +45,11 @@ impl<K: Copy + PartialEq> Slots<K> {
         std::mem::take(&mut self.marked[slot])
     }
 
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.holds.len()
+    }
+
     /// The slot that holds `key`.
     pub fn slot_of(&self, key: K) -> Option<usize> {
         self.holds.iter().position(|&h| h == Some(key))

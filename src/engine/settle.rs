@@ -7,7 +7,7 @@ use super::Engine;
 use super::tables::{Join, Piece};
 use super::visit::Site;
 use crate::device::{Clip, CopySpan, Norm, Span, Task, Update, UpdateRule, norm_scratch_bytes};
-use crate::spill::update_state_bytes;
+use crate::spill::{Home, update_state_bytes};
 use crate::trace::What;
 use std::ops::Range;
 use std::sync::Arc;
@@ -254,7 +254,7 @@ impl Engine {
         if let Some(visiting) = visiting {
             self.spill_updated(site, s, visiting);
         }
-        self.refresh_copies(site, s);
+        self.refresh_copies(site, s, deadline);
     }
 
     fn update_piece(&mut self, site: &Site, done: &Settled, i: usize, visiting: Option<u64>, deadline: u64) {
@@ -346,10 +346,10 @@ impl Engine {
     }
 
     /// After an update of shard `s`: copies of its weights elsewhere are stale.
-    fn refresh_copies(&mut self, site: &Site, s: usize) {
+    fn refresh_copies(&mut self, site: &Site, s: usize, deadline: u64) {
         if !site.plan.choice.resident {
             // Where the device has made the update, its own copy is the new one.
-            let stays = site.plan.choice.updates_on_device;
+            let stays = site.plan.choice.updates_on_device || self.fetch_updated(site, s, deadline);
             for device in 0..self.lanes.len() {
                 let member = &self.members[site.member];
                 let (rings, borrows) = (member.rings[device], &member.tables.borrows);
@@ -382,6 +382,39 @@ impl Engine {
                 self.copy(&there, What::FetchWeights, user, None, up);
             }
         }
+    }
+
+    /// Brings what the host has updated of a shard back into the slot that held it, as a part of the next step; tells whether it does.
+    ///
+    /// Copies to the device have little to do while gradients leave it. So this is worth its bytes where the next step is to come here too, and the
+    /// slot is not handed out before: least recently used goes first, and until this shard's next visit those before it have theirs.
+    fn fetch_updated(&mut self, site: &Site, s: usize, deadline: u64) -> bool {
+        let (member, weights) = (&self.members[site.member], &self.rings[site.rings].weights);
+        let spare = weights.len().saturating_sub(site.plan.choice.slots);
+        if spare == 0 || member.placed.home != Home::Anywhere || !member.returns[s] {
+            return false;
+        }
+        let others = || self.members.iter().filter(|m| m.placed.home == Home::Anywhere && !m.over);
+        let between = (s + 1) * others().count().div_ceil(self.lanes.len());
+        let all: usize = others().map(|m| m.plan.shards.len()).sum();
+        let next = member.pending.iter().skip_while(|p| p.serial != site.serial).nth(1);
+        let (true, Some(next), Some(slot)) = (
+            between <= spare || all <= weights.len(),
+            next.map(|p| (p.step, p.serial)),
+            weights.slot_of(site.shard(s)),
+        ) else {
+            return false;
+        };
+        let next = Site { step: next.0, serial: next.1, ..site.clone() };
+        let (base, own) = (site.map.weight_slots[slot], site.plan.shards[s].layout.own.start);
+        for i in 0..self.members[site.member].tables.pieces[s].len() {
+            let Range { start, end } = self.members[site.member].tables.pieces[s][i].range;
+            let from = site.store(site.plan.host.weights + own + start, end - start);
+            let to = site.arena(base + start, end - start);
+            let task = Task::Copy(vec![CopySpan { from, to }]);
+            self.add(&next, site.lanes.h2d, (What::FetchWeights, s), deadline, task, &[from], &[to]);
+        }
+        true
     }
 
     /// Resident: brings remainders and moments to their devices before the first update.

@@ -7,7 +7,7 @@ use crate::base::{LaneKind, Result};
 use crate::device::sim::{CostModel, SimDevice};
 use crate::graph::Area;
 use crate::sched::{Bounds, DeviceRates, ModelWork, Policy};
-use crate::spill::{BoundaryTier, FleetMap, Home, Model, Placed, Plan, update_state_bytes};
+use crate::spill::{ArenaMap, BoundaryTier, FleetMap, Home, Model, Placed, Plan, update_state_bytes};
 use crate::trace::{Bound, LaneSum, Recorder};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -22,6 +22,8 @@ pub struct SimulateOptions {
     pub costs: Vec<CostModel>,
     /// Bytes per second that the devices' links share.
     pub shared_bytes_per_sec: Option<f64>,
+    /// Bytes of each device's arena, which weight slots fill where models take turns; empty: as few as there can be.
+    pub arena_bytes: Vec<u64>,
     /// Chooses units, where models take turns.
     pub policy: Option<Box<dyn Policy>>,
     /// Units in a device's queue: 1 is no double buffering.
@@ -53,13 +55,22 @@ pub struct Simulation {
 /// # Errors
 /// When the policy chooses what it may not, or everything stalls because it chooses nothing.
 pub fn simulate(placed: &[Placed], options: SimulateOptions) -> Result<Simulation> {
-    let SimulateOptions { steps, clips, costs, shared_bytes_per_sec, policy, units, lines, recorder } = options;
+    let SimulateOptions { steps, clips, costs, shared_bytes_per_sec, arena_bytes, policy, units, lines, recorder } =
+        options;
     let pipelines = policy.as_ref().is_some_and(|policy| policy.pipelines());
-    let bounds = bounds_of(placed, &steps, &costs, shared_bytes_per_sec, pipelines);
+    let arena_bytes = if arena_bytes.is_empty() { vec![0; costs.len()] } else { arena_bytes };
     let devices = costs.len();
     let device = Box::new(SimDevice::new(costs.clone()).with_shared_link(shared_bytes_per_sec));
-    let arena_bytes = FleetMap::new(placed, devices).arena_bytes;
-    let turns = policy.map(|policy| TurnOptions { policy, units, costs, shared_bytes_per_sec, arena_bytes });
+    let turns = policy.map(|policy| TurnOptions {
+        policy,
+        units,
+        costs: costs.clone(),
+        shared_bytes_per_sec,
+        arena_bytes,
+        room_bytes: Vec::new(),
+    });
+    let map = turns.as_ref().map_or_else(|| FleetMap::new(placed, devices), |turns| turns.map(placed));
+    let bounds = bounds_of(placed, &map, &steps, &costs, shared_bytes_per_sec, pipelines);
     let of = |(p, &steps): (&Placed, &u64)| EngineOptions { steps, ..EngineOptions::new(0, &p.model) };
     let engine_options = placed.iter().zip(&steps).map(of).collect();
     let mut engine = Engine::fleet(placed, engine_options, device, turns);
@@ -162,10 +173,11 @@ pub fn predict(model: &Arc<Model>, plan: &Arc<Plan>, cost: &CostModel, clip: boo
 }
 
 /// What no schedule of these plans can beat: arithmetic as planned, and the bytes that must cross however shards are spread. A step fetches every
-/// shard once, since an update makes copies stale, and again for its backward where all devices' slots together cannot have kept it. `pipelines`: a unit
-/// may begin before the one that it follows has ended.
+/// shard once, since an update by the host makes copies stale, and again for its backward where all devices' slots together cannot have kept it.
+/// `pipelines`: a unit may begin before the one that it follows has ended.
 pub fn bounds_of(
     placed: &[Placed],
+    map: &FleetMap,
     steps: &[u64],
     costs: &[CostModel],
     shared: Option<f64>,
@@ -188,8 +200,9 @@ pub fn bounds_of(
         d2h: best(|c| c.d2h_bytes_per_sec).min(shared.unwrap_or(f64::INFINITY)),
         host: costs[0].host_update_bytes_per_sec,
     };
-    let work = |(p, &steps): (&Placed, &u64)| {
-        let (down, up) = least_bytes(p, costs.len());
+    let work = |((p, &steps), maps): ((&Placed, &u64), &Vec<ArenaMap>)| {
+        let slots = maps.iter().map(|m| m.weight_slots.len()).sum::<usize>().max(p.plan.choice.slots * costs.len());
+        let (down, up) = least_bytes(p, costs.len(), slots);
         let secs = steps as f64 * arithmetic_secs(p, &costs[0]);
         let [first_secs, turn_secs, last_secs] = wait_secs(p, &rates);
         let chain_secs = match p.plan.choice.pipelined || pipelines && p.home == Home::Anywhere {
@@ -211,7 +224,7 @@ pub fn bounds_of(
             },
         }
     };
-    Bounds::new(&placed.iter().zip(steps).map(work).collect::<Vec<_>>(), &devices, shared)
+    Bounds::new(&placed.iter().zip(steps).zip(&map.maps).map(work).collect::<Vec<_>>(), &devices, shared)
 }
 
 /// The greatest rates of any link, and the host's, in bytes per second.
@@ -263,17 +276,18 @@ fn arithmetic_secs(placed: &Placed, cost: &CostModel) -> f64 {
     secs + (update_bytes(placed, own) + norm_bytes(placed, own)) as f64 / cost.device_update_bytes_per_sec
 }
 
-/// Least bytes of a step to devices, and from them.
-fn least_bytes(placed: &Placed, devices: usize) -> (u64, u64) {
+/// Least bytes of a step to devices that have so many weight slots in all, and from them.
+fn least_bytes(placed: &Placed, devices: usize, slots: usize) -> (u64, u64) {
     let plan = &placed.plan;
     if plan.choice.resident {
         return (0, 0);
     }
-    let all: u64 = plan.shards.iter().map(|s| s.fetch_bytes()).sum();
     let mut sizes: Vec<u64> = plan.shards.iter().map(|s| s.fetch_bytes()).collect();
     // Kept at best: as many shards as there are slots, the largest.
     sizes.sort_unstable_by(|a, b| b.cmp(a));
-    let again: u64 = sizes.iter().skip(plan.choice.slots * devices).sum();
+    let again: u64 = sizes.iter().skip(slots).sum();
+    // What a device has updated may stay for the next step too.
+    let all = if plan.choice.updates_on_device { again } else { sizes.iter().sum() };
     let own = plan.shards.iter().map(|s| s.own_bytes()).sum::<u64>();
     let state = match plan.choice.updates_on_device {
         true => (0..plan.shards.len()).map(|s| update_state_bytes(&placed.model, &plan.shards, plan.moments, s)).sum(),

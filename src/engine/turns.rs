@@ -27,8 +27,21 @@ pub struct TurnOptions {
     pub costs: Vec<CostModel>,
     /// Bytes per second that the devices' links share.
     pub shared_bytes_per_sec: Option<f64>,
-    /// Bytes of each device's arena, into which models that come later must fit.
+    /// Bytes of each device's arena that weight slots may fill, however many models there are.
     pub arena_bytes: Vec<u64>,
+    /// Bytes of each device's arena into which models that come later must fit; empty: the same.
+    pub room_bytes: Vec<u64>,
+}
+
+impl TurnOptions {
+    /// Where models lie in these arenas.
+    pub(super) fn map(&self, models: &[Placed]) -> FleetMap {
+        map_within(models, &self.arena_bytes)
+    }
+}
+
+fn map_within(models: &[Placed], arena_bytes: &[u64]) -> FleetMap {
+    FleetMap::within(models, &arena_bytes.iter().map(|&bytes| Some(bytes)).collect::<Vec<_>>())
 }
 
 /// A unit in a device's queue.
@@ -47,6 +60,8 @@ struct Claimed {
 #[derive(Clone, Copy, Debug, Default)]
 struct Ready {
     weights: f64,
+    /// The same for weights that a slot keeps: an update elsewhere has to come back to it.
+    held: f64,
     boundary: f64,
     /// The first microbatch's.
     first: f64,
@@ -58,6 +73,7 @@ pub(super) struct Turns {
     units: usize,
     shared_bytes_per_sec: Option<f64>,
     arena_bytes: Vec<u64>,
+    room_bytes: Vec<u64>,
     /// What the first device achieves.
     cost: CostModel,
     /// No unit is given out: the devices are to come to rest.
@@ -91,7 +107,7 @@ pub(super) struct Turns {
 
 impl Turns {
     pub fn new(options: TurnOptions, members: &[Member], lanes: &[LaneId]) -> Turns {
-        let TurnOptions { policy, units, costs, shared_bytes_per_sec, arena_bytes } = options;
+        let TurnOptions { policy, units, costs, shared_bytes_per_sec, arena_bytes, room_bytes } = options;
         let devices = lanes.iter().filter(|l| l.kind == LaneKind::Compute && !l.is_host()).count();
         let cost = |d: usize| &costs[d.min(costs.len() - 1)];
         let total = |d: usize| -> f64 {
@@ -111,6 +127,7 @@ impl Turns {
             policy,
             units: units.max(1),
             shared_bytes_per_sec,
+            room_bytes: if room_bytes.is_empty() { arena_bytes.clone() } else { room_bytes },
             arena_bytes,
             cost: cost(0).clone(),
             paused: false,
@@ -248,7 +265,11 @@ impl Turns {
         });
         for i in 0..self.order.len() {
             let device = self.order[i];
-            held(device, &mut self.devices[device].held);
+            let list = &mut self.devices[device].held;
+            held(device, list);
+            // Of use now are next units' shards, as they are.
+            let (models, ready) = (&self.models, &self.ready);
+            list.retain(|&(m, s)| models[usize::from(m)].shard == s && ready[usize::from(m)].held <= now);
             let view = View { device: device as u16, ..self.view() };
             let Some(model) = self.policy.choose(&view) else { continue };
             let name = self.policy.name();
@@ -339,8 +360,11 @@ impl Turns {
         let d2h = self.d2h_bytes_per_sec[device].min(shared);
         let leaves = self.left[device].max(end);
         self.left[device] = leaves + view.leave_bytes as f64 / d2h;
+        let turned = |secs: f64| self.left[device] + secs;
         self.ready[model] = Ready {
-            weights: cost.turn_secs.map_or(0.0, |secs| self.left[device] + secs),
+            weights: cost.turn_secs.map_or(0.0, turned),
+            // Where this device makes the update, its slot has it.
+            held: cost.turn_secs.filter(|&secs| secs > 0.0).map_or(0.0, turned),
             boundary: leaves + cost.hand_on_secs,
             first: start + a_microbatch + cost.hand_on_secs,
         };
@@ -379,8 +403,8 @@ impl Engine {
         let Some(turns) = &mut self.turns else { return Err(Error::bad("models that run in lines take no others")) };
         let mut all: Vec<Placed> = self.members.iter().map(|m| m.placed.clone()).collect();
         all.push(placed.clone());
-        let map = FleetMap::new(&all, self.lanes.len());
-        for (d, (&needs, &has)) in map.arena_bytes.iter().zip(&turns.arena_bytes).enumerate() {
+        let map = map_within(&all, &turns.arena_bytes);
+        for (d, (&needs, &has)) in map.arena_bytes.iter().zip(&turns.room_bytes).enumerate() {
             if needs > has {
                 let message = format!("device {d} has an arena of {has} bytes, with this model it would need {needs}");
                 return Err(Error::OutOfBudget { message, smallest_device_bytes: needs });

@@ -151,11 +151,14 @@ impl Engine {
         let unit = pending.unit(pending.made, site.plan.shards.len(), site.model.microbatches);
         let (shard, pass, whole) = (unit.shard, unit.pass, unit.microbatches.end == site.model.microbatches);
         let (ahead, crowd) = (self.sequence, self.members.len() as u64);
+        let held = self.rings[site.rings].weights.slot_of(site.shard(shard)).is_some();
         let slot = self.visit(&site, &unit, &pending);
         match pending.purpose {
             // Its gradients are complete with the last microbatch.
             Purpose::Step { rule, clip } if pass == Pass::Backward && whole => {
-                self.members[member].ran_on[shard] = device;
+                let m = &mut self.members[member];
+                m.returns[shard] = held || m.ran_on[shard] == device;
+                m.ran_on[shard] = device;
                 // The next step's first visit comes after the rest of this one's, each with as many others' between as there are models.
                 let visit = site.model.microbatches as u64 * crowd;
                 let next_step = ahead + (shard as u64 + 1) * visit;

@@ -88,7 +88,7 @@ pub struct DeviceView {
     pub id: DeviceId,
     /// Its arithmetic rate over that of the first device.
     pub speed: f64,
-    /// Shards in its weight slots that are of use as they are.
+    /// Of the models' next shards, those that its weight slots hold as they are now.
     pub held: Vec<(ModelId, u16)>,
     /// Units in its queue, the running one included.
     pub claimed: usize,

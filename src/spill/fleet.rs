@@ -2,7 +2,7 @@
 //!
 //! A model at home on devices has stretches of its own there. Models whose shards run anywhere have none but for a few numbers: they share
 //! slots and rings whose entries hold the largest shard and the largest boundary tensor of any of them. The workspace is shared by all, since
-//! a device runs one unit at a time.
+//! a device runs one unit at a time. What a budget leaves over becomes further weight slots, which keep shards for their next visit.
 
 use super::memory::{ArenaMap, BoundaryTier, Choice, Tape, arena_map_of};
 use super::model::Model;
@@ -70,17 +70,25 @@ pub struct FleetMap {
 }
 
 impl FleetMap {
-    /// Lays `models` out on so many devices.
+    /// Lays `models` out on so many devices, in as few bytes as their plans allow.
     pub fn new(models: &[Placed], devices: usize) -> FleetMap {
-        let mut maps: Vec<Vec<ArenaMap>> = models.iter().map(|_| Vec::with_capacity(devices)).collect();
-        let mut arena_bytes = Vec::with_capacity(devices);
-        // Devices that are no model's home have the same map.
-        let is_home = |device: u16| models.iter().any(|m| matches!(&m.home, Home::On(d) if d.contains(&device)));
-        let mut common: Option<Vec<ArenaMap>> = None;
-        for device in 0..devices as u16 {
-            let of_device = match is_home(device) {
-                true => device_maps(models, device),
-                false => common.get_or_insert_with(|| device_maps(models, device)).clone(),
+        FleetMap::within(models, &vec![Some(0); devices])
+    }
+
+    /// The same on devices with these budgets: what one has left over becomes weight slots, until there is one for every shard that runs anywhere;
+    /// `None` is room for all. Where the budget is too small the map is as [`FleetMap::new`]'s, and larger than it.
+    pub fn within(models: &[Placed], budgets: &[Option<u64>]) -> FleetMap {
+        let mut maps: Vec<Vec<ArenaMap>> = models.iter().map(|_| Vec::with_capacity(budgets.len())).collect();
+        let mut arena_bytes = Vec::with_capacity(budgets.len());
+        // Devices that are no model's home have the same map, if they have the same budget.
+        let is_home = |device: usize| {
+            models.iter().any(|m| matches!(&m.home, Home::On(homes) if homes.contains(&(device as u16))))
+        };
+        for (device, &budget) in budgets.iter().enumerate() {
+            let twin = (0..device).find(|&d| budgets[d] == budget && !is_home(d)).filter(|_| !is_home(device));
+            let of_device = match twin {
+                Some(twin) => maps.iter().map(|maps| maps[twin].clone()).collect(),
+                None => filled_maps(models, device as u16, budget),
             };
             arena_bytes.push(of_device.iter().map(|m| m.bytes).max().unwrap_or(0));
             maps.iter_mut().zip(of_device).for_each(|(maps, map)| maps.push(map));
@@ -91,8 +99,35 @@ impl FleetMap {
     }
 }
 
-/// How each model sees one device's arena.
-fn device_maps(models: &[Placed], device: u16) -> Vec<ArenaMap> {
+/// How each model sees one device's arena, with as many weight slots as its budget has room for.
+fn filled_maps(models: &[Placed], device: u16, budget: Option<u64>) -> Vec<ArenaMap> {
+    let least = device_maps(models, device, 0);
+    let spare = spare_slots(models);
+    let bytes = least.iter().map(|m| m.bytes).max().unwrap_or(0);
+    // A slot begins at a multiple of the alignment, and so does what comes after it: each costs as much.
+    let slot = |p: &Placed| p.plan.shards.iter().map(ShardPrograms::slot_bytes).max().unwrap_or(0);
+    let slot_bytes = models.iter().filter(|m| m.home == Home::Anywhere).map(slot).max().unwrap_or(0);
+    let slot_bytes = align_up(slot_bytes, ALIGNMENT).max(1);
+    let room = budget.map_or(u64::MAX, |budget| budget.saturating_sub(bytes) / slot_bytes);
+    match room.min(spare as u64) as usize {
+        0 => least,
+        more => device_maps(models, device, more),
+    }
+}
+
+/// Weight slots with which every shard that runs anywhere has one, beyond those that plans ask for. With single slots there are none: no double
+/// buffering means that nothing of a shard moves while another computes.
+fn spare_slots(models: &[Placed]) -> usize {
+    let anywhere = || models.iter().filter(|m| m.home == Home::Anywhere);
+    let shards: usize = anywhere().map(|m| m.plan.shards.len()).sum();
+    match anywhere().map(|m| m.plan.choice.slots).max() {
+        None | Some(1) => 0,
+        Some(slots) => shards.saturating_sub(slots),
+    }
+}
+
+/// How each model sees one device's arena, with so many weight slots `more` than plans ask for.
+fn device_maps(models: &[Placed], device: u16, more: usize) -> Vec<ArenaMap> {
     let mut tape = Tape::default();
     let mut maps = vec![ArenaMap::default(); models.len()];
     let own = |placed: &Placed| match &placed.home {
@@ -122,7 +157,7 @@ fn device_maps(models: &[Placed], device: u16) -> Vec<ArenaMap> {
     }
     let anywhere: Vec<usize> = (0..models.len()).filter(|&m| models[m].home == Home::Anywhere).collect();
     let tenants: Vec<Tenant> = anywhere.iter().map(|&m| models[m].tenant()).collect();
-    for (m, map) in anywhere.into_iter().zip(shared_maps(&tenants, &mut tape)) {
+    for (m, map) in anywhere.into_iter().zip(shared_maps(&tenants, more, &mut tape)) {
         maps[m] = map;
     }
     let workspace = |m: &Placed| {
@@ -148,13 +183,13 @@ struct Tenant<'a> {
 /// Maps the arena of a model that runs anywhere, if it were alone.
 pub(super) fn anywhere_map(model: &Model, shards: &[ShardPrograms], choice: &Choice, moments: usize) -> ArenaMap {
     let mut tape = Tape::default();
-    let mut map = shared_maps(&[Tenant { model, shards, choice, moments }], &mut tape).remove(0);
+    let mut map = shared_maps(&[Tenant { model, shards, choice, moments }], 0, &mut tape).remove(0);
     map.workspace = tape.take(shards.iter().map(ShardPrograms::workspace_bytes).max().unwrap_or(0));
     ArenaMap { bytes: tape.end, ..map }
 }
 
-/// Lays out what models that run anywhere have on a device: losses and norms of each, slots and rings for all.
-fn shared_maps(tenants: &[Tenant], tape: &mut Tape) -> Vec<ArenaMap> {
+/// Lays out what models that run anywhere have on a device: losses and norms of each, slots and rings for all, `more` weight slots than they ask for.
+fn shared_maps(tenants: &[Tenant], more: usize, tape: &mut Tape) -> Vec<ArenaMap> {
     let of = |bytes: &dyn Fn(&Tenant, usize) -> u64| {
         tenants.iter().flat_map(|t| (0..t.shards.len()).map(move |s| bytes(t, s))).max().unwrap_or(0)
     };
@@ -177,7 +212,7 @@ fn shared_maps(tenants: &[Tenant], tape: &mut Tape) -> Vec<ArenaMap> {
     let shared = ArenaMap {
         norm_scratch: tape.take(scratch),
         inputs: tape.take_many(most(&|c| c.input_entries), of(&|t, s| t.shards[s].input_bytes())),
-        weight_slots: tape.take_many(most(&|c| c.slots), of(&|t, s| t.shards[s].slot_bytes())),
+        weight_slots: tape.take_many(most(&|c| c.slots) + more, of(&|t, s| t.shards[s].slot_bytes())),
         gradient_slots: tape.take_many(most(&|c| c.gradient_slots), gradients),
         update_states: tape.take_many(if states > 0 { most(&|c| c.gradient_slots) } else { 0 }, states),
         activations: tape.take_many(most(&|c| entries(c.activations)), boundary),

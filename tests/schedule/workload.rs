@@ -77,11 +77,13 @@ impl Workload {
     }
 
     pub fn run(&self, policy: &str) -> Simulation {
+        let budgets = vec![self.budget; self.costs.len()];
         let options = SimulateOptions {
             steps: self.steps.clone(),
             clips: vec![false; self.steps.len()],
             costs: self.costs.clone(),
             shared_bytes_per_sec: self.shared_bytes_per_sec,
+            arena_bytes: FleetMap::within(&self.placed, &budgets).arena_bytes,
             policy: by_name(policy, 1),
             units: 2,
             lines: Vec::new(),

@@ -1,14 +1,14 @@
 //! Where the models of a job run, and how they share its devices: as the policy has it, of the ways there are the one that ends soonest.
 
-use crate::job::{Job, Pipeline, Policy, Run};
-use crate::machine::Machine;
+use crate::job::{DeviceKind, Job, Pipeline, Policy, Run};
+use crate::machine::{Machine, MachineDevice};
 use crate::planning::fleet_model;
 use crate::setup::Prepared;
 use hydra::base::{Error, Result};
 use hydra::engine::{self, SimulateOptions, Simulation};
 use hydra::sched::{self, LocalityLrtf, by_name};
 use hydra::spill::{
-    Baseline, FleetDevice, FleetModel, Home, Model, Placed, check_host, named, place_baseline, plan_fleet,
+    Baseline, FleetDevice, FleetMap, FleetModel, Home, Model, Placed, check_host, named, place_baseline, plan_fleet,
     plan_pipelined,
 };
 use hydra::trace::Recorder;
@@ -129,6 +129,13 @@ pub fn units(placed: &[Placed], run: &Run) -> usize {
     placed.iter().map(|p| p.plan.choice.slots).max().unwrap_or(1).min(run.slots.unwrap_or(2))
 }
 
+/// Bytes of each device's memory that more weight slots than are needed may fill. Without a stated budget a real device gives what plans need, and no
+/// more; a simulated one has no end of memory.
+pub fn may_fill(machine: &Machine) -> Vec<Option<u64>> {
+    let of = |d: &MachineDevice| d.budget.or((d.kind != DeviceKind::Sim).then_some(0));
+    machine.devices.iter().map(of).collect()
+}
+
 /// Simulates so many steps of each model, which clips its gradients or not.
 ///
 /// # Errors
@@ -150,6 +157,7 @@ pub fn simulate(
         clips,
         costs: machine.costs(),
         shared_bytes_per_sec: machine.shared_bytes_per_sec,
+        arena_bytes: FleetMap::within(placed, &may_fill(machine)).arena_bytes,
         policy: sharing.policy(run),
         units: units(placed, run),
         lines,

@@ -81,10 +81,10 @@ pub fn plan_loaded(path: &Path, job: Job, trains: bool) -> Result<PlannedJob> {
     }
     let machine = machine(&file, &job)?;
     let Placing { placed, sharing, smallest_device_bytes } = Placing::new(&job, &machine, &traced)?;
-    let map = FleetMap::new(&placed, machine.devices.len());
+    let map = FleetMap::within(&placed, &placing::may_fill(&machine));
     let mut models = Vec::new();
     for ((prepared, _), placed) in traced.into_iter().zip(placed) {
-        let prediction = predict_alone(&placed, &machine, prepared.options.clip.is_some())?;
+        let prediction = predict_alone(&placed, &machine, &map.arena_bytes, prepared.options.clip.is_some())?;
         models.push(Rc::new(Planned { prepared, placed, prediction }));
     }
     let mut planned =
@@ -134,7 +134,7 @@ pub fn fleet_model(prepared: &Prepared, model: &Arc<Model>) -> FleetModel {
 ///
 /// # Errors
 /// When the schedule stalls: our own bug.
-pub fn predict_alone(placed: &Placed, machine: &Machine, clip: bool) -> Result<Prediction> {
+pub fn predict_alone(placed: &Placed, machine: &Machine, arena_bytes: &[u64], clip: bool) -> Result<Prediction> {
     let alone = matches!(&placed.home, Home::On(devices) if devices.iter().all(|d| *d == devices[0]));
     if alone {
         let Home::On(devices) = &placed.home else { unreachable!("matched just above") };
@@ -149,6 +149,7 @@ pub fn predict_alone(placed: &Placed, machine: &Machine, clip: bool) -> Result<P
             clips: vec![clip],
             costs: machine.costs(),
             shared_bytes_per_sec: machine.shared_bytes_per_sec,
+            arena_bytes: arena_bytes.to_vec(),
             policy,
             units: placed.plan.choice.slots,
             lines: Vec::new(),

@@ -61,7 +61,24 @@ fn together(planned: &PlannedJob) {
         format_secs(planned.step_secs),
         format_secs(planned.bound_secs),
     ));
+    if let Some(held) = shards_held(planned) {
+        say(held);
+    }
     planned.idle_devices().into_iter().for_each(say);
+}
+
+/// How many shards each device's weight slots hold, where that is more than the plans ask for.
+fn shards_held(planned: &PlannedJob) -> Option<String> {
+    let anywhere = || (0..planned.models.len()).filter(|&m| planned.models[m].placed.home == Home::Anywhere);
+    let slots: Vec<usize> = planned.map.maps[anywhere().next()?].iter().map(|map| map.weight_slots.len()).collect();
+    let asked = anywhere().map(|m| planned.models[m].plan().choice.slots).max()?;
+    if slots.iter().all(|&slots| slots == asked) {
+        return None;
+    }
+    let shards: usize = anywhere().map(|m| planned.models[m].plan().shards.len()).sum();
+    let each = |(device, slots): (usize, &usize)| format!("{slots} on device {device}");
+    let each: Vec<String> = slots.iter().enumerate().map(each).collect();
+    Some(format!("of {shards} shards that run anywhere, weight slots hold {}", each.join(", ")))
 }
 
 fn headline(model: &Planned, planned: &PlannedJob) -> String {

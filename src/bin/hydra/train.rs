@@ -225,7 +225,8 @@ fn train_all(
         units: planned.units(),
         costs: planned.machine.costs(),
         shared_bytes_per_sec: planned.machine.shared_bytes_per_sec,
-        arena_bytes: arenas.clone(),
+        arena_bytes: planned.map.arena_bytes.clone(),
+        room_bytes: arenas.clone(),
     });
     let mut fleet = Fleet::new(recruits, device, turns)?;
     if let Sharing::Lines(lines) = &planned.sharing {

@@ -1,0 +1,122 @@
+//! More memory, fewer bytes: shards that weight slots keep are not fetched again, to the byte.
+
+use super::models::Chain;
+use hydra::base::LaneKind;
+use hydra::device::sim::CostModel;
+use hydra::engine::{SimulateOptions, Simulation, simulate};
+use hydra::graph::{ALIGNMENT, Area};
+use hydra::sched::by_name;
+use hydra::spill::{FleetDevice, FleetMap, FleetModel, Home, Placed, PlanOptions, ShardPrograms, plan_anywhere};
+
+const STEPS: u64 = 5;
+const SHARDS: usize = 4;
+
+/// Equal models of four shards that run anywhere, updated by the host, with `slots` weight slots.
+fn placed(models: usize, devices: usize, slots: usize) -> Vec<Placed> {
+    let model = Chain::equal(SHARDS, 257, 33).model();
+    let options = PlanOptions {
+        moments: 0,
+        slots,
+        clips: true,
+        cut: Some((0..SHARDS).map(|l| l..l + 1).collect()),
+        ..PlanOptions::default()
+    };
+    let of =
+        |i| FleetModel { name: format!("model {i}"), model: model.clone(), options: options.clone(), steps: STEPS };
+    let devices = vec![FleetDevice { budget: None, cost: slow_link() }; devices];
+    plan_anywhere(&(0..models).map(of).collect::<Vec<_>>(), &devices).expect("no budget").placed
+}
+
+/// A weight takes longer to arrive than to be used.
+fn slow_link() -> CostModel {
+    let mut cost = CostModel::stated(1e12, 1e12, 1e9);
+    cost.host_update_bytes_per_sec = 1e12;
+    cost
+}
+
+/// Bytes that one weight slot adds to an arena.
+fn slot_bytes(placed: &[Placed]) -> u64 {
+    placed[0].plan.shards.iter().map(ShardPrograms::slot_bytes).max().expect("shards").next_multiple_of(ALIGNMENT)
+}
+
+fn slots(map: &FleetMap) -> Vec<usize> {
+    map.maps[0].iter().map(|m| m.weight_slots.len()).collect()
+}
+
+fn run(placed: &[Placed], arena_bytes: Vec<u64>) -> Simulation {
+    let options = SimulateOptions {
+        steps: vec![STEPS; placed.len()],
+        clips: vec![false; placed.len()],
+        costs: vec![slow_link(); arena_bytes.len()],
+        shared_bytes_per_sec: None,
+        arena_bytes,
+        policy: by_name("sharded-lrtf", 1),
+        units: 2,
+        lines: Vec::new(),
+        recorder: None,
+    };
+    simulate(placed, options).expect("nothing fails")
+}
+
+fn h2d_bytes(simulation: &Simulation) -> u64 {
+    simulation.sums.iter().filter(|s| s.lane.kind == LaneKind::HostToDevice).map(|s| s.bytes).sum()
+}
+
+#[test]
+fn each_budget_holds_as_many_shards_as_it_has_bytes_for() {
+    let placed = placed(3, 4, 2);
+    let (least, slot) = (FleetMap::new(&placed, 1).arena_bytes[0], slot_bytes(&placed));
+    let budgets =
+        [Some(0), Some(least + slot - 1), Some(least + slot), Some(least + 9 * slot + 1), Some(u64::MAX), None];
+    let map = FleetMap::within(&placed, &budgets);
+    assert_eq!(slots(&map), [2, 2, 3, 11, 12, 12]);
+    assert_eq!(map.arena_bytes, [0, 0, 1, 9, 10, 10].map(|more| least + more * slot));
+    // The bytes that were used are the budget that gives the same map, and a model that comes later takes slots away.
+    let arenas: Vec<Option<u64>> = map.arena_bytes.iter().map(|&bytes| Some(bytes)).collect();
+    assert_eq!(FleetMap::within(&placed, &arenas), map);
+    let fewer = FleetMap::within(&placed[..2], &arenas);
+    assert_eq!(slots(&fewer), [2, 2, 3, 8, 8, 8]);
+    assert!(map.arena_bytes.iter().zip(&fewer.arena_bytes).all(|(all, fewer)| fewer <= all));
+}
+
+#[test]
+fn single_slots_and_models_at_home_leave_memory_alone() {
+    let single = placed(3, 1, 1);
+    assert_eq!(FleetMap::within(&single, &[None]), FleetMap::new(&single, 1));
+    let at_home = |p: &Placed| Placed { home: Home::On(vec![0; SHARDS]), ..p.clone() };
+    let at_home: Vec<Placed> = placed(3, 1, 2).iter().map(at_home).collect();
+    assert_eq!(FleetMap::within(&at_home, &[None]), FleetMap::new(&at_home, 1));
+}
+
+#[test]
+fn what_slots_keep_is_not_fetched_again() {
+    let placed = placed(1, 1, 2);
+    let (least, slot) = (FleetMap::new(&placed, 1).arena_bytes[0], slot_bytes(&placed));
+    let shards = &placed[0].plan.shards;
+    assert!(!placed[0].plan.choice.updates_on_device);
+    // Boundary tensors stay in the rings' entries: a model that is alone fetches weights and its batch.
+    let batch: u64 =
+        shards.iter().flat_map(|s| s.forward.iter().chain(&s.backward)).map(|p| p.bytes(Area::Inputs)).sum();
+    let weights: u64 = shards.iter().map(ShardPrograms::fetch_bytes).sum();
+    let mut before = f64::INFINITY;
+    for more in 0..=2 {
+        let simulation = run(&placed, vec![least + more as u64 * slot]);
+        // Around the turn the last shards are still in their slots.
+        let again: u64 = shards[..SHARDS - 2 - more].iter().map(ShardPrograms::fetch_bytes).sum();
+        assert_eq!(h2d_bytes(&simulation), STEPS * (weights + again + batch), "{more} more slots");
+        // Where gradients leave for longer than that, nothing of it shows.
+        assert!(simulation.makespan_secs <= before, "{more} more slots: {} s", simulation.makespan_secs);
+        assert!(simulation.bounds.gap(simulation.makespan_secs) >= 0.0);
+        before = simulation.makespan_secs;
+    }
+}
+
+#[test]
+fn an_updated_shard_comes_back_while_gradients_leave() {
+    let placed = placed(1, 1, 2);
+    let least = run(&placed, FleetMap::new(&placed, 1).arena_bytes);
+    let all = run(&placed, FleetMap::within(&placed, &[None]).arena_bytes);
+    // With few slots a step's weights arrive, then its gradients leave, as many bytes and each longer than the arithmetic. With all, the next step's
+    // weights arrive while this one's gradients leave, but for the first shard's, a quarter. The first step's and the last's have nothing beside them.
+    assert!(all.makespan_secs < 0.85 * least.makespan_secs, "{} of {} s", all.makespan_secs, least.makespan_secs);
+}
