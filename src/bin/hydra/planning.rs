@@ -5,7 +5,7 @@ use crate::setup::{Prepared, check_scope, prepare};
 use hydra::base::{Error, Result, format_bytes};
 use hydra::device::host::HostSpec;
 use hydra::device::sim::{CostModel, PROFILES, Profile};
-use hydra::device::{DeviceSpec, calibrate, why_no_cuda, why_no_emulator};
+use hydra::device::{DeviceSpec, calibrate_fleet, why_no_cuda, why_no_emulator};
 use hydra::engine::{Prediction, SimulateOptions, Simulation, predict, simulate};
 use hydra::sched::by_name;
 use hydra::spill::{
@@ -294,26 +294,50 @@ fn device_spec(device: &job::Device, ordinal: usize) -> DeviceSpec {
     }
 }
 
-/// The job's devices, measured where they are real; those of one entry are alike.
+/// The job's devices, measured where they are real, as many at once as will be at work.
 fn machine(file: &str, job: &Job) -> Result<Machine> {
     let mut devices = Vec::new();
     for (i, device) in job.devices.iter().enumerate() {
-        let spec = device_spec(device, 0);
-        let sim = device.kind == DeviceKind::Sim;
-        let mut cost = if sim { stated_cost(file, i, device)? } else { calibrate(&spec)? };
-        if let Some(link) = device.link {
+        // What a real device does is measured below.
+        let cost = match device.kind {
+            DeviceKind::Sim => stated_cost(file, i, device)?,
+            _ => CostModel::stated(1.0, 1.0, 1.0),
+        };
+        let one = MachineDevice { kind: device.kind, spec: device_spec(device, 0), cost, budget: device.memory };
+        devices.extend(std::iter::repeat_n((one, device.link), device.count));
+    }
+    // All are of one kind, as `check_devices` has seen to.
+    if job.devices[0].kind != DeviceKind::Sim {
+        let specs: Vec<DeviceSpec> = devices.iter().map(|(d, _)| d.spec.clone()).collect();
+        let costs = calibrate_fleet(&specs, at_work(job, specs.len()))?;
+        devices.iter_mut().zip(costs).for_each(|((device, _), cost)| device.cost = cost);
+    }
+    let sim = job.devices[0].kind == DeviceKind::Sim;
+    let linked = |(mut device, link): (MachineDevice, Option<f64>)| {
+        if let Some(link) = link {
+            let cost = &mut device.cost;
             cost.h2d_bytes_per_sec = if sim { link } else { cost.h2d_bytes_per_sec.min(link) };
             cost.d2h_bytes_per_sec = if sim { link } else { cost.d2h_bytes_per_sec.min(link) };
         }
-        let one = MachineDevice { kind: device.kind, spec, cost, budget: device.memory };
-        devices.extend(std::iter::repeat_n(one, device.count));
-    }
+        device
+    };
+    let devices: Vec<MachineDevice> = devices.into_iter().map(linked).collect();
     let host_budget = match (job.host.memory, devices[0].kind) {
         (Some(bytes), _) => Some(bytes),
         (None, DeviceKind::Sim) => None,
         (None, _) => free_memory_bytes().map(|free| (free as f64 * SHARE_OF_FREE_MEMORY) as u64),
     };
     Ok(Machine { devices, host_budget, shared_bytes_per_sec: job.host.link })
+}
+
+/// Devices that compute at the same time, of so many.
+fn at_work(job: &Job, devices: usize) -> usize {
+    match job.run.policy {
+        Policy::OneAtATime | Policy::ModelParallel => 1,
+        Policy::Gpipe => devices,
+        // A model runs on one device at a time.
+        _ => devices.min(job.models.len()),
+    }
 }
 
 /// Memory that programs can still have, where the system says (Linux's MemAvailable).

@@ -1,12 +1,13 @@
 //! The simulated device: no arithmetic, a cost model and a virtual clock.
 //!
 //! A task's start is the latest of: its lane's last end, the ends of what it waits for, and the moment it was submitted. All of them are
-//! known at submission, since tickets only point back, so a lane is one number and the clock is a heap.
+//! known at submission, since tickets only point back, so a lane is one number and the clock is a heap. Where a device's lanes share its
+//! cores, a copy or an update that meets units takes twice its share of the cores' time, and what it took the next unit ends later.
 
 mod cost_model;
 mod profiles;
 
-pub use cost_model::{CostModel, Rate};
+pub use cost_model::{Cores, CostModel, Rate};
 pub use profiles::{PROFILES, Profile};
 
 use super::{Completion, Device, Task, Ticket};
@@ -39,6 +40,8 @@ pub struct SimDevice {
     now: f64,
     /// Ends of each lane's tasks, from the first.
     ends: Vec<Lane>,
+    /// Seconds of each device's cores that its other lanes took while units were queued, and that no unit has paid for yet.
+    taken: Vec<f64>,
     /// Seconds of programs that have run, by device and address; a program lives as long as the plan that it is of.
     programs: HashMap<(u16, usize), f64>,
     /// One past the last byte that was added to host memory.
@@ -80,10 +83,16 @@ impl SimDevice {
                 lanes.push(LaneId { device, kind });
             }
         }
-        lanes.push(LaneId::host(LaneKind::HostMath));
+        // Devices with cores of their own do the host's arithmetic there, as `host::HostDevice` has it.
+        if models.len() > 1 && models.iter().all(|m| m.cores.is_some()) {
+            lanes.extend((0..models.len() as u16).map(|d| LaneId::device(d, LaneKind::HostMath)));
+        } else {
+            lanes.push(LaneId::host(LaneKind::HostMath));
+        }
         let ends = lanes.iter().map(|_| Lane::default()).collect();
         SimDevice {
             lanes,
+            taken: vec![0.0; models.len()],
             models,
             now: 0.0,
             ends,
@@ -108,8 +117,11 @@ impl Device for SimDevice {
 
     fn submit(&mut self, lane: u16, task: Task, after: &[Ticket]) -> Ticket {
         let id = self.lanes[lane as usize];
-        let model = &self.models[if id.is_host() { 0 } else { id.device as usize }];
+        let owner = if id.is_host() { 0 } else { usize::from(id.device) };
+        let model = &self.models[owner];
         let waited = after.iter().map(|t| self.ends[t.lane as usize].end_of(t.number)).fold(self.now, f64::max);
+        // Lanes come device by device, the one for units first.
+        let units_until = self.ends[3 * owner].last_end;
         let on = &mut self.ends[lane as usize];
         let start = waited.max(on.last_end);
         let secs = match &task {
@@ -120,6 +132,14 @@ impl Device for SimDevice {
             _ => model.task_secs(&task, id.kind),
         };
         let mut end = start + secs;
+        if id.kind == LaneKind::Compute {
+            end += std::mem::take(&mut self.taken[owner]);
+        } else if model.cores.is_some() {
+            // Both get on half as fast for as long as both are there.
+            let met = model.core_secs(&task, id.kind).min((units_until - start).max(0.0));
+            self.taken[owner] += met;
+            end += met;
+        }
         if let (Some(shared), Task::Copy(_), LaneKind::HostToDevice | LaneKind::DeviceToHost) =
             (&mut self.shared, &task, id.kind)
         {
