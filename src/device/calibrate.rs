@@ -149,4 +149,73 @@ mod tests {
     fn host(threads: Option<usize>) -> DeviceSpec {
         HostSpec { threads, ..Default::default() }.into()
     }
+
+    /// Every family has a rate, and every number is one that a plan can be made with. How fast is for `benches/prediction.rs` to say.
+    #[test]
+    fn measures_every_family_on_every_device() {
+        let costs = calibrate_fleet(&[host(Some(1)), host(Some(1))], 2).unwrap();
+        assert_eq!(costs[0], costs[1], "devices that are alike cost the same");
+        let model = &costs[0];
+        for family in Family::ALL {
+            let mut rates = model.rates.iter().filter(|r| r.family == family).peekable();
+            assert!(rates.peek().is_some(), "{family:?} was not measured");
+            assert!(rates.all(|r| r.work_per_sec.is_finite() && r.work_per_sec > 0.0), "{family:?}");
+        }
+        let cores = model.cores.unwrap();
+        assert_eq!(cores.count, 1);
+        let rates = [
+            model.memory_bytes_per_sec,
+            model.h2d_bytes_per_sec,
+            model.d2h_bytes_per_sec,
+            model.device_update_bytes_per_sec,
+            model.host_update_bytes_per_sec,
+            model.device_norm_bytes_per_sec.unwrap(),
+            model.host_norm_bytes_per_sec.unwrap(),
+            cores.copy_bytes_per_sec,
+        ];
+        assert!(rates.iter().all(|r| r.is_finite() && *r > 0.0), "{model:?}");
+        let secs = [model.op_secs, model.run_secs, model.copy_secs, model.hand_over_secs];
+        assert!(secs.iter().all(|s| s.is_finite() && *s >= 0.0), "{model:?}");
+        assert!(model.rates.iter().any(|r| r.family.work() == Work::Flops && r.sizes.iter().all(|&n| n >= 64)));
+    }
+
+    #[test]
+    fn devices_are_measured_in_groups_that_the_cores_hold() {
+        let check = |threads: &[Option<usize>], at_work: usize, cores: usize, want: &[(&[usize], f64)]| {
+            let specs: Vec<DeviceSpec> = threads.iter().map(|&t| host(t)).collect();
+            let want: Vec<Group> =
+                want.iter().map(|(members, share)| Group { members: members.to_vec(), share: *share }).collect();
+            assert_eq!(groups(&specs, at_work, cores), want, "{threads:?}, {at_work} at work, {cores} cores");
+        };
+        let (one, two, all) = (Some(1), Some(2), None);
+        check(&[all], 1, 2, &[(&[0], 1.0)]);
+        check(&[one, one], 2, 2, &[(&[0, 1], 1.0)]);
+        check(&[one, one], 1, 2, &[(&[0], 1.0)]);
+        check(&[one; 8], 8, 2, &[(&[0, 1], 0.25)]);
+        check(&[one; 3], 2, 4, &[(&[0, 1], 1.0)]);
+        check(&[one, one, two], 2, 4, &[(&[0, 1], 1.0), (&[2, 0], 1.0)]);
+        check(&[one, one, two], 3, 4, &[(&[0, 1, 2], 1.0)]);
+        check(&[one, two, two], 3, 3, &[(&[0, 1], 2.0 / 3.0)]);
+        // More than there are is all there are.
+        check(&[Some(64), one], 2, 4, &[(&[0], 0.5), (&[1], 0.5)]);
+        check(&[all, all, all], 3, 2, &[(&[0, 1], 2.0 / 3.0)]);
+        let gpus = [DeviceSpec::Cuda { ordinal: 0, threads: None }, DeviceSpec::Cuda { ordinal: 1, threads: None }];
+        let alone = |member| Group { members: vec![member], share: 1.0 };
+        assert_eq!(groups(&gpus, 2, 4), [alone(0), alone(1)]);
+    }
+
+    #[test]
+    fn a_link_holds_copies_and_takes_nothing_from_cores() {
+        let mut measured = CostModel::stated(1e9, 8e9, 8e9);
+        measured.d2h_bytes_per_sec = 6e9;
+        let of = |link_bytes_per_sec, threads, devices, part| {
+            share(&measured, &HostSpec { link_bytes_per_sec, threads, ..Default::default() }.into(), devices, part)
+        };
+        let linked = of(Some(1e9), Some(1), 2, 0.5);
+        assert_eq!((linked.h2d_bytes_per_sec, linked.d2h_bytes_per_sec), (1e9, 1e9));
+        assert_eq!(linked.cores, Some(Cores { count: 1, copy_bytes_per_sec: 3e9 }));
+        assert_eq!(of(Some(7e9), Some(1), 2, 1.0).d2h_bytes_per_sec, 6e9);
+        assert_eq!(of(None, None, 2, 1.0).cores, None, "none are its own");
+        assert!(of(None, None, 1, 1.0).cores.is_some());
+    }
 }

@@ -309,7 +309,7 @@ fn machine(file: &str, job: &Job) -> Result<Machine> {
     // All are of one kind, as `check_devices` has seen to.
     if job.devices[0].kind != DeviceKind::Sim {
         let specs: Vec<DeviceSpec> = devices.iter().map(|(d, _)| d.spec.clone()).collect();
-        let costs = calibrate_fleet(&specs, at_work(job, specs.len()))?;
+        let costs = calibrate_fleet(&specs, at_work(job.run.policy, job.models.len(), specs.len()))?;
         devices.iter_mut().zip(costs).for_each(|((device, _), cost)| device.cost = cost);
     }
     let sim = job.devices[0].kind == DeviceKind::Sim;
@@ -330,13 +330,13 @@ fn machine(file: &str, job: &Job) -> Result<Machine> {
     Ok(Machine { devices, host_budget, shared_bytes_per_sec: job.host.link })
 }
 
-/// Devices that compute at the same time, of so many.
-fn at_work(job: &Job, devices: usize) -> usize {
-    match job.run.policy {
+/// Devices that compute at the same time, of so many, with so many models.
+fn at_work(policy: Policy, models: usize, devices: usize) -> usize {
+    match policy {
         Policy::OneAtATime | Policy::ModelParallel => 1,
         Policy::Gpipe => devices,
         // A model runs on one device at a time.
-        _ => devices.min(job.models.len()),
+        _ => devices.min(models),
     }
 }
 
@@ -446,5 +446,22 @@ impl PlannedJob {
     pub fn memory_text(&self) -> String {
         let most = self.map.arena_bytes.iter().copied().max().unwrap_or(0);
         format!("device memory {}, host memory {}", format_bytes(most), format_bytes(self.map.host_bytes))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn as_many_devices_are_at_work_as_there_are_models_unless_the_policy_says_otherwise() {
+        let turns = [(1, 4, 1), (3, 4, 3), (5, 4, 4), (7, 1, 1)];
+        for (models, devices, want) in turns {
+            assert_eq!(at_work(Policy::ShardedLrtf, models, devices), want);
+            assert_eq!(at_work(Policy::TaskParallel, models, devices), want);
+            assert_eq!(at_work(Policy::OneAtATime, models, devices), 1);
+            assert_eq!(at_work(Policy::ModelParallel, models, devices), 1);
+            assert_eq!(at_work(Policy::Gpipe, models, devices), devices);
+        }
     }
 }

@@ -67,12 +67,12 @@ impl<'a> Bench<'a> {
         self.alike.len() as u16
     }
 
-    /// Measures every device. `side_by_side`: all networks fit the arena together.
-    pub fn measure(&mut self, networks: &[Network], side_by_side: bool) -> Result<Vec<CostModel>> {
+    /// Measures every device. `on_host`: all networks fit the arena together, and the host's arithmetic is the devices' own, on the same cores.
+    pub fn measure(&mut self, networks: &[Network], on_host: bool) -> Result<Vec<CostModel>> {
         let starts = self.starts()?;
         let mut rates: Vec<Rates> = self.alike.iter().map(|_| Rates::default()).collect();
         // Norm and update come last.
-        let groups: Vec<(&[Network], bool)> = match side_by_side {
+        let groups: Vec<(&[Network], bool)> = match on_host {
             true => vec![(networks, true)],
             false => networks.chunks(1).map(|n| (n, false)).chain([(&[][..], true)]).collect(),
         };
@@ -90,7 +90,7 @@ impl<'a> Bench<'a> {
             }
         }
         let (h2d, d2h) = (self.copies(LaneKind::HostToDevice)?, self.copies(LaneKind::DeviceToHost)?);
-        let host = self.host_math()?;
+        let host = if on_host { settled.clone() } else { self.host_math()? };
         let hand_over_secs = self.hand_over()?;
         let (update_bytes, norm_bytes) = (28.0 * self.update_elems as f64, 4.0 * self.update_elems as f64);
         let cost = |(d, rates): (usize, Rates)| {
@@ -374,4 +374,139 @@ impl<'a> Bench<'a> {
 fn median(mut x: Vec<f64>) -> f64 {
     x.sort_by(f64::total_cmp);
     x[x.len() / 2]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::Completion;
+    use crate::device::sim::SimDevice;
+    use std::cell::RefCell;
+    use std::rc::Rc;
+
+    /// What a lane was given, and when it ran.
+    #[derive(Default)]
+    struct Log {
+        /// Lane and memory traffic of each task, as submitted.
+        tasks: Vec<(LaneId, u64)>,
+        /// The tasks: the simulated device knows a program by its address, which must not be another's before the end.
+        kept: Vec<Task>,
+        /// Lane, start and end, as completed.
+        spans: Vec<(LaneId, f64, f64)>,
+    }
+
+    /// A simulated device that keeps a log.
+    struct Logged(SimDevice, Rc<RefCell<Log>>);
+
+    impl Device for Logged {
+        fn lanes(&self) -> &[LaneId] {
+            self.0.lanes()
+        }
+        fn submit(&mut self, lane: u16, task: Task, after: &[Ticket]) -> Ticket {
+            self.1.borrow_mut().tasks.push((self.0.lanes()[usize::from(lane)], task.bytes()));
+            self.1.borrow_mut().kept.push(task.clone());
+            self.0.submit(lane, task, after)
+        }
+        fn next_completion(&mut self, patience_secs: f64) -> Option<Completion> {
+            let done = self.0.next_completion(patience_secs)?;
+            let lane = self.0.lanes()[usize::from(done.ticket.lane)];
+            self.1.borrow_mut().spans.push((lane, done.start_secs, done.end_secs));
+            Some(done)
+        }
+        fn now_secs(&self) -> f64 {
+            self.0.now_secs()
+        }
+        fn computes(&self) -> bool {
+            false
+        }
+        fn grow_host(&mut self, bytes: u64) -> Result<u64> {
+            self.0.grow_host(bytes)
+        }
+        fn write_host(&mut self, _offset: u64, _bytes: &[u8]) {}
+        fn read_host(&self, _offset: u64, _bytes: &mut [u8]) {}
+        fn high_water_bytes(&self, _device: u16) -> u64 {
+            0
+        }
+    }
+
+    const ELEMS: u64 = 1 << 20;
+
+    fn stated(speed: f64) -> CostModel {
+        let mut cost = CostModel::stated(speed * 1e12, speed * 1e13, speed * 1e11);
+        (cost.op_secs, cost.run_secs, cost.copy_secs) = (1e-7, 2e-7, 3e-7);
+        (cost.device_update_bytes_per_sec, cost.host_update_bytes_per_sec) = (speed * 3e11, speed * 2e11);
+        cost.device_norm_bytes_per_sec = Some(speed * 1e11);
+        cost
+    }
+
+    fn measure(costs: &[CostModel], alike: &[usize], on_host: bool) -> (Vec<CostModel>, Log) {
+        let log = Rc::new(RefCell::new(Log::default()));
+        let device = Logged(SimDevice::new(costs.to_vec()), Rc::clone(&log));
+        let graphs = networks::all().unwrap().into_iter().take(3);
+        let networks: Vec<Network> = graphs.map(|graph| Network::new(graph).unwrap()).collect();
+        let measured = Bench::new(Box::new(device), alike, ELEMS, false).measure(&networks, on_host).unwrap();
+        (measured, Rc::try_unwrap(log).ok().expect("the device is gone").into_inner())
+    }
+
+    #[test]
+    fn a_simulated_device_is_found_to_be_what_it_is() {
+        for on_host in [true, false] {
+            let costs = [stated(1.0), stated(0.5)];
+            let (found, _) = measure(&costs, &[0, 1], on_host);
+            for (found, is) in found.iter().zip(&costs) {
+                let near = |a: f64, b: f64| assert!((a / b - 1.0).abs() < 1e-3, "{a} for {b}");
+                near(found.run_secs, is.run_secs);
+                near(found.op_secs, is.op_secs);
+                near(found.copy_secs, is.copy_secs + SMALL_COPY_BYTES as f64 / is.h2d_bytes_per_sec);
+                near(found.h2d_bytes_per_sec, is.h2d_bytes_per_sec);
+                near(found.d2h_bytes_per_sec, is.d2h_bytes_per_sec);
+                near(found.device_update_bytes_per_sec, is.device_update_bytes_per_sec);
+                near(found.device_norm_bytes_per_sec.unwrap(), is.device_norm_bytes_per_sec.unwrap());
+                near(found.best_flops_per_sec(), is.best_flops_per_sec());
+                // A host's arithmetic is its devices' own; that of others' host is the first device's here.
+                let of_host = if on_host { is.device_update_bytes_per_sec } else { costs[0].host_update_bytes_per_sec };
+                near(found.host_update_bytes_per_sec, of_host);
+            }
+        }
+    }
+
+    #[test]
+    fn alike_devices_share_what_was_measured() {
+        let (found, _) = measure(&[stated(1.0), stated(1.0), stated(2.0)], &[0, 0, 2], true);
+        assert_eq!(found[0], found[1]);
+        assert!(found[2].best_flops_per_sec() > 1.9 * found[0].best_flops_per_sec());
+    }
+
+    #[test]
+    fn all_devices_are_at_work_and_not_in_step() {
+        const DEVICES: u16 = 3;
+        let (_, log) = measure(&[stated(1.0), stated(1.0), stated(1.0)], &[0; DEVICES as usize], true);
+        for kind in [LaneKind::Compute, LaneKind::HostToDevice, LaneKind::DeviceToHost] {
+            let of = |d: u16| {
+                let lane = LaneId::device(d, kind);
+                let tasks: Vec<u64> = log.tasks.iter().filter(|t| t.0 == lane).map(|t| t.1).collect();
+                let spans: Vec<(f64, f64)> = log.spans.iter().filter(|s| s.0 == lane).map(|s| (s.1, s.2)).collect();
+                (tasks, spans)
+            };
+            let (first, first_spans) = of(0);
+            for d in 1..DEVICES {
+                let (tasks, spans) = of(d);
+                let sorted = |mut tasks: Vec<u64>| {
+                    tasks.sort_unstable();
+                    tasks
+                };
+                assert_eq!(tasks != first, kind == LaneKind::Compute, "only rounds begin elsewhere");
+                assert_eq!(sorted(tasks), sorted(first.clone()), "each does the same in all");
+                // Whatever the first does, this one works too.
+                let works = |&(start, end): &(f64, f64)| spans.iter().any(|&(s, e)| s < end && start < e);
+                assert!(first_spans.iter().all(works), "{kind:?} of {d}");
+            }
+        }
+    }
+
+    #[test]
+    fn medians() {
+        assert_eq!(median(vec![3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(vec![1.0]), 1.0);
+    }
 }

@@ -155,14 +155,27 @@ impl CostModel {
         update_bytes as f64 / self.device_update_bytes_per_sec + norm_bytes as f64 / norms
     }
 
+    /// The same on the host.
+    pub fn host_settle_secs(&self, update_bytes: u64, norm_bytes: u64) -> f64 {
+        let norms = self.host_norm_bytes_per_sec.unwrap_or(self.host_update_bytes_per_sec);
+        update_bytes as f64 / self.host_update_bytes_per_sec + norm_bytes as f64 / norms
+    }
+
+    /// Seconds that copies of so many bytes take from each of the device's cores.
+    pub fn copy_core_secs(&self, bytes: u64, copies: usize) -> f64 {
+        let of = |cores: Cores| {
+            // One core copies.
+            let secs = copies as f64 * self.copy_secs + bytes as f64 / cores.copy_bytes_per_sec;
+            secs / cores.count as f64
+        };
+        self.cores.map_or(0.0, of)
+    }
+
     /// Seconds that a task on a lane of `kind` takes from each of the device's cores.
     pub fn core_secs(&self, task: &Task, kind: LaneKind) -> f64 {
         match (self.cores, task) {
             (None, _) => 0.0,
-            // One core copies.
-            (Some(cores), Task::Copy(_)) => {
-                (self.copy_secs + task.bytes() as f64 / cores.copy_bytes_per_sec) / cores.count as f64
-            }
+            (Some(_), Task::Copy(_)) => self.copy_core_secs(task.bytes(), 1),
             (Some(_), _) => self.task_secs(task, kind),
         }
     }
@@ -220,6 +233,41 @@ mod tests {
         let both = Cost { bytes: 1_000_000, ..cost(Family::Gemm, 2e9, sizes) };
         assert!((model.op_secs(&both) - 2.0).abs() < 1e-9);
         assert!((model.op_secs(&Cost { flops: 1.0, ..both }) - 1.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn norms_are_as_fast_as_updates_where_nobody_measured_them() {
+        let mut model = CostModel::stated(1e9, 4e9, 1e9);
+        assert_eq!((model.device_settle_secs(4_000_000_000, 2_000_000_000)), 1.5);
+        (model.device_norm_bytes_per_sec, model.host_norm_bytes_per_sec) = (Some(1e9), Some(5e8));
+        assert_eq!((model.device_settle_secs(4_000_000_000, 2_000_000_000)), 3.0);
+        assert_eq!((model.host_settle_secs(4_000_000_000, 2_000_000_000)), 5.0);
+    }
+
+    #[test]
+    fn a_share_of_a_device_takes_so_many_times_as_long() {
+        let mut whole = CostModel::stated(1e9, 1e12, 1e9);
+        (whole.op_secs, whole.run_secs, whole.copy_secs) = (0.25, 0.5, 0.125);
+        whole.host_norm_bytes_per_sec = Some(8e9);
+        let half = whole.slowed(0.5);
+        let gemm = cost(Family::Gemm, 3e9, [9; 3]);
+        // Rates go through logarithms.
+        assert!((half.op_secs(&gemm) / whole.op_secs(&gemm) - 2.0).abs() < 1e-9);
+        assert_eq!((half.run_secs, half.copy_secs), (1.0, 0.25));
+        assert_eq!(half.host_settle_secs(7, 9), 2.0 * whole.host_settle_secs(7, 9));
+        assert_eq!(half.device_settle_secs(7, 9), 2.0 * whole.device_settle_secs(7, 9));
+        assert_eq!((half.h2d_bytes_per_sec, half.d2h_bytes_per_sec), (5e8, 5e8));
+        assert_eq!(whole.slowed(1.0), whole);
+    }
+
+    #[test]
+    fn older_profiles_are_read() {
+        let model = CostModel::stated(1e9, 1e8, 1e7);
+        let mut json = serde_json::to_value(&model).unwrap();
+        for key in ["device_norm_bytes_per_sec", "host_norm_bytes_per_sec", "cores"] {
+            assert!(json.as_object_mut().unwrap().remove(key).is_some(), "{key}");
+        }
+        assert_eq!(serde_json::from_value::<CostModel>(json).unwrap(), model);
     }
 
     #[test]

@@ -191,3 +191,70 @@ impl Device for SimDevice {
         0
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::{CopySpan, Memory, Norm, Span};
+
+    fn copy(bytes: u64) -> Task {
+        let span = |memory| Span { memory, offset: 0, bytes };
+        Task::Copy(vec![CopySpan { from: span(Memory::Host), to: span(Memory::Device(0)) }])
+    }
+
+    /// A task of arithmetic with so many bytes of traffic.
+    fn work(bytes: u64) -> Task {
+        let span = Span { memory: Memory::Device(0), offset: 0, bytes };
+        Task::Norm(Box::new(Norm { gradient: span, segments: Vec::new().into(), table: span, scratch: None }))
+    }
+
+    /// Ends of tasks, each on its lane, submitted at once.
+    fn ends(cost: &CostModel, tasks: Vec<(u16, Task)>) -> Vec<f64> {
+        let mut device = SimDevice::new(vec![cost.clone()]);
+        let tickets: Vec<Ticket> = tasks.into_iter().map(|(lane, task)| device.submit(lane, task, &[])).collect();
+        let mut ends = vec![0.0; tickets.len()];
+        for _ in 0..tickets.len() {
+            let done = device.next_completion(0.0).unwrap();
+            ends[tickets.iter().position(|&t| t == done.ticket).unwrap()] = done.end_secs;
+        }
+        ends
+    }
+
+    /// Updates of 8, copies of 4 bytes per second, which take 1/16 second of one core a byte.
+    fn device(count: Option<usize>) -> CostModel {
+        let mut cost = CostModel::stated(1.0, 8.0, 4.0);
+        cost.host_update_bytes_per_sec = 8.0;
+        cost.cores = count.map(|count| Cores { count, copy_bytes_per_sec: 16.0 });
+        cost
+    }
+
+    #[test]
+    fn lanes_on_one_core_take_its_time_from_units() {
+        let tasks = || vec![(0, work(8)), (1, copy(4)), (3, work(2)), (0, work(8))];
+        assert_eq!(ends(&device(None), tasks()), [1.0, 1.0, 0.25, 2.0]);
+        // The copy takes 1/4 second of the core and the host's arithmetic 1/4; both last so much longer, and the second unit ends 1/2 later.
+        assert_eq!(ends(&device(Some(1)), tasks()), [1.0, 1.25, 0.5, 2.5]);
+        // Of two cores a copy takes one.
+        assert_eq!(ends(&device(Some(2)), tasks()), [1.0, 1.125, 0.5, 2.375]);
+    }
+
+    #[test]
+    fn where_no_unit_is_queued_nothing_is_taken() {
+        let tasks = vec![(1, copy(4)), (3, work(2)), (0, work(8)), (0, work(8))];
+        assert_eq!(ends(&device(Some(1)), tasks), [1.0, 0.25, 1.0, 2.0]);
+        // Only what meets the unit counts: 1/8 second of the four that a long update takes.
+        let tasks = vec![(0, work(1)), (3, work(32)), (0, work(8))];
+        assert_eq!(ends(&device(Some(1)), tasks), [0.125, 4.125, 1.25]);
+    }
+
+    #[test]
+    fn devices_with_cores_of_their_own_do_the_hosts_arithmetic_there() {
+        let math = |cores: [Option<usize>; 2]| {
+            let device = SimDevice::new(cores.map(device).to_vec());
+            device.lanes().iter().filter(|l| l.kind == LaneKind::HostMath).map(|l| l.device).collect::<Vec<_>>()
+        };
+        assert_eq!(math([Some(1), Some(2)]), [0, 1]);
+        assert_eq!(math([Some(1), None]), [LaneId::HOST]);
+        assert_eq!(SimDevice::new(vec![device(Some(2))]).lanes()[3], LaneId::host(LaneKind::HostMath));
+    }
+}
