@@ -2,7 +2,7 @@
 //!
 //! Every device gets the same list of tasks, and each begins at another place of it, as devices of a job are not in step. What one network leaves in the
 //! caches the next drives out, as where models take turns, so that all but small operands come from where a step's come from.
-//! The first round is thrown away; of the others the median counts.
+//! The first round is thrown away; of the others counts the mean, without what other programs have interrupted.
 
 use super::networks;
 use super::rates::{Network, Rates, run};
@@ -212,7 +212,7 @@ impl<'a> Bench<'a> {
         self.rounds(&lists, NETWORK_SECS * networks.len().max(1) as f64)
     }
 
-    /// Runs each device's list over and over on all compute lanes at once, for about `total_secs`; gives each task's median, of alike devices
+    /// Runs each device's list over and over on all compute lanes at once, for about `total_secs`; gives each task's usual time, of alike devices
     /// together.
     fn rounds(&mut self, lists: &[Vec<Task>], total_secs: f64) -> Result<Vec<Vec<f64>>> {
         let devices = lists.len();
@@ -236,20 +236,20 @@ impl<'a> Bench<'a> {
                 let place = (task + len - first(d)) % len;
                 secs.extend(done[place..].iter().step_by(len).map(|t| t.0));
             }
-            median(secs)
+            usual(secs)
         };
         Ok(self.alike.iter().map(|&like| (0..len).map(|task| of(like, task)).collect()).collect())
     }
 
-    /// The median of each device's times, of alike devices together; of lanes that all share, the same for each.
-    fn medians(&self, times: &[Times], each: impl Fn(&Times) -> Vec<f64>) -> Vec<f64> {
+    /// The usual one of each device's times, of alike devices together; of lanes that all share, the same for each.
+    fn usual(&self, times: &[Times], each: impl Fn(&Times) -> Vec<f64>) -> Vec<f64> {
         let all: Vec<Vec<f64>> = times.iter().map(each).collect();
         let of = |like: usize| {
             let own = all.iter().enumerate().filter(|(lane, _)| self.alike[*lane] == like);
             let own: Vec<f64> = own.flat_map(|(_, secs)| secs.iter().copied()).collect();
             if own.is_empty() { all.concat() } else { own }
         };
-        self.alike.iter().map(|&like| median(of(like))).collect()
+        self.alike.iter().map(|&like| usual(of(like))).collect()
     }
 
     /// Seconds that starting a program costs, and each op in it, for each device.
@@ -278,7 +278,7 @@ impl<'a> Bench<'a> {
         let secs = |times: &Times| times.iter().map(|t| t.0).collect();
         let empty = self.time(LaneKind::Compute, 0.0, tasks(0))?;
         let full = self.time(LaneKind::Compute, 0.0, tasks(OPS))?;
-        let (empty, full) = (self.medians(&empty, secs), self.medians(&full, secs));
+        let (empty, full) = (self.usual(&empty, secs), self.usual(&full, secs));
         Ok(empty.into_iter().zip(full).map(|(e, f)| (e, (f - e).max(0.0) / OPS as f64)).collect())
     }
 
@@ -295,7 +295,7 @@ impl<'a> Bench<'a> {
         let secs = |times: &Times| times[1..].iter().map(|t| t.0).collect();
         let small = self.time(kind, 0.0, tasks(SMALL_COPY_BYTES))?;
         let large = self.time(kind, 0.0, tasks(LARGE_COPY_BYTES))?;
-        let (small, large) = (self.medians(&small, secs), self.medians(&large, secs));
+        let (small, large) = (self.usual(&small, secs), self.usual(&large, secs));
         let rate = |small: f64, large: f64| (LARGE_COPY_BYTES - SMALL_COPY_BYTES) as f64 / (large - small).max(1e-9);
         Ok(small.into_iter().zip(large).map(|(small, large)| (small, rate(small, large))).collect())
     }
@@ -312,7 +312,7 @@ impl<'a> Bench<'a> {
         let tasks = |d: u16| (0..=TIMES).flat_map(|_| settle[usize::from(d)].clone()).collect();
         let times = self.time(LaneKind::HostMath, 0.0, tasks)?;
         let every_other = |from: usize| move |times: &Times| times[from..].iter().step_by(2).map(|t| t.0).collect();
-        let (norms, updates) = (self.medians(&times, every_other(2)), self.medians(&times, every_other(3)));
+        let (norms, updates) = (self.usual(&times, every_other(2)), self.usual(&times, every_other(3)));
         Ok(norms.into_iter().zip(updates).collect())
     }
 
@@ -366,14 +366,16 @@ impl<'a> Bench<'a> {
             gaps[d].extend(ends[d].map(|last: f64| ((start - last).max(0.0), end)));
             ends[d] = Some(end);
         }
-        Ok(self.medians(&gaps, |gaps| gaps.iter().map(|g| g.0).collect()))
+        Ok(self.usual(&gaps, |gaps| gaps.iter().map(|g| g.0).collect()))
     }
 }
 
-/// The value that half of the others are below.
-fn median(mut x: Vec<f64>) -> f64 {
-    x.sort_by(f64::total_cmp);
-    x[x.len() / 2]
+/// The mean of those that are at most twice the least: devices that share the memory slow each other by less than that, and what took longer another
+/// program has interrupted.
+fn usual(x: Vec<f64>) -> f64 {
+    let least = x.iter().copied().fold(f64::INFINITY, f64::min);
+    let undisturbed = || x.iter().filter(|&&secs| secs <= 2.0 * least);
+    undisturbed().sum::<f64>() / undisturbed().count().max(1) as f64
 }
 
 #[cfg(test)]
@@ -505,8 +507,9 @@ mod tests {
     }
 
     #[test]
-    fn medians() {
-        assert_eq!(median(vec![3.0, 1.0, 2.0]), 2.0);
-        assert_eq!(median(vec![1.0]), 1.0);
+    fn what_was_interrupted_does_not_count() {
+        assert_eq!(usual(vec![3.0, 1.0, 2.0]), 1.5);
+        assert_eq!(usual(vec![1.0]), 1.0);
+        assert_eq!(usual(vec![0.0, 0.0, 5.0]), 0.0);
     }
 }
