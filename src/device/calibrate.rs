@@ -1,327 +1,177 @@
-//! Measures a device in about a second, so that plans are predicted in its own seconds.
+//! Measures devices in about a second, so that plans are predicted in their own seconds.
 //!
-//! Networks of usual shapes (see `networks`), small ones for the host and for a GPU such as fill it, are traced and placed like any model; their programs run on the device op by op, each
-//! op as a task of its own, so that an op is measured with the operands, the caches and the threads that it has in a model. The first
-//! pass is thrown away. Of the others the lower quartile counts: what else runs on the machine only ever adds to a time, and on an idle
-//! machine the quartile is the median within a percent or two.
+//! Networks of usual shapes (see `networks`), small ones for the host and for a GPU such as fill it, are traced and placed like any model; their
+//! programs run op by op, each op as a task of its own, so that an op is measured with the operands, the caches and the threads that it has in a
+//! model. The host's devices are measured while all that a job has at work are: they share the memory, the last cache and the clock, so each
+//! is slower beside the others than alone. Invariant: what a job starts together is started and timed together.
 
+mod bench;
 mod networks;
+mod rates;
 
-use super::sim::{CostModel, Rate};
-use super::{
-    AdamwRule, CopySpan, Device, DeviceMemory, DeviceSpec, Memory, Run, Scalars, Segment, Span, Task, Ticket, Update,
-    UpdateRule,
-};
-use crate::base::{DType, Error, Result, Shape, align_up};
-use crate::graph::{
-    ALIGNMENT, AREAS, Area, Buffer, Cost, Family, Graph, Kind, ModelLayout, Op, Program, ShardLayout, Step,
-    differentiate,
-};
-use std::collections::BTreeMap;
-use std::sync::Arc;
-
-/// Passes over each network that are timed: as many as fit its share of the second, within these bounds.
-const PASSES: std::ops::RangeInclusive<usize> = 3..=9;
-/// A network's share.
-const NETWORK_SECS: f64 = 0.07;
-/// Times that a copy or an update is timed.
-const TIMES: usize = 5;
-/// Elements of the update that is timed, on the host and on a GPU: four arrays of this are larger than most last-level caches.
-const UPDATE_ELEMS: [u64; 2] = [1 << 21, 1 << 25];
-/// The large copy that is timed.
-const LARGE_COPY_BYTES: u64 = 16 << 20;
-/// The small one: mostly what starting a copy costs.
-const SMALL_COPY_BYTES: u64 = 4096;
-/// The device's lanes, in the order that every device of one has them.
-const COMPUTE: u16 = 0;
-const H2D: u16 = 1;
-const D2H: u16 = 2;
-const HOST_MATH: u16 = 3;
+use super::host::HostSpec;
+use super::sim::{Cores, CostModel};
+use super::{DeviceSpec, FleetMemory, start_fleet};
+use crate::base::Result;
+use bench::Bench;
+use rates::Network;
 
 /// What an emulated device is taken to do, without measuring: its seconds serve no plan, and a second of it computes little.
 const EMULATED: (f64, f64, f64) = (1e9, 1e9, 1e10);
+/// Elements of the update that is timed, on the host and on a GPU: four arrays of this are larger than most last-level caches.
+const UPDATE_ELEMS: [u64; 2] = [1 << 21, 1 << 25];
 
-/// Measures a device. Waits about a second.
+/// Measures a device that works alone. Waits about a second.
 ///
 /// # Errors
 /// When the device cannot be started, or a task fails on it.
 pub fn calibrate(spec: &DeviceSpec) -> Result<CostModel> {
-    if let DeviceSpec::Emulated { .. } = spec {
-        return Ok(CostModel::stated(EMULATED.0, EMULATED.1, EMULATED.2));
+    Ok(calibrate_fleet(std::slice::from_ref(spec), 1)?.remove(0))
+}
+
+/// Measures devices of which `at_work` compute at the same time, each beside so many of the others. Waits about a second for each kind
+/// of device among them.
+///
+/// Devices that have to share cores are measured as many at once as have cores, and all get their share of the rates. GPUs are measured alone: what
+/// they have is their own.
+///
+/// # Errors
+/// When the devices cannot be started, or a task fails on one.
+pub fn calibrate_fleet(specs: &[DeviceSpec], at_work: usize) -> Result<Vec<CostModel>> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut costs: Vec<Option<CostModel>> = vec![None; specs.len()];
+    for group in groups(specs, at_work, cores) {
+        let members: Vec<DeviceSpec> = group.members.iter().map(|&i| specs[i].clone()).collect();
+        let measured = measure(&members)?;
+        for (spec, cost) in specs.iter().zip(&mut costs).filter(|(_, cost)| cost.is_none()) {
+            let like = members.iter().position(|m| m == spec);
+            *cost = like.map(|like| share(&measured[like], spec, specs.len(), group.share));
+        }
     }
-    let is_gpu = matches!(spec, DeviceSpec::Cuda { .. });
-    let graphs = if is_gpu { networks::large()? } else { networks::all()? };
+    Ok(costs.into_iter().map(|cost| cost.expect("each device is a member of a group, or like one")).collect())
+}
+
+/// Devices that are measured at the same time.
+#[derive(Debug, PartialEq)]
+struct Group {
+    /// Places in the list of all devices.
+    members: Vec<usize>,
+    /// What of a member's rates a device has once all that are at work share the cores.
+    share: f64,
+}
+
+/// Groups in which every device, or one that is like it, is measured once: each the next that was not yet, and those after it in turn, up to `at_work`
+/// and to what the cores hold.
+fn groups(specs: &[DeviceSpec], at_work: usize, cores: usize) -> Vec<Group> {
+    let mut groups: Vec<Group> = Vec::new();
+    for first in 0..specs.len() {
+        if groups.iter().flat_map(|g| &g.members).any(|&m| specs[m] == specs[first]) {
+            continue;
+        }
+        let DeviceSpec::Host(_) = specs[first] else {
+            groups.push(Group { members: vec![first], share: 1.0 });
+            continue;
+        };
+        let wants = |place: &usize| match &specs[*place] {
+            // Without cores of its own it shares all of them: so many at once as there are cores show what that costs.
+            DeviceSpec::Host(HostSpec { threads, .. }) => threads.unwrap_or(1).clamp(1, cores),
+            _ => 1,
+        };
+        let wanted = at_work.clamp(1, specs.len());
+        let mut members: Vec<usize> = (0..wanted).map(|i| (first + i) % specs.len()).collect();
+        while members.len() > 1 && members.iter().map(wants).sum::<usize>() > cores {
+            members.pop();
+        }
+        let share = members.len() as f64 / wanted as f64;
+        groups.push(Group { members, share });
+    }
+    groups
+}
+
+/// The rates of a device of so many that has `share` of what was measured.
+fn share(measured: &CostModel, spec: &DeviceSpec, devices: usize, share: f64) -> CostModel {
+    let mut cost = measured.slowed(share);
+    if let DeviceSpec::Host(host) = spec {
+        let all = std::thread::available_parallelism().map_or(1, usize::from);
+        // Copies are measured without a stated link: what they take of the cores does not depend on it.
+        let copy_bytes_per_sec = cost.h2d_bytes_per_sec.min(cost.d2h_bytes_per_sec);
+        let own = host.threads.is_some() || devices == 1;
+        let count = host.threads.unwrap_or(all).clamp(1, all);
+        cost.cores = own.then_some(Cores { count, copy_bytes_per_sec });
+        if let Some(link) = host.link_bytes_per_sec {
+            cost.h2d_bytes_per_sec = cost.h2d_bytes_per_sec.min(link);
+            cost.d2h_bytes_per_sec = cost.d2h_bytes_per_sec.min(link);
+        }
+    }
+    cost
+}
+
+/// Measures devices at the same time; those that are alike get the same.
+fn measure(specs: &[DeviceSpec]) -> Result<Vec<CostModel>> {
+    if let DeviceSpec::Emulated { .. } = specs[0] {
+        return Ok(vec![CostModel::stated(EMULATED.0, EMULATED.1, EMULATED.2); specs.len()]);
+    }
+    let is_gpu = matches!(specs[0], DeviceSpec::Cuda { .. });
     let mut networks = Vec::new();
-    for mut graph in graphs {
-        graph.scratch = spec.wants_scratch();
+    for mut graph in if is_gpu { networks::large()? } else { networks::all()? } {
+        graph.scratch = specs[0].wants_scratch();
         networks.push(Network::new(graph)?);
     }
+    // A GPU's networks are so large that each gets the arena to itself.
+    let regions: Vec<u64> = networks.iter().map(|n| n.arena_bytes).collect();
     let update_elems = UPDATE_ELEMS[usize::from(is_gpu)];
-    let arena_bytes =
-        networks.iter().map(|n| n.arena_bytes).max().unwrap_or(0).max(16 * update_elems + 4096).max(LARGE_COPY_BYTES);
-    let id_bytes = networks.iter().flat_map(|n| &n.integers).map(|s| s.bytes).max().unwrap_or(0);
-    // Poison touches every page, so that no page fault is timed.
-    let device = spec.start(DeviceMemory { arena_bytes, host_bytes: arena_bytes + id_bytes, poison: true })?;
-    let mut bench = Bench { device };
-    bench.fill_host(arena_bytes, id_bytes);
-    let (run_secs, op_secs) = bench.starts()?;
-    let mut rates = Rates::default();
-    for network in &networks {
-        rates.add(network, &bench.walk(network, arena_bytes)?, run_secs + op_secs);
-    }
-    let (small, h2d) = bench.copies(H2D)?;
-    let (_, d2h) = bench.copies(D2H)?;
-    let update_bytes = 28.0 * update_elems as f64;
-    Ok(CostModel {
-        memory_bytes_per_sec: rates.fastest_bytes_per_sec,
-        rates: rates.all(),
-        op_secs,
-        run_secs,
-        h2d_bytes_per_sec: h2d,
-        d2h_bytes_per_sec: d2h,
-        copy_secs: small,
-        device_update_bytes_per_sec: update_bytes / bench.update(COMPUTE, update_elems)?,
-        host_update_bytes_per_sec: update_bytes / bench.update(HOST_MATH, update_elems)?,
-        hand_over_secs: bench.hand_over()?,
-    })
-}
-
-/// A network's one program, and where its areas lie in the arena.
-struct Network {
-    program: Program,
-    bases: [u64; AREAS],
-    arena_bytes: u64,
-    /// Stretches of the arena that hold ids and labels, which must be below [`networks::CLASSES`].
-    integers: Vec<Span>,
-}
-
-impl Network {
-    fn new(mut graph: Graph) -> Result<Network> {
-        differentiate(&mut graph)?;
-        let layout = ModelLayout::new(&graph);
-        let shard = ShardLayout::new(&graph, &layout, 0..graph.layers.len());
-        let program = Program::new(&graph, &layout, &shard, Kind::Last { recompute: false });
-        let mut bases = [0; AREAS];
-        let mut end = 0;
-        for (base, bytes) in bases.iter_mut().zip(program.area_bytes) {
-            *base = align_up(end, ALIGNMENT);
-            end = *base + bytes;
-        }
-        let integers = program
-            .inputs
-            .iter()
-            .filter(|used| graph.inputs[used.input].dtype == DType::I32)
-            .map(|used| {
-                let offset = bases[Area::Inputs as usize] + used.offset;
-                Span { memory: Memory::Device(0), offset, bytes: used.bytes }
-            })
-            .collect();
-        Ok(Network { program, bases, arena_bytes: end, integers })
-    }
-
-    /// Each op as a program of its own, in its place.
-    fn steps(&self) -> impl Iterator<Item = Task> + '_ {
-        self.program.steps.iter().map(|step| {
-            run(Program::of_steps(vec![step.clone()], self.program.area_bytes, Vec::new(), false), self.bases)
+    let state_bytes = bench::state_bytes(update_elems);
+    let arena_bytes = match is_gpu {
+        true => regions.iter().copied().max().unwrap_or(0).max(state_bytes),
+        false => regions.iter().sum::<u64>() + state_bytes,
+    };
+    let arena_bytes = arena_bytes.max(bench::LARGE_COPY_BYTES);
+    let started: Vec<DeviceSpec> = specs
+        .iter()
+        .map(|spec| match spec {
+            DeviceSpec::Host(host) => HostSpec { link_bytes_per_sec: None, ..host.clone() }.into(),
+            other => other.clone(),
         })
-    }
-}
-
-fn run(program: Program, bases: [u64; AREAS]) -> Task {
-    let scalars = Scalars { seed: 1, step: 0, microbatch: 0, loss_scale: 1e-3, accumulate: false };
-    Task::Run(Box::new(Run { program: Arc::new(program), device: 0, bases, scalars, check: false }))
-}
-
-/// Rates by family and size, while they are gathered.
-#[derive(Default)]
-struct Rates {
-    /// Work and seconds of all ops of one family and size.
-    sums: BTreeMap<(Family, DType, [usize; 3]), (f64, f64)>,
-    fastest_bytes_per_sec: f64,
-}
-
-impl Rates {
-    fn add(&mut self, network: &Network, secs: &[f64], start_secs: f64) {
-        for (Step { cost, .. }, &secs) in network.program.steps.iter().zip(secs) {
-            // What is below the clock's and the start's own spread tells nothing of a rate.
-            let secs = (secs - start_secs).max(0.05 * start_secs).max(1e-7);
-            self.fastest_bytes_per_sec = self.fastest_bytes_per_sec.max(cost.bytes as f64 / secs);
-            if cost.work() > 0.0 {
-                let sum = self.sums.entry((cost.family, cost.float, cost.sizes)).or_default();
-                *sum = (sum.0 + cost.work(), sum.1 + secs);
-            }
-        }
-    }
-
-    fn all(self) -> Vec<Rate> {
-        let all = self.sums.into_iter();
-        all.map(|((family, float, sizes), (work, secs))| Rate { family, float, sizes, work_per_sec: work / secs })
-            .collect()
-    }
-}
-
-struct Bench {
-    device: Box<dyn Device>,
-}
-
-impl Bench {
-    /// Submits tasks one after another on a lane and gives the seconds of each.
-    fn time(&mut self, lane: u16, tasks: impl Iterator<Item = Task>) -> Result<Vec<f64>> {
-        let submitted = tasks.map(|task| self.device.submit(lane, task, &[])).count();
-        (0..submitted).map(|_| self.wait().map(|(start, end)| end - start)).collect()
-    }
-
-    /// Start and end of the next task that completes.
-    fn wait(&mut self) -> Result<(f64, f64)> {
-        let done = self.device.next_completion(60.0);
-        let done = done.ok_or_else(|| Error::Device("calibration: a small task did not end within a minute".into()))?;
-        done.result?;
-        Ok((done.start_secs, done.end_secs))
-    }
-
-    /// Fills the host's store: the first `arena_bytes` with small numbers, the rest with ids.
-    fn fill_host(&mut self, arena_bytes: u64, id_bytes: u64) {
-        let numbers: Vec<f32> = (0..1 << 16).map(|i| (i * 7919 % 4099) as f32 / 4e4 - 0.05).collect();
-        let ids: Vec<i32> = (0..1 << 16).map(|i| i * 7919 % networks::CLASSES as i32).collect();
-        let stretches = [
-            (0, arena_bytes, bytemuck::cast_slice(&numbers)),
-            (arena_bytes, arena_bytes + id_bytes, bytemuck::cast_slice(&ids)),
-        ];
-        for (start, end, pattern) in stretches {
-            for at in (start..end).step_by(pattern.len()) {
-                self.device.write_host(at, &pattern[..(end - at).min(pattern.len() as u64) as usize]);
-            }
-        }
-    }
-
-    /// Seconds of each op of `network`.
-    fn walk(&mut self, network: &Network, ids_at: u64) -> Result<Vec<f64>> {
-        let mut spans = copy(Memory::Host, Memory::Device(0), network.arena_bytes);
-        for &to in &network.integers {
-            spans.push(CopySpan { from: Span { memory: Memory::Host, offset: ids_at, ..to }, to });
-        }
-        self.time(H2D, [Task::Copy(spans)].into_iter())?;
-        self.time(COMPUTE, network.steps())?;
-        let mut passes = Vec::new();
-        let begin = self.device.now_secs();
-        while passes.len() < *PASSES.start()
-            || (passes.len() < *PASSES.end() && self.device.now_secs() - begin < NETWORK_SECS)
-        {
-            passes.push(self.time(COMPUTE, network.steps())?);
-        }
-        Ok((0..network.program.steps.len()).map(|i| lower_quartile(passes.iter().map(|p| p[i]).collect())).collect())
-    }
-
-    /// Seconds that starting a program costs, and each op in it.
-    fn starts(&mut self) -> Result<(f64, f64)> {
-        const OPS: usize = 64;
-        const ROUNDS: usize = 50;
-        let out = Buffer::new(Area::Workspace, 0, Shape::from([16]), DType::F32);
-        let cost =
-            Cost { flops: 0.0, bytes: 64, family: Family::Memory, float: DType::F32, elems: 16, sizes: [64, 16, 1] };
-        let step = Step {
-            op: Op::Zero,
-            layer: 0,
-            inputs: Vec::new(),
-            outputs: vec![Some(out)],
-            scratch: None,
-            cost,
-            ends_layer: false,
-        };
-        let tasks = |ops: usize| {
-            let steps = vec![step.clone(); ops];
-            (0..ROUNDS).map(move |_| run(Program::of_steps(steps.clone(), [0; AREAS], Vec::new(), false), [0; AREAS]))
-        };
-        let empty = lower_quartile(self.time(COMPUTE, tasks(0))?);
-        let full = lower_quartile(self.time(COMPUTE, tasks(OPS))?);
-        Ok((empty, (full - empty).max(0.0) / OPS as f64))
-    }
-
-    /// Seconds that starting a copy on `lane` costs, and bytes per second of a large one.
-    fn copies(&mut self, lane: u16) -> Result<(f64, f64)> {
-        let (from, to) =
-            if lane == H2D { (Memory::Host, Memory::Device(0)) } else { (Memory::Device(0), Memory::Host) };
-        let tasks = |bytes| std::iter::repeat_n(Task::Copy(copy(from, to, bytes)), TIMES + 1);
-        let small = lower_quartile(self.time(lane, tasks(SMALL_COPY_BYTES))?.split_off(1));
-        let large = lower_quartile(self.time(lane, tasks(LARGE_COPY_BYTES))?.split_off(1));
-        Ok((small, (LARGE_COPY_BYTES - SMALL_COPY_BYTES) as f64 / (large - small).max(1e-9)))
-    }
-
-    /// Seconds of an AdamW update of `elems` on `lane`.
-    fn update(&mut self, lane: u16, elems: u64) -> Result<f64> {
-        let memory = if lane == HOST_MATH { Memory::Host } else { Memory::Device(0) };
-        let bytes = 4 * elems;
-        let array = |i: u64| Span { memory, offset: i * bytes, bytes };
-        // Second moments must not be negative, and the arena holds whatever ran last: gradients and moments start at 0.
-        let zero = vec![0; 3 * bytes as usize + 64];
-        self.device.write_host(bytes, &zero);
-        self.time(H2D, [Task::Copy(copy(Memory::Host, Memory::Device(0), 4 * bytes + 64))].into_iter())?;
-        let rule = AdamwRule { update: 10, lr: 1e-3, betas: (0.9, 0.999), epsilon: 1e-8, weight_decay: 0.1 };
-        let update = Update {
-            rule: UpdateRule::Adamw(rule),
-            segments: vec![Segment { offset: 0, elems, decay: true, index: 0 }].into(),
-            weight: array(0),
-            remainder: None,
-            moments: [Some(array(1)), Some(array(2))],
-            gradient: array(3),
-            clip: None,
-            gate: Span { memory, offset: 4 * bytes, bytes: 4 },
-        };
-        let tasks = std::iter::repeat_n(Task::Update(Box::new(update)), TIMES + 1);
-        Ok(lower_quartile(self.time(lane, tasks)?.split_off(1)))
-    }
-
-    /// Seconds between the end of a task and the start of one on another lane that waited for it.
-    fn hand_over(&mut self) -> Result<f64> {
-        const ROUNDS: usize = 50;
-        let mut before: Option<Ticket> = None;
-        for i in 0..ROUNDS {
-            let (lane, from, to) = if i % 2 == 0 {
-                (H2D, Memory::Host, Memory::Device(0))
-            } else {
-                (D2H, Memory::Device(0), Memory::Host)
-            };
-            let ticket = self.device.submit(lane, Task::Copy(copy(from, to, 64)), before.as_slice());
-            before = Some(ticket);
-        }
-        let times = (0..ROUNDS).map(|_| self.wait()).collect::<Result<Vec<_>>>()?;
-        Ok(lower_quartile(times.windows(2).map(|w| (w[1].0 - w[0].1).max(0.0)).collect()))
-    }
-}
-
-/// The first `bytes` of one memory to the first of another.
-fn copy(from: Memory, to: Memory, bytes: u64) -> Vec<CopySpan> {
-    let span = |memory| Span { memory, offset: 0, bytes };
-    vec![CopySpan { from: span(from), to: span(to) }]
-}
-
-/// The value that a quarter of the others is below.
-fn lower_quartile(mut x: Vec<f64>) -> f64 {
-    x.sort_by(f64::total_cmp);
-    x[x.len() / 4]
+        .collect();
+    let host_bytes = bench::host_bytes(specs.len() as u64, update_elems);
+    let memory = FleetMemory { arena_bytes: vec![arena_bytes; specs.len()], host_bytes, ..FleetMemory::default() };
+    let alike: Vec<usize> =
+        specs.iter().map(|s| specs.iter().position(|t| t == s).expect("it is like itself")).collect();
+    let mut bench = Bench::new(start_fleet(&started, memory)?, &alike, update_elems, specs[0].wants_scratch());
+    bench.measure(&networks, !is_gpu)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::graph::Work;
+    use crate::graph::{Family, Work};
+
+    fn host(threads: Option<usize>) -> DeviceSpec {
+        HostSpec { threads, ..Default::default() }.into()
+    }
 
     /// Every family has a rate, and every number is one that a plan can be made with. How fast is for `benches/prediction.rs` to say.
     #[test]
-    fn measures_every_family() {
-        let spec = super::super::host::HostSpec { threads: Some(1), ..Default::default() };
-        let model = calibrate(&spec.into()).unwrap();
+    fn measures_every_family_on_every_device() {
+        let costs = calibrate_fleet(&[host(Some(1)), host(Some(1))], 2).unwrap();
+        assert_eq!(costs[0], costs[1], "devices that are alike cost the same");
+        let model = &costs[0];
         for family in Family::ALL {
             let mut rates = model.rates.iter().filter(|r| r.family == family).peekable();
             assert!(rates.peek().is_some(), "{family:?} was not measured");
             assert!(rates.all(|r| r.work_per_sec.is_finite() && r.work_per_sec > 0.0), "{family:?}");
         }
+        let cores = model.cores.unwrap();
+        assert_eq!(cores.count, 1);
         let rates = [
             model.memory_bytes_per_sec,
             model.h2d_bytes_per_sec,
             model.d2h_bytes_per_sec,
             model.device_update_bytes_per_sec,
             model.host_update_bytes_per_sec,
+            model.device_norm_bytes_per_sec.unwrap(),
+            model.host_norm_bytes_per_sec.unwrap(),
+            cores.copy_bytes_per_sec,
         ];
         assert!(rates.iter().all(|r| r.is_finite() && *r > 0.0), "{model:?}");
         let secs = [model.op_secs, model.run_secs, model.copy_secs, model.hand_over_secs];
@@ -330,9 +180,42 @@ mod tests {
     }
 
     #[test]
-    fn quartiles() {
-        assert_eq!(lower_quartile(vec![3.0, 1.0, 2.0]), 1.0);
-        assert_eq!(lower_quartile(vec![1.0]), 1.0);
-        assert_eq!(lower_quartile(vec![5.0, 4.0, 3.0, 2.0, 1.0]), 2.0);
+    fn devices_are_measured_in_groups_that_the_cores_hold() {
+        let check = |threads: &[Option<usize>], at_work: usize, cores: usize, want: &[(&[usize], f64)]| {
+            let specs: Vec<DeviceSpec> = threads.iter().map(|&t| host(t)).collect();
+            let want: Vec<Group> =
+                want.iter().map(|(members, share)| Group { members: members.to_vec(), share: *share }).collect();
+            assert_eq!(groups(&specs, at_work, cores), want, "{threads:?}, {at_work} at work, {cores} cores");
+        };
+        let (one, two, all) = (Some(1), Some(2), None);
+        check(&[all], 1, 2, &[(&[0], 1.0)]);
+        check(&[one, one], 2, 2, &[(&[0, 1], 1.0)]);
+        check(&[one, one], 1, 2, &[(&[0], 1.0)]);
+        check(&[one; 8], 8, 2, &[(&[0, 1], 0.25)]);
+        check(&[one; 3], 2, 4, &[(&[0, 1], 1.0)]);
+        check(&[one, one, two], 2, 4, &[(&[0, 1], 1.0), (&[2, 0], 1.0)]);
+        check(&[one, one, two], 3, 4, &[(&[0, 1, 2], 1.0)]);
+        check(&[one, two, two], 3, 3, &[(&[0, 1], 2.0 / 3.0)]);
+        // More than there are is all there are.
+        check(&[Some(64), one], 2, 4, &[(&[0], 0.5), (&[1], 0.5)]);
+        check(&[all, all, all], 3, 2, &[(&[0, 1], 2.0 / 3.0)]);
+        let gpus = [DeviceSpec::Cuda { ordinal: 0, threads: None }, DeviceSpec::Cuda { ordinal: 1, threads: None }];
+        let alone = |member| Group { members: vec![member], share: 1.0 };
+        assert_eq!(groups(&gpus, 2, 4), [alone(0), alone(1)]);
+    }
+
+    #[test]
+    fn a_link_holds_copies_and_takes_nothing_from_cores() {
+        let mut measured = CostModel::stated(1e9, 8e9, 8e9);
+        measured.d2h_bytes_per_sec = 6e9;
+        let of = |link_bytes_per_sec, threads, devices, part| {
+            share(&measured, &HostSpec { link_bytes_per_sec, threads, ..Default::default() }.into(), devices, part)
+        };
+        let linked = of(Some(1e9), Some(1), 2, 0.5);
+        assert_eq!((linked.h2d_bytes_per_sec, linked.d2h_bytes_per_sec), (1e9, 1e9));
+        assert_eq!(linked.cores, Some(Cores { count: 1, copy_bytes_per_sec: 3e9 }));
+        assert_eq!(of(Some(7e9), Some(1), 2, 1.0).d2h_bytes_per_sec, 6e9);
+        assert_eq!(of(None, None, 2, 1.0).cores, None, "none are its own");
+        assert!(of(None, None, 1, 1.0).cores.is_some());
     }
 }

@@ -11,7 +11,7 @@ pub mod sim;
 mod start;
 mod task;
 
-pub use calibrate::calibrate;
+pub use calibrate::{calibrate, calibrate_fleet};
 pub use start::{DeviceMemory, DeviceSpec, FleetMemory, gpus, start_fleet, why_no_cuda, why_no_emulator};
 pub use task::{
     AdamwRule, Clip, CopySpan, Memory, Norm, Run, Scalars, Segment, SgdRule, Span, Spans, Task, Update, UpdateRule,

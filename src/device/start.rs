@@ -5,7 +5,7 @@ use super::host::{HostConfig, HostDevice, HostSpec};
 use crate::base::Result;
 
 /// Which device, besides the sizes that a plan decides.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum DeviceSpec {
     /// The machine's own cores.
     Host(HostSpec),

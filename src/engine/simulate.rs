@@ -273,7 +273,7 @@ fn arithmetic_secs(placed: &Placed, cost: &CostModel) -> f64 {
         return secs;
     }
     let own: u64 = plan.shards.iter().map(|s| s.own_bytes()).sum();
-    secs + (update_bytes(placed, own) + norm_bytes(placed, own)) as f64 / cost.device_update_bytes_per_sec
+    secs + cost.device_settle_secs(update_bytes(placed, own), norm_bytes(placed, own))
 }
 
 /// Least bytes of a step to devices that have so many weight slots in all, and from them.

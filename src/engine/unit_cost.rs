@@ -48,7 +48,7 @@ pub(super) fn unit_costs(placed: &Placed, cost: &CostModel) -> Vec<UnitCost> {
             let secs = if backward { shard.backward_secs(cost) } else { shard.forward_secs(cost) };
             let own = shard.own_bytes();
             let update = match backward && on_device {
-                true => (update_bytes(placed, own) + norm_bytes(placed, own)) as f64 / cost.device_update_bytes_per_sec,
+                true => cost.device_settle_secs(update_bytes(placed, own), norm_bytes(placed, own)),
                 false => 0.0,
             };
             let taken_in = s.checked_sub(1).map_or(0, |before| plan.shards[before].boundary_bytes);

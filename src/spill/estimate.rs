@@ -60,8 +60,12 @@ pub fn estimate_secs(model: &Model, shards: &Shards, choice: &Choice, cost: &Cos
     let first = (shards[0].layout.own.end - shards[0].layout.own.start) * model.layout.wide_ratio;
     let first = first as f64 * 7.0 / cost.host_update_bytes_per_sec;
     let links = boundary_secs(model, shards, choice, cost);
-    // The host's arithmetic shares cores with a host device; a part of the boundary copies shows.
-    (d2h + first).max(updates).max(h2d + links) + 0.25 * links
+    // Cores that units, copies and the host's arithmetic share.
+    let moved = units.iter().map(|&(s, _)| shards[s].fetch_bytes()).sum::<u64>() + model.layout.parameter_bytes;
+    let arithmetic = units.iter().map(|u| u.1).sum::<f64>() + updates;
+    let shared = cost.cores.map_or(0.0, |_| arithmetic + cost.copy_core_secs(moved, units.len() + n));
+    // A part of the boundary copies shows.
+    (d2h + first).max(updates).max(h2d + links).max(shared) + 0.25 * links
 }
 
 /// Seconds of h2d that boundary tensors in host memory cost.
@@ -107,8 +111,13 @@ pub fn estimate_anywhere_secs(
         compute += traffic / cost.device_update_bytes_per_sec;
     } else {
         d2h += gradients;
-        // The host's threads serve all devices.
-        host = devices as f64 * (traffic + wide) / cost.host_update_bytes_per_sec;
+        // The host's threads serve all devices, where these have no cores of their own.
+        let shared = if cost.cores.is_some() { 1.0 } else { devices as f64 };
+        host = shared * cost.host_settle_secs(traffic as u64, wide as u64);
+    }
+    if cost.cores.is_some() {
+        // Units, copies and the host's arithmetic take turns on the same cores.
+        compute += host + cost.copy_core_secs((h2d + d2h) as u64, 8 * n);
     }
     let copies = |bytes: f64, per_sec: f64, count: usize| bytes / per_sec + count as f64 * cost.copy_secs;
     let lanes = [compute, copies(h2d, cost.h2d_bytes_per_sec, 5 * n), copies(d2h, cost.d2h_bytes_per_sec, 3 * n), host];

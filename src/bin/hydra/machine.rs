@@ -1,10 +1,10 @@
 //! What a job runs on: its devices with what they achieve, measured or stated, and the memory there is.
 
-use crate::job::{self, DeviceKind, Job};
+use crate::job::{self, DeviceKind, Job, Policy};
 use hydra::base::{Error, Result};
 use hydra::device::host::HostSpec;
 use hydra::device::sim::{CostModel, PROFILES, Profile};
-use hydra::device::{DeviceSpec, calibrate, why_no_cuda, why_no_emulator};
+use hydra::device::{DeviceSpec, calibrate_fleet, why_no_cuda, why_no_emulator};
 use std::path::Path;
 
 /// Of the memory that is free, the part that the host's store may take unless the job says otherwise.
@@ -113,29 +113,53 @@ pub fn device_spec(device: &job::Device, ordinal: usize) -> DeviceSpec {
     }
 }
 
-/// The job's devices, measured where they are real; those of one entry are alike.
+/// The job's devices, measured where they are real, as many at once as will be at work.
 ///
 /// # Errors
 /// When rates are at fault or cannot be measured.
 pub fn machine(file: &str, job: &Job) -> Result<Machine> {
     let mut devices = Vec::new();
     for (i, device) in job.devices.iter().enumerate() {
-        let spec = device_spec(device, 0);
-        let sim = device.kind == DeviceKind::Sim;
-        let mut cost = if sim { stated_cost(file, i, device)? } else { calibrate(&spec)? };
-        if let Some(link) = device.link {
+        // What a real device does is measured below.
+        let cost = match device.kind {
+            DeviceKind::Sim => stated_cost(file, i, device)?,
+            _ => CostModel::stated(1.0, 1.0, 1.0),
+        };
+        let one = MachineDevice { kind: device.kind, spec: device_spec(device, 0), cost, budget: device.memory };
+        devices.extend(std::iter::repeat_n((one, device.link), device.count));
+    }
+    // All are of one kind, as `check_devices` has seen to.
+    if job.devices[0].kind != DeviceKind::Sim {
+        let specs: Vec<DeviceSpec> = devices.iter().map(|(d, _)| d.spec.clone()).collect();
+        let costs = calibrate_fleet(&specs, at_work(job.run.policy, job.models.len(), specs.len()))?;
+        devices.iter_mut().zip(costs).for_each(|((device, _), cost)| device.cost = cost);
+    }
+    let sim = job.devices[0].kind == DeviceKind::Sim;
+    let linked = |(mut device, link): (MachineDevice, Option<f64>)| {
+        if let Some(link) = link {
+            let cost = &mut device.cost;
             cost.h2d_bytes_per_sec = if sim { link } else { cost.h2d_bytes_per_sec.min(link) };
             cost.d2h_bytes_per_sec = if sim { link } else { cost.d2h_bytes_per_sec.min(link) };
         }
-        let one = MachineDevice { kind: device.kind, spec, cost, budget: device.memory };
-        devices.extend(std::iter::repeat_n(one, device.count));
-    }
+        device
+    };
+    let devices: Vec<MachineDevice> = devices.into_iter().map(linked).collect();
     let host_budget = match (job.host.memory, devices[0].kind) {
         (Some(bytes), _) => Some(bytes),
         (None, DeviceKind::Sim) => None,
         (None, _) => free_memory_bytes().map(|free| (free as f64 * SHARE_OF_FREE_MEMORY) as u64),
     };
     Ok(Machine { devices, host_budget, shared_bytes_per_sec: job.host.link })
+}
+
+/// Devices that compute at the same time, of so many, with so many models.
+fn at_work(policy: Policy, models: usize, devices: usize) -> usize {
+    match policy {
+        Policy::OneAtATime | Policy::ModelParallel => 1,
+        Policy::Gpipe => devices,
+        // A model runs on one device at a time.
+        _ => devices.min(models),
+    }
 }
 
 /// Memory that programs can still have, where the system says (Linux's MemAvailable).
@@ -152,4 +176,21 @@ fn memory_line(key: &str) -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix(key))?;
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn as_many_devices_are_at_work_as_there_are_models_unless_the_policy_says_otherwise() {
+        let turns = [(1, 4, 1), (3, 4, 3), (5, 4, 4), (7, 1, 1)];
+        for (models, devices, want) in turns {
+            assert_eq!(at_work(Policy::ShardedLrtf, models, devices), want);
+            assert_eq!(at_work(Policy::TaskParallel, models, devices), want);
+            assert_eq!(at_work(Policy::OneAtATime, models, devices), 1);
+            assert_eq!(at_work(Policy::ModelParallel, models, devices), 1);
+            assert_eq!(at_work(Policy::Gpipe, models, devices), devices);
+        }
+    }
 }

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 const STORE: &str = "the host's store";
 
 /// One device of a [`HostDevice`].
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct HostSpec {
     /// Size of the arena: the device's memory.
     pub arena_bytes: u64,

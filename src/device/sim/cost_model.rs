@@ -41,8 +41,26 @@ pub struct CostModel {
     pub device_update_bytes_per_sec: f64,
     /// Memory traffic of optimizers and sums on the host.
     pub host_update_bytes_per_sec: f64,
+    /// Memory traffic of a norm of gradients on the device; `None`: as fast as updates.
+    #[serde(default)]
+    pub device_norm_bytes_per_sec: Option<f64>,
+    /// Memory traffic of a norm of gradients on the host; `None`: as fast as updates.
+    #[serde(default)]
+    pub host_norm_bytes_per_sec: Option<f64>,
     /// Seconds between a task's end and the start of one that waited for it on another lane.
     pub hand_over_secs: f64,
+    /// The cores that all lanes of the device share; `None` where copies and the host's arithmetic take nothing from it.
+    #[serde(default)]
+    pub cores: Option<Cores>,
+}
+
+/// Cores on which a device's units, its copies and its part of the host's arithmetic all run: what one takes the others lack.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Cores {
+    /// How many.
+    pub count: usize,
+    /// Bytes per second that one core copies, whatever the link is held to.
+    pub copy_bytes_per_sec: f64,
 }
 
 impl CostModel {
@@ -65,7 +83,10 @@ impl CostModel {
             copy_secs: 0.0,
             device_update_bytes_per_sec: memory_bytes_per_sec,
             host_update_bytes_per_sec: memory_bytes_per_sec.min(50e9),
+            device_norm_bytes_per_sec: None,
+            host_norm_bytes_per_sec: None,
             hand_over_secs: 0.0,
+            cores: None,
         }
     }
 
@@ -110,15 +131,68 @@ impl CostModel {
         self.run_secs + program.steps.iter().map(|step| self.op_secs(&step.cost)).sum::<f64>()
     }
 
+    /// The same device with `share` of every rate: what it has of cores that others are at work on too.
+    pub fn slowed(&self, share: f64) -> CostModel {
+        let mut slow = self.clone();
+        slow.rates.iter_mut().for_each(|rate| rate.work_per_sec *= share);
+        let norms = slow.device_norm_bytes_per_sec.iter_mut().chain(&mut slow.host_norm_bytes_per_sec);
+        let rates = [
+            &mut slow.memory_bytes_per_sec,
+            &mut slow.h2d_bytes_per_sec,
+            &mut slow.d2h_bytes_per_sec,
+            &mut slow.device_update_bytes_per_sec,
+            &mut slow.host_update_bytes_per_sec,
+        ];
+        rates.into_iter().chain(norms).for_each(|rate| *rate *= share);
+        let starts = [&mut slow.op_secs, &mut slow.run_secs, &mut slow.copy_secs];
+        starts.into_iter().for_each(|secs| *secs /= share);
+        slow
+    }
+
+    /// Seconds that updates of so many bytes of memory traffic take on the device, and norms of so many bytes of gradients.
+    pub fn device_settle_secs(&self, update_bytes: u64, norm_bytes: u64) -> f64 {
+        let norms = self.device_norm_bytes_per_sec.unwrap_or(self.device_update_bytes_per_sec);
+        update_bytes as f64 / self.device_update_bytes_per_sec + norm_bytes as f64 / norms
+    }
+
+    /// The same on the host.
+    pub fn host_settle_secs(&self, update_bytes: u64, norm_bytes: u64) -> f64 {
+        let norms = self.host_norm_bytes_per_sec.unwrap_or(self.host_update_bytes_per_sec);
+        update_bytes as f64 / self.host_update_bytes_per_sec + norm_bytes as f64 / norms
+    }
+
+    /// Seconds that copies of so many bytes take from each of the device's cores.
+    pub fn copy_core_secs(&self, bytes: u64, copies: usize) -> f64 {
+        let of = |cores: Cores| {
+            // One core copies.
+            let secs = copies as f64 * self.copy_secs + bytes as f64 / cores.copy_bytes_per_sec;
+            secs / cores.count as f64
+        };
+        self.cores.map_or(0.0, of)
+    }
+
+    /// Seconds that a task on a lane of `kind` takes from each of the device's cores.
+    pub fn core_secs(&self, task: &Task, kind: LaneKind) -> f64 {
+        match (self.cores, task) {
+            (None, _) => 0.0,
+            (Some(_), Task::Copy(_)) => self.copy_core_secs(task.bytes(), 1),
+            (Some(_), _) => self.task_secs(task, kind),
+        }
+    }
+
     /// Seconds of a task on a lane of `kind`.
     pub fn task_secs(&self, task: &Task, kind: LaneKind) -> f64 {
         let bytes = task.bytes() as f64;
+        let of = |update: f64, norm: Option<f64>| {
+            let rate = if let Task::Norm(_) = task { norm.unwrap_or(update) } else { update };
+            self.run_secs + bytes / rate
+        };
         let secs = match (task, kind) {
             (Task::Run(run), _) => self.program_secs(&run.program),
             (Task::Copy(_), LaneKind::HostToDevice) => self.copy_secs + bytes / self.h2d_bytes_per_sec,
             (Task::Copy(_), _) => self.copy_secs + bytes / self.d2h_bytes_per_sec,
-            (_, LaneKind::Compute) => self.run_secs + bytes / self.device_update_bytes_per_sec,
-            _ => self.run_secs + bytes / self.host_update_bytes_per_sec,
+            (_, LaneKind::Compute) => of(self.device_update_bytes_per_sec, self.device_norm_bytes_per_sec),
+            _ => of(self.host_update_bytes_per_sec, self.host_norm_bytes_per_sec),
         };
         secs + self.hand_over_secs
     }
@@ -159,6 +233,41 @@ mod tests {
         let both = Cost { bytes: 1_000_000, ..cost(Family::Gemm, 2e9, sizes) };
         assert!((model.op_secs(&both) - 2.0).abs() < 1e-9);
         assert!((model.op_secs(&Cost { flops: 1.0, ..both }) - 1.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn norms_are_as_fast_as_updates_where_nobody_measured_them() {
+        let mut model = CostModel::stated(1e9, 4e9, 1e9);
+        assert_eq!((model.device_settle_secs(4_000_000_000, 2_000_000_000)), 1.5);
+        (model.device_norm_bytes_per_sec, model.host_norm_bytes_per_sec) = (Some(1e9), Some(5e8));
+        assert_eq!((model.device_settle_secs(4_000_000_000, 2_000_000_000)), 3.0);
+        assert_eq!((model.host_settle_secs(4_000_000_000, 2_000_000_000)), 5.0);
+    }
+
+    #[test]
+    fn a_share_of_a_device_takes_so_many_times_as_long() {
+        let mut whole = CostModel::stated(1e9, 1e12, 1e9);
+        (whole.op_secs, whole.run_secs, whole.copy_secs) = (0.25, 0.5, 0.125);
+        whole.host_norm_bytes_per_sec = Some(8e9);
+        let half = whole.slowed(0.5);
+        let gemm = cost(Family::Gemm, 3e9, [9; 3]);
+        // Rates go through logarithms.
+        assert!((half.op_secs(&gemm) / whole.op_secs(&gemm) - 2.0).abs() < 1e-9);
+        assert_eq!((half.run_secs, half.copy_secs), (1.0, 0.25));
+        assert_eq!(half.host_settle_secs(7, 9), 2.0 * whole.host_settle_secs(7, 9));
+        assert_eq!(half.device_settle_secs(7, 9), 2.0 * whole.device_settle_secs(7, 9));
+        assert_eq!((half.h2d_bytes_per_sec, half.d2h_bytes_per_sec), (5e8, 5e8));
+        assert_eq!(whole.slowed(1.0), whole);
+    }
+
+    #[test]
+    fn older_profiles_are_read() {
+        let model = CostModel::stated(1e9, 1e8, 1e7);
+        let mut json = serde_json::to_value(&model).unwrap();
+        for key in ["device_norm_bytes_per_sec", "host_norm_bytes_per_sec", "cores"] {
+            assert!(json.as_object_mut().unwrap().remove(key).is_some(), "{key}");
+        }
+        assert_eq!(serde_json::from_value::<CostModel>(json).unwrap(), model);
     }
 
     #[test]

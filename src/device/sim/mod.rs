@@ -1,12 +1,13 @@
 //! The simulated device: no arithmetic, a cost model and a virtual clock.
 //!
 //! A task's start is the latest of: its lane's last end, the ends of what it waits for, and the moment it was submitted. All of them are
-//! known at submission, since tickets only point back, so a lane is one number and the clock is a heap.
+//! known at submission, since tickets only point back, so a lane is one number and the clock is a heap. Where a device's lanes share its
+//! cores, a copy or an update that meets units takes twice its share of the cores' time, and what it took the next unit ends later.
 
 mod cost_model;
 mod profiles;
 
-pub use cost_model::{CostModel, Rate};
+pub use cost_model::{Cores, CostModel, Rate};
 pub use profiles::{PROFILES, Profile};
 
 use super::{Completion, Device, Task, Ticket};
@@ -39,6 +40,8 @@ pub struct SimDevice {
     now: f64,
     /// Ends of each lane's tasks, from the first.
     ends: Vec<Lane>,
+    /// Seconds of each device's cores that its other lanes took while units were queued, and that no unit has paid for yet.
+    taken: Vec<f64>,
     /// Seconds of programs that have run, by device and address; a program lives as long as the plan that it is of.
     programs: HashMap<(u16, usize), f64>,
     /// One past the last byte that was added to host memory.
@@ -80,10 +83,16 @@ impl SimDevice {
                 lanes.push(LaneId { device, kind });
             }
         }
-        lanes.push(LaneId::host(LaneKind::HostMath));
+        // Devices with cores of their own do the host's arithmetic there, as `host::HostDevice` has it.
+        if models.len() > 1 && models.iter().all(|m| m.cores.is_some()) {
+            lanes.extend((0..models.len() as u16).map(|d| LaneId::device(d, LaneKind::HostMath)));
+        } else {
+            lanes.push(LaneId::host(LaneKind::HostMath));
+        }
         let ends = lanes.iter().map(|_| Lane::default()).collect();
         SimDevice {
             lanes,
+            taken: vec![0.0; models.len()],
             models,
             now: 0.0,
             ends,
@@ -108,8 +117,11 @@ impl Device for SimDevice {
 
     fn submit(&mut self, lane: u16, task: Task, after: &[Ticket]) -> Ticket {
         let id = self.lanes[lane as usize];
-        let model = &self.models[if id.is_host() { 0 } else { id.device as usize }];
+        let owner = if id.is_host() { 0 } else { usize::from(id.device) };
+        let model = &self.models[owner];
         let waited = after.iter().map(|t| self.ends[t.lane as usize].end_of(t.number)).fold(self.now, f64::max);
+        // Lanes come device by device, the one for units first.
+        let units_until = self.ends[3 * owner].last_end;
         let on = &mut self.ends[lane as usize];
         let start = waited.max(on.last_end);
         let secs = match &task {
@@ -120,6 +132,14 @@ impl Device for SimDevice {
             _ => model.task_secs(&task, id.kind),
         };
         let mut end = start + secs;
+        if id.kind == LaneKind::Compute {
+            end += std::mem::take(&mut self.taken[owner]);
+        } else if model.cores.is_some() {
+            // Both get on half as fast for as long as both are there.
+            let met = model.core_secs(&task, id.kind).min((units_until - start).max(0.0));
+            self.taken[owner] += met;
+            end += met;
+        }
         if let (Some(shared), Task::Copy(_), LaneKind::HostToDevice | LaneKind::DeviceToHost) =
             (&mut self.shared, &task, id.kind)
         {
@@ -169,5 +189,72 @@ impl Device for SimDevice {
 
     fn high_water_bytes(&self, _device: u16) -> u64 {
         0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::{CopySpan, Memory, Norm, Span};
+
+    fn copy(bytes: u64) -> Task {
+        let span = |memory| Span { memory, offset: 0, bytes };
+        Task::Copy(vec![CopySpan { from: span(Memory::Host), to: span(Memory::Device(0)) }])
+    }
+
+    /// A task of arithmetic with so many bytes of traffic.
+    fn work(bytes: u64) -> Task {
+        let span = Span { memory: Memory::Device(0), offset: 0, bytes };
+        Task::Norm(Box::new(Norm { gradient: span, segments: Vec::new().into(), table: span, scratch: None }))
+    }
+
+    /// Ends of tasks, each on its lane, submitted at once.
+    fn ends(cost: &CostModel, tasks: Vec<(u16, Task)>) -> Vec<f64> {
+        let mut device = SimDevice::new(vec![cost.clone()]);
+        let tickets: Vec<Ticket> = tasks.into_iter().map(|(lane, task)| device.submit(lane, task, &[])).collect();
+        let mut ends = vec![0.0; tickets.len()];
+        for _ in 0..tickets.len() {
+            let done = device.next_completion(0.0).unwrap();
+            ends[tickets.iter().position(|&t| t == done.ticket).unwrap()] = done.end_secs;
+        }
+        ends
+    }
+
+    /// Updates of 8, copies of 4 bytes per second, which take 1/16 second of one core a byte.
+    fn device(count: Option<usize>) -> CostModel {
+        let mut cost = CostModel::stated(1.0, 8.0, 4.0);
+        cost.host_update_bytes_per_sec = 8.0;
+        cost.cores = count.map(|count| Cores { count, copy_bytes_per_sec: 16.0 });
+        cost
+    }
+
+    #[test]
+    fn lanes_on_one_core_take_its_time_from_units() {
+        let tasks = || vec![(0, work(8)), (1, copy(4)), (3, work(2)), (0, work(8))];
+        assert_eq!(ends(&device(None), tasks()), [1.0, 1.0, 0.25, 2.0]);
+        // The copy takes 1/4 second of the core and the host's arithmetic 1/4; both last so much longer, and the second unit ends 1/2 later.
+        assert_eq!(ends(&device(Some(1)), tasks()), [1.0, 1.25, 0.5, 2.5]);
+        // Of two cores a copy takes one.
+        assert_eq!(ends(&device(Some(2)), tasks()), [1.0, 1.125, 0.5, 2.375]);
+    }
+
+    #[test]
+    fn where_no_unit_is_queued_nothing_is_taken() {
+        let tasks = vec![(1, copy(4)), (3, work(2)), (0, work(8)), (0, work(8))];
+        assert_eq!(ends(&device(Some(1)), tasks), [1.0, 0.25, 1.0, 2.0]);
+        // Only what meets the unit counts: 1/8 second of the four that a long update takes.
+        let tasks = vec![(0, work(1)), (3, work(32)), (0, work(8))];
+        assert_eq!(ends(&device(Some(1)), tasks), [0.125, 4.125, 1.25]);
+    }
+
+    #[test]
+    fn devices_with_cores_of_their_own_do_the_hosts_arithmetic_there() {
+        let math = |cores: [Option<usize>; 2]| {
+            let device = SimDevice::new(cores.map(device).to_vec());
+            device.lanes().iter().filter(|l| l.kind == LaneKind::HostMath).map(|l| l.device).collect::<Vec<_>>()
+        };
+        assert_eq!(math([Some(1), Some(2)]), [0, 1]);
+        assert_eq!(math([Some(1), None]), [LaneId::HOST]);
+        assert_eq!(SimDevice::new(vec![device(Some(2))]).lanes()[3], LaneId::host(LaneKind::HostMath));
     }
 }
