@@ -7,7 +7,7 @@
 
 use criterion::Criterion;
 use hydra::base::philox::Sequence;
-use hydra::sched::{Claim, DeviceId, DeviceView, ModelId, ModelView, POLICIES, View, by_name};
+use hydra::sched::{Claim, DeviceId, DeviceView, LocalityLrtf, ModelId, ModelView, POLICIES, Policy, View, by_name};
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
@@ -18,9 +18,13 @@ fn models(count: usize, devices: usize, idle_part: f64) -> Vec<ModelView> {
     let mut numbers = Sequence::new(1, 0);
     let mut model = |id| {
         let device = numbers.below(devices as u64) as DeviceId;
+        let remaining_secs = 100.0 * numbers.uniform();
         ModelView {
             claim: if numbers.uniform() < idle_part { Claim::Idle } else { Claim::By(device) },
-            remaining_secs: 100.0 * numbers.uniform(),
+            remaining_secs,
+            remaining_chain_secs: 0.3 * remaining_secs,
+            microbatches: 4,
+            boundary_ready_secs: 0.2 * numbers.uniform(),
             remaining_bytes: numbers.below(1 << 40),
             shard: numbers.below(16) as u16,
             unit_secs: 0.1 + 0.1 * numbers.uniform(),
@@ -69,8 +73,9 @@ fn main() {
         for (what, idle_part) in [("busy", 0.2), ("idle", 1.0)] {
             let models = models(model_count, device_count, idle_part);
             let devices = devices(device_count, &models);
-            for name in POLICIES {
-                let policy = by_name(name, 1).expect("POLICIES holds the names that are known");
+            let built_in = |name| (name, by_name(name, 1).expect("POLICIES holds the names that are known"));
+            let pipelines: Box<dyn Policy> = Box::new(LocalityLrtf { pipelines: true });
+            for (name, policy) in POLICIES.into_iter().map(built_in).chain([("locality-lrtf pipelining", pipelines)]) {
                 let case = format!("{name}/{model_count} models {device_count} devices/{what}");
                 let mut samples = Vec::new();
                 criterion.bench_function(&case, |bencher| {
