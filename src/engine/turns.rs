@@ -277,7 +277,7 @@ impl Turns {
                 |what: &str| Err(Error::bad(format!("policy {name}: chose model {model} for device {device}, {what}")));
             match self.models.get(usize::from(model)) {
                 None => return fault(&format!("of models 0 to {}", self.models.len() - 1)),
-                Some(chosen) if !view.may_take(chosen) && !(self.policy.pipelines() && view.may_follow(chosen)) => {
+                Some(chosen) if !(view.may_take(chosen) || self.policy.pipelines() && view.may_follow(chosen)) => {
                     return fault(match (chosen.claim, chosen.pinned) {
                         (Claim::Idle, _) => "whose next unit is at home on another device",
                         (Claim::By(_), _) => "which is busy on another device",

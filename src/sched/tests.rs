@@ -217,11 +217,12 @@ fn a_critical_model_is_followed_on_another_device() {
     // The first model's unit runs on the other device, in four microbatches, and ends in 0.75 seconds.
     let (mut two, mut devices) = (models(&[100.0, 3.0]), devices(&[1.0, 1.0]));
     (two[0].claim, two[0].microbatches, two[0].last_device) = (Claim::By(1), 4, Some(1));
+    (devices[1].claimed, devices[1].busy_secs) = (1, 0.75);
     (two[0].remaining_chain_secs, two[0].first_ready_secs, two[0].boundary_ready_secs) = (40.0, 0.0, 0.75);
     assert_eq!(pipelines.choose(&view(&two, &devices)), Some(0));
     check(&view(&two, &devices), &POLICIES.map(|name| (name, Some(1))));
     // Half a second later its last microbatch would be waited for: 1 of 1.5 seconds is less than 7/8 of what the other model offers.
-    two[0].boundary_ready_secs = 1.25;
+    (two[0].boundary_ready_secs, devices[1].busy_secs) = (1.25, 1.25);
     assert_eq!(pipelines.choose(&view(&two, &devices)), Some(1));
     // Not where this device's queue runs until then; but again where the first microbatch comes later still.
     (devices[0].claimed, devices[0].busy_secs) = (1, 0.5);
@@ -238,8 +239,16 @@ fn a_critical_model_is_followed_on_another_device() {
     assert_eq!(pipelines.choose(&view(&two, &devices)), Some(1));
     (two[0].microbatches, two[0].pinned) = (4, Some(1));
     assert_eq!(pipelines.choose(&view(&two, &devices)), Some(1));
-    // With nothing else to do, any wait is better than none of it.
-    (two[0].pinned, two[1].claim, two[0].boundary_ready_secs) = (None, Claim::Away, 9.0);
+    // With nothing else to do it is better to wait a while, unless the other device ends the unit as soon.
+    (two[0].pinned, two[1].claim, two[0].boundary_ready_secs, devices[1].busy_secs) = (None, Claim::Away, 9.0, 9.0);
+    assert_eq!(pipelines.choose(&view(&two, &devices)), Some(0));
+    devices[1].busy_secs = 8.0;
+    assert_eq!(pipelines.choose(&view(&two, &devices)), None);
+    // Its own successor a device leaves to one that is free before and ends it sooner.
+    (two[0].claim, two[0].last_device, two[0].first_ready_secs) = (Claim::By(0), Some(0), 0.25);
+    (two[0].boundary_ready_secs, devices[0].busy_secs, devices[1].busy_secs) = (1.0, 1.0, 0.5);
+    assert_eq!(pipelines.choose(&view(&two, &devices)), None);
+    devices[1].busy_secs = 1.25;
     assert_eq!(pipelines.choose(&view(&two, &devices)), Some(0));
 }
 

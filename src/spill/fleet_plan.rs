@@ -128,27 +128,31 @@ pub fn plan_anywhere(models: &[FleetModel], devices: &[FleetDevice]) -> Result<F
         Ok(placed)
     };
     let arena = |placed: &[Placed]| FleetMap::new(placed, 1).arena_bytes[0];
-    let widest = plans(&|_| budget)?;
-    let smallest: Vec<u64> = widest.iter().map(|p| p.plan.smallest_device_bytes).collect();
+    let wishes = plans(&|_| None)?;
+    let smallest: Vec<u64> = wishes.iter().map(|p| p.plan.smallest_device_bytes).collect();
     let least = plans(&|i| Some(smallest[i]))?;
     let smallest_device_bytes = arena(&least);
     let plan = |placed| FleetPlan { placed, smallest_device_bytes };
-    let Some(budget) = budget.filter(|&budget| arena(&widest) > budget) else { return Ok(plan(widest)) };
-    let at_share =
-        |share: f64| plans(&|i| Some(smallest[i] + (budget.saturating_sub(smallest[i]) as f64 * share) as u64));
+    let Some(budget) = budget.filter(|&budget| arena(&wishes) > budget) else { return Ok(plan(wishes)) };
     if smallest_device_bytes > budget {
         let needs = smallest_device_bytes;
         let mut message = format!(
-            "device memory: the models together need {needs} bytes ({}) of every device, the smallest budget is {budget} bytes ({})\n",
+            "device memory: the models together need {needs} bytes ({}) of every device, the smallest has {budget} bytes ({})\n",
             format_bytes(needs),
             format_bytes(budget)
         );
         for (m, &bytes) in models.iter().zip(&smallest) {
-            message += &format!("  {:<26} {bytes:>14} bytes  {:>12} alone\n", m.name, format_bytes(bytes));
+            let fits = if bytes > budget { ", does not fit" } else { "" };
+            message += &format!("  {:<26} {bytes:>14} bytes  {:>12} alone{fits}\n", m.name, format_bytes(bytes));
         }
         message += &format!("  smallest budget that works {needs:>14} bytes: memory = {needs}");
         return Err(Error::OutOfBudget { message, smallest_device_bytes: needs });
     }
+    let widest = plans(&|_| Some(budget))?;
+    if arena(&widest) <= budget {
+        return Ok(plan(widest));
+    }
+    let at_share = |share: f64| plans(&|i| Some(smallest[i] + ((budget - smallest[i]) as f64 * share) as u64));
     let (mut low, mut high, mut best) = (0.0, 1.0, least);
     for _ in 0..6 {
         let middle = 0.5 * (low + high);

@@ -46,6 +46,24 @@ fn models_trained_together_are_those_trained_one_after_another() {
 }
 
 #[test]
+fn one_model_on_two_devices_has_the_bits_of_one() {
+    let cut = model("m", "optimizer = { lr = 0.01 }")
+        .replace("microbatch = 2", "")
+        .replace("batch = 4", "batch = 4\nmicrobatch = 1");
+    let job = Job::new(&(TWO_CORES.to_string() + &cut));
+    let locality = ["--set", "run.policy=locality-lrtf"];
+    for pipeline in ["always", "never"] {
+        let out = format!("run.out={pipeline}");
+        let set = format!("run.pipeline={pipeline}");
+        let ran = job.hydra(&[&["train", "--set", &out, "--set", &set][..], &locality].concat()).fine();
+        assert_eq!(ran.out.contains("go on from device to device"), pipeline == "always", "{}", ran.out);
+        assert_eq!(ran.out.contains("1 device of 2 idle"), pipeline == "never", "{}", ran.out);
+    }
+    let weights = |run: &str| fs::read(job.at(&format!("{run}/m/model/model.safetensors"))).expect("weights");
+    assert!(weights("always") == weights("never"), "other bits on two devices");
+}
+
+#[test]
 fn one_that_fails_ends_with_its_reason_and_the_others_go_on() {
     let hot = "optimizer = { kind = 'sgd', lr = 1e30 }";
     let job = Job::new(&(model("fine", "") + &model("hot", hot).replace("steps = 4", "steps = 9")));
@@ -131,12 +149,28 @@ fn bad_fleets() {
         (&["train", "--set", "device.0.count=0"], "device.0.count"),
         (&["train", "--set", "model.0.search={ colour = [1, 2] }"], "model.0.search"),
         (&["train", "--set", "run.pipeline_microbatches=2"], "run.pipeline_microbatches"),
+        (&["train", "--set", "run.pipeline=always"], "run.pipeline"),
+        (
+            &[
+                "plan",
+                "--set",
+                "run.pipeline=always",
+                "--set",
+                "run.policy=locality-lrtf",
+                "--set",
+                "model.0.microbatch=4",
+                "--set",
+                "model.1.microbatch=4",
+            ],
+            "run.pipeline",
+        ),
+        (&["plan", "--set", "device.0.count=70000"], "70000 devices"),
     ] {
         job.hydra(args).bad(&[says]);
     }
     // Whole models on a device of 1 KiB: each is named.
     let tiny = ["--set", "device.0.memory=1024"];
-    for (policy, says) in [("task-parallel", "fit whole on no device"), ("srtf", "a: device memory")] {
+    for (policy, says) in [("task-parallel", "fit whole on no device"), ("srtf", "alone, does not fit")] {
         let policy = format!("run.policy={policy}");
         let refused = job.hydra(&[&["train", "--set", &policy], &tiny[..]].concat());
         refused.fails(2, &[says]);

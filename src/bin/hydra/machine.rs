@@ -5,10 +5,40 @@ use hydra::base::{Error, Result};
 use hydra::device::host::HostSpec;
 use hydra::device::sim::{CostModel, PROFILES, Profile};
 use hydra::device::{DeviceSpec, calibrate_fleet, why_no_cuda, why_no_emulator};
+use std::cell::RefCell;
 use std::path::Path;
 
 /// Of the memory that is free, the part that the host's store may take unless the job says otherwise.
 pub const SHARE_OF_FREE_MEMORY: f64 = 0.8;
+
+/// Each takes part in every plan and choice.
+const MOST_DEVICES: usize = 4096;
+
+/// What devices achieve with so many of them at work.
+struct Measured {
+    specs: Vec<DeviceSpec>,
+    at_work: usize,
+    costs: Vec<CostModel>,
+}
+
+thread_local! {
+    /// What was measured so far: rates of one command are of one measurement, so that what it compares can be compared.
+    static MEASURED: RefCell<Vec<Measured>> = const { RefCell::new(Vec::new()) };
+}
+
+/// What `specs` achieve with so many of them at work.
+fn measured(specs: Vec<DeviceSpec>, at_work: usize) -> Result<Vec<CostModel>> {
+    let before = MEASURED.with_borrow(|all| {
+        let same = all.iter().find(|m| m.specs == specs && m.at_work == at_work);
+        same.map(|measured| measured.costs.clone())
+    });
+    if let Some(costs) = before {
+        return Ok(costs);
+    }
+    let costs = calibrate_fleet(&specs, at_work)?;
+    MEASURED.with_borrow_mut(|all| all.push(Measured { specs, at_work, costs: costs.clone() }));
+    Ok(costs)
+}
 
 /// One device of a job.
 #[derive(Clone)]
@@ -50,6 +80,10 @@ impl Machine {
 /// # Errors
 /// [`Error::BadInput`] that names the key; [`Error::Device`] for a machine that lacks a GPU.
 pub fn check_devices(file: &str, job: &Job, trains: bool) -> Result<()> {
+    let count: usize = job.devices.iter().map(|d| d.count).sum();
+    if count > MOST_DEVICES {
+        return Err(Error::bad(format!("{file}: device: {count} devices, at most {MOST_DEVICES} make sense")));
+    }
     for (i, device) in job.devices.iter().enumerate() {
         let fault = |what: &str| Err(Error::bad(format!("{file}: device.{i}.kind: {what}")));
         if device.kind != job.devices[0].kind {
@@ -131,7 +165,8 @@ pub fn machine(file: &str, job: &Job) -> Result<Machine> {
     // All are of one kind, as `check_devices` has seen to.
     if job.devices[0].kind != DeviceKind::Sim {
         let specs: Vec<DeviceSpec> = devices.iter().map(|(d, _)| d.spec.clone()).collect();
-        let costs = calibrate_fleet(&specs, at_work(job.run.policy, job.models.len(), specs.len()))?;
+        let at_work = at_work(job.run.policy, job.models.len(), specs.len());
+        let costs = measured(specs, at_work)?;
         devices.iter_mut().zip(costs).for_each(|((device, _), cost)| device.cost = cost);
     }
     let sim = job.devices[0].kind == DeviceKind::Sim;

@@ -8,8 +8,8 @@ use hydra::base::{Error, Result};
 use hydra::engine::{self, SimulateOptions, Simulation};
 use hydra::sched::{self, LocalityLrtf, by_name};
 use hydra::spill::{
-    Baseline, FleetDevice, FleetMap, FleetModel, Home, Model, Placed, check_host, named, place_baseline, plan_fleet,
-    plan_pipelined,
+    Baseline, FleetDevice, FleetMap, FleetModel, FleetPlan, Home, Model, Placed, check_host, named, place_baseline,
+    plan_fleet, plan_pipelined,
 };
 use hydra::trace::Recorder;
 use hydra::train::plan_model;
@@ -17,6 +17,20 @@ use std::sync::Arc;
 
 /// Steps of the longest model, by which ways are compared.
 const COMPARED_STEPS: u64 = 24;
+
+/// The gain that a pipeline is to promise: predictions are no better.
+const LEAST_GAIN: f64 = 0.1;
+
+/// Seconds of a microbatch in a unit below which handing it on costs too much, whatever a simulation says of it.
+const LEAST_TASK_SECS: f64 = 2e-4;
+
+/// Whether microbatches take long enough to be handed on.
+fn is_worth_it(plan: &FleetPlan) -> bool {
+    plan.placed.iter().all(|p| {
+        let tasks = (2 * p.plan.shards.len() - 1) * p.model.microbatches;
+        p.plan.estimated_secs >= tasks as f64 * LEAST_TASK_SECS
+    })
+}
 
 /// How the models of a job share its devices.
 #[derive(Clone, Debug, PartialEq)]
@@ -78,8 +92,13 @@ impl Placing {
         };
         let may_pipeline = job.run.policy == Policy::LocalityLrtf && job.run.pipeline != Pipeline::Never;
         let plan = if may_pipeline { plan_pipelined(&fleet, &devices) } else { Ok(None) };
+        if job.run.pipeline == Pipeline::Always && matches!(plan, Ok(None)) {
+            let what = "run.pipeline: \"always\" wants a model with a microbatch below its batch that would end last; leave it out";
+            return Err(Error::bad(what));
+        }
         // What does not fit with fine units may fit without.
-        let Ok(Some(plan)) = plan else { return one_at_a_time()?.checked(machine) };
+        let plan = plan.ok().flatten().filter(|plan| job.run.pipeline == Pipeline::Always || is_worth_it(plan));
+        let Some(plan) = plan else { return one_at_a_time()?.checked(machine) };
         let sharing = Sharing::Turns { pipelines: true };
         let pipelined = Placing { placed: plan.placed, sharing, smallest_device_bytes: plan.smallest_device_bytes };
         if job.run.pipeline == Pipeline::Always {
@@ -94,7 +113,7 @@ impl Placing {
             let Placing { placed, sharing, .. } = placing;
             simulate(placed, sharing, &job.run, machine, (steps, clips), None).map(|s| s.makespan_secs)
         };
-        let ends_sooner = makespan_secs(&pipelined)? < makespan_secs(&without)?;
+        let ends_sooner = makespan_secs(&pipelined)? < (1.0 - LEAST_GAIN) * makespan_secs(&without)?;
         if ends_sooner && check_host(&pipelined.placed, devices.len(), machine.host_budget).is_ok() {
             return Ok(pipelined);
         }

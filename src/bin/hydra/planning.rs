@@ -1,12 +1,12 @@
 //! From a job to plans: the devices, the plan and the place of each model, and how they take turns.
 
-use crate::job::{self, DeviceKind, Job, Policy};
+use crate::job::{self, DeviceKind, Job};
 use crate::machine::{Machine, check_devices, device_spec, machine};
 use crate::placing::{self, Placing, Sharing};
 use crate::setup::{Prepared, check_scope, prepare};
 use hydra::base::{Error, Result, format_bytes};
 use hydra::engine::{Prediction, SimulateOptions, Simulation, predict, simulate};
-use hydra::sched::by_name;
+use hydra::sched::{LocalityLrtf, Policy};
 use hydra::spill::{FleetMap, FleetModel, Home, Model, Placed, Plan};
 use hydra::trace::{Bound, Recorder};
 use hydra::train::trace_model;
@@ -84,7 +84,8 @@ pub fn plan_loaded(path: &Path, job: Job, trains: bool) -> Result<PlannedJob> {
     let map = FleetMap::within(&placed, &placing::may_fill(&machine));
     let mut models = Vec::new();
     for ((prepared, _), placed) in traced.into_iter().zip(placed) {
-        let prediction = predict_alone(&placed, &machine, &map.arena_bytes, prepared.options.clip.is_some())?;
+        let clip = prepared.options.clip.is_some();
+        let prediction = predict_alone(&placed, &sharing, &machine, &map.arena_bytes, clip)?;
         models.push(Rc::new(Planned { prepared, placed, prediction }));
     }
     let mut planned =
@@ -134,7 +135,13 @@ pub fn fleet_model(prepared: &Prepared, model: &Arc<Model>) -> FleetModel {
 ///
 /// # Errors
 /// When the schedule stalls: our own bug.
-pub fn predict_alone(placed: &Placed, machine: &Machine, arena_bytes: &[u64], clip: bool) -> Result<Prediction> {
+pub fn predict_alone(
+    placed: &Placed,
+    sharing: &Sharing,
+    machine: &Machine,
+    arena_bytes: &[u64],
+    clip: bool,
+) -> Result<Prediction> {
     let alone = matches!(&placed.home, Home::On(devices) if devices.iter().all(|d| *d == devices[0]));
     if alone {
         let Home::On(devices) = &placed.home else { unreachable!("matched just above") };
@@ -143,7 +150,9 @@ pub fn predict_alone(placed: &Placed, machine: &Machine, arena_bytes: &[u64], cl
     /// Steps that are run, the first of which is left out of the average.
     const STEPS: u64 = 4;
     let run = |steps: u64| {
-        let policy = (placed.home == Home::Anywhere).then(|| by_name("sharded-lrtf", 0)).flatten();
+        let pipelines = *sharing == Sharing::Turns { pipelines: true };
+        let moves = placed.home == Home::Anywhere;
+        let policy = moves.then(|| Box::new(LocalityLrtf { pipelines }) as Box<dyn Policy>);
         let options = SimulateOptions {
             steps: vec![steps],
             clips: vec![clip],
@@ -222,7 +231,7 @@ impl PlannedJob {
         }
         let why = match self.sharing {
             Sharing::Alone | Sharing::Turns { .. } if models < devices => "a model runs on one device at a time",
-            Sharing::Lines(_) if self.job.run.policy == Policy::OneAtATime => {
+            Sharing::Lines(_) if self.job.run.policy == job::Policy::OneAtATime => {
                 "one-at-a-time uses the first device alone"
             }
             _ => "every model is at home on another",

@@ -45,8 +45,13 @@ pub fn plan_added(planned: &PlannedJob, job: &Job, there: &[Placed], arenas: &[u
         let one = fit(&fleet_model(&prepared, &model), planned, &placed, arenas)?;
         let one = Placed { line: i, ..one };
         placed.push(one.clone());
-        let prediction =
-            predict_alone(&one, &planned.machine, &planned.map.arena_bytes, prepared.options.clip.is_some())?;
+        let prediction = predict_alone(
+            &one,
+            &planned.sharing,
+            &planned.machine,
+            &planned.map.arena_bytes,
+            prepared.options.clip.is_some(),
+        )?;
         added.push(Rc::new(Planned { prepared, placed: one, prediction }));
     }
     check_host(&placed, devices, planned.machine.host_budget)?;

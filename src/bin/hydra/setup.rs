@@ -1,7 +1,7 @@
 //! A job's models made ready: the network, its data, and how to train it; nothing is planned yet and no weight is read.
 
 use crate::job::model::{Data, Length, Source as Whence, Tokenizer, ValidPart};
-use crate::job::{self, DeviceKind, Job, Policy};
+use crate::job::{self, DeviceKind, Job, Pipeline, Policy};
 use hydra::base::{DType, Error, Result, Shape};
 use hydra::data::{
     self, BatchesOptions, BatchesSource, ImageFiles, ImageOptions, ImageSource, RandomOptions, RandomSource, Source,
@@ -121,6 +121,13 @@ pub fn check_scope(file: &str, job: &Job) -> Result<()> {
     let fault = |at: &str, what: &str| Err(Error::bad(format!("{file}: {at}: {what}")));
     if job.run.pipeline_microbatches.is_some() && job.run.policy != Policy::Gpipe {
         return fault("run.pipeline_microbatches", "goes with policy = \"gpipe\" only; leave it out");
+    }
+    if job.run.pipeline == Pipeline::Always {
+        let devices: usize = job.devices.iter().map(|d| d.count).sum();
+        if job.run.policy != Policy::LocalityLrtf || devices < 2 {
+            let what = "\"always\" goes with policy = \"locality-lrtf\" and two devices or more; leave it out";
+            return fault("run.pipeline", what);
+        }
     }
     if job.host.disk.is_some() {
         return fault("host.disk", "the disk tier is not built yet; leave it out");

@@ -183,9 +183,7 @@ fn already_done(out: &Path, json: bool) -> Result<()> {
 fn start(dir: &mut RunDir, planned: &PlannedJob) -> std::result::Result<(), Failure> {
     dir.write(rundir::PLAN, planned.text().as_bytes())?;
     dir.write(rundir::JOB, planned.job.source_text.as_bytes())?;
-    if matches!(planned.sharing, Sharing::Turns { .. }) {
-        dir.folder(rundir::INBOX)?;
-    }
+    dir.folder(rundir::INBOX)?;
     Ok(())
 }
 
