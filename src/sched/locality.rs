@@ -30,7 +30,9 @@ const CRITICAL_TOLERANCE: f64 = 0.5;
 ///    critical ones within 1/2.
 /// 5. Of equals the longest chain goes first, with sharded-LRTF's ties.
 /// 6. Where it pipelines, a **follower** is considered where its model is critical, since every other model comes to its end in time without, and where its useful
-///    share is within 1/8 of the best candidate's. It waits for microbatches too: its last one ends no sooner than the unit's before it has.
+///    share is within 1/8 of the best candidate's. It waits for microbatches too: its last one ends no sooner than the unit's before it has. It is left to
+///    the device that has the unit before, where that ends it as soon; and a device leaves a critical successor of its own unit to one that is
+///    free before and ends it sooner.
 ///
 /// On unequal devices a unit is left to the fastest device that is free soonest, where that would end it sooner, if its chain is the longest and critical,
 /// or if its model could otherwise only end after all others: later than the horizon of the other devices and half a turn.
@@ -225,8 +227,8 @@ impl<'a> Outlook<'a> {
         }
     }
 
-    /// Whether the asking device leaves a model's next unit to the fastest one, which ends it sooner: a critical longest chain, and any model
-    /// that could only end late.
+    /// Whether the asking device leaves a model's next unit to another, which ends it sooner: in a pipeline; and on unequal devices to the fastest one a
+    /// critical longest chain, and any model that could only end late.
     fn is_left(&self, model: &ModelView) -> bool {
         if let Claim::By(by) = model.claim
             && by != self.here.id

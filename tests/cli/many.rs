@@ -170,7 +170,7 @@ fn bad_fleets() {
     }
     // Whole models on a device of 1 KiB: each is named.
     let tiny = ["--set", "device.0.memory=1024"];
-    for (policy, says) in [("task-parallel", "fit whole on no device"), ("srtf", "alone, does not fit")] {
+    for (policy, says) in [("task-parallel", "fit whole on no device"), ("srtf", "the models together need")] {
         let policy = format!("run.policy={policy}");
         let refused = job.hydra(&[&["train", "--set", &policy], &tiny[..]].concat());
         refused.fails(2, &[says]);

@@ -2,14 +2,13 @@
 
 use crate::job::{DeviceKind, Job, Pipeline, Policy, Run};
 use crate::machine::{Machine, MachineDevice};
-use crate::planning::fleet_model;
 use crate::setup::Prepared;
 use hydra::base::{Error, Result};
 use hydra::engine::{self, SimulateOptions, Simulation};
 use hydra::sched::{self, LocalityLrtf, by_name};
 use hydra::spill::{
-    Baseline, FleetDevice, FleetMap, FleetModel, FleetPlan, Home, Model, Placed, check_host, named, place_baseline,
-    plan_fleet, plan_pipelined,
+    Baseline, FleetDevice, FleetMap, FleetModel, FleetPlan, Home, Model, Placed, PlanOptions, check_host, named,
+    place_baseline, plan_fleet, plan_pipelined,
 };
 use hydra::trace::Recorder;
 use hydra::train::plan_model;
@@ -140,6 +139,20 @@ impl Placing {
         let home = Home::On(vec![best as u16; plan.shards.len()]);
         let placed = vec![Placed { home, ..Placed::alone(Arc::clone(model), plan) }];
         Ok(Placing { placed, sharing: Sharing::Alone, smallest_device_bytes })
+    }
+}
+
+/// A model as the planner of several takes it.
+pub fn fleet_model(prepared: &Prepared, model: &Arc<Model>) -> FleetModel {
+    FleetModel {
+        name: prepared.name.clone(),
+        model: Arc::clone(model),
+        options: PlanOptions {
+            moments: prepared.options.optimizer.moments(),
+            clips: prepared.options.clip.is_some(),
+            ..prepared.options.plan.clone()
+        },
+        steps: prepared.options.steps,
     }
 }
 

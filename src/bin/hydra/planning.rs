@@ -7,7 +7,7 @@ use crate::setup::{Prepared, check_scope, prepare};
 use hydra::base::{Error, Result, format_bytes};
 use hydra::engine::{Prediction, SimulateOptions, Simulation, predict, simulate};
 use hydra::sched::{LocalityLrtf, Policy};
-use hydra::spill::{FleetMap, FleetModel, Home, Model, Placed, Plan};
+use hydra::spill::{FleetMap, Home, Model, Placed, Plan};
 use hydra::trace::{Bound, Recorder};
 use hydra::train::trace_model;
 use std::path::Path;
@@ -115,20 +115,6 @@ pub fn trace(job: &Job, mut prepared: Prepared, before: &[(&Prepared, &Arc<Model
         }
     };
     Ok((prepared, model))
-}
-
-/// A model as the planner of several takes it.
-pub fn fleet_model(prepared: &Prepared, model: &Arc<Model>) -> FleetModel {
-    FleetModel {
-        name: prepared.name.clone(),
-        model: Arc::clone(model),
-        options: hydra::spill::PlanOptions {
-            moments: prepared.options.optimizer.moments(),
-            clips: prepared.options.clip.is_some(),
-            ..prepared.options.plan.clone()
-        },
-        steps: prepared.options.steps,
-    }
 }
 
 /// What a step of a model takes with the devices to itself.

@@ -9,7 +9,7 @@ use crate::machine::free_memory_bytes;
 use crate::outcome;
 use crate::placing::Sharing;
 use crate::planning::{Planned, PlannedJob, plan_loaded};
-use crate::print::say;
+use crate::print::{say, warn};
 use crate::progress::Board;
 use crate::room::roomy_arenas;
 use crate::rundir::{self, Found, RunDir, inspect};
@@ -171,6 +171,11 @@ fn standings(
 }
 
 fn already_done(out: &Path, json: bool) -> Result<()> {
+    let folder = out.join(rundir::INBOX);
+    let waiting = Inbox::new(folder.clone()).wait_look().len();
+    if waiting > 0 {
+        warn(format!("{}: of no use to a run that is done: {waiting} waiting there", folder.display()));
+    }
     if json {
         say(json!({ "run": out, "models": [] }));
     } else {
