@@ -159,12 +159,13 @@ impl Plan {
 
     /// The stretches in which a shard's own weights come and go, in bytes from its first.
     pub fn copies(&self, shard: usize) -> Vec<Range<u64>> {
-        // Smaller pieces cost more to start than they hide: at 10 GB/s this is 26 microseconds.
-        const LEAST_BYTES: u64 = 256 << 10;
+        // Smaller pieces cost more to start than they hide: at 10 GB/s this is 26 microseconds. Where no update waits for a piece they only keep a lane
+        // from boundary tensors, which 0.4 milliseconds do not matter to.
+        let least_bytes: u64 = if self.choice.updates_on_device { 4 << 20 } else { 256 << 10 };
         const MOST: u64 = 8;
         let bytes = self.own_bytes(shard);
         let most = if self.choice.resident || self.choice.slots == 1 { 1 } else { MOST };
-        let count = most.min(bytes / LEAST_BYTES).max(1);
+        let count = most.min(bytes / least_bytes).max(1);
         let at = |i: u64| if i == count { bytes } else { align_up(bytes * i / count, ALIGNMENT) };
         (0..count).map(|i| at(i)..at(i + 1)).collect()
     }
