@@ -159,8 +159,8 @@ impl Plan {
 
     /// The stretches in which a shard's own weights come and go, in bytes from its first.
     pub fn copies(&self, shard: usize) -> Vec<Range<u64>> {
-        // Smaller pieces cost more to start than they hide: at 10 GB/s this is 26 microseconds. Where no update waits for a piece they only keep a lane
-        // from boundary tensors, which 0.4 milliseconds do not matter to.
+        // Smaller pieces cost more to start than they hide: at 10 GB/s this is 26 microseconds. Where no update waits for a piece, a
+        // piece only keeps a lane from boundary tensors; 0.4 milliseconds of that do no harm.
         let least_bytes: u64 = if self.choice.updates_on_device { 4 << 20 } else { 256 << 10 };
         const MOST: u64 = 8;
         let bytes = self.own_bytes(shard);

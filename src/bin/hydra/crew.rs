@@ -16,7 +16,7 @@ use hydra::base::{Error, Result, nearest};
 use hydra::spill::{FleetMap, Placed};
 use hydra::train::metrics::Metrics;
 use hydra::train::results::Status;
-use hydra::train::{Crew, Fleet, Observer, Recruit};
+use hydra::train::{Crew, Fleet, Observer};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -133,14 +133,7 @@ impl RunCrew<'_> {
         let model = Rc::clone(&self.planned.models[number]);
         let (sources, files) = (model.prepared.sources()?, self.files(number)?);
         let validates = sources.valid.is_some();
-        fleet.wait_add(Recruit {
-            network: model.prepared.network(),
-            weights: model.prepared.weights(),
-            placed: model.placed.clone(),
-            source: sources.train,
-            valid: sources.valid,
-            options: model.prepared.options.clone(),
-        })?;
+        fleet.wait_add(model.recruit(sources))?;
         if let Some(mut recorder) = fleet.engine_mut().take_recorder() {
             recorder.add_model(model.prepared.name.clone(), model.prepared.options.steps);
             fleet.engine_mut().record(recorder);

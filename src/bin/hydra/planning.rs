@@ -3,13 +3,13 @@
 use crate::job::{self, DeviceKind, Job};
 use crate::machine::{Machine, check_devices, device_spec, machine};
 use crate::placing::{self, Placing, Sharing};
-use crate::setup::{Prepared, check_scope, prepare};
+use crate::setup::{Prepared, Sources, check_scope, prepare};
 use hydra::base::{Error, Result, format_bytes};
 use hydra::engine::{Prediction, SimulateOptions, Simulation, predict, simulate};
 use hydra::sched::{LocalityLrtf, Policy};
 use hydra::spill::{FleetMap, Home, Model, Placed, Plan};
 use hydra::trace::{Bound, Recorder};
-use hydra::train::trace_model;
+use hydra::train::{Recruit, trace_model};
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -28,6 +28,18 @@ impl Planned {
     /// Its graphs.
     pub fn model(&self) -> &Arc<Model> {
         &self.placed.model
+    }
+
+    /// The model with its data, to be trained.
+    pub fn recruit(&self, sources: Sources) -> Recruit<'_> {
+        Recruit {
+            network: self.prepared.network(),
+            weights: self.prepared.weights(),
+            placed: self.placed.clone(),
+            source: sources.train,
+            valid: sources.valid,
+            options: self.prepared.options.clone(),
+        }
     }
 
     /// Its plan.

@@ -21,7 +21,7 @@ use hydra::engine::TurnOptions;
 use hydra::spill::named;
 use hydra::trace::{Keep, Recorder, RecorderOptions};
 use hydra::train::results::{self, ModelResult, Status};
-use hydra::train::{Checkpoint, Fleet, Recruit, Verdict};
+use hydra::train::{Checkpoint, Fleet, Verdict};
 use serde_json::{Value, json};
 use std::cell::RefCell;
 use std::path::Path;
@@ -214,14 +214,7 @@ fn train_all(
     for (&m, (sources, twice)) in active.iter().zip(sources) {
         let model = &planned.models[m];
         later.push((sources.valid.is_some(), twice));
-        recruits.push(Recruit {
-            network: model.prepared.network(),
-            weights: model.prepared.weights(),
-            placed: model.placed.clone(),
-            source: sources.train,
-            valid: sources.valid,
-            options: model.prepared.options.clone(),
-        });
+        recruits.push(model.recruit(sources));
     }
     let turns = planned.sharing.policy(&planned.job.run).map(|policy| TurnOptions {
         policy,
