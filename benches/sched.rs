@@ -29,7 +29,8 @@ fn models(count: usize, devices: usize, idle_part: f64) -> Vec<ModelView> {
             shard: numbers.below(16) as u16,
             unit_secs: 0.1 + 0.1 * numbers.uniform(),
             weight_bytes: numbers.below(1 << 30),
-            boundary_bytes: numbers.below(1 << 24),
+            boundary_bytes: (1 << 22) + numbers.below(1 << 24),
+            here_bytes: numbers.below(1 << 22),
             last_device: Some(device),
             ..ModelView::away(id as ModelId)
         }
@@ -74,7 +75,7 @@ fn main() {
             let models = models(model_count, device_count, idle_part);
             let devices = devices(device_count, &models);
             let built_in = |name| (name, by_name(name, 1).expect("POLICIES holds the names that are known"));
-            let pipelines: Box<dyn Policy> = Box::new(LocalityLrtf { pipelines: true });
+            let pipelines: Box<dyn Policy> = Box::new(LocalityLrtf { pipelines: true, ..LocalityLrtf::default() });
             for (name, policy) in POLICIES.into_iter().map(built_in).chain([("locality-lrtf pipelining", pipelines)]) {
                 let case = format!("{name}/{model_count} models {device_count} devices/{what}");
                 let mut samples = Vec::new();

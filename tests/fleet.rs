@@ -333,7 +333,8 @@ fn units_that_follow_each_other_on_several_devices_give_the_bits_of_lone_runs() 
         let models = fleet_models(&entries, Recompute::Auto, slots);
         let spec = vec![FleetDevice { budget, cost: stated() }; devices];
         let placed = plan_anywhere(&models, &spec).expect("a plan").placed;
-        let policies: [Box<dyn Policy>; 2] = [Box::new(Eager), Box::new(LocalityLrtf { pipelines: true })];
+        let policies: [Box<dyn Policy>; 2] =
+            [Box::new(Eager), Box::new(LocalityLrtf { pipelines: true, ..LocalityLrtf::default() })];
         for policy in policies {
             let what = format!("{devices} devices, {slots} slots, {}", policy.name());
             check(&what, &entries, &run_policy(&entries, &placed, devices, policy, slots, None), &want);

@@ -11,8 +11,8 @@
 mod models;
 
 use hydra::device::sim::CostModel;
-use hydra::engine::{SimulateOptions, Simulation, simulate};
-use hydra::sched::{POLICIES, by_name};
+use hydra::engine::{SimulateOptions, simulate};
+use hydra::sched::{LocalityLrtf, POLICIES, Policy, by_name, rehearse};
 use hydra::spill::{FleetDevice, FleetModel, Placed, PlanOptions, plan_anywhere};
 use models::{Chain, Random};
 use serde::{Deserialize, Serialize};
@@ -22,9 +22,11 @@ const AGAIN: &str = "HYDRA_OPTIMAL_CASES=cases.json cargo test --test optimal &&
 
 /// Cases that there are to be at least.
 const LEAST_CASES: usize = 30;
-/// How far above the optima locality-lrtf may be: on average, and at worst. The aim is 2 % and 7 %.
-const MEAN: f64 = 0.042;
-const WORST: f64 = 0.145;
+/// How far above the optima locality-lrtf may be, on average and at worst: as it is, and as it is rehearsed for each case, which is to come within 2 % and
+/// 7 %. That takes so many simulations of a tenth of a millisecond.
+const PLAIN: (f64, f64) = (0.042, 0.145);
+const REHEARSED: (f64, f64) = (0.02, 0.07);
+const TRIES: usize = 512;
 /// Weight slots of a device, and units in its queue.
 const SLOTS: usize = 2;
 /// Width of boundaries: next to none of the bytes.
@@ -157,19 +159,25 @@ impl Fleet {
         }
     }
 
-    fn simulate(&self, policy: &str) -> Simulation {
+    fn makespan_secs(&self, policy: Box<dyn Policy>) -> f64 {
         let options = SimulateOptions {
             steps: self.steps.clone(),
             clips: vec![false; self.placed.len()],
             costs: self.costs.clone(),
             shared_bytes_per_sec: None,
             arena_bytes: Vec::new(),
-            policy: by_name(policy, 1),
+            policy: Some(policy),
             units: SLOTS,
             lines: Vec::new(),
             recorder: None,
         };
-        simulate(&self.placed, options).expect("nothing fails")
+        simulate(&self.placed, options).expect("nothing fails").makespan_secs
+    }
+
+    fn rehearsed_secs(&self) -> f64 {
+        let units: Vec<usize> = self.placed.iter().map(|p| units(p).count()).collect();
+        let secs = |policy: &LocalityLrtf| Ok::<_, ()>(self.makespan_secs(Box::new(policy.clone())));
+        rehearse(&LocalityLrtf::default(), &units, TRIES, secs).expect("nothing fails").makespan_secs
     }
 }
 
@@ -234,25 +242,30 @@ fn locality_lrtf_is_close_to_proved_optima() {
     };
     let pairs: Vec<(&Fleet, f64)> = solved.iter().map(|case| (fleet_of(case), case.optimum_secs)).collect();
 
-    let mut ours = None;
-    for policy in POLICIES {
-        let mut gaps = Vec::new();
-        for &(fleet, optimum) in &pairs {
-            let makespan = fleet.simulate(policy).makespan_secs;
-            let gap = makespan / optimum - 1.0;
-            assert!(gap > -1e-6, "{policy}, {}: {makespan} s, and {optimum} s is proved", fleet.name);
-            if policy == "locality-lrtf" {
-                println!("{:<50} optimum {optimum:.4} s, {:5.2} % above", fleet.name, 100.0 * gap);
-            }
-            gaps.push(gap);
-        }
-        let mean = gaps.iter().sum::<f64>() / gaps.len() as f64;
-        let worst = gaps.iter().copied().fold(0.0, f64::max);
-        println!("{policy}: {:.2} % above the optimum on average, {:.2} % at worst", 100.0 * mean, 100.0 * worst);
-        if policy == "locality-lrtf" {
-            ours = Some((mean, worst));
-        }
+    let above = |who: &str, makespan_secs: &dyn Fn(&Fleet) -> f64| {
+        let gap = |&(fleet, optimum): &(&Fleet, f64)| {
+            let secs = makespan_secs(fleet);
+            let gap = secs / optimum - 1.0;
+            assert!(gap > -1e-6, "{who}, {}: {secs} s, and {optimum} s is proved", fleet.name);
+            gap
+        };
+        let gaps: Vec<f64> = pairs.iter().map(gap).collect();
+        let (mean, worst) = (gaps.iter().sum::<f64>() / gaps.len() as f64, gaps.iter().copied().fold(0.0, f64::max));
+        println!("{who}: {:.2} % above the optimum on average, {:.2} % at worst", 100.0 * mean, 100.0 * worst);
+        (gaps, mean, worst)
+    };
+    let of_policy = |policy: &str| {
+        above(policy, &|fleet| {
+            fleet.makespan_secs(by_name(policy, 1).expect("POLICIES holds the names that are known"))
+        })
+    };
+    POLICIES.iter().filter(|policy| **policy != "locality-lrtf").for_each(|policy| _ = of_policy(policy));
+    let (plain, mean, worst) = of_policy("locality-lrtf");
+    assert!(mean <= PLAIN.0 && worst <= PLAIN.1, "locality-lrtf: {mean} on average, {worst} at worst");
+    let (rehearsed, mean, worst) = above("locality-lrtf, rehearsed", &Fleet::rehearsed_secs);
+    for (i, (fleet, optimum)) in pairs.iter().enumerate() {
+        let (plain, rehearsed) = (100.0 * plain[i], 100.0 * rehearsed[i]);
+        println!("{:<50} optimum {optimum:.4} s, {plain:5.2} % above, rehearsed {rehearsed:5.2} %", fleet.name);
     }
-    let (mean, worst) = ours.expect("it is a built-in policy");
-    assert!(mean <= MEAN && worst <= WORST, "locality-lrtf: {mean} on average, {worst} at worst");
+    assert!(mean <= REHEARSED.0 && worst <= REHEARSED.1, "rehearsed: {mean} on average, {worst} at worst");
 }

@@ -5,7 +5,7 @@
 //! for the bytes that the same one leaves there. A device holds as many units as it has weight slots: one that runs, the others on their way.
 
 use super::member::{Ending, Member, Purpose};
-use super::rings::Rings;
+use super::rings::{Rings, ShardOf};
 use super::unit_cost::{UnitCost, unit_costs};
 use super::visit::Pass;
 use super::{Engine, EngineOptions};
@@ -67,6 +67,19 @@ struct Ready {
     first: f64,
 }
 
+/// What a model's next unit takes in.
+#[derive(Clone, Copy, Debug, Default)]
+struct Wanted {
+    /// Of the step or evaluation that it belongs to.
+    serial: u64,
+    shard: usize,
+    /// It is a backward, which wants the gradient of its boundary too.
+    backward: bool,
+    /// Bytes of one microbatch's activation, and of its gradient.
+    activation_bytes: u64,
+    gradient_bytes: u64,
+}
+
 /// The state of a schedule.
 pub(super) struct Turns {
     policy: Box<dyn Policy>,
@@ -97,6 +110,7 @@ pub(super) struct Turns {
     left: Vec<f64>,
     /// By model.
     ready: Vec<Ready>,
+    wanted: Vec<Wanted>,
     choices: u64,
     last: Option<ModelId>,
     /// A model has begun work that no device has been offered.
@@ -143,6 +157,7 @@ impl Turns {
             next_unit: Vec::new(),
             left: vec![0.0; devices],
             ready: Vec::new(),
+            wanted: Vec::new(),
             choices: 0,
             last: None,
             has_begun: false,
@@ -159,6 +174,7 @@ impl Turns {
         self.corrections.push(1.0);
         self.next_unit.push(0);
         self.ready.push(Ready::default());
+        self.wanted.push(Wanted::default());
         self.models.push(ModelView::away(number as u16));
         self.refresh(number, member);
     }
@@ -193,6 +209,15 @@ impl Turns {
         };
         self.next_unit[model] = next;
         let unit = costs[next];
+        let bytes = |s: Option<usize>| s.map_or(0, |s| member.plan.shards[s].boundary_bytes);
+        let hands_back = pass == Pass::Backward && shard + 1 < shards;
+        self.wanted[model] = Wanted {
+            serial: pending.serial,
+            shard,
+            backward: pass == Pass::Backward,
+            activation_bytes: bytes(shard.checked_sub(1)),
+            gradient_bytes: bytes(hands_back.then_some(shard)),
+        };
         let of_steps = |p: &super::member::Pending| match p.purpose {
             Purpose::Step { .. } => {
                 costs.get(p.made).map_or((0.0, 0.0, 0), |u| (u.rest_secs, u.rest_chain_secs, u.rest_bytes))
@@ -207,7 +232,7 @@ impl Turns {
         view.remaining_chain_secs = chain * correction;
         view.unit_secs = unit.secs * correction;
         view.microbatches = member.model.microbatches as u32;
-        view.shard = shard as u16;
+        (view.shard, view.unit, view.units) = (shard as u16, next as u16, costs.len() as u16);
         view.boundary_bytes = unit.boundary_bytes;
         view.leave_bytes = unit.leave_bytes;
         view.weight_bytes = unit.weight_bytes;
@@ -243,12 +268,8 @@ impl Turns {
         self.queues.iter_mut().for_each(|q| q.retain(|c| c.model != model));
     }
 
-    /// The next choice that is to be made: a device with room, and the model that it takes. `held` lists what a device's slots hold.
-    fn next(
-        &mut self,
-        now: f64,
-        mut held: impl FnMut(usize, &mut Vec<(ModelId, u16)>),
-    ) -> Result<Option<(usize, usize)>> {
+    /// The next choice that is to be made: a device with room, and the model that it takes. `rings` are the slots that models share on a device.
+    fn next<'a>(&mut self, now: f64, rings: impl Fn(usize) -> Option<&'a Rings>) -> Result<Option<(usize, usize)>> {
         let mut order = std::mem::take(&mut self.order);
         order.clear();
         order.extend((0..self.devices.len()).filter(|&d| self.queues[d].len() < self.units && self.has_candidate(d)));
@@ -265,11 +286,7 @@ impl Turns {
         });
         for i in 0..self.order.len() {
             let device = self.order[i];
-            let list = &mut self.devices[device].held;
-            held(device, list);
-            // Of use now are next units' shards, as they are.
-            let (models, ready) = (&self.models, &self.ready);
-            list.retain(|&(m, s)| models[usize::from(m)].shard == s && ready[usize::from(m)].held <= now);
+            self.look_at(device, now, rings(device));
             let view = View { device: device as u16, ..self.view() };
             let Some(model) = self.policy.choose(&view) else { continue };
             let name = self.policy.name();
@@ -327,6 +344,31 @@ impl Turns {
         }
     }
 
+    /// Notes what of the models' next units lies on a device, in slots that they share.
+    fn look_at(&mut self, device: usize, now: f64, rings: Option<&Rings>) {
+        let held = &mut self.devices[device].held;
+        held.clear();
+        self.models.iter_mut().for_each(|model| model.here_bytes = 0);
+        let Some(rings) = rings else { return };
+        for ShardOf { model, shard } in rings.weights.held() {
+            if usize::from(self.models[model].shard) == shard && self.ready[model].held <= now {
+                held.push((model as ModelId, shard as u16));
+            }
+        }
+        for place in rings.activations.held() {
+            let wanted = &self.wanted[place.model];
+            if place.serial == wanted.serial && place.boundary + 1 == wanted.shard {
+                self.models[place.model].here_bytes += wanted.activation_bytes;
+            }
+        }
+        for place in rings.gradients.held() {
+            let wanted = &self.wanted[place.model];
+            if place.serial == wanted.serial && place.boundary == wanted.shard && wanted.backward {
+                self.models[place.model].here_bytes += wanted.gradient_bytes;
+            }
+        }
+    }
+
     /// Notes that a device has taken a model's next unit, whose tasks have been made.
     fn claimed(&mut self, device: usize, model: usize, member: &Member, now: f64) {
         let view = &self.models[model];
@@ -336,14 +378,15 @@ impl Turns {
         let follows = matches!(view.claim, Claim::By(_)) && !here;
         let a_microbatch = secs / (f64::from(view.microbatches) * self.devices[device].speed);
         let held = self.devices[device].held.contains(&(model as u16, shard));
-        let bytes = if held { 0 } else { view.weight_bytes } + if here { 0 } else { view.boundary_bytes };
+        let boundary_bytes = view.boundary_bytes.saturating_sub(view.here_bytes);
+        let bytes = if held { 0 } else { view.weight_bytes } + boundary_bytes;
         let shared = self.shared_bytes_per_sec.unwrap_or(f64::INFINITY);
         let rate = self.devices[device].h2d_bytes_per_sec.min(shared);
         self.arrived[device] = self.arrived[device].max(now) + bytes as f64 / rate;
         let mut ready = if bytes > 0 { self.arrived[device] } else { now };
         ready = if held { ready } else { ready.max(self.ready[model].weights) };
         let before = self.ready[model];
-        ready = ready.max(if here {
+        ready = ready.max(if boundary_bytes == 0 {
             0.0
         } else if follows {
             before.first
@@ -462,13 +505,9 @@ impl Engine {
         loop {
             let Some(turns) = self.turns.as_mut().filter(|turns| !turns.paused) else { return Ok(()) };
             let (members, rings) = (&self.members, &self.rings);
-            let held = |device: usize, list: &mut Vec<(ModelId, u16)>| {
-                list.clear();
-                let shared = members.iter().find(|m| m.placed.home == Home::Anywhere).map(|m| m.rings[device]);
-                let shards = shared.into_iter().flat_map(|r| rings[r].weights.held());
-                list.extend(shards.map(|h| (h.model as u16, h.shard as u16)));
-            };
-            let Some((device, model)) = turns.next(now, held).inspect_err(|_| self.failed = true)? else {
+            let shared = members.iter().find(|m| m.placed.home == Home::Anywhere);
+            let rings_of = |device: usize| shared.map(|m| &rings[m.rings[device]]);
+            let Some((device, model)) = turns.next(now, rings_of).inspect_err(|_| self.failed = true)? else {
                 return Ok(());
             };
             self.expand(model, device as u16);

@@ -8,11 +8,6 @@ use super::policies::{by_place, by_remaining};
 use super::{Claim, DeviceView, ModelId, ModelView, Policy, View};
 use std::cmp::Ordering;
 
-/// A unit whose useful share is within this part of the best one is as good as that: predictions are no better.
-const TOLERANCE: f64 = 0.125;
-/// The same among critical models, of which the longest is worth more waiting.
-const CRITICAL_TOLERANCE: f64 = 0.5;
-
 /// Sharded-LRTF that weighs what is resident, links and unequal devices, in three passes over the models and one over the devices.
 ///
 /// `s`, `r`, `b` and `h` are a device's speed, its link's bytes per second, the seconds until its queue has run and until its copies are there;
@@ -37,10 +32,60 @@ const CRITICAL_TOLERANCE: f64 = 0.5;
 /// On unequal devices a unit is left to the fastest device that is free soonest, where that would end it sooner, if its chain is the longest and critical,
 /// or if its model could otherwise only end after all others: later than the horizon of the other devices and half a turn.
 /// So is every unit after which its model could only end half a turn later than everything could without the asking device.
-#[derive(Clone, Copy, Debug, Default)]
+///
+/// The numbers among these rules are [`Leanings`].
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct LocalityLrtf {
     /// Considers followers.
     pub pipelines: bool,
+    /// Which of two things that speak for different units weighs more.
+    pub leanings: Leanings,
+}
+
+/// What locality-LRTF gives more weight. The default is good for most sets of models; [`rehearse`](super::rehearse) finds better ones for one.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Leanings {
+    /// Candidates whose useful share is within this part of the best one's are equals: predictions are no better.
+    pub tolerance: f64,
+    /// The same among critical models, of which the longest is worth more waiting.
+    pub critical_tolerance: f64,
+    /// The turns for which a critical model may not be passed over. Without end, and a critical tolerance of 1, the choices are sharded-LRTF's.
+    pub critical_turns: f64,
+    /// Seconds of waiting that a second of copies counts for, though the device would not wait for them. What is fetched now is evicted for it, and a
+    /// busy link makes the next unit late.
+    pub copy_price: f64,
+    /// A device that has something to run leaves a unit for later whose copies arrive within this part of its arithmetic at speed 1: a model that
+    /// no device has claimed can go to whichever is free first.
+    pub least_copies: f64,
+    /// How much more urgent the end of a step is than its beginning, in parts: models that are in the middle of a step occupy entries.
+    pub depth: f64,
+    /// Leaves units to faster devices.
+    pub leaves: bool,
+    /// How urgent each unit of a step is, by model and unit: its chain counts as so many times as long. 1 where nothing is said.
+    pub urgency: Vec<Vec<f64>>,
+}
+
+impl Default for Leanings {
+    fn default() -> Self {
+        Leanings {
+            tolerance: 0.125,
+            critical_tolerance: 0.5,
+            critical_turns: 1.0,
+            copy_price: 0.0,
+            least_copies: 0.0,
+            depth: 0.0,
+            leaves: true,
+            urgency: Vec::new(),
+        }
+    }
+}
+
+impl Leanings {
+    /// How urgent a model's next unit is.
+    fn urgency(&self, model: &ModelView) -> f64 {
+        let of_unit = self.urgency.get(usize::from(model.id)).and_then(|units| units.get(usize::from(model.unit)));
+        of_unit.copied().unwrap_or(1.0) * (1.0 + self.depth * f64::from(model.unit) / f64::from(model.units))
+    }
 }
 
 impl Policy for LocalityLrtf {
@@ -53,7 +98,7 @@ impl Policy for LocalityLrtf {
     }
 
     fn choose(&self, view: &View) -> Option<ModelId> {
-        let outlook = Outlook::new(view, self.pipelines);
+        let outlook = Outlook::new(view, self);
         // Whether a model is left to another device is asked last: for most it makes no difference.
         let (mut best, mut best_critical) = (0f64, None);
         for model in view.candidates() {
@@ -67,7 +112,8 @@ impl Policy for LocalityLrtf {
                 best_critical = Some(greater(best_critical.unwrap_or(0.0), share));
             }
         }
-        let followed = (1.0 - TOLERANCE) * best;
+        let Leanings { tolerance, critical_tolerance, .. } = self.leanings;
+        let followed = (1.0 - tolerance) * best;
         let followers = || view.followers().filter(|model| self.pipelines && outlook.is_critical(model));
         for model in followers() {
             let share = outlook.useful_share(model);
@@ -76,7 +122,7 @@ impl Policy for LocalityLrtf {
             }
         }
         // Where there are critical candidates, one of them is the longest that is good enough: no other chain is as long as theirs.
-        let enough = best_critical.map_or((1.0 - TOLERANCE) * best, |best| (1.0 - CRITICAL_TOLERANCE) * best);
+        let enough = best_critical.map_or(followed, |best| (1.0 - critical_tolerance) * best);
         let mut first: Option<&ModelView> = None;
         let all = view.candidates().map(|model| (model, enough));
         for (model, enough) in all.chain(followers().map(|model| (model, greater(enough, followed)))) {
@@ -85,7 +131,7 @@ impl Policy for LocalityLrtf {
                 first = Some(model);
             }
         }
-        first.map(|model| model.id)
+        first.filter(|model| !outlook.can_wait(model)).map(|model| model.id)
     }
 }
 
@@ -108,12 +154,16 @@ struct Outlook<'a> {
     late_secs: f64,
     /// Units may follow each other on several devices.
     pipelines: bool,
+    leanings: &'a Leanings,
+    /// Some units are more urgent than others.
+    leans: bool,
     /// There is a faster device, and something runs, so that a device which is left waiting will be asked again.
     may_leave: bool,
 }
 
 impl<'a> Outlook<'a> {
-    fn new(view: &'a View<'a>, pipelines: bool) -> Self {
+    fn new(view: &'a View<'a>, policy: &'a LocalityLrtf) -> Self {
+        let LocalityLrtf { pipelines, ref leanings } = *policy;
         let here = view.asking();
         let (mut fastest, mut runs, mut copying) = (here, false, 1);
         let (mut speeds, mut work, mut rates, mut fastest_rate) = (0.0, 0.0, 0.0, 0f64);
@@ -141,7 +191,9 @@ impl<'a> Outlook<'a> {
             critical_secs: 0.0,
             late_secs: 0.0,
             pipelines,
-            may_leave: runs && fastest.speed > here.speed,
+            leanings,
+            leans: leanings.depth > 0.0 || !leanings.urgency.is_empty(),
+            may_leave: leanings.leaves && runs && fastest.speed > here.speed,
         };
         let (mut chain, mut bytes, mut turn) = (0f64, 0.0, 0f64);
         for model in view.models {
@@ -162,7 +214,7 @@ impl<'a> Outlook<'a> {
         let (others, other_rates) = (speeds - here.speed, (rates - here.h2d_bytes_per_sec).min(shared));
         let without = chain.max((work - here.busy_secs * here.speed) / others).max(bytes / other_rates);
         outlook.late_secs = without + 0.5 * turn;
-        outlook.critical_secs = horizon - here.busy_secs - turn;
+        outlook.critical_secs = horizon - here.busy_secs - leanings.critical_turns * turn;
         outlook
     }
 
@@ -175,29 +227,54 @@ impl<'a> Outlook<'a> {
         self.least_secs(model.remaining_secs, model.remaining_bytes) + model.remaining_wait_secs
     }
 
+    /// Its chain, as long as it counts for.
+    fn urgent_secs(&self, model: &ModelView) -> f64 {
+        let chain_secs = self.chain_secs(model);
+        if self.leans { self.leanings.urgency(model) * chain_secs } else { chain_secs }
+    }
+
     /// Orders by chain, the longer one greater, and equal chains (of equal bytes, or by rounding) by remaining time.
     fn by_chain(&self, a: &ModelView, b: &ModelView) -> Ordering {
-        let chains = self.chain_secs(a).total_cmp(&self.chain_secs(b));
+        let chains = self.urgent_secs(a).total_cmp(&self.urgent_secs(b));
         chains.then_with(|| by_remaining(a, b)).then_with(|| by_place(self.view, a, b))
     }
 
     fn is_critical(&self, model: &ModelView) -> bool {
-        self.chain_secs(model) >= self.critical_secs
+        self.urgent_secs(model) >= self.critical_secs
+    }
+
+    /// Bytes of weights and of boundary tensors that a model's next unit fetches to a device.
+    fn missing_bytes(&self, model: &ModelView, device: &DeviceView) -> (u64, u64) {
+        let held = device.held.contains(&(model.id, model.shard));
+        // Of the others it is not known what they still have.
+        let here_bytes = match (device.id == self.here.id, model.last_device == Some(device.id)) {
+            (true, _) => model.here_bytes,
+            (false, true) => model.boundary_bytes,
+            (false, false) => 0,
+        };
+        (if held { 0 } else { model.weight_bytes }, model.boundary_bytes.saturating_sub(here_bytes))
+    }
+
+    /// Bytes per second of a device's copies.
+    fn rate(&self, device: &DeviceView) -> f64 {
+        device.h2d_bytes_per_sec.min(self.shared_rate)
     }
 
     /// Seconds until a model's next unit has its copies on a device that can ask for them in `from_secs`.
     fn arrival_secs(&self, model: &ModelView, device: &DeviceView, from_secs: f64) -> f64 {
-        let held = device.held.contains(&(model.id, model.shard));
-        let near = model.last_device == Some(device.id);
-        let (weight_bytes, weights_ready) =
-            if held { (0, 0.0) } else { (model.weight_bytes, model.weights_ready_secs) };
-        let boundary_ready =
-            if self.follows(model, device) { model.first_ready_secs } else { model.boundary_ready_secs };
-        let (boundary_bytes, boundary_ready) = if near { (0, 0.0) } else { (model.boundary_bytes, boundary_ready) };
-        let (bytes, ready) = (weight_bytes + boundary_bytes, greater(weights_ready, boundary_ready));
-        let rate = device.h2d_bytes_per_sec.min(self.shared_rate);
-        let arrival = if bytes == 0 { from_secs } else { greater(device.h2d_secs, from_secs) + bytes as f64 / rate };
-        greater(arrival, ready)
+        let (weight_bytes, boundary_bytes) = self.missing_bytes(model, device);
+        let weights_ready = if weight_bytes == 0 { 0.0 } else { model.weights_ready_secs };
+        let boundary_ready = match boundary_bytes {
+            0 => 0.0,
+            _ if self.follows(model, device) => model.first_ready_secs,
+            _ => model.boundary_ready_secs,
+        };
+        let bytes = weight_bytes + boundary_bytes;
+        let arrival = match bytes {
+            0 => from_secs,
+            _ => greater(device.h2d_secs, from_secs) + bytes as f64 / self.rate(device),
+        };
+        greater(arrival, greater(weights_ready, boundary_ready))
     }
 
     /// The part of the time that a unit takes, from the end of the asking device's queue on, in which the device computes.
@@ -206,10 +283,26 @@ impl<'a> Outlook<'a> {
             true => self.end_secs(model, self.here, 0.0) - model.unit_secs / self.here.speed,
             false => self.arrival_secs(model, self.here, 0.0),
         } - self.here.busy_secs;
+        let wait_secs = greater(wait_secs, 0.0) + self.copies_secs(model, self.leanings.copy_price);
         if wait_secs <= 0.0 {
             return 1.0;
         }
         model.unit_secs / (wait_secs * self.here.speed + model.unit_secs)
+    }
+
+    /// Seconds of the copies that its next unit wants, times `price`.
+    fn copies_secs(&self, model: &ModelView, price: f64) -> f64 {
+        if price == 0.0 {
+            return 0.0;
+        }
+        let (weight_bytes, boundary_bytes) = self.missing_bytes(model, self.here);
+        price * (weight_bytes + boundary_bytes) as f64 / self.rate(self.here)
+    }
+
+    /// Whether the asking device has something to run, and copies so little for this unit that it need not ask for them yet.
+    fn can_wait(&self, model: &ModelView) -> bool {
+        let least_secs = self.leanings.least_copies * model.unit_secs;
+        self.here.claimed > 0 && self.arrival_secs(model, self.here, 0.0) < least_secs
     }
 
     /// Whether a model's next unit would follow one on another device, microbatch by microbatch.
@@ -251,7 +344,8 @@ impl<'a> Outlook<'a> {
         }
         let bytes = model.remaining_bytes.saturating_sub(model.weight_bytes);
         let rest = self.least_secs(model.remaining_secs - model.unit_secs, bytes) + model.remaining_wait_secs;
-        let late = end_secs + rest > self.late_secs;
+        let urgency = if self.leans { self.leanings.urgency(model) } else { 1.0 };
+        let late = end_secs + urgency * rest > self.late_secs;
         let longest = self.longest.is_some_and(|longest| longest.id == model.id) && self.is_critical(model);
         // Where this device's queue holds the predecessor, no other can claim the unit before that has run.
         let claimed_secs = if model.claim == Claim::By(self.here.id) { self.here.busy_secs } else { 0.0 };

@@ -11,11 +11,13 @@
 mod bounds;
 mod locality;
 mod policies;
+mod rehearsal;
 #[cfg(test)]
 mod tests;
 mod view;
 
 pub use bounds::{Bound, Bounds, DeviceRates, ModelWork};
-pub use locality::LocalityLrtf;
+pub use locality::{Leanings, LocalityLrtf};
 pub use policies::{Fifo, POLICIES, Random, RoundRobin, ShardedLrtf, Srtf, by_name};
+pub use rehearsal::{Rehearsal, rehearse};
 pub use view::{Claim, DeviceId, DeviceView, ModelId, ModelView, Policy, View};

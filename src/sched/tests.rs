@@ -127,10 +127,11 @@ fn locality_prefers_what_is_here() {
     three[1].unit_secs = 1.0;
     // A boundary tensor of 2 bytes is 1/8 of a second: within the tolerance. One of 8 bytes is not.
     one = devices(&[1.0]);
-    three[0].last_device = Some(0);
     three.iter_mut().for_each(|model| model.boundary_bytes = 2);
+    three[0].here_bytes = 2;
     check(&view(&three, &one), &[("locality-lrtf", Some(1))]);
     three.iter_mut().for_each(|model| model.boundary_bytes = 8);
+    three[0].here_bytes = 8;
     check(&view(&three, &one), &[("locality-lrtf", Some(0))]);
 }
 
@@ -140,13 +141,13 @@ fn locality_does_not_wait_for_what_is_not_at_home() {
     // All weights arrive after a second; those of the longest are updated half a second later.
     three[1].weights_ready_secs = 1.5;
     check(&view(&three, &one), &[("locality-lrtf", Some(2)), ("sharded-lrtf", Some(1))]);
-    three[2].boundary_ready_secs = 1.5;
+    (three[2].boundary_bytes, three[2].boundary_ready_secs) = (1, 1.5);
     check(&view(&three, &one), &[("locality-lrtf", Some(0))]);
     // What the model has left on this device is here.
-    three[2].last_device = Some(0);
+    three[2].here_bytes = 1;
     check(&view(&three, &one), &[("locality-lrtf", Some(2))]);
     // Waits that are to come make a chain longer: with 60 seconds of them the last one is critical.
-    three[2].last_device = None;
+    three[2].here_bytes = 0;
     three[2].remaining_wait_secs = 60.0;
     check(&view(&three, &one), &[("locality-lrtf", Some(2))]);
 }
@@ -207,16 +208,16 @@ fn a_slow_device_leaves_the_critical_model() {
     (unequal[0].claimed, unequal[0].busy_secs, two[0].pinned, two[0].claim) = (1, 4.0, None, Claim::By(0));
     check(&view(&two, &unequal), &[("locality-lrtf", None)]);
     // Nor where the boundary tensor, which leaves when the queue has run, takes 4 seconds: 9 there, 8 here.
-    (two[0].boundary_bytes, two[0].last_device) = (64, Some(0));
+    (two[0].boundary_bytes, two[0].here_bytes, two[0].last_device) = (64, 64, Some(0));
     check(&view(&two, &unequal), &[("locality-lrtf", Some(0))]);
 }
 
 #[test]
 fn a_critical_model_is_followed_on_another_device() {
-    let pipelines = LocalityLrtf { pipelines: true };
+    let pipelines = LocalityLrtf { pipelines: true, ..LocalityLrtf::default() };
     // The first model's unit runs on the other device, in four microbatches, and ends in 0.75 seconds.
     let (mut two, mut devices) = (models(&[100.0, 3.0]), devices(&[1.0, 1.0]));
-    (two[0].claim, two[0].microbatches, two[0].last_device) = (Claim::By(1), 4, Some(1));
+    (two[0].claim, two[0].microbatches, two[0].last_device, two[0].boundary_bytes) = (Claim::By(1), 4, Some(1), 1);
     (devices[1].claimed, devices[1].busy_secs) = (1, 0.75);
     (two[0].remaining_chain_secs, two[0].first_ready_secs, two[0].boundary_ready_secs) = (40.0, 0.0, 0.75);
     assert_eq!(pipelines.choose(&view(&two, &devices)), Some(0));
@@ -246,6 +247,7 @@ fn a_critical_model_is_followed_on_another_device() {
     assert_eq!(pipelines.choose(&view(&two, &devices)), None);
     // Its own successor a device leaves to one that is free before and ends it sooner.
     (two[0].claim, two[0].last_device, two[0].first_ready_secs) = (Claim::By(0), Some(0), 0.25);
+    two[0].here_bytes = 1;
     (two[0].boundary_ready_secs, devices[0].busy_secs, devices[1].busy_secs) = (1.0, 1.0, 0.5);
     assert_eq!(pipelines.choose(&view(&two, &devices)), None);
     devices[1].busy_secs = 1.25;

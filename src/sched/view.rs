@@ -36,14 +36,20 @@ pub struct ModelView {
     pub remaining_bytes: u64,
     /// The next unit's shard.
     pub shard: u16,
+    /// The next unit's number in its step, from 0.
+    pub unit: u16,
+    /// Units of a step.
+    pub units: u16,
     /// The next unit's arithmetic, in seconds on a device of speed 1.
     pub unit_secs: f64,
     /// The microbatches that it is made of, equal parts of that.
     pub microbatches: u32,
     /// Bytes of weights that the next unit fetches, unless the device holds its shard ([`DeviceView::held`]).
     pub weight_bytes: u64,
-    /// Bytes of boundary tensors that it fetches, unless its predecessor ran on the same device.
+    /// Bytes of boundary tensors that it takes in, where units run on any device.
     pub boundary_bytes: u64,
+    /// Of those, what the asking device ([`View::device`]) has already: they were made there or fetched before, and nothing has taken their place.
+    pub here_bytes: u64,
     /// Predicted seconds until those weights are at home, updated, and can have been fetched.
     pub weights_ready_secs: f64,
     /// Predicted seconds until those boundary tensors are at home and can have been fetched.
@@ -68,10 +74,13 @@ impl ModelView {
             remaining_wait_secs: 0.0,
             remaining_bytes: 0,
             shard: 0,
+            unit: 0,
+            units: 1,
             unit_secs: 0.0,
             microbatches: 1,
             weight_bytes: 0,
             boundary_bytes: 0,
+            here_bytes: 0,
             weights_ready_secs: 0.0,
             boundary_ready_secs: 0.0,
             first_ready_secs: 0.0,

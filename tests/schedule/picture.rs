@@ -82,7 +82,7 @@ fn fewer_models_than_devices_go_on_microbatch_by_microbatch() {
             costs: vec![cost.clone(); devices],
             shared_bytes_per_sec: None,
             arena_bytes: Vec::new(),
-            policy: Some(Box::new(LocalityLrtf { pipelines })),
+            policy: Some(Box::new(LocalityLrtf { pipelines, ..LocalityLrtf::default() })),
             units: 2,
             lines: Vec::new(),
             recorder: None,

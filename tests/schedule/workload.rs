@@ -6,7 +6,7 @@
 use super::models::{Chain, Random};
 use hydra::device::sim::CostModel;
 use hydra::engine::{SimulateOptions, Simulation, simulate};
-use hydra::sched::by_name;
+use hydra::sched::{LocalityLrtf, Policy, Rehearsal, by_name, rehearse};
 use hydra::spill::{BoundaryTier, FleetDevice, FleetMap, FleetModel, Placed, PlanOptions, plan_anywhere};
 use std::fmt;
 use std::ops::Range;
@@ -77,6 +77,19 @@ impl Workload {
     }
 
     pub fn run(&self, policy: &str) -> Simulation {
+        self.run_by(by_name(policy, 1))
+    }
+
+    /// Locality-LRTF as it is, and as a rehearsal of so many visits finds it best.
+    pub fn rehearsed(&self, visits: u64) -> Rehearsal {
+        let units: Vec<usize> = self.placed.iter().map(|p| 2 * p.plan.shards.len() - 1).collect();
+        let each: u64 = units.iter().zip(&self.steps).map(|(&units, steps)| units as u64 * steps).sum();
+        let makespan_secs = |policy: &LocalityLrtf| Ok(self.run_by(Some(Box::new(policy.clone()))).makespan_secs);
+        rehearse::<()>(&LocalityLrtf::default(), &units, (visits / each) as usize, makespan_secs)
+            .expect("nothing fails")
+    }
+
+    fn run_by(&self, policy: Option<Box<dyn Policy>>) -> Simulation {
         let budgets = vec![self.budget; self.costs.len()];
         let options = SimulateOptions {
             steps: self.steps.clone(),
@@ -84,7 +97,7 @@ impl Workload {
             costs: self.costs.clone(),
             shared_bytes_per_sec: self.shared_bytes_per_sec,
             arena_bytes: FleetMap::within(&self.placed, &budgets).arena_bytes,
-            policy: by_name(policy, 1),
+            policy,
             units: 2,
             lines: Vec::new(),
             recorder: None,

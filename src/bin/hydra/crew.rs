@@ -88,7 +88,7 @@ impl RunCrew<'_> {
     fn add(&mut self, fleet: &mut Fleet, letter: &Letter) -> Result<()> {
         let path = &letter.path;
         let why_not = match &self.planned.sharing {
-            Sharing::Turns { .. } => None,
+            Sharing::Turns(_) => None,
             Sharing::Alone => Some(
                 "the run began with one model, which has its device to itself; one that begins with two takes others",
             ),

@@ -58,6 +58,8 @@ pub struct Run {
     pub trace_last: u64,
     /// Whether microbatches of one model may go on from device to device, where the policy can have that.
     pub pipeline: Pipeline,
+    /// Whether rehearsals may find out what [`Policy::LocalityLrtf`] should lean to.
+    pub rehearse: bool,
     /// Microbatches that [`Policy::Gpipe`] keeps in its pipeline; none: as many as devices.
     pub pipeline_microbatches: Option<usize>,
 }
@@ -318,7 +320,7 @@ fn syntax_error(origin: Origin, text: &str, error: &toml::de::Error) -> Error {
 
 fn read_run(root: &Section, stem: &str) -> Result<Run> {
     const KEYS: &[&str] =
-        &["out", "seed", "policy", "slots", "recompute", "trace", "pipeline", "pipeline_microbatches"];
+        &["out", "seed", "policy", "slots", "recompute", "trace", "pipeline", "rehearse", "pipeline_microbatches"];
     let empty = Table::new();
     let s = root.section_or("run", &empty, KEYS)?;
     let trace = s.section_or("trace", &empty, &["first", "last"])?;
@@ -331,6 +333,7 @@ fn read_run(root: &Section, stem: &str) -> Result<Run> {
         trace_first: trace.integer("first", 0..=u64::MAX)?.unwrap_or(5),
         trace_last: trace.integer("last", 0..=u64::MAX)?.unwrap_or(20),
         pipeline: s.word("pipeline", &Pipeline::WORDS)?.unwrap_or(Pipeline::Auto),
+        rehearse: s.flag("rehearse")?.unwrap_or(true),
         pipeline_microbatches: s.count("pipeline_microbatches")?,
     })
 }

@@ -18,6 +18,7 @@ mod plan_json;
 mod planning;
 mod print;
 mod progress;
+mod rehearsing;
 mod room;
 mod rundir;
 mod setup;

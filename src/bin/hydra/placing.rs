@@ -36,11 +36,8 @@ fn is_worth_it(plan: &FleetPlan) -> bool {
 pub enum Sharing {
     /// One model on one device.
     Alone,
-    /// Units go where the policy wants them.
-    Turns {
-        /// A unit may follow one on another device before that has ended.
-        pipelines: bool,
-    },
+    /// Units go where the policy wants them; where that is locality-LRTF, it is this one.
+    Turns(LocalityLrtf),
     /// Models run one after another in these lines.
     Lines(Vec<Vec<usize>>),
 }
@@ -49,10 +46,15 @@ impl Sharing {
     /// Who says which unit is next, where models take turns.
     pub fn policy(&self, run: &Run) -> Option<Box<dyn sched::Policy>> {
         match self {
-            Sharing::Turns { pipelines: true } => Some(Box::new(LocalityLrtf { pipelines: true })),
-            Sharing::Turns { pipelines: false } => by_name(run.policy.word(), run.seed),
+            Sharing::Turns(policy) if run.policy == Policy::LocalityLrtf => Some(Box::new(policy.clone())),
+            Sharing::Turns(_) => by_name(run.policy.word(), run.seed),
             Sharing::Alone | Sharing::Lines(_) => None,
         }
+    }
+
+    /// Whether a unit may follow one on another device before that has ended.
+    pub fn pipelines(&self) -> bool {
+        matches!(self, Sharing::Turns(policy) if policy.pipelines)
     }
 }
 
@@ -85,7 +87,7 @@ impl Placing {
             [(prepared, model)] => Placing::alone(machine, prepared, model),
             _ => {
                 let plan = plan_fleet(&fleet, &devices, machine.host_budget)?;
-                let sharing = Sharing::Turns { pipelines: false };
+                let sharing = Sharing::Turns(LocalityLrtf::default());
                 Ok(Placing { placed: plan.placed, sharing, smallest_device_bytes: plan.smallest_device_bytes })
             }
         };
@@ -98,16 +100,15 @@ impl Placing {
         // What does not fit with fine units may fit without.
         let plan = plan.ok().flatten().filter(|plan| job.run.pipeline == Pipeline::Always || is_worth_it(plan));
         let Some(plan) = plan else { return one_at_a_time()?.checked(machine) };
-        let sharing = Sharing::Turns { pipelines: true };
+        let sharing = Sharing::Turns(LocalityLrtf { pipelines: true, ..LocalityLrtf::default() });
         let pipelined = Placing { placed: plan.placed, sharing, smallest_device_bytes: plan.smallest_device_bytes };
         if job.run.pipeline == Pipeline::Always {
             return pipelined.checked(machine);
         }
         let without = one_at_a_time()?.checked(machine)?;
-        let longest = fleet.iter().map(|m| m.steps).max().unwrap_or(1).max(1);
-        let steps = |m: &FleetModel| (m.steps * COMPARED_STEPS.min(longest)).div_ceil(longest);
+        let steps: Vec<u64> = fleet.iter().map(|m| m.steps).collect();
         let makespan_secs = |placing: &Placing| {
-            let steps = fleet.iter().map(steps).collect();
+            let steps = compared_steps(&steps);
             let clips = fleet.iter().map(|m| m.options.clips).collect();
             let Placing { placed, sharing, .. } = placing;
             simulate(placed, sharing, &job.run, machine, (steps, clips), None).map(|s| s.makespan_secs)
@@ -140,6 +141,12 @@ impl Placing {
         let placed = vec![Placed { home, ..Placed::alone(Arc::clone(model), plan) }];
         Ok(Placing { placed, sharing: Sharing::Alone, smallest_device_bytes })
     }
+}
+
+/// Fewer steps for each model, in the same proportions: enough to compare ways by.
+pub fn compared_steps(steps: &[u64]) -> Vec<u64> {
+    let longest = steps.iter().copied().max().unwrap_or(0).max(1);
+    steps.iter().map(|steps| (steps * COMPARED_STEPS.min(longest)).div_ceil(longest)).collect()
 }
 
 /// A model as the planner of several takes it.

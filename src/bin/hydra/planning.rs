@@ -3,10 +3,11 @@
 use crate::job::{self, DeviceKind, Job};
 use crate::machine::{Machine, check_devices, device_spec, machine};
 use crate::placing::{self, Placing, Sharing};
+use crate::rehearsing::rehearse_turns;
 use crate::setup::{Prepared, Sources, check_scope, prepare};
 use hydra::base::{Error, Result, format_bytes};
 use hydra::engine::{Prediction, SimulateOptions, Simulation, predict, simulate};
-use hydra::sched::{LocalityLrtf, Policy};
+use hydra::sched::{LocalityLrtf, Policy, Rehearsal};
 use hydra::spill::{FleetMap, Home, Model, Placed, Plan};
 use hydra::trace::{Bound, Recorder};
 use hydra::train::{Recruit, trace_model};
@@ -58,6 +59,8 @@ pub struct PlannedJob {
     pub models: Vec<Rc<Planned>>,
     /// How they share the devices.
     pub sharing: Sharing,
+    /// What rehearsals have made of that, in a simulation.
+    pub rehearsal: Option<Rehearsal>,
     /// The smallest budget of every device that would work.
     pub smallest_device_bytes: u64,
     /// Bytes of each device's arena, and of the host's store.
@@ -100,8 +103,17 @@ pub fn plan_loaded(path: &Path, job: Job, trains: bool) -> Result<PlannedJob> {
         let prediction = predict_alone(&placed, &sharing, &machine, &map.arena_bytes, clip)?;
         models.push(Rc::new(Planned { prepared, placed, prediction }));
     }
-    let mut planned =
-        PlannedJob { job, machine, models, sharing, smallest_device_bytes, map, step_secs: 0.0, bound_secs: 0.0 };
+    let mut planned = PlannedJob {
+        job,
+        machine,
+        models,
+        sharing,
+        rehearsal: None,
+        smallest_device_bytes,
+        map,
+        step_secs: 0.0,
+        bound_secs: 0.0,
+    };
     planned.predict_step()?;
     Ok(planned)
 }
@@ -148,9 +160,9 @@ pub fn predict_alone(
     /// Steps that are run, the first of which is left out of the average.
     const STEPS: u64 = 4;
     let run = |steps: u64| {
-        let pipelines = *sharing == Sharing::Turns { pipelines: true };
+        let pipelines = sharing.pipelines();
         let moves = placed.home == Home::Anywhere;
-        let policy = moves.then(|| Box::new(LocalityLrtf { pipelines }) as Box<dyn Policy>);
+        let policy = moves.then(|| Box::new(LocalityLrtf { pipelines, ..LocalityLrtf::default() }) as Box<dyn Policy>);
         let options = SimulateOptions {
             steps: vec![steps],
             clips: vec![clip],
@@ -188,8 +200,24 @@ impl PlannedJob {
     /// # Errors
     /// When the schedule stalls: our own bug.
     pub fn simulate(&self, steps: Vec<u64>, recorder: Option<Recorder>) -> Result<Simulation> {
-        let clips = self.models.iter().map(|m| m.prepared.options.clip.is_some()).collect();
+        let clips = self.clips();
         placing::simulate(&self.placed(), &self.sharing, &self.job.run, &self.machine, (steps, clips), recorder)
+    }
+
+    /// Whether each model clips its gradients.
+    fn clips(&self) -> Vec<bool> {
+        self.models.iter().map(|m| m.prepared.options.clip.is_some()).collect()
+    }
+
+    /// Finds out how the models numbered `active` take turns best over so many steps each, as a fleet of their own; `None` where nothing is gained.
+    ///
+    /// # Errors
+    /// When the schedule stalls: our own bug.
+    pub fn rehearse(&self, active: &[usize], steps: &[u64]) -> Result<Option<Rehearsal>> {
+        let (placed, clips) = (self.placed(), self.clips());
+        let placed: Vec<Placed> = active.iter().map(|&m| placed[m].clone()).collect();
+        let clips: Vec<bool> = active.iter().map(|&m| clips[m]).collect();
+        rehearse_turns(&placed, &self.sharing, &self.job.run, &self.machine, (steps, &clips))
     }
 
     /// Predicts one step of every model.
@@ -221,14 +249,14 @@ impl PlannedJob {
         };
         let unused = (0..devices as u16).filter(|&d| !used(d)).count();
         let spare = match self.sharing {
-            Sharing::Turns { pipelines: false } => devices.saturating_sub(models).max(unused),
+            Sharing::Turns(_) if !self.sharing.pipelines() => devices.saturating_sub(models).max(unused),
             _ => unused,
         };
         if spare == 0 {
             return None;
         }
         let why = match self.sharing {
-            Sharing::Alone | Sharing::Turns { .. } if models < devices => "a model runs on one device at a time",
+            Sharing::Alone | Sharing::Turns(_) if models < devices => "a model runs on one device at a time",
             Sharing::Lines(_) if self.job.run.policy == job::Policy::OneAtATime => {
                 "one-at-a-time uses the first device alone"
             }

@@ -61,7 +61,7 @@ fn together(planned: &PlannedJob) {
         format_secs(planned.step_secs),
         format_secs(planned.bound_secs),
     ));
-    if planned.sharing == (Sharing::Turns { pipelines: true }) {
+    if planned.sharing.pipelines() {
         say("microbatches of a model that would end last go on from device to device (run.pipeline)");
     }
     if let Some(held) = shards_held(planned) {

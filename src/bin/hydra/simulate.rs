@@ -1,7 +1,9 @@
 //! `hydra simulate`: a job's schedule by the executor that trains, on simulated devices and a virtual clock.
 
+use crate::placing::Sharing;
 use crate::planning::{PlannedJob, plan_job};
 use crate::print::{say, table};
+use crate::rehearsing::describe_rehearsal;
 use hydra::base::{Error, LaneKind, Result, format_secs};
 use hydra::engine::Simulation;
 use hydra::sched::Bound;
@@ -64,8 +66,13 @@ pub fn run(path: &Path, wishes: &Wishes, sweep: &[String], out: Option<&Path>, j
 /// # Errors
 /// As [`run`].
 pub fn simulate_job(path: &Path, sets: &[String], out: Option<&Path>) -> Result<(PlannedJob, Simulation)> {
-    let planned = plan_job(path, sets, false)?;
+    let mut planned = plan_job(path, sets, false)?;
     let steps = steps(&planned)?;
+    let all: Vec<usize> = (0..steps.len()).collect();
+    planned.rehearsal = planned.rehearse(&all, &steps)?;
+    if let Some(found) = &planned.rehearsal {
+        planned.sharing = Sharing::Turns(found.policy.clone());
+    }
     let recorder = out.map(|out| recorder(&planned, &steps, out)).transpose()?;
     let mut simulation = planned.simulate(steps, recorder)?;
     if let (Some(out), Some(recorder)) = (out, simulation.recorder.take()) {
@@ -147,6 +154,7 @@ fn figures(planned: &PlannedJob, simulation: &Simulation) -> Value {
         "devices": planned.machine.devices.len(),
         "device_peak_bytes": planned.map.arena_bytes.iter().max(),
         "idle": planned.idle_devices(),
+        "rehearsal": planned.rehearsal.as_ref().map(|found| json!({ "tries": found.tries, "gain": found.gain() })),
         "models": planned.models.iter().zip(&simulation.end_secs).map(|(m, end)| json!({
             "name": m.prepared.name, "shards": m.plan().shards.len(), "end_secs": end,
         })).collect::<Vec<_>>(),
@@ -175,6 +183,9 @@ fn describe(planned: &PlannedJob, simulation: &Simulation) -> String {
         bound_name(bounds.greatest),
         100.0 * bounds.gap(makespan),
     );
+    if let Some(found) = &planned.rehearsal {
+        text += &format!("  {}\n", describe_rehearsal(found));
+    }
     let parts = [
         ("all arithmetic over all devices", bounds.work_secs),
         ("longest chain", bounds.chain_secs),

@@ -11,6 +11,7 @@ use crate::placing::Sharing;
 use crate::planning::{Planned, PlannedJob, plan_loaded};
 use crate::print::{say, warn};
 use crate::progress::Board;
+use crate::rehearsing::describe_rehearsal;
 use crate::room::roomy_arenas;
 use crate::rundir::{self, Found, RunDir, inspect};
 use crate::show::summary;
@@ -216,7 +217,18 @@ fn train_all(
         later.push((sources.valid.is_some(), twice));
         recruits.push(model.recruit(sources));
     }
-    let turns = planned.sharing.policy(&planned.job.run).map(|policy| TurnOptions {
+    let left = |&m: &usize| planned.models[m].prepared.options.steps.saturating_sub(standings[m].from);
+    let rehearsal = planned.rehearse(&active, &active.iter().map(left).collect::<Vec<u64>>())?;
+    let sharing = match rehearsal {
+        Some(found) => {
+            if !quiet {
+                say(describe_rehearsal(&found));
+            }
+            Sharing::Turns(found.policy)
+        }
+        None => planned.sharing.clone(),
+    };
+    let turns = sharing.policy(&planned.job.run).map(|policy| TurnOptions {
         policy,
         units: planned.units(),
         costs: planned.machine.costs(),
@@ -306,7 +318,7 @@ fn start_devices(planned: &PlannedJob) -> Result<(Box<dyn Device>, Vec<u64>)> {
         start_fleet(&specs, memory)
     };
     let needed = planned.map.arena_bytes.clone();
-    if matches!(planned.sharing, Sharing::Turns { .. }) {
+    if matches!(planned.sharing, Sharing::Turns(_)) {
         let roomy = roomy_arenas(planned);
         // A machine that refuses what might be of use later has enough for what is needed now, or says so itself.
         if roomy != needed

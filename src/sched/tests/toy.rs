@@ -77,6 +77,9 @@ impl Toy {
                     |a: &&DeviceView, b: &&DeviceView| order(a).total_cmp(&order(b)).then(b.speed.total_cmp(&a.speed));
                 let Some(asking) = able.min_by(sooner) else { break };
                 let d = usize::from(asking.id);
+                for model in &mut models {
+                    model.here_bytes = if model.last_device == Some(asking.id) { model.boundary_bytes } else { 0 };
+                }
                 let view = View {
                     device: asking.id,
                     choices: ran.units.len() as u64,

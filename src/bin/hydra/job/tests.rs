@@ -16,6 +16,7 @@ slots = 2
 recompute = "always"
 trace = { first = 2, last = 9 }
 pipeline = "never"
+rehearse = false
 pipeline_microbatches = 4
 
 [[device]]
@@ -111,6 +112,7 @@ fn reads_every_key() {
         trace_first: 2,
         trace_last: 9,
         pipeline: Pipeline::Never,
+        rehearse: false,
         pipeline_microbatches: Some(4),
     };
     assert_eq!(job.run, run);
@@ -167,6 +169,7 @@ fn defaults() {
         trace_first: 5,
         trace_last: 20,
         pipeline: Pipeline::Auto,
+        rehearse: true,
         pipeline_microbatches: None,
     };
     assert_eq!(job.run, run);

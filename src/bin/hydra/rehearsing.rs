@@ -1,0 +1,59 @@
+//! Rehearsals: before models take turns, a small part of the time that they will take goes into finding out how they do it best.
+
+use crate::job::{Policy, Run};
+use crate::machine::Machine;
+use crate::placing::{Sharing, compared_steps, simulate};
+use hydra::base::Result;
+use hydra::sched::{Rehearsal, rehearse};
+use hydra::spill::{Home, Placed};
+
+/// The part of a job's predicted seconds that its rehearsals may take, and their most seconds.
+const PART: f64 = 0.01;
+const MOST_SECS: f64 = 5.0;
+
+/// Seconds in which a microbatch's visit of a shard is simulated, at most. A stated number, so that the same job is rehearsed the same.
+const VISIT_SECS: f64 = 1e-5;
+
+/// More tries than this find next to nothing.
+const MOST_TRIES: f64 = 512.0;
+
+/// The gain that a rehearsal is to promise.
+const LEAST_GAIN: f64 = 0.01;
+
+/// Finds out how these models take turns best over so many steps each; `None` where there is nothing to choose, or nothing gained.
+///
+/// # Errors
+/// When the schedule stalls: our own bug.
+pub fn rehearse_turns(
+    placed: &[Placed],
+    sharing: &Sharing,
+    run: &Run,
+    machine: &Machine,
+    (steps, clips): (&[u64], &[bool]),
+) -> Result<Option<Rehearsal>> {
+    let Sharing::Turns(plain) = sharing else { return Ok(None) };
+    // A model alone on its device has nobody to take turns with.
+    let chooses = placed.len() > 1 && placed.iter().any(|p| p.home == Home::Anywhere);
+    let longest = steps.iter().copied().max().unwrap_or(0);
+    if run.policy != Policy::LocalityLrtf || !run.rehearse || !chooses || longest == 0 {
+        return Ok(None);
+    }
+    let compared = compared_steps(steps);
+    let units: Vec<usize> = placed.iter().map(|p| 2 * p.plan.shards.len() - 1).collect();
+    let visits =
+        |((p, &units), &steps): ((&Placed, &usize), &u64)| (units * p.model.microbatches) as f64 * steps as f64;
+    let try_secs = VISIT_SECS * placed.iter().zip(&units).zip(&compared).map(visits).sum::<f64>();
+    let makespan_secs = |sharing: &Sharing| {
+        let what = (compared.clone(), clips.to_vec());
+        simulate(placed, sharing, run, machine, what, None).map(|s| s.makespan_secs)
+    };
+    let whole_secs = makespan_secs(sharing)? * longest as f64 / compared.iter().copied().max().unwrap_or(1) as f64;
+    let tries = ((PART * whole_secs).min(MOST_SECS) / try_secs).min(MOST_TRIES) as usize;
+    let found = rehearse(plain, &units, tries, |policy| makespan_secs(&Sharing::Turns(policy.clone())))?;
+    Ok((found.gain() > LEAST_GAIN).then_some(found))
+}
+
+/// What was found, for people.
+pub fn describe_rehearsal(found: &Rehearsal) -> String {
+    format!("of {} rehearsals the best ends {:.1} % sooner (run.rehearse)", found.tries, 100.0 * found.gain())
+}
