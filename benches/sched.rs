@@ -31,6 +31,7 @@ fn models(count: usize, devices: usize, idle_part: f64) -> Vec<ModelView> {
             weight_bytes: numbers.below(1 << 30),
             boundary_bytes: (1 << 22) + numbers.below(1 << 24),
             here_bytes: numbers.below(1 << 22),
+            leaves_gradients: numbers.below(2) == 0,
             last_device: Some(device),
             ..ModelView::away(id as ModelId)
         }
@@ -50,6 +51,7 @@ fn devices(count: usize, models: &[ModelView]) -> Vec<DeviceView> {
             busy_secs: 0.2 * numbers.uniform(),
             h2d_bytes_per_sec: 25e9,
             h2d_secs: 0.1 * numbers.uniform(),
+            gradients_secs: 0.1 * numbers.uniform(),
         }
     };
     (0..count).map(&mut device).collect()

@@ -170,6 +170,11 @@ impl Rings {
         self.next_gradient
     }
 
+    /// How many gradient slots there are.
+    pub fn gradient_slots(&self) -> usize {
+        self.gradient_slots
+    }
+
     /// Forgets every copy of a model's tensors. `resident`: its weights are at home in these slots, and stay.
     pub fn forget_model(&mut self, model: usize, resident: bool) {
         if !resident {

@@ -108,6 +108,8 @@ pub(super) struct Turns {
     next_unit: Vec<usize>,
     /// When all that units leave behind should have left.
     left: Vec<f64>,
+    /// The same for what each gradient slot of a device holds, the one that is free first in front.
+    gradients_left: Vec<VecDeque<f64>>,
     /// By model.
     ready: Vec<Ready>,
     wanted: Vec<Wanted>,
@@ -136,6 +138,7 @@ impl Turns {
             busy_secs: 0.0,
             h2d_bytes_per_sec: cost(d).h2d_bytes_per_sec,
             h2d_secs: 0.0,
+            gradients_secs: 0.0,
         };
         let mut turns = Turns {
             policy,
@@ -156,6 +159,7 @@ impl Turns {
             d2h_bytes_per_sec: (0..devices).map(|d| cost(d).d2h_bytes_per_sec).collect(),
             next_unit: Vec::new(),
             left: vec![0.0; devices],
+            gradients_left: vec![VecDeque::new(); devices],
             ready: Vec::new(),
             wanted: Vec::new(),
             choices: 0,
@@ -235,6 +239,7 @@ impl Turns {
         (view.shard, view.unit, view.units) = (shard as u16, next as u16, costs.len() as u16);
         view.boundary_bytes = unit.boundary_bytes;
         view.leave_bytes = unit.leave_bytes;
+        view.leaves_gradients = unit.leaves_gradients && pass == Pass::Backward;
         view.weight_bytes = unit.weight_bytes;
         view.pinned = member.home_of(shard);
         // Its last unit is the last to end, whoever has it.
@@ -336,6 +341,7 @@ impl Turns {
             view.claimed = self.queues[d].len();
             view.busy_secs = self.queues[d].iter().skip(1).fold(runs, end) - now;
             view.h2d_secs = (self.arrived[d] - now).max(0.0);
+            view.gradients_secs = self.gradients_left[d].front().map_or(0.0, |left| (left - now).max(0.0));
         }
         for (view, ready) in self.models.iter_mut().zip(&self.ready) {
             view.weights_ready_secs = (ready.weights - now).max(0.0);
@@ -350,6 +356,7 @@ impl Turns {
         held.clear();
         self.models.iter_mut().for_each(|model| model.here_bytes = 0);
         let Some(rings) = rings else { return };
+        self.gradients_left[device].resize(rings.gradient_slots(), 0.0);
         for ShardOf { model, shard } in rings.weights.held() {
             if usize::from(self.models[model].shard) == shard && self.ready[model].held <= now {
                 held.push((model as ModelId, shard as u16));
@@ -393,6 +400,9 @@ impl Turns {
         } else {
             before.boundary
         });
+        if view.leaves_gradients {
+            ready = ready.max(now + self.devices[device].gradients_secs);
+        }
         let last = if follows { before.boundary + a_microbatch } else { 0.0 };
         if self.queues[device].is_empty() {
             self.since[device] = now;
@@ -403,6 +413,9 @@ impl Turns {
         let d2h = self.d2h_bytes_per_sec[device].min(shared);
         let leaves = self.left[device].max(end);
         self.left[device] = leaves + view.leave_bytes as f64 / d2h;
+        if view.leaves_gradients && self.gradients_left[device].pop_front().is_some() {
+            self.gradients_left[device].push_back(self.left[device]);
+        }
         let turned = |secs: f64| self.left[device] + secs;
         self.ready[model] = Ready {
             weights: cost.turn_secs.map_or(0.0, turned),

@@ -15,6 +15,8 @@ pub(super) struct UnitCost {
     pub weight_bytes: u64,
     pub boundary_bytes: u64,
     pub leave_bytes: u64,
+    /// Gradients leave for the host, and occupy their slot until then.
+    pub leaves_gradients: bool,
     /// Seconds until the other devices have its last boundary tensor, once the lane out is free.
     pub hand_on_secs: f64,
     /// Where the next step's first unit needs what this one updates: seconds until it has that, once the gradient has left.
@@ -69,6 +71,7 @@ pub(super) fn unit_costs(placed: &Placed, cost: &CostModel) -> Vec<UnitCost> {
                 weight_bytes: if plan.choice.resident { 0 } else { shard.fetch_bytes() },
                 boundary_bytes: if placed.home == Home::Anywhere { boundary } else { 0 },
                 leave_bytes: out * microbatches as u64 + gradient,
+                leaves_gradients: backward && !on_device,
                 hand_on_secs,
                 wait_secs: if on_device { 0.0 } else { gradient as f64 / cost.d2h_bytes_per_sec + turn_secs },
                 turn_secs: (unit + 1 == units && !plan.choice.resident).then_some(turn_secs),

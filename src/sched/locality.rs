@@ -274,7 +274,8 @@ impl<'a> Outlook<'a> {
             0 => from_secs,
             _ => greater(device.h2d_secs, from_secs) + bytes as f64 / self.rate(device),
         };
-        greater(arrival, greater(weights_ready, boundary_ready))
+        let gradients = if model.leaves_gradients { device.gradients_secs } else { 0.0 };
+        greater(greater(arrival, gradients), greater(weights_ready, boundary_ready))
     }
 
     /// The part of the time that a unit takes, from the end of the asking device's queue on, in which the device computes.

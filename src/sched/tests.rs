@@ -27,6 +27,7 @@ fn devices(speeds: &[f64]) -> Vec<DeviceView> {
         busy_secs: 0.0,
         h2d_bytes_per_sec: 16.0,
         h2d_secs: 0.0,
+        gradients_secs: 0.0,
     };
     speeds.iter().enumerate().map(device).collect()
 }

@@ -58,6 +58,8 @@ pub struct ModelView {
     pub first_ready_secs: f64,
     /// Bytes that leave after it.
     pub leave_bytes: u64,
+    /// Gradients are among those: it needs one of the device's gradient slots ([`DeviceView::gradients_secs`]).
+    pub leaves_gradients: bool,
     /// Where its last claimed unit ran or will run.
     pub last_device: Option<DeviceId>,
 }
@@ -85,6 +87,7 @@ impl ModelView {
             boundary_ready_secs: 0.0,
             first_ready_secs: 0.0,
             leave_bytes: 0,
+            leaves_gradients: false,
             last_device: None,
         }
     }
@@ -107,6 +110,8 @@ pub struct DeviceView {
     pub h2d_bytes_per_sec: f64,
     /// Predicted seconds until all copies to it that are asked for have arrived.
     pub h2d_secs: f64,
+    /// Predicted seconds until one of its gradient slots is free, since what it held has left.
+    pub gradients_secs: f64,
 }
 
 /// The moment of a choice.

@@ -55,6 +55,7 @@ impl Toy {
             busy_secs: 0.0,
             h2d_bytes_per_sec: rate,
             h2d_secs: 0.0,
+            gradients_secs: 0.0,
         };
         let mut devices: Vec<DeviceView> = self.devices.iter().enumerate().map(device_view).collect();
         let mut done = vec![0; models.len()];
