@@ -177,7 +177,7 @@ impl Fleet {
     fn rehearsed_secs(&self) -> f64 {
         let units: Vec<usize> = self.placed.iter().map(|p| units(p).count()).collect();
         let secs = |policy: &LocalityLrtf| Ok::<_, ()>(self.makespan_secs(Box::new(policy.clone())));
-        rehearse(&LocalityLrtf::default(), &units, TRIES, secs).expect("nothing fails").makespan_secs
+        rehearse(&LocalityLrtf::default(), false, &units, TRIES, secs).expect("nothing fails").makespan_secs
     }
 }
 

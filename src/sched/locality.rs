@@ -274,15 +274,20 @@ impl<'a> Outlook<'a> {
             0 => from_secs,
             _ => greater(device.h2d_secs, from_secs) + bytes as f64 / self.rate(device),
         };
+        greater(arrival, greater(weights_ready, boundary_ready))
+    }
+
+    /// The same until it has all that it wants, a gradient slot included.
+    fn ready_secs(&self, model: &ModelView, device: &DeviceView, from_secs: f64) -> f64 {
         let gradients = if model.leaves_gradients { device.gradients_secs } else { 0.0 };
-        greater(greater(arrival, gradients), greater(weights_ready, boundary_ready))
+        greater(self.arrival_secs(model, device, from_secs), gradients)
     }
 
     /// The part of the time that a unit takes, from the end of the asking device's queue on, in which the device computes.
     fn useful_share(&self, model: &ModelView) -> f64 {
         let wait_secs = match self.follows(model, self.here) {
             true => self.end_secs(model, self.here, 0.0) - model.unit_secs / self.here.speed,
-            false => self.arrival_secs(model, self.here, 0.0),
+            false => self.ready_secs(model, self.here, 0.0),
         } - self.here.busy_secs;
         let wait_secs = greater(wait_secs, 0.0) + self.copies_secs(model, self.leanings.copy_price);
         if wait_secs <= 0.0 {
@@ -308,13 +313,13 @@ impl<'a> Outlook<'a> {
 
     /// Whether a model's next unit would follow one on another device, microbatch by microbatch.
     fn follows(&self, model: &ModelView, device: &DeviceView) -> bool {
-        model.microbatches > 1 && matches!(model.claim, Claim::By(by) if by != device.id)
+        self.pipelines && matches!(model.claim, Claim::By(by) if by != device.id)
     }
 
     /// When a model's next unit would end on a device that can ask for its copies in `from_secs`.
     fn end_secs(&self, model: &ModelView, device: &DeviceView, from_secs: f64) -> f64 {
         let unit_secs = model.unit_secs / device.speed;
-        let end = device.busy_secs.max(self.arrival_secs(model, device, from_secs)) + unit_secs;
+        let end = device.busy_secs.max(self.ready_secs(model, device, from_secs)) + unit_secs;
         match self.follows(model, device) {
             true => end.max(model.boundary_ready_secs + unit_secs / f64::from(model.microbatches)),
             false => end,
@@ -332,8 +337,7 @@ impl<'a> Outlook<'a> {
             return there.busy_secs + model.unit_secs / there.speed <= self.end_secs(model, self.here, 0.0);
         }
         let end_secs = self.end_secs(model, self.here, 0.0);
-        if self.pipelines && model.microbatches > 1 && model.claim == Claim::By(self.here.id) && self.is_critical(model)
-        {
+        if self.pipelines && model.claim == Claim::By(self.here.id) && self.is_critical(model) {
             // One that has room before this queue has run will be asked in time.
             let sooner = |d: &DeviceView| d.busy_secs < self.here.busy_secs && self.end_secs(model, d, 0.0) < end_secs;
             if model.pinned.is_none() && self.view.devices.iter().any(sooner) {

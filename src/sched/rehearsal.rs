@@ -29,16 +29,21 @@ impl Rehearsal {
 }
 
 /// What is tried first, each alone: what was best for many of a thousand random sets of models.
-const FIRST: [fn(&mut Leanings); 8] = [
+const FIRST: [fn(&mut LocalityLrtf); 10] = [
     // Sharded-LRTF.
-    |l| (l.critical_turns, l.critical_tolerance, l.leaves) = (f64::INFINITY, 1.0, false),
-    |l| l.depth = AT_ONCE,
-    |l| (l.depth, l.copy_price) = (AT_ONCE, 1.0),
-    |l| (l.depth, l.critical_turns) = (AT_ONCE, 0.0),
-    |l| l.copy_price = 1.0,
-    |l| l.tolerance = 0.0,
-    |l| l.least_copies = 0.02,
-    |l| l.least_copies = 1.0,
+    |p| {
+        let plain = p.leanings.clone();
+        p.leanings = Leanings { critical_turns: f64::INFINITY, critical_tolerance: 1.0, leaves: false, ..plain };
+    },
+    |p| p.pipelines = true,
+    |p| p.leanings.depth = AT_ONCE,
+    |p| (p.leanings.depth, p.leanings.copy_price) = (AT_ONCE, 1.0),
+    |p| (p.leanings.depth, p.pipelines) = (AT_ONCE, true),
+    |p| (p.leanings.depth, p.leanings.critical_turns) = (AT_ONCE, 0.0),
+    |p| p.leanings.copy_price = 1.0,
+    |p| p.leanings.tolerance = 0.0,
+    |p| p.leanings.least_copies = 0.02,
+    |p| p.leanings.least_copies = 1.0,
 ];
 
 /// A depth at which steps that have begun are ended before any other begins.
@@ -54,6 +59,7 @@ const GREATEST_FACTOR: f64 = 4.0;
 /// The first of `makespan_secs`.
 pub fn rehearse<E>(
     plain: &LocalityLrtf,
+    may_pipeline: bool,
     units: &[usize],
     tries: usize,
     mut makespan_secs: impl FnMut(&LocalityLrtf) -> Result<f64, E>,
@@ -61,15 +67,18 @@ pub fn rehearse<E>(
     let plain_secs = makespan_secs(plain)?;
     let mut found = Rehearsal { policy: plain.clone(), makespan_secs: plain_secs, plain_secs, tries: 1 };
     let mut numbers = Sequence::new(0, 0);
+    let first = FIRST.iter().map(|first| {
+        let mut policy = plain.clone();
+        first(&mut policy);
+        policy
+    });
+    let mut first = first.filter(|policy| policy.pipelines == plain.pipelines || may_pipeline);
     while found.tries < tries {
-        let mut policy = found.policy.clone();
-        match FIRST.get(found.tries - 1) {
-            Some(first) => {
-                policy.leanings = plain.leanings.clone();
-                first(&mut policy.leanings);
-            }
-            None => (0..=numbers.below(2)).for_each(|_| change(&mut policy.leanings, units, &mut numbers)),
-        }
+        let policy = first.next().unwrap_or_else(|| {
+            let mut policy = found.policy.clone();
+            (0..=numbers.below(2)).for_each(|_| change(&mut policy, may_pipeline, units, &mut numbers));
+            policy
+        });
         found.tries += 1;
         let secs = makespan_secs(&policy)?;
         // What is no worse may be on the way to what is better.
@@ -81,17 +90,19 @@ pub fn rehearse<E>(
 }
 
 /// Changes one number, three times in four an urgency, of which there are many.
-fn change(leanings: &mut Leanings, units: &[usize], numbers: &mut Sequence) {
+fn change(policy: &mut LocalityLrtf, may_pipeline: bool, units: &[usize], numbers: &mut Sequence) {
+    let leanings = &mut policy.leanings;
     if numbers.below(4) > 0 {
         return change_urgency(leanings, units, numbers);
     }
     let of = |numbers: &mut Sequence, values: &[f64]| values[numbers.below(values.len() as u64) as usize];
-    match numbers.below(6) {
+    match numbers.below(if may_pipeline { 7 } else { 6 }) {
         0 => leanings.tolerance = of(numbers, &[0.0, 0.05, 0.125, 0.3, 0.6]),
         1 => leanings.critical_tolerance = of(numbers, &[0.05, 0.125, 0.25, 0.5, 0.75, 1.0]),
         2 => leanings.critical_turns = of(numbers, &[0.0, 0.5, 1.0, 2.0, 4.0, f64::INFINITY]),
         3 => leanings.copy_price = of(numbers, &[0.0, 0.25, 1.0, 4.0]),
         4 => leanings.least_copies = of(numbers, &[0.0, 0.02, 0.1, 0.3, 1.0, 3.0]),
+        6 => policy.pipelines = !policy.pipelines,
         _ => leanings.depth = of(numbers, &[0.0, 0.3, 1.0, AT_ONCE]),
     }
 }
@@ -125,19 +136,19 @@ mod tests {
     #[test]
     fn a_rehearsal_finds_the_least_and_can_be_repeated() {
         let plain = LocalityLrtf::default();
-        let found = rehearse(&plain, &[3, 3], 400, toy).unwrap();
+        let found = rehearse(&plain, false, &[3, 3], 400, toy).unwrap();
         assert_eq!((found.plain_secs, found.tries), (0.5, 400));
         assert!(found.makespan_secs < 0.02 && toy(&found.policy) == Ok(found.makespan_secs), "{found:?}");
-        assert_eq!(rehearse(&plain, &[3, 3], 400, toy), Ok(found));
+        assert_eq!(rehearse(&plain, false, &[3, 3], 400, toy), Ok(found));
     }
 
     #[test]
     fn one_try_is_the_policy_as_it_is() {
         let plain = LocalityLrtf { pipelines: true, ..LocalityLrtf::default() };
         for tries in [0, 1] {
-            let found = rehearse(&plain, &[1], tries, |_| Ok::<_, ()>(2.0)).unwrap();
+            let found = rehearse(&plain, false, &[1], tries, |_| Ok::<_, ()>(2.0)).unwrap();
             assert_eq!(found, Rehearsal { policy: plain.clone(), makespan_secs: 2.0, plain_secs: 2.0, tries: 1 });
         }
-        assert_eq!(rehearse(&plain, &[1], 5, |p| if *p == plain { Ok(1.0) } else { Err("no") }), Err("no"));
+        assert_eq!(rehearse(&plain, false, &[1], 5, |p| if *p == plain { Ok(1.0) } else { Err("no") }), Err("no"));
     }
 }

@@ -145,7 +145,7 @@ impl<'a> View<'a> {
     /// Whether the device may let this model's next unit follow one that another device has: each microbatch goes on as soon as it has left there.
     pub fn may_follow(&self, model: &ModelView) -> bool {
         let elsewhere = matches!(model.claim, Claim::By(device) if device != self.device);
-        elsewhere && model.microbatches > 1 && model.pinned.is_none_or(|device| device == self.device)
+        elsewhere && model.pinned.is_none_or(|device| device == self.device)
     }
 
     /// The models whose next unit the device may take, by number.

@@ -6,7 +6,7 @@
 use super::models::{Chain, Random};
 use hydra::device::sim::CostModel;
 use hydra::engine::{SimulateOptions, Simulation, simulate};
-use hydra::sched::{LocalityLrtf, Policy, Rehearsal, by_name, rehearse};
+use hydra::sched::{LocalityLrtf, Policy, by_name, rehearse};
 use hydra::spill::{BoundaryTier, FleetDevice, FleetMap, FleetModel, Placed, PlanOptions, plan_anywhere};
 use std::fmt;
 use std::ops::Range;
@@ -80,13 +80,13 @@ impl Workload {
         self.run_by(by_name(policy, 1))
     }
 
-    /// Locality-LRTF as it is, and as a rehearsal of so many visits finds it best.
-    pub fn rehearsed(&self, visits: u64) -> Rehearsal {
+    /// The makespan of locality-LRTF as a rehearsal that simulates so many visits finds it best.
+    pub fn rehearse(&self, visits: u64, may_pipeline: bool) -> f64 {
         let units: Vec<usize> = self.placed.iter().map(|p| 2 * p.plan.shards.len() - 1).collect();
         let each: u64 = units.iter().zip(&self.steps).map(|(&units, steps)| units as u64 * steps).sum();
-        let makespan_secs = |policy: &LocalityLrtf| Ok(self.run_by(Some(Box::new(policy.clone()))).makespan_secs);
-        rehearse::<()>(&LocalityLrtf::default(), &units, (visits / each) as usize, makespan_secs)
-            .expect("nothing fails")
+        let secs = |policy: &LocalityLrtf| Ok::<_, ()>(self.run_by(Some(Box::new(policy.clone()))).makespan_secs);
+        let found = rehearse(&LocalityLrtf::default(), may_pipeline, &units, (visits / each) as usize, secs);
+        found.expect("nothing fails").makespan_secs
     }
 
     fn run_by(&self, policy: Option<Box<dyn Policy>>) -> Simulation {

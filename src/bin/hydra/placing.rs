@@ -7,8 +7,8 @@ use hydra::base::{Error, Result};
 use hydra::engine::{self, SimulateOptions, Simulation};
 use hydra::sched::{self, LocalityLrtf, by_name};
 use hydra::spill::{
-    Baseline, FleetDevice, FleetMap, FleetModel, FleetPlan, Home, Model, Placed, PlanOptions, check_host, named,
-    place_baseline, plan_fleet, plan_pipelined,
+    Baseline, FleetDevice, FleetMap, FleetModel, Home, Model, Placed, PlanOptions, check_host, named, place_baseline,
+    plan_fleet, plan_pipelined,
 };
 use hydra::trace::Recorder;
 use hydra::train::plan_model;
@@ -24,8 +24,8 @@ const LEAST_GAIN: f64 = 0.1;
 const LEAST_TASK_SECS: f64 = 2e-4;
 
 /// Whether microbatches take long enough to be handed on.
-fn is_worth_it(plan: &FleetPlan) -> bool {
-    plan.placed.iter().all(|p| {
+pub fn is_worth_it(placed: &[Placed]) -> bool {
+    placed.iter().all(|p| {
         let tasks = (2 * p.plan.shards.len() - 1) * p.model.microbatches;
         p.plan.estimated_secs >= tasks as f64 * LEAST_TASK_SECS
     })
@@ -98,7 +98,7 @@ impl Placing {
             return Err(Error::bad(what));
         }
         // What does not fit with fine units may fit without.
-        let plan = plan.ok().flatten().filter(|plan| job.run.pipeline == Pipeline::Always || is_worth_it(plan));
+        let plan = plan.ok().flatten().filter(|plan| job.run.pipeline == Pipeline::Always || is_worth_it(&plan.placed));
         let Some(plan) = plan else { return one_at_a_time()?.checked(machine) };
         let sharing = Sharing::Turns(LocalityLrtf { pipelines: true, ..LocalityLrtf::default() });
         let pipelined = Placing { placed: plan.placed, sharing, smallest_device_bytes: plan.smallest_device_bytes };

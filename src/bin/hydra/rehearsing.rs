@@ -1,8 +1,8 @@
 //! Rehearsals: before models take turns, a small part of the time that they will take goes into finding out how they do it best.
 
-use crate::job::{Policy, Run};
+use crate::job::{Pipeline, Policy, Run};
 use crate::machine::Machine;
-use crate::placing::{Sharing, compared_steps, simulate};
+use crate::placing::{Sharing, compared_steps, is_worth_it, simulate};
 use hydra::base::Result;
 use hydra::sched::{Rehearsal, rehearse};
 use hydra::spill::{Home, Placed};
@@ -49,7 +49,8 @@ pub fn rehearse_turns(
     };
     let whole_secs = makespan_secs(sharing)? * longest as f64 / compared.iter().copied().max().unwrap_or(1) as f64;
     let tries = ((PART * whole_secs).min(MOST_SECS) / try_secs).min(MOST_TRIES) as usize;
-    let found = rehearse(plain, &units, tries, |policy| makespan_secs(&Sharing::Turns(policy.clone())))?;
+    let may_pipeline = run.pipeline != Pipeline::Never && is_worth_it(placed);
+    let found = rehearse(plain, may_pipeline, &units, tries, |policy| makespan_secs(&Sharing::Turns(policy.clone())))?;
     Ok((found.gain() > LEAST_GAIN).then_some(found))
 }
 
