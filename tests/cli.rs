@@ -396,6 +396,45 @@ fn several_models_tell_their_progress_in_json_lines() {
 }
 
 #[test]
+fn a_job_is_rehearsed_before_it_is_simulated() {
+    let job = Job::new(
+        "[run]
+policy = 'locality-lrtf'
+[[device]]
+kind = 'sim'
+count = 2
+memory = '900 KiB'
+link = '4 MB/s'
+flops = '2 GFLOP/s'
+memory_bandwidth = '100 MB/s'
+[[model]]
+name = 'gpt'
+family = 'gpt2'
+config = { n_layer = 6, n_embd = 64, n_head = 4, n_positions = 32, vocab_size = 256 }
+data = { random = true, context = 32 }
+batch = 4
+steps = 12
+optimizer = { kind = 'sgd', lr = 1e-3 }
+search = { lr = [5e-3, 4e-3, 3e-3, 2e-3, 1e-3] }
+",
+    );
+    let simulate = |rehearse: &str| -> Value {
+        let ran = job.hydra(&["simulate", "--json", "--set", &format!("run.rehearse={rehearse}")]).fine();
+        serde_json::from_str(&ran.out).expect("one JSON object")
+    };
+    let (plain, rehearsed) = (simulate("false"), simulate("true"));
+    let secs = |figures: &Value| figures["makespan_secs"].as_f64().expect("seconds");
+    let gain = rehearsed["rehearsal"]["gain"].as_f64().expect("a part");
+    assert!(plain["rehearsal"].is_null() && gain > 0.01 && rehearsed["rehearsal"]["tries"].as_u64() > Some(7));
+    assert!((secs(&rehearsed) / secs(&plain) - (1.0 - gain)).abs() < 1e-9, "{rehearsed}");
+    let ran = job.hydra(&["simulate"]).fine();
+    assert!(ran.out.contains("rehearsals the best ends") && ran.out.contains("run.rehearse"), "{}", ran.out);
+    // Others have nothing to lean to.
+    let ran = job.hydra(&["simulate", "--policy", "sharded-lrtf"]).fine();
+    assert!(!ran.out.contains("rehears"), "{}", ran.out);
+}
+
+#[test]
 fn sweeps_are_tables_and_plots() {
     let job = Job::new(&format!("[[device]]\nkind = 'sim'\nprofile = 'v100'\nmemory = '1 MiB'\n{}", two_models()));
     let out = job.at("sweep").display().to_string();

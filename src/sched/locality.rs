@@ -20,9 +20,9 @@ use std::cmp::Ordering;
 /// 3. **Critical** is a candidate that might end last if it were passed over once: `b + C + turn >= T`, where a turn is the longest that any
 ///    candidate's next unit takes by the same two measures. If there are critical candidates, only they are considered.
 /// 4. **Useful share** of a candidate: `(u / s) / (w + u / s)`, where `w = max(0, h + bytes / rate - b)` is how long the device would wait
-///    for its copies, or longer where what it fetches is not at home by then. `bytes` leaves out a shard that a slot holds and boundary tensors that are here; `rate` is `r`, or an equal part of the
-///    shared link among the devices that are copying. Candidates within 1/8 of the best share are equals,
-///    critical ones within 1/2.
+///    for its copies, or longer where what it fetches is not at home by then, or no gradient slot is free that it needs. `bytes` leaves out a shard that a slot
+///    holds and boundary tensors that are here; `rate` is `r`, or an equal part of the shared link among the devices that are copying. Candidates within
+///    1/8 of the best share are equals, critical ones within 1/2.
 /// 5. Of equals the longest chain goes first, with sharded-LRTF's ties.
 /// 6. Where it pipelines, a **follower** is considered where its model is critical, since every other model comes to its end in time without, and where its useful
 ///    share is within 1/8 of the best candidate's. It waits for microbatches too: its last one ends no sooner than the unit's before it has. It is left to

@@ -142,7 +142,8 @@ impl<'a> View<'a> {
         free && model.pinned.is_none_or(|device| device == self.device)
     }
 
-    /// Whether the device may let this model's next unit follow one that another device has: each microbatch goes on as soon as it has left there.
+    /// Whether the device may let this model's next unit follow one that another device has: its weights are fetched meanwhile, and each microbatch goes on
+    /// as soon as it has left there.
     pub fn may_follow(&self, model: &ModelView) -> bool {
         let elsewhere = matches!(model.claim, Claim::By(device) if device != self.device);
         elsewhere && model.pinned.is_none_or(|device| device == self.device)
