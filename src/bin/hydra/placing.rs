@@ -15,7 +15,7 @@ use hydra::train::plan_model;
 use std::sync::Arc;
 
 /// Steps of the longest model, by which ways are compared.
-const COMPARED_STEPS: u64 = 24;
+pub const COMPARED_STEPS: u64 = 24;
 
 /// The gain that a pipeline is to promise: predictions are no better.
 const LEAST_GAIN: f64 = 0.1;
@@ -108,7 +108,7 @@ impl Placing {
         let without = one_at_a_time()?.checked(machine)?;
         let steps: Vec<u64> = fleet.iter().map(|m| m.steps).collect();
         let makespan_secs = |placing: &Placing| {
-            let steps = compared_steps(&steps);
+            let steps = fewer_steps(&steps, COMPARED_STEPS);
             let clips = fleet.iter().map(|m| m.options.clips).collect();
             let Placing { placed, sharing, .. } = placing;
             simulate(placed, sharing, &job.run, machine, (steps, clips), None).map(|s| s.makespan_secs)
@@ -143,10 +143,10 @@ impl Placing {
     }
 }
 
-/// Fewer steps for each model, in the same proportions: enough to compare ways by.
-pub fn compared_steps(steps: &[u64]) -> Vec<u64> {
+/// Fewer steps for each model, at most `most`, in the same proportions.
+pub fn fewer_steps(steps: &[u64], most: u64) -> Vec<u64> {
     let longest = steps.iter().copied().max().unwrap_or(0).max(1);
-    steps.iter().map(|steps| (steps * COMPARED_STEPS.min(longest)).div_ceil(longest)).collect()
+    steps.iter().map(|steps| (steps * most.min(longest)).div_ceil(longest)).collect()
 }
 
 /// A model as the planner of several takes it.

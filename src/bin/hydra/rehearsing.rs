@@ -2,9 +2,9 @@
 
 use crate::job::{Pipeline, Policy, Run};
 use crate::machine::Machine;
-use crate::placing::{Sharing, compared_steps, is_worth_it, simulate};
+use crate::placing::{COMPARED_STEPS, Sharing, fewer_steps, is_worth_it, simulate};
 use hydra::base::Result;
-use hydra::sched::{Rehearsal, rehearse};
+use hydra::sched::{LocalityLrtf, Rehearsal, rehearse};
 use hydra::spill::{Home, Placed};
 
 /// The part of a job's predicted seconds that its rehearsals may take, and their most seconds.
@@ -14,8 +14,12 @@ const MOST_SECS: f64 = 5.0;
 /// Seconds in which a microbatch's visit of a shard is simulated, at most. A stated number, so that the same job is rehearsed the same.
 const VISIT_SECS: f64 = 1e-5;
 
-/// More tries than this find next to nothing.
+/// As many tries are wanted: where there is time for more, more steps are tried instead, which are more like the whole. More than the most find nothing.
+const WANTED_TRIES: f64 = 48.0;
 const MOST_TRIES: f64 = 512.0;
+
+/// What was found in a part of the steps must hold for so many times as many.
+const CHECKED: u64 = 4;
 
 /// The gain that a rehearsal is to promise.
 const LEAST_GAIN: f64 = 0.01;
@@ -38,19 +42,27 @@ pub fn rehearse_turns(
     if run.policy != Policy::LocalityLrtf || !run.rehearse || !chooses || longest == 0 {
         return Ok(None);
     }
-    let compared = compared_steps(steps);
+    let makespan_secs = |sharing: &Sharing, most: u64| {
+        let what = (fewer_steps(steps, most), clips.to_vec());
+        simulate(placed, sharing, run, machine, what, None).map(|s| s.makespan_secs)
+    };
+    let some = COMPARED_STEPS.min(longest);
+    let whole_secs = makespan_secs(sharing, some)? * longest as f64 / some as f64;
     let units: Vec<usize> = placed.iter().map(|p| 2 * p.plan.shards.len() - 1).collect();
     let visits =
         |((p, &units), &steps): ((&Placed, &usize), &u64)| (units * p.model.microbatches) as f64 * steps as f64;
-    let try_secs = VISIT_SECS * placed.iter().zip(&units).zip(&compared).map(visits).sum::<f64>();
-    let makespan_secs = |sharing: &Sharing| {
-        let what = (compared.clone(), clips.to_vec());
-        simulate(placed, sharing, run, machine, what, None).map(|s| s.makespan_secs)
-    };
-    let whole_secs = makespan_secs(sharing)? * longest as f64 / compared.iter().copied().max().unwrap_or(1) as f64;
-    let tries = ((PART * whole_secs).min(MOST_SECS) / try_secs).min(MOST_TRIES) as usize;
+    // Of a step of the longest model, and what goes with it.
+    let step_secs = VISIT_SECS * placed.iter().zip(&units).zip(steps).map(visits).sum::<f64>() / longest as f64;
+    let may_take_secs = (PART * whole_secs).min(MOST_SECS);
+    let tried = ((may_take_secs / (WANTED_TRIES * step_secs)) as u64).clamp(some, longest);
+    let tries = (may_take_secs / (tried as f64 * step_secs)).min(MOST_TRIES) as usize;
     let may_pipeline = run.pipeline != Pipeline::Never && is_worth_it(placed);
-    let found = rehearse(plain, may_pipeline, &units, tries, |policy| makespan_secs(&Sharing::Turns(policy.clone())))?;
+    let secs = |policy: &LocalityLrtf| makespan_secs(&Sharing::Turns(policy.clone()), tried);
+    let mut found = rehearse(plain, may_pipeline, &units, tries, secs)?;
+    if found.policy != *plain && tried < longest {
+        let more = |policy: &LocalityLrtf| makespan_secs(&Sharing::Turns(policy.clone()), CHECKED * tried);
+        (found.plain_secs, found.makespan_secs) = (more(plain)?, more(&found.policy)?);
+    }
     Ok((found.gain() > LEAST_GAIN).then_some(found))
 }
 
