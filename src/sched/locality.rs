@@ -6,7 +6,6 @@
 
 use super::policies::{by_place, by_remaining};
 use super::{Claim, DeviceView, ModelId, ModelView, Policy, View};
-use std::cmp::Ordering;
 
 /// Sharded-LRTF that weighs what is resident, links and unequal devices, in three passes over the models and one over the devices.
 ///
@@ -102,9 +101,14 @@ impl Policy for LocalityLrtf {
         // Whether a model is left to another device is asked last: for most it makes no difference.
         let (mut best, mut best_critical) = (0f64, None);
         for model in view.candidates() {
-            let (share, critical) = (outlook.useful_share(model), outlook.is_critical(model));
-            let raises = share > best || critical && best_critical.is_none_or(|best| share > best);
-            if !raises || outlook.is_left(model) {
+            let critical = outlook.is_critical(model);
+            let raises = |share: f64| share > best || critical && best_critical.is_none_or(|best| share > best);
+            // No share is greater than 1, and beside critical candidates followers alone are measured by the others.
+            if !raises(1.0) || !critical && !self.pipelines && best_critical.is_some() {
+                continue;
+            }
+            let share = outlook.useful_share(model);
+            if !raises(share) || outlook.is_left(model) {
                 continue;
             }
             best = greater(best, share);
@@ -121,17 +125,21 @@ impl Policy for LocalityLrtf {
                 best_critical = Some(share);
             }
         }
-        // Where there are critical candidates, one of them is the longest that is good enough: no other chain is as long as theirs.
+        // Where there are critical candidates, one of them is the longest that is good enough.
         let enough = best_critical.map_or(followed, |best| (1.0 - critical_tolerance) * best);
-        let mut first: Option<&ModelView> = None;
+        let mut first: Option<(&ModelView, f64)> = None;
         let all = view.candidates().map(|model| (model, enough));
         for (model, enough) in all.chain(followers().map(|model| (model, greater(enough, followed)))) {
-            let longer = first.is_none_or(|first| outlook.by_chain(model, first).is_gt());
+            let secs = outlook.urgent_secs(model);
+            if best_critical.is_some() && secs < outlook.critical_secs {
+                continue;
+            }
+            let longer = outlook.is_longer((model, secs), first);
             if longer && outlook.useful_share(model) >= enough && !outlook.is_left(model) {
-                first = Some(model);
+                first = Some((model, secs));
             }
         }
-        first.filter(|model| !outlook.can_wait(model)).map(|model| model.id)
+        first.map(|(model, _)| model).filter(|model| !outlook.can_wait(model)).map(|model| model.id)
     }
 }
 
@@ -146,8 +154,10 @@ struct Outlook<'a> {
     byte_secs: f64,
     /// What falls to each copying device of a shared link.
     shared_rate: f64,
-    /// The candidate with the longest chain.
-    longest: Option<&'a ModelView>,
+    /// Seconds of a byte to the asking device.
+    here_byte_secs: f64,
+    /// The candidate with the longest chain, and that.
+    longest: Option<(&'a ModelView, f64)>,
     /// The chain from which a candidate is critical.
     critical_secs: f64,
     /// The end that is too late for a model whose unit the asking device takes.
@@ -187,6 +197,7 @@ impl<'a> Outlook<'a> {
             second_secs: 1.0 / fastest.speed,
             byte_secs: 1.0 / fastest_rate.min(shared),
             shared_rate: shared / f64::from(copying),
+            here_byte_secs: 1.0 / here.h2d_bytes_per_sec.min(shared / f64::from(copying)),
             longest: None,
             critical_secs: 0.0,
             late_secs: 0.0,
@@ -201,11 +212,13 @@ impl<'a> Outlook<'a> {
             bytes += model.remaining_bytes as f64;
             let least = model.remaining_chain_secs * outlook.second_secs + model.remaining_wait_secs;
             let goes_on = pipelines && model.microbatches > 1;
-            chain = greater(chain, if goes_on { least } else { outlook.chain_secs(model) });
+            let chain_secs = outlook.chain_secs(model);
+            chain = greater(chain, if goes_on { least } else { chain_secs });
             if view.may_take(model) || pipelines && view.may_follow(model) {
                 turn = greater(turn, outlook.least_secs(model.unit_secs, model.weight_bytes));
-                if outlook.longest.is_none_or(|longest| outlook.by_chain(model, longest).is_gt()) {
-                    outlook.longest = Some(model);
+                let secs = outlook.urgent(model, chain_secs);
+                if outlook.is_longer((model, secs), outlook.longest) {
+                    outlook.longest = Some((model, secs));
                 }
             }
         }
@@ -229,14 +242,18 @@ impl<'a> Outlook<'a> {
 
     /// Its chain, as long as it counts for.
     fn urgent_secs(&self, model: &ModelView) -> f64 {
-        let chain_secs = self.chain_secs(model);
-        if self.leans { self.leanings.urgency(model) * chain_secs } else { chain_secs }
+        self.urgent(model, self.chain_secs(model))
     }
 
-    /// Orders by chain, the longer one greater, and equal chains (of equal bytes, or by rounding) by remaining time.
-    fn by_chain(&self, a: &ModelView, b: &ModelView) -> Ordering {
-        let chains = self.urgent_secs(a).total_cmp(&self.urgent_secs(b));
-        chains.then_with(|| by_remaining(a, b)).then_with(|| by_place(self.view, a, b))
+    fn urgent(&self, model: &ModelView, secs: f64) -> f64 {
+        if self.leans { self.leanings.urgency(model) * secs } else { secs }
+    }
+
+    /// Whether a model, with its chain, comes before another: equal chains (of equal bytes, or by rounding) are ordered by remaining time.
+    fn is_longer(&self, (a, a_secs): (&ModelView, f64), b: Option<(&ModelView, f64)>) -> bool {
+        let Some((b, b_secs)) = b else { return true };
+        let ties = || by_remaining(a, b).then_with(|| by_place(self.view, a, b)).is_gt();
+        a_secs > b_secs || a_secs == b_secs && ties()
     }
 
     fn is_critical(&self, model: &ModelView) -> bool {
@@ -244,6 +261,7 @@ impl<'a> Outlook<'a> {
     }
 
     /// Bytes of weights and of boundary tensors that a model's next unit fetches to a device.
+    #[inline(always)]
     fn missing_bytes(&self, model: &ModelView, device: &DeviceView) -> (u64, u64) {
         let held = device.held.contains(&(model.id, model.shard));
         // Of the others it is not known what they still have.
@@ -261,6 +279,7 @@ impl<'a> Outlook<'a> {
     }
 
     /// Seconds until a model's next unit has its copies on a device that can ask for them in `from_secs`.
+    #[inline(always)]
     fn arrival_secs(&self, model: &ModelView, device: &DeviceView, from_secs: f64) -> f64 {
         let (weight_bytes, boundary_bytes) = self.missing_bytes(model, device);
         let weights_ready = if weight_bytes == 0 { 0.0 } else { model.weights_ready_secs };
@@ -270,20 +289,21 @@ impl<'a> Outlook<'a> {
             _ => model.boundary_ready_secs,
         };
         let bytes = weight_bytes + boundary_bytes;
-        let arrival = match bytes {
-            0 => from_secs,
-            _ => greater(device.h2d_secs, from_secs) + bytes as f64 / self.rate(device),
-        };
+        let byte_secs = if device.id == self.here.id { self.here_byte_secs } else { 1.0 / self.rate(device) };
+        let copies_secs = bytes as f64 * byte_secs;
+        let arrival = if bytes == 0 { from_secs } else { greater(device.h2d_secs, from_secs) + copies_secs };
         greater(arrival, greater(weights_ready, boundary_ready))
     }
 
     /// The same until it has all that it wants, a gradient slot included.
+    #[inline(always)]
     fn ready_secs(&self, model: &ModelView, device: &DeviceView, from_secs: f64) -> f64 {
         let gradients = if model.leaves_gradients { device.gradients_secs } else { 0.0 };
         greater(self.arrival_secs(model, device, from_secs), gradients)
     }
 
     /// The part of the time that a unit takes, from the end of the asking device's queue on, in which the device computes.
+    #[inline(always)]
     fn useful_share(&self, model: &ModelView) -> f64 {
         let wait_secs = match self.follows(model, self.here) {
             true => self.end_secs(model, self.here, 0.0) - model.unit_secs / self.here.speed,
@@ -302,7 +322,7 @@ impl<'a> Outlook<'a> {
             return 0.0;
         }
         let (weight_bytes, boundary_bytes) = self.missing_bytes(model, self.here);
-        price * (weight_bytes + boundary_bytes) as f64 / self.rate(self.here)
+        price * (weight_bytes + boundary_bytes) as f64 * self.here_byte_secs
     }
 
     /// Whether the asking device has something to run, and copies so little for this unit that it need not ask for them yet.
@@ -349,9 +369,8 @@ impl<'a> Outlook<'a> {
         }
         let bytes = model.remaining_bytes.saturating_sub(model.weight_bytes);
         let rest = self.least_secs(model.remaining_secs - model.unit_secs, bytes) + model.remaining_wait_secs;
-        let urgency = if self.leans { self.leanings.urgency(model) } else { 1.0 };
-        let late = end_secs + urgency * rest > self.late_secs;
-        let longest = self.longest.is_some_and(|longest| longest.id == model.id) && self.is_critical(model);
+        let late = end_secs + self.urgent(model, rest) > self.late_secs;
+        let longest = self.longest.is_some_and(|(longest, _)| longest.id == model.id) && self.is_critical(model);
         // Where this device's queue holds the predecessor, no other can claim the unit before that has run.
         let claimed_secs = if model.claim == Claim::By(self.here.id) { self.here.busy_secs } else { 0.0 };
         (late || longest) && self.end_secs(model, self.fastest, claimed_secs) < end_secs
