@@ -4,8 +4,8 @@
 //! computes. What is wanted there is a makespan within 3 % of the bound in the median and 10 % at the 95th percentile; in 99 % of all
 //! workloads one that is at most 2 % longer than `sharded-lrtf`'s; and where all copies exceed all arithmetic, one that is 10 % shorter in the
 //! median. Wanted of the policy as the program runs it: rehearsed, for a few seconds at most. The last is missed, and the test asserts less there, on
-//! purpose and in plain sight: 77 of those workloads have fewer than two models a device, and hardly anything to choose. What the policy reaches
-//! without rehearsals is held too.
+//! purpose and in plain sight: many of those workloads are bound by one model's chain, whoever chooses. What the policy reaches without
+//! rehearsals is held too.
 
 #[path = "schedule/held.rs"]
 mod held;

@@ -13,9 +13,9 @@ use crate::base::philox::Sequence;
 pub struct Rehearsal {
     /// The policy that ends soonest.
     pub policy: LocalityLrtf,
-    /// Its makespan, and that of the policy without leanings, in the caller's seconds.
+    /// Its makespan, in the caller's seconds.
     pub makespan_secs: f64,
-    /// The makespan with no leaning.
+    /// The makespan of the policy that was given.
     pub plain_secs: f64,
     /// Schedules that were simulated.
     pub tries: usize,
@@ -52,7 +52,8 @@ const AT_ONCE: f64 = 1000.0;
 /// The greatest factor of one change of an urgency.
 const GREATEST_FACTOR: f64 = 4.0;
 
-/// Searches for leanings of locality-LRTF in at most `tries` simulations; the first is of `plain` itself. `units` are those of each model's step,
+/// Searches for leanings of locality-LRTF in at most `tries` simulations; the first is of `plain` itself. `may_pipeline`: one that
+/// pipelines may be found, though `plain` does not. `units` are those of each model's step,
 /// `makespan_secs` simulates. Equal arguments find the same.
 ///
 /// # Errors
