@@ -36,13 +36,7 @@ impl Engine {
             pending.void = !pending.is_over() || pending.loss.is_some_and(|loss| !loss.is_finite());
             pending.made = pending.units;
         }
-        let pending = &mut member.pending;
-        let mut loose = 0;
-        self.queue.drop_model(model, |serial| match pending.iter_mut().find(|p| p.serial == serial) {
-            Some(pending) => pending.tasks -= 1,
-            None => loose += 1,
-        });
-        member.loose_tasks -= loose;
+        self.queue.drop_model(model, |serial| member.strike(serial));
         if let Some(turns) = &mut self.turns {
             turns.release(model);
             turns.refresh(model, &self.members[model]);

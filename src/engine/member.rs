@@ -170,6 +170,22 @@ impl Member {
         self.serial
     }
 
+    /// Books a task under the work that it belongs to.
+    pub fn book(&mut self, serial: u64) {
+        match self.pending.iter_mut().find(|p| p.serial == serial) {
+            Some(pending) => pending.tasks += 1,
+            None => self.loose_tasks += 1,
+        }
+    }
+
+    /// Strikes out a task that was booked and will not run.
+    pub fn strike(&mut self, serial: u64) {
+        match self.pending.iter_mut().find(|p| p.serial == serial) {
+            Some(pending) => pending.tasks -= 1,
+            None => self.loose_tasks -= 1,
+        }
+    }
+
     /// The work whose next unit would be this model's next, by its place among `pending`.
     pub fn next_work(&self) -> Option<usize> {
         self.pending.iter().position(|p| p.made < p.units)

@@ -336,6 +336,24 @@ impl Queue {
         }
     }
 
+    /// Drops a copy that nobody waits for, if it is not on a lane, and gives the work that it belongs to. Where it waits for nothing but `maker`, which
+    /// writes what it would copy, it is over at once: whoever writes there next waits for `maker` too.
+    pub fn drop_copy(&mut self, id: TaskId, maker: TaskId) -> Option<u64> {
+        let is_idle = |e: &&Entry| e.ticket.is_none() && !e.dropped && !e.done && e.dependents.is_empty();
+        let entry = self.entry(id).filter(is_idle)?;
+        let is_open = |&dep: &TaskId| dep != maker && self.entry(dep).is_some_and(|dep| !dep.done);
+        let (over, lane, key, serial) =
+            (!entry.after.iter().any(is_open), entry.lane, (entry.deadline, id), entry.serial);
+        let queue = &mut self.lanes[usize::from(lane)];
+        queue.waiting.remove(&key);
+        queue.ready.remove(&key);
+        self.stir(lane);
+        let entry = &mut self.entries[(id - self.first) as usize];
+        (entry.task, entry.dropped, entry.done) = (None, true, over);
+        self.forget_done();
+        Some(serial)
+    }
+
     /// Drops a model's tasks that are not on a lane, and tells of which work each was.
     pub fn drop_model(&mut self, model: usize, mut told: impl FnMut(u64)) {
         let first = self.first;

@@ -4,7 +4,16 @@
 //! Invariant: a slot names what it will hold once all tasks created so far have run. Whether it may be overwritten yet is not decided
 //! here: the bytes' own history does that (`hazards`).
 
+use super::hazards::TaskId;
 use crate::spill::ArenaMap;
+
+/// A copy of what a slot holds to its place at home.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Spill {
+    pub task: TaskId,
+    /// The compute task that writes what it copies.
+    pub maker: TaskId,
+}
 
 /// Slots that are handed out again in the order of their last use.
 #[derive(Debug)]
@@ -14,6 +23,8 @@ pub(super) struct Slots<K> {
     held: Vec<Option<K>>,
     /// What it holds is good but for a part.
     marked: Vec<bool>,
+    /// The task that copies what it holds home.
+    spills: Vec<Option<Spill>>,
     used: Vec<u64>,
     clock: u64,
     /// Empty slots go first, whenever they were used.
@@ -27,6 +38,7 @@ impl<K: Copy + PartialEq> Slots<K> {
             holds: nothing(),
             held: nothing(),
             marked: vec![false; count],
+            spills: vec![None; count],
             used: vec![0; count],
             clock: 0,
             empty_first,
@@ -81,8 +93,23 @@ impl<K: Copy + PartialEq> Slots<K> {
 
     /// Puts `key` into a slot of its own.
     pub fn pin(&mut self, slot: usize, key: K) {
-        (self.holds[slot], self.held[slot], self.marked[slot]) = (Some(key), Some(key), false);
+        (self.holds[slot], self.held[slot]) = (Some(key), Some(key));
+        (self.marked[slot], self.spills[slot]) = (false, None);
         self.touch(slot);
+    }
+
+    /// Notes the copy home of what the slot that holds `key` does.
+    pub fn note_spill(&mut self, key: K, spill: Spill) {
+        if let Some(slot) = self.slot_of(key) {
+            self.spills[slot] = Some(spill);
+        }
+    }
+
+    /// Forgets `key`, which nobody reads again, and gives its copy home.
+    pub fn let_go(&mut self, key: K) -> Option<Spill> {
+        let slot = self.slot_of(key)?;
+        self.holds[slot] = None;
+        self.spills[slot].take()
     }
 
     /// What the slots hold.
@@ -199,5 +226,20 @@ mod tests {
         slots.forget(|_| true);
         assert_eq!((slots.find(2), slots.take_back(1)), (None, None), "shard 1's slot held another since");
         assert_eq!((slots.take_back(2), slots.take_back(0)), (Some(1), Some(0)));
+    }
+    #[test]
+    fn a_copy_home_is_given_once_and_belongs_to_what_was_made_here() {
+        let spill = Spill { task: 7, maker: 6 };
+        let mut slots = Slots::new(1, false);
+        slots.take('a', &[]);
+        slots.note_spill('a', spill);
+        slots.note_spill('b', Spill { task: 9, maker: 8 });
+        assert_eq!((slots.let_go('b'), slots.let_go('a'), slots.let_go('a')), (None, Some(spill), None));
+        // What was fetched again has no copy home of its own.
+        slots.take('a', &[]);
+        slots.note_spill('a', spill);
+        slots.take('b', &[]);
+        slots.take('a', &[]);
+        assert_eq!((slots.let_go('a'), slots.slot_of('a')), (None, None));
     }
 }

@@ -202,7 +202,7 @@ pub fn bounds_of(
     };
     let work = |((p, &steps), maps): ((&Placed, &u64), &Vec<ArenaMap>)| {
         let slots = maps.iter().map(|m| m.weight_slots.len()).sum::<usize>().max(p.plan.choice.slots * costs.len());
-        let (down, up) = least_bytes(p, costs.len(), slots);
+        let (down, up) = least_bytes(p, slots, maps.iter().map(|m| m.activations.len()).sum());
         let secs = steps as f64 * arithmetic_secs(p, &costs[0]);
         let [first_secs, turn_secs, last_secs] = wait_secs(p, &rates);
         let chain_secs = match p.plan.choice.pipelined || pipelines && p.home == Home::Anywhere {
@@ -277,7 +277,7 @@ fn arithmetic_secs(placed: &Placed, cost: &CostModel) -> f64 {
 }
 
 /// Least bytes of a step to devices that have so many weight slots in all, and from them.
-fn least_bytes(placed: &Placed, devices: usize, slots: usize) -> (u64, u64) {
+fn least_bytes(placed: &Placed, slots: usize, entries: usize) -> (u64, u64) {
     let plan = &placed.plan;
     if plan.choice.resident {
         return (0, 0);
@@ -293,17 +293,14 @@ fn least_bytes(placed: &Placed, devices: usize, slots: usize) -> (u64, u64) {
         true => (0..plan.shards.len()).map(|s| update_state_bytes(&placed.model, &plan.shards, plan.moments, s)).sum(),
         false => 0,
     };
-    // Boundary tensors leave as soon as they are made. Activations come back for the backward, but for those that entries can have kept.
+    // An activation goes home and comes back for its backward, but for those that entries can have kept until then. A gradient may be read where it
+    // was made, and stays there.
     let mut boundaries: Vec<u64> =
         plan.shards.iter().flat_map(|s| std::iter::repeat_n(s.boundary_bytes, placed.model.microbatches)).collect();
     boundaries.sort_unstable_by(|a, b| b.cmp(a));
-    let (mut back, mut out) = (0, 0);
-    if let BoundaryTier::Host { entries } = plan.choice.activations {
-        back = boundaries.iter().skip(entries * devices).sum();
-        out += boundaries.iter().sum::<u64>();
-    }
-    if plan.choice.gradients != BoundaryTier::Device {
-        out += boundaries.iter().sum::<u64>();
-    }
-    (all + again + state + back, own + state + out)
+    let crosses = match plan.choice.activations {
+        BoundaryTier::Host { .. } => boundaries.iter().skip(entries).sum(),
+        BoundaryTier::Device => 0,
+    };
+    (all + again + state + crosses, own + state + crosses)
 }

@@ -6,7 +6,7 @@
 
 use super::member::{Pending, Purpose};
 use super::queue::Order;
-use super::rings::{Place, ShardOf};
+use super::rings::{Place, ShardOf, Spill};
 use super::{Engine, Lanes, NO_STEP};
 use crate::device::{AdamwRule, CopySpan, Memory, Run, Scalars, SgdRule, Span, Task, UpdateRule};
 use crate::graph::{AREAS, Area, Program};
@@ -324,27 +324,33 @@ impl Engine {
             deadline: self.sequence,
             ends_unit,
         };
+        let maker = self.queue.next_id();
         self.enter(order, &spans(reads), &spans(writes));
+        let spill = Spill { task: maker + 1, maker };
         if let (Some(place), Some(from)) = (place_out.filter(|_| pass != Pass::Backward), writes[4])
             && plan.choice.activations != BoundaryTier::Device
         {
             let to = site.store(plan.host.activations[place.boundary][place.microbatch], from.bytes);
             self.copy(site, What::SpillBoundary, s, Some(m), vec![CopySpan { from, to }]);
+            self.rings[site.rings].activations.note_spill(place, spill);
         }
         if let Some((place, from)) = grad_out
             && plan.choice.gradients != BoundaryTier::Device
         {
             let to = site.store(plan.host.gradients[place.boundary][place.microbatch], from.bytes);
             self.copy(site, What::SpillBoundary, s, Some(m), vec![CopySpan { from, to }]);
+            self.rings[site.rings].gradients.note_spill(place, spill);
         }
-        if let Some(place) = grad_in {
-            self.rings[site.rings].gradients.forget(|p| p == place);
+        // What its last reader finds where it was made need not go home any more.
+        if let Some(spill) = grad_in.and_then(|place| self.rings[site.rings].gradients.let_go(place)) {
+            self.drop_spill(site, spill);
         }
         if pass != Pass::Forward
             && plan.choice.activations != BoundaryTier::Device
             && let Some(place) = place_in
+            && let Some(spill) = self.rings[site.rings].activations.let_go(place)
         {
-            self.rings[site.rings].activations.forget(|p| p == place);
+            self.drop_spill(site, spill);
         }
         if pass == Pass::Evaluate && last && program.bytes(Area::ActivationOut) > 0 {
             let from = writes[4].expect("set above");
@@ -352,6 +358,13 @@ impl Engine {
             self.copy(site, What::Result, s, Some(m), vec![CopySpan { from, to }]);
         }
         self.sequence += 1;
+    }
+
+    /// Drops a copy of a boundary tensor that nobody will fetch, unless it has begun.
+    fn drop_spill(&mut self, site: &Site, spill: Spill) {
+        if let Some(serial) = self.queue.drop_copy(spill.task, spill.maker) {
+            self.members[site.member].strike(serial);
+        }
     }
 
     fn name(&self, site: &Site, what: What, s: usize, m: Option<usize>) -> TaskName {
@@ -362,10 +375,7 @@ impl Engine {
     /// Adds a task and books it under its work.
     fn enter(&mut self, order: Order, reads: &[Span], writes: &[Span]) {
         let member = &mut self.members[usize::from(order.name.model)];
-        match member.pending.iter_mut().find(|p| p.serial == order.serial) {
-            Some(pending) => pending.tasks += 1,
-            None => member.loose_tasks += 1,
-        }
+        member.book(order.serial);
         self.queue.add(order, reads, writes);
     }
 

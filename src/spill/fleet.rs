@@ -2,7 +2,8 @@
 //!
 //! A model at home on devices has stretches of its own there. Models whose shards run anywhere have none but for a few numbers: they share
 //! slots and rings whose entries hold the largest shard and the largest boundary tensor of any of them. The workspace is shared by all, since
-//! a device runs one unit at a time. What a budget leaves over becomes further weight slots, which keep shards for their next visit.
+//! a device runs one unit at a time. What a budget leaves over becomes further weight slots, which keep shards for their next visit, and entries for
+//! boundary activations.
 
 use super::memory::{ArenaMap, BoundaryTier, Choice, Tape, arena_map_of};
 use super::model::Model;
@@ -75,8 +76,8 @@ impl FleetMap {
         FleetMap::within(models, &vec![Some(0); devices])
     }
 
-    /// The same on devices with these budgets: what one has left over becomes weight slots, until there is one for every shard that runs anywhere;
-    /// `None` is room for all. Where the budget is too small the map is as [`FleetMap::new`]'s, and larger than it.
+    /// The same on devices with these budgets: what one has left over becomes weight slots, until there is one for every shard that runs anywhere,
+    /// and then entries for boundary activations; `None` is room for all. Where the budget is too small the map is as [`FleetMap::new`]'s, and larger than it.
     pub fn within(models: &[Placed], budgets: &[Option<u64>]) -> FleetMap {
         let mut maps: Vec<Vec<ArenaMap>> = models.iter().map(|_| Vec::with_capacity(budgets.len())).collect();
         let mut arena_bytes = Vec::with_capacity(budgets.len());
@@ -99,35 +100,58 @@ impl FleetMap {
     }
 }
 
-/// How each model sees one device's arena, with as many weight slots as its budget has room for.
+/// Slots and entries of a device beyond those that plans ask for.
+#[derive(Clone, Copy, Debug, Default)]
+struct Spare {
+    /// For weights.
+    slots: usize,
+    /// For boundary activations.
+    entries: usize,
+}
+
+/// Boundary activations that a device keeps at most beyond what plans ask for: they are looked through one by one.
+const MOST_SPARE_ENTRIES: usize = 256;
+
+/// How each model sees one device's arena, with as many weight slots as its budget has room for, and in what is left then boundary activations.
 fn filled_maps(models: &[Placed], device: u16, budget: Option<u64>) -> Vec<ArenaMap> {
-    let least = device_maps(models, device, 0);
-    let spare = spare_slots(models);
+    let least = device_maps(models, device, Spare::default());
+    let wanted = wanted(models);
     let bytes = least.iter().map(|m| m.bytes).max().unwrap_or(0);
-    // A slot begins at a multiple of the alignment, and so does what comes after it: each costs as much.
-    let slot = |p: &Placed| p.plan.shards.iter().map(ShardPrograms::slot_bytes).max().unwrap_or(0);
-    let slot_bytes = models.iter().filter(|m| m.home == Home::Anywhere).map(slot).max().unwrap_or(0);
-    let slot_bytes = align_up(slot_bytes, ALIGNMENT).max(1);
-    let room = budget.map_or(u64::MAX, |budget| budget.saturating_sub(bytes) / slot_bytes);
-    match room.min(spare as u64) as usize {
-        0 => least,
-        more => device_maps(models, device, more),
+    let mut room = budget.map_or(u64::MAX, |budget| budget.saturating_sub(bytes));
+    let mut fill = |wanted: usize, bytes: &dyn Fn(&ShardPrograms) -> u64| {
+        let largest = anywhere(models).flat_map(|m| m.plan.shards.iter().map(bytes)).max().unwrap_or(0);
+        // Each begins at a multiple of the alignment, and so does what comes after it: each costs as much.
+        let each = align_up(largest, ALIGNMENT).max(1);
+        let count = (room / each).min(wanted as u64);
+        room -= count * each;
+        count as usize
+    };
+    let slots = fill(wanted.slots, &ShardPrograms::slot_bytes);
+    let entries = fill(wanted.entries, &|shard| shard.boundary_bytes);
+    if slots + entries == 0 { least } else { device_maps(models, device, Spare { slots, entries }) }
+}
+
+/// The models whose shards run anywhere.
+fn anywhere(models: &[Placed]) -> impl Iterator<Item = &Placed> {
+    models.iter().filter(|m| m.home == Home::Anywhere)
+}
+
+/// As many as would keep all that may be fetched again: every shard that runs anywhere, and all activations of a step of each model. With single
+/// slots there are none: no double buffering means that nothing of a shard moves while another computes.
+fn wanted(models: &[Placed]) -> Spare {
+    let shards: usize = anywhere(models).map(|m| m.plan.shards.len()).sum();
+    let boundaries = |m: &Placed| (m.plan.shards.len() - 1) * m.model.microbatches;
+    match anywhere(models).map(|m| m.plan.choice.slots).max() {
+        None | Some(1) => Spare::default(),
+        Some(slots) => Spare {
+            slots: shards.saturating_sub(slots),
+            entries: anywhere(models).map(boundaries).sum::<usize>().min(MOST_SPARE_ENTRIES),
+        },
     }
 }
 
-/// Weight slots with which every shard that runs anywhere has one, beyond those that plans ask for. With single slots there are none: no double
-/// buffering means that nothing of a shard moves while another computes.
-fn spare_slots(models: &[Placed]) -> usize {
-    let anywhere = || models.iter().filter(|m| m.home == Home::Anywhere);
-    let shards: usize = anywhere().map(|m| m.plan.shards.len()).sum();
-    match anywhere().map(|m| m.plan.choice.slots).max() {
-        None | Some(1) => 0,
-        Some(slots) => shards.saturating_sub(slots),
-    }
-}
-
-/// How each model sees one device's arena, with so many weight slots `more` than plans ask for.
-fn device_maps(models: &[Placed], device: u16, more: usize) -> Vec<ArenaMap> {
+/// How each model sees one device's arena.
+fn device_maps(models: &[Placed], device: u16, spare: Spare) -> Vec<ArenaMap> {
     let mut tape = Tape::default();
     let mut maps = vec![ArenaMap::default(); models.len()];
     let own = |placed: &Placed| match &placed.home {
@@ -155,9 +179,9 @@ fn device_maps(models: &[Placed], device: u16, more: usize) -> Vec<ArenaMap> {
         }
         tape.end = end;
     }
-    let anywhere: Vec<usize> = (0..models.len()).filter(|&m| models[m].home == Home::Anywhere).collect();
-    let tenants: Vec<Tenant> = anywhere.iter().map(|&m| models[m].tenant()).collect();
-    for (m, map) in anywhere.into_iter().zip(shared_maps(&tenants, more, &mut tape)) {
+    let movers: Vec<usize> = (0..models.len()).filter(|&m| models[m].home == Home::Anywhere).collect();
+    let tenants: Vec<Tenant> = movers.iter().map(|&m| models[m].tenant()).collect();
+    for (m, map) in movers.into_iter().zip(shared_maps(&tenants, spare, &mut tape)) {
         maps[m] = map;
     }
     let workspace = |m: &Placed| {
@@ -183,13 +207,13 @@ struct Tenant<'a> {
 /// Maps the arena of a model that runs anywhere, if it were alone.
 pub(super) fn anywhere_map(model: &Model, shards: &[ShardPrograms], choice: &Choice, moments: usize) -> ArenaMap {
     let mut tape = Tape::default();
-    let mut map = shared_maps(&[Tenant { model, shards, choice, moments }], 0, &mut tape).remove(0);
+    let mut map = shared_maps(&[Tenant { model, shards, choice, moments }], Spare::default(), &mut tape).remove(0);
     map.workspace = tape.take(shards.iter().map(ShardPrograms::workspace_bytes).max().unwrap_or(0));
     ArenaMap { bytes: tape.end, ..map }
 }
 
-/// Lays out what models that run anywhere have on a device: losses and norms of each, slots and rings for all, `more` weight slots than they ask for.
-fn shared_maps(tenants: &[Tenant], more: usize, tape: &mut Tape) -> Vec<ArenaMap> {
+/// Lays out what models that run anywhere have on a device: losses and norms of each, slots and rings for all.
+fn shared_maps(tenants: &[Tenant], spare: Spare, tape: &mut Tape) -> Vec<ArenaMap> {
     let of = |bytes: &dyn Fn(&Tenant, usize) -> u64| {
         tenants.iter().flat_map(|t| (0..t.shards.len()).map(move |s| bytes(t, s))).max().unwrap_or(0)
     };
@@ -212,10 +236,10 @@ fn shared_maps(tenants: &[Tenant], more: usize, tape: &mut Tape) -> Vec<ArenaMap
     let shared = ArenaMap {
         norm_scratch: tape.take(scratch),
         inputs: tape.take_many(most(&|c| c.input_entries), of(&|t, s| t.shards[s].input_bytes())),
-        weight_slots: tape.take_many(most(&|c| c.slots) + more, of(&|t, s| t.shards[s].slot_bytes())),
+        weight_slots: tape.take_many(most(&|c| c.slots) + spare.slots, of(&|t, s| t.shards[s].slot_bytes())),
         gradient_slots: tape.take_many(most(&|c| c.gradient_slots), gradients),
         update_states: tape.take_many(if states > 0 { most(&|c| c.gradient_slots) } else { 0 }, states),
-        activations: tape.take_many(most(&|c| entries(c.activations)), boundary),
+        activations: tape.take_many(most(&|c| entries(c.activations)) + spare.entries, boundary),
         gradients: tape.take_many(most(&|c| entries(c.gradients)), boundary),
         ..ArenaMap::default()
     };

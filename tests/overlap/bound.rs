@@ -13,6 +13,9 @@ const COMPUTE: usize = 0;
 const IN: usize = 1;
 const OUT: usize = 2;
 const HOST: usize = 3;
+/// No lane: what is not done after all takes no time.
+const NOWHERE: usize = 4;
+const LANES: usize = 5;
 
 /// A piece of work for one lane.
 #[derive(Debug)]
@@ -125,7 +128,10 @@ pub fn step_secs(model: &Model, plan: &Plan, cost: &CostModel, clip: bool, warm:
     }
     let work = &recurrence.work;
     let orders = [[true, true], [true, false], [false, true], [false, false]];
-    orders.into_iter().map(|[i, o]| measure(work, [true, i, o, false], warm, measured)).fold(f64::INFINITY, f64::min)
+    orders
+        .into_iter()
+        .map(|[i, o]| measure(work, [true, i, o, false, false], warm, measured))
+        .fold(f64::INFINITY, f64::min)
 }
 
 impl Recurrence<'_> {
@@ -214,6 +220,13 @@ impl Recurrence<'_> {
         self.updated[s].push(update);
     }
 
+    /// What is read for the last time where it was made need not go home: the copy that is among an entry's users, if there is one, is not made.
+    fn drop_copy(&mut self, users: &[(usize, u64)], home: Option<usize>) {
+        if let Some(out) = home.filter(|out| users.iter().any(|u| u.0 == *out)) {
+            (self.work[out].lane, self.work[out].secs) = (NOWHERE, 0.0);
+        }
+    }
+
     /// One visit; gives the gradient slot that it filled and its last compute work.
     fn visit(&mut self, s: usize, backward: bool) -> (usize, usize) {
         let plan = self.plan;
@@ -278,7 +291,13 @@ impl Recurrence<'_> {
         let mut used = Vec::new();
         if let Some(key) = before.filter(|_| !stay && program.bytes(Area::ActivationIn) > 0) {
             let entry = match self.activations.find(key) {
-                Some(entry) => entry,
+                Some(entry) => {
+                    if backward {
+                        let users = self.activations.entries[entry].2.clone();
+                        self.drop_copy(&users, self.activation_home[key.0][m]);
+                    }
+                    entry
+                }
                 None => {
                     let (entry, mut free) = self.activations.take(key, None);
                     free.extend(self.activation_home[key.0][m]);
@@ -298,7 +317,11 @@ impl Recurrence<'_> {
         let mut gradient_in = None;
         if let Some(key) = behind.filter(|_| backward && program.bytes(Area::GradientIn) > 0) {
             let entry = match self.gradients.find(key) {
-                Some(entry) => entry,
+                Some(entry) => {
+                    let users = self.gradients.entries[entry].2.clone();
+                    self.drop_copy(&users, self.gradient_home[s][m]);
+                    entry
+                }
                 None => {
                     let (entry, mut free) = self.gradients.take(key, None);
                     free.extend(self.gradient_home[s][m]);
@@ -349,26 +372,26 @@ impl Recurrence<'_> {
 }
 
 /// Runs the work: lanes marked `in_order` take it as it was written down, the others what can start and is wanted first.
-fn measure(work: &[Work], in_order: [bool; 4], warm: usize, measured: usize) -> f64 {
+fn measure(work: &[Work], in_order: [bool; LANES], warm: usize, measured: usize) -> f64 {
     let mut open: Vec<usize> = work.iter().map(|w| w.after.len()).collect();
     let mut behind = vec![Vec::new(); work.len()];
     for (i, w) in work.iter().enumerate() {
         w.after.iter().for_each(|&a| behind[a].push(i));
     }
-    let mut queues: [Vec<usize>; 4] = Default::default();
-    let mut next = [0; 4];
-    let mut ready: [Vec<usize>; 4] = Default::default();
+    let mut queues: [Vec<usize>; LANES] = Default::default();
+    let mut next = [0; LANES];
+    let mut ready: [Vec<usize>; LANES] = Default::default();
     for (i, w) in work.iter().enumerate() {
         queues[w.lane].push(i);
         if open[i] == 0 {
             ready[w.lane].push(i);
         }
     }
-    let mut busy: [Option<(f64, usize)>; 4] = [None; 4];
+    let mut busy: [Option<(f64, usize)>; LANES] = [None; LANES];
     let mut ends = vec![0.0f64; warm + measured];
     let (mut now, mut left) = (0.0f64, work.len());
     while left > 0 {
-        for lane in 0..4 {
+        for lane in 0..LANES {
             if busy[lane].is_some() {
                 continue;
             }
@@ -385,7 +408,7 @@ fn measure(work: &[Work], in_order: [bool; 4], warm: usize, measured: usize) -> 
         }
         now = busy.iter().flatten().map(|b| b.0).fold(f64::INFINITY, f64::min);
         assert!(now.is_finite(), "the recurrence waits for itself");
-        for lane in 0..4 {
+        for lane in 0..LANES {
             let Some((_, i)) = busy[lane].filter(|b| b.0 <= now) else { continue };
             busy[lane] = None;
             left -= 1;

@@ -6,7 +6,9 @@ use hydra::device::sim::CostModel;
 use hydra::engine::{SimulateOptions, Simulation, simulate};
 use hydra::graph::{ALIGNMENT, Area};
 use hydra::sched::by_name;
-use hydra::spill::{FleetDevice, FleetMap, FleetModel, Home, Placed, PlanOptions, ShardPrograms, plan_anywhere};
+use hydra::spill::{
+    ArenaMap, FleetDevice, FleetMap, FleetModel, Home, Placed, PlanOptions, ShardPrograms, plan_anywhere,
+};
 
 const STEPS: u64 = 5;
 const SHARDS: usize = 4;
@@ -58,24 +60,44 @@ fn run(placed: &[Placed], arena_bytes: Vec<u64>) -> Simulation {
     simulate(placed, options).expect("nothing fails")
 }
 
-fn h2d_bytes(simulation: &Simulation) -> u64 {
-    simulation.sums.iter().filter(|s| s.lane.kind == LaneKind::HostToDevice).map(|s| s.bytes).sum()
+fn bytes(simulation: &Simulation, kind: LaneKind) -> u64 {
+    simulation.sums.iter().filter(|s| s.lane.kind == kind).map(|s| s.bytes).sum()
 }
 
 #[test]
 fn each_budget_holds_as_many_shards_as_it_has_bytes_for() {
     let placed = placed(3, 4, 2);
     let (least, slot) = (FleetMap::new(&placed, 1).arena_bytes[0], slot_bytes(&placed));
-    let budgets =
-        [Some(0), Some(least + slot - 1), Some(least + slot), Some(least + 9 * slot + 1), Some(u64::MAX), None];
+    let entry = placed[0].plan.shards[0].boundary_bytes.next_multiple_of(ALIGNMENT);
+    let all = least + 10 * slot;
+    let budgets = [0, least + slot - 1, least + slot, all - slot + 1, all, all + 2 * entry - 1, u64::MAX].map(Some);
+    let budgets = [&budgets[..], &[None]].concat();
     let map = FleetMap::within(&placed, &budgets);
-    assert_eq!(slots(&map), [2, 2, 3, 11, 12, 12]);
-    assert_eq!(map.arena_bytes, [0, 0, 1, 9, 10, 10].map(|more| least + more * slot));
+    // Ten weight slots more, and in what is too little for another one up to nine entries: the three boundaries of each model.
+    assert_eq!(slots(&map), [2, 2, 3, 11, 12, 12, 12, 12]);
+    let between = ((slot - 1) / entry) as usize;
+    assert!((1..9).contains(&between));
+    let (asked, entries) = (FleetMap::new(&placed, 1).maps[0][0].activations.len(), |m: &ArenaMap| m.activations.len());
+    assert_eq!(
+        map.maps[0].iter().map(entries).collect::<Vec<_>>(),
+        [0, between, 0, 0, 0, 1, 9, 9].map(|more| asked + more)
+    );
+    let bytes = [
+        least,
+        least + between as u64 * entry,
+        least + slot,
+        all - slot,
+        all,
+        all + entry,
+        all + 9 * entry,
+        all + 9 * entry,
+    ];
+    assert_eq!(map.arena_bytes, bytes);
     // The bytes that were used are the budget that gives the same map, and a model that comes later takes slots away.
     let arenas: Vec<Option<u64>> = map.arena_bytes.iter().map(|&bytes| Some(bytes)).collect();
     assert_eq!(FleetMap::within(&placed, &arenas), map);
     let fewer = FleetMap::within(&placed[..2], &arenas);
-    assert_eq!(slots(&fewer), [2, 2, 3, 8, 8, 8]);
+    assert_eq!(slots(&fewer), [2, 2, 3, 8, 8, 8, 8, 8]);
     assert!(map.arena_bytes.iter().zip(&fewer.arena_bytes).all(|(all, fewer)| fewer <= all));
 }
 
@@ -93,7 +115,7 @@ fn what_slots_keep_is_not_fetched_again() {
     let placed = placed(1, 1, 2);
     let (least, slot) = (FleetMap::new(&placed, 1).arena_bytes[0], slot_bytes(&placed));
     let shards = &placed[0].plan.shards;
-    assert!(!placed[0].plan.choice.updates_on_device);
+    assert!(!placed[0].plan.choice.updates_on_device && placed[0].model.microbatches == 1);
     // Boundary tensors stay in the rings' entries: a model that is alone fetches weights and its batch.
     let batch: u64 =
         shards.iter().flat_map(|s| s.forward.iter().chain(&s.backward)).map(|p| p.bytes(Area::Inputs)).sum();
@@ -103,7 +125,7 @@ fn what_slots_keep_is_not_fetched_again() {
         let simulation = run(&placed, vec![least + more as u64 * slot]);
         // Around the turn the last shards are still in their slots.
         let again: u64 = shards[..SHARDS - 2 - more].iter().map(ShardPrograms::fetch_bytes).sum();
-        assert_eq!(h2d_bytes(&simulation), STEPS * (weights + again + batch), "{more} more slots");
+        assert_eq!(bytes(&simulation, LaneKind::HostToDevice), STEPS * (weights + again + batch), "{more} more slots");
         // Where gradients leave for longer than that, nothing of it shows.
         assert!(simulation.makespan_secs <= before, "{more} more slots: {} s", simulation.makespan_secs);
         assert!(simulation.bounds.gap(simulation.makespan_secs) >= 0.0);
@@ -119,4 +141,16 @@ fn an_updated_shard_comes_back_while_gradients_leave() {
     // With few slots a step's weights arrive, then its gradients leave, as many bytes and each longer than the arithmetic. With all, the next step's
     // weights arrive while this one's gradients leave, but for the first shard's, a quarter. The first step's and the last's have nothing beside them.
     assert!(all.makespan_secs < 0.85 * least.makespan_secs, "{} of {} s", all.makespan_secs, least.makespan_secs);
+}
+
+#[test]
+fn what_is_read_for_the_last_time_where_it_was_made_does_not_go_home() {
+    let placed = placed(1, 1, 2);
+    let simulation = run(&placed, FleetMap::new(&placed, 1).arena_bytes);
+    let shards = &placed[0].plan.shards;
+    // Boundary gradients are read by the next unit, and so is the last activation; the others are gone by the time that their backward is claimed. A loss
+    // leaves too.
+    let activations: u64 = shards[..SHARDS - 2].iter().map(|s| s.boundary_bytes).sum();
+    let gradients: u64 = shards.iter().map(ShardPrograms::own_bytes).sum();
+    assert_eq!(bytes(&simulation, LaneKind::DeviceToHost), STEPS * (activations + gradients + 4));
 }
