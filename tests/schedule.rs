@@ -3,9 +3,8 @@
 //! The distribution is [`Workload::new`]'s. A workload's copies can be hidden where no visit copies for longer, in both directions together, than it
 //! computes. What is wanted there is a makespan within 3 % of the bound in the median and 10 % at the 95th percentile; in 99 % of all
 //! workloads one that is at most 2 % longer than `sharded-lrtf`'s; and where all copies exceed all arithmetic, one that is 10 % shorter in the
-//! median. Wanted of the policy as the program runs it: rehearsed, for a few seconds at most. The last is missed, and the test asserts less there, on
-//! purpose and in plain sight: many of those workloads are bound by one model's chain, whoever chooses. What the policy reaches without
-//! rehearsals is held too.
+//! median. Wanted of the policy as the program runs it: rehearsed, here for a small part of the seconds that the program takes at most. What the
+//! policy reaches without rehearsals is held too.
 
 #[path = "schedule/held.rs"]
 mod held;
@@ -22,8 +21,8 @@ use workload::Workload;
 
 const WORKLOADS: u64 = 1000;
 
-/// Visits of shards that a workload's rehearsals may simulate: a tenth of a second. The largest workloads are not rehearsed then.
-const VISITS: u64 = 15_000;
+/// Visits of shards that a workload's rehearsals may simulate: a fifth of a second. The largest workloads are hardly rehearsed then.
+const VISITS: u64 = 20_000;
 
 /// What became of a workload.
 struct Outcome {
@@ -139,13 +138,10 @@ fn locality_is_near_the_bound_and_not_worse_than_lrtf() {
     let (plain, rehearsed) = (among_all(&ratio), among_all(&|o| o.rehearsed_ratio));
     println!("not worse than sharded-lrtf by more than 2 %: {plain:.4} of all, rehearsed {rehearsed:.4}");
     assert!(hideable(0.5) <= 0.03 && hideable(0.95) <= 0.12, "{} {}", hideable(0.5), hideable(0.95));
-    assert!(deep(0.95) <= 0.06 && plain >= 0.94 && exposed(0.5) <= 1.0, "{} {plain} {}", deep(0.95), exposed(0.5));
+    assert!(deep(0.95) <= 0.06 && plain >= 0.96 && exposed(0.5) <= 1.0, "{} {plain} {}", deep(0.95), exposed(0.5));
 
     let hideable = spread("rehearsed, above the bound", &outcomes, |o| o.rehearsed_gap, |o| o.hideable);
     let exposed = spread("rehearsed, over sharded-lrtf", &outcomes, |o| o.rehearsed_ratio, |o| o.exposed);
-    // What is wanted, and met.
     assert!(hideable(0.5) <= 0.03 && hideable(0.95) <= 0.10, "{} {}", hideable(0.5), hideable(0.95));
-    assert!(rehearsed >= 0.99, "{rehearsed}");
-    // What is wanted is 0.90; what is met is held.
-    assert!(exposed(0.5) <= 0.95, "{}", exposed(0.5));
+    assert!(rehearsed >= 0.99 && exposed(0.5) <= 0.90, "{rehearsed} {}", exposed(0.5));
 }

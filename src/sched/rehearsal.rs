@@ -2,8 +2,8 @@
 //!
 //! No rule is good for all sets of models. But a schedule is a function of the policy, the executor simulates it in a small part of the time that it
 //! takes, and no bit of any model depends on it: so locality-LRTF's [`Leanings`] are searched for, by changing a few of them at a time and keeping
-//! what does not end later. They are few and say nothing of moments, so that what was found holds where units take a little longer than
-//! was predicted.
+//! what does not end later, from the beginning again where that leads nowhere. They are few and say nothing of moments, so that what was found
+//! holds where units take a little longer than was predicted.
 
 use super::{Leanings, LocalityLrtf};
 use crate::base::philox::Sequence;
@@ -28,26 +28,31 @@ impl Rehearsal {
     }
 }
 
-/// What is tried first, each alone: what was best for many of a thousand random sets of models.
-const FIRST: [fn(&mut LocalityLrtf); 10] = [
+/// What is tried first, each alone, in the order in which each adds most to those before it over a thousand random sets of models.
+const FIRST: [fn(&mut LocalityLrtf); 12] = [
+    |p| (p.pipelines, p.leanings.depth, p.leanings.copy_price) = (true, 1.0, 0.25),
+    |p| (p.leanings.depth, p.leanings.critical_tolerance) = (AT_ONCE, 1.0),
     // Sharded-LRTF.
     |p| {
         let plain = p.leanings.clone();
         p.leanings = Leanings { critical_turns: f64::INFINITY, critical_tolerance: 1.0, leaves: false, ..plain };
     },
-    |p| p.pipelines = true,
-    |p| p.leanings.depth = AT_ONCE,
-    |p| (p.leanings.depth, p.leanings.copy_price) = (AT_ONCE, 1.0),
-    |p| (p.leanings.depth, p.pipelines) = (AT_ONCE, true),
+    |p| (p.pipelines, p.leanings.tolerance) = (true, 0.0),
+    |p| p.leanings.depth = 3.0,
+    |p| (p.leanings.depth, p.leanings.copy_price) = (1.0, 0.25),
     |p| (p.leanings.depth, p.leanings.critical_turns) = (AT_ONCE, 0.0),
-    |p| p.leanings.copy_price = 1.0,
+    |p| (p.leanings.depth, p.leanings.copy_price) = (AT_ONCE, 1.0),
+    |p| (p.pipelines, p.leanings.depth, p.leanings.tolerance) = (true, 1.0, 0.6),
+    |p| p.leanings.copy_price = 16.0,
     |p| p.leanings.tolerance = 0.0,
     |p| p.leanings.least_copies = 0.02,
-    |p| p.leanings.least_copies = 1.0,
 ];
 
 /// A depth at which steps that have begun are ended before any other begins.
 const AT_ONCE: f64 = 1000.0;
+
+/// Tries in vain after which the search begins anew: of several short ones the best is better than a long one, which comes to where nothing helps.
+const PATIENCE: usize = 32;
 
 /// The greatest factor of one change of an urgency.
 const GREATEST_FACTOR: f64 = 4.0;
@@ -74,26 +79,35 @@ pub fn rehearse<E>(
         policy
     });
     let mut first = first.filter(|policy| policy.pipelines == plain.pipelines || may_pipeline);
+    // Where the search is, and the tries since that became better.
+    let (mut at, mut in_vain) = ((plain.clone(), plain_secs), 0);
     while found.tries < tries {
         let policy = first.next().unwrap_or_else(|| {
-            let mut policy = found.policy.clone();
+            if in_vain >= PATIENCE {
+                (at, in_vain) = ((plain.clone(), plain_secs), 0);
+            }
+            let mut policy = at.0.clone();
             (0..=numbers.below(2)).for_each(|_| change(&mut policy, may_pipeline, units, &mut numbers));
             policy
         });
         found.tries += 1;
         let secs = makespan_secs(&policy)?;
+        in_vain = if secs < at.1 { 0 } else { in_vain + 1 };
         // What is no worse may be on the way to what is better.
-        if secs <= found.makespan_secs {
-            (found.policy, found.makespan_secs) = (policy, secs);
+        if secs <= at.1 {
+            at = (policy, secs);
+        }
+        if at.1 < found.makespan_secs {
+            (found.policy, found.makespan_secs) = at.clone();
         }
     }
     Ok(found)
 }
 
-/// Changes one number, three times in four an urgency, of which there are many.
+/// Changes one number, every other time an urgency, of which there are many.
 fn change(policy: &mut LocalityLrtf, may_pipeline: bool, units: &[usize], numbers: &mut Sequence) {
     let leanings = &mut policy.leanings;
-    if numbers.below(4) > 0 {
+    if numbers.below(2) > 0 {
         return change_urgency(leanings, units, numbers);
     }
     let of = |numbers: &mut Sequence, values: &[f64]| values[numbers.below(values.len() as u64) as usize];
@@ -101,10 +115,10 @@ fn change(policy: &mut LocalityLrtf, may_pipeline: bool, units: &[usize], number
         0 => leanings.tolerance = of(numbers, &[0.0, 0.05, 0.125, 0.3, 0.6]),
         1 => leanings.critical_tolerance = of(numbers, &[0.05, 0.125, 0.25, 0.5, 0.75, 1.0]),
         2 => leanings.critical_turns = of(numbers, &[0.0, 0.5, 1.0, 2.0, 4.0, f64::INFINITY]),
-        3 => leanings.copy_price = of(numbers, &[0.0, 0.25, 1.0, 4.0]),
+        3 => leanings.copy_price = of(numbers, &[0.0, 0.25, 1.0, 4.0, 16.0]),
         4 => leanings.least_copies = of(numbers, &[0.0, 0.02, 0.1, 0.3, 1.0, 3.0]),
         6 => policy.pipelines = !policy.pipelines,
-        _ => leanings.depth = of(numbers, &[0.0, 0.3, 1.0, AT_ONCE]),
+        _ => leanings.depth = of(numbers, &[0.0, 0.3, 1.0, 3.0, AT_ONCE]),
     }
 }
 
