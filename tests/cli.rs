@@ -462,6 +462,51 @@ fn sweeps_are_tables_and_plots() {
 }
 
 #[test]
+fn a_sweep_does_what_all_options_say_or_fails() {
+    let job = Job::new(&format!("[[device]]\nkind = 'sim'\nprofile = 'v100'\nmemory = '1 MiB'\n{}", two_models()));
+    let rows = |args: &[&str]| -> Vec<Value> {
+        let ran = job.hydra(&[&["simulate", "--json"], args].concat()).fine();
+        serde_json::from_str(&ran.out).expect("a list")
+    };
+    // An option beside a sweep holds for every row: one at a time, a second device is of no use.
+    let of = |policy: &str| {
+        let rows = rows(&["--policy", policy, "--sweep", "devices=1,2"]);
+        rows.iter().map(|row| row["makespan_secs"].as_f64().expect("seconds")).collect::<Vec<_>>()
+    };
+    let (alone, together) = (of("one-at-a-time"), of("fifo"));
+    assert!(alone[0] == alone[1] && together[0] > together[1], "{alone:?} {together:?}");
+    // All words and flags of a job may be swept.
+    let both = rows(&["--policy", "locality-lrtf", "--sweep", "pipeline=auto,never", "--sweep", "rehearse=true,false"]);
+    let pairs: Vec<_> = both.iter().map(|row| (row["pipeline"].as_str(), row["rehearse"].as_str())).collect();
+    let pair = |pipeline, rehearse| (Some(pipeline), Some(rehearse));
+    assert_eq!(pairs, [pair("auto", "true"), pair("auto", "false"), pair("never", "true"), pair("never", "false")]);
+    assert!(both.iter().all(|row| row["makespan_secs"].as_f64() > Some(0.0)), "{both:?}");
+    for (args, says) in [
+        (&["--policy", "fifo", "--sweep", "policy=srtf,random"][..], "--policy fifo is there too"),
+        (&["--devices", "2", "--sweep", "devices=1,2"], "--devices 2 is there too"),
+        (&["--slots", "1", "--sweep", "slots=2"], "--slots 1 is there too"),
+        (&["--sweep", "slots=2", "--sweep", "slots=3"], "--sweep slots: is there twice"),
+        (&["--sweep", "pipeline=sometimes"], "run.pipeline"),
+        (&["--sweep", "rehearse=2"], "run.rehearse"),
+    ] {
+        job.hydra(&[&["simulate"], args].concat()).bad(&[says]);
+    }
+    // What does not fit is a row, unless nothing does: then the rows are there all the same.
+    let out = job.at("sweep").display().to_string();
+    let csv = || fs::read_to_string(job.at("sweep/sweep.csv")).expect("sweep.csv");
+    job.hydra(&["simulate", "--sweep", "memory=1 KiB,2 MiB", "--out", &out]).fine();
+    assert_eq!(csv().matches("the models together need").count(), 1, "{}", csv());
+    let ran = job.hydra(&["simulate", "--sweep", "memory=1 KiB,2 KiB", "--out", &out]);
+    ran.bad(&["--sweep: none of 2 combinations fits; the first: device memory: the models together need"]);
+    assert_eq!(csv().matches("the models together need").count(), 2, "{}", csv());
+    assert_eq!(ran.out.matches("the models together need").count(), 2, "{ran:?}");
+    let ran = job.hydra(&["simulate", "--json", "--sweep", "memory=1 KiB"]);
+    ran.bad(&["--sweep: its one combination does not fit: device memory"]);
+    let said: Value = serde_json::from_str(&ran.out).expect("a list");
+    assert!(said[0]["reason"].as_str().is_some_and(|why| why.contains("device memory")), "{said}");
+}
+
+#[test]
 fn what_is_not_built_yet_is_said() {
     let job = Job::new(GPT);
     fs::write(job.at("job.toml"), format!("[[device]]\nkind = 'host'\n{GPT}")).expect("job");

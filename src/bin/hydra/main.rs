@@ -69,7 +69,10 @@ fn run(args: &Args) -> Result<()> {
         Command::Forward { model, input, output } => forward::run(model, input, output, args.json),
         Command::Simulate { job, set, policy, devices, slots, sweep, out } => {
             let wishes = simulate::Wishes { sets: set, policy: policy.as_deref(), devices: *devices, slots: *slots };
-            simulate::run(job, &wishes, sweep, out.as_deref(), args.json)
+            match &sweep[..] {
+                [] => simulate::run(job, &wishes, out.as_deref(), args.json),
+                sweep => sweep::run(job, &wishes, sweep, out.as_deref(), args.json),
+            }
         }
         Command::Devices { out, profile } => devices::run(out.as_deref(), profile.as_deref(), args.json),
         Command::Report { run } => report(run, args.json),
