@@ -330,7 +330,7 @@ fn a_run_that_was_stopped_goes_on_with_the_same_bits() {
         ("run.seed=10", "seed is 9 in the checkpoint, 10 in the job"),
         ("model.0.microbatch=4", "microbatch is 2 in the checkpoint, 4 in the job"),
         ("model.0.config.n_embd=16", "weight/transformer.wte.weight"),
-        ("model.0.optimizer={ kind = 'sgd' }", "no such tensor"),
+        ("model.0.optimizer={ kind = 'sgd' }", "optimizer.kind is adamw in the checkpoint, sgd in the job"),
     ] {
         job.hydra(&["train", "--resume", "auto", "--set", "run.out=parts", "--set", set])
             .bad(&["parts/m/checkpoint.safetensors", says]);
@@ -341,6 +341,32 @@ fn a_run_that_was_stopped_goes_on_with_the_same_bits() {
     assert!(more.out.contains("303 steps done"), "{more:?}");
     fs::write(job.at("parts/m/checkpoint.safetensors"), b"damaged").expect("a damaged checkpoint");
     job.hydra(&["train", "--resume", "auto", "--set", "run.out=parts"]).bad(&["checkpoint.safetensors", "too few"]);
+}
+
+#[test]
+fn a_run_goes_on_with_another_learning_rate_and_says_so() {
+    let job = Job::new(
+        &format!("{}{GPT}optimizer = {{ kind = 'sgd', momentum = 0.9 }}\n", two_models()).replacen("\"m\"", "\"k\"", 1),
+    );
+    job.hydra(&["train"]).fine();
+    let on = |sets: &[&str]| {
+        let sets: Vec<&str> = sets.iter().flat_map(|set| ["--set", set]).collect();
+        job.hydra(&[&["train", "--resume", "auto"], &sets[..]].concat())
+    };
+    // What has no step to go is of no account.
+    assert_eq!(on(&["model.0.lr=0.5"]).fine().err, "");
+    on(&["model.2.steps=5", "model.2.optimizer={ kind = 'sgd' }"])
+        .bad(&["m/checkpoint.safetensors", "optimizer.momentum is 0.9"]);
+    on(&["model.1.steps=5", "model.1.optimizer={ kind = 'sgd' }"])
+        .bad(&["n/checkpoint.safetensors", "optimizer.kind is adamw"]);
+    let ran = on(&["model.0.lr=0.5", "model.1.lr=0.002", "model.1.steps=5", "model.2.steps=6"]).fine();
+    assert_eq!(
+        ran.err,
+        "warning: n: goes on from step 3 with other settings than before: optimizer.lr = 0.002 (was 0.001)\n",
+    );
+    let rows = read_rows(&job.at("runs/job/n/metrics.jsonl")).expect("rows");
+    let rates = rows.iter().filter_map(|row| if let Row::Step(row) = row { Some(row.lr) } else { None });
+    assert_eq!(rates.collect::<Vec<_>>(), [0.001, 0.001, 0.001, 0.002, 0.002]);
 }
 
 #[test]

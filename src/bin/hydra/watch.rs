@@ -10,7 +10,7 @@ use hydra::nn;
 use hydra::train::Verdict;
 use hydra::train::metrics::{Metrics, Row, StepRow, ValidRow};
 use hydra::train::results::Status;
-use hydra::train::{Identity, Observer, StepReport, write_checkpoint};
+use hydra::train::{Observer, StepReport, write_checkpoint};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -19,12 +19,6 @@ use std::time::{Duration, Instant};
 
 /// A run that is killed without a word loses no more than this.
 const BETWEEN_CHECKPOINTS: Duration = Duration::from_secs(600);
-
-/// What a checkpoint must agree with the job in.
-pub fn identity(model: &Planned) -> Identity {
-    let options = &model.prepared.options;
-    Identity { seed: options.seed, batch: options.batch, microbatch: options.microbatch }
-}
 
 /// Watches one model.
 pub struct Watch<'a> {
@@ -106,6 +100,12 @@ impl<'a> Watch<'a> {
         self.progress.finish();
     }
 
+    /// Writes a checkpoint after `step` steps.
+    fn save(&self, step: u64, engine: &Engine, model: usize) -> Result<()> {
+        let path = self.folder.join(rundir::CHECKPOINT);
+        write_checkpoint(&path, engine, model, &self.planned.prepared.options, step)
+    }
+
     /// Tells its judge how it does.
     fn report(&mut self, step: u64, metric: f32) -> Result<()> {
         let Some(judge) = &self.judge else { return Ok(()) };
@@ -173,7 +173,7 @@ impl Observer for Watch<'_> {
         // The last one is written after the model is saved.
         let due = self.stop.load(Ordering::Relaxed) || self.wants_checkpoint();
         if step < self.steps && due && self.ends.is_none() {
-            write_checkpoint(&self.folder.join(rundir::CHECKPOINT), engine, model, identity(&self.planned), step)?;
+            self.save(step, engine, model)?;
             self.saved_at = Instant::now();
         }
         Ok(())
@@ -183,7 +183,7 @@ impl Observer for Watch<'_> {
     fn ended(&mut self, engine: &Engine, model: usize) -> Result<()> {
         let secs = self.began.elapsed().as_secs_f64();
         save_model(&self.folder.join(rundir::MODEL), &self.planned, engine, model, self.done)?;
-        write_checkpoint(&self.folder.join(rundir::CHECKPOINT), engine, model, identity(&self.planned), self.done)?;
+        self.save(self.done, engine, model)?;
         let early = self.ends.take().filter(|_| self.done < self.steps);
         self.end(early.unwrap_or(Status::Done));
         self.secs = secs;
