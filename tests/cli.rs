@@ -264,6 +264,22 @@ fn a_budget_that_is_too_small_is_refused_with_one_that_works() {
     assert!(refused.err.contains("workspace") && refused.err.lines().count() > 4, "{refused:?}");
     assert!(!job.at("runs").exists(), "a refused job leaves nothing");
     job.hydra(&["plan"]).fails(2, &["m: device memory"]);
+    // What is advised is something else than what the job says already.
+    let advice = |sets: &[&str]| {
+        let sets: Vec<&str> = sets.iter().flat_map(|set| ["--set", set]).collect();
+        let err = job.hydra(&[&["plan"], &sets[..]].concat()).err;
+        let last = err.lines().last().expect("a line").to_string();
+        last.split_once("; ").map(|(_, advice)| advice.to_string())
+    };
+    assert_eq!(advice(&[]).as_deref(), Some("fewer slots or a smaller microbatch may need less"));
+    let never = "fewer slots, a smaller microbatch or recompute = \"auto\" may need less";
+    assert_eq!(advice(&["run.recompute=never"]).as_deref(), Some(never));
+    let one = ["run.slots=1", "model.0.microbatch=1"];
+    assert_eq!(advice(&one), None);
+    assert_eq!(
+        advice(&[&one[..], &["run.recompute=always"]].concat()).as_deref(),
+        Some("recompute = \"auto\" may need less")
+    );
     let (_, after) = refused.err.split_once("memory = ").expect("the smallest budget is printed");
     let smallest: u64 = after.chars().take_while(char::is_ascii_digit).collect::<String>().parse().expect("bytes");
     let less = format!("device.0.memory={}", smallest - 1);

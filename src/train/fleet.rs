@@ -104,6 +104,12 @@ pub trait Crew {
     /// Who watches a model.
     fn observer(&mut self, model: usize) -> &mut dyn Observer;
 
+    /// What a model is called in a message; `None`: by its number, where there are several.
+    fn name(&self, model: usize) -> Option<String> {
+        let _ = model;
+        None
+    }
+
     /// Called whenever something has ended, and once more when all has: models may be added here, and cancelled.
     ///
     /// # Errors
@@ -315,11 +321,31 @@ impl Fleet {
                 }
             }
         }
-        let unfinished = self.trainees.iter().find(|t| !matches!(t.stage, Stage::Done | Stage::Failed(_)));
-        match unfinished {
-            Some(trainee) => Err(Error::Interrupted { step: trainee.done }),
+        match self.unfinished(crew) {
+            Some(at) => Err(Error::Interrupted { at }),
             None => Ok(()),
         }
+    }
+
+    /// How far the models have come that are not at their end; `None` where all are.
+    fn unfinished(&self, crew: &dyn Crew) -> Option<String> {
+        /// A line is to stay one that can be read.
+        const MOST: usize = 8;
+        let unfinished = |t: &Trainee| !matches!(t.stage, Stage::Done | Stage::Failed(_));
+        let models: Vec<usize> = (0..self.trainees.len()).filter(|&m| unfinished(&self.trainees[m])).collect();
+        let of = |&m: &usize| {
+            let step = self.trainees[m].done;
+            match crew.name(m) {
+                Some(name) => format!("step {step} of {name}"),
+                None if self.trainees.len() == 1 => format!("step {step}"),
+                None => format!("step {step} of model {m}"),
+            }
+        };
+        let mut at: Vec<String> = models.iter().take(MOST).map(of).collect();
+        if models.len() > MOST {
+            at.push(format!("some step of {} more", models.len() - MOST));
+        }
+        (!at.is_empty()).then(|| at.join(", "))
     }
 
     /// Lets the first of each line begin that is not at its end.

@@ -2,6 +2,7 @@
 
 use crate::judge::Judge;
 use crate::planning::Planned;
+use crate::print::note;
 use crate::progress::Progress;
 use crate::rundir;
 use hydra::base::{Error, Result, format_secs};
@@ -30,7 +31,6 @@ pub struct Watch<'a> {
     steps: u64,
     /// When the last checkpoint was written.
     saved_at: Instant,
-    began: Instant,
     tokens: Option<u64>,
     samples: u64,
     /// What may end it early.
@@ -45,8 +45,6 @@ pub struct Watch<'a> {
     pub valid_loss: Option<f32>,
     /// How it ended, once it has.
     pub status: Option<Status>,
-    /// Seconds until it ended.
-    pub secs: f64,
 }
 
 impl<'a> Watch<'a> {
@@ -60,15 +58,13 @@ impl<'a> Watch<'a> {
         judge: Option<Judge>,
         validates: bool,
     ) -> Watch<'a> {
-        let now = Instant::now();
         Watch {
             metrics,
             progress,
             stop,
             folder: folder.to_path_buf(),
             steps: planned.prepared.options.steps,
-            saved_at: now,
-            began: now,
+            saved_at: Instant::now(),
             tokens: planned.prepared.step_tokens(),
             samples: planned.prepared.options.batch as u64,
             judge,
@@ -78,7 +74,6 @@ impl<'a> Watch<'a> {
             loss: None,
             valid_loss: None,
             status: None,
-            secs: 0.0,
             planned: Rc::clone(planned),
         }
     }
@@ -91,8 +86,16 @@ impl<'a> Watch<'a> {
     /// Notes how it ended.
     pub fn end(&mut self, status: Status) {
         self.progress.end(&status);
-        self.secs = self.began.elapsed().as_secs_f64();
+        if status == Status::Cancelled {
+            let name = &self.planned.prepared.name;
+            note(format!("{name}: has left the run after {} of {} steps", self.done, self.steps));
+        }
         self.status = Some(status);
+    }
+
+    /// Seconds of its steps and validations, those before the run was interrupted too.
+    pub fn secs(&self) -> f64 {
+        self.metrics.secs()
     }
 
     /// Takes its progress line away.
@@ -181,12 +184,10 @@ impl Observer for Watch<'_> {
 
     /// Saves the model; a checkpoint of its last step is written only after it, and so tells that there is nothing left to do.
     fn ended(&mut self, engine: &Engine, model: usize) -> Result<()> {
-        let secs = self.began.elapsed().as_secs_f64();
         save_model(&self.folder.join(rundir::MODEL), &self.planned, engine, model, self.done)?;
         self.save(self.done, engine, model)?;
         let early = self.ends.take().filter(|_| self.done < self.steps);
         self.end(early.unwrap_or(Status::Done));
-        self.secs = secs;
         Ok(())
     }
 }
