@@ -257,6 +257,42 @@ fn plan_is_text_or_what_plan_json_holds_and_writes_nothing() {
 }
 
 #[test]
+fn a_plan_for_several_devices_says_what_would_help_and_keeps_it() {
+    let sim = "[run]\npolicy = 'locality-lrtf'\npipeline = 'always'\n[[device]]\nkind = 'sim'\ncount = 2\nmemory = '200 KiB'\n\
+               link = '4 MB/s'\nflops = '2 GFLOP/s'\nmemory_bandwidth = '400 MB/s'\n";
+    let model =
+        GPT.replace("n_layer = 2", "n_layer = 4").replace("batch = 4\nmicrobatch = 2", "batch = 8\nmicrobatch = 1");
+    let job = Job::new(&format!("{sim}{model}"));
+    let plan = |sets: &[&str]| -> Value {
+        let sets: Vec<&str> = sets.iter().flat_map(|set| ["--set", set]).collect();
+        let ran = job.hydra(&[&["plan", "--json"], &sets[..]].concat()).fine();
+        serde_json::from_str(&ran.out).expect("one JSON object")
+    };
+    let text = job.hydra(&["plan"]).fine().out;
+    assert!(text.contains("go on from device to device"), "{text}");
+    let (_, help) = text.split_once("\nwhat would help:\n").expect("it is said");
+    let before = plan(&[])["step_secs"].as_f64().expect("seconds");
+    let mut kept = 0;
+    for (what, set) in [
+        ("links twice as fast", "device.0.link=8 MB/s"),
+        ("twice the device memory", "device.0.memory=400 KiB"),
+        ("one device more", "device.0.count=3"),
+        ("slots = 3", "run.slots=3"),
+    ] {
+        let gain = before / plan(&[set])["step_secs"].as_f64().expect("seconds");
+        let line = help.lines().find(|line| line.trim_start().starts_with(what));
+        let said = line.map(|line| line.contains(&format!("  {gain:.2} times as fast  ")));
+        assert_eq!(said, (gain >= 1.03).then_some(true), "{what}: {gain} {help}");
+        kept += usize::from(said.is_some());
+    }
+    assert!(kept >= 3, "{help}");
+    assert!(!help.contains("recompute"), "it is \"auto\" already: {help}");
+    let quick = ["--set", "device.0.link=60 MB/s", "--set", "device.0.memory=600 KiB"];
+    let always = job.hydra(&[&["plan", "--set", "run.recompute=always"], &quick[..]].concat()).fine().out;
+    assert!(always.contains("  recompute = \"auto\"  "), "{always}");
+}
+
+#[test]
 fn a_budget_that_is_too_small_is_refused_with_one_that_works() {
     let job = Job::new(&format!("[[device]]\nmemory = '1 KiB'\n{GPT}"));
     let refused = job.hydra(&["train"]);
@@ -266,7 +302,9 @@ fn a_budget_that_is_too_small_is_refused_with_one_that_works() {
     job.hydra(&["plan"]).fails(2, &["m: device memory"]);
     // What is advised is something else than what the job says already.
     let advice = |sets: &[&str]| {
-        let sets: Vec<&str> = sets.iter().flat_map(|set| ["--set", set]).collect();
+        // A device that need not be measured.
+        let sim = ["device.0.kind=sim", "device.0.profile=v100"];
+        let sets: Vec<&str> = sim.iter().chain(sets).flat_map(|set| ["--set", set]).collect();
         let err = job.hydra(&[&["plan"], &sets[..]].concat()).err;
         let last = err.lines().last().expect("a line").to_string();
         last.split_once("; ").map(|(_, advice)| advice.to_string())

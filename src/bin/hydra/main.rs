@@ -3,6 +3,7 @@
 //! Exit codes: 0 done; 1 failed, the machine or a bug is at fault; 2 the input is at fault; 75 interrupted after a checkpoint. An error is
 //! one line on standard error that begins with `error: `; only a budget's refusal goes on with its table.
 
+mod advice;
 mod args;
 mod crew;
 mod devices;
