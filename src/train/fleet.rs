@@ -329,23 +329,14 @@ impl Fleet {
 
     /// How far the models have come that are not at their end; `None` where all are.
     fn unfinished(&self, crew: &dyn Crew) -> Option<String> {
-        /// A line is to stay one that can be read.
-        const MOST: usize = 8;
         let unfinished = |t: &Trainee| !matches!(t.stage, Stage::Done | Stage::Failed(_));
-        let models: Vec<usize> = (0..self.trainees.len()).filter(|&m| unfinished(&self.trainees[m])).collect();
-        let of = |&m: &usize| {
-            let step = self.trainees[m].done;
-            match crew.name(m) {
-                Some(name) => format!("step {step} of {name}"),
-                None if self.trainees.len() == 1 => format!("step {step}"),
-                None => format!("step {step} of model {m}"),
-            }
+        let models = (0..self.trainees.len()).filter(|&m| unfinished(&self.trainees[m]));
+        let named = |m: usize| {
+            let by_number = || (self.trainees.len() > 1).then(|| format!("model {m}"));
+            (self.trainees[m].done, crew.name(m).or_else(by_number))
         };
-        let mut at: Vec<String> = models.iter().take(MOST).map(of).collect();
-        if models.len() > MOST {
-            at.push(format!("some step of {} more", models.len() - MOST));
-        }
-        (!at.is_empty()).then(|| at.join(", "))
+        let steps: Vec<(u64, Option<String>)> = models.map(named).collect();
+        (!steps.is_empty()).then(|| steps_text(&steps))
     }
 
     /// Lets the first of each line begin that is not at its end.
@@ -499,6 +490,20 @@ impl Fleet {
     }
 }
 
+/// Steps of models in words; of more than a line can tell, the first.
+fn steps_text(steps: &[(u64, Option<String>)]) -> String {
+    const MOST: usize = 8;
+    let text = |(step, name): &(u64, Option<String>)| match name {
+        Some(name) => format!("step {step} of {name}"),
+        None => format!("step {step}"),
+    };
+    let mut texts: Vec<String> = steps.iter().take(MOST).map(text).collect();
+    if steps.len() > MOST {
+        texts.push(format!("steps of {} more", steps.len() - MOST));
+    }
+    texts.join(", ")
+}
+
 /// How the engine runs a model.
 fn engine_options(recruit: &Recruit) -> Result<EngineOptions> {
     let Recruit { placed, options, .. } = recruit;
@@ -527,4 +532,19 @@ fn fill(engine: &mut Engine, model: usize, graph: &Graph, weights: Weights, seed
         engine.write_state(model, i, &values);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::steps_text;
+
+    #[test]
+    fn an_interruption_says_how_far_each_model_had_come() {
+        let of = |step: u64, name: &str| (step, Some(name.to_string()));
+        assert_eq!(steps_text(&[(12, None)]), "step 12");
+        assert_eq!(steps_text(&[of(12, "gpt"), of(0, "bert")]), "step 12 of gpt, step 0 of bert");
+        let many: Vec<_> = (0..11).map(|m| of(m, &format!("m{m}"))).collect();
+        assert!(steps_text(&many).ends_with("step 7 of m7, steps of 3 more"), "{}", steps_text(&many));
+        assert!(steps_text(&many[..8]).ends_with("step 7 of m7"));
+    }
 }
