@@ -14,8 +14,8 @@ use hydra::graph::{ALIGNMENT, Mode};
 use hydra::nn::{self, Form, InputShape};
 use hydra::spill::{Model, Plan, PlanOptions};
 use hydra::train::{
-    Checkpoint, Identity, Observer, Optimizer, Session, StepReport, TrainOptions, Weights, inputs_of, plan_model,
-    trace_model, write_checkpoint,
+    Checkpoint, Observer, Optimizer, Session, StepReport, TrainOptions, Weights, inputs_of, plan_model, trace_model,
+    write_checkpoint,
 };
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -81,7 +81,7 @@ fn the_loss_follows_that_of_f32() {
 struct StopAt {
     step: u64,
     path: PathBuf,
-    identity: Identity,
+    options: TrainOptions,
     stop: Arc<AtomicBool>,
 }
 
@@ -96,7 +96,7 @@ impl Observer for StopAt {
     }
 
     fn checkpoint(&mut self, step: u64, engine: &Engine, model: usize) -> Result<()> {
-        write_checkpoint(&self.path, engine, model, self.identity, step)
+        write_checkpoint(&self.path, engine, model, &self.options, step)
     }
 }
 
@@ -122,10 +122,9 @@ fn a_stopped_run_goes_on_with_the_same_bits() {
                 let plan = PlanOptions { resident: Some(resident), ..PlanOptions::default() };
                 TrainOptions { plan, ..whole.clone() }
             };
-            let identity = Identity { seed: 3, batch: 2 * microbatch, microbatch };
             let path = dir.path().join(format!("{name} {first}.safetensors"));
             let stop = Arc::new(AtomicBool::new(false));
-            let mut observer = StopAt { step: 3, path: path.clone(), identity, stop: Arc::clone(&stop) };
+            let mut observer = StopAt { step: 3, path: path.clone(), options: whole.clone(), stop: Arc::clone(&stop) };
             let options = resident(first);
             let mut session = small.session(small.plan(&options).expect("a plan"), &options).expect("a session");
             let ended = session.run(&mut observer, &stop);
@@ -134,7 +133,7 @@ fn a_stopped_run_goes_on_with_the_same_bits() {
             let mut session = small.session(small.plan(&options).expect("a plan"), &options).expect("a session");
             let mut checkpoint = Checkpoint::open(&path).expect("it is sound").expect("it is there");
             let model = Arc::clone(session.engine().model(0));
-            checkpoint.check(identity, &model, 2).expect("of the same run");
+            checkpoint.check(&options, &model).expect("of the same run");
             checkpoint.restore(session.engine_mut(), 0).expect("restored");
             session.start_at(checkpoint.step(), small.source(options.batch, options.seed)).expect("started");
             session.run(&mut (), &AtomicBool::new(false)).expect("a run");

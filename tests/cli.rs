@@ -257,6 +257,42 @@ fn plan_is_text_or_what_plan_json_holds_and_writes_nothing() {
 }
 
 #[test]
+fn a_plan_for_several_devices_says_what_would_help_and_keeps_it() {
+    let sim = "[run]\npolicy = 'locality-lrtf'\npipeline = 'always'\n[[device]]\nkind = 'sim'\ncount = 2\nmemory = '200 KiB'\n\
+               link = '4 MB/s'\nflops = '2 GFLOP/s'\nmemory_bandwidth = '400 MB/s'\n";
+    let model =
+        GPT.replace("n_layer = 2", "n_layer = 4").replace("batch = 4\nmicrobatch = 2", "batch = 8\nmicrobatch = 1");
+    let job = Job::new(&format!("{sim}{model}"));
+    let plan = |sets: &[&str]| -> Value {
+        let sets: Vec<&str> = sets.iter().flat_map(|set| ["--set", set]).collect();
+        let ran = job.hydra(&[&["plan", "--json"], &sets[..]].concat()).fine();
+        serde_json::from_str(&ran.out).expect("one JSON object")
+    };
+    let text = job.hydra(&["plan"]).fine().out;
+    assert!(text.contains("go on from device to device"), "{text}");
+    let (_, help) = text.split_once("\nwhat would help:\n").expect("it is said");
+    let before = plan(&[])["step_secs"].as_f64().expect("seconds");
+    let mut kept = 0;
+    for (what, set) in [
+        ("links twice as fast", "device.0.link=8 MB/s"),
+        ("twice the device memory", "device.0.memory=400 KiB"),
+        ("one device more", "device.0.count=3"),
+        ("slots = 3", "run.slots=3"),
+    ] {
+        let gain = before / plan(&[set])["step_secs"].as_f64().expect("seconds");
+        let line = help.lines().find(|line| line.trim_start().starts_with(what));
+        let said = line.map(|line| line.contains(&format!("  {gain:.2} times as fast  ")));
+        assert_eq!(said, (gain >= 1.03).then_some(true), "{what}: {gain} {help}");
+        kept += usize::from(said.is_some());
+    }
+    assert!(kept >= 3, "{help}");
+    assert!(!help.contains("recompute"), "it is \"auto\" already: {help}");
+    let quick = ["--set", "device.0.link=60 MB/s", "--set", "device.0.memory=600 KiB"];
+    let always = job.hydra(&[&["plan", "--set", "run.recompute=always"], &quick[..]].concat()).fine().out;
+    assert!(always.contains("  recompute = \"auto\"  "), "{always}");
+}
+
+#[test]
 fn a_budget_that_is_too_small_is_refused_with_one_that_works() {
     let job = Job::new(&format!("[[device]]\nmemory = '1 KiB'\n{GPT}"));
     let refused = job.hydra(&["train"]);
@@ -264,6 +300,24 @@ fn a_budget_that_is_too_small_is_refused_with_one_that_works() {
     assert!(refused.err.contains("workspace") && refused.err.lines().count() > 4, "{refused:?}");
     assert!(!job.at("runs").exists(), "a refused job leaves nothing");
     job.hydra(&["plan"]).fails(2, &["m: device memory"]);
+    // What is advised is something else than what the job says already.
+    let advice = |sets: &[&str]| {
+        // A device that need not be measured.
+        let sim = ["device.0.kind=sim", "device.0.profile=v100"];
+        let sets: Vec<&str> = sim.iter().chain(sets).flat_map(|set| ["--set", set]).collect();
+        let err = job.hydra(&[&["plan"], &sets[..]].concat()).err;
+        let last = err.lines().last().expect("a line").to_string();
+        last.split_once("; ").map(|(_, advice)| advice.to_string())
+    };
+    assert_eq!(advice(&[]).as_deref(), Some("fewer slots or a smaller microbatch may need less"));
+    let never = "fewer slots, a smaller microbatch or recompute = \"auto\" may need less";
+    assert_eq!(advice(&["run.recompute=never"]).as_deref(), Some(never));
+    let one = ["run.slots=1", "model.0.microbatch=1"];
+    assert_eq!(advice(&one), None);
+    assert_eq!(
+        advice(&[&one[..], &["run.recompute=always"]].concat()).as_deref(),
+        Some("recompute = \"auto\" may need less")
+    );
     let (_, after) = refused.err.split_once("memory = ").expect("the smallest budget is printed");
     let smallest: u64 = after.chars().take_while(char::is_ascii_digit).collect::<String>().parse().expect("bytes");
     let less = format!("device.0.memory={}", smallest - 1);
@@ -330,7 +384,7 @@ fn a_run_that_was_stopped_goes_on_with_the_same_bits() {
         ("run.seed=10", "seed is 9 in the checkpoint, 10 in the job"),
         ("model.0.microbatch=4", "microbatch is 2 in the checkpoint, 4 in the job"),
         ("model.0.config.n_embd=16", "weight/transformer.wte.weight"),
-        ("model.0.optimizer={ kind = 'sgd' }", "no such tensor"),
+        ("model.0.optimizer={ kind = 'sgd' }", "optimizer.kind is adamw in the checkpoint, sgd in the job"),
     ] {
         job.hydra(&["train", "--resume", "auto", "--set", "run.out=parts", "--set", set])
             .bad(&["parts/m/checkpoint.safetensors", says]);
@@ -341,6 +395,32 @@ fn a_run_that_was_stopped_goes_on_with_the_same_bits() {
     assert!(more.out.contains("303 steps done"), "{more:?}");
     fs::write(job.at("parts/m/checkpoint.safetensors"), b"damaged").expect("a damaged checkpoint");
     job.hydra(&["train", "--resume", "auto", "--set", "run.out=parts"]).bad(&["checkpoint.safetensors", "too few"]);
+}
+
+#[test]
+fn a_run_goes_on_with_another_learning_rate_and_says_so() {
+    let job = Job::new(
+        &format!("{}{GPT}optimizer = {{ kind = 'sgd', momentum = 0.9 }}\n", two_models()).replacen("\"m\"", "\"k\"", 1),
+    );
+    job.hydra(&["train"]).fine();
+    let on = |sets: &[&str]| {
+        let sets: Vec<&str> = sets.iter().flat_map(|set| ["--set", set]).collect();
+        job.hydra(&[&["train", "--resume", "auto"], &sets[..]].concat())
+    };
+    // What has no step to go is of no account.
+    assert_eq!(on(&["model.0.lr=0.5"]).fine().err, "");
+    on(&["model.2.steps=5", "model.2.optimizer={ kind = 'sgd' }"])
+        .bad(&["m/checkpoint.safetensors", "optimizer.momentum is 0.9"]);
+    on(&["model.1.steps=5", "model.1.optimizer={ kind = 'sgd' }"])
+        .bad(&["n/checkpoint.safetensors", "optimizer.kind is adamw"]);
+    let ran = on(&["model.0.lr=0.5", "model.1.lr=0.002", "model.1.steps=5", "model.2.steps=6"]).fine();
+    assert_eq!(
+        ran.err,
+        "warning: n: goes on from step 3 with other settings than before: optimizer.lr = 0.002 (was 0.001)\n",
+    );
+    let rows = read_rows(&job.at("runs/job/n/metrics.jsonl")).expect("rows");
+    let rates = rows.iter().filter_map(|row| if let Row::Step(row) = row { Some(row.lr) } else { None });
+    assert_eq!(rates.collect::<Vec<_>>(), [0.001, 0.001, 0.001, 0.002, 0.002]);
 }
 
 #[test]
@@ -459,6 +539,51 @@ fn sweeps_are_tables_and_plots() {
     let svg = read("sweep.svg");
     assert_eq!((svg.matches("class=\"curve\"").count(), svg.matches("<circle").count()), (1, 2), "{svg}");
     assert!(svg.contains(">memory</text>") && svg.contains("Makespan, slots=2"));
+}
+
+#[test]
+fn a_sweep_does_what_all_options_say_or_fails() {
+    let job = Job::new(&format!("[[device]]\nkind = 'sim'\nprofile = 'v100'\nmemory = '1 MiB'\n{}", two_models()));
+    let rows = |args: &[&str]| -> Vec<Value> {
+        let ran = job.hydra(&[&["simulate", "--json"], args].concat()).fine();
+        serde_json::from_str(&ran.out).expect("a list")
+    };
+    // An option beside a sweep holds for every row: one at a time, a second device is of no use.
+    let of = |policy: &str| {
+        let rows = rows(&["--policy", policy, "--sweep", "devices=1,2"]);
+        rows.iter().map(|row| row["makespan_secs"].as_f64().expect("seconds")).collect::<Vec<_>>()
+    };
+    let (alone, together) = (of("one-at-a-time"), of("fifo"));
+    assert!(alone[0] == alone[1] && together[0] > together[1], "{alone:?} {together:?}");
+    // All words and flags of a job may be swept.
+    let both = rows(&["--policy", "locality-lrtf", "--sweep", "pipeline=auto,never", "--sweep", "rehearse=true,false"]);
+    let pairs: Vec<_> = both.iter().map(|row| (row["pipeline"].as_str(), row["rehearse"].as_str())).collect();
+    let pair = |pipeline, rehearse| (Some(pipeline), Some(rehearse));
+    assert_eq!(pairs, [pair("auto", "true"), pair("auto", "false"), pair("never", "true"), pair("never", "false")]);
+    assert!(both.iter().all(|row| row["makespan_secs"].as_f64() > Some(0.0)), "{both:?}");
+    for (args, says) in [
+        (&["--policy", "fifo", "--sweep", "policy=srtf,random"][..], "--policy fifo is there too"),
+        (&["--devices", "2", "--sweep", "devices=1,2"], "--devices 2 is there too"),
+        (&["--slots", "1", "--sweep", "slots=2"], "--slots 1 is there too"),
+        (&["--sweep", "slots=2", "--sweep", "slots=3"], "--sweep slots: is there twice"),
+        (&["--sweep", "pipeline=sometimes"], "run.pipeline"),
+        (&["--sweep", "rehearse=2"], "run.rehearse"),
+    ] {
+        job.hydra(&[&["simulate"], args].concat()).bad(&[says]);
+    }
+    // What does not fit is a row, unless nothing does: then the rows are there all the same.
+    let out = job.at("sweep").display().to_string();
+    let csv = || fs::read_to_string(job.at("sweep/sweep.csv")).expect("sweep.csv");
+    job.hydra(&["simulate", "--sweep", "memory=1 KiB,2 MiB", "--out", &out]).fine();
+    assert_eq!(csv().matches("the models together need").count(), 1, "{}", csv());
+    let ran = job.hydra(&["simulate", "--sweep", "memory=1 KiB,2 KiB", "--out", &out]);
+    ran.bad(&["--sweep: none of 2 combinations fits; the first: device memory: the models together need"]);
+    assert_eq!(csv().matches("the models together need").count(), 2, "{}", csv());
+    assert_eq!(ran.out.matches("the models together need").count(), 2, "{ran:?}");
+    let ran = job.hydra(&["simulate", "--json", "--sweep", "memory=1 KiB"]);
+    ran.bad(&["--sweep: its one combination does not fit: device memory"]);
+    let said: Value = serde_json::from_str(&ran.out).expect("a list");
+    assert!(said[0]["reason"].as_str().is_some_and(|why| why.contains("device memory")), "{said}");
 }
 
 #[test]

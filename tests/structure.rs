@@ -4,6 +4,7 @@
 //! The rules work on tokens, with comments and literals taken apart, so that a word in a message is no violation. Planted
 //! violations in the last tests show that each rule can fail.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// The modules from the ground up: each may use those before it.
@@ -395,6 +396,53 @@ fn the_layers_are_the_library() {
     for module in modules {
         assert!(LAYERS.contains(&module), "module {module} has no place among the layers");
     }
+}
+
+/// A way from a module back to itself over those that it uses, by the names on it; none where uses go one way.
+fn circle(uses: &BTreeMap<String, Vec<String>>) -> Option<Vec<String>> {
+    let mut ways: Vec<Vec<String>> = uses.keys().map(|name| vec![name.clone()]).collect();
+    while let Some(way) = ways.pop() {
+        for next in uses.get(&way[way.len() - 1]).into_iter().flatten().filter(|next| uses.contains_key(*next)) {
+            let longer = [&way[..], std::slice::from_ref(next)].concat();
+            match way.iter().position(|name| name == next) {
+                Some(0) => return Some(longer),
+                Some(_) => {}
+                None => ways.push(longer),
+            }
+        }
+    }
+    None
+}
+
+#[test]
+fn modules_of_the_program_do_not_use_each_other_in_circles() {
+    let folder = "src/bin/hydra/";
+    let mut uses: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for path in rust_files(folder).into_iter().filter(|path| !is_test_file(path)) {
+        // As if it stood at the crate's root: the program is a crate of its own.
+        let inner = format!("src/{}", &path[folder.len()..]);
+        let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(&path)).expect("a readable file");
+        let module = module_path(&inner).remove(0);
+        let used = used_modules(&inner, &read(&text)).into_iter().map(|(name, _)| name);
+        uses.entry(module.clone()).or_default().extend(used.filter(|name| *name != module));
+    }
+    assert!(uses.len() > 20 && uses["sweep"].iter().any(|name| name == "simulate"), "{uses:?}");
+    assert_eq!(circle(&uses), None);
+}
+
+#[test]
+fn planted_circles_are_found() {
+    let uses = |pairs: &[(&str, &str)]| {
+        let mut uses: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for (from, to) in pairs {
+            uses.entry(from.to_string()).or_default().push(to.to_string());
+        }
+        uses
+    };
+    assert_eq!(circle(&uses(&[("a", "b"), ("a", "c"), ("b", "c"), ("c", "print")])), None);
+    let way = circle(&uses(&[("a", "b"), ("b", "c"), ("c", "b")])).expect("a circle");
+    assert!(way.len() == 3 && way[0] == way[2], "{way:?}");
+    assert_eq!(circle(&uses(&[("a", "a")])), Some(vec!["a".into(), "a".into()]));
 }
 
 /// Asserts that `text` as the file `path` breaks exactly the rules whose messages hold `want`.

@@ -28,10 +28,10 @@ pub enum Error {
         source: std::io::Error,
     },
     /// The run was asked to stop (SIGINT, SIGTERM) and has left a checkpoint.
-    #[error("interrupted at step {step}, after a checkpoint")]
+    #[error("interrupted at {at}, after a checkpoint")]
     Interrupted {
-        /// Steps done.
-        step: u64,
+        /// Steps done: `step 12` or, of several models, `step 12 of gpt, step 7 of bert`.
+        at: String,
     },
 }
 

@@ -138,7 +138,7 @@ impl Plan {
             }
             None => {
                 let needs = smallest.arena.bytes;
-                Err(refusal(&smallest.plan(model, options, needs), options))
+                Err(refusal(model, &smallest.plan(model, options, needs), options))
             }
         }
     }
@@ -214,7 +214,7 @@ impl Plan {
 }
 
 /// Says what does not fit, with a table of what the smallest plan needs.
-fn refusal(smallest: &Plan, options: &PlanOptions) -> Error {
+fn refusal(model: &Model, smallest: &Plan, options: &PlanOptions) -> Error {
     let needs = smallest.arena.bytes;
     let budget = options.device_budget.unwrap_or(0);
     let mut message = format!(
@@ -231,8 +231,16 @@ fn refusal(smallest: &Plan, options: &PlanOptions) -> Error {
         message += &format!("  {what:<26} {bytes:>14} bytes  {:>12}\n", format_bytes(bytes));
     }
     message += &format!("  smallest budget that works {needs:>14} bytes: memory = {needs}");
-    if options.slots > 1 {
-        message += "; fewer slots, a smaller microbatch or recompute = \"auto\" may need less";
+    let samples = model.train.inputs.iter().filter_map(|input| input.shape.axes().first()).copied().max();
+    let advice = [
+        ("fewer slots", options.slots > 1),
+        ("a smaller microbatch", samples > Some(1)),
+        ("recompute = \"auto\"", options.recompute != Recompute::Auto),
+    ];
+    let advice: Vec<&str> = advice.into_iter().filter(|(_, is_other)| *is_other).map(|(what, _)| what).collect();
+    if let [others @ .., last] = &advice[..] {
+        let before = if others.is_empty() { String::new() } else { format!("{} or ", others.join(", ")) };
+        message += &format!("; {before}{last} may need less");
     }
     Error::OutOfBudget { message, smallest_device_bytes: needs }
 }

@@ -2,9 +2,11 @@
 //!
 //! The numbers are exact, and everything else that a step depends on follows from the step's number (order of the data, dropout, learning
 //! rate), so that a resumed run gives the bits of one that was never stopped. What must be the same for that is written in
-//! the file's metadata and compared.
+//! the file's metadata and compared: without some of it the numbers mean nothing, the rest may be changed on purpose and is told.
 
+use super::optimizer::{Optimizer, Schedule};
 use super::safely::write_safely;
+use super::session::TrainOptions;
 use crate::base::tensorfile::{Element, TensorIndex};
 use crate::base::{Error, Result, Shape};
 use crate::engine::{Engine, Stored};
@@ -18,22 +20,62 @@ use std::path::{Path, PathBuf};
 const FORMAT: &str = "hydra-checkpoint-1";
 /// The key of the model's element type. Numbers are f32 in any case: a bf16 model's weights are kept as their masters.
 const DTYPE: &str = "dtype";
+/// Keys of the optimizer on which it depends what the moments are.
+const KIND: &str = "optimizer.kind";
+const MOMENTUM: &str = "optimizer.momentum";
 
-/// What of a run must stay the same for a resumed run to give the same bits, besides its model and the model's element type.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Identity {
-    /// Seed of everything random.
-    pub seed: u64,
-    /// Samples of a minibatch.
-    pub batch: usize,
-    /// Samples of a microbatch.
-    pub microbatch: usize,
+/// What of a run must stay the same, besides its model and the model's element type: what minibatches and dropout are made of.
+fn identity(options: &TrainOptions) -> [(&'static str, u64); 3] {
+    [("seed", options.seed), ("batch", options.batch as u64), ("microbatch", options.microbatch as u64)]
 }
 
-impl Identity {
-    fn fields(&self) -> [(&'static str, u64); 3] {
-        [("seed", self.seed), ("batch", self.batch as u64), ("microbatch", self.microbatch as u64)]
+/// How a model is updated, by the job file's keys.
+fn updates(options: &TrainOptions) -> Vec<(&'static str, String)> {
+    // Debug prints the fewest digits that read back as the same number.
+    let number = |x: f64| format!("{x:?}");
+    let mut all = vec![("optimizer.lr", number(options.optimizer.lr()))];
+    match options.optimizer {
+        Optimizer::Adamw { betas, epsilon, weight_decay, decay_matrices_only, .. } => all.extend([
+            (KIND, "adamw".into()),
+            ("optimizer.betas", format!("[{:?}, {:?}]", betas.0, betas.1)),
+            ("optimizer.eps", number(epsilon)),
+            ("optimizer.weight_decay", number(weight_decay)),
+            ("optimizer.decay", if decay_matrices_only { "matrices" } else { "all" }.into()),
+        ]),
+        Optimizer::Sgd { momentum, nesterov, weight_decay, .. } => all.extend([
+            (KIND, "sgd".into()),
+            (MOMENTUM, number(momentum)),
+            ("optimizer.nesterov", nesterov.to_string()),
+            ("optimizer.weight_decay", number(weight_decay)),
+        ]),
     }
+    all.push(("optimizer.clip", options.clip.map_or("none".into(), number)));
+    let (kind, shape) = match options.schedule {
+        Schedule::Constant => ("constant", None),
+        Schedule::Linear { warmup, min_lr } => ("linear", Some((warmup, min_lr))),
+        Schedule::Cosine { warmup, min_lr } => ("cosine", Some((warmup, min_lr))),
+    };
+    all.push(("schedule.kind", kind.into()));
+    if let Some((warmup, min_lr)) = shape {
+        // Where the learning rate falls, it falls towards the last step.
+        all.extend([
+            ("schedule.warmup", warmup.to_string()),
+            ("schedule.min_lr", number(min_lr)),
+            ("steps", options.steps.to_string()),
+        ]);
+    }
+    all
+}
+
+/// A setting that is another than it was.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Change {
+    /// The job file's key, within the model.
+    pub key: &'static str,
+    /// Its value when the checkpoint was written.
+    pub was: String,
+    /// Its value now.
+    pub is: String,
 }
 
 /// One tensor of a model in training.
@@ -63,13 +105,16 @@ fn parts(model: &Model, moments: usize) -> Vec<(String, &Shape, Part)> {
 ///
 /// # Errors
 /// When the file cannot be written.
-pub fn write_checkpoint(path: &Path, engine: &Engine, of: usize, identity: Identity, step: u64) -> Result<()> {
+pub fn write_checkpoint(path: &Path, engine: &Engine, of: usize, options: &TrainOptions, step: u64) -> Result<()> {
     let model = engine.model(of);
     let parts = parts(model, engine.plan(of).moments);
     let mut header = Map::new();
     let mut metadata = json!({ "format": FORMAT, "step": step.to_string() });
-    for (key, value) in identity.fields() {
+    for (key, value) in identity(options) {
         metadata[key] = value.to_string().into();
+    }
+    for (key, value) in updates(options) {
+        metadata[key] = value.into();
     }
     metadata[DTYPE] = model.train.float.to_string().into();
     header.insert("__metadata__".into(), metadata);
@@ -138,12 +183,21 @@ impl Checkpoint {
         self.step
     }
 
-    /// Compares it with the run that is to go on from it.
+    /// How `options` would update the model otherwise than the run that wrote this. Checkpoints from before they said it know of no difference.
+    pub fn changes(&self, options: &TrainOptions) -> Vec<Change> {
+        let change = |(key, is): (&'static str, String)| {
+            let was = self.index.metadata().get(key).filter(|was| **was != is)?.clone();
+            Some(Change { key, was, is })
+        };
+        updates(options).into_iter().filter_map(change).collect()
+    }
+
+    /// Compares it with the run that is to go on from it. What that may change is left to [`Checkpoint::changes`].
     ///
     /// # Errors
-    /// [`Error::BadInput`] that names the first difference.
-    pub fn check(&self, identity: Identity, model: &Model, moments: usize) -> Result<()> {
-        for (key, want) in identity.fields() {
+    /// [`Error::BadInput`] that names the first difference with which its numbers mean nothing.
+    pub fn check(&self, options: &TrainOptions, model: &Model) -> Result<()> {
+        for (key, want) in identity(options) {
             let found = self.index.metadata().get(key).map_or("missing", String::as_str);
             if found != want.to_string() {
                 return Err(self.fault(format!("{key} is {found} in the checkpoint, {want} in the job")));
@@ -154,7 +208,13 @@ impl Checkpoint {
         if found != want.to_string() {
             return Err(self.fault(format!("{DTYPE} is {found} in the checkpoint, {want} in the job")));
         }
-        let parts = parts(model, moments);
+        // Another rule takes its moments for something else, and no momentum has none.
+        let none = |momentum: &str| momentum.parse() == Ok(0.0);
+        let meaningless = |c: &Change| c.key == KIND || c.key == MOMENTUM && none(&c.was) != none(&c.is);
+        if let Some(Change { key, was, is }) = self.changes(options).into_iter().find(meaningless) {
+            return Err(self.fault(format!("{key} is {was} in the checkpoint, {is} in the job")));
+        }
+        let parts = parts(model, options.optimizer.moments());
         for (name, shape, _) in &parts {
             let Some(entry) = self.index.get(name) else {
                 return Err(self.fault(format!("tensor {name}: is missing; the job's model has it")));

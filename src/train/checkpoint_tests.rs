@@ -8,7 +8,9 @@ use crate::spill::{Plan, PlanOptions};
 use crate::train::{TrainOptions, trace_model};
 use std::sync::Arc;
 
-const IDENTITY: Identity = Identity { seed: 7, batch: 2, microbatch: 1 };
+fn options() -> TrainOptions {
+    TrainOptions { seed: 7, batch: 2, microbatch: 1, ..TrainOptions::new(20) }
+}
 
 fn engine(width: usize) -> Engine {
     engine_of(width, DType::F32)
@@ -60,18 +62,101 @@ fn comes_back(folder: &Path, dtype: DType) {
             written.write_parameter(0, what, i, &all);
         }
     }
-    write_checkpoint(&path, &written, 0, IDENTITY, 12).unwrap();
+    write_checkpoint(&path, &written, 0, &options(), 12).unwrap();
     let mut checkpoint = Checkpoint::open(&path).unwrap().expect("it is there");
     assert_eq!(checkpoint.step(), 12);
-    checkpoint.check(IDENTITY, &model, 2).unwrap();
+    checkpoint.check(&options(), &model).unwrap();
+    assert_eq!(checkpoint.changes(&options()), []);
     let mut read = engine(3);
     assert_ne!(values(&read), values(&written));
     checkpoint.restore(&mut read, 0).unwrap();
     assert_eq!(values(&read), values(&written));
     // Equal states give equal bytes.
     let again = folder.join("again.safetensors");
-    write_checkpoint(&again, &read, 0, IDENTITY, 12).unwrap();
+    write_checkpoint(&again, &read, 0, &options(), 12).unwrap();
     assert_eq!(std::fs::read(&path).unwrap(), std::fs::read(&again).unwrap());
+}
+
+fn sgd(momentum: f64) -> Optimizer {
+    Optimizer::Sgd { lr: 0.1, momentum, nesterov: false, weight_decay: 0.0 }
+}
+
+/// A checkpoint in bytes, with its header changed.
+fn with_header(bytes: &[u8], change: impl Fn(&mut Value)) -> Vec<u8> {
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let mut header: Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+    change(&mut header);
+    let header = header.to_string().into_bytes();
+    [&(header.len() as u64).to_le_bytes()[..], &header, &bytes[8 + length..]].concat()
+}
+
+#[test]
+fn another_way_to_update_is_told_and_one_without_the_moments_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("checkpoint.safetensors");
+    let engine = engine(3);
+    let model = Arc::clone(engine.model(0));
+    let adamw = |lr, epsilon, decay_matrices_only| {
+        let (betas, weight_decay) = ((0.9, 0.95), 0.01);
+        TrainOptions {
+            optimizer: Optimizer::Adamw { lr, betas, epsilon, weight_decay, decay_matrices_only },
+            ..options()
+        }
+    };
+    let changes = |options: &TrainOptions| -> Vec<(&'static str, String, String)> {
+        let checkpoint = Checkpoint::open(&path).unwrap().unwrap();
+        checkpoint.check(options, &model).unwrap();
+        checkpoint.changes(options).into_iter().map(|c| (c.key, c.was, c.is)).collect()
+    };
+    let change = |key, was: &str, is: &str| (key, was.to_string(), is.to_string());
+    let cosine = TrainOptions { schedule: Schedule::Cosine { warmup: 3, min_lr: 0.0 }, ..adamw(1e-3, 1e-8, false) };
+    write_checkpoint(&path, &engine, 0, &cosine, 3).unwrap();
+    assert_eq!(changes(&cosine), []);
+    let linear = TrainOptions { schedule: Schedule::Linear { warmup: 4, min_lr: 1e-5 }, steps: 21, ..cosine.clone() };
+    let want = [
+        change("schedule.kind", "cosine", "linear"),
+        change("schedule.warmup", "3", "4"),
+        change("schedule.min_lr", "0.0", "1e-5"),
+        change("steps", "20", "21"),
+    ];
+    assert_eq!(changes(&linear), want);
+    // More steps at a learning rate that stays are no change.
+    let constant = TrainOptions { steps: 21, ..adamw(1e-3, 1e-8, false) };
+    assert_eq!(changes(&constant), [change("schedule.kind", "cosine", "constant")]);
+    let other = TrainOptions { clip: Some(0.5), schedule: cosine.schedule, ..adamw(0.3, 1e-7, true) };
+    let want = [
+        change("optimizer.lr", "0.001", "0.3"),
+        change("optimizer.eps", "1e-8", "1e-7"),
+        change("optimizer.decay", "all", "matrices"),
+        change("optimizer.clip", "none", "0.5"),
+    ];
+    assert_eq!(changes(&other), want);
+    let torch = TrainOptions { optimizer: Optimizer::default(), ..cosine.clone() };
+    assert_eq!(changes(&torch), [change("optimizer.betas", "[0.9, 0.95]", "[0.9, 0.999]")]);
+
+    // One from before checkpoints said it is compared by its tensors alone.
+    let silent = with_header(&std::fs::read(&path).unwrap(), |header| {
+        let metadata = header["__metadata__"].as_object_mut().unwrap();
+        metadata.retain(|key, _| !key.contains('.') && key != "steps");
+    });
+    std::fs::write(&path, silent).unwrap();
+    assert_eq!(changes(&other), []);
+    let with_momentum = TrainOptions { optimizer: sgd(0.9), ..options() };
+    let error = Checkpoint::open(&path).unwrap().unwrap().check(&with_momentum, &model).unwrap_err();
+    assert!(error.to_string().contains("no such tensor"), "{error}");
+
+    // Momentum may change, but not come or go.
+    write_checkpoint(&path, &engine, 0, &with_momentum, 3).unwrap();
+    let refused = |momentum: f64| {
+        let options = TrainOptions { optimizer: sgd(momentum), ..options() };
+        Checkpoint::open(&path).unwrap().unwrap().check(&options, &model).unwrap_err().to_string()
+    };
+    assert!(refused(0.0).ends_with("optimizer.momentum is 0.9 in the checkpoint, 0.0 in the job"), "{}", refused(0.0));
+    // The engine of the test has two moments, which is as far as this comes.
+    assert!(refused(0.8).contains("moment1/"), "{}", refused(0.8));
+    let plain = TrainOptions { optimizer: sgd(0.0), ..options() };
+    write_checkpoint(&path, &engine, 0, &plain, 3).unwrap();
+    assert!(refused(0.8).ends_with("optimizer.momentum is 0.0 in the checkpoint, 0.8 in the job"), "{}", refused(0.8));
 }
 
 #[test]
@@ -79,20 +164,21 @@ fn differences_and_damage_are_named() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("checkpoint.safetensors");
     let (engine, wider) = (engine(3), engine(4));
-    write_checkpoint(&path, &engine, 0, IDENTITY, 3).unwrap();
+    write_checkpoint(&path, &engine, 0, &options(), 3).unwrap();
     let open = || Checkpoint::open(&path).unwrap().unwrap();
-    let refused = |identity, model: &Model, moments, says: &str| {
-        let error = open().check(identity, model, moments).unwrap_err();
+    let refused = |options: TrainOptions, model: &Model, says: &str| {
+        let error = open().check(&options, model).unwrap_err();
         assert!(error.exit_code() == 2 && error.to_string().contains(says), "{says}: {error}");
     };
-    refused(Identity { seed: 8, ..IDENTITY }, engine.model(0), 2, "seed is 7 in the checkpoint, 8 in the job");
-    refused(Identity { batch: 4, ..IDENTITY }, engine.model(0), 2, "batch is 2");
-    refused(Identity { microbatch: 2, ..IDENTITY }, engine.model(0), 2, "microbatch is 1");
+    refused(TrainOptions { seed: 8, ..options() }, engine.model(0), "seed is 7 in the checkpoint, 8 in the job");
+    refused(TrainOptions { batch: 4, ..options() }, engine.model(0), "batch is 2");
+    refused(TrainOptions { microbatch: 2, ..options() }, engine.model(0), "microbatch is 1");
     let half = engine_of(3, DType::Bf16);
-    refused(IDENTITY, half.model(0), 2, "dtype is f32 in the checkpoint, bf16 in the job");
-    refused(IDENTITY, wider.model(0), 2, "the job's model has 5x4");
-    refused(IDENTITY, engine.model(0), 1, "no such tensor");
-    write_checkpoint(&path, &wider, 0, IDENTITY, 3).unwrap();
+    refused(options(), half.model(0), "dtype is f32 in the checkpoint, bf16 in the job");
+    refused(options(), wider.model(0), "the job's model has 5x4");
+    let kind = "optimizer.kind is adamw in the checkpoint, sgd in the job";
+    refused(TrainOptions { optimizer: sgd(0.9), ..options() }, engine.model(0), kind);
+    write_checkpoint(&path, &wider, 0, &options(), 3).unwrap();
     assert!(open().restore(&mut self::engine(3), 0).is_err());
     let whole = std::fs::read(&path).unwrap();
     for bytes in [0, 7, 8, 100, whole.len() - 1] {

@@ -104,6 +104,12 @@ pub trait Crew {
     /// Who watches a model.
     fn observer(&mut self, model: usize) -> &mut dyn Observer;
 
+    /// What a model is called in a message; `None`: by its number, where there are several.
+    fn name(&self, model: usize) -> Option<String> {
+        let _ = model;
+        None
+    }
+
     /// Called whenever something has ended, and once more when all has: models may be added here, and cancelled.
     ///
     /// # Errors
@@ -315,11 +321,22 @@ impl Fleet {
                 }
             }
         }
-        let unfinished = self.trainees.iter().find(|t| !matches!(t.stage, Stage::Done | Stage::Failed(_)));
-        match unfinished {
-            Some(trainee) => Err(Error::Interrupted { step: trainee.done }),
+        match self.unfinished(crew) {
+            Some(at) => Err(Error::Interrupted { at }),
             None => Ok(()),
         }
+    }
+
+    /// How far the models have come that are not at their end; `None` where all are.
+    fn unfinished(&self, crew: &dyn Crew) -> Option<String> {
+        let unfinished = |t: &Trainee| !matches!(t.stage, Stage::Done | Stage::Failed(_));
+        let models = (0..self.trainees.len()).filter(|&m| unfinished(&self.trainees[m]));
+        let named = |m: usize| {
+            let by_number = || (self.trainees.len() > 1).then(|| format!("model {m}"));
+            (self.trainees[m].done, crew.name(m).or_else(by_number))
+        };
+        let steps: Vec<(u64, Option<String>)> = models.map(named).collect();
+        (!steps.is_empty()).then(|| steps_text(&steps))
     }
 
     /// Lets the first of each line begin that is not at its end.
@@ -473,6 +490,20 @@ impl Fleet {
     }
 }
 
+/// Steps of models in words; of more than a line can tell, the first.
+fn steps_text(steps: &[(u64, Option<String>)]) -> String {
+    const MOST: usize = 8;
+    let text = |(step, name): &(u64, Option<String>)| match name {
+        Some(name) => format!("step {step} of {name}"),
+        None => format!("step {step}"),
+    };
+    let mut texts: Vec<String> = steps.iter().take(MOST).map(text).collect();
+    if steps.len() > MOST {
+        texts.push(format!("steps of {} more", steps.len() - MOST));
+    }
+    texts.join(", ")
+}
+
 /// How the engine runs a model.
 fn engine_options(recruit: &Recruit) -> Result<EngineOptions> {
     let Recruit { placed, options, .. } = recruit;
@@ -501,4 +532,19 @@ fn fill(engine: &mut Engine, model: usize, graph: &Graph, weights: Weights, seed
         engine.write_state(model, i, &values);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::steps_text;
+
+    #[test]
+    fn an_interruption_says_how_far_each_model_had_come() {
+        let of = |step: u64, name: &str| (step, Some(name.to_string()));
+        assert_eq!(steps_text(&[(12, None)]), "step 12");
+        assert_eq!(steps_text(&[of(12, "gpt"), of(0, "bert")]), "step 12 of gpt, step 0 of bert");
+        let many: Vec<_> = (0..11).map(|m| of(m, &format!("m{m}"))).collect();
+        assert!(steps_text(&many).ends_with("step 7 of m7, steps of 3 more"), "{}", steps_text(&many));
+        assert!(steps_text(&many[..8]).ends_with("step 7 of m7"));
+    }
 }

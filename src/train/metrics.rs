@@ -18,6 +18,16 @@ pub enum Row {
     Valid(ValidRow),
 }
 
+impl Row {
+    /// Seconds that it accounts for.
+    pub fn secs(&self) -> f64 {
+        match self {
+            Row::Step(row) => row.secs,
+            Row::Valid(row) => row.secs,
+        }
+    }
+}
+
 /// A training step.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StepRow {
@@ -92,6 +102,7 @@ fn finite_or_nan<'de, D: serde::Deserializer<'de>, T: Deserialize<'de> + From<f3
 pub struct Metrics {
     path: PathBuf,
     file: BufWriter<File>,
+    secs: f64,
 }
 
 impl Metrics {
@@ -100,22 +111,23 @@ impl Metrics {
     /// # Errors
     /// When the file cannot be read or written.
     pub fn open(path: &Path, step: u64) -> Result<Metrics> {
-        let kept: Vec<String> = match step {
-            0 => Vec::new(),
-            _ => read_rows(path)?
-                .into_iter()
-                .filter(|row| match row {
-                    Row::Step(r) => r.step < step,
-                    // A validation at the very step is done again.
-                    Row::Valid(r) => r.step < step,
-                })
-                .map(|row| serde_json::to_string(&row).expect("a row is plain numbers"))
-                .collect(),
-        };
+        let mut kept = if step == 0 { Vec::new() } else { read_rows(path)? };
+        kept.retain(|row| match row {
+            Row::Step(r) => r.step < step,
+            // A validation at the very step is done again.
+            Row::Valid(r) => r.step < step,
+        });
+        let line = |row: &Row| serde_json::to_string(row).expect("a row is plain numbers");
         // Whole or not at all: rows of steps that a checkpoint has are made by nobody again.
-        write_safely(path, |out| kept.iter().try_for_each(|line| writeln!(out, "{line}")))?;
+        write_safely(path, |out| kept.iter().try_for_each(|row| writeln!(out, "{}", line(row))))?;
         let file = OpenOptions::new().append(true).open(path).map_err(|e| Error::io("open", path, e))?;
-        Ok(Metrics { path: path.to_path_buf(), file: BufWriter::with_capacity(1 << 16, file) })
+        let secs = secs(&kept);
+        Ok(Metrics { path: path.to_path_buf(), file: BufWriter::with_capacity(1 << 16, file), secs })
+    }
+
+    /// Seconds of all rows in the file.
+    pub fn secs(&self) -> f64 {
+        self.secs
     }
 
     /// Appends a row, which is in the file when this returns.
@@ -124,13 +136,21 @@ impl Metrics {
     /// When the disk is full.
     pub fn write(&mut self, row: &Row) -> Result<()> {
         let line = serde_json::to_string(row).expect("a row is plain numbers");
-        self.line(&line)
+        self.line(&line)?;
+        self.secs += row.secs();
+        Ok(())
     }
 
     fn line(&mut self, line: &str) -> Result<()> {
         let written = writeln!(self.file, "{line}").and_then(|()| self.file.flush());
         written.map_err(|e| Error::io("write", &self.path, e))
     }
+}
+
+/// Seconds of all `rows`.
+pub fn secs(rows: &[Row]) -> f64 {
+    // A plain sum of nothing is -0, which would be printed so.
+    rows.iter().map(Row::secs).fold(0.0, |sum, secs| sum + secs)
 }
 
 /// Reads a file's rows. A last line that was cut off is left out.
@@ -186,13 +206,14 @@ mod tests {
         for (i, &loss) in losses.iter().enumerate() {
             metrics.write(&step(i as u64, loss)).unwrap();
         }
-        metrics.write(&Row::Valid(ValidRow { step: 4, valid_loss: 0.7, secs: 0.1 })).unwrap();
+        metrics.write(&Row::Valid(ValidRow { step: 4, valid_loss: 0.7, secs: 0.25 })).unwrap();
+        assert_eq!(metrics.secs(), 4.25);
         drop(metrics);
         let rows = read_rows(&path).unwrap();
         for (row, loss) in rows.iter().zip(losses) {
             assert!(matches!(row, Row::Step(r) if r.loss.to_bits() == loss.to_bits()));
         }
-        drop(Metrics::open(&path, 2).unwrap());
+        assert_eq!(Metrics::open(&path, 2).unwrap().secs(), 2.0);
         assert_eq!(read_rows(&path).unwrap(), rows[..2]);
         std::fs::write(&path, "{\"step\":0,\"valid_loss\":1.0,\"secs\":0.5}\n{\"step\":1,\"lo").unwrap();
         assert_eq!(read_rows(&path).unwrap().len(), 1);

@@ -25,7 +25,7 @@ pub struct ModelResult {
     pub train_loss: Option<f32>,
     /// Loss on held-out data, when it was last evaluated.
     pub valid_loss: Option<f32>,
-    /// Seconds from its first step to its end.
+    /// Seconds of its steps and validations, over all parts of a run that was interrupted: those of its rows in metrics.jsonl.
     pub secs: f64,
     /// Its folder.
     pub directory: PathBuf,

@@ -2,7 +2,7 @@
 
 use super::many::{TWO_CORES, model};
 use super::{Job, Ran, copy_folder, hydra};
-use hydra::train::metrics::read_rows;
+use hydra::train::metrics::{Row, read_rows};
 use serde_json::Value;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -93,6 +93,8 @@ fn models_come_and_go_and_leave_the_bits_of_all_alone() {
     drop_in(&job, "runs/job", "device.toml", &format!("{TWO_CORES}{}", model("d", "")));
     drop_in(&job, "runs/job", "wide.toml", &model("wide", "").replace("n_embd = 32", "n_embd = 512"));
     drop_in(&job, "runs/job", "nobody.cancel", "");
+    fs::create_dir(inbox("folder.toml")).expect("a folder");
+    std::os::unix::fs::symlink("/no/such/file", inbox("link.cancel")).expect("a link");
     drop_in(&job, "runs/job", "c.toml", &c);
     first.wait_until("a step of c", || rows("c") > 0);
     for (file, why) in [
@@ -101,8 +103,10 @@ fn models_come_and_go_and_leave_the_bits_of_all_alone() {
         ("device.toml", "device: unknown key"),
         ("wide.toml", "device memory"),
         ("nobody.cancel", "no model called \"nobody\""),
+        ("folder.toml", "folder.toml: is a folder, and no file"),
+        ("link.cancel", "link.cancel: is a link that leads nowhere, and no file"),
     ] {
-        first.wait_until("the refusal of all", || inbox(&format!("{file}.refused")).exists());
+        first.wait_until("the refusal of all", || inbox(&format!("{file}.refused")).symlink_metadata().is_ok());
         let reason = fs::read_to_string(inbox(&format!("{file}.reason"))).expect("a reason");
         assert!(reason.contains(why), "{file}: {reason}");
         assert!(!inbox(file).exists() && !job.at("runs/job/wide").exists());
@@ -112,7 +116,19 @@ fn models_come_and_go_and_leave_the_bits_of_all_alone() {
     let first = first.wait_end();
     assert_eq!(first.code, 75, "{first:?}");
     let warnings: Vec<&str> = first.err.lines().filter(|line| line.starts_with("warning: refused: ")).collect();
-    assert_eq!(warnings.len(), 5, "a line for each: {first:?}");
+    assert_eq!(warnings.len(), 7, "a line for each: {first:?}");
+    let notes = |ran: &Ran| -> Vec<String> {
+        ran.err.lines().filter_map(|line| line.strip_prefix("note: ")).map(String::from).collect()
+    };
+    assert_eq!(notes(&first), [format!("c: has joined the run ({})", inbox("c.toml").display())]);
+    // Each that goes on, with the steps that it has.
+    let last = first.err.lines().last().expect("a line");
+    let at: Vec<&str> = last.strip_prefix("error: interrupted at ").expect(last).split(", ").collect();
+    let step = |name: &str| at.iter().find_map(|at| at.strip_suffix(&format!(" of {name}"))?.strip_prefix("step "));
+    for name in ["endless", "c"] {
+        assert_eq!(step(name).and_then(|step| step.parse().ok()), Some(rows(name)), "{last}");
+    }
+    assert!(last.ends_with(", after a checkpoint"), "{last}");
     let plan = job.json("runs/job/plan.json");
     let names: Vec<&Value> = plan["models"].as_array().expect("a list").iter().map(|m| &m["name"]).collect();
     assert_eq!(names, ["a", "b", "endless", "c"]);
@@ -143,6 +159,11 @@ fn models_come_and_go_and_leave_the_bits_of_all_alone() {
     drop_in(&job, "runs/job", "endless.cancel", "");
     let second = second.wait_end();
     assert_eq!(second.code, 1, "{second:?}");
+    let notes = notes(&second);
+    assert!(notes.len() == 3 && notes[0].starts_with("e: has joined the run ("), "{notes:?}");
+    assert!(notes[1].starts_with("hot: has joined the run ("), "{notes:?}");
+    let steps = rows("endless");
+    assert_eq!(notes[2], format!("endless: has left the run after {steps} of 2000000000 steps"));
     let error = second.err.lines().last().expect("a line");
     assert!(error.starts_with("error: 1 of 6 models failed; hot: the loss is "), "{error}");
     assert!(inbox("endless.cancel.taken").exists());
@@ -166,6 +187,13 @@ fn models_come_and_go_and_leave_the_bits_of_all_alone() {
     let row = |name: &str| results.lines().find(|l| l.starts_with(name)).expect("a row").to_string();
     for (name, steps) in [("a", 90), ("b", 70), ("c", 110), ("e", 20)] {
         assert!(row(&format!("{name},")).starts_with(&format!("{name},done,,{steps},4.")), "with its loss: {results}");
+    }
+    // Seconds are those of all steps, in whichever part of the run they were done.
+    for name in ["a", "b", "c", "e", "endless"] {
+        let all = read_rows(&job.at(&format!("runs/job/{name}/metrics.jsonl"))).expect("rows");
+        let want = all.iter().map(Row::secs).sum::<f64>();
+        let secs: f64 = row(&format!("{name},")).split(',').nth(6).and_then(|s| s.parse().ok()).expect("seconds");
+        assert!(secs == want && secs > 0.0, "{name}: {want} {results}");
     }
     let done: u64 = row("endless,").split(',').nth(3).and_then(|steps| steps.parse().ok()).expect("steps");
     assert!(row("endless,").contains(",cancelled,") && done == rows("endless") as u64, "{results}");

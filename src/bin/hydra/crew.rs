@@ -7,7 +7,7 @@ use crate::inbox::{Inbox, Letter, Wish};
 use crate::judge::{Judge, Judges};
 use crate::placing::Sharing;
 use crate::planning::PlannedJob;
-use crate::print::warn;
+use crate::print::{note, warn};
 use crate::progress::{Board, Progress};
 use crate::room::plan_added;
 use crate::rundir::{self, RunDir};
@@ -119,9 +119,14 @@ impl RunCrew<'_> {
         let from: Vec<u64> = self.standings.iter().map(|s| s.from).collect();
         self.judges.extend(&self.planned.job, &from);
         for number in first..self.planned.models.len() {
-            if let Err(error) = self.enlist(fleet, number) {
-                warn(format!("{}: {}: {error}", path.display(), self.planned.job.models[number].name));
-                self.standings[number].ended = Some(Status::Failed(error.to_string()));
+            let enlisted = self.enlist(fleet, number);
+            let name = &self.planned.job.models[number].name;
+            match enlisted {
+                Ok(()) => note(format!("{name}: has joined the run ({})", path.display())),
+                Err(error) => {
+                    warn(format!("{}: {name}: {error}", path.display()));
+                    self.standings[number].ended = Some(Status::Failed(error.to_string()));
+                }
             }
         }
         self.plan_again();
@@ -186,6 +191,11 @@ impl Crew for RunCrew<'_> {
         &mut self.watches[model]
     }
 
+    fn name(&self, model: usize) -> Option<String> {
+        let models = &self.planned.job.models;
+        (models.len() > 1).then(|| models[self.active[model]].name.clone())
+    }
+
     /// Looks into the inbox, twice a second at most, and once more before the run ends. Planning a model that comes takes a moment, in which what the
     /// devices have in their queues goes on.
     fn between(&mut self, fleet: &mut Fleet) -> Result<()> {
@@ -198,6 +208,7 @@ impl Crew for RunCrew<'_> {
         for letter in letters {
             let done = match &letter.wish {
                 Wish::Add => self.add(fleet, &letter),
+                Wish::Nothing(what) => Err(Error::bad(format!("{}: is {what}, and no file", letter.path.display()))),
                 Wish::Cancel(name) => {
                     let checked = self.inbox.check_new(&letter);
                     checked.and_then(|()| self.cancel(fleet, name)).map(|()| self.inbox.take(&letter))

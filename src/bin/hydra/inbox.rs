@@ -1,7 +1,8 @@
 //! RUN/inbox: files by which somebody adds models to a run that goes on, and cancels them.
 //!
 //! `NAME.toml` holds `[[model]]` tables, `MODEL.cancel` needs to hold nothing. What was read is renamed, so that a look at the folder says what
-//! became of each: `.taken`, or `.refused` with the reason in a `.reason` beside it. A file that nothing can be done with never ends the run.
+//! became of each: `.taken`, or `.refused` with the reason in a `.reason` beside it. What nothing can be done with, folders and links to nothing too,
+//! never ends the run.
 
 use crate::print::warn;
 use hydra::base::{Error, Result};
@@ -22,6 +23,8 @@ pub enum Wish {
     Add,
     /// The model of this name is to end.
     Cancel(String),
+    /// Nobody can tell: it is this, and no file.
+    Nothing(&'static str),
 }
 
 /// A file that waits.
@@ -57,16 +60,33 @@ fn with(path: &Path, ending: &str) -> PathBuf {
     name.into()
 }
 
-/// The files of a folder by their names, with the times of their last change; none where there is no folder.
-fn files(folder: &Path) -> Vec<(String, SystemTime)> {
-    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-    let file = |entry: fs::DirEntry| {
-        let metadata = fs::metadata(entry.path()).ok().filter(fs::Metadata::is_file)?;
-        Some((entry.file_name().to_str()?.to_string(), metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH)))
+/// What lies in the folder.
+struct Entry {
+    name: String,
+    path: PathBuf,
+    changed: SystemTime,
+    /// What it is, where it is no file.
+    no_file: Option<&'static str>,
+}
+
+/// What lies in a folder, by name; nothing where there is no folder.
+fn entries(folder: &Path) -> Vec<Entry> {
+    let entry = |entry: fs::DirEntry| {
+        let path = entry.path();
+        // Of a link, what it leads to.
+        let (metadata, no_file) = match fs::metadata(&path) {
+            Ok(metadata) if metadata.is_file() => (metadata, None),
+            Ok(metadata) if metadata.is_dir() => (metadata, Some("a folder")),
+            Ok(metadata) => (metadata, Some("a device, a pipe or a socket")),
+            // It may also be gone by now, like one that was written under another name first.
+            Err(_) => (fs::symlink_metadata(&path).ok()?, Some("a link that leads nowhere")),
+        };
+        let changed = metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH);
+        Some(Entry { name: entry.file_name().to_string_lossy().into_owned(), path, changed, no_file })
     };
-    let mut files: Vec<_> = entries.filter_map(file).collect();
-    files.sort();
-    files
+    let mut entries: Vec<Entry> = fs::read_dir(folder).into_iter().flatten().flatten().filter_map(entry).collect();
+    entries.sort_by(|a, b| a.name.cmp(&b.name));
+    entries
 }
 
 impl Inbox {
@@ -96,24 +116,25 @@ impl Inbox {
     /// The files that wait, and whether there are others that may still be written.
     fn look_now(&mut self) -> (Vec<Letter>, bool) {
         self.looked = Some(Instant::now());
-        let (mut adds, mut cancels, mut unsettled) = (Vec::new(), Vec::new(), false);
-        for (name, changed) in files(&self.folder) {
-            let path = self.folder.join(&name);
-            let wish = match (name.strip_suffix(".toml"), name.strip_suffix(".cancel")) {
-                _ if self.stuck.contains(&path) || name.starts_with('.') => continue,
-                (Some(_), _) => Wish::Add,
-                (None, Some(model)) => Wish::Cancel(model.to_string()),
-                (None, None) => continue,
+        let (mut adds, mut others, mut unsettled) = (Vec::new(), Vec::new(), false);
+        for Entry { name, path, changed, no_file } in entries(&self.folder) {
+            let answered = [".taken", ".refused", ".reason"].iter().any(|ending| name.ends_with(ending));
+            let wish = match (name.strip_suffix(".toml"), name.strip_suffix(".cancel"), no_file) {
+                _ if self.stuck.contains(&path) || name.starts_with('.') || answered => continue,
+                (_, _, Some(what)) => Wish::Nothing(what),
+                (Some(_), _, None) => Wish::Add,
+                (None, Some(model), None) => Wish::Cancel(model.to_string()),
+                (None, None, None) => continue,
             };
             // A time to come is a clock's fault, not the file's.
             if changed.elapsed().is_ok_and(|age| age < SETTLES) {
                 unsettled = true;
                 continue;
             }
-            let list = if wish == Wish::Add { &mut adds } else { &mut cancels };
+            let list = if wish == Wish::Add { &mut adds } else { &mut others };
             list.push(Letter { wish, path });
         }
-        adds.append(&mut cancels);
+        adds.append(&mut others);
         (adds, unsettled)
     }
 
@@ -165,9 +186,9 @@ impl Inbox {
     pub fn taken(folder: &Path) -> Taken {
         let mut taken = Taken::default();
         let mut jobs = Vec::new();
-        for (name, changed) in files(folder) {
+        for Entry { name, path, changed, .. } in entries(folder).into_iter().filter(|e| e.no_file.is_none()) {
             if name.ends_with(".toml.taken") {
-                jobs.push((changed, folder.join(&name)));
+                jobs.push((changed, path));
             } else if let Some(model) = name.strip_suffix(".cancel.taken") {
                 taken.cancelled.insert(model.to_string());
             }
@@ -190,7 +211,7 @@ mod tests {
     }
 
     fn names(folder: &Path) -> Vec<String> {
-        files(folder).into_iter().map(|(name, _)| name).collect()
+        entries(folder).into_iter().map(|entry| entry.name).collect()
     }
 
     #[test]
@@ -201,7 +222,6 @@ mod tests {
         for name in ["b.toml", "a.cancel", "c.d=1.cancel", "a.toml", "notes.txt", ".x.toml", "old.toml.taken", "toml"] {
             put(&at(name), 9);
         }
-        fs::create_dir(at("folder.toml")).unwrap();
         let mut inbox = Inbox::new(folder.path().to_path_buf());
         let letters = inbox.look();
         let letter = |wish, name: &str| Letter { wish, path: at(name) };
@@ -237,6 +257,46 @@ mod tests {
         let again = letter(Wish::Add, "a.toml");
         assert!(inbox.check_new(&again).unwrap_err().to_string().contains("taken before"));
         assert!(inbox.check_new(&letter(Wish::Add, "b.toml")).is_ok());
+    }
+
+    /// Of a folder or a link, whose times cannot be set here: looks once it has settled.
+    fn settled_look(folder: &Path) -> Vec<Letter> {
+        Inbox::new(folder.to_path_buf()).wait_look()
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn what_is_no_file_is_a_letter_too_and_is_marked_like_one() {
+        use std::os::unix::fs::symlink;
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        for name in ["folder.toml", "models", ".hidden", "old.refused", "m.cancel.taken"] {
+            fs::create_dir(at(name)).unwrap();
+        }
+        fs::write(at("models/in.toml"), "x").unwrap();
+        symlink(at("none"), at("nowhere.cancel")).unwrap();
+        symlink(at("loop.toml"), at("loop.toml")).unwrap();
+        put(&at(".there"), 9);
+        symlink(at(".there"), at("good.toml")).unwrap();
+        let _listener = std::os::unix::net::UnixListener::bind(at("s.toml")).unwrap();
+        let letters = settled_look(folder.path());
+        let letter = |wish, name: &str| Letter { wish, path: at(name) };
+        let (a_folder, nowhere) = (Wish::Nothing("a folder"), Wish::Nothing("a link that leads nowhere"));
+        let want = [
+            letter(Wish::Add, "good.toml"),
+            letter(a_folder.clone(), "folder.toml"),
+            letter(nowhere.clone(), "loop.toml"),
+            letter(a_folder, "models"),
+            letter(nowhere, "nowhere.cancel"),
+            letter(Wish::Nothing("a device, a pipe or a socket"), "s.toml"),
+        ];
+        assert_eq!(letters, want);
+        let mut inbox = Inbox::new(folder.path().to_path_buf());
+        letters[1..].iter().for_each(|letter| inbox.refuse(letter, &Error::bad("no")));
+        assert!(fs::symlink_metadata(at("nowhere.cancel.refused")).unwrap().is_symlink());
+        assert!(at("models.refused/in.toml").exists() && at("models.reason").exists());
+        assert_eq!(settled_look(folder.path()), letters[..1], "each is answered once");
+        assert_eq!(Inbox::taken(folder.path()), Taken::default(), "a folder takes nobody away");
     }
 
     #[test]

@@ -54,6 +54,7 @@ pub struct MachineDevice {
 }
 
 /// What a job runs on.
+#[derive(Clone)]
 pub struct Machine {
     /// The devices, at least one.
     pub devices: Vec<MachineDevice>,

@@ -3,6 +3,7 @@
 //! Exit codes: 0 done; 1 failed, the machine or a bug is at fault; 2 the input is at fault; 75 interrupted after a checkpoint. An error is
 //! one line on standard error that begins with `error: `; only a budget's refusal goes on with its table.
 
+mod advice;
 mod args;
 mod crew;
 mod devices;
@@ -69,7 +70,10 @@ fn run(args: &Args) -> Result<()> {
         Command::Forward { model, input, output } => forward::run(model, input, output, args.json),
         Command::Simulate { job, set, policy, devices, slots, sweep, out } => {
             let wishes = simulate::Wishes { sets: set, policy: policy.as_deref(), devices: *devices, slots: *slots };
-            simulate::run(job, &wishes, sweep, out.as_deref(), args.json)
+            match &sweep[..] {
+                [] => simulate::run(job, &wishes, out.as_deref(), args.json),
+                sweep => sweep::run(job, &wishes, sweep, out.as_deref(), args.json),
+            }
         }
         Command::Devices { out, profile } => devices::run(out.as_deref(), profile.as_deref(), args.json),
         Command::Report { run } => report(run, args.json),

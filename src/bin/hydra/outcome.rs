@@ -5,7 +5,7 @@ use crate::planning::PlannedJob;
 use crate::print::{say, table};
 use crate::rundir::{self, RunDir};
 use hydra::base::format_secs;
-use hydra::train::metrics::{Row, read_rows};
+use hydra::train::metrics::{Row, read_rows, secs};
 use hydra::train::results::{self, ModelResult, Status};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -16,9 +16,9 @@ pub fn rows(crew: &RunCrew) -> Vec<ModelResult> {
         let (model, standing) = (&crew.planned.job.models[m], &crew.standings[m]);
         let directory = crew.dir.at(&model.name);
         let watch = crew.active.iter().position(|&a| a == m).map(|at| &crew.watches[at]);
-        let (train_loss, valid_loss) = match watch {
-            Some(watch) => (watch.loss, watch.valid_loss),
-            None => last_losses(&directory.join(rundir::METRICS)),
+        let (train_loss, valid_loss, secs) = match watch {
+            Some(watch) => (watch.loss, watch.valid_loss, watch.secs()),
+            None => from_before(&directory.join(rundir::METRICS)),
         };
         ModelResult {
             model: m,
@@ -28,19 +28,19 @@ pub fn rows(crew: &RunCrew) -> Vec<ModelResult> {
             steps: watch.map_or(standing.from, |w| w.done),
             train_loss,
             valid_loss,
-            secs: watch.map_or(0.0, |w| w.secs),
+            secs,
             directory,
         }
     };
     (0..crew.planned.job.models.len()).map(row).collect()
 }
 
-/// The last losses of a model that trained before; what cannot be read is not known.
-fn last_losses(metrics: &Path) -> (Option<f32>, Option<f32>) {
+/// The last losses and the seconds of a model that trained before; what cannot be read is not known.
+fn from_before(metrics: &Path) -> (Option<f32>, Option<f32>, f64) {
     let rows = read_rows(metrics).unwrap_or_default();
     let train = rows.iter().rev().find_map(|row| if let Row::Step(r) = row { Some(r.loss) } else { None });
     let valid = rows.iter().rev().find_map(|row| if let Row::Valid(r) = row { Some(r.valid_loss) } else { None });
-    (train, valid)
+    (train, valid, secs(&rows))
 }
 
 /// The row in the JSON object at the end.

@@ -7,11 +7,10 @@ use hydra::base::{Error, Result};
 use hydra::engine::{self, SimulateOptions, Simulation};
 use hydra::sched::{self, LocalityLrtf, by_name};
 use hydra::spill::{
-    Baseline, FleetDevice, FleetMap, FleetModel, Home, Model, Placed, PlanOptions, check_host, named, place_baseline,
-    plan_fleet, plan_pipelined,
+    Baseline, FleetDevice, FleetMap, FleetModel, Home, Model, Placed, Plan, PlanOptions, check_host, named,
+    place_baseline, plan_fleet, plan_pipelined,
 };
 use hydra::trace::Recorder;
-use hydra::train::plan_model;
 use std::sync::Arc;
 
 /// Steps of the longest model, by which ways are compared.
@@ -73,26 +72,25 @@ impl Placing {
     ///
     /// # Errors
     /// When no plan fits the budgets.
-    pub fn new(job: &Job, machine: &Machine, traced: &[(Prepared, Arc<Model>)]) -> Result<Placing> {
-        let fleet: Vec<FleetModel> = traced.iter().map(|(prepared, model)| fleet_model(prepared, model)).collect();
+    pub fn new(job: &Job, machine: &Machine, fleet: &[FleetModel]) -> Result<Placing> {
         let devices: Vec<FleetDevice> =
             machine.devices.iter().map(|d| FleetDevice { budget: d.budget, cost: d.cost.clone() }).collect();
         if let Some(baseline) = Baseline::by_name(job.run.policy.word()) {
-            let lined = place_baseline(baseline, &fleet, &devices)?;
+            let lined = place_baseline(baseline, fleet, &devices)?;
             let smallest_device_bytes = lined.placed.iter().map(|p| p.plan.smallest_device_bytes).max().unwrap_or(0);
             return Placing { placed: lined.placed, sharing: Sharing::Lines(lined.lines), smallest_device_bytes }
                 .checked(machine);
         }
-        let one_at_a_time = || match traced {
-            [(prepared, model)] => Placing::alone(machine, prepared, model),
+        let one_at_a_time = || match fleet {
+            [model] => Placing::alone(machine, model),
             _ => {
-                let plan = plan_fleet(&fleet, &devices, machine.host_budget)?;
+                let plan = plan_fleet(fleet, &devices, machine.host_budget)?;
                 let sharing = Sharing::Turns(LocalityLrtf::default());
                 Ok(Placing { placed: plan.placed, sharing, smallest_device_bytes: plan.smallest_device_bytes })
             }
         };
         let may_pipeline = job.run.policy == Policy::LocalityLrtf && job.run.pipeline != Pipeline::Never;
-        let plan = if may_pipeline { plan_pipelined(&fleet, &devices) } else { Ok(None) };
+        let plan = if may_pipeline { plan_pipelined(fleet, &devices) } else { Ok(None) };
         if job.run.pipeline == Pipeline::Always && matches!(plan, Ok(None)) {
             let what = "run.pipeline: \"always\" wants a model with a microbatch below its batch that would end last; leave it out";
             return Err(Error::bad(what));
@@ -127,15 +125,18 @@ impl Placing {
     }
 
     /// One model on one device.
-    fn alone(machine: &Machine, prepared: &Prepared, model: &Arc<Model>) -> Result<Placing> {
+    fn alone(machine: &Machine, fleet_model: &FleetModel) -> Result<Placing> {
+        let FleetModel { name, model, options, .. } = fleet_model;
         // It may as well be the one with the most memory, of equals the first.
         let wants = |d: &usize| machine.devices[*d].budget.unwrap_or(u64::MAX);
         let best = (0..machine.devices.len()).rev().max_by_key(wants).unwrap_or(0);
-        let mut options = prepared.options.clone();
-        options.plan.device_budget = machine.devices[best].budget;
-        options.plan.host_budget = machine.host_budget;
-        let plan = plan_model(model, &options, &machine.devices[best].cost);
-        let plan: Arc<_> = plan.map_err(|e: Error| named(&prepared.name, e))?.into();
+        let options = PlanOptions {
+            device_budget: machine.devices[best].budget,
+            host_budget: machine.host_budget,
+            ..options.clone()
+        };
+        let plan = Plan::new(model, &options, &machine.devices[best].cost);
+        let plan: Arc<_> = plan.map_err(|e: Error| named(name, e))?.into();
         let smallest_device_bytes = plan.smallest_device_bytes;
         let home = Home::On(vec![best as u16; plan.shards.len()]);
         let placed = vec![Placed { home, ..Placed::alone(Arc::clone(model), plan) }];
@@ -203,4 +204,21 @@ pub fn simulate(
         recorder,
     };
     engine::simulate(placed, options)
+}
+
+/// Seconds of a steady step of every model, and those that no schedule of these plans can beat.
+///
+/// # Errors
+/// When the schedule stalls: our own bug.
+pub fn predict_turn(
+    placed: &[Placed],
+    sharing: &Sharing,
+    run: &Run,
+    machine: &Machine,
+    clips: Vec<bool>,
+) -> Result<(f64, f64)> {
+    let steps = |n: u64| simulate(placed, sharing, run, machine, (vec![n; placed.len()], clips.clone()), None);
+    let (first, third) = (steps(1)?, steps(3)?);
+    let bound_secs = third.bounds.secs / 3.0;
+    Ok((((third.makespan_secs - first.makespan_secs) / 2.0).max(bound_secs), bound_secs))
 }

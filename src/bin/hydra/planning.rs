@@ -2,13 +2,13 @@
 
 use crate::job::{self, DeviceKind, Job};
 use crate::machine::{Machine, check_devices, device_spec, machine};
-use crate::placing::{self, Placing, Sharing};
+use crate::placing::{self, Placing, Sharing, fleet_model};
 use crate::rehearsing::rehearse_turns;
 use crate::setup::{Prepared, Sources, check_scope, prepare};
 use hydra::base::{Error, Result, format_bytes};
 use hydra::engine::{Prediction, SimulateOptions, Simulation, predict, simulate};
 use hydra::sched::{LocalityLrtf, Policy, Rehearsal};
-use hydra::spill::{FleetMap, Home, Model, Placed, Plan};
+use hydra::spill::{FleetMap, FleetModel, Home, Model, Placed, Plan};
 use hydra::trace::{Bound, Recorder};
 use hydra::train::{Recruit, trace_model};
 use std::path::Path;
@@ -95,7 +95,8 @@ pub fn plan_loaded(path: &Path, job: Job, trains: bool) -> Result<PlannedJob> {
         traced.push(next);
     }
     let machine = machine(&file, &job)?;
-    let Placing { placed, sharing, smallest_device_bytes } = Placing::new(&job, &machine, &traced)?;
+    let fleet: Vec<FleetModel> = traced.iter().map(|(prepared, model)| fleet_model(prepared, model)).collect();
+    let Placing { placed, sharing, smallest_device_bytes } = Placing::new(&job, &machine, &fleet)?;
     let map = FleetMap::within(&placed, &placing::may_fill(&machine));
     let mut models = Vec::new();
     for ((prepared, _), placed) in traced.into_iter().zip(placed) {
@@ -230,11 +231,9 @@ impl PlannedJob {
             (self.step_secs, self.bound_secs) = (prediction.step_secs, prediction.bound_secs);
             return Ok(());
         }
-        let steps = |n: u64| vec![n; self.models.len()];
-        let (first, third) = (self.simulate(steps(1), None)?, self.simulate(steps(3), None)?);
-        let bound_secs = third.bounds.secs / 3.0;
-        self.step_secs = ((third.makespan_secs - first.makespan_secs) / 2.0).max(bound_secs);
-        self.bound_secs = bound_secs;
+        let (placed, clips) = (self.placed(), self.clips());
+        (self.step_secs, self.bound_secs) =
+            placing::predict_turn(&placed, &self.sharing, &self.job.run, &self.machine, clips)?;
         Ok(())
     }
 

@@ -13,6 +13,11 @@ pub fn warn(line: impl Display) {
     let _ = writeln!(std::io::stderr().lock(), "warning: {line}");
 }
 
+/// Prints a line on standard error: something that happened because somebody asked for it.
+pub fn note(line: impl Display) {
+    let _ = writeln!(std::io::stderr().lock(), "note: {line}");
+}
+
 /// Rows as aligned columns, two spaces between; the first column to the left, the others to the right.
 pub fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);

@@ -1,20 +1,15 @@
 //! `hydra plan`: the cut, where everything lies, what a step will take, what bounds it and what would help.
 
+use crate::advice::{what_would_help, what_would_help_all};
 use crate::placing::Sharing;
 use crate::planning::{Planned, PlannedJob, plan_job};
 use crate::print::{say, table};
 use crate::rundir::PLAN;
 use hydra::base::{Result, format_bytes, format_secs};
-use hydra::device::sim::CostModel;
-use hydra::engine::predict;
-use hydra::spill::{BoundaryTier, Home, Recompute};
+use hydra::spill::{BoundaryTier, Home};
 use hydra::trace::Bound;
-use hydra::train::{TrainOptions, plan_model, refused, trace_model, write_safely};
+use hydra::train::{refused, write_safely};
 use std::path::Path;
-use std::sync::Arc;
-
-/// Gains below this are not worth a line.
-const WORTH_SAYING: f64 = 1.03;
 
 /// Plans the job at `path` and prints the plan; with `out`, also writes plan.json there.
 ///
@@ -34,6 +29,9 @@ pub fn run(path: &Path, sets: &[String], out: Option<&Path>, json: bool) -> Resu
         say(describe(model, &planned));
     }
     together(&planned);
+    if planned.sharing != Sharing::Alone {
+        say(format!("\nwhat would help:\n{}", what_would_help_all(&planned).trim_end()));
+    }
     Ok(())
 }
 
@@ -180,64 +178,4 @@ fn the_bound(model: &Planned) -> String {
     let share = 100.0 * model.prediction.bound_secs / model.prediction.step_secs.max(f64::MIN_POSITIVE);
     let secs = format_secs(model.prediction.bound_secs);
     format!("bound by {}; its busiest lane works {secs} a step, {share:.0} % of it", Bound::NAMES[most])
-}
-
-/// Predictions of the same model with more of one thing, the best first.
-fn what_would_help(model: &Planned, planned: &PlannedJob) -> String {
-    let options = &model.prepared.options;
-    let cost = &planned.machine.first().cost;
-    let mut tries: Vec<(String, TrainOptions, CostModel)> = Vec::new();
-    if let Some(budget) = options.plan.device_budget {
-        for (what, bytes) in [("twice the device memory", Some(2 * budget)), ("all the device memory it wants", None)] {
-            let mut more = options.clone();
-            more.plan.device_budget = bytes;
-            tries.push((what.to_string(), more, cost.clone()));
-        }
-    }
-    if !model.plan().choice.resident {
-        let (h2d, d2h) = (2.0 * cost.h2d_bytes_per_sec, 2.0 * cost.d2h_bytes_per_sec);
-        let faster = CostModel { h2d_bytes_per_sec: h2d, d2h_bytes_per_sec: d2h, ..cost.clone() };
-        tries.push(("a link twice as fast".into(), options.clone(), faster));
-        let mut more = options.clone();
-        more.plan.slots += 1;
-        tries.push((format!("slots = {}", more.plan.slots), more, cost.clone()));
-    }
-    if options.plan.recompute == Recompute::Always {
-        let mut less = options.clone();
-        less.plan.recompute = Recompute::Auto;
-        tries.push(("recompute = \"auto\"".into(), less, cost.clone()));
-    }
-    let mut more = options.clone();
-    more.batch *= 2;
-    tries.push(("twice the batch, so more work per visit".into(), more, cost.clone()));
-    let mut gains: Vec<(f64, String, u64)> = tries
-        .into_iter()
-        .filter_map(|(what, options, cost)| {
-            let (secs, bytes) = predicted(model, &options, &cost)?;
-            let share = options.batch as f64 / model.prepared.options.batch as f64;
-            Some((model.prediction.step_secs * share / secs, what, bytes))
-        })
-        .filter(|(gain, _, _)| *gain >= WORTH_SAYING)
-        .collect();
-    gains.sort_by(|a, b| b.0.total_cmp(&a.0));
-    if gains.is_empty() {
-        return "  nothing that can be asked for here: faster arithmetic alone\n".into();
-    }
-    let row = |(gain, what, bytes): (f64, String, u64)| {
-        vec![what, format!("{gain:.2} times as fast"), format!("{} on the device", format_bytes(bytes))]
-    };
-    table(&gains.into_iter().map(row).collect::<Vec<_>>())
-}
-
-/// Seconds of a step and device bytes under other options; `None` where there is no such plan.
-fn predicted(model: &Planned, options: &TrainOptions, cost: &CostModel) -> Option<(f64, u64)> {
-    let prepared = &model.prepared;
-    let traced = if options.batch == prepared.options.batch {
-        Arc::clone(model.model())
-    } else {
-        Arc::new(trace_model(prepared.network(), &prepared.inputs, options).ok()?)
-    };
-    let plan = Arc::new(plan_model(&traced, options, cost).ok()?);
-    let prediction = predict(&traced, &plan, cost, options.clip.is_some()).ok()?;
-    Some((prediction.step_secs, plan.arena.bytes))
 }

@@ -27,7 +27,7 @@ pub struct Wishes<'a> {
 
 impl Wishes<'_> {
     /// The same as settings of the job.
-    fn settings(&self) -> Vec<String> {
+    pub fn settings(&self) -> Vec<String> {
         let mut sets = self.sets.to_vec();
         sets.extend(self.policy.map(|p| format!("run.policy=\"{p}\"")));
         sets.extend(self.devices.map(|n| format!("device.0.count={n}")));
@@ -40,10 +40,7 @@ impl Wishes<'_> {
 ///
 /// # Errors
 /// When the job is at fault, no plan fits, or a file cannot be written.
-pub fn run(path: &Path, wishes: &Wishes, sweep: &[String], out: Option<&Path>, json: bool) -> Result<()> {
-    if !sweep.is_empty() {
-        return crate::sweep::run(path, &wishes.settings(), sweep, out, json);
-    }
+pub fn run(path: &Path, wishes: &Wishes, out: Option<&Path>, json: bool) -> Result<()> {
     let (planned, simulation) = simulate_job(path, &wishes.settings(), out)?;
     let figures = figures(&planned, &simulation);
     if let Some(out) = out {

@@ -1,7 +1,7 @@
 //! `hydra simulate --sweep`: every combination of a few values, as a table, a CSV and a plot.
 
 use crate::print::{say, table};
-use crate::simulate::simulate_job;
+use crate::simulate::{Wishes, simulate_job};
 use hydra::base::{Error, Result, format_secs, parse_bytes, parse_bytes_per_sec};
 use hydra::trace::{SweepLine, SweepPlot, sweep_svg};
 use hydra::train::{refused, write_safely};
@@ -15,13 +15,15 @@ struct Axis {
 }
 
 /// The keys of a sweep and the settings of the job that they stand for.
-const KEYS: [(&str, &str); 6] = [
+const KEYS: [(&str, &str); 8] = [
     ("policy", "run.policy"),
     ("devices", "device.0.count"),
     ("slots", "run.slots"),
     ("memory", "device.0.memory"),
     ("link", "device.0.link"),
     ("recompute", "run.recompute"),
+    ("pipeline", "run.pipeline"),
+    ("rehearse", "run.rehearse"),
 ];
 
 /// Most combinations of one sweep.
@@ -30,6 +32,7 @@ const MOST: usize = 10_000;
 /// What one combination came to.
 struct Point {
     values: Vec<String>,
+    /// Its figures, or why there are none.
     outcome: std::result::Result<Figures, String>,
 }
 
@@ -42,24 +45,28 @@ struct Figures {
 /// Simulates every combination; with `out`, writes sweep.csv and sweep.svg there.
 ///
 /// # Errors
-/// When a key is not known, the job is at fault, or a file cannot be written. A combination that does not fit is a row that says so.
-pub fn run(path: &Path, sets: &[String], sweep: &[String], out: Option<&Path>, json: bool) -> Result<()> {
+/// When a key is not known or has its value twice, the job is at fault, or a file cannot be written. A combination that does not fit is a row that
+/// says so; [`Error::OutOfBudget`] when none does.
+pub fn run(path: &Path, wishes: &Wishes, sweep: &[String], out: Option<&Path>, json: bool) -> Result<()> {
     let axes = sweep.iter().map(|text| read_axis(text)).collect::<Result<Vec<Axis>>>()?;
+    check_once(&axes, wishes)?;
     let combinations: usize = axes.iter().map(|a| a.values.len()).product();
     if combinations > MOST {
         return Err(Error::bad(format!("--sweep: {combinations} combinations; at most {MOST}")));
     }
     let mut points = Vec::new();
+    // The smallest budget of all that do not fit.
+    let mut would_fit: Option<u64> = None;
     for mut number in 0..combinations {
         let mut values = vec![String::new(); axes.len()];
-        let mut sets = sets.to_vec();
+        let mut sets = wishes.settings();
         // The last axis is the fastest.
         for (axis, value) in axes.iter().zip(&mut values).rev() {
             *value = axis.values[number % axis.values.len()].clone();
             number /= axis.values.len();
             let setting = KEYS.iter().find(|(key, _)| *key == axis.key).expect("read_axis knows the key").1;
-            let quoted = if value.parse::<f64>().is_ok() { value.clone() } else { format!("\"{value}\"") };
-            sets.push(format!("{setting}={quoted}"));
+            let plain = value.parse::<f64>().is_ok() || value.parse::<bool>().is_ok();
+            sets.push(if plain { format!("{setting}={value}") } else { format!("{setting}=\"{value}\"") });
         }
         let outcome = match simulate_job(path, &sets, None) {
             Ok((_, s)) => Ok(Figures {
@@ -67,7 +74,10 @@ pub fn run(path: &Path, sets: &[String], sweep: &[String], out: Option<&Path>, j
                 bound_secs: s.bounds.secs,
                 utilisation: s.utilisation.iter().sum::<f64>() / s.utilisation.len().max(1) as f64,
             }),
-            Err(Error::OutOfBudget { message, .. }) => Err(message.lines().next().unwrap_or_default().to_string()),
+            Err(Error::OutOfBudget { message, smallest_device_bytes: bytes }) => {
+                would_fit = Some(would_fit.map_or(bytes, |least| least.min(bytes)));
+                Err(message.lines().next().unwrap_or_default().to_string())
+            }
             Err(error) => return Err(error),
         };
         points.push(Point { values, outcome });
@@ -80,11 +90,29 @@ pub fn run(path: &Path, sets: &[String], sweep: &[String], out: Option<&Path>, j
     }
     if json {
         say(Value::from(points.iter().map(|p| point_json(&axes, p)).collect::<Vec<_>>()));
-        return Ok(());
+    } else {
+        tell(&axes, &points, out);
     }
+    match (points.iter().all(|p| p.outcome.is_err()), would_fit, &points[..]) {
+        (true, Some(bytes), [Point { outcome: Err(why), .. }, others @ ..]) => Err(Error::OutOfBudget {
+            message: match others {
+                [] => format!("--sweep: its one combination does not fit: {why}"),
+                _ => format!("--sweep: none of {combinations} combinations fits; the first: {why}"),
+            },
+            smallest_device_bytes: bytes,
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// Prints a row for each combination, and where the files are.
+fn tell(axes: &[Axis], points: &[Point], out: Option<&Path>) {
     let mut rows: Vec<Vec<String>> = vec![axes.iter().map(|a| a.key.clone()).collect()];
     rows[0].extend(["makespan", "bound", "gap", "computes"].map(String::from));
-    for point in &points {
+    if points.iter().any(|p| p.outcome.is_err()) {
+        rows[0].push("reason".into());
+    }
+    for point in points {
         let mut row = point.values.clone();
         match &point.outcome {
             Ok(f) => row.extend([
@@ -93,7 +121,7 @@ pub fn run(path: &Path, sets: &[String], sweep: &[String], out: Option<&Path>, j
                 format!("{:.1} %", 100.0 * (f.makespan_secs / f.bound_secs - 1.0)),
                 format!("{:.1} %", 100.0 * f.utilisation),
             ]),
-            Err(why) => row.push(why.clone()),
+            Err(why) => row.extend(["", "", "", "", why.as_str()].map(String::from)),
         }
         rows.push(row);
     }
@@ -101,6 +129,26 @@ pub fn run(path: &Path, sets: &[String], sweep: &[String], out: Option<&Path>, j
     if let Some(out) = out {
         say(format!("  sweep       {}", out.join("sweep.csv").display()));
         say(format!("  plot        {}", out.join("sweep.svg").display()));
+    }
+}
+
+/// Refuses a key that is swept twice, or swept and set by an option of its own: one of the two would be passed over.
+fn check_once(axes: &[Axis], wishes: &Wishes) -> Result<()> {
+    let stated = [
+        ("policy", wishes.policy.map(str::to_string)),
+        ("devices", wishes.devices.map(|n| n.to_string())),
+        ("slots", wishes.slots.map(|n| n.to_string())),
+    ];
+    for (i, Axis { key, values }) in axes.iter().enumerate() {
+        if axes[..i].iter().any(|other| other.key == *key) {
+            return Err(Error::bad(format!("--sweep {key}: is there twice; write all its values in one")));
+        }
+        if let Some((_, Some(value))) = stated.iter().find(|(option, _)| option == key) {
+            let values = values.join(",");
+            return Err(Error::bad(format!(
+                "--sweep {key}={values}: --{key} {value} is there too; leave one of them out"
+            )));
+        }
     }
     Ok(())
 }

@@ -14,8 +14,9 @@ use crate::progress::Board;
 use crate::rehearsing::describe_rehearsal;
 use crate::room::roomy_arenas;
 use crate::rundir::{self, Found, RunDir, inspect};
+use crate::setup::Prepared;
 use crate::show::summary;
-use crate::watch::{Watch, identity};
+use crate::watch::Watch;
 use hydra::base::{Error, Result, format_bytes};
 use hydra::device::{Device, FleetMemory, start_fleet};
 use hydra::engine::TurnOptions;
@@ -54,6 +55,9 @@ pub fn run(path: &Path, sets: &[String], resume: Resume, json: bool) -> Result<(
         return already_done(&out, json);
     }
     check_memory(&planned)?;
+    for (m, checkpoint) in checkpoints.iter().enumerate().filter(|(m, _)| standings[*m].ended.is_none()) {
+        checkpoint.iter().for_each(|checkpoint| tell_changes(&planned.models[m].prepared, checkpoint));
+    }
     if !json {
         summary(&planned);
     }
@@ -135,7 +139,7 @@ fn open_checkpoints(planned: &PlannedJob, resume: Resume) -> Result<Vec<Option<C
         let path = planned.job.run.out.join(&model.prepared.name).join(rundir::CHECKPOINT);
         let checkpoint = Checkpoint::open(&path)?;
         if let Some(checkpoint) = &checkpoint {
-            checkpoint.check(identity(model), model.model(), model.plan().moments)?;
+            checkpoint.check(&model.prepared.options, model.model())?;
             let (done, steps) = (checkpoint.step(), model.prepared.options.steps);
             if done > steps {
                 return Err(Error::bad(format!("{}: is after {done} steps, the job has {steps}", path.display())));
@@ -148,6 +152,16 @@ fn open_checkpoints(planned: &PlannedJob, resume: Resume) -> Result<Vec<Option<C
         return Err(Error::bad(format!("{out}: the run has no checkpoint to resume from, as --resume require wants")));
     }
     Ok(checkpoints)
+}
+
+/// Says in a line what of a model's training is other than before: it may be meant, and it may be a slip.
+fn tell_changes(prepared: &Prepared, checkpoint: &Checkpoint) {
+    let changes = checkpoint.changes(&prepared.options);
+    if !changes.is_empty() {
+        let changes: Vec<String> = changes.iter().map(|c| format!("{} = {} (was {})", c.key, c.is, c.was)).collect();
+        let (name, step) = (&prepared.name, checkpoint.step());
+        warn(format!("{name}: goes on from step {step} with other settings than before: {}", changes.join(", ")));
+    }
 }
 
 /// How far each model had come.

@@ -2,6 +2,7 @@
 
 use crate::judge::Judge;
 use crate::planning::Planned;
+use crate::print::note;
 use crate::progress::Progress;
 use crate::rundir;
 use hydra::base::{Error, Result, format_secs};
@@ -10,7 +11,7 @@ use hydra::nn;
 use hydra::train::Verdict;
 use hydra::train::metrics::{Metrics, Row, StepRow, ValidRow};
 use hydra::train::results::Status;
-use hydra::train::{Identity, Observer, StepReport, write_checkpoint};
+use hydra::train::{Observer, StepReport, write_checkpoint};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -19,12 +20,6 @@ use std::time::{Duration, Instant};
 
 /// A run that is killed without a word loses no more than this.
 const BETWEEN_CHECKPOINTS: Duration = Duration::from_secs(600);
-
-/// What a checkpoint must agree with the job in.
-pub fn identity(model: &Planned) -> Identity {
-    let options = &model.prepared.options;
-    Identity { seed: options.seed, batch: options.batch, microbatch: options.microbatch }
-}
 
 /// Watches one model.
 pub struct Watch<'a> {
@@ -36,7 +31,6 @@ pub struct Watch<'a> {
     steps: u64,
     /// When the last checkpoint was written.
     saved_at: Instant,
-    began: Instant,
     tokens: Option<u64>,
     samples: u64,
     /// What may end it early.
@@ -51,8 +45,6 @@ pub struct Watch<'a> {
     pub valid_loss: Option<f32>,
     /// How it ended, once it has.
     pub status: Option<Status>,
-    /// Seconds until it ended.
-    pub secs: f64,
 }
 
 impl<'a> Watch<'a> {
@@ -66,15 +58,13 @@ impl<'a> Watch<'a> {
         judge: Option<Judge>,
         validates: bool,
     ) -> Watch<'a> {
-        let now = Instant::now();
         Watch {
             metrics,
             progress,
             stop,
             folder: folder.to_path_buf(),
             steps: planned.prepared.options.steps,
-            saved_at: now,
-            began: now,
+            saved_at: Instant::now(),
             tokens: planned.prepared.step_tokens(),
             samples: planned.prepared.options.batch as u64,
             judge,
@@ -84,7 +74,6 @@ impl<'a> Watch<'a> {
             loss: None,
             valid_loss: None,
             status: None,
-            secs: 0.0,
             planned: Rc::clone(planned),
         }
     }
@@ -97,13 +86,27 @@ impl<'a> Watch<'a> {
     /// Notes how it ended.
     pub fn end(&mut self, status: Status) {
         self.progress.end(&status);
-        self.secs = self.began.elapsed().as_secs_f64();
+        if status == Status::Cancelled {
+            let name = &self.planned.prepared.name;
+            note(format!("{name}: has left the run after {} of {} steps", self.done, self.steps));
+        }
         self.status = Some(status);
+    }
+
+    /// Seconds of its steps and validations, those before the run was interrupted too.
+    pub fn secs(&self) -> f64 {
+        self.metrics.secs()
     }
 
     /// Takes its progress line away.
     pub fn finish(&self) {
         self.progress.finish();
+    }
+
+    /// Writes a checkpoint after `step` steps.
+    fn save(&self, step: u64, engine: &Engine, model: usize) -> Result<()> {
+        let path = self.folder.join(rundir::CHECKPOINT);
+        write_checkpoint(&path, engine, model, &self.planned.prepared.options, step)
     }
 
     /// Tells its judge how it does.
@@ -173,7 +176,7 @@ impl Observer for Watch<'_> {
         // The last one is written after the model is saved.
         let due = self.stop.load(Ordering::Relaxed) || self.wants_checkpoint();
         if step < self.steps && due && self.ends.is_none() {
-            write_checkpoint(&self.folder.join(rundir::CHECKPOINT), engine, model, identity(&self.planned), step)?;
+            self.save(step, engine, model)?;
             self.saved_at = Instant::now();
         }
         Ok(())
@@ -181,12 +184,10 @@ impl Observer for Watch<'_> {
 
     /// Saves the model; a checkpoint of its last step is written only after it, and so tells that there is nothing left to do.
     fn ended(&mut self, engine: &Engine, model: usize) -> Result<()> {
-        let secs = self.began.elapsed().as_secs_f64();
         save_model(&self.folder.join(rundir::MODEL), &self.planned, engine, model, self.done)?;
-        write_checkpoint(&self.folder.join(rundir::CHECKPOINT), engine, model, identity(&self.planned), self.done)?;
+        self.save(self.done, engine, model)?;
         let early = self.ends.take().filter(|_| self.done < self.steps);
         self.end(early.unwrap_or(Status::Done));
-        self.secs = secs;
         Ok(())
     }
 }
