@@ -4,18 +4,19 @@
 //! order without any rule that says so; where a policy pipelines, a unit may follow one on another device, and each of its microbatches then waits
 //! for the bytes that the same one leaves there. A device holds as many units as it has weight slots: one that runs, the others on their way.
 
+mod moment;
+
+use super::Engine;
 use super::member::{Ending, Member, Purpose};
-use super::rings::{Rings, ShardOf};
+use super::rings::Rings;
 use super::unit_cost::{UnitCost, unit_costs};
 use super::visit::Pass;
-use super::{Engine, EngineOptions};
 use crate::base::{Error, LaneId, LaneKind, Result};
 use crate::device::sim::CostModel;
 use crate::sched::{Claim, DeviceView, ModelId, ModelView, Policy, View};
 use crate::spill::{FleetMap, Home, Placed};
 use crate::trace::Event;
 use std::collections::VecDeque;
-use std::sync::Arc;
 
 /// How several models take turns on devices.
 pub struct TurnOptions {
@@ -40,7 +41,7 @@ impl TurnOptions {
     }
 }
 
-fn map_within(models: &[Placed], arena_bytes: &[u64]) -> FleetMap {
+pub(super) fn map_within(models: &[Placed], arena_bytes: &[u64]) -> FleetMap {
     FleetMap::within(models, &arena_bytes.iter().map(|&bytes| Some(bytes)).collect::<Vec<_>>())
 }
 
@@ -85,12 +86,12 @@ pub(super) struct Turns {
     policy: Box<dyn Policy>,
     units: usize,
     shared_bytes_per_sec: Option<f64>,
-    arena_bytes: Vec<u64>,
-    room_bytes: Vec<u64>,
+    pub arena_bytes: Vec<u64>,
+    pub room_bytes: Vec<u64>,
     /// What the first device achieves.
     cost: CostModel,
     /// No unit is given out: the devices are to come to rest.
-    paused: bool,
+    pub paused: bool,
     models: Vec<ModelView>,
     devices: Vec<DeviceView>,
     /// Predictions, by model and unit of a step.
@@ -332,103 +333,6 @@ impl Turns {
         }
     }
 
-    /// Brings what changes with time up to date.
-    fn look(&mut self, now: f64) {
-        for (d, view) in self.devices.iter_mut().enumerate() {
-            let end = |from: f64, c: &Claimed| c.last.max(from.max(c.ready) + c.secs / view.speed);
-            // What runs has not ended, whatever was predicted.
-            let runs = self.queues[d].front().map_or(now, |c| end(self.since[d], c).max(now));
-            view.claimed = self.queues[d].len();
-            view.busy_secs = self.queues[d].iter().skip(1).fold(runs, end) - now;
-            view.h2d_secs = (self.arrived[d] - now).max(0.0);
-            view.gradients_secs = self.gradients_left[d].front().map_or(0.0, |left| (left - now).max(0.0));
-        }
-        for (view, ready) in self.models.iter_mut().zip(&self.ready) {
-            view.weights_ready_secs = (ready.weights - now).max(0.0);
-            view.boundary_ready_secs = (ready.boundary - now).max(0.0);
-            view.first_ready_secs = (ready.first - now).max(0.0);
-        }
-    }
-
-    /// Notes what of the models' next units lies on a device, in slots that they share.
-    fn look_at(&mut self, device: usize, now: f64, rings: Option<&Rings>) {
-        let held = &mut self.devices[device].held;
-        held.clear();
-        self.models.iter_mut().for_each(|model| model.here_bytes = 0);
-        let Some(rings) = rings else { return };
-        self.gradients_left[device].resize(rings.gradient_slots(), 0.0);
-        for ShardOf { model, shard } in rings.weights.held() {
-            if usize::from(self.models[model].shard) == shard && self.ready[model].held <= now {
-                held.push((model as ModelId, shard as u16));
-            }
-        }
-        for place in rings.activations.held() {
-            let wanted = &self.wanted[place.model];
-            if place.serial == wanted.serial && place.boundary + 1 == wanted.shard {
-                self.models[place.model].here_bytes += wanted.activation_bytes;
-            }
-        }
-        for place in rings.gradients.held() {
-            let wanted = &self.wanted[place.model];
-            if place.serial == wanted.serial && place.boundary == wanted.shard && wanted.backward {
-                self.models[place.model].here_bytes += wanted.gradient_bytes;
-            }
-        }
-    }
-
-    /// Notes that a device has taken a model's next unit, whose tasks have been made.
-    fn claimed(&mut self, device: usize, model: usize, member: &Member, now: f64) {
-        let view = &self.models[model];
-        let (shard, secs) = (view.shard, view.unit_secs);
-        let cost = self.costs[model][self.next_unit[model]];
-        let here = view.last_device == Some(device as u16);
-        let follows = matches!(view.claim, Claim::By(_)) && !here;
-        let a_microbatch = secs / (f64::from(view.microbatches) * self.devices[device].speed);
-        let held = self.devices[device].held.contains(&(model as u16, shard));
-        let boundary_bytes = view.boundary_bytes.saturating_sub(view.here_bytes);
-        let bytes = if held { 0 } else { view.weight_bytes } + boundary_bytes;
-        let shared = self.shared_bytes_per_sec.unwrap_or(f64::INFINITY);
-        let rate = self.devices[device].h2d_bytes_per_sec.min(shared);
-        self.arrived[device] = self.arrived[device].max(now) + bytes as f64 / rate;
-        let mut ready = if bytes > 0 { self.arrived[device] } else { now };
-        ready = if held { ready } else { ready.max(self.ready[model].weights) };
-        let before = self.ready[model];
-        ready = ready.max(if boundary_bytes == 0 {
-            0.0
-        } else if follows {
-            before.first
-        } else {
-            before.boundary
-        });
-        if view.leaves_gradients {
-            ready = ready.max(now + self.devices[device].gradients_secs);
-        }
-        let last = if follows { before.boundary + a_microbatch } else { 0.0 };
-        if self.queues[device].is_empty() {
-            self.since[device] = now;
-        }
-        let queue_end = now + self.devices[device].busy_secs;
-        let start = queue_end.max(ready);
-        let end = last.max(start + secs / self.devices[device].speed);
-        let d2h = self.d2h_bytes_per_sec[device].min(shared);
-        let leaves = self.left[device].max(end);
-        self.left[device] = leaves + view.leave_bytes as f64 / d2h;
-        if view.leaves_gradients && self.gradients_left[device].pop_front().is_some() {
-            self.gradients_left[device].push_back(self.left[device]);
-        }
-        let turned = |secs: f64| self.left[device] + secs;
-        self.ready[model] = Ready {
-            weights: cost.turn_secs.map_or(0.0, turned),
-            // Where this device makes the update, its slot has it.
-            held: cost.turn_secs.filter(|&secs| secs > 0.0).map_or(0.0, turned),
-            boundary: leaves + cost.hand_on_secs,
-            first: start + a_microbatch + cost.hand_on_secs,
-        };
-        self.queues[device].push_back(Claimed { model, secs, ready, last });
-        self.models[model].last_device = Some(device as u16);
-        self.refresh(model, member);
-    }
-
     /// What every device has in its queue, for people.
     pub fn describe(&self) -> String {
         let mut text = format!("\n  policy {}: ", self.policy.name());
@@ -449,66 +353,6 @@ impl Member {
 }
 
 impl Engine {
-    /// Adds a model to those that take turns, and gives its number. Waits until the devices have come to rest between units, so that the slots which
-    /// models share can be laid out anew; no bit of any model depends on where they lie.
-    ///
-    /// # Errors
-    /// [`Error::OutOfBudget`] when the arenas have no room for it, [`Error::Device`] when the host has none or a device fails, [`Error::BadInput`] when
-    /// models do not take turns here. But for a failed device nothing has changed then.
-    pub fn wait_add(&mut self, placed: &Placed, options: EngineOptions) -> Result<usize> {
-        let Some(turns) = &mut self.turns else { return Err(Error::bad("models that run in lines take no others")) };
-        let mut all: Vec<Placed> = self.members.iter().map(|m| m.placed.clone()).collect();
-        all.push(placed.clone());
-        let map = map_within(&all, &turns.arena_bytes);
-        for (d, (&needs, &has)) in map.arena_bytes.iter().zip(&turns.room_bytes).enumerate() {
-            if needs > has {
-                let message = format!("device {d} has an arena of {has} bytes, with this model it would need {needs}");
-                return Err(Error::OutOfBudget { message, smallest_device_bytes: needs });
-            }
-        }
-        turns.paused = true;
-        while !self.queue.is_empty() {
-            self.pump()?;
-        }
-        let store = self.device.grow_host(placed.plan.host.bytes);
-        if let Some(turns) = &mut self.turns {
-            turns.paused = false;
-        }
-        let store = store?;
-        let number = self.members.len();
-        let new_maps = map.maps.into_iter().map(|maps| maps.into_iter().map(Arc::new).collect::<Vec<_>>());
-        let mut ring_of = Vec::new();
-        for (m, maps) in new_maps.enumerate() {
-            let shares = all[m].home == Home::Anywhere;
-            if let Some(member) = self.members.get_mut(m) {
-                if shares {
-                    member.losses_on.fill(0);
-                }
-                member.maps = maps;
-                continue;
-            }
-            for (d, map) in maps.iter().enumerate() {
-                let ring = if shares { self.shared_rings[d] } else { None };
-                ring_of.push(ring.unwrap_or_else(|| {
-                    self.rings.push(Rings::new(map, shares));
-                    self.rings.len() - 1
-                }));
-                if shares {
-                    // Slots are empty again: what they held lies elsewhere now.
-                    self.rings[ring_of[d]] = Rings::new(map, true);
-                    self.shared_rings[d] = Some(ring_of[d]);
-                }
-            }
-            let options = options.clone();
-            self.members.push(Member::new(placed, maps, std::mem::take(&mut ring_of), store, options));
-        }
-        if let Some(turns) = &mut self.turns {
-            turns.add(&self.members[number]);
-        }
-        self.take_turns()?;
-        Ok(number)
-    }
-
     /// Lets every device that has room take units, as the policy chooses.
     ///
     /// # Errors

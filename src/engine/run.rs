@@ -1,0 +1,293 @@
+//! The loop: begins work, issues tasks, waits for what ends next and books it.
+
+use super::member::{Ending, Pending, Purpose};
+use super::{EVALUATION, Ended, Engine, StepInput, StepResult};
+use crate::base::{Error, LaneKind, Result};
+use crate::trace::{Bound, Event, What};
+
+impl Engine {
+    /// A model's steps that were begun and not waited for.
+    pub fn steps_in_flight(&self, model: usize) -> usize {
+        self.members[model].pending.len()
+    }
+
+    /// Queues a training step of a model; at most two may be in flight. Copies the inputs and returns without waiting.
+    ///
+    /// # Errors
+    /// When the run or the model has failed before, two steps are in flight already, or the inputs' sizes are not the graph's.
+    pub fn begin_step(&mut self, model: usize, input: &StepInput) -> Result<()> {
+        self.check_running(model)?;
+        if self.members[model].pending.len() >= 2 {
+            return Err(Error::bad(format!("step {}: two steps are in flight already", input.step)));
+        }
+        self.stage(model, input.step, &input.inputs)?;
+        let purpose = Purpose::Step { rule: input.rule, clip: input.clip };
+        let member = &mut self.members[model];
+        (member.last_begun, member.has_begun) = (input.step, true);
+        self.begin(model, purpose, input.step, input.loss_scale)
+    }
+
+    /// Queues an evaluation of one minibatch of a model: the sum over labelled positions times `loss_scale`. Nothing else of the model may be in
+    /// flight. Copies the inputs and returns without waiting.
+    ///
+    /// # Errors
+    /// As [`Engine::begin_step`]; and when the model has no evaluation graph.
+    pub fn begin_evaluation(&mut self, model: usize, inputs: &[&[u8]], loss_scale: f64) -> Result<()> {
+        self.check_running(model)?;
+        let member = &self.members[model];
+        if member.model.eval.is_none() || !member.pending.is_empty() {
+            return Err(Error::bad("an evaluation needs an evaluation graph, and no step in flight"));
+        }
+        self.stage(model, EVALUATION, inputs)?;
+        self.begin(model, Purpose::Evaluation, EVALUATION, loss_scale)
+    }
+
+    pub(super) fn begin(&mut self, model: usize, purpose: Purpose, step: u64, loss_scale: f64) -> Result<()> {
+        self.members[model].begin(purpose, step, loss_scale);
+        match &mut self.turns {
+            Some(turns) => {
+                turns.refresh(model, &self.members[model]);
+                turns.has_begun = true;
+            }
+            None => {
+                let before = self.queue.next_id();
+                while self.members[model].next_work().is_some() {
+                    self.expand_at_home(model);
+                }
+                // Two steps may be in flight, with all of their tasks.
+                let tasks = self.queue.next_id() - before;
+                self.queue.reserve(2 * tasks as usize * self.members.len());
+            }
+        }
+        self.queue.issue(self.device.as_mut());
+        Ok(())
+    }
+
+    /// Waits for a model's oldest step in flight to end.
+    ///
+    /// # Errors
+    /// When a task fails or stalls, or the loss is not finite (the message names the first layer whose output is not).
+    pub fn wait_step(&mut self, model: usize) -> Result<StepResult> {
+        loop {
+            match self.ended(model) {
+                Some(Ended::Step(_, result)) => return Ok(result),
+                Some(Ended::Model(_, error)) => return Err(error),
+                Some(Ended::Evaluation(..)) => return Err(Error::bad("wait_step: an evaluation is in flight")),
+                None if self.members[model].pending.is_empty() => {
+                    return Err(Error::bad("wait_step: no step is in flight"));
+                }
+                None => self.pump().map(drop)?,
+            }
+        }
+    }
+
+    /// Waits for whatever ends next: a step, an evaluation, or a model before its time.
+    ///
+    /// # Errors
+    /// When a device fails or stalls, or nothing is in flight.
+    pub fn wait_any(&mut self) -> Result<Ended> {
+        self.wait_any_watched(&mut |_| ())
+    }
+
+    /// The same; `watch` is called after every task that has ended meanwhile.
+    ///
+    /// # Errors
+    /// As [`Engine::wait_any`].
+    pub fn wait_any_watched(&mut self, watch: &mut dyn FnMut(&Engine)) -> Result<Ended> {
+        // What ended while somebody waited for another model is told first.
+        for model in 0..self.members.len() {
+            if let Some(ended) = self.ended(model) {
+                return Ok(ended);
+            }
+        }
+        loop {
+            let model = self.pump()?;
+            watch(self);
+            if let Some(ended) = self.ended(model) {
+                return Ok(ended);
+            }
+        }
+    }
+
+    /// Takes what has ended of a model: its oldest work, or the model itself.
+    fn ended(&mut self, model: usize) -> Option<Ended> {
+        let member = &mut self.members[model];
+        // Steps that ended before it come first.
+        if !member.pending.front().is_some_and(|p| p.is_over() && !p.void && p.purpose != Purpose::Check) {
+            return member.why.take().map(|error| Ended::Model(model, error));
+        }
+        let done = member.pending.pop_front()?;
+        if let Some(turns) = &mut self.turns {
+            turns.refresh(model, member);
+        }
+        match done.purpose {
+            Purpose::Step { .. } => Some(Ended::Step(model, self.step_result(model, &done))),
+            Purpose::Evaluation => Some(Ended::Evaluation(model, self.read_loss(model, EVALUATION))),
+            // Its end was told as the model's.
+            Purpose::Check => None,
+        }
+    }
+
+    fn step_result(&mut self, model: usize, done: &Pending) -> StepResult {
+        let began = self.members[model].last_step_end;
+        let secs = done.last_end - began;
+        let bound = if self.is_alone() {
+            self.account.finish_step(began, done.last_end)
+        } else {
+            let compute = done.compute_secs.min(secs);
+            Bound { compute, idle: secs - compute, ..Bound::default() }
+        };
+        self.members[model].last_step_end = done.last_end;
+        let loss = done.loss.expect("a step's last tasks come after its loss");
+        StepResult { step: done.step, loss, grad_norm: self.grad_norm(model, done.step), secs, bound }
+    }
+
+    fn is_alone(&self) -> bool {
+        self.members.len() == 1 && self.lanes.len() == 1
+    }
+
+    /// Waits until nothing is left to run.
+    ///
+    /// # Errors
+    /// As [`Engine::wait_any`].
+    pub fn wait_idle(&mut self) -> Result<()> {
+        self.offer()?;
+        while !self.queue.is_empty() {
+            self.pump()?;
+        }
+        self.check_device()
+    }
+
+    pub(super) fn check_device(&self) -> Result<()> {
+        if self.failed { Err(Error::Device("the run has failed before".into())) } else { Ok(()) }
+    }
+
+    /// Runs the evaluation graph of a model on one minibatch, waits for it, and gives its loss.
+    ///
+    /// # Errors
+    /// As [`Engine::begin_evaluation`] and [`Engine::wait_step`].
+    pub fn wait_evaluation(&mut self, model: usize, inputs: &[&[u8]], loss_scale: f64) -> Result<f32> {
+        self.begin_evaluation(model, inputs, loss_scale)?;
+        loop {
+            match self.ended(model) {
+                Some(Ended::Evaluation(_, loss)) => return Ok(loss),
+                Some(Ended::Model(_, error)) => return Err(error),
+                _ => self.pump().map(drop)?,
+            }
+        }
+    }
+
+    /// Runs an evaluation graph that ends in logits on one microbatch, waits for it, and gives the logits.
+    ///
+    /// # Errors
+    /// As [`Engine::wait_evaluation`].
+    pub fn wait_logits(&mut self, model: usize, inputs: &[&[u8]]) -> Result<Vec<f32>> {
+        self.wait_evaluation(model, inputs, 1.0)?;
+        Ok(self.read_logits(model))
+    }
+
+    /// Time spent outside a model's steps (validation, a checkpoint) is left out of its next step's seconds.
+    pub fn skip_time(&mut self, model: usize) {
+        self.members[model].last_step_end = self.device.now_secs();
+    }
+
+    /// Refuses to go on after a failure.
+    pub(super) fn check_running(&self, model: usize) -> Result<()> {
+        match self.failed || self.members[model].over || self.members[model].ending.is_some() {
+            true => Err(Error::Device("the run has failed before".into())),
+            false => Ok(()),
+        }
+    }
+
+    /// Offers what has begun to devices with room. Not before somebody waits: a choice between all models is another one than between those
+    /// that happened to begin first.
+    fn offer(&mut self) -> Result<()> {
+        let has_begun = self.turns.as_mut().is_some_and(|turns| std::mem::take(&mut turns.has_begun));
+        if has_begun { self.take_turns() } else { Ok(()) }
+    }
+
+    /// Issues what can be issued and takes one completion; gives the model whose task it was.
+    pub(super) fn pump(&mut self) -> Result<usize> {
+        self.check_device()?;
+        self.offer()?;
+        self.queue.issue(self.device.as_mut());
+        let Some(completion) = self.device.next_completion(self.patience_secs) else {
+            self.failed = true;
+            return Err(self.stalled());
+        };
+        if let Err(error) = completion.result {
+            self.failed = true;
+            return Err(error);
+        }
+        let finished = self.queue.complete(completion.ticket, completion.end_secs);
+        let model = usize::from(finished.name.model);
+        let event = Event {
+            lane: finished.lane,
+            name: finished.name,
+            step: finished.step.min(self.members[model].last_begun) as u32,
+            start_secs: completion.start_secs,
+            end_secs: completion.end_secs,
+            bytes: finished.bytes,
+            flops: finished.flops,
+            ticket: finished.event,
+            after: finished.after,
+        };
+        if self.is_alone() {
+            self.account.add(&event);
+        }
+        let total = &mut self.totals[completion.ticket.lane as usize];
+        total.tasks += 1;
+        total.busy_secs += event.secs();
+        total.bytes += event.bytes;
+        total.flops += event.flops;
+        if let Some(recorder) = &mut self.recorder {
+            recorder.record(&event);
+        }
+        if let (Some(turns), LaneKind::Compute) = (&mut self.turns, event.lane.kind) {
+            turns.task_ended(&event, finished.ends_unit, &self.members[model]);
+        }
+        self.task_ended(model, finished.serial, &event, completion.not_finite_layer)?;
+        if self.turns.is_some() && finished.ends_unit {
+            self.take_turns()?;
+        }
+        Ok(model)
+    }
+
+    /// Books a task's end under the work that it belongs to.
+    fn task_ended(&mut self, model: usize, serial: u64, event: &Event, not_finite: Option<usize>) -> Result<()> {
+        let member = &mut self.members[model];
+        // Shards run microbatch by microbatch, so a later one may name an earlier layer.
+        member.not_finite_layer = member.not_finite_layer.into_iter().chain(not_finite).min();
+        match member.pending.iter().position(|p| p.serial == serial) {
+            None => member.loose_tasks -= 1,
+            Some(at) => {
+                let pending = &mut member.pending[at];
+                pending.tasks -= 1;
+                pending.last_end = event.end_secs.max(pending.last_end);
+                if event.lane.kind == LaneKind::Compute {
+                    pending.compute_secs += event.secs();
+                }
+                let step = pending.step;
+                let first = event.name.what == What::Result && pending.loss.is_none();
+                if first && matches!(pending.purpose, Purpose::Step { .. }) {
+                    let loss = self.read_loss(model, step);
+                    self.members[model].pending[at].loss = Some(loss);
+                    if self.device.computes() && !loss.is_finite() {
+                        self.end_early(model, Ending::NotFinite { step, loss });
+                    }
+                }
+            }
+        }
+        self.go_on_ending(model)
+    }
+
+    fn stalled(&self) -> Error {
+        let waiting = self.turns.as_ref().map_or(String::new(), |turns| turns.describe());
+        let what = if self.queue.is_empty() && self.turns.is_some() { "nothing runs" } else { "nothing has ended" };
+        Error::Device(format!(
+            "stalled: {what} for {} s; who waits for whom:{}{waiting}",
+            self.patience_secs,
+            self.queue.describe_stall()
+        ))
+    }
+}
