@@ -73,7 +73,7 @@ fn uses(graph: &Graph) -> Vec<usize> {
 mod tests {
     use super::*;
     use crate::base::{DType, Shape};
-    use crate::graph::{Builder, Init, Mode, WeightLayout, differentiate};
+    use crate::graph::{Builder, Init, Kind, Mode, ModelLayout, Program, ShardLayout, WeightLayout, differentiate};
 
     const NONE: Activation = Activation::None;
     const GELU: Activation = Activation::GeluTanh;
@@ -131,6 +131,37 @@ mod tests {
         let down = &graph.nodes[1];
         assert_eq!(down.inputs.last(), Some(&graph.parameters[0].value));
         assert_eq!((graph.layers[0].output, graph.forward_nodes), (Some(down.outputs[0]), 4));
+    }
+
+    #[test]
+    fn kernels_write_over_what_joins_a_product() {
+        let mut graph = model(|b, x| {
+            let x = b.dropout(x, 0.1).unwrap();
+            let h = linear(b, x, "up", GELU);
+            let y = linear(b, h, "down", NONE);
+            b.add(y, x).unwrap()
+        });
+        for scratch in [false, true] {
+            graph.scratch = scratch;
+            let layout = ModelLayout::new(&graph);
+            let shard = ShardLayout::new(&graph, &layout, 0..2);
+            let program = Program::new(&graph, &layout, &shard, Kind::Last { recompute: true });
+            let over: Vec<bool> = program
+                .steps
+                .iter()
+                .filter(|step| match step.op {
+                    Op::Linear { residual, .. } => residual,
+                    Op::LinearGradInput { activation, .. } => activation != NONE,
+                    _ => false,
+                })
+                .map(|step| {
+                    let (joins, out) = (step.inputs.last().unwrap(), step.outputs[0].as_ref().unwrap());
+                    (joins.area, joins.offset) == (out.area, out.offset)
+                })
+                .collect();
+            // The residual dies in the first forward, and is needed after the second.
+            assert_eq!(over, [scratch, false, scratch]);
+        }
     }
 
     #[test]

@@ -72,6 +72,10 @@ pub(super) fn launch(q: &mut Queue, p: &Product) -> Result<()> {
 
 /// Queues a product that was planned.
 fn launch_as(q: &mut Queue, p: &Product, plan: &GemmPlan) -> Result<()> {
+    debug_assert!(
+        p.residual == Ptr::NULL || p.accumulator == 0 && p.activation == Activation::None && p.form != Form::Tn,
+        "a residual beside what it cannot be beside"
+    );
     let Sizes { m, n, k } = p.sizes;
     let parts = plan.parts.parts;
     let partials = if parts > 1 { p.scratch } else { Ptr::NULL };
