@@ -94,12 +94,12 @@ fn linear_cases() -> Vec<Case> {
             let (mut out, mut pre) = (vec![0f32; rows * outputs], vec![0f32; rows * outputs]);
             move || {
                 let pre = (act != Activation::None).then_some(&mut pre[..]);
-                linear::forward(&mut out, pre, &x, &weight, Some(&bias), act, layout, rows, inputs, outputs);
+                linear::forward(&mut out, pre, &x, &weight, Some(&bias), None, act, layout, rows, inputs, outputs);
             }
         }));
         cases.push(case(format!("linear_grad_input/{name}"), work, move || {
             let (d_y, weight, mut d_x) = (values(rows * outputs), values(inputs * outputs), vec![0f32; rows * inputs]);
-            move || linear::grad_input(&mut d_x, &d_y, &weight, layout, rows, inputs, outputs)
+            move || linear::grad_input(&mut d_x, &d_y, &weight, None, layout, rows, inputs, outputs)
         }));
         cases.push(case(format!("linear_grad_weight/{name}"), work, move || {
             let (x, d_y, mut d_w) = (values(rows * inputs), values(rows * outputs), vec![0f32; inputs * outputs]);

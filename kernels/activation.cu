@@ -26,10 +26,7 @@ GPU_EXPORT(activation_forward_f32)
 GPU_EXPORT(activation_forward_bf16)
 
 template <int KIND, class T> DEV void activate_grad_all(T* d_x, const T* d_out, const T* x, int64_t n) {
-  zip_each(d_x, d_out, x, n, [](float d, float v) {
-    if (KIND == ACTIVATION_RELU) return v <= 0 ? 0.0f : d;  // chosen, not multiplied: an infinite gradient is dropped too
-    return d * activate_grad(KIND, v);
-  });
+  zip_each(d_x, d_out, x, n, [](float d, float v) { return through_activation(KIND, d, v); });
 }
 template <class T> DEV void grad_of_kind(T* d_x, const T* d_out, const T* x, int64_t n, int kind) {
   switch (kind) {

@@ -1,7 +1,8 @@
 // Matrix products in bf16 with f32 sums by warpgroup products, for sm_90a.
 //   out (m, n) = act(a b + bias), pre (m, n) = a b + bias where it is wanted, out += a b for accumulators.
+//   Or out = a b + bias + residual (m, n); or, with ACTIVATION_GRAD in `activation`, out = (a b) act'(pre): then pre is read. out may lie over either.
 //   nn: a (m, k), b (k, n), all bf16;  nt: a (m, k), b (n, k), all bf16;  tn: a (k, m), b (k, n) bf16, out f32. bias (n). m, n, k > 0.
-// Overwrites out (or adds to it, when `accumulator` and now->accumulate) and pre. With `partials` (parts, m, n) f32, k is cut into `parts` of
+// Overwrites out (or adds to it, when `accumulator` and now->accumulate), and a pre that is not read. With `partials` (parts, m, n) f32, k is cut into `parts` of
 // `k_part` and gemm_finish adds them in order. Deterministic: each sum is taken 16 k at a time, in the order of k, whatever the grid and the tile.
 // a and b come by tensor maps: rows start at multiples of 16 bytes; what lies outside reads as 0. Boxes are 64 columns wide, and a tile's height or
 // 64 k high. For the `shifted` kernels the rows of a may have any width, as those of 50,257 logits do; b comes by its map.
@@ -125,17 +126,17 @@ DEV void product_of_rows(const End& end_of, const bf16* a, const CUtensorMap* b,
 #define GEMM_HOPPER(name, Out, tile_n, a_transposed, b_transposed)                                                                       \
   extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                                               \
       name(Out* out, Out* pre, float* partials, const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b,            \
-           const Out* bias, const Now* now, int accumulator, int activation, int m, int n, int k, int k_part, int out_pitch, int parts) { \
-    auto end_of = [=](int part) { return gemm_end(out, pre, partials, bias, now, accumulator, activation, m, n, out_pitch).part(part); };\
+           const Out* bias, const Out* residual, const Now* now, int accumulator, int activation, int m, int n, int k, int k_part, int out_pitch, int parts) { \
+    auto end_of = [=](int part) { return gemm_end(out, pre, partials, bias, residual, now, accumulator, activation, m, n, out_pitch).part(part); };\
     product_of_maps<tile_n, a_transposed, b_transposed>(end_of, &a, &b, {m, n, k, k_part, parts});                                       \
   }                                                                                                                                      \
   GPU_EXPORT(name)
 
 #define GEMM_SHIFTED(name, Out, a_transposed, b_transposed)                                                                              \
   extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                                               \
-      name(Out* out, Out* pre, float* partials, const bf16* a, const __grid_constant__ CUtensorMap b, const Out* bias, const Now* now,   \
-           int accumulator, int activation, int m, int n, int k, int k_part, int out_pitch, int parts) {                                 \
-    auto end_of = [=](int part) { return gemm_end(out, pre, partials, bias, now, accumulator, activation, m, n, out_pitch).part(part); };\
+      name(Out* out, Out* pre, float* partials, const bf16* a, const __grid_constant__ CUtensorMap b, const Out* bias, const Out* residual,   \
+           const Now* now, int accumulator, int activation, int m, int n, int k, int k_part, int out_pitch, int parts) {                                 \
+    auto end_of = [=](int part) { return gemm_end(out, pre, partials, bias, residual, now, accumulator, activation, m, n, out_pitch).part(part); };\
     product_of_rows<a_transposed, b_transposed>(end_of, a, &b, {m, n, k, k_part, parts});                                                \
   }                                                                                                                                      \
   GPU_EXPORT(name)

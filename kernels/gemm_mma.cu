@@ -1,8 +1,9 @@
 // Matrix products in bf16 with f32 sums on the tensor cores of every GPU from sm_80 on.
 //   out (m, n) = act(a b + bias), pre (m, n) = a b + bias where it is wanted, out += a b for accumulators.
+//   Or out = a b + bias + residual (m, n); or, with ACTIVATION_GRAD in `activation`, out = (a b) act'(pre): then pre is read. out may lie over either.
 //   nn: a (m, k), b (k, n), all bf16;  nt: a (m, k), b (n, k), all bf16;  tn: a (k, m), b (k, n) bf16, out f32. bias (n).
 // Rows of a, b and out are a_pitch, b_pitch and out_pitch apart.
-// Overwrites out (or adds to it, when `accumulator` and now->accumulate) and pre. With `partials` (parts, m, n) f32, blockIdx.y is a part of k of
+// Overwrites out (or adds to it, when `accumulator` and now->accumulate), and a pre that is not read. With `partials` (parts, m, n) f32, blockIdx.y is a part of k of
 // `k_part` and gemm_finish adds the parts in order. Deterministic: each sum is taken 16 k at a time, in the order of k.
 //
 // Launch: (tiles of 128 x 128, parts) blocks of 128 threads, or of 256 for the `ragged` kernels, which take rows of any width: without a word of 16
@@ -97,10 +98,10 @@ DEV void product(const GemmEnd<Out>& whole, const bf16* a, const bf16* b, int m,
 
 #define GEMM_MMA(name, Out, a_transposed, b_transposed, ragged)                                                                 \
   extern "C" __global__ void __launch_bounds__(ragged ? 256 : 128, ragged ? 1 : 2)                                              \
-      name(Out* out, Out* pre, float* partials, const bf16* a, const bf16* b, const Out* bias, const Now* now, int accumulator, \
-           int activation, int m, int n, int k, int k_part, int a_pitch, int b_pitch, int out_pitch) {                          \
+      name(Out* out, Out* pre, float* partials, const bf16* a, const bf16* b, const Out* bias, const Out* residual,             \
+           const Now* now, int accumulator, int activation, int m, int n, int k, int k_part, int a_pitch, int b_pitch, int out_pitch) {                          \
     product<Out, a_transposed, b_transposed, ragged>(                                                                           \
-        gemm_end(out, pre, partials, bias, now, accumulator, activation, m, n, out_pitch), a, b, m, n, k, k_part, a_pitch, b_pitch); \
+        gemm_end(out, pre, partials, bias, residual, now, accumulator, activation, m, n, out_pitch), a, b, m, n, k, k_part, a_pitch, b_pitch); \
   }                                                                                                                             \
   GPU_EXPORT(name)
 

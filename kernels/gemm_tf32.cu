@@ -1,7 +1,8 @@
 // Matrix products in f32 whose factors are rounded to tf32 (10 bits of fraction), on the tensor cores of every GPU from sm_80 on.
 //   out (m, n) = act(a b + bias), pre (m, n) = a b + bias where it is wanted, out += a b for accumulators; all f32, sums too.
+//   Or out = a b + bias + residual (m, n); or, with ACTIVATION_GRAD in `activation`, out = (a b) act'(pre): then pre is read. out may lie over either.
 //   nn: a (m, k), b (k, n);  nt: a (m, k), b (n, k);  tn: a (k, m), b (k, n). bias (n).
-// Overwrites out (or adds to it, when `accumulator` and now->accumulate) and pre. With `partials` (parts, m, n), blockIdx.y is a part of k of
+// Overwrites out (or adds to it, when `accumulator` and now->accumulate), and a pre that is not read. With `partials` (parts, m, n), blockIdx.y is a part of k of
 // `k_part` and gemm_finish adds the parts in order. Deterministic: each sum is taken 8 k at a time, in the order of k.
 //
 // Launch: (tiles of 128 x 128, parts) blocks of 128 threads. A ring of 3 tiles of each operand, 16 k deep, filled by cp.async: in words of 16 bytes
@@ -117,10 +118,10 @@ DEV void product(const GemmEnd<float>& whole, const float* a, const float* b, in
 
 #define GEMM_TF32(name, a_transposed, b_transposed)                                                                             \
   extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                                      \
-      name(float* out, float* pre, float* partials, const float* a, const float* b, const float* bias, const Now* now,          \
-           int accumulator, int activation, int m, int n, int k, int k_part) {                                                  \
+      name(float* out, float* pre, float* partials, const float* a, const float* b, const float* bias, const float* residual,   \
+           const Now* now, int accumulator, int activation, int m, int n, int k, int k_part) {                                                  \
     product<a_transposed, b_transposed>(                                                                                        \
-        gemm_end(out, pre, partials, bias, now, accumulator, activation, m, n, n), a, b, m, n, k, k_part);                         \
+        gemm_end(out, pre, partials, bias, residual, now, accumulator, activation, m, n, n), a, b, m, n, k, k_part);                         \
   }                                                                                                                             \
   GPU_EXPORT(name)
 

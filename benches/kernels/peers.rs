@@ -29,7 +29,7 @@ impl Product {
         let out = case.graph.info(*node.outputs.first()?);
         let (a_transposed, b_transposed) = match node.op {
             Op::Linear { layout, .. } => (false, layout == WeightLayout::OutIn),
-            Op::LinearGradInput { layout } => (false, layout == WeightLayout::InOut),
+            Op::LinearGradInput { layout, .. } => (false, layout == WeightLayout::InOut),
             Op::LinearGradWeight { .. } => (true, false),
             _ => return None,
         };

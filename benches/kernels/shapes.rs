@@ -13,6 +13,8 @@ use hydra::graph::{
 pub enum Spec {
     /// (rows, inputs) to (rows, outputs), with a bias.
     Linear { rows: usize, inputs: usize, outputs: usize, activation: Activation, layout: WeightLayout },
+    /// (rows, inputs), which come out of a GELU, to (rows, outputs), with a bias and a residual.
+    Joined { rows: usize, inputs: usize, outputs: usize },
     /// Self-attention over (batch, len, heads width).
     Attention { batch: usize, heads: usize, kv_heads: usize, len: usize, width: usize, causal: bool },
     /// Over the last axis of (rows, cols).
@@ -70,6 +72,8 @@ const TABLE: &[(&str, Spec)] = &[
     ("gpt2_124m/out", linear(8192, 768, 768, Plain, InOut)),
     ("gpt2_124m/up", linear(8192, 768, 3072, GeluTanh, InOut)),
     ("gpt2_124m/down", linear(8192, 3072, 768, Plain, InOut)),
+    ("gpt2_124m/out joined", Spec::Joined { rows: 8192, inputs: 768, outputs: 768 }),
+    ("gpt2_124m/down joined", Spec::Joined { rows: 8192, inputs: 3072, outputs: 768 }),
     ("gpt2_124m/head", linear(8192, 768, 50257, Plain, OutIn)),
     ("gpt2_124m/head padded", linear(8192, 768, 50304, Plain, OutIn)),
     ("gpt2_1558m/qkv", linear(8192, 1600, 4800, Plain, InOut)),
@@ -190,6 +194,7 @@ impl Spec {
             Spec::Linear { activation, layout, .. } => {
                 Spec::Linear { rows: 24, inputs: 40, outputs: 48, activation, layout }
             }
+            Spec::Joined { .. } => Spec::Joined { rows: 24, inputs: 40, outputs: 48 },
             Spec::Attention { heads, kv_heads, causal, .. } => Spec::Attention {
                 batch: 2,
                 heads: 2,
@@ -259,6 +264,13 @@ impl Spec {
                 let shape = if layout == InOut { [inputs, outputs] } else { [outputs, inputs] };
                 let (weight, bias) = (leaf(b, "weight", &shape)?, leaf(b, "bias", &[outputs])?);
                 b.linear(x, weight, Some(bias), activation, layout)
+            }
+            Spec::Joined { rows, inputs, outputs } => {
+                let (x, weight) = (leaf(b, "x", &[rows, inputs])?, leaf(b, "weight", &[inputs, outputs])?);
+                let (bias, residual) = (leaf(b, "bias", &[outputs])?, leaf(b, "residual", &[rows, outputs])?);
+                let x = b.activation(x, GeluTanh)?;
+                let y = b.linear(x, weight, Some(bias), Plain, InOut)?;
+                b.add(residual, y)
             }
             Spec::Attention { batch, heads, kv_heads, len, width, causal } => {
                 let options = AttentionOptions { heads, kv_heads, scale: None, causal, dropout: 0.0 };

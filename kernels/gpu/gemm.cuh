@@ -1,5 +1,5 @@
 // What every matrix product kernel shares: where a block works and what becomes of a sum.
-//   out (m, n) = act(a b + bias); a is stored (m, k) or, transposed, (k, m); b is stored (k, n) or, transposed, (n, k).
+//   out (m, n) = act(a b + bias), a b + bias + residual, or (a b) act'(pre); a is stored (m, k) or, transposed, (k, m); b is stored (k, n) or, transposed, (n, k).
 #pragma once
 
 // Tiles in bands of 16 tile rows, walked down and then right, so that what runs at one time shares rows and columns in the L2.
@@ -34,17 +34,21 @@ DEV void store_octet(bf16* p, const Octet& o) {
 }
 
 // What becomes of sums. With `partials` (parts, m, n) they are those of one part of k, kept for gemm_finish. Otherwise `bias` (n) is added, `pre` (m, n)
-// gets the result and `out` (m, n) its activation; each of bias and pre may be null. `add`: the sum joins what `out` holds. Rows of out and pre
-// are `pitch` apart; what lies between n and the next multiple of 8 there may be overwritten.
+// gets the result and `out` (m, n) its activation; each of bias and pre may be null. With an `activation` from ACTIVATION_GRAD on, `pre` is read
+// instead, and the sum becomes the gradient of what that activation was given. Then `addend` (m, n) is added, where there is one: a residual, or
+// what `out` holds. `out` may lie over what is read: an element is read by who writes it. Rows of out, pre and addend are `pitch` apart; what lies
+// between n and the next multiple of 8 there may be overwritten.
 template <class Out> struct GemmEnd {
   typedef Out Element;
   Out* out;
   Out* pre;
   float* partials;
   const Out* bias;
+  const Out* addend;
   int activation;
-  bool add;
   int64_t m, n, pitch;
+
+  DEV bool reads_pre() const { return activation >= ACTIVATION_GRAD; }
 
   // The end of one part of k.
   DEV GemmEnd part(int part) const {
@@ -60,9 +64,13 @@ template <class Out> struct GemmEnd {
   DEV void put(int64_t row, int64_t col, float v) const {
     if (partials) { partials[row * n + col] = v; return; }
     int64_t at = row * pitch + col;
-    if (pre) pre[at] = from_float<Out>(v);
-    if (activation != ACTIVATION_NONE) v = activate(activation, v);
-    out[at] = from_float<Out>(add ? v + to_float(out[at]) : v);
+    if (reads_pre()) {
+      v = through_activation(activation - ACTIVATION_GRAD, v, to_float(pre[at]));
+    } else {
+      if (pre) pre[at] = from_float<Out>(v);
+      if (activation != ACTIVATION_NONE) v = activate(activation, v);
+    }
+    out[at] = from_float<Out>(addend ? v + to_float(addend[at]) : v);
   }
 
   // Whether rows start at multiples of 16 bytes, and a bias ends at one.
@@ -72,12 +80,15 @@ template <class Out> struct GemmEnd {
   DEV void put_octet(int64_t row, int64_t col, Octet o) const {
     if (partials) { store_octet(partials + row * n + col, o); return; }
     int64_t at = row * pitch + col;
-    if (pre) store_octet(pre + at, o);
-    if (activation != ACTIVATION_NONE)
-      for (int i = 0; i < 8; i++) o.v[i] = activate(activation, o.v[i]);
-    if (add) {
-      Octet old = load_octet(out + at);
-      for (int i = 0; i < 8; i++) o.v[i] += old.v[i];
+    if (reads_pre()) {
+      through_each(activation - ACTIVATION_GRAD, o.v, load_octet(pre + at).v);
+    } else {
+      if (pre) store_octet(pre + at, o);
+      activate_each(activation, o.v);
+    }
+    if (addend) {
+      Octet other = load_octet(addend + at);
+      for (int i = 0; i < 8; i++) o.v[i] += other.v[i];
     }
     store_octet(out + at, o);
   }
@@ -108,8 +119,9 @@ template <class Out> struct GemmEnd {
   }
 };
 
-// `now` may be null where the output does not accumulate.
+// `now` may be null where the output does not accumulate; where it does there is no residual.
 template <class Out>
-DEV GemmEnd<Out> gemm_end(Out* out, Out* pre, float* partials, const Out* bias, const Now* now, int accumulator, int activation, int m, int n, int pitch) {
-  return {out, pre, partials, bias, activation, accumulator && now->accumulate, m, n, pitch};
+DEV GemmEnd<Out> gemm_end(Out* out, Out* pre, float* partials, const Out* bias, const Out* residual, const Now* now, int accumulator, int activation, int m, int n,
+                          int pitch) {
+  return {out, pre, partials, bias, accumulator && now->accumulate ? out : residual, activation, m, n, pitch};
 }

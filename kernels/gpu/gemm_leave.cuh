@@ -2,7 +2,8 @@
 //
 // A warp sends its sums off 16 rows by 32 columns at a time. Of such a piece a lane has v[4 j + 2 h + e] at (lane / 4 + 8 h, 8 j + lane % 4 * 2 + e), as
 // wgmma leaves them. f32 goes straight to memory: four lanes write 32 bytes of a row, a whole sector. bf16 changes lanes by way of shared memory, so that
-// four lanes write 64 bytes. Rows that 16-byte stores do not fit, and what joins a bf16 output, go element by element.
+// four lanes write 64 bytes; what joins the sums, a residual or what an activation was given, comes the same way, asked for a piece ahead. Rows that
+// 16-byte words do not fit go element by element.
 #pragma once
 
 #if GPU_HOPPER
@@ -97,6 +98,53 @@ DEV void leave_words(bf16* to, int lane, int64_t pitch, const uint4* staged, Res
   if (row + 8 < rest.rows) store16(to + 8 * pitch, lower);
 }
 
+// What joins a piece, from memory to a stage, and out of it when it has come and the lanes have met.
+DEV void fetch_words(uint4* staged, int lane, const bf16* from, int64_t pitch, Rest rest) {
+  int row = lane / 4, word = lane % 4;
+  uint4* mine = staged + row * 4 + (word ^ (row / 2 % 4));
+  from += row * pitch + 8 * word;
+  if (8 * word >= rest.cols) return;
+  if (row < rest.rows) cp_async16(mine, from);
+  if (row + 8 < rest.rows) cp_async16(mine + STAGE_WORDS / 2, from + 8 * pitch);
+}
+// Puts a piece in the place of what joins it: of what the activation was given, or, where there is none, of what is added.
+DEV void join_words(uint4* staged, int lane, const float (&v)[PIECE / 2], int activation) {
+  int row = lane % 16;
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    uint32_t words[4];
+    uint4* place = staged + row * 4 + ((2 * half + lane / 16) ^ (row / 2 % 4));
+    ldmatrix_x4(words, place);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      float2 other = unpack_bf16(words[i]);
+      float sums[2] = {v[8 * half + 2 * i], v[8 * half + 2 * i + 1]}, others[2] = {other.x, other.y};
+      if (activation == ACTIVATION_NONE) sums[0] += other.x, sums[1] += other.y;
+      else through_each(activation, sums, others);
+      words[i] = pack_bf16(sums[0], sums[1]);
+    }
+    __syncwarp();
+    stmatrix_x4(place, words);
+  }
+}
+
+// What joins the sums by words: null where nothing does, or not so.
+DEV const bf16* joins(const GemmEnd<bf16>& end) {
+  return end.partials || !end.octets() || (end.pre && end.addend) ? nullptr : end.reads_pre() ? end.pre : end.addend;
+}
+
+// Asks for what joins a piece; the last of them, of nothing, included. Pieces take turns with two stages.
+DEV void fetch(const GemmEnd<bf16>& end, int lane, int64_t row, int64_t col, bool there, unsigned char* staged, int piece) {
+  const bf16* from = joins(end);
+  if (!from) return;
+  __syncwarp(); // the piece that was in that stage has left
+  if (there && row < end.m && col < end.n)
+    fetch_words(reinterpret_cast<uint4*>(staged) + piece % 2 * STAGE_WORDS, lane, from + row * end.pitch + col, end.pitch, {(int)(end.m - row), (int)(end.n - col)});
+  cp_async_commit();
+}
+// Parameters' gradients have no more to join than what is there.
+DEV void fetch(const GemmEnd<float>&, int, int64_t, int64_t, bool, unsigned char*, int) {}
+
 // One element after the other; a lane has a column.
 template <class Out> DEV void leave_elements(const GemmEnd<Out>& end, int lane, int64_t row0, int64_t col0, const float (&v)[PIECE / 2], Rest rest, float* staged, bool biased) {
   __syncwarp();
@@ -112,23 +160,35 @@ template <class Out> DEV void leave_elements(const GemmEnd<Out>& end, int lane, 
   for (int row = 0; row < min(rest.rows, 16); row++) end.put(row0 + row, col0 + lane, staged[row * PITCH + lane] + bias);
 }
 
-DEV void leave(const GemmEnd<float>& end, int lane, int64_t row, int64_t col, float (&v)[PIECE / 2], Rest rest, float* staged) {
+DEV void leave(const GemmEnd<float>& end, int lane, int64_t row, int64_t col, float (&v)[PIECE / 2], Rest rest, float* staged, int) {
   if (end.partials) leave_floats(end.partials + row * end.n + col, lane, end.n, false, v, rest);
   else if (end.pre || end.bias || end.activation != ACTIVATION_NONE) leave_elements(end, lane, row, col, v, rest, staged, false);
-  else leave_floats(end.out + row * end.pitch + col, lane, end.pitch, end.add, v, rest);
+  else leave_floats(end.out + row * end.pitch + col, lane, end.pitch, end.addend != nullptr, v, rest);
 }
-DEV void leave(const GemmEnd<bf16>& end, int lane, int64_t row, int64_t col, float (&v)[PIECE / 2], Rest rest, float* staged) {
-  if (end.partials) leave_floats(end.partials + row * end.n + col, lane, end.n, false, v, rest);
-  else if (end.add || !end.octets()) leave_elements(end, lane, row, col, v, rest, staged, true);
-  else {
-    uint4 *pre = reinterpret_cast<uint4*>(staged), *out = pre + STAGE_WORDS;
-    int64_t at = row * end.pitch + col;
+DEV void leave(const GemmEnd<bf16>& end, int lane, int64_t row, int64_t col, float (&v)[PIECE / 2], Rest rest, float* staged, int piece) {
+  if (end.partials) {
+    leave_floats(end.partials + row * end.n + col, lane, end.n, false, v, rest);
+    return;
+  }
+  uint4* first = reinterpret_cast<uint4*>(staged);
+  int64_t at = row * end.pitch + col;
+  if (joins(end)) {
+    uint4* stage = first + piece % 2 * STAGE_WORDS;
+    cp_async_wait<1>(); // all but the next piece's
+    __syncwarp();
+    join_words(stage, lane, v, end.reads_pre() ? end.activation - ACTIVATION_GRAD : ACTIVATION_NONE);
+    __syncwarp();
+    leave_words(end.out + at, lane, end.pitch, stage, rest);
+  } else if (end.addend || !end.octets()) {
+    leave_elements(end, lane, row, col, v, rest, staged, true);
+  } else {
+    uint4* out = first + STAGE_WORDS;
     __syncwarp(); // the piece before has left
-    if (end.pre) stage_words(pre, lane, v);
+    if (end.pre) stage_words(first, lane, v);
     activate_each(end.activation, v);
     stage_words(out, lane, v);
     __syncwarp();
-    if (end.pre) leave_words(end.pre + at, lane, end.pitch, pre, rest);
+    if (end.pre) leave_words(end.pre + at, lane, end.pitch, first, rest);
     leave_words(end.out + at, lane, end.pitch, out, rest);
   }
 }
@@ -142,22 +202,35 @@ DEV void take_piece(float (&v)[PIECE / 2], const float (&sums)[BLOCKS][HALF], co
   for (int k = 0; k < PIECE / 2; k++) v[k] = sums[I % BLOCKS][I / BLOCKS * PIECE / 2 + k] + bias.at(k);
 }
 
+// Asks for what joins a piece of leave_all.
+template <int BLOCKS, int WARPS, class End>
+DEV void fetch_piece(const End& end_of, int part, unsigned char* staged, int row0, int col0, int piece, int pieces) {
+  forget(part);
+  uint32_t thread = thread_again();
+  int lane = thread % 32, warp = thread / 32 - 4;
+  fetch(end_of(part), lane, row0 + (warp & (WARPS - 1)) * 16 + piece % BLOCKS * 64, col0 + piece / BLOCKS * PIECE, piece < pieces,
+        staged + warp * STAGED_BYTES, piece);
+}
+
 // The sums of the warps from the fifth on: each has 16 rows of each of BLOCKS blocks of 64, WARPS of them one beneath the other from row0 on, and TILE_N
 // columns from col0 on. Sums take most registers: what becomes of them, `end_of(part)`, and addresses are made anew for each piece.
 template <int BLOCKS, int TILE_N, int WARPS, class End>
 DEV void leave_all(const float (&sums)[BLOCKS][TILE_N / 2], const End& end_of, int part, unsigned char* staged, int row0, int col0) {
   constexpr int PIECES = BLOCKS * TILE_N / PIECE;
+  fetch_piece<BLOCKS, WARPS>(end_of, part, staged, row0, col0, 0, PIECES);
 #pragma unroll 1
   for (int piece = 0; piece < PIECES; piece++) {
+    fetch_piece<BLOCKS, WARPS>(end_of, part, staged, row0, col0, piece + 1, PIECES);
     forget(part);
     auto end = end_of(part);
     uint32_t thread = thread_again();
     int lane = thread % 32, warp = thread / 32 - 4;
     int row = row0 + (warp & (WARPS - 1)) * 16 + piece % BLOCKS * 64, col = col0 + piece / BLOCKS * PIECE;
-    if (col >= end.n) return;
+    if (col >= end.n) break;
     float v[PIECE / 2];
     take_piece<0>(v, sums, PieceBias<typename decltype(end)::Element>(staged + warp * STAGED_BYTES, piece / BLOCKS * PIECE + lane % 4 * 2), piece);
-    if (row < end.m) leave(end, lane, row, col, v, {(int)end.m - row, (int)end.n - col}, reinterpret_cast<float*>(staged + warp * STAGED_BYTES));
+    if (row < end.m) leave(end, lane, row, col, v, {(int)end.m - row, (int)end.n - col}, reinterpret_cast<float*>(staged + warp * STAGED_BYTES), piece);
   }
+  cp_async_wait<0>(); // for nothing, but a thread may not end before
 }
 #endif

@@ -51,8 +51,8 @@ DEV Words random_words(const Now* now, uint32_t op, uint64_t block) {
   return philox((uint32_t)block, op, now->microbatch, now->step, (uint32_t)now->seed, (uint32_t)(now->seed >> 32));
 }
 
-// graph::Activation, in its order.
-enum Activation { ACTIVATION_NONE = 0, ACTIVATION_RELU = 1, ACTIVATION_GELU_TANH = 2, ACTIVATION_GELU_ERF = 3 };
+// graph::Activation, in its order; and what is added to a kind where its gradient is meant.
+enum Activation { ACTIVATION_NONE = 0, ACTIVATION_RELU = 1, ACTIVATION_GELU_TANH = 2, ACTIVATION_GELU_ERF = 3, ACTIVATION_GRAD = 4 };
 
 // GELU's two forms of x P(x), in 7 to 15 instructions by the fast exponential, its factor log2(e) in the constants: within 3e-7 of the largest value around, so the norm of an
 // f32 result is as good as with tanhf and erff, which take twice as many.
@@ -105,4 +105,18 @@ DEV float activate_grad(int kind, float x) {
     }
     default: return 1.0f;
   }
+}
+// The gradient of what went into an activation, `d` being that of what came out.
+DEV float through_activation(int kind, float d, float x) {
+  if (kind == ACTIVATION_RELU) return x <= 0 ? 0.0f : d;  // chosen, not multiplied: an infinite gradient is dropped too
+  return d * activate_grad(kind, x);
+}
+// Of N values at once: the kind is looked at once.
+template <int N> DEV void through_each(int kind, float (&d)[N], const float (&x)[N]) {
+  if (kind == ACTIVATION_RELU)
+    for (int i = 0; i < N; i++) d[i] = through_activation(ACTIVATION_RELU, d[i], x[i]);
+  else if (kind == ACTIVATION_GELU_TANH)
+    for (int i = 0; i < N; i++) d[i] = through_activation(ACTIVATION_GELU_TANH, d[i], x[i]);
+  else if (kind == ACTIVATION_GELU_ERF)
+    for (int i = 0; i < N; i++) d[i] = through_activation(ACTIVATION_GELU_ERF, d[i], x[i]);
 }

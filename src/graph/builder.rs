@@ -5,6 +5,7 @@
 
 mod ops;
 
+use super::fuse;
 use super::graph::{Graph, Input, Layer, Node, Parameter, Source, State, Value, ValueInfo};
 use super::kinds::{Init, Mode};
 use super::op::{Op, Window};
@@ -109,7 +110,7 @@ impl Builder {
         Ok(outputs[0])
     }
 
-    /// The finished forward graph.
+    /// The finished forward graph, with residuals fused into the linear layers that they are added to.
     ///
     /// # Errors
     /// When no layer was traced.
@@ -118,6 +119,7 @@ impl Builder {
             return Err(Error::bad("a model needs at least one layer"));
         }
         self.graph.logits = self.graph.logits.or(self.graph.layers.last().and_then(|l| l.output));
+        fuse::residuals(&mut self.graph);
         self.graph.forward_nodes = self.graph.nodes.len();
         Ok(self.graph)
     }

@@ -18,6 +18,8 @@ pub enum Family {
     GemmActivation,
     /// The product that is its input's gradient.
     GemmGradInput,
+    /// That with the gradient of a transcendental function fused behind it.
+    GemmGradActivation,
     /// The product that is its weight's gradient.
     GemmGradWeight,
     /// Fused attention.
@@ -59,10 +61,11 @@ pub enum Work {
 
 impl Family {
     /// Every family.
-    pub const ALL: [Family; 17] = [
+    pub const ALL: [Family; 18] = [
         Family::Gemm,
         Family::GemmActivation,
         Family::GemmGradInput,
+        Family::GemmGradActivation,
         Family::GemmGradWeight,
         Family::Attention,
         Family::AttentionGrad,
@@ -85,6 +88,7 @@ impl Family {
             Family::Gemm
             | Family::GemmActivation
             | Family::GemmGradInput
+            | Family::GemmGradActivation
             | Family::GemmGradWeight
             | Family::Attention
             | Family::AttentionGrad
@@ -144,7 +148,8 @@ pub fn cost(graph: &Graph, node: &Node) -> Cost {
             let family = match node.op {
                 Op::Linear { activation: Activation::None | Activation::Relu, .. } => Family::Gemm,
                 Op::Linear { .. } => Family::GemmActivation,
-                _ => Family::GemmGradInput,
+                Op::LinearGradInput { activation: Activation::None | Activation::Relu, .. } => Family::GemmGradInput,
+                _ => Family::GemmGradActivation,
             };
             (family, 2.0 * out() * shape(0).cols() as f64)
         }

@@ -7,6 +7,7 @@
 //! A value's gradient has the value's element type, a parameter's the wide one ([`DType::wide`]): what comes in another is converted by
 //! a copy before it is added.
 
+use super::fuse;
 use super::gradient;
 use super::graph::{Graph, Node, ParameterGradient, Source, Value, ValueInfo};
 use super::op::Op;
@@ -32,6 +33,7 @@ pub fn differentiate(graph: &mut Graph) -> Result<()> {
     }
     sweep.graph.parameter_gradients.reverse();
     drop_unused(graph);
+    fuse::activation_gradients(graph);
     Ok(())
 }
 
@@ -229,20 +231,5 @@ fn drop_unused(graph: &mut Graph) {
             }
         }
     }
-    let mut moved = vec![0usize; graph.nodes.len()];
-    let mut next = 0;
-    for (n, &kept) in keep.iter().enumerate() {
-        moved[n] = next;
-        next += usize::from(kept);
-    }
-    let mut n = 0;
-    graph.nodes.retain(|_| {
-        n += 1;
-        keep[n - 1]
-    });
-    for info in &mut graph.values {
-        if let Source::Node { node, .. } = &mut info.source {
-            *node = moved[*node];
-        }
-    }
+    graph.keep_nodes(&keep);
 }

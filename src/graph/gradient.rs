@@ -34,7 +34,9 @@ pub(super) fn emit(s: &mut Sweep, op: &Op, inputs: &[Value], outputs: &[Value], 
             }
             s.contribute(inputs[0], d);
         }
-        Op::Linear { activation, layout } => {
+        Op::Linear { activation, layout, residual } => {
+            let (inputs, residual) = inputs.split_at(inputs.len() - usize::from(*residual));
+            residual.iter().for_each(|&v| s.contribute(v, d));
             let d_pre = if *activation == Activation::None {
                 d
             } else {
@@ -53,7 +55,8 @@ pub(super) fn emit(s: &mut Sweep, op: &Op, inputs: &[Value], outputs: &[Value], 
             }
             if s.wants(inputs[0]) {
                 let of = shape(s, inputs[0]);
-                let d_x = s.push_one(Op::LinearGradInput { layout: *layout }, vec![d_pre, inputs[1]], of);
+                let op = Op::LinearGradInput { layout: *layout, activation: Activation::None };
+                let d_x = s.push_one(op, vec![d_pre, inputs[1]], of);
                 s.contribute(inputs[0], d_x);
             }
         }

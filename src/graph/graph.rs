@@ -121,7 +121,7 @@ pub struct ParameterGradient {
 /// A traced model, and after [`super::differentiate`] its gradient.
 ///
 /// Nodes are in an order in which every input precedes its use: the forward pass layer by layer, up to `forward_nodes`, then the backward
-/// pass from the last layer to the first. Forward nodes' indices key the random numbers, so they number the whole model whatever the cut.
+/// pass from the last layer to the first. The numbers that forward nodes were traced under key the random numbers, whatever the cut.
 #[derive(Clone, Debug, Default)]
 pub struct Graph {
     /// Element type of weights and activations. What is summed up beside them is [`DType::wide`].
@@ -179,6 +179,26 @@ impl Graph {
         match self.info(self.root(value)).source {
             Source::Node { node, .. } => Some(node),
             _ => None,
+        }
+    }
+
+    /// Removes the nodes that are not to be kept; nobody may read what they compute.
+    pub(super) fn keep_nodes(&mut self, keep: &[bool]) {
+        let mut moved = vec![0usize; self.nodes.len()];
+        let mut next = 0;
+        for (n, &kept) in keep.iter().enumerate() {
+            moved[n] = next;
+            next += usize::from(kept);
+        }
+        let mut n = 0;
+        self.nodes.retain(|_| {
+            n += 1;
+            keep[n - 1]
+        });
+        for info in &mut self.values {
+            if let Source::Node { node, .. } = &mut info.source {
+                *node = moved[*node];
+            }
         }
     }
 

@@ -7,6 +7,7 @@ mod builder;
 mod cost;
 mod custom;
 mod differentiate;
+mod fuse;
 mod gradient;
 #[expect(clippy::module_inception, reason = "the graph itself is this module's first noun")]
 mod graph;

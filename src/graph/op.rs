@@ -24,17 +24,21 @@ pub enum Op {
     AddPosition,
     /// d_out (B, T, C) -> d_table (P, C); rows from T on get 0.
     AddPositionGrad,
-    /// x (.., K), weight, (bias (N)) -> out (.., N), (pre (.., N): before the activation).
+    /// x (.., K), weight, (bias (N)), (residual (.., N)) -> out (.., N), (pre (.., N): before the activation).
     Linear {
         /// Fused after the bias.
         activation: Activation,
         /// Of the weight.
         layout: WeightLayout,
+        /// A residual is the last input, added after the bias. There is none with an activation.
+        residual: bool,
     },
-    /// d_pre (.., N), weight -> d_x (.., K).
+    /// d_pre (.., N), weight, (pre (.., K)) -> d_x (.., K).
     LinearGradInput {
         /// Of the weight.
         layout: WeightLayout,
+        /// What x came from, if it was an activation of the last input: then the output is the gradient of that.
+        activation: Activation,
     },
     /// x (.., K), d_pre (.., N) -> d_weight.
     LinearGradWeight {
@@ -283,19 +287,20 @@ impl Op {
         }
     }
 
-    /// The input over which output 0 may be written when that input dies here.
-    pub fn in_place_input(&self) -> Option<usize> {
-        matches!(
-            self,
+    /// The input over which output 0 may be written when that input dies here, of an op with so many inputs.
+    pub fn in_place_input(&self, inputs: usize) -> Option<usize> {
+        match self {
             Op::Activation(_)
-                | Op::ActivationGrad(_)
-                | Op::Add
-                | Op::Dropout { .. }
-                | Op::AddPosition
-                | Op::Rotary(_)
-                | Op::CrossEntropyGrad
-        )
-        .then_some(0)
+            | Op::ActivationGrad(_)
+            | Op::Add
+            | Op::Dropout { .. }
+            | Op::AddPosition
+            | Op::Rotary(_)
+            | Op::CrossEntropyGrad => Some(0),
+            Op::Linear { residual, .. } if *residual => Some(inputs - 1),
+            Op::LinearGradInput { activation, .. } if *activation != Activation::None => Some(inputs - 1),
+            _ => None,
+        }
     }
 
     /// Whether the output may be added to what is there, so that it can be a parameter's gradient over microbatches.

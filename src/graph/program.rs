@@ -430,7 +430,11 @@ impl<'a> Slice<'a> {
         at: usize,
     ) -> Option<(Instance, usize)> {
         let node = &self.graph.nodes[n];
-        let first = node.op.in_place_input()?;
+        let first = node.op.in_place_input(node.inputs.len())?;
+        // On the host, which writes a product before it reads what joins it, that would only cost a copy.
+        if matches!(node.op, Op::Linear { .. } | Op::LinearGradInput { .. }) && !self.graph.scratch {
+            return None;
+        }
         let operands: &[usize] = if node.op == Op::Add { &[0, 1] } else { &[first] };
         operands.iter().copied().find_map(|operand| {
             let root = self.graph.root(node.inputs[operand]);

@@ -136,8 +136,26 @@ fn linears(t: &mut Table) {
                         move |s| linear(s, [rows, inputs, outputs], layout, activation, bias),
                     );
                 }
+                for sizes in [[2, 1, 1], [5, 31, 33], [33, 7, 3]] {
+                    let [rows, inputs, outputs] = sizes;
+                    let name = format!("linear {rows}x{inputs}x{outputs} {layout:?}");
+                    if activation == Activation::None {
+                        t.add(format!("{name} residual bias {bias}"), move |s| residual(s, sizes, layout, bias));
+                    } else {
+                        t.add(format!("{name} after {activation:?} bias {bias}"), move |s| {
+                            after(s, sizes, layout, activation, bias)
+                        });
+                    }
+                }
             }
         }
+        t.add(format!("linear {layout:?} residual, no rows"), move |s| residual(s, [0, 3, 4], layout, true)).flat =
+            true;
+        t.add(format!("linear {layout:?} residual, no inputs"), move |s| residual(s, [4, 0, 3], layout, true));
+        t.add(format!("linear {layout:?} after, no outputs"), move |s| {
+            after(s, [4, 3, 0], layout, Activation::GeluTanh, true)
+        })
+        .flat = true;
         t.add(format!("linear {layout:?} no rows"), move |s| {
             linear(s, [0, 3, 4], layout, Activation::GeluTanh, true)
         })
@@ -160,6 +178,29 @@ pub fn linear(
     let weight = s.leaf("weight", shape)?;
     let bias = if bias { Some(s.leaf("bias", [outputs])?) } else { None };
     s.b.linear(x, weight, bias, act, layout)
+}
+
+/// A linear layer to which something is added.
+pub fn residual(s: &mut Body, [rows, inputs, outputs]: [usize; 3], layout: WeightLayout, bias: bool) -> Result<Value> {
+    let r = s.leaf("residual", [rows, outputs])?;
+    let y = linear(s, [rows, inputs, outputs], layout, Activation::None, bias)?;
+    s.b.add(r, y)
+}
+
+/// A linear layer whose input comes from an activation.
+pub fn after(
+    s: &mut Body,
+    [rows, inputs, outputs]: [usize; 3],
+    layout: WeightLayout,
+    act: Activation,
+    bias: bool,
+) -> Result<Value> {
+    let x = s.leaf("x", [rows, inputs])?;
+    let x = s.b.activation(x, act)?;
+    let shape = if layout == WeightLayout::InOut { [inputs, outputs] } else { [outputs, inputs] };
+    let weight = s.leaf("weight", shape)?;
+    let bias = if bias { Some(s.leaf("bias", [outputs])?) } else { None };
+    s.b.linear(x, weight, bias, Activation::None, layout)
 }
 
 fn elementwise(t: &mut Table) {

@@ -84,9 +84,9 @@ impl Machine {
         Machine::on(&spec, graph, cut, microbatches)
     }
 
-    /// The same on any device.
+    /// The same on any device. A graph that says so is placed for a device whose kernels want scratch in any case.
     pub fn on(spec: &DeviceSpec, mut graph: Graph, cut: Cut, microbatches: usize) -> Machine {
-        graph.scratch = spec.wants_scratch();
+        graph.scratch |= spec.wants_scratch();
         let layout = ModelLayout::new(&graph);
         let dtype = graph.float;
         let mut tape = Tape::default();

@@ -53,6 +53,12 @@ fn check(case: &Case, computed: bool) {
     let out = single.run(&weights, &inputs, &[0]);
     near(&format!("{what}: f32"), &machine, &sums(&single, &out), &gradients, F32_TOLERANCE);
 
+    // As for kernels, which may write a product over what joins it.
+    let mut placed = graph(DType::F32);
+    placed.scratch = true;
+    let mut placed = Machine::new(placed, Cut { recompute: true, ..Cut::whole(2) }, 1);
+    assert_eq!(placed.run(&weights, &inputs, &[0]), out, "{what}: placed as for kernels");
+
     // A maximum of sums is another one's once they are rounded.
     if computed && case.family() == "max_pool" {
         return;

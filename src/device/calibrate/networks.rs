@@ -56,6 +56,8 @@ fn transformer(float: DType, batch: usize, len: usize, width: usize, heads: usiz
         let h = linear(b, h, "down", 4 * width, width, Activation::None)?;
         let h = b.dropout(h, 0.1)?;
         let x = b.add(x, h)?;
+        // By itself, with a gradient that is no product's.
+        let x = b.activation(x, Activation::GeluTanh)?;
         let n = norm(b, x, "norm 3", width)?;
         b.linear(n, table, None, Activation::None, WeightLayout::OutIn)
     })?;

@@ -23,6 +23,7 @@ pub(super) fn grad(q: &mut Queue, o: &Operands, kind: Activation) -> Result<()> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::cuda::gemm::ACTIVATION_GRAD;
 
     #[test]
     fn kernels_number_the_kinds_alike() {
@@ -35,5 +36,6 @@ mod tests {
         ] {
             assert!(header.contains(&format!("ACTIVATION_{name} = {}", kind as usize)), "{name}");
         }
+        assert!(header.contains(&format!("ACTIVATION_GRAD = {ACTIVATION_GRAD}")));
     }
 }

@@ -14,6 +14,9 @@ use plan::{GemmPlan, HOPPER_STEP, Path, Precision, plan};
 /// Threads, and elements, of a block of `gemm_finish`.
 const FINISH_BLOCK: usize = 256;
 
+/// What kernels add to the number of an activation whose gradient is meant.
+pub(super) const ACTIVATION_GRAD: usize = 4;
+
 /// A matrix in memory.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Matrix {
@@ -23,7 +26,7 @@ pub(super) struct Matrix {
     pub pitch: usize,
 }
 
-/// A product: `out (m, n) = act(a b + bias)`.
+/// A product: `out (m, n) = act(a b + bias)`, `a b + bias + residual`, or `(a b) act'(pre)`.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Product {
     /// How a and b are stored.
@@ -40,10 +43,14 @@ pub(super) struct Product {
     pub bias: Ptr,
     /// After the bias.
     pub activation: Activation,
+    /// Whether its gradient is meant: `pre` is read, and the product is the gradient of what the activation gave.
+    pub backward: bool,
     /// (m, n), of the inputs' type; f32 for tn, which makes parameters' gradients.
     pub out: Matrix,
-    /// (m, n), of out's type and pitch: what the activation is given; or null.
+    /// (m, n), of out's type and pitch: what the activation is given; or null. Where it is read, it may be out's own place.
     pub pre: Ptr,
+    /// (m, n), of out's type and pitch: added after the bias; or null. It may be out's own place. There is none with an activation or an accumulator.
+    pub residual: Ptr,
     /// 1 where out is an accumulator.
     pub accumulator: usize,
     /// [`crate::graph::product_bytes`] bytes.
@@ -65,6 +72,10 @@ pub(super) fn launch(q: &mut Queue, p: &Product) -> Result<()> {
 
 /// Queues a product that was planned.
 fn launch_as(q: &mut Queue, p: &Product, plan: &GemmPlan) -> Result<()> {
+    debug_assert!(
+        p.residual == Ptr::NULL || p.accumulator == 0 && p.activation == Activation::None && p.form != Form::Tn,
+        "a residual beside what it cannot be beside"
+    );
     let Sizes { m, n, k } = p.sizes;
     let parts = plan.parts.parts;
     let partials = if parts > 1 { p.scratch } else { Ptr::NULL };
@@ -78,7 +89,8 @@ fn launch_as(q: &mut Queue, p: &Product, plan: &GemmPlan) -> Result<()> {
         Path::HopperShifted => product.ptr(p.a.at).map(&right_map(q, p, plan)?),
         _ => product.ptr(p.a.at).ptr(p.b.at),
     };
-    let product = product.ptr(p.bias).ptr(q.now).int(p.accumulator).int(p.activation as usize);
+    let activation = p.activation as usize + if p.backward { ACTIVATION_GRAD } else { 0 };
+    let product = product.ptr(p.bias).ptr(p.residual).ptr(q.now).int(p.accumulator).int(activation);
     let product = product.int(m).int(n).int(k).int(plan.parts.k);
     q.launch(match plan.path {
         // f32 has no padded rows.
@@ -90,8 +102,8 @@ fn launch_as(q: &mut Queue, p: &Product, plan: &GemmPlan) -> Result<()> {
         return Ok(());
     }
     let finish = Launch::new(plan.finish, [(m * n).div_ceil(FINISH_BLOCK), 1, 1], FINISH_BLOCK as u32);
-    let finish = finish.ptr(p.out.at).ptr(p.pre).ptr(partials).ptr(p.bias).ptr(q.now);
-    q.launch(finish.int(p.accumulator).int(p.activation as usize).int(parts).int(m).int(n).int(p.out.pitch))
+    let finish = finish.ptr(p.out.at).ptr(p.pre).ptr(partials).ptr(p.bias).ptr(p.residual).ptr(q.now);
+    q.launch(finish.int(p.accumulator).int(activation).int(parts).int(m).int(n).int(p.out.pitch))
 }
 
 /// A descriptor of a for `gemm_hopper.cu`.

@@ -9,25 +9,37 @@ use super::operands::Operands;
 use crate::base::Result;
 use crate::graph::{Activation, WeightLayout};
 
-/// x (M, K), weight, bias (N) or none -> out (M, N) = act(x W + bias), pre (M, N) where it is wanted.
-pub(super) fn forward(q: &mut Queue, o: &Operands, activation: Activation, layout: WeightLayout) -> Result<()> {
+/// x (M, K), weight, bias (N) or none -> out (M, N) = act(x W + bias), pre (M, N) where it is wanted. A `residual` (M, N), the last input, is
+/// added after the bias.
+pub(super) fn forward(
+    q: &mut Queue,
+    o: &Operands,
+    activation: Activation,
+    layout: WeightLayout,
+    residual: bool,
+) -> Result<()> {
     let (m, k) = o.rows_cols(0);
     let form = match layout {
         WeightLayout::InOut => Form::Nn,
         WeightLayout::OutIn => Form::Nt,
     };
     let product = product(o, form, Sizes { m, n: o.out_cols(), k }, [0, 1]);
-    gemm::launch(q, &Product { bias: o.optional_input(2), activation, pre: o.optional_output(1), ..product })
+    let inputs = o.step.inputs.len() - usize::from(residual);
+    let bias = if inputs > 2 { o.input(2) } else { Ptr::NULL };
+    let residual = if residual { o.input(inputs) } else { Ptr::NULL };
+    gemm::launch(q, &Product { bias, activation, pre: o.optional_output(1), residual, ..product })
 }
 
-/// d_pre (M, N), weight -> d_x (M, K) = d_pre W^T.
-pub(super) fn grad_input(q: &mut Queue, o: &Operands, layout: WeightLayout) -> Result<()> {
+/// d_pre (M, N), weight -> d_x (M, K) = d_pre W^T; with an activation, pre (M, K) too -> d_x = (d_pre W^T) act'(pre).
+pub(super) fn grad_input(q: &mut Queue, o: &Operands, layout: WeightLayout, activation: Activation) -> Result<()> {
     let (m, k) = o.rows_cols(0);
     let form = match layout {
         WeightLayout::InOut => Form::Nt,
         WeightLayout::OutIn => Form::Nn,
     };
-    gemm::launch(q, &product(o, form, Sizes { m, n: o.out_cols(), k }, [0, 1]))
+    let product = product(o, form, Sizes { m, n: o.out_cols(), k }, [0, 1]);
+    let backward = activation != Activation::None;
+    gemm::launch(q, &Product { activation, backward, pre: o.optional_input(2), ..product })
 }
 
 /// x (M, K), d_pre (M, N) -> d_weight = x^T d_pre (K, N), or d_pre^T x (N, K).
@@ -57,8 +69,10 @@ fn product(o: &Operands, form: Form, sizes: Sizes, inputs: [usize; 2]) -> Produc
         b,
         bias: Ptr::NULL,
         activation: Activation::None,
+        backward: false,
         out: Matrix { at: o.output(0), pitch: o.out_pitch() },
         pre: Ptr::NULL,
+        residual: Ptr::NULL,
         accumulator: o.accumulator(0),
         scratch: o.scratch(),
     }

@@ -1,9 +1,10 @@
 //! The linear layer: act(x W + b), and its gradients.
 //!
 //! Sizes: `rows` (all leading axes of x), `inputs`, `outputs`. The weight is (inputs, outputs) or (outputs, inputs). Bias and
-//! activation are one pass over the product.
+//! activation or residual are one pass over the product, and so is the gradient of an activation before the layer: of that pass each element
+//! has the bits that it has of ops by themselves.
 
-use super::activation::{GeluErf, GeluTanh, Identity, Relu};
+use super::activation::{self, GeluErf, GeluTanh, Identity, Relu};
 use super::gemm::{Matrix, Threads, gemm};
 use super::parallel::{Unary, expect_len, rows_per_chunk, vector_fn};
 use super::real::Real;
@@ -11,16 +12,18 @@ use super::reduce;
 use crate::graph::kinds::{Activation, WeightLayout};
 use rayon::prelude::*;
 
-/// `out (rows, outputs) = act(x (rows, inputs) W + bias (outputs))`. `pre`, where given, gets what the activation was given.
+/// `out (rows, outputs) = act(x (rows, inputs) W + bias (outputs))`. `pre`, where given, gets what the activation was given. A `residual` (rows,
+/// outputs) is added last; an activation has none.
 ///
 /// # Panics
-/// When a length does not fit the sizes.
+/// When a length does not fit the sizes, or there is an activation and a residual.
 pub fn forward<T: Real>(
     out: &mut [T],
     mut pre: Option<&mut [T]>,
     x: &[T],
     weight: &[T],
     bias: Option<&[T]>,
+    residual: Option<&[T]>,
     activation: Activation,
     layout: WeightLayout,
     rows: usize,
@@ -39,6 +42,11 @@ pub fn forward<T: Real>(
     let product = pre.as_deref_mut().unwrap_or(out);
     let weight = weight_matrix(weight, layout, inputs, outputs);
     gemm(product, outputs, Matrix::rows(x, inputs), weight, [rows, outputs, inputs], false, Threads::All);
+    if let Some(residual) = residual {
+        expect_len("linear", "residual", residual.len(), rows * outputs);
+        assert!(activation == Activation::None && pre.is_none(), "linear: a residual beside an activation");
+        return finish_residual(out, residual, bias, outputs);
+    }
     match activation {
         Activation::None => finish::<T, Identity>(out, pre, bias, outputs),
         Activation::Relu => finish::<T, Relu>(out, pre, bias, outputs),
@@ -47,7 +55,8 @@ pub fn forward<T: Real>(
     }
 }
 
-/// `d_x (rows, inputs) = d_y (rows, outputs) W^T`.
+/// `d_x (rows, inputs) = d_y (rows, outputs) W^T`; where x came from an activation, given what that was given (rows, inputs), `d_x` is the
+/// gradient of that: `(d_y W^T) act'(pre)`.
 ///
 /// # Panics
 /// When a length does not fit the sizes.
@@ -55,6 +64,7 @@ pub fn grad_input<T: Real>(
     d_x: &mut [T],
     d_y: &[T],
     weight: &[T],
+    before: Option<(&[T], Activation)>,
     layout: WeightLayout,
     rows: usize,
     inputs: usize,
@@ -65,6 +75,9 @@ pub fn grad_input<T: Real>(
     expect_len("linear grad_input", "weight", weight.len(), inputs * outputs);
     let weight = weight_matrix(weight, layout, inputs, outputs).transposed();
     gemm(d_x, inputs, Matrix::rows(d_y, outputs), weight, [rows, inputs, outputs], false, Threads::All);
+    if let Some((pre, activation)) = before {
+        activation::grad(d_x, None, pre, activation);
+    }
 }
 
 /// `d_w = x^T d_y` in the weight's layout, or `d_w +=` that with `accumulate`.
@@ -128,6 +141,36 @@ fn finish<T: Real, F: Unary<T>>(out: &mut [T], pre: Option<&mut [T]>, bias: Opti
     }
 }
 
+/// Adds the bias to the product in `out`, and then the residual.
+fn finish_residual<T: Real>(out: &mut [T], residual: &[T], bias: Option<&[T]>, cols: usize) {
+    if out.is_empty() {
+        return;
+    }
+    let chunk = rows_per_chunk(cols) * cols;
+    out.par_chunks_mut(chunk)
+        .zip(residual.par_chunks(chunk))
+        .for_each(|(out, residual)| finish_chunk_residual(out, residual, bias));
+}
+
+vector_fn! {
+    fn finish_chunk_residual<T: Real>(out: &mut [T], residual: &[T], bias: Option<&[T]>) {
+        match bias {
+            Some(bias) => {
+                for (out, residual) in out.chunks_exact_mut(bias.len()).zip(residual.chunks_exact(bias.len())) {
+                    for ((out, &residual), &bias) in out.iter_mut().zip(residual).zip(bias) {
+                        *out = (*out + bias) + residual;
+                    }
+                }
+            }
+            None => {
+                for (out, &residual) in out.iter_mut().zip(residual) {
+                    *out += residual;
+                }
+            }
+        }
+    }
+}
+
 vector_fn! {
     fn finish_in_place<T: Real, F: Unary<T>>(out: &mut [T], bias: Option<&[T]>) {
         match bias {
@@ -170,6 +213,7 @@ vector_fn! {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::host::elementwise;
     use crate::device::host::testing::{assert_close, dot, finite_difference, normal, poison, same_in_all_pools};
 
     const LAYOUTS: [WeightLayout; 2] = [WeightLayout::InOut, WeightLayout::OutIn];
@@ -178,13 +222,13 @@ mod tests {
         let (x, w, b) = (normal(rows * inputs, 1), normal(inputs * outputs, 2), normal(outputs, 3));
         let d_y = normal::<T>(rows * outputs, 4);
         let (mut out, mut pre, mut alone) = (poison(rows * outputs), poison(rows * outputs), poison(rows * outputs));
-        forward(&mut out, Some(&mut pre), &x, &w, Some(&b), activation, layout, rows, inputs, outputs);
-        forward(&mut alone, None, &x, &w, Some(&b), activation, layout, rows, inputs, outputs);
+        forward(&mut out, Some(&mut pre), &x, &w, Some(&b), None, activation, layout, rows, inputs, outputs);
+        forward(&mut alone, None, &x, &w, Some(&b), None, activation, layout, rows, inputs, outputs);
         assert_eq!(out, alone, "keeping the pre-activation changes the result");
         let mut plain = poison(rows * outputs);
-        forward(&mut plain, None, &x, &w, None, activation, layout, rows, inputs, outputs);
+        forward(&mut plain, None, &x, &w, None, None, activation, layout, rows, inputs, outputs);
         let (mut d_x, mut d_w, mut d_b) = (poison(rows * inputs), poison(inputs * outputs), poison(outputs));
-        grad_input(&mut d_x, &d_y, &w, layout, rows, inputs, outputs);
+        grad_input(&mut d_x, &d_y, &w, None, layout, rows, inputs, outputs);
         grad_weight(&mut d_w, &x, &d_y, false, layout, rows, inputs, outputs);
         grad_bias(&mut d_b, &d_y, false, rows, outputs);
         let (mut d_w2, mut d_b2) = (d_w.clone(), d_b.clone());
@@ -206,6 +250,43 @@ mod tests {
                         // Sums of up to 130 products of normals, with f32's rounding each.
                         assert_close(got, &want, 1e-5, &format!("{layout:?} {activation:?} {sizes:?}"));
                     }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn fused_ops_have_the_bits_of_two() {
+        for layout in LAYOUTS {
+            for [rows, inputs, outputs] in [[0, 3, 4], [1, 1, 1], [3, 0, 5], [5, 7, 0], [31, 33, 65], [130, 129, 257]] {
+                let (x, w, d_y) = (normal(rows * inputs, 1), normal(inputs * outputs, 2), normal(rows * outputs, 4));
+                let (b, r) = (normal::<f32>(outputs, 3), normal::<f32>(rows * outputs, 5));
+                for bias in [None, Some(&b[..])] {
+                    let run = |out: &mut [f32], residual: Option<&[f32]>| {
+                        forward(out, None, &x, &w, bias, residual, Activation::None, layout, rows, inputs, outputs);
+                    };
+                    let got = same_in_all_pools(|| {
+                        let mut out = poison(rows * outputs);
+                        run(&mut out, Some(&r));
+                        vec![out]
+                    });
+                    let mut want = poison(rows * outputs);
+                    run(&mut want, None);
+                    elementwise::add(&mut want, None, &r);
+                    assert_eq!(got[0], want, "{layout:?} bias {}", bias.is_some());
+                }
+                for activation in [Activation::Relu, Activation::GeluTanh, Activation::GeluErf] {
+                    let pre = normal::<f32>(rows * inputs, 6);
+                    let got = same_in_all_pools(|| {
+                        let mut d_pre = poison(rows * inputs);
+                        grad_input(&mut d_pre, &d_y, &w, Some((&pre, activation)), layout, rows, inputs, outputs);
+                        vec![d_pre]
+                    });
+                    let mut d_x = poison(rows * inputs);
+                    grad_input(&mut d_x, &d_y, &w, None, layout, rows, inputs, outputs);
+                    let mut want = poison(rows * inputs);
+                    activation::grad(&mut want, Some(&d_x), &pre, activation);
+                    assert_eq!(got[0], want, "{layout:?} {activation:?}");
                 }
             }
         }
@@ -235,7 +316,7 @@ mod tests {
             let d_y = normal::<f64>(35, 4);
             let loss = |x: &[f64], w: &[f64], b: &[f64]| {
                 let mut out = poison(35);
-                forward(&mut out, None, x, w, Some(b), Activation::None, layout, rows, inputs, outputs);
+                forward(&mut out, None, x, w, Some(b), None, Activation::None, layout, rows, inputs, outputs);
                 dot(&out, &d_y)
             };
             let got = run::<f64>(layout, Activation::None, [rows, inputs, outputs]);

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::base::DType;
 use crate::device::Scalars;
-use crate::graph::{AREAS, Area, AttentionKind, Buffer, Op, Step, Window};
+use crate::graph::{AREAS, Activation, Area, AttentionKind, Buffer, Op, Step, Window};
 use batchnorm::BatchnormSizes;
 use conv::ConvSizes;
 use pool::PoolSizes;
@@ -50,6 +50,12 @@ impl<'a> Operands<'a> {
     /// Input `i`, or `None` where the output lies over it.
     fn unless_in_place<T: bytemuck::Pod>(&self, i: usize) -> Option<&'a [T]> {
         (!self.is_in_place(i)).then(|| self.input(i))
+    }
+
+    /// Input `i`, for a body that writes output 0 before it reads it: a copy where that lies over it.
+    fn input_to_the_end<T: bytemuck::Pod>(&self, i: usize) -> &'a [T] {
+        let x = self.input(i);
+        if self.is_in_place(i) { widen::kept(self, x) } else { x }
     }
 
     /// Whether output 0 lies over input `i`.
@@ -138,15 +144,18 @@ fn body<T: Real>(o: &Operands, scalars: &Scalars) {
             let &[b, t, c] = o.in_axes(0) else { unreachable!("checked by the builder") };
             elementwise::add_position_grad::<T>(o.output(0), o.input(0), adds(), b, t, o.out_axes(0)[0], c);
         }
-        Op::Linear { activation, layout } => {
+        Op::Linear { activation, layout, residual } => {
             let (rows, inputs) = o.rows_cols(0);
-            let bias = (o.step.inputs.len() > 2).then(|| o.input(2));
+            let operands = o.step.inputs.len() - usize::from(*residual);
+            let bias = (operands > 2).then(|| o.input(2));
+            let residual = residual.then(|| o.input_to_the_end(operands));
             linear::forward::<T>(
                 o.output(0),
                 o.optional_output(1),
                 o.input(0),
                 o.input(1),
                 bias,
+                residual,
                 *activation,
                 *layout,
                 rows,
@@ -154,9 +163,10 @@ fn body<T: Real>(o: &Operands, scalars: &Scalars) {
                 o.out_cols(),
             );
         }
-        Op::LinearGradInput { layout } => {
+        Op::LinearGradInput { layout, activation } => {
             let (rows, outputs) = o.rows_cols(0);
-            linear::grad_input::<T>(o.output(0), o.input(0), o.input(1), *layout, rows, o.out_cols(), outputs);
+            let pre = (*activation != Activation::None).then(|| (o.input_to_the_end(2), *activation));
+            linear::grad_input::<T>(o.output(0), o.input(0), o.input(1), pre, *layout, rows, o.out_cols(), outputs);
         }
         Op::LinearGradWeight { layout } => {
             let (rows, inputs) = o.rows_cols(0);

@@ -1,22 +1,42 @@
 //! f32 copies of an op's bf16 operands: made before its body runs, rounded back after it.
 //!
 //! The copies lie end to end in memory of the device's own, inputs first, each at a multiple of [`ALIGNMENT`]; where output 0 lies over an
-//! input, their copies are one. That memory is the host device's way to compute in bf16 at all; no budget counts it.
+//! input, their copies are one. Behind them is room for an input that a product is written over. That memory is the host device's way to compute
+//! in bf16 at all, and to run programs that were placed for other devices; no budget counts it.
 
 use super::memory::Block;
 use super::ops::Operands;
 use super::parallel::{CHUNK, simd};
 use crate::base::{DType, align_up};
-use crate::graph::{ALIGNMENT, Buffer, Program, Step};
+use crate::graph::{ALIGNMENT, Buffer, Op, Program, Step};
 use half::bf16;
 use rayon::prelude::*;
 
 /// Bytes of copies that the hungriest op of `program` needs.
 pub(super) fn program_bytes(program: &Program) -> u64 {
-    let of = |step: &Step| {
-        step.inputs.iter().map(copy_bytes).sum::<u64>() + step.outputs.iter().flatten().map(copy_bytes).sum::<u64>()
-    };
-    program.steps.iter().map(of).max().unwrap_or(0)
+    program.steps.iter().map(|step| copies_bytes(step) + kept_bytes(step)).max().unwrap_or(0)
+}
+
+/// Bytes of the copies of a step's operands.
+fn copies_bytes(step: &Step) -> u64 {
+    step.inputs.iter().map(copy_bytes).sum::<u64>() + step.outputs.iter().flatten().map(copy_bytes).sum::<u64>()
+}
+
+/// Bytes of an input that a product is written over before it is read.
+fn kept_bytes(step: &Step) -> u64 {
+    let product = matches!(step.op, Op::Linear { .. } | Op::LinearGradInput { .. });
+    let over = step.op.in_place_input(step.inputs.len()).filter(|_| product).map(|i| &step.inputs[i]);
+    let out = step.outputs.first().and_then(Option::as_ref);
+    let in_place = over.zip(out).filter(|(x, out)| (x.area, x.offset) == (out.area, out.offset));
+    in_place.map_or(0, |(x, _)| x.shape.elems() as u64 * x.dtype.bytes().max(4))
+}
+
+/// A copy of input `x`, for a body that writes output 0 over it before it reads it.
+pub(super) fn kept<'a, T: bytemuck::Pod>(o: &Operands<'a>, x: &[T]) -> &'a [T] {
+    // SAFETY: it lies behind the copies of the op's operands, and is asked for once.
+    let kept = bytemuck::cast_slice_mut(unsafe { o.wide.slice_mut(copies_bytes(o.step), size_of_val(x) as u64) });
+    kept.copy_from_slice(x);
+    kept
 }
 
 /// Bytes that the copy of `buffer` takes: none where it has no copy.
@@ -31,7 +51,7 @@ pub(super) fn input_at(o: &Operands, i: usize) -> u64 {
 
 /// Where the copy of output `i` begins.
 pub(super) fn output_at(o: &Operands, i: usize) -> u64 {
-    match o.step.op.in_place_input() {
+    match o.step.op.in_place_input(o.step.inputs.len()) {
         Some(input) if i == 0 && o.is_in_place(input) => input_at(o, input),
         _ => input_at(o, o.step.inputs.len()) + o.step.outputs[..i].iter().flatten().map(copy_bytes).sum::<u64>(),
     }

@@ -77,7 +77,7 @@ impl Builder {
         if activation != Activation::None {
             outputs.push(shape);
         }
-        Ok(self.node(Op::Linear { activation, layout }, inputs, outputs)?[0])
+        Ok(self.node(Op::Linear { activation, layout, residual: false }, inputs, outputs)?[0])
     }
 
     /// An activation on its own.

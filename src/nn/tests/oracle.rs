@@ -54,7 +54,8 @@ pub fn run(graph: &Graph, named: &mut Named) -> Run {
                 let sample = shape(0)[1] * shape(0)[2];
                 vec![x[0].iter().enumerate().map(|(i, v)| v + x[1][i % sample]).collect()]
             }
-            Op::Linear { activation, layout } => {
+            Op::Linear { activation, layout, residual } => {
+                let operands = x.len() - usize::from(*residual);
                 let (k, n) = (*shape(0).last().unwrap(), *out.last().unwrap());
                 let mut pre = Vec::new();
                 for row in x[0].chunks(k) {
@@ -63,11 +64,15 @@ pub fn run(graph: &Graph, named: &mut Named) -> Run {
                             WeightLayout::InOut => x[1][i * n + j],
                             WeightLayout::OutIn => x[1][j * k + i],
                         };
-                        let bias = x.get(2).map_or(0.0, |bias| bias[j]);
+                        let bias = if operands > 2 { x[2][j] } else { 0.0 };
                         pre.push(bias + (0..k).map(|i| row[i] * weight(i)).sum::<f64>());
                     }
                 }
-                vec![pre.iter().map(|&v| activate(*activation, v)).collect()]
+                let mut out: Vec<f64> = pre.iter().map(|&v| activate(*activation, v)).collect();
+                for added in &x[operands..] {
+                    out.iter_mut().zip(*added).for_each(|(out, v)| *out += v);
+                }
+                vec![out]
             }
             Op::Activation(activation) => vec![x[0].iter().map(|&v| activate(*activation, v)).collect()],
             Op::Add => vec![x[0].iter().zip(x[1]).map(|(a, b)| a + b).collect()],

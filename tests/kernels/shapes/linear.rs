@@ -1,6 +1,6 @@
 //! Products: every tail of every tile, in both layouts, with and without what is fused behind.
 
-use crate::cases::{Table, linear};
+use crate::cases::{Table, after, linear, residual};
 use hydra::graph::{Activation, WeightLayout};
 
 /// (rows, inputs, outputs): tails of the tiles and of the steps along k, one row, rows of every alignment, a k that is cut.
@@ -25,6 +25,14 @@ pub fn cases(t: &mut Table) {
             let [rows, inputs, outputs] = sizes;
             t.add(format!("linear {rows}x{inputs}x{outputs} {layout:?} {activation:?} bias {bias}"), move |s| {
                 linear(s, sizes, layout, activation, bias)
+            });
+            let bias = (i + j) % 2 > 0;
+            t.add(format!("linear {rows}x{inputs}x{outputs} {layout:?} residual bias {bias}"), move |s| {
+                residual(s, sizes, layout, bias)
+            });
+            let before = activations[1 + (i + j) % 3];
+            t.add(format!("linear {rows}x{inputs}x{outputs} {layout:?} after {before:?}"), move |s| {
+                after(s, sizes, layout, before, false)
             });
         }
     }

@@ -71,10 +71,23 @@ fn transposed(from: &[i32], rows: usize, cols: usize) -> Vec<i32> {
     (0..cols).flat_map(|c| (0..rows).map(move |r| from[r * cols + c])).collect()
 }
 
+/// What becomes of sums.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum End {
+    /// The bias is added, and ReLU of that is taken; both are kept.
+    Activation,
+    /// Bias and residual are added, the output in a place of its own or over the residual.
+    Residual { in_place: bool },
+    /// They go back through a ReLU, likewise.
+    Gradient { in_place: bool },
+    /// They are added to an accumulator in f32.
+    Accumulator,
+}
+
 /// One product by tiles so wide, with k in parts of `k_part`.
-fn check(form: Form, width: usize, k_part: usize, seed: u32) {
+fn check(form: Form, end: End, width: usize, k_part: usize, seed: u32) {
     let Sizes { m, n, k } = SIZES;
-    let what = format!("{form:?}, width {width}, parts of {k_part}, seed {seed}");
+    let what = format!("{form:?}, {end:?}, width {width}, parts of {k_part}, seed {seed}");
     let mut state = seed + width as u32;
     // One factor in three is not 0: sums stay far below 256.
     let sparse = |state: &mut u32, count| {
@@ -83,7 +96,8 @@ fn check(form: Form, width: usize, k_part: usize, seed: u32) {
     };
     let (a, b) = (sparse(&mut state, m * k), sparse(&mut state, k * n));
     let (bias, old) = (draw(&mut state, n, 9), draw(&mut state, m * n, 9));
-    let gradient = form == Form::Tn;
+    let gradient = end == End::Accumulator;
+    let in_place = matches!(end, End::Residual { in_place: true } | End::Gradient { in_place: true });
 
     let mut driver = Emulated::new(90, seed).expect("an emulator");
     let out_dtype = if gradient { DType::F32 } else { DType::Bf16 };
@@ -93,7 +107,8 @@ fn check(form: Form, width: usize, k_part: usize, seed: u32) {
     let right = Tensor::new(&mut driver, DType::Bf16, stored_b);
     let biases = Tensor::new(&mut driver, DType::Bf16, bias.clone());
     let out = Tensor::new(&mut driver, out_dtype, old.clone());
-    let pre = Tensor::new(&mut driver, out_dtype, vec![99; m * n]);
+    let other = Tensor::new(&mut driver, out_dtype, if end == End::Activation { vec![99; m * n] } else { old.clone() });
+    let beside = if in_place { out.ptr() } else { other.ptr() };
     let scratch = Tensor::new(&mut driver, DType::F32, vec![99; m * n * k.div_ceil(k_part)]);
 
     let product = Product {
@@ -102,10 +117,12 @@ fn check(form: Form, width: usize, k_part: usize, seed: u32) {
         dtype: DType::Bf16,
         a: left.rows(if form == Form::Tn { m } else { k }),
         b: right.rows(if form == Form::Nt { k } else { n }),
-        bias: if gradient { Ptr::NULL } else { biases.ptr() },
-        activation: if gradient { Activation::None } else { Activation::Relu },
+        bias: if let End::Activation | End::Residual { .. } = end { biases.ptr() } else { Ptr::NULL },
+        activation: if let End::Activation | End::Gradient { .. } = end { Activation::Relu } else { Activation::None },
+        backward: matches!(end, End::Gradient { .. }),
         out: out.rows(n),
-        pre: if gradient { Ptr::NULL } else { pre.ptr() },
+        pre: if let End::Activation | End::Gradient { .. } = end { beside } else { Ptr::NULL },
+        residual: if let End::Residual { .. } = end { beside } else { Ptr::NULL },
         accumulator: usize::from(gradient),
         scratch: scratch.ptr(),
     };
@@ -123,7 +140,7 @@ fn check(form: Form, width: usize, k_part: usize, seed: u32) {
         driver.wait_a_moment(0.0).unwrap_or_else(|e| panic!("{what}: {e}"));
     }
 
-    let (got, got_pre) = (out.read(), pre.read());
+    let (got, got_other) = (out.read(), other.read());
     for row in 0..m {
         let mut sums = vec![0; n];
         for i in 0..k {
@@ -132,13 +149,14 @@ fn check(form: Form, width: usize, k_part: usize, seed: u32) {
         }
         for (col, sum) in sums.into_iter().enumerate() {
             let at = row * n + col;
-            if gradient {
-                assert_eq!(got[at], (sum + old[at]) as f32, "{what}: ({row}, {col})");
-            } else {
-                let want = sum + bias[col];
-                assert_eq!(got_pre[at], want as f32, "{what}: pre ({row}, {col})");
-                assert_eq!(got[at], want.max(0) as f32, "{what}: ({row}, {col})");
-            }
+            let (want, want_other) = match end {
+                End::Activation => ((sum + bias[col]).max(0), sum + bias[col]),
+                End::Residual { .. } => (sum + bias[col] + old[at], old[at]),
+                End::Gradient { .. } => (if old[at] > 0 { sum } else { 0 }, old[at]),
+                End::Accumulator => (sum + old[at], old[at]),
+            };
+            assert_eq!(got[at], want as f32, "{what}: ({row}, {col})");
+            assert_eq!(got_other[at], want_other as f32, "{what}: the other ({row}, {col})");
         }
     }
 }
@@ -146,11 +164,25 @@ fn check(form: Form, width: usize, k_part: usize, seed: u32) {
 #[test]
 fn tiles_of_every_width_give_the_same() {
     for (seed, width) in [256, 192, 128].into_iter().enumerate() {
+        let whole = SIZES.k.next_multiple_of(64);
         for form in [Form::Nn, Form::Nt, Form::Tn] {
-            for k_part in [SIZES.k.next_multiple_of(64), 256] {
-                check(form, width, k_part, seed as u32);
+            let end = if form == Form::Tn { End::Accumulator } else { End::Activation };
+            for k_part in [whole, 256] {
+                check(form, end, width, k_part, seed as u32);
             }
         }
-        check(Form::Nt, width, SIZES.k.next_multiple_of(64), 7);
+        check(Form::Nt, End::Activation, width, whole, 7);
+    }
+}
+
+#[test]
+fn what_joins_the_sums_does_so_in_tiles_of_every_width() {
+    for (seed, width) in [256, 192, 128].into_iter().enumerate() {
+        for (form, in_place) in [(Form::Nn, false), (Form::Nt, true)] {
+            let whole = SIZES.k.next_multiple_of(64);
+            check(form, End::Residual { in_place }, width, whole, seed as u32);
+            check(form, End::Gradient { in_place }, width, whole, 7 + seed as u32);
+            check(form, End::Gradient { in_place: !in_place }, width, 256, seed as u32);
+        }
     }
 }
