@@ -20,7 +20,8 @@ struct Stretch {
 /// The last users of every byte.
 #[derive(Debug, Default)]
 pub(super) struct Hazards {
-    memories: BTreeMap<Memory, BTreeMap<u64, Stretch>>,
+    /// The host's, then each device's.
+    memories: Vec<BTreeMap<u64, Stretch>>,
     inside: Vec<u64>,
 }
 
@@ -38,7 +39,14 @@ impl Hazards {
         if span.bytes == 0 {
             return;
         }
-        let stretches = self.memories.entry(span.memory).or_default();
+        let memory = match span.memory {
+            Memory::Host => 0,
+            Memory::Device(device) => 1 + usize::from(device),
+        };
+        if self.memories.len() <= memory {
+            self.memories.resize_with(memory + 1, BTreeMap::new);
+        }
+        let stretches = &mut self.memories[memory];
         let mut wait = |id: TaskId| {
             if id != task && !done(id) && !after.contains(&id) {
                 after.push(id);

@@ -99,6 +99,10 @@ pub(super) struct Queue {
     tickets: Vec<Ticket>,
     /// Lanes for which something has changed since they were filled last.
     stirred: Vec<u16>,
+    /// What the task that is added next waits for.
+    after: Vec<TaskId>,
+    /// Empty lists, kept for their memory.
+    spare: Vec<Vec<TaskId>>,
 }
 
 impl Queue {
@@ -125,6 +129,8 @@ impl Queue {
             events: 0,
             tickets: Vec::new(),
             stirred: Vec::new(),
+            after: Vec::new(),
+            spare: Vec::new(),
         }
     }
 
@@ -148,18 +154,18 @@ impl Queue {
         self.entries.is_empty()
     }
 
-    /// Adds a task that reads and writes the given spans.
-    pub fn add(&mut self, order: Order, reads: &[Span], writes: &[Span]) {
+    /// Notes that the task which is added next reads or writes `span`.
+    pub fn access(&mut self, span: Span, write: bool) {
         let id = self.next_id();
         let (entries, first) = (&self.entries, self.first);
         let done = |id: TaskId| id < first || entries[(id - first) as usize].done;
-        let mut after = Vec::new();
-        for &span in reads {
-            self.hazards.access(span, false, id, done, &mut after);
-        }
-        for &span in writes {
-            self.hazards.access(span, true, id, done, &mut after);
-        }
+        self.hazards.access(span, write, id, done, &mut self.after);
+    }
+
+    /// Adds a task, whose accesses have been noted.
+    pub fn add(&mut self, order: Order) {
+        let id = self.next_id();
+        let after = std::mem::replace(&mut self.after, self.spare.pop().unwrap_or_default());
         let mut not_submitted = 0;
         for &dep in &after {
             let entry = &mut self.entries[(dep - self.first) as usize];
@@ -192,7 +198,7 @@ impl Queue {
             not_done: after.len() as u32,
             not_submitted,
             after,
-            dependents: Vec::new(),
+            dependents: self.spare.pop().unwrap_or_default(),
             event: 0,
             waited: (0, 0.0),
         });
@@ -302,7 +308,7 @@ impl Queue {
 
     /// Tells those that wait for a task that it is over; `event`: it ran. Dropped ones among them may be over with that.
     fn release_dependents(&mut self, id: TaskId, event: Option<(u64, f64)>) {
-        let dependents = std::mem::take(&mut self.entries[(id - self.first) as usize].dependents);
+        let mut dependents = std::mem::take(&mut self.entries[(id - self.first) as usize].dependents);
         for &dependent in &dependents {
             let entry = &mut self.entries[(dependent - self.first) as usize];
             entry.not_done -= 1;
@@ -327,12 +333,16 @@ impl Queue {
             }
             self.stir(number);
         }
+        dependents.clear();
+        self.spare.push(dependents);
     }
 
     fn forget_done(&mut self) {
         while self.entries.front().is_some_and(|e| e.done) {
-            self.entries.pop_front();
+            let mut after = self.entries.pop_front().expect("looked at just above").after;
             self.first += 1;
+            after.clear();
+            self.spare.push(after);
         }
     }
 

@@ -314,7 +314,6 @@ impl Engine {
         };
         let check = pending.purpose == Purpose::Check;
         let run = Run { program: Arc::clone(program), device: site.device, bases, scalars, check };
-        let spans = |list: [Option<Span>; 8]| list.into_iter().flatten().filter(|s| s.bytes > 0).collect::<Vec<_>>();
         let order = Order {
             lane: site.lanes.compute,
             task: Task::Run(Box::new(run)),
@@ -325,7 +324,7 @@ impl Engine {
             ends_unit,
         };
         let maker = self.queue.next_id();
-        self.enter(order, &spans(reads), &spans(writes));
+        self.enter(order, reads.into_iter().flatten(), writes.into_iter().flatten());
         let spill = Spill { task: maker + 1, maker };
         if let (Some(place), Some(from)) = (place_out.filter(|_| pass != Pass::Backward), writes[4])
             && plan.choice.activations != BoundaryTier::Device
@@ -373,10 +372,12 @@ impl Engine {
     }
 
     /// Adds a task and books it under its work.
-    fn enter(&mut self, order: Order, reads: &[Span], writes: &[Span]) {
+    fn enter(&mut self, order: Order, reads: impl IntoIterator<Item = Span>, writes: impl IntoIterator<Item = Span>) {
         let member = &mut self.members[usize::from(order.name.model)];
         member.book(order.serial);
-        self.queue.add(order, reads, writes);
+        reads.into_iter().for_each(|span| self.queue.access(span, false));
+        writes.into_iter().for_each(|span| self.queue.access(span, true));
+        self.queue.add(order);
     }
 
     pub(super) fn add(
@@ -391,7 +392,8 @@ impl Engine {
     ) {
         let name = self.name(site, what, s, None);
         let (step, serial) = (site.step, site.serial);
-        self.enter(Order { lane, task, name, serial, step, deadline, ends_unit: false }, reads, writes);
+        let order = Order { lane, task, name, serial, step, deadline, ends_unit: false };
+        self.enter(order, reads.iter().copied(), writes.iter().copied());
     }
 
     /// Adds a copy; its lane follows from where it goes.
@@ -405,9 +407,12 @@ impl Engine {
             (_, Memory::Host) => site.lanes.d2h,
             _ => site.lanes.compute,
         };
-        let (reads, writes): (Vec<Span>, Vec<Span>) = spans.iter().map(|c| (c.from, c.to)).unzip();
+        for CopySpan { from, to } in &spans {
+            self.queue.access(*from, false);
+            self.queue.access(*to, true);
+        }
         let (name, deadline) = (self.name(site, what, s, m), self.sequence);
         let (step, serial, task) = (site.step, site.serial, Task::Copy(spans));
-        self.enter(Order { lane, task, name, serial, step, deadline, ends_unit: false }, &reads, &writes);
+        self.enter(Order { lane, task, name, serial, step, deadline, ends_unit: false }, [], []);
     }
 }
