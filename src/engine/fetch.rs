@@ -2,7 +2,8 @@
 
 use super::Engine;
 use super::rings::Place;
-use super::visit::{Pass, Site};
+use super::site::Site;
+use super::visit::Pass;
 use crate::device::CopySpan;
 use crate::graph::Program;
 use crate::spill::BoundaryTier;

@@ -15,6 +15,7 @@ mod rings;
 mod run;
 mod settle;
 mod simulate;
+mod site;
 mod state;
 mod tables;
 mod turns;

@@ -4,8 +4,8 @@
 //! host's threads, or by the device that has just computed the gradients. The tasks are the same, and so are the bits.
 
 use super::Engine;
+use super::site::Site;
 use super::tables::{Join, Piece};
-use super::visit::Site;
 use crate::device::{Clip, CopySpan, Norm, Span, Task, Update, UpdateRule, norm_scratch_bytes};
 use crate::spill::{Home, update_state_bytes};
 use crate::trace::What;

@@ -4,13 +4,14 @@
 //! order as far as the bytes allow. The visits of a step are F(0) .. F(n-2), the last shard's forward, loss and backward, B(n-2) .. B(0).
 //! A visit may be on another device than the one before: what it needs of that one's it fetches from the host's store.
 
+use super::Engine;
 use super::member::{Pending, Purpose};
 use super::queue::Order;
-use super::rings::{Place, ShardOf, Spill};
-use super::{Engine, Lanes, NO_STEP};
+use super::rings::{Place, Spill};
+use super::site::Site;
 use crate::device::{AdamwRule, CopySpan, Memory, Run, Scalars, SgdRule, Span, Task, UpdateRule};
 use crate::graph::{AREAS, Area, Program};
-use crate::spill::{ArenaMap, BoundaryTier, Model, Plan};
+use crate::spill::BoundaryTier;
 use crate::trace::{TaskName, What};
 use std::ops::Range;
 use std::sync::Arc;
@@ -71,67 +72,7 @@ impl Pending {
     }
 }
 
-/// A model on a device, at work: where its tensors are there, and what the tasks belong to.
-#[derive(Clone)]
-pub(super) struct Site {
-    pub member: usize,
-    pub device: u16,
-    pub model: Arc<Model>,
-    pub plan: Arc<Plan>,
-    pub map: Arc<ArenaMap>,
-    pub rings: usize,
-    pub lanes: Lanes,
-    /// Where the model's part of the host's store begins.
-    pub store: u64,
-    pub step: u64,
-    pub serial: u64,
-}
-
-impl Site {
-    pub fn arena(&self, offset: u64, bytes: u64) -> Span {
-        Span { memory: Memory::Device(self.device), offset, bytes }
-    }
-
-    pub fn store(&self, offset: u64, bytes: u64) -> Span {
-        Span { memory: Memory::Host, offset: self.store + offset, bytes }
-    }
-
-    pub fn shard(&self, shard: usize) -> ShardOf {
-        ShardOf { model: self.member, shard }
-    }
-
-    fn place(&self, boundary: usize, microbatch: usize) -> Place {
-        Place { model: self.member, serial: self.serial, boundary, microbatch }
-    }
-
-    pub fn is_last(&self, shard: usize) -> bool {
-        shard + 1 == self.plan.shards.len()
-    }
-
-    /// Which of the two sets of numbers (losses, norms, inputs) the step uses.
-    pub fn parity(&self) -> usize {
-        (self.step % 2) as usize
-    }
-}
-
 impl Engine {
-    /// A model on a device, for tasks of no step.
-    pub(super) fn site(&self, member: usize, device: u16) -> Site {
-        let m = &self.members[member];
-        Site {
-            member,
-            device,
-            model: Arc::clone(&m.model),
-            plan: Arc::clone(&m.plan),
-            map: Arc::clone(&m.maps[usize::from(device)]),
-            rings: m.rings[usize::from(device)],
-            lanes: self.lanes[usize::from(device)],
-            store: m.store,
-            step: NO_STEP,
-            serial: 0,
-        }
-    }
-
     /// Makes the tasks of a model's next unit, on the device where the shard is at home.
     pub(super) fn expand_at_home(&mut self, member: usize) {
         let m = &self.members[member];

@@ -1,8 +1,8 @@
 //! Launches of `kernels/activation.cu`.
 
 use super::elementwise::pointwise;
-use super::launch::Queue;
 use super::operands::{Operands, pick};
+use super::queue::Queue;
 use crate::base::Result;
 use crate::graph::Activation;
 

@@ -6,8 +6,9 @@
 
 mod choice;
 
-use super::launch::{Launch, Ptr, Queue, Swizzle, TensorMap, TensorMapSpec};
+use super::launch::{Launch, Ptr, Swizzle, TensorMap, TensorMapSpec};
 use super::operands::{Operands, pick};
+use super::queue::Queue;
 use crate::base::{DType, Error, Result, philox};
 use crate::graph::AttentionKind;
 use choice::{DELTA_THREADS, FORWARD_ROWS, HOPPER_BOX, HOPPER_GRAD_TILE, HOPPER_KEYS, Kernel, Path};

@@ -1,7 +1,8 @@
 //! Launches of `kernels/batchnorm.cu`: partial sums, a kernel that joins them, an elementwise pass.
 
-use super::launch::{Launch, Ptr, Queue};
+use super::launch::{Launch, Ptr};
 use super::operands::{Operands, pick};
+use super::queue::Queue;
 use crate::base::{DType, Result};
 use crate::graph::{COLUMN_TILE, ChannelParts, RowParts, channel_parts};
 

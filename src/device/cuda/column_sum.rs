@@ -1,7 +1,8 @@
 //! Launches of `kernels/column_sum.cu`: sums down the columns of a matrix, for every family that needs them.
 
-use super::launch::{Launch, Ptr, Queue};
+use super::launch::{Launch, Ptr};
 use super::operands::pick;
+use super::queue::Queue;
 use crate::base::{DType, Result};
 use crate::graph::{COLUMN_TILE, RowParts, row_parts};
 

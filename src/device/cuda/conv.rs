@@ -7,8 +7,9 @@ mod hopper;
 mod hopper_pointwise;
 mod hopper_weight;
 
-use super::launch::{Launch, Ptr, Queue};
+use super::launch::{Launch, Ptr};
 use super::operands::{Operands, pick};
+use super::queue::Queue;
 use crate::base::{DType, Error, Result};
 use crate::graph::{ConvSizes, ConvTile, RowParts, Window, conv_bias_parts, conv_regions, is_channels_last};
 

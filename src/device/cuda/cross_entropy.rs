@@ -1,7 +1,8 @@
 //! Launches of `kernels/cross_entropy.cu`.
 
-use super::launch::{Launch, Queue};
+use super::launch::Launch;
 use super::operands::{Operands, pick};
+use super::queue::Queue;
 use crate::base::Result;
 
 /// Most threads that take a row.

@@ -1,7 +1,8 @@
 //! Launches an embedder's own kernel, after loading it the first time.
 
-use super::launch::{Launch, Queue};
+use super::launch::Launch;
 use super::operands::Operands;
+use super::queue::Queue;
 use crate::base::{Error, Result, Shape};
 use crate::graph::{CUSTOM_OPERANDS, CustomOp, Number};
 

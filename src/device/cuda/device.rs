@@ -5,8 +5,9 @@
 
 use super::blocks::Blocks;
 use super::driver::{Driver, Mark, Stream};
-use super::launch::{Ptr, Queue};
+use super::launch::Ptr;
 use super::operands::Operands;
+use super::queue::Queue;
 use super::{ops, optimizer};
 use crate::base::{Error, LaneId, LaneKind, Result};
 use crate::device::host::math::{MathConfig, MathLane};

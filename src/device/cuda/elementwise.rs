@@ -1,7 +1,8 @@
 //! Launches of `kernels/elementwise.cu`, and the grid of every elementwise kernel.
 
-use super::launch::{Launch, Queue};
+use super::launch::Launch;
 use super::operands::{Operands, pick};
+use super::queue::Queue;
 use crate::base::philox::drop_below;
 use crate::base::{DType, Error, Result};
 

@@ -1,7 +1,8 @@
 //! Launches of `kernels/embedding.cu`.
 
-use super::launch::{Launch, Ptr, Queue};
+use super::launch::{Launch, Ptr};
 use super::operands::{Operands, pick};
+use super::queue::Queue;
 use crate::base::Result;
 use crate::graph::EmbeddingSort;
 

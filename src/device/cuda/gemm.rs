@@ -6,7 +6,8 @@ mod tests;
 
 pub(super) use plan::{Form, Sizes};
 
-use super::launch::{Launch, Ptr, Queue, Swizzle, TensorMap, TensorMapSpec};
+use super::launch::{Launch, Ptr, Swizzle, TensorMap, TensorMapSpec};
+use super::queue::Queue;
 use crate::base::{DType, Result};
 use crate::graph::Activation;
 use plan::{GemmPlan, HOPPER_STEP, Path, Precision, plan};

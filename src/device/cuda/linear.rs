@@ -4,8 +4,9 @@
 
 use super::column_sum;
 use super::gemm::{self, Form, Matrix, Product, Sizes};
-use super::launch::{Ptr, Queue};
+use super::launch::Ptr;
 use super::operands::Operands;
+use super::queue::Queue;
 use crate::base::Result;
 use crate::graph::{Activation, WeightLayout};
 

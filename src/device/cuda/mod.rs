@@ -1,6 +1,6 @@
 //! The cuda device: our kernels on a GPU, or the same kernels on the emulator.
 //!
-//! One launch file an op family, with the stem of its kernels; `launch` is what a launch is, `driver` the seam under which a GPU or the
+//! One launch file an op family, with the stem of its kernels; `launch` is what a launch is, `queue` where it goes, `driver` the seam under which a GPU or the
 //! emulator stands.
 
 mod activation;
@@ -27,6 +27,7 @@ mod operands;
 mod ops;
 mod optimizer;
 mod pool;
+pub mod queue;
 mod rotary;
 mod transpose;
 

@@ -1,8 +1,9 @@
 //! Launches of `kernels/norm.cu` and `norm_grad.cu`: layernorm, and rmsnorm, which is the same without a mean and a bias.
 
 use super::column_sum;
-use super::launch::{Launch, Ptr, Queue};
+use super::launch::{Launch, Ptr};
 use super::operands::Operands;
+use super::queue::Queue;
 use crate::base::{DType, Result};
 use crate::graph::{NORM_COLUMNS, RowParts, norm_parts};
 

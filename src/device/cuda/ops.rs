@@ -1,7 +1,7 @@
 //! From an op of a program to its family's launch code.
 
-use super::launch::Queue;
 use super::operands::Operands;
+use super::queue::Queue;
 use super::{
     activation, attention, batchnorm, conv, cross_entropy, custom, elementwise, embedding, linear, norm, pool, rotary,
     transpose,

@@ -3,8 +3,9 @@
 //! A launch takes the tensors it works on in its arguments, up to [`SEGMENTS`] of them, so nothing is uploaded and nothing is waited for.
 
 use super::elementwise::{THREADS, pointwise};
-use super::launch::{Launch, Ptr, Queue};
+use super::launch::{Launch, Ptr};
 use super::operands::{Operands, pick};
+use super::queue::Queue;
 use crate::base::{DType, Result};
 use crate::device::host::optimizer::{AdamwConstants, AdamwStep, SUM_BLOCK};
 use crate::device::{AdamwRule, Norm, Segment, SgdRule, Span, Update, UpdateRule};

@@ -1,7 +1,8 @@
 //! Launches of `kernels/pool_tile.cu` where a few rows of a plane fit into shared memory, else of `kernels/pool.cu`.
 
-use super::launch::{Launch, Queue};
+use super::launch::Launch;
 use super::operands::{Operands, pick};
+use super::queue::Queue;
 use crate::base::{Error, Result};
 use crate::graph::Window;
 

@@ -2,8 +2,9 @@
 //!
 //! Which kernel moves what is decided here, by `arrange` and `form_of`: pure functions of axes.
 
-use super::launch::{Launch, Queue};
+use super::launch::Launch;
 use super::operands::Operands;
+use super::queue::Queue;
 use crate::base::{Error, Result};
 
 /// Threads of a block.

@@ -2,7 +2,8 @@
 //!
 //! A tile's pixels are a box of (images, rows, columns), chosen here by shape and number of multiprocessors; sums have one order whatever the box.
 
-use super::super::launch::{BoxMapSpec, Launch, Ptr, Queue};
+use super::super::launch::{BoxMapSpec, Launch, Ptr};
+use super::super::queue::Queue;
 use super::sizes;
 use crate::base::Result;
 use crate::graph::ConvSizes;

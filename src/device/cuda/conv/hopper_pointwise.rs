@@ -1,6 +1,7 @@
 //! Launches of `kernels/conv_hopper_pointwise.cu`: filters of one tap on images as they lie, on the warpgroup products of sm_90a.
 
-use super::super::launch::{BoxMapSpec, Launch, Ptr, Queue, TensorMap};
+use super::super::launch::{BoxMapSpec, Launch, Ptr, TensorMap};
+use super::super::queue::Queue;
 use super::sizes;
 use crate::base::Result;
 use crate::graph::{ConvSizes, Window};

@@ -2,7 +2,8 @@
 //!
 //! Boxes of pixels and parts of them, and so the order of every sum, are chosen by the shape alone.
 
-use super::super::launch::{BoxMapSpec, Launch, Ptr, Queue};
+use super::super::launch::{BoxMapSpec, Launch, Ptr};
+use super::super::queue::Queue;
 use super::sizes;
 use crate::base::Result;
 use crate::graph::ConvSizes;

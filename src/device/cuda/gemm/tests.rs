@@ -9,7 +9,8 @@ use crate::device::Scalars;
 use crate::device::cuda::Emulated;
 use crate::device::cuda::blocks::Blocks;
 use crate::device::cuda::driver::Driver;
-use crate::device::cuda::launch::{Ptr, Queue};
+use crate::device::cuda::launch::Ptr;
+use crate::device::cuda::queue::Queue;
 use crate::graph::{Activation, KParts, ProductCut};
 
 /// Tails in every direction, several tiles a block of the emulator's four, and steps beyond the ring.

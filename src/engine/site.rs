@@ -1,0 +1,69 @@
+//! A model on a device: where its tensors lie there and at home.
+
+use super::rings::{Place, ShardOf};
+use super::{Engine, Lanes, NO_STEP};
+use crate::device::{Memory, Span};
+use crate::spill::{ArenaMap, Model, Plan};
+use std::sync::Arc;
+
+/// A model on a device, at work: where its tensors are there, and what the tasks belong to.
+#[derive(Clone)]
+pub(super) struct Site {
+    pub member: usize,
+    pub device: u16,
+    pub model: Arc<Model>,
+    pub plan: Arc<Plan>,
+    pub map: Arc<ArenaMap>,
+    pub rings: usize,
+    pub lanes: Lanes,
+    /// Where the model's part of the host's store begins.
+    pub store: u64,
+    pub step: u64,
+    pub serial: u64,
+}
+
+impl Site {
+    pub fn arena(&self, offset: u64, bytes: u64) -> Span {
+        Span { memory: Memory::Device(self.device), offset, bytes }
+    }
+
+    pub fn store(&self, offset: u64, bytes: u64) -> Span {
+        Span { memory: Memory::Host, offset: self.store + offset, bytes }
+    }
+
+    pub fn shard(&self, shard: usize) -> ShardOf {
+        ShardOf { model: self.member, shard }
+    }
+
+    pub fn place(&self, boundary: usize, microbatch: usize) -> Place {
+        Place { model: self.member, serial: self.serial, boundary, microbatch }
+    }
+
+    pub fn is_last(&self, shard: usize) -> bool {
+        shard + 1 == self.plan.shards.len()
+    }
+
+    /// Which of the two sets of numbers (losses, norms, inputs) the step uses.
+    pub fn parity(&self) -> usize {
+        (self.step % 2) as usize
+    }
+}
+
+impl Engine {
+    /// A model on a device, for tasks of no step.
+    pub(super) fn site(&self, member: usize, device: u16) -> Site {
+        let m = &self.members[member];
+        Site {
+            member,
+            device,
+            model: Arc::clone(&m.model),
+            plan: Arc::clone(&m.plan),
+            map: Arc::clone(&m.maps[usize::from(device)]),
+            rings: m.rings[usize::from(device)],
+            lanes: self.lanes[usize::from(device)],
+            store: m.store,
+            step: NO_STEP,
+            serial: 0,
+        }
+    }
+}
