@@ -101,8 +101,6 @@ pub(super) struct Queue {
     stirred: Vec<u16>,
     /// What the task that is added next waits for.
     after: Vec<TaskId>,
-    /// Empty lists, kept for their memory.
-    spare: Vec<Vec<TaskId>>,
 }
 
 impl Queue {
@@ -130,7 +128,6 @@ impl Queue {
             tickets: Vec::new(),
             stirred: Vec::new(),
             after: Vec::new(),
-            spare: Vec::new(),
         }
     }
 
@@ -165,7 +162,7 @@ impl Queue {
     /// Adds a task, whose accesses have been noted.
     pub fn add(&mut self, order: Order) {
         let id = self.next_id();
-        let after = std::mem::replace(&mut self.after, self.spare.pop().unwrap_or_default());
+        let after = std::mem::take(&mut self.after);
         let mut not_submitted = 0;
         for &dep in &after {
             let entry = &mut self.entries[(dep - self.first) as usize];
@@ -198,7 +195,7 @@ impl Queue {
             not_done: after.len() as u32,
             not_submitted,
             after,
-            dependents: self.spare.pop().unwrap_or_default(),
+            dependents: Vec::new(),
             event: 0,
             waited: (0, 0.0),
         });
@@ -308,7 +305,7 @@ impl Queue {
 
     /// Tells those that wait for a task that it is over; `event`: it ran. Dropped ones among them may be over with that.
     fn release_dependents(&mut self, id: TaskId, event: Option<(u64, f64)>) {
-        let mut dependents = std::mem::take(&mut self.entries[(id - self.first) as usize].dependents);
+        let dependents = std::mem::take(&mut self.entries[(id - self.first) as usize].dependents);
         for &dependent in &dependents {
             let entry = &mut self.entries[(dependent - self.first) as usize];
             entry.not_done -= 1;
@@ -333,16 +330,12 @@ impl Queue {
             }
             self.stir(number);
         }
-        dependents.clear();
-        self.spare.push(dependents);
     }
 
     fn forget_done(&mut self) {
         while self.entries.front().is_some_and(|e| e.done) {
-            let mut after = self.entries.pop_front().expect("looked at just above").after;
+            self.entries.pop_front();
             self.first += 1;
-            after.clear();
-            self.spare.push(after);
         }
     }
 
