@@ -174,6 +174,16 @@ pub fn linear(
     bias: bool,
 ) -> Result<Value> {
     let x = s.leaf("x", [rows, inputs])?;
+    layer(s, x, [inputs, outputs], (layout, act, bias))
+}
+
+/// A linear layer on `x`.
+fn layer(
+    s: &mut Body,
+    x: Value,
+    [inputs, outputs]: [usize; 2],
+    (layout, act, bias): (WeightLayout, Activation, bool),
+) -> Result<Value> {
     let shape = if layout == WeightLayout::InOut { [inputs, outputs] } else { [outputs, inputs] };
     let weight = s.leaf("weight", shape)?;
     let bias = if bias { Some(s.leaf("bias", [outputs])?) } else { None };
@@ -197,10 +207,7 @@ pub fn after(
 ) -> Result<Value> {
     let x = s.leaf("x", [rows, inputs])?;
     let x = s.b.activation(x, act)?;
-    let shape = if layout == WeightLayout::InOut { [inputs, outputs] } else { [outputs, inputs] };
-    let weight = s.leaf("weight", shape)?;
-    let bias = if bias { Some(s.leaf("bias", [outputs])?) } else { None };
-    s.b.linear(x, weight, bias, Activation::None, layout)
+    layer(s, x, [inputs, outputs], (layout, Activation::None, bias))
 }
 
 fn elementwise(t: &mut Table) {
