@@ -1,5 +1,5 @@
-// Sums down the columns of a matrix: gradients of biases, and the last stage of every kernel that leaves partial column sums.
-//   x (rows, cols) f32 or bf16; out (cols) f32; partials (parts, cols) f32, scratch.
+// Sums down the columns of a matrix: gradients of biases that are not summed beside a product, and the last stage of every kernel that leaves partial column sums.
+//   x (rows, cols) f32 or bf16, rows `pitch` apart; out (cols) f32; partials (parts, cols) f32, scratch.
 //   out[c] = sum over r of x[r,c]; added to out[c] instead where out is an accumulator and Now::accumulate is set.
 // Two kernels. column_sum: block (tile, part) adds rows part * rows_per_part.. of 256 columns. One warp a row, 8 columns a lane, and 128 bytes
 // of a lane on their way: 131 KB a multiprocessor at 4 blocks, which is how many parts there are for (graph::row_parts), so that all blocks run
@@ -17,7 +17,7 @@ constexpr int FINISH_WARPS = 16;
 constexpr int FINISH_AHEAD = 16;  // partial sums that a thread has on their way at once: all of 256 parts
 
 template <class T, bool PACKED>
-DEV void add_rows(float* partials, const T* x, int64_t rows, int cols, int64_t rows_per_part) {
+DEV void add_rows(float* partials, const T* x, int64_t rows, int cols, int pitch, int64_t rows_per_part) {
   constexpr int AHEAD = 16 / sizeof(T);   // rows that a warp has on their way at once
   GPU_SHARED(float, sums, [WARPS][TILE]);
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -31,7 +31,7 @@ DEV void add_rows(float* partials, const T* x, int64_t rows, int cols, int64_t r
 #pragma unroll
     for (int a = 0; a < AHEAD; a++) {
       int64_t r = row + a * WARPS;
-      v[a].template load<PACKED>(x + (r < end ? r : row) * cols + first_column, r < end ? here : 0, lane, 32);
+      v[a].template load<PACKED>(x + (r < end ? r : row) * pitch + first_column, r < end ? here : 0, lane, 32);
     }
 #pragma unroll
     for (int a = 0; a < AHEAD; a++)
@@ -48,18 +48,18 @@ DEV void add_rows(float* partials, const T* x, int64_t rows, int cols, int64_t r
   partials[(int64_t)blockIdx.y * cols + first_column + c] = total;
 }
 
-template <class T> DEV void column_sum(float* partials, const T* x, int64_t rows, int cols, int64_t rows_per_part) {
-  if (cols % Pack<T>::N == 0 && aligned16(x)) add_rows<T, true>(partials, x, rows, cols, rows_per_part);
-  else add_rows<T, false>(partials, x, rows, cols, rows_per_part);
+template <class T> DEV void column_sum(float* partials, const T* x, int64_t rows, int cols, int pitch, int64_t rows_per_part) {
+  if (pitch % Pack<T>::N == 0 && aligned16(x)) add_rows<T, true>(partials, x, rows, cols, pitch, rows_per_part);
+  else add_rows<T, false>(partials, x, rows, cols, pitch, rows_per_part);
 }
 
-extern "C" __global__ __launch_bounds__(WARPS * 32, GPU_BLOCKS(4)) void column_sum_f32(float* partials, const float* x, int64_t rows, int cols, int64_t rows_per_part) {
-  column_sum(partials, x, rows, cols, rows_per_part);
+extern "C" __global__ __launch_bounds__(WARPS * 32, GPU_BLOCKS(4)) void column_sum_f32(float* partials, const float* x, int64_t rows, int cols, int pitch, int64_t rows_per_part) {
+  column_sum(partials, x, rows, cols, pitch, rows_per_part);
 }
 GPU_EXPORT(column_sum_f32)
 
-extern "C" __global__ __launch_bounds__(WARPS * 32, GPU_BLOCKS(4)) void column_sum_bf16(float* partials, const bf16* x, int64_t rows, int cols, int64_t rows_per_part) {
-  column_sum(partials, x, rows, cols, rows_per_part);
+extern "C" __global__ __launch_bounds__(WARPS * 32, GPU_BLOCKS(4)) void column_sum_bf16(float* partials, const bf16* x, int64_t rows, int cols, int pitch, int64_t rows_per_part) {
+  column_sum(partials, x, rows, cols, pitch, rows_per_part);
 }
 GPU_EXPORT(column_sum_bf16)
 

@@ -14,13 +14,16 @@
 //   128 x 256: a tile is both warpgroups', 64 rows each. The fewest bytes a product, for large sums and many tiles; nothing multiplies while sums leave.
 //   128 x 192, 128 x 128: a tile is one warpgroup's, and they take turns: the one's sums leave beside the other's products. Who is next waits until the
 //   other's last products are under way. graph/scratch/product.rs chooses by the shape.
+// Beside a tn product, a weight's gradient, the first warpgroup's other warps can sum the columns of one of its factors, which is the gradient of the bias
+// (gpu/gemm_beside.cuh).
 // Sums leave by gpu/gemm_leave.cuh, 32 columns at a time. Shifted (128 x 256): all threads of the first warpgroup read a as the aligned words that its rows
 // lie in, and lay it down as a bulk copy would.
 //
 // Cost, of a step: 128 x 256 brings 48 KB for 4,194,304 flop, 1024 cycles of the tensor cores: 85 flop a byte and 48 bytes a cycle from the L2; 128 x 192
 // 40 KB in 768 cycles, 79 and 53; 128 x 128 32 KB in 512 cycles, 64 and 64, which is all that the L2 gives a multiprocessor. Products read 80, 85 and 96 of
-// the 128 bytes a cycle of shared memory. One block a multiprocessor, by registers (24 + 2 x 240 of 504 a thread of each warpgroup; 192 of 240 are sums) and
-// shared memory (213 to 221 KB).
+// the 128 bytes a cycle of shared memory. One block a multiprocessor, by registers (24 + 2 x 240 of 504 a thread of each warpgroup, of tn 40 + 2 x 232; 192 of
+// them are sums) and shared memory (213 to 221 KB). Column sums: 48 rows of 512 bytes on their way a multiprocessor, a row in some 60 cycles of one of three
+// warps; so of 256 columns they take as long as products with 160 others, and add one read of the factor to the L2's.
 // 8192^3: 761 TFLOP/s measured on an H100 (97 % of cuBLAS). Sums leave in about 3,000 cycles a tile, twice that with a GELU and two outputs, beside the
 // 9,216 of the next tile's products at k = 768; so there are to be expected 600-680 TFLOP/s, with or without a GELU, 550 where 8192 x 768 makes two rounds
 // of tiles only; 8192 x 768 x 50304 730. Gradients of weights, of 96 or 108 tiles for 132 multiprocessors, 560-620. Shifted: a thread has 16 words in
@@ -29,6 +32,7 @@
 #include "gpu/gemm.cuh"
 #include "gpu/gemm_ring.cuh"
 #include "gpu/gemm_leave.cuh"
+#include "gpu/gemm_beside.cuh"
 #include "gpu/shifted_word.cuh"
 
 namespace {
@@ -36,8 +40,10 @@ namespace {
 constexpr int CONSUMERS = 2, THREADS = 128 * (1 + CONSUMERS);
 
 #if GPU_HOPPER
-// Of 168 each to begin with: one thread that asks for copies needs few, one that shifts words more.
-constexpr int COPY_REGISTERS = 24, REGISTERS_BESIDE_COPY = 240, SHIFT_REGISTERS = 120, REGISTERS_BESIDE_SHIFT = 192;
+// Registers of a thread, of 168 each to begin with: one that asks for copies needs few, one that sums columns more, one that shifts words most.
+template <bool COPIED, bool SUMS> struct Registers {
+  static constexpr int FIRST = !COPIED ? 120 : SUMS ? 40 : 24, OTHERS = !COPIED ? 192 : SUMS ? 232 : 240;
+};
 
 // The left operand with rows of any width, read by all threads of the warpgroup and laid where a bulk copy would: word w of row r of a box at 8 r + (w ^ (r % 8)).
 template <bool TRANSPOSED> struct Shifted {
@@ -65,15 +71,19 @@ template <bool TRANSPOSED> struct Shifted {
 };
 
 // `end_of(part)` says what becomes of the sums of a part of k. It is asked anew for each tile: kept, the answer would take registers from the sums.
+// Columns are summed `beside` products that are gradients of weights, where both operands come by maps.
 template <int TILE_N, bool A_TRANSPOSED, bool B_TRANSPOSED, class End, class Left>
-DEV void product(const End& end_of, const Left& a, const CUtensorMap* b, const Sizes& sizes) {
+DEV void product(const End& end_of, const Left& a, const CUtensorMap* b, const Sizes& sizes, const Beside& beside) {
   typedef Ring<TILE_N> R;
+  constexpr bool SUMS = A_TRANSPOSED && Left::COPIED;
+  typedef Registers<Left::COPIED, SUMS> Shares;
   constexpr bool SHARED = TILE_N == 256; // a tile between the two warpgroups; else they have every other tile
   constexpr int BLOCKS = SHARED ? 1 : 2;
   Work<TILE_N> work = {sizes};
   GPU_SHARED(R, ring, [1]);
   GPU_DYNAMIC(unsigned char, stages);
   static_assert(1024 + R::STAGES * R::BYTES + CONSUMERS * 4 * STAGED_BYTES <= 227 * 1024, "more shared memory than a block can have");
+  static_assert(BESIDE_BYTES <= CONSUMERS * 4 * STAGED_BYTES, "f32 sums leave without a stage: its place is free");
   if (threadIdx.x == 0) {
     a.prefetch(), tma_prefetch_map(b);
     for (int i = 0; i < R::STAGES; i++) mbar_init(&ring[0].full[i], Left::COPIED ? 1 : 129), mbar_init(&ring[0].empty[i], SHARED ? CONSUMERS : 1);
@@ -82,11 +92,12 @@ DEV void product(const End& end_of, const Left& a, const CUtensorMap* b, const S
   }
   __syncthreads();
   if (threadIdx.x < 128) {
-    setmaxnreg_dec<Left::COPIED ? COPY_REGISTERS : SHIFT_REGISTERS>();
-    produce<TILE_N, B_TRANSPOSED>(ring[0], stages, a, b, work);
+    setmaxnreg_dec<Shares::FIRST>();
+    if (SUMS && threadIdx.x >= 32) sum_beside(beside, stages + R::STAGES * R::BYTES);
+    else produce<TILE_N, B_TRANSPOSED>(ring[0], stages, a, b, work);
     return;
   }
-  setmaxnreg_inc<Left::COPIED ? REGISTERS_BESIDE_COPY : REGISTERS_BESIDE_SHIFT>();
+  setmaxnreg_inc<Shares::OTHERS>();
   int consumer = threadIdx.x / 128 - 1;
   for (int item = SHARED ? 0 : consumer;; item += SHARED ? 1 : 2) {
     forget(work.s.m), forget(work.s.n); // the numbers of tiles are counted anew: kept, they would take registers from the sums
@@ -109,15 +120,15 @@ DEV void product(const End& end_of, const Left& a, const CUtensorMap* b, const S
 
 // By the tensor maps of both operands, or with the rows of a as they are. Other GPUs never get here.
 template <int TILE_N, bool A_TRANSPOSED, bool B_TRANSPOSED, class End>
-DEV void product_of_maps(const End& end_of, const CUtensorMap* a, const CUtensorMap* b, const Sizes& sizes) {
+DEV void product_of_maps(const End& end_of, const CUtensorMap* a, const CUtensorMap* b, const Sizes& sizes, const Beside& beside) {
 #if GPU_HOPPER
-  product<TILE_N, A_TRANSPOSED, B_TRANSPOSED>(end_of, Boxes<A_TRANSPOSED>{a}, b, sizes);
+  product<TILE_N, A_TRANSPOSED, B_TRANSPOSED>(end_of, Boxes<A_TRANSPOSED>{a}, b, sizes, beside);
 #endif
 }
 template <bool A_TRANSPOSED, bool B_TRANSPOSED, class End>
 DEV void product_of_rows(const End& end_of, const bf16* a, const CUtensorMap* b, const Sizes& sizes) {
 #if GPU_HOPPER
-  product<256, A_TRANSPOSED, B_TRANSPOSED>(end_of, Shifted<A_TRANSPOSED>{a, sizes.m, sizes.k}, b, sizes);
+  product<256, A_TRANSPOSED, B_TRANSPOSED>(end_of, Shifted<A_TRANSPOSED>{a, sizes.m, sizes.k}, b, sizes, {});
 #endif
 }
 
@@ -126,9 +137,10 @@ DEV void product_of_rows(const End& end_of, const bf16* a, const CUtensorMap* b,
 #define GEMM_HOPPER(name, Out, tile_n, a_transposed, b_transposed)                                                                       \
   extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                                               \
       name(Out* out, Out* pre, float* partials, const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b,            \
-           const Out* bias, const Out* residual, const Now* now, int accumulator, int activation, int m, int n, int k, int k_part, int out_pitch, int parts) { \
+           const Out* bias, const Out* residual, const Now* now, int accumulator, int activation, int m, int n, int k, int k_part, int out_pitch, int parts, \
+           Beside beside) {                                                                                                              \
     auto end_of = [=](int part) { return gemm_end(out, pre, partials, bias, residual, now, accumulator, activation, m, n, out_pitch).part(part); };\
-    product_of_maps<tile_n, a_transposed, b_transposed>(end_of, &a, &b, {m, n, k, k_part, parts});                                       \
+    product_of_maps<tile_n, a_transposed, b_transposed>(end_of, &a, &b, {m, n, k, k_part, parts}, beside);                               \
   }                                                                                                                                      \
   GPU_EXPORT(name)
 

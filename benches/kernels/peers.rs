@@ -35,8 +35,8 @@ impl Product {
         };
         // The weight's gradient is x^T d_y, or its transpose d_y^T x.
         let sizes = match node.op {
-            Op::LinearGradWeight { layout: WeightLayout::InOut } => [first.cols(), second.cols(), first.rows()],
-            Op::LinearGradWeight { layout: WeightLayout::OutIn } => [second.cols(), first.cols(), first.rows()],
+            Op::LinearGradWeight { layout: WeightLayout::InOut, .. } => [first.cols(), second.cols(), first.rows()],
+            Op::LinearGradWeight { layout: WeightLayout::OutIn, .. } => [second.cols(), first.cols(), first.rows()],
             _ => [first.rows(), out.shape.cols(), first.cols()],
         };
         Some(Product { sizes, a_transposed, b_transposed, dtype: case.dtype, out: out.dtype })

@@ -58,7 +58,15 @@ template <class Out> struct GemmEnd {
   }
 
   DEV float bias_at(int64_t col) const { return bias ? to_float(bias[col]) : 0.0f; }
-  DEV Octet bias_octet(int64_t col) const { return bias ? load_octet(bias + col) : Octet{}; }
+  // Of eight columns, of which the first is there.
+  DEV Octet bias_octet(int64_t col) const {
+    Octet o = {};
+    if (bias && col + 8 <= n) return load_octet(bias + col);
+    if (bias)
+      for (int i = 0; i < 8; i++)
+        if (col + i < n) o.v[i] = bias_at(col + i);
+    return o;
+  }
 
   // One element that is there, bias_at(col) being in it.
   DEV void put(int64_t row, int64_t col, float v) const {
@@ -73,8 +81,8 @@ template <class Out> struct GemmEnd {
     out[at] = from_float<Out>(addend ? v + to_float(addend[at]) : v);
   }
 
-  // Whether rows start at multiples of 16 bytes, and a bias ends at one.
-  DEV bool octets() const { return n % 8 == 0 || (pitch % 8 == 0 && !partials && !bias); }
+  // Whether rows start at multiples of 16 bytes.
+  DEV bool octets() const { return n % 8 == 0 || (pitch % 8 == 0 && !partials); }
 
   // Eight elements, of which the first is there, where there are octets().
   DEV void put_octet(int64_t row, int64_t col, Octet o) const {

@@ -28,7 +28,7 @@ template <int TILE_N> DEV void stage_bias(const GemmEnd<bf16>& end, unsigned cha
   }
   __syncwarp();
 }
-// Parameters' gradients, which are f32, have none: leave_elements adds it.
+// Parameters' gradients, which are f32, have none.
 template <int TILE_N> DEV void stage_bias(const GemmEnd<float>&, unsigned char*, int) {}
 
 // The bias of a lane's columns of a piece.
@@ -160,9 +160,8 @@ template <class Out> DEV void leave_elements(const GemmEnd<Out>& end, int lane, 
   for (int row = 0; row < min(rest.rows, 16); row++) end.put(row0 + row, col0 + lane, staged[row * PITCH + lane] + bias);
 }
 
-DEV void leave(const GemmEnd<float>& end, int lane, int64_t row, int64_t col, float (&v)[PIECE / 2], Rest rest, float* staged, int) {
+DEV void leave(const GemmEnd<float>& end, int lane, int64_t row, int64_t col, float (&v)[PIECE / 2], Rest rest, float*, int) {
   if (end.partials) leave_floats(end.partials + row * end.n + col, lane, end.n, false, v, rest);
-  else if (end.pre || end.bias || end.activation != ACTIVATION_NONE) leave_elements(end, lane, row, col, v, rest, staged, false);
   else leave_floats(end.out + row * end.pitch + col, lane, end.pitch, end.addend != nullptr, v, rest);
 }
 DEV void leave(const GemmEnd<bf16>& end, int lane, int64_t row, int64_t col, float (&v)[PIECE / 2], Rest rest, float* staged, int piece) {

@@ -155,7 +155,8 @@ pub fn cost(graph: &Graph, node: &Node) -> Cost {
         }
         Op::LinearGradWeight { .. } => {
             sizes = [shape(0).cols(), shape(1).cols(), shape(0).rows()];
-            (Family::GemmGradWeight, 2.0 * out() * shape(0).rows() as f64)
+            let sums = (node.outputs.len() - 1) as f64 * elems(1);
+            (Family::GemmGradWeight, 2.0 * out() * shape(0).rows() as f64 + sums)
         }
         Op::Attention(kind) | Op::AttentionGrad(kind) => {
             let backward = matches!(node.op, Op::AttentionGrad(_));
@@ -196,7 +197,7 @@ pub fn cost(graph: &Graph, node: &Node) -> Cost {
             (Family::Norm, 8.0 * elems(0))
         }
         Op::LayerNormGrad | Op::RmsNormGrad | Op::BatchNormGrad => (Family::NormGrad, 12.0 * elems(0)),
-        Op::LinearGradBias | Op::Conv2dGradBias | Op::AddPositionGrad => (Family::Sum, elems(0)),
+        Op::Conv2dGradBias | Op::AddPositionGrad => (Family::Sum, elems(0)),
         Op::MaxPool(_) | Op::MaxPoolGrad(_) | Op::AvgPool(_) | Op::AvgPoolGrad(_) | Op::Transpose { .. } => {
             (Family::Pool, largest as f64)
         }

@@ -43,15 +43,13 @@ pub(super) fn emit(s: &mut Sweep, op: &Op, inputs: &[Value], outputs: &[Value], 
                 let of = shape(s, outputs[0]);
                 s.push_one(Op::ActivationGrad(*activation), vec![d, outputs[1]], of)
             };
-            if let Some(&bias) = inputs.get(2).filter(|&&b| s.wants(b)) {
-                let of = shape(s, bias);
-                let d_bias = s.push_one(Op::LinearGradBias, vec![d_pre], of);
-                s.contribute(bias, d_bias);
-            }
-            if s.wants(inputs[1]) {
-                let of = shape(s, inputs[1]);
-                let d_weight = s.push_one(Op::LinearGradWeight { layout: *layout }, vec![inputs[0], d_pre], of);
-                s.contribute(inputs[1], d_weight);
+            // Parameters both, so that whoever wants one gradient wants the other.
+            let parameters = &inputs[1..];
+            if parameters.iter().any(|&v| s.wants(v)) {
+                let shapes = parameters.iter().map(|&v| shape(s, v)).collect();
+                let op = Op::LinearGradWeight { layout: *layout, bias: parameters.len() > 1 };
+                let gradients = s.push(op, vec![inputs[0], d_pre], shapes);
+                parameters.iter().zip(gradients).for_each(|(&v, g)| s.contribute(v, g));
             }
             if s.wants(inputs[0]) {
                 let of = shape(s, inputs[0]);

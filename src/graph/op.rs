@@ -40,13 +40,13 @@ pub enum Op {
         /// What x came from, if it was an activation of the last input: then the output is the gradient of that.
         activation: Activation,
     },
-    /// x (.., K), d_pre (.., N) -> d_weight.
+    /// x (.., K), d_pre (.., N) -> d_weight, (d_bias (N)).
     LinearGradWeight {
         /// Of the weight.
         layout: WeightLayout,
+        /// Whether there is a bias' gradient.
+        bias: bool,
     },
-    /// d_pre (.., N) -> d_bias (N).
-    LinearGradBias,
     /// x -> out, elementwise.
     Activation(Activation),
     /// d_out, x -> d_x, elementwise; x is what went into the activation.
@@ -205,7 +205,6 @@ impl Op {
             Op::Linear { .. } => "linear",
             Op::LinearGradInput { .. } => "linear_grad_input",
             Op::LinearGradWeight { .. } => "linear_grad_weight",
-            Op::LinearGradBias => "linear_grad_bias",
             Op::Activation(_) => "activation",
             Op::ActivationGrad(_) => "activation_grad",
             Op::Add => "add",
@@ -268,7 +267,6 @@ impl Op {
             | Op::EmbeddingGrad { .. }
             | Op::AddPositionGrad
             | Op::LinearGradWeight { .. }
-            | Op::LinearGradBias
             | Op::Conv2dGradWeight(_)
             | Op::Conv2dGradBias
             | Op::Zero => float.wide(),
@@ -309,7 +307,6 @@ impl Op {
             Op::EmbeddingGrad { .. }
             | Op::AddPositionGrad
             | Op::LinearGradWeight { .. }
-            | Op::LinearGradBias
             | Op::Conv2dGradWeight(_)
             | Op::Conv2dGradBias
             | Op::Copy

@@ -111,6 +111,24 @@ pub fn column_sum_bytes(rows: usize, cols: usize) -> u64 {
     (row_parts(rows, cols).parts * cols * 4) as u64
 }
 
+/// Warps that sum columns beside a product on an H200, 3 a multiprocessor.
+const BESIDE_WARPS: usize = 396;
+
+/// Fewest rows of a part that a warp sums: twice what it has on its way at once.
+const BESIDE_ROWS: usize = 32;
+
+/// Parts for the column sums of (rows, cols) that are made beside a product (`kernels/gpu/gemm_beside.cuh`): about two a warp, for there may be
+/// fewer warps than an H200 has. A function of the shape alone.
+pub fn beside_parts(rows: usize, cols: usize) -> RowParts {
+    let tiles = cols.div_ceil(COLUMN_TILE).max(1);
+    parts_of(rows, rows.div_ceil(BESIDE_ROWS).min((2 * BESIDE_WARPS).div_ceil(tiles)))
+}
+
+/// Bytes of the partial sums of [`beside_parts`]: f32 (parts, cols).
+fn beside_bytes(rows: usize, cols: usize) -> u64 {
+    (beside_parts(rows, cols).parts * cols * 4) as u64
+}
+
 /// Tokens that a block of the embedding gradient's sort takes.
 pub const SORT_KEYS: usize = 2048;
 
@@ -157,8 +175,11 @@ pub fn scratch_bytes(graph: &Graph, node: &Node) -> u64 {
         Op::Linear { .. } | Op::LinearGradInput { .. } => {
             product_bytes(dtype, output(0).rows(), output(0).cols(), input(0).cols())
         }
-        Op::LinearGradWeight { .. } => product_bytes(dtype, output(0).rows(), output(0).cols(), input(0).rows()),
-        Op::LinearGradBias => column_sum_bytes(input(0).rows(), input(0).cols()),
+        Op::LinearGradWeight { bias, .. } => {
+            let product = product_bytes(dtype, output(0).rows(), output(0).cols(), input(0).rows());
+            let (rows, cols) = (input(1).rows(), input(1).cols());
+            product + if *bias { column_sum_bytes(rows, cols).max(beside_bytes(rows, cols)) } else { 0 }
+        }
         Op::EmbeddingGrad { .. } => {
             let table = &graph.info(node.outputs[0]).shape;
             EmbeddingSort::new(input(1).elems(), table.rows()).bytes()
@@ -209,9 +230,10 @@ mod tests {
 
     #[test]
     fn column_sums_fill_the_machine() {
-        for (rows, cols, parts) in [(8192, 768, 128), (8192, 3072, 44), (8192, 8192, 16), (8192, 50_257, 8), (10, 5, 1)]
+        for (rows, cols, parts, beside) in
+            [(8192, 768, 128, 256), (8192, 3072, 44, 66), (8192, 8192, 16, 25), (8192, 50_257, 8, 5), (10, 5, 1, 1)]
         {
-            assert_eq!(row_parts(rows, cols).parts, parts, "{rows}x{cols}");
+            assert_eq!((row_parts(rows, cols).parts, beside_parts(rows, cols).parts), (parts, beside), "{rows}x{cols}");
         }
     }
 
@@ -219,7 +241,9 @@ mod tests {
     fn parts_cover_the_rows_and_none_is_empty() {
         for rows in [0, 1, 31, 32, 33, 1000, 8192, 100_000, 16_777_216] {
             for cols in [0, 1, 256, 257, 768, 50_257, 1 << 20] {
-                for RowParts { parts, rows: per_part } in [row_parts, norm_parts, image_parts].map(|f| f(rows, cols)) {
+                for RowParts { parts, rows: per_part } in
+                    [row_parts, beside_parts, norm_parts, image_parts].map(|f| f(rows, cols))
+                {
                     assert!(parts * per_part >= rows, "{rows}x{cols}");
                     assert!(parts == 0 && rows == 0 || (parts - 1) * per_part < rows, "{rows}x{cols}");
                     assert!(parts <= BLOCKS, "{rows}x{cols}");

@@ -9,7 +9,7 @@ use crate::graph::{COLUMN_TILE, RowParts, row_parts};
 /// Columns of a block of `column_sum_finish`.
 const FINISH_TILE: usize = 32;
 
-/// `out (cols) f32 = ` the sums down the columns of `x` (rows, cols), or `+=` for an `accumulator` when `Now::accumulate` is set.
+/// `out (cols) f32 = ` the sums down the columns of `x` (rows, cols), rows `pitch` apart, or `+=` for an `accumulator` when `Now::accumulate` is set.
 /// `scratch` has [`crate::graph::column_sum_bytes`] bytes.
 pub(super) fn launch(
     q: &mut Queue,
@@ -17,14 +17,13 @@ pub(super) fn launch(
     accumulator: usize,
     x: Ptr,
     dtype: DType,
-    rows: usize,
-    cols: usize,
+    [rows, cols, pitch]: [usize; 3],
     scratch: Ptr,
 ) -> Result<()> {
     let RowParts { parts, rows: per_part } = row_parts(rows, cols);
     let kernel = pick(dtype, "column_sum_f32", "column_sum_bf16");
     let sums = Launch::new(kernel, [cols.div_ceil(COLUMN_TILE), parts, 1], 256);
-    q.launch(sums.ptr(scratch).ptr(x).long(rows).int(cols).long(per_part))?;
+    q.launch(sums.ptr(scratch).ptr(x).long(rows).int(cols).int(pitch).long(per_part))?;
     finish(q, [(out, accumulator), (Ptr::NULL, 0)], parts, cols, scratch)
 }
 

@@ -9,11 +9,14 @@ pub(super) use plan::{Form, Sizes};
 use super::launch::{Launch, Ptr, Swizzle, TensorMap, TensorMapSpec};
 use super::queue::Queue;
 use crate::base::{DType, Result};
-use crate::graph::Activation;
+use crate::graph::{Activation, RowParts, beside_parts};
 use plan::{GemmPlan, HOPPER_STEP, Path, Precision, plan};
 
 /// Threads, and elements, of a block of `gemm_finish`.
 const FINISH_BLOCK: usize = 256;
+
+/// Fewest columns of the other factor for column sums beside a product.
+const LEAST_OTHERS: usize = 512;
 
 /// What kernels add to the number of an activation whose gradient is meant.
 pub(super) const ACTIVATION_GRAD: usize = 4;
@@ -25,6 +28,19 @@ pub(super) struct Matrix {
     pub at: Ptr,
     /// Elements from one row to the next.
     pub pitch: usize,
+}
+
+/// Column sums that are made beside a product of tn, of the columns of one factor.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Beside {
+    /// The factor, bf16, its rows a multiple of 8 apart.
+    pub x: Matrix,
+    /// Its rows, the product's k.
+    pub rows: usize,
+    /// Its columns.
+    pub cols: usize,
+    /// f32 (parts, cols), of the parts of [`beside_parts`]: what there is to be added up.
+    pub partials: Ptr,
 }
 
 /// A product: `out (m, n) = act(a b + bias)`, `a b + bias + residual`, or `(a b) act'(pre)`.
@@ -54,6 +70,8 @@ pub(super) struct Product {
     pub residual: Ptr,
     /// 1 where out is an accumulator.
     pub accumulator: usize,
+    /// Where [`sums_beside`] says so.
+    pub beside: Option<Beside>,
     /// [`crate::graph::product_bytes`] bytes.
     pub scratch: Ptr,
 }
@@ -63,12 +81,23 @@ pub(super) struct Product {
 /// # Errors
 /// When a size is beyond what kernels take, or the device has failed.
 pub(super) fn launch(q: &mut Queue, p: &Product) -> Result<()> {
+    launch_as(q, p, &plan_of(q, p))
+}
+
+/// Whether the kernel of a product of tn makes column sums of one factor beside it, the other one having `others` columns. Not of few: the sums of
+/// 256 columns take as long as the products with some 160, by the reckoning in `gemm_hopper.cu`.
+pub(super) fn sums_beside(q: &Queue, p: &Product, others: usize) -> bool {
+    others >= LEAST_OTHERS && plan_of(q, p).path == Path::Hopper
+}
+
+/// How a product is computed here.
+fn plan_of(q: &Queue, p: &Product) -> GemmPlan {
     let precision = match p.dtype {
         DType::Bf16 => Precision::Bf16,
         _ if q.tf32 => Precision::Tf32,
         _ => Precision::F32,
     };
-    launch_as(q, p, &plan(p.form, p.sizes, [p.a.pitch, p.b.pitch], precision, q.arch()))
+    plan(p.form, p.sizes, [p.a.pitch, p.b.pitch], precision, q.arch())
 }
 
 /// Queues a product that was planned.
@@ -97,7 +126,8 @@ fn launch_as(q: &mut Queue, p: &Product, plan: &GemmPlan) -> Result<()> {
         // f32 has no padded rows.
         Path::Plain | Path::Tf32 => product,
         Path::Mma | Path::MmaRagged => product.int(p.a.pitch).int(p.b.pitch).int(p.out.pitch),
-        Path::Hopper | Path::HopperShifted => product.int(p.out.pitch).int(parts),
+        Path::Hopper => product.int(p.out.pitch).int(parts).bytes(&beside(p.beside.as_ref()), 8),
+        Path::HopperShifted => product.int(p.out.pitch).int(parts),
     })?;
     if parts == 1 {
         return Ok(());
@@ -105,6 +135,19 @@ fn launch_as(q: &mut Queue, p: &Product, plan: &GemmPlan) -> Result<()> {
     let finish = Launch::new(plan.finish, [(m * n).div_ceil(FINISH_BLOCK), 1, 1], FINISH_BLOCK as u32);
     let finish = finish.ptr(p.out.at).ptr(p.pre).ptr(partials).ptr(p.bias).ptr(p.residual).ptr(q.now);
     q.launch(finish.int(p.accumulator).int(activation).int(parts).int(m).int(n).int(p.out.pitch))
+}
+
+/// `Beside` of `kernels/gpu/gemm_beside.cuh`: two pointers and five ints; zeros where nothing is summed.
+fn beside(sums: Option<&Beside>) -> [u8; 40] {
+    let mut bytes = [0; 40];
+    if let Some(&Beside { x, rows, cols, partials }) = sums {
+        let RowParts { parts, rows: part_rows } = beside_parts(rows, cols);
+        let ints = [rows, cols, x.pitch, parts, part_rows].map(|n| (n as i32).to_ne_bytes());
+        bytes[..8].copy_from_slice(&x.at.0.to_ne_bytes());
+        bytes[8..16].copy_from_slice(&partials.0.to_ne_bytes());
+        bytes[16..36].copy_from_slice(ints.as_flattened());
+    }
+    bytes
 }
 
 /// A descriptor of a for `gemm_hopper.cu`.

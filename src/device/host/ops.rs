@@ -168,14 +168,13 @@ fn body<T: Real>(o: &Operands, scalars: &Scalars) {
             let pre = (*activation != Activation::None).then(|| (o.input_to_the_end(2), *activation));
             linear::grad_input::<T>(o.output(0), o.input(0), o.input(1), pre, *layout, rows, o.out_cols(), outputs);
         }
-        Op::LinearGradWeight { layout } => {
+        Op::LinearGradWeight { layout, bias } => {
             let (rows, inputs) = o.rows_cols(0);
             let (_, outputs) = o.rows_cols(1);
             linear::grad_weight::<T>(o.output(0), o.input(0), o.input(1), adds(), *layout, rows, inputs, outputs);
-        }
-        Op::LinearGradBias => {
-            let (rows, cols) = o.rows_cols(0);
-            linear::grad_bias::<T>(o.output(0), o.input(0), adds(), rows, cols);
+            if *bias {
+                linear::grad_bias::<T>(o.output(1), o.input(1), o.adds_to(1, scalars), rows, outputs);
+            }
         }
         Op::Activation(kind) => activation::forward::<T>(o.output(0), o.unless_in_place(0), *kind),
         Op::ActivationGrad(kind) => activation::grad::<T>(o.output(0), o.unless_in_place(0), o.input(1), *kind),

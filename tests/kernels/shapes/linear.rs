@@ -36,4 +36,17 @@ pub fn cases(t: &mut Table) {
             });
         }
     }
+    // The bias' gradient beside its weight's: three parts of rows, the last with fewer, and two tiles of columns. Without a head, so that in bf16
+    // rows of 261 logits lie 264 apart.
+    for (layout, outputs) in [(WeightLayout::InOut, 264), (WeightLayout::InOut, 261), (WeightLayout::OutIn, 261)] {
+        t.add(format!("linear 70x520x{outputs} {layout:?} bias true"), move |s| {
+            linear(s, [70, 520, outputs], layout, Activation::None, true)
+        })
+        .head = outputs == 264;
+    }
+    // The same where the bias' gradient comes after.
+    t.add("linear 70x40x261 OutIn bias true", move |s| {
+        linear(s, [70, 40, 261], WeightLayout::OutIn, Activation::None, true)
+    })
+    .head = false;
 }

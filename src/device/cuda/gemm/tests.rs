@@ -3,7 +3,7 @@
 //! Factors are -1, 0 and 1 and sums stay below 256, so every result is exact.
 
 use super::plan::{Path, Precision, planned};
-use super::{Form, Matrix, Product, Sizes, launch_as};
+use super::{Beside, Form, Matrix, Product, Sizes, launch_as};
 use crate::base::DType;
 use crate::device::Scalars;
 use crate::device::cuda::Emulated;
@@ -11,7 +11,7 @@ use crate::device::cuda::blocks::Blocks;
 use crate::device::cuda::driver::Driver;
 use crate::device::cuda::launch::Ptr;
 use crate::device::cuda::queue::Queue;
-use crate::graph::{Activation, KParts, ProductCut};
+use crate::graph::{Activation, KParts, ProductCut, beside_parts};
 
 /// Tails in every direction, several tiles a block of the emulator's four, and steps beyond the ring.
 const SIZES: Sizes = Sizes { m: 312, n: 456, k: 584 };
@@ -109,7 +109,11 @@ fn check(form: Form, end: End, width: usize, k_part: usize, seed: u32) {
     let biases = Tensor::new(&mut driver, DType::Bf16, bias.clone());
     let out = Tensor::new(&mut driver, out_dtype, old.clone());
     let other = Tensor::new(&mut driver, out_dtype, if end == End::Activation { vec![99; m * n] } else { old.clone() });
-    let beside = if in_place { out.ptr() } else { other.ptr() };
+    let joins = if in_place { out.ptr() } else { other.ptr() };
+    // Beside a gradient, the sums of b's columns.
+    let parts = beside_parts(k, n).parts;
+    let sums = Tensor::new(&mut driver, DType::F32, vec![99; parts * n]);
+    let beside = Beside { x: right.rows(n), rows: k, cols: n, partials: sums.ptr() };
     let scratch = Tensor::new(&mut driver, DType::F32, vec![99; m * n * k.div_ceil(k_part)]);
 
     let product = Product {
@@ -122,9 +126,10 @@ fn check(form: Form, end: End, width: usize, k_part: usize, seed: u32) {
         activation: if let End::Activation | End::Gradient { .. } = end { Activation::Relu } else { Activation::None },
         backward: matches!(end, End::Gradient { .. }),
         out: out.rows(n),
-        pre: if let End::Activation | End::Gradient { .. } = end { beside } else { Ptr::NULL },
-        residual: if let End::Residual { .. } = end { beside } else { Ptr::NULL },
+        pre: if let End::Activation | End::Gradient { .. } = end { joins } else { Ptr::NULL },
+        residual: if let End::Residual { .. } = end { joins } else { Ptr::NULL },
         accumulator: usize::from(gradient),
+        beside: gradient.then_some(beside),
         scratch: scratch.ptr(),
     };
     let cut = ProductCut { tile_cols: width, parts: KParts { parts: k.div_ceil(k_part), k: k_part } };
@@ -141,6 +146,12 @@ fn check(form: Form, end: End, width: usize, k_part: usize, seed: u32) {
         driver.wait_a_moment(0.0).unwrap_or_else(|e| panic!("{what}: {e}"));
     }
 
+    let sums = sums.read();
+    for col in 0..n {
+        let got: f32 = sums[col..].iter().step_by(n).sum();
+        let want = if gradient { (0..k).map(|row| b[row * n + col]).sum() } else { 99 * parts as i32 };
+        assert_eq!(got, want as f32, "{what}: the sum of column {col}");
+    }
     let (got, got_other) = (out.read(), other.read());
     for row in 0..m {
         let mut sums = vec![0; n];
