@@ -7,10 +7,11 @@
 // Overwrites outputs. Deterministic: each sum is in the order of keys, or of heads and queries, and made by one thread. Gradients take two
 // kernels that make the scores again, one with a block a tile of keys and one with a block a tile of queries, instead of atomics.
 // A block of 256 threads has a tile of 64 x 64 scores, 4 x 4 a thread, and 64 columns of what it makes: heads wider than 64 take more blocks,
-// which make the scores again. Operands are staged in shared memory as f32, 32 deep. A block has 35 KB and 128 registers a thread: two fit a
-// multiprocessor. Per 16 multiply-adds a thread reads 32 bytes of shared memory, 3 wavefronts a warp against 4 issue cycles of four warps.
-// Expected on an H200: 30 of 60 TFLOP/s in f32 at width 64, for staging is not overlapped with arithmetic but by the other block; two thirds of
-// that at width 128.
+// which make the scores again. Operands are staged in shared memory as f32, 32 deep, by words of four where rows allow. A block has 35 KB and 128 registers
+// a thread: two fit a multiprocessor. Per 16 multiply-adds a thread reads 32 bytes of shared memory, 3 wavefronts a warp against 4 issue cycles of four warps.
+// Of some 650 instructions for 32 of depth, staged and multiplied, 512 are multiply-adds. Measured on an H200 when they were 1,100, staged one by one: 16.6
+// TFLOP/s at width 64 and 1024 causal, 13.5 at width 128 and 4096. 25 are to be expected at width 64, for staging is not overlapped with arithmetic but by the
+// other block, and two thirds of that at width 128.
 #include "gpu.cuh"
 #include "gpu/attention.cuh"
 
@@ -23,30 +24,58 @@ constexpr int PITCH = 68;   // floats from a row of a tile to the next: rows sta
 // The tiles of a block, each with the axis that is summed over as its rows.
 struct Shared { float a[DEPTH][PITCH], b[DEPTH][PITCH], weights[TILE][PITCH]; };
 
+// Where element (i, j) of a tile lies, j being a multiple of 4 where four are read or written at once. By the xor, what stage_transposed scatters and what is
+// read as whole rows both lie in distinct banks.
+DEV int swizzled(int i, int j) { return j ^ (i / 4 % 8 * 4); }
+DEV float* place(float (*tile)[PITCH], int i, int j) { return &tile[i][swizzled(i, j)]; }
+
+// Four neighbours by one access, which is aligned.
+DEV Pack<float> load_four(const float* p) { return load_pack(p); }
+DEV Pack<float> load_four(const bf16* p) {
+  uint2 words = *reinterpret_cast<const uint2*>(p);
+  float2 low = unpack_bf16(words.x), high = unpack_bf16(words.y);
+  return {{low.x, low.y, high.x, high.y}};
+}
+
 // Rows of a matrix in global memory, of which those from `rows` on read as 0, and so do columns from `cols` on.
 template <class T> struct Rows {
   const T* first; int64_t pitch; int rows, cols;
-  DEV float at(int row, int col) const { return row < rows && col < cols ? to_float(first[row * pitch + col]) : 0.0f; }
+  DEV bool by_fours() const { return ((reinterpret_cast<uintptr_t>(first) / sizeof(T)) | pitch) % 4 == 0; }
+  // Columns col to col + 3 of a row; col is a multiple of 4.
+  DEV Pack<float> at(int row, int col, bool by_fours) const {
+    const T* from = first + row * pitch + col;
+    if (row < rows && by_fours && col + 4 <= cols) return load_four(from);
+    Pack<float> four;
+#pragma unroll
+    for (int e = 0; e < 4; e++) four.x[e] = row < rows && col + e < cols ? to_float(from[e]) : 0.0f;
+    return four;
+  }
 };
 
-// to[i][row] = from(row, col + i)
+// Element (i, row) of a tile becomes from(row, col + i).
 template <class T> DEV void stage_transposed(float (&to)[DEPTH][PITCH], const Rows<T>& from, int col) {
-  int i = threadIdx.x % DEPTH;
-#pragma unroll 4
-  for (int row = threadIdx.x / DEPTH; row < TILE; row += THREADS / DEPTH) to[i][row] = from.at(row, col + i);
+  int i = threadIdx.x % (DEPTH / 4) * 4;
+  bool by_fours = from.by_fours();
+#pragma unroll
+  for (int row = threadIdx.x / (DEPTH / 4), end = row + TILE; row < end; row += THREADS / (DEPTH / 4)) {
+    Pack<float> four = from.at(row, col + i, by_fours);
+#pragma unroll
+    for (int e = 0; e < 4; e++) *place(to, i + e, row) = four.x[e];
+  }
 }
-// to[i][j] = from(row + i, col + j)
+// Element (i, j) of a tile becomes from(row + i, col + j).
 template <class T> DEV void stage(float (&to)[DEPTH][PITCH], const Rows<T>& from, int row, int col) {
-  int j = threadIdx.x % TILE;
-#pragma unroll 4
-  for (int i = threadIdx.x / TILE; i < DEPTH; i += THREADS / TILE) to[i][j] = from.at(row + i, col + j);
+  int j = threadIdx.x % (TILE / 4) * 4;
+  bool by_fours = from.by_fours();
+#pragma unroll
+  for (int i = threadIdx.x / (TILE / 4), end = i + DEPTH; i < end; i += THREADS / (TILE / 4)) store_pack(place(to, i, j), from.at(row + i, col + j, by_fours));
 }
 
-// acc[r][c] += sum over i of a[i][4 y + r] b[i][4 x + c]
+// acc[r][c] += sum over i of a(i, 4 y + r) b(i, 4 x + c)
 DEV void multiply(float (&acc)[4][4], const float (*a)[PITCH], const float (*b)[PITCH], int x, int y) {
-#pragma unroll 4
+#pragma unroll
   for (int i = 0; i < DEPTH; i++) {
-    Pack<float> left = load_pack(&a[i][4 * y]), right = load_pack(&b[i][4 * x]);
+    Pack<float> left = load_pack(&a[i][swizzled(i, 4 * y)]), right = load_pack(&b[i][swizzled(i, 4 * x)]);
 #pragma unroll
     for (int r = 0; r < 4; r++)
 #pragma unroll
@@ -76,10 +105,10 @@ template <class T> DEV void gather(float (&acc)[4][4], Shared& shared, const Row
     multiply(acc, shared.weights + half, shared.b, x, y);
   }
 }
-// weights[column][row]: what `gather` sums over is a tile's columns
+// Element (column, row) of the weights: what `gather` sums over is a tile's columns.
 DEV void keep_weights(Shared& shared, const float (&w)[4][4], int x, int y) {
 #pragma unroll
-  for (int c = 0; c < 4; c++) store_pack(&shared.weights[4 * x + c][4 * y], Pack<float>{{w[0][c], w[1][c], w[2][c], w[3][c]}});
+  for (int c = 0; c < 4; c++) store_pack(place(shared.weights, 4 * x + c, 4 * y), Pack<float>{{w[0][c], w[1][c], w[2][c], w[3][c]}});
 }
 template <class T> DEV void write_tile(T* to, int64_t pitch, int rows, int cols, const float (&acc)[4][4], float factor, int x, int y) {
 #pragma unroll
@@ -261,7 +290,7 @@ DEV void grad_kv(T* d_k, T* d_v, const T* d_out, const float* lse, const float* 
           kept.x[r] = p * factor;
           w[r][c] = p * fmaf(d[r][c], factor, -dot);
         }
-        store_pack(&shared.weights[4 * x + c][4 * y], kept);
+        store_pack(place(shared.weights, 4 * x + c, 4 * y), kept);
       }
       gather(acc_v, shared, d_outs, part.col, x, y);
       __syncthreads();
