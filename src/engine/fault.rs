@@ -56,9 +56,9 @@ impl Engine {
                 member.pending.retain(|p| !p.void);
                 member.ending = Some(Ending::Checking { step, loss });
                 member.not_finite_layer = None;
-                let resident = member.plan.choice.resident;
+                let choice = member.plan.choice.clone();
                 for rings in self.members[model].rings.clone() {
-                    self.rings[rings].forget_model(model, resident);
+                    self.rings[rings].forget_model(model, |shard| choice.rests(shard));
                 }
                 self.begin(model, Purpose::Check, step, 1.0)
             }

@@ -3,6 +3,7 @@
 use super::Engine;
 use super::rings::Place;
 use super::site::Site;
+use super::tables::Borrow;
 use super::visit::Pass;
 use crate::device::CopySpan;
 use crate::graph::Program;
@@ -21,7 +22,7 @@ impl Engine {
             return slot;
         }
         let (plan, map, host, shard) = (&site.plan, &site.map, &site.plan.host, &site.plan.shards[s].layout);
-        let slot = if plan.choice.resident {
+        let slot = if plan.choice.rests(s) {
             weights.pin(s, key);
             s
         } else {
@@ -35,6 +36,8 @@ impl Engine {
         let own = shard.own.end - shard.own.start;
         let first_visit = pass != Pass::Backward || site.is_last(s);
         let shared_lane = [plan.choice.activations, plan.choice.gradients].iter().any(|&t| t != BoundaryTier::Device);
+        // What a shard at rest has updated is newer there than at home.
+        let by_device = |owner: usize| !plan.choice.resident && plan.choice.rests(owner);
         let tables = &self.members[site.member].tables;
         let count = if first_visit || shared_lane { tables.copies[s].len() } else { 1 };
         for i in 0..count {
@@ -44,7 +47,7 @@ impl Engine {
             let from = site.store(host.weights + shard.own.start + piece.start, bytes);
             let mut spans = vec![CopySpan { from, to: site.arena(base + piece.start, bytes) }];
             if i + 1 == count {
-                for b in &tables.borrows[s] {
+                for b in tables.borrows[s].iter().filter(|b| !by_device(b.owner)) {
                     spans.push(CopySpan {
                         from: site.store(host.weights + b.flat, b.bytes),
                         to: site.arena(base + b.at, b.bytes),
@@ -58,22 +61,30 @@ impl Engine {
             }
             self.copy(site, What::FetchWeights, s, None, spans);
         }
+        for i in 0..self.members[site.member].tables.borrows[s].len() {
+            let borrow = self.members[site.member].tables.borrows[s][i];
+            if by_device(borrow.owner) {
+                self.bring_borrowed(site, s, slot, borrow);
+            }
+        }
         slot
     }
 
     /// Brings the weights that a shard in a slot borrows up to date: from their owner's slot where it is beside it, else from home.
     fn refresh_borrowed(&mut self, site: &Site, s: usize, slot: usize) {
-        let base = site.map.weight_slots[slot];
         for i in 0..self.members[site.member].tables.borrows[s].len() {
-            let borrow = self.members[site.member].tables.borrows[s][i];
-            let beside = self.rings[site.rings].weights.slot_of(site.shard(borrow.owner));
-            let from = match beside {
-                Some(owner) => site.arena(site.map.weight_slots[owner] + borrow.in_owner, borrow.bytes),
-                None => site.store(site.plan.host.weights + borrow.flat, borrow.bytes),
-            };
-            let to = site.arena(base + borrow.at, borrow.bytes);
-            self.copy(site, What::FetchWeights, s, None, vec![CopySpan { from, to }]);
+            self.bring_borrowed(site, s, slot, self.members[site.member].tables.borrows[s][i]);
         }
+    }
+
+    fn bring_borrowed(&mut self, site: &Site, s: usize, slot: usize, borrow: Borrow) {
+        let beside = self.rings[site.rings].weights.slot_of(site.shard(borrow.owner));
+        let from = match beside {
+            Some(owner) => site.arena(site.map.weight_slots[owner] + borrow.in_owner, borrow.bytes),
+            None => site.store(site.plan.host.weights + borrow.flat, borrow.bytes),
+        };
+        let to = site.arena(site.map.weight_slots[slot] + borrow.at, borrow.bytes);
+        self.copy(site, What::FetchWeights, s, None, vec![CopySpan { from, to }]);
     }
 
     /// The entry that holds a boundary activation, or always does where they stay on the device.

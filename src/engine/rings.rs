@@ -26,13 +26,15 @@ pub(super) struct Slots<K> {
     /// The task that copies what it holds home.
     spills: Vec<Option<Spill>>,
     used: Vec<u64>,
+    /// Slots before this one are given by name alone.
+    first: usize,
     clock: u64,
     /// Empty slots go first, whenever they were used.
     empty_first: bool,
 }
 
 impl<K: Copy + PartialEq> Slots<K> {
-    fn new(count: usize, empty_first: bool) -> Self {
+    fn new(count: usize, first: usize, empty_first: bool) -> Self {
         let nothing = || (0..count).map(|_| None).collect();
         Slots {
             holds: nothing(),
@@ -40,6 +42,7 @@ impl<K: Copy + PartialEq> Slots<K> {
             marked: vec![false; count],
             spills: vec![None; count],
             used: vec![0; count],
+            first,
             clock: 0,
             empty_first,
         }
@@ -76,7 +79,7 @@ impl<K: Copy + PartialEq> Slots<K> {
 
     /// A slot for `key`: an empty one if there is one, else the least recently used; never one that holds any of `pinned`.
     pub fn take(&mut self, key: K, pinned: &[K]) -> usize {
-        let free = (0..self.holds.len()).filter(|&s| self.holds[s].is_none_or(|h| !pinned.contains(&h)));
+        let free = (self.first..self.holds.len()).filter(|&s| self.holds[s].is_none_or(|h| !pinned.contains(&h)));
         let slot = free
             .min_by_key(|&s| (self.empty_first && self.holds[s].is_some(), self.used[s]))
             .expect("a ring has more entries than a task pins");
@@ -164,7 +167,9 @@ pub(super) struct Rings {
     /// Next entry for the batch's tensors.
     next_input: usize,
     inputs: usize,
-    /// Next gradient slot.
+    /// Slots before this one belong to shards that rest.
+    resting: usize,
+    /// Next gradient slot after those.
     next_gradient: usize,
     gradient_slots: usize,
 }
@@ -174,14 +179,15 @@ impl Rings {
     /// nothing has run for longest, since a slot whose content has just become useless is still in use.
     pub fn new(map: &ArenaMap, shared: bool) -> Self {
         Rings {
-            weights: Slots::new(map.weight_slots.len(), !shared),
-            activations: Slots::new(map.activations.len(), !shared),
-            gradients: Slots::new(map.gradients.len(), !shared),
-            update_states: Slots::new(map.update_states.len(), !shared),
+            weights: Slots::new(map.weight_slots.len(), map.resting, !shared),
+            activations: Slots::new(map.activations.len(), 0, !shared),
+            gradients: Slots::new(map.gradients.len(), 0, !shared),
+            update_states: Slots::new(map.update_states.len(), 0, !shared),
             next_input: 0,
             inputs: map.inputs.len(),
             next_gradient: 0,
-            gradient_slots: map.gradient_slots.len(),
+            resting: map.resting,
+            gradient_slots: map.gradient_slots.len() - map.resting,
         }
     }
 
@@ -194,19 +200,17 @@ impl Rings {
     /// The next gradient slot.
     pub fn gradient_slot(&mut self) -> usize {
         self.next_gradient = (self.next_gradient + 1) % self.gradient_slots.max(1);
-        self.next_gradient
+        self.resting + self.next_gradient
     }
 
-    /// How many gradient slots there are.
+    /// How many gradient slots there are for shards that visit.
     pub fn gradient_slots(&self) -> usize {
         self.gradient_slots
     }
 
-    /// Forgets every copy of a model's tensors. `resident`: its weights are at home in these slots, and stay.
-    pub fn forget_model(&mut self, model: usize, resident: bool) {
-        if !resident {
-            self.weights.forget(|held| held.model == model);
-        }
+    /// Forgets every copy of a model's tensors. The weights of a shard that `rests` are at home in its slot, and stay.
+    pub fn forget_model(&mut self, model: usize, rests: impl Fn(usize) -> bool) {
+        self.weights.forget(|held| held.model == model && !rests(held.shard));
         self.activations.forget(|place| place.model == model);
         self.gradients.forget(|place| place.model == model);
     }
@@ -218,7 +222,7 @@ mod tests {
 
     #[test]
     fn slots_go_to_the_least_recently_used_and_back_to_their_shard() {
-        let mut slots = Slots::new(2, true);
+        let mut slots = Slots::new(2, 0, true);
         assert_eq!((slots.take(0, &[]), slots.take(1, &[])), (0, 1));
         assert_eq!(slots.find(0), Some(0));
         assert_eq!(slots.take(2, &[]), 1, "shard 1 was used before shard 0");
@@ -230,7 +234,7 @@ mod tests {
     #[test]
     fn a_copy_home_is_given_once_and_belongs_to_what_was_made_here() {
         let spill = Spill { task: 7, maker: 6 };
-        let mut slots = Slots::new(1, false);
+        let mut slots = Slots::new(1, 0, false);
         slots.take('a', &[]);
         slots.note_spill('a', spill);
         slots.note_spill('b', Spill { task: 9, maker: 8 });

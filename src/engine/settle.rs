@@ -1,7 +1,8 @@
 //! What a step does with gradients: their way out, the sums over shared parameters, the norm, the update, and what that makes stale.
 //!
 //! State that is resident is settled by its device once the last gradient is there. State that visits is settled shard by shard: by the
-//! host's threads, or by the device that has just computed the gradients. The tasks are the same, and so are the bits.
+//! host's threads, or by the device that has just computed the gradients; beside it that of shards at rest, by their device. The tasks are the
+//! same, and so are the bits.
 
 use super::Engine;
 use super::site::Site;
@@ -52,9 +53,17 @@ impl Engine {
             self.update(site, done, self.sequence);
             return;
         }
-        self.spill_gradient(site, done);
+        let rests = choice.rests(s);
+        if !rests {
+            self.spill_gradient(site, done);
+        }
         // Without clipping nobody but the report waits for the norm: it gives way to the updates, of which the first shard's is
         // needed first in the next step.
+        if done.clip.is_none() && rests {
+            self.join_and_norm(site, done, self.sequence);
+            self.update(site, done, self.sequence);
+            return;
+        }
         if done.clip.is_none() {
             self.join_and_norm(site, done, done.next_step + n as u64 * done.visit);
             self.update(site, done, done.next_step + s as u64 * done.visit);
@@ -62,12 +71,32 @@ impl Engine {
         }
         self.join_and_norm(site, done, self.sequence);
         if s == 0 {
+            self.bring_norms(site);
             for shard in 0..n {
                 let there = self.moved(site, self.members[site.member].ran_on[shard]);
-                let deadline = done.next_step + shard as u64 * done.visit;
-                self.update(&there, &Settled { shard, ..*done }, deadline);
+                let rests = site.plan.choice.rests(shard);
+                let deadline = if rests { self.sequence } else { done.next_step + shard as u64 * done.visit };
+                // Of a shard at rest, its own slot.
+                let slot = if rests { shard } else { done.slot };
+                self.update(&there, &Settled { shard, slot, ..*done }, deadline);
             }
         }
+    }
+
+    /// Brings to the device, where shards rest on it, the norms that the host has summed: no update of theirs can be clipped without.
+    fn bring_norms(&mut self, site: &Site) {
+        let (resting, tables) = (site.plan.choice.resting, &self.members[site.member].tables);
+        let visiting = tables.segments[resting..].iter().flat_map(|s| s.iter());
+        let (first, end) = visiting.fold((u64::MAX, 0), |(first, end), s| {
+            let index = u64::from(s.index);
+            (first.min(8 * index), end.max(8 * index + 8))
+        });
+        if resting == 0 || first >= end {
+            return;
+        }
+        let to = within(self.norms(site, 0), first, end - first);
+        let from = site.store(site.plan.host.norms[site.parity()] + first, end - first);
+        self.copy(site, What::FetchState, 0, None, vec![CopySpan { from, to }]);
     }
 
     /// The same model and step on another device.
@@ -115,7 +144,7 @@ impl Engine {
             let there = self.moved(site, device);
             self.bring_losses(&there);
             if clips {
-                let to = self.norms(&there);
+                let to = self.norms(&there, 0);
                 let from = there.store(there.plan.host.norms[parity], to.bytes);
                 self.copy(&there, What::FetchState, 0, None, vec![CopySpan { from, to }]);
             }
@@ -129,7 +158,7 @@ impl Engine {
             return;
         }
         let (first, bytes) = (8 * u64::from(segments[0].index), 8 * segments.len() as u64);
-        let from = within(self.norms(site), first, bytes);
+        let from = within(self.norms(site, s), first, bytes);
         let to = site.store(site.plan.host.norms[site.parity()] + first, bytes);
         self.copy(site, What::Norm, s, None, vec![CopySpan { from, to }]);
     }
@@ -161,27 +190,28 @@ impl Engine {
         self.copy(site, What::SpillGradient, s, None, uses.map(copy).collect());
     }
 
-    /// Whether a model's gradients are settled where they were computed.
-    fn on_device(site: &Site) -> bool {
-        site.plan.choice.resident || site.plan.choice.updates_on_device
+    /// Whether a shard's gradients are settled where they were computed.
+    fn on_device(site: &Site, s: usize) -> bool {
+        site.plan.choice.rests(s) || site.plan.choice.updates_on_device
     }
 
-    fn math_lane(site: &Site) -> u16 {
-        if Self::on_device(site) { site.lanes.compute } else { site.lanes.host }
+    fn math_lane(site: &Site, s: usize) -> u16 {
+        if Self::on_device(site, s) { site.lanes.compute } else { site.lanes.host }
     }
 
     /// Where a shard's gradients lie when its update reads them.
     fn gradients(site: &Site, done: &Settled) -> Span {
         let bytes = site.plan.shards[done.shard].layout.gradient_bytes;
-        match Self::on_device(site) {
+        match Self::on_device(site, done.shard) {
             true => site.arena(site.map.gradient_slots[done.slot], bytes),
             false => site.store(site.plan.host.shard_gradients[done.shard], bytes),
         }
     }
 
-    fn norms(&self, site: &Site) -> Span {
+    /// The table of norms where a shard is settled.
+    fn norms(&self, site: &Site, s: usize) -> Span {
         let bytes = 8 * site.model.train.parameters.len() as u64;
-        match Self::on_device(site) {
+        match Self::on_device(site, s) {
             true => site.arena(site.map.norms[site.parity()], bytes),
             false => site.store(site.plan.host.norms[site.parity()], bytes),
         }
@@ -191,14 +221,14 @@ impl Engine {
     fn joining(&mut self, site: &Site, done: &Settled, join: &Join) -> Span {
         let &Join { user, from, bytes, visits_at, .. } = join;
         let in_store = site.store(site.plan.host.shard_gradients[user] + from, bytes);
-        if !Self::on_device(site) {
+        if !Self::on_device(site, done.shard) {
             return in_store;
         }
         let gradient = Self::gradients(site, done);
         let member = &self.members[site.member];
         if user == done.shard {
             within(gradient, from, bytes)
-        } else if site.plan.choice.resident && member.home_of(user) == Some(site.device) {
+        } else if site.plan.choice.rests(user) && member.home_of(user) == Some(site.device) {
             site.arena(site.map.gradient_slots[user] + from, bytes)
         } else {
             let visiting = within(gradient, visits_at, bytes);
@@ -211,7 +241,7 @@ impl Engine {
     /// Adds the accumulators of a shard's shared parameters in the order of layers, then sums its gradients' squares. Users are later
     /// shards, whose backward came before. `deadline` is the norm's.
     fn join_and_norm(&mut self, site: &Site, done: &Settled, deadline: u64) {
-        let (s, lane) = (done.shard, Self::math_lane(site));
+        let (s, lane) = (done.shard, Self::math_lane(site, done.shard));
         let gradient = Self::gradients(site, done);
         for i in 0..self.members[site.member].tables.joins[s].len() {
             let join = self.members[site.member].tables.joins[s][i];
@@ -224,16 +254,16 @@ impl Engine {
         if segments.is_empty() {
             return;
         }
-        let table = self.norms(site);
+        let table = self.norms(site, s);
         // Only this shard's entries are written, so norms of other shards need not wait.
         let entries = within(table, 8 * u64::from(segments[0].index), 8 * segments.len() as u64);
-        let scratch = (Self::on_device(site) && site.model.train.scratch)
+        let scratch = (Self::on_device(site, s) && site.model.train.scratch)
             .then(|| site.arena(site.map.norm_scratch, norm_scratch_bytes(&segments)));
         let task = Task::Norm(Box::new(Norm { gradient, segments, table, scratch }));
         let writes: &[Span] = &[entries, scratch.unwrap_or(entries)];
         let writes = &writes[..1 + usize::from(scratch.is_some())];
         self.add(site, lane, (What::Norm, s), deadline, task, &[gradient], writes);
-        if !site.plan.choice.resident && Self::on_device(site) {
+        if !site.plan.choice.resident && Self::on_device(site, s) {
             self.send_norms(site, s);
         }
     }
@@ -243,10 +273,10 @@ impl Engine {
         if self.members[site.member].tables.segments[s].is_empty() {
             return;
         }
-        if site.plan.choice.resident {
+        if site.plan.choice.rests(s) {
             self.fetch_state(site);
         }
-        let visiting = (!site.plan.choice.resident && site.plan.choice.updates_on_device)
+        let visiting = (!site.plan.choice.rests(s) && site.plan.choice.updates_on_device)
             .then(|| self.fetch_update_state(site, s));
         for i in 0..self.members[site.member].tables.pieces[s].len() {
             self.update_piece(site, done, i, visiting, deadline);
@@ -264,7 +294,7 @@ impl Engine {
         // Moments and gradients may be wider than weights, and lie as many times further on.
         let ratio = site.model.layout.wide_ratio;
         let (wide_start, wide_bytes) = (start * ratio, bytes * ratio);
-        let (weight, remainder, moments) = if plan.choice.resident {
+        let (weight, remainder, moments) = if plan.choice.rests(s) {
             let of = |at: &u64| site.arena(at + wide_start, wide_bytes);
             let remainder = map.remainders.get(s).map(|at| site.arena(at + start, bytes));
             let moments = [0, 1].map(|i| map.moments[i].get(s).map(of));
@@ -285,18 +315,18 @@ impl Engine {
         };
         let gradient = within(Self::gradients(site, done), wide_start, wide_bytes);
         let loss_bytes = 4 * site.model.microbatches as u64;
-        let gate = match Self::on_device(site) {
+        let gate = match Self::on_device(site, s) {
             true => site.arena(map.losses[site.parity()], loss_bytes),
             false => site.store(plan.host.losses[site.parity()], loss_bytes),
         };
-        let clip = done.clip.map(|max_norm| Clip { max_norm, table: self.norms(site) });
+        let clip = done.clip.map(|max_norm| Clip { max_norm, table: self.norms(site, s) });
         let mut reads = vec![gradient, gate];
         reads.extend(clip.map(|c| c.table));
         let mut writes = vec![weight];
         writes.extend(remainder.iter().chain(moments.iter().flatten()));
         let update = Update { rule: done.rule, segments, weight, remainder, moments, gradient, clip, gate };
         let task = Task::Update(Box::new(update));
-        self.add(site, Self::math_lane(site), (What::Update, s), deadline, task, &reads, &writes);
+        self.add(site, Self::math_lane(site, s), (What::Update, s), deadline, task, &reads, &writes);
     }
 
     /// What only updates touch of a shard, end to end as it visits: sizes, and where it is at home.
@@ -349,7 +379,7 @@ impl Engine {
     fn refresh_copies(&mut self, site: &Site, s: usize, deadline: u64) {
         if !site.plan.choice.resident {
             // Where the device has made the update, its own copy is the new one.
-            let stays = site.plan.choice.updates_on_device || self.fetch_updated(site, s, deadline);
+            let stays = Self::on_device(site, s) || self.fetch_updated(site, s, deadline);
             for device in 0..self.lanes.len() {
                 let member = &self.members[site.member];
                 let (rings, borrows) = (member.rings[device], &member.tables.borrows);
@@ -417,19 +447,19 @@ impl Engine {
         true
     }
 
-    /// Resident: brings remainders and moments to their devices before the first update.
+    /// Brings the remainders and moments of shards at rest to their devices before the first update.
     fn fetch_state(&mut self, site: &Site) {
         if std::mem::replace(&mut self.members[site.member].state_fetched, true) {
             return;
         }
-        for s in 0..site.plan.shards.len() {
+        for s in (0..site.plan.shards.len()).filter(|&s| site.plan.choice.rests(s)) {
             let there = self.moved(site, self.members[site.member].home_of(s).expect("it has a home"));
             let spans = Self::resident_state(&there, s).map(|(to, from)| CopySpan { from, to }).collect();
             self.copy(&there, What::FetchState, s, None, spans);
         }
     }
 
-    /// Resident: where what only updates touch, a shard's remainders and moments, lies on its device and at home.
+    /// At rest: where what only updates touch, a shard's remainders and moments, lies on its device and at home.
     pub(super) fn resident_state(site: &Site, s: usize) -> impl Iterator<Item = (Span, Span)> {
         let (map, plan, ratio) = (&site.map, &site.plan, site.model.layout.wide_ratio);
         let own = &plan.shards[s].layout.own;
@@ -453,7 +483,7 @@ impl Engine {
             to: site.store(site.plan.host.losses[parity], bytes),
         }];
         if site.plan.choice.resident && !site.plan.choice.crosses {
-            let norms = self.norms(site);
+            let norms = self.norms(site, 0);
             spans.push(CopySpan { from: norms, to: site.store(site.plan.host.norms[parity], norms.bytes) });
         }
         self.members[site.member].losses_on[usize::from(site.device)] = site.serial;

@@ -201,7 +201,8 @@ pub fn bounds_of(
         host: costs[0].host_update_bytes_per_sec,
     };
     let work = |((p, &steps), maps): ((&Placed, &u64), &Vec<ArenaMap>)| {
-        let slots = maps.iter().map(|m| m.weight_slots.len()).sum::<usize>().max(p.plan.choice.slots * costs.len());
+        let slots =
+            maps.iter().map(|m| m.weight_slots.len() - m.resting).sum::<usize>().max(p.plan.choice.slots * costs.len());
         let (down, up) = least_bytes(p, slots, maps.iter().map(|m| m.activations.len()).sum());
         let secs = steps as f64 * arithmetic_secs(p, &costs[0]);
         let [first_secs, turn_secs, last_secs] = wait_secs(p, &rates);
@@ -241,7 +242,7 @@ fn wait_secs(placed: &Placed, rates: &Rates) -> [f64; 3] {
     let program = shard.forward.as_ref().or(shard.backward.as_ref());
     let inputs = program.map_or(0, |p| p.bytes(Area::Inputs));
     let first = (shard.fetch_bytes() + inputs) as f64 / rates.h2d;
-    if plan.choice.resident {
+    if plan.choice.rests(0) {
         return [first, 0.0, 0.0];
     }
     if plan.choice.updates_on_device {
@@ -269,10 +270,11 @@ fn pipelined_secs(placed: &Placed, cost: &CostModel) -> f64 {
 fn arithmetic_secs(placed: &Placed, cost: &CostModel) -> f64 {
     let plan = &placed.plan;
     let secs = plan.shards.iter().map(|s| s.step_secs(cost)).sum::<f64>() * placed.model.microbatches as f64;
-    if !plan.choice.resident && !plan.choice.updates_on_device {
+    let here = |s: usize| plan.choice.rests(s) || plan.choice.updates_on_device;
+    let own: u64 = plan.shards.iter().enumerate().filter(|(s, _)| here(*s)).map(|(_, s)| s.own_bytes()).sum();
+    if own == 0 {
         return secs;
     }
-    let own: u64 = plan.shards.iter().map(|s| s.own_bytes()).sum();
     secs + cost.device_settle_secs(update_bytes(placed, own), norm_bytes(placed, own))
 }
 
@@ -282,13 +284,16 @@ fn least_bytes(placed: &Placed, slots: usize, entries: usize) -> (u64, u64) {
     if plan.choice.resident {
         return (0, 0);
     }
-    let mut sizes: Vec<u64> = plan.shards.iter().map(|s| s.fetch_bytes()).collect();
+    let visiting = &plan.shards[plan.choice.resting..];
+    // What they borrow of shards at rest need not come from the host.
+    let bytes = |s: &crate::spill::ShardPrograms| if plan.choice.resting > 0 { s.own_bytes() } else { s.fetch_bytes() };
+    let mut sizes: Vec<u64> = visiting.iter().map(bytes).collect();
     // Kept at best: as many shards as there are slots, the largest.
     sizes.sort_unstable_by(|a, b| b.cmp(a));
     let again: u64 = sizes.iter().skip(slots).sum();
     // What a device has updated may stay for the next step too.
     let all = if plan.choice.updates_on_device { again } else { sizes.iter().sum() };
-    let own = plan.shards.iter().map(|s| s.own_bytes()).sum::<u64>();
+    let own = visiting.iter().map(|s| s.own_bytes()).sum::<u64>();
     let state = match plan.choice.updates_on_device {
         true => (0..plan.shards.len()).map(|s| update_state_bytes(&placed.model, &plan.shards, plan.moments, s)).sum(),
         false => 0,

@@ -42,11 +42,12 @@ pub(super) fn unit_costs(placed: &Placed, cost: &CostModel) -> Vec<UnitCost> {
     let (plan, microbatches) = (&placed.plan, placed.model.microbatches as f64);
     let shards = plan.shards.len();
     let units = if plan.shards[0].backward.is_some() { 2 * shards - 1 } else { shards };
-    let on_device = plan.choice.resident || plan.choice.updates_on_device;
     let mut costs: Vec<UnitCost> = (0..units)
         .map(|unit| {
             let (s, backward) = if unit + 1 < shards { (unit, false) } else { (2 * (shards - 1) - unit, true) };
             let shard = &plan.shards[s];
+            let rests = plan.choice.rests(s);
+            let on_device = rests || plan.choice.updates_on_device;
             let secs = if backward { shard.backward_secs(cost) } else { shard.forward_secs(cost) };
             let own = shard.own_bytes();
             let update = match backward && on_device {
@@ -57,7 +58,7 @@ pub(super) fn unit_costs(placed: &Placed, cost: &CostModel) -> Vec<UnitCost> {
             let handed_in = if backward { shard.boundary_bytes } else { 0 };
             let boundary = (taken_in + handed_in) * microbatches as u64;
             let out = if backward { taken_in } else { shard.boundary_bytes };
-            let gradient = if backward && !plan.choice.resident { shard.own_bytes() } else { 0 };
+            let gradient = if backward && !rests { shard.own_bytes() } else { 0 };
             let piece = plan.pieces(s).first().map_or(0, |r| r.end - r.start) as f64;
             let update_secs = update_bytes(placed, piece as u64) as f64 / cost.host_update_bytes_per_sec;
             let first = plan.copies(s).first().map_or(0, |r| r.end - r.start) as f64 / cost.h2d_bytes_per_sec;
@@ -68,13 +69,13 @@ pub(super) fn unit_costs(placed: &Placed, cost: &CostModel) -> Vec<UnitCost> {
                 rest_secs: 0.0,
                 rest_chain_secs: 0.0,
                 rest_bytes: 0,
-                weight_bytes: if plan.choice.resident { 0 } else { shard.fetch_bytes() },
+                weight_bytes: if rests { 0 } else { shard.fetch_bytes() },
                 boundary_bytes: if placed.home == Home::Anywhere { boundary } else { 0 },
                 leave_bytes: out * microbatches as u64 + gradient,
                 leaves_gradients: backward && !on_device,
                 hand_on_secs,
                 wait_secs: if on_device { 0.0 } else { gradient as f64 / cost.d2h_bytes_per_sec + turn_secs },
-                turn_secs: (unit + 1 == units && !plan.choice.resident).then_some(turn_secs),
+                turn_secs: (unit + 1 == units && !rests).then_some(turn_secs),
             }
         })
         .collect();

@@ -121,7 +121,7 @@ impl Engine {
         };
         let program = Arc::clone(program.expect("a model has the programs of every pass that it is asked for"));
         let slot = self.fetch_weights(site, s, pass);
-        let own_slot = site.plan.choice.resident || site.plan.choice.pipelined;
+        let own_slot = site.plan.choice.rests(s) || site.plan.choice.pipelined;
         let gradient_slot = if own_slot { s } else { self.rings[site.rings].gradient_slot() };
         for m in unit.microbatches.clone() {
             let ends_unit = m + 1 == unit.microbatches.end;
@@ -129,7 +129,7 @@ impl Engine {
         }
         let states = shard.layout.states.end - shard.layout.states.start;
         let changes_states = pass == Pass::Forward || (pass == Pass::Backward && site.is_last(s));
-        if changes_states && states > 0 && !site.plan.choice.resident {
+        if changes_states && states > 0 && !site.plan.choice.rests(s) {
             let from = site.arena(site.map.weight_slots[slot] + site.map.states_at[s], states);
             let to = site.store(site.plan.host.states + shard.layout.states.start, states);
             self.copy(site, What::SpillState, s, None, vec![CopySpan { from, to }]);

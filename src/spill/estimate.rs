@@ -8,8 +8,8 @@ use super::shard::ShardPrograms;
 use super::stand_in::Shards;
 use crate::device::sim::CostModel;
 
-/// Estimated seconds of a training step.
-pub fn estimate_secs(model: &Model, shards: &Shards, choice: &Choice, cost: &CostModel) -> f64 {
+/// Estimated seconds of a training step. `clips`: no update before the last gradient.
+pub fn estimate_secs(model: &Model, shards: &Shards, choice: &Choice, clips: bool, cost: &CostModel) -> f64 {
     let Shards { programs: shards, secs } = shards;
     let (n, m) = (shards.len(), model.microbatches as f64);
     let units: Vec<(usize, f64)> = (0..n.saturating_sub(1))
@@ -22,8 +22,12 @@ pub fn estimate_secs(model: &Model, shards: &Shards, choice: &Choice, cost: &Cos
         let update = parameter_bytes * 7.0 / cost.device_update_bytes_per_sec;
         return update + units.iter().map(|u| u.1).sum::<f64>() + boundary_secs(model, shards, choice, cost) * 0.1;
     }
+    let resting = choice.resting;
     let fetch = |s: usize| cost.copy_secs + shards[s].fetch_bytes() as f64 / cost.h2d_bytes_per_sec;
-    let leave = |s: usize| cost.copy_secs + shards[s].layout.gradient_bytes as f64 / cost.d2h_bytes_per_sec;
+    let leave = |s: usize| match choice.rests(s) {
+        true => 0.0,
+        false => cost.copy_secs + shards[s].layout.gradient_bytes as f64 / cost.d2h_bytes_per_sec,
+    };
     // A ring with an entry for what comes in and one for what goes out has none for the next microbatch's: arithmetic waits for the copies.
     let copy = |s: usize| cost.copy_secs + shards[s].boundary_bytes as f64 / cost.h2d_bytes_per_sec;
     let exposed = |u: usize, s: usize| {
@@ -31,41 +35,51 @@ pub fn estimate_secs(model: &Model, shards: &Shards, choice: &Choice, cost: &Cos
         let both_ways = s > 0 && s + 1 < n && matches!(tier, BoundaryTier::Host { entries: ..=2 });
         if both_ways { m * copy(s - 1).max(copy(s)) } else { 0.0 }
     };
-    let slots = choice.slots.min(n);
+    let slots = choice.slots.min(n - resting);
     let (mut compute, mut h2d, mut d2h) = (0.0f64, 0.0f64, 0.0f64);
+    // Ends of visits that took a slot.
     let mut ends: Vec<f64> = Vec::new();
     let mut left: Vec<f64> = Vec::new();
     for (u, &(s, secs)) in units.iter().enumerate() {
         // Around the turn the last shards are still in their slots.
-        let hit = u >= n && u - (n - 1) < slots;
+        let hit = choice.rests(s) || (u >= n && u - (n - 1) < slots);
         if !hit {
-            let free = if u >= slots { ends[u - slots] } else { 0.0 };
+            let free = if ends.len() >= slots { ends[ends.len() - slots] } else { 0.0 };
             h2d = h2d.max(free) + fetch(s);
         }
         let ready = if hit { 0.0 } else { h2d };
         let backward = u + 1 >= n;
-        let room = if backward && left.len() >= choice.gradient_slots {
+        let room = if backward && !choice.rests(s) && left.len() >= choice.gradient_slots {
             left[left.len() - choice.gradient_slots]
         } else {
             0.0
         };
         compute = compute.max(ready).max(room) + secs + exposed(u, s);
-        ends.push(compute);
-        if backward {
+        if !choice.rests(s) {
+            ends.push(compute);
+        }
+        if backward && !choice.rests(s) {
             d2h = d2h.max(compute) + leave(s);
             left.push(d2h);
         }
     }
-    let updates = parameter_bytes * 7.0 / cost.host_update_bytes_per_sec;
-    let first = (shards[0].layout.own.end - shards[0].layout.own.start) * model.layout.wide_ratio;
-    let first = first as f64 * 7.0 / cost.host_update_bytes_per_sec;
+    // The host's updates, from when the last gradient is there, or each from when its own is, until the first visitor's next forward.
+    let update = |s: usize, rate: f64| (shards[s].own_bytes() * model.layout.wide_ratio) as f64 * 7.0 / rate;
+    let updates: f64 = (resting..n).map(|s| update(s, cost.host_update_bytes_per_sec)).sum();
+    let here: f64 = (0..resting).map(|s| update(s, cost.device_update_bytes_per_sec)).sum();
+    let before: f64 = units[..units.len() - n].iter().take(resting).map(|u| u.1).sum();
+    compute += here;
+    let late = if clips { updates } else { update(resting, cost.host_update_bytes_per_sec) };
+    let turn = if resting == 0 { d2h + late } else { (d2h.max(compute) + late - before - here).max(compute) };
     let links = boundary_secs(model, shards, choice, cost);
     // Cores that units, copies and the host's arithmetic share.
-    let moved = units.iter().map(|&(s, _)| shards[s].fetch_bytes()).sum::<u64>() + model.layout.parameter_bytes;
-    let arithmetic = units.iter().map(|u| u.1).sum::<f64>() + updates;
+    let visits = units.iter().filter(|(s, _)| !choice.rests(*s));
+    let own: u64 = shards[resting..].iter().map(ShardPrograms::own_bytes).sum();
+    let moved = visits.map(|&(s, _)| shards[s].fetch_bytes()).sum::<u64>() + own;
+    let arithmetic = units.iter().map(|u| u.1).sum::<f64>() + updates + here;
     let shared = cost.cores.map_or(0.0, |_| arithmetic + cost.copy_core_secs(moved, units.len() + n));
     // A part of the boundary copies shows.
-    (d2h + first).max(updates).max(h2d + links).max(shared) + 0.25 * links
+    turn.max(updates).max(h2d + links).max(shared) + 0.25 * links
 }
 
 /// Seconds of h2d that boundary tensors in host memory cost.

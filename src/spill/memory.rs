@@ -45,9 +45,12 @@ pub enum BoundaryTier {
 pub struct Choice {
     /// Weights, gradients and optimizer state stay on the device.
     pub resident: bool,
-    /// Weight slots, where not resident.
+    /// Where not resident: how many shards, from the first on, have theirs on the device all the same. Their gradients are the last to be there and
+    /// their weights the first to be needed, so these gain most by not leaving; and what the host updates meanwhile is needed after them.
+    pub resting: usize,
+    /// Weight slots for the shards that visit.
     pub slots: usize,
-    /// Gradient slots, where not resident.
+    /// Gradient slots for the shards that visit.
     pub gradient_slots: usize,
     /// Boundary activations.
     pub activations: BoundaryTier,
@@ -64,28 +67,37 @@ pub struct Choice {
     pub pipelined: bool,
 }
 
+impl Choice {
+    /// Whether a shard's weights, gradients and optimizer state stay on the device.
+    pub fn rests(&self, shard: usize) -> bool {
+        self.resident || shard < self.resting
+    }
+}
+
 /// The map of a device's arena, in bytes from its start.
 #[derive(Clone, Debug, PartialEq, Default)]
 pub struct ArenaMap {
     /// Losses of the microbatches, 4 bytes each, for steps of even and odd number.
     pub losses: [u64; 2],
-    /// Sums of squares, 8 bytes a parameter, for steps of even and odd number; resident only.
+    /// Sums of squares, 8 bytes a parameter, for steps of even and odd number; where a shard rests.
     pub norms: [u64; 2],
     /// Entries for the batch's tensors.
     pub inputs: Vec<u64>,
-    /// Weight slots; shard `s` has slot `s` where resident. States lie after the weights, at `states_at`.
+    /// Slots of weights and of gradients that belong to a shard that rests: shard `s` has slot `s`. What visits shares the others.
+    pub resting: usize,
+    /// Weight slots. States lie after the weights, at `states_at`.
     pub weight_slots: Vec<u64>,
     /// Start of a shard's states in its slot.
     pub states_at: Vec<u64>,
-    /// Gradient slots; shard `s` has slot `s` where resident.
+    /// Gradient slots.
     pub gradient_slots: Vec<u64>,
-    /// Partial sums for the norm of one shard at a time; resident only, and where the device asks for scratch.
+    /// Partial sums for the norm of one shard at a time; where a shard rests, and where the device asks for scratch.
     pub norm_scratch: u64,
-    /// Remainders of each shard's bf16 weights; resident only.
+    /// Remainders of the bf16 weights of each shard that rests.
     pub remainders: Vec<u64>,
-    /// Moments of each shard: first and second; resident only.
+    /// Moments of each shard that rests: first and second.
     pub moments: [Vec<u64>; 2],
-    /// Remainders and moments that visit for an update: first and second moment, then remainder, end to end; not where resident.
+    /// Remainders and moments that visit for an update: first and second moment, then remainder, end to end.
     pub update_states: Vec<u64>,
     /// Boundary activations: one for each boundary and microbatch, or a ring.
     pub activations: Vec<u64>,
@@ -168,10 +180,11 @@ pub fn arena_map_of(
     let parameters = model.train.parameters.len() as u64;
     let mut tape = Tape::default();
     let losses = [0, 1].map(|_| tape.take(4 * microbatches as u64));
-    let norms = [0, 1].map(|_| if choice.resident { tape.take(8 * parameters) } else { 0 });
-    let norm_scratch = if choice.resident && model.train.scratch {
-        let bytes = |s: &ShardPrograms| norm_scratch_bytes(&model.segments(&s.layout.own, |_| true));
-        tape.take(all_here().map(bytes).max().unwrap_or(0))
+    let resting = if choice.resident { n } else { choice.resting.min(n) };
+    let norms = [0, 1].map(|_| if resting > 0 { tape.take(8 * parameters) } else { 0 });
+    let norm_scratch = if resting > 0 && model.train.scratch {
+        let bytes = |s: usize| norm_scratch_bytes(&model.segments(&shards[s].layout.own, |_| true));
+        tape.take((0..resting).filter(|&s| here(s)).map(bytes).max().unwrap_or(0))
     } else {
         0
     };
@@ -179,28 +192,27 @@ pub fn arena_map_of(
     let inputs = tape.take_many(choice.input_entries, input_bytes);
     let states_at: Vec<u64> = shards.iter().map(ShardPrograms::states_at).collect();
     let slot_bytes = |s: usize| if_here(s, shards[s].slot_bytes());
-    let gradient_bytes = |s: usize| match choice.resident && choice.crosses {
+    // With room for what visits of parameters that other shards use too.
+    let gradient_bytes = |s: usize| match (choice.resident && choice.crosses) || s < choice.resting {
         true => if_here(s, visiting_gradients_at(shards, s) + visiting_gradient_bytes(model, shards, s)),
         false => if_here(s, shards[s].layout.gradient_bytes),
     };
-    let weight_slots = match choice.resident {
-        true => (0..n).map(|s| tape.take(slot_bytes(s))).collect(),
-        false => tape.take_many(choice.slots.min(n), (0..n).map(slot_bytes).max().unwrap_or(0)),
+    let slots = |tape: &mut Tape, own: usize, shared: usize, bytes: &dyn Fn(usize) -> u64| -> Vec<u64> {
+        let mut slots: Vec<u64> = (0..own).map(|s| tape.take(bytes(s))).collect();
+        slots.extend(tape.take_many(shared.min(n - own), (own..n).map(bytes).max().unwrap_or(0)));
+        slots
     };
+    let weight_slots = slots(&mut tape, resting, choice.slots, &slot_bytes);
     // In a pipeline a shard's gradients wait for the next microbatch while others' are computed.
-    let gradient_slots = match choice.resident || choice.pipelined {
-        true => (0..n).map(|s| tape.take(gradient_bytes(s))).collect(),
-        false => tape.take_many(choice.gradient_slots.min(n), (0..n).map(gradient_bytes).max().unwrap_or(0)),
-    };
+    let own = if choice.pipelined { n } else { resting };
+    let gradient_slots = slots(&mut tape, own, choice.gradient_slots, &gradient_bytes);
     let ratio = model.layout.wide_ratio;
     let own = |s: usize| if_here(s, shards[s].own_bytes());
-    let remainders = if choice.resident && model.has_remainders() {
-        (0..n).map(|s| tape.take(own(s))).collect()
-    } else {
-        Vec::new()
-    };
+    let with_remainders = if model.has_remainders() { resting } else { 0 };
+    let remainders = (0..with_remainders).map(|s| tape.take(own(s))).collect();
     let moments = [0, 1].map(|i| {
-        if choice.resident && i < moments { (0..n).map(|s| tape.take(own(s) * ratio)).collect() } else { Vec::new() }
+        let with_moment = if i < moments { resting } else { 0 };
+        (0..with_moment).map(|s| tape.take(own(s) * ratio)).collect()
     });
     // A boundary tensor is handed out by one shard and taken in by the next.
     let boundary = |s: usize| if here(s) || here(s + 1) { shards[s].boundary_bytes } else { 0 };
@@ -234,6 +246,7 @@ pub fn arena_map_of(
         losses,
         norms,
         inputs,
+        resting,
         weight_slots,
         states_at,
         gradient_slots,
@@ -269,7 +282,12 @@ pub fn host_map(model: &Model, shards: &[ShardPrograms], choice: &Choice, moment
         moments: [0, 1].map(|i| if i < moments { tape.take(parameter_bytes * model.layout.wide_ratio) } else { 0 }),
         shard_gradients: shards
             .iter()
-            .map(|s| if choice.resident && !choice.crosses { 0 } else { tape.take(s.layout.gradient_bytes) })
+            .enumerate()
+            .map(
+                |(s, shard)| {
+                    if choice.rests(s) && !choice.crosses { 0 } else { tape.take(shard.layout.gradient_bytes) }
+                },
+            )
             .collect(),
         norms: [0, 1].map(|_| tape.take(8 * graph.parameters.len() as u64)),
         losses: [0, 1].map(|_| tape.take(4 * microbatches as u64)),

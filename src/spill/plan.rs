@@ -43,7 +43,7 @@ pub struct PlanOptions {
     pub kept: Option<Vec<bool>>,
     /// A cut rule to use instead of trying the balanced ones.
     pub rule: Option<CutRule>,
-    /// Force state to stay on the device, or to leave it.
+    /// Force state to stay on the device, or all of it to leave it.
     pub resident: Option<bool>,
     /// Force boundary tensors to stay on the device, or to leave it.
     pub boundaries_stay: Option<bool>,
@@ -164,7 +164,7 @@ impl Plan {
         let least_bytes: u64 = if self.choice.updates_on_device { 4 << 20 } else { 256 << 10 };
         const MOST: u64 = 8;
         let bytes = self.own_bytes(shard);
-        let most = if self.choice.resident || self.choice.slots == 1 { 1 } else { MOST };
+        let most = if self.choice.rests(shard) || self.choice.slots == 1 { 1 } else { MOST };
         let count = most.min(bytes / least_bytes).max(1);
         let at = |i: u64| if i == count { bytes } else { align_up(bytes * i / count, ALIGNMENT) };
         (0..count).map(|i| at(i)..at(i + 1)).collect()

@@ -189,6 +189,7 @@ impl<'a> Search<'a> {
                 for &(gradient_slots, activations, gradients, input_entries) in depths {
                     choices.push(Choice {
                         resident,
+                        resting: 0,
                         slots,
                         gradient_slots: gradient_slots.min(n),
                         activations: tier(activations),
@@ -214,6 +215,7 @@ impl<'a> Search<'a> {
         let of = |updates_on_device: bool| {
             depths.iter().map(move |&(gradient_slots, activations, gradients, input_entries)| Choice {
                 resident: false,
+                resting: 0,
                 slots,
                 gradient_slots,
                 activations: BoundaryTier::Host { entries: activations },
@@ -235,13 +237,19 @@ impl<'a> Search<'a> {
     /// Keeps a plan if it is the best so far. What fits whole is left at rest, with the fewest shards; else the fastest wins, and among
     /// equals the one with fewer shards, then fewer bytes.
     fn offer(&mut self, shards: &Shards, choice: &Choice) {
+        self.offer_one(shards, choice);
+        self.offer_resting(shards, choice);
+    }
+
+    fn offer_one(&mut self, shards: &Shards, choice: &Choice) {
         let arena = map(self.model, &shards.programs, choice, self.options);
-        let is_smallest = self.smallest.as_ref().is_none_or(|s| arena.bytes < s.arena.bytes);
+        // The smallest must not depend on the budget, as how many shards rest does.
+        let is_smallest = choice.resting == 0 && self.smallest.as_ref().is_none_or(|s| arena.bytes < s.arena.bytes);
         if !is_smallest && !self.fits(arena.bytes) {
             return;
         }
         let estimated_secs = match self.options.anywhere {
-            None => estimate_secs(self.model, shards, choice, self.cost),
+            None => estimate_secs(self.model, shards, choice, self.options.clips, self.cost),
             Some(devices) => {
                 estimate_anywhere_secs(self.model, shards, choice, self.options.moments, devices, self.cost)
             }
@@ -270,6 +278,26 @@ impl<'a> Search<'a> {
         };
         if self.fits(arena.bytes) && self.best.as_ref().is_none_or(better) {
             self.best = Some(found(arena));
+        }
+    }
+
+    /// The same with as many shards at rest as fit, where not all are.
+    fn offer_resting(&mut self, shards: &Shards, choice: &Choice) {
+        let options = self.options;
+        let pointless = choice.resident || choice.pipelined || choice.crosses || options.device_budget.is_none();
+        if pointless || options.resident.is_some() || options.anywhere.is_some() {
+            return;
+        }
+        let with = |resting: usize| Choice { resting, ..choice.clone() };
+        let fits = |resting: usize| self.fits(map(self.model, &shards.programs, &with(resting), options).bytes);
+        // More at rest take more bytes.
+        let (mut most, mut too_many) = (0, shards.programs.len());
+        while most + 1 < too_many {
+            let middle = usize::midpoint(most, too_many);
+            if fits(middle) { most = middle } else { too_many = middle }
+        }
+        if most > 0 {
+            self.offer_one(shards, &with(most));
         }
     }
 

@@ -109,13 +109,13 @@ pub fn step_secs(model: &Model, plan: &Plan, cost: &CostModel, clip: bool, warm:
         work: Vec::new(),
         computes: 0,
         step: 0,
-        slots: Ring::new(if plan.choice.resident { n } else { plan.choice.slots.min(n) }),
+        slots: Ring::new(if plan.choice.resident { n } else { plan.choice.slots.min(n - plan.choice.resting) }),
         last_slot: vec![None; n],
         last_use: vec![0; n],
         activations: Ring::new(plan.arena.activations.len()),
         gradients: Ring::new(plan.arena.gradients.len()),
         inputs: Ring::new(plan.arena.inputs.len()),
-        leaving: vec![Vec::new(); plan.choice.gradient_slots.min(n)],
+        leaving: vec![Vec::new(); plan.choice.gradient_slots.min(n - plan.choice.resting)],
         next_leaving: 0,
         updated: vec![Vec::new(); n],
         normed: vec![None; n],
@@ -159,12 +159,22 @@ impl Recurrence<'_> {
         let next_step = self.computes + n * self.microbatches;
         let mut result = 0;
         let mut home = vec![None; n];
+        // Norms of what rests are summed on the device and sent, and its updates are made there.
+        let mut sent = Vec::new();
         for s in (0..n).rev() {
             let (slot, last) = self.visit(s, true);
             if s == n - 1 {
                 result = self.copy_out(4 * self.microbatches as u64, vec![last]);
             }
             if self.plan.shards[s].layout.gradient_bytes == 0 {
+                continue;
+            }
+            if self.plan.choice.rests(s) {
+                let norm = self.on_device(self.own_bytes(s), vec![last]);
+                sent.push(self.copy_out(8 * self.plan.shards[s].layout.layers.len() as u64, vec![norm]));
+                if !clip {
+                    self.on_device(self.own_bytes(s) * (3 + 2 * self.plan.moments) as f64, vec![norm]);
+                }
                 continue;
             }
             // The host's copy of the gradient is overwritten: its last readers come first.
@@ -184,7 +194,11 @@ impl Recurrence<'_> {
             }
         }
         if clip {
-            let norms: Vec<usize> = home.iter().flatten().copied().chain([result]).collect();
+            let norms: Vec<usize> = home.iter().flatten().copied().chain([result]).chain(sent).collect();
+            let brought = (self.plan.choice.resting > 0).then(|| self.copy_in(8 * n as u64, norms.clone()));
+            for s in 0..self.plan.choice.resting {
+                self.on_device(self.own_bytes(s) * (3 + 2 * self.plan.moments) as f64, brought.into_iter().collect());
+            }
             for s in (0..n).filter(|&s| home[s].is_some()) {
                 self.updated[s].clear();
                 for piece in self.plan.pieces(s) {
@@ -208,6 +222,11 @@ impl Recurrence<'_> {
     fn own_bytes(&self, s: usize) -> f64 {
         let own = &self.plan.shards[s].layout.own;
         (own.end - own.start) as f64
+    }
+
+    fn on_device(&mut self, bytes: f64, after: Vec<usize>) -> usize {
+        let secs = self.cost.op_secs + bytes / self.cost.device_update_bytes_per_sec;
+        self.add(COMPUTE, secs, after, self.computes)
     }
 
     fn math(&mut self, bytes: f64, after: Vec<usize>, wanted: usize) -> usize {
@@ -234,8 +253,10 @@ impl Recurrence<'_> {
         let program = if backward { &shard.backward } else { &shard.forward };
         let program = program.as_ref().expect("a training plan has both");
         let mut here = Vec::new();
+        let rests = !plan.choice.resident && plan.choice.rests(s);
         let slot = match self.slots.find((s, 0)) {
-            Some(slot) => slot,
+            _ if rests => None,
+            Some(slot) => Some(slot),
             None => {
                 // The first shards of a step go back to the slots that they left last in the step before.
                 let own = self.last_slot[s].filter(|&slot| self.slots.entries[slot].0.is_none());
@@ -260,11 +281,11 @@ impl Recurrence<'_> {
                     here.push(self.copy_in(shard.fetch_bytes(), waits));
                 }
                 self.slots.entries[slot].2 = users;
-                slot
+                Some(slot)
             }
         };
         let mut gradient_slot = 0;
-        if backward && !plan.choice.resident {
+        if backward && !plan.choice.rests(s) {
             self.next_leaving = (self.next_leaving + 1) % self.leaving.len();
             gradient_slot = self.next_leaving;
             // A smaller shard's gradients need not wait for the end of a larger one's.
@@ -276,10 +297,12 @@ impl Recurrence<'_> {
         for m in 0..self.microbatches {
             last = self.microbatch(s, m, backward, program, std::mem::take(&mut here));
         }
-        let users = &mut self.slots.entries[slot].2;
-        users.retain(|u| u.1 > shard.fetch_bytes());
-        users.push((last, shard.fetch_bytes()));
-        (self.last_slot[s], self.last_use[s]) = (Some(slot), self.slots.entries[slot].1);
+        if let Some(slot) = slot {
+            let users = &mut self.slots.entries[slot].2;
+            users.retain(|u| u.1 > shard.fetch_bytes());
+            users.push((last, shard.fetch_bytes()));
+            (self.last_slot[s], self.last_use[s]) = (Some(slot), self.slots.entries[slot].1);
+        }
         (gradient_slot, last)
     }
 

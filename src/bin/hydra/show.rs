@@ -93,7 +93,14 @@ fn headline(model: &Planned, planned: &PlannedJob) -> String {
             format!("all state on device {}", homes.join(", "))
         }
         (true, _) => "all state on the device".to_string(),
-        (false, _) => format!("state in host memory, {}", count(plan.arena.weight_slots.len(), "weight slot")),
+        (false, _) => {
+            let (resting, slots) = (plan.choice.resting, plan.arena.weight_slots.len() - plan.choice.resting);
+            let state = match resting {
+                0 => "state in host memory".to_string(),
+                _ => format!("state of the first {} on the device, of others in host memory", count(resting, "shard")),
+            };
+            format!("{state}, {}", count(slots, "weight slot"))
+        }
     };
     let budget = planned.machine.first().budget.map_or(String::new(), |b| format!(" of {}", format_bytes(b)));
     format!(
@@ -129,7 +136,7 @@ fn describe(model: &Planned, planned: &PlannedJob) -> String {
         rows.push(vec![
             format!("{s}  {layers}"),
             format_bytes(shard.fetch_bytes()),
-            if plan.choice.resident { "device" } else { "pageable" }.to_string(),
+            if plan.choice.rests(s) { "device" } else { "pageable" }.to_string(),
             forward,
             format_secs(microbatches * shard.backward_secs(cost)),
             again.to_string(),
