@@ -4,7 +4,7 @@ use crate::job::{self, DeviceKind, Job, Policy};
 use hydra::base::{Error, Result};
 use hydra::device::host::HostSpec;
 use hydra::device::sim::{CostModel, PROFILES, Profile};
-use hydra::device::{DeviceSpec, calibrate_fleet, why_no_cuda, why_no_emulator};
+use hydra::device::{DeviceSpec, calibrate_fleet, gpus, why_no_cuda, why_no_emulator};
 use std::cell::RefCell;
 use std::path::Path;
 
@@ -136,7 +136,7 @@ fn stated_cost(file: &str, i: usize, device: &job::Device) -> Result<CostModel> 
     Err(fault(format!("\"{profile}\" is not known, only {known}, and files that end in .json{hint}")))
 }
 
-/// What is started for the `n`-th device of a job.
+/// What is started for a device of a job; of the machine's GPUs `ordinal` is the one on which it lies.
 pub fn device_spec(device: &job::Device, ordinal: usize) -> DeviceSpec {
     match device.kind {
         DeviceKind::Cuda => DeviceSpec::Cuda { ordinal, threads: None },
@@ -154,14 +154,19 @@ pub fn device_spec(device: &job::Device, ordinal: usize) -> DeviceSpec {
 /// When rates are at fault or cannot be measured.
 pub fn machine(file: &str, job: &Job) -> Result<Machine> {
     let mut devices = Vec::new();
+    // The n-th device lies on GPU n, over and over where there are fewer.
+    let gpus = gpus().len().max(1);
     for (i, device) in job.devices.iter().enumerate() {
         // What a real device does is measured below.
         let cost = match device.kind {
             DeviceKind::Sim => stated_cost(file, i, device)?,
             _ => CostModel::stated(1.0, 1.0, 1.0),
         };
-        let one = MachineDevice { kind: device.kind, spec: device_spec(device, 0), cost, budget: device.memory };
-        devices.extend(std::iter::repeat_n((one, device.link), device.count));
+        for _ in 0..device.count {
+            let spec = device_spec(device, devices.len() % gpus);
+            let one = MachineDevice { kind: device.kind, spec, cost: cost.clone(), budget: device.memory };
+            devices.push((one, device.link));
+        }
     }
     // All are of one kind, as `check_devices` has seen to.
     if job.devices[0].kind != DeviceKind::Sim {
