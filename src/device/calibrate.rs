@@ -39,7 +39,8 @@ pub fn calibrate(spec: &DeviceSpec) -> Result<CostModel> {
 /// When the devices cannot be started, or a task fails on one.
 pub fn calibrate_fleet(specs: &[DeviceSpec], at_work: usize) -> Result<Vec<CostModel>> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let alike = alike(specs, &gpus());
+    let of_gpus = matches!(specs.first(), Some(DeviceSpec::Cuda { .. }));
+    let alike = alike(specs, &if of_gpus { gpus() } else { Vec::new() });
     let mut costs: Vec<Option<CostModel>> = vec![None; specs.len()];
     for group in groups(specs, &alike, at_work, cores) {
         let members: Vec<DeviceSpec> = group.members.iter().map(|&i| specs[i].clone()).collect();

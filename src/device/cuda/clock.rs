@@ -77,3 +77,48 @@ impl GpuClock {
         Ok(())
     }
 }
+
+#[cfg(all(test, feature = "emulator"))]
+mod tests {
+    use super::*;
+    use crate::device::cuda::Emulated;
+
+    fn wait(driver: &mut Emulated, mark: Mark) {
+        while !driver.passed(mark).expect("a mark") {
+            driver.wait_a_moment(0.0).expect("what is queued runs");
+        }
+    }
+
+    #[test]
+    fn a_zero_is_set_right_and_marks_are_told_by_it() {
+        let mut driver =
+            Emulated::of(vec![Emulated::facts_of(0, 80), Emulated::facts_of(1, 80)], 3).expect("an emulator");
+        let clock = Instant::now();
+        let stream = driver.stream(1).expect("a stream");
+        let mut gpu = GpuClock::new(&mut driver, stream, clock).expect("a clock");
+        let now_secs = |driver: &mut Emulated, gpu: &GpuClock| {
+            let mark = driver.mark(1).expect("a mark");
+            driver.record(mark, stream).expect("a stream");
+            wait(driver, mark);
+            gpu.secs(driver, mark).expect("a time")
+        };
+        let before = clock.elapsed().as_secs_f64();
+        let told = now_secs(&mut driver, &gpu);
+        // Half of what the shortest of eight tries took is all that a zero is off by; a second is what no interruption takes.
+        assert!(before - 1.0 < told && told < clock.elapsed().as_secs_f64() + 1.0, "{told}, after {before}");
+        // Nothing is sent within five seconds of a zero.
+        gpu.move_zero(&mut driver, before).expect("no failure");
+        assert!(gpu.sent_secs.is_none());
+        // The host's clock has gone on a hundred seconds of which the GPU's knows nothing: it is set to the moment at which the zero was sent.
+        gpu.move_zero(&mut driver, 100.0).expect("no failure");
+        assert_eq!(gpu.sent_secs, Some(100.0));
+        gpu.move_zero(&mut driver, 100.5).expect("no failure");
+        assert_eq!(gpu.sent_secs, Some(100.0), "not passed yet");
+        wait(&mut driver, gpu.spare);
+        gpu.move_zero(&mut driver, 101.0).expect("no failure");
+        assert_eq!((gpu.sent_secs, gpu.zero_secs), (None, 100.0));
+        let told = now_secs(&mut driver, &gpu);
+        assert!((100.0..101.0).contains(&told), "{told}");
+        assert!(driver.mark(0).is_ok_and(|other| gpu.secs(&mut driver, other).is_err()), "another GPU's mark");
+    }
+}
