@@ -126,7 +126,7 @@ fn check(driver: &dyn Driver, devices: &[LogicalDevice]) -> Result<()> {
         if facts.arch != first.arch {
             return Err(Error::Device(format!(
                 "{first} has compute capability {}.{}, {facts} has {}.{}: their kernels differ, so results would depend on which of them ran what; \
-                 use GPUs of one",
+                 take GPUs of one (CUDA_VISIBLE_DEVICES says which are seen)",
                 first.arch / 10,
                 first.arch % 10,
                 facts.arch / 10,
