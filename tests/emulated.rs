@@ -349,6 +349,7 @@ fn a_gpu_that_is_too_small_or_of_another_kind_is_named() {
     check(&[(0, 64), (1, 8193)], 8193);
     check(&[(1, 4096), (0, 1 << 20), (1, 4097)], 8193);
     assert_eq!(start(&[(1, 4096), (0, 1 << 20), (1, 4096)], &small), Ok(()));
+    assert!(Emulated::of(Vec::new(), 0).is_err(), "none");
     // Where kernels differ so would bits.
     let error = start(&[(0, 64), (1, 64)], &Emulated::facts_of(1, 90)).expect_err("unlike");
     assert!(error.contains("GPU 0 (emulated) has compute capability 8.0, GPU 1 (emulated) has 9.0"), "{error}");

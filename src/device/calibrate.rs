@@ -33,7 +33,7 @@ pub fn calibrate(spec: &DeviceSpec) -> Result<CostModel> {
 /// of device among them.
 ///
 /// Devices that have to share cores are measured as many at once as have cores, and all get their share of the rates. GPUs are measured as many at once
-/// as are at work, each once, whatever logical devices lie on it: what they share is the host's memory. GPUs of one model are alike.
+/// as are at work, each once, however many logical devices lie on it: what GPUs share is the host's memory. Those of one model are alike.
 ///
 /// # Errors
 /// When the devices cannot be started, or a task fails on one.

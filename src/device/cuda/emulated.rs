@@ -269,8 +269,11 @@ impl Emulated {
     /// Emulated GPUs, at least one. Seed 0 runs threads, blocks and streams in order; others in an order drawn from the seed.
     ///
     /// # Errors
-    /// When the kernels cannot be loaded.
+    /// When there are none, or the kernels cannot be loaded.
     pub fn of(gpus: Vec<Facts>, seed: u32) -> Result<Emulated> {
+        if gpus.is_empty() {
+            return Err(Error::bad("no emulated GPU was asked for"));
+        }
         Ok(Emulated {
             gpus,
             libraries: vec![Library::built_in()?],
