@@ -72,7 +72,6 @@ struct Facts {
 fn facts(emulated: bool) -> Result<Facts> {
     #[cfg(feature = "cuda")]
     if !emulated {
-        use hydra::device::cuda::driver::Driver;
         let gpu = hydra::device::cuda::Gpu::open(0)?;
         let facts = gpu.facts();
         let device = json!({

@@ -1,19 +1,35 @@
-//! Whole trainings on the cuda device over the emulator: PyTorch's cases, the same bits however a model is cut and whatever order
-//! streams run in, bf16 beside f32, and the layer that a NaN came from.
+//! Whole trainings on the cuda device over the emulator: PyTorch's cases, the same bits however a model is cut, on however many GPUs and in whatever
+//! order streams run, bf16 beside f32, and the layer that a NaN came from.
 
 mod common;
 
 use common::small::{Driver, Small};
-use common::{Case, Outcome, distance};
+use common::{Case, Collect, Outcome, difference, distance, gather_of, stated};
 use hydra::base::{DType, Error};
-use hydra::device::cuda::{CudaConfig, CudaDevice, Emulated};
-use hydra::device::{CopySpan, Device, DeviceSpec, Memory, Span, Task};
-use hydra::engine::Stored;
-use hydra::spill::{PlanOptions, Recompute};
-use hydra::train::TrainOptions;
+use hydra::device::cuda::driver::{Driver as _, Facts};
+use hydra::device::cuda::launch::{Launch, Ptr};
+use hydra::device::cuda::{CudaConfig, CudaDevice, Emulated, LogicalDevice};
+use hydra::device::{Completion, CopySpan, Device, DeviceSpec, FleetMemory, Memory, Span, Task, start_fleet};
+use hydra::engine::{Stored, TurnOptions};
+use hydra::sched::by_name;
+use hydra::spill::{Baseline, FleetDevice, FleetMap, FleetModel, Home, Placed, PlanOptions, Recompute};
+use hydra::spill::{place_baseline, plan_anywhere, plan_at_home};
+use hydra::train::{Fleet, Observer, Optimizer, Recruit, TrainOptions, Weights};
+use std::sync::atomic::AtomicBool;
 
 fn emulated(arch: u32, seed: u32) -> DeviceSpec {
     DeviceSpec::Emulated { arch, seed, threads: Some(1) }
+}
+
+/// Logical devices, each by its GPU and the bytes of its arena.
+fn devices(devices: &[(usize, u64)]) -> Vec<LogicalDevice> {
+    devices.iter().map(|&(gpu, arena_bytes)| LogicalDevice { gpu, arena_bytes }).collect()
+}
+
+/// Two GPUs of one compute capability and unlike models.
+fn two_gpus(arch: u32) -> Vec<Facts> {
+    let second = Facts { name: "another".into(), multiprocessors: 7, ..Emulated::facts_of(1, arch) };
+    vec![Emulated::facts_of(0, arch), second]
 }
 
 /// A case of PyTorch's: losses and weights within its tolerances, and the same bits under the smallest budget and another order.
@@ -157,7 +173,8 @@ fn what_is_not_finite_is_named() {
             ..TrainOptions::new(4)
         };
         let (model, plan) = small.plan(&options).expect("a plan");
-        let config = CudaConfig { arenas: vec![plan.arena.bytes], host_bytes: plan.host.bytes, ..Default::default() };
+        let host_bytes = plan.host.bytes;
+        let config = CudaConfig { devices: devices(&[(0, plan.arena.bytes)]), host_bytes, ..Default::default() };
         let device = CudaDevice::new(Box::new(Emulated::new(80, 2).expect("an emulator")), &config).expect("a device");
         let mut driver = Driver::new(&small, (model, plan), Box::new(device), &options);
         let model = std::sync::Arc::clone(driver.engine.model(0));
@@ -176,25 +193,34 @@ fn what_is_not_finite_is_named() {
     }
 }
 
+/// A copy of 64 bytes.
+fn copy(from: (Memory, u64), to: (Memory, u64)) -> Task {
+    let span = |(memory, offset)| Span { memory, offset, bytes: 64 };
+    Task::Copy(vec![CopySpan { from: span(from), to: span(to) }])
+}
+
+/// A device of two logical ones on `gpus`, with a little memory each.
+fn two_devices(facts: Vec<Facts>, gpus: [usize; 2], seed: u32) -> CudaDevice {
+    let devices = devices(&gpus.map(|gpu| (gpu, 4096)));
+    let config = CudaConfig { devices, host_bytes: 4096, poison: true, threads: Some(1), ..Default::default() };
+    CudaDevice::new(Box::new(Emulated::of(facts, seed).expect("an emulator")), &config).expect("a device")
+}
+
+fn ends(device: &mut CudaDevice, count: usize) -> Vec<Completion> {
+    (0..count).map(|_| device.next_completion(10.0).expect("a copy ends")).collect()
+}
+
 /// Several logical devices on one GPU, each with its own arena; and a copy that forgot its ticket goes wrong under some order.
 #[test]
 fn streams_run_in_any_order_that_tickets_allow() {
-    let copy = |from: (Memory, u64), to: (Memory, u64)| {
-        let span = |(memory, offset)| Span { memory, offset, bytes: 64 };
-        Task::Copy(vec![CopySpan { from: span(from), to: span(to) }])
-    };
     let run = |seed: u32, with_tickets: bool| -> u8 {
-        let config = CudaConfig { arenas: vec![4096, 4096], host_bytes: 4096, poison: true, ..Default::default() };
-        let mut device =
-            CudaDevice::new(Box::new(Emulated::new(80, seed).expect("an emulator")), &config).expect("a device");
+        let mut device = two_devices(vec![Emulated::facts_of(0, 80)], [0, 0], seed);
         device.write_host(0, &[7; 64]);
         // Up to the second device, and down again from there, by lanes 4 and 5.
         let up = device.submit(4, copy((Memory::Host, 0), (Memory::Device(1), 128)), &[]);
         let after: &[_] = if with_tickets { &[up] } else { &[] };
         device.submit(5, copy((Memory::Device(1), 128), (Memory::Host, 512)), after);
-        for _ in 0..2 {
-            device.next_completion(10.0).expect("two copies end").result.expect("they succeed");
-        }
+        ends(&mut device, 2).into_iter().for_each(|end| end.result.expect("it succeeds"));
         let mut back = [0];
         device.read_host(512, &mut back);
         assert_eq!((device.high_water_bytes(0), device.high_water_bytes(1)), (0, 192));
@@ -204,18 +230,265 @@ fn streams_run_in_any_order_that_tickets_allow() {
     assert!((0..16).any(|seed| run(seed, false) != 7), "no order shows a missing ticket");
 }
 
+/// Through the first GPU's memory and the second's and back: a wait between streams of two GPUs orders them, and times say so.
+#[test]
+fn gpus_wait_for_each_other() {
+    // As two clocks are read: the zero of each is known to a moment in which a thread may be interrupted.
+    const APART_SECS: f64 = 2e-3;
+    let run = |seed: u32, with_tickets: bool| -> u8 {
+        let mut device = two_devices(two_gpus(80), [0, 1], seed);
+        device.write_host(0, &[7; 64]);
+        device.write_host(512, &[1; 64]);
+        let before_secs = device.now_secs();
+        let (first, second) = (Memory::Device(0), Memory::Device(1));
+        let mut tickets = Vec::new();
+        for (lane, task) in [
+            (1, copy((Memory::Host, 0), (first, 0))),
+            (2, copy((first, 0), (Memory::Host, 512))),
+            (4, copy((Memory::Host, 512), (second, 64))),
+            (5, copy((second, 64), (Memory::Host, 1024))),
+        ] {
+            let after = if with_tickets { tickets.last().copied() } else { None };
+            tickets.push(device.submit(lane, task, after.as_slice()));
+        }
+        let done = ends(&mut device, 4);
+        let times = |t| done.iter().find(|d| d.ticket == t).map(|d| (d.start_secs, d.end_secs)).expect("all ended");
+        let mut last_end = before_secs;
+        for &ticket in tickets.iter().filter(|_| with_tickets) {
+            let (start, end) = times(ticket);
+            assert!(last_end - APART_SECS < start && start <= end, "{ticket:?} at {start} to {end}, after {last_end}");
+            last_end = end;
+        }
+        assert!(done.iter().all(|d| d.result.is_ok() && d.end_secs < device.now_secs() + APART_SECS));
+        let mut back = [0];
+        device.read_host(1024, &mut back);
+        back[0]
+    };
+    assert!((0..16).all(|seed| run(seed, true) == 7));
+    assert!((0..16).any(|seed| run(seed, false) == 1), "no order shows that the second GPU did not wait");
+}
+
+#[test]
+fn what_touches_another_gpus_memory_is_refused() {
+    // The device refuses tasks, from one arena to another too.
+    let mut device = two_devices(two_gpus(80), [0, 1], 0);
+    device.submit(1, copy((Memory::Device(0), 0), (Memory::Device(1), 64)), &[]);
+    let error = ends(&mut device, 1).remove(0).result.expect_err("another GPU's").to_string();
+    assert!(
+        error.contains("GPU 0 (emulated)") && error.contains("device 1") && error.contains("GPU 1 (another)"),
+        "{error}"
+    );
+    // On one GPU the same is a copy like any other.
+    let mut device = two_devices(two_gpus(80), [1, 1], 0);
+    device.submit(1, copy((Memory::Device(0), 0), (Memory::Device(1), 64)), &[]);
+    assert!(ends(&mut device, 1).remove(0).result.is_ok());
+
+    // Below it the driver refuses addresses.
+    let mut driver = Emulated::of(two_gpus(80), 0).expect("an emulator");
+    let memory = [driver.alloc(0, 256).expect("memory"), driver.alloc(1, 256).expect("memory")];
+    let host = Ptr(driver.alloc_host(256).expect("memory") as u64);
+    let stream = [driver.stream(0).expect("a stream"), driver.stream(1).expect("a stream")];
+    let add = |acc: Ptr, x: Ptr| Launch::new("optimizer_add", [1, 1, 1], 256).ptr(acc).ptr(x).long(4);
+    for (own, other) in [(0, 1), (1, 0)] {
+        let (near, far, stream) = (memory[own], memory[other], stream[own]);
+        let inside = far.plus(252);
+        let checks = [
+            driver.copy(stream, near, inside, 4),
+            driver.copy(stream, inside, host, 4),
+            driver.fill(stream, inside, 0, 4),
+            driver.launch(stream, &add(near, inside)),
+            driver.launch(stream, &add(inside, near)),
+        ];
+        for result in checks {
+            let error = result.expect_err("another GPU's").to_string();
+            let (own, other) = (driver.facts(own).to_string(), driver.facts(other).to_string());
+            assert!(error.contains(&format!("on {own} touches memory of {other}")), "{error}");
+        }
+        driver.copy(stream, near, host, 4).expect("its own and the host's");
+        driver.launch(stream, &add(near, host)).expect("its own and the host's");
+    }
+    let marks = [driver.mark(0).expect("a mark"), driver.mark(1).expect("a mark")];
+    assert!(driver.record(marks[0], stream[1]).is_err(), "a mark is its GPU's");
+    driver.record(marks[0], stream[0]).expect("a stream");
+    driver.record(marks[1], stream[1]).expect("a stream");
+    while !(driver.passed(marks[0]).expect("a mark") && driver.passed(marks[1]).expect("a mark")) {
+        driver.wait_a_moment(0.0).expect("what is queued runs");
+    }
+    assert!(driver.secs_between(marks[0], marks[1]).is_err(), "two clocks");
+    assert_eq!(driver.secs_between(marks[1], marks[1]).expect("one clock"), 0.0);
+}
+
 #[test]
 fn what_does_not_fit_and_what_fails_are_errors() {
     let driver = || Box::new(Emulated::new(80, 0).expect("an emulator"));
-    let config = |arenas: Vec<u64>| CudaConfig { arenas, host_bytes: 4096, ..Default::default() };
+    let config = |list: &[(usize, u64)]| CudaConfig { devices: devices(list), host_bytes: 4096, ..Default::default() };
     let refused = |result: hydra::base::Result<CudaDevice>| result.err().expect("refused").to_string();
-    assert!(refused(CudaDevice::new(driver(), &config(vec![1 << 40]))).contains("the arenas need"));
-    assert!(refused(CudaDevice::new(driver(), &config(vec![]))).contains("at least one"));
+    assert!(refused(CudaDevice::new(driver(), &config(&[(0, 1 << 40)]))).contains("the arenas on it need"));
+    assert!(refused(CudaDevice::new(driver(), &config(&[]))).contains("at least one"));
+    assert!(refused(CudaDevice::new(driver(), &config(&[(0, 64), (1, 64)]))).contains("device 1"));
     // A completion that is withheld is a stall for the engine; here it is just never told.
     let mut device =
-        CudaDevice::new(driver(), &CudaConfig { withhold: Some((1, 1)), ..config(vec![4096]) }).expect("a device");
-    let span = |memory| Span { memory, offset: 0, bytes: 64 };
-    let task = Task::Copy(vec![CopySpan { from: span(Memory::Host), to: span(Memory::Device(0)) }]);
-    device.submit(1, task, &[]);
+        CudaDevice::new(driver(), &CudaConfig { withhold: Some((1, 1)), ..config(&[(0, 4096)]) }).expect("a device");
+    device.submit(1, copy((Memory::Host, 0), (Memory::Device(0), 0)), &[]);
     assert!(device.next_completion(0.2).is_none());
+}
+
+#[test]
+fn a_gpu_that_is_too_small_or_of_another_kind_is_named() {
+    let small = Facts { memory_bytes: 8192, ..two_gpus(80).remove(1) };
+    let start = |list: &[(usize, u64)], second: &Facts| {
+        let driver = Emulated::of(vec![Emulated::facts_of(0, 80), second.clone()], 0).expect("an emulator");
+        let config = CudaConfig { devices: devices(list), host_bytes: 64, threads: Some(1), ..Default::default() };
+        CudaDevice::new(Box::new(driver), &config).map(|_| ()).map_err(|e| e.to_string())
+    };
+    let has = "GPU 1 (another) has 8192 bytes of memory, the arenas on it need";
+    let check = |list: &[(usize, u64)], needs: u64| {
+        let error = start(list, &small).expect_err("too much");
+        assert!(error.contains(&format!("{has} {needs}")), "{error}");
+    };
+    check(&[(0, 64), (1, 8193)], 8193);
+    check(&[(1, 4096), (0, 1 << 20), (1, 4097)], 8193);
+    assert_eq!(start(&[(1, 4096), (0, 1 << 20), (1, 4096)], &small), Ok(()));
+    assert!(Emulated::of(Vec::new(), 0).is_err(), "none");
+    // Where kernels differ so would bits.
+    let error = start(&[(0, 64), (1, 64)], &Emulated::facts_of(1, 90)).expect_err("unlike");
+    assert!(error.contains("GPU 0 (emulated) has compute capability 8.0, GPU 1 (emulated) has 9.0"), "{error}");
+    let memory = FleetMemory { arena_bytes: vec![64; 2], host_bytes: 64, ..FleetMemory::default() };
+    assert!(start_fleet(&[emulated(80, 0), emulated(90, 0)], memory.clone()).is_err());
+    // In a fleet each emulated device is a GPU of its own: an arena does not reach from one to the next.
+    let mut fleet = start_fleet(&[emulated(80, 0), emulated(80, 0)], memory).expect("alike");
+    fleet.submit(1, copy((Memory::Device(0), 0), (Memory::Device(1), 0)), &[]);
+    let error = fleet.next_completion(10.0).expect("it ends").result.expect_err("another GPU's").to_string();
+    assert!(error.contains("GPU 0") && error.contains("GPU 1"), "{error}");
+}
+
+/// A model of a mix, and how it is trained.
+struct Member {
+    small: Small,
+    options: TrainOptions,
+}
+
+/// A GPT in f32 that drops out, one in bf16 with clipping, and a ResNet with running statistics.
+fn three(arch: u32) -> Vec<Member> {
+    let base = |steps, seed, batch, microbatch| TrainOptions {
+        seed,
+        batch,
+        microbatch,
+        valid_every: 2,
+        patience_secs: 60.0,
+        device: emulated(arch, 0),
+        ..TrainOptions::new(steps)
+    };
+    let sgd = Optimizer::Sgd { lr: 0.02, momentum: 0.9, nesterov: false, weight_decay: 0.01 };
+    let member = |small, options| Member { small, options };
+    vec![
+        member(Small::gpt(16, 2, 3, 9, 0.1), base(3, 1, 2, 1)),
+        member(Small::gpt(24, 3, 2, 7, 0.0), TrainOptions { dtype: DType::Bf16, clip: Some(0.3), ..base(2, 2, 3, 3) }),
+        member(Small::resnet(&[6, 8], &[1, 1], [9, 8]), TrainOptions { optimizer: sgd, ..base(3, 3, 2, 2) }),
+    ]
+}
+
+fn fleet_models(members: &[Member]) -> Vec<FleetModel> {
+    let options = |m: &Member| PlanOptions {
+        moments: m.options.optimizer.moments(),
+        clips: m.options.clip.is_some(),
+        ..PlanOptions::default()
+    };
+    let model = |(i, m): (usize, &Member)| FleetModel {
+        name: format!("model {i}"),
+        model: m.small.model(&m.options),
+        options: options(m),
+        steps: m.options.steps,
+    };
+    members.iter().enumerate().map(model).collect()
+}
+
+/// Trains the members as `placed` on logical devices that lie on `gpus` of `facts`, and gives what each computed: taking turns by `policy`, or without in
+/// `lines`.
+fn train(
+    members: &[Member],
+    placed: &[Placed],
+    (facts, gpus, seed): (Vec<Facts>, &[usize], u32),
+    policy: Option<&str>,
+    lines: &[Vec<usize>],
+) -> Vec<Outcome> {
+    let map = FleetMap::new(placed, gpus.len());
+    let logical: Vec<_> = gpus.iter().copied().zip(map.arena_bytes.iter().copied()).collect();
+    let (devices, host_bytes) = (devices(&logical), map.host_bytes);
+    let config = CudaConfig { devices, host_bytes, poison: true, threads: Some(1), ..Default::default() };
+    let driver = Emulated::of(facts, seed).expect("an emulator");
+    let device = CudaDevice::new(Box::new(driver), &config).expect("a device");
+    let recruits = members.iter().zip(placed).map(|(m, placed)| Recruit {
+        network: m.small.network.as_ref(),
+        weights: Weights::Random,
+        placed: placed.clone(),
+        source: m.small.source(m.options.batch, m.options.seed),
+        valid: Some(m.small.held_out(m.options.batch)),
+        options: m.options.clone(),
+    });
+    let turns = policy.map(|policy| TurnOptions {
+        policy: by_name(policy, 9).expect("a built-in policy"),
+        units: 2,
+        costs: vec![stated(); gpus.len()],
+        shared_bytes_per_sec: None,
+        arena_bytes: map.arena_bytes.clone(),
+        room_bytes: Vec::new(),
+    });
+    let mut fleet = Fleet::new(recruits.collect(), Box::new(device), turns).expect("a fleet");
+    if !lines.is_empty() {
+        fleet.line_up(lines.to_vec());
+    }
+    let mut collects: Vec<Collect> = members.iter().map(|_| Collect::default()).collect();
+    let mut observers: Vec<&mut dyn Observer> = collects.iter_mut().map(|c| c as &mut dyn Observer).collect();
+    fleet.run(&mut observers, &AtomicBool::new(false)).expect("no device fails");
+    let touched: Vec<u64> = (0..gpus.len() as u16).map(|d| fleet.engine().high_water_bytes(d)).collect();
+    assert!(touched.iter().zip(&map.arena_bytes).all(|(t, b)| (1..=*b).contains(t)), "{touched:?} of {map:?}");
+    let outcome = |(i, collect): (usize, Collect)| {
+        let failure = fleet.take_failure(i).map(|e| e.to_string());
+        assert_eq!(failure, None, "model {i}");
+        let mut outcome = collect.0;
+        gather_of(fleet.engine(), i, &mut outcome);
+        outcome
+    };
+    collects.into_iter().enumerate().map(outcome).collect()
+}
+
+/// Two GPUs, two logical devices on one, or one device that spills: the bits of each model alone on a GPU with all the memory it wants.
+#[test]
+fn a_mix_of_models_has_the_same_bits_on_any_gpus() {
+    let members = three(90);
+    let want: Vec<Outcome> = members.iter().map(|m| m.small.train(&m.options).expect("a run")).collect();
+    let check = |what: &str, got: Vec<Outcome>| {
+        for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+            assert_eq!(difference(got, want), None, "{what}, model {i}");
+        }
+    };
+    let models = fleet_models(&members);
+    // Nothing may need more of a device than the largest of them when it spills as far as it can.
+    let alone = |m: &FleetModel| {
+        let options = PlanOptions { anywhere: Some(1), ..m.options.clone() };
+        hydra::spill::Plan::new(&m.model, &options, &stated()).expect("a plan").smallest_device_bytes
+    };
+    let budget = models.iter().map(alone).max().map(|bytes| bytes * 5 / 4);
+    let anywhere = |devices| {
+        let devices = vec![FleetDevice { budget, cost: stated() }; devices];
+        plan_anywhere(&models, &devices).expect("a plan").placed
+    };
+    let (one, two) = (anywhere(1), anywhere(2));
+    assert!(two.iter().all(|p| p.home == Home::Anywhere && p.plan.shards.len() > 1), "they spill");
+    let one_gpu = || vec![Emulated::facts_of(0, 90)];
+    for policy in ["sharded-lrtf", "locality-lrtf"] {
+        let got = |placed: &[Placed], on| train(&members, placed, on, Some(policy), &[]);
+        check(&format!("{policy}, two GPUs"), got(&two, (two_gpus(90), &[0, 1], 3)));
+        check(&format!("{policy}, two devices on a GPU"), got(&two, (one_gpu(), &[0, 0], 4)));
+        check(&format!("{policy}, one device"), got(&one, (one_gpu(), &[0], 5)));
+    }
+    // Three devices on two GPUs, the way of the program; models that stay; and one model's stages on both GPUs.
+    let three = anywhere(3);
+    check("three on two", train(&members, &three, (two_gpus(90), &[0, 1, 0], 6), Some("round-robin"), &[]));
+    let free = vec![FleetDevice { budget: None, cost: stated() }; 2];
+    let (stay, _) = plan_at_home(&models, &free).expect("a plan").expect("room");
+    check("at home", train(&members, &stay, (two_gpus(90), &[0, 1], 7), Some("sharded-lrtf"), &[]));
+    let staged = place_baseline(Baseline::Gpipe, &models, &free).expect("a plan");
+    check("stages", train(&members, &staged.placed, (two_gpus(90), &[0, 1], 8), None, &staged.lines));
 }

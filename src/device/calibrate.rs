@@ -11,7 +11,7 @@ mod rates;
 
 use super::host::HostSpec;
 use super::sim::{Cores, CostModel};
-use super::{DeviceSpec, FleetMemory, start_fleet};
+use super::{DeviceSpec, FleetMemory, gpus, start_fleet};
 use crate::base::Result;
 use bench::Bench;
 use rates::Network;
@@ -32,23 +32,36 @@ pub fn calibrate(spec: &DeviceSpec) -> Result<CostModel> {
 /// Measures devices of which `at_work` compute at the same time, each beside so many of the others. Waits about a second for each kind
 /// of device among them.
 ///
-/// Devices that have to share cores are measured as many at once as have cores, and all get their share of the rates. GPUs are measured alone: what
-/// they have is their own.
+/// Devices that have to share cores are measured as many at once as have cores, and all get their share of the rates. GPUs are measured as many at once
+/// as are at work, each once, however many logical devices lie on it: what GPUs share is the host's memory. Those of one model are alike.
 ///
 /// # Errors
 /// When the devices cannot be started, or a task fails on one.
 pub fn calibrate_fleet(specs: &[DeviceSpec], at_work: usize) -> Result<Vec<CostModel>> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let of_gpus = matches!(specs.first(), Some(DeviceSpec::Cuda { .. }));
+    let alike = alike(specs, &if of_gpus { gpus() } else { Vec::new() });
     let mut costs: Vec<Option<CostModel>> = vec![None; specs.len()];
-    for group in groups(specs, at_work, cores) {
+    for group in groups(specs, &alike, at_work, cores) {
         let members: Vec<DeviceSpec> = group.members.iter().map(|&i| specs[i].clone()).collect();
-        let measured = measure(&members)?;
-        for (spec, cost) in specs.iter().zip(&mut costs).filter(|(_, cost)| cost.is_none()) {
-            let like = members.iter().position(|m| m == spec);
-            *cost = like.map(|like| share(&measured[like], spec, specs.len(), group.share));
+        let kinds: Vec<usize> = group.members.iter().map(|&i| alike[i]).collect();
+        let first = |kind: usize| kinds.iter().position(|&k| k == kind);
+        let measured = measure(&members, &kinds.iter().filter_map(|&kind| first(kind)).collect::<Vec<_>>())?;
+        for (i, cost) in costs.iter_mut().enumerate().filter(|(_, cost)| cost.is_none()) {
+            *cost = first(alike[i]).map(|like| share(&measured[like], &specs[i], specs.len(), group.share));
         }
     }
     Ok(costs.into_iter().map(|cost| cost.expect("each device is a member of a group, or like one")).collect())
+}
+
+/// For each device the first that is like it; of `gpus`, name and memory are known.
+fn alike(specs: &[DeviceSpec], gpus: &[(String, u64)]) -> Vec<usize> {
+    let model = |spec: &DeviceSpec| match spec {
+        DeviceSpec::Cuda { ordinal, .. } => gpus.get(*ordinal).cloned(),
+        _ => None,
+    };
+    let like = |a: &DeviceSpec, b: &DeviceSpec| a == b || model(a).is_some_and(|model_a| model(b) == Some(model_a));
+    specs.iter().map(|spec| specs.iter().position(|s| like(s, spec)).expect("it is like itself")).collect()
 }
 
 /// Devices that are measured at the same time.
@@ -61,15 +74,24 @@ struct Group {
 }
 
 /// Groups in which every device, or one that is like it, is measured once: each the next that was not yet, and those after it in turn, up to `at_work`
-/// and to what the cores hold.
-fn groups(specs: &[DeviceSpec], at_work: usize, cores: usize) -> Vec<Group> {
+/// and, on the host, to what the cores hold. A GPU is in a group once.
+fn groups(specs: &[DeviceSpec], alike: &[usize], at_work: usize, cores: usize) -> Vec<Group> {
     let mut groups: Vec<Group> = Vec::new();
     for first in 0..specs.len() {
-        if groups.iter().flat_map(|g| &g.members).any(|&m| specs[m] == specs[first]) {
+        if groups.iter().flat_map(|g| &g.members).any(|&m| alike[m] == alike[first]) {
             continue;
         }
+        let wanted = at_work.clamp(1, specs.len());
+        let mut members: Vec<usize> = (0..wanted).map(|i| (first + i) % specs.len()).collect();
         let DeviceSpec::Host(_) = specs[first] else {
-            groups.push(Group { members: vec![first], share: 1.0 });
+            let mut gpus = Vec::new();
+            members.retain(|&m| {
+                !gpus.contains(&&specs[m]) && {
+                    gpus.push(&specs[m]);
+                    true
+                }
+            });
+            groups.push(Group { members, share: 1.0 });
             continue;
         };
         let wants = |place: &usize| match &specs[*place] {
@@ -77,8 +99,6 @@ fn groups(specs: &[DeviceSpec], at_work: usize, cores: usize) -> Vec<Group> {
             DeviceSpec::Host(HostSpec { threads, .. }) => threads.unwrap_or(1).clamp(1, cores),
             _ => 1,
         };
-        let wanted = at_work.clamp(1, specs.len());
-        let mut members: Vec<usize> = (0..wanted).map(|i| (first + i) % specs.len()).collect();
         while members.len() > 1 && members.iter().map(wants).sum::<usize>() > cores {
             members.pop();
         }
@@ -106,8 +126,8 @@ fn share(measured: &CostModel, spec: &DeviceSpec, devices: usize, share: f64) ->
     cost
 }
 
-/// Measures devices at the same time; those that are alike get the same.
-fn measure(specs: &[DeviceSpec]) -> Result<Vec<CostModel>> {
+/// Measures devices at the same time; those that are alike get the same. For each, `alike` is the first that is like it.
+fn measure(specs: &[DeviceSpec], alike: &[usize]) -> Result<Vec<CostModel>> {
     if let DeviceSpec::Emulated { .. } = specs[0] {
         return Ok(vec![CostModel::stated(EMULATED.0, EMULATED.1, EMULATED.2); specs.len()]);
     }
@@ -135,9 +155,7 @@ fn measure(specs: &[DeviceSpec]) -> Result<Vec<CostModel>> {
         .collect();
     let host_bytes = bench::host_bytes(specs.len() as u64, update_elems);
     let memory = FleetMemory { arena_bytes: vec![arena_bytes; specs.len()], host_bytes, ..FleetMemory::default() };
-    let alike: Vec<usize> =
-        specs.iter().map(|s| specs.iter().position(|t| t == s).expect("it is like itself")).collect();
-    let mut bench = Bench::new(start_fleet(&started, memory)?, &alike, update_elems, specs[0].wants_scratch());
+    let mut bench = Bench::new(start_fleet(&started, memory)?, alike, update_elems, specs[0].wants_scratch());
     bench.measure(&networks, !is_gpu)
 }
 
@@ -185,7 +203,11 @@ mod tests {
             let specs: Vec<DeviceSpec> = threads.iter().map(|&t| host(t)).collect();
             let want: Vec<Group> =
                 want.iter().map(|(members, share)| Group { members: members.to_vec(), share: *share }).collect();
-            assert_eq!(groups(&specs, at_work, cores), want, "{threads:?}, {at_work} at work, {cores} cores");
+            assert_eq!(
+                groups(&specs, &alike(&specs, &[]), at_work, cores),
+                want,
+                "{threads:?}, {at_work} at work, {cores} cores"
+            );
         };
         let (one, two, all) = (Some(1), Some(2), None);
         check(&[all], 1, 2, &[(&[0], 1.0)]);
@@ -199,9 +221,30 @@ mod tests {
         // More than there are is all there are.
         check(&[Some(64), one], 2, 4, &[(&[0], 0.5), (&[1], 0.5)]);
         check(&[all, all, all], 3, 2, &[(&[0, 1], 2.0 / 3.0)]);
-        let gpus = [DeviceSpec::Cuda { ordinal: 0, threads: None }, DeviceSpec::Cuda { ordinal: 1, threads: None }];
-        let alone = |member| Group { members: vec![member], share: 1.0 };
-        assert_eq!(groups(&gpus, 2, 4), [alone(0), alone(1)]);
+    }
+
+    #[test]
+    fn gpus_are_measured_together_each_once_and_one_model_for_all_of_it() {
+        let gpu = |ordinal| DeviceSpec::Cuda { ordinal, threads: None };
+        let (a, b) = (("a".to_string(), 80), ("b".to_string(), 80));
+        let check = |gpus: &[&(String, u64)], ordinals: &[usize], at_work, want: &[&[usize]]| {
+            let specs: Vec<DeviceSpec> = ordinals.iter().map(|&ordinal| gpu(ordinal)).collect();
+            let gpus: Vec<(String, u64)> = gpus.iter().map(|&gpu| gpu.clone()).collect();
+            let group = |members: &&[usize]| Group { members: members.to_vec(), share: 1.0 };
+            let want: Vec<Group> = want.iter().map(group).collect();
+            assert_eq!(groups(&specs, &alike(&specs, &gpus), at_work, 1), want, "{ordinals:?}, {at_work} at work");
+        };
+        check(&[&a], &[0, 0, 0], 3, &[&[0]]);
+        check(&[&a, &a], &[0, 1], 2, &[&[0, 1]]);
+        // One of a model is enough where one is at work.
+        check(&[&a, &a], &[0, 1], 1, &[&[0]]);
+        check(&[&a, &b], &[0, 1], 1, &[&[0], &[1]]);
+        // Logical devices 0 and 2 lie on one GPU.
+        check(&[&a, &b], &[0, 1, 0], 3, &[&[0, 1]]);
+        check(&[&a, &b, &a], &[0, 1, 2], 2, &[&[0, 1]]);
+        check(&[&a, &a, &b], &[0, 1, 2], 2, &[&[0, 1], &[2, 0]]);
+        assert_eq!(alike(&[gpu(0), gpu(1), gpu(2)], &[a.clone(), b, a]), [0, 1, 0]);
+        assert_eq!(alike(&[gpu(0), gpu(1), gpu(0)], &[]), [0, 1, 0], "nothing is known of them");
     }
 
     #[test]

@@ -9,14 +9,14 @@ use crate::base::Result;
 pub enum DeviceSpec {
     /// The machine's own cores.
     Host(HostSpec),
-    /// An NVIDIA GPU, by its number.
+    /// A logical device on an NVIDIA GPU; several may lie on one, each with its own arena.
     Cuda {
-        /// The driver's number for it.
+        /// The machine's number for the GPU.
         ordinal: usize,
         /// Cores for the host's arithmetic; `None` is all.
         threads: Option<usize>,
     },
-    /// The GPU's kernels on the CPU.
+    /// The GPU's kernels on the CPU; each of a fleet is an emulated GPU of its own.
     Emulated {
         /// Compute capability that is emulated: 80, 90.
         arch: u32,
@@ -52,10 +52,11 @@ pub struct FleetMemory {
     pub shared_bytes_per_sec: Option<f64>,
 }
 
-/// Allocates memory and starts devices of one kind. Several of a GPU's kind are logical devices on the GPU of the first.
+/// Allocates memory and starts devices of one kind. Threads, and the emulator's seed, are those of the first.
 ///
 /// # Errors
-/// When there are none, their kinds differ or are not built in ([`crate::base::Error::BadInput`]), or memory or threads cannot be had.
+/// When there are none, their kinds differ or are not built in ([`crate::base::Error::BadInput`]), their GPUs' compute capabilities differ, which would let
+/// bits depend on where a shard ran, or memory or threads cannot be had.
 pub fn start_fleet(specs: &[DeviceSpec], memory: FleetMemory) -> Result<Box<dyn Device>> {
     let first = specs.first().ok_or_else(|| crate::base::Error::bad("no device"))?;
     if specs.iter().any(|s| std::mem::discriminant(s) != std::mem::discriminant(first)) {
@@ -73,12 +74,26 @@ pub fn start_fleet(specs: &[DeviceSpec], memory: FleetMemory) -> Result<Box<dyn 
             Ok(Box::new(HostDevice::new(&config)?))
         }
         #[cfg(feature = "cuda")]
-        DeviceSpec::Cuda { ordinal, threads } => {
-            start_cuda(Box::new(super::cuda::Gpu::open(*ordinal)?), *threads, memory)
+        DeviceSpec::Cuda { threads, .. } => {
+            let (mut ordinals, mut places) = (Vec::new(), Vec::new());
+            for spec in specs {
+                let DeviceSpec::Cuda { ordinal, .. } = spec else { unreachable!("all are of one kind") };
+                let place = ordinals.iter().position(|o| o == ordinal).unwrap_or(ordinals.len());
+                if place == ordinals.len() {
+                    ordinals.push(*ordinal);
+                }
+                places.push(place);
+            }
+            start_cuda(Box::new(super::cuda::Gpus::open(&ordinals)?), &places, *threads, memory)
         }
         #[cfg(feature = "emulator")]
-        DeviceSpec::Emulated { arch, seed, threads } => {
-            start_cuda(Box::new(super::cuda::Emulated::new(*arch, *seed)?), *threads, memory)
+        DeviceSpec::Emulated { seed, threads, .. } => {
+            let facts = specs.iter().enumerate().map(|(ordinal, spec)| match spec {
+                DeviceSpec::Emulated { arch, .. } => super::cuda::Emulated::facts_of(ordinal, *arch),
+                _ => unreachable!("all are of one kind"),
+            });
+            let driver = super::cuda::Emulated::of(facts.collect(), *seed)?;
+            start_cuda(Box::new(driver), &(0..specs.len()).collect::<Vec<_>>(), *threads, memory)
         }
         #[cfg(not(feature = "cuda"))]
         DeviceSpec::Cuda { .. } => Err(not_built("cuda")),
@@ -124,11 +139,14 @@ fn not_built(feature: &str) -> crate::base::Error {
 #[cfg(any(feature = "cuda", feature = "emulator"))]
 fn start_cuda(
     driver: Box<dyn super::cuda::driver::Driver>,
+    gpus: &[usize],
     threads: Option<usize>,
     memory: FleetMemory,
 ) -> Result<Box<dyn Device>> {
+    let devices = gpus.iter().zip(memory.arena_bytes);
+    let devices = devices.map(|(&gpu, arena_bytes)| super::cuda::LogicalDevice { gpu, arena_bytes });
     let config = super::cuda::CudaConfig {
-        arenas: memory.arena_bytes,
+        devices: devices.collect(),
         host_bytes: memory.host_bytes,
         threads,
         poison: memory.poison,

@@ -22,12 +22,21 @@ pub fn run(out: Option<&Path>, profile: Option<&Path>, json: bool) -> Result<()>
     });
     let rates = calibrate(&DeviceSpec::default());
     put_rates(&mut host, &rates, |cost| cost.host_update_bytes_per_sec);
-    // Each with the rates of the first: a job's devices are alike.
     let gpus = gpus();
     let mut cuda = missing("cuda", why_no_cuda());
-    let gpu_rates = (!gpus.is_empty()).then(|| calibrate(&DeviceSpec::Cuda { ordinal: 0, threads: None }));
-    if let Some(rates) = &gpu_rates {
-        cuda["gpus"] = gpus.iter().map(|(name, bytes)| json!({ "name": name, "memory_bytes": bytes })).collect();
+    // With the rates of the first of each model; those of the very first stand with the kind too.
+    let measured = |ordinal: usize| {
+        let first = gpus[..ordinal].iter().all(|gpu| *gpu != gpus[ordinal]);
+        first.then(|| calibrate(&DeviceSpec::Cuda { ordinal, threads: None }))
+    };
+    let gpu_rates: Vec<Option<Result<CostModel>>> = (0..gpus.len()).map(measured).collect();
+    let described = gpus.iter().zip(&gpu_rates).map(|((name, bytes), rates)| {
+        let mut gpu = json!({ "name": name, "memory_bytes": bytes });
+        rates.iter().for_each(|rates| put_rates(&mut gpu, rates, |cost| cost.device_update_bytes_per_sec));
+        gpu
+    });
+    if let Some(Some(rates)) = gpu_rates.first() {
+        cuda["gpus"] = described.collect();
         put_rates(&mut cuda, rates, |cost| cost.device_update_bytes_per_sec);
     }
     let profiles: Vec<Value> = PROFILES
@@ -52,7 +61,7 @@ pub fn run(out: Option<&Path>, profile: Option<&Path>, json: bool) -> Result<()>
         write_safely(&out.join("devices.json"), |file| writeln!(file, "{devices:#}"))?;
     }
     if let Some(path) = profile {
-        let rates = gpu_rates.as_ref().unwrap_or(&rates);
+        let rates = gpu_rates.iter().flatten().next().unwrap_or(&rates);
         let cost = rates.as_ref().map_err(|e| Error::Device(format!("{}: no rates to write: {e}", path.display())))?;
         write_safely(path, |file| writeln!(file, "{:#}", json!(cost)))?;
     }
@@ -74,11 +83,9 @@ pub fn run(out: Option<&Path>, profile: Option<&Path>, json: bool) -> Result<()>
         ]
     }));
     say(table(&rows).trim_end());
-    for (i, (name, bytes)) in gpus.iter().enumerate() {
+    for (i, ((name, bytes), rates)) in gpus.iter().zip(&gpu_rates).enumerate() {
         say(format!("cuda {i:<4} {name}, {}", format_bytes(*bytes)));
-    }
-    if let Some(rates) = &gpu_rates {
-        say_rates(rates, |cost| cost.device_update_bytes_per_sec);
+        rates.iter().for_each(|rates| say_rates(rates, |cost| cost.device_update_bytes_per_sec));
     }
     if let Some(why) = why_no_cuda() {
         say(format!("cuda      not here: {}", why.trim_start_matches("cuda: ")));

@@ -4,8 +4,9 @@ use crate::job::{self, DeviceKind, Job, Policy};
 use hydra::base::{Error, Result};
 use hydra::device::host::HostSpec;
 use hydra::device::sim::{CostModel, PROFILES, Profile};
-use hydra::device::{DeviceSpec, calibrate_fleet, why_no_cuda, why_no_emulator};
+use hydra::device::{DeviceSpec, calibrate_fleet, gpus, why_no_cuda, why_no_emulator};
 use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::path::Path;
 
 /// Of the memory that is free, the part that the host's store may take unless the job says otherwise.
@@ -68,6 +69,22 @@ impl Machine {
     /// The first device.
     pub fn first(&self) -> &MachineDevice {
         &self.devices[0]
+    }
+
+    /// How many devices there are, in words, and on how many GPUs several lie.
+    pub fn devices_text(&self) -> String {
+        let count = |n: usize, what: &str| if n == 1 { format!("{n} {what}") } else { format!("{n} {what}s") };
+        let gpu = |device: &MachineDevice| match device.spec {
+            DeviceSpec::Cuda { ordinal, .. } => Some(ordinal),
+            _ => None,
+        };
+        let gpus: BTreeSet<usize> = self.devices.iter().filter_map(gpu).collect();
+        let devices = count(self.devices.len(), "device");
+        if self.devices.len() < 2 || gpus.is_empty() {
+            devices
+        } else {
+            format!("{devices} on {}", count(gpus.len(), "GPU"))
+        }
     }
 
     /// What each device costs.
@@ -136,7 +153,7 @@ fn stated_cost(file: &str, i: usize, device: &job::Device) -> Result<CostModel> 
     Err(fault(format!("\"{profile}\" is not known, only {known}, and files that end in .json{hint}")))
 }
 
-/// What is started for the `n`-th device of a job.
+/// What is started for a device of a job; of the machine's GPUs `ordinal` is the one on which it lies.
 pub fn device_spec(device: &job::Device, ordinal: usize) -> DeviceSpec {
     match device.kind {
         DeviceKind::Cuda => DeviceSpec::Cuda { ordinal, threads: None },
@@ -154,14 +171,19 @@ pub fn device_spec(device: &job::Device, ordinal: usize) -> DeviceSpec {
 /// When rates are at fault or cannot be measured.
 pub fn machine(file: &str, job: &Job) -> Result<Machine> {
     let mut devices = Vec::new();
+    // The n-th device lies on GPU n, over and over where there are fewer.
+    let gpus = if job.devices[0].kind == DeviceKind::Cuda { gpus().len().max(1) } else { 1 };
     for (i, device) in job.devices.iter().enumerate() {
         // What a real device does is measured below.
         let cost = match device.kind {
             DeviceKind::Sim => stated_cost(file, i, device)?,
             _ => CostModel::stated(1.0, 1.0, 1.0),
         };
-        let one = MachineDevice { kind: device.kind, spec: device_spec(device, 0), cost, budget: device.memory };
-        devices.extend(std::iter::repeat_n((one, device.link), device.count));
+        for _ in 0..device.count {
+            let spec = device_spec(device, devices.len() % gpus);
+            let one = MachineDevice { kind: device.kind, spec, cost: cost.clone(), budget: device.memory };
+            devices.push((one, device.link));
+        }
     }
     // All are of one kind, as `check_devices` has seen to.
     if job.devices[0].kind != DeviceKind::Sim {
@@ -217,6 +239,26 @@ fn memory_line(key: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_plan_says_on_how_many_gpus_devices_lie() {
+        let text = |specs: &[DeviceSpec]| {
+            let cost = CostModel::stated(1.0, 1.0, 1.0);
+            let device = |spec: &DeviceSpec| MachineDevice {
+                kind: DeviceKind::Cuda,
+                spec: spec.clone(),
+                cost: cost.clone(),
+                budget: None,
+            };
+            let devices = specs.iter().map(device).collect();
+            Machine { devices, host_budget: None, shared_bytes_per_sec: None }.devices_text()
+        };
+        let gpu = |ordinal| DeviceSpec::Cuda { ordinal, threads: None };
+        assert_eq!(text(&[gpu(0)]), "1 device");
+        assert_eq!(text(&[gpu(0), gpu(0)]), "2 devices on 1 GPU");
+        assert_eq!(text(&[gpu(0), gpu(1), gpu(0)]), "3 devices on 2 GPUs");
+        assert_eq!(text(&[DeviceSpec::default(), DeviceSpec::default()]), "2 devices");
+    }
 
     #[test]
     fn as_many_devices_are_at_work_as_there_are_models_unless_the_policy_says_otherwise() {

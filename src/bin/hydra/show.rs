@@ -53,7 +53,7 @@ fn together(planned: &PlannedJob) {
     say(format!(
         "{} on {}, {}: {}; a step of every model is predicted to take {} (no less than {})",
         count(planned.models.len(), "model"),
-        count(planned.machine.devices.len(), "device"),
+        planned.machine.devices_text(),
         planned.job.run.policy.word(),
         planned.memory_text(),
         format_secs(planned.step_secs),

@@ -24,10 +24,10 @@ impl Blocks {
     /// Bytes of an entry: what changes, then the first layer that is not finite, then what kernels of the task leave for each other.
     pub const ENTRY_BYTES: u64 = 512;
 
-    /// A ring; `wanted` is false for lanes that launch nothing.
-    pub fn new(driver: &mut dyn Driver, wanted: bool) -> Result<Blocks> {
+    /// A ring for a lane of `gpu`; `wanted` is false for lanes that launch nothing.
+    pub fn new(driver: &mut dyn Driver, gpu: usize, wanted: bool) -> Result<Blocks> {
         let bytes = if wanted { ENTRIES * Self::ENTRY_BYTES } else { 0 };
-        Ok(Blocks { device: driver.alloc(bytes)?, host: driver.alloc_host(bytes)? })
+        Ok(Blocks { device: driver.alloc(gpu, bytes)?, host: driver.alloc_host(bytes)? })
     }
 
     /// Tasks that may be queued at once.

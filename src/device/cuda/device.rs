@@ -1,9 +1,12 @@
-//! The cuda device: three streams a logical device, the host's arithmetic on a thread of its own, one arena each, all on one driver.
+//! The cuda device: three streams and an arena for each logical device, which lies on one of the driver's GPUs; the host's arithmetic on a thread of
+//! its own.
 //!
-//! A task's tickets become waits of its stream, so it is queued as soon as what it waits for is queued; only a task that waits for the
-//! host's arithmetic is held back. Its start and end are marks on its stream, and time is read from them alone.
+//! A task's tickets become waits of its stream, across GPUs too, so it is queued as soon as what it waits for is queued; only a task that waits for the
+//! host's arithmetic is held back. Its start and end are marks on its stream, and time is read from them alone. A task touches its own GPU's
+//! arenas and the host's memory: what goes from one GPU to another goes through the host's store, as two tasks.
 
 use super::blocks::Blocks;
+use super::clock::GpuClock;
 use super::driver::{Driver, Mark, Stream};
 use super::launch::Ptr;
 use super::operands::Operands;
@@ -15,14 +18,20 @@ use crate::device::{Completion, Device, Memory, Run, Span, Task, Ticket};
 use std::collections::VecDeque;
 use std::time::Instant;
 
-/// Marks this far apart are still told apart to a microsecond.
-const ZERO_SECS: f64 = 5.0;
+/// A logical device: where it lies, and its memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LogicalDevice {
+    /// The GPU, by its place among the driver's.
+    pub gpu: usize,
+    /// Bytes of its arena.
+    pub arena_bytes: u64,
+}
 
 /// What a [`CudaDevice`] is made of.
 #[derive(Clone, Debug, Default)]
 pub struct CudaConfig {
-    /// Bytes of the arena of each logical device. All lie on the driver's one GPU.
-    pub arenas: Vec<u64>,
+    /// The logical devices; several may lie on one GPU.
+    pub devices: Vec<LogicalDevice>,
     /// Bytes of the host's store, which is pinned.
     pub host_bytes: u64,
     /// Cores for the host's arithmetic; `None` is all.
@@ -56,6 +65,8 @@ struct StreamLane {
     queued: VecDeque<Queued>,
     /// Tasks that have been told done.
     done: u64,
+    /// When the last of them ended.
+    ended_secs: f64,
     free: Vec<(Mark, Mark)>,
     blocks: Blocks,
 }
@@ -67,8 +78,8 @@ pub struct CudaDevice {
     math: MathLane,
     driver: Box<dyn Driver>,
     streams: Vec<StreamLane>,
+    devices: Vec<LogicalDevice>,
     arenas: Vec<Ptr>,
-    arena_bytes: Vec<u64>,
     high_water: Vec<u64>,
     /// Pinned memory, each piece with the offset where it begins and its size.
     host: Vec<(u64, Ptr, u64)>,
@@ -79,13 +90,8 @@ pub struct CudaDevice {
     ready: VecDeque<Completion>,
     withhold: Option<(u16, u64)>,
     failed: bool,
-    /// Passed when the clock stood at `zero_secs`.
-    zero: Mark,
-    zero_secs: f64,
-    /// Recorded, to become the next zero once it is passed.
-    next_zero: Option<Mark>,
-    /// The zero before, to be recorded again.
-    spare: Mark,
+    /// Of each GPU.
+    gpu_clocks: Vec<GpuClock>,
     clock: Instant,
 }
 
@@ -109,38 +115,60 @@ fn host_address(host: &[(u64, Ptr, u64)], offset: u64, bytes: u64) -> Ptr {
     start.plus(offset - base)
 }
 
+/// Refuses GPUs that do not work together, and arenas that are too large for them.
+fn check(driver: &dyn Driver, devices: &[LogicalDevice]) -> Result<()> {
+    if devices.is_empty() {
+        return Err(Error::bad("a cuda device needs at least one logical device"));
+    }
+    let first = driver.facts(0);
+    for gpu in 0..driver.gpus() {
+        let facts = driver.facts(gpu);
+        if facts.arch != first.arch {
+            return Err(Error::Device(format!(
+                "{first} has compute capability {}.{}, {facts} has {}.{}: their kernels differ, so results would depend on which of them ran what; \
+                 take GPUs of one (CUDA_VISIBLE_DEVICES says which are seen)",
+                first.arch / 10,
+                first.arch % 10,
+                facts.arch / 10,
+                facts.arch % 10,
+            )));
+        }
+        let wanted: u64 = devices.iter().filter(|d| d.gpu == gpu).map(|d| d.arena_bytes).sum();
+        if wanted > facts.memory_bytes {
+            let has = facts.memory_bytes;
+            return Err(Error::Device(format!("{facts} has {has} bytes of memory, the arenas on it need {wanted}")));
+        }
+    }
+    match devices.iter().position(|d| d.gpu >= driver.gpus()) {
+        Some(device) => Err(Error::bad(format!("device {device} is to lie on none of the {} GPUs", driver.gpus()))),
+        None => Ok(()),
+    }
+}
+
 impl CudaDevice {
     /// Allocates memory, loads nothing more, and starts the host's arithmetic.
     ///
     /// # Errors
-    /// When there is not enough memory, or the device fails.
+    /// When the GPUs do not work together or a device is on none of them, there is not enough memory, or the device fails.
     pub fn new(mut driver: Box<dyn Driver>, config: &CudaConfig) -> Result<CudaDevice> {
-        if config.arenas.is_empty() {
-            return Err(Error::bad("a cuda device needs at least one logical device"));
-        }
-        let wanted: u64 = config.arenas.iter().sum();
-        let facts = driver.facts();
-        if wanted > facts.memory_bytes {
-            let (name, has) = (&facts.name, facts.memory_bytes);
-            return Err(Error::Device(format!("{name} has {has} bytes of memory, the arenas need {wanted}")));
-        }
+        check(driver.as_ref(), &config.devices)?;
         let clock = Instant::now();
         let host = driver.alloc_host(config.host_bytes)?;
         let mut arenas = Vec::new();
-        for &bytes in &config.arenas {
-            arenas.push(driver.alloc(bytes)?);
-        }
         let mut lanes = Vec::new();
         let mut streams = Vec::new();
-        for device in 0..config.arenas.len() as u16 {
+        for (device, logical) in config.devices.iter().enumerate() {
+            let device = device as u16;
+            arenas.push(driver.alloc(logical.gpu, logical.arena_bytes)?);
             for kind in [LaneKind::Compute, LaneKind::HostToDevice, LaneKind::DeviceToHost] {
                 lanes.push(LaneId { device, kind });
-                let blocks = Blocks::new(driver.as_mut(), kind == LaneKind::Compute)?;
+                let blocks = Blocks::new(driver.as_mut(), logical.gpu, kind == LaneKind::Compute)?;
                 streams.push(StreamLane {
-                    stream: driver.stream()?,
+                    stream: driver.stream(logical.gpu)?,
                     held: VecDeque::new(),
                     queued: VecDeque::new(),
                     done: 0,
+                    ended_secs: 0.0,
                     free: Vec::new(),
                     blocks,
                 });
@@ -148,18 +176,16 @@ impl CudaDevice {
         }
         let math = lanes.len() as u16;
         lanes.push(LaneId::host(LaneKind::HostMath));
-        if config.poison {
-            for (&arena, &bytes) in arenas.iter().zip(&config.arenas) {
-                driver.fill(streams[0].stream, arena, crate::device::host::POISON, bytes)?;
+        let mut gpu_clocks = Vec::new();
+        for gpu in 0..driver.gpus() {
+            let stream = driver.stream(gpu)?;
+            if config.poison {
+                for (&arena, logical) in arenas.iter().zip(&config.devices).filter(|(_, logical)| logical.gpu == gpu) {
+                    driver.fill(stream, arena, crate::device::host::POISON, logical.arena_bytes)?;
+                }
             }
+            gpu_clocks.push(GpuClock::new(driver.as_mut(), stream, clock)?);
         }
-        let zero = driver.mark()?;
-        driver.record(zero, streams[0].stream)?;
-        while !driver.passed(zero)? {
-            driver.wait_a_moment(0.0)?;
-        }
-        let zero_secs = clock.elapsed().as_secs_f64();
-        let spare = driver.mark()?;
         // SAFETY: pinned memory of exactly this size, aligned to pages, which lives as long as the driver; the math lane is dropped before it.
         let math = unsafe {
             MathLane::new(&MathConfig { lane: math, threads: config.threads, clock }, host, config.host_bytes)?
@@ -169,9 +195,9 @@ impl CudaDevice {
             lanes,
             driver,
             streams,
+            devices: config.devices.clone(),
             high_water: vec![0; arenas.len()],
             arenas,
-            arena_bytes: config.arenas.clone(),
             host: vec![(0, Ptr(host as u64), config.host_bytes)],
             math,
             math_held: VecDeque::new(),
@@ -180,10 +206,7 @@ impl CudaDevice {
             ready: VecDeque::new(),
             withhold: config.withhold,
             failed: false,
-            zero,
-            zero_secs,
-            next_zero: None,
-            spare,
+            gpu_clocks,
             clock,
         })
     }
@@ -262,7 +285,7 @@ impl CudaDevice {
         }
         let (start, end) = match self.streams[lane].free.pop() {
             Some(marks) => marks,
-            None => (self.driver.mark()?, self.driver.mark()?),
+            None => (self.driver.mark(stream.gpu)?, self.driver.mark(stream.gpu)?),
         };
         self.driver.record(start, stream)?;
         let check = matches!(&held.task, Task::Run(run) if run.check);
@@ -276,7 +299,7 @@ impl CudaDevice {
         match &held.task {
             Task::Copy(spans) => {
                 for span in spans {
-                    let (to, from) = (self.touched(span.to), self.touched(span.from));
+                    let (to, from) = (self.touched(lane, span.to)?, self.touched(lane, span.from)?);
                     if span.from.bytes > 0 {
                         self.driver.copy(self.streams[lane].stream, to, from, span.from.bytes)?;
                     }
@@ -286,7 +309,7 @@ impl CudaDevice {
             Task::Run(run) => self.run(lane, held.ticket.number, run),
             Task::Add(spans) => {
                 for span in spans {
-                    let (to, from) = (self.touched(span.to), self.touched(span.from));
+                    let (to, from) = (self.touched(lane, span.to)?, self.touched(lane, span.from)?);
                     let mut queue = self.task_queue(lane, held.ticket.number);
                     optimizer::add(&mut queue, to, from, (span.from.bytes / 4) as usize)?;
                 }
@@ -294,7 +317,7 @@ impl CudaDevice {
             }
             Task::Norm(norm) => {
                 let touched = [Some(norm.gradient), Some(norm.table), norm.scratch];
-                touched.into_iter().flatten().for_each(|span| self.touch(span));
+                touched.into_iter().flatten().try_for_each(|span| self.touch(lane, span))?;
                 let (arenas, host) = (&self.arenas, &self.host);
                 let StreamLane { stream, blocks, .. } = &mut self.streams[lane];
                 let mut queue = Queue::new(self.driver.as_mut(), *stream, blocks, held.ticket.number);
@@ -303,8 +326,8 @@ impl CudaDevice {
             Task::Update(update) => {
                 let moments = update.moments.iter().flatten().copied();
                 let others = [update.weight, update.gradient, update.gate];
-                let touched = moments.chain(others).chain(update.clip.map(|c| c.table)).chain(update.remainder);
-                touched.for_each(|span| self.touch(span));
+                let mut touched = moments.chain(others).chain(update.clip.map(|c| c.table)).chain(update.remainder);
+                touched.try_for_each(|span| self.touch(lane, span))?;
                 let (arenas, host) = (&self.arenas, &self.host);
                 let StreamLane { stream, blocks, .. } = &mut self.streams[lane];
                 let mut queue = Queue::new(self.driver.as_mut(), *stream, blocks, held.ticket.number);
@@ -315,7 +338,7 @@ impl CudaDevice {
 
     fn run(&mut self, lane: usize, number: u64, run: &Run) -> Result<()> {
         for (area, &bytes) in run.program.area_bytes.iter().enumerate() {
-            self.touch(Span { memory: Memory::Device(run.device), offset: run.bases[area], bytes });
+            self.touch(lane, Span { memory: Memory::Device(run.device), offset: run.bases[area], bytes })?;
         }
         let arena = self.arenas[run.device as usize];
         let StreamLane { stream, blocks, .. } = &mut self.streams[lane];
@@ -339,45 +362,38 @@ impl CudaDevice {
         Queue::new(self.driver.as_mut(), *stream, blocks, number)
     }
 
-    fn touch(&mut self, span: Span) {
+    /// Notes that a task of a lane touches a span.
+    fn touch(&mut self, lane: usize, span: Span) -> Result<()> {
         if let Memory::Device(device) = span.memory
             && span.bytes > 0
         {
+            let (own, gpu) = (self.streams[lane].stream.gpu, self.devices[device as usize].gpu);
+            if gpu != own {
+                let (own, other) = (self.driver.facts(own), self.driver.facts(gpu));
+                let what = format!("a task on {own} touches memory of device {device}, which lies on {other}");
+                return Err(Error::Device(what));
+            }
             let high = &mut self.high_water[device as usize];
             *high = (*high).max(span.end());
-        }
-    }
-
-    /// Where a span begins; notes that it is touched.
-    fn touched(&mut self, span: Span) -> Ptr {
-        self.touch(span);
-        if let Memory::Device(device) = span.memory {
-            let bytes = self.arena_bytes[device as usize];
-            assert!(span.end() <= bytes, "bytes {}..{} of memory of {bytes}", span.offset, span.end());
-        }
-        address(&self.arenas, &self.host, span)
-    }
-
-    /// Moves the zero of time along: the difference of two marks loses digits when they are far apart.
-    fn move_zero(&mut self) -> Result<()> {
-        match self.next_zero {
-            Some(next) if self.driver.passed(next)? => {
-                self.zero_secs += self.driver.secs_between(self.zero, next)?;
-                self.spare = std::mem::replace(&mut self.zero, next);
-                self.next_zero = None;
-            }
-            None if self.now_secs() - self.zero_secs > ZERO_SECS => {
-                self.driver.record(self.spare, self.streams[0].stream)?;
-                self.next_zero = Some(self.spare);
-            }
-            _ => {}
         }
         Ok(())
     }
 
+    /// Where a span begins; notes that it is touched.
+    fn touched(&mut self, lane: usize, span: Span) -> Result<Ptr> {
+        self.touch(lane, span)?;
+        if let Memory::Device(device) = span.memory {
+            let bytes = self.devices[device as usize].arena_bytes;
+            assert!(span.end() <= bytes, "bytes {}..{} of memory of {bytes}", span.offset, span.end());
+        }
+        Ok(address(&self.arenas, &self.host, span))
+    }
+
     /// Moves what has ended to `ready`, in the order of time, device, lane and task.
     fn collect(&mut self) -> Result<()> {
-        self.move_zero()?;
+        for clock in &mut self.gpu_clocks {
+            clock.move_zero(self.driver.as_mut(), self.clock.elapsed().as_secs_f64())?;
+        }
         let before = self.ready.len();
         for lane in 0..self.streams.len() {
             while let Some(front) = self.streams[lane].queued.front() {
@@ -393,9 +409,11 @@ impl CudaDevice {
                 if self.withhold == Some((lane as u16, number)) {
                     continue;
                 }
-                let secs = |driver: &mut dyn Driver, mark| driver.secs_between(self.zero, mark);
-                let start_secs = self.zero_secs + secs(self.driver.as_mut(), start)?;
-                let end_secs = self.zero_secs + secs(self.driver.as_mut(), end)?;
+                let clock = &self.gpu_clocks[start.gpu];
+                // A zero that was set right must not make a lane seem to run backwards.
+                let start_secs = clock.secs(self.driver.as_mut(), start)?.max(entry.ended_secs);
+                let end_secs = clock.secs(self.driver.as_mut(), end)?.max(start_secs);
+                entry.ended_secs = end_secs;
                 let ticket = Ticket { lane: lane as u16, number };
                 self.ready.push_back(Completion { ticket, start_secs, end_secs, result: Ok(()), not_finite_layer });
             }

@@ -1,14 +1,17 @@
-//! The seam: what the cuda device needs of a GPU. Two things stand behind it: the driver API and the emulator.
+//! The seam: what the cuda device needs of the GPUs that it uses. Two things stand behind it: the driver API and the emulator.
 //!
-//! Streams run in order; events tie them together. Nothing here waits for the device except where its name says so.
+//! Streams run in order; marks tie them together, those of one GPU and those of several. Memory, streams and marks belong to a GPU, and what is
+//! queued on a stream touches that GPU's memory and the host's, never another's. Nothing here waits for a device except where its name says so.
 
 use super::launch::{BoxMapSpec, Launch, Ptr, TensorMap, TensorMapSpec};
-use crate::base::Result;
+use crate::base::{Error, Result};
 use crate::graph::Kernels;
 
 /// What a GPU is.
 #[derive(Clone, Debug)]
 pub struct Facts {
+    /// The machine's number for it.
+    pub ordinal: usize,
     /// Its name.
     pub name: String,
     /// Compute capability: 90 for 9.0.
@@ -21,42 +24,61 @@ pub struct Facts {
     pub shared_bytes: u32,
 }
 
-/// An ordered queue of a device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Stream(pub u32);
+impl std::fmt::Display for Facts {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        write!(f, "GPU {} ({})", self.ordinal, self.name)
+    }
+}
 
-/// A place in a stream's order, with the time at which it was passed.
+/// An ordered queue of a GPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Mark(pub u32);
+pub struct Stream {
+    /// The GPU's place among the driver's.
+    pub gpu: usize,
+    /// Which of the GPU's streams.
+    pub number: usize,
+}
 
-/// A GPU, or what stands for one.
+/// A place in the order of a stream, with the time at which it was passed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mark {
+    /// The GPU's place among the driver's.
+    pub gpu: usize,
+    /// Which of the GPU's marks.
+    pub number: usize,
+}
+
+/// The GPUs that a device uses, or what stands for them. `gpu` is a place among them, from 0.
 pub trait Driver: Send {
-    /// What it is.
-    fn facts(&self) -> &Facts;
+    /// How many GPUs it drives.
+    fn gpus(&self) -> usize;
 
-    /// Loads an embedder's kernels unless they are loaded already; they are then known by their names.
+    /// What a GPU is.
+    fn facts(&self, gpu: usize) -> &Facts;
+
+    /// Loads an embedder's kernels on every GPU unless they are loaded already; they are then known by their names.
     ///
     /// # Errors
-    /// When the bytes hold nothing for this device.
+    /// When the bytes hold nothing for these GPUs.
     fn load_once(&mut self, kernels: &Kernels) -> Result<()>;
 
-    /// Memory of the device, of exactly this size. Freed when the driver is dropped.
+    /// Memory of a GPU, of exactly this size. Freed when the driver is dropped.
     ///
     /// # Errors
     /// When there is not enough.
-    fn alloc(&mut self, bytes: u64) -> Result<Ptr>;
+    fn alloc(&mut self, gpu: usize, bytes: u64) -> Result<Ptr>;
 
-    /// Pinned host memory of exactly this size, zeroed, that streams copy from and to. Freed when the driver is dropped.
+    /// Pinned host memory of exactly this size, zeroed, that the streams of every GPU copy from and to. Freed when the driver is dropped.
     ///
     /// # Errors
     /// When there is not enough.
     fn alloc_host(&mut self, bytes: u64) -> Result<*mut u8>;
 
-    /// A new stream.
+    /// A new stream of a GPU.
     ///
     /// # Errors
     /// When the device has failed.
-    fn stream(&mut self) -> Result<Stream>;
+    fn stream(&mut self, gpu: usize) -> Result<Stream>;
 
     /// Queues a kernel.
     ///
@@ -64,7 +86,7 @@ pub trait Driver: Send {
     /// When there is no such kernel, or the device has failed.
     fn launch(&mut self, stream: Stream, launch: &Launch) -> Result<()>;
 
-    /// Queues a copy between any two places, given by address.
+    /// Queues a copy between any two places of the host's memory and the stream's GPU's, given by address.
     ///
     /// # Errors
     /// When the device has failed.
@@ -76,19 +98,19 @@ pub trait Driver: Send {
     /// When the device has failed.
     fn fill(&mut self, stream: Stream, to: Ptr, byte: u8, bytes: u64) -> Result<()>;
 
-    /// A new mark, not yet passed.
+    /// A new mark of a GPU, not yet passed.
     ///
     /// # Errors
     /// When the device has failed.
-    fn mark(&mut self) -> Result<Mark>;
+    fn mark(&mut self, gpu: usize) -> Result<Mark>;
 
-    /// Puts a mark at the end of a stream, again and again if need be.
+    /// Puts a mark at the end of a stream of its GPU, again and again if need be.
     ///
     /// # Errors
-    /// When the device has failed.
+    /// When they are not of one GPU, or the device has failed.
     fn record(&mut self, mark: Mark, stream: Stream) -> Result<()>;
 
-    /// What is queued on `stream` from now on runs after `mark`.
+    /// What is queued on `stream` from now on runs after `mark`, which may be another GPU's.
     ///
     /// # Errors
     /// When the device has failed.
@@ -110,27 +132,32 @@ pub trait Driver: Send {
         Ok(())
     }
 
-    /// Gives the device a moment: waits a little, longer the longer nothing has happened, or runs something where nothing runs by itself.
+    /// Gives the devices a moment: waits a little, longer the longer nothing has happened, or runs something where nothing runs by itself.
     ///
     /// # Errors
     /// When the device has failed.
     fn wait_a_moment(&mut self, idle_secs: f64) -> Result<()>;
 
-    /// Seconds from one passed mark to another, less than 0 where the other came first. Good to a microsecond up to ten seconds.
+    /// Seconds from one passed mark to another of the same GPU, less than 0 where the other came first. Good to a microsecond up to ten seconds.
     ///
     /// # Errors
-    /// When the device has failed.
+    /// When they are not of one GPU, whose clocks have nothing in common, or the device has failed.
     fn secs_between(&mut self, from: Mark, to: Mark) -> Result<f64>;
 
-    /// A descriptor of a matrix for the bulk copy engine.
+    /// A descriptor of a matrix for a GPU's bulk copy engine.
     ///
     /// # Errors
     /// When the device does not take it.
-    fn tensor_map(&mut self, spec: &TensorMapSpec) -> Result<TensorMap>;
+    fn tensor_map(&mut self, gpu: usize, spec: &TensorMapSpec) -> Result<TensorMap>;
 
     /// The same for boxes of four axes.
     ///
     /// # Errors
     /// When the device does not take it.
-    fn box_map(&mut self, spec: &BoxMapSpec) -> Result<TensorMap>;
+    fn box_map(&mut self, gpu: usize, spec: &BoxMapSpec) -> Result<TensorMap>;
+}
+
+/// Refuses what is of two GPUs where it must be of one.
+pub(super) fn one_gpu(a: usize, b: usize) -> Result<()> {
+    if a == b { Ok(()) } else { Err(Error::Device(format!("a mark of GPU {a} where one of GPU {b} belongs"))) }
 }

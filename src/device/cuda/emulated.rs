@@ -1,9 +1,10 @@
 //! The emulator as a driver: the kernels' own sources compiled for the CPU, behind streams whose order is adversarial.
 //!
-//! A stream is a queue that runs only while somebody waits, one entry at a time, the stream drawn by seed among those whose head may
+//! A stream is a queue that runs only while somebody waits, one entry at a time, the stream drawn by seed among those of all GPUs whose head may
 //! run. What the caller forgot to order by marks therefore happens in the wrong order sooner or later, and the same seed repeats it.
+//! What is queued on one GPU and names another's memory is refused, as a GPU without access to its peers faults.
 
-use super::driver::{Driver, Facts, Mark, Stream};
+use super::driver::{Driver, Facts, Mark, Stream, one_gpu};
 use super::launch::{BoxMapSpec, Launch, Ptr, Swizzle, TensorMap, TensorMapSpec};
 use crate::base::philox::Sequence;
 use crate::base::{Error, Result};
@@ -198,14 +199,14 @@ struct MarkState {
 struct Memory {
     start: *mut c_void,
     bytes: usize,
-    /// Whether it is a device's, not the host's.
-    device: bool,
+    /// Whose it is; `None` is the host's.
+    gpu: Option<usize>,
 }
 
 impl Memory {
     /// Device memory is as the last program left it: filled with NaN here. A device's own allocator aligns to 256 bytes.
-    fn new(bytes: u64, device: bool) -> Result<Memory> {
-        let fill = if device { 0xFF } else { 0 };
+    fn new(bytes: u64, gpu: Option<usize>) -> Result<Memory> {
+        let fill = if gpu.is_some() { 0xFF } else { 0 };
         let mut start = std::ptr::null_mut();
         let size = usize::try_from(bytes).unwrap_or(usize::MAX).max(1);
         // SAFETY: 4096 is a power of two and a multiple of a pointer's size.
@@ -215,7 +216,11 @@ impl Memory {
         }
         // SAFETY: just allocated with this size.
         unsafe { libc::memset(start, fill, size) };
-        Ok(Memory { start, bytes: size, device })
+        Ok(Memory { start, bytes: size, gpu })
+    }
+
+    fn holds(&self, address: u64) -> bool {
+        (self.start as u64..self.start as u64 + self.bytes as u64).contains(&address)
     }
 }
 
@@ -226,9 +231,9 @@ impl Drop for Memory {
     }
 }
 
-/// A GPU whose kernels run on the CPU.
+/// GPUs whose kernels run on the CPU.
 pub struct Emulated {
-    facts: Facts,
+    gpus: Vec<Facts>,
     libraries: Vec<&'static Library>,
     kernels: HashMap<&'static str, (usize, Kernel)>,
     /// Embedders' kernels that are loaded.
@@ -247,16 +252,30 @@ pub struct Emulated {
 unsafe impl Send for Emulated {}
 
 impl Emulated {
-    /// An emulated GPU of compute capability `arch` (80, 90). Seed 0 runs threads, blocks and streams in order; others in an order drawn from the
-    /// seed.
+    /// One emulated GPU of compute capability `arch`. As [`Emulated::of`].
     ///
     /// # Errors
     /// When the kernels cannot be loaded.
     pub fn new(arch: u32, seed: u32) -> Result<Emulated> {
-        let facts =
-            Facts { name: "emulated".into(), arch, multiprocessors: 4, memory_bytes: 1 << 36, shared_bytes: 227 << 10 };
+        Emulated::of(vec![Emulated::facts_of(0, arch)], seed)
+    }
+
+    /// What the `ordinal`-th emulated GPU is, of compute capability `arch` (80, 90), unless a test wants another.
+    pub fn facts_of(ordinal: usize, arch: u32) -> Facts {
+        let (name, memory_bytes, shared_bytes) = ("emulated".into(), 1 << 36, 227 << 10);
+        Facts { ordinal, name, arch, multiprocessors: 4, memory_bytes, shared_bytes }
+    }
+
+    /// Emulated GPUs, at least one. Seed 0 runs threads, blocks and streams in order; others in an order drawn from the seed.
+    ///
+    /// # Errors
+    /// When there are none, or the kernels cannot be loaded.
+    pub fn of(gpus: Vec<Facts>, seed: u32) -> Result<Emulated> {
+        if gpus.is_empty() {
+            return Err(Error::bad("no emulated GPU was asked for"));
+        }
         Ok(Emulated {
-            facts,
+            gpus,
             libraries: vec![Library::built_in()?],
             kernels: HashMap::new(),
             custom: HashSet::new(),
@@ -278,6 +297,15 @@ impl Emulated {
         let found = found.ok_or_else(|| Error::Device(format!("there is no kernel {name}")))?;
         self.kernels.insert(name, found);
         Ok(found)
+    }
+
+    /// Refuses an address in the memory of another GPU than `gpu`.
+    fn check_own(&self, gpu: usize, what: &str, address: u64) -> Result<()> {
+        let other = self.memory.iter().find(|m| m.holds(address)).and_then(|m| m.gpu).filter(|&other| other != gpu);
+        other.map_or(Ok(()), |other| {
+            let (own, other) = (&self.gpus[gpu], &self.gpus[other]);
+            Err(Error::Device(format!("{what} on {own} touches memory of {other}")))
+        })
     }
 
     fn may_run(&self, stream: usize) -> bool {
@@ -319,7 +347,7 @@ impl Emulated {
         // What is tracked and forbidden is the process's, so one at a time.
         let _turn = CHECKED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         if let Some([forbid, allow]) = library.sanitizer {
-            for memory in self.memory.iter().filter(|m| m.device) {
+            for memory in self.memory.iter().filter(|m| m.gpu.is_some()) {
                 // SAFETY: an allocation of this driver; nothing else runs in it now.
                 unsafe { forbid(memory.start, memory.bytes) };
             }
@@ -336,7 +364,7 @@ impl Emulated {
         // SAFETY: nothing runs now.
         unsafe { (library.untrack_all)() };
         if let Some([_, allow]) = library.sanitizer {
-            for memory in self.memory.iter().filter(|m| m.device) {
+            for memory in self.memory.iter().filter(|m| m.gpu.is_some()) {
                 // SAFETY: an allocation of this driver.
                 unsafe { allow(memory.start, memory.bytes) };
             }
@@ -362,8 +390,12 @@ impl Emulated {
 }
 
 impl Driver for Emulated {
-    fn facts(&self) -> &Facts {
-        &self.facts
+    fn gpus(&self) -> usize {
+        self.gpus.len()
+    }
+
+    fn facts(&self, gpu: usize) -> &Facts {
+        &self.gpus[gpu]
     }
 
     fn load_once(&mut self, kernels: &Kernels) -> Result<()> {
@@ -379,64 +411,69 @@ impl Driver for Emulated {
         Ok(())
     }
 
-    fn alloc(&mut self, bytes: u64) -> Result<Ptr> {
-        self.memory.push(Memory::new(bytes, true)?);
+    fn alloc(&mut self, gpu: usize, bytes: u64) -> Result<Ptr> {
+        self.memory.push(Memory::new(bytes, Some(gpu))?);
         Ok(Ptr(self.memory.last().expect("pushed just above").start as u64))
     }
 
     fn alloc_host(&mut self, bytes: u64) -> Result<*mut u8> {
-        self.memory.push(Memory::new(bytes, false)?);
+        self.memory.push(Memory::new(bytes, None)?);
         Ok(self.memory.last().expect("pushed just above").start.cast())
     }
 
-    fn stream(&mut self) -> Result<Stream> {
+    fn stream(&mut self, gpu: usize) -> Result<Stream> {
         self.streams.push(VecDeque::new());
         self.confined.push(Vec::new());
-        Ok(Stream(self.streams.len() as u32 - 1))
+        Ok(Stream { gpu, number: self.streams.len() - 1 })
     }
 
     fn launch(&mut self, stream: Stream, launch: &Launch) -> Result<()> {
         self.kernel(launch.kernel)?;
-        self.streams[stream.0 as usize].push_back(Action::Launch(Box::new(*launch)));
+        launch.words().try_for_each(|word| self.check_own(stream.gpu, launch.kernel, word))?;
+        self.streams[stream.number].push_back(Action::Launch(Box::new(*launch)));
         Ok(())
     }
 
     fn copy(&mut self, stream: Stream, to: Ptr, from: Ptr, bytes: u64) -> Result<()> {
-        self.streams[stream.0 as usize].push_back(Action::Copy { to, from, bytes });
+        self.check_own(stream.gpu, "a copy", to.0)?;
+        self.check_own(stream.gpu, "a copy", from.0)?;
+        self.streams[stream.number].push_back(Action::Copy { to, from, bytes });
         Ok(())
     }
 
     fn fill(&mut self, stream: Stream, to: Ptr, byte: u8, bytes: u64) -> Result<()> {
-        self.streams[stream.0 as usize].push_back(Action::Fill { to, byte, bytes });
+        self.check_own(stream.gpu, "a fill", to.0)?;
+        self.streams[stream.number].push_back(Action::Fill { to, byte, bytes });
         Ok(())
     }
 
-    fn mark(&mut self) -> Result<Mark> {
+    fn mark(&mut self, gpu: usize) -> Result<Mark> {
         self.marks.push(MarkState { recorded: 0, passed: 0, at: Instant::now() });
-        Ok(Mark(self.marks.len() as u32 - 1))
+        Ok(Mark { gpu, number: self.marks.len() - 1 })
     }
 
     fn record(&mut self, mark: Mark, stream: Stream) -> Result<()> {
-        let state = &mut self.marks[mark.0 as usize];
+        one_gpu(mark.gpu, stream.gpu)?;
+        let state = &mut self.marks[mark.number];
         state.recorded += 1;
         let recording = state.recorded;
-        self.streams[stream.0 as usize].push_back(Action::Record { mark: mark.0 as usize, recording });
+        self.streams[stream.number].push_back(Action::Record { mark: mark.number, recording });
         Ok(())
     }
 
     fn wait_for(&mut self, stream: Stream, mark: Mark) -> Result<()> {
-        let recording = self.marks[mark.0 as usize].recorded;
-        self.streams[stream.0 as usize].push_back(Action::WaitFor { mark: mark.0 as usize, recording });
+        let recording = self.marks[mark.number].recorded;
+        self.streams[stream.number].push_back(Action::WaitFor { mark: mark.number, recording });
         Ok(())
     }
 
     fn passed(&mut self, mark: Mark) -> Result<bool> {
-        let state = &self.marks[mark.0 as usize];
+        let state = &self.marks[mark.number];
         Ok(state.passed == state.recorded)
     }
 
     fn confine(&mut self, stream: Stream, regions: &mut dyn Iterator<Item = (Ptr, u64)>) -> Result<()> {
-        self.streams[stream.0 as usize].push_back(Action::Confine(regions.collect()));
+        self.streams[stream.number].push_back(Action::Confine(regions.collect()));
         Ok(())
     }
 
@@ -453,14 +490,15 @@ impl Driver for Emulated {
     }
 
     fn secs_between(&mut self, from: Mark, to: Mark) -> Result<f64> {
-        let at = |mark: Mark| self.marks[mark.0 as usize].at;
+        one_gpu(from.gpu, to.gpu)?;
+        let at = |mark: Mark| self.marks[mark.number].at;
         Ok(match at(to).checked_duration_since(at(from)) {
             Some(later) => later.as_secs_f64(),
             None => -at(from).duration_since(at(to)).as_secs_f64(),
         })
     }
 
-    fn tensor_map(&mut self, spec: &TensorMapSpec) -> Result<TensorMap> {
+    fn tensor_map(&mut self, _gpu: usize, spec: &TensorMapSpec) -> Result<TensorMap> {
         let mut map = TensorMap([0; 128]);
         let swizzle = match spec.swizzle {
             Swizzle::None => 0,
@@ -484,7 +522,7 @@ impl Driver for Emulated {
         if code == 0 { Ok(map) } else { Err(Error::Device(format!("tensor map: {}", library.error()))) }
     }
 
-    fn box_map(&mut self, spec: &BoxMapSpec) -> Result<TensorMap> {
+    fn box_map(&mut self, _gpu: usize, spec: &BoxMapSpec) -> Result<TensorMap> {
         let mut map = TensorMap([0; 128]);
         let library = self.libraries[0];
         // SAFETY: writes 128 bytes to the map; the tensor is only named, and the arrays have the four axes, three for pitches.

@@ -131,6 +131,13 @@ impl Launch {
         self.bytes(&map.0, ALIGNED)
     }
 
+    /// The arguments' bytes as words, among which are all the addresses that the kernel is given: they are aligned.
+    #[cfg(feature = "emulator")]
+    pub(super) fn words(&self) -> impl Iterator<Item = u64> + '_ {
+        let words = self.bytes.0[..self.end].chunks_exact(8);
+        words.map(|word| u64::from_ne_bytes(word.try_into().expect("chunks of 8")))
+    }
+
     /// Addresses of the arguments, as `cuLaunchKernel` takes them, given to `call`.
     pub(super) fn with_arguments<T>(&self, call: impl FnOnce(&mut [*mut std::ffi::c_void]) -> T) -> T {
         let mut addresses = [std::ptr::null_mut(); ARGUMENTS];

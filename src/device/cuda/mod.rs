@@ -1,4 +1,4 @@
-//! The cuda device: our kernels on a GPU, or the same kernels on the emulator.
+//! The cuda device: our kernels on GPUs, or the same kernels on the emulator.
 //!
 //! One launch file an op family, with the stem of its kernels; `launch` is what a launch is, `queue` where it goes, `driver` the seam under which a GPU or the
 //! emulator stands.
@@ -7,6 +7,7 @@ mod activation;
 mod attention;
 mod batchnorm;
 mod blocks;
+mod clock;
 mod column_sum;
 mod conv;
 mod cross_entropy;
@@ -20,6 +21,8 @@ mod emulated;
 mod gemm;
 #[cfg(feature = "cuda")]
 mod gpu;
+#[cfg(feature = "cuda")]
+mod gpus;
 pub mod launch;
 mod linear;
 mod norm;
@@ -31,11 +34,13 @@ pub mod queue;
 mod rotary;
 mod transpose;
 
-pub use device::{CudaConfig, CudaDevice};
+pub use device::{CudaConfig, CudaDevice, LogicalDevice};
 #[cfg(feature = "emulator")]
 pub use emulated::Emulated;
 #[cfg(feature = "cuda")]
 pub use gpu::{Gpu, count, list};
+#[cfg(feature = "cuda")]
+pub use gpus::Gpus;
 
 /// The environment variable that names a folder of kernels to load instead of those that were built in: `<stem>.fatbin` for a GPU,
 /// `kernels.so` for the emulator.

@@ -1,7 +1,7 @@
 //! The stream on which a task's kernels are launched, with what they read of the step.
 
 use super::blocks::Blocks;
-use super::driver::{Driver, Stream};
+use super::driver::{Driver, Facts, Stream};
 use super::launch::{BoxMapSpec, Launch, Ptr, TensorMap, TensorMapSpec};
 use super::operands::Operands;
 use crate::base::{Error, Result};
@@ -106,7 +106,7 @@ impl<'a> Queue<'a> {
     /// # Errors
     /// When the device does not take it.
     pub fn tensor_map(&mut self, spec: &TensorMapSpec) -> Result<TensorMap> {
-        self.driver.tensor_map(spec)
+        self.driver.tensor_map(self.stream.gpu, spec)
     }
 
     /// The same for boxes of four axes.
@@ -114,21 +114,25 @@ impl<'a> Queue<'a> {
     /// # Errors
     /// When the device does not take it.
     pub fn box_map(&mut self, spec: &BoxMapSpec) -> Result<TensorMap> {
-        self.driver.box_map(spec)
+        self.driver.box_map(self.stream.gpu, spec)
+    }
+
+    fn facts(&self) -> &Facts {
+        self.driver.facts(self.stream.gpu)
     }
 
     /// The GPU's compute capability: 90 for 9.0.
     pub fn arch(&self) -> u32 {
-        self.driver.facts().arch
+        self.facts().arch
     }
 
     /// Bytes of shared memory that a block may have.
     pub fn shared_bytes(&self) -> usize {
-        self.driver.facts().shared_bytes as usize
+        self.facts().shared_bytes as usize
     }
 
     /// The GPU's multiprocessors. Grids may depend on it, results never.
     pub fn multiprocessors(&self) -> usize {
-        self.driver.facts().multiprocessors as usize
+        self.facts().multiprocessors as usize
     }
 }

@@ -134,13 +134,13 @@ fn check(form: Form, end: End, width: usize, k_part: usize, seed: u32) {
     };
     let cut = ProductCut { tile_cols: width, parts: KParts { parts: k.div_ceil(k_part), k: k_part } };
     let plan = planned(form, Path::Hopper, Precision::Bf16, cut);
-    let stream = driver.stream().expect("a stream");
-    let blocks = Blocks::new(&mut driver, true).expect("memory");
+    let stream = driver.stream(0).expect("a stream");
+    let blocks = Blocks::new(&mut driver, 0, true).expect("memory");
     let mut q = Queue::new(&mut driver, stream, &blocks, 0);
     let now = Scalars { seed: 0, step: 0, microbatch: 1, loss_scale: 1.0, accumulate: true };
     q.begin(&now, false).expect("a block");
     launch_as(&mut q, &product, &plan).expect("a launch");
-    let done = driver.mark().expect("a mark");
+    let done = driver.mark(0).expect("a mark");
     driver.record(done, stream).expect("a stream");
     while !driver.passed(done).expect("a mark") {
         driver.wait_a_moment(0.0).unwrap_or_else(|e| panic!("{what}: {e}"));
