@@ -93,6 +93,7 @@ fn check_bits(small: &Small, dtype: DType, batch: usize) {
         small.train(&options).expect("a run")
     };
     let base = PlanOptions::default();
+    let layers = small.model(&TrainOptions::new(1)).layers();
     let spilled = PlanOptions { resident: Some(false), ..base.clone() };
     for arch in [80, 90] {
         let want = train(PlanOptions { resident: Some(true), ..base.clone() }, arch, 0);
@@ -103,6 +104,10 @@ fn check_bits(small: &Small, dtype: DType, batch: usize) {
             ),
             (PlanOptions { boundaries_stay: Some(false), slots: 2, ..spilled.clone() }, 4),
             (PlanOptions { boundaries_stay: Some(true), slots: 3, ..spilled.clone() }, 9),
+            (
+                PlanOptions { resting: Some(2), cut: Some((0..layers).map(|l| l..l + 1).collect()), ..spilled.clone() },
+                6,
+            ),
         ];
         for (plan, seed) in all {
             assert!(

@@ -64,6 +64,7 @@ struct Regime {
     /// Whether a cut falls after each layer, if the cut is given.
     cut: Option<Vec<bool>>,
     resident: Option<bool>,
+    resting: Option<usize>,
     boundaries_stay: Option<bool>,
     recompute: Recompute,
     link_bytes_per_sec: Option<f64>,
@@ -84,16 +85,18 @@ fn regimes() -> impl Strategy<Value = Regime> {
     let recompute = prop_oneof![Just(Recompute::Auto), Just(Recompute::Always), Just(Recompute::Never)];
     let budget = prop_oneof![1 => Just(None), 1 => Just(Some(0.0)), 3 => (0.0f64..1.0).prop_map(Some)];
     let cut = prop::option::of(prop::collection::vec(any::<bool>(), 16));
-    let tiers = (prop::option::of(any::<bool>()), prop::option::of(any::<bool>()), recompute, any::<bool>());
+    let state = (prop::option::of(any::<bool>()), prop::option::of(0usize..6));
+    let tiers = (state, prop::option::of(any::<bool>()), recompute, any::<bool>());
     let device = (link, prop::option::of(1usize..=3), prop::option::of(any::<u64>()));
     (budget, 1usize..=4, cut, tiers, device).prop_map(|(budget, slots, cut, tiers, device)| {
-        let (resident, boundaries_stay, recompute, scratch) = tiers;
+        let ((resident, resting), boundaries_stay, recompute, scratch) = tiers;
         let (link_bytes_per_sec, threads, shuffle) = device;
         Regime {
             budget,
             slots,
             cut,
             resident,
+            resting,
             boundaries_stay,
             recompute,
             link_bytes_per_sec,
@@ -122,6 +125,7 @@ fn ranges(cuts: &[bool], layers: usize) -> Vec<Range<usize>> {
 struct Seen {
     shards: BTreeSet<usize>,
     resident: BTreeSet<bool>,
+    resting: BTreeSet<usize>,
     activations_on_host: BTreeSet<bool>,
     kept: BTreeSet<bool>,
 }
@@ -137,6 +141,7 @@ fn train(small: &Small, microbatch: usize, recipe: Recipe, regime: &Regime, seen
         slots: regime.slots,
         cut: regime.cut.as_ref().map(|cuts| ranges(cuts, model.layers())),
         resident: regime.resident,
+        resting: regime.resting,
         boundaries_stay: regime.boundaries_stay,
         recompute: regime.recompute,
         ..PlanOptions::default()
@@ -154,6 +159,7 @@ fn train(small: &Small, microbatch: usize, recipe: Recipe, regime: &Regime, seen
     let model = Arc::new(model);
     seen.shards.insert(plan.shards.len());
     seen.resident.insert(plan.choice.resident);
+    seen.resting.insert(plan.choice.resting);
     seen.activations_on_host.insert(plan.choice.activations != BoundaryTier::Device);
     seen.kept.extend(plan.shards.iter().map(|s| s.kept));
     match regime.shuffle {
@@ -203,7 +209,7 @@ fn gpt_has_the_same_bits_however_it_is_run() {
         let seen = check(&small, 2, bf16, cases);
         println!("{seen:?}");
         assert!(seen.shards.len() >= 5 && seen.resident.len() == 2, "{seen:?}");
-        assert!(seen.activations_on_host.len() == 2 && seen.kept.len() == 2, "{seen:?}");
+        assert!(seen.activations_on_host.len() == 2 && seen.kept.len() == 2 && seen.resting.len() >= 3, "{seen:?}");
     }
 }
 
@@ -215,7 +221,7 @@ fn resnet_has_the_same_bits_however_it_is_run() {
         let seen = check(&small, 3, bf16, cases);
         println!("{seen:?}");
         assert!(seen.shards.len() >= 4 && seen.resident.len() == 2, "{seen:?}");
-        assert!(seen.activations_on_host.len() == 2 && seen.kept.len() == 2, "{seen:?}");
+        assert!(seen.activations_on_host.len() == 2 && seen.kept.len() == 2 && seen.resting.len() >= 3, "{seen:?}");
     }
 }
 

@@ -164,7 +164,7 @@ fn check(what: &str, mut session: Session, dir: &Path) {
     INSIDE.with(|inside| inside.set(false));
 }
 
-/// Resident; on its way with every boundary tensor; and the same with one slot and recomputation. In f32, and those that differ in bf16.
+/// Resident; on its way with every boundary tensor; the same with one slot and recomputation, and with half of it at rest. In f32, and those that differ in bf16.
 fn plans(layers: usize) -> Vec<(&'static str, DType, PlanOptions)> {
     let base = PlanOptions::default();
     let cut: Vec<_> = (0..layers).map(|l| l..l + 1).collect();
@@ -176,7 +176,8 @@ fn plans(layers: usize) -> Vec<(&'static str, DType, PlanOptions)> {
         ("spilled", DType::F32, spilled.clone()),
         ("spilled, one slot", DType::F32, PlanOptions { slots: 1, ..spilled.clone() }),
         ("resident", DType::Bf16, resident),
-        ("spilled", DType::Bf16, spilled),
+        ("spilled", DType::Bf16, spilled.clone()),
+        ("half at rest", DType::Bf16, PlanOptions { resting: Some(layers / 2), ..spilled }),
     ]
 }
 

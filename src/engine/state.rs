@@ -91,9 +91,7 @@ impl Engine {
         self.check_running(model)?;
         self.wait_rest(model)?;
         self.check_running(model)?;
-        let plan = &self.members[model].plan;
-        let resting = if plan.choice.resident { plan.shards.len() } else { plan.choice.resting };
-        for s in 0..resting {
+        for s in 0..self.members[model].plan.resting_shards() {
             let device = self.members[model].home_of(s).expect("resident state is at home on a device");
             let site = self.site(model, device);
             if !self.rings[site.rings].weights.has(s, site.shard(s)) {

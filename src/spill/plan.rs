@@ -45,6 +45,8 @@ pub struct PlanOptions {
     pub rule: Option<CutRule>,
     /// Force state to stay on the device, or all of it to leave it.
     pub resident: Option<bool>,
+    /// Force how many shards rest on the device where not all do, as far as there are as many; `None` is as many as fit.
+    pub resting: Option<usize>,
     /// Force boundary tensors to stay on the device, or to leave it.
     pub boundaries_stay: Option<bool>,
     /// For a model among others, whose shards may each run on another of so many devices: nothing stays on a device after a visit.
@@ -75,6 +77,7 @@ impl Default for PlanOptions {
             kept: None,
             rule: None,
             resident: None,
+            resting: None,
             boundaries_stay: None,
             anywhere: None,
             crosses: false,
@@ -168,6 +171,11 @@ impl Plan {
         let count = most.min(bytes / least_bytes).max(1);
         let at = |i: u64| if i == count { bytes } else { align_up(bytes * i / count, ALIGNMENT) };
         (0..count).map(|i| at(i)..at(i + 1)).collect()
+    }
+
+    /// How many shards' state stays on the device.
+    pub fn resting_shards(&self) -> usize {
+        if self.choice.resident { self.shards.len() } else { self.choice.resting }
     }
 
     fn own_bytes(&self, shard: usize) -> u64 {

@@ -189,7 +189,7 @@ impl<'a> Search<'a> {
                 for &(gradient_slots, activations, gradients, input_entries) in depths {
                     choices.push(Choice {
                         resident,
-                        resting: 0,
+                        resting: if resident { 0 } else { self.options.resting.unwrap_or(0).min(n - 1) },
                         slots,
                         gradient_slots: gradient_slots.min(n),
                         activations: tier(activations),
@@ -243,8 +243,9 @@ impl<'a> Search<'a> {
 
     fn offer_one(&mut self, shards: &Shards, choice: &Choice) {
         let arena = map(self.model, &shards.programs, choice, self.options);
-        // The smallest must not depend on the budget, as how many shards rest does.
-        let is_smallest = choice.resting == 0 && self.smallest.as_ref().is_none_or(|s| arena.bytes < s.arena.bytes);
+        // The smallest must not depend on the budget, as how many shards rest does where nobody has said so.
+        let by_budget = choice.resting > 0 && self.options.resting.is_none();
+        let is_smallest = !by_budget && self.smallest.as_ref().is_none_or(|s| arena.bytes < s.arena.bytes);
         if !is_smallest && !self.fits(arena.bytes) {
             return;
         }
@@ -285,7 +286,8 @@ impl<'a> Search<'a> {
     fn offer_resting(&mut self, shards: &Shards, choice: &Choice) {
         let options = self.options;
         let pointless = choice.resident || choice.pipelined || choice.crosses || options.device_budget.is_none();
-        if pointless || options.resident.is_some() || options.anywhere.is_some() {
+        let told = options.resident.is_some() || options.resting.is_some();
+        if pointless || told || options.anywhere.is_some() {
             return;
         }
         let with = |resting: usize| Choice { resting, ..choice.clone() };

@@ -229,8 +229,14 @@ fn facts(plan: &PlanFile, models: &[ModelRows]) -> Vec<(String, String)> {
     add("predicted device peak", plan.device_peak_bytes.map(format_bytes));
     add("device budget", plan.budget_text());
     add("smallest budget that works", plan.smallest_device_bytes.map(format_bytes));
-    let state = |resident| if resident { "resident on the device" } else { "streamed from the host" };
-    add("state of the model", plan.resident.map(|resident| state(resident).into()));
+    let state = |resident| match (resident, plan.resting_shards) {
+        (true, _) => "resident on the device".to_string(),
+        (false, None | Some(0)) => "streamed from the host".to_string(),
+        (false, Some(resting)) => {
+            format!("of {resting} of the shards resident on the device, else streamed from the host")
+        }
+    };
+    add("state of the model", plan.resident.map(state));
     add("weight slots", plan.slots.filter(|_| plan.resident != Some(true)).map(|slots| slots.to_string()));
     add("recomputation", plan.recompute.as_str().map(String::from));
     add("predicted step", plan.step_secs.map(format_secs));

@@ -24,6 +24,8 @@ pub(super) struct PlanFile {
     pub slots: Option<u64>,
     /// State stays on the device.
     pub resident: Option<bool>,
+    /// How many shards' state does, count over models.
+    pub resting_shards: Option<u64>,
     /// Bytes, or words; one or a list of one a device.
     pub budget: Value,
     pub recompute: Value,
