@@ -19,52 +19,90 @@
 #include "gpu/attention.cuh"
 #include "gpu/attention_hopper.cuh"
 
-namespace hopper {
-constexpr int ROWS = 128, KEYS = 128;      // queries of a block, keys of a tile
-constexpr int STAGES = 2;
+namespace hopper_forward {
+using namespace hopper;
+
+template <int W> constexpr int CONSUMERS = W == 64 ? 3 : 2;        // warpgroups with 64 queries each
+template <int W> constexpr int ROWS = 64 * CONSUMERS<W>;           // queries of a part, at most
+template <int W> constexpr int THREADS = 128 * (1 + CONSUMERS<W>);
+template <int W> constexpr int STAGES = W == 64 ? 5 : 2;           // of the ring of tiles of k and v
+constexpr int KEYS = 128;                                          // of a tile
+constexpr int OWN_STAGES = 2;                                      // of a part's queries: the next part's come while this one is made
 
 // In shared memory; the tiles are columns of 64, each with all of its rows.
 template <int W> struct Shared {
-  bf16 q[ROWS * W], k[STAGES][KEYS * W], v[STAGES][KEYS * W];
-  uint64_t q_full, k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES], v_cleared;
+  bf16 q[OWN_STAGES][ROWS<W> * W], k[STAGES<W>][KEYS * W], v[STAGES<W>][KEYS * W];
+  uint64_t q_full[OWN_STAGES], q_empty[OWN_STAGES], k_full[STAGES<W>], k_empty[STAGES<W>], v_full[STAGES<W>], v_empty[STAGES<W>];
+  int part[OWN_STAGES];   // -1 after the last
 };
 
 #if GPU_HOPPER
-constexpr int TURN = 1, OWN = 3;           // named barriers: one for each consumer's turn, one for each consumer's threads
+// All of the 65536 that there are.
+template <int W> struct Registers { static constexpr int PRODUCER = W == 64 ? 32 : 40, CONSUMER = W == 64 ? 160 : 232; };
+constexpr int TURN = 1, OWN = 4;           // named barriers: one for each consumer's turn, one for each consumer's threads
 
-// The tile of K and V that an iteration works on, and whose turn of the ring it is.
-struct Slot {
-  int stage, parity;
-  DEV explicit Slot(int iteration) : stage(iteration % STAGES), parity(iteration / STAGES % 2) {}
+// Parts of a head: 64 queries for each consumer, in some one less, so that all are as equal as can be.
+template <int W> DEV int parts_of_head(const AttentionSizes& s) { return (s.queries + ROWS<W> - 1) / ROWS<W>; }
+DEV int tiles_before(const AttentionSizes& s, int query) { return (keys_seen(s, query) + KEYS - 1) / KEYS; }
+
+// A part: `groups` times 64 queries from `first` on, and the tiles that any of them sees.
+template <int W> struct Queries {
+  int batch, head, first, groups, tiles;
+  DEV Queries(int at, int together, const AttentionSizes& s) {
+    int parts = parts_of_head<W>(s), all = (s.queries + 63) / 64, least = all / parts, larger = all % parts;
+    Part part(at, s.batch * s.heads, parts, together);
+    batch = part.head / s.heads, head = part.head % s.heads;
+    // Later queries, which see the most keys when causal, come first.
+    int number = parts - 1 - part.number, before = number - (parts - larger);
+    groups = least + (before >= 0);
+    first = 64 * (number * least + (before > 0 ? before : 0));
+    tiles = tiles_before(s, first + 64 * groups);
+  }
 };
 
-// One warp: copies tiles in the order of their use. Tile 0 of the iteration is the last of the sequence.
-template <int W>
-DEV void produce(Shared<W>& shared, const CUtensorMap* q_map, const CUtensorMap* k_map, const CUtensorMap* v_map, const Head& head, int first,
-                 int tiles, const AttentionSizes& s) {
-  int lane = threadIdx.x % 32, col = head.kv_head * W, row = head.batch * s.keys;
-  if (lane == 0) load<W, ROWS>(shared.q, q_map, head.head * W, head.batch * s.queries + first, &shared.q_full);
-  for (int i = 0; i < tiles; i++) {
-    Slot slot(i);
-    int key = (tiles - 1 - i) * KEYS;
-    if (lane == 0) {
-      mbar_wait(&shared.k_empty[slot.stage], slot.parity ^ 1);
-      load<W, KEYS>(shared.k[slot.stage], k_map, col, row + key, &shared.k_full[slot.stage]);
-      mbar_wait(&shared.v_empty[slot.stage], slot.parity ^ 1);
-      load<W, KEYS>(shared.v[slot.stage], v_map, col, row + key, &shared.v_full[slot.stage]);
-    }
-    if (key + KEYS > s.keys) {
-      // The first tile alone.
-      mbar_wait(&shared.v_full[slot.stage], slot.parity);
-      clear_rest<W, KEYS>(shared.v[slot.stage], key + KEYS - s.keys, lane);
-      proxy_fence_shared();
-      __syncwarp();
-      if (lane == 0) mbar_arrive(&shared.v_cleared);
-    }
-  }
+// Rows of one sequence from `row` on, W columns from `col` on; rows past its last are 0.
+template <int W, int TILE_ROWS, int BOX_ROWS>
+DEV void load_rows(bf16* to, const CUtensorMap* map, int col, int row, int batch, uint64_t* full) {
+#pragma unroll
+  for (int box = 0; box < W / BOX; box++) tma_load_4d(to + box * TILE_ROWS * BOX, map, col + box * BOX, row, batch, 0, full);
 }
 
-// A warpgroup's 64 queries. Element 4 j + 2 h + e of an accumulator is row 16 warp + g + 8 h, column 8 j + 2 t + e.
+// One thread: copies tiles in the order of their use, of each part from the last key to the first. A block's first part has its number, others
+// are the next that no block has taken. Each block is once told that there is none, so that as many parts as there are have been asked for.
+template <int W>
+DEV void produce(Shared<W>& shared, const CUtensorMap* q_map, const CUtensorMap* k_map, const CUtensorMap* v_map, int* taken, int together,
+                 const AttentionSizes& s) {
+  int at = blockIdx.x, parts = s.batch * s.heads * parts_of_head<W>(s);
+  Slot<STAGES<W>> slot;
+  Slot<OWN_STAGES> own;
+#pragma unroll 1
+  for (; at < parts; own.advance()) {
+    Queries<W> part(at, together, s);
+    mbar_wait(&shared.q_empty[own.stage], own.parity ^ 1);
+    shared.part[own.stage] = at;
+    mbar_expect_tx(&shared.q_full[own.stage], part.groups * 64 * W * 2);
+#pragma unroll 1
+    for (int i = 0; i < part.groups; i++)
+      load_rows<W, ROWS<W>, 64>(shared.q[own.stage] + i * 64 * BOX, q_map, part.head * W, part.first + 64 * i, part.batch, &shared.q_full[own.stage]);
+    int asked = atomicAdd(taken, 1), col = part.head / (s.heads / s.kv_heads) * W;
+#pragma unroll 1
+    for (int key = (part.tiles - 1) * KEYS; key >= 0; key -= KEYS, slot.advance()) {
+      mbar_wait(&shared.k_empty[slot.stage], slot.parity ^ 1);
+      mbar_expect_tx(&shared.k_full[slot.stage], KEYS * W * 2);
+      load_rows<W, KEYS, KEYS>(shared.k[slot.stage], k_map, col, key, part.batch, &shared.k_full[slot.stage]);
+      mbar_wait(&shared.v_empty[slot.stage], slot.parity ^ 1);
+      mbar_expect_tx(&shared.v_full[slot.stage], KEYS * W * 2);
+      load_rows<W, KEYS, KEYS>(shared.v[slot.stage], v_map, col, key, part.batch, &shared.v_full[slot.stage]);
+    }
+    if (asked == parts - 1) atomicAdd(taken, -parts);
+    at = gridDim.x + asked;
+  }
+  mbar_wait(&shared.q_empty[own.stage], own.parity ^ 1);
+  shared.part[own.stage] = -1;
+  mbar_arrive(&shared.q_full[own.stage]);
+}
+
+// What a warpgroup has of its 64 queries. Element 4 j + 2 h + e of an accumulator is row 16 warp + g + 8 h, column 8 j + 2 t + e.
 template <int W> struct Consumer {
   float scores[KEYS / 2], acc[W / 2], max[2], sum[2];
   uint32_t weights[KEYS / 16][4];
@@ -74,12 +112,12 @@ template <int W> struct Consumer {
 #pragma unroll
     for (int i = 0; i < W / 16; i++) {
       int column = i * 16 / BOX * BOX, at = i % (BOX / 16) * 16;
-      wgmma_64xNx16<KEYS>(scores, wgmma_further(rows, (column * ROWS + at) * 2), wgmma_further(cols, (column * KEYS + at) * 2), i > 0);
+      wgmma_64xNx16<KEYS>(scores, wgmma_further(rows, (column * ROWS<W> + at) * 2), wgmma_further(cols, (column * KEYS + at) * 2), i > 0);
     }
     wgmma_commit();
   }
-  // Scores of keys that a query does not see become minus infinity.
-  DEV void hide(const AttentionSizes& s, const int32_t* mask, int query, int key, int t) {
+  // Scores of keys that a query does not see become minus infinity: of those after it, and that are not there,
+  DEV void hide_rest(const AttentionSizes& s, int query, int key, int t) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       int seen = keys_seen(s, query + 8 * h + 1) - key - 2 * t;
@@ -89,7 +127,9 @@ template <int W> struct Consumer {
         for (int e = 0; e < 2; e++)
           if (8 * j + e >= seen) scores[4 * j + 2 * h + e] = NOTHING;
     }
-    if (!mask) return;
+  }
+  // and of those that the mask hides.
+  DEV void hide_masked(const AttentionSizes& s, const int32_t* mask, int key, int t) {
 #pragma unroll
     for (int j = 0; j < KEYS / 8; j++)
 #pragma unroll
@@ -120,128 +160,169 @@ template <int W> struct Consumer {
   }
 };
 
+// A warpgroup's 64 queries of each part.
 template <int W>
-DEV void consume(Shared<W>& shared, bf16* out, float* lse, const int32_t* mask, const Head& head, int first, int tiles, const AttentionSizes& s) {
-  int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  int top_row = first + 64 * group, query = top_row + 16 * warp + g;
+DEV void consume(Shared<W>& shared, bf16* out, float* lse, const int32_t* mask, int together, const AttentionSizes& s) {
+  constexpr int C = CONSUMERS<W>;
+  // Shuffled, so that the compiler knows the number to be one for the warp.
+  int group = __shfl_sync(~0u, (int)threadIdx.x / 128 - 1, 0), warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  int following = group + 1 == C ? 0 : group + 1;
   float scale = s.scale * LOG2_E;
-  bf16* q = shared.q + 64 * group * BOX;
-  if (mask) mask += (int64_t)head.batch * s.keys;
-  Consumer<W> c;
-#pragma unroll
-  for (int i = 0; i < W / 2; i++) c.acc[i] = 0;
-#pragma unroll
-  for (int h = 0; h < 2; h++) c.max[h] = NOTHING, c.sum[h] = 0;
-  auto hidden = [&](int key) { return mask || key + KEYS > s.keys || (s.causal && key + KEYS > top_row); };
+  Slot<STAGES<W>> slot;
+  Slot<OWN_STAGES> own;
+  // Consumers ask for products in turns, one tile each, whether they have products or not: exponentials of one run under those of others.
+  auto take_turn = [&] { bar_sync(TURN + group, 256); };
+  auto pass_turn = [&] { bar_arrive(TURN + following, 256); };
+  auto release = [&](uint64_t* empty) { if (lane == 0) mbar_arrive(empty); };
+  if (group == C - 1) pass_turn();
 
-  if (tiles > 0) {
-    float shrink[2];
-    mbar_wait(&shared.q_full, 0);
-    // The other consumer's turn comes after this one's first products; who goes first is told so by the other.
-    if (group == 1) bar_arrive(TURN, 256);
-    // After the second consumer's last turn there is none.
-    auto pass_turn = [&](int i) { if (group == 0 || i + 1 < tiles) bar_arrive(TURN + (group ^ 1), 256); };
-    bar_sync(TURN + group, 256);
-    mbar_wait(&shared.k_full[0], 0);
-    wgmma_fence();
-    c.issue_scores(q, shared.k[0]);
-    pass_turn(0);
-    wgmma_wait<0>();
-    settle(c.scores);
-    if (lane == 0) mbar_arrive(&shared.k_empty[0]);
-    int key = (tiles - 1) * KEYS;
-    if (hidden(key)) c.hide(s, mask, query, key, t);
-    c.exponentials(shrink, scale);
-    round_pairs(c.weights, c.scores);
-    if (tiles > 1) mbar_wait(&shared.k_full[1], 0);
-    for (int i = 1; i < tiles; i++) {
-      Slot now(i), last(i - 1), next(i + 1);
-      key = (tiles - 1 - i) * KEYS;
-      bar_sync(TURN + group, 256);
-      mbar_wait(&shared.v_full[last.stage], last.parity);
-      if (i == 1 && key + 2 * KEYS > s.keys) mbar_wait(&shared.v_cleared, 0);
+#pragma unroll 1
+  for (;; own.advance()) {
+    mbar_wait(&shared.q_full[own.stage], own.parity);
+    if (shared.part[own.stage] < 0) break;
+    int at = shared.part[own.stage], tiles = 0;
+    {
+      Queries<W> part(at, together, s);
+      if (group < part.groups) tiles = tiles_before(s, part.first + 64 * (group + 1));
+      // Those that none of this warpgroup's queries sees.
+#pragma unroll 1
+      for (int i = tiles; i < part.tiles; i++, slot.advance()) {
+        take_turn();
+        pass_turn();
+        mbar_wait(&shared.k_full[slot.stage], slot.parity);
+        release(&shared.k_empty[slot.stage]);
+        mbar_wait(&shared.v_full[slot.stage], slot.parity);
+        release(&shared.v_empty[slot.stage]);
+      }
+    }
+    if (tiles > 0) {
+      Consumer<W> c;
+      float shrink[2];
+      bf16* q = shared.q[own.stage] + 64 * group * BOX;
+      const int32_t* hides = mask;
+      int key = (tiles - 1) * KEYS;
+#pragma unroll
+      for (int i = 0; i < W / 2; i++) c.acc[i] = 0;
+#pragma unroll
+      for (int h = 0; h < 2; h++) c.max[h] = NOTHING, c.sum[h] = 0;
+
+      mbar_wait(&shared.k_full[slot.stage], slot.parity);
+      take_turn();
       wgmma_fence();
-      c.issue_scores(q, shared.k[now.stage]);
-      issue_gather<W, KEYS>(c.acc, c.weights, shared.v[last.stage]);
-      pass_turn(i);
-      wgmma_wait<1>();
-      settle(c.scores);
-      if (lane == 0) mbar_arrive(&shared.k_empty[now.stage]);
-      if (hidden(key)) c.hide(s, mask, query, key, t);
+      c.issue_scores(q, shared.k[slot.stage]);
+      pass_turn();
+      {
+        Queries<W> part(at, together, s);
+        int first = part.first + 64 * group;
+        if (mask) hides = mask + (int64_t)part.batch * s.keys;
+        wgmma_wait<0>();
+        settle(c.scores);
+        release(&shared.k_empty[slot.stage]);
+        // Of causal queries this tile alone has keys that come after one of them: tiles are no shorter than a warpgroup's queries.
+        if (key + KEYS > s.keys || (s.causal && key + KEYS > first)) c.hide_rest(s, first + 16 * warp + g, key, t);
+      }
+      if (hides) c.hide_masked(s, hides, key, t);
       c.exponentials(shrink, scale);
-      settle(c.scores);
-      // Waited for here, since ptxas moves the wait for products over exponentials up to the last branch.
-      if (i + 1 < tiles) mbar_wait(&shared.k_full[next.stage], next.parity);
+      round_pairs(c.weights, c.scores);
+      Slot<STAGES<W>> last = slot;
+      slot.advance();
+      if (key > 0) mbar_wait(&shared.k_full[slot.stage], slot.parity);
+#pragma unroll 1
+      while (key > 0) {
+        key -= KEYS;
+        mbar_wait(&shared.v_full[last.stage], last.parity);
+        take_turn();
+        wgmma_fence();
+        c.issue_scores(q, shared.k[slot.stage]);
+        issue_gather<W, KEYS>(c.acc, c.weights, shared.v[last.stage]);
+        pass_turn();
+        wgmma_wait<1>();
+        settle(c.scores);
+        release(&shared.k_empty[slot.stage]);
+        if (hides) c.hide_masked(s, hides, key, t);
+        c.exponentials(shrink, scale);
+        settle(c.scores);
+        // Waited for here, since ptxas moves the wait for products over exponentials up to the last branch.
+        int before = last.stage;
+        last = slot;
+        slot.advance();
+        if (key > 0) mbar_wait(&shared.k_full[slot.stage], slot.parity);
+        wgmma_wait<0>();
+        settle(c.acc);
+        release(&shared.v_empty[before]);
+#pragma unroll
+        for (int n = 0; n < W / 2; n++) c.acc[n] *= shrink[n / 2 % 2];
+        round_pairs(c.weights, c.scores);
+      }
+      mbar_wait(&shared.v_full[last.stage], last.parity);
+      wgmma_fence();
+      issue_gather<W, KEYS>(c.acc, c.weights, shared.v[last.stage]);
+
+      // Made anew, so that it takes no registers in the loop.
+      Queries<W> part(at, together, s);
+      Head head(s, part.batch, part.head);
+      int first = part.first + 64 * group, query = first + 16 * warp + g;
+      float factors[2];
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        float total = c.sum[h];
+        total += __shfl_xor_sync(~0u, total, 1);
+        total += __shfl_xor_sync(~0u, total, 2);
+        factors[h] = total == 0 ? 0.0f : 1.0f / total;
+        if (t == 0 && query + 8 * h < s.queries) lse[head.row + query + 8 * h] = fmaf(c.max[h], s.scale, logf(total));
+      }
       wgmma_wait<0>();
       settle(c.acc);
-      if (lane == 0) mbar_arrive(&shared.v_empty[last.stage]);
-#pragma unroll
-      for (int n = 0; n < W / 2; n++) c.acc[n] *= shrink[n / 2 % 2];
-      round_pairs(c.weights, c.scores);
+      release(&shared.v_empty[last.stage]);
+      bar_sync(OWN + group, 128);
+      int64_t pitch = (int64_t)s.heads * W;
+      write_rows<W, ROWS<W>>(out + head.out(s) + first * pitch, pitch, s.queries - first, q, c.acc, factors, warp, lane);
+      proxy_fence_shared();
     }
-    Slot last(tiles - 1);
-    mbar_wait(&shared.v_full[last.stage], last.parity);
-    if (tiles == 1 && KEYS > s.keys) mbar_wait(&shared.v_cleared, 0);
-    wgmma_fence();
-    issue_gather<W, KEYS>(c.acc, c.weights, shared.v[last.stage]);
-    wgmma_wait<0>();
-    settle(c.acc);
+    __syncwarp();
+    release(&shared.q_empty[own.stage]);
   }
-
-  bar_sync(OWN + group, 128);
-  float factors[2];
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    float total = c.sum[h];
-    total += __shfl_xor_sync(~0u, total, 1);
-    total += __shfl_xor_sync(~0u, total, 2);
-    factors[h] = total == 0 ? 0.0f : 1.0f / total;
-    if (t == 0 && query + 8 * h < s.queries) lse[head.row + query + 8 * h] = fmaf(c.max[h], s.scale, logf(total));
-  }
-  int64_t pitch = (int64_t)s.heads * W;
-  write_rows<W, ROWS>(out + head.out(s) + top_row * pitch, pitch, s.queries - top_row, q, c.acc, factors, warp, lane);
+  // The turn that follows the last.
+  if (group == 0) take_turn();
 }
 #endif
 
 template <int W>
 DEV void forward(bf16* out, float* lse, const CUtensorMap* q_map, const CUtensorMap* k_map, const CUtensorMap* v_map, const int32_t* mask,
-                 const AttentionSizes& s) {
+                 int* taken, int together, const AttentionSizes& s) {
 #if GPU_HOPPER
   GPU_DYNAMIC(Shared<W>, shared);
-  int blocks = (s.queries + ROWS - 1) / ROWS, at = blockIdx.x / blocks;
-  // Later tiles, which see the most keys when causal, come first.
-  int first = (blocks - 1 - (int)(blockIdx.x % blocks)) * ROWS;
-  Head head(s, at / s.heads, at % s.heads);
-  int tiles = (keys_seen(s, first + ROWS) + KEYS - 1) / KEYS;
   if (threadIdx.x == 0) {
-    mbar_init(&shared->q_full, 1);
-    mbar_init(&shared->v_cleared, 1);
-    for (int i = 0; i < STAGES; i++) {
+    for (int i = 0; i < OWN_STAGES; i++) {
+      mbar_init(&shared->q_full[i], 1);
+      mbar_init(&shared->q_empty[i], 4 * CONSUMERS<W>);
+    }
+    for (int i = 0; i < STAGES<W>; i++) {
       mbar_init(&shared->k_full[i], 1);
       mbar_init(&shared->v_full[i], 1);
-      mbar_init(&shared->k_empty[i], 4 * CONSUMERS);
-      mbar_init(&shared->v_empty[i], 4 * CONSUMERS);
+      mbar_init(&shared->k_empty[i], 4 * CONSUMERS<W>);
+      mbar_init(&shared->v_empty[i], 4 * CONSUMERS<W>);
     }
     mbar_init_fence();
   }
   __syncthreads();
   if (threadIdx.x < 128) {
-    setmaxnreg_dec<PRODUCER_REGISTERS>();
-    if (threadIdx.x < 32 && tiles > 0) produce<W>(*shared, q_map, k_map, v_map, head, first, tiles, s);
+    setmaxnreg_dec<Registers<W>::PRODUCER>();
+    if (threadIdx.x == 0) produce<W>(*shared, q_map, k_map, v_map, taken, together, s);
   } else {
-    setmaxnreg_inc<CONSUMER_REGISTERS>();
-    consume<W>(*shared, out, lse, mask, head, first, tiles, s);
+    setmaxnreg_inc<Registers<W>::CONSUMER>();
+    consume<W>(*shared, out, lse, mask, together, s);
   }
 #endif
 }
-}  // namespace hopper
+}  // namespace hopper_forward
 
-// Grid: a block for each 128 queries of each head and sequence.
+// Grid: as many blocks as there are parts, of up to 64 queries of each head and sequence for each consumer, or fewer. `taken` is 0, and 0 again.
 #define ATTENTION_HOPPER(width)                                                                                                          \
-  extern "C" __global__ void __launch_bounds__(hopper::THREADS, 1) attention_forward_hopper##width##_bf16(                               \
+  extern "C" __global__ void __launch_bounds__(hopper_forward::THREADS<width>, 1) attention_forward_hopper##width##_bf16(                \
       bf16* out, float* lse, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,                       \
-      const __grid_constant__ CUtensorMap v_map, const int32_t* mask, AttentionSizes s) {                                                \
-    hopper::forward<width>(out, lse, &q_map, &k_map, &v_map, mask, s);                                                                   \
+      const __grid_constant__ CUtensorMap v_map, const int32_t* mask, int* taken, int together, AttentionSizes s) {                      \
+    hopper_forward::forward<width>(out, lse, &q_map, &k_map, &v_map, mask, taken, together, s);                                          \
   }                                                                                                                                      \
   GPU_EXPORT(attention_forward_hopper##width##_bf16)
 
