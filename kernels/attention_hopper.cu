@@ -29,11 +29,14 @@ template <int W> constexpr int STAGES = W == 64 ? 5 : 2;           // of the rin
 constexpr int KEYS = 128;                                          // of a tile
 constexpr int OWN_STAGES = 2;                                      // of a part's queries: the next part's come while this one is made
 
+// A part: `groups` times 64 queries from `first` on, and the tiles that any of them sees. None has no groups: it follows the last.
+struct Queries { int batch, head, first, groups, tiles; };
+
 // In shared memory; the tiles are columns of 64, each with all of its rows.
 template <int W> struct Shared {
   bf16 q[OWN_STAGES][ROWS<W> * W], k[STAGES<W>][KEYS * W], v[STAGES<W>][KEYS * W];
   uint64_t q_full[OWN_STAGES], q_empty[OWN_STAGES], k_full[STAGES<W>], k_empty[STAGES<W>], v_full[STAGES<W>], v_empty[STAGES<W>];
-  int part[OWN_STAGES];   // -1 after the last
+  Queries part[OWN_STAGES];
 };
 
 #if GPU_HOPPER
@@ -45,20 +48,15 @@ constexpr int TURN = 1, OWN = 4;           // named barriers: one for each consu
 template <int W> DEV int parts_of_head(const AttentionSizes& s) { return (s.queries + ROWS<W> - 1) / ROWS<W>; }
 DEV int tiles_before(const AttentionSizes& s, int query) { return (keys_seen(s, query) + KEYS - 1) / KEYS; }
 
-// A part: `groups` times 64 queries from `first` on, and the tiles that any of them sees.
-template <int W> struct Queries {
-  int batch, head, first, groups, tiles;
-  DEV Queries(int at, int together, const AttentionSizes& s) {
-    int parts = parts_of_head<W>(s), all = (s.queries + 63) / 64, least = all / parts, larger = all % parts;
-    Part part(at, s.batch * s.heads, parts, together);
-    batch = part.head / s.heads, head = part.head % s.heads;
-    // Later queries, which see the most keys when causal, come first.
-    int number = parts - 1 - part.number, before = number - (parts - larger);
-    groups = least + (before >= 0);
-    first = 64 * (number * least + (before > 0 ? before : 0));
-    tiles = tiles_before(s, first + 64 * groups);
-  }
-};
+// The copying thread alone divides; consumers read what comes of it.
+template <int W> DEV Queries queries_of(int at, int together, const AttentionSizes& s) {
+  int parts = parts_of_head<W>(s), all = (s.queries + 63) / 64, least = all / parts, larger = all % parts;
+  Part part(at, s.batch * s.heads, parts, together);
+  // Later queries, which see the most keys when causal, come first.
+  int number = parts - 1 - part.number, before = number - (parts - larger);
+  int first = 64 * (number * least + (before > 0 ? before : 0)), groups = least + (before >= 0);
+  return {part.head / s.heads, part.head % s.heads, first, groups, tiles_before(s, first + 64 * groups)};
+}
 
 // Rows of one sequence from `row` on, W columns from `col` on; rows past its last are 0.
 template <int W, int TILE_ROWS, int BOX_ROWS>
@@ -77,9 +75,9 @@ DEV void produce(Shared<W>& shared, const CUtensorMap* q_map, const CUtensorMap*
   Slot<OWN_STAGES> own;
 #pragma unroll 1
   for (; at < parts; own.advance()) {
-    Queries<W> part(at, together, s);
+    Queries part = queries_of<W>(at, together, s);
     mbar_wait(&shared.q_empty[own.stage], own.parity ^ 1);
-    shared.part[own.stage] = at;
+    shared.part[own.stage] = part;
     mbar_expect_tx(&shared.q_full[own.stage], part.groups * 64 * W * 2);
 #pragma unroll 1
     for (int i = 0; i < part.groups; i++)
@@ -98,7 +96,7 @@ DEV void produce(Shared<W>& shared, const CUtensorMap* q_map, const CUtensorMap*
     at = gridDim.x + asked;
   }
   mbar_wait(&shared.q_empty[own.stage], own.parity ^ 1);
-  shared.part[own.stage] = -1;
+  shared.part[own.stage] = {};
   mbar_arrive(&shared.q_full[own.stage]);
 }
 
@@ -162,7 +160,7 @@ template <int W> struct Consumer {
 
 // A warpgroup's 64 queries of each part.
 template <int W>
-DEV void consume(Shared<W>& shared, bf16* out, float* lse, const int32_t* mask, int together, const AttentionSizes& s) {
+DEV void consume(Shared<W>& shared, bf16* out, float* lse, const int32_t* mask, const AttentionSizes& s) {
   constexpr int C = CONSUMERS<W>;
   // Shuffled, so that the compiler knows the number to be one for the warp.
   int group = __shfl_sync(~0u, (int)threadIdx.x / 128 - 1, 0), warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -179,21 +177,18 @@ DEV void consume(Shared<W>& shared, bf16* out, float* lse, const int32_t* mask, 
 #pragma unroll 1
   for (;; own.advance()) {
     mbar_wait(&shared.q_full[own.stage], own.parity);
-    if (shared.part[own.stage] < 0) break;
-    int at = shared.part[own.stage], tiles = 0;
-    {
-      Queries<W> part(at, together, s);
-      if (group < part.groups) tiles = tiles_before(s, part.first + 64 * (group + 1));
-      // Those that none of this warpgroup's queries sees.
+    const Queries& part = shared.part[own.stage];
+    if (part.groups == 0) break;
+    int tiles = group < part.groups ? tiles_before(s, part.first + 64 * (group + 1)) : 0;
+    // Those that none of this warpgroup's queries sees.
 #pragma unroll 1
-      for (int i = tiles; i < part.tiles; i++, slot.advance()) {
-        take_turn();
-        pass_turn();
-        mbar_wait(&shared.k_full[slot.stage], slot.parity);
-        release(&shared.k_empty[slot.stage]);
-        mbar_wait(&shared.v_full[slot.stage], slot.parity);
-        release(&shared.v_empty[slot.stage]);
-      }
+    for (int i = part.tiles - tiles; i > 0; i--, slot.advance()) {
+      take_turn();
+      pass_turn();
+      mbar_wait(&shared.k_full[slot.stage], slot.parity);
+      release(&shared.k_empty[slot.stage]);
+      mbar_wait(&shared.v_full[slot.stage], slot.parity);
+      release(&shared.v_empty[slot.stage]);
     }
     if (tiles > 0) {
       Consumer<W> c;
@@ -211,16 +206,13 @@ DEV void consume(Shared<W>& shared, bf16* out, float* lse, const int32_t* mask, 
       wgmma_fence();
       c.issue_scores(q, shared.k[slot.stage]);
       pass_turn();
-      {
-        Queries<W> part(at, together, s);
-        int first = part.first + 64 * group;
-        if (mask) hides = mask + (int64_t)part.batch * s.keys;
-        wgmma_wait<0>();
-        settle(c.scores);
-        release(&shared.k_empty[slot.stage]);
-        // Of causal queries this tile alone has keys that come after one of them: tiles are no shorter than a warpgroup's queries.
-        if (key + KEYS > s.keys || (s.causal && key + KEYS > first)) c.hide_rest(s, first + 16 * warp + g, key, t);
-      }
+      int first = part.first + 64 * group;
+      if (mask) hides = mask + (int64_t)part.batch * s.keys;
+      wgmma_wait<0>();
+      settle(c.scores);
+      release(&shared.k_empty[slot.stage]);
+      // Of causal queries this tile alone has keys that come after one of them: tiles are no shorter than a warpgroup's queries.
+      if (key + KEYS > s.keys || (s.causal && key + KEYS > first)) c.hide_rest(s, first + 16 * warp + g, key, t);
       if (hides) c.hide_masked(s, hides, key, t);
       c.exponentials(shrink, scale);
       round_pairs(c.weights, c.scores);
@@ -258,10 +250,10 @@ DEV void consume(Shared<W>& shared, bf16* out, float* lse, const int32_t* mask, 
       wgmma_fence();
       issue_gather<W, KEYS>(c.acc, c.weights, shared.v[last.stage]);
 
-      // Made anew, so that it takes no registers in the loop.
-      Queries<W> part(at, together, s);
+      // Read anew, so that it takes no registers in the loop.
+      first = part.first + 64 * group;
       Head head(s, part.batch, part.head);
-      int first = part.first + 64 * group, query = first + 16 * warp + g;
+      int query = first + 16 * warp + g;
       float factors[2];
 #pragma unroll
       for (int h = 0; h < 2; h++) {
@@ -293,6 +285,7 @@ DEV void forward(bf16* out, float* lse, const CUtensorMap* q_map, const CUtensor
 #if GPU_HOPPER
   GPU_DYNAMIC(Shared<W>, shared);
   if (threadIdx.x == 0) {
+    tma_prefetch_map(q_map), tma_prefetch_map(k_map), tma_prefetch_map(v_map);
     for (int i = 0; i < OWN_STAGES; i++) {
       mbar_init(&shared->q_full[i], 1);
       mbar_init(&shared->q_empty[i], 4 * CONSUMERS<W>);
@@ -311,7 +304,7 @@ DEV void forward(bf16* out, float* lse, const CUtensorMap* q_map, const CUtensor
     if (threadIdx.x == 0) produce<W>(*shared, q_map, k_map, v_map, taken, together, s);
   } else {
     setmaxnreg_inc<Registers<W>::CONSUMER>();
-    consume<W>(*shared, out, lse, mask, together, s);
+    consume<W>(*shared, out, lse, mask, s);
   }
 #endif
 }

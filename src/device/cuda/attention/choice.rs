@@ -148,8 +148,8 @@ pub(super) fn forward(path: Path, dtype: DType) -> Kernel {
             let name = if width == 64 { "attention_forward_hopper64_bf16" } else { "attention_forward_hopper128_bf16" };
             let (consumers, stages) = (hopper_consumers(width), hopper_stages(width));
             let rows = consumers * HOPPER_QUERIES;
-            // Queries of two parts, and stages of keys and of values; then two mbarriers for each of these, and the parts' numbers.
-            let shared_bytes = (2 * rows + 2 * stages * HOPPER_KEYS) * width * 2 + (2 + 2 * stages) * 2 * 8 + 2 * 4;
+            // Queries of two parts, and stages of keys and of values; then two mbarriers for each of these, and five numbers for each part.
+            let shared_bytes = (2 * rows + 2 * stages * HOPPER_KEYS) * width * 2 + (2 + 2 * stages) * 2 * 8 + 2 * 5 * 4;
             let threads = 128 * (1 + consumers as u32);
             Kernel { name, rows, cols: width, threads, shared_bytes: shared_bytes as u32 }
         }
