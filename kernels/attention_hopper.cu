@@ -1,20 +1,27 @@
 // Attention's forward pass in bf16 with Hopper's warpgroup products, for widths 64 and 128 (Shah et al. 2024, "FlashAttention-3",
 // arXiv:2407.08608).
-//   Formulas, shapes and what is overwritten are those of attention.cu; scale is positive and nothing is dropped. q_map, k_map, v_map are
-//   (B Tq, H D) and (B Tk, Hkv D) in boxes of 128 rows and 64 columns with a 128-byte swizzle; heads start at multiples of 16 bytes.
-// A block has 128 queries of a head and three warpgroups. One warp of the first keeps bulk copies of k and v on their way, two tiles of 128
-// keys ahead, each with a pair of mbarriers (full, empty). The other two have 64 queries each: wgmma makes the scores from shared memory; the
-// weights stay in registers as the left operand of the product with v, which is read as it lies, MN-major.
-// Two things run under the softmax: the products of the other warpgroup, by named barriers that let one issue while the other computes
-// exponentials, and the warpgroup's own product of the last tile's weights with v, which is issued together with this tile's scores.
-// Tiles go from the last key to the first, so that the diagonal comes first and the loop has no hidden keys unless a mask is given.
-// Keys of the last tile that are not there would be the next sequence's: their scores are hidden, and v's rows are overwritten with 0, so
-// that no value of another sequence is ever multiplied. Deterministic: a sum is made by one thread, tiles in order.
-//   width  shared memory  registers                       multiply-adds per byte copied into shared memory
-//   64     80 KB          240 a consumer, 24 a producer   64: 128 x 128 x 64 x 2 a pair of tiles of 32 KB
-//   128    160 KB         as above                        64
-// Expected on an H200, 8k long: 520 TFLOP/s at width 128 full, 480 causal; 400 at width 64, where exponentials (16 a cycle, 128 x 128 a tile) take
-// as long as the products (4096 flop a cycle), so that only a perfect overlap would reach the rate.
+//   Formulas, shapes and what is overwritten are those of attention.cu; scale is positive and nothing is dropped. q_map is (B, Tq, H D), k_map and
+//   v_map are (B, Tk, Hkv D), in boxes of 64 columns and 64 (q) or 128 positions of one sequence, with a 128-byte swizzle: positions past the last
+//   read as 0, so that no value of another sequence is ever multiplied. Heads start at multiples of 16 bytes. taken is 0 before and after.
+// A part is up to 64 queries of a head for each of three (width 64) or two (128) warpgroups, its consumers. One thread of another warpgroup keeps
+// bulk copies of k and v on their way, in a ring of tiles of 128 keys, each with a pair of mbarriers (full, empty). wgmma makes the scores from
+// shared memory; the weights stay in registers as the left operand of the product with v, which is read as it lies, MN-major.
+// Two things run under the softmax: the products of the other warpgroups, by named barriers that let one ask for products while others compute
+// exponentials, and the warpgroup's own product of the last tile's weights with v, which is asked for together with this tile's scores.
+// Tiles go from the last key to the first, so that the diagonal comes first and the loop has no hidden keys unless a mask is given; each
+// warpgroup leaves out those that none of its own queries sees.
+// A block makes several parts: queries and tiles of the next come while this one is made, and a warpgroup that is done goes on to it while others
+// end. It takes the next number from a counter in memory, so which block makes a part depends on the chip, but what it makes does not.
+// Deterministic: a sum is made by one thread, tiles in order.
+//   width  queries  ring  shared memory  registers: consumer, producer  multiply-adds per byte copied into shared memory
+//   64     192      5     208 KB         160, 32                        96: 192 x 128 x 64 x 2 a pair of tiles of 32 KB
+//   128    128      2     192 KB         232, 40                        64
+// Cycles of a multiprocessor for 64 x 128 scores, by the machine code of the loop: products 512 (width 128: 1024), exponentials 528 (16 a cycle),
+// instructions 445 (501; one of a warp a cycle on each quarter). Replayed instruction by instruction with latencies of 4 to 6 cycles, 22 to 40 for
+// exponentials, one consumer alone takes 1370 to 1780, two 750 to 940 each, three 590 to 670. Exponentials by multiply-adds, 7 instructions
+// each, would win 8 %: at 6 of 64 they take as long as instructions.
+// Expected on an H200, in TFLOP/s: width 64: 380 at T = 1024 causal, 440 at 2048 causal, 480 long and full, 250 at T = 197 (memory allows 410);
+// width 128: 600 at 4096 causal, 660 long. Before, with two consumers, a ring of two tiles and one part a block: 223, 291, -, 98; 565, 657.
 #include "gpu.cuh"
 #include "gpu/attention.cuh"
 #include "gpu/attention_hopper.cuh"
@@ -58,20 +65,30 @@ template <int W> DEV Queries queries_of(int at, int together, const AttentionSiz
   return {part.head / s.heads, part.head % s.heads, first, groups, tiles_before(s, first + 64 * groups)};
 }
 
-// Rows of one sequence from `row` on, W columns from `col` on; rows past its last are 0.
-template <int W, int TILE_ROWS, int BOX_ROWS>
+// A box's rows of one sequence from `row` on, W columns from `col` on; rows past its last are 0.
+template <int W, int TILE_ROWS>
 DEV void load_rows(bf16* to, const CUtensorMap* map, int col, int row, int batch, uint64_t* full) {
 #pragma unroll
   for (int box = 0; box < W / BOX; box++) tma_load_4d(to + box * TILE_ROWS * BOX, map, col + box * BOX, row, batch, 0, full);
 }
 
-// One thread: copies tiles in the order of their use, of each part from the last key to the first. A block's first part has its number, others
-// are the next that no block has taken. Each block is once told that there is none, so that as many parts as there are have been asked for.
+// One thread: copies tiles in the order in which their places get free, of each part from the last key to the first. A block's first part has its
+// number, others are the next that no block has taken. Each block is once told that there is none: whole launches ask as often as there are parts.
 template <int W>
 DEV void produce(Shared<W>& shared, const CUtensorMap* q_map, const CUtensorMap* k_map, const CUtensorMap* v_map, int* taken, int together,
                  const AttentionSizes& s) {
   int at = blockIdx.x, parts = s.batch * s.heads * parts_of_head<W>(s);
-  Slot<STAGES<W>> slot;
+  int batch = 0, col = 0;
+  auto load_tile = [&](Slot<STAGES<W>>& slot, bf16 (&tiles)[STAGES<W>][KEYS * W], uint64_t (&full)[STAGES<W>], uint64_t (&empty)[STAGES<W>],
+                       const CUtensorMap* map, int key) {
+    mbar_wait(&empty[slot.stage], slot.parity ^ 1);
+    mbar_expect_tx(&full[slot.stage], KEYS * W * 2);
+    load_rows<W, KEYS>(tiles[slot.stage], map, col, key, batch, &full[slot.stage]);
+    slot.advance();
+  };
+  Slot<STAGES<W>> k_slot, v_slot;
+  auto load_k = [&](int key) { load_tile(k_slot, shared.k, shared.k_full, shared.k_empty, k_map, key); };
+  auto load_v = [&](int key) { load_tile(v_slot, shared.v, shared.v_full, shared.v_empty, v_map, key); };
   Slot<OWN_STAGES> own;
 #pragma unroll 1
   for (; at < parts; own.advance()) {
@@ -81,16 +98,16 @@ DEV void produce(Shared<W>& shared, const CUtensorMap* q_map, const CUtensorMap*
     mbar_expect_tx(&shared.q_full[own.stage], part.groups * 64 * W * 2);
 #pragma unroll 1
     for (int i = 0; i < part.groups; i++)
-      load_rows<W, ROWS<W>, 64>(shared.q[own.stage] + i * 64 * BOX, q_map, part.head * W, part.first + 64 * i, part.batch, &shared.q_full[own.stage]);
-    int asked = atomicAdd(taken, 1), col = part.head / (s.heads / s.kv_heads) * W;
+      load_rows<W, ROWS<W>>(shared.q[own.stage] + i * 64 * BOX, q_map, part.head * W, part.first + 64 * i, part.batch, &shared.q_full[own.stage]);
+    int asked = atomicAdd(taken, 1);
+    batch = part.batch, col = part.head / (s.heads / s.kv_heads) * W;
+    // The scores of a tile are made together with sums by the weights of the last: its keys are free a tile earlier than its values.
+    int first = (part.tiles - 1) * KEYS;
+    load_k(first);
 #pragma unroll 1
-    for (int key = (part.tiles - 1) * KEYS; key >= 0; key -= KEYS, slot.advance()) {
-      mbar_wait(&shared.k_empty[slot.stage], slot.parity ^ 1);
-      mbar_expect_tx(&shared.k_full[slot.stage], KEYS * W * 2);
-      load_rows<W, KEYS, KEYS>(shared.k[slot.stage], k_map, col, key, part.batch, &shared.k_full[slot.stage]);
-      mbar_wait(&shared.v_empty[slot.stage], slot.parity ^ 1);
-      mbar_expect_tx(&shared.v_full[slot.stage], KEYS * W * 2);
-      load_rows<W, KEYS, KEYS>(shared.v[slot.stage], v_map, col, key, part.batch, &shared.v_full[slot.stage]);
+    for (int key = first; key >= 0; key -= KEYS) {
+      if (key > 0) load_k(key - KEYS);
+      load_v(key);
     }
     if (asked == parts - 1) atomicAdd(taken, -parts);
     at = gridDim.x + asked;
