@@ -52,4 +52,13 @@ pub fn cases(t: &mut Table) {
             });
         }
     }
+    // Two in one program: what blocks share out their work by is as the first found it.
+    t.add("attention of attention".to_string(), |s| {
+        let options = AttentionOptions { heads: 3, kv_heads: 1, scale: None, causal: true, dropout: 0.0 };
+        let q = s.leaf("q", [2, 130, 3 * 64])?;
+        let k = s.leaf("k", [2, 130, 64])?;
+        let v = s.leaf("v", [2, 130, 64])?;
+        let between = s.b.attention(q, k, v, None, options)?;
+        s.b.attention(between, k, v, None, options)
+    });
 }

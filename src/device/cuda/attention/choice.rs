@@ -293,6 +293,27 @@ mod tests {
     }
 
     #[test]
+    fn kernels_have_the_same_sizes() {
+        let by_width = |of: fn(usize) -> usize| format!("W == 64 ? {} : {}", of(64), of(128));
+        let source = include_str!("../../../../kernels/attention_hopper.cu");
+        for (name, value) in [
+            ("CONSUMERS", by_width(hopper_consumers)),
+            ("STAGES", by_width(hopper_stages)),
+            ("KEYS", HOPPER_KEYS.to_string()),
+        ] {
+            assert!(source.contains(&format!("constexpr int {name} = {value};")), "{name}");
+        }
+        let source = include_str!("../../../../kernels/gpu/attention_hopper_grad.cuh");
+        for (name, value) in [
+            ("STAGES", by_width(hopper_grad_stages)),
+            ("ROWS", HOPPER_GRAD_ROWS.to_string()),
+            ("TILE", HOPPER_GRAD_TILE.to_string()),
+        ] {
+            assert!(source.contains(&format!("constexpr int {name} = {value};")), "{name}");
+        }
+    }
+
+    #[test]
     fn blocks_fit_the_smallest_chips() {
         // 99 KB is what a block may have on sm_86, sm_89 and sm_120; 227 KB on sm_90.
         for class in 0..WIDTHS.len() {
