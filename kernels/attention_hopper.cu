@@ -19,7 +19,7 @@
 // Cycles of a multiprocessor for 64 x 128 scores, by the machine code of the loop: products 512 (width 128: 1024), exponentials 528 (16 a cycle),
 // instructions 445 (501; one of a warp a cycle on each quarter). Replayed instruction by instruction with latencies of 4 to 6 cycles, 22 to 40 for
 // exponentials, one consumer alone takes 1370 to 1780, two 750 to 940 each, three 590 to 670. Exponentials by multiply-adds, 7 instructions
-// each, would win 8 %: at 6 of 64 they take as long as instructions.
+// each, would win 9 %: at 6 of 64 they take as long as instructions.
 // Expected on an H200, in TFLOP/s: width 64: 380 at T = 1024 causal, 440 at 2048 causal, 480 long and full, 250 at T = 197 (memory allows 410);
 // width 128: 600 at 4096 causal, 660 long. Before, with two consumers, a ring of two tiles and one part a block: 223, 291, -, 98; 565, 657.
 #include "gpu.cuh"
