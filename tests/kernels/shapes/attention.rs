@@ -25,7 +25,7 @@ pub fn cases(t: &mut Table) {
         (1, 140, 330, 3, 1, 128, true, false, 0.0),
         // More parts than the emulator has multiprocessors, with two and three groups of 64 queries.
         (3, 197, 197, 1, 1, 64, false, false, 0.0),
-        (1, 400, 400, 2, 1, 64, true, true, 0.0),
+        (1, 260, 260, 3, 1, 64, true, true, 0.0),
         (1, 330, 100, 3, 1, 64, true, false, 0.0),
     ] {
         for packed in [false, true] {
