@@ -1,70 +1,123 @@
 // Attention's forward pass in bf16 with Hopper's warpgroup products, for widths 64 and 128 (Shah et al. 2024, "FlashAttention-3",
 // arXiv:2407.08608).
-//   Formulas, shapes and what is overwritten are those of attention.cu; scale is positive and nothing is dropped. q_map, k_map, v_map are
-//   (B Tq, H D) and (B Tk, Hkv D) in boxes of 128 rows and 64 columns with a 128-byte swizzle; heads start at multiples of 16 bytes.
-// A block has 128 queries of a head and three warpgroups. One warp of the first keeps bulk copies of k and v on their way, two tiles of 128
-// keys ahead, each with a pair of mbarriers (full, empty). The other two have 64 queries each: wgmma makes the scores from shared memory; the
-// weights stay in registers as the left operand of the product with v, which is read as it lies, MN-major.
-// Two things run under the softmax: the products of the other warpgroup, by named barriers that let one issue while the other computes
-// exponentials, and the warpgroup's own product of the last tile's weights with v, which is issued together with this tile's scores.
-// Tiles go from the last key to the first, so that the diagonal comes first and the loop has no hidden keys unless a mask is given.
-// Keys of the last tile that are not there would be the next sequence's: their scores are hidden, and v's rows are overwritten with 0, so
-// that no value of another sequence is ever multiplied. Deterministic: a sum is made by one thread, tiles in order.
-//   width  shared memory  registers                       multiply-adds per byte copied into shared memory
-//   64     80 KB          240 a consumer, 24 a producer   64: 128 x 128 x 64 x 2 a pair of tiles of 32 KB
-//   128    160 KB         as above                        64
-// Expected on an H200, 8k long: 520 TFLOP/s at width 128 full, 480 causal; 400 at width 64, where exponentials (16 a cycle, 128 x 128 a tile) take
-// as long as the products (4096 flop a cycle), so that only a perfect overlap would reach the rate.
+//   Formulas, shapes and what is overwritten are those of attention.cu; scale is positive and nothing is dropped. q_map is (B, Tq, H D), k_map and
+//   v_map are (B, Tk, Hkv D), in boxes of 64 columns and 64 (q) or 128 positions of one sequence, with a 128-byte swizzle: positions past the last
+//   read as 0, so that no value of another sequence is ever multiplied. Heads start at multiples of 16 bytes. taken is 0 before and after.
+// A part is up to 64 queries of a head for each of three (width 64) or two (128) warpgroups, its consumers. One thread of another warpgroup keeps
+// bulk copies of k and v on their way, in a ring of tiles of 128 keys, each with a pair of mbarriers (full, empty). wgmma makes the scores from
+// shared memory; the weights stay in registers as the left operand of the product with v, which is read as it lies, MN-major.
+// Two things run under the softmax: the products of the other warpgroups, by named barriers that let one ask for products while others compute
+// exponentials, and the warpgroup's own product of the last tile's weights with v, which is asked for together with this tile's scores.
+// Tiles go from the last key to the first, so that the diagonal comes first and the loop has no hidden keys unless a mask is given; each
+// warpgroup leaves out those that none of its own queries sees.
+// A block makes several parts: queries and tiles of the next come while this one is made, and a warpgroup that is done goes on to it while others
+// end. It takes the next number from a counter in memory, so which block makes a part depends on the chip, but what it makes does not.
+// Deterministic: a sum is made by one thread, tiles in order.
+//   width  queries  ring  shared memory  registers: consumer, producer  multiply-adds per byte copied into shared memory
+//   64     192      5     208 KB         160, 32                        96: 192 x 128 x 64 x 2 a pair of tiles of 32 KB
+//   128    128      2     192 KB         232, 40                        64
+// Cycles of a multiprocessor for 64 x 128 scores, by the machine code of the loop: products 512 (width 128: 1024), exponentials 528 (16 a cycle),
+// instructions 445 (501; one of a warp a cycle on each quarter). Replayed instruction by instruction with latencies of 4 to 6 cycles, 22 to 40 for
+// exponentials, one consumer alone takes 1370 to 1780, two 750 to 940 each, three 590 to 670. Exponentials by multiply-adds, 7 instructions
+// each, would win 9 %: at 6 of 64 they take as long as instructions.
+// Expected on an H200, in TFLOP/s: width 64: 380 at T = 1024 causal, 440 at 2048 causal, 480 long and full, 250 at T = 197 (memory allows 410);
+// width 128: 600 at 4096 causal, 660 long. Before, with two consumers, a ring of two tiles and one part a block: 223, 291, -, 98; 565, 657.
 #include "gpu.cuh"
 #include "gpu/attention.cuh"
 #include "gpu/attention_hopper.cuh"
 
-namespace hopper {
-constexpr int ROWS = 128, KEYS = 128;      // queries of a block, keys of a tile
-constexpr int STAGES = 2;
+namespace hopper_forward {
+using namespace hopper;
+
+template <int W> constexpr int CONSUMERS = W == 64 ? 3 : 2;        // warpgroups with 64 queries each
+template <int W> constexpr int ROWS = 64 * CONSUMERS<W>;           // queries of a part, at most
+template <int W> constexpr int THREADS = 128 * (1 + CONSUMERS<W>);
+template <int W> constexpr int STAGES = W == 64 ? 5 : 2;           // of the ring of tiles of k and v
+constexpr int KEYS = 128;                                          // of a tile
+constexpr int OWN_STAGES = 2;                                      // of a part's queries: the next part's come while this one is made
+
+// A part: `groups` times 64 queries from `first` on, and the tiles that any of them sees. None has no groups: it follows the last.
+struct Queries { int batch, head, first, groups, tiles; };
 
 // In shared memory; the tiles are columns of 64, each with all of its rows.
 template <int W> struct Shared {
-  bf16 q[ROWS * W], k[STAGES][KEYS * W], v[STAGES][KEYS * W];
-  uint64_t q_full, k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES], v_cleared;
+  bf16 q[OWN_STAGES][ROWS<W> * W], k[STAGES<W>][KEYS * W], v[STAGES<W>][KEYS * W];
+  uint64_t q_full[OWN_STAGES], q_empty[OWN_STAGES], k_full[STAGES<W>], k_empty[STAGES<W>], v_full[STAGES<W>], v_empty[STAGES<W>];
+  Queries part[OWN_STAGES];
 };
 
 #if GPU_HOPPER
-constexpr int TURN = 1, OWN = 3;           // named barriers: one for each consumer's turn, one for each consumer's threads
+// All of the 65536 that there are.
+template <int W> struct Registers { static constexpr int PRODUCER = W == 64 ? 32 : 40, CONSUMER = W == 64 ? 160 : 232; };
+constexpr int TURN = 1, OWN = 4;           // named barriers: one for each consumer's turn, one for each consumer's threads
 
-// The tile of K and V that an iteration works on, and whose turn of the ring it is.
-struct Slot {
-  int stage, parity;
-  DEV explicit Slot(int iteration) : stage(iteration % STAGES), parity(iteration / STAGES % 2) {}
-};
+// Parts of a head: 64 queries for each consumer, in some one less, so that all are as equal as can be.
+template <int W> DEV int parts_of_head(const AttentionSizes& s) { return (s.queries + ROWS<W> - 1) / ROWS<W>; }
+DEV int tiles_before(const AttentionSizes& s, int query) { return (keys_seen(s, query) + KEYS - 1) / KEYS; }
 
-// One warp: copies tiles in the order of their use. Tile 0 of the iteration is the last of the sequence.
-template <int W>
-DEV void produce(Shared<W>& shared, const CUtensorMap* q_map, const CUtensorMap* k_map, const CUtensorMap* v_map, const Head& head, int first,
-                 int tiles, const AttentionSizes& s) {
-  int lane = threadIdx.x % 32, col = head.kv_head * W, row = head.batch * s.keys;
-  if (lane == 0) load<W, ROWS>(shared.q, q_map, head.head * W, head.batch * s.queries + first, &shared.q_full);
-  for (int i = 0; i < tiles; i++) {
-    Slot slot(i);
-    int key = (tiles - 1 - i) * KEYS;
-    if (lane == 0) {
-      mbar_wait(&shared.k_empty[slot.stage], slot.parity ^ 1);
-      load<W, KEYS>(shared.k[slot.stage], k_map, col, row + key, &shared.k_full[slot.stage]);
-      mbar_wait(&shared.v_empty[slot.stage], slot.parity ^ 1);
-      load<W, KEYS>(shared.v[slot.stage], v_map, col, row + key, &shared.v_full[slot.stage]);
-    }
-    if (key + KEYS > s.keys) {
-      // The first tile alone.
-      mbar_wait(&shared.v_full[slot.stage], slot.parity);
-      clear_rest<W, KEYS>(shared.v[slot.stage], key + KEYS - s.keys, lane);
-      proxy_fence_shared();
-      __syncwarp();
-      if (lane == 0) mbar_arrive(&shared.v_cleared);
-    }
-  }
+// The copying thread alone divides; consumers read what comes of it.
+template <int W> DEV Queries queries_of(int at, int together, const AttentionSizes& s) {
+  int parts = parts_of_head<W>(s), all = (s.queries + 63) / 64, least = all / parts, larger = all % parts;
+  Part part(at, s.batch * s.heads, parts, together);
+  // Later queries, which see the most keys when causal, come first.
+  int number = parts - 1 - part.number, before = number - (parts - larger);
+  int first = 64 * (number * least + (before > 0 ? before : 0)), groups = least + (before >= 0);
+  return {part.head / s.heads, part.head % s.heads, first, groups, tiles_before(s, first + 64 * groups)};
 }
 
-// A warpgroup's 64 queries. Element 4 j + 2 h + e of an accumulator is row 16 warp + g + 8 h, column 8 j + 2 t + e.
+// A box's rows of one sequence from `row` on, W columns from `col` on; rows past its last are 0.
+template <int W, int TILE_ROWS>
+DEV void load_rows(bf16* to, const CUtensorMap* map, int col, int row, int batch, uint64_t* full) {
+#pragma unroll
+  for (int box = 0; box < W / BOX; box++) tma_load_4d(to + box * TILE_ROWS * BOX, map, col + box * BOX, row, batch, 0, full);
+}
+
+// One thread: copies tiles in the order in which their places get free, of each part from the last key to the first. A block's first part has its
+// number, others are the next that no block has taken. Each block is once told that there is none: whole launches ask as often as there are parts.
+template <int W>
+DEV void produce(Shared<W>& shared, const CUtensorMap* q_map, const CUtensorMap* k_map, const CUtensorMap* v_map, int* taken, int together,
+                 const AttentionSizes& s) {
+  int at = blockIdx.x, parts = s.batch * s.heads * parts_of_head<W>(s);
+  int batch = 0, col = 0;
+  auto load_tile = [&](Slot<STAGES<W>>& slot, bf16 (&tiles)[STAGES<W>][KEYS * W], uint64_t (&full)[STAGES<W>], uint64_t (&empty)[STAGES<W>],
+                       const CUtensorMap* map, int key) {
+    mbar_wait(&empty[slot.stage], slot.parity ^ 1);
+    mbar_expect_tx(&full[slot.stage], KEYS * W * 2);
+    load_rows<W, KEYS>(tiles[slot.stage], map, col, key, batch, &full[slot.stage]);
+    slot.advance();
+  };
+  Slot<STAGES<W>> k_slot, v_slot;
+  auto load_k = [&](int key) { load_tile(k_slot, shared.k, shared.k_full, shared.k_empty, k_map, key); };
+  auto load_v = [&](int key) { load_tile(v_slot, shared.v, shared.v_full, shared.v_empty, v_map, key); };
+  Slot<OWN_STAGES> own;
+#pragma unroll 1
+  for (; at < parts; own.advance()) {
+    Queries part = queries_of<W>(at, together, s);
+    mbar_wait(&shared.q_empty[own.stage], own.parity ^ 1);
+    shared.part[own.stage] = part;
+    mbar_expect_tx(&shared.q_full[own.stage], part.groups * 64 * W * 2);
+#pragma unroll 1
+    for (int i = 0; i < part.groups; i++)
+      load_rows<W, ROWS<W>>(shared.q[own.stage] + i * 64 * BOX, q_map, part.head * W, part.first + 64 * i, part.batch, &shared.q_full[own.stage]);
+    int asked = atomicAdd(taken, 1);
+    batch = part.batch, col = part.head / (s.heads / s.kv_heads) * W;
+    // The scores of a tile are made together with sums by the weights of the last: its keys are free a tile earlier than its values.
+    int first = (part.tiles - 1) * KEYS;
+    load_k(first);
+#pragma unroll 1
+    for (int key = first; key >= 0; key -= KEYS) {
+      if (key > 0) load_k(key - KEYS);
+      load_v(key);
+    }
+    if (asked == parts - 1) atomicAdd(taken, -parts);
+    at = gridDim.x + asked;
+  }
+  mbar_wait(&shared.q_empty[own.stage], own.parity ^ 1);
+  shared.part[own.stage] = {};
+  mbar_arrive(&shared.q_full[own.stage]);
+}
+
+// What a warpgroup has of its 64 queries. Element 4 j + 2 h + e of an accumulator is row 16 warp + g + 8 h, column 8 j + 2 t + e.
 template <int W> struct Consumer {
   float scores[KEYS / 2], acc[W / 2], max[2], sum[2];
   uint32_t weights[KEYS / 16][4];
@@ -74,12 +127,12 @@ template <int W> struct Consumer {
 #pragma unroll
     for (int i = 0; i < W / 16; i++) {
       int column = i * 16 / BOX * BOX, at = i % (BOX / 16) * 16;
-      wgmma_64xNx16<KEYS>(scores, wgmma_further(rows, (column * ROWS + at) * 2), wgmma_further(cols, (column * KEYS + at) * 2), i > 0);
+      wgmma_64xNx16<KEYS>(scores, wgmma_further(rows, (column * ROWS<W> + at) * 2), wgmma_further(cols, (column * KEYS + at) * 2), i > 0);
     }
     wgmma_commit();
   }
-  // Scores of keys that a query does not see become minus infinity.
-  DEV void hide(const AttentionSizes& s, const int32_t* mask, int query, int key, int t) {
+  // Scores of keys that a query does not see become minus infinity: of those after it, and that are not there,
+  DEV void hide_rest(const AttentionSizes& s, int query, int key, int t) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       int seen = keys_seen(s, query + 8 * h + 1) - key - 2 * t;
@@ -89,7 +142,9 @@ template <int W> struct Consumer {
         for (int e = 0; e < 2; e++)
           if (8 * j + e >= seen) scores[4 * j + 2 * h + e] = NOTHING;
     }
-    if (!mask) return;
+  }
+  // and of those that the mask hides.
+  DEV void hide_masked(const AttentionSizes& s, const int32_t* mask, int key, int t) {
 #pragma unroll
     for (int j = 0; j < KEYS / 8; j++)
 #pragma unroll
@@ -120,128 +175,164 @@ template <int W> struct Consumer {
   }
 };
 
+// A warpgroup's 64 queries of each part.
 template <int W>
-DEV void consume(Shared<W>& shared, bf16* out, float* lse, const int32_t* mask, const Head& head, int first, int tiles, const AttentionSizes& s) {
-  int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  int top_row = first + 64 * group, query = top_row + 16 * warp + g;
+DEV void consume(Shared<W>& shared, bf16* out, float* lse, const int32_t* mask, const AttentionSizes& s) {
+  constexpr int C = CONSUMERS<W>;
+  // Shuffled, so that the compiler knows the number to be one for the warp.
+  int group = __shfl_sync(~0u, (int)threadIdx.x / 128 - 1, 0), warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  int following = group + 1 == C ? 0 : group + 1;
   float scale = s.scale * LOG2_E;
-  bf16* q = shared.q + 64 * group * BOX;
-  if (mask) mask += (int64_t)head.batch * s.keys;
-  Consumer<W> c;
-#pragma unroll
-  for (int i = 0; i < W / 2; i++) c.acc[i] = 0;
-#pragma unroll
-  for (int h = 0; h < 2; h++) c.max[h] = NOTHING, c.sum[h] = 0;
-  auto hidden = [&](int key) { return mask || key + KEYS > s.keys || (s.causal && key + KEYS > top_row); };
+  Slot<STAGES<W>> slot;
+  Slot<OWN_STAGES> own;
+  // Consumers ask for products in turns, one tile each, whether they have products or not: exponentials of one run under those of others.
+  auto take_turn = [&] { bar_sync(TURN + group, 256); };
+  auto pass_turn = [&] { bar_arrive(TURN + following, 256); };
+  auto release = [&](uint64_t* empty) { if (lane == 0) mbar_arrive(empty); };
+  if (group == C - 1) pass_turn();
 
-  if (tiles > 0) {
-    float shrink[2];
-    mbar_wait(&shared.q_full, 0);
-    // The other consumer's turn comes after this one's first products; who goes first is told so by the other.
-    if (group == 1) bar_arrive(TURN, 256);
-    // After the second consumer's last turn there is none.
-    auto pass_turn = [&](int i) { if (group == 0 || i + 1 < tiles) bar_arrive(TURN + (group ^ 1), 256); };
-    bar_sync(TURN + group, 256);
-    mbar_wait(&shared.k_full[0], 0);
-    wgmma_fence();
-    c.issue_scores(q, shared.k[0]);
-    pass_turn(0);
-    wgmma_wait<0>();
-    settle(c.scores);
-    if (lane == 0) mbar_arrive(&shared.k_empty[0]);
-    int key = (tiles - 1) * KEYS;
-    if (hidden(key)) c.hide(s, mask, query, key, t);
-    c.exponentials(shrink, scale);
-    round_pairs(c.weights, c.scores);
-    if (tiles > 1) mbar_wait(&shared.k_full[1], 0);
-    for (int i = 1; i < tiles; i++) {
-      Slot now(i), last(i - 1), next(i + 1);
-      key = (tiles - 1 - i) * KEYS;
-      bar_sync(TURN + group, 256);
-      mbar_wait(&shared.v_full[last.stage], last.parity);
-      if (i == 1 && key + 2 * KEYS > s.keys) mbar_wait(&shared.v_cleared, 0);
+#pragma unroll 1
+  for (;; own.advance()) {
+    mbar_wait(&shared.q_full[own.stage], own.parity);
+    const Queries& part = shared.part[own.stage];
+    if (part.groups == 0) break;
+    int tiles = group < part.groups ? tiles_before(s, part.first + 64 * (group + 1)) : 0;
+    // Those that none of this warpgroup's queries sees.
+#pragma unroll 1
+    for (int i = part.tiles - tiles; i > 0; i--, slot.advance()) {
+      take_turn();
+      pass_turn();
+      mbar_wait(&shared.k_full[slot.stage], slot.parity);
+      release(&shared.k_empty[slot.stage]);
+      mbar_wait(&shared.v_full[slot.stage], slot.parity);
+      release(&shared.v_empty[slot.stage]);
+    }
+    if (tiles > 0) {
+      Consumer<W> c;
+      float shrink[2];
+      bf16* q = shared.q[own.stage] + 64 * group * BOX;
+      const int32_t* hides = mask;
+      int key = (tiles - 1) * KEYS;
+#pragma unroll
+      for (int i = 0; i < W / 2; i++) c.acc[i] = 0;
+#pragma unroll
+      for (int h = 0; h < 2; h++) c.max[h] = NOTHING, c.sum[h] = 0;
+
+      mbar_wait(&shared.k_full[slot.stage], slot.parity);
+      take_turn();
       wgmma_fence();
-      c.issue_scores(q, shared.k[now.stage]);
-      issue_gather<W, KEYS>(c.acc, c.weights, shared.v[last.stage]);
-      pass_turn(i);
-      wgmma_wait<1>();
+      c.issue_scores(q, shared.k[slot.stage]);
+      pass_turn();
+      int first = part.first + 64 * group;
+      if (mask) hides = mask + (int64_t)part.batch * s.keys;
+      wgmma_wait<0>();
       settle(c.scores);
-      if (lane == 0) mbar_arrive(&shared.k_empty[now.stage]);
-      if (hidden(key)) c.hide(s, mask, query, key, t);
+      release(&shared.k_empty[slot.stage]);
+      // Of causal queries this tile alone has keys that come after one of them: tiles are no shorter than a warpgroup's queries.
+      if (key + KEYS > s.keys || (s.causal && key + KEYS > first)) c.hide_rest(s, first + 16 * warp + g, key, t);
+      if (hides) c.hide_masked(s, hides, key, t);
       c.exponentials(shrink, scale);
-      settle(c.scores);
-      // Waited for here, since ptxas moves the wait for products over exponentials up to the last branch.
-      if (i + 1 < tiles) mbar_wait(&shared.k_full[next.stage], next.parity);
+      round_pairs(c.weights, c.scores);
+      Slot<STAGES<W>> last = slot;
+      slot.advance();
+      if (key > 0) mbar_wait(&shared.k_full[slot.stage], slot.parity);
+#pragma unroll 1
+      while (key > 0) {
+        key -= KEYS;
+        mbar_wait(&shared.v_full[last.stage], last.parity);
+        take_turn();
+        wgmma_fence();
+        c.issue_scores(q, shared.k[slot.stage]);
+        issue_gather<W, KEYS>(c.acc, c.weights, shared.v[last.stage]);
+        pass_turn();
+        wgmma_wait<1>();
+        settle(c.scores);
+        release(&shared.k_empty[slot.stage]);
+        if (hides) c.hide_masked(s, hides, key, t);
+        c.exponentials(shrink, scale);
+        settle(c.scores);
+        // Waited for here, since ptxas moves the wait for products over exponentials up to the last branch.
+        int before = last.stage;
+        last = slot;
+        slot.advance();
+        if (key > 0) mbar_wait(&shared.k_full[slot.stage], slot.parity);
+        wgmma_wait<0>();
+        settle(c.acc);
+        release(&shared.v_empty[before]);
+#pragma unroll
+        for (int n = 0; n < W / 2; n++) c.acc[n] *= shrink[n / 2 % 2];
+        round_pairs(c.weights, c.scores);
+      }
+      mbar_wait(&shared.v_full[last.stage], last.parity);
+      wgmma_fence();
+      issue_gather<W, KEYS>(c.acc, c.weights, shared.v[last.stage]);
+
+      // Read anew, so that it takes no registers in the loop.
+      first = part.first + 64 * group;
+      Head head(s, part.batch, part.head);
+      int query = first + 16 * warp + g;
+      float factors[2];
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        float total = c.sum[h];
+        total += __shfl_xor_sync(~0u, total, 1);
+        total += __shfl_xor_sync(~0u, total, 2);
+        factors[h] = total == 0 ? 0.0f : 1.0f / total;
+        if (t == 0 && query + 8 * h < s.queries) lse[head.row + query + 8 * h] = fmaf(c.max[h], s.scale, logf(total));
+      }
       wgmma_wait<0>();
       settle(c.acc);
-      if (lane == 0) mbar_arrive(&shared.v_empty[last.stage]);
-#pragma unroll
-      for (int n = 0; n < W / 2; n++) c.acc[n] *= shrink[n / 2 % 2];
-      round_pairs(c.weights, c.scores);
+      release(&shared.v_empty[last.stage]);
+      bar_sync(OWN + group, 128);
+      int64_t pitch = (int64_t)s.heads * W;
+      write_rows<W, ROWS<W>>(out + head.out(s) + first * pitch, pitch, s.queries - first, q, c.acc, factors, warp, lane);
+      proxy_fence_shared();
     }
-    Slot last(tiles - 1);
-    mbar_wait(&shared.v_full[last.stage], last.parity);
-    if (tiles == 1 && KEYS > s.keys) mbar_wait(&shared.v_cleared, 0);
-    wgmma_fence();
-    issue_gather<W, KEYS>(c.acc, c.weights, shared.v[last.stage]);
-    wgmma_wait<0>();
-    settle(c.acc);
+    __syncwarp();
+    release(&shared.q_empty[own.stage]);
   }
-
-  bar_sync(OWN + group, 128);
-  float factors[2];
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    float total = c.sum[h];
-    total += __shfl_xor_sync(~0u, total, 1);
-    total += __shfl_xor_sync(~0u, total, 2);
-    factors[h] = total == 0 ? 0.0f : 1.0f / total;
-    if (t == 0 && query + 8 * h < s.queries) lse[head.row + query + 8 * h] = fmaf(c.max[h], s.scale, logf(total));
-  }
-  int64_t pitch = (int64_t)s.heads * W;
-  write_rows<W, ROWS>(out + head.out(s) + top_row * pitch, pitch, s.queries - top_row, q, c.acc, factors, warp, lane);
+  // The turn that follows the last.
+  if (group == 0) take_turn();
 }
 #endif
 
 template <int W>
 DEV void forward(bf16* out, float* lse, const CUtensorMap* q_map, const CUtensorMap* k_map, const CUtensorMap* v_map, const int32_t* mask,
-                 const AttentionSizes& s) {
+                 int* taken, int together, const AttentionSizes& s) {
 #if GPU_HOPPER
   GPU_DYNAMIC(Shared<W>, shared);
-  int blocks = (s.queries + ROWS - 1) / ROWS, at = blockIdx.x / blocks;
-  // Later tiles, which see the most keys when causal, come first.
-  int first = (blocks - 1 - (int)(blockIdx.x % blocks)) * ROWS;
-  Head head(s, at / s.heads, at % s.heads);
-  int tiles = (keys_seen(s, first + ROWS) + KEYS - 1) / KEYS;
   if (threadIdx.x == 0) {
-    mbar_init(&shared->q_full, 1);
-    mbar_init(&shared->v_cleared, 1);
-    for (int i = 0; i < STAGES; i++) {
+    tma_prefetch_map(q_map), tma_prefetch_map(k_map), tma_prefetch_map(v_map);
+    for (int i = 0; i < OWN_STAGES; i++) {
+      mbar_init(&shared->q_full[i], 1);
+      mbar_init(&shared->q_empty[i], 4 * CONSUMERS<W>);
+    }
+    for (int i = 0; i < STAGES<W>; i++) {
       mbar_init(&shared->k_full[i], 1);
       mbar_init(&shared->v_full[i], 1);
-      mbar_init(&shared->k_empty[i], 4 * CONSUMERS);
-      mbar_init(&shared->v_empty[i], 4 * CONSUMERS);
+      mbar_init(&shared->k_empty[i], 4 * CONSUMERS<W>);
+      mbar_init(&shared->v_empty[i], 4 * CONSUMERS<W>);
     }
     mbar_init_fence();
   }
   __syncthreads();
   if (threadIdx.x < 128) {
-    setmaxnreg_dec<PRODUCER_REGISTERS>();
-    if (threadIdx.x < 32 && tiles > 0) produce<W>(*shared, q_map, k_map, v_map, head, first, tiles, s);
+    setmaxnreg_dec<Registers<W>::PRODUCER>();
+    if (threadIdx.x == 0) produce<W>(*shared, q_map, k_map, v_map, taken, together, s);
   } else {
-    setmaxnreg_inc<CONSUMER_REGISTERS>();
-    consume<W>(*shared, out, lse, mask, head, first, tiles, s);
+    setmaxnreg_inc<Registers<W>::CONSUMER>();
+    consume<W>(*shared, out, lse, mask, s);
   }
 #endif
 }
-}  // namespace hopper
+}  // namespace hopper_forward
 
-// Grid: a block for each 128 queries of each head and sequence.
+// Grid: as many blocks as there are parts, of up to 64 queries of each head and sequence for each consumer, or fewer. `taken` is 0, and 0 again.
 #define ATTENTION_HOPPER(width)                                                                                                          \
-  extern "C" __global__ void __launch_bounds__(hopper::THREADS, 1) attention_forward_hopper##width##_bf16(                               \
+  extern "C" __global__ void __launch_bounds__(hopper_forward::THREADS<width>, 1) attention_forward_hopper##width##_bf16(                \
       bf16* out, float* lse, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,                       \
-      const __grid_constant__ CUtensorMap v_map, const int32_t* mask, AttentionSizes s) {                                                \
-    hopper::forward<width>(out, lse, &q_map, &k_map, &v_map, mask, s);                                                                   \
+      const __grid_constant__ CUtensorMap v_map, const int32_t* mask, int* taken, int together, AttentionSizes s) {                      \
+    hopper_forward::forward<width>(out, lse, &q_map, &k_map, &v_map, mask, taken, together, s);                                          \
   }                                                                                                                                      \
   GPU_EXPORT(attention_forward_hopper##width##_bf16)
 

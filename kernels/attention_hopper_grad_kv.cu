@@ -48,7 +48,7 @@ template <int W> struct Shared {
 struct Keys {
   int batch, kv_head, first, begin, group;
   DEV Keys(int at, int together, const AttentionSizes& s) {
-    Part part(at, s.batch * s.kv_heads, s.keys, together);
+    Part part(at, s.batch * s.kv_heads, (s.keys + ROWS - 1) / ROWS, together);
     // Earlier keys, which the most queries see when causal, come first.
     first = part.number * ROWS;
     batch = part.head / s.kv_heads, kv_head = part.head % s.kv_heads, group = s.heads / s.kv_heads;

@@ -34,7 +34,7 @@ template <int W> struct Shared {
 struct Queries {
   int batch, head, kv_head, first, end;
   DEV Queries(int at, int together, const AttentionSizes& s) {
-    Part part(at, s.batch * s.heads, s.queries, together);
+    Part part(at, s.batch * s.heads, (s.queries + ROWS - 1) / ROWS, together);
     // Later queries, which see the most keys when causal, come first.
     first = ((s.queries + ROWS - 1) / ROWS - 1 - part.number) * ROWS;
     batch = part.head / s.heads, head = part.head % s.heads, kv_head = head / (s.heads / s.kv_heads);

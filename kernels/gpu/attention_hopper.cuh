@@ -1,17 +1,37 @@
-// What the attention kernels on warpgroup products share (sm_90a): tiles of a head in shared memory, and fragments.
+// What the attention kernels on warpgroup products share (sm_90a): parts of the work and their order, tiles of a head in shared memory, fragments.
 //
-// A block has three warpgroups: one warp of the first asks for bulk copies, the other two have 64 rows of the block's 128 each. A tile lies in
-// columns of 64 with a 128-byte swizzle, each column with all of the tile's rows. A consumer's lane 4 g + t of warp w holds in element
+// In a block one warpgroup asks for bulk copies, the others, its consumers, have 64 rows each of the part that the block makes at a time. A tile
+// lies in columns of 64 with a 128-byte swizzle, each column with all of the tile's rows. A consumer's lane 4 g + t of warp w holds in element
 // 4 j + 2 h + e of an accumulator row 16 w + g + 8 h, column 8 j + 2 t + e; two accumulator columns of 8 are, rounded to bf16, the left
 // operand of the next product: scores never leave the registers.
 #pragma once
 
 namespace hopper {
-constexpr int CONSUMERS = 2, THREADS = 128 * (1 + CONSUMERS);
+// What a block makes at a time: some positions of a head of a sequence, of which there are `parts` such. The number of a part says where it
+// stands among these. The longest come first, where they are not as long, but no other head's before those of `together` heads, whose tiles fit
+// the L2 cache.
+struct Part {
+  int head, number;
+  DEV Part(int at, int heads, int parts, int together) {
+    int first = at / (together * parts) * together;
+    int width = heads - first < together ? heads - first : together;
+    at -= first * parts;
+    number = at / width, head = first + at % width;
+  }
+};
 
 #if GPU_HOPPER
 constexpr int BOX = 64;                    // columns of a swizzled tile: 128 bytes
-constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
+
+// A place in a ring, and whose turn of the ring it is.
+template <int N> struct Slot {
+  int stage = 0, parity = 0;
+  DEV void advance() {
+    if (++stage == N) stage = 0, parity ^= 1;
+  }
+};
+
+template <bool VALUE> struct Constant { static constexpr bool value = VALUE; };
 
 // One thread: rows from `row` on and W columns from `col` on of a map whose boxes have BOX_ROWS rows and 64 columns.
 template <int W, int ROWS, int BOX_ROWS = ROWS> DEV void load(bf16* to, const CUtensorMap* map, int col, int row, uint64_t* full) {

@@ -1,40 +1,19 @@
-// What the two passes of attention's gradient on warpgroup products share (sm_90a): which parts a block makes, left operands, rings.
+// What the two passes of attention's gradient on warpgroup products share (sm_90a): sizes of tiles, registers, left operands.
 #pragma once
 
 namespace hopper {
+constexpr int CONSUMERS = 2, THREADS = 128 * (1 + CONSUMERS);
 constexpr int ROWS = 128;                  // keys (grad_kv) or queries (grad_q) of a part
 constexpr int TILE = 64;                   // rows of a tile that is streamed, and of the boxes of every map
 template <int W> constexpr int STAGES = W == 64 ? 5 : 3;   // of the ring of these
 
-// What a block makes at a time: 128 positions of a head of a sequence. The number of a part says where it stands among all; the longest come
-// first, where they are not as long, but no other head's before those of `together` heads, whose tiles fit the L2 cache.
-struct Part {
-  int head, number;
-  DEV Part(int at, int heads, int positions, int together) {
-    int parts = (positions + ROWS - 1) / ROWS, first = at / (together * parts) * together;
-    int width = heads - first < together ? heads - first : together;
-    at -= first * parts;
-    number = at / width, head = first + at % width;
-  }
-};
-
 #if GPU_HOPPER
 // Where the copying warps find their parts one after the other, they need more registers than where there is one.
 template <bool SEVERAL> struct Registers {
-  static constexpr int PRODUCER = SEVERAL ? 40 : PRODUCER_REGISTERS, CONSUMER = SEVERAL ? 232 : CONSUMER_REGISTERS;
+  static constexpr int PRODUCER = SEVERAL ? 40 : 24, CONSUMER = SEVERAL ? 232 : 240;
 };
 
 constexpr int OWN = 1;                     // named barriers: one for each consumer's threads
-
-// A place in a ring, and whose turn of the ring it is.
-template <int N> struct Slot {
-  int stage = 0, parity = 0;
-  DEV void advance() {
-    if (++stage == N) stage = 0, parity ^= 1;
-  }
-};
-
-template <bool VALUE> struct Constant { static constexpr bool value = VALUE; };
 
 // 64 rows of a part's tile as a left operand. Where registers allow they are HELD there: a product of 64 columns with both operands in shared
 // memory takes all of its bandwidth.

@@ -6,12 +6,12 @@
 
 mod choice;
 
-use super::launch::{Launch, Ptr, Swizzle, TensorMap, TensorMapSpec};
+use super::launch::{BoxMapSpec, Launch, Ptr, Swizzle, TensorMap, TensorMapSpec};
 use super::operands::{Operands, pick};
 use super::queue::Queue;
 use crate::base::{DType, Error, Result, philox};
 use crate::graph::AttentionKind;
-use choice::{DELTA_THREADS, FORWARD_ROWS, HOPPER_BOX, HOPPER_GRAD_TILE, HOPPER_KEYS, Kernel, Path};
+use choice::{DELTA_THREADS, HOPPER_BOX, HOPPER_GRAD_TILE, HOPPER_KEYS, HOPPER_QUERIES, Kernel, Path};
 
 /// Rows whose sums a block of `attention_grad_delta` makes.
 const DELTA_ROWS: usize = DELTA_THREADS as usize / 32;
@@ -24,11 +24,15 @@ pub(super) fn forward(q: &mut Queue, o: &Operands, kind: &AttentionKind) -> Resu
     let inputs = Inputs::new(q, o, kind, 0)?;
     let path = choice::path(kind, inputs.dtype, inputs.rows(), q.arch());
     let kernel = choice::forward(path, inputs.dtype);
-    let launch = inputs.launch(&kernel, kind.heads, inputs.queries).ptr(o.output(0)).ptr(o.output(1));
+    let mut launch = inputs.launch(&kernel, kind.heads, inputs.queries).ptr(o.output(0)).ptr(o.output(1));
     if let Path::Hopper { .. } = path {
-        let [q_map, k_map, v_map] = inputs.maps(q, kind, [FORWARD_ROWS, HOPPER_KEYS])?;
-        let launch = launch.map(&q_map).map(&k_map).map(&v_map);
-        return q.launch(launch.ptr(inputs.mask).bytes(&inputs.sizes, 4));
+        launch.grid[0] = launch.grid[0].min(q.multiprocessors() as u32);
+        let q_map = inputs.sequences(q, 0, inputs.queries, kind.heads, HOPPER_QUERIES)?;
+        let k_map = inputs.sequences(q, 1, inputs.keys, kind.kv_heads, HOPPER_KEYS)?;
+        let v_map = inputs.sequences(q, 2, inputs.keys, kind.kv_heads, HOPPER_KEYS)?;
+        let together = choice::together(kind, inputs.batch * kind.heads, inputs.keys);
+        let launch = launch.map(&q_map).map(&k_map).map(&v_map).ptr(inputs.mask).ptr(q.taken());
+        return q.launch(launch.int(together).bytes(&inputs.sizes, 4));
     }
     q.launch(inputs.arguments(launch))
 }
@@ -55,7 +59,7 @@ pub(super) fn grad(q: &mut Queue, o: &Operands, kind: &AttentionKind) -> Result<
     let to_q = inputs.launch(&grad_q, kind.heads, inputs.queries).ptr(d_q);
     let to_kv = inputs.launch(&grad_kv, kind.kv_heads, inputs.keys).ptr(d_k).ptr(d_v);
     if let Path::Hopper { .. } = path {
-        let [q_map, k_map, v_map] = inputs.maps(q, kind, [HOPPER_GRAD_TILE; 2])?;
+        let [q_map, k_map, v_map] = inputs.maps(q, kind)?;
         let out_pitch = (kind.heads * kind.width * 2) as u64;
         let d_out_map = inputs.map(q, d_out, out_pitch, inputs.rows()[0], kind.heads, HOPPER_GRAD_TILE)?;
         // Of each pass the parts that blocks have taken, and the rows of each head that it streams.
@@ -160,10 +164,22 @@ impl Inputs {
         [self.batch * self.queries, self.batch * self.keys]
     }
 
-    /// Descriptors of q, k and v for the bulk copy engine, in boxes with so many queries or keys.
-    fn maps(&self, q: &mut Queue, kind: &AttentionKind, box_rows: [usize; 2]) -> Result<[TensorMap; 3]> {
+    /// The descriptor for the bulk copy engine of q, k or v, whose sequences are so long: boxes lie in one sequence, and what lies past its end is 0.
+    fn sequences(&self, q: &mut Queue, i: usize, length: usize, heads: usize, box_rows: usize) -> Result<TensorMap> {
+        let sequence_bytes = length as u64 * self.pitches[i];
+        q.box_map(&BoxMapSpec {
+            base: self.tensors[i],
+            sizes: [(heads * self.width) as u64, length as u64, self.batch as u64, 1],
+            pitch_bytes: [self.pitches[i], sequence_bytes, sequence_bytes],
+            boxed: [HOPPER_BOX as u32, box_rows as u32, 1, 1],
+            apart: [1; 4],
+        })
+    }
+
+    /// Descriptors of q, k and v for the gradient, whose boxes may reach into the next sequence.
+    fn maps(&self, q: &mut Queue, kind: &AttentionKind) -> Result<[TensorMap; 3]> {
         let mut map = |i: usize, side: usize, heads: usize| {
-            self.map(q, self.tensors[i], self.pitches[i], self.rows()[side], heads, box_rows[side])
+            self.map(q, self.tensors[i], self.pitches[i], self.rows()[side], heads, HOPPER_GRAD_TILE)
         };
         Ok([map(0, 0, kind.heads)?, map(1, 1, kind.kv_heads)?, map(2, 1, kind.kv_heads)?])
     }

@@ -7,6 +7,9 @@ use super::operands::Operands;
 use crate::base::{Error, Result};
 use crate::device::Scalars;
 
+/// Bytes of `Now` in `gpu.cuh`.
+const NOW_BYTES: u64 = 32;
+
 /// The compute stream of one task, as launch code sees it.
 pub struct Queue<'a> {
     pub(super) driver: &'a mut dyn Driver,
@@ -29,7 +32,8 @@ impl<'a> Queue<'a> {
 
     /// Sends what a program's kernels read of the step; with `check`, clears the first layer that is not finite.
     pub(super) fn begin(&mut self, scalars: &Scalars, check: bool) -> Result<()> {
-        let mut now = [0; 32];
+        // Behind it, the word of `taken`.
+        let mut now = [0; NOW_BYTES as usize + 4];
         now[..8].copy_from_slice(&scalars.seed.to_ne_bytes());
         now[8..16].copy_from_slice(&scalars.loss_scale.to_ne_bytes());
         now[16..20].copy_from_slice(&scalars.step.to_ne_bytes());
@@ -69,6 +73,11 @@ impl<'a> Queue<'a> {
     /// 192 bytes of device memory where one kernel of a task leaves what a later one reads.
     pub fn passed_on(&self) -> Ptr {
         self.blocks.passed_on(self.number)
+    }
+
+    /// A word of device memory by which blocks of one kernel share out its work. It is 0 where a program begins, and each kernel leaves it so.
+    pub fn taken(&self) -> Ptr {
+        self.now.plus(NOW_BYTES)
     }
 
     /// Queues a launch.

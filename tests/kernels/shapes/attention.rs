@@ -23,6 +23,10 @@ pub fn cases(t: &mut Table) {
         (2, 70, 260, 2, 1, 64, false, true, 0.0),
         (2, 200, 200, 4, 2, 128, true, true, 0.0),
         (1, 140, 330, 3, 1, 128, true, false, 0.0),
+        // More parts than the emulator has multiprocessors, with two and three groups of 64 queries.
+        (3, 197, 197, 1, 1, 64, false, false, 0.0),
+        (1, 260, 260, 3, 1, 64, true, true, 0.0),
+        (1, 330, 100, 3, 1, 64, true, false, 0.0),
     ] {
         for packed in [false, true] {
             // With a single key the weights are 1 whatever q and k are: their gradients are what is left of sums that cancel, and can be
@@ -47,4 +51,13 @@ pub fn cases(t: &mut Table) {
             });
         }
     }
+    // Two in one program: what blocks share out their work by is as the first found it.
+    t.add("attention of attention".to_string(), |s| {
+        let options = AttentionOptions { heads: 3, kv_heads: 1, scale: None, causal: true, dropout: 0.0 };
+        let q = s.leaf("q", [2, 130, 3 * 64])?;
+        let k = s.leaf("k", [2, 130, 64])?;
+        let v = s.leaf("v", [2, 130, 64])?;
+        let between = s.b.attention(q, k, v, None, options)?;
+        s.b.attention(between, k, v, None, options)
+    });
 }

@@ -10,16 +10,23 @@ const GRAD_COLS: usize = 32;
 /// Queries, keys and columns of a block on the ordinary cores, and its threads.
 const PLAIN_TILE: usize = 64;
 const PLAIN_THREADS: u32 = 256;
-/// Queries of a block of the forwards on tensor cores.
-pub(super) const FORWARD_ROWS: usize = 128;
-/// Keys of a tile of `attention_hopper.cu`.
+/// Queries of a block of the forwards on tensor cores, by warps.
+const FORWARD_ROWS: usize = 128;
+/// Of `attention_hopper.cu`: queries of a warpgroup, keys of a tile, the warpgroups of a block and stages of its ring.
+pub(super) const HOPPER_QUERIES: usize = 64;
 pub(super) const HOPPER_KEYS: usize = 128;
+const fn hopper_consumers(width: usize) -> usize {
+    if width == 64 { 3 } else { 2 }
+}
+const fn hopper_stages(width: usize) -> usize {
+    if width == 64 { 5 } else { 2 }
+}
 /// Threads of a block of `attention_grad_delta`.
 pub(super) const DELTA_THREADS: u32 = 256;
 /// Columns of the swizzled tiles of `attention_hopper.cu` and of the gradient on Hopper.
 pub(super) const HOPPER_BOX: usize = 64;
-const HOPPER_THREADS: u32 = 384;
-/// Of `gpu/attention_hopper_grad.cuh`: queries or keys of a part, rows of a tile that is streamed and of a box, and stages of these.
+/// Of `gpu/attention_hopper_grad.cuh`: threads, queries or keys of a part, rows of a tile that is streamed and of a box, and stages of these.
+const HOPPER_GRAD_THREADS: u32 = 384;
 const HOPPER_GRAD_ROWS: usize = 128;
 pub(super) const HOPPER_GRAD_TILE: usize = 64;
 const fn hopper_grad_stages(width: usize) -> usize {
@@ -137,14 +144,15 @@ pub(super) fn forward(path: Path, dtype: DType) -> Kernel {
             let tile_rows = FORWARD_ROWS + 4 * if width <= 64 { 64 } else { 32 };
             tensor(FORWARD[usize::from(dropout)][class], FORWARD_ROWS, 128, tile_bytes(tile_rows, width))
         }
-        Path::Hopper { width } => Kernel {
-            name: if width == 64 { "attention_forward_hopper64_bf16" } else { "attention_forward_hopper128_bf16" },
-            rows: FORWARD_ROWS,
-            cols: width,
-            threads: HOPPER_THREADS,
-            // Queries, and two stages of keys and of values; then ten mbarriers.
-            shared_bytes: ((FORWARD_ROWS + 4 * HOPPER_KEYS) * width * 2 + 10 * 8) as u32,
-        },
+        Path::Hopper { width } => {
+            let name = if width == 64 { "attention_forward_hopper64_bf16" } else { "attention_forward_hopper128_bf16" };
+            let (consumers, stages) = (hopper_consumers(width), hopper_stages(width));
+            let rows = consumers * HOPPER_QUERIES;
+            // Queries of two parts, and stages of keys and of values; then two mbarriers for each of these, and five numbers for each part.
+            let shared_bytes = (2 * rows + 2 * stages * HOPPER_KEYS) * width * 2 + (2 + 2 * stages) * 2 * 8 + 2 * 5 * 4;
+            let threads = 128 * (1 + consumers as u32);
+            Kernel { name, rows, cols: width, threads, shared_bytes: shared_bytes as u32 }
+        }
     }
 }
 
@@ -202,7 +210,7 @@ fn tensor(name: &'static str, rows: usize, threads: u32, shared_bytes: u32) -> K
 fn hopper_grad(name: &'static str, width: usize, own_stages: usize, beside_bytes: usize) -> Kernel {
     let rows = 2 * own_stages * HOPPER_GRAD_ROWS + 2 * hopper_grad_stages(width) * HOPPER_GRAD_TILE;
     let shared_bytes = (rows * width * 2 + beside_bytes) as u32;
-    Kernel { name, rows: HOPPER_GRAD_ROWS, cols: width, threads: HOPPER_THREADS, shared_bytes }
+    Kernel { name, rows: HOPPER_GRAD_ROWS, cols: width, threads: HOPPER_GRAD_THREADS, shared_bytes }
 }
 
 /// Whether a block of this pass on Hopper makes several parts, so that there need not be more than multiprocessors.
@@ -282,6 +290,27 @@ mod tests {
         assert_eq!(together(&kind(true, 128), 16, 16384), 3);
         assert_eq!(together(&kind(true, 128), 16, 1 << 20), 1);
         assert_eq!(together(&kind(true, 128), 0, 0), 1);
+    }
+
+    #[test]
+    fn kernels_have_the_same_sizes() {
+        let by_width = |of: fn(usize) -> usize| format!("W == 64 ? {} : {}", of(64), of(128));
+        let source = include_str!("../../../../kernels/attention_hopper.cu");
+        for (name, value) in [
+            ("CONSUMERS", by_width(hopper_consumers)),
+            ("STAGES", by_width(hopper_stages)),
+            ("KEYS", HOPPER_KEYS.to_string()),
+        ] {
+            assert!(source.contains(&format!("constexpr int {name} = {value};")), "{name}");
+        }
+        let source = include_str!("../../../../kernels/gpu/attention_hopper_grad.cuh");
+        for (name, value) in [
+            ("STAGES", by_width(hopper_grad_stages)),
+            ("ROWS", HOPPER_GRAD_ROWS.to_string()),
+            ("TILE", HOPPER_GRAD_TILE.to_string()),
+        ] {
+            assert!(source.contains(&format!("constexpr int {name} = {value};")), "{name}");
+        }
     }
 
     #[test]
