@@ -64,11 +64,14 @@ pub(super) fn run(program: Program, device: u16, bases: [u64; AREAS]) -> Task {
     Task::Run(Box::new(Run { program: Arc::new(program), device, bases, scalars, check: false }))
 }
 
-/// Rates by family, precision and size, while they are gathered.
+/// What has a rate of its own: a family in an element type, in tf32 or not, at a size.
+type Measured = (Family, DType, bool, [usize; 3]);
+
+/// Rates while they are gathered.
 #[derive(Default)]
 pub(super) struct Rates {
-    /// Work and seconds of all ops of one family, precision (element type, tf32) and size.
-    sums: BTreeMap<(Family, DType, bool, [usize; 3]), (f64, f64)>,
+    /// Work and seconds of all ops that share a rate.
+    sums: BTreeMap<Measured, (f64, f64)>,
     pub fastest_bytes_per_sec: f64,
 }
 
@@ -87,7 +90,7 @@ impl Rates {
     }
 
     pub fn all(self) -> Vec<Rate> {
-        let rate = |((family, float, tf32, sizes), (work, secs))| Rate {
+        let rate = |((family, float, tf32, sizes), (work, secs)): (Measured, (f64, f64))| Rate {
             family,
             float,
             tf32,
