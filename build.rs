@@ -1,6 +1,7 @@
 //! Compiles kernels/: with the feature `cuda` by nvcc, one fatbin a source file; with `emulator` as C++, one shared object.
 //!
-//! Only what changed is compiled again, and by nvcc only what no other build in the target folder has compiled. Warnings are errors; what ptxas says of registers and spills is kept for a test.
+//! Only what changed is compiled again, and by nvcc only what no other build in the target folder has compiled. Warnings are errors; what ptxas
+//! says of registers and spills is kept for a test.
 
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
