@@ -1,6 +1,7 @@
 //! Compiles kernels/: with the feature `cuda` by nvcc, one fatbin a source file; with `emulator` as C++, one shared object.
 //!
-//! Only what changed is compiled again. Warnings are errors; what ptxas says of registers and spills is kept for a test.
+//! Only what changed is compiled again, and by nvcc only what no other build in the target folder has compiled. Warnings are errors; what ptxas
+//! says of registers and spills is kept for a test.
 
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
@@ -107,14 +108,14 @@ fn fatbins(sources: &[PathBuf], out: &Path) -> Result<(), String> {
     }
     let nvcc = find_nvcc().ok_or(HOW_TO_GET_NVCC)?;
     std::fs::create_dir_all(out).map_err(|e| format!("{}: {e}", out.display()))?;
-    let targets = targets()?;
+    let (targets, others) = (targets()?, other_builds(out));
     let (next, faults) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     let jobs = std::env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(2);
     std::thread::scope(|scope| {
         for _ in 0..jobs {
             scope.spawn(|| {
                 while let Some(source) = sources.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    if let Err(fault) = fatbin(&nvcc, source, out, &targets) {
+                    if let Err(fault) = fatbin(&nvcc, source, out, &targets, &others) {
                         faults.lock().expect("no thread panics while it holds this").push(fault);
                     }
                 }
@@ -134,17 +135,40 @@ fn fatbins(sources: &[PathBuf], out: &Path) -> Result<(), String> {
     std::fs::write(out.join("list.rs"), list).map_err(|e| format!("{}: {e}", out.display()))
 }
 
-/// Compiles one file, unless neither it nor what it includes has changed since.
-fn fatbin(nvcc: &Path, source: &Path, out: &Path, targets: &[&str]) -> Result<(), String> {
+/// Where the other builds of this package in the same target folder keep the same: each set of features has a folder of its own, each profile, and
+/// lints beside tests.
+fn other_builds(out: &Path) -> Vec<PathBuf> {
+    // out is TARGET/PROFILE/build/PACKAGE-HASH/out/NAME.
+    let folder = |above: usize| out.ancestors().nth(above).unwrap_or(out);
+    let list = |dir: &Path| std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+    let inside = out.strip_prefix(folder(2)).unwrap_or(out);
+    let package = std::env::var("CARGO_PKG_NAME").expect("cargo sets CARGO_PKG_NAME");
+    let ours = |dir: &PathBuf| dir.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&package));
+    let packages = list(folder(5)).flat_map(|profile| list(&profile.join("build")));
+    packages.filter(ours).map(|dir| dir.join(inside)).filter(|dir| dir != out && dir.is_dir()).collect()
+}
+
+/// Compiles one file, unless neither it nor what it includes has changed since, or another build has compiled just this.
+fn fatbin(nvcc: &Path, source: &Path, out: &Path, targets: &[&str], others: &[PathBuf]) -> Result<(), String> {
     let io = |e: std::io::Error| format!("{}: {e}", source.display());
     let stem = stem(source);
-    let (fatbin, mark, log) =
-        (out.join(format!("{stem}.fatbin")), out.join(format!("{stem}.hash")), out.join(format!("{stem}.log")));
+    let files = |dir: &Path| ["fatbin", "hash", "log"].map(|kind| dir.join(format!("{stem}.{kind}")));
+    let [fatbin, mark, log] = files(out);
     let mut texts = Vec::new();
     gather(source, &mut texts)?;
-    let now = format!("{:x}", hash(&(texts, targets, FLAGS)));
-    if fatbin.exists() && std::fs::read_to_string(&mark).is_ok_and(|before| before == now) {
+    let now = format!("{:x}", hash(&(nvcc, texts, targets, FLAGS)));
+    let has_it = |[fatbin, mark, _]: &[PathBuf; 3]| {
+        fatbin.exists() && std::fs::read_to_string(mark).is_ok_and(|before| before == now)
+    };
+    if has_it(&files(out)) {
         return Ok(());
+    }
+    // Without a mark until it is whole, here as there.
+    _ = std::fs::remove_file(&mark);
+    if let Some([found, _, said]) = others.iter().map(|dir| files(dir)).find(has_it) {
+        std::fs::copy(found, fatbin).map_err(io)?;
+        std::fs::copy(said, log).map_err(io)?;
+        return std::fs::write(mark, now).map_err(io);
     }
     let mut command = Command::new(nvcc);
     command.args(FLAGS);

@@ -123,16 +123,20 @@ fn measure(emulated: bool, effort: Effort, filters: &[String]) -> Result<()> {
     let mut rows = bench.find_ceilings(&products, &copy);
     report::print_head();
     rows.iter().for_each(report::print_row);
+    // After each row: a run that is stopped keeps what it had.
+    let save = |bench: &Bench, rows: &[Row]| {
+        let Some(path) = std::env::var_os("HYDRA_BENCH_JSON") else { return Ok(()) };
+        let text = format!("{:#}\n", report::json(&facts.device, &bench.ceilings, rows));
+        std::fs::write(&path, text).map_err(|e| Error::io("write", path.as_ref(), e))
+    };
     for case in &cases {
         rows.push(bench.row(case));
         report::print_row(&rows[rows.len() - 1]);
+        save(&bench, &rows)?;
         bench.recover(&rows)?;
     }
     rows.extend(bench.others(emulated, &wanted)?);
-    if let Some(path) = std::env::var_os("HYDRA_BENCH_JSON") {
-        let text = format!("{:#}\n", report::json(&facts.device, &bench.ceilings, &rows));
-        std::fs::write(&path, text).map_err(|e| Error::io("write", path.as_ref(), e))?;
-    }
+    save(&bench, &rows)?;
     let failed = rows.iter().filter(|row| row.ours.is_err()).count();
     match failed {
         0 => Ok(()),

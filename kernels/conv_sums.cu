@@ -29,7 +29,7 @@ DEV float channel_sum(const T* d_out, int channel, int channels, int positions, 
   int position = at.remainder;
   float sum = 0;
   for (int64_t i = begin + threadIdx.x; i < end; i += THREADS) {
-    const T* from = d_out + (image * channels + channel) * positions + (int64_t)position * PACK;
+    const T* from = d_out + ((image * channels + channel) * plane + position) * PACK;
     if (PACK == 1) {
       sum += to_float(*from);
     } else {

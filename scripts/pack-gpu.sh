@@ -2,6 +2,7 @@
 # Builds program, tests and benches for the cuda device and puts them into one folder that runs on a machine with an NVIDIA driver and no Rust.
 #   scripts/pack-gpu.sh [DIR]        default target/gpu-pack
 #   PEERS=path/to/peers.py           a script that measures PyTorch on the same shapes, carried along and run last
+#   FEATURES=emulator                 features beside: with this one run.sh can be tried where there is no GPU (DEVICE=emulated)
 #   HYDRA_CUDA_ARCHS="80 90a"        the chips it is for. The default is A100, RTX 30 and 40, L40S; H100, H200. Blackwell is "100" and "120"
 # Then copy DIR there and run `sh DIR/run.sh`; docs/gpu.md says what comes back. Needs nvcc here (see docs/gpu.md), no GPU.
 set -eu
@@ -13,11 +14,11 @@ mkdir -p target
 export HYDRA_CUDA_ARCHS="${HYDRA_CUDA_ARCHS:-80 90a}"
 
 # One set of features for everything, so that the engine is compiled once. cuBLAS beside ours is wanted, and done without where it does not build.
-features=peers
-if ! cargo build --release --features peers --message-format=json >"$log" 2>"$log.err"; then
+features=peers${FEATURES:+,$FEATURES}
+if ! cargo build --release --features "$features" --message-format=json >"$log" 2>"$log.err"; then
     echo "pack-gpu.sh: the feature \"peers\" does not build, so cuBLAS will not be beside ours:" >&2
     tail -n 5 "$log.err" >&2
-    features=cuda
+    features=cuda${FEATURES:+,$FEATURES}
 fi
 executable_of() {
     # Of the target that the last argument names; tests and benches come with the program that they may run.
@@ -41,7 +42,7 @@ take test-kernels test --release --no-run --test kernels
 take test-reference test --release --no-run --test reference
 take bench-kernels bench --no-run --bench kernels
 
-cp -R tests/fixtures/gpt2 tests/fixtures/resnet tests/fixtures/resnet-basic "$out/fixtures/"
+for fixture in gpt2 bert vit resnet resnet-basic; do cp -R "tests/fixtures/$fixture" "$out/fixtures/"; done
 cp -R tests/packed/. "$out/"
 cp kernels/*.cu kernels/*.cuh "$out/kernels/"
 cp kernels/gpu/*.cuh "$out/kernels/gpu/"

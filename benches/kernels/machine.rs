@@ -326,7 +326,15 @@ impl Machine {
             inputs: vec![buffer(0), buffer(4096)],
             outputs: vec![Some(buffer(8192))],
             scratch: None,
-            cost: Cost { flops: 0.0, bytes: 12_288, family, float: DType::F32, elems: 1024, sizes: [12_288, 1024, 1] },
+            cost: Cost {
+                flops: 0.0,
+                bytes: 12_288,
+                family,
+                float: DType::F32,
+                tf32: false,
+                elems: 1024,
+                sizes: [12_288, 1024, 1],
+            },
             ends_layer: false,
         };
         run(Program::of_steps(vec![step], [0; AREAS], Vec::new(), false))

@@ -27,11 +27,16 @@ compile() {
     if [ -f "$object" ] && [ -z "$(find "$source" "$kernels" -newer "$object" \( -path "$source" -o -name '*.cuh' -o -name '*.h' -o -name build.sh \) | head -n 1)" ]; then
         return 0
     fi
+    # nvcc makes a program of each file; here all are linked into one, where functions of equal names would silently become one function. So each
+    # .cu, with what it includes beside gpu.cuh, stands in a namespace of its own; only kernels' own names, which are C's, have to differ.
     case $source in
-        *.cu) flags=$kernel_flags ;;
-        *) flags=$runtime_flags ;;
-    esac
-    $CXX $common $flags -x c++ -c "$source" -o "$object.new" && mv "$object.new" "$object"
+        *.cu)
+            stem=$(basename "$source" .cu | tr -c '[:alnum:]\n' _)
+            printf '#include "gpu.cuh"\nnamespace file_%s {\n#include "%s"\n}\n' "$stem" "$source" |
+                $CXX $common $kernel_flags -x c++ -c - -o "$object.new"
+            ;;
+        *) $CXX $common $runtime_flags -x c++ -c "$source" -o "$object.new" ;;
+    esac && mv "$object.new" "$object"
 }
 if [ "${3:-}" = compile ]; then
     compile "$4"

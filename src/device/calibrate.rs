@@ -135,6 +135,8 @@ fn measure(specs: &[DeviceSpec], alike: &[usize]) -> Result<Vec<CostModel>> {
     let mut networks = Vec::new();
     for mut graph in if is_gpu { networks::large()? } else { networks::all()? } {
         graph.scratch = specs[0].wants_scratch();
+        // The host computes in f32 whatever a graph allows.
+        graph.tf32 = is_gpu;
         networks.push(Network::new(graph)?);
     }
     // A GPU's networks are so large that each gets the arena to itself.

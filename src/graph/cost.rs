@@ -82,6 +82,18 @@ impl Family {
         Family::Memory,
     ];
 
+    /// Whether it is a linear layer's product, or one of its gradients' products.
+    pub fn is_linear_product(self) -> bool {
+        matches!(
+            self,
+            Family::Gemm
+                | Family::GemmActivation
+                | Family::GemmGradInput
+                | Family::GemmGradActivation
+                | Family::GemmGradWeight
+        )
+    }
+
     /// What bounds it.
     pub fn work(self) -> Work {
         match self {
@@ -111,6 +123,8 @@ pub struct Cost {
     pub family: Family,
     /// Element type of the model's weights and activations.
     pub float: DType,
+    /// Whether it is a product of f32 whose factors may be rounded to tf32.
+    pub tf32: bool,
     /// Elements of the largest operand, by which elementwise work is counted.
     pub elems: u64,
     /// What the rate depends on. A product: rows, columns and depth. Attention: sequences times heads, keys, a head's width. A
@@ -203,5 +217,39 @@ pub fn cost(graph: &Graph, node: &Node) -> Cost {
         }
         _ => (Family::Memory, largest as f64),
     };
-    Cost { flops, bytes, family, float: graph.float, elems: largest, sizes }
+    let tf32 = graph.tf32 && graph.float == DType::F32 && family.is_linear_product();
+    Cost { flops, bytes, family, float: graph.float, tf32, elems: largest, sizes }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::graph::{Builder, Init, Mode, WeightLayout, differentiate};
+
+    /// Of a linear layer, a convolution and a norm only the linear layer's three products, and those in f32 alone.
+    #[test]
+    fn only_products_of_f32_are_marked_as_tf32() {
+        let marked = |float: DType, tf32: bool| {
+            let mut b = Builder::new(Mode::Training, float);
+            let logits = b.layer("all", |b, _| {
+                let x = b.input("image", [2, 3, 5, 5], float)?;
+                let filter = b.parameter("filter", Shape::from([4, 3, 3, 3]), Init::Normal(0.02))?;
+                let x = b.conv2d(x, filter, None, 1, 1)?;
+                let x = b.batchnorm(x, "norm", 1e-5, 0.1)?;
+                let x = b.global_avg_pool(x)?;
+                let weight = b.parameter("weight", Shape::from([4, 7]), Init::Normal(0.02))?;
+                b.linear(x, weight, None, Activation::None, WeightLayout::InOut)
+            });
+            let labels = b.input("labels", [2], DType::I32).unwrap();
+            b.cross_entropy(logits.unwrap(), labels).unwrap();
+            let mut graph = b.finish().unwrap();
+            graph.tf32 = tf32;
+            differentiate(&mut graph).unwrap();
+            let costs = graph.nodes.iter().map(|node| cost(&graph, node));
+            costs.filter(|cost| cost.tf32).map(|cost| cost.family).collect::<Vec<_>>()
+        };
+        assert_eq!(marked(DType::F32, true), [Family::Gemm, Family::GemmGradWeight, Family::GemmGradInput]);
+        assert_eq!(marked(DType::F32, false), []);
+        assert_eq!(marked(DType::Bf16, true), []);
+    }
 }

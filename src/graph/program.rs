@@ -476,6 +476,7 @@ impl<'a> Slice<'a> {
                 bytes,
                 family: super::cost::Family::Memory,
                 float: self.graph.float,
+                tf32: false,
                 elems,
                 sizes: [bytes as usize, 1, 1],
             },

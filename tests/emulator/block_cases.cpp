@@ -77,6 +77,21 @@ static const Add blocks{{"blocks",
                          },
                          {{1, RACE, "blocks"}, {2, RACE, "blocks"}, {3, RACE, "without ordering"}}}};
 
+// Two files with helpers of equal names: each kernel runs its own file's, as with nvcc.
+static std::string twins(const char* kernel, u32 seed, float (*want)(float)) {
+  int n = 33;
+  Buffer<float> out(33);
+  std::string error = launch(kernel, 2, 32, 0, seed, out, n);
+  if (!error.empty()) return error;
+  return same<float>("out", 33, [&](size_t i) { return out[i]; }, [&](size_t i) { return want(static_cast<float>(i)); });
+}
+static const Add twin_files{{"helpers of equal names in two files",
+                             [](u32 seed, int) {
+                               std::string error = twins("test_twins_one", seed, [](float i) { return 2 * (i + 1); });
+                               return error.empty() ? twins("test_twins_two", seed, [](float i) { return i + 98; }) : error;
+                             },
+                             {}}};
+
 // Many blocks on four threads of the operating system, and several launches at once: the same bits; and the message of the first
 // block that fails.
 static const Add threads{

@@ -82,7 +82,7 @@ impl<'a> Bench<'a> {
             for (d, secs) in secs.iter().enumerate() {
                 let mut secs = &secs[..];
                 for network in group {
-                    let (own, rest) = secs.split_at(network.program.steps.len());
+                    let (own, rest) = secs.split_at(network.steps.len());
                     rates[d].add(network, own, starts[d].0 + starts[d].1);
                     secs = rest;
                 }
@@ -257,8 +257,8 @@ impl<'a> Bench<'a> {
         const OPS: usize = 64;
         const TASKS: usize = 50;
         let out = Buffer::new(Area::Workspace, 0, Shape::from([16]), DType::F32);
-        let cost =
-            Cost { flops: 0.0, bytes: 64, family: Family::Memory, float: DType::F32, elems: 16, sizes: [64, 16, 1] };
+        let (family, float, sizes) = (Family::Memory, DType::F32, [64, 16, 1]);
+        let cost = Cost { flops: 0.0, bytes: 64, family, float, tf32: false, elems: 16, sizes };
         let step = Step {
             op: Op::Zero,
             layer: 0,
@@ -390,7 +390,9 @@ fn usual(x: Vec<f64>) -> f64 {
 mod tests {
     use super::*;
     use crate::device::Completion;
-    use crate::device::sim::SimDevice;
+    use crate::device::sim::{Rate, SimDevice};
+    #[cfg(feature = "emulator")]
+    use crate::device::{DeviceSpec, FleetMemory, start_fleet};
     use std::cell::RefCell;
     use std::rc::Rc;
 
@@ -480,6 +482,45 @@ mod tests {
         }
     }
 
+    /// Products that may round to tf32 are timed in f32 too, each by itself, and get the rates of both.
+    #[test]
+    fn a_graph_that_allows_tf32_is_measured_in_both() {
+        let mut is = stated(1.0);
+        let products = is.rates.clone().into_iter().filter(|rate| rate.family.is_linear_product());
+        is.rates.extend(products.map(|r| Rate { tf32: true, work_per_sec: 3.0 * r.work_per_sec, ..r }));
+        let log = Rc::new(RefCell::new(Log::default()));
+        let device = Logged(SimDevice::new(vec![is]), Rc::clone(&log));
+        let mut graph = networks::all().unwrap().remove(2);
+        graph.tf32 = true;
+        let networks = [Network::new(graph).unwrap()];
+        let measured = Bench::new(Box::new(device), &[0], ELEMS, false).measure(&networks, false).unwrap().remove(0);
+        let of = |tf32| measured.rates.iter().filter(move |r| r.family.is_linear_product() && r.tf32 == tf32);
+        let sizes = |tf32| of(tf32).map(|r| (r.family, r.sizes)).collect::<Vec<_>>();
+        assert_eq!(sizes(true), sizes(false));
+        assert!(of(true).count() > 5 && measured.rates.iter().all(|r| !r.tf32 || r.family.is_linear_product()));
+        let near = |rate: &Rate, want: f64| assert!((rate.work_per_sec / want - 1.0).abs() < 1e-3, "{rate:?}, {want}");
+        of(false).for_each(|rate| near(rate, 1e12));
+        of(true).for_each(|rate| near(rate, 3e12));
+        // What was launched: each product as often in tf32 as in f32, and nothing else in tf32.
+        let launched = |tf32: bool| {
+            let runs = log
+                .borrow()
+                .kept
+                .iter()
+                .filter_map(|task| match task {
+                    Task::Run(run) if run.program.steps.len() == 1 && run.program.tf32 == tf32 => {
+                        Some(Arc::clone(&run.program))
+                    }
+                    _ => None,
+                })
+                .collect::<Vec<_>>();
+            (runs.iter().filter(|p| p.steps[0].cost.family.is_linear_product()).count(), runs.len())
+        };
+        let (products, all) = launched(true);
+        assert_eq!((products, products), (all, launched(false).0));
+        assert!(launched(false).1 > products);
+    }
+
     #[test]
     fn alike_devices_share_what_was_measured() {
         let (found, _) = measure(&[stated(1.0), stated(1.0), stated(2.0)], &[0, 0, 2], true);
@@ -512,6 +553,47 @@ mod tests {
                 assert!(first_spans.iter().all(works), "{kind:?} of {d}");
             }
         }
+    }
+
+    /// On the emulated device, with its kernels: what is timed as tf32 leaves other bits than what is timed as f32, where that always leaves the same.
+    #[cfg(feature = "emulator")]
+    #[test]
+    fn what_is_timed_as_tf32_runs_in_tf32() {
+        let spec = DeviceSpec::Emulated { arch: 80, seed: 1, threads: Some(1) };
+        let mut graph = networks::all().unwrap().remove(0);
+        (graph.scratch, graph.tf32) = (true, true);
+        let network = Network::new(graph).unwrap();
+        let arena_bytes = vec![network.arena_bytes.max(LARGE_COPY_BYTES)];
+        let memory = FleetMemory { arena_bytes, host_bytes: host_bytes(1, 1 << 10), ..FleetMemory::default() };
+        let mut bench = Bench::new(start_fleet(&[spec], memory).unwrap(), &[0], 1 << 10, true);
+        let tasks: Vec<Task> = network.tasks(0, 0).collect();
+        // Puts numbers into the arena, and the results of ops.
+        bench.walk(std::slice::from_ref(&network), false).unwrap();
+        let mut output = |of: usize| {
+            let out = network.steps[of].outputs[0].clone().expect("a product has an output");
+            let offset = network.bases[out.area as usize] + out.offset;
+            let from = Span { memory: Memory::Device(0), offset, bytes: out.bytes() };
+            let to = Span { memory: Memory::Host, offset: 0, ..from };
+            bench.time(LaneKind::Compute, 0.0, |_| vec![tasks[of].clone()]).unwrap();
+            bench.time(LaneKind::DeviceToHost, 0.0, |_| vec![Task::Copy(vec![CopySpan { from, to }])]).unwrap();
+            let mut bytes = vec![0; out.bytes() as usize];
+            bench.device.read_host(0, &mut bytes);
+            bytes
+        };
+        let steps = &network.steps;
+        let twins = (0..steps.len()).filter(|&i| steps[i].cost.tf32);
+        let like = |i: usize, j: usize| steps[j].outputs == steps[i].outputs && steps[j].inputs == steps[i].inputs;
+        let mut compared = 0;
+        for tf32 in twins {
+            let f32 = (0..tf32).find(|&j| like(tf32, j)).expect("each is timed as f32 before");
+            let [first, again, rounded] = [f32, f32, tf32].map(&mut output);
+            // One that lies over what it reads is never the same.
+            if first == again {
+                assert!(rounded != first, "{:?} of {:?} is the same in tf32", steps[tf32].op, steps[tf32].cost.sizes);
+                compared += 1;
+            }
+        }
+        assert!(compared > 5, "only {compared} products could be compared");
     }
 
     #[test]

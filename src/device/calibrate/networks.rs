@@ -22,7 +22,7 @@ pub(super) fn all() -> Result<Vec<Graph>> {
     ])
 }
 
-/// Networks that fill a GPU, in each element type that models train in there. Of less than that, starting an op is what takes the time.
+/// Networks that fill a GPU, in each element type that models train in there; where their graphs allow tf32, products are timed in it too. Of less than that, starting an op is what takes the time.
 pub(super) fn large() -> Result<Vec<Graph>> {
     let mut graphs = Vec::new();
     for float in [DType::F32, DType::Bf16] {

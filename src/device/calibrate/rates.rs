@@ -4,14 +4,16 @@ use crate::base::{DType, Result, align_up};
 use crate::device::sim::Rate;
 use crate::device::{Memory, Run, Scalars, Span, Task};
 use crate::graph::{
-    ALIGNMENT, AREAS, Area, Family, Graph, Kind, ModelLayout, Program, ShardLayout, Step, differentiate,
+    ALIGNMENT, AREAS, Area, Cost, Family, Graph, Kind, ModelLayout, Program, ShardLayout, Step, differentiate,
 };
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// A network's one program, and where its areas lie in its part of the arena.
 pub(super) struct Network {
-    pub program: Program,
+    /// What is timed: the program's ops, as in f32 where the graph allows tf32, and there its products once more, in tf32.
+    pub steps: Vec<Step>,
+    area_bytes: [u64; AREAS],
     pub bases: [u64; AREAS],
     pub arena_bytes: u64,
     /// Stretches of its part that hold ids and labels, which must be below [`super::networks::CLASSES`].
@@ -36,7 +38,10 @@ impl Network {
             .filter(|used| graph.inputs[used.input].dtype == DType::I32)
             .map(|used| (bases[Area::Inputs as usize] + used.offset, used.bytes))
             .collect();
-        Ok(Network { program, bases, arena_bytes: align_up(end, ALIGNMENT), integers })
+        let of_precision = |step: &Step, tf32| Step { cost: Cost { tf32, ..step.cost }, ..step.clone() };
+        let again = program.steps.iter().filter(|step| step.cost.tf32).cloned();
+        let steps = program.steps.iter().map(|step| of_precision(step, false)).chain(again).collect();
+        Ok(Network { steps, area_bytes: program.area_bytes, bases, arena_bytes: align_up(end, ALIGNMENT), integers })
     }
 
     /// Where ids and labels lie on `device` when its part of the arena begins at `start`.
@@ -44,10 +49,10 @@ impl Network {
         self.integers.iter().map(move |&(at, bytes)| Span { memory: Memory::Device(device), offset: start + at, bytes })
     }
 
-    /// Each op as a program of its own, in its place on `device`.
+    /// What is timed, each op as a program of its own, in its place on `device`.
     pub fn tasks(&self, device: u16, start: u64) -> impl Iterator<Item = Task> + '_ {
-        self.program.steps.iter().map(move |step| {
-            let one = Program::of_steps(vec![step.clone()], self.program.area_bytes, Vec::new(), false);
+        self.steps.iter().map(move |step| {
+            let one = Program::of_steps(vec![step.clone()], self.area_bytes, Vec::new(), step.cost.tf32);
             run(one, device, self.bases.map(|base| start + base))
         })
     }
@@ -59,31 +64,39 @@ pub(super) fn run(program: Program, device: u16, bases: [u64; AREAS]) -> Task {
     Task::Run(Box::new(Run { program: Arc::new(program), device, bases, scalars, check: false }))
 }
 
-/// Rates by family and size, while they are gathered.
+/// What has a rate of its own: a family in an element type, in tf32 or not, at a size.
+type Measured = (Family, DType, bool, [usize; 3]);
+
+/// Rates while they are gathered.
 #[derive(Default)]
 pub(super) struct Rates {
-    /// Work and seconds of all ops of one family and size.
-    sums: BTreeMap<(Family, DType, [usize; 3]), (f64, f64)>,
+    /// Work and seconds of all ops that share a rate.
+    sums: BTreeMap<Measured, (f64, f64)>,
     pub fastest_bytes_per_sec: f64,
 }
 
 impl Rates {
     /// Adds the ops of a network, which took `secs` each, of which starting took `start_secs`.
     pub fn add(&mut self, network: &Network, secs: &[f64], start_secs: f64) {
-        for (Step { cost, .. }, &secs) in network.program.steps.iter().zip(secs) {
+        for (Step { cost, .. }, &secs) in network.steps.iter().zip(secs) {
             // What is below the clock's and the start's own spread tells nothing of a rate.
             let secs = (secs - start_secs).max(0.05 * start_secs).max(1e-7);
             self.fastest_bytes_per_sec = self.fastest_bytes_per_sec.max(cost.bytes as f64 / secs);
             if cost.work() > 0.0 {
-                let sum = self.sums.entry((cost.family, cost.float, cost.sizes)).or_default();
+                let sum = self.sums.entry((cost.family, cost.float, cost.tf32, cost.sizes)).or_default();
                 *sum = (sum.0 + cost.work(), sum.1 + secs);
             }
         }
     }
 
     pub fn all(self) -> Vec<Rate> {
-        let all = self.sums.into_iter();
-        all.map(|((family, float, sizes), (work, secs))| Rate { family, float, sizes, work_per_sec: work / secs })
-            .collect()
+        let rate = |((family, float, tf32, sizes), (work, secs)): (Measured, (f64, f64))| Rate {
+            family,
+            float,
+            tf32,
+            sizes,
+            work_per_sec: work / secs,
+        };
+        self.sums.into_iter().map(rate).collect()
     }
 }

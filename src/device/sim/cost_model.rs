@@ -14,6 +14,9 @@ pub struct Rate {
     pub family: Family,
     /// As in [`Cost::float`].
     pub float: DType,
+    /// As in [`Cost::tf32`].
+    #[serde(default)]
+    pub tf32: bool,
     /// As in [`Cost::sizes`].
     pub sizes: [usize; 3],
     /// Flops or bytes per second, by [`Family::work`].
@@ -71,7 +74,7 @@ impl CostModel {
                 Work::Flops => flops_per_sec,
                 Work::Bytes => memory_bytes_per_sec,
             };
-            Rate { family, float: DType::F32, sizes: [1; 3], work_per_sec }
+            Rate { family, float: DType::F32, tf32: false, sizes: [1; 3], work_per_sec }
         };
         CostModel {
             rates: Family::ALL.map(rate).to_vec(),
@@ -98,13 +101,15 @@ impl CostModel {
     }
 
     /// The rate at the op's size: the geometric mean of the family's measured rates, each weighted by how near it is. Sizes are apart as their
-    /// ratios are, so a size that was measured gets just that rate. Where nothing was measured in the op's element type, others count.
+    /// ratios are, so a size that was measured gets just that rate. Where nothing was measured in the op's precision, its element type counts, and where
+    /// nothing was in that, others do.
     fn rate(&self, cost: &Cost) -> f64 {
         let log = |size: usize| (size.max(1) as f64).ln();
         let (mut weights, mut sum) = (0.0, 0.0);
         let of_family = || self.rates.iter().filter(|r| r.family == cost.family);
-        let of_its_own = of_family().any(|r| r.float == cost.float);
-        for rate in of_family().filter(|r| !of_its_own || r.float == cost.float) {
+        let like = |r: &&Rate| (r.float == cost.float, r.float == cost.float && r.tf32 == cost.tf32);
+        let likest = of_family().map(|r| like(&r)).max();
+        for rate in of_family().filter(|r| Some(like(r)) == likest) {
             let apart: f64 = rate.sizes.iter().zip(cost.sizes).map(|(&a, b)| (log(a) - log(b)).powi(2)).sum();
             // The square of the squared distance: a far size has next to no say beside a near one.
             let weight = 1.0 / (apart + 1e-3).powi(2);
@@ -203,19 +208,48 @@ mod tests {
     use super::*;
 
     fn cost(family: Family, work: f64, sizes: [usize; 3]) -> Cost {
-        Cost { flops: work, bytes: work as u64, family, float: DType::F32, elems: 0, sizes }
+        Cost { flops: work, bytes: work as u64, family, float: DType::F32, tf32: false, elems: 0, sizes }
     }
 
     #[test]
     fn measured_sizes_have_their_rates_and_others_lie_between() {
         let mut model = CostModel::stated(1e9, 1e12, 1e9);
         model.rates = [(64, 1e9), (1024, 4e9)]
-            .map(|(n, work_per_sec)| Rate { family: Family::Gemm, float: DType::F32, sizes: [n; 3], work_per_sec })
+            .map(|(n, work_per_sec)| Rate {
+                family: Family::Gemm,
+                float: DType::F32,
+                tf32: false,
+                sizes: [n; 3],
+                work_per_sec,
+            })
             .to_vec();
         let secs = |n: usize| model.op_secs(&cost(Family::Gemm, 1e9, [n; 3]));
         assert!((secs(64) - 1.0).abs() < 1e-3 && (secs(1024) - 0.25).abs() < 1e-3, "{} {}", secs(64), secs(1024));
         assert!(secs(64) > secs(128) && secs(128) > secs(256) && secs(256) > secs(1024));
         assert!(secs(0) > 0.8 && secs(1 << 20) < 0.5, "outside what was measured the nearest counts for most");
+    }
+
+    #[test]
+    fn a_precision_has_its_own_rates_where_it_was_measured() {
+        let mut model = CostModel::stated(1e9, 1e12, 1e9);
+        let rate = |float, tf32, work_per_sec| Rate { family: Family::Gemm, float, tf32, sizes: [9; 3], work_per_sec };
+        let f32s = Cost { float: DType::F32, ..cost(Family::Gemm, 8e9, [9; 3]) };
+        let tf32s = Cost { tf32: true, ..f32s };
+        let bf16s = Cost { float: DType::Bf16, ..f32s };
+        // With all three, without tf32 as in older profiles, without f32, and of another type alone.
+        let (f, t, b) = (rate(DType::F32, false, 1e9), rate(DType::F32, true, 4e9), rate(DType::Bf16, false, 8e9));
+        for (rates, want) in [
+            (vec![f, t, b], [8.0, 2.0, 1.0]),
+            (vec![f, b], [8.0, 8.0, 1.0]),
+            (vec![t, b], [2.0, 2.0, 1.0]),
+            (vec![b], [1.0; 3]),
+            (vec![f], [8.0; 3]),
+        ] {
+            model.rates = rates;
+            for (cost, want) in [f32s, tf32s, bf16s].iter().zip(want) {
+                assert!((model.op_secs(cost) - want).abs() < 1e-6, "{cost:?}: {}, want {want}", model.op_secs(cost));
+            }
+        }
     }
 
     #[test]
@@ -266,6 +300,9 @@ mod tests {
         let mut json = serde_json::to_value(&model).unwrap();
         for key in ["device_norm_bytes_per_sec", "host_norm_bytes_per_sec", "cores"] {
             assert!(json.as_object_mut().unwrap().remove(key).is_some(), "{key}");
+        }
+        for rate in json["rates"].as_array_mut().unwrap() {
+            assert!(rate.as_object_mut().unwrap().remove("tf32").is_some());
         }
         assert_eq!(serde_json::from_value::<CostModel>(json).unwrap(), model);
     }
