@@ -256,6 +256,43 @@ fn plan_is_text_or_what_plan_json_holds_and_writes_nothing() {
     job.hydra(&["plan", "--set", "device.0.profile=v10"]).bad(&["device.0.profile", "v10", "did you mean \"v100\""]);
 }
 
+/// What `plan` says would help, each promise held against the plan of a job that has that thing: its name, and how to set it. Three at least are
+/// worth a line.
+fn keeps_what_it_promises(job: &Job, things: &[(&str, &str)]) -> String {
+    let step_secs = |sets: &[&str]| -> f64 {
+        let ran = job.hydra(&[&["plan", "--json"], sets].concat()).fine();
+        let plan: Value = serde_json::from_str(&ran.out).expect("one JSON object");
+        plan["step_secs"].as_f64().expect("seconds")
+    };
+    let text = job.hydra(&["plan"]).fine().out;
+    let (_, help) = text.split_once("what would help:\n").expect("it is said");
+    let (before, mut kept) = (step_secs(&[]), 0);
+    for (what, set) in things {
+        let gain = before / step_secs(&["--set", set]);
+        let line = help.lines().find(|line| line.trim_start().starts_with(what));
+        let said = line.map(|line| line.contains(&format!("  {gain:.2} times as fast  ")));
+        assert_eq!(said, (gain >= 1.03).then_some(true), "{what}: {gain} {help}");
+        kept += usize::from(said.is_some());
+    }
+    assert!(kept >= 3, "{help}");
+    help.to_string()
+}
+
+#[test]
+fn a_plan_for_one_model_says_what_would_help_and_keeps_it() {
+    let sim = "[[device]]\nkind = 'sim'\nmemory = '200 KiB'\nlink = '4 MB/s'\nflops = '2 GFLOP/s'\nmemory_bandwidth = '400 MB/s'\n";
+    let job = Job::new(&format!("{sim}{}", GPT.replace("n_layer = 2", "n_layer = 4")));
+    keeps_what_it_promises(
+        &job,
+        &[
+            ("a link twice as fast", "device.0.link=8 MB/s"),
+            ("twice the device memory", "device.0.memory=400 KiB"),
+            ("all the device memory", "device.0.memory=1 GiB"),
+            ("slots = 3", "run.slots=3"),
+        ],
+    );
+}
+
 #[test]
 fn a_plan_for_several_devices_says_what_would_help_and_keeps_it() {
     let sim = "[run]\npolicy = 'locality-lrtf'\npipeline = 'always'\n[[device]]\nkind = 'sim'\ncount = 2\nmemory = '200 KiB'\n\
@@ -263,29 +300,17 @@ fn a_plan_for_several_devices_says_what_would_help_and_keeps_it() {
     let model =
         GPT.replace("n_layer = 2", "n_layer = 4").replace("batch = 4\nmicrobatch = 2", "batch = 8\nmicrobatch = 1");
     let job = Job::new(&format!("{sim}{model}"));
-    let plan = |sets: &[&str]| -> Value {
-        let sets: Vec<&str> = sets.iter().flat_map(|set| ["--set", set]).collect();
-        let ran = job.hydra(&[&["plan", "--json"], &sets[..]].concat()).fine();
-        serde_json::from_str(&ran.out).expect("one JSON object")
-    };
     let text = job.hydra(&["plan"]).fine().out;
     assert!(text.contains("go on from device to device"), "{text}");
-    let (_, help) = text.split_once("\nwhat would help:\n").expect("it is said");
-    let before = plan(&[])["step_secs"].as_f64().expect("seconds");
-    let mut kept = 0;
-    for (what, set) in [
-        ("links twice as fast", "device.0.link=8 MB/s"),
-        ("twice the device memory", "device.0.memory=400 KiB"),
-        ("one device more", "device.0.count=3"),
-        ("slots = 3", "run.slots=3"),
-    ] {
-        let gain = before / plan(&[set])["step_secs"].as_f64().expect("seconds");
-        let line = help.lines().find(|line| line.trim_start().starts_with(what));
-        let said = line.map(|line| line.contains(&format!("  {gain:.2} times as fast  ")));
-        assert_eq!(said, (gain >= 1.03).then_some(true), "{what}: {gain} {help}");
-        kept += usize::from(said.is_some());
-    }
-    assert!(kept >= 3, "{help}");
+    let help = keeps_what_it_promises(
+        &job,
+        &[
+            ("links twice as fast", "device.0.link=8 MB/s"),
+            ("twice the device memory", "device.0.memory=400 KiB"),
+            ("one device more", "device.0.count=3"),
+            ("slots = 3", "run.slots=3"),
+        ],
+    );
     assert!(!help.contains("recompute"), "it is \"auto\" already: {help}");
     let quick = ["--set", "device.0.link=60 MB/s", "--set", "device.0.memory=600 KiB"];
     let always = job.hydra(&[&["plan", "--set", "run.recompute=always"], &quick[..]].concat()).fine().out;

@@ -255,7 +255,8 @@ pub(super) fn batch_inputs<'a>(names: &[String], batch: &'a Batch) -> Result<Vec
 /// # Errors
 /// As [`Plan::new`].
 pub fn plan_model(model: &Model, options: &TrainOptions, cost: &CostModel) -> Result<Plan> {
-    let wishes = PlanOptions { moments: options.optimizer.moments(), ..options.plan.clone() };
+    let wishes =
+        PlanOptions { moments: options.optimizer.moments(), clips: options.clip.is_some(), ..options.plan.clone() };
     Plan::new(model, &wishes, cost)
 }
 

@@ -20,8 +20,9 @@ const WORTH_SAYING: f64 = 1.03;
 
 /// Predictions of the same model with more of one thing, the best first.
 pub fn what_would_help(model: &Planned, planned: &PlannedJob) -> String {
-    let options = &model.prepared.options;
-    let cost = &planned.machine.first().cost;
+    let (first, mut options) = (planned.machine.first(), model.prepared.options.clone());
+    (options.plan.device_budget, options.plan.host_budget) = (first.budget, planned.machine.host_budget);
+    let cost = &first.cost;
     let mut tries: Vec<(String, TrainOptions, CostModel)> = Vec::new();
     if let Some(budget) = options.plan.device_budget {
         for (what, bytes) in [("twice the device memory", Some(2 * budget)), ("all the device memory it wants", None)] {
