@@ -20,6 +20,7 @@ mod state;
 mod tables;
 mod turns;
 mod unit_cost;
+mod update;
 mod visit;
 pub use simulate::{Prediction, SimulateOptions, Simulation, bounds_of, predict, simulate};
 pub use state::Stored;

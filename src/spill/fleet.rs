@@ -5,7 +5,9 @@
 //! a device runs one unit at a time. What a budget leaves over becomes further weight slots, which keep shards for their next visit, and entries for
 //! boundary activations.
 
-use super::memory::{ArenaMap, BoundaryTier, Choice, Tape, arena_map_of};
+use super::memory::{
+    ArenaMap, BoundaryTier, Choice, Tape, arena_map_of, visiting_gradient_bytes, visiting_gradients_at,
+};
 use super::model::Model;
 use super::plan::Plan;
 use super::shard::ShardPrograms;
@@ -251,19 +253,6 @@ fn shared_maps(tenants: &[Tenant], spare: Spare, tape: &mut Tape) -> Vec<ArenaMa
         ..shared.clone()
     };
     tenants.iter().map(of_each).collect()
-}
-
-/// Where, after a shard's gradients, further accumulators of parameters that it owns lie when they visit its device to be added.
-pub fn visiting_gradients_at(shards: &[ShardPrograms], shard: usize) -> u64 {
-    align_up(shards[shard].layout.gradient_bytes, ALIGNMENT)
-}
-
-/// Bytes of those accumulators: every use of its parameters in another shard.
-pub(super) fn visiting_gradient_bytes(model: &Model, shards: &[ShardPrograms], shard: usize) -> u64 {
-    let own = &shards[shard].layout.own;
-    let others = shards.iter().enumerate().filter(|&(s, _)| s != shard).flat_map(|(_, o)| &o.layout.shared);
-    let owned = others.filter(|u| own.contains(&model.layout.parameter[u.parameter]));
-    owned.map(|u| align_up(model.gradient_bytes(u.parameter), ALIGNMENT)).sum()
 }
 
 /// Bytes of a shard's moments and remainders, end to end.

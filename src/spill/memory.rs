@@ -3,7 +3,6 @@
 //! A map is made by laying stretches end to end; its total is the exact number of bytes that the run will touch, which is what
 //! budgets are held against.
 
-use super::fleet::{visiting_gradient_bytes, visiting_gradients_at};
 use super::model::Model;
 use super::shard::ShardPrograms;
 use crate::base::align_up;
@@ -260,6 +259,19 @@ pub fn arena_map_of(
         workspace,
         bytes: tape.end,
     }
+}
+
+/// Where, after a shard's gradients, further accumulators of parameters that it owns lie when they visit its device to be added.
+pub fn visiting_gradients_at(shards: &[ShardPrograms], shard: usize) -> u64 {
+    align_up(shards[shard].layout.gradient_bytes, ALIGNMENT)
+}
+
+/// Bytes of those accumulators: every use of its parameters in another shard.
+pub(super) fn visiting_gradient_bytes(model: &Model, shards: &[ShardPrograms], shard: usize) -> u64 {
+    let own = &shards[shard].layout.own;
+    let others = shards.iter().enumerate().filter(|&(s, _)| s != shard).flat_map(|(_, o)| &o.layout.shared);
+    let owned = others.filter(|u| own.contains(&model.layout.parameter[u.parameter]));
+    owned.map(|u| align_up(model.gradient_bytes(u.parameter), ALIGNMENT)).sum()
 }
 
 /// Maps the host's store.

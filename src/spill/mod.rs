@@ -14,11 +14,11 @@ mod stand_in;
 
 pub use baselines::{Baseline, Lined, place_baseline};
 pub use cut::{CutRule, balanced, max_fill};
-pub use fleet::{FleetMap, Home, Placed, update_state_bytes, visiting_gradients_at};
+pub use fleet::{FleetMap, Home, Placed, update_state_bytes};
 pub use fleet_plan::{
     FleetDevice, FleetModel, FleetPlan, check_host, named, plan_anywhere, plan_at_home, plan_fleet, plan_pipelined,
 };
-pub use memory::{ArenaMap, BoundaryTier, Choice, HostMap};
+pub use memory::{ArenaMap, BoundaryTier, Choice, HostMap, visiting_gradients_at};
 pub use model::Model;
 pub use plan::{Plan, PlanOptions, Recompute};
 pub use shard::ShardPrograms;

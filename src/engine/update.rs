@@ -1,0 +1,221 @@
+//! The update of a shard: its task, piece by piece, the state that visits for it, and what it makes stale.
+//!
+//! Where a shard is settled (`settle`) says which device or host does it; the tasks are the same, and so are the bits.
+
+use super::Engine;
+use super::settle::{Settled, within};
+use super::site::Site;
+use super::tables::Piece;
+use crate::device::{Clip, CopySpan, Span, Task, Update};
+use crate::spill::{Home, update_state_bytes};
+use crate::trace::What;
+use std::ops::Range;
+
+impl Engine {
+    /// Makes the update of a shard whose gradients and norms are there once the tasks made so far have run.
+    pub(super) fn update(&mut self, site: &Site, done: &Settled, deadline: u64) {
+        let s = done.shard;
+        if self.members[site.member].tables.segments[s].is_empty() {
+            return;
+        }
+        if site.plan.choice.rests(s) {
+            self.fetch_state(site);
+        }
+        let visiting = (!site.plan.choice.rests(s) && site.plan.choice.updates_on_device)
+            .then(|| self.fetch_update_state(site, s));
+        for i in 0..self.members[site.member].tables.pieces[s].len() {
+            self.update_piece(site, done, i, visiting, deadline);
+        }
+        if let Some(visiting) = visiting {
+            self.spill_updated(site, s, visiting);
+        }
+        self.refresh_copies(site, s, deadline);
+    }
+
+    fn update_piece(&mut self, site: &Site, done: &Settled, i: usize, visiting: Option<u64>, deadline: u64) {
+        let (s, plan, map) = (done.shard, &site.plan, &site.map);
+        let Piece { range: Range { start, end }, segments } = self.members[site.member].tables.pieces[s][i].clone();
+        let (flat, bytes) = (plan.shards[s].layout.own.start + start, end - start);
+        // Moments and gradients may be wider than weights, and lie as many times further on.
+        let ratio = site.model.layout.wide_ratio;
+        let (wide_start, wide_bytes) = (start * ratio, bytes * ratio);
+        let (weight, remainder, moments) = if plan.choice.rests(s) {
+            let of = |at: &u64| site.arena(at + wide_start, wide_bytes);
+            let remainder = map.remainders.get(s).map(|at| site.arena(at + start, bytes));
+            let moments = [0, 1].map(|i| map.moments[i].get(s).map(of));
+            (site.arena(map.weight_slots[s] + start, bytes), remainder, moments)
+        } else if let Some(state) = visiting {
+            let slot = self.rings[site.rings].weights.find(site.shard(s));
+            let slot = slot.expect("the shard's backward has just used its weights here");
+            let moments =
+                [0, 1].map(|i| (i < plan.moments).then(|| site.arena(state + i as u64 * wide_bytes, wide_bytes)));
+            let after_moments = state + plan.moments as u64 * wide_bytes;
+            let remainder = site.model.has_remainders().then(|| site.arena(after_moments, bytes));
+            (site.arena(map.weight_slots[slot], bytes), remainder, moments)
+        } else {
+            let of = |i: usize| site.store(plan.host.moments[i] + flat * ratio, wide_bytes);
+            let remainder = site.model.has_remainders().then(|| site.store(plan.host.remainders + flat, bytes));
+            let moments = [0, 1].map(|i| (i < plan.moments).then(|| of(i)));
+            (site.store(plan.host.weights + flat, bytes), remainder, moments)
+        };
+        let gradient = within(Self::gradients(site, done), wide_start, wide_bytes);
+        let loss_bytes = 4 * site.model.microbatches as u64;
+        let gate = match Self::on_device(site, s) {
+            true => site.arena(map.losses[site.parity()], loss_bytes),
+            false => site.store(plan.host.losses[site.parity()], loss_bytes),
+        };
+        let clip = done.clip.map(|max_norm| Clip { max_norm, table: self.norms(site, s) });
+        let mut reads = vec![gradient, gate];
+        reads.extend(clip.map(|c| c.table));
+        let mut writes = vec![weight];
+        writes.extend(remainder.iter().chain(moments.iter().flatten()));
+        let update = Update { rule: done.rule, segments, weight, remainder, moments, gradient, clip, gate };
+        let task = Task::Update(Box::new(update));
+        self.add(site, Self::math_lane(site, s), (What::Update, s), deadline, task, &reads, &writes);
+    }
+
+    /// What only updates touch of a shard, end to end as it visits: sizes, and where it is at home.
+    fn update_state_at_home(site: &Site, s: usize) -> impl Iterator<Item = Span> {
+        let (own, ratio, host) = (&site.plan.shards[s].layout.own, site.model.layout.wide_ratio, &site.plan.host);
+        let bytes = own.end - own.start;
+        let moment = |i: usize| site.store(host.moments[i] + own.start * ratio, bytes * ratio);
+        let moments = [0, 1].map(|i| (i < site.plan.moments).then(|| moment(i)));
+        let remainder = site.model.has_remainders().then(|| site.store(host.remainders + own.start, bytes));
+        moments.into_iter().chain([remainder]).flatten()
+    }
+
+    /// Brings a shard's remainders and moments to the device for one update; returns where they will lie.
+    fn fetch_update_state(&mut self, site: &Site, s: usize) -> u64 {
+        if update_state_bytes(&site.model, &site.plan.shards, site.plan.moments, s) == 0 {
+            return 0;
+        }
+        let states = &mut self.rings[site.rings].update_states;
+        let base = site.map.update_states[states.take(site.shard(s), &[])];
+        let mut at = base;
+        let spans = Self::update_state_at_home(site, s).map(|from| {
+            at += from.bytes;
+            CopySpan { from, to: site.arena(at - from.bytes, from.bytes) }
+        });
+        let spans = spans.collect();
+        self.copy(site, What::FetchState, s, None, spans);
+        base
+    }
+
+    /// Sends an updated shard's weights home, with the state that visited.
+    fn spill_updated(&mut self, site: &Site, s: usize, state: u64) {
+        let own = &site.plan.shards[s].layout.own;
+        let slot = self.rings[site.rings].weights.find(site.shard(s)).expect("its update has just been made");
+        for i in 0..self.members[site.member].tables.copies[s].len() {
+            let Range { start, end } = self.members[site.member].tables.copies[s][i];
+            let from = site.arena(site.map.weight_slots[slot] + start, end - start);
+            let to = site.store(site.plan.host.weights + own.start + start, end - start);
+            self.copy(site, What::SpillWeights, s, None, vec![CopySpan { from, to }]);
+        }
+        let mut at = state;
+        let spans = Self::update_state_at_home(site, s).map(|to| {
+            at += to.bytes;
+            CopySpan { from: site.arena(at - to.bytes, to.bytes), to }
+        });
+        let spans = spans.collect();
+        self.copy(site, What::SpillState, s, None, spans);
+    }
+
+    /// After an update of shard `s`: copies of its weights elsewhere are stale.
+    fn refresh_copies(&mut self, site: &Site, s: usize, deadline: u64) {
+        if !site.plan.choice.resident {
+            // Where the device has made the update, its own copy is the new one.
+            let stays = Self::on_device(site, s) || self.fetch_updated(site, s, deadline);
+            for device in 0..self.lanes.len() {
+                let member = &self.members[site.member];
+                let (rings, borrows) = (member.rings[device], &member.tables.borrows);
+                let stale = |shard: usize| shard == s && !(stays && rings == site.rings);
+                let borrower = |shard: usize| borrows[shard].iter().any(|b| b.owner == s);
+                let weights = &mut self.rings[rings].weights;
+                weights.forget(|held| held.model == site.member && stale(held.shard));
+                weights.mark(|held| held.model == site.member && borrower(held.shard));
+            }
+            return;
+        }
+        for user in 0..site.plan.shards.len() {
+            let there = self.moved(site, self.members[site.member].home_of(user).expect("it has a home"));
+            let borrows = self.members[site.member].tables.borrows[user].iter().filter(|b| b.owner == s);
+            let copies = borrows.map(|b| {
+                let from = site.arena(site.map.weight_slots[s] + b.in_owner, b.bytes);
+                (
+                    from,
+                    site.store(site.plan.host.weights + b.flat, b.bytes),
+                    there.arena(there.map.weight_slots[user] + b.at, b.bytes),
+                )
+            });
+            if there.device == site.device {
+                let spans = copies.map(|(from, _, to)| CopySpan { from, to }).collect();
+                self.copy(site, What::Update, user, None, spans);
+            } else {
+                let (down, up): (Vec<_>, Vec<_>) =
+                    copies.map(|(from, home, to)| (CopySpan { from, to: home }, CopySpan { from: home, to })).unzip();
+                self.copy(site, What::SpillWeights, user, None, down);
+                self.copy(&there, What::FetchWeights, user, None, up);
+            }
+        }
+    }
+
+    /// Brings what the host has updated of a shard back into the slot that held it, as a part of the next step; tells whether it does.
+    ///
+    /// Copies to the device have little to do while gradients leave it. So this is worth its bytes where the next step is to come here too, and the
+    /// slot is not handed out before: least recently used goes first, and until this shard's next visit those before it have theirs.
+    fn fetch_updated(&mut self, site: &Site, s: usize, deadline: u64) -> bool {
+        let (member, weights) = (&self.members[site.member], &self.rings[site.rings].weights);
+        let spare = weights.len().saturating_sub(site.plan.choice.slots);
+        if spare == 0 || member.placed.home != Home::Anywhere || !member.returns[s] {
+            return false;
+        }
+        let others = || self.members.iter().filter(|m| m.placed.home == Home::Anywhere && !m.over);
+        let between = (s + 1) * others().count().div_ceil(self.lanes.len());
+        let all: usize = others().map(|m| m.plan.shards.len()).sum();
+        let next = member.pending.iter().skip_while(|p| p.serial != site.serial).nth(1);
+        let (true, Some(next), Some(slot)) = (
+            between <= spare || all <= weights.len(),
+            next.map(|p| (p.step, p.serial)),
+            weights.slot_of(site.shard(s)),
+        ) else {
+            return false;
+        };
+        let next = Site { step: next.0, serial: next.1, ..site.clone() };
+        let (base, own) = (site.map.weight_slots[slot], site.plan.shards[s].layout.own.start);
+        for i in 0..self.members[site.member].tables.pieces[s].len() {
+            let Range { start, end } = self.members[site.member].tables.pieces[s][i].range;
+            let from = site.store(site.plan.host.weights + own + start, end - start);
+            let to = site.arena(base + start, end - start);
+            let task = Task::Copy(vec![CopySpan { from, to }]);
+            self.add(&next, site.lanes.h2d, (What::FetchWeights, s), deadline, task, &[from], &[to]);
+        }
+        true
+    }
+
+    /// Brings the remainders and moments of shards at rest to their devices before the first update.
+    fn fetch_state(&mut self, site: &Site) {
+        if std::mem::replace(&mut self.members[site.member].state_fetched, true) {
+            return;
+        }
+        for s in (0..site.plan.shards.len()).filter(|&s| site.plan.choice.rests(s)) {
+            let there = self.moved(site, self.members[site.member].home_of(s).expect("it has a home"));
+            let spans = Self::resident_state(&there, s).map(|(to, from)| CopySpan { from, to }).collect();
+            self.copy(&there, What::FetchState, s, None, spans);
+        }
+    }
+
+    /// At rest: where what only updates touch, a shard's remainders and moments, lies on its device and at home.
+    pub(super) fn resident_state(site: &Site, s: usize) -> impl Iterator<Item = (Span, Span)> {
+        let (map, plan, ratio) = (&site.map, &site.plan, site.model.layout.wide_ratio);
+        let own = &plan.shards[s].layout.own;
+        let remainder = map.remainders.get(s).map(|&at| (at, plan.host.remainders, 1));
+        let moments = [0, 1].map(|i| map.moments[i].get(s).map(|&at| (at, plan.host.moments[i], ratio)));
+        let spans = [remainder, moments[0], moments[1]].map(|place| {
+            place.map(|(arena, host, ratio)| {
+                let bytes = (own.end - own.start) * ratio;
+                (site.arena(arena, bytes), site.store(host + own.start * ratio, bytes))
+            })
+        });
+        spans.into_iter().flatten()
+    }
+}
