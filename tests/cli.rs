@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
@@ -32,7 +33,13 @@ struct Job {
 }
 
 impl Job {
+    /// A folder with the job `text`; its devices have rates that were measured once.
     fn new(text: &str) -> Job {
+        Job::measured(&with_rates(text))
+    }
+
+    /// The same as it is: whoever plans measures its devices.
+    fn measured(text: &str) -> Job {
         let folder = tempfile::tempdir().expect("a folder");
         fs::write(folder.path().join("job.toml"), text).expect("job.toml");
         Job { folder }
@@ -40,7 +47,7 @@ impl Job {
 
     /// The fixture `case` with its own batches.
     fn fixture(case: &str) -> Job {
-        let job = Job::new("");
+        let job = Job::measured("");
         copy_folder(&fixture(case).join("model"), &job.at("model"));
         fs::copy(fixture(case).join("batches.safetensors"), job.at("batches.safetensors")).expect("batches");
         let batch = if case == "gpt2" { 2 } else { batch_of(case) };
@@ -63,6 +70,23 @@ impl Job {
 
     fn json(&self, path: &str) -> Value {
         serde_json::from_slice(&fs::read(self.at(path)).expect(path)).expect("json")
+    }
+}
+
+/// The job `text`, whose devices take their rates from a profile of this machine unless they are simulated.
+fn with_rates(text: &str) -> String {
+    static PROFILE: OnceLock<TempDir> = OnceLock::new();
+    let folder = PROFILE.get_or_init(|| {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("here.json").display().to_string();
+        hydra(&["devices", "--profile", &path]).fine();
+        folder
+    });
+    let profile = format!("[[device]]\nprofile = '{}'\n", folder.path().join("here.json").display());
+    match text.contains("[[device]]\n") {
+        true if text.contains("kind = 'sim'") => text.to_string(),
+        true => text.replace("[[device]]\n", &profile),
+        false => profile + text,
     }
 }
 
@@ -158,7 +182,7 @@ fn taken_apart(bytes: &[u8]) -> (Value, Vec<u8>) {
 
 #[test]
 fn a_run_leaves_plan_metrics_trace_and_a_model_that_loads_again() {
-    let job = Job::new(GPT);
+    let job = Job::measured(GPT);
     let ran = job.hydra(&["train", "--json"]).fine();
     let said: Value = serde_json::from_str(&ran.out).expect("one JSON object");
     assert_eq!(said["models"][0]["steps"], 4);
@@ -239,6 +263,30 @@ fn plain_lines_and_validation() {
     fs::write(job.at("held.txt"), "Held out. ".repeat(9)).expect("text");
     let own = job.hydra(&["train", "--set", "run.out=own", "--set", "model.0.valid={ text = 'held.txt', every = 9 }"]);
     assert_eq!(own.fine().out.matches("held-out loss").count(), 2);
+}
+
+#[test]
+fn a_device_that_states_a_profile_is_not_measured() {
+    let job = Job::measured(&format!("[host]\nmemory = '1 GiB'\n[[device]]\nprofile = 'rates.json'\n{GPT}"));
+    job.hydra(&["plan"]).bad(&["device.0.profile", "rates.json", "cannot be read"]);
+    let rates = job.at("rates.json").display().to_string();
+    hydra(&["devices", "--profile", &rates]).fine();
+    let plan = job.hydra(&["plan", "--json"]).fine().out;
+    assert_eq!(job.hydra(&["plan", "--json"]).fine().out, plan, "nothing was measured in between");
+    let half = |cost: &mut Value| match cost {
+        Value::Number(rate) => *cost = json!(rate.as_f64().expect("a rate") / 2.0),
+        _ => panic!("{cost} is no rate"),
+    };
+    let mut cost = job.json("rates.json");
+    cost["rates"].as_array_mut().expect("rates").iter_mut().for_each(|rate| half(&mut rate["work_per_sec"]));
+    fs::write(job.at("rates.json"), cost.to_string()).expect("rates.json");
+    let step_secs = |plan: &str| serde_json::from_str::<Value>(plan).expect("json")["step_secs"].as_f64();
+    let slower = job.hydra(&["plan", "--json"]).fine().out;
+    assert!(step_secs(&slower) > step_secs(&plan), "{slower} {plan}");
+    job.hydra(&["train"]).fine();
+    assert_eq!(job.json("runs/job/plan.json")["step_secs"].as_f64(), step_secs(&slower));
+    fs::write(job.at("rates.json"), "{}").expect("rates.json");
+    job.hydra(&["train", "--set", "run.out=again"]).bad(&["device.0.profile", "is no profile"]);
 }
 
 #[test]
@@ -652,7 +700,7 @@ fn bad_jobs() {
     }
     job.hydra(&["train", "--set", "run.out=job.toml"]).bad(&["job.toml", "is a file"]);
     job.hydra(&["train", "--set", "run.out=."]).bad(&["holds no run", "job.toml is there already"]);
-    assert_eq!(fs::read_to_string(job.at("job.toml")).expect("job"), GPT);
+    assert_eq!(fs::read_to_string(job.at("job.toml")).expect("job"), with_rates(GPT));
     job.hydra(&["train", "--set", "run.out=/dev/null/x"]).bad(&["/dev/null/x"]);
     // A file system that takes nothing, for root neither.
     let read_only = job.hydra(&["train", "--set", "run.out=/sys/kernel/hydra"]);

@@ -14,7 +14,11 @@
 #define __restrict__ __restrict
 #define __align__(n) __attribute__((aligned(n)))
 #define __builtin_assume(condition) ((void)0)
+#if defined(__SANITIZE_THREAD__)
+#define DEV inline __attribute__((always_inline))  // then few local arrays have an address, and none without is watched
+#else
 #define DEV inline
+#endif
 // For what the race detector must not see: the emulator's own accesses inside of a kernel's object.
 #define GPU_QUIET __attribute__((no_sanitize("thread")))
 

@@ -226,9 +226,11 @@ static void remember_read(Cell& c, uint32_t clock, uint32_t thread, const Thread
 
 void access(const void* p, size_t bytes, bool write) {
   if (!on || !cur || bytes == 0) return;
+  const Thread* t = self();
+  // Most accesses are to local arrays, which are the thread's own.
+  if (static_cast<size_t>(static_cast<const char*>(p) - t->fiber.stack) < t->fiber.stack_bytes) return;
   const Where w = find(p, bytes);
   if (!w.cells) return;
-  const Thread* t = self();
   for (size_t i = w.first; i <= w.last; i++) {
     const char* at = static_cast<const char*>(p) + (i - w.first) * CELL_BYTES;
     if (w.visits) check_blocks(w, i, write, at);

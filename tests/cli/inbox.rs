@@ -216,6 +216,8 @@ fn a_run_of_one_model_takes_no_other_but_is_cancelled() {
     fs::create_dir_all(job.at("runs/job/inbox")).expect("an inbox");
     drop_in(&job, "runs/job", "n.toml", &model("n", ""));
     drop_in(&job, "runs/job", "m.cancel", "");
+    // Files that have just changed may still be written to, and are left for the next look, before which this run would end.
+    std::thread::sleep(Duration::from_millis(300));
     let ran = job.hydra(&["train"]).fine();
     assert!(ran.out.contains("m: cancelled, 0 steps done"), "{ran:?}");
     let reason = fs::read_to_string(job.at("runs/job/inbox/n.toml.reason")).expect("a reason");

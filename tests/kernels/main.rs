@@ -130,7 +130,9 @@ fn check(case: &Case, computed: bool, devices: &[(String, DeviceSpec)]) {
         let oracle = if dtype == DType::F32 { DType::F64 } else { dtype };
         let want = run(&DeviceSpec::default(), case, computed, oracle);
         let all = length(want.gradients.iter().flat_map(|(_, g)| g.iter().copied()));
-        for (device, spec) in devices {
+        // Kernels in f32 are those of every architecture.
+        let once = dtype == DType::F32 && extent() == Extent::Brief && devices.len() > 1;
+        for (device, spec) in if once { &devices[..1] } else { devices } {
             let what = format!("{}, computed {computed}, {dtype}, {device}", case.name);
             let got = run(spec, case, computed, dtype);
             near(&format!("{what}: losses"), &got.losses, &want.losses, 0.0, tolerance(dtype));

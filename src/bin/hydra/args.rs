@@ -83,7 +83,7 @@ pub enum Command {
         /// Write devices.json into this folder
         #[arg(long, value_name = "DIR")]
         out: Option<PathBuf>,
-        /// Write the first device's measured rates into this file, for profile = "FILE.json" of a sim device
+        /// Write the first device's measured rates into this file, for profile = "FILE.json" of a [[device]], which is then not measured
         #[arg(long, value_name = "FILE.json")]
         profile: Option<PathBuf>,
     },

@@ -168,7 +168,7 @@ pub struct Device {
     pub flops: Option<f64>,
     /// Sim: bytes per second of its own memory; there exactly when `flops` is.
     pub memory_bandwidth: Option<f64>,
-    /// Sim: a named set of rates, or a file with one; there exactly when `flops` is not.
+    /// A named set of rates, or a file with one. Sim: there exactly when `flops` is not; others: in place of what would be measured.
     pub profile: Option<String>,
     /// The same as a path, absolute.
     pub profile_path: Option<PathBuf>,
@@ -352,7 +352,7 @@ fn read_device(s: &Section) -> Result<Device> {
     use DeviceKind::{Host, Sim};
     let kind = s.word("kind", &DeviceKind::WORDS)?.unwrap_or(Host);
     if kind != Sim {
-        s.refuse(&["flops", "memory_bandwidth", "profile"], "is for kind = \"sim\" only; leave it out")?;
+        s.refuse(&["flops", "memory_bandwidth"], "is for kind = \"sim\" only; leave it out")?;
     }
     if kind != Host {
         s.refuse(&["threads"], "is for kind = \"host\" only; leave it out")?;

@@ -130,7 +130,7 @@ pub fn check_devices(file: &str, job: &Job, trains: bool) -> Result<()> {
     Ok(())
 }
 
-/// The rates of a sim device.
+/// The rates of a device that states them.
 fn stated_cost(file: &str, i: usize, device: &job::Device) -> Result<CostModel> {
     let Some(profile) = &device.profile else {
         let (flops, memory) = (device.flops.unwrap_or(1e12), device.memory_bandwidth.unwrap_or(1e11));
@@ -165,32 +165,30 @@ pub fn device_spec(device: &job::Device, ordinal: usize) -> DeviceSpec {
     }
 }
 
-/// The job's devices, measured where they are real, as many at once as will be at work.
+/// The job's devices. Real ones that state no profile are measured, as many at once as will be at work.
 ///
 /// # Errors
 /// When rates are at fault or cannot be measured.
 pub fn machine(file: &str, job: &Job) -> Result<Machine> {
-    let mut devices = Vec::new();
+    let (mut devices, mut unmeasured) = (Vec::new(), Vec::new());
     // The n-th device lies on GPU n, over and over where there are fewer.
     let gpus = if job.devices[0].kind == DeviceKind::Cuda { gpus().len().max(1) } else { 1 };
     for (i, device) in job.devices.iter().enumerate() {
-        // What a real device does is measured below.
-        let cost = match device.kind {
-            DeviceKind::Sim => stated_cost(file, i, device)?,
-            _ => CostModel::stated(1.0, 1.0, 1.0),
-        };
+        let measured = device.kind != DeviceKind::Sim && device.profile.is_none();
+        let cost = if measured { CostModel::stated(1.0, 1.0, 1.0) } else { stated_cost(file, i, device)? };
         for _ in 0..device.count {
             let spec = device_spec(device, devices.len() % gpus);
+            unmeasured.extend(measured.then_some(devices.len()));
             let one = MachineDevice { kind: device.kind, spec, cost: cost.clone(), budget: device.memory };
             devices.push((one, device.link));
         }
     }
-    // All are of one kind, as `check_devices` has seen to.
-    if job.devices[0].kind != DeviceKind::Sim {
-        let specs: Vec<DeviceSpec> = devices.iter().map(|(d, _)| d.spec.clone()).collect();
-        let at_work = at_work(job.run.policy, job.models.len(), specs.len());
-        let costs = measured(specs, at_work)?;
-        devices.iter_mut().zip(costs).for_each(|((device, _), cost)| device.cost = cost);
+    if !unmeasured.is_empty() {
+        let specs: Vec<DeviceSpec> = unmeasured.iter().map(|&d| devices[d].0.spec.clone()).collect();
+        let at_work = at_work(job.run.policy, job.models.len(), devices.len()).min(specs.len());
+        for (d, cost) in unmeasured.into_iter().zip(measured(specs, at_work)?) {
+            devices[d].0.cost = cost;
+        }
     }
     let sim = job.devices[0].kind == DeviceKind::Sim;
     let linked = |(mut device, link): (MachineDevice, Option<f64>)| {
