@@ -644,6 +644,12 @@ fn a_sweep_does_what_all_options_say_or_fails() {
     ] {
         job.hydra(&[&["simulate"], args].concat()).bad(&[says]);
     }
+    // Values that do not go together are a row, unless none do.
+    let always = rows(&["--policy", "locality-lrtf", "--sweep", "devices=1,2", "--sweep", "pipeline=always"]);
+    let why = always[0]["reason"].as_str().unwrap_or_default();
+    assert!(why.contains("run.pipeline") && always[1]["makespan_secs"].as_f64() > Some(0.0), "{always:?}");
+    job.hydra(&["simulate", "--policy", "locality-lrtf", "--devices", "1", "--sweep", "pipeline=always"])
+        .bad(&["run.pipeline"]);
     // What does not fit is a row, unless nothing does: then the rows are there all the same.
     let out = job.at("sweep").display().to_string();
     let csv = || fs::read_to_string(job.at("sweep/sweep.csv")).expect("sweep.csv");

@@ -35,8 +35,15 @@ pub fn estimate_secs(model: &Model, shards: &Shards, choice: &Choice, clips: boo
         let both_ways = s > 0 && s + 1 < n && matches!(tier, BoundaryTier::Host { entries: ..=2 });
         if both_ways { m * copy(s - 1).max(copy(s)) } else { 0.0 }
     };
+    // The host's updates and the device's, of shards that rest.
+    let update = |s: usize, rate: f64| (shards[s].own_bytes() * model.layout.wide_ratio) as f64 * 7.0 / rate;
+    let late: Vec<f64> = (resting..n).map(|s| update(s, cost.host_update_bytes_per_sec)).collect();
+    let updates: f64 = late.iter().sum();
+    let here: f64 = (0..resting).map(|s| update(s, cost.device_update_bytes_per_sec)).sum();
     let slots = choice.slots.min(n - resting);
-    let (mut compute, mut h2d, mut d2h) = (0.0f64, 0.0f64, 0.0f64);
+    // With clipping a step is reckoned from when the norm is known: forward follows the updates, which go from shard to shard.
+    let (mut compute, mut h2d, mut d2h) = (if clips { here } else { 0.0 }, 0.0f64, 0.0f64);
+    let mut updated = 0.0;
     // Ends of visits that took a slot.
     let mut ends: Vec<f64> = Vec::new();
     let mut left: Vec<f64> = Vec::new();
@@ -45,7 +52,11 @@ pub fn estimate_secs(model: &Model, shards: &Shards, choice: &Choice, clips: boo
         let hit = choice.rests(s) || (u >= n && u - (n - 1) < slots);
         if !hit {
             let free = if ends.len() >= slots { ends[ends.len() - slots] } else { 0.0 };
-            h2d = h2d.max(free) + fetch(s);
+            if clips && u < n {
+                updated += late[s - resting];
+            }
+            // Pieces of the shard arrive while others are updated.
+            h2d = (h2d.max(free) + fetch(s)).max(updated);
         }
         let ready = if hit { 0.0 } else { h2d };
         let backward = u + 1 >= n;
@@ -63,14 +74,13 @@ pub fn estimate_secs(model: &Model, shards: &Shards, choice: &Choice, clips: boo
             left.push(d2h);
         }
     }
-    // The host's updates, from when the last gradient is there, or each from when its own is, until the first visitor's next forward.
-    let update = |s: usize, rate: f64| (shards[s].own_bytes() * model.layout.wide_ratio) as f64 * 7.0 / rate;
-    let updates: f64 = (resting..n).map(|s| update(s, cost.host_update_bytes_per_sec)).sum();
-    let here: f64 = (0..resting).map(|s| update(s, cost.device_update_bytes_per_sec)).sum();
+    // Without, each update has from when its own gradient is there until the shard's next forward.
     let before: f64 = units[..units.len() - n].iter().take(resting).map(|u| u.1).sum();
-    compute += here;
-    let late = if clips { updates } else { update(resting, cost.host_update_bytes_per_sec) };
-    let turn = if resting == 0 { d2h + late } else { (d2h.max(compute) + late - before - here).max(compute) };
+    let turn = match (clips, resting) {
+        (true, _) => d2h.max(compute),
+        (false, 0) => d2h + late[0],
+        (false, _) => (d2h.max(compute + here) + late[0] - before - here).max(compute + here),
+    };
     let links = boundary_secs(model, shards, choice, cost);
     // Cores that units, copies and the host's arithmetic share.
     let visits = units.iter().filter(|(s, _)| !choice.rests(*s));

@@ -45,8 +45,8 @@ struct Figures {
 /// Simulates every combination; with `out`, writes sweep.csv and sweep.svg there.
 ///
 /// # Errors
-/// When a key is not known or has its value twice, the job is at fault, or a file cannot be written. A combination that does not fit is a row that
-/// says so; [`Error::OutOfBudget`] when none does.
+/// When a key is not known or has its value twice, or a file cannot be written. A combination that does not fit, or whose values do not go together, is a
+/// row that says so; where all are, [`Error::OutOfBudget`] if any would fit more memory, else what the first says.
 pub fn run(path: &Path, wishes: &Wishes, sweep: &[String], out: Option<&Path>, json: bool) -> Result<()> {
     let axes = sweep.iter().map(|text| read_axis(text)).collect::<Result<Vec<Axis>>>()?;
     check_once(&axes, wishes)?;
@@ -57,6 +57,7 @@ pub fn run(path: &Path, wishes: &Wishes, sweep: &[String], out: Option<&Path>, j
     let mut points = Vec::new();
     // The smallest budget of all that do not fit.
     let mut would_fit: Option<u64> = None;
+    let mut first_fault = None;
     for mut number in 0..combinations {
         let mut values = vec![String::new(); axes.len()];
         let mut sets = wishes.settings();
@@ -78,9 +79,18 @@ pub fn run(path: &Path, wishes: &Wishes, sweep: &[String], out: Option<&Path>, j
                 would_fit = Some(would_fit.map_or(bytes, |least| least.min(bytes)));
                 Err(message.lines().next().unwrap_or_default().to_string())
             }
+            Err(error @ Error::BadInput(_)) => {
+                let why = error.to_string();
+                first_fault = first_fault.or(Some(error));
+                Err(why)
+            }
             Err(error) => return Err(error),
         };
         points.push(Point { values, outcome });
+    }
+    let none = points.iter().all(|p| p.outcome.is_err());
+    if let (true, None, Some(fault)) = (none, would_fit, first_fault) {
+        return Err(fault);
     }
     if let Some(out) = out {
         std::fs::create_dir_all(out).map_err(|e| refused("create", out, e))?;
@@ -93,7 +103,7 @@ pub fn run(path: &Path, wishes: &Wishes, sweep: &[String], out: Option<&Path>, j
     } else {
         tell(&axes, &points, out);
     }
-    match (points.iter().all(|p| p.outcome.is_err()), would_fit, &points[..]) {
+    match (none, would_fit, &points[..]) {
         (true, Some(bytes), [Point { outcome: Err(why), .. }, others @ ..]) => Err(Error::OutOfBudget {
             message: match others {
                 [] => format!("--sweep: its one combination does not fit: {why}"),
