@@ -167,8 +167,9 @@ fn tf32_is_close_to_f32() {
 #[test]
 fn what_is_not_finite_is_named() {
     let small = Small::gpt(16, 2, 2, 9, 0.0);
-    for resident in [true, false] {
+    for (resident, dtype) in [(true, DType::F32), (false, DType::F32), (true, DType::Bf16)] {
         let options = TrainOptions {
+            dtype,
             seed: 2,
             batch: 4,
             microbatch: 2,

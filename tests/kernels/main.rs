@@ -8,6 +8,8 @@
 #[path = "../gradients/cases.rs"]
 #[allow(dead_code, reason = "shared with the gradients' tests")]
 mod cases;
+#[cfg(feature = "emulator")]
+mod covered;
 #[path = "../common/device.rs"]
 mod device;
 #[path = "../gradients/machine.rs"]
@@ -175,6 +177,8 @@ fn family(families: &[&str]) {
         .filter(|&(at, c)| failed(c, true, some(at)) | (extent == Extent::Full && failed(c, false, some(at))))
         .count();
     assert_eq!(failures, 0, "cases of {families:?} failed, as printed above");
+    #[cfg(feature = "emulator")]
+    covered::note();
 }
 
 /// What each test below runs.

@@ -9,9 +9,9 @@ use super::launch::{BoxMapSpec, Launch, Ptr, Swizzle, TensorMap, TensorMapSpec};
 use crate::base::philox::Sequence;
 use crate::base::{Error, Result};
 use crate::graph::Kernels;
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
 /// The kernels, as `build.rs` compiled them.
@@ -30,6 +30,8 @@ struct Settings {
 
 /// The library that every driver uses, loaded once.
 static LIBRARY: OnceLock<Library> = OnceLock::new();
+/// Kernels that have run.
+static RUN: Mutex<BTreeSet<&'static str>> = Mutex::new(BTreeSet::new());
 /// Held while checked kernels run.
 static CHECKED: Mutex<()> = Mutex::new(());
 /// Embedders' libraries, by name, each loaded once.
@@ -42,6 +44,8 @@ type EncodeBoxMap =
     unsafe extern "C" fn(*mut c_void, *const c_void, u32, *const u64, *const u64, *const u32, *const u32, u32) -> c_int;
 type Track = unsafe extern "C" fn(*const c_void, usize);
 type UntrackAll = unsafe extern "C" fn();
+type KernelCount = unsafe extern "C" fn() -> c_int;
+type KernelName = unsafe extern "C" fn(c_int) -> *const c_char;
 type ChecksRaces = unsafe extern "C" fn() -> c_int;
 /// AddressSanitizer's, where it is loaded.
 type SetAccess = unsafe extern "C" fn(*const c_void, usize);
@@ -157,6 +161,32 @@ impl Library {
         (!found.is_null()).then(|| unsafe { std::mem::transmute::<*mut c_void, Kernel>(found) })
     }
 
+    /// Of all its kernels.
+    fn names(&self) -> Result<Vec<String>> {
+        let symbol = |name: &CStr| {
+            // SAFETY: the handle is open as long as the library lives.
+            let found = unsafe { libc::dlsym(self.handle, name.as_ptr()) };
+            if found.is_null() {
+                Err(Error::Device("the emulated kernels keep no list of themselves".into()))
+            } else {
+                Ok(found)
+            }
+        };
+        // SAFETY: the emulator's own function, with the type of kernels/emulator/sim.h.
+        let count = unsafe { std::mem::transmute::<*mut c_void, KernelCount>(symbol(c"sim_kernel_count")?) };
+        // SAFETY: as above.
+        let name = unsafe { std::mem::transmute::<*mut c_void, KernelName>(symbol(c"sim_kernel_name")?) };
+        // SAFETY: only reads a number.
+        let count = unsafe { count() };
+        let name = |i: c_int| {
+            // SAFETY: only gives an address.
+            let text = unsafe { name(i) };
+            // SAFETY: a C string for every number below the count, as long as the library lives.
+            unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
+        };
+        Ok((0..count).map(name).collect())
+    }
+
     fn error(&self) -> String {
         // SAFETY: only gives an address.
         let text = unsafe { (self.last_error)() };
@@ -260,9 +290,21 @@ impl Emulated {
         Emulated::of(vec![Emulated::facts_of(0, arch)], seed)
     }
 
-    /// What the `ordinal`-th emulated GPU is, of compute capability `arch` (80, 90), unless a test wants another.
+    /// The kernels of this crate by name, and which of them this process has run on the emulator: what a test has covered.
+    ///
+    /// # Errors
+    /// When the kernels cannot be loaded.
+    pub fn kernels() -> Result<Vec<(String, bool)>> {
+        let names = Library::built_in()?.names()?;
+        let run = RUN.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(names.into_iter().map(|name| (name.clone(), run.contains(name.as_str()))).collect())
+    }
+
+    /// What the `ordinal`-th emulated GPU is, of compute capability `arch` (80, 90), unless a test wants another. One of 80 has as little shared memory as
+    /// the least of those that run its kernels, of 86, 89 and 120.
     pub fn facts_of(ordinal: usize, arch: u32) -> Facts {
-        let (name, memory_bytes, shared_bytes) = ("emulated".into(), 1 << 36, 227 << 10);
+        let (name, memory_bytes, shared_bytes) =
+            ("emulated".into(), 1 << 36, if arch < 90 { 99 << 10 } else { 227 << 10 });
         Facts { ordinal, name, arch, multiprocessors: 4, memory_bytes, shared_bytes }
     }
 
@@ -345,7 +387,7 @@ impl Emulated {
             return self.run_kernel(launch);
         }
         // What is tracked and forbidden is the process's, so one at a time.
-        let _turn = CHECKED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let _turn = CHECKED.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some([forbid, allow]) = library.sanitizer {
             for memory in self.memory.iter().filter(|m| m.gpu.is_some()) {
                 // SAFETY: an allocation of this driver; nothing else runs in it now.
@@ -374,6 +416,14 @@ impl Emulated {
 
     fn run_kernel(&mut self, launch: &Launch) -> Result<()> {
         let (library, kernel) = self.kernel(launch.kernel)?;
+        let room = self.gpus.iter().map(|gpu| gpu.shared_bytes).min().unwrap_or(0);
+        if launch.shared_bytes > room {
+            return Err(Error::Device(format!(
+                "{}: {} bytes of shared memory, of {room}",
+                launch.kernel, launch.shared_bytes
+            )));
+        }
+        RUN.lock().unwrap_or_else(PoisonError::into_inner).insert(launch.kernel);
         self.launches = self.launches.wrapping_add(1);
         // Small seeds name the orders that find most; the rest are drawn.
         let seed = if self.seed < 2 { self.seed } else { self.seed.wrapping_add(self.launches) | 2 };

@@ -40,6 +40,16 @@ pub fn cases(t: &mut Table) {
         // Filters larger than the image, and one column.
         ([2, 5, 3, 3], [9, 5, 5, 5], true, 2, 2),
         ([3, 9, 7, 1], [5, 9, 3, 1], true, 1, 0),
+        // What takes the other tiles, on four multiprocessors: 128 x 224 and 64 x 224 pixels on Hopper, then 64 x 256; square tiles elsewhere.
+        ([5, 32, 5, 17], [72, 32, 3, 3], true, 1, 1),
+        ([5, 32, 7, 26], [40, 32, 3, 3], false, 1, 1),
+        ([5, 32, 9, 29], [40, 32, 3, 3], true, 1, 1),
+        ([2, 16, 14, 14], [128, 16, 3, 3], true, 1, 1),
+        // Of weight gradients: 64 x 384, 128 x 256; of one tap, 256 columns, and flat tiles.
+        ([2, 32, 8, 8], [72, 32, 3, 1], false, 1, 1),
+        ([1, 512, 2, 2], [192, 512, 5, 5], false, 1, 2),
+        ([2, 130, 8, 8], [40, 130, 1, 1], true, 1, 0),
+        ([5, 24, 10, 20], [40, 24, 1, 1], false, 1, 0),
         // Sums over many pixels: parts of the weight gradient, then of the bias gradient.
         ([4, 2, 33, 31], [3, 2, 3, 3], true, 1, 1),
         ([3, 1, 127, 65], [2, 1, 1, 1], true, 1, 0),

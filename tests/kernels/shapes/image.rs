@@ -13,7 +13,8 @@ pub fn cases(t: &mut Table) {
             s.b.batchnorm(x, "norm", 1e-3, 0.1)
         });
     }
-    // Planes in strips, several planes a block, more windows than overlap in one go, windows that lie in the padding.
+    // Planes in strips, several planes a block, more windows than overlap in one go, windows that lie in the padding, large windows of rows that no
+    // block has room for.
     for (x, kernel, stride, padding) in [
         ([2, 3, 13, 13], 3, 2, 1),
         ([2, 2, 33, 31], 7, 2, 3),
@@ -23,6 +24,7 @@ pub fn cases(t: &mut Table) {
         ([11, 300, 5, 7], 3, 1, 1),
         ([3, 700, 4, 4], 2, 2, 0),
         ([1, 1, 3, 7000], 3, 2, 1),
+        ([1, 1, 6, 2250], 6, 6, 0),
     ] {
         t.add(format!("max_pool {x:?} kernel {kernel} stride {stride} padding {padding}"), move |s| {
             let x = s.leaf("x", x)?;
