@@ -10,7 +10,7 @@ use hydra::device::host::HostSpec;
 use hydra::device::{DeviceSpec, FleetMemory, start_fleet};
 use hydra::engine::{SimulateOptions, TurnOptions, simulate};
 use hydra::nn::Pretrained;
-use hydra::sched::{Leanings, LocalityLrtf, POLICIES, Policy, View, by_name};
+use hydra::sched::{Claim, Leanings, LocalityLrtf, POLICIES, Policy, View, by_name};
 use hydra::spill::{
     Baseline, FleetDevice, FleetMap, FleetModel, Home, Placed, PlanOptions, Recompute, place_baseline, plan_anywhere,
     plan_at_home, plan_fleet,
@@ -358,6 +358,34 @@ fn units_that_follow_each_other_on_several_devices_give_the_bits_of_lone_runs() 
         assert_eq!(got[0].as_ref().err().map(String::as_str), Some("had enough"));
         got[0] = Ok(want[0].clone());
         check("one fails in a pipeline", &entries, &got, &want);
+    }
+}
+
+/// Gives a device to no other model as long as one has units.
+struct Hog(u16);
+
+impl Policy for Hog {
+    fn name(&self) -> &str {
+        "hog"
+    }
+
+    fn choose(&self, view: &View) -> Option<u16> {
+        let hogs = view.models.iter().any(|m| m.id == self.0 && m.claim != Claim::Away);
+        view.candidates().map(|m| m.id).find(|&id| !hogs || id == self.0)
+    }
+}
+
+/// When it ends, no unit of another model is on its way whose end would have a device asked for its next.
+#[test]
+fn one_that_fails_with_all_places_taken_hands_them_on() {
+    let entries = six();
+    let want = alone(&entries);
+    let placed = plan(&entries, 1, Some(smallest(&entries) * 5 / 4), Recompute::Auto, 2);
+    for fails in 0..entries.len() {
+        let mut got = run_policy(&entries, &placed, 1, Box::new(Hog(fails as u16)), 2, Some(fails));
+        assert_eq!(got[fails].as_ref().err().map(String::as_str), Some("had enough"));
+        got[fails] = Ok(want[fails].clone());
+        check(&format!("{} hogs", entries[fails].name), &entries, &got, &want);
     }
 }
 

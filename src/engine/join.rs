@@ -32,7 +32,8 @@ impl Engine {
         }
         let store = self.device.grow_host(placed.plan.host.bytes);
         if let Some(turns) = &mut self.turns {
-            turns.paused = false;
+            // What was stirred meanwhile was not asked about.
+            (turns.paused, turns.stirred) = (false, true);
         }
         let store = store?;
         let number = self.members.len();

@@ -47,7 +47,7 @@ impl Engine {
         match &mut self.turns {
             Some(turns) => {
                 turns.refresh(model, &self.members[model]);
-                turns.has_begun = true;
+                turns.stirred = true;
             }
             None => {
                 let before = self.queue.next_id();
@@ -199,11 +199,11 @@ impl Engine {
         }
     }
 
-    /// Offers what has begun to devices with room. Not before somebody waits: a choice between all models is another one than between those
+    /// Lets devices with room choose where there is something new to choose. Not before somebody waits: a choice between all models is another one than between those
     /// that happened to begin first.
     fn offer(&mut self) -> Result<()> {
-        let has_begun = self.turns.as_mut().is_some_and(|turns| std::mem::take(&mut turns.has_begun));
-        if has_begun { self.take_turns() } else { Ok(()) }
+        let stirred = self.turns.as_mut().is_some_and(|turns| std::mem::take(&mut turns.stirred));
+        if stirred { self.take_turns() } else { Ok(()) }
     }
 
     /// Issues what can be issued and takes one completion; gives the model whose task it was.

@@ -116,8 +116,8 @@ pub(super) struct Turns {
     wanted: Vec<Wanted>,
     choices: u64,
     last: Option<ModelId>,
-    /// A model has begun work that no device has been offered.
-    pub has_begun: bool,
+    /// A model has begun work, or has left its places in queues, since devices were asked last.
+    pub stirred: bool,
     /// Devices with room, in the order in which they are asked; kept for its memory.
     order: Vec<usize>,
 }
@@ -165,7 +165,7 @@ impl Turns {
             wanted: Vec::new(),
             choices: 0,
             last: None,
-            has_begun: false,
+            stirred: false,
             order: Vec::with_capacity(devices),
         };
         members.iter().for_each(|member| turns.add(member));
@@ -272,6 +272,8 @@ impl Turns {
     /// Takes a model's units out of every queue.
     pub fn release(&mut self, model: usize) {
         self.queues.iter_mut().for_each(|q| q.retain(|c| c.model != model));
+        // Where no other unit runs, none ends after which devices would be asked.
+        self.stirred = true;
     }
 
     /// The next choice that is to be made: a device with room, and the model that it takes. `rings` are the slots that models share on a device.
