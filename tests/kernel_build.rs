@@ -12,7 +12,7 @@ const BLACKWELL: &str =
     "tiles and launch bounds are chosen for the registers of sm_80 and sm_90a; here a few words do not fit";
 
 /// A source file whose snake-case literals are no kernels: the emulator's own entry points.
-const OTHER_NAMES: &str = "emulated.rs";
+const OTHER_NAMES: &str = "library.rs";
 
 /// What ptxas said of one kernel on one architecture.
 #[derive(Debug, Default)]
