@@ -15,7 +15,7 @@ use hydra::device::host::optimizer::{self, AdamwStep};
 use hydra::device::host::pool::{self, PoolSizes};
 use hydra::device::host::strided::{Rows, RowsMut};
 use hydra::device::host::{activation, cross_entropy, elementwise, embedding, linear, norm, parallel, rotary};
-use hydra::graph::{Activation, Rotation, WeightLayout};
+use hydra::graph::{Activation, RotaryScaling, Rotation, WeightLayout};
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
@@ -181,7 +181,8 @@ fn row_cases() -> Vec<Case> {
         // Queries and keys of packed rows, three times as wide.
         cases.push(case(format!("rotary/{name}"), Work::Bytes(24.0 * elems as f64), move || {
             let (x, mut out) = (values(3 * elems), vec![0f32; 3 * elems]);
-            let rotation = Rotation { heads: 2 * cols / 64, width: 64, base: 10_000.0, back: false };
+            let rotation =
+                Rotation { heads: 2 * cols / 64, width: 64, base: 10_000.0, scaling: RotaryScaling::None, back: false };
             move || rotary::turn(&mut out, Some(&x), &rotation, rows, 3 * cols)
         }));
         cases.push(case(format!("add/{name}"), Work::Bytes(12.0 * elems as f64), move || {

@@ -17,6 +17,7 @@ template <class T> DEV void forward_of_kind(T* out, const T* x, int64_t n, int k
     case ACTIVATION_RELU: return activate_all<ACTIVATION_RELU>(out, x, n);
     case ACTIVATION_GELU_TANH: return activate_all<ACTIVATION_GELU_TANH>(out, x, n);
     case ACTIVATION_GELU_ERF: return activate_all<ACTIVATION_GELU_ERF>(out, x, n);
+    case ACTIVATION_SILU: return activate_all<ACTIVATION_SILU>(out, x, n);
     default: return activate_all<ACTIVATION_NONE>(out, x, n);
   }
 }
@@ -33,6 +34,7 @@ template <class T> DEV void grad_of_kind(T* d_x, const T* d_out, const T* x, int
     case ACTIVATION_RELU: return activate_grad_all<ACTIVATION_RELU>(d_x, d_out, x, n);
     case ACTIVATION_GELU_TANH: return activate_grad_all<ACTIVATION_GELU_TANH>(d_x, d_out, x, n);
     case ACTIVATION_GELU_ERF: return activate_grad_all<ACTIVATION_GELU_ERF>(d_x, d_out, x, n);
+    case ACTIVATION_SILU: return activate_grad_all<ACTIVATION_SILU>(d_x, d_out, x, n);
     default: return activate_grad_all<ACTIVATION_NONE>(d_x, d_out, x, n);
   }
 }

@@ -66,6 +66,11 @@ fn gpt2_as_pytorch() {
 }
 
 #[test]
+fn llama_as_pytorch() {
+    check_fixture("llama", 90);
+}
+
+#[test]
 fn resnet_bottleneck_as_pytorch() {
     check_fixture("resnet", 90);
 }
@@ -126,6 +131,13 @@ fn gpt_has_the_same_bits_however_it_is_cut() {
 }
 
 #[test]
+fn llama_has_the_same_bits_however_it_is_cut() {
+    let small = Small::llama(32, 4, 2, 17);
+    check_bits(&small, DType::F32, 4);
+    check_bits(&small, DType::Bf16, 4);
+}
+
+#[test]
 fn resnet_has_the_same_bits_however_it_is_cut() {
     let small = Small::resnet(&[8, 16], &[1, 1], [17, 15]);
     check_bits(&small, DType::F32, 4);
@@ -135,7 +147,7 @@ fn resnet_has_the_same_bits_however_it_is_cut() {
 /// The host's f32 run against bf16 on the emulator, fifty steps: within 2 % of the loss at every step, the stated band.
 #[test]
 fn bf16_follows_f32() {
-    for small in [Small::gpt(32, 2, 2, 16, 0.0), Small::resnet(&[8, 8], &[1, 1], [9, 9])] {
+    for small in [Small::gpt(32, 2, 2, 16, 0.0), Small::llama(32, 4, 2, 16), Small::resnet(&[8, 8], &[1, 1], [9, 9])] {
         let losses = |dtype, device| -> Vec<f32> {
             let options = TrainOptions { seed: 5, batch: 4, microbatch: 4, dtype, device, ..TrainOptions::new(50) };
             let outcome = small.train(&options).expect("a run");

@@ -53,6 +53,11 @@ fn gpt2() {
 }
 
 #[test]
+fn llama() {
+    check("llama");
+}
+
+#[test]
 fn resnet_bottleneck() {
     check("resnet");
 }

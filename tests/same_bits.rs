@@ -213,6 +213,18 @@ fn gpt_has_the_same_bits_however_it_is_run() {
     }
 }
 
+/// Grouped heads, rotary positions, a gated MLP, an untied head.
+#[test]
+fn llama_has_the_same_bits_however_it_is_run() {
+    let small = Small::llama(20, 2, 3, 19);
+    for (bf16, cases) in [(false, 40), (true, 30)] {
+        let seen = check(&small, 2, bf16, cases);
+        println!("{seen:?}");
+        assert!(seen.shards.len() >= 5 && seen.resident.len() == 2, "{seen:?}");
+        assert!(seen.activations_on_host.len() == 2 && seen.kept.len() == 2 && seen.resting.len() >= 2, "{seen:?}");
+    }
+}
+
 /// Batch normalization: running statistics are state of a shard, and recomputation must not change them.
 #[test]
 fn resnet_has_the_same_bits_however_it_is_run() {
@@ -242,6 +254,7 @@ fn threads_do_not_show() {
     };
     for bf16 in [false, true] {
         check(&Small::gpt(129, 3, 1, 67, 0.1), 5, bf16);
+        check(&Small::llama(132, 6, 1, 67), 5, bf16);
         check(&Small::resnet(&[33, 65], &[1, 1], [33, 31]), 5, bf16);
     }
 }

@@ -33,6 +33,8 @@ pub enum Spec {
     Add { rows: usize, cols: usize },
     /// (rows, cols).
     Activation { rows: usize, cols: usize, activation: Activation },
+    /// Two tensors of (rows, cols), through SiLU.
+    Glu { rows: usize, cols: usize },
     /// (rows, cols), a tenth of them.
     Dropout { rows: usize, cols: usize },
     /// Square images and kernels; padding of half the kernel.
@@ -47,7 +49,7 @@ pub enum Spec {
     Transpose { batch: usize, a: usize, b: usize, cols: usize },
 }
 
-use Activation::{GeluErf, GeluTanh, None as Plain};
+use Activation::{GeluErf, GeluTanh, None as Plain, Silu};
 use WeightLayout::{InOut, OutIn};
 
 const fn linear(rows: usize, inputs: usize, outputs: usize, activation: Activation, layout: WeightLayout) -> Spec {
@@ -108,6 +110,7 @@ const TABLE: &[(&str, Spec)] = &[
     ("gpt2_1558m/residual", Spec::Add { rows: 16384, cols: 1600 }),
     ("gpt2_124m/gelu", Spec::Activation { rows: 16384, cols: 3072, activation: GeluTanh }),
     ("bert_large/gelu", Spec::Activation { rows: 16384, cols: 4096, activation: GeluErf }),
+    ("llama_1b/gate", Spec::Glu { rows: 8192, cols: 8192 }),
     ("gpt2_124m/dropout", Spec::Dropout { rows: 16384, cols: 768 }),
     ("resnet50/stem", conv(3, 224, 64, 7, 2)),
     ("resnet50/1.middle", conv(64, 56, 64, 3, 1)),
@@ -211,6 +214,7 @@ impl Spec {
             Spec::AddPosition { .. } => Spec::AddPosition { batch: 2, len: 5, cols: 24 },
             Spec::Add { .. } => Spec::Add { rows: 6, cols: 24 },
             Spec::Activation { activation, .. } => Spec::Activation { rows: 6, cols: 24, activation },
+            Spec::Glu { .. } => Spec::Glu { rows: 6, cols: 24 },
             Spec::Dropout { .. } => Spec::Dropout { rows: 6, cols: 24 },
             Spec::Conv { channels, out, kernel, stride, .. } => {
                 Spec::Conv { images: 2, channels: few(channels, 8), side: 8, out: few(out, 8), kernel, stride }
@@ -318,6 +322,10 @@ impl Spec {
             Spec::Activation { rows, cols, activation } => {
                 let x = leaf(b, "x", &[rows, cols])?;
                 b.activation(x, activation)
+            }
+            Spec::Glu { rows, cols } => {
+                let (gate, up) = (leaf(b, "gate", &[rows, cols])?, leaf(b, "up", &[rows, cols])?);
+                b.glu(gate, up, Silu)
             }
             Spec::Dropout { rows, cols } => {
                 let x = leaf(b, "x", &[rows, cols])?;

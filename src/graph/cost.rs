@@ -195,7 +195,7 @@ pub fn cost(graph: &Graph, node: &Node) -> Cost {
             sizes = [*o, c * kh * kw, h * w];
             (family, 2.0 * image.elems() as f64 * (c * kh * kw) as f64)
         }
-        Op::Activation(kind) | Op::ActivationGrad(kind) => {
+        Op::Activation(kind) | Op::ActivationGrad(kind) | Op::Glu(kind) | Op::GluGrad(kind) => {
             let cheap = matches!(kind, Activation::None | Activation::Relu);
             (if cheap { Family::Memory } else { Family::Activation }, 10.0 * elems(0))
         }

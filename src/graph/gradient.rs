@@ -63,6 +63,11 @@ pub(super) fn emit(s: &mut Sweep, op: &Op, inputs: &[Value], outputs: &[Value], 
             let d_x = s.push_one(Op::ActivationGrad(*activation), vec![d, inputs[0]], of);
             s.contribute(inputs[0], d_x);
         }
+        Op::Glu(activation) => {
+            let shapes = inputs.iter().map(|&v| shape(s, v)).collect();
+            let d_both = s.push(Op::GluGrad(*activation), vec![d, inputs[0], inputs[1]], shapes);
+            inputs.iter().zip(d_both).for_each(|(&v, g)| s.contribute(v, g));
+        }
         Op::Add => {
             s.contribute(inputs[0], d);
             s.contribute(inputs[1], d);

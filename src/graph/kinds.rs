@@ -13,6 +13,14 @@ pub enum Activation {
     GeluTanh,
     /// GELU exactly: 0.5 x (1 + erf(x / sqrt 2)).
     GeluErf,
+    /// SiLU, or swish: x / (1 + exp(-x)) (Elfwing, Uchibe & Doya 2017, arXiv:1702.03118).
+    Silu,
+}
+
+impl Activation {
+    /// Every one.
+    pub const ALL: [Activation; 5] =
+        [Activation::None, Activation::Relu, Activation::GeluTanh, Activation::GeluErf, Activation::Silu];
 }
 
 /// How a linear layer's weight lies in memory.

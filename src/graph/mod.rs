@@ -27,7 +27,7 @@ pub use differentiate::differentiate;
 pub use graph::{Graph, Input, Layer, Node, Parameter, ParameterGradient, Source, State, Value, ValueInfo};
 pub use kinds::{Activation, Direction, Init, Mode, WeightLayout};
 pub use layout::{ModelLayout, ShardLayout, SharedUse};
-pub use op::{AttentionKind, Op, Rotation, Window};
+pub use op::{AttentionKind, Op, RotaryScaling, Rotation, Window};
 pub use place::{ALIGNMENT, Lifetime, place};
 pub use program::{AREAS, Area, Buffer, Kind, Program, Step, UsedInput};
 pub use scratch::*;

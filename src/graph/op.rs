@@ -51,6 +51,10 @@ pub enum Op {
     Activation(Activation),
     /// d_out, x -> d_x, elementwise; x is what went into the activation.
     ActivationGrad(Activation),
+    /// gate, up of one shape -> activation(gate) * up: a gated linear unit (Shazeer 2020, arXiv:2002.05202).
+    Glu(Activation),
+    /// d_out, gate, up -> d_gate, d_up.
+    GluGrad(Activation),
     /// a, b of one shape -> a + b.
     Add,
     /// x -> out: each element is dropped with probability `p` or scaled by 1/(1-p); its gradient is itself on d_out.
@@ -169,10 +173,67 @@ pub struct Rotation {
     pub heads: usize,
     /// Width of a head, even: elements i and i + width/2 are turned together.
     pub width: usize,
-    /// They are turned by t * base^(-2i/width) at position t.
+    /// They are turned by t * base^(-2i/width) at position t, but for `scaling`.
     pub base: f64,
+    /// How that is slowed.
+    pub scaling: RotaryScaling,
     /// By minus that.
     pub back: bool,
+}
+
+/// How rotary angles are slowed, for contexts longer than a model was first trained on.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum RotaryScaling {
+    /// Not at all.
+    #[default]
+    None,
+    /// All by one factor (Chen, Wong, Chen & Tian 2023, "Extending context window by positional interpolation", arXiv:2306.15595).
+    Linear {
+        /// 1 or more.
+        factor: f64,
+    },
+    /// Llama 3.1's: those that turn less than `low` times over `positions` by the factor, those that turn more than `high` times not at all,
+    /// the others by a part that is linear in their turns.
+    Llama3 {
+        /// 1 or more.
+        factor: f64,
+        /// Turns; below `high`.
+        low: f64,
+        /// Turns.
+        high: f64,
+        /// The context of the first training.
+        positions: usize,
+    },
+}
+
+impl RotaryScaling {
+    /// `[slowed, constant, slope]`: of a frequency f, in radians a position, the share `k = clamp(constant + slope f, 0, 1)` stays, and the
+    /// rest is multiplied by `slowed`: f (k + (1 - k) slowed).
+    pub fn blend(&self) -> [f64; 3] {
+        match *self {
+            RotaryScaling::None => [1.0, 0.0, 0.0],
+            RotaryScaling::Linear { factor } => [1.0 / factor, 0.0, 0.0],
+            RotaryScaling::Llama3 { factor, low, high, positions } => {
+                let turns = positions as f64 / std::f64::consts::TAU;
+                [1.0 / factor, -low / (high - low), turns / (high - low)]
+            }
+        }
+    }
+}
+
+impl Rotation {
+    /// Angle of pair `i` at position 1, in radians.
+    pub fn frequency(&self, i: usize) -> f64 {
+        let frequency = (i as f64 * self.per_pair()).exp2();
+        let [slowed, constant, slope] = self.scaling.blend();
+        let kept = (constant + slope * frequency).clamp(0.0, 1.0);
+        frequency * (kept + (1.0 - kept) * slowed)
+    }
+
+    /// log2 of a pair's frequency over that of the pair before, unscaled.
+    pub fn per_pair(&self) -> f64 {
+        -2.0 / self.width.max(1) as f64 * self.base.log2()
+    }
 }
 
 /// A window that slides over an image.
@@ -207,6 +268,8 @@ impl Op {
             Op::LinearGradWeight { .. } => "linear_grad_weight",
             Op::Activation(_) => "activation",
             Op::ActivationGrad(_) => "activation_grad",
+            Op::Glu(_) => "glu",
+            Op::GluGrad(_) => "glu_grad",
             Op::Add => "add",
             Op::Dropout { .. } => "dropout",
             Op::LayerNorm { .. } => "layernorm",
@@ -290,6 +353,8 @@ impl Op {
         match self {
             Op::Activation(_)
             | Op::ActivationGrad(_)
+            | Op::Glu(_)
+            | Op::GluGrad(_)
             | Op::Add
             | Op::Dropout { .. }
             | Op::AddPosition

@@ -51,9 +51,19 @@ impl<'a> Fields<'a> {
         self.map
     }
 
+    /// What messages call a key of it.
+    pub fn place(&self, key: &str) -> String {
+        format!("{}: {key}", self.whence)
+    }
+
+    /// Whether a key that nobody reads is an error.
+    pub fn is_strict(&self) -> bool {
+        self.strict
+    }
+
     /// An error about a key.
     pub fn fault(&self, key: &str, what: impl std::fmt::Display) -> Error {
-        Error::bad(format!("{}: {key}: {what}", self.whence))
+        Error::bad(format!("{}: {what}", self.place(key)))
     }
 
     /// The value of a key, if it is there and not null.

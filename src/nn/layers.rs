@@ -56,6 +56,16 @@ pub fn layernorm(b: &mut Builder, x: Value, name: &str, epsilon: f64) -> Result<
     b.layernorm(x, weight, bias, epsilon)
 }
 
+/// Normalisation by the root mean square of the last axis, with `{name}.weight` from 1.
+///
+/// # Errors
+/// When the parameter is there with another shape.
+pub fn rmsnorm(b: &mut Builder, x: Value, name: &str, epsilon: f64) -> Result<Value> {
+    let width = b.shape(x).cols();
+    let weight = b.parameter(format!("{name}.weight"), [width], Init::Constant(1.0))?;
+    b.rmsnorm(x, weight, epsilon)
+}
+
 /// Attention of `x` (B, T, C) over itself -> (B, T, C), with `linear` as each of `{name}.query`, `{name}.key` and `{name}.value`, as BERT
 /// and its kin have it; `mask` (B, T) is 1 where a key may be seen.
 ///

@@ -36,6 +36,18 @@ impl Small {
         Small { network: network("gpt2", &config), tensors, vocab, classes: vocab }
     }
 
+    /// A Llama with half as many key and value heads as query heads and an untied head.
+    pub fn llama(width: usize, heads: usize, layers: usize, context: usize) -> Small {
+        let vocab = 61;
+        let config = json!({
+            "vocab_size": vocab, "max_position_embeddings": context + 2, "hidden_size": width, "num_attention_heads": heads,
+            "num_key_value_heads": heads / 2, "num_hidden_layers": layers, "intermediate_size": 2 * width + 6,
+        });
+        let ids = |name: &str| (name.to_string(), DType::I32, Shape::from([context]));
+        let tensors = vec![ids(names::INPUT_IDS), ids(names::LABELS)];
+        Small { network: network("llama", &config), tensors, vocab, classes: vocab }
+    }
+
     /// A ResNet of basic blocks, with batch normalization throughout.
     pub fn resnet(sizes: &[usize], depths: &[usize], pixels: [usize; 2]) -> Small {
         let classes = 5;

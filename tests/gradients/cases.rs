@@ -1,7 +1,9 @@
 //! The table of cases: each builds one op between parameters and a loss.
 
 use hydra::base::{DType, Result, Shape};
-use hydra::graph::{Activation, AttentionOptions, Builder, Graph, Init, Mode, Value, WeightLayout, differentiate};
+use hydra::graph::{
+    Activation, AttentionOptions, Builder, Graph, Init, Mode, RotaryScaling, Value, WeightLayout, differentiate,
+};
 
 /// Classes of the head.
 const CLASSES: usize = 5;
@@ -87,8 +89,6 @@ impl Table {
     }
 }
 
-const ACTIVATIONS: [Activation; 4] = [Activation::None, Activation::Relu, Activation::GeluTanh, Activation::GeluErf];
-
 /// Every case.
 pub fn all() -> Vec<Case> {
     let mut t = Table::default();
@@ -128,7 +128,7 @@ fn lookups(t: &mut Table) {
 
 fn linears(t: &mut Table) {
     for layout in [WeightLayout::InOut, WeightLayout::OutIn] {
-        for activation in ACTIVATIONS {
+        for activation in Activation::ALL {
             for bias in [false, true] {
                 for (rows, inputs, outputs) in [(2, 1, 1), (5, 31, 33), (33, 7, 3), (1023, 3, 2)] {
                     t.add(
@@ -212,13 +212,24 @@ pub fn after(
 
 fn elementwise(t: &mut Table) {
     for (rows, cols) in [(1, 1), (3, 31), (31, 33), (1, 1023)] {
-        for activation in ACTIVATIONS {
+        for activation in Activation::ALL {
             t.add(format!("activation {activation:?} {rows}x{cols}"), move |s| {
                 // The one number drawn there is below 0.
                 let flat = activation == Activation::Relu && rows * cols == 1;
                 let x = s.leaf(if flat { "flat x" } else { "x" }, [rows, cols])?;
                 let y = s.leaf("y", [rows, cols])?;
                 let x = s.b.activation(x, activation)?;
+                s.b.add(x, y)
+            });
+        }
+        for activation in Activation::ALL {
+            t.add(format!("glu {activation:?} {rows}x{cols}"), move |s| {
+                // The one number drawn there is below 0.
+                let flat = activation == Activation::Relu && rows * cols == 1;
+                let gate = s.leaf(if flat { "flat gate" } else { "gate" }, [rows, cols])?;
+                let up = s.leaf(if flat { "flat up" } else { "up" }, [rows, cols])?;
+                let y = s.leaf("y", [rows, cols])?;
+                let x = s.b.glu(gate, up, activation)?;
                 s.b.add(x, y)
             });
         }
@@ -292,6 +303,28 @@ fn norms(t: &mut Table) {
             s.b.rotary(x, heads, width, 100.0)
         });
     }
+    for scaling in [
+        RotaryScaling::Linear { factor: 3.0 },
+        RotaryScaling::Llama3 { factor: 8.0, low: 1.0, high: 4.0, positions: 64 },
+    ] {
+        t.add(format!("rotary with {scaling:?}"), move |s| {
+            let x = s.leaf("x", [1, 9, 33])?;
+            s.b.rotary_scaled(x, 2, 16, 10_000.0, scaling)
+        });
+    }
+    t.add("glu of one tensor with itself", |s| {
+        let x = s.leaf("x", [3, 5])?;
+        s.b.glu(x, x, Activation::Silu)
+    });
+    t.add("glu in an MLP", |s| {
+        let (x, down) = (s.leaf("x", [4, 6])?, s.leaf("down", [6, 7])?);
+        let (gate, up) = (s.leaf("gate", [7, 6])?, s.leaf("up", [7, 6])?);
+        let gate = s.b.linear(x, gate, None, Activation::None, WeightLayout::OutIn)?;
+        let up = s.b.linear(x, up, None, Activation::None, WeightLayout::OutIn)?;
+        let h = s.b.glu(gate, up, Activation::Silu)?;
+        let y = s.b.linear(h, down, None, Activation::None, WeightLayout::OutIn)?;
+        s.b.add(y, x)
+    });
     t.add("rotary of queries and keys before attention", |s| {
         let qkv = s.leaf("qkv", [2, 5, (4 + 2 * 2) * 6])?;
         let qkv = s.b.rotary(qkv, 4 + 2, 6, 10_000.0)?;

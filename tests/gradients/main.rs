@@ -157,7 +157,7 @@ fn family(families: &[&str]) {
 const FAMILIES: [&[&str]; 8] = [
     &["embedding", "add_position"],
     &["linear"],
-    &["activation", "add", "dropout"],
+    &["activation", "glu", "add", "dropout"],
     &["layernorm", "rmsnorm", "rotary", "batchnorm"],
     &["attention"],
     &["cross_entropy"],

@@ -33,6 +33,7 @@ mod tests {
             ("RELU", Activation::Relu),
             ("GELU_TANH", Activation::GeluTanh),
             ("GELU_ERF", Activation::GeluErf),
+            ("SILU", Activation::Silu),
         ] {
             assert!(header.contains(&format!("ACTIVATION_{name} = {}", kind as usize)), "{name}");
         }

@@ -19,7 +19,7 @@ const FINISH_BLOCK: usize = 256;
 const LEAST_OTHERS: usize = 512;
 
 /// What kernels add to the number of an activation whose gradient is meant.
-pub(super) const ACTIVATION_GRAD: usize = 4;
+pub(super) const ACTIVATION_GRAD: usize = 5;
 
 /// A matrix in memory.
 #[derive(Clone, Copy, Debug)]

@@ -20,6 +20,7 @@ mod embedding;
 mod emulated;
 mod gemm;
 #[cfg(feature = "cuda")]
+mod glu;
 mod gpu;
 #[cfg(feature = "cuda")]
 mod gpus;

@@ -3,8 +3,8 @@
 use super::operands::Operands;
 use super::queue::Queue;
 use super::{
-    activation, attention, batchnorm, conv, cross_entropy, custom, elementwise, embedding, linear, norm, pool, rotary,
-    transpose,
+    activation, attention, batchnorm, conv, cross_entropy, custom, elementwise, embedding, glu, linear, norm, pool,
+    rotary, transpose,
 };
 use crate::base::Result;
 use crate::graph::Op;
@@ -24,6 +24,8 @@ pub(super) fn launch_step(q: &mut Queue, o: &Operands) -> Result<()> {
         Op::LinearGradWeight { layout, bias } => linear::grad_weight(q, o, *layout, *bias),
         Op::Activation(kind) => activation::forward(q, o, *kind),
         Op::ActivationGrad(kind) => activation::grad(q, o, *kind),
+        Op::Glu(kind) => glu::forward(q, o, *kind),
+        Op::GluGrad(kind) => glu::grad(q, o, *kind),
         Op::Add => elementwise::add(q, o),
         Op::Dropout { p, stream } => elementwise::dropout(q, o, *p, *stream),
         Op::LayerNorm { epsilon } => norm::forward(q, o, *epsilon),

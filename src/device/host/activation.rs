@@ -7,17 +7,37 @@ use super::parallel::{self, Binary, Unary};
 use super::real::Real;
 use crate::graph::kinds::Activation;
 
+/// Evaluates an expression in which a name stands for the type of an activation: `of_kind!(kind, F => map::<T, F>(out, x))`.
+macro_rules! of_kind {
+    ($kind:expr, $F:ident => $body:expr) => {{
+        use crate::device::host::activation::{GeluErf, GeluTanh, Identity, Relu, Silu};
+        use crate::graph::kinds::Activation;
+        macro_rules! with {
+            ($of:ty) => {{
+                type $F = $of;
+                $body
+            }};
+        }
+        match $kind {
+            Activation::None => with!(Identity),
+            Activation::Relu => with!(Relu),
+            Activation::GeluTanh => with!(GeluTanh),
+            Activation::GeluErf => with!(GeluErf),
+            Activation::Silu => with!(Silu),
+        }
+    }};
+}
+pub(super) use of_kind;
+
 /// `out = activation(x)`, elementwise; where `x` is `None`, `out` holds it.
 ///
 /// # Panics
 /// When the lengths differ.
 pub fn forward<T: Real>(out: &mut [T], x: Option<&[T]>, activation: Activation) {
-    match activation {
-        Activation::None => copy(out, x),
-        Activation::Relu => parallel::map::<T, Relu>(out, x),
-        Activation::GeluTanh => parallel::map::<T, GeluTanh>(out, x),
-        Activation::GeluErf => parallel::map::<T, GeluErf>(out, x),
+    if activation == Activation::None && x.is_none() {
+        return;
     }
+    of_kind!(activation, F => parallel::map::<T, F>(out, x));
 }
 
 /// `d_x = d_y * activation'(pre)`, elementwise; where `d_y` is `None`, `d_x` holds it. `pre` is what the activation was given.
@@ -25,18 +45,10 @@ pub fn forward<T: Real>(out: &mut [T], x: Option<&[T]>, activation: Activation) 
 /// # Panics
 /// When the lengths differ.
 pub fn grad<T: Real>(d_x: &mut [T], d_y: Option<&[T]>, pre: &[T], activation: Activation) {
-    match activation {
-        Activation::None => copy(d_x, d_y),
-        Activation::Relu => parallel::zip::<T, Relu>(d_x, d_y, pre),
-        Activation::GeluTanh => parallel::zip::<T, GeluTanh>(d_x, d_y, pre),
-        Activation::GeluErf => parallel::zip::<T, GeluErf>(d_x, d_y, pre),
+    if activation == Activation::None && d_y.is_none() {
+        return;
     }
-}
-
-fn copy<T: Real>(out: &mut [T], x: Option<&[T]>) {
-    if x.is_some() {
-        parallel::map::<T, Identity>(out, x);
-    }
+    of_kind!(activation, F => parallel::zip::<T, F>(d_x, d_y, pre));
 }
 
 /// x. As types: the value is [`Unary`], the gradient from d_y and x is [`Binary`].
@@ -47,6 +59,8 @@ pub(super) struct Relu;
 pub(super) struct GeluTanh;
 /// x Φ(x), exactly.
 pub(super) struct GeluErf;
+/// x σ(x), with the logistic function.
+pub(super) struct Silu;
 
 /// sqrt(2/pi).
 const SLOPE: f64 = 0.797_884_560_802_865_4;
@@ -56,6 +70,13 @@ impl<T: Real> Unary<T> for Identity {
     #[inline(always)]
     fn apply(x: T) -> T {
         x
+    }
+}
+
+impl<T: Real> Binary<T> for Identity {
+    #[inline(always)]
+    fn apply(d_y: T, _: T) -> T {
+        d_y
     }
 }
 
@@ -113,12 +134,26 @@ impl<T: Real> Binary<T> for GeluErf {
     }
 }
 
+impl<T: Real> Unary<T> for Silu {
+    #[inline(always)]
+    fn apply(x: T) -> T {
+        x / (T::ONE + (-x).exp())
+    }
+}
+
+impl<T: Real> Binary<T> for Silu {
+    #[inline(always)]
+    fn apply(d_y: T, x: T) -> T {
+        // y' = σ(x) (1 + x σ(-x)): of both logistic functions one is that of a number below 0, without cancellation.
+        let (share, rest) = (T::ONE / (T::ONE + (-x).exp()), T::ONE / (T::ONE + x.exp()));
+        d_y * (share * x.mul_add(rest, T::ONE))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::device::host::testing::{assert_close, dot, finite_difference, normal, poison, same_in_all_pools};
-
-    const ALL: [Activation; 4] = [Activation::None, Activation::Relu, Activation::GeluTanh, Activation::GeluErf];
 
     #[test]
     fn known_values() {
@@ -135,6 +170,22 @@ mod tests {
                 assert!((out[6 - i] - out[i] - x[6 - i]).abs() < 1e-15);
             }
         }
+        // torch.nn.functional.silu in double precision, and far out, where nothing may overflow into NaN.
+        let mut out = vec![-3.0, -1.0, 0.5, 3.0];
+        forward(&mut out, None, Activation::Silu);
+        assert_close(
+            &out,
+            &[-0.142_277_619_532_700_67, -0.268_941_421_369_995_1, 0.311_229_665_600_927_3, 2.857_722_380_467_299_3],
+            1e-14,
+            "silu",
+        );
+        for x in [-1e4f32, 1e4] {
+            let mut out = vec![x];
+            forward(&mut out, None, Activation::Silu);
+            let mut d_x = vec![1f32];
+            grad(&mut d_x, None, &[x], Activation::Silu);
+            assert_eq!((out[0], d_x[0]), (x.max(-0.0), if x > 0.0 { 1.0 } else { 0.0 }));
+        }
         let mut out = vec![-1f32, 0.0, 2.0, f32::NAN];
         forward(&mut out, None, Activation::Relu);
         assert!(out[..3] == [0.0, 0.0, 2.0] && out[3].is_nan());
@@ -142,7 +193,7 @@ mod tests {
 
     #[test]
     fn f32_like_f64_in_place_or_not_on_any_number_of_threads() {
-        for activation in ALL {
+        for activation in Activation::ALL {
             for len in [0, 1, 31, 33, 1023, 20_000] {
                 let (x, d_y) = (normal::<f32>(len, 1), normal::<f32>(len, 2));
                 let got = same_in_all_pools(|| {
@@ -167,7 +218,7 @@ mod tests {
 
     #[test]
     fn gradients_are_slopes() {
-        for activation in ALL {
+        for activation in Activation::ALL {
             let (x, d_y) = (normal::<f64>(301, 1), normal::<f64>(301, 2));
             let mut d_x = poison::<f64>(301);
             grad(&mut d_x, Some(&d_y), &x, activation);

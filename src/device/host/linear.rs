@@ -4,7 +4,7 @@
 //! activation or residual are one pass over the product, and so is the gradient of an activation before the layer: of that pass each element
 //! has the bits that it has of ops by themselves.
 
-use super::activation::{self, GeluErf, GeluTanh, Identity, Relu};
+use super::activation::{self, of_kind};
 use super::gemm::{Matrix, Threads, gemm};
 use super::parallel::{Unary, expect_len, rows_per_chunk, vector_fn};
 use super::real::Real;
@@ -47,12 +47,7 @@ pub fn forward<T: Real>(
         assert!(activation == Activation::None && pre.is_none(), "linear: a residual beside an activation");
         return finish_residual(out, residual, bias, outputs);
     }
-    match activation {
-        Activation::None => finish::<T, Identity>(out, pre, bias, outputs),
-        Activation::Relu => finish::<T, Relu>(out, pre, bias, outputs),
-        Activation::GeluTanh => finish::<T, GeluTanh>(out, pre, bias, outputs),
-        Activation::GeluErf => finish::<T, GeluErf>(out, pre, bias, outputs),
-    }
+    of_kind!(activation, F => finish::<T, F>(out, pre, bias, outputs));
 }
 
 /// `d_x (rows, inputs) = d_y (rows, outputs) W^T`; where x came from an activation, given what that was given (rows, inputs), `d_x` is the
@@ -243,7 +238,7 @@ mod tests {
     #[test]
     fn f32_like_f64_on_any_number_of_threads() {
         for layout in LAYOUTS {
-            for activation in [Activation::None, Activation::Relu, Activation::GeluTanh, Activation::GeluErf] {
+            for activation in Activation::ALL {
                 for sizes in [[0, 3, 4], [1, 1, 1], [3, 0, 5], [5, 7, 0], [31, 33, 65], [130, 129, 257]] {
                     let got = same_in_all_pools(|| run::<f32>(layout, activation, sizes));
                     for (got, want) in got.iter().zip(run::<f64>(layout, activation, sizes)) {
@@ -275,7 +270,7 @@ mod tests {
                     elementwise::add(&mut want, None, &r);
                     assert_eq!(got[0], want, "{layout:?} bias {}", bias.is_some());
                 }
-                for activation in [Activation::Relu, Activation::GeluTanh, Activation::GeluErf] {
+                for activation in Activation::ALL.into_iter().skip(1) {
                     let pre = normal::<f32>(rows * inputs, 6);
                     let got = same_in_all_pools(|| {
                         let mut d_pre = poison(rows * inputs);

@@ -15,6 +15,7 @@ pub mod elementwise;
 pub mod embedding;
 mod execute;
 pub mod gemm;
+pub mod glu;
 mod im2col;
 mod lanes;
 pub mod linear;

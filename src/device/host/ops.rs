@@ -7,8 +7,8 @@ use super::memory::Block;
 use super::real::Real;
 use super::strided::{Rows, RowsMut};
 use super::{
-    activation, attention, batchnorm, conv, cross_entropy, custom, elementwise, embedding, linear, norm, optimizer,
-    pool, rotary, transpose, widen,
+    activation, attention, batchnorm, conv, cross_entropy, custom, elementwise, embedding, glu, linear, norm,
+    optimizer, pool, rotary, transpose, widen,
 };
 use crate::base::DType;
 use crate::device::Scalars;
@@ -178,6 +178,10 @@ fn body<T: Real>(o: &Operands, scalars: &Scalars) {
         }
         Op::Activation(kind) => activation::forward::<T>(o.output(0), o.unless_in_place(0), *kind),
         Op::ActivationGrad(kind) => activation::grad::<T>(o.output(0), o.unless_in_place(0), o.input(1), *kind),
+        Op::Glu(kind) => glu::forward::<T>(o.output(0), o.unless_in_place(0), o.input(1), *kind),
+        Op::GluGrad(kind) => {
+            glu::grad::<T>(o.output(0), o.output(1), o.unless_in_place(0), o.input(1), o.input(2), *kind);
+        }
         Op::Add => elementwise::add::<T>(o.output(0), o.unless_in_place(0), o.input(1)),
         Op::Dropout { p, stream } => {
             elementwise::dropout::<T>(o.output(0), o.unless_in_place(0), *p, scalars.stream(*stream));

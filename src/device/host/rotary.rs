@@ -40,9 +40,8 @@ pub fn turn<T: Real>(out: &mut [T], x: Option<&[T]>, rotation: &Rotation, positi
 
 /// Cosines and sines of `position`, taken in f64 and rounded once: an f32 angle of a thousand turns would be off by 1e-4.
 fn set_angles<T: Real>(cos: &mut [T], sin: &mut [T], rotation: &Rotation, position: usize) {
-    let per_pair = -2.0 / rotation.width as f64 * rotation.base.log2();
     for (i, (cos, sin)) in cos.iter_mut().zip(sin).enumerate() {
-        let angle = position as f64 * (i as f64 * per_pair).exp2();
+        let angle = position as f64 * rotation.frequency(i);
         let (s, c) = angle.sin_cos();
         *cos = T::from_f64(c);
         *sin = T::from_f64(if rotation.back { -s } else { s });
@@ -60,6 +59,7 @@ fn turn_head<T: Real>(head: &mut [T], cos: &[T], sin: &[T]) {
 mod tests {
     use super::*;
     use crate::device::host::testing::{assert_close, dot, normal, poison, same_in_all_pools};
+    use crate::graph::RotaryScaling;
 
     /// batch, positions, heads, width, columns behind the heads
     const SHAPES: [[usize; 5]; 7] = [
@@ -75,7 +75,7 @@ mod tests {
     fn run<T: Real>([batch, positions, heads, width, rest]: [usize; 5], back: bool) -> Vec<T> {
         let cols = heads * width + rest;
         let x = normal::<T>(batch * positions * cols, 1);
-        let rotation = Rotation { heads, width, base: 10_000.0, back };
+        let rotation = Rotation { heads, width, base: 10_000.0, scaling: RotaryScaling::None, back };
         let (mut out, mut over) = (poison(x.len()), x.clone());
         turn(&mut out, Some(&x), &rotation, positions, cols);
         turn(&mut over, None, &rotation, positions, cols);
@@ -98,7 +98,13 @@ mod tests {
         let (positions, heads, width) = (5, 2, 6);
         let x = normal::<f64>(positions * 13, 1);
         let mut out = poison(x.len());
-        turn(&mut out, Some(&x), &Rotation { heads, width, base: 500.0, back: false }, positions, 13);
+        turn(
+            &mut out,
+            Some(&x),
+            &Rotation { heads, width, base: 500.0, scaling: RotaryScaling::None, back: false },
+            positions,
+            13,
+        );
         for t in 0..positions {
             for c in 0..13 {
                 let (head, i) = (c / width, c % width);
@@ -112,11 +118,38 @@ mod tests {
         }
     }
 
+    /// Llama 3.1's rule as transformers writes it, by wavelengths; with 8 times 64 positions every branch is met.
+    #[test]
+    fn angles_are_slowed_as_in_transformers() {
+        let scaling = RotaryScaling::Llama3 { factor: 8.0, low: 1.0, high: 4.0, positions: 64 };
+        let rotation = Rotation { heads: 1, width: 32, base: 10_000.0, scaling, back: false };
+        let mut met = [0; 3];
+        for i in 0..16 {
+            let frequency = 10_000f64.powf(-2.0 * i as f64 / 32.0);
+            let wavelength = std::f64::consts::TAU / frequency;
+            let (branch, want) = if wavelength > 64.0 / 1.0 {
+                (0, frequency / 8.0)
+            } else if wavelength < 64.0 / 4.0 {
+                (1, frequency)
+            } else {
+                let smooth = (64.0 / wavelength - 1.0) / (4.0 - 1.0);
+                (2, (1.0 - smooth) * frequency / 8.0 + smooth * frequency)
+            };
+            met[branch] += 1;
+            assert!((rotation.frequency(i) / want - 1.0).abs() < 1e-12, "pair {i}");
+            let linear = Rotation { scaling: RotaryScaling::Linear { factor: 8.0 }, ..rotation };
+            assert!((linear.frequency(i) * 8.0 / frequency - 1.0).abs() < 1e-12, "pair {i}");
+            let none = Rotation { scaling: RotaryScaling::None, ..rotation };
+            assert_eq!(none.frequency(i), (i as f64 * none.per_pair()).exp2(), "pair {i}");
+        }
+        assert!(met.iter().all(|&n| n > 0), "{met:?}");
+    }
+
     #[test]
     fn turning_back_is_the_inverse_and_the_gradient() {
         let (positions, cols) = (7, 3 * 4 + 2);
         let (x, d_y) = (normal::<f64>(2 * positions * cols, 1), normal::<f64>(2 * positions * cols, 2));
-        let rotation = Rotation { heads: 3, width: 4, base: 10_000.0, back: false };
+        let rotation = Rotation { heads: 3, width: 4, base: 10_000.0, scaling: RotaryScaling::None, back: false };
         let back = Rotation { back: true, ..rotation };
         let [mut y, mut again, mut d_x] = [(); 3].map(|()| poison(x.len()));
         turn(&mut y, Some(&x), &rotation, positions, cols);

@@ -5,7 +5,7 @@ use crate::base::{DType, Error, Result, Shape};
 use crate::graph::custom::{CUSTOM_OPERANDS, Custom, CustomOp};
 use crate::graph::graph::{Source, Value};
 use crate::graph::kinds::{Activation, Init, Mode, WeightLayout};
-use crate::graph::op::{AttentionKind, Op, Rotation, Window};
+use crate::graph::op::{AttentionKind, Op, RotaryScaling, Rotation, Window};
 use std::sync::Arc;
 
 impl Builder {
@@ -89,6 +89,17 @@ impl Builder {
         self.one(Op::Activation(activation), vec![x], shape)
     }
 
+    /// `activation(gate) * up`, of one shape: what stands between the two products of a gated MLP (Shazeer 2020, "GLU variants improve
+    /// Transformer", arXiv:2002.05202).
+    ///
+    /// # Errors
+    /// When the shapes differ.
+    pub fn glu(&mut self, gate: Value, up: Value, activation: Activation) -> Result<Value> {
+        let shape = self.shape(gate).clone();
+        self.expect_shape("glu: up", up, shape.axes())?;
+        self.one(Op::Glu(activation), vec![gate, up], shape)
+    }
+
     /// `a + b`, of one shape.
     ///
     /// # Errors
@@ -146,6 +157,21 @@ impl Builder {
     /// # Errors
     /// When `x` has not three axes, its rows are shorter than the heads, the width is odd, or the base not above 0.
     pub fn rotary(&mut self, x: Value, heads: usize, width: usize, base: f64) -> Result<Value> {
+        self.rotary_scaled(x, heads, width, base, RotaryScaling::None)
+    }
+
+    /// [`Builder::rotary`] with angles slowed for long contexts.
+    ///
+    /// # Errors
+    /// As [`Builder::rotary`], and when a factor is below 1 or the limits of turns are not in order.
+    pub fn rotary_scaled(
+        &mut self,
+        x: Value,
+        heads: usize,
+        width: usize,
+        base: f64,
+        scaling: RotaryScaling,
+    ) -> Result<Value> {
         let [_, _, cols] = self.axes("rotary: x", x)?;
         let shape = self.shape(x).clone();
         if heads.checked_mul(width).is_none_or(|turned| turned > cols) {
@@ -154,7 +180,17 @@ impl Builder {
         if width % 2 == 1 || !(base > 0.0 && base.is_finite()) {
             return Err(Error::bad(format!("rotary: heads are {width} wide, the base is {base}; want even, above 0")));
         }
-        self.one(Op::Rotary(Rotation { heads, width, base, back: false }), vec![x], shape)
+        let fits = match scaling {
+            RotaryScaling::None => true,
+            RotaryScaling::Linear { factor } => factor >= 1.0 && factor.is_finite(),
+            RotaryScaling::Llama3 { factor, low, high, .. } => {
+                factor >= 1.0 && factor.is_finite() && low > 0.0 && low < high && high.is_finite()
+            }
+        };
+        if !fits {
+            return Err(Error::bad(format!("rotary: {scaling:?}; want a factor of 1 or more, and 0 < low < high")));
+        }
+        self.one(Op::Rotary(Rotation { heads, width, base, scaling, back: false }), vec![x], shape)
     }
 
     /// Attention on packed `qkv` (B, T, (H + 2 Hkv) D); `mask` (B, T) is 1 where a key may be seen.

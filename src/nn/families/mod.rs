@@ -3,6 +3,7 @@
 pub mod bert;
 mod classes;
 pub mod gpt2;
+pub mod llama;
 pub mod resnet;
 pub mod vit;
 
@@ -13,11 +14,13 @@ use crate::graph::Activation;
 use serde_json::{Map, Value};
 
 /// Activations by transformers' names. `gelu_pytorch_tanh` computes what `gelu_new` does.
-pub(super) const ACTIVATIONS: [(&str, Activation); 4] = [
+pub(super) const ACTIVATIONS: [(&str, Activation); 6] = [
     ("gelu_new", Activation::GeluTanh),
     ("gelu", Activation::GeluErf),
     ("gelu_pytorch_tanh", Activation::GeluTanh),
     ("relu", Activation::Relu),
+    ("silu", Activation::Silu),
+    ("swish", Activation::Silu),
 ];
 
 /// What is known of a family besides its networks.
@@ -37,7 +40,7 @@ pub(super) struct Family {
 }
 
 /// All families.
-pub(super) const FAMILIES: [Family; 4] = [gpt2::FAMILY, resnet::FAMILY, bert::FAMILY, vit::FAMILY];
+pub(super) const FAMILIES: [Family; 5] = [gpt2::FAMILY, llama::FAMILY, resnet::FAMILY, bert::FAMILY, vit::FAMILY];
 
 /// The family of a `model_type`; messages begin with `whence`.
 pub(super) fn family(name: &str, whence: &str) -> Result<&'static Family> {

@@ -1,7 +1,7 @@
 //! Configs: what is taken, what is refused and in which words, and that nothing makes a trace panic.
 
 use super::*;
-use crate::graph::Mode;
+use crate::graph::{Mode, Op, RotaryScaling};
 use proptest::prelude::*;
 use serde_json::json;
 
@@ -24,7 +24,7 @@ fn values_that_are_not_supported_are_named() {
     gpt2(json!({ "vocab_size": u64::MAX }), &["vocab_size", "18446744073709551615"]);
     gpt2(json!({ "n_embd": 10, "n_head": 3 }), &["n_embd", "10 is no multiple of n_head, 3"]);
     gpt2(json!({ "n_inner": [] }), &["n_inner", "got []"]);
-    gpt2(json!({ "activation_function": "swish" }), &["activation_function", "\"swish\"", "gelu_new, gelu"]);
+    gpt2(json!({ "activation_function": "mish" }), &["activation_function", "\"mish\"", "gelu_new, gelu"]);
     gpt2(json!({ "activation_function": 1 }), &["activation_function", "1 is not supported"]);
     gpt2(json!({ "resid_pdrop": 1.0 }), &["resid_pdrop", "below 1", "got 1.0"]);
     gpt2(json!({ "attn_pdrop": -0.1 }), &["attn_pdrop"]);
@@ -45,7 +45,7 @@ fn values_that_are_not_supported_are_named() {
     resnet(json!({ "depths": [1, 2] }), &["depths", "2 stages, hidden_sizes 4"]);
     resnet(json!({ "depths": [1024, 1, 1, 1] }), &["depths", "1027 blocks"]);
     resnet(json!({ "layer_type": "wide" }), &["layer_type", "\"wide\"", "bottleneck, basic"]);
-    resnet(json!({ "hidden_act": "silu" }), &["hidden_act", "\"silu\""]);
+    resnet(json!({ "hidden_act": "mish" }), &["hidden_act", "\"mish\""]);
     resnet(json!({ "id2label": {} }), &["id2label"]);
     resnet(json!({ "id2label": ["a"] }), &["id2label"]);
     resnet(json!({ "id2label": { "0": "a" }, "num_labels": 2 }), &["num_labels", "is 2", "names 1"]);
@@ -70,8 +70,77 @@ fn values_that_are_not_supported_are_named() {
     vit(json!({ "num_attention_heads": 7 }), &["hidden_size", "no multiple of num_attention_heads, 7"]);
     vit(json!({ "problem_type": "regression" }), &["problem_type", "regression"]);
     vit(json!({ "num_label": 3 }), &["num_label", "is no key of this family"]);
-    refused(strict("gtp2", json!({})), &["'gtp2'", "gpt2, resnet, bert, vit", "did you mean gpt2?"]);
-    refused(strict("", json!({})), &["''", "gpt2, resnet, bert, vit"]);
+    let llama = |config: Value, parts: &[&str]| {
+        refused(strict("llama", config), parts);
+    };
+    llama(json!({ "hidden_size": 100 }), &["hidden_size", "100 is no multiple of num_attention_heads, 32"]);
+    llama(json!({ "hidden_size": 96 }), &["head_dim", "is 3", "even"]);
+    llama(json!({ "head_dim": 5 }), &["head_dim", "is 5", "even"]);
+    llama(json!({ "num_key_value_heads": 5 }), &["num_key_value_heads", "5 do not divide num_attention_heads, 32"]);
+    llama(json!({ "pad_token_id": 32000 }), &["pad_token_id", "from 0 to 31999"]);
+    llama(json!({ "rope_theta": 0 }), &["rope_theta", "above 0"]);
+    llama(json!({ "rope_scaling": [] }), &["rope_scaling", "want an object, got []"]);
+    llama(
+        json!({ "rope_scaling": { "rope_type": "yarn" } }),
+        &["rope_scaling: rope_type", "\"yarn\"", "linear, llama3"],
+    );
+    llama(json!({ "rope_scaling": { "type": "dynamic" } }), &["rope_scaling: type", "\"dynamic\""]);
+    llama(json!({ "rope_scaling": { "type": "linear" } }), &["rope_scaling: factor", "is missing"]);
+    llama(json!({ "rope_scaling": { "type": "linear", "factor": 0.5 } }), &["rope_scaling: factor", "got 0.5"]);
+    llama(json!({ "rope_scaling": {}, "rope_parameters": {} }), &["rope_scaling", "rope_parameters is there too"]);
+    llama(
+        json!({ "rope_parameters": { "rope_thata": 1.0 } }),
+        &["rope_parameters: rope_thata", "did you mean rope_theta?"],
+    );
+    llama(json!({ "rope_parameters": { "partial_rotary_factor": 0.5 } }), &["partial_rotary_factor", "not supported"]);
+    let scaling = |key: &str, value: Value| {
+        let mut scaling = llama_3_2_scaling();
+        scaling[key] = value;
+        json!({ "rope_scaling": scaling })
+    };
+    llama(
+        scaling("original_max_position_embeddings", Value::Null),
+        &["original_max_position_embeddings", "is missing"],
+    );
+    llama(scaling("low_freq_factor", json!(4.0)), &["low_freq_factor", "is 4, high_freq_factor 4"]);
+    refused(strict("gtp2", json!({})), &["'gtp2'", "gpt2, llama, resnet, bert, vit", "did you mean gpt2?"]);
+    refused(strict("", json!({})), &["''", "gpt2, llama, resnet, bert, vit"]);
+}
+
+/// As meta-llama/Llama-3.2-1B has it.
+fn llama_3_2_scaling() -> Value {
+    json!({ "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192, "rope_type": "llama3" })
+}
+
+/// Both forms of the rotary angles, read to one network and written so that either transformers reads it.
+#[test]
+fn llamas_rotary_angles_have_two_forms() {
+    let of = |config: Value| {
+        let network = strict("llama", config).unwrap();
+        let graph = network.trace(Mode::Training, DType::F32, 1, &text(9)).unwrap();
+        let rotary =
+            graph.nodes.iter().find_map(|n| if let Op::Rotary(r) = n.op { Some((r.base, r.scaling)) } else { None });
+        (rotary.unwrap(), network.config())
+    };
+    let mut newer = llama_3_2_scaling();
+    newer["rope_theta"] = json!(500_000.0);
+    let one = json!({ "num_hidden_layers": 1 });
+    let with = |more: Value| {
+        let mut config = object(one.clone());
+        config.extend(object(more));
+        Value::Object(config)
+    };
+    let (first, older) = of(with(json!({ "rope_theta": 500_000.0, "rope_scaling": llama_3_2_scaling() })));
+    let (second, newer) = of(with(json!({ "rope_parameters": newer })));
+    let want = RotaryScaling::Llama3 { factor: 32.0, low: 1.0, high: 4.0, positions: 8192 };
+    assert_eq!((first, second), ((500_000.0, want), (500_000.0, want)));
+    assert_eq!(older["rope_scaling"], llama_3_2_scaling());
+    assert!(newer.get("rope_scaling").is_none() && newer.get("rope_theta").is_none());
+    let (plain, config) = of(with(json!({ "rope_scaling": null })));
+    assert_eq!((plain, &config["rope_theta"]), ((10_000.0, RotaryScaling::None), &json!(10_000.0)));
+    let (linear, config) = of(with(json!({ "rope_scaling": { "type": "linear", "factor": 4 } })));
+    assert_eq!(linear, (10_000.0, RotaryScaling::Linear { factor: 4.0 }));
+    assert_eq!(config["rope_scaling"], json!({ "type": "linear", "factor": 4 }), "as it was given");
 }
 
 #[test]
@@ -95,6 +164,11 @@ fn a_networks_config_describes_it() {
         (
             "gpt2",
             json!({ "n_inner": 7, "activation_function": "gelu", "bos_token_id": 5, "tie_word_embeddings": false }),
+        ),
+        ("llama", json!({})),
+        (
+            "llama",
+            json!({ "num_key_value_heads": 4, "head_dim": 6, "tie_word_embeddings": true, "mlp_bias": true, "rope_scaling": llama_3_2_scaling() }),
         ),
         ("bert", json!({})),
         ("bert", json!({ "pad_token_id": null, "hidden_act": "relu", "type_vocab_size": 1 })),
@@ -164,6 +238,7 @@ proptest! {
     fn hostile_configs_do_no_harm(
         (family, config) in prop_oneof![
             hostile_config("gpt2").prop_map(|config| ("gpt2", config)),
+            hostile_config("llama").prop_map(|config| ("llama", config)),
             hostile_config("bert").prop_map(|config| ("bert", config)),
             hostile_config("vit").prop_map(|config| ("vit", config)),
             hostile_config("resnet").prop_map(|config| ("resnet", config)),

@@ -131,7 +131,7 @@ fn configs_that_are_none() {
     refused_config(with("GPT2LMHeadModel", "GPT2Model"), &["architectures", "GPT2Model", "only [\"GPT2LMHeadModel\"]"]);
     refused_config(with("\"n_head\": 4", "\"n_head\": 5"), &["n_embd", "32 is no multiple of n_head, 5"]);
     refused_config(with("\"n_head\": 4", "\"n_head\": 1e999"), &["is no JSON", "out of range"]);
-    refused_config(with("gelu_new", "silu"), &["activation_function", "\"silu\""]);
+    refused_config(with("gelu_new", "mish"), &["activation_function", "\"mish\""]);
     let dir = copy("gpt2");
     let config = std::fs::File::create(dir.path().join("config.json")).unwrap();
     config.set_len(20 << 20).unwrap();

@@ -1,6 +1,8 @@
 //! Runs forward graphs in f64 with the plainest loops there are, to hold families against PyTorch without any device.
 
-use crate::graph::{Activation, AttentionKind, Graph, Op, Source, Value, WeightLayout, Window};
+use crate::graph::{
+    Activation, AttentionKind, Graph, Op, RotaryScaling, Rotation, Source, Value, WeightLayout, Window,
+};
 use std::collections::BTreeMap;
 
 /// Values of a graph's tensors by name: inputs, parameters, running statistics.
@@ -74,6 +76,9 @@ pub fn run(graph: &Graph, named: &mut Named) -> Run {
                 }
                 vec![out]
             }
+            Op::Glu(activation) => {
+                vec![x[0].iter().zip(x[1]).map(|(&gate, up)| activate(*activation, gate) * up).collect()]
+            }
             Op::Activation(activation) => vec![x[0].iter().map(|&v| activate(*activation, v)).collect()],
             Op::Add => vec![x[0].iter().zip(x[1]).map(|(a, b)| a + b).collect()],
             Op::Transpose { axes } => {
@@ -102,6 +107,14 @@ pub fn run(graph: &Graph, named: &mut Named) -> Run {
                 }
                 vec![y]
             }
+            Op::RmsNorm { epsilon } => {
+                let rows = x[0].chunks(x[1].len()).map(|row| {
+                    let mean = row.iter().map(|v| v * v).sum::<f64>() / row.len() as f64;
+                    (row, (mean + epsilon).sqrt().recip())
+                });
+                vec![rows.flat_map(|(row, r)| row.iter().zip(x[1]).map(move |(v, w)| v * r * w)).collect()]
+            }
+            Op::Rotary(rotation) => vec![rotary(rotation, x[0], shape(0))],
             Op::Attention(kind) => vec![attention(kind, &x, shape(0))],
             Op::CrossEntropy => {
                 let rows = x[0].chunks(x[0].len() / x[1].len()).zip(x[1]).filter(|(_, label)| **label >= 0.0);
@@ -185,6 +198,7 @@ fn activate(activation: Activation, x: f64) -> f64 {
             0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh())
         }
         Activation::GeluErf => 0.5 * x * (1.0 + libm::erf(x / 2f64.sqrt())),
+        Activation::Silu => x / (1.0 + (-x).exp()),
     }
 }
 
@@ -221,16 +235,30 @@ fn slide(window: Window, image: &[usize], out: &[usize], mut at: impl FnMut(&[(u
     }
 }
 
+/// Heads that fill their rows, turned by complex numbers: with Llama's pairs, element i and i + width/2 are one.
+fn rotary(rotation: &Rotation, x: &[f64], shape: &[usize]) -> Vec<f64> {
+    let (width, half) = (rotation.width, rotation.width / 2);
+    assert!(rotation.scaling == RotaryScaling::None && !rotation.back && shape[2] == rotation.heads * width);
+    let value = |i: usize| {
+        let (position, of) = (i / shape[2] % shape[1], i % width);
+        let (re, im) = (x[i - of + of % half], x[i - of + of % half + half]);
+        let angle = position as f64 * rotation.base.powf(-((of % half) as f64) / half as f64);
+        if of < half { re * angle.cos() - im * angle.sin() } else { re * angle.sin() + im * angle.cos() }
+    };
+    (0..x.len()).map(value).collect()
+}
+
 /// `x` is qkv packed, or q, k and v, all of as many positions; then perhaps a mask.
 fn attention(kind: &AttentionKind, x: &[&[f64]], shape: &[usize]) -> Vec<f64> {
     let AttentionKind { heads, kv_heads, width, scale, causal, packed, masked, dropout } = *kind;
-    assert!(heads == kv_heads && dropout.is_none(), "the families here use no other");
+    assert!(dropout.is_none() && (heads == kv_heads || !packed), "the families here use no other");
     let (b, t) = (shape[0], shape[1]);
     let part = |b: usize, t_: usize, which: usize, h: usize| {
         let row = b * t + t_;
+        let (of, h) = if which == 0 { (heads, h) } else { (kv_heads, h * kv_heads / heads) };
         match packed {
             true => &x[0][row * 3 * heads * width + (which * heads + h) * width..][..width],
-            false => &x[which][row * heads * width + h * width..][..width],
+            false => &x[which][row * of * width + h * width..][..width],
         }
     };
     let sees = |b: usize, j: usize| !masked || x[x.len() - 1][b * t + j] != 0.0;

@@ -103,6 +103,18 @@ fn cuts_fall_between_halves_of_gpt2s_blocks() {
 }
 
 #[test]
+fn cuts_fall_between_halves_of_llamas_layers() {
+    let mut graph = traced("llama");
+    let halves = ["embeddings", "layers.0.attn", "layers.0.mlp", "layers.1.attn", "layers.1.mlp", "head"];
+    assert_eq!(names(&graph), halves);
+    for layer in &graph.layers[..5] {
+        assert_eq!(graph.info(layer.output.unwrap()).shape.axes(), [6, 19, 32], "{}", layer.name);
+    }
+    assert!(graph.parameters.iter().all(|p| p.layers.len() == 1));
+    check_gradients(&mut graph);
+}
+
+#[test]
 fn cuts_fall_between_resnets_blocks() {
     let mut graph = traced("resnet");
     let blocks =
@@ -138,6 +150,14 @@ fn defaults_are_the_published_models() {
     };
     assert_eq!(elems("gpt2", json!({})), 124_439_808);
     assert_eq!(elems("gpt2", json!({ "n_embd": 1600, "n_layer": 48, "n_head": 25 })), 1_557_611_200);
+    assert_eq!(elems("llama", json!({})), 6_738_415_616);
+    let llama_3_8b = json!({ "vocab_size": 128_256, "intermediate_size": 14_336, "num_key_value_heads": 8 });
+    assert_eq!(elems("llama", llama_3_8b), 8_030_261_248);
+    let llama_3_2_1b = json!({
+        "vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_key_value_heads": 8, "tie_word_embeddings": true
+    });
+    assert_eq!(elems("llama", llama_3_2_1b), 1_235_814_400);
     assert_eq!(elems("bert", json!({})), 109_514_298);
     assert_eq!(elems("vit", json!({ "num_labels": 1000 })), 86_567_656);
     assert_eq!(elems("resnet", json!({ "num_labels": 1000 })), 25_557_032);
@@ -177,6 +197,50 @@ fn gpt2s_switches_change_the_graph() {
     assert_eq!(init("transformer.h.0.attn.c_proj.weight"), Init::Normal(0.01));
     assert_eq!(init("transformer.h.0.attn.c_proj.bias"), Init::Constant(0.0));
     assert_eq!(init("transformer.ln_f.weight"), Init::Constant(1.0));
+}
+
+#[test]
+fn llamas_switches_change_the_graph() {
+    let small = json!({ "vocab_size": 31, "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 7 });
+    let trace = |more: Value| {
+        let mut config = object(small.clone());
+        config.extend(object(more));
+        strict("llama", config.into()).unwrap().trace(Mode::Training, DType::F32, 1, &text(33)).unwrap()
+    };
+    let shape = |graph: &Graph, name: &str| {
+        graph.parameters.iter().find(|p| p.name == name).map(|p| p.shape.axes().to_vec()).unwrap_or_default()
+    };
+    let attention = |graph: &Graph| {
+        let nodes = graph.nodes.iter();
+        nodes.filter_map(|n| if let Op::Attention(kind) = &n.op { Some(*kind) } else { None }).next().unwrap()
+    };
+    let mut plain = trace(json!({}));
+    check_gradients(&mut plain);
+    assert!(!plain.parameters.iter().any(|p| p.name.ends_with("bias")));
+    assert_eq!(shape(&plain, "lm_head.weight"), [31, 12]);
+    let kind = attention(&plain);
+    assert_eq!((kind.heads, kind.kv_heads, kind.width, kind.scale, kind.dropout), (3, 3, 4, 0.5, None));
+    let mut grouped =
+        trace(json!({ "num_key_value_heads": 1, "head_dim": 6, "tie_word_embeddings": true, "pad_token_id": 2 }));
+    check_gradients(&mut grouped);
+    let kind = attention(&grouped);
+    assert_eq!((kind.heads, kind.kv_heads, kind.width), (3, 1, 6));
+    assert_eq!(shape(&grouped, "model.layers.1.self_attn.q_proj.weight"), [18, 12]);
+    assert_eq!(shape(&grouped, "model.layers.1.self_attn.v_proj.weight"), [6, 12]);
+    assert_eq!(shape(&grouped, "model.layers.1.self_attn.o_proj.weight"), [12, 18]);
+    assert!(shape(&grouped, "lm_head.weight").is_empty());
+    assert!(grouped.nodes.iter().any(|n| n.op == Op::Embedding { padding: Some(2) }));
+    let biases = |more: Value| trace(more).parameters.iter().filter(|p| p.name.ends_with("bias")).count();
+    assert_eq!((biases(json!({ "attention_bias": true })), biases(json!({ "mlp_bias": true }))), (4 * 2, 3 * 2));
+    assert_eq!(attention(&trace(json!({ "attention_dropout": 0.1 }))).dropout.unwrap().0, 0.1);
+    let gates = |graph: &Graph| {
+        graph.nodes.iter().find_map(|n| if let Op::Glu(kind) = n.op { Some(kind) } else { None }).unwrap()
+    };
+    assert_eq!(gates(&plain), Activation::Silu);
+    assert_eq!(gates(&trace(json!({ "hidden_act": "gelu" }))), Activation::GeluErf);
+    let init = |name: &str| plain.parameters.iter().find(|p| p.name == name).unwrap().init;
+    assert_eq!(init("model.layers.1.mlp.down_proj.weight"), Init::Normal(0.02));
+    assert_eq!(init("model.norm.weight"), Init::Constant(1.0));
 }
 
 #[test]
@@ -261,6 +325,8 @@ fn the_largest_configs_trace() {
     refused(network.trace(Mode::Training, DType::F64, 1 << 20, &network.inputs()), &["more elements than fit"]);
     let wide = json!({ "vocab_size": i32::MAX, "max_position_embeddings": 1 << 24, "hidden_size": 1 << 20, "num_attention_heads": 1 << 20, "intermediate_size": 1 << 24, "num_hidden_layers": 1024 });
     assert_eq!(crate::nn::tensors(&*strict("bert", wide).unwrap()).unwrap().len(), 5 + 1024 * 16 + 5);
+    let wide = json!({ "vocab_size": i32::MAX, "max_position_embeddings": 1 << 24, "hidden_size": 1 << 20, "head_dim": 1 << 12, "num_attention_heads": 1 << 20, "intermediate_size": 1 << 24, "num_hidden_layers": 1024 });
+    assert_eq!(crate::nn::tensors(&*strict("llama", wide).unwrap()).unwrap().len(), 1024 * 9 + 3);
     let wide = json!({ "image_size": 1 << 16, "patch_size": 1, "num_channels": 1 << 16, "hidden_size": 1 << 20, "num_attention_heads": 1 << 20, "intermediate_size": 1 << 24, "num_hidden_layers": 1024 });
     assert_eq!(crate::nn::tensors(&*strict("vit", wide).unwrap()).unwrap().len(), 4 + 1024 * 16 + 4);
     let (sizes, depths) = ([1 << 16; 32], [32; 32]);
@@ -270,7 +336,8 @@ fn the_largest_configs_trace() {
 
 #[test]
 fn masks_reach_attention() {
-    for (family, config) in [("gpt2", json!({ "n_layer": 1 })), ("bert", json!({ "num_hidden_layers": 1 }))] {
+    let one = json!({ "num_hidden_layers": 1 });
+    for (family, config) in [("gpt2", json!({ "n_layer": 1 })), ("llama", one.clone()), ("bert", one)] {
         let network = strict(family, config).unwrap();
         let mut inputs = text(5);
         inputs.push(InputShape::new("attention_mask", [5], DType::I32));
@@ -291,6 +358,8 @@ fn inputs_that_do_not_fit_are_named() {
     };
     check(&*gpt2, 1, &text(34), &["context of 34", "n_positions, 33"]);
     check(&*bert, 1, &text(34), &["context of 34", "max_position_embeddings, 33"]);
+    let llama = strict("llama", json!({ "num_hidden_layers": 1, "max_position_embeddings": 33 })).unwrap();
+    check(&*llama, 1, &text(34), &["context of 34", "max_position_embeddings, 33"]);
     check(&*vit, 2, &images([3, 33, 32]), &["[3, 33, 32]", "image_size, [3, 33, 33]"]);
     let one = strict("vit", json!({ "num_labels": 1, "image_size": 32 })).unwrap();
     check(&*one, 2, &images([3, 32, 32]), &["labels", "regression"]);

@@ -42,10 +42,16 @@ fn lookups(t: &mut Table) {
 fn pointwise(t: &mut Table) {
     // One block and two of f32 and of bf16, with and without a tail.
     for (rows, cols) in [(7, 1), (1, 4099), (64, 129)] {
-        for activation in [Activation::Relu, Activation::GeluTanh, Activation::GeluErf] {
+        for activation in Activation::ALL.into_iter().skip(1) {
             t.add(format!("activation {activation:?} {rows}x{cols}"), move |s| {
                 let x = s.leaf("x", [rows, cols])?;
                 s.b.activation(x, activation)
+            });
+        }
+        for activation in Activation::ALL {
+            t.add(format!("glu {activation:?} {rows}x{cols}"), move |s| {
+                let (gate, up) = (s.leaf("gate", [rows, cols])?, s.leaf("up", [rows, cols])?);
+                s.b.glu(gate, up, activation)
             });
         }
         t.add(format!("add {rows}x{cols}"), move |s| {

@@ -18,7 +18,7 @@ const SIZES: [[usize; 3]; 9] = [
 
 /// Adds the cases.
 pub fn cases(t: &mut Table) {
-    let activations = [Activation::None, Activation::Relu, Activation::GeluTanh, Activation::GeluErf];
+    let activations = Activation::ALL;
     for (i, sizes) in SIZES.into_iter().enumerate() {
         for (j, layout) in [WeightLayout::InOut, WeightLayout::OutIn].into_iter().enumerate() {
             let (activation, bias) = (activations[(i + 2 * j) % 4], i % 3 > 0);

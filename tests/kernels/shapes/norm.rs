@@ -1,6 +1,7 @@
 //! Normalizations and losses.
 
 use crate::cases::Table;
+use hydra::graph::RotaryScaling;
 
 /// Adds the cases.
 pub fn cases(t: &mut Table) {
@@ -37,6 +38,15 @@ pub fn cases(t: &mut Table) {
         t.add(format!("rotary {b}x{len}, {heads} heads of {width} and {rest}"), move |s| {
             let x = s.leaf("x", [b, len, heads * width + rest])?;
             s.b.rotary(x, heads, width, 10_000.0)
+        });
+    }
+    for scaling in [
+        RotaryScaling::Linear { factor: 3.0 },
+        RotaryScaling::Llama3 { factor: 32.0, low: 1.0, high: 4.0, positions: 8192 },
+    ] {
+        t.add(format!("rotary with {scaling:?}"), move |s| {
+            let x = s.leaf("x", [1, 41, 3 * 64])?;
+            s.b.rotary_scaled(x, 2, 64, 500_000.0, scaling)
         });
     }
     for (rows, classes) in [(2, 6), (9, 1000), (3, 4099), (1, 50_257)] {

@@ -1,0 +1,293 @@
+//! Llama with its language-modelling head (Touvron et al. 2023, arXiv:2302.13971 and 2307.09288; Grattafiori et al. 2024, arXiv:2407.21783), as
+//! transformers' `LlamaForCausalLM` computes it: RMS norms, rotary positions, grouped key and value heads, a gated MLP.
+//!
+//! A cut may fall after the embeddings, and after either half of a layer: attention, or the MLP.
+
+use super::{ACTIVATIONS, Family};
+use crate::base::{DType, Error, Result};
+use crate::graph::{Activation, AttentionOptions, Builder, Graph, Init, Mode, RotaryScaling, Value, WeightLayout};
+use crate::nn::fields::{Fields, shown};
+use crate::nn::layers::{Linear, rmsnorm};
+use crate::nn::{InputShape, Inputs, Labels, Network};
+use serde_json::{Map, json};
+
+pub(super) const FAMILY: Family = Family {
+    name: "llama",
+    architecture: "LlamaForCausalLM",
+    prefix: Some("model."),
+    tied: &[("lm_head.weight", TABLE)],
+    is_buffer,
+    build: |fields| Ok(Box::new(Llama::read(fields)?)),
+};
+
+/// The token embeddings, (V, C), which are the head too where it is tied.
+const TABLE: &str = "model.embed_tokens.weight";
+/// Layers beyond this are a mistake: the deepest published one has 126.
+const MOST_LAYERS: usize = 1024;
+
+/// A Llama, described by transformers' `LlamaConfig`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Llama {
+    /// V, the number of tokens: `vocab_size`, 32000 by default.
+    pub vocab: usize,
+    /// C: `hidden_size`, 4096 by default.
+    pub width: usize,
+    /// Width inside the MLP: `intermediate_size`, 11008 by default.
+    pub inner: usize,
+    /// `num_hidden_layers`, 32 by default.
+    pub layers: usize,
+    /// H: `num_attention_heads`, 32 by default.
+    pub heads: usize,
+    /// Key and value heads, which divide H: `num_key_value_heads`, H by default.
+    pub kv_heads: usize,
+    /// Width of a head, even: `head_dim`, C / H by default.
+    pub head_width: usize,
+    /// Of the MLP's gate: `hidden_act`, silu by default.
+    pub activation: Activation,
+    /// The longest context: `max_position_embeddings`, 2048 by default.
+    pub positions: usize,
+    /// Standard deviation of the first weights: `initializer_range`, 0.02 by default.
+    pub initializer_range: f64,
+    /// RMS normalisation's epsilon: `rms_norm_eps`, 1e-6 by default.
+    pub epsilon: f64,
+    /// The token whose row the embedding's gradient leaves alone: `pad_token_id`, none by default.
+    pub padding: Option<usize>,
+    /// Whether the head is the token embeddings: `tie_word_embeddings`, false by default.
+    pub tied: bool,
+    /// Base of the rotary angles: `rope_theta`, 10000 by default.
+    pub rotary_base: f64,
+    /// How they are slowed: `rope_scaling`, not at all by default.
+    pub rotary_scaling: RotaryScaling,
+    /// Whether attention's layers have a bias: `attention_bias`, false by default.
+    pub attention_bias: bool,
+    /// Dropout of attention weights: `attention_dropout`, 0 by default.
+    pub attention_dropout: f64,
+    /// Whether the MLP's layers have a bias: `mlp_bias`, false by default.
+    pub mlp_bias: bool,
+    given: Map<String, serde_json::Value>,
+}
+
+impl Llama {
+    fn read(f: &Fields) -> Result<Llama> {
+        let vocab = f.count("vocab_size", 32000, 1..=i32::MAX as usize)?;
+        let width = f.count("hidden_size", 4096, 1..=1 << 20)?;
+        let heads = f.count("num_attention_heads", 32, 1..=1 << 20)?;
+        let head_width = f.optional_count("head_dim", 2..=1 << 12)?;
+        let (rotary_base, rotary_scaling) = read_rotary(f)?;
+        let llama = Llama {
+            vocab,
+            width,
+            inner: f.count("intermediate_size", 11008, 1..=1 << 24)?,
+            layers: f.count("num_hidden_layers", 32, 1..=MOST_LAYERS)?,
+            heads,
+            kv_heads: f.optional_count("num_key_value_heads", 1..=1 << 20)?.unwrap_or(heads),
+            head_width: head_width.unwrap_or(width / heads),
+            activation: f.word("hidden_act", Activation::Silu, &ACTIVATIONS)?,
+            positions: f.count("max_position_embeddings", 2048, 1..=1 << 24)?,
+            initializer_range: f.deviation("initializer_range", 0.02)?,
+            epsilon: f.epsilon("rms_norm_eps", 1e-6)?,
+            padding: f.optional_count("pad_token_id", 0..=vocab - 1)?,
+            tied: f.flag("tie_word_embeddings", false)?,
+            rotary_base,
+            rotary_scaling,
+            attention_bias: f.flag("attention_bias", false)?,
+            attention_dropout: f.dropout("attention_dropout", 0.0)?,
+            mlp_bias: f.flag("mlp_bias", false)?,
+            given: f.map().clone(),
+        };
+        // How products were once split to repeat a training run's roundings; it says nothing about the mathematics.
+        f.finish(&["pretraining_tp"])?;
+        if head_width.is_none() && !width.is_multiple_of(heads) {
+            return Err(f.fault("hidden_size", format!("{width} is no multiple of num_attention_heads, {heads}")));
+        }
+        if !llama.head_width.is_multiple_of(2) {
+            return Err(f.fault("head_dim", format!("is {}; rotary positions need it even", llama.head_width)));
+        }
+        if !heads.is_multiple_of(llama.kv_heads) {
+            let what = format!("{} do not divide num_attention_heads, {heads}", llama.kv_heads);
+            return Err(f.fault("num_key_value_heads", what));
+        }
+        Ok(llama)
+    }
+
+    fn linear(&self, outputs: usize, bias: bool) -> Linear {
+        let linear = Linear::new(outputs, Init::Normal(self.initializer_range), Activation::None);
+        Linear { bias: linear.bias.filter(|_| bias), ..linear }
+    }
+
+    fn attention(&self, b: &mut Builder, layer: usize, input: Value, mask: Option<Value>) -> Result<Value> {
+        let name = format!("model.layers.{layer}");
+        let x = rmsnorm(b, input, &format!("{name}.input_layernorm"), self.epsilon)?;
+        let heads = |b: &mut Builder, of: &str, heads: usize| {
+            let linear = self.linear(heads * self.head_width, self.attention_bias);
+            linear.trace(b, x, &format!("{name}.self_attn.{of}_proj"))
+        };
+        let turned = |b: &mut Builder, x: Value, heads: usize| {
+            b.rotary_scaled(x, heads, self.head_width, self.rotary_base, self.rotary_scaling)
+        };
+        let (q, k) = (heads(b, "q", self.heads)?, heads(b, "k", self.kv_heads)?);
+        let v = heads(b, "v", self.kv_heads)?;
+        let (q, k) = (turned(b, q, self.heads)?, turned(b, k, self.kv_heads)?);
+        let options = AttentionOptions {
+            heads: self.heads,
+            kv_heads: self.kv_heads,
+            scale: None,
+            causal: true,
+            dropout: self.attention_dropout,
+        };
+        let x = b.attention(q, k, v, mask, options)?;
+        let x = self.linear(self.width, self.attention_bias).trace(b, x, &format!("{name}.self_attn.o_proj"))?;
+        b.add(x, input)
+    }
+
+    fn mlp(&self, b: &mut Builder, layer: usize, input: Value) -> Result<Value> {
+        let name = format!("model.layers.{layer}");
+        let x = rmsnorm(b, input, &format!("{name}.post_attention_layernorm"), self.epsilon)?;
+        let widen = self.linear(self.inner, self.mlp_bias);
+        let gate = widen.trace(b, x, &format!("{name}.mlp.gate_proj"))?;
+        let up = widen.trace(b, x, &format!("{name}.mlp.up_proj"))?;
+        let x = b.glu(gate, up, self.activation)?;
+        let x = self.linear(self.width, self.mlp_bias).trace(b, x, &format!("{name}.mlp.down_proj"))?;
+        b.add(x, input)
+    }
+
+    fn head(&self, b: &mut Builder, input: Value) -> Result<Value> {
+        let x = rmsnorm(b, input, "model.norm", self.epsilon)?;
+        let name = if self.tied { TABLE } else { "lm_head.weight" };
+        let weight = b.parameter(name, [self.vocab, self.width], Init::Normal(self.initializer_range))?;
+        b.linear(x, weight, None, Activation::None, WeightLayout::OutIn)
+    }
+
+    /// `rope_scaling`, as transformers up to 4 calls it and later ones take it too.
+    fn scaling_config(&self) -> serde_json::Value {
+        match self.rotary_scaling {
+            RotaryScaling::None => serde_json::Value::Null,
+            RotaryScaling::Linear { factor } => json!({ "rope_type": "linear", "factor": factor }),
+            RotaryScaling::Llama3 { factor, low, high, positions } => json!({
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": low,
+                "high_freq_factor": high,
+                "original_max_position_embeddings": positions,
+            }),
+        }
+    }
+}
+
+impl Network for Llama {
+    fn trace(&self, mode: Mode, float: DType, batch: usize, inputs: &[InputShape]) -> Result<Graph> {
+        let inputs = Inputs::new(batch, float, inputs, &["input_ids", "attention_mask", "labels"])?;
+        let [t] = inputs.axes("input_ids")?;
+        if t > self.positions {
+            let most = self.positions;
+            return Err(Error::bad(format!("input_ids: a context of {t} is over max_position_embeddings, {most}")));
+        }
+        let mut b = Builder::new(mode, float);
+        let ids = inputs.declare(&mut b, "input_ids", &[t], true)?.expect("axes() has found it");
+        let mask = inputs.declare(&mut b, "attention_mask", &[t], true)?;
+        let mut x = b.layer("embeddings", |b, _| {
+            let table = b.parameter(TABLE, [self.vocab, self.width], Init::Normal(self.initializer_range))?;
+            b.embedding_padded(ids, table, self.padding)
+        })?;
+        for layer in 0..self.layers {
+            x = b.layer(format!("layers.{layer}.attn"), |b, _| self.attention(b, layer, x, mask))?;
+            x = b.layer(format!("layers.{layer}.mlp"), |b, _| self.mlp(b, layer, x))?;
+        }
+        let logits = b.layer("head", |b, _| self.head(b, x))?;
+        if let Some(labels) = inputs.declare(&mut b, "labels", &[t], true)? {
+            b.cross_entropy(logits, labels)?;
+        }
+        b.finish()
+    }
+
+    fn inputs(&self) -> Vec<InputShape> {
+        vec![InputShape::new("input_ids", [self.positions], DType::I32)]
+    }
+
+    fn labels(&self) -> Labels {
+        Labels { shift: true, classes: self.vocab, vocab: Some(self.vocab) }
+    }
+
+    fn config(&self) -> serde_json::Value {
+        let mut settings = json!({
+            "vocab_size": self.vocab,
+            "hidden_size": self.width,
+            "intermediate_size": self.inner,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_width,
+            "hidden_act": super::activation_name(self.activation),
+            "max_position_embeddings": self.positions,
+            "initializer_range": self.initializer_range,
+            "rms_norm_eps": self.epsilon,
+            "pad_token_id": self.padding,
+            "tie_word_embeddings": self.tied,
+            "attention_bias": self.attention_bias,
+            "attention_dropout": self.attention_dropout,
+            "mlp_bias": self.mlp_bias,
+        });
+        // What was given says both, and may say it in the newer form.
+        if !self.given.contains_key("rope_parameters") {
+            settings["rope_theta"] = self.rotary_base.into();
+            settings["rope_scaling"] = self.scaling_config();
+        }
+        super::whole_config(&FAMILY, &self.given, settings)
+    }
+}
+
+/// Base and scaling of the rotary angles: `rope_parameters`, or `rope_theta` and `rope_scaling` as transformers up to 4 has them.
+fn read_rotary(f: &Fields) -> Result<(f64, RotaryScaling)> {
+    let theta = |f: &Fields, default: f64| {
+        f.number("rope_theta", default, "a number above 0, up to 1e12", |base| base > 0.0 && base <= 1e12)
+    };
+    let base = theta(f, 10_000.0)?;
+    let [parameters, scaling] = ["rope_parameters", "rope_scaling"].map(|key| (key, f.get(key)));
+    let (key, value) = match (parameters.1, scaling.1) {
+        (Some(_), Some(_)) => return Err(f.fault("rope_scaling", "rope_parameters is there too; keep one of them")),
+        (Some(value), None) => (parameters.0, value),
+        (None, Some(value)) => (scaling.0, value),
+        (None, None) => return Ok((base, RotaryScaling::None)),
+    };
+    let map = value.as_object().ok_or_else(|| f.fault(key, format!("want an object, got {}", shown(value))))?;
+    let whence = f.place(key);
+    let r = Fields::new(map, &whence, f.is_strict());
+    let base = theta(&r, base)?;
+    // Old files say `type`.
+    let kind = if r.get("rope_type").is_some() { "rope_type" } else { "type" };
+    let kind = r.word(kind, "default", &[("default", "default"), ("linear", "linear"), ("llama3", "llama3")])?;
+    let number = |key: &'static str, least: f64| {
+        let want = format!("a number of {least} or more, up to 1e6");
+        match r.get(key) {
+            None => Err(r.fault(key, format!("is missing; want {want}"))),
+            Some(_) => r.number(key, 0.0, &want, |x| x >= least && x <= 1e6),
+        }
+    };
+    let scaling = match kind {
+        "linear" => RotaryScaling::Linear { factor: number("factor", 1.0)? },
+        "llama3" => {
+            let (factor, low) = (number("factor", 1.0)?, number("low_freq_factor", 1e-6)?);
+            let high = number("high_freq_factor", 1e-6)?;
+            if low >= high {
+                return Err(r.fault("low_freq_factor", format!("is {low}, high_freq_factor {high}; want it below")));
+            }
+            let key = "original_max_position_embeddings";
+            let missing = || r.fault(key, "is missing; want a whole number");
+            let positions = r.optional_count(key, 1..=1 << 24)?.ok_or_else(missing)?;
+            RotaryScaling::Llama3 { factor, low, high, positions }
+        }
+        _ => RotaryScaling::None,
+    };
+    if r.number("partial_rotary_factor", 1.0, "a number", |_| true)? != 1.0 {
+        return Err(r.fault("partial_rotary_factor", "other than 1 is not supported"));
+    }
+    r.finish(&["type"])?;
+    Ok((base, scaling))
+}
+
+/// The rotary frequencies that old files hold beside the weights: `model.layers.N.self_attn.rotary_emb.inv_freq`.
+fn is_buffer(name: &str) -> bool {
+    let name = name.strip_prefix("model.").unwrap_or(name);
+    let Some((number, rest)) = name.strip_prefix("layers.").and_then(|rest| rest.split_once('.')) else { return false };
+    number.bytes().all(|byte| byte.is_ascii_digit()) && rest == "self_attn.rotary_emb.inv_freq"
+}
