@@ -5,6 +5,8 @@ mod common;
 mod inbox;
 #[path = "cli/many.rs"]
 mod many;
+#[path = "cli/split.rs"]
+mod split;
 
 use common::fixture;
 use hydra::train::metrics::{Row, read_rows};

@@ -245,8 +245,8 @@ struct RawTensor {
 /// At most [`MAX_AXES`] axes.
 struct Axes(Vec<usize>);
 
-/// A map of text to text in which no key occurs twice.
-struct Texts(BTreeMap<String, String>);
+/// A map of text to text in which no key occurs twice; the index of a model in several files is one too.
+pub(crate) struct Texts(pub(crate) BTreeMap<String, String>);
 
 impl RawTensor {
     fn entry(self, name: String, data_start: u64, data_bytes: u64) -> std::result::Result<TensorEntry, String> {
@@ -323,7 +323,8 @@ impl<'de> Deserialize<'de> for Header {
                         return Err(A::Error::custom(format!("key {} occurs twice", quoted(&name))));
                     }
                     if name == METADATA {
-                        metadata = Some(map.next_value()?);
+                        let texts = map.next_value();
+                        metadata = Some(texts.map_err(|e| A::Error::custom(format!("{METADATA}: {e}")))?);
                     } else {
                         let value = map.next_value().map_err(|e| {
                             A::Error::custom(format!("tensor {}: {}", quoted(&name), shortened(&e.to_string())))
@@ -377,7 +378,7 @@ impl<'de> Deserialize<'de> for Texts {
                 let mut texts = BTreeMap::new();
                 while let Some((key, text)) = map.next_entry::<String, String>()? {
                     if texts.contains_key(&key) {
-                        return Err(A::Error::custom(format!("{METADATA}: key {} occurs twice", quoted(&key))));
+                        return Err(A::Error::custom(format!("key {} occurs twice", quoted(&key))));
                     }
                     texts.insert(key, text);
                 }
@@ -389,12 +390,12 @@ impl<'de> Deserialize<'de> for Texts {
 }
 
 /// A name from the file, in quotes.
-fn quoted(name: &str) -> String {
+pub(crate) fn quoted(name: &str) -> String {
     format!("'{}'", shortened(name))
 }
 
 /// The first characters of a text that may hold pieces of the file, escaped so that a message stays one line.
-fn shortened(text: &str) -> String {
+pub(crate) fn shortened(text: &str) -> String {
     const CHARS: usize = 200;
     let mut short = String::new();
     for c in text.chars().take(CHARS) {

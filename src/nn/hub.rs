@@ -1,29 +1,25 @@
-//! Reads Hugging Face model directories: config.json and model.safetensors.
+//! Reads Hugging Face model directories: config.json and the weights, in one file or in several.
 //!
 //! Nothing in them is trusted. Opening checks names, types and shapes of all tensors against the network; the numbers are
 //! read when they are asked for, tensor by tensor, so that a model larger than memory can be opened.
 
 use super::families::{Family, family};
 use super::fields::{Fields, shortened, shown};
+use super::parts::{Parts, Place, bad, read_small};
 use super::save::{Form, SavedTensor, counters};
 use super::{Network, tensors};
-use crate::base::tensorfile::{Element, TensorEntry, TensorIndex};
+use crate::base::tensorfile::{Element, TensorEntry};
 use crate::base::{Error, Result, Shape};
 use half::{bf16, f16};
 use serde_json::{Map, Value};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::fs::File;
-use std::io::{ErrorKind, Read, Seek, SeekFrom};
-use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::path::Path;
 
-/// The longest config that is read: one for 22,000 classes with their names is a tenth of this.
-const MOST_CONFIG_BYTES: u64 = 16 << 20;
 /// Read at once where two tensors are compared.
 const PIECE_BYTES: usize = 1 << 20;
 
-/// A network from a directory, with its weights still in the file.
+/// A network from a directory, with its weights still in the files.
 pub struct Pretrained {
     /// The network.
     pub network: Box<dyn Network>,
@@ -31,16 +27,14 @@ pub struct Pretrained {
     pub form: Form,
     /// The counts of training batches that BatchNorm layers have seen, by name.
     pub counts: BTreeMap<String, i64>,
-    path: PathBuf,
-    /// One reader at a time: reading moves the file's place.
-    file: Mutex<File>,
+    parts: Parts,
     /// Where each of the form's tensors lies, by its name in the graph.
-    places: BTreeMap<String, TensorEntry>,
+    places: BTreeMap<String, Place>,
 }
 
 impl fmt::Debug for Pretrained {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Pretrained").field("path", &self.path).field("tensors", &self.places.len()).finish()
+        f.debug_struct("Pretrained").field("path", &self.parts.path).field("tensors", &self.places.len()).finish()
     }
 }
 
@@ -53,20 +47,15 @@ pub fn open(dir: &Path) -> Result<Pretrained> {
     let (family, network, config) = read_config(&dir.join("config.json"))?;
     let generation = dir.join("generation_config.json");
     let generation_config = if generation.exists() { Some(read_small(&generation)?) } else { None };
-    let path = weights_path(dir)?;
-    let (mut file, file_bytes) = open_file(&path)?;
-    let called = path.display().to_string();
-    let mut prefix = Vec::new();
-    let io = |e| Error::io("read", &path, e);
-    (&mut file).take(8).read_to_end(&mut prefix).map_err(io)?;
-    let mut header = vec![0; TensorIndex::header_bytes(&prefix, file_bytes, &called)?];
-    file.read_exact(&mut header).map_err(io)?;
-    let index = TensorIndex::parse(&header, file_bytes, &called)?;
     let wanted = tensors(network.as_ref())?;
-    let (saved, places) = match_tensors(&index, family, &wanted).map_err(|what| bad(&path, what))?;
-    let form = Form { config, generation_config, counters: counters(&saved), tensors: saved };
-    let mut pretrained = Pretrained { network, form, counts: BTreeMap::new(), path, file: Mutex::new(file), places };
-    pretrained.account_for_the_rest(&index, family)?;
+    let counters = counters(wanted.iter().map(|(name, _)| name.as_str()));
+    let tied = |name: &str| family.tied.iter().any(|&(head, _)| head == name);
+    let spared = |name: &str| counters.iter().any(|c| c == name) || tied(name) || (family.is_buffer)(name);
+    let parts = Parts::open(dir, &spared)?;
+    let (tensors, places) = match_tensors(&parts, family, &wanted)?;
+    let form = Form { config, generation_config, counters, tensors };
+    let mut pretrained = Pretrained { network, form, counts: BTreeMap::new(), parts, places };
+    pretrained.account_for_the_rest(family)?;
     Ok(pretrained)
 }
 
@@ -76,85 +65,79 @@ impl Pretrained {
     /// # Errors
     /// When the network has no such tensor, or of another shape, a value is not finite in f32, or reading fails.
     pub fn tensor(&self, name: &str, shape: &Shape) -> Result<Vec<f32>> {
-        let entry =
-            self.places.get(name).ok_or_else(|| bad(&self.path, format!("tensor {name}: is missing; want {shape}")))?;
+        let place = self.places.get(name);
+        let place = place.ok_or_else(|| bad(&self.parts.path, format!("tensor {name}: is missing; want {shape}")))?;
+        let entry = &place.entry;
         if entry.shape != *shape {
-            return Err(bad(&self.path, wrong_shape(entry, shape)));
+            return Err(self.parts.fault(place, wrong_shape(entry, shape)));
         }
         let mut bytes = vec![0; entry.len_bytes as usize];
-        self.read_at(entry.start_bytes, &mut bytes)?;
+        self.parts.read(place, 0, &mut bytes)?;
         let values = decode(entry.element, &bytes);
         match values.iter().position(|x| !x.is_finite()) {
             None => Ok(values),
             Some(at) => {
                 let (found, element) = (values[at], entry.element);
                 let what = format!("tensor {}: element {at} ({element}) is {found} in f32", shortened(&entry.name));
-                Err(bad(&self.path, what))
+                Err(self.parts.fault(place, what))
             }
         }
     }
 
-    fn read_at(&self, start_bytes: u64, bytes: &mut [u8]) -> Result<()> {
-        // A reader that panicked may have moved the file's place, which every reader sets anew.
-        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
-        let read = file.seek(SeekFrom::Start(start_bytes)).and_then(|_| file.read_exact(bytes));
-        read.map_err(|e| Error::io("read", &self.path, e))
-    }
-
-    /// Takes the file's tensors that are no weights of the network: counts, constants, a copy of the tied head.
-    fn account_for_the_rest(&mut self, index: &TensorIndex, family: &Family) -> Result<()> {
-        let used: BTreeSet<String> = self.places.values().map(|entry| entry.name.clone()).collect();
+    /// Takes the files' tensors that are no weights of the network: counts, constants, a copy of the tied head.
+    fn account_for_the_rest(&mut self, family: &Family) -> Result<()> {
+        let used: BTreeSet<&str> = self.places.values().map(|place| place.entry.name.as_str()).collect();
         let mut unexpected = Vec::new();
-        for entry in index.entries().iter().filter(|entry| !used.contains(&entry.name)) {
-            let name = entry.name.as_str();
+        for place in self.parts.places().filter(|place| !used.contains(place.entry.name.as_str())) {
+            let name = place.entry.name.as_str();
             if self.form.counters.iter().any(|counter| counter == name) {
-                let count = self.count(entry)?;
-                self.counts.insert(name.to_string(), count);
+                self.counts.insert(name.to_string(), self.count(place)?);
             } else if let Some((_, table)) = family.tied.iter().find(|&&(head, _)| head == name) {
-                self.check_tied(entry, table)?;
+                self.check_tied(place, table)?;
             } else if !(family.is_buffer)(name) {
-                unexpected.push(entry);
+                unexpected.push(place);
             }
         }
         let Some(first) = unexpected.first() else { return Ok(()) };
         let more = match unexpected.len() - 1 {
             0 => String::new(),
-            more => format!(", nor has it place for {more} more, such as {}", shortened(&unexpected[more].name)),
+            more => format!(", nor has it place for {more} more, such as {}", shortened(&unexpected[more].entry.name)),
         };
-        let (name, shape) = (shortened(&first.name), &first.shape);
-        Err(bad(&self.path, format!("tensor {name}: the network has no such tensor ({shape}){more}")))
+        let (name, shape) = (shortened(&first.entry.name), &first.entry.shape);
+        Err(self.parts.fault(first, format!("tensor {name}: the network has no such tensor ({shape}){more}")))
     }
 
-    fn count(&self, entry: &TensorEntry) -> Result<i64> {
-        let TensorEntry { name, element, shape, start_bytes, .. } = entry;
+    fn count(&self, place: &Place) -> Result<i64> {
+        let TensorEntry { name, element, shape, .. } = &place.entry;
         if *element != Element::I64 || shape.elems() != 1 {
-            return Err(bad(&self.path, format!("tensor {name}: is {shape} {element}, want a scalar I64")));
+            return Err(self.parts.fault(place, format!("tensor {name}: is {shape} {element}, want a scalar I64")));
         }
         let mut bytes = [0; 8];
-        self.read_at(*start_bytes, &mut bytes)?;
+        self.parts.read(place, 0, &mut bytes)?;
         match i64::from_le_bytes(bytes) {
             count if count >= 0 => Ok(count),
-            count => Err(bad(&self.path, format!("tensor {name}: is {count}, want a count"))),
+            count => Err(self.parts.fault(place, format!("tensor {name}: is {count}, want a count"))),
         }
     }
 
-    /// Checks that the file's own copy of a tied head is the table.
-    fn check_tied(&self, head: &TensorEntry, table: &str) -> Result<()> {
+    /// Checks that the files' own copy of a tied head is the table.
+    fn check_tied(&self, head: &Place, table: &str) -> Result<()> {
+        let found = self.places.get(table);
         let differs = |what: &str| {
-            let other = self.places.get(table).map_or(table, |entry| &entry.name);
-            bad(&self.path, format!("tensor {}: has other {what} than {other}, to which the config ties it", head.name))
+            let (name, other) = (&head.entry.name, found.map_or(table, |place| &place.entry.name));
+            self.parts.fault(head, format!("tensor {name}: has other {what} than {other}, to which the config ties it"))
         };
-        let table = self.places.get(table).filter(|table| table.shape == head.shape).ok_or_else(|| differs("axes"))?;
-        if table.element != head.element {
+        let table = found.filter(|table| table.entry.shape == head.entry.shape).ok_or_else(|| differs("axes"))?;
+        if table.entry.element != head.entry.element {
             return Err(differs("elements"));
         }
         let mut pieces = [vec![0; PIECE_BYTES], vec![0; PIECE_BYTES]];
-        let mut done = 0;
-        while done < head.len_bytes {
-            let len = (head.len_bytes - done).min(PIECE_BYTES as u64) as usize;
-            for (piece, entry) in pieces.iter_mut().zip([head, table]) {
+        let (mut done, all) = (0, head.entry.len_bytes);
+        while done < all {
+            let len = (all - done).min(PIECE_BYTES as u64) as usize;
+            for (piece, place) in pieces.iter_mut().zip([head, table]) {
                 piece.truncate(len);
-                self.read_at(entry.start_bytes + done, piece)?;
+                self.parts.read(place, done, piece)?;
             }
             if pieces[0] != pieces[1] {
                 return Err(differs("values"));
@@ -193,31 +176,32 @@ fn read_config(path: &Path) -> Result<(&'static Family, Box<dyn Network>, String
     Ok((family, (family.build)(&fields)?, text))
 }
 
-/// Finds every tensor of the network in the file, with or without the family's prefix.
+/// Finds every tensor of the network in the files, with or without the family's prefix.
 fn match_tensors(
-    index: &TensorIndex,
+    parts: &Parts,
     family: &Family,
     wanted: &[(String, Shape)],
-) -> std::result::Result<(Vec<SavedTensor>, BTreeMap<String, TensorEntry>), String> {
+) -> Result<(Vec<SavedTensor>, BTreeMap<String, Place>)> {
     let mut saved = Vec::with_capacity(wanted.len());
     let mut places = BTreeMap::new();
-    let short = |name: &str| family.prefix.and_then(|p| name.strip_prefix(p)).and_then(|short| index.get(short));
-    let find = |name: &str| index.get(name).or_else(|| short(name));
+    let short = |name: &str| family.prefix.and_then(|p| name.strip_prefix(p)).and_then(|short| parts.get(short));
+    let find = |name: &str| parts.get(name).or_else(|| short(name));
     for (name, shape) in wanted {
-        let Some(entry) = find(name) else {
+        let Some(place) = find(name) else {
             let missing = wanted.iter().filter(|(name, _)| find(name).is_none()).count();
             let more = if missing > 1 { format!(", as are {} more", missing - 1) } else { String::new() };
-            return Err(format!("tensor {name}: is missing{more}; want {shape}"));
+            return Err(bad(&parts.path, format!("tensor {name}: is missing{more}; want {shape}")));
         };
-        if entry.shape != *shape {
-            return Err(wrong_shape(entry, shape));
+        let TensorEntry { name: file_name, element, .. } = &place.entry;
+        if place.entry.shape != *shape {
+            return Err(parts.fault(place, wrong_shape(&place.entry, shape)));
         }
-        let element = entry.element;
         if !matches!(element, Element::F64 | Element::F32 | Element::F16 | Element::BF16) {
-            return Err(format!("tensor {}: is {element}, want F32, F16, BF16 or F64", entry.name));
+            return Err(parts.fault(place, format!("tensor {file_name}: is {element}, want F32, F16, BF16 or F64")));
         }
-        saved.push(SavedTensor { name: name.clone(), file_name: entry.name.clone(), shape: shape.clone(), element });
-        places.insert(name.clone(), entry.clone());
+        let (name, file_name, shape) = (name.clone(), file_name.clone(), shape.clone());
+        places.insert(name.clone(), place.clone());
+        saved.push(SavedTensor { name, file_name, shape, element: *element });
     }
     Ok((saved, places))
 }
@@ -237,48 +221,4 @@ fn decode(element: Element, bytes: &[u8]) -> Vec<f32> {
         // match_tensors() lets no other type through.
         _ => all(bytes, f32::from_le_bytes),
     }
-}
-
-fn weights_path(dir: &Path) -> Result<PathBuf> {
-    let path = dir.join("model.safetensors");
-    for (other, hint) in [
-        (
-            "model.safetensors.index.json",
-            "the model is split over several files, which is not supported; save it as one",
-        ),
-        ("pytorch_model.bin", "only pytorch_model.bin is there; save it with safetensors"),
-    ] {
-        if !path.exists() && dir.join(other).exists() {
-            return Err(bad(&path, format!("no such file; {hint}")));
-        }
-    }
-    Ok(path)
-}
-
-fn open_file(path: &Path) -> Result<(File, u64)> {
-    // Asked before opening, which would wait for the other end of a pipe.
-    let metadata = std::fs::metadata(path).map_err(|e| match e.kind() {
-        ErrorKind::NotFound | ErrorKind::NotADirectory => bad(path, "no such file".into()),
-        _ => Error::io("read", path, e),
-    })?;
-    if !metadata.is_file() {
-        return Err(bad(path, "is no regular file".into()));
-    }
-    let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
-    Ok((file, metadata.len()))
-}
-
-/// Reads a whole file of at most [`MOST_CONFIG_BYTES`].
-fn read_small(path: &Path) -> Result<Vec<u8>> {
-    let (file, bytes) = open_file(path)?;
-    if bytes > MOST_CONFIG_BYTES {
-        return Err(bad(path, format!("{bytes} bytes are more than the {MOST_CONFIG_BYTES} that are read")));
-    }
-    let mut read = Vec::new();
-    file.take(MOST_CONFIG_BYTES).read_to_end(&mut read).map_err(|e| Error::io("read", path, e))?;
-    Ok(read)
-}
-
-fn bad(path: &Path, what: String) -> Error {
-    Error::bad(format!("{}: {what}", path.display()))
 }

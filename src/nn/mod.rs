@@ -9,6 +9,7 @@ mod fields;
 pub mod hub;
 pub mod init;
 pub mod layers;
+mod parts;
 mod save;
 
 pub use families::from_config;

@@ -1,7 +1,8 @@
 //! Writes Hugging Face model directories, so that transformers loads them and equal weights give equal bytes.
 //!
 //! Every file is written under another name, flushed to the disk and then renamed: a crash or a full disk leaves the old
-//! files whole. Tensors are asked for one by one, so that a model larger than memory can be saved.
+//! files whole. Tensors are asked for one by one, so that a model larger than memory can be saved. The weights are one file,
+//! however many bytes they take: transformers maps it into memory, and prefers it to parts that lie beside it.
 
 use super::Network;
 use crate::base::tensorfile::Element;
@@ -55,13 +56,14 @@ impl Form {
             .collect();
         let mut config = format!("{:#}", network.config());
         config.push('\n');
-        Ok(Form { config, generation_config: None, counters: counters(&tensors), tensors })
+        let counters = counters(tensors.iter().map(|tensor| tensor.name.as_str()));
+        Ok(Form { config, generation_config: None, counters, tensors })
     }
 }
 
-/// The names of the counts that stand beside running means.
-pub(super) fn counters(tensors: &[SavedTensor]) -> Vec<String> {
-    let layers = tensors.iter().filter_map(|t| t.name.strip_suffix(RUNNING_MEAN));
+/// The names of the counts that stand beside the running means among `tensors`.
+pub(super) fn counters<'a>(tensors: impl Iterator<Item = &'a str>) -> Vec<String> {
+    let layers = tensors.filter_map(|name| name.strip_suffix(RUNNING_MEAN));
     layers.map(|layer| format!("{layer}{COUNTER}")).collect()
 }
 

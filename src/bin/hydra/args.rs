@@ -68,7 +68,7 @@ pub enum Command {
     },
     /// Run a model forward, in evaluation mode, and write its logits
     Forward {
-        /// A Hugging Face directory: config.json and model.safetensors
+        /// A Hugging Face directory: config.json and model.safetensors, or its parts
         #[arg(value_name = "MODEL_DIR")]
         model: PathBuf,
         /// input_ids (or pixel_values), and optionally attention_mask

@@ -36,7 +36,7 @@ pub struct Prepared {
 /// Where a network and its first weights come from.
 pub enum Origin {
     /// A Hugging Face directory.
-    Pretrained(Pretrained),
+    Pretrained(Box<Pretrained>),
     /// Sizes from the job; weights drawn from the seed.
     Family(Box<dyn Network>),
 }
@@ -151,7 +151,7 @@ pub fn prepare(job: &Job, i: usize) -> Result<Prepared> {
         return Err(fault("dtype", what));
     }
     let origin = match &model.source {
-        Whence::From(dir) => Origin::Pretrained(nn::open(dir)?),
+        Whence::From(dir) => Origin::Pretrained(Box::new(nn::open(dir)?)),
         Whence::Family { family, config } => {
             let build = |config| nn::from_config(family, config, true).map_err(|e| fault("family", e.to_string()));
             let mut network = build(config)?;

@@ -22,10 +22,14 @@ pub fn raw(case: &str) -> Raw {
 /// Writes a directory with a case's config.json and these tensors.
 pub fn write(dir: &Path, case: &str, tensors: &Raw) {
     std::fs::copy(fixture(case).join("model/config.json"), dir.join("config.json")).unwrap();
+    write_tensors(&dir.join("model.safetensors"), tensors);
+}
+
+pub fn write_tensors(path: &Path, tensors: &Raw) {
     let views = tensors
         .iter()
         .map(|(name, (dtype, shape, bytes))| (name, TensorView::new(*dtype, shape.clone(), bytes).unwrap()));
-    std::fs::write(dir.join("model.safetensors"), serialize(views, None).unwrap()).unwrap();
+    std::fs::write(path, serialize(views, None).unwrap()).unwrap();
 }
 
 pub fn save_again(pretrained: &Pretrained, dir: &Path) -> Result<()> {

@@ -147,9 +147,9 @@ fn directories_that_are_none() {
     std::fs::remove_file(&weights).unwrap();
     refused(open(dir.path()), &["model.safetensors: no such file"]);
     std::fs::write(dir.path().join("pytorch_model.bin"), "").unwrap();
-    refused(open(dir.path()), &["model.safetensors: no such file; only pytorch_model.bin"]);
-    std::fs::write(dir.path().join("model.safetensors.index.json"), "").unwrap();
-    refused(open(dir.path()), &["split over several files"]);
+    refused(open(dir.path()), &["model.safetensors: no such file; only pytorch_model.bin is there"]);
+    std::fs::rename(dir.path().join("pytorch_model.bin"), dir.path().join("pytorch_model.bin.index.json")).unwrap();
+    refused(open(dir.path()), &["model.safetensors: no such file; only pytorch_model.bin.index.json is there"]);
     std::fs::create_dir(&weights).unwrap();
     refused(open(dir.path()), &["model.safetensors: is no regular file"]);
 }

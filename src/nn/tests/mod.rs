@@ -5,6 +5,7 @@ mod directories;
 mod faults;
 mod oracle;
 mod reference;
+mod split;
 mod traces;
 
 use crate::base::tensorfile::{Element, TensorFile};

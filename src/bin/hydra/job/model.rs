@@ -54,7 +54,7 @@ impl Model {
 /// Where a network comes from.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Source {
-    /// A Hugging Face directory with config.json and model.safetensors.
+    /// A Hugging Face directory with config.json and model.safetensors, or its parts.
     From(PathBuf),
     /// A family by name, with its config.json's values; random weights.
     Family {

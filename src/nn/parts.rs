@@ -1,0 +1,210 @@
+//! Where a model's tensors lie: in model.safetensors, or in the files that model.safetensors.index.json names.
+//!
+//! Opening reads all headers and no number. Every file then stays open, so that what is read is what was checked, whatever
+//! takes its name meanwhile: a model of 400 billion parameters has some 200 files, a process may open a thousand or more.
+//! Invariant: no two files hold a tensor of one name, and a tensor that the network needs lies where the index says.
+
+use crate::base::tensorfile::{TensorEntry, TensorIndex, Texts, quoted, shortened};
+use crate::base::{Error, Result};
+use serde::Deserialize;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::{ErrorKind, Read, Seek, SeekFrom};
+use std::path::{Component, Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+const WHOLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+/// What is not read, but named where it is all there is.
+const PICKLED: [&str; 2] = ["pytorch_model.bin", "pytorch_model.bin.index.json"];
+/// The longest JSON that is read: a config for 22,000 classes with their names is a tenth of this, an index of 100,000
+/// tensors two thirds.
+const MOST_JSON_BYTES: u64 = 16 << 20;
+
+/// The files of a model's weights.
+#[derive(Debug)]
+pub struct Parts {
+    /// What says which tensors there are: the one file, or the index of several.
+    pub path: PathBuf,
+    files: Vec<Part>,
+    /// All tensors, by their names in the files.
+    places: BTreeMap<String, Place>,
+}
+
+/// One file of weights, open.
+#[derive(Debug)]
+struct Part {
+    path: PathBuf,
+    /// One reader at a time: reading moves the file's place.
+    file: Mutex<File>,
+}
+
+/// Where one tensor lies.
+#[derive(Clone, Debug)]
+pub struct Place {
+    /// The file's number.
+    part: usize,
+    /// What the file's header says of the tensor.
+    pub entry: TensorEntry,
+}
+
+/// What is read of an index. Its `metadata` is for people: transformers compares `total_size` with nothing, and some state
+/// it as a fraction or not at all.
+#[derive(Deserialize)]
+struct Index {
+    /// The name of each tensor's file.
+    weight_map: Texts,
+}
+
+impl Parts {
+    /// Opens the weights of a directory: those in one file where there is one, as transformers does.
+    ///
+    /// `spared` says which tensors the network does without. The index may have an outdated place for them or none: tools
+    /// that turn older files into these leave out a tied head and keep its line in the index.
+    ///
+    /// # Errors
+    /// When a file is missing or damaged, the index names a file that is not in the directory or has another place for
+    /// a tensor than the files, or a tensor is in two files.
+    pub fn open(dir: &Path, spared: &dyn Fn(&str) -> bool) -> Result<Parts> {
+        let (whole, index) = (dir.join(WHOLE), dir.join(INDEX));
+        if !whole.is_file() && index.is_file() {
+            return Parts::open_split(dir, index, spared);
+        }
+        if let Some(found) = PICKLED.iter().find(|name| !whole.exists() && dir.join(name).exists()) {
+            return Err(bad(&whole, format!("no such file; only {found} is there; save it with safetensors")));
+        }
+        let mut parts = Parts { path: whole.clone(), files: Vec::new(), places: BTreeMap::new() };
+        parts.add(whole)?;
+        Ok(parts)
+    }
+
+    fn open_split(dir: &Path, index: PathBuf, spared: &dyn Fn(&str) -> bool) -> Result<Parts> {
+        let read: Index = serde_json::from_slice(&read_small(&index)?).map_err(|e| {
+            let what = shortened(&e.to_string());
+            bad(&index, format!("is no index of weights: {what}"))
+        })?;
+        let map = read.weight_map.0;
+        if let Some((tensor, name)) = map.iter().find(|(_, name)| !is_plain(name)) {
+            let (tensor, name) = (shortened(tensor), quoted(name));
+            return Err(bad(&index, format!("tensor {tensor}: weight_map has {name}, which is no plain file name")));
+        }
+        let mut parts = Parts { path: index, files: Vec::new(), places: BTreeMap::new() };
+        let names: BTreeSet<&String> = map.values().collect();
+        for name in names {
+            parts.add(dir.join(name))?;
+        }
+        for (tensor, name) in map.iter().filter(|(tensor, _)| !spared(tensor)) {
+            let found = match parts.places.get(tensor) {
+                Some(place) if parts.path_of(place).ends_with(name) => continue,
+                Some(place) => format!("it is in {}", quoted(&parts.name_of(place))),
+                None => "no file has it".into(),
+            };
+            let (tensor, name) = (shortened(tensor), quoted(name));
+            return Err(bad(&parts.path, format!("tensor {tensor}: weight_map places it in {name}, but {found}")));
+        }
+        match parts.places.iter().find(|(tensor, _)| !map.contains_key(*tensor) && !spared(tensor)) {
+            Some((tensor, place)) => {
+                let tensor = shortened(tensor);
+                Err(parts.fault(place, format!("tensor {tensor}: the weight_map of {INDEX} does not have it")))
+            }
+            None => Ok(parts),
+        }
+    }
+
+    /// Opens one more file and takes in its tensors.
+    fn add(&mut self, path: PathBuf) -> Result<()> {
+        let (mut file, file_bytes) = open_file(&path)?;
+        let called = path.display().to_string();
+        let io = |e| Error::io("read", &path, e);
+        let mut prefix = Vec::new();
+        (&mut file).take(8).read_to_end(&mut prefix).map_err(io)?;
+        let mut header = vec![0; TensorIndex::header_bytes(&prefix, file_bytes, &called)?];
+        file.read_exact(&mut header).map_err(io)?;
+        let index = TensorIndex::parse(&header, file_bytes, &called)?;
+        let part = self.files.len();
+        self.files.push(Part { path, file: Mutex::new(file) });
+        for entry in index.entries() {
+            if let Some(other) = self.places.insert(entry.name.clone(), Place { part, entry: entry.clone() }) {
+                let (tensor, other) = (shortened(&entry.name), quoted(&self.name_of(&other)));
+                return Err(bad(&self.files[part].path, format!("tensor {tensor}: is in {other} too")));
+            }
+        }
+        Ok(())
+    }
+
+    /// The tensor of this name.
+    pub fn get(&self, name: &str) -> Option<&Place> {
+        self.places.get(name)
+    }
+
+    /// All tensors, ordered by name.
+    pub fn places(&self) -> impl Iterator<Item = &Place> {
+        self.places.values()
+    }
+
+    /// Reads bytes of a tensor, from its byte `from` on.
+    ///
+    /// # Errors
+    /// What the operating system refuses.
+    pub fn read(&self, place: &Place, from: u64, bytes: &mut [u8]) -> Result<()> {
+        let Part { path, file } = &self.files[place.part];
+        // A reader that panicked may have moved the file's place, which every reader sets anew.
+        let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
+        let start = SeekFrom::Start(place.entry.start_bytes + from);
+        file.seek(start).and_then(|_| file.read_exact(bytes)).map_err(|e| Error::io("read", path, e))
+    }
+
+    /// An error about a tensor, which names its file.
+    pub fn fault(&self, place: &Place, what: String) -> Error {
+        bad(self.path_of(place), what)
+    }
+
+    fn path_of(&self, place: &Place) -> &Path {
+        &self.files[place.part].path
+    }
+
+    fn name_of(&self, place: &Place) -> String {
+        self.path_of(place).file_name().unwrap_or_default().display().to_string()
+    }
+}
+
+/// Whether a name from an index is that of a file in the same directory, whatever the system.
+fn is_plain(name: &str) -> bool {
+    const MOST_BYTES: usize = 255;
+    let mut components = Path::new(name).components();
+    let alone = matches!((components.next(), components.next()), (Some(Component::Normal(one)), None) if one == name);
+    let special = |c: char| c.is_control() || matches!(c, '/' | '\\' | ':');
+    alone && name.len() <= MOST_BYTES && !name.contains(special)
+}
+
+fn open_file(path: &Path) -> Result<(File, u64)> {
+    // Asked before opening, which would wait for the other end of a pipe.
+    let metadata = std::fs::metadata(path).map_err(|e| match e.kind() {
+        ErrorKind::NotFound | ErrorKind::NotADirectory => bad(path, "no such file".into()),
+        _ => Error::io("read", path, e),
+    })?;
+    if !metadata.is_file() {
+        return Err(bad(path, "is no regular file".into()));
+    }
+    let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
+    Ok((file, metadata.len()))
+}
+
+/// Reads a whole file of at most [`MOST_JSON_BYTES`].
+///
+/// # Errors
+/// When there is no such file, it is longer or none that can be read.
+pub fn read_small(path: &Path) -> Result<Vec<u8>> {
+    let (file, bytes) = open_file(path)?;
+    if bytes > MOST_JSON_BYTES {
+        return Err(bad(path, format!("{bytes} bytes are more than the {MOST_JSON_BYTES} that are read")));
+    }
+    let mut read = Vec::new();
+    file.take(MOST_JSON_BYTES).read_to_end(&mut read).map_err(|e| Error::io("read", path, e))?;
+    Ok(read)
+}
+
+/// An error about a file.
+pub fn bad(path: &Path, what: String) -> Error {
+    Error::bad(format!("{}: {what}", path.display()))
+}
