@@ -19,8 +19,8 @@ mod embedding;
 #[cfg(feature = "emulator")]
 mod emulated;
 mod gemm;
-#[cfg(feature = "cuda")]
 mod glu;
+#[cfg(feature = "cuda")]
 mod gpu;
 #[cfg(feature = "cuda")]
 mod gpus;
