@@ -27,6 +27,8 @@ pub struct Pretrained {
     pub form: Form,
     /// The counts of training batches that BatchNorm layers have seen, by name.
     pub counts: BTreeMap<String, i64>,
+    /// Weights in the files of heads and layers that the network has not, by name; they are not saved again.
+    pub unused: Vec<String>,
     parts: Parts,
     /// Where each of the form's tensors lies, by its name in the graph.
     places: BTreeMap<String, Place>,
@@ -50,11 +52,14 @@ pub fn open(dir: &Path) -> Result<Pretrained> {
     let wanted = tensors(network.as_ref())?;
     let counters = counters(wanted.iter().map(|(name, _)| name.as_str()));
     let tied = |name: &str| family.tied.iter().any(|&(head, _)| head == name);
-    let spared = |name: &str| counters.iter().any(|c| c == name) || tied(name) || (family.is_buffer)(name);
+    let spared = |name: &str| {
+        counters.iter().any(|c| c == name) || tied(name) || (family.is_buffer)(name) || (family.is_elsewhere)(name)
+    };
     let parts = Parts::open(dir, &spared)?;
     let (tensors, places) = match_tensors(&parts, family, &wanted)?;
     let form = Form { config, generation_config, counters, tensors };
-    let mut pretrained = Pretrained { network, form, counts: BTreeMap::new(), parts, places };
+    let (counts, unused) = (BTreeMap::new(), Vec::new());
+    let mut pretrained = Pretrained { network, form, counts, unused, parts, places };
     pretrained.account_for_the_rest(family)?;
     Ok(pretrained)
 }
@@ -94,6 +99,8 @@ impl Pretrained {
                 self.counts.insert(name.to_string(), self.count(place)?);
             } else if let Some((_, table)) = family.tied.iter().find(|&&(head, _)| head == name) {
                 self.check_tied(place, table)?;
+            } else if (family.is_elsewhere)(name) {
+                self.unused.push(name.to_string());
             } else if !(family.is_buffer)(name) {
                 unexpected.push(place);
             }
@@ -176,6 +183,12 @@ fn read_config(path: &Path) -> Result<(&'static Family, Box<dyn Network>, String
     Ok((family, (family.build)(&fields)?, text))
 }
 
+/// What files of TensorFlow's first models call a normalisation's weight and bias; transformers renames them too.
+fn old_name(name: &str) -> Option<String> {
+    let old = |new: &str, old: &str| name.strip_suffix(new).map(|start| format!("{start}{old}"));
+    old("LayerNorm.weight", "LayerNorm.gamma").or_else(|| old("LayerNorm.bias", "LayerNorm.beta"))
+}
+
 /// Finds every tensor of the network in the files, with or without the family's prefix.
 fn match_tensors(
     parts: &Parts,
@@ -185,7 +198,8 @@ fn match_tensors(
     let mut saved = Vec::with_capacity(wanted.len());
     let mut places = BTreeMap::new();
     let short = |name: &str| family.prefix.and_then(|p| name.strip_prefix(p)).and_then(|short| parts.get(short));
-    let find = |name: &str| parts.get(name).or_else(|| short(name));
+    let old = |name: &str| old_name(name).and_then(|old| parts.get(&old));
+    let find = |name: &str| parts.get(name).or_else(|| short(name)).or_else(|| old(name));
     for (name, shape) in wanted {
         let Some(place) = find(name) else {
             let missing = wanted.iter().filter(|(name, _)| find(name).is_none()).count();

@@ -1,6 +1,7 @@
 //! `hydra forward`: a model directory and a file of inputs in, a file of logits out.
 
 use crate::print::say;
+use crate::setup::note_unused;
 use hydra::base::tensorfile::{Element, TensorFile, TensorView};
 use hydra::base::{DType, Error, Result};
 use hydra::data::{Batch, BatchTensor, names};
@@ -16,6 +17,7 @@ use std::path::Path;
 /// When a file is missing or at fault, a tensor is none that the model takes, or `output` cannot be written.
 pub fn run(model: &Path, input: &Path, output: &Path, json: bool) -> Result<()> {
     let pretrained = nn::open(model)?;
+    note_unused(model, &pretrained.unused);
     let file = input.display().to_string();
     let bytes = std::fs::read(input).map_err(|e| match e.kind() {
         ErrorKind::NotFound | ErrorKind::NotADirectory => Error::bad(format!("{file}: no such file")),

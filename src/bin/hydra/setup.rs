@@ -2,6 +2,7 @@
 
 use crate::job::model::{Data, Length, Source as Whence, Tokenizer, ValidPart};
 use crate::job::{self, DeviceKind, Job, Pipeline, Policy};
+use crate::print::note;
 use hydra::base::{DType, Error, Result, Shape};
 use hydra::data::{
     self, BatchesOptions, BatchesSource, ImageFiles, ImageOptions, ImageSource, RandomOptions, RandomSource, Source,
@@ -138,6 +139,13 @@ pub fn check_scope(file: &str, job: &Job) -> Result<()> {
     Ok(())
 }
 
+/// Says which weights of a directory the network has no use for.
+pub fn note_unused(dir: &Path, unused: &[String]) {
+    let Some(first) = unused.first() else { return };
+    let more = if unused.len() > 1 { format!(" and {} more", unused.len() - 1) } else { String::new() };
+    note(format!("{}: weights of layers that the network has not are left out: {first}{more}", dir.display()));
+}
+
 /// Makes model number `i` of the job ready.
 ///
 /// # Errors
@@ -151,7 +159,14 @@ pub fn prepare(job: &Job, i: usize) -> Result<Prepared> {
         return Err(fault("dtype", what));
     }
     let origin = match &model.source {
-        Whence::From(dir) => Origin::Pretrained(Box::new(nn::open(dir)?)),
+        Whence::From(dir) => {
+            let pretrained = nn::open(dir)?;
+            // Once for all models of a search.
+            if job.models[..i].iter().all(|other| other.source != model.source) {
+                note_unused(dir, &pretrained.unused);
+            }
+            Origin::Pretrained(Box::new(pretrained))
+        }
         Whence::Family { family, config } => {
             let build = |config| nn::from_config(family, config, true).map_err(|e| fault("family", e.to_string()));
             let mut network = build(config)?;

@@ -18,6 +18,8 @@ pub(super) const FAMILY: Family = Family {
     prefix: None,
     tied: &[("cls.predictions.decoder.weight", WORDS), ("cls.predictions.decoder.bias", BIAS)],
     is_buffer: |name| name == "bert.embeddings.position_ids",
+    // Files of the first training have its second task's head too.
+    is_elsewhere: |name| name.starts_with("bert.pooler.") || name.starts_with("cls.seq_relationship."),
     build: |fields| Ok(Box::new(Bert::read(fields)?)),
 };
 

@@ -17,6 +17,7 @@ pub(super) const FAMILY: Family = Family {
     prefix: Some("model."),
     tied: &[("lm_head.weight", TABLE)],
     is_buffer,
+    is_elsewhere: |_| false,
     build: |fields| Ok(Box::new(Llama::read(fields)?)),
 };
 

@@ -35,6 +35,8 @@ pub(super) struct Family {
     pub tied: &'static [(&'static str, &'static str)],
     /// Whether a file's tensor is a constant that the network does without.
     pub is_buffer: fn(&str) -> bool,
+    /// Whether a file's tensor is a weight of a head or a layer that this architecture has not.
+    pub is_elsewhere: fn(&str) -> bool,
     /// Builds the network.
     pub build: fn(&Fields) -> Result<Box<dyn Network>>,
 }

@@ -18,6 +18,7 @@ pub(super) const FAMILY: Family = Family {
     prefix: None,
     tied: &[],
     is_buffer: |_| false,
+    is_elsewhere: |_| false,
     build: |fields| Ok(Box::new(ResNet::read(fields)?)),
 };
 

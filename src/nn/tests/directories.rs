@@ -116,6 +116,34 @@ fn berts_tied_decoder_is_taken_where_it_is_the_same() {
     refused(open(dir.path()), &["cls.predictions.decoder.bias", "other values than cls.predictions.bias"]);
 }
 
+/// As google-bert/bert-base-uncased is: TensorFlow's names of norms, the head of the second task, which BertForMaskedLM has not.
+#[test]
+fn berts_first_files_are_taken() {
+    let plain = raw("bert");
+    let old_of =
+        |name: &str| name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta");
+    let mut old: Raw = plain.iter().map(|(name, tensor)| (old_of(name), tensor.clone())).collect();
+    let names: Vec<String> = old.keys().cloned().collect();
+    assert_eq!(names.iter().filter(|name| name.ends_with("gamma")).count(), 2 * 2 + 2);
+    let others = ["bert.pooler.dense.bias", "bert.pooler.dense.weight", "cls.seq_relationship.bias"];
+    for name in others {
+        old.insert(name.into(), (Dtype::F32, vec![2], vec![0; 8]));
+    }
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path(), "bert", &old);
+    let pretrained = open(dir.path()).unwrap();
+    assert_eq!(pretrained.unused, others);
+    for (name, shape) in tensors(pretrained.network.as_ref()).unwrap() {
+        let got: Vec<u8> = pretrained.tensor(&name, &shape).unwrap().iter().flat_map(|x| x.to_le_bytes()).collect();
+        assert_eq!(got, plain[&name].2, "{name}");
+    }
+    let bytes = round_trip(dir.path());
+    let saved = TensorFile::parse(&bytes, "saved").unwrap();
+    let saved_names: Vec<&str> = saved.tensors().map(|t| t.entry.name.as_str()).collect();
+    assert_eq!(saved_names, names);
+    assert!(open(&fixture("bert").join("model")).unwrap().unused.is_empty());
+}
+
 #[test]
 fn other_types_are_converted_and_kept() {
     let plain = raw("gpt2");
