@@ -5,6 +5,8 @@ mod common;
 mod inbox;
 #[path = "cli/many.rs"]
 mod many;
+#[path = "cli/tokenizer.rs"]
+mod tokenizer;
 
 use common::fixture;
 use hydra::train::metrics::{Row, read_rows};

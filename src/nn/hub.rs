@@ -64,7 +64,8 @@ pub fn open(dir: &Path) -> Result<Pretrained> {
     let index = TensorIndex::parse(&header, file_bytes, &called)?;
     let wanted = tensors(network.as_ref())?;
     let (saved, places) = match_tensors(&index, family, &wanted).map_err(|what| bad(&path, what))?;
-    let form = Form { config, generation_config, counters: counters(&saved), tensors: saved };
+    let files = Vec::new();
+    let form = Form { config, generation_config, files, counters: counters(&saved), tensors: saved };
     let mut pretrained = Pretrained { network, form, counts: BTreeMap::new(), path, file: Mutex::new(file), places };
     pretrained.account_for_the_rest(&index, family)?;
     Ok(pretrained)
