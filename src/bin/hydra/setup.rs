@@ -40,7 +40,7 @@ pub struct Prepared {
 /// Where a network and its first weights come from.
 pub enum Origin {
     /// A Hugging Face directory.
-    Pretrained(Pretrained),
+    Pretrained(Box<Pretrained>),
     /// Sizes from the job; weights drawn from the seed.
     Family(Box<dyn Network>),
 }
@@ -166,7 +166,7 @@ pub fn prepare(job: &Job, i: usize, tokenizers: &Tokenizers) -> Result<Prepared>
     let build =
         |family: &str, config| nn::from_config(family, config, true).map_err(|e| fault("family", e.to_string()));
     let mut origin = match &model.source {
-        Whence::From(dir) => Origin::Pretrained(nn::open(dir)?),
+        Whence::From(dir) => Origin::Pretrained(Box::new(nn::open(dir)?)),
         Whence::Family { family, config } => Origin::Family(build(family, config)?),
     };
     let tokenizer = open_tokenizer(model, tokenizers)?;
