@@ -171,3 +171,56 @@ fn text_must_be_utf8() {
     let error = open(&fixture()).unwrap().encode(b"ab\xc3\xa9 \xff").unwrap_err().to_string();
     assert!(error.starts_with("byte 5 is not UTF-8"), "{error}");
 }
+
+/// Texts of awkward characters: the n-th is drawn from n alone.
+fn awkward(n: u64) -> String {
+    const PARTS: [&str; 18] = [
+        "a", "the", " the", "1", ".", "'s", "'", "\n", "\n", "\n", "\r", "\t", " ", "\u{a0}", "\u{2028}", "\u{e9}",
+        "\0", "<|end|>",
+    ];
+    let mut random = hydra::base::philox::Sequence::new(n, 1);
+    (0..300).map(|_| PARTS[random.below(PARTS.len() as u64) as usize]).collect()
+}
+
+#[test]
+fn pieces_have_the_tokens_of_the_whole() {
+    let one = open(&fixture()).unwrap();
+    let two = open(folder(&[VOCAB, MERGES]).path()).unwrap();
+    assert!(one.in_pieces && two.in_pieces);
+    let mut cuts = 0;
+    for n in 0..200 {
+        let text = awkward(n);
+        for tokenizer in [&one, &two] {
+            let whole = tokenizer.encode_in(&[&text]).unwrap();
+            for least in [1, 7, 100] {
+                let pieces = pieces(&text, least);
+                assert_eq!(pieces.concat(), text);
+                assert!(pieces.iter().rev().skip(1).all(|piece| piece.len() >= least), "{pieces:?}");
+                assert_eq!(tokenizer.encode_in(&pieces).unwrap(), whole, "{n}, {least}: {text:?}");
+                cuts += pieces.len() - 1;
+            }
+        }
+    }
+    assert!(cuts > 1000, "{cuts}");
+    for (text, want) in
+        [("a\nb", 2), ("a\n\nb", 1), ("a \nb", 1), ("a\n b", 1), ("a\n", 1), ("\nb", 1), ("", 1), ("a\n\u{a0}", 1)]
+    {
+        assert_eq!(pieces(text, 1).len(), want, "{text:?}");
+    }
+}
+
+#[test]
+fn what_may_reach_over_a_line_is_cut_whole() {
+    let whole = |change: &dyn Fn(&mut Value)| !open(&changed(change).1).unwrap().in_pieces;
+    assert!(!whole(&|json| json["pre_tokenizer"]["trim_offsets"] = json!(false)));
+    assert!(whole(&|json| json["normalizer"] = json!({ "type": "Prepend", "prepend": "a" })));
+    assert!(whole(&|json| json["pre_tokenizer"] = Value::Null));
+    assert!(whole(&|json| json["pre_tokenizer"]["add_prefix_space"] = json!(true)));
+    assert!(whole(&|json| json["pre_tokenizer"]["use_regex"] = json!(false)));
+    assert!(whole(&|json| json["added_tokens"][0]["lstrip"] = json!(true)));
+    assert!(whole(&|json| {
+        let mut token = json["added_tokens"][0].clone();
+        (token["id"], token["content"]) = (json!(260), json!("a\nb"));
+        json["added_tokens"].as_array_mut().unwrap().push(token);
+    }));
+}
