@@ -7,6 +7,8 @@ mod inbox;
 mod many;
 #[path = "cli/split.rs"]
 mod split;
+#[path = "cli/tokenizer.rs"]
+mod tokenizer;
 
 use common::fixture;
 use hydra::train::metrics::{Row, read_rows};

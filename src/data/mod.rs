@@ -22,6 +22,7 @@ mod loader;
 mod order;
 mod random;
 mod text;
+mod tokens;
 
 pub use batch::{Batch, BatchTensor, InputSpec};
 pub use batches::{BatchesOptions, BatchesSource};
@@ -30,7 +31,8 @@ pub use images::{ImageFiles, ImageOptions, ImageSource};
 pub use loader::{DEFAULT_AHEAD, Loader};
 pub use order::Split;
 pub use random::{RandomOptions, RandomSource};
-pub use text::{TextOptions, TextSource, Tokenizer};
+pub use text::{TextOptions, TextSource};
+pub use tokens::{Encode, Tokenizer};
 
 use crate::base::Result;
 

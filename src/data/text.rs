@@ -9,37 +9,14 @@
 //! ```
 
 use super::order::{Order, Split, check_fraction, held_out, smallest_total};
-use super::{Batch, IGNORED, InputSpec, Source, files, names};
+use super::tokens::Tokens;
+use super::{Batch, IGNORED, InputSpec, Source, Tokenizer, names};
 use crate::base::{DType, Error, Result, Shape};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// How text becomes tokens.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Tokenizer {
-    /// Each byte is a token: a vocabulary of 256, and any file will do.
-    #[default]
-    Bytes,
-}
-
-impl Tokenizer {
-    /// Token ids lie below this.
-    pub const fn vocab(self) -> usize {
-        match self {
-            Tokenizer::Bytes => 256,
-        }
-    }
-
-    /// Appends the tokens of `text`.
-    fn encode(self, mut text: Vec<u8>, tokens: &mut Vec<u8>) {
-        match self {
-            Tokenizer::Bytes => tokens.append(&mut text),
-        }
-    }
-}
-
 /// What text, and how it is cut.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct TextOptions {
     /// Files, and folders whose `*.rs`, `*.md` and `*.txt` are taken in the order of their paths. Hidden folders and
     /// those called `target` are left out.
@@ -58,7 +35,7 @@ pub struct TextOptions {
 
 /// Makes `input_ids` (B, T) and `labels` (B, T) from windows of text.
 pub struct TextSource {
-    tokens: Arc<Vec<u8>>,
+    tokens: Arc<Tokens>,
     /// The first token of window 0.
     start: usize,
     context: usize,
@@ -73,12 +50,12 @@ impl TextSource {
     /// is in both. They come in order, the last minibatch padded with rows whose labels are all [`IGNORED`].
     ///
     /// # Errors
-    /// When a file is missing, an option is out of range, or the text is too short for one minibatch of training and
-    /// one window held out; the message says how many bytes are needed.
+    /// When a file is missing or cannot be cut, an option is out of range, or the text is too short for one minibatch of
+    /// training and one window held out; the message says how many tokens are needed.
     pub fn open(options: &TextOptions) -> Result<Split<TextSource>> {
         check_fraction(options.valid_fraction)?;
         let spec = spec_of(options)?;
-        let tokens = Arc::new(read_tokens(options)?);
+        let tokens = Arc::new(Tokens::read(&options.paths, &options.tokenizer)?);
         let context = options.context;
         // A label after the last window, and one token that lies between training and held-out data.
         let between = if options.valid_fraction > 0.0 { 2 } else { 1 };
@@ -105,10 +82,10 @@ impl TextSource {
     /// [`open`](Self::open). `seed` and `valid_fraction` have no part in it.
     ///
     /// # Errors
-    /// When a file is missing, an option is out of range, or the text is shorter than one window.
+    /// When a file is missing or cannot be cut, an option is out of range, or the text is shorter than one window.
     pub fn open_valid(options: &TextOptions) -> Result<TextSource> {
         let spec = spec_of(options)?;
-        let tokens = Arc::new(read_tokens(options)?);
+        let tokens = Arc::new(Tokens::read(&options.paths, &options.tokenizer)?);
         let windows = tokens.len().saturating_sub(1) / options.context;
         if windows == 0 {
             return Err(too_short(options, tokens.len(), options.context as u128 + 1));
@@ -129,14 +106,6 @@ fn spec_of(options: &TextOptions) -> Result<InputSpec> {
     Ok(InputSpec { vocab, classes: vocab, ..spec })
 }
 
-fn read_tokens(options: &TextOptions) -> Result<Vec<u8>> {
-    let mut tokens = Vec::new();
-    for path in files::text_files(&options.paths)? {
-        options.tokenizer.encode(files::read(&path)?, &mut tokens);
-    }
-    Ok(tokens)
-}
-
 fn too_short(options: &TextOptions, have: usize, needed: u128) -> Error {
     let first = options.paths.first().map_or_else(|| "no file".to_string(), |path| path.display().to_string());
     let more = match options.paths.len() {
@@ -145,8 +114,10 @@ fn too_short(options: &TextOptions, have: usize, needed: u128) -> Error {
     };
     let held_out = if options.valid_fraction > 0.0 { " beside the held-out part" } else { "" };
     Error::bad(format!(
-        "{first}{more}: the text has {have} bytes; batch {} of context {}{held_out} needs at least {needed}",
-        options.batch, options.context
+        "{first}{more}: the text has {have} {}; batch {} of context {}{held_out} needs at least {needed}",
+        options.tokenizer.unit(),
+        options.batch,
+        options.context
     ))
 }
 
@@ -169,11 +140,7 @@ impl Source for TextSource {
                 continue;
             };
             let first = self.start + window * self.context;
-            let tokens = &self.tokens[first..=first + self.context];
-            for t in 0..self.context {
-                ids[t] = i32::from(tokens[t]);
-                labels[t] = i32::from(tokens[t + 1]);
-            }
+            self.tokens.window(first, ids, labels);
         }
         Ok(())
     }

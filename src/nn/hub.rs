@@ -57,7 +57,7 @@ pub fn open(dir: &Path) -> Result<Pretrained> {
     };
     let parts = Parts::open(dir, &spared)?;
     let (tensors, places) = match_tensors(&parts, family, &wanted)?;
-    let form = Form { config, generation_config, counters, tensors };
+    let form = Form { config, generation_config, files: Vec::new(), counters, tensors };
     let (counts, unused) = (BTreeMap::new(), Vec::new());
     let mut pretrained = Pretrained { network, form, counts, unused, parts, places };
     pretrained.account_for_the_rest(family)?;

@@ -38,6 +38,8 @@ pub struct Form {
     pub config: String,
     /// The bytes of generation_config.json, where there is one.
     pub generation_config: Option<Vec<u8>>,
+    /// Other files by their plain names, written as they are: a tokenizer's.
+    pub files: Vec<(String, Vec<u8>)>,
     /// The parameters and running statistics.
     pub tensors: Vec<SavedTensor>,
     /// The counts of training batches that BatchNorm layers keep beside them, by name: one i64 each.
@@ -57,7 +59,7 @@ impl Form {
         let mut config = format!("{:#}", network.config());
         config.push('\n');
         let counters = counters(tensors.iter().map(|tensor| tensor.name.as_str()));
-        Ok(Form { config, generation_config: None, counters, tensors })
+        Ok(Form { config, generation_config: None, files: Vec::new(), counters, tensors })
     }
 }
 
@@ -86,6 +88,9 @@ pub fn save(
     let mut pending = vec![Pending::write(dir, "config.json", |out| out.bytes(form.config.as_bytes()))?];
     if let Some(bytes) = &form.generation_config {
         pending.push(Pending::write(dir, "generation_config.json", |out| out.bytes(bytes))?);
+    }
+    for (name, bytes) in &form.files {
+        pending.push(Pending::write(dir, name, |out| out.bytes(bytes))?);
     }
     pending.push(Pending::write(dir, "model.safetensors", |out| weights(out, form, counts, read))?);
     pending.into_iter().try_for_each(Pending::commit)?;

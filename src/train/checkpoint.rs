@@ -20,6 +20,8 @@ use std::path::{Path, PathBuf};
 const FORMAT: &str = "hydra-checkpoint-1";
 /// The key of the model's element type. Numbers are f32 in any case: a bf16 model's weights are kept as their masters.
 const DTYPE: &str = "dtype";
+/// The key of what cuts the model's text.
+const TOKENIZER: &str = "tokenizer";
 /// Keys of the optimizer on which it depends what the moments are.
 const KIND: &str = "optimizer.kind";
 const MOMENTUM: &str = "optimizer.momentum";
@@ -117,6 +119,9 @@ pub fn write_checkpoint(path: &Path, engine: &Engine, of: usize, options: &Train
         metadata[key] = value.into();
     }
     metadata[DTYPE] = model.train.float.to_string().into();
+    if let Some(tokenizer) = &options.tokenizer {
+        metadata[TOKENIZER] = tokenizer.as_str().into();
+    }
     header.insert("__metadata__".into(), metadata);
     let mut end = 0;
     for (name, shape, _) in &parts {
@@ -207,6 +212,12 @@ impl Checkpoint {
         let (found, want) = (self.index.metadata().get(DTYPE).map_or("f32", String::as_str), model.train.float);
         if found != want.to_string() {
             return Err(self.fault(format!("{DTYPE} is {found} in the checkpoint, {want} in the job")));
+        }
+        // Checkpoints that do not say it were of bytes, or of no text.
+        if let (Some(found), Some(want)) = (self.index.metadata().get(TOKENIZER), &options.tokenizer)
+            && found != want
+        {
+            return Err(self.fault(format!("{TOKENIZER} is {found} in the checkpoint, {want} in the job")));
         }
         // Another rule takes its moments for something else, and no momentum has none.
         let none = |momentum: &str| momentum.parse() == Ok(0.0);

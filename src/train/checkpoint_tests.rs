@@ -178,6 +178,14 @@ fn differences_and_damage_are_named() {
     refused(options(), wider.model(0), "the job's model has 5x4");
     let kind = "optimizer.kind is adamw in the checkpoint, sgd in the job";
     refused(TrainOptions { optimizer: sgd(0.9), ..options() }, engine.model(0), kind);
+    // Tokenizers are compared where both sides say what they have.
+    let cut_by = |words: &str| TrainOptions { tokenizer: Some(words.into()), ..options() };
+    open().check(&cut_by("bytes"), engine.model(0)).unwrap();
+    write_checkpoint(&path, &engine, 0, &cut_by("runes"), 3).unwrap();
+    refused(cut_by("bytes"), engine.model(0), "tokenizer is runes in the checkpoint, bytes in the job");
+    for same in [cut_by("runes"), options()] {
+        open().check(&same, engine.model(0)).unwrap();
+    }
     write_checkpoint(&path, &wider, 0, &options(), 3).unwrap();
     assert!(open().restore(&mut self::engine(3), 0).is_err());
     let whole = std::fs::read(&path).unwrap();

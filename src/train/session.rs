@@ -44,6 +44,8 @@ pub struct TrainOptions {
     pub dtype: DType,
     /// Products of f32 may round their factors to tf32; for the cuda device, emulated or not.
     pub tf32: bool,
+    /// What cuts its text into tokens: any words that are the same as long as it is. With another, a checkpoint's weights mean nothing; none: not compared.
+    pub tokenizer: Option<String>,
 }
 
 impl TrainOptions {
@@ -64,6 +66,7 @@ impl TrainOptions {
             poison: false,
             dtype: DType::F32,
             tf32: false,
+            tokenizer: None,
         }
     }
 }

@@ -26,6 +26,7 @@ mod setup;
 mod show;
 mod simulate;
 mod sweep;
+mod tokenizer;
 mod train;
 mod watch;
 
@@ -39,8 +40,11 @@ use std::path::Path;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    // A panic is our own bug, whichever thread it is in: one line, like every error.
+    // A panic is our own bug, whichever thread it is in: one line, like every error. But for those that a file has provoked in another's code.
     std::panic::set_hook(Box::new(|panic| {
+        if tokenizer::panics_are_contained() {
+            return;
+        }
         let payload = panic.payload();
         let text = payload.downcast_ref::<&str>().copied();
         let text = text.or_else(|| payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message");

@@ -5,6 +5,7 @@ use crate::machine::{Machine, check_devices, device_spec, machine};
 use crate::placing::{self, Placing, Sharing, fleet_model};
 use crate::rehearsing::rehearse_turns;
 use crate::setup::{Prepared, Sources, check_scope, prepare};
+use crate::tokenizer::Tokenizers;
 use hydra::base::{Error, Result, format_bytes};
 use hydra::engine::{Prediction, SimulateOptions, Simulation, predict, simulate};
 use hydra::sched::{LocalityLrtf, Policy, Rehearsal};
@@ -53,6 +54,8 @@ impl Planned {
 pub struct PlannedJob {
     /// The job.
     pub job: Job,
+    /// What cuts its texts.
+    pub tokenizers: Tokenizers,
     /// What it runs on.
     pub machine: Machine,
     /// Its models, in the file's order; models that came later after them.
@@ -86,7 +89,8 @@ pub fn plan_loaded(path: &Path, job: Job, trains: bool) -> Result<PlannedJob> {
     let file = path.display().to_string();
     check_scope(&file, &job)?;
     check_devices(&file, &job, trains)?;
-    let prepared = (0..job.models.len()).map(|i| prepare(&job, i)).collect::<Result<Vec<_>>>()?;
+    let tokenizers = Tokenizers::default();
+    let prepared = (0..job.models.len()).map(|i| prepare(&job, i, &tokenizers)).collect::<Result<Vec<_>>>()?;
     // Graphs before rates: what a network refuses is said before a second goes into measuring.
     let mut traced: Vec<(Prepared, Arc<Model>)> = Vec::new();
     for prepared in prepared {
@@ -106,6 +110,7 @@ pub fn plan_loaded(path: &Path, job: Job, trains: bool) -> Result<PlannedJob> {
     }
     let mut planned = PlannedJob {
         job,
+        tokenizers,
         machine,
         models,
         sharing,
@@ -130,7 +135,9 @@ pub fn trace(job: &Job, mut prepared: Prepared, before: &[(&Prepared, &Arc<Model
         let (a, twin) = (&job.models[*j], before[*j].0);
         let sizes = |m: &job::Model| (m.batch, m.microbatch, m.dtype.clone());
         let microbatch = twin.options.microbatch == prepared.options.microbatch;
-        a.source == b.source && sizes(a) == sizes(b) && microbatch && twin.inputs == prepared.inputs
+        // Of one family and config, networks differ where the vocabulary comes from the data.
+        let labels = twin.network().labels() == prepared.network().labels();
+        a.source == b.source && labels && sizes(a) == sizes(b) && microbatch && twin.inputs == prepared.inputs
     };
     let model = match (0..before.len()).find(same) {
         Some(twin) => Arc::clone(before[twin].1),

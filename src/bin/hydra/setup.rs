@@ -1,12 +1,13 @@
 //! A job's models made ready: the network, its data, and how to train it; nothing is planned yet and no weight is read.
 
-use crate::job::model::{Data, Length, Source as Whence, Tokenizer, ValidPart};
+use crate::job::model::{Data, Length, Source as Whence, TOKENIZERS, Tokenizer, ValidPart};
 use crate::job::{self, DeviceKind, Job, Pipeline, Policy};
 use crate::print::note;
+use crate::tokenizer::{FileTokenizer, Tokenizers};
 use hydra::base::{DType, Error, Result, Shape};
 use hydra::data::{
-    self, BatchesOptions, BatchesSource, ImageFiles, ImageOptions, ImageSource, RandomOptions, RandomSource, Source,
-    TextOptions, TextSource, names,
+    self, BatchesOptions, BatchesSource, Encode, ImageFiles, ImageOptions, ImageSource, RandomOptions, RandomSource,
+    Source, TextOptions, TextSource, names,
 };
 use hydra::graph::Graph;
 use hydra::nn::{self, Form, InputShape, Network, Pretrained};
@@ -15,6 +16,7 @@ use hydra::train::{Optimizer, Schedule, TrainOptions, Weights, inputs_of};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 /// Steps beyond this are refused, as the job file's own key does.
 const MOST_STEPS: u64 = i32::MAX as u64;
@@ -32,6 +34,8 @@ pub struct Prepared {
     /// Its data, opened once to see what is there.
     opened: RefCell<Option<Sources>>,
     recipe: Recipe,
+    /// What cuts its text, where that comes from files.
+    tokenizer: Option<Arc<FileTokenizer>>,
 }
 
 /// Where a network and its first weights come from.
@@ -53,18 +57,25 @@ pub struct Sources {
 /// What it takes to open the data again.
 struct Recipe {
     data: Data,
+    tokenizer: data::Tokenizer,
     valid: Option<job::Valid>,
     batch: usize,
     seed: u64,
 }
 
-impl Prepared {
-    /// The network.
-    pub fn network(&self) -> &dyn Network {
-        match &self.origin {
+impl Origin {
+    fn network(&self) -> &dyn Network {
+        match self {
             Origin::Pretrained(pretrained) => pretrained.network.as_ref(),
             Origin::Family(network) => network.as_ref(),
         }
+    }
+}
+
+impl Prepared {
+    /// The network.
+    pub fn network(&self) -> &dyn Network {
+        self.origin.network()
     }
 
     /// Where the first weights come from.
@@ -90,10 +101,12 @@ impl Prepared {
     /// # Errors
     /// When the network does not trace with its own inputs.
     pub fn form(&self) -> Result<(Form, BTreeMap<String, i64>)> {
-        Ok(match &self.origin {
+        let (form, counts) = match &self.origin {
             Origin::Pretrained(pretrained) => (pretrained.form.clone(), pretrained.counts.clone()),
             Origin::Family(network) => (Form::of(network.as_ref())?, BTreeMap::new()),
-        })
+        };
+        let files = self.tokenizer.as_ref().map_or_else(Vec::new, |tokenizer| tokenizer.files.clone());
+        Ok((Form { files, ..form }, counts))
     }
 
     /// Its data, from the start.
@@ -150,7 +163,7 @@ pub fn note_unused(dir: &Path, unused: &[String]) {
 ///
 /// # Errors
 /// When a file is missing or at fault, or the parts do not go together; the message names the file or the key.
-pub fn prepare(job: &Job, i: usize) -> Result<Prepared> {
+pub fn prepare(job: &Job, i: usize, tokenizers: &Tokenizers) -> Result<Prepared> {
     let model = &job.models[i];
     let fault = |key: &str, what: String| model.fault(key, what);
     let kind = job.devices[0].kind;
@@ -158,7 +171,9 @@ pub fn prepare(job: &Job, i: usize) -> Result<Prepared> {
         let what = format!("tf32 goes with kind = \"cuda\", not \"{}\"; write dtype = \"f32\"", kind.word());
         return Err(fault("dtype", what));
     }
-    let origin = match &model.source {
+    let build =
+        |family: &str, config| nn::from_config(family, config, true).map_err(|e| fault("family", e.to_string()));
+    let mut origin = match &model.source {
         Whence::From(dir) => {
             let pretrained = nn::open(dir)?;
             // Once for all models of a search.
@@ -167,28 +182,28 @@ pub fn prepare(job: &Job, i: usize) -> Result<Prepared> {
             }
             Origin::Pretrained(Box::new(pretrained))
         }
-        Whence::Family { family, config } => {
-            let build = |config| nn::from_config(family, config, true).map_err(|e| fault("family", e.to_string()));
-            let mut network = build(config)?;
-            let bytes = matches!(model.data, Data::Text { tokenizer: Tokenizer::Bytes, .. });
-            if bytes && !config.contains_key("vocab_size") && network.labels().vocab.is_some() {
-                let mut config = config.clone();
-                config.insert("vocab_size".into(), data::Tokenizer::Bytes.vocab().into());
-                network = build(&config)?;
-            }
-            Origin::Family(network)
-        }
+        Whence::Family { family, config } => Origin::Family(build(family, config)?),
     };
-    if let Data::Text { tokenizer: Tokenizer::File(path), .. } = &model.data {
-        let what = format!("{}: tokenizer files are not built yet; write tokenizer = \"bytes\"", path.display());
-        return Err(fault("data.tokenizer", what));
+    let tokenizer = open_tokenizer(model, tokenizers)?;
+    let cut_by = tokenizer.clone().map_or(data::Tokenizer::Bytes, |own| data::Tokenizer::Own(own as Arc<dyn Encode>));
+    let of_text = matches!(model.data, Data::Text { .. });
+    if let Whence::Family { family, config } = &model.source
+        && of_text
+        && !config.contains_key("vocab_size")
+        && origin.network().labels().vocab.is_some()
+    {
+        let mut config = config.clone();
+        config.insert("vocab_size".into(), cut_by.vocab().into());
+        origin = Origin::Family(build(family, &config)?);
     }
-    let recipe =
-        Recipe { data: model.data.clone(), valid: model.valid.clone(), batch: model.batch, seed: job.run.seed };
-    let network = match &origin {
-        Origin::Pretrained(pretrained) => pretrained.network.as_ref(),
-        Origin::Family(network) => network.as_ref(),
+    let recipe = Recipe {
+        data: model.data.clone(),
+        tokenizer: cut_by,
+        valid: model.valid.clone(),
+        batch: model.batch,
+        seed: job.run.seed,
     };
+    let network = origin.network();
     if recipe.valid.as_ref().is_some_and(|v| matches!(v.part, ValidPart::Fraction(_)))
         && !matches!(recipe.data, Data::Text { .. } | Data::Images { .. })
     {
@@ -210,6 +225,8 @@ pub fn prepare(job: &Job, i: usize) -> Result<Prepared> {
         job::Schedule::Linear { warmup, min_lr } => Schedule::Linear { warmup, min_lr },
         job::Schedule::Cosine { warmup, min_lr } => Schedule::Cosine { warmup, min_lr },
     };
+    options.tokenizer =
+        of_text.then(|| tokenizer.as_ref().map_or_else(|| "bytes".to_string(), |own| own.identity.clone()));
     options.valid_every = model.valid.as_ref().map_or(50, |v| v.every);
     options.plan = PlanOptions {
         slots: job.run.slots.unwrap_or(2),
@@ -220,7 +237,27 @@ pub fn prepare(job: &Job, i: usize) -> Result<Prepared> {
         },
         ..PlanOptions::default()
     };
-    Ok(Prepared { name: model.name.clone(), origin, options, inputs, opened: RefCell::new(Some(sources)), recipe })
+    let (name, opened) = (model.name.clone(), RefCell::new(Some(sources)));
+    Ok(Prepared { name, origin, options, inputs, opened, recipe, tokenizer })
+}
+
+/// The tokenizer of a model's text, where it comes from files.
+fn open_tokenizer(model: &job::Model, tokenizers: &Tokenizers) -> Result<Option<Arc<FileTokenizer>>> {
+    let Data::Text { tokenizer, .. } = &model.data else { return Ok(None) };
+    let (path, says) = match (tokenizer, &model.source) {
+        (Tokenizer::Bytes, _) => return Ok(None),
+        (Tokenizer::File(path), _) => (path, ""),
+        (Tokenizer::OfModel, Whence::From(dir)) => (dir, "is missing, and "),
+        (Tokenizer::OfModel, Whence::Family { .. }) => unreachable!("a family has no directory, as its reader knows"),
+    };
+    let found = tokenizers.open(path).map_err(|e| match e {
+        Error::BadInput(what) => model.fault("data.tokenizer", what),
+        other => other,
+    })?;
+    found.map(Some).ok_or_else(|| {
+        let what = format!("{says}{} holds no tokenizer; write {TOKENIZERS}", path.display());
+        model.fault("data.tokenizer", what)
+    })
 }
 
 /// Samples that run together. In a pipeline they follow from how many microbatches it is to hold: by default as many as there are devices, or the
@@ -302,10 +339,9 @@ impl Recipe {
                 "data.text: labels each token by the next one, which is not what the model learns; write batches, or random = true",
             )),
             Data::Text { paths, context, .. } => {
-                let tokenizer = data::Tokenizer::Bytes;
                 let options = |paths: &[_], valid_fraction| TextOptions {
                     paths: paths.to_vec(),
-                    tokenizer,
+                    tokenizer: self.tokenizer.clone(),
                     context: *context,
                     batch,
                     seed,

@@ -307,7 +307,8 @@ impl Network for Perceptron {
 #[test]
 fn networks_of_ones_own_are_saved_too() {
     let dir = tempfile::tempdir().unwrap();
-    let form = Form::of(&Perceptron).unwrap();
+    let files = vec![("merges.txt".to_string(), b"\r\n\xff".to_vec()), ("vocab.json".to_string(), vec![])];
+    let form = Form { files: files.clone(), ..Form::of(&Perceptron).unwrap() };
     let shapes: BTreeMap<String, Shape> = tensors(&Perceptron).unwrap().into_iter().collect();
     save(dir.path(), &form, &BTreeMap::new(), &mut |name| Ok(vec![0.5; shapes[name].elems()])).unwrap();
     let bytes = read(dir.path(), "model.safetensors");
@@ -316,5 +317,11 @@ fn networks_of_ones_own_are_saved_too() {
     let want = [("hidden.bias", "31"), ("hidden.weight", "31x33"), ("out.bias", "3"), ("out.weight", "3x31")];
     assert_eq!(found, want.map(|(name, shape)| (name, shape.to_string())));
     assert_eq!(read(dir.path(), "config.json"), b"{\n  \"model_type\": \"perceptron\"\n}\n");
+    files.iter().for_each(|(name, bytes)| assert_eq!(read(dir.path(), name), *bytes, "{name}"));
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 4, "nothing else is left there");
+    // One that cannot be written leaves what was there.
+    let bad = Form { files: vec![("vocab.json".into(), vec![1]), ("no/such".into(), vec![1])], ..form.clone() };
+    assert!(save(dir.path(), &bad, &BTreeMap::new(), &mut |name| Ok(vec![0.5; shapes[name].elems()])).is_err());
+    files.iter().for_each(|(name, bytes)| assert_eq!(read(dir.path(), name), *bytes, "{name}"));
     refused(open(dir.path()), &["config.json", "model_type", "'perceptron'"]);
 }

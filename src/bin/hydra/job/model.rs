@@ -103,9 +103,15 @@ pub enum Data {
 pub enum Tokenizer {
     /// Each byte is a token.
     Bytes,
-    /// A tokenizer.json.
+    /// A tokenizer.json, or a folder that holds one, or vocab.json and merges.txt.
     File(PathBuf),
+    /// That of the directory which the model comes from.
+    OfModel,
 }
+
+/// What may be written for a tokenizer.
+pub const TOKENIZERS: &str =
+    "tokenizer = \"bytes\", or the path of a tokenizer.json or of a folder with one, or with vocab.json and merges.txt";
 
 /// Held-out data and how often it is looked at.
 #[derive(Clone, Debug, PartialEq)]
@@ -164,7 +170,7 @@ pub fn read_model(s: &Section) -> Result<Model> {
     let name = read_name(s)?.to_string();
     let source = read_source(s)?;
     let dtype = s.word("dtype", &[("f32", "f32"), ("bf16", "bf16"), ("tf32", "tf32")])?.unwrap_or("f32").to_string();
-    let data = read_data(s)?;
+    let data = read_data(s, &source)?;
     let valid = read_valid(s, &data)?;
     let batch = s.count("batch")?.unwrap_or(1);
     let microbatch = s.count("microbatch")?.unwrap_or(batch);
@@ -238,7 +244,7 @@ fn to_json(value: &Value) -> Option<serde_json::Value> {
     })
 }
 
-fn read_data(s: &Section) -> Result<Data> {
+fn read_data(s: &Section, source: &Source) -> Result<Data> {
     const KEYS: &[&str] = &["text", "tokenizer", "context", "batches", "random", "image", "images", "labels"];
     const KINDS: [&str; 4] = ["text", "batches", "random", "images"];
     const EXAMPLE: &str = "{ text = \"corpus.txt\", tokenizer = \"bytes\", context = 128 }";
@@ -261,14 +267,12 @@ fn read_data(s: &Section) -> Result<Data> {
     Ok(match kind {
         "text" => Data::Text {
             paths: d.paths("text")?.ok_or_else(missing)?,
-            tokenizer: match d.string("tokenizer", "\"bytes\" or the path of a tokenizer.json")? {
-                Some("bytes") => Tokenizer::Bytes,
-                Some(_) => Tokenizer::File(d.path("tokenizer")?.ok_or_else(missing)?),
-                None => {
-                    return Err(d.fault(
-                        "tokenizer",
-                        "is missing; write tokenizer = \"bytes\" or the path of a tokenizer.json",
-                    ));
+            tokenizer: match (d.string("tokenizer", "\"bytes\" or the path of a tokenizer.json")?, source) {
+                (Some("bytes"), _) => Tokenizer::Bytes,
+                (Some(_), _) => Tokenizer::File(d.path("tokenizer")?.ok_or_else(missing)?),
+                (None, Source::From(_)) => Tokenizer::OfModel,
+                (None, Source::Family { .. }) => {
+                    return Err(d.fault("tokenizer", format!("is missing; write {TOKENIZERS}")));
                 }
             },
             context: d.count("context")?.ok_or_else(|| {

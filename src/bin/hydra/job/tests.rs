@@ -265,6 +265,22 @@ fn bad_models() {
 
 /// Each text is a whole file.
 #[test]
+fn tokenizers() {
+    let check = |source: &str, tokenizer: &str, want: Tokenizer| {
+        let text = MODEL.replace("family = 'gpt2'", source);
+        let text = text.replace("random = true", &format!("text = 'a', context = 4{tokenizer}"));
+        let job = good(&text);
+        assert!(matches!(&job.models[0].data, Data::Text { tokenizer, .. } if *tokenizer == want), "{text}");
+    };
+    for source in ["family = 'gpt2'", "from = 'dir'"] {
+        check(source, ", tokenizer = 'bytes'", Tokenizer::Bytes);
+        check(source, ", tokenizer = './bytes'", Tokenizer::File("/jobs/bytes".into()));
+        check(source, ", tokenizer = '/abs/t.json'", Tokenizer::File("/abs/t.json".into()));
+    }
+    check("from = 'dir'", "", Tokenizer::OfModel);
+}
+
+#[test]
 fn bad_files() {
     let with = |from: &str, to: &str| MODEL.replacen(from, to, 1);
     let device = |line: &str| format!("{MODEL}[[device]]\n{line}");
@@ -301,7 +317,11 @@ fn bad_files() {
         (data("{ batches = 'b', context = 4 }"), "model.0.data.context: does not go with batches"),
         (data("{ text = [], tokenizer = 'bytes', context = 4 }"), "model.0.data.text: want a path"),
         (data("{ text = ['a', 3], tokenizer = 'bytes', context = 4 }"), "model.0.data.text: want a path"),
-        (data("{ text = 'a', context = 4 }"), "model.0.data.tokenizer: is missing"),
+        (
+            data("{ text = 'a', context = 4 }"),
+            "model.0.data.tokenizer: is missing; write tokenizer = \"bytes\", or the path",
+        ),
+        (data("{ text = 'a', tokenizer = 3, context = 4 }"), "model.0.data.tokenizer: want \"bytes\""),
         (data("{ text = 'a', tokenizer = 'bytes' }"), "model.0.data.context: is missing"),
         (data("{ txt = 'a' }"), "model.0.data.txt: unknown key; did you mean `text`?"),
         (format!("run = 3\n{MODEL}"), "run: want a table"),

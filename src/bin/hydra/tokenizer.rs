@@ -1,0 +1,292 @@
+//! Tokenizers from files: a tokenizer.json, or GPT-2's vocab.json and merges.txt.
+//!
+//! Nothing in them is trusted: what the `tokenizers` crate would panic at, or take for something else, is the file's fault. Their bytes are kept as
+//! they were read, to be saved beside the model that is trained with them, whatever becomes of the files meanwhile.
+
+use flate2::Crc;
+use hydra::base::{Error, Result};
+use hydra::data::Encode;
+use rayon::prelude::*;
+use serde_json::Value;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::fmt::{self, Display};
+use std::fs;
+use std::io::ErrorKind;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use tokenizers::AddedToken;
+use tokenizers::models::ModelWrapper;
+use tokenizers::models::bpe::{BPE, Vocab};
+use tokenizers::pre_tokenizers::PreTokenizerWrapper;
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+
+/// The file that says everything.
+const TOKENIZER: &str = "tokenizer.json";
+/// The two that GPT-2 has.
+const VOCAB: &str = "vocab.json";
+const MERGES: &str = "merges.txt";
+/// Tokens beside those of [`VOCAB`], with their ids.
+const ADDED: &str = "added_tokens.json";
+/// What transformers keeps beside either.
+const BESIDE: [&str; 3] = ["tokenizer_config.json", "special_tokens_map.json", ADDED];
+
+/// Bytes of text that are cut at once, where that can be chosen: the crate takes more than a hundred times as many.
+const PIECE_BYTES: usize = 1 << 18;
+
+/// A tokenizer from files.
+pub struct FileTokenizer {
+    inner: tokenizers::Tokenizer,
+    vocab: usize,
+    /// Whether [`pieces`] of a text give the tokens of the whole.
+    in_pieces: bool,
+    /// What it was made of and what lay beside that, by the names that transformers looks for.
+    pub files: Vec<(String, Vec<u8>)>,
+    /// The same words for the same tokenizer.
+    pub identity: String,
+}
+
+impl fmt::Debug for FileTokenizer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FileTokenizer").field("vocab", &self.vocab).field("identity", &self.identity).finish()
+    }
+}
+
+/// What a tokenizer is made of.
+#[derive(Debug, PartialEq)]
+enum Parts {
+    /// A tokenizer.json, whatever it is called here.
+    One(PathBuf),
+    /// vocab.json and merges.txt in a folder.
+    Two(PathBuf),
+}
+
+impl Parts {
+    /// What there is at `path`: a file, or in a folder the one file rather than the two. `None` for a folder with neither.
+    fn find(path: &Path) -> Result<Option<Parts>> {
+        let metadata = fs::metadata(path).map_err(|e| match e.kind() {
+            ErrorKind::NotFound | ErrorKind::NotADirectory => fault(path, "no such file or folder"),
+            _ => Error::io("inspect", path, e),
+        })?;
+        if !metadata.is_dir() {
+            return Ok(Some(Parts::One(path.to_path_buf())));
+        }
+        let has = |name: &str| path.join(name).exists();
+        Ok(match has(TOKENIZER) {
+            true => Some(Parts::One(path.join(TOKENIZER))),
+            false if has(VOCAB) && has(MERGES) => Some(Parts::Two(path.to_path_buf())),
+            false => None,
+        })
+    }
+
+    fn load(&self) -> Result<FileTokenizer> {
+        let (folder, mut files) = match self {
+            Parts::One(path) => (path.parent(), vec![(TOKENIZER.to_string(), read(path)?)]),
+            Parts::Two(folder) => {
+                let part = |name: &str| Ok((name.to_string(), read(&folder.join(name))?));
+                (Some(folder.as_path()), vec![part(VOCAB)?, part(MERGES)?])
+            }
+        };
+        let mut crc = Crc::new();
+        files.iter().for_each(|(_, bytes)| crc.update(bytes));
+        let names: Vec<&str> = files.iter().map(|(name, _)| name.as_str()).collect();
+        let identity = format!("{} with CRC-32 {:08x}", names.join(" and "), crc.sum());
+        for name in BESIDE {
+            if let Some(path) = folder.map(|folder| folder.join(name)).filter(|path| path.is_file()) {
+                files.push((name.to_string(), read(&path)?));
+            }
+        }
+        let (inner, most) = match self {
+            Parts::One(path) => one(path, &files[0].1)?,
+            Parts::Two(folder) => two(folder, &files)?,
+        };
+        let in_pieces = cuts_at_lines(&inner);
+        Ok(FileTokenizer { inner, vocab: most as usize + 1, in_pieces, files, identity })
+    }
+}
+
+/// A tokenizer.json, with its highest id.
+fn one(path: &Path, bytes: &[u8]) -> Result<(tokenizers::Tokenizer, u32)> {
+    let json: Value = serde_json::from_slice(bytes).map_err(|e| fault(path, format!("damaged JSON: {e}")))?;
+    let mut inner = contained(|| tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| e.to_string()))
+        .map_err(|e| fault(path, format!("is no tokenizer that can be loaded: {e}")))?;
+    if let ModelWrapper::BPE(bpe) = inner.get_model()
+        && let Some(dropout) = bpe.dropout.filter(|&dropout| dropout > 0.0)
+    {
+        return Err(fault(
+            path,
+            format!("model.dropout is {dropout}, which cuts a text otherwise each time; write null"),
+        ));
+    }
+    // The crate numbers added tokens by itself, and only warns where the file has another number.
+    for token in json["added_tokens"].as_array().into_iter().flatten() {
+        let (Some(text), Some(id)) = (token["content"].as_str(), token["id"].as_u64()) else { continue };
+        match inner.token_to_id(text) {
+            Some(given) if u64::from(given) != id => {
+                let what = format!("added token {text:?} has the id {id}; by its place it is {given}");
+                return Err(fault(path, what));
+            }
+            _ => {}
+        }
+    }
+    // Both are for single samples; a text is cut whole.
+    inner.with_truncation(None).map_err(|e| fault(path, e))?.with_padding(None);
+    let most = inner.get_vocab(true).into_values().max().ok_or_else(|| fault(path, "the vocabulary is empty"))?;
+    Ok((inner, most))
+}
+
+/// GPT-2's byte-level BPE of the `files` in `folder`, with its highest id.
+///
+/// As in OpenAI's encoder no text is a token of its own: `<|endoftext|>` is cut into the tokens of its letters.
+fn two(folder: &Path, files: &[(String, Vec<u8>)]) -> Result<(tokenizers::Tokenizer, u32)> {
+    let bytes = |name: &str| files.iter().find(|(file, _)| file == name).map(|(_, bytes)| bytes.as_slice());
+    let ids = |name: &str| -> Result<BTreeMap<String, u32>> {
+        let Some(bytes) = bytes(name) else { return Ok(BTreeMap::new()) };
+        let want = "want an object of tokens and their ids";
+        serde_json::from_slice(bytes).map_err(|e| fault(&folder.join(name), format!("damaged, {want}: {e}")))
+    };
+    let (vocab, added, path) = (ids(VOCAB)?, ids(ADDED)?, folder.join(VOCAB));
+    let Some(most) = vocab.values().chain(added.values()).copied().max().filter(|_| !vocab.is_empty()) else {
+        return Err(fault(&path, "the vocabulary is empty"));
+    };
+    // Bytes without a token would vanish from the text in silence.
+    if let Some(letter) = ByteLevel::alphabet().into_iter().filter(|c| !vocab.contains_key(&c.to_string())).min() {
+        let what = format!("has no token for {letter:?}; a byte-level vocabulary has one for each of the 256 bytes");
+        return Err(fault(&path, what));
+    }
+    let path = folder.join(MERGES);
+    let merges = bytes(MERGES).unwrap_or_default();
+    let merges = std::str::from_utf8(merges).map_err(|e| fault(&path, not_utf8(e.valid_up_to())))?;
+    let mut pairs = Vec::new();
+    for (at, line) in merges.lines().enumerate().filter(|(_, line)| !line.is_empty() && !line.starts_with("#version")) {
+        let fault = |what: String| fault(&path, format!("line {}: {what}", at + 1));
+        let Some((left, right)) = line.split_once(' ').filter(|(_, right)| !right.contains(' ')) else {
+            return Err(fault(format!("want two tokens with a space between, got {line:?}")));
+        };
+        let (left, right) = (left.to_string(), right.to_string());
+        if let Some(none) = [&left, &right, &format!("{left}{right}")].into_iter().find(|t| !vocab.contains_key(*t)) {
+            return Err(fault(format!("{none:?} is not in {VOCAB}")));
+        }
+        pairs.push((left, right));
+    }
+    let vocab: Vocab = vocab.into_iter().collect();
+    let bpe = contained(|| BPE::builder().vocab_and_merges(vocab, pairs).build().map_err(|e| e.to_string()))
+        .map_err(|e| fault(folder, e))?;
+    let mut inner = tokenizers::Tokenizer::new(bpe);
+    inner.with_pre_tokenizer(Some(ByteLevel::default().add_prefix_space(false)));
+    Ok((inner, most))
+}
+
+/// Whether [`pieces`] of any text have the tokens of the whole.
+///
+/// With GPT-2's regex they do, since no alternative of it takes both a line's end and what is no space, and none looks back; unless the text is
+/// changed before, or an added token reaches over spaces. Of other ways to cut it is not known.
+fn cuts_at_lines(tokenizer: &tokenizers::Tokenizer) -> bool {
+    let gpt2 = ByteLevel::default().add_prefix_space(false).trim_offsets(true);
+    let regex = match tokenizer.get_pre_tokenizer() {
+        Some(PreTokenizerWrapper::ByteLevel(found)) => found.trim_offsets(true) == gpt2,
+        _ => false,
+    };
+    let apart = |token: &AddedToken| !token.lstrip && !token.rstrip && !token.content.contains(char::is_whitespace);
+    regex && tokenizer.get_normalizer().is_none() && tokenizer.get_added_tokens_decoder().values().all(apart)
+}
+
+/// A text in pieces of at least `least` bytes but for the last, cut behind line ends that stand alone between two characters that are no spaces.
+fn pieces(text: &str, least: usize) -> Vec<&str> {
+    let mut pieces = Vec::new();
+    let mut start = 0;
+    let solid = |c: Option<char>| c.is_some_and(|c| !c.is_whitespace());
+    for end in text.match_indices('\n').map(|(at, _)| at + 1) {
+        let alone = || solid(text[..end - 1].chars().next_back()) && solid(text[end..].chars().next());
+        if end - start >= least && alone() {
+            pieces.push(&text[start..end]);
+            start = end;
+        }
+    }
+    pieces.push(&text[start..]);
+    pieces
+}
+
+impl FileTokenizer {
+    fn encode_in(&self, pieces: &[&str]) -> Result<Vec<u32>> {
+        let encode = |piece: &&str| {
+            let encoding = contained(|| self.inner.encode_fast(*piece, false).map_err(|e| e.to_string()));
+            Ok(encoding.map_err(|e| Error::bad(format!("the tokenizer fails: {e}")))?.get_ids().to_vec())
+        };
+        let parts: Vec<Result<Vec<u32>>> = pieces.par_iter().map(encode).collect();
+        Ok(parts.into_iter().collect::<Result<Vec<_>>>()?.concat())
+    }
+}
+
+impl Encode for FileTokenizer {
+    fn vocab(&self) -> usize {
+        self.vocab
+    }
+
+    /// Adds no token of the file's post-processor, such as Llama's `<s>`: windows are cut from one stream. The tokens that a tokenizer.json has added
+    /// to its vocabulary are found in the text, as in transformers.
+    fn encode(&self, text: &[u8]) -> Result<Vec<u32>> {
+        let text = std::str::from_utf8(text).map_err(|e| Error::bad(not_utf8(e.valid_up_to())))?;
+        match self.in_pieces {
+            true => self.encode_in(&pieces(text, PIECE_BYTES)),
+            false => self.encode_in(&[text]),
+        }
+    }
+}
+
+/// The tokenizers of a job, each loaded once.
+#[derive(Default)]
+pub struct Tokenizers {
+    loaded: RefCell<BTreeMap<PathBuf, Arc<FileTokenizer>>>,
+}
+
+impl Tokenizers {
+    /// The tokenizer at `path`; `None` for a folder that holds none.
+    ///
+    /// # Errors
+    /// When there is nothing at `path`, or a file is damaged or not supported.
+    pub fn open(&self, path: &Path) -> Result<Option<Arc<FileTokenizer>>> {
+        if let Some(loaded) = self.loaded.borrow().get(path) {
+            return Ok(Some(Arc::clone(loaded)));
+        }
+        let Some(parts) = Parts::find(path)? else { return Ok(None) };
+        let loaded = Arc::new(parts.load()?);
+        self.loaded.borrow_mut().insert(path.to_path_buf(), Arc::clone(&loaded));
+        Ok(Some(loaded))
+    }
+}
+
+fn fault(path: &Path, what: impl Display) -> Error {
+    // The crate's messages may have several lines.
+    Error::bad(format!("{}: {what}", path.display()).replace(['\n', '\r'], " "))
+}
+
+fn not_utf8(offset: usize) -> String {
+    format!("byte {offset} is not UTF-8; tokenizer = \"bytes\" takes any file")
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).map_err(|e| Error::io("read", path, e))
+}
+
+thread_local! {
+    static CONTAINED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether a panic on this thread is caught and told as the input's fault.
+pub fn panics_are_contained() -> bool {
+    CONTAINED.get()
+}
+
+/// Calls the crate, whose panics are the file's fault: it indexes by what it has read.
+fn contained<T>(call: impl FnOnce() -> std::result::Result<T, String>) -> std::result::Result<T, String> {
+    CONTAINED.set(true);
+    let result = catch_unwind(AssertUnwindSafe(call));
+    CONTAINED.set(false);
+    result.unwrap_or_else(|_| Err("it contradicts itself".into()))
+}
+
+#[cfg(test)]
+#[path = "tokenizer_tests.rs"]
+mod tests;

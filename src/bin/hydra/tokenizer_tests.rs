@@ -1,0 +1,226 @@
+//! A byte-level BPE of three merges in both forms: its tokens, and what is said of files at fault.
+
+use super::*;
+use serde_json::json;
+
+fn fixture() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/bpe")
+}
+
+/// A folder with copies of these of the fixture's files.
+fn folder(names: &[&str]) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    names.iter().for_each(|name| fs::write(folder.path().join(name), read(&fixture().join(name)).unwrap()).unwrap());
+    folder
+}
+
+fn open(path: &Path) -> Result<Arc<FileTokenizer>> {
+    Tokenizers::default().open(path).map(|found| found.expect("a tokenizer"))
+}
+
+fn ids(tokenizer: &FileTokenizer, text: &str) -> Vec<u32> {
+    tokenizer.encode(text.as_bytes()).unwrap()
+}
+
+/// The fixture's tokenizer.json with `change` made.
+fn changed(change: impl Fn(&mut Value)) -> (tempfile::TempDir, PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("any-name");
+    let mut json = serde_json::from_slice(&read(&fixture().join(TOKENIZER)).unwrap()).unwrap();
+    change(&mut json);
+    fs::write(&path, json.to_string()).unwrap();
+    (folder, path)
+}
+
+/// Checks that what is at `path` is refused as the input's fault in one line that has all of `says`.
+#[track_caller]
+fn refused(path: &Path, says: &[&str]) {
+    let error = open(path).expect_err("refused");
+    assert!(matches!(error, Error::BadInput(_)), "{error}");
+    let error = error.to_string();
+    assert!(error.contains(path.to_str().unwrap()) && !error.contains('\n'), "{error}");
+    says.iter().for_each(|says| assert!(error.contains(says), "{says:?} is not in {error}"));
+}
+
+#[test]
+fn both_forms_cut_alike() {
+    let two = open(folder(&[VOCAB, MERGES]).path()).unwrap();
+    let one = open(&fixture()).unwrap();
+    // As GPT-2 has it, letters are numbered from `!`, and what is not printable comes after the printable ones.
+    for (text, want) in [
+        ("", vec![]),
+        ("the", vec![83, 257]),
+        (" the", vec![258]),
+        (" the\n the", vec![258, 198, 258]),
+        ("  the", vec![220, 258]),
+        ("é\0", vec![127, 102, 188]),
+        ("'t the't", vec![6, 83, 258, 6, 83]),
+    ] {
+        assert_eq!(ids(&one, text), want, "{text:?}");
+        assert_eq!(ids(&two, text), want, "{text:?}");
+    }
+    assert_eq!((one.vocab(), two.vocab()), (260, 260));
+    // A tokenizer.json says that this is one token; vocab.json does not.
+    assert_eq!(ids(&one, "he<|end|>he"), [257, 259, 257]);
+    assert_eq!(ids(&two, "he<|end|>"), [257, 27, 91, 68, 77, 67, 91, 29]);
+    assert_ne!(one.identity, two.identity);
+    let other = open(&changed(|json| json["model"]["merges"] = json!(["h e"])).1);
+    assert!(other.is_ok(), "merges as strings: {other:?}");
+    assert_ne!(one.identity, other.unwrap().identity);
+}
+
+#[test]
+fn a_text_is_cut_whole_and_nothing_is_added() {
+    let (_folder, path) = changed(|json| {
+        json["truncation"] = json!({ "direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0 });
+        json["padding"] = json!({ "strategy": { "Fixed": 9 }, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 0, "pad_type_id": 0, "pad_token": "!" });
+        let end = json!({ "SpecialToken": { "id": "<|end|>", "type_id": 0 } });
+        let text = json!({ "Sequence": { "id": "A", "type_id": 0 } });
+        json["post_processor"] = json!({
+            "type": "TemplateProcessing", "single": [end, text], "pair": [end, text],
+            "special_tokens": { "<|end|>": { "id": "<|end|>", "ids": [259], "tokens": ["<|end|>"] } },
+        });
+    });
+    let tokenizer = open(&path).unwrap();
+    let marked = tokenizer.inner.encode_fast(" the", true).unwrap().get_ids().to_vec();
+    assert_eq!(marked, [259, 258], "the file would add a token");
+    assert_eq!(ids(&tokenizer, " the the the"), [258, 258, 258]);
+}
+
+#[test]
+fn the_vocabulary_reaches_to_the_highest_id() {
+    let more = json!({ "id": 260, "content": "<x>", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": false });
+    let (_folder, path) = changed(|json| json["added_tokens"].as_array_mut().unwrap().push(more.clone()));
+    let tokenizer = open(&path).unwrap();
+    assert_eq!((tokenizer.vocab(), ids(&tokenizer, "<x>")), (261, vec![260]));
+    // A hole below does not count against it.
+    let (_folder, path) = changed(|json| json["model"]["vocab"]["far"] = json!(400));
+    assert_eq!(open(&path).unwrap().vocab(), 401);
+    let two = folder(&[VOCAB, MERGES]);
+    fs::write(two.path().join(ADDED), r#"{"<x>": 300}"#).unwrap();
+    assert_eq!(open(two.path()).unwrap().vocab(), 301);
+}
+
+#[test]
+fn files_are_kept_as_they_were_read() {
+    let names = |tokenizer: &FileTokenizer| tokenizer.files.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
+    let own = folder(&[VOCAB, MERGES, "tokenizer_config.json"]);
+    let tokenizers = Tokenizers::default();
+    let first = tokenizers.open(own.path()).unwrap().unwrap();
+    assert_eq!(names(&first), [VOCAB, MERGES, "tokenizer_config.json"]);
+    for (name, bytes) in &first.files {
+        assert_eq!(*bytes, fs::read(own.path().join(name)).unwrap());
+    }
+    fs::remove_file(own.path().join(VOCAB)).unwrap();
+    assert!(Arc::ptr_eq(&first, &tokenizers.open(own.path()).unwrap().unwrap()), "loaded once");
+    // Where both forms are there, the one file says more. Whatever it is called, it is saved as transformers wants it.
+    assert_eq!(names(&open(&fixture()).unwrap()), [TOKENIZER, "tokenizer_config.json"]);
+    assert_eq!(names(&open(&changed(|_| {}).1).unwrap()), [TOKENIZER]);
+}
+
+#[test]
+fn one_file_at_fault() {
+    let check = |change: &dyn Fn(&mut Value), says: &[&str]| refused(&changed(change).1, says);
+    check(&|json| json["version"] = json!("9.9"), &["is no tokenizer that can be loaded", "9.9"]);
+    check(&|json| json["model"]["type"] = json!("Runes"), &["is no tokenizer that can be loaded"]);
+    check(&|json| json["model"] = json!({ "type": "BPE", "vocab": {}, "merges": [] }), &["\"<|end|>\" has the id 259"]);
+    let bare = json!({ "version": "1.0", "model": { "type": "BPE", "vocab": {}, "merges": [] } });
+    check(&|json| *json = bare.clone(), &["the vocabulary is empty"]);
+    check(&|json| json["model"]["dropout"] = json!(0.5), &["model.dropout is 0.5"]);
+    check(
+        &|json| json["added_tokens"][0]["content"] = json!("<y>"),
+        &["\"<y>\" has the id 259; by its place it is 260"],
+    );
+    // The crate writes `ab` into a buffer for its longest token: a panic.
+    let short =
+        json!({ "version": "1.0", "model": { "type": "BPE", "vocab": { "a": 0, "b": 1 }, "merges": [["a", "b"]] } });
+    check(&|json| *json = short.clone(), &["contradicts itself"]);
+    assert!(!panics_are_contained());
+    let folder = tempfile::tempdir().unwrap();
+    refused(&folder.path().join("none"), &["no such file or folder"]);
+    let path = folder.path().join(TOKENIZER);
+    for damaged in ["", "{", "[1]", "{\"version\": \"1.0\"}"] {
+        fs::write(&path, damaged).unwrap();
+        refused(&path, &[if serde_json::from_str::<Value>(damaged).is_ok() { "no tokenizer" } else { "damaged JSON" }]);
+    }
+}
+
+#[test]
+fn two_files_at_fault() {
+    let check = |name: &str, text: &[u8], says: &[&str]| {
+        let folder = folder(&[VOCAB, MERGES]);
+        fs::write(folder.path().join(name), text).unwrap();
+        refused(folder.path(), &[&[name], says].concat());
+    };
+    check(VOCAB, b"{}", &["the vocabulary is empty"]);
+    check(VOCAB, b"{\"a\": 0", &["damaged"]);
+    check(VOCAB, b"[\"a\"]", &["want an object"]);
+    check(VOCAB, b"{\"a\": -1}", &["-1"]);
+    check(VOCAB, b"{\"a\": 0}", &["no token for '!'", "256 bytes"]);
+    check(ADDED, b"{\"a\": \"0\"}", &["want an object"]);
+    check(MERGES, b"#version: 0.2\nh e\nh", &["line 3", "two tokens", "\"h\""]);
+    check(MERGES, b"h e x", &["line 1", "two tokens"]);
+    check(MERGES, b"h e\n\nh x", &["line 3", "\"hx\" is not in vocab.json"]);
+    check(MERGES, b"h \xff", &["byte 2 is not UTF-8"]);
+    let half = folder(&[VOCAB]);
+    assert!(Tokenizers::default().open(half.path()).unwrap().is_none());
+}
+
+#[test]
+fn text_must_be_utf8() {
+    let error = open(&fixture()).unwrap().encode(b"ab\xc3\xa9 \xff").unwrap_err().to_string();
+    assert!(error.starts_with("byte 5 is not UTF-8"), "{error}");
+}
+
+/// Texts of awkward characters: the n-th is drawn from n alone.
+fn awkward(n: u64) -> String {
+    const PARTS: [&str; 18] = [
+        "a", "the", " the", "1", ".", "'s", "'", "\n", "\n", "\n", "\r", "\t", " ", "\u{a0}", "\u{2028}", "\u{e9}",
+        "\0", "<|end|>",
+    ];
+    let mut random = hydra::base::philox::Sequence::new(n, 1);
+    (0..300).map(|_| PARTS[random.below(PARTS.len() as u64) as usize]).collect()
+}
+
+#[test]
+fn pieces_have_the_tokens_of_the_whole() {
+    let one = open(&fixture()).unwrap();
+    let two = open(folder(&[VOCAB, MERGES]).path()).unwrap();
+    assert!(one.in_pieces && two.in_pieces);
+    let mut cuts = 0;
+    for n in 0..200 {
+        let text = awkward(n);
+        for tokenizer in [&one, &two] {
+            let whole = tokenizer.encode_in(&[&text]).unwrap();
+            for least in [1, 7, 100] {
+                let pieces = pieces(&text, least);
+                assert_eq!(pieces.concat(), text);
+                assert!(pieces.iter().rev().skip(1).all(|piece| piece.len() >= least), "{pieces:?}");
+                assert_eq!(tokenizer.encode_in(&pieces).unwrap(), whole, "{n}, {least}: {text:?}");
+                cuts += pieces.len() - 1;
+            }
+        }
+    }
+    assert!(cuts > 1000, "{cuts}");
+    for (text, want) in
+        [("a\nb", 2), ("a\n\nb", 1), ("a \nb", 1), ("a\n b", 1), ("a\n", 1), ("\nb", 1), ("", 1), ("a\n\u{a0}", 1)]
+    {
+        assert_eq!(pieces(text, 1).len(), want, "{text:?}");
+    }
+}
+
+#[test]
+fn what_may_reach_over_a_line_is_cut_whole() {
+    let whole = |change: &dyn Fn(&mut Value)| !open(&changed(change).1).unwrap().in_pieces;
+    assert!(!whole(&|json| json["pre_tokenizer"]["trim_offsets"] = json!(false)));
+    assert!(whole(&|json| json["normalizer"] = json!({ "type": "Prepend", "prepend": "a" })));
+    assert!(whole(&|json| json["pre_tokenizer"] = Value::Null));
+    assert!(whole(&|json| json["pre_tokenizer"]["add_prefix_space"] = json!(true)));
+    assert!(whole(&|json| json["pre_tokenizer"]["use_regex"] = json!(false)));
+    assert!(whole(&|json| json["added_tokens"][0]["lstrip"] = json!(true)));
+    assert!(whole(&|json| {
+        let mut token = json["added_tokens"][0].clone();
+        (token["id"], token["content"]) = (json!(260), json!("a\nb"));
+        json["added_tokens"].as_array_mut().unwrap().push(token);
+    }));
+}

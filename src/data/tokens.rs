@@ -1,0 +1,154 @@
+//! Text as tokens: what cuts it, and the stream of ids that comes of it.
+//!
+//! The whole text stays in memory, so ids are kept in the narrowest type that has room for the vocabulary: a byte for
+//! each of bytes, two for those of GPT-2's 50,257 tokens.
+
+use super::files;
+use crate::base::{Error, Result};
+use rayon::prelude::*;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// How text becomes tokens.
+#[derive(Clone, Debug, Default)]
+pub enum Tokenizer {
+    /// Each byte is a token: a vocabulary of 256, and any file will do.
+    #[default]
+    Bytes,
+    /// Whatever else: the caller's own.
+    Own(Arc<dyn Encode>),
+}
+
+/// Cuts text into tokens. Equal texts must give equal tokens: what a minibatch holds follows from its number alone.
+pub trait Encode: fmt::Debug + Send + Sync {
+    /// Token ids lie below this.
+    fn vocab(&self) -> usize;
+
+    /// The tokens of `text`, all the bytes of one file. Files are encoded on several threads at once.
+    ///
+    /// # Errors
+    /// When it cannot be cut. The caller puts the file's name in front of the message.
+    fn encode(&self, text: &[u8]) -> Result<Vec<u32>>;
+}
+
+impl Tokenizer {
+    /// Token ids lie below this.
+    pub fn vocab(&self) -> usize {
+        match self {
+            Tokenizer::Bytes => 256,
+            Tokenizer::Own(own) => own.vocab(),
+        }
+    }
+
+    /// What its tokens are called in messages.
+    pub(super) fn unit(&self) -> &'static str {
+        match self {
+            Tokenizer::Bytes => "bytes",
+            Tokenizer::Own(_) => "tokens",
+        }
+    }
+}
+
+/// Token ids in a row.
+pub(super) enum Tokens {
+    U8(Vec<u8>),
+    U16(Vec<u16>),
+    U32(Vec<u32>),
+}
+
+impl Tokens {
+    /// Reads and cuts the files that `paths` name, as [`files::text_files`] finds them, into one stream.
+    ///
+    /// A file is encoded whole, and nothing stands between two: who wants a token there, as GPT-2 had between its
+    /// documents, writes it into the text.
+    ///
+    /// # Errors
+    /// When a file is missing or cannot be cut, or an id or the vocabulary is out of range; of several at fault the
+    /// first is named.
+    pub fn read(paths: &[PathBuf], tokenizer: &Tokenizer) -> Result<Tokens> {
+        let files = files::text_files(paths)?;
+        let own = match tokenizer {
+            Tokenizer::Bytes => {
+                let mut all = Vec::new();
+                for path in files {
+                    all.append(&mut files::read(&path)?);
+                }
+                return Ok(Tokens::U8(all));
+            }
+            Tokenizer::Own(own) => own.as_ref(),
+        };
+        let vocab = own.vocab();
+        if vocab == 0 || vocab > i32::MAX as usize {
+            return Err(Error::bad(format!("the tokenizer has a vocabulary of {vocab}; want 1 to {}", i32::MAX)));
+        }
+        // Pieces keep the files' order, whichever thread made them.
+        let pieces: Vec<Result<Tokens>> = files.par_iter().map(|path| Tokens::of_file(path, own, vocab)).collect();
+        let mut all = Tokens::narrowed(Vec::new(), vocab);
+        for piece in pieces {
+            all.append(piece?);
+        }
+        Ok(all)
+    }
+
+    fn of_file(path: &Path, own: &dyn Encode, vocab: usize) -> Result<Tokens> {
+        let fault = |what: &dyn fmt::Display| Error::bad(format!("{}: {what}", path.display()));
+        let ids = own.encode(&files::read(path)?).map_err(|e| match e {
+            Error::BadInput(what) => fault(&what),
+            other => other,
+        })?;
+        match ids.iter().position(|&id| id as usize >= vocab) {
+            Some(at) => Err(fault(&format!("token {at} is {}, beyond the tokenizer's vocabulary of {vocab}", ids[at]))),
+            None => Ok(Tokens::narrowed(ids, vocab)),
+        }
+    }
+
+    /// `ids`, all below `vocab`, in the type that has room for them.
+    fn narrowed(ids: Vec<u32>, vocab: usize) -> Tokens {
+        match vocab {
+            0..=0x100 => Tokens::U8(ids.into_iter().map(|id| id as u8).collect()),
+            0x101..=0x1_0000 => Tokens::U16(ids.into_iter().map(|id| id as u16).collect()),
+            _ => Tokens::U32(ids),
+        }
+    }
+
+    fn append(&mut self, piece: Tokens) {
+        match (self, piece) {
+            (Tokens::U8(all), Tokens::U8(mut piece)) => all.append(&mut piece),
+            (Tokens::U16(all), Tokens::U16(mut piece)) => all.append(&mut piece),
+            (Tokens::U32(all), Tokens::U32(mut piece)) => all.append(&mut piece),
+            _ => unreachable!("one vocabulary has one width"),
+        }
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        match self {
+            Tokens::U8(all) => all.len(),
+            Tokens::U16(all) => all.len(),
+            Tokens::U32(all) => all.len(),
+        }
+    }
+
+    /// Copies the tokens from `first` on into `ids`, and those that follow each of them into `labels`, which is as long.
+    pub fn window(&self, first: usize, ids: &mut [i32], labels: &mut [i32]) {
+        match self {
+            Tokens::U8(all) => copy(&all[first..], |&id| i32::from(id), ids, labels),
+            Tokens::U16(all) => copy(&all[first..], |&id| i32::from(id), ids, labels),
+            // No id is beyond the vocabulary, which is no larger than i32::MAX.
+            Tokens::U32(all) => copy(&all[first..], |&id| id as i32, ids, labels),
+        }
+    }
+}
+
+fn copy<T>(tokens: &[T], wide: impl Fn(&T) -> i32, ids: &mut [i32], labels: &mut [i32]) {
+    let tokens = &tokens[..=ids.len()];
+    for t in 0..ids.len() {
+        ids[t] = wide(&tokens[t]);
+        labels[t] = wide(&tokens[t + 1]);
+    }
+}
+
+#[cfg(test)]
+#[path = "tokens_tests.rs"]
+mod tests;
