@@ -99,7 +99,7 @@ fn linear_cases() -> Vec<Case> {
         }));
         cases.push(case(format!("linear_grad_input/{name}"), work, move || {
             let (d_y, weight, mut d_x) = (values(rows * outputs), values(inputs * outputs), vec![0f32; rows * inputs]);
-            move || linear::grad_input(&mut d_x, &d_y, &weight, None, layout, rows, inputs, outputs)
+            move || linear::grad_input(&mut d_x, &d_y, &weight, None, None, layout, rows, inputs, outputs)
         }));
         cases.push(case(format!("linear_grad_weight/{name}"), work, move || {
             let (x, d_y, mut d_w) = (values(rows * inputs), values(rows * outputs), vec![0f32; inputs * outputs]);

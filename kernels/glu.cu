@@ -4,8 +4,9 @@
 // All f32 or all bf16, computed in f32 and rounded once. Elementwise: blocks of 256 threads, 4 packs of 16 bytes a thread of each operand
 // (gpu/pointwise.cuh), one pass. `kind` is graph::Activation; the branch on it stands outside the loop.
 //
-// Bytes an element (f32 / bf16): forward 12 / 6, grad 20 / 10. Of bf16 and silu 8 to 14 instructions an element, 2 of them on the special-function
-// unit's quarter rate: a third less than the bytes take. 90 % of the copy rate is expected.
+// Bytes an element (f32 / bf16): forward 12 / 6, grad 20 / 10. In bf16 silu and its gradient are 8 to 14 instructions an element, two of them at an
+// eighth of the rate: on an H200 a quarter of the time that the bytes take. 90 % of the copy rate is expected. A gradient's three operands are
+// 48 bytes a pack, 2 packs on their way: 74 KB a multiprocessor with the 3 blocks that registers are left for.
 #include "gpu.cuh"
 #include "gpu/pointwise.cuh"
 
@@ -56,7 +57,7 @@ template <class T> DEV void grad_of_kind(T* d_gate, T* d_up, const T* d_out, con
     default: return gate_grad_all<ACTIVATION_NONE>(d_gate, d_up, d_out, gate, up, n);
   }
 }
-extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) glu_grad_f32(float* d_gate, float* d_up, const float* d_out, const float* gate, const float* up, int64_t n, int kind) { grad_of_kind(d_gate, d_up, d_out, gate, up, n, kind); }
-extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) glu_grad_bf16(bf16* d_gate, bf16* d_up, const bf16* d_out, const bf16* gate, const bf16* up, int64_t n, int kind) { grad_of_kind(d_gate, d_up, d_out, gate, up, n, kind); }
+extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS, GPU_BLOCKS(4)) glu_grad_f32(float* d_gate, float* d_up, const float* d_out, const float* gate, const float* up, int64_t n, int kind) { grad_of_kind(d_gate, d_up, d_out, gate, up, n, kind); }
+extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS, GPU_BLOCKS(3)) glu_grad_bf16(bf16* d_gate, bf16* d_up, const bf16* d_out, const bf16* gate, const bf16* up, int64_t n, int kind) { grad_of_kind(d_gate, d_up, d_out, gate, up, n, kind); }
 GPU_EXPORT(glu_grad_f32)
 GPU_EXPORT(glu_grad_bf16)

@@ -33,7 +33,7 @@ pub fn differentiate(graph: &mut Graph) -> Result<()> {
     }
     sweep.graph.parameter_gradients.reverse();
     drop_unused(graph);
-    fuse::activation_gradients(graph);
+    fuse::input_gradients(graph);
     Ok(())
 }
 

@@ -17,11 +17,19 @@ pub(super) fn residuals(graph: &mut Graph) {
     });
 }
 
-/// Fuses the gradient of a linear layer's input with that of the activation which that input came from.
-pub(super) fn activation_gradients(graph: &mut Graph) {
+/// Fuses the gradient of a linear layer's input with that of the activation which that input came from, and then with the sum of what several
+/// readers of that input contribute.
+pub(super) fn input_gradients(graph: &mut Graph) {
+    const PLAIN: Activation = Activation::None;
     pairs(graph, |product, reader, operand| match (&product.op, &reader.op) {
-        (&Op::LinearGradInput { layout, activation: Activation::None }, &Op::ActivationGrad(activation)) => {
-            (operand == 0).then(|| (Op::LinearGradInput { layout, activation }, reader.inputs[1]))
+        (&Op::LinearGradInput { layout, activation: PLAIN, adds: false }, &Op::ActivationGrad(activation)) => {
+            (operand == 0).then(|| (Op::LinearGradInput { layout, activation, adds: false }, reader.inputs[1]))
+        }
+        _ => None,
+    });
+    pairs(graph, |product, reader, operand| match (&product.op, &reader.op) {
+        (&Op::LinearGradInput { layout, activation: PLAIN, adds: false }, Op::Add) => {
+            Some((Op::LinearGradInput { layout, activation: PLAIN, adds: true }, reader.inputs[1 - operand]))
         }
         _ => None,
     });
@@ -101,8 +109,8 @@ mod tests {
         b.linear(x, weight, Some(bias), activation, WeightLayout::InOut).unwrap()
     }
 
-    /// How many nodes are linear layers with a residual, input gradients with an activation's, sums and gradients of activations.
-    fn counts(graph: &Graph) -> [usize; 4] {
+    /// How many nodes are linear layers with a residual, input gradients with an activation's and such that add, sums and gradients of activations.
+    fn counts(graph: &Graph) -> [usize; 5] {
         let count = |is: fn(&Op) -> bool| graph.nodes.iter().filter(|node| is(&node.op)).count();
         for (n, node) in graph.nodes.iter().enumerate() {
             for (output, &value) in node.outputs.iter().enumerate() {
@@ -114,6 +122,7 @@ mod tests {
         [
             count(|op| matches!(op, Op::Linear { residual: true, .. })),
             count(|op| matches!(op, Op::LinearGradInput { activation, .. } if *activation != NONE)),
+            count(|op| matches!(op, Op::LinearGradInput { adds: true, .. })),
             count(|op| *op == Op::Add),
             count(|op| matches!(op, Op::ActivationGrad(_))),
         ]
@@ -126,8 +135,8 @@ mod tests {
             let y = linear(b, h, "down", NONE);
             b.add(y, x).unwrap()
         });
-        // The sum that is left is that of the two gradients of x.
-        assert_eq!(counts(&graph), [1, 1, 1, 0]);
+        // The two gradients of x are added by the one that comes later.
+        assert_eq!(counts(&graph), [1, 1, 1, 0, 0]);
         let down = &graph.nodes[1];
         assert_eq!(down.inputs.last(), Some(&graph.parameters[0].value));
         assert_eq!((graph.layers[0].output, graph.forward_nodes), (Some(down.outputs[0]), 4));
@@ -151,7 +160,7 @@ mod tests {
                 .iter()
                 .filter(|step| match step.op {
                     Op::Linear { residual, .. } => residual,
-                    Op::LinearGradInput { activation, .. } => activation != NONE,
+                    Op::LinearGradInput { activation, adds, .. } => adds || activation != NONE,
                     _ => false,
                 })
                 .map(|step| {
@@ -160,7 +169,7 @@ mod tests {
                 })
                 .collect();
             // The residual dies in the first forward, and is needed after the second.
-            assert_eq!(over, [scratch, false, scratch]);
+            assert_eq!(over, [scratch, false, scratch, scratch]);
         }
     }
 
@@ -190,7 +199,7 @@ mod tests {
             let y = linear(b, h, "down", NONE);
             b.add(y, h).unwrap()
         };
-        assert_eq!(counts(&model(shared)), [1, 0, 1, 1]);
+        assert_eq!(counts(&model(shared)), [1, 0, 1, 0, 1]);
     }
 
     #[test]
@@ -201,7 +210,7 @@ mod tests {
         };
         assert_eq!(counts(&model(before))[0], 0);
         // The head's input gradient goes to another layer, where the activation is.
-        assert_eq!(counts(&model(|b, x| linear(b, x, "w", GELU))), [0, 0, 0, 1]);
+        assert_eq!(counts(&model(|b, x| linear(b, x, "w", GELU))), [0, 0, 0, 0, 1]);
     }
 
     #[test]

@@ -53,7 +53,7 @@ pub(super) fn emit(s: &mut Sweep, op: &Op, inputs: &[Value], outputs: &[Value], 
             }
             if s.wants(inputs[0]) {
                 let of = shape(s, inputs[0]);
-                let op = Op::LinearGradInput { layout: *layout, activation: Activation::None };
+                let op = Op::LinearGradInput { layout: *layout, activation: Activation::None, adds: false };
                 let d_x = s.push_one(op, vec![d_pre, inputs[1]], of);
                 s.contribute(inputs[0], d_x);
             }

@@ -33,12 +33,14 @@ pub enum Op {
         /// A residual is the last input, added after the bias. There is none with an activation.
         residual: bool,
     },
-    /// d_pre (.., N), weight, (pre (.., K)) -> d_x (.., K).
+    /// d_pre (.., N), weight, (pre or addend (.., K)) -> d_x (.., K).
     LinearGradInput {
         /// Of the weight.
         layout: WeightLayout,
         /// What x came from, if it was an activation of the last input: then the output is the gradient of that.
         activation: Activation,
+        /// The last input is added: what others who read x contribute to its gradient. There is none with an activation.
+        adds: bool,
     },
     /// x (.., K), d_pre (.., N) -> d_weight, (d_bias (N)).
     LinearGradWeight {
@@ -361,7 +363,9 @@ impl Op {
             | Op::Rotary(_)
             | Op::CrossEntropyGrad => Some(0),
             Op::Linear { residual, .. } if *residual => Some(inputs - 1),
-            Op::LinearGradInput { activation, .. } if *activation != Activation::None => Some(inputs - 1),
+            Op::LinearGradInput { activation, adds, .. } if *adds || *activation != Activation::None => {
+                Some(inputs - 1)
+            }
             _ => None,
         }
     }

@@ -94,6 +94,7 @@ pub fn all() -> Vec<Case> {
     let mut t = Table::default();
     lookups(&mut t);
     linears(&mut t);
+    sharers(&mut t);
     elementwise(&mut t);
     norms(&mut t);
     attentions(&mut t);
@@ -208,6 +209,26 @@ pub fn after(
     let x = s.leaf("x", [rows, inputs])?;
     let x = s.b.activation(x, act)?;
     layer(s, x, [inputs, outputs], (layout, Activation::None, bias))
+}
+
+/// Layers that read one tensor, whose gradient is a sum of products.
+fn sharers(t: &mut Table) {
+    for layout in [WeightLayout::InOut, WeightLayout::OutIn] {
+        for (rows, inputs, outputs) in [(1, 1, 1), (5, 7, 3), (33, 31, 34), (65, 129, 8)] {
+            t.add(format!("linear {layout:?} three of one {rows}x{inputs} to {outputs}"), move |s| {
+                let x = s.leaf("x", [rows, inputs])?;
+                let x = s.b.activation(x, Activation::None)?;
+                let shape = if layout == WeightLayout::InOut { [inputs, outputs] } else { [outputs, inputs] };
+                let mut linear = |name: &str| {
+                    let weight = s.leaf(name, shape)?;
+                    s.b.linear(x, weight, None, Activation::None, layout)
+                };
+                let (q, k, v) = (linear("q")?, linear("k")?, linear("v")?);
+                let sum = s.b.add(q, k)?;
+                s.b.glu(sum, v, Activation::GeluTanh)
+            });
+        }
+    }
 }
 
 fn elementwise(t: &mut Table) {

@@ -31,8 +31,15 @@ pub(super) fn forward(
     gemm::launch(q, &Product { bias, activation, pre: o.optional_output(1), residual, ..product })
 }
 
-/// d_pre (M, N), weight -> d_x (M, K) = d_pre W^T; with an activation, pre (M, K) too -> d_x = (d_pre W^T) act'(pre).
-pub(super) fn grad_input(q: &mut Queue, o: &Operands, layout: WeightLayout, activation: Activation) -> Result<()> {
+/// d_pre (M, N), weight -> d_x (M, K) = d_pre W^T; with an activation, pre (M, K) too -> d_x = (d_pre W^T) act'(pre). Where it `adds`, the last
+/// input (M, K) is added.
+pub(super) fn grad_input(
+    q: &mut Queue,
+    o: &Operands,
+    layout: WeightLayout,
+    activation: Activation,
+    adds: bool,
+) -> Result<()> {
     let (m, k) = o.rows_cols(0);
     let form = match layout {
         WeightLayout::InOut => Form::Nt,
@@ -40,7 +47,8 @@ pub(super) fn grad_input(q: &mut Queue, o: &Operands, layout: WeightLayout, acti
     };
     let product = product(o, form, Sizes { m, n: o.out_cols(), k }, [0, 1]);
     let backward = activation != Activation::None;
-    gemm::launch(q, &Product { activation, backward, pre: o.optional_input(2), ..product })
+    let (pre, residual) = if adds { (Ptr::NULL, o.input(2)) } else { (o.optional_input(2), Ptr::NULL) };
+    gemm::launch(q, &Product { activation, backward, pre, residual, ..product })
 }
 
 /// x (M, K), d_pre (M, N) -> d_weight = x^T d_pre (K, N), or d_pre^T x (N, K), and with a `bias` d_bias (N), the column sums of d_pre: made

@@ -20,7 +20,7 @@ pub(super) fn launch_step(q: &mut Queue, o: &Operands) -> Result<()> {
         Op::AddPosition => elementwise::add_position(q, o),
         Op::AddPositionGrad => elementwise::add_position_grad(q, o),
         Op::Linear { activation, layout, residual } => linear::forward(q, o, *activation, *layout, *residual),
-        Op::LinearGradInput { layout, activation } => linear::grad_input(q, o, *layout, *activation),
+        Op::LinearGradInput { layout, activation, adds } => linear::grad_input(q, o, *layout, *activation, *adds),
         Op::LinearGradWeight { layout, bias } => linear::grad_weight(q, o, *layout, *bias),
         Op::Activation(kind) => activation::forward(q, o, *kind),
         Op::ActivationGrad(kind) => activation::grad(q, o, *kind),

@@ -51,7 +51,7 @@ pub fn forward<T: Real>(
 }
 
 /// `d_x (rows, inputs) = d_y (rows, outputs) W^T`; where x came from an activation, given what that was given (rows, inputs), `d_x` is the
-/// gradient of that: `(d_y W^T) act'(pre)`.
+/// gradient of that: `(d_y W^T) act'(pre)`. Then an addend (rows, inputs) is added, where there is one.
 ///
 /// # Panics
 /// When a length does not fit the sizes.
@@ -60,6 +60,7 @@ pub fn grad_input<T: Real>(
     d_y: &[T],
     weight: &[T],
     before: Option<(&[T], Activation)>,
+    addend: Option<&[T]>,
     layout: WeightLayout,
     rows: usize,
     inputs: usize,
@@ -72,6 +73,10 @@ pub fn grad_input<T: Real>(
     gemm(d_x, inputs, Matrix::rows(d_y, outputs), weight, [rows, inputs, outputs], false, Threads::All);
     if let Some((pre, activation)) = before {
         activation::grad(d_x, None, pre, activation);
+    }
+    if let Some(addend) = addend {
+        expect_len("linear grad_input", "addend", addend.len(), d_x.len());
+        finish_residual(d_x, addend, None, inputs);
     }
 }
 
@@ -223,7 +228,7 @@ mod tests {
         let mut plain = poison(rows * outputs);
         forward(&mut plain, None, &x, &w, None, None, activation, layout, rows, inputs, outputs);
         let (mut d_x, mut d_w, mut d_b) = (poison(rows * inputs), poison(inputs * outputs), poison(outputs));
-        grad_input(&mut d_x, &d_y, &w, None, layout, rows, inputs, outputs);
+        grad_input(&mut d_x, &d_y, &w, None, None, layout, rows, inputs, outputs);
         grad_weight(&mut d_w, &x, &d_y, false, layout, rows, inputs, outputs);
         grad_bias(&mut d_b, &d_y, false, rows, outputs);
         let (mut d_w2, mut d_b2) = (d_w.clone(), d_b.clone());
@@ -270,15 +275,25 @@ mod tests {
                     elementwise::add(&mut want, None, &r);
                     assert_eq!(got[0], want, "{layout:?} bias {}", bias.is_some());
                 }
+                let others = normal::<f32>(rows * inputs, 7);
+                let got = same_in_all_pools(|| {
+                    let mut d_x = poison(rows * inputs);
+                    grad_input(&mut d_x, &d_y, &w, None, Some(&others), layout, rows, inputs, outputs);
+                    vec![d_x]
+                });
+                let mut want = poison(rows * inputs);
+                grad_input(&mut want, &d_y, &w, None, None, layout, rows, inputs, outputs);
+                elementwise::add(&mut want, None, &others);
+                assert_eq!(got[0], want, "{layout:?} added");
                 for activation in Activation::ALL.into_iter().skip(1) {
                     let pre = normal::<f32>(rows * inputs, 6);
                     let got = same_in_all_pools(|| {
                         let mut d_pre = poison(rows * inputs);
-                        grad_input(&mut d_pre, &d_y, &w, Some((&pre, activation)), layout, rows, inputs, outputs);
+                        grad_input(&mut d_pre, &d_y, &w, Some((&pre, activation)), None, layout, rows, inputs, outputs);
                         vec![d_pre]
                     });
                     let mut d_x = poison(rows * inputs);
-                    grad_input(&mut d_x, &d_y, &w, None, layout, rows, inputs, outputs);
+                    grad_input(&mut d_x, &d_y, &w, None, None, layout, rows, inputs, outputs);
                     let mut want = poison(rows * inputs);
                     activation::grad(&mut want, Some(&d_x), &pre, activation);
                     assert_eq!(got[0], want, "{layout:?} {activation:?}");

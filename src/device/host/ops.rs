@@ -163,10 +163,21 @@ fn body<T: Real>(o: &Operands, scalars: &Scalars) {
                 o.out_cols(),
             );
         }
-        Op::LinearGradInput { layout, activation } => {
+        Op::LinearGradInput { layout, activation, adds } => {
             let (rows, outputs) = o.rows_cols(0);
             let pre = (*activation != Activation::None).then(|| (o.input_to_the_end(2), *activation));
-            linear::grad_input::<T>(o.output(0), o.input(0), o.input(1), pre, *layout, rows, o.out_cols(), outputs);
+            let addend = adds.then(|| o.input_to_the_end(2));
+            linear::grad_input::<T>(
+                o.output(0),
+                o.input(0),
+                o.input(1),
+                pre,
+                addend,
+                *layout,
+                rows,
+                o.out_cols(),
+                outputs,
+            );
         }
         Op::LinearGradWeight { layout, bias } => {
             let (rows, inputs) = o.rows_cols(0);

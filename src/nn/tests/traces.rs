@@ -112,6 +112,10 @@ fn cuts_fall_between_halves_of_llamas_layers() {
     }
     assert!(graph.parameters.iter().all(|p| p.layers.len() == 1));
     check_gradients(&mut graph);
+    // Of a layer's seven products three add to what others of the same input gave; the sums that are left pass by the norms.
+    let count = |is: fn(&Op) -> bool| graph.nodes.iter().filter(|node| is(&node.op)).count();
+    assert_eq!(count(|op| matches!(op, Op::LinearGradInput { adds: true, .. })), 3 * 2);
+    assert_eq!(count(|op| *op == Op::Add), 2 * 2);
 }
 
 #[test]
