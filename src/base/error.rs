@@ -27,11 +27,13 @@ pub enum Error {
         /// The operating system's own words.
         source: std::io::Error,
     },
-    /// The run was asked to stop (SIGINT, SIGTERM) and has left a checkpoint.
-    #[error("interrupted at {at}, after a checkpoint")]
+    /// The run was asked to stop (SIGINT, SIGTERM).
+    #[error("interrupted at {at}, {}", if *checkpoint { "after a checkpoint" } else { "before there was anything to keep" })]
     Interrupted {
         /// Steps done: `step 12` or, of several models, `step 12 of gpt, step 7 of bert`.
         at: String,
+        /// Whether it has left one; it has not where no step was done.
+        checkpoint: bool,
     },
 }
 

@@ -16,13 +16,17 @@ const TEXT_ENDINGS: [&str; 3] = ["rs", "md", "txt"];
 /// Opens a file and finds its length in bytes.
 ///
 /// # Errors
-/// When there is no such file, it is a folder, or it cannot be opened.
+/// When there is no such file, it is a folder or a pipe, or it cannot be opened.
 pub(super) fn open(path: &Path) -> Result<(File, u64)> {
-    let file = File::open(path).map_err(|e| refused(path, e))?;
-    let metadata = file.metadata().map_err(|e| Error::io("read", path, e))?;
+    // Asked before opening, which would wait for the other end of a pipe.
+    let metadata = fs::metadata(path).map_err(|e| refused(path, e))?;
     if metadata.is_dir() {
         return Err(Error::bad(format!("{}: is a folder, a file is needed", path.display())));
     }
+    if !metadata.is_file() {
+        return Err(Error::bad(format!("{}: is no regular file", path.display())));
+    }
+    let file = File::open(path).map_err(|e| refused(path, e))?;
     Ok((file, metadata.len()))
 }
 

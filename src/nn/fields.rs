@@ -154,12 +154,20 @@ impl<'a> Fields<'a> {
         }
         let read = self.read.borrow();
         let known = |key: &str| read.contains(&key) || USUAL.contains(&key) || more.contains(&key);
-        let Some(key) = self.map.keys().find(|key| !known(key)) else { return Ok(()) };
-        let hint = match nearest(key, read.iter().copied()) {
-            Some(near) => format!("; did you mean {near}?"),
-            None => format!("; known are {}", read.join(", ")),
-        };
-        Err(self.fault(&shortened(key), format!("is no key of this family{hint}")))
+        let unknown: Vec<&String> = self.map.keys().filter(|key| !known(key)).collect();
+        // A slip of the pen rather than what is unknown because of it.
+        let near = |key: &String| nearest(key, read.iter().copied());
+        if let Some((key, near)) = unknown.iter().find_map(|key| near(key).map(|near| (key, near))) {
+            return Err(self.fault(&shortened(key), format!("is no key that is known here; did you mean {near}?")));
+        }
+        let Some(key) = unknown.first() else { return Ok(()) };
+        let mut names: Vec<&str> = Vec::new();
+        read.iter().for_each(|&name| {
+            if !names.contains(&name) {
+                names.push(name)
+            }
+        });
+        Err(self.fault(&shortened(key), format!("is no key that is known here, only {}", names.join(", "))))
     }
 
     fn as_count(&self, key: &str, value: &Value, range: &RangeInclusive<usize>) -> Result<usize> {

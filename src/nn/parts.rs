@@ -73,6 +73,9 @@ impl Parts {
         if let Some(found) = PICKLED.iter().find(|name| !whole.exists() && dir.join(name).exists()) {
             return Err(bad(&whole, format!("no such file; only {found} is there; save it with safetensors")));
         }
+        if !whole.exists() && !index.exists() && has_parts(dir) {
+            return Err(bad(&index, "no such file, which names the parts that are there".into()));
+        }
         let mut parts = Parts { path: whole.clone(), files: Vec::new(), places: BTreeMap::new() };
         parts.add(whole)?;
         Ok(parts)
@@ -166,6 +169,12 @@ impl Parts {
     fn name_of(&self, place: &Place) -> String {
         self.path_of(place).file_name().unwrap_or_default().display().to_string()
     }
+}
+
+/// Whether a directory holds parts of a model, by the names that transformers gives them.
+fn has_parts(dir: &Path) -> bool {
+    let names = std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.file_name());
+    names.into_iter().any(|name| name.to_string_lossy().starts_with("model-00001-of-"))
 }
 
 /// Whether a name from an index is that of a file in the same directory, whatever the system.

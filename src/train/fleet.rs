@@ -322,7 +322,7 @@ impl Fleet {
             }
         }
         match self.unfinished(crew) {
-            Some(at) => Err(Error::Interrupted { at }),
+            Some(at) => Err(Error::Interrupted { at, checkpoint: true }),
             None => Ok(()),
         }
     }

@@ -224,8 +224,8 @@ fn sharers(t: &mut Table) {
                     s.b.linear(x, weight, None, Activation::None, layout)
                 };
                 let (q, k, v) = (linear("q")?, linear("k")?, linear("v")?);
-                let sum = s.b.add(q, k)?;
-                s.b.glu(sum, v, Activation::GeluTanh)
+                let (sum, v) = (s.b.add(q, k)?, s.b.activation(v, Activation::GeluTanh)?);
+                s.b.add(sum, v)
             });
         }
     }

@@ -1,6 +1,6 @@
 //! The command-line program: reads a job file, runs it, prints what happens.
 //!
-//! Exit codes: 0 done; 1 failed, the machine or a bug is at fault; 2 the input is at fault; 75 interrupted after a checkpoint. An error is
+//! Exit codes: 0 done; 1 failed, the machine or a bug is at fault; 2 the input is at fault; 75 interrupted, after a checkpoint if a step was done. An error is
 //! one line on standard error that begins with `error: `; only a budget's refusal goes on with its table.
 
 mod advice;

@@ -32,6 +32,11 @@ const ADDED: &str = "added_tokens.json";
 /// What transformers keeps beside either.
 const BESIDE: [&str; 3] = ["tokenizer_config.json", "special_tokens_map.json", ADDED];
 
+/// The longest file that is read: one for a million tokens with their merges is a third of this.
+const MOST_BYTES: u64 = 256 << 20;
+/// Ids are kept as positive i32 on devices.
+const MOST_ID: u32 = i32::MAX as u32 - 1;
+
 /// Bytes of text that are cut at once, where that can be chosen: the crate takes more than a hundred times as many.
 const PIECE_BYTES: usize = 1 << 18;
 
@@ -101,6 +106,13 @@ impl Parts {
             Parts::One(path) => one(path, &files[0].1)?,
             Parts::Two(folder) => two(folder, &files)?,
         };
+        if most > MOST_ID {
+            let path = match self {
+                Parts::One(path) => path,
+                Parts::Two(folder) => &folder.join(VOCAB),
+            };
+            return Err(fault(path, format!("the highest id is {most}; want {MOST_ID} at most")));
+        }
         let in_pieces = cuts_at_lines(&inner);
         Ok(FileTokenizer { inner, vocab: most as usize + 1, in_pieces, files, identity })
     }
@@ -109,6 +121,13 @@ impl Parts {
 /// A tokenizer.json, with its highest id.
 fn one(path: &Path, bytes: &[u8]) -> Result<(tokenizers::Tokenizer, u32)> {
     let json: Value = serde_json::from_slice(bytes).map_err(|e| fault(path, format!("damaged JSON: {e}")))?;
+    if !json["model"].is_object() {
+        let two = format!("; of GPT-2's {VOCAB} and {MERGES} name the folder");
+        return Err(fault(
+            path,
+            format!("holds no model: is it a {TOKENIZER}?{}", if json.is_object() { &two } else { "" }),
+        ));
+    }
     let mut inner = contained(|| tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| e.to_string()))
         .map_err(|e| fault(path, format!("is no tokenizer that can be loaded: {e}")))?;
     if let ModelWrapper::BPE(bpe) = inner.get_model()
@@ -130,10 +149,37 @@ fn one(path: &Path, bytes: &[u8]) -> Result<(tokenizers::Tokenizer, u32)> {
             _ => {}
         }
     }
+    let unknown = &json["model"]["unk_token"];
+    if let ModelWrapper::BPE(bpe) = inner.get_model()
+        && is_byte_level(&json["pre_tokenizer"])
+        && unknown.is_null()
+        && !bpe.byte_fallback
+    {
+        let vocab = inner.get_vocab(false);
+        check_alphabet(path, |letter| vocab.contains_key(letter))?;
+    }
     // Both are for single samples; a text is cut whole.
     inner.with_truncation(None).map_err(|e| fault(path, e))?.with_padding(None);
     let most = inner.get_vocab(true).into_values().max().ok_or_else(|| fault(path, "the vocabulary is empty"))?;
     Ok((inner, most))
+}
+
+/// Whether a tokenizer.json's pre-tokenizer, or one of its steps, turns a text into letters for bytes.
+fn is_byte_level(pre_tokenizer: &Value) -> bool {
+    let is = |step: &Value| step["type"] == "ByteLevel";
+    is(pre_tokenizer) || pre_tokenizer["pretokenizers"].as_array().is_some_and(|steps| steps.iter().any(is))
+}
+
+/// Refuses a byte-level vocabulary without a token for each byte, since bytes without one would vanish from the text in silence.
+fn check_alphabet(path: &Path, has: impl Fn(&str) -> bool) -> Result<()> {
+    match ByteLevel::alphabet().into_iter().filter(|c| !has(&c.to_string())).min() {
+        None => Ok(()),
+        Some(letter) => {
+            let what =
+                format!("has no token for {letter:?}; a byte-level vocabulary has one for each of the 256 bytes");
+            Err(fault(path, what))
+        }
+    }
 }
 
 /// GPT-2's byte-level BPE of the `files` in `folder`, with its highest id.
@@ -150,11 +196,7 @@ fn two(folder: &Path, files: &[(String, Vec<u8>)]) -> Result<(tokenizers::Tokeni
     let Some(most) = vocab.values().chain(added.values()).copied().max().filter(|_| !vocab.is_empty()) else {
         return Err(fault(&path, "the vocabulary is empty"));
     };
-    // Bytes without a token would vanish from the text in silence.
-    if let Some(letter) = ByteLevel::alphabet().into_iter().filter(|c| !vocab.contains_key(&c.to_string())).min() {
-        let what = format!("has no token for {letter:?}; a byte-level vocabulary has one for each of the 256 bytes");
-        return Err(fault(&path, what));
-    }
+    check_alphabet(&path, |letter| vocab.contains_key(letter))?;
     let path = folder.join(MERGES);
     let merges = bytes(MERGES).unwrap_or_default();
     let merges = std::str::from_utf8(merges).map_err(|e| fault(&path, not_utf8(e.valid_up_to())))?;
@@ -266,8 +308,20 @@ fn not_utf8(offset: usize) -> String {
     format!("byte {offset} is not UTF-8; tokenizer = \"bytes\" takes any file")
 }
 
+/// Reads a whole file of at most [`MOST_BYTES`]; what is none is the input's fault, and a pipe is not waited for.
 fn read(path: &Path) -> Result<Vec<u8>> {
-    fs::read(path).map_err(|e| Error::io("read", path, e))
+    let io = |e| Error::io("read", path, e);
+    let metadata = fs::metadata(path).map_err(io)?;
+    if metadata.is_dir() {
+        return Err(fault(path, "is a folder, a file is needed"));
+    }
+    if !metadata.is_file() {
+        return Err(fault(path, "is no regular file"));
+    }
+    if metadata.len() > MOST_BYTES {
+        return Err(fault(path, format!("{} bytes are more than the {MOST_BYTES} that are read", metadata.len())));
+    }
+    fs::read(path).map_err(io)
 }
 
 thread_local! {

@@ -224,3 +224,33 @@ fn what_may_reach_over_a_line_is_cut_whole() {
         json["added_tokens"].as_array_mut().unwrap().push(token);
     }));
 }
+
+#[test]
+fn what_is_no_file_is_not_waited_for() {
+    refused(Path::new("/dev/zero"), &["is no regular file"]);
+    let folder = tempfile::tempdir().unwrap();
+    fs::create_dir(folder.path().join(TOKENIZER)).unwrap();
+    refused(folder.path(), &[TOKENIZER, "is a folder"]);
+}
+
+#[test]
+fn a_byte_without_a_token_is_refused_in_both_forms() {
+    let (_folder, path) = changed(|json| {
+        json["model"]["vocab"].as_object_mut().unwrap().remove("z");
+    });
+    refused(&path, &["has no token for 'z'"]);
+    // Where another token stands in, none vanishes.
+    let (_folder, path) = changed(|json| {
+        json["model"]["vocab"].as_object_mut().unwrap().remove("z");
+        json["model"]["unk_token"] = json!("!");
+    });
+    assert_eq!(ids(&open(&path).unwrap(), "z"), [0]);
+}
+
+#[test]
+fn a_file_of_another_kind_is_told_so() {
+    refused(&fixture().join(VOCAB), &["holds no model", "name the folder"]);
+    refused(&fixture().join("tokenizer_config.json"), &["holds no model"]);
+    let (_folder, path) = changed(|json| json["model"]["vocab"]["far"] = json!(u32::MAX));
+    refused(&path, &["the highest id is 4294967295"]);
+}

@@ -34,7 +34,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// Trains the job at `path`.
 ///
 /// # Errors
-/// What the job, the data or the machine is at fault for; [`Error::Interrupted`] after a checkpoint.
+/// What the job, the data or the machine is at fault for; [`Error::Interrupted`] after a checkpoint, or before the first step.
 pub fn run(path: &Path, sets: &[String], resume: Resume, json: bool) -> Result<()> {
     let stop = stop_on_signals()?;
     let mut job = Job::load(path, sets)?;
@@ -74,10 +74,14 @@ pub fn run(path: &Path, sets: &[String], resume: Resume, json: bool) -> Result<(
             failed.map_or(Ok(()), Err)
         }
         Err(Failure { error, untouched }) => {
-            if untouched && found == Found::Free {
-                dir.abandon();
+            if !(untouched && found == Found::Free) {
+                return Err(error);
             }
-            Err(error)
+            dir.abandon();
+            Err(match error {
+                Error::Interrupted { at, .. } => Error::Interrupted { at, checkpoint: false },
+                other => other,
+            })
         }
     }
 }

@@ -243,6 +243,11 @@ fn read_rotary(f: &Fields) -> Result<(f64, RotaryScaling)> {
         f.number("rope_theta", default, "a number above 0, up to 1e12", |base| base > 0.0 && base <= 1e12)
     };
     let base = theta(f, 10_000.0)?;
+    let whole = |f: &Fields| match f.number("partial_rotary_factor", 1.0, "a number", |_| true)? {
+        1.0 => Ok(()),
+        part => Err(f.fault("partial_rotary_factor", format!("{part} is not supported, only 1"))),
+    };
+    whole(f)?;
     let [parameters, scaling] = ["rope_parameters", "rope_scaling"].map(|key| (key, f.get(key)));
     let (key, value) = match (parameters.1, scaling.1) {
         (Some(_), Some(_)) => return Err(f.fault("rope_scaling", "rope_parameters is there too; keep one of them")),
@@ -279,9 +284,7 @@ fn read_rotary(f: &Fields) -> Result<(f64, RotaryScaling)> {
         }
         _ => RotaryScaling::None,
     };
-    if r.number("partial_rotary_factor", 1.0, "a number", |_| true)? != 1.0 {
-        return Err(r.fault("partial_rotary_factor", "other than 1 is not supported"));
-    }
+    whole(&r)?;
     r.finish(&["type"])?;
     Ok((base, scaling))
 }

@@ -311,7 +311,7 @@ fn indexes_that_are_none() {
     std::fs::File::create(dir.path().join(INDEX)).unwrap().set_len(20 << 20).unwrap();
     refused(open(dir.path()), &["model.safetensors.index.json: 20971520 bytes are more than"]);
     std::fs::remove_file(dir.path().join(INDEX)).unwrap();
-    refused(open(dir.path()), &["model.safetensors: no such file"]);
+    refused(open(dir.path()), &["model.safetensors.index.json: no such file"]);
 }
 
 /// A split model, its index and its bits.
