@@ -2,7 +2,7 @@
 //! the very bits of a run that has all the memory it wants.
 
 use hydra::base::{Result, format_bytes};
-use hydra::data::{TextOptions, TextSource, Tokenizer};
+use hydra::data::{Text, TextOptions, TextSource, Tokenizer};
 use hydra::device::sim::CostModel;
 use hydra::device::{DeviceSpec, calibrate};
 use hydra::engine::Stored;
@@ -14,15 +14,9 @@ use std::sync::atomic::AtomicBool;
 
 /// Trains `gpt` and gives the bits of every weight and of every loss. Prints the plan.
 fn train(gpt: &dyn Network, options: &TrainOptions, cost: &CostModel) -> Result<(Vec<u32>, Vec<u32>)> {
-    let text = TextOptions {
-        paths: vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("src/graph")],
-        tokenizer: Tokenizer::Bytes,
-        context: 32,
-        batch: options.batch,
-        seed: options.seed,
-        valid_fraction: 0.0,
-    };
-    let source = TextSource::open(&text)?.train;
+    let text = Text::read(&[Path::new(env!("CARGO_MANIFEST_DIR")).join("src/graph")], &Tokenizer::Bytes)?;
+    let windows = TextOptions { context: 32, batch: options.batch, seed: options.seed, valid_fraction: 0.0 };
+    let source = TextSource::open(&text, &windows)?.train;
     let (model, plan) = prepare(gpt, &source, options, cost)?;
     println!("\n{} shards, {} on the device:", plan.shards.len(), format_bytes(plan.arena.bytes));
     for (shard, programs) in plan.shards.iter().enumerate() {

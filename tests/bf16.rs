@@ -7,7 +7,7 @@ use common::{Case, Outcome, difference, distance, gather};
 use half::bf16;
 use hydra::base::tensorfile::Element;
 use hydra::base::{DType, Error, Result, Shape, align_up};
-use hydra::data::{Source, TextOptions, TextSource, Tokenizer};
+use hydra::data::{Source, Text, TextOptions, TextSource, Tokenizer};
 use hydra::device::host::{HostConfig, HostDevice, HostSpec};
 use hydra::engine::{Engine, EngineOptions, Stored};
 use hydra::graph::{ALIGNMENT, Mode};
@@ -40,15 +40,9 @@ fn losses(text: &Path, dtype: DType) -> Vec<f32> {
         poison: true,
         ..TrainOptions::new(50)
     };
-    let text = TextOptions {
-        paths: vec![text.into()],
-        tokenizer: Tokenizer::Bytes,
-        context: 32,
-        batch: 8,
-        seed: 1,
-        valid_fraction: 0.0,
-    };
-    let source: Box<dyn Source> = Box::new(TextSource::open(&text).expect("long enough").train);
+    let text = Text::read(&[text.into()], &Tokenizer::Bytes).expect("a text");
+    let windows = TextOptions { context: 32, batch: 8, seed: 1, valid_fraction: 0.0 };
+    let source: Box<dyn Source> = Box::new(TextSource::open(&text, &windows).expect("long enough").train);
     let model = trace_model(network.as_ref(), &inputs_of(source.as_ref()), &options).expect("a model");
     let plan = plan_model(&model, &options, &common::stated()).expect("a plan");
     let planned = (Arc::new(model), Arc::new(plan));

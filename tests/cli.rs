@@ -695,7 +695,6 @@ fn bad_jobs() {
         ("model.0.config.n_layer=1000000000000", "n_layer"),
         ("model.0.config.n_head=3", "n_head"),
         ("model.0.family=gtp2", "did you mean gpt2"),
-        ("model.0.data={ text = 'none.txt', tokenizer = 'bytes', context = 16 }", "none.txt: no such file"),
         ("model.0.data={ batches = 'none.safetensors' }", "none.safetensors: no such file"),
         ("model.0.data={ images = 'none', labels = 'none' }", "none: no such file"),
         ("model.0.data={ random = true, context = 17 }", "17"),
@@ -708,6 +707,9 @@ fn bad_jobs() {
         job.hydra(&["train", "--set", set]).bad(&[says]);
         assert!(!job.at("runs").exists(), "{set}");
     }
+    // A vocabulary that does not fit would be told first.
+    let missing = "model.0.data={ text = 'none.txt', tokenizer = 'bytes', context = 16 }";
+    job.hydra(&["train", "--set", missing, "--set", "model.0.config.vocab_size=256"]).bad(&["none.txt: no such file"]);
     job.hydra(&["train", "--set", "run.out=job.toml"]).bad(&["job.toml", "is a file"]);
     job.hydra(&["train", "--set", "run.out=."]).bad(&["holds no run", "job.toml is there already"]);
     assert_eq!(fs::read_to_string(job.at("job.toml")).expect("job"), with_rates(GPT));

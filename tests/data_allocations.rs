@@ -5,7 +5,7 @@ use hydra::base::tensorfile::TensorFile;
 use hydra::base::{DType, Shape};
 use hydra::data::{
     BatchesOptions, BatchesSource, ImageFiles, ImageOptions, ImageSource, Loader, RandomOptions, RandomSource, Source,
-    TextOptions, TextSource, Tokenizer, names,
+    Text, TextOptions, TextSource, Tokenizer, names,
 };
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Mutex;
@@ -68,17 +68,11 @@ fn a_warm_loader_allocates_nothing_large() {
 
     let text: Vec<u8> = (0..200_003u32).map(|n| (n * 7 % 251) as u8).collect();
     std::fs::write(&path, text).expect("written");
-    let options = TextOptions {
-        paths: vec![path.clone()],
-        tokenizer: Tokenizer::Bytes,
-        context: 129,
-        batch: 33,
-        seed: 1,
-        valid_fraction: 0.3,
-    };
-    let text = TextSource::open(&options).expect("long enough");
-    check_steady("text", Box::new(text.train));
-    check_steady("held-out text", Box::new(text.valid.expect("asked for")));
+    let text = Text::read(std::slice::from_ref(&path), &Tokenizer::Bytes).expect("a text");
+    let options = TextOptions { context: 129, batch: 33, seed: 1, valid_fraction: 0.3 };
+    let split = TextSource::open(&text, &options).expect("long enough");
+    check_steady("text", Box::new(split.train));
+    check_steady("held-out text", Box::new(split.valid.expect("asked for")));
 
     let tensor = |name: &str, dtype, shape: &[usize]| (name.to_string(), dtype, Shape::new(shape));
     let tensors =

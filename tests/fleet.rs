@@ -6,6 +6,7 @@ mod common;
 use common::small::Small;
 use common::{Outcome, difference, gather_of, stated};
 use hydra::base::Error;
+use hydra::data::{Batch, InputSpec, Source};
 use hydra::device::host::HostSpec;
 use hydra::device::{DeviceSpec, FleetMemory, start_fleet};
 use hydra::engine::{SimulateOptions, TurnOptions, simulate};
@@ -18,6 +19,7 @@ use hydra::spill::{
 use hydra::train::{Crew, Fleet, Observer, Optimizer, Recruit, StepReport, TrainOptions, Weights};
 use std::cell::Cell;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 /// A model of the mixed six, and how it is trained.
@@ -402,6 +404,32 @@ fn one_that_fails_leaves_the_others_bits_alone() {
     }
 }
 
+/// A source and what it reads, which others may read too.
+struct Reading {
+    source: Box<dyn Source>,
+    _reads: Arc<()>,
+}
+
+impl Source for Reading {
+    fn spec(&self) -> &InputSpec {
+        self.source.spec()
+    }
+
+    fn fill(&mut self, index: u64, batch: &mut Batch) -> hydra::base::Result<()> {
+        self.source.fill(index, batch)
+    }
+
+    fn batches_per_epoch(&self) -> u64 {
+        self.source.batches_per_epoch()
+    }
+}
+
+/// The same model, training and held-out data of which are read from `reads`.
+fn reading<'a>(recruit: Recruit<'a>, reads: &Arc<()>) -> Recruit<'a> {
+    let wrap = |source| Box::new(Reading { source, _reads: Arc::clone(reads) }) as Box<dyn Source>;
+    Recruit { source: wrap(recruit.source), valid: recruit.valid.map(wrap), ..recruit }
+}
+
 /// Adds the last of the six once the first has done a step, then one whose weights are another model's, and cancels another a step later.
 struct Changes<'a> {
     foreign: &'a Pretrained,
@@ -410,6 +438,8 @@ struct Changes<'a> {
     collects: Vec<Collect>,
     added: bool,
     cancels: usize,
+    /// What each of the first models reads.
+    reads: &'a [Arc<()>],
 }
 
 impl Crew for Changes<'_> {
@@ -418,6 +448,9 @@ impl Crew for Changes<'_> {
     }
 
     fn between(&mut self, fleet: &mut Fleet) -> hydra::base::Result<()> {
+        for (model, reads) in self.reads.iter().enumerate().filter(|(model, _)| fleet.failure(*model).is_some()) {
+            assert_eq!(Arc::strong_count(reads), 1, "model {model} has ended, and reads on");
+        }
         let last = self.entries.len() - 1;
         if !self.added && fleet.steps_done(0) >= 1 {
             self.added = true;
@@ -452,7 +485,9 @@ fn models_that_come_go_and_fail_leave_the_others_bits_alone() {
         };
         let specs = vec![HostSpec { threads: Some(1), ..HostSpec::default() }.into(); 2];
         let device = start_fleet(&specs, memory).expect("memory and threads");
-        let recruits = entries.iter().zip(&placed).take(last).map(|(e, p)| recruit(e, p)).collect();
+        let reads: Vec<Arc<()>> = (0..last).map(|_| Arc::default()).collect();
+        let recruits =
+            entries.iter().zip(&placed).zip(&reads).map(|((e, p), reads)| reading(recruit(e, p), reads)).collect();
         let turns = TurnOptions {
             policy: by_name(policy, 4).expect("a built-in policy"),
             units: 2,
@@ -469,10 +504,12 @@ fn models_that_come_go_and_fail_leave_the_others_bits_alone() {
             collects: entries.iter().map(|_| Collect::default()).collect(),
             added: false,
             cancels,
+            reads: &reads,
         };
         changes.collects[fails].fails_after = Some(3);
         fleet.run(&mut changes, &AtomicBool::new(false)).expect("no device fails");
         assert!(changes.added && fleet.is_over());
+        assert!(reads.iter().all(|reads| Arc::strong_count(reads) == 1), "what has ended reads nothing");
         let misfit = fleet.take_failure(entries.len()).map(|e| e.to_string());
         assert!(misfit.as_ref().is_some_and(|e| e.contains("tensor")), "{misfit:?}");
         assert!(changes.collects.pop().is_some_and(|c| c.outcome.losses.is_empty()), "nothing of it ran");

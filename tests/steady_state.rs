@@ -6,7 +6,7 @@ mod common;
 use common::small::Small;
 use common::stated;
 use hydra::base::{DType, LaneId, LaneKind, Result};
-use hydra::data::{Source, TextOptions, TextSource, Tokenizer};
+use hydra::data::{Source, Text, TextOptions, TextSource, Tokenizer};
 use hydra::engine::Engine;
 use hydra::nn;
 use hydra::spill::PlanOptions;
@@ -189,18 +189,12 @@ fn a_gpt_on_text_allocates_nothing_after_the_second_step() {
     std::fs::write(&path, (0..60_000u32).map(|n| (n * 7 % 251) as u8).collect::<Vec<u8>>()).expect("written");
     let config = serde_json::json!({ "vocab_size": 256, "n_positions": 64, "n_embd": 48, "n_head": 3, "n_layer": 2 });
     let network = nn::from_config("gpt2", config.as_object().expect("an object"), true).expect("a network");
+    let text = Text::read(&[path], &Tokenizer::Bytes).expect("a text");
     for (what, dtype, plan) in plans(6) {
         let options =
             TrainOptions { batch: 4, microbatch: 2, clip: Some(1.0), dtype, plan, ..TrainOptions::new(STEPS) };
-        let text = TextOptions {
-            paths: vec![path.clone()],
-            tokenizer: Tokenizer::Bytes,
-            context: 64,
-            batch: 4,
-            seed: 1,
-            valid_fraction: 0.0,
-        };
-        let source: Box<dyn Source> = Box::new(TextSource::open(&text).expect("long enough").train);
+        let windows = TextOptions { context: 64, batch: 4, seed: 1, valid_fraction: 0.0 };
+        let source: Box<dyn Source> = Box::new(TextSource::open(&text, &windows).expect("long enough").train);
         let model = trace_model(network.as_ref(), &inputs_of(source.as_ref()), &options).expect("a model");
         assert_eq!(model.layers(), 6);
         let plan = plan_model(&model, &options, &stated()).expect("a plan");

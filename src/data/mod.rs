@@ -32,7 +32,7 @@ pub use loader::{DEFAULT_AHEAD, Loader};
 pub use order::Split;
 pub use random::{RandomOptions, RandomSource};
 pub use text::{TextOptions, TextSource};
-pub use tokens::{Encode, Tokenizer};
+pub use tokens::{Encode, Text, Tokenizer};
 
 use crate::base::Result;
 

@@ -1,6 +1,6 @@
 //! Windows of text for language models.
 //!
-//! The files become one stream of tokens, cut into windows that do not overlap: window i of context T has the tokens
+//! A [`Text`] is one stream of tokens, cut into windows that do not overlap: window i of context T has the tokens
 //! `s[i*T .. i*T + T + 1]`, one more than it feeds, so that the last position too has a token to predict:
 //!
 //! ```text
@@ -9,20 +9,13 @@
 //! ```
 
 use super::order::{Order, Split, check_fraction, held_out, smallest_total};
-use super::tokens::Tokens;
-use super::{Batch, IGNORED, InputSpec, Source, Tokenizer, names};
+use super::{Batch, IGNORED, InputSpec, Source, Text, names};
 use crate::base::{DType, Error, Result, Shape};
-use std::path::PathBuf;
 use std::sync::Arc;
 
-/// What text, and how it is cut.
+/// How a text is cut into samples.
 #[derive(Clone, Debug)]
 pub struct TextOptions {
-    /// Files, and folders whose `*.rs`, `*.md` and `*.txt` are taken in the order of their paths. Hidden folders and
-    /// those called `target` are left out.
-    pub paths: Vec<PathBuf>,
-    /// How text becomes tokens.
-    pub tokenizer: Tokenizer,
     /// Tokens that a sample feeds (T).
     pub context: usize,
     /// Samples in a minibatch (B).
@@ -35,7 +28,7 @@ pub struct TextOptions {
 
 /// Makes `input_ids` (B, T) and `labels` (B, T) from windows of text.
 pub struct TextSource {
-    tokens: Arc<Tokens>,
+    text: Arc<Text>,
     /// The first token of window 0.
     start: usize,
     context: usize,
@@ -44,30 +37,29 @@ pub struct TextSource {
 }
 
 impl TextSource {
-    /// Reads all the text, and cuts off what is held out.
+    /// Cuts `text` into windows to train on and those held out. Nothing of it is copied.
     ///
     /// Held-out windows begin after the last label of training, one token later than the windows would run on: no token
     /// is in both. They come in order, the last minibatch padded with rows whose labels are all [`IGNORED`].
     ///
     /// # Errors
-    /// When a file is missing or cannot be cut, an option is out of range, or the text is too short for one minibatch of
-    /// training and one window held out; the message says how many tokens are needed.
-    pub fn open(options: &TextOptions) -> Result<Split<TextSource>> {
+    /// When an option is out of range, or the text is too short for one minibatch of training and one window held out;
+    /// the message says how many tokens are needed.
+    pub fn open(text: &Arc<Text>, options: &TextOptions) -> Result<Split<TextSource>> {
         check_fraction(options.valid_fraction)?;
-        let spec = spec_of(options)?;
-        let tokens = Arc::new(Tokens::read(&options.paths, &options.tokenizer)?);
+        let spec = spec_of(text, options)?;
         let context = options.context;
         // A label after the last window, and one token that lies between training and held-out data.
         let between = if options.valid_fraction > 0.0 { 2 } else { 1 };
-        let windows = tokens.len().saturating_sub(between) / context;
+        let windows = text.tokens.len().saturating_sub(between) / context;
         let valid_windows = held_out(windows, options.valid_fraction).min(windows);
         let train_windows = windows - valid_windows;
         if train_windows < options.batch {
             let needed = smallest_total(options.batch, options.valid_fraction);
-            return Err(too_short(options, tokens.len(), needed as u128 * context as u128 + between as u128));
+            return Err(too_short(text, options, needed as u128 * context as u128 + between as u128));
         }
         let source = |start: usize, order: Order| TextSource {
-            tokens: Arc::clone(&tokens),
+            text: Arc::clone(text),
             start,
             context,
             spec: InputSpec { samples: Some(order.samples() as u64), ..spec.clone() },
@@ -78,44 +70,40 @@ impl TextSource {
         Ok(Split { train: source(0, Order::shuffled(train_windows, options.batch, options.seed)), valid })
     }
 
-    /// Reads text that is held out as a whole: every window in order, the last minibatch padded as in
+    /// Cuts text that is held out as a whole: every window in order, the last minibatch padded as in
     /// [`open`](Self::open). `seed` and `valid_fraction` have no part in it.
     ///
     /// # Errors
-    /// When a file is missing or cannot be cut, an option is out of range, or the text is shorter than one window.
-    pub fn open_valid(options: &TextOptions) -> Result<TextSource> {
-        let spec = spec_of(options)?;
-        let tokens = Arc::new(Tokens::read(&options.paths, &options.tokenizer)?);
-        let windows = tokens.len().saturating_sub(1) / options.context;
+    /// When an option is out of range, or the text is shorter than one window.
+    pub fn open_valid(text: &Arc<Text>, options: &TextOptions) -> Result<TextSource> {
+        let spec = spec_of(text, options)?;
+        let windows = text.tokens.len().saturating_sub(1) / options.context;
         if windows == 0 {
-            return Err(too_short(options, tokens.len(), options.context as u128 + 1));
+            return Err(too_short(text, options, options.context as u128 + 1));
         }
         let order = Order::in_order(windows, options.batch);
         let spec = InputSpec { samples: Some(windows as u64), ..spec };
-        Ok(TextSource { tokens, start: 0, context: options.context, order, spec })
+        Ok(TextSource { text: Arc::clone(text), start: 0, context: options.context, order, spec })
     }
 }
 
-fn spec_of(options: &TextOptions) -> Result<InputSpec> {
+fn spec_of(text: &Text, options: &TextOptions) -> Result<InputSpec> {
     if options.context == 0 {
         return Err(Error::bad("the context of a text must be at least one token; it is 0"));
     }
     let tensor = |name: &str| (name.to_string(), DType::I32, Shape::from([options.context]));
     let spec = InputSpec::new(vec![tensor(names::INPUT_IDS), tensor(names::LABELS)], options.batch)?;
-    let vocab = Some(options.tokenizer.vocab());
+    let vocab = Some(text.vocab());
     Ok(InputSpec { vocab, classes: vocab, ..spec })
 }
 
-fn too_short(options: &TextOptions, have: usize, needed: u128) -> Error {
-    let first = options.paths.first().map_or_else(|| "no file".to_string(), |path| path.display().to_string());
-    let more = match options.paths.len() {
-        0 | 1 => String::new(),
-        n => format!(" and {} more", n - 1),
-    };
+fn too_short(text: &Text, options: &TextOptions, needed: u128) -> Error {
     let held_out = if options.valid_fraction > 0.0 { " beside the held-out part" } else { "" };
     Error::bad(format!(
-        "{first}{more}: the text has {have} {}; batch {} of context {}{held_out} needs at least {needed}",
-        options.tokenizer.unit(),
+        "{}: the text has {} {}; batch {} of context {}{held_out} needs at least {needed}",
+        text.name,
+        text.tokens.len(),
+        text.unit,
         options.batch,
         options.context
     ))
@@ -140,7 +128,7 @@ impl Source for TextSource {
                 continue;
             };
             let first = self.start + window * self.context;
-            self.tokens.window(first, ids, labels);
+            self.text.tokens.window(first, ids, labels);
         }
         Ok(())
     }

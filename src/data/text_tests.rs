@@ -1,13 +1,17 @@
 //! Windows cover the text once, and held-out text is never trained on.
 
 use super::*;
-use crate::data::Limits;
-use crate::data::check_ids;
+use crate::data::{Limits, Tokenizer, check_ids};
 use std::collections::BTreeSet;
 use std::fs;
+use std::path::PathBuf;
 
-fn options(paths: Vec<PathBuf>, context: usize, batch: usize, valid_fraction: f64) -> TextOptions {
-    TextOptions { paths, tokenizer: Tokenizer::Bytes, context, batch, seed: 5, valid_fraction }
+fn options(context: usize, batch: usize, valid_fraction: f64) -> TextOptions {
+    TextOptions { context, batch, seed: 5, valid_fraction }
+}
+
+fn read(paths: &[PathBuf]) -> Arc<Text> {
+    Text::read(paths, &Tokenizer::Bytes).unwrap()
 }
 
 /// A text in which every pair of bytes tells its place, up to 65536 bytes: a window can be found again.
@@ -20,7 +24,7 @@ fn opened(len: usize, context: usize, batch: usize, fraction: f64) -> Result<Spl
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("text");
     fs::write(&path, text(len)).unwrap();
-    TextSource::open(&options(vec![path], context, batch, fraction))
+    TextSource::open(&read(&[path]), &options(context, batch, fraction))
 }
 
 /// The rows of one epoch: ids and labels, in order.
@@ -112,12 +116,13 @@ fn a_window_of_its_own_validation_text() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("valid");
     fs::write(&path, text(32 * 5)).unwrap();
-    let options = options(vec![path.clone()], 32, 3, 0.0);
-    let mut source = TextSource::open_valid(&options).unwrap();
+    let options = options(32, 3, 0.0);
+    let mut source = TextSource::open_valid(&read(std::slice::from_ref(&path)), &options).unwrap();
     assert_eq!((source.spec().samples, source.batches_per_epoch()), (Some(4), 2));
     assert_eq!(rows(&mut source, 0).iter().filter(|(_, labels)| labels[0] != IGNORED).count(), 4);
     fs::write(&path, text(32)).unwrap();
-    assert!(TextSource::open_valid(&options).err().expect("too short").to_string().ends_with("needs at least 33"));
+    let short = TextSource::open_valid(&read(&[path]), &options).err().expect("too short").to_string();
+    assert!(short.ends_with("valid: the text has 32 bytes; batch 3 of context 32 needs at least 33"), "{short}");
 }
 
 #[test]
@@ -127,13 +132,29 @@ fn files_are_one_stream() {
     fs::write(root.join("b.md"), "def").unwrap();
     fs::write(root.join("a.txt"), "abc").unwrap();
     fs::write(root.join("z.bin"), [255, 0]).unwrap();
-    let options = options(vec![root.into(), root.join("z.bin")], 7, 1, 0.0);
-    let mut source = TextSource::open(&options).unwrap().train;
+    let text = read(&[root.into(), root.join("z.bin")]);
+    let mut source = TextSource::open(&text, &options(7, 1, 0.0)).unwrap().train;
     let want: Vec<i32> = b"abcdef".iter().map(|&b| i32::from(b)).chain([255]).collect();
     let rows = rows(&mut source, 0);
     assert_eq!(rows.len(), 1);
     assert_eq!((&rows[0].0, rows[0].1[6]), (&want, 0));
     assert_eq!((source.spec().vocab, source.spec().classes), (Some(256), Some(256)));
+}
+
+#[test]
+fn sources_share_a_text() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("text");
+    fs::write(&path, text(5000)).unwrap();
+    let shared = read(std::slice::from_ref(&path));
+    let Split { train: mut a, valid } = TextSource::open(&shared, &options(31, 3, 0.1)).unwrap();
+    let Split { train: mut b, .. } = TextSource::open(&shared, &options(64, 2, 0.0)).unwrap();
+    assert_eq!(Arc::strong_count(&shared), 4);
+    let alone = |options| TextSource::open(&read(std::slice::from_ref(&path)), &options).unwrap();
+    assert_eq!(rows(&mut a, 1), rows(&mut alone(options(31, 3, 0.1)).train, 1));
+    assert_eq!(rows(&mut b, 1), rows(&mut alone(options(64, 2, 0.0)).train, 1));
+    drop((a, b, valid));
+    assert_eq!(Arc::strong_count(&shared), 1);
 }
 
 #[test]
@@ -154,5 +175,5 @@ fn bad_options_are_refused() {
     assert!(opened(100, usize::MAX, 1, 0.5).is_err());
     assert!(opened(100, 1 << 40, 1 << 40, 0.5).is_err());
     assert!(opened(100, 1 << 40, 1, 0.999).err().unwrap().to_string().contains("needs at least"));
-    assert!(TextSource::open(&options(vec![], 1, 1, 0.0)).err().unwrap().to_string().contains("no file"));
+    assert!(TextSource::open(&read(&[]), &options(1, 1, 0.0)).err().unwrap().to_string().contains("no file"));
 }

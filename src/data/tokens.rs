@@ -1,7 +1,7 @@
 //! Text as tokens: what cuts it, and the stream of ids that comes of it.
 //!
-//! The whole text stays in memory, so ids are kept in the narrowest type that has room for the vocabulary: a byte for
-//! each of bytes, two for those of GPT-2's 50,257 tokens.
+//! The whole text stays in memory, once for all that read it, so ids are kept in the narrowest type that has room for the
+//! vocabulary: a byte for each of bytes, two for those of GPT-2's 50,257 tokens.
 
 use super::files;
 use crate::base::{Error, Result};
@@ -42,11 +42,47 @@ impl Tokenizer {
     }
 
     /// What its tokens are called in messages.
-    pub(super) fn unit(&self) -> &'static str {
+    fn unit(&self) -> &'static str {
         match self {
             Tokenizer::Bytes => "bytes",
             Tokenizer::Own(_) => "tokens",
         }
+    }
+}
+
+/// A text, read and cut into tokens once; any number of [`TextSource`](super::TextSource)s share them.
+pub struct Text {
+    pub(super) tokens: Tokens,
+    vocab: usize,
+    /// What its tokens are called in messages.
+    pub(super) unit: &'static str,
+    /// What it is called itself: its first file or folder, and how many more there are.
+    pub(super) name: String,
+}
+
+impl Text {
+    /// Reads `paths`, one after another, into one stream: files, and folders whose `*.rs`, `*.md` and `*.txt` are taken in
+    /// the order of their paths. Hidden folders and those called `target` are left out.
+    ///
+    /// A file is encoded whole, and nothing stands between two: who wants a token there, as GPT-2 had between its
+    /// documents, writes it into the text.
+    ///
+    /// # Errors
+    /// When a file is missing or cannot be cut, or an id or the vocabulary is out of range; of several at fault the
+    /// first is named.
+    pub fn read(paths: &[PathBuf], tokenizer: &Tokenizer) -> Result<Arc<Text>> {
+        let tokens = Tokens::read(paths, tokenizer)?;
+        let first = paths.first().map_or_else(|| "no file".to_string(), |path| path.display().to_string());
+        let name = match paths.len() {
+            0 | 1 => first,
+            n => format!("{first} and {} more", n - 1),
+        };
+        Ok(Arc::new(Text { tokens, vocab: tokenizer.vocab(), unit: tokenizer.unit(), name }))
+    }
+
+    /// Token ids lie below this.
+    pub fn vocab(&self) -> usize {
+        self.vocab
     }
 }
 
@@ -58,15 +94,8 @@ pub(super) enum Tokens {
 }
 
 impl Tokens {
-    /// Reads and cuts the files that `paths` name, as [`files::text_files`] finds them, into one stream.
-    ///
-    /// A file is encoded whole, and nothing stands between two: who wants a token there, as GPT-2 had between its
-    /// documents, writes it into the text.
-    ///
-    /// # Errors
-    /// When a file is missing or cannot be cut, or an id or the vocabulary is out of range; of several at fault the
-    /// first is named.
-    pub fn read(paths: &[PathBuf], tokenizer: &Tokenizer) -> Result<Tokens> {
+    /// The stream of [`Text::read`], with its errors.
+    fn read(paths: &[PathBuf], tokenizer: &Tokenizer) -> Result<Tokens> {
         let files = files::text_files(paths)?;
         let own = match tokenizer {
             Tokenizer::Bytes => {

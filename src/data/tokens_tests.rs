@@ -101,15 +101,9 @@ fn the_first_file_at_fault_is_named() {
 #[test]
 fn windows_are_of_tokens() {
     let folder = folder(&[(0..=254).collect()]);
-    let options = TextOptions {
-        paths: vec![folder.path().to_path_buf()],
-        tokenizer: down(1000),
-        context: 7,
-        batch: 3,
-        seed: 1,
-        valid_fraction: 0.1,
-    };
-    let split = TextSource::open(&options).unwrap();
+    let text = Text::read(&[folder.path().to_path_buf()], &down(1000)).unwrap();
+    let options = TextOptions { context: 7, batch: 3, seed: 1, valid_fraction: 0.1 };
+    let split = TextSource::open(&text, &options).unwrap();
     assert_eq!((split.train.spec().vocab, split.train.spec().classes), (Some(1000), Some(1000)));
     let mut batch = Batch::default();
     let mut valid = split.valid.unwrap();
@@ -119,6 +113,6 @@ fn windows_are_of_tokens() {
     assert_eq!(of(names::INPUT_IDS), (0..7).map(|t| 774 - t).collect::<Vec<_>>());
     assert_eq!(of(names::LABELS), (0..7).map(|t| 773 - t).collect::<Vec<_>>());
     let long = TextOptions { context: 90, ..options };
-    let error = TextSource::open(&long).err().expect("too short").to_string();
+    let error = TextSource::open(&text, &long).err().expect("too short").to_string();
     assert!(error.contains("the text has 255 tokens; batch 3 of context 90"), "{error}");
 }

@@ -52,7 +52,8 @@ enum Stage {
 /// A model in training.
 struct Trainee {
     options: TrainOptions,
-    loader: Loader,
+    /// `None` once it has ended.
+    loader: Option<Loader>,
     valid: Option<Box<dyn Source>>,
     valid_batch: Batch,
     limits: Limits,
@@ -81,7 +82,7 @@ impl Trainee {
         let labels = network.labels();
         let limits = Limits { vocab: labels.vocab, classes: Some(labels.classes) };
         Ok(Trainee {
-            loader: Loader::start_limited(source, 0, DEFAULT_AHEAD, limits)?,
+            loader: Some(Loader::start_limited(source, 0, DEFAULT_AHEAD, limits)?),
             valid_batch: valid.as_ref().map_or(Batch { tensors: Vec::new() }, |v| Batch::zeros(v.spec())),
             valid,
             limits,
@@ -96,6 +97,15 @@ impl Trainee {
             fault: None,
             options,
         })
+    }
+
+    fn is_over(&self) -> bool {
+        matches!(self.stage, Stage::Done | Stage::Failed(_))
+    }
+
+    /// Gives up the data; waits for the minibatch that is being made.
+    fn wait_close(&mut self) {
+        (self.loader, self.valid) = (None, None);
     }
 }
 
@@ -196,7 +206,7 @@ impl Fleet {
     /// When the loader's thread cannot be started.
     pub fn start_at(&mut self, model: usize, step: u64, source: Box<dyn Source>) -> Result<()> {
         let trainee = &mut self.trainees[model];
-        trainee.loader = Loader::start_limited(source, step, DEFAULT_AHEAD, trainee.limits)?;
+        trainee.loader = Some(Loader::start_limited(source, step, DEFAULT_AHEAD, trainee.limits)?);
         (trainee.done, trainee.begun) = (step, step);
         trainee.owes_validation = step > 0 && step < trainee.options.steps;
         Ok(())
@@ -219,7 +229,7 @@ impl Fleet {
 
     /// Whether every model has come to its end.
     pub fn is_over(&self) -> bool {
-        self.trainees.iter().all(|t| matches!(t.stage, Stage::Done | Stage::Failed(_)))
+        self.trainees.iter().all(Trainee::is_over)
     }
 
     /// Whether a model waits for its turn: nothing of it has run.
@@ -276,6 +286,8 @@ impl Fleet {
     /// When a device fails; [`Error::Interrupted`] when `stop` was set before all was done.
     pub fn run(&mut self, crew: &mut dyn Crew, stop: &AtomicBool) -> Result<()> {
         loop {
+            // What nobody else reads goes with it.
+            self.trainees.iter_mut().filter(|t| t.is_over()).for_each(Trainee::wait_close);
             crew.between(self)?;
             let stopping = stop.load(Ordering::Relaxed);
             let busy = |t: &Trainee| matches!(t.stage, Stage::Training | Stage::Validating { .. });
@@ -431,7 +443,8 @@ impl Fleet {
     fn begin(&mut self, model: usize) -> Result<()> {
         let trainee = &mut self.trainees[model];
         let step = trainee.begun;
-        let batch = trainee.loader.next()?;
+        let loader = trainee.loader.as_ref().expect("a model in training has its data");
+        let batch = loader.next()?;
         let labels = labelled(&batch, 1)?.iter().sum::<u64>();
         if labels == 0 {
             return Err(Error::bad(format!("step {step}: no position of the minibatch has a label")));
@@ -446,7 +459,7 @@ impl Fleet {
             clip: options.clip,
         };
         self.engine.begin_step(model, &input)?;
-        trainee.loader.recycle(batch);
+        loader.recycle(batch);
         trainee.rates.push_back(lr);
         trainee.begun += 1;
         Ok(())

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::base::LaneKind;
-use crate::data::{Source, TextOptions, TextSource, Tokenizer};
+use crate::data::{Source, Text, TextOptions, TextSource, Tokenizer};
 use crate::device::sim::CostModel;
 use crate::engine::predict;
 use crate::spill::PlanOptions;
@@ -75,15 +75,9 @@ fn train(run: &Path, size: &Size) {
         "n_layer": size.layers, "n_embd": size.width, "n_head": 2, "n_positions": size.context, "vocab_size": 256,
     });
     let network = crate::nn::from_config("gpt2", config.as_object().unwrap(), true).unwrap();
-    let text = TextOptions {
-        paths: vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("src/trace")],
-        tokenizer: Tokenizer::Bytes,
-        context: size.context,
-        batch: size.batch,
-        seed: 1,
-        valid_fraction: 0.02,
-    };
-    let split = TextSource::open(&text).unwrap();
+    let text = Text::read(&[Path::new(env!("CARGO_MANIFEST_DIR")).join("src/trace")], &Tokenizer::Bytes).unwrap();
+    let windows = TextOptions { context: size.context, batch: size.batch, seed: 1, valid_fraction: 0.02 };
+    let split = TextSource::open(&text, &windows).unwrap();
     let (source, valid) = (Box::new(split.train), split.valid.map(|valid| Box::new(valid) as Box<dyn Source>));
     let cost = CostModel::stated(6e10, 1e10, size.link.unwrap_or(5e9));
     let mut options = TrainOptions { batch: size.batch, microbatch: size.batch, ..TrainOptions::new(size.steps) };

@@ -139,6 +139,10 @@ fn bad_tokenizers() {
         }
         assert!(!job.at("runs").exists(), "{set}");
     }
+    // Before the text is cut.
+    let small = ["plan", "--set", "model.0.data.text=latin.txt", "--set", "model.0.config.vocab_size=259"];
+    job.hydra(&small)
+        .bad(&["model.0.data: its tokens are 0..260, the model's vocab_size is 259; it must be at least 260"]);
     let missing = "model.0.data={ text = 'corpus.txt', context = 16 }";
     job.hydra(&["train", "--set", missing]).bad(&[at, "is missing; write tokenizer = \"bytes\", or the path"]);
 }

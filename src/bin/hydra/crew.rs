@@ -136,7 +136,7 @@ impl RunCrew<'_> {
     /// Takes model number `number` of the job into the fleet.
     fn enlist(&mut self, fleet: &mut Fleet, number: usize) -> Result<()> {
         let model = Rc::clone(&self.planned.models[number]);
-        let (sources, files) = (model.prepared.sources()?, self.files(number)?);
+        let (sources, files) = (model.prepared.sources(&self.planned.texts)?, self.files(number)?);
         let validates = sources.valid.is_some();
         fleet.wait_add(model.recruit(sources))?;
         if let Some(mut recorder) = fleet.engine_mut().take_recorder() {

@@ -26,6 +26,7 @@ mod setup;
 mod show;
 mod simulate;
 mod sweep;
+mod texts;
 mod tokenizer;
 mod train;
 mod watch;

@@ -5,7 +5,7 @@ use crate::machine::{Machine, check_devices, device_spec, machine};
 use crate::placing::{self, Placing, Sharing, fleet_model};
 use crate::rehearsing::rehearse_turns;
 use crate::setup::{Prepared, Sources, check_scope, prepare};
-use crate::tokenizer::Tokenizers;
+use crate::texts::Texts;
 use hydra::base::{Error, Result, format_bytes};
 use hydra::engine::{Prediction, SimulateOptions, Simulation, predict, simulate};
 use hydra::sched::{LocalityLrtf, Policy, Rehearsal};
@@ -54,8 +54,8 @@ impl Planned {
 pub struct PlannedJob {
     /// The job.
     pub job: Job,
-    /// What cuts its texts.
-    pub tokenizers: Tokenizers,
+    /// What its models read.
+    pub texts: Rc<Texts>,
     /// What it runs on.
     pub machine: Machine,
     /// Its models, in the file's order; models that came later after them.
@@ -73,24 +73,23 @@ pub struct PlannedJob {
     pub bound_secs: f64,
 }
 
-/// Reads and plans the job at `path`. `trains`: a device that cannot compute is refused.
+/// Reads and plans the job at `path`, to look at it or to simulate it.
 ///
 /// # Errors
 /// When the job or what it names is at fault, or no plan fits the budgets.
-pub fn plan_job(path: &Path, sets: &[String], trains: bool) -> Result<PlannedJob> {
-    plan_loaded(path, Job::load(path, sets)?, trains)
+pub fn plan_job(path: &Path, sets: &[String], texts: &Rc<Texts>) -> Result<PlannedJob> {
+    plan_loaded(path, Job::load(path, sets)?, texts, false)
 }
 
-/// Plans a job that was read from `path`.
+/// Plans a job that was read from `path`. `trains`: a device that cannot compute is refused.
 ///
 /// # Errors
 /// As [`plan_job`].
-pub fn plan_loaded(path: &Path, job: Job, trains: bool) -> Result<PlannedJob> {
+pub fn plan_loaded(path: &Path, job: Job, texts: &Rc<Texts>, trains: bool) -> Result<PlannedJob> {
     let file = path.display().to_string();
     check_scope(&file, &job)?;
     check_devices(&file, &job, trains)?;
-    let tokenizers = Tokenizers::default();
-    let prepared = (0..job.models.len()).map(|i| prepare(&job, i, &tokenizers)).collect::<Result<Vec<_>>>()?;
+    let prepared = (0..job.models.len()).map(|i| prepare(&job, i, texts)).collect::<Result<Vec<_>>>()?;
     // Graphs before rates: what a network refuses is said before a second goes into measuring.
     let mut traced: Vec<(Prepared, Arc<Model>)> = Vec::new();
     for prepared in prepared {
@@ -110,7 +109,7 @@ pub fn plan_loaded(path: &Path, job: Job, trains: bool) -> Result<PlannedJob> {
     }
     let mut planned = PlannedJob {
         job,
-        tokenizers,
+        texts: Rc::clone(texts),
         machine,
         models,
         sharing,

@@ -41,7 +41,7 @@ pub fn plan_added(planned: &PlannedJob, job: &Job, there: &[Placed], arenas: &[u
     let mut added: Vec<Rc<Planned>> = Vec::new();
     for i in planned.models.len()..job.models.len() {
         let before: Vec<_> = planned.models.iter().chain(&added).map(|p| (&p.prepared, p.model())).collect();
-        let (prepared, model) = trace(job, prepare(job, i, &planned.tokenizers)?, &before)?;
+        let (prepared, model) = trace(job, prepare(job, i, &planned.texts)?, &before)?;
         prepared.check_weights(&model.train)?;
         let one = fit(&fleet_model(&prepared, &model), planned, &placed, arenas)?;
         let one = Placed { line: i, ..one };

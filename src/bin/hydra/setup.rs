@@ -3,11 +3,12 @@
 use crate::job::model::{Data, Length, Source as Whence, TOKENIZERS, Tokenizer, ValidPart};
 use crate::job::{self, DeviceKind, Job, Pipeline, Policy};
 use crate::print::note;
-use crate::tokenizer::{FileTokenizer, Tokenizers};
+use crate::texts::Texts;
+use crate::tokenizer::{FileTokenizer, Tokenizers, cut_by};
 use hydra::base::{DType, Error, Result, Shape};
 use hydra::data::{
-    self, BatchesOptions, BatchesSource, Encode, ImageFiles, ImageOptions, ImageSource, RandomOptions, RandomSource,
-    Source, TextOptions, TextSource, names,
+    BatchesOptions, BatchesSource, ImageFiles, ImageOptions, ImageSource, Limits, RandomOptions, RandomSource, Source,
+    TextOptions, TextSource, names,
 };
 use hydra::graph::Graph;
 use hydra::nn::{self, Form, InputShape, Network, Pretrained};
@@ -34,8 +35,6 @@ pub struct Prepared {
     /// Its data, opened once to see what is there.
     opened: RefCell<Option<Sources>>,
     recipe: Recipe,
-    /// What cuts its text, where that comes from files.
-    tokenizer: Option<Arc<FileTokenizer>>,
 }
 
 /// Where a network and its first weights come from.
@@ -57,7 +56,8 @@ pub struct Sources {
 /// What it takes to open the data again.
 struct Recipe {
     data: Data,
-    tokenizer: data::Tokenizer,
+    /// What cuts its text, where that comes from files.
+    tokenizer: Option<Arc<FileTokenizer>>,
     valid: Option<job::Valid>,
     batch: usize,
     seed: u64,
@@ -105,7 +105,7 @@ impl Prepared {
             Origin::Pretrained(pretrained) => (pretrained.form.clone(), pretrained.counts.clone()),
             Origin::Family(network) => (Form::of(network.as_ref())?, BTreeMap::new()),
         };
-        let files = self.tokenizer.as_ref().map_or_else(Vec::new, |tokenizer| tokenizer.files.clone());
+        let files = self.recipe.tokenizer.as_ref().map_or_else(Vec::new, |tokenizer| tokenizer.files.clone());
         Ok((Form { files, ..form }, counts))
     }
 
@@ -113,11 +113,16 @@ impl Prepared {
     ///
     /// # Errors
     /// When a file is missing or at fault.
-    pub fn sources(&self) -> Result<Sources> {
+    pub fn sources(&self, texts: &Texts) -> Result<Sources> {
         match self.opened.take() {
             Some(sources) => Ok(sources),
-            None => self.recipe.open(self.network()),
+            None => self.recipe.open(self.network(), texts),
         }
+    }
+
+    /// Closes its data: it will not be trained.
+    pub fn close(&self) {
+        self.opened.take();
     }
 
     /// Tokens of a step; `None` for images.
@@ -163,7 +168,7 @@ pub fn note_unused(dir: &Path, unused: &[String]) {
 ///
 /// # Errors
 /// When a file is missing or at fault, or the parts do not go together; the message names the file or the key.
-pub fn prepare(job: &Job, i: usize, tokenizers: &Tokenizers) -> Result<Prepared> {
+pub fn prepare(job: &Job, i: usize, texts: &Texts) -> Result<Prepared> {
     let model = &job.models[i];
     let fault = |key: &str, what: String| model.fault(key, what);
     let kind = job.devices[0].kind;
@@ -184,8 +189,8 @@ pub fn prepare(job: &Job, i: usize, tokenizers: &Tokenizers) -> Result<Prepared>
         }
         Whence::Family { family, config } => Origin::Family(build(family, config)?),
     };
-    let tokenizer = open_tokenizer(model, tokenizers)?;
-    let cut_by = tokenizer.clone().map_or(data::Tokenizer::Bytes, |own| data::Tokenizer::Own(own as Arc<dyn Encode>));
+    let tokenizer = open_tokenizer(model, &texts.tokenizers)?;
+    let (cut_by, identity) = cut_by(tokenizer.as_ref());
     let of_text = matches!(model.data, Data::Text { .. });
     if let Whence::Family { family, config } = &model.source
         && of_text
@@ -196,21 +201,35 @@ pub fn prepare(job: &Job, i: usize, tokenizers: &Tokenizers) -> Result<Prepared>
         config.insert("vocab_size".into(), cut_by.vocab().into());
         origin = Origin::Family(build(family, &config)?);
     }
+    let network = origin.network();
+    if of_text {
+        let labels = network.labels();
+        if labels.vocab.is_some() && !labels.shift {
+            return Err(Error::bad(
+                "data.text: labels each token by the next one, which is not what the model learns; write batches, or random = true",
+            ));
+        }
+        // Before the text is cut, which may take long.
+        let vocab = Some(cut_by.vocab());
+        check_fit(network, Limits { vocab, classes: vocab }).map_err(|what| fault("data", what))?;
+    }
+    if model.valid.as_ref().is_some_and(|v| matches!(v.part, ValidPart::Fraction(_)))
+        && !matches!(model.data, Data::Text { .. } | Data::Images { .. })
+    {
+        return Err(fault("valid.fraction", "goes with text and images only; leave valid out".into()));
+    }
+    let identity = of_text.then(|| identity.to_string());
     let recipe = Recipe {
         data: model.data.clone(),
-        tokenizer: cut_by,
+        tokenizer,
         valid: model.valid.clone(),
         batch: model.batch,
         seed: job.run.seed,
     };
-    let network = origin.network();
-    if recipe.valid.as_ref().is_some_and(|v| matches!(v.part, ValidPart::Fraction(_)))
-        && !matches!(recipe.data, Data::Text { .. } | Data::Images { .. })
-    {
-        return Err(fault("valid.fraction", "goes with text and images only; leave valid out".into()));
-    }
-    let sources = recipe.open(network)?;
-    check_fit(network, sources.train.as_ref()).map_err(|what| fault("data", what))?;
+    let sources = recipe.open(network, texts)?;
+    let made = sources.train.spec();
+    let made = Limits { vocab: made.vocab, classes: made.classes };
+    check_fit(network, made).map_err(|what| fault("data", what))?;
     let steps = steps(&model.length, sources.train.as_ref()).map_err(|(key, what)| fault(key, what))?;
     let inputs = inputs_of(sources.train.as_ref());
     let mut options = TrainOptions::new(steps);
@@ -225,8 +244,7 @@ pub fn prepare(job: &Job, i: usize, tokenizers: &Tokenizers) -> Result<Prepared>
         job::Schedule::Linear { warmup, min_lr } => Schedule::Linear { warmup, min_lr },
         job::Schedule::Cosine { warmup, min_lr } => Schedule::Cosine { warmup, min_lr },
     };
-    options.tokenizer =
-        of_text.then(|| tokenizer.as_ref().map_or_else(|| "bytes".to_string(), |own| own.identity.clone()));
+    options.tokenizer = identity;
     options.valid_every = model.valid.as_ref().map_or(50, |v| v.every);
     options.plan = PlanOptions {
         slots: job.run.slots.unwrap_or(2),
@@ -238,7 +256,7 @@ pub fn prepare(job: &Job, i: usize, tokenizers: &Tokenizers) -> Result<Prepared>
         ..PlanOptions::default()
     };
     let (name, opened) = (model.name.clone(), RefCell::new(Some(sources)));
-    Ok(Prepared { name, origin, options, inputs, opened, recipe, tokenizer })
+    Ok(Prepared { name, origin, options, inputs, opened, recipe })
 }
 
 /// The tokenizer of a model's text, where it comes from files.
@@ -292,15 +310,15 @@ fn optimizer(wanted: &job::Optimizer) -> (Optimizer, Option<f64>) {
     }
 }
 
-/// Ids and labels that the source may make against those that the network takes.
-fn check_fit(network: &dyn Network, source: &dyn Source) -> std::result::Result<(), String> {
-    let (labels, spec) = (network.labels(), source.spec());
-    if let (Some(have), Some(takes)) = (spec.vocab, labels.vocab)
+/// Ids and labels that a source may make against those that the network takes.
+fn check_fit(network: &dyn Network, made: Limits) -> std::result::Result<(), String> {
+    let labels = network.labels();
+    if let (Some(have), Some(takes)) = (made.vocab, labels.vocab)
         && have > takes
     {
         return Err(format!("its tokens are 0..{have}, the model's vocab_size is {takes}; it must be at least {have}"));
     }
-    if let Some(have) = spec.classes.filter(|&have| have > labels.classes) {
+    if let Some(have) = made.classes.filter(|&have| have > labels.classes) {
         return Err(format!("its labels are 0..{have}, the model has {} classes", labels.classes));
     }
     Ok(())
@@ -328,28 +346,19 @@ fn steps(length: &Length, source: &dyn Source) -> std::result::Result<u64, (&'st
 }
 
 impl Recipe {
-    fn open(&self, network: &dyn Network) -> Result<Sources> {
+    fn open(&self, network: &dyn Network, texts: &Texts) -> Result<Sources> {
         let (batch, seed) = (self.batch, self.seed);
         let valid_fraction = match self.valid.as_ref().map(|v| &v.part) {
             Some(ValidPart::Fraction(fraction)) => *fraction,
             _ => 0.0,
         };
         match &self.data {
-            Data::Text { .. } if network.labels().vocab.is_some() && !network.labels().shift => Err(Error::bad(
-                "data.text: labels each token by the next one, which is not what the model learns; write batches, or random = true",
-            )),
             Data::Text { paths, context, .. } => {
-                let options = |paths: &[_], valid_fraction| TextOptions {
-                    paths: paths.to_vec(),
-                    tokenizer: self.tokenizer.clone(),
-                    context: *context,
-                    batch,
-                    seed,
-                    valid_fraction,
-                };
-                let split = TextSource::open(&options(paths, valid_fraction))?;
+                let text = |paths| texts.open(paths, self.tokenizer.as_ref());
+                let options = TextOptions { context: *context, batch, seed, valid_fraction };
+                let split = TextSource::open(&text(paths)?, &options)?;
                 let valid = match self.valid.as_ref().map(|v| &v.part) {
-                    Some(ValidPart::Text(paths)) => Some(TextSource::open_valid(&options(paths, 0.0))?),
+                    Some(ValidPart::Text(paths)) => Some(TextSource::open_valid(&text(paths)?, &options)?),
                     _ => split.valid,
                 };
                 Ok(Sources { train: Box::new(split.train), valid: valid.map(|v| Box::new(v) as Box<dyn Source>) })

@@ -10,13 +10,14 @@ use hydra::spill::{BoundaryTier, Home};
 use hydra::trace::Bound;
 use hydra::train::{refused, write_safely};
 use std::path::Path;
+use std::rc::Rc;
 
 /// Plans the job at `path` and prints the plan; with `out`, also writes plan.json there.
 ///
 /// # Errors
 /// When the job is at fault, no plan fits, or plan.json cannot be written.
 pub fn run(path: &Path, sets: &[String], out: Option<&Path>, json: bool) -> Result<()> {
-    let planned = plan_job(path, sets, false)?;
+    let planned = plan_job(path, sets, &Rc::default())?;
     if let Some(out) = out {
         std::fs::create_dir_all(out).map_err(|e| refused("create", out, e))?;
         write_safely(&out.join(PLAN), |file| writeln!(file, "{:#}", planned.json()))?;

@@ -4,6 +4,7 @@ use crate::placing::Sharing;
 use crate::planning::{PlannedJob, plan_job};
 use crate::print::{say, table};
 use crate::rehearsing::describe_rehearsal;
+use crate::texts::Texts;
 use hydra::base::{Error, LaneKind, Result, format_secs};
 use hydra::engine::Simulation;
 use hydra::sched::Bound;
@@ -12,6 +13,7 @@ use hydra::train::{Selection, Verdict};
 use hydra::train::{refused, write_safely};
 use serde_json::{Value, json};
 use std::path::Path;
+use std::rc::Rc;
 
 /// What the command line changes of the job.
 pub struct Wishes<'a> {
@@ -41,7 +43,7 @@ impl Wishes<'_> {
 /// # Errors
 /// When the job is at fault, no plan fits, or a file cannot be written.
 pub fn run(path: &Path, wishes: &Wishes, out: Option<&Path>, json: bool) -> Result<()> {
-    let (planned, simulation) = simulate_job(path, &wishes.settings(), out)?;
+    let (planned, simulation) = simulate_job(path, &wishes.settings(), &Rc::default(), out)?;
     let figures = figures(&planned, &simulation);
     if let Some(out) = out {
         write_safely(&out.join("simulation.json"), |file| writeln!(file, "{figures:#}"))?;
@@ -62,8 +64,13 @@ pub fn run(path: &Path, wishes: &Wishes, out: Option<&Path>, json: bool) -> Resu
 ///
 /// # Errors
 /// As [`run`].
-pub fn simulate_job(path: &Path, sets: &[String], out: Option<&Path>) -> Result<(PlannedJob, Simulation)> {
-    let mut planned = plan_job(path, sets, false)?;
+pub fn simulate_job(
+    path: &Path,
+    sets: &[String],
+    texts: &Rc<Texts>,
+    out: Option<&Path>,
+) -> Result<(PlannedJob, Simulation)> {
+    let mut planned = plan_job(path, sets, texts)?;
     let steps = steps(&planned)?;
     let all: Vec<usize> = (0..steps.len()).collect();
     planned.rehearsal = planned.rehearse(&all, &steps)?;

@@ -2,11 +2,13 @@
 
 use crate::print::{say, table};
 use crate::simulate::{Wishes, simulate_job};
+use crate::texts::Texts;
 use hydra::base::{Error, Result, format_secs, parse_bytes, parse_bytes_per_sec};
 use hydra::trace::{SweepLine, SweepPlot, sweep_svg};
 use hydra::train::{refused, write_safely};
 use serde_json::{Value, json};
 use std::path::Path;
+use std::rc::Rc;
 
 /// One key and the values that it takes.
 struct Axis {
@@ -54,6 +56,8 @@ pub fn run(path: &Path, wishes: &Wishes, sweep: &[String], out: Option<&Path>, j
     if combinations > MOST {
         return Err(Error::bad(format!("--sweep: {combinations} combinations; at most {MOST}")));
     }
+    // No key changes what the models read.
+    let texts = Rc::new(Texts::kept());
     let mut points = Vec::new();
     // The smallest budget of all that do not fit.
     let mut would_fit: Option<u64> = None;
@@ -69,7 +73,7 @@ pub fn run(path: &Path, wishes: &Wishes, sweep: &[String], out: Option<&Path>, j
             let plain = value.parse::<f64>().is_ok() || value.parse::<bool>().is_ok();
             sets.push(if plain { format!("{setting}={value}") } else { format!("{setting}=\"{value}\"") });
         }
-        let outcome = match simulate_job(path, &sets, None) {
+        let outcome = match simulate_job(path, &sets, &texts, None) {
             Ok((_, s)) => Ok(Figures {
                 makespan_secs: s.makespan_secs,
                 bound_secs: s.bounds.secs,

@@ -5,7 +5,7 @@
 
 use flate2::Crc;
 use hydra::base::{Error, Result};
-use hydra::data::Encode;
+use hydra::data::{self, Encode};
 use rayon::prelude::*;
 use serde_json::Value;
 use std::cell::{Cell, RefCell};
@@ -296,6 +296,14 @@ impl Tokenizers {
         let loaded = Arc::new(parts.load()?);
         self.loaded.borrow_mut().insert(path.to_path_buf(), Arc::clone(&loaded));
         Ok(Some(loaded))
+    }
+}
+
+/// A model's tokenizer as the library takes it, and its identity; bytes where it comes from no files.
+pub fn cut_by(tokenizer: Option<&Arc<FileTokenizer>>) -> (data::Tokenizer, &str) {
+    match tokenizer {
+        Some(own) => (data::Tokenizer::Own(Arc::clone(own) as Arc<dyn Encode>), &own.identity),
+        None => (data::Tokenizer::Bytes, "bytes"),
     }
 }
 

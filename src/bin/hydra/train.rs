@@ -42,7 +42,7 @@ pub fn run(path: &Path, sets: &[String], resume: Resume, json: bool) -> Result<(
     let goes_on = resume != Resume::Never && out.join(rundir::PLAN).exists();
     let taken = if goes_on { Inbox::taken(&out.join(rundir::INBOX)) } else { Taken::default() };
     taken.jobs.iter().try_for_each(|path| job.add(path))?;
-    let planned = plan_loaded(path, job, true)?;
+    let planned = plan_loaded(path, job, &Rc::default(), true)?;
     let names: Vec<&str> = planned.job.models.iter().map(|m| m.name.as_str()).collect();
     let found = inspect(&out, &names, resume)?;
     let checkpoints = match found {
@@ -224,9 +224,10 @@ fn train_all(
     let mut sources = Vec::new();
     for &m in &active {
         let prepared = &planned.models[m].prepared;
-        let twice = if standings[m].from > 0 { Some(prepared.sources()?) } else { None };
-        sources.push((prepared.sources()?, twice));
+        let twice = if standings[m].from > 0 { Some(prepared.sources(&planned.texts)?) } else { None };
+        sources.push((prepared.sources(&planned.texts)?, twice));
     }
+    planned.models.iter().for_each(|model| model.prepared.close());
     let (device, arenas) = start_devices(&planned)?;
     let mut recruits = Vec::new();
     let mut later = Vec::new();
