@@ -42,7 +42,7 @@ take test-kernels test --release --no-run --test kernels
 take test-reference test --release --no-run --test reference
 take bench-kernels bench --no-run --bench kernels
 
-for fixture in gpt2 bert vit resnet resnet-basic; do cp -R "tests/fixtures/$fixture" "$out/fixtures/"; done
+for fixture in gpt2 llama bert vit resnet resnet-basic; do cp -R "tests/fixtures/$fixture" "$out/fixtures/"; done
 cp -R tests/packed/. "$out/"
 cp kernels/*.cu kernels/*.cuh "$out/kernels/"
 cp kernels/gpu/*.cuh "$out/kernels/gpu/"

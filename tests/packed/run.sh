@@ -5,6 +5,7 @@
 #     parity                 each group of test-kernels a process, then test-reference
 #     training               a small GPT; GPT-2 124M
 #     large                  GPT-2 1558M: 45 GB of the GPU's memory, 30 GB of the host's
+#     llama                  Llama 3.2's 1 billion, resident in 31 GB of the GPU's memory and with a quarter of that
 #     bench, bench-again     kernels twice: a difference between the two runs is what noise looks like
 #     peers                  peers.py, if it was packed; by its parts: peers-ceilings, peers-kernels, peers-training, peers-offload
 #   QUICK=1            few samples and short jobs, one run of the benches, of peers.py the ceilings: to see that it runs
@@ -26,7 +27,7 @@ export HYDRA_REQUIRE_GPU="${HYDRA_REQUIRE_GPU:-1}" HYDRA_FIXTURES="$here/fixture
 [ "$device" = cuda ] || HYDRA_REQUIRE_GPU=0
 [ "$HYDRA_REQUIRE_GPU" = 0 ] && unset HYDRA_REQUIRE_GPU
 peers="peers-ceilings peers-kernels peers-training peers-offload"
-all="parity training large bench bench-again peers"
+all="parity training large llama bench bench-again peers"
 if [ "$quick" != 0 ]; then
     export HYDRA_BENCH_QUICK=1
     all="parity training large bench peers"
@@ -35,7 +36,7 @@ fi
 parts=${*:-$all}
 for part in $parts; do
     case $part in
-        parity | training | large | bench | bench-again | peers | peers-ceilings | peers-kernels | peers-training | peers-offload) ;;
+        parity | training | large | llama | bench | bench-again | peers | peers-ceilings | peers-kernels | peers-training | peers-offload) ;;
         *) echo "run.sh: there is no part $part; see the head of this script" >&2; exit 2 ;;
     esac
 done
@@ -179,6 +180,15 @@ large() {
         return
     fi
     first_steps 6 gpt2-1558m gpt2-1558m && first_steps 6 gpt2-1558m gpt2-1558m-spilled --set "device.0.memory=$((peak / 4))"
+}
+
+llama() {
+    say "" "## Training a Llama of 1.2 billion parameters" "" "16 x 2048 tokens a step in microbatches of 4, with clipping; resident, then with a quarter of that memory."
+    if [ "$device" != cuda ]; then
+        say "" "On a GPU alone."
+        return
+    fi
+    pair llama-1b 25
 }
 
 # The kernels' benches: bench NAME LINES

@@ -141,7 +141,10 @@ fn one_file_at_fault() {
     let path = folder.path().join(TOKENIZER);
     for damaged in ["", "{", "[1]", "{\"version\": \"1.0\"}"] {
         fs::write(&path, damaged).unwrap();
-        refused(&path, &[if serde_json::from_str::<Value>(damaged).is_ok() { "holds no model" } else { "damaged JSON" }]);
+        refused(
+            &path,
+            &[if serde_json::from_str::<Value>(damaged).is_ok() { "holds no model" } else { "damaged JSON" }],
+        );
     }
 }
 

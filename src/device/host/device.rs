@@ -123,7 +123,7 @@ impl HostDevice {
                 orders,
                 completions: completed.clone(),
                 pool: (!copies).then_some(pool),
-                scratch: 0,
+                scratch: None,
                 throttle: Throttle { own: rate.map(Link::new), shared: shared_link },
                 withhold: config.withhold.filter(|&(l, _)| l as usize == index).map(|(_, n)| n),
             };

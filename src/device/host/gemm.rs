@@ -37,6 +37,16 @@ pub enum Threads {
     One,
 }
 
+/// Makes this thread take the buffer that the gemm crate keeps for it, as large as the second-level cache. Else the first product that it shares
+/// in takes it, and on a busy machine that may be many steps later.
+pub fn reserve() {
+    // Of whole vectors, adjacent: of others it packs elsewhere.
+    const SIZE: usize = 64;
+    let (mut out, factor) = (vec![0f32; SIZE * SIZE], vec![0f32; SIZE * SIZE]);
+    let factor = Matrix::rows(&factor, SIZE);
+    gemm(&mut out, SIZE, factor, factor, [SIZE; 3], false, Threads::One);
+}
+
 /// `out (m, n) = a (m, k) b (k, n)`, or `out +=` that with `accumulate`. `out` has rows `out_stride` apart, elements adjacent.
 ///
 /// Without `accumulate` nothing of `out` is read. With k = 0 the product is 0.

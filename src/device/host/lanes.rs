@@ -1,6 +1,7 @@
 //! Lanes of the host device: one thread each, which waits for a task's tickets, runs it, and says so.
 
 use super::execute::execute;
+use super::gemm;
 use super::memory::{Block, Store};
 use super::parallel::{most_scratch, reserve_scratch};
 use crate::base::{Error, Result};
@@ -143,7 +144,7 @@ pub(super) struct Lane {
     /// Threads for arithmetic; copy lanes have none.
     pub pool: Option<Arc<rayon::ThreadPool>>,
     /// Scratch that every thread of the pool has been given, in words.
-    pub scratch: usize,
+    pub scratch: Option<usize>,
     pub throttle: Throttle,
     /// A task's number whose completion is never told: for tests of the watchdog.
     pub withhold: Option<u64>,
@@ -187,12 +188,15 @@ impl Lane {
         }
     }
 
-    /// Gives all threads of the pool as much scratch as one of them has needed, in the first step and then never again.
+    /// Gives all threads of the pool as much scratch as one of them has needed, in the first step and then never again, and what products need.
     fn share_scratch(&mut self) {
         let most = most_scratch();
-        if let Some(pool) = self.pool.as_ref().filter(|_| most > self.scratch) {
-            pool.broadcast(|_| reserve_scratch(most));
-            self.scratch = most;
+        if let Some(pool) = self.pool.as_ref().filter(|_| self.scratch.is_none_or(|scratch| most > scratch)) {
+            pool.broadcast(|_| {
+                reserve_scratch(most);
+                gemm::reserve();
+            });
+            self.scratch = Some(most);
         }
     }
 

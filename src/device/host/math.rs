@@ -49,7 +49,7 @@ impl MathLane {
             orders: received,
             completions: completed,
             pool: Some(pool(threads, 0..threads)?),
-            scratch: 0,
+            scratch: None,
             throttle: Throttle { own: None, shared: None },
             withhold: None,
         };
