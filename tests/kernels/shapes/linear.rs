@@ -21,7 +21,7 @@ pub fn cases(t: &mut Table) {
     let activations = Activation::ALL;
     for (i, sizes) in SIZES.into_iter().enumerate() {
         for (j, layout) in [WeightLayout::InOut, WeightLayout::OutIn].into_iter().enumerate() {
-            let (activation, bias) = (activations[(i + 2 * j) % 4], i % 3 > 0);
+            let (activation, bias) = (activations[(i + 2 * j) % activations.len()], i % 3 > 0);
             let [rows, inputs, outputs] = sizes;
             t.add(format!("linear {rows}x{inputs}x{outputs} {layout:?} {activation:?} bias {bias}"), move |s| {
                 linear(s, sizes, layout, activation, bias)
@@ -30,7 +30,7 @@ pub fn cases(t: &mut Table) {
             t.add(format!("linear {rows}x{inputs}x{outputs} {layout:?} residual bias {bias}"), move |s| {
                 residual(s, sizes, layout, bias)
             });
-            let before = activations[1 + (i + j) % 3];
+            let before = activations[1 + (i + j) % (activations.len() - 1)];
             t.add(format!("linear {rows}x{inputs}x{outputs} {layout:?} after {before:?}"), move |s| {
                 after(s, sizes, layout, before, false)
             });
