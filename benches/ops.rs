@@ -14,7 +14,7 @@ use hydra::device::host::gemm::{Matrix, Threads, gemm};
 use hydra::device::host::optimizer::{self, AdamwStep};
 use hydra::device::host::pool::{self, PoolSizes};
 use hydra::device::host::strided::{Rows, RowsMut};
-use hydra::device::host::{activation, cross_entropy, elementwise, embedding, linear, norm, parallel, rotary};
+use hydra::device::host::{activation, cross_entropy, elementwise, embedding, glu, linear, norm, parallel, rotary};
 use hydra::graph::{Activation, RotaryScaling, Rotation, WeightLayout};
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -188,6 +188,15 @@ fn row_cases() -> Vec<Case> {
         cases.push(case(format!("add/{name}"), Work::Bytes(12.0 * elems as f64), move || {
             let (a, b, mut out) = (values(elems), values(elems), vec![0f32; elems]);
             move || elementwise::add(&mut out, Some(&a), &b)
+        }));
+        cases.push(case(format!("glu/{name}"), Work::Bytes(48.0 * elems as f64), move || {
+            let (gate, up, mut out) = (values(4 * elems), values(4 * elems), vec![0f32; 4 * elems]);
+            move || glu::forward(&mut out, Some(&gate), &up, Activation::Silu)
+        }));
+        cases.push(case(format!("glu_grad/{name}"), Work::Bytes(80.0 * elems as f64), move || {
+            let [d_out, gate, up] = [(); 3].map(|()| values(4 * elems));
+            let (mut d_gate, mut d_up) = (vec![0f32; 4 * elems], vec![0f32; 4 * elems]);
+            move || glu::grad(&mut d_gate, &mut d_up, Some(&d_out), &gate, &up, Activation::Silu)
         }));
         for act in [Activation::GeluTanh, Activation::GeluErf] {
             let wide = 4 * elems;
