@@ -4,12 +4,13 @@
 //! Every token is of type 0, as transformers takes it where no `token_type_ids` are given. A cut may fall after the embeddings, and after
 //! either half of a layer: attention, or the MLP.
 
+use super::text::{self, TextModel};
 use super::{ACTIVATIONS, Family};
-use crate::base::{DType, Error, Result};
+use crate::base::{DType, Result};
 use crate::graph::{Activation, AttentionOptions, Builder, Graph, Init, Mode, Value, WeightLayout};
 use crate::nn::fields::{Fields, shown};
 use crate::nn::layers::{Linear, layernorm, self_attention};
-use crate::nn::{InputShape, Inputs, Labels, Network};
+use crate::nn::{InputShape, Labels, Network};
 use serde_json::{Map, json};
 
 pub(super) const FAMILY: Family = Family {
@@ -113,6 +114,28 @@ impl Bert {
         Linear::new(outputs, self.normal(), activation)
     }
 
+    /// The end of a half layer: a dense layer, whose dropped-out output is added to what the half got and normalised.
+    fn output(&self, b: &mut Builder, name: &str, x: Value, input: Value) -> Result<Value> {
+        let x = self.linear(self.width, Activation::None).trace(b, x, &format!("{name}.dense"))?;
+        let x = b.dropout(x, self.hidden_dropout)?;
+        let sum = b.add(x, input)?;
+        layernorm(b, sum, &format!("{name}.LayerNorm"), self.epsilon)
+    }
+}
+
+impl TextModel for Bert {
+    const POSITIONS: &'static str = "max_position_embeddings";
+    const LAYER: &'static str = "layer";
+    const ATTENTION: &'static str = "attention";
+
+    fn positions(&self) -> usize {
+        self.positions
+    }
+
+    fn layers(&self) -> usize {
+        self.layers
+    }
+
     fn embeddings(&self, b: &mut Builder, ids: Value) -> Result<Value> {
         let name = "bert.embeddings";
         let words = b.parameter(WORDS, [self.vocab, self.width], self.normal())?;
@@ -157,14 +180,6 @@ impl Bert {
         self.output(b, &format!("{name}.output"), x, input)
     }
 
-    /// The end of a half layer: a dense layer, whose dropped-out output is added to what the half got and normalised.
-    fn output(&self, b: &mut Builder, name: &str, x: Value, input: Value) -> Result<Value> {
-        let x = self.linear(self.width, Activation::None).trace(b, x, &format!("{name}.dense"))?;
-        let x = b.dropout(x, self.hidden_dropout)?;
-        let sum = b.add(x, input)?;
-        layernorm(b, sum, &format!("{name}.LayerNorm"), self.epsilon)
-    }
-
     fn head(&self, b: &mut Builder, input: Value) -> Result<Value> {
         let name = "cls.predictions.transform";
         let x = self.linear(self.width, self.activation).trace(b, input, &format!("{name}.dense"))?;
@@ -177,25 +192,7 @@ impl Bert {
 
 impl Network for Bert {
     fn trace(&self, mode: Mode, float: DType, batch: usize, inputs: &[InputShape]) -> Result<Graph> {
-        let inputs = Inputs::new(batch, float, inputs, &["input_ids", "attention_mask", "labels"])?;
-        let [t] = inputs.axes("input_ids")?;
-        if t > self.positions {
-            let most = self.positions;
-            return Err(Error::bad(format!("input_ids: a context of {t} is over max_position_embeddings, {most}")));
-        }
-        let mut b = Builder::new(mode, float);
-        let ids = inputs.declare(&mut b, "input_ids", &[t], true)?.expect("axes() has found it");
-        let mask = inputs.declare(&mut b, "attention_mask", &[t], true)?;
-        let mut x = b.layer("embeddings", |b, _| self.embeddings(b, ids))?;
-        for layer in 0..self.layers {
-            x = b.layer(format!("layer.{layer}.attention"), |b, _| self.attention(b, layer, x, mask))?;
-            x = b.layer(format!("layer.{layer}.mlp"), |b, _| self.mlp(b, layer, x))?;
-        }
-        let logits = b.layer("head", |b, _| self.head(b, x))?;
-        if let Some(labels) = inputs.declare(&mut b, "labels", &[t], true)? {
-            b.cross_entropy(logits, labels)?;
-        }
-        b.finish()
+        text::trace(self, mode, float, batch, inputs)
     }
 
     fn inputs(&self) -> Vec<InputShape> {

@@ -3,12 +3,13 @@
 //!
 //! A cut may fall after the embeddings, and after either half of a block: attention, or the MLP.
 
+use super::text::{self, TextModel};
 use super::{ACTIVATIONS, Family};
-use crate::base::{DType, Error, Result};
+use crate::base::{DType, Result};
 use crate::graph::{Activation, AttentionOptions, Builder, Graph, Init, Mode, Value, WeightLayout};
 use crate::nn::fields::Fields;
 use crate::nn::layers::{Linear, embedding, layernorm};
-use crate::nn::{InputShape, Inputs, Labels, Network};
+use crate::nn::{InputShape, Labels, Network};
 use serde_json::{Map, json};
 
 pub(super) const FAMILY: Family = Family {
@@ -127,6 +128,20 @@ impl Gpt2 {
         let deviation = self.initializer_range / (2.0 * self.layers as f64).sqrt();
         self.linear(self.width, deviation, Activation::None)
     }
+}
+
+impl TextModel for Gpt2 {
+    const POSITIONS: &'static str = "n_positions";
+    const LAYER: &'static str = "h";
+    const ATTENTION: &'static str = "attn";
+
+    fn positions(&self) -> usize {
+        self.positions
+    }
+
+    fn layers(&self) -> usize {
+        self.layers
+    }
 
     fn embeddings(&self, b: &mut Builder, ids: Value) -> Result<Value> {
         let normal = Init::Normal(self.initializer_range);
@@ -178,24 +193,7 @@ impl Gpt2 {
 
 impl Network for Gpt2 {
     fn trace(&self, mode: Mode, float: DType, batch: usize, inputs: &[InputShape]) -> Result<Graph> {
-        let inputs = Inputs::new(batch, float, inputs, &["input_ids", "attention_mask", "labels"])?;
-        let [t] = inputs.axes("input_ids")?;
-        if t > self.positions {
-            return Err(Error::bad(format!("input_ids: a context of {t} is over n_positions, {}", self.positions)));
-        }
-        let mut b = Builder::new(mode, float);
-        let ids = inputs.declare(&mut b, "input_ids", &[t], true)?.expect("axes() has found it");
-        let mask = inputs.declare(&mut b, "attention_mask", &[t], true)?;
-        let mut x = b.layer("embeddings", |b, _| self.embeddings(b, ids))?;
-        for layer in 0..self.layers {
-            x = b.layer(format!("h.{layer}.attn"), |b, _| self.attention(b, layer, x, mask))?;
-            x = b.layer(format!("h.{layer}.mlp"), |b, _| self.mlp(b, layer, x))?;
-        }
-        let logits = b.layer("head", |b, _| self.head(b, x))?;
-        if let Some(labels) = inputs.declare(&mut b, "labels", &[t], true)? {
-            b.cross_entropy(logits, labels)?;
-        }
-        b.finish()
+        text::trace(self, mode, float, batch, inputs)
     }
 
     fn inputs(&self) -> Vec<InputShape> {

@@ -3,12 +3,13 @@
 //!
 //! A cut may fall after the embeddings, and after either half of a layer: attention, or the MLP.
 
+use super::text::{self, TextModel};
 use super::{ACTIVATIONS, Family};
-use crate::base::{DType, Error, Result};
+use crate::base::{DType, Result};
 use crate::graph::{Activation, AttentionOptions, Builder, Graph, Init, Mode, RotaryScaling, Value, WeightLayout};
 use crate::nn::fields::{Fields, shown};
 use crate::nn::layers::{Linear, rmsnorm};
-use crate::nn::{InputShape, Inputs, Labels, Network};
+use crate::nn::{InputShape, Labels, Network};
 use serde_json::{Map, json};
 
 pub(super) const FAMILY: Family = Family {
@@ -116,6 +117,40 @@ impl Llama {
         Linear { bias: linear.bias.filter(|_| bias), ..linear }
     }
 
+    /// `rope_scaling`, as transformers up to 4 calls it and later ones take it too.
+    fn scaling_config(&self) -> serde_json::Value {
+        match self.rotary_scaling {
+            RotaryScaling::None => serde_json::Value::Null,
+            RotaryScaling::Linear { factor } => json!({ "rope_type": "linear", "factor": factor }),
+            RotaryScaling::Llama3 { factor, low, high, positions } => json!({
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": low,
+                "high_freq_factor": high,
+                "original_max_position_embeddings": positions,
+            }),
+        }
+    }
+}
+
+impl TextModel for Llama {
+    const POSITIONS: &'static str = "max_position_embeddings";
+    const LAYER: &'static str = "layers";
+    const ATTENTION: &'static str = "attn";
+
+    fn positions(&self) -> usize {
+        self.positions
+    }
+
+    fn layers(&self) -> usize {
+        self.layers
+    }
+
+    fn embeddings(&self, b: &mut Builder, ids: Value) -> Result<Value> {
+        let table = b.parameter(TABLE, [self.vocab, self.width], Init::Normal(self.initializer_range))?;
+        b.embedding_padded(ids, table, self.padding)
+    }
+
     fn attention(&self, b: &mut Builder, layer: usize, input: Value, mask: Option<Value>) -> Result<Value> {
         let name = format!("model.layers.{layer}");
         let x = rmsnorm(b, input, &format!("{name}.input_layernorm"), self.epsilon)?;
@@ -158,47 +193,11 @@ impl Llama {
         let weight = b.parameter(name, [self.vocab, self.width], Init::Normal(self.initializer_range))?;
         b.linear(x, weight, None, Activation::None, WeightLayout::OutIn)
     }
-
-    /// `rope_scaling`, as transformers up to 4 calls it and later ones take it too.
-    fn scaling_config(&self) -> serde_json::Value {
-        match self.rotary_scaling {
-            RotaryScaling::None => serde_json::Value::Null,
-            RotaryScaling::Linear { factor } => json!({ "rope_type": "linear", "factor": factor }),
-            RotaryScaling::Llama3 { factor, low, high, positions } => json!({
-                "rope_type": "llama3",
-                "factor": factor,
-                "low_freq_factor": low,
-                "high_freq_factor": high,
-                "original_max_position_embeddings": positions,
-            }),
-        }
-    }
 }
 
 impl Network for Llama {
     fn trace(&self, mode: Mode, float: DType, batch: usize, inputs: &[InputShape]) -> Result<Graph> {
-        let inputs = Inputs::new(batch, float, inputs, &["input_ids", "attention_mask", "labels"])?;
-        let [t] = inputs.axes("input_ids")?;
-        if t > self.positions {
-            let most = self.positions;
-            return Err(Error::bad(format!("input_ids: a context of {t} is over max_position_embeddings, {most}")));
-        }
-        let mut b = Builder::new(mode, float);
-        let ids = inputs.declare(&mut b, "input_ids", &[t], true)?.expect("axes() has found it");
-        let mask = inputs.declare(&mut b, "attention_mask", &[t], true)?;
-        let mut x = b.layer("embeddings", |b, _| {
-            let table = b.parameter(TABLE, [self.vocab, self.width], Init::Normal(self.initializer_range))?;
-            b.embedding_padded(ids, table, self.padding)
-        })?;
-        for layer in 0..self.layers {
-            x = b.layer(format!("layers.{layer}.attn"), |b, _| self.attention(b, layer, x, mask))?;
-            x = b.layer(format!("layers.{layer}.mlp"), |b, _| self.mlp(b, layer, x))?;
-        }
-        let logits = b.layer("head", |b, _| self.head(b, x))?;
-        if let Some(labels) = inputs.declare(&mut b, "labels", &[t], true)? {
-            b.cross_entropy(logits, labels)?;
-        }
-        b.finish()
+        text::trace(self, mode, float, batch, inputs)
     }
 
     fn inputs(&self) -> Vec<InputShape> {

@@ -5,6 +5,7 @@ mod classes;
 pub mod gpt2;
 pub mod llama;
 pub mod resnet;
+mod text;
 pub mod vit;
 
 use super::Network;
