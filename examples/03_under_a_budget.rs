@@ -42,7 +42,10 @@ fn train(gpt: &dyn Network, options: &TrainOptions, cost: &CostModel) -> Result<
     let engine = session.engine();
     assert_eq!(engine.high_water_bytes(0), engine.plan(0).arena.bytes, "the plan knows the peak to the byte");
     let parameters = 0..engine.model(0).train.parameters.len();
-    let weights = parameters.flat_map(|i| engine.read_parameter(0, Stored::Weight, i)).map(f32::to_bits).collect();
+    let mut weights = Vec::new();
+    for i in parameters {
+        weights.extend(engine.read_parameter(0, Stored::Weight, i)?.into_iter().map(f32::to_bits));
+    }
     Ok((weights, losses))
 }
 

@@ -190,7 +190,7 @@ fn logits_are_near_those_of_f32() {
         let device = Box::new(HostDevice::new(&config).expect("a device"));
         let mut engine = Engine::new(Arc::clone(&model), plan, device, EngineOptions::new(0, &model));
         for (i, parameter) in model.train.parameters.iter().enumerate() {
-            engine.write_parameter(0, Stored::Weight, i, &nn::init::initial(parameter, i, 1));
+            engine.write_parameter(0, Stored::Weight, i, &nn::init::initial(parameter, i, 1)).unwrap();
         }
         engine.wait_logits(0, &[bytemuck::cast_slice(&ids)]).expect("logits")
     };

@@ -1,6 +1,8 @@
 //! The program itself: exit codes, what it prints, what it writes, and what it leaves alone when the input is at fault.
 
 mod common;
+#[path = "cli/disk.rs"]
+mod disk;
 #[path = "cli/inbox.rs"]
 mod inbox;
 #[path = "cli/many.rs"]
@@ -677,7 +679,6 @@ fn what_is_not_built_yet_is_said() {
         ("device.0.kind=cuda", "device.0.kind: \"cuda\" is not built in"),
         ("device.0.kind=emulated", "device.0.kind: \"emulated\" is not built in"),
         ("model.0.dtype=tf32", "model.0.dtype: tf32 goes with kind = \"cuda\", not \"host\""),
-        ("host={ disk = { path = 'd', memory = 1000 } }", "host.disk: the disk tier is not built yet"),
     ] {
         job.hydra(&["plan", "--set", set]).bad(&["job.toml", says]);
     }

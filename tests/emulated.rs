@@ -12,7 +12,7 @@ use hydra::device::cuda::{CudaConfig, CudaDevice, Emulated, LogicalDevice};
 use hydra::device::{Completion, CopySpan, Device, DeviceSpec, FleetMemory, Memory, Span, Task, start_fleet};
 use hydra::engine::{Stored, TurnOptions};
 use hydra::sched::by_name;
-use hydra::spill::{Baseline, FleetDevice, FleetMap, FleetModel, Home, Placed, PlanOptions, Recompute};
+use hydra::spill::{Baseline, FleetDevice, FleetMap, FleetModel, Home, OnDisk, Placed, PlanOptions, Recompute};
 use hydra::spill::{place_baseline, plan_anywhere, plan_at_home};
 use hydra::train::{Fleet, Observer, Optimizer, Recruit, TrainOptions, Weights};
 use std::sync::atomic::AtomicBool;
@@ -47,11 +47,13 @@ fn check_fixture(name: &str, arch: u32) {
         assert!(off < limit("weights"), "{name}: {tensor} is off by {off:e}");
     }
     let (_, plan) = case.plan(&options).expect("plan");
-    for (budget, seed) in [(plan.smallest_device_bytes, 3), (plan.arena.bytes * 6 / 10, 6)] {
+    let tight = [(plan.smallest_device_bytes, 3, OnDisk::Nothing), (plan.arena.bytes * 6 / 10, 6, OnDisk::Weights)];
+    for (budget, seed, on_disk) in tight {
         let budget = budget.max(plan.smallest_device_bytes);
         let spilled = TrainOptions {
-            plan: PlanOptions { device_budget: Some(budget), ..PlanOptions::default() },
+            plan: PlanOptions { device_budget: Some(budget), on_disk: Some(on_disk), ..PlanOptions::default() },
             device: emulated(arch, seed),
+            disk: Some(std::env::temp_dir()),
             ..options.clone()
         };
         let (_, plan) = case.plan(&spilled).expect("plan under a budget");
@@ -197,17 +199,21 @@ fn what_is_not_finite_is_named() {
         let mut driver = Driver::new(&small, (model, plan), Box::new(device), &options);
         let model = std::sync::Arc::clone(driver.engine.model(0));
         let parameter = model.train.parameters.iter().position(|p| p.layers[0] == 2).expect("a block has parameters");
-        let mut values = driver.engine.read_parameter(0, Stored::Weight, parameter);
+        let mut values = driver.engine.read_parameter(0, Stored::Weight, parameter).unwrap();
         values.fill(f32::INFINITY);
-        driver.engine.write_parameter(0, Stored::Weight, parameter, &values);
-        let other = driver.engine.read_parameter(0, Stored::Weight, 0);
+        driver.engine.write_parameter(0, Stored::Weight, parameter, &values).unwrap();
+        let other = driver.engine.read_parameter(0, Stored::Weight, 0).unwrap();
         driver.begin(0, |_| ()).expect("a step begins");
         let error = driver.engine.wait_step(0).expect_err("the loss is not finite");
         let name = &model.train.layers[2].name;
         assert!(matches!(error, Error::BadInput(_)), "{error}");
         assert!(error.to_string().contains(name), "{name} is not in: {error}");
         let _ = driver.engine.wait_home(0);
-        assert_eq!(driver.engine.read_parameter(0, Stored::Weight, 0), other, "a weight changed, resident {resident}");
+        assert_eq!(
+            driver.engine.read_parameter(0, Stored::Weight, 0).unwrap(),
+            other,
+            "a weight changed, resident {resident}"
+        );
     }
 }
 

@@ -8,16 +8,17 @@ use common::{Outcome, difference, gather_of, stated};
 use hydra::base::Error;
 use hydra::data::{Batch, InputSpec, Source};
 use hydra::device::host::HostSpec;
-use hydra::device::{DeviceSpec, FleetMemory, start_fleet};
+use hydra::device::{DeviceSpec, DiskSpec, FleetMemory, start_fleet};
 use hydra::engine::{SimulateOptions, TurnOptions, simulate};
 use hydra::nn::Pretrained;
 use hydra::sched::{Claim, Leanings, LocalityLrtf, POLICIES, Policy, View, by_name};
 use hydra::spill::{
-    Baseline, FleetDevice, FleetMap, FleetModel, Home, Placed, PlanOptions, Recompute, place_baseline, plan_anywhere,
-    plan_at_home, plan_fleet,
+    Baseline, FleetDevice, FleetMap, FleetModel, Home, HomeBudgets, OnDisk, Placed, PlanOptions, Recompute, find_homes,
+    place_baseline, plan_anywhere, plan_at_home, plan_fleet,
 };
 use hydra::train::{Crew, Fleet, Observer, Optimizer, Recruit, StepReport, TrainOptions, Weights};
 use std::cell::Cell;
+use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -113,7 +114,7 @@ fn fleet_models(entries: &[Entry], recompute: Recompute, slots: usize) -> Vec<Fl
 
 fn plan(entries: &[Entry], devices: usize, budget: Option<u64>, recompute: Recompute, slots: usize) -> Vec<Placed> {
     let devices = vec![FleetDevice { budget, cost: stated() }; devices];
-    plan_fleet(&fleet_models(entries, recompute, slots), &devices, None).expect("a plan").placed
+    plan_fleet(&fleet_models(entries, recompute, slots), &devices, HomeBudgets::default()).expect("a plan").placed
 }
 
 fn recruit<'a>(entry: &'a Entry, placed: &Placed) -> Recruit<'a> {
@@ -191,7 +192,8 @@ fn run_with(
         arena_bytes: map.arena_bytes.clone(),
         host_bytes: map.host_bytes,
         poison: true,
-        shared_bytes_per_sec: None,
+        disk: disk(map.disk_bytes),
+        ..FleetMemory::default()
     };
     let device = start_fleet(&specs, memory).expect("memory and threads");
     let recruits = entries.iter().zip(placed).map(|(e, placed)| recruit(e, placed)).collect();
@@ -245,6 +247,11 @@ fn run_with(
         .collect()
 }
 
+/// A disk tier of so many bytes, if any.
+fn disk(bytes: u64) -> Option<DiskSpec> {
+    (bytes > 0).then(|| DiskSpec { path: std::env::temp_dir(), bytes, bytes_per_sec: None })
+}
+
 fn check(what: &str, entries: &[Entry], got: &[Result<Outcome, String>], want: &[Outcome]) {
     for ((entry, got), want) in entries.iter().zip(got).zip(want) {
         let got = got.as_ref().unwrap_or_else(|e| panic!("{what}, {}: {e}", entry.name));
@@ -284,6 +291,31 @@ fn every_policy_on_any_number_of_devices_gives_the_bits_of_lone_runs() {
             check(&format!("{devices} devices, {policy}"), &entries, &got, &want);
         }
     }
+}
+
+/// Budgets of host memory from all that is wanted down to the least that will do.
+#[test]
+fn what_is_on_the_disk_does_not_show() {
+    let entries = six();
+    let want = alone(&entries);
+    let placed = plan(&entries, 2, Some(smallest(&entries) * 5 / 4), Recompute::Auto, 2);
+    let needs = |placed: &[Placed]| FleetMap::new(placed, 2).host_bytes;
+    let homes = |host: u64| find_homes(&placed, HomeBudgets { host: Some(host), disk: u64::MAX });
+    let most = needs(&placed);
+    let least = (0..64).map(|i| most * i / 64).find(|&host| homes(host).is_ok()).expect("a disk helps");
+    assert!(least < 2 * most / 3, "{least} of {most}");
+    let mut seen = BTreeSet::new();
+    for part in [0, 1, 2, 4] {
+        let host = least + (most - least) * part / 5;
+        let placed = homes(host).expect("a budget in between");
+        assert!(needs(&placed) <= host);
+        seen.extend(placed.iter().map(|p| p.plan.choice.on_disk));
+        for policy in ["sharded-lrtf", "locality-lrtf"] {
+            let got = run(&entries, &placed, 2, policy, 2, None);
+            check(&format!("{host} bytes of host memory, {policy}"), &entries, &got, &want);
+        }
+    }
+    assert_eq!(seen.len(), OnDisk::ALL.len(), "{seen:?}");
 }
 
 #[test]
@@ -481,7 +513,7 @@ fn models_that_come_go_and_fail_leave_the_others_bits_alone() {
             arena_bytes: map.arena_bytes.clone(),
             host_bytes: FleetMap::new(&placed[..last], 2).host_bytes,
             poison: true,
-            shared_bytes_per_sec: None,
+            ..FleetMemory::default()
         };
         let specs = vec![HostSpec { threads: Some(1), ..HostSpec::default() }.into(); 2];
         let device = start_fleet(&specs, memory).expect("memory and threads");

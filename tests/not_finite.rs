@@ -70,7 +70,7 @@ fn state(engine: &Engine) -> Vec<Vec<u32>> {
     let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect();
     kinds
         .flat_map(|kind| (0..engine.model(0).train.parameters.len()).map(move |i| (kind, i)))
-        .map(|(kind, i)| bits(engine.read_parameter(0, kind, i)))
+        .map(|(kind, i)| bits(engine.read_parameter(0, kind, i).unwrap()))
         .collect()
 }
 
@@ -103,9 +103,9 @@ fn check_planted(small: &Small, dtype: DType) {
             let model = std::sync::Arc::clone(driver.engine.model(0));
             let name = &model.train.layers[layer].name;
             let Some(parameter) = model.train.parameters.iter().position(|p| p.layers[0] == layer) else { continue };
-            let mut values = driver.engine.read_parameter(0, Stored::Weight, parameter);
+            let mut values = driver.engine.read_parameter(0, Stored::Weight, parameter).unwrap();
             values.fill(f32::INFINITY);
-            driver.engine.write_parameter(0, Stored::Weight, parameter, &values);
+            driver.engine.write_parameter(0, Stored::Weight, parameter, &values).unwrap();
             let before = state(&driver.engine);
             let (results, error) = until_error(&mut driver, |_, _| ());
             let error = error.unwrap_or_else(|| panic!("{what}, {name}: no error"));
@@ -179,11 +179,11 @@ fn the_first_layer_is_the_first_of_all_microbatches() {
         let mut driver = driver(&small, &plan, None);
         let model = std::sync::Arc::clone(driver.engine.model(0));
         let table = model.train.parameters.iter().position(|p| p.name.ends_with("wte.weight")).expect("embeddings");
-        let mut values = driver.engine.read_parameter(0, Stored::Weight, table);
+        let mut values = driver.engine.read_parameter(0, Stored::Weight, table).unwrap();
         let width = *model.train.parameters[table].shape.axes().last().expect("a matrix");
         values[7 * width..8 * width].fill(3e38);
         values[8 * width..9 * width].fill(f32::INFINITY);
-        driver.engine.write_parameter(0, Stored::Weight, table, &values);
+        driver.engine.write_parameter(0, Stored::Weight, table, &values).unwrap();
         let (_, error) = until_error(&mut driver, |_, batch| {
             let ids = batch.tensors.iter_mut().find(|t| t.name == "input_ids").expect("ids").as_i32_mut();
             ids.iter_mut().for_each(|id| *id %= 7);

@@ -207,9 +207,9 @@ fn run_on_host(chain: &Chain, slots: Option<usize>, link: Option<f64>, clip: Opt
         |count: usize, by: f64| -> Vec<f32> { (0..count).map(|_| ((random.part() - 0.5) * by) as f32).collect() };
     for (i, parameter) in model.train.parameters.iter().enumerate() {
         let values = floats(parameter.shape.elems(), 0.1);
-        engine.write_parameter(0, Stored::Weight, i, &values);
-        engine.write_parameter(0, Stored::Moment(0), i, &vec![0.0; values.len()]);
-        engine.write_parameter(0, Stored::Moment(1), i, &vec![0.0; values.len()]);
+        engine.write_parameter(0, Stored::Weight, i, &values).unwrap();
+        engine.write_parameter(0, Stored::Moment(0), i, &vec![0.0; values.len()]).unwrap();
+        engine.write_parameter(0, Stored::Moment(1), i, &vec![0.0; values.len()]).unwrap();
     }
     let dir = tempfile::tempdir().expect("a directory");
     let path = dir.path().join("trace.json");
@@ -238,7 +238,7 @@ fn run_on_host(chain: &Chain, slots: Option<usize>, link: Option<f64>, clip: Opt
     assert_eq!(engine.high_water_bytes(0), plan.arena.bytes, "predicted peak against touched bytes");
     for i in 0..model.train.parameters.len() {
         for what in [Stored::Weight, Stored::Moment(0), Stored::Moment(1)] {
-            bits.extend(engine.read_parameter(0, what, i).into_iter().map(|v| u64::from(v.to_bits())));
+            bits.extend(engine.read_parameter(0, what, i).unwrap().into_iter().map(|v| u64::from(v.to_bits())));
         }
     }
     let summary = engine.take_recorder().expect("given above").finish().expect("the file is whole");

@@ -7,8 +7,9 @@ use common::shuffled::Shuffled;
 use common::small::{Driver, Small};
 use common::{Outcome, difference, stated};
 use hydra::base::{DType, Error};
+use hydra::device::DiskSpec;
 use hydra::device::host::{HostConfig, HostDevice, HostSpec};
-use hydra::spill::{BoundaryTier, PlanOptions, Recompute};
+use hydra::spill::{BoundaryTier, OnDisk, PlanOptions, Recompute};
 use hydra::train::{Optimizer, Schedule, TrainOptions, plan_model};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
@@ -73,6 +74,7 @@ struct Regime {
     shuffle: Option<u64>,
     /// Room in the arena for kernels that want it.
     scratch: bool,
+    on_disk: OnDisk,
 }
 
 fn recipes(bf16: bool) -> impl Strategy<Value = Recipe> {
@@ -87,10 +89,11 @@ fn regimes() -> impl Strategy<Value = Regime> {
     let cut = prop::option::of(prop::collection::vec(any::<bool>(), 16));
     let state = (prop::option::of(any::<bool>()), prop::option::of(0usize..6));
     let tiers = (state, prop::option::of(any::<bool>()), recompute, any::<bool>());
-    let device = (link, prop::option::of(1usize..=3), prop::option::of(any::<u64>()));
+    let on_disk = prop::sample::select(OnDisk::ALL.to_vec());
+    let device = (link, prop::option::of(1usize..=3), prop::option::of(any::<u64>()), on_disk);
     (budget, 1usize..=4, cut, tiers, device).prop_map(|(budget, slots, cut, tiers, device)| {
         let ((resident, resting), boundaries_stay, recompute, scratch) = tiers;
-        let (link_bytes_per_sec, threads, shuffle) = device;
+        let (link_bytes_per_sec, threads, shuffle, on_disk) = device;
         Regime {
             budget,
             slots,
@@ -103,6 +106,7 @@ fn regimes() -> impl Strategy<Value = Regime> {
             threads,
             shuffle,
             scratch,
+            on_disk,
         }
     })
 }
@@ -137,6 +141,7 @@ fn train(small: &Small, microbatch: usize, recipe: Recipe, regime: &Regime, seen
         HostSpec { arena_bytes: 0, link_bytes_per_sec: regime.link_bytes_per_sec, threads: regime.threads }.into();
     let mut model = Arc::unwrap_or_clone(small.model(&options));
     model.train.scratch = regime.scratch;
+    options.disk = Some(std::env::temp_dir());
     options.plan = PlanOptions {
         slots: regime.slots,
         cut: regime.cut.as_ref().map(|cuts| ranges(cuts, model.layers())),
@@ -144,6 +149,7 @@ fn train(small: &Small, microbatch: usize, recipe: Recipe, regime: &Regime, seen
         resting: regime.resting,
         boundaries_stay: regime.boundaries_stay,
         recompute: regime.recompute,
+        on_disk: Some(regime.on_disk),
         ..PlanOptions::default()
     };
     if let Some(part) = regime.budget {
@@ -167,8 +173,9 @@ fn train(small: &Small, microbatch: usize, recipe: Recipe, regime: &Regime, seen
         Some(seed) => {
             let (link_bytes_per_sec, threads) = (regime.link_bytes_per_sec, regime.threads);
             let spec = HostSpec { arena_bytes: plan.arena.bytes, link_bytes_per_sec, threads };
-            let config =
-                HostConfig { devices: vec![spec], host_bytes: plan.host.bytes, poison: true, ..HostConfig::default() };
+            let (host_bytes, bytes) = (plan.host.bytes, plan.host.disk_bytes);
+            let disk = (bytes > 0).then(|| DiskSpec { path: std::env::temp_dir(), bytes, bytes_per_sec: None });
+            let config = HostConfig { devices: vec![spec], host_bytes, poison: true, disk, ..HostConfig::default() };
             let device = Shuffled::new(HostDevice::new(&config).expect("a device"), seed);
             let held_out = small.held_out(options.batch);
             Driver::new(small, (model, plan), Box::new(device), &options).run(held_out).expect("a run")

@@ -1,4 +1,5 @@
-//! How near `locality-lrtf` comes to what no schedule can beat, over 1,000 random workloads on simulated devices, by the executor that trains.
+//! How near `locality-lrtf` comes to what no schedule can beat, over random workloads on simulated devices, by the executor that trains: the first 400 of
+//! them, or as many as `HYDRA_WORKLOADS` says. What the documents say is of 1,000.
 //!
 //! The distribution is [`Workload::new`]'s. A workload's copies can be hidden where no visit copies for longer, in both directions together, than it
 //! computes. What is wanted there is a makespan within 3 % of the bound in the median and 10 % at the 95th percentile; in 99 % of all
@@ -19,7 +20,11 @@ mod workload;
 use std::sync::atomic::{AtomicU64, Ordering};
 use workload::Workload;
 
-const WORKLOADS: u64 = 1000;
+/// How many are looked at.
+fn workloads() -> u64 {
+    let asked = std::env::var("HYDRA_WORKLOADS").ok();
+    asked.map_or(400, |n| n.parse().expect("HYDRA_WORKLOADS is a number"))
+}
 
 /// Visits of shards that a workload's rehearsals may simulate: a fifth of a second. The largest workloads are hardly rehearsed then.
 const VISITS: u64 = 20_000;
@@ -73,12 +78,12 @@ fn outcome(seed: u64) -> Outcome {
 
 /// The outcomes of all workloads, in the order of their seeds.
 fn outcomes() -> Vec<Outcome> {
-    let next = AtomicU64::new(0);
+    let (next, workloads) = (AtomicU64::new(0), workloads());
     let worker = || {
         let mut outcomes = Vec::new();
         loop {
             let seed = next.fetch_add(1, Ordering::Relaxed);
-            if seed >= WORKLOADS {
+            if seed >= workloads {
                 return outcomes;
             }
             outcomes.push((seed, outcome(seed)));

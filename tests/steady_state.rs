@@ -9,7 +9,7 @@ use hydra::base::{DType, LaneId, LaneKind, Result};
 use hydra::data::{Source, Text, TextOptions, TextSource, Tokenizer};
 use hydra::engine::Engine;
 use hydra::nn;
-use hydra::spill::PlanOptions;
+use hydra::spill::{OnDisk, PlanOptions};
 use hydra::trace::{Keep, Recorder, RecorderOptions};
 use hydra::train::metrics::{Metrics, Row, StepRow};
 use hydra::train::{Observer, Session, StepReport, TrainOptions, Weights, inputs_of, plan_model, trace_model};
@@ -164,7 +164,7 @@ fn check(what: &str, mut session: Session, dir: &Path) {
     INSIDE.with(|inside| inside.set(false));
 }
 
-/// Resident; on its way with every boundary tensor; the same with one slot and recomputation, and with half of it at rest. In f32, and those that differ in bf16.
+/// Resident; on its way with every boundary tensor; the same with one slot and recomputation, with half of it at rest, and from the disk. In f32, and those that differ in bf16.
 fn plans(layers: usize) -> Vec<(&'static str, DType, PlanOptions)> {
     let base = PlanOptions::default();
     let cut: Vec<_> = (0..layers).map(|l| l..l + 1).collect();
@@ -177,7 +177,8 @@ fn plans(layers: usize) -> Vec<(&'static str, DType, PlanOptions)> {
         ("spilled, one slot", DType::F32, PlanOptions { slots: 1, ..spilled.clone() }),
         ("resident", DType::Bf16, resident),
         ("spilled", DType::Bf16, spilled.clone()),
-        ("half at rest", DType::Bf16, PlanOptions { resting: Some(layers / 2), ..spilled }),
+        ("half at rest", DType::Bf16, PlanOptions { resting: Some(layers / 2), ..spilled.clone() }),
+        ("on disk", DType::Bf16, PlanOptions { on_disk: Some(OnDisk::Weights), ..spilled }),
     ]
 }
 
@@ -191,8 +192,9 @@ fn a_gpt_on_text_allocates_nothing_after_the_second_step() {
     let network = nn::from_config("gpt2", config.as_object().expect("an object"), true).expect("a network");
     let text = Text::read(&[path], &Tokenizer::Bytes).expect("a text");
     for (what, dtype, plan) in plans(6) {
+        let disk = Some(dir.path().into());
         let options =
-            TrainOptions { batch: 4, microbatch: 2, clip: Some(1.0), dtype, plan, ..TrainOptions::new(STEPS) };
+            TrainOptions { batch: 4, microbatch: 2, clip: Some(1.0), dtype, plan, disk, ..TrainOptions::new(STEPS) };
         let windows = TextOptions { context: 64, batch: 4, seed: 1, valid_fraction: 0.0 };
         let source: Box<dyn Source> = Box::new(TextSource::open(&text, &windows).expect("long enough").train);
         let model = trace_model(network.as_ref(), &inputs_of(source.as_ref()), &options).expect("a model");
@@ -214,7 +216,8 @@ fn a_resnet_allocates_nothing_after_the_second_step() {
     let small = Small::resnet(&[8, 12], &[1, 1], [21, 19]);
     let layers = small.model(&TrainOptions { batch: 2, microbatch: 2, ..TrainOptions::new(1) }).layers();
     for (what, dtype, plan) in plans(layers) {
-        let options = TrainOptions { batch: 6, microbatch: 3, dtype, plan, ..TrainOptions::new(STEPS) };
+        let disk = Some(dir.path().into());
+        let options = TrainOptions { batch: 6, microbatch: 3, dtype, plan, disk, ..TrainOptions::new(STEPS) };
         let planned = small.plan(&options).expect("a plan");
         let source = small.source(6, 1);
         let session =

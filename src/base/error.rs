@@ -51,6 +51,17 @@ impl Error {
         Error::Io { what: format!("cannot {verb} {}", path.display()), source }
     }
 
+    /// The same where the user named `path`: the input's fault where it cannot be meant, else the machine's.
+    pub fn refused(verb: &str, path: &Path, source: std::io::Error) -> Self {
+        use std::io::ErrorKind::{AlreadyExists, InvalidFilename, InvalidInput, IsADirectory, NotADirectory, NotFound};
+        let cannot_be_meant = matches!(
+            source.kind(),
+            NotFound | NotADirectory | IsADirectory | AlreadyExists | InvalidFilename | InvalidInput
+        );
+        let error = Error::io(verb, path, source);
+        if cannot_be_meant { Error::bad(error) } else { error }
+    }
+
     /// The program's exit code for this error: 2 where the input is at fault, 75 when interrupted, else 1.
     pub fn exit_code(&self) -> u8 {
         match self {

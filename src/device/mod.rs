@@ -12,7 +12,7 @@ mod start;
 mod task;
 
 pub use calibrate::{calibrate, calibrate_fleet};
-pub use start::{DeviceMemory, DeviceSpec, FleetMemory, gpus, start_fleet, why_no_cuda, why_no_emulator};
+pub use start::{DeviceMemory, DeviceSpec, DiskSpec, FleetMemory, gpus, start_fleet, why_no_cuda, why_no_emulator};
 pub use task::{
     AdamwRule, Clip, CopySpan, Memory, Norm, Run, Scalars, Segment, SgdRule, Span, Spans, Task, Update, UpdateRule,
     norm_scratch_bytes,
@@ -70,11 +70,29 @@ pub trait Device {
     /// When the machine has no such memory.
     fn grow_host(&mut self, bytes: u64) -> Result<u64>;
 
+    /// Adds `bytes` zeroed bytes to the disk tier, and gives the offset where they begin.
+    ///
+    /// # Errors
+    /// When there is no disk tier, or no such room.
+    fn grow_disk(&mut self, bytes: u64) -> Result<u64>;
+
     /// Copies `bytes` into host memory at `offset`. The caller has waited for every task that reads or writes there.
     fn write_host(&mut self, offset: u64, bytes: &[u8]);
 
     /// Copies host memory from `offset` into `bytes`. The caller has waited for every task that writes there.
     fn read_host(&self, offset: u64, bytes: &mut [u8]);
+
+    /// Writes `bytes` to the disk tier at `offset`. The caller has waited for every task that reads or writes there.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    fn write_disk(&mut self, offset: u64, bytes: &[u8]) -> Result<()>;
+
+    /// Reads the disk tier from `offset` into `bytes`. The caller has waited for every task that writes there.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    fn read_disk(&self, offset: u64, bytes: &mut [u8]) -> Result<()>;
 
     /// The highest byte of a device's arena that any task has touched so far, plus one.
     fn high_water_bytes(&self, device: u16) -> u64;

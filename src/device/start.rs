@@ -39,6 +39,17 @@ impl From<HostSpec> for DeviceSpec {
     }
 }
 
+/// The disk tier: a file without a name in a folder.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct DiskSpec {
+    /// The folder, which is made where it is missing.
+    pub path: std::path::PathBuf,
+    /// Bytes of the file.
+    pub bytes: u64,
+    /// Bandwidth each way, in bytes per second; `None` is as fast as the disk goes.
+    pub bytes_per_sec: Option<f64>,
+}
+
 /// Memory of devices that are to be started together.
 #[derive(Clone, Debug, Default)]
 pub struct FleetMemory {
@@ -50,6 +61,8 @@ pub struct FleetMemory {
     pub poison: bool,
     /// Bytes per second each way that the links of all devices share; host devices alone.
     pub shared_bytes_per_sec: Option<f64>,
+    /// The disk tier, if plans put anything there.
+    pub disk: Option<DiskSpec>,
 }
 
 /// Allocates memory and starts devices of one kind. Threads, and the emulator's seed, are those of the first.
@@ -68,9 +81,9 @@ pub fn start_fleet(specs: &[DeviceSpec], memory: FleetMemory) -> Result<Box<dyn 
                 DeviceSpec::Host(spec) => Some(HostSpec { arena_bytes, ..spec.clone() }),
                 _ => None,
             });
-            let FleetMemory { host_bytes, poison, shared_bytes_per_sec, .. } = memory;
-            let config =
-                HostConfig { devices: host.collect(), host_bytes, poison, shared_bytes_per_sec, withhold: None };
+            let devices = host.collect();
+            let FleetMemory { host_bytes, poison, shared_bytes_per_sec, disk, .. } = memory;
+            let config = HostConfig { devices, host_bytes, poison, shared_bytes_per_sec, disk, withhold: None };
             Ok(Box::new(HostDevice::new(&config)?))
         }
         #[cfg(feature = "cuda")]
@@ -125,7 +138,7 @@ impl DeviceSpec {
     /// When it is not built in ([`crate::base::Error::BadInput`]) or not there, or memory or threads cannot be had.
     pub fn start(&self, memory: DeviceMemory) -> Result<Box<dyn Device>> {
         let DeviceMemory { arena_bytes, host_bytes, poison } = memory;
-        let memory = FleetMemory { arena_bytes: vec![arena_bytes], host_bytes, poison, shared_bytes_per_sec: None };
+        let memory = FleetMemory { arena_bytes: vec![arena_bytes], host_bytes, poison, ..FleetMemory::default() };
         start_fleet(std::slice::from_ref(self), memory)
     }
 }
@@ -150,6 +163,7 @@ fn start_cuda(
         host_bytes: memory.host_bytes,
         threads,
         poison: memory.poison,
+        disk: memory.disk,
         withhold: None,
     };
     Ok(Box::new(super::cuda::CudaDevice::new(driver, &config)?))

@@ -10,6 +10,8 @@ use std::sync::Arc;
 pub enum Memory {
     /// The host's store.
     Host,
+    /// The disk tier's file.
+    Disk,
     /// A device's arena.
     Device(u16),
 }
@@ -187,7 +189,7 @@ pub struct Update {
 pub enum Task {
     /// A program, on a compute lane.
     Run(Box<Run>),
-    /// Copies, on a copy lane.
+    /// Copies, on a copy lane; from and to the disk, on a disk lane and with the host's store alone.
     Copy(Spans),
     /// `acc[i] += x[i]` over stretches of f32: shared parameters' accumulators are joined.
     Add(Spans),

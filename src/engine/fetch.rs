@@ -44,14 +44,11 @@ impl Engine {
             let tables = &self.members[site.member].tables;
             let piece = if count == 1 { 0..own } else { tables.copies[s][i].clone() };
             let bytes = piece.end - piece.start;
-            let from = site.store(host.weights + shard.own.start + piece.start, bytes);
+            let from = site.weights(shard.own.start + piece.start, bytes);
             let mut spans = vec![CopySpan { from, to: site.arena(base + piece.start, bytes) }];
             if i + 1 == count {
                 for b in tables.borrows[s].iter().filter(|b| !by_device(b.owner)) {
-                    spans.push(CopySpan {
-                        from: site.store(host.weights + b.flat, b.bytes),
-                        to: site.arena(base + b.at, b.bytes),
-                    });
+                    spans.push(CopySpan { from: site.weights(b.flat, b.bytes), to: site.arena(base + b.at, b.bytes) });
                 }
                 let states = shard.states.end - shard.states.start;
                 spans.push(CopySpan {
@@ -81,7 +78,7 @@ impl Engine {
         let beside = self.rings[site.rings].weights.slot_of(site.shard(borrow.owner));
         let from = match beside {
             Some(owner) => site.arena(site.map.weight_slots[owner] + borrow.in_owner, borrow.bytes),
-            None => site.store(site.plan.host.weights + borrow.flat, borrow.bytes),
+            None => site.weights(borrow.flat, borrow.bytes),
         };
         let to = site.arena(site.map.weight_slots[slot] + borrow.at, borrow.bytes);
         self.copy(site, What::FetchWeights, s, None, vec![CopySpan { from, to }]);

@@ -20,7 +20,7 @@ struct Stretch {
 /// The last users of every byte.
 #[derive(Debug, Default)]
 pub(super) struct Hazards {
-    /// The host's, then each device's.
+    /// The host's, the disk's, then each device's.
     memories: Vec<BTreeMap<u64, Stretch>>,
     inside: Vec<u64>,
 }
@@ -41,7 +41,8 @@ impl Hazards {
         }
         let memory = match span.memory {
             Memory::Host => 0,
-            Memory::Device(device) => 1 + usize::from(device),
+            Memory::Disk => 1,
+            Memory::Device(device) => 2 + usize::from(device),
         };
         if self.memories.len() <= memory {
             self.memories.resize_with(memory + 1, BTreeMap::new);

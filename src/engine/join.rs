@@ -31,11 +31,15 @@ impl Engine {
             self.pump()?;
         }
         let store = self.device.grow_host(placed.plan.host.bytes);
+        let disk = match placed.plan.host.disk_bytes {
+            0 => Ok(0),
+            bytes => self.device.grow_disk(bytes),
+        };
         if let Some(turns) = &mut self.turns {
             // What was stirred meanwhile was not asked about.
             (turns.paused, turns.stirred) = (false, true);
         }
-        let store = store?;
+        let home = (store?, disk?);
         let number = self.members.len();
         let new_maps = map.maps.into_iter().map(|maps| maps.into_iter().map(Arc::new).collect::<Vec<_>>());
         let mut ring_of = Vec::new();
@@ -61,7 +65,7 @@ impl Engine {
                 }
             }
             let options = options.clone();
-            self.members.push(Member::new(placed, maps, std::mem::take(&mut ring_of), store, options));
+            self.members.push(Member::new(placed, maps, std::mem::take(&mut ring_of), home, options));
         }
         if let Some(turns) = &mut self.turns {
             turns.add(&self.members[number]);

@@ -68,6 +68,11 @@ pub(super) struct Member {
     pub options: EngineOptions,
     /// Where its part of the host's store begins.
     pub store: u64,
+    /// Where its part of the disk tier begins.
+    pub disk: u64,
+    /// The stages, by number, that its next update and copy from or to the disk use.
+    pub update_stage: usize,
+    pub copy_stage: usize,
     /// How it sees each device's arena.
     pub maps: Vec<Arc<ArenaMap>>,
     /// Its slots on each device, by number among the executor's.
@@ -105,7 +110,7 @@ impl Member {
         placed: &Placed,
         maps: Vec<Arc<ArenaMap>>,
         rings: Vec<usize>,
-        store: u64,
+        (store, disk): (u64, u64),
         options: EngineOptions,
     ) -> Self {
         let Placed { model, plan, .. } = placed;
@@ -117,6 +122,9 @@ impl Member {
             placed: placed.clone(),
             options,
             store,
+            disk,
+            update_stage: 0,
+            copy_stage: 0,
             maps,
             rings,
             pending: VecDeque::with_capacity(4),

@@ -5,6 +5,7 @@
 //! a step is expanded at once; where several models share devices, a unit is expanded when a policy gives it to a device (`turns`). The loop
 //! waits in one place, for the next completion, and never for longer than the watchdog's patience.
 
+mod disk;
 mod fault;
 mod fetch;
 mod hazards;
@@ -115,6 +116,14 @@ struct Lanes {
     h2d: u16,
     d2h: u16,
     host: u16,
+    disk: Option<DiskLanes>,
+}
+
+/// Numbers of the disk tier's lanes.
+#[derive(Clone, Copy, Debug)]
+struct DiskLanes {
+    read: u16,
+    write: u16,
 }
 
 /// Stands for the step in tasks of an evaluation; even, like the results that it uses.
@@ -174,7 +183,8 @@ impl Engine {
         let mut rings = Vec::new();
         let mut shared: Vec<Option<usize>> = vec![None; lanes.len()];
         let mut members = Vec::new();
-        for (((placed, options), maps), store) in models.iter().zip(options).zip(map.maps).zip(map.stores) {
+        let homes = map.stores.into_iter().zip(map.disks);
+        for (((placed, options), maps), home) in models.iter().zip(options).zip(map.maps).zip(homes) {
             let of_device = |(d, map): (usize, &crate::spill::ArenaMap)| {
                 let mut make = || {
                     rings.push(Rings::new(map, placed.home == Home::Anywhere));
@@ -183,7 +193,7 @@ impl Engine {
                 if placed.home == Home::Anywhere { *shared[d].get_or_insert_with(make) } else { make() }
             };
             let ring_of = maps.iter().enumerate().map(of_device).collect();
-            members.push(Member::new(placed, maps.into_iter().map(Arc::new).collect(), ring_of, store, options));
+            members.push(Member::new(placed, maps.into_iter().map(Arc::new).collect(), ring_of, home, options));
         }
         // The three units of a shard, with their copies, for every microbatch, twice over for two steps in flight.
         let events = |m: &Member| 16 * m.plan.shards.len() * (m.model.microbatches + 2);
@@ -270,7 +280,10 @@ fn lanes_of(device: &dyn Device) -> Vec<Lanes> {
     let find = |id: LaneId| device.lanes().iter().position(|&l| l == id).map(|i| i as u16);
     let lane = |id| find(id).expect("every device has the three lanes, and the host one for arithmetic");
     let devices = device.lanes().iter().filter(|l| !l.is_host()).map(|l| l.device + 1).max().unwrap_or(0);
+    let disk = find(LaneId::host(LaneKind::DiskRead)).zip(find(LaneId::host(LaneKind::DiskWrite)));
+    let disk = disk.map(|(read, write)| DiskLanes { read, write });
     let of = |d: u16| Lanes {
+        disk,
         compute: lane(LaneId::device(d, LaneKind::Compute)),
         h2d: lane(LaneId::device(d, LaneKind::HostToDevice)),
         d2h: lane(LaneId::device(d, LaneKind::DeviceToHost)),

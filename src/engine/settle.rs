@@ -8,6 +8,7 @@ use super::Engine;
 use super::site::Site;
 use super::tables::Join;
 use crate::device::{CopySpan, Norm, Span, Task, UpdateRule, norm_scratch_bytes};
+use crate::spill::OnDisk;
 use crate::trace::What;
 use std::ops::Range;
 use std::sync::Arc;
@@ -69,6 +70,9 @@ impl Engine {
             return;
         }
         self.join_and_norm(site, done, self.sequence);
+        if !rests && choice.on_disk >= OnDisk::Gradients {
+            self.put_off_gradient(site, done);
+        }
         if s == 0 {
             self.bring_norms(site);
             for shard in 0..n {

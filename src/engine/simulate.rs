@@ -7,7 +7,7 @@ use crate::base::{LaneKind, Result};
 use crate::device::sim::{CostModel, SimDevice};
 use crate::graph::Area;
 use crate::sched::{Bounds, DeviceRates, ModelWork, Policy};
-use crate::spill::{ArenaMap, BoundaryTier, FleetMap, Home, Model, Placed, Plan, update_state_bytes};
+use crate::spill::{ArenaMap, BoundaryTier, FleetMap, Home, Model, OnDisk, Placed, Plan, update_state_bytes};
 use crate::trace::{Bound, LaneSum, Recorder};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -60,7 +60,8 @@ pub fn simulate(placed: &[Placed], options: SimulateOptions) -> Result<Simulatio
     let pipelines = policy.as_ref().is_some_and(|policy| policy.pipelines());
     let arena_bytes = if arena_bytes.is_empty() { vec![0; costs.len()] } else { arena_bytes };
     let devices = costs.len();
-    let device = Box::new(SimDevice::new(costs.clone()).with_shared_link(shared_bytes_per_sec));
+    let disk = disk_bytes_per_sec(placed.iter().map(|p| p.plan.as_ref()), &costs[0]);
+    let device = Box::new(SimDevice::new(costs.clone()).with_shared_link(shared_bytes_per_sec).with_disk(disk));
     let turns = policy.map(|policy| TurnOptions {
         policy,
         units,
@@ -139,6 +140,12 @@ pub struct Prediction {
     pub bound: Bound,
 }
 
+/// How fast the disk tier is, where any of these plans has one.
+fn disk_bytes_per_sec<'a>(mut plans: impl Iterator<Item = &'a Plan>, cost: &CostModel) -> Option<f64> {
+    let any = plans.any(|plan| plan.choice.on_disk > OnDisk::Nothing);
+    any.then(|| cost.disk_bytes_per_sec())
+}
+
 /// Predicts a steady step of `plan` by running the executor on a simulated device.
 ///
 /// # Errors
@@ -147,7 +154,8 @@ pub fn predict(model: &Arc<Model>, plan: &Arc<Plan>, cost: &CostModel, clip: boo
     /// Steps until the lanes have settled into their rhythm, and steps that are averaged.
     const WARM: u64 = 3;
     const MEASURED: u64 = 4;
-    let device = Box::new(SimDevice::new(vec![cost.clone()]));
+    let disk = disk_bytes_per_sec(std::iter::once(plan.as_ref()), cost);
+    let device = Box::new(SimDevice::new(vec![cost.clone()]).with_disk(disk));
     let mut engine = Engine::new(Arc::clone(model), Arc::clone(plan), device, EngineOptions::new(0, model));
     let rule = any_rule(plan.moments);
     let mut busy = vec![0.0; engine.device.lanes().len()];

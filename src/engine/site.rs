@@ -3,7 +3,7 @@
 use super::rings::{Place, ShardOf};
 use super::{Engine, Lanes, NO_STEP};
 use crate::device::{Memory, Span};
-use crate::spill::{ArenaMap, Model, Plan};
+use crate::spill::{ArenaMap, Model, OnDisk, Plan};
 use std::sync::Arc;
 
 /// A model on a device, at work: where its tensors are there, and what the tasks belong to.
@@ -18,6 +18,8 @@ pub(super) struct Site {
     pub lanes: Lanes,
     /// Where the model's part of the host's store begins.
     pub store: u64,
+    /// Where its part of the disk tier begins.
+    pub disk: u64,
     pub step: u64,
     pub serial: u64,
 }
@@ -29,6 +31,24 @@ impl Site {
 
     pub fn store(&self, offset: u64, bytes: u64) -> Span {
         Span { memory: Memory::Host, offset: self.store + offset, bytes }
+    }
+
+    /// A stretch of what is at home on the disk from `least` on, and in the store before.
+    pub fn home(&self, least: OnDisk, offset: u64, bytes: u64) -> Span {
+        match self.plan.choice.on_disk >= least {
+            true => Span { memory: Memory::Disk, offset: self.disk + offset, bytes },
+            false => self.store(offset, bytes),
+        }
+    }
+
+    /// A stretch of the weights at home, by its start in the flat order.
+    pub fn weights(&self, flat: u64, bytes: u64) -> Span {
+        self.home(OnDisk::Weights, self.plan.host.weights + flat, bytes)
+    }
+
+    /// A stretch of moments or remainders at home.
+    pub fn update_state(&self, offset: u64, bytes: u64) -> Span {
+        self.home(OnDisk::UpdateState, offset, bytes)
     }
 
     pub fn shard(&self, shard: usize) -> ShardOf {
@@ -62,6 +82,7 @@ impl Engine {
             rings: m.rings[usize::from(device)],
             lanes: self.lanes[usize::from(device)],
             store: m.store,
+            disk: m.disk,
             step: NO_STEP,
             serial: 0,
         }

@@ -3,10 +3,9 @@
 use super::Engine;
 use crate::base::{DType, Error, Result};
 use crate::device::host::master;
-use crate::device::{CopySpan, Device};
+use crate::device::{CopySpan, Device, Memory, Span};
 use crate::trace::What;
 use half::bf16;
-use std::ops::Range;
 
 /// A tensor's place in the flat order, by kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,43 +22,71 @@ impl Engine {
         self.members[model].store + offset
     }
 
-    /// Writes a parameter's elements, or its moment's, into the host's store. Call it before the model's first step.
-    pub fn write_parameter(&mut self, model: usize, what: Stored, parameter: usize, values: &[f32]) {
-        let member = &self.members[model];
-        let (host, layout) = (&member.plan.host, &member.model.layout);
-        let at = layout.parameter[parameter];
+    /// Where a parameter is at home, or its moment, and of a bf16 weight the remainder.
+    fn at_home(&self, model: usize, what: Stored, parameter: usize) -> (Span, Option<Span>) {
+        let site = self.site(model, 0);
+        let (host, at) = (&site.plan.host, site.model.layout.parameter[parameter]);
+        let elems = site.model.train.parameters[parameter].shape.elems() as u64;
+        let float = site.model.train.float.bytes();
         match what {
-            Stored::Weight if member.model.has_remainders() => {
-                let (weights, remainders) = (member.store + host.weights + at, member.store + host.remainders + at);
-                let (high, low): (Vec<u16>, Vec<u16>) = values.iter().map(|&x| master::split(x)).unzip();
-                self.device.write_host(weights, bytemuck::cast_slice(&high));
-                self.device.write_host(remainders, bytemuck::cast_slice(&low));
-            }
             Stored::Weight => {
-                self.device.write_host(member.store + host.weights + at, bytemuck::cast_slice(values));
+                let weight = site.weights(at, elems * float);
+                let remainder = || site.update_state(host.remainders + at, weight.bytes);
+                (weight, site.model.has_remainders().then(remainder))
             }
             Stored::Moment(i) => {
-                let offset = member.store + host.moments[i] + at * layout.wide_ratio;
-                self.device.write_host(offset, bytemuck::cast_slice(values));
+                (site.update_state(host.moments[i] + at * site.model.layout.wide_ratio, elems * 4), None)
             }
         }
     }
 
-    /// Reads a parameter's elements, or its moment's, from the host's store. Call [`Engine::wait_home`] first.
-    pub fn read_parameter(&self, model: usize, what: Stored, parameter: usize) -> Vec<f32> {
-        let member = &self.members[model];
-        let (host, layout) = (&member.plan.host, &member.model.layout);
-        let at = layout.parameter[parameter];
-        let elems = member.model.train.parameters[parameter].shape.elems();
-        match what {
-            Stored::Weight if member.model.has_remainders() => {
-                let high = self.read::<u16>(model, host.weights + at, elems);
-                let low = self.read::<u16>(model, host.remainders + at, elems);
-                high.into_iter().zip(low).map(|(high, low)| master::join(high, low)).collect()
+    /// Writes a parameter's elements, or its moment's, to where it is at home. Call it before the model's first step.
+    ///
+    /// # Errors
+    /// When it is at home on the disk, and that fails.
+    pub fn write_parameter(&mut self, model: usize, what: Stored, parameter: usize, values: &[f32]) -> Result<()> {
+        match self.at_home(model, what, parameter) {
+            (weight, Some(remainder)) => {
+                let (high, low): (Vec<u16>, Vec<u16>) = values.iter().map(|&x| master::split(x)).unzip();
+                self.write_at(weight, bytemuck::cast_slice(&high))?;
+                self.write_at(remainder, bytemuck::cast_slice(&low))
             }
-            Stored::Weight => self.read(model, host.weights + at, elems),
-            Stored::Moment(i) => self.read(model, host.moments[i] + at * layout.wide_ratio, elems),
+            (place, None) => self.write_at(place, bytemuck::cast_slice(values)),
         }
+    }
+
+    /// Reads a parameter's elements, or its moment's, from where it is at home. Call [`Engine::wait_home`] first.
+    ///
+    /// # Errors
+    /// When it is at home on the disk, and that fails.
+    pub fn read_parameter(&self, model: usize, what: Stored, parameter: usize) -> Result<Vec<f32>> {
+        match self.at_home(model, what, parameter) {
+            (weight, Some(remainder)) => {
+                let (high, low) = (self.read_at::<u16>(weight)?, self.read_at::<u16>(remainder)?);
+                Ok(high.into_iter().zip(low).map(|(high, low)| master::join(high, low)).collect())
+            }
+            (place, None) => self.read_at(place),
+        }
+    }
+
+    fn write_at(&mut self, place: Span, bytes: &[u8]) -> Result<()> {
+        debug_assert_eq!(place.bytes, bytes.len() as u64);
+        match place.memory {
+            Memory::Disk => self.device.write_disk(place.offset, bytes),
+            _ => {
+                self.device.write_host(place.offset, bytes);
+                Ok(())
+            }
+        }
+    }
+
+    fn read_at<T: bytemuck::Pod>(&self, place: Span) -> Result<Vec<T>> {
+        let mut values = vec![T::zeroed(); place.bytes as usize / size_of::<T>()];
+        match place.memory {
+            Memory::Disk => self.device.read_disk(place.offset, bytemuck::cast_slice_mut(&mut values))?,
+            _ => self.device.read_host(place.offset, bytemuck::cast_slice_mut(&mut values)),
+        }
+        Ok(values)
     }
 
     /// Elements of a model's part of the host's store.
@@ -83,7 +110,7 @@ impl Engine {
         self.read(model, offset, member.model.train.states[state].shape.elems())
     }
 
-    /// Waits until nothing of a model runs, and every weight, moment and state of it is in the host's store.
+    /// Waits until nothing of a model runs, and every weight, moment and state of it is at home: in the host's store, or on the disk.
     ///
     /// # Errors
     /// When a device fails or stalls, or the model has ended before its time.
@@ -99,13 +126,14 @@ impl Engine {
             }
             let (plan, shard) = (&site.plan, &site.plan.shards[s].layout);
             let slot = site.map.weight_slots[s];
-            let copy = |arena: u64, host: u64, stretch: &Range<u64>| {
-                let bytes = stretch.end - stretch.start;
-                CopySpan { from: site.arena(arena, bytes), to: site.store(host + stretch.start, bytes) }
-            };
+            let copy = |arena: u64, to: Span| CopySpan { from: site.arena(arena, to.bytes), to };
+            let (own, states) = (&shard.own, &shard.states);
             let mut copies = vec![
-                copy(slot, plan.host.weights, &shard.own),
-                copy(slot + site.map.states_at[s], plan.host.states, &shard.states),
+                copy(slot, site.weights(own.start, own.end - own.start)),
+                copy(
+                    slot + site.map.states_at[s],
+                    site.store(plan.host.states + states.start, states.end - states.start),
+                ),
             ];
             if self.members[model].state_fetched {
                 copies.extend(Engine::resident_state(&site, s).map(|(from, to)| CopySpan { from, to }));

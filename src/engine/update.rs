@@ -3,11 +3,12 @@
 //! Where a shard is settled (`settle`) says which device or host does it; the tasks are the same, and so are the bits.
 
 use super::Engine;
+use super::disk::UpdatePiece;
 use super::settle::{Settled, within};
 use super::site::Site;
 use super::tables::Piece;
 use crate::device::{Clip, CopySpan, Span, Task, Update};
-use crate::spill::{Home, update_state_bytes};
+use crate::spill::{Home, OnDisk, update_state_bytes};
 use crate::trace::What;
 use std::ops::Range;
 
@@ -39,11 +40,12 @@ impl Engine {
         // Moments and gradients may be wider than weights, and lie as many times further on.
         let ratio = site.model.layout.wide_ratio;
         let (wide_start, wide_bytes) = (start * ratio, bytes * ratio);
-        let (weight, remainder, moments) = if plan.choice.rests(s) {
+        let gradient = within(Self::gradients(site, done), wide_start, wide_bytes);
+        let mut piece = if plan.choice.rests(s) {
             let of = |at: &u64| site.arena(at + wide_start, wide_bytes);
             let remainder = map.remainders.get(s).map(|at| site.arena(at + start, bytes));
             let moments = [0, 1].map(|i| map.moments[i].get(s).map(of));
-            (site.arena(map.weight_slots[s] + start, bytes), remainder, moments)
+            UpdatePiece { weight: site.arena(map.weight_slots[s] + start, bytes), remainder, moments, gradient }
         } else if let Some(state) = visiting {
             let slot = self.rings[site.rings].weights.find(site.shard(s));
             let slot = slot.expect("the shard's backward has just used its weights here");
@@ -51,14 +53,17 @@ impl Engine {
                 [0, 1].map(|i| (i < plan.moments).then(|| site.arena(state + i as u64 * wide_bytes, wide_bytes)));
             let after_moments = state + plan.moments as u64 * wide_bytes;
             let remainder = site.model.has_remainders().then(|| site.arena(after_moments, bytes));
-            (site.arena(map.weight_slots[slot], bytes), remainder, moments)
+            UpdatePiece { weight: site.arena(map.weight_slots[slot], bytes), remainder, moments, gradient }
         } else {
-            let of = |i: usize| site.store(plan.host.moments[i] + flat * ratio, wide_bytes);
-            let remainder = site.model.has_remainders().then(|| site.store(plan.host.remainders + flat, bytes));
+            let of = |i: usize| site.update_state(plan.host.moments[i] + flat * ratio, wide_bytes);
+            let remainder = site.model.has_remainders().then(|| site.update_state(plan.host.remainders + flat, bytes));
             let moments = [0, 1].map(|i| (i < plan.moments).then(|| of(i)));
-            (site.store(plan.host.weights + flat, bytes), remainder, moments)
+            let waits = done.clip.is_some() && plan.choice.on_disk >= OnDisk::Gradients;
+            let gradient = if waits { Self::waiting_gradient(site, s, &(start..end)) } else { gradient };
+            UpdatePiece { weight: site.weights(flat, bytes), remainder, moments, gradient }
         };
-        let gradient = within(Self::gradients(site, done), wide_start, wide_bytes);
+        let goes_back = self.stage_update(site, s, &mut piece, deadline);
+        let UpdatePiece { weight, remainder, moments, gradient } = piece;
         let loss_bytes = 4 * site.model.microbatches as u64;
         let gate = match Self::on_device(site, s) {
             true => site.arena(map.losses[site.parity()], loss_bytes),
@@ -72,15 +77,16 @@ impl Engine {
         let update = Update { rule: done.rule, segments, weight, remainder, moments, gradient, clip, gate };
         let task = Task::Update(Box::new(update));
         self.add(site, Self::math_lane(site, s), (What::Update, s), deadline, task, &reads, &writes);
+        self.write_disk(site, s, deadline, goes_back);
     }
 
     /// What only updates touch of a shard, end to end as it visits: sizes, and where it is at home.
     fn update_state_at_home(site: &Site, s: usize) -> impl Iterator<Item = Span> {
         let (own, ratio, host) = (&site.plan.shards[s].layout.own, site.model.layout.wide_ratio, &site.plan.host);
         let bytes = own.end - own.start;
-        let moment = |i: usize| site.store(host.moments[i] + own.start * ratio, bytes * ratio);
+        let moment = |i: usize| site.update_state(host.moments[i] + own.start * ratio, bytes * ratio);
         let moments = [0, 1].map(|i| (i < site.plan.moments).then(|| moment(i)));
-        let remainder = site.model.has_remainders().then(|| site.store(host.remainders + own.start, bytes));
+        let remainder = site.model.has_remainders().then(|| site.update_state(host.remainders + own.start, bytes));
         moments.into_iter().chain([remainder]).flatten()
     }
 
@@ -108,7 +114,7 @@ impl Engine {
         for i in 0..self.members[site.member].tables.copies[s].len() {
             let Range { start, end } = self.members[site.member].tables.copies[s][i];
             let from = site.arena(site.map.weight_slots[slot] + start, end - start);
-            let to = site.store(site.plan.host.weights + own.start + start, end - start);
+            let to = site.weights(own.start + start, end - start);
             self.copy(site, What::SpillWeights, s, None, vec![CopySpan { from, to }]);
         }
         let mut at = state;
@@ -141,11 +147,7 @@ impl Engine {
             let borrows = self.members[site.member].tables.borrows[user].iter().filter(|b| b.owner == s);
             let copies = borrows.map(|b| {
                 let from = site.arena(site.map.weight_slots[s] + b.in_owner, b.bytes);
-                (
-                    from,
-                    site.store(site.plan.host.weights + b.flat, b.bytes),
-                    there.arena(there.map.weight_slots[user] + b.at, b.bytes),
-                )
+                (from, site.weights(b.flat, b.bytes), there.arena(there.map.weight_slots[user] + b.at, b.bytes))
             });
             if there.device == site.device {
                 let spans = copies.map(|(from, _, to)| CopySpan { from, to }).collect();
@@ -166,7 +168,8 @@ impl Engine {
     fn fetch_updated(&mut self, site: &Site, s: usize, deadline: u64) -> bool {
         let (member, weights) = (&self.members[site.member], &self.rings[site.rings].weights);
         let spare = weights.len().saturating_sub(site.plan.choice.slots);
-        if spare == 0 || member.placed.home != Home::Anywhere || !member.returns[s] {
+        let on_disk = site.plan.choice.on_disk >= OnDisk::Weights;
+        if spare == 0 || on_disk || member.placed.home != Home::Anywhere || !member.returns[s] {
             return false;
         }
         let others = || self.members.iter().filter(|m| m.placed.home == Home::Anywhere && !m.over);
@@ -213,7 +216,7 @@ impl Engine {
         let spans = [remainder, moments[0], moments[1]].map(|place| {
             place.map(|(arena, host, ratio)| {
                 let bytes = (own.end - own.start) * ratio;
-                (site.arena(arena, bytes), site.store(host + own.start * ratio, bytes))
+                (site.arena(arena, bytes), site.update_state(host + own.start * ratio, bytes))
             })
         });
         spans.into_iter().flatten()

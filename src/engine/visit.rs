@@ -337,9 +337,10 @@ impl Engine {
         self.enter(order, reads.iter().copied(), writes.iter().copied());
     }
 
-    /// Adds a copy; its lane follows from where it goes.
+    /// Adds a copy; its lane follows from where it goes. What is on the disk goes by way of the host's memory.
     pub(super) fn copy(&mut self, site: &Site, what: What, s: usize, m: Option<usize>, mut spans: Vec<CopySpan>) {
         spans.retain(|c| c.from.bytes > 0);
+        self.copy_by_stages(site, what, s, &mut spans);
         if spans.is_empty() {
             return;
         }

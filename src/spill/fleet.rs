@@ -70,6 +70,10 @@ pub struct FleetMap {
     pub stores: Vec<u64>,
     /// Bytes of the host's store.
     pub host_bytes: u64,
+    /// Where each model's part of the disk tier begins.
+    pub disks: Vec<u64>,
+    /// Bytes of the disk tier.
+    pub disk_bytes: u64,
 }
 
 impl FleetMap {
@@ -98,7 +102,9 @@ impl FleetMap {
         }
         let mut tape = Tape::default();
         let stores = models.iter().map(|m| tape.take(m.plan.host.bytes)).collect();
-        FleetMap { maps, arena_bytes, stores, host_bytes: tape.end }
+        let mut disk = Tape::default();
+        let disks = models.iter().map(|m| disk.take(m.plan.host.disk_bytes)).collect();
+        FleetMap { maps, arena_bytes, stores, host_bytes: tape.end, disks, disk_bytes: disk.end }
     }
 }
 

@@ -5,6 +5,7 @@
 //! and copy nothing.
 
 use super::fleet::{FleetMap, Home, Placed};
+use super::homes::{HomeBudgets, find_homes};
 use super::model::Model;
 use super::plan::{Plan, PlanOptions};
 use crate::base::{Error, Result, format_bytes};
@@ -49,35 +50,15 @@ pub struct FleetPlan {
 ///
 /// # Errors
 /// [`Error::OutOfBudget`] that names the models which do not fit; [`Error::BadInput`] for absurd options.
-pub fn plan_fleet(models: &[FleetModel], devices: &[FleetDevice], host_budget: Option<u64>) -> Result<FleetPlan> {
+pub fn plan_fleet(models: &[FleetModel], devices: &[FleetDevice], budgets: HomeBudgets) -> Result<FleetPlan> {
     let moving = plan_anywhere(models, devices)?;
     let placed = match plan_at_home(models, devices)? {
         // Somebody who stays copies nothing; somebody who moves leaves no device idle.
         Some((staying, secs)) if secs <= UNEVEN * makespan_secs(models, &moving.placed, devices) => staying,
         _ => moving.placed,
     };
-    check_host(&placed, devices.len(), host_budget)?;
+    let placed = find_homes(&placed, budgets)?;
     Ok(FleetPlan { placed, smallest_device_bytes: moving.smallest_device_bytes })
-}
-
-/// Refuses what the host's store cannot hold.
-///
-/// # Errors
-/// [`Error::OutOfBudget`].
-pub fn check_host(placed: &[Placed], devices: usize, host_budget: Option<u64>) -> Result<()> {
-    let needs = FleetMap::new(placed, devices).host_bytes;
-    match host_budget.filter(|&budget| needs > budget) {
-        None => Ok(()),
-        Some(budget) => Err(Error::OutOfBudget {
-            message: format!(
-                "the host's store needs {} ({needs} bytes) for {} models, its budget is {} ({budget} bytes)",
-                format_bytes(needs),
-                placed.len(),
-                format_bytes(budget)
-            ),
-            smallest_device_bytes: placed.iter().map(|p| p.plan.smallest_device_bytes).max().unwrap_or(0),
-        }),
-    }
 }
 
 /// The least that plans which move can take: all seconds over all devices, or the longest of them.

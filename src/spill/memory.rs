@@ -1,10 +1,11 @@
-//! Where everything lies: the map of a device's arena and of the host's store under one choice of cut, slots and tiers.
+//! Where everything lies on a device: the map of its arena under one choice of cut, slots and tiers.
 //!
 //! A map is made by laying stretches end to end; its total is the exact number of bytes that the run will touch, which is what
 //! budgets are held against.
 
 use super::model::Model;
 use super::shard::ShardPrograms;
+use super::store::OnDisk;
 use crate::base::align_up;
 use crate::device::norm_scratch_bytes;
 use crate::graph::{ALIGNMENT, Area};
@@ -64,6 +65,8 @@ pub struct Choice {
     pub crosses: bool,
     /// Microbatches go through the shards one behind the other.
     pub pipelined: bool,
+    /// What is at home in the disk tier instead of the host's store.
+    pub on_disk: OnDisk,
 }
 
 impl Choice {
@@ -106,35 +109,6 @@ pub struct ArenaMap {
     pub saved: Vec<Vec<u64>>,
     /// The workspace, last so that the peak is a program's own.
     pub workspace: u64,
-    /// One past the last byte.
-    pub bytes: u64,
-}
-
-/// The map of the host's store, in bytes from its start.
-#[derive(Clone, Debug, PartialEq, Default)]
-pub struct HostMap {
-    /// Weights in flat order.
-    pub weights: u64,
-    /// States in flat order.
-    pub states: u64,
-    /// Remainders of bf16 weights in flat order.
-    pub remainders: u64,
-    /// Moments in flat order.
-    pub moments: [u64; 2],
-    /// Gradients of each shard, shared uses included.
-    pub shard_gradients: Vec<u64>,
-    /// Sums of squares, for steps of even and odd number.
-    pub norms: [u64; 2],
-    /// Losses, for steps of even and odd number.
-    pub losses: [u64; 2],
-    /// Staging of the batch: by parity, input and microbatch 0; microbatches follow each other.
-    pub inputs: [Vec<u64>; 2],
-    /// Boundary activations by boundary and microbatch.
-    pub activations: Vec<Vec<u64>>,
-    /// Boundary gradients by boundary and microbatch.
-    pub gradients: Vec<Vec<u64>>,
-    /// Where an evaluation's logits arrive.
-    pub logits: u64,
     /// One past the last byte.
     pub bytes: u64,
 }
@@ -272,44 +246,4 @@ pub(super) fn visiting_gradient_bytes(model: &Model, shards: &[ShardPrograms], s
     let others = shards.iter().enumerate().filter(|&(s, _)| s != shard).flat_map(|(_, o)| &o.layout.shared);
     let owned = others.filter(|u| own.contains(&model.layout.parameter[u.parameter]));
     owned.map(|u| align_up(model.gradient_bytes(u.parameter), ALIGNMENT)).sum()
-}
-
-/// Maps the host's store.
-pub fn host_map(model: &Model, shards: &[ShardPrograms], choice: &Choice, moments: usize) -> HostMap {
-    let mut tape = Tape::default();
-    let (n, microbatches) = (shards.len(), model.microbatches);
-    let graph = &model.train;
-    let parameter_bytes = model.layout.parameter_bytes;
-    let boundaries = |tape: &mut Tape, tier: BoundaryTier| match tier {
-        BoundaryTier::Host { .. } if n > 1 => {
-            shards[..n - 1].iter().map(|s| tape.take_many(microbatches, s.boundary_bytes)).collect()
-        }
-        _ => Vec::new(),
-    };
-    let logits = model.eval.as_ref().and_then(|g| g.logits.map(|v| g.bytes(v))).unwrap_or(0);
-    let map = HostMap {
-        weights: tape.take(parameter_bytes),
-        states: tape.take(model.layout.state_bytes),
-        remainders: if model.has_remainders() { tape.take(parameter_bytes) } else { 0 },
-        moments: [0, 1].map(|i| if i < moments { tape.take(parameter_bytes * model.layout.wide_ratio) } else { 0 }),
-        shard_gradients: shards
-            .iter()
-            .enumerate()
-            .map(
-                |(s, shard)| {
-                    if choice.rests(s) && !choice.crosses { 0 } else { tape.take(shard.layout.gradient_bytes) }
-                },
-            )
-            .collect(),
-        norms: [0, 1].map(|_| tape.take(8 * graph.parameters.len() as u64)),
-        losses: [0, 1].map(|_| tape.take(4 * microbatches as u64)),
-        inputs: [0, 1].map(|_| {
-            graph.inputs.iter().map(|input| tape.take(microbatches as u64 * graph.bytes(input.value))).collect()
-        }),
-        activations: boundaries(&mut tape, choice.activations),
-        gradients: boundaries(&mut tape, choice.gradients),
-        logits: tape.take(logits),
-        bytes: 0,
-    };
-    HostMap { bytes: tape.end, ..map }
 }

@@ -5,20 +5,24 @@ mod cut;
 mod estimate;
 mod fleet;
 mod fleet_plan;
+mod homes;
 mod memory;
 mod model;
 mod plan;
 mod search;
 mod shard;
 mod stand_in;
+mod store;
 
 pub use baselines::{Baseline, Lined, place_baseline};
 pub use cut::{CutRule, balanced, max_fill};
 pub use fleet::{FleetMap, Home, Placed, update_state_bytes};
 pub use fleet_plan::{
-    FleetDevice, FleetModel, FleetPlan, check_host, named, plan_anywhere, plan_at_home, plan_fleet, plan_pipelined,
+    FleetDevice, FleetModel, FleetPlan, named, plan_anywhere, plan_at_home, plan_fleet, plan_pipelined,
 };
-pub use memory::{ArenaMap, BoundaryTier, Choice, HostMap, visiting_gradients_at};
+pub use homes::{HomeBudgets, find_homes};
+pub use memory::{ArenaMap, BoundaryTier, Choice, visiting_gradients_at};
 pub use model::Model;
 pub use plan::{Plan, PlanOptions, Recompute};
 pub use shard::ShardPrograms;
+pub use store::{HostMap, OnDisk, update_stage_parts};

@@ -3,13 +3,14 @@
 //! A plan never decides a bit of the result, only time and bytes.
 
 use super::cut::CutRule;
-use super::memory::{ArenaMap, Choice, HostMap};
+use super::homes::{HomeBudgets, Homes, choose_homes};
+use super::memory::{ArenaMap, Choice};
 use super::model::Model;
 use super::search::Search;
 use super::shard::ShardPrograms;
-use crate::base::{Error, Result, align_up, format_bytes};
+use super::store::{HostMap, OnDisk, host_map, stretches};
+use crate::base::{Error, Result, format_bytes};
 use crate::device::sim::CostModel;
-use crate::graph::ALIGNMENT;
 use std::ops::Range;
 
 /// Whether a shard's forward is computed again in its backward.
@@ -31,6 +32,10 @@ pub struct PlanOptions {
     pub device_budget: Option<u64>,
     /// Bytes of the host's store.
     pub host_budget: Option<u64>,
+    /// Bytes of the disk tier, to which goes what the host's store has no room for; 0 is no disk.
+    pub disk_budget: u64,
+    /// Force what goes there, whatever the budgets; `None` is as little as will do.
+    pub on_disk: Option<OnDisk>,
     /// Weight slots; 1 is no double buffering.
     pub slots: usize,
     /// Recomputation.
@@ -70,6 +75,8 @@ impl Default for PlanOptions {
         PlanOptions {
             device_budget: None,
             host_budget: None,
+            disk_budget: 0,
+            on_disk: None,
             slots: 2,
             recompute: Recompute::Auto,
             moments: 2,
@@ -121,23 +128,17 @@ impl Plan {
         search.run()?;
         let smallest =
             search.smallest.expect("every model has the cut into its layers, and each cut a smallest choice");
-        match search.best {
+        // What the host has no room for is refused by what it lacks.
+        match search.best.or(search.homeless) {
             Some(best) => {
                 let plan = best.plan(model, options, smallest.arena.bytes);
-                if let Some(budget) = options.host_budget
-                    && plan.host.bytes > budget
-                {
-                    return Err(Error::OutOfBudget {
-                        message: format!(
-                            "the host's store needs {} ({} bytes), its budget is {} ({budget} bytes)",
-                            format_bytes(plan.host.bytes),
-                            plan.host.bytes,
-                            format_bytes(budget)
-                        ),
-                        smallest_device_bytes: smallest.arena.bytes,
-                    });
-                }
-                Ok(plan)
+                let homes = [plan.homes(model)];
+                let budgets = HomeBudgets { host: options.host_budget, disk: options.disk_budget };
+                let on_disk = match options.on_disk {
+                    Some(on_disk) => on_disk,
+                    None => choose_homes(&homes, budgets, smallest.arena.bytes)?[0],
+                };
+                Ok(if on_disk == OnDisk::Nothing { plan } else { plan.at_home(model, on_disk) })
             }
             None => {
                 let needs = smallest.arena.bytes;
@@ -162,15 +163,22 @@ impl Plan {
 
     /// The stretches in which a shard's own weights come and go, in bytes from its first.
     pub fn copies(&self, shard: usize) -> Vec<Range<u64>> {
-        // Smaller pieces cost more to start than they hide: at 10 GB/s this is 26 microseconds. Where no update waits for a piece, a
-        // piece only keeps a lane from boundary tensors; 0.4 milliseconds of that do no harm.
-        let least_bytes: u64 = if self.choice.updates_on_device { 4 << 20 } else { 256 << 10 };
-        const MOST: u64 = 8;
-        let bytes = self.own_bytes(shard);
-        let most = if self.choice.rests(shard) || self.choice.slots == 1 { 1 } else { MOST };
-        let count = most.min(bytes / least_bytes).max(1);
-        let at = |i: u64| if i == count { bytes } else { align_up(bytes * i / count, ALIGNMENT) };
-        (0..count).map(|i| at(i)..at(i + 1)).collect()
+        stretches(&self.choice, shard, self.own_bytes(shard), self.host.copy_stage_bytes)
+    }
+
+    /// What it takes of host memory and of the disk tier, by what is at home in that.
+    pub(super) fn homes(&self, model: &Model) -> Homes {
+        OnDisk::ALL.map(|on_disk| {
+            let choice = Choice { on_disk, ..self.choice.clone() };
+            let map = host_map(model, &self.shards, &choice, self.moments);
+            (map.bytes, map.disk_bytes)
+        })
+    }
+
+    /// The same plan with more or less of its state at home in the disk tier.
+    pub(super) fn at_home(&self, model: &Model, on_disk: OnDisk) -> Plan {
+        let choice = Choice { on_disk, ..self.choice.clone() };
+        Plan { host: host_map(model, &self.shards, &choice, self.moments), choice, ..self.clone() }
     }
 
     /// How many shards' state stays on the device.

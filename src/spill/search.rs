@@ -5,11 +5,12 @@
 use super::cut::{Balanced, CutRule, max_fill};
 use super::estimate::{chain_secs, estimate_anywhere_secs, estimate_secs};
 use super::fleet::anywhere_map;
-use super::memory::{ArenaMap, BoundaryTier, Choice, arena_map, host_map};
+use super::memory::{ArenaMap, BoundaryTier, Choice, arena_map};
 use super::model::Model;
 use super::plan::{Plan, PlanOptions, Recompute};
 use super::shard::ShardPrograms;
 use super::stand_in::{Shards, StandIns};
+use super::store::{OnDisk, host_map};
 use crate::base::{Error, Result};
 use crate::device::sim::CostModel;
 use std::collections::HashSet;
@@ -61,6 +62,8 @@ pub struct Search<'a> {
     shards: StandIns<'a>,
     /// The fastest that fits.
     pub best: Option<Found>,
+    /// One that fits on the device, for which the host has no room.
+    pub homeless: Option<Found>,
     /// The one of the smallest arena.
     pub smallest: Option<Found>,
 }
@@ -68,7 +71,7 @@ pub struct Search<'a> {
 impl<'a> Search<'a> {
     /// A search that has found nothing yet.
     pub fn new(model: &'a Model, options: &'a PlanOptions, cost: &'a CostModel) -> Self {
-        Search { model, options, cost, shards: StandIns::new(model, cost), best: None, smallest: None }
+        Search { model, options, cost, shards: StandIns::new(model, cost), best: None, homeless: None, smallest: None }
     }
 
     /// Looks at every cut.
@@ -198,6 +201,7 @@ impl<'a> Search<'a> {
                         updates_on_device: false,
                         crosses: self.options.crosses,
                         pipelined: self.options.pipelined,
+                        on_disk: OnDisk::Nothing,
                     });
                 }
             }
@@ -224,6 +228,7 @@ impl<'a> Search<'a> {
                 updates_on_device,
                 crosses: false,
                 pipelined: false,
+                on_disk: OnDisk::Nothing,
             })
         };
         let on_device = if self.options.clips { None } else { Some(of(true)) };
@@ -232,6 +237,16 @@ impl<'a> Search<'a> {
 
     fn fits(&self, arena_bytes: u64) -> bool {
         self.options.device_budget.is_none_or(|budget| arena_bytes <= budget)
+    }
+
+    /// Whether the host has room for it, with as much on the disk as can be.
+    fn fits_at_home(&self, shards: &Shards, choice: &Choice) -> bool {
+        let most = if self.options.disk_budget > 0 { OnDisk::Weights } else { OnDisk::Nothing };
+        let needs = || {
+            let choice = Choice { on_disk: self.options.on_disk.unwrap_or(most), ..choice.clone() };
+            host_map(self.model, &shards.programs, &choice, self.options.moments).bytes
+        };
+        self.options.host_budget.is_none_or(|budget| needs() <= budget)
     }
 
     /// Keeps a plan if it is the best so far. What fits whole is left at rest, with the fewest shards; else the fastest wins, and among
@@ -277,8 +292,13 @@ impl<'a> Search<'a> {
             let by_size = (shards.programs.len(), arena.bytes).cmp(&(theirs.len(), best.arena.bytes));
             rank(&shards.programs, choice).cmp(&rank(theirs, &best.choice)).then(by_secs).then(by_size).is_lt()
         };
-        if self.fits(arena.bytes) && self.best.as_ref().is_none_or(better) {
+        if !self.fits(arena.bytes) {
+            return;
+        }
+        if self.best.as_ref().is_none_or(better) && self.fits_at_home(shards, choice) {
             self.best = Some(found(arena));
+        } else if self.best.is_none() && self.homeless.is_none() {
+            self.homeless = Some(found(arena));
         }
     }
 

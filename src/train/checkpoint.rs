@@ -137,7 +137,7 @@ pub fn write_checkpoint(path: &Path, engine: &Engine, of: usize, options: &Train
         out.write_all(&header)?;
         for (_, _, part) in &parts {
             let values = match *part {
-                Part::Parameter(what, i) => engine.read_parameter(of, what, i),
+                Part::Parameter(what, i) => engine.read_parameter(of, what, i).map_err(std::io::Error::other)?,
                 Part::State(i) => engine.read_state(of, i),
             };
             for value in values {
@@ -259,7 +259,7 @@ impl Checkpoint {
             read.map_err(|e| Error::io("read", &self.path, e))?;
             let values: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
             match part {
-                Part::Parameter(what, i) => engine.write_parameter(of, what, i, &values),
+                Part::Parameter(what, i) => engine.write_parameter(of, what, i, &values)?,
                 Part::State(i) => engine.write_state(of, i, &values),
             }
         }

@@ -528,14 +528,14 @@ fn engine_options(recruit: &Recruit) -> Result<EngineOptions> {
     Ok(EngineOptions { seed: options.seed, patience_secs, decays, steps: options.steps })
 }
 
-/// Writes the first weights and states into the host's store.
+/// Writes the first weights and states to where they are at home.
 fn fill(engine: &mut Engine, model: usize, graph: &Graph, weights: Weights, seed: u64) -> Result<()> {
     for (i, parameter) in graph.parameters.iter().enumerate() {
         let values = match weights {
             Weights::Pretrained(pretrained) => pretrained.tensor(&parameter.name, &parameter.shape)?,
             Weights::Random => init::initial(parameter, i, seed),
         };
-        engine.write_parameter(model, Stored::Weight, i, &values);
+        engine.write_parameter(model, Stored::Weight, i, &values)?;
     }
     for (i, state) in graph.states.iter().enumerate() {
         let values = match weights {

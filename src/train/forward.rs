@@ -45,7 +45,7 @@ pub fn wait_forward(pretrained: &Pretrained, batch: &Batch) -> Result<(Shape, Ve
     let options = EngineOptions { patience_secs: 3600.0, ..EngineOptions::new(0, &model) };
     let mut engine = Engine::new(Arc::clone(&model), plan, device, options);
     for (i, parameter) in model.train.parameters.iter().enumerate() {
-        engine.write_parameter(0, Stored::Weight, i, &pretrained.tensor(&parameter.name, &parameter.shape)?);
+        engine.write_parameter(0, Stored::Weight, i, &pretrained.tensor(&parameter.name, &parameter.shape)?)?;
     }
     for (i, state) in model.train.states.iter().enumerate() {
         engine.write_state(0, i, &pretrained.tensor(&state.name, &state.shape)?);

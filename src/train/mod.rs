@@ -17,7 +17,7 @@ pub use fleet::{Crew, Fleet, Recruit};
 pub use forward::wait_forward;
 pub use optimizer::{Optimizer, Schedule};
 pub use report::write_report;
-pub use safely::{refused, write_safely};
+pub use safely::write_safely;
 pub use selection::{Asha, Patience, Rungs, Selection, Survivors, Verdict};
 pub use selection_log::{SelectionLog, SelectionRow, read_selection};
 pub use session::{Observer, Session, StepReport, TrainOptions, Weights, inputs_of, plan_model, prepare, trace_model};

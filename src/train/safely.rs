@@ -5,7 +5,7 @@
 
 use crate::base::{Error, Result};
 use std::fs::{self, File};
-use std::io::{self, BufWriter, ErrorKind, Write};
+use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 /// Writes `path` with what `body` writes, replacing what is there once all of it is on the disk.
@@ -20,7 +20,7 @@ pub fn write_safely(path: &Path, body: impl FnOnce(&mut dyn Write) -> io::Result
         return Err(Error::bad(format!("{}: is a folder, a file is to be written there", path.display())));
     }
     let temporary = path.with_file_name(format!(".{}.part", name.to_string_lossy()));
-    let file = File::create(&temporary).map_err(|e| refused("create", path, e))?;
+    let file = File::create(&temporary).map_err(|e| Error::refused("create", path, e))?;
     // From here on the temporary file is removed on every way out but the last.
     let pending = Pending(temporary);
     let mut out = BufWriter::with_capacity(1 << 18, file);
@@ -28,19 +28,6 @@ pub fn write_safely(path: &Path, body: impl FnOnce(&mut dyn Write) -> io::Result
     written.map_err(|e| Error::io("write", path, e))?;
     fs::rename(&pending.0, path).map_err(|e| Error::io("create", path, e))?;
     sync_folder(path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")))
-}
-
-/// The error for a refusal of `path`: the input's fault where the path cannot be meant, else the machine's.
-pub fn refused(verb: &str, path: &Path, source: io::Error) -> Error {
-    match source.kind() {
-        ErrorKind::NotFound
-        | ErrorKind::NotADirectory
-        | ErrorKind::IsADirectory
-        | ErrorKind::AlreadyExists
-        | ErrorKind::InvalidFilename
-        | ErrorKind::InvalidInput => Error::bad(Error::io(verb, path, source)),
-        _ => Error::io(verb, path, source),
-    }
 }
 
 /// A file under its temporary name. Dropped, it vanishes.

@@ -5,11 +5,12 @@ use super::optimizer::{Optimizer, Schedule};
 use crate::base::{DType, Error, Result};
 use crate::data::{Batch, Source};
 use crate::device::sim::CostModel;
-use crate::device::{DeviceMemory, DeviceSpec};
+use crate::device::{DeviceSpec, DiskSpec, FleetMemory, start_fleet};
 use crate::engine::{Engine, StepResult};
 use crate::graph::{Graph, Mode};
 use crate::nn::{InputShape, Network, Pretrained};
 use crate::spill::{Model, Placed, Plan, PlanOptions};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -34,6 +35,8 @@ pub struct TrainOptions {
     pub plan: PlanOptions,
     /// The device; its arena's size comes from the plan.
     pub device: DeviceSpec,
+    /// The folder of the disk tier, for plans that put anything there.
+    pub disk: Option<PathBuf>,
     /// Validate after every so many steps, where there is held-out data.
     pub valid_every: u64,
     /// Seconds without any completion after which the run ends; ten estimated steps where that is longer.
@@ -61,6 +64,7 @@ impl TrainOptions {
             clip: None,
             plan: PlanOptions::default(),
             device: DeviceSpec::default(),
+            disk: None,
             valid_every: 50,
             patience_secs: 60.0,
             poison: false,
@@ -190,7 +194,7 @@ impl Session {
     /// Starts the device and fills the store with the first weights. `model` and `plan` come from [`trace_model`] and [`Plan::new`].
     ///
     /// # Errors
-    /// When memory or threads cannot be had, weights are missing, or an option is absurd.
+    /// When memory, threads or the disk cannot be had, weights are missing, or an option is absurd.
     pub fn new(
         network: &dyn Network,
         weights: Weights,
@@ -199,10 +203,24 @@ impl Session {
         valid: Option<Box<dyn Source>>,
         options: TrainOptions,
     ) -> Result<Session> {
-        let memory =
-            DeviceMemory { arena_bytes: plan.arena.bytes, host_bytes: plan.host.bytes, poison: options.poison };
+        let disk = match (plan.host.disk_bytes, &options.disk) {
+            (0, _) => None,
+            (bytes, Some(path)) => Some(DiskSpec { path: path.clone(), bytes, bytes_per_sec: None }),
+            (bytes, None) => {
+                return Err(Error::bad(format!(
+                    "the plan puts {bytes} bytes on the disk, and the options name no folder"
+                )));
+            }
+        };
+        let memory = FleetMemory {
+            arena_bytes: vec![plan.arena.bytes],
+            host_bytes: plan.host.bytes,
+            poison: options.poison,
+            disk,
+            ..FleetMemory::default()
+        };
         options.optimizer.check()?;
-        let device = options.device.start(memory)?;
+        let device = start_fleet(std::slice::from_ref(&options.device), memory)?;
         let recruit = Recruit { network, weights, placed: Placed::alone(model, plan), source, valid, options };
         Ok(Session { fleet: Fleet::new(vec![recruit], device, None)? })
     }

@@ -80,11 +80,12 @@ pub fn gather_of(engine: &Engine, of: usize, outcome: &mut Outcome) {
     let moments = engine.plan(of).moments;
     let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<_>>();
     for (i, p) in model.train.parameters.iter().enumerate() {
-        outcome.tensors.insert(p.name.clone(), bits(engine.read_parameter(of, Stored::Weight, i)));
+        outcome.tensors.insert(p.name.clone(), bits(engine.read_parameter(of, Stored::Weight, i).unwrap()));
         for m in 0..moments {
-            outcome
-                .tensors
-                .insert(format!("{}.moment{m}", p.name), bits(engine.read_parameter(of, Stored::Moment(m), i)));
+            outcome.tensors.insert(
+                format!("{}.moment{m}", p.name),
+                bits(engine.read_parameter(of, Stored::Moment(m), i).unwrap()),
+            );
         }
     }
     for (i, s) in model.train.states.iter().enumerate() {

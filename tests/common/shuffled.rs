@@ -109,12 +109,24 @@ impl Device for Shuffled {
         self.inner.grow_host(bytes)
     }
 
+    fn grow_disk(&mut self, bytes: u64) -> hydra::base::Result<u64> {
+        self.inner.grow_disk(bytes)
+    }
+
     fn write_host(&mut self, offset: u64, bytes: &[u8]) {
         self.inner.write_host(offset, bytes);
     }
 
     fn read_host(&self, offset: u64, bytes: &mut [u8]) {
         self.inner.read_host(offset, bytes);
+    }
+
+    fn write_disk(&mut self, offset: u64, bytes: &[u8]) -> hydra::base::Result<()> {
+        self.inner.write_disk(offset, bytes)
+    }
+
+    fn read_disk(&self, offset: u64, bytes: &mut [u8]) -> hydra::base::Result<()> {
+        self.inner.read_disk(offset, bytes)
     }
 
     fn high_water_bytes(&self, device: u16) -> u64 {

@@ -126,7 +126,7 @@ impl Driver {
             EngineOptions { seed: options.seed, patience_secs: options.patience_secs, decays, steps: options.steps };
         let mut engine = Engine::new(Arc::clone(&model), plan, device, engine_options);
         for (i, parameter) in model.train.parameters.iter().enumerate() {
-            engine.write_parameter(0, Stored::Weight, i, &init::initial(parameter, i, options.seed));
+            engine.write_parameter(0, Stored::Weight, i, &init::initial(parameter, i, options.seed)).unwrap();
         }
         for (i, state) in model.train.states.iter().enumerate() {
             engine.write_state(0, i, &init::initial_state(state));

@@ -138,12 +138,24 @@ impl<D: Device> Device for Recording<D> {
         self.device.grow_host(bytes)
     }
 
+    fn grow_disk(&mut self, bytes: u64) -> hydra::base::Result<u64> {
+        self.device.grow_disk(bytes)
+    }
+
     fn write_host(&mut self, offset: u64, bytes: &[u8]) {
         self.device.write_host(offset, bytes);
     }
 
     fn read_host(&self, offset: u64, bytes: &mut [u8]) {
         self.device.read_host(offset, bytes);
+    }
+
+    fn write_disk(&mut self, offset: u64, bytes: &[u8]) -> hydra::base::Result<()> {
+        self.device.write_disk(offset, bytes)
+    }
+
+    fn read_disk(&self, offset: u64, bytes: &mut [u8]) -> hydra::base::Result<()> {
+        self.device.read_disk(offset, bytes)
     }
 
     fn high_water_bytes(&self, device: u16) -> u64 {

@@ -10,7 +10,7 @@ use crate::print::table;
 use hydra::base::format_bytes;
 use hydra::device::sim::CostModel;
 use hydra::engine::predict;
-use hydra::spill::{FleetMap, FleetModel, Recompute};
+use hydra::spill::{FleetMap, FleetModel, OnDisk, Recompute};
 use hydra::train::{TrainOptions, plan_model, trace_model};
 use std::panic::resume_unwind;
 use std::sync::Arc;
@@ -21,7 +21,8 @@ const WORTH_SAYING: f64 = 1.03;
 /// Predictions of the same model with more of one thing, the best first.
 pub fn what_would_help(model: &Planned, planned: &PlannedJob) -> String {
     let (first, mut options) = (planned.machine.first(), model.prepared.options.clone());
-    (options.plan.device_budget, options.plan.host_budget) = (first.budget, planned.machine.host_budget);
+    options.plan.device_budget = first.budget;
+    (options.plan.host_budget, options.plan.disk_budget) = (planned.machine.homes.host, planned.machine.homes.disk);
     let cost = &first.cost;
     let mut tries: Vec<(String, TrainOptions, CostModel)> = Vec::new();
     if let Some(budget) = options.plan.device_budget {
@@ -38,6 +39,13 @@ pub fn what_would_help(model: &Planned, planned: &PlannedJob) -> String {
         let mut more = options.clone();
         more.plan.slots += 1;
         tries.push((format!("slots = {}", more.plan.slots), more, cost.clone()));
+    }
+    if model.plan().choice.on_disk > OnDisk::Nothing {
+        let faster = CostModel { disk_bytes_per_sec: Some(2.0 * cost.disk_bytes_per_sec()), ..cost.clone() };
+        tries.push(("a disk twice as fast".into(), options.clone(), faster));
+        let mut more = options.clone();
+        more.plan.host_budget = more.plan.host_budget.map(|bytes| 2 * bytes);
+        tries.push(("twice the host memory".into(), more, cost.clone()));
     }
     if options.plan.recompute == Recompute::Always {
         let mut less = options.clone();
@@ -111,6 +119,14 @@ pub fn what_would_help_all(planned: &PlannedJob) -> String {
             t.job.run.slots = Some(slots);
             t.fleet.iter_mut().for_each(|m| m.options.slots = slots);
         });
+    }
+    if models.iter().any(|m| m.plan().choice.on_disk > OnDisk::Nothing) {
+        add("a disk twice as fast".into(), &|t| {
+            for device in &mut t.machine.devices {
+                device.cost.disk_bytes_per_sec = Some(2.0 * device.cost.disk_bytes_per_sec());
+            }
+        });
+        add("twice the host memory".into(), &|t| t.machine.homes.host = t.machine.homes.host.map(|bytes| 2 * bytes));
     }
     add("one device more".into(), &|t| t.machine.devices.push(t.machine.first().clone()));
     if models.iter().any(|m| m.prepared.options.plan.recompute == Recompute::Always) {

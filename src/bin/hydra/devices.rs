@@ -5,7 +5,7 @@ use crate::print::{say, table};
 use hydra::base::{Error, Result, format_bytes};
 use hydra::device::sim::{CostModel, PROFILES};
 use hydra::device::{DeviceSpec, calibrate, gpus, why_no_cuda, why_no_emulator};
-use hydra::train::{refused, write_safely};
+use hydra::train::write_safely;
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -57,7 +57,7 @@ pub fn run(out: Option<&Path>, profile: Option<&Path>, json: bool) -> Result<()>
         missing("emulated", why_no_emulator()),
     ] });
     if let Some(out) = out {
-        std::fs::create_dir_all(out).map_err(|e| refused("create", out, e))?;
+        std::fs::create_dir_all(out).map_err(|e| Error::refused("create", out, e))?;
         write_safely(&out.join("devices.json"), |file| writeln!(file, "{devices:#}"))?;
     }
     if let Some(path) = profile {

@@ -221,6 +221,8 @@ pub struct Disk {
     pub path: PathBuf,
     /// Budget in bytes.
     pub memory: u64,
+    /// Bytes per second each way; none: as fast as it goes.
+    pub link: Option<f64>,
 }
 
 impl Job {
@@ -384,13 +386,14 @@ fn read_device(s: &Section) -> Result<Device> {
 
 fn read_host(root: &Section) -> Result<Host> {
     let Some(s) = root.section("host", &["memory", "link", "disk"])? else { return Ok(Host::default()) };
-    let disk = match s.section("disk", &["path", "memory"])? {
+    let disk = match s.section("disk", &["path", "memory", "link"])? {
         None => None,
         Some(d) => Some(Disk {
             path: d
                 .path("path")?
                 .ok_or_else(|| d.fault("path", "is missing; write a folder, such as path = \"spill\""))?,
             memory: d.bytes("memory")?.ok_or_else(|| d.fault("memory", "is missing; write memory = \"16 GiB\""))?,
+            link: d.bandwidth("link")?,
         }),
     };
     Ok(Host { memory: s.bytes("memory")?, link: s.bandwidth("link")?, disk })

@@ -5,6 +5,7 @@ use hydra::base::{Error, Result};
 use hydra::device::host::HostSpec;
 use hydra::device::sim::{CostModel, PROFILES, Profile};
 use hydra::device::{DeviceSpec, calibrate_fleet, gpus, why_no_cuda, why_no_emulator};
+use hydra::spill::HomeBudgets;
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -59,8 +60,8 @@ pub struct MachineDevice {
 pub struct Machine {
     /// The devices, at least one.
     pub devices: Vec<MachineDevice>,
-    /// Bytes of the host's store; `None` is no limit.
-    pub host_budget: Option<u64>,
+    /// Bytes of the host's store and of the disk tier.
+    pub homes: HomeBudgets,
     /// Bytes per second that all links share.
     pub shared_bytes_per_sec: Option<f64>,
 }
@@ -197,6 +198,7 @@ pub fn machine(file: &str, job: &Job) -> Result<Machine> {
             cost.h2d_bytes_per_sec = if sim { link } else { cost.h2d_bytes_per_sec.min(link) };
             cost.d2h_bytes_per_sec = if sim { link } else { cost.d2h_bytes_per_sec.min(link) };
         }
+        device.cost.disk_bytes_per_sec = job.host.disk.as_ref().and_then(|disk| disk.link);
         device
     };
     let devices: Vec<MachineDevice> = devices.into_iter().map(linked).collect();
@@ -205,7 +207,8 @@ pub fn machine(file: &str, job: &Job) -> Result<Machine> {
         (None, DeviceKind::Sim) => None,
         (None, _) => free_memory_bytes().map(|free| (free as f64 * SHARE_OF_FREE_MEMORY) as u64),
     };
-    Ok(Machine { devices, host_budget, shared_bytes_per_sec: job.host.link })
+    let homes = HomeBudgets { host: host_budget, disk: job.host.disk.as_ref().map_or(0, |disk| disk.memory) };
+    Ok(Machine { devices, homes, shared_bytes_per_sec: job.host.link })
 }
 
 /// Devices that compute at the same time, of so many, with so many models.
@@ -249,7 +252,7 @@ mod tests {
                 budget: None,
             };
             let devices = specs.iter().map(device).collect();
-            Machine { devices, host_budget: None, shared_bytes_per_sec: None }.devices_text()
+            Machine { devices, homes: HomeBudgets::default(), shared_bytes_per_sec: None }.devices_text()
         };
         let gpu = |ordinal| DeviceSpec::Cuda { ordinal, threads: None };
         assert_eq!(text(&[gpu(0)]), "1 device");

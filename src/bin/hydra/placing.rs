@@ -7,7 +7,7 @@ use hydra::base::{Error, Result};
 use hydra::engine::{self, SimulateOptions, Simulation};
 use hydra::sched::{self, LocalityLrtf, by_name};
 use hydra::spill::{
-    Baseline, FleetDevice, FleetMap, FleetModel, Home, Model, Placed, Plan, PlanOptions, check_host, named,
+    Baseline, FleetDevice, FleetMap, FleetModel, Home, Model, Placed, Plan, PlanOptions, find_homes, named,
     place_baseline, plan_fleet, plan_pipelined,
 };
 use hydra::trace::Recorder;
@@ -84,7 +84,7 @@ impl Placing {
         let one_at_a_time = || match fleet {
             [model] => Placing::alone(machine, model),
             _ => {
-                let plan = plan_fleet(fleet, &devices, machine.host_budget)?;
+                let plan = plan_fleet(fleet, &devices, machine.homes)?;
                 let sharing = Sharing::Turns(LocalityLrtf::default());
                 Ok(Placing { placed: plan.placed, sharing, smallest_device_bytes: plan.smallest_device_bytes })
             }
@@ -111,17 +111,14 @@ impl Placing {
             let Placing { placed, sharing, .. } = placing;
             simulate(placed, sharing, &job.run, machine, (steps, clips), None).map(|s| s.makespan_secs)
         };
+        let Ok(pipelined) = pipelined.checked(machine) else { return Ok(without) };
         let ends_sooner = makespan_secs(&pipelined)? < (1.0 - LEAST_GAIN) * makespan_secs(&without)?;
-        if ends_sooner && check_host(&pipelined.placed, devices.len(), machine.host_budget).is_ok() {
-            return Ok(pipelined);
-        }
-        Ok(without)
+        Ok(if ends_sooner { pipelined } else { without })
     }
 
-    /// Refuses what the host's store cannot hold.
+    /// Finds every model's home, on the disk where the host's store cannot hold all, or refuses.
     fn checked(self, machine: &Machine) -> Result<Placing> {
-        check_host(&self.placed, machine.devices.len(), machine.host_budget)?;
-        Ok(self)
+        Ok(Placing { placed: find_homes(&self.placed, machine.homes)?, ..self })
     }
 
     /// One model on one device.
@@ -132,7 +129,8 @@ impl Placing {
         let best = (0..machine.devices.len()).rev().max_by_key(wants).unwrap_or(0);
         let options = PlanOptions {
             device_budget: machine.devices[best].budget,
-            host_budget: machine.host_budget,
+            host_budget: machine.homes.host,
+            disk_budget: machine.homes.disk,
             ..options.clone()
         };
         let plan = Plan::new(model, &options, &machine.devices[best].cost);

@@ -3,13 +3,18 @@
 use crate::placing::Sharing;
 use crate::planning::{Planned, PlannedJob};
 use hydra::device::sim::CostModel;
-use hydra::spill::{BoundaryTier, Home};
+use hydra::spill::{BoundaryTier, Home, OnDisk};
 use serde_json::{Value, json};
 
 impl Planned {
     fn json(&self, cost: &CostModel) -> Value {
         let (plan, microbatches) = (self.plan(), self.model().microbatches as f64);
-        let tier = |resident: bool| if resident { "device" } else { "pageable" };
+        let on_disk = plan.choice.on_disk;
+        let tier = |rests: bool, least: OnDisk| match rests {
+            true => "device",
+            false if on_disk >= least => "disk",
+            false => "pageable",
+        };
         let boundary = |tier: &BoundaryTier| match tier {
             BoundaryTier::Device => "device",
             BoundaryTier::Host { .. } => "pageable",
@@ -23,9 +28,9 @@ impl Planned {
                     "layers": plan.layer_names(self.model(), s),
                     "bytes": shard.fetch_bytes(),
                     "tiers": {
-                        "weights": tier(plan.choice.rests(s)),
-                        "gradients": tier(plan.choice.rests(s)),
-                        "moments": tier(plan.choice.rests(s)),
+                        "weights": tier(plan.choice.rests(s), OnDisk::Weights),
+                        "gradients": tier(plan.choice.rests(s), OnDisk::Gradients),
+                        "moments": tier(plan.choice.rests(s), OnDisk::UpdateState),
                         "boundary_activations": boundary(&plan.choice.activations),
                         "boundary_gradients": boundary(&plan.choice.gradients),
                     },
@@ -49,6 +54,7 @@ impl Planned {
             "device_peak_bytes": plan.arena.bytes,
             "smallest_device_bytes": plan.smallest_device_bytes,
             "host_bytes": plan.host.bytes,
+            "disk_bytes": plan.host.disk_bytes,
             "resident": plan.choice.resident,
             "resting_shards": plan.resting_shards(),
             "slots": plan.choice.slots,
@@ -88,13 +94,16 @@ impl PlannedJob {
             "resting_shards": self.models.iter().map(|m| m.plan().resting_shards()).sum::<usize>(),
             "slots": self.models.iter().map(|m| m.plan().choice.slots).max(),
             "host_bytes": self.map.host_bytes,
-            "host_budget": self.machine.host_budget,
+            "host_budget": self.machine.homes.host,
+            "disk_bytes": self.map.disk_bytes,
+            "disk_budget": self.machine.homes.disk,
             "idle": self.idle_devices(),
             "ceilings": {
                 "flops_per_sec": cost.best_flops_per_sec(),
                 "h2d_bytes_per_sec": cost.h2d_bytes_per_sec,
                 "d2h_bytes_per_sec": cost.d2h_bytes_per_sec,
                 "host_update_bytes_per_sec": cost.host_update_bytes_per_sec,
+                "disk_bytes_per_sec": cost.disk_bytes_per_sec,
             },
             "models": self.models.iter().map(|m| m.json(cost)).collect::<Vec<_>>(),
         })

@@ -7,6 +7,7 @@ use crate::rehearsing::rehearse_turns;
 use crate::setup::{Prepared, Sources, check_scope, prepare};
 use crate::texts::Texts;
 use hydra::base::{Error, Result, format_bytes};
+use hydra::device::DiskSpec;
 use hydra::engine::{Prediction, SimulateOptions, Simulation, predict, simulate};
 use hydra::sched::{LocalityLrtf, Policy, Rehearsal};
 use hydra::spill::{FleetMap, FleetModel, Home, Model, Placed, Plan};
@@ -271,6 +272,14 @@ impl PlannedJob {
         Some(format!("{} of {devices} idle at any time: {} and {why}", count(spare, "device"), count(models, "model")))
     }
 
+    /// The disk tier, where the plan puts anything there, or models that come later may.
+    pub fn disk(&self) -> Option<DiskSpec> {
+        let disk = self.job.host.disk.as_ref()?;
+        let grows = matches!(self.sharing, Sharing::Turns(_));
+        let spec = || DiskSpec { path: disk.path.clone(), bytes: self.map.disk_bytes, bytes_per_sec: disk.link };
+        (self.map.disk_bytes > 0 || grows).then(spec)
+    }
+
     /// What of memory a run takes: arenas that lie in the machine's own memory, and the host's store.
     pub fn wants_bytes(&self) -> u64 {
         let arenas: u64 = match self.machine.first().kind {
@@ -283,6 +292,11 @@ impl PlannedJob {
     /// Bytes as people read them, of the largest arena and of the store.
     pub fn memory_text(&self) -> String {
         let most = self.map.arena_bytes.iter().copied().max().unwrap_or(0);
-        format!("device memory {}, host memory {}", format_bytes(most), format_bytes(self.map.host_bytes))
+        let memory = format!("device memory {}, host memory {}", format_bytes(most), format_bytes(self.map.host_bytes));
+        if self.map.disk_bytes == 0 {
+            return memory;
+        }
+        let on_disk = self.models.iter().map(|m| m.plan().choice.on_disk).max().unwrap_or_default();
+        format!("{memory}, disk {} ({})", format_bytes(self.map.disk_bytes), on_disk.words())
     }
 }

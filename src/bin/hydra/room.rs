@@ -8,7 +8,7 @@ use crate::placing::fleet_model;
 use crate::planning::{Planned, PlannedJob, predict_alone, trace};
 use crate::setup::prepare;
 use hydra::base::{Error, Result, format_bytes};
-use hydra::spill::{FleetDevice, FleetMap, FleetModel, Placed, check_host, plan_anywhere};
+use hydra::spill::{FleetDevice, FleetMap, FleetModel, Placed, find_homes, named, plan_anywhere};
 use std::rc::Rc;
 
 /// Halvings of the interval between a model's smallest plan and the widest.
@@ -44,7 +44,9 @@ pub fn plan_added(planned: &PlannedJob, job: &Job, there: &[Placed], arenas: &[u
         let (prepared, model) = trace(job, prepare(job, i, &planned.texts)?, &before)?;
         prepared.check_weights(&model.train)?;
         let one = fit(&fleet_model(&prepared, &model), planned, &placed, arenas)?;
-        let one = Placed { line: i, ..one };
+        // Those that are there stay where they are at home.
+        let homes = planned.machine.homes.beside(&FleetMap::new(&placed, devices));
+        let one = find_homes(&[Placed { line: i, ..one }], homes).map_err(|e| named(&prepared.name, e))?.remove(0);
         placed.push(one.clone());
         let prediction = predict_alone(
             &one,
@@ -55,7 +57,6 @@ pub fn plan_added(planned: &PlannedJob, job: &Job, there: &[Placed], arenas: &[u
         )?;
         added.push(Rc::new(Planned { prepared, placed: one, prediction }));
     }
-    check_host(&placed, devices, planned.machine.host_budget)?;
     Ok(added)
 }
 

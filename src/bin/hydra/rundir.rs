@@ -4,7 +4,7 @@
 
 use crate::args::Resume;
 use hydra::base::{Error, Result};
-use hydra::train::{refused, write_safely};
+use hydra::train::write_safely;
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 
@@ -88,7 +88,7 @@ impl RunDir {
         let mut made: Vec<PathBuf> =
             path.ancestors().take_while(|a| !a.as_os_str().is_empty() && !a.exists()).map(Path::to_path_buf).collect();
         made.reverse();
-        fs::create_dir_all(path).map_err(|e| refused("create", path, e))?;
+        fs::create_dir_all(path).map_err(|e| Error::refused("create", path, e))?;
         let lock = File::open(path).map_err(|e| Error::io("open", path, e))?;
         match lock.try_lock() {
             Ok(()) => Ok(RunDir { path: path.to_path_buf(), _lock: lock, made }),
@@ -112,7 +112,7 @@ impl RunDir {
     pub fn folder(&mut self, name: &str) -> Result<PathBuf> {
         let path = self.at(name);
         self.will_make(&path);
-        fs::create_dir_all(&path).map_err(|e| refused("create", &path, e))?;
+        fs::create_dir_all(&path).map_err(|e| Error::refused("create", &path, e))?;
         Ok(path)
     }
 

@@ -148,9 +148,6 @@ pub fn check_scope(file: &str, job: &Job) -> Result<()> {
             return fault("run.pipeline", what);
         }
     }
-    if job.host.disk.is_some() {
-        return fault("host.disk", "the disk tier is not built yet; leave it out");
-    }
     if job.host.link.is_some() && !matches!(job.devices[0].kind, DeviceKind::Host | DeviceKind::Sim) {
         return fault("host.link", "is for kind = \"host\" and \"sim\" only; leave it out");
     }

@@ -5,10 +5,11 @@ use crate::placing::Sharing;
 use crate::planning::{Planned, PlannedJob, plan_job};
 use crate::print::{say, table};
 use crate::rundir::PLAN;
-use hydra::base::{Result, format_bytes, format_secs};
-use hydra::spill::{BoundaryTier, Home};
+use hydra::base::{Error, Result, format_bytes, format_secs};
+use hydra::device::sim::DISK_BYTES_PER_SEC;
+use hydra::spill::{BoundaryTier, Home, OnDisk};
 use hydra::trace::Bound;
-use hydra::train::{refused, write_safely};
+use hydra::train::write_safely;
 use std::path::Path;
 use std::rc::Rc;
 
@@ -19,7 +20,7 @@ use std::rc::Rc;
 pub fn run(path: &Path, sets: &[String], out: Option<&Path>, json: bool) -> Result<()> {
     let planned = plan_job(path, sets, &Rc::default())?;
     if let Some(out) = out {
-        std::fs::create_dir_all(out).map_err(|e| refused("create", out, e))?;
+        std::fs::create_dir_all(out).map_err(|e| Error::refused("create", out, e))?;
         write_safely(&out.join(PLAN), |file| writeln!(file, "{:#}", planned.json()))?;
     }
     if json {
@@ -96,16 +97,25 @@ fn headline(model: &Planned, planned: &PlannedJob) -> String {
         (true, _) => "all state on the device".to_string(),
         (false, _) => {
             let (resting, slots) = (plan.choice.resting, plan.arena.weight_slots.len() - plan.choice.resting);
+            let home = match plan.choice.on_disk {
+                OnDisk::Nothing => "host memory",
+                OnDisk::Weights => "the disk tier",
+                _ => "host memory and on disk",
+            };
             let state = match resting {
-                0 => "state in host memory".to_string(),
-                _ => format!("state of the first {} on the device, of others in host memory", count(resting, "shard")),
+                0 => format!("state in {home}"),
+                _ => format!("state of the first {} on the device, of others in {home}", count(resting, "shard")),
             };
             format!("{state}, {}", count(slots, "weight slot"))
         }
     };
     let budget = planned.machine.first().budget.map_or(String::new(), |b| format!(" of {}", format_bytes(b)));
+    let disk = match plan.choice.on_disk {
+        OnDisk::Nothing => String::new(),
+        on_disk => format!(", disk {} ({})", format_bytes(plan.host.disk_bytes), on_disk.words()),
+    };
     format!(
-        "{}: {}, {place}; device memory {}{budget}, host memory {}\n{}: a step is predicted to take {} (no less than {})",
+        "{}: {}, {place}; device memory {}{budget}, host memory {}{disk}\n{}: a step is predicted to take {} (no less than {})",
         model.prepared.name,
         count(plan.shards.len(), "shard"),
         format_bytes(plan.arena.bytes),
@@ -137,7 +147,13 @@ fn describe(model: &Planned, planned: &PlannedJob) -> String {
         rows.push(vec![
             format!("{s}  {layers}"),
             format_bytes(shard.fetch_bytes()),
-            if plan.choice.rests(s) { "device" } else { "pageable" }.to_string(),
+            match (plan.choice.rests(s), plan.choice.on_disk) {
+                (true, _) => "device",
+                (false, OnDisk::Nothing) => "pageable",
+                (false, OnDisk::Weights) => "disk",
+                (false, _) => "pageable, disk",
+            }
+            .to_string(),
             forward,
             format_secs(microbatches * shard.backward_secs(cost)),
             again.to_string(),
@@ -151,6 +167,12 @@ fn describe(model: &Planned, planned: &PlannedJob) -> String {
     if plan.shards.len() > 1 {
         let (activations, gradients) = (tier(&plan.choice.activations), tier(&plan.choice.gradients));
         text += &format!("  boundary activations in {activations}, boundary gradients in {gradients}\n");
+    }
+    if plan.choice.on_disk > OnDisk::Nothing && cost.disk_bytes_per_sec.is_none() {
+        text += &format!(
+            "  the disk is taken to read and write {}/s; [host] disk = {{ link = ... }} says better\n",
+            format_bytes(DISK_BYTES_PER_SEC as u64)
+        );
     }
     text += "\ndevice memory\n";
     let mut rows: Vec<Vec<String>> =

@@ -9,8 +9,8 @@ use hydra::base::{Error, LaneKind, Result, format_secs};
 use hydra::engine::Simulation;
 use hydra::sched::Bound;
 use hydra::trace::{ColourBy, GanttOptions, Keep, Recorder, RecorderOptions, gantt_svg, read_trace};
+use hydra::train::write_safely;
 use hydra::train::{Selection, Verdict};
-use hydra::train::{refused, write_safely};
 use serde_json::{Value, json};
 use std::path::Path;
 use std::rc::Rc;
@@ -111,7 +111,7 @@ fn survives(table: &mut Selection, model: usize, steps: u64) -> u64 {
 }
 
 fn recorder(planned: &PlannedJob, steps: &[u64], out: &Path) -> Result<Recorder> {
-    std::fs::create_dir_all(out).map_err(|e| refused("create", out, e))?;
+    std::fs::create_dir_all(out).map_err(|e| Error::refused("create", out, e))?;
     let run = &planned.job.run;
     let keep =
         Keep { first: run.trace_first, last: run.trace_last, total_steps: steps.iter().copied().max().unwrap_or(0) };

@@ -5,7 +5,7 @@ use crate::simulate::{Wishes, simulate_job};
 use crate::texts::Texts;
 use hydra::base::{Error, Result, format_secs, parse_bytes, parse_bytes_per_sec};
 use hydra::trace::{SweepLine, SweepPlot, sweep_svg};
-use hydra::train::{refused, write_safely};
+use hydra::train::write_safely;
 use serde_json::{Value, json};
 use std::path::Path;
 use std::rc::Rc;
@@ -97,7 +97,7 @@ pub fn run(path: &Path, wishes: &Wishes, sweep: &[String], out: Option<&Path>, j
         return Err(fault);
     }
     if let Some(out) = out {
-        std::fs::create_dir_all(out).map_err(|e| refused("create", out, e))?;
+        std::fs::create_dir_all(out).map_err(|e| Error::refused("create", out, e))?;
         write_safely(&out.join("sweep.csv"), |file| file.write_all(csv(&axes, &points).as_bytes()))?;
         let svg = sweep_svg(&plot(&axes, &points));
         write_safely(&out.join("sweep.svg"), |file| file.write_all(svg.as_bytes()))?;

@@ -333,6 +333,7 @@ fn start_devices(planned: &PlannedJob) -> Result<(Box<dyn Device>, Vec<u64>)> {
             host_bytes: planned.map.host_bytes,
             poison: false,
             shared_bytes_per_sec: planned.machine.shared_bytes_per_sec,
+            disk: planned.disk(),
         };
         start_fleet(&specs, memory)
     };

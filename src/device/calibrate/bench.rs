@@ -109,6 +109,7 @@ impl<'a> Bench<'a> {
                 device_norm_bytes_per_sec: Some(rate(norm_bytes, settled[d].0)),
                 host_norm_bytes_per_sec: Some(rate(norm_bytes, host[d].0)),
                 hand_over_secs: hand_over_secs[d],
+                disk_bytes_per_sec: None,
                 cores: None,
             }
         };

@@ -1,8 +1,8 @@
-//! The cuda device: three streams and an arena for each logical device, which lies on one of the driver's GPUs; the host's arithmetic on a thread of
-//! its own.
+//! The cuda device: three streams and an arena for each logical device, which lies on one of the driver's GPUs; the host's arithmetic, and the disk
+//! tier's lanes, on threads of their own.
 //!
 //! A task's tickets become waits of its stream, across GPUs too, so it is queued as soon as what it waits for is queued; only a task that waits for the
-//! host's arithmetic is held back. Its start and end are marks on its stream, and time is read from them alone. A task touches its own GPU's
+//! host's lanes is held back. Its start and end are marks on its stream, and time is read from them alone. A task touches its own GPU's
 //! arenas and the host's memory: what goes from one GPU to another goes through the host's store, as two tasks.
 
 use super::blocks::Blocks;
@@ -13,8 +13,8 @@ use super::operands::Operands;
 use super::queue::Queue;
 use super::{ops, optimizer};
 use crate::base::{Error, LaneId, LaneKind, Result};
-use crate::device::host::math::{MathConfig, MathLane};
-use crate::device::{Completion, Device, Memory, Run, Span, Task, Ticket};
+use crate::device::host::beside::{HostLanes, HostLanesConfig};
+use crate::device::{Completion, Device, DiskSpec, Memory, Run, Span, Task, Ticket};
 use std::collections::VecDeque;
 use std::time::Instant;
 
@@ -38,6 +38,8 @@ pub struct CudaConfig {
     pub threads: Option<usize>,
     /// Fill arenas with NaN first, so that use of what was never written shows as NaN.
     pub poison: bool,
+    /// The disk tier.
+    pub disk: Option<DiskSpec>,
     /// Never tell the completion of this lane's n-th task (from 1): for tests of the watchdog.
     pub withhold: Option<(u16, u64)>,
 }
@@ -71,11 +73,19 @@ struct StreamLane {
     blocks: Blocks,
 }
 
+/// A lane of the host's.
+#[derive(Default)]
+struct HostLane {
+    held: VecDeque<Held>,
+    /// Tasks that have been told done.
+    done: u64,
+}
+
 /// GPUs, real or emulated, as devices.
 pub struct CudaDevice {
     lanes: Vec<LaneId>,
     /// Before the driver, so that it is dropped first: it reads and writes the driver's pinned memory.
-    math: MathLane,
+    beside: HostLanes,
     driver: Box<dyn Driver>,
     streams: Vec<StreamLane>,
     devices: Vec<LogicalDevice>,
@@ -83,9 +93,8 @@ pub struct CudaDevice {
     high_water: Vec<u64>,
     /// Pinned memory, each piece with the offset where it begins and its size.
     host: Vec<(u64, Ptr, u64)>,
-    math_held: VecDeque<Held>,
-    math_running: u64,
-    math_done: u64,
+    /// In the order of [`HostLanes::names`].
+    host_lanes: Vec<HostLane>,
     submitted: Vec<u64>,
     ready: VecDeque<Completion>,
     withhold: Option<(u16, u64)>,
@@ -100,6 +109,7 @@ fn address(arenas: &[Ptr], host: &[(u64, Ptr, u64)], span: Span) -> Ptr {
     match span.memory {
         Memory::Host => host_address(host, span.offset, span.bytes),
         Memory::Device(device) => arenas[device as usize].plus(span.offset),
+        Memory::Disk => unreachable!("the disk tier has lanes of its own"),
     }
 }
 
@@ -174,8 +184,6 @@ impl CudaDevice {
                 });
             }
         }
-        let math = lanes.len() as u16;
-        lanes.push(LaneId::host(LaneKind::HostMath));
         let mut gpu_clocks = Vec::new();
         for gpu in 0..driver.gpus() {
             let stream = driver.stream(gpu)?;
@@ -186,10 +194,12 @@ impl CudaDevice {
             }
             gpu_clocks.push(GpuClock::new(driver.as_mut(), stream, clock)?);
         }
-        // SAFETY: pinned memory of exactly this size, aligned to pages, which lives as long as the driver; the math lane is dropped before it.
-        let math = unsafe {
-            MathLane::new(&MathConfig { lane: math, threads: config.threads, clock }, host, config.host_bytes)?
-        };
+        let CudaConfig { threads, disk, .. } = config.clone();
+        let first = lanes.len() as u16;
+        // SAFETY: pinned memory of exactly this size, aligned to pages, which lives as long as the driver; the host's lanes are dropped before it.
+        let beside =
+            unsafe { HostLanes::new(&HostLanesConfig { first, threads, disk, clock }, host, config.host_bytes)? };
+        lanes.extend(beside.names());
         Ok(CudaDevice {
             submitted: vec![0; lanes.len()],
             lanes,
@@ -199,10 +209,8 @@ impl CudaDevice {
             high_water: vec![0; arenas.len()],
             arenas,
             host: vec![(0, Ptr(host as u64), config.host_bytes)],
-            math,
-            math_held: VecDeque::new(),
-            math_running: 0,
-            math_done: 0,
+            host_lanes: beside.names().iter().map(|_| HostLane::default()).collect(),
+            beside,
             ready: VecDeque::new(),
             withhold: config.withhold,
             failed: false,
@@ -211,15 +219,11 @@ impl CudaDevice {
         })
     }
 
-    fn is_math(&self, lane: u16) -> bool {
-        lane as usize == self.streams.len()
-    }
-
     /// Whether a ticket's task is done, as far as has been seen.
     fn is_done(&self, ticket: Ticket) -> bool {
         match self.streams.get(ticket.lane as usize) {
             Some(lane) => lane.done >= ticket.number,
-            None => self.math_done >= ticket.number,
+            None => self.host_lanes[ticket.lane as usize - self.streams.len()].done >= ticket.number,
         }
     }
 
@@ -232,7 +236,7 @@ impl CudaDevice {
                 while let Some(held) = self.streams[lane].held.front() {
                     let queued = |t: &Ticket| match self.streams.get(t.lane as usize) {
                         Some(other) => other.done + other.queued.len() as u64 >= t.number,
-                        None => self.math_done >= t.number,
+                        None => self.host_lanes[t.lane as usize - self.streams.len()].done >= t.number,
                     };
                     if !held.after.iter().all(queued)
                         || self.streams[lane].queued.len() >= self.streams[lane].blocks.len()
@@ -247,14 +251,15 @@ impl CudaDevice {
                     }
                 }
             }
-            while let Some(held) = self.math_held.front() {
-                if !held.after.iter().all(|&t| self.is_done(t)) {
-                    break;
+            for lane in 0..self.host_lanes.len() {
+                while let Some(held) = self.host_lanes[lane].held.front() {
+                    if !held.after.iter().all(|&t| self.is_done(t)) {
+                        break;
+                    }
+                    let held = self.host_lanes[lane].held.pop_front().expect("there is a front");
+                    self.beside.send(lane, held.ticket, held.task);
+                    moved = true;
                 }
-                let held = self.math_held.pop_front().expect("there is a front");
-                self.math_running += 1;
-                self.math.send(held.ticket, held.task);
-                moved = true;
             }
         }
     }
@@ -418,10 +423,9 @@ impl CudaDevice {
                 self.ready.push_back(Completion { ticket, start_secs, end_secs, result: Ok(()), not_finite_layer });
             }
         }
-        while let Some(completion) = self.math.ended() {
-            self.math_running -= 1;
+        while let Some(completion) = self.beside.ended() {
             if completion.result.is_ok() {
-                self.math_done = completion.ticket.number;
+                self.host_lanes[completion.ticket.lane as usize - self.streams.len()].done = completion.ticket.number;
             } else {
                 self.failed = true;
             }
@@ -445,10 +449,9 @@ impl Device for CudaDevice {
         *number += 1;
         let ticket = Ticket { lane, number: *number };
         let held = Held { ticket, task, after: after.to_vec() };
-        if self.is_math(lane) {
-            self.math_held.push_back(held);
-        } else {
-            self.streams[lane as usize].held.push_back(held);
+        match (lane as usize).checked_sub(self.streams.len()) {
+            Some(lane) => self.host_lanes[lane].held.push_back(held),
+            None => self.streams[lane as usize].held.push_back(held),
         }
         self.advance();
         ticket
@@ -488,8 +491,8 @@ impl Device for CudaDevice {
 
     fn grow_host(&mut self, bytes: u64) -> Result<u64> {
         let start = self.driver.alloc_host(bytes)?;
-        // SAFETY: pinned memory of exactly this size, aligned to pages, which lives as long as the driver; the math lane is dropped before it.
-        let base = unsafe { self.math.add(start, bytes) };
+        // SAFETY: pinned memory of exactly this size, aligned to pages, which lives as long as the driver; the host's lanes are dropped before it.
+        let base = unsafe { self.beside.add(start, bytes) };
         self.host.push((base, Ptr(start as u64), bytes));
         Ok(base)
     }
@@ -504,6 +507,18 @@ impl Device for CudaDevice {
         let from = host_address(&self.host, offset, bytes.len() as u64).0 as *const u8;
         // SAFETY: inside the store (`host_address`); no task writes these bytes now, by the trait's contract; the caller's slice is elsewhere.
         unsafe { bytes.as_mut_ptr().copy_from_nonoverlapping(from, bytes.len()) };
+    }
+
+    fn grow_disk(&mut self, bytes: u64) -> Result<u64> {
+        self.beside.disk()?.grow(bytes)
+    }
+
+    fn write_disk(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.beside.disk()?.write(offset, bytes)
+    }
+
+    fn read_disk(&self, offset: u64, bytes: &mut [u8]) -> Result<()> {
+        self.beside.disk()?.read(offset, bytes)
     }
 
     fn high_water_bytes(&self, device: u16) -> u64 {

@@ -1,9 +1,10 @@
 //! The host device: an arena and three lanes for each device, an arithmetic lane for the host, real copies between separate memories.
 
+use super::disk::Disk;
 use super::lanes::{Lane, Link, Order, Shared, Throttle};
 use super::memory::{Block, Store};
 use crate::base::{Error, LaneId, LaneKind, Result};
-use crate::device::{Completion, Device, Task, Ticket};
+use crate::device::{Completion, Device, DiskSpec, Task, Ticket};
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
@@ -35,6 +36,8 @@ pub struct HostConfig {
     pub poison: bool,
     /// Bytes per second each way that the links of all devices share; `None` is as fast as memory goes.
     pub shared_bytes_per_sec: Option<f64>,
+    /// The disk tier.
+    pub disk: Option<DiskSpec>,
     /// Never tell the completion of this lane's n-th task (from 1): for tests of the watchdog.
     pub withhold: Option<(u16, u64)>,
 }
@@ -73,7 +76,11 @@ impl HostDevice {
             }
         }
         lanes.extend(math_lanes(&config.devices));
-        let shared = Arc::new(Shared::new(host, arenas, wide, lanes.len(), Instant::now()));
+        if config.disk.is_some() {
+            lanes.extend(DISK_LANES);
+        }
+        let disk = config.disk.as_ref().map(Disk::new).transpose()?;
+        let shared = Arc::new(Shared::new(host, disk, arenas, wide, lanes.len(), Instant::now()));
         let (completed, completions) = channel();
         let mut device = HostDevice {
             submitted: vec![0; lanes.len()],
@@ -114,7 +121,11 @@ impl HostDevice {
             let (pool, cores) =
                 pools.get(device).cloned().ok_or_else(|| Error::bad("a host device needs at least one device"))?;
             let copies = matches!(lane.kind, LaneKind::HostToDevice | LaneKind::DeviceToHost);
-            let rate = config.devices[device].link_bytes_per_sec.filter(|_| copies);
+            let on_disk = DISK_LANES.contains(&lane);
+            let rate = match &config.disk {
+                Some(disk) if on_disk => disk.bytes_per_sec,
+                _ => config.devices[device].link_bytes_per_sec.filter(|_| copies),
+            };
             let way = usize::from(lane.kind == LaneKind::DeviceToHost);
             let shared_link = shared_links.as_ref().filter(|_| copies).map(|links| Arc::clone(&links[way]));
             let (sender, orders) = channel();
@@ -122,7 +133,7 @@ impl HostDevice {
                 shared: Arc::clone(&self.shared),
                 orders,
                 completions: completed.clone(),
-                pool: (!copies).then_some(pool),
+                pool: (!copies && !on_disk).then_some(pool),
                 scratch: None,
                 throttle: Throttle { own: rate.map(Link::new), shared: shared_link },
                 withhold: config.withhold.filter(|&(l, _)| l as usize == index).map(|(_, n)| n),
@@ -130,7 +141,7 @@ impl HostDevice {
             let thread = std::thread::Builder::new()
                 .name(lane.to_string())
                 .spawn(move || {
-                    if let Some(cores) = cores {
+                    if let Some(cores) = cores.filter(|_| !on_disk) {
                         super::affinity::pin(cores);
                     }
                     lane_body.serve();
@@ -149,6 +160,10 @@ impl HostDevice {
         unsafe { self.shared.arenas[device as usize].unpoisoned_bytes() }
     }
 }
+
+/// Lanes of the disk tier, which come last.
+pub(in crate::device) const DISK_LANES: [LaneId; 2] =
+    [LaneId::host(LaneKind::DiskRead), LaneId::host(LaneKind::DiskWrite)];
 
 /// Lanes for the host's arithmetic: of several devices each has one on its own cores, and those without share one, as a single device does.
 fn math_lanes(devices: &[HostSpec]) -> Vec<LaneId> {
@@ -219,6 +234,18 @@ impl Device for HostDevice {
     fn read_host(&self, offset: u64, bytes: &mut [u8]) {
         // SAFETY: no task writes these bytes now, by the trait's contract.
         bytes.copy_from_slice(unsafe { self.shared.host.slice(offset, bytes.len() as u64) });
+    }
+
+    fn grow_disk(&mut self, bytes: u64) -> Result<u64> {
+        self.shared.disk()?.grow(bytes)
+    }
+
+    fn write_disk(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.shared.disk()?.write(offset, bytes)
+    }
+
+    fn read_disk(&self, offset: u64, bytes: &mut [u8]) -> Result<()> {
+        self.shared.disk()?.read(offset, bytes)
     }
 
     fn high_water_bytes(&self, device: u16) -> u64 {

@@ -15,7 +15,7 @@ use std::sync::atomic::Ordering;
 pub(super) fn execute(task: &Task, shared: &Shared) -> Result<Option<usize>> {
     match task {
         Task::Run(run) => return execute_run(run, shared),
-        Task::Copy(spans) => spans.iter().for_each(|span| copy(span, shared)),
+        Task::Copy(spans) => spans.iter().try_for_each(|span| copy(span, shared))?,
         Task::Add(spans) => spans.iter().for_each(|span| {
             let (acc, x) = (elements_mut::<f32>(shared, span.to), elements::<f32>(shared, span.from));
             optimizer::add_assign(acc, x);
@@ -35,6 +35,9 @@ fn touch(shared: &Shared, span: Span) {
     }
 }
 
+/// Copies alone go from and to the disk.
+const ON_DISK: &str = "arithmetic on what lies on the disk";
+
 fn bytes(shared: &Shared, span: Span) -> &[u8] {
     touch(shared, span);
     match span.memory {
@@ -42,6 +45,7 @@ fn bytes(shared: &Shared, span: Span) -> &[u8] {
         Memory::Host => unsafe { shared.host.slice(span.offset, span.bytes) },
         // SAFETY: as above.
         Memory::Device(device) => unsafe { shared.arenas[device as usize].slice(span.offset, span.bytes) },
+        Memory::Disk => unreachable!("{ON_DISK}"),
     }
 }
 
@@ -53,6 +57,7 @@ fn bytes_mut(shared: &Shared, span: Span) -> &mut [u8] {
         Memory::Host => unsafe { shared.host.slice_mut(span.offset, span.bytes) },
         // SAFETY: as above.
         Memory::Device(device) => unsafe { shared.arenas[device as usize].slice_mut(span.offset, span.bytes) },
+        Memory::Disk => unreachable!("{ON_DISK}"),
     }
 }
 
@@ -64,8 +69,16 @@ fn elements_mut<T: bytemuck::Pod>(shared: &Shared, span: Span) -> &mut [T] {
     bytemuck::cast_slice_mut(bytes_mut(shared, span))
 }
 
-fn copy(span: &CopySpan, shared: &Shared) {
-    bytes_mut(shared, span.to).copy_from_slice(bytes(shared, span.from));
+fn copy(span: &CopySpan, shared: &Shared) -> Result<()> {
+    let CopySpan { from, to } = *span;
+    match (from.memory, to.memory) {
+        (Memory::Disk, _) => shared.disk()?.read(from.offset, bytes_mut(shared, to)),
+        (_, Memory::Disk) => shared.disk()?.write(to.offset, bytes(shared, from)),
+        _ => {
+            bytes_mut(shared, to).copy_from_slice(bytes(shared, from));
+            Ok(())
+        }
+    }
 }
 
 fn execute_run(run: &Run, shared: &Shared) -> Result<Option<usize>> {

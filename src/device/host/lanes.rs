@@ -1,5 +1,6 @@
 //! Lanes of the host device: one thread each, which waits for a task's tickets, runs it, and says so.
 
+use super::disk::Disk;
 use super::execute::execute;
 use super::gemm;
 use super::memory::{Block, Store};
@@ -23,6 +24,7 @@ pub(super) struct Order {
 pub(super) struct Shared {
     pub start: Instant,
     pub host: Store,
+    pub disk: Option<Disk>,
     pub arenas: Vec<Block>,
     /// For each device, f32 copies of the operands of the op that it runs, where they are bf16.
     pub wide: Vec<Mutex<Block>>,
@@ -37,8 +39,16 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    pub fn new(host: Store, arenas: Vec<Block>, wide: Vec<Mutex<Block>>, lanes: usize, start: Instant) -> Self {
+    pub fn new(
+        host: Store,
+        disk: Option<Disk>,
+        arenas: Vec<Block>,
+        wide: Vec<Mutex<Block>>,
+        lanes: usize,
+        start: Instant,
+    ) -> Self {
         Shared {
+            disk,
             start,
             wide,
             high_water: arenas.iter().map(|_| AtomicU64::new(0)).collect(),
@@ -49,6 +59,14 @@ impl Shared {
             changed: Condvar::new(),
             stop: AtomicBool::new(false),
         }
+    }
+
+    /// The disk tier.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn disk(&self) -> Result<&Disk> {
+        self.disk.as_ref().ok_or_else(|| Error::Device("these devices have no disk tier".into()))
     }
 
     fn is_done(&self, ticket: Ticket) -> bool {
@@ -141,7 +159,7 @@ pub(super) struct Lane {
     pub shared: Arc<Shared>,
     pub orders: Receiver<Order>,
     pub completions: Sender<Completion>,
-    /// Threads for arithmetic; copy lanes have none.
+    /// Threads for arithmetic; lanes of copies have none.
     pub pool: Option<Arc<rayon::ThreadPool>>,
     /// Scratch that every thread of the pool has been given, in words.
     pub scratch: Option<usize>,

@@ -7,10 +7,13 @@ pub mod activation;
 mod affinity;
 pub mod attention;
 pub mod batchnorm;
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+pub(in crate::device) mod beside;
 pub mod conv;
 pub mod cross_entropy;
 mod custom;
 mod device;
+mod disk;
 pub mod elementwise;
 pub mod embedding;
 mod execute;
@@ -20,8 +23,6 @@ mod im2col;
 mod lanes;
 pub mod linear;
 pub mod master;
-#[cfg(any(feature = "cuda", feature = "emulator"))]
-pub(in crate::device) mod math;
 mod memory;
 pub mod norm;
 mod ops;

@@ -52,10 +52,16 @@ pub struct CostModel {
     pub host_norm_bytes_per_sec: Option<f64>,
     /// Seconds between a task's end and the start of one that waited for it on another lane.
     pub hand_over_secs: f64,
+    /// The disk tier's bandwidth each way; `None`: [`DISK_BYTES_PER_SEC`].
+    #[serde(default)]
+    pub disk_bytes_per_sec: Option<f64>,
     /// The cores that all lanes of the device share; `None` where copies and the host's arithmetic take nothing from it.
     #[serde(default)]
     pub cores: Option<Cores>,
 }
+
+/// What a disk is taken to read and to write a second where nobody says it: a good one of those that machines have, at half of its best.
+pub const DISK_BYTES_PER_SEC: f64 = 1e9;
 
 /// Cores on which a device's units, its copies and its part of the host's arithmetic all run: what one takes the others lack.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -89,8 +95,14 @@ impl CostModel {
             device_norm_bytes_per_sec: None,
             host_norm_bytes_per_sec: None,
             hand_over_secs: 0.0,
+            disk_bytes_per_sec: None,
             cores: None,
         }
+    }
+
+    /// The disk tier's bandwidth each way.
+    pub fn disk_bytes_per_sec(&self) -> f64 {
+        self.disk_bytes_per_sec.unwrap_or(DISK_BYTES_PER_SEC)
     }
 
     /// Seconds of one op.
@@ -298,7 +310,7 @@ mod tests {
     fn older_profiles_are_read() {
         let model = CostModel::stated(1e9, 1e8, 1e7);
         let mut json = serde_json::to_value(&model).unwrap();
-        for key in ["device_norm_bytes_per_sec", "host_norm_bytes_per_sec", "cores"] {
+        for key in ["device_norm_bytes_per_sec", "host_norm_bytes_per_sec", "disk_bytes_per_sec", "cores"] {
             assert!(json.as_object_mut().unwrap().remove(key).is_some(), "{key}");
         }
         for rate in json["rates"].as_array_mut().unwrap() {

@@ -7,7 +7,7 @@
 mod cost_model;
 mod profiles;
 
-pub use cost_model::{Cores, CostModel, Rate};
+pub use cost_model::{Cores, CostModel, DISK_BYTES_PER_SEC, Rate};
 pub use profiles::{PROFILES, Profile};
 
 use super::{Completion, Device, Task, Ticket};
@@ -48,6 +48,10 @@ pub struct SimDevice {
     host_end: u64,
     /// What all links share each way, and when what was asked for until now will have crossed.
     shared: Option<SharedLink>,
+    /// Bytes per second of the disk tier, each way.
+    disk_bytes_per_sec: f64,
+    /// One past the last byte that was added to the disk tier.
+    disk_end: u64,
     /// Completions to come: equal times are ordered by device, lane and task.
     coming: BinaryHeap<Reverse<(Secs, LaneId, Ticket, Secs)>>,
 }
@@ -98,6 +102,8 @@ impl SimDevice {
             ends,
             programs: HashMap::new(),
             host_end: 0,
+            disk_bytes_per_sec: 0.0,
+            disk_end: 0,
             shared: None,
             coming: BinaryHeap::new(),
         }
@@ -106,6 +112,17 @@ impl SimDevice {
     /// The same devices with links that share so many bytes per second each way.
     pub fn with_shared_link(mut self, bytes_per_sec: Option<f64>) -> SimDevice {
         self.shared = bytes_per_sec.map(|bytes_per_sec| SharedLink { bytes_per_sec, crossed: [0.0; 2] });
+        self
+    }
+
+    /// The same devices with a disk tier of so many bytes per second each way.
+    pub fn with_disk(mut self, bytes_per_sec: Option<f64>) -> SimDevice {
+        if let Some(bytes_per_sec) = bytes_per_sec {
+            let lanes = [LaneKind::DiskRead, LaneKind::DiskWrite].map(LaneId::host);
+            self.lanes.extend(lanes);
+            self.ends.extend(lanes.map(|_| Lane::default()));
+            self.disk_bytes_per_sec = bytes_per_sec;
+        }
         self
     }
 }
@@ -121,6 +138,7 @@ impl Device for SimDevice {
         let model = &self.models[owner];
         let waited = after.iter().map(|t| self.ends[t.lane as usize].end_of(t.number)).fold(self.now, f64::max);
         // Lanes come device by device, the one for units first.
+        let on_disk = matches!(id.kind, LaneKind::DiskRead | LaneKind::DiskWrite);
         let units_until = self.ends[3 * owner].last_end;
         let on = &mut self.ends[lane as usize];
         let start = waited.max(on.last_end);
@@ -129,12 +147,13 @@ impl Device for SimDevice {
                 let key = (id.device, std::sync::Arc::as_ptr(&run.program) as usize);
                 *self.programs.entry(key).or_insert_with(|| model.task_secs(&task, id.kind))
             }
+            _ if on_disk => model.copy_secs + task.bytes() as f64 / self.disk_bytes_per_sec + model.hand_over_secs,
             _ => model.task_secs(&task, id.kind),
         };
         let mut end = start + secs;
         if id.kind == LaneKind::Compute {
             end += std::mem::take(&mut self.taken[owner]);
-        } else if model.cores.is_some() {
+        } else if model.cores.is_some() && !on_disk {
             // Both get on half as fast for as long as both are there.
             let met = model.core_secs(&task, id.kind).min((units_until - start).max(0.0));
             self.taken[owner] += met;
@@ -181,10 +200,25 @@ impl Device for SimDevice {
         Ok(base)
     }
 
+    fn grow_disk(&mut self, bytes: u64) -> Result<u64> {
+        let base = self.disk_end.max(1 << 60);
+        self.disk_end = base + bytes;
+        Ok(base)
+    }
+
     fn write_host(&mut self, _offset: u64, _bytes: &[u8]) {}
 
     fn read_host(&self, _offset: u64, bytes: &mut [u8]) {
         bytes.fill(0);
+    }
+
+    fn write_disk(&mut self, _offset: u64, _bytes: &[u8]) -> Result<()> {
+        Ok(())
+    }
+
+    fn read_disk(&self, _offset: u64, bytes: &mut [u8]) -> Result<()> {
+        bytes.fill(0);
+        Ok(())
     }
 
     fn high_water_bytes(&self, _device: u16) -> u64 {

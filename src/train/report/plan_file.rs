@@ -65,6 +65,7 @@ pub(super) struct Rates {
     h2d_bytes_per_sec: Option<f64>,
     d2h_bytes_per_sec: Option<f64>,
     host_update_bytes_per_sec: Option<f64>,
+    disk_bytes_per_sec: Option<f64>,
 }
 
 impl Rates {
@@ -74,8 +75,8 @@ impl Rates {
             h2d_bytes_per_sec: self.h2d_bytes_per_sec,
             d2h_bytes_per_sec: self.d2h_bytes_per_sec,
             host_bytes_per_sec: self.host_update_bytes_per_sec,
-            disk_read_bytes_per_sec: None,
-            disk_write_bytes_per_sec: None,
+            disk_read_bytes_per_sec: self.disk_bytes_per_sec,
+            disk_write_bytes_per_sec: self.disk_bytes_per_sec,
         }
     }
 }

@@ -123,7 +123,7 @@ fn reads_every_key() {
     assert_eq!((sim.kind, sim.count, sim.memory), (DeviceKind::Sim, 1, Some(1024)));
     assert_eq!((sim.flops, sim.memory_bandwidth), (Some(6e13), Some(9e11)));
     assert_eq!(v100.profile.as_deref(), Some("v100"));
-    let disk = Disk { path: "/jobs/spill".into(), memory: 16 << 30 };
+    let disk = Disk { path: "/jobs/spill".into(), memory: 16 << 30, link: None };
     assert_eq!(job.host, Host { memory: Some(4 << 30), link: Some(2e10), disk: Some(disk) });
 
     let [gpt, resnet, swept @ ..] = &job.models[..] else { panic!("two models and a search") };

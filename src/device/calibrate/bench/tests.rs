@@ -46,6 +46,15 @@ impl Device for Logged {
     fn grow_host(&mut self, bytes: u64) -> Result<u64> {
         self.0.grow_host(bytes)
     }
+    fn grow_disk(&mut self, bytes: u64) -> Result<u64> {
+        self.0.grow_disk(bytes)
+    }
+    fn write_disk(&mut self, _offset: u64, _bytes: &[u8]) -> Result<()> {
+        Ok(())
+    }
+    fn read_disk(&self, _offset: u64, _bytes: &mut [u8]) -> Result<()> {
+        Ok(())
+    }
     fn write_host(&mut self, _offset: u64, _bytes: &[u8]) {}
     fn read_host(&self, _offset: u64, _bytes: &mut [u8]) {}
     fn high_water_bytes(&self, _device: u16) -> u64 {

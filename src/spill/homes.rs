@@ -1,0 +1,141 @@
+//! Where models' state is at home: in the host's store, and in the disk tier what that has no room for.
+//!
+//! As little goes to the disk as will do: first of every model what costs a step least, and where all of it need not go, the first models keep theirs.
+
+use super::fleet::{FleetMap, Placed};
+use super::memory::Tape;
+use super::store::OnDisk;
+use crate::base::{Error, Result, format_bytes};
+use std::sync::Arc;
+
+/// Bytes of host memory and of the disk tier that a model takes, for each of [`OnDisk::ALL`].
+pub(super) type Homes = [(u64, u64); OnDisk::ALL.len()];
+
+/// Bytes of the places where state is at home.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HomeBudgets {
+    /// The host's store; `None` is no limit.
+    pub host: Option<u64>,
+    /// The disk tier; 0 is no disk.
+    pub disk: u64,
+}
+
+impl HomeBudgets {
+    /// What models that are there leave for others.
+    pub fn beside(self, there: &FleetMap) -> HomeBudgets {
+        let host = self.host.map(|bytes| bytes.saturating_sub(there.host_bytes));
+        HomeBudgets { host, disk: self.disk.saturating_sub(there.disk_bytes) }
+    }
+}
+
+/// Gives every model what it keeps on the disk, so that all fit.
+///
+/// # Errors
+/// [`Error::OutOfBudget`] that says what is needed.
+pub fn find_homes(placed: &[Placed], budgets: HomeBudgets) -> Result<Vec<Placed>> {
+    let homes: Vec<Homes> = placed.iter().map(|p| p.plan.homes(&p.model)).collect();
+    let smallest = placed.iter().map(|p| p.plan.smallest_device_bytes).max().unwrap_or(0);
+    let chosen = choose_homes(&homes, budgets, smallest)?;
+    let of = |(p, on_disk): (&Placed, OnDisk)| match p.plan.choice.on_disk == on_disk {
+        true => p.clone(),
+        false => Placed { plan: Arc::new(p.plan.at_home(&p.model, on_disk)), ..p.clone() },
+    };
+    Ok(placed.iter().zip(chosen).map(of).collect())
+}
+
+/// What of each model goes to the disk.
+pub(super) fn choose_homes(models: &[Homes], budgets: HomeBudgets, smallest_device_bytes: u64) -> Result<Vec<OnDisk>> {
+    let refused = |message: String| Error::OutOfBudget { message, smallest_device_bytes };
+    let of_all = if models.len() == 1 { String::new() } else { format!(" for {} models", models.len()) };
+    let most = OnDisk::ALL.len() - if budgets.disk == 0 { OnDisk::ALL.len() - 1 } else { 0 };
+    let needs: Vec<u64> = (0..most).map(|i| total(models, |_| i).0).collect();
+    let host = budgets.host.unwrap_or(u64::MAX);
+    let Some(level) = needs.iter().position(|&bytes| bytes <= host) else {
+        let needs = needs.into_iter().min().unwrap_or(0);
+        let (even, more) = match budgets.disk {
+            0 => ("", "; disk = { path = \"spill\", memory = \"16 GiB\" } under [host] adds a disk tier"),
+            _ => (" even with moments, gradients and weights on the disk", ""),
+        };
+        return Err(refused(format!(
+            "the host's store needs {} ({needs} bytes){of_all}{even}, its budget is {} ({host} bytes){more}",
+            format_bytes(needs),
+            format_bytes(host)
+        )));
+    };
+    let mut levels = vec![level; models.len()];
+    for m in 0..models.len() {
+        let with = |less: usize| total(models, |i| if i == m { less } else { levels[i] }).0;
+        levels[m] = (0..level).find(|&less| with(less) <= host).unwrap_or(level);
+    }
+    let disk = total(models, |m| levels[m]).1;
+    if disk > budgets.disk {
+        return Err(refused(format!(
+            "the disk tier needs {} ({disk} bytes){of_all}, its budget is {} ({} bytes)",
+            format_bytes(disk),
+            format_bytes(budgets.disk),
+            budgets.disk
+        )));
+    }
+    Ok(levels.into_iter().map(|level| OnDisk::ALL[level]).collect())
+}
+
+/// Bytes of host memory and of the disk tier of all models, each as its number among [`OnDisk::ALL`] says.
+fn total(models: &[Homes], level: impl Fn(usize) -> usize) -> (u64, u64) {
+    let (mut store, mut disk) = (Tape::default(), Tape::default());
+    for (m, homes) in models.iter().enumerate() {
+        let (host_bytes, disk_bytes) = homes[level(m)];
+        store.take(host_bytes);
+        disk.take(disk_bytes);
+    }
+    (store.end, disk.end)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn choose(models: &[Homes], host: u64, disk: u64) -> Result<Vec<OnDisk>> {
+        choose_homes(models, HomeBudgets { host: Some(host), disk }, 7)
+    }
+
+    /// Multiples of every alignment.
+    const K: u64 = 1 << 10;
+    const MODEL: Homes = [(16 * K, 0), (8 * K, 9 * K), (6 * K, 13 * K), (2 * K, 17 * K)];
+
+    #[test]
+    fn as_little_goes_to_the_disk_as_will_do() {
+        use OnDisk::{Gradients, Nothing, UpdateState, Weights};
+        for (host, want) in [
+            (32, [Nothing, Nothing]),
+            (31, [Nothing, UpdateState]),
+            (24, [Nothing, UpdateState]),
+            (23, [UpdateState, UpdateState]),
+            (15, [UpdateState, Gradients]),
+            (13, [Gradients, Gradients]),
+            (11, [UpdateState, Weights]),
+            (4, [Weights, Weights]),
+        ] {
+            assert_eq!(choose(&[MODEL, MODEL], host * K, 100 * K).unwrap(), want, "{host} KiB");
+        }
+        assert_eq!(choose_homes(&[MODEL], HomeBudgets::default(), 0).unwrap(), [Nothing]);
+    }
+
+    #[test]
+    fn what_fits_nowhere_is_refused_with_what_it_needs() {
+        for (host, disk, words) in [
+            (
+                15 * K,
+                0,
+                "the host's store needs 16.00 KiB (16384 bytes), its budget is 15.00 KiB (15360 bytes); disk = {",
+            ),
+            (K, 99 * K, "needs 2.00 KiB (2048 bytes) even with moments, gradients and weights on the disk"),
+            (15 * K, 8 * K, "the disk tier needs 9.00 KiB (9216 bytes), its budget is 8.00 KiB (8192 bytes)"),
+        ] {
+            let error = choose(&[MODEL], host, disk).unwrap_err();
+            assert!(error.to_string().contains(words), "{error}");
+            assert!(matches!(error, Error::OutOfBudget { smallest_device_bytes: 7, .. }));
+        }
+        let error = choose(&[MODEL, MODEL], K, 0).unwrap_err();
+        assert!(error.to_string().contains("(32768 bytes) for 2 models"), "{error}");
+    }
+}

@@ -1,0 +1,97 @@
+//! What the disk tier promises besides the same bits (`same_bits`, `fleet`): host memory within its budget with as little on the disk as will do, and on the
+//! virtual clock a step that is about as long as the slower of the disk and the rest.
+
+mod common;
+
+use common::small::Small;
+use common::stated;
+use hydra::base::Error;
+use hydra::device::sim::CostModel;
+use hydra::engine::predict;
+use hydra::spill::{Model, OnDisk, Plan, PlanOptions};
+use hydra::train::TrainOptions;
+use std::sync::Arc;
+
+fn model(microbatches: usize) -> Arc<Model> {
+    let options = TrainOptions { batch: 2 * microbatches, microbatch: 2, ..TrainOptions::new(1) };
+    Small::gpt(64, 2, 6, 16, 0.0).model(&options)
+}
+
+/// Seconds of a step and of its busiest lane, with all state on its way and this much of it on a disk of such a rate.
+fn step(model: &Arc<Model>, on_disk: OnDisk, clips: bool, bytes_per_sec: f64) -> (f64, f64) {
+    let options = PlanOptions { resident: Some(false), on_disk: Some(on_disk), clips, ..PlanOptions::default() };
+    let cost = CostModel { disk_bytes_per_sec: Some(bytes_per_sec), ..stated() };
+    let plan = Arc::new(Plan::new(model, &options, &cost).expect("no budget"));
+    let prediction = predict(model, &plan, &cost, clips).expect("no stall");
+    (prediction.step_secs, prediction.bound_secs)
+}
+
+#[test]
+fn a_step_is_as_long_as_the_slower_of_the_disk_and_the_rest() {
+    for (clips, microbatches) in [(false, 1), (false, 4), (true, 1), (true, 4)] {
+        let model = model(microbatches);
+        let (without, _) = step(&model, OnDisk::Nothing, clips, 1.0);
+        for on_disk in OnDisk::ALL.into_iter().filter(|&on_disk| on_disk > OnDisk::Nothing) {
+            let what = format!("{on_disk:?} on the disk, clips {clips}, {microbatches} microbatches");
+            let (fast, _) = step(&model, on_disk, clips, 1e11);
+            assert!(fast < 1.06 * without, "{what}: {fast:e} with a fast disk, {without:e} with none");
+            let (slow, busiest) = step(&model, on_disk, clips, 1e8);
+            // With the norm, moments are read when all gradients have been written: 16 bytes a parameter one after another, and reads alone are 12.
+            let chain = if clips && on_disk == OnDisk::Gradients { 16.0 / 12.0 } else { 1.0 };
+            assert!(slow < 1.06 * chain * busiest, "{what}: {slow:e} with a slow disk, which works {busiest:e}");
+            for bytes_per_sec in [3e8, 1e9, 3e9, 1e10] {
+                let (secs, busiest) = step(&model, on_disk, clips, bytes_per_sec);
+                let limit = 1.06 * chain * (busiest + without);
+                assert!(secs < limit, "{what}: {secs:e} at {bytes_per_sec:e}, busiest lane {busiest:e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn host_memory_is_within_its_budget_and_no_more_is_on_the_disk_than_must_be() {
+    let model = model(2);
+    const DEVICE: u64 = 600_000;
+    let plan = |host_budget: u64, disk_budget: u64| {
+        let (device_budget, host_budget) = (Some(DEVICE), Some(host_budget));
+        let options = PlanOptions { device_budget, host_budget, disk_budget, ..PlanOptions::default() };
+        Plan::new(&model, &options, &stated())
+    };
+    let most = plan(u64::MAX, 0).expect("no budget").host.bytes;
+    let mut seen = Vec::new();
+    for part in 1..=40 {
+        let budget = most * part / 40;
+        match plan(budget, u64::MAX) {
+            Ok(found) => {
+                assert!(found.host.bytes <= budget && found.arena.bytes <= DEVICE);
+                let needs = found.host.disk_bytes;
+                assert_eq!(needs > 0, found.choice.on_disk > OnDisk::Nothing);
+                seen.push(found.choice.on_disk);
+                if needs > 1 {
+                    let error = refused(plan(budget, needs - 1));
+                    assert!(
+                        error.contains("the disk tier needs") && error.contains(&format!("({needs} bytes)")),
+                        "{error}"
+                    );
+                }
+            }
+            Err(error) => {
+                assert!(seen.is_empty(), "{budget} bytes are too few, and fewer were not: {error}");
+                let error = refused(Err(error));
+                assert!(error.contains("even with moments, gradients and weights on the disk"), "{error}");
+            }
+        }
+    }
+    assert!(seen.is_sorted_by(|a, b| a >= b), "more memory, less on the disk: {seen:?}");
+    seen.dedup();
+    assert_eq!(seen.len(), OnDisk::ALL.len(), "{seen:?}");
+    assert!(refused(plan(most / 2, 0)).contains("disk = { path = \"spill\""));
+}
+
+#[track_caller]
+fn refused(plan: hydra::base::Result<Plan>) -> String {
+    match plan {
+        Err(error @ Error::OutOfBudget { .. }) => error.to_string(),
+        other => panic!("{other:?}"),
+    }
+}
