@@ -252,6 +252,15 @@ fn disk(bytes: u64) -> Option<DiskSpec> {
     (bytes > 0).then(|| DiskSpec { path: std::env::temp_dir(), bytes, bytes_per_sec: None })
 }
 
+/// The same with as much of their state on the disk as can be.
+fn on_disk(placed: &[Placed], devices: usize) -> Vec<Placed> {
+    let most = FleetMap::new(placed, devices).host_bytes;
+    let homes = |i: u64| find_homes(placed, HomeBudgets { host: Some(most * i / 64), disk: u64::MAX }).ok();
+    let placed = (0..64).find_map(homes).expect("a disk helps");
+    assert!(placed.iter().any(|p| p.plan.choice.on_disk == OnDisk::Weights));
+    placed
+}
+
 fn check(what: &str, entries: &[Entry], got: &[Result<Outcome, String>], want: &[Outcome]) {
     for ((entry, got), want) in entries.iter().zip(got).zip(want) {
         let got = got.as_ref().unwrap_or_else(|e| panic!("{what}, {}: {e}", entry.name));
@@ -506,13 +515,16 @@ fn models_that_come_go_and_fail_leave_the_others_bits_alone() {
     let want = alone(&entries);
     let (cancels, fails, last) = (1, 2, 5);
     let foreign = hydra::nn::open(&common::fixture("gpt2").join("model")).expect("a model");
-    for policy in ["sharded-lrtf", "random"] {
+    for (policy, disk_tier) in [("sharded-lrtf", false), ("random", false), ("sharded-lrtf", true)] {
         let placed = plan(&entries, 2, Some(smallest(&entries) * 5 / 4), Recompute::Auto, 2);
+        let placed = if disk_tier { on_disk(&placed, 2) } else { placed };
         let map = FleetMap::new(&[&placed[..], &placed[..1]].concat(), 2);
+        let there = FleetMap::new(&placed[..last], 2);
         let memory = FleetMemory {
             arena_bytes: map.arena_bytes.clone(),
-            host_bytes: FleetMap::new(&placed[..last], 2).host_bytes,
+            host_bytes: there.host_bytes,
             poison: true,
+            disk: disk(there.disk_bytes),
             ..FleetMemory::default()
         };
         let specs = vec![HostSpec { threads: Some(1), ..HostSpec::default() }.into(); 2];
@@ -587,8 +599,14 @@ fn baselines_give_the_bits_of_lone_runs() {
                         Err(error) => assert!(matches!(error, Error::OutOfBudget { .. }), "{error}"),
                     }
                 }
-                let got = run_with(&entries, &lined.placed, devices, None, lined.lines, None);
-                check(&format!("{name} on {devices} devices, {share:?} of the memory"), &entries, &got, &want);
+                let what = format!("{name} on {devices} devices, {share:?} of the memory");
+                let got = run_with(&entries, &lined.placed, devices, None, lined.lines.clone(), None);
+                check(&what, &entries, &got, &want);
+                if devices == 2 {
+                    let placed = on_disk(&lined.placed, devices);
+                    let got = run_with(&entries, &placed, devices, None, lined.lines, None);
+                    check(&format!("{what}, state on disk"), &entries, &got, &want);
+                }
             }
         }
     }
