@@ -84,7 +84,7 @@ impl Engine {
         deadline: u64,
     ) -> Vec<CopySpan> {
         let (plan, host) = (&site.plan, &site.plan.host);
-        if host.update_stages.is_empty() {
+        if !piece.parts().into_iter().flatten().any(|part| part.memory == Memory::Disk) {
             return Vec::new();
         }
         let turn = &mut self.members[site.member].update_stage;
@@ -107,19 +107,19 @@ impl Engine {
     }
 
     fn read_disk(&mut self, site: &Site, s: usize, deadline: u64, spans: Vec<CopySpan>) {
-        let lane = site.lanes.disk.expect("plans put something on the disk where there is one").read;
-        self.move_on_disk(site, (What::DiskRead, s), lane, deadline, spans);
+        self.move_on_disk(site, (What::DiskRead, s), deadline, spans);
     }
 
     pub(super) fn write_disk(&mut self, site: &Site, s: usize, deadline: u64, spans: Vec<CopySpan>) {
+        self.move_on_disk(site, (What::DiskWrite, s), deadline, spans);
+    }
+
+    fn move_on_disk(&mut self, site: &Site, of: (What, usize), deadline: u64, spans: Vec<CopySpan>) {
         if spans.is_empty() {
             return;
         }
-        let lane = site.lanes.disk.expect("plans put something on the disk where there is one").write;
-        self.move_on_disk(site, (What::DiskWrite, s), lane, deadline, spans);
-    }
-
-    fn move_on_disk(&mut self, site: &Site, of: (What, usize), lane: u16, deadline: u64, spans: Vec<CopySpan>) {
+        let lanes = site.lanes.disk.expect("plans put something on the disk where there is one");
+        let lane = if of.0 == What::DiskRead { lanes.read } else { lanes.write };
         let (reads, writes): (Vec<Span>, Vec<Span>) = spans.iter().map(|c| (c.from, c.to)).unzip();
         self.add(site, lane, of, deadline, Task::Copy(spans), &reads, &writes);
     }
