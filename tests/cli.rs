@@ -672,7 +672,7 @@ fn a_sweep_does_what_all_options_say_or_fails() {
 }
 
 #[test]
-fn what_is_not_built_yet_is_said() {
+fn what_is_not_built_in_is_said() {
     let job = Job::new(GPT);
     fs::write(job.at("job.toml"), format!("[[device]]\nkind = 'host'\n{GPT}")).expect("job");
     for (set, says) in [
