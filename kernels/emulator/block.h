@@ -29,7 +29,7 @@ struct Thread : View {
   int parity = 0;
   CopyGroups copies;
   StoreGroups stores;
-  Clock clock, fenced;  // race detector: happens-before; writes made visible to the async proxy
+  race::Knowledge knowledge;  // race detector: happens-before
 };
 
 // What all threads of a launch have in common.

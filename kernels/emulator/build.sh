@@ -14,8 +14,8 @@ mkdir -p "$out"
 common="-std=c++20 -fPIC -ffp-contract=off -march=x86-64-v3 -Wall -Wno-unknown-pragmas -Wno-psabi -I$kernels"
 case $kind in
     plain) kernel_flags="-O2" runtime_flags="-O2" link_flags="" ;;
-    asan) kernel_flags="-O1 -g -fsanitize=address" runtime_flags="-O2 -g -fsanitize=address" link_flags="-fsanitize=address" ;;
-    race) kernel_flags="-O1 -g -fsanitize=thread -Wno-maybe-uninitialized" runtime_flags="-O2 -g" link_flags="" ;;
+    asan) kernel_flags="-O1 -g1 -fsanitize=address" runtime_flags="-O2 -g1 -fsanitize=address" link_flags="-fsanitize=address" ;;
+    race) kernel_flags="-O1 -g1 -fsanitize=thread -Wno-maybe-uninitialized" runtime_flags="-O2 -g1" link_flags="" ;;
     *) echo "build.sh: $kind is none of plain, asan, race" >&2; exit 2 ;;
 esac
 export CXX="${CXX:-c++}" common kernel_flags runtime_flags out kernels

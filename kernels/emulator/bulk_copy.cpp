@@ -69,7 +69,7 @@ static void load_now(const BulkLoad& load) {
     else memset(shared, 0, bytes);
   });
   const uint32_t bytes = load.box.map.box_bytes();  // what lies outside counts as well
-  if (race::on) race::end(shared_pointer(load.box.at), bytes, true, race::engine_of(load.bar), race::engine_done(load.bar));
+  if (race::on) race::end(shared_pointer(load.box.at), bytes, true, race::engine_of(load.bar), {race::engine_of(load.bar), race::engine_done(load.bar)});
   mbar_complete_bytes(load.bar, bytes);
 }
 
@@ -114,7 +114,7 @@ void tma_store_wait(int keep) {
   Thread* t = self();
   t->stores.wait(keep, [t](const BulkStore& store) {
     if (!store.stored) store_now(store);
-    if (race::on) race::end(shared_pointer(store.box.at), store.box.map.box_bytes(), false, t->linear, t->clock[t->linear]);
+    if (race::on) race::end(shared_pointer(store.box.at), store.box.map.box_bytes(), false, t->linear, {t->linear, t->knowledge.own});
   });
 }
 

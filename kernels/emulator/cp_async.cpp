@@ -30,7 +30,7 @@ void cp_async_wait(int keep) {
   Thread* t = self();
   t->copies.wait(keep, [t](const Copy& c) {
     if (!c.copied) copy_now(c);
-    if (race::on) race::end(c.dst, static_cast<size_t>(c.bytes), true, t->linear, t->clock[t->linear]);
+    if (race::on) race::end(c.dst, static_cast<size_t>(c.bytes), true, t->linear, {t->linear, t->knowledge.own});
   });
 }
 

@@ -32,7 +32,7 @@ static void meet(Meeting& m, unsigned slot, int expected, Op op, void* arg, cons
     check_same_place(m, site);
   }
   if (op) m.args[slot] = arg;
-  if (race::on) m.members.push_back(self());
+  if (race::on) m.members.push_back(self()->knowledge);
   if (++m.arrived == m.expected) {
     if (op) op(m.args.data(), m.mask);
     release(m, true);
@@ -105,7 +105,7 @@ void bar_sync(int id, int count, const Site& site) {
   }
   Meeting& m = barrier(id, count, site);
   m.site = site;
-  if (race::on) m.members.push_back(self());
+  if (race::on) m.members.push_back(self()->knowledge);
   if (++m.arrived == count) {
     release(m, true);
   } else {
@@ -117,7 +117,7 @@ void bar_sync(int id, int count, const Site& site) {
 void bar_arrive(int id, int count, const Site& site) {
   Meeting& m = barrier(id, count, site);
   m.site = site;
-  if (race::on) m.members.push_back(self());
+  if (race::on) m.members.push_back(self()->knowledge);
   if (++m.arrived == count) release(m, false);
   race::tick(self());
 }

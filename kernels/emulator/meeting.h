@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "race.h"
 #include "sim.h"
 
 namespace sim {
@@ -18,7 +19,7 @@ struct Meeting {
   Site site;                // where the first member came from
   std::vector<void*> args;  // by lane; what absent lanes left here is stale
   std::vector<Thread*> waiting;
-  std::vector<Thread*> members;  // waiting or not; kept for the race detector alone
+  std::vector<race::Knowledge> members;  // waiting or not, as they came; kept for the race detector alone
 
   void reset() {
     arrived = expected = 0;

@@ -14,7 +14,7 @@ namespace sim {
 // Clocks have a multiple of eight entries.
 using EightEntries = uint32_t __attribute__((vector_size(32)));
 
-void join(Clock& into, const Clock& from) {
+static void join(Clock& into, const Clock& from) {
   for (size_t i = 0; i < into.size(); i += 8) {
     EightEntries a, b;
     memcpy(&a, &into[i], sizeof a);
@@ -28,7 +28,6 @@ namespace race {
 
 bool on = false;
 
-constexpr uint32_t PENDING = ~0u;  // a clock entry: under way, so after everything
 constexpr size_t CELL_BYTES = 2;
 
 // Of a cell in global memory: the blocks of this launch that have written and read it, by number + 1.
@@ -67,34 +66,40 @@ void start_block(Block& b, uint32_t number) {
   b.shadow.barriers.clear();
   b.shadow.fences = false;
   const size_t entries = (b.count + ENGINE_CLOCKS + 7) / 8 * 8;
-  b.shadow.clock.assign(entries, 0);
-  b.shadow.fenced.assign(entries, 0);
-  for (unsigned i = 0; i < b.count; i++) {
-    Thread& t = b.threads[i];
-    t.clock.assign(entries, 0);
-    t.clock[i] = 1;
-    t.fenced.assign(entries, 0);
-  }
+  const auto nothing = std::make_shared<const Clock>(entries, 0);
+  for (unsigned i = 0; i < b.count; i++) b.threads[i].knowledge = {nothing, nothing, i, 1};
 }
 
 // ---- order
 
 void tick(Thread* t) {
-  if (on) t->clock[t->linear]++;
+  if (on && ++t->knowledge.own == Stamp::PENDING) fail("race: a thread meets others more often than the detector can count");
 }
 
-void meet(const std::vector<Thread*>& members, const std::vector<Thread*>& released) {
-  Shadow& s = current_block->shadow;
-  s.clock = members[0]->clock;
-  for (const Thread* t : members) join(s.clock, t->clock);
-  for (Thread* t : released) {  // who goes on is a member: its clock is in the common one
-    t->clock = s.clock;
+// The clock that holds what all members' have, each of which `of` names.
+template <class Of>
+static Clock all_together(const std::vector<Knowledge>& members, Of of) {
+  Clock all = *of(members[0]);
+  const Clock* last = of(members[0]).get();
+  for (const Knowledge& k : members) {
+    if (of(k).get() != last) join(all, *of(k));
+    last = of(k).get();
+  }
+  return all;
+}
+
+void meet(const std::vector<Knowledge>& members, const std::vector<Thread*>& released) {
+  Clock all = all_together(members, [](const Knowledge& k) -> const SharedClock& { return k.others; });
+  for (const Knowledge& k : members) all[k.thread] = std::max(all[k.thread], k.own);
+  const auto others = std::make_shared<const Clock>(std::move(all));
+  for (Thread* t : released) {  // who goes on is a member: what it knew is in there
+    t->knowledge.others = others;
     tick(t);
   }
-  if (!s.fences) return;
-  s.fenced = members[0]->fenced;
-  for (const Thread* t : members) join(s.fenced, t->fenced);
-  for (Thread* t : released) t->fenced = s.fenced;
+  if (!current_block->shadow.fences) return;
+  const auto fenced = std::make_shared<const Clock>(
+      all_together(members, [](const Knowledge& k) -> const SharedClock& { return k.fenced; }));
+  for (Thread* t : released) t->knowledge.fenced = fenced;
 }
 
 void proxy_fence(Thread* t) {
@@ -102,19 +107,21 @@ void proxy_fence(Thread* t) {
   current_block->shadow.fences = true;
   // A fence counts anywhere on the way from the write to the asynchronous read (PTX ISA, "Causality order"): also after the
   // barrier.
-  t->fenced = t->clock;
+  Clock fenced = *t->knowledge.others;
+  fenced[t->linear] = t->knowledge.own;
+  t->knowledge.fenced = std::make_shared<const Clock>(std::move(fenced));
   tick(t);
 }
 
 void barrier_initialized(uint64_t* bar) {
   if (!on) return;
-  const Thread* t = self();
+  const Knowledge& k = self()->knowledge;
   Barrier& b = current_block->shadow.barriers[bar];
-  b.clock.assign(t->clock.size(), 0);
-  b.fenced.assign(t->clock.size(), 0);
-  b.initialized_by = t->linear;
-  b.initialized_at = t->clock[t->linear];
-  b.published = false;
+  b = Barrier{};
+  b.clock.assign(k.others->size(), 0);
+  b.fenced.assign(k.others->size(), 0);
+  b.initialized_by = k.thread;
+  b.initialized_at = k.own;
 }
 void barriers_published() {
   if (!on) return;
@@ -123,32 +130,51 @@ void barriers_published() {
 }
 void barrier_used(uint64_t* bar, bool by_engine, const char* what) {
   if (!on) return;
-  const Thread* t = self();
+  const Knowledge& k = self()->knowledge;
   const Barrier& b = current_block->shadow.barriers[bar];
   if (b.clock.empty()) fail("race: %s of an mbarrier that is not initialized", what);
-  if (b.initialized_by != t->linear && b.initialized_at > t->clock[b.initialized_by])
+  if (b.initialized_by != k.thread && b.initialized_at > (*k.others)[b.initialized_by])
     fail("race: %s of an mbarrier that thread %u initializes without ordering", what, b.initialized_by);
   if (by_engine && !b.published) fail("race: %s on an mbarrier that was initialized without mbar_init_fence", what);
 }
 void barrier_arrived(uint64_t* bar) {
   if (!on) return;
-  Thread* t = self();
+  const Knowledge& k = self()->knowledge;
   Barrier& b = current_block->shadow.barriers[bar];
-  join(b.clock, t->clock);
-  join(b.fenced, t->fenced);
-  tick(t);
+  if (b.joined != k.others) join(b.clock, *k.others);
+  b.joined = k.others;
+  b.clock[k.thread] = std::max(b.clock[k.thread], k.own);
+  if (current_block->shadow.fences) join(b.fenced, *k.fenced);
+  b.before = nullptr;
+  tick(self());
 }
 void barrier_passed(uint64_t* bar, Thread* t) {
   if (!on) return;
-  const Barrier& b = current_block->shadow.barriers[bar];
-  join(t->clock, b.clock);
-  join(t->fenced, b.fenced);
+  Barrier& b = current_block->shadow.barriers[bar];
+  if (b.before != t->knowledge.others) {
+    Clock all = *t->knowledge.others;
+    join(all, b.clock);
+    b.before = t->knowledge.others;
+    b.after = std::make_shared<const Clock>(std::move(all));
+  }
+  t->knowledge.others = b.after;
+  if (current_block->shadow.fences) {
+    Clock fenced = *t->knowledge.fenced;
+    join(fenced, b.fenced);
+    t->knowledge.fenced = std::make_shared<const Clock>(std::move(fenced));
+  }
   tick(t);
 }
 unsigned engine_of(uint64_t* bar) {
   return current_block->count + static_cast<unsigned>(reinterpret_cast<uintptr_t>(bar) / 8 % ENGINE_CLOCKS);
 }
-uint32_t engine_done(uint64_t* bar) { return ++current_block->shadow.barriers[bar].clock[engine_of(bar)]; }
+uint32_t engine_done(uint64_t* bar) {
+  Barrier& b = current_block->shadow.barriers[bar];
+  b.before = nullptr;
+  const uint32_t clock = ++b.clock[engine_of(bar)];
+  if (clock == Stamp::PENDING) fail("race: more bulk copies than the detector can count");
+  return clock;
+}
 
 // ---- memory
 
@@ -188,14 +214,14 @@ static Where find(const void* p, size_t bytes) {
   return {};
 }
 
-static bool unordered(uint32_t clock, uint32_t thread, const Thread* t) {
-  return clock && (clock == PENDING || (thread != t->linear && clock > t->clock[thread]));
+static bool unordered(Stamp s, const Thread* t) {
+  return s && (s.clock() == Stamp::PENDING || (s.thread() != t->linear && s.clock() > (*t->knowledge.others)[s.thread()]));
 }
 static const char* kind(uint32_t thread) { return thread < current_block->count ? "thread" : "bulk copy"; }
 
 static Cell& fresh_cell(const Where& w, size_t index) {
   Cell& c = w.cells[index];
-  if (c.epoch != current_block->shadow.epoch) c = Cell{current_block->shadow.epoch, 0, 0, {0, 0}, {0, 0}};
+  if (c.epoch != current_block->shadow.epoch) c = Cell{current_block->shadow.epoch, {}, {}};
   return c;
 }
 
@@ -216,12 +242,11 @@ static void check_blocks(const Where& w, size_t index, bool write, const char* a
   else v.reader = v.reader == 0 || v.reader == me ? me : SEVERAL;
 }
 
-static void remember_read(Cell& c, uint32_t clock, uint32_t thread, const Thread* t) {
+static void remember_read(Cell& c, Stamp now, const Thread* t) {
   // Two readers are kept: in this thread's entry, a free one, or one that is ordered before.
-  const int k = c.read_thread[0] == thread || !unordered(c.read_clock[0], c.read_thread[0], t) ? 0 : 1;
-  if (c.read_clock[k] == PENDING && clock != PENDING) return;
-  c.read_clock[k] = clock;
-  c.read_thread[k] = thread;
+  const int k = c.read[0].thread() == now.thread() || !unordered(c.read[0], t) ? 0 : 1;
+  if (c.read[k].clock() == Stamp::PENDING && now.clock() != Stamp::PENDING) return;
+  c.read[k] = now;
 }
 
 void access(const void* p, size_t bytes, bool write) {
@@ -231,22 +256,29 @@ void access(const void* p, size_t bytes, bool write) {
   if (static_cast<size_t>(static_cast<const char*>(p) - t->fiber.stack) < t->fiber.stack_bytes) return;
   const Where w = find(p, bytes);
   if (!w.cells) return;
+  const uint32_t epoch = current_block->shadow.epoch;
+  const Stamp now(t->linear, t->knowledge.own);
   for (size_t i = w.first; i <= w.last; i++) {
     const char* at = static_cast<const char*>(p) + (i - w.first) * CELL_BYTES;
     if (w.visits) check_blocks(w, i, write, at);
-    Cell& c = fresh_cell(w, i);
-    if (unordered(c.write_clock, c.write_thread, t))
-      fail("race: %s byte %zd of %s, written by %s %u without ordering", write ? "writes" : "reads", at - w.start, w.of,
-           kind(c.write_thread), c.write_thread);
-    if (!write) {
-      remember_read(c, t->clock[t->linear], t->linear, t);
+    Cell& c = w.cells[i];
+    if (c.epoch != epoch) {  // the first access of this block
+      c = Cell{epoch, {}, {}};
+      (write ? c.write : c.read[0]) = now;
       continue;
     }
-    for (int k = 0; k < 2; k++)
-      if (unordered(c.read_clock[k], c.read_thread[k], t))
-        fail("race: writes byte %zd of %s, read by %s %u without ordering", at - w.start, w.of, kind(c.read_thread[k]),
-             c.read_thread[k]);
-    c = Cell{c.epoch, t->clock[t->linear], t->linear, {0, 0}, {0, 0}};
+    if (!write && (c.read[0] == now || c.read[1] == now)) continue;  // seen; a write since would have wiped it out
+    if (unordered(c.write, t))
+      fail("race: %s byte %zd of %s, written by %s %u without ordering", write ? "writes" : "reads", at - w.start, w.of,
+           kind(c.write.thread()), c.write.thread());
+    if (!write) {
+      remember_read(c, now, t);
+      continue;
+    }
+    for (const Stamp read : c.read)
+      if (unordered(read, t))
+        fail("race: writes byte %zd of %s, read by %s %u without ordering", at - w.start, w.of, kind(read.thread()), read.thread());
+    c = Cell{epoch, now, {}};
   }
 }
 
@@ -255,43 +287,41 @@ void begin(const void* p, size_t bytes, bool write, unsigned owner, bool async_p
   const Where w = find(p, bytes);
   if (!w.cells) return;
   const Thread* t = self();
+  const Stamp pending(owner, Stamp::PENDING);
   for (size_t i = w.first; i <= w.last; i++) {
     const char* at = static_cast<const char*>(p) + (i - w.first) * CELL_BYTES;
     Cell& c = fresh_cell(w, i);
-    if (unordered(c.write_clock, c.write_thread, t))
-      fail("race: %s touches byte %zd of %s, written by %s %u without ordering", what, at - w.start, w.of, kind(c.write_thread),
-           c.write_thread);
-    if (async_proxy && !write && c.write_clock && c.write_thread < current_block->count &&
-        c.write_clock > t->fenced[c.write_thread])
+    const unsigned writer = c.write.thread();
+    if (unordered(c.write, t))
+      fail("race: %s touches byte %zd of %s, written by %s %u without ordering", what, at - w.start, w.of, kind(writer), writer);
+    if (async_proxy && !write && c.write && writer < current_block->count && c.write.clock() > (*t->knowledge.fenced)[writer])
       fail("race: %s reads byte %zd of %s, which thread %u wrote without a fence.proxy.async after it", what, at - w.start, w.of,
-           c.write_thread);
+           writer);
     if (!write) {
-      remember_read(c, PENDING, owner, t);
+      remember_read(c, pending, t);
       continue;
     }
-    for (int k = 0; k < 2; k++)
-      if (unordered(c.read_clock[k], c.read_thread[k], t))
-        fail("race: %s overwrites byte %zd of %s, which %s %u may still read", what, at - w.start, w.of, kind(c.read_thread[k]),
-             c.read_thread[k]);
-    c = Cell{c.epoch, PENDING, owner, {0, 0}, {0, 0}};
+    for (const Stamp read : c.read)
+      if (unordered(read, t))
+        fail("race: %s overwrites byte %zd of %s, which %s %u may still read", what, at - w.start, w.of, kind(read.thread()),
+             read.thread());
+    c = Cell{c.epoch, pending, {}};
   }
 }
 
-void end(const void* p, size_t bytes, bool write, unsigned owner, uint32_t clock) {
+void end(const void* p, size_t bytes, bool write, unsigned owner, Stamp done) {
   if (!on) return;
   const Where w = find(p, bytes);
   if (!w.cells) return;
+  const Stamp pending(owner, Stamp::PENDING);
   for (size_t i = w.first; i <= w.last; i++) {
     Cell& c = fresh_cell(w, i);
     if (write) {
-      if (c.write_clock == PENDING && c.write_thread == owner) c.write_clock = clock;
+      if (c.write == pending) c.write = done;
       continue;
     }
-    for (int k = 0; k < 2; k++)
-      if (c.read_clock[k] == PENDING) {
-        c.read_clock[k] = clock;
-        c.read_thread[k] = owner;
-      }
+    for (Stamp& read : c.read)
+      if (read == pending) read = done;
   }
 }
 

@@ -8,6 +8,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <unordered_map>
 #include <vector>
 
@@ -17,9 +18,18 @@ struct Block;
 struct Thread;
 
 using Clock = std::vector<uint32_t>;
-void join(Clock& into, const Clock& from);
+// A clock that does not change any more, since several hold it: those that met have it in common, so that a barrier costs a clock rather than one a thread.
+using SharedClock = std::shared_ptr<const Clock>;
 
 namespace race {
+
+// What a thread knows of others, and the time it has itself.
+struct Knowledge {
+  SharedClock others;  // the thread's own entry is out of date
+  SharedClock fenced;  // writes made visible to the async proxy
+  unsigned thread = 0;
+  uint32_t own = 0;
+};
 
 extern bool on;
 constexpr unsigned ENGINE_CLOCKS = 32;  // entries for the bulk copy engine, by mbarrier
@@ -27,14 +37,32 @@ constexpr unsigned ENGINE_CLOCKS = 32;  // entries for the bulk copy engine, by 
 // What the detector remembers of an mbarrier.
 struct Barrier {
   Clock clock, fenced;
+  SharedClock joined;           // the last that was joined into it: who arrives next often brings the same
+  SharedClock before, after;    // what the last thread to pass knew, and knows since: of the clock as it is
   unsigned initialized_by = 0;
   uint32_t initialized_at = 0;
   bool published = false;
 };
 
-// What it knows of a cell of two bytes.
+// When a thread did something: its number, or an entry's of the copy engine, and its clock, which is never 0. Nothing is 0.
+class Stamp {
+  static constexpr unsigned CLOCK_BITS = 21;
+  uint32_t bits = 0;
+
+ public:
+  static constexpr uint32_t PENDING = (1u << CLOCK_BITS) - 1;  // under way, so after everything
+  Stamp() = default;
+  Stamp(unsigned thread, uint32_t clock) : bits(thread << CLOCK_BITS | clock) {}
+  unsigned thread() const { return bits >> CLOCK_BITS; }
+  uint32_t clock() const { return bits & PENDING; }
+  explicit operator bool() const { return bits != 0; }
+  bool operator==(const Stamp&) const = default;
+};
+
+// What it knows of a cell of two bytes: the last write, and two of the reads since.
 struct Cell {
-  uint32_t epoch, write_clock, write_thread, read_clock[2], read_thread[2];
+  uint32_t epoch;
+  Stamp write, read[2];
 };
 
 // A block's part.
@@ -43,7 +71,6 @@ struct Shadow {
   uint32_t epoch = 0, launch = 0, block = 0;  // cells of another epoch are blank
   std::unordered_map<const void*, Barrier> barriers;
   bool fences = false;  // whether any thread has called fence.proxy.async yet
-  Clock clock, fenced;  // what the members of a meeting have in common, while it is released
 };
 
 // Between launches and blocks. One launch at a time runs under the detector, its blocks on one thread.
@@ -52,14 +79,16 @@ void start_block(Block&, uint32_t number);
 
 // The running thread's accesses.
 void access(const void* p, size_t bytes, bool write);
-// Asynchronous work is checked when it is issued, and under way until ended with the clock entry that stands for its end.
+// Asynchronous work is checked when it is issued, and under way until ended with the time that stands for its end. `owner`: a thread, an entry of the
+// copy engine, or the first thread of a warpgroup.
 // `async_proxy`: by the copy engine or wgmma, which see a thread's writes only after fence.proxy.async.
 void begin(const void* p, size_t bytes, bool write, unsigned owner, bool async_proxy, const char* what);
-void end(const void* p, size_t bytes, bool write, unsigned owner, uint32_t clock);
+void end(const void* p, size_t bytes, bool write, unsigned owner, Stamp done);
 
 // Order.
 void tick(Thread*);
-void meet(const std::vector<Thread*>& members, const std::vector<Thread*>& released);
+// `members`: as they were when they came; `released`: those that go on, of them.
+void meet(const std::vector<Knowledge>& members, const std::vector<Thread*>& released);
 void proxy_fence(Thread*);
 void barrier_initialized(uint64_t* bar);
 void barriers_published();

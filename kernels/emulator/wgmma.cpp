@@ -130,7 +130,7 @@ void wgmma(const Wgmma& product, const Site& site) {
           p.d[i] = w.d;
           if (w.a_regs) memcpy(p.a_regs[i], w.a_regs, sizeof p.a_regs[i]);
         }
-        const unsigned owner = self()->linear;
+        const unsigned owner = self()->linear / WARPGROUP * WARPGROUP;
         if (race::on) for_reads(p, [&](void* piece) { race::begin(piece, 16, false, owner, true, "wgmma"); });
         group().products.items.push_back(p);
       },
@@ -165,7 +165,8 @@ void wgmma_wait(int keep, const Site& site) {
           if (!p.computed) compute(p);
           if (!race::on) return;
           const Thread* t = self();
-          for_reads(p, [&](void* piece) { race::end(piece, 16, false, t->linear, t->clock[t->linear]); });
+          const unsigned owner = t->linear / WARPGROUP * WARPGROUP;
+          for_reads(p, [&](void* piece) { race::end(piece, 16, false, owner, {t->linear, t->knowledge.own}); });
         });
       },
       &keep, site);

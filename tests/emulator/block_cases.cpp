@@ -64,7 +64,7 @@ static const Add named{{"named barriers",
                               "out", 160, [&](size_t i) { return out[i]; },
                               [](size_t i) { return static_cast<float>(100 * (i / 32) + 31 - i % 32); });
                         },
-                        {{1, RACE, "without ordering"}}}};
+                        {{1, RACE, "without ordering"}, {2, RACE, "without ordering"}}}};
 
 static const Add blocks{{"blocks",
                          [](u32 seed, int bug) {

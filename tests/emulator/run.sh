@@ -1,7 +1,7 @@
 #!/bin/sh
 # Tests the emulator: compiles the kernels here in three ways, and runs all cases on each: run.sh [OUT_DIR]
-# Needs a C++ compiler. With NVCC set, nvcc compiles the kernels too, for every target, without a warning and without products
-# that are made to wait for each other.
+# Needs a C++ compiler. With NVCC set, nvcc compiles the kernels too, for every target or those of HYDRA_CUDA_ARCHS, without a warning
+# and without products that are made to wait for each other.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 kernels=$(cd "$here/../../kernels" && pwd)
@@ -31,7 +31,7 @@ LD_PRELOAD=$($CXX -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 "$out
 
 if [ -n "${NVCC:-}" ]; then
     targets=""
-    for arch in 80 86 89 90a 100 120; do targets="$targets -gencode=arch=compute_$arch,code=sm_$arch"; done
+    for arch in ${HYDRA_CUDA_ARCHS:-80 86 89 90a 100 120}; do targets="$targets -gencode=arch=compute_$arch,code=sm_$arch"; done
     for source in "$here"/kernels/*.cu; do
         # shellcheck disable=SC2086
         if "$NVCC" -std=c++17 -fatbin $targets -Werror all-warnings -I"$kernels" -o "$out/nvcc.fatbin" "$source" >"$out/nvcc.log" 2>&1 &&

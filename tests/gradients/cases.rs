@@ -8,6 +8,9 @@ use hydra::graph::{
 /// Classes of the head.
 const CLASSES: usize = 5;
 
+/// Rows and columns of the head's product that cost no more than one of each.
+const TILE: usize = 64;
+
 /// Traces the op under test.
 type Trace = Box<dyn Fn(&mut Body) -> Result<Value>>;
 
@@ -61,8 +64,13 @@ impl Case {
                 return b.add(x, offset);
             }
             let shape = b.shape(x).axes().to_vec();
-            let rows = if shape.len() == 4 { shape[0] } else { Shape(shape.clone()).rows() };
-            let cols = shape.iter().product::<usize>().checked_div(rows).unwrap_or(3);
+            let elems: usize = shape.iter().product();
+            let mut rows = if shape.len() == 4 { shape[0] } else { Shape(shape).rows() };
+            if rows.max(elems.checked_div(rows).unwrap_or(0)) > TILE {
+                // As square as it can be, since a product pays for whole tiles.
+                rows = (1..=elems.isqrt()).rev().find(|rows| elems.is_multiple_of(*rows)).expect("1 divides all");
+            }
+            let cols = elems.checked_div(rows).unwrap_or(3);
             let x = b.reshape(x, [rows, cols])?;
             // So small that the softmax does not saturate.
             let w = b.parameter("head", [cols, CLASSES], Init::Normal(1.0 / (cols as f64).sqrt()))?;
@@ -131,7 +139,7 @@ fn linears(t: &mut Table) {
     for layout in [WeightLayout::InOut, WeightLayout::OutIn] {
         for activation in Activation::ALL {
             for bias in [false, true] {
-                for (rows, inputs, outputs) in [(2, 1, 1), (5, 31, 33), (33, 7, 3), (1023, 3, 2)] {
+                for (rows, inputs, outputs) in [(2, 1, 1), (5, 31, 33), (33, 7, 3), (259, 3, 2)] {
                     t.add(
                         format!("linear {rows}x{inputs}x{outputs} {layout:?} {activation:?} bias {bias}"),
                         move |s| linear(s, [rows, inputs, outputs], layout, activation, bias),

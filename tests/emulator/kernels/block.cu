@@ -62,7 +62,7 @@ extern "C" __global__ void test_copies(float* out, const float* in, int cols, in
 GPU_EXPORT(test_copies)
 
 // out (steps, 32): a warp makes values, another uses them, through one shared slot and two named barriers. 64 threads.
-// 1 the producer does not wait until the slot is free.
+// 1 the producer does not wait until the slot is free, 2 it still writes after it has said that the slot is full.
 extern "C" __global__ void test_named_barriers(float* out, int steps, int bug) {
   GPU_SHARED(float, slot, [32]);
   const int lane = threadIdx.x % 32;
@@ -72,6 +72,7 @@ extern "C" __global__ void test_named_barriers(float* out, int steps, int bug) {
       if (i > 0 && bug != 1) bar_sync(FREE, 64);
       slot[lane] = (float)(100 * i + lane);
       bar_arrive(FULL, 64);
+      if (bug == 2) slot[lane] = (float)(100 * i + lane);
     }
     return;
   }

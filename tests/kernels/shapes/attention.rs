@@ -23,7 +23,7 @@ pub fn cases(t: &mut Table) {
         (1, 257, 257, 1, 1, 24, true, false, 0.0),
         (1, 300, 300, 2, 1, 64, true, false, 0.0),
         (2, 70, 260, 2, 1, 64, false, true, 0.0),
-        (2, 200, 200, 4, 2, 128, true, true, 0.0),
+        (1, 200, 200, 4, 2, 128, true, true, 0.0),
         (1, 140, 330, 3, 1, 128, true, false, 0.0),
         // More parts than the emulator has multiprocessors, with two and three groups of 64 queries.
         (3, 197, 197, 1, 1, 64, false, false, 0.0),
