@@ -410,6 +410,34 @@ fn a_budget_that_is_too_small_is_refused_with_one_that_works() {
 }
 
 #[test]
+fn a_signal_while_a_job_is_prepared_ends_it_at_once_and_leaves_nothing() {
+    // A plan for so large a model takes a while.
+    let model =
+        GPT.replace("n_layer = 2, n_embd = 32", "n_layer = 48, n_embd = 1600").replace("n_head = 2", "n_head = 25");
+    let job = Job::new(&format!("[[device]]\nmemory = '2 GiB'\n{model}"));
+    let child = Command::new(env!("CARGO_BIN_EXE_hydra"))
+        .args(["train", &job.at("job.toml").display().to_string(), "--set", "run.out=never"])
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the program runs");
+    let status = format!("/proc/{}/status", child.id());
+    let heeds = || {
+        let status = fs::read_to_string(&status).expect("the program is there");
+        let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).expect("a line");
+        u64::from_str_radix(caught.trim(), 16).expect("a mask") >> (15 - 1) & 1 == 1
+    };
+    let began = Instant::now();
+    while !heeds() {
+        assert!(began.elapsed() < Duration::from_secs(60), "it does not heed signals");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Command::new("kill").args(["-TERM", &child.id().to_string()]).status().expect("kill");
+    let ran: Ran = child.wait_with_output().expect("an end").into();
+    ran.fails(75, &["interrupted at the job's preparation, before there was anything to keep"]);
+    assert!(!job.at("never").exists());
+}
+
+#[test]
 fn a_run_that_was_stopped_goes_on_with_the_same_bits() {
     let model = GPT
         .replace("steps = 4", "steps = 300")

@@ -3,13 +3,17 @@
 
 mod common;
 
-use common::small::Small;
+use common::small::{Driver, Small};
 use common::stated;
 use hydra::base::Error;
+use hydra::device::DiskSpec;
+use hydra::device::host::{HostConfig, HostDevice, HostSpec};
 use hydra::device::sim::CostModel;
-use hydra::engine::predict;
+use hydra::engine::{Stored, predict};
 use hydra::spill::{Model, OnDisk, Plan, PlanOptions};
 use hydra::train::TrainOptions;
+use std::os::fd::AsRawFd;
+use std::path::Path;
 use std::sync::Arc;
 
 fn model(microbatches: usize) -> Arc<Model> {
@@ -93,5 +97,63 @@ fn refused(plan: hydra::base::Result<Plan>) -> String {
     match plan {
         Err(error @ Error::OutOfBudget { .. }) => error.to_string(),
         other => panic!("{other:?}"),
+    }
+}
+
+/// Puts a pipe where the disk tier's file in `folder` was opened: nothing can be read from a place of it, nor written there.
+fn fail_the_disk_in(folder: &Path) {
+    let folder = folder.canonicalize().expect("a folder");
+    let descriptors = std::fs::read_dir("/proc/self/fd").expect("descriptors").filter_map(Result::ok);
+    let of_folder: Vec<i32> = descriptors
+        .filter(|d| std::fs::read_link(d.path()).is_ok_and(|to| to.starts_with(&folder)))
+        .map(|d| d.file_name().to_str().and_then(|number| number.parse().ok()).expect("a number"))
+        .collect();
+    let [file] = of_folder[..] else { panic!("one file in {}: {of_folder:?}", folder.display()) };
+    let (reader, _writer) = std::io::pipe().expect("a pipe");
+    // SAFETY: both are open; the file's owner goes on with its number as if nothing had happened.
+    assert_eq!(unsafe { libc::dup2(reader.as_raw_fd(), file) }, file);
+}
+
+#[test]
+fn a_disk_that_fails_in_the_middle_ends_the_step_and_is_named() {
+    for on_disk in OnDisk::ALL.into_iter().filter(|&on_disk| on_disk > OnDisk::Nothing) {
+        let small = Small::gpt(16, 2, 4, 16, 0.0);
+        let dir = tempfile::tempdir().expect("a folder");
+        let plan = PlanOptions { resident: Some(false), on_disk: Some(on_disk), ..PlanOptions::default() };
+        let options = TrainOptions {
+            batch: 4,
+            microbatch: 2,
+            clip: Some(1.0),
+            patience_secs: 20.0,
+            disk: Some(dir.path().into()),
+            plan,
+            ..TrainOptions::new(4)
+        };
+        let (model, plan) = small.plan(&options).expect("a plan");
+        let bytes = plan.host.disk_bytes;
+        let config = HostConfig {
+            devices: vec![HostSpec { arena_bytes: plan.arena.bytes, ..HostSpec::default() }],
+            host_bytes: plan.host.bytes,
+            disk: Some(DiskSpec { path: dir.path().into(), bytes, bytes_per_sec: None }),
+            poison: true,
+            ..HostConfig::default()
+        };
+        let device = HostDevice::new(&config).expect("a device");
+        let mut driver = Driver::new(&small, (model, plan), Box::new(device), &options);
+        driver.begin(0, |_| ()).expect("a step");
+        driver.engine.wait_step(0).expect("a step");
+        driver.engine.wait_home(0).expect("all that it wrote");
+        fail_the_disk_in(dir.path());
+        let mut ended = driver.begin(1, |_| ());
+        if ended.is_ok() {
+            ended = driver.engine.wait_step(0).map(|_| ());
+        }
+        // A step's losses may be there before the disk is.
+        let error = ended.and_then(|()| driver.engine.wait_home(0)).expect_err("the disk has failed").to_string();
+        let folder = dir.path().display().to_string();
+        assert!(error.contains("the disk tier in") && error.contains(&folder), "{on_disk:?}: {error}");
+        let read = driver.engine.read_parameter(0, Stored::Moment(0), 0).expect_err("there is nothing to read");
+        assert!(read.to_string().contains(&folder), "{on_disk:?}: {read}");
+        assert!(driver.begin(2, |_| ()).is_err(), "{on_disk:?}: what has failed does no more");
     }
 }

@@ -46,6 +46,8 @@ pub struct FileTokenizer {
     vocab: usize,
     /// Whether [`pieces`] of a text give the tokens of the whole.
     in_pieces: bool,
+    /// Whether letters without a token leave the text in silence, which [`lost`] then finds.
+    may_lose: bool,
     /// What it was made of and what lay beside that, by the names that transformers looks for.
     pub files: Vec<(String, Vec<u8>)>,
     /// The same words for the same tokenizer.
@@ -102,7 +104,7 @@ impl Parts {
                 files.push((name.to_string(), read(&path)?));
             }
         }
-        let (inner, most) = match self {
+        let (inner, most, in_bytes) = match self {
             Parts::One(path) => one(path, &files[0].1)?,
             Parts::Two(folder) => two(folder, &files)?,
         };
@@ -114,12 +116,17 @@ impl Parts {
             return Err(fault(path, format!("the highest id is {most}; want {MOST_ID} at most")));
         }
         let in_pieces = cuts_at_lines(&inner);
-        Ok(FileTokenizer { inner, vocab: most as usize + 1, in_pieces, files, identity })
+        // The other models name what is unknown, or fail; a byte-level one has been seen to have all letters.
+        let may_lose = match inner.get_model() {
+            ModelWrapper::BPE(bpe) => bpe.unk_token.is_none() && !bpe.byte_fallback && !in_bytes,
+            _ => false,
+        };
+        Ok(FileTokenizer { inner, vocab: most as usize + 1, in_pieces, may_lose, files, identity })
     }
 }
 
-/// A tokenizer.json, with its highest id.
-fn one(path: &Path, bytes: &[u8]) -> Result<(tokenizers::Tokenizer, u32)> {
+/// A tokenizer.json, with its highest id, and whether its letters stand for bytes.
+fn one(path: &Path, bytes: &[u8]) -> Result<(tokenizers::Tokenizer, u32, bool)> {
     let json: Value = serde_json::from_slice(bytes).map_err(|e| fault(path, format!("damaged JSON: {e}")))?;
     if !json["model"].is_object() {
         let two = format!("; of GPT-2's {VOCAB} and {MERGES} name the folder");
@@ -149,10 +156,10 @@ fn one(path: &Path, bytes: &[u8]) -> Result<(tokenizers::Tokenizer, u32)> {
             _ => {}
         }
     }
-    let unknown = &json["model"]["unk_token"];
+    let in_bytes = is_byte_level(&json["pre_tokenizer"]);
     if let ModelWrapper::BPE(bpe) = inner.get_model()
-        && is_byte_level(&json["pre_tokenizer"])
-        && unknown.is_null()
+        && in_bytes
+        && bpe.unk_token.is_none()
         && !bpe.byte_fallback
     {
         let vocab = inner.get_vocab(false);
@@ -161,7 +168,7 @@ fn one(path: &Path, bytes: &[u8]) -> Result<(tokenizers::Tokenizer, u32)> {
     // Both are for single samples; a text is cut whole.
     inner.with_truncation(None).map_err(|e| fault(path, e))?.with_padding(None);
     let most = inner.get_vocab(true).into_values().max().ok_or_else(|| fault(path, "the vocabulary is empty"))?;
-    Ok((inner, most))
+    Ok((inner, most, in_bytes))
 }
 
 /// Whether a tokenizer.json's pre-tokenizer, or one of its steps, turns a text into letters for bytes.
@@ -185,7 +192,7 @@ fn check_alphabet(path: &Path, has: impl Fn(&str) -> bool) -> Result<()> {
 /// GPT-2's byte-level BPE of the `files` in `folder`, with its highest id.
 ///
 /// As in OpenAI's encoder no text is a token of its own: `<|endoftext|>` is cut into the tokens of its letters.
-fn two(folder: &Path, files: &[(String, Vec<u8>)]) -> Result<(tokenizers::Tokenizer, u32)> {
+fn two(folder: &Path, files: &[(String, Vec<u8>)]) -> Result<(tokenizers::Tokenizer, u32, bool)> {
     let bytes = |name: &str| files.iter().find(|(file, _)| file == name).map(|(_, bytes)| bytes.as_slice());
     let ids = |name: &str| -> Result<BTreeMap<String, u32>> {
         let Some(bytes) = bytes(name) else { return Ok(BTreeMap::new()) };
@@ -217,7 +224,7 @@ fn two(folder: &Path, files: &[(String, Vec<u8>)]) -> Result<(tokenizers::Tokeni
         .map_err(|e| fault(folder, e))?;
     let mut inner = tokenizers::Tokenizer::new(bpe);
     inner.with_pre_tokenizer(Some(ByteLevel::default().add_prefix_space(false)));
-    Ok((inner, most))
+    Ok((inner, most, true))
 }
 
 /// Whether [`pieces`] of any text have the tokens of the whole.
@@ -250,11 +257,46 @@ fn pieces(text: &str, least: usize) -> Vec<&str> {
     pieces
 }
 
+/// The first word of which no token takes some letter. Spaces may go, and where a normalizer is at work also other signs than letters and digits, such as
+/// accents of their own.
+///
+/// The crate's places within a word are off once a letter of it has gone, so that it is the word's end that no token reaches.
+fn lost<'a>(text: &'a str, taken: &[(usize, usize)], normalized: bool) -> Option<&'a str> {
+    let counts = |c: char| if normalized { c.is_alphanumeric() } else { !c.is_whitespace() };
+    let mut reached = 0;
+    for &(start, end) in taken.iter().chain(&[(text.len(), text.len())]) {
+        if let Some(gap) = text.get(reached..start)
+            && let Some(at) = gap.find(counts)
+        {
+            let at = reached + at;
+            let first = text[..at]
+                .rfind(char::is_whitespace)
+                .map_or(0, |space| space + text[space..].chars().next().map_or(0, char::len_utf8));
+            return text[first..].split(char::is_whitespace).next();
+        }
+        reached = reached.max(end);
+    }
+    None
+}
+
 impl FileTokenizer {
     fn encode_in(&self, pieces: &[&str]) -> Result<Vec<u32>> {
         let encode = |piece: &&str| {
-            let encoding = contained(|| self.inner.encode_fast(*piece, false).map_err(|e| e.to_string()));
-            Ok(encoding.map_err(|e| Error::bad(format!("the tokenizer fails: {e}")))?.get_ids().to_vec())
+            // Only the slower of the two says where in the text a token comes from.
+            let encoding = contained(|| match self.may_lose {
+                true => self.inner.encode(*piece, false).map_err(|e| e.to_string()),
+                false => self.inner.encode_fast(*piece, false).map_err(|e| e.to_string()),
+            });
+            let encoding = encoding.map_err(|e| Error::bad(format!("the tokenizer fails: {e}")))?;
+            if self.may_lose
+                && let Some(word) = lost(piece, encoding.get_offsets(), self.inner.get_normalizer().is_some())
+            {
+                let what = "the tokenizer has no token for a letter of";
+                return Err(Error::bad(format!(
+                    "{what} {word:?}, nor an unk_token or byte_fallback for what is unknown"
+                )));
+            }
+            Ok(encoding.get_ids().to_vec())
         };
         let parts: Vec<Result<Vec<u32>>> = pieces.par_iter().map(encode).collect();
         Ok(parts.into_iter().collect::<Result<Vec<_>>>()?.concat())

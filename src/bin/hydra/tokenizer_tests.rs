@@ -251,6 +251,40 @@ fn a_byte_without_a_token_is_refused_in_both_forms() {
 }
 
 #[test]
+fn a_letter_without_a_token_is_told_where_nothing_stands_for_it() {
+    let letters = |change: &dyn Fn(&mut Value)| {
+        changed(|json| {
+            *json = json!({
+                "version": "1.0", "added_tokens": [], "normalizer": null, "pre_tokenizer": { "type": "Whitespace" },
+                "post_processor": null, "decoder": null, "truncation": null, "padding": null,
+                "model": { "type": "BPE", "vocab": { "a": 0, "b": 1, "ab": 2, "é": 3 }, "merges": [["a", "b"]] },
+            });
+            change(json);
+        })
+    };
+    let (_folder, path) = letters(&|_| ());
+    let plain = open(&path).unwrap();
+    assert_eq!(ids(&plain, "ab  aé\n\tba "), [2, 0, 3, 1, 0]);
+    for (text, word) in
+        [("ab xab ba", "xab"), ("ab abx", "abx"), ("☃", "☃"), ("aéxa", "aéxa"), ("a\u{2003}axa\n", "axa")]
+    {
+        let error = plain.encode(text.as_bytes()).expect_err(text).to_string();
+        assert!(error.contains(&format!("a letter of {word:?}")), "{text:?}: {error}");
+    }
+    // Where something stands for what is unknown, it does.
+    let (_folder, path) = letters(&|json| json["model"]["unk_token"] = json!("é"));
+    assert_eq!(ids(&open(&path).unwrap(), "axa"), [0, 3, 0]);
+    // An accent that the normalizer takes off is no loss, a letter is.
+    let (_folder, path) = letters(&|json| {
+        json["normalizer"] =
+            json!({ "type": "Sequence", "normalizers": [{ "type": "NFD" }, { "type": "StripAccents" }] });
+    });
+    let stripped = open(&path).unwrap();
+    assert_eq!(ids(&stripped, "àb a\u{300}b"), [2, 2]);
+    assert!(stripped.encode("àx".as_bytes()).is_err());
+}
+
+#[test]
 fn a_file_of_another_kind_is_told_so() {
     refused(&fixture().join(VOCAB), &["holds no model", "name the folder"]);
     refused(&fixture().join("tokenizer_config.json"), &["holds no model"]);

@@ -28,15 +28,15 @@ use serde_json::{Value, json};
 use std::cell::RefCell;
 use std::path::Path;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Trains the job at `path`.
 ///
 /// # Errors
-/// What the job, the data or the machine is at fault for; [`Error::Interrupted`] after a checkpoint, or before the first step.
+/// What the job, the data or the machine is at fault for; [`Error::Interrupted`] after a checkpoint, or before there was one.
 pub fn run(path: &Path, sets: &[String], resume: Resume, json: bool) -> Result<()> {
-    let stop = stop_on_signals()?;
+    let signals = Signals::heed()?;
     let mut job = Job::load(path, sets)?;
     let out = job.run.out.clone();
     let goes_on = resume != Resume::Never && out.join(rundir::PLAN).exists();
@@ -61,9 +61,10 @@ pub fn run(path: &Path, sets: &[String], resume: Resume, json: bool) -> Result<(
     if !json {
         summary(&planned);
     }
+    signals.wait_for_the_step();
     let mut dir = RunDir::take(&out)?;
     let trained = start(&mut dir, &planned)
-        .and_then(|()| train_all(&mut dir, planned, (standings, checkpoints, judges), &stop, json));
+        .and_then(|()| train_all(&mut dir, planned, (standings, checkpoints, judges), &signals.stop, json));
     match trained {
         Ok(Trained { models, failed }) => {
             if json {
@@ -123,17 +124,36 @@ fn check_memory(planned: &PlannedJob) -> Result<()> {
     )))
 }
 
-/// Sets the flag on the first SIGINT or SIGTERM, and ends the program on the second.
-fn stop_on_signals() -> Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
-    let flag = Arc::clone(&stop);
-    let handler = move || {
-        if flag.swap(true, Ordering::Relaxed) {
-            std::process::exit(1);
-        }
-    };
-    ctrlc::set_handler(handler).map_err(|e| Error::Device(format!("cannot listen for signals: {e}")))?;
-    Ok(stop)
+/// What SIGINT and SIGTERM do. While a job is prepared, which may take minutes where a text is cut or a plan is searched, there is nothing to keep: they end the
+/// program. Later the first sets a flag, which is heeded between steps, and the second ends the program.
+struct Signals {
+    stop: Arc<AtomicBool>,
+    preparing: Arc<Mutex<bool>>,
+}
+
+impl Signals {
+    fn heed() -> Result<Signals> {
+        let signals = Signals { stop: Arc::default(), preparing: Arc::new(Mutex::new(true)) };
+        let (flag, preparing) = (Arc::clone(&signals.stop), Arc::clone(&signals.preparing));
+        let handler = move || {
+            // Held until the end, so that no run begins meanwhile.
+            if *preparing.lock().unwrap_or_else(PoisonError::into_inner) {
+                let error = Error::Interrupted { at: "the job's preparation".into(), checkpoint: false };
+                crate::complain(&error.to_string());
+                std::process::exit(error.exit_code().into());
+            }
+            if flag.swap(true, Ordering::Relaxed) {
+                std::process::exit(1);
+            }
+        };
+        ctrlc::set_handler(handler).map_err(|e| Error::Device(format!("cannot listen for signals: {e}")))?;
+        Ok(signals)
+    }
+
+    /// From now on there is something to put in order first.
+    fn wait_for_the_step(&self) {
+        *self.preparing.lock().unwrap_or_else(PoisonError::into_inner) = false;
+    }
 }
 
 /// The checkpoints of a run that is there, compared with the job.
