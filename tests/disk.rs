@@ -12,7 +12,6 @@ use hydra::device::sim::CostModel;
 use hydra::engine::{Stored, predict};
 use hydra::spill::{Model, OnDisk, Plan, PlanOptions};
 use hydra::train::TrainOptions;
-use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -100,23 +99,22 @@ fn refused(plan: hydra::base::Result<Plan>) -> String {
     }
 }
 
-/// Puts a pipe where the disk tier's file in `folder` was opened: nothing can be read from a place of it, nor written there.
-fn fail_the_disk_in(folder: &Path) {
+/// Takes all bytes from the disk tier's file in `folder`, which has no name: what is read from it then is missing, as from a disk that fails.
+fn lose_the_file_in(folder: &Path) {
     let folder = folder.canonicalize().expect("a folder");
     let descriptors = std::fs::read_dir("/proc/self/fd").expect("descriptors").filter_map(Result::ok);
-    let of_folder: Vec<i32> = descriptors
-        .filter(|d| std::fs::read_link(d.path()).is_ok_and(|to| to.starts_with(&folder)))
-        .map(|d| d.file_name().to_str().and_then(|number| number.parse().ok()).expect("a number"))
+    let of_folder: Vec<_> = descriptors
+        .map(|d| d.path())
+        .filter(|d| std::fs::read_link(d).is_ok_and(|to| to.starts_with(&folder)))
         .collect();
-    let [file] = of_folder[..] else { panic!("one file in {}: {of_folder:?}", folder.display()) };
-    let (reader, _writer) = std::io::pipe().expect("a pipe");
-    // SAFETY: both are open; the file's owner goes on with its number as if nothing had happened.
-    assert_eq!(unsafe { libc::dup2(reader.as_raw_fd(), file) }, file);
+    let [file] = &of_folder[..] else { panic!("one file in {}: {of_folder:?}", folder.display()) };
+    std::fs::OpenOptions::new().write(true).truncate(true).open(file).expect("the file opens");
 }
 
 #[test]
 fn a_disk_that_fails_in_the_middle_ends_the_step_and_is_named() {
-    for on_disk in OnDisk::ALL.into_iter().filter(|&on_disk| on_disk > OnDisk::Nothing) {
+    // With these a step begins by reading; gradients would be written first, and the file be as long as before.
+    for on_disk in [OnDisk::UpdateState, OnDisk::Weights] {
         let small = Small::gpt(16, 2, 4, 16, 0.0);
         let dir = tempfile::tempdir().expect("a folder");
         let plan = PlanOptions { resident: Some(false), on_disk: Some(on_disk), ..PlanOptions::default() };
@@ -143,7 +141,7 @@ fn a_disk_that_fails_in_the_middle_ends_the_step_and_is_named() {
         driver.begin(0, |_| ()).expect("a step");
         driver.engine.wait_step(0).expect("a step");
         driver.engine.wait_home(0).expect("all that it wrote");
-        fail_the_disk_in(dir.path());
+        lose_the_file_in(dir.path());
         let mut ended = driver.begin(1, |_| ());
         if ended.is_ok() {
             ended = driver.engine.wait_step(0).map(|_| ());
@@ -151,7 +149,7 @@ fn a_disk_that_fails_in_the_middle_ends_the_step_and_is_named() {
         // A step's losses may be there before the disk is.
         let error = ended.and_then(|()| driver.engine.wait_home(0)).expect_err("the disk has failed").to_string();
         let folder = dir.path().display().to_string();
-        assert!(error.contains("the disk tier in") && error.contains(&folder), "{on_disk:?}: {error}");
+        assert!(error.contains("read the disk tier in") && error.contains(&folder), "{on_disk:?}: {error}");
         let read = driver.engine.read_parameter(0, Stored::Moment(0), 0).expect_err("there is nothing to read");
         assert!(read.to_string().contains(&folder), "{on_disk:?}: {read}");
         assert!(driver.begin(2, |_| ()).is_err(), "{on_disk:?}: what has failed does no more");
