@@ -4,6 +4,9 @@
 //! A task's tickets become waits of its stream, across GPUs too, so it is queued as soon as what it waits for is queued; only a task that waits for the
 //! host's lanes is held back. Its start and end are marks on its stream, and time is read from them alone. A task touches its own GPU's
 //! arenas and the host's memory: what goes from one GPU to another goes through the host's store, as two tasks.
+//!
+//! A driver's stream takes about a thousand launches; the next one waits until some have run, and with it would all other streams that this thread
+//! feeds. So a program is launched in portions, those of all streams in turn, and a stream that has enough before it gets the next one later.
 
 use super::blocks::Blocks;
 use super::clock::GpuClock;
@@ -34,7 +37,7 @@ pub struct CudaConfig {
     pub devices: Vec<LogicalDevice>,
     /// Bytes of the host's store, which is pinned.
     pub host_bytes: u64,
-    /// Cores for the host's arithmetic; `None` is all.
+    /// Cores for the host's arithmetic; `None` is all but one, which feeds the GPUs.
     pub threads: Option<usize>,
     /// Fill arenas with NaN first, so that use of what was never written shows as NaN.
     pub poison: bool,
@@ -60,10 +63,29 @@ struct Queued {
     check: bool,
 }
 
+/// Steps of a portion.
+const PORTION: usize = 64;
+/// Portions that a stream may have before it: a millisecond's work and more.
+const PORTIONS: usize = 6;
+
+/// A program of which some steps are on its stream.
+struct Begun {
+    ticket: Ticket,
+    run: Box<Run>,
+    start: Mark,
+    end: Mark,
+    /// The next step.
+    next: usize,
+}
+
 /// A lane that is a stream.
 struct StreamLane {
     stream: Stream,
     held: VecDeque<Held>,
+    begun: Option<Begun>,
+    /// At the ends of portions that have not run.
+    portions: VecDeque<Mark>,
+    free_portions: Vec<Mark>,
     queued: VecDeque<Queued>,
     /// Tasks that have been told done.
     done: u64,
@@ -176,6 +198,9 @@ impl CudaDevice {
                 streams.push(StreamLane {
                     stream: driver.stream(logical.gpu)?,
                     held: VecDeque::new(),
+                    begun: None,
+                    portions: VecDeque::new(),
+                    free_portions: Vec::new(),
                     queued: VecDeque::new(),
                     done: 0,
                     ended_secs: 0.0,
@@ -233,22 +258,9 @@ impl CudaDevice {
         while moved && !self.failed {
             moved = false;
             for lane in 0..self.streams.len() {
-                while let Some(held) = self.streams[lane].held.front() {
-                    let queued = |t: &Ticket| match self.streams.get(t.lane as usize) {
-                        Some(other) => other.done + other.queued.len() as u64 >= t.number,
-                        None => self.host_lanes[t.lane as usize - self.streams.len()].done >= t.number,
-                    };
-                    if !held.after.iter().all(queued)
-                        || self.streams[lane].queued.len() >= self.streams[lane].blocks.len()
-                    {
-                        break;
-                    }
-                    let held = self.streams[lane].held.pop_front().expect("there is a front");
-                    moved = true;
-                    if let Err(error) = self.queue(lane, &held) {
-                        self.fail(held.ticket, error);
-                        return;
-                    }
+                match self.advance_stream(lane) {
+                    Ok(has) => moved |= has,
+                    Err((ticket, error)) => return self.fail(ticket, error),
                 }
             }
             for lane in 0..self.host_lanes.len() {
@@ -264,6 +276,26 @@ impl CudaDevice {
         }
     }
 
+    /// Queues a lane's next portion, or its next task; tells whether there was one that could be queued.
+    fn advance_stream(&mut self, lane: usize) -> std::result::Result<bool, (Ticket, Error)> {
+        if let Some(begun) = self.streams[lane].begun.take() {
+            let ticket = begun.ticket;
+            return self.go_on(lane, begun).map_err(|error| (ticket, error));
+        }
+        let Some(held) = self.streams[lane].held.front() else { return Ok(false) };
+        let queued = |t: &Ticket| match self.streams.get(t.lane as usize) {
+            Some(other) => other.done + other.queued.len() as u64 >= t.number,
+            None => self.host_lanes[t.lane as usize - self.streams.len()].done >= t.number,
+        };
+        if !held.after.iter().all(queued) || self.streams[lane].queued.len() >= self.streams[lane].blocks.len() {
+            return Ok(false);
+        }
+        let held = self.streams[lane].held.pop_front().expect("there is a front");
+        let ticket = held.ticket;
+        self.queue(lane, held).map_err(|error| (ticket, error))?;
+        Ok(true)
+    }
+
     fn fail(&mut self, ticket: Ticket, error: Error) {
         self.failed = true;
         let now = self.now_secs();
@@ -276,8 +308,8 @@ impl CudaDevice {
         });
     }
 
-    /// Puts a task on its stream, between two marks.
-    fn queue(&mut self, lane: usize, held: &Held) -> Result<()> {
+    /// Puts a task on its stream, between two marks; of a program the first mark.
+    fn queue(&mut self, lane: usize, held: Held) -> Result<()> {
         let stream = self.streams[lane].stream;
         for ticket in &held.after {
             let other = &self.streams[ticket.lane as usize % self.streams.len()];
@@ -293,15 +325,23 @@ impl CudaDevice {
             None => (self.driver.mark(stream.gpu)?, self.driver.mark(stream.gpu)?),
         };
         self.driver.record(start, stream)?;
-        let check = matches!(&held.task, Task::Run(run) if run.check);
-        self.execute(lane, held)?;
-        self.driver.record(end, stream)?;
-        self.streams[lane].queued.push_back(Queued { number: held.ticket.number, start, end, check });
+        match held.task {
+            Task::Run(run) => {
+                self.begin(lane, held.ticket.number, &run)?;
+                self.streams[lane].begun = Some(Begun { ticket: held.ticket, run, start, end, next: 0 });
+            }
+            task => {
+                self.execute(lane, held.ticket.number, &task)?;
+                self.driver.record(end, stream)?;
+                let queued = Queued { number: held.ticket.number, start, end, check: false };
+                self.streams[lane].queued.push_back(queued);
+            }
+        }
         Ok(())
     }
 
-    fn execute(&mut self, lane: usize, held: &Held) -> Result<()> {
-        match &held.task {
+    fn execute(&mut self, lane: usize, number: u64, task: &Task) -> Result<()> {
+        match task {
             Task::Copy(spans) => {
                 for span in spans {
                     let (to, from) = (self.touched(lane, span.to)?, self.touched(lane, span.from)?);
@@ -311,11 +351,11 @@ impl CudaDevice {
                 }
                 Ok(())
             }
-            Task::Run(run) => self.run(lane, held.ticket.number, run),
+            Task::Run(_) => unreachable!("a program is queued in portions"),
             Task::Add(spans) => {
                 for span in spans {
                     let (to, from) = (self.touched(lane, span.to)?, self.touched(lane, span.from)?);
-                    let mut queue = self.task_queue(lane, held.ticket.number);
+                    let mut queue = self.task_queue(lane, number);
                     optimizer::add(&mut queue, to, from, (span.from.bytes / 4) as usize)?;
                 }
                 Ok(())
@@ -325,7 +365,7 @@ impl CudaDevice {
                 touched.into_iter().flatten().try_for_each(|span| self.touch(lane, span))?;
                 let (arenas, host) = (&self.arenas, &self.host);
                 let StreamLane { stream, blocks, .. } = &mut self.streams[lane];
-                let mut queue = Queue::new(self.driver.as_mut(), *stream, blocks, held.ticket.number);
+                let mut queue = Queue::new(self.driver.as_mut(), *stream, blocks, number);
                 optimizer::norm(&mut queue, norm, &|span| address(arenas, host, span))
             }
             Task::Update(update) => {
@@ -335,31 +375,69 @@ impl CudaDevice {
                 touched.try_for_each(|span| self.touch(lane, span))?;
                 let (arenas, host) = (&self.arenas, &self.host);
                 let StreamLane { stream, blocks, .. } = &mut self.streams[lane];
-                let mut queue = Queue::new(self.driver.as_mut(), *stream, blocks, held.ticket.number);
+                let mut queue = Queue::new(self.driver.as_mut(), *stream, blocks, number);
                 optimizer::update(&mut queue, update, &|span| address(arenas, host, span))
             }
         }
     }
 
-    fn run(&mut self, lane: usize, number: u64, run: &Run) -> Result<()> {
+    fn begin(&mut self, lane: usize, number: u64, run: &Run) -> Result<()> {
         for (area, &bytes) in run.program.area_bytes.iter().enumerate() {
             self.touch(lane, Span { memory: Memory::Device(run.device), offset: run.bases[area], bytes })?;
         }
-        let arena = self.arenas[run.device as usize];
+        self.task_queue(lane, number).begin(&run.scalars, run.check)
+    }
+
+    /// Queues the next portion of a program, if there is room for it on its stream, and with the last one its end.
+    fn go_on(&mut self, lane: usize, mut begun: Begun) -> Result<bool> {
+        let entry = &mut self.streams[lane];
+        while let Some(&mark) = entry.portions.front()
+            && self.driver.passed(mark)?
+        {
+            entry.portions.pop_front();
+            entry.free_portions.push(mark);
+        }
+        if entry.portions.len() >= PORTIONS {
+            entry.begun = Some(begun);
+            return Ok(false);
+        }
+        let (run, number) = (&begun.run, begun.ticket.number);
+        let (steps, check) = (&run.program.steps, run.check);
+        let portion = begun.next..steps.len().min(begun.next + PORTION);
         let StreamLane { stream, blocks, .. } = &mut self.streams[lane];
         let mut queue = Queue::new(self.driver.as_mut(), *stream, blocks, number);
         queue.tf32 = run.program.tf32;
-        queue.begin(&run.scalars, run.check)?;
-        for step in &run.program.steps {
+        queue.resume(check);
+        let arena = self.arenas[run.device as usize];
+        for step in &steps[portion.clone()] {
             let operands = Operands { step, arena, bases: &run.bases };
             queue.confine(&operands)?;
             ops::launch_step(&mut queue, &operands)?;
-            if run.check && step.ends_layer {
+            if check && step.ends_layer {
                 optimizer::check_finite(&mut queue, &operands, step.layer)?;
             }
         }
         queue.release()?;
-        if run.check { queue.end_check() } else { Ok(()) }
+        let ends = portion.end == steps.len();
+        if ends && check {
+            queue.end_check()?;
+        }
+        let entry = &mut self.streams[lane];
+        let mark = match entry.free_portions.pop() {
+            Some(mark) => mark,
+            None => self.driver.mark(entry.stream.gpu)?,
+        };
+        self.driver.record(mark, entry.stream)?;
+        entry.portions.push_back(mark);
+        if ends {
+            let Begun { start, end, .. } = begun;
+            self.driver.record(end, entry.stream)?;
+            entry.queued.push_back(Queued { number, start, end, check });
+        } else {
+            begun.next = portion.end;
+            entry.begun = Some(begun);
+        }
+        Ok(true)
     }
 
     fn task_queue(&mut self, lane: usize, number: u64) -> Queue<'_> {
@@ -378,6 +456,8 @@ impl CudaDevice {
                 let what = format!("a task on {own} touches memory of device {device}, which lies on {other}");
                 return Err(Error::Device(what));
             }
+            let bytes = self.devices[device as usize].arena_bytes;
+            assert!(span.end() <= bytes, "bytes {}..{} of memory of {bytes}", span.offset, span.end());
             let high = &mut self.high_water[device as usize];
             *high = (*high).max(span.end());
         }
@@ -387,10 +467,6 @@ impl CudaDevice {
     /// Where a span begins; notes that it is touched.
     fn touched(&mut self, lane: usize, span: Span) -> Result<Ptr> {
         self.touch(lane, span)?;
-        if let Memory::Device(device) = span.memory {
-            let bytes = self.devices[device as usize].arena_bytes;
-            assert!(span.end() <= bytes, "bytes {}..{} of memory of {bytes}", span.offset, span.end());
-        }
         Ok(address(&self.arenas, &self.host, span))
     }
 
@@ -445,6 +521,12 @@ impl Device for CudaDevice {
     }
 
     fn submit(&mut self, lane: u16, task: Task, after: &[Ticket]) -> Ticket {
+        let computes = matches!(task, Task::Run(_) | Task::Norm(_) | Task::Update(_) | Task::Add(_));
+        let is_stream = (lane as usize) < self.streams.len();
+        assert!(
+            !is_stream || !computes || self.lanes[lane as usize].kind == LaneKind::Compute,
+            "a task with kernels belongs on a compute lane"
+        );
         let number = &mut self.submitted[lane as usize];
         *number += 1;
         let ticket = Ticket { lane, number: *number };

@@ -295,7 +295,7 @@ impl Driver for Emulated {
     fn launch(&mut self, stream: Stream, launch: &Launch) -> Result<()> {
         self.kernel(launch.kernel)?;
         launch.words().try_for_each(|word| self.check_own(stream.gpu, launch.kernel, word))?;
-        self.streams[stream.number].push_back(Action::Launch(Box::new(*launch)));
+        self.streams[stream.number].push_back(Action::Launch(Box::new(launch.clone())));
         Ok(())
     }
 

@@ -8,8 +8,11 @@ use super::launch::{Launch, Ptr};
 use crate::base::{Error, Result};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 use cudarc::driver::{DriverError, result};
+use rayon::prelude::*;
 use std::collections::HashMap;
 use std::ffi::{CString, c_int, c_void};
+use std::mem::MaybeUninit;
+use std::time::{Duration, Instant};
 
 /// The fatbins that `build.rs` made, by the stem of their source.
 static FATBINS: &[(&str, &[u8])] = include!(concat!(env!("HYDRA_FATBINS"), "/list.rs"));
@@ -17,6 +20,9 @@ static FATBINS: &[(&str, &[u8])] = include!(concat!(env!("HYDRA_FATBINS"), "/lis
 const OLDEST_DRIVER: c_int = 13_000;
 /// The oldest GPU that they run on.
 const OLDEST_ARCH: u32 = 80;
+/// How long the end waits for kernels that run.
+const PATIENCE: Duration = Duration::from_secs(5);
+
 /// A kernel, with the dynamic shared memory that was asked for. Up to 48 KiB less its static shared memory it could have without.
 struct Kernel {
     function: sys::CUfunction,
@@ -37,6 +43,22 @@ pub struct Gpu {
 
 // SAFETY: handles of the driver API may be used from any thread, here by one at a time since there is no `Sync`; what needs the context enters it.
 unsafe impl Send for Gpu {}
+
+/// Whether bytes are a fatbin or a cubin that ends where its header says.
+fn is_whole(image: &[u8]) -> bool {
+    let number = |at: usize, bytes: usize| -> Option<u64> {
+        let field = image.get(at..at + bytes)?;
+        Some(field.iter().rev().fold(0, |number, &byte| number << 8 | u64::from(byte)))
+    };
+    let end = || match image {
+        // Magic, version, bytes of the header, bytes of what follows.
+        [0x50, 0xED, 0x55, 0xBA, ..] => number(6, 2)?.checked_add(number(8, 8)?),
+        // An ELF file of 64 bits ends with the table of sections: its start, bytes of a row, rows.
+        [0x7F, b'E', b'L', b'F', 2, ..] => number(40, 8)?.checked_add(number(58, 2)? * number(60, 2)?),
+        _ => None,
+    };
+    end().is_some_and(|end| end >= 64 && end <= image.len() as u64)
+}
 
 /// What a call was for, with the driver's own words.
 fn said(what: &str) -> impl Fn(DriverError) -> Error + '_ {
@@ -168,17 +190,20 @@ impl Gpu {
         result::mem_get_info().map(|(free, _)| free as u64).map_err(|e| self.said(e, "asking for free memory"))
     }
 
-    /// Loads a fatbin or a cubin.
+    /// Loads a fatbin or a cubin. The driver loads each kernel of it when it is first asked for, unless CUDA_MODULE_LOADING says otherwise.
     ///
     /// # Errors
     /// When it holds nothing for this GPU.
     pub(super) fn load(&mut self, name: &str, image: &[u8]) -> Result<()> {
         self.enter()?;
         // The driver would read on where there is nothing.
-        if image.len() < 64 {
-            return Err(Error::bad(format!("cuda: the kernels {name} are {} bytes, no fatbin", image.len())));
+        if !is_whole(image) {
+            let bytes = image.len();
+            return Err(Error::bad(format!(
+                "cuda: the kernels {name}: {bytes} bytes that are no whole fatbin or cubin"
+            )));
         }
-        // SAFETY: the image is a fatbin or a cubin, which begin with their own length; the driver copies what it keeps.
+        // SAFETY: the image says how long it is, and is that long; the driver copies what it keeps.
         let module = unsafe { result::module::load_data(image.as_ptr().cast()) };
         self.modules.push(module.map_err(|e| self.said(e, format_args!("loading the kernels {name}")))?);
         Ok(())
@@ -187,10 +212,19 @@ impl Gpu {
     fn kernel(&mut self, name: &'static str, shared_bytes: u32) -> Result<sys::CUfunction> {
         if !self.kernels.contains_key(name) {
             let c_name = CString::new(name).map_err(|_| Error::bad(format!("kernel {name:?}: has a zero byte")))?;
-            // SAFETY: modules stay loaded as long as the GPU lives.
-            let find = |&module| unsafe { result::module::get_function(module, c_name.clone()) }.ok();
-            let function = self.modules.iter().find_map(find);
-            let function = function.ok_or_else(|| Error::Device(format!("cuda: there is no kernel {name}")))?;
+            let mut found = None;
+            for &module in &self.modules {
+                // SAFETY: modules stay loaded as long as the GPU lives.
+                match unsafe { result::module::get_function(module, c_name.clone()) } {
+                    Ok(function) => {
+                        found = Some(function);
+                        break;
+                    }
+                    Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_FOUND)) => {}
+                    Err(e) => return Err(self.said(e, format_args!("loading the kernel {name}"))),
+                }
+            }
+            let function = found.ok_or_else(|| Error::Device(format!("cuda: there is no kernel {name}")))?;
             self.kernels.insert(name, Kernel { function, shared_bytes: 0 });
         }
         let Kernel { function, shared_bytes: has } = self.kernels[name];
@@ -223,8 +257,9 @@ impl Gpu {
         // SAFETY: the size is not 0; freed by the caller.
         let memory = unsafe { result::malloc_host(bytes.max(1) as usize, sys::CU_MEMHOSTALLOC_PORTABLE) };
         let memory = memory.map_err(|e| self.said(e, format_args!("{bytes} bytes of pinned host memory")))?;
-        // SAFETY: just allocated with at least this size.
-        unsafe { memory.cast::<u8>().write_bytes(0, bytes as usize) };
+        // SAFETY: just allocated with at least this size; every byte is one thread's alone.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(memory.cast::<MaybeUninit<u8>>(), bytes as usize) };
+        bytes.par_chunks_mut(64 << 20).for_each(|chunk| chunk.fill(MaybeUninit::zeroed()));
         Ok(memory)
     }
 
@@ -304,17 +339,32 @@ impl Gpu {
         Ok(f64::from(ms) * 1e-3)
     }
 
-    /// Waits until nothing runs any more.
-    pub(super) fn wait_idle(&self) -> Result<()> {
-        self.enter()?;
-        result::ctx::synchronize().map_err(|e| self.said(e, "coming to rest"))
+    /// Waits until nothing runs any more, but not for ever: false where a kernel does not end.
+    pub(super) fn comes_to_rest(&self) -> bool {
+        let began = Instant::now();
+        let busy = |stream: &&sys::CUstream| {
+            // SAFETY: the handle lives as long as the GPU.
+            let asked = unsafe { sys::cuStreamQuery(**stream) };
+            asked == sys::CUresult::CUDA_ERROR_NOT_READY
+        };
+        while self.enter().is_ok() && self.streams.iter().any(|stream| busy(&stream)) {
+            if began.elapsed() > PATIENCE {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        true
     }
 }
 
 impl Drop for Gpu {
-    /// Waits for what is queued, then frees. Failures have nobody left to be told to: the run has its result or its first error.
+    /// Waits for what is queued, then frees. Failures have nobody left to be told to: the run has its result or its first error. Where a kernel does not
+    /// end nothing is freed, since every call for that would wait for it, and the error that names it would never be heard: the end of the process
+    /// frees all.
     fn drop(&mut self) {
-        let _ = self.wait_idle();
+        if !self.comes_to_rest() {
+            return;
+        }
         for &event in &self.events {
             // SAFETY: created by this GPU, destroyed once.
             let _ = unsafe { result::event::destroy(event) };
@@ -333,5 +383,25 @@ impl Drop for Gpu {
         }
         // SAFETY: retained once by `open`.
         let _ = unsafe { result::primary_ctx::release(self.device) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn images_are_whole_or_refused() {
+        for (name, image) in FATBINS {
+            assert!(is_whole(image), "{name}");
+            assert!(!is_whole(&image[..image.len() - 8]) || image.len() < 72, "{name}: cut short");
+        }
+        let ptx = b".version 9.0\n.target sm_90a\n.address_size 64\n// and so on, for more than 64 bytes";
+        for bad in [&b""[..], b"\x50\xED\x55\xBA", b"\x7FELF\x02", &[0; 100], ptx, &[0xFF; 200]] {
+            assert!(!is_whole(bad), "{bad:?}");
+        }
+        let mut endless = FATBINS[0].1.to_vec();
+        endless[8..16].fill(0xFF);
+        assert!(!is_whole(&endless));
     }
 }

@@ -1,5 +1,7 @@
 //! A kernel launch as a value: a name, a grid, arguments in the kernel's order.
 
+use std::sync::Arc;
+
 /// An address in device memory, or in pinned host memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ptr(pub u64);
@@ -16,6 +18,11 @@ impl Ptr {
 
 /// Bytes that a launch's arguments may take: what every driver since CUDA 1 passes.
 const ARGUMENT_BYTES: usize = 4096;
+/// Of which so many lie in the launch itself: room for five tensor maps and what goes with them. A launch is built by handing it on from call to call,
+/// and each of them may copy it.
+const OWN_BYTES: usize = 768;
+/// The start of an argument that lies elsewhere.
+const ELSEWHERE: u16 = u16::MAX;
 /// Arguments that a launch may have.
 const ARGUMENTS: usize = 40;
 /// Where large arguments start; the largest alignment that one has (a tensor map's).
@@ -24,10 +31,10 @@ const ALIGNED: usize = 64;
 /// Memory for arguments, aligned for the largest.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-struct Bytes([u8; ARGUMENT_BYTES]);
+struct Bytes([u8; OWN_BYTES]);
 
 /// A kernel launch. Built by chaining: `Launch::new("add_f32", grid, 256).ptr(out).ptr(a).ptr(b).long(elems)`.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub struct Launch {
     /// The entry point.
     pub kernel: &'static str,
@@ -38,6 +45,7 @@ pub struct Launch {
     /// Bytes of dynamic shared memory.
     pub shared_bytes: u32,
     bytes: Bytes,
+    large: Option<Arc<[u64]>>,
     starts: [u16; ARGUMENTS],
     count: usize,
     end: usize,
@@ -53,7 +61,8 @@ impl Launch {
             grid: [0; 3],
             block,
             shared_bytes: 0,
-            bytes: Bytes([0; ARGUMENT_BYTES]),
+            bytes: Bytes([0; OWN_BYTES]),
+            large: None,
             starts: [0; ARGUMENTS],
             count: 0,
             end: 0,
@@ -79,7 +88,7 @@ impl Launch {
     pub fn bytes(mut self, bytes: &[u8], align: usize) -> Launch {
         debug_assert!(align.is_power_of_two() && align <= ALIGNED);
         let at = self.end.next_multiple_of(align);
-        if self.count == ARGUMENTS || at + bytes.len() > ARGUMENT_BYTES {
+        if self.count == ARGUMENTS || at + bytes.len() > OWN_BYTES {
             self.fault = Some("more arguments than a launch takes");
             return self;
         }
@@ -87,6 +96,19 @@ impl Launch {
         self.starts[self.count] = at as u16;
         self.count += 1;
         self.end = at + bytes.len();
+        self
+    }
+
+    /// A large argument of alignment 8, by its bytes as words; at most one.
+    pub fn large(mut self, words: Arc<[u64]>) -> Launch {
+        let bytes = size_of_val(&*words);
+        if self.count == ARGUMENTS || self.large.is_some() || self.end.next_multiple_of(8) + bytes > ARGUMENT_BYTES {
+            self.fault = Some("more arguments than a launch takes");
+            return self;
+        }
+        self.starts[self.count] = ELSEWHERE;
+        self.count += 1;
+        self.large = Some(words);
         self
     }
 
@@ -135,14 +157,18 @@ impl Launch {
     #[cfg(feature = "emulator")]
     pub(super) fn words(&self) -> impl Iterator<Item = u64> + '_ {
         let words = self.bytes.0[..self.end].chunks_exact(8);
-        words.map(|word| u64::from_ne_bytes(word.try_into().expect("chunks of 8")))
+        let own = words.map(|word| u64::from_ne_bytes(word.try_into().expect("chunks of 8")));
+        own.chain(self.large.iter().flat_map(|large| large.iter().copied()))
     }
 
     /// Addresses of the arguments, as `cuLaunchKernel` takes them, given to `call`.
     pub(super) fn with_arguments<T>(&self, call: impl FnOnce(&mut [*mut std::ffi::c_void]) -> T) -> T {
         let mut addresses = [std::ptr::null_mut(); ARGUMENTS];
         for (address, &start) in addresses.iter_mut().zip(&self.starts[..self.count]) {
-            *address = self.bytes.0[start as usize..].as_ptr().cast_mut().cast();
+            *address = match (&self.large, start) {
+                (Some(large), ELSEWHERE) => large.as_ptr().cast_mut().cast(),
+                _ => self.bytes.0[start as usize..].as_ptr().cast_mut().cast(),
+            };
         }
         call(&mut addresses[..self.count])
     }

@@ -160,8 +160,8 @@ impl Row {
     /// Stages of the ring of a block of the gradient, with `each` columns of x and d_out a thread, and bytes of its shared memory: as much as lets
     /// the multiprocessor's registers be used, by 512 threads. Without packs there is no ring, but column sums are joined in its place.
     fn ring(&self, q: &Queue, block: usize, each: usize) -> (usize, u32) {
-        // A block's share of what one block might have; the driver takes 1 KB of each, and 256 bytes are the kernel's own.
-        let room = ((q.shared_bytes() + 1024) / (512 / block).max(1)) - 1024 - 256;
+        // A block's share of what one block might have; the driver takes 1 KB of each, and 2 KB are the kernel's own.
+        let room = ((q.shared_bytes() + 1024) / (512 / block).max(1)) - 1024 - 2048;
         let stage = block * 2 * each * 16 / self.pack;
         let stages = if self.packed { (room / stage).clamp(1, STAGES) } else { 0 };
         (stages, (stages * stage).max(block * each * 4) as u32)

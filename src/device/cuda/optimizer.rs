@@ -9,17 +9,16 @@ use super::queue::Queue;
 use crate::base::{DType, Result};
 use crate::device::host::optimizer::{AdamwConstants, AdamwStep, SUM_BLOCK};
 use crate::device::{AdamwRule, Norm, Segment, SgdRule, Span, Update, UpdateRule};
+use std::sync::Arc;
 
 /// Tensors that one launch takes.
 const SEGMENTS: usize = 160;
-/// Bytes of one in a launch's arguments: `Segment` in the kernels.
-const SEGMENT_BYTES: usize = 24;
 /// Blocks of [`SUM_BLOCK`] elements that a thread block sums the squares of.
 const SUM_WARPS: usize = 8;
 
 /// Tensors of one launch: `Segments` in the kernels.
 struct Batch {
-    bytes: [u8; 8 + SEGMENTS * SEGMENT_BYTES],
+    words: Arc<[u64]>,
     count: usize,
     /// Blocks of [`SUM_BLOCK`] elements.
     blocks: usize,
@@ -30,24 +29,23 @@ fn batches(segments: &[Segment]) -> impl Iterator<Item = Batch> {
     let mut block = 0;
     segments.chunks(SEGMENTS).map(move |chunk| {
         let first = block;
-        let mut bytes = [0; 8 + SEGMENTS * SEGMENT_BYTES];
-        bytes[..4].copy_from_slice(&(chunk.len() as u32).to_ne_bytes());
-        bytes[4..8].copy_from_slice(&(first as u32).to_ne_bytes());
-        for (to, segment) in bytes[8..].chunks_exact_mut(SEGMENT_BYTES).zip(chunk) {
-            to[..8].copy_from_slice(&segment.offset.to_ne_bytes());
-            to[8..16].copy_from_slice(&segment.elems.to_ne_bytes());
-            to[16..20].copy_from_slice(&(block as u32).to_ne_bytes());
-            to[20..].copy_from_slice(&(segment.index << 1 | u32::from(segment.decay)).to_ne_bytes());
+        // Two fields of 32 bits, as they lie in memory.
+        let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
+        let mut words = vec![0; 1 + 3 * SEGMENTS];
+        words[0] = pair(chunk.len() as u32, first as u32);
+        for (to, segment) in words[1..].chunks_exact_mut(3).zip(chunk) {
+            let tensor = segment.index << 1 | u32::from(segment.decay);
+            to.copy_from_slice(&[segment.offset, segment.elems, pair(block as u32, tensor)]);
             block += segment.elems.div_ceil(SUM_BLOCK as u64) as usize;
         }
-        Batch { bytes, count: chunk.len(), blocks: block - first }
+        Batch { words: words.into(), count: chunk.len(), blocks: block - first }
     })
 }
 
 impl Batch {
     /// As the last argument of a launch.
     fn of(&self, launch: Launch) -> Launch {
-        launch.bytes(&self.bytes, 8)
+        launch.large(Arc::clone(&self.words))
     }
 }
 
@@ -163,14 +161,10 @@ mod tests {
             |i: u32| Segment { offset: 64 * u64::from(i), elems: 5000 * u64::from(i % 2), decay: i == 3, index: i };
         let segments: Vec<Segment> = (0..SEGMENTS as u32 + 4).map(segment).collect();
         let batches: Vec<Batch> = batches(&segments).collect();
-        let word = |batch: &Batch, at: usize| u32::from_ne_bytes(batch.bytes[at..at + 4].try_into().expect("4 bytes"));
         assert_eq!([batches[0].count, batches[1].count], [SEGMENTS, 4]);
         assert_eq!([batches[0].blocks, batches[1].blocks], [SEGMENTS, 4]);
-        assert_eq!([word(&batches[0], 4), word(&batches[1], 4)], [0, SEGMENTS as u32]);
-        let third = 8 + 3 * SEGMENT_BYTES;
-        assert_eq!(
-            [word(&batches[0], third), word(&batches[0], third + 16), word(&batches[0], third + 20)],
-            [192, 2, 7]
-        );
+        // Count and first block; of the fourth tensor start, elements, first block, number and decay.
+        assert_eq!([batches[0].words[0], batches[1].words[0]], [SEGMENTS as u64, (SEGMENTS as u64) << 32 | 4]);
+        assert_eq!(batches[0].words[10..13], [192, 5000, 7 << 32 | 2]);
     }
 }

@@ -30,20 +30,22 @@ impl<'a> Queue<'a> {
         Queue { driver, stream, blocks, number, tf32: false, now: Ptr::NULL, layer: Ptr::NULL }
     }
 
-    /// Sends what a program's kernels read of the step; with `check`, clears the first layer that is not finite.
+    /// Begins a program: writes what its kernels read of the step; with `check`, clears the first layer that is not finite.
     pub(super) fn begin(&mut self, scalars: &Scalars, check: bool) -> Result<()> {
-        // Behind it, the word of `taken`.
-        let mut now = [0; NOW_BYTES as usize + 4];
+        self.resume(check);
+        let mut now = [0; NOW_BYTES as usize];
         now[..8].copy_from_slice(&scalars.seed.to_ne_bytes());
         now[8..16].copy_from_slice(&scalars.loss_scale.to_ne_bytes());
         now[16..20].copy_from_slice(&scalars.step.to_ne_bytes());
         now[20..24].copy_from_slice(&scalars.microbatch.to_ne_bytes());
         now[24..28].copy_from_slice(&u32::from(scalars.accumulate).to_ne_bytes());
-        self.now = self.upload(&now)?;
-        if check {
-            self.layer = self.blocks.layer(self.driver, self.stream, self.number)?;
-        }
-        Ok(())
+        self.launch(Launch::new("begin_program", [1, 1, 1], 32).ptr(self.now).ptr(self.layer).bytes(&now, 8))
+    }
+
+    /// Goes on with a program that has begun.
+    pub(super) fn resume(&mut self, check: bool) {
+        self.now = self.blocks.entry(self.number);
+        self.layer = if check { self.blocks.layer(self.number) } else { Ptr::NULL };
     }
 
     /// Brings the first layer that is not finite back to the host.
@@ -60,14 +62,6 @@ impl<'a> Queue<'a> {
     /// Ends what [`Queue::confine`] began.
     pub(super) fn release(&mut self) -> Result<()> {
         self.driver.confine(self.stream, &mut std::iter::empty())
-    }
-
-    /// Sends at most 256 bytes to the task's own block of device memory; once a task.
-    ///
-    /// # Errors
-    /// When there are more, or the device has failed.
-    pub fn upload(&mut self, bytes: &[u8]) -> Result<Ptr> {
-        self.blocks.upload(self.driver, self.stream, self.number, bytes)
     }
 
     /// 192 bytes of device memory where one kernel of a task leaves what a later one reads.

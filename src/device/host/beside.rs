@@ -42,7 +42,8 @@ impl HostLanes {
     /// When a thread cannot be started, or there is no room for the disk tier.
     pub unsafe fn new(config: &HostLanesConfig, store: *mut u8, bytes: u64) -> Result<HostLanes> {
         let all = std::thread::available_parallelism().map_or(1, usize::from);
-        let threads = config.threads.unwrap_or(all).clamp(1, all);
+        // One core feeds the GPUs.
+        let threads = config.threads.unwrap_or(all - 1).clamp(1, all);
         // SAFETY: the caller's promise.
         let host = Store::new(unsafe { Block::borrowed(store, bytes) });
         let mut names = vec![LaneId::host(LaneKind::HostMath)];
