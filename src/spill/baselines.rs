@@ -3,7 +3,7 @@
 
 use super::cut::balanced;
 use super::fleet::{FleetMap, Home, Placed};
-use super::fleet_plan::{FleetDevice, FleetModel, named, speeds};
+use super::fleet_plan::{FleetDevice, FleetModel, hold, named, speeds};
 use super::plan::{Plan, PlanOptions, Recompute};
 use super::shard::ShardPrograms;
 use crate::base::{Error, Result, format_bytes};
@@ -45,6 +45,13 @@ pub struct Lined {
     pub placed: Vec<Placed>,
     /// Models that run one after another.
     pub lines: Vec<Vec<usize>>,
+    /// The smallest budget of every device that would work.
+    pub smallest_device_bytes: u64,
+}
+
+/// The largest of what each plan needs at least.
+fn smallest(placed: &[Placed]) -> u64 {
+    placed.iter().map(|p| p.plan.smallest_device_bytes).max().unwrap_or(0)
 }
 
 /// Places `models` on `devices` as the baseline has it.
@@ -52,6 +59,7 @@ pub struct Lined {
 /// # Errors
 /// [`Error::OutOfBudget`] that names what does not fit; [`Error::BadInput`] for absurd options.
 pub fn place_baseline(baseline: Baseline, models: &[FleetModel], devices: &[FleetDevice]) -> Result<Lined> {
+    let _held = hold(models);
     match baseline {
         Baseline::OneAtATime => one_at_a_time(models, devices),
         Baseline::ModelParallel | Baseline::Gpipe => staged(models, devices, baseline == Baseline::Gpipe),
@@ -78,8 +86,9 @@ fn one_at_a_time(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Lined
         Plan::new(&m.model, &options, &devices[0].cost)
     })?;
     let alone = |(m, plan): (&FleetModel, Arc<Plan>)| Placed::alone(Arc::clone(&m.model), plan);
-    let placed = models.iter().zip(plans).map(alone).collect();
-    Ok(Lined { placed, lines: vec![(0..models.len()).collect()] })
+    let placed: Vec<Placed> = models.iter().zip(plans).map(alone).collect();
+    let smallest_device_bytes = smallest(&placed);
+    Ok(Lined { placed, lines: vec![(0..models.len()).collect()], smallest_device_bytes })
 }
 
 fn task_parallel(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Lined> {
@@ -127,33 +136,39 @@ fn task_parallel(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Lined
         plan,
         line: d,
     });
-    Ok(Lined { placed: placed.collect(), lines })
+    let placed: Vec<Placed> = placed.collect();
+    let smallest_device_bytes = smallest(&placed);
+    Ok(Lined { placed, lines, smallest_device_bytes })
 }
 
 /// Cuts each model into a stage for each device.
 fn staged(models: &[FleetModel], devices: &[FleetDevice], pipelined: bool) -> Result<Lined> {
-    let mut placed: Vec<Placed> = Vec::new();
+    let mut staged: Vec<(Placed, u64)> = Vec::new();
     for (i, m) in models.iter().enumerate() {
         let twin = (0..i).find(|&t| Arc::ptr_eq(&models[t].model, &m.model) && models[t].options == m.options);
-        placed.push(match twin {
-            Some(twin) => placed[twin].clone(),
+        staged.push(match twin {
+            Some(twin) => staged[twin].clone(),
             None => stage(m, devices, pipelined).map_err(|e| named(&m.name, e))?,
         });
     }
-    Ok(Lined { placed, lines: vec![(0..models.len()).collect()] })
+    let smallest_device_bytes = staged.iter().map(|(_, least)| *least).max().unwrap_or(0);
+    let placed = staged.into_iter().map(|(placed, _)| placed).collect();
+    Ok(Lined { placed, lines: vec![(0..models.len()).collect()], smallest_device_bytes })
 }
 
-/// The fastest plan with these stages: resident with everything kept, resident with recomputation, or stages of several shards that visit.
-fn stage(m: &FleetModel, devices: &[FleetDevice], pipelined: bool) -> Result<Placed> {
+/// The fastest plan with these stages: resident with everything kept, resident with recomputation, or stages of several shards that visit; and the bytes
+/// of a device with which the smallest of them does.
+fn stage(m: &FleetModel, devices: &[FleetDevice], pipelined: bool) -> Result<(Placed, u64)> {
     let cost = &devices[0].cost;
     let layers = m.model.layers();
     let secs: Vec<f64> =
         (0..layers).map(|l| ShardPrograms::new(&m.model, l..l + 1, false, false).step_secs(cost)).collect();
     let stages = balanced(&secs, devices.len());
+    let needs = |placed: &Placed| FleetMap::new(std::slice::from_ref(placed), devices.len()).arena_bytes;
     let fits = |placed: &Placed| {
-        let needs = FleetMap::new(std::slice::from_ref(placed), devices.len()).arena_bytes;
-        needs.iter().zip(devices).all(|(&bytes, d)| d.budget.is_none_or(|budget| bytes <= budget))
+        needs(placed).iter().zip(devices).all(|(&bytes, d)| d.budget.is_none_or(|budget| bytes <= budget))
     };
+    let most = |placed: &Placed| needs(placed).into_iter().max().unwrap_or(0);
     let plan = |cut: Vec<Range<usize>>, kept: bool, resident: bool| -> Result<Placed> {
         let home = cut.iter().map(|r| stages.iter().position(|s| s.contains(&r.start)).unwrap_or(0) as u16).collect();
         let options = PlanOptions {
@@ -171,16 +186,24 @@ fn stage(m: &FleetModel, devices: &[FleetDevice], pipelined: bool) -> Result<Pla
     };
     let may_keep = m.options.recompute != Recompute::Always;
     let may_recompute = m.options.recompute != Recompute::Never;
+    let mut least = u64::MAX;
     if may_keep {
         let resident = plan(stages.clone(), true, true)?;
+        least = most(&resident);
+        if fits(&resident) && !may_recompute {
+            return Ok((resident, least));
+        }
         if fits(&resident) {
-            return Ok(resident);
+            let finest = plan((0..layers).map(|l| l..l + 1).collect(), false, false)?;
+            return Ok((resident, least.min(most(&finest))));
         }
     }
     if may_recompute {
+        let finest = plan((0..layers).map(|l| l..l + 1).collect(), false, false)?;
         let again = plan(stages.clone(), false, true)?;
+        least = least.min(most(&finest)).min(most(&again));
         if fits(&again) {
-            return Ok(again);
+            return Ok((again, least));
         }
         // Stages of more and more shards, which visit two at a time.
         for parts in 2..=layers {
@@ -188,20 +211,19 @@ fn stage(m: &FleetModel, devices: &[FleetDevice], pipelined: bool) -> Result<Pla
                 .iter()
                 .flat_map(|s| balanced(&secs[s.clone()], parts).into_iter().map(|r| r.start + s.start..r.end + s.start))
                 .collect();
-            let done = cut.len() == layers;
+            if cut.len() == layers {
+                break;
+            }
             let spilled = plan(cut, false, false)?;
             if fits(&spilled) {
-                return Ok(spilled);
-            }
-            if done {
-                let needs = FleetMap::new(std::slice::from_ref(&spilled), devices.len()).arena_bytes;
-                let needs = needs.into_iter().max().unwrap_or(0);
-                return Err(refusal(needs));
+                return Ok((spilled, least));
             }
         }
+        if fits(&finest) {
+            return Ok((finest, least));
+        }
     }
-    let needs = FleetMap::new(&[plan(stages.clone(), may_keep, true)?], devices.len()).arena_bytes;
-    Err(refusal(needs.into_iter().max().unwrap_or(0)))
+    Err(refusal(least))
 }
 
 fn refusal(needs: u64) -> Error {

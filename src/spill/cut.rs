@@ -2,17 +2,6 @@
 
 use std::ops::Range;
 
-/// How a model is cut.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum CutRule {
-    /// The dearest shard is as cheap as it can be in seconds.
-    BalancedSecs,
-    /// The largest shard is as small as it can be in bytes.
-    BalancedBytes,
-    /// Layers are added until the next would not fit, as HYDRA's pilot runs do (arXiv:2110.08633), for comparison.
-    MaxFill,
-}
-
 /// Cuts layers of the given weights into exactly `shards` stretches such that the heaviest is as light as can be; among those, each
 /// stretch from the front takes as little as it may. `shards` is clamped to 1..=layers.
 pub fn balanced(weights: &[f64], shards: usize) -> Vec<Range<usize>> {
@@ -71,24 +60,6 @@ impl Balanced {
     }
 }
 
-/// Fills each shard with layers until one more would exceed `capacity` by `bytes(range)`; `None` when a single layer does.
-pub fn max_fill(layers: usize, capacity: u64, bytes: impl Fn(Range<usize>) -> u64) -> Option<Vec<Range<usize>>> {
-    let mut cut = Vec::new();
-    let mut start = 0;
-    while start < layers {
-        let mut end = start;
-        while end < layers && bytes(start..end + 1) <= capacity {
-            end += 1;
-        }
-        if end == start {
-            return None;
-        }
-        cut.push(start..end);
-        start = end;
-    }
-    Some(cut)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -99,8 +70,6 @@ mod tests {
         assert_eq!(balanced(&[1.0, 1.0, 1.0, 1.0], 2), [0..2, 2..4]);
         assert_eq!(balanced(&[5.0, 1.0, 1.0, 1.0], 2), [0..1, 1..4]);
         assert_eq!(balanced(&[1.0, 2.0], 9), [0..1, 1..2]);
-        assert_eq!(max_fill(4, 2, |r| r.len() as u64), Some(vec![0..2, 2..4]));
-        assert_eq!(max_fill(4, 0, |r| r.len() as u64), None);
     }
 
     proptest! {

@@ -8,6 +8,7 @@ use super::fleet::{FleetMap, Home, Placed};
 use super::homes::{HomeBudgets, find_homes};
 use super::model::Model;
 use super::plan::{Plan, PlanOptions};
+use super::stand_in::StandIns;
 use crate::base::{Error, Result, format_bytes};
 use crate::device::sim::CostModel;
 use std::sync::Arc;
@@ -51,14 +52,47 @@ pub struct FleetPlan {
 /// # Errors
 /// [`Error::OutOfBudget`] that names the models which do not fit; [`Error::BadInput`] for absurd options.
 pub fn plan_fleet(models: &[FleetModel], devices: &[FleetDevice], budgets: HomeBudgets) -> Result<FleetPlan> {
-    let moving = plan_anywhere(models, devices)?;
-    let placed = match plan_at_home(models, devices)? {
-        // Somebody who stays copies nothing; somebody who moves leaves no device idle.
-        Some((staying, secs)) if secs <= UNEVEN * makespan_secs(models, &moving.placed, devices) => staying,
-        _ => moving.placed,
+    let _held = hold(models);
+    let moving = sketch_anywhere(models, devices);
+    let staying = sketch_at_home(models, devices)?;
+    let Some((staying, secs)) = staying else {
+        let FleetPlan { placed, smallest_device_bytes } = moving?;
+        let placed = find_homes(&with_own_programs(models, placed), budgets)?;
+        return Ok(FleetPlan { placed, smallest_device_bytes });
     };
-    let placed = find_homes(&placed, budgets)?;
-    Ok(FleetPlan { placed, smallest_device_bytes: moving.smallest_device_bytes })
+    let needs = |placed: &[Placed]| FleetMap::new(placed, devices.len()).arena_bytes.into_iter().max().unwrap_or(0);
+    // Where only those that stay fit, they need not be even.
+    let mut smallest_device_bytes = needs(&staying);
+    let is_even = |moving: &[Placed]| secs <= UNEVEN * makespan_secs(models, moving, devices);
+    let placed = match moving {
+        Err(_) => staying,
+        Ok(moving) => {
+            smallest_device_bytes = smallest_device_bytes.min(moving.smallest_device_bytes);
+            // Somebody who stays copies nothing; somebody who moves leaves no device idle.
+            if is_even(&moving.placed) { staying } else { moving.placed }
+        }
+    };
+    let placed = find_homes(&with_own_programs(models, placed), budgets)?;
+    Ok(FleetPlan { placed, smallest_device_bytes })
+}
+
+/// What the models' plans have in common, for as long as several of them are made.
+pub(super) fn hold(models: &[FleetModel]) -> Vec<Arc<StandIns>> {
+    models.iter().map(|m| m.model.stand_ins()).collect()
+}
+
+/// Sketches that were chosen, as plans.
+fn with_own_programs(models: &[FleetModel], sketches: Vec<Placed>) -> Vec<Placed> {
+    let mut placed: Vec<Placed> = Vec::new();
+    for (i, sketch) in sketches.iter().enumerate() {
+        let twin = (0..i).find(|&t| Arc::ptr_eq(&sketches[t].plan, &sketch.plan));
+        let plan = match twin {
+            Some(twin) => Arc::clone(&placed[twin].plan),
+            None => Arc::new(Plan::clone(&sketch.plan).own(&sketch.model, models[i].options.recompute)),
+        };
+        placed.push(Placed { plan, ..sketch.clone() });
+    }
+    placed
 }
 
 /// The least that plans which move can take: all seconds over all devices, or the longest of them.
@@ -90,6 +124,12 @@ pub(super) fn speeds(models: &[FleetModel], devices: &[FleetDevice]) -> Vec<f64>
 /// # Errors
 /// As [`plan_fleet`].
 pub fn plan_anywhere(models: &[FleetModel], devices: &[FleetDevice]) -> Result<FleetPlan> {
+    let _held = hold(models);
+    let sketch = sketch_anywhere(models, devices)?;
+    Ok(FleetPlan { placed: with_own_programs(models, sketch.placed), ..sketch })
+}
+
+fn sketch_anywhere(models: &[FleetModel], devices: &[FleetDevice]) -> Result<FleetPlan> {
     // A shard must fit wherever it may go.
     let budget = devices.iter().filter_map(|d| d.budget).min();
     let cost = &devices[0].cost;
@@ -102,7 +142,7 @@ pub fn plan_anywhere(models: &[FleetModel], devices: &[FleetDevice]) -> Result<F
             let twin = (0..i).find(|&t| Arc::ptr_eq(&models[t].model, &m.model) && models[t].options == m.options);
             let plan = match twin {
                 Some(twin) => Arc::clone(&placed[twin].plan),
-                None => Arc::new(Plan::new(&m.model, &options, cost).map_err(|e| named(&m.name, e))?),
+                None => Arc::new(Plan::sketch(&m.model, &options, cost).map_err(|e| named(&m.name, e))?),
             };
             placed.push(Placed { model: Arc::clone(&m.model), plan, home: Home::Anywhere, line: i });
         }
@@ -156,7 +196,8 @@ const NEARLY: f64 = 0.9;
 /// # Errors
 /// As [`plan_anywhere`].
 pub fn plan_pipelined(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Option<FleetPlan>> {
-    let plan = plan_anywhere(models, devices)?;
+    let _held = hold(models);
+    let plan = sketch_anywhere(models, devices)?;
     let secs = |m: &FleetModel, p: &Placed| m.steps as f64 * p.plan.estimated_secs;
     let all: f64 = models.iter().zip(&plan.placed).map(|(m, p)| secs(m, p)).sum();
     let share = all / speeds(models, devices).iter().sum::<f64>();
@@ -178,6 +219,11 @@ pub fn plan_pipelined(models: &[FleetModel], devices: &[FleetDevice]) -> Result<
 /// # Errors
 /// [`Error::BadInput`] for absurd options.
 pub fn plan_at_home(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Option<(Vec<Placed>, f64)>> {
+    let sketch = sketch_at_home(models, devices)?;
+    Ok(sketch.map(|(placed, secs)| (with_own_programs(models, placed), secs)))
+}
+
+fn sketch_at_home(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Option<(Vec<Placed>, f64)>> {
     let cost = &devices[0].cost;
     let mut plans: Vec<Arc<Plan>> = Vec::new();
     for (i, m) in models.iter().enumerate() {
@@ -186,7 +232,7 @@ pub fn plan_at_home(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Op
         let twin = (0..i).find(|&t| Arc::ptr_eq(&models[t].model, &m.model) && models[t].options == m.options);
         plans.push(match twin {
             Some(twin) => Arc::clone(&plans[twin]),
-            None => Arc::new(Plan::new(&m.model, &options, cost).map_err(|e| named(&m.name, e))?),
+            None => Arc::new(Plan::sketch(&m.model, &options, cost).map_err(|e| named(&m.name, e))?),
         });
     }
     let secs = |i: usize| models[i].steps as f64 * plans[i].estimated_secs;

@@ -15,7 +15,7 @@ mod stand_in;
 mod store;
 
 pub use baselines::{Baseline, Lined, place_baseline};
-pub use cut::{CutRule, balanced, max_fill};
+pub use cut::balanced;
 pub use fleet::{FleetMap, Home, Placed, update_state_bytes};
 pub use fleet_plan::{
     FleetDevice, FleetModel, FleetPlan, named, plan_anywhere, plan_at_home, plan_fleet, plan_pipelined,
@@ -25,4 +25,5 @@ pub use memory::{ArenaMap, BoundaryTier, Choice, visiting_gradients_at};
 pub use model::Model;
 pub use plan::{Plan, PlanOptions, Recompute};
 pub use shard::ShardPrograms;
+pub use stand_in::StandIns;
 pub use store::{HostMap, OnDisk, update_stage_parts};

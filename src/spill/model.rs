@@ -1,9 +1,13 @@
 //! A model ready to be planned: its graphs, its flat layout, and the numbers that do not depend on the cut.
 
+use super::stand_in::Lent;
 use crate::base::{DType, Error, Result};
 use crate::device::Segment;
 use crate::graph::{Graph, ModelLayout, differentiate};
 use std::ops::Range;
+
+/// Each is a task or several; a trace numbers them in 16 bits.
+const MOST_MICROBATCHES: usize = 65_535;
 
 /// A traced model with its gradient.
 #[derive(Clone, Debug)]
@@ -16,6 +20,7 @@ pub struct Model {
     pub layout: ModelLayout,
     /// Microbatches in a minibatch.
     pub microbatches: usize,
+    pub(super) lent: Lent,
 }
 
 impl Model {
@@ -53,8 +58,13 @@ impl Model {
         if train.layers.is_empty() || microbatches == 0 {
             return Err(Error::bad("a model needs a layer, and a minibatch at least one microbatch"));
         }
+        if microbatches > MOST_MICROBATCHES {
+            return Err(Error::bad(format!(
+                "a minibatch of {microbatches} microbatches; at most {MOST_MICROBATCHES} are taken"
+            )));
+        }
         let layout = ModelLayout::new(&train);
-        Ok(Model { train, eval, layout, microbatches })
+        Ok(Model { train, eval, layout, microbatches, lent: Lent::default() })
     }
 
     /// Number of layers.

@@ -2,7 +2,6 @@
 //!
 //! A plan never decides a bit of the result, only time and bytes.
 
-use super::cut::CutRule;
 use super::homes::{HomeBudgets, Homes, choose_homes};
 use super::memory::{ArenaMap, Choice};
 use super::model::Model;
@@ -46,8 +45,6 @@ pub struct PlanOptions {
     pub cut: Option<Vec<Range<usize>>>,
     /// For each shard of `cut`, whether its forward is kept instead of recomputed.
     pub kept: Option<Vec<bool>>,
-    /// A cut rule to use instead of trying the balanced ones.
-    pub rule: Option<CutRule>,
     /// Force state to stay on the device, or all of it to leave it.
     pub resident: Option<bool>,
     /// Force how many shards rest on the device where not all do, as far as there are as many; `None` is as many as fit.
@@ -82,7 +79,6 @@ impl Default for PlanOptions {
             moments: 2,
             cut: None,
             kept: None,
-            rule: None,
             resident: None,
             resting: None,
             boundaries_stay: None,
@@ -121,6 +117,11 @@ impl Plan {
     /// # Errors
     /// [`Error::OutOfBudget`] when none fits, with a table of what the smallest needs.
     pub fn new(model: &Model, options: &PlanOptions, cost: &CostModel) -> Result<Plan> {
+        Ok(Plan::sketch(model, options, cost)?.own(model, options.recompute))
+    }
+
+    /// The same plan of stand-ins, to compare with others.
+    pub(super) fn sketch(model: &Model, options: &PlanOptions, cost: &CostModel) -> Result<Plan> {
         if options.slots == 0 {
             return Err(Error::bad("slots is 0; at least 1 is needed"));
         }
@@ -145,6 +146,18 @@ impl Plan {
                 Err(refusal(model, &smallest.plan(model, options, needs), options))
             }
         }
+    }
+
+    /// A sketch with its shards' own programs.
+    pub(super) fn own(mut self, model: &Model, recompute: Recompute) -> Plan {
+        let sizes = |s: &ShardPrograms| [s.boundary_bytes, s.workspace_bytes(), s.input_bytes(), s.slot_bytes()];
+        for shard in &mut self.shards {
+            let layers = shard.layout.layers.clone();
+            let own = ShardPrograms::new(model, layers, shard.kept, recompute == Recompute::Always);
+            debug_assert_eq!(sizes(&own), sizes(shard));
+            *shard = own;
+        }
+        self
     }
 
     /// The stretches in which a shard's own gradients leave, are applied, and its weights come back for the next step, in bytes of weights

@@ -1,15 +1,15 @@
 //! The search for a plan: every number of shards with each cut rule, and for each the few ways to place state that are worth having.
 //!
-//! It works on stand-ins (see `stand_in`): the shards of the plan that is chosen are built anew.
+//! It works on stand-ins (see `stand_in`).
 
-use super::cut::{Balanced, CutRule, max_fill};
+use super::cut::Balanced;
 use super::estimate::{chain_secs, estimate_anywhere_secs, estimate_secs};
 use super::fleet::anywhere_map;
 use super::memory::{ArenaMap, BoundaryTier, Choice, arena_map};
 use super::model::Model;
 use super::plan::{Plan, PlanOptions, Recompute};
 use super::shard::ShardPrograms;
-use super::stand_in::{Shards, StandIns};
+use super::stand_in::{Shards, Timed};
 use super::store::{OnDisk, host_map};
 use crate::base::{Error, Result};
 use crate::device::sim::CostModel;
@@ -28,15 +28,12 @@ pub struct Found {
 }
 
 impl Found {
-    /// The plan, with the shards' own programs.
+    /// The plan, of stand-ins.
     pub fn plan(self, model: &Model, options: &PlanOptions, smallest_device_bytes: u64) -> Plan {
-        let twice = options.recompute == Recompute::Always;
-        let own = |s: &ShardPrograms| ShardPrograms::new(model, s.layout.layers.clone(), s.kept, twice);
-        let shards: Vec<ShardPrograms> = self.shards.programs.iter().map(own).collect();
-        debug_assert_eq!(self.arena, map(model, &shards, &self.choice, options));
+        debug_assert_eq!(self.arena, map(model, &self.shards.programs, &self.choice, options));
         Plan {
-            host: host_map(model, &shards, &self.choice, options.moments),
-            shards,
+            host: host_map(model, &self.shards.programs, &self.choice, options.moments),
+            shards: self.shards.programs,
             choice: self.choice,
             arena: self.arena,
             moments: options.moments,
@@ -59,7 +56,7 @@ pub struct Search<'a> {
     model: &'a Model,
     options: &'a PlanOptions,
     cost: &'a CostModel,
-    shards: StandIns<'a>,
+    shards: Timed<'a>,
     /// The fastest that fits.
     pub best: Option<Found>,
     /// One that fits on the device, for which the host has no room.
@@ -71,7 +68,7 @@ pub struct Search<'a> {
 impl<'a> Search<'a> {
     /// A search that has found nothing yet.
     pub fn new(model: &'a Model, options: &'a PlanOptions, cost: &'a CostModel) -> Self {
-        Search { model, options, cost, shards: StandIns::new(model, cost), best: None, homeless: None, smallest: None }
+        Search { model, options, cost, shards: Timed::new(model, cost), best: None, homeless: None, smallest: None }
     }
 
     /// Looks at every cut.
@@ -105,24 +102,9 @@ impl<'a> Search<'a> {
         // Every count up to 16, then about ten in each doubling: more shards than that differ little.
         let counts = (1..=layers).filter(|&n| n <= 16 || n == layers || n % (n.ilog2() as usize * n / 64).max(1) == 0);
         for n in counts {
-            let mut add = |cut: Vec<Range<usize>>| {
+            for cut in [by_secs.cut(n), by_bytes.cut(n)] {
                 if seen.insert(cut.clone()) {
                     cuts.push(cut);
-                }
-            };
-            match options.rule {
-                Some(CutRule::BalancedSecs) => add(by_secs.cut(n)),
-                Some(CutRule::BalancedBytes) => add(by_bytes.cut(n)),
-                Some(CutRule::MaxFill) => {
-                    // The largest shard of n layers-worth: capacity is what a shard of the heaviest n-th holds.
-                    let capacity =
-                        (bytes.iter().sum::<f64>() / n as f64).max(bytes.iter().copied().fold(0.0, f64::max));
-                    let of = |r: Range<usize>| bytes[r].iter().sum::<f64>() as u64;
-                    max_fill(layers, capacity as u64, of).into_iter().for_each(&mut add);
-                }
-                None => {
-                    add(by_secs.cut(n));
-                    add(by_bytes.cut(n));
                 }
             }
         }

@@ -1,7 +1,7 @@
 //! Shards for a search over cuts, whose programs may be those of other shards that are alike.
 //!
 //! Invariant: a stand-in's own layout is right, and its programs have the bytes and the cost that its own would have; what they compute is another
-//! shard's. None leaves the search.
+//! shard's. None leaves planning ([`Plan::own`](super::plan::Plan)).
 
 use super::model::Model;
 use super::shard::ShardPrograms;
@@ -9,6 +9,7 @@ use crate::device::sim::CostModel;
 use crate::graph::{ShardLayout, alike};
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 /// Shards of one cut, and how long they take.
 #[derive(Clone, Debug, Default)]
@@ -23,31 +24,65 @@ pub struct Shards {
 /// are to be built.
 type Key = (Vec<[usize; 2]>, bool, [bool; 2]);
 
-/// The shards that were built so far.
-pub struct StandIns<'a> {
-    model: &'a Model,
-    cost: &'a CostModel,
+/// The stand-ins of a model that searches have built so far. What they need depends on no budget, rate or policy, so every plan of the model that is made
+/// while this is held ([`Model::stand_ins`]) finds those of the plans before it.
+#[derive(Debug)]
+pub struct StandIns {
     /// For each layer the first one like it, in training and in evaluation.
     alike: Vec<[usize; 2]>,
+    built: Mutex<HashMap<Key, ShardPrograms>>,
+}
+
+/// Where a model finds its stand-ins, if anybody holds them.
+#[derive(Debug, Default)]
+pub(super) struct Lent(Mutex<Weak<StandIns>>);
+
+impl Clone for Lent {
+    /// Of a model that may be changed.
+    fn clone(&self) -> Self {
+        Lent::default()
+    }
+}
+
+impl Model {
+    /// Its stand-ins, to hold while several plans of it are made: the first of them takes about as long as all others together.
+    pub fn stand_ins(&self) -> Arc<StandIns> {
+        let mut lent = self.lent.0.lock().unwrap_or_else(PoisonError::into_inner);
+        lent.upgrade().unwrap_or_else(|| {
+            let train = alike(&self.train, &self.layout);
+            let eval = self.eval.as_ref().map_or_else(|| vec![0; train.len()], |eval| alike(eval, &self.layout));
+            let alike = train.into_iter().zip(eval).map(|(train, eval)| [train, eval]).collect();
+            let new = Arc::new(StandIns { alike, built: Mutex::default() });
+            *lent = Arc::downgrade(&new);
+            new
+        })
+    }
+}
+
+/// A search's own view of them, with what they cost.
+pub struct Timed<'a> {
+    model: &'a Model,
+    cost: &'a CostModel,
+    stand_ins: Arc<StandIns>,
     known: HashMap<Key, (ShardPrograms, [f64; 2])>,
 }
 
-impl<'a> StandIns<'a> {
+impl<'a> Timed<'a> {
     /// For shards of `model`, timed by `cost`.
     pub fn new(model: &'a Model, cost: &'a CostModel) -> Self {
-        let train = alike(&model.train, &model.layout);
-        let eval = model.eval.as_ref().map_or_else(|| vec![0; train.len()], |eval| alike(eval, &model.layout));
-        let alike = train.into_iter().zip(eval).map(|(train, eval)| [train, eval]).collect();
-        StandIns { model, cost, alike, known: HashMap::new() }
+        Timed { model, cost, stand_ins: model.stand_ins(), known: HashMap::new() }
     }
 
     /// Adds the shard that holds `layers` to `shards`; see [`ShardPrograms::new`].
     pub fn add(&mut self, shards: &mut Shards, layers: Range<usize>, keep: bool, twice: bool) {
         let last = layers.end == self.model.layers();
-        let key = (self.alike[layers.clone()].to_vec(), last, [keep, twice]);
-        let (programs, secs) = self.known.entry(key).or_insert_with(|| {
-            let shard = ShardPrograms::new(self.model, layers.clone(), keep, twice);
-            let secs = [shard.forward_secs(self.cost), shard.backward_secs(self.cost)];
+        let key = (self.stand_ins.alike[layers.clone()].to_vec(), last, [keep, twice]);
+        let (model, cost, stand_ins) = (self.model, self.cost, &self.stand_ins);
+        let (programs, secs) = self.known.entry(key).or_insert_with_key(|key| {
+            let mut built = stand_ins.built.lock().unwrap_or_else(PoisonError::into_inner);
+            let new = || ShardPrograms::new(model, layers.clone(), keep, twice);
+            let shard = built.entry(key.clone()).or_insert_with(new).clone();
+            let secs = [shard.forward_secs(cost), shard.backward_secs(cost)];
             (shard, secs)
         });
         let layout = ShardLayout::new(&self.model.train, &self.model.layout, layers);
@@ -108,11 +143,11 @@ mod tests {
             for float in [DType::F32, DType::Bf16] {
                 let [train, eval] = [Mode::Training, Mode::Evaluation].map(|mode| small(family, mode, float));
                 let model = Model::new(train, Some(eval), 1).unwrap();
-                let mut stand_ins = StandIns::new(&model, &cost);
-                let mut kinds = stand_ins.alike.clone();
+                let mut stand_ins = Timed::new(&model, &cost);
+                let mut kinds = stand_ins.stand_ins.alike.clone();
                 kinds.sort_unstable();
                 kinds.dedup();
-                assert_eq!(kinds.len(), alike, "{family}: {:?}", stand_ins.alike);
+                assert_eq!(kinds.len(), alike, "{family}: {:?}", stand_ins.stand_ins.alike);
                 let n = model.layers();
                 for layers in (0..n).flat_map(|start| (start + 1..=n).map(move |end| start..end)) {
                     for (keep, twice) in [(false, false), (true, false), (false, true)] {

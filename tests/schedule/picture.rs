@@ -53,7 +53,11 @@ fn three_models_on_two_devices_take_twelve_eight_and_six() {
     let baseline = |baseline| place_baseline(baseline, &models, &devices).expect("no budget");
     near(in_seconds(&baseline(Baseline::ModelParallel), None), 12.0, 1e-3);
     near(in_seconds(&baseline(Baseline::TaskParallel), None), 8.0, 1e-3);
-    let anywhere = Lined { placed: plan_anywhere(&models, &devices).expect("a plan").placed, lines: Vec::new() };
+    let anywhere = Lined {
+        placed: plan_anywhere(&models, &devices).expect("a plan").placed,
+        lines: Vec::new(),
+        smallest_device_bytes: 0,
+    };
     for policy in ["sharded-lrtf", "locality-lrtf"] {
         near(in_seconds(&anywhere, Some(policy)), 6.0, 0.02);
     }

@@ -20,6 +20,7 @@ const WORTH_SAYING: f64 = 1.03;
 
 /// Predictions of the same model with more of one thing, the best first.
 pub fn what_would_help(model: &Planned, planned: &PlannedJob) -> String {
+    let _held = model.model().stand_ins();
     let (first, mut options) = (planned.machine.first(), model.prepared.options.clone());
     options.plan.device_budget = first.budget;
     (options.plan.host_budget, options.plan.disk_budget) = (planned.machine.homes.host, planned.machine.homes.disk);
@@ -87,6 +88,7 @@ struct Try {
 /// The same for models that share devices, and for one that runs on several: by a step of every model.
 pub fn what_would_help_all(planned: &PlannedJob) -> String {
     let models = &planned.models;
+    let _held: Vec<_> = models.iter().map(|m| m.model().stand_ins()).collect();
     let as_it_is = || {
         let mut job = planned.job.clone();
         // What is compared is of one kind: a job that would be better off with the other has been given that.

@@ -7,7 +7,7 @@ use hydra::base::{Error, Result};
 use hydra::engine::{self, SimulateOptions, Simulation};
 use hydra::sched::{self, LocalityLrtf, by_name};
 use hydra::spill::{
-    Baseline, FleetDevice, FleetMap, FleetModel, Home, Model, Placed, Plan, PlanOptions, find_homes, named,
+    Baseline, FleetDevice, FleetMap, FleetModel, Home, Lined, Model, Placed, Plan, PlanOptions, find_homes, named,
     place_baseline, plan_fleet, plan_pipelined,
 };
 use hydra::trace::Recorder;
@@ -73,13 +73,12 @@ impl Placing {
     /// # Errors
     /// When no plan fits the budgets.
     pub fn new(job: &Job, machine: &Machine, fleet: &[FleetModel]) -> Result<Placing> {
+        let _held: Vec<_> = fleet.iter().map(|m| m.model.stand_ins()).collect();
         let devices: Vec<FleetDevice> =
             machine.devices.iter().map(|d| FleetDevice { budget: d.budget, cost: d.cost.clone() }).collect();
         if let Some(baseline) = Baseline::by_name(job.run.policy.word()) {
-            let lined = place_baseline(baseline, fleet, &devices)?;
-            let smallest_device_bytes = lined.placed.iter().map(|p| p.plan.smallest_device_bytes).max().unwrap_or(0);
-            return Placing { placed: lined.placed, sharing: Sharing::Lines(lined.lines), smallest_device_bytes }
-                .checked(machine);
+            let Lined { placed, lines, smallest_device_bytes } = place_baseline(baseline, fleet, &devices)?;
+            return Placing { placed, sharing: Sharing::Lines(lines), smallest_device_bytes }.checked(machine);
         }
         let one_at_a_time = || match fleet {
             [model] => Placing::alone(machine, model),
@@ -113,7 +112,8 @@ impl Placing {
         };
         let Ok(pipelined) = pipelined.checked(machine) else { return Ok(without) };
         let ends_sooner = makespan_secs(&pipelined)? < (1.0 - LEAST_GAIN) * makespan_secs(&without)?;
-        Ok(if ends_sooner { pipelined } else { without })
+        let smallest_device_bytes = pipelined.smallest_device_bytes.min(without.smallest_device_bytes);
+        Ok(if ends_sooner { Placing { smallest_device_bytes, ..pipelined } } else { without })
     }
 
     /// Finds every model's home, on the disk where the host's store cannot hold all, or refuses.
