@@ -30,16 +30,18 @@ impl Engine {
         while !self.queue.is_empty() {
             self.pump()?;
         }
-        let store = self.device.grow_host(placed.plan.host.bytes);
+        // The disk first: what it refuses is not there yet, while host memory that was given stays.
         let disk = match placed.plan.host.disk_bytes {
             0 => Ok(0),
             bytes => self.device.grow_disk(bytes),
         };
+        let home = disk.and_then(|disk| Ok((self.device.grow_host(placed.plan.host.bytes)?, disk)));
         if let Some(turns) = &mut self.turns {
             // What was stirred meanwhile was not asked about.
             (turns.paused, turns.stirred) = (false, true);
         }
-        let home = (store?, disk?);
+        let home = home?;
+        self.patience_secs = self.patience_secs.max(options.patience_secs);
         let number = self.members.len();
         let new_maps = map.maps.into_iter().map(|maps| maps.into_iter().map(Arc::new).collect::<Vec<_>>());
         let mut ring_of = Vec::new();

@@ -101,6 +101,8 @@ pub(super) struct Queue {
     stirred: Vec<u16>,
     /// What the task that is added next waits for.
     after: Vec<TaskId>,
+    /// Tasks that are over, and whether they ran, until those that wait for them have been told.
+    over: Vec<(TaskId, Option<(u64, f64)>)>,
 }
 
 impl Queue {
@@ -128,6 +130,7 @@ impl Queue {
             tickets: Vec::new(),
             stirred: Vec::new(),
             after: Vec::new(),
+            over: Vec::new(),
         }
     }
 
@@ -162,7 +165,9 @@ impl Queue {
     /// Adds a task, whose accesses have been noted.
     pub fn add(&mut self, order: Order) {
         let id = self.next_id();
-        let after = std::mem::take(&mut self.after);
+        let mut after = std::mem::take(&mut self.after);
+        after.sort_unstable();
+        after.dedup();
         let mut not_submitted = 0;
         for &dep in &after {
             let entry = &mut self.entries[(dep - self.first) as usize];
@@ -303,33 +308,38 @@ impl Queue {
         finished
     }
 
-    /// Tells those that wait for a task that it is over; `event`: it ran. Dropped ones among them may be over with that.
+    /// Tells those that wait for a task that it is over; `event`: it ran. Dropped ones among them may be over with that, and so on from them.
     fn release_dependents(&mut self, id: TaskId, event: Option<(u64, f64)>) {
-        let dependents = std::mem::take(&mut self.entries[(id - self.first) as usize].dependents);
-        for &dependent in &dependents {
-            let entry = &mut self.entries[(dependent - self.first) as usize];
-            entry.not_done -= 1;
-            match event {
-                Some(event) if event.1 >= entry.waited.1 => entry.waited = event,
-                Some(_) => {}
-                // It was never submitted, and never will be.
-                None => entry.not_submitted -= 1,
+        let mut over = std::mem::take(&mut self.over);
+        over.push((id, event));
+        while let Some((id, event)) = over.pop() {
+            let dependents = std::mem::take(&mut self.entries[(id - self.first) as usize].dependents);
+            for &dependent in &dependents {
+                let entry = &mut self.entries[(dependent - self.first) as usize];
+                entry.not_done -= 1;
+                match event {
+                    Some(event) if event.1 >= entry.waited.1 => entry.waited = event,
+                    Some(_) => {}
+                    // It was never submitted, and never will be.
+                    None => entry.not_submitted -= 1,
+                }
+                if entry.not_done > 0 || entry.ticket.is_some() {
+                    continue;
+                }
+                if entry.dropped {
+                    entry.done = true;
+                    over.push((dependent, None));
+                    continue;
+                }
+                let (number, deadline) = (entry.lane, entry.deadline);
+                let lane = &mut self.lanes[number as usize];
+                if lane.id.kind != LaneKind::Compute {
+                    lane.ready.insert((deadline, dependent));
+                }
+                self.stir(number);
             }
-            if entry.not_done > 0 || entry.ticket.is_some() {
-                continue;
-            }
-            if entry.dropped {
-                entry.done = true;
-                self.release_dependents(dependent, None);
-                continue;
-            }
-            let (number, deadline) = (entry.lane, entry.deadline);
-            let lane = &mut self.lanes[number as usize];
-            if lane.id.kind != LaneKind::Compute {
-                lane.ready.insert((deadline, dependent));
-            }
-            self.stir(number);
         }
+        self.over = over;
     }
 
     fn forget_done(&mut self) {

@@ -104,13 +104,11 @@ pub enum What {
     DiskRead,
     /// State written to the disk tier.
     DiskWrite,
-    /// State copied for a checkpoint.
-    Checkpoint,
 }
 
 impl What {
     /// Every kind, in the order of a legend.
-    pub const ALL: [What; 19] = [
+    pub const ALL: [What; 18] = [
         What::Forward,
         What::Backward,
         What::LastUnit,
@@ -129,7 +127,6 @@ impl What {
         What::Result,
         What::DiskRead,
         What::DiskWrite,
-        What::Checkpoint,
     ];
 
     /// Whether it is the arithmetic of a shard's unit.
@@ -158,7 +155,6 @@ impl What {
             What::Result => "result",
             What::DiskRead => "disk read",
             What::DiskWrite => "disk write",
-            What::Checkpoint => "checkpoint",
         }
     }
 
@@ -189,7 +185,6 @@ impl What {
             What::Result => "#7b8794",
             What::DiskRead => "#a97b55",
             What::DiskWrite => "#8a5a3b",
-            What::Checkpoint => "#5f6b78",
         }
     }
 }

@@ -121,7 +121,8 @@ impl Link {
         // be slower than stated; spinning instead would take the time from the arithmetic, which has the same cores.
         const OVERSHOOT: Duration = Duration::from_micros(200);
         let from = self.free_at.filter(|&free| free + OVERSHOOT >= began).unwrap_or(began);
-        let until = from + Duration::from_secs_f64(bytes as f64 / self.bytes_per_sec);
+        // The slowest of links takes years, not for ever.
+        let until = from + Duration::from_secs_f64((bytes as f64 / self.bytes_per_sec).min(1e9));
         self.free_at = Some(until);
         until
     }
