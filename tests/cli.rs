@@ -433,7 +433,7 @@ fn a_signal_while_a_job_is_prepared_ends_it_at_once_and_leaves_nothing() {
     }
     Command::new("kill").args(["-TERM", &child.id().to_string()]).status().expect("kill");
     let ran: Ran = child.wait_with_output().expect("an end").into();
-    ran.fails(75, &["interrupted at the job's preparation, before there was anything to keep"]);
+    ran.fails(75, &["interrupted at the job's preparation, with nothing new to keep"]);
     assert!(!job.at("never").exists());
 }
 

@@ -69,7 +69,10 @@ static void load_now(const BulkLoad& load) {
     else memset(shared, 0, bytes);
   });
   const uint32_t bytes = load.box.map.box_bytes();  // what lies outside counts as well
-  if (race::on) race::end(shared_pointer(load.box.at), bytes, true, race::engine_of(load.bar), {race::engine_of(load.bar), race::engine_done(load.bar)});
+  if (race::on) {
+    const auto engine = race::engine_of(load.bar);
+    race::end(shared_pointer(load.box.at), bytes, true, engine, {engine, race::engine_done(load.bar)});
+  }
   mbar_complete_bytes(load.bar, bytes);
 }
 

@@ -18,7 +18,8 @@ struct Block;
 struct Thread;
 
 using Clock = std::vector<uint32_t>;
-// A clock that does not change any more, since several hold it: those that met have it in common, so that a barrier costs a clock rather than one a thread.
+// A clock that does not change any more, since several hold it: those that met have it in common, so that a barrier costs a clock
+// rather than one a thread.
 using SharedClock = std::shared_ptr<const Clock>;
 
 namespace race {

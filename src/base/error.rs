@@ -28,7 +28,7 @@ pub enum Error {
         source: std::io::Error,
     },
     /// The run was asked to stop (SIGINT, SIGTERM).
-    #[error("interrupted at {at}, {}", if *checkpoint { "after a checkpoint" } else { "before there was anything to keep" })]
+    #[error("interrupted at {at}, {}", if *checkpoint { "after a checkpoint" } else { "with nothing new to keep" })]
     Interrupted {
         /// Steps done: `step 12` or, of several models, `step 12 of gpt, step 7 of bert`.
         at: String,

@@ -48,7 +48,7 @@ pub struct Completion {
 ///
 /// `after` may only name tickets that were given out before, so no order of submission can deadlock. Completions come one by one, and
 /// they are the only source of time.
-pub trait Device {
+pub trait Device: Send {
     /// The lanes, in the order that [`Ticket::lane`] counts.
     fn lanes(&self) -> &[LaneId];
 

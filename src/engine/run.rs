@@ -3,6 +3,7 @@
 use super::member::{Ending, Pending, Purpose};
 use super::{EVALUATION, Ended, Engine, StepInput, StepResult};
 use crate::base::{Error, LaneKind, Result};
+use crate::device::UpdateRule;
 use crate::trace::{Bound, Event, What};
 
 impl Engine {
@@ -14,11 +15,24 @@ impl Engine {
     /// Queues a training step of a model; at most two may be in flight. Copies the inputs and returns without waiting.
     ///
     /// # Errors
-    /// When the run or the model has failed before, two steps are in flight already, or the inputs' sizes are not the graph's.
+    /// When the run or the model has failed before, two steps are in flight already or one that this one does not follow, the rule wants moments that the
+    /// plan does not keep, or the inputs' sizes are not the graph's.
     pub fn begin_step(&mut self, model: usize, input: &StepInput) -> Result<()> {
         self.check_running(model)?;
-        if self.members[model].pending.len() >= 2 {
-            return Err(Error::bad(format!("step {}: two steps are in flight already", input.step)));
+        let (member, step) = (&self.members[model], input.step);
+        if member.pending.len() >= 2 {
+            return Err(Error::bad(format!("step {step}: two steps are in flight already")));
+        }
+        if member.pending.back().is_some_and(|before| before.step.wrapping_add(1) != step) {
+            return Err(Error::bad(format!("step {step}: does not follow the one in flight")));
+        }
+        let moments = match input.rule {
+            UpdateRule::Adamw(_) => 2,
+            UpdateRule::Sgd(rule) => usize::from(rule.momentum != 0.0),
+        };
+        if moments > member.plan.moments {
+            let has = member.plan.moments;
+            return Err(Error::bad(format!("step {step}: the rule wants {moments} moments, the plan keeps {has}")));
         }
         self.stage(model, input.step, &input.inputs)?;
         let purpose = Purpose::Step { rule: input.rule, clip: input.clip };
@@ -180,8 +194,13 @@ impl Engine {
     /// Runs an evaluation graph that ends in logits on one microbatch, waits for it, and gives the logits.
     ///
     /// # Errors
-    /// As [`Engine::wait_evaluation`].
+    /// As [`Engine::wait_evaluation`]; and when the evaluation graph ends in a loss.
     pub fn wait_logits(&mut self, model: usize, inputs: &[&[u8]]) -> Result<Vec<f32>> {
+        if self.members[model].model.eval_has_loss() {
+            return Err(Error::bad(
+                "the evaluation graph ends in a loss; Model::evaluation is one that ends in logits",
+            ));
+        }
         self.wait_evaluation(model, inputs, 1.0)?;
         Ok(self.read_logits(model))
     }

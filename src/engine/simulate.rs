@@ -3,7 +3,7 @@
 use super::unit_cost::{norm_bytes, update_bytes};
 use super::visit::any_rule;
 use super::{Ended, Engine, EngineOptions, StepInput, TurnOptions};
-use crate::base::{LaneKind, Result};
+use crate::base::{Error, LaneKind, Result};
 use crate::device::sim::{CostModel, SimDevice};
 use crate::graph::Area;
 use crate::sched::{Bounds, DeviceRates, ModelWork, Policy};
@@ -53,10 +53,19 @@ pub struct Simulation {
 /// Runs `placed` to their ends on simulated devices.
 ///
 /// # Errors
-/// When the policy chooses what it may not, or everything stalls because it chooses nothing.
+/// When there is not one number of steps and one clip for each model, or no policy where models run anywhere; when the policy chooses what it may not,
+/// or everything stalls because it chooses nothing.
 pub fn simulate(placed: &[Placed], options: SimulateOptions) -> Result<Simulation> {
     let SimulateOptions { steps, clips, costs, shared_bytes_per_sec, arena_bytes, policy, units, lines, recorder } =
         options;
+    if steps.len() != placed.len() || clips.len() != placed.len() || costs.is_empty() {
+        let (n, d) = (placed.len(), costs.len());
+        let (steps, clips) = (steps.len(), clips.len());
+        return Err(Error::bad(format!("{n} models on {d} devices, with steps for {steps} and clips for {clips}")));
+    }
+    if policy.is_none() && placed.iter().any(|p| p.home == Home::Anywhere) {
+        return Err(Error::bad("models that run anywhere need a policy"));
+    }
     let pipelines = policy.as_ref().is_some_and(|policy| policy.pipelines());
     let arena_bytes = if arena_bytes.is_empty() { vec![0; costs.len()] } else { arena_bytes };
     let devices = costs.len();

@@ -40,11 +40,37 @@ impl Engine {
         }
     }
 
-    /// Writes a parameter's elements, or its moment's, to where it is at home. Call it before the model's first step.
+    /// Refuses what a model does not have.
+    fn check_stored(&self, model: usize, what: Stored, parameter: usize) -> Result<()> {
+        let member = &self.members[model];
+        let (parameters, moments) = (member.model.train.parameters.len(), member.plan.moments);
+        match what {
+            _ if parameter >= parameters => {
+                Err(Error::bad(format!("parameter {parameter}: the model has {parameters}")))
+            }
+            Stored::Moment(i) if i >= moments => Err(Error::bad(format!("moment {i}: the plan keeps {moments}"))),
+            _ => Ok(()),
+        }
+    }
+
+    /// Writes a parameter's elements, or its moment's, to where it is at home, before the model's first step.
     ///
     /// # Errors
-    /// When it is at home on the disk, and that fails.
+    /// When there is no such parameter or moment, it has another number of elements, or a step has begun; when it is at home on the disk, and that fails.
     pub fn write_parameter(&mut self, model: usize, what: Stored, parameter: usize, values: &[f32]) -> Result<()> {
+        self.check_stored(model, what, parameter)?;
+        let member = &self.members[model];
+        let of = &member.model.train.parameters[parameter];
+        if of.shape.elems() != values.len() {
+            let (name, shape, got) = (&of.name, &of.shape, values.len());
+            return Err(Error::bad(format!("{name}: {got} elements, its shape is {shape}")));
+        }
+        if member.has_begun {
+            return Err(Error::bad(format!(
+                "{}: is written before the model's first step, and one has begun",
+                of.name
+            )));
+        }
         match self.at_home(model, what, parameter) {
             (weight, Some(remainder)) => {
                 let (high, low): (Vec<u16>, Vec<u16>) = values.iter().map(|&x| master::split(x)).unzip();
@@ -55,11 +81,12 @@ impl Engine {
         }
     }
 
-    /// Reads a parameter's elements, or its moment's, from where it is at home. Call [`Engine::wait_home`] first.
+    /// Reads a parameter's elements, or its moment's, from where it is at home. Call [`Engine::wait_home`] first: what lies there before is older.
     ///
     /// # Errors
-    /// When it is at home on the disk, and that fails.
+    /// When there is no such parameter or moment; when it is at home on the disk, and that fails.
     pub fn read_parameter(&self, model: usize, what: Stored, parameter: usize) -> Result<Vec<f32>> {
+        self.check_stored(model, what, parameter)?;
         match self.at_home(model, what, parameter) {
             (weight, Some(remainder)) => {
                 let (high, low) = (self.read_at::<u16>(weight)?, self.read_at::<u16>(remainder)?);

@@ -67,6 +67,14 @@ impl Sweep<'_> {
         if op.has_side_effect() || !outputs.iter().any(|v| self.needed[v.0 as usize]) {
             return Ok(());
         }
+        if let Op::Custom(custom) = &op
+            && let Some(output) = (1..outputs.len()).find(|&i| self.gradients[outputs[i].0 as usize].is_some())
+        {
+            let name = custom.0.name();
+            return Err(Error::bad(format!(
+                "{name}: the loss depends on its output {output}, and its gradient is given output 0's alone"
+            )));
+        }
         if outputs[0] != loss && self.gradients[outputs[0].0 as usize].is_none() {
             return Ok(());
         }

@@ -19,7 +19,7 @@ pub(super) fn emit(s: &mut Sweep, op: &Op, inputs: &[Value], outputs: &[Value], 
         s.contribute(inputs[0], d);
         return Ok(());
     }
-    let d = d_out.expect("only the loss has no gradient, and its rule is above");
+    let Some(d) = d_out else { return Err(Error::bad(format!("{}: is no loss; cross_entropy is one", op.name()))) };
     match op {
         Op::Embedding { padding } => {
             let table = shape(s, inputs[1]);

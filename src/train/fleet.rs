@@ -79,6 +79,9 @@ impl Trainee {
     /// A model that waits for its turn; its data is opened, and its first minibatches are on their way.
     fn new(recruit: Recruit) -> Result<Trainee> {
         let Recruit { network, placed, source, valid, options, .. } = recruit;
+        if valid.as_ref().is_some_and(|valid| valid.batches_per_epoch() == u64::MAX) {
+            return Err(Error::bad("held-out data without an end: a validation would have none"));
+        }
         let labels = network.labels();
         let limits = Limits { vocab: labels.vocab, classes: Some(labels.classes) };
         Ok(Trainee {
@@ -203,9 +206,13 @@ impl Fleet {
     /// A model goes on from `step`: its state was written by the caller, data starts there. `source` is a fresh one of the same kind.
     ///
     /// # Errors
-    /// When the loader's thread cannot be started.
+    /// When that is after the last step, or the loader's thread cannot be started.
     pub fn start_at(&mut self, model: usize, step: u64, source: Box<dyn Source>) -> Result<()> {
         let trainee = &mut self.trainees[model];
+        let steps = trainee.options.steps;
+        if step > steps {
+            return Err(Error::bad(format!("{step} steps are done, of {steps}")));
+        }
         trainee.loader = Some(Loader::start_limited(source, step, DEFAULT_AHEAD, trainee.limits)?);
         (trainee.done, trainee.begun) = (step, step);
         trainee.owes_validation = step > 0 && step < trainee.options.steps;

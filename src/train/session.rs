@@ -228,7 +228,7 @@ impl Session {
     /// Goes on from `step`: state was written by the caller, data starts there. `source` is a fresh one of the same kind.
     ///
     /// # Errors
-    /// When the loader's thread cannot be started.
+    /// When that is after the last step, or the loader's thread cannot be started.
     pub fn start_at(&mut self, step: u64, source: Box<dyn Source>) -> Result<()> {
         self.fleet.start_at(0, step, source)
     }

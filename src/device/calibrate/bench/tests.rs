@@ -5,8 +5,7 @@ use crate::device::Completion;
 use crate::device::sim::{Rate, SimDevice};
 #[cfg(feature = "emulator")]
 use crate::device::{DeviceSpec, FleetMemory, start_fleet};
-use std::cell::RefCell;
-use std::rc::Rc;
+use std::sync::{Arc, Mutex};
 
 /// What a lane was given, and when it ran.
 #[derive(Default)]
@@ -20,21 +19,21 @@ struct Log {
 }
 
 /// A simulated device that keeps a log.
-struct Logged(SimDevice, Rc<RefCell<Log>>);
+struct Logged(SimDevice, Arc<Mutex<Log>>);
 
 impl Device for Logged {
     fn lanes(&self) -> &[LaneId] {
         self.0.lanes()
     }
     fn submit(&mut self, lane: u16, task: Task, after: &[Ticket]) -> Ticket {
-        self.1.borrow_mut().tasks.push((self.0.lanes()[usize::from(lane)], task.bytes()));
-        self.1.borrow_mut().kept.push(task.clone());
+        self.1.lock().unwrap().tasks.push((self.0.lanes()[usize::from(lane)], task.bytes()));
+        self.1.lock().unwrap().kept.push(task.clone());
         self.0.submit(lane, task, after)
     }
     fn next_completion(&mut self, patience_secs: f64) -> Option<Completion> {
         let done = self.0.next_completion(patience_secs)?;
         let lane = self.0.lanes()[usize::from(done.ticket.lane)];
-        self.1.borrow_mut().spans.push((lane, done.start_secs, done.end_secs));
+        self.1.lock().unwrap().spans.push((lane, done.start_secs, done.end_secs));
         Some(done)
     }
     fn now_secs(&self) -> f64 {
@@ -73,12 +72,12 @@ fn stated(speed: f64) -> CostModel {
 }
 
 fn measure(costs: &[CostModel], alike: &[usize], on_host: bool) -> (Vec<CostModel>, Log) {
-    let log = Rc::new(RefCell::new(Log::default()));
-    let device = Logged(SimDevice::new(costs.to_vec()), Rc::clone(&log));
+    let log = Arc::new(Mutex::new(Log::default()));
+    let device = Logged(SimDevice::new(costs.to_vec()), Arc::clone(&log));
     let graphs = networks::all().unwrap().into_iter().take(3);
     let networks: Vec<Network> = graphs.map(|graph| Network::new(graph).unwrap()).collect();
     let measured = Bench::new(Box::new(device), alike, ELEMS, false).measure(&networks, on_host).unwrap();
-    (measured, Rc::try_unwrap(log).ok().expect("the device is gone").into_inner())
+    (measured, Arc::try_unwrap(log).ok().expect("the device is gone").into_inner().unwrap())
 }
 
 #[test]
@@ -109,8 +108,8 @@ fn a_graph_that_allows_tf32_is_measured_in_both() {
     let mut is = stated(1.0);
     let products = is.rates.clone().into_iter().filter(|rate| rate.family.is_linear_product());
     is.rates.extend(products.map(|r| Rate { tf32: true, work_per_sec: 3.0 * r.work_per_sec, ..r }));
-    let log = Rc::new(RefCell::new(Log::default()));
-    let device = Logged(SimDevice::new(vec![is]), Rc::clone(&log));
+    let log = Arc::new(Mutex::new(Log::default()));
+    let device = Logged(SimDevice::new(vec![is]), Arc::clone(&log));
     let mut graph = networks::all().unwrap().remove(2);
     graph.tf32 = true;
     let networks = [Network::new(graph).unwrap()];
@@ -125,7 +124,8 @@ fn a_graph_that_allows_tf32_is_measured_in_both() {
     // What was launched: each product as often in tf32 as in f32, and nothing else in tf32.
     let launched = |tf32: bool| {
         let runs = log
-            .borrow()
+            .lock()
+            .unwrap()
             .kept
             .iter()
             .filter_map(|task| match task {
