@@ -1,12 +1,16 @@
 // Softmax and cross-entropy in one (maximum and sum in one pass: Milakov & Gimelshein 2018, arXiv:1805.02867, algorithm 3).
 //   logits, d_logits (rows, cols) f32 or bf16; labels (rows) i32; row_losses, lse (rows) f32; loss (1) f32.
 //   lse[r] = log sum over c of exp(logits[r,c]); row_losses[r] = lse[r] - logits[r,labels[r]]; loss = loss_scale sum over r of row_losses[r];
-//   d_logits[r,c] = (exp(logits[r,c] - lse[r]) - (c == labels[r])) loss_scale. A row with label -100 has loss and gradient 0.
+//   d_logits[r,c] = (exp(logits[r,c] - lse[r]) - (c == labels[r])) loss_scale. A row with label -100 counts for nothing: its loss,
+//   lse and gradient are 0, and its logits are not read.
 // Rows of logits and d_logits are `pitch` apart; between cols and pitch the gradient is 0.
 // Overwrites its outputs; d_logits may lie over logits. One block a row. A row of any width at any address goes in 16-byte packs, save what
 // lies before the first multiple of 16 bytes and behind the last pack. The sum is one block's, in f64, each thread's rows in order, then by
 // halves. Every order depends on the shape alone.
-// Bytes: forward reads the logits once, the gradient reads and writes them once. Expected: 92 % of the copy rate.
+// Bytes: forward reads the logits of rows that count once; the gradient reads those once, and writes all. Expected: 92 % of the copy rate. Loads wait
+// for the row's label, some 0.3 us, mostly from the L2 cache; a multiprocessor has two blocks or more, with up to 32 KB each on their way, and 30 to 50
+// thousand columns of bf16 take 4 to 6 us beside others. In BERT's masked language modelling 15 % of rows count: forward should take a sixth of the time
+// that it takes where all do, the gradient 58 %.
 #include "gpu.cuh"
 #include "gpu/row.cuh"
 
@@ -43,7 +47,11 @@ template <class T> DEV void forward(float* row_losses, float* lse, const T* logi
   constexpr int N = Pack<T>::N;
   GPU_SHARED(float, warps, [2][32]);
   int64_t row = blockIdx.x;
-  int thread = threadIdx.x, threads = blockDim.x;
+  int thread = threadIdx.x, threads = blockDim.x, label = labels[row];
+  if (label == IGNORED) {
+    if (thread == 0) row_losses[row] = lse[row] = 0;
+    return;
+  }
   logits += row * pitch;
   Packs<T> at(logits, cols);
   Sums s;
@@ -78,9 +86,8 @@ template <class T> DEV void forward(float* row_losses, float* lse, const T* logi
   s = join(s);
   if (thread > 0) return;
   float log_sum = s.max + logf(s.sum);
-  int label = labels[row];
   lse[row] = log_sum;
-  row_losses[row] = label == IGNORED ? 0.0f : log_sum - to_float(logits[label]);
+  row_losses[row] = log_sum - to_float(logits[label]);
 }
 
 extern "C" __global__ __launch_bounds__(THREADS) void cross_entropy_forward_f32(float* row_losses, float* lse, const float* logits, const int32_t* labels, int cols, int pitch) {
@@ -108,15 +115,25 @@ extern "C" __global__ __launch_bounds__(SUM_THREADS) void cross_entropy_sum(floa
 }
 GPU_EXPORT(cross_entropy_sum)
 
+// Zeros for a row.
+template <class T> DEV void clear_row(T* row, int cols) {
+  Packs<T> at(row, cols);
+  int thread = threadIdx.x, threads = blockDim.x;
+  if (thread < at.head) row[thread] = from_float<T>(0);
+  if (thread < cols - at.tail) row[at.tail + thread] = from_float<T>(0);
+  for (int pack = thread; pack < at.packs; pack += threads) store16(row + at.head + (int64_t)pack * Pack<T>::N, make_uint4(0, 0, 0, 0));
+}
+
 template <class T> DEV void grad(T* d_logits, const T* logits, const int32_t* labels, const float* lse, int cols, int pitch, const Now* now) {
   constexpr int N = Pack<T>::N;
   int64_t row = blockIdx.x;
   int thread = threadIdx.x, threads = blockDim.x, label = labels[row];
   d_logits += row * pitch, logits += row * pitch;
-  float log_sum = lse[row], scale = label == IGNORED ? 0.0f : (float)now->loss_scale;
+  if (label == IGNORED) return clear_row(d_logits, pitch);
+  float log_sum = lse[row], scale = (float)now->loss_scale;
   auto one = [&](float x, int c) {
     float p = exp2_fast((x - log_sum) * LOG2_E);
-    return label == IGNORED ? 0.0f : (c == label ? p - 1 : p) * scale;
+    return (c == label ? p - 1 : p) * scale;
   };
   Packs<T> at(d_logits, logits, cols);
   for (int c = thread; c < at.head; c += threads) d_logits[c] = from_float<T>(one(to_float(logits[c]), c));

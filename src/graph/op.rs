@@ -89,7 +89,7 @@ pub enum Op {
     /// d_out, out, lse, then Attention's inputs -> d_qkv, or d_q, d_k, d_v.
     AttentionGrad(AttentionKind),
     /// logits (.., V), labels (..) i32 -> loss (1): the sum over rows of -log softmax at the label, times the step's loss scale;
-    /// lse (rows), row_losses (rows). A label of -100 counts for nothing.
+    /// lse (rows), row_losses (rows). A row with label -100 counts for nothing: its loss and lse are 0.
     CrossEntropy,
     /// logits (.., V), labels (..), lse (rows) -> d_logits (.., V), over the logits where they die.
     CrossEntropyGrad,

@@ -1,7 +1,7 @@
 //! Softmax and cross-entropy in one: the loss of each row of logits under its label, and the gradient.
 //!
-//! Sizes: logits (rows, cols); labels, loss_rows, lse (rows). A label of -100 leaves its row out, as in torch: its loss and its
-//! gradient are 0. Labels are checked where data enters; another one out of range is our own bug and panics.
+//! Sizes: logits (rows, cols); labels, loss_rows, lse (rows). A label of -100 leaves its row out, as in torch: its loss, its
+//! lse and its gradient are 0, whatever its logits are. Labels are checked where data enters; another one out of range is our own bug and panics.
 
 use super::parallel::{expect_len, rows_per_chunk, vector_fn};
 use super::real::Real;
@@ -11,7 +11,7 @@ use rayon::prelude::*;
 /// The label of a row that does not count.
 pub const IGNORED: i32 = -100;
 
-/// `loss_rows = lse - logits[label]`, where `lse` is the logarithm of the sum of the exponentials of the row.
+/// `loss_rows = lse - logits[label]`, where `lse` is the logarithm of the sum of the exponentials of the row. Both are 0 in rows that do not count.
 ///
 /// # Panics
 /// When a length does not fit the sizes, or a label is outside 0..cols.
@@ -21,8 +21,9 @@ pub fn forward<T: Real>(loss_rows: &mut [T], lse: &mut [T], logits: &[T], labels
     expect_len("cross_entropy", "logits", logits.len(), rows * cols);
     check_labels(labels, rows, cols);
     if logits.is_empty() {
+        // Without classes no row counts.
         loss_rows.fill(T::ZERO);
-        lse.fill(T::from_f64(f64::NEG_INFINITY));
+        lse.fill(T::ZERO);
         return;
     }
     let chunk = rows_per_chunk(cols);
@@ -36,10 +37,14 @@ pub fn forward<T: Real>(loss_rows: &mut [T], lse: &mut [T], logits: &[T], labels
 vector_fn! {
     fn forward_rows<T: Real>(loss: &mut [T], lse: &mut [T], logits: &[T], labels: &[i32], cols: usize) {
         for (((loss, lse), row), &label) in loss.iter_mut().zip(lse).zip(logits.chunks_exact(cols)).zip(labels) {
+            if label == IGNORED {
+                (*loss, *lse) = (T::ZERO, T::ZERO);
+                continue;
+            }
             let max = reduce::max(row);
             let sum = reduce::sum_of_exp(row, max);
             *lse = max + sum.ln();
-            *loss = if label == IGNORED { T::ZERO } else { *lse - row[label as usize] };
+            *loss = *lse - row[label as usize];
         }
     }
 }
@@ -173,6 +178,17 @@ mod tests {
         let got = run::<f64>(rows, cols);
         assert_close(&got[3], &slope, 1e-9, "d_logits");
         assert!(got[0][2] == 0.0 && got[3][2 * cols..3 * cols].iter().all(|&d| d == 0.0), "a row that does not count");
+    }
+
+    /// Whatever the logits of a row are that does not count, nothing of them comes through.
+    #[test]
+    fn a_row_that_does_not_count_is_not_read() {
+        let logits = [f32::NAN, 1.0, f32::INFINITY, 0.0, 0.0, 0.0];
+        let (mut loss_rows, mut lse, mut d_logits) = (poison(2), poison(2), poison(6));
+        forward(&mut loss_rows, &mut lse, &logits, &[IGNORED, 1], 2, 3);
+        grad(&mut d_logits, Some(&logits), &[IGNORED, 1], &lse, 0.25, 2, 3);
+        assert_eq!((loss_rows[0], lse[0], &d_logits[..3]), (0.0, 0.0, &[0.0; 3][..]));
+        assert!(lse[1] > 0.0 && d_logits[3..].iter().all(|&d| d != 0.0), "the row that counts");
     }
 
     #[test]
