@@ -128,6 +128,9 @@ DEV float row_sum(float v) {
   return v;
 }
 
+// Whether a query sees key + c.
+DEV bool sees(const AttentionSizes& s, uint32_t shown, int query, int key, int c) { return (shown >> c & 1) && (!s.causal || key + c <= query); }
+
 // Which weights of four queries with four keys dropout keeps: bit 4 i + j for query i and key j.
 DEV uint32_t kept_keys(const AttentionSizes& s, const Now* now, const Head& head, int query, int key) {
   uint32_t kept = 0;
@@ -170,6 +173,7 @@ DEV void forward(T* out, float* lse, const T* q, const T* k, const T* v, const i
   Rows<T> queries = query_rows(q, s.q_pitch, s, first);
   for (int key = 0, end = keys_seen(s, first + TILE); key < end; key += TILE) {
     float w[4][4];
+    uint32_t shown = shown_of_4(s, mask, key + 4 * x);
     products(w, shared, queries, key_rows(k, s, key), x, y);
 #pragma unroll
     for (int r = 0; r < 4; r++) {
@@ -177,7 +181,7 @@ DEV void forward(T* out, float* lse, const T* q, const T* k, const T* v, const i
       float top = NOTHING, partial = 0;
 #pragma unroll
       for (int c = 0; c < 4; c++) {
-        w[r][c] = sees(s, mask, query, key + 4 * x + c) ? w[r][c] * (s.scale * LOG2_E) : NOTHING;
+        w[r][c] = sees(s, shown, query, key + 4 * x, c) ? w[r][c] * (s.scale * LOG2_E) : NOTHING;
         top = fmaxf(top, w[r][c]);
       }
       top = fmaxf(max[r], row_max(top));
@@ -240,6 +244,7 @@ DEV void grad_q(T* d_q, const T* d_out, const float* lse, const float* delta, co
   Rows<T> queries = query_rows(q + head.query(s), s.q_pitch, s, first), d_outs = query_rows(d_out + head.out(s), out_pitch, s, first);
   for (int key = 0, end = keys_seen(s, first + TILE); key < end; key += TILE) {
     float w[4][4], d[4][4];
+    uint32_t shown = shown_of_4(s, mask, key + 4 * x);
     products(w, shared, queries, key_rows(k, s, key), x, y);
     products(d, shared, d_outs, key_rows(v, s, key), x, y);
     uint32_t kept = s.drop_below ? kept_keys(s, now, head, first + 4 * y, key + 4 * x) : 0;
@@ -248,7 +253,7 @@ DEV void grad_q(T* d_q, const T* d_out, const float* lse, const float* delta, co
       int query = first + 4 * y + r;
 #pragma unroll
       for (int c = 0; c < 4; c++) {
-        float p = sees(s, mask, query, key + 4 * x + c) ? exp2f(fmaf(w[r][c], s.scale * LOG2_E, -top[r])) : 0.0f;
+        float p = sees(s, shown, query, key + 4 * x, c) ? exp2f(fmaf(w[r][c], s.scale * LOG2_E, -top[r])) : 0.0f;
         w[r][c] = p * fmaf(d[r][c], factor_of(s, kept, 4 * r + c), -dot[r]);
       }
     }
@@ -265,7 +270,7 @@ DEV void grad_kv(T* d_k, T* d_v, const T* d_out, const float* lse, const float* 
   Part part(s, s.kv_heads, s.keys);
   int group = s.heads / s.kv_heads, x = threadIdx.x % 16, y = threadIdx.x / 16, first = part.first;
   int64_t at = Head(s, part.batch, part.head * group).key(s), out_pitch = (int64_t)s.heads * s.width;
-  if (mask) mask += (int64_t)part.batch * s.keys;
+  uint32_t shown = shown_of_4(s, mask ? mask + (int64_t)part.batch * s.keys : nullptr, first + 4 * y);
   float acc_k[4][4] = {}, acc_v[4][4] = {};
   Rows<T> keys = key_rows(k + at, s, first), values = key_rows(v + at, s, first);
   for (int h = part.head * group; h < (part.head + 1) * group; h++) {
@@ -285,7 +290,7 @@ DEV void grad_kv(T* d_k, T* d_v, const T* d_out, const float* lse, const float* 
         Pack<float> kept;
 #pragma unroll
         for (int r = 0; r < 4; r++) {
-          float p = sees(s, mask, i, first + 4 * y + r) ? exp2f(fmaf(w[r][c], s.scale * LOG2_E, -top)) : 0.0f;
+          float p = sees(s, shown, i, first + 4 * y, r) ? exp2f(fmaf(w[r][c], s.scale * LOG2_E, -top)) : 0.0f;
           float factor = factor_of(s, drawn, 4 * c + r);
           kept.x[r] = p * factor;
           w[r][c] = p * fmaf(d[r][c], factor, -dot);

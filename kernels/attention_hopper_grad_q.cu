@@ -7,8 +7,8 @@
 // tile that are not there are overwritten with 0. A block makes several parts, as in the other pass, and reads what belongs to the next part's
 // queries before it writes results. Deterministic: each sum is made by one thread, in order.
 //   width  shared memory  registers of a consumer   cycles of products a tile   bytes a cycle of shared memory, and copied into it
-//   64     144 KB         168, with q and d_out     768                         64 + 21 of 128
-//   128    224 KB         209, with d_out           1536                        85 + 21
+//   64     144 KB         178, with q and d_out     768                         64 + 21 of 128
+//   128    224 KB         206, with d_out           1536                        85 + 21
 // Exponentials (16 a cycle) take two thirds of the products' time at width 64, a third at 128. Expected on an H100: 560 TFLOP/s made (of 750 in
 // practice) at width 128 and 4k, 420 at width 64; 20 % less at 1k.
 #include "gpu.cuh"
@@ -140,9 +140,12 @@ DEV void consume(Shared<W>& shared, bf16* d_q, const float* lse, const float* de
       queries.issue(w, shared.k[slot.stage]);
       if constexpr (!OPENING) issue_gather<W, TILE>(sum, d_scores, shared.k[last.stage]);
       d_outs.issue(d, shared.v[slot.stage]);
+      // Under the products.
+      Shown<TILE> shown;
+      if (hides) shown.load(hides, key, s.keys, lane), shown.vote();
       wgmma_wait<OPENING ? 1 : 2>();
       settle(w);
-      if (hides || key + TILE > s.keys || (s.causal && key + TILE > first)) {
+      if (key + TILE > s.keys || (s.causal && key + TILE > first)) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           int seen = keys_seen(s, query + 8 * h + 1) - key - 2 * t;
@@ -152,15 +155,13 @@ DEV void consume(Shared<W>& shared, bf16* d_q, const float* lse, const float* de
             for (int e = 0; e < 2; e++)
               if (8 * j + e >= seen) w[4 * j + 2 * h + e] = NOTHING;
         }
-        if (hides) {
+      }
+      if (hides && !shown.all()) {
 #pragma unroll
-          for (int j = 0; j < TILE / 8; j++)
+        for (int j = 0; j < TILE / 8; j++)
 #pragma unroll
-            for (int e = 0; e < 2; e++) {
-              int col = key + 8 * j + 2 * t + e;
-              if (col >= s.keys || hides[col] == 0) w[4 * j + e] = w[4 * j + 2 + e] = NOTHING;
-            }
-        }
+          for (int e = 0; e < 2; e++)
+            if (shown.hides(j, t, e)) w[4 * j + e] = w[4 * j + 2 + e] = NOTHING;
       }
 #pragma unroll
       for (int i = 0; i < TILE / 2; i++) p[i] = exp2_fast(fmaf(w[i], scale, -top[i / 2 % 2]));

@@ -3,7 +3,7 @@
 //   pitches are multiples of 8. Weights are rounded to bf16 for the second product; the running softmax is f32.
 // A warp has 32 queries of a block's 128 and goes over tiles of keys; k and v of the next tile are copied while this one is multiplied.
 // Deterministic: a sum is made by one thread in the order of keys. Tiles that causality hides are skipped, by warp on the diagonal; hidden
-// keys are looked for in tiles that have some alone. Dropout has kernels of its own, as drawing costs registers.
+// keys are looked for in tiles that have some alone, and a tile's part of the mask is on its way while scores are made. Dropout has kernels of its own, as drawing costs registers.
 // Widths between 32, 64, 96 and 128 take the next, with columns of 0 in shared memory.
 //   width  keys a tile  shared memory   where q is
 //   32     64           30 KB           registers
@@ -63,9 +63,12 @@ DEV void forward(bf16* out, float* lse, const bf16* q, const bf16* k, const bf16
     if (s.causal && key >= first + 16 * M) continue;
     const bf16* keys = stages + stage * STAGE;
     float w[M][N][4];
+    Shown<KEYS> shown;
+    shown.load(mask ? mask + (int64_t)part.batch * s.keys : nullptr, key, s.keys, at.lane);
     if constexpr (F::ROWS_IN_REGISTERS) products<W>(w, fragments, keys, at);
     else products<W>(w, rows, keys, at);
-    if (mask || key + KEYS > s.keys || (s.causal && key + KEYS > first)) hide_by_query(w, s, mask, part.batch, first, key, at);
+    if (key + KEYS > s.keys || (s.causal && key + KEYS > first)) hide_by_query(w, s, first, key, at);
+    if (mask) hide_masked(w, shown, at);
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll

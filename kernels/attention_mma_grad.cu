@@ -3,7 +3,8 @@
 //   and their gradients are rounded to bf16 for the products that sum over them; scale is applied to the f32 sums.
 // grad_q: a block has 128 queries (64 from width 96 on), a warp 32 of them, and goes over tiles of 32 keys. grad_kv: a block has 128 keys
 // (64), a warp 32 (16; always with dropout), and goes over tiles of 32 queries, of the heads that share the keys one after the other. Rows
-// are keys there, so that weights are left operands from registers here too. The next tiles are copied while these are multiplied.
+// are keys there, so that weights are left operands from registers here too; those of keys that a mask hides become 0 at the end. The next tiles are
+// copied while these are multiplied, and so is grad_q's part of a mask.
 // Deterministic: two passes, which make 14 products a score and column where one pass with atomics makes 10; each sum is by one thread, in order.
 // Shared memory of a block: 31 KB at width 32, 55 at 64, 53 at 96, 69 at 128. Up to 255 registers a thread (docs/kernels.md has the table),
 // so two blocks are on a multiprocessor (at width 96 and 128 three of grad_q, which have two warps).
@@ -68,8 +69,11 @@ DEV void grad_q(bf16* d_q, const bf16* d_out, const float* lse, const float* del
     uint32_t kept[M];
     if (DROPOUT) draw_by_query<M, N>(kept, s, now, head.row + first, key, at);
     float w[M][N][4], d[M][N][4];
+    Shown<COLS> shown;
+    shown.load(mask ? mask + (int64_t)part.batch * s.keys : nullptr, key, s.keys, at.lane);
     products<W>(w, queries, keys, at);
-    if (mask || key + COLS > s.keys || (s.causal && key + COLS > first)) hide_by_query(w, s, mask, part.batch, first, key, at);
+    if (key + COLS > s.keys || (s.causal && key + COLS > first)) hide_by_query(w, s, first, key, at);
+    if (mask) hide_masked(w, shown, at);
     products<W>(d, d_outs, keys + TILE, at);
     if (DROPOUT) {
 #pragma unroll
@@ -140,7 +144,7 @@ DEV void grad_kv(bf16* d_k, bf16* d_v, const bf16* d_out, const float* lse, cons
     if (s.causal && query + COLS <= first) continue;
     float w[M][N][4], d[M][N][4];
     products<W>(w, keys, queries, at);
-    if (mask || (s.causal && query < first + 16 * M)) hide_by_key(w, s, mask, part.batch, query, first, at);
+    if (s.causal && query < first + 16 * M) hide_by_key(w, query, first, at);
 #pragma unroll
     for (int n = 0; n < N; n++)
 #pragma unroll
@@ -182,6 +186,22 @@ DEV void grad_kv(bf16* d_k, bf16* d_v, const bf16* d_out, const float* lse, cons
   part = part_again<G::ROWS>(s.kv_heads, s.keys);
   first = part.first + warp_row;
   own = Head(s, part.batch, part.head * group).key(s) + first * (int64_t)s.kv_pitch;
+  // A hidden key's weights are in its own rows alone.
+  if (mask) {
+    mask += (int64_t)part.batch * s.keys;
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        int key = first + 16 * m + at.g + 8 * h;
+        bool hidden = key < s.keys && mask[key] == 0;
+#pragma unroll
+        for (int n = 0; n < W / 8; n++)
+#pragma unroll
+          for (int e = 0; e < 2; e++)
+            if (hidden) acc_k[m][n][2 * h + e] = acc_v[m][n][2 * h + e] = 0;
+      }
+  }
   write_rows<W>(d_k + own, s.kv_pitch, s.keys - first, s.width, keys, acc_k, scales, at);
   write_rows<W>(d_v + own, s.kv_pitch, s.keys - first, s.width, values, acc_v, ones, at);
 }

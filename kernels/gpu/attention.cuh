@@ -33,8 +33,47 @@ struct Head {
 // Keys that any query below `end` sees.
 DEV int keys_seen(const AttentionSizes& s, int end) { return s.causal && end < s.keys ? end : s.keys; }
 
-DEV bool sees(const AttentionSizes& s, const int32_t* mask, int query, int key) {
-  return key < s.keys && (!s.causal || key <= query) && (!mask || mask[key] != 0);
+// Which of the keys from `key` on a sequence's mask shows, for a warp: a lane loads one of each 32, so that all loads are on their way at once, and
+// what the lanes have becomes words of bits, the same in each.
+template <int KEYS> struct Shown {
+  int32_t words[KEYS / 32];   // loaded, then voted
+  DEV void load(const int32_t* mask, int key, int keys, int lane) {
+#pragma unroll
+    for (int i = 0; i < KEYS / 32; i++) {
+      int at = key + 32 * i + lane;
+      words[i] = mask && at < keys ? mask[at] : 0;
+    }
+  }
+  DEV void vote() {
+#pragma unroll
+    for (int i = 0; i < KEYS / 32; i++) words[i] = (int32_t)__ballot_sync(~0u, words[i] != 0);
+  }
+  DEV void show_all() {
+#pragma unroll
+    for (int i = 0; i < KEYS / 32; i++) words[i] = -1;
+  }
+  DEV bool all() const {
+    int32_t both = -1;
+#pragma unroll
+    for (int i = 0; i < KEYS / 32; i++) both &= words[i];
+    return both == -1;
+  }
+  // Key 8 j + 2 t + e: a lane's in an accumulator of scores whose rows are queries.
+  DEV bool hides(int j, int t, int e) const { return !((uint32_t)words[j / 4] >> 2 * t >> (8 * (j % 4) + e) & 1); }
+};
+
+// Of four keys from `key` on, for one thread, as bits: those that are there and that the mask, where there is one, shows.
+DEV uint32_t shown_of_4(const AttentionSizes& s, const int32_t* mask, int key) {
+  int32_t words[4];
+  uint32_t shown = 0;
+#pragma unroll
+  for (int c = 0; c < 4; c++) {
+    words[c] = key + c < s.keys;
+    if (mask && key + c < s.keys) words[c] = mask[key + c];
+  }
+#pragma unroll
+  for (int c = 0; c < 4; c++) shown |= (uint32_t)(words[c] != 0) << c;
+  return shown;
 }
 
 // exp2 of what lies below a maximum that may be minus infinity: a row that has seen no key yet.

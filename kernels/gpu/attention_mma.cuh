@@ -149,9 +149,9 @@ DEV void write_rows(bf16* to, int64_t pitch, int rows, int cols, bf16* tile, con
   }
 }
 
-// Scores of keys that a query does not see become minus infinity. Rows are queries, `query` the first; `key` is the first column.
-template <int M, int N>
-DEV void hide_by_query(float (&w)[M][N][4], const AttentionSizes& s, const int32_t* mask, int batch, int query, int key, const Lane& at) {
+// Scores of keys that a query does not see become minus infinity: of those after it, and that are not there. Rows are queries, `query` the first;
+// `key` is the first column.
+template <int M, int N> DEV void hide_by_query(float (&w)[M][N][4], const AttentionSizes& s, int query, int key, const Lane& at) {
 #pragma unroll
   for (int m = 0; m < M; m++)
 #pragma unroll
@@ -163,29 +163,27 @@ DEV void hide_by_query(float (&w)[M][N][4], const AttentionSizes& s, const int32
         for (int e = 0; e < 2; e++)
           if (8 * n + e >= seen) w[m][n][2 * h + e] = NOTHING;
     }
-  if (!mask) return;
-  mask += (int64_t)batch * s.keys;
+}
+// And of those that the mask hides, of which the lanes have loaded their own.
+template <int M, int N> DEV void hide_masked(float (&w)[M][N][4], Shown<8 * N>& shown, const Lane& at) {
+  shown.vote();
+  if (shown.all()) return;
 #pragma unroll
   for (int n = 0; n < N; n++)
 #pragma unroll
-    for (int e = 0; e < 2; e++) {
-      int col = key + 8 * n + 2 * at.t + e;
-      if (col < s.keys && mask[col] != 0) continue;
+    for (int e = 0; e < 2; e++)
+      if (shown.hides(n, at.t, e))
 #pragma unroll
-      for (int m = 0; m < M; m++) w[m][n][e] = w[m][n][2 + e] = NOTHING;
-    }
+        for (int m = 0; m < M; m++) w[m][n][e] = w[m][n][2 + e] = NOTHING;
 }
-// Rows are keys, and columns queries.
-template <int M, int N>
-DEV void hide_by_key(float (&w)[M][N][4], const AttentionSizes& s, const int32_t* mask, int batch, int query, int key, const Lane& at) {
+// Causal: rows are keys, and columns queries.
+template <int M, int N> DEV void hide_by_key(float (&w)[M][N][4], int query, int key, const Lane& at) {
 #pragma unroll
   for (int m = 0; m < M; m++)
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      int row = key + 16 * m + at.g + 8 * h;
       // The first query that sees the key.
-      int first = (s.causal ? row : 0) - query - 2 * at.t;
-      if (mask && (row >= s.keys || mask[(int64_t)batch * s.keys + row] == 0)) first = 8 * N;
+      int first = key + 16 * m + at.g + 8 * h - query - 2 * at.t;
 #pragma unroll
       for (int n = 0; n < N; n++)
 #pragma unroll

@@ -327,8 +327,9 @@ pub fn draw_weights(graph: &Graph) -> Vec<Vec<f64>> {
     graph.parameters.iter().enumerate().map(draw).collect()
 }
 
-/// One microbatch. By the beginning of an input's name: `ids` are 0..7, `labels` 0..5 with every third -100, `masks` hide all keys of the first
-/// sequence and some of the others; anything else is normal.
+/// One microbatch. By the beginning of an input's name: `ids` are 0..7, `labels` 0..5 with every third -100, `mask` hides all keys of the first
+/// sequence and some of the others, `tiles` those from the 128th of a sequence's number to the 256th and some others, `lengths` those behind an
+/// end that is further on with every sequence; anything else is normal.
 pub fn draw_inputs(graph: &Graph, microbatch: u64) -> Vec<Vec<u8>> {
     let mut inputs = Vec::new();
     for (i, input) in graph.inputs.iter().enumerate() {
@@ -342,6 +343,8 @@ pub fn draw_inputs(graph: &Graph, microbatch: u64) -> Vec<Vec<u8>> {
                 Some("labels") => sequence.below(5) as f64,
                 Some("unlabelled") => -100.0,
                 Some("mask") => f64::from(u8::from(e >= cols && e * 5 % 7 != 2)),
+                Some("tiles") => f64::from(u8::from(!(e / cols * 128..256).contains(&(e % cols)) && e * 5 % 7 != 2)),
+                Some("lengths") => f64::from(u8::from(e % cols < (e / cols + 1) * cols * cols / elems)),
                 _ => f64::from(sequence.normal() as f32),
             })
             .collect();

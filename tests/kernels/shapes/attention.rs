@@ -53,6 +53,29 @@ pub fn cases(t: &mut Table) {
             });
         }
     }
+    // Masks that hide whole tiles of 64 and of 128 keys, first, last and in between, with holes elsewhere; and what stands behind a sequence's end.
+    for (mask, b, queries, keys, heads, kv_heads, width, causal, dropout) in [
+        ("tiles", 2, 70, 330, 2, 1, 64, false, 0.0),
+        ("tiles", 2, 70, 330, 1, 1, 128, false, 0.0),
+        ("lengths", 3, 150, 150, 1, 1, 128, true, 0.0),
+        ("lengths", 3, 150, 150, 1, 1, 64, true, 0.0),
+        ("tiles", 2, 33, 269, 1, 1, 96, false, 0.1),
+        ("tiles", 2, 33, 269, 2, 1, 32, false, 0.0),
+        ("lengths", 3, 66, 66, 1, 1, 33, false, 0.0),
+        ("tiles", 2, 33, 269, 1, 1, 24, false, 0.1),
+    ] {
+        let name = format!(
+            "attention {b}x{queries} on {keys}, {heads} of {kv_heads} heads of {width}, causal {causal}, masked by {mask}, dropout {dropout}"
+        );
+        t.add(name, move |s| {
+            let options = AttentionOptions { heads, kv_heads, scale: None, causal, dropout };
+            let mask = s.b.input(mask, [b, keys], DType::I32)?;
+            let q = s.leaf("q", [b, queries, heads * width])?;
+            let k = s.leaf("k", [b, keys, kv_heads * width])?;
+            let v = s.leaf("v", [b, keys, kv_heads * width])?;
+            s.b.attention(q, k, v, Some(mask), options)
+        });
+    }
     // Two in one program: what blocks share out their work by is as the first found it.
     t.add("attention of attention".to_string(), |s| {
         let options = AttentionOptions { heads: 3, kv_heads: 1, scale: None, causal: true, dropout: 0.0 };
