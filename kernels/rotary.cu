@@ -3,16 +3,21 @@
 //   p = t base^(-2i/width) at position t: out[i] = a cos p - b sin p, out[i + width/2] = b cos p + a sin p. The rest of a row is copied.
 //   per_pair is -2/width log2(base). Of a frequency f = base^(-2i/width) the share k = clamp(constant + slope f, 0, 1) stays and the rest is
 //   multiplied by `slowed`, for long contexts (graph::RotaryScaling). With sign -1 the angles are negative: the turn back, which is the gradient.
-// Overwrites out, which may be x. One block a row; its threads first make the cosines and sines of up to 256 pairs, then share out the
-// heads' 16-byte packs of those. A thread's first packs are on their way while it makes them, and its next ones while it turns what it has:
-// 6 KB a block and 40 KB or more a multiprocessor at 3072 columns of bf16. Angles are taken in f64 and reduced to part of a turn before they are
-// rounded: at t = 10^5 an f32 angle would be off by 4e-3. Deterministic: nothing is summed.
+// Overwrites out, which may be x. A block takes the rows of one position in `together` sequences, or of `run` positions in all sequences where these are
+// few; it first makes the cosines and sines of up to 256 pairs and positions, once for all its sequences. A thread has a 16-byte pack of either half of
+// a head, or two packs of what is copied, and goes over the block's rows, the next one's packs on their way while it turns what it has: its first ones
+// while angles are made. Angles are taken in f64 and reduced to part of a turn before they are rounded: at t = 10^5 an f32 angle would be off by 4e-3.
+// Deterministic: nothing is summed.
+// Of llama_1b's 3072 columns of bf16 a block has 192 threads of 48 registers, each 32 bytes or more on their way: 6 KB a block, 42 KB a multiprocessor
+// that holds seven, where 20 KB hide 1.4 us of latency. Before a block's first store lie its launch and its angles, some 2 us: with a row a block
+// that was most of its life, and an H200 made 68 % of the copy rate; blocks have up to four rows, as long as there are 12 blocks for each multiprocessor
+// (device/cuda/rotary.rs), so that fewer rows, as of one short sequence, are spread out as before.
 // Bytes: x and out once; where out is x, the heads alone. Expected: 90 % of the copy rate.
 #include "gpu.cuh"
 #include "gpu/pointwise.cuh"
 
 constexpr int THREADS = 256;  // at most
-constexpr int PAIRS = 256;    // of which the angles are kept at once
+constexpr int ANGLES = 256;   // that are kept at once: of so many pairs, at one position or several
 
 // Cosine and sine of 2 pi turns, by their series within an eighth of a turn of a quarter's multiple: exact to f32's rounding, and without the
 // stack that the library's take for large angles.
@@ -35,61 +40,105 @@ DEV double frequency(int pair, double per_pair, Slowing slowing) {
   return f * (kept + (1 - kept) * slowing.slowed);
 }
 
+// Sizes, and how a block's rows are chosen: `together` sequences, `run` positions. One of them is 1, or all sequences are taken together.
+struct Sizes { int batch, positions, cols, heads, width, together, run; };
+
+// N neighbours in shared memory, where they are aligned.
+template <int N> DEV void load_angles(float (&to)[N], const float* from) {
+  if constexpr (N % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+      Pack<float> four = load_pack(from + i);
+#pragma unroll
+      for (int e = 0; e < 4; e++) to[i + e] = four.x[e];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i++) to[i] = from[i];
+  }
+}
+
 // N elements at a time: a pack, or one where rows, heads or addresses are no multiple of it.
 template <class T, int N>
-DEV void turn(T* out, const T* x, int positions, int64_t cols, int heads, int width, double per_pair, Slowing slowing, float sign) {
-  GPU_SHARED(float, cosines, [PAIRS]);
-  GPU_SHARED(float, sines, [PAIRS]);
-  int64_t row = blockIdx.x, turned = (int64_t)heads * width;
-  int position = (int)(row % positions), half = width / 2, thread = threadIdx.x, threads = blockDim.x;
-  out += row * cols, x += row * cols;
-  Few<T, N> rest = {};   // this thread's first piece of what is copied
-  bool copies = out != x && turned + thread * N < cols;
-  if (copies) rest = load_few<N>(x + turned + thread * N);
-  for (int first = 0; first < half; first += PAIRS) {
-    int pairs = half - first < PAIRS ? half - first : PAIRS, packs = pairs / N, items = heads * packs;
-    // Where both halves of an item lie.
-    auto place = [&](int item) { return (int64_t)(item / packs) * width + first + item % packs * N; };
+DEV void turn(T* out, const T* x, const Sizes& s, double per_pair, Slowing slowing, float sign) {
+  GPU_SHARED(float, cosines, [ANGLES]);
+  GPU_SHARED(float, sines, [ANGLES]);
+  int half = s.width / 2, turned = s.heads * s.width, thread = threadIdx.x, threads = blockDim.x;
+  int groups = (s.batch + s.together - 1) / s.together, block = blockIdx.x;
+  int sequence = block % groups * s.together, position = block / groups * s.run;
+  int run = s.positions - position < s.run ? s.positions - position : s.run;
+  int rows = (s.batch - sequence < s.together ? s.batch - sequence : s.together) * run;
+  int64_t start = ((int64_t)sequence * s.positions + position) * s.cols;
+  for (int first = 0; first == 0 || first < half; first += ANGLES) {
+    int pairs = half - first < ANGLES ? half - first : ANGLES, packs = pairs / N, turns = s.heads * packs;
+    // Pieces of what is copied: an item is two, `copies` apart.
+    int copies = out != x && first == 0 ? (s.cols - turned + 2 * N - 1) / (2 * N) : 0, items = turns + copies;
+    // Where in a row an item begins, how much further on its other half lies, and whether that is there.
+    auto place = [&](int item) { return item < turns ? item / packs * s.width + first + item % packs * N : turned + (item - turns) * N; };
+    auto apart = [&](int item) { return item < turns ? half : copies * N; };
+    auto whole = [&](int item) { return item < turns || turned + (item - turns + copies) * N < s.cols; };
+    int item = thread;
+    int64_t at = start;
     Few<T, N> a = {}, b = {};
-    if (thread < items) a = load_few<N>(x + place(thread)), b = load_few<N>(x + place(thread) + half);
+    if (item < items) {
+      at += place(item);
+      a = load_few<N>(x + at);
+      if (whole(item)) b = load_few<N>(x + at + apart(item));
+    }
     if (first > 0) __syncthreads();
-    for (int i = thread; i < pairs; i += threads) {
-      Direction d = direction(position * (frequency(first + i, per_pair, slowing) * 0.15915494309189535));
+    for (int i = thread; i < pairs * run; i += threads) {
+      Direction d = direction((position + i / pairs) * (frequency(first + i % pairs, per_pair, slowing) * 0.15915494309189535));
       cosines[i] = d.cos, sines[i] = sign * d.sin;
     }
     __syncthreads();
-    for (int item = thread; item < items; item += threads) {
-      Few<T, N> next_a = {}, next_b = {}, to_a, to_b;
-      int next = item + threads, at = item % packs * N;
-      if (next < items) next_a = load_few<N>(x + place(next)), next_b = load_few<N>(x + place(next) + half);
+    for (; item < items; item += threads) {
+      bool turning = item < turns, both = whole(item);
+      int other = apart(item), angle = turning ? item % packs * N : 0;
+      for (int row = 0, along = 0; row < rows; row++) {
+        Few<T, N> next_a = {}, next_b = {};
+        int64_t next = at + s.cols;
+        int turns_by = angle + along * pairs;
+        // From the last position to the first of the next sequence.
+        if (++along == run) along = 0, next += (int64_t)(s.positions - run) * s.cols;
+        if (row + 1 < rows) {
+          next_a = load_few<N>(x + next);
+          if (both) next_b = load_few<N>(x + next + other);
+        } else if (item + threads < items) {
+          next = start + place(item + threads);
+          next_a = load_few<N>(x + next);
+          if (whole(item + threads)) next_b = load_few<N>(x + next + apart(item + threads));
+        }
+        if (turning) {
+          float c[N], s[N];
+          load_angles(c, cosines + turns_by);
+          load_angles(s, sines + turns_by);
 #pragma unroll
-      for (int j = 0; j < N; j++) {
-        float ax = to_float(a.x[j]), bx = to_float(b.x[j]), c = cosines[at + j], s = sines[at + j];
-        to_a.x[j] = from_float<T>(ax * c - bx * s);
-        to_b.x[j] = from_float<T>(bx * c + ax * s);
+          for (int j = 0; j < N; j++) {
+            float ax = to_float(a.x[j]), bx = to_float(b.x[j]);
+            a.x[j] = from_float<T>(ax * c[j] - bx * s[j]);
+            b.x[j] = from_float<T>(bx * c[j] + ax * s[j]);
+          }
+        }
+        store_few<N>(out + at, a);
+        if (both) store_few<N>(out + at + other, b);
+        at = next, a = next_a, b = next_b;
       }
-      store_few<N>(out + place(item), to_a);
-      store_few<N>(out + place(item) + half, to_b);
-      a = next_a, b = next_b;
     }
   }
-  if (copies) store_few<N>(out + turned + thread * N, rest);
-  if (out == x) return;
-  for (int64_t c = turned + (int64_t)(thread + threads) * N; c < cols; c += (int64_t)threads * N) store_few<N>(out + c, load_few<N>(x + c));
 }
 
-template <class T> DEV void rotary(T* out, const T* x, int positions, int cols, int heads, int width, double per_pair, Slowing slowing, float sign) {
+template <class T> DEV void rotary(T* out, const T* x, const Sizes& s, double per_pair, Slowing slowing, float sign) {
   constexpr int N = Pack<T>::N;
-  if (width / 2 % N == 0 && cols % N == 0 && aligned16(out) && aligned16(x)) turn<T, N>(out, x, positions, cols, heads, width, per_pair, slowing, sign);
-  else turn<T, 1>(out, x, positions, cols, heads, width, per_pair, slowing, sign);
+  if (s.width / 2 % N == 0 && s.cols % N == 0 && aligned16(out) && aligned16(x)) turn<T, N>(out, x, s, per_pair, slowing, sign);
+  else turn<T, 1>(out, x, s, per_pair, slowing, sign);
 }
 
-extern "C" __global__ __launch_bounds__(THREADS, GPU_BLOCKS(4)) void rotary_f32(float* out, const float* x, int positions, int cols, int heads, int width, double per_pair, double slowed, double constant, double slope, float sign) {
-  rotary(out, x, positions, cols, heads, width, per_pair, {slowed, constant, slope}, sign);
+extern "C" __global__ __launch_bounds__(THREADS, GPU_BLOCKS(4)) void rotary_f32(float* out, const float* x, int batch, int positions, int cols, int heads, int width, int together, int run, double per_pair, double slowed, double constant, double slope, float sign) {
+  rotary(out, x, {batch, positions, cols, heads, width, together, run}, per_pair, {slowed, constant, slope}, sign);
 }
 GPU_EXPORT(rotary_f32)
 
-extern "C" __global__ __launch_bounds__(THREADS, GPU_BLOCKS(4)) void rotary_bf16(bf16* out, const bf16* x, int positions, int cols, int heads, int width, double per_pair, double slowed, double constant, double slope, float sign) {
-  rotary(out, x, positions, cols, heads, width, per_pair, {slowed, constant, slope}, sign);
+extern "C" __global__ __launch_bounds__(THREADS, GPU_BLOCKS(5)) void rotary_bf16(bf16* out, const bf16* x, int batch, int positions, int cols, int heads, int width, int together, int run, double per_pair, double slowed, double constant, double slope, float sign) {
+  rotary(out, x, {batch, positions, cols, heads, width, together, run}, per_pair, {slowed, constant, slope}, sign);
 }
 GPU_EXPORT(rotary_bf16)

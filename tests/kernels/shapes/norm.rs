@@ -32,9 +32,17 @@ pub fn cases(t: &mut Table) {
             s.b.layernorm(x, weight, bias, 1e-5)
         });
     }
-    for (b, len, heads, width, rest) in
-        [(1, 3, 40, 128, 1024), (2, 1025, 1, 64, 0), (1, 2, 1, 1032, 8), (1, 4, 3, 10, 7)]
-    {
+    // Blocks of a row; of several sequences, not all of as many; of several positions, the last of fewer; of more pairs than are kept at once.
+    for (b, len, heads, width, rest) in [
+        (1, 3, 40, 128, 1024),
+        (2, 1025, 1, 64, 0),
+        (1, 2, 1, 1032, 8),
+        (1, 4, 3, 10, 7),
+        (9, 33, 2, 16, 8),
+        (1, 203, 2, 16, 24),
+        (3, 67, 1, 10, 3),
+        (5, 41, 1, 520, 0),
+    ] {
         t.add(format!("rotary {b}x{len}, {heads} heads of {width} and {rest}"), move |s| {
             let x = s.leaf("x", [b, len, heads * width + rest])?;
             s.b.rotary(x, heads, width, 10_000.0)
