@@ -110,7 +110,8 @@ DEV float activate_grad(int kind, float x) {
     case ACTIVATION_RELU: return x > 0 ? 1.0f : 0.0f;
     case ACTIVATION_GELU_TANH: {
       float rest, share = tanh_share(x, rest);
-      return share + x * (share * rest) * (1.5957691216f + 0.2140644488f * (x * x));
+      float square = fminf(x * x, 1e38f); // finite: far out share * rest is 0
+      return share + x * (share * rest) * (1.5957691216f + 0.2140644488f * square);
     }
     case ACTIVATION_GELU_ERF: {
       float bell, share = normal_share(x, bell);
