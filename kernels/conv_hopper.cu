@@ -119,7 +119,7 @@ DEV void leave_box(bf16* target, const float (&sums)[1][PIXELS / 2], const bf16*
     int lane = thread_again() % 32; // what depends on it is found anew: kept, it would take registers from the sums
     take_piece<0>(v, sums, add, piece);
     __syncwarp(); // the piece before has left
-    stage_words(reinterpret_cast<uint4*>(staged), lane, v);
+    stage_words(reinterpret_cast<uint4*>(staged), word_in(lane), v);
     __syncwarp();
     int pixel = piece * PIECE + lane * pixels_a_word % PIECE;
     int image = pixel * by_run >> 16, in_run = pixel - image * run, row = in_run * by_cols >> 16, col = in_run - row * box.cols;

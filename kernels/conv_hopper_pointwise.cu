@@ -98,7 +98,7 @@ DEV void leave_strips(bf16* out, const float (&sums)[1][PIXELS / 2], const bf16*
     int lane = thread_again() % 32;
     take_piece<0>(v, sums, add, piece);
     __syncwarp(); // the piece before has left
-    stage_words(reinterpret_cast<uint4*>(staged), lane, v);
+    stage_words(reinterpret_cast<uint4*>(staged), word_in(lane), v);
     __syncwarp();
     int pixel = at.pixel + piece % 2 * PIECE;
     int64_t first = at.image * (int64_t)s.out_channels + channel;
@@ -188,7 +188,7 @@ DEV void sum_products(float* partials, const CUtensorMap* d_out, const CUtensorM
     for (int piece = 0; piece < COLUMNS / PIECE && rows > 0; piece++) {
       float v[PIECE / 2];
       take_piece<0>(v, sums, NoBias{}, piece);
-      leave_floats(to + piece * PIECE, thread_again() % 32, pitch, false, v, {rows, pitch - column - piece * PIECE});
+      leave_floats(to + piece * PIECE, thread_again() % 32, pitch, v, {rows, pitch - column - piece * PIECE});
     }
   }
 }

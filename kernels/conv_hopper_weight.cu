@@ -101,7 +101,7 @@ template <int WIDTH> DEV void leave_columns(float* partials, const float (&sums)
     if (at >= tiles.blocks()) return;
     float v[PIECE / 2];
     take_piece<0>(v, sums, NoBias{}, piece);
-    leave_floats(partials + row * columns + (int64_t)tap * pitch + channel, thread_again() % 32, columns, false, v, {rows, pitch - channel});
+    leave_floats(partials + row * columns + (int64_t)tap * pitch + channel, thread_again() % 32, columns, v, {rows, pitch - channel});
   }
 }
 

@@ -22,12 +22,14 @@
 // Cost, of a step: 128 x 256 brings 48 KB for 4,194,304 flop, 1024 cycles of the tensor cores: 85 flop a byte and 48 bytes a cycle from the L2; 128 x 192
 // 40 KB in 768 cycles, 79 and 53; 128 x 128 32 KB in 512 cycles, 64 and 64, which is all that the L2 gives a multiprocessor. Products read 80, 85 and 96 of
 // the 128 bytes a cycle of shared memory. One block a multiprocessor, by registers (24 + 2 x 240 of 504 a thread of each warpgroup, of tn 40 + 2 x 232; 192 of
-// them are sums) and shared memory (213 to 221 KB). Column sums: 48 rows of 512 bytes on their way a multiprocessor, a row in some 60 cycles of one of three
-// warps; so of 256 columns they take as long as products with 160 others, and add one read of the factor to the L2's.
-// 8192^3: 761 TFLOP/s measured on an H100 (97 % of cuBLAS). Sums leave in about 3,000 cycles a tile, twice that with a GELU and two outputs, beside the
-// 9,216 of the next tile's products at k = 768; so there are to be expected 600-680 TFLOP/s, with or without a GELU, 550 where 8192 x 768 makes two rounds
-// of tiles only; 8192 x 768 x 50304 730. Gradients of weights, of 96 or 108 tiles for 132 multiprocessors, 560-620. Shifted: a thread has 16 words in
-// flight, which the memory takes about 1000 cycles to bring, as long as a step's products: 450-600.
+// them are sums) and shared memory (213 to 221 KB). Column sums: 48 rows of 512 bytes on their way a multiprocessor, a row in some 100 cycles of one of three
+// warps; so of 256 columns they take as long as products with 270 others, and add one read of the factor to the L2's.
+// Sums leave, by replay of the machine code, in 460 to 520 cycles a piece of a warp's; in 1,000 with a GELU and two outputs, 700 to 800 with a residual, 950
+// with f32 from memory, 1,150 back through a GELU, or 1,800 where sums take 192 registers, which leaves no room for several elements at a time. A tile is 8
+// pieces of each warp, 12 with a width of 192: so 6,200 cycles, 12,300 with a GELU, beside the 9,216 of the next tile's products at k = 768.
+// 8192^3: 761 TFLOP/s measured on an H100 (97 % of cuBLAS). To be expected are 600-680 TFLOP/s, 500-600 with a GELU and two outputs, 550 where 8192 x 768
+// makes two rounds of tiles only; 8192 x 768 x 50304 730. Gradients of weights, of 96 or 108 tiles for 132 multiprocessors, 560-620. Shifted: a thread has 16
+// words in flight, which the memory takes about 1000 cycles to bring, as long as a step's products: 450-600.
 #include "gpu.cuh"
 #include "gpu/gemm.cuh"
 #include "gpu/gemm_ring.cuh"
@@ -98,9 +100,9 @@ DEV void product(const End& end_of, const Left& a, const CUtensorMap* b, const S
     return;
   }
   setmaxnreg_inc<Shares::OTHERS>();
-  int consumer = threadIdx.x / 128 - 1;
-  for (int item = SHARED ? 0 : consumer;; item += SHARED ? 1 : 2) {
+  for (int item = SHARED ? 0 : threadIdx.x / 128 - 1;; item += SHARED ? 1 : 2) {
     forget(work.s.m), forget(work.s.n); // the numbers of tiles are counted anew: kept, they would take registers from the sums
+    int consumer = SHARED ? (int)thread_again() / 128 - 1 : item % 2;
     int index = work.index(item);
     if (index >= work.count()) return;
     GemmTile tile = work.tile(index);
@@ -112,7 +114,7 @@ DEV void product(const End& end_of, const Left& a, const CUtensorMap* b, const S
     float sums[BLOCKS][TILE_N / 2];
     multiply<TILE_N, BLOCKS, A_TRANSPOSED, B_TRANSPOSED>(sums, ring[0], stages, turn, work.steps(part), SHARED ? consumer : 0,
                                                          SHARED ? nullptr : &ring[0].next[consumer ^ 1]);
-    leave_all<BLOCKS, TILE_N, SHARED ? 8 : 4>(sums, end_of, part, stages + R::STAGES * R::BYTES, tile.row * TILE_M, tile.col * TILE_N);
+    leave_all<SHARED ? 8 : 4>(sums, end_of, part, stages + R::STAGES * R::BYTES, tile.row * TILE_M, tile.col * TILE_N);
   }
 }
 

@@ -85,8 +85,10 @@ template <class T> inline void store_stream(T* p, const T& v) { *p = v; }
 // An aligned 16-byte word of which some bytes are an operand's, the rest padding or a neighbour's: no checker may look at it.
 __attribute__((no_sanitize("address", "thread"), noinline)) inline uint4 load_whole_word(const uint4* p) { return *p; }
 inline void store16(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
+inline void store8(void* p, float2 v) { *static_cast<float2*>(p) = v; }
 inline void forget(int&) {}
 inline void forget(uint32_t&) {}
+inline void forget(int64_t&) {}
 inline void forget(float&) {}
 template <class T> inline void forget(T*&) {}
 inline uint32_t thread_again() { return threadIdx.x; }

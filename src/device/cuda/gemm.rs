@@ -85,7 +85,7 @@ pub(super) fn launch(q: &mut Queue, p: &Product) -> Result<()> {
 }
 
 /// Whether the kernel of a product of tn makes column sums of one factor beside it, the other one having `others` columns. Not of few: the sums of
-/// 256 columns take as long as the products with some 160, by the reckoning in `gemm_hopper.cu`.
+/// 256 columns take as long as the products with some 270, by the reckoning in `gemm_hopper.cu`.
 pub(super) fn sums_beside(q: &Queue, p: &Product, others: usize) -> bool {
     others >= LEAST_OTHERS && plan_of(q, p).path == Path::Hopper
 }

@@ -19,7 +19,7 @@ struct Width {
     at_once: usize,
     /// A step of k: the products' own 4 a column, and what the widths lose beside the widest, which brings the fewest bytes a product.
     step: usize,
-    /// Its sums' way out.
+    /// Its sums' way out as they are, by the account in `gemm_hopper.cu`.
     end: usize,
     /// Whether the next tile's products go on meanwhile.
     overlaps: bool,
@@ -27,9 +27,9 @@ struct Width {
 
 /// The widths of bf16, the widest first: that is taken where others are no faster.
 const WIDTHS: [Width; 3] = [
-    Width { cols: 256, at_once: 1, step: 1024, end: 2500, overlaps: false },
-    Width { cols: 192, at_once: 1, step: 800, end: 3500, overlaps: true },
-    Width { cols: 128, at_once: 1, step: 600, end: 2500, overlaps: true },
+    Width { cols: 256, at_once: 1, step: 1024, end: 3700, overlaps: false },
+    Width { cols: 192, at_once: 1, step: 800, end: 6200, overlaps: true },
+    Width { cols: 128, at_once: 1, step: 600, end: 3900, overlaps: true },
 ];
 /// The one width of f32, at three quarters of what the arithmetic units could.
 const F32_WIDTHS: [Width; 1] = [Width { cols: 128, at_once: 2, step: 21_800, end: 5000, overlaps: false }];
