@@ -1,7 +1,50 @@
 //! Trains Transformers and CNNs that are larger than the memory they are given.
 //!
 //! A model is traced once into a graph ([`graph`]), differentiated, cut into shards under a memory budget ([`spill`]) and
-//! run on lanes with the copies beside the arithmetic ([`engine`]). See ARCHITECTURE.md for the map.
+//! run on lanes with the copies beside the arithmetic ([`engine`]). The bits of the result do not depend on the budget, the cut, the devices
+//! or the number of threads. A small GPT on a device with a quarter of the memory that its state takes:
+//!
+//! ```
+//! use hydra::data::{RandomSource, RandomOptions, names};
+//! use hydra::base::{DType, Shape};
+//! use hydra::device::{DeviceSpec, calibrate};
+//! use hydra::nn::from_config;
+//! use hydra::spill::PlanOptions;
+//! use hydra::train::{Session, StepReport, TrainOptions, Weights, prepare};
+//! use std::sync::atomic::AtomicBool;
+//!
+//! # fn main() -> hydra::base::Result<()> {
+//! let config = serde_json::json!({ "n_layer": 8, "n_embd": 32, "n_head": 2, "n_positions": 16, "vocab_size": 64 });
+//! let gpt = from_config("gpt2", config.as_object().expect("written as an object"), true)?;
+//! let tensors = [names::INPUT_IDS, names::LABELS].map(|name| (name.to_string(), DType::I32, Shape::from([16])));
+//! let data = RandomSource::new(&RandomOptions { tensors: tensors.to_vec(), vocab: 64, classes: 64, batch: 4, seed: 1 })?;
+//! let plan = PlanOptions { device_budget: Some(400_000), ..PlanOptions::default() };
+//! let options = TrainOptions { batch: 4, microbatch: 2, plan, ..TrainOptions::new(3) };
+//! // What this machine achieves; a plan goes by it. Written down once, it can be read from a file instead.
+//! let cost = calibrate(&DeviceSpec::default())?;
+//! let (model, plan) = prepare(gpt.as_ref(), &data, &options, &cost)?;
+//! assert!(plan.arena.bytes <= 400_000 && 16 * model.layout.parameter_bytes / 4 > 1_600_000);
+//! let mut session = Session::new(gpt.as_ref(), Weights::Random, (model, plan), Box::new(data), None, options)?;
+//! let mut watch = |step: &StepReport| {
+//!     println!("loss {:.3}", step.result.loss);
+//!     Ok(())
+//! };
+//! session.run(&mut watch, &AtomicBool::new(false))
+//! # }
+//! ```
+//!
+//! | to | see |
+//! | --- | --- |
+//! | train with losses, schedules, validation and checkpoints | [`train::Session`]; for several models [`train::Fleet`] |
+//! | run steps in a loop of your own, and read and write weights | [`engine::Engine`], which takes a [`spill::Plan`] and a [`device::Device`] |
+//! | describe a network or a layer | [`nn::Network`], [`nn::layers`], [`graph::Builder`] |
+//! | add an op with a kernel and a gradient | [`graph::CustomOp`] |
+//! | read and save Hugging Face directories | [`nn::open`], [`nn::save`], [`nn::from_config`] |
+//! | logits of a model | [`train::wait_forward`], [`engine::Engine::wait_logits`] |
+//! | decide which model's unit a device takes next | [`sched::Policy`]; on a virtual clock [`engine::simulate`] |
+//! | see where the time went | [`trace`] |
+//!
+//! README.md has examples of each, ARCHITECTURE.md the map.
 
 pub mod base;
 pub mod data;
