@@ -270,7 +270,6 @@ DEV void grad_kv(T* d_k, T* d_v, const T* d_out, const float* lse, const float* 
   Part part(s, s.kv_heads, s.keys);
   int group = s.heads / s.kv_heads, x = threadIdx.x % 16, y = threadIdx.x / 16, first = part.first;
   int64_t at = Head(s, part.batch, part.head * group).key(s), out_pitch = (int64_t)s.heads * s.width;
-  uint32_t shown = shown_of_4(s, mask ? mask + (int64_t)part.batch * s.keys : nullptr, first + 4 * y);
   float acc_k[4][4] = {}, acc_v[4][4] = {};
   Rows<T> keys = key_rows(k + at, s, first), values = key_rows(v + at, s, first);
   for (int h = part.head * group; h < (part.head + 1) * group; h++) {
@@ -290,7 +289,7 @@ DEV void grad_kv(T* d_k, T* d_v, const T* d_out, const float* lse, const float* 
         Pack<float> kept;
 #pragma unroll
         for (int r = 0; r < 4; r++) {
-          float p = sees(s, shown, i, first + 4 * y, r) ? exp2f(fmaf(w[r][c], s.scale * LOG2_E, -top)) : 0.0f;
+          float p = !s.causal || first + 4 * y + r <= i ? exp2f(fmaf(w[r][c], s.scale * LOG2_E, -top)) : 0.0f;
           float factor = factor_of(s, drawn, 4 * c + r);
           kept.x[r] = p * factor;
           w[r][c] = p * fmaf(d[r][c], factor, -dot);
@@ -302,6 +301,15 @@ DEV void grad_kv(T* d_k, T* d_v, const T* d_out, const float* lse, const float* 
       keep_weights(shared, w, x, y);
       gather(acc_k, shared, queries, part.col, x, y);
     }
+  }
+  // A hidden key's weights are in its own rows alone.
+  if (mask) {
+    uint32_t shown = shown_of_4(s, mask + (int64_t)part.batch * s.keys, first + 4 * y);
+#pragma unroll
+    for (int r = 0; r < 4; r++)
+#pragma unroll
+      for (int c = 0; c < 4; c++)
+        if (!(shown >> r & 1)) acc_k[r][c] = acc_v[r][c] = 0;
   }
   at += first * (int64_t)s.kv_pitch + part.col;
   write_tile(d_k + at, s.kv_pitch, s.keys - first, s.width - part.col, acc_k, s.scale, x, y);
