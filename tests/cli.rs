@@ -463,7 +463,9 @@ fn a_run_that_was_stopped_goes_on_with_the_same_bits() {
             std::thread::sleep(Duration::from_millis(2));
         }
         if attempt < 2 {
-            Command::new("kill").args(["-TERM", &child.id().to_string()]).status().expect("kill");
+            // Twice at once, as `timeout` does it: to its child, and to the child's group.
+            let both = format!("kill -TERM {0}; kill -TERM {0}", child.id());
+            Command::new("sh").args(["-c", &both]).stderr(Stdio::null()).status().expect("kill");
         }
         let ran: Ran = child.wait_with_output().expect("an end").into();
         if ran.code == 0 {

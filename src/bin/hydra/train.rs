@@ -30,6 +30,7 @@ use std::path::Path;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Trains the job at `path`.
 ///
@@ -124,8 +125,11 @@ fn check_memory(planned: &PlannedJob) -> Result<()> {
     )))
 }
 
+/// A signal so soon after the first is the same wish: `timeout` sends one to its child and one to the child's group, and who types may type twice.
+const REPEATS: Duration = Duration::from_secs(2);
+
 /// What SIGINT and SIGTERM do. While a job is prepared, which may take minutes where a text is cut or a plan is searched, there is nothing to keep: they end the
-/// program. Later the first sets a flag, which is heeded between steps, and the second ends the program.
+/// program. Later the first sets a flag, which is heeded between steps, and another that is no repeat of it ends the program.
 struct Signals {
     stop: Arc<AtomicBool>,
     preparing: Arc<Mutex<bool>>,
@@ -135,6 +139,7 @@ impl Signals {
     fn heed() -> Result<Signals> {
         let signals = Signals { stop: Arc::default(), preparing: Arc::new(Mutex::new(true)) };
         let (flag, preparing) = (Arc::clone(&signals.stop), Arc::clone(&signals.preparing));
+        let mut asked_at: Option<Instant> = None;
         let handler = move || {
             // Held until the end, so that no run begins meanwhile.
             if *preparing.lock().unwrap_or_else(PoisonError::into_inner) {
@@ -142,7 +147,9 @@ impl Signals {
                 crate::complain(&error.to_string());
                 std::process::exit(error.exit_code().into());
             }
-            if flag.swap(true, Ordering::Relaxed) {
+            flag.store(true, Ordering::Relaxed);
+            if asked_at.get_or_insert_with(Instant::now).elapsed() > REPEATS {
+                crate::complain("a second signal: the run ends at once; of each model its last checkpoint is kept");
                 std::process::exit(1);
             }
         };
