@@ -22,6 +22,7 @@ use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Instant;
 
 /// A model of the mixed six, and how it is trained.
 struct Entry {
@@ -74,6 +75,8 @@ fn alone(entries: &[Entry]) -> Vec<Outcome> {
 #[derive(Default)]
 struct Collect {
     outcome: Outcome,
+    /// Of its steps.
+    secs: f64,
     /// Fails after this many steps.
     fails_after: Option<u64>,
 }
@@ -82,6 +85,7 @@ impl Observer for Collect {
     fn step(&mut self, report: &StepReport) -> hydra::base::Result<()> {
         self.outcome.losses.push(report.result.loss.to_bits());
         self.outcome.norms.push(report.result.grad_norm.to_bits());
+        self.secs += report.result.secs;
         match self.fails_after {
             Some(steps) if report.result.step + 1 >= steps => Err(Error::bad("had enough")),
             _ => Ok(()),
@@ -203,6 +207,7 @@ fn run_with(
     // Behind an update on the device the next unit may stand even so.
     let alone = one_slot && takes_turns && placed.iter().all(|p| !p.plan.choice.updates_on_device);
     let mut fleet = Fleet::new(recruits, device, turns).expect("a fleet");
+    let in_line = lines.len() == 1;
     if !lines.is_empty() {
         fleet.line_up(lines);
     }
@@ -225,7 +230,11 @@ fn run_with(
         collects[fails].fails_after = Some(2);
     }
     let mut observers: Vec<&mut dyn Observer> = collects.iter_mut().map(|c| c as &mut dyn Observer).collect();
+    let began = Instant::now();
     fleet.run(&mut observers, &AtomicBool::new(false)).expect("no device fails");
+    // Of models that run one after another each second is one model's, and none before the first begins.
+    let (secs, most) = (collects.iter().map(|c| c.secs).sum::<f64>(), began.elapsed().as_secs_f64());
+    assert!(!in_line || secs <= most, "{secs} s of steps in {most} s");
     let (looked, ahead) = looks.get();
     assert!(
         looked > 100 && (ahead > 0 || one_slot) && (ahead == 0 || !alone),

@@ -365,7 +365,11 @@ impl Fleet {
                 let stage = &mut self.trainees[model].stage;
                 match stage {
                     Stage::Done | Stage::Failed(_) => drop(line.pop_front()),
-                    Stage::Waiting if !stopping => *stage = Stage::Training,
+                    Stage::Waiting if !stopping => {
+                        *stage = Stage::Training;
+                        // What it waited for is no part of its first step: models ahead of it, or weights on their way into the store.
+                        self.engine.skip_time(model);
+                    }
                     _ => break,
                 }
             }
