@@ -22,6 +22,8 @@ const FORMAT: &str = "hydra-checkpoint-1";
 const DTYPE: &str = "dtype";
 /// The key of what cuts the model's text.
 const TOKENIZER: &str = "tokenizer";
+/// The key of whether the model had come to its end.
+const ENDED: &str = "ended";
 /// Keys of the optimizer on which it depends what the moments are.
 const KIND: &str = "optimizer.kind";
 const MOMENTUM: &str = "optimizer.momentum";
@@ -108,6 +110,18 @@ fn parts(model: &Model, moments: usize) -> Vec<(String, &Shape, Part)> {
 /// # Errors
 /// When the file cannot be written.
 pub fn write_checkpoint(path: &Path, engine: &Engine, of: usize, options: &TrainOptions, step: u64) -> Result<()> {
+    write(path, engine, of, options, (step, false))
+}
+
+/// The same for a model that has come to its end, once all else of it is saved: whoever finds the file has nothing left to do.
+///
+/// # Errors
+/// As [`write_checkpoint`].
+pub fn write_last_checkpoint(path: &Path, engine: &Engine, of: usize, options: &TrainOptions, step: u64) -> Result<()> {
+    write(path, engine, of, options, (step, true))
+}
+
+fn write(path: &Path, engine: &Engine, of: usize, options: &TrainOptions, (step, ended): (u64, bool)) -> Result<()> {
     let model = engine.model(of);
     let parts = parts(model, engine.plan(of).moments);
     let mut header = Map::new();
@@ -118,6 +132,7 @@ pub fn write_checkpoint(path: &Path, engine: &Engine, of: usize, options: &Train
     for (key, value) in updates(options) {
         metadata[key] = value.into();
     }
+    metadata[ENDED] = ended.to_string().into();
     metadata[DTYPE] = model.train.float.to_string().into();
     if let Some(tokenizer) = &options.tokenizer {
         metadata[TOKENIZER] = tokenizer.as_str().into();
@@ -186,6 +201,11 @@ impl Checkpoint {
     /// Steps done when it was written.
     pub fn step(&self) -> u64 {
         self.step
+    }
+
+    /// Whether the model had come to its end, and been saved. Checkpoints from before they said it were no others at their last step.
+    pub fn ended(&self) -> bool {
+        self.index.metadata().get(ENDED).is_none_or(|ended| ended == "true")
     }
 
     /// How `options` would update the model otherwise than the run that wrote this. Checkpoints from before they said it know of no difference.

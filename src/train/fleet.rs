@@ -400,6 +400,7 @@ impl Fleet {
     fn train_on(&mut self, model: usize, observer: &mut dyn Observer, stopping: bool) -> Result<()> {
         let every = self.trainees[model].options.valid_every.max(1);
         let done = self.trainees[model].done;
+        self.trainees[model].ends |= observer.wants_end();
         if std::mem::take(&mut self.trainees[model].owes_validation)
             && (done.is_multiple_of(every) || observer.wants_rest(done))
             && self.begin_validation(model)
@@ -409,7 +410,7 @@ impl Fleet {
         loop {
             let trainee = &self.trainees[model];
             let room = self.engine.steps_in_flight(model) < 2 && trainee.begun < trainee.options.steps;
-            if stopping || trainee.pause || !room {
+            if stopping || trainee.pause || trainee.ends || !room {
                 break;
             }
             self.begin(model)?;

@@ -12,7 +12,7 @@ mod selection;
 mod selection_log;
 mod session;
 
-pub use checkpoint::{Change, Checkpoint, write_checkpoint};
+pub use checkpoint::{Change, Checkpoint, write_checkpoint, write_last_checkpoint};
 pub use fleet::{Crew, Fleet, Recruit};
 pub use forward::wait_forward;
 pub use optimizer::{Optimizer, Schedule};

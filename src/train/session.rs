@@ -104,7 +104,7 @@ pub trait Observer {
         false
     }
 
-    /// Asked after every step and validation: whether the model ends here, as if these had been all its steps.
+    /// Asked before a step is begun, and after every step and validation: whether the model ends here, as if these had been all its steps.
     fn wants_end(&mut self) -> bool {
         false
     }

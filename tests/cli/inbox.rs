@@ -228,3 +228,22 @@ fn a_run_of_one_model_takes_no_other_but_is_cancelled() {
     let ran = job.hydra(&["train", "--resume", "auto"]).fine();
     assert!(ran.out.contains("m: 4 steps done"), "{ran:?}");
 }
+
+#[test]
+fn a_cancelled_model_that_was_not_saved_is_saved_by_the_run_that_goes_on() {
+    let job = Job::new(&steps(&model("m", ""), 2_000_000_000));
+    let mut first = Running::start(&job, "first", &[]);
+    let rows = || read_rows(&job.at("runs/job/m/metrics.jsonl")).map_or(0, |rows| rows.len());
+    first.wait_until("a step", || rows() > 0);
+    Command::new("kill").args(["-TERM", &first.child.id().to_string()]).status().expect("kill");
+    assert_eq!(first.wait_end().code, 75);
+    // As if the program had died between reading this and saving the model.
+    let (done, taken) = (rows(), job.at("runs/job/inbox/m.cancel.taken"));
+    fs::write(&taken, "").expect("a file");
+    let ran = job.hydra(&["train", "--resume", "auto"]).fine();
+    assert!(ran.out.contains(&format!("m: cancelled, {done} steps done")), "{ran:?}");
+    assert_eq!(rows(), done, "no step of it is trained");
+    hydra::nn::open(&job.at("runs/job/m/model")).expect("what it has learnt is saved");
+    let ran = job.hydra(&["train", "--resume", "auto"]).fine();
+    assert!(ran.out.contains("nothing to do"), "{ran:?}");
+}

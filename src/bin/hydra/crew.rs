@@ -27,6 +27,8 @@ pub struct Standing {
     pub from: u64,
     /// How it had ended; nothing of it is trained then.
     pub ended: Option<Status>,
+    /// How it is to end where it was to before, and the run ended first: no step of it is trained, and what it has learnt is saved.
+    pub ends: Option<Status>,
 }
 
 /// Looks after the models of one run.
@@ -80,7 +82,9 @@ impl RunCrew<'_> {
         let Files { folder, metrics, judge } = files;
         let (model, from) = (&self.planned.models[number], self.standings[number].from);
         let progress = Progress::new(&self.board, &model.prepared.name, from, model.prepared.options.steps);
-        self.watches.push(Watch::new(model, (&folder, from), metrics, progress, self.stop, judge, validates));
+        let mut watch = Watch::new(model, (&folder, from), metrics, progress, self.stop, judge, validates);
+        self.standings[number].ends.iter().for_each(|status| watch.end_early(status.clone()));
+        self.watches.push(watch);
         self.active.push(number);
     }
 
@@ -115,7 +119,11 @@ impl RunCrew<'_> {
         self.inbox.take(letter);
         self.planned.job = job;
         self.planned.models.extend(added);
-        self.standings.extend((first..self.planned.models.len()).map(|_| Standing { from: 0, ended: None }));
+        self.standings.extend((first..self.planned.models.len()).map(|_| Standing {
+            from: 0,
+            ended: None,
+            ends: None,
+        }));
         let from: Vec<u64> = self.standings.iter().map(|s| s.from).collect();
         self.judges.extend(&self.planned.job, &from);
         for number in first..self.planned.models.len() {
@@ -167,11 +175,12 @@ impl RunCrew<'_> {
         };
         let at = self.active.iter().position(|&m| m == number).filter(|&at| self.watches[at].status.is_none());
         let Some(at) = at else { return Err(Error::bad(format!("{name:?} has come to its end already"))) };
-        if fleet.is_waiting(at) {
+        // One that goes on from a checkpoint has something to save, once it is its turn.
+        if fleet.is_waiting(at) && self.standings[number].from == 0 {
             fleet.cancel(at, Error::bad("cancelled"))?;
             self.watches[at].end(Status::Cancelled);
         } else {
-            self.watches[at].cancel();
+            self.watches[at].end_early(Status::Cancelled);
         }
         Ok(())
     }

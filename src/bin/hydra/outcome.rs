@@ -17,8 +17,8 @@ pub fn rows(crew: &RunCrew) -> Vec<ModelResult> {
         let directory = crew.dir.at(&model.name);
         let watch = crew.active.iter().position(|&a| a == m).map(|at| &crew.watches[at]);
         let (train_loss, valid_loss, secs) = match watch {
-            Some(watch) => (watch.loss, watch.valid_loss, watch.secs()),
-            None => from_before(&directory.join(rundir::METRICS)),
+            Some(watch) if watch.done > standing.from => (watch.loss, watch.valid_loss, watch.secs()),
+            _ => from_before(&directory.join(rundir::METRICS)),
         };
         ModelResult {
             model: m,

@@ -204,16 +204,21 @@ fn standings(
 ) -> Vec<Standing> {
     let from: Vec<u64> = checkpoints.iter().map(|c| c.as_ref().map_or(0, Checkpoint::step)).collect();
     let verdicts = judges.extend(&planned.job, &from);
-    let standing = |((model, from), verdict): ((&Rc<Planned>, u64), Verdict)| {
-        let ended = match verdict {
+    let standing = |((model, checkpoint), verdict): ((&Rc<Planned>, &Option<Checkpoint>), Verdict)| {
+        let from = checkpoint.as_ref().map_or(0, Checkpoint::step);
+        let end = match verdict {
             _ if from == model.prepared.options.steps => Some(Status::Done),
             _ if taken.cancelled.contains(&model.prepared.name) => Some(Status::Cancelled),
             Verdict::Stop(reason) => Some(Status::Stopped(reason)),
             Verdict::GoOn => None,
         };
-        Standing { from, ended }
+        // Where there is no checkpoint, there is nothing to save either.
+        match checkpoint.as_ref().is_none_or(Checkpoint::ended) {
+            true => Standing { from, ended: end, ends: None },
+            false => Standing { from, ended: None, ends: end.filter(|end| *end != Status::Done) },
+        }
     };
-    planned.models.iter().zip(from).zip(verdicts).map(standing).collect()
+    planned.models.iter().zip(checkpoints).zip(verdicts).map(standing).collect()
 }
 
 fn already_done(out: &Path, json: bool) -> Result<()> {
@@ -263,7 +268,8 @@ fn train_all(
         later.push((sources.valid.is_some(), twice));
         recruits.push(model.recruit(sources));
     }
-    let left = |&m: &usize| planned.models[m].prepared.options.steps.saturating_sub(standings[m].from);
+    // One that is only to be saved runs through none; a rehearsal wants one.
+    let left = |&m: &usize| planned.models[m].prepared.options.steps.saturating_sub(standings[m].from).max(1);
     let rehearsal = planned.rehearse(&active, &active.iter().map(left).collect::<Vec<u64>>())?;
     let sharing = match rehearsal {
         Some(found) => {

@@ -11,7 +11,7 @@ use hydra::nn;
 use hydra::train::Verdict;
 use hydra::train::metrics::{Metrics, Row, StepRow, ValidRow};
 use hydra::train::results::Status;
-use hydra::train::{Observer, StepReport, write_checkpoint};
+use hydra::train::{Observer, StepReport, write_checkpoint, write_last_checkpoint};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -78,9 +78,9 @@ impl<'a> Watch<'a> {
         }
     }
 
-    /// Lets it end after the steps in flight; what it has learnt is saved.
-    pub fn cancel(&mut self) {
-        self.ends.get_or_insert(Status::Cancelled);
+    /// Lets it end after the steps in flight, and as what; what it has learnt is saved.
+    pub fn end_early(&mut self, status: Status) {
+        self.ends.get_or_insert(status);
     }
 
     /// Notes how it ended.
@@ -116,7 +116,7 @@ impl<'a> Watch<'a> {
             && step < self.steps
         {
             self.progress.note(&format!("stopped: {reason}"));
-            self.ends.get_or_insert(Status::Stopped(reason));
+            self.end_early(Status::Stopped(reason));
         }
         Ok(())
     }
@@ -185,7 +185,8 @@ impl Observer for Watch<'_> {
     /// Saves the model; a checkpoint of its last step is written only after it, and so tells that there is nothing left to do.
     fn ended(&mut self, engine: &Engine, model: usize) -> Result<()> {
         save_model(&self.folder.join(rundir::MODEL), &self.planned, engine, model, self.done)?;
-        self.save(self.done, engine, model)?;
+        let path = self.folder.join(rundir::CHECKPOINT);
+        write_last_checkpoint(&path, engine, model, &self.planned.prepared.options, self.done)?;
         let early = self.ends.take().filter(|_| self.done < self.steps);
         self.end(early.unwrap_or(Status::Done));
         Ok(())
