@@ -507,6 +507,44 @@ fn a_run_that_was_stopped_goes_on_with_the_same_bits() {
 }
 
 #[test]
+fn a_signal_ends_a_validation_and_the_run_that_goes_on_does_it_again() {
+    let model = GPT
+        .replace("vocab_size = 61, ", "")
+        .replace("random = true", "text = 'corpus.txt', tokenizer = 'bytes', context = 16")
+        .replace("steps = 4", "steps = 2\nvalid = { text = 'held.txt', every = 9 }");
+    let job = Job::new(&model);
+    fs::write(job.at("corpus.txt"), "The quick brown fox jumps over the lazy dog. ".repeat(40)).expect("corpus");
+    // More than can be looked at in the time that this test has.
+    fs::write(job.at("held.txt"), "Held out. ".repeat(3_000_000)).expect("text");
+    let child = Command::new(env!("CARGO_BIN_EXE_hydra"))
+        .args(["train", &job.at("job.toml").display().to_string()])
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the program runs");
+    let rows = || read_rows(&job.at("runs/job/m/metrics.jsonl")).unwrap_or_default();
+    let began = Instant::now();
+    while rows().len() < 2 {
+        assert!(began.elapsed() < Duration::from_secs(60), "it does not train");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    std::thread::sleep(Duration::from_millis(100));
+    let asked = Instant::now();
+    Command::new("kill").args(["-TERM", &child.id().to_string()]).status().expect("kill");
+    let ran: Ran = child.wait_with_output().expect("an end").into();
+    ran.fails(75, &["interrupted at step 2, after a checkpoint"]);
+    assert!(asked.elapsed() < Duration::from_secs(20), "it has looked at all that is held out");
+    assert!(!job.at("runs/job/m/model").exists() && rows().len() == 2);
+    fs::write(job.at("held.txt"), "Held out. ".repeat(9)).expect("text");
+    let ran = job.hydra(&["train", "--resume", "require"]).fine();
+    assert!(ran.out.contains("m: 2 steps done") && ran.out.contains("held-out loss"), "{ran:?}");
+    let kinds: Vec<bool> = rows().iter().map(|row| matches!(row, Row::Step(_))).collect();
+    assert_eq!(kinds, [true, true, false]);
+    assert!(job.at("runs/job/m/model/model.safetensors").exists());
+    assert!(job.hydra(&["train", "--resume", "auto"]).fine().out.contains("nothing to do"));
+}
+
+#[test]
 fn a_run_goes_on_with_another_learning_rate_and_says_so() {
     let job = Job::new(
         &format!("{}{GPT}optimizer = {{ kind = 'sgd', momentum = 0.9 }}\n", two_models()).replacen("\"m\"", "\"k\"", 1),

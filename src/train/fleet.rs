@@ -423,19 +423,20 @@ impl Fleet {
         }
         // At rest: paused, stopped, or at the end.
         self.engine.wait_home(model)?;
-        let (done, steps, ends) = {
+        let (done, over) = {
             let trainee = &self.trainees[model];
-            (trainee.done, trainee.options.steps, trainee.ends)
+            (trainee.done, trainee.ends || trainee.done == trainee.options.steps)
         };
         observer.checkpoint(done, &self.engine, model)?;
         let trainee = &mut self.trainees[model];
         trainee.pause = false;
-        if stopping && done < steps && !ends {
+        // A validation may take long; the run that goes on does it.
+        if stopping && (!over || trainee.valid.is_some()) {
             trainee.owes_validation = done > 0;
             trainee.stage = Stage::Waiting;
             return Ok(());
         }
-        let due = done == steps || ends || done.is_multiple_of(every) || observer.wants_rest(done);
+        let due = over || done.is_multiple_of(every) || observer.wants_rest(done);
         if due && self.begin_validation(model) {
             return self.validate_on(model, observer, stopping);
         }
@@ -487,7 +488,8 @@ impl Fleet {
         true
     }
 
-    /// Begins the evaluation of the next held-out minibatch, or tells the observer what they came to.
+    /// Begins the evaluation of the next held-out minibatch, or tells the observer what they came to. Where the run is to stop, those before were in
+    /// vain: the run that goes on begins anew.
     fn validate_on(&mut self, model: usize, observer: &mut dyn Observer, stopping: bool) -> Result<()> {
         loop {
             let trainee = &mut self.trainees[model];
@@ -502,6 +504,13 @@ impl Fleet {
                 self.rested(model, observer)?;
                 let ended = matches!(self.trainees[model].stage, Stage::Done);
                 return if ended { Ok(()) } else { self.train_on(model, observer, stopping) };
+            }
+            if stopping {
+                // Its state is in the host's store since it came to rest.
+                observer.checkpoint(trainee.done, &self.engine, model)?;
+                trainee.owes_validation = true;
+                trainee.stage = Stage::Waiting;
+                return Ok(());
             }
             source.fill(*next, &mut trainee.valid_batch)?;
             check_ids(&trainee.valid_batch, trainee.limits)?;

@@ -252,7 +252,7 @@ impl Session {
     /// [`TrainOptions::valid_every`] steps and at the end. Waits for the device throughout.
     ///
     /// # Errors
-    /// What the engine, the data or `observer` gives; [`Error::Interrupted`] when `stop` was set before the last step.
+    /// What the engine, the data or `observer` gives; [`Error::Interrupted`] when `stop` was set before the end, the validation there included.
     pub fn run(&mut self, observer: &mut dyn Observer, stop: &AtomicBool) -> Result<()> {
         let mut crew: Vec<&mut dyn Observer> = vec![observer];
         self.fleet.run(&mut crew, stop)?;

@@ -173,9 +173,9 @@ impl Observer for Watch<'_> {
     }
 
     fn checkpoint(&mut self, step: u64, engine: &Engine, model: usize) -> Result<()> {
-        // The last one is written after the model is saved.
-        let due = self.stop.load(Ordering::Relaxed) || self.wants_checkpoint();
-        if step < self.steps && due && self.ends.is_none() {
+        // At its end the model itself is saved, and a checkpoint after it; but for a run that stops before.
+        let ends = step == self.steps || self.ends.is_some();
+        if self.stop.load(Ordering::Relaxed) || self.wants_checkpoint() && !ends {
             self.save(step, engine, model)?;
             self.saved_at = Instant::now();
         }
