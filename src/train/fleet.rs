@@ -1,7 +1,8 @@
 //! Models in training together: one loop that keeps two steps of each in flight and takes whatever ends next.
 //!
-//! A model's data, validation, checkpoints and end are its own: nothing that one does waits for another, and what one computes does not
-//! depend on the others. One that fails ends with its reason, and the rest go on.
+//! A model's data, validation, checkpoints and end are its own, and what one computes does not depend on the others. Nor does one wait for
+//! what another does, but where a model is saved: one thread does all of this, and meanwhile the devices run out of work. One that fails ends
+//! with its reason, and the rest go on.
 
 use super::session::{Observer, StepReport, TrainOptions, Weights, batch_inputs};
 use crate::base::{Error, Result};

@@ -17,9 +17,11 @@ use hydra::spill::{FleetMap, Placed};
 use hydra::train::metrics::Metrics;
 use hydra::train::results::Status;
 use hydra::train::{Crew, Fleet, Observer};
+use std::cell::Cell;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 /// How far a model of the job had come when the run began, or when it came to the run.
 pub struct Standing {
@@ -48,6 +50,8 @@ pub struct RunCrew<'a> {
     /// Bytes of each device's arena.
     pub arenas: Vec<u64>,
     pub stop: &'a AtomicBool,
+    /// What the last checkpoints of all models took.
+    pub saving: Rc<Cell<Duration>>,
 }
 
 /// What a model writes while it trains.
@@ -82,7 +86,8 @@ impl RunCrew<'_> {
         let Files { folder, metrics, judge } = files;
         let (model, from) = (&self.planned.models[number], self.standings[number].from);
         let progress = Progress::new(&self.board, &model.prepared.name, from, model.prepared.options.steps);
-        let mut watch = Watch::new(model, (&folder, from), metrics, progress, self.stop, judge, validates);
+        let mut watch =
+            Watch::new(model, (&folder, from), metrics, progress, (self.stop, &self.saving), judge, validates);
         self.standings[number].ends.iter().for_each(|status| watch.end_early(status.clone()));
         self.watches.push(watch);
         self.active.push(number);

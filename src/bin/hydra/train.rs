@@ -320,6 +320,7 @@ fn train_all(
         inbox,
         arenas,
         stop,
+        saving: Rc::default(),
     };
     for (&m, valid) in active.iter().zip(validates) {
         crew.watch(m, valid)?;

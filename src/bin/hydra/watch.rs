@@ -12,14 +12,22 @@ use hydra::train::Verdict;
 use hydra::train::metrics::{Metrics, Row, StepRow, ValidRow};
 use hydra::train::results::Status;
 use hydra::train::{Observer, StepReport, write_checkpoint, write_last_checkpoint};
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// A run that is killed without a word loses no more than this.
+/// A run that is killed without a word loses no more than this, unless saving takes long.
 const BETWEEN_CHECKPOINTS: Duration = Duration::from_secs(600);
+/// Saving holds up all models of the run: it takes no more than a twentieth of the time.
+const SHARE_OF_SAVING: u32 = 20;
+
+/// Time between a model's checkpoints, where one of each model takes `saving` in all.
+fn between_checkpoints(saving: Duration) -> Duration {
+    BETWEEN_CHECKPOINTS.max(saving.saturating_mul(SHARE_OF_SAVING))
+}
 
 /// Watches one model.
 pub struct Watch<'a> {
@@ -29,8 +37,11 @@ pub struct Watch<'a> {
     stop: &'a AtomicBool,
     folder: PathBuf,
     steps: u64,
-    /// When the last checkpoint was written.
+    /// When the last checkpoint was written, and what that took.
     saved_at: Instant,
+    took: Duration,
+    /// What the last checkpoints of all models in training took.
+    saving: Rc<Cell<Duration>>,
     tokens: Option<u64>,
     samples: u64,
     /// What may end it early.
@@ -54,7 +65,7 @@ impl<'a> Watch<'a> {
         (folder, from): (&Path, u64),
         metrics: Metrics,
         progress: Progress,
-        stop: &'a AtomicBool,
+        (stop, saving): (&'a AtomicBool, &Rc<Cell<Duration>>),
         judge: Option<Judge>,
         validates: bool,
     ) -> Watch<'a> {
@@ -65,6 +76,8 @@ impl<'a> Watch<'a> {
             folder: folder.to_path_buf(),
             steps: planned.prepared.options.steps,
             saved_at: Instant::now(),
+            took: Duration::ZERO,
+            saving: Rc::clone(saving),
             tokens: planned.prepared.step_tokens(),
             samples: planned.prepared.options.batch as u64,
             judge,
@@ -85,6 +98,7 @@ impl<'a> Watch<'a> {
 
     /// Notes how it ended.
     pub fn end(&mut self, status: Status) {
+        self.note_saving(Duration::ZERO);
         self.progress.end(&status);
         if status == Status::Cancelled {
             let name = &self.planned.prepared.name;
@@ -104,9 +118,17 @@ impl<'a> Watch<'a> {
     }
 
     /// Writes a checkpoint after `step` steps.
-    fn save(&self, step: u64, engine: &Engine, model: usize) -> Result<()> {
-        let path = self.folder.join(rundir::CHECKPOINT);
-        write_checkpoint(&path, engine, model, &self.planned.prepared.options, step)
+    fn save(&mut self, step: u64, engine: &Engine, model: usize) -> Result<()> {
+        let (path, began) = (self.folder.join(rundir::CHECKPOINT), Instant::now());
+        write_checkpoint(&path, engine, model, &self.planned.prepared.options, step)?;
+        self.saved_at = Instant::now();
+        self.note_saving(self.saved_at - began);
+        Ok(())
+    }
+
+    fn note_saving(&mut self, took: Duration) {
+        self.saving.set((self.saving.get() + took).saturating_sub(self.took));
+        self.took = took;
     }
 
     /// Tells its judge how it does.
@@ -169,7 +191,7 @@ impl Observer for Watch<'_> {
     }
 
     fn wants_checkpoint(&mut self) -> bool {
-        self.saved_at.elapsed() >= BETWEEN_CHECKPOINTS
+        self.saved_at.elapsed() >= between_checkpoints(self.saving.get())
     }
 
     fn checkpoint(&mut self, step: u64, engine: &Engine, model: usize) -> Result<()> {
@@ -177,7 +199,6 @@ impl Observer for Watch<'_> {
         let ends = step == self.steps || self.ends.is_some();
         if self.stop.load(Ordering::Relaxed) || self.wants_checkpoint() && !ends {
             self.save(step, engine, model)?;
-            self.saved_at = Instant::now();
         }
         Ok(())
     }
@@ -210,4 +231,16 @@ fn save_model(dir: &Path, planned: &Planned, engine: &Engine, model: usize, step
         (None, Some(&i)) => Ok(engine.read_state(model, i)),
         (None, None) => Err(Error::bad(format!("tensor {name}: the network has no such tensor"))),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn saving_takes_a_twentieth_of_the_time_at_most() {
+        for (saving, between) in [(0, 600), (30, 600), (31, 620), (3600, 72_000)] {
+            assert_eq!(between_checkpoints(Duration::from_secs(saving)), Duration::from_secs(between));
+        }
+    }
 }
