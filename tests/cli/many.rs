@@ -40,8 +40,14 @@ fn models_trained_together_are_those_trained_one_after_another() {
     let refused = job.hydra(&["train", "--set", "run.out=none", "--set", &below]);
     refused.fails(2, &["the models together need", &budget.to_string()]);
     assert!(refused.err.contains(&format!("memory = {budget}")), "{refused:?}");
-    // The same run again has nothing to do; another is refused.
+    // The same run again has nothing to do but to write what it may have had no time for; another is refused.
+    let results = fs::read(job.at("alone/results.csv")).expect("results.csv");
+    fs::remove_file(job.at("alone/results.csv")).expect("it is there");
     assert!(job.hydra(&[&alone[..], &["--resume", "auto"]].concat()).fine().out.contains("nothing to do"));
+    assert!(fs::read(job.at("alone/results.csv")).expect("results.csv") == results);
+    let said = job.hydra(&[&alone[..], &["--resume", "auto", "--json"]].concat()).fine().json();
+    let models = said["models"].as_array().expect("a list");
+    assert!(models.len() == 3 && models.iter().all(|m| m["status"] == "done" && m["steps"] == 4), "{said}");
     job.hydra(&alone).bad(&["holds a run already"]);
 }
 

@@ -1,21 +1,22 @@
 //! What became of a run's models: the rows of results.csv, of the JSON object at the end, and of the table.
 
-use crate::crew::RunCrew;
+use crate::crew::Standing;
+use crate::job::Job;
 use crate::planning::PlannedJob;
 use crate::print::{say, table};
 use crate::rundir::{self, RunDir};
+use crate::watch::Watch;
 use hydra::base::format_secs;
 use hydra::train::metrics::{Row, read_rows, secs};
 use hydra::train::results::{self, ModelResult, Status};
 use serde_json::{Value, json};
 use std::path::Path;
 
-/// A row for each model of the job, those that ended before this start of the run included.
-pub fn rows(crew: &RunCrew) -> Vec<ModelResult> {
+/// A row for each model of the job, those that ended before this start of the run included; `watch` gives who watches a model by its number.
+pub fn rows<'a>(job: &Job, standings: &[Standing], watch: impl Fn(usize) -> Option<&'a Watch<'a>>) -> Vec<ModelResult> {
     let row = |m: usize| {
-        let (model, standing) = (&crew.planned.job.models[m], &crew.standings[m]);
-        let directory = crew.dir.at(&model.name);
-        let watch = crew.active.iter().position(|&a| a == m).map(|at| &crew.watches[at]);
+        let (model, standing, watch) = (&job.models[m], &standings[m], watch(m));
+        let directory = job.run.out.join(&model.name);
         let (train_loss, valid_loss, secs) = match watch {
             Some(watch) if watch.done > standing.from => (watch.loss, watch.valid_loss, watch.secs()),
             _ => from_before(&directory.join(rundir::METRICS)),
@@ -32,7 +33,7 @@ pub fn rows(crew: &RunCrew) -> Vec<ModelResult> {
             directory,
         }
     };
-    (0..crew.planned.job.models.len()).map(row).collect()
+    (0..job.models.len()).map(row).collect()
 }
 
 /// The last losses and the seconds of a model that trained before; what cannot be read is not known.

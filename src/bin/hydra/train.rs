@@ -53,7 +53,7 @@ pub fn run(path: &Path, sets: &[String], resume: Resume, json: bool) -> Result<(
     let mut judges = Judges::new(&out, found)?;
     let standings = standings(&planned, &checkpoints, &taken, &mut judges);
     if standings.iter().all(|s| s.ended.is_some()) {
-        return already_done(&out, json);
+        return already_done(&planned.job, &standings, json);
     }
     check_memory(&planned)?;
     for (m, checkpoint) in checkpoints.iter().enumerate().filter(|(m, _)| standings[*m].ended.is_none()) {
@@ -221,18 +221,27 @@ fn standings(
     planned.models.iter().zip(checkpoints).zip(verdicts).map(standing).collect()
 }
 
-fn already_done(out: &Path, json: bool) -> Result<()> {
+/// Says so, and writes what the run may have had no time for.
+fn already_done(job: &Job, standings: &[Standing], json: bool) -> Result<()> {
+    let out = &job.run.out;
+    let rows = outcome::rows(job, standings, |_| None);
+    write_results(&out.join(rundir::RESULTS), &rows)?;
     let folder = out.join(rundir::INBOX);
     let waiting = Inbox::new(folder.clone()).wait_look().len();
     if waiting > 0 {
         warn(format!("{}: of no use to a run that is done: {waiting} waiting there", folder.display()));
     }
     if json {
-        say(json!({ "run": out, "models": [] }));
+        say(json!({ "run": out, "models": rows.iter().map(outcome::row_json).collect::<Vec<_>>() }));
     } else {
         say(format!("{}: the run is done already; nothing to do", out.display()));
     }
     Ok(())
+}
+
+/// Writes results.csv, of several models.
+fn write_results(path: &Path, rows: &[ModelResult]) -> Result<()> {
+    if rows.len() > 1 { results::write(path, rows) } else { Ok(()) }
 }
 
 /// Writes what marks the directory as a run's.
@@ -342,11 +351,10 @@ fn train_all(
         return Err(kept(named(&model.prepared.name, error)));
     }
     result.map_err(kept)?;
+    let watch = |m: usize| crew.active.iter().position(|&a| a == m).map(|at| &crew.watches[at]);
+    let rows = outcome::rows(&crew.planned.job, &crew.standings, watch);
+    write_results(&crew.dir.at(rundir::RESULTS), &rows).map_err(kept)?;
     recorded.map_err(kept)?;
-    let rows = outcome::rows(&crew);
-    if rows.len() > 1 {
-        results::write(&crew.dir.at(rundir::RESULTS), &rows).map_err(kept)?;
-    }
     if !quiet {
         outcome::tell(&crew.planned, crew.dir, &rows);
     }
