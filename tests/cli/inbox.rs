@@ -158,7 +158,7 @@ fn models_come_and_go_and_leave_the_bits_of_all_alone() {
     assert!(reason.contains("is NaN in f32"), "{reason}");
     drop_in(&job, "runs/job", "endless.cancel", "");
     let second = second.wait_end();
-    assert_eq!(second.code, 1, "{second:?}");
+    assert_eq!(second.code, 2, "{second:?}");
     let notes = notes(&second);
     assert!(notes.len() == 3 && notes[0].starts_with("e: has joined the run ("), "{notes:?}");
     assert!(notes[1].starts_with("hot: has joined the run ("), "{notes:?}");
@@ -182,7 +182,7 @@ fn models_come_and_go_and_leave_the_bits_of_all_alone() {
     }
     // Once more: what has ended is left as it is, what has failed may have a better machine now.
     let third = job.hydra(&["train", "--resume", "auto"]);
-    third.fails(1, &["1 of 6 models failed", "hot"]);
+    third.fails(2, &["1 of 6 models failed", "hot"]);
     let results = fs::read_to_string(job.at("runs/job/results.csv")).expect("results.csv");
     let row = |name: &str| results.lines().find(|l| l.starts_with(name)).expect("a row").to_string();
     for (name, steps) in [("a", 90), ("b", 70), ("c", 110), ("e", 20)] {

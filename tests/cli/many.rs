@@ -74,7 +74,7 @@ fn one_that_fails_ends_with_its_reason_and_the_others_go_on() {
     let hot = "optimizer = { kind = 'sgd', lr = 1e30 }";
     let job = Job::new(&(model("fine", "") + &model("hot", hot).replace("steps = 4", "steps = 9")));
     let ran = job.hydra(&["train"]);
-    ran.fails(1, &["1 of 2 models failed", "hot", "the loss is"]);
+    ran.fails(2, &["1 of 2 models failed", "hot", "the loss is"]);
     let results = fs::read_to_string(job.at("runs/job/results.csv")).expect("results.csv");
     let row = |name: &str| results.lines().find(|l| l.starts_with(name)).expect("a row").to_string();
     assert!(row("fine,").contains(",done,") && row("hot,").contains(",failed,"), "{results}");

@@ -18,6 +18,7 @@ use hydra::train::metrics::Metrics;
 use hydra::train::results::Status;
 use hydra::train::{Crew, Fleet, Observer};
 use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -50,6 +51,8 @@ pub struct RunCrew<'a> {
     /// Bytes of each device's arena.
     pub arenas: Vec<u64>,
     pub stop: &'a AtomicBool,
+    /// The exit codes of models that have failed, by number in the job.
+    pub codes: BTreeMap<usize, u8>,
     /// What the last checkpoints of all models took.
     pub saving: Rc<Cell<Duration>>,
 }
@@ -138,6 +141,7 @@ impl RunCrew<'_> {
                 Ok(()) => note(format!("{name}: has joined the run ({})", path.display())),
                 Err(error) => {
                     warn(format!("{}: {name}: {error}", path.display()));
+                    self.codes.insert(number, error.exit_code());
                     self.standings[number].ended = Some(Status::Failed(error.to_string()));
                 }
             }
@@ -194,6 +198,7 @@ impl RunCrew<'_> {
     fn note_failures(&mut self, fleet: &Fleet) {
         for (number, watch) in self.watches.iter_mut().enumerate().filter(|(_, w)| w.status.is_none()) {
             if let Some(error) = fleet.failure(number) {
+                self.codes.insert(self.active[number], error.exit_code());
                 watch.end(Status::Failed(error.to_string()));
             }
         }

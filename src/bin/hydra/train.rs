@@ -26,6 +26,7 @@ use hydra::train::results::{self, ModelResult, Status};
 use hydra::train::{Checkpoint, Fleet, Verdict};
 use serde_json::{Value, json};
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -329,6 +330,7 @@ fn train_all(
         inbox,
         arenas,
         stop,
+        codes: BTreeMap::new(),
         saving: Rc::default(),
     };
     for (&m, valid) in active.iter().zip(validates) {
@@ -361,7 +363,9 @@ fn train_all(
     let failed: Vec<&ModelResult> = rows.iter().filter(|r| matches!(r.status, Status::Failed(_))).collect();
     let failed = failed.first().map(|first| {
         let (count, all, name, why) = (failed.len(), rows.len(), &first.name, first.status.reason());
-        Error::Device(format!("{count} of {all} models failed; {name}: {why}"))
+        let message = format!("{count} of {all} models failed; {name}: {why}");
+        // The code that the first would have had alone.
+        if crew.codes.get(&first.model) == Some(&2) { Error::BadInput(message) } else { Error::Device(message) }
     });
     Ok(Trained { models: rows.iter().map(outcome::row_json).collect(), failed })
 }
