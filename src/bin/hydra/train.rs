@@ -42,6 +42,8 @@ pub fn run(path: &Path, sets: &[String], resume: Resume, json: bool) -> Result<(
     let mut job = Job::load(path, sets)?;
     let out = job.run.out.clone();
     let goes_on = resume != Resume::Never && out.join(rundir::PLAN).exists();
+    // Before anything of it is read, so that nobody changes it meanwhile.
+    let held = goes_on.then(|| RunDir::take(&out)).transpose()?;
     let taken = if goes_on { Inbox::taken(&out.join(rundir::INBOX)) } else { Taken::default() };
     taken.jobs.iter().try_for_each(|path| job.add(path))?;
     let planned = plan_loaded(path, job, &Rc::default(), true)?;
@@ -64,7 +66,7 @@ pub fn run(path: &Path, sets: &[String], resume: Resume, json: bool) -> Result<(
         summary(&planned);
     }
     signals.wait_for_the_step();
-    let mut dir = RunDir::take(&out)?;
+    let mut dir = held.map_or_else(|| RunDir::take(&out), Ok)?;
     let trained = start(&mut dir, &planned)
         .and_then(|()| train_all(&mut dir, planned, (standings, checkpoints, judges), &signals.stop, json));
     match trained {
