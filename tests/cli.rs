@@ -693,7 +693,8 @@ fn a_sweep_does_what_all_options_say_or_fails() {
     let job = Job::new(&format!("[[device]]\nkind = 'sim'\nprofile = 'v100'\nmemory = '1 MiB'\n{}", two_models()));
     let rows = |args: &[&str]| -> Vec<Value> {
         let ran = job.hydra(&[&["simulate", "--json"], args].concat()).fine();
-        serde_json::from_str(&ran.out).expect("a list")
+        let said: Value = serde_json::from_str(&ran.out).expect("one JSON object");
+        said["sweep"].as_array().expect("a list").clone()
     };
     // An option beside a sweep holds for every row: one at a time, a second device is of no use.
     let of = |policy: &str| {
@@ -702,6 +703,15 @@ fn a_sweep_does_what_all_options_say_or_fails() {
     };
     let (alone, together) = (of("one-at-a-time"), of("fifo"));
     assert!(alone[0] == alone[1] && together[0] > together[1], "{alone:?} {together:?}");
+    // A row says what a simulation of its own says.
+    let row = &rows(&["--policy", "srtf", "--sweep", "devices=2", "--sweep", "memory=2 MiB"])[0];
+    let own =
+        job.hydra(&["simulate", "--json", "--policy", "srtf", "--devices", "2", "--set", "device.0.memory=2 MiB"]);
+    let own = own.fine().json();
+    for key in ["makespan_secs", "bound_secs", "utilisation", "policy"] {
+        assert!(!row[key].is_null() && row[key] == own[key], "{key}: {row} {own}");
+    }
+    assert_eq!((&row["devices"], &row["memory"]), (&json!(2), &json!("2 MiB")));
     // All words and flags of a job may be swept.
     let both = rows(&["--policy", "locality-lrtf", "--sweep", "pipeline=auto,never", "--sweep", "rehearse=true,false"]);
     let pairs: Vec<_> = both.iter().map(|row| (row["pipeline"].as_str(), row["rehearse"].as_str())).collect();
@@ -735,8 +745,8 @@ fn a_sweep_does_what_all_options_say_or_fails() {
     assert_eq!(ran.out.matches("the models together need").count(), 2, "{ran:?}");
     let ran = job.hydra(&["simulate", "--json", "--sweep", "memory=1 KiB"]);
     ran.bad(&["--sweep: its one combination does not fit: device memory"]);
-    let said: Value = serde_json::from_str(&ran.out).expect("a list");
-    assert!(said[0]["reason"].as_str().is_some_and(|why| why.contains("device memory")), "{said}");
+    let said: Value = serde_json::from_str(&ran.out).expect("one JSON object");
+    assert!(said["sweep"][0]["reason"].as_str().is_some_and(|why| why.contains("device memory")), "{said}");
 }
 
 #[test]

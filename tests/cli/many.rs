@@ -137,7 +137,7 @@ fn simulations_say_what_the_schedule_comes_to() {
     }
     let table =
         job.hydra(&["simulate", "--json", "--sweep", "policy=fifo,srtf", "--sweep", "devices=1,2,3"]).fine().json();
-    assert_eq!(table.as_array().map(Vec::len), Some(6));
+    assert_eq!(table["sweep"].as_array().map(Vec::len), Some(6));
     job.hydra(&["train"]).bad(&["device.0.kind", "\"sim\" has a clock and no arithmetic"]);
 }
 

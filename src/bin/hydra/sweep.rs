@@ -41,7 +41,15 @@ struct Point {
 struct Figures {
     makespan_secs: f64,
     bound_secs: f64,
-    utilisation: f64,
+    /// Of each device.
+    utilisation: Vec<f64>,
+    policy: &'static str,
+}
+
+impl Figures {
+    fn mean_utilisation(&self) -> f64 {
+        self.utilisation.iter().sum::<f64>() / self.utilisation.len().max(1) as f64
+    }
 }
 
 /// Simulates every combination; with `out`, writes sweep.csv and sweep.svg there.
@@ -74,10 +82,11 @@ pub fn run(path: &Path, wishes: &Wishes, sweep: &[String], out: Option<&Path>, j
             sets.push(if plain { format!("{setting}={value}") } else { format!("{setting}=\"{value}\"") });
         }
         let outcome = match simulate_job(path, &sets, &texts, None) {
-            Ok((_, s)) => Ok(Figures {
+            Ok((planned, s)) => Ok(Figures {
                 makespan_secs: s.makespan_secs,
                 bound_secs: s.bounds.secs,
-                utilisation: s.utilisation.iter().sum::<f64>() / s.utilisation.len().max(1) as f64,
+                utilisation: s.utilisation,
+                policy: planned.job.run.policy.word(),
             }),
             Err(Error::OutOfBudget { message, smallest_device_bytes: bytes }) => {
                 would_fit = Some(would_fit.map_or(bytes, |least| least.min(bytes)));
@@ -103,7 +112,7 @@ pub fn run(path: &Path, wishes: &Wishes, sweep: &[String], out: Option<&Path>, j
         write_safely(&out.join("sweep.svg"), |file| file.write_all(svg.as_bytes()))?;
     }
     if json {
-        say(Value::from(points.iter().map(|p| point_json(&axes, p)).collect::<Vec<_>>()));
+        say(json!({ "sweep": points.iter().map(|p| point_json(&axes, p)).collect::<Vec<_>>() }));
     } else {
         tell(&axes, &points, out);
     }
@@ -133,7 +142,7 @@ fn tell(axes: &[Axis], points: &[Point], out: Option<&Path>) {
                 format_secs(f.makespan_secs),
                 format_secs(f.bound_secs),
                 format!("{:.1} %", 100.0 * (f.makespan_secs / f.bound_secs - 1.0)),
-                format!("{:.1} %", 100.0 * f.utilisation),
+                format!("{:.1} %", 100.0 * f.mean_utilisation()),
             ]),
             Err(why) => row.extend(["", "", "", "", why.as_str()].map(String::from)),
         }
@@ -194,7 +203,8 @@ fn csv(axes: &[Axis], points: &[Point]) -> String {
         let quoted = |why: &str| format!("\"{}\"", why.replace('"', "\"\""));
         text += &match &point.outcome {
             Ok(f) => {
-                format!("{},{:?},{:?},{:?},\n", point.values.join(","), f.makespan_secs, f.bound_secs, f.utilisation)
+                let (values, mean) = (point.values.join(","), f.mean_utilisation());
+                format!("{values},{:?},{:?},{mean:?},\n", f.makespan_secs, f.bound_secs)
             }
             Err(why) => format!("{},,,,{}\n", point.values.join(","), quoted(why)),
         };
@@ -235,18 +245,20 @@ fn plot(axes: &[Axis], points: &[Point]) -> SweepPlot {
     SweepPlot { title, axis: axis.key.clone(), values: axis.values.clone(), numbers: numbers(axis), lines }
 }
 
+/// The values, numbers as such, with what a simulation of its own says under the same keys.
 fn point_json(axes: &[Axis], point: &Point) -> Value {
-    let mut json = json!({});
+    let mut json = match &point.outcome {
+        Ok(f) => json!({
+            "makespan_secs": f.makespan_secs,
+            "bound_secs": f.bound_secs,
+            "utilisation": f.utilisation,
+            "policy": f.policy,
+        }),
+        Err(why) => json!({ "reason": why }),
+    };
     for (axis, value) in axes.iter().zip(&point.values) {
-        json[&axis.key] = value.as_str().into();
-    }
-    match &point.outcome {
-        Ok(f) => {
-            json["makespan_secs"] = f.makespan_secs.into();
-            json["bound_secs"] = f.bound_secs.into();
-            json["utilisation"] = f.utilisation.into();
-        }
-        Err(why) => json["reason"] = why.as_str().into(),
+        let number = serde_json::from_str(value).ok().filter(Value::is_number);
+        json[&axis.key] = number.unwrap_or_else(|| value.as_str().into());
     }
     json
 }
