@@ -174,6 +174,13 @@ fn bad_fleets() {
     ] {
         job.hydra(args).bad(&[says]);
     }
+    // One number for two kinds of devices.
+    let two_kinds = "[[device]]\nkind = 'sim'\nprofile = 'v100'\n".repeat(2);
+    let kinds = Job::new(&(two_kinds + &model("a", "")));
+    for args in [&["--devices", "4"][..], &["--sweep", "devices=1,2"], &["--devices", "4", "--sweep", "slots=1,2"]] {
+        kinds.hydra(&[&["simulate"], args].concat()).bad(&[args[0], "has 2 [[device]] tables", "device.0.count"]);
+    }
+    kinds.hydra(&["simulate", "--set", "device.1.count=3"]).fine();
     // Whole models on a device of 1 KiB: each is named.
     let tiny = ["--set", "device.0.memory=1024"];
     for (policy, says) in [("task-parallel", "fit whole on no device"), ("srtf", "the models together need")] {

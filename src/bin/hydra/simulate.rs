@@ -1,5 +1,6 @@
 //! `hydra simulate`: a job's schedule by the executor that trains, on simulated devices and a virtual clock.
 
+use crate::job::Job;
 use crate::placing::Sharing;
 use crate::planning::{PlannedJob, plan_job};
 use crate::print::{say, table};
@@ -36,6 +37,20 @@ impl Wishes<'_> {
         sets.extend(self.slots.map(|n| format!("run.slots={n}")));
         sets
     }
+
+    /// Refuses to count the devices of a job that has several kinds of them: the number would be of the first table alone.
+    ///
+    /// # Errors
+    /// [`Error::BadInput`] that names `option`; and as [`Job::load`].
+    pub fn check_counts(&self, path: &Path, option: &str) -> Result<()> {
+        match Job::load(path, self.sets)?.devices.len() {
+            0 | 1 => Ok(()),
+            n => Err(Error::bad(format!(
+                "{option}: {} has {n} [[device]] tables, and one number says nothing of how many there are of each; set device.0.count and the others",
+                path.display()
+            ))),
+        }
+    }
 }
 
 /// Simulates the job at `path`; with `out`, writes the schedule, the trace and the figures there.
@@ -43,6 +58,9 @@ impl Wishes<'_> {
 /// # Errors
 /// When the job is at fault, no plan fits, or a file cannot be written.
 pub fn run(path: &Path, wishes: &Wishes, out: Option<&Path>, json: bool) -> Result<()> {
+    if let Some(devices) = wishes.devices {
+        wishes.check_counts(path, &format!("--devices {devices}"))?;
+    }
     let (planned, simulation) = simulate_job(path, &wishes.settings(), &Rc::default(), out)?;
     let figures = figures(&planned, &simulation);
     if let Some(out) = out {

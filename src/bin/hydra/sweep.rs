@@ -60,6 +60,10 @@ impl Figures {
 pub fn run(path: &Path, wishes: &Wishes, sweep: &[String], out: Option<&Path>, json: bool) -> Result<()> {
     let axes = sweep.iter().map(|text| read_axis(text)).collect::<Result<Vec<Axis>>>()?;
     check_once(&axes, wishes)?;
+    if wishes.devices.is_some() || axes.iter().any(|axis| axis.key == "devices") {
+        let option = if wishes.devices.is_some() { "--devices" } else { "--sweep devices" };
+        wishes.check_counts(path, option)?;
+    }
     let combinations: usize = axes.iter().map(|a| a.values.len()).product();
     if combinations > MOST {
         return Err(Error::bad(format!("--sweep: {combinations} combinations; at most {MOST}")));
