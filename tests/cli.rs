@@ -750,6 +750,29 @@ fn a_sweep_does_what_all_options_say_or_fails() {
 }
 
 #[test]
+#[cfg(target_os = "linux")]
+fn what_cannot_be_printed_is_a_failure_and_what_nobody_reads_is_none() {
+    let job = Job::new(&format!("[[device]]\nkind = 'sim'\nprofile = 'v100'\n{GPT}"));
+    let prints_to = |job: &Job, args: &[&str], out: Stdio| -> Ran {
+        let mut program = Command::new(env!("CARGO_BIN_EXE_hydra"));
+        program.arg(args[0]).arg(job.at("job.toml")).args(&args[1..]).stdout(out).stderr(Stdio::piped());
+        program.spawn().expect("the program runs").wait_with_output().expect("an end").into()
+    };
+    let full = || Stdio::from(fs::File::options().write(true).open("/dev/full").expect("it is there"));
+    for args in [&["plan"][..], &["plan", "--json"], &["simulate", "--json"], &["simulate", "--sweep", "slots=1,2"]] {
+        prints_to(&job, args, full()).fails(1, &["cannot write to standard output"]);
+    }
+    let host = Job::new(GPT);
+    prints_to(&host, &["train", "--json"], full()).fails(1, &["cannot write to standard output"]);
+    assert!(host.at("runs/job/m/model/model.safetensors").exists(), "what was trained is there");
+    // A pipe whose reader has gone.
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    drop(reader);
+    let ran = prints_to(&job, &["plan"], writer.into());
+    assert_eq!((ran.code, ran.err.as_str()), (0, ""));
+}
+
+#[test]
 fn what_is_not_built_in_is_said() {
     let job = Job::new(GPT);
     fs::write(job.at("job.toml"), format!("[[device]]\nkind = 'host'\n{GPT}")).expect("job");

@@ -54,7 +54,13 @@ fn main() -> ExitCode {
     }));
     let args = Args::parse();
     match catch_unwind(AssertUnwindSafe(|| run(&args))) {
-        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Ok(())) => match print::refused() {
+            None => ExitCode::SUCCESS,
+            Some(error) => {
+                complain(&format!("cannot write to standard output: {error}"));
+                ExitCode::FAILURE
+            }
+        },
         Ok(Err(error)) => {
             complain(&error.to_string());
             ExitCode::from(error.exit_code())

@@ -1,21 +1,37 @@
-//! Printing to standard output, which may be a pipe that nobody reads any more.
+//! Printing to standard output, which may be a pipe that nobody reads any more, or a file on a disk that is full.
 
 use std::fmt::Display;
-use std::io::Write;
+use std::io::{self, ErrorKind, Write};
+use std::sync::OnceLock;
 
-/// Prints a line. Where nobody reads, the work goes on in silence: a run must not fail because `head` has seen enough.
+/// Why a line could not be printed, the first time.
+static REFUSED: OnceLock<io::Error> = OnceLock::new();
+
+/// Prints a line. Where nobody reads, the work goes on in silence: a run must not fail because `head` has seen enough. What the system refuses is told at
+/// the end, since the work is of use without its words: by [`refused`].
 pub fn say(line: impl Display) {
-    let _ = writeln!(std::io::stdout().lock(), "{line}");
+    let mut out = io::stdout().lock();
+    if let Err(error) = writeln!(out, "{line}").and_then(|()| out.flush())
+        && error.kind() != ErrorKind::BrokenPipe
+    {
+        // The first says it.
+        let _ = REFUSED.set(error);
+    }
+}
+
+/// Why not all was printed, if somebody reads and it was not.
+pub fn refused() -> Option<&'static io::Error> {
+    REFUSED.get()
 }
 
 /// Prints a line on standard error: something that the user should know and that ends nothing.
 pub fn warn(line: impl Display) {
-    let _ = writeln!(std::io::stderr().lock(), "warning: {line}");
+    let _ = writeln!(io::stderr().lock(), "warning: {line}");
 }
 
 /// Prints a line on standard error: something that happened because somebody asked for it.
 pub fn note(line: impl Display) {
-    let _ = writeln!(std::io::stderr().lock(), "note: {line}");
+    let _ = writeln!(io::stderr().lock(), "note: {line}");
 }
 
 /// Rows as aligned columns, two spaces between; the first column to the left, the others to the right.
