@@ -190,19 +190,27 @@ fn read_idx_file<const AXES: usize>(path: &Path, magic: u32, what: &str) -> Resu
 fn read_cifar10(files: &[PathBuf]) -> Result<Images> {
     let mut images = Images { axes: CIFAR_AXES, pixels: Vec::new(), labels: Vec::new() };
     for path in files {
-        let bad = |text: String| Error::bad(format!("{}: {text}", path.display()));
+        // A record may begin as an IDX file does; one that is at fault elsewhere has hardly done so by chance.
+        let mut is_idx = false;
+        let bad = |is_idx: bool, text: String| match is_idx {
+            true => Error::bad(format!(
+                "{}: is an IDX file of images; labels, the file of its labels, is missing",
+                path.display()
+            )),
+            false => Error::bad(format!("{}: {text}", path.display())),
+        };
         let mut file = Unpacked::open(path)?;
         for record in 0usize.. {
             let bytes = file.take(CIFAR_RECORD_BYTES as u64)?;
+            is_idx |= record == 0 && bytes.starts_with(&IDX_IMAGES.to_be_bytes());
             let Some((&label, pixels)) = bytes.split_first() else { break };
             if bytes.len() != CIFAR_RECORD_BYTES {
-                return Err(bad(format!(
-                    "record {record} has {} bytes, a CIFAR-10 record has {CIFAR_RECORD_BYTES}",
-                    bytes.len()
-                )));
+                let found = bytes.len();
+                let text = format!("record {record} has {found} bytes, a CIFAR-10 record has {CIFAR_RECORD_BYTES}");
+                return Err(bad(is_idx, text));
             }
             if usize::from(label) >= CIFAR_CLASSES {
-                return Err(bad(format!("record {record}: label {label} is not in 0..{CIFAR_CLASSES}")));
+                return Err(bad(is_idx, format!("record {record}: label {label} is not in 0..{CIFAR_CLASSES}")));
             }
             images.labels.push(label);
             images.pixels.extend_from_slice(pixels);

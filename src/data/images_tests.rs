@@ -156,6 +156,8 @@ fn cifar_records_are_planes() {
     };
     refused(&[file(0..2), file(0..2)[..3074].to_vec()], "file1: record 1 has 1 bytes");
     refused(&[vec![10; 3073]], "file0: record 0: label 10 is not in 0..10");
+    refused(&[idx_pair(3).0], "file0: is an IDX file of images; labels, ");
+    refused(&[idx(0x803, &[4, 28, 28], &[81; 4 * 28 * 28])], "file0: is an IDX file of images; labels, ");
     refused(&[], "no file");
     refused(&[vec![]], "there are 0 images");
     refused(&[gzip(&file(0..1))[..30].to_vec()], "damaged gzip");
