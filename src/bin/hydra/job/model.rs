@@ -162,8 +162,23 @@ pub const MODEL_KEYS: &[&str] = &[
 pub const LONGEST_NAME: usize = 200;
 
 /// Names in the run's directory that are not models'.
-const TAKEN_NAMES: [&str; 8] =
-    [".", "..", "trace.json", "plan.json", "job.toml", "results.csv", "selection.jsonl", "inbox"];
+const TAKEN_NAMES: [&str; 10] = [
+    ".",
+    "..",
+    "trace.json",
+    "plan.json",
+    "job.toml",
+    "results.csv",
+    "selection.jsonl",
+    "inbox",
+    "report.html",
+    "schedule.svg",
+];
+
+/// Whether the run's directory has another use for the name: those above, and traces of a run's earlier parts.
+fn is_taken(name: &str) -> bool {
+    TAKEN_NAMES.contains(&name) || name.starts_with("trace-until-") && name.ends_with(".json")
+}
 
 /// Reads one model; `search` is read elsewhere.
 pub fn read_model(s: &Section) -> Result<Model> {
@@ -199,7 +214,7 @@ pub fn read_name<'a>(s: &Section<'a>) -> Result<&'a str> {
     let plain = !name.chars().any(|c| c == '/' || c == '\\' || c.is_control())
         && name.len() <= LONGEST_NAME
         && name.trim() == name;
-    if !plain || TAKEN_NAMES.contains(&name) {
+    if !plain || is_taken(name) {
         return Err(s.fault("name", format!("want {want}, got {}", show(&Value::String(name.to_string())))));
     }
     Ok(name)
