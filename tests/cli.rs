@@ -493,15 +493,34 @@ fn a_run_that_was_stopped_goes_on_with_the_same_bits() {
         ("run.seed=10", "seed is 9 in the checkpoint, 10 in the job"),
         ("model.0.microbatch=4", "microbatch is 2 in the checkpoint, 4 in the job"),
         ("model.0.config.n_embd=16", "weight/transformer.wte.weight"),
+        ("model.0.config.n_head=4", "config.n_head is 2 in the checkpoint, 4 in the job"),
+        ("model.0.config.activation_function=relu", "config.activation_function is \"gelu_new\" in the checkpoint"),
+        ("model.0.config.layer_norm_epsilon=1e-6", "config.layer_norm_epsilon is 0.00001 in the checkpoint, 1e-6 in"),
+        ("model.0.config.resid_pdrop=0.5", "config.resid_pdrop is 0.1 in the checkpoint, 0.5 in the job"),
         ("model.0.optimizer={ kind = 'sgd' }", "optimizer.kind is adamw in the checkpoint, sgd in the job"),
     ] {
         job.hydra(&["train", "--resume", "auto", "--set", "run.out=parts", "--set", set])
             .bad(&["parts/m/checkpoint.safetensors", says]);
     }
-    // More steps go on from the last.
-    let more =
-        job.hydra(&["train", "--resume", "require", "--set", "run.out=parts", "--set", "model.0.steps=303"]).fine();
-    assert!(more.out.contains("303 steps done"), "{more:?}");
+    // More steps go on from the last; of other data it is said.
+    let more = |steps: &str, sets: &[&str]| {
+        let more = ["train", "--resume", "require", "--set", "run.out=parts", "--set", steps];
+        job.hydra(&[&more[..], sets].concat()).fine()
+    };
+    let ran = more("model.0.steps=303", &[]);
+    assert!(ran.out.contains("303 steps done") && ran.err.is_empty(), "{ran:?}");
+    fs::write(job.at("corpus.txt"), "The lazy dog. ".repeat(100)).expect("corpus");
+    let sets = ["--set", "model.0.data.context=8", "--set", "model.0.valid.every=9"];
+    let ran = more("model.0.steps=305", &sets);
+    assert_eq!(ran.err.lines().count(), 1, "{ran:?}");
+    for says in [
+        "m: goes on from step 303 with other settings than before: data.context = 8 (was 16)",
+        "data.text = 1400 bytes with CRC-32 ",
+        " (was 1800 bytes with CRC-32 ",
+        "valid.every = 9 (was 10)",
+    ] {
+        assert!(ran.err.contains(says), "{says}: {ran:?}");
+    }
     fs::write(job.at("parts/m/checkpoint.safetensors"), b"damaged").expect("a damaged checkpoint");
     job.hydra(&["train", "--resume", "auto", "--set", "run.out=parts"]).bad(&["checkpoint.safetensors", "too few"]);
 }
@@ -538,6 +557,7 @@ fn a_signal_ends_a_validation_and_the_run_that_goes_on_does_it_again() {
     fs::write(job.at("held.txt"), "Held out. ".repeat(9)).expect("text");
     let ran = job.hydra(&["train", "--resume", "require"]).fine();
     assert!(ran.out.contains("m: 2 steps done") && ran.out.contains("held-out loss"), "{ran:?}");
+    assert!(ran.err.contains("valid.text = 90 bytes"), "{ran:?}");
     let kinds: Vec<bool> = rows().iter().map(|row| matches!(row, Row::Step(_))).collect();
     assert_eq!(kinds, [true, true, false]);
     assert!(job.at("runs/job/m/model/model.safetensors").exists());

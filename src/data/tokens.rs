@@ -5,10 +5,11 @@
 
 use super::files;
 use crate::base::{Error, Result};
+use flate2::Crc;
 use rayon::prelude::*;
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// How text becomes tokens.
 #[derive(Clone, Debug, Default)]
@@ -58,6 +59,8 @@ pub struct Text {
     pub(super) unit: &'static str,
     /// What it is called itself: its first file or folder, and how many more there are.
     pub(super) name: String,
+    /// Found when it is first asked for.
+    identity: OnceLock<String>,
 }
 
 impl Text {
@@ -77,7 +80,20 @@ impl Text {
             0 | 1 => first,
             n => format!("{first} and {} more", n - 1),
         };
-        Ok(Arc::new(Text { tokens, vocab: tokenizer.vocab(), unit: tokenizer.unit(), name }))
+        Ok(Arc::new(Text { tokens, vocab: tokenizer.vocab(), unit: tokenizer.unit(), name, identity: OnceLock::new() }))
+    }
+
+    /// The same words for the same tokens, from whatever files they come.
+    pub fn identity(&self) -> &str {
+        self.identity.get_or_init(|| {
+            let mut crc = Crc::new();
+            match &self.tokens {
+                Tokens::U8(all) => crc.update(all),
+                Tokens::U16(all) => crc.update(bytemuck::cast_slice(all)),
+                Tokens::U32(all) => crc.update(bytemuck::cast_slice(all)),
+            }
+            format!("{} {} with CRC-32 {:08x}", self.tokens.len(), self.unit, crc.sum())
+        })
     }
 
     /// Token ids lie below this.

@@ -22,6 +22,22 @@ const FORMAT: &str = "hydra-checkpoint-1";
 const DTYPE: &str = "dtype";
 /// The key of what cuts the model's text.
 const TOKENIZER: &str = "tokenizer";
+/// The key of the network's config.json.
+const NETWORK: &str = "network";
+/// Keys of a config.json that are of no account to a model in training, or that its tensors' shapes tell.
+const OF_NO_ACCOUNT: [&str; 11] = [
+    "_name_or_path",
+    "architectures",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "id2label",
+    "initializer_range",
+    "label2id",
+    "n_inner",
+    "transformers_version",
+    "use_cache",
+];
 /// The key of whether the model had come to its end.
 const ENDED: &str = "ended";
 /// Keys of the optimizer on which it depends what the moments are.
@@ -69,6 +85,20 @@ fn updates(options: &TrainOptions) -> Vec<(&'static str, String)> {
         ]);
     }
     all
+}
+
+/// The first key of which both config.json know, and that makes another network of it, with its values. A key that only one of them has is from another
+/// version of this program.
+fn network_change(was: &str, is: &str) -> Option<(String, Value, Value)> {
+    let read = |text| serde_json::from_str::<Map<String, Value>>(text).ok();
+    let (was, is) = (read(was)?, read(is)?);
+    let same = |a: &Value, b: &Value| a == b || a.as_f64().is_some_and(|a| b.as_f64() == Some(a));
+    let counts = |key: &String| !OF_NO_ACCOUNT.contains(&key.as_str());
+    let change = |(key, is): (String, Value)| {
+        let was = was.get(&key).filter(|was| !same(was, &is))?.clone();
+        Some((key, was, is))
+    };
+    is.into_iter().filter(|(key, _)| counts(key)).find_map(change)
 }
 
 /// A setting that is another than it was.
@@ -136,6 +166,12 @@ fn write(path: &Path, engine: &Engine, of: usize, options: &TrainOptions, (step,
     metadata[DTYPE] = model.train.float.to_string().into();
     if let Some(tokenizer) = &options.tokenizer {
         metadata[TOKENIZER] = tokenizer.as_str().into();
+    }
+    if let Some(network) = &options.network {
+        metadata[NETWORK] = network.as_str().into();
+    }
+    for (key, value) in &options.data {
+        metadata[key] = value.as_str().into();
     }
     header.insert("__metadata__".into(), metadata);
     let mut end = 0;
@@ -208,13 +244,13 @@ impl Checkpoint {
         self.index.metadata().get(ENDED).is_none_or(|ended| ended == "true")
     }
 
-    /// How `options` would update the model otherwise than the run that wrote this. Checkpoints from before they said it know of no difference.
+    /// How `options` would update the model otherwise than the run that wrote this, or from other data. Checkpoints from before they said it know of no difference.
     pub fn changes(&self, options: &TrainOptions) -> Vec<Change> {
         let change = |(key, is): (&'static str, String)| {
             let was = self.index.metadata().get(key).filter(|was| **was != is)?.clone();
             Some(Change { key, was, is })
         };
-        updates(options).into_iter().filter_map(change).collect()
+        updates(options).into_iter().chain(options.data.iter().cloned()).filter_map(change).collect()
     }
 
     /// Compares it with the run that is to go on from it. What that may change is left to [`Checkpoint::changes`].
@@ -260,7 +296,13 @@ impl Checkpoint {
             let extra = self.index.entries().iter().find(|e| !known(&e.name)).map_or("?", |e| &e.name);
             return Err(self.fault(format!("tensor {extra}: the job's model has no such tensor")));
         }
-        Ok(())
+        // What the tensors do not tell. Checkpoints from before they said it know of no difference.
+        match (self.index.metadata().get(NETWORK), &options.network) {
+            (Some(found), Some(want)) => network_change(found, want).map_or(Ok(()), |(key, was, is)| {
+                Err(self.fault(format!("config.{key} is {was} in the checkpoint, {is} in the job")))
+            }),
+            _ => Ok(()),
+        }
     }
 
     /// Writes all tensors into the part of the host's store that the engine's model number `of` has. Call [`Checkpoint::check`] first, and this before the first step.

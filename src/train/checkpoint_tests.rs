@@ -186,6 +186,27 @@ fn differences_and_damage_are_named() {
     for same in [cut_by("runes"), options()] {
         open().check(&same, engine.model(0)).unwrap();
     }
+    // So are networks, key by key; and what they are trained on may change.
+    let of = |network: &str, text: &str| TrainOptions {
+        network: Some(network.into()),
+        data: vec![("data.text", text.into())],
+        ..options()
+    };
+    open().check(&of("{}", "9 bytes"), engine.model(0)).unwrap();
+    write_checkpoint(&path, &engine, 0, &of(r#"{"n_head":1,"epsilon":1,"use_cache":true,"old":1}"#, "9 bytes"), 3)
+        .unwrap();
+    refused(of(r#"{"n_head":2}"#, "9 bytes"), engine.model(0), "config.n_head is 1 in the checkpoint, 2 in the job");
+    refused(
+        of(r#"{"epsilon":1.5}"#, "9 bytes"),
+        engine.model(0),
+        "config.epsilon is 1 in the checkpoint, 1.5 in the job",
+    );
+    for same in [of(r#"{"epsilon":1.0,"n_head":1,"use_cache":false,"new":2}"#, "9 bytes"), options()] {
+        open().check(&same, engine.model(0)).unwrap();
+        assert_eq!(open().changes(&same), []);
+    }
+    let (key, was, is) = ("data.text", "9 bytes".into(), "8 bytes".into());
+    assert_eq!(open().changes(&of("{}", "8 bytes")), [Change { key, was, is }]);
     write_checkpoint(&path, &wider, 0, &options(), 3).unwrap();
     assert!(open().restore(&mut self::engine(3), 0).is_err());
     let whole = std::fs::read(&path).unwrap();

@@ -49,6 +49,10 @@ pub struct TrainOptions {
     pub tf32: bool,
     /// What cuts its text into tokens: any words that are the same as long as it is. With another, a checkpoint's weights mean nothing; none: not compared.
     pub tokenizer: Option<String>,
+    /// The config.json that describes the network: with another, a checkpoint's weights mean something else; none: not compared.
+    pub network: Option<String>,
+    /// What it is trained and validated on, by the job file's keys: any words that are the same as long as that is. A change is told.
+    pub data: Vec<(&'static str, String)>,
 }
 
 impl TrainOptions {
@@ -71,6 +75,8 @@ impl TrainOptions {
             dtype: DType::F32,
             tf32: false,
             tokenizer: None,
+            network: None,
+            data: Vec::new(),
         }
     }
 }

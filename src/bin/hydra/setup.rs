@@ -5,6 +5,7 @@ use crate::job::{self, DeviceKind, Job, Pipeline, Policy};
 use crate::print::note;
 use crate::texts::Texts;
 use crate::tokenizer::{FileTokenizer, Tokenizers, cut_by};
+use flate2::CrcWriter;
 use hydra::base::{DType, Error, Result, Shape};
 use hydra::data::{
     BatchesOptions, BatchesSource, ImageFiles, ImageOptions, ImageSource, Limits, RandomOptions, RandomSource, Source,
@@ -16,8 +17,17 @@ use hydra::spill::{PlanOptions, Recompute};
 use hydra::train::{Optimizer, Schedule, TrainOptions, Weights, inputs_of};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+/// Bytes of a file of batches or images that are looked at to tell it from others: it may be larger than memory.
+const LOOKED_AT: u64 = 64 << 20;
+
+/// The job file's keys of what a model is trained and validated on.
+const KEYS_OF_DATA: [&str; 7] =
+    ["data.context", "data.text", "data.batches", "data.images", "valid.fraction", "valid.text", "valid.every"];
 
 /// Steps beyond this are refused, as the job file's own key does.
 const MOST_STEPS: u64 = i32::MAX as u64;
@@ -242,6 +252,8 @@ pub fn prepare(job: &Job, i: usize, texts: &Texts) -> Result<Prepared> {
         job::Schedule::Cosine { warmup, min_lr } => Schedule::Cosine { warmup, min_lr },
     };
     options.tokenizer = identity;
+    options.network = Some(network.config().to_string());
+    options.data = recipe.identity(texts)?;
     options.valid_every = model.valid.as_ref().map_or(50, |v| v.every);
     options.plan = PlanOptions {
         slots: job.run.slots.unwrap_or(2),
@@ -342,7 +354,43 @@ fn steps(length: &Length, source: &dyn Source) -> std::result::Result<u64, (&'st
     }
 }
 
+/// The same words for the same files: how long they are, and a checksum of each one's first [`LOOKED_AT`] bytes.
+fn of_files<'a>(paths: impl IntoIterator<Item = &'a PathBuf>) -> Result<String> {
+    let (mut bytes, mut sum) = (0, CrcWriter::new(io::sink()));
+    for path in paths {
+        let refused = |e| Error::io("read", path, e);
+        let file = File::open(path).map_err(refused)?;
+        bytes += file.metadata().map_err(refused)?.len();
+        io::copy(&mut file.take(LOOKED_AT), &mut sum).map_err(refused)?;
+    }
+    Ok(format!("{bytes} bytes with CRC-32 {:08x}", sum.crc().sum()))
+}
+
 impl Recipe {
+    /// What the data is, by the job file's keys: a checkpoint keeps it, so that another is told. Its files have been opened before.
+    fn identity(&self, texts: &Texts) -> Result<Vec<(&'static str, String)>> {
+        let none = || "none".to_string();
+        let of_text = |paths: &[PathBuf]| -> Result<String> {
+            Ok(texts.open(paths, self.tokenizer.as_ref())?.identity().to_string())
+        };
+        let mut all = KEYS_OF_DATA.map(|_| none());
+        let [context, text, batches, images, fraction, held_out, every] = &mut all;
+        match &self.data {
+            Data::Text { paths, context: tokens, .. } => (*context, *text) = (tokens.to_string(), of_text(paths)?),
+            Data::Batches { path } => *batches = of_files([path])?,
+            Data::Images { images: paths, labels } => *images = of_files(paths.iter().chain(labels))?,
+            Data::Random { context: tokens, .. } => *context = tokens.map_or_else(none, |tokens| tokens.to_string()),
+        }
+        if let Some(valid) = &self.valid {
+            *every = valid.every.to_string();
+            match &valid.part {
+                ValidPart::Fraction(part) => *fraction = format!("{part:?}"),
+                ValidPart::Text(paths) => *held_out = of_text(paths)?,
+            }
+        }
+        Ok(KEYS_OF_DATA.into_iter().zip(all).collect())
+    }
+
     fn open(&self, network: &dyn Network, texts: &Texts) -> Result<Sources> {
         let (batch, seed) = (self.batch, self.seed);
         let valid_fraction = match self.valid.as_ref().map(|v| &v.part) {
