@@ -55,7 +55,8 @@ mod tests {
         for dtype in [DType::F32, DType::Bf16] {
             let width = dtype.bytes() as usize;
             // The upper half of an f32 is a bf16.
-            let bytes = |values: &[f32]| values.iter().flat_map(|v| v.to_le_bytes()[4 - width..].to_vec()).collect::<Vec<_>>();
+            let bytes =
+                |values: &[f32]| values.iter().flat_map(|v| v.to_le_bytes()[4 - width..].to_vec()).collect::<Vec<_>>();
             for kind in [Activation::Relu, Activation::GeluTanh, Activation::GeluErf, Activation::Silu] {
                 let mut driver = Emulated::new(80, 0).expect("an emulator");
                 let [d_x, d_out, given] = [&[9.0; 8], &[1.0; 8], &x].map(|values: &[f32; 8]| {
