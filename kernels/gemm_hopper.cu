@@ -27,7 +27,7 @@
 // Sums leave, by replay of the machine code, in 460 to 520 cycles a piece of a warp's; in 1,000 with a GELU and two outputs, 700 to 800 with a residual, 950
 // with f32 from memory, 1,150 back through a GELU, or 1,800 where sums take 192 registers, which leaves no room for several elements at a time. A tile is 8
 // pieces of each warp, 12 with a width of 192: so 6,200 cycles, 12,300 with a GELU, beside the 9,216 of the next tile's products at k = 768.
-// 8192^3: 761 TFLOP/s measured on an H100 (97 % of cuBLAS). To be expected are 600-680 TFLOP/s, 500-600 with a GELU and two outputs, 550 where 8192 x 768
+// 8192^3: 761 TFLOP/s measured on an H100 (97 % of cuBLAS). To be expected are 600-680 TFLOP/s, 500-570 with a GELU and two outputs, 550 where 8192 x 768
 // makes two rounds of tiles only; 8192 x 768 x 50304 730. Gradients of weights, of 96 or 108 tiles for 132 multiprocessors, 560-620. Shifted: a thread has 16
 // words in flight, which the memory takes about 1000 cycles to bring, as long as a step's products: 450-600.
 #include "gpu.cuh"
