@@ -186,25 +186,15 @@ fn stage(m: &FleetModel, devices: &[FleetDevice], pipelined: bool) -> Result<(Pl
     };
     let may_keep = m.options.recompute != Recompute::Always;
     let may_recompute = m.options.recompute != Recompute::Never;
-    let mut least = u64::MAX;
-    if may_keep {
-        let resident = plan(stages.clone(), true, true)?;
-        least = most(&resident);
-        if fits(&resident) && !may_recompute {
-            return Ok((resident, least));
-        }
-        if fits(&resident) {
-            let finest = plan((0..layers).map(|l| l..l + 1).collect(), false, false)?;
-            return Ok((resident, least.min(most(&finest))));
-        }
+    let resident = may_keep.then(|| plan(stages.clone(), true, true)).transpose()?;
+    let again = may_recompute.then(|| plan(stages.clone(), false, true)).transpose()?;
+    let single = (0..layers).map(|l| l..l + 1).collect();
+    let finest = may_recompute.then(|| plan(single, false, false)).transpose()?;
+    let least = [&resident, &again, &finest].into_iter().flatten().map(most).min().unwrap_or(0);
+    if let Some(whole) = [resident, again].into_iter().flatten().find(&fits) {
+        return Ok((whole, least));
     }
     if may_recompute {
-        let finest = plan((0..layers).map(|l| l..l + 1).collect(), false, false)?;
-        let again = plan(stages.clone(), false, true)?;
-        least = least.min(most(&finest)).min(most(&again));
-        if fits(&again) {
-            return Ok((again, least));
-        }
         // Stages of more and more shards, which visit two at a time.
         for parts in 2..=layers {
             let cut: Vec<Range<usize>> = stages
@@ -219,11 +209,8 @@ fn stage(m: &FleetModel, devices: &[FleetDevice], pipelined: bool) -> Result<(Pl
                 return Ok((spilled, least));
             }
         }
-        if fits(&finest) {
-            return Ok((finest, least));
-        }
     }
-    Err(refusal(least))
+    finest.filter(fits).map(|placed| (placed, least)).ok_or_else(|| refusal(least))
 }
 
 fn refusal(needs: u64) -> Error {

@@ -5,7 +5,8 @@ use hydra::device::sim::CostModel;
 use hydra::engine::{SimulateOptions, simulate};
 use hydra::sched::{Bound, LocalityLrtf, by_name};
 use hydra::spill::{
-    Baseline, FleetDevice, FleetModel, Lined, PlanOptions, Recompute, place_baseline, plan_anywhere, plan_pipelined,
+    Baseline, FleetDevice, FleetModel, HomeBudgets, Lined, PlanOptions, Recompute, place_baseline, plan_anywhere,
+    plan_fleet, plan_pipelined,
 };
 
 /// Enough steps that the ends, where one device has nothing left to do, do not count.
@@ -68,6 +69,35 @@ fn arithmetic_alone() -> CostModel {
     let mut cost = CostModel::stated(1e6, 1e12, 1e15);
     (cost.host_update_bytes_per_sec, cost.device_update_bytes_per_sec) = (1e15, 1e15);
     cost
+}
+
+#[test]
+fn the_smallest_budget_that_is_named_works_and_a_byte_less_does_not() {
+    for recompute in [Recompute::Auto, Recompute::Always, Recompute::Never] {
+        let model = Chain { microbatches: 2, ..Chain::equal(6, 64, 33) }.model();
+        let options = PlanOptions { moments: 0, slots: 4, recompute, ..PlanOptions::default() };
+        let of = |i: usize| FleetModel {
+            name: format!("model {i}"),
+            model: model.clone(),
+            options: options.clone(),
+            steps: STEPS,
+        };
+        let models: Vec<FleetModel> = (0..2).map(of).collect();
+        // `None`: turns, or no turns where all stay where they are.
+        for baseline in Baseline::NAMES.map(|(_, baseline)| Some(baseline)).into_iter().chain([None]) {
+            let smallest = |budget: Option<u64>| {
+                let devices = vec![FleetDevice { budget, cost: arithmetic_alone() }; 2];
+                match baseline {
+                    Some(baseline) => place_baseline(baseline, &models, &devices).map(|l| l.smallest_device_bytes),
+                    None => plan_fleet(&models, &devices, HomeBudgets::default()).map(|p| p.smallest_device_bytes),
+                }
+            };
+            let what = format!("{baseline:?}, {recompute:?}");
+            let least = smallest(None).expect("no budget");
+            assert_eq!(smallest(Some(least)).expect(&what), least, "{what}");
+            assert!(smallest(Some(least - 1)).is_err(), "{what}: {least} is not the smallest");
+        }
+    }
 }
 
 #[test]
