@@ -36,7 +36,8 @@
 //! | to | see |
 //! | --- | --- |
 //! | train with losses, schedules, validation and checkpoints | [`train::Session`]; for several models [`train::Fleet`] |
-//! | run steps in a loop of your own, and read and write weights | [`engine::Engine`], which takes a [`spill::Plan`] and a [`device::Device`] |
+//! | run steps in a loop of your own, and read and write weights | [`engine::Engine`], which takes a [`spill::Plan`] and a [`device::Device`]; examples/06_own_loop |
+//! | begin from weights of your own | [`train::Weights`] |
 //! | describe a network or a layer | [`nn::Network`], [`nn::layers`], [`graph::Builder`] |
 //! | add an op with a kernel and a gradient | [`graph::CustomOp`] |
 //! | read and save Hugging Face directories | [`nn::open`], [`nn::save`], [`nn::from_config`] |

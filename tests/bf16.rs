@@ -9,7 +9,7 @@ use hydra::base::tensorfile::Element;
 use hydra::base::{DType, Error, Result, Shape, align_up};
 use hydra::data::{Source, Text, TextOptions, TextSource, Tokenizer};
 use hydra::device::host::{HostConfig, HostDevice, HostSpec};
-use hydra::engine::{Engine, EngineOptions, Stored};
+use hydra::engine::{Engine, EngineOptions};
 use hydra::graph::{ALIGNMENT, Mode};
 use hydra::nn::{self, Form, InputShape};
 use hydra::spill::{Model, Plan, PlanOptions};
@@ -189,9 +189,7 @@ fn logits_are_near_those_of_f32() {
             HostConfig { devices: vec![spec], host_bytes: plan.host.bytes, poison: true, ..HostConfig::default() };
         let device = Box::new(HostDevice::new(&config).expect("a device"));
         let mut engine = Engine::new(Arc::clone(&model), plan, device, EngineOptions::new(0, &model));
-        for (i, parameter) in model.train.parameters.iter().enumerate() {
-            engine.write_parameter(0, Stored::Weight, i, &nn::init::initial(parameter, i, 1)).unwrap();
-        }
+        Weights::Random.write(&mut engine, 0, 1).expect("nothing has begun");
         engine.wait_logits(0, &[bytemuck::cast_slice(&ids)]).expect("logits")
     };
     let (single, half) = (logits(DType::F32), logits(DType::Bf16));

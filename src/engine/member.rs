@@ -95,6 +95,8 @@ pub(super) struct Member {
     /// The step begun last: tasks that belong to no step, an evaluation's or the state's on its way home, are recorded under it.
     pub last_begun: u64,
     pub has_begun: bool,
+    /// What lies at home is what its last step left.
+    pub at_home: bool,
     /// Ends before its time; what is on a lane runs out, the rest is dropped.
     pub ending: Option<Ending>,
     /// Has ended before its time. Nothing of it runs after that.
@@ -137,6 +139,7 @@ impl Member {
             last_step_end: 0.0,
             last_begun: 0,
             has_begun: false,
+            at_home: true,
             ending: None,
             over: false,
             why: None,

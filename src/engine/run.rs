@@ -37,7 +37,7 @@ impl Engine {
         self.stage(model, input.step, &input.inputs)?;
         let purpose = Purpose::Step { rule: input.rule, clip: input.clip };
         let member = &mut self.members[model];
-        (member.last_begun, member.has_begun) = (input.step, true);
+        (member.last_begun, member.has_begun, member.at_home) = (input.step, true, false);
         self.begin(model, purpose, input.step, input.loss_scale)
     }
 

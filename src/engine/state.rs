@@ -1,11 +1,12 @@
 //! What goes in and out of the host's store: batches, weights, moments, losses.
 
 use super::Engine;
-use crate::base::{DType, Error, Result};
+use crate::base::{DType, Error, Result, Shape};
 use crate::device::host::master;
 use crate::device::{CopySpan, Device, Memory, Span};
 use crate::trace::What;
 use half::bf16;
+use std::sync::Arc;
 
 /// A tensor's place in the flat order, by kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,24 +54,41 @@ impl Engine {
         }
     }
 
-    /// Writes a parameter's elements, or its moment's, to where it is at home, before the model's first step.
+    /// Refuses elements that are not as many as a tensor has, or that a model is not at rest for; from then on devices read what lies at home.
+    fn check_written(&mut self, model: usize, name: &str, shape: &Shape, elems: usize) -> Result<()> {
+        if shape.elems() != elems {
+            return Err(Error::bad(format!("{name}: {elems} elements, its shape is {shape}")));
+        }
+        let member = &mut self.members[model];
+        if !member.at_home || member.loose_tasks > 0 || !member.pending.is_empty() {
+            return Err(Error::bad(format!("{name}: is written before the first step, or after wait_home")));
+        }
+        member.state_fetched = false;
+        for &rings in &member.rings {
+            self.rings[rings].forget_model(model, |_| false);
+        }
+        Ok(())
+    }
+
+    /// Refuses to read what is older than what a step has left on a device; of a model that has ended before its time, what came home can be read.
+    fn check_read(&self, model: usize, name: &str) -> Result<()> {
+        let member = &self.members[model];
+        match member.at_home || member.over {
+            true => Ok(()),
+            false => Err(Error::bad(format!("{name}: steps were begun since it was at home; wait_home comes first"))),
+        }
+    }
+
+    /// Writes a parameter's elements, or its moment's, to where it is at home: before the model's first step, or after [`Engine::wait_home`].
     ///
     /// # Errors
-    /// When there is no such parameter or moment, it has another number of elements, or a step has begun; when it is at home on the disk, and that fails.
+    /// When there is no such parameter or moment, it has another number of elements, or a step has begun since the model was at home; when it is at home
+    /// on the disk, and that fails.
     pub fn write_parameter(&mut self, model: usize, what: Stored, parameter: usize, values: &[f32]) -> Result<()> {
         self.check_stored(model, what, parameter)?;
-        let member = &self.members[model];
-        let of = &member.model.train.parameters[parameter];
-        if of.shape.elems() != values.len() {
-            let (name, shape, got) = (&of.name, &of.shape, values.len());
-            return Err(Error::bad(format!("{name}: {got} elements, its shape is {shape}")));
-        }
-        if member.has_begun {
-            return Err(Error::bad(format!(
-                "{}: is written before the model's first step, and one has begun",
-                of.name
-            )));
-        }
+        let shared = Arc::clone(&self.members[model].model);
+        let of = &shared.train.parameters[parameter];
+        self.check_written(model, &of.name, &of.shape, values.len())?;
         match self.at_home(model, what, parameter) {
             (weight, Some(remainder)) => {
                 let (high, low): (Vec<u16>, Vec<u16>) = values.iter().map(|&x| master::split(x)).unzip();
@@ -81,12 +99,13 @@ impl Engine {
         }
     }
 
-    /// Reads a parameter's elements, or its moment's, from where it is at home. Call [`Engine::wait_home`] first: what lies there before is older.
+    /// Reads a parameter's elements, or its moment's, from where it is at home.
     ///
     /// # Errors
-    /// When there is no such parameter or moment; when it is at home on the disk, and that fails.
+    /// When there is no such parameter or moment, or steps were begun since the last [`Engine::wait_home`]; when it is at home on the disk, and that fails.
     pub fn read_parameter(&self, model: usize, what: Stored, parameter: usize) -> Result<Vec<f32>> {
         self.check_stored(model, what, parameter)?;
+        self.check_read(model, &self.members[model].model.train.parameters[parameter].name)?;
         match self.at_home(model, what, parameter) {
             (weight, Some(remainder)) => {
                 let (high, low) = (self.read_at::<u16>(weight)?, self.read_at::<u16>(remainder)?);
@@ -123,18 +142,30 @@ impl Engine {
         values
     }
 
-    /// Writes a state's elements into the host's store. Call it before the model's first step.
-    pub fn write_state(&mut self, model: usize, state: usize, values: &[f32]) {
+    /// Writes a state's elements into the host's store: before the model's first step, or after [`Engine::wait_home`].
+    ///
+    /// # Errors
+    /// When they are not as many as its shape has, or a step has begun since the model was at home.
+    pub fn write_state(&mut self, model: usize, state: usize, values: &[f32]) -> Result<()> {
+        let shared = Arc::clone(&self.members[model].model);
+        let of = &shared.train.states[state];
+        self.check_written(model, &of.name, &of.shape, values.len())?;
         let member = &self.members[model];
         let offset = member.store + member.plan.host.states + member.model.layout.state[state];
         self.device.write_host(offset, bytemuck::cast_slice(values));
+        Ok(())
     }
 
-    /// Reads a state's elements from the host's store. Call [`Engine::wait_home`] first.
-    pub fn read_state(&self, model: usize, state: usize) -> Vec<f32> {
+    /// Reads a state's elements from the host's store.
+    ///
+    /// # Errors
+    /// When steps were begun since the last [`Engine::wait_home`].
+    pub fn read_state(&self, model: usize, state: usize) -> Result<Vec<f32>> {
         let member = &self.members[model];
+        let of = &member.model.train.states[state];
+        self.check_read(model, &of.name)?;
         let offset = member.plan.host.states + member.model.layout.state[state];
-        self.read(model, offset, member.model.train.states[state].shape.elems())
+        Ok(self.read(model, offset, of.shape.elems()))
     }
 
     /// Waits until nothing of a model runs, and every weight, moment and state of it is at home: in the host's store, or on the disk.
@@ -167,7 +198,9 @@ impl Engine {
             }
             self.copy(&site, What::SpillState, s, None, copies);
         }
-        self.wait_rest(model)
+        self.wait_rest(model)?;
+        self.members[model].at_home = true;
+        Ok(())
     }
 
     /// Waits until nothing of a model runs; what has ended is told afterwards as ever.

@@ -18,6 +18,7 @@ mod padding;
 mod place;
 mod program;
 mod scratch;
+mod slice;
 
 pub(crate) use alike::alike;
 pub use builder::{AttentionOptions, Builder};

@@ -189,7 +189,7 @@ fn write(path: &Path, engine: &Engine, of: usize, options: &TrainOptions, (step,
         for (_, _, part) in &parts {
             let values = match *part {
                 Part::Parameter(what, i) => engine.read_parameter(of, what, i).map_err(std::io::Error::other)?,
-                Part::State(i) => engine.read_state(of, i),
+                Part::State(i) => engine.read_state(of, i).map_err(std::io::Error::other)?,
             };
             for value in values {
                 out.write_all(&value.to_le_bytes())?;
@@ -322,7 +322,7 @@ impl Checkpoint {
             let values: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
             match part {
                 Part::Parameter(what, i) => engine.write_parameter(of, what, i, &values)?,
-                Part::State(i) => engine.write_state(of, i, &values),
+                Part::State(i) => engine.write_state(of, i, &values)?,
             }
         }
         Ok(())

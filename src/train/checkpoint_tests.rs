@@ -35,7 +35,7 @@ fn engine_of(width: usize, dtype: DType) -> Engine {
 fn values(engine: &Engine) -> Vec<Vec<u32>> {
     let read = |part| match part {
         Part::Parameter(what, i) => engine.read_parameter(0, what, i).unwrap(),
-        Part::State(i) => engine.read_state(0, i),
+        Part::State(i) => engine.read_state(0, i).unwrap(),
     };
     let bits = |v: Vec<f32>| v.into_iter().map(f32::to_bits).collect();
     parts(engine.model(0), engine.plan(0).moments).into_iter().map(|(_, _, part)| bits(read(part))).collect()

@@ -4,114 +4,16 @@
 //! what another does, but where a model is saved: one thread does all of this, and meanwhile the devices run out of work. One that fails ends
 //! with its reason, and the rest go on.
 
-use super::session::{Observer, StepReport, TrainOptions, Weights, batch_inputs};
+use super::session::{Observer, StepReport, batch_inputs};
+use super::trainee::{Recruit, Stage, Trainee};
 use crate::base::{Error, Result};
-use crate::data::{Batch, DEFAULT_AHEAD, Limits, Loader, Source, check_ids, labelled};
+use crate::data::{DEFAULT_AHEAD, Loader, Source, check_ids, labelled};
 use crate::device::Device;
-use crate::engine::{Ended, Engine, EngineOptions, StepInput, Stored, TurnOptions};
-use crate::graph::Graph;
-use crate::nn::{Network, init};
+use crate::engine::{Ended, Engine, StepInput, TurnOptions};
 use crate::spill::Placed;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
-
-/// A model to train, with everything that it takes.
-pub struct Recruit<'a> {
-    /// Its network.
-    pub network: &'a dyn Network,
-    /// Where its first weights come from.
-    pub weights: Weights<'a>,
-    /// Its graphs, its plan and where it runs.
-    pub placed: Placed,
-    /// What it is trained on.
-    pub source: Box<dyn Source>,
-    /// What it is validated on.
-    pub valid: Option<Box<dyn Source>>,
-    /// How it is trained; the device's part is of no account here.
-    pub options: TrainOptions,
-}
-
-/// How far a model has come.
-#[derive(Debug)]
-enum Stage {
-    /// Not its turn yet.
-    Waiting,
-    Training,
-    /// Held-out minibatches before `next` are in the sum; with `next` one in flight of so many labels.
-    Validating {
-        next: u64,
-        labels: u64,
-        sum: f64,
-        count: u64,
-        began: Instant,
-    },
-    Done,
-    Failed(Option<Error>),
-}
-
-/// A model in training.
-struct Trainee {
-    options: TrainOptions,
-    /// `None` once it has ended.
-    loader: Option<Loader>,
-    valid: Option<Box<dyn Source>>,
-    valid_batch: Batch,
-    limits: Limits,
-    /// For each graph input, the batch tensor's name.
-    names: Vec<String>,
-    stage: Stage,
-    /// Steps done and begun.
-    done: u64,
-    begun: u64,
-    /// Learning rates of the steps in flight.
-    rates: VecDeque<f64>,
-    /// No step is begun until the model has been at rest: a validation or a checkpoint is due.
-    pause: bool,
-    /// Nobody wants more of it: it ends at its next rest.
-    ends: bool,
-    /// It goes on from a rest: a validation that was due there was left to the run that goes on.
-    owes_validation: bool,
-    /// Why it is to end: the data's fault, or the observer's.
-    fault: Option<Error>,
-}
-
-impl Trainee {
-    /// A model that waits for its turn; its data is opened, and its first minibatches are on their way.
-    fn new(recruit: Recruit) -> Result<Trainee> {
-        let Recruit { network, placed, source, valid, options, .. } = recruit;
-        if valid.as_ref().is_some_and(|valid| valid.batches_per_epoch() == u64::MAX) {
-            return Err(Error::bad("held-out data without an end: a validation would have none"));
-        }
-        let labels = network.labels();
-        let limits = Limits { vocab: labels.vocab, classes: Some(labels.classes) };
-        Ok(Trainee {
-            loader: Some(Loader::start_limited(source, 0, DEFAULT_AHEAD, limits)?),
-            valid_batch: valid.as_ref().map_or(Batch { tensors: Vec::new() }, |v| Batch::zeros(v.spec())),
-            valid,
-            limits,
-            names: placed.model.train.inputs.iter().map(|i| i.name.clone()).collect(),
-            stage: Stage::Waiting,
-            done: 0,
-            begun: 0,
-            rates: VecDeque::with_capacity(4),
-            pause: false,
-            ends: false,
-            owes_validation: false,
-            fault: None,
-            options,
-        })
-    }
-
-    fn is_over(&self) -> bool {
-        matches!(self.stage, Stage::Done | Stage::Failed(_))
-    }
-
-    /// Gives up the data; waits for the minibatch that is being made.
-    fn wait_close(&mut self) {
-        (self.loader, self.valid) = (None, None);
-    }
-}
 
 /// Who looks after the models of a fleet.
 pub trait Crew {
@@ -158,12 +60,12 @@ impl Fleet {
     /// # Errors
     /// When threads cannot be had, weights are missing, or an option is absurd.
     pub fn new(recruits: Vec<Recruit>, device: Box<dyn Device>, turns: Option<TurnOptions>) -> Result<Fleet> {
-        let engine_options = recruits.iter().map(engine_options).collect::<Result<Vec<_>>>()?;
+        let engine_options = recruits.iter().map(Recruit::engine_options).collect::<Result<Vec<_>>>()?;
         let placed: Vec<Placed> = recruits.iter().map(|r| r.placed.clone()).collect();
         let engine = Engine::fleet(&placed, engine_options, device, turns);
         let mut fleet = Fleet { engine, trainees: Vec::new(), lines: Vec::new(), watch: Box::new(|_| ()) };
         for (number, recruit) in recruits.into_iter().enumerate() {
-            fill(&mut fleet.engine, number, &recruit.placed.model.train, recruit.weights, recruit.options.seed)?;
+            recruit.weights.write(&mut fleet.engine, number, recruit.options.seed)?;
             fleet.enlist(number, Trainee::new(recruit)?);
         }
         Ok(fleet)
@@ -175,11 +77,11 @@ impl Fleet {
     /// # Errors
     /// As [`Engine::wait_add`]; and when its data cannot be opened or an option is absurd. But for a failed device nothing has changed then.
     pub fn wait_add(&mut self, recruit: Recruit) -> Result<usize> {
-        let options = engine_options(&recruit)?;
+        let options = recruit.engine_options()?;
         let (placed, weights, seed) = (recruit.placed.clone(), recruit.weights, recruit.options.seed);
         let trainee = Trainee::new(recruit)?;
         let number = self.engine.wait_add(&placed, options)?;
-        let filled = fill(&mut self.engine, number, &placed.model.train, weights, seed);
+        let filled = weights.write(&mut self.engine, number, seed);
         self.enlist(number, trainee);
         if let Err(error) = filled {
             // The engine has it by now, so that it can only end.
@@ -537,36 +439,6 @@ fn steps_text(steps: &[(u64, Option<String>)]) -> String {
         texts.push(format!("steps of {} more", steps.len() - MOST));
     }
     texts.join(", ")
-}
-
-/// How the engine runs a model.
-fn engine_options(recruit: &Recruit) -> Result<EngineOptions> {
-    let Recruit { placed, options, .. } = recruit;
-    options.optimizer.check()?;
-    let parameters = &placed.model.train.parameters;
-    let decays = parameters.iter().map(|p| options.optimizer.decays(p.shape.axes().len())).collect();
-    // One task of a large model may take long: nothing is wrong while a whole step's time has not passed a few times.
-    let patience_secs = options.patience_secs.max(10.0 * placed.plan.estimated_secs);
-    Ok(EngineOptions { seed: options.seed, patience_secs, decays, steps: options.steps })
-}
-
-/// Writes the first weights and states to where they are at home.
-fn fill(engine: &mut Engine, model: usize, graph: &Graph, weights: Weights, seed: u64) -> Result<()> {
-    for (i, parameter) in graph.parameters.iter().enumerate() {
-        let values = match weights {
-            Weights::Pretrained(pretrained) => pretrained.tensor(&parameter.name, &parameter.shape)?,
-            Weights::Random => init::initial(parameter, i, seed),
-        };
-        engine.write_parameter(model, Stored::Weight, i, &values)?;
-    }
-    for (i, state) in graph.states.iter().enumerate() {
-        let values = match weights {
-            Weights::Pretrained(pretrained) => pretrained.tensor(&state.name, &state.shape)?,
-            Weights::Random => init::initial_state(state),
-        };
-        engine.write_state(model, i, &values);
-    }
-    Ok(())
 }
 
 #[cfg(test)]

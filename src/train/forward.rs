@@ -1,11 +1,12 @@
 //! One batch through a model in evaluation mode.
 
 use super::session::batch_inputs;
+use super::weights::Weights;
 use crate::base::{DType, Error, Result, Shape};
 use crate::data::{Batch, Limits, check_ids};
 use crate::device::sim::CostModel;
 use crate::device::{DeviceMemory, DeviceSpec};
-use crate::engine::{Engine, EngineOptions, Stored};
+use crate::engine::{Engine, EngineOptions};
 use crate::graph::Mode;
 use crate::nn::{InputShape, Pretrained};
 use crate::spill::{Model, Plan, PlanOptions};
@@ -44,12 +45,7 @@ pub fn wait_forward(pretrained: &Pretrained, batch: &Batch) -> Result<(Shape, Ve
     // A large batch may take its time: there is one task only.
     let options = EngineOptions { patience_secs: 3600.0, ..EngineOptions::new(0, &model) };
     let mut engine = Engine::new(Arc::clone(&model), plan, device, options);
-    for (i, parameter) in model.train.parameters.iter().enumerate() {
-        engine.write_parameter(0, Stored::Weight, i, &pretrained.tensor(&parameter.name, &parameter.shape)?)?;
-    }
-    for (i, state) in model.train.states.iter().enumerate() {
-        engine.write_state(0, i, &pretrained.tensor(&state.name, &state.shape)?);
-    }
+    Weights::Pretrained(pretrained).write(&mut engine, 0, 0)?;
     let names: Vec<String> = model.train.inputs.iter().map(|i| i.name.clone()).collect();
     let logits = engine.wait_logits(0, &batch_inputs(&names, batch)?)?;
     Ok((shape, logits))

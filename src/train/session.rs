@@ -1,14 +1,16 @@
 //! Training one model: how, from what to what, and a session that does it. A session is a fleet of one.
 
-use super::fleet::{Fleet, Recruit};
+use super::fleet::Fleet;
 use super::optimizer::{Optimizer, Schedule};
+use super::trainee::Recruit;
+use super::weights::Weights;
 use crate::base::{DType, Error, Result};
 use crate::data::{Batch, Source};
 use crate::device::sim::CostModel;
 use crate::device::{DeviceSpec, DiskSpec, FleetMemory, start_fleet};
 use crate::engine::{Engine, StepResult};
 use crate::graph::{Graph, Mode};
-use crate::nn::{InputShape, Network, Pretrained};
+use crate::nn::{InputShape, Network};
 use crate::spill::{Model, Placed, Plan, PlanOptions};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -180,15 +182,6 @@ pub fn trace_model(network: &dyn Network, inputs: &[InputShape], options: &Train
 pub fn inputs_of(source: &dyn Source) -> Vec<InputShape> {
     let tensors = &source.spec().tensors;
     tensors.iter().map(|(name, dtype, shape)| InputShape::new(name.clone(), shape.axes().to_vec(), *dtype)).collect()
-}
-
-/// Where a session's first weights come from.
-#[derive(Clone, Copy, Debug)]
-pub enum Weights<'a> {
-    /// A Hugging Face directory.
-    Pretrained(&'a Pretrained),
-    /// Drawn from the seed.
-    Random,
 }
 
 /// A model in training, alone on one device.

@@ -89,7 +89,7 @@ pub fn gather_of(engine: &Engine, of: usize, outcome: &mut Outcome) {
         }
     }
     for (i, s) in model.train.states.iter().enumerate() {
-        outcome.tensors.insert(s.name.clone(), bits(engine.read_state(of, i)));
+        outcome.tensors.insert(s.name.clone(), bits(engine.read_state(of, i).unwrap()));
     }
 }
 

@@ -4,8 +4,8 @@ use super::{Outcome, finish, gather, stated};
 use hydra::base::{DType, Result, Shape};
 use hydra::data::{Batch, IGNORED, InputSpec, RandomOptions, RandomSource, Source, labelled, names};
 use hydra::device::Device;
-use hydra::engine::{Engine, EngineOptions, StepInput, Stored};
-use hydra::nn::{self, Network, init};
+use hydra::engine::{Engine, EngineOptions, StepInput};
+use hydra::nn::{self, Network};
 use hydra::spill::{Model, Plan};
 use hydra::train::{Session, TrainOptions, Weights, inputs_of, plan_model, trace_model};
 use serde_json::{Value, json};
@@ -125,12 +125,7 @@ impl Driver {
         let engine_options =
             EngineOptions { seed: options.seed, patience_secs: options.patience_secs, decays, steps: options.steps };
         let mut engine = Engine::new(Arc::clone(&model), plan, device, engine_options);
-        for (i, parameter) in model.train.parameters.iter().enumerate() {
-            engine.write_parameter(0, Stored::Weight, i, &init::initial(parameter, i, options.seed)).unwrap();
-        }
-        for (i, state) in model.train.states.iter().enumerate() {
-            engine.write_state(0, i, &init::initial_state(state));
-        }
+        Weights::Random.write(&mut engine, 0, options.seed).expect("nothing has begun");
         let source = small.source(options.batch, options.seed);
         let batch = Batch::zeros(source.spec());
         Driver { engine, source, options: options.clone(), batch }

@@ -228,7 +228,7 @@ fn save_model(dir: &Path, planned: &Planned, engine: &Engine, model: usize, step
     let states: BTreeMap<&str, usize> = graph.states.iter().enumerate().map(|(i, s)| (s.name.as_str(), i)).collect();
     nn::save(dir, &form, &counts, &mut |name| match (parameters.get(name), states.get(name)) {
         (Some(&i), _) => engine.read_parameter(model, Stored::Weight, i),
-        (None, Some(&i)) => Ok(engine.read_state(model, i)),
+        (None, Some(&i)) => engine.read_state(model, i),
         (None, None) => Err(Error::bad(format!("tensor {name}: the network has no such tensor"))),
     })
 }

@@ -4,20 +4,15 @@
 //! A task's tickets become waits of its stream, across GPUs too, so it is queued as soon as what it waits for is queued; only a task that waits for the
 //! host's lanes is held back. Its start and end are marks on its stream, and time is read from them alone. A task touches its own GPU's
 //! arenas and the host's memory: what goes from one GPU to another goes through the host's store, as two tasks.
-//!
-//! A driver's stream takes about a thousand launches; the next one waits until some have run, and with it would all other streams that this thread
-//! feeds. So a program is launched in portions, those of all streams in turn, and a stream that has enough before it gets the next one later.
 
-use super::blocks::Blocks;
 use super::clock::GpuClock;
-use super::driver::{Driver, Mark, Stream};
+use super::driver::Driver;
+use super::lane::{Held, HostLane, StreamLane};
 use super::launch::Ptr;
-use super::operands::Operands;
-use super::queue::Queue;
-use super::{ops, optimizer};
+use super::optimizer;
 use crate::base::{Error, LaneId, LaneKind, Result};
 use crate::device::host::beside::{HostLanes, HostLanesConfig};
-use crate::device::{Completion, Device, DiskSpec, Memory, Run, Span, Task, Ticket};
+use crate::device::{Completion, Device, DiskSpec, Memory, Span, Task, Ticket};
 use std::collections::VecDeque;
 use std::time::Instant;
 
@@ -45,62 +40,6 @@ pub struct CudaConfig {
     pub disk: Option<DiskSpec>,
     /// Never tell the completion of this lane's n-th task (from 1): for tests of the watchdog.
     pub withhold: Option<(u16, u64)>,
-}
-
-/// A task that waits to be queued.
-struct Held {
-    ticket: Ticket,
-    task: Task,
-    after: Vec<Ticket>,
-}
-
-/// A task that is queued on a stream.
-struct Queued {
-    number: u64,
-    start: Mark,
-    end: Mark,
-    /// Whether its block will hold the first layer that is not finite.
-    check: bool,
-}
-
-/// Steps of a portion.
-const PORTION: usize = 64;
-/// Portions that a stream may have before it: a millisecond's work and more.
-const PORTIONS: usize = 6;
-
-/// A program of which some steps are on its stream.
-struct Begun {
-    ticket: Ticket,
-    run: Box<Run>,
-    start: Mark,
-    end: Mark,
-    /// The next step.
-    next: usize,
-}
-
-/// A lane that is a stream.
-struct StreamLane {
-    stream: Stream,
-    held: VecDeque<Held>,
-    begun: Option<Begun>,
-    /// At the ends of portions that have not run.
-    portions: VecDeque<Mark>,
-    free_portions: Vec<Mark>,
-    queued: VecDeque<Queued>,
-    /// Tasks that have been told done.
-    done: u64,
-    /// When the last of them ended.
-    ended_secs: f64,
-    free: Vec<(Mark, Mark)>,
-    blocks: Blocks,
-}
-
-/// A lane of the host's.
-#[derive(Default)]
-struct HostLane {
-    held: VecDeque<Held>,
-    /// Tasks that have been told done.
-    done: u64,
 }
 
 /// GPUs, real or emulated, as devices.
@@ -194,19 +133,7 @@ impl CudaDevice {
             arenas.push(driver.alloc(logical.gpu, logical.arena_bytes)?);
             for kind in [LaneKind::Compute, LaneKind::HostToDevice, LaneKind::DeviceToHost] {
                 lanes.push(LaneId { device, kind });
-                let blocks = Blocks::new(driver.as_mut(), logical.gpu, kind == LaneKind::Compute)?;
-                streams.push(StreamLane {
-                    stream: driver.stream(logical.gpu)?,
-                    held: VecDeque::new(),
-                    begun: None,
-                    portions: VecDeque::new(),
-                    free_portions: Vec::new(),
-                    queued: VecDeque::new(),
-                    done: 0,
-                    ended_secs: 0.0,
-                    free: Vec::new(),
-                    blocks,
-                });
+                streams.push(StreamLane::new(driver.as_mut(), logical.gpu, kind == LaneKind::Compute)?);
             }
         }
         let mut gpu_clocks = Vec::new();
@@ -278,16 +205,17 @@ impl CudaDevice {
 
     /// Queues a lane's next portion, or its next task; tells whether there was one that could be queued.
     fn advance_stream(&mut self, lane: usize) -> std::result::Result<bool, (Ticket, Error)> {
-        if let Some(begun) = self.streams[lane].begun.take() {
-            let ticket = begun.ticket;
-            return self.go_on(lane, begun).map_err(|error| (ticket, error));
+        let entry = &mut self.streams[lane];
+        if let Some((ticket, device)) = entry.begun() {
+            let arena = self.arenas[device as usize];
+            return entry.go_on(self.driver.as_mut(), arena).map_err(|error| (ticket, error));
         }
         let Some(held) = self.streams[lane].held.front() else { return Ok(false) };
         let queued = |t: &Ticket| match self.streams.get(t.lane as usize) {
-            Some(other) => other.done + other.queued.len() as u64 >= t.number,
-            None => self.host_lanes[t.lane as usize - self.streams.len()].done >= t.number,
+            Some(other) => other.has_queued(t.number),
+            None => self.is_done(*t),
         };
-        if !held.after.iter().all(queued) || self.streams[lane].queued.len() >= self.streams[lane].blocks.len() {
+        if !held.after.iter().all(queued) || self.streams[lane].is_full() {
             return Ok(false);
         }
         let held = self.streams[lane].held.pop_front().expect("there is a front");
@@ -308,36 +236,26 @@ impl CudaDevice {
         });
     }
 
-    /// Puts a task on its stream, between two marks; of a program the first mark.
+    /// Puts a task on its stream, behind what it waits for; of a program the beginning.
     fn queue(&mut self, lane: usize, held: Held) -> Result<()> {
-        let stream = self.streams[lane].stream;
-        for ticket in &held.after {
-            let other = &self.streams[ticket.lane as usize % self.streams.len()];
+        let Held { ticket, task, after } = held;
+        for before in after {
             // Tickets of the same lane, of the host, and of what is done hold by themselves.
-            if ticket.lane as usize == lane || self.is_done(*ticket) {
+            if before.lane as usize == lane || self.is_done(before) {
                 continue;
             }
-            let at = other.queued.iter().find(|q| q.number == ticket.number);
-            self.driver.wait_for(stream, at.expect("a ticket that is not done is queued").end)?;
+            let end = self.streams[before.lane as usize].end_of(before.number);
+            self.driver.wait_for(self.streams[lane].stream, end)?;
         }
-        let (start, end) = match self.streams[lane].free.pop() {
-            Some(marks) => marks,
-            None => (self.driver.mark(stream.gpu)?, self.driver.mark(stream.gpu)?),
-        };
-        self.driver.record(start, stream)?;
-        match held.task {
-            Task::Run(run) => {
-                self.begin(lane, held.ticket.number, &run)?;
-                self.streams[lane].begun = Some(Begun { ticket: held.ticket, run, start, end, next: 0 });
+        let marks = self.streams[lane].start(self.driver.as_mut())?;
+        if let Task::Run(run) = task {
+            for (area, &bytes) in run.program.area_bytes.iter().enumerate() {
+                self.touch(lane, Span { memory: Memory::Device(run.device), offset: run.bases[area], bytes })?;
             }
-            task => {
-                self.execute(lane, held.ticket.number, &task)?;
-                self.driver.record(end, stream)?;
-                let queued = Queued { number: held.ticket.number, start, end, check: false };
-                self.streams[lane].queued.push_back(queued);
-            }
+            return self.streams[lane].begin(self.driver.as_mut(), ticket, run, marks);
         }
-        Ok(())
+        self.execute(lane, ticket.number, &task)?;
+        self.streams[lane].end(self.driver.as_mut(), ticket.number, marks, false)
     }
 
     fn execute(&mut self, lane: usize, number: u64, task: &Task) -> Result<()> {
@@ -351,11 +269,11 @@ impl CudaDevice {
                 }
                 Ok(())
             }
-            Task::Run(_) => unreachable!("a program is queued in portions"),
+            Task::Run(_) => unreachable!("a lane queues a program in portions"),
             Task::Add(spans) => {
                 for span in spans {
                     let (to, from) = (self.touched(lane, span.to)?, self.touched(lane, span.from)?);
-                    let mut queue = self.task_queue(lane, number);
+                    let mut queue = self.streams[lane].queue(self.driver.as_mut(), number);
                     optimizer::add(&mut queue, to, from, (span.from.bytes / 4) as usize)?;
                 }
                 Ok(())
@@ -364,8 +282,7 @@ impl CudaDevice {
                 let touched = [Some(norm.gradient), Some(norm.table), norm.scratch];
                 touched.into_iter().flatten().try_for_each(|span| self.touch(lane, span))?;
                 let (arenas, host) = (&self.arenas, &self.host);
-                let StreamLane { stream, blocks, .. } = &mut self.streams[lane];
-                let mut queue = Queue::new(self.driver.as_mut(), *stream, blocks, number);
+                let mut queue = self.streams[lane].queue(self.driver.as_mut(), number);
                 optimizer::norm(&mut queue, norm, &|span| address(arenas, host, span))
             }
             Task::Update(update) => {
@@ -374,75 +291,10 @@ impl CudaDevice {
                 let mut touched = moments.chain(others).chain(update.clip.map(|c| c.table)).chain(update.remainder);
                 touched.try_for_each(|span| self.touch(lane, span))?;
                 let (arenas, host) = (&self.arenas, &self.host);
-                let StreamLane { stream, blocks, .. } = &mut self.streams[lane];
-                let mut queue = Queue::new(self.driver.as_mut(), *stream, blocks, number);
+                let mut queue = self.streams[lane].queue(self.driver.as_mut(), number);
                 optimizer::update(&mut queue, update, &|span| address(arenas, host, span))
             }
         }
-    }
-
-    fn begin(&mut self, lane: usize, number: u64, run: &Run) -> Result<()> {
-        for (area, &bytes) in run.program.area_bytes.iter().enumerate() {
-            self.touch(lane, Span { memory: Memory::Device(run.device), offset: run.bases[area], bytes })?;
-        }
-        self.task_queue(lane, number).begin(&run.scalars, run.check)
-    }
-
-    /// Queues the next portion of a program, if there is room for it on its stream, and with the last one its end.
-    fn go_on(&mut self, lane: usize, mut begun: Begun) -> Result<bool> {
-        let entry = &mut self.streams[lane];
-        while let Some(&mark) = entry.portions.front()
-            && self.driver.passed(mark)?
-        {
-            entry.portions.pop_front();
-            entry.free_portions.push(mark);
-        }
-        if entry.portions.len() >= PORTIONS {
-            entry.begun = Some(begun);
-            return Ok(false);
-        }
-        let (run, number) = (&begun.run, begun.ticket.number);
-        let (steps, check) = (&run.program.steps, run.check);
-        let portion = begun.next..steps.len().min(begun.next + PORTION);
-        let StreamLane { stream, blocks, .. } = &mut self.streams[lane];
-        let mut queue = Queue::new(self.driver.as_mut(), *stream, blocks, number);
-        queue.tf32 = run.program.tf32;
-        queue.resume(check);
-        let arena = self.arenas[run.device as usize];
-        for step in &steps[portion.clone()] {
-            let operands = Operands { step, arena, bases: &run.bases };
-            queue.confine(&operands)?;
-            ops::launch_step(&mut queue, &operands)?;
-            if check && step.ends_layer {
-                optimizer::check_finite(&mut queue, &operands, step.layer)?;
-            }
-        }
-        queue.release()?;
-        let ends = portion.end == steps.len();
-        if ends && check {
-            queue.end_check()?;
-        }
-        let entry = &mut self.streams[lane];
-        let mark = match entry.free_portions.pop() {
-            Some(mark) => mark,
-            None => self.driver.mark(entry.stream.gpu)?,
-        };
-        self.driver.record(mark, entry.stream)?;
-        entry.portions.push_back(mark);
-        if ends {
-            let Begun { start, end, .. } = begun;
-            self.driver.record(end, entry.stream)?;
-            entry.queued.push_back(Queued { number, start, end, check });
-        } else {
-            begun.next = portion.end;
-            entry.begun = Some(begun);
-        }
-        Ok(true)
-    }
-
-    fn task_queue(&mut self, lane: usize, number: u64) -> Queue<'_> {
-        let StreamLane { stream, blocks, .. } = &mut self.streams[lane];
-        Queue::new(self.driver.as_mut(), *stream, blocks, number)
     }
 
     /// Notes that a task of a lane touches a span.
@@ -476,27 +328,19 @@ impl CudaDevice {
             clock.move_zero(self.driver.as_mut(), self.clock.elapsed().as_secs_f64())?;
         }
         let before = self.ready.len();
-        for lane in 0..self.streams.len() {
-            while let Some(front) = self.streams[lane].queued.front() {
-                if !self.driver.passed(front.end)? {
-                    break;
-                }
-                let Queued { number, start, end, check } =
-                    self.streams[lane].queued.pop_front().expect("there is a front");
-                let entry = &mut self.streams[lane];
-                entry.done = number;
-                entry.free.push((start, end));
-                let not_finite_layer = if check { entry.blocks.first_bad_layer(number) } else { None };
-                if self.withhold == Some((lane as u16, number)) {
+        for (lane, entry) in self.streams.iter_mut().enumerate() {
+            let clock = &self.gpu_clocks[entry.stream.gpu];
+            while let Some(ended) = entry.next_ended(self.driver.as_mut(), clock)? {
+                if self.withhold == Some((lane as u16, ended.number)) {
                     continue;
                 }
-                let clock = &self.gpu_clocks[start.gpu];
-                // A zero that was set right must not make a lane seem to run backwards.
-                let start_secs = clock.secs(self.driver.as_mut(), start)?.max(entry.ended_secs);
-                let end_secs = clock.secs(self.driver.as_mut(), end)?.max(start_secs);
-                entry.ended_secs = end_secs;
-                let ticket = Ticket { lane: lane as u16, number };
-                self.ready.push_back(Completion { ticket, start_secs, end_secs, result: Ok(()), not_finite_layer });
+                self.ready.push_back(Completion {
+                    ticket: Ticket { lane: lane as u16, number: ended.number },
+                    start_secs: ended.start_secs,
+                    end_secs: ended.end_secs,
+                    result: Ok(()),
+                    not_finite_layer: ended.not_finite_layer,
+                });
             }
         }
         while let Some(completion) = self.beside.ended() {
@@ -557,7 +401,7 @@ impl Device for CudaDevice {
                     .streams
                     .iter()
                     .enumerate()
-                    .find_map(|(lane, l)| l.queued.front().map(|q| Ticket { lane: lane as u16, number: q.number }));
+                    .find_map(|(lane, l)| l.first_queued().map(|number| Ticket { lane: lane as u16, number }));
                 self.fail(ticket.unwrap_or(Ticket { lane: 0, number: 0 }), error);
             }
         }

@@ -24,6 +24,7 @@ mod glu;
 mod gpu;
 #[cfg(feature = "cuda")]
 mod gpus;
+mod lane;
 pub mod launch;
 mod linear;
 mod norm;

@@ -1,0 +1,121 @@
+//! A model of a fleet: what it is made of, and how far it has come.
+
+use super::session::TrainOptions;
+use super::weights::Weights;
+use crate::base::{Error, Result};
+use crate::data::{Batch, DEFAULT_AHEAD, Limits, Loader, Source};
+use crate::engine::EngineOptions;
+use crate::nn::Network;
+use crate::spill::Placed;
+use std::collections::VecDeque;
+use std::time::Instant;
+
+/// A model to train, with everything that it takes.
+pub struct Recruit<'a> {
+    /// Its network.
+    pub network: &'a dyn Network,
+    /// Where its first weights come from.
+    pub weights: Weights<'a>,
+    /// Its graphs, its plan and where it runs.
+    pub placed: Placed,
+    /// What it is trained on.
+    pub source: Box<dyn Source>,
+    /// What it is validated on.
+    pub valid: Option<Box<dyn Source>>,
+    /// How it is trained; the device's part is of no account here.
+    pub options: TrainOptions,
+}
+
+impl Recruit<'_> {
+    /// How the engine runs it.
+    pub(super) fn engine_options(&self) -> Result<EngineOptions> {
+        let Recruit { placed, options, .. } = self;
+        options.optimizer.check()?;
+        let parameters = &placed.model.train.parameters;
+        let decays = parameters.iter().map(|p| options.optimizer.decays(p.shape.axes().len())).collect();
+        // One task of a large model may take long: nothing is wrong while a whole step's time has not passed a few times.
+        let patience_secs = options.patience_secs.max(10.0 * placed.plan.estimated_secs);
+        Ok(EngineOptions { seed: options.seed, patience_secs, decays, steps: options.steps })
+    }
+}
+
+/// How far a model has come.
+#[derive(Debug)]
+pub(super) enum Stage {
+    /// Not its turn yet.
+    Waiting,
+    Training,
+    /// Held-out minibatches before `next` are in the sum; with `next` one in flight of so many labels.
+    Validating {
+        next: u64,
+        labels: u64,
+        sum: f64,
+        count: u64,
+        began: Instant,
+    },
+    Done,
+    Failed(Option<Error>),
+}
+
+/// A model in training.
+pub(super) struct Trainee {
+    pub(super) options: TrainOptions,
+    /// `None` once it has ended.
+    pub(super) loader: Option<Loader>,
+    pub(super) valid: Option<Box<dyn Source>>,
+    pub(super) valid_batch: Batch,
+    pub(super) limits: Limits,
+    /// For each graph input, the batch tensor's name.
+    pub(super) names: Vec<String>,
+    pub(super) stage: Stage,
+    /// Steps done and begun.
+    pub(super) done: u64,
+    pub(super) begun: u64,
+    /// Learning rates of the steps in flight.
+    pub(super) rates: VecDeque<f64>,
+    /// No step is begun until the model has been at rest: a validation or a checkpoint is due.
+    pub(super) pause: bool,
+    /// Nobody wants more of it: it ends at its next rest.
+    pub(super) ends: bool,
+    /// It goes on from a rest: a validation that was due there was left to the run that goes on.
+    pub(super) owes_validation: bool,
+    /// Why it is to end: the data's fault, or the observer's.
+    pub(super) fault: Option<Error>,
+}
+
+impl Trainee {
+    /// A model that waits for its turn; its data is opened, and its first minibatches are on their way.
+    pub(super) fn new(recruit: Recruit) -> Result<Trainee> {
+        let Recruit { network, placed, source, valid, options, .. } = recruit;
+        if valid.as_ref().is_some_and(|valid| valid.batches_per_epoch() == u64::MAX) {
+            return Err(Error::bad("held-out data without an end: a validation would have none"));
+        }
+        let labels = network.labels();
+        let limits = Limits { vocab: labels.vocab, classes: Some(labels.classes) };
+        Ok(Trainee {
+            loader: Some(Loader::start_limited(source, 0, DEFAULT_AHEAD, limits)?),
+            valid_batch: valid.as_ref().map_or(Batch { tensors: Vec::new() }, |v| Batch::zeros(v.spec())),
+            valid,
+            limits,
+            names: placed.model.train.inputs.iter().map(|i| i.name.clone()).collect(),
+            stage: Stage::Waiting,
+            done: 0,
+            begun: 0,
+            rates: VecDeque::with_capacity(4),
+            pause: false,
+            ends: false,
+            owes_validation: false,
+            fault: None,
+            options,
+        })
+    }
+
+    pub(super) fn is_over(&self) -> bool {
+        matches!(self.stage, Stage::Done | Stage::Failed(_))
+    }
+
+    /// Gives up the data; waits for the minibatch that is being made.
+    pub(super) fn wait_close(&mut self) {
+        (self.loader, self.valid) = (None, None);
+    }
+}
