@@ -148,6 +148,7 @@ fn a_bad_pixel_stops_its_step_and_the_one_behind_it() {
             good.options.steps = 2;
             let (results, error) = until_error(&mut good, |_, _| ());
             assert!(error.is_none() && results.len() == 2);
+            good.engine.wait_home(0).expect("it is well");
             let want = state(&good.engine);
 
             let mut driver = driver(&small, &plan, link);

@@ -26,10 +26,18 @@ struct Recipe {
     optimizer: usize,
     clip: bool,
     cosine: bool,
+    /// Which of the lists of parameters that stay as they are.
+    frozen: usize,
+}
+
+/// A model, and lists of parameters that may stay as they are, by the beginnings of their names; the first is empty.
+struct Family {
+    small: Small,
+    frozen: [&'static [&'static str]; 4],
 }
 
 impl Recipe {
-    fn options(self, microbatch: usize) -> TrainOptions {
+    fn options(self, family: &Family, microbatch: usize) -> TrainOptions {
         let adamw = |weight_decay, decay_matrices_only| Optimizer::Adamw {
             lr: 3e-3,
             betas: (0.9, 0.95),
@@ -51,6 +59,7 @@ impl Recipe {
             valid_every: 2,
             poison: true,
             dtype: if self.bf16 { DType::Bf16 } else { DType::F32 },
+            frozen: family.frozen[self.frozen].iter().map(|start| start.to_string()).collect(),
             ..TrainOptions::new(5)
         }
     }
@@ -78,8 +87,17 @@ struct Regime {
 }
 
 fn recipes(bf16: bool) -> impl Strategy<Value = Recipe> {
-    (1usize..=4, 0usize..6, any::<bool>(), any::<bool>())
-        .prop_map(move |(microbatches, optimizer, clip, cosine)| Recipe { bf16, microbatches, optimizer, clip, cosine })
+    let frozen = prop_oneof![4 => Just(0usize), 3 => 1usize..4];
+    (1usize..=4, 0usize..6, any::<bool>(), any::<bool>(), frozen).prop_map(
+        move |(microbatches, optimizer, clip, cosine, frozen)| Recipe {
+            bf16,
+            microbatches,
+            optimizer,
+            clip,
+            cosine,
+            frozen,
+        },
+    )
 }
 
 fn regimes() -> impl Strategy<Value = Regime> {
@@ -134,9 +152,10 @@ struct Seen {
     kept: BTreeSet<bool>,
 }
 
-/// Trains `small` by `recipe` under `regime`.
-fn train(small: &Small, microbatch: usize, recipe: Recipe, regime: &Regime, seen: &mut Seen) -> Outcome {
-    let mut options = recipe.options(microbatch);
+/// Trains a model by `recipe` under `regime`.
+fn train(family: &Family, microbatch: usize, recipe: Recipe, regime: &Regime, seen: &mut Seen) -> Outcome {
+    let small = &family.small;
+    let mut options = recipe.options(family, microbatch);
     options.device =
         HostSpec { arena_bytes: 0, link_bytes_per_sec: regime.link_bytes_per_sec, threads: regime.threads }.into();
     let mut model = Arc::unwrap_or_clone(small.model(&options));
@@ -184,7 +203,7 @@ fn train(small: &Small, microbatch: usize, recipe: Recipe, regime: &Regime, seen
 }
 
 /// Compares `cases` random runs with the unconstrained run of the same recipe.
-fn check(small: &Small, microbatch: usize, bf16: bool, cases: u32) -> Seen {
+fn check(family: &Family, microbatch: usize, bf16: bool, cases: u32) -> Seen {
     let references: RefCell<BTreeMap<Recipe, Outcome>> = RefCell::default();
     let seen: RefCell<Seen> = RefCell::default();
     let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[7; 32]);
@@ -193,12 +212,12 @@ fn check(small: &Small, microbatch: usize, bf16: bool, cases: u32) -> Seen {
     let result = runner.run(&(recipes(bf16), regimes()), |(recipe, regime)| {
         let mut references = references.borrow_mut();
         let want = references.entry(recipe).or_insert_with(|| {
-            let outcome = small.train(&recipe.options(microbatch)).expect("the unconstrained run");
+            let outcome = family.small.train(&recipe.options(family, microbatch)).expect("the unconstrained run");
             let finite = outcome.losses.iter().all(|&b| f32::from_bits(b).is_finite());
             assert!(finite && outcome.valid.len() == 3, "a run worth comparing: {:?}", outcome.losses);
             outcome
         });
-        let got = train(small, microbatch, recipe, &regime, &mut seen.borrow_mut());
+        let got = train(family, microbatch, recipe, &regime, &mut seen.borrow_mut());
         prop_assert!(got == *want, "other bits: {}", difference(&got, want).unwrap_or_default());
         Ok(())
     });
@@ -212,8 +231,16 @@ fn check(small: &Small, microbatch: usize, bf16: bool, cases: u32) -> Seen {
 #[test]
 fn gpt_has_the_same_bits_however_it_is_run() {
     let small = Small::gpt(26, 2, 3, 19, 0.1);
+    // All before a layer, the tied table too; parts between others; all but the last norm.
+    let frozen = [
+        &[][..],
+        &["transformer.w", "transformer.h.0"],
+        &["transformer.wpe", "transformer.h.1.attn"],
+        &["transformer.w", "transformer.h"],
+    ];
+    let family = Family { small, frozen };
     for (bf16, cases) in [(false, 90), (true, 60)] {
-        let seen = check(&small, 2, bf16, cases);
+        let seen = check(&family, 2, bf16, cases);
         println!("{seen:?}");
         assert!(seen.shards.len() >= 5 && seen.resident.len() == 2, "{seen:?}");
         assert!(seen.activations_on_host.len() == 2 && seen.kept.len() == 2 && seen.resting.len() >= 3, "{seen:?}");
@@ -224,8 +251,10 @@ fn gpt_has_the_same_bits_however_it_is_run() {
 #[test]
 fn llama_has_the_same_bits_however_it_is_run() {
     let small = Small::llama(20, 2, 3, 19);
+    let frozen = [&[][..], &["model.embed"], &["lm_head", "model.layers.1"], &["model.layers"]];
+    let family = Family { small, frozen };
     for (bf16, cases) in [(false, 40), (true, 30)] {
-        let seen = check(&small, 2, bf16, cases);
+        let seen = check(&family, 2, bf16, cases);
         println!("{seen:?}");
         assert!(seen.shards.len() >= 5 && seen.resident.len() == 2, "{seen:?}");
         assert!(seen.activations_on_host.len() == 2 && seen.kept.len() == 2 && seen.resting.len() >= 2, "{seen:?}");
@@ -236,8 +265,10 @@ fn llama_has_the_same_bits_however_it_is_run() {
 #[test]
 fn resnet_has_the_same_bits_however_it_is_run() {
     let small = Small::resnet(&[6, 10], &[1, 2], [19, 17]);
+    let frozen = [&[][..], &["resnet.embedder"], &["resnet.encoder.stages.1"], &["resnet"]];
+    let family = Family { small, frozen };
     for (bf16, cases) in [(false, 60), (true, 40)] {
-        let seen = check(&small, 3, bf16, cases);
+        let seen = check(&family, 3, bf16, cases);
         println!("{seen:?}");
         assert!(seen.shards.len() >= 4 && seen.resident.len() == 2, "{seen:?}");
         assert!(seen.activations_on_host.len() == 2 && seen.kept.len() == 2 && seen.resting.len() >= 3, "{seen:?}");
@@ -247,21 +278,75 @@ fn resnet_has_the_same_bits_however_it_is_run() {
 /// One number of threads against another, with products large enough to be split and widths that split badly.
 #[test]
 fn threads_do_not_show() {
-    let check = |small: &Small, microbatch: usize, bf16: bool| {
-        let recipe = Recipe { bf16, microbatches: 2, optimizer: 0, clip: true, cosine: false };
+    let check = |small: Small, microbatch: usize, bf16: bool| {
+        let family = Family { small, frozen: [&[]; 4] };
+        let recipe = Recipe { bf16, microbatches: 2, optimizer: 0, clip: true, cosine: false, frozen: 0 };
         let mut runs = Vec::new();
         for threads in [None, Some(1), Some(2), Some(3)] {
             let device = HostSpec { threads, ..HostSpec::default() }.into();
-            let options = TrainOptions { steps: 2, device, ..recipe.options(microbatch) };
-            runs.push(small.train(&options).expect("a run"));
+            let options = TrainOptions { steps: 2, device, ..recipe.options(&family, microbatch) };
+            runs.push(family.small.train(&options).expect("a run"));
         }
         for run in &runs[1..] {
             assert_eq!(difference(run, &runs[0]), None);
         }
     };
     for bf16 in [false, true] {
-        check(&Small::gpt(129, 3, 1, 67, 0.1), 5, bf16);
-        check(&Small::llama(132, 6, 1, 67), 5, bf16);
-        check(&Small::resnet(&[33, 65], &[1, 1], [33, 31]), 5, bf16);
+        check(Small::gpt(129, 3, 1, 67, 0.1), 5, bf16);
+        check(Small::llama(132, 6, 1, 67), 5, bf16);
+        check(Small::resnet(&[33, 65], &[1, 1], [33, 31]), 5, bf16);
+    }
+}
+
+/// What is frozen stays as it is, and the others' gradients are those that they have where all is trained: by plain SGD, the same bits after a step.
+#[test]
+fn what_is_trained_beside_frozen_parameters_gets_the_same_gradients() {
+    for (dtype, frozen) in [
+        (DType::F32, ["transformer.wte", "transformer.h.0"]),
+        (DType::Bf16, ["transformer.wpe", "transformer.h.1.attn"]),
+        (DType::F32, ["transformer.w", "transformer.h"]),
+    ] {
+        let small = Small::gpt(26, 2, 3, 19, 0.1);
+        let optimizer = Optimizer::Sgd { lr: 0.05, momentum: 0.0, nesterov: false, weight_decay: 0.0 };
+        let whole = TrainOptions { seed: 3, batch: 4, microbatch: 2, optimizer, dtype, ..TrainOptions::new(1) };
+        let partly = TrainOptions { frozen: frozen.map(String::from).to_vec(), ..whole.clone() };
+        let mut before = Outcome::default();
+        let fresh = small.session(small.plan(&whole).expect("a plan"), &whole).expect("a session");
+        common::gather_of(fresh.engine(), 0, &mut before);
+        let [want, got] = [&whole, &partly].map(|options| small.train(options).expect("a run"));
+        assert_eq!(got.losses, want.losses);
+        let mut stayed = 0;
+        for (name, bits) in &got.tensors {
+            let is_frozen = frozen.iter().any(|start| name.starts_with(start));
+            if !is_frozen {
+                assert!(bits == &want.tensors[name] && bits != &before.tensors[name], "{dtype}, {frozen:?}: {name}");
+                continue;
+            }
+            // Of a bf16 weight nothing but its upper half is kept.
+            let same = |(&now, &first): (&u32, &u32)| {
+                now == first || dtype == DType::Bf16 && now == (first + 0x8000) & !0xFFFF
+            };
+            assert!(bits.iter().zip(&before.tensors[name]).all(same), "{dtype}, {frozen:?}: {name} has changed");
+            stayed += 1;
+        }
+        assert!(stayed > 0, "{frozen:?}");
+        let bytes = |options: &TrainOptions| small.plan(options).expect("a plan").1.host.bytes;
+        let adamw =
+            |options: &TrainOptions| bytes(&TrainOptions { optimizer: Optimizer::default(), ..options.clone() });
+        assert!(adamw(&partly) < adamw(&whole), "frozen parameters have no moments");
+    }
+}
+
+#[test]
+fn a_name_that_freezes_nothing_is_refused_and_so_is_a_model_without_anything_to_train() {
+    let small = Small::gpt(26, 2, 1, 19, 0.0);
+    for (frozen, want) in [
+        ("transformer.h.7", "frozen: the name of no parameter begins with transformer.h.7"),
+        ("", "all parameters are frozen"),
+    ] {
+        let options = TrainOptions { frozen: vec![frozen.into()], ..TrainOptions::new(1) };
+        let inputs = hydra::train::inputs_of(small.source(1, 0).as_ref());
+        let refused = hydra::train::trace_model(small.network.as_ref(), &inputs, &options).expect_err("refused");
+        assert!(refused.to_string().contains(want), "{refused}");
     }
 }

@@ -37,7 +37,8 @@ impl Engine {
         let first_visit = pass != Pass::Backward || site.is_last(s);
         let shared_lane = [plan.choice.activations, plan.choice.gradients].iter().any(|&t| t != BoundaryTier::Device);
         // What a shard at rest has updated is newer there than at home.
-        let by_device = |owner: usize| !plan.choice.resident && plan.choice.rests(owner);
+        let by_device =
+            |b: &Borrow| !plan.choice.resident && b.owner.is_some_and(|(owner, _)| plan.choice.rests(owner));
         let tables = &self.members[site.member].tables;
         let count = if first_visit || shared_lane { tables.copies[s].len() } else { 1 };
         for i in 0..count {
@@ -47,7 +48,7 @@ impl Engine {
             let from = site.weights(shard.own.start + piece.start, bytes);
             let mut spans = vec![CopySpan { from, to: site.arena(base + piece.start, bytes) }];
             if i + 1 == count {
-                for b in tables.borrows[s].iter().filter(|b| !by_device(b.owner)) {
+                for b in tables.borrows[s].iter().filter(|b| !by_device(b)) {
                     spans.push(CopySpan { from: site.weights(b.flat, b.bytes), to: site.arena(base + b.at, b.bytes) });
                 }
                 let states = shard.states.end - shard.states.start;
@@ -60,7 +61,7 @@ impl Engine {
         }
         for i in 0..self.members[site.member].tables.borrows[s].len() {
             let borrow = self.members[site.member].tables.borrows[s][i];
-            if by_device(borrow.owner) {
+            if by_device(&borrow) {
                 self.bring_borrowed(site, s, slot, borrow);
             }
         }
@@ -70,14 +71,20 @@ impl Engine {
     /// Brings the weights that a shard in a slot borrows up to date: from their owner's slot where it is beside it, else from home.
     fn refresh_borrowed(&mut self, site: &Site, s: usize, slot: usize) {
         for i in 0..self.members[site.member].tables.borrows[s].len() {
-            self.bring_borrowed(site, s, slot, self.members[site.member].tables.borrows[s][i]);
+            let borrow = self.members[site.member].tables.borrows[s][i];
+            if borrow.owner.is_some() {
+                self.bring_borrowed(site, s, slot, borrow);
+            }
         }
     }
 
     fn bring_borrowed(&mut self, site: &Site, s: usize, slot: usize, borrow: Borrow) {
-        let beside = self.rings[site.rings].weights.slot_of(site.shard(borrow.owner));
+        let beside = borrow.owner.and_then(|(owner, in_owner)| {
+            let slot = self.rings[site.rings].weights.slot_of(site.shard(owner))?;
+            Some(site.map.weight_slots[slot] + in_owner)
+        });
         let from = match beside {
-            Some(owner) => site.arena(site.map.weight_slots[owner] + borrow.in_owner, borrow.bytes),
+            Some(at) => site.arena(at, borrow.bytes),
             None => site.weights(borrow.flat, borrow.bytes),
         };
         let to = site.arena(site.map.weight_slots[slot] + borrow.at, borrow.bytes);

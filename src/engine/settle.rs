@@ -213,7 +213,7 @@ impl Engine {
 
     /// The table of norms where a shard is settled.
     pub(super) fn norms(&self, site: &Site, s: usize) -> Span {
-        let bytes = 8 * site.model.train.parameters.len() as u64;
+        let bytes = 8 * site.model.layout.order.len() as u64;
         match Self::on_device(site, s) {
             true => site.arena(site.map.norms[site.parity()], bytes),
             false => site.store(site.plan.host.norms[site.parity()], bytes),

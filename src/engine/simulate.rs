@@ -7,7 +7,9 @@ use crate::base::{Error, LaneKind, Result};
 use crate::device::sim::{CostModel, SimDevice};
 use crate::graph::Area;
 use crate::sched::{Bounds, DeviceRates, ModelWork, Policy};
-use crate::spill::{ArenaMap, BoundaryTier, FleetMap, Home, Model, OnDisk, Placed, Plan, update_state_bytes};
+use crate::spill::{
+    ArenaMap, BoundaryTier, FleetMap, Home, Model, OnDisk, Placed, Plan, ShardPrograms, update_state_bytes,
+};
 use crate::trace::{Bound, LaneSum, Recorder};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -303,13 +305,25 @@ fn least_bytes(placed: &Placed, slots: usize, entries: usize) -> (u64, u64) {
     }
     let visiting = &plan.shards[plan.choice.resting..];
     // What they borrow of shards at rest need not come from the host.
-    let bytes = |s: &crate::spill::ShardPrograms| if plan.choice.resting > 0 { s.own_bytes() } else { s.fetch_bytes() };
-    let mut sizes: Vec<u64> = visiting.iter().map(bytes).collect();
+    let changing = |s: &ShardPrograms| match plan.choice.resting > 0 {
+        true => s.own_bytes(),
+        false => s.fetch_bytes() - s.layout.frozen_bytes(),
+    };
+    let bytes = |s: &ShardPrograms| changing(s) + s.layout.frozen_bytes();
     // Kept at best: as many shards as there are slots, the largest.
-    sizes.sort_unstable_by(|a, b| b.cmp(a));
-    let again: u64 = sizes.iter().skip(slots).sum();
-    // What a device has updated may stay for the next step too.
-    let all = if plan.choice.updates_on_device { again } else { sizes.iter().sum() };
+    let beyond_slots = |mut sizes: Vec<u64>| -> u64 {
+        sizes.sort_unstable_by(|a, b| b.cmp(a));
+        sizes.iter().skip(slots).sum()
+    };
+    let again = beyond_slots(visiting.iter().filter(|s| !s.idles_back()).map(bytes).collect());
+    // What a device has updated may stay for the next step too, and what nobody updates.
+    let all = match plan.choice.updates_on_device {
+        true => beyond_slots(visiting.iter().map(bytes).collect()),
+        false => {
+            let frozen = visiting.iter().map(|s| s.layout.frozen_bytes()).collect();
+            visiting.iter().map(changing).sum::<u64>() + beyond_slots(frozen)
+        }
+    };
     let own = visiting.iter().map(|s| s.own_bytes()).sum::<u64>();
     let state = match plan.choice.updates_on_device {
         true => (0..plan.shards.len()).map(|s| update_state_bytes(&placed.model, &plan.shards, plan.moments, s)).sum(),

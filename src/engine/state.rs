@@ -33,7 +33,7 @@ impl Engine {
             Stored::Weight => {
                 let weight = site.weights(at, elems * float);
                 let remainder = || site.update_state(host.remainders + at, weight.bytes);
-                (weight, site.model.has_remainders().then(remainder))
+                (weight, site.model.has_remainder(parameter).then(remainder))
             }
             Stored::Moment(i) => {
                 (site.update_state(host.moments[i] + at * site.model.layout.wide_ratio, elems * 4), None)
@@ -49,6 +49,10 @@ impl Engine {
             _ if parameter >= parameters => {
                 Err(Error::bad(format!("parameter {parameter}: the model has {parameters}")))
             }
+            Stored::Moment(_) if member.model.train.parameters[parameter].frozen => Err(Error::bad(format!(
+                "{}: is frozen and has no moments",
+                member.model.train.parameters[parameter].name
+            ))),
             Stored::Moment(i) if i >= moments => Err(Error::bad(format!("moment {i}: the plan keeps {moments}"))),
             _ => Ok(()),
         }
@@ -70,10 +74,10 @@ impl Engine {
         Ok(())
     }
 
-    /// Refuses to read what is older than what a step has left on a device; of a model that has ended before its time, what came home can be read.
+    /// Refuses to read what is older than what a step has left on a device; of a run or model that has ended before its time, what came home can be read.
     fn check_read(&self, model: usize, name: &str) -> Result<()> {
         let member = &self.members[model];
-        match member.at_home || member.over {
+        match member.at_home || member.over || self.failed {
             true => Ok(()),
             false => Err(Error::bad(format!("{name}: steps were begun since it was at home; wait_home comes first"))),
         }
@@ -89,14 +93,13 @@ impl Engine {
         let shared = Arc::clone(&self.members[model].model);
         let of = &shared.train.parameters[parameter];
         self.check_written(model, &of.name, &of.shape, values.len())?;
-        match self.at_home(model, what, parameter) {
-            (weight, Some(remainder)) => {
-                let (high, low): (Vec<u16>, Vec<u16>) = values.iter().map(|&x| master::split(x)).unzip();
-                self.write_at(weight, bytemuck::cast_slice(&high))?;
-                self.write_at(remainder, bytemuck::cast_slice(&low))
-            }
-            (place, None) => self.write_at(place, bytemuck::cast_slice(values)),
+        let (place, remainder) = self.at_home(model, what, parameter);
+        if what != Stored::Weight || shared.train.float != DType::Bf16 {
+            return self.write_at(place, bytemuck::cast_slice(values));
         }
+        let (high, low): (Vec<u16>, Vec<u16>) = values.iter().map(|&x| master::split(x)).unzip();
+        self.write_at(place, bytemuck::cast_slice(&high))?;
+        remainder.map_or(Ok(()), |remainder| self.write_at(remainder, bytemuck::cast_slice(&low)))
     }
 
     /// Reads a parameter's elements, or its moment's, from where it is at home.
@@ -106,12 +109,16 @@ impl Engine {
     pub fn read_parameter(&self, model: usize, what: Stored, parameter: usize) -> Result<Vec<f32>> {
         self.check_stored(model, what, parameter)?;
         self.check_read(model, &self.members[model].model.train.parameters[parameter].name)?;
-        match self.at_home(model, what, parameter) {
-            (weight, Some(remainder)) => {
-                let (high, low) = (self.read_at::<u16>(weight)?, self.read_at::<u16>(remainder)?);
-                Ok(high.into_iter().zip(low).map(|(high, low)| master::join(high, low)).collect())
+        let (place, remainder) = self.at_home(model, what, parameter);
+        if what != Stored::Weight || self.members[model].model.train.float != DType::Bf16 {
+            return self.read_at(place);
+        }
+        let high = self.read_at::<u16>(place)?;
+        match remainder {
+            Some(remainder) => {
+                Ok(high.into_iter().zip(self.read_at(remainder)?).map(|(high, low)| master::join(high, low)).collect())
             }
-            (place, None) => self.read_at(place),
+            None => Ok(high.into_iter().map(|high| bf16::from_bits(high).to_f32()).collect()),
         }
     }
 
@@ -284,7 +291,7 @@ impl Engine {
             return 0.0;
         }
         let mut sum = 0.0;
-        for i in 0..member.model.train.parameters.len() as u64 {
+        for i in 0..member.model.layout.order.len() as u64 {
             let mut bytes = [0; 8];
             let at = member.plan.host.norms[(step % 2) as usize] + 8 * i;
             self.device.read_host(self.home(model, at), &mut bytes);

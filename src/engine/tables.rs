@@ -3,7 +3,7 @@
 use super::EngineOptions;
 use crate::base::align_up;
 use crate::device::Segment;
-use crate::graph::ALIGNMENT;
+use crate::graph::{ALIGNMENT, ShardLayout};
 use crate::spill::{Model, Plan, visiting_gradients_at};
 use std::ops::Range;
 use std::sync::Arc;
@@ -55,14 +55,13 @@ pub(super) struct Join {
     pub visits_at: u64,
 }
 
-/// A copy of a shared weight.
+/// A copy of a shared weight, or of frozen ones.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Borrow {
-    pub owner: usize,
+    /// The shard that trains it, and its start in that shard's own stretch; nobody for what is frozen.
+    pub owner: Option<(usize, u64)>,
     /// Start in the flat order.
     pub flat: u64,
-    /// Start in the owner's own stretch.
-    pub in_owner: u64,
     /// Start in the borrower's weights.
     pub at: u64,
     pub bytes: u64,
@@ -98,13 +97,33 @@ impl Tables {
                 if let Some(at) = shared.borrowed
                     && !borrows[user].iter().any(|b| b.at == at)
                 {
-                    borrows[user].push(Borrow { owner, flat, in_owner, at, bytes });
+                    borrows[user].push(Borrow { owner: Some((owner, in_owner)), flat, at, bytes });
                 }
             }
+            borrows[user].extend(frozen_stretches(model, &shard.layout));
         }
         let copies = (0..plan.shards.len()).map(|s| plan.copies(s)).collect();
         Tables { segments, pieces, copies, joins, borrows }
     }
+}
+
+/// The frozen weights of a shard; what lies together at home and there is one stretch.
+fn frozen_stretches(model: &Model, shard: &ShardLayout) -> Vec<Borrow> {
+    let mut stretches: Vec<Borrow> = Vec::new();
+    for &(parameter, at) in &shard.frozen {
+        let flat = model.layout.parameter[parameter];
+        let bytes = model.train.bytes(model.train.parameters[parameter].value);
+        match stretches.last_mut() {
+            Some(last)
+                if flat.checked_sub(last.flat) == Some(at - last.at)
+                    && at - last.at == align_up(last.bytes, ALIGNMENT) =>
+            {
+                last.bytes = at - last.at + bytes;
+            }
+            _ => stretches.push(Borrow { owner: None, flat, at, bytes }),
+        }
+    }
+    stretches
 }
 
 #[cfg(test)]

@@ -54,10 +54,16 @@ pub(super) fn unit_costs(placed: &Placed, cost: &CostModel) -> Vec<UnitCost> {
                 true => cost.device_settle_secs(update_bytes(placed, own), norm_bytes(placed, own)),
                 false => 0.0,
             };
-            let taken_in = s.checked_sub(1).map_or(0, |before| plan.shards[before].boundary_bytes);
-            let handed_in = if backward { shard.boundary_bytes } else { 0 };
+            let idles = backward && shard.idles_back();
+            let taken_in =
+                if idles { 0 } else { s.checked_sub(1).map_or(0, |before| plan.shards[before].boundary_bytes) };
+            let handed_in = if backward && !idles { shard.boundary_bytes } else { 0 };
             let boundary = (taken_in + handed_in) * microbatches as u64;
-            let out = if backward { taken_in } else { shard.boundary_bytes };
+            let out = match (backward, s.checked_sub(1)) {
+                (false, _) => shard.boundary_bytes,
+                (true, Some(before)) if !plan.shards[before].idles_back() => taken_in,
+                (true, _) => 0,
+            };
             let gradient = if backward && !rests { shard.own_bytes() } else { 0 };
             let piece = plan.pieces(s).first().map_or(0, |r| r.end - r.start) as f64;
             let update_secs = update_bytes(placed, piece as u64) as f64 / cost.host_update_bytes_per_sec;
@@ -69,7 +75,7 @@ pub(super) fn unit_costs(placed: &Placed, cost: &CostModel) -> Vec<UnitCost> {
                 rest_secs: 0.0,
                 rest_chain_secs: 0.0,
                 rest_bytes: 0,
-                weight_bytes: if rests { 0 } else { shard.fetch_bytes() },
+                weight_bytes: if rests || idles { 0 } else { shard.fetch_bytes() },
                 boundary_bytes: if placed.home == Home::Anywhere { boundary } else { 0 },
                 leave_bytes: out * microbatches as u64 + gradient,
                 leaves_gradients: backward && !on_device,

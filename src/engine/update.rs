@@ -135,7 +135,8 @@ impl Engine {
                 let member = &self.members[site.member];
                 let (rings, borrows) = (member.rings[device], &member.tables.borrows);
                 let stale = |shard: usize| shard == s && !(stays && rings == site.rings);
-                let borrower = |shard: usize| borrows[shard].iter().any(|b| b.owner == s);
+                let borrower =
+                    |shard: usize| borrows[shard].iter().any(|b| b.owner.is_some_and(|(owner, _)| owner == s));
                 let weights = &mut self.rings[rings].weights;
                 weights.forget(|held| held.model == site.member && stale(held.shard));
                 weights.mark(|held| held.model == site.member && borrower(held.shard));
@@ -144,10 +145,11 @@ impl Engine {
         }
         for user in 0..site.plan.shards.len() {
             let there = self.moved(site, self.members[site.member].home_of(user).expect("it has a home"));
-            let borrows = self.members[site.member].tables.borrows[user].iter().filter(|b| b.owner == s);
-            let copies = borrows.map(|b| {
-                let from = site.arena(site.map.weight_slots[s] + b.in_owner, b.bytes);
-                (from, site.weights(b.flat, b.bytes), there.arena(there.map.weight_slots[user] + b.at, b.bytes))
+            let borrows = self.members[site.member].tables.borrows[user].iter();
+            let copies = borrows.filter_map(|b| {
+                let (_, in_owner) = b.owner.filter(|&(owner, _)| owner == s)?;
+                let from = site.arena(site.map.weight_slots[s] + in_owner, b.bytes);
+                Some((from, site.weights(b.flat, b.bytes), there.arena(there.map.weight_slots[user] + b.at, b.bytes)))
             });
             if there.device == site.device {
                 let spans = copies.map(|(from, _, to)| CopySpan { from, to }).collect();

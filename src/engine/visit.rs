@@ -120,7 +120,8 @@ impl Engine {
             Pass::Evaluate => shard.eval.as_ref(),
         };
         let program = Arc::clone(program.expect("a model has the programs of every pass that it is asked for"));
-        let slot = self.fetch_weights(site, s, pass);
+        // Before all that is trained a backward has nothing to do, and wants nothing.
+        let slot = if program.steps.is_empty() { 0 } else { self.fetch_weights(site, s, pass) };
         let own_slot = site.plan.choice.rests(s) || site.plan.choice.pipelined;
         let gradient_slot = if own_slot { s } else { self.rings[site.rings].gradient_slot() };
         for m in unit.microbatches.clone() {

@@ -39,8 +39,9 @@ enum Place {
     Before,
     /// The gradient of its output.
     After,
-    /// Among its own parameters or running statistics: bytes from the first.
+    /// Among its own parameters, frozen ones or running statistics: bytes from the first.
     Parameter(u64),
+    Frozen(u64),
     State(u64),
     /// The batch's, by its index.
     Input(usize),
@@ -63,6 +64,7 @@ struct Likeness {
     nodes: Vec<(Op, Vec<Operand>, Vec<Operand>)>,
     forward_nodes: usize,
     own_bytes: u64,
+    frozen_bytes: u64,
     state_bytes: u64,
     has_input: bool,
     output: Option<Place>,
@@ -103,6 +105,7 @@ impl View<'_> {
             nodes,
             forward_nodes,
             own_bytes: layout.layers[l].end - layout.layers[l].start,
+            frozen_bytes: layout.frozen_layers[l].end - layout.frozen_layers[l].start,
             state_bytes: layout.state_layers[l].end - layout.state_layers[l].start,
             has_input: layer.input.is_some(),
             output: here(layer.output),
@@ -128,6 +131,10 @@ impl View<'_> {
         let (graph, l) = (self.graph, self.layer);
         let root = graph.root(value);
         match graph.info(root).source {
+            Source::Parameter(p) if graph.parameters[p].frozen => {
+                let alone = graph.parameters[p].layers == [l];
+                alone.then(|| Place::Frozen(self.layout.parameter[p] - self.layout.frozen_layers[l].start))
+            }
             Source::Parameter(p) => self.parameter(p).map(Place::Parameter),
             Source::State(s) => self.layout.state[s].checked_sub(self.layout.state_layers[l].start).map(Place::State),
             Source::Input(i) => Some(Place::Input(i)),

@@ -163,7 +163,7 @@ impl Builder {
         }
         shape.checked_elems()?;
         let value = self.value(shape.clone(), self.graph.float, Source::Parameter(self.graph.parameters.len()));
-        self.graph.parameters.push(Parameter { name, value, shape, init, layers: vec![here] });
+        self.graph.parameters.push(Parameter { name, value, shape, init, layers: vec![here], frozen: false });
         Ok(value)
     }
 

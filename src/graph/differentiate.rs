@@ -13,12 +13,15 @@ use super::graph::{Graph, Node, ParameterGradient, Source, Value, ValueInfo};
 use super::op::Op;
 use crate::base::{DType, Error, Result, Shape};
 
-/// Appends the gradient of `graph.loss` with respect to every parameter.
+/// Appends the gradient of `graph.loss` with respect to every parameter that is not frozen. Layers before the first that is trained have none.
 ///
 /// # Errors
-/// When the graph has no loss, or a layer's output does not reach it.
+/// When the graph has no loss, a layer's output does not reach it, or all parameters are frozen.
 pub fn differentiate(graph: &mut Graph) -> Result<()> {
     let loss = graph.loss.ok_or_else(|| Error::bad("differentiate: the graph has no loss"))?;
+    if !graph.parameters.is_empty() && graph.parameters.iter().all(|p| p.frozen) {
+        return Err(Error::bad("differentiate: all parameters are frozen"));
+    }
     let mut sweep = Sweep { needed: needed(graph), gradients: vec![None; graph.values.len()], layer: 0, graph };
     let layers = sweep.graph.layers.len();
     sweep.graph.input_gradients = vec![None; layers];
@@ -37,12 +40,12 @@ pub fn differentiate(graph: &mut Graph) -> Result<()> {
     Ok(())
 }
 
-/// For each value, whether a parameter reaches it.
+/// For each value, whether a parameter that is trained reaches it.
 fn needed(graph: &Graph) -> Vec<bool> {
     let mut needed = vec![false; graph.values.len()];
     for (i, info) in graph.values.iter().enumerate() {
         needed[i] = match info.source {
-            Source::Parameter(_) => true,
+            Source::Parameter(p) => !graph.parameters[p].frozen,
             Source::View(of) => needed[of.0 as usize],
             // A node's inputs were made before its outputs, so they are decided already.
             Source::Node { node, .. } => graph.nodes[node].inputs.iter().any(|v| needed[v.0 as usize]),
@@ -162,7 +165,8 @@ impl Sweep<'_> {
             self.graph.input_gradients[layer] = Some(own);
         }
         for parameter in (0..self.graph.parameters.len()).rev() {
-            if !self.graph.parameters[parameter].layers.contains(&layer) {
+            let of = &self.graph.parameters[parameter];
+            if of.frozen || !of.layers.contains(&layer) {
                 continue;
             }
             let value = self.graph.parameters[parameter].value;

@@ -53,7 +53,7 @@ pub struct Node {
     pub layer: usize,
 }
 
-/// A trainable tensor.
+/// A tensor of weights.
 #[derive(Clone, Debug)]
 pub struct Parameter {
     /// Its name in files.
@@ -66,6 +66,8 @@ pub struct Parameter {
     pub init: Init,
     /// The layers that use it, in order; the first owns it.
     pub layers: Vec<usize>,
+    /// It stays as it is: it has no gradient and no moments, and nobody owns it.
+    pub frozen: bool,
 }
 
 /// A tensor that a layer keeps from step to step without a gradient: BatchNorm's running statistics.
@@ -180,6 +182,11 @@ impl Graph {
             Source::Node { node, .. } => Some(node),
             _ => None,
         }
+    }
+
+    /// Freezes the parameters that `frozen` says so of by their names. Call it before [`super::differentiate`].
+    pub fn freeze(&mut self, frozen: impl Fn(&str) -> bool) {
+        self.parameters.iter_mut().for_each(|p| p.frozen |= frozen(&p.name));
     }
 
     /// Removes the nodes that are not to be kept; nobody may read what they compute.

@@ -1,7 +1,7 @@
 //! Where parameters and running statistics lie: one flat order for the whole model, so that a shard is a contiguous stretch.
 //!
 //! Invariant: the flat order depends on the model alone, never on the cut. Parameters come by the layer that owns them (the first
-//! that uses them), then by first use. Every tensor starts at a multiple of [`ALIGNMENT`](super::ALIGNMENT); the bytes between are 0. Even an empty
+//! that uses them), then by first use; behind all of them the frozen ones, which no shard owns. Every tensor starts at a multiple of [`ALIGNMENT`](super::ALIGNMENT); the bytes between are 0. Even an empty
 //! parameter takes [`ALIGNMENT`](super::ALIGNMENT) bytes, so that a start belongs to one parameter and one shard.
 //!
 //! What has an element for each of a weight's (gradients, moments) lies in the same order; where its elements are wider, every offset
@@ -15,16 +15,20 @@ use std::ops::Range;
 /// The flat order of a model's parameters, in bytes of the graph's float type, and of its states, in bytes of the wide one.
 #[derive(Clone, Debug)]
 pub struct ModelLayout {
-    /// Parameters in flat order.
+    /// Parameters that are trained, in flat order.
     pub order: Vec<usize>,
-    /// Parameters that several layers use, in the graph's order.
+    /// Of these those that several layers use, in the graph's order.
     pub shared: Vec<usize>,
     /// Start of each parameter, by its index in the graph.
     pub parameter: Vec<u64>,
-    /// Stretch of parameters that each layer owns.
+    /// Stretch of parameters that each layer owns, and trains.
     pub layers: Vec<Range<u64>>,
-    /// Bytes of all parameters.
+    /// Bytes of all parameters that are trained.
     pub parameter_bytes: u64,
+    /// Stretch of frozen parameters that each layer is the first to use.
+    pub frozen_layers: Vec<Range<u64>>,
+    /// Bytes of these and of frozen ones.
+    pub weight_bytes: u64,
     /// Start of each state, by its index in the graph.
     pub state: Vec<u64>,
     /// Stretch of states that each layer owns.
@@ -40,10 +44,14 @@ impl ModelLayout {
     pub fn new(graph: &Graph) -> Self {
         let mut layout = ModelLayout {
             order: Vec::new(),
-            shared: (0..graph.parameters.len()).filter(|&p| graph.parameters[p].layers.len() > 1).collect(),
+            shared: (0..graph.parameters.len())
+                .filter(|&p| !graph.parameters[p].frozen && graph.parameters[p].layers.len() > 1)
+                .collect(),
             parameter: vec![0; graph.parameters.len()],
             layers: Vec::new(),
             parameter_bytes: 0,
+            frozen_layers: Vec::new(),
+            weight_bytes: 0,
             state: vec![0; graph.states.len()],
             state_layers: Vec::new(),
             state_bytes: 0,
@@ -51,7 +59,7 @@ impl ModelLayout {
         };
         for layer in 0..graph.layers.len() {
             let start = layout.parameter_bytes;
-            for (i, p) in graph.parameters.iter().enumerate().filter(|(_, p)| p.layers[0] == layer) {
+            for (i, p) in graph.parameters.iter().enumerate().filter(|(_, p)| p.layers[0] == layer && !p.frozen) {
                 layout.order.push(i);
                 layout.parameter[i] = layout.parameter_bytes;
                 layout.parameter_bytes += align_up(graph.bytes(p.value).max(1), ALIGNMENT);
@@ -63,6 +71,15 @@ impl ModelLayout {
                 layout.state_bytes += align_up(graph.bytes(s.value), ALIGNMENT);
             }
             layout.state_layers.push(start..layout.state_bytes);
+        }
+        layout.weight_bytes = layout.parameter_bytes;
+        for layer in 0..graph.layers.len() {
+            let start = layout.weight_bytes;
+            for (i, p) in graph.parameters.iter().enumerate().filter(|(_, p)| p.layers[0] == layer && p.frozen) {
+                layout.parameter[i] = layout.weight_bytes;
+                layout.weight_bytes += align_up(graph.bytes(p.value).max(1), ALIGNMENT);
+            }
+            layout.frozen_layers.push(start..layout.weight_bytes);
         }
         layout
     }
@@ -83,8 +100,8 @@ pub struct SharedUse {
 
 /// How one shard's weights, states and gradients lie on a device.
 ///
-/// Weights are the shard's own stretch of the flat order, then copies of what it borrows from other shards. Gradients are the
-/// own stretch, then an accumulator for every further use of a shared parameter.
+/// Weights are the shard's own stretch of the flat order, then copies of what it borrows from other shards, then the frozen ones that its layers
+/// use. Gradients are the own stretch, then an accumulator for every further use of a shared parameter.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ShardLayout {
     /// The shard's layers.
@@ -95,7 +112,9 @@ pub struct ShardLayout {
     pub states: Range<u64>,
     /// Uses of shared parameters by layers that do not own them, in the order of layers.
     pub shared: Vec<SharedUse>,
-    /// Bytes of weights, borrowed ones included.
+    /// Frozen parameters that its layers use, each with its start in the shard's weights.
+    pub frozen: Vec<(usize, u64)>,
+    /// Bytes of weights, borrowed and frozen ones included.
     pub weight_bytes: u64,
     /// Bytes of gradients, shared uses included.
     pub gradient_bytes: u64,
@@ -113,6 +132,7 @@ impl ShardLayout {
             own,
             states,
             shared: Vec::new(),
+            frozen: Vec::new(),
         };
         for layer in layers.clone() {
             for (parameter, p) in model.shared.iter().map(|&p| (p, &graph.parameters[p])) {
@@ -133,7 +153,20 @@ impl ShardLayout {
                 shard.gradient_bytes += bytes * model.wide_ratio;
             }
         }
+        for layer in layers {
+            for (i, p) in graph.parameters.iter().enumerate().filter(|(_, p)| p.frozen && p.layers.contains(&layer)) {
+                if !shard.frozen.iter().any(|&(known, _)| known == i) {
+                    shard.frozen.push((i, shard.weight_bytes));
+                    shard.weight_bytes += align_up(graph.bytes(p.value).max(1), ALIGNMENT);
+                }
+            }
+        }
         shard
+    }
+
+    /// Bytes of the frozen weights that its layers use.
+    pub fn frozen_bytes(&self) -> u64 {
+        self.frozen.first().map_or(0, |&(_, at)| self.weight_bytes - at)
     }
 
     /// Start of a parameter in the shard's weights.
@@ -141,6 +174,9 @@ impl ShardLayout {
         let at = model.parameter[parameter];
         if self.own.contains(&at) {
             return Some(at - self.own.start);
+        }
+        if let Some(&(_, at)) = self.frozen.iter().find(|&&(frozen, _)| frozen == parameter) {
+            return Some(at);
         }
         self.shared.iter().find(|u| u.parameter == parameter)?.borrowed
     }

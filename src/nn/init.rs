@@ -42,7 +42,14 @@ mod tests {
     use crate::graph::Value;
 
     fn parameter(elems: usize, init: Init) -> Parameter {
-        Parameter { name: "w".into(), value: Value(0), shape: Shape::from([elems]), init, layers: vec![0] }
+        Parameter {
+            name: "w".into(),
+            value: Value(0),
+            shape: Shape::from([elems]),
+            init,
+            layers: vec![0],
+            frozen: false,
+        }
     }
 
     #[test]

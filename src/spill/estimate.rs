@@ -49,7 +49,8 @@ pub fn estimate_secs(model: &Model, shards: &Shards, choice: &Choice, clips: boo
     let mut left: Vec<f64> = Vec::new();
     for (u, &(s, secs)) in units.iter().enumerate() {
         // Around the turn the last shards are still in their slots.
-        let hit = choice.rests(s) || (u >= n && u - (n - 1) < slots);
+        let backward = u + 1 >= n;
+        let hit = choice.rests(s) || (backward && shards[s].idles_back()) || (u >= n && u - (n - 1) < slots);
         if !hit {
             let free = if ends.len() >= slots { ends[ends.len() - slots] } else { 0.0 };
             if clips && u < n {
@@ -59,7 +60,6 @@ pub fn estimate_secs(model: &Model, shards: &Shards, choice: &Choice, clips: boo
             h2d = (h2d.max(free) + fetch(s)).max(updated);
         }
         let ready = if hit { 0.0 } else { h2d };
-        let backward = u + 1 >= n;
         let room = if backward && !choice.rests(s) && left.len() >= choice.gradient_slots {
             left[left.len() - choice.gradient_slots]
         } else {
@@ -83,9 +83,10 @@ pub fn estimate_secs(model: &Model, shards: &Shards, choice: &Choice, clips: boo
     };
     let links = boundary_secs(model, shards, choice, cost);
     // Cores that units, copies and the host's arithmetic share.
-    let visits = units.iter().filter(|(s, _)| !choice.rests(*s));
+    let visits =
+        units.iter().enumerate().filter(|&(u, &(s, _))| !(choice.rests(s) || u + 1 >= n && shards[s].idles_back()));
     let own: u64 = shards[resting..].iter().map(ShardPrograms::own_bytes).sum();
-    let moved = visits.map(|&(s, _)| shards[s].fetch_bytes()).sum::<u64>() + own;
+    let moved = visits.map(|(_, &(s, _))| shards[s].fetch_bytes()).sum::<u64>() + own;
     let arithmetic = units.iter().map(|u| u.1).sum::<f64>() + updates + here;
     let shared = cost.cores.map_or(0.0, |_| arithmetic + cost.copy_core_secs(moved, units.len() + n));
     // A part of the boundary copies shows.
@@ -124,8 +125,9 @@ pub fn estimate_anywhere_secs(
     let own = model.layout.parameter_bytes as f64;
     let wide = own * model.layout.wide_ratio as f64;
     let remainder = if model.has_remainders() { own } else { 0.0 };
-    // Every visit but the last shard's comes twice.
-    let mut h2d = 2.0 * weights - last + 3.0 * boundaries + inputs;
+    // Every visit comes twice, but the last shard's, and those of shards that idle in the backward.
+    let once: f64 = shards.iter().filter(|s| s.idles_back()).map(|s| s.fetch_bytes() as f64).sum();
+    let mut h2d = 2.0 * weights - last - once + 3.0 * boundaries + inputs;
     let mut d2h = 2.0 * boundaries;
     let traffic = 2.0 * (own + remainder) + wide * (1.0 + 2.0 * moments as f64);
     let mut host = 0.0;

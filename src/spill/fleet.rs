@@ -253,7 +253,7 @@ fn shared_maps(tenants: &[Tenant], spare: Spare, tape: &mut Tape) -> Vec<ArenaMa
     };
     let of_each = |t: &Tenant| ArenaMap {
         losses: [0, 1].map(|_| tape.take(4 * t.model.microbatches as u64)),
-        norms: [0, 1].map(|_| tape.take(on_device(t, 8 * t.model.train.parameters.len() as u64))),
+        norms: [0, 1].map(|_| tape.take(on_device(t, 8 * t.model.layout.order.len() as u64))),
         states_at: t.shards.iter().map(ShardPrograms::states_at).collect(),
         saved: vec![Vec::new(); t.shards.len()],
         ..shared.clone()

@@ -150,7 +150,7 @@ pub fn arena_map_of(
     let (n, microbatches) = (shards.len(), model.microbatches);
     let if_here = |s: usize, bytes: u64| if here(s) { bytes } else { 0 };
     let all_here = || shards.iter().enumerate().filter(|(s, _)| here(*s)).map(|(_, shard)| shard);
-    let parameters = model.train.parameters.len() as u64;
+    let parameters = model.layout.order.len() as u64;
     let mut tape = Tape::default();
     let losses = [0, 1].map(|_| tape.take(4 * microbatches as u64));
     let resting = if choice.resident { n } else { choice.resting.min(n) };

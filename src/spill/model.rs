@@ -77,6 +77,11 @@ impl Model {
         self.train.float == DType::Bf16
     }
 
+    /// Whether a parameter's weight has such a half beside it: what is never updated has none.
+    pub fn has_remainder(&self, parameter: usize) -> bool {
+        self.has_remainders() && !self.train.parameters[parameter].frozen
+    }
+
     /// Whether its evaluation ends in a loss.
     pub fn eval_has_loss(&self) -> bool {
         self.eval.as_ref().is_some_and(|graph| graph.loss.is_some())

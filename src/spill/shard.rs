@@ -92,6 +92,11 @@ impl ShardPrograms {
         self.layout.weight_bytes + self.layout.states.end - self.layout.states.start
     }
 
+    /// Whether its backward has nothing to do: neither it nor a shard before it has anything to train. Then nothing is fetched for it.
+    pub fn idles_back(&self) -> bool {
+        self.backward.as_ref().is_some_and(|p| p.steps.is_empty())
+    }
+
     /// Seconds of forward for one microbatch; 0 for the last shard.
     pub fn forward_secs(&self, cost: &CostModel) -> f64 {
         self.forward.as_ref().map_or(0.0, |p| cost.program_secs(p))

@@ -128,7 +128,7 @@ pub fn host_map(model: &Model, shards: &[ShardPrograms], choice: &Choice, moment
         _ => 3,
     };
     let map = HostMap {
-        weights: home(OnDisk::Weights, &mut store, &mut disk, parameter_bytes),
+        weights: home(OnDisk::Weights, &mut store, &mut disk, model.layout.weight_bytes),
         states: store.take(model.layout.state_bytes),
         remainders: match model.has_remainders() {
             true => home(OnDisk::UpdateState, &mut store, &mut disk, parameter_bytes),
@@ -140,7 +140,7 @@ pub fn host_map(model: &Model, shards: &[ShardPrograms], choice: &Choice, moment
         }),
         shard_gradients: gradient_places(shards, choice, &mut store),
         waiting_gradients: if on_disk >= OnDisk::Gradients { disk.take(parameter_bytes * ratio) } else { 0 },
-        norms: [0, 1].map(|_| store.take(8 * graph.parameters.len() as u64)),
+        norms: [0, 1].map(|_| store.take(8 * model.layout.order.len() as u64)),
         losses: [0, 1].map(|_| store.take(4 * microbatches as u64)),
         inputs: [0, 1].map(|_| {
             graph.inputs.iter().map(|input| store.take(microbatches as u64 * graph.bytes(input.value))).collect()

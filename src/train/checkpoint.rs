@@ -124,7 +124,7 @@ fn parts(model: &Model, moments: usize) -> Vec<(String, &Shape, Part)> {
     let mut parts = Vec::new();
     for (i, p) in model.train.parameters.iter().enumerate() {
         parts.push((format!("weight/{}", p.name), &p.shape, Part::Parameter(Stored::Weight, i)));
-        for m in 0..moments {
+        for m in 0..if p.frozen { 0 } else { moments } {
             parts.push((format!("moment{m}/{}", p.name), &p.shape, Part::Parameter(Stored::Moment(m), i)));
         }
     }

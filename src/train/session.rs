@@ -53,6 +53,8 @@ pub struct TrainOptions {
     pub tokenizer: Option<String>,
     /// The config.json that describes the network: with another, a checkpoint's weights mean something else; none: not compared.
     pub network: Option<String>,
+    /// Parameters whose names begin with one of these stay as they are: of them a step needs the weights alone, no gradients and no moments.
+    pub frozen: Vec<String>,
     /// What it is trained and validated on, by the job file's keys: any words that are the same as long as that is. A change is told.
     pub data: Vec<(&'static str, String)>,
 }
@@ -78,6 +80,7 @@ impl TrainOptions {
             tf32: false,
             tokenizer: None,
             network: None,
+            frozen: Vec::new(),
             data: Vec::new(),
         }
     }
@@ -174,7 +177,16 @@ pub fn trace_model(network: &dyn Network, inputs: &[InputShape], options: &Train
     if microbatch == 0 || !batch.is_multiple_of(microbatch) {
         return Err(Error::bad(format!("microbatch {microbatch} does not divide batch {batch}")));
     }
-    let trace = |mode| network.trace(mode, dtype, microbatch, inputs).map(|graph| Graph { scratch, tf32, ..graph });
+    let trace = |mode| -> Result<Graph> {
+        let mut graph = Graph { scratch, tf32, ..network.trace(mode, dtype, microbatch, inputs)? };
+        for start in &options.frozen {
+            if !graph.parameters.iter().any(|p| p.name.starts_with(start)) {
+                return Err(Error::bad(format!("frozen: the name of no parameter begins with {start}")));
+            }
+        }
+        graph.freeze(|name| options.frozen.iter().any(|start| name.starts_with(start)));
+        Ok(graph)
+    };
     Model::new(trace(Mode::Training)?, Some(trace(Mode::Evaluation)?), batch / microbatch)
 }
 

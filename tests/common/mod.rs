@@ -81,7 +81,7 @@ pub fn gather_of(engine: &Engine, of: usize, outcome: &mut Outcome) {
     let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<_>>();
     for (i, p) in model.train.parameters.iter().enumerate() {
         outcome.tensors.insert(p.name.clone(), bits(engine.read_parameter(of, Stored::Weight, i).unwrap()));
-        for m in 0..moments {
+        for m in 0..if p.frozen { 0 } else { moments } {
             outcome.tensors.insert(
                 format!("{}.moment{m}", p.name),
                 bits(engine.read_parameter(of, Stored::Moment(m), i).unwrap()),
