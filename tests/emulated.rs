@@ -125,6 +125,24 @@ fn check_bits(small: &Small, dtype: DType, batch: usize) {
     }
 }
 
+/// Gradients that nobody sums up go elsewhere than those beside them.
+#[test]
+fn what_is_trained_beside_frozen_parameters_gets_the_same_gradients() {
+    for (arch, dtype) in [(80, DType::F32), (90, DType::Bf16)] {
+        let device = emulated(arch, 3);
+        let options =
+            TrainOptions { seed: 3, batch: 4, microbatch: 2, dtype, device, poison: true, ..TrainOptions::new(1) };
+        let gpt = Small::gpt(32, 2, 2, 17, 0.1);
+        gpt.check_frozen(&options, &["transformer.wte", "transformer.h.0"]);
+        // Of a norm and of products the weight without the bias, and the other way round.
+        gpt.check_frozen(
+            &options,
+            &["transformer.h.1.ln_1.weight", "transformer.h.1.mlp.c_fc.bias", "transformer.h.0.attn.c_attn.weight"],
+        );
+        Small::resnet(&[8], &[1], [9, 9]).check_frozen(&options, &["resnet.embedder"]);
+    }
+}
+
 #[test]
 fn gpt_has_the_same_bits_however_it_is_cut() {
     let small = Small::gpt(32, 2, 2, 17, 0.1);

@@ -35,7 +35,7 @@ fn sgd() -> Optimizer {
     Optimizer::Sgd { lr: 0.02, momentum: 0.9, nesterov: false, weight_decay: 0.01 }
 }
 
-/// Four GPTs and two ResNets of unequal depth, steps, microbatches, optimizers and clipping.
+/// Four GPTs and two ResNets of unequal depth, steps, microbatches, optimizers and clipping; of two a part is frozen.
 fn six() -> Vec<Entry> {
     let base = |steps: u64, seed: u64, batch: usize, microbatch: usize| TrainOptions {
         seed,
@@ -46,13 +46,18 @@ fn six() -> Vec<Entry> {
         ..TrainOptions::new(steps)
     };
     let entry = |name, small, options| Entry { name, small, options };
+    let frozen = |starts: &[&str]| starts.iter().map(|start| start.to_string()).collect();
     vec![
         entry("deep", Small::gpt(24, 2, 6, 13, 0.1), base(5, 1, 4, 2)),
-        entry("wide", Small::gpt(40, 4, 3, 9, 0.1), TrainOptions { clip: Some(0.3), ..base(4, 2, 3, 1) }),
+        entry(
+            "wide",
+            Small::gpt(40, 4, 3, 9, 0.1),
+            TrainOptions { clip: Some(0.3), frozen: frozen(&["transformer.w", "transformer.h.0"]), ..base(4, 2, 3, 1) },
+        ),
         entry(
             "images",
             Small::resnet(&[8, 12], &[2, 1], [16, 12]),
-            TrainOptions { optimizer: sgd(), ..base(6, 3, 4, 4) },
+            TrainOptions { optimizer: sgd(), frozen: frozen(&["resnet.encoder.stages.0"]), ..base(6, 3, 4, 4) },
         ),
         entry("short", Small::gpt(16, 1, 1, 7, 0.0), base(7, 4, 2, 2)),
         entry(
@@ -321,7 +326,7 @@ fn what_is_on_the_disk_does_not_show() {
     let homes = |host: u64| find_homes(&placed, HomeBudgets { host: Some(host), disk: u64::MAX });
     let most = needs(&placed);
     let least = (0..64).map(|i| most * i / 64).find(|&host| homes(host).is_ok()).expect("a disk helps");
-    assert!(least < 2 * most / 3, "{least} of {most}");
+    assert!(least < 3 * most / 4, "{least} of {most}");
     let mut seen = BTreeSet::new();
     for part in [0, 1, 2, 4] {
         let host = least + (most - least) * part / 5;

@@ -22,6 +22,8 @@ const FORMAT: &str = "hydra-checkpoint-1";
 const DTYPE: &str = "dtype";
 /// The key of what cuts the model's text.
 const TOKENIZER: &str = "tokenizer";
+/// Under which it says what is not trained: of that it has no moments.
+const FROZEN: &str = "frozen";
 /// The key of the network's config.json.
 const NETWORK: &str = "network";
 /// Keys of a config.json that are of no account to a model in training, or that its tensors' shapes tell.
@@ -164,6 +166,9 @@ fn write(path: &Path, engine: &Engine, of: usize, options: &TrainOptions, (step,
     }
     metadata[ENDED] = ended.to_string().into();
     metadata[DTYPE] = model.train.float.to_string().into();
+    if !options.frozen.is_empty() {
+        metadata[FROZEN] = json!(options.frozen).to_string().into();
+    }
     if let Some(tokenizer) = &options.tokenizer {
         metadata[TOKENIZER] = tokenizer.as_str().into();
     }
@@ -268,6 +273,11 @@ impl Checkpoint {
         let (found, want) = (self.index.metadata().get(DTYPE).map_or("f32", String::as_str), model.train.float);
         if found != want.to_string() {
             return Err(self.fault(format!("{DTYPE} is {found} in the checkpoint, {want} in the job")));
+        }
+        let (found, want) = (self.index.metadata().get(FROZEN), json!(options.frozen).to_string());
+        if found.map_or("[]", String::as_str) != want {
+            let found = found.map_or("[]", String::as_str);
+            return Err(self.fault(format!("{FROZEN} is {found} in the checkpoint, {want} in the job")));
         }
         // Checkpoints that do not say it were of bytes, or of no text.
         if let (Some(found), Some(want)) = (self.index.metadata().get(TOKENIZER), &options.tokenizer)

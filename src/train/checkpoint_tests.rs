@@ -17,11 +17,14 @@ fn engine(width: usize) -> Engine {
 }
 
 fn engine_of(width: usize, dtype: DType) -> Engine {
+    engine_with(width, &TrainOptions { dtype, ..options() })
+}
+
+fn engine_with(width: usize, options: &TrainOptions) -> Engine {
     let config = json!({ "n_layer": 1, "n_embd": width, "n_head": 1, "n_positions": 3, "vocab_size": 5 });
     let network = nn::from_config("gpt2", config.as_object().unwrap(), true).unwrap();
     let inputs = ["input_ids", "labels"].map(|name| InputShape::new(name, [3], DType::I32));
-    let options = TrainOptions { batch: 2, microbatch: 1, dtype, ..TrainOptions::new(1) };
-    let model = Arc::new(trace_model(network.as_ref(), &inputs, &options).unwrap());
+    let model = Arc::new(trace_model(network.as_ref(), &inputs, options).unwrap());
     let plan = Arc::new(Plan::new(&model, &PlanOptions::default(), &CostModel::stated(1e11, 2e10, 1e10)).unwrap());
     let spec = crate::device::host::HostSpec { arena_bytes: plan.arena.bytes, ..Default::default() };
     let config =
@@ -75,6 +78,25 @@ fn comes_back(folder: &Path, dtype: DType) {
     let again = folder.join("again.safetensors");
     write_checkpoint(&again, &read, 0, &options(), 12).unwrap();
     assert_eq!(std::fs::read(&path).unwrap(), std::fs::read(&again).unwrap());
+}
+
+#[test]
+fn what_is_frozen_has_no_moments_and_another_choice_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("checkpoint.safetensors");
+    let frozen = TrainOptions { frozen: vec!["transformer.w".into()], ..options() };
+    let written = engine_with(3, &frozen);
+    write_checkpoint(&path, &written, 0, &frozen, 4).unwrap();
+    let mut checkpoint = Checkpoint::open(&path).unwrap().unwrap();
+    let named = |name: &str| parts(written.model(0), 2).iter().any(|(known, ..)| known == name);
+    assert!(named("weight/transformer.wte.weight") && !named("moment0/transformer.wte.weight"));
+    assert!(named("moment0/transformer.ln_f.weight"));
+    let mut read = engine_with(3, &frozen);
+    checkpoint.check(&frozen, read.model(0)).unwrap();
+    checkpoint.restore(&mut read, 0).unwrap();
+    assert_eq!(values(&read), values(&written));
+    let error = checkpoint.check(&options(), engine(3).model(0)).unwrap_err().to_string();
+    assert!(error.ends_with("frozen is [\"transformer.w\"] in the checkpoint, [] in the job"), "{error}");
 }
 
 fn sgd(momentum: f64) -> Optimizer {

@@ -1,13 +1,13 @@
 //! Small networks with random data, for tests that need many short runs.
 
-use super::{Outcome, finish, gather, stated};
+use super::{Outcome, finish, gather, gather_of, stated};
 use hydra::base::{DType, Result, Shape};
 use hydra::data::{Batch, IGNORED, InputSpec, RandomOptions, RandomSource, Source, labelled, names};
 use hydra::device::Device;
 use hydra::engine::{Engine, EngineOptions, StepInput};
 use hydra::nn::{self, Network};
 use hydra::spill::{Model, Plan};
-use hydra::train::{Session, TrainOptions, Weights, inputs_of, plan_model, trace_model};
+use hydra::train::{Optimizer, Session, TrainOptions, Weights, inputs_of, plan_model, trace_model};
 use serde_json::{Value, json};
 use std::sync::Arc;
 
@@ -92,6 +92,31 @@ impl Small {
         let source = self.source(options.batch, options.seed);
         let valid = Some(self.held_out(options.batch));
         Session::new(self.network.as_ref(), Weights::Random, planned, source, valid, options.clone())
+    }
+
+    /// What is frozen stays as it is, and the others' gradients are those that they have where all is trained: by plain SGD, the same bits after a step.
+    pub fn check_frozen(&self, options: &TrainOptions, frozen: &[&str]) {
+        let optimizer = Optimizer::Sgd { lr: 0.05, momentum: 0.0, nesterov: false, weight_decay: 0.0 };
+        let whole = TrainOptions { optimizer, ..options.clone() };
+        let partly = TrainOptions { frozen: frozen.iter().map(|start| start.to_string()).collect(), ..whole.clone() };
+        let mut before = Outcome::default();
+        let fresh = self.session(self.plan(&whole).expect("a plan"), &whole).expect("a session");
+        gather_of(fresh.engine(), 0, &mut before);
+        let [want, got] = [&whole, &partly].map(|options| self.train(options).expect("a run"));
+        assert_eq!(got.losses, want.losses, "{frozen:?}");
+        let mut stayed = 0;
+        for (name, bits) in &got.tensors {
+            if !frozen.iter().any(|start| name.starts_with(start)) {
+                assert!(bits == &want.tensors[name], "{frozen:?}: {name} is another");
+                continue;
+            }
+            // Of a bf16 weight nothing but its upper half is kept; running statistics go on.
+            let kept = |first: u32| if options.dtype == DType::Bf16 { (first + 0x8000) & !0xFFFF } else { first };
+            let same = bits.iter().zip(&before.tensors[name]).all(|(&now, &first)| now == kept(first));
+            assert!(same || name.contains("running"), "{frozen:?}: {name} has changed");
+            stayed += 1;
+        }
+        assert!(stayed > 0 && got.tensors.iter().any(|(name, bits)| bits != &before.tensors[name]), "{frozen:?}");
     }
 
     /// Trains and validates, and gives everything that was computed.

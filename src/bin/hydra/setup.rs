@@ -6,7 +6,7 @@ use crate::print::note;
 use crate::texts::Texts;
 use crate::tokenizer::{FileTokenizer, Tokenizers, cut_by};
 use flate2::CrcWriter;
-use hydra::base::{DType, Error, Result, Shape};
+use hydra::base::{DType, Error, Result, Shape, nearest};
 use hydra::data::{
     BatchesOptions, BatchesSource, ImageFiles, ImageOptions, ImageSource, Limits, RandomOptions, RandomSource, Source,
     TextOptions, TextSource, names,
@@ -243,6 +243,8 @@ pub fn prepare(job: &Job, i: usize, texts: &Texts) -> Result<Prepared> {
     options.seed = job.run.seed;
     options.batch = model.batch;
     options.microbatch = microbatch(job, model)?;
+    check_frozen(network, model)?;
+    options.frozen = model.frozen.clone();
     options.dtype = if model.dtype == "bf16" { DType::Bf16 } else { DType::F32 };
     options.tf32 = model.dtype == "tf32";
     (options.optimizer, options.clip) = optimizer(&model.optimizer);
@@ -266,6 +268,20 @@ pub fn prepare(job: &Job, i: usize, texts: &Texts) -> Result<Prepared> {
     };
     let (name, opened) = (model.name.clone(), RefCell::new(Some(sources)));
     Ok(Prepared { name, origin, options, inputs, opened, recipe })
+}
+
+/// Refuses beginnings with which no parameter's name begins.
+fn check_frozen(network: &dyn Network, model: &job::Model) -> Result<()> {
+    if model.frozen.is_empty() {
+        return Ok(());
+    }
+    let names: Vec<String> = nn::tensors(network)?.into_iter().map(|(name, _)| name).collect();
+    for start in model.frozen.iter().filter(|start| !names.iter().any(|name| name.starts_with(*start))) {
+        let near = nearest(start, names.iter().map(String::as_str)).or(names.first().map(String::as_str));
+        let such = near.map_or(String::new(), |name| format!("; there is {name}"));
+        return Err(model.fault("frozen", format!("no parameter's name begins with {start:?}{such}")));
+    }
+    Ok(())
 }
 
 /// The tokenizer of a model's text, where it comes from files.

@@ -30,6 +30,8 @@ pub struct Model {
     pub batch: usize,
     /// Samples that run together; divides `batch`.
     pub microbatch: usize,
+    /// Beginnings of the names of parameters that stay as they are.
+    pub frozen: Vec<String>,
     /// How long it is trained.
     pub length: Length,
     /// The update rule.
@@ -151,6 +153,7 @@ pub const MODEL_KEYS: &[&str] = &[
     "valid",
     "batch",
     "microbatch",
+    "frozen",
     "steps",
     "epochs",
     "optimizer",
@@ -194,6 +197,7 @@ pub fn read_model(s: &Section) -> Result<Model> {
         let message = format!("{microbatch} does not divide the batch of {batch}; {fits} does");
         return Err(s.fault("microbatch", message));
     }
+    let frozen = s.strings("frozen", "a list of beginnings of parameters' names, such as [\"transformer.h.0.\"]")?;
     let length = match (s.integer("steps", 1..=MOST)?, s.integer("epochs", 1..=MOST)?) {
         (Some(steps), None) => Length::Steps(steps),
         (None, Some(epochs)) => Length::Epochs(epochs),
@@ -203,7 +207,22 @@ pub fn read_model(s: &Section) -> Result<Model> {
     let optimizer = read_optimizer(s)?;
     let schedule = read_schedule(s)?;
     let (file, at, searched) = (s.origin().file.to_string(), s.at().to_string(), Vec::new());
-    Ok(Model { file, at, searched, name, source, dtype, data, valid, batch, microbatch, length, optimizer, schedule })
+    Ok(Model {
+        file,
+        at,
+        searched,
+        name,
+        source,
+        dtype,
+        data,
+        valid,
+        batch,
+        microbatch,
+        frozen: frozen.unwrap_or_default(),
+        length,
+        optimizer,
+        schedule,
+    })
 }
 
 /// Reads a model's name.

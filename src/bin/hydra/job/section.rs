@@ -206,6 +206,12 @@ impl<'a> Section<'a> {
         })
     }
 
+    /// A list of strings, none of them empty.
+    pub fn strings(&self, key: &str, want: &str) -> Result<Option<Vec<String>>> {
+        let string = |value: &Value| value.as_str().filter(|text| !text.is_empty()).map(String::from);
+        self.read(key, want, |value| value.as_array()?.iter().map(string).collect())
+    }
+
     /// A list of exactly `N` finite numbers.
     pub fn numbers<const N: usize>(
         &self,

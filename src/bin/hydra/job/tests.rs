@@ -50,6 +50,7 @@ data = { text = ["corpus.txt", "/abs/more"], tokenizer = "bytes", context = 128 
 valid = { fraction = 0.1, every = 7 }
 batch = 16
 microbatch = 4
+frozen = ["transformer.w", "transformer.h.0."]
 steps = 200
 optimizer = { kind = "adamw", lr = 3e-4, betas = [0.9, 0.95], eps = 1e-7, weight_decay = 0.1, clip = 1.0, decay = "matrices" }
 schedule = { kind = "cosine", warmup = 20, min_lr = 3e-5 }
@@ -135,6 +136,10 @@ fn reads_every_key() {
     assert_eq!(gpt.data, Data::Text { paths, tokenizer: Tokenizer::Bytes, context: 128 });
     assert_eq!(gpt.valid, Some(Valid { part: ValidPart::Fraction(0.1), every: 7 }));
     assert_eq!((gpt.batch, gpt.microbatch, gpt.length), (16, 4, Length::Steps(200)));
+    assert_eq!(
+        (&gpt.frozen[..], &resnet.frozen[..]),
+        (&["transformer.w".into(), "transformer.h.0.".into()][..], &[][..])
+    );
     let adamw = Optimizer::Adamw {
         lr: 3e-4,
         betas: [0.9, 0.95],
@@ -239,6 +244,8 @@ fn bad_models() {
         ("optimizer = { betas = [-0.1, 0.9] }", "model.0.optimizer.betas"),
         ("optimizer = { eps = -1e-8 }", "model.0.optimizer.eps"),
         ("optimizer = { weight_decay = -1 }", "model.0.optimizer.weight_decay"),
+        ("frozen = 'wte'", "model.0.frozen: want a list of beginnings of parameters' names"),
+        ("frozen = ['']", "model.0.frozen: want a list"),
         ("optimizer = { clip = 0 }", "model.0.optimizer.clip: want a number above 0"),
         ("optimizer = { decay = 'matrix' }", "did you mean \"matrices\"?"),
         ("optimizer = { momentum = 0.9 }", "model.0.optimizer.momentum: is for kind = \"sgd\" only"),
