@@ -36,7 +36,7 @@
 //! | to | see |
 //! | --- | --- |
 //! | train with losses, schedules, validation and checkpoints | [`train::Session`]; for several models [`train::Fleet`] |
-//! | run steps in a loop of your own, and read and write weights | [`engine::Engine`], which takes a [`spill::Plan`] and a [`device::Device`]; examples/06_own_loop |
+//! | run steps in a loop of your own, and read and write weights | [`engine::Engine`], which takes a [`spill::Plan`] and a [`device::Device`]; examples/07_own_loop |
 //! | train a part of a model, and leave the rest as it is | [`train::TrainOptions::frozen`] |
 //! | begin from weights of your own | [`train::Weights`] |
 //! | describe a network or a layer | [`nn::Network`], [`nn::layers`], [`graph::Builder`] |

@@ -9,7 +9,7 @@ mod under_a_budget;
 
 #[path = "../examples/04_custom_op/main.rs"]
 mod custom_op;
-#[path = "../examples/06_own_loop.rs"]
+#[path = "../examples/07_own_loop.rs"]
 mod own_loop;
 #[path = "../examples/05_own_policy.rs"]
 mod own_policy;
