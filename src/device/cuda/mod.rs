@@ -26,6 +26,8 @@ mod gpu;
 mod gpus;
 pub mod launch;
 mod linear;
+mod loss_sum;
+mod mean_squared_error;
 mod norm;
 mod operands;
 mod ops;
