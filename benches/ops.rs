@@ -14,7 +14,9 @@ use hydra::device::host::gemm::{Matrix, Threads, gemm};
 use hydra::device::host::optimizer::{self, AdamwStep};
 use hydra::device::host::pool::{self, PoolSizes};
 use hydra::device::host::strided::{Rows, RowsMut};
-use hydra::device::host::{activation, cross_entropy, elementwise, embedding, glu, linear, norm, parallel, rotary};
+use hydra::device::host::{
+    activation, cross_entropy, elementwise, embedding, glu, linear, mean_squared_error, norm, parallel, rotary,
+};
 use hydra::graph::{Activation, RotaryScaling, Rotation, WeightLayout};
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -222,6 +224,16 @@ fn row_cases() -> Vec<Case> {
             move || cross_entropy::grad(&mut d, Some(&logits), &labels, &lse, 1e-3, rows, cols)
         }));
     }
+    // What a ViT-Base's patches show, 64 images.
+    let (rows, cols) = (64 * 196, 768);
+    cases.push(case("mean_squared_error/vit_base", Work::Bytes(8.0 * (rows * cols) as f64), move || {
+        let (x, targets, mut losses) = (values(rows * cols), values(rows * cols), vec![0f32; rows]);
+        move || mean_squared_error::forward(&mut losses, &x, &targets, rows, cols)
+    }));
+    cases.push(case("mean_squared_error_grad/vit_base", Work::Bytes(12.0 * (rows * cols) as f64), move || {
+        let (x, targets, mut d) = (values(rows * cols), values(rows * cols), vec![0f32; rows * cols]);
+        move || mean_squared_error::grad(&mut d, Some(&x), &targets, 1e-3, cols)
+    }));
     for (name, rows, vocab, cols) in TABLES {
         cases.push(case(format!("embedding/{name}"), Work::Bytes(8.0 * (rows * cols) as f64), move || {
             let (ids, table, mut out) = (ids(rows, vocab), values(vocab * cols), vec![0f32; rows * cols]);

@@ -1,12 +1,11 @@
 // Softmax and cross-entropy in one (maximum and sum in one pass: Milakov & Gimelshein 2018, arXiv:1805.02867, algorithm 3).
-//   logits, d_logits (rows, cols) f32 or bf16; labels (rows) i32; row_losses, lse (rows) f32; loss (1) f32.
-//   lse[r] = log sum over c of exp(logits[r,c]); row_losses[r] = lse[r] - logits[r,labels[r]]; loss = loss_scale sum over r of row_losses[r];
+//   logits, d_logits (rows, cols) f32 or bf16; labels (rows) i32; row_losses, lse (rows) f32.
+//   lse[r] = log sum over c of exp(logits[r,c]); row_losses[r] = lse[r] - logits[r,labels[r]], of which loss_sum.cu makes the loss;
 //   d_logits[r,c] = (exp(logits[r,c] - lse[r]) - (c == labels[r])) loss_scale. A row with label -100 counts for nothing: its loss,
 //   lse and gradient are 0, and its logits are not read.
 // Rows of logits and d_logits are `pitch` apart; between cols and pitch the gradient is 0.
 // Overwrites its outputs; d_logits may lie over logits. One block a row. A row of any width at any address goes in 16-byte packs, save what
-// lies before the first multiple of 16 bytes and behind the last pack. The sum is one block's, in f64, each thread's rows in order, then by
-// halves. Every order depends on the shape alone.
+// lies before the first multiple of 16 bytes and behind the last pack. Every order depends on the shape alone.
 // Bytes: forward reads the logits of rows that count once; the gradient reads those once, and writes all. Expected: 92 % of the copy rate. Loads wait
 // for the row's label, some 0.3 us, mostly from the L2 cache; a multiprocessor has two blocks or more, with up to 32 KB each on their way, and 30 to 50
 // thousand columns of bf16 take 4 to 6 us beside others. In BERT's masked language modelling 15 % of rows count: forward should take a sixth of the time
@@ -15,7 +14,6 @@
 #include "gpu/row.cuh"
 
 constexpr int THREADS = 512;       // at most, a row
-constexpr int SUM_THREADS = 1024;
 constexpr int AHEAD = 4;           // packs that a thread has on their way at once
 constexpr int IGNORED = -100;
 constexpr float LOG2_E = 1.4426950408889634f;
@@ -99,21 +97,6 @@ extern "C" __global__ __launch_bounds__(THREADS) void cross_entropy_forward_bf16
   forward(row_losses, lse, logits, labels, cols, pitch);
 }
 GPU_EXPORT(cross_entropy_forward_bf16)
-
-// One block.
-extern "C" __global__ __launch_bounds__(SUM_THREADS) void cross_entropy_sum(float* loss, const float* row_losses, int64_t rows, const Now* now) {
-  GPU_SHARED(double, sums, [SUM_THREADS]);
-  double sum = 0;
-#pragma unroll 8
-  for (int64_t row = threadIdx.x; row < rows; row += SUM_THREADS) sum += row_losses[row];
-  sums[threadIdx.x] = sum;
-  for (int half = SUM_THREADS / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if ((int)threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
-  }
-  if (threadIdx.x == 0) *loss = (float)(sums[0] * now->loss_scale);
-}
-GPU_EXPORT(cross_entropy_sum)
 
 // Zeros for a row.
 template <class T> DEV void clear_row(T* row, int cols) {

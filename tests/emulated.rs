@@ -164,6 +164,13 @@ fn resnet_has_the_same_bits_however_it_is_cut() {
     check_bits(&small, DType::Bf16, 4);
 }
 
+#[test]
+fn denoiser_has_the_same_bits_however_it_is_cut() {
+    let small = Small::denoiser(27, 2, 31);
+    check_bits(&small, DType::F32, 4);
+    check_bits(&small, DType::Bf16, 4);
+}
+
 /// The host's f32 run against bf16 on the emulator, fifty steps: within 2 % of the loss at every step, the stated band.
 #[test]
 fn bf16_follows_f32() {

@@ -9,6 +9,8 @@ mod under_a_budget;
 
 #[path = "../examples/04_custom_op/main.rs"]
 mod custom_op;
+#[path = "../examples/06_denoising.rs"]
+mod denoising;
 #[path = "../examples/07_own_loop.rs"]
 mod own_loop;
 #[path = "../examples/05_own_policy.rs"]
@@ -37,6 +39,11 @@ fn under_a_budget_runs() {
 #[test]
 fn own_policy_runs() {
     own_policy::main().expect("the example runs");
+}
+
+#[test]
+fn denoising_runs() {
+    denoising::main().expect("the example runs");
 }
 
 #[test]

@@ -275,6 +275,20 @@ fn resnet_has_the_same_bits_however_it_is_run() {
     }
 }
 
+/// A loss over numbers, whose targets come like any other input.
+#[test]
+fn a_denoiser_has_the_same_bits_however_it_is_run() {
+    let small = Small::denoiser(27, 4, 31);
+    let frozen = [&[][..], &["block.0", "block.1"], &["block.2.up"], &["block"]];
+    let family = Family { small, frozen };
+    for (bf16, cases) in [(false, 40), (true, 30)] {
+        let seen = check(&family, 2, bf16, cases);
+        println!("{seen:?}");
+        assert!(seen.shards.len() >= 4 && seen.resident.len() == 2, "{seen:?}");
+        assert!(seen.activations_on_host.len() == 2 && seen.kept.len() == 2 && seen.resting.len() >= 3, "{seen:?}");
+    }
+}
+
 /// One number of threads against another, with products large enough to be split and widths that split badly.
 #[test]
 fn threads_do_not_show() {
@@ -295,6 +309,7 @@ fn threads_do_not_show() {
         check(Small::gpt(129, 3, 1, 67, 0.1), 5, bf16);
         check(Small::llama(132, 6, 1, 67), 5, bf16);
         check(Small::resnet(&[33, 65], &[1, 1], [33, 31]), 5, bf16);
+        check(Small::denoiser(130, 1, 1031), 5, bf16);
     }
 }
 

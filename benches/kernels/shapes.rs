@@ -25,6 +25,8 @@ pub enum Spec {
     Rotary { batch: usize, heads: usize, kv_heads: usize, len: usize, width: usize },
     /// Logits of (rows, vocabulary).
     CrossEntropy { rows: usize, vocabulary: usize },
+    /// Predictions of (rows, cols).
+    MeanSquaredError { rows: usize, cols: usize },
     /// As many ids as rows.
     Embedding { rows: usize, vocabulary: usize, cols: usize },
     /// (batch, len, cols) and a table of (len, cols).
@@ -103,6 +105,8 @@ const TABLE: &[(&str, Spec)] = &[
     ("gpt2_124m/loss", Spec::CrossEntropy { rows: 8192, vocabulary: 50257 }),
     ("gpt2_124m/loss padded", Spec::CrossEntropy { rows: 8192, vocabulary: 50304 }),
     ("bert_large/loss", Spec::CrossEntropy { rows: 16384, vocabulary: 30522 }),
+    ("vit_b/pixels", Spec::MeanSquaredError { rows: 12544, cols: 768 }),
+    ("wide/150528", Spec::MeanSquaredError { rows: 64, cols: 150_528 }),
     ("gpt2_124m/tokens", Spec::Embedding { rows: 16384, vocabulary: 50257, cols: 768 }),
     ("llama_1b/tokens", Spec::Embedding { rows: 8192, vocabulary: 128_256, cols: 2048 }),
     ("gpt2_124m/positions", Spec::AddPosition { batch: 16, len: 1024, cols: 768 }),
@@ -210,6 +214,7 @@ impl Spec {
             Spec::RmsNorm { .. } => Spec::RmsNorm { rows: 6, cols: 40 },
             Spec::Rotary { .. } => Spec::Rotary { batch: 2, heads: 2, kv_heads: 1, len: 5, width: 16 },
             Spec::CrossEntropy { vocabulary, .. } => Spec::CrossEntropy { rows: 6, vocabulary: 40 + vocabulary % 2 },
+            Spec::MeanSquaredError { cols, .. } => Spec::MeanSquaredError { rows: 6, cols: few(cols / 16, 64) },
             Spec::Embedding { .. } => Spec::Embedding { rows: 12, vocabulary: 10, cols: 24 },
             Spec::AddPosition { .. } => Spec::AddPosition { batch: 2, len: 5, cols: 24 },
             Spec::Add { .. } => Spec::Add { rows: 6, cols: 24 },
@@ -231,8 +236,13 @@ impl Spec {
         let mut b = Builder::new(Mode::Training, dtype);
         let y = b.layer("op", |b, _| self.trace(b))?;
         let axes = b.shape(y).axes().to_vec();
-        let labels = b.input("labels", Shape(axes[..axes.len() - 1].to_vec()), DType::I32)?;
-        b.cross_entropy(y, labels)?;
+        if let Spec::MeanSquaredError { .. } = self {
+            let targets = b.input("targets", Shape(axes), dtype)?;
+            b.mean_squared_error(y, targets)?;
+        } else {
+            let labels = b.input("labels", Shape(axes[..axes.len() - 1].to_vec()), DType::I32)?;
+            b.cross_entropy(y, labels)?;
+        }
         let mut graph = b.finish()?;
         differentiate(&mut graph)?;
         graph.scratch = true;
@@ -304,6 +314,10 @@ impl Spec {
             Spec::CrossEntropy { rows, vocabulary } => {
                 // The loss is appended to every entry; its logits must be computed.
                 let x = leaf(b, "x", &[rows, vocabulary])?;
+                b.activation(x, Activation::None)
+            }
+            Spec::MeanSquaredError { rows, cols } => {
+                let x = leaf(b, "x", &[rows, cols])?;
                 b.activation(x, Activation::None)
             }
             Spec::Embedding { rows, vocabulary, cols } => {

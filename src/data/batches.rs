@@ -5,7 +5,7 @@
 //! [`tensorfile`](crate::base::tensorfile)), nor are the values: what does not fit an i32 and pixels that are not
 //! finite are errors.
 
-use super::checks::position;
+use super::checks::{not_finite, position};
 use super::{Batch, BatchTensor, IGNORED, InputSpec, Source, files, names};
 use crate::base::tensorfile::{Element, TensorEntry, TensorIndex};
 use crate::base::{DType, Error, Result, Shape};
@@ -16,13 +16,13 @@ use std::path::PathBuf;
 /// Which file, and how its labels are meant.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BatchesOptions {
-    /// A safetensors file with `labels`, and either `input_ids` (and perhaps `attention_mask`) as I64 or I32, or
-    /// `pixel_values` as F32.
+    /// A safetensors file with `labels`, as I64 or I32, or as F32 where they are numbers, and either `input_ids` (and perhaps
+    /// `attention_mask`) as I64 or I32, or `pixel_values` as F32.
     pub path: PathBuf,
     /// Samples in a minibatch, where the caller has a number in mind: the file's must equal it.
     pub batch: Option<usize>,
     /// The file's labels stand where their tokens stand, as transformers' language models take them, and are shifted
-    /// here: `labels[t] = file[t + 1]`, the last one [`IGNORED`]. Labels (step, batch) cannot be shifted.
+    /// here: `labels[t] = file[t + 1]`, the last one [`IGNORED`]. Labels (step, batch) and numbers cannot be shifted.
     pub shift_labels: bool,
 }
 
@@ -121,8 +121,12 @@ impl Layout {
         if let Some(mask) = mask.filter(|mask| mask.shape != main.shape || ids.is_none()) {
             return Err(format!("tensor '{}': shape {} is not that of 'input_ids'", mask.name, mask.shape));
         }
-        let per_token = ids.is_some() && labels.shape == main.shape;
-        if !per_token && labels.shape.axes() != [steps, batch] {
+        let numbers = labels.element == Element::F32;
+        if numbers && !matches!(labels.shape.axes(), [s, b, _, ..] if [*s, *b] == [steps, batch]) {
+            return Err(format!("tensor 'labels': shape {} of F32 is not {steps}x{batch} and columns", labels.shape));
+        }
+        let per_token = !numbers && ids.is_some() && labels.shape == main.shape;
+        if !numbers && !per_token && labels.shape.axes() != [steps, batch] {
             let or_tokens = if ids.is_some() { format!(", nor {}", main.shape) } else { String::new() };
             return Err(format!("tensor 'labels': shape {} is not {steps}x{batch}{or_tokens}", labels.shape));
         }
@@ -137,16 +141,16 @@ impl Layout {
     }
 
     fn push(&mut self, entry: &TensorEntry) -> std::result::Result<(), String> {
-        let is_pixels = entry.name == names::PIXEL_VALUES;
-        let (dtype, want) = if is_pixels { (DType::F32, "F32") } else { (DType::I32, "I64 or I32") };
-        let fits = match entry.element {
-            Element::F32 => is_pixels,
-            Element::I64 | Element::I32 => !is_pixels,
-            _ => false,
+        let (floats, integers, want) = match entry.name.as_str() {
+            names::PIXEL_VALUES => (true, false, "F32"),
+            names::LABELS => (true, true, "I64, I32 or F32"),
+            _ => (false, true, "I64 or I32"),
         };
-        if !fits {
-            return Err(format!("tensor '{}': element type {} is not {want}", entry.name, entry.element));
-        }
+        let dtype = match entry.element {
+            Element::F32 if floats => DType::F32,
+            Element::I64 | Element::I32 if integers => DType::I32,
+            other => return Err(format!("tensor '{}': element type {other} is not {want}", entry.name)),
+        };
         self.tensors.push((entry.name.clone(), dtype, Shape::new(&entry.shape.axes()[2..])));
         self.stored.push(Stored { start_bytes: entry.start_bytes, element: entry.element });
         Ok(())
@@ -161,15 +165,6 @@ fn narrow(wide: &[i64], tensor: &mut BatchTensor) -> Option<(usize, String)> {
         *narrow = fits;
     }
     None
-}
-
-/// Finds the first pixel that is infinite or no number.
-fn not_finite(tensor: &BatchTensor) -> Option<(usize, String)> {
-    if tensor.dtype != DType::F32 {
-        return None;
-    }
-    let at = tensor.as_f32().iter().position(|value| !value.is_finite())?;
-    Some((at, format!("{} is not a finite number", tensor.as_f32()[at])))
 }
 
 impl Source for BatchesSource {
@@ -201,7 +196,7 @@ impl Source for BatchesSource {
             } else {
                 read(bytemuck::cast_slice_mut(tensor.words_mut()))?;
                 tensor.words_mut().iter_mut().for_each(|word| *word = u32::from_le(*word));
-                not_finite(tensor)
+                if tensor.dtype == DType::F32 { not_finite(tensor) } else { None }
             };
             if let Some((at, what)) = fault {
                 let (tensor, at) = (&tensor.name, position(&tensor.shape, at));

@@ -120,6 +120,25 @@ fn images_and_classes_per_sample() {
 }
 
 #[test]
+fn labels_may_be_numbers() {
+    let values: Vec<f32> = (0..12).map(|n| n as f32 * -0.25).collect();
+    let labels = |shape: &[usize]| f32s("labels", shape, values.clone());
+    let pixels = || f32s("pixel_values", &[2, 3, 1, 1, 1], [0.5; 6]);
+    let (_folder, source) = open(&[pixels(), labels(&[2, 3, 2])]);
+    let batch = fill(&mut source.unwrap(), 1).unwrap();
+    assert_eq!(batch.get("labels").unwrap().as_f32(), &values[6..]);
+    assert_eq!(batch.get("labels").unwrap().shape, Shape::from([3, 2]));
+    assert!(open(&[pixels(), labels(&[2, 3, 1, 2])]).1.is_ok());
+    refused(open(&[pixels(), labels(&[2, 2, 3])]), &["'labels'", "2x2x3 of F32", "2x3 and columns"]);
+    let ids = || i64s("input_ids", &[2, 3, 2], 0..12);
+    refused(open_bytes(&bytes_of(&[ids(), labels(&[2, 3, 2])]), |o| o.shift_labels = true), &["'labels'", "shift"]);
+    let infinite = f32s("labels", &[1, 1, 2], [1.0, f32::INFINITY]);
+    let (_folder, source) = open(&[f32s("pixel_values", &[1, 1, 1, 1, 1], [0.5]), infinite]);
+    let message = fill(&mut source.unwrap(), 0).unwrap_err().to_string();
+    assert!(message.contains("tensor 'labels': step 0, position (0, 1): inf is not a finite number"), "{message}");
+}
+
+#[test]
 fn headers_are_read_at_any_alignment() {
     for pad in 0..8 {
         let mut bytes = bytes_of(&tokens());

@@ -1,7 +1,7 @@
 //! What is checked and counted in a minibatch before a model sees it.
 
 use super::{Batch, BatchTensor, names};
-use crate::base::{Error, Result, Shape};
+use crate::base::{DType, Error, Result, Shape};
 
 /// The label of a position that has no part in the loss, as in torch's cross-entropy and in transformers.
 pub const IGNORED: i32 = -100;
@@ -11,12 +11,12 @@ pub const IGNORED: i32 = -100;
 pub struct Limits {
     /// Rows of the token embedding: ids must lie below.
     pub vocab: Option<usize>,
-    /// Outputs of the last layer (for a language model its vocabulary): labels must lie below.
+    /// Outputs of the last layer (for a language model its vocabulary): labels that are classes must lie below.
     pub classes: Option<usize>,
 }
 
-/// Checks that token ids lie in `0..vocab`, labels in `0..classes` or equal [`IGNORED`], and masks hold 0 and 1. Where a
-/// limit is not given, nothing is checked from above.
+/// Checks that token ids lie in `0..vocab`, labels in `0..classes` or equal [`IGNORED`], and masks hold 0 and 1; that labels which are
+/// numbers are finite. Where a limit is not given, nothing is checked from above.
 ///
 /// # Errors
 /// When a value is outside; the message names the tensor, the position and the value.
@@ -25,6 +25,7 @@ pub fn check_ids(batch: &Batch, limits: Limits) -> Result<()> {
         match tensor.name.as_str() {
             names::INPUT_IDS => check_range(tensor, limits.vocab, false)?,
             names::ATTENTION_MASK => check_range(tensor, Some(2), false)?,
+            names::LABELS if tensor.dtype == DType::F32 => check_finite(tensor)?,
             names::LABELS => check_range(tensor, limits.classes, true)?,
             _ => {}
         }
@@ -50,6 +51,17 @@ fn check_range(tensor: &BatchTensor, below: Option<usize>, may_be_ignored: bool)
     )))
 }
 
+fn check_finite(tensor: &BatchTensor) -> Result<()> {
+    let Some((at, fault)) = not_finite(tensor) else { return Ok(()) };
+    Err(Error::bad(format!("{}: value at {}: {fault}", tensor.name, position(&tensor.shape, at))))
+}
+
+/// Finds the first element of an `F32` tensor that is infinite or no number.
+pub(super) fn not_finite(tensor: &BatchTensor) -> Option<(usize, String)> {
+    let at = tensor.as_f32().iter().position(|value| !value.is_finite())?;
+    Some((at, format!("{} is not a finite number", tensor.as_f32()[at])))
+}
+
 /// Element number `flat` of a row-major tensor, by its coordinates: `(2, 5)`.
 pub(super) fn position(shape: &Shape, mut flat: usize) -> String {
     let mut coordinates: Vec<String> = Vec::with_capacity(shape.axes().len());
@@ -61,11 +73,12 @@ pub(super) fn position(shape: &Shape, mut flat: usize) -> String {
     format!("({})", coordinates.join(", "))
 }
 
-/// Counts the labels that have a part in the loss, for each of `microbatches` equal parts of the minibatch in order.
-/// Their sum is what the minibatch's loss is divided by, known before any forward.
+/// Counts the labels that have a part in the loss, for each of `microbatches` equal parts of the minibatch in order: classes that are not
+/// [`IGNORED`]; of numbers (B, .., C), the targets of a regression, all rows. Their sum is what the minibatch's loss is divided by, known
+/// before any forward.
 ///
 /// # Errors
-/// When the minibatch has no labels, or `microbatches` does not divide its samples.
+/// When the minibatch has no labels, they are numbers without an axis of columns, or `microbatches` does not divide its samples.
 pub fn labelled(batch: &Batch, microbatches: usize) -> Result<Vec<u64>> {
     let Some(labels) = batch.get(names::LABELS) else {
         return Err(Error::bad("the minibatch has no labels to count"));
@@ -73,6 +86,12 @@ pub fn labelled(batch: &Batch, microbatches: usize) -> Result<Vec<u64>> {
     let samples = labels.shape.axes().first().copied().unwrap_or(1);
     if microbatches == 0 || samples == 0 || !samples.is_multiple_of(microbatches) {
         return Err(Error::bad(format!("{samples} samples do not divide into {microbatches} microbatches")));
+    }
+    if labels.dtype == DType::F32 {
+        if labels.shape.axes().len() < 2 {
+            return Err(Error::bad(format!("labels: are f32 of shape {}, want (B, .., C)", labels.shape)));
+        }
+        return Ok(vec![(labels.shape.rows() / microbatches) as u64; microbatches]);
     }
     let values = labels.as_i32();
     let count = |part: &[i32]| part.iter().filter(|&&label| label != IGNORED).count() as u64;
@@ -83,6 +102,12 @@ pub fn labelled(batch: &Batch, microbatches: usize) -> Result<Vec<u64>> {
 mod tests {
     use super::*;
     use crate::base::DType;
+
+    fn numbers(shape: Shape, values: &[f32]) -> Batch {
+        let mut tensor = BatchTensor::zeros(names::LABELS, DType::F32, shape);
+        tensor.as_f32_mut().copy_from_slice(values);
+        Batch { tensors: vec![tensor] }
+    }
 
     fn batch(name: &str, shape: Shape, values: &[i32]) -> Batch {
         let mut tensor = BatchTensor::zeros(name, DType::I32, shape);
@@ -132,5 +157,26 @@ mod tests {
         assert!(labelled(&Batch::default(), 1).is_err());
         let flat = batch(names::LABELS, Shape::from([3]), &[1, -100, 2]);
         assert_eq!(labelled(&flat, 3).unwrap(), [1, 0, 1]);
+    }
+
+    #[test]
+    fn rows_of_numbers_are_all_labelled() {
+        let rows = |axes: &[usize], microbatches| {
+            let shape = Shape::new(axes);
+            let elems = shape.elems();
+            labelled(&numbers(shape, &vec![-100.0; elems]), microbatches)
+        };
+        assert_eq!(rows(&[4, 3], 2).unwrap(), [2, 2]);
+        assert_eq!(rows(&[4, 5, 3], 4).unwrap(), [5; 4]);
+        assert!(rows(&[4, 3], 3).is_err());
+        assert_eq!(rows(&[4], 2).unwrap_err().to_string(), "labels: are f32 of shape 4, want (B, .., C)");
+    }
+
+    #[test]
+    fn numbers_are_finite() {
+        let check = |values| check_ids(&numbers(Shape::from([2, 2]), values), Limits { vocab: None, classes: Some(1) });
+        assert!(check(&[-1e30, 0.0, 5.5, 7.0]).is_ok());
+        let message = check(&[0.0, 1.0, f32::NAN, 2.0]).unwrap_err().to_string();
+        assert_eq!(message, "labels: value at (1, 0): NaN is not a finite number");
     }
 }

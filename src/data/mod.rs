@@ -9,6 +9,7 @@
 //! | `attention_mask` | (B, T) | i32 | 1 for a token, 0 for padding; left out where all are tokens |
 //! | `pixel_values` | (B, C, H, W) | f32 | normalised pixels |
 //! | `labels` | (B, T) or (B) | i32 | what position t shall predict, or [`IGNORED`] |
+//! | | (B, .., C) | f32 | or the numbers that it shall predict |
 //!
 //! `labels` are never shifted again downstream: for a language model `labels[b, t]` is already the token after
 //! `input_ids[b, t]`.
@@ -44,7 +45,7 @@ pub mod names {
     pub const ATTENTION_MASK: &str = "attention_mask";
     /// Normalised pixels, (B, C, H, W), f32.
     pub const PIXEL_VALUES: &str = "pixel_values";
-    /// What to predict, (B, T) or (B), i32.
+    /// What to predict: classes (B, T) or (B), i32, or numbers (B, .., C), f32.
     pub const LABELS: &str = "labels";
 }
 

@@ -11,11 +11,11 @@ const RANDOM_STREAM: u64 = 0x5261_0000_0000;
 #[derive(Clone, Debug, PartialEq)]
 pub struct RandomOptions {
     /// Name, element type and shape of each tensor, the shape without the leading axis of samples. The names are those
-    /// of [`names`]; `pixel_values` is `F32`, the others are `I32`.
+    /// of [`names`]; `pixel_values` is `F32`, `labels` either, the others are `I32`.
     pub tensors: Vec<(String, DType, Shape)>,
     /// Token ids are uniform below this.
     pub vocab: usize,
-    /// Labels are uniform below this.
+    /// Labels that are `I32` are uniform below this.
     pub classes: usize,
     /// Samples in a minibatch.
     pub batch: usize,
@@ -23,7 +23,7 @@ pub struct RandomOptions {
     pub seed: u64,
 }
 
-/// Makes random minibatches without end: ids and labels uniform, pixels standard normal, masks all ones.
+/// Makes random minibatches without end: ids and classes uniform, pixels and labels that are numbers standard normal, masks all ones.
 pub struct RandomSource {
     spec: InputSpec,
     fills: Vec<Fill>,
@@ -54,7 +54,7 @@ impl RandomSource {
             (names::INPUT_IDS, DType::I32) => Ok(Fill::Below(options.vocab as u64)),
             (names::LABELS, DType::I32) => Ok(Fill::Below(options.classes as u64)),
             (names::ATTENTION_MASK, DType::I32) => Ok(Fill::Ones),
-            (names::PIXEL_VALUES, DType::F32) => Ok(Fill::Normal),
+            (names::PIXEL_VALUES | names::LABELS, DType::F32) => Ok(Fill::Normal),
             _ => Err(Error::bad(format!("random data: no model takes a tensor '{name}' of {dtype}"))),
         };
         let fills = options.tensors.iter().map(fill).collect::<Result<Vec<_>>>()?;
@@ -129,6 +129,15 @@ mod tests {
         let mut other = Batch::default();
         RandomSource::new(&RandomOptions { seed: 10, ..options() }).unwrap().fill(0, &mut other).unwrap();
         assert_ne!(other, first);
+    }
+
+    #[test]
+    fn labels_may_be_numbers() {
+        let tensors = vec![(names::LABELS.to_string(), DType::F32, Shape::from([33]))];
+        let mut batch = Batch::default();
+        RandomSource::new(&RandomOptions { tensors, ..options() }).unwrap().fill(0, &mut batch).unwrap();
+        let labels = batch.tensors[0].as_f32();
+        assert!(labels.iter().any(|&x| x < 0.0) && labels.iter().any(|x| x.fract() != 0.0), "{labels:?}");
     }
 
     #[test]

@@ -90,24 +90,50 @@ impl Builder {
     /// # Errors
     /// When the shapes differ, the logits are not the last layer's output, or there is a loss already.
     pub fn cross_entropy(&mut self, logits: Value, labels: Value) -> Result<Value> {
-        if self.graph.layers.last().and_then(|l| l.output) != Some(logits) || self.graph.loss.is_some() {
-            return Err(Error::bad("cross_entropy: wants the last layer's output, once"));
-        }
+        self.expect_last("cross_entropy", logits)?;
         let (x, l) = (self.shape(logits).clone(), self.shape(labels).clone());
         if x.0.is_empty() || x.axes()[..x.axes().len() - 1] != *l.axes() {
             return Err(Error::bad(format!("cross_entropy: logits are {x}, labels {l}; want one label a row")));
         }
         self.expect_dtype("cross_entropy: labels", labels, DType::I32)?;
-        self.open = true;
         let rows = Shape::from([x.rows()]);
-        let one = Shape::from([1]);
-        let outputs = self.node(Op::CrossEntropy, vec![logits, labels], vec![one, rows.clone(), rows]);
+        self.loss(Op::CrossEntropy, vec![logits, labels], vec![rows.clone(), rows])
+    }
+
+    /// Appends the loss to the last layer: mean squared error of `predictions` (.., C) with `targets` (.., C), an input of the batch
+    /// (see [`Op::MeanSquaredError`]). Divided by the number of rows it is torch's `mse_loss`.
+    ///
+    /// # Errors
+    /// When the shapes differ or have no columns, the targets are no input, the predictions are not the last layer's output, or there is a
+    /// loss already.
+    pub fn mean_squared_error(&mut self, predictions: Value, targets: Value) -> Result<Value> {
+        self.expect_last("mean_squared_error", predictions)?;
+        let (x, t) = (self.shape(predictions), self.shape(targets));
+        if x != t || x.0.is_empty() || x.cols() == 0 {
+            return Err(Error::bad(format!(
+                "mean_squared_error: predictions are {x}, targets {t}; want rows of one size, of a column or more"
+            )));
+        }
+        // They have no gradient.
+        if !matches!(self.graph.info(self.graph.root(targets)).source, Source::Input(_)) {
+            return Err(Error::bad("mean_squared_error: wants targets that the batch brings"));
+        }
+        let rows = Shape::from([x.rows()]);
+        self.loss(Op::MeanSquaredError, vec![predictions, targets], vec![rows])
+    }
+
+    /// Appends a loss to the last layer, whose output is `inputs[0]`; `others` are the shapes of the op's outputs besides the loss.
+    fn loss(&mut self, op: Op, inputs: Vec<Value>, others: Vec<Shape>) -> Result<Value> {
+        let output = inputs[0];
+        let shapes = std::iter::once(Shape::from([1])).chain(others).collect();
+        self.open = true;
+        let outputs = self.node(op, inputs, shapes);
         self.open = false;
-        let outputs = outputs?;
-        self.graph.layers.last_mut().expect("the logits are its output").output = None;
-        self.graph.logits = Some(logits);
-        self.graph.loss = Some(outputs[0]);
-        Ok(outputs[0])
+        let loss = outputs?[0];
+        self.graph.layers.last_mut().expect("one has handed on the output").output = None;
+        self.graph.logits = Some(output);
+        self.graph.loss = Some(loss);
+        Ok(loss)
     }
 
     /// The finished forward graph, with residuals fused into the linear layers that they are added to.
@@ -248,6 +274,13 @@ impl Builder {
         Ok(())
     }
 
+    fn expect_last(&self, loss: &str, output: Value) -> Result<()> {
+        if self.graph.layers.last().and_then(|l| l.output) != Some(output) || self.graph.loss.is_some() {
+            return Err(Error::bad(format!("{loss}: wants the last layer's output, once")));
+        }
+        Ok(())
+    }
+
     fn expect_dtype(&self, what: &str, value: Value, dtype: DType) -> Result<()> {
         let found = self.graph.info(value).dtype;
         if found != dtype {
@@ -264,5 +297,31 @@ impl Builder {
                 window.kernel[0], window.kernel[1], window.stride, window.padding
             ))
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn targets_that_do_not_fit_are_named() {
+        let refused = |axes: &[usize], targets: fn(&mut Builder, Value) -> Result<Value>, want: &str| {
+            let mut b = Builder::new(Mode::Training, DType::Bf16);
+            let [x, y] = ["x", "y"].map(|name| b.input(name, Shape::new(axes), DType::Bf16).unwrap());
+            let out = b.layer("sum", |b, _| b.add(x, y)).unwrap();
+            let targets = targets(&mut b, out).unwrap();
+            let found = b.mean_squared_error(out, targets).map_err(|e| e.to_string());
+            assert_eq!(found.err().as_deref().unwrap_or(""), want);
+        };
+        let input = |b: &mut Builder, _: Value| b.input("targets", [4, 3], DType::Bf16);
+        refused(&[4, 3], input, "");
+        let sizes = "want rows of one size, of a column or more";
+        refused(&[3, 4], input, &format!("mean_squared_error: predictions are 3x4, targets 4x3; {sizes}"));
+        let empty = |b: &mut Builder, _: Value| b.input("targets", [4, 0], DType::Bf16);
+        refused(&[4, 0], empty, &format!("mean_squared_error: predictions are 4x0, targets 4x0; {sizes}"));
+        let wide = |b: &mut Builder, _: Value| b.input("targets", [4, 3], DType::F32);
+        refused(&[4, 3], wide, "mean_squared_error: operand 1 is f32, want bf16");
+        refused(&[4, 3], |_, out| Ok(out), "mean_squared_error: wants targets that the batch brings");
     }
 }

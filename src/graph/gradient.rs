@@ -13,13 +13,20 @@ use crate::base::{Error, Result, Shape};
 /// Emits the gradient of `op`.
 pub(super) fn emit(s: &mut Sweep, op: &Op, inputs: &[Value], outputs: &[Value], d_out: Option<Value>) -> Result<()> {
     let shape = |s: &Sweep, v: Value| s.graph.info(v).shape.clone();
-    if let Op::CrossEntropy = op {
+    let of_loss = match op {
+        Op::CrossEntropy => Some((Op::CrossEntropyGrad, vec![inputs[0], inputs[1], outputs[1]])),
+        Op::MeanSquaredError => Some((Op::MeanSquaredErrorGrad, inputs.to_vec())),
+        _ => None,
+    };
+    if let Some((gradient, operands)) = of_loss {
         let of = shape(s, inputs[0]);
-        let d = s.push_one(Op::CrossEntropyGrad, vec![inputs[0], inputs[1], outputs[1]], of);
+        let d = s.push_one(gradient, operands, of);
         s.contribute(inputs[0], d);
         return Ok(());
     }
-    let Some(d) = d_out else { return Err(Error::bad(format!("{}: is no loss; cross_entropy is one", op.name()))) };
+    let Some(d) = d_out else {
+        return Err(Error::bad(format!("{}: is no loss; cross_entropy and mean_squared_error are", op.name())));
+    };
     match op {
         Op::Embedding { padding } => {
             let table = shape(s, inputs[1]);

@@ -93,6 +93,11 @@ pub enum Op {
     CrossEntropy,
     /// logits (.., V), labels (..), lse (rows) -> d_logits (.., V), over the logits where they die.
     CrossEntropyGrad,
+    /// predictions (.., C), targets (.., C) -> loss (1): the sum over rows of the mean of squared differences, times the step's loss scale;
+    /// row_losses (rows).
+    MeanSquaredError,
+    /// predictions (.., C), targets (.., C) -> d_predictions (.., C), over the predictions where they die.
+    MeanSquaredErrorGrad,
     /// x (N, C, H, W), weight (O, C, kh, kw), (bias (O)) -> out (N, O, H', W').
     Conv2d(Window),
     /// d_out, weight -> d_x (N, C, H, W).
@@ -283,6 +288,8 @@ impl Op {
             Op::AttentionGrad(_) => "attention_grad",
             Op::CrossEntropy => "cross_entropy",
             Op::CrossEntropyGrad => "cross_entropy_grad",
+            Op::MeanSquaredError => "mean_squared_error",
+            Op::MeanSquaredErrorGrad => "mean_squared_error_grad",
             Op::Conv2d(_) => "conv2d",
             Op::Conv2dGradInput(_) => "conv2d_grad_input",
             Op::Conv2dGradWeight(_) => "conv2d_grad_weight",
@@ -329,6 +336,7 @@ impl Op {
         match self {
             Op::MaxPool(_) if output == 1 => DType::I32,
             Op::CrossEntropy
+            | Op::MeanSquaredError
             | Op::EmbeddingGrad { .. }
             | Op::AddPositionGrad
             | Op::LinearGradWeight { .. }
@@ -361,7 +369,8 @@ impl Op {
             | Op::Dropout { .. }
             | Op::AddPosition
             | Op::Rotary(_)
-            | Op::CrossEntropyGrad => Some(0),
+            | Op::CrossEntropyGrad
+            | Op::MeanSquaredErrorGrad => Some(0),
             Op::Linear { residual, .. } if *residual => Some(inputs - 1),
             Op::LinearGradInput { activation, adds, .. } if *adds || *activation != Activation::None => {
                 Some(inputs - 1)

@@ -26,7 +26,7 @@ pub struct InputShape {
     pub name: String,
     /// The axes of one sample: (T) for ids, (C, H, W) for images, none for an image's label.
     pub axes: Vec<usize>,
-    /// I32 for ids, masks and labels; a floating-point input is computed in the model's own type, whichever this is.
+    /// I32 for ids, masks and classes; a floating-point input is computed in the model's own type, whichever this is.
     pub dtype: DType,
 }
 
@@ -42,7 +42,7 @@ impl InputShape {
 pub struct Labels {
     /// Whether the label of a position is the input id of the next one. The data are shifted before they reach the graph.
     pub shift: bool,
-    /// Labels are below this, or -100.
+    /// Labels are below this, or -100. Where they are numbers, as the targets of a regression, it says nothing.
     pub classes: usize,
     /// Input ids are below this, where the network takes ids.
     pub vocab: Option<usize>,

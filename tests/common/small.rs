@@ -1,8 +1,11 @@
 //! Small networks with random data, for tests that need many short runs.
 
+#[path = "../../examples/06_denoising.rs"]
+mod denoising;
+
 use super::{Outcome, finish, gather, gather_of, stated};
 use hydra::base::{DType, Result, Shape};
-use hydra::data::{Batch, IGNORED, InputSpec, RandomOptions, RandomSource, Source, labelled, names};
+use hydra::data::{Batch, BatchTensor, IGNORED, InputSpec, RandomOptions, RandomSource, Source, labelled, names};
 use hydra::device::Device;
 use hydra::engine::{Engine, EngineOptions, StepInput};
 use hydra::nn::{self, Network};
@@ -60,6 +63,15 @@ impl Small {
             (names::LABELS.to_string(), DType::I32, Shape::default()),
         ];
         Small { network: network("resnet", &config), tensors, vocab: 1, classes }
+    }
+
+    /// A regression: lines of numbers under mean squared error, of odd widths.
+    pub fn denoiser(hidden: usize, depth: usize, points: usize) -> Small {
+        let tensors = vec![
+            (names::PIXEL_VALUES.to_string(), DType::F32, Shape::from([1, 1, points])),
+            (names::LABELS.to_string(), DType::F32, Shape::from([points])),
+        ];
+        Small { network: Box::new(denoising::Denoiser { hidden, depth }), tensors, vocab: 1, classes: 1 }
     }
 
     /// Random minibatches in which about a fifth of a text's labels are left out, so that microbatches weigh differently.
@@ -222,7 +234,9 @@ impl Source for Holes {
 
     fn fill(&mut self, index: u64, batch: &mut Batch) -> Result<()> {
         self.source.fill(index, batch)?;
-        for tensor in batch.tensors.iter_mut().filter(|t| t.name == names::LABELS && t.shape.axes().len() == 2) {
+        let thinned =
+            |t: &&mut BatchTensor| t.name == names::LABELS && t.dtype == DType::I32 && t.shape.axes().len() == 2;
+        for tensor in batch.tensors.iter_mut().filter(thinned) {
             let labels = tensor.as_i32_mut();
             // The first third is thinned out most.
             for i in 0..labels.len() {

@@ -6,7 +6,7 @@ use hydra::graph::{
 };
 
 /// Classes of the head.
-const CLASSES: usize = 5;
+pub const CLASSES: usize = 5;
 
 /// Rows and columns of the head's product that cost no more than one of each.
 const TILE: usize = 64;
@@ -20,10 +20,19 @@ pub struct Case {
     pub name: String,
     /// No parameter has a gradient: nothing reaches the loss.
     pub flat: bool,
-    /// Body's output is made logits by a linear layer.
-    pub head: bool,
-    labels: &'static str,
+    /// Columns of the linear layer that makes the body's output what the loss is of; `None` where there is no such layer.
+    pub head: Option<usize>,
+    loss: Loss,
     body: Trace,
+}
+
+/// What a case ends in.
+#[derive(Clone, Copy)]
+enum Loss {
+    /// Cross-entropy with labels of this name.
+    CrossEntropy(&'static str),
+    /// Mean squared error.
+    Squared,
 }
 
 /// What a case's body builds with.
@@ -59,10 +68,10 @@ impl Case {
         b.layer("body", |b, _| body(b))?;
         let logits = b.layer("head", |b, x| {
             let x = x.expect("the body hands on a value");
-            if !self.head {
+            let Some(classes) = self.head else {
                 let offset = b.parameter("offset", b.shape(x).clone(), Init::Constant(0.0))?;
                 return b.add(x, offset);
-            }
+            };
             let shape = b.shape(x).axes().to_vec();
             let elems: usize = shape.iter().product();
             let mut rows = if shape.len() == 4 { shape[0] } else { Shape(shape).rows() };
@@ -73,12 +82,20 @@ impl Case {
             let cols = elems.checked_div(rows).unwrap_or(3);
             let x = b.reshape(x, [rows, cols])?;
             // So small that the softmax does not saturate.
-            let w = b.parameter("head", [cols, CLASSES], Init::Normal(1.0 / (cols as f64).sqrt()))?;
+            let w = b.parameter("head", [cols, classes], Init::Normal(1.0 / (cols as f64).sqrt()))?;
             b.linear(x, w, None, Activation::None, WeightLayout::InOut)
         })?;
         let axes = b.shape(logits).axes().to_vec();
-        let labels = b.input(self.labels, Shape(axes[..axes.len() - 1].to_vec()), DType::I32)?;
-        b.cross_entropy(logits, labels)?;
+        match self.loss {
+            Loss::CrossEntropy(labels) => {
+                let labels = b.input(labels, Shape(axes[..axes.len() - 1].to_vec()), DType::I32)?;
+                b.cross_entropy(logits, labels)?;
+            }
+            Loss::Squared => {
+                let targets = b.input("targets", Shape(axes), dtype)?;
+                b.mean_squared_error(logits, targets)?;
+            }
+        }
         let mut graph = b.finish()?;
         differentiate(&mut graph)?;
         Ok(graph)
@@ -92,8 +109,20 @@ pub struct Table(pub Vec<Case>);
 impl Table {
     /// Adds a case; the name's first word is its family.
     pub fn add(&mut self, name: impl Into<String>, body: impl Fn(&mut Body) -> Result<Value> + 'static) -> &mut Case {
-        self.0.push(Case { name: name.into(), flat: false, head: true, labels: "labels", body: Box::new(body) });
+        let loss = Loss::CrossEntropy("labels");
+        self.0.push(Case { name: name.into(), flat: false, head: Some(CLASSES), loss, body: Box::new(body) });
         self.0.last_mut().expect("pushed just above")
+    }
+}
+
+/// Adds mean squared error of (rows, cols): of a sum, and of a product, whose rows a device may lay further apart.
+pub fn mean_squared_error(t: &mut Table, rows: usize, cols: usize) {
+    for (of, head, width) in [("sum", None, cols), ("product", Some(cols), 3)] {
+        let case = t.add(format!("mean_squared_error {rows}x{cols} of a {of}"), move |s| {
+            let (x, y) = (s.leaf("x", [rows, width])?, s.leaf("y", [rows, width])?);
+            s.b.add(x, y)
+        });
+        (case.head, case.loss) = (head, Loss::Squared);
     }
 }
 
@@ -414,13 +443,16 @@ fn losses(t: &mut Table) {
             let (x, y) = (s.leaf("x", [rows, classes])?, s.leaf("y", [rows, classes])?);
             s.b.add(x, y)
         })
-        .head = false;
+        .head = None;
+    }
+    for (rows, cols) in [(1, 1), (9, 31), (31, 33), (5, 1023), (63, 5)] {
+        mean_squared_error(t, rows, cols);
     }
     let none = t.add("cross_entropy without labels", |s| {
         let (x, y) = (s.leaf("x", [3, 5])?, s.leaf("y", [3, 5])?);
         s.b.add(x, y)
     });
-    (none.flat, none.labels) = (true, "unlabelled");
+    (none.flat, none.loss) = (true, Loss::CrossEntropy("unlabelled"));
 }
 
 /// Adds a convolution, by the axes of `x` and `weight`.

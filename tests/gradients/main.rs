@@ -50,14 +50,16 @@ fn check(case: &Case, computed: bool) {
     assert_eq!(again.run(&weights, &inputs, &[0]), once, "{what}: recomputed");
 
     let mut single = Machine::new(graph(DType::F32), Cut::whole(2), 1);
-    let out = single.run(&weights, &inputs, &[0]);
+    // The same numbers in another type.
+    let in_f32 = [draw_inputs(&single.graph, 0)];
+    let out = single.run(&weights, &in_f32, &[0]);
     near(&format!("{what}: f32"), &machine, &sums(&single, &out), &gradients, F32_TOLERANCE);
 
     // As for kernels, which may write a product over what joins it.
     let mut placed = graph(DType::F32);
     placed.scratch = true;
     let mut placed = Machine::new(placed, Cut { recompute: true, ..Cut::whole(2) }, 1);
-    assert_eq!(placed.run(&weights, &inputs, &[0]), out, "{what}: placed as for kernels");
+    assert_eq!(placed.run(&weights, &in_f32, &[0]), out, "{what}: placed as for kernels");
 
     // A maximum of sums is another one's once they are rounded.
     if computed && case.family() == "max_pool" {
@@ -68,7 +70,7 @@ fn check(case: &Case, computed: bool) {
     let once = machine.run(&weights, &inputs, &[0]);
     let gradients = sums(&machine, &once);
     let mut half = Machine::new(graph(DType::Bf16), Cut::whole(2), 1);
-    let out = half.run(&weights, &inputs, &[0]);
+    let out = half.run(&weights, &[draw_inputs(&half.graph, 0)], &[0]);
     along(&format!("{what}: bf16"), &machine, &sums(&half, &out), &gradients);
 }
 
@@ -160,7 +162,7 @@ const FAMILIES: [&[&str]; 8] = [
     &["activation", "glu", "add", "dropout"],
     &["layernorm", "rmsnorm", "rotary", "batchnorm"],
     &["attention"],
-    &["cross_entropy"],
+    &["cross_entropy", "mean_squared_error"],
     &["conv2d", "max_pool", "avg_pool", "global_avg_pool"],
     &["reshape", "transpose", "shift", "parameter"],
 ];
@@ -198,7 +200,7 @@ fn attention() {
 }
 
 #[test]
-fn cross_entropy() {
+fn losses() {
     family(FAMILIES[5]);
 }
 

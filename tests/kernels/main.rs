@@ -200,7 +200,7 @@ const FAMILIES: [&[&str]; 8] = [
     &["activation", "glu", "add", "dropout"],
     &["layernorm", "rmsnorm", "rotary", "batchnorm"],
     &["attention"],
-    &["cross_entropy"],
+    &["cross_entropy", "mean_squared_error"],
     &["conv2d", "max_pool", "avg_pool", "global_avg_pool"],
     &["reshape", "transpose", "shift", "parameter"],
 ];
@@ -240,7 +240,7 @@ fn attention() {
 }
 
 #[test]
-fn cross_entropy() {
+fn losses() {
     family(FAMILIES[5]);
 }
 

@@ -1,6 +1,7 @@
 //! Launches of `kernels/cross_entropy.cu`.
 
 use super::launch::Launch;
+use super::loss_sum;
 use super::operands::{Operands, pick};
 use super::queue::Queue;
 use crate::base::Result;
@@ -18,7 +19,7 @@ pub(super) fn forward(q: &mut Queue, o: &Operands) -> Result<()> {
     let row_losses = o.output(2);
     let losses = Launch::new(kernel, [rows, 1, 1], threads(cols)).ptr(row_losses).ptr(o.output(1));
     q.launch(losses.ptr(o.input(0)).ptr(o.input(1)).int(cols).int(o.pitch(0)))?;
-    q.launch(Launch::new("cross_entropy_sum", [1, 1, 1], 1024).ptr(o.output(0)).ptr(row_losses).long(rows).ptr(q.now))
+    loss_sum::launch(q, o.output(0), row_losses, rows)
 }
 
 /// logits (rows, cols), labels, lse -> d_logits, over the logits where they die.

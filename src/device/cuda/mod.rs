@@ -27,6 +27,8 @@ mod gpus;
 mod lane;
 pub mod launch;
 mod linear;
+mod loss_sum;
+mod mean_squared_error;
 mod norm;
 mod operands;
 mod ops;

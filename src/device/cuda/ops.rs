@@ -3,8 +3,8 @@
 use super::operands::Operands;
 use super::queue::Queue;
 use super::{
-    activation, attention, batchnorm, conv, cross_entropy, custom, elementwise, embedding, glu, linear, norm, pool,
-    rotary, transpose,
+    activation, attention, batchnorm, conv, cross_entropy, custom, elementwise, embedding, glu, linear,
+    mean_squared_error, norm, pool, rotary, transpose,
 };
 use crate::base::Result;
 use crate::graph::Op;
@@ -37,6 +37,8 @@ pub(super) fn launch_step(q: &mut Queue, o: &Operands) -> Result<()> {
         Op::AttentionGrad(kind) => attention::grad(q, o, kind),
         Op::CrossEntropy => cross_entropy::forward(q, o),
         Op::CrossEntropyGrad => cross_entropy::grad(q, o),
+        Op::MeanSquaredError => mean_squared_error::forward(q, o),
+        Op::MeanSquaredErrorGrad => mean_squared_error::grad(q, o),
         Op::Conv2d(window) => conv::forward(q, o, window),
         Op::Conv2dGradInput(window) => conv::grad_input(q, o, window),
         Op::Conv2dGradWeight(window) => conv::grad_weight(q, o, window),

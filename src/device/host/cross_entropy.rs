@@ -49,14 +49,6 @@ vector_fn! {
     }
 }
 
-/// `loss[0] = scale * sum of loss_rows`, summed in order in f64.
-///
-/// # Panics
-/// When `loss` is empty.
-pub fn sum<T: Real>(loss: &mut [T], loss_rows: &[T], scale: f64) {
-    loss[0] = T::from_f64(loss_rows.iter().map(|x| x.to_f64()).sum::<f64>() * scale);
-}
-
 /// `d_logits = (softmax(logits) - onehot(label)) * scale`, 0 in rows that do not count; where `logits` is `None`, `d_logits`
 /// holds them. `lse` is [`forward`]'s.
 ///
@@ -136,6 +128,7 @@ fn check_labels(labels: &[i32], rows: usize, cols: usize) {
 mod tests {
     use super::*;
     use crate::base::philox::Sequence;
+    use crate::device::host::loss_sum::loss_sum;
     use crate::device::host::testing::{assert_close, finite_difference, normal, poison, same_in_all_pools};
 
     fn labels(rows: usize, cols: usize) -> Vec<i32> {
@@ -147,7 +140,7 @@ mod tests {
         let (logits, labels) = (normal::<T>(rows * cols, 1), labels(rows, cols));
         let (mut loss_rows, mut lse, mut loss) = (poison(rows), poison(rows), poison(1));
         forward(&mut loss_rows, &mut lse, &logits, &labels, rows, cols);
-        sum(&mut loss, &loss_rows, 0.25);
+        loss_sum(&mut loss, &loss_rows, 0.25);
         let (mut d_logits, mut in_place) = (poison(rows * cols), logits.clone());
         grad(&mut d_logits, Some(&logits), &labels, &lse, 0.25, rows, cols);
         grad(&mut in_place, None, &labels, &lse, 0.25, rows, cols);
@@ -172,7 +165,7 @@ mod tests {
         let slope = finite_difference(&logits, |logits| {
             let (mut loss_rows, mut lse, mut loss) = (poison(rows), poison(rows), poison(1));
             forward(&mut loss_rows, &mut lse, logits, &labels(rows, cols), rows, cols);
-            sum(&mut loss, &loss_rows, 0.25);
+            loss_sum(&mut loss, &loss_rows, 0.25);
             loss[0]
         });
         let got = run::<f64>(rows, cols);

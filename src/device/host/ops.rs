@@ -3,12 +3,13 @@
 //! Bodies compute in f32 or f64. An op with bf16 operands runs on f32 copies of them (see `widen`), and what it writes is rounded to the
 //! nearest bf16, ties to even: as on a device that computes in f32 and stores bf16.
 
+use super::loss_sum::loss_sum;
 use super::memory::Block;
 use super::real::Real;
 use super::strided::{Rows, RowsMut};
 use super::{
-    activation, attention, batchnorm, conv, cross_entropy, custom, elementwise, embedding, glu, linear, norm,
-    optimizer, pool, rotary, transpose, widen,
+    activation, attention, batchnorm, conv, cross_entropy, custom, elementwise, embedding, glu, linear,
+    mean_squared_error, norm, optimizer, pool, rotary, transpose, widen,
 };
 use crate::base::DType;
 use crate::device::Scalars;
@@ -257,7 +258,7 @@ fn body<T: Real>(o: &Operands, scalars: &Scalars) {
             let (rows, cols) = o.rows_cols(0);
             let row_losses = o.output::<T>(2);
             cross_entropy::forward::<T>(row_losses, o.output(1), o.input(0), o.input(1), rows, cols);
-            cross_entropy::sum::<T>(o.output(0), row_losses, scalars.loss_scale);
+            loss_sum::<T>(o.output(0), row_losses, scalars.loss_scale);
         }
         Op::CrossEntropyGrad => {
             let (rows, cols) = o.rows_cols(0);
@@ -270,6 +271,16 @@ fn body<T: Real>(o: &Operands, scalars: &Scalars) {
                 rows,
                 cols,
             );
+        }
+        Op::MeanSquaredError => {
+            let (rows, cols) = o.rows_cols(0);
+            let row_losses = o.output::<T>(1);
+            mean_squared_error::forward::<T>(row_losses, o.input(0), o.input(1), rows, cols);
+            loss_sum::<T>(o.output(0), row_losses, scalars.loss_scale);
+        }
+        Op::MeanSquaredErrorGrad => {
+            let (x, scale) = (o.unless_in_place(0), scalars.loss_scale);
+            mean_squared_error::grad::<T>(o.output(0), x, o.input(1), scale, o.out_cols());
         }
         Op::Conv2d(window) => {
             let bias = (o.step.inputs.len() > 2).then(|| o.input(2));

@@ -1,6 +1,6 @@
 //! Products: every tail of every tile, in both layouts, with and without what is fused behind.
 
-use crate::cases::{Table, after, linear, residual};
+use crate::cases::{CLASSES, Table, after, linear, residual};
 use hydra::graph::{Activation, WeightLayout};
 
 /// (rows, inputs, outputs): tails of the tiles and of the steps along k, one row, rows of every alignment, a k that is cut.
@@ -42,11 +42,11 @@ pub fn cases(t: &mut Table) {
         t.add(format!("linear 70x520x{outputs} {layout:?} bias true"), move |s| {
             linear(s, [70, 520, outputs], layout, Activation::None, true)
         })
-        .head = outputs == 264;
+        .head = (outputs == 264).then_some(CLASSES);
     }
     // The same where the bias' gradient comes after.
     t.add("linear 70x40x261 OutIn bias true", move |s| {
         linear(s, [70, 40, 261], WeightLayout::OutIn, Activation::None, true)
     })
-    .head = false;
+    .head = None;
 }

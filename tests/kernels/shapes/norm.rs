@@ -1,6 +1,6 @@
 //! Normalizations and losses.
 
-use crate::cases::Table;
+use crate::cases::{Table, mean_squared_error};
 use hydra::graph::RotaryScaling;
 
 /// Adds the cases.
@@ -62,6 +62,10 @@ pub fn cases(t: &mut Table) {
             let (x, y) = (s.leaf("x", [rows, classes])?, s.leaf("y", [rows, classes])?);
             s.b.add(x, y)
         })
-        .head = false;
+        .head = None;
+    }
+    // Rows of a warp, of a block, and of one whose threads go round; more rows than the loss' sum has threads.
+    for (rows, cols) in [(9, 64), (17, 1000), (3, 1028), (2, 4099), (1, 20_000), (1030, 3)] {
+        mean_squared_error(t, rows, cols);
     }
 }
