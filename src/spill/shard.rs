@@ -97,6 +97,11 @@ impl ShardPrograms {
         self.backward.as_ref().is_some_and(|p| p.steps.is_empty())
     }
 
+    /// Whether its backward computes its forward again, before it.
+    pub fn recomputes(&self) -> bool {
+        self.forward.is_some() && !self.kept && !self.idles_back()
+    }
+
     /// Seconds of forward for one microbatch; 0 for the last shard.
     pub fn forward_secs(&self, cost: &CostModel) -> f64 {
         self.forward.as_ref().map_or(0.0, |p| cost.program_secs(p))

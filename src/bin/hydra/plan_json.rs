@@ -34,7 +34,7 @@ impl Planned {
                         "boundary_activations": boundary(&plan.choice.activations),
                         "boundary_gradients": boundary(&plan.choice.gradients),
                     },
-                    "recompute": shard.forward.is_some() && !shard.kept,
+                    "recompute": shard.recomputes(),
                     "device": match &self.placed.home {
                         Home::Anywhere => Value::Null,
                         Home::On(homes) => homes[s].into(),

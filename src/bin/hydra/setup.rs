@@ -6,7 +6,7 @@ use crate::print::note;
 use crate::texts::Texts;
 use crate::tokenizer::{FileTokenizer, Tokenizers, cut_by};
 use flate2::CrcWriter;
-use hydra::base::{DType, Error, Result, Shape, nearest};
+use hydra::base::{DType, Error, Result, Shape};
 use hydra::data::{
     BatchesOptions, BatchesSource, ImageFiles, ImageOptions, ImageSource, Limits, RandomOptions, RandomSource, Source,
     TextOptions, TextSource, names,
@@ -277,7 +277,8 @@ fn check_frozen(network: &dyn Network, model: &job::Model) -> Result<()> {
     }
     let names: Vec<String> = nn::tensors(network)?.into_iter().map(|(name, _)| name).collect();
     for start in model.frozen.iter().filter(|start| !names.iter().any(|name| name.starts_with(*start))) {
-        let near = nearest(start, names.iter().map(String::as_str)).or(names.first().map(String::as_str));
+        let alike = |name: &&String| name.bytes().zip(start.bytes()).take_while(|(a, b)| a == b).count();
+        let near = names.iter().rev().max_by_key(alike);
         let such = near.map_or(String::new(), |name| format!("; there is {name}"));
         return Err(model.fault("frozen", format!("no parameter's name begins with {start:?}{such}")));
     }

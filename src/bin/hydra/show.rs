@@ -143,7 +143,11 @@ fn describe(model: &Planned, planned: &PlannedJob) -> String {
             Some(_) => format_secs(microbatches * shard.forward_secs(cost)),
             None => "with backward".to_string(),
         };
-        let again = if shard.forward.is_some() && !shard.kept { "yes" } else { "" };
+        let backward = match shard.idles_back() {
+            true => "nothing to do".to_string(),
+            false => format_secs(microbatches * shard.backward_secs(cost)),
+        };
+        let again = if shard.recomputes() { "yes" } else { "" };
         rows.push(vec![
             format!("{s}  {layers}"),
             format_bytes(shard.fetch_bytes()),
@@ -155,7 +159,7 @@ fn describe(model: &Planned, planned: &PlannedJob) -> String {
             }
             .to_string(),
             forward,
-            format_secs(microbatches * shard.backward_secs(cost)),
+            backward,
             again.to_string(),
         ]);
     }
