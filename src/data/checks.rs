@@ -101,7 +101,6 @@ pub fn labelled(batch: &Batch, microbatches: usize) -> Result<Vec<u64>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::base::DType;
 
     fn numbers(shape: Shape, values: &[f32]) -> Batch {
         let mut tensor = BatchTensor::zeros(names::LABELS, DType::F32, shape);

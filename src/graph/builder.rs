@@ -114,9 +114,9 @@ impl Builder {
                 "mean_squared_error: predictions are {x}, targets {t}; want rows of one size, of a column or more"
             )));
         }
-        // They have no gradient.
-        if !matches!(self.graph.info(self.graph.root(targets)).source, Source::Input(_)) {
-            return Err(Error::bad("mean_squared_error: wants targets that the batch brings"));
+        // They have no gradient, and their rows are what the loss scale counts.
+        if !matches!(self.graph.info(targets).source, Source::Input(_)) {
+            return Err(Error::bad("mean_squared_error: wants targets as the batch brings them"));
         }
         let rows = Shape::from([x.rows()]);
         self.loss(Op::MeanSquaredError, vec![predictions, targets], vec![rows])
@@ -322,6 +322,12 @@ mod tests {
         refused(&[4, 0], empty, &format!("mean_squared_error: predictions are 4x0, targets 4x0; {sizes}"));
         let wide = |b: &mut Builder, _: Value| b.input("targets", [4, 3], DType::F32);
         refused(&[4, 3], wide, "mean_squared_error: operand 1 is f32, want bf16");
-        refused(&[4, 3], |_, out| Ok(out), "mean_squared_error: wants targets that the batch brings");
+        let own = "mean_squared_error: wants targets as the batch brings them";
+        refused(&[4, 3], |_, out| Ok(out), own);
+        let view = |b: &mut Builder, _: Value| {
+            let flat = b.input("targets", [12], DType::Bf16)?;
+            b.reshape(flat, [4, 3])
+        };
+        refused(&[4, 3], view, own);
     }
 }
