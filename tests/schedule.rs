@@ -1,4 +1,4 @@
-//! How near `locality-lrtf` comes to what no schedule can beat, over random workloads on simulated devices, by the executor that trains: the first 400 of
+//! How near `locality-lrtf` comes to what no schedule can beat, over random workloads on simulated devices, by the executor that trains: the first 300 of
 //! them, or as many as `HYDRA_WORKLOADS` says. What the documents say is of 1,000.
 //!
 //! The distribution is [`Workload::new`]'s. A workload's copies can be hidden where no visit copies for longer, in both directions together, than it
@@ -23,7 +23,7 @@ use workload::Workload;
 /// How many are looked at.
 fn workloads() -> u64 {
     let asked = std::env::var("HYDRA_WORKLOADS").ok();
-    asked.map_or(400, |n| n.parse().expect("HYDRA_WORKLOADS is a number"))
+    asked.map_or(300, |n| n.parse().expect("HYDRA_WORKLOADS is a number"))
 }
 
 /// Visits of shards that a workload's rehearsals may simulate: a fifth of a second. The largest workloads are hardly rehearsed then.
