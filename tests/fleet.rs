@@ -8,6 +8,7 @@ use common::{Outcome, difference, gather_of, stated};
 use hydra::base::Error;
 use hydra::data::{Batch, InputSpec, Source};
 use hydra::device::host::HostSpec;
+use hydra::device::sim::CostModel;
 use hydra::device::{DeviceSpec, DiskSpec, FleetMemory, start_fleet};
 use hydra::engine::{SimulateOptions, TurnOptions, simulate};
 use hydra::nn::Pretrained;
@@ -339,6 +340,42 @@ fn what_is_on_the_disk_does_not_show() {
         }
     }
     assert_eq!(seen.len(), OnDisk::ALL.len(), "{seen:?}");
+}
+
+/// What is frozen is fetched less often, and before what is trained nothing comes back: bounds know of both.
+#[test]
+fn no_schedule_of_partly_frozen_models_is_below_its_bound() {
+    let blocks = |n: usize| (0..n).map(|i| format!("transformer.h.{i}."));
+    for (frozen, link) in [(3, 1e7), (3, 1e8), (6, 1e7), (6, 1e8)] {
+        let options = TrainOptions {
+            batch: 4,
+            microbatch: 2,
+            frozen: blocks(frozen).chain(["transformer.w".to_string()]).collect(),
+            ..TrainOptions::new(5)
+        };
+        let entries = [Entry { name: "deep", small: Small::gpt(64, 2, 6, 120, 0.1), options }];
+        for budget in [4, 5, 6].map(|quarters| smallest(&entries) * quarters / 4) {
+            let placed = plan(&entries, 1, Some(budget), Recompute::Auto, 2);
+            let options = SimulateOptions {
+                steps: vec![5],
+                clips: vec![false],
+                costs: vec![CostModel::stated(1e10, 1e9, link)],
+                shared_bytes_per_sec: None,
+                arena_bytes: Vec::new(),
+                policy: by_name("sharded-lrtf", 1),
+                units: 2,
+                lines: Vec::new(),
+                recorder: None,
+            };
+            let simulation = simulate(&placed, options).expect("a simulation");
+            let gap = simulation.bounds.gap(simulation.makespan_secs);
+            assert!(
+                gap > -1e-9,
+                "{frozen} blocks, {link} bytes a second, {budget} bytes: {gap} of {:?}",
+                simulation.bounds
+            );
+        }
+    }
 }
 
 #[test]

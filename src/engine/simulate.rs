@@ -329,10 +329,11 @@ fn least_bytes(placed: &Placed, slots: usize, entries: usize) -> (u64, u64) {
         true => (0..plan.shards.len()).map(|s| update_state_bytes(&placed.model, &plan.shards, plan.moments, s)).sum(),
         false => 0,
     };
-    // An activation goes home and comes back for its backward, but for those that entries can have kept until then. A gradient may be read where it
-    // was made, and stays there.
+    // An activation goes home and comes back for the next shard's backward, but for those that entries can have kept until then. A gradient may be read
+    // where it was made, and stays there.
+    let read_back = plan.shards.windows(2).filter(|pair| !pair[1].idles_back()).map(|pair| pair[0].boundary_bytes);
     let mut boundaries: Vec<u64> =
-        plan.shards.iter().flat_map(|s| std::iter::repeat_n(s.boundary_bytes, placed.model.microbatches)).collect();
+        read_back.flat_map(|bytes| std::iter::repeat_n(bytes, placed.model.microbatches)).collect();
     boundaries.sort_unstable_by(|a, b| b.cmp(a));
     let crosses = match plan.choice.activations {
         BoundaryTier::Host { .. } => boundaries.iter().skip(entries).sum(),

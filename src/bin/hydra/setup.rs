@@ -276,13 +276,11 @@ fn check_frozen(network: &dyn Network, model: &job::Model) -> Result<()> {
         return Ok(());
     }
     let names: Vec<String> = nn::tensors(network)?.into_iter().map(|(name, _)| name).collect();
-    for start in model.frozen.iter().filter(|start| !names.iter().any(|name| name.starts_with(*start))) {
-        let alike = |name: &&String| name.bytes().zip(start.bytes()).take_while(|(a, b)| a == b).count();
-        let near = names.iter().rev().max_by_key(alike);
-        let such = near.map_or(String::new(), |name| format!("; there is {name}"));
-        return Err(model.fault("frozen", format!("no parameter's name begins with {start:?}{such}")));
-    }
-    Ok(())
+    let begins = |start: &&String| names.iter().any(|name| name.starts_with(*start));
+    let Some(start) = model.frozen.iter().find(|start| !begins(start)) else { return Ok(()) };
+    let alike = |name: &&String| name.bytes().zip(start.bytes()).take_while(|(a, b)| a == b).count();
+    let such = names.iter().rev().max_by_key(alike).map_or(String::new(), |name| format!("; there is {name}"));
+    Err(model.fault("frozen", format!("no parameter's name begins with {start:?}{such}")))
 }
 
 /// The tokenizer of a model's text, where it comes from files.
