@@ -78,7 +78,7 @@ pub struct Step {
     pub inputs: Vec<Buffer>,
     /// Outputs, in the op's order; `None` where an optional one is not wanted.
     pub outputs: Vec<Option<Buffer>>,
-    /// Room in the workspace for this step alone, where the graph asks for it (see [`scratch_bytes`]).
+    /// Room in the workspace for this step alone, where the graph asks for it (see [`super::scratch_bytes`]).
     pub scratch: Option<Buffer>,
     /// What it costs.
     pub cost: Cost,

@@ -123,8 +123,8 @@ impl StreamLane {
     }
 
     /// What queues a task's kernels.
-    pub(super) fn queue<'a>(&'a mut self, driver: &'a mut dyn Driver, number: u64) -> Queue<'a> {
-        Queue::new(driver, self.stream, &mut self.blocks, number)
+    pub(super) fn queue<'a>(&'a self, driver: &'a mut dyn Driver, number: u64) -> Queue<'a> {
+        Queue::new(driver, self.stream, &self.blocks, number)
     }
 
     /// Marks a task's start; gives both of its marks.
