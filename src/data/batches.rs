@@ -130,6 +130,9 @@ impl Layout {
             let or_tokens = if ids.is_some() { format!(", nor {}", main.shape) } else { String::new() };
             return Err(format!("tensor 'labels': shape {} is not {steps}x{batch}{or_tokens}", labels.shape));
         }
+        if options.shift_labels && numbers {
+            return Err("tensor 'labels': F32 is not I64 or I32: what is shifted are tokens".into());
+        }
         if options.shift_labels && !per_token {
             return Err(format!("tensor 'labels': shape {} has no axis of time to shift along", labels.shape));
         }

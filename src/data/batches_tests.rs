@@ -131,7 +131,10 @@ fn labels_may_be_numbers() {
     assert!(open(&[pixels(), labels(&[2, 3, 1, 2])]).1.is_ok());
     refused(open(&[pixels(), labels(&[2, 2, 3])]), &["'labels'", "2x2x3 of F32", "2x3 and columns"]);
     let ids = || i64s("input_ids", &[2, 3, 2], 0..12);
-    refused(open_bytes(&bytes_of(&[ids(), labels(&[2, 3, 2])]), |o| o.shift_labels = true), &["'labels'", "shift"]);
+    refused(
+        open_bytes(&bytes_of(&[ids(), labels(&[2, 3, 2])]), |o| o.shift_labels = true),
+        &["'labels'", "F32", "shift"],
+    );
     let infinite = f32s("labels", &[1, 1, 2], [1.0, f32::INFINITY]);
     let (_folder, source) = open(&[f32s("pixel_values", &[1, 1, 1, 1, 1], [0.5]), infinite]);
     let message = fill(&mut source.unwrap(), 0).unwrap_err().to_string();

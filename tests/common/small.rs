@@ -3,13 +3,13 @@
 #[path = "../../examples/06_denoising.rs"]
 mod denoising;
 
-use super::{Outcome, finish, gather, gather_of, stated};
+use super::{Outcome, difference, finish, gather, gather_of, stated};
 use hydra::base::{DType, Result, Shape};
 use hydra::data::{Batch, BatchTensor, IGNORED, InputSpec, RandomOptions, RandomSource, Source, labelled, names};
 use hydra::device::Device;
 use hydra::engine::{Engine, EngineOptions, StepInput};
 use hydra::nn::{self, Network};
-use hydra::spill::{Model, Plan};
+use hydra::spill::{Model, Plan, PlanOptions};
 use hydra::train::{Optimizer, Session, TrainOptions, Weights, inputs_of, plan_model, trace_model};
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -106,7 +106,8 @@ impl Small {
         Session::new(self.network.as_ref(), Weights::Random, planned, source, valid, options.clone())
     }
 
-    /// What is frozen stays as it is, and the others' gradients are those that they have where all is trained: by plain SGD, the same bits after a step.
+    /// What is frozen stays as it is, and the others' gradients are those that they have where all is trained: by plain SGD, the same bits after a step,
+    /// under the smallest budget too.
     pub fn check_frozen(&self, options: &TrainOptions, frozen: &[&str]) {
         let optimizer = Optimizer::Sgd { lr: 0.05, momentum: 0.0, nesterov: false, weight_decay: 0.0 };
         let whole = TrainOptions { optimizer, ..options.clone() };
@@ -116,6 +117,10 @@ impl Small {
         gather_of(fresh.engine(), 0, &mut before);
         let [want, got] = [&whole, &partly].map(|options| self.train(options).expect("a run"));
         assert_eq!(got.losses, want.losses, "{frozen:?}");
+        let device_budget = Some(self.plan(&partly).expect("a plan").1.smallest_device_bytes);
+        let plan = PlanOptions { device_budget, ..partly.plan.clone() };
+        let spilled = self.train(&TrainOptions { plan, ..partly }).expect("a run");
+        assert_eq!(difference(&spilled, &got), None, "{frozen:?}");
         let mut stayed = 0;
         for (name, bits) in &got.tensors {
             if !frozen.iter().any(|start| name.starts_with(start)) {
