@@ -150,6 +150,10 @@ struct Seen {
     resting: BTreeSet<usize>,
     activations_on_host: BTreeSet<bool>,
     kept: BTreeSet<bool>,
+    /// With more than one shard.
+    frozen: BTreeSet<usize>,
+    /// Shards without a backward.
+    idle: BTreeSet<bool>,
 }
 
 /// Trains a model by `recipe` under `regime`.
@@ -187,6 +191,10 @@ fn train(family: &Family, microbatch: usize, recipe: Recipe, regime: &Regime, se
     seen.resting.insert(plan.choice.resting);
     seen.activations_on_host.insert(plan.choice.activations != BoundaryTier::Device);
     seen.kept.extend(plan.shards.iter().map(|s| s.kept));
+    seen.idle.extend(plan.shards.iter().map(|s| s.idles_back()));
+    if plan.shards.len() > 1 {
+        seen.frozen.insert(recipe.frozen);
+    }
     match regime.shuffle {
         None => common::finish(small.session((model, plan), &options).expect("a session")).expect("a run"),
         Some(seed) => {
@@ -224,7 +232,9 @@ fn check(family: &Family, microbatch: usize, bf16: bool, cases: u32) -> Seen {
     if let Err(error) = result {
         panic!("{error}");
     }
-    seen.into_inner()
+    let seen = seen.into_inner();
+    assert!(seen.frozen.len() == family.frozen.len() && seen.idle.len() == 2, "{seen:?}");
+    seen
 }
 
 /// Dropout of all three kinds, a tied head, odd widths, labels left out.
