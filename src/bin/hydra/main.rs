@@ -19,6 +19,7 @@ mod plan_json;
 mod planning;
 mod print;
 mod progress;
+mod recipe;
 mod rehearsing;
 mod room;
 mod rundir;

@@ -3,8 +3,9 @@
 use crate::job::{self, DeviceKind, Job};
 use crate::machine::{Machine, check_devices, device_spec, machine};
 use crate::placing::{self, Placing, Sharing, fleet_model};
+use crate::recipe::Sources;
 use crate::rehearsing::rehearse_turns;
-use crate::setup::{Prepared, Sources, check_scope, prepare};
+use crate::setup::{Prepared, check_scope, prepare};
 use crate::texts::Texts;
 use hydra::base::{Error, Result, format_bytes};
 use hydra::device::DiskSpec;

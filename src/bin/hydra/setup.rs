@@ -3,31 +3,19 @@
 use crate::job::model::{Data, Length, Source as Whence, TOKENIZERS, Tokenizer, ValidPart};
 use crate::job::{self, DeviceKind, Job, Pipeline, Policy};
 use crate::print::note;
+use crate::recipe::{Recipe, Sources};
 use crate::texts::Texts;
 use crate::tokenizer::{FileTokenizer, Tokenizers, cut_by};
-use flate2::CrcWriter;
-use hydra::base::{DType, Error, Result, Shape};
-use hydra::data::{
-    BatchesOptions, BatchesSource, ImageFiles, ImageOptions, ImageSource, Limits, RandomOptions, RandomSource, Source,
-    TextOptions, TextSource, names,
-};
+use hydra::base::{DType, Error, Result};
+use hydra::data::{Limits, Source, names};
 use hydra::graph::Graph;
 use hydra::nn::{self, Form, InputShape, Network, Pretrained};
 use hydra::spill::{PlanOptions, Recompute};
 use hydra::train::{Optimizer, Schedule, TrainOptions, Weights, inputs_of};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{self, Read};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
-
-/// Bytes of a file of batches or images that are looked at to tell it from others: it may be larger than memory.
-const LOOKED_AT: u64 = 64 << 20;
-
-/// The job file's keys of what a model is trained and validated on.
-const KEYS_OF_DATA: [&str; 7] =
-    ["data.context", "data.text", "data.batches", "data.images", "valid.fraction", "valid.text", "valid.every"];
 
 /// Steps beyond this are refused, as the job file's own key does.
 const MOST_STEPS: u64 = i32::MAX as u64;
@@ -53,24 +41,6 @@ pub enum Origin {
     Pretrained(Box<Pretrained>),
     /// Sizes from the job; weights drawn from the seed.
     Family(Box<dyn Network>),
-}
-
-/// Data to train on, and data held out.
-pub struct Sources {
-    /// To train on.
-    pub train: Box<dyn Source>,
-    /// Held out.
-    pub valid: Option<Box<dyn Source>>,
-}
-
-/// What it takes to open the data again.
-struct Recipe {
-    data: Data,
-    /// What cuts its text, where that comes from files.
-    tokenizer: Option<Arc<FileTokenizer>>,
-    valid: Option<job::Valid>,
-    batch: usize,
-    seed: u64,
 }
 
 impl Origin {
@@ -367,118 +337,4 @@ fn steps(length: &Length, source: &dyn Source) -> std::result::Result<u64, (&'st
         }
         _ => Ok(steps),
     }
-}
-
-/// The same words for the same files: how long they are, and a checksum of each one's first [`LOOKED_AT`] bytes.
-fn of_files<'a>(paths: impl IntoIterator<Item = &'a PathBuf>) -> Result<String> {
-    let (mut bytes, mut sum) = (0, CrcWriter::new(io::sink()));
-    for path in paths {
-        let refused = |e| Error::io("read", path, e);
-        let file = File::open(path).map_err(refused)?;
-        bytes += file.metadata().map_err(refused)?.len();
-        io::copy(&mut file.take(LOOKED_AT), &mut sum).map_err(refused)?;
-    }
-    Ok(format!("{bytes} bytes with CRC-32 {:08x}", sum.crc().sum()))
-}
-
-impl Recipe {
-    /// What the data is, by the job file's keys: a checkpoint keeps it, so that another is told. Its files have been opened before.
-    fn identity(&self, texts: &Texts) -> Result<Vec<(&'static str, String)>> {
-        let none = || "none".to_string();
-        let of_text = |paths: &[PathBuf]| -> Result<String> {
-            Ok(texts.open(paths, self.tokenizer.as_ref())?.identity().to_string())
-        };
-        let mut all = KEYS_OF_DATA.map(|_| none());
-        let [context, text, batches, images, fraction, held_out, every] = &mut all;
-        match &self.data {
-            Data::Text { paths, context: tokens, .. } => (*context, *text) = (tokens.to_string(), of_text(paths)?),
-            Data::Batches { path } => *batches = of_files([path])?,
-            Data::Images { images: paths, labels } => *images = of_files(paths.iter().chain(labels))?,
-            Data::Random { context: tokens, .. } => *context = tokens.map_or_else(none, |tokens| tokens.to_string()),
-        }
-        if let Some(valid) = &self.valid {
-            *every = valid.every.to_string();
-            match &valid.part {
-                ValidPart::Fraction(part) => *fraction = format!("{part:?}"),
-                ValidPart::Text(paths) => *held_out = of_text(paths)?,
-            }
-        }
-        Ok(KEYS_OF_DATA.into_iter().zip(all).collect())
-    }
-
-    fn open(&self, network: &dyn Network, texts: &Texts) -> Result<Sources> {
-        let (batch, seed) = (self.batch, self.seed);
-        let valid_fraction = match self.valid.as_ref().map(|v| &v.part) {
-            Some(ValidPart::Fraction(fraction)) => *fraction,
-            _ => 0.0,
-        };
-        match &self.data {
-            Data::Text { paths, context, .. } => {
-                let text = |paths| texts.open(paths, self.tokenizer.as_ref());
-                let options = TextOptions { context: *context, batch, seed, valid_fraction };
-                let split = TextSource::open(&text(paths)?, &options)?;
-                let valid = match self.valid.as_ref().map(|v| &v.part) {
-                    Some(ValidPart::Text(paths)) => Some(TextSource::open_valid(&text(paths)?, &options)?),
-                    _ => split.valid,
-                };
-                Ok(Sources { train: Box::new(split.train), valid: valid.map(|v| Box::new(v) as Box<dyn Source>) })
-            }
-            Data::Batches { path } => {
-                let shift_labels = network.labels().shift;
-                let options = BatchesOptions { path: path.clone(), batch: Some(batch), shift_labels };
-                Ok(Sources { train: Box::new(BatchesSource::open(&options)?), valid: None })
-            }
-            Data::Images { images, labels } => {
-                let files = match (&images[..], labels) {
-                    ([images], Some(labels)) => ImageFiles::Idx { images: images.clone(), labels: labels.clone() },
-                    (files, None) => ImageFiles::Cifar10 { files: files.to_vec() },
-                    ([_, second, ..], Some(_)) => {
-                        let second = Path::new(second).display();
-                        return Err(Error::bad(format!("{second}: with labels there is one file of images")));
-                    }
-                    ([], Some(_)) => return Err(Error::bad("images: no file is named")),
-                };
-                let options = ImageOptions { batch, seed, valid_fraction, ..ImageOptions::new(files) };
-                let split = ImageSource::open(&options)?;
-                let valid = split.valid.map(|v| Box::new(v) as Box<dyn Source>);
-                Ok(Sources { train: Box::new(split.train), valid })
-            }
-            Data::Random { context, image } => {
-                let source = random(network, *context, *image, batch, seed)?;
-                Ok(Sources { train: Box::new(source), valid: None })
-            }
-        }
-    }
-}
-
-/// Random inputs of the network's own sizes, or of `context` tokens, or of an `image`.
-fn random(
-    network: &dyn Network,
-    context: Option<usize>,
-    image: Option<[usize; 3]>,
-    batch: usize,
-    seed: u64,
-) -> Result<RandomSource> {
-    let labels = network.labels();
-    let mut tensors: Vec<(String, DType, Shape)> = Vec::new();
-    for input in network.inputs() {
-        let axes = match (input.name.as_str(), context, image) {
-            (names::PIXEL_VALUES, _, Some(image)) => image.to_vec(),
-            (names::PIXEL_VALUES, Some(_), _) => {
-                return Err(Error::bad("data.context: the model takes images; write image = [3, 224, 224]"));
-            }
-            (_, _, Some(_)) => return Err(Error::bad("data.image: the model takes tokens; write context = 128")),
-            (_, Some(context), _) => vec![context],
-            _ => input.axes,
-        };
-        tensors.push((input.name, input.dtype, Shape::new(axes)));
-    }
-    let label = match tensors.first() {
-        // Where the classes are the tokens, each token has a label.
-        Some((_, _, shape)) if labels.vocab == Some(labels.classes) => shape.clone(),
-        _ => Shape::default(),
-    };
-    tensors.push((names::LABELS.into(), DType::I32, label));
-    let vocab = labels.vocab.unwrap_or(1);
-    RandomSource::new(&RandomOptions { tensors, vocab, classes: labels.classes, batch, seed })
 }
