@@ -100,10 +100,8 @@ fn way(name: &'static str, gpt: Gpt, options: TrainOptions, cost: &CostModel) ->
 impl Way {
     /// Runs once more, in turn with the other ways.
     fn round(&mut self, gpt: Gpt) -> Result<()> {
-        let network = gpt.network();
         let planned = (Arc::clone(&self.model), Arc::clone(&self.plan));
-        let mut session =
-            Session::new(network.as_ref(), Weights::Random, planned, gpt.source(), None, self.options.clone())?;
+        let mut session = Session::new(Weights::Random, planned, gpt.source(), None, self.options.clone())?;
         let mut times = Times { skip: 2, secs: Vec::new(), bound: Bound::default() };
         session.run(&mut times, &AtomicBool::new(false))?;
         // All steps count here: the first ones compute as much as the others.

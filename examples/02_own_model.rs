@@ -67,7 +67,7 @@ pub fn main() -> Result<()> {
     let source = Box::new(RandomSource::new(&random)?);
     let options = TrainOptions { seed: 1, batch: 8, microbatch: 4, ..TrainOptions::new(60) };
     let planned = prepare(&Own, source.as_ref(), &options, &calibrate(&DeviceSpec::default())?)?;
-    let mut session = Session::new(&Own, Weights::Random, planned, source, None, options)?;
+    let mut session = Session::new(Weights::Random, planned, source, None, options)?;
     let mut losses = Vec::new();
     let mut watch = |report: &StepReport| {
         losses.push(report.result.loss);

@@ -32,7 +32,7 @@ fn train(gpt: &dyn Network, options: &TrainOptions, cost: &CostModel) -> Result<
         println!("  {what:<18} {:>10}", format_bytes(bytes));
     }
 
-    let mut session = Session::new(gpt, Weights::Random, (model, plan), Box::new(source), None, options.clone())?;
+    let mut session = Session::new(Weights::Random, (model, plan), Box::new(source), None, options.clone())?;
     let mut losses = Vec::new();
     let mut watch = |report: &StepReport| {
         losses.push(report.result.loss.to_bits());

@@ -106,7 +106,7 @@ fn train(network: &Denoiser, options: &TrainOptions, cost: &CostModel) -> Result
     let waves = Waves::new(options.batch, options.seed)?;
     let planned = prepare(network, &waves, options, cost)?;
     println!("{} shards, {} on the device", planned.1.shards.len(), format_bytes(planned.1.arena.bytes));
-    let mut session = Session::new(network, Weights::Random, planned, Box::new(waves), None, options.clone())?;
+    let mut session = Session::new(Weights::Random, planned, Box::new(waves), None, options.clone())?;
     let mut losses = Vec::new();
     let mut watch = |report: &StepReport| {
         losses.push(report.result.loss);

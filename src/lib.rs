@@ -24,7 +24,7 @@
 //! let cost = calibrate(&DeviceSpec::default())?;
 //! let (model, plan) = prepare(gpt.as_ref(), &data, &options, &cost)?;
 //! assert!(plan.arena.bytes <= 400_000 && 16 * model.layout.parameter_bytes / 4 > 1_600_000);
-//! let mut session = Session::new(gpt.as_ref(), Weights::Random, (model, plan), Box::new(data), None, options)?;
+//! let mut session = Session::new(Weights::Random, (model, plan), Box::new(data), None, options)?;
 //! let mut watch = |step: &StepReport| {
 //!     println!("loss {:.3}", step.result.loss);
 //!     Ok(())

@@ -14,7 +14,7 @@ use hydra::graph::{ALIGNMENT, Mode};
 use hydra::nn::{self, Form, InputShape};
 use hydra::spill::{Model, Plan, PlanOptions};
 use hydra::train::{
-    Checkpoint, Observer, Optimizer, Session, StepReport, TrainOptions, Weights, inputs_of, plan_model, trace_model,
+    Observer, Optimizer, Session, StepReport, TrainOptions, Weights, inputs_of, plan_model, trace_model,
     write_checkpoint,
 };
 use std::collections::BTreeMap;
@@ -46,8 +46,7 @@ fn losses(text: &Path, dtype: DType) -> Vec<f32> {
     let model = trace_model(network.as_ref(), &inputs_of(source.as_ref()), &options).expect("a model");
     let plan = plan_model(&model, &options, &common::stated()).expect("a plan");
     let planned = (Arc::new(model), Arc::new(plan));
-    let mut session =
-        Session::new(network.as_ref(), Weights::Random, planned, source, None, options).expect("a session");
+    let mut session = Session::new(Weights::Random, planned, source, None, options).expect("a session");
     let mut losses = Vec::new();
     let mut observer = |report: &StepReport| {
         losses.push(report.result.loss);
@@ -125,11 +124,8 @@ fn a_stopped_run_goes_on_with_the_same_bits() {
             assert!(matches!(ended, Err(Error::Interrupted { .. })), "{ended:?}");
             let options = resident(second);
             let mut session = small.session(small.plan(&options).expect("a plan"), &options).expect("a session");
-            let mut checkpoint = Checkpoint::open(&path).expect("it is sound").expect("it is there");
-            let model = Arc::clone(session.engine().model(0));
-            checkpoint.check(&options, &model).expect("of the same run");
-            checkpoint.restore(session.engine_mut(), 0).expect("restored");
-            session.start_at(checkpoint.step(), small.source(options.batch, options.seed)).expect("started");
+            let source = small.source(options.batch, options.seed);
+            assert_eq!(session.resume(&path, source).expect("of the same run"), Some(3));
             session.run(&mut (), &AtomicBool::new(false)).expect("a run");
             let mut got = Outcome { losses: want.losses.clone(), ..Outcome::default() };
             (got.valid, got.norms) = (want.valid.clone(), want.norms.clone());
@@ -149,7 +145,7 @@ fn a_directory_in_bf16_stays_one() {
         form.tensors.iter_mut().for_each(|t| t.element = Element::BF16);
         let save = |to: &Path, form: &Form, of: &dyn Fn(&str, &Shape) -> Result<Vec<f32>>| {
             let shapes: BTreeMap<&str, &Shape> = form.tensors.iter().map(|t| (t.name.as_str(), &t.shape)).collect();
-            nn::save(to, form, &BTreeMap::new(), &mut |name| of(name, shapes[name])).expect("saved");
+            nn::save(to, form, &mut |name| of(name, shapes[name])).expect("saved");
         };
         let (before, after) = (dir.path().join(format!("{name} before")), dir.path().join(format!("{name} after")));
         save(&before, &form, &|name, shape| case.pretrained.tensor(name, shape));

@@ -468,7 +468,6 @@ fn train(
     let driver = Emulated::of(facts, seed).expect("an emulator");
     let device = CudaDevice::new(Box::new(driver), &config).expect("a device");
     let recruits = members.iter().zip(placed).map(|(m, placed)| Recruit {
-        network: m.small.network.as_ref(),
         weights: Weights::Random,
         placed: placed.clone(),
         source: m.small.source(m.options.batch, m.options.seed),
@@ -485,7 +484,7 @@ fn train(
     });
     let mut fleet = Fleet::new(recruits.collect(), Box::new(device), turns).expect("a fleet");
     if !lines.is_empty() {
-        fleet.line_up(lines.to_vec());
+        fleet.line_up(lines.to_vec()).expect("each model is in a line");
     }
     let mut collects: Vec<Collect> = members.iter().map(|_| Collect::default()).collect();
     let mut observers: Vec<&mut dyn Observer> = collects.iter_mut().map(|c| c as &mut dyn Observer).collect();

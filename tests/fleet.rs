@@ -10,7 +10,7 @@ use hydra::data::{Batch, InputSpec, Source};
 use hydra::device::host::HostSpec;
 use hydra::device::sim::CostModel;
 use hydra::device::{DeviceSpec, DiskSpec, FleetMemory, start_fleet};
-use hydra::engine::{SimulateOptions, TurnOptions, simulate};
+use hydra::engine::{Engine, SimulateOptions, TurnOptions, simulate};
 use hydra::nn::Pretrained;
 use hydra::sched::{Claim, Leanings, LocalityLrtf, POLICIES, Policy, View, by_name};
 use hydra::spill::{
@@ -18,9 +18,7 @@ use hydra::spill::{
     place_baseline, plan_anywhere, plan_at_home, plan_fleet,
 };
 use hydra::train::{Crew, Fleet, Observer, Optimizer, Recruit, StepReport, TrainOptions, Weights};
-use std::cell::Cell;
 use std::collections::BTreeSet;
-use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
@@ -104,6 +102,33 @@ impl Observer for Collect {
     }
 }
 
+/// Observers that look at what the devices are at.
+struct Looking<'a> {
+    collects: &'a mut [Collect],
+    devices: usize,
+    takes_turns: bool,
+    /// How often it has looked, and how many units it has seen on their way.
+    looked: usize,
+    ahead: usize,
+}
+
+impl Crew for Looking<'_> {
+    fn observer(&mut self, model: usize) -> &mut dyn Observer {
+        &mut self.collects[model]
+    }
+
+    fn look(&mut self, engine: &Engine) {
+        let states: Vec<_> = engine.device_states().collect();
+        assert_eq!(states.len(), self.devices);
+        let units = states.iter().filter_map(|s| s.runs).filter(|task| task.what.is_unit());
+        let models: Vec<u16> = units.map(|task| task.model).collect();
+        let once = |m: &u16| models.iter().filter(|other| *other == m).count() == 1;
+        assert!(!self.takes_turns || models.iter().all(once), "one unit of a model at a time: {states:?}");
+        self.looked += 1;
+        self.ahead += states.iter().filter(|s| s.runs.is_some() && s.next.is_some()).count();
+    }
+}
+
 fn fleet_models(entries: &[Entry], recompute: Recompute, slots: usize) -> Vec<FleetModel> {
     entries
         .iter()
@@ -129,7 +154,6 @@ fn plan(entries: &[Entry], devices: usize, budget: Option<u64>, recompute: Recom
 
 fn recruit<'a>(entry: &'a Entry, placed: &Placed) -> Recruit<'a> {
     Recruit {
-        network: entry.small.network.as_ref(),
         weights: Weights::Random,
         placed: placed.clone(),
         source: entry.small.source(entry.options.batch, entry.options.seed),
@@ -215,33 +239,19 @@ fn run_with(
     let mut fleet = Fleet::new(recruits, device, turns).expect("a fleet");
     let in_line = lines.len() == 1;
     if !lines.is_empty() {
-        fleet.line_up(lines);
+        fleet.line_up(lines).expect("each model is in a line");
     }
-    let looks = Rc::new(Cell::new((0, 0)));
-    fleet.watch({
-        let looks = Rc::clone(&looks);
-        move |engine| {
-            let states: Vec<_> = engine.device_states().collect();
-            assert_eq!(states.len(), devices);
-            let units = states.iter().filter_map(|s| s.runs).filter(|task| task.what.is_unit());
-            let models: Vec<u16> = units.map(|task| task.model).collect();
-            let once = |m: &u16| models.iter().filter(|other| *other == m).count() == 1;
-            assert!(!takes_turns || models.iter().all(once), "one unit of a model at a time: {states:?}");
-            let ahead = states.iter().filter(|s| s.runs.is_some() && s.next.is_some()).count();
-            looks.set((looks.get().0 + 1, looks.get().1 + ahead));
-        }
-    });
     let mut collects: Vec<Collect> = entries.iter().map(|_| Collect::default()).collect();
     if let Some(fails) = fails {
         collects[fails].fails_after = Some(2);
     }
-    let mut observers: Vec<&mut dyn Observer> = collects.iter_mut().map(|c| c as &mut dyn Observer).collect();
+    let mut crew = Looking { collects: &mut collects, devices, takes_turns, looked: 0, ahead: 0 };
     let began = Instant::now();
-    fleet.run(&mut observers, &AtomicBool::new(false)).expect("no device fails");
+    fleet.run(&mut crew, &AtomicBool::new(false)).expect("no device fails");
+    let Looking { looked, ahead, .. } = crew;
     // Of models that run one after another each second is one model's, and none before the first begins.
     let (secs, most) = (collects.iter().map(|c| c.secs).sum::<f64>(), began.elapsed().as_secs_f64());
     assert!(!in_line || secs <= most, "{secs} s of steps in {most} s");
-    let (looked, ahead) = looks.get();
     assert!(
         looked > 100 && (ahead > 0 || one_slot) && (ahead == 0 || !alone),
         "looked {looked} times, saw {ahead} units on their way"

@@ -203,8 +203,7 @@ fn a_gpt_on_text_allocates_nothing_after_the_second_step() {
         let boundary = model.train.bytes(model.train.layers[0].output.expect("a layer hands its output on"));
         assert!(boundary > 2 * LARGE_BYTES as u64, "a temporary tensor of {boundary} bytes would not be seen");
         let planned = (Arc::new(model), Arc::new(plan));
-        let session =
-            Session::new(network.as_ref(), Weights::Random, planned, source, None, options).expect("a session");
+        let session = Session::new(Weights::Random, planned, source, None, options).expect("a session");
         check(&format!("gpt, {what}, {dtype}"), session, dir.path());
     }
 }
@@ -220,8 +219,7 @@ fn a_resnet_allocates_nothing_after_the_second_step() {
         let options = TrainOptions { batch: 6, microbatch: 3, dtype, plan, disk, ..TrainOptions::new(STEPS) };
         let planned = small.plan(&options).expect("a plan");
         let source = small.source(6, 1);
-        let session =
-            Session::new(small.network.as_ref(), Weights::Random, planned, source, None, options).expect("a session");
+        let session = Session::new(Weights::Random, planned, source, None, options).expect("a session");
         check(&format!("resnet, {what}, {dtype}"), session, dir.path());
     }
 }

@@ -104,7 +104,7 @@ fn train(device: DeviceSpec, dtype: DType) -> Result<Vec<f32>> {
     let options = TrainOptions { seed: 1, batch: 8, microbatch: 4, device, dtype, ..TrainOptions::new(20) };
     let cost = hydra::device::sim::CostModel::stated(1e11, 2e10, 1e10);
     let planned = prepare(&Own, source.as_ref(), &options, &cost)?;
-    let mut session = Session::new(&Own, Weights::Random, planned, source, None, options)?;
+    let mut session = Session::new(Weights::Random, planned, source, None, options)?;
     let mut losses = Vec::new();
     let mut watch = |report: &StepReport| {
         losses.push(report.result.loss);

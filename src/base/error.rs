@@ -28,12 +28,12 @@ pub enum Error {
         source: std::io::Error,
     },
     /// The run was asked to stop (SIGINT, SIGTERM).
-    #[error("interrupted at {at}, {}", if *checkpoint { "after a checkpoint" } else { "with nothing new to keep" })]
+    #[error("interrupted at {at}{}", match checkpoint { Some(true) => ", after a checkpoint", Some(false) => ", with nothing new to keep", None => "" })]
     Interrupted {
         /// Steps done: `step 12` or, of several models, `step 12 of gpt, step 7 of bert`.
         at: String,
-        /// Whether it has left one; it has not where no step was done.
-        checkpoint: bool,
+        /// Whether a checkpoint was left, where it is known: whoever watches the run saves, not the run itself.
+        checkpoint: Option<bool>,
     },
 }
 

@@ -10,6 +10,9 @@ mod shape;
 pub mod tensorfile;
 mod units;
 
+/// The label of a position that has no part in the loss, as in torch's cross-entropy and in transformers.
+pub const IGNORED: i32 = -100;
+
 pub use dtype::DType;
 pub use error::{Error, Result};
 pub use lane::{LaneId, LaneKind};

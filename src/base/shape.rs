@@ -44,6 +44,17 @@ impl Shape {
     pub fn rows(&self) -> usize {
         self.0[..self.0.len().saturating_sub(1)].iter().product()
     }
+
+    /// Element number `flat` in row-major order, by its coordinates: `(2, 5)`.
+    pub fn position(&self, mut flat: usize) -> String {
+        let mut coordinates: Vec<String> = Vec::with_capacity(self.0.len());
+        for &axis in self.0.iter().rev() {
+            coordinates.push((flat % axis.max(1)).to_string());
+            flat /= axis.max(1);
+        }
+        coordinates.reverse();
+        format!("({})", coordinates.join(", "))
+    }
 }
 
 impl<const N: usize> From<[usize; N]> for Shape {
@@ -75,5 +86,9 @@ mod tests {
         assert_eq!((scalar.elems(), scalar.rows(), scalar.cols()), (1, 1, 1));
         assert!(Shape::from([usize::MAX, 2]).checked_elems().is_err());
         assert_eq!(Shape::from([0, 7]).elems(), 0);
+        assert_eq!(
+            (s.position(29), s.position(7), scalar.position(0)),
+            ("(1, 2, 4)".into(), "(0, 1, 2)".into(), "()".into())
+        );
     }
 }

@@ -5,7 +5,7 @@
 //! [`tensorfile`](crate::base::tensorfile)), nor are the values: what does not fit an i32 and pixels that are not
 //! finite are errors.
 
-use super::checks::{not_finite, position};
+use super::checks::not_finite;
 use super::{Batch, BatchTensor, IGNORED, InputSpec, Source, files, names};
 use crate::base::tensorfile::{Element, TensorEntry, TensorIndex};
 use crate::base::{DType, Error, Result, Shape};
@@ -202,7 +202,7 @@ impl Source for BatchesSource {
                 if tensor.dtype == DType::F32 { not_finite(tensor) } else { None }
             };
             if let Some((at, what)) = fault {
-                let (tensor, at) = (&tensor.name, position(&tensor.shape, at));
+                let (tensor, at) = (&tensor.name, tensor.shape.position(at));
                 let message = format!("{}: tensor '{tensor}': step {index}, position {at}: {what}", self.name);
                 return Err(Error::bad(message));
             }

@@ -1,76 +1,51 @@
 //! What is checked and counted in a minibatch before a model sees it.
 
 use super::{Batch, BatchTensor, names};
-use crate::base::{DType, Error, Result, Shape};
+use crate::base::{DType, Error, IGNORED, Result};
 
-/// The label of a position that has no part in the loss, as in torch's cross-entropy and in transformers.
-pub const IGNORED: i32 = -100;
-
-/// What the model can take.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Limits {
-    /// Rows of the token embedding: ids must lie below.
-    pub vocab: Option<usize>,
-    /// Outputs of the last layer (for a language model its vocabulary): labels that are classes must lie below.
-    pub classes: Option<usize>,
-}
-
-/// Checks that token ids lie in `0..vocab`, labels in `0..classes` or equal [`IGNORED`], and masks hold 0 and 1; that labels which are
-/// numbers are finite. Where a limit is not given, nothing is checked from above.
+/// Checks that token ids are not negative, labels neither, but for [`IGNORED`], and that masks hold 0 and 1; that labels which are numbers are
+/// finite. What lies above them the model knows: [`Graph::id_range`](crate::graph::Graph::id_range).
 ///
 /// # Errors
-/// When a value is outside; the message names the tensor, the position and the value.
-pub fn check_ids(batch: &Batch, limits: Limits) -> Result<()> {
+/// When a value is outside, or ids or a mask are no integers; the message names the tensor, the position and the value.
+pub fn check_ids(batch: &Batch) -> Result<()> {
     for tensor in &batch.tensors {
-        match tensor.name.as_str() {
-            names::INPUT_IDS => check_range(tensor, limits.vocab, false)?,
-            names::ATTENTION_MASK => check_range(tensor, Some(2), false)?,
-            names::LABELS if tensor.dtype == DType::F32 => check_finite(tensor)?,
-            names::LABELS => check_range(tensor, limits.classes, true)?,
+        match (tensor.name.as_str(), tensor.dtype) {
+            (names::INPUT_IDS | names::ATTENTION_MASK, DType::F32) => {
+                return Err(Error::bad(format!("{}: is f32, want i32", tensor.name)));
+            }
+            (names::INPUT_IDS, _) => check_range(tensor, None, false)?,
+            (names::ATTENTION_MASK, _) => check_range(tensor, Some(2), false)?,
+            (names::LABELS, DType::F32) => check_finite(tensor)?,
+            (names::LABELS, _) => check_range(tensor, None, true)?,
             _ => {}
         }
     }
     Ok(())
 }
 
-fn check_range(tensor: &BatchTensor, below: Option<usize>, may_be_ignored: bool) -> Result<()> {
-    let end = below.map_or(i64::MAX, |n| i64::try_from(n).unwrap_or(i64::MAX));
+fn check_range(tensor: &BatchTensor, below: Option<i32>, may_be_ignored: bool) -> Result<()> {
     let outside = |&value: &i32| {
-        let fits = value >= 0 && i64::from(value) < end;
+        let fits = value >= 0 && below.is_none_or(|below| value < below);
         !(fits || may_be_ignored && value == IGNORED)
     };
     let values = tensor.as_i32();
     let Some(at) = values.iter().position(outside) else { return Ok(()) };
     let upper = below.map_or_else(String::new, |n| n.to_string());
     let or_ignored = if may_be_ignored { ", nor -100" } else { "" };
-    Err(Error::bad(format!(
-        "{}: value {} at {} is not in 0..{upper}{or_ignored}",
-        tensor.name,
-        values[at],
-        position(&tensor.shape, at)
-    )))
+    let (name, position) = (&tensor.name, tensor.shape.position(at));
+    Err(Error::bad(format!("{name}: value {} at {position} is not in 0..{upper}{or_ignored}", values[at])))
 }
 
 fn check_finite(tensor: &BatchTensor) -> Result<()> {
     let Some((at, fault)) = not_finite(tensor) else { return Ok(()) };
-    Err(Error::bad(format!("{}: value at {}: {fault}", tensor.name, position(&tensor.shape, at))))
+    Err(Error::bad(format!("{}: value at {}: {fault}", tensor.name, tensor.shape.position(at))))
 }
 
 /// Finds the first element of an `F32` tensor that is infinite or no number.
 pub(super) fn not_finite(tensor: &BatchTensor) -> Option<(usize, String)> {
     let at = tensor.as_f32().iter().position(|value| !value.is_finite())?;
     Some((at, format!("{} is not a finite number", tensor.as_f32()[at])))
-}
-
-/// Element number `flat` of a row-major tensor, by its coordinates: `(2, 5)`.
-pub(super) fn position(shape: &Shape, mut flat: usize) -> String {
-    let mut coordinates: Vec<String> = Vec::with_capacity(shape.axes().len());
-    for &axis in shape.axes().iter().rev() {
-        coordinates.push((flat % axis.max(1)).to_string());
-        flat /= axis.max(1);
-    }
-    coordinates.reverse();
-    format!("({})", coordinates.join(", "))
 }
 
 /// Counts the labels that have a part in the loss, for each of `microbatches` equal parts of the minibatch in order: classes that are not
@@ -95,12 +70,14 @@ pub fn labelled(batch: &Batch, microbatches: usize) -> Result<Vec<u64>> {
     }
     let values = labels.as_i32();
     let count = |part: &[i32]| part.iter().filter(|&&label| label != IGNORED).count() as u64;
-    Ok(values.chunks_exact(values.len() / microbatches).map(count).collect())
+    let each = values.len() / microbatches;
+    Ok((0..microbatches).map(|m| count(&values[m * each..(m + 1) * each])).collect())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::base::Shape;
 
     fn numbers(shape: Shape, values: &[f32]) -> Batch {
         let mut tensor = BatchTensor::zeros(names::LABELS, DType::F32, shape);
@@ -114,12 +91,10 @@ mod tests {
         Batch { tensors: vec![tensor] }
     }
 
-    /// Checks one tensor under vocab 5 and classes 3; an empty `want` means that it passes.
+    /// Checks one tensor; an empty `want` means that it passes.
     #[track_caller]
     fn check(name: &str, values: &[i32], want: &str) {
-        let batch = batch(name, Shape::from([values.len() / 3, 3]), values);
-        let limits = Limits { vocab: Some(5), classes: Some(3) };
-        match check_ids(&batch, limits) {
+        match check_ids(&batch(name, Shape::from([values.len() / 3, 3]), values)) {
             Ok(()) => assert_eq!(want, ""),
             Err(e) => assert_eq!(e.to_string(), want),
         }
@@ -127,22 +102,17 @@ mod tests {
 
     #[test]
     fn values_outside_are_named() {
-        check(names::INPUT_IDS, &[0, 1, 4, 4, 0, 2], "");
-        check(names::INPUT_IDS, &[0, 1, 4, 4, 5, 2], "input_ids: value 5 at (1, 1) is not in 0..5");
-        check(names::INPUT_IDS, &[0, 1, -100], "input_ids: value -100 at (0, 2) is not in 0..5");
-        check(names::LABELS, &[0, 2, -100], "");
-        check(names::LABELS, &[0, 3, -100], "labels: value 3 at (0, 1) is not in 0..3, nor -100");
-        check(names::LABELS, &[0, -1, -100], "labels: value -1 at (0, 1) is not in 0..3, nor -100");
+        check(names::INPUT_IDS, &[0, 1, i32::MAX, 4, 0, 2], "");
+        check(names::INPUT_IDS, &[0, 1, 4, 4, -5, 2], "input_ids: value -5 at (1, 1) is not in 0..");
+        check(names::INPUT_IDS, &[0, 1, -100], "input_ids: value -100 at (0, 2) is not in 0..");
+        check(names::LABELS, &[0, i32::MAX, -100], "");
+        check(names::LABELS, &[0, i32::MIN, -100], "labels: value -2147483648 at (0, 1) is not in 0.., nor -100");
+        check(names::LABELS, &[0, -1, -100], "labels: value -1 at (0, 1) is not in 0.., nor -100");
         check(names::ATTENTION_MASK, &[0, 1, 2], "attention_mask: value 2 at (0, 2) is not in 0..2");
         check("anything else", &[-1, -2, -3], "");
-    }
-
-    #[test]
-    fn missing_limits_still_refuse_negatives() {
-        let ids = |value| batch(names::INPUT_IDS, Shape::from([1]), &[value]);
-        assert!(check_ids(&ids(i32::MAX), Limits::default()).is_ok());
-        assert!(check_ids(&ids(i32::MIN), Limits::default()).is_err());
-        assert!(check_ids(&ids(i32::MAX), Limits { vocab: Some(usize::MAX), classes: None }).is_ok());
+        let floats = BatchTensor::zeros(names::INPUT_IDS, DType::F32, Shape::from([2]));
+        let message = check_ids(&Batch { tensors: vec![floats] }).unwrap_err().to_string();
+        assert_eq!(message, "input_ids: is f32, want i32");
     }
 
     #[test]
@@ -156,6 +126,7 @@ mod tests {
         assert!(labelled(&Batch::default(), 1).is_err());
         let flat = batch(names::LABELS, Shape::from([3]), &[1, -100, 2]);
         assert_eq!(labelled(&flat, 3).unwrap(), [1, 0, 1]);
+        assert_eq!(labelled(&batch(names::LABELS, Shape::from([4, 0]), &[]), 2).unwrap(), [0, 0]);
     }
 
     #[test]
@@ -173,7 +144,7 @@ mod tests {
 
     #[test]
     fn numbers_are_finite() {
-        let check = |values| check_ids(&numbers(Shape::from([2, 2]), values), Limits { vocab: None, classes: Some(1) });
+        let check = |values| check_ids(&numbers(Shape::from([2, 2]), values));
         assert!(check(&[-1e30, 0.0, 5.5, 7.0]).is_ok());
         let message = check(&[0.0, 1.0, f32::NAN, 2.0]).unwrap_err().to_string();
         assert_eq!(message, "labels: value at (1, 0): NaN is not a finite number");

@@ -4,7 +4,7 @@
 //! buffers are allocated at the start: `ahead` full ones and one in the reader's hands. Invariant: the thread waits for
 //! nothing but room in the channel, so dropping the reader's end always ends it.
 
-use super::{Batch, InputSpec, Limits, Source, check_ids};
+use super::{Batch, InputSpec, Source, check_ids};
 use crate::base::{Error, Result};
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -27,19 +27,11 @@ pub struct Loader {
 
 impl Loader {
     /// Starts at minibatch `first_index`, which counts over epochs, `ahead` minibatches ahead (at least one). What
-    /// [`check_ids`] checks without limits is checked.
+    /// [`check_ids`] checks is checked.
     ///
     /// # Errors
     /// When the system has no thread for it.
     pub fn start(source: Box<dyn Source>, first_index: u64, ahead: usize) -> Result<Loader> {
-        Self::start_limited(source, first_index, ahead, Limits::default())
-    }
-
-    /// As [`start`](Self::start), and checks each minibatch against what the model can take.
-    ///
-    /// # Errors
-    /// When the system has no thread for it.
-    pub fn start_limited(source: Box<dyn Source>, first_index: u64, ahead: usize, limits: Limits) -> Result<Loader> {
         let ahead = ahead.max(1);
         let (spec, batches_per_epoch) = (source.spec().clone(), source.batches_per_epoch());
         // The one minibatch that the thread holds finished while the channel is full counts as made ahead.
@@ -51,7 +43,7 @@ impl Loader {
         }
         let thread = Builder::new()
             .name("data".into())
-            .spawn(move || run(source, first_index, limits, &full_in, &empty_out))
+            .spawn(move || run(source, first_index, &full_in, &empty_out))
             .map_err(|e| Error::Io { what: "cannot start the data thread".into(), source: e })?;
         Ok(Loader { spec, batches_per_epoch, full: Some(full), empty, thread: Some(thread) })
     }
@@ -96,20 +88,14 @@ impl Drop for Loader {
 }
 
 /// The thread: fills and sends until there is an error or nobody to send to.
-fn run(
-    mut source: Box<dyn Source>,
-    first_index: u64,
-    limits: Limits,
-    full: &SyncSender<Result<Batch>>,
-    empty: &Receiver<Batch>,
-) {
+fn run(mut source: Box<dyn Source>, first_index: u64, full: &SyncSender<Result<Batch>>, empty: &Receiver<Batch>) {
     let mut index = first_index;
     loop {
         let mut batch = empty.try_recv().unwrap_or_default();
         // The source is not used again after a panic, so a torn state of it is never seen.
         let filled = catch_unwind(AssertUnwindSafe(|| {
             source.fill(index, &mut batch)?;
-            check_ids(&batch, limits).map_err(|e| Error::bad(format!("minibatch {index}: {e}")))
+            check_ids(&batch).map_err(|e| Error::bad(format!("minibatch {index}: {e}")))
         }))
         .unwrap_or_else(|panic| {
             Err(Error::Device(format!("the data thread panicked at minibatch {index}: {}", panic_text(&*panic))))

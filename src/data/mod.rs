@@ -27,7 +27,7 @@ mod tokens;
 
 pub use batch::{Batch, BatchTensor, InputSpec};
 pub use batches::{BatchesOptions, BatchesSource};
-pub use checks::{IGNORED, Limits, check_ids, labelled};
+pub use checks::{check_ids, labelled};
 pub use images::{ImageFiles, ImageOptions, ImageSource};
 pub use loader::{DEFAULT_AHEAD, Loader};
 pub use order::Split;
@@ -35,6 +35,7 @@ pub use random::{RandomOptions, RandomSource};
 pub use text::{TextOptions, TextSource};
 pub use tokens::{Encode, Text, Tokenizer};
 
+pub use crate::base::IGNORED;
 use crate::base::Result;
 
 /// The names of the tensors that sources make.

@@ -1,7 +1,7 @@
 //! Windows cover the text once, and held-out text is never trained on.
 
 use super::*;
-use crate::data::{Limits, Tokenizer, check_ids};
+use crate::data::{Tokenizer, check_ids};
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
@@ -33,7 +33,7 @@ fn rows(source: &mut TextSource, epoch: u64) -> Vec<(Vec<i32>, Vec<i32>)> {
     let per_epoch = source.batches_per_epoch();
     for index in epoch * per_epoch..(epoch + 1) * per_epoch {
         source.fill(index, &mut batch).unwrap();
-        check_ids(&batch, Limits { vocab: Some(256), classes: Some(256) }).unwrap();
+        check_ids(&batch).unwrap();
         let of = |name| batch.get(name).unwrap().as_i32().chunks_exact(source.context).map(<[i32]>::to_vec);
         rows.extend(of(names::INPUT_IDS).zip(of(names::LABELS)));
     }

@@ -16,7 +16,8 @@ impl Engine {
     ///
     /// # Errors
     /// When the run or the model has failed before, two steps are in flight already or one that this one does not follow, the rule wants moments that the
-    /// plan does not keep, or the inputs' sizes are not the graph's.
+    /// plan does not keep, or it clips and the plan does not wait for the norm; when the inputs' sizes are not the graph's, or an id or label lies beside what
+    /// reads it ([`Graph::id_range`](crate::graph::Graph::id_range)).
     pub fn begin_step(&mut self, model: usize, input: &StepInput) -> Result<()> {
         self.check_running(model)?;
         let (member, step) = (&self.members[model], input.step);
@@ -33,6 +34,11 @@ impl Engine {
         if moments > member.plan.moments {
             let has = member.plan.moments;
             return Err(Error::bad(format!("step {step}: the rule wants {moments} moments, the plan keeps {has}")));
+        }
+        if input.clip.is_some() && member.plan.choice.updates_on_device {
+            let what =
+                "the plan updates shards before the last gradient is there; PlanOptions::clips makes one that waits";
+            return Err(Error::bad(format!("step {step}: clips, and {what}")));
         }
         self.stage(model, input.step, &input.inputs)?;
         let purpose = Purpose::Step { rule: input.rule, clip: input.clip };

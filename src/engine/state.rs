@@ -1,9 +1,10 @@
 //! What goes in and out of the host's store: batches, weights, moments, losses.
 
-use super::Engine;
-use crate::base::{DType, Error, Result, Shape};
+use super::{EVALUATION, Engine};
+use crate::base::{DType, Error, IGNORED, Result, Shape};
 use crate::device::host::master;
 use crate::device::{CopySpan, Device, Memory, Span};
+use crate::graph::{Graph, Input, State};
 use crate::trace::What;
 use half::bf16;
 use std::sync::Arc;
@@ -152,10 +153,10 @@ impl Engine {
     /// Writes a state's elements into the host's store: before the model's first step, or after [`Engine::wait_home`].
     ///
     /// # Errors
-    /// When they are not as many as its shape has, or a step has begun since the model was at home.
+    /// When there is no such state, they are not as many as its shape has, or a step has begun since the model was at home.
     pub fn write_state(&mut self, model: usize, state: usize, values: &[f32]) -> Result<()> {
         let shared = Arc::clone(&self.members[model].model);
-        let of = &shared.train.states[state];
+        let of = state_of(&shared.train, state)?;
         self.check_written(model, &of.name, &of.shape, values.len())?;
         let member = &self.members[model];
         let offset = member.store + member.plan.host.states + member.model.layout.state[state];
@@ -166,10 +167,10 @@ impl Engine {
     /// Reads a state's elements from the host's store.
     ///
     /// # Errors
-    /// When steps were begun since the last [`Engine::wait_home`].
+    /// When there is no such state, or steps were begun since the last [`Engine::wait_home`].
     pub fn read_state(&self, model: usize, state: usize) -> Result<Vec<f32>> {
         let member = &self.members[model];
-        let of = &member.model.train.states[state];
+        let of = state_of(&member.model.train, state)?;
         self.check_read(model, &of.name)?;
         let offset = member.plan.host.states + member.model.layout.state[state];
         Ok(self.read(model, offset, of.shape.elems()))
@@ -224,30 +225,30 @@ impl Engine {
     pub(super) fn stage(&mut self, model: usize, step: u64, inputs: &[&[u8]]) -> Result<()> {
         let member = &self.members[model];
         let graph = &member.model.train;
+        let fault = |what: String| match step {
+            EVALUATION => Error::bad(format!("evaluation: {what}")),
+            _ => Error::bad(format!("step {step}: {what}")),
+        };
         if inputs.len() != graph.inputs.len() {
-            return Err(Error::bad(format!(
-                "step {step}: {} inputs, the model takes {}",
-                inputs.len(),
-                graph.inputs.len()
-            )));
+            return Err(fault(format!("{} inputs, the model takes {}", inputs.len(), graph.inputs.len())));
         }
         if !self.device.computes() {
             return Ok(());
         }
         for (i, bytes) in inputs.iter().enumerate() {
-            let dtype = graph.inputs[i].dtype;
+            let Input { name, value, dtype, .. } = &graph.inputs[i];
             // Floats come as f32 and are rounded on the way, to the nearest, ties to even.
             let ratio = dtype.wide().bytes() / dtype.bytes();
-            let want = member.model.microbatches as u64 * graph.bytes(graph.inputs[i].value) * ratio;
+            let want = member.model.microbatches as u64 * graph.bytes(*value) * ratio;
             if bytes.len() as u64 != want {
-                return Err(Error::bad(format!(
-                    "step {step}: input {} has {} bytes, the model takes {want}",
-                    graph.inputs[i].name,
-                    bytes.len()
-                )));
+                return Err(fault(format!("{name} has {} bytes, the model takes {want}", bytes.len())));
             }
+            check_range(graph, i, bytes).map_err(fault)?;
+        }
+        for (i, bytes) in inputs.iter().enumerate() {
+            let member = &self.members[model];
             let offset = member.store + member.plan.host.inputs[(step % 2) as usize][i];
-            if dtype == DType::Bf16 {
+            if member.model.train.inputs[i].dtype == DType::Bf16 {
                 write_rounded(self.device.as_mut(), offset, bytes);
             } else {
                 self.device.write_host(offset, bytes);
@@ -299,6 +300,23 @@ impl Engine {
         }
         sum.sqrt()
     }
+}
+
+fn state_of(graph: &Graph, state: usize) -> Result<&State> {
+    graph.states.get(state).ok_or_else(|| Error::bad(format!("state {state}: the model has {}", graph.states.len())))
+}
+
+/// Refuses integers with which a kernel would read beside a table or a row.
+fn check_range(graph: &Graph, input: usize, bytes: &[u8]) -> std::result::Result<(), String> {
+    let Some(range) = graph.id_range(input) else { return Ok(()) };
+    let ids = bytes.as_chunks::<4>().0.iter().map(|&id| i32::from_ne_bytes(id));
+    let Some((at, id)) = ids.enumerate().find(|&(_, id)| !range.contains(id)) else { return Ok(()) };
+    let Input { name, shape, .. } = &graph.inputs[input];
+    // The first axis is the sample's within the minibatch, not within one of its microbatches.
+    let mut whole = shape.clone();
+    whole.0.first_mut().into_iter().for_each(|samples| *samples = usize::MAX);
+    let or_ignored = if range.or_ignored { format!(", nor {IGNORED}") } else { String::new() };
+    Err(format!("{name}: value {id} at {} is not in 0..{}{or_ignored}", whole.position(at), range.below))
 }
 
 /// Writes f32 values as bf16 into the host's store, piece by piece, so that nothing is allocated.

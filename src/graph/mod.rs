@@ -11,6 +11,7 @@ mod fuse;
 mod gradient;
 #[expect(clippy::module_inception, reason = "the graph itself is this module's first noun")]
 mod graph;
+mod ids;
 pub mod kinds;
 mod layout;
 mod op;
@@ -26,6 +27,7 @@ pub use cost::{Cost, Family, Work, cost};
 pub use custom::{CUSTOM_OPERANDS, Custom, CustomOp, KernelCall, Kernels, Number};
 pub use differentiate::differentiate;
 pub use graph::{Graph, Input, Layer, Node, Parameter, ParameterGradient, Source, State, Value, ValueInfo};
+pub use ids::IdRange;
 pub use kinds::{Activation, Direction, Init, Mode, WeightLayout};
 pub use layout::{ModelLayout, ShardLayout, SharedUse};
 pub use op::{AttentionKind, Op, RotaryScaling, Rotation, Window};

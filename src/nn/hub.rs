@@ -25,8 +25,6 @@ pub struct Pretrained {
     pub network: Box<dyn Network>,
     /// How [`super::save`] writes it back: same names, same types.
     pub form: Form,
-    /// The counts of training batches that BatchNorm layers have seen, by name.
-    pub counts: BTreeMap<String, i64>,
     /// Weights in the files of heads and layers that the network has not, by name; they are not saved again.
     pub unused: Vec<String>,
     parts: Parts,
@@ -53,13 +51,12 @@ pub fn open(dir: &Path) -> Result<Pretrained> {
     let counters = counters(wanted.iter().map(|(name, _)| name.as_str()));
     let tied = |name: &str| family.tied.iter().any(|&(head, _)| head == name);
     let spared = |name: &str| {
-        counters.iter().any(|c| c == name) || tied(name) || (family.is_buffer)(name) || (family.is_elsewhere)(name)
+        counters.contains_key(name) || tied(name) || (family.is_buffer)(name) || (family.is_elsewhere)(name)
     };
     let parts = Parts::open(dir, &spared)?;
     let (tensors, places) = match_tensors(&parts, family, &wanted)?;
     let form = Form { config, generation_config, files: Vec::new(), counters, tensors };
-    let (counts, unused) = (BTreeMap::new(), Vec::new());
-    let mut pretrained = Pretrained { network, form, counts, unused, parts, places };
+    let mut pretrained = Pretrained { network, form, unused: Vec::new(), parts, places };
     pretrained.account_for_the_rest(family)?;
     Ok(pretrained)
 }
@@ -95,8 +92,9 @@ impl Pretrained {
         let mut unexpected = Vec::new();
         for place in self.parts.places().filter(|place| !used.contains(place.entry.name.as_str())) {
             let name = place.entry.name.as_str();
-            if self.form.counters.iter().any(|counter| counter == name) {
-                self.counts.insert(name.to_string(), self.count(place)?);
+            if self.form.counters.contains_key(name) {
+                let count = self.count(place)?;
+                self.form.counters.insert(name.to_string(), count);
             } else if let Some((_, table)) = family.tied.iter().find(|&&(head, _)| head == name) {
                 self.check_tied(place, table)?;
             } else if (family.is_elsewhere)(name) {

@@ -42,8 +42,8 @@ pub struct Form {
     pub files: Vec<(String, Vec<u8>)>,
     /// The parameters and running statistics.
     pub tensors: Vec<SavedTensor>,
-    /// The counts of training batches that BatchNorm layers keep beside them, by name: one i64 each.
-    pub counters: Vec<String>,
+    /// The counts of training batches that BatchNorm layers keep beside them, by name.
+    pub counters: BTreeMap<String, i64>,
 }
 
 impl Form {
@@ -63,26 +63,20 @@ impl Form {
     }
 }
 
-/// The names of the counts that stand beside the running means among `tensors`.
-pub(super) fn counters<'a>(tensors: impl Iterator<Item = &'a str>) -> Vec<String> {
+/// The counts that stand beside the running means among `tensors`, at 0.
+pub(super) fn counters<'a>(tensors: impl Iterator<Item = &'a str>) -> BTreeMap<String, i64> {
     let layers = tensors.filter_map(|name| name.strip_suffix(RUNNING_MEAN));
-    layers.map(|layer| format!("{layer}{COUNTER}")).collect()
+    layers.map(|layer| (format!("{layer}{COUNTER}"), 0)).collect()
 }
 
 /// Writes the directory `dir`, making it where it is missing.
 ///
 /// `read` gives a tensor's elements by its name in the graph; it is asked once for each, in the order of the file.
-/// `counts` holds [`Form::counters`]; those left out are 0.
 ///
 /// # Errors
 /// What `read` returns, a tensor of another length than its shape's, a value that is not finite in the file's type, and
 /// what the operating system refuses.
-pub fn save(
-    dir: &Path,
-    form: &Form,
-    counts: &BTreeMap<String, i64>,
-    read: &mut dyn FnMut(&str) -> Result<Vec<f32>>,
-) -> Result<()> {
+pub fn save(dir: &Path, form: &Form, read: &mut dyn FnMut(&str) -> Result<Vec<f32>>) -> Result<()> {
     std::fs::create_dir_all(dir).map_err(|e| Error::io("create", dir, e))?;
     // The weights last: a config alone is no model, weights with an old config would be a wrong one.
     let mut pending = vec![Pending::write(dir, "config.json", |out| out.bytes(form.config.as_bytes()))?];
@@ -92,33 +86,28 @@ pub fn save(
     for (name, bytes) in &form.files {
         pending.push(Pending::write(dir, name, |out| out.bytes(bytes))?);
     }
-    pending.push(Pending::write(dir, "model.safetensors", |out| weights(out, form, counts, read))?);
+    pending.push(Pending::write(dir, "model.safetensors", |out| weights(out, form, read))?);
     pending.into_iter().try_for_each(Pending::commit)?;
     sync_directory(dir)
 }
 
 /// What stands at one place of the file.
 enum Entry<'a> {
-    Counter(&'a str),
+    Counter(&'a str, i64),
     Tensor(&'a SavedTensor),
 }
 
 impl Entry<'_> {
     fn info(&self) -> (Dtype, &str, Vec<usize>) {
         match self {
-            Entry::Counter(name) => (Dtype::I64, name, vec![]),
+            Entry::Counter(name, _) => (Dtype::I64, name, vec![]),
             Entry::Tensor(t) => (dtype(t.element), &t.file_name, t.shape.axes().to_vec()),
         }
     }
 }
 
-fn weights(
-    out: &mut Output,
-    form: &Form,
-    counts: &BTreeMap<String, i64>,
-    read: &mut dyn FnMut(&str) -> Result<Vec<f32>>,
-) -> Result<()> {
-    let counters = form.counters.iter().map(|name| Entry::Counter(name));
+fn weights(out: &mut Output, form: &Form, read: &mut dyn FnMut(&str) -> Result<Vec<f32>>) -> Result<()> {
+    let counters = form.counters.iter().map(|(name, &count)| Entry::Counter(name, count));
     let mut entries: Vec<Entry> = counters.chain(form.tensors.iter().map(Entry::Tensor)).collect();
     // The safetensors crate's order: wide elements first, so that all are aligned, then by name.
     entries.sort_by(|a, b| {
@@ -141,7 +130,7 @@ fn weights(
     out.bytes(&header)?;
     for entry in &entries {
         match entry {
-            Entry::Counter(name) => out.bytes(&counts.get(*name).copied().unwrap_or(0).to_le_bytes())?,
+            Entry::Counter(_, count) => out.bytes(&count.to_le_bytes())?,
             Entry::Tensor(tensor) => {
                 let values = read(&tensor.name)?;
                 if values.len() != tensor.shape.elems() {

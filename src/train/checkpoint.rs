@@ -5,8 +5,8 @@
 //! the file's metadata and compared: without some of it the numbers mean nothing, the rest may be changed on purpose and is told.
 
 use super::optimizer::{Optimizer, Schedule};
+use super::options::TrainOptions;
 use super::safely::write_safely;
-use super::session::TrainOptions;
 use crate::base::tensorfile::{Element, TensorIndex};
 use crate::base::{Error, Result, Shape};
 use crate::engine::{Engine, Stored};

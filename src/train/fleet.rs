@@ -4,12 +4,13 @@
 //! what another does, but where a model is saved: one thread does all of this, and meanwhile the devices run out of work. One that fails ends
 //! with its reason, and the rest go on.
 
-use super::session::{Observer, StepReport, batch_inputs};
-use super::trainee::{Recruit, Stage, Trainee};
+use super::observer::{Observer, StepReport};
+use super::prepare::batch_inputs;
+use super::trainee::{Recruit, Stage, Trainee, check_held_out};
 use crate::base::{Error, Result};
-use crate::data::{DEFAULT_AHEAD, Loader, Source, check_ids, labelled};
+use crate::data::{Batch, DEFAULT_AHEAD, Loader, Source, check_ids, labelled};
 use crate::device::Device;
-use crate::engine::{Ended, Engine, StepInput, TurnOptions};
+use crate::engine::{Ended, Engine, EngineOptions, StepInput, StepResult, TurnOptions};
 use crate::spill::Placed;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,6 +25,11 @@ pub trait Crew {
     fn name(&self, model: usize) -> Option<String> {
         let _ = model;
         None
+    }
+
+    /// Called after every task that has ended while the models run, to look at the engine.
+    fn look(&mut self, engine: &Engine) {
+        let _ = engine;
     }
 
     /// Called whenever something has ended, and once more when all has: models may be added here, and cancelled.
@@ -49,8 +55,6 @@ pub struct Fleet {
     trainees: Vec<Trainee>,
     /// Models that run one after another; by default each has a line of its own, and all run at once.
     lines: Vec<VecDeque<usize>>,
-    /// Looks at the engine after every task.
-    watch: Box<dyn FnMut(&Engine)>,
 }
 
 impl Fleet {
@@ -60,10 +64,10 @@ impl Fleet {
     /// # Errors
     /// When threads cannot be had, weights are missing, or an option is absurd.
     pub fn new(recruits: Vec<Recruit>, device: Box<dyn Device>, turns: Option<TurnOptions>) -> Result<Fleet> {
-        let engine_options = recruits.iter().map(Recruit::engine_options).collect::<Result<Vec<_>>>()?;
+        let engine_options = recruits.iter().map(engine_options).collect::<Result<Vec<_>>>()?;
         let placed: Vec<Placed> = recruits.iter().map(|r| r.placed.clone()).collect();
         let engine = Engine::fleet(&placed, engine_options, device, turns);
-        let mut fleet = Fleet { engine, trainees: Vec::new(), lines: Vec::new(), watch: Box::new(|_| ()) };
+        let mut fleet = Fleet { engine, trainees: Vec::new(), lines: Vec::new() };
         for (number, recruit) in recruits.into_iter().enumerate() {
             recruit.weights.write(&mut fleet.engine, number, recruit.options.seed)?;
             fleet.enlist(number, Trainee::new(recruit)?);
@@ -77,7 +81,7 @@ impl Fleet {
     /// # Errors
     /// As [`Engine::wait_add`]; and when its data cannot be opened or an option is absurd. But for a failed device nothing has changed then.
     pub fn wait_add(&mut self, recruit: Recruit) -> Result<usize> {
-        let options = recruit.engine_options()?;
+        let options = engine_options(&recruit)?;
         let (placed, weights, seed) = (recruit.placed.clone(), recruit.weights, recruit.options.seed);
         let trainee = Trainee::new(recruit)?;
         let number = self.engine.wait_add(&placed, options)?;
@@ -97,13 +101,18 @@ impl Fleet {
     }
 
     /// Lets models run one after another: each of `lines` lists models in their order, and every model is in one of them.
-    pub fn line_up(&mut self, lines: Vec<Vec<usize>>) {
+    ///
+    /// # Errors
+    /// When one is in none of them or comes twice, or there is no such model.
+    pub fn line_up(&mut self, lines: Vec<Vec<usize>>) -> Result<()> {
+        let mut all: Vec<usize> = lines.iter().flatten().copied().collect();
+        all.sort_unstable();
+        if !all.iter().copied().eq(0..self.trainees.len()) {
+            let models = self.trainees.len();
+            return Err(Error::bad(format!("lines {lines:?} do not have each of {models} models once")));
+        }
         self.lines = lines.into_iter().map(VecDeque::from).collect();
-    }
-
-    /// Lets `watch` look at the engine after every task that ends while the models run.
-    pub fn watch(&mut self, watch: impl FnMut(&Engine) + 'static) {
-        self.watch = Box::new(watch);
+        Ok(())
     }
 
     /// A model goes on from `step`: its state was written by the caller, data starts there. `source` is a fresh one of the same kind.
@@ -116,7 +125,7 @@ impl Fleet {
         if step > steps {
             return Err(Error::bad(format!("{step} steps are done, of {steps}")));
         }
-        trainee.loader = Some(Loader::start_limited(source, step, DEFAULT_AHEAD, trainee.limits)?);
+        trainee.loader = Some(Loader::start(source, step, DEFAULT_AHEAD)?);
         (trainee.done, trainee.begun) = (step, step);
         trainee.owes_validation = step > 0 && step < trainee.options.steps;
         Ok(())
@@ -152,6 +161,15 @@ impl Fleet {
         match &self.trainees[model].stage {
             Stage::Failed(error) => error.as_ref(),
             _ => None,
+        }
+    }
+
+    /// Refuses to go on with a model that has failed.
+    pub(super) fn check_failed(&self, model: usize) -> Result<()> {
+        match &self.trainees[model].stage {
+            Stage::Failed(Some(why)) => Err(Error::bad(format!("the model has failed: {why}"))),
+            Stage::Failed(None) => Err(Error::bad("the model has failed before")),
+            _ => Ok(()),
         }
     }
 
@@ -215,13 +233,11 @@ impl Fleet {
             if self.trainees.iter().all(|t| !busy(t)) || (0..self.trainees.len()).any(|m| self.is_at_rest(m)) {
                 continue;
             }
-            match self.engine.wait_any_watched(&mut *self.watch)? {
+            match self.engine.wait_any_watched(&mut |engine| crew.look(engine))? {
                 Ended::Step(model, result) => {
-                    let trainee = &mut self.trainees[model];
-                    trainee.done = result.step + 1;
-                    let lr = trainee.rates.pop_front().expect("each step in flight has its learning rate");
+                    let report = self.report(model, result);
                     let observer = crew.observer(model);
-                    let told = observer.step(&StepReport { result, lr });
+                    let told = observer.step(&report);
                     let trainee = &mut self.trainees[model];
                     trainee.ends |= observer.wants_end();
                     trainee.pause |= trainee.ends || observer.wants_checkpoint();
@@ -244,9 +260,68 @@ impl Fleet {
             }
         }
         match self.unfinished(crew) {
-            Some(at) => Err(Error::Interrupted { at, checkpoint: true }),
+            Some(at) => Err(Error::Interrupted { at, checkpoint: None }),
             None => Ok(()),
         }
+    }
+
+    /// Books a step that has ended.
+    fn report(&mut self, model: usize, result: StepResult) -> StepReport {
+        let trainee = &mut self.trainees[model];
+        trainee.done = result.step + 1;
+        let lr = trainee.rates.pop_front().expect("each step in flight has its learning rate");
+        StepReport { result, lr }
+    }
+
+    /// Waits for the next step of a model that trains alone; with `begins` the steps after it are begun first, as far as there is room. `None` where
+    /// nothing is in flight then.
+    pub(super) fn wait_step(&mut self, model: usize, begins: bool) -> Result<Option<StepReport>> {
+        self.check_failed(model)?;
+        if begins && self.is_waiting(model) {
+            self.trainees[model].stage = Stage::Training;
+            self.engine.skip_time(model);
+        }
+        while begins && self.has_room(model) {
+            if let Err(error) = self.begin(model, &mut ()) {
+                self.fail(model, error)?;
+            }
+        }
+        if self.engine.steps_in_flight(model) == 0 && !self.engine.is_ending(model) {
+            return Ok(None);
+        }
+        match self.engine.wait_any()? {
+            Ended::Step(_, result) => Ok(Some(self.report(model, result))),
+            Ended::Model(_, error) => {
+                let trainee = &mut self.trainees[model];
+                trainee.stage = Stage::Failed(None);
+                Err(trainee.fault.take().unwrap_or(error))
+            }
+            Ended::Evaluation(..) => unreachable!("an evaluation belongs to a validation, which runs to its end"),
+        }
+    }
+
+    /// Whether a further step of a model can begin.
+    fn has_room(&self, model: usize) -> bool {
+        let trainee = &self.trainees[model];
+        let begins = matches!(trainee.stage, Stage::Training) && !self.engine.is_ending(model);
+        begins && self.engine.steps_in_flight(model) < 2 && trainee.begun < trainee.options.steps
+    }
+
+    /// Evaluates a model, of which no step is in flight, on one pass over `source`.
+    pub(super) fn wait_evaluation(&mut self, model: usize, source: &mut dyn Source) -> Result<f32> {
+        self.check_failed(model)?;
+        check_held_out(source)?;
+        let (mut batch, mut sum, mut count) = (Batch::zeros(source.spec()), 0.0, 0);
+        for index in 0..source.batches_per_epoch() {
+            let labels = fill_held_out(source, index, &mut batch)?;
+            if labels > 0 {
+                let inputs = batch_inputs(&self.engine.model(model).train, &batch)?;
+                sum += f64::from(self.engine.wait_evaluation(model, &inputs, 1.0)?);
+                count += labels;
+            }
+        }
+        self.engine.skip_time(model);
+        mean_loss(sum, count)
     }
 
     /// How far the models have come that are not at their end; `None` where all are.
@@ -301,7 +376,7 @@ impl Fleet {
     }
 
     fn train_on(&mut self, model: usize, observer: &mut dyn Observer, stopping: bool) -> Result<()> {
-        let every = self.trainees[model].options.valid_every.max(1);
+        let every = self.trainees[model].options.valid_every;
         let done = self.trainees[model].done;
         self.trainees[model].ends |= observer.wants_end();
         if std::mem::take(&mut self.trainees[model].owes_validation)
@@ -312,11 +387,10 @@ impl Fleet {
         }
         loop {
             let trainee = &self.trainees[model];
-            let room = self.engine.steps_in_flight(model) < 2 && trainee.begun < trainee.options.steps;
-            if stopping || trainee.pause || trainee.ends || !room {
+            if stopping || trainee.pause || trainee.ends || !self.has_room(model) {
                 break;
             }
-            self.begin(model)?;
+            self.begin(model, observer)?;
             let trainee = &mut self.trainees[model];
             trainee.pause = trainee.valid.is_some() && trainee.begun.is_multiple_of(every);
             trainee.pause |= observer.wants_rest(trainee.begun);
@@ -356,7 +430,7 @@ impl Fleet {
     }
 
     /// Begins a step.
-    fn begin(&mut self, model: usize) -> Result<()> {
+    fn begin(&mut self, model: usize, observer: &mut dyn Observer) -> Result<()> {
         let trainee = &mut self.trainees[model];
         let step = trainee.begun;
         let loader = trainee.loader.as_ref().expect("a model in training has its data");
@@ -366,10 +440,10 @@ impl Fleet {
             return Err(Error::bad(format!("step {step}: no position of the minibatch has a label")));
         }
         let options = &trainee.options;
-        let lr = options.schedule.lr(options.optimizer.lr(), step, options.steps);
+        let lr = observer.lr(step, options.schedule.lr(options.optimizer.lr(), step, options.steps));
         let input = StepInput {
             step,
-            inputs: batch_inputs(&trainee.names, &batch)?,
+            inputs: batch_inputs(&self.engine.model(model).train, &batch)?,
             loss_scale: 1.0 / labels as f64,
             rule: options.optimizer.rule(step, lr),
             clip: options.clip,
@@ -401,7 +475,7 @@ impl Fleet {
             };
             let source = trainee.valid.as_mut().expect("a validation begins only where there is held-out data");
             if *next == source.batches_per_epoch() {
-                let loss = (*sum / (*count).max(1) as f64) as f32;
+                let loss = mean_loss(*sum, *count)?;
                 observer.valid(trainee.done, loss, began.elapsed().as_secs_f64())?;
                 trainee.ends |= observer.wants_end();
                 self.rested(model, observer)?;
@@ -415,15 +489,34 @@ impl Fleet {
                 trainee.stage = Stage::Waiting;
                 return Ok(());
             }
-            source.fill(*next, &mut trainee.valid_batch)?;
-            check_ids(&trainee.valid_batch, trainee.limits)?;
-            *labels = labelled(&trainee.valid_batch, 1)?.iter().sum::<u64>();
+            *labels = fill_held_out(source.as_mut(), *next, &mut trainee.valid_batch)?;
             *next += 1;
             if *labels > 0 {
-                let inputs = batch_inputs(&trainee.names, &trainee.valid_batch)?;
+                let inputs = batch_inputs(&self.engine.model(model).train, &trainee.valid_batch)?;
                 return self.engine.begin_evaluation(model, &inputs, 1.0);
             }
         }
+    }
+}
+
+/// How the engine runs a model.
+fn engine_options(recruit: &Recruit) -> Result<EngineOptions> {
+    recruit.options.check()?;
+    Ok(recruit.options.engine_options(&recruit.placed.model, &recruit.placed.plan))
+}
+
+/// Makes a held-out minibatch and counts its labels.
+fn fill_held_out(source: &mut dyn Source, index: u64, batch: &mut Batch) -> Result<u64> {
+    source.fill(index, batch)?;
+    check_ids(batch)?;
+    Ok(labelled(batch, 1)?.iter().sum())
+}
+
+/// The loss of held-out data: the sum over its labelled positions by their number.
+fn mean_loss(sum: f64, count: u64) -> Result<f32> {
+    match count {
+        0 => Err(Error::bad("no position of the held-out data has a label")),
+        _ => Ok((sum / count as f64) as f32),
     }
 }
 

@@ -1,9 +1,9 @@
 //! One batch through a model in evaluation mode.
 
-use super::session::batch_inputs;
+use super::prepare::batch_inputs;
 use super::weights::Weights;
 use crate::base::{DType, Error, Result, Shape};
-use crate::data::{Batch, Limits, check_ids};
+use crate::data::{Batch, check_ids};
 use crate::device::sim::CostModel;
 use crate::device::{DeviceMemory, DeviceSpec};
 use crate::engine::{Engine, EngineOptions};
@@ -18,8 +18,7 @@ use std::sync::Arc;
 /// When the model does not take these tensors, an id is out of range, memory cannot be had, or a weight is not finite.
 pub fn wait_forward(pretrained: &Pretrained, batch: &Batch) -> Result<(Shape, Vec<f32>)> {
     let network = pretrained.network.as_ref();
-    let labels = network.labels();
-    check_ids(batch, Limits { vocab: labels.vocab, classes: Some(labels.classes) })?;
+    check_ids(batch)?;
     let samples = batch.tensors.first().and_then(|t| t.shape.axes().first()).copied().unwrap_or(0);
     let mut inputs = Vec::new();
     for tensor in &batch.tensors {
@@ -46,7 +45,6 @@ pub fn wait_forward(pretrained: &Pretrained, batch: &Batch) -> Result<(Shape, Ve
     let options = EngineOptions { patience_secs: 3600.0, ..EngineOptions::new(0, &model) };
     let mut engine = Engine::new(Arc::clone(&model), plan, device, options);
     Weights::Pretrained(pretrained).write(&mut engine, 0, 0)?;
-    let names: Vec<String> = model.train.inputs.iter().map(|i| i.name.clone()).collect();
-    let logits = engine.wait_logits(0, &batch_inputs(&names, batch)?)?;
+    let logits = engine.wait_logits(0, &batch_inputs(&model.train, batch)?)?;
     Ok((shape, logits))
 }

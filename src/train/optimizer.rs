@@ -152,6 +152,21 @@ impl Schedule {
         };
         min_lr + (peak - min_lr) * left
     }
+
+    /// Refuses a last learning rate that cannot be meant.
+    ///
+    /// # Errors
+    /// When it is negative or not finite.
+    pub fn check(&self) -> Result<()> {
+        match *self {
+            Schedule::Linear { min_lr, .. } | Schedule::Cosine { min_lr, .. }
+                if !(min_lr.is_finite() && min_lr >= 0.0) =>
+            {
+                Err(Error::bad(format!("schedule: min_lr is {min_lr}, want 0 or more")))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -189,5 +204,9 @@ mod tests {
             decay_matrices_only: false,
         };
         assert!(bad.check().unwrap_err().to_string().contains("beta2 is 1"));
+        let bad = Schedule::Linear { warmup: 1, min_lr: f64::NAN };
+        assert_eq!(bad.check().unwrap_err().to_string(), "schedule: min_lr is NaN, want 0 or more");
+        assert!(Schedule::Cosine { warmup: 1, min_lr: -1e-9 }.check().is_err());
+        assert!(Schedule::Cosine { warmup: 1, min_lr: 0.0 }.check().is_ok());
     }
 }

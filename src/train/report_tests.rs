@@ -109,7 +109,7 @@ fn train(run: &Path, size: &Size) {
     });
     std::fs::create_dir_all(run.join("gpt")).unwrap();
     std::fs::write(run.join("plan.json"), plan_json.to_string()).unwrap();
-    let mut session = Session::new(network.as_ref(), Weights::Random, (model, plan), source, valid, options).unwrap();
+    let mut session = Session::new(Weights::Random, (model, plan), source, valid, options).unwrap();
     let keep = Keep { first: size.keep.0, last: size.keep.1, total_steps: size.steps };
     let mut lanes: Vec<LaneId> = LaneKind::ALL[..3].iter().map(|&kind| LaneId::device(0, kind)).collect();
     lanes.push(LaneId::host(LaneKind::HostMath));

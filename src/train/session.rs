@@ -1,213 +1,38 @@
-//! Training one model: how, from what to what, and a session that does it. A session is a fleet of one.
+//! A session trains one model on one device. It is a fleet of one.
 
+use super::checkpoint::{Checkpoint, write_checkpoint};
 use super::fleet::Fleet;
-use super::optimizer::{Optimizer, Schedule};
+use super::observer::{Observer, StepReport};
+use super::options::TrainOptions;
+use super::save::save_model;
 use super::trainee::Recruit;
 use super::weights::Weights;
-use crate::base::{DType, Error, Result};
-use crate::data::{Batch, Source};
-use crate::device::sim::CostModel;
-use crate::device::{DeviceSpec, DiskSpec, FleetMemory, start_fleet};
-use crate::engine::{Engine, StepResult};
-use crate::graph::{Graph, Mode};
-use crate::nn::{InputShape, Network};
-use crate::spill::{Model, Placed, Plan, PlanOptions};
-use std::path::PathBuf;
+use crate::base::{Error, Result};
+use crate::data::Source;
+use crate::device::{DiskSpec, FleetMemory, start_fleet};
+use crate::engine::Engine;
+use crate::nn::Form;
+use crate::spill::{Model, Placed, Plan};
+use std::collections::VecDeque;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-
-/// How to train a model.
-#[derive(Clone, Debug)]
-pub struct TrainOptions {
-    /// Seed of everything random: initial weights, order of the data, dropout.
-    pub seed: u64,
-    /// Samples of a minibatch.
-    pub batch: usize,
-    /// Samples of a microbatch; divides `batch`.
-    pub microbatch: usize,
-    /// Steps in all.
-    pub steps: u64,
-    /// The update.
-    pub optimizer: Optimizer,
-    /// The learning rate over the steps.
-    pub schedule: Schedule,
-    /// Greatest global norm of a gradient; larger ones are scaled down.
-    pub clip: Option<f64>,
-    /// The plan's budgets and wishes; moments are filled in from the optimizer.
-    pub plan: PlanOptions,
-    /// The device; its arena's size comes from the plan.
-    pub device: DeviceSpec,
-    /// The folder of the disk tier, for plans that put anything there.
-    pub disk: Option<PathBuf>,
-    /// Validate after every so many steps, where there is held-out data.
-    pub valid_every: u64,
-    /// Seconds without any completion after which the run ends; ten estimated steps where that is longer.
-    pub patience_secs: f64,
-    /// Fill the arena with NaN first, so that use of what was never written shows.
-    pub poison: bool,
-    /// Element type of weights and activations: F32, or Bf16 with f32 masters.
-    pub dtype: DType,
-    /// Products of f32 may round their factors to tf32; for the cuda device, emulated or not.
-    pub tf32: bool,
-    /// What cuts its text into tokens: any words that are the same as long as it is. With another, a checkpoint's weights mean nothing; none: not compared.
-    pub tokenizer: Option<String>,
-    /// The config.json that describes the network: with another, a checkpoint's weights mean something else; none: not compared.
-    pub network: Option<String>,
-    /// Parameters whose names begin with one of these stay as they are: of them a step needs the weights alone, no gradients and no moments.
-    pub frozen: Vec<String>,
-    /// What it is trained and validated on, by the job file's keys: any words that are the same as long as that is. A change is told.
-    pub data: Vec<(&'static str, String)>,
-}
-
-impl TrainOptions {
-    /// One sample a step, torch's AdamW, no budget.
-    pub fn new(steps: u64) -> Self {
-        TrainOptions {
-            seed: 0,
-            batch: 1,
-            microbatch: 1,
-            steps,
-            optimizer: Optimizer::default(),
-            schedule: Schedule::Constant,
-            clip: None,
-            plan: PlanOptions::default(),
-            device: DeviceSpec::default(),
-            disk: None,
-            valid_every: 50,
-            patience_secs: 60.0,
-            poison: false,
-            dtype: DType::F32,
-            tf32: false,
-            tokenizer: None,
-            network: None,
-            frozen: Vec::new(),
-            data: Vec::new(),
-        }
-    }
-}
-
-/// A training step as a caller sees it.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct StepReport {
-    /// What the engine gave.
-    pub result: StepResult,
-    /// Learning rate of the update.
-    pub lr: f64,
-}
-
-/// What happens during a run, told as it happens.
-pub trait Observer {
-    /// A step has ended.
-    ///
-    /// # Errors
-    /// Whatever should end the run.
-    fn step(&mut self, report: &StepReport) -> Result<()>;
-
-    /// Held-out data was evaluated after `step` steps.
-    ///
-    /// # Errors
-    /// Whatever should end the run.
-    fn valid(&mut self, step: u64, loss: f32, secs: f64) -> Result<()>;
-
-    /// Asked before a step is begun: whether to let the model rest after `step` steps and validate it, beside the times that are due anyway.
-    fn wants_rest(&mut self, step: u64) -> bool {
-        let _ = step;
-        false
-    }
-
-    /// Asked before a step is begun, and after every step and validation: whether the model ends here, as if these had been all its steps.
-    fn wants_end(&mut self) -> bool {
-        false
-    }
-
-    /// Asked after every step: whether to save a checkpoint now, with the model at rest.
-    fn wants_checkpoint(&mut self) -> bool {
-        false
-    }
-
-    /// The model, number `model` of the engine's, is at rest after `step` steps, and its state is in the host's store.
-    ///
-    /// # Errors
-    /// Whatever should end the run.
-    fn checkpoint(&mut self, step: u64, engine: &Engine, model: usize) -> Result<()> {
-        let _ = (step, engine, model);
-        Ok(())
-    }
-
-    /// The model has come to its end, validated and at rest; its state is in the host's store.
-    ///
-    /// # Errors
-    /// Whatever should make a failure of it.
-    fn ended(&mut self, engine: &Engine, model: usize) -> Result<()> {
-        let _ = (engine, model);
-        Ok(())
-    }
-}
-
-/// Watches nothing.
-impl Observer for () {
-    fn step(&mut self, _: &StepReport) -> Result<()> {
-        Ok(())
-    }
-
-    fn valid(&mut self, _: u64, _: f32, _: f64) -> Result<()> {
-        Ok(())
-    }
-}
-
-/// A closure watches the steps alone.
-impl<F: FnMut(&StepReport) -> Result<()>> Observer for F {
-    fn step(&mut self, report: &StepReport) -> Result<()> {
-        self(report)
-    }
-
-    fn valid(&mut self, _: u64, _: f32, _: f64) -> Result<()> {
-        Ok(())
-    }
-}
-
-/// Traces `network` for the options' microbatches, element type and device with the tensors of `inputs`: the training graph with its
-/// gradient and the evaluation graph.
-///
-/// # Errors
-/// When the network does not take the inputs, or the microbatch does not divide the batch.
-pub fn trace_model(network: &dyn Network, inputs: &[InputShape], options: &TrainOptions) -> Result<Model> {
-    let &TrainOptions { batch, microbatch, dtype, tf32, .. } = options;
-    let scratch = options.device.wants_scratch();
-    if microbatch == 0 || !batch.is_multiple_of(microbatch) {
-        return Err(Error::bad(format!("microbatch {microbatch} does not divide batch {batch}")));
-    }
-    let trace = |mode| -> Result<Graph> {
-        let mut graph = Graph { scratch, tf32, ..network.trace(mode, dtype, microbatch, inputs)? };
-        for start in &options.frozen {
-            if !graph.parameters.iter().any(|p| p.name.starts_with(start)) {
-                return Err(Error::bad(format!("frozen: the name of no parameter begins with {start}")));
-            }
-        }
-        graph.freeze(|name| options.frozen.iter().any(|start| name.starts_with(start)));
-        Ok(graph)
-    };
-    Model::new(trace(Mode::Training)?, Some(trace(Mode::Evaluation)?), batch / microbatch)
-}
-
-/// The tensors of a data source, as a network's inputs.
-pub fn inputs_of(source: &dyn Source) -> Vec<InputShape> {
-    let tensors = &source.spec().tensors;
-    tensors.iter().map(|(name, dtype, shape)| InputShape::new(name.clone(), shape.axes().to_vec(), *dtype)).collect()
-}
 
 /// A model in training, alone on one device.
 pub struct Session {
     fleet: Fleet,
+    options: TrainOptions,
+    /// Steps that have ended and that nobody was told of.
+    untold: VecDeque<StepReport>,
 }
 
 impl Session {
-    /// Starts the device and fills the store with the first weights. `model` and `plan` come from [`trace_model`] and [`Plan::new`].
+    /// Starts the device and fills the store with the first weights. `model` and `plan` come from [`prepare`](super::prepare()) or, with options of one's
+    /// own, from [`trace_model`](super::trace_model) and [`plan_model`](super::plan_model).
     ///
     /// # Errors
     /// When memory, threads or the disk cannot be had, weights are missing, or an option is absurd.
     pub fn new(
-        network: &dyn Network,
         weights: Weights,
         (model, plan): (Arc<Model>, Arc<Plan>),
         source: Box<dyn Source>,
@@ -230,18 +55,24 @@ impl Session {
             disk,
             ..FleetMemory::default()
         };
-        options.optimizer.check()?;
+        options.check()?;
         let device = start_fleet(std::slice::from_ref(&options.device), memory)?;
-        let recruit = Recruit { network, weights, placed: Placed::alone(model, plan), source, valid, options };
-        Ok(Session { fleet: Fleet::new(vec![recruit], device, None)? })
+        let placed = Placed::alone(model, plan);
+        let recruit = Recruit { weights, placed, source, valid, options: options.clone() };
+        Ok(Session { fleet: Fleet::new(vec![recruit], device, None)?, options, untold: VecDeque::new() })
     }
 
-    /// Goes on from `step`: state was written by the caller, data starts there. `source` is a fresh one of the same kind.
+    /// Goes on from the checkpoint at `path`, before the first step; gives the steps that it had done, or `None` where there is no such file. `source` is
+    /// a fresh one of what the model is trained on.
     ///
     /// # Errors
-    /// When that is after the last step, or the loader's thread cannot be started.
-    pub fn start_at(&mut self, step: u64, source: Box<dyn Source>) -> Result<()> {
-        self.fleet.start_at(0, step, source)
+    /// When the file cannot be read or is of another run ([`Checkpoint::check`]), or the loader's thread cannot be started.
+    pub fn resume(&mut self, path: &Path, source: Box<dyn Source>) -> Result<Option<u64>> {
+        let Some(mut checkpoint) = Checkpoint::open(path)? else { return Ok(None) };
+        checkpoint.check(&self.options, self.engine().model(0))?;
+        checkpoint.restore(self.fleet.engine_mut(), 0)?;
+        self.fleet.start_at(0, checkpoint.step(), source)?;
+        Ok(Some(checkpoint.step()))
     }
 
     /// The engine.
@@ -263,50 +94,64 @@ impl Session {
     /// [`TrainOptions::valid_every`] steps and at the end. Waits for the device throughout.
     ///
     /// # Errors
-    /// What the engine, the data or `observer` gives; [`Error::Interrupted`] when `stop` was set before the end, the validation there included.
+    /// What the engine, the data or `observer` gives; [`Error::Interrupted`] when `stop` was set before the end, the validation there included. A
+    /// model that has failed trains no more: every later call is an error.
     pub fn run(&mut self, observer: &mut dyn Observer, stop: &AtomicBool) -> Result<()> {
+        self.fleet.check_failed(0)?;
+        while let Some(report) = self.untold.pop_front() {
+            observer.step(&report)?;
+        }
         let mut crew: Vec<&mut dyn Observer> = vec![observer];
         self.fleet.run(&mut crew, stop)?;
         self.fleet.take_failure(0).map_or(Ok(()), Err)
     }
-}
 
-/// The batch's tensors in the order of the graph's inputs.
-pub(super) fn batch_inputs<'a>(names: &[String], batch: &'a Batch) -> Result<Vec<&'a [u8]>> {
-    let of = |name: &String| {
-        batch
-            .get(name)
-            .map(|t| t.bytes())
-            .ok_or_else(|| Error::bad(format!("the batch lacks {name}, which the model reads")))
-    };
-    names.iter().map(of).collect()
-}
-
-/// Plans a traced model under `options` with this machine's measured rates.
-///
-/// # Errors
-/// As [`Plan::new`].
-pub fn plan_model(model: &Model, options: &TrainOptions, cost: &CostModel) -> Result<Plan> {
-    let wishes =
-        PlanOptions { moments: options.optimizer.moments(), clips: options.clip.is_some(), ..options.plan.clone() };
-    Plan::new(model, &wishes, cost)
-}
-
-/// Traces `network` for the tensors of `source` and plans it: all that [`Session::new`] needs besides weights and data.
-///
-/// # Errors
-/// As [`trace_model`] and [`Plan::new`]; and when the source's minibatch is not `options.batch`.
-pub fn prepare(
-    network: &dyn Network,
-    source: &dyn Source,
-    options: &TrainOptions,
-    cost: &CostModel,
-) -> Result<(Arc<Model>, Arc<Plan>)> {
-    let found = source.spec().batch;
-    if found != options.batch {
-        return Err(Error::bad(format!("the data has {found} samples a minibatch, the options say {}", options.batch)));
+    /// Waits for the next step and tells of it; `None` after the last. The step after it has begun by then, so that the device does not wait for
+    /// the caller. Nothing is validated or saved but when asked for.
+    ///
+    /// # Errors
+    /// What the engine or the data gives; then as after [`Session::run`].
+    pub fn wait_step(&mut self) -> Result<Option<StepReport>> {
+        match self.untold.pop_front() {
+            Some(report) => Ok(Some(report)),
+            None => self.fleet.wait_step(0, true),
+        }
     }
-    let model = trace_model(network, &inputs_of(source), options)?;
-    let plan = plan_model(&model, options, cost)?;
-    Ok((Arc::new(model), Arc::new(plan)))
+
+    /// Evaluates the model on one pass over `source`, and gives the mean loss of its labelled positions. A step that has begun ends first.
+    ///
+    /// # Errors
+    /// When the data is at fault, has no label or no end, or the engine fails.
+    pub fn wait_evaluation(&mut self, source: &mut dyn Source) -> Result<f32> {
+        self.wait_begun()?;
+        self.fleet.wait_evaluation(0, source)
+    }
+
+    /// Writes a checkpoint of all steps that have begun, from which [`Session::resume`] goes on.
+    ///
+    /// # Errors
+    /// When the engine fails, or the file cannot be written; an older one is whole then.
+    pub fn wait_checkpoint(&mut self, path: &Path) -> Result<()> {
+        self.wait_begun()?;
+        self.fleet.engine_mut().wait_home(0)?;
+        write_checkpoint(path, self.engine(), 0, &self.options, self.steps_done())
+    }
+
+    /// Saves the model after all steps that have begun, as [`save_model`] does.
+    ///
+    /// # Errors
+    /// As [`save_model`]; and when the engine fails.
+    pub fn wait_save(&mut self, dir: &Path, form: &Form) -> Result<()> {
+        self.wait_begun()?;
+        self.fleet.engine_mut().wait_home(0)?;
+        save_model(dir, form, self.engine(), 0, self.steps_done())
+    }
+
+    /// Waits for the steps that have begun.
+    fn wait_begun(&mut self) -> Result<()> {
+        while let Some(report) = self.fleet.wait_step(0, false)? {
+            self.untold.push_back(report);
+        }
+        Ok(())
+    }
 }

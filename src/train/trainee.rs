@@ -1,19 +1,15 @@
 //! A model of a fleet: what it is made of, and how far it has come.
 
-use super::session::TrainOptions;
+use super::options::TrainOptions;
 use super::weights::Weights;
 use crate::base::{Error, Result};
-use crate::data::{Batch, DEFAULT_AHEAD, Limits, Loader, Source};
-use crate::engine::EngineOptions;
-use crate::nn::Network;
+use crate::data::{Batch, DEFAULT_AHEAD, Loader, Source};
 use crate::spill::Placed;
 use std::collections::VecDeque;
 use std::time::Instant;
 
 /// A model to train, with everything that it takes.
 pub struct Recruit<'a> {
-    /// Its network.
-    pub network: &'a dyn Network,
     /// Where its first weights come from.
     pub weights: Weights<'a>,
     /// Its graphs, its plan and where it runs.
@@ -24,19 +20,6 @@ pub struct Recruit<'a> {
     pub valid: Option<Box<dyn Source>>,
     /// How it is trained; the device's part is of no account here.
     pub options: TrainOptions,
-}
-
-impl Recruit<'_> {
-    /// How the engine runs it.
-    pub(super) fn engine_options(&self) -> Result<EngineOptions> {
-        let Recruit { placed, options, .. } = self;
-        options.optimizer.check()?;
-        let parameters = &placed.model.train.parameters;
-        let decays = parameters.iter().map(|p| options.optimizer.decays(p.shape.axes().len())).collect();
-        // One task of a large model may take long: nothing is wrong while a whole step's time has not passed a few times.
-        let patience_secs = options.patience_secs.max(10.0 * placed.plan.estimated_secs);
-        Ok(EngineOptions { seed: options.seed, patience_secs, decays, steps: options.steps })
-    }
 }
 
 /// How far a model has come.
@@ -64,9 +47,6 @@ pub(super) struct Trainee {
     pub(super) loader: Option<Loader>,
     pub(super) valid: Option<Box<dyn Source>>,
     pub(super) valid_batch: Batch,
-    pub(super) limits: Limits,
-    /// For each graph input, the batch tensor's name.
-    pub(super) names: Vec<String>,
     pub(super) stage: Stage,
     /// Steps done and begun.
     pub(super) done: u64,
@@ -83,21 +63,23 @@ pub(super) struct Trainee {
     pub(super) fault: Option<Error>,
 }
 
+/// Refuses held-out data that a validation would not come to the end of.
+pub(super) fn check_held_out(source: &dyn Source) -> Result<()> {
+    match source.batches_per_epoch() {
+        u64::MAX => Err(Error::bad("held-out data without an end: a validation would have none")),
+        _ => Ok(()),
+    }
+}
+
 impl Trainee {
     /// A model that waits for its turn; its data is opened, and its first minibatches are on their way.
     pub(super) fn new(recruit: Recruit) -> Result<Trainee> {
-        let Recruit { network, placed, source, valid, options, .. } = recruit;
-        if valid.as_ref().is_some_and(|valid| valid.batches_per_epoch() == u64::MAX) {
-            return Err(Error::bad("held-out data without an end: a validation would have none"));
-        }
-        let labels = network.labels();
-        let limits = Limits { vocab: labels.vocab, classes: Some(labels.classes) };
+        let Recruit { source, valid, options, .. } = recruit;
+        valid.as_deref().map_or(Ok(()), check_held_out)?;
         Ok(Trainee {
-            loader: Some(Loader::start_limited(source, 0, DEFAULT_AHEAD, limits)?),
+            loader: Some(Loader::start(source, 0, DEFAULT_AHEAD)?),
             valid_batch: valid.as_ref().map_or(Batch { tensors: Vec::new() }, |v| Batch::zeros(v.spec())),
             valid,
-            limits,
-            names: placed.model.train.inputs.iter().map(|i| i.name.clone()).collect(),
             stage: Stage::Waiting,
             done: 0,
             begun: 0,

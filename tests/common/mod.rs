@@ -159,7 +159,7 @@ impl Case {
     pub fn train(&self, options: &TrainOptions) -> Result<Outcome> {
         let planned = self.plan(options)?;
         let weights = Weights::Pretrained(&self.pretrained);
-        finish(Session::new(self.pretrained.network.as_ref(), weights, planned, self.source(), None, options.clone())?)
+        finish(Session::new(weights, planned, self.source(), None, options.clone())?)
     }
 
     /// The values of a tensor of expected.safetensors.

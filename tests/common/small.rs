@@ -7,7 +7,7 @@ use super::{Outcome, difference, finish, gather, gather_of, stated};
 use hydra::base::{DType, Result, Shape};
 use hydra::data::{Batch, BatchTensor, IGNORED, InputSpec, RandomOptions, RandomSource, Source, labelled, names};
 use hydra::device::Device;
-use hydra::engine::{Engine, EngineOptions, StepInput};
+use hydra::engine::{Engine, StepInput};
 use hydra::nn::{self, Network};
 use hydra::spill::{Model, Plan, PlanOptions};
 use hydra::train::{Optimizer, Session, TrainOptions, Weights, inputs_of, plan_model, trace_model};
@@ -103,7 +103,7 @@ impl Small {
     pub fn session(&self, planned: (Arc<Model>, Arc<Plan>), options: &TrainOptions) -> Result<Session> {
         let source = self.source(options.batch, options.seed);
         let valid = Some(self.held_out(options.batch));
-        Session::new(self.network.as_ref(), Weights::Random, planned, source, valid, options.clone())
+        Session::new(Weights::Random, planned, source, valid, options.clone())
     }
 
     /// What is frozen stays as it is, and the others' gradients are those that they have where all is trained: by plain SGD, the same bits after a step,
@@ -163,9 +163,7 @@ impl Driver {
         device: Box<dyn Device>,
         options: &TrainOptions,
     ) -> Driver {
-        let decays = model.train.parameters.iter().map(|p| options.optimizer.decays(p.shape.axes().len())).collect();
-        let engine_options =
-            EngineOptions { seed: options.seed, patience_secs: options.patience_secs, decays, steps: options.steps };
+        let engine_options = options.engine_options(&model, &plan);
         let mut engine = Engine::new(Arc::clone(&model), plan, device, engine_options);
         Weights::Random.write(&mut engine, 0, options.seed).expect("nothing has begun");
         let source = small.source(options.batch, options.seed);

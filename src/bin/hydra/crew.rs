@@ -5,6 +5,7 @@
 
 use crate::inbox::{Inbox, Letter, Wish};
 use crate::judge::{Judge, Judges};
+use crate::live::Live;
 use crate::placing::Sharing;
 use crate::planning::PlannedJob;
 use crate::print::{note, warn};
@@ -13,6 +14,7 @@ use crate::room::plan_added;
 use crate::rundir::{self, RunDir};
 use crate::watch::Watch;
 use hydra::base::{Error, Result, nearest};
+use hydra::engine::Engine;
 use hydra::spill::{FleetMap, Placed};
 use hydra::train::metrics::Metrics;
 use hydra::train::results::Status;
@@ -46,6 +48,8 @@ pub struct RunCrew<'a> {
     pub active: Vec<usize>,
     pub dir: &'a mut RunDir,
     pub board: Board,
+    /// What shows how the devices are at work, where that is shown.
+    pub live: Option<Live>,
     pub judges: Judges,
     pub inbox: Inbox,
     /// Bytes of each device's arena.
@@ -213,6 +217,10 @@ impl Crew for RunCrew<'_> {
     fn name(&self, model: usize) -> Option<String> {
         let models = &self.planned.job.models;
         (models.len() > 1).then(|| models[self.active[model]].name.clone())
+    }
+
+    fn look(&mut self, engine: &Engine) {
+        self.live.iter_mut().for_each(|live| live.look(engine));
     }
 
     /// Looks into the inbox, twice a second at most, and once more before the run ends. Planning a model that comes takes a moment, in which what the

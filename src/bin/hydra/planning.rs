@@ -37,7 +37,6 @@ impl Planned {
     /// The model with its data, to be trained.
     pub fn recruit(&self, sources: Sources) -> Recruit<'_> {
         Recruit {
-            network: self.prepared.network(),
             weights: self.prepared.weights(),
             placed: self.placed.clone(),
             source: sources.train,
@@ -135,10 +134,11 @@ pub fn trace(job: &Job, mut prepared: Prepared, before: &[(&Prepared, &Arc<Model
     let same = |j: &usize| {
         let (a, twin) = (&job.models[*j], before[*j].0);
         let sizes = |m: &job::Model| (m.batch, m.microbatch, m.dtype.clone());
-        let microbatch = twin.options.microbatch == prepared.options.microbatch;
+        let (one, other) = (&twin.options, &prepared.options);
+        let traced_alike = one.microbatch == other.microbatch && one.frozen == other.frozen;
         // Of one family and config, networks differ where the vocabulary comes from the data.
         let labels = twin.network().labels() == prepared.network().labels();
-        a.source == b.source && labels && sizes(a) == sizes(b) && microbatch && twin.inputs == prepared.inputs
+        a.source == b.source && labels && sizes(a) == sizes(b) && traced_alike && twin.inputs == prepared.inputs
     };
     let model = match (0..before.len()).find(same) {
         Some(twin) => Arc::clone(before[twin].1),

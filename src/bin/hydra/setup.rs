@@ -7,13 +7,12 @@ use crate::recipe::{Recipe, Sources};
 use crate::texts::Texts;
 use crate::tokenizer::{FileTokenizer, Tokenizers, cut_by};
 use hydra::base::{DType, Error, Result};
-use hydra::data::{Limits, Source, names};
+use hydra::data::{Source, names};
 use hydra::graph::Graph;
 use hydra::nn::{self, Form, InputShape, Network, Pretrained};
 use hydra::spill::{PlanOptions, Recompute};
 use hydra::train::{Optimizer, Schedule, TrainOptions, Weights, inputs_of};
 use std::cell::RefCell;
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -80,13 +79,13 @@ impl Prepared {
     ///
     /// # Errors
     /// When the network does not trace with its own inputs.
-    pub fn form(&self) -> Result<(Form, BTreeMap<String, i64>)> {
-        let (form, counts) = match &self.origin {
-            Origin::Pretrained(pretrained) => (pretrained.form.clone(), pretrained.counts.clone()),
-            Origin::Family(network) => (Form::of(network.as_ref())?, BTreeMap::new()),
+    pub fn form(&self) -> Result<Form> {
+        let form = match &self.origin {
+            Origin::Pretrained(pretrained) => pretrained.form.clone(),
+            Origin::Family(network) => Form::of(network.as_ref())?,
         };
         let files = self.recipe.tokenizer.as_ref().map_or_else(Vec::new, |tokenizer| tokenizer.files.clone());
-        Ok((Form { files, ..form }, counts))
+        Ok(Form { files, ..form })
     }
 
     /// Its data, from the start.
@@ -188,7 +187,7 @@ pub fn prepare(job: &Job, i: usize, texts: &Texts) -> Result<Prepared> {
         }
         // Before the text is cut, which may take long.
         let vocab = Some(cut_by.vocab());
-        check_fit(network, Limits { vocab, classes: vocab }).map_err(|what| fault("data", what))?;
+        check_fit(network, vocab, vocab).map_err(|what| fault("data", what))?;
     }
     if model.valid.as_ref().is_some_and(|v| matches!(v.part, ValidPart::Fraction(_)))
         && !matches!(model.data, Data::Text { .. } | Data::Images { .. })
@@ -205,8 +204,7 @@ pub fn prepare(job: &Job, i: usize, texts: &Texts) -> Result<Prepared> {
     };
     let sources = recipe.open(network, texts)?;
     let made = sources.train.spec();
-    let made = Limits { vocab: made.vocab, classes: made.classes };
-    check_fit(network, made).map_err(|what| fault("data", what))?;
+    check_fit(network, made.vocab, made.classes).map_err(|what| fault("data", what))?;
     let steps = steps(&model.length, sources.train.as_ref()).map_err(|(key, what)| fault(key, what))?;
     let inputs = inputs_of(sources.train.as_ref());
     let mut options = TrainOptions::new(steps);
@@ -305,14 +303,14 @@ fn optimizer(wanted: &job::Optimizer) -> (Optimizer, Option<f64>) {
 }
 
 /// Ids and labels that a source may make against those that the network takes.
-fn check_fit(network: &dyn Network, made: Limits) -> std::result::Result<(), String> {
+fn check_fit(network: &dyn Network, vocab: Option<usize>, classes: Option<usize>) -> std::result::Result<(), String> {
     let labels = network.labels();
-    if let (Some(have), Some(takes)) = (made.vocab, labels.vocab)
+    if let (Some(have), Some(takes)) = (vocab, labels.vocab)
         && have > takes
     {
         return Err(format!("its tokens are 0..{have}, the model's vocab_size is {takes}; it must be at least {have}"));
     }
-    if let Some(have) = made.classes.filter(|&have| have > labels.classes) {
+    if let Some(have) = classes.filter(|&have| have > labels.classes) {
         return Err(format!("its labels are 0..{have}, the model has {} classes", labels.classes));
     }
     Ok(())

@@ -25,7 +25,6 @@ use hydra::trace::{Keep, Recorder, RecorderOptions};
 use hydra::train::results::{self, ModelResult, Status};
 use hydra::train::{Checkpoint, Fleet, Verdict};
 use serde_json::{Value, json};
-use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::rc::Rc;
@@ -79,12 +78,12 @@ pub fn run(path: &Path, sets: &[String], resume: Resume, json: bool) -> Result<(
             failed.map_or(Ok(()), Err)
         }
         Err(Failure { error, untouched }) => {
-            if !(untouched && found == Found::Free) {
-                return Err(error);
+            let vain = untouched && found == Found::Free;
+            if vain {
+                dir.abandon();
             }
-            dir.abandon();
             Err(match error {
-                Error::Interrupted { at, .. } => Error::Interrupted { at, checkpoint: false },
+                Error::Interrupted { at, .. } => Error::Interrupted { at, checkpoint: Some(!vain) },
                 other => other,
             })
         }
@@ -146,7 +145,7 @@ impl Signals {
         let handler = move || {
             // Held until the end, so that no run begins meanwhile.
             if *preparing.lock().unwrap_or_else(PoisonError::into_inner) {
-                let error = Error::Interrupted { at: "the job's preparation".into(), checkpoint: false };
+                let error = Error::Interrupted { at: "the job's preparation".into(), checkpoint: Some(false) };
                 crate::complain(&error.to_string());
                 std::process::exit(error.exit_code().into());
             }
@@ -303,7 +302,7 @@ fn train_all(
     let mut fleet = Fleet::new(recruits, device, turns)?;
     if let Sharing::Lines(lines) = &planned.sharing {
         let number = |m: &usize| active.iter().position(|a| a == m);
-        fleet.line_up(lines.iter().map(|line| line.iter().filter_map(number).collect()).collect());
+        fleet.line_up(lines.iter().map(|line| line.iter().filter_map(number).collect()).collect())?;
     }
     let mut validates = Vec::new();
     for (i, (valid, again)) in later.into_iter().enumerate() {
@@ -315,10 +314,7 @@ fn train_all(
     }
     record(dir, &planned, &active, &standings, &mut fleet)?;
     let board = Board::new(quiet, active.len(), planned.machine.devices.len());
-    let live = board.live(fleet.engine()).map(|live| Rc::new(RefCell::new(live)));
-    if let Some(live) = live.clone() {
-        fleet.watch(move |engine| live.borrow_mut().look(engine));
-    }
+    let live = board.live(fleet.engine());
     let inbox = Inbox::new(dir.at(rundir::INBOX));
     let began_with = planned.models.len();
     let mut crew = RunCrew {
@@ -328,6 +324,7 @@ fn train_all(
         active: Vec::new(),
         dir,
         board,
+        live,
         judges,
         inbox,
         arenas,
@@ -340,7 +337,7 @@ fn train_all(
     }
     let result = fleet.run(&mut crew, stop);
     crew.watches.iter().for_each(Watch::finish);
-    live.iter().for_each(|live| live.borrow_mut().finish(fleet.engine()));
+    crew.live.iter_mut().for_each(|live| live.finish(fleet.engine()));
     let recorded = fleet.engine_mut().take_recorder().map(Recorder::finish).transpose();
     // Files that were taken are worth keeping too.
     let nothing_done = crew.planned.models.len() == began_with

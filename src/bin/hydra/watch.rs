@@ -5,15 +5,13 @@ use crate::planning::Planned;
 use crate::print::note;
 use crate::progress::Progress;
 use crate::rundir;
-use hydra::base::{Error, Result, format_secs};
-use hydra::engine::{Engine, Stored};
-use hydra::nn;
+use hydra::base::{Result, format_secs};
+use hydra::engine::Engine;
 use hydra::train::Verdict;
 use hydra::train::metrics::{Metrics, Row, StepRow, ValidRow};
 use hydra::train::results::Status;
-use hydra::train::{Observer, StepReport, write_checkpoint, write_last_checkpoint};
+use hydra::train::{Observer, StepReport, save_model, write_checkpoint, write_last_checkpoint};
 use std::cell::Cell;
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -205,32 +203,14 @@ impl Observer for Watch<'_> {
 
     /// Saves the model; a checkpoint of its last step is written only after it, and so tells that there is nothing left to do.
     fn ended(&mut self, engine: &Engine, model: usize) -> Result<()> {
-        save_model(&self.folder.join(rundir::MODEL), &self.planned, engine, model, self.done)?;
+        let prepared = &self.planned.prepared;
+        save_model(&self.folder.join(rundir::MODEL), &prepared.form()?, engine, model, self.done)?;
         let path = self.folder.join(rundir::CHECKPOINT);
-        write_last_checkpoint(&path, engine, model, &self.planned.prepared.options, self.done)?;
+        write_last_checkpoint(&path, engine, model, &prepared.options, self.done)?;
         let early = self.ends.take().filter(|_| self.done < self.steps);
         self.end(early.unwrap_or(Status::Done));
         Ok(())
     }
-}
-
-/// Writes the Hugging Face directory, tensor by tensor.
-fn save_model(dir: &Path, planned: &Planned, engine: &Engine, model: usize, steps: u64) -> Result<()> {
-    let (form, mut counts) = planned.prepared.form()?;
-    let batches = (steps * planned.model().microbatches as u64) as i64;
-    for name in &form.counters {
-        let count = counts.entry(name.clone()).or_insert(0);
-        *count = count.saturating_add(batches);
-    }
-    let graph = &planned.model().train;
-    let parameters: BTreeMap<&str, usize> =
-        graph.parameters.iter().enumerate().map(|(i, p)| (p.name.as_str(), i)).collect();
-    let states: BTreeMap<&str, usize> = graph.states.iter().enumerate().map(|(i, s)| (s.name.as_str(), i)).collect();
-    nn::save(dir, &form, &counts, &mut |name| match (parameters.get(name), states.get(name)) {
-        (Some(&i), _) => engine.read_parameter(model, Stored::Weight, i),
-        (None, Some(&i)) => engine.read_state(model, i),
-        (None, None) => Err(Error::bad(format!("tensor {name}: the network has no such tensor"))),
-    })
 }
 
 #[cfg(test)]

@@ -6,10 +6,8 @@
 use super::parallel::{expect_len, rows_per_chunk, vector_fn};
 use super::real::Real;
 use super::reduce;
+use crate::base::IGNORED;
 use rayon::prelude::*;
-
-/// The label of a row that does not count.
-pub const IGNORED: i32 = -100;
 
 /// `loss_rows = lse - logits[label]`, where `lse` is the logarithm of the sum of the exponentials of the row. Both are 0 in rows that do not count.
 ///

@@ -399,12 +399,12 @@ impl Builder {
     pub fn reshape(&mut self, x: Value, shape: impl Into<Shape>) -> Result<Value> {
         let shape = shape.into();
         let info = self.graph.info(x);
-        if info.shape.elems() != shape.elems() {
+        let elems = shape.checked_elems()?;
+        if info.shape.elems() != elems {
             return Err(Error::bad(format!(
-                "reshape: {} has {} elements, {shape} has {}",
+                "reshape: {} has {} elements, {shape} has {elems}",
                 info.shape,
-                info.shape.elems(),
-                shape.elems()
+                info.shape.elems()
             )));
         }
         let (root, dtype) = (self.graph.root(x), info.dtype);

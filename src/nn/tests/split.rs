@@ -63,7 +63,6 @@ fn same_as_whole(case: &str, given: &Raw) {
     write(whole_dir.path(), case, given);
     let (split, whole) = (open(split_dir.path()).unwrap(), open(whole_dir.path()).unwrap());
     assert_eq!(split.form, whole.form, "{case}");
-    assert_eq!(split.counts, whole.counts, "{case}");
     assert!(bits(&split) == bits(&whole), "{case}: other bits");
     save_again(&split, from_split.path()).unwrap();
     save_again(&whole, from_whole.path()).unwrap();
@@ -123,7 +122,7 @@ fn an_index_may_be_outdated_about_what_the_network_does_without() {
         assert!(map.len() < lines);
         write_index(dir.path(), &index);
         let pretrained = open(dir.path()).unwrap();
-        assert_eq!(pretrained.counts.len(), pretrained.form.counters.len());
+        assert!(pretrained.form.counters.values().all(|&count| count > 0));
         assert!(bits(&pretrained) == whole);
 
         let kept: Raw = given.into_iter().filter(|(name, _)| !spare(name)).collect();

@@ -1,0 +1,91 @@
+//! Who is told what happens as a model trains, and asked what shall.
+
+use crate::base::Result;
+use crate::engine::{Engine, StepResult};
+
+/// A training step as a caller sees it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepReport {
+    /// What the engine gave.
+    pub result: StepResult,
+    /// Learning rate of the update.
+    pub lr: f64,
+}
+
+/// What happens during a run, told as it happens.
+pub trait Observer {
+    /// A step has ended.
+    ///
+    /// # Errors
+    /// Whatever should end the run.
+    fn step(&mut self, report: &StepReport) -> Result<()>;
+
+    /// Held-out data was evaluated after `step` steps.
+    ///
+    /// # Errors
+    /// Whatever should end the run.
+    fn valid(&mut self, step: u64, loss: f32, secs: f64) -> Result<()>;
+
+    /// Asked before a step is begun, for its learning rate; `scheduled` is what [`TrainOptions::schedule`] says. Steps are begun ahead of what runs, so
+    /// the loss of the step before is not known yet.
+    fn lr(&mut self, step: u64, scheduled: f64) -> f64 {
+        let _ = step;
+        scheduled
+    }
+
+    /// Asked before a step is begun: whether to let the model rest after `step` steps and validate it, beside the times that are due anyway.
+    fn wants_rest(&mut self, step: u64) -> bool {
+        let _ = step;
+        false
+    }
+
+    /// Asked before a step is begun, and after every step and validation: whether the model ends here, as if these had been all its steps.
+    fn wants_end(&mut self) -> bool {
+        false
+    }
+
+    /// Asked after every step: whether to save a checkpoint now, with the model at rest.
+    fn wants_checkpoint(&mut self) -> bool {
+        false
+    }
+
+    /// The model, number `model` of the engine's, is at rest after `step` steps, and its state is in the host's store.
+    ///
+    /// # Errors
+    /// Whatever should end the run.
+    fn checkpoint(&mut self, step: u64, engine: &Engine, model: usize) -> Result<()> {
+        let _ = (step, engine, model);
+        Ok(())
+    }
+
+    /// The model has come to its end, validated and at rest; its state is in the host's store.
+    ///
+    /// # Errors
+    /// Whatever should make a failure of it.
+    fn ended(&mut self, engine: &Engine, model: usize) -> Result<()> {
+        let _ = (engine, model);
+        Ok(())
+    }
+}
+
+/// Watches nothing.
+impl Observer for () {
+    fn step(&mut self, _: &StepReport) -> Result<()> {
+        Ok(())
+    }
+
+    fn valid(&mut self, _: u64, _: f32, _: f64) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// A closure watches the steps alone.
+impl<F: FnMut(&StepReport) -> Result<()>> Observer for F {
+    fn step(&mut self, report: &StepReport) -> Result<()> {
+        self(report)
+    }
+
+    fn valid(&mut self, _: u64, _: f32, _: f64) -> Result<()> {
+        Ok(())
+    }
+}

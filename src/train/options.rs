@@ -1,0 +1,119 @@
+//! How a model is trained, as values.
+
+use super::optimizer::{Optimizer, Schedule};
+use crate::base::{DType, Error, Result};
+use crate::device::DeviceSpec;
+use crate::engine::EngineOptions;
+use crate::spill::{Model, Plan, PlanOptions};
+use std::path::PathBuf;
+
+/// How to train a model.
+#[derive(Clone, Debug)]
+pub struct TrainOptions {
+    /// Seed of everything random: initial weights, order of the data, dropout.
+    pub seed: u64,
+    /// Samples of a minibatch.
+    pub batch: usize,
+    /// Samples of a microbatch; divides `batch`.
+    pub microbatch: usize,
+    /// Steps in all.
+    pub steps: u64,
+    /// The update.
+    pub optimizer: Optimizer,
+    /// The learning rate over the steps.
+    pub schedule: Schedule,
+    /// Greatest global norm of a gradient; larger ones are scaled down.
+    pub clip: Option<f64>,
+    /// The plan's budgets and wishes; moments are filled in from the optimizer.
+    pub plan: PlanOptions,
+    /// The device; its arena's size comes from the plan.
+    pub device: DeviceSpec,
+    /// The folder of the disk tier, for plans that put anything there.
+    pub disk: Option<PathBuf>,
+    /// Validate after every so many steps, where there is held-out data; at least 1.
+    pub valid_every: u64,
+    /// Seconds without any completion after which the run ends; ten estimated steps where that is longer.
+    pub patience_secs: f64,
+    /// Fill the arena with NaN first, so that use of what was never written shows.
+    pub poison: bool,
+    /// Element type of weights and activations: F32, or Bf16 with f32 masters.
+    pub dtype: DType,
+    /// Products of f32 may round their factors to tf32; for the cuda device, emulated or not.
+    pub tf32: bool,
+    /// What cuts its text into tokens: any words that are the same as long as it is. With another, a checkpoint's weights mean nothing; none: not compared.
+    pub tokenizer: Option<String>,
+    /// The config.json that describes the network: with another, a checkpoint's weights mean something else; none: not compared.
+    pub network: Option<String>,
+    /// Parameters whose names begin with one of these stay as they are: of them a step needs the weights alone, no gradients and no moments.
+    pub frozen: Vec<String>,
+    /// What it is trained and validated on, by keys that begin with `data.` or `valid.`: any words that are the same as long as that is. A change is told.
+    pub data: Vec<(&'static str, String)>,
+}
+
+impl TrainOptions {
+    /// One sample a step, torch's AdamW, no budget.
+    pub fn new(steps: u64) -> Self {
+        TrainOptions {
+            seed: 0,
+            batch: 1,
+            microbatch: 1,
+            steps,
+            optimizer: Optimizer::default(),
+            schedule: Schedule::Constant,
+            clip: None,
+            plan: PlanOptions::default(),
+            device: DeviceSpec::default(),
+            disk: None,
+            valid_every: 50,
+            patience_secs: 60.0,
+            poison: false,
+            dtype: DType::F32,
+            tf32: false,
+            tokenizer: None,
+            network: None,
+            frozen: Vec::new(),
+            data: Vec::new(),
+        }
+    }
+
+    /// Refuses what cannot be meant.
+    ///
+    /// # Errors
+    /// When a number is out of its range, or a key of `data` does not begin as it should.
+    pub fn check(&self) -> Result<()> {
+        self.optimizer.check()?;
+        self.schedule.check()?;
+        let &TrainOptions { batch, microbatch, valid_every, patience_secs, dtype, .. } = self;
+        if microbatch == 0 || batch == 0 || !batch.is_multiple_of(microbatch) {
+            return Err(Error::bad(format!("microbatch {microbatch} does not divide batch {batch}")));
+        }
+        if let Some(clip) = self.clip.filter(|&clip| !(clip > 0.0 && clip.is_finite())) {
+            return Err(Error::bad(format!("clip is {clip}, want a number above 0, or none")));
+        }
+        if valid_every == 0 {
+            return Err(Error::bad("valid_every is 0, want 1 or more; without held-out data nothing is validated"));
+        }
+        if patience_secs.is_nan() || patience_secs <= 0.0 {
+            return Err(Error::bad(format!("patience_secs is {patience_secs}, want more than 0")));
+        }
+        if !matches!(dtype, DType::F32 | DType::Bf16) {
+            return Err(Error::bad(format!("dtype is {dtype}, want f32 or bf16")));
+        }
+        let is_of_data = |key: &str| key.starts_with("data.") || key.starts_with("valid.");
+        match self.data.iter().find(|(key, _)| !is_of_data(key)) {
+            Some((key, _)) => {
+                Err(Error::bad(format!("data: the key {key:?} begins neither with data. nor with valid.")))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// How an engine runs the model: for a loop of one's own.
+    pub fn engine_options(&self, model: &Model, plan: &Plan) -> EngineOptions {
+        let parameters = &model.train.parameters;
+        let decays = parameters.iter().map(|p| self.optimizer.decays(p.shape.axes().len())).collect();
+        // One task of a large model may take long: nothing is wrong while a whole step's time has not passed a few times.
+        let patience_secs = self.patience_secs.max(10.0 * plan.estimated_secs);
+        EngineOptions { seed: self.seed, patience_secs, decays, steps: self.steps }
+    }
+}
