@@ -3,11 +3,14 @@
 mod common;
 
 use common::small::{Driver, Small};
-use hydra::base::Error;
+use hydra::base::{Error, Result, Shape};
 use hydra::device::Device;
 use hydra::device::host::{HostConfig, HostDevice, HostSpec};
+use hydra::graph::CustomOp;
 use hydra::spill::PlanOptions;
 use hydra::train::TrainOptions;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
@@ -47,11 +50,15 @@ fn driver(resident: bool, link: Option<f64>, withhold: Option<(u16, u64)>) -> Dr
         },
         ..TrainOptions::new(6)
     };
-    let (model, plan) = small.plan(&options).expect("a plan");
+    driver_of(&small, &options, link, withhold)
+}
+
+fn driver_of(small: &Small, options: &TrainOptions, link: Option<f64>, withhold: Option<(u16, u64)>) -> Driver {
+    let (model, plan) = small.plan(options).expect("a plan");
     let spec = HostSpec { arena_bytes: plan.arena.bytes, link_bytes_per_sec: link, threads: None };
     let config = HostConfig { devices: vec![spec], host_bytes: plan.host.bytes, withhold, ..HostConfig::default() };
     let device = HostDevice::new(&config).expect("a device");
-    Driver::new(&small, (model, plan), Box::new(device), &options)
+    Driver::new(small, (model, plan), Box::new(device), options)
 }
 
 /// Layers of the GPT above: embeddings, attention and feed-forward of three blocks, head.
@@ -119,38 +126,89 @@ fn a_completion_that_does_not_come_is_named_with_who_waits_for_it() {
     }
 }
 
-/// Ids beyond the table and labels beyond the classes, written past every check.
+/// What an op does when its body is called for the `at`-th time.
+#[derive(Debug)]
+struct Trouble {
+    calls: AtomicUsize,
+    at: usize,
+    hangs: bool,
+}
+
+/// Hands on what it is given.
+#[derive(Debug)]
+struct Pass;
+
+impl CustomOp for Pass {
+    fn name(&self) -> &'static str {
+        "pass"
+    }
+
+    fn shapes(&self, inputs: &[&Shape]) -> Result<Vec<Shape>> {
+        Ok(vec![inputs[0].clone()])
+    }
+
+    fn host(&self, outputs: &mut [&mut [f32]], inputs: &[&[f32]], _: &[&Shape]) {
+        outputs[0].copy_from_slice(inputs[0]);
+    }
+}
+
+impl CustomOp for Trouble {
+    fn name(&self) -> &'static str {
+        "trouble"
+    }
+
+    fn shapes(&self, inputs: &[&Shape]) -> Result<Vec<Shape>> {
+        Pass.shapes(inputs)
+    }
+
+    fn host(&self, outputs: &mut [&mut [f32]], inputs: &[&[f32]], shapes: &[&Shape]) {
+        let is_due = self.calls.fetch_add(1, Ordering::Relaxed) == self.at;
+        assert!(!is_due || self.hangs, "had enough");
+        if is_due {
+            // Longer than any test takes.
+            std::thread::sleep(Duration::from_secs(3600));
+        }
+        Pass.host(outputs, inputs, shapes);
+    }
+
+    fn gradient(&self) -> Option<Arc<dyn CustomOp>> {
+        Some(Arc::new(Pass))
+    }
+}
+
+/// The first error of a run whose op is in trouble at its `at`-th call, and what any further wait says.
+fn error_of_trouble(resident: bool, at: usize, hangs: bool) -> (Error, String) {
+    let small = Small::with_op(Arc::new(Trouble { calls: AtomicUsize::new(0), at, hangs }));
+    let plan = PlanOptions {
+        resident: Some(resident),
+        cut: (!resident).then(|| vec![0..1, 1..2, 2..3]),
+        ..PlanOptions::default()
+    };
+    let options = TrainOptions { batch: 4, microbatch: 2, patience_secs: 1.0, plan, ..TrainOptions::new(6) };
+    let mut driver = driver_of(&small, &options, None, None);
+    let error = first_error(&mut driver).unwrap_or_else(|| panic!("call {at}: nothing happened"));
+    (error, driver.engine.wait_idle().expect_err("the run is over").to_string())
+}
+
 #[test]
 fn a_panic_on_a_lane_ends_the_run() {
+    for (resident, at) in [(false, 0), (false, 5), (true, 0), (true, 4)] {
+        // The drop is inside the time too.
+        let (error, again) = within(60, "a panic", move || error_of_trouble(resident, at, false));
+        let message = error.to_string();
+        assert!(matches!(error, Error::Device(_)), "{message}");
+        assert!(message.contains("a task panicked: ") && message.contains("had enough"), "{message}");
+        assert!(again.contains("failed before"), "{again}");
+    }
+}
+
+/// Its thread never ends, so that a drop which waits for it would not let the error be heard.
+#[test]
+fn a_task_that_never_ends_is_named_and_left_to_itself() {
     for resident in [false, true] {
-        for (tensor, at) in [("input_ids", 0), ("input_ids", 2), ("labels", 1)] {
-            let what = format!("resident {resident}, {tensor} of step {at}");
-            let name = what.clone();
-            within(60, &what, move || {
-                let mut driver = driver(resident, None, None);
-                let mut error = None;
-                for step in 0..4 {
-                    let spoil = |batch: &mut hydra::data::Batch| {
-                        let spoilt = batch.tensors.iter_mut().find(|t| t.name == tensor && step == at);
-                        if let Some(tensor) = spoilt {
-                            *tensor.as_i32_mut().last_mut().expect("elements") = 1_000_000;
-                        }
-                    };
-                    error = driver.begin(step, spoil).err();
-                    while error.is_none() && driver.engine.steps_in_flight(0) == 2 {
-                        error = driver.engine.wait_step(0).err();
-                    }
-                    if error.is_some() {
-                        break;
-                    }
-                }
-                let error = error.unwrap_or_else(|| panic!("{name}: nothing happened"));
-                assert!(matches!(error, Error::Device(_)), "{name}: {error}");
-                assert!(error.to_string().contains("a task panicked: "), "{name}: {error}");
-                assert!(driver.engine.wait_step(0).is_err() && driver.engine.wait_idle().is_err());
-                // The drop is inside the time too.
-            });
-        }
+        let (error, again) = within(60, "the drop", move || error_of_trouble(resident, 3, true));
+        assert!(error.to_string().starts_with("stalled: nothing has ended for 1 s"), "{error}");
+        assert!(again.contains("failed before"), "{again}");
     }
 }
 

@@ -4,6 +4,7 @@ use std::path::Path;
 
 /// Why a call failed. The variants are the answers to "who has to act".
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum Error {
     /// The input is at fault: a file, a config, a key, a shape, a value. The message says what and where.
     #[error("{0}")]
@@ -27,6 +28,22 @@ pub enum Error {
         /// The operating system's own words.
         source: std::io::Error,
     },
+    /// The loss of a step is infinite or no number: a learning rate that is too large, or data at fault.
+    #[error("the loss is {loss} at step {step}{}", match layer {
+        Some(layer) => format!("; the first layer whose output is not finite is {layer}"),
+        None => ", though every layer's output is finite".into(),
+    })]
+    NotFinite {
+        /// Which, from 0.
+        step: u64,
+        /// What it is.
+        loss: f32,
+        /// The first layer whose output is not finite; of a large loss on finite logits there is none.
+        layer: Option<String>,
+    },
+    /// A model was taken out of the run.
+    #[error("cancelled")]
+    Cancelled,
     /// The run was asked to stop (SIGINT, SIGTERM).
     #[error("interrupted at {at}{}", match checkpoint { Some(true) => ", after a checkpoint", Some(false) => ", with nothing new to keep", None => "" })]
     Interrupted {
@@ -65,7 +82,7 @@ impl Error {
     /// The program's exit code for this error: 2 where the input is at fault, 75 when interrupted, else 1.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Error::BadInput(_) | Error::OutOfBudget { .. } => 2,
+            Error::BadInput(_) | Error::OutOfBudget { .. } | Error::NotFinite { .. } | Error::Cancelled => 2,
             Error::Device(_) | Error::Io { .. } => 1,
             Error::Interrupted { .. } => 75,
         }

@@ -1,6 +1,6 @@
 //! A model that ends before its time: its loss is not finite, or nobody wants it any more. The others go on, and their bits are the same.
 //!
-//! What is on a lane runs out; what is not is dropped, but keeps its place until what it waited for is done, so that whoever waits for it does
+//! What is on a lane runs out, and what belongs to a step before the one that failed; the rest is dropped, but keeps its place until what it waited for is done, so that whoever waits for it does
 //! not start too soon. Then, for a loss that is not finite, the step's forward runs again with a check after each layer.
 
 use super::Engine;
@@ -32,11 +32,16 @@ impl Engine {
             return;
         }
         member.ending = Some(ending);
-        for pending in &mut member.pending {
+        // The steps before one whose loss is not finite are whole: what is left of them runs out.
+        let first = match ending {
+            Ending::NotFinite { step, .. } => member.pending.iter().find(|p| p.step == step).map_or(0, |p| p.serial),
+            Ending::Checking { .. } | Ending::Cancelled => 0,
+        };
+        for pending in member.pending.iter_mut().filter(|p| p.serial >= first) {
             pending.void = !pending.is_over() || pending.loss.is_some_and(|loss| !loss.is_finite());
             pending.made = pending.units;
         }
-        self.queue.drop_model(model, |serial| member.strike(serial));
+        self.queue.drop_model(model, first, |serial| member.strike(serial));
         if let Some(turns) = &mut self.turns {
             turns.release(model);
             turns.refresh(model, &self.members[model]);
@@ -64,16 +69,12 @@ impl Engine {
             }
             Ending::Checking { step, loss } if member.pending.iter().all(|p| p.is_over()) => {
                 let layer = member.not_finite_layer.map(|l| member.model.train.layers[l].name.clone());
-                let found = match layer {
-                    Some(name) => format!("; the first layer whose output is not finite is {name}"),
-                    None => ", though every layer's output is finite".into(),
-                };
-                self.conclude(model, Error::BadInput(format!("the loss is {loss} at step {step}{found}")));
+                self.conclude(model, Error::NotFinite { step, loss, layer });
                 Ok(())
             }
             Ending::Checking { .. } => Ok(()),
             Ending::Cancelled => {
-                self.conclude(model, Error::bad("cancelled"));
+                self.conclude(model, Error::Cancelled);
                 Ok(())
             }
         }

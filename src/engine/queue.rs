@@ -367,12 +367,13 @@ impl Queue {
         Some(serial)
     }
 
-    /// Drops a model's tasks that are not on a lane, and tells of which work each was.
-    pub fn drop_model(&mut self, model: usize, mut told: impl FnMut(u64)) {
+    /// Drops a model's tasks that are not on a lane, of its works from `serial` on, and tells of which work each was.
+    pub fn drop_model(&mut self, model: usize, serial: u64, mut told: impl FnMut(u64)) {
         let first = self.first;
         let mut over = Vec::new();
         for (i, entry) in self.entries.iter_mut().enumerate() {
-            if usize::from(entry.name.model) != model || entry.ticket.is_some() || entry.dropped {
+            let is_meant = usize::from(entry.name.model) == model && entry.serial >= serial;
+            if !is_meant || entry.ticket.is_some() || entry.dropped {
                 continue;
             }
             (entry.task, entry.dropped) = (None, true);

@@ -76,7 +76,8 @@ impl Engine {
                 }
                 // Two steps may be in flight, with all of their tasks.
                 let tasks = self.queue.next_id() - before;
-                self.queue.reserve(2 * tasks as usize * self.members.len());
+                let busy = self.members.iter().filter(|m| !m.pending.is_empty()).count();
+                self.queue.reserve(2 * tasks as usize * busy);
             }
         }
         self.queue.issue(self.device.as_mut());
@@ -218,8 +219,9 @@ impl Engine {
 
     /// Refuses to go on after a failure.
     pub(super) fn check_running(&self, model: usize) -> Result<()> {
-        match self.failed || self.members[model].over || self.members[model].ending.is_some() {
-            true => Err(Error::Device("the run has failed before".into())),
+        self.check_device()?;
+        match self.is_ending(model) {
+            true => Err(Error::bad("the model has ended before its time")),
             false => Ok(()),
         }
     }

@@ -184,6 +184,9 @@ impl Engine {
         self.check_running(model)?;
         self.wait_rest(model)?;
         self.check_running(model)?;
+        if self.members[model].at_home {
+            return Ok(());
+        }
         for s in 0..self.members[model].plan.resting_shards() {
             let device = self.members[model].home_of(s).expect("resident state is at home on a device");
             let site = self.site(model, device);

@@ -399,12 +399,15 @@ impl Fleet {
             return Ok(());
         }
         // At rest: paused, stopped, or at the end.
-        self.engine.wait_home(model)?;
         let (done, over) = {
             let trainee = &self.trainees[model];
             (trainee.done, trainee.ends || trainee.done == trainee.options.steps)
         };
-        observer.checkpoint(done, &self.engine, model)?;
+        // A validation reads what lies on the devices.
+        if stopping || over || observer.wants_checkpoint() {
+            self.engine.wait_home(model)?;
+            observer.checkpoint(done, &self.engine, model)?;
+        }
         let trainee = &mut self.trainees[model];
         trainee.pause = false;
         // A validation may take long; the run that goes on does it.
@@ -483,7 +486,7 @@ impl Fleet {
                 return if ended { Ok(()) } else { self.train_on(model, observer, stopping) };
             }
             if stopping {
-                // Its state is in the host's store since it came to rest.
+                self.engine.wait_home(model)?;
                 observer.checkpoint(trainee.done, &self.engine, model)?;
                 trainee.owes_validation = true;
                 trainee.stage = Stage::Waiting;

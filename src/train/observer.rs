@@ -44,12 +44,13 @@ pub trait Observer {
         false
     }
 
-    /// Asked after every step: whether to save a checkpoint now, with the model at rest.
+    /// Asked after every step, and when the model is at rest: whether to save a checkpoint now.
     fn wants_checkpoint(&mut self) -> bool {
         false
     }
 
-    /// The model, number `model` of the engine's, is at rest after `step` steps, and its state is in the host's store.
+    /// The model, number `model` of the engine's, is at rest after `step` steps, and its state is in the host's store: where
+    /// [`Observer::wants_checkpoint`] has asked for it, where the run is to stop, and at the model's end.
     ///
     /// # Errors
     /// Whatever should end the run.

@@ -8,7 +8,8 @@ use hydra::base::{DType, Result, Shape};
 use hydra::data::{Batch, BatchTensor, IGNORED, InputSpec, RandomOptions, RandomSource, Source, labelled, names};
 use hydra::device::Device;
 use hydra::engine::{Engine, StepInput};
-use hydra::nn::{self, Network};
+use hydra::graph::{Activation, Builder, CustomOp, Graph, Init, Mode, WeightLayout};
+use hydra::nn::{self, InputShape, Inputs, Labels, Network, layers};
 use hydra::spill::{Model, Plan, PlanOptions};
 use hydra::train::{Optimizer, Session, TrainOptions, Weights, inputs_of, plan_model, trace_model};
 use serde_json::{Value, json};
@@ -72,6 +73,12 @@ impl Small {
             (names::LABELS.to_string(), DType::F32, Shape::from([points])),
         ];
         Small { network: Box::new(denoising::Denoiser { hidden, depth }), tensors, vocab: 1, classes: 1 }
+    }
+
+    /// An embedding, an op of the test's own over (batch, 7, 12), and a head.
+    pub fn with_op(op: Arc<dyn CustomOp>) -> Small {
+        let tensors = [names::INPUT_IDS, names::LABELS].map(|n| (n.to_string(), DType::I32, Shape::from([7])));
+        Small { network: Box::new(WithOp(op)), tensors: tensors.to_vec(), vocab: 13, classes: 13 }
     }
 
     /// Random minibatches in which about a fifth of a text's labels are left out, so that microbatches weigh differently.
@@ -139,6 +146,38 @@ impl Small {
     /// Trains and validates, and gives everything that was computed.
     pub fn train(&self, options: &TrainOptions) -> Result<Outcome> {
         finish(self.session(self.plan(options)?, options)?)
+    }
+}
+
+struct WithOp(Arc<dyn CustomOp>);
+
+impl Network for WithOp {
+    fn trace(&self, mode: Mode, float: DType, batch: usize, inputs: &[InputShape]) -> Result<Graph> {
+        let inputs = Inputs::new(batch, float, inputs, &[names::INPUT_IDS, names::LABELS])?;
+        let (mut b, init) = (Builder::new(mode, float), Init::Normal(0.2));
+        let ids = inputs.declare(&mut b, names::INPUT_IDS, &[7], true)?.expect("a minibatch has them");
+        let x = b.layer("embedding", |b, _| layers::embedding(b, ids, "embedding", [13, 12], init))?;
+        let x = b.layer("own", |b, _| Ok(b.custom(Arc::clone(&self.0), vec![x])?[0]))?;
+        let logits = b.layer("head", |b, _| {
+            let weight = b.parameter("head", [12, 13], init)?;
+            b.linear(x, weight, None, Activation::None, WeightLayout::InOut)
+        })?;
+        if let Some(labels) = inputs.declare(&mut b, names::LABELS, &[7], true)? {
+            b.cross_entropy(logits, labels)?;
+        }
+        b.finish()
+    }
+
+    fn inputs(&self) -> Vec<InputShape> {
+        vec![InputShape::new(names::INPUT_IDS, [7], DType::I32)]
+    }
+
+    fn labels(&self) -> Labels {
+        Labels { shift: false, classes: 13, vocab: Some(13) }
+    }
+
+    fn config(&self) -> Value {
+        json!({})
     }
 }
 

@@ -1,18 +1,21 @@
 //! The host device: an arena and three lanes for each device, an arithmetic lane for the host, real copies between separate memories.
 
 use super::disk::Disk;
-use super::lanes::{Lane, Link, Order, Shared, Throttle};
+use super::lanes::{Lane, Link, Order, Shared, Throttle, wait_join};
 use super::memory::{Block, Store};
 use crate::base::{Error, LaneId, LaneKind, Result};
 use crate::device::{Completion, Device, DiskSpec, Task, Ticket};
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// What messages call the store.
 const STORE: &str = "the host's store";
+
+/// The longest stretch of patience that passes at once.
+const PATIENCE_SLICE: Duration = Duration::from_secs(1);
 
 /// One device of a [`HostDevice`].
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -209,9 +212,20 @@ impl Device for HostDevice {
     }
 
     fn next_completion(&mut self, patience_secs: f64) -> Option<Completion> {
-        // No end to patience is as long as a duration goes.
-        let patience = Duration::try_from_secs_f64(patience_secs.max(0.0)).unwrap_or(Duration::MAX);
-        self.completions.recv_timeout(patience).ok()
+        // No end to patience is as long as a duration goes. It is waited in slices: of a process that was stopped for an hour no more than one has
+        // passed, and its lanes were stopped as well.
+        let mut left = Duration::try_from_secs_f64(patience_secs.max(0.0)).unwrap_or(Duration::MAX);
+        loop {
+            let slice = left.min(PATIENCE_SLICE);
+            match self.completions.recv_timeout(slice) {
+                Ok(completion) => return Some(completion),
+                Err(RecvTimeoutError::Disconnected) => return None,
+                Err(RecvTimeoutError::Timeout) => left -= slice,
+            }
+            if left.is_zero() {
+                return None;
+            }
+        }
     }
 
     fn now_secs(&self) -> f64 {
@@ -257,9 +271,7 @@ impl Drop for HostDevice {
     fn drop(&mut self) {
         self.shared.stop();
         self.orders.clear();
-        for thread in self.threads.drain(..) {
-            // A lane's panics are caught and reported as its task's failure; nothing is left to say here.
-            let _ = thread.join();
-        }
+        // What lanes use is theirs too, so one that hangs may go on.
+        wait_join(&mut self.threads);
     }
 }

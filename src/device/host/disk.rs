@@ -54,6 +54,8 @@ impl Disk {
             // SAFETY: a call on a descriptor that is open as long as `file` lives; both numbers fit, since the end does.
             let code = unsafe { libc::posix_fallocate(self.file.as_raw_fd(), start as i64, bytes as i64) };
             if code != 0 {
+                // What it got before it came to the end of the room is given back.
+                let _ = self.file.set_len(start);
                 return Err(refused(std::io::Error::from_raw_os_error(code)));
             }
         }

@@ -11,6 +11,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
 use std::sync::{Arc, Condvar, Mutex};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// A task on its way to a lane.
@@ -18,6 +19,24 @@ pub(super) struct Order {
     pub ticket: Ticket,
     pub task: Task,
     pub after: Vec<Ticket>,
+}
+
+/// How long a lane that is being dropped may take to end the task that it runs.
+const LAST_TASK: Duration = Duration::from_secs(5);
+
+/// Waits for lanes that were told to stop, but not for ever: one whose task does not end, such as a read from a disk that is gone, is left to itself.
+/// Otherwise nobody would hear the error that says so. False where one was left.
+pub(super) fn wait_join(threads: &mut Vec<JoinHandle<()>>) -> bool {
+    let began = Instant::now();
+    while threads.iter().any(|thread| !thread.is_finished()) && began.elapsed() < LAST_TASK {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let (ended, hang): (Vec<_>, Vec<_>) = threads.drain(..).partition(JoinHandle::is_finished);
+    for thread in ended {
+        // A lane's panics are caught and reported as its task's failure; nothing is left to say here.
+        let _ = thread.join();
+    }
+    hang.is_empty()
 }
 
 /// What all lanes see.

@@ -68,7 +68,6 @@ fn what_transformers_wrote_is_written_back_to_the_byte() {
         for name in names {
             assert!(read(&inside, name.to_str().unwrap()) == read(&model, name.to_str().unwrap()), "{case}: {name:?}");
         }
-        assert!(open(&model).unwrap().form.counters.values().all(|&count| count > 0));
     }
 }
 

@@ -1,0 +1,269 @@
+//! A session step by step: the bits of one that runs through, whatever is asked of it in between; and what it refuses.
+
+mod common;
+
+use common::small::{Driver, Small};
+use common::{Outcome, difference, gather};
+use hydra::base::{DType, Error, IGNORED, Result};
+use hydra::data::{Batch, InputSpec, Source, names};
+use hydra::device::host::{HostConfig, HostDevice, HostSpec};
+use hydra::nn::{self, Form};
+use hydra::spill::{Model, Plan, PlanOptions};
+use hydra::train::{Fleet, Observer, Optimizer, Schedule, Session, StepReport, TrainOptions, Weights};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+/// Under a budget at which every shard is on its way.
+fn options(small: &Small, dtype: DType) -> TrainOptions {
+    let schedule = Schedule::Cosine { warmup: 2, min_lr: 1e-4 };
+    let free =
+        TrainOptions { seed: 5, batch: 4, microbatch: 2, clip: Some(0.5), schedule, dtype, ..TrainOptions::new(7) };
+    let device_budget = Some(small.plan(&free).expect("a plan").1.smallest_device_bytes);
+    TrainOptions { plan: PlanOptions { device_budget, ..PlanOptions::default() }, valid_every: 50, ..free }
+}
+
+fn session(small: &Small, options: &TrainOptions) -> Session {
+    small.session(small.plan(options).expect("a plan"), options).expect("a session")
+}
+
+fn note(outcome: &mut Outcome, report: &StepReport) {
+    outcome.losses.push(report.result.loss.to_bits());
+    outcome.norms.push(report.result.grad_norm.to_bits());
+}
+
+#[test]
+fn steps_one_by_one_have_the_bits_of_a_run() {
+    for (small, dtype) in
+        [(Small::gpt(18, 2, 2, 9, 0.1), DType::F32), (Small::resnet(&[6, 9], &[1, 1], [13, 11]), DType::Bf16)]
+    {
+        let options = options(&small, dtype);
+        let want = small.train(&options).expect("a run");
+        let dir = tempfile::tempdir().expect("a folder");
+        let path = dir.path().join("checkpoint.safetensors");
+        let mut got = Outcome::default();
+
+        let mut one = session(&small, &options);
+        let source = || small.source(options.batch, options.seed);
+        assert_eq!(one.resume(&path, source()).expect("nothing is there"), None);
+        let mut rates = Vec::new();
+        for _ in 0..2 {
+            let report = one.wait_step().expect("a step").expect("of seven");
+            note(&mut got, &report);
+            rates.push(report.lr);
+        }
+        assert_eq!(rates, [0, 1].map(|step| options.schedule.lr(options.optimizer.lr(), step, 7)));
+        // A step has begun that nobody was told of: it ends first, and is told afterwards.
+        let valid = one.wait_evaluation(small.held_out(options.batch).as_mut()).expect("an evaluation");
+        assert_eq!((one.steps_done(), valid.is_finite()), (3, true));
+        one.wait_checkpoint(&path).expect("written");
+        note(&mut got, &one.wait_step().expect("told").expect("the third"));
+        assert_eq!(one.steps_done(), 3);
+        drop(one);
+
+        let mut other = session(&small, &options);
+        assert_eq!(other.resume(&path, source()).expect("of this run"), Some(3));
+        let again = other.wait_evaluation(small.held_out(options.batch).as_mut()).expect("an evaluation");
+        assert_eq!(again.to_bits(), valid.to_bits());
+        note(&mut got, &other.wait_step().expect("a step").expect("the fourth"));
+        // The rest runs through; what has begun is told first.
+        other.wait_evaluation(small.held_out(options.batch).as_mut()).expect("an evaluation");
+        struct Rest<'a>(&'a mut Outcome);
+        impl Observer for Rest<'_> {
+            fn step(&mut self, report: &StepReport) -> Result<()> {
+                note(self.0, report);
+                Ok(())
+            }
+            fn valid(&mut self, _: u64, loss: f32, _: f64) -> Result<()> {
+                self.0.valid.push(loss.to_bits());
+                Ok(())
+            }
+        }
+        other.run(&mut Rest(&mut got), &AtomicBool::new(false)).expect("a run");
+        assert!(other.wait_step().expect("no failure").is_none());
+        gather(other.engine(), &mut got);
+        assert_eq!(difference(&got, &want), None);
+
+        if dtype == DType::F32 {
+            let form = Form::of(small.network.as_ref()).expect("a form");
+            other.wait_save(dir.path(), &form).expect("saved");
+            let saved = nn::open(dir.path()).expect("a model");
+            for (name, shape) in nn::tensors(saved.network.as_ref()).expect("a network") {
+                let bits: Vec<u32> =
+                    saved.tensor(&name, &shape).expect("there").into_iter().map(f32::to_bits).collect();
+                assert!(got.tensors.iter().any(|(of, have)| of.ends_with(&name) && *have == bits), "{name}");
+            }
+        }
+    }
+}
+
+/// All steps by [`Session::wait_step`] and then a run, which has only the end to do.
+#[test]
+fn a_run_after_the_last_step_validates_and_ends() {
+    let small = Small::gpt(18, 2, 1, 9, 0.0);
+    let options = options(&small, DType::F32);
+    let mut session = session(&small, &options);
+    let mut steps = 0;
+    while let Some(report) = session.wait_step().expect("a step") {
+        assert_eq!(report.result.step, steps);
+        steps += 1;
+    }
+    assert_eq!(steps, options.steps);
+    let mut collect = common::Collect::default();
+    session.run(&mut collect, &AtomicBool::new(false)).expect("the end");
+    assert_eq!((collect.0.losses.len(), collect.0.valid.len()), (0, 1));
+}
+
+#[test]
+fn an_observer_may_set_the_learning_rate() {
+    struct Halves(Vec<f64>);
+    impl Observer for Halves {
+        fn step(&mut self, report: &StepReport) -> Result<()> {
+            self.0.push(report.lr);
+            Ok(())
+        }
+        fn valid(&mut self, _: u64, _: f32, _: f64) -> Result<()> {
+            Ok(())
+        }
+        fn lr(&mut self, step: u64, scheduled: f64) -> f64 {
+            if step < 3 { scheduled } else { 0.5 * scheduled }
+        }
+    }
+    let small = Small::gpt(18, 2, 1, 9, 0.0);
+    let options = options(&small, DType::F32);
+    let mut halves = Halves(Vec::new());
+    session(&small, &options).run(&mut halves, &AtomicBool::new(false)).expect("a run");
+    let of = |step| options.schedule.lr(options.optimizer.lr(), step, 7) * if step < 3 { 1.0 } else { 0.5 };
+    assert_eq!(halves.0, (0..7).map(of).collect::<Vec<f64>>());
+}
+
+#[test]
+fn a_session_that_has_failed_stays_so() {
+    let small = Small::gpt(14, 2, 2, 9, 0.1);
+    let optimizer = Optimizer::Sgd { lr: 1e30, momentum: 0.0, nesterov: false, weight_decay: 0.0 };
+    let options = TrainOptions { optimizer, clip: None, schedule: Schedule::Constant, ..options(&small, DType::F32) };
+    let mut session = session(&small, &options);
+    let error = session.run(&mut (), &AtomicBool::new(false)).expect_err("no weights are left to train");
+    let Error::NotFinite { step, loss, layer } = &error else { panic!("{error}") };
+    assert!(*step <= 2 && !loss.is_finite() && layer.is_some(), "{error}");
+    assert!(session.run(&mut (), &AtomicBool::new(false)).is_err() && session.wait_step().is_err());
+    assert!(session.wait_evaluation(small.held_out(options.batch).as_mut()).is_err());
+}
+
+fn driver(small: &Small, options: &TrainOptions) -> Driver {
+    let (model, plan): (Arc<Model>, Arc<Plan>) = small.plan(options).expect("a plan");
+    let spec = HostSpec { arena_bytes: plan.arena.bytes, ..HostSpec::default() };
+    let config = HostConfig { devices: vec![spec], host_bytes: plan.host.bytes, ..HostConfig::default() };
+    Driver::new(small, (model, plan), Box::new(HostDevice::new(&config).expect("a device")), options)
+}
+
+/// Past every check of the data, as a loop of one's own may: kernels read by these numbers.
+#[test]
+fn ids_and_labels_beside_what_reads_them_are_refused() {
+    let small = Small::gpt(14, 2, 2, 9, 0.0);
+    let mut driver = driver(&small, &options(&small, DType::F32));
+    for (name, value, want) in [
+        (names::INPUT_IDS, 61, "input_ids: value 61 at (3, 8) is not in 0..61"),
+        (names::INPUT_IDS, IGNORED, "input_ids: value -100 at (3, 8) is not in 0..61"),
+        (names::LABELS, 61, "labels: value 61 at (3, 8) is not in 0..61, nor -100"),
+        (names::LABELS, -1, "labels: value -1 at (3, 8) is not in 0..61, nor -100"),
+    ] {
+        let spoil = |batch: &mut Batch| {
+            let tensor = batch.tensors.iter_mut().find(|t| t.name == name).expect("there");
+            *tensor.as_i32_mut().last_mut().expect("elements") = value;
+        };
+        let error = driver.begin(0, spoil).expect_err("refused").to_string();
+        assert_eq!(error, format!("step 0: {want}"));
+        let inputs: Vec<&[u8]> = driver.batch.tensors.iter().map(|t| t.bytes()).collect();
+        let error = driver.engine.wait_evaluation(0, &inputs, 1.0).expect_err("refused").to_string();
+        assert_eq!(error, format!("evaluation: {want}"));
+    }
+    // Nothing has begun, and what is in range goes on.
+    driver.begin(0, |_| ()).expect("in range");
+    assert!(driver.engine.wait_step(0).expect("a step").loss.is_finite());
+    assert!(driver.engine.read_state(0, 0).is_err() && driver.engine.write_state(0, 0, &[]).is_err());
+}
+
+/// Nothing in it has a label.
+struct Unlabelled(Box<dyn Source>);
+
+impl Source for Unlabelled {
+    fn spec(&self) -> &InputSpec {
+        self.0.spec()
+    }
+
+    fn fill(&mut self, index: u64, batch: &mut Batch) -> Result<()> {
+        self.0.fill(index, batch)?;
+        batch.tensors.iter_mut().filter(|t| t.name == names::LABELS).for_each(|t| t.as_i32_mut().fill(IGNORED));
+        Ok(())
+    }
+
+    fn batches_per_epoch(&self) -> u64 {
+        self.0.batches_per_epoch()
+    }
+}
+
+#[test]
+fn held_out_data_without_a_label_has_no_loss() {
+    let small = Small::gpt(14, 2, 1, 9, 0.0);
+    let options = options(&small, DType::F32);
+    let says = "no position of the held-out data has a label";
+    let valid = || Box::new(Unlabelled(small.held_out(options.batch)));
+    let planned = small.plan(&options).expect("a plan");
+    let source = small.source(options.batch, options.seed);
+    let mut session =
+        Session::new(Weights::Random, planned, source, Some(valid()), options.clone()).expect("a session");
+    assert_eq!(session.wait_evaluation(valid().as_mut()).expect_err("no loss").to_string(), says);
+    assert_eq!(session.run(&mut (), &AtomicBool::new(false)).expect_err("no loss").to_string(), says);
+    let endless = small.source(options.batch, 1).as_mut().batches_per_epoch();
+    assert_eq!(endless, u64::MAX);
+}
+
+/// With an update on the device before the last gradient there is no norm to clip by.
+#[test]
+fn a_plan_that_does_not_wait_for_the_norm_refuses_to_clip() {
+    let small = Small::gpt(18, 2, 2, 9, 0.0);
+    let optimizer = Optimizer::Sgd { lr: 0.01, momentum: 0.0, nesterov: false, weight_decay: 0.0 };
+    let free = TrainOptions { optimizer, clip: None, ..options(&small, DType::F32) };
+    let model = small.model(&free);
+    let cut = Some((0..model.layers()).map(|l| l..l + 1).collect());
+    let wishes = PlanOptions { moments: 0, clips: false, cut, resident: Some(false), ..PlanOptions::default() };
+    let plan = Arc::new(Plan::new(&model, &wishes, &common::stated()).expect("a plan"));
+    assert!(plan.choice.updates_on_device, "the case is one in which it matters");
+    let of = |clip| {
+        let options = TrainOptions { clip, ..free.clone() };
+        let source = small.source(options.batch, options.seed);
+        let mut session = Session::new(Weights::Random, (Arc::clone(&model), Arc::clone(&plan)), source, None, options);
+        session.as_mut().expect("a session").run(&mut (), &AtomicBool::new(false))
+    };
+    of(None).expect("nothing to wait for");
+    let message = of(Some(1.0)).expect_err("no norm").to_string();
+    assert!(message.starts_with("step 0: clips, and the plan updates shards before"), "{message}");
+}
+
+#[test]
+fn absurd_options_are_refused() {
+    let good = TrainOptions::new(1);
+    assert!(good.check().is_ok());
+    let data = |key| vec![(key, "v2".to_string())];
+    for (options, says) in [
+        (TrainOptions { batch: 6, microbatch: 4, ..good.clone() }, "microbatch 4 does not divide batch 6"),
+        (TrainOptions { clip: Some(-1.0), ..good.clone() }, "clip is -1, want a number above 0, or none"),
+        (TrainOptions { clip: Some(f64::NAN), ..good.clone() }, "clip is NaN, want a number above 0, or none"),
+        (TrainOptions { dtype: DType::F64, ..good.clone() }, "dtype is f64, want f32 or bf16"),
+        (TrainOptions { valid_every: 0, ..good.clone() }, "valid_every is 0, want 1 or more"),
+        (TrainOptions { patience_secs: 0.0, ..good.clone() }, "patience_secs is 0, want more than 0"),
+        (TrainOptions { data: data("seed"), ..good.clone() }, "data: the key \"seed\" begins neither with"),
+    ] {
+        let message = options.check().expect_err(says).to_string();
+        assert!(message.starts_with(says), "{message}");
+    }
+    assert!(TrainOptions { data: data("data.text"), ..good }.check().is_ok());
+}
+
+/// A service trains on threads of its own.
+#[test]
+fn sessions_and_fleets_may_be_sent_to_another_thread() {
+    fn is_send<T: Send>() {}
+    is_send::<Session>();
+    is_send::<Fleet>();
+}
