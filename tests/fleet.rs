@@ -673,6 +673,38 @@ fn baselines_give_the_bits_of_lone_runs() {
     }
 }
 
+/// With a byte less than what a refusal names there is another, which names the same; with that every arena keeps to it.
+#[test]
+fn baselines_keep_to_the_budget_that_a_refusal_names() {
+    let mut entries = six();
+    // Of unlike needs of state and workspace, so that arenas which took the most of each would be too large.
+    entries.swap(0, 4);
+    for (name, baseline) in Baseline::NAMES {
+        for (devices, recompute, slots) in
+            [(1, Recompute::Auto, 2), (2, Recompute::Auto, 1), (2, Recompute::Never, 2), (3, Recompute::Always, 2)]
+        {
+            let models = fleet_models(&entries, recompute, slots);
+            let place = |budget| {
+                let devices = vec![FleetDevice { budget: Some(budget), cost: stated() }; devices];
+                place_baseline(baseline, &models, &devices)
+            };
+            let refused = |budget| match place(budget) {
+                Err(Error::OutOfBudget { message, smallest_device_bytes }) => {
+                    assert!(message.contains(&format!("memory = {smallest_device_bytes}")), "{message}");
+                    smallest_device_bytes
+                }
+                other => panic!("{name}: not refused with {budget} bytes: {other:?}"),
+            };
+            let needs = refused(1000);
+            assert_eq!(refused(needs - 1), needs, "{name} on {devices} devices");
+            let lined = place(needs).expect("what the refusal named");
+            let arenas = FleetMap::new(&lined.placed, devices).arena_bytes;
+            assert!(arenas.iter().all(|&bytes| bytes <= needs), "{name} on {devices} devices: {arenas:?} of {needs}");
+            assert_eq!(lined.smallest_device_bytes, needs, "{name} on {devices} devices");
+        }
+    }
+}
+
 /// Chooses what it may not, or nothing.
 struct Wayward(Option<u16>);
 

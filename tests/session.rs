@@ -7,6 +7,7 @@ use common::{Outcome, difference, gather};
 use hydra::base::{DType, Error, IGNORED, Result};
 use hydra::data::{Batch, InputSpec, Source, names};
 use hydra::device::host::{HostConfig, HostDevice, HostSpec};
+use hydra::device::sim::CostModel;
 use hydra::nn::{self, Form};
 use hydra::spill::{Model, Plan, PlanOptions};
 use hydra::train::{Fleet, Observer, Optimizer, Schedule, Session, StepReport, TrainOptions, Weights};
@@ -85,7 +86,7 @@ fn steps_one_by_one_have_the_bits_of_a_run() {
 
         if dtype == DType::F32 {
             let form = Form::of(small.network.as_ref()).expect("a form");
-            other.wait_save(dir.path(), &form).expect("saved");
+            other.wait_save(dir.path(), &form, Weights::Random).expect("saved");
             let saved = nn::open(dir.path()).expect("a model");
             for (name, shape) in nn::tensors(saved.network.as_ref()).expect("a network") {
                 let bits: Vec<u32> =
@@ -94,6 +95,29 @@ fn steps_one_by_one_have_the_bits_of_a_run() {
             }
         }
     }
+}
+
+/// In bf16 the engine keeps no lower half of what it does not train; the directory has it all the same.
+#[test]
+fn frozen_weights_of_a_bf16_model_are_saved_as_they_were() {
+    let case = common::Case::open("gpt2");
+    let frozen = vec!["transformer.wte".to_string(), "transformer.h.0.".to_string()];
+    let options = TrainOptions { dtype: DType::Bf16, frozen, ..case.options() };
+    let planned = case.plan(&options).expect("a plan");
+    let first = Weights::Pretrained(&case.pretrained);
+    let mut session = Session::new(first, planned, case.source(), None, options.clone()).expect("a session");
+    session.run(&mut (), &AtomicBool::new(false)).expect("a run");
+    let dir = tempfile::tempdir().expect("a folder");
+    session.wait_save(dir.path(), &case.pretrained.form, first).expect("saved");
+    let saved = nn::open(dir.path()).expect("a model");
+    let (mut kept, mut changed) = (0, 0);
+    for (name, shape) in nn::tensors(saved.network.as_ref()).expect("a network") {
+        let [now, before] = [&saved, &case.pretrained].map(|of| of.tensor(&name, &shape).expect("there"));
+        let is_frozen = options.frozen.iter().any(|start| name.starts_with(start));
+        assert_eq!(now == before, is_frozen, "{name}");
+        *(if is_frozen { &mut kept } else { &mut changed }) += 1;
+    }
+    assert!(kept > 2 && changed > 2, "{kept} kept, {changed} changed");
 }
 
 /// All steps by [`Session::wait_step`] and then a run, which has only the end to do.
@@ -226,8 +250,9 @@ fn a_plan_that_does_not_wait_for_the_norm_refuses_to_clip() {
     let free = TrainOptions { optimizer, clip: None, ..options(&small, DType::F32) };
     let model = small.model(&free);
     let cut = Some((0..model.layers()).map(|l| l..l + 1).collect());
+    let slow_host = CostModel { host_update_bytes_per_sec: 1e6, ..common::stated() };
     let wishes = PlanOptions { moments: 0, clips: false, cut, resident: Some(false), ..PlanOptions::default() };
-    let plan = Arc::new(Plan::new(&model, &wishes, &common::stated()).expect("a plan"));
+    let plan = Arc::new(Plan::new(&model, &wishes, &slow_host).expect("a plan"));
     assert!(plan.choice.updates_on_device, "the case is one in which it matters");
     let of = |clip| {
         let options = TrainOptions { clip, ..free.clone() };

@@ -67,23 +67,33 @@ pub fn place_baseline(baseline: Baseline, models: &[FleetModel], devices: &[Flee
     }
 }
 
-/// Plans a model, or takes the plan of an equal one before it.
-fn plan_each(models: &[FleetModel], mut plan: impl FnMut(&FleetModel) -> Result<Plan>) -> Result<Vec<Arc<Plan>>> {
-    let mut plans: Vec<Arc<Plan>> = Vec::new();
+/// Makes something for each model, once for equal ones.
+///
+/// # Errors
+/// Where some do not fit, that of the one that needs the most: with what it names all fit.
+fn for_each<T: Clone>(models: &[FleetModel], mut make: impl FnMut(&FleetModel) -> Result<T>) -> Result<Vec<T>> {
+    let mut made: Vec<Option<T>> = Vec::new();
+    let mut refused: Option<(u64, Error)> = None;
     for (i, m) in models.iter().enumerate() {
         let twin = (0..i).find(|&t| Arc::ptr_eq(&models[t].model, &m.model) && models[t].options == m.options);
-        plans.push(match twin {
-            Some(twin) => Arc::clone(&plans[twin]),
-            None => Arc::new(plan(m).map_err(|e| named(&m.name, e))?),
+        made.push(match twin.map_or_else(|| make(m).map(Some), |twin| Ok(made[twin].clone())) {
+            Ok(made) => made,
+            Err(error @ Error::OutOfBudget { smallest_device_bytes: needs, .. }) => {
+                if refused.as_ref().is_none_or(|(most, _)| needs > *most) {
+                    refused = Some((needs, named(&m.name, error)));
+                }
+                None
+            }
+            Err(error) => return Err(named(&m.name, error)),
         });
     }
-    Ok(plans)
+    refused.map_or_else(|| Ok(made.into_iter().flatten().collect()), |(_, error)| Err(error))
 }
 
 fn one_at_a_time(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Lined> {
-    let plans = plan_each(models, |m| {
+    let plans = for_each(models, |m| {
         let options = PlanOptions { device_budget: devices[0].budget, ..m.options.clone() };
-        Plan::new(&m.model, &options, &devices[0].cost)
+        Plan::new(&m.model, &options, &devices[0].cost).map(Arc::new)
     })?;
     let alone = |(m, plan): (&FleetModel, Arc<Plan>)| Placed::alone(Arc::clone(&m.model), plan);
     let placed: Vec<Placed> = models.iter().zip(plans).map(alone).collect();
@@ -92,10 +102,10 @@ fn one_at_a_time(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Lined
 }
 
 fn task_parallel(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Lined> {
-    let plans = plan_each(models, |m| {
+    let plans = for_each(models, |m| {
         let whole = std::iter::once(0..m.model.layers()).collect();
         let options = PlanOptions { resident: Some(true), cut: Some(whole), device_budget: None, ..m.options.clone() };
-        Plan::new(&m.model, &options, &devices[0].cost)
+        Plan::new(&m.model, &options, &devices[0].cost).map(Arc::new)
     })?;
     let secs = |i: usize| models[i].steps as f64 * plans[i].estimated_secs;
     let speeds = speeds(models, devices);
@@ -143,14 +153,7 @@ fn task_parallel(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Lined
 
 /// Cuts each model into a stage for each device.
 fn staged(models: &[FleetModel], devices: &[FleetDevice], pipelined: bool) -> Result<Lined> {
-    let mut staged: Vec<(Placed, u64)> = Vec::new();
-    for (i, m) in models.iter().enumerate() {
-        let twin = (0..i).find(|&t| Arc::ptr_eq(&models[t].model, &m.model) && models[t].options == m.options);
-        staged.push(match twin {
-            Some(twin) => staged[twin].clone(),
-            None => stage(m, devices, pipelined).map_err(|e| named(&m.name, e))?,
-        });
-    }
+    let staged = for_each(models, |m| stage(m, devices, pipelined))?;
     let smallest_device_bytes = staged.iter().map(|(_, least)| *least).max().unwrap_or(0);
     let placed = staged.into_iter().map(|(placed, _)| placed).collect();
     Ok(Lined { placed, lines: vec![(0..models.len()).collect()], smallest_device_bytes })
@@ -190,7 +193,8 @@ fn stage(m: &FleetModel, devices: &[FleetDevice], pipelined: bool) -> Result<(Pl
     let again = may_recompute.then(|| plan(stages.clone(), false, true)).transpose()?;
     let single = (0..layers).map(|l| l..l + 1).collect();
     let finest = may_recompute.then(|| plan(single, false, false)).transpose()?;
-    let least = [&resident, &again, &finest].into_iter().flatten().map(most).min().unwrap_or(0);
+    let smallest = [&resident, &again, &finest].into_iter().flatten().min_by_key(|placed| most(placed)).cloned();
+    let least = smallest.as_ref().map_or(0, most);
     if let Some(whole) = [resident, again].into_iter().flatten().find(&fits) {
         return Ok((whole, least));
     }
@@ -210,15 +214,19 @@ fn stage(m: &FleetModel, devices: &[FleetDevice], pipelined: bool) -> Result<(Pl
             }
         }
     }
-    finest.filter(fits).map(|placed| (placed, least)).ok_or_else(|| refusal(least))
+    finest.filter(fits).map(|placed| (placed, least)).ok_or_else(|| refusal(devices, smallest.as_ref(), least))
 }
 
-fn refusal(needs: u64) -> Error {
-    let bytes = format_bytes(needs);
-    Error::OutOfBudget {
-        message: format!(
-            "device memory: its stages need {needs} bytes ({bytes}) of a device\n  smallest budget that works {needs:>14} bytes: memory = {needs}"
-        ),
-        smallest_device_bytes: needs,
+fn refusal(devices: &[FleetDevice], smallest: Option<&Placed>, needs: u64) -> Error {
+    let budget = devices.iter().filter_map(|d| d.budget).min().unwrap_or(0);
+    let [needed, given] = [needs, budget].map(format_bytes);
+    let mut message = format!(
+        "device memory: its stages need {needs} bytes ({needed}) of a device, the budget is {budget} bytes ({given})\n"
+    );
+    if let Some(Placed { plan, .. }) = smallest {
+        message += &format!("  the smallest plan has {} shards, and if all were on one device:\n", plan.shards.len());
+        message += &plan.arena_lines();
     }
+    message += &format!("  smallest budget that works {needs:>14} bytes: memory = {needs}");
+    Error::OutOfBudget { message, smallest_device_bytes: needs }
 }

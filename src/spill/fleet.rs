@@ -170,18 +170,21 @@ fn device_maps(models: &[Placed], device: u16, spare: Spare) -> Vec<ArenaMap> {
         }
         _ => None,
     };
-    // Of models that never run together each has the arena to itself.
-    if models.iter().all(|m| m.line == models[0].line && m.home != Home::Anywhere) {
-        return models.iter().map(|m| own(m).unwrap_or_default()).collect();
+    // Of models that never run together on this device each has its arena to itself.
+    let own_maps: Vec<Option<ArenaMap>> = models.iter().map(own).collect();
+    let mut lines_here = models.iter().zip(&own_maps).filter(|(_, map)| map.is_some()).map(|(m, _)| m.line);
+    let first = lines_here.next();
+    if models.iter().all(|m| m.home != Home::Anywhere) && lines_here.all(|line| Some(line) == first) {
+        return own_maps.into_iter().map(Option::unwrap_or_default).collect();
     }
     let lines = models.iter().map(|m| m.line).max().map_or(0, |most| most + 1);
     for line in 0..lines {
         let (base, mut end) = (tape.end, tape.end);
-        for (map, placed) in maps.iter_mut().zip(models).filter(|(_, m)| m.line == line) {
-            if let Some(own) = own(placed) {
+        for ((map, own), _) in maps.iter_mut().zip(&own_maps).zip(models).filter(|(_, m)| m.line == line) {
+            if let Some(own) = own {
                 tape.end = base;
                 let at = tape.take(own.workspace);
-                *map = own.shifted(at, 0);
+                *map = own.clone().shifted(at, 0);
                 end = end.max(tape.end);
             }
         }

@@ -52,9 +52,16 @@ pub(super) fn choose_homes(models: &[Homes], budgets: HomeBudgets, smallest_devi
     let host = budgets.host.unwrap_or(u64::MAX);
     let Some(level) = needs.iter().position(|&bytes| bytes <= host) else {
         let needs = needs.into_iter().min().unwrap_or(0);
-        let (even, more) = match budgets.disk {
-            0 => ("", "; disk = { path = \"spill\", memory = \"16 GiB\" } under [host] adds a disk tier"),
-            _ => (" even with moments, gradients and weights on the disk", ""),
+        let with_disk = OnDisk::ALL.map(|on_disk| total(models, |_| on_disk as usize));
+        let (even, more) = match (budgets.disk, with_disk.iter().find(|(bytes, _)| *bytes <= host)) {
+            (0, Some((_, disk))) => {
+                let disk = format!("disk = {{ path = \"spill\", memory = {disk} }}");
+                ("", format!("; [host] memory = {needs} would do, or {disk} beside it"))
+            }
+            (0, None) => ("", format!("; [host] memory = {needs} would do")),
+            _ => {
+                (" even with moments, gradients and weights on the disk", format!("; [host] memory = {needs} would do"))
+            }
         };
         return Err(refused(format!(
             "the host's store needs {} ({needs} bytes){of_all}{even}, its budget is {} ({host} bytes){more}",
@@ -126,8 +133,10 @@ mod tests {
             (
                 15 * K,
                 0,
-                "the host's store needs 16.00 KiB (16384 bytes), its budget is 15.00 KiB (15360 bytes); disk = {",
+                "the host's store needs 16.00 KiB (16384 bytes), its budget is 15.00 KiB (15360 bytes); \
+                 [host] memory = 16384 would do, or disk = { path = \"spill\", memory = 9216 } beside it",
             ),
+            (K, 0, "its budget is 1.00 KiB (1024 bytes); [host] memory = 16384 would do"),
             (K, 99 * K, "needs 2.00 KiB (2048 bytes) even with moments, gradients and weights on the disk"),
             (15 * K, 8 * K, "the disk tier needs 9.00 KiB (9216 bytes), its budget is 8.00 KiB (8192 bytes)"),
         ] {

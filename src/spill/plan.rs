@@ -130,7 +130,7 @@ impl Plan {
         let smallest =
             search.smallest.expect("every model has the cut into its layers, and each cut a smallest choice");
         // What the host has no room for is refused by what it lacks.
-        match search.best.or(search.homeless) {
+        match search.best.or(search.homeless.map(|(_, found)| found)) {
             Some(best) => {
                 let plan = best.plan(model, options, smallest.arena.bytes);
                 let homes = [plan.homes(model)];
@@ -242,6 +242,14 @@ impl Plan {
     }
 }
 
+impl Plan {
+    /// The table as lines of a message.
+    pub(super) fn arena_lines(&self) -> String {
+        let line = |(what, bytes)| format!("  {what:<26} {bytes:>14} bytes  {:>12}\n", format_bytes(bytes));
+        self.arena_table().into_iter().map(line).collect()
+    }
+}
+
 /// Says what does not fit, with a table of what the smallest plan needs.
 fn refusal(model: &Model, smallest: &Plan, options: &PlanOptions) -> Error {
     let needs = smallest.arena.bytes;
@@ -256,9 +264,7 @@ fn refusal(model: &Model, smallest: &Plan, options: &PlanOptions) -> Error {
         smallest.shards.len(),
         smallest.arena.weight_slots.len()
     );
-    for (what, bytes) in smallest.arena_table() {
-        message += &format!("  {what:<26} {bytes:>14} bytes  {:>12}\n", format_bytes(bytes));
-    }
+    message += &smallest.arena_lines();
     message += &format!("  smallest budget that works {needs:>14} bytes: memory = {needs}");
     let samples = model.train.inputs.iter().filter_map(|input| input.shape.axes().first()).copied().max();
     let advice = [

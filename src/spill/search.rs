@@ -59,8 +59,8 @@ pub struct Search<'a> {
     shards: Timed<'a>,
     /// The fastest that fits.
     pub best: Option<Found>,
-    /// One that fits on the device, for which the host has no room.
-    pub homeless: Option<Found>,
+    /// The one that fits on the device and lacks the least of host memory, and how much that is.
+    pub homeless: Option<(u64, Found)>,
     /// The one of the smallest arena.
     pub smallest: Option<Found>,
 }
@@ -221,14 +221,12 @@ impl<'a> Search<'a> {
         self.options.device_budget.is_none_or(|budget| arena_bytes <= budget)
     }
 
-    /// Whether the host has room for it, with as much on the disk as can be.
-    fn fits_at_home(&self, shards: &Shards, choice: &Choice) -> bool {
+    /// By how many bytes more than its budget it needs of the host, with as much on the disk as can be.
+    fn host_lacks(&self, shards: &Shards, choice: &Choice) -> u64 {
+        let Some(budget) = self.options.host_budget else { return 0 };
         let most = if self.options.disk_budget > 0 { OnDisk::Weights } else { OnDisk::Nothing };
-        let needs = || {
-            let choice = Choice { on_disk: self.options.on_disk.unwrap_or(most), ..choice.clone() };
-            host_map(self.model, &shards.programs, &choice, self.options.moments).bytes
-        };
-        self.options.host_budget.is_none_or(|budget| needs() <= budget)
+        let choice = Choice { on_disk: self.options.on_disk.unwrap_or(most), ..choice.clone() };
+        host_map(self.model, &shards.programs, &choice, self.options.moments).bytes.saturating_sub(budget)
     }
 
     /// Keeps a plan if it is the best so far. What fits whole is left at rest, with the fewest shards; else the fastest wins, and among
@@ -277,10 +275,15 @@ impl<'a> Search<'a> {
         if !self.fits(arena.bytes) {
             return;
         }
-        if self.best.as_ref().is_none_or(better) && self.fits_at_home(shards, choice) {
-            self.best = Some(found(arena));
-        } else if self.best.is_none() && self.homeless.is_none() {
-            self.homeless = Some(found(arena));
+        if !self.best.as_ref().is_none_or(better) {
+            return;
+        }
+        match self.host_lacks(shards, choice) {
+            0 => self.best = Some(found(arena)),
+            lacks if self.homeless.as_ref().is_none_or(|(least, _)| lacks < *least) => {
+                self.homeless = Some((lacks, found(arena)));
+            }
+            _ => {}
         }
     }
 

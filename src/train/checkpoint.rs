@@ -20,6 +20,8 @@ use std::path::{Path, PathBuf};
 const FORMAT: &str = "hydra-checkpoint-1";
 /// The key of the model's element type. Numbers are f32 in any case: a bf16 model's weights are kept as their masters.
 const DTYPE: &str = "dtype";
+/// The key of whether products round their factors to tf32, which another `dtype` of the job says.
+const TF32: &str = "tf32";
 /// The key of what cuts the model's text.
 const TOKENIZER: &str = "tokenizer";
 /// Under which it says what is not trained: of that it has no moments.
@@ -55,7 +57,7 @@ fn identity(options: &TrainOptions) -> [(&'static str, u64); 3] {
 fn updates(options: &TrainOptions) -> Vec<(&'static str, String)> {
     // Debug prints the fewest digits that read back as the same number.
     let number = |x: f64| format!("{x:?}");
-    let mut all = vec![("optimizer.lr", number(options.optimizer.lr()))];
+    let mut all = vec![(TF32, options.tf32.to_string()), ("optimizer.lr", number(options.optimizer.lr()))];
     match options.optimizer {
         Optimizer::Adamw { betas, epsilon, weight_decay, decay_matrices_only, .. } => all.extend([
             (KIND, "adamw".into()),

@@ -240,7 +240,8 @@ impl Fleet {
                     let told = observer.step(&report);
                     let trainee = &mut self.trainees[model];
                     trainee.ends |= observer.wants_end();
-                    trainee.pause |= trainee.ends || observer.wants_checkpoint();
+                    trainee.saves |= observer.wants_checkpoint();
+                    trainee.pause |= trainee.ends || trainee.saves;
                     if let Err(error) = told {
                         self.fail(model, error)?;
                     }
@@ -404,7 +405,7 @@ impl Fleet {
             (trainee.done, trainee.ends || trainee.done == trainee.options.steps)
         };
         // A validation reads what lies on the devices.
-        if stopping || over || observer.wants_checkpoint() {
+        if std::mem::take(&mut self.trainees[model].saves) || stopping || over {
             self.engine.wait_home(model)?;
             observer.checkpoint(done, &self.engine, model)?;
         }

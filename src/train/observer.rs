@@ -44,7 +44,7 @@ pub trait Observer {
         false
     }
 
-    /// Asked after every step, and when the model is at rest: whether to save a checkpoint now.
+    /// Asked after every step: whether to save a checkpoint, as soon as the steps in flight have ended.
     fn wants_checkpoint(&mut self) -> bool {
         false
     }

@@ -137,14 +137,14 @@ impl Session {
         write_checkpoint(path, self.engine(), 0, &self.options, self.steps_done())
     }
 
-    /// Saves the model after all steps that have begun, as [`save_model`] does.
+    /// Saves the model, which began with the weights `first`, after all steps that have begun, as [`save_model`] does.
     ///
     /// # Errors
     /// As [`save_model`]; and when the engine fails.
-    pub fn wait_save(&mut self, dir: &Path, form: &Form) -> Result<()> {
+    pub fn wait_save(&mut self, dir: &Path, form: &Form, first: Weights) -> Result<()> {
         self.wait_begun()?;
         self.fleet.engine_mut().wait_home(0)?;
-        save_model(dir, form, self.engine(), 0, self.steps_done())
+        save_model(dir, form, (self.engine(), 0), first, self.steps_done())
     }
 
     /// Waits for the steps that have begun.

@@ -55,6 +55,8 @@ pub(super) struct Trainee {
     pub(super) rates: VecDeque<f64>,
     /// No step is begun until the model has been at rest: a validation or a checkpoint is due.
     pub(super) pause: bool,
+    /// A checkpoint is to be saved at its next rest.
+    pub(super) saves: bool,
     /// Nobody wants more of it: it ends at its next rest.
     pub(super) ends: bool,
     /// It goes on from a rest: a validation that was due there was left to the run that goes on.
@@ -85,6 +87,7 @@ impl Trainee {
             begun: 0,
             rates: VecDeque::with_capacity(4),
             pause: false,
+            saves: false,
             ends: false,
             owes_validation: false,
             fault: None,

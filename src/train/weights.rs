@@ -18,6 +18,8 @@ pub enum Weights<'a> {
     Random,
     /// From anywhere, by name: a file of one's own, another model. What it does not give is drawn from the seed, as [`Weights::Random`] would.
     Given(&'a GiveTensor<'a>),
+    /// From a checkpoint, which the caller restores before the first step; until then they are 0.
+    Later,
 }
 
 impl Weights<'_> {
@@ -27,6 +29,9 @@ impl Weights<'_> {
     /// # Errors
     /// When a tensor is missing or has another shape, cannot be read, or a step has begun.
     pub fn write(&self, engine: &mut Engine, model: usize, seed: u64) -> Result<()> {
+        if matches!(self, Weights::Later) {
+            return Ok(());
+        }
         let graph = &Arc::clone(engine.model(model)).train;
         for (i, parameter) in graph.parameters.iter().enumerate() {
             let values = self.named(&parameter.name, &parameter.shape)?;
@@ -40,10 +45,11 @@ impl Weights<'_> {
         Ok(())
     }
 
-    fn named(&self, name: &str, shape: &Shape) -> Result<Option<Vec<f32>>> {
+    /// A tensor by its name in the graph, where they are not drawn.
+    pub(super) fn named(&self, name: &str, shape: &Shape) -> Result<Option<Vec<f32>>> {
         match self {
             Weights::Pretrained(pretrained) => pretrained.tensor(name, shape).map(Some),
-            Weights::Random => Ok(None),
+            Weights::Random | Weights::Later => Ok(None),
             Weights::Given(give) => give(name, shape),
         }
     }
@@ -55,6 +61,7 @@ impl fmt::Debug for Weights<'_> {
             Weights::Pretrained(pretrained) => f.debug_tuple("Pretrained").field(pretrained).finish(),
             Weights::Random => f.write_str("Random"),
             Weights::Given(_) => f.write_str("Given(..)"),
+            Weights::Later => f.write_str("Later"),
         }
     }
 }

@@ -28,7 +28,7 @@ fn little_host_memory_and_a_disk_give_the_same_model() {
         let out = format!("run.out={run}");
         let memory = format!("host.memory={host}");
         let sets = ["--set", &out, "--set", &device, "--set", &memory];
-        job.hydra(&[&["train"], &sets[..]].concat()).fails(2, &["the host's store needs", "adds a disk tier"]);
+        job.hydra(&[&["train"], &sets[..]].concat()).fails(2, &["the host's store needs", "or disk = {"]);
         assert!(!job.at(&run).exists());
         let ran = job.hydra(&[&["train", "--set", DISK], &sets[..]].concat()).fine();
         assert!(ran.out.contains(", disk ") && ran.out.contains("(moments"), "{}", ran.out);

@@ -105,7 +105,14 @@ pub fn plan_loaded(path: &Path, job: Job, texts: &Rc<Texts>, trains: bool) -> Re
     let mut models = Vec::new();
     for ((prepared, _), placed) in traced.into_iter().zip(placed) {
         let clip = prepared.options.clip.is_some();
-        let prediction = predict_alone(&placed, &sharing, &machine, &map.arena_bytes, clip)?;
+        let alike = |m: &&Rc<Planned>| {
+            let same_plan = Arc::ptr_eq(&m.placed.plan, &placed.plan) && m.placed.home == placed.home;
+            same_plan && m.prepared.options.clip.is_some() == clip
+        };
+        let prediction = match models.iter().find(alike) {
+            Some(twin) => twin.prediction,
+            None => predict_alone(&placed, &sharing, &machine, &map.arena_bytes, clip)?,
+        };
         models.push(Rc::new(Planned { prepared, placed, prediction }));
     }
     let mut planned = PlannedJob {

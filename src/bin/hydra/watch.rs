@@ -204,7 +204,8 @@ impl Observer for Watch<'_> {
     /// Saves the model; a checkpoint of its last step is written only after it, and so tells that there is nothing left to do.
     fn ended(&mut self, engine: &Engine, model: usize) -> Result<()> {
         let prepared = &self.planned.prepared;
-        save_model(&self.folder.join(rundir::MODEL), &prepared.form()?, engine, model, self.done)?;
+        let folder = self.folder.join(rundir::MODEL);
+        save_model(&folder, &prepared.form()?, (engine, model), prepared.weights(), self.done)?;
         let path = self.folder.join(rundir::CHECKPOINT);
         write_last_checkpoint(&path, engine, model, &prepared.options, self.done)?;
         let early = self.ends.take().filter(|_| self.done < self.steps);
