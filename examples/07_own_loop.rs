@@ -3,27 +3,41 @@
 //!
 //! `Session` has a loop for what is usual. Beneath it is the engine, which takes minibatches and updates one at a time.
 
-use hydra::base::{DType, Result};
-use hydra::data::names;
+use hydra::base::{DType, Result, Shape};
+use hydra::data::{Batch, BatchTensor, names};
 use hydra::device::{DeviceSpec, FleetMemory, calibrate, start_fleet};
-use hydra::engine::{Engine, EngineOptions, StepInput, Stored};
+use hydra::engine::{Engine, StepInput, Stored};
 use hydra::nn::{InputShape, from_config};
 use hydra::spill::PlanOptions;
-use hydra::train::{Optimizer, TrainOptions, Weights, plan_model, trace_model};
+use hydra::train::{TrainOptions, Weights, batch_inputs, plan_model, trace_model};
+use std::ops::Range;
 use std::sync::Arc;
 
 const STEPS: u64 = 160;
 /// Samples, positions and numbers that there are.
 const SIZES: [usize; 3] = [8, 16, 61];
+/// With what sequences begin that are trained on, and those that are not.
+const TRAINED: Range<usize> = 0..49;
+const HELD_OUT: Range<usize> = 49..61;
+/// A loss is the mean over all positions.
+const LOSS_SCALE: f64 = 1.0 / (SIZES[0] * SIZES[1]) as f64;
 
-/// Sequences that count up by a stride of their own, modulo a prime; the label of a position is the number that follows.
-fn minibatch(number: u64) -> [Vec<i32>; 2] {
+/// Sequences that count up by a stride of their own, modulo a prime, from one of the numbers of `starts`; the label of a position is the number that
+/// follows.
+fn minibatch(number: u64, starts: Range<usize>) -> Batch {
     let [batch, time, numbers] = SIZES;
     let at = |row: usize, t: usize| {
         let row = number as usize * batch + row;
-        ((row * 29 + t * (1 + row % 3)) % numbers) as i32
+        let start = starts.start + row * 29 % starts.len();
+        ((start + t * (1 + row % 3)) % numbers) as i32
     };
-    [0, 1].map(|ahead| (0..batch * time).map(|i| at(i / time, i % time + ahead)).collect())
+    let tensor = |(name, ahead): (&str, usize)| {
+        let mut tensor = BatchTensor::zeros(name, DType::I32, Shape::from([batch, time]));
+        let values = (0..batch * time).map(|i| at(i / time, i % time + ahead));
+        tensor.as_i32_mut().iter_mut().zip(values).for_each(|(to, value)| *to = value);
+        tensor
+    };
+    Batch { tensors: [(names::INPUT_IDS, 0), (names::LABELS, 1)].map(tensor).to_vec() }
 }
 
 /// The weights, which have come home.
@@ -31,10 +45,11 @@ fn read(engine: &Engine) -> Result<Vec<Vec<f32>>> {
     (0..engine.model(0).train.parameters.len()).map(|i| engine.read_parameter(0, Stored::Weight, i)).collect()
 }
 
-/// The loss of a minibatch that no step has seen.
+/// The loss of sequences that no step has seen.
 fn validate(engine: &mut Engine) -> Result<f32> {
-    let [ids, labels] = minibatch(STEPS);
-    engine.wait_evaluation(0, &[bytemuck::cast_slice(&ids), bytemuck::cast_slice(&labels)], 1.0 / labels.len() as f64)
+    let batch = minibatch(0, HELD_OUT);
+    let inputs = batch_inputs(&engine.model(0).train, &batch)?;
+    engine.wait_evaluation(0, &inputs, LOSS_SCALE)
 }
 
 /// Trains, averages and validates.
@@ -44,7 +59,7 @@ pub fn main() -> Result<()> {
         "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0 });
     let gpt = from_config("gpt2", config.as_object().expect("written as an object"), true)?;
     let plan = PlanOptions { device_budget: Some(300_000), ..PlanOptions::default() };
-    let options = TrainOptions { batch, microbatch: batch / 2, plan, ..TrainOptions::new(STEPS) };
+    let options = TrainOptions { batch, microbatch: batch / 2, clip: Some(1.0), plan, ..TrainOptions::new(STEPS) };
 
     let inputs = [names::INPUT_IDS, names::LABELS].map(|name| InputShape::new(name, [time], DType::I32));
     let model = Arc::new(trace_model(gpt.as_ref(), &inputs, &options)?);
@@ -52,18 +67,18 @@ pub fn main() -> Result<()> {
     let (arena_bytes, host_bytes) = (vec![plan.arena.bytes], plan.host.bytes);
     let memory = FleetMemory { arena_bytes, host_bytes, ..FleetMemory::default() };
     let device = start_fleet(&[DeviceSpec::default()], memory)?;
-    let mut engine = Engine::new(Arc::clone(&model), plan, device, EngineOptions::new(1, &model));
-    Weights::Random.write(&mut engine, 0, 1)?;
+    let how = options.engine_options(&model, &plan);
+    let mut engine = Engine::new(Arc::clone(&model), plan, device, how);
+    Weights::Random.write(&mut engine, 0, options.seed)?;
 
-    let (adamw, mut lr) = (Optimizer::default(), 1e-2);
+    let (adamw, mut lr) = (options.optimizer, 1e-2);
     // The average loss of the last steps, and the least that it was.
     let (mut recent, mut least, mut patience) = (f32::NAN, f32::INFINITY, 0);
     let (mut first, mut sums, mut averaged) = (f32::NAN, Vec::<Vec<f32>>::new(), 0);
     for step in 0..STEPS {
-        let [ids, labels] = minibatch(step);
-        let inputs = vec![bytemuck::cast_slice(&ids), bytemuck::cast_slice(&labels)];
-        let loss_scale = 1.0 / labels.len() as f64;
-        engine.begin_step(0, &StepInput { step, inputs, loss_scale, rule: adamw.rule(step, lr), clip: Some(1.0) })?;
+        let batch = minibatch(step, TRAINED);
+        let (inputs, rule) = (batch_inputs(&model.train, &batch)?, adamw.rule(step, lr));
+        engine.begin_step(0, &StepInput { step, inputs, loss_scale: LOSS_SCALE, rule, clip: options.clip })?;
         // It is begun while the step before it runs: a device never waits for this loop.
         if step == 0 {
             continue;

@@ -10,8 +10,7 @@
 //! use hydra::device::{DeviceSpec, calibrate};
 //! use hydra::nn::from_config;
 //! use hydra::spill::PlanOptions;
-//! use hydra::train::{Session, StepReport, TrainOptions, Weights, prepare};
-//! use std::sync::atomic::AtomicBool;
+//! use hydra::train::{Session, TrainOptions, Weights, prepare};
 //!
 //! # fn main() -> hydra::base::Result<()> {
 //! let config = serde_json::json!({ "n_layer": 8, "n_embd": 32, "n_head": 2, "n_positions": 16, "vocab_size": 64 });
@@ -25,17 +24,17 @@
 //! let (model, plan) = prepare(gpt.as_ref(), &data, &options, &cost)?;
 //! assert!(plan.arena.bytes <= 400_000 && 16 * model.layout.parameter_bytes / 4 > 1_600_000);
 //! let mut session = Session::new(Weights::Random, (model, plan), Box::new(data), None, options)?;
-//! let mut watch = |step: &StepReport| {
+//! while let Some(step) = session.wait_step()? {
 //!     println!("loss {:.3}", step.result.loss);
-//!     Ok(())
-//! };
-//! session.run(&mut watch, &AtomicBool::new(false))
+//! }
+//! # Ok(())
 //! # }
 //! ```
 //!
 //! | to | see |
 //! | --- | --- |
-//! | train with losses, schedules, validation and checkpoints | [`train::Session`]; for several models [`train::Fleet`] |
+//! | train step by step, evaluate, save and resume | [`train::Session`]; examples/08_fine_tuning |
+//! | train to the end, observed, with validation and checkpoints as they come due | [`train::Session::run`]; for several models [`train::Fleet`] |
 //! | run steps in a loop of your own, and read and write weights | [`engine::Engine`], which takes a [`spill::Plan`] and a [`device::Device`]; examples/07_own_loop |
 //! | train a part of a model, and leave the rest as it is | [`train::TrainOptions::frozen`] |
 //! | begin from weights of your own | [`train::Weights`] |

@@ -11,6 +11,8 @@ mod under_a_budget;
 mod custom_op;
 #[path = "../examples/06_denoising.rs"]
 mod denoising;
+#[path = "../examples/08_fine_tuning.rs"]
+mod fine_tuning;
 #[path = "../examples/07_own_loop.rs"]
 mod own_loop;
 #[path = "../examples/05_own_policy.rs"]
@@ -49,4 +51,9 @@ fn denoising_runs() {
 #[test]
 fn own_loop_runs() {
     own_loop::main().expect("the example runs");
+}
+
+#[test]
+fn fine_tuning_runs() {
+    fine_tuning::main().expect("the example runs");
 }

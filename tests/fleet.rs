@@ -673,6 +673,27 @@ fn baselines_give_the_bits_of_lone_runs() {
     }
 }
 
+/// With an update on the device before the last gradient there is no norm to clip by.
+#[test]
+fn a_plan_that_does_not_wait_for_the_norm_refuses_to_clip() {
+    let mut entries = six();
+    entries.iter_mut().for_each(|e| e.options.clip = None);
+    // To a host that is slow, updates on the device are worth their copies.
+    let cost = CostModel { host_update_bytes_per_sec: 1e6, ..stated() };
+    let devices = vec![FleetDevice { budget: Some(smallest(&entries) * 5 / 4), cost }; 2];
+    let models = fleet_models(&entries, Recompute::Auto, 2);
+    let placed = plan_fleet(&models, &devices, HomeBudgets::default()).expect("a plan").placed;
+    let at_once = |i: usize| placed[i].plan.choice.updates_on_device;
+    entries.iter_mut().step_by(2).for_each(|e| e.options.clip = Some(1.0));
+    let got = run(&entries, &placed, 2, "fifo", 2, None);
+    let refused: Vec<usize> = (0..entries.len()).filter(|&i| at_once(i) && entries[i].options.clip.is_some()).collect();
+    assert!(!refused.is_empty() && refused.len() < entries.len(), "a case in which it matters, and one beside it");
+    for (i, got) in got.into_iter().enumerate() {
+        let refusal = "step 0: clips, and the plan updates shards before the last gradient is there";
+        assert_eq!(got.is_err_and(|error| error.starts_with(refusal)), refused.contains(&i), "{}", entries[i].name);
+    }
+}
+
 /// With a byte less than what a refusal names there is another, which names the same; with that every arena keeps to it.
 #[test]
 fn baselines_keep_to_the_budget_that_a_refusal_names() {

@@ -126,8 +126,8 @@ struct DiskLanes {
     write: u16,
 }
 
-/// Stands for the step in tasks of an evaluation; even, like the results that it uses.
-const EVALUATION: u64 = u64::MAX - 1;
+/// Stand for the step in tasks of evaluations, by turns: the one even, the other odd, like the staging memory and the results that they use.
+const EVALUATIONS: [u64; 2] = [u64::MAX - 1, u64::MAX - 2];
 /// Stands for it in tasks that belong to no step.
 const NO_STEP: u64 = u64::MAX;
 
@@ -158,6 +158,9 @@ pub struct Engine {
 
 impl Engine {
     /// An engine for one model on device 0 of `device`, whose arena and store are at least as large as the plan's maps.
+    ///
+    /// # Panics
+    /// As [`Engine::fleet`].
     pub fn new(model: Arc<Model>, plan: Arc<Plan>, device: Box<dyn Device>, options: EngineOptions) -> Engine {
         Engine::fleet(&[Placed::alone(model, plan)], vec![options], device, None)
     }
@@ -167,13 +170,17 @@ impl Engine {
     /// which they are begun.
     ///
     /// # Panics
-    /// When a model without a home has no turns to take: our own bug.
+    /// When there are not as many options as models, nor as many [`EngineOptions::decays`] as parameters, or a model without a home has no turns to take: bugs
+    /// of the caller's.
     pub fn fleet(
         models: &[Placed],
         options: Vec<EngineOptions>,
         device: Box<dyn Device>,
         turns: Option<TurnOptions>,
     ) -> Engine {
+        assert_eq!(models.len(), options.len(), "each model has its options");
+        let whole = |(m, o): (&Placed, &EngineOptions)| m.model.train.parameters.len() == o.decays.len();
+        assert!(models.iter().zip(&options).all(whole), "each parameter decays or does not");
         assert!(turns.is_some() || models.iter().all(|m| m.home != Home::Anywhere), "somebody has to choose a device");
         let lanes = lanes_of(device.as_ref());
         let map = match &turns {

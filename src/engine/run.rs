@@ -1,7 +1,7 @@
 //! The loop: begins work, issues tasks, waits for what ends next and books it.
 
 use super::member::{Ending, Pending, Purpose};
-use super::{EVALUATION, Ended, Engine, StepInput, StepResult};
+use super::{EVALUATIONS, Ended, Engine, StepInput, StepResult};
 use crate::base::{Error, LaneKind, Result};
 use crate::device::UpdateRule;
 use crate::trace::{Bound, Event, What};
@@ -47,19 +47,24 @@ impl Engine {
         self.begin(model, purpose, input.step, input.loss_scale)
     }
 
-    /// Queues an evaluation of one minibatch of a model: the sum over labelled positions times `loss_scale`. Nothing else of the model may be in
-    /// flight. Copies the inputs and returns without waiting.
+    /// Queues an evaluation of one minibatch of a model: the sum over labelled positions times `loss_scale`. At most two may be in flight, and no step beside
+    /// them. Copies the inputs and returns without waiting.
     ///
     /// # Errors
     /// As [`Engine::begin_step`]; and when the model has no evaluation graph.
     pub fn begin_evaluation(&mut self, model: usize, inputs: &[&[u8]], loss_scale: f64) -> Result<()> {
         self.check_running(model)?;
         let member = &self.members[model];
-        if member.model.eval.is_none() || !member.pending.is_empty() {
-            return Err(Error::bad("an evaluation needs an evaluation graph, and no step in flight"));
+        if member.model.eval.is_none() {
+            return Err(Error::bad("an evaluation needs an evaluation graph"));
         }
-        self.stage(model, EVALUATION, inputs)?;
-        self.begin(model, Purpose::Evaluation, EVALUATION, loss_scale)
+        if member.pending.len() >= 2 || member.pending.iter().any(|p| p.purpose != Purpose::Evaluation) {
+            return Err(Error::bad("an evaluation begins with no step and at most one evaluation in flight"));
+        }
+        let before = member.pending.back().map(|p| p.step);
+        let step = if before == Some(EVALUATIONS[0]) { EVALUATIONS[1] } else { EVALUATIONS[0] };
+        self.stage(model, step, inputs)?;
+        self.begin(model, Purpose::Evaluation, step, loss_scale)
     }
 
     pub(super) fn begin(&mut self, model: usize, purpose: Purpose, step: u64, loss_scale: f64) -> Result<()> {
@@ -143,7 +148,10 @@ impl Engine {
         }
         match done.purpose {
             Purpose::Step { .. } => Some(Ended::Step(model, self.step_result(model, &done))),
-            Purpose::Evaluation => Some(Ended::Evaluation(model, self.read_loss(model, EVALUATION))),
+            Purpose::Evaluation => {
+                self.account.discard(done.last_end);
+                Some(Ended::Evaluation(model, self.read_loss(model, done.step)))
+            }
             // Its end was told as the model's.
             Purpose::Check => None,
         }
@@ -183,17 +191,34 @@ impl Engine {
         if self.failed { Err(Error::Device("the run has failed before".into())) } else { Ok(()) }
     }
 
-    /// Runs the evaluation graph of a model on one minibatch, waits for it, and gives its loss.
+    /// Runs the evaluation graph of a model, of which nothing is in flight, on one minibatch, waits for it, and gives its loss.
     ///
     /// # Errors
     /// As [`Engine::begin_evaluation`] and [`Engine::wait_step`].
     pub fn wait_evaluation(&mut self, model: usize, inputs: &[&[u8]], loss_scale: f64) -> Result<f32> {
+        if !self.members[model].pending.is_empty() {
+            return Err(Error::bad("wait_evaluation: something is in flight"));
+        }
         self.begin_evaluation(model, inputs, loss_scale)?;
+        self.wait_begun_evaluation(model)
+    }
+
+    /// Waits for a model's oldest evaluation in flight, and gives its loss.
+    ///
+    /// # Errors
+    /// As [`Engine::wait_step`].
+    pub fn wait_begun_evaluation(&mut self, model: usize) -> Result<f32> {
         loop {
             match self.ended(model) {
                 Some(Ended::Evaluation(_, loss)) => return Ok(loss),
                 Some(Ended::Model(_, error)) => return Err(error),
-                _ => self.pump().map(drop)?,
+                Some(Ended::Step(..)) => {
+                    return Err(Error::bad("an evaluation is waited for, and a step is in flight"));
+                }
+                None if self.members[model].pending.is_empty() => {
+                    return Err(Error::bad("an evaluation is waited for, and none is in flight"));
+                }
+                None => self.pump().map(drop)?,
             }
         }
     }

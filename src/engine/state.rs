@@ -1,6 +1,6 @@
 //! What goes in and out of the host's store: batches, weights, moments, losses.
 
-use super::{EVALUATION, Engine};
+use super::{EVALUATIONS, Engine};
 use crate::base::{DType, Error, IGNORED, Result, Shape};
 use crate::device::host::master;
 use crate::device::{CopySpan, Device, Memory, Span};
@@ -229,7 +229,7 @@ impl Engine {
         let member = &self.members[model];
         let graph = &member.model.train;
         let fault = |what: String| match step {
-            EVALUATION => Error::bad(format!("evaluation: {what}")),
+            _ if EVALUATIONS.contains(&step) => Error::bad(format!("evaluation: {what}")),
             _ => Error::bad(format!("step {step}: {what}")),
         };
         if inputs.len() != graph.inputs.len() {

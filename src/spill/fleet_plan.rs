@@ -276,6 +276,7 @@ pub fn named(model: &str, error: Error) -> Error {
             Error::OutOfBudget { message: format!("{model}: {message}"), smallest_device_bytes }
         }
         Error::Device(message) => Error::Device(format!("{model}: {message}")),
+        Error::NotFinite { .. } | Error::Cancelled => Error::BadInput(format!("{model}: {error}")),
         other => other,
     }
 }

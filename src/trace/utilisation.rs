@@ -245,6 +245,14 @@ impl StepAccount {
         bound
     }
 
+    /// Forgets what ended by `end_secs` and belongs to no step.
+    pub fn discard(&mut self, end_secs: f64) {
+        self.tasks.retain(|task| task.end > end_secs);
+        for sum in &mut self.open {
+            *sum = LaneSum::new(sum.lane);
+        }
+    }
+
     /// Sums of the step that was settled last, in lane order. A task counts, whole, in the step in which it was added.
     pub fn sums(&self) -> &[LaneSum] {
         &self.settled

@@ -252,7 +252,7 @@ impl Fleet {
                     };
                     // The sum over labelled positions; batches weigh by their number.
                     *sum += f64::from(loss);
-                    *count += *labels;
+                    *count += labels.pop_front().expect("each minibatch in flight has its labels");
                 }
                 Ended::Model(model, error) => {
                     let trainee = &mut self.trainees[model];
@@ -313,14 +313,27 @@ impl Fleet {
         self.check_failed(model)?;
         check_held_out(source)?;
         let (mut batch, mut sum, mut count) = (Batch::zeros(source.spec()), 0.0, 0);
-        for index in 0..source.batches_per_epoch() {
-            let labels = fill_held_out(source, index, &mut batch)?;
-            if labels > 0 {
+        let mut begin_all = || -> Result<()> {
+            for index in 0..source.batches_per_epoch() {
+                let labels = fill_held_out(source, index, &mut batch)?;
+                if labels == 0 {
+                    continue;
+                }
+                if self.engine.steps_in_flight(model) == 2 {
+                    sum += f64::from(self.engine.wait_begun_evaluation(model)?);
+                }
                 let inputs = batch_inputs(&self.engine.model(model).train, &batch)?;
-                sum += f64::from(self.engine.wait_evaluation(model, &inputs, 1.0)?);
+                self.engine.begin_evaluation(model, &inputs, 1.0)?;
                 count += labels;
             }
+            Ok(())
+        };
+        let begun = begin_all();
+        // Where the data is at fault the model is not: what has begun ends, and it can go on.
+        while self.engine.steps_in_flight(model) > 0 && !self.engine.is_ending(model) {
+            sum += f64::from(self.engine.wait_begun_evaluation(model)?);
         }
+        begun?;
         self.engine.skip_time(model);
         mean_loss(sum, count)
     }
@@ -370,7 +383,6 @@ impl Fleet {
         }
         match self.trainees[model].stage {
             Stage::Waiting | Stage::Done | Stage::Failed(_) => Ok(()),
-            Stage::Validating { .. } if self.engine.steps_in_flight(model) > 0 => Ok(()),
             Stage::Validating { .. } => self.validate_on(model, observer, stopping),
             Stage::Training => self.train_on(model, observer, stopping),
         }
@@ -465,7 +477,13 @@ impl Fleet {
         if trainee.valid.is_none() {
             return false;
         }
-        trainee.stage = Stage::Validating { next: 0, labels: 0, sum: 0.0, count: 0, began: Instant::now() };
+        trainee.stage = Stage::Validating {
+            next: 0,
+            labels: VecDeque::with_capacity(2),
+            sum: 0.0,
+            count: 0,
+            began: Instant::now(),
+        };
         true
     }
 
@@ -478,6 +496,9 @@ impl Fleet {
                 unreachable!("asked for in a validation only");
             };
             let source = trainee.valid.as_mut().expect("a validation begins only where there is held-out data");
+            if labels.len() == 2 || !labels.is_empty() && (stopping || *next == source.batches_per_epoch()) {
+                return Ok(());
+            }
             if *next == source.batches_per_epoch() {
                 let loss = mean_loss(*sum, *count)?;
                 observer.valid(trainee.done, loss, began.elapsed().as_secs_f64())?;
@@ -493,11 +514,12 @@ impl Fleet {
                 trainee.stage = Stage::Waiting;
                 return Ok(());
             }
-            *labels = fill_held_out(source.as_mut(), *next, &mut trainee.valid_batch)?;
+            let count = fill_held_out(source.as_mut(), *next, &mut trainee.valid_batch)?;
             *next += 1;
-            if *labels > 0 {
+            if count > 0 {
+                labels.push_back(count);
                 let inputs = batch_inputs(&self.engine.model(model).train, &trainee.valid_batch)?;
-                return self.engine.begin_evaluation(model, &inputs, 1.0);
+                self.engine.begin_evaluation(model, &inputs, 1.0)?;
             }
         }
     }

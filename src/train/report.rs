@@ -228,7 +228,10 @@ fn facts(plan: &PlanFile, models: &[ModelRows]) -> Vec<(String, String)> {
     add("shards", plan.shards.or(Some(listed)).filter(|&shards| shards > 0).map(|shards| shards.to_string()));
     add("predicted device peak", plan.device_peak_bytes.map(format_bytes));
     add("device budget", plan.budget_text());
-    add("smallest budget that works", plan.smallest_device_bytes.map(format_bytes));
+    add(
+        "smallest budget that works",
+        plan.smallest_device_bytes.map(|bytes| format!("{} ({bytes} bytes)", format_bytes(bytes))),
+    );
     let state = |resident| match (resident, plan.resting_shards) {
         (true, _) => "resident on the device".to_string(),
         (false, None | Some(0)) => "streamed from the host".to_string(),

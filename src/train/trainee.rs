@@ -28,10 +28,10 @@ pub(super) enum Stage {
     /// Not its turn yet.
     Waiting,
     Training,
-    /// Held-out minibatches before `next` are in the sum; with `next` one in flight of so many labels.
+    /// Held-out minibatches before `next` have begun, of which those with so many `labels` are in flight and the rest are in the sum.
     Validating {
         next: u64,
-        labels: u64,
+        labels: VecDeque<u64>,
         sum: f64,
         count: u64,
         began: Instant,

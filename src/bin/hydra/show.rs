@@ -61,6 +61,8 @@ fn together(planned: &PlannedJob) {
         format_secs(planned.step_secs),
         format_secs(planned.bound_secs),
     ));
+    let least = planned.smallest_device_bytes;
+    say(format!("smallest budget of a device that works: {} ({least} bytes)", format_bytes(least)));
     if planned.sharing.pipelines() {
         say("microbatches of a model that would end last go on from device to device (run.pipeline)");
     }
@@ -182,7 +184,10 @@ fn describe(model: &Planned, planned: &PlannedJob) -> String {
     let mut rows: Vec<Vec<String>> =
         plan.arena_table().into_iter().map(|(what, bytes)| vec![what.to_string(), format_bytes(bytes)]).collect();
     rows.push(vec!["in all".into(), format_bytes(plan.arena.bytes)]);
-    rows.push(vec!["smallest budget that works".into(), format_bytes(plan.smallest_device_bytes)]);
+    if planned.sharing == Sharing::Alone {
+        let bytes = plan.smallest_device_bytes;
+        rows.push(vec!["smallest budget that works".into(), format!("{} ({bytes} bytes)", format_bytes(bytes))]);
+    }
     text += &table(&rows);
     text += &format!("\na step: {}, of which\n", format_secs(model.prediction.step_secs));
     text += &bound_table(&model.prediction.bound);
