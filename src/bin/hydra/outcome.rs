@@ -52,7 +52,7 @@ pub fn row_json(row: &ModelResult) -> Value {
         "steps": row.steps,
         "loss": row.train_loss,
         "secs": row.secs,
-        "model": row.directory.join(rundir::MODEL),
+        "model": row.directory.join(rundir::MODEL).display().to_string(),
     });
     if let Some(valid) = row.valid_loss {
         json["valid_loss"] = valid.into();
