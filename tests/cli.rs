@@ -7,6 +7,10 @@ mod disk;
 mod inbox;
 #[path = "cli/many.rs"]
 mod many;
+#[path = "cli/paths.rs"]
+mod paths;
+#[path = "cli/resume.rs"]
+mod resume;
 #[path = "cli/split.rs"]
 mod split;
 #[path = "cli/tokenizer.rs"]

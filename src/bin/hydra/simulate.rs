@@ -5,6 +5,7 @@ use crate::placing::Sharing;
 use crate::planning::{PlannedJob, plan_job};
 use crate::print::{say, table};
 use crate::rehearsing::describe_rehearsal;
+use crate::rundir::keep_run;
 use crate::texts::Texts;
 use hydra::base::{Error, LaneKind, Result, format_secs};
 use hydra::engine::Simulation;
@@ -56,8 +57,9 @@ impl Wishes<'_> {
 /// Simulates the job at `path`; with `out`, writes the schedule, the trace and the figures there.
 ///
 /// # Errors
-/// When the job is at fault, no plan fits, or a file cannot be written.
+/// When `out` holds a run, the job is at fault, no plan fits, or a file cannot be written.
 pub fn run(path: &Path, wishes: &Wishes, out: Option<&Path>, json: bool) -> Result<()> {
+    out.map_or(Ok(()), keep_run)?;
     if let Some(devices) = wishes.devices {
         wishes.check_counts(path, &format!("--devices {devices}"))?;
     }

@@ -1,6 +1,7 @@
 //! `hydra simulate --sweep`: every combination of a few values, as a table, a CSV and a plot.
 
 use crate::print::{say, table};
+use crate::rundir::keep_run;
 use crate::simulate::{Wishes, simulate_job};
 use crate::texts::Texts;
 use hydra::base::{Error, Result, format_secs, parse_bytes, parse_bytes_per_sec};
@@ -55,9 +56,10 @@ impl Figures {
 /// Simulates every combination; with `out`, writes sweep.csv and sweep.svg there.
 ///
 /// # Errors
-/// When a key is not known or has its value twice, or a file cannot be written. A combination that does not fit, or whose values do not go together, is a
+/// When `out` holds a run, a key is not known or has its value twice, or a file cannot be written. A combination that does not fit, or whose values do not go together, is a
 /// row that says so; where all are, [`Error::OutOfBudget`] if any would fit more memory, else what the first says.
 pub fn run(path: &Path, wishes: &Wishes, sweep: &[String], out: Option<&Path>, json: bool) -> Result<()> {
+    out.map_or(Ok(()), keep_run)?;
     let axes = sweep.iter().map(|text| read_axis(text)).collect::<Result<Vec<Axis>>>()?;
     check_once(&axes, wishes)?;
     if wishes.devices.is_some() || axes.iter().any(|axis| axis.key == "devices") {

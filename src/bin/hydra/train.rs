@@ -40,7 +40,7 @@ pub fn run(path: &Path, sets: &[String], resume: Resume, json: bool) -> Result<(
     let signals = Signals::heed()?;
     let mut job = Job::load(path, sets)?;
     let out = job.run.out.clone();
-    let goes_on = resume != Resume::Never && out.join(rundir::PLAN).exists();
+    let goes_on = resume != Resume::Never && rundir::holds_run(&out);
     // Before anything of it is read, so that nobody changes it meanwhile.
     let held = goes_on.then(|| RunDir::take(&out)).transpose()?;
     let taken = if goes_on { Inbox::taken(&out.join(rundir::INBOX)) } else { Taken::default() };
@@ -71,7 +71,7 @@ pub fn run(path: &Path, sets: &[String], resume: Resume, json: bool) -> Result<(
     match trained {
         Ok(Trained { models, failed }) => {
             if json {
-                say(json!({ "run": out, "models": models }));
+                say(json!({ "run": out.display().to_string(), "models": models }));
             } else {
                 say(format!("run: {}", out.display()));
             }
@@ -234,7 +234,8 @@ fn already_done(job: &Job, standings: &[Standing], json: bool) -> Result<()> {
         warn(format!("{}: of no use to a run that is done: {waiting} waiting there", folder.display()));
     }
     if json {
-        say(json!({ "run": out, "models": rows.iter().map(outcome::row_json).collect::<Vec<_>>() }));
+        let models: Vec<Value> = rows.iter().map(outcome::row_json).collect();
+        say(json!({ "run": out.display().to_string(), "models": models }));
     } else {
         say(format!("{}: the run is done already; nothing to do", out.display()));
     }
@@ -312,7 +313,6 @@ fn train_all(
             fleet.start_at(i, standings[active[i]].from, sources.train)?;
         }
     }
-    record(dir, &planned, &active, &standings, &mut fleet)?;
     let board = Board::new(quiet, active.len(), planned.machine.devices.len());
     let live = board.live(fleet.engine());
     let inbox = Inbox::new(dir.at(rundir::INBOX));
@@ -335,6 +335,8 @@ fn train_all(
     for (&m, valid) in active.iter().zip(validates) {
         crew.watch(m, valid)?;
     }
+    // Last, so that a start that was refused leaves the older trace in its place.
+    record(&mut crew, &active, &mut fleet)?;
     let result = fleet.run(&mut crew, stop);
     crew.watches.iter().for_each(Watch::finish);
     crew.live.iter_mut().for_each(|live| live.finish(fleet.engine()));
@@ -396,17 +398,12 @@ fn start_devices(planned: &PlannedJob) -> Result<(Box<dyn Device>, Vec<u64>)> {
 }
 
 /// Records the run's first and last steps.
-fn record(
-    dir: &mut RunDir,
-    planned: &PlannedJob,
-    active: &[usize],
-    standings: &[Standing],
-    fleet: &mut Fleet,
-) -> Result<()> {
-    let trace = dir.at(rundir::TRACE);
+fn record(crew: &mut RunCrew, active: &[usize], fleet: &mut Fleet) -> Result<()> {
+    let (planned, standings) = (&crew.planned, &crew.standings);
+    let trace = crew.dir.at(rundir::TRACE);
     let first = active.iter().map(|&m| standings[m].from).min().unwrap_or(0);
     keep_older_trace(&trace, first)?;
-    dir.will_make(&trace);
+    crew.dir.will_make(&trace);
     let run = &planned.job.run;
     let total_steps = active.iter().map(|&m| planned.models[m].prepared.options.steps).max().unwrap_or(0);
     let keep = Keep { first: run.trace_first, last: run.trace_last, total_steps };
@@ -422,6 +419,10 @@ fn keep_older_trace(trace: &Path, from: u64) -> Result<()> {
     if !trace.exists() {
         return Ok(());
     }
-    let older = trace.with_file_name(format!("trace-until-{from}.json"));
+    // It may have gone on from there before, and been killed before its next checkpoint.
+    let name =
+        |n: u64| if n == 1 { format!("trace-until-{from}.json") } else { format!("trace-until-{from}-{n}.json") };
+    let mut names = (1..).map(|n| trace.with_file_name(name(n)));
+    let older = names.find(|older| !older.exists()).expect("there are more numbers than files");
     std::fs::rename(trace, &older).map_err(|e| Error::io("rename", trace, e))
 }
