@@ -5,6 +5,7 @@
 
 mod advice;
 mod args;
+mod cgroup;
 mod crew;
 mod devices;
 mod forward;
