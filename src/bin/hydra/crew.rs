@@ -86,7 +86,13 @@ impl RunCrew<'_> {
         self.dir.will_make(&metrics);
         self.dir.will_make(&self.dir.at(rundir::SELECTION));
         let judge = self.judges.judge(number, name)?;
-        Ok(Files { metrics: Metrics::open(&metrics, self.standings[number].from)?, folder, judge })
+        let from = self.standings[number].from;
+        let metrics = Metrics::open(&metrics, from)?;
+        if metrics.missing() > 0 {
+            let (path, missing) = (metrics.path().display(), metrics.missing());
+            warn(format!("{path}: {missing} of the rows of {from} steps are missing; the run goes on without them"));
+        }
+        Ok(Files { metrics, folder, judge })
     }
 
     fn watch_with(&mut self, number: usize, validates: bool, files: Files) {
