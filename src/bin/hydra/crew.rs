@@ -7,7 +7,7 @@ use crate::inbox::{Inbox, Letter, Wish};
 use crate::judge::{Judge, Judges};
 use crate::live::Live;
 use crate::placing::Sharing;
-use crate::planning::PlannedJob;
+use crate::planning::{PlannedJob, warn_of_warmups};
 use crate::print::{note, warn};
 use crate::progress::{Board, Progress};
 use crate::room::plan_added;
@@ -135,6 +135,7 @@ impl RunCrew<'_> {
         let added = plan_added(&self.planned, &job, &there, &self.arenas)?;
         // From here on they are the run's: one that is interrupted and goes on has them too, and what goes wrong is a model's failure.
         self.inbox.take(letter);
+        warn_of_warmups(&job, first, &added);
         self.planned.job = job;
         self.planned.models.extend(added);
         self.standings.extend((first..self.planned.models.len()).map(|_| Standing {

@@ -17,6 +17,11 @@ use serde_json::{Value, json};
 use std::path::Path;
 use std::rc::Rc;
 
+/// A word as TOML has it, whatever is in it.
+pub fn quoted(word: &str) -> String {
+    toml::Value::from(word).to_string()
+}
+
 /// What the command line changes of the job.
 pub struct Wishes<'a> {
     /// As in a job's `--set`.
@@ -33,7 +38,7 @@ impl Wishes<'_> {
     /// The same as settings of the job.
     pub fn settings(&self) -> Vec<String> {
         let mut sets = self.sets.to_vec();
-        sets.extend(self.policy.map(|p| format!("run.policy=\"{p}\"")));
+        sets.extend(self.policy.map(|p| format!("run.policy={}", quoted(p))));
         sets.extend(self.devices.map(|n| format!("device.0.count={n}")));
         sets.extend(self.slots.map(|n| format!("run.slots={n}")));
         sets
@@ -111,8 +116,9 @@ fn steps(planned: &PlannedJob) -> Result<Vec<u64>> {
     let mut steps: Vec<u64> = planned.models.iter().map(|m| m.prepared.options.steps).collect();
     for search in &planned.job.searches {
         if search.stop.is_some() && search.simulated.is_none() {
+            let file = &planned.job.models[search.models.start].file;
             return Err(Error::bad(format!(
-                "{}.stop: a simulation has no losses to stop by; give it survivors, such as survivors = [[0, 2], [2]], or leave stop out",
+                "{file}: {}.stop: a simulation has no losses to stop by; give it survivors, such as survivors = [[0, 2], [2]], or leave stop out",
                 search.at
             )));
         }
