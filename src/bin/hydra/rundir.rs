@@ -6,6 +6,7 @@
 use crate::args::Resume;
 use hydra::base::{Error, Result};
 use hydra::train::write_safely;
+use serde::Deserialize;
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 
@@ -40,6 +41,20 @@ pub enum Found {
 /// Whether a run is in `out`.
 pub fn holds_run(out: &Path) -> bool {
     out.join(PLAN).exists() && out.join(JOB).exists()
+}
+
+/// The names of the models of the run in `out`, by its plan; one that cannot be read names nobody.
+pub fn planned_names(out: &Path) -> Vec<String> {
+    #[derive(Deserialize)]
+    struct Model {
+        name: String,
+    }
+    #[derive(Deserialize)]
+    struct Plan {
+        models: Vec<Model>,
+    }
+    let plan = fs::read(out.join(PLAN)).ok().and_then(|bytes| serde_json::from_slice::<Plan>(&bytes).ok());
+    plan.map_or(Vec::new(), |plan| plan.models.into_iter().map(|model| model.name).collect())
 }
 
 /// Refuses the folder `out` to a command that trains nothing, where it would write over a run's plan or trace.
