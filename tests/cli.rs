@@ -7,6 +7,10 @@ mod disk;
 mod inbox;
 #[path = "cli/many.rs"]
 mod many;
+#[path = "cli/paths.rs"]
+mod paths;
+#[path = "cli/resume.rs"]
+mod resume;
 #[path = "cli/split.rs"]
 mod split;
 #[path = "cli/tokenizer.rs"]
@@ -245,7 +249,9 @@ fn encoders_are_trained_from_seeded_weights_and_load_again() {
         .replace("n_layer = 2, n_embd = 32, n_head = 2, n_positions = 16, ", "")
         .replace("family = \"gpt2\"", "family = \"bert\"")
         .replace("random = true", "text = 'job.toml', tokenizer = 'bytes', context = 8");
-    Job::new(&text).hydra(&["train"]).bad(&["data.text", "random = true"]);
+    Job::new(&text).hydra(&["train"]).bad(&["job.toml: model.0.data.text: ", "random = true"]);
+    let images = ["plan", "--set", "model.0.data={ random = true, context = 4 }"];
+    Job::fixture("vit").hydra(&images).bad(&["job.toml: model.0.data.context: the model takes images"]);
 }
 
 #[test]
@@ -293,6 +299,26 @@ fn a_device_that_states_a_profile_is_not_measured() {
     assert_eq!(job.json("runs/job/plan.json")["step_secs"].as_f64(), step_secs(&slower));
     fs::write(job.at("rates.json"), "{}").expect("rates.json");
     job.hydra(&["train", "--set", "run.out=again"]).bad(&["device.0.profile", "is no profile"]);
+    // What no device has is refused by name.
+    for (field, value) in [
+        ("memory_bytes_per_sec", json!(0)),
+        ("h2d_bytes_per_sec", json!(-1)),
+        ("d2h_bytes_per_sec", json!(-0.0)),
+        ("device_update_bytes_per_sec", json!(-1e9)),
+        ("host_norm_bytes_per_sec", json!(0)),
+        ("op_secs", json!(-1e-6)),
+        ("hand_over_secs", json!(-1)),
+        ("rates.1.work_per_sec", json!(0)),
+        ("cores.count", json!(0)),
+        ("cores.copy_bytes_per_sec", json!(-1)),
+    ] {
+        let mut bad = cost.clone();
+        let cores = json!({ "count": 1, "copy_bytes_per_sec": 1e9 });
+        bad.as_object_mut().expect("an object").insert("cores".into(), cores);
+        *bad.pointer_mut(&format!("/{}", field.replace('.', "/"))).expect("it is there") = value;
+        fs::write(job.at("rates.json"), bad.to_string()).expect("rates.json");
+        job.hydra(&["plan"]).bad(&["job.toml: device.0.profile: ", &format!("rates.json: {field}: want ")]);
+    }
 }
 
 #[test]
@@ -308,6 +334,7 @@ fn plan_is_text_or_what_plan_json_holds_and_writes_nothing() {
     assert_eq!(job.json("plans/plan.json"), said);
     job.hydra(&["train"]).bad(&["device.0.kind", "\"sim\"", "host"]);
     job.hydra(&["plan", "--set", "device.0.profile=v10"]).bad(&["device.0.profile", "v10", "did you mean \"v100\""]);
+    job.hydra(&["plan", "--set", "device.0.profile=V100"]).bad(&["device.0.profile", "did you mean \"v100\""]);
 }
 
 /// What `plan` says would help, each promise held against the plan of a job that has that thing: its name, and how to set it. Three at least are
@@ -393,6 +420,9 @@ fn a_budget_that_is_too_small_is_refused_with_one_that_works() {
     assert_eq!(advice(&["run.recompute=never"]).as_deref(), Some(never));
     let one = ["run.slots=1", "model.0.microbatch=1"];
     assert_eq!(advice(&one), None);
+    let small = ["plan", "--set", "run.slots=1", "--set", "device.0.memory=1 KiB"];
+    let needs = job.hydra(&small).err;
+    assert!(needs.contains(" and 1 weight slot:"), "{needs}");
     assert_eq!(
         advice(&[&one[..], &["run.recompute=always"]].concat()).as_deref(),
         Some("recompute = \"auto\" may need less")
@@ -743,6 +773,9 @@ fn a_sweep_does_what_all_options_say_or_fails() {
         (&["--devices", "2", "--sweep", "devices=1,2"], "--devices 2 is there too"),
         (&["--slots", "1", "--sweep", "slots=2"], "--slots 1 is there too"),
         (&["--sweep", "slots=2", "--sweep", "slots=3"], "--sweep slots: is there twice"),
+        (&["--sweep", "policy=fifo,srtf,fifo"], "--sweep policy: fifo is there twice"),
+        (&["--policy", "fi\"fo"], "run.policy: want one of"),
+        (&["--sweep", "policy=fi\"fo"], "run.policy: want one of"),
         (&["--sweep", "pipeline=sometimes"], "run.pipeline"),
         (&["--sweep", "rehearse=2"], "run.rehearse"),
     ] {
@@ -817,10 +850,12 @@ fn bad_jobs() {
         ("model.0.config.n_layer=1000000000000", "n_layer"),
         ("model.0.config.n_head=3", "n_head"),
         ("model.0.family=gtp2", "did you mean gpt2"),
+        ("model.0.family=GPT2", "did you mean gpt2"),
+        ("device.0.memory=99999999999 TiB", "job.toml: device.0.memory: \"99999999999 TiB\" is too large"),
         ("model.0.data={ batches = 'none.safetensors' }", "none.safetensors: no such file"),
         ("model.0.data={ images = 'none', labels = 'none' }", "none: no such file"),
         ("model.0.data={ random = true, context = 17 }", "17"),
-        ("model.0.data={ random = true, image = [3, 8, 8] }", "takes tokens"),
+        ("model.0.data={ random = true, image = [3, 8, 8] }", "job.toml: model.0.data.image: the model takes tokens"),
         ("model.0.data={ text = 'job.toml', tokenizer = 'bytes', context = 8 }", "vocab_size is 61"),
         ("model.0.data={ text = 'job.toml', tokenizer = 't.json', context = 8 }", "data.tokenizer"),
         ("model.0.valid={ fraction = 0.5 }", "valid.fraction"),
@@ -955,6 +990,15 @@ fn a_loss_that_is_not_finite_stops_the_run_and_names_the_layer() {
     let rows = read_rows(&job.at("runs/job/m/metrics.jsonl")).expect("the steps before are kept");
     assert!(!rows.is_empty() && rows.len() < 40);
     assert!(!job.at("runs/job/m/model").exists());
+    // The one object of --json comes all the same.
+    let ran = job.hydra(&["train", "--json", "--set", "run.out=again"]);
+    ran.bad(&["m: the loss is"]);
+    let said = ran.json();
+    let row = &said["models"][0];
+    assert!(said["run"].as_str().is_some_and(|run| run.ends_with("again")), "{said}");
+    assert!(row["status"] == "failed" && row["model"].is_null() && row["steps"] == rows.len(), "{said}");
+    assert!(row["reason"].as_str().is_some_and(|why| why.contains("the loss is")), "{said}");
+    assert!(row.as_object().is_some_and(|row| row.contains_key("model")), "{said}");
 }
 
 #[test]

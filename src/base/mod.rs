@@ -18,5 +18,6 @@ pub use error::{Error, Result};
 pub use lane::{LaneId, LaneKind};
 pub use shape::Shape;
 pub use units::{
-    Bytes, align_up, format_bytes, format_secs, nearest, parse_bytes, parse_bytes_per_sec, parse_flops_per_sec,
+    Bytes, align_up, format_bytes, format_secs, is_too_large, nearest, parse_bytes, parse_bytes_per_sec,
+    parse_flops_per_sec,
 };

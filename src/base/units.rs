@@ -33,16 +33,29 @@ fn byte_unit(unit: &str) -> Option<f64> {
     })
 }
 
+/// No size is as large: a signed 64-bit number holds it, which files and messages have.
+const TOO_LARGE: f64 = 9e18;
+
+/// A size of any magnitude, in bytes.
+fn size(text: &str) -> Option<f64> {
+    number_and_unit(text).and_then(|(n, unit)| Some(n * byte_unit(unit)?))
+}
+
 /// Reads a size such as `64 MiB`, `1.5 GB` or `4096`.
 ///
 /// # Errors
-/// When the text is no number with a unit of bytes.
+/// When the text is no number with a unit of bytes, or more of them than 64 bits hold.
 pub fn parse_bytes(text: &str) -> Result<Bytes> {
-    number_and_unit(text)
-        .and_then(|(n, unit)| Some(n * byte_unit(unit)?))
-        .filter(|&n| n < 9e18)
-        .map(|n| n.round() as u64)
-        .ok_or_else(|| Error::bad(format!("'{text}' is no size; write it like \"64 MiB\" or 67108864")))
+    match size(text) {
+        Some(n) if n < TOO_LARGE => Ok(n.round() as u64),
+        Some(_) => Err(Error::bad(format!("'{text}' is too large; no machine has as much"))),
+        None => Err(Error::bad(format!("'{text}' is no size; write it like \"64 MiB\" or 67108864"))),
+    }
+}
+
+/// Whether the text is a size that is larger than [`parse_bytes`] takes.
+pub fn is_too_large(text: &str) -> bool {
+    size(text).is_some_and(|n| n >= TOO_LARGE)
 }
 
 /// Reads a bandwidth such as `2 GB/s`, in bytes per second.
@@ -104,10 +117,13 @@ pub fn format_secs(secs: f64) -> String {
     }
 }
 
-/// The one of `known` most like `word` by edits, if any is close.
+/// The one of `known` most like `word` by edits, if any is close. That letters are large or small counts only where nothing else tells two apart.
 pub fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    let best = known.into_iter().map(|k| (strsim::damerau_levenshtein(word, k), k)).min()?;
-    (best.0 <= 1 + word.chars().count() / 3).then_some(best.1)
+    let small = word.to_lowercase();
+    let edits =
+        |k: &str| (strsim::damerau_levenshtein(&small, &k.to_lowercase()), strsim::damerau_levenshtein(word, k));
+    let (best, near) = known.into_iter().map(|k| (edits(k), k)).min()?;
+    (best.0 <= 1 + word.chars().count() / 3).then_some(near)
 }
 
 #[cfg(test)]
@@ -124,6 +140,11 @@ mod tests {
         for text in ["", "MiB", "12 parsecs", "-3 MiB", "1e5 MiB", "64 MiB/s"] {
             assert!(parse_bytes(text).is_err(), "{text}");
         }
+        for (text, too_large) in [("99999999999 TiB", true), ("8 EiB", false), ("64 MiB", false), ("12 parsecs", false)]
+        {
+            assert_eq!(is_too_large(text), too_large, "{text}");
+        }
+        assert!(parse_bytes("99999999999 TiB").unwrap_err().to_string().contains("is too large"));
         assert_eq!(parse_bytes_per_sec("2 GB/s").unwrap(), 2e9);
         assert!(parse_bytes_per_sec("0 GB/s").is_err());
         assert_eq!(parse_flops_per_sec("60 TFLOP/s").unwrap(), 6e13);
@@ -134,5 +155,8 @@ mod tests {
     fn misspelt_words() {
         assert_eq!(nearest("bacth", ["batch", "steps", "name"]), Some("batch"));
         assert_eq!(nearest("zzzzzz", ["batch", "steps"]), None);
+        assert_eq!(nearest("GPT2", ["bert", "gpt2", "vit"]), Some("gpt2"));
+        assert_eq!(nearest("V100", ["a100", "v100", "h100"]), Some("v100"));
+        assert_eq!(nearest("Ab", ["ab", "aB", "AB", "Ab"]), Some("Ab"));
     }
 }

@@ -254,15 +254,16 @@ impl Plan {
 fn refusal(model: &Model, smallest: &Plan, options: &PlanOptions) -> Error {
     let needs = smallest.arena.bytes;
     let budget = options.device_budget.unwrap_or(0);
+    let count = |n: usize, what: &str| if n == 1 { format!("{n} {what}") } else { format!("{n} {what}s") };
     let mut message = format!(
         "device memory: the smallest plan needs {needs} bytes ({}), the budget is {budget} bytes ({})\n",
         format_bytes(needs),
         format_bytes(budget)
     );
     message += &format!(
-        "  the smallest plan has {} shards and {} weight slots:\n",
-        smallest.shards.len(),
-        smallest.arena.weight_slots.len()
+        "  the smallest plan has {} and {}:\n",
+        count(smallest.shards.len(), "shard"),
+        count(smallest.arena.weight_slots.len(), "weight slot")
     );
     message += &smallest.arena_lines();
     message += &format!("  smallest budget that works {needs:>14} bytes: memory = {needs}");

@@ -4,6 +4,7 @@ use super::safely::write_safely;
 use crate::base::{Error, Result};
 use crate::trace::Bound;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -103,15 +104,17 @@ pub struct Metrics {
     path: PathBuf,
     file: BufWriter<File>,
     secs: f64,
+    missing: u64,
 }
 
 impl Metrics {
-    /// Starts a file, or goes on with the one there: its rows from `step` on are dropped first.
+    /// Starts a file, or goes on with the one there: its rows from `step` on are dropped first, and so is what is no row. A run that was killed or a machine that
+    /// lost its power may have left anything there, and the training does not depend on it; [`Metrics::missing`] says what is gone.
     ///
     /// # Errors
     /// When the file cannot be read or written.
     pub fn open(path: &Path, step: u64) -> Result<Metrics> {
-        let mut kept = if step == 0 { Vec::new() } else { read_rows(path)? };
+        let mut kept = if step == 0 { Vec::new() } else { rows_left(path)? };
         kept.retain(|row| match row {
             Row::Step(r) => r.step < step,
             // A validation at the very step is done again.
@@ -122,7 +125,32 @@ impl Metrics {
         write_safely(path, |out| kept.iter().try_for_each(|row| writeln!(out, "{}", line(row))))?;
         let file = OpenOptions::new().append(true).open(path).map_err(|e| Error::io("open", path, e))?;
         let secs = secs(&kept);
-        Ok(Metrics { path: path.to_path_buf(), file: BufWriter::with_capacity(1 << 16, file), secs })
+        let steps = kept.iter().filter_map(|row| if let Row::Step(r) = row { Some(r.step) } else { None });
+        let missing = step - steps.collect::<BTreeSet<u64>>().len() as u64;
+        Ok(Metrics { path: path.to_path_buf(), file: BufWriter::with_capacity(1 << 16, file), secs, missing })
+    }
+
+    /// Where the file is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Steps before the one gone on from whose rows were not there.
+    pub fn missing(&self) -> u64 {
+        self.missing
+    }
+
+    /// Waits until all rows are on the disk, where a power cut leaves them.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn wait_sync(&mut self) -> Result<()> {
+        let synced = self.file.flush().and_then(|()| self.file.get_ref().sync_data());
+        match synced {
+            // A link may lead to a device or a pipe, and those have no disk.
+            Err(e) if e.kind() == std::io::ErrorKind::InvalidInput => Ok(()),
+            other => other.map_err(|e| Error::io("write", &self.path, e)),
+        }
     }
 
     /// Seconds of all rows in the file.
@@ -151,6 +179,16 @@ impl Metrics {
 pub fn secs(rows: &[Row]) -> f64 {
     // A plain sum of nothing is -0, which would be printed so.
     rows.iter().map(Row::secs).fold(0.0, |sum, secs| sum + secs)
+}
+
+/// What of a file is rows; none where there is no file.
+fn rows_left(path: &Path) -> Result<Vec<Row>> {
+    let bytes = match std::fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(Error::io("read", path, e)),
+    };
+    Ok(bytes.split(|&byte| byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect())
 }
 
 /// Reads a file's rows. A last line that was cut off is left out.
@@ -215,6 +253,25 @@ mod tests {
         }
         assert_eq!(Metrics::open(&path, 2).unwrap().secs(), 2.0);
         assert_eq!(read_rows(&path).unwrap(), rows[..2]);
+        // Of four steps the first row and the last are there, and what lies between them is none.
+        let lines = |rows: &[Row]| rows.iter().map(|row| serde_json::to_string(row).unwrap()).collect::<Vec<_>>();
+        let torn =
+            [lines(&rows[..1]).concat().as_bytes(), b"\n\xff{}\0\n", lines(&rows[3..4]).concat().as_bytes()].concat();
+        std::fs::write(&path, &torn).unwrap();
+        let mut left = Metrics::open(&path, 4).unwrap();
+        assert_eq!((left.missing(), read_rows(&path).unwrap().len()), (2, 2));
+        left.wait_sync().unwrap();
+        std::fs::remove_file(&path).unwrap();
+        #[cfg(unix)]
+        {
+            let nowhere = dir.path().join("nowhere.jsonl");
+            std::os::unix::fs::symlink("/dev/null", &nowhere).unwrap();
+            let mut metrics = Metrics::open(&nowhere, 0).unwrap();
+            metrics.write(&rows[0]).unwrap();
+            metrics.wait_sync().unwrap();
+        }
+        assert_eq!(Metrics::open(&path, 4).unwrap().missing(), 4);
+        assert_eq!(Metrics::open(&path, 0).unwrap().missing(), 0);
         std::fs::write(&path, "{\"step\":0,\"valid_loss\":1.0,\"secs\":0.5}\n{\"step\":1,\"lo").unwrap();
         assert_eq!(read_rows(&path).unwrap().len(), 1);
         std::fs::write(&path, "{\"step\":0,\"valid_loss\":null,\"secs\":0.5}\n").unwrap();

@@ -1,33 +1,61 @@
 //! Files that appear whole or not at all.
 //!
 //! A file is written under another name in the same folder, flushed to the disk, and then renamed: a crash or a full disk leaves what
-//! was there before.
+//! was there before. A link stays, and what it leads to is written. A device or a pipe is no file to replace: it is written into as it is.
 
 use crate::base::{Error, Result};
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-/// Writes `path` with what `body` writes, replacing what is there once all of it is on the disk.
+/// Bytes that are written at once.
+const AT_ONCE: usize = 1 << 18;
+/// Links that are followed, as many as Linux follows.
+const MOST_LINKS: usize = 40;
+
+/// Writes `path` with what `body` writes, replacing the file there once all of it is on the disk; waits for a reader where a pipe is there.
 ///
 /// # Errors
 /// When the folder is not there ([`Error::BadInput`]), or the operating system refuses.
 pub fn write_safely(path: &Path, body: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
+    let there = fs::metadata(path).ok();
+    if there.as_ref().is_some_and(fs::Metadata::is_dir) {
+        return Err(Error::bad(format!("{}: is a folder, a file is to be written there", path.display())));
+    }
+    if there.is_some_and(|there| !there.is_file()) {
+        return write_into(path, body);
+    }
+    let path = &led_to(path)?;
     let Some(name) = path.file_name() else {
         return Err(Error::bad(format!("{}: is no name of a file", path.display())));
     };
-    if path.is_dir() {
-        return Err(Error::bad(format!("{}: is a folder, a file is to be written there", path.display())));
-    }
     let temporary = path.with_file_name(format!(".{}.part", name.to_string_lossy()));
     let file = File::create(&temporary).map_err(|e| Error::refused("create", path, e))?;
     // From here on the temporary file is removed on every way out but the last.
     let pending = Pending(temporary);
-    let mut out = BufWriter::with_capacity(1 << 18, file);
+    let mut out = BufWriter::with_capacity(AT_ONCE, file);
     let written = body(&mut out).and_then(|()| out.flush()).and_then(|()| out.get_ref().sync_all());
     written.map_err(|e| Error::io("write", path, e))?;
     fs::rename(&pending.0, path).map_err(|e| Error::io("create", path, e))?;
     sync_folder(path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")))
+}
+
+/// Writes into the device or the pipe at `path`.
+fn write_into(path: &Path, body: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
+    let file = File::options().write(true).open(path).map_err(|e| Error::refused("open", path, e))?;
+    let mut out = BufWriter::with_capacity(AT_ONCE, file);
+    body(&mut out).and_then(|()| out.flush()).map_err(|e| Error::io("write", path, e))
+}
+
+/// The place to which `path` leads through links, though nothing may be there yet.
+fn led_to(path: &Path) -> Result<PathBuf> {
+    let mut place = path.to_path_buf();
+    for _ in 0..MOST_LINKS {
+        // What cannot be read as a link is none.
+        let Ok(target) = fs::read_link(&place) else { return Ok(place) };
+        place = place.parent().unwrap_or(Path::new("")).join(target);
+    }
+    Err(Error::bad(format!("{}: is a link that leads from link to link and to no file", path.display())))
 }
 
 /// A file under its temporary name. Dropped, it vanishes.
@@ -64,6 +92,42 @@ mod tests {
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
         write_safely(&path, |out| out.write_all(b"new")).unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"new");
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn links_stay_and_what_is_no_file_is_written_into() {
+        use std::os::unix::fs::{FileTypeExt, symlink};
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        let is_link = |name: &str| at(name).symlink_metadata().unwrap().is_symlink();
+        // Through two links, to a file that is there and to one that is not.
+        fs::create_dir(at("far")).unwrap();
+        fs::write(at("far/old"), "old").unwrap();
+        for (first, second, target) in [("a", "b", "old"), ("c", "d", "new")] {
+            symlink(second, at(first)).unwrap();
+            symlink(Path::new("far").join(target), at(second)).unwrap();
+            write_safely(&at(first), |out| out.write_all(b"written")).unwrap();
+            assert!(is_link(first) && is_link(second));
+            assert_eq!(fs::read(at("far").join(target)).unwrap(), b"written");
+        }
+        symlink("e", at("e")).unwrap();
+        let error = write_safely(&at("e"), |_| Ok(())).unwrap_err();
+        assert!(error.exit_code() == 2 && error.to_string().contains("leads from link to link"), "{error}");
+        // A device, and a link to it.
+        symlink("/dev/null", at("null")).unwrap();
+        write_safely(&at("null"), |out| out.write_all(b"written")).unwrap();
+        assert!(is_link("null") && fs::metadata("/dev/null").unwrap().file_type().is_char_device());
+        let error = write_safely(Path::new("/dev/full"), |out| out.write_all(b"written")).unwrap_err();
+        assert!(error.exit_code() == 1 && error.to_string().contains("/dev/full"), "{error}");
+        // A pipe, whose reader gets it.
+        let made = std::process::Command::new("mkfifo").arg(at("pipe")).status().unwrap();
+        assert!(made.success());
+        let pipe = at("pipe");
+        let reader = std::thread::spawn(move || fs::read(pipe).unwrap());
+        write_safely(&at("pipe"), |out| out.write_all(b"written")).unwrap();
+        assert_eq!(reader.join().unwrap(), b"written");
+        assert!(fs::metadata(at("pipe")).unwrap().file_type().is_fifo());
     }
 
     #[test]

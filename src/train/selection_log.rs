@@ -60,6 +60,14 @@ impl SelectionLog {
     pub fn write(&mut self, row: &SelectionRow) -> Result<()> {
         writeln!(self.file, "{}", line(row)).map_err(|e| Error::io("write", &self.path, e))
     }
+
+    /// Waits until all reports are on the disk, where a power cut leaves them.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn wait_sync(&mut self) -> Result<()> {
+        self.file.sync_data().map_err(|e| Error::io("write", &self.path, e))
+    }
 }
 
 fn line(row: &SelectionRow) -> String {
@@ -132,6 +140,7 @@ mod tests {
         ]);
         let mut log = SelectionLog::open(&path, &[]).unwrap();
         all.iter().for_each(|row| log.write(row).unwrap());
+        log.wait_sync().unwrap();
         drop(log);
         let back = read_selection(&path).unwrap();
         assert_eq!(back, all);

@@ -10,8 +10,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// Ends a program that a failed test leaves behind.
-struct Running {
-    child: Child,
+pub(super) struct Running {
+    pub(super) child: Child,
     out: PathBuf,
     err: PathBuf,
 }
@@ -25,7 +25,7 @@ impl Drop for Running {
 
 impl Running {
     /// Starts training; what it prints goes into files, so that it never waits for a reader.
-    fn start(job: &Job, name: &str, args: &[&str]) -> Running {
+    pub(super) fn start(job: &Job, name: &str, args: &[&str]) -> Running {
         let (out, err) = (job.at(&format!("{name}.out")), job.at(&format!("{name}.err")));
         let to = |path: &Path| Stdio::from(File::create(path).expect("a file"));
         let child = Command::new(env!("CARGO_BIN_EXE_hydra"))
@@ -40,7 +40,7 @@ impl Running {
 
     /// Waits until `done`, while the program runs.
     #[track_caller]
-    fn wait_until(&mut self, what: &str, done: impl Fn() -> bool) {
+    pub(super) fn wait_until(&mut self, what: &str, done: impl Fn() -> bool) {
         let deadline = Instant::now() + Duration::from_secs(60);
         while !done() {
             let ended = self.child.try_wait().expect("its status");
@@ -51,7 +51,7 @@ impl Running {
     }
 
     #[track_caller]
-    fn wait_end(mut self) -> Ran {
+    pub(super) fn wait_end(mut self) -> Ran {
         let deadline = Instant::now() + Duration::from_secs(60);
         let status = loop {
             match self.child.try_wait().expect("its status") {
@@ -65,7 +65,7 @@ impl Running {
     }
 }
 
-fn steps(text: &str, steps: u64) -> String {
+pub(super) fn steps(text: &str, steps: u64) -> String {
     text.replace("steps = 4", &format!("steps = {steps}"))
 }
 

@@ -79,6 +79,9 @@ fn one_that_fails_ends_with_its_reason_and_the_others_go_on() {
     let row = |name: &str| results.lines().find(|l| l.starts_with(name)).expect("a row").to_string();
     assert!(row("fine,").contains(",done,") && row("hot,").contains(",failed,"), "{results}");
     assert!(job.at("runs/job/fine/model/model.safetensors").exists() && !job.at("runs/job/hot/model").exists());
+    let said = job.hydra(&["train", "--json", "--set", "run.out=again"]).json();
+    assert!(said["models"][0]["model"].as_str().is_some_and(|model| model.ends_with("again/fine/model")), "{said}");
+    assert!(said["models"][1]["status"] == "failed" && said["models"][1]["model"].is_null(), "{said}");
 }
 
 #[test]
@@ -109,7 +112,7 @@ fn a_search_ends_models_early_and_names_the_best() {
         }
     }
     // There are no losses in a simulation.
-    job.hydra(&["simulate"]).bad(&["model.0.search.stop", "survivors"]);
+    job.hydra(&["simulate"]).bad(&["job.toml: model.0.search.stop: ", "survivors"]);
 }
 
 #[test]
@@ -168,7 +171,7 @@ fn bad_fleets() {
                 "--set",
                 "model.1.microbatch=4",
             ],
-            "run.pipeline",
+            "job.toml: run.pipeline: ",
         ),
         (&["plan", "--set", "device.0.count=70000"], "70000 devices"),
     ] {

@@ -7,7 +7,7 @@ use crate::inbox::{Inbox, Letter, Wish};
 use crate::judge::{Judge, Judges};
 use crate::live::Live;
 use crate::placing::Sharing;
-use crate::planning::PlannedJob;
+use crate::planning::{PlannedJob, warn_of_warmups};
 use crate::print::{note, warn};
 use crate::progress::{Board, Progress};
 use crate::room::plan_added;
@@ -86,7 +86,13 @@ impl RunCrew<'_> {
         self.dir.will_make(&metrics);
         self.dir.will_make(&self.dir.at(rundir::SELECTION));
         let judge = self.judges.judge(number, name)?;
-        Ok(Files { metrics: Metrics::open(&metrics, self.standings[number].from)?, folder, judge })
+        let from = self.standings[number].from;
+        let metrics = Metrics::open(&metrics, from)?;
+        if metrics.missing() > 0 {
+            let (path, missing) = (metrics.path().display(), metrics.missing());
+            warn(format!("{path}: {missing} of the rows of {from} steps are missing; the run goes on without them"));
+        }
+        Ok(Files { metrics, folder, judge })
     }
 
     fn watch_with(&mut self, number: usize, validates: bool, files: Files) {
@@ -129,6 +135,7 @@ impl RunCrew<'_> {
         let added = plan_added(&self.planned, &job, &there, &self.arenas)?;
         // From here on they are the run's: one that is interrupted and goes on has them too, and what goes wrong is a model's failure.
         self.inbox.take(letter);
+        warn_of_warmups(&job, first, &added);
         self.planned.job = job;
         self.planned.models.extend(added);
         self.standings.extend((first..self.planned.models.len()).map(|_| Standing {

@@ -1,4 +1,4 @@
-//! `hydra devices`: what is here, how fast it is, and why a kind is missing. Always ends well.
+//! `hydra devices`: what is here, how fast it is, and why a kind is missing. Always ends well, but for files that it is told to write and cannot.
 
 use crate::machine::{free_memory_bytes, total_memory_bytes};
 use crate::print::{say, table};
@@ -13,7 +13,7 @@ use std::path::Path;
 /// host, into that file.
 ///
 /// # Errors
-/// When devices.json cannot be written.
+/// When a file cannot be written, or there are no rates for `profile`.
 pub fn run(out: Option<&Path>, profile: Option<&Path>, json: bool) -> Result<()> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let (total, free) = (total_memory_bytes(), free_memory_bytes());

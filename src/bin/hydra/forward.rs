@@ -14,9 +14,10 @@ use std::path::Path;
 /// Runs the model in `model` on the tensors of `input` and writes `output`.
 ///
 /// # Errors
-/// When a file is missing or at fault, a tensor is none that the model takes, or `output` cannot be written.
+/// When a file is missing or at fault, a tensor is none that the model takes, or `output` is one of the files read or cannot be written.
 pub fn run(model: &Path, input: &Path, output: &Path, json: bool) -> Result<()> {
     let pretrained = nn::open(model)?;
+    check_output(model, input, output)?;
     note_unused(model, &pretrained.unused);
     let file = input.display().to_string();
     let bytes = std::fs::read(input).map_err(|e| match e.kind() {
@@ -46,9 +47,25 @@ pub fn run(model: &Path, input: &Path, output: &Path, json: bool) -> Result<()> 
         logits.iter().try_for_each(|value| out.write_all(&value.to_le_bytes()))
     })?;
     if json {
-        say(json!({ "output": output, "shape": shape.axes() }));
+        say(json!({ "output": output.display().to_string(), "shape": shape.axes() }));
     } else {
         say(format!("logits {shape} f32 written to {}", output.display()));
+    }
+    Ok(())
+}
+
+/// Refuses to write over what is read: the input, and whatever lies with the model.
+fn check_output(model: &Path, input: &Path, output: &Path) -> Result<()> {
+    // What is not there yet lies in its folder all the same. Where that is missing too, who writes says so.
+    let folder = || output.parent().map(|p| if p.as_os_str().is_empty() { Path::new(".") } else { p });
+    let beside = || Some(folder()?.canonicalize().ok()?.join(output.file_name()?));
+    let Some(place) = output.canonicalize().ok().or_else(beside) else { return Ok(()) };
+    let fault = |what: &str| Err(Error::bad(format!("{}: {what}; name another file for the output", output.display())));
+    if input.canonicalize().is_ok_and(|input| input == place) {
+        return fault("is the input");
+    }
+    if model.canonicalize().is_ok_and(|model| place.starts_with(model)) {
+        return fault("lies in the model's folder");
     }
     Ok(())
 }

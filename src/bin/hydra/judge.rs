@@ -33,6 +33,14 @@ impl Judge {
         Ok(selection.report(self.number, step, f64::from(metric)))
     }
 
+    /// Waits until what was reported is on the disk.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn wait_sync(&self) -> Result<()> {
+        self.log.borrow_mut().wait_sync()
+    }
+
     /// Whether the model is compared after `step` steps.
     pub fn has_rung(&self, step: u64) -> bool {
         self.selection.borrow().has_rung(step)

@@ -1,5 +1,6 @@
 //! What a job runs on: its devices with what they achieve, measured or stated, and the memory there is.
 
+use crate::cgroup;
 use crate::job::{self, DeviceKind, Job, Policy};
 use hydra::base::{Error, Result};
 use hydra::device::host::HostSpec;
@@ -145,13 +146,64 @@ fn stated_cost(file: &str, i: usize, device: &job::Device) -> Result<CostModel> 
         let path = device.profile_path.as_deref().unwrap_or(Path::new(profile));
         let text =
             std::fs::read_to_string(path).map_err(|e| fault(format!("{}: cannot be read: {e}", path.display())))?;
-        return serde_json::from_str(&text)
-            .map_err(|e| fault(format!("{}: is no profile of `hydra devices --profile`: {e}", path.display())));
+        let cost: CostModel = serde_json::from_str(&text)
+            .map_err(|e| fault(format!("{}: is no profile of `hydra devices --profile`: {e}", path.display())))?;
+        check_cost(&cost).map_err(|what| fault(format!("{}: {what}", path.display())))?;
+        return Ok(cost);
     }
     let names = PROFILES.map(|p| p.name);
     let hint = hydra::base::nearest(profile, names).map_or(String::new(), |near| format!("; did you mean \"{near}\"?"));
     let known = names.join(", ");
     Err(fault(format!("\"{profile}\" is not known, only {known}, and files that end in .json{hint}")))
+}
+
+/// Refuses numbers that no device has: a plan by them would be one in words alone. Says the field at fault.
+fn check_cost(cost: &CostModel) -> std::result::Result<(), String> {
+    // A field that a later version adds is one that this must name.
+    let CostModel {
+        rates,
+        memory_bytes_per_sec,
+        op_secs,
+        run_secs,
+        h2d_bytes_per_sec,
+        d2h_bytes_per_sec,
+        copy_secs,
+        device_update_bytes_per_sec,
+        host_update_bytes_per_sec,
+        device_norm_bytes_per_sec,
+        host_norm_bytes_per_sec,
+        hand_over_secs,
+        disk_bytes_per_sec,
+        cores,
+    } = cost;
+    let rate = |field: &str, rate: f64| match rate.is_finite() && rate > 0.0 {
+        true => Ok(()),
+        false => Err(format!("{field}: want a rate above 0, got {rate}")),
+    };
+    let secs = |field: &str, secs: f64| match secs.is_finite() && secs >= 0.0 {
+        true => Ok(()),
+        false => Err(format!("{field}: want seconds, at least 0, got {secs}")),
+    };
+    for (i, measured) in rates.iter().enumerate() {
+        rate(&format!("rates.{i}.work_per_sec"), measured.work_per_sec)?;
+    }
+    rate("memory_bytes_per_sec", *memory_bytes_per_sec)?;
+    rate("h2d_bytes_per_sec", *h2d_bytes_per_sec)?;
+    rate("d2h_bytes_per_sec", *d2h_bytes_per_sec)?;
+    rate("device_update_bytes_per_sec", *device_update_bytes_per_sec)?;
+    rate("host_update_bytes_per_sec", *host_update_bytes_per_sec)?;
+    device_norm_bytes_per_sec.map_or(Ok(()), |n| rate("device_norm_bytes_per_sec", n))?;
+    host_norm_bytes_per_sec.map_or(Ok(()), |n| rate("host_norm_bytes_per_sec", n))?;
+    disk_bytes_per_sec.map_or(Ok(()), |n| rate("disk_bytes_per_sec", n))?;
+    secs("op_secs", *op_secs)?;
+    secs("run_secs", *run_secs)?;
+    secs("copy_secs", *copy_secs)?;
+    secs("hand_over_secs", *hand_over_secs)?;
+    let Some(cores) = cores else { return Ok(()) };
+    if cores.count == 0 {
+        return Err("cores.count: want a number above 0, got 0".into());
+    }
+    rate("cores.copy_bytes_per_sec", cores.copy_bytes_per_sec)
 }
 
 /// What is started for a device of a job; of the machine's GPUs `ordinal` is the one on which it lies.
@@ -221,9 +273,9 @@ fn at_work(policy: Policy, models: usize, devices: usize) -> usize {
     }
 }
 
-/// Memory that programs can still have, where the system says (Linux's MemAvailable).
+/// Memory that this program can still have, where the system says: Linux's MemAvailable, or less where a control group has a limit.
 pub fn free_memory_bytes() -> Option<u64> {
-    memory_line("MemAvailable:")
+    [memory_line("MemAvailable:"), cgroup::free_bytes()].into_iter().flatten().min()
 }
 
 /// Memory of the machine, where the system says.

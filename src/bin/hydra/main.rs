@@ -5,6 +5,7 @@
 
 mod advice;
 mod args;
+mod cgroup;
 mod crew;
 mod devices;
 mod forward;
@@ -96,7 +97,7 @@ fn run(args: &Args) -> Result<()> {
 fn report(run: &Path, json: bool) -> Result<()> {
     let page = write_report(run)?;
     if json {
-        print::say(serde_json::json!({ "report": page }));
+        print::say(serde_json::json!({ "report": page.display().to_string() }));
     } else {
         print::say(format!("{}: open it in a browser", page.display()));
     }

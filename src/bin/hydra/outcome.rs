@@ -10,7 +10,7 @@ use hydra::base::format_secs;
 use hydra::train::metrics::{Row, read_rows, secs};
 use hydra::train::results::{self, ModelResult, Status};
 use serde_json::{Value, json};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// A row for each model of the job, those that ended before this start of the run included; `watch` gives who watches a model by its number.
 pub fn rows<'a>(job: &Job, standings: &[Standing], watch: impl Fn(usize) -> Option<&'a Watch<'a>>) -> Vec<ModelResult> {
@@ -44,15 +44,18 @@ fn from_before(metrics: &Path) -> (Option<f32>, Option<f32>, f64) {
     (train, valid, secs(&rows))
 }
 
-/// The row in the JSON object at the end.
-pub fn row_json(row: &ModelResult) -> Value {
+/// What stands for the status of a model that the run's end found in training.
+const INTERRUPTED: &str = "interrupted";
+
+/// The row in the JSON object at the end; `has_ended`: the model had come to its own end before the run did.
+pub fn row_json(row: &ModelResult, has_ended: bool) -> Value {
     let mut json = json!({
         "name": row.name,
-        "status": row.status.word(),
+        "status": if has_ended { row.status.word() } else { INTERRUPTED },
         "steps": row.steps,
         "loss": row.train_loss,
         "secs": row.secs,
-        "model": row.directory.join(rundir::MODEL),
+        "model": saved(row).map(|model| model.display().to_string()),
     });
     if let Some(valid) = row.valid_loss {
         json["valid_loss"] = valid.into();
@@ -63,6 +66,11 @@ pub fn row_json(row: &ModelResult) -> Value {
     json
 }
 
+/// The folder of the trained model, where one was saved.
+fn saved(row: &ModelResult) -> Option<PathBuf> {
+    Some(row.directory.join(rundir::MODEL)).filter(|model| model.exists())
+}
+
 /// Prints how it ended.
 pub fn tell(planned: &PlannedJob, dir: &RunDir, rows: &[ModelResult]) {
     if let [row] = rows {
@@ -70,7 +78,9 @@ pub fn tell(planned: &PlannedJob, dir: &RunDir, rows: &[ModelResult]) {
         let loss = row.train_loss.map_or(String::new(), |l| format!(", loss {l:.4}"));
         let word = if row.status == Status::Done { "" } else { "cancelled, " };
         say(format!("{}: {word}{} steps done in {}{loss}{valid}", row.name, row.steps, format_secs(row.secs)));
-        say(format!("  model       {}", row.directory.join(rundir::MODEL).display()));
+        if let Some(model) = saved(row) {
+            say(format!("  model       {}", model.display()));
+        }
         say(format!("  metrics     {}", row.directory.join(rundir::METRICS).display()));
     } else {
         say(table(&results::table(rows)).trim_end());

@@ -91,8 +91,10 @@ impl Placing {
         let may_pipeline = job.run.policy == Policy::LocalityLrtf && job.run.pipeline != Pipeline::Never;
         let plan = if may_pipeline { plan_pipelined(fleet, &devices) } else { Ok(None) };
         if job.run.pipeline == Pipeline::Always && matches!(plan, Ok(None)) {
-            let what = "run.pipeline: \"always\" wants a model with a microbatch below its batch that would end last; leave it out";
-            return Err(Error::bad(what));
+            // The first model is in the job file itself, where the key is.
+            let file = &job.models[0].file;
+            let what = "\"always\" wants a model with a microbatch below its batch that would end last; leave it out";
+            return Err(Error::bad(format!("{file}: run.pipeline: {what}")));
         }
         // What does not fit with fine units may fit without.
         let plan = plan.ok().flatten().filter(|plan| job.run.pipeline == Pipeline::Always || is_worth_it(&plan.placed));

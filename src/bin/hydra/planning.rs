@@ -3,6 +3,7 @@
 use crate::job::{self, DeviceKind, Job};
 use crate::machine::{Machine, check_devices, device_spec, machine};
 use crate::placing::{self, Placing, Sharing, fleet_model};
+use crate::print::warn;
 use crate::recipe::Sources;
 use crate::rehearsing::rehearse_turns;
 use crate::setup::{Prepared, check_scope, prepare};
@@ -13,7 +14,7 @@ use hydra::engine::{Prediction, SimulateOptions, Simulation, predict, simulate};
 use hydra::sched::{LocalityLrtf, Policy, Rehearsal};
 use hydra::spill::{FleetMap, FleetModel, Home, Model, Placed, Plan};
 use hydra::trace::{Bound, Recorder};
-use hydra::train::{Recruit, trace_model};
+use hydra::train::{Recruit, Schedule, trace_model};
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -129,6 +130,19 @@ pub fn plan_loaded(path: &Path, job: Job, texts: &Rc<Texts>, trains: bool) -> Re
     };
     planned.predict_step()?;
     Ok(planned)
+}
+
+/// Says in a line of each model after the first `from` whose learning rate would still rise when it ends: it never comes to the peak that was asked for.
+pub fn warn_of_warmups(job: &Job, from: usize, models: &[Rc<Planned>]) {
+    for (model, planned) in job.models[from..].iter().zip(models) {
+        let options = &planned.prepared.options;
+        let (Schedule::Linear { warmup, .. } | Schedule::Cosine { warmup, .. }) = options.schedule else { continue };
+        if warmup > options.steps {
+            let (place, steps) = (model.place("schedule.warmup"), options.steps);
+            let file = &model.file;
+            warn(format!("{file}: {place}: {warmup} steps of warm-up are more than all {steps} steps"));
+        }
+    }
 }
 
 /// Traces the model of a job that comes after those `before`; equal ones share a graph.

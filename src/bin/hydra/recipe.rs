@@ -73,6 +73,24 @@ impl Recipe {
         Ok(KEYS_OF_DATA.into_iter().zip(all).collect())
     }
 
+    /// Refuses random inputs of a kind that the network does not take; says the job file's key, and why.
+    ///
+    /// # Errors
+    /// As said.
+    pub fn check_random(&self, network: &dyn Network) -> std::result::Result<(), (&'static str, &'static str)> {
+        let Data::Random { context, image } = &self.data else { return Ok(()) };
+        let of_images = |name: &str| name == names::PIXEL_VALUES;
+        for input in network.inputs() {
+            if of_images(&input.name) && image.is_none() && context.is_some() {
+                return Err(("data.context", "the model takes images; write image = [3, 224, 224]"));
+            }
+            if !of_images(&input.name) && image.is_some() {
+                return Err(("data.image", "the model takes tokens; write context = 128"));
+            }
+        }
+        Ok(())
+    }
+
     /// Opens it, from the start.
     ///
     /// # Errors
@@ -147,10 +165,8 @@ fn random(
     for input in network.inputs() {
         let axes = match (input.name.as_str(), context, image) {
             (names::PIXEL_VALUES, _, Some(image)) => image.to_vec(),
-            (names::PIXEL_VALUES, Some(_), _) => {
-                return Err(Error::bad("data.context: the model takes images; write image = [3, 224, 224]"));
-            }
-            (_, _, Some(_)) => return Err(Error::bad("data.image: the model takes tokens; write context = 128")),
+            // What does not go together has been refused.
+            (names::PIXEL_VALUES, _, None) => input.axes,
             (_, Some(context), _) => vec![context],
             _ => input.axes,
         };

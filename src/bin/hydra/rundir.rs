@@ -1,16 +1,18 @@
 //! A run's directory: who may write into it, and what a failed start takes back.
 //!
-//! `plan.json` is the first file written and marks a directory as a run's. Nothing is overwritten unless a resumed run asks for it.
+//! `plan.json` is the first file written, and `job.toml` beside it marks a directory as a run's: a plan alone may be one that `hydra plan` has left. Nothing
+//! is overwritten but such a plan, unless a resumed run asks for it.
 
 use crate::args::Resume;
 use hydra::base::{Error, Result};
 use hydra::train::write_safely;
+use serde::Deserialize;
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 
-/// The file that marks a run's directory.
+/// The plan.
 pub const PLAN: &str = "plan.json";
-/// The job as it was run.
+/// The job as it was run; with the plan it marks a run's directory.
 pub const JOB: &str = "job.toml";
 /// Events of the first and last steps.
 pub const TRACE: &str = "trace.json";
@@ -36,6 +38,36 @@ pub enum Found {
     Run,
 }
 
+/// Whether a run is in `out`.
+pub fn holds_run(out: &Path) -> bool {
+    out.join(PLAN).exists() && out.join(JOB).exists()
+}
+
+/// The names of the models of the run in `out`, by its plan; one that cannot be read names nobody.
+pub fn planned_names(out: &Path) -> Vec<String> {
+    #[derive(Deserialize)]
+    struct Model {
+        name: String,
+    }
+    #[derive(Deserialize)]
+    struct Plan {
+        models: Vec<Model>,
+    }
+    let plan = fs::read(out.join(PLAN)).ok().and_then(|bytes| serde_json::from_slice::<Plan>(&bytes).ok());
+    plan.map_or(Vec::new(), |plan| plan.models.into_iter().map(|model| model.name).collect())
+}
+
+/// Refuses the folder `out` to a command that trains nothing, where it would write over a run's plan or trace.
+///
+/// # Errors
+/// [`Error::BadInput`] when it holds a run.
+pub fn keep_run(out: &Path) -> Result<()> {
+    if holds_run(out) {
+        return Err(Error::bad(format!("{}: holds a run, whose files are kept; name another folder", out.display())));
+    }
+    Ok(())
+}
+
 /// Looks at `out`, changing nothing. `models` are the names of the job's models.
 ///
 /// # Errors
@@ -45,12 +77,12 @@ pub fn inspect(out: &Path, models: &[&str], resume: Resume) -> Result<Found> {
         Ok(metadata) if !metadata.is_dir() => {
             return Err(Error::bad(format!("{}: is a file; a run needs a folder", out.display())));
         }
-        Ok(_) if out.join(PLAN).exists() => Found::Run,
+        Ok(_) if holds_run(out) => Found::Run,
         Ok(_) => {
             let names = [JOB, TRACE].into_iter().chain(models.iter().copied());
             if let Some(name) = names.into_iter().find(|name| out.join(name).exists()) {
                 return Err(Error::bad(format!(
-                    "{}: holds no run ({PLAN} is missing), but {name} is there already; name an empty or a new folder",
+                    "{}: holds no run, but {name} is there already; name an empty or a new folder",
                     out.display()
                 )));
             }
@@ -160,7 +192,16 @@ mod tests {
         assert_eq!(check(Resume::Never), Ok(Found::Free));
         fs::create_dir(out.join("gpt")).unwrap();
         assert!(check(Resume::Auto).unwrap_err().contains("gpt is there already"));
+        fs::remove_dir(out.join("gpt")).unwrap();
+        // A plan alone is no run, and may be written anew; a trace without a run is nobody's to overwrite.
         fs::write(out.join(PLAN), "{}").unwrap();
+        keep_run(&out).unwrap();
+        assert_eq!(check(Resume::Auto), Ok(Found::Free));
+        assert!(check(Resume::Require).unwrap_err().contains("holds no run to resume"));
+        fs::write(out.join(TRACE), "{}").unwrap();
+        assert!(check(Resume::Never).unwrap_err().contains("trace.json is there already"));
+        fs::write(out.join(JOB), "").unwrap();
+        assert!(keep_run(&out).unwrap_err().to_string().contains("holds a run"));
         assert_eq!(check(Resume::Auto), Ok(Found::Run));
         assert_eq!(check(Resume::Require), Ok(Found::Run));
         assert!(check(Resume::Never).unwrap_err().contains("holds a run already"));

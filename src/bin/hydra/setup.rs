@@ -181,9 +181,8 @@ pub fn prepare(job: &Job, i: usize, texts: &Texts) -> Result<Prepared> {
     if of_text {
         let labels = network.labels();
         if labels.vocab.is_some() && !labels.shift {
-            return Err(Error::bad(
-                "data.text: labels each token by the next one, which is not what the model learns; write batches, or random = true",
-            ));
+            let what = "labels each token by the next one, which is not what the model learns; write batches, or random = true";
+            return Err(fault("data.text", what.into()));
         }
         // Before the text is cut, which may take long.
         let vocab = Some(cut_by.vocab());
@@ -202,6 +201,7 @@ pub fn prepare(job: &Job, i: usize, texts: &Texts) -> Result<Prepared> {
         batch: model.batch,
         seed: job.run.seed,
     };
+    recipe.check_random(network).map_err(|(key, what)| fault(key, what.into()))?;
     let sources = recipe.open(network, texts)?;
     let made = sources.train.spec();
     check_fit(network, made.vocab, made.classes).map_err(|what| fault("data", what))?;

@@ -2,9 +2,9 @@
 
 use crate::advice::{what_would_help, what_would_help_all};
 use crate::placing::Sharing;
-use crate::planning::{Planned, PlannedJob, plan_job};
+use crate::planning::{Planned, PlannedJob, plan_job, warn_of_warmups};
 use crate::print::{say, table};
-use crate::rundir::PLAN;
+use crate::rundir::{PLAN, keep_run};
 use hydra::base::{Error, Result, format_bytes, format_secs};
 use hydra::device::sim::DISK_BYTES_PER_SEC;
 use hydra::spill::{BoundaryTier, Home, OnDisk};
@@ -16,9 +16,12 @@ use std::rc::Rc;
 /// Plans the job at `path` and prints the plan; with `out`, also writes plan.json there.
 ///
 /// # Errors
-/// When the job is at fault, no plan fits, or plan.json cannot be written.
+/// When `out` holds a run, the job is at fault, no plan fits, or plan.json cannot be written.
 pub fn run(path: &Path, sets: &[String], out: Option<&Path>, json: bool) -> Result<()> {
+    // Before the plan is searched, which may take minutes.
+    out.map_or(Ok(()), keep_run)?;
     let planned = plan_job(path, sets, &Rc::default())?;
+    warn_of_warmups(&planned.job, 0, &planned.models);
     if let Some(out) = out {
         std::fs::create_dir_all(out).map_err(|e| Error::refused("create", out, e))?;
         write_safely(&out.join(PLAN), |file| writeln!(file, "{:#}", planned.json()))?;

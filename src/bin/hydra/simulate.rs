@@ -5,6 +5,7 @@ use crate::placing::Sharing;
 use crate::planning::{PlannedJob, plan_job};
 use crate::print::{say, table};
 use crate::rehearsing::describe_rehearsal;
+use crate::rundir::keep_run;
 use crate::texts::Texts;
 use hydra::base::{Error, LaneKind, Result, format_secs};
 use hydra::engine::Simulation;
@@ -15,6 +16,11 @@ use hydra::train::{Selection, Verdict};
 use serde_json::{Value, json};
 use std::path::Path;
 use std::rc::Rc;
+
+/// A word as TOML has it, whatever is in it.
+pub fn quoted(word: &str) -> String {
+    toml::Value::from(word).to_string()
+}
 
 /// What the command line changes of the job.
 pub struct Wishes<'a> {
@@ -32,7 +38,7 @@ impl Wishes<'_> {
     /// The same as settings of the job.
     pub fn settings(&self) -> Vec<String> {
         let mut sets = self.sets.to_vec();
-        sets.extend(self.policy.map(|p| format!("run.policy=\"{p}\"")));
+        sets.extend(self.policy.map(|p| format!("run.policy={}", quoted(p))));
         sets.extend(self.devices.map(|n| format!("device.0.count={n}")));
         sets.extend(self.slots.map(|n| format!("run.slots={n}")));
         sets
@@ -56,8 +62,9 @@ impl Wishes<'_> {
 /// Simulates the job at `path`; with `out`, writes the schedule, the trace and the figures there.
 ///
 /// # Errors
-/// When the job is at fault, no plan fits, or a file cannot be written.
+/// When `out` holds a run, the job is at fault, no plan fits, or a file cannot be written.
 pub fn run(path: &Path, wishes: &Wishes, out: Option<&Path>, json: bool) -> Result<()> {
+    out.map_or(Ok(()), keep_run)?;
     if let Some(devices) = wishes.devices {
         wishes.check_counts(path, &format!("--devices {devices}"))?;
     }
@@ -109,8 +116,9 @@ fn steps(planned: &PlannedJob) -> Result<Vec<u64>> {
     let mut steps: Vec<u64> = planned.models.iter().map(|m| m.prepared.options.steps).collect();
     for search in &planned.job.searches {
         if search.stop.is_some() && search.simulated.is_none() {
+            let file = &planned.job.models[search.models.start].file;
             return Err(Error::bad(format!(
-                "{}.stop: a simulation has no losses to stop by; give it survivors, such as survivors = [[0, 2], [2]], or leave stop out",
+                "{file}: {}.stop: a simulation has no losses to stop by; give it survivors, such as survivors = [[0, 2], [2]], or leave stop out",
                 search.at
             )));
         }

@@ -1,7 +1,8 @@
 //! `hydra simulate --sweep`: every combination of a few values, as a table, a CSV and a plot.
 
 use crate::print::{say, table};
-use crate::simulate::{Wishes, simulate_job};
+use crate::rundir::keep_run;
+use crate::simulate::{Wishes, quoted, simulate_job};
 use crate::texts::Texts;
 use hydra::base::{Error, Result, format_secs, parse_bytes, parse_bytes_per_sec};
 use hydra::trace::{SweepLine, SweepPlot, sweep_svg};
@@ -55,9 +56,10 @@ impl Figures {
 /// Simulates every combination; with `out`, writes sweep.csv and sweep.svg there.
 ///
 /// # Errors
-/// When a key is not known or has its value twice, or a file cannot be written. A combination that does not fit, or whose values do not go together, is a
+/// When `out` holds a run, a key is not known or has its value twice, or a file cannot be written. A combination that does not fit, or whose values do not go together, is a
 /// row that says so; where all are, [`Error::OutOfBudget`] if any would fit more memory, else what the first says.
 pub fn run(path: &Path, wishes: &Wishes, sweep: &[String], out: Option<&Path>, json: bool) -> Result<()> {
+    out.map_or(Ok(()), keep_run)?;
     let axes = sweep.iter().map(|text| read_axis(text)).collect::<Result<Vec<Axis>>>()?;
     check_once(&axes, wishes)?;
     if wishes.devices.is_some() || axes.iter().any(|axis| axis.key == "devices") {
@@ -83,7 +85,7 @@ pub fn run(path: &Path, wishes: &Wishes, sweep: &[String], out: Option<&Path>, j
             number /= axis.values.len();
             let setting = KEYS.iter().find(|(key, _)| *key == axis.key).expect("read_axis knows the key").1;
             let plain = value.parse::<f64>().is_ok() || value.parse::<bool>().is_ok();
-            sets.push(if plain { format!("{setting}={value}") } else { format!("{setting}=\"{value}\"") });
+            sets.push(if plain { format!("{setting}={value}") } else { format!("{setting}={}", quoted(value)) });
         }
         let outcome = match simulate_job(path, &sets, &texts, None) {
             Ok((planned, s)) => Ok(Figures {
@@ -196,6 +198,9 @@ fn read_axis(text: &str) -> Result<Axis> {
     if values.is_empty() {
         return Err(Error::bad(format!("--sweep {key}: has no values")));
     }
+    if let Some(twin) = (1..values.len()).find(|&i| values[..i].contains(&values[i])) {
+        return Err(Error::bad(format!("--sweep {key}: {} is there twice; write each value once", values[twin])));
+    }
     Ok(Axis { key: key.to_string(), values })
 }
 
@@ -203,14 +208,13 @@ fn csv(axes: &[Axis], points: &[Point]) -> String {
     let keys: Vec<&str> = axes.iter().map(|a| a.key.as_str()).collect();
     let mut text = format!("{},makespan_secs,bound_secs,utilisation,reason\n", keys.join(","));
     for point in points {
-        // None of the values has a comma or a quote; a reason may.
-        let quoted = |why: &str| format!("\"{}\"", why.replace('"', "\"\""));
+        let in_quotes = |word: &str| format!("\"{}\"", word.replace('"', "\"\""));
+        // No value has a comma.
+        let field = |value: &String| if value.contains(['"', '\n', '\r']) { in_quotes(value) } else { value.clone() };
+        let values = point.values.iter().map(field).collect::<Vec<_>>().join(",");
         text += &match &point.outcome {
-            Ok(f) => {
-                let (values, mean) = (point.values.join(","), f.mean_utilisation());
-                format!("{values},{:?},{:?},{mean:?},\n", f.makespan_secs, f.bound_secs)
-            }
-            Err(why) => format!("{},,,,{}\n", point.values.join(","), quoted(why)),
+            Ok(f) => format!("{values},{:?},{:?},{:?},\n", f.makespan_secs, f.bound_secs, f.mean_utilisation()),
+            Err(why) => format!("{values},,,,{}\n", in_quotes(why)),
         };
     }
     text

@@ -8,7 +8,7 @@ use crate::judge::Judges;
 use crate::machine::free_memory_bytes;
 use crate::outcome;
 use crate::placing::Sharing;
-use crate::planning::{Planned, PlannedJob, plan_loaded};
+use crate::planning::{Planned, PlannedJob, plan_loaded, warn_of_warmups};
 use crate::print::{say, warn};
 use crate::progress::Board;
 use crate::rehearsing::describe_rehearsal;
@@ -17,7 +17,7 @@ use crate::rundir::{self, Found, RunDir, inspect};
 use crate::setup::Prepared;
 use crate::show::summary;
 use crate::watch::Watch;
-use hydra::base::{Error, Result, format_bytes};
+use hydra::base::{Error, Result, format_bytes, nearest};
 use hydra::device::{Device, FleetMemory, start_fleet};
 use hydra::engine::TurnOptions;
 use hydra::spill::named;
@@ -40,7 +40,7 @@ pub fn run(path: &Path, sets: &[String], resume: Resume, json: bool) -> Result<(
     let signals = Signals::heed()?;
     let mut job = Job::load(path, sets)?;
     let out = job.run.out.clone();
-    let goes_on = resume != Resume::Never && out.join(rundir::PLAN).exists();
+    let goes_on = resume != Resume::Never && rundir::holds_run(&out);
     // Before anything of it is read, so that nobody changes it meanwhile.
     let held = goes_on.then(|| RunDir::take(&out)).transpose()?;
     let taken = if goes_on { Inbox::taken(&out.join(rundir::INBOX)) } else { Taken::default() };
@@ -49,7 +49,10 @@ pub fn run(path: &Path, sets: &[String], resume: Resume, json: bool) -> Result<(
     let names: Vec<&str> = planned.job.models.iter().map(|m| m.name.as_str()).collect();
     let found = inspect(&out, &names, resume)?;
     let checkpoints = match found {
-        Found::Run => open_checkpoints(&planned, resume)?,
+        Found::Run => {
+            check_names(&out, &names, resume)?;
+            open_checkpoints(&planned, resume)?
+        }
         Found::Free => planned.models.iter().map(|_| None).collect(),
     };
     let mut judges = Judges::new(&out, found)?;
@@ -58,6 +61,7 @@ pub fn run(path: &Path, sets: &[String], resume: Resume, json: bool) -> Result<(
         return already_done(&planned.job, &standings, json);
     }
     check_memory(&planned)?;
+    warn_of_warmups(&planned.job, 0, &planned.models);
     for (m, checkpoint) in checkpoints.iter().enumerate().filter(|(m, _)| standings[*m].ended.is_none()) {
         checkpoint.iter().for_each(|checkpoint| tell_changes(&planned.models[m].prepared, checkpoint));
     }
@@ -71,16 +75,18 @@ pub fn run(path: &Path, sets: &[String], resume: Resume, json: bool) -> Result<(
     match trained {
         Ok(Trained { models, failed }) => {
             if json {
-                say(json!({ "run": out, "models": models }));
+                say_models(&out, models);
             } else {
                 say(format!("run: {}", out.display()));
             }
             failed.map_or(Ok(()), Err)
         }
-        Err(Failure { error, untouched }) => {
+        Err(Failure { error, untouched, models }) => {
             let vain = untouched && found == Found::Free;
             if vain {
                 dir.abandon();
+            } else if json && !models.is_empty() {
+                say_models(&out, models);
             }
             Err(match error {
                 Error::Interrupted { at, .. } => Error::Interrupted { at, checkpoint: Some(!vain) },
@@ -88,6 +94,11 @@ pub fn run(path: &Path, sets: &[String], resume: Resume, json: bool) -> Result<(
             })
         }
     }
+}
+
+/// Prints the one JSON object of a run.
+fn say_models(out: &Path, models: Vec<Value>) {
+    say(json!({ "run": out.display().to_string(), "models": models }));
 }
 
 /// A run that has come to its end.
@@ -102,11 +113,13 @@ struct Failure {
     error: Error,
     /// No step has ended: there is nothing worth keeping.
     untouched: bool,
+    /// How far each model had come; empty before the first could.
+    models: Vec<Value>,
 }
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
-        Failure { error, untouched: true }
+        Failure { error, untouched: true, models: Vec::new() }
     }
 }
 
@@ -162,6 +175,29 @@ impl Signals {
     /// From now on there is something to put in order first.
     fn wait_for_the_step(&self) {
         *self.preparing.lock().unwrap_or_else(PoisonError::into_inner) = false;
+    }
+}
+
+/// Looks for models of the run in `out` that have a checkpoint and that the job, whose models are called `names`, has no more: under another name a model would
+/// begin anew.
+///
+/// # Errors
+/// [`Error::BadInput`] where the run must go on from what it has.
+fn check_names(out: &Path, names: &[&str], resume: Resume) -> Result<()> {
+    let has_checkpoint = |name: &str| out.join(name).join(rundir::CHECKPOINT).exists();
+    let gone = rundir::planned_names(out).into_iter().filter(|old| !names.contains(&old.as_str()));
+    let gone: Vec<String> = gone.filter(|old| has_checkpoint(old)).collect();
+    let [first, ..] = &gone[..] else { return Ok(()) };
+    let fresh = names.iter().copied().filter(|name| !has_checkpoint(name));
+    let near = nearest(first, fresh).map_or(String::new(), |near| format!("; is it {near:?} now?"));
+    let list: Vec<String> = gone.iter().map(|name| format!("{name:?}")).collect();
+    let what = format!("{}: has checkpoints of models that the job has not: {}", out.display(), list.join(", "));
+    match resume {
+        Resume::Require => Err(Error::bad(format!("{what}, and --resume require goes on with all{near}"))),
+        Resume::Auto | Resume::Never => {
+            warn(format!("{what}; they are left as they are{near}"));
+            Ok(())
+        }
     }
 }
 
@@ -234,7 +270,7 @@ fn already_done(job: &Job, standings: &[Standing], json: bool) -> Result<()> {
         warn(format!("{}: of no use to a run that is done: {waiting} waiting there", folder.display()));
     }
     if json {
-        say(json!({ "run": out, "models": rows.iter().map(outcome::row_json).collect::<Vec<_>>() }));
+        say_models(out, rows.iter().map(|row| outcome::row_json(row, true)).collect());
     } else {
         say(format!("{}: the run is done already; nothing to do", out.display()));
     }
@@ -312,7 +348,6 @@ fn train_all(
             fleet.start_at(i, standings[active[i]].from, sources.train)?;
         }
     }
-    record(dir, &planned, &active, &standings, &mut fleet)?;
     let board = Board::new(quiet, active.len(), planned.machine.devices.len());
     let live = board.live(fleet.engine());
     let inbox = Inbox::new(dir.at(rundir::INBOX));
@@ -335,6 +370,8 @@ fn train_all(
     for (&m, valid) in active.iter().zip(validates) {
         crew.watch(m, valid)?;
     }
+    // Last, so that a start that was refused leaves the older trace in its place.
+    record(&mut crew, &active, &mut fleet)?;
     let result = fleet.run(&mut crew, stop);
     crew.watches.iter().for_each(Watch::finish);
     crew.live.iter_mut().for_each(|live| live.finish(fleet.engine()));
@@ -343,7 +380,11 @@ fn train_all(
     let nothing_done = crew.planned.models.len() == began_with
         && crew.standings.iter().all(|s| s.from == 0)
         && (0..crew.active.len()).all(|i| fleet.steps_done(i) == 0);
-    let kept = |error| Failure { error, untouched: nothing_done };
+    let watch = |m: usize| crew.active.iter().position(|&a| a == m).map(|at| &crew.watches[at]);
+    let rows = outcome::rows(&crew.planned.job, &crew.standings, watch);
+    let has_ended = |m: usize| crew.standings[m].ended.is_some() || watch(m).is_some_and(|w| w.status.is_some());
+    let models = || rows.iter().map(|row| outcome::row_json(row, has_ended(row.model))).collect();
+    let kept = |error| Failure { error, untouched: nothing_done, models: models() };
     let failed = |watch: &Watch| matches!(watch.status, Some(Status::Failed(_)));
     if let ([watch], [model]) = (&crew.watches[..], &crew.planned.models[..])
         && failed(watch)
@@ -352,8 +393,6 @@ fn train_all(
         return Err(kept(named(&model.prepared.name, error)));
     }
     result.map_err(kept)?;
-    let watch = |m: usize| crew.active.iter().position(|&a| a == m).map(|at| &crew.watches[at]);
-    let rows = outcome::rows(&crew.planned.job, &crew.standings, watch);
     write_results(&crew.dir.at(rundir::RESULTS), &rows).map_err(kept)?;
     recorded.map_err(kept)?;
     if !quiet {
@@ -366,7 +405,7 @@ fn train_all(
         // The code that the first would have had alone.
         if crew.codes.get(&first.model) == Some(&2) { Error::BadInput(message) } else { Error::Device(message) }
     });
-    Ok(Trained { models: rows.iter().map(outcome::row_json).collect(), failed })
+    Ok(Trained { models: models(), failed })
 }
 
 /// Starts the devices, with room for models that come later where they can, and says how large the arenas are.
@@ -396,17 +435,12 @@ fn start_devices(planned: &PlannedJob) -> Result<(Box<dyn Device>, Vec<u64>)> {
 }
 
 /// Records the run's first and last steps.
-fn record(
-    dir: &mut RunDir,
-    planned: &PlannedJob,
-    active: &[usize],
-    standings: &[Standing],
-    fleet: &mut Fleet,
-) -> Result<()> {
-    let trace = dir.at(rundir::TRACE);
+fn record(crew: &mut RunCrew, active: &[usize], fleet: &mut Fleet) -> Result<()> {
+    let (planned, standings) = (&crew.planned, &crew.standings);
+    let trace = crew.dir.at(rundir::TRACE);
     let first = active.iter().map(|&m| standings[m].from).min().unwrap_or(0);
     keep_older_trace(&trace, first)?;
-    dir.will_make(&trace);
+    crew.dir.will_make(&trace);
     let run = &planned.job.run;
     let total_steps = active.iter().map(|&m| planned.models[m].prepared.options.steps).max().unwrap_or(0);
     let keep = Keep { first: run.trace_first, last: run.trace_last, total_steps };
@@ -422,6 +456,10 @@ fn keep_older_trace(trace: &Path, from: u64) -> Result<()> {
     if !trace.exists() {
         return Ok(());
     }
-    let older = trace.with_file_name(format!("trace-until-{from}.json"));
+    // It may have gone on from there before, and been killed before its next checkpoint.
+    let name =
+        |n: u64| if n == 1 { format!("trace-until-{from}.json") } else { format!("trace-until-{from}-{n}.json") };
+    let mut names = (1..).map(|n| trace.with_file_name(name(n)));
+    let older = names.find(|older| !older.exists()).expect("there are more numbers than files");
     std::fs::rename(trace, &older).map_err(|e| Error::io("rename", trace, e))
 }

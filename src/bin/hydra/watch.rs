@@ -2,7 +2,7 @@
 
 use crate::judge::Judge;
 use crate::planning::Planned;
-use crate::print::note;
+use crate::print::{note, warn};
 use crate::progress::Progress;
 use crate::rundir;
 use hydra::base::{Result, format_secs};
@@ -118,10 +118,17 @@ impl<'a> Watch<'a> {
     /// Writes a checkpoint after `step` steps.
     fn save(&mut self, step: u64, engine: &Engine, model: usize) -> Result<()> {
         let (path, began) = (self.folder.join(rundir::CHECKPOINT), Instant::now());
+        self.wait_records()?;
         write_checkpoint(&path, engine, model, &self.planned.prepared.options, step)?;
         self.saved_at = Instant::now();
         self.note_saving(self.saved_at - began);
         Ok(())
+    }
+
+    /// Waits until the records of the steps done are on the disk. A checkpoint goes there after them: rows of steps that it has are made by nobody again.
+    fn wait_records(&mut self) -> Result<()> {
+        self.metrics.wait_sync()?;
+        self.judge.as_ref().map_or(Ok(()), Judge::wait_sync)
     }
 
     fn note_saving(&mut self, took: Duration) {
@@ -195,14 +202,25 @@ impl Observer for Watch<'_> {
     fn checkpoint(&mut self, step: u64, engine: &Engine, model: usize) -> Result<()> {
         // At its end the model itself is saved, and a checkpoint after it; but for a run that stops before.
         let ends = step == self.steps || self.ends.is_some();
-        if self.stop.load(Ordering::Relaxed) || self.wants_checkpoint() && !ends {
-            self.save(step, engine, model)?;
+        if self.stop.load(Ordering::Relaxed) {
+            return self.save(step, engine, model);
+        }
+        if self.wants_checkpoint()
+            && !ends
+            && let Err(error) = self.save(step, engine, model)
+        {
+            // The disk may have room again by then, and the model is worth more than one checkpoint of it.
+            self.saved_at = Instant::now();
+            let (name, wait) = (&self.planned.prepared.name, between_checkpoints(self.saving.get()));
+            let wait = format_secs(wait.as_secs_f64());
+            warn(format!("{name}: no checkpoint after {step} steps: {error}; the next try is in {wait}"));
         }
         Ok(())
     }
 
     /// Saves the model; a checkpoint of its last step is written only after it, and so tells that there is nothing left to do.
     fn ended(&mut self, engine: &Engine, model: usize) -> Result<()> {
+        self.wait_records()?;
         let prepared = &self.planned.prepared;
         let folder = self.folder.join(rundir::MODEL);
         save_model(&folder, &prepared.form()?, (engine, model), prepared.weights(), self.done)?;
@@ -217,6 +235,56 @@ impl Observer for Watch<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::job::Job;
+    use crate::planning::plan_loaded;
+    use crate::progress::Board;
+    use hydra::device::{FleetMemory, start_fleet};
+    use hydra::train::Fleet;
+
+    const JOB: &str = "[[device]]
+profile = 'v100'
+[[model]]
+name = 'm'
+family = 'gpt2'
+config = { n_layer = 1, n_embd = 16, n_head = 2, n_positions = 8, vocab_size = 11, bos_token_id = 0, eos_token_id = 0 }
+data = { random = true }
+steps = 5
+";
+
+    #[test]
+    fn a_checkpoint_that_cannot_be_written_ends_nothing_but_a_run_that_stops() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, checkpoint) = (folder.path().join("job.toml"), folder.path().join(rundir::CHECKPOINT));
+        std::fs::write(&path, JOB).unwrap();
+        // No file takes the place of a folder.
+        std::fs::create_dir(&checkpoint).unwrap();
+        let planned = plan_loaded(&path, Job::load(&path, &[]).unwrap(), &Rc::default(), true).unwrap();
+        let memory = FleetMemory {
+            arena_bytes: planned.map.arena_bytes.clone(),
+            host_bytes: planned.map.host_bytes,
+            poison: false,
+            shared_bytes_per_sec: None,
+            disk: None,
+        };
+        let device = start_fleet(&[planned.machine.first().spec.clone()], memory).unwrap();
+        let model = &planned.models[0];
+        let recruit = model.recruit(model.prepared.sources(&planned.texts).unwrap());
+        let mut fleet = Fleet::new(vec![recruit], device, None).unwrap();
+        let (stop, saving) = (AtomicBool::new(false), Rc::default());
+        let metrics = Metrics::open(&folder.path().join(rundir::METRICS), 0).unwrap();
+        let progress = Progress::new(&Board::new(true, 1, 1), "m", 0, 5);
+        let mut watch = Watch::new(model, (folder.path(), 0), metrics, progress, (&stop, &saving), None, false);
+        let began = Instant::now();
+        watch.saved_at = began.checked_sub(BETWEEN_CHECKPOINTS).unwrap();
+        fleet.run(&mut vec![&mut watch as &mut dyn Observer], &stop).unwrap();
+        // Tried once, at the first step, and then not before it is due again.
+        assert!(watch.done == 5 && watch.saved_at >= began);
+        // Its last one counts, and so does that of a run that stops.
+        let failure = fleet.take_failure(0).unwrap().to_string();
+        assert!(failure.contains(&format!("{}: is a folder", checkpoint.display())), "{failure}");
+        stop.store(true, Ordering::Relaxed);
+        assert!(watch.checkpoint(5, fleet.engine(), 0).unwrap_err().to_string().contains("is a folder"));
+    }
 
     #[test]
     fn saving_takes_a_twentieth_of_the_time_at_most() {

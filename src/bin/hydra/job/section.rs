@@ -3,7 +3,7 @@
 //! A [`Section`] knows its dotted path and every key it may hold. The keys are checked when it is opened, before any is
 //! read, so that a misspelt key is reported as misspelt and not as the missing key that it was meant to be.
 
-use hydra::base::{Error, Result, nearest, parse_bytes, parse_bytes_per_sec, parse_flops_per_sec};
+use hydra::base::{Error, Result, is_too_large, nearest, parse_bytes, parse_bytes_per_sec, parse_flops_per_sec};
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use toml::{Table, Value};
@@ -150,6 +150,11 @@ impl<'a> Section<'a> {
 
     /// A size above 0: a whole number of bytes, or a string with a unit.
     pub fn bytes(&self, key: &str) -> Result<Option<u64>> {
+        if let Some(value) = self.value(key)
+            && value.as_str().is_some_and(is_too_large)
+        {
+            return Err(self.fault(key, format!("{} is too large; no machine has as much", show(value))));
+        }
         self.read(key, "a size above 0, such as \"64 MiB\" or 67108864", |value| {
             let bytes = match value {
                 Value::Integer(n) => u64::try_from(*n).ok(),

@@ -343,6 +343,7 @@ fn bad_files() {
         (device("kind = 'gpu'"), "device.0.kind: want one of \"host\", \"cuda\""),
         (device("count = 0"), "device.0.count"),
         (device("memory = '64 parsecs'"), "device.0.memory: want a size above 0, such as \"64 MiB\""),
+        (device("memory = '99999999999 TiB'"), "device.0.memory: \"99999999999 TiB\" is too large"),
         (device("memory = -1"), "device.0.memory"),
         (device("memory = 0"), "device.0.memory"),
         (device("memory = 1.5"), "device.0.memory"),

@@ -1,0 +1,137 @@
+//! Runs that go on: what is kept of the parts before, and what is said where something of them is gone.
+
+use super::inbox::{Running, steps};
+use super::many::{TWO_CORES, model};
+use super::{GPT, Job};
+use hydra::train::metrics::read_rows;
+use serde_json::Value;
+use std::fs;
+use std::process::Command;
+
+/// Trains on from the checkpoint, with `sets`.
+fn goes_on(job: &Job, resume: &str, sets: &[&str]) -> super::Ran {
+    let sets: Vec<&str> = sets.iter().flat_map(|set| ["--set", set]).collect();
+    job.hydra(&[&["train", "--resume", resume], &sets[..]].concat())
+}
+
+#[test]
+fn older_traces_are_kept_however_often_a_run_goes_on_from_a_step() {
+    let job = Job::new(GPT);
+    job.hydra(&["train"]).fine();
+    let (checkpoint, kept) = (job.at("runs/job/m/checkpoint.safetensors"), job.at("kept"));
+    let trace = |name: &str| fs::read(job.at("runs/job").join(name)).expect(name);
+    fs::copy(&checkpoint, &kept).expect("a copy");
+    // A start that is refused moves nothing.
+    let first = trace("trace.json");
+    fs::rename(job.at("runs/job/m/metrics.jsonl"), job.at("metrics")).expect("it is there");
+    fs::create_dir(job.at("runs/job/m/metrics.jsonl")).expect("a folder");
+    assert_ne!(goes_on(&job, "auto", &["model.0.steps=5"]).code, 0);
+    assert!(trace("trace.json") == first && !job.at("runs/job/trace-until-4.json").exists());
+    fs::remove_dir(job.at("runs/job/m/metrics.jsonl")).expect("it is empty");
+    fs::rename(job.at("metrics"), job.at("runs/job/m/metrics.jsonl")).expect("it is there");
+    let mut before = vec![first];
+    for name in ["trace-until-4.json", "trace-until-4-2.json", "trace-until-4-3.json"] {
+        fs::copy(&kept, &checkpoint).expect("a copy");
+        goes_on(&job, "auto", &["model.0.steps=5"]).fine();
+        assert!(trace(name) == *before.last().expect("one"), "{name}");
+        before.push(trace("trace.json"));
+    }
+    assert!(trace("trace-until-4.json") == before[0] && trace("trace-until-4-2.json") == before[1]);
+}
+
+#[test]
+fn a_model_that_was_renamed_is_told_and_not_lost() {
+    let job = Job::new(GPT);
+    job.hydra(&["train"]).fine();
+    let renamed = "model.0.name=m2";
+    goes_on(&job, "require", &[renamed]).bad(&["runs/job", "models that the job has not: \"m\"", "is it \"m2\" now?"]);
+    assert!(!job.at("runs/job/m2").exists());
+    // Nothing is near to it.
+    let other = goes_on(&job, "require", &["model.0.name=something-else"]);
+    other.bad(&["models that the job has not: \"m\""]);
+    assert!(!other.err.contains("is it"), "{other:?}");
+    let ran = goes_on(&job, "auto", &[renamed]).fine();
+    assert_eq!(ran.err.lines().count(), 1, "{ran:?}");
+    assert!(
+        ran.err.starts_with("warning: ") && ran.err.contains("\"m\"; they are left as they are; is it \"m2\""),
+        "{ran:?}"
+    );
+    assert!(job.at("runs/job/m/checkpoint.safetensors").exists() && ran.out.contains("m2: 4 steps done"));
+}
+
+#[test]
+fn an_interrupted_run_prints_its_object_too() {
+    let endless = steps(&model("endless", ""), 2_000_000_000);
+    for (text, run) in [(endless.clone(), "alone"), (format!("{TWO_CORES}{}{endless}", model("short", "")), "both")] {
+        let job = Job::new(&text);
+        let out = format!("run.out={run}");
+        let mut running = Running::start(&job, "first", &["--json", "--set", &out]);
+        let rows = |name: &str| read_rows(&job.at(&format!("{run}/{name}/metrics.jsonl"))).map_or(0, |rows| rows.len());
+        let saved = |name: &str| run == "alone" || job.at(&format!("{run}/{name}/checkpoint.safetensors")).exists();
+        running.wait_until("a step, and the end of the short one", || rows("endless") > 0 && saved("short"));
+        Command::new("kill").args(["-TERM", &running.child.id().to_string()]).status().expect("kill");
+        let ran = running.wait_end();
+        ran.fails(75, &["interrupted at step", "after a checkpoint"]);
+        let said = ran.json();
+        let models = said["models"].as_array().expect("a list");
+        let of = |name: &str| models.iter().find(|row| row["name"] == name).expect("a row");
+        let row = of("endless");
+        assert!(row["status"] == "interrupted" && row["model"].is_null() && row["steps"] == rows("endless"), "{said}");
+        assert!(row["loss"].as_f64().is_some() && models.len() == if run == "alone" { 1 } else { 2 }, "{said}");
+        if run == "both" {
+            assert!(of("short")["status"] == "done" && of("short")["model"].as_str().is_some(), "{said}");
+        }
+    }
+}
+
+#[test]
+fn a_warmup_that_never_ends_is_told() {
+    let warms = |steps| format!("{}schedule = {{ kind = 'cosine', warmup = {steps} }}\n", GPT);
+    for (warmup, warns) in [(4, false), (5, true)] {
+        let job = Job::new(&warms(warmup));
+        for command in ["plan", "train"] {
+            let ran = job.hydra(&[command]).fine();
+            let says = "job.toml: model.0.schedule.warmup: 5 steps of warm-up are more than all 4 steps";
+            assert!(ran.err.lines().count() == usize::from(warns) && ran.err.contains(says) == warns, "{ran:?}");
+        }
+    }
+}
+
+#[test]
+fn rows_of_metrics_that_are_gone_are_counted() {
+    let job = Job::new(GPT);
+    job.hydra(&["train"]).fine();
+    let metrics = job.at("runs/job/m/metrics.jsonl");
+    let whole = fs::read_to_string(&metrics).expect("metrics");
+    let lines: Vec<&str> = whole.lines().collect();
+    let garbage = format!("{}\nnonsense \u{0}\n{}\n", lines[0], lines[3]);
+    let torn = format!("{}\n{}\n{}", lines[0], lines[1], &lines[2][..9]);
+    let (checkpoint, kept) = (job.at("runs/job/m/checkpoint.safetensors"), job.at("kept"));
+    fs::copy(&checkpoint, &kept).expect("a copy");
+    for (text, missing, steps) in [
+        (Some(whole.as_str()), 0, vec![0, 1, 2, 3, 4]),
+        (Some(&garbage), 2, vec![0, 3, 4]),
+        (Some(&torn), 2, vec![0, 1, 4]),
+        (Some(""), 4, vec![4]),
+        (None, 4, vec![4]),
+    ] {
+        fs::copy(&kept, &checkpoint).expect("a copy");
+        match text {
+            Some(text) => fs::write(&metrics, text).expect("metrics"),
+            None => fs::remove_file(&metrics).expect("it is there"),
+        }
+        let ran = goes_on(&job, "auto", &["model.0.steps=5"]).fine();
+        let warnings: Vec<&str> = ran.err.lines().collect();
+        match missing {
+            0 => assert!(warnings.is_empty(), "{ran:?}"),
+            missing => {
+                assert!(warnings.len() == 1 && warnings[0].starts_with("warning: "), "{ran:?}");
+                let says = format!("m/metrics.jsonl: {missing} of the rows of 4 steps are missing");
+                assert!(warnings[0].contains(&says), "{ran:?}");
+            }
+        }
+        let rows = fs::read_to_string(&metrics).expect("metrics");
+        let row = |line: &str| serde_json::from_str::<Value>(line).expect("a row")["step"].as_u64().expect("a step");
+        assert_eq!(rows.lines().map(row).collect::<Vec<_>>(), steps);
+    }
+}
