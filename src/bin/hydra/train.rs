@@ -23,7 +23,7 @@ use hydra::engine::TurnOptions;
 use hydra::spill::named;
 use hydra::trace::{Keep, Recorder, RecorderOptions};
 use hydra::train::results::{self, ModelResult, Status};
-use hydra::train::{Checkpoint, Fleet, Verdict};
+use hydra::train::{Checkpoint, Fleet, Recruit, Verdict, Weights};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -312,8 +312,11 @@ fn train_all(
     let mut later = Vec::new();
     for (&m, (sources, twice)) in active.iter().zip(sources) {
         let model = &planned.models[m];
-        later.push((sources.valid.is_some(), twice));
-        recruits.push(model.recruit(sources));
+        let recruit = model.recruit(sources);
+        // What a checkpoint has is not read, drawn or written twice.
+        let weights = if checkpoints[m].is_some() && twice.is_some() { Weights::Later } else { recruit.weights };
+        later.push((recruit.valid.is_some(), twice));
+        recruits.push(Recruit { weights, ..recruit });
     }
     // One that is only to be saved runs through none; a rehearsal wants one.
     let left = |&m: &usize| planned.models[m].prepared.options.steps.saturating_sub(standings[m].from).max(1);

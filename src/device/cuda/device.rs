@@ -14,7 +14,11 @@ use crate::base::{Error, LaneId, LaneKind, Result};
 use crate::device::host::beside::{HostLanes, HostLanesConfig};
 use crate::device::{Completion, Device, DiskSpec, Memory, Span, Task, Ticket};
 use std::collections::VecDeque;
+use std::mem::ManuallyDrop;
 use std::time::Instant;
+
+/// The longest stretch of patience that passes at once.
+const PATIENCE_SLICE_SECS: f64 = 1.0;
 
 /// A logical device: where it lies, and its memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,9 +49,9 @@ pub struct CudaConfig {
 /// GPUs, real or emulated, as devices.
 pub struct CudaDevice {
     lanes: Vec<LaneId>,
-    /// Before the driver, so that it is dropped first: it reads and writes the driver's pinned memory.
+    /// Reads and writes the driver's pinned memory.
     beside: HostLanes,
-    driver: Box<dyn Driver>,
+    driver: ManuallyDrop<Box<dyn Driver>>,
     streams: Vec<StreamLane>,
     devices: Vec<LogicalDevice>,
     arenas: Vec<Ptr>,
@@ -148,14 +152,14 @@ impl CudaDevice {
         }
         let CudaConfig { threads, disk, .. } = config.clone();
         let first = lanes.len() as u16;
-        // SAFETY: pinned memory of exactly this size, aligned to pages, which lives as long as the driver; the host's lanes are dropped before it.
+        // SAFETY: pinned memory of exactly this size, aligned to pages, which lives as long as the driver; that is dropped only when the lanes have stopped.
         let beside =
             unsafe { HostLanes::new(&HostLanesConfig { first, threads, disk, clock }, host, config.host_bytes)? };
         lanes.extend(beside.names());
         Ok(CudaDevice {
             submitted: vec![0; lanes.len()],
             lanes,
-            driver,
+            driver: ManuallyDrop::new(driver),
             streams,
             devices: config.devices.clone(),
             high_water: vec![0; arenas.len()],
@@ -359,6 +363,16 @@ impl CudaDevice {
     }
 }
 
+impl Drop for CudaDevice {
+    /// Where a host's lane has a task that does not end, the driver's memory stays, since that task may yet touch it.
+    fn drop(&mut self) {
+        if self.beside.wait_stop() {
+            // SAFETY: dropped here alone, and not used after.
+            unsafe { ManuallyDrop::drop(&mut self.driver) };
+        }
+    }
+}
+
 impl Device for CudaDevice {
     fn lanes(&self) -> &[LaneId] {
         &self.lanes
@@ -384,12 +398,15 @@ impl Device for CudaDevice {
     }
 
     fn next_completion(&mut self, patience_secs: f64) -> Option<Completion> {
-        let began = Instant::now();
+        let (mut idle_secs, mut looked) = (0.0, Instant::now());
         loop {
             if let Some(completion) = self.ready.pop_front() {
                 return Some(completion);
             }
-            let idle_secs = began.elapsed().as_secs_f64();
+            // Of a process that was stopped for an hour no more than a slice has passed.
+            let now = Instant::now();
+            idle_secs += (now - looked).as_secs_f64().min(PATIENCE_SLICE_SECS);
+            looked = now;
             if self.failed || idle_secs > patience_secs {
                 return None;
             }

@@ -2,7 +2,7 @@
 
 use super::device::{DISK_LANES, pool};
 use super::disk::Disk;
-use super::lanes::{Lane, Link, Order, Shared, Throttle};
+use super::lanes::{Lane, Link, Order, Shared, Throttle, wait_join};
 use super::memory::{Block, Store};
 use crate::base::{Error, LaneId, LaneKind, Result};
 use crate::device::{Completion, DiskSpec, Task, Ticket};
@@ -36,7 +36,7 @@ impl HostLanes {
     /// Starts the threads, over `bytes` of host memory at `store`.
     ///
     /// # Safety
-    /// The memory is page-aligned, initialised, and outlives the lanes.
+    /// The memory is page-aligned, initialised, and outlives the lanes: until [`HostLanes::wait_stop`] says so, or for ever.
     ///
     /// # Errors
     /// When a thread cannot be started, or there is no room for the disk tier.
@@ -113,13 +113,17 @@ impl HostLanes {
     }
 }
 
-impl Drop for HostLanes {
-    fn drop(&mut self) {
+impl HostLanes {
+    /// Waits until the threads have ended, but not for ever: false where one was left with a task that does not end. Then the memory must stay.
+    pub fn wait_stop(&mut self) -> bool {
         self.shared.stop();
         self.orders.clear();
-        for thread in self.threads.drain(..) {
-            // A panic of the lane was reported as its task's failure.
-            let _ = thread.join();
-        }
+        wait_join(&mut self.threads)
+    }
+}
+
+impl Drop for HostLanes {
+    fn drop(&mut self) {
+        self.wait_stop();
     }
 }
