@@ -16,6 +16,7 @@ mod selection;
 mod selection_log;
 mod session;
 mod trainee;
+mod validation;
 mod weights;
 
 pub use checkpoint::{Change, Checkpoint, write_checkpoint, write_last_checkpoint};

@@ -1,6 +1,7 @@
 //! A model of a fleet: what it is made of, and how far it has come.
 
 use super::options::TrainOptions;
+use super::validation::check_held_out;
 use super::weights::Weights;
 use crate::base::{Error, Result};
 use crate::data::{Batch, DEFAULT_AHEAD, Loader, Source};
@@ -63,14 +64,6 @@ pub(super) struct Trainee {
     pub(super) owes_validation: bool,
     /// Why it is to end: the data's fault, or the observer's.
     pub(super) fault: Option<Error>,
-}
-
-/// Refuses held-out data that a validation would not come to the end of.
-pub(super) fn check_held_out(source: &dyn Source) -> Result<()> {
-    match source.batches_per_epoch() {
-        u64::MAX => Err(Error::bad("held-out data without an end: a validation would have none")),
-        _ => Ok(()),
-    }
 }
 
 impl Trainee {
