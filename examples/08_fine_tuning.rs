@@ -60,7 +60,7 @@ fn fine_tune(from: &Path, text: &Path, to: &Path) -> Result<[f32; 2]> {
     drop(training);
 
     let mut kept = session(data()?.train)?;
-    kept.resume(&checkpoint, Box::new(data()?.train))?.expect("a better one was found");
+    kept.resume(&checkpoint)?.expect("a better one was found");
     let after = kept.wait_evaluation(&mut held_out)?;
     assert_eq!(after.to_bits(), best.to_bits(), "a checkpoint holds every bit");
     kept.wait_save(to, &pretrained.form, first)?;

@@ -43,8 +43,7 @@ fn steps_one_by_one_have_the_bits_of_a_run() {
         let mut got = Outcome::default();
 
         let mut one = session(&small, &options);
-        let source = || small.source(options.batch, options.seed);
-        assert_eq!(one.resume(&path, source()).expect("nothing is there"), None);
+        assert_eq!(one.resume(&path).expect("nothing is there"), None);
         let mut rates = Vec::new();
         for _ in 0..2 {
             let report = one.wait_step().expect("a step").expect("of seven");
@@ -57,11 +56,12 @@ fn steps_one_by_one_have_the_bits_of_a_run() {
         assert_eq!((one.steps_done(), valid.is_finite()), (3, true));
         one.wait_checkpoint(&path).expect("written");
         note(&mut got, &one.wait_step().expect("told").expect("the third"));
+        assert!(one.resume(&path).is_err_and(|error| error.to_string().contains("has begun already")));
         assert_eq!(one.steps_done(), 3);
         drop(one);
 
         let mut other = session(&small, &options);
-        assert_eq!(other.resume(&path, source()).expect("of this run"), Some(3));
+        assert_eq!(other.resume(&path).expect("of this run"), Some(3));
         let again = other.wait_evaluation(small.held_out(options.batch).as_mut()).expect("an evaluation");
         assert_eq!(again.to_bits(), valid.to_bits());
         note(&mut got, &other.wait_step().expect("a step").expect("the fourth"));

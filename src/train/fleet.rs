@@ -8,7 +8,7 @@ use super::observer::{Observer, StepReport};
 use super::prepare::batch_inputs;
 use super::trainee::{Recruit, Stage, Trainee};
 use crate::base::{Error, Result};
-use crate::data::{DEFAULT_AHEAD, Loader, Source, labelled};
+use crate::data::labelled;
 use crate::device::Device;
 use crate::engine::{Ended, Engine, EngineOptions, StepInput, StepResult, TurnOptions};
 use crate::spill::Placed;
@@ -114,20 +114,12 @@ impl Fleet {
         Ok(())
     }
 
-    /// A model goes on from `step`: its state was written by the caller, data starts there. `source` is a fresh one of the same kind.
+    /// A model goes on after `step` steps, its data with it: its state was written by the caller, as a [`Checkpoint`](super::Checkpoint) does.
     ///
     /// # Errors
-    /// When that is after the last step, or the loader's thread cannot be started.
-    pub fn start_at(&mut self, model: usize, step: u64, source: Box<dyn Source>) -> Result<()> {
-        let trainee = &mut self.trainees[model];
-        let steps = trainee.options.steps;
-        if step > steps {
-            return Err(Error::bad(format!("{step} steps are done, of {steps}")));
-        }
-        trainee.loader = Some(Loader::start(source, step, DEFAULT_AHEAD)?);
-        (trainee.done, trainee.begun) = (step, step);
-        trainee.owes_validation = step > 0 && step < trainee.options.steps;
-        Ok(())
+    /// When the model has begun already, or that is after its last step.
+    pub fn start_at(&mut self, model: usize, step: u64) -> Result<()> {
+        self.trainees[model].start_at(step)
     }
 
     /// The engine.
@@ -418,8 +410,7 @@ impl Fleet {
     fn begin(&mut self, model: usize, observer: &mut dyn Observer) -> Result<()> {
         let trainee = &mut self.trainees[model];
         let step = trainee.begun;
-        let loader = trainee.loader.as_ref().expect("a model in training has its data");
-        let batch = loader.next()?;
+        let batch = trainee.loader()?.next()?;
         let labels = labelled(&batch, 1)?.iter().sum::<u64>();
         if labels == 0 {
             return Err(Error::bad(format!("step {step}: no position of the minibatch has a label")));
@@ -434,7 +425,8 @@ impl Fleet {
             clip: options.clip,
         };
         self.engine.begin_step(model, &input)?;
-        loader.recycle(batch);
+        let trainee = &mut self.trainees[model];
+        trainee.loader()?.recycle(batch);
         trainee.rates.push_back(lr);
         trainee.begun += 1;
         Ok(())

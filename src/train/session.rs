@@ -62,16 +62,15 @@ impl Session {
         Ok(Session { fleet: Fleet::new(vec![recruit], device, None)?, options, untold: VecDeque::new() })
     }
 
-    /// Goes on from the checkpoint at `path`, before the first step; gives the steps that it had done, or `None` where there is no such file. `source` is
-    /// a fresh one of what the model is trained on.
+    /// Goes on from the checkpoint at `path`, before the first step; gives the steps that it had done, or `None` where there is no such file.
     ///
     /// # Errors
-    /// When the file cannot be read or is of another run ([`Checkpoint::check`]), or the loader's thread cannot be started.
-    pub fn resume(&mut self, path: &Path, source: Box<dyn Source>) -> Result<Option<u64>> {
+    /// When the file cannot be read or is of another run ([`Checkpoint::check`]), or a step has begun.
+    pub fn resume(&mut self, path: &Path) -> Result<Option<u64>> {
         let Some(mut checkpoint) = Checkpoint::open(path)? else { return Ok(None) };
         checkpoint.check(&self.options, self.engine().model(0))?;
+        self.fleet.start_at(0, checkpoint.step())?;
         checkpoint.restore(self.fleet.engine_mut(), 0)?;
-        self.fleet.start_at(0, checkpoint.step(), source)?;
         Ok(Some(checkpoint.step()))
     }
 

@@ -41,11 +41,20 @@ pub(super) enum Stage {
     Failed(Option<Error>),
 }
 
+/// What a model is trained on.
+enum Feed {
+    /// Nothing of it has been read.
+    Ready(Box<dyn Source>),
+    /// A thread makes minibatches ahead of need.
+    Running(Loader),
+    /// The model has ended.
+    Closed,
+}
+
 /// A model in training.
 pub(super) struct Trainee {
     pub(super) options: TrainOptions,
-    /// `None` once it has ended.
-    pub(super) loader: Option<Loader>,
+    feed: Feed,
     pub(super) valid: Option<Box<dyn Source>>,
     pub(super) valid_batch: Batch,
     pub(super) stage: Stage,
@@ -67,12 +76,12 @@ pub(super) struct Trainee {
 }
 
 impl Trainee {
-    /// A model that waits for its turn; its data is opened, and its first minibatches are on their way.
+    /// A model that waits for its turn.
     pub(super) fn new(recruit: Recruit) -> Result<Trainee> {
         let Recruit { source, valid, options, .. } = recruit;
         valid.as_deref().map_or(Ok(()), check_held_out)?;
         Ok(Trainee {
-            loader: Some(Loader::start(source, 0, DEFAULT_AHEAD)?),
+            feed: Feed::Ready(source),
             valid_batch: valid.as_ref().map_or(Batch { tensors: Vec::new() }, |v| Batch::zeros(v.spec())),
             valid,
             stage: Stage::Waiting,
@@ -92,8 +101,42 @@ impl Trainee {
         matches!(self.stage, Stage::Done | Stage::Failed(_))
     }
 
+    /// Goes on after `step` steps.
+    ///
+    /// # Errors
+    /// When it has begun already, or that is after its last step.
+    pub(super) fn start_at(&mut self, step: u64) -> Result<()> {
+        let steps = self.options.steps;
+        match self.feed {
+            _ if step > steps => return Err(Error::bad(format!("{step} steps are done, of {steps}"))),
+            Feed::Ready(_) => {}
+            Feed::Running(_) | Feed::Closed => {
+                return Err(Error::bad(format!("step {step}: the model has begun already")));
+            }
+        }
+        (self.done, self.begun) = (step, step);
+        self.owes_validation = step > 0 && step < steps;
+        Ok(())
+    }
+
+    /// Its minibatches, from that of the next step to begin when it is first asked for.
+    ///
+    /// # Errors
+    /// When its thread cannot be started, or the model has ended.
+    pub(super) fn loader(&mut self) -> Result<&Loader> {
+        if let Feed::Ready(_) = self.feed
+            && let Feed::Ready(source) = std::mem::replace(&mut self.feed, Feed::Closed)
+        {
+            self.feed = Feed::Running(Loader::start(source, self.begun, DEFAULT_AHEAD)?);
+        }
+        match &self.feed {
+            Feed::Running(loader) => Ok(loader),
+            Feed::Ready(_) | Feed::Closed => Err(Error::bad("the model's data is closed")),
+        }
+    }
+
     /// Gives up the data; waits for the minibatch that is being made.
     pub(super) fn wait_close(&mut self) {
-        (self.loader, self.valid) = (None, None);
+        (self.feed, self.valid) = (Feed::Closed, None);
     }
 }

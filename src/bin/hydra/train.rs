@@ -302,20 +302,15 @@ fn train_all(
     let active: Vec<usize> = (0..planned.models.len()).filter(|&m| standings[m].ended.is_none()).collect();
     let mut sources = Vec::new();
     for &m in &active {
-        let prepared = &planned.models[m].prepared;
-        let twice = if standings[m].from > 0 { Some(prepared.sources(&planned.texts)?) } else { None };
-        sources.push((prepared.sources(&planned.texts)?, twice));
+        sources.push(planned.models[m].prepared.sources(&planned.texts)?);
     }
     planned.models.iter().for_each(|model| model.prepared.close());
     let (device, arenas) = start_devices(&planned)?;
     let mut recruits = Vec::new();
-    let mut later = Vec::new();
-    for (&m, (sources, twice)) in active.iter().zip(sources) {
-        let model = &planned.models[m];
-        let recruit = model.recruit(sources);
+    for (&m, sources) in active.iter().zip(sources) {
+        let recruit = planned.models[m].recruit(sources);
         // What a checkpoint has is not read, drawn or written twice.
-        let weights = if checkpoints[m].is_some() && twice.is_some() { Weights::Later } else { recruit.weights };
-        later.push((recruit.valid.is_some(), twice));
+        let weights = if checkpoints[m].is_some() { Weights::Later } else { recruit.weights };
         recruits.push(Recruit { weights, ..recruit });
     }
     // One that is only to be saved runs through none; a rehearsal wants one.
@@ -338,17 +333,16 @@ fn train_all(
         arena_bytes: planned.map.arena_bytes.clone(),
         room_bytes: arenas.clone(),
     });
+    let validates: Vec<bool> = recruits.iter().map(|recruit| recruit.valid.is_some()).collect();
     let mut fleet = Fleet::new(recruits, device, turns)?;
     if let Sharing::Lines(lines) = &planned.sharing {
         let number = |m: &usize| active.iter().position(|a| a == m);
         fleet.line_up(lines.iter().map(|line| line.iter().filter_map(number).collect()).collect())?;
     }
-    let mut validates = Vec::new();
-    for (i, (valid, again)) in later.into_iter().enumerate() {
-        validates.push(valid);
-        if let (Some(checkpoint), Some(sources)) = (&mut checkpoints[active[i]], again) {
+    for (i, &m) in active.iter().enumerate() {
+        if let Some(checkpoint) = &mut checkpoints[m] {
             checkpoint.restore(fleet.engine_mut(), i)?;
-            fleet.start_at(i, standings[active[i]].from, sources.train)?;
+            fleet.start_at(i, standings[m].from)?;
         }
     }
     let board = Board::new(quiet, active.len(), planned.machine.devices.len());
