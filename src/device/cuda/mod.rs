@@ -36,6 +36,8 @@ mod optimizer;
 mod pool;
 pub mod queue;
 mod rotary;
+#[cfg(test)]
+mod stand;
 mod transpose;
 
 pub use device::{CudaConfig, CudaDevice, LogicalDevice};
