@@ -23,6 +23,7 @@ fi
 executable_of() {
     # Of the target that the last argument names; tests and benches come with the program that they may run.
     for target; do :; done
+    [ "$target" != --lib ] || target=hydra
     cargo "$@" --features "$features" --message-format=json >"$log" 2>"$log.err" || { cat "$log.err" >&2; return 1; }
     sed -n "/\"name\":\"$target\"/s/.*\"executable\":\"\([^\"]*\)\".*/\1/p" "$log" | tail -n 1
 }
@@ -39,6 +40,7 @@ take() {
 }
 take hydra build --release --bin hydra
 take test-kernels test --release --no-run --test kernels
+take test-library test --release --no-run --lib
 take test-reference test --release --no-run --test reference
 take bench-kernels bench --no-run --bench kernels
 

@@ -62,7 +62,8 @@ struct BulkStore {
 };
 using StoreGroups = Groups<BulkStore>;
 
-// A warpgroup product: where its operands and the accumulators of its 128 threads are.
+// A warpgroup product: where its operands and the accumulators of its 128 threads are. Operands in registers are what they were when it was issued:
+// what is assigned to such a variable later is another register to nvcc, which says so where it cannot be (tests/emulator/planted).
 struct Product {
   Wgmma what;
   float* d[128];
@@ -73,7 +74,7 @@ struct Product {
 struct WarpgroupState {
   Meeting meeting;
   Groups<Product> products;
-  bool fenced = false;
+  bool fenced = false;  // since the last wait
 };
 
 // Runs one of the loads under way.

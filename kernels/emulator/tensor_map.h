@@ -6,7 +6,7 @@
 
 namespace sim {
 
-struct alignas(64) TensorMap {
+struct alignas(128) TensorMap {
   static constexpr int AXES = 4;
   const char* base;
   uint64_t sizes[AXES], pitch_bytes[AXES - 1];  // pitches of all axes but the innermost
@@ -20,6 +20,6 @@ struct alignas(64) TensorMap {
   uint32_t box_rows() const { return box[1] * box[2] * box[3]; }
   uint32_t box_bytes() const { return row_bytes() * box_rows(); }
 };
-static_assert(sizeof(TensorMap) == 128);
+static_assert(sizeof(TensorMap) == 128 && alignof(TensorMap) == 128);
 
 }  // namespace sim

@@ -115,7 +115,7 @@ template <class Tell> static void for_reads(const Product& p, Tell tell) {
 static WarpgroupState& group() { return current_block->warpgroups[self()->linear / WARPGROUP]; }
 
 void wgmma(const Wgmma& product, const Site& site) {
-  if (!group().fenced) fail("%s at %s:%d: no wgmma.fence before the first product", site.what, site.file, site.line);
+  if (!group().fenced) fail("%s at %s:%d: no wgmma.fence since the last wait, or at all", site.what, site.file, site.line);
   Wgmma mine = product;
   warpgroup_collective(
       [](void** args, uint32_t) {
@@ -161,6 +161,8 @@ void wgmma_commit(const Site& site) {
 void wgmma_wait(int keep, const Site& site) {
   warpgroup_collective(
       [](void** args, uint32_t) {
+        // Who waits touches registers next.
+        group().fenced = false;
         group().products.wait(*static_cast<int*>(args[0]), [](const Product& p) {
           if (!p.computed) compute(p);
           if (!race::on) return;

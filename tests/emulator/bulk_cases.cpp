@@ -71,7 +71,7 @@ static std::string product(const char* kernel, u32 n, bool a_mn, bool b_mn, u32 
   static const Add name{                  \
       {#name, [](u32 seed, int bug) { return product("test_" #name, n, a_mn, b_mn, seed, bug); }, {__VA_ARGS__}}};
 PRODUCT(wgmma_64_kk, 64, false, false, {1, RACE, "race"}, {2, PLAIN, "no wgmma.fence"}, {3, PLAIN, "has not waited for"},
-        {4, RACE, "race"}, {5, RACE, "may still read"})
+        {4, RACE, "race"}, {5, RACE, "may still read"}, {6, PLAIN, "no wgmma.fence"})
 PRODUCT(wgmma_64_mm, 64, true, true)
 PRODUCT(wgmma_96_kk, 96, false, false)
 PRODUCT(wgmma_128_km, 128, false, true)

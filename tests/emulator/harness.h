@@ -55,7 +55,7 @@ template <class T> struct Buffer {
 inline void* argument(int& x) { return &x; }
 template <class T> void* argument(Buffer<T>& b) { return &b.pointer; }
 struct Map {
-  alignas(64) unsigned char bytes[128];
+  alignas(128) unsigned char bytes[128];
 };
 inline void* argument(Map& m) { return m.bytes; }
 

@@ -8,7 +8,7 @@
 #[path = "../gradients/cases.rs"]
 #[allow(dead_code, reason = "shared with the gradients' tests")]
 mod cases;
-#[cfg(feature = "emulator")]
+#[cfg(any(feature = "cuda", feature = "emulator"))]
 mod covered;
 #[path = "../common/device.rs"]
 mod device;
@@ -197,7 +197,7 @@ fn family(families: &[&str]) {
         })
         .count();
     assert_eq!(failures, 0, "cases of {families:?} failed, as printed above");
-    #[cfg(feature = "emulator")]
+    #[cfg(any(feature = "cuda", feature = "emulator"))]
     covered::note();
 }
 

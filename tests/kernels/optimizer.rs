@@ -148,6 +148,6 @@ fn updates_are_the_hosts_to_the_bit() {
             assert_eq!(apart, None, "first byte that differs, case {i}, {device}");
         }
     }
-    #[cfg(feature = "emulator")]
+    #[cfg(any(feature = "cuda", feature = "emulator"))]
     super::covered::note();
 }

@@ -2,7 +2,7 @@
 # Runs what scripts/pack-gpu.sh packed, on a machine with an NVIDIA driver: parity, training, benches, peers. Adds to results/RESULTS.md and
 # writes JSON beside it; copy that folder back.
 #   sh run.sh [PART ..]      no part named = all, in this order; each may be run by itself, and what fails stops none of the others
-#     parity                 each group of test-kernels a process, then test-reference
+#     parity                 each group of test-kernels a process, and test-library, with 4 multiprocessors and with all; test-reference
 #     training               a small GPT; GPT-2 124M
 #     large                  GPT-2 1558M: 45 GB of the GPU's memory, 30 GB of the host's
 #     llama                  Llama 3.2's 1 billion, resident in 31 GB of the GPU's memory and with a quarter of that
@@ -10,6 +10,7 @@
 #     peers                  peers.py, if it was packed; by its parts: peers-ceilings, peers-kernels, peers-training, peers-offload
 #   QUICK=1            few samples and short jobs, one run of the benches, of peers.py the ceilings: to see that it runs
 #   LIMIT=540          seconds after which a step is stopped and the next begins; what a stopped step has printed is kept
+#   GROUP_LIMIT=120    the same for a group of kernels on a GPU, which takes seconds unless a kernel hangs
 #   HYDRA_REQUIRE_GPU  default 1: no GPU is a failure; 0: it is said, and the rest goes on
 #   DEVICE=host        tries this script itself where there is no GPU: jobs on the CPU. DEVICE=emulated: parity and benches on the emulator, in a
 #                      folder that was packed with FEATURES=emulator
@@ -45,8 +46,9 @@ report=$results/RESULTS.md
 # Models in training lie here, not in the results: they can take gigabytes, and only what keep takes travels back.
 runs=$here/running
 failures=0
-stopper=""
-command -v timeout >/dev/null && stopper="timeout -k 10 $limit"
+# Seconds that a step may take, where there is a program that stops it.
+patience=$limit
+timeout=$(command -v timeout) || timeout=""
 
 # Lines for the report, one an argument.
 say() { printf '%s\n' "$@" | tee -a "$report"; }
@@ -57,12 +59,12 @@ step() {
     shift 2
     say "" "    \$ $(printf '%s ' "$@" | sed "s|$here/||g")"
     begin=$(date +%s)
-    $stopper "$@" >"$log" 2>&1
+    ${timeout:+"$timeout" -k 10 "$patience"} "$@" >"$log" 2>&1
     code=$?
     say "" '```'
     tail -n "$lines" "$log" | tee -a "$report"
     say '```' "" "exit $code after $(($(date +%s) - begin)) s; all of it in $(basename "$log")"
-    case $code in 124 | 137) say "" "That was too long: it was stopped after LIMIT=$limit seconds." ;; esac
+    case $code in 124 | 137) say "" "It hangs, or takes too long: it was stopped after $patience seconds." ;; esac
     [ "$code" = 0 ] || failures=$((failures + 1))
     return "$code"
 }
@@ -85,15 +87,32 @@ head_of_report() {
 
 parity() {
     say "" "## Parity" "" "Every op on the device against the host's f64, and training against PyTorch's weights, resident and under three budgets with the same bits."
+    [ -n "$timeout" ] || say "" "No timeout here: a step that hangs has to be stopped by hand."
     if [ "$device" != host ]; then
         export HYDRA_KERNEL_TESTS_DEVICE="$device"
         [ "$device" = cuda ] || export HYDRA_KERNEL_TESTS="${HYDRA_KERNEL_TESTS:-brief}"
+        # With as few multiprocessors as the emulated GPU small shapes reach persistent loops, and kernels that else only large shapes are for.
+        counts=all
+        if [ "$device" = cuda ]; then
+            counts="4 all"
+            patience=${GROUP_LIMIT:-120}
+        fi
         # A group a process: an illegal access ends a process' context, and with it all that comes later in it.
         groups=$("$here/bin/test-kernels" --list | sed -n 's/: test$//p')
         [ -n "$groups" ] || { say "" "bin/test-kernels does not start here."; failures=$((failures + 1)); }
-        for group in $groups; do
-            step "parity-$(echo "$group" | sed 's/::/-/g').log" 6 "$here/bin/test-kernels" --exact "$group"
+        for count in $counts; do
+            few="" name=parity
+            [ "$count" = all ] || few="env HYDRA_MULTIPROCESSORS=$count" name=parity-$count
+            for group in $groups; do
+                # shellcheck disable=SC2086
+                step "$name-$(echo "$group" | sed 's/::/-/g').log" 6 $few "$here/bin/test-kernels" --exact "$group"
+            done
+            # shellcheck disable=SC2086
+            step "$name-library.log" 6 $few "$here/bin/test-library" device::cuda
         done
+        # All groups in one process, which fails where none of them launches a kernel.
+        [ "$device" != cuda ] || step parity-covered.log 6 env HYDRA_MULTIPROCESSORS=4 "$here/bin/test-kernels" --test-threads 1
+        patience=$limit
     fi
     # The emulator's own test of training is in the source tree; here it would take long.
     [ "$device" = emulated ] || step reference.log 15 "$here/bin/test-reference" --test-threads 1

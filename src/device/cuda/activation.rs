@@ -23,9 +23,9 @@ pub(super) fn grad(q: &mut Queue, o: &Operands, kind: Activation) -> Result<()> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    #[cfg(feature = "emulator")]
     use crate::base::DType;
     use crate::device::cuda::gemm::ACTIVATION_GRAD;
+    use crate::device::cuda::stand::Stand;
 
     #[test]
     fn kernels_number_the_kinds_alike() {
@@ -43,14 +43,9 @@ mod tests {
     }
 
     /// Far out the square of what is given overflows; there a slope is 0 or 1 all the same.
-    #[cfg(feature = "emulator")]
     #[test]
     fn slopes_far_out_are_those_of_a_line() {
-        use crate::device::cuda::Emulated;
-        use crate::device::cuda::blocks::Blocks;
-        use crate::device::cuda::driver::Driver;
-        use crate::device::cuda::launch::Ptr;
-
+        let Some(_open) = Stand::open(80, 0) else { return };
         let x = [-3e38f32, -1e20, -1e13, -1e4, 1e4, 1e13, 1e20, 3e38];
         for dtype in [DType::F32, DType::Bf16] {
             let width = dtype.bytes() as usize;
@@ -58,26 +53,12 @@ mod tests {
             let bytes =
                 |values: &[f32]| values.iter().flat_map(|v| v.to_le_bytes()[4 - width..].to_vec()).collect::<Vec<_>>();
             for kind in [Activation::Relu, Activation::GeluTanh, Activation::GeluErf, Activation::Silu] {
-                let mut driver = Emulated::new(80, 0).expect("an emulator");
-                let [d_x, d_out, given] = [&[9.0; 8], &[1.0; 8], &x].map(|values: &[f32; 8]| {
-                    let at = driver.alloc_host(8 * width as u64).expect("memory");
-                    // SAFETY: allocated just above with as many bytes.
-                    unsafe { std::ptr::copy_nonoverlapping(bytes(values).as_ptr(), at, 8 * width) };
-                    at
-                });
-                let stream = driver.stream(0).expect("a stream");
-                let blocks = Blocks::new(&mut driver, 0, true).expect("memory");
-                let mut q = Queue::new(&mut driver, stream, &blocks, 0);
+                let mut stand = Stand::open(80, 0).expect("it has opened before");
+                let [to, d, given] = [&[9.0; 8], &[1.0; 8], &x].map(|values: &[f32; 8]| stand.hold(&bytes(values)));
                 let launch = pointwise(pick(dtype, "activation_grad_f32", "activation_grad_bf16"), 8, dtype);
-                let [to, d, given] = [d_x, d_out, given].map(|at| Ptr(at as u64));
-                q.launch(launch.ptr(to).ptr(d).ptr(given).long(8).int(kind as usize)).expect("a launch");
-                let done = driver.mark(0).expect("a mark");
-                driver.record(done, stream).expect("a stream");
-                while !driver.passed(done).expect("a mark") {
-                    driver.wait_a_moment(0.0).expect("no fault");
-                }
-                // SAFETY: allocated above with as many bytes; no kernel runs now.
-                let got = unsafe { std::slice::from_raw_parts(d_x, 8 * width) };
+                let launch = launch.ptr(to.ptr()).ptr(d.ptr()).ptr(given.ptr()).long(8).int(kind as usize);
+                stand.wait_for("slopes", |q| q.launch(launch));
+                let got = stand.read(&to);
                 assert_eq!(got, bytes(&x.map(|x| f32::from(x > 0.0))), "{kind:?} in {dtype}");
             }
         }

@@ -6,6 +6,8 @@
 use super::launch::{BoxMapSpec, Launch, Ptr, TensorMap, TensorMapSpec};
 use crate::base::{Error, Result};
 use crate::graph::Kernels;
+use std::collections::BTreeSet;
+use std::sync::{Mutex, PoisonError};
 
 /// What a GPU is.
 #[derive(Clone, Debug)]
@@ -155,6 +157,19 @@ pub trait Driver: Send {
     /// # Errors
     /// When the device does not take it.
     fn box_map(&mut self, gpu: usize, spec: &BoxMapSpec) -> Result<TensorMap>;
+}
+
+/// Kernels that have been launched, each with the compute capability of the GPU.
+static LAUNCHED: Mutex<BTreeSet<(u32, &'static str)>> = Mutex::new(BTreeSet::new());
+
+/// For drivers: a kernel is launched, at least for the first time.
+pub(super) fn note_launch(arch: u32, kernel: &'static str) {
+    LAUNCHED.lock().unwrap_or_else(PoisonError::into_inner).insert((arch, kernel));
+}
+
+/// Kernels that this process has launched, on GPUs or emulated ones, each with the compute capability: what a test has covered.
+pub fn launched() -> BTreeSet<(u32, &'static str)> {
+    LAUNCHED.lock().unwrap_or_else(PoisonError::into_inner).clone()
 }
 
 /// Refuses what is of two GPUs where it must be of one.

@@ -6,19 +6,17 @@
 
 mod library;
 
-use super::driver::{Driver, Facts, Mark, Stream, one_gpu};
+use super::driver::{Driver, Facts, Mark, Stream, note_launch, one_gpu};
 use super::launch::{BoxMapSpec, Launch, Ptr, Swizzle, TensorMap, TensorMapSpec};
 use crate::base::philox::Sequence;
 use crate::base::{Error, Result};
 use crate::graph::Kernels;
 use library::{Kernel, Library, Settings};
-use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::ffi::{c_int, c_void};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-/// Kernels that have run.
-static RUN: Mutex<BTreeSet<&'static str>> = Mutex::new(BTreeSet::new());
 /// Held while checked kernels run.
 static CHECKED: Mutex<()> = Mutex::new(());
 
@@ -105,14 +103,12 @@ impl Emulated {
         Emulated::of(vec![Emulated::facts_of(0, arch)], seed)
     }
 
-    /// The kernels of this crate by name, and which of them this process has run on the emulator: what a test has covered.
+    /// The kernels of this crate, by name.
     ///
     /// # Errors
     /// When the kernels cannot be loaded.
-    pub fn kernels() -> Result<Vec<(String, bool)>> {
-        let names = Library::built_in()?.names();
-        let run = RUN.lock().unwrap_or_else(PoisonError::into_inner);
-        Ok(names.into_iter().map(|name| (name.clone(), run.contains(name.as_str()))).collect())
+    pub fn kernels() -> Result<Vec<String>> {
+        Ok(Library::built_in()?.names())
     }
 
     /// What the `ordinal`-th emulated GPU is, of compute capability `arch` (80, 90), unless a test wants another. One of 80 has as little shared memory as
@@ -238,7 +234,7 @@ impl Emulated {
                 launch.kernel, launch.shared_bytes
             )));
         }
-        RUN.lock().unwrap_or_else(PoisonError::into_inner).insert(launch.kernel);
+        note_launch(self.gpus[0].arch, launch.kernel);
         self.launches = self.launches.wrapping_add(1);
         // Small seeds name the orders that find most; the rest are drawn.
         let seed = if self.seed < 2 { self.seed } else { self.seed.wrapping_add(self.launches) | 2 };

@@ -1,7 +1,7 @@
 //! Launches of `kernels/gemm_*.cu`: matrix products for every family that needs them.
 
 mod plan;
-#[cfg(all(test, feature = "emulator"))]
+#[cfg(test)]
 mod tests;
 
 pub(super) use plan::{Form, Sizes};

@@ -3,14 +3,15 @@
 //! Everything goes through raw handles: streams, events and pinned memory are ours to order (see the project's DESIGN.md for why not
 //! through a wrapper that tracks events by itself). Each call that can fail says what it was and on which GPU.
 
-use super::driver::Facts;
+use super::MULTIPROCESSORS_VARIABLE;
+use super::driver::{Facts, note_launch};
 use super::launch::{Launch, Ptr};
 use crate::base::{Error, Result};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 use cudarc::driver::{DriverError, result};
 use rayon::prelude::*;
 use std::collections::HashMap;
-use std::ffi::{CString, c_int, c_void};
+use std::ffi::{CStr, CString, OsStr, c_int, c_void};
 use std::mem::MaybeUninit;
 use std::time::{Duration, Instant};
 
@@ -68,6 +69,15 @@ fn said(what: &str) -> impl Fn(DriverError) -> Error + '_ {
     }
 }
 
+/// Of a GPU's multiprocessors as many as are asked for, where a number is.
+fn lowered(all: u32, asked: Option<&OsStr>) -> Result<u32> {
+    let Some(asked) = asked else { return Ok(all) };
+    let number = asked.to_str().and_then(|text| text.parse().ok()).filter(|n| (1..=all).contains(n));
+    number.ok_or_else(|| {
+        Error::bad(format!("{MULTIPROCESSORS_VARIABLE} is {asked:?}, want a number from 1 to the GPU's own {all}"))
+    })
+}
+
 /// How many GPUs there are.
 ///
 /// # Errors
@@ -110,7 +120,7 @@ impl Gpu {
     /// The GPU of this number, its kernels loaded.
     ///
     /// # Errors
-    /// When there is no driver, no such GPU, or it is older than the kernels.
+    /// When there is no driver, no such GPU, or it is older than the kernels; when a variable of the environment names what it does not have.
     pub fn open(ordinal: usize) -> Result<Gpu> {
         let gpus = count()?;
         if ordinal >= gpus {
@@ -129,7 +139,10 @@ impl Gpu {
             ordinal,
             name: result::device::get_name(device).map_err(said("asking for the name"))?,
             arch: (major * 10 + minor) as u32,
-            multiprocessors: ask(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32,
+            multiprocessors: lowered(
+                ask(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32,
+                std::env::var_os(MULTIPROCESSORS_VARIABLE).as_deref(),
+            )?,
             // SAFETY: the device is one that `get` gave.
             memory_bytes: unsafe { result::device::total_mem(device) }.map_err(said("asking for its memory"))? as u64,
             shared_bytes: ask(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as u32,
@@ -190,6 +203,34 @@ impl Gpu {
         result::mem_get_info().map(|(free, _)| free as u64).map_err(|e| self.said(e, "asking for free memory"))
     }
 
+    /// The kernels that are loaded, by name.
+    ///
+    /// # Errors
+    /// When the device has failed.
+    pub fn kernels(&self) -> Result<Vec<String>> {
+        self.enter()?;
+        let listing = |e| self.said(e, "listing the kernels");
+        let mut names = Vec::new();
+        for &module in &self.modules {
+            let mut count = 0;
+            // SAFETY: writes one number; modules stay loaded as long as the GPU lives.
+            unsafe { sys::cuModuleGetFunctionCount(&raw mut count, module) }.result().map_err(listing)?;
+            let mut functions = vec![std::ptr::null_mut(); count as usize];
+            // SAFETY: there is room for so many.
+            unsafe { sys::cuModuleEnumerateFunctions(functions.as_mut_ptr(), count, module) }
+                .result()
+                .map_err(listing)?;
+            for function in functions {
+                let mut name = std::ptr::null();
+                // SAFETY: writes one address; the function is of a loaded module.
+                unsafe { sys::cuFuncGetName(&raw mut name, function) }.result().map_err(listing)?;
+                // SAFETY: a C string, which lives as long as the module.
+                names.push(unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned());
+            }
+        }
+        Ok(names)
+    }
+
     /// Loads a fatbin or a cubin. The driver loads each kernel of it when it is first asked for, unless CUDA_MODULE_LOADING says otherwise.
     ///
     /// # Errors
@@ -225,6 +266,7 @@ impl Gpu {
                 }
             }
             let function = found.ok_or_else(|| Error::Device(format!("cuda: there is no kernel {name}")))?;
+            note_launch(self.facts.arch, name);
             self.kernels.insert(name, Kernel { function, shared_bytes: 0 });
         }
         let Kernel { function, shared_bytes: has } = self.kernels[name];
@@ -389,6 +431,18 @@ impl Drop for Gpu {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn multiprocessors_are_lowered_or_what_is_asked_for_is_refused() {
+        assert_eq!(lowered(132, None).expect("all"), 132);
+        for (asked, want) in [("1", 1), ("4", 4), ("132", 132)] {
+            assert_eq!(lowered(132, Some(OsStr::new(asked))).expect("fewer"), want);
+        }
+        for bad in ["", "0", "133", "-4", "4 ", "four", "99999999999"] {
+            let error = lowered(132, Some(OsStr::new(bad))).expect_err("refused").to_string();
+            assert!(error.contains("HYDRA_MULTIPROCESSORS") && error.contains("132"), "{error}");
+        }
+    }
 
     #[test]
     fn images_are_whole_or_refused() {

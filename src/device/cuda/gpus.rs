@@ -133,6 +133,9 @@ impl Driver for Gpus {
     }
 }
 
+const _: () = assert!(align_of::<TensorMap>() == align_of::<sys::CUtensorMap>());
+const _: () = assert!(size_of::<TensorMap>() == size_of::<sys::CUtensorMap>());
+
 /// A descriptor of a tensor of `AXES` axes, the innermost first; of all but that one `pitch_bytes` says how far elements lie apart.
 fn encode_map<const AXES: usize>(
     element: sys::CUtensorMapDataType,

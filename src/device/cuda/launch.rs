@@ -26,11 +26,11 @@ const ELSEWHERE: u16 = u16::MAX;
 /// Arguments that a launch may have.
 const ARGUMENTS: usize = 40;
 /// Where large arguments start; the largest alignment that one has (a tensor map's).
-const ALIGNED: usize = 64;
+const ALIGNED: usize = 128;
 
 /// Memory for arguments, aligned for the largest.
 #[derive(Clone, Copy)]
-#[repr(C, align(64))]
+#[repr(C, align(128))]
 struct Bytes([u8; OWN_BYTES]);
 
 /// A kernel launch. Built by chaining: `Launch::new("add_f32", grid, 256).ptr(out).ptr(a).ptr(b).long(elems)`.
@@ -84,7 +84,7 @@ impl Launch {
         self
     }
 
-    /// An argument by its bytes: a struct that a kernel takes by value. `align` is a power of two up to 64.
+    /// An argument by its bytes: a struct that a kernel takes by value. `align` is a power of two up to 128.
     pub fn bytes(mut self, bytes: &[u8], align: usize) -> Launch {
         debug_assert!(align.is_power_of_two() && align <= ALIGNED);
         let at = self.end.next_multiple_of(align);
@@ -174,9 +174,9 @@ impl Launch {
     }
 }
 
-/// A descriptor for the bulk copy engine (`CUtensorMap`); what is in it only the driver knows.
+/// A descriptor for the bulk copy engine (`CUtensorMap`), aligned as CUDA 13 does; what is in it only the driver knows.
 #[derive(Clone, Copy)]
-#[repr(C, align(64))]
+#[repr(C, align(128))]
 pub struct TensorMap(pub [u8; 128]);
 
 /// How a shared-memory tile is permuted to spread over the banks.

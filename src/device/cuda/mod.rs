@@ -36,6 +36,8 @@ mod optimizer;
 mod pool;
 pub mod queue;
 mod rotary;
+#[cfg(test)]
+mod stand;
 mod transpose;
 
 pub use device::{CudaConfig, CudaDevice, LogicalDevice};
@@ -54,6 +56,10 @@ pub const KERNELS_VARIABLE: &str = "HYDRA_KERNELS";
 fn kernels_dir() -> Option<std::path::PathBuf> {
     std::env::var_os(KERNELS_VARIABLE).map(Into::into)
 }
+
+/// The environment variable that lowers the number of a GPU's multiprocessors by which grids and kernels are chosen, to 1 or more. No result depends on it;
+/// with the emulator's 4, tests reach with small shapes what 132 leave to large ones.
+pub const MULTIPROCESSORS_VARIABLE: &str = "HYDRA_MULTIPROCESSORS";
 
 /// Waits the longer the longer nothing has happened: first not at all, then for as long as another thread wants this core, and after a millisecond,
 /// in which no copy of a step's that is worth a copy's start would have ended, asleep. A sleep of 50 microseconds takes up to three times as long.

@@ -50,6 +50,9 @@ pub fn cases(t: &mut Table) {
         ([1, 512, 2, 2], [192, 512, 5, 5], false, 1, 2),
         ([2, 130, 8, 8], [40, 130, 1, 1], true, 1, 0),
         ([5, 24, 10, 20], [40, 24, 1, 1], false, 1, 0),
+        // One tap with channels that are too few for Hopper's own: square tiles, and flat ones of the weight's gradient.
+        ([2, 24, 16, 16], [128, 24, 1, 1], true, 1, 0),
+        ([2, 130, 8, 8], [24, 130, 1, 1], false, 1, 0),
         // Sums over many pixels: parts of the weight gradient, then of the bias gradient.
         ([4, 2, 33, 31], [3, 2, 3, 3], true, 1, 1),
         ([3, 1, 127, 65], [2, 1, 1, 1], true, 1, 0),

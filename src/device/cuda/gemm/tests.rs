@@ -1,4 +1,4 @@
-//! Every tile width of `gemm_hopper.cu` on the emulator: shapes that choose the wider ones are too large for the tables of tests/kernels.
+//! Every tile width of `gemm_hopper.cu`, on the emulator or a Hopper GPU: shapes that choose the wider ones are too large for the tables of tests/kernels.
 //!
 //! Factors are -1, 0 and 1 and sums stay below 256, so every result is exact.
 
@@ -6,11 +6,8 @@ use super::plan::{Path, Precision, planned};
 use super::{Beside, Form, Matrix, Product, Sizes, launch_as};
 use crate::base::DType;
 use crate::device::Scalars;
-use crate::device::cuda::Emulated;
-use crate::device::cuda::blocks::Blocks;
-use crate::device::cuda::driver::Driver;
 use crate::device::cuda::launch::Ptr;
-use crate::device::cuda::queue::Queue;
+use crate::device::cuda::stand::{Held, Stand};
 use crate::graph::{Activation, KParts, ProductCut, beside_parts};
 
 /// Tails in every direction, several tiles a block of the emulator's four, and steps beyond the ring.
@@ -18,23 +15,19 @@ const SIZES: Sizes = Sizes { m: 312, n: 456, k: 584 };
 
 /// A matrix of small integers, as the device sees it.
 struct Tensor {
-    at: *mut u8,
+    held: Held,
     dtype: DType,
-    values: Vec<i32>,
 }
 
 impl Tensor {
-    fn new(driver: &mut Emulated, dtype: DType, values: Vec<i32>) -> Tensor {
-        let at = driver.alloc_host(values.len() as u64 * 4).expect("memory");
+    fn new(stand: &mut Stand, dtype: DType, values: &[i32]) -> Tensor {
         let bytes: Vec<u8> = match dtype {
             DType::Bf16 => {
                 values.iter().flat_map(|&v| ((v as f32).to_bits() >> 16).to_le_bytes()[..2].to_vec()).collect()
             }
             _ => values.iter().flat_map(|&v| (v as f32).to_le_bytes()).collect(),
         };
-        // SAFETY: allocated just above with at least as many bytes.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), at, bytes.len()) };
-        Tensor { at, dtype, values }
+        Tensor { held: stand.hold(&bytes), dtype }
     }
 
     fn rows(&self, pitch: usize) -> Matrix {
@@ -42,20 +35,18 @@ impl Tensor {
     }
 
     fn ptr(&self) -> Ptr {
-        Ptr(self.at as u64)
+        self.held.ptr()
     }
 
     /// What is there now.
-    fn read(&self) -> Vec<f32> {
+    fn read(&self, stand: &mut Stand) -> Vec<f32> {
         let width = if self.dtype == DType::Bf16 { 2 } else { 4 };
-        // SAFETY: as in `new`; no kernel runs now.
-        let bytes = unsafe { std::slice::from_raw_parts(self.at, self.values.len() * width) };
         let value = |v: &[u8]| match *v {
             [low, high] => f32::from_bits(u32::from(u16::from_le_bytes([low, high])) << 16),
             [a, b, c, d] => f32::from_le_bytes([a, b, c, d]),
             _ => unreachable!("chunks of 2 or 4"),
         };
-        bytes.chunks(width).map(value).collect()
+        stand.read(&self.held).chunks(width).map(value).collect()
     }
 }
 
@@ -100,21 +91,22 @@ fn check(form: Form, end: End, width: usize, k_part: usize, seed: u32) {
     let gradient = end == End::Accumulator;
     let in_place = matches!(end, End::Residual { in_place: true } | End::Gradient { in_place: true });
 
-    let mut driver = Emulated::new(90, seed).expect("an emulator");
+    let mut stand = Stand::open(90, seed).expect("it has opened before");
     let out_dtype = if gradient { DType::F32 } else { DType::Bf16 };
     let stored_a = if form == Form::Tn { transposed(&a, m, k) } else { a.clone() };
     let stored_b = if form == Form::Nt { transposed(&b, k, n) } else { b.clone() };
-    let left = Tensor::new(&mut driver, DType::Bf16, stored_a);
-    let right = Tensor::new(&mut driver, DType::Bf16, stored_b);
-    let biases = Tensor::new(&mut driver, DType::Bf16, bias.clone());
-    let out = Tensor::new(&mut driver, out_dtype, old.clone());
-    let other = Tensor::new(&mut driver, out_dtype, if end == End::Activation { vec![99; m * n] } else { old.clone() });
+    let left = Tensor::new(&mut stand, DType::Bf16, &stored_a);
+    let right = Tensor::new(&mut stand, DType::Bf16, &stored_b);
+    let biases = Tensor::new(&mut stand, DType::Bf16, &bias);
+    let out = Tensor::new(&mut stand, out_dtype, &old);
+    let nines = vec![99; m * n];
+    let other = Tensor::new(&mut stand, out_dtype, if end == End::Activation { &nines } else { &old });
     let joins = if in_place { out.ptr() } else { other.ptr() };
     // Beside a gradient, the sums of b's columns.
     let parts = beside_parts(k, n).parts;
-    let sums = Tensor::new(&mut driver, DType::F32, vec![99; parts * n]);
+    let sums = Tensor::new(&mut stand, DType::F32, &vec![99; parts * n]);
     let beside = Beside { x: right.rows(n), rows: k, cols: n, partials: sums.ptr() };
-    let scratch = Tensor::new(&mut driver, DType::F32, vec![99; m * n * k.div_ceil(k_part)]);
+    let scratch = Tensor::new(&mut stand, DType::F32, &vec![99; m * n * k.div_ceil(k_part)]);
 
     let product = Product {
         form,
@@ -134,25 +126,19 @@ fn check(form: Form, end: End, width: usize, k_part: usize, seed: u32) {
     };
     let cut = ProductCut { tile_cols: width, parts: KParts { parts: k.div_ceil(k_part), k: k_part } };
     let plan = planned(form, Path::Hopper, Precision::Bf16, cut);
-    let stream = driver.stream(0).expect("a stream");
-    let blocks = Blocks::new(&mut driver, 0, true).expect("memory");
-    let mut q = Queue::new(&mut driver, stream, &blocks, 0);
     let now = Scalars { seed: 0, step: 0, microbatch: 1, loss_scale: 1.0, accumulate: true };
-    q.begin(&now, false).expect("a block");
-    launch_as(&mut q, &product, &plan).expect("a launch");
-    let done = driver.mark(0).expect("a mark");
-    driver.record(done, stream).expect("a stream");
-    while !driver.passed(done).expect("a mark") {
-        driver.wait_a_moment(0.0).unwrap_or_else(|e| panic!("{what}: {e}"));
-    }
+    stand.wait_for(&what, |q| {
+        q.begin(&now, false)?;
+        launch_as(q, &product, &plan)
+    });
 
-    let sums = sums.read();
+    let sums = sums.read(&mut stand);
     for col in 0..n {
         let got: f32 = sums[col..].iter().step_by(n).sum();
         let want = if gradient { (0..k).map(|row| b[row * n + col]).sum() } else { 99 * parts as i32 };
         assert_eq!(got, want as f32, "{what}: the sum of column {col}");
     }
-    let (got, got_other) = (out.read(), other.read());
+    let (got, got_other) = (out.read(&mut stand), other.read(&mut stand));
     for row in 0..m {
         let mut sums = vec![0; n];
         for i in 0..k {
@@ -175,6 +161,8 @@ fn check(form: Form, end: End, width: usize, k_part: usize, seed: u32) {
 
 #[test]
 fn tiles_of_every_width_give_the_same() {
+    // Held to the end, since a GPU's context goes with the last that uses it.
+    let Some(_open) = Stand::open(90, 0) else { return };
     for (seed, width) in [256, 192, 128].into_iter().enumerate() {
         let whole = SIZES.k.next_multiple_of(64);
         for form in [Form::Nn, Form::Nt, Form::Tn] {
@@ -189,6 +177,7 @@ fn tiles_of_every_width_give_the_same() {
 
 #[test]
 fn what_joins_the_sums_does_so_in_tiles_of_every_width() {
+    let Some(_open) = Stand::open(90, 0) else { return };
     for (seed, width) in [256, 192, 128].into_iter().enumerate() {
         for (form, in_place) in [(Form::Nn, false), (Form::Nt, true)] {
             let whole = SIZES.k.next_multiple_of(64);
