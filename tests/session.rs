@@ -7,6 +7,7 @@ use common::{Outcome, difference, gather};
 use hydra::base::{DType, Error, IGNORED, Result};
 use hydra::data::{Batch, InputSpec, Source, names};
 use hydra::device::host::{HostConfig, HostDevice, HostSpec};
+use hydra::engine::Engine;
 use hydra::nn::{self, Form};
 use hydra::spill::{Model, Plan, PlanOptions};
 use hydra::train::{Fleet, Observer, Optimizer, Schedule, Session, StepReport, TrainOptions, Weights};
@@ -134,6 +135,45 @@ fn a_run_after_the_last_step_validates_and_ends() {
     let mut collect = common::Collect::default();
     session.run(&mut collect, &AtomicBool::new(false)).expect("the end");
     assert_eq!((collect.0.losses.len(), collect.0.valid.len()), (0, 1));
+}
+
+/// Ended by its first validation, at which nothing has come home yet, it is saved with all that it has learnt.
+#[test]
+fn one_that_a_validation_ends_is_at_home_for_its_end() {
+    #[derive(Default)]
+    struct Enough {
+        valid: usize,
+        ended: Option<Outcome>,
+    }
+    impl Observer for Enough {
+        fn step(&mut self, _: &StepReport) -> Result<()> {
+            Ok(())
+        }
+        fn valid(&mut self, _: u64, _: f32, _: f64) -> Result<()> {
+            self.valid += 1;
+            Ok(())
+        }
+        fn wants_end(&mut self) -> bool {
+            self.valid > 0
+        }
+        fn ended(&mut self, engine: &Engine, _: usize) -> Result<()> {
+            let mut outcome = Outcome::default();
+            gather(engine, &mut outcome);
+            self.ended = Some(outcome);
+            Ok(())
+        }
+    }
+    let small = Small::gpt(18, 2, 2, 9, 0.1);
+    for resident in [true, false] {
+        let plan = PlanOptions { resident: Some(resident), ..PlanOptions::default() };
+        let short = TrainOptions { steps: 3, schedule: Schedule::Constant, plan, ..options(&small, DType::F32) };
+        let mut want = small.train(&short).expect("a run");
+        (want.losses, want.norms, want.valid) = Default::default();
+        let mut enough = Enough::default();
+        let long = TrainOptions { steps: 9, valid_every: 3, ..short };
+        session(&small, &long).run(&mut enough, &AtomicBool::new(false)).expect("an end");
+        assert_eq!(difference(&enough.ended.expect("told of its end"), &want), None, "resident {resident}");
+    }
 }
 
 #[test]

@@ -403,7 +403,12 @@ impl Fleet {
         let trainee = &mut self.trainees[model];
         let ended = trainee.ends || trainee.done == trainee.options.steps;
         trainee.stage = if ended { Stage::Done } else { Stage::Training };
-        if ended { observer.ended(&self.engine, model) } else { Ok(()) }
+        if !ended {
+            return Ok(());
+        }
+        // A validation may have ended it, for which nothing had to come home.
+        self.engine.wait_home(model)?;
+        observer.ended(&self.engine, model)
     }
 
     /// Begins a step.

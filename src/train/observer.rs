@@ -26,7 +26,7 @@ pub trait Observer {
     /// Whatever should end the run.
     fn valid(&mut self, step: u64, loss: f32, secs: f64) -> Result<()>;
 
-    /// Asked before a step is begun, for its learning rate; `scheduled` is what [`TrainOptions::schedule`] says. Steps are begun ahead of what runs, so
+    /// Asked before a step is begun, for its learning rate; `scheduled` is what [`TrainOptions::schedule`](super::TrainOptions::schedule) says. Steps are begun ahead of what runs, so
     /// the loss of the step before is not known yet.
     fn lr(&mut self, step: u64, scheduled: f64) -> f64 {
         let _ = step;
