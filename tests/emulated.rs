@@ -231,7 +231,7 @@ fn what_is_not_finite_is_named() {
         driver.begin(0, |_| ()).expect("a step begins");
         let error = driver.engine.wait_step(0).expect_err("the loss is not finite");
         let name = &model.train.layers[2].name;
-        assert!(matches!(error, Error::BadInput(_)), "{error}");
+        assert!(matches!(error, Error::NotFinite { step: 0, .. }), "{error}");
         assert!(error.to_string().contains(name), "{name} is not in: {error}");
         let _ = driver.engine.wait_home(0);
         assert_eq!(

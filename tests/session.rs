@@ -137,12 +137,61 @@ fn a_run_after_the_last_step_validates_and_ends() {
     assert_eq!((collect.0.losses.len(), collect.0.valid.len()), (0, 1));
 }
 
+/// What is due is due, whoever begins the steps: a validation that a resumed run owes waits for none, and one at a step that was begun by hand is made.
+#[test]
+fn steps_by_hand_and_a_run_after_them_validate_when_it_is_due() {
+    #[derive(Default)]
+    struct Dues(Vec<u64>, Vec<u64>);
+    impl Observer for Dues {
+        fn step(&mut self, report: &StepReport) -> Result<()> {
+            self.0.push(report.result.step);
+            Ok(())
+        }
+        fn valid(&mut self, step: u64, _: f32, _: f64) -> Result<()> {
+            self.1.push(step);
+            Ok(())
+        }
+    }
+    let small = Small::gpt(18, 2, 1, 9, 0.0);
+    let options = TrainOptions { valid_every: 2, ..options(&small, DType::F32) };
+    let go = AtomicBool::new(false);
+    let mut fresh = session(&small, &options);
+    fresh.wait_step().expect("a step");
+    let mut dues = Dues::default();
+    fresh.run(&mut dues, &go).expect("a run");
+    assert_eq!(dues.1, [2, 4, 6, 7]);
+
+    let dir = tempfile::tempdir().expect("a folder");
+    for done in [1, 2] {
+        let path = dir.path().join(format!("{done}.safetensors"));
+        let mut first = session(&small, &TrainOptions { steps: done, schedule: Schedule::Constant, ..options.clone() });
+        first.run(&mut (), &go).expect("a run");
+        first.wait_checkpoint(&path).expect("written");
+        for by_hand in [0, 1, 2] {
+            let options = TrainOptions { schedule: Schedule::Constant, ..options.clone() };
+            let mut second = session(&small, &options);
+            assert_eq!(second.resume(&path).expect("of this run"), Some(done));
+            for _ in 0..by_hand {
+                second.wait_step().expect("a step").expect("of seven");
+            }
+            let mut dues = Dues::default();
+            second.run(&mut dues, &go).expect("a run");
+            assert_eq!(dues.0, (done + by_hand..7).collect::<Vec<u64>>());
+            // By hand one step more has begun than was told.
+            let begun = if by_hand == 0 { done } else { done + by_hand + 1 };
+            let due = |step: &u64| (step.is_multiple_of(2) || *step == 7) && *step >= begun;
+            assert_eq!(dues.1, (0..8).filter(due).collect::<Vec<u64>>(), "{by_hand} by hand after {done}");
+        }
+    }
+}
+
 /// Ended by its first validation, at which nothing has come home yet, it is saved with all that it has learnt.
 #[test]
 fn one_that_a_validation_ends_is_at_home_for_its_end() {
     #[derive(Default)]
     struct Enough {
         valid: usize,
+        offered: Vec<u64>,
         ended: Option<Outcome>,
     }
     impl Observer for Enough {
@@ -155,6 +204,10 @@ fn one_that_a_validation_ends_is_at_home_for_its_end() {
         }
         fn wants_end(&mut self) -> bool {
             self.valid > 0
+        }
+        fn checkpoint(&mut self, step: u64, _: &Engine, _: usize) -> Result<()> {
+            self.offered.push(step);
+            Ok(())
         }
         fn ended(&mut self, engine: &Engine, _: usize) -> Result<()> {
             let mut outcome = Outcome::default();
@@ -172,6 +225,7 @@ fn one_that_a_validation_ends_is_at_home_for_its_end() {
         let mut enough = Enough::default();
         let long = TrainOptions { steps: 9, valid_every: 3, ..short };
         session(&small, &long).run(&mut enough, &AtomicBool::new(false)).expect("an end");
+        assert_eq!(enough.offered, [3]);
         assert_eq!(difference(&enough.ended.expect("told of its end"), &want), None, "resident {resident}");
     }
 }
@@ -195,6 +249,20 @@ fn an_observer_may_set_the_learning_rate() {
     let options = options(&small, DType::F32);
     let mut halves = Halves(Vec::new());
     session(&small, &options).run(&mut halves, &AtomicBool::new(false)).expect("a run");
+    struct Lost;
+    impl Observer for Lost {
+        fn step(&mut self, _: &StepReport) -> Result<()> {
+            Ok(())
+        }
+        fn valid(&mut self, _: u64, _: f32, _: f64) -> Result<()> {
+            Ok(())
+        }
+        fn lr(&mut self, _: u64, _: f64) -> f64 {
+            f64::NAN
+        }
+    }
+    let error = session(&small, &options).run(&mut Lost, &AtomicBool::new(false)).expect_err("no rate").to_string();
+    assert_eq!(error, "step 0: the learning rate is NaN, want 0 or more");
     let of = |step| options.schedule.lr(options.optimizer.lr(), step, 7) * if step < 3 { 1.0 } else { 0.5 };
     assert_eq!(halves.0, (0..7).map(of).collect::<Vec<f64>>());
 }

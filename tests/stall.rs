@@ -7,10 +7,10 @@ use hydra::base::{Error, Result, Shape};
 use hydra::device::Device;
 use hydra::device::host::{HostConfig, HostDevice, HostSpec};
 use hydra::graph::CustomOp;
-use hydra::spill::PlanOptions;
-use hydra::train::TrainOptions;
+use hydra::spill::{Placed, PlanOptions};
+use hydra::train::{Fleet, Observer, Recruit, TrainOptions, Weights};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
@@ -210,6 +210,37 @@ fn a_task_that_never_ends_is_named_and_left_to_itself() {
         assert!(error.to_string().starts_with("stalled: nothing has ended for 1 s"), "{error}");
         assert!(again.contains("failed before"), "{again}");
     }
+}
+
+/// What comes home for a checkpoint or at the end is waited for by the loop that has an eye on every model; a device that fails there is the run's fault, in
+/// its own words.
+#[test]
+fn a_stall_on_the_way_home_is_told_as_such() {
+    let mut stalled = 0;
+    for number in 1..8 {
+        let message = within(60, "a run", move || {
+            let small = Small::gpt(18, 2, 1, 11, 0.0);
+            let plan = PlanOptions { resident: Some(true), ..PlanOptions::default() };
+            let options = TrainOptions { batch: 2, microbatch: 2, patience_secs: 1.0, plan, ..TrainOptions::new(2) };
+            let (model, plan) = small.plan(&options).expect("a plan");
+            let spec = HostSpec { arena_bytes: plan.arena.bytes, ..HostSpec::default() };
+            let withhold = Some((2, number));
+            let config =
+                HostConfig { devices: vec![spec], host_bytes: plan.host.bytes, withhold, ..HostConfig::default() };
+            let device = Box::new(HostDevice::new(&config).expect("a device"));
+            let source = small.source(options.batch, options.seed);
+            let placed = Placed::alone(model, plan);
+            let recruit = Recruit { weights: Weights::Random, placed, source, valid: None, options };
+            let mut fleet = Fleet::new(vec![recruit], device, None).expect("a fleet");
+            let mut nobody = ();
+            let mut crew: Vec<&mut dyn Observer> = vec![&mut nobody];
+            fleet.run(&mut crew, &AtomicBool::new(false)).err().map(|error| error.to_string())
+        });
+        let Some(message) = message else { continue };
+        assert!(message.starts_with("stalled: nothing has ended for 1 s"), "completion {number}: {message}");
+        stalled += usize::from(message.contains("spill state"));
+    }
+    assert!(stalled > 0, "none of them was on its way home");
 }
 
 /// At this rate the first copy takes a quarter of an hour.

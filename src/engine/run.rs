@@ -187,6 +187,16 @@ impl Engine {
         self.check_device()
     }
 
+    /// Whether a device has failed or stalled: nothing runs after that.
+    pub fn has_failed(&self) -> bool {
+        self.failed
+    }
+
+    /// What a model does before its next step is recorded under the step before that, not under the first: it goes on after `step` steps.
+    pub fn starts_at(&mut self, model: usize, step: u64) {
+        self.members[model].last_begun = step.saturating_sub(1);
+    }
+
     pub(super) fn check_device(&self) -> Result<()> {
         if self.failed { Err(Error::Device("the run has failed before".into())) } else { Ok(()) }
     }

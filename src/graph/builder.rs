@@ -187,7 +187,15 @@ impl Builder {
             }
             return Ok(found.value);
         }
-        shape.checked_elems()?;
+        let elems = shape.checked_elems()?;
+        if self.graph.states.iter().any(|s| s.name == name) {
+            return Err(Error::bad(format!("parameter {name}: a state has that name")));
+        }
+        if self.graph.parameter_elems().checked_add(elems).is_none_or(|all| all > isize::MAX as usize / 64) {
+            return Err(Error::bad(format!(
+                "parameter {name}: with it the model has more elements than fit in memory"
+            )));
+        }
         let value = self.value(shape.clone(), self.graph.float, Source::Parameter(self.graph.parameters.len()));
         self.graph.parameters.push(Parameter { name, value, shape, init, layers: vec![here], frozen: false });
         Ok(value)
@@ -200,7 +208,8 @@ impl Builder {
     pub fn state(&mut self, name: impl Into<String>, shape: impl Into<Shape>, start: f64) -> Result<Value> {
         let (name, shape) = (name.into(), shape.into());
         let layer = self.here(&name)?;
-        if self.graph.states.iter().any(|s| s.name == name) {
+        let is_parameter = self.graph.parameters.iter().any(|p| p.name == name);
+        if is_parameter || self.graph.states.iter().any(|s| s.name == name) {
             return Err(Error::bad(format!("state {name}: the name is taken")));
         }
         shape.checked_elems()?;
@@ -232,6 +241,17 @@ impl Builder {
             let (found, want) = (self.graph.info(input).dtype, op.input_dtype(i, self.graph.float));
             if found != want {
                 return Err(Error::bad(format!("{}: operand {i} is {found}, want {want}", op.name())));
+            }
+            match self.graph.info(self.graph.root(input)).source {
+                // Whoever uses it shares it, asked for by name or not.
+                Source::Parameter(p) if self.graph.parameters[p].layers.last() != Some(&here) => {
+                    self.graph.parameters[p].layers.push(here);
+                }
+                Source::State(s) if self.graph.states[s].layer != here => {
+                    let name = &self.graph.states[s].name;
+                    return Err(Error::bad(format!("{}: state {name} is another layer's", op.name())));
+                }
+                _ => {}
             }
             if let Some(node) = self.graph.producer(input) {
                 let from = self.graph.nodes[node].layer;
@@ -303,6 +323,59 @@ impl Builder {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::graph::kinds::{Activation, WeightLayout};
+
+    /// Used in a later layer by its value alone, a parameter is shared as one that was asked for by name; a state is its layer's.
+    #[test]
+    fn a_parameter_is_shared_by_whoever_uses_it() {
+        let mut b = Builder::new(Mode::Training, DType::F32);
+        let x = b.input("x", [3, 4], DType::F32).unwrap();
+        let (mut weight, mut state) = (None, None);
+        let h = b.layer("first", |b, _| {
+            weight = Some(b.parameter("w", [4, 4], Init::Constant(1.0))?);
+            state = Some(b.state("s", [3, 4], 0.0)?);
+            b.linear(x, weight.unwrap(), None, Activation::None, WeightLayout::InOut)
+        });
+        let (h, weight, state) = (h.unwrap(), weight.unwrap(), state.unwrap());
+        let y = b.layer("second", |b, _| b.linear(h, weight, None, Activation::None, WeightLayout::InOut)).unwrap();
+        assert_eq!(b.graph.parameters[0].layers, [0, 1]);
+        let error = b.layer("third", |b, _| b.add(y, state)).unwrap_err().to_string();
+        assert_eq!(error, "layer third: add: state s is another layer's");
+        let taken = b.layer("fourth", |b, _| b.parameter("s", [1], Init::Constant(0.0))).unwrap_err().to_string();
+        assert_eq!(taken, "layer fourth: parameter s: a state has that name");
+    }
+
+    /// Sizes whose sums or products wrap, and random numbers that would repeat.
+    #[test]
+    fn sizes_beyond_all_memory_are_refused() {
+        let refused = |axes: &[usize], body: &dyn Fn(&mut Builder, Value) -> Result<Value>, want: &str| {
+            let mut b = Builder::new(Mode::Training, DType::F32);
+            let x = b.input("x", Shape::new(axes), DType::F32).unwrap();
+            let error = b.layer("l", |b, _| body(b, x)).expect_err(want).to_string();
+            assert!(error.contains(want), "{error}");
+        };
+        let image = [1, 1, 5, 5];
+        refused(&image, &|b, x| b.max_pool(x, 3, 1, usize::MAX / 2 + 1), "is over half of the kernel");
+        refused(&image, &|b, x| b.avg_pool(x, [3, 3], 1, usize::MAX / 2 + 1), "is over half of the kernel");
+        let convolved = |b: &mut Builder, x| {
+            let weight = b.parameter("w", [1, 1, 3, 3], Init::Constant(0.0))?;
+            b.conv2d(x, weight, None, 1, usize::MAX)
+        };
+        refused(&image, &convolved, "conv2d");
+        refused(&[2, 3, 4], &|b, x| b.shift(x, isize::MIN, 3), "shift: by");
+        let heads = |kv_heads| AttentionOptions { heads: 1, kv_heads, scale: None, causal: false, dropout: 0.0 };
+        refused(&[2, 3, 0], &|b, x| b.attention_packed(x, None, heads(1)), "heads have no columns");
+        refused(&[2, 3, 4], &|b, x| b.attention_packed(x, None, heads(usize::MAX)), "not a multiple of");
+        refused(&[2, 3, 4], &|b, x| b.attention(x, x, x, None, heads(usize::MAX)), "attention");
+        refused(&[1 << 18, (1 << 16) + 1], &|b, x| b.dropout(x, 0.1), "more than 2^34 elements");
+        let wide = |b: &mut Builder, x| {
+            for name in ["a", "b", "c"] {
+                b.parameter(name, [1 << 57], Init::Constant(0.0))?;
+            }
+            Ok(x)
+        };
+        refused(&[1], &wide, "with it the model has more elements than fit in memory");
+    }
 
     #[test]
     fn targets_that_do_not_fit_are_named() {

@@ -46,8 +46,9 @@ fn pairs(graph: &mut Graph, fused: impl Fn(&Node, &Node, usize) -> Option<(Op, V
             let root = graph.root(value);
             let Source::Node { node, .. } = graph.info(root).source else { return None };
             let product = &graph.nodes[node];
-            // Seen as rows of another width, columns of the product would not be those of what joins it.
-            let same_rows = graph.info(value).shape.cols() == graph.info(root).shape.cols();
+            // Seen as rows of another width, by the reader or in what it makes, columns of the product would not be those of what joins it.
+            let same = |other: Value| graph.info(other).shape.cols() == graph.info(root).shape.cols();
+            let same_rows = same(value) && reader.outputs.first().is_some_and(|&out| same(out));
             let alone = uses[root.0 as usize] == 1 && product.layer == reader.layer;
             if !alone || !same_rows {
                 return None;
@@ -227,6 +228,26 @@ mod tests {
                 b.reshape(y, [6, 4]).unwrap()
             });
             assert_eq!(counts(&graph)[0], fused, "{cols}");
+        }
+    }
+
+    /// The gradient of what is read both as it is and as rows of another width has the shape of what came first: a product is not made over in that.
+    #[test]
+    fn a_sum_of_other_rows_stays() {
+        for cols in [4, 8] {
+            let graph = model(|b, x| {
+                let a = linear(b, x, "gate", Activation::Silu);
+                let g = b.reshape(x, [24 / cols, cols]).unwrap();
+                let g = b.activation(g, Activation::Silu).unwrap();
+                let g = b.reshape(g, [6, 4]).unwrap();
+                b.glu(a, g, Activation::Silu).unwrap()
+            });
+            let products = graph.nodes.iter().filter(|node| matches!(node.op, Op::LinearGradInput { .. }));
+            for node in products.clone() {
+                assert_eq!(graph.info(node.outputs[0]).shape.cols(), 4, "{cols}: {node:?}");
+            }
+            let adds = products.filter(|node| matches!(node.op, Op::LinearGradInput { adds: true, .. })).count();
+            assert_eq!(adds, usize::from(cols == 4), "{cols}");
         }
     }
 }

@@ -51,13 +51,3 @@ pub enum Mode {
     /// Dropout is the identity; BatchNorm uses the running statistics.
     Evaluation,
 }
-
-/// Forward or backward: the two visits that a shard gets in a step. The last shard's forward, loss and backward are one
-/// `Backward` visit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
-pub enum Direction {
-    /// From the inputs to the boundary activation.
-    Forward,
-    /// From the boundary gradient to the gradients.
-    Backward,
-}

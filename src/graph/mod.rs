@@ -28,7 +28,7 @@ pub use custom::{CUSTOM_OPERANDS, Custom, CustomOp, KernelCall, Kernels, Number}
 pub use differentiate::differentiate;
 pub use graph::{Graph, Input, Layer, Node, Parameter, ParameterGradient, Source, State, Value, ValueInfo};
 pub use ids::IdRange;
-pub use kinds::{Activation, Direction, Init, Mode, WeightLayout};
+pub use kinds::{Activation, Init, Mode, WeightLayout};
 pub use layout::{ModelLayout, ShardLayout, SharedUse};
 pub use op::{AttentionKind, Op, RotaryScaling, Rotation, Window};
 pub use place::{ALIGNMENT, Lifetime, place};

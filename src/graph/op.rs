@@ -257,7 +257,10 @@ pub struct Window {
 impl Window {
     /// The output's height and width, or `None` where the kernel does not fit.
     pub fn out(&self, height: usize, width: usize) -> Option<[usize; 2]> {
-        let along = |size: usize, kernel: usize| Some((size + 2 * self.padding).checked_sub(kernel)? / self.stride + 1);
+        let along = |size: usize, kernel: usize| {
+            let padded = self.padding.checked_mul(2)?.checked_add(size)?;
+            Some(padded.checked_sub(kernel)?.checked_div(self.stride)? + 1)
+        };
         Some([along(height, self.kernel[0])?, along(width, self.kernel[1])?])
     }
 }

@@ -119,7 +119,9 @@ impl Fleet {
     /// # Errors
     /// When the model has begun already, or that is after its last step.
     pub fn start_at(&mut self, model: usize, step: u64) -> Result<()> {
-        self.trainees[model].start_at(step)
+        self.trainees[model].start_at(step)?;
+        self.engine.starts_at(model, step);
+        Ok(())
     }
 
     /// The engine.
@@ -198,6 +200,11 @@ impl Fleet {
         }
     }
 
+    /// A model's own fault ends it; a device's ends the run.
+    fn fault_of(&mut self, model: usize, error: Error) -> Result<()> {
+        if self.engine.has_failed() { Err(error) } else { self.fail(model, error) }
+    }
+
     /// Runs every model to its end, or until `stop` is set; then each one's state is in the host's store and was offered to its observer as a
     /// checkpoint. A model that fails is told by [`Fleet::take_failure`] afterwards. Waits for the devices throughout.
     ///
@@ -217,7 +224,7 @@ impl Fleet {
             self.call_up(stopping);
             for model in 0..self.trainees.len() {
                 if let Err(error) = self.attend(model, crew.observer(model), stopping) {
-                    self.fail(model, error)?;
+                    self.fault_of(model, error)?;
                 }
             }
             self.call_up(stopping);
@@ -274,8 +281,10 @@ impl Fleet {
             self.engine.skip_time(model);
         }
         while begins && self.has_room(model) {
+            // Who steps by himself validates by himself.
+            self.trainees[model].owes_validation = false;
             if let Err(error) = self.begin(model, &mut ()) {
-                self.fail(model, error)?;
+                self.fault_of(model, error)?;
             }
         }
         if self.engine.steps_in_flight(model) == 0 && !self.engine.is_ending(model) {
@@ -353,7 +362,8 @@ impl Fleet {
         let every = self.trainees[model].options.valid_every;
         let done = self.trainees[model].done;
         self.trainees[model].ends |= observer.wants_end();
-        if std::mem::take(&mut self.trainees[model].owes_validation)
+        if self.engine.steps_in_flight(model) == 0
+            && std::mem::take(&mut self.trainees[model].owes_validation)
             && (done.is_multiple_of(every) || observer.wants_rest(done))
             && self.begin_validation(model)
         {
@@ -365,9 +375,6 @@ impl Fleet {
                 break;
             }
             self.begin(model, observer)?;
-            let trainee = &mut self.trainees[model];
-            trainee.pause = trainee.valid.is_some() && trainee.begun.is_multiple_of(every);
-            trainee.pause |= observer.wants_rest(trainee.begun);
         }
         if self.engine.steps_in_flight(model) > 0 {
             return Ok(());
@@ -379,8 +386,7 @@ impl Fleet {
         };
         // A validation reads what lies on the devices.
         if std::mem::take(&mut self.trainees[model].saves) || stopping || over {
-            self.engine.wait_home(model)?;
-            observer.checkpoint(done, &self.engine, model)?;
+            self.offer(model, observer)?;
         }
         let trainee = &mut self.trainees[model];
         trainee.pause = false;
@@ -407,8 +413,18 @@ impl Fleet {
             return Ok(());
         }
         // A validation may have ended it, for which nothing had to come home.
-        self.engine.wait_home(model)?;
+        if self.trainees[model].offered != Some(self.trainees[model].done) {
+            self.offer(model, observer)?;
+        }
         observer.ended(&self.engine, model)
+    }
+
+    /// Brings a model's state home, and offers it to its observer as a checkpoint.
+    pub(super) fn offer(&mut self, model: usize, observer: &mut dyn Observer) -> Result<()> {
+        self.engine.wait_home(model)?;
+        let done = self.trainees[model].done;
+        self.trainees[model].offered = Some(done);
+        observer.checkpoint(done, &self.engine, model)
     }
 
     /// Begins a step.
@@ -422,6 +438,9 @@ impl Fleet {
         }
         let options = &trainee.options;
         let lr = observer.lr(step, options.schedule.lr(options.optimizer.lr(), step, options.steps));
+        if !(lr.is_finite() && lr >= 0.0) {
+            return Err(Error::bad(format!("step {step}: the learning rate is {lr}, want 0 or more")));
+        }
         let input = StepInput {
             step,
             inputs: batch_inputs(&self.engine.model(model).train, &batch)?,
@@ -434,6 +453,8 @@ impl Fleet {
         trainee.loader()?.recycle(batch);
         trainee.rates.push_back(lr);
         trainee.begun += 1;
+        trainee.pause = trainee.valid.is_some() && trainee.begun.is_multiple_of(trainee.options.valid_every);
+        trainee.pause |= observer.wants_rest(trainee.begun);
         Ok(())
     }
 }

@@ -103,8 +103,11 @@ impl Optimizer {
                 at_least_0("eps", epsilon)?;
                 at_least_0("weight_decay", weight_decay)
             }
-            Optimizer::Sgd { momentum, weight_decay, .. } => {
+            Optimizer::Sgd { momentum, nesterov, weight_decay, .. } => {
                 decay("momentum", momentum)?;
+                if nesterov && momentum == 0.0 {
+                    return Err(Error::bad("optimizer: nesterov needs a momentum above 0"));
+                }
                 at_least_0("weight_decay", weight_decay)
             }
         }
@@ -204,6 +207,8 @@ mod tests {
             decay_matrices_only: false,
         };
         assert!(bad.check().unwrap_err().to_string().contains("beta2 is 1"));
+        let bad = Optimizer::Sgd { lr: 0.1, momentum: 0.0, nesterov: true, weight_decay: 0.0 };
+        assert_eq!(bad.check().unwrap_err().to_string(), "optimizer: nesterov needs a momentum above 0");
         let bad = Schedule::Linear { warmup: 1, min_lr: f64::NAN };
         assert_eq!(bad.check().unwrap_err().to_string(), "schedule: min_lr is NaN, want 0 or more");
         assert!(Schedule::Cosine { warmup: 1, min_lr: -1e-9 }.check().is_err());

@@ -1,15 +1,15 @@
 //! Saves a model that was trained.
 
 use super::weights::Weights;
-use crate::base::{Error, Result};
+use crate::base::{DType, Error, Result};
 use crate::engine::{Engine, Stored};
 use crate::nn::{self, Form};
 use std::path::Path;
 
 /// Writes the Hugging Face directory `dir`, tensor by tensor, of the engine's model number `model` after `steps` steps, which have come home
 /// ([`Engine::wait_home`]). `form` says how it looks: [`Form::of`] its network, or that of the directory it came from
-/// ([`Pretrained::form`](crate::nn::Pretrained::form)), whose counts of batches go on by these steps'. What is frozen is taken from `first`, the weights
-/// that it began with: of a bf16 model the engine has it rounded.
+/// ([`Pretrained::form`](crate::nn::Pretrained::form)), whose counts of batches go on by these steps'. What is frozen of a
+/// bf16 model, which the engine has rounded, is taken from `first`, the weights that it began with.
 ///
 /// # Errors
 /// As [`nn::save`]; and when `form` names a tensor that the model has not, or steps were begun since it came home.
@@ -28,7 +28,8 @@ pub fn save_model(
     nn::save(dir, &form, &mut |name| {
         if let Some(i) = graph.parameters.iter().position(|p| p.name == name) {
             let parameter = &graph.parameters[i];
-            let kept = if parameter.frozen { first.named(name, &parameter.shape)? } else { None };
+            let is_rounded = parameter.frozen && graph.float == DType::Bf16;
+            let kept = if is_rounded { first.named(name, &parameter.shape)? } else { None };
             return kept.map_or_else(|| engine.read_parameter(model, Stored::Weight, i), Ok);
         }
         match graph.states.iter().position(|s| s.name == name) {

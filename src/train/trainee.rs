@@ -67,6 +67,8 @@ pub(super) struct Trainee {
     pub(super) pause: bool,
     /// A checkpoint is to be saved at its next rest.
     pub(super) saves: bool,
+    /// Steps done when its state was last offered to its observer as a checkpoint.
+    pub(super) offered: Option<u64>,
     /// Nobody wants more of it: it ends at its next rest.
     pub(super) ends: bool,
     /// It goes on from a rest: a validation that was due there was left to the run that goes on.
@@ -90,6 +92,7 @@ impl Trainee {
             rates: VecDeque::with_capacity(4),
             pause: false,
             saves: false,
+            offered: None,
             ends: false,
             owes_validation: false,
             fault: None,

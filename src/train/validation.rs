@@ -48,8 +48,8 @@ impl Fleet {
                 return if ended { Ok(()) } else { self.train_on(model, observer, stopping) };
             }
             if stopping {
-                self.engine.wait_home(model)?;
-                observer.checkpoint(trainee.done, &self.engine, model)?;
+                self.offer(model, observer)?;
+                let trainee = &mut self.trainees[model];
                 trainee.owes_validation = true;
                 trainee.stage = Stage::Waiting;
                 return Ok(());

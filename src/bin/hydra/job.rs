@@ -254,10 +254,17 @@ impl Job {
     }
 }
 
+/// The longest job file that is read: a thousand models with long searches are a hundredth of it.
+const MOST_BYTES: u64 = 16 << 20;
+
 /// The file's name as it was written, its absolute path, and its text.
 fn read_text(path: &Path) -> Result<(String, PathBuf, String)> {
     let file = path.display().to_string();
     let unreadable = |error| Error::bad(format!("{file}: cannot read the job file: {error}"));
+    let size = std::fs::metadata(path).map_err(unreadable)?.len();
+    if size > MOST_BYTES {
+        return Err(Error::bad(format!("{file}: has {size} bytes; a job file has no more than {MOST_BYTES}")));
+    }
     let bytes = std::fs::read(path).map_err(unreadable)?;
     let text = String::from_utf8(bytes).map_err(|error| {
         let at = error.utf8_error().valid_up_to();

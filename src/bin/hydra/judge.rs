@@ -82,6 +82,12 @@ impl Judges {
             let models: Vec<(usize, &str, u64)> =
                 search.models.clone().map(|m| (m, job.models[m].name.as_str(), from[m])).collect();
             let shared_verdicts = selection.replay(&self.rows, &models);
+            // Judged by itself alone, a model reports again what it will do again, and what it did then counts no more.
+            if matches!(selection, Selection::Patience(_)) {
+                let undone =
+                    |row: &SelectionRow| models.iter().any(|(_, name, from)| row.model == *name && row.step > *from);
+                self.rows.retain(|row| !undone(row));
+            }
             search.models.clone().zip(shared_verdicts).for_each(|(m, verdict)| verdicts[m - first] = verdict);
             let shared = Rc::new(RefCell::new(selection));
             search.models.clone().for_each(|m| self.rules[m] = Some(Rc::clone(&shared)));

@@ -18,7 +18,13 @@ pub fn rows<'a>(job: &Job, standings: &[Standing], watch: impl Fn(usize) -> Opti
         let (model, standing, watch) = (&job.models[m], &standings[m], watch(m));
         let directory = job.run.out.join(&model.name);
         let (train_loss, valid_loss, secs) = match watch {
-            Some(watch) if watch.done > standing.from => (watch.loss, watch.valid_loss, watch.secs()),
+            Some(watch) if watch.done > standing.from && (watch.valid_loss.is_some() || standing.from == 0) => {
+                (watch.loss, watch.valid_loss, watch.secs())
+            }
+            // It may have been validated in an earlier part of the run.
+            Some(watch) if watch.done > standing.from => {
+                (watch.loss, from_before(&directory.join(rundir::METRICS)).1, watch.secs())
+            }
             _ => from_before(&directory.join(rundir::METRICS)),
         };
         ModelResult {

@@ -79,8 +79,9 @@ pub fn inspect(out: &Path, models: &[&str], resume: Resume) -> Result<Found> {
         }
         Ok(_) if holds_run(out) => Found::Run,
         Ok(_) => {
-            let names = [JOB, TRACE].into_iter().chain(models.iter().copied());
-            if let Some(name) = names.into_iter().find(|name| out.join(name).exists()) {
+            let names = [JOB, TRACE, RESULTS, SELECTION].into_iter().chain(models.iter().copied()).map(String::from);
+            let there = names.into_iter().find(|name| out.join(name).exists());
+            if let Some(name) = there.or_else(|| taken_before(out)) {
                 return Err(Error::bad(format!(
                     "{}: holds no run, but {name} is there already; name an empty or a new folder",
                     out.display()
@@ -100,6 +101,13 @@ pub fn inspect(out: &Path, models: &[&str], resume: Resume) -> Result<Found> {
         }
         _ => Ok(found),
     }
+}
+
+/// A file that another run took from its inbox in `out`: this one would heed it when it is resumed. What lies there to be taken is welcome.
+fn taken_before(out: &Path) -> Option<String> {
+    let names =
+        fs::read_dir(out.join(INBOX)).ok()?.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
+    names.filter(|name| name.ends_with(".taken")).min().map(|name| format!("{INBOX}/{name}"))
 }
 
 /// A run's directory while a run writes into it.
@@ -193,6 +201,14 @@ mod tests {
         fs::create_dir(out.join("gpt")).unwrap();
         assert!(check(Resume::Auto).unwrap_err().contains("gpt is there already"));
         fs::remove_dir(out.join("gpt")).unwrap();
+        for (name, is_there) in [("results.csv", true), ("inbox/next.toml", false), ("inbox/gpt.cancel.taken", true)] {
+            let path = out.join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(&path, "").unwrap();
+            let refused = check(Resume::Never).is_err_and(|error| error.contains(&format!("{name} is there already")));
+            assert_eq!(refused, is_there, "{name}");
+            fs::remove_file(path).unwrap();
+        }
         // A plan alone is no run, and may be written anew; a trace without a run is nobody's to overwrite.
         fs::write(out.join(PLAN), "{}").unwrap();
         keep_run(&out).unwrap();

@@ -8,6 +8,18 @@ use crate::graph::kinds::{Activation, Init, Mode, WeightLayout};
 use crate::graph::op::{AttentionKind, Op, RotaryScaling, Rotation, Window};
 use std::sync::Arc;
 
+/// Elements that one dropout may draw for: four to each of the counter's blocks.
+const MOST_DRAWS: u128 = 1 << 34;
+
+/// Refuses a dropout over more elements than its random numbers have places for: masks would repeat.
+fn expect_draws(what: &str, axes: &[usize]) -> Result<()> {
+    let elems = axes.iter().map(|&axis| axis as u128).try_fold(1u128, u128::checked_mul);
+    match elems.is_some_and(|elems| elems <= MOST_DRAWS) {
+        true => Ok(()),
+        false => Err(Error::bad(format!("{what}: over {}, more than 2^34 elements", Shape::new(axes)))),
+    }
+}
+
 impl Builder {
     /// Rows of `table` (V, C) at `ids` (..) -> (.., C).
     ///
@@ -122,6 +134,7 @@ impl Builder {
             return Ok(x);
         }
         let shape = self.shape(x).clone();
+        expect_draws("dropout", shape.axes())?;
         let stream = self.graph.nodes.len() as u32;
         self.one(Op::Dropout { p, stream }, vec![x], shape)
     }
@@ -199,7 +212,7 @@ impl Builder {
     /// When the last axis is not a whole number of heads.
     pub fn attention_packed(&mut self, qkv: Value, mask: Option<Value>, options: AttentionOptions) -> Result<Value> {
         let [b, t, packed] = self.axes("attention: qkv", qkv)?;
-        let all = options.heads + 2 * options.kv_heads;
+        let all = options.kv_heads.checked_mul(2).and_then(|both| both.checked_add(options.heads)).unwrap_or(0);
         if all == 0 || packed % all != 0 {
             return Err(Error::bad(format!(
                 "attention: qkv is {}, not a multiple of {} heads + 2 x {}",
@@ -233,8 +246,9 @@ impl Builder {
             )));
         }
         let width = c / options.heads;
-        self.expect_shape("attention: k", k, &[b, tk, options.kv_heads * width])?;
-        self.expect_shape("attention: v", v, &[b, tk, options.kv_heads * width])?;
+        let kv = options.kv_heads.saturating_mul(width);
+        self.expect_shape("attention: k", k, &[b, tk, kv])?;
+        self.expect_shape("attention: v", v, &[b, tk, kv])?;
         self.attention_node(vec![q, k, v], mask, [b, tq, tk, width], options)
     }
 
@@ -249,8 +263,14 @@ impl Builder {
         if kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
             return Err(Error::bad(format!("attention: {heads} query heads do not share {kv_heads} key heads evenly")));
         }
+        if width == 0 {
+            return Err(Error::bad("attention: heads have no columns"));
+        }
         if !(0.0..1.0).contains(&dropout) {
             return Err(Error::bad(format!("attention: dropout is {dropout}, want 0 <= p < 1")));
+        }
+        if dropout > 0.0 && self.mode == Mode::Training {
+            expect_draws("attention: dropout", &[b, heads, tq, tk])?;
         }
         if let Some(mask) = mask {
             self.expect_dtype("attention: mask", mask, DType::I32)?;
@@ -337,7 +357,7 @@ impl Builder {
     pub fn max_pool(&mut self, x: Value, kernel: usize, stride: usize, padding: usize) -> Result<Value> {
         let [n, c, h, w] = self.axes("max_pool: x", x)?;
         let window = Window { kernel: [kernel; 2], stride, padding };
-        if padding * 2 > kernel {
+        if padding > kernel / 2 {
             return Err(Error::bad(format!("max_pool: padding {padding} is over half of the kernel {kernel}")));
         }
         let [oh, ow] = self.window("max_pool", window, [h, w])?;
@@ -352,7 +372,7 @@ impl Builder {
     pub fn avg_pool(&mut self, x: Value, kernel: [usize; 2], stride: usize, padding: usize) -> Result<Value> {
         let [n, c, h, w] = self.axes("avg_pool: x", x)?;
         let window = Window { kernel, stride, padding };
-        if padding * 2 > kernel[0].min(kernel[1]) {
+        if padding > kernel[0].min(kernel[1]) / 2 {
             return Err(Error::bad(format!("avg_pool: padding {padding} is over half of the kernel {kernel:?}")));
         }
         let [oh, ow] = self.window("avg_pool", window, [h, w])?;
@@ -418,6 +438,9 @@ impl Builder {
     /// When `x` has not three axes.
     pub fn shift(&mut self, x: Value, by: isize, rows: usize) -> Result<Value> {
         let [b, _, c] = self.axes("shift: x", x)?;
+        if by.checked_neg().is_none() {
+            return Err(Error::bad(format!("shift: by {by} rows")));
+        }
         self.one(Op::Shift { by }, vec![x], Shape::from([b, rows, c]))
     }
 

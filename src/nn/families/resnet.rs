@@ -43,7 +43,7 @@ pub struct ResNet {
     pub depths: Vec<usize>,
     /// Blocks of 1x1, 3x3 and 1x1 convolutions instead of two 3x3 ones.
     pub bottleneck: bool,
-    /// After each convolution, and after the sum that ends a block.
+    /// After the stem, and after the sum that ends a block; inside a block it is ReLU whatever the config says, as in transformers.
     pub activation: Activation,
     /// Whether the first stage halves the image, as the others do.
     pub downsample_in_first_stage: bool,
@@ -109,7 +109,7 @@ impl ResNet {
 
     /// The convolutions of a block, in order; the last is summed before its activation.
     fn convolutions(&self, block: &Block) -> Vec<ConvNorm> {
-        let (outputs, stride, activation) = (block.outputs, block.stride, self.activation);
+        let (outputs, stride, activation) = (block.outputs, block.stride, Activation::Relu);
         let last = Activation::None;
         if !self.bottleneck {
             return vec![

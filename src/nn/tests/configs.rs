@@ -1,7 +1,7 @@
 //! Configs: what is taken, what is refused and in which words, and that nothing makes a trace panic.
 
 use super::*;
-use crate::graph::{Mode, Op, RotaryScaling};
+use crate::graph::{Activation, Mode, Op, RotaryScaling};
 use proptest::prelude::*;
 use serde_json::json;
 
@@ -199,6 +199,19 @@ fn a_networks_config_describes_it() {
     assert_eq!(strict("resnet", json!({})).unwrap().labels().classes, 2);
     let labels = strict("gpt2", json!({ "vocab_size": 31 })).unwrap().labels();
     assert_eq!(labels, crate::nn::Labels { shift: true, classes: 31, vocab: Some(31) });
+}
+
+/// In transformers `hidden_act` is what follows the stem and the sums; ResNetConvLayer has ReLU unless it is told otherwise, and blocks do not.
+#[test]
+fn a_resnets_activation_follows_the_stem_and_the_sums() {
+    for (layer_type, inner) in [("basic", 1), ("bottleneck", 2)] {
+        let config =
+            json!({ "hidden_act": "gelu", "layer_type": layer_type, "depths": [2, 1], "hidden_sizes": [8, 16] });
+        let network = strict("resnet", config).unwrap();
+        let graph = network.trace(Mode::Evaluation, crate::base::DType::F32, 1, &network.inputs()).unwrap();
+        let count = |kind| graph.nodes.iter().filter(|node| node.op == Op::Activation(kind)).count();
+        assert_eq!((count(Activation::GeluErf), count(Activation::Relu)), (1 + 3, 3 * inner), "{layer_type}");
+    }
 }
 
 /// What may stand where a value is expected; small numbers most often, so that many configs are taken.

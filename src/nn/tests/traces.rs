@@ -321,7 +321,8 @@ fn resnets_start_as_torch_starts_them() {
 /// The largest configs that are taken trace in a moment, and nothing in them overflows.
 #[test]
 fn the_largest_configs_trace() {
-    let wide = json!({ "vocab_size": i32::MAX, "n_positions": 1 << 24, "n_embd": 1 << 20, "n_head": 1 << 20, "n_inner": 1 << 24, "n_layer": 1024 });
+    let wide = json!({ "vocab_size": i32::MAX, "n_positions": 1 << 24, "n_embd": 1 << 20, "n_head": 1 << 20, "n_inner": 1 << 24, "n_layer": 1024,
+        "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0 });
     let network = strict("gpt2", wide).unwrap();
     let graph = network.trace(Mode::Training, DType::F64, 1, &network.inputs()).unwrap();
     assert_eq!(graph.layers.len(), 2 + 2 * 1024);
@@ -329,8 +330,9 @@ fn the_largest_configs_trace() {
     refused(network.trace(Mode::Training, DType::F64, 1 << 20, &network.inputs()), &["more elements than fit"]);
     let wide = json!({ "vocab_size": i32::MAX, "max_position_embeddings": 1 << 24, "hidden_size": 1 << 20, "num_attention_heads": 1 << 20, "intermediate_size": 1 << 24, "num_hidden_layers": 1024 });
     assert_eq!(crate::nn::tensors(&*strict("bert", wide).unwrap()).unwrap().len(), 5 + 1024 * 16 + 5);
-    let wide = json!({ "vocab_size": i32::MAX, "max_position_embeddings": 1 << 24, "hidden_size": 1 << 20, "head_dim": 1 << 12, "num_attention_heads": 1 << 20, "intermediate_size": 1 << 24, "num_hidden_layers": 1024 });
-    assert_eq!(crate::nn::tensors(&*strict("llama", wide).unwrap()).unwrap().len(), 1024 * 9 + 3);
+    let llama = |layers: usize| json!({ "vocab_size": i32::MAX, "max_position_embeddings": 1 << 24, "hidden_size": 1 << 20, "head_dim": 1 << 12, "num_attention_heads": 1 << 20, "intermediate_size": 1 << 24, "num_hidden_layers": layers });
+    assert_eq!(crate::nn::tensors(&*strict("llama", llama(4)).unwrap()).unwrap().len(), 4 * 9 + 3);
+    refused(crate::nn::tensors(&*strict("llama", llama(1024)).unwrap()), &["more elements than fit in memory"]);
     let wide = json!({ "image_size": 1 << 16, "patch_size": 1, "num_channels": 1 << 16, "hidden_size": 1 << 20, "num_attention_heads": 1 << 20, "intermediate_size": 1 << 24, "num_hidden_layers": 1024 });
     assert_eq!(crate::nn::tensors(&*strict("vit", wide).unwrap()).unwrap().len(), 4 + 1024 * 16 + 4);
     let (sizes, depths) = ([1 << 16; 32], [32; 32]);
