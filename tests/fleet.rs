@@ -697,14 +697,22 @@ fn a_plan_that_does_not_wait_for_the_norm_refuses_to_clip() {
 /// With a byte less than what a refusal names there is another, which names the same; with that every arena keeps to it.
 #[test]
 fn baselines_keep_to_the_budget_that_a_refusal_names() {
-    let mut entries = six();
-    // Of unlike needs of state and workspace, so that arenas which took the most of each would be too large.
-    entries.swap(0, 4);
-    for (name, baseline) in Baseline::NAMES {
+    let entry = |name, small, steps, batch| Entry {
+        name,
+        small,
+        options: TrainOptions { batch, microbatch: batch, ..TrainOptions::new(steps) },
+    };
+    // One of much state and one of much workspace beside one that takes a device of its own: an arena with the most of each would be too large.
+    let unlike = vec![
+        entry("state", Small::gpt(48, 2, 2, 5, 0.0), 2, 1),
+        entry("workspace", Small::gpt(16, 2, 1, 40, 0.0), 2, 24),
+        entry("long", Small::gpt(16, 1, 1, 7, 0.0), 5000, 1),
+    ];
+    for (entries, (name, baseline)) in [six(), unlike].iter().flat_map(|e| Baseline::NAMES.map(|named| (e, named))) {
         for (devices, recompute, slots) in
             [(1, Recompute::Auto, 2), (2, Recompute::Auto, 1), (2, Recompute::Never, 2), (3, Recompute::Always, 2)]
         {
-            let models = fleet_models(&entries, recompute, slots);
+            let models = fleet_models(entries, recompute, slots);
             let place = |budget| {
                 let devices = vec![FleetDevice { budget: Some(budget), cost: stated() }; devices];
                 place_baseline(baseline, &models, &devices)

@@ -80,7 +80,12 @@ fn until_error(driver: &mut Driver, change: impl Fn(u64, &mut hydra::data::Batch
     let mut results = Vec::new();
     let mut run = |results: &mut Vec<StepResult>| -> Result<()> {
         for step in 0..driver.options.steps {
-            driver.begin(step, |batch| change(step, batch))?;
+            let begun = driver.begin(step, |batch| change(step, batch));
+            // What it was begun behind may have ended the model meanwhile, which is told in its turn.
+            while driver.engine.is_ending(0) {
+                results.push(driver.engine.wait_step(0)?);
+            }
+            begun?;
             if driver.engine.steps_in_flight(0) == 2 {
                 results.push(driver.engine.wait_step(0)?);
             }
@@ -186,6 +191,8 @@ fn the_step_before_is_whole() {
         let spec = HostSpec { arena_bytes: plan.arena.bytes, ..HostSpec::default() };
         let config = HostConfig { devices: vec![spec], host_bytes: plan.host.bytes, ..HostConfig::default() };
         let device = Shuffled::new(HostDevice::new(&config).expect("a device"), seed);
+        // Norms that nobody waits for but the report come after the next step's loss.
+        let device = if seed % 2 == 1 { device.with_late_norms() } else { device };
         Driver::new(&small, (model, plan), Box::new(device), &options)
     };
     let mut good = of(0, 2);
@@ -193,7 +200,7 @@ fn the_step_before_is_whole() {
     assert!(error.is_none() && results.len() == 2);
     good.engine.wait_home(0).expect("it is well");
     let want = state(&good.engine);
-    for seed in 0..40 {
+    for seed in 0..12 {
         let mut driver = of(seed, 8);
         let (results, error) = until_error(&mut driver, |step, batch| {
             if step == 2 {

@@ -256,7 +256,7 @@ impl Engine {
     pub(super) fn check_running(&self, model: usize) -> Result<()> {
         self.check_device()?;
         match self.is_ending(model) {
-            true => Err(Error::bad("the model has ended before its time")),
+            true => Err(Error::bad("the model has ended before its time, and wait_step tells why, once")),
             false => Ok(()),
         }
     }

@@ -20,6 +20,9 @@ pub struct Shuffled {
     held: Vec<VecDeque<(Task, Vec<Ticket>)>>,
     /// Completions not told yet, for each lane.
     ended: Vec<VecDeque<Completion>>,
+    /// Looks in a row at which nothing had ended, that a norm waits for before it reaches its lane.
+    norms_wait: u32,
+    quiet: u32,
 }
 
 impl Shuffled {
@@ -32,7 +35,14 @@ impl Shuffled {
             handed: vec![0; lanes],
             held: (0..lanes).map(|_| VecDeque::new()).collect(),
             ended: (0..lanes).map(|_| VecDeque::new()).collect(),
+            norms_wait: 0,
+            quiet: 0,
         }
+    }
+
+    /// Norms come when all else stands still.
+    pub fn with_late_norms(self) -> Shuffled {
+        Shuffled { norms_wait: 1000, ..self }
     }
 
     /// Lanes in a random order.
@@ -47,7 +57,10 @@ impl Shuffled {
     /// Hands at most one task on; whether it did.
     fn hand_one(&mut self) -> bool {
         for lane in self.lanes_shuffled() {
-            let Some((_, after)) = self.held[lane].front() else { continue };
+            let Some((task, after)) = self.held[lane].front() else { continue };
+            if matches!(task, Task::Norm(_)) && self.quiet < self.norms_wait {
+                continue;
+            }
             if after.iter().all(|t| self.handed[t.lane as usize] >= t.number) {
                 let (task, after) = self.held[lane].pop_front().expect("looked at just above");
                 self.handed[lane] += 1;
@@ -60,7 +73,9 @@ impl Shuffled {
     }
 
     fn take_completion(&mut self, secs: f64) {
+        self.quiet += 1;
         if let Some(completion) = self.inner.next_completion(secs) {
+            self.quiet = 0;
             self.ended[completion.ticket.lane as usize].push_back(completion);
         }
     }
