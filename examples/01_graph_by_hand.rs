@@ -4,7 +4,7 @@
 
 use hydra::base::{DType, LaneId, LaneKind, Result, align_up};
 use hydra::device::host::{HostConfig, HostDevice, HostSpec};
-use hydra::device::{CopySpan, Device, Memory, Run, Scalars, Span, Task};
+use hydra::device::{CopySpan, Device, Memory, Run, Scalars, Span, Task, Ticket};
 use hydra::graph::{
     ALIGNMENT, AREAS, Activation, Area, Builder, Init, Kind, Mode, ModelLayout, Program, ShardLayout, WeightLayout,
     differentiate,
@@ -44,12 +44,14 @@ pub fn main() -> Result<()> {
     let spec = HostSpec { arena_bytes: bytes, ..HostSpec::default() };
     let mut device = HostDevice::new(&HostConfig { devices: vec![spec], host_bytes: bytes, ..HostConfig::default() })?;
     let at = |area: Area| bases[area as usize];
-    device.write_host(at(Area::Weights), &[0; 16]);
+    // SAFETY: no task has been given to the device yet.
+    unsafe { device.write_host(at(Area::Weights), &[0; 16]) };
     for used in &program.inputs {
         let (rows, row_labels) = ([1f32, 2.0, 3.0, 4.0, 5.0, 6.0], [0i32, 1, 0]);
         let is_x = graph.inputs[used.input].name == "x";
         let values: &[u8] = if is_x { bytemuck::cast_slice(&rows) } else { bytemuck::cast_slice(&row_labels) };
-        device.write_host(at(Area::Inputs) + used.offset, values);
+        // SAFETY: as above.
+        unsafe { device.write_host(at(Area::Inputs) + used.offset, values) };
     }
 
     // Run: a copy in, the program, a copy out, each on its lane and each waiting for the ticket before it.
@@ -59,16 +61,25 @@ pub fn main() -> Result<()> {
     let copy = |from, to| Task::Copy(vec![CopySpan { from: all(from), to: all(to) }]);
     let scalars = Scalars { seed: 0, step: 0, microbatch: 0, loss_scale: 1.0 / 3.0, accumulate: false };
     let run = Task::Run(Box::new(Run { program, device: 0, bases, scalars, check: false }));
-    let there = device.submit(lane(LaneKind::HostToDevice), copy(Memory::Host, Memory::Device(0)), &[]);
-    let ran = device.submit(lane(LaneKind::Compute), run, &[there]);
-    device.submit(lane(LaneKind::DeviceToHost), copy(Memory::Device(0), Memory::Host), &[ran]);
+    let steps = [
+        (LaneKind::HostToDevice, copy(Memory::Host, Memory::Device(0))),
+        (LaneKind::Compute, run),
+        (LaneKind::DeviceToHost, copy(Memory::Device(0), Memory::Host)),
+    ];
+    let mut before: Option<Ticket> = None;
+    for (kind, task) in steps {
+        // SAFETY: each waits for the one before it, and the areas lie one behind the other, as large as the program has them.
+        before = Some(unsafe { device.submit(lane(kind), task, before.as_slice()) });
+    }
     for _ in 0..3 {
         device.next_completion(10.0).expect("three small tasks end within ten seconds").result?;
     }
 
     let (mut loss, mut gradient) = ([0f32; 1], [0f32; 4]);
-    device.read_host(at(Area::Results), bytemuck::cast_slice_mut(&mut loss));
-    device.read_host(at(Area::Gradients), bytemuck::cast_slice_mut(&mut gradient));
+    for (area, values) in [(Area::Results, &mut loss[..]), (Area::Gradients, &mut gradient[..])] {
+        // SAFETY: all three tasks have ended.
+        unsafe { device.read_host(at(area), bytemuck::cast_slice_mut(values)) };
+    }
     println!("loss {:.6}, d_weight {gradient:.4?}", loss[0]);
 
     // By hand: with W = 0 every probability is 1/2, so the loss is ln 2 and d_weight = x^T (1/2 - onehot) / 3.

@@ -19,7 +19,7 @@
 //! let data = RandomSource::new(&RandomOptions { tensors: tensors.to_vec(), vocab: 64, classes: 64, batch: 4, seed: 1 })?;
 //! let plan = PlanOptions { device_budget: Some(400_000), ..PlanOptions::default() };
 //! let options = TrainOptions { batch: 4, microbatch: 2, plan, ..TrainOptions::new(3) };
-//! // What this machine achieves; a plan goes by it. Written down once, it can be read from a file instead.
+//! // Measured rates of this machine, by which the plan is chosen. Written down once, they can be read from a file instead.
 //! let cost = calibrate(&DeviceSpec::default())?;
 //! let (model, plan) = prepare(gpt.as_ref(), &data, &options, &cost)?;
 //! assert!(plan.arena.bytes <= 400_000 && 16 * model.layout.parameter_bytes / 4 > 1_600_000);

@@ -142,16 +142,16 @@ fn a_disk_that_fails_in_the_middle_ends_the_step_and_is_named() {
         driver.engine.wait_step(0).expect("a step");
         driver.engine.wait_home(0).expect("all that it wrote");
         lose_the_file_in(dir.path());
+        let folder = dir.path().display().to_string();
+        let read = driver.engine.read_parameter(0, Stored::Moment(0), 0).expect_err("there is nothing to read");
+        assert!(read.to_string().contains(&folder), "{on_disk:?}: {read}");
         let mut ended = driver.begin(1, |_| ());
         if ended.is_ok() {
             ended = driver.engine.wait_step(0).map(|_| ());
         }
         // A step's losses may be there before the disk is.
         let error = ended.and_then(|()| driver.engine.wait_home(0)).expect_err("the disk has failed").to_string();
-        let folder = dir.path().display().to_string();
         assert!(error.contains("read the disk tier in") && error.contains(&folder), "{on_disk:?}: {error}");
-        let read = driver.engine.read_parameter(0, Stored::Moment(0), 0).expect_err("there is nothing to read");
-        assert!(read.to_string().contains(&folder), "{on_disk:?}: {read}");
         assert!(driver.begin(2, |_| ()).is_err(), "{on_disk:?}: what has failed does no more");
     }
 }

@@ -6,10 +6,8 @@ mod common;
 use common::small::{Driver, Small};
 use common::{Case, Collect, Outcome, difference, distance, gather_of, stated};
 use hydra::base::{DType, Error};
-use hydra::device::cuda::driver::{Driver as _, Facts};
-use hydra::device::cuda::launch::{Launch, Ptr};
-use hydra::device::cuda::{CudaConfig, CudaDevice, Emulated, LogicalDevice};
-use hydra::device::{Completion, CopySpan, Device, DeviceSpec, FleetMemory, Memory, Span, Task, start_fleet};
+use hydra::device::cuda::{CudaConfig, CudaDevice, Emulated, Facts, LogicalDevice};
+use hydra::device::{Completion, CopySpan, Device, DeviceSpec, FleetMemory, Memory, Span, Task, Ticket, start_fleet};
 use hydra::engine::{Stored, TurnOptions};
 use hydra::sched::by_name;
 use hydra::spill::{Baseline, FleetDevice, FleetMap, FleetModel, Home, OnDisk, Placed, PlanOptions, Recompute};
@@ -220,7 +218,7 @@ fn what_is_not_finite_is_named() {
         let (model, plan) = small.plan(&options).expect("a plan");
         let host_bytes = plan.host.bytes;
         let config = CudaConfig { devices: devices(&[(0, plan.arena.bytes)]), host_bytes, ..Default::default() };
-        let device = CudaDevice::new(Box::new(Emulated::new(80, 2).expect("an emulator")), &config).expect("a device");
+        let device = CudaDevice::emulated(vec![Emulated::facts_of(0, 80)], 2, &config).expect("a device");
         let mut driver = Driver::new(&small, (model, plan), Box::new(device), &options);
         let model = std::sync::Arc::clone(driver.engine.model(0));
         let parameter = model.train.parameters.iter().position(|p| p.layers[0] == 2).expect("a block has parameters");
@@ -252,7 +250,25 @@ fn copy(from: (Memory, u64), to: (Memory, u64)) -> Task {
 fn two_devices(facts: Vec<Facts>, gpus: [usize; 2], seed: u32) -> CudaDevice {
     let devices = devices(&gpus.map(|gpu| (gpu, 4096)));
     let config = CudaConfig { devices, host_bytes: 4096, poison: true, threads: Some(1), ..Default::default() };
-    CudaDevice::new(Box::new(Emulated::of(facts, seed).expect("an emulator")), &config).expect("a device")
+    CudaDevice::emulated(facts, seed, &config).expect("a device")
+}
+
+/// Queues a copy.
+fn submit(device: &mut dyn Device, lane: u16, task: Task, after: &[Ticket]) -> Ticket {
+    // SAFETY: the emulator's streams run on the thread that waits, one copy at a time: in the wrong order they move the wrong bytes, and no more.
+    unsafe { device.submit(lane, task, after) }
+}
+
+/// Writes into the host's store.
+fn write(device: &mut dyn Device, offset: u64, bytes: &[u8]) {
+    // SAFETY: nothing runs unless this thread waits.
+    unsafe { device.write_host(offset, bytes) }
+}
+
+/// Reads the host's store.
+fn read(device: &dyn Device, offset: u64, bytes: &mut [u8]) {
+    // SAFETY: as above.
+    unsafe { device.read_host(offset, bytes) }
 }
 
 fn ends(device: &mut CudaDevice, count: usize) -> Vec<Completion> {
@@ -264,14 +280,14 @@ fn ends(device: &mut CudaDevice, count: usize) -> Vec<Completion> {
 fn streams_run_in_any_order_that_tickets_allow() {
     let run = |seed: u32, with_tickets: bool| -> u8 {
         let mut device = two_devices(vec![Emulated::facts_of(0, 80)], [0, 0], seed);
-        device.write_host(0, &[7; 64]);
+        write(&mut device, 0, &[7; 64]);
         // Up to the second device, and down again from there, by lanes 4 and 5.
-        let up = device.submit(4, copy((Memory::Host, 0), (Memory::Device(1), 128)), &[]);
+        let up = submit(&mut device, 4, copy((Memory::Host, 0), (Memory::Device(1), 128)), &[]);
         let after: &[_] = if with_tickets { &[up] } else { &[] };
-        device.submit(5, copy((Memory::Device(1), 128), (Memory::Host, 512)), after);
+        submit(&mut device, 5, copy((Memory::Device(1), 128), (Memory::Host, 512)), after);
         ends(&mut device, 2).into_iter().for_each(|end| end.result.expect("it succeeds"));
         let mut back = [0];
-        device.read_host(512, &mut back);
+        read(&device, 512, &mut back);
         assert_eq!((device.high_water_bytes(0), device.high_water_bytes(1)), (0, 192));
         back[0]
     };
@@ -286,8 +302,8 @@ fn gpus_wait_for_each_other() {
     const APART_SECS: f64 = 2e-3;
     let run = |seed: u32, with_tickets: bool| -> u8 {
         let mut device = two_devices(two_gpus(80), [0, 1], seed);
-        device.write_host(0, &[7; 64]);
-        device.write_host(512, &[1; 64]);
+        write(&mut device, 0, &[7; 64]);
+        write(&mut device, 512, &[1; 64]);
         let before_secs = device.now_secs();
         let (first, second) = (Memory::Device(0), Memory::Device(1));
         let mut tickets = Vec::new();
@@ -298,7 +314,7 @@ fn gpus_wait_for_each_other() {
             (5, copy((second, 64), (Memory::Host, 1024))),
         ] {
             let after = if with_tickets { tickets.last().copied() } else { None };
-            tickets.push(device.submit(lane, task, after.as_slice()));
+            tickets.push(submit(&mut device, lane, task, after.as_slice()));
         }
         let done = ends(&mut device, 4);
         let times = |t| done.iter().find(|d| d.ticket == t).map(|d| (d.start_secs, d.end_secs)).expect("all ended");
@@ -310,7 +326,7 @@ fn gpus_wait_for_each_other() {
         }
         assert!(done.iter().all(|d| d.result.is_ok() && d.end_secs < device.now_secs() + APART_SECS));
         let mut back = [0];
-        device.read_host(1024, &mut back);
+        read(&device, 1024, &mut back);
         back[0]
     };
     assert!((0..16).all(|seed| run(seed, true) == 7));
@@ -321,7 +337,7 @@ fn gpus_wait_for_each_other() {
 fn what_touches_another_gpus_memory_is_refused() {
     // The device refuses tasks, from one arena to another too.
     let mut device = two_devices(two_gpus(80), [0, 1], 0);
-    device.submit(1, copy((Memory::Device(0), 0), (Memory::Device(1), 64)), &[]);
+    submit(&mut device, 1, copy((Memory::Device(0), 0), (Memory::Device(1), 64)), &[]);
     let error = ends(&mut device, 1).remove(0).result.expect_err("another GPU's").to_string();
     assert!(
         error.contains("GPU 0 (emulated)") && error.contains("device 1") && error.contains("GPU 1 (another)"),
@@ -329,56 +345,36 @@ fn what_touches_another_gpus_memory_is_refused() {
     );
     // On one GPU the same is a copy like any other.
     let mut device = two_devices(two_gpus(80), [1, 1], 0);
-    device.submit(1, copy((Memory::Device(0), 0), (Memory::Device(1), 64)), &[]);
+    submit(&mut device, 1, copy((Memory::Device(0), 0), (Memory::Device(1), 64)), &[]);
     assert!(ends(&mut device, 1).remove(0).result.is_ok());
+}
 
-    // Below it the driver refuses addresses.
-    let mut driver = Emulated::of(two_gpus(80), 0).expect("an emulator");
-    let memory = [driver.alloc(0, 256).expect("memory"), driver.alloc(1, 256).expect("memory")];
-    let host = Ptr(driver.alloc_host(256).expect("memory") as u64);
-    let stream = [driver.stream(0).expect("a stream"), driver.stream(1).expect("a stream")];
-    let add = |acc: Ptr, x: Ptr| Launch::new("optimizer_add", [1, 1, 1], 256).ptr(acc).ptr(x).long(4);
-    for (own, other) in [(0, 1), (1, 0)] {
-        let (near, far, stream) = (memory[own], memory[other], stream[own]);
-        let inside = far.plus(252);
-        let checks = [
-            driver.copy(stream, near, inside, 4),
-            driver.copy(stream, inside, host, 4),
-            driver.fill(stream, inside, 0, 4),
-            driver.launch(stream, &add(near, inside)),
-            driver.launch(stream, &add(inside, near)),
-        ];
-        for result in checks {
-            let error = result.expect_err("another GPU's").to_string();
-            let (own, other) = (driver.facts(own).to_string(), driver.facts(other).to_string());
-            assert!(error.contains(&format!("on {own} touches memory of {other}")), "{error}");
-        }
-        driver.copy(stream, near, host, 4).expect("its own and the host's");
-        driver.launch(stream, &add(near, host)).expect("its own and the host's");
+#[test]
+fn stretches_that_do_not_fit_are_errors() {
+    let span = |memory, offset, bytes| Span { memory, offset, bytes };
+    for (from, to, want) in [
+        (span(Memory::Host, 0, 64), span(Memory::Device(0), 0, 32), "a copy of 64 bytes to where 32 are meant"),
+        (span(Memory::Host, 0, 64), span(Memory::Device(0), 4095, 64), "bytes 4095..4159 of device 0"),
+        (span(Memory::Host, 0, 64), span(Memory::Device(0), u64::MAX - 3, 64), "of device 0, whose arena has 4096"),
+    ] {
+        let mut device = two_devices(two_gpus(80), [0, 1], 0);
+        submit(&mut device, 1, Task::Copy(vec![CopySpan { from, to }]), &[]);
+        let error = ends(&mut device, 1).remove(0).result.expect_err("it does not fit").to_string();
+        assert!(error.contains(want), "{error}");
     }
-    let marks = [driver.mark(0).expect("a mark"), driver.mark(1).expect("a mark")];
-    assert!(driver.record(marks[0], stream[1]).is_err(), "a mark is its GPU's");
-    driver.record(marks[0], stream[0]).expect("a stream");
-    driver.record(marks[1], stream[1]).expect("a stream");
-    while !(driver.passed(marks[0]).expect("a mark") && driver.passed(marks[1]).expect("a mark")) {
-        driver.wait_a_moment(0.0).expect("what is queued runs");
-    }
-    assert!(driver.secs_between(marks[0], marks[1]).is_err(), "two clocks");
-    assert_eq!(driver.secs_between(marks[1], marks[1]).expect("one clock"), 0.0);
 }
 
 #[test]
 fn what_does_not_fit_and_what_fails_are_errors() {
-    let driver = || Box::new(Emulated::new(80, 0).expect("an emulator"));
+    let start = |config: &CudaConfig| CudaDevice::emulated(vec![Emulated::facts_of(0, 80)], 0, config);
     let config = |list: &[(usize, u64)]| CudaConfig { devices: devices(list), host_bytes: 4096, ..Default::default() };
     let refused = |result: hydra::base::Result<CudaDevice>| result.err().expect("refused").to_string();
-    assert!(refused(CudaDevice::new(driver(), &config(&[(0, 1 << 40)]))).contains("the arenas on it need"));
-    assert!(refused(CudaDevice::new(driver(), &config(&[]))).contains("at least one"));
-    assert!(refused(CudaDevice::new(driver(), &config(&[(0, 64), (1, 64)]))).contains("device 1"));
+    assert!(refused(start(&config(&[(0, 1 << 40)]))).contains("the arenas on it need"));
+    assert!(refused(start(&config(&[]))).contains("at least one"));
+    assert!(refused(start(&config(&[(0, 64), (1, 64)]))).contains("device 1"));
     // A completion that is withheld is a stall for the engine; here it is just never told.
-    let mut device =
-        CudaDevice::new(driver(), &CudaConfig { withhold: Some((1, 1)), ..config(&[(0, 4096)]) }).expect("a device");
-    device.submit(1, copy((Memory::Host, 0), (Memory::Device(0), 0)), &[]);
+    let mut device = start(&CudaConfig { withhold: Some((1, 1)), ..config(&[(0, 4096)]) }).expect("a device");
+    submit(&mut device, 1, copy((Memory::Host, 0), (Memory::Device(0), 0)), &[]);
     assert!(device.next_completion(0.2).is_none());
 }
 
@@ -386,9 +382,9 @@ fn what_does_not_fit_and_what_fails_are_errors() {
 fn a_gpu_that_is_too_small_or_of_another_kind_is_named() {
     let small = Facts { memory_bytes: 8192, ..two_gpus(80).remove(1) };
     let start = |list: &[(usize, u64)], second: &Facts| {
-        let driver = Emulated::of(vec![Emulated::facts_of(0, 80), second.clone()], 0).expect("an emulator");
+        let gpus = vec![Emulated::facts_of(0, 80), second.clone()];
         let config = CudaConfig { devices: devices(list), host_bytes: 64, threads: Some(1), ..Default::default() };
-        CudaDevice::new(Box::new(driver), &config).map(|_| ()).map_err(|e| e.to_string())
+        CudaDevice::emulated(gpus, 0, &config).map(|_| ()).map_err(|e| e.to_string())
     };
     let has = "GPU 1 (another) has 8192 bytes of memory, the arenas on it need";
     let check = |list: &[(usize, u64)], needs: u64| {
@@ -398,7 +394,7 @@ fn a_gpu_that_is_too_small_or_of_another_kind_is_named() {
     check(&[(0, 64), (1, 8193)], 8193);
     check(&[(1, 4096), (0, 1 << 20), (1, 4097)], 8193);
     assert_eq!(start(&[(1, 4096), (0, 1 << 20), (1, 4096)], &small), Ok(()));
-    assert!(Emulated::of(Vec::new(), 0).is_err(), "none");
+    assert!(CudaDevice::emulated(Vec::new(), 0, &CudaConfig::default()).is_err(), "none");
     // Where kernels differ so would bits.
     let error = start(&[(0, 64), (1, 64)], &Emulated::facts_of(1, 90)).expect_err("unlike");
     assert!(error.contains("GPU 0 (emulated) has compute capability 8.0, GPU 1 (emulated) has 9.0"), "{error}");
@@ -406,7 +402,7 @@ fn a_gpu_that_is_too_small_or_of_another_kind_is_named() {
     assert!(start_fleet(&[emulated(80, 0), emulated(90, 0)], memory.clone()).is_err());
     // In a fleet each emulated device is a GPU of its own: an arena does not reach from one to the next.
     let mut fleet = start_fleet(&[emulated(80, 0), emulated(80, 0)], memory).expect("alike");
-    fleet.submit(1, copy((Memory::Device(0), 0), (Memory::Device(1), 0)), &[]);
+    submit(fleet.as_mut(), 1, copy((Memory::Device(0), 0), (Memory::Device(1), 0)), &[]);
     let error = fleet.next_completion(10.0).expect("it ends").result.expect_err("another GPU's").to_string();
     assert!(error.contains("GPU 0") && error.contains("GPU 1"), "{error}");
 }
@@ -465,8 +461,7 @@ fn train(
     let logical: Vec<_> = gpus.iter().copied().zip(map.arena_bytes.iter().copied()).collect();
     let (devices, host_bytes) = (devices(&logical), map.host_bytes);
     let config = CudaConfig { devices, host_bytes, poison: true, threads: Some(1), ..Default::default() };
-    let driver = Emulated::of(facts, seed).expect("an emulator");
-    let device = CudaDevice::new(Box::new(driver), &config).expect("a device");
+    let device = CudaDevice::emulated(facts, seed, &config).expect("a device");
     let recruits = members.iter().zip(placed).map(|(m, placed)| Recruit {
         weights: Weights::Random,
         placed: placed.clone(),

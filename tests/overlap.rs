@@ -10,10 +10,11 @@ mod models;
 #[path = "overlap/recording.rs"]
 mod recording;
 
-use hydra::base::LaneKind;
+use hydra::base::{DType, LaneKind};
 use hydra::device::host::{HostConfig, HostDevice, HostSpec};
 use hydra::device::sim::CostModel;
 use hydra::engine::{Engine, EngineOptions, StepInput, Stored, predict};
+use hydra::graph::{Activation, Builder, Init, Mode, WeightLayout};
 use hydra::spill::{Model, Plan, PlanOptions, Recompute};
 use hydra::trace::{Event, Keep, Recorder, RecorderOptions, What, read_trace};
 use models::{Chain, MEASURED, Random, WARM, rule, run_simulated};
@@ -193,8 +194,10 @@ fn equal_plan(model: &Model, slots: Option<usize>) -> Arc<Plan> {
 fn run_on_host(chain: &Chain, slots: Option<usize>, link: Option<f64>, clip: Option<f64>, steps: u64) -> Ran {
     let model = chain.model();
     let plan = equal_plan(&model, slots);
+    // With room behind the plan's end, where nothing may be written.
+    let arena_bytes = plan.arena.bytes + 4096;
     let config = HostConfig {
-        devices: vec![HostSpec { arena_bytes: plan.arena.bytes, link_bytes_per_sec: link, threads: None }],
+        devices: vec![HostSpec { arena_bytes, link_bytes_per_sec: link, threads: None }],
         host_bytes: plan.host.bytes,
         poison: true,
         ..HostConfig::default()
@@ -243,6 +246,9 @@ fn run_on_host(chain: &Chain, slots: Option<usize>, link: Option<f64>, clip: Opt
     }
     let summary = engine.take_recorder().expect("given above").finish().expect("the file is whole");
     assert_eq!(summary.dropped, 0);
+    drop(engine);
+    let written = log.unpoisoned_bytes();
+    assert!((plan.arena.bytes - 4096..=plan.arena.bytes).contains(&written), "{written} of {}", plan.arena.bytes);
     Ran { events: read_trace(&path).expect("our own file"), log, bits }
 }
 
@@ -299,4 +305,44 @@ fn pieces_change_no_bit() {
             assert!(spilled.bits == whole.bits, "{slots} slots, clip {clip:?}: other bits");
         }
     }
+}
+
+/// Logits lie in the workspace until they have left, and all programs of a device have one workspace.
+#[test]
+fn logits_leave_before_anything_else_is_computed_in_their_place() {
+    const ROWS: usize = 64;
+    // What the first layer needs for itself is larger than the last one's logits.
+    let mut b = Builder::new(Mode::Evaluation, DType::F32);
+    let x = b.input("x", [ROWS, 16], DType::F32).expect("a new input");
+    let widths = [[16, 4096, 16], [16, 16, 700]];
+    widths.into_iter().enumerate().fold(x, |x, (l, [from, hidden, to])| {
+        let layer = b.layer(format!("layer {l}"), |b, _| {
+            let up = b.parameter(format!("{l}.up"), [from, hidden], Init::Normal(0.1))?;
+            let down = b.parameter(format!("{l}.down"), [hidden, to], Init::Normal(0.1))?;
+            let x = b.linear(x, up, None, Activation::GeluTanh, WeightLayout::InOut)?;
+            b.linear(x, down, None, Activation::None, WeightLayout::InOut)
+        });
+        layer.expect("widths follow each other")
+    });
+    let model = Arc::new(Model::evaluation(b.finish().expect("layers")).expect("layers"));
+    let cut = Some(vec![0..1, 1..2]);
+    let options = PlanOptions { moments: 0, cut, resident: Some(true), ..PlanOptions::default() };
+    let plan = Arc::new(Plan::new(&model, &options, &CostModel::stated(1e11, 2e10, 1e10)).expect("no budget"));
+    // So slow that a product is done long before the logits have left.
+    let spec = HostSpec { arena_bytes: plan.arena.bytes, link_bytes_per_sec: Some(1e7), threads: Some(1) };
+    let config = HostConfig { devices: vec![spec], host_bytes: plan.host.bytes, poison: true, ..HostConfig::default() };
+    let (device, log) = Recording::new(HostDevice::new(&config).expect("memory and threads"));
+    let mut engine =
+        Engine::new(Arc::clone(&model), Arc::clone(&plan), Box::new(device), EngineOptions::new(1, &model));
+    for (i, parameter) in model.train.parameters.iter().enumerate() {
+        engine.write_parameter(0, Stored::Weight, i, &vec![0.01; parameter.shape.elems()]).expect("nothing has begun");
+    }
+    let x = [1f32; ROWS * 16];
+    for _ in 0..2 {
+        engine.begin_evaluation(0, &[bytemuck::cast_slice(&x)], 1.0).expect("fewer than two in flight");
+    }
+    for _ in 0..2 {
+        engine.wait_begun_evaluation(0).expect("nothing fails");
+    }
+    log.check();
 }

@@ -7,7 +7,8 @@ use common::{Outcome, difference, gather};
 use hydra::base::{DType, Error, IGNORED, Result};
 use hydra::data::{Batch, InputSpec, Source, names};
 use hydra::device::host::{HostConfig, HostDevice, HostSpec};
-use hydra::engine::Engine;
+use hydra::engine::{Engine, EngineOptions};
+use hydra::graph::{Activation, Builder, Init, Mode, WeightLayout};
 use hydra::nn::{self, Form};
 use hydra::spill::{Model, Plan, PlanOptions};
 use hydra::train::{Fleet, Observer, Optimizer, Schedule, Session, StepReport, TrainOptions, Weights};
@@ -312,6 +313,37 @@ fn ids_and_labels_beside_what_reads_them_are_refused() {
     driver.begin(0, |_| ()).expect("in range");
     assert!(driver.engine.wait_step(0).expect("a step").loss.is_finite());
     assert!(driver.engine.read_state(0, 0).is_err() && driver.engine.write_state(0, 0, &[]).is_err());
+}
+
+/// What is ids in training is labels in evaluation, and the other way round: each is held to what reads it.
+#[test]
+fn an_evaluation_is_held_to_its_own_ranges() {
+    let graph = |mode, ids_first: bool| {
+        let mut b = Builder::new(mode, DType::F32);
+        let [first, second] = ["first", "second"].map(|name| b.input(name, [6], DType::I32).expect("a new input"));
+        let (ids, labels) = if ids_first { (first, second) } else { (second, first) };
+        let logits = b.layer("layer", |b, _| {
+            let table = b.parameter("table", [5, 8], Init::Constant(0.5))?;
+            let weight = b.parameter("weight", [8, 50], Init::Constant(0.5))?;
+            let x = b.embedding(ids, table)?;
+            b.linear(x, weight, None, Activation::None, WeightLayout::InOut)
+        });
+        b.cross_entropy(logits.expect("a layer"), labels).expect("a loss");
+        b.finish().expect("a graph")
+    };
+    let model = Model::new(graph(Mode::Training, true), Some(graph(Mode::Evaluation, false)), 1);
+    let model = Arc::new(model.expect("one set of parameters"));
+    let plan = Arc::new(Plan::new(&model, &PlanOptions::default(), &common::stated()).expect("a plan"));
+    let spec = HostSpec { arena_bytes: plan.arena.bytes, ..HostSpec::default() };
+    let config = HostConfig { devices: vec![spec], host_bytes: plan.host.bytes, ..HostConfig::default() };
+    let device = Box::new(HostDevice::new(&config).expect("a device"));
+    let mut engine = Engine::new(Arc::clone(&model), plan, device, EngineOptions::new(0, &model));
+    Weights::Random.write(&mut engine, 0, 1).expect("nothing has begun");
+    let (small, large) = ([4i32; 6], [49i32; 6]);
+    let [small, large] = [&small, &large].map(|ids| bytemuck::cast_slice(ids));
+    assert!(engine.wait_evaluation(0, &[large, small], 1.0).expect("in range").is_finite());
+    let error = engine.wait_evaluation(0, &[small, large], 1.0).expect_err("beside the table").to_string();
+    assert_eq!(error, "evaluation: second: value 49 at (0) is not in 0..5");
 }
 
 /// Nothing in it has a label.

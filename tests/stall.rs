@@ -6,6 +6,7 @@ use common::small::{Driver, Small};
 use hydra::base::{Error, Result, Shape};
 use hydra::device::Device;
 use hydra::device::host::{HostConfig, HostDevice, HostSpec};
+use hydra::engine::Stored;
 use hydra::graph::CustomOp;
 use hydra::spill::{Placed, PlanOptions};
 use hydra::train::{Fleet, Observer, Recruit, TrainOptions, Weights};
@@ -95,6 +96,9 @@ fn check_withheld(resident: bool, lane: u16, number: u64) {
         let Error::Device(message) = error else { panic!("{name}: another error: {error}") };
         let again = driver.engine.wait_idle().expect_err("a run that has stalled is over").to_string();
         assert!(again.contains("failed before"), "{name}: {again}");
+        // Other lanes may still be writing.
+        let read = driver.engine.read_parameter(0, Stored::Weight, 0).expect_err("nothing is read then").to_string();
+        assert!(read.contains("failed before"), "{name}: {read}");
         let config = HostConfig { devices: vec![HostSpec::default()], ..HostConfig::default() };
         let id = HostDevice::new(&config).expect("a device").lanes()[lane as usize].to_string();
         (message, secs, id)

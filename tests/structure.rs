@@ -15,8 +15,13 @@ const ON_BASE_ALONE: [&str; 3] = ["trace", "sched", "data"];
 const UNSAFE_MODULE: &str = "device";
 /// And in the one bench that calls another library's functions: cuBLAS, beside our products.
 const UNSAFE_BENCH: &str = "benches/kernels/peers.rs";
-/// The one thing that may be unsafe in a test: a counting allocator, since the trait is unsafe.
-const UNSAFE_IN_TESTS: &str = "GlobalAlloc";
+/// Where an unsafe function may be declared, and nothing unsafe be done: an embedder's kernels are what he says they are.
+const UNSAFE_DECLARED: &str = "src/graph/custom.rs";
+/// What may be unsafe in a test, a bench or an example: a counting allocator, since the trait is unsafe, and a use of what the library gives as unsafe: a
+/// device's functions, called or handed on, and an embedder's kernels.
+const UNSAFE_TRAIT: &str = "GlobalAlloc";
+const DEVICE_FUNCTIONS: [&str; 4] = ["submit", "write_host", "read_host", "unpoisoned_bytes"];
+const UNSAFE_TYPE: &str = "Kernels";
 /// How far above a comment that says `as above` the reason may be.
 const REASON_LINES: usize = 40;
 
@@ -279,13 +284,18 @@ fn check_unsafe(path: &str, source: &Source) -> Vec<String> {
     let mut allocator_end = 0;
     for i in (0..tokens.len()).filter(|&i| is(i, "unsafe")) {
         let line = tokens[i].line;
-        let allocator = !path.starts_with("src/") && is(i + 1, "impl") && is(i + 2, UNSAFE_IN_TESTS);
-        if !may && !allocator && i >= allocator_end {
-            wrong.push(format!("{path}:{}: unsafe outside src/{UNSAFE_MODULE}", line + 1));
-        }
+        let allocator = !path.starts_with("src/") && is(i + 1, "impl") && is(i + 2, UNSAFE_TRAIT);
         // `unsafe extern "C" fn` as well as `unsafe fn`.
         let keyword = (i + 1..i + 4).find(|&k| !is(k, "extern") && !is(k, "\"")).unwrap_or(i + 1);
         let function = is(keyword, "fn");
+        let of_device = function && DEVICE_FUNCTIONS.iter().any(|name| is(keyword + 1, name));
+        let calls = |text: &str| DEVICE_FUNCTIONS.contains(&text) || text == UNSAFE_TYPE;
+        let block = tokens[i..].iter().take_while(|t| t.text != "}");
+        let uses = is(i + 1, "{") && block.clone().any(|t| calls(&t.text));
+        let given = !path.starts_with("src/") && (of_device || uses) || path == UNSAFE_DECLARED && function;
+        if !may && !allocator && !given && i >= allocator_end {
+            wrong.push(format!("{path}:{}: unsafe outside src/{UNSAFE_MODULE}", line + 1));
+        }
         let is_type = function && is(keyword + 1, "(");
         if is(keyword, "impl") {
             let (mut depth, mut k) = (0, i);
@@ -302,7 +312,7 @@ fn check_unsafe(path: &str, source: &Source) -> Vec<String> {
             allocator_end = if allocator { k } else { allocator_end };
         }
         let documented = has_reason_above(source, line, "SAFETY:")
-            || (function && (i < implementation_end || has_reason_above(source, line, "# Safety")));
+            || (function && (i < implementation_end || of_device || has_reason_above(source, line, "# Safety")));
         if !is_type && !documented {
             wrong.push(format!("{path}:{}: unsafe without a SAFETY comment that gives a reason", line + 1));
         }
@@ -487,6 +497,15 @@ fn planted_unsafe_is_found() {
         "// SAFETY: all is handed on to the system.\nunsafe impl GlobalAlloc for B {\n    unsafe fn a() {}\n}";
     check_planted("tests/other.rs", counting, &[]);
     check_planted("src/nn/a.rs", counting, &["outside src/device", "outside src/device"]);
+    let used = "// SAFETY: nothing is in flight.\nlet ticket = unsafe { device.submit(0, task, &[]) };";
+    let handed_on = "impl Device for A {\n    unsafe fn read_host(&self) {}\n    unsafe fn other() {}\n}";
+    check_planted("examples/a.rs", used, &[]);
+    check_planted("src/engine/a.rs", used, &["outside src/device"]);
+    check_planted("tests/a.rs", &used[used.find("let").expect("it has")..], &["without a SAFETY"]);
+    check_planted("tests/a.rs", handed_on, &["a.rs:4: unsafe outside", "a.rs:4: unsafe without"]);
+    let declared = "/// Makes it.\n///\n/// # Safety\n/// The bytes are code.\npub unsafe fn new() {}";
+    check_planted("src/graph/custom.rs", declared, &[]);
+    check_planted("src/graph/custom.rs", stated, &["outside src/device"]);
     let again = "// SAFETY: plain bytes, nobody else has them.\nunsafe impl Send for X {}\n// SAFETY: as above.\nunsafe impl Sync for X {}";
     check_planted("src/device/host/a.rs", again, &[]);
     check_planted("src/device/host/a.rs", "// SAFETY: as above.\nunsafe impl Sync for X {}", &["without a SAFETY"]);

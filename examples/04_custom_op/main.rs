@@ -43,7 +43,8 @@ impl CustomOp for SquaredRelu {
         }
     }
     fn kernels(&self) -> Option<Kernels> {
-        Some(Kernels { name: "squared_relu", fatbin: FATBIN, emulated: EMULATED })
+        // SAFETY: each entry point of squared_relu.cu takes its output, its inputs and the number of their elements, as `launch` gives them.
+        Some(unsafe { Kernels::new("squared_relu", FATBIN, EMULATED) })
     }
     fn launch(&self, dtype: DType, shapes: &[&Shape], launch: &mut dyn FnMut(&KernelCall)) {
         let kernel = match (self.grad, dtype) {

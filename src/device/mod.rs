@@ -3,6 +3,7 @@
 //! The executor knows this trait and nothing below it, so what drives the host device drives a GPU and the simulator. This module and
 //! those under it are the only ones that touch memory by address (`unsafe`).
 
+mod attached;
 mod calibrate;
 #[cfg(any(feature = "cuda", feature = "emulator"))]
 pub mod cuda;
@@ -11,6 +12,7 @@ pub mod sim;
 mod start;
 mod task;
 
+pub(crate) use attached::Attached;
 pub use calibrate::{calibrate, calibrate_fleet};
 pub use start::{DeviceMemory, DeviceSpec, DiskSpec, FleetMemory, gpus, start_fleet, why_no_cuda, why_no_emulator};
 pub use task::{
@@ -47,13 +49,19 @@ pub struct Completion {
 /// One or more devices of one kind, with the host's lanes beside them.
 ///
 /// `after` may only name tickets that were given out before, so no order of submission can deadlock. Completions come one by one, and
-/// they are the only source of time.
+/// they are the only source of time. What may touch the same bytes at once is for the caller to rule out, hence `unsafe`; [`crate::engine::Engine`] does it
+/// for whole models, and is safe.
 pub trait Device: Send {
     /// The lanes, in the order that [`Ticket::lane`] counts.
     fn lanes(&self) -> &[LaneId];
 
     /// Queues `task` on a lane, to start when the lane's earlier tasks and all of `after` are done. Never waits.
-    fn submit(&mut self, lane: u16, task: Task, after: &[Ticket]) -> Ticket;
+    ///
+    /// # Safety
+    /// Of two tasks that touch the same bytes, one of them writing, the later one waits for the earlier: by its lane or by `after`, in one step or several.
+    /// A program's buffers are as [`crate::graph::Program::new`] placed them, each area whole at its base and none over another; the spans of the
+    /// other tasks overlap nowhere within the task, and hold all the elements that its segments name.
+    unsafe fn submit(&mut self, lane: u16, task: Task, after: &[Ticket]) -> Ticket;
 
     /// Waits up to `patience_secs` for the next completion; `None` when none came.
     fn next_completion(&mut self, patience_secs: f64) -> Option<Completion>;
@@ -76,11 +84,17 @@ pub trait Device: Send {
     /// When there is no disk tier, or no such room.
     fn grow_disk(&mut self, bytes: u64) -> Result<u64>;
 
-    /// Copies `bytes` into host memory at `offset`. The caller has waited for every task that reads or writes there.
-    fn write_host(&mut self, offset: u64, bytes: &[u8]);
+    /// Copies `bytes` into host memory at `offset`.
+    ///
+    /// # Safety
+    /// Every task that reads or writes there has ended.
+    unsafe fn write_host(&mut self, offset: u64, bytes: &[u8]);
 
-    /// Copies host memory from `offset` into `bytes`. The caller has waited for every task that writes there.
-    fn read_host(&self, offset: u64, bytes: &mut [u8]);
+    /// Copies host memory from `offset` into `bytes`.
+    ///
+    /// # Safety
+    /// Every task that writes there has ended.
+    unsafe fn read_host(&self, offset: u64, bytes: &mut [u8]);
 
     /// Writes `bytes` to the disk tier at `offset`. The caller has waited for every task that reads or writes there.
     ///

@@ -97,7 +97,8 @@ pub fn start_fleet(specs: &[DeviceSpec], memory: FleetMemory) -> Result<Box<dyn 
                 }
                 places.push(place);
             }
-            start_cuda(Box::new(super::cuda::Gpus::open(&ordinals)?), &places, *threads, memory)
+            let start = |config: &_| super::cuda::CudaDevice::on_gpus(&ordinals, config);
+            start_cuda(start, &places, *threads, memory)
         }
         #[cfg(feature = "emulator")]
         DeviceSpec::Emulated { seed, threads, .. } => {
@@ -105,8 +106,9 @@ pub fn start_fleet(specs: &[DeviceSpec], memory: FleetMemory) -> Result<Box<dyn 
                 DeviceSpec::Emulated { arch, .. } => super::cuda::Emulated::facts_of(ordinal, *arch),
                 _ => unreachable!("all are of one kind"),
             });
-            let driver = super::cuda::Emulated::of(facts.collect(), *seed)?;
-            start_cuda(Box::new(driver), &(0..specs.len()).collect::<Vec<_>>(), *threads, memory)
+            let facts = facts.collect();
+            let start = |config: &_| super::cuda::CudaDevice::emulated(facts, *seed, config);
+            start_cuda(start, &(0..specs.len()).collect::<Vec<_>>(), *threads, memory)
         }
         #[cfg(not(feature = "cuda"))]
         DeviceSpec::Cuda { .. } => Err(not_built("cuda")),
@@ -151,7 +153,7 @@ fn not_built(feature: &str) -> crate::base::Error {
 
 #[cfg(any(feature = "cuda", feature = "emulator"))]
 fn start_cuda(
-    driver: Box<dyn super::cuda::driver::Driver>,
+    start: impl FnOnce(&super::cuda::CudaConfig) -> Result<super::cuda::CudaDevice>,
     gpus: &[usize],
     threads: Option<usize>,
     memory: FleetMemory,
@@ -166,7 +168,7 @@ fn start_cuda(
         disk: memory.disk,
         withhold: None,
     };
-    Ok(Box::new(super::cuda::CudaDevice::new(driver, &config)?))
+    Ok(Box::new(start(&config)?))
 }
 
 /// Name and bytes of memory of each GPU; none where [`why_no_cuda`] has a reason.

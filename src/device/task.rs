@@ -30,7 +30,7 @@ pub struct Span {
 impl Span {
     /// One past the last byte.
     pub fn end(&self) -> u64 {
-        self.offset + self.bytes
+        self.offset.saturating_add(self.bytes)
     }
 }
 

@@ -28,7 +28,7 @@ pub use state::Stored;
 pub use turns::TurnOptions;
 
 use crate::base::{Error, LaneId, LaneKind};
-use crate::device::{Device, UpdateRule};
+use crate::device::{Attached, Device, UpdateRule};
 use crate::spill::{FleetMap, Home, Model, Placed, Plan};
 use crate::trace::{Bound, LaneSum, Recorder, StepAccount, TaskName};
 use member::Member;
@@ -133,7 +133,7 @@ const NO_STEP: u64 = u64::MAX;
 
 /// Runs models on devices.
 pub struct Engine {
-    device: Box<dyn Device>,
+    device: Attached,
     members: Vec<Member>,
     queue: Queue,
     /// Slots: a model's own on a device where it is at home, and on each device those that the others share.
@@ -182,7 +182,7 @@ impl Engine {
         let whole = |(m, o): (&Placed, &EngineOptions)| m.model.train.parameters.len() == o.decays.len();
         assert!(models.iter().zip(&options).all(whole), "each parameter decays or does not");
         assert!(turns.is_some() || models.iter().all(|m| m.home != Home::Anywhere), "somebody has to choose a device");
-        let lanes = lanes_of(device.as_ref());
+        let lanes = lanes_of(device.lanes());
         let map = match &turns {
             Some(turns) => turns.map(models),
             None => FleetMap::new(models, lanes.len()),
@@ -218,7 +218,7 @@ impl Engine {
             sequence: 0,
             failed: false,
             patience_secs: members.iter().map(|m| m.options.patience_secs).fold(0.0, f64::max),
-            device,
+            device: Attached::new(device),
             members,
         }
     }
@@ -283,10 +283,10 @@ impl Engine {
 }
 
 /// The lanes of each device. The host's arithmetic has a lane for each device, or one for all.
-fn lanes_of(device: &dyn Device) -> Vec<Lanes> {
-    let find = |id: LaneId| device.lanes().iter().position(|&l| l == id).map(|i| i as u16);
+fn lanes_of(lanes: &[LaneId]) -> Vec<Lanes> {
+    let find = |id: LaneId| lanes.iter().position(|&l| l == id).map(|i| i as u16);
     let lane = |id| find(id).expect("every device has the three lanes, and the host one for arithmetic");
-    let devices = device.lanes().iter().filter(|l| !l.is_host()).map(|l| l.device + 1).max().unwrap_or(0);
+    let devices = lanes.iter().filter(|l| !l.is_host()).map(|l| l.device + 1).max().unwrap_or(0);
     let disk = find(LaneId::host(LaneKind::DiskRead)).zip(find(LaneId::host(LaneKind::DiskWrite)));
     let disk = disk.map(|(read, write)| DiskLanes { read, write });
     let of = |d: u16| Lanes {

@@ -7,7 +7,7 @@
 
 use super::hazards::{Hazards, TaskId};
 use crate::base::{LaneId, LaneKind};
-use crate::device::{Device, Span, Task, Ticket};
+use crate::device::{Attached, Span, Task, Ticket};
 use crate::trace::TaskName;
 use std::collections::{BTreeSet, VecDeque};
 
@@ -207,7 +207,7 @@ impl Queue {
     }
 
     /// Fills every lane from the tasks that may go to it.
-    pub fn issue(&mut self, device: &mut dyn Device) {
+    pub fn issue(&mut self, device: &mut Attached) {
         // In the order of lanes, so that a run can be repeated.
         self.stirred.sort_unstable_by(|a, b| b.cmp(a));
         while let Some(lane) = self.stirred.pop() {
@@ -250,7 +250,7 @@ impl Queue {
         Some(chosen.1)
     }
 
-    fn submit(&mut self, id: TaskId, device: &mut dyn Device) {
+    fn submit(&mut self, id: TaskId, device: &mut Attached) {
         let at = (id - self.first) as usize;
         let mut tickets = std::mem::take(&mut self.tickets);
         tickets.clear();

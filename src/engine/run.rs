@@ -85,7 +85,7 @@ impl Engine {
                 self.queue.reserve(2 * tasks as usize * busy);
             }
         }
-        self.queue.issue(self.device.as_mut());
+        self.queue.issue(&mut self.device);
         Ok(())
     }
 
@@ -272,7 +272,7 @@ impl Engine {
     pub(super) fn pump(&mut self) -> Result<usize> {
         self.check_device()?;
         self.offer()?;
-        self.queue.issue(self.device.as_mut());
+        self.queue.issue(&mut self.device);
         let Some(completion) = self.device.next_completion(self.patience_secs) else {
             self.failed = true;
             return Err(self.stalled());

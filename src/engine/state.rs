@@ -3,7 +3,7 @@
 use super::{EVALUATIONS, Engine};
 use crate::base::{DType, Error, IGNORED, Result, Shape};
 use crate::device::host::master;
-use crate::device::{CopySpan, Device, Memory, Span};
+use crate::device::{Attached, CopySpan, Memory, Span};
 use crate::graph::{Graph, Input, State};
 use crate::trace::What;
 use half::bf16;
@@ -75,10 +75,12 @@ impl Engine {
         Ok(())
     }
 
-    /// Refuses to read what is older than what a step has left on a device; of a run or model that has ended before its time, what came home can be read.
+    /// Refuses to read what is older than what a step has left on a device; of a model that has ended before its time, what came home can be read. After a
+    /// failure other lanes may still be writing.
     fn check_read(&self, model: usize, name: &str) -> Result<()> {
+        self.check_device()?;
         let member = &self.members[model];
-        match member.at_home || member.over || self.failed {
+        match member.at_home || member.over {
             true => Ok(()),
             false => Err(Error::bad(format!("{name}: steps were begun since it was at home; wait_home comes first"))),
         }
@@ -227,9 +229,10 @@ impl Engine {
     /// Copies a minibatch into the staging memory of its step. The step before the last has ended, so nobody reads there.
     pub(super) fn stage(&mut self, model: usize, step: u64, inputs: &[&[u8]]) -> Result<()> {
         let member = &self.members[model];
-        let graph = &member.model.train;
+        let evaluates = EVALUATIONS.contains(&step);
+        let graph = member.model.eval.as_ref().filter(|_| evaluates).unwrap_or(&member.model.train);
         let fault = |what: String| match step {
-            _ if EVALUATIONS.contains(&step) => Error::bad(format!("evaluation: {what}")),
+            _ if evaluates => Error::bad(format!("evaluation: {what}")),
             _ => Error::bad(format!("step {step}: {what}")),
         };
         if inputs.len() != graph.inputs.len() {
@@ -252,7 +255,7 @@ impl Engine {
             let member = &self.members[model];
             let offset = member.store + member.plan.host.inputs[(step % 2) as usize][i];
             if member.model.train.inputs[i].dtype == DType::Bf16 {
-                write_rounded(self.device.as_mut(), offset, bytes);
+                write_rounded(&mut self.device, offset, bytes);
             } else {
                 self.device.write_host(offset, bytes);
             }
@@ -323,7 +326,7 @@ fn check_range(graph: &Graph, input: usize, bytes: &[u8]) -> std::result::Result
 }
 
 /// Writes f32 values as bf16 into the host's store, piece by piece, so that nothing is allocated.
-fn write_rounded(device: &mut dyn Device, offset: u64, values: &[u8]) {
+fn write_rounded(device: &mut Attached, offset: u64, values: &[u8]) {
     const PIECE: usize = 1024;
     for (i, values) in values.chunks(4 * PIECE).enumerate() {
         let mut piece = [bf16::ZERO; PIECE];

@@ -168,7 +168,8 @@ impl Engine {
             bases[area as usize] = base;
             site.arena(base, program.bytes(area))
         };
-        set(Area::Workspace, map.workspace);
+        // All programs of a device have one workspace, and an evaluation's logits lie in it until they have left.
+        writes[6] = Some(set(Area::Workspace, map.workspace));
         reads[0] = Some(set(Area::Weights, map.weight_slots[slot]));
         let states = set(Area::States, map.weight_slots[slot] + map.states_at[s]);
         if pass == Pass::Evaluate {

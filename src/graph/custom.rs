@@ -31,7 +31,7 @@ pub trait CustomOp: fmt::Debug + Send + Sync {
     /// The body on the host. Overwrites all of `outputs`. In a bf16 model the slices are f32 copies, rounded afterwards.
     fn host(&self, outputs: &mut [&mut [f32]], inputs: &[&[f32]], shapes: &[&Shape]);
 
-    /// The kernels, for a GPU or the emulator; `None` where the op runs on the host alone.
+    /// The kernels, for a GPU or the emulator; `None` where the op runs on the host alone. Always the same.
     fn kernels(&self) -> Option<Kernels> {
         None
     }
@@ -50,15 +50,40 @@ pub trait CustomOp: fmt::Debug + Send + Sync {
     }
 }
 
-/// Compiled kernels of a custom op, as they go into a program.
+/// Compiled kernels of custom ops, as they go into a program. Entry points of different kernels may have one name.
 #[derive(Clone, Copy, Debug)]
 pub struct Kernels {
-    /// A name that no other has.
-    pub name: &'static str,
+    // Private, so that they are those of which `new` was promised something.
+    name: &'static str,
+    fatbin: &'static [u8],
+    emulated: &'static [u8],
+}
+
+impl Kernels {
+    /// Kernels under a name that no others have: a fatbin or a cubin, and a shared object that `kernels/emulator/build.sh` made of the same sources; empty where
+    /// there is none.
+    ///
+    /// # Safety
+    /// They are native code: in every launch that [`CustomOp::launch`] asks for, the entry point takes the arguments that it is given, reads of the inputs and
+    /// overwrites of the outputs as many elements as their shapes have, and touches nothing else.
+    pub const unsafe fn new(name: &'static str, fatbin: &'static [u8], emulated: &'static [u8]) -> Kernels {
+        Kernels { name, fatbin, emulated }
+    }
+
+    /// Their name.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
     /// A fatbin or a cubin.
-    pub fatbin: &'static [u8],
-    /// A shared object that `kernels/emulator/build.sh` made of the same sources; empty where there is none.
-    pub emulated: &'static [u8],
+    pub fn fatbin(&self) -> &'static [u8] {
+        self.fatbin
+    }
+
+    /// A shared object for the emulator; empty where there is none.
+    pub fn emulated(&self) -> &'static [u8] {
+        self.emulated
+    }
 }
 
 /// One launch of a custom op's kernel.

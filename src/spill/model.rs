@@ -31,14 +31,19 @@ impl Model {
     pub fn new(mut train: Graph, eval: Option<Graph>, microbatches: usize) -> Result<Model> {
         differentiate(&mut train)?;
         if let Some(eval) = &eval {
-            let names = |g: &Graph| g.parameters.iter().map(|p| (p.name.clone(), p.layers.clone())).collect::<Vec<_>>();
-            let states = |g: &Graph| g.states.iter().map(|s| s.name.clone()).collect::<Vec<_>>();
+            let parameters = |g: &Graph| {
+                g.parameters.iter().map(|p| (p.name.clone(), p.shape.clone(), p.layers.clone())).collect::<Vec<_>>()
+            };
+            let states = |g: &Graph| g.states.iter().map(|s| (s.name.clone(), s.shape.clone())).collect::<Vec<_>>();
             let inputs =
                 |g: &Graph| g.inputs.iter().map(|i| (i.name.clone(), i.shape.clone(), i.dtype)).collect::<Vec<_>>();
             if inputs(&train) != inputs(eval) {
                 return Err(Error::bad("the evaluation graph reads other inputs than the training graph"));
             }
-            if names(&train) != names(eval) || states(&train) != states(eval) || train.layers.len() != eval.layers.len()
+            if parameters(&train) != parameters(eval)
+                || states(&train) != states(eval)
+                || train.float != eval.float
+                || train.layers.len() != eval.layers.len()
             {
                 return Err(Error::bad("the evaluation graph has other layers or parameters than the training graph"));
             }
@@ -108,5 +113,35 @@ impl Model {
             }
         }
         segments
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::graph::{Activation, Builder, Init, Mode, WeightLayout};
+
+    /// Rows of `wide` numbers, to classes.
+    fn graph(mode: Mode, wide: usize, layout: WeightLayout) -> Graph {
+        let mut b = Builder::new(mode, DType::F32);
+        let x = b.input("x", [3, wide], DType::F32).unwrap();
+        let labels = b.input("labels", [3], DType::I32).unwrap();
+        let logits = b.layer("layer", |b, _| {
+            let shape = if layout == WeightLayout::InOut { [wide, 4] } else { [4, wide] };
+            let weight = b.parameter("weight", shape, Init::Constant(0.0))?;
+            b.linear(x, weight, None, Activation::None, layout)
+        });
+        b.cross_entropy(logits.unwrap(), labels).unwrap();
+        b.finish().unwrap()
+    }
+
+    #[test]
+    fn an_evaluation_of_other_parameters_is_refused() {
+        use WeightLayout::{InOut, OutIn};
+        let train = || graph(Mode::Training, 6, InOut);
+        assert!(Model::new(train(), Some(graph(Mode::Evaluation, 6, InOut)), 1).is_ok());
+        let refused = |eval| Model::new(train(), Some(eval), 1).expect_err("refused").to_string();
+        assert!(refused(graph(Mode::Evaluation, 6, OutIn)).contains("other layers or parameters"));
+        assert!(refused(graph(Mode::Evaluation, 7, InOut)).contains("other inputs"));
     }
 }

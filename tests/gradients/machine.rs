@@ -1,10 +1,11 @@
 //! A model under one cut on a host device of its own: memory mapped by hand, tasks one after another.
 
+use crate::serial::Serial;
 use half::bf16;
 use hydra::base::philox::Sequence;
 use hydra::base::{DType, align_up};
 use hydra::device::host::HostSpec;
-use hydra::device::{CopySpan, Device, DeviceMemory, DeviceSpec, Memory, Run, Scalars, Span, Task};
+use hydra::device::{CopySpan, DeviceMemory, DeviceSpec, Memory, Run, Scalars, Span, Task};
 use hydra::graph::{ALIGNMENT, AREAS, Area, Graph, Init, Kind, ModelLayout, Parameter, Program, ShardLayout};
 use std::ops::Range;
 use std::sync::Arc;
@@ -56,7 +57,7 @@ pub struct Machine {
     pub graph: Graph,
     layout: ModelLayout,
     dtype: DType,
-    device: Box<dyn Device>,
+    device: Serial,
     shards: Vec<Shard>,
     activations: Vec<Vec<u64>>,
     boundary_gradients: Vec<Vec<u64>>,
@@ -147,8 +148,8 @@ impl Machine {
                 + 4096,
             poison: true,
         };
-        let mut device = spec.start(memory).expect("a small device starts");
-        device.write_host(0, &vec![0xFF; arena_bytes as usize]);
+        let mut device = Serial::new(spec.start(memory).expect("a small device starts"));
+        device.write(0, &vec![0xFF; arena_bytes as usize]);
         Machine {
             graph,
             layout,
@@ -172,19 +173,19 @@ impl Machine {
         let states_at = host.take(self.layout.state_bytes);
         for (p, weight) in weights.iter().enumerate() {
             let bytes = encode(weight, self.dtype);
-            self.device.write_host(weights_at + self.layout.parameter[p], &bytes);
+            self.device.write(weights_at + self.layout.parameter[p], &bytes);
         }
         for s in 0..self.graph.states.len() {
             let state = &self.graph.states[s];
             let bytes = encode(&vec![state.start; state.shape.elems()], self.dtype.wide());
-            self.device.write_host(states_at + self.layout.state[s], &bytes);
+            self.device.write(states_at + self.layout.state[s], &bytes);
         }
         let mut inputs_at = Vec::new();
         for microbatch in inputs {
             let mut places = Vec::new();
             for bytes in microbatch {
                 let at = host.take(bytes.len() as u64);
-                self.device.write_host(at, bytes);
+                self.device.write(at, bytes);
                 places.push(at);
             }
             inputs_at.push(places);
@@ -236,7 +237,7 @@ impl Machine {
             program.inputs.iter().map(|u| (inputs_at[u.input], self.inputs + u.offset, u.bytes)).collect();
         self.copy(&inputs, true);
         let scalars = Scalars { seed: 11, step: 3, microbatch: number, loss_scale: 0.25, accumulate: microbatch > 0 };
-        self.finish(0, Task::Run(Box::new(Run { program, device: 0, bases, scalars, check: false })));
+        self.device.wait(0, Task::Run(Box::new(Run { program, device: 0, bases, scalars, check: false })));
     }
 
     fn outcome(&mut self, microbatches: usize, free: u64) -> Outcome {
@@ -269,7 +270,7 @@ impl Machine {
     fn read(&mut self, at: u64, bytes: u64, host: u64) -> Vec<u8> {
         self.copy(&[(host, at, bytes)], false);
         let mut out = vec![0; bytes as usize];
-        self.device.read_host(host, &mut out);
+        self.device.read(host, &mut out);
         out
     }
 
@@ -280,17 +281,7 @@ impl Machine {
             let device = Span { memory: Memory::Device(0), offset: device, bytes };
             if up { CopySpan { from: host, to: device } } else { CopySpan { from: device, to: host } }
         });
-        self.finish(if up { 1 } else { 2 }, Task::Copy(spans.collect()));
-    }
-
-    fn finish(&mut self, lane: u16, task: Task) {
-        let ticket = self.device.submit(lane, task, &[]);
-        let done = self
-            .device
-            .next_completion(600.0)
-            .expect("a small task ends within ten minutes, in a checked build on a busy machine too");
-        assert_eq!(done.ticket, ticket);
-        done.result.expect("the task succeeds");
+        self.device.wait(if up { 1 } else { 2 }, Task::Copy(spans.collect()));
     }
 
     /// Losses or gradients: floats of the model's wide type.

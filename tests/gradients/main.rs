@@ -6,6 +6,8 @@
 mod cases;
 mod cuts;
 mod machine;
+#[path = "../common/serial.rs"]
+mod serial;
 
 use cases::{Case, all};
 use half::bf16;

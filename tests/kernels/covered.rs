@@ -3,7 +3,7 @@
 use crate::device::{Asked, asked};
 use crate::{Extent, FAMILIES, extent};
 use hydra::device::DeviceSpec;
-use hydra::device::cuda::driver::launched;
+use hydra::device::cuda::launched;
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicUsize, Ordering};
 

@@ -16,6 +16,8 @@ mod device;
 #[allow(dead_code, reason = "shared with the gradients' tests")]
 mod machine;
 mod optimizer;
+#[path = "../common/serial.rs"]
+mod serial;
 mod shapes;
 
 use cases::{Case, Table};

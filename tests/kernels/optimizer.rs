@@ -1,8 +1,9 @@
 //! Joined accumulators, norms and updates on the emulator against the host device: every bit.
 
+use crate::serial::Serial;
 use hydra::base::philox::Sequence;
 use hydra::device::{
-    AdamwRule, Clip, CopySpan, Device, DeviceMemory, DeviceSpec, Memory, Norm, Segment, SgdRule, Span, Task, Update,
+    AdamwRule, Clip, CopySpan, DeviceMemory, DeviceSpec, Memory, Norm, Segment, SgdRule, Span, Task, Update,
     UpdateRule, norm_scratch_bytes,
 };
 use std::sync::Arc;
@@ -60,7 +61,7 @@ fn run(spec: &DeviceSpec, segments: &Arc<[Segment]>, case: &Case) -> Vec<u8> {
     let p = places(segments);
     let arena_bytes = p.all.offset;
     let memory = DeviceMemory { arena_bytes, host_bytes: arena_bytes, poison: true };
-    let mut device = spec.start(memory).expect("a small device starts");
+    let mut device = Serial::new(spec.start(memory).expect("a small device starts"));
     let mut sequence = Sequence::new(3, 3);
     let mut start: Vec<u8> = (0..arena_bytes / 4).flat_map(|_| (sequence.normal() as f32).to_le_bytes()).collect();
     start.resize(arena_bytes as usize, 0);
@@ -80,14 +81,14 @@ fn run(spec: &DeviceSpec, segments: &Arc<[Segment]>, case: &Case) -> Vec<u8> {
     }
     floats(p.losses, &mut |i| if i == 35 { case.loss } else { 1.5 });
     floats(p.table, &mut |_| 0.0);
-    device.write_host(0, &start);
+    device.write(0, &start);
     let host = Span { memory: Memory::Host, offset: 0, bytes: arena_bytes };
     let arena = Span { memory: Memory::Device(0), ..host };
-    finish(device.as_mut(), 1, Task::Copy(vec![CopySpan { from: host, to: arena }]));
-    finish(device.as_mut(), 0, Task::Add(vec![CopySpan { from: p.joined, to: p.gradient }]));
+    device.wait(1, Task::Copy(vec![CopySpan { from: host, to: arena }]));
+    device.wait(0, Task::Add(vec![CopySpan { from: p.joined, to: p.gradient }]));
     let scratch = spec.wants_scratch().then_some(p.scratch);
     let norm = Norm { gradient: p.gradient, segments: Arc::clone(segments), table: p.table, scratch };
-    finish(device.as_mut(), 0, Task::Norm(Box::new(norm)));
+    device.wait(0, Task::Norm(Box::new(norm)));
     let moments = match case.rule {
         UpdateRule::Adamw(_) => p.moments.map(Some),
         UpdateRule::Sgd(rule) => [(rule.momentum != 0.0).then_some(p.moments[0]), None],
@@ -102,20 +103,11 @@ fn run(spec: &DeviceSpec, segments: &Arc<[Segment]>, case: &Case) -> Vec<u8> {
         clip: case.max_norm.map(|max_norm| Clip { max_norm, table: p.table }),
         gate: p.losses,
     };
-    finish(device.as_mut(), 0, Task::Update(Box::new(update)));
-    finish(device.as_mut(), 2, Task::Copy(vec![CopySpan { from: arena, to: host }]));
+    device.wait(0, Task::Update(Box::new(update)));
+    device.wait(2, Task::Copy(vec![CopySpan { from: arena, to: host }]));
     let mut end = vec![0; p.scratch.offset as usize];
-    device.read_host(0, &mut end);
+    device.read(0, &mut end);
     end
-}
-
-fn finish(device: &mut dyn Device, lane: u16, task: Task) {
-    let ticket = device.submit(lane, task, &[]);
-    let done = device
-        .next_completion(600.0)
-        .expect("a small task ends within ten minutes, in a checked build on a busy machine too");
-    assert_eq!(done.ticket, ticket);
-    done.result.expect("the task succeeds");
 }
 
 #[test]

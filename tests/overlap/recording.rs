@@ -4,6 +4,7 @@
 //! ordered tasks, so a hazard that the executor forgets shows here.
 
 use hydra::base::LaneId;
+use hydra::device::host::HostDevice;
 use hydra::device::{Completion, Device, Memory, Span, Task, Ticket};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -21,9 +22,14 @@ struct Record {
 
 /// All tasks so far.
 #[derive(Clone, Default)]
-pub struct Log(Arc<Mutex<HashMap<Ticket, Record>>>);
+pub struct Log(Arc<Mutex<HashMap<Ticket, Record>>>, Arc<Mutex<Option<u64>>>);
 
 impl Log {
+    /// One past the last byte that tasks have changed in the arena, poisoned before, of the device that was dropped.
+    pub fn unpoisoned_bytes(&self) -> u64 {
+        self.1.lock().expect("nobody panics while recording").expect("the device was dropped")
+    }
+
     /// Fails where two tasks overlap in time and in bytes, and one of them writes.
     pub fn check(&self) {
         let log = self.0.lock().expect("nobody panics while recording");
@@ -45,13 +51,24 @@ impl Log {
 }
 
 /// A device whose tasks are noted.
-pub struct Recording<D> {
-    device: D,
+pub struct Recording {
+    device: HostDevice,
     log: Log,
 }
 
-impl<D: Device> Recording<D> {
-    pub fn new(device: D) -> (Self, Log) {
+impl Drop for Recording {
+    fn drop(&mut self) {
+        let log = self.log.0.lock().expect("nobody panics while recording");
+        if log.values().all(|record| record.end_secs.is_finite()) {
+            // SAFETY: every task has ended.
+            let bytes = unsafe { self.device.unpoisoned_bytes(0) };
+            *self.log.1.lock().expect("nobody panics while recording") = Some(bytes);
+        }
+    }
+}
+
+impl Recording {
+    pub fn new(device: HostDevice) -> (Self, Log) {
         let log = Log::default();
         (Recording { device, log: log.clone() }, log)
     }
@@ -96,12 +113,12 @@ fn spans(task: &Task) -> (Vec<Span>, Vec<Span>) {
     (reads, writes)
 }
 
-impl<D: Device> Device for Recording<D> {
+impl Device for Recording {
     fn lanes(&self) -> &[LaneId] {
         self.device.lanes()
     }
 
-    fn submit(&mut self, lane: u16, task: Task, after: &[Ticket]) -> Ticket {
+    unsafe fn submit(&mut self, lane: u16, task: Task, after: &[Ticket]) -> Ticket {
         let (reads, writes) = spans(&task);
         let kind = match &task {
             Task::Run(_) => "a program",
@@ -110,7 +127,8 @@ impl<D: Device> Device for Recording<D> {
             Task::Norm(_) => "a norm",
             Task::Update(_) => "an update",
         };
-        let ticket = self.device.submit(lane, task, after);
+        // SAFETY: as the caller promises.
+        let ticket = unsafe { self.device.submit(lane, task, after) };
         let name = format!("{kind} ({} {})", self.device.lanes()[lane as usize], ticket.number);
         let record = Record { name, reads, writes, start_secs: 0.0, end_secs: f64::INFINITY };
         self.log.0.lock().expect("nobody panics while recording").insert(ticket, record);
@@ -142,12 +160,14 @@ impl<D: Device> Device for Recording<D> {
         self.device.grow_disk(bytes)
     }
 
-    fn write_host(&mut self, offset: u64, bytes: &[u8]) {
-        self.device.write_host(offset, bytes);
+    unsafe fn write_host(&mut self, offset: u64, bytes: &[u8]) {
+        // SAFETY: as the caller promises.
+        unsafe { self.device.write_host(offset, bytes) };
     }
 
-    fn read_host(&self, offset: u64, bytes: &mut [u8]) {
-        self.device.read_host(offset, bytes);
+    unsafe fn read_host(&self, offset: u64, bytes: &mut [u8]) {
+        // SAFETY: as the caller promises.
+        unsafe { self.device.read_host(offset, bytes) };
     }
 
     fn write_disk(&mut self, offset: u64, bytes: &[u8]) -> hydra::base::Result<()> {

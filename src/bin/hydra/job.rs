@@ -6,6 +6,8 @@
 
 pub mod model;
 pub mod optimizer;
+#[cfg(test)]
+mod reference_tests;
 pub mod search;
 #[cfg(test)]
 mod search_tests;
@@ -327,11 +329,12 @@ fn syntax_error(origin: Origin, text: &str, error: &toml::de::Error) -> Error {
     origin.fault(&format!("line {line}, column {column}"), format!("no valid TOML: {}", error.message()))
 }
 
+const RUN_KEYS: &[&str] =
+    &["out", "seed", "policy", "slots", "recompute", "trace", "pipeline", "rehearse", "pipeline_microbatches"];
+
 fn read_run(root: &Section, stem: &str) -> Result<Run> {
-    const KEYS: &[&str] =
-        &["out", "seed", "policy", "slots", "recompute", "trace", "pipeline", "rehearse", "pipeline_microbatches"];
     let empty = Table::new();
-    let s = root.section_or("run", &empty, KEYS)?;
+    let s = root.section_or("run", &empty, RUN_KEYS)?;
     let trace = s.section_or("trace", &empty, &["first", "last"])?;
     Ok(Run {
         out: s.path("out")?.unwrap_or_else(|| root.origin().resolve(&format!("runs/{stem}"))),
@@ -347,12 +350,13 @@ fn read_run(root: &Section, stem: &str) -> Result<Run> {
     })
 }
 
+const DEVICE_KEYS: &[&str] = &["kind", "count", "memory", "link", "threads", "flops", "memory_bandwidth", "profile"];
+
 fn read_devices(root: &Section) -> Result<Vec<Device>> {
-    const KEYS: &[&str] = &["kind", "count", "memory", "link", "threads", "flops", "memory_bandwidth", "profile"];
-    let sections = root.sections("device", KEYS)?;
+    let sections = root.sections("device", DEVICE_KEYS)?;
     if sections.is_empty() {
         // An empty [[device]] is the default: one host device with all that there is.
-        return Ok(vec![read_device(&Section::open(root.origin(), "device".into(), &Table::new(), KEYS)?)?]);
+        return Ok(vec![read_device(&Section::open(root.origin(), "device".into(), &Table::new(), DEVICE_KEYS)?)?]);
     }
     sections.iter().map(read_device).collect()
 }
@@ -391,9 +395,12 @@ fn read_device(s: &Section) -> Result<Device> {
     })
 }
 
+const HOST_KEYS: &[&str] = &["memory", "link", "disk"];
+const DISK_KEYS: &[&str] = &["path", "memory", "link"];
+
 fn read_host(root: &Section) -> Result<Host> {
-    let Some(s) = root.section("host", &["memory", "link", "disk"])? else { return Ok(Host::default()) };
-    let disk = match s.section("disk", &["path", "memory", "link"])? {
+    let Some(s) = root.section("host", HOST_KEYS)? else { return Ok(Host::default()) };
+    let disk = match s.section("disk", DISK_KEYS)? {
         None => None,
         Some(d) => Some(Disk {
             path: d

@@ -9,7 +9,8 @@ use super::rates::{Network, Rates, run};
 use crate::base::{DType, Error, LaneId, LaneKind, Result, Shape};
 use crate::device::sim::CostModel;
 use crate::device::{
-    AdamwRule, CopySpan, Device, Memory, Norm, Segment, Span, Task, Ticket, Update, UpdateRule, norm_scratch_bytes,
+    AdamwRule, Attached, CopySpan, Device, Memory, Norm, Segment, Span, Task, Ticket, Update, UpdateRule,
+    norm_scratch_bytes,
 };
 use crate::graph::{AREAS, Area, Buffer, Cost, Family, Op, Program, Step};
 use std::sync::Arc;
@@ -46,7 +47,7 @@ fn segment(elems: u64) -> Segment {
 
 /// Devices that are measured.
 pub(super) struct Bench<'a> {
-    device: Box<dyn Device>,
+    device: Attached,
     /// For each device the first that is like it: what they take is put together.
     alike: &'a [usize],
     update_elems: u64,
@@ -58,6 +59,7 @@ type Times = Vec<(f64, f64)>;
 
 impl<'a> Bench<'a> {
     pub fn new(device: Box<dyn Device>, alike: &'a [usize], update_elems: u64, wants_scratch: bool) -> Bench<'a> {
+        let device = Attached::new(device);
         let mut bench = Bench { device, alike, update_elems, wants_scratch };
         bench.write_patterns();
         bench

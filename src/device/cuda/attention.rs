@@ -6,7 +6,7 @@
 
 mod choice;
 
-use super::launch::{BoxMapSpec, Launch, Ptr, Swizzle, TensorMap, TensorMapSpec};
+use super::launch::{BoxMapSpec, Launch, Ptr, TensorMap, TensorMapSpec};
 use super::operands::{Operands, pick};
 use super::queue::Queue;
 use crate::base::{DType, Error, Result, philox};
@@ -202,7 +202,6 @@ impl Inputs {
             pitch_bytes,
             box_rows: box_rows as u32,
             box_cols: HOPPER_BOX as u32,
-            swizzle: Swizzle::Bytes128,
         })
     }
 

@@ -16,7 +16,7 @@ pub(super) fn launch(q: &mut Queue, o: &Operands, op: &dyn CustomOp) -> Result<(
         std::array::from_fn(|i| if i < ins { &o.step.inputs[i].shape } else { &nothing });
     let mut done = Ok(());
     op.launch(o.out_dtype(0), &shapes[..ins], &mut |call| {
-        let mut launch = Launch::new(call.kernel, call.grid, call.block).shared(call.shared_bytes);
+        let mut launch = Launch::new(call.kernel, call.grid, call.block).of(kernels.name()).shared(call.shared_bytes);
         for i in 0..o.step.outputs.len() {
             launch = launch.ptr(o.output(i));
         }

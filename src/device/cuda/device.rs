@@ -7,12 +7,14 @@
 
 use super::clock::GpuClock;
 use super::driver::Driver;
+#[cfg(feature = "emulator")]
+use super::driver::Facts;
 use super::lane::{Held, HostLane, StreamLane};
 use super::launch::Ptr;
 use super::optimizer;
 use crate::base::{Error, LaneId, LaneKind, Result};
 use crate::device::host::beside::{HostLanes, HostLanesConfig};
-use crate::device::{Completion, Device, DiskSpec, Memory, Span, Task, Ticket};
+use crate::device::{Completion, CopySpan, Device, DiskSpec, Memory, Span, Task, Ticket};
 use std::collections::VecDeque;
 use std::mem::ManuallyDrop;
 use std::time::Instant;
@@ -81,13 +83,17 @@ fn address(arenas: &[Ptr], host: &[(u64, Ptr, u64)], span: Span) -> Ptr {
 /// Where `bytes` of host memory from `offset` on begin.
 fn host_address(host: &[(u64, Ptr, u64)], offset: u64, bytes: u64) -> Ptr {
     let (base, start, size) = host[host.partition_point(|(base, ..)| *base <= offset) - 1];
-    assert!(
-        offset + bytes <= base + size,
-        "bytes {offset}..{} of host memory that ends at {}",
-        offset + bytes,
-        base + size
-    );
+    let end = offset.saturating_add(bytes);
+    assert!(end <= base + size, "bytes {offset}..{end} of host memory that ends at {}", base + size);
     start.plus(offset - base)
+}
+
+/// Refuses stretches of two lengths.
+fn same_length(CopySpan { from, to }: &CopySpan) -> Result<()> {
+    if from.bytes == to.bytes {
+        return Ok(());
+    }
+    Err(Error::Device(format!("a copy of {} bytes to where {} are meant", from.bytes, to.bytes)))
 }
 
 /// Refuses GPUs that do not work together, and arenas that are too large for them.
@@ -121,11 +127,25 @@ fn check(driver: &dyn Driver, devices: &[LogicalDevice]) -> Result<()> {
 }
 
 impl CudaDevice {
-    /// Allocates memory, loads nothing more, and starts the host's arithmetic.
+    /// Devices on the GPUs of these numbers, each named once. Loads kernels, allocates memory, and starts the host's arithmetic.
     ///
     /// # Errors
-    /// When the GPUs do not work together or a device is on none of them, there is not enough memory, or the device fails.
-    pub fn new(mut driver: Box<dyn Driver>, config: &CudaConfig) -> Result<CudaDevice> {
+    /// When a GPU cannot be had, they do not work together or a device is on none of them, there is not enough memory, or a GPU fails.
+    #[cfg(feature = "cuda")]
+    pub fn on_gpus(ordinals: &[usize], config: &CudaConfig) -> Result<CudaDevice> {
+        CudaDevice::new(Box::new(super::gpus::Gpus::open(ordinals)?), config)
+    }
+
+    /// Devices on emulated GPUs. With seed 0 threads, blocks and streams run in order; with others in an order drawn from the seed.
+    ///
+    /// # Errors
+    /// When there is none, they do not work together or a device is on none of them, there is not enough memory, or a kernel fails.
+    #[cfg(feature = "emulator")]
+    pub fn emulated(gpus: Vec<Facts>, seed: u32, config: &CudaConfig) -> Result<CudaDevice> {
+        CudaDevice::new(Box::new(super::emulated::Emulated::of(gpus, seed)?), config)
+    }
+
+    fn new(mut driver: Box<dyn Driver>, config: &CudaConfig) -> Result<CudaDevice> {
         check(driver.as_ref(), &config.devices)?;
         let clock = Instant::now();
         let host = driver.alloc_host(config.host_bytes)?;
@@ -266,6 +286,7 @@ impl CudaDevice {
         match task {
             Task::Copy(spans) => {
                 for span in spans {
+                    same_length(span)?;
                     let (to, from) = (self.touched(lane, span.to)?, self.touched(lane, span.from)?);
                     if span.from.bytes > 0 {
                         self.driver.copy(self.streams[lane].stream, to, from, span.from.bytes)?;
@@ -276,6 +297,7 @@ impl CudaDevice {
             Task::Run(_) => unreachable!("a lane queues a program in portions"),
             Task::Add(spans) => {
                 for span in spans {
+                    same_length(span)?;
                     let (to, from) = (self.touched(lane, span.to)?, self.touched(lane, span.from)?);
                     let mut queue = self.streams[lane].queue(self.driver.as_mut(), number);
                     optimizer::add(&mut queue, to, from, (span.from.bytes / 4) as usize)?;
@@ -313,7 +335,10 @@ impl CudaDevice {
                 return Err(Error::Device(what));
             }
             let bytes = self.devices[device as usize].arena_bytes;
-            assert!(span.end() <= bytes, "bytes {}..{} of memory of {bytes}", span.offset, span.end());
+            if span.end() > bytes {
+                let what = format!("bytes {}..{} of device {device}, whose arena has {bytes}", span.offset, span.end());
+                return Err(Error::Device(what));
+            }
             let high = &mut self.high_water[device as usize];
             *high = (*high).max(span.end());
         }
@@ -378,7 +403,7 @@ impl Device for CudaDevice {
         &self.lanes
     }
 
-    fn submit(&mut self, lane: u16, task: Task, after: &[Ticket]) -> Ticket {
+    unsafe fn submit(&mut self, lane: u16, task: Task, after: &[Ticket]) -> Ticket {
         let computes = matches!(task, Task::Run(_) | Task::Norm(_) | Task::Update(_) | Task::Add(_));
         let is_stream = (lane as usize) < self.streams.len();
         assert!(
@@ -440,15 +465,15 @@ impl Device for CudaDevice {
         Ok(base)
     }
 
-    fn write_host(&mut self, offset: u64, bytes: &[u8]) {
+    unsafe fn write_host(&mut self, offset: u64, bytes: &[u8]) {
         let to = host_address(&self.host, offset, bytes.len() as u64).0 as *mut u8;
-        // SAFETY: inside the store (`host_address`); no task touches these bytes now, by the trait's contract; the caller's slice is elsewhere.
+        // SAFETY: inside the store (`host_address`); no task touches these bytes now, by the caller's promise; the caller's slice is elsewhere.
         unsafe { to.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
     }
 
-    fn read_host(&self, offset: u64, bytes: &mut [u8]) {
+    unsafe fn read_host(&self, offset: u64, bytes: &mut [u8]) {
         let from = host_address(&self.host, offset, bytes.len() as u64).0 as *const u8;
-        // SAFETY: inside the store (`host_address`); no task writes these bytes now, by the trait's contract; the caller's slice is elsewhere.
+        // SAFETY: inside the store (`host_address`); no task writes these bytes now, by the caller's promise; the caller's slice is elsewhere.
         unsafe { bytes.as_mut_ptr().copy_from_nonoverlapping(from, bytes.len()) };
     }
 

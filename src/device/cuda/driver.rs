@@ -6,7 +6,7 @@
 use super::launch::{BoxMapSpec, Launch, Ptr, TensorMap, TensorMapSpec};
 use crate::base::{Error, Result};
 use crate::graph::Kernels;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, PoisonError};
 
 /// What a GPU is.
@@ -58,10 +58,10 @@ pub trait Driver: Send {
     /// What a GPU is.
     fn facts(&self, gpu: usize) -> &Facts;
 
-    /// Loads an embedder's kernels on every GPU unless they are loaded already; they are then known by their names.
+    /// Loads an embedder's kernels on every GPU unless they are loaded already; launches then name them ([`Launch::of`]).
     ///
     /// # Errors
-    /// When the bytes hold nothing for these GPUs.
+    /// When the bytes hold nothing for these GPUs, or others of that name are loaded.
     fn load_once(&mut self, kernels: &Kernels) -> Result<()>;
 
     /// Memory of a GPU, of exactly this size. Freed when the driver is dropped.
@@ -159,11 +159,39 @@ pub trait Driver: Send {
     fn box_map(&mut self, gpu: usize, spec: &BoxMapSpec) -> Result<TensorMap>;
 }
 
+/// Embedders' kernels that are loaded: their bytes, by name.
+#[derive(Default)]
+pub(super) struct Loaded(BTreeMap<&'static str, &'static [u8]>);
+
+impl Loaded {
+    /// Whether these are.
+    ///
+    /// # Errors
+    /// When others of that name are.
+    pub fn has(&self, name: &'static str, image: &'static [u8]) -> Result<bool> {
+        match self.0.get(name) {
+            None => Ok(false),
+            // The first comparison is all that a launch costs.
+            Some(&other) if std::ptr::eq(other, image) || other == image => Ok(true),
+            Some(_) => Err(Error::bad(format!("{name}: other kernels of this name are loaded"))),
+        }
+    }
+
+    /// Notes that they are now.
+    pub fn note(&mut self, name: &'static str, image: &'static [u8]) {
+        self.0.insert(name, image);
+    }
+}
+
 /// Kernels that have been launched, each with the compute capability of the GPU.
 static LAUNCHED: Mutex<BTreeSet<(u32, &'static str)>> = Mutex::new(BTreeSet::new());
 
-/// For drivers: a kernel is launched, at least for the first time.
-pub(super) fn note_launch(arch: u32, kernel: &'static str) {
+/// For drivers: a kernel is launched, at least for the first time. The crate's own alone are noted.
+pub(super) fn note_launch(arch: u32, launch: &Launch) {
+    if launch.of.is_some() {
+        return;
+    }
+    let kernel = launch.kernel;
     LAUNCHED.lock().unwrap_or_else(PoisonError::into_inner).insert((arch, kernel));
 }
 

@@ -6,13 +6,13 @@
 
 mod library;
 
-use super::driver::{Driver, Facts, Mark, Stream, note_launch, one_gpu};
-use super::launch::{BoxMapSpec, Launch, Ptr, Swizzle, TensorMap, TensorMapSpec};
+use super::driver::{Driver, Facts, Loaded, Mark, Stream, note_launch, one_gpu};
+use super::launch::{BoxMapSpec, Launch, Ptr, TensorMap, TensorMapSpec};
 use crate::base::philox::Sequence;
 use crate::base::{Error, Result};
 use crate::graph::Kernels;
 use library::{Kernel, Library, Settings};
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ffi::{c_int, c_void};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
@@ -77,10 +77,13 @@ impl Drop for Memory {
 /// GPUs whose kernels run on the CPU.
 pub struct Emulated {
     gpus: Vec<Facts>,
-    libraries: Vec<&'static Library>,
-    kernels: HashMap<&'static str, (usize, Kernel)>,
-    /// Embedders' kernels that are loaded.
-    custom: HashSet<&'static str>,
+    /// The crate's own kernels.
+    own: &'static Library,
+    /// Embedders', by name.
+    others: BTreeMap<&'static str, &'static Library>,
+    custom: Loaded,
+    /// By whose they are and their names.
+    kernels: HashMap<(Option<&'static str>, &'static str), Kernel>,
     streams: Vec<VecDeque<Action>>,
     marks: Vec<MarkState>,
     memory: Vec<Memory>,
@@ -95,14 +98,6 @@ pub struct Emulated {
 unsafe impl Send for Emulated {}
 
 impl Emulated {
-    /// One emulated GPU of compute capability `arch`. As [`Emulated::of`].
-    ///
-    /// # Errors
-    /// When the kernels cannot be loaded.
-    pub fn new(arch: u32, seed: u32) -> Result<Emulated> {
-        Emulated::of(vec![Emulated::facts_of(0, arch)], seed)
-    }
-
     /// The kernels of this crate, by name.
     ///
     /// # Errors
@@ -123,15 +118,16 @@ impl Emulated {
     ///
     /// # Errors
     /// When there are none, or the kernels cannot be loaded.
-    pub fn of(gpus: Vec<Facts>, seed: u32) -> Result<Emulated> {
+    pub(super) fn of(gpus: Vec<Facts>, seed: u32) -> Result<Emulated> {
         if gpus.is_empty() {
             return Err(Error::bad("no emulated GPU was asked for"));
         }
         Ok(Emulated {
             gpus,
-            libraries: vec![Library::built_in()?],
+            own: Library::built_in()?,
+            others: BTreeMap::new(),
+            custom: Loaded::default(),
             kernels: HashMap::new(),
-            custom: HashSet::new(),
             streams: Vec::new(),
             marks: Vec::new(),
             memory: Vec::new(),
@@ -142,14 +138,21 @@ impl Emulated {
         })
     }
 
-    fn kernel(&mut self, name: &'static str) -> Result<(usize, Kernel)> {
-        if let Some(&found) = self.kernels.get(name) {
-            return Ok(found);
+    /// The kernel of a launch, and the library that it is of.
+    fn kernel(&mut self, launch: &Launch) -> Result<(&'static Library, Kernel)> {
+        let Launch { kernel: name, of, .. } = *launch;
+        let library = match of {
+            None => self.own,
+            Some(of) => {
+                self.others.get(of).ok_or_else(|| Error::Device(format!("{of}: these kernels are not loaded")))?
+            }
+        };
+        if let Some(&found) = self.kernels.get(&(of, name)) {
+            return Ok((library, found));
         }
-        let found = self.libraries.iter().enumerate().find_map(|(i, l)| Some((i, l.kernel(name)?)));
-        let found = found.ok_or_else(|| Error::Device(format!("there is no kernel {name}")))?;
-        self.kernels.insert(name, found);
-        Ok(found)
+        let found = library.kernel(name).ok_or_else(|| Error::Device(format!("there is no kernel {name}")))?;
+        self.kernels.insert((of, name), found);
+        Ok((library, found))
     }
 
     /// Refuses an address in the memory of another GPU than `gpu`.
@@ -192,8 +195,7 @@ impl Emulated {
 
     /// Runs a kernel; with kernels that are checked, only what its op may touch is open to it, and races there are looked for.
     fn run_confined(&mut self, stream: usize, launch: &Launch) -> Result<()> {
-        let (index, _) = self.kernel(launch.kernel)?;
-        let library = self.libraries[index];
+        let (library, _) = self.kernel(launch)?;
         if self.confined[stream].is_empty() || (!library.checks_races && library.sanitizer.is_none()) {
             return self.run_kernel(launch);
         }
@@ -226,7 +228,7 @@ impl Emulated {
     }
 
     fn run_kernel(&mut self, launch: &Launch) -> Result<()> {
-        let (library, kernel) = self.kernel(launch.kernel)?;
+        let (library, kernel) = self.kernel(launch)?;
         let room = self.gpus.iter().map(|gpu| gpu.shared_bytes).min().unwrap_or(0);
         if launch.shared_bytes > room {
             return Err(Error::Device(format!(
@@ -234,19 +236,16 @@ impl Emulated {
                 launch.kernel, launch.shared_bytes
             )));
         }
-        note_launch(self.gpus[0].arch, launch.kernel);
+        note_launch(self.gpus[0].arch, launch);
         self.launches = self.launches.wrapping_add(1);
         // Small seeds name the orders that find most; the rest are drawn.
         let seed = if self.seed < 2 { self.seed } else { self.seed.wrapping_add(self.launches) | 2 };
         let settings =
             Settings { grid: launch.grid, block: [launch.block, 1, 1], shared_bytes: launch.shared_bytes, seed };
-        // SAFETY: the arguments are in the kernel's order and of its types, which the parity tests check by running it.
+        // SAFETY: the arguments are in the kernel's order and of its types, which the parity tests check by running it, and an embedder of its
+        // own promises (`Kernels::new`).
         let code = launch.with_arguments(|arguments| unsafe { kernel(&raw const settings, arguments.as_mut_ptr()) });
-        if code == 0 {
-            Ok(())
-        } else {
-            Err(Error::Device(format!("{}: {}", launch.kernel, self.libraries[library].error())))
-        }
+        if code == 0 { Ok(()) } else { Err(Error::Device(format!("{}: {}", launch.kernel, library.error()))) }
     }
 }
 
@@ -260,15 +259,15 @@ impl Driver for Emulated {
     }
 
     fn load_once(&mut self, kernels: &Kernels) -> Result<()> {
-        let Kernels { name, emulated, .. } = *kernels;
-        if self.custom.contains(name) {
+        let (name, emulated) = (kernels.name(), kernels.emulated());
+        if self.custom.has(name, emulated)? {
             return Ok(());
         }
         if emulated.is_empty() {
             return Err(Error::bad(format!("{name}: was not compiled for the emulator")));
         }
-        self.libraries.push(Library::custom(name, emulated)?);
-        self.custom.insert(name);
+        self.others.insert(name, Library::custom(name, emulated)?);
+        self.custom.note(name, emulated);
         Ok(())
     }
 
@@ -289,7 +288,7 @@ impl Driver for Emulated {
     }
 
     fn launch(&mut self, stream: Stream, launch: &Launch) -> Result<()> {
-        self.kernel(launch.kernel)?;
+        self.kernel(launch)?;
         launch.words().try_for_each(|word| self.check_own(stream.gpu, launch.kernel, word))?;
         self.streams[stream.number].push_back(Action::Launch(Box::new(launch.clone())));
         Ok(())
@@ -361,11 +360,7 @@ impl Driver for Emulated {
 
     fn tensor_map(&mut self, _gpu: usize, spec: &TensorMapSpec) -> Result<TensorMap> {
         let mut map = TensorMap([0; 128]);
-        let swizzle = match spec.swizzle {
-            Swizzle::None => 0,
-            Swizzle::Bytes128 => 128,
-        };
-        let library = self.libraries[0];
+        let library = self.own;
         // SAFETY: writes 128 bytes to the map; the matrix is only named.
         let code = unsafe {
             (library.encode_map)(
@@ -377,7 +372,7 @@ impl Driver for Emulated {
                 spec.pitch_bytes,
                 spec.box_rows,
                 spec.box_cols,
-                swizzle,
+                128,
             )
         };
         if code == 0 { Ok(map) } else { Err(Error::Device(format!("tensor map: {}", library.error()))) }
@@ -385,7 +380,7 @@ impl Driver for Emulated {
 
     fn box_map(&mut self, _gpu: usize, spec: &BoxMapSpec) -> Result<TensorMap> {
         let mut map = TensorMap([0; 128]);
-        let library = self.libraries[0];
+        let library = self.own;
         // SAFETY: writes 128 bytes to the map; the tensor is only named, and the arrays have the four axes, three for pitches.
         let code = unsafe {
             (library.encode_box_map)(
@@ -400,5 +395,71 @@ impl Driver for Emulated {
             )
         };
         if code == 0 { Ok(map) } else { Err(Error::Device(format!("tensor map: {}", library.error()))) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn two_gpus() -> Vec<Facts> {
+        vec![Emulated::facts_of(0, 80), Facts { name: "another".into(), ..Emulated::facts_of(1, 80) }]
+    }
+
+    #[test]
+    fn addresses_of_another_gpu_are_refused() {
+        let mut driver = Emulated::of(two_gpus(), 0).expect("an emulator");
+        let memory = [driver.alloc(0, 256).expect("memory"), driver.alloc(1, 256).expect("memory")];
+        let host = Ptr(driver.alloc_host(256).expect("memory") as u64);
+        let stream = [driver.stream(0).expect("a stream"), driver.stream(1).expect("a stream")];
+        let add = |acc: Ptr, x: Ptr| Launch::new("optimizer_add", [1, 1, 1], 256).ptr(acc).ptr(x).long(4);
+        for (own, other) in [(0, 1), (1, 0)] {
+            let (near, far, stream) = (memory[own], memory[other], stream[own]);
+            let inside = far.plus(252);
+            let checks = [
+                driver.copy(stream, near, inside, 4),
+                driver.copy(stream, inside, host, 4),
+                driver.fill(stream, inside, 0, 4),
+                driver.launch(stream, &add(near, inside)),
+                driver.launch(stream, &add(inside, near)),
+            ];
+            for result in checks {
+                let error = result.expect_err("another GPU's").to_string();
+                let (own, other) = (driver.facts(own).to_string(), driver.facts(other).to_string());
+                assert!(error.contains(&format!("on {own} touches memory of {other}")), "{error}");
+            }
+            driver.copy(stream, near, host, 4).expect("its own and the host's");
+            driver.launch(stream, &add(near, host)).expect("its own and the host's");
+        }
+        let marks = [driver.mark(0).expect("a mark"), driver.mark(1).expect("a mark")];
+        assert!(driver.record(marks[0], stream[1]).is_err(), "a mark is its GPU's");
+        driver.record(marks[0], stream[0]).expect("a stream");
+        driver.record(marks[1], stream[1]).expect("a stream");
+        while !(driver.passed(marks[0]).expect("a mark") && driver.passed(marks[1]).expect("a mark")) {
+            driver.wait_a_moment(0.0).expect("what is queued runs");
+        }
+        assert!(driver.secs_between(marks[0], marks[1]).is_err(), "two clocks");
+        assert_eq!(driver.secs_between(marks[1], marks[1]).expect("one clock"), 0.0);
+    }
+
+    #[test]
+    fn kernels_of_one_name_are_those_that_a_launch_means() {
+        let mut driver = Emulated::of(two_gpus(), 0).expect("an emulator");
+        let stream = driver.stream(0).expect("a stream");
+        let launch = |name| Launch::new("optimizer_add", [1, 1, 1], 256).of(name);
+        // The crate's kernels once more, as an embedder's.
+        // SAFETY: they are launched nowhere.
+        let [one, other] = [library::KERNELS, &[0x7F]].map(|image| unsafe { Kernels::new("own", &[], image) });
+        assert!(driver.launch(stream, &launch("own")).is_err(), "not loaded yet");
+        driver.load_once(&one).expect("a library");
+        driver.load_once(&one).expect("it is loaded");
+        let error = driver.load_once(&other).expect_err("another library").to_string();
+        assert!(error.contains("own: other kernels of this name are loaded"), "{error}");
+        let [built_in, own] = [None, Some("own")].map(|of| {
+            let mut launch = launch("own");
+            launch.of = of;
+            driver.kernel(&launch).expect("both have it").1 as usize
+        });
+        assert_ne!(built_in, own, "each its own code");
     }
 }

@@ -6,7 +6,7 @@ mod tests;
 
 pub(super) use plan::{Form, Sizes};
 
-use super::launch::{Launch, Ptr, Swizzle, TensorMap, TensorMapSpec};
+use super::launch::{Launch, Ptr, TensorMap, TensorMapSpec};
 use super::queue::Queue;
 use crate::base::{DType, Result};
 use crate::graph::{Activation, RowParts, beside_parts};
@@ -178,6 +178,5 @@ fn map(q: &mut Queue, matrix: Matrix, [rows, cols]: [usize; 2], box_rows: usize)
         pitch_bytes: 2 * matrix.pitch as u64,
         box_rows: box_rows as u32,
         box_cols: HOPPER_STEP as u32,
-        swizzle: Swizzle::Bytes128,
     })
 }

@@ -30,13 +30,15 @@ struct Kernel {
     shared_bytes: u32,
 }
 
-/// A GPU with its primary context.
+/// A GPU with its primary context, which every call makes its thread's.
 pub struct Gpu {
     facts: Facts,
     device: sys::CUdevice,
     context: sys::CUcontext,
-    modules: Vec<sys::CUmodule>,
-    kernels: HashMap<&'static str, Kernel>,
+    /// Each with the name of the embedder's kernels that it holds; `None`: the crate's own.
+    modules: Vec<(Option<&'static str>, sys::CUmodule)>,
+    /// By whose they are and their names.
+    kernels: HashMap<(Option<&'static str>, &'static str), Kernel>,
     streams: Vec<sys::CUstream>,
     events: Vec<sys::CUevent>,
     memory: Vec<sys::CUdeviceptr>,
@@ -166,12 +168,12 @@ impl Gpu {
         };
         gpu.enter()?;
         match super::kernels_dir() {
-            None => FATBINS.iter().try_for_each(|(name, image)| gpu.load(name, image))?,
+            None => FATBINS.iter().try_for_each(|(name, image)| gpu.load(None, name, image))?,
             Some(dir) => {
                 for (name, _) in FATBINS {
                     let path = dir.join(format!("{name}.fatbin"));
                     let image = std::fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
-                    gpu.load(name, &image)?;
+                    gpu.load(None, name, &image)?;
                 }
             }
         }
@@ -203,7 +205,7 @@ impl Gpu {
         result::mem_get_info().map(|(free, _)| free as u64).map_err(|e| self.said(e, "asking for free memory"))
     }
 
-    /// The kernels that are loaded, by name.
+    /// The names of the crate's own kernels that are loaded.
     ///
     /// # Errors
     /// When the device has failed.
@@ -211,7 +213,7 @@ impl Gpu {
         self.enter()?;
         let listing = |e| self.said(e, "listing the kernels");
         let mut names = Vec::new();
-        for &module in &self.modules {
+        for &(_, module) in self.modules.iter().filter(|(of, _)| of.is_none()) {
             let mut count = 0;
             // SAFETY: writes one number; modules stay loaded as long as the GPU lives.
             unsafe { sys::cuModuleGetFunctionCount(&raw mut count, module) }.result().map_err(listing)?;
@@ -231,11 +233,11 @@ impl Gpu {
         Ok(names)
     }
 
-    /// Loads a fatbin or a cubin. The driver loads each kernel of it when it is first asked for, unless CUDA_MODULE_LOADING says otherwise.
+    /// Loads a fatbin or a cubin, the crate's own or an embedder's. The driver loads each kernel of it when it is first asked for, unless CUDA_MODULE_LOADING says otherwise.
     ///
     /// # Errors
     /// When it holds nothing for this GPU.
-    pub(super) fn load(&mut self, name: &str, image: &[u8]) -> Result<()> {
+    pub(super) fn load(&mut self, of: Option<&'static str>, name: &str, image: &[u8]) -> Result<()> {
         self.enter()?;
         // The driver would read on where there is nothing.
         if !is_whole(image) {
@@ -246,15 +248,17 @@ impl Gpu {
         }
         // SAFETY: the image says how long it is, and is that long; the driver copies what it keeps.
         let module = unsafe { result::module::load_data(image.as_ptr().cast()) };
-        self.modules.push(module.map_err(|e| self.said(e, format_args!("loading the kernels {name}")))?);
+        let module = module.map_err(|e| self.said(e, format_args!("loading the kernels {name}")))?;
+        self.modules.push((of, module));
         Ok(())
     }
 
-    fn kernel(&mut self, name: &'static str, shared_bytes: u32) -> Result<sys::CUfunction> {
-        if !self.kernels.contains_key(name) {
+    fn kernel(&mut self, launch: &Launch) -> Result<sys::CUfunction> {
+        let Launch { kernel: name, of, shared_bytes, .. } = *launch;
+        if !self.kernels.contains_key(&(of, name)) {
             let c_name = CString::new(name).map_err(|_| Error::bad(format!("kernel {name:?}: has a zero byte")))?;
             let mut found = None;
-            for &module in &self.modules {
+            for &(_, module) in self.modules.iter().filter(|m| m.0 == of) {
                 // SAFETY: modules stay loaded as long as the GPU lives.
                 match unsafe { result::module::get_function(module, c_name.clone()) } {
                     Ok(function) => {
@@ -266,16 +270,16 @@ impl Gpu {
                 }
             }
             let function = found.ok_or_else(|| Error::Device(format!("cuda: there is no kernel {name}")))?;
-            note_launch(self.facts.arch, name);
-            self.kernels.insert(name, Kernel { function, shared_bytes: 0 });
+            note_launch(self.facts.arch, launch);
+            self.kernels.insert((of, name), Kernel { function, shared_bytes: 0 });
         }
-        let Kernel { function, shared_bytes: has } = self.kernels[name];
+        let Kernel { function, shared_bytes: has } = self.kernels[&(of, name)];
         if shared_bytes > has {
             let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: the function is of a loaded module.
             unsafe { result::function::set_function_attribute(function, attribute, shared_bytes as c_int) }
                 .map_err(|e| self.said(e, format_args!("{name}: {shared_bytes} bytes of shared memory")))?;
-            self.kernels.insert(name, Kernel { function, shared_bytes });
+            self.kernels.insert((of, name), Kernel { function, shared_bytes });
         }
         Ok(function)
     }
@@ -314,9 +318,9 @@ impl Gpu {
 
     pub(super) fn launch(&mut self, stream: usize, launch: &Launch) -> Result<()> {
         self.enter()?;
-        let function = self.kernel(launch.kernel, launch.shared_bytes)?;
+        let function = self.kernel(launch)?;
         let ([x, y, z], stream) = (launch.grid, self.streams[stream]);
-        // SAFETY: the arguments are in the kernel's order and of its types, which the parity tests check by running it; the memory that they
+        // SAFETY: the arguments are in the kernel's order and of its types, which the parity tests check by running it, and an embedder of its own promises (`Kernels::new`); the memory that they
         // name stays allocated as long as the GPU lives, and its use is ordered by marks.
         let done = launch.with_arguments(|arguments| unsafe {
             result::launch_kernel(function, (x, y, z), (launch.block, 1, 1), launch.shared_bytes, stream, arguments)
@@ -415,13 +419,18 @@ impl Drop for Gpu {
             // SAFETY: as above.
             let _ = unsafe { result::stream::destroy(stream) };
         }
-        for &module in &self.modules {
+        for &(_, module) in &self.modules {
             // SAFETY: as above; nothing runs any more.
             let _ = unsafe { result::module::unload(module) };
         }
         for &memory in &self.memory {
             // SAFETY: as above.
             let _ = unsafe { result::free_sync(memory) };
+        }
+        // What this thread does next is not to find a context that may be gone.
+        if matches!(result::ctx::get_current(), Ok(Some(current)) if current == self.context) {
+            // SAFETY: no context at all may be current.
+            let _ = unsafe { result::ctx::set_current(std::ptr::null_mut()) };
         }
         // SAFETY: retained once by `open`.
         let _ = unsafe { result::primary_ctx::release(self.device) };

@@ -3,25 +3,23 @@
 //! A stream and a mark know their GPU, and every call enters that GPU's context first. Only waits go from one GPU to another. Peer access is not
 //! asked for: nothing on one GPU reads another's memory.
 
-use super::driver::{Driver, Facts, Mark, Stream, one_gpu};
+use super::driver::{Driver, Facts, Loaded, Mark, Stream, one_gpu};
 use super::gpu::Gpu;
-use super::launch::{BoxMapSpec, Launch, Ptr, Swizzle, TensorMap, TensorMapSpec};
+use super::launch::{BoxMapSpec, Launch, Ptr, TensorMap, TensorMapSpec};
 use crate::base::{Error, Result};
 use crate::graph::Kernels;
-use cudarc::driver::sys::{self, CUtensorMapDataType_enum as Type, CUtensorMapSwizzle_enum as Permutation};
+use cudarc::driver::sys::{self, CUtensorMapDataType_enum as Type};
 use cudarc::driver::{DriverError, result};
-use std::collections::HashSet;
 use std::ffi::c_void;
 
 /// The GPUs of one device, at least one.
-pub struct Gpus {
+pub(super) struct Gpus {
     gpus: Vec<Gpu>,
-    /// Embedders' kernels that are loaded.
-    custom: HashSet<&'static str>,
+    custom: Loaded,
     host_memory: Vec<*mut c_void>,
 }
 
-// SAFETY: host memory is named by these addresses alone, and freed by the thread that drops them; the GPUs may be sent.
+// SAFETY: any thread may free host memory, and the one that drops this does, when no stream touches it; the GPUs may be sent.
 unsafe impl Send for Gpus {}
 
 impl Gpus {
@@ -34,7 +32,7 @@ impl Gpus {
             return Err(Error::bad("cuda: no GPU was asked for"));
         }
         let gpus = ordinals.iter().map(|&ordinal| Gpu::open(ordinal)).collect::<Result<_>>()?;
-        Ok(Gpus { gpus, custom: HashSet::new(), host_memory: Vec::new() })
+        Ok(Gpus { gpus, custom: Loaded::default(), host_memory: Vec::new() })
     }
 }
 
@@ -48,11 +46,12 @@ impl Driver for Gpus {
     }
 
     fn load_once(&mut self, kernels: &Kernels) -> Result<()> {
-        if self.custom.contains(kernels.name) {
+        let (name, fatbin) = (kernels.name(), kernels.fatbin());
+        if self.custom.has(name, fatbin)? {
             return Ok(());
         }
-        self.gpus.iter_mut().try_for_each(|gpu| gpu.load(kernels.name, kernels.fatbin))?;
-        self.custom.insert(kernels.name);
+        self.gpus.iter_mut().try_for_each(|gpu| gpu.load(Some(name), name, fatbin))?;
+        self.custom.note(name, fatbin);
         Ok(())
     }
 
@@ -115,20 +114,15 @@ impl Driver for Gpus {
             2 => Type::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
             _ => Type::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
         };
-        let swizzle = match spec.swizzle {
-            Swizzle::None => Permutation::CU_TENSOR_MAP_SWIZZLE_NONE,
-            Swizzle::Bytes128 => Permutation::CU_TENSOR_MAP_SWIZZLE_128B,
-        };
         let (sizes, boxed) = ([spec.cols, spec.rows], [spec.box_cols, spec.box_rows]);
-        encode_map(element, swizzle, spec.base, sizes, &[spec.pitch_bytes], boxed, [1, 1])
+        encode_map(element, spec.base, sizes, &[spec.pitch_bytes], boxed, [1, 1])
             .map_err(|e| self.gpus[gpu].said(e, format_args!("a tensor map of {spec:?}")))
     }
 
     fn box_map(&mut self, gpu: usize, spec: &BoxMapSpec) -> Result<TensorMap> {
         self.gpus[gpu].enter()?;
         let element = Type::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-        let swizzle = Permutation::CU_TENSOR_MAP_SWIZZLE_128B;
-        encode_map(element, swizzle, spec.base, spec.sizes, &spec.pitch_bytes, spec.boxed, spec.apart)
+        encode_map(element, spec.base, spec.sizes, &spec.pitch_bytes, spec.boxed, spec.apart)
             .map_err(|e| self.gpus[gpu].said(e, format_args!("a tensor map of {spec:?}")))
     }
 }
@@ -136,10 +130,10 @@ impl Driver for Gpus {
 const _: () = assert!(align_of::<TensorMap>() == align_of::<sys::CUtensorMap>());
 const _: () = assert!(size_of::<TensorMap>() == size_of::<sys::CUtensorMap>());
 
-/// A descriptor of a tensor of `AXES` axes, the innermost first; of all but that one `pitch_bytes` says how far elements lie apart.
+/// A descriptor of a tensor of `AXES` axes, the innermost first; of all but that one `pitch_bytes` says how far elements lie apart. Its
+/// boxes are swizzled over 128 bytes.
 fn encode_map<const AXES: usize>(
     element: sys::CUtensorMapDataType,
-    swizzle: sys::CUtensorMapSwizzle,
     base: Ptr,
     sizes: [u64; AXES],
     pitch_bytes: &[u64],
@@ -162,7 +156,7 @@ fn encode_map<const AXES: usize>(
             boxed.as_ptr(),
             apart.as_ptr(),
             Interleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-            swizzle,
+            sys::CUtensorMapSwizzle_enum::CU_TENSOR_MAP_SWIZZLE_128B,
             Promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
             Fill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )

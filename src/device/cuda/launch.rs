@@ -38,6 +38,8 @@ struct Bytes([u8; OWN_BYTES]);
 pub struct Launch {
     /// The entry point.
     pub kernel: &'static str,
+    /// The embedder's kernels that it is of; `None`: the crate's own.
+    pub of: Option<&'static str>,
     /// Blocks along x, y and z.
     pub grid: [u32; 3],
     /// Threads of a block.
@@ -58,6 +60,7 @@ impl Launch {
     pub fn new(kernel: &'static str, grid: [usize; 3], block: u32) -> Launch {
         let mut launch = Launch {
             kernel,
+            of: None,
             grid: [0; 3],
             block,
             shared_bytes: 0,
@@ -76,6 +79,12 @@ impl Launch {
             }
         }
         launch
+    }
+
+    /// Of an embedder's kernels.
+    pub fn of(mut self, kernels: &'static str) -> Launch {
+        self.of = Some(kernels);
+        self
     }
 
     /// With dynamic shared memory.
@@ -179,16 +188,7 @@ impl Launch {
 #[repr(C, align(128))]
 pub struct TensorMap(pub [u8; 128]);
 
-/// How a shared-memory tile is permuted to spread over the banks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Swizzle {
-    /// Not at all.
-    None,
-    /// 16-byte pieces, over rows of 128 bytes.
-    Bytes128,
-}
-
-/// A row-major matrix and the box of it that one bulk copy moves.
+/// A row-major matrix and the box of it that one bulk copy moves, swizzled over 128 bytes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct TensorMapSpec {
     /// Its first element; a multiple of 16 bytes.
@@ -205,8 +205,6 @@ pub struct TensorMapSpec {
     pub box_rows: u32,
     /// As above.
     pub box_cols: u32,
-    /// How the box lies in shared memory.
-    pub swizzle: Swizzle,
 }
 
 /// A bf16 tensor of four axes, the innermost first, and the box of it that one bulk copy moves, swizzled over 128 bytes.

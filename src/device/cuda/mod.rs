@@ -13,7 +13,7 @@ mod conv;
 mod cross_entropy;
 mod custom;
 mod device;
-pub mod driver;
+mod driver;
 mod elementwise;
 mod embedding;
 #[cfg(feature = "emulator")]
@@ -25,7 +25,7 @@ mod gpu;
 #[cfg(feature = "cuda")]
 mod gpus;
 mod lane;
-pub mod launch;
+mod launch;
 mod linear;
 mod loss_sum;
 mod mean_squared_error;
@@ -34,19 +34,18 @@ mod operands;
 mod ops;
 mod optimizer;
 mod pool;
-pub mod queue;
+mod queue;
 mod rotary;
 #[cfg(test)]
 mod stand;
 mod transpose;
 
 pub use device::{CudaConfig, CudaDevice, LogicalDevice};
+pub use driver::{Facts, launched};
 #[cfg(feature = "emulator")]
 pub use emulated::Emulated;
 #[cfg(feature = "cuda")]
 pub use gpu::{Gpu, count, list};
-#[cfg(feature = "cuda")]
-pub use gpus::Gpus;
 
 /// The environment variable that names a folder of kernels to load instead of those that were built in: `<stem>.fatbin` for a GPU,
 /// `kernels.so` for the emulator.

@@ -87,7 +87,7 @@ fn gpu(arch: u32) -> std::result::Result<Box<dyn Driver>, String> {
         assert!(!required, "{why}, and HYDRA_REQUIRE_GPU is set");
         return Err(why);
     }
-    let gpus = super::Gpus::open(&[0]).expect("the GPU opens");
+    let gpus = super::gpus::Gpus::open(&[0]).expect("the GPU opens");
     let facts = gpus.facts(0);
     if arch == 90 && facts.arch != 90 {
         return Err(format!("{facts} is none of compute capability 9.0"));
@@ -102,7 +102,7 @@ fn gpu(_: u32) -> std::result::Result<Box<dyn Driver>, String> {
 
 #[cfg(feature = "emulator")]
 fn emulated(arch: u32, seed: u32) -> std::result::Result<Box<dyn Driver>, String> {
-    Ok(Box::new(super::Emulated::new(arch, seed).expect("an emulator")))
+    Ok(Box::new(super::Emulated::of(vec![super::Emulated::facts_of(0, arch)], seed).expect("an emulator")))
 }
 
 #[cfg(not(feature = "emulator"))]

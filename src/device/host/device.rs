@@ -156,10 +156,12 @@ impl HostDevice {
         Ok(())
     }
 
-    /// One past the last byte of an arena that differs from the poison it was filled with. Waits for nothing: ask when no task
-    /// runs.
-    pub fn unpoisoned_bytes(&self, device: u16) -> u64 {
-        // SAFETY: asked when no task runs, as stated.
+    /// One past the last byte of an arena that is no longer the poison that it was filled with: what tasks have written, whatever they said.
+    ///
+    /// # Safety
+    /// Every task has ended.
+    pub unsafe fn unpoisoned_bytes(&self, device: u16) -> u64 {
+        // SAFETY: no task runs, by the caller's promise.
         unsafe { self.shared.arenas[device as usize].unpoisoned_bytes() }
     }
 }
@@ -202,7 +204,7 @@ impl Device for HostDevice {
         &self.lanes
     }
 
-    fn submit(&mut self, lane: u16, task: Task, after: &[Ticket]) -> Ticket {
+    unsafe fn submit(&mut self, lane: u16, task: Task, after: &[Ticket]) -> Ticket {
         let number = &mut self.submitted[lane as usize];
         *number += 1;
         let ticket = Ticket { lane, number: *number };
@@ -240,13 +242,13 @@ impl Device for HostDevice {
         Ok(self.shared.host.add(Block::new(bytes, STORE)?))
     }
 
-    fn write_host(&mut self, offset: u64, bytes: &[u8]) {
-        // SAFETY: no task touches these bytes now, by the trait's contract.
+    unsafe fn write_host(&mut self, offset: u64, bytes: &[u8]) {
+        // SAFETY: no task touches these bytes now, by the caller's promise.
         unsafe { self.shared.host.slice_mut(offset, bytes.len() as u64) }.copy_from_slice(bytes);
     }
 
-    fn read_host(&self, offset: u64, bytes: &mut [u8]) {
-        // SAFETY: no task writes these bytes now, by the trait's contract.
+    unsafe fn read_host(&self, offset: u64, bytes: &mut [u8]) {
+        // SAFETY: no task writes these bytes now, by the caller's promise.
         bytes.copy_from_slice(unsafe { self.shared.host.slice(offset, bytes.len() as u64) });
     }
 

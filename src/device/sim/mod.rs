@@ -132,7 +132,7 @@ impl Device for SimDevice {
         &self.lanes
     }
 
-    fn submit(&mut self, lane: u16, task: Task, after: &[Ticket]) -> Ticket {
+    unsafe fn submit(&mut self, lane: u16, task: Task, after: &[Ticket]) -> Ticket {
         let id = self.lanes[lane as usize];
         let owner = if id.is_host() { 0 } else { usize::from(id.device) };
         let model = &self.models[owner];
@@ -206,9 +206,9 @@ impl Device for SimDevice {
         Ok(base)
     }
 
-    fn write_host(&mut self, _offset: u64, _bytes: &[u8]) {}
+    unsafe fn write_host(&mut self, _offset: u64, _bytes: &[u8]) {}
 
-    fn read_host(&self, _offset: u64, bytes: &mut [u8]) {
+    unsafe fn read_host(&self, _offset: u64, bytes: &mut [u8]) {
         bytes.fill(0);
     }
 
@@ -229,7 +229,7 @@ impl Device for SimDevice {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::{CopySpan, Memory, Norm, Span};
+    use crate::device::{Attached, CopySpan, Memory, Norm, Span};
 
     fn copy(bytes: u64) -> Task {
         let span = |memory| Span { memory, offset: 0, bytes };
@@ -244,7 +244,7 @@ mod tests {
 
     /// Ends of tasks, each on its lane, submitted at once.
     fn ends(cost: &CostModel, tasks: Vec<(u16, Task)>) -> Vec<f64> {
-        let mut device = SimDevice::new(vec![cost.clone()]);
+        let mut device = Attached::new(Box::new(SimDevice::new(vec![cost.clone()])));
         let tickets: Vec<Ticket> = tasks.into_iter().map(|(lane, task)| device.submit(lane, task, &[])).collect();
         let mut ends = vec![0.0; tickets.len()];
         for _ in 0..tickets.len() {

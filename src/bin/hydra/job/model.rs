@@ -278,12 +278,14 @@ fn to_json(value: &Value) -> Option<serde_json::Value> {
     })
 }
 
+/// The keys of `data`.
+pub const DATA_KEYS: &[&str] = &["text", "tokenizer", "context", "batches", "random", "image", "images", "labels"];
+
 fn read_data(s: &Section, source: &Source) -> Result<Data> {
-    const KEYS: &[&str] = &["text", "tokenizer", "context", "batches", "random", "image", "images", "labels"];
     const KINDS: [&str; 4] = ["text", "batches", "random", "images"];
     const EXAMPLE: &str = "{ text = \"corpus.txt\", tokenizer = \"bytes\", context = 128 }";
     let missing = || s.fault("data", format!("is missing; write data = {EXAMPLE}"));
-    let d = s.section("data", KEYS)?.ok_or_else(missing)?;
+    let d = s.section("data", DATA_KEYS)?.ok_or_else(missing)?;
     let kinds: Vec<&str> = KINDS.into_iter().filter(|key| d.has(key)).collect();
     let kind = match kinds[..] {
         [kind] => kind,
@@ -296,7 +298,7 @@ fn read_data(s: &Section, source: &Source) -> Result<Data> {
         "images" => &["labels"],
         _ => &[],
     };
-    let foreign: Vec<&str> = KEYS.iter().copied().filter(|key| *key != kind && !own.contains(key)).collect();
+    let foreign: Vec<&str> = DATA_KEYS.iter().copied().filter(|key| *key != kind && !own.contains(key)).collect();
     d.refuse(&foreign, &format!("does not go with {kind}; leave it out"))?;
     Ok(match kind {
         "text" => Data::Text {
@@ -329,8 +331,11 @@ fn read_data(s: &Section, source: &Source) -> Result<Data> {
     })
 }
 
+/// The keys of `valid`.
+pub const VALID_KEYS: &[&str] = &["fraction", "text", "every"];
+
 fn read_valid(s: &Section, data: &Data) -> Result<Option<Valid>> {
-    let Some(v) = s.section("valid", &["fraction", "text", "every"])? else { return Ok(None) };
+    let Some(v) = s.section("valid", VALID_KEYS)? else { return Ok(None) };
     let fraction = v.number("fraction", "a number above 0 and below 1, such as 0.1", |n| n > 0.0 && n < 1.0)?;
     let part = match (fraction, v.paths("text")?) {
         (Some(fraction), None) => ValidPart::Fraction(fraction),

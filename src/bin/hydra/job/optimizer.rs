@@ -57,7 +57,8 @@ pub enum Schedule {
     },
 }
 
-const KEYS: &[&str] = &["kind", "lr", "betas", "eps", "weight_decay", "clip", "decay", "momentum", "nesterov"];
+/// The keys of `optimizer`.
+pub const KEYS: &[&str] = &["kind", "lr", "betas", "eps", "weight_decay", "clip", "decay", "momentum", "nesterov"];
 
 /// The optimizer's keys but `kind`: those that `--set model.N.KEY` reaches without saying `optimizer`.
 pub const SHORT_KEYS: &[&str] = KEYS.split_at(1).1;
@@ -114,6 +115,9 @@ fn below_one(n: f64) -> bool {
     (0.0..1.0).contains(&n)
 }
 
+/// The keys of `schedule`.
+pub const SCHEDULE_KEYS: &[&str] = &["kind", "warmup", "min_lr"];
+
 /// Reads `schedule` of a model; constant where it is left out.
 pub fn read_schedule(model: &Section) -> Result<Schedule> {
     #[derive(Clone, Copy, PartialEq)]
@@ -123,7 +127,7 @@ pub fn read_schedule(model: &Section) -> Result<Schedule> {
         Cosine,
     }
     const KINDS: [(&str, Kind); 3] = [("constant", Kind::Constant), ("linear", Kind::Linear), ("cosine", Kind::Cosine)];
-    let Some(s) = model.section("schedule", &["kind", "warmup", "min_lr"])? else { return Ok(Schedule::Constant) };
+    let Some(s) = model.section("schedule", SCHEDULE_KEYS)? else { return Ok(Schedule::Constant) };
     let kind = s.word("kind", &KINDS)?.ok_or_else(|| s.fault("kind", "is missing; write kind = \"cosine\""))?;
     if kind == Kind::Constant {
         s.refuse(&["warmup", "min_lr"], "is for kind = \"linear\" and \"cosine\" only")?;

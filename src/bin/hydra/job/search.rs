@@ -28,7 +28,7 @@ pub struct Search {
 }
 
 /// The keys of a search. The order of those that vary, not the file's, is that of names and of the grid.
-const KEYS: &[&str] = &[
+pub const KEYS: &[&str] = &[
     "lr",
     "betas",
     "eps",
@@ -184,6 +184,9 @@ fn word(value: &Value) -> String {
     text.chars().take(LONGEST).map(plain).collect()
 }
 
+/// The keys of `stop`.
+pub const STOP_KEYS: &[&str] = &["kind", "first", "eta", "survivors", "evaluations"];
+
 /// Reads `stop`: the rule, and the table that a simulation takes for it.
 fn read_stop(d: &Section, range: &Range<usize>, models: &[Model]) -> Result<Option<(Selection, Option<Selection>)>> {
     #[derive(Clone, Copy)]
@@ -192,7 +195,7 @@ fn read_stop(d: &Section, range: &Range<usize>, models: &[Model]) -> Result<Opti
         Patience,
     }
     const KINDS: [(&str, Kind); 2] = [("asha", Kind::Asha), ("patience", Kind::Patience)];
-    let Some(s) = d.section("stop", &["kind", "first", "eta", "survivors", "evaluations"])? else { return Ok(None) };
+    let Some(s) = d.section("stop", STOP_KEYS)? else { return Ok(None) };
     let missing = |key, example: &str| s.fault(key, format!("is missing; write {example}"));
     let kind = s.word("kind", &KINDS)?.ok_or_else(|| missing("kind", "kind = \"asha\" or \"patience\""))?;
     if let Kind::Patience = kind {

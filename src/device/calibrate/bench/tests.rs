@@ -25,10 +25,11 @@ impl Device for Logged {
     fn lanes(&self) -> &[LaneId] {
         self.0.lanes()
     }
-    fn submit(&mut self, lane: u16, task: Task, after: &[Ticket]) -> Ticket {
+    unsafe fn submit(&mut self, lane: u16, task: Task, after: &[Ticket]) -> Ticket {
         self.1.lock().unwrap().tasks.push((self.0.lanes()[usize::from(lane)], task.bytes()));
         self.1.lock().unwrap().kept.push(task.clone());
-        self.0.submit(lane, task, after)
+        // SAFETY: as the caller promises.
+        unsafe { self.0.submit(lane, task, after) }
     }
     fn next_completion(&mut self, patience_secs: f64) -> Option<Completion> {
         let done = self.0.next_completion(patience_secs)?;
@@ -54,8 +55,8 @@ impl Device for Logged {
     fn read_disk(&self, _offset: u64, _bytes: &mut [u8]) -> Result<()> {
         Ok(())
     }
-    fn write_host(&mut self, _offset: u64, _bytes: &[u8]) {}
-    fn read_host(&self, _offset: u64, _bytes: &mut [u8]) {}
+    unsafe fn write_host(&mut self, _offset: u64, _bytes: &[u8]) {}
+    unsafe fn read_host(&self, _offset: u64, _bytes: &mut [u8]) {}
     fn high_water_bytes(&self, _device: u16) -> u64 {
         0
     }

@@ -1,12 +1,11 @@
 //! A shared object with kernels compiled for the CPU and the emulator that runs them: how it is loaded, and its C side.
 
 use crate::base::{Error, Result};
-use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::sync::{Mutex, OnceLock};
 
 /// The kernels, as `build.rs` compiled them.
-static KERNELS: &[u8] = include_bytes!(env!("HYDRA_EMULATED_KERNELS"));
+pub static KERNELS: &[u8] = include_bytes!(env!("HYDRA_EMULATED_KERNELS"));
 /// Of files in [`crate::device::cuda::KERNELS_VARIABLE`]'s folder, the one that is loaded instead.
 const FILE: &str = "kernels.so";
 
@@ -21,8 +20,8 @@ pub struct Settings {
 
 /// The library that every driver uses, loaded once.
 static LIBRARY: OnceLock<Library> = OnceLock::new();
-/// Embedders' libraries, by name, each loaded once.
-static CUSTOM: Mutex<BTreeMap<&'static str, &'static Library>> = Mutex::new(BTreeMap::new());
+/// Embedders' libraries, each loaded once, with the bytes that they were loaded from.
+static CUSTOM: Mutex<Vec<(&'static [u8], &'static Library)>> = Mutex::new(Vec::new());
 
 pub type Kernel = unsafe extern "C" fn(*const Settings, *mut *mut c_void) -> c_int;
 type LastError = unsafe extern "C" fn() -> *const c_char;
@@ -53,7 +52,7 @@ pub struct Library {
     pub sanitizer: Option<[SetAccess; 2]>,
 }
 
-// SAFETY: the emulator keeps its state by thread; the handle is only asked for symbols.
+// SAFETY: the emulator keeps its state by thread or behind mutexes; the handle is only asked for symbols.
 unsafe impl Send for Library {}
 // SAFETY: as above.
 unsafe impl Sync for Library {}
@@ -76,13 +75,13 @@ impl Library {
     }
 
     /// An embedder's kernels.
-    pub fn custom(name: &'static str, image: &[u8]) -> Result<&'static Library> {
+    pub fn custom(name: &'static str, image: &'static [u8]) -> Result<&'static Library> {
         let mut loaded = CUSTOM.lock().expect("no thread panics while it holds this");
-        if let Some(library) = loaded.get(name) {
+        if let Some((_, library)) = loaded.iter().find(|(bytes, _)| *bytes == image) {
             return Ok(library);
         }
         let library: &'static Library = Box::leak(Box::new(Library::new(name, image)?));
-        loaded.insert(name, library);
+        loaded.push((image, library));
         Ok(library)
     }
 
@@ -106,7 +105,8 @@ impl Library {
         }
         // The descriptor stays open, like the library: the loader takes a path that it has seen for the library that it was then.
         let path = CString::new(format!("/proc/self/fd/{file}")).expect("a number has no zero byte");
-        // SAFETY: loads our own kernels, whose initialisers register names and nothing else.
+        // SAFETY: kernels that `kernels/emulator/build.sh` made, whose initialisers register names and nothing else: the crate's own, those of the folder that
+        // the environment names, or an embedder's, who promises it (`Kernels::new`).
         let handle = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
         if handle.is_null() {
             // SAFETY: asks for this thread's last failure.
@@ -151,7 +151,7 @@ impl Library {
         let symbol = CString::new(format!("{name}_sim")).ok()?;
         // SAFETY: the handle is open as long as the library lives.
         let found = unsafe { libc::dlsym(self.handle, symbol.as_ptr()) };
-        // SAFETY: GPU_EXPORT gives every such symbol this type.
+        // SAFETY: GPU_EXPORT gives every such symbol this type, in whosever sources.
         (!found.is_null()).then(|| unsafe { std::mem::transmute::<*mut c_void, Kernel>(found) })
     }
 
