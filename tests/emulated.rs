@@ -12,7 +12,7 @@ use hydra::engine::{Stored, TurnOptions};
 use hydra::sched::by_name;
 use hydra::spill::{Baseline, FleetDevice, FleetMap, FleetModel, Home, OnDisk, Placed, PlanOptions, Recompute};
 use hydra::spill::{place_baseline, plan_anywhere, plan_at_home};
-use hydra::train::{Fleet, Observer, Optimizer, Recruit, TrainOptions, Weights};
+use hydra::train::{Fleet, ModelToTrain, Observer, Optimizer, TrainOptions, Weights};
 use std::sync::atomic::AtomicBool;
 
 fn emulated(arch: u32, seed: u32) -> DeviceSpec {
@@ -462,7 +462,7 @@ fn train(
     let (devices, host_bytes) = (devices(&logical), map.host_bytes);
     let config = CudaConfig { devices, host_bytes, poison: true, threads: Some(1), ..Default::default() };
     let device = CudaDevice::emulated(facts, seed, &config).expect("a device");
-    let recruits = members.iter().zip(placed).map(|(m, placed)| Recruit {
+    let models = members.iter().zip(placed).map(|(m, placed)| ModelToTrain {
         weights: Weights::Random,
         placed: placed.clone(),
         source: m.small.source(m.options.batch, m.options.seed),
@@ -477,9 +477,9 @@ fn train(
         arena_bytes: map.arena_bytes.clone(),
         room_bytes: Vec::new(),
     });
-    let mut fleet = Fleet::new(recruits.collect(), Box::new(device), turns).expect("a fleet");
+    let mut fleet = Fleet::new(models.collect(), Box::new(device), turns).expect("a fleet");
     if !lines.is_empty() {
-        fleet.line_up(lines.to_vec()).expect("each model is in a line");
+        fleet.run_in_order(lines.to_vec()).expect("each model is in a line");
     }
     let mut collects: Vec<Collect> = members.iter().map(|_| Collect::default()).collect();
     let mut observers: Vec<&mut dyn Observer> = collects.iter_mut().map(|c| c as &mut dyn Observer).collect();

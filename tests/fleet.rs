@@ -12,12 +12,12 @@ use hydra::device::sim::CostModel;
 use hydra::device::{DeviceSpec, DiskSpec, FleetMemory, start_fleet};
 use hydra::engine::{Engine, SimulateOptions, TurnOptions, simulate};
 use hydra::nn::Pretrained;
-use hydra::sched::{Claim, Leanings, LocalityLrtf, POLICIES, Policy, View, by_name};
+use hydra::sched::{Claim, LocalityLrtf, LocalityTuning, POLICIES, Policy, View, by_name};
 use hydra::spill::{
     Baseline, FleetDevice, FleetMap, FleetModel, Home, HomeBudgets, OnDisk, Placed, PlanOptions, Recompute, find_homes,
     place_baseline, plan_anywhere, plan_at_home, plan_fleet,
 };
-use hydra::train::{Crew, Fleet, Observer, Optimizer, Recruit, StepReport, TrainOptions, Weights};
+use hydra::train::{Fleet, FleetObserver, ModelToTrain, Observer, Optimizer, StepReport, TrainOptions, Weights};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -112,12 +112,12 @@ struct Looking<'a> {
     ahead: usize,
 }
 
-impl Crew for Looking<'_> {
-    fn observer(&mut self, model: usize) -> &mut dyn Observer {
+impl FleetObserver for Looking<'_> {
+    fn of_model(&mut self, model: usize) -> &mut dyn Observer {
         &mut self.collects[model]
     }
 
-    fn look(&mut self, engine: &Engine) {
+    fn task_ended(&mut self, engine: &Engine) {
         let states: Vec<_> = engine.device_states().collect();
         assert_eq!(states.len(), self.devices);
         let units = states.iter().filter_map(|s| s.runs).filter(|task| task.what.is_unit());
@@ -152,8 +152,8 @@ fn plan(entries: &[Entry], devices: usize, budget: Option<u64>, recompute: Recom
     plan_fleet(&fleet_models(entries, recompute, slots), &devices, HomeBudgets::default()).expect("a plan").placed
 }
 
-fn recruit<'a>(entry: &'a Entry, placed: &Placed) -> Recruit<'a> {
-    Recruit {
+fn fleet_model<'a>(entry: &'a Entry, placed: &Placed) -> ModelToTrain<'a> {
+    ModelToTrain {
         weights: Weights::Random,
         placed: placed.clone(),
         source: entry.small.source(entry.options.batch, entry.options.seed),
@@ -230,25 +230,25 @@ fn run_with(
         ..FleetMemory::default()
     };
     let device = start_fleet(&specs, memory).expect("memory and threads");
-    let recruits = entries.iter().zip(placed).map(|(e, placed)| recruit(e, placed)).collect();
+    let models = entries.iter().zip(placed).map(|(e, placed)| fleet_model(e, placed)).collect();
     let takes_turns = turns.as_ref().is_some_and(|turns| !turns.policy.pipelines());
     // With one slot nothing is fetched beside what runs.
     let one_slot = turns.as_ref().is_some_and(|turns| turns.units == 1);
     // Behind an update on the device the next unit may stand even so.
     let alone = one_slot && takes_turns && placed.iter().all(|p| !p.plan.choice.updates_on_device);
-    let mut fleet = Fleet::new(recruits, device, turns).expect("a fleet");
+    let mut fleet = Fleet::new(models, device, turns).expect("a fleet");
     let in_line = lines.len() == 1;
     if !lines.is_empty() {
-        fleet.line_up(lines).expect("each model is in a line");
+        fleet.run_in_order(lines).expect("each model is in a line");
     }
     let mut collects: Vec<Collect> = entries.iter().map(|_| Collect::default()).collect();
     if let Some(fails) = fails {
         collects[fails].fails_after = Some(2);
     }
-    let mut crew = Looking { collects: &mut collects, devices, takes_turns, looked: 0, ahead: 0 };
+    let mut observer = Looking { collects: &mut collects, devices, takes_turns, looked: 0, ahead: 0 };
     let began = Instant::now();
-    fleet.run(&mut crew, &AtomicBool::new(false)).expect("no device fails");
-    let Looking { looked, ahead, .. } = crew;
+    fleet.run(&mut observer, &AtomicBool::new(false)).expect("no device fails");
+    let Looking { looked, ahead, .. } = observer;
     // Of models that run one after another each second is one model's, and none before the first begins.
     let (secs, most) = (collects.iter().map(|c| c.secs).sum::<f64>(), began.elapsed().as_secs_f64());
     assert!(!in_line || secs <= most, "{secs} s of steps in {most} s");
@@ -438,7 +438,7 @@ fn units_that_follow_each_other_on_several_devices_give_the_bits_of_lone_runs() 
         let models = fleet_models(&entries, Recompute::Auto, slots);
         let spec = vec![FleetDevice { budget, cost: stated() }; devices];
         let placed = plan_anywhere(&models, &spec).expect("a plan").placed;
-        let leanings = Leanings {
+        let tuning = LocalityTuning {
             tolerance: 0.6,
             critical_tolerance: 0.05,
             critical_turns: 0.0,
@@ -451,8 +451,8 @@ fn units_that_follow_each_other_on_several_devices_give_the_bits_of_lone_runs() 
         let policies: [Box<dyn Policy>; 4] = [
             Box::new(Eager),
             Box::new(LocalityLrtf { pipelines: true, ..LocalityLrtf::default() }),
-            Box::new(LocalityLrtf { pipelines: true, leanings: leanings.clone() }),
-            Box::new(LocalityLrtf { pipelines: false, leanings }),
+            Box::new(LocalityLrtf { pipelines: true, tuning: tuning.clone() }),
+            Box::new(LocalityLrtf { pipelines: false, tuning }),
         ];
         for policy in policies {
             let what = format!("{devices} devices, {slots} slots, {}", policy.name());
@@ -527,9 +527,9 @@ impl Source for Reading {
 }
 
 /// The same model, training and held-out data of which are read from `reads`.
-fn reading<'a>(recruit: Recruit<'a>, reads: &Arc<()>) -> Recruit<'a> {
+fn reading<'a>(fleet_model: ModelToTrain<'a>, reads: &Arc<()>) -> ModelToTrain<'a> {
     let wrap = |source| Box::new(Reading { source, _reads: Arc::clone(reads) }) as Box<dyn Source>;
-    Recruit { source: wrap(recruit.source), valid: recruit.valid.map(wrap), ..recruit }
+    ModelToTrain { source: wrap(fleet_model.source), valid: fleet_model.valid.map(wrap), ..fleet_model }
 }
 
 /// Adds the last of the six once the first has done a step, then one whose weights are another model's, and cancels another a step later.
@@ -544,8 +544,8 @@ struct Changes<'a> {
     reads: &'a [Arc<()>],
 }
 
-impl Crew for Changes<'_> {
-    fn observer(&mut self, model: usize) -> &mut dyn Observer {
+impl FleetObserver for Changes<'_> {
+    fn of_model(&mut self, model: usize) -> &mut dyn Observer {
         &mut self.collects[model]
     }
 
@@ -556,10 +556,10 @@ impl Crew for Changes<'_> {
         let last = self.entries.len() - 1;
         if !self.added && fleet.steps_done(0) >= 1 {
             self.added = true;
-            let number = fleet.wait_add(recruit(&self.entries[last], &self.placed[last]))?;
+            let number = fleet.wait_add(fleet_model(&self.entries[last], &self.placed[last]))?;
             assert_eq!(number, last);
-            let misfit = recruit(&self.entries[0], &self.placed[0]);
-            let number = fleet.wait_add(Recruit { weights: Weights::Pretrained(self.foreign), ..misfit })?;
+            let misfit = fleet_model(&self.entries[0], &self.placed[0]);
+            let number = fleet.wait_add(ModelToTrain { weights: Weights::Pretrained(self.foreign), ..misfit })?;
             assert_eq!(number, self.entries.len());
             self.collects.push(Collect::default());
         }
@@ -591,8 +591,8 @@ fn models_that_come_go_and_fail_leave_the_others_bits_alone() {
         let specs = vec![HostSpec { threads: Some(1), ..HostSpec::default() }.into(); 2];
         let device = start_fleet(&specs, memory).expect("memory and threads");
         let reads: Vec<Arc<()>> = (0..last).map(|_| Arc::default()).collect();
-        let recruits =
-            entries.iter().zip(&placed).zip(&reads).map(|((e, p), reads)| reading(recruit(e, p), reads)).collect();
+        let models =
+            entries.iter().zip(&placed).zip(&reads).map(|((e, p), reads)| reading(fleet_model(e, p), reads)).collect();
         let turns = TurnOptions {
             policy: by_name(policy, 4).expect("a built-in policy"),
             units: 2,
@@ -601,7 +601,7 @@ fn models_that_come_go_and_fail_leave_the_others_bits_alone() {
             arena_bytes: map.arena_bytes.clone(),
             room_bytes: map.arena_bytes.clone(),
         };
-        let mut fleet = Fleet::new(recruits, device, Some(turns)).expect("a fleet");
+        let mut fleet = Fleet::new(models, device, Some(turns)).expect("a fleet");
         let mut changes = Changes {
             foreign: &foreign,
             entries: &entries,

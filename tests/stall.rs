@@ -9,7 +9,7 @@ use hydra::device::host::{HostConfig, HostDevice, HostSpec};
 use hydra::engine::Stored;
 use hydra::graph::CustomOp;
 use hydra::spill::{Placed, PlanOptions};
-use hydra::train::{Fleet, Observer, Recruit, TrainOptions, Weights};
+use hydra::train::{Fleet, ModelToTrain, Observer, TrainOptions, Weights};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
@@ -234,11 +234,11 @@ fn a_stall_on_the_way_home_is_told_as_such() {
             let device = Box::new(HostDevice::new(&config).expect("a device"));
             let source = small.source(options.batch, options.seed);
             let placed = Placed::alone(model, plan);
-            let recruit = Recruit { weights: Weights::Random, placed, source, valid: None, options };
-            let mut fleet = Fleet::new(vec![recruit], device, None).expect("a fleet");
+            let fleet_model = ModelToTrain { weights: Weights::Random, placed, source, valid: None, options };
+            let mut fleet = Fleet::new(vec![fleet_model], device, None).expect("a fleet");
             let mut nobody = ();
-            let mut crew: Vec<&mut dyn Observer> = vec![&mut nobody];
-            fleet.run(&mut crew, &AtomicBool::new(false)).err().map(|error| error.to_string())
+            let mut observer: Vec<&mut dyn Observer> = vec![&mut nobody];
+            fleet.run(&mut observer, &AtomicBool::new(false)).err().map(|error| error.to_string())
         });
         let Some(message) = message else { continue };
         assert!(message.starts_with("stalled: nothing has ended for 1 s"), "completion {number}: {message}");

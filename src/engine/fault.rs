@@ -41,7 +41,7 @@ impl Engine {
             pending.void = !pending.is_over() || pending.loss.is_some_and(|loss| !loss.is_finite());
             pending.made = pending.units;
         }
-        self.queue.drop_model(model, first, |serial| member.strike(serial));
+        self.queue.drop_model(model, first, |serial| member.unbook(serial));
         if let Some(turns) = &mut self.turns {
             turns.release(model);
             turns.refresh(model, &self.members[model]);

@@ -28,7 +28,7 @@ impl Engine {
         }
         turns.paused = true;
         while !self.queue.is_empty() {
-            self.pump()?;
+            self.wait_one()?;
         }
         // The disk first: what it refuses is not there yet, while host memory that was given stays.
         let disk = match placed.plan.host.disk_bytes {

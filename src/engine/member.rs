@@ -190,7 +190,7 @@ impl Member {
     }
 
     /// Strikes out a task that was booked and will not run.
-    pub fn strike(&mut self, serial: u64) {
+    pub fn unbook(&mut self, serial: u64) {
         match self.pending.iter_mut().find(|p| p.serial == serial) {
             Some(pending) => pending.tasks -= 1,
             None => self.loose_tasks -= 1,

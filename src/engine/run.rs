@@ -102,7 +102,7 @@ impl Engine {
                 None if self.members[model].pending.is_empty() => {
                     return Err(Error::bad("wait_step: no step is in flight"));
                 }
-                None => self.pump().map(drop)?,
+                None => self.wait_one().map(drop)?,
             }
         }
     }
@@ -127,7 +127,7 @@ impl Engine {
             }
         }
         loop {
-            let model = self.pump()?;
+            let model = self.wait_one()?;
             watch(self);
             if let Some(ended) = self.ended(model) {
                 return Ok(ended);
@@ -182,7 +182,7 @@ impl Engine {
     pub fn wait_idle(&mut self) -> Result<()> {
         self.offer()?;
         while !self.queue.is_empty() {
-            self.pump()?;
+            self.wait_one()?;
         }
         self.check_device()
     }
@@ -228,7 +228,7 @@ impl Engine {
                 None if self.members[model].pending.is_empty() => {
                     return Err(Error::bad("an evaluation is waited for, and none is in flight"));
                 }
-                None => self.pump().map(drop)?,
+                None => self.wait_one().map(drop)?,
             }
         }
     }
@@ -269,7 +269,7 @@ impl Engine {
     }
 
     /// Issues what can be issued and takes one completion; gives the model whose task it was.
-    pub(super) fn pump(&mut self) -> Result<usize> {
+    pub(super) fn wait_one(&mut self) -> Result<usize> {
         self.check_device()?;
         self.offer()?;
         self.queue.issue(&mut self.device);

@@ -221,7 +221,7 @@ impl Engine {
         let busy =
             |e: &Engine| e.members[model].loose_tasks > 0 || e.members[model].pending.iter().any(|p| !p.is_over());
         while busy(self) {
-            self.pump()?;
+            self.wait_one()?;
         }
         self.check_device()
     }

@@ -305,7 +305,7 @@ impl Engine {
     /// Drops a copy of a boundary tensor that nobody will fetch, unless it has begun.
     fn drop_spill(&mut self, site: &Site, spill: Spill) {
         if let Some(serial) = self.queue.drop_copy(spill.task, spill.maker) {
-            self.members[site.member].strike(serial);
+            self.members[site.member].unbook(serial);
         }
     }
 

@@ -32,18 +32,18 @@ use super::{Claim, DeviceView, ModelId, ModelView, Policy, View};
 /// or if its model could otherwise only end after all others: later than the horizon of the other devices and half a turn.
 /// So is every unit after which its model could only end half a turn later than everything could without the asking device.
 ///
-/// The numbers among these rules are [`Leanings`].
+/// The numbers among these rules are [`LocalityTuning`].
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LocalityLrtf {
     /// Considers followers.
     pub pipelines: bool,
     /// Which of two things that speak for different units weighs more.
-    pub leanings: Leanings,
+    pub tuning: LocalityTuning,
 }
 
 /// What locality-LRTF gives more weight. The default is good for most sets of models; [`rehearse`](super::rehearse) finds better ones for one.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Leanings {
+pub struct LocalityTuning {
     /// Candidates whose useful share is within this part of the best one's are equals: predictions are no better.
     pub tolerance: f64,
     /// The same among critical models, of which the longest is worth more waiting.
@@ -64,9 +64,9 @@ pub struct Leanings {
     pub urgency: Vec<Vec<f64>>,
 }
 
-impl Default for Leanings {
+impl Default for LocalityTuning {
     fn default() -> Self {
-        Leanings {
+        LocalityTuning {
             tolerance: 0.125,
             critical_tolerance: 0.5,
             critical_turns: 1.0,
@@ -79,7 +79,7 @@ impl Default for Leanings {
     }
 }
 
-impl Leanings {
+impl LocalityTuning {
     /// How urgent a model's next unit is.
     fn urgency(&self, model: &ModelView) -> f64 {
         let of_unit = self.urgency.get(usize::from(model.id)).and_then(|units| units.get(usize::from(model.unit)));
@@ -116,7 +116,7 @@ impl Policy for LocalityLrtf {
                 best_critical = Some(greater(best_critical.unwrap_or(0.0), share));
             }
         }
-        let Leanings { tolerance, critical_tolerance, .. } = self.leanings;
+        let LocalityTuning { tolerance, critical_tolerance, .. } = self.tuning;
         let followed = (1.0 - tolerance) * best;
         let followers = || view.followers().filter(|model| self.pipelines && outlook.is_critical(model));
         for model in followers() {
@@ -164,7 +164,7 @@ struct Outlook<'a> {
     late_secs: f64,
     /// Units may follow each other on several devices.
     pipelines: bool,
-    leanings: &'a Leanings,
+    tuning: &'a LocalityTuning,
     /// Some units are more urgent than others.
     leans: bool,
     /// There is a faster device, and something runs, so that a device which is left waiting will be asked again.
@@ -173,7 +173,7 @@ struct Outlook<'a> {
 
 impl<'a> Outlook<'a> {
     fn new(view: &'a View<'a>, policy: &'a LocalityLrtf) -> Self {
-        let LocalityLrtf { pipelines, ref leanings } = *policy;
+        let LocalityLrtf { pipelines, ref tuning } = *policy;
         let here = view.asking();
         let (mut fastest, mut runs, mut copying) = (here, false, 1);
         let (mut speeds, mut work, mut rates, mut fastest_rate) = (0.0, 0.0, 0.0, 0f64);
@@ -202,9 +202,9 @@ impl<'a> Outlook<'a> {
             critical_secs: 0.0,
             late_secs: 0.0,
             pipelines,
-            leanings,
-            leans: leanings.depth > 0.0 || !leanings.urgency.is_empty(),
-            may_leave: leanings.leaves && runs && fastest.speed > here.speed,
+            tuning,
+            leans: tuning.depth > 0.0 || !tuning.urgency.is_empty(),
+            may_leave: tuning.leaves && runs && fastest.speed > here.speed,
         };
         let (mut chain, mut bytes, mut turn) = (0f64, 0.0, 0f64);
         for model in view.models {
@@ -227,7 +227,7 @@ impl<'a> Outlook<'a> {
         let (others, other_rates) = (speeds - here.speed, (rates - here.h2d_bytes_per_sec).min(shared));
         let without = chain.max((work - here.busy_secs * here.speed) / others).max(bytes / other_rates);
         outlook.late_secs = without + 0.5 * turn;
-        outlook.critical_secs = horizon - here.busy_secs - leanings.critical_turns * turn;
+        outlook.critical_secs = horizon - here.busy_secs - tuning.critical_turns * turn;
         outlook
     }
 
@@ -246,7 +246,7 @@ impl<'a> Outlook<'a> {
     }
 
     fn urgent(&self, model: &ModelView, secs: f64) -> f64 {
-        if self.leans { self.leanings.urgency(model) * secs } else { secs }
+        if self.leans { self.tuning.urgency(model) * secs } else { secs }
     }
 
     /// Whether a model, with its chain, comes before another: equal chains (of equal bytes, or by rounding) are ordered by remaining time.
@@ -309,7 +309,7 @@ impl<'a> Outlook<'a> {
             true => self.end_secs(model, self.here, 0.0) - model.unit_secs / self.here.speed,
             false => self.ready_secs(model, self.here, 0.0),
         } - self.here.busy_secs;
-        let wait_secs = greater(wait_secs, 0.0) + self.copies_secs(model, self.leanings.copy_price);
+        let wait_secs = greater(wait_secs, 0.0) + self.copies_secs(model, self.tuning.copy_price);
         if wait_secs <= 0.0 {
             return 1.0;
         }
@@ -327,7 +327,7 @@ impl<'a> Outlook<'a> {
 
     /// Whether the asking device has something to run, and copies so little for this unit that it need not ask for them yet.
     fn can_wait(&self, model: &ModelView) -> bool {
-        let least_secs = self.leanings.least_copies * model.unit_secs;
+        let least_secs = self.tuning.least_copies * model.unit_secs;
         self.here.claimed > 0 && self.arrival_secs(model, self.here, 0.0) < least_secs
     }
 

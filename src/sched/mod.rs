@@ -17,7 +17,7 @@ mod tests;
 mod view;
 
 pub use bounds::{Bound, Bounds, DeviceRates, ModelWork};
-pub use locality::{Leanings, LocalityLrtf};
+pub use locality::{LocalityLrtf, LocalityTuning};
 pub use policies::{Fifo, POLICIES, Random, RoundRobin, ShardedLrtf, Srtf, by_name};
 pub use rehearsal::{Rehearsal, rehearse};
 pub use view::{Claim, DeviceId, DeviceView, ModelId, ModelView, Policy, View};

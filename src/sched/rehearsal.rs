@@ -1,11 +1,11 @@
 //! Rehearsals: what a set of models is scheduled best by is found out by scheduling it, on simulated devices, before it runs.
 //!
 //! No rule is good for all sets of models. But a schedule is a function of the policy, the executor simulates it in a small part of the time that it
-//! takes, and no bit of any model depends on it: so locality-LRTF's [`Leanings`] are searched for, by changing a few of them at a time and keeping
+//! takes, and no bit of any model depends on it: so locality-LRTF's [`LocalityTuning`] are searched for, by changing a few of them at a time and keeping
 //! what does not end later, from the beginning again where that leads nowhere. They are few and say nothing of moments, so that what was found
 //! holds where units take a little longer than was predicted.
 
-use super::{Leanings, LocalityLrtf};
+use super::{LocalityLrtf, LocalityTuning};
 use crate::base::philox::Sequence;
 
 /// What was found.
@@ -30,22 +30,22 @@ impl Rehearsal {
 
 /// What is tried first, each alone, in the order in which each adds most to those before it over a thousand random sets of models.
 const FIRST: [fn(&mut LocalityLrtf); 12] = [
-    |p| (p.pipelines, p.leanings.depth, p.leanings.copy_price) = (true, 1.0, 0.25),
-    |p| (p.leanings.depth, p.leanings.critical_tolerance) = (AT_ONCE, 1.0),
+    |p| (p.pipelines, p.tuning.depth, p.tuning.copy_price) = (true, 1.0, 0.25),
+    |p| (p.tuning.depth, p.tuning.critical_tolerance) = (AT_ONCE, 1.0),
     // Sharded-LRTF.
     |p| {
-        let plain = p.leanings.clone();
-        p.leanings = Leanings { critical_turns: f64::INFINITY, critical_tolerance: 1.0, leaves: false, ..plain };
+        let plain = p.tuning.clone();
+        p.tuning = LocalityTuning { critical_turns: f64::INFINITY, critical_tolerance: 1.0, leaves: false, ..plain };
     },
-    |p| (p.pipelines, p.leanings.tolerance) = (true, 0.0),
-    |p| p.leanings.depth = 3.0,
-    |p| (p.leanings.depth, p.leanings.copy_price) = (1.0, 0.25),
-    |p| (p.leanings.depth, p.leanings.critical_turns) = (AT_ONCE, 0.0),
-    |p| (p.leanings.depth, p.leanings.copy_price) = (AT_ONCE, 1.0),
-    |p| (p.pipelines, p.leanings.depth, p.leanings.tolerance) = (true, 1.0, 0.6),
-    |p| p.leanings.copy_price = 16.0,
-    |p| p.leanings.tolerance = 0.0,
-    |p| p.leanings.least_copies = 0.02,
+    |p| (p.pipelines, p.tuning.tolerance) = (true, 0.0),
+    |p| p.tuning.depth = 3.0,
+    |p| (p.tuning.depth, p.tuning.copy_price) = (1.0, 0.25),
+    |p| (p.tuning.depth, p.tuning.critical_turns) = (AT_ONCE, 0.0),
+    |p| (p.tuning.depth, p.tuning.copy_price) = (AT_ONCE, 1.0),
+    |p| (p.pipelines, p.tuning.depth, p.tuning.tolerance) = (true, 1.0, 0.6),
+    |p| p.tuning.copy_price = 16.0,
+    |p| p.tuning.tolerance = 0.0,
+    |p| p.tuning.least_copies = 0.02,
 ];
 
 /// A depth at which steps that have begun are ended before any other begins.
@@ -57,7 +57,7 @@ const PATIENCE: usize = 32;
 /// The greatest factor of one change of an urgency.
 const GREATEST_FACTOR: f64 = 4.0;
 
-/// Searches for leanings of locality-LRTF in at most `tries` simulations; the first is of `plain` itself. `may_pipeline`: one that
+/// Searches for tuning of locality-LRTF in at most `tries` simulations; the first is of `plain` itself. `may_pipeline`: one that
 /// pipelines may be found, though `plain` does not. `units` are those of each model's step,
 /// `makespan_secs` simulates. Equal arguments find the same.
 ///
@@ -106,28 +106,28 @@ pub fn rehearse<E>(
 
 /// Changes one number, every other time an urgency, of which there are many.
 fn change(policy: &mut LocalityLrtf, may_pipeline: bool, units: &[usize], numbers: &mut Sequence) {
-    let leanings = &mut policy.leanings;
+    let tuning = &mut policy.tuning;
     if numbers.below(2) > 0 {
-        return change_urgency(leanings, units, numbers);
+        return change_urgency(tuning, units, numbers);
     }
     let of = |numbers: &mut Sequence, values: &[f64]| values[numbers.below(values.len() as u64) as usize];
     match numbers.below(if may_pipeline { 7 } else { 6 }) {
-        0 => leanings.tolerance = of(numbers, &[0.0, 0.05, 0.125, 0.3, 0.6]),
-        1 => leanings.critical_tolerance = of(numbers, &[0.05, 0.125, 0.25, 0.5, 0.75, 1.0]),
-        2 => leanings.critical_turns = of(numbers, &[0.0, 0.5, 1.0, 2.0, 4.0, f64::INFINITY]),
-        3 => leanings.copy_price = of(numbers, &[0.0, 0.25, 1.0, 4.0, 16.0]),
-        4 => leanings.least_copies = of(numbers, &[0.0, 0.02, 0.1, 0.3, 1.0, 3.0]),
+        0 => tuning.tolerance = of(numbers, &[0.0, 0.05, 0.125, 0.3, 0.6]),
+        1 => tuning.critical_tolerance = of(numbers, &[0.05, 0.125, 0.25, 0.5, 0.75, 1.0]),
+        2 => tuning.critical_turns = of(numbers, &[0.0, 0.5, 1.0, 2.0, 4.0, f64::INFINITY]),
+        3 => tuning.copy_price = of(numbers, &[0.0, 0.25, 1.0, 4.0, 16.0]),
+        4 => tuning.least_copies = of(numbers, &[0.0, 0.02, 0.1, 0.3, 1.0, 3.0]),
         6 => policy.pipelines = !policy.pipelines,
-        _ => leanings.depth = of(numbers, &[0.0, 0.3, 1.0, 3.0, AT_ONCE]),
+        _ => tuning.depth = of(numbers, &[0.0, 0.3, 1.0, 3.0, AT_ONCE]),
     }
 }
 
 /// Changes how urgent a model is, or one of its shards, forward and backward.
-fn change_urgency(leanings: &mut Leanings, units: &[usize], numbers: &mut Sequence) {
-    if leanings.urgency.is_empty() {
-        leanings.urgency = units.iter().map(|&n| vec![1.0; n]).collect();
+fn change_urgency(tuning: &mut LocalityTuning, units: &[usize], numbers: &mut Sequence) {
+    if tuning.urgency.is_empty() {
+        tuning.urgency = units.iter().map(|&n| vec![1.0; n]).collect();
     }
-    let of_model = &mut leanings.urgency[numbers.below(units.len() as u64) as usize];
+    let of_model = &mut tuning.urgency[numbers.below(units.len() as u64) as usize];
     let factor = GREATEST_FACTOR.powf(2.0 * numbers.uniform() - 1.0);
     let (unit, last) = (numbers.below(of_model.len() as u64) as usize, of_model.len() - 1);
     let whole = numbers.below(2) == 0;
@@ -144,8 +144,8 @@ mod tests {
 
     /// A makespan that is least where the first model's units are half as urgent as the second's.
     fn toy(policy: &LocalityLrtf) -> Result<f64, ()> {
-        let urgency = |m: usize| policy.leanings.urgency.get(m).map_or(1.0, |of: &Vec<f64>| of.iter().sum::<f64>());
-        Ok((urgency(0) / urgency(1) - 0.5).abs() + policy.leanings.copy_price)
+        let urgency = |m: usize| policy.tuning.urgency.get(m).map_or(1.0, |of: &Vec<f64>| of.iter().sum::<f64>());
+        Ok((urgency(0) / urgency(1) - 0.5).abs() + policy.tuning.copy_price)
     }
 
     #[test]

@@ -6,7 +6,7 @@
 
 use super::observer::{Observer, StepReport};
 use super::prepare::batch_inputs;
-use super::trainee::{Recruit, Stage, Trainee};
+use super::trainee::{ModelToTrain, Stage, Trainee};
 use crate::base::{Error, Result};
 use crate::data::labelled;
 use crate::device::Device;
@@ -15,10 +15,10 @@ use crate::spill::Placed;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Who looks after the models of a fleet.
-pub trait Crew {
-    /// Who watches a model.
-    fn observer(&mut self, model: usize) -> &mut dyn Observer;
+/// Who observes the models of a fleet.
+pub trait FleetObserver {
+    /// Who observes one of them.
+    fn of_model(&mut self, model: usize) -> &mut dyn Observer;
 
     /// What a model is called in a message; `None`: by its number, where there are several.
     fn name(&self, model: usize) -> Option<String> {
@@ -27,7 +27,7 @@ pub trait Crew {
     }
 
     /// Called after every task that has ended while the models run, to look at the engine.
-    fn look(&mut self, engine: &Engine) {
+    fn task_ended(&mut self, engine: &Engine) {
         let _ = engine;
     }
 
@@ -42,8 +42,8 @@ pub trait Crew {
 }
 
 /// An observer for each model, in their order.
-impl Crew for Vec<&mut dyn Observer> {
-    fn observer(&mut self, model: usize) -> &mut dyn Observer {
+impl FleetObserver for Vec<&mut dyn Observer> {
+    fn of_model(&mut self, model: usize) -> &mut dyn Observer {
         &mut *self[model]
     }
 }
@@ -62,14 +62,14 @@ impl Fleet {
     ///
     /// # Errors
     /// When threads cannot be had, weights are missing, or an option is absurd.
-    pub fn new(recruits: Vec<Recruit>, device: Box<dyn Device>, turns: Option<TurnOptions>) -> Result<Fleet> {
-        let engine_options = recruits.iter().map(engine_options).collect::<Result<Vec<_>>>()?;
-        let placed: Vec<Placed> = recruits.iter().map(|r| r.placed.clone()).collect();
+    pub fn new(models: Vec<ModelToTrain>, device: Box<dyn Device>, turns: Option<TurnOptions>) -> Result<Fleet> {
+        let engine_options = models.iter().map(engine_options).collect::<Result<Vec<_>>>()?;
+        let placed: Vec<Placed> = models.iter().map(|m| m.placed.clone()).collect();
         let engine = Engine::fleet(&placed, engine_options, device, turns);
         let mut fleet = Fleet { engine, trainees: Vec::new(), lines: Vec::new() };
-        for (number, recruit) in recruits.into_iter().enumerate() {
-            recruit.weights.write(&mut fleet.engine, number, recruit.options.seed)?;
-            fleet.enlist(number, Trainee::new(recruit)?);
+        for (number, model) in models.into_iter().enumerate() {
+            model.weights.write(&mut fleet.engine, number, model.options.seed)?;
+            fleet.add(number, Trainee::new(model)?);
         }
         Ok(fleet)
     }
@@ -79,13 +79,13 @@ impl Fleet {
     ///
     /// # Errors
     /// As [`Engine::wait_add`]; and when its data cannot be opened or an option is absurd. But for a failed device nothing has changed then.
-    pub fn wait_add(&mut self, recruit: Recruit) -> Result<usize> {
-        let options = engine_options(&recruit)?;
-        let (placed, weights, seed) = (recruit.placed.clone(), recruit.weights, recruit.options.seed);
-        let trainee = Trainee::new(recruit)?;
+    pub fn wait_add(&mut self, model: ModelToTrain) -> Result<usize> {
+        let options = engine_options(&model)?;
+        let (placed, weights, seed) = (model.placed.clone(), model.weights, model.options.seed);
+        let trainee = Trainee::new(model)?;
         let number = self.engine.wait_add(&placed, options)?;
         let filled = weights.write(&mut self.engine, number, seed);
-        self.enlist(number, trainee);
+        self.add(number, trainee);
         if let Err(error) = filled {
             // The engine has it by now, so that it can only end.
             self.trainees[number].stage = Stage::Training;
@@ -94,7 +94,7 @@ impl Fleet {
         Ok(number)
     }
 
-    fn enlist(&mut self, number: usize, trainee: Trainee) {
+    fn add(&mut self, number: usize, trainee: Trainee) {
         self.trainees.push(trainee);
         self.lines.push(VecDeque::from([number]));
     }
@@ -103,7 +103,7 @@ impl Fleet {
     ///
     /// # Errors
     /// When one is in none of them or comes twice, or there is no such model.
-    pub fn line_up(&mut self, lines: Vec<Vec<usize>>) -> Result<()> {
+    pub fn run_in_order(&mut self, lines: Vec<Vec<usize>>) -> Result<()> {
         let mut all: Vec<usize> = lines.iter().flatten().copied().collect();
         all.sort_unstable();
         if !all.iter().copied().eq(0..self.trainees.len()) {
@@ -210,31 +210,31 @@ impl Fleet {
     ///
     /// # Errors
     /// When a device fails; [`Error::Interrupted`] when `stop` was set before all was done.
-    pub fn run(&mut self, crew: &mut dyn Crew, stop: &AtomicBool) -> Result<()> {
+    pub fn run(&mut self, observers: &mut dyn FleetObserver, stop: &AtomicBool) -> Result<()> {
         loop {
             // What nobody else reads goes with it.
             self.trainees.iter_mut().filter(|t| t.is_over()).for_each(Trainee::wait_close);
-            crew.between(self)?;
+            observers.between(self)?;
             let stopping = stop.load(Ordering::Relaxed);
             let busy = |t: &Trainee| matches!(t.stage, Stage::Training | Stage::Validating { .. });
             let waits = |t: &Trainee| matches!(t.stage, Stage::Waiting);
             if !self.trainees.iter().any(|t| busy(t) || waits(t) && !stopping) {
                 break;
             }
-            self.call_up(stopping);
+            self.start_waiting(stopping);
             for model in 0..self.trainees.len() {
-                if let Err(error) = self.attend(model, crew.observer(model), stopping) {
+                if let Err(error) = self.advance(model, observers.of_model(model), stopping) {
                     self.fault_of(model, error)?;
                 }
             }
-            self.call_up(stopping);
+            self.start_waiting(stopping);
             if self.trainees.iter().all(|t| !busy(t)) || (0..self.trainees.len()).any(|m| self.is_at_rest(m)) {
                 continue;
             }
-            match self.engine.wait_any_watched(&mut |engine| crew.look(engine))? {
+            match self.engine.wait_any_watched(&mut |engine| observers.task_ended(engine))? {
                 Ended::Step(model, result) => {
                     let report = self.report(model, result);
-                    let observer = crew.observer(model);
+                    let observer = observers.of_model(model);
                     let told = observer.step(&report);
                     let trainee = &mut self.trainees[model];
                     trainee.ends |= observer.wants_end();
@@ -258,7 +258,7 @@ impl Fleet {
                 }
             }
         }
-        match self.unfinished(crew) {
+        match self.unfinished(observers) {
             Some(at) => Err(Error::Interrupted { at, checkpoint: None }),
             None => Ok(()),
         }
@@ -309,19 +309,19 @@ impl Fleet {
     }
 
     /// How far the models have come that are not at their end; `None` where all are.
-    fn unfinished(&self, crew: &dyn Crew) -> Option<String> {
+    fn unfinished(&self, observers: &dyn FleetObserver) -> Option<String> {
         let unfinished = |t: &Trainee| !matches!(t.stage, Stage::Done | Stage::Failed(_));
         let models = (0..self.trainees.len()).filter(|&m| unfinished(&self.trainees[m]));
         let named = |m: usize| {
             let by_number = || (self.trainees.len() > 1).then(|| format!("model {m}"));
-            (self.trainees[m].done, crew.name(m).or_else(by_number))
+            (self.trainees[m].done, observers.name(m).or_else(by_number))
         };
         let steps: Vec<(u64, Option<String>)> = models.map(named).collect();
         (!steps.is_empty()).then(|| steps_text(&steps))
     }
 
     /// Lets the first of each line begin that is not at its end.
-    fn call_up(&mut self, stopping: bool) {
+    fn start_waiting(&mut self, stopping: bool) {
         for line in &mut self.lines {
             while let Some(&model) = line.front() {
                 let stage = &mut self.trainees[model].stage;
@@ -346,7 +346,7 @@ impl Fleet {
     }
 
     /// Begins what a model can begin, and does with it what is due when it is at rest.
-    fn attend(&mut self, model: usize, observer: &mut dyn Observer, stopping: bool) -> Result<()> {
+    fn advance(&mut self, model: usize, observer: &mut dyn Observer, stopping: bool) -> Result<()> {
         // Of one that is about to end, the engine tells why.
         if self.trainees[model].fault.is_some() || self.engine.is_ending(model) {
             return Ok(());
@@ -460,9 +460,9 @@ impl Fleet {
 }
 
 /// How the engine runs a model.
-fn engine_options(recruit: &Recruit) -> Result<EngineOptions> {
-    recruit.options.check()?;
-    Ok(recruit.options.engine_options(&recruit.placed.model, &recruit.placed.plan))
+fn engine_options(model: &ModelToTrain) -> Result<EngineOptions> {
+    model.options.check()?;
+    Ok(model.options.engine_options(&model.placed.model, &model.placed.plan))
 }
 
 /// Steps of models in words; of more than a line can tell, the first.

@@ -20,7 +20,7 @@ mod validation;
 mod weights;
 
 pub use checkpoint::{Change, Checkpoint, write_checkpoint, write_last_checkpoint};
-pub use fleet::{Crew, Fleet};
+pub use fleet::{Fleet, FleetObserver};
 pub use forward::wait_forward;
 pub use observer::{Observer, StepReport};
 pub use optimizer::{Optimizer, Schedule};
@@ -32,5 +32,5 @@ pub use save::save_model;
 pub use selection::{Asha, Patience, Rungs, Selection, Survivors, Verdict};
 pub use selection_log::{SelectionLog, SelectionRow, read_selection};
 pub use session::Session;
-pub use trainee::Recruit;
+pub use trainee::ModelToTrain;
 pub use weights::{GiveTensor, Weights};

@@ -25,7 +25,7 @@ pub fn write_safely(path: &Path, body: impl FnOnce(&mut dyn Write) -> io::Result
     if there.is_some_and(|there| !there.is_file()) {
         return write_into(path, body);
     }
-    let path = &led_to(path)?;
+    let path = &resolve_links(path)?;
     let Some(name) = path.file_name() else {
         return Err(Error::bad(format!("{}: is no name of a file", path.display())));
     };
@@ -48,7 +48,7 @@ fn write_into(path: &Path, body: impl FnOnce(&mut dyn Write) -> io::Result<()>) 
 }
 
 /// The place to which `path` leads through links, though nothing may be there yet.
-fn led_to(path: &Path) -> Result<PathBuf> {
+fn resolve_links(path: &Path) -> Result<PathBuf> {
     let mut place = path.to_path_buf();
     for _ in 0..MOST_LINKS {
         // What cannot be read as a link is none.

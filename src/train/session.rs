@@ -5,7 +5,7 @@ use super::fleet::Fleet;
 use super::observer::{Observer, StepReport};
 use super::options::TrainOptions;
 use super::save::save_model;
-use super::trainee::Recruit;
+use super::trainee::ModelToTrain;
 use super::weights::Weights;
 use crate::base::{Error, Result};
 use crate::data::Source;
@@ -58,8 +58,8 @@ impl Session {
         options.check()?;
         let device = start_fleet(std::slice::from_ref(&options.device), memory)?;
         let placed = Placed::alone(model, plan);
-        let recruit = Recruit { weights, placed, source, valid, options: options.clone() };
-        Ok(Session { fleet: Fleet::new(vec![recruit], device, None)?, options, untold: VecDeque::new() })
+        let model = ModelToTrain { weights, placed, source, valid, options: options.clone() };
+        Ok(Session { fleet: Fleet::new(vec![model], device, None)?, options, untold: VecDeque::new() })
     }
 
     /// Goes on from the checkpoint at `path`, before the first step; gives the steps that it had done, or `None` where there is no such file.
@@ -100,8 +100,8 @@ impl Session {
         while let Some(report) = self.untold.pop_front() {
             observer.step(&report)?;
         }
-        let mut crew: Vec<&mut dyn Observer> = vec![observer];
-        self.fleet.run(&mut crew, stop)?;
+        let mut observers: Vec<&mut dyn Observer> = vec![observer];
+        self.fleet.run(&mut observers, stop)?;
         self.fleet.take_failure(0).map_or(Ok(()), Err)
     }
 

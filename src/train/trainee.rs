@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 use std::time::Instant;
 
 /// A model to train, with everything that it takes.
-pub struct Recruit<'a> {
+pub struct ModelToTrain<'a> {
     /// Where its first weights come from.
     pub weights: Weights<'a>,
     /// Its graphs, its plan and where it runs.
@@ -79,8 +79,8 @@ pub(super) struct Trainee {
 
 impl Trainee {
     /// A model that waits for its turn.
-    pub(super) fn new(recruit: Recruit) -> Result<Trainee> {
-        let Recruit { source, valid, options, .. } = recruit;
+    pub(super) fn new(model: ModelToTrain) -> Result<Trainee> {
+        let ModelToTrain { source, valid, options, .. } = model;
         valid.as_deref().map_or(Ok(()), check_held_out)?;
         Ok(Trainee {
             feed: Feed::Ready(source),

@@ -18,7 +18,7 @@ const SETTLES: Duration = Duration::from_millis(200);
 
 /// What a file asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Wish {
+pub enum Request {
     /// Its models are to be trained too.
     Add,
     /// The model of this name is to end.
@@ -29,9 +29,9 @@ pub enum Wish {
 
 /// A file that waits.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Letter {
+pub struct InboxFile {
     /// What it asks for.
-    pub wish: Wish,
+    pub request: Request,
     /// Where it lies.
     pub path: PathBuf,
 }
@@ -96,7 +96,7 @@ impl Inbox {
     }
 
     /// The files that wait, job files first and then by name; none when the last look was just now.
-    pub fn look(&mut self) -> Vec<Letter> {
+    pub fn look(&mut self) -> Vec<InboxFile> {
         if self.looked.is_some_and(|at| at.elapsed() < BETWEEN_LOOKS) {
             return Vec::new();
         }
@@ -104,26 +104,26 @@ impl Inbox {
     }
 
     /// The same at once, for a run that would end otherwise. Waits a moment where a file may still be written.
-    pub fn wait_look(&mut self) -> Vec<Letter> {
-        let (mut letters, unsettled) = self.look_now();
+    pub fn wait_look(&mut self) -> Vec<InboxFile> {
+        let (mut files, unsettled) = self.look_now();
         if unsettled {
             std::thread::sleep(SETTLES);
-            letters = self.look_now().0;
+            files = self.look_now().0;
         }
-        letters
+        files
     }
 
     /// The files that wait, and whether there are others that may still be written.
-    fn look_now(&mut self) -> (Vec<Letter>, bool) {
+    fn look_now(&mut self) -> (Vec<InboxFile>, bool) {
         self.looked = Some(Instant::now());
         let (mut adds, mut others, mut unsettled) = (Vec::new(), Vec::new(), false);
         for Entry { name, path, changed, no_file } in entries(&self.folder) {
             let answered = [".taken", ".refused", ".reason"].iter().any(|ending| name.ends_with(ending));
-            let wish = match (name.strip_suffix(".toml"), name.strip_suffix(".cancel"), no_file) {
+            let request = match (name.strip_suffix(".toml"), name.strip_suffix(".cancel"), no_file) {
                 _ if self.stuck.contains(&path) || name.starts_with('.') || answered => continue,
-                (_, _, Some(what)) => Wish::Nothing(what),
-                (Some(_), _, None) => Wish::Add,
-                (None, Some(model), None) => Wish::Cancel(model.to_string()),
+                (_, _, Some(what)) => Request::Nothing(what),
+                (Some(_), _, None) => Request::Add,
+                (None, Some(model), None) => Request::Cancel(model.to_string()),
                 (None, None, None) => continue,
             };
             // A time to come is a clock's fault, not the file's.
@@ -131,8 +131,8 @@ impl Inbox {
                 unsettled = true;
                 continue;
             }
-            let list = if wish == Wish::Add { &mut adds } else { &mut others };
-            list.push(Letter { wish, path });
+            let list = if request == Request::Add { &mut adds } else { &mut others };
+            list.push(InboxFile { request, path });
         }
         adds.append(&mut others);
         (adds, unsettled)
@@ -142,28 +142,27 @@ impl Inbox {
     ///
     /// # Errors
     /// [`Error::BadInput`] where it was.
-    pub fn check_new(&self, letter: &Letter) -> Result<()> {
-        match with(&letter.path, ".taken").exists() {
-            true => Err(Error::bad(format!(
-                "{}: a file of this name was taken before; name another",
-                letter.path.display()
-            ))),
+    pub fn check_new(&self, file: &InboxFile) -> Result<()> {
+        match with(&file.path, ".taken").exists() {
+            true => {
+                Err(Error::bad(format!("{}: a file of this name was taken before; name another", file.path.display())))
+            }
             false => Ok(()),
         }
     }
 
     /// Marks a file as taken. An older refusal under its name is of no interest any more.
-    pub fn take(&mut self, letter: &Letter) {
+    pub fn take(&mut self, file: &InboxFile) {
         for ending in [".refused", ".reason"] {
             // Mostly there is none.
-            let _ = fs::remove_file(with(&letter.path, ending));
+            let _ = fs::remove_file(with(&file.path, ending));
         }
-        self.rename(&letter.path, ".taken");
+        self.rename(&file.path, ".taken");
     }
 
     /// Marks a file as refused and says why, beside it and on standard error.
-    pub fn refuse(&mut self, letter: &Letter, why: &Error) {
-        let path = &letter.path;
+    pub fn refuse(&mut self, file: &InboxFile, why: &Error) {
+        let path = &file.path;
         let text = why.to_string();
         let first = text.lines().next().unwrap_or_default();
         let named =
@@ -223,22 +222,22 @@ mod tests {
             put(&at(name), 9);
         }
         let mut inbox = Inbox::new(folder.path().to_path_buf());
-        let letters = inbox.look();
-        let letter = |wish, name: &str| Letter { wish, path: at(name) };
+        let files = inbox.look();
+        let file = |request, name: &str| InboxFile { request, path: at(name) };
         let want = [
-            letter(Wish::Add, "a.toml"),
-            letter(Wish::Add, "b.toml"),
-            letter(Wish::Cancel("a".into()), "a.cancel"),
-            letter(Wish::Cancel("c.d=1".into()), "c.d=1.cancel"),
+            file(Request::Add, "a.toml"),
+            file(Request::Add, "b.toml"),
+            file(Request::Cancel("a".into()), "a.cancel"),
+            file(Request::Cancel("c.d=1".into()), "c.d=1.cancel"),
         ];
-        assert_eq!(letters, want);
+        assert_eq!(files, want);
         assert_eq!(inbox.look(), [], "it was looked at just now");
         put(&at("a.toml.refused"), 9);
         put(&at("a.toml.reason"), 9);
-        inbox.take(&letters[0]);
-        inbox.take(&letters[2]);
-        inbox.refuse(&letters[1], &Error::bad("first\nsecond"));
-        inbox.refuse(&letters[3], &Error::bad("no"));
+        inbox.take(&files[0]);
+        inbox.take(&files[2]);
+        inbox.refuse(&files[1], &Error::bad("first\nsecond"));
+        inbox.refuse(&files[3], &Error::bad("no"));
         assert_eq!(fs::read_to_string(at("b.toml.reason")).unwrap(), "first\nsecond\n");
         let want = [
             ".x.toml",
@@ -254,13 +253,13 @@ mod tests {
         ];
         assert_eq!(names(folder.path()), want);
         assert_eq!(inbox.look_now(), (Vec::new(), false));
-        let again = letter(Wish::Add, "a.toml");
+        let again = file(Request::Add, "a.toml");
         assert!(inbox.check_new(&again).unwrap_err().to_string().contains("taken before"));
-        assert!(inbox.check_new(&letter(Wish::Add, "b.toml")).is_ok());
+        assert!(inbox.check_new(&file(Request::Add, "b.toml")).is_ok());
     }
 
     /// Of a folder or a link, whose times cannot be set here: looks once it has settled.
-    fn settled_look(folder: &Path) -> Vec<Letter> {
+    fn settled_look(folder: &Path) -> Vec<InboxFile> {
         Inbox::new(folder.to_path_buf()).wait_look()
     }
 
@@ -279,23 +278,23 @@ mod tests {
         put(&at(".there"), 9);
         symlink(at(".there"), at("good.toml")).unwrap();
         let _listener = std::os::unix::net::UnixListener::bind(at("s.toml")).unwrap();
-        let letters = settled_look(folder.path());
-        let letter = |wish, name: &str| Letter { wish, path: at(name) };
-        let (a_folder, nowhere) = (Wish::Nothing("a folder"), Wish::Nothing("a link that leads nowhere"));
+        let files = settled_look(folder.path());
+        let file = |request, name: &str| InboxFile { request, path: at(name) };
+        let (a_folder, nowhere) = (Request::Nothing("a folder"), Request::Nothing("a link that leads nowhere"));
         let want = [
-            letter(Wish::Add, "good.toml"),
-            letter(a_folder.clone(), "folder.toml"),
-            letter(nowhere.clone(), "loop.toml"),
-            letter(a_folder, "models"),
-            letter(nowhere, "nowhere.cancel"),
-            letter(Wish::Nothing("a device, a pipe or a socket"), "s.toml"),
+            file(Request::Add, "good.toml"),
+            file(a_folder.clone(), "folder.toml"),
+            file(nowhere.clone(), "loop.toml"),
+            file(a_folder, "models"),
+            file(nowhere, "nowhere.cancel"),
+            file(Request::Nothing("a device, a pipe or a socket"), "s.toml"),
         ];
-        assert_eq!(letters, want);
+        assert_eq!(files, want);
         let mut inbox = Inbox::new(folder.path().to_path_buf());
-        letters[1..].iter().for_each(|letter| inbox.refuse(letter, &Error::bad("no")));
+        files[1..].iter().for_each(|file| inbox.refuse(file, &Error::bad("no")));
         assert!(fs::symlink_metadata(at("nowhere.cancel.refused")).unwrap().is_symlink());
         assert!(at("models.refused/in.toml").exists() && at("models.reason").exists());
-        assert_eq!(settled_look(folder.path()), letters[..1], "each is answered once");
+        assert_eq!(settled_look(folder.path()), files[..1], "each is answered once");
         assert_eq!(Inbox::taken(folder.path()), Taken::default(), "a folder takes nobody away");
     }
 
@@ -312,7 +311,7 @@ mod tests {
         fs::File::options().write(true).open(&path).unwrap().set_modified(ahead).unwrap();
         assert_eq!(inbox.look_now().0.len(), 1);
         // What cannot be renamed is answered once.
-        let gone = Letter { wish: Wish::Add, path: path.clone() };
+        let gone = InboxFile { request: Request::Add, path: path.clone() };
         fs::remove_file(&path).unwrap();
         inbox.take(&gone);
         put(&path, 9);

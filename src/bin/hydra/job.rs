@@ -203,6 +203,14 @@ impl DeviceKind {
         let found = DeviceKind::WORDS.iter().find(|(_, kind)| *kind == self);
         found.expect("WORDS has every kind").0
     }
+
+    /// What the memory of its host's store is called.
+    pub fn host_tier(self) -> &'static str {
+        match self {
+            DeviceKind::Cuda | DeviceKind::Emulated => "pinned",
+            DeviceKind::Host | DeviceKind::Sim => "pageable",
+        }
+    }
 }
 
 /// The store behind the devices.

@@ -6,7 +6,6 @@
 mod advice;
 mod args;
 mod cgroup;
-mod crew;
 mod devices;
 mod forward;
 mod inbox;
@@ -14,6 +13,7 @@ mod job;
 mod judge;
 mod live;
 mod machine;
+mod observer;
 mod outcome;
 mod placing;
 mod plan_json;

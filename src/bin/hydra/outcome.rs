@@ -1,7 +1,7 @@
 //! What became of a run's models: the rows of results.csv, of the JSON object at the end, and of the table.
 
-use crate::crew::Standing;
 use crate::job::Job;
+use crate::observer::Standing;
 use crate::planning::PlannedJob;
 use crate::print::{say, table};
 use crate::rundir::{self, RunDir};

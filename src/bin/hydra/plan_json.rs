@@ -1,23 +1,24 @@
 //! What plan.json holds.
 
+use crate::machine::MachineDevice;
 use crate::placing::Sharing;
 use crate::planning::{Planned, PlannedJob};
-use hydra::device::sim::CostModel;
 use hydra::spill::{BoundaryTier, Home, OnDisk};
 use serde_json::{Value, json};
 
 impl Planned {
-    fn json(&self, cost: &CostModel) -> Value {
+    fn json(&self, on: &MachineDevice) -> Value {
+        let (cost, host_tier) = (&on.cost, on.kind.host_tier());
         let (plan, microbatches) = (self.plan(), self.model().microbatches as f64);
         let on_disk = plan.choice.on_disk;
         let tier = |rests: bool, least: OnDisk| match rests {
             true => "device",
             false if on_disk >= least => "disk",
-            false => "pageable",
+            false => host_tier,
         };
         let boundary = |tier: &BoundaryTier| match tier {
             BoundaryTier::Device => "device",
-            BoundaryTier::Host { .. } => "pageable",
+            BoundaryTier::Host { .. } => host_tier,
         };
         let shards: Vec<Value> = plan
             .shards
@@ -105,7 +106,7 @@ impl PlannedJob {
                 "host_update_bytes_per_sec": cost.host_update_bytes_per_sec,
                 "disk_bytes_per_sec": cost.disk_bytes_per_sec,
             },
-            "models": self.models.iter().map(|m| m.json(cost)).collect::<Vec<_>>(),
+            "models": self.models.iter().map(|m| m.json(self.machine.first())).collect::<Vec<_>>(),
         })
     }
 }

@@ -14,7 +14,7 @@ use hydra::engine::{Prediction, SimulateOptions, Simulation, predict, simulate};
 use hydra::sched::{LocalityLrtf, Policy, Rehearsal};
 use hydra::spill::{FleetMap, FleetModel, Home, Model, Placed, Plan};
 use hydra::trace::{Bound, Recorder};
-use hydra::train::{Recruit, Schedule, trace_model};
+use hydra::train::{ModelToTrain, Schedule, trace_model};
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -36,8 +36,8 @@ impl Planned {
     }
 
     /// The model with its data, to be trained.
-    pub fn recruit(&self, sources: Sources) -> Recruit<'_> {
-        Recruit {
+    pub fn fleet_model(&self, sources: Sources) -> ModelToTrain<'_> {
+        ModelToTrain {
             weights: self.prepared.weights(),
             placed: self.placed.clone(),
             source: sources.train,

@@ -103,7 +103,7 @@ pub fn inspect(out: &Path, models: &[&str], resume: Resume) -> Result<Found> {
     }
 }
 
-/// A file that another run took from its inbox in `out`: this one would heed it when it is resumed. What lies there to be taken is welcome.
+/// A file that another run took from its inbox in `out`: this one would obey it when it is resumed. What lies there to be taken is welcome.
 fn taken_before(out: &Path) -> Option<String> {
     let names =
         fs::read_dir(out.join(INBOX)).ok()?.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());

@@ -133,6 +133,7 @@ fn headline(model: &Planned, planned: &PlannedJob) -> String {
 
 fn describe(model: &Planned, planned: &PlannedJob) -> String {
     let (plan, cost) = (model.plan(), &planned.machine.first().cost);
+    let host_tier = planned.machine.first().kind.host_tier();
     let microbatches = model.model().microbatches as f64;
     let mut text = headline(model, planned);
     text += "\n\n";
@@ -157,12 +158,11 @@ fn describe(model: &Planned, planned: &PlannedJob) -> String {
             format!("{s}  {layers}"),
             format_bytes(shard.fetch_bytes()),
             match (plan.choice.rests(s), plan.choice.on_disk) {
-                (true, _) => "device",
-                (false, OnDisk::Nothing) => "pageable",
-                (false, OnDisk::Weights) => "disk",
-                (false, _) => "pageable, disk",
-            }
-            .to_string(),
+                (true, _) => "device".to_string(),
+                (false, OnDisk::Nothing) => host_tier.to_string(),
+                (false, OnDisk::Weights) => "disk".to_string(),
+                (false, _) => format!("{host_tier}, disk"),
+            },
             forward,
             backward,
             again.to_string(),

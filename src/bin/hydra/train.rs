@@ -1,11 +1,11 @@
 //! `hydra train`: plans, makes the run's directory, trains the models together, and says what became of each.
 
 use crate::args::Resume;
-use crate::crew::{RunCrew, Standing};
 use crate::inbox::{Inbox, Taken};
 use crate::job::Job;
 use crate::judge::Judges;
 use crate::machine::free_memory_bytes;
+use crate::observer::{RunObserver, Standing};
 use crate::outcome;
 use crate::placing::Sharing;
 use crate::planning::{Planned, PlannedJob, plan_loaded, warn_of_warmups};
@@ -23,7 +23,7 @@ use hydra::engine::TurnOptions;
 use hydra::spill::named;
 use hydra::trace::{Keep, Recorder, RecorderOptions};
 use hydra::train::results::{self, ModelResult, Status};
-use hydra::train::{Checkpoint, Fleet, Recruit, Verdict, Weights};
+use hydra::train::{Checkpoint, Fleet, ModelToTrain, Verdict, Weights};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -37,7 +37,7 @@ use std::time::{Duration, Instant};
 /// # Errors
 /// What the job, the data or the machine is at fault for; [`Error::Interrupted`] after a checkpoint, or before there was one.
 pub fn run(path: &Path, sets: &[String], resume: Resume, json: bool) -> Result<()> {
-    let signals = Signals::heed()?;
+    let signals = Signals::install()?;
     let mut job = Job::load(path, sets)?;
     let out = job.run.out.clone();
     let goes_on = resume != Resume::Never && rundir::holds_run(&out);
@@ -151,7 +151,7 @@ struct Signals {
 }
 
 impl Signals {
-    fn heed() -> Result<Signals> {
+    fn install() -> Result<Signals> {
         let signals = Signals { stop: Arc::default(), preparing: Arc::new(Mutex::new(true)) };
         let (flag, preparing) = (Arc::clone(&signals.stop), Arc::clone(&signals.preparing));
         let mut asked_at: Option<Instant> = None;
@@ -306,12 +306,12 @@ fn train_all(
     }
     planned.models.iter().for_each(|model| model.prepared.close());
     let (device, arenas) = start_devices(&planned)?;
-    let mut recruits = Vec::new();
+    let mut models = Vec::new();
     for (&m, sources) in active.iter().zip(sources) {
-        let recruit = planned.models[m].recruit(sources);
+        let model = planned.models[m].fleet_model(sources);
         // What a checkpoint has is not read, drawn or written twice.
-        let weights = if checkpoints[m].is_some() { Weights::Later } else { recruit.weights };
-        recruits.push(Recruit { weights, ..recruit });
+        let weights = if checkpoints[m].is_some() { Weights::Later } else { model.weights };
+        models.push(ModelToTrain { weights, ..model });
     }
     // One that is only to be saved runs through none; a rehearsal wants one.
     let left = |&m: &usize| planned.models[m].prepared.options.steps.saturating_sub(standings[m].from).max(1);
@@ -333,11 +333,11 @@ fn train_all(
         arena_bytes: planned.map.arena_bytes.clone(),
         room_bytes: arenas.clone(),
     });
-    let validates: Vec<bool> = recruits.iter().map(|recruit| recruit.valid.is_some()).collect();
-    let mut fleet = Fleet::new(recruits, device, turns)?;
+    let validates: Vec<bool> = models.iter().map(|model| model.valid.is_some()).collect();
+    let mut fleet = Fleet::new(models, device, turns)?;
     if let Sharing::Lines(lines) = &planned.sharing {
         let number = |m: &usize| active.iter().position(|a| a == m);
-        fleet.line_up(lines.iter().map(|line| line.iter().filter_map(number).collect()).collect())?;
+        fleet.run_in_order(lines.iter().map(|line| line.iter().filter_map(number).collect()).collect())?;
     }
     for (i, &m) in active.iter().enumerate() {
         if let Some(checkpoint) = &mut checkpoints[m] {
@@ -349,7 +349,7 @@ fn train_all(
     let live = board.live(fleet.engine());
     let inbox = Inbox::new(dir.at(rundir::INBOX));
     let began_with = planned.models.len();
-    let mut crew = RunCrew {
+    let mut observer = RunObserver {
         planned,
         standings,
         watches: Vec::new(),
@@ -365,42 +365,42 @@ fn train_all(
         saving: Rc::default(),
     };
     for (&m, valid) in active.iter().zip(validates) {
-        crew.watch(m, valid)?;
+        observer.watch(m, valid)?;
     }
     // Last, so that a start that was refused leaves the older trace in its place.
-    record(&mut crew, &active, &mut fleet)?;
-    let result = fleet.run(&mut crew, stop);
-    crew.watches.iter().for_each(Watch::finish);
-    crew.live.iter_mut().for_each(|live| live.finish(fleet.engine()));
+    record(&mut observer, &active, &mut fleet)?;
+    let result = fleet.run(&mut observer, stop);
+    observer.watches.iter().for_each(Watch::finish);
+    observer.live.iter_mut().for_each(|live| live.finish(fleet.engine()));
     let recorded = fleet.engine_mut().take_recorder().map(Recorder::finish).transpose();
     // Files that were taken are worth keeping too.
-    let nothing_done = crew.planned.models.len() == began_with
-        && crew.standings.iter().all(|s| s.from == 0)
-        && (0..crew.active.len()).all(|i| fleet.steps_done(i) == 0);
-    let watch = |m: usize| crew.active.iter().position(|&a| a == m).map(|at| &crew.watches[at]);
-    let rows = outcome::rows(&crew.planned.job, &crew.standings, watch);
-    let has_ended = |m: usize| crew.standings[m].ended.is_some() || watch(m).is_some_and(|w| w.status.is_some());
+    let nothing_done = observer.planned.models.len() == began_with
+        && observer.standings.iter().all(|s| s.from == 0)
+        && (0..observer.active.len()).all(|i| fleet.steps_done(i) == 0);
+    let watch = |m: usize| observer.active.iter().position(|&a| a == m).map(|at| &observer.watches[at]);
+    let rows = outcome::rows(&observer.planned.job, &observer.standings, watch);
+    let has_ended = |m: usize| observer.standings[m].ended.is_some() || watch(m).is_some_and(|w| w.status.is_some());
     let models = || rows.iter().map(|row| outcome::row_json(row, has_ended(row.model))).collect();
     let kept = |error| Failure { error, untouched: nothing_done, models: models() };
     let failed = |watch: &Watch| matches!(watch.status, Some(Status::Failed(_)));
-    if let ([watch], [model]) = (&crew.watches[..], &crew.planned.models[..])
+    if let ([watch], [model]) = (&observer.watches[..], &observer.planned.models[..])
         && failed(watch)
         && let Some(error) = fleet.take_failure(0)
     {
         return Err(kept(named(&model.prepared.name, error)));
     }
     result.map_err(kept)?;
-    write_results(&crew.dir.at(rundir::RESULTS), &rows).map_err(kept)?;
+    write_results(&observer.dir.at(rundir::RESULTS), &rows).map_err(kept)?;
     recorded.map_err(kept)?;
     if !quiet {
-        outcome::tell(&crew.planned, crew.dir, &rows);
+        outcome::tell(&observer.planned, observer.dir, &rows);
     }
     let failed: Vec<&ModelResult> = rows.iter().filter(|r| matches!(r.status, Status::Failed(_))).collect();
     let failed = failed.first().map(|first| {
         let (count, all, name, why) = (failed.len(), rows.len(), &first.name, first.status.reason());
         let message = format!("{count} of {all} models failed; {name}: {why}");
         // The code that the first would have had alone.
-        if crew.codes.get(&first.model) == Some(&2) { Error::BadInput(message) } else { Error::Device(message) }
+        if observer.codes.get(&first.model) == Some(&2) { Error::BadInput(message) } else { Error::Device(message) }
     });
     Ok(Trained { models: models(), failed })
 }
@@ -432,12 +432,12 @@ fn start_devices(planned: &PlannedJob) -> Result<(Box<dyn Device>, Vec<u64>)> {
 }
 
 /// Records the run's first and last steps.
-fn record(crew: &mut RunCrew, active: &[usize], fleet: &mut Fleet) -> Result<()> {
-    let (planned, standings) = (&crew.planned, &crew.standings);
-    let trace = crew.dir.at(rundir::TRACE);
+fn record(observer: &mut RunObserver, active: &[usize], fleet: &mut Fleet) -> Result<()> {
+    let (planned, standings) = (&observer.planned, &observer.standings);
+    let trace = observer.dir.at(rundir::TRACE);
     let first = active.iter().map(|&m| standings[m].from).min().unwrap_or(0);
     keep_older_trace(&trace, first)?;
-    crew.dir.will_make(&trace);
+    observer.dir.will_make(&trace);
     let run = &planned.job.run;
     let total_steps = active.iter().map(|&m| planned.models[m].prepared.options.steps).max().unwrap_or(0);
     let keep = Keep { first: run.trace_first, last: run.trace_last, total_steps };

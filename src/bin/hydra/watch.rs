@@ -268,8 +268,8 @@ steps = 5
         };
         let device = start_fleet(&[planned.machine.first().spec.clone()], memory).unwrap();
         let model = &planned.models[0];
-        let recruit = model.recruit(model.prepared.sources(&planned.texts).unwrap());
-        let mut fleet = Fleet::new(vec![recruit], device, None).unwrap();
+        let of_fleet = model.fleet_model(model.prepared.sources(&planned.texts).unwrap());
+        let mut fleet = Fleet::new(vec![of_fleet], device, None).unwrap();
         let (stop, saving) = (AtomicBool::new(false), Rc::default());
         let metrics = Metrics::open(&folder.path().join(rundir::METRICS), 0).unwrap();
         let progress = Progress::new(&Board::new(true, 1, 1), "m", 0, 5);

@@ -340,7 +340,7 @@ impl Driver for Emulated {
     fn wait_a_moment(&mut self, idle_secs: f64) -> Result<()> {
         let ready = (0..self.streams.len()).filter(|&s| self.may_run(s)).count();
         if ready == 0 {
-            super::nap(idle_secs);
+            super::back_off(idle_secs);
             return Ok(());
         }
         let drawn = if self.seed == 0 { 0 } else { self.order.below(ready as u64) as usize };

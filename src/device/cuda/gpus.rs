@@ -99,7 +99,7 @@ impl Driver for Gpus {
     }
 
     fn wait_a_moment(&mut self, idle_secs: f64) -> Result<()> {
-        super::nap(idle_secs);
+        super::back_off(idle_secs);
         Ok(())
     }
 

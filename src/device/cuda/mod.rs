@@ -62,7 +62,7 @@ pub const MULTIPROCESSORS_VARIABLE: &str = "HYDRA_MULTIPROCESSORS";
 
 /// Waits the longer the longer nothing has happened: first not at all, then for as long as another thread wants this core, and after a millisecond,
 /// in which no copy of a step's that is worth a copy's start would have ended, asleep. A sleep of 50 microseconds takes up to three times as long.
-fn nap(idle_secs: f64) {
+fn back_off(idle_secs: f64) {
     match idle_secs {
         ..50e-6 => std::hint::spin_loop(),
         ..1e-3 => std::thread::yield_now(),

@@ -3,7 +3,7 @@
 //! A model has its number in the job, where those that came later stand last, and one in the fleet, which knows only models that train. Nothing
 //! that lies in the inbox ends the run: what cannot be done is refused with its reason.
 
-use crate::inbox::{Inbox, Letter, Wish};
+use crate::inbox::{Inbox, InboxFile, Request};
 use crate::judge::{Judge, Judges};
 use crate::live::Live;
 use crate::placing::Sharing;
@@ -18,7 +18,7 @@ use hydra::engine::Engine;
 use hydra::spill::{FleetMap, Placed};
 use hydra::train::metrics::Metrics;
 use hydra::train::results::Status;
-use hydra::train::{Crew, Fleet, Observer};
+use hydra::train::{Fleet, FleetObserver, Observer};
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -37,7 +37,7 @@ pub struct Standing {
 }
 
 /// Looks after the models of one run.
-pub struct RunCrew<'a> {
+pub struct RunObserver<'a> {
     /// The job with the models that have come since.
     pub planned: PlannedJob,
     /// By number in the job.
@@ -68,7 +68,7 @@ struct Files {
     judge: Option<Judge>,
 }
 
-impl RunCrew<'_> {
+impl RunObserver<'_> {
     /// Watches model number `number` of the job, which the fleet has as its next.
     ///
     /// # Errors
@@ -107,8 +107,8 @@ impl RunCrew<'_> {
     }
 
     /// Takes the models of a file in, all of them or none.
-    fn add(&mut self, fleet: &mut Fleet, letter: &Letter) -> Result<()> {
-        let path = &letter.path;
+    fn add(&mut self, fleet: &mut Fleet, file: &InboxFile) -> Result<()> {
+        let path = &file.path;
         let why_not = match &self.planned.sharing {
             Sharing::Turns(_) => None,
             Sharing::Alone => Some(
@@ -121,7 +121,7 @@ impl RunCrew<'_> {
         if let Some(why) = why_not {
             return Err(Error::bad(format!("{}: {why}", path.display())));
         }
-        self.inbox.check_new(letter)?;
+        self.inbox.check_new(file)?;
         let mut job = self.planned.job.clone();
         job.add(path)?;
         let first = self.planned.models.len();
@@ -134,7 +134,7 @@ impl RunCrew<'_> {
         let there: Vec<Placed> = self.active.iter().map(|&m| self.planned.models[m].placed.clone()).collect();
         let added = plan_added(&self.planned, &job, &there, &self.arenas)?;
         // From here on they are the run's: one that is interrupted and goes on has them too, and what goes wrong is a model's failure.
-        self.inbox.take(letter);
+        self.inbox.take(file);
         warn_of_warmups(&job, first, &added);
         self.planned.job = job;
         self.planned.models.extend(added);
@@ -146,9 +146,9 @@ impl RunCrew<'_> {
         let from: Vec<u64> = self.standings.iter().map(|s| s.from).collect();
         self.judges.extend(&self.planned.job, &from);
         for number in first..self.planned.models.len() {
-            let enlisted = self.enlist(fleet, number);
+            let added_to_fleet = self.add_model(fleet, number);
             let name = &self.planned.job.models[number].name;
-            match enlisted {
+            match added_to_fleet {
                 Ok(()) => note(format!("{name}: has joined the run ({})", path.display())),
                 Err(error) => {
                     warn(format!("{}: {name}: {error}", path.display()));
@@ -162,11 +162,11 @@ impl RunCrew<'_> {
     }
 
     /// Takes model number `number` of the job into the fleet.
-    fn enlist(&mut self, fleet: &mut Fleet, number: usize) -> Result<()> {
+    fn add_model(&mut self, fleet: &mut Fleet, number: usize) -> Result<()> {
         let model = Rc::clone(&self.planned.models[number]);
         let (sources, files) = (model.prepared.sources(&self.planned.texts)?, self.files(number)?);
         let validates = sources.valid.is_some();
-        fleet.wait_add(model.recruit(sources))?;
+        fleet.wait_add(model.fleet_model(sources))?;
         if let Some(mut recorder) = fleet.engine_mut().take_recorder() {
             recorder.add_model(model.prepared.name.clone(), model.prepared.options.steps);
             fleet.engine_mut().record(recorder);
@@ -216,8 +216,8 @@ impl RunCrew<'_> {
     }
 }
 
-impl Crew for RunCrew<'_> {
-    fn observer(&mut self, model: usize) -> &mut dyn Observer {
+impl FleetObserver for RunObserver<'_> {
+    fn of_model(&mut self, model: usize) -> &mut dyn Observer {
         &mut self.watches[model]
     }
 
@@ -226,7 +226,7 @@ impl Crew for RunCrew<'_> {
         (models.len() > 1).then(|| models[self.active[model]].name.clone())
     }
 
-    fn look(&mut self, engine: &Engine) {
+    fn task_ended(&mut self, engine: &Engine) {
         self.live.iter_mut().for_each(|live| live.look(engine));
     }
 
@@ -238,18 +238,18 @@ impl Crew for RunCrew<'_> {
             // What lies there waits for the run that goes on.
             return Ok(());
         }
-        let letters = if fleet.is_over() { self.inbox.wait_look() } else { self.inbox.look() };
-        for letter in letters {
-            let done = match &letter.wish {
-                Wish::Add => self.add(fleet, &letter),
-                Wish::Nothing(what) => Err(Error::bad(format!("{}: is {what}, and no file", letter.path.display()))),
-                Wish::Cancel(name) => {
-                    let checked = self.inbox.check_new(&letter);
-                    checked.and_then(|()| self.cancel(fleet, name)).map(|()| self.inbox.take(&letter))
+        let files = if fleet.is_over() { self.inbox.wait_look() } else { self.inbox.look() };
+        for file in files {
+            let done = match &file.request {
+                Request::Add => self.add(fleet, &file),
+                Request::Nothing(what) => Err(Error::bad(format!("{}: is {what}, and no file", file.path.display()))),
+                Request::Cancel(name) => {
+                    let checked = self.inbox.check_new(&file);
+                    checked.and_then(|()| self.cancel(fleet, name)).map(|()| self.inbox.take(&file))
                 }
             };
             if let Err(why) = done {
-                self.inbox.refuse(&letter, &why);
+                self.inbox.refuse(&file, &why);
             }
         }
         Ok(())
