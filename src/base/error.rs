@@ -68,7 +68,7 @@ impl Error {
         Error::Io { what: format!("cannot {verb} {}", path.display()), source }
     }
 
-    /// The same where the user named `path`: the input's fault where it cannot be meant, else the machine's.
+    /// Wraps a system's error on a path that the user named: [`Error::BadInput`] where such a path cannot be meant, else [`Error::Io`].
     pub fn refused(verb: &str, path: &Path, source: std::io::Error) -> Self {
         use std::io::ErrorKind::{AlreadyExists, InvalidFilename, InvalidInput, IsADirectory, NotADirectory, NotFound};
         let cannot_be_meant = matches!(

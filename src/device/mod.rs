@@ -34,7 +34,7 @@ pub struct Ticket {
 /// A finished task.
 #[derive(Debug)]
 pub struct Completion {
-    /// Which.
+    /// The task that has ended.
     pub ticket: Ticket,
     /// When it started, in seconds on the device's clock.
     pub start_secs: f64,

@@ -19,11 +19,11 @@ pub enum Memory {
 /// A stretch of memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Span {
-    /// Whose.
+    /// Whose memory it is in.
     pub memory: Memory,
     /// First byte.
     pub offset: u64,
-    /// How many.
+    /// Its length in bytes.
     pub bytes: u64,
 }
 

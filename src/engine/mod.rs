@@ -75,7 +75,7 @@ pub struct StepInput<'a> {
 /// What a step gave.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepResult {
-    /// Which.
+    /// The step, from 0.
     pub step: u64,
     /// The minibatch's loss.
     pub loss: f32,
@@ -263,7 +263,7 @@ impl Engine {
         &self.totals
     }
 
-    /// The same in the step that was waited for last; a task counts in the step in which it ended. One model on one device alone.
+    /// What each lane has done in the step that was waited for last; a task counts in the step in which it ended. One model on one device alone.
     pub fn step_lane_sums(&self) -> &[LaneSum] {
         self.account.sums()
     }

@@ -115,7 +115,7 @@ impl Engine {
         self.wait_any_watched(&mut |_| ())
     }
 
-    /// The same; `watch` is called after every task that has ended meanwhile.
+    /// Waits as [`Engine::wait_any`] does; `watch` is called after every task that has ended meanwhile.
     ///
     /// # Errors
     /// As [`Engine::wait_any`].

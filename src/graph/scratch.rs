@@ -135,7 +135,7 @@ pub const SORT_KEYS: usize = 2048;
 /// How `kernels/embedding.cu` sorts tokens by id, 8 bits a pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EmbeddingSort {
-    /// How many.
+    /// Number of tokens.
     pub tokens: usize,
     /// Rows of the table, V.
     pub table_rows: usize,

@@ -15,9 +15,9 @@ pub struct ModelWork {
     pub chain_secs: f64,
     /// The least seconds of copies before its first unit, when nothing of it can run.
     pub first_secs: f64,
-    /// The same between its steps, in all: gradients on their way home, updates, new weights on their way back.
+    /// Seconds between its steps in which nothing of it can run, in all: gradients on their way home, updates, new weights on their way back.
     pub turns_secs: f64,
-    /// The same after its last unit.
+    /// Seconds after its last unit until its state is at home.
     pub last_secs: f64,
     /// The least bytes that cross links to devices.
     pub h2d_bytes: u64,

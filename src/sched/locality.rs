@@ -46,7 +46,7 @@ pub struct LocalityLrtf {
 pub struct LocalityTuning {
     /// Candidates whose useful share is within this part of the best one's are equals: predictions are no better.
     pub tolerance: f64,
-    /// The same among critical models, of which the longest is worth more waiting.
+    /// The part within which critical models are equals; the longest of them is worth more waiting.
     pub critical_tolerance: f64,
     /// The turns for which a critical model may not be passed over. Without end, and a critical tolerance of 1, the choices are sharded-LRTF's.
     pub critical_turns: f64,

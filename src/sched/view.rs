@@ -54,7 +54,7 @@ pub struct ModelView {
     pub weights_ready_secs: f64,
     /// Predicted seconds until those boundary tensors are at home and can have been fetched.
     pub boundary_ready_secs: f64,
-    /// The same for the first microbatch's: the unit may begin then, while the one before it still runs on another device.
+    /// When the first microbatch's boundary tensor will be there: the unit may begin then, while the one before it still runs on another device.
     pub first_ready_secs: f64,
     /// Bytes that leave after it.
     pub leave_bytes: u64,

@@ -82,7 +82,7 @@ impl FleetMap {
         FleetMap::within(models, &vec![Some(0); devices])
     }
 
-    /// The same on devices with these budgets: what one has left over becomes weight slots, until there is one for every shard that runs anywhere,
+    /// Lays models out on devices with these budgets: what one has left over becomes weight slots, until there is one for every shard that runs anywhere,
     /// and then entries for boundary activations; `None` is room for all. Where the budget is too small the map is as [`FleetMap::new`]'s, and larger than it.
     pub fn within(models: &[Placed], budgets: &[Option<u64>]) -> FleetMap {
         let mut maps: Vec<Vec<ArenaMap>> = models.iter().map(|_| Vec::with_capacity(budgets.len())).collect();

@@ -58,7 +58,7 @@ pub struct DeviceRow {
     pub computes: f64,
     /// Something was copied to it or from it.
     pub copies: f64,
-    /// The same while it did not compute.
+    /// Something was copied while it did not compute.
     pub copies_alone: f64,
     /// Neither.
     pub idle: f64,

@@ -18,7 +18,7 @@ pub struct SweepPlot {
     pub axis: String,
     /// The values along it, as they are written.
     pub values: Vec<String>,
-    /// The same as numbers; `None`: they are words, and nothing lies between them.
+    /// The values as numbers; `None`: they are words, and nothing lies between them.
     pub numbers: Option<Vec<f64>>,
     /// A line for each combination of what else was swept.
     pub lines: Vec<SweepLine>,

@@ -147,7 +147,7 @@ pub fn write_checkpoint(path: &Path, engine: &Engine, of: usize, options: &Train
     write(path, engine, of, options, (step, false))
 }
 
-/// The same for a model that has come to its end, once all else of it is saved: whoever finds the file has nothing left to do.
+/// Writes the checkpoint of a model that has come to its end, once all else of it is saved: whoever finds the file has nothing left to do.
 ///
 /// # Errors
 /// As [`write_checkpoint`].

@@ -166,7 +166,7 @@ impl Fleet {
         }
     }
 
-    /// The same, told once.
+    /// Takes why a model has failed; another call gives `None`.
     pub fn take_failure(&mut self, model: usize) -> Option<Error> {
         match &mut self.trainees[model].stage {
             Stage::Failed(error) => error.take(),
@@ -185,7 +185,7 @@ impl Fleet {
         }
     }
 
-    /// The same for a fault of its own: of its data, of its observer, or of its very end.
+    /// Ends a model for a fault of its own: of its data, of its observer, or of its very end.
     fn fail(&mut self, model: usize, why: Error) -> Result<()> {
         match &mut self.trainees[model].stage {
             Stage::Failed(_) => Ok(()),

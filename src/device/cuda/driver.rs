@@ -152,7 +152,7 @@ pub trait Driver: Send {
     /// When the device does not take it.
     fn tensor_map(&mut self, gpu: usize, spec: &TensorMapSpec) -> Result<TensorMap>;
 
-    /// The same for boxes of four axes.
+    /// A descriptor of a tensor of four axes for a GPU's bulk copy engine.
     ///
     /// # Errors
     /// When the device does not take it.

@@ -195,15 +195,15 @@ pub struct TensorMapSpec {
     pub base: Ptr,
     /// Bytes of an element: 2 for bf16, 4 for f32.
     pub elem_bytes: u32,
-    /// Rows and columns; what lies outside reads as 0 and is not written.
+    /// Rows; what lies outside reads as 0 and is not written.
     pub rows: u64,
-    /// As above.
+    /// Columns, likewise.
     pub cols: u64,
     /// Bytes from a row to the next; a multiple of 16.
     pub pitch_bytes: u64,
-    /// Rows and columns of the box.
+    /// Rows of the box.
     pub box_rows: u32,
-    /// As above.
+    /// Columns of the box.
     pub box_cols: u32,
 }
 

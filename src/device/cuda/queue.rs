@@ -112,7 +112,7 @@ impl<'a> Queue<'a> {
         self.driver.tensor_map(self.stream.gpu, spec)
     }
 
-    /// The same for boxes of four axes.
+    /// A descriptor of a tensor of four axes for the bulk copy engine.
     ///
     /// # Errors
     /// When the device does not take it.

@@ -66,7 +66,7 @@ pub const DISK_BYTES_PER_SEC: f64 = 1e9;
 /// Cores on which a device's units, its copies and its part of the host's arithmetic all run: what one takes the others lack.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Cores {
-    /// How many.
+    /// Number of cores.
     pub count: usize,
     /// Bytes per second that one core copies, whatever the link is held to.
     pub copy_bytes_per_sec: f64,
@@ -172,7 +172,7 @@ impl CostModel {
         update_bytes as f64 / self.device_update_bytes_per_sec + norm_bytes as f64 / norms
     }
 
-    /// The same on the host.
+    /// Seconds that the host takes for an update and a norm of so many bytes.
     pub fn host_settle_secs(&self, update_bytes: u64, norm_bytes: u64) -> f64 {
         let norms = self.host_norm_bytes_per_sec.unwrap_or(self.host_update_bytes_per_sec);
         update_bytes as f64 / self.host_update_bytes_per_sec + norm_bytes as f64 / norms

@@ -86,7 +86,7 @@ impl ConvSizes {
         }
     }
 
-    /// The same for fewer images.
+    /// These sizes for another number of images.
     pub fn with_batch(&self, batch: usize) -> ConvSizes {
         ConvSizes { batch, ..*self }
     }
@@ -124,7 +124,7 @@ impl ConvSizes {
         if whole == 0 { 0 } else { (self.batch * self.copied().plane() * padded(self.in_channels) * 2) as u64 }
     }
 
-    /// The same with x and out exchanged.
+    /// These sizes with x and out exchanged.
     pub fn exchanged(&self) -> ConvSizes {
         ConvSizes {
             in_channels: self.out_channels,
