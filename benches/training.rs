@@ -1,5 +1,5 @@
-//! Ratios of whole training runs on the host device, measured side by side: what spilling costs, what a second slot is worth, and
-//! PyTorch's eager speed on the same shape where `HYDRA_PYTHON` (or `python3`) has torch.
+//! Ratios of whole training runs on the host device, measured side by side: what spilling costs, what a second slot is worth, how good predictions are.
+//! `families` has PyTorch beside.
 //!
 //! `cargo bench --bench training`, with `-- spilling`, `-- double-buffering` or `-- prediction` for a part; `HYDRA_BENCH_QUICK=1` takes smaller shapes and fewer rounds, to see that it runs.
 
@@ -182,33 +182,7 @@ fn spilling(gpt: Gpt, rounds: usize, steps: u64, cost: &CostModel) -> Result<()>
     let [resident, equal, spilled] = &ways;
     println!("  spilled / resident with equal recomputation: {:.3} (want 0.95)", equal.median() / spilled.median());
     println!("  spilled / resident without:                  {:.3}", resident.median() / spilled.median());
-    torch(gpt, resident.median());
     Ok(())
-}
-
-/// PyTorch's eager speed, in a process of its own after the runs above.
-fn torch(gpt: Gpt, ours: f64) {
-    let python = std::env::var("HYDRA_PYTHON").unwrap_or_else(|_| "python3".into());
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let sizes = [gpt.layers, gpt.width, gpt.heads, gpt.context, gpt.batch, threads, 8].map(|n| n.to_string());
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/torch_gpt.py");
-    let output = std::process::Command::new(&python).arg(script).args(sizes).output();
-    let rates: Vec<f64> = match output {
-        Ok(o) if o.status.success() => {
-            String::from_utf8_lossy(&o.stdout).lines().filter_map(|l| l.parse().ok()).skip(2).collect()
-        }
-        _ => Vec::new(),
-    };
-    match rates.is_empty() {
-        true => println!("  PyTorch: not here ({python} has no torch)"),
-        false => {
-            let theirs = percentile(&rates, 0.5);
-            println!(
-                "  PyTorch eager on {threads} threads: {theirs:.0} tokens/s; resident / PyTorch: {:.3} (want 0.8)",
-                gpt.tokens() / ours / theirs
-            );
-        }
-    }
 }
 
 /// One slot against two, with the link held so that fetching a shard takes as long as its forward.
