@@ -4,11 +4,9 @@
 //! times are printed. `HYDRA_BENCH_QUICK=1` takes one round of few steps, to see that it runs.
 
 use hydra::base::{DType, Result, Shape};
-use hydra::data::{RandomOptions, RandomSource, Source, names};
-use hydra::device::{DeviceSpec, calibrate};
-use hydra::engine::StepResult;
+use hydra::data::{RandomOptions, RandomSource, names};
 use hydra::nn::from_config;
-use hydra::train::{Optimizer, Session, TrainOptions, Weights, prepare};
+use hydra::train::{Optimizer, Session, TrainOptions, Weights};
 use serde_json::{Value, json};
 use std::process::Command;
 
@@ -62,7 +60,7 @@ fn rows() -> Vec<Row> {
 impl Row {
     /// Seconds of our steps.
     fn ours(&self, steps: usize) -> Result<Vec<f64>> {
-        let network = from_config(self.family, self.config.as_object().expect("written as an object"), true)?;
+        let network = from_config(self.family, &self.config)?;
         let images = self.config.get("num_labels").is_some();
         let (input, labels) = match images {
             true => ((names::PIXEL_VALUES, DType::F32, Shape::from([3, self.size, self.size])), Shape::default()),
@@ -78,13 +76,10 @@ impl Row {
         };
         let batch = self.batch;
         let options = TrainOptions { batch, microbatch: batch, optimizer, ..TrainOptions::new(steps as u64) };
-        let planned = prepare(network.as_ref(), &source, &options, &calibrate(&DeviceSpec::default())?)?;
-        let source: Box<dyn Source> = Box::new(source);
-        let mut session = Session::new(Weights::Random, planned, source, None, options)?;
+        let mut session = Session::start(network.as_ref(), Weights::Random, Box::new(source), None, options)?;
         let mut secs = Vec::new();
         while let Some(step) = session.wait_step()? {
-            let StepResult { secs: taken, .. } = step.result;
-            secs.push(taken);
+            secs.push(step.result.secs);
         }
         Ok(secs.split_off(WARM.min(secs.len())))
     }

@@ -6,8 +6,8 @@
 //! runs them here: their prediction is the same cost model under a simulated device.
 
 use hydra::base::{DType, Result, Shape, align_up};
+use hydra::device::CostModel;
 use hydra::device::host::{HostConfig, HostDevice, HostSpec};
-use hydra::device::sim::CostModel;
 use hydra::device::{AdamwRule, CopySpan, Device, Memory, Run, Scalars, Segment, Span, Task, Update, UpdateRule};
 use hydra::device::{DeviceSpec, calibrate};
 use hydra::graph::{

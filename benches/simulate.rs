@@ -6,7 +6,7 @@
 #[allow(dead_code, reason = "tests use the rest")]
 mod models;
 
-use hydra::device::sim::CostModel;
+use hydra::device::CostModel;
 use hydra::engine::{SimulateOptions, simulate};
 use hydra::sched::by_name;
 use hydra::spill::{FleetDevice, FleetModel, PlanOptions, plan_anywhere};

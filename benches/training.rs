@@ -5,7 +5,7 @@
 
 use hydra::base::{DType, Result, Shape, format_bytes};
 use hydra::data::{RandomOptions, RandomSource, Source};
-use hydra::device::sim::CostModel;
+use hydra::device::CostModel;
 use hydra::device::{DeviceSpec, calibrate};
 use hydra::engine::predict;
 use hydra::nn::{Network, from_config};
@@ -32,7 +32,7 @@ impl Gpt {
             "n_layer": self.layers, "n_embd": self.width, "n_head": self.heads, "n_positions": self.context, "vocab_size": 256,
             "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
         });
-        from_config("gpt2", config.as_object().expect("an object"), true).expect("a sound config")
+        from_config("gpt2", &config).expect("a sound config")
     }
 
     fn source(&self) -> Box<dyn Source> {

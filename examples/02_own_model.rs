@@ -4,10 +4,9 @@
 
 use hydra::base::{DType, Result, Shape};
 use hydra::data::{RandomOptions, RandomSource, names};
-use hydra::device::{DeviceSpec, calibrate};
 use hydra::graph::{Activation, Builder, Graph, Init, Mode, Value, WeightLayout};
 use hydra::nn::{InputShape, Inputs, Labels, Network, layers};
-use hydra::train::{Session, StepReport, TrainOptions, Weights, prepare};
+use hydra::train::{Session, StepReport, TrainOptions, Weights};
 use std::sync::atomic::AtomicBool;
 
 const INIT: Init = Init::Normal(0.1);
@@ -66,8 +65,7 @@ pub fn main() -> Result<()> {
     let random = RandomOptions { tensors: tensors.to_vec(), vocab: 32, classes: 4, batch: 8, seed: 1 };
     let source = Box::new(RandomSource::new(&random)?);
     let options = TrainOptions { seed: 1, batch: 8, microbatch: 4, ..TrainOptions::new(60) };
-    let planned = prepare(&Own, source.as_ref(), &options, &calibrate(&DeviceSpec::default())?)?;
-    let mut session = Session::new(Weights::Random, planned, source, None, options)?;
+    let mut session = Session::start(&Own, Weights::Random, source, None, options)?;
     let mut losses = Vec::new();
     let mut watch = |report: &StepReport| {
         losses.push(report.result.loss);

@@ -3,7 +3,7 @@
 
 use hydra::base::{Result, format_bytes};
 use hydra::data::{Text, TextOptions, TextSource, Tokenizer};
-use hydra::device::sim::CostModel;
+use hydra::device::CostModel;
 use hydra::device::{DeviceSpec, calibrate};
 use hydra::engine::Stored;
 use hydra::nn::{Network, from_config};
@@ -52,7 +52,7 @@ fn train(gpt: &dyn Network, options: &TrainOptions, cost: &CostModel) -> Result<
 /// Trains twice and compares the bits.
 pub fn main() -> Result<()> {
     let config = serde_json::json!({ "n_layer": 3, "n_embd": 64, "n_head": 2, "n_positions": 32, "vocab_size": 256 });
-    let gpt = from_config("gpt2", config.as_object().expect("written as an object"), true)?;
+    let gpt = from_config("gpt2", &config)?;
     let cost = calibrate(&DeviceSpec::default())?;
 
     let stays = PlanOptions { resident: Some(true), ..PlanOptions::default() };

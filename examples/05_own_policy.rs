@@ -4,7 +4,7 @@
 //! object where models are trained.
 
 use hydra::base::{DType, Result};
-use hydra::device::sim::CostModel;
+use hydra::device::CostModel;
 use hydra::engine::{SimulateOptions, simulate};
 use hydra::nn::{self, InputShape};
 use hydra::sched::{ModelId, ModelView, Policy, ShardedLrtf, View};
@@ -38,7 +38,7 @@ pub fn main() -> Result<()> {
     let mut models = Vec::new();
     for layers in [2, 4, 8] {
         let config = json!({ "n_layer": layers, "n_embd": 256, "n_head": 4, "n_positions": 64, "vocab_size": 256 });
-        let network = nn::from_config("gpt2", config.as_object().expect("an object"), true)?;
+        let network = nn::from_config("gpt2", &config)?;
         let inputs = ["input_ids", "labels"].map(|name| InputShape::new(name, [64], DType::I32));
         let model = Arc::new(trace_model(network.as_ref(), &inputs, &TrainOptions::new(10))?);
         let options = PlanOptions { moments: 0, ..PlanOptions::default() };

@@ -4,7 +4,7 @@
 use hydra::base::philox::Sequence;
 use hydra::base::{DType, Result, Shape, format_bytes};
 use hydra::data::{Batch, InputSpec, Source, names};
-use hydra::device::sim::CostModel;
+use hydra::device::CostModel;
 use hydra::device::{DeviceSpec, calibrate};
 use hydra::engine::Stored;
 use hydra::graph::{Activation, Builder, Graph, Init, Mode};

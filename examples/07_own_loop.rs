@@ -57,7 +57,7 @@ pub fn main() -> Result<()> {
     let [batch, time, numbers] = SIZES;
     let config = serde_json::json!({ "n_layer": 3, "n_embd": 32, "n_head": 2, "n_positions": time, "vocab_size": numbers,
         "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0 });
-    let gpt = from_config("gpt2", config.as_object().expect("written as an object"), true)?;
+    let gpt = from_config("gpt2", &config)?;
     let plan = PlanOptions { device_budget: Some(300_000), ..PlanOptions::default() };
     let options = TrainOptions { batch, microbatch: batch / 2, clip: Some(1.0), plan, ..TrainOptions::new(STEPS) };
 

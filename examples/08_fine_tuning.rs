@@ -17,7 +17,7 @@ const BATCH: usize = 8;
 fn make_model(dir: &Path) -> Result<()> {
     let config = serde_json::json!({ "n_layer": 4, "n_embd": 64, "n_head": 4, "n_positions": CONTEXT, "vocab_size": 256,
         "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0 });
-    let gpt = from_config("gpt2", config.as_object().expect("written as an object"), true)?;
+    let gpt = from_config("gpt2", &config)?;
     let form = Form::of(gpt.as_ref())?;
     let graph = gpt.trace(Mode::Training, DType::F32, 1, &gpt.inputs())?;
     save(dir, &form, &mut |name| {

@@ -7,26 +7,22 @@
 //! ```
 //! use hydra::data::{RandomSource, RandomOptions, names};
 //! use hydra::base::{DType, Shape};
-//! use hydra::device::{DeviceSpec, calibrate};
 //! use hydra::nn::from_config;
 //! use hydra::spill::PlanOptions;
-//! use hydra::train::{Session, TrainOptions, Weights, prepare};
+//! use hydra::train::{Session, TrainOptions, Weights};
 //!
 //! # fn main() -> hydra::base::Result<()> {
 //! let config = serde_json::json!({ "n_layer": 8, "n_embd": 32, "n_head": 2, "n_positions": 16, "vocab_size": 64 });
-//! let gpt = from_config("gpt2", config.as_object().expect("written as an object"), true)?;
+//! let gpt = from_config("gpt2", &config)?;
 //! let tensors = [names::INPUT_IDS, names::LABELS].map(|name| (name.to_string(), DType::I32, Shape::from([16])));
 //! let data = RandomSource::new(&RandomOptions { tensors: tensors.to_vec(), vocab: 64, classes: 64, batch: 4, seed: 1 })?;
 //! let plan = PlanOptions { device_budget: Some(400_000), ..PlanOptions::default() };
 //! let options = TrainOptions { batch: 4, microbatch: 2, plan, ..TrainOptions::new(3) };
-//! // Measured rates of this machine, by which the plan is chosen. Written down once, they can be read from a file instead.
-//! let cost = calibrate(&DeviceSpec::default())?;
-//! let (model, plan) = prepare(gpt.as_ref(), &data, &options, &cost)?;
-//! assert!(plan.arena.bytes <= 400_000 && 16 * model.layout.parameter_bytes / 4 > 1_600_000);
-//! let mut session = Session::new(Weights::Random, (model, plan), Box::new(data), None, options)?;
+//! let mut session = Session::start(gpt.as_ref(), Weights::Random, Box::new(data), None, options)?;
 //! while let Some(step) = session.wait_step()? {
 //!     println!("loss {:.3}", step.result.loss);
 //! }
+//! assert!(session.engine().high_water_bytes(0) <= 400_000);
 //! # Ok(())
 //! # }
 //! ```

@@ -28,7 +28,7 @@ fn losses(text: &Path, dtype: DType) -> Vec<f32> {
         "vocab_size": 256, "n_positions": 32, "n_embd": 48, "n_head": 3, "n_layer": 2,
         "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1,
     });
-    let network = nn::from_config("gpt2", config.as_object().expect("an object"), true).expect("a network");
+    let network = nn::from_config("gpt2", &config).expect("a network");
     let optimizer =
         Optimizer::Adamw { lr: 3e-3, betas: (0.9, 0.95), epsilon: 1e-8, weight_decay: 0.1, decay_matrices_only: false };
     let options = TrainOptions {

@@ -189,7 +189,7 @@ fn a_gpt_on_text_allocates_nothing_after_the_second_step() {
     let path = dir.path().join("text");
     std::fs::write(&path, (0..60_000u32).map(|n| (n * 7 % 251) as u8).collect::<Vec<u8>>()).expect("written");
     let config = serde_json::json!({ "vocab_size": 256, "n_positions": 64, "n_embd": 48, "n_head": 3, "n_layer": 2 });
-    let network = nn::from_config("gpt2", config.as_object().expect("an object"), true).expect("a network");
+    let network = nn::from_config("gpt2", &config).expect("a network");
     let text = Text::read(&[path], &Tokenizer::Bytes).expect("a text");
     for (what, dtype, plan) in plans(6) {
         let disk = Some(dir.path().into());

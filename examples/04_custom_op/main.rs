@@ -103,7 +103,7 @@ fn train(device: DeviceSpec, dtype: DType) -> Result<Vec<f32>> {
     let random = RandomOptions { tensors: tensors.to_vec(), vocab: 16, classes: 4, batch: 8, seed: 1 };
     let source = Box::new(RandomSource::new(&random)?);
     let options = TrainOptions { seed: 1, batch: 8, microbatch: 4, device, dtype, ..TrainOptions::new(20) };
-    let cost = hydra::device::sim::CostModel::stated(1e11, 2e10, 1e10);
+    let cost = hydra::device::CostModel::stated(1e11, 2e10, 1e10);
     let planned = prepare(&Own, source.as_ref(), &options, &cost)?;
     let mut session = Session::new(Weights::Random, planned, source, None, options)?;
     let mut losses = Vec::new();

@@ -14,6 +14,7 @@ mod task;
 
 pub(crate) use attached::Attached;
 pub use calibrate::{calibrate, calibrate_fleet};
+pub use sim::CostModel;
 pub use start::{DeviceMemory, DeviceSpec, DiskSpec, FleetMemory, gpus, start_fleet, why_no_cuda, why_no_emulator};
 pub use task::{
     AdamwRule, Clip, CopySpan, Memory, Norm, Run, Scalars, Segment, SgdRule, Span, Spans, Task, Update, UpdateRule,

@@ -118,7 +118,7 @@ mod tests {
                 [InputShape::new("pixel_values", [3, 33, 33], DType::F32), InputShape::new("labels", [], DType::I32)],
             ),
         };
-        let network = from_config(family, config.as_object().unwrap(), true).unwrap();
+        let network = from_config(family, &config).unwrap();
         let mut graph = network.trace(mode, float, 2, &inputs).unwrap();
         graph.scratch = float == DType::Bf16;
         graph

@@ -22,7 +22,7 @@ fn engine_of(width: usize, dtype: DType) -> Engine {
 
 fn engine_with(width: usize, options: &TrainOptions) -> Engine {
     let config = json!({ "n_layer": 1, "n_embd": width, "n_head": 1, "n_positions": 3, "vocab_size": 5 });
-    let network = nn::from_config("gpt2", config.as_object().unwrap(), true).unwrap();
+    let network = nn::from_config("gpt2", &config).unwrap();
     let inputs = ["input_ids", "labels"].map(|name| InputShape::new(name, [3], DType::I32));
     let model = Arc::new(trace_model(network.as_ref(), &inputs, options).unwrap());
     let plan = Arc::new(Plan::new(&model, &PlanOptions::default(), &CostModel::stated(1e11, 2e10, 1e10)).unwrap());

@@ -74,7 +74,7 @@ fn train(run: &Path, size: &Size) {
     let config = serde_json::json!({
         "n_layer": size.layers, "n_embd": size.width, "n_head": 2, "n_positions": size.context, "vocab_size": 256,
     });
-    let network = crate::nn::from_config("gpt2", config.as_object().unwrap(), true).unwrap();
+    let network = crate::nn::from_config("gpt2", &config).unwrap();
     let text = Text::read(&[Path::new(env!("CARGO_MANIFEST_DIR")).join("src/trace")], &Tokenizer::Bytes).unwrap();
     let windows = TextOptions { context: size.context, batch: size.batch, seed: 1, valid_fraction: 0.02 };
     let split = TextSource::open(&text, &windows).unwrap();

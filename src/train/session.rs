@@ -4,14 +4,15 @@ use super::checkpoint::{Checkpoint, write_checkpoint};
 use super::fleet::Fleet;
 use super::observer::{Observer, StepReport};
 use super::options::TrainOptions;
+use super::prepare::prepare;
 use super::save::save_model;
 use super::trainee::ModelToTrain;
 use super::weights::Weights;
 use crate::base::{Error, Result};
 use crate::data::Source;
-use crate::device::{DiskSpec, FleetMemory, start_fleet};
+use crate::device::{DiskSpec, FleetMemory, calibrate, start_fleet};
 use crate::engine::Engine;
-use crate::nn::Form;
+use crate::nn::{Form, Network};
 use crate::spill::{Model, Placed, Plan};
 use std::collections::VecDeque;
 use std::path::Path;
@@ -27,6 +28,24 @@ pub struct Session {
 }
 
 impl Session {
+    /// Measures the options' device, which takes a second or two, traces and plans by what it achieves, and starts: all that [`prepare`](super::prepare()) and
+    /// [`Session::new`] do.
+    ///
+    /// # Errors
+    /// As both: when an option is absurd, the network does not take the source's tensors, no plan fits the budgets, or memory, threads or weights cannot be
+    /// had.
+    pub fn start(
+        network: &dyn Network,
+        weights: Weights,
+        source: Box<dyn Source>,
+        valid: Option<Box<dyn Source>>,
+        options: TrainOptions,
+    ) -> Result<Session> {
+        options.check()?;
+        let planned = prepare(network, source.as_ref(), &options, &calibrate(&options.device)?)?;
+        Session::new(weights, planned, source, valid, options)
+    }
+
     /// Starts the device and fills the store with the first weights. `model` and `plan` come from [`prepare`](super::prepare()) or, with options of one's
     /// own, from [`trace_model`](super::trace_model) and [`plan_model`](super::plan_model).
     ///

@@ -24,7 +24,7 @@ pub struct Small {
 }
 
 fn network(family: &str, config: &Value) -> Box<dyn Network> {
-    nn::from_config(family, config.as_object().expect("an object"), true).expect("a network")
+    nn::from_config(family, config).expect("a network")
 }
 
 impl Small {

@@ -152,8 +152,9 @@ pub fn prepare(job: &Job, i: usize, texts: &Texts) -> Result<Prepared> {
         let what = format!("tf32 goes with kind = \"cuda\", not \"{}\"; write dtype = \"f32\"", kind.word());
         return Err(fault("dtype", what));
     }
-    let build =
-        |family: &str, config| nn::from_config(family, config, true).map_err(|e| fault("family", e.to_string()));
+    let build = |family: &str, config: &serde_json::Map<String, serde_json::Value>| {
+        nn::from_config(family, &config.clone().into()).map_err(|e| fault("family", e.to_string()))
+    };
     let mut origin = match &model.source {
         Whence::From(dir) => {
             let pretrained = nn::open(dir)?;

@@ -56,11 +56,23 @@ pub(super) fn family(name: &str, whence: &str) -> Result<&'static Family> {
 
 /// Builds the network of a family from the keys of its config.json; what is left out has transformers' default.
 ///
-/// `strict` refuses keys that mean nothing to the family, for configs that people write; Hugging Face's own files hold many.
+/// ```
+/// let config = serde_json::json!({ "n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 16, "vocab_size": 64 });
+/// let gpt = hydra::nn::from_config("gpt2", &config)?;
+/// # hydra::base::Result::Ok(())
+/// ```
 ///
 /// # Errors
-/// When the family or a value is not supported, naming the nearest known word, or the key.
-pub fn from_config(name: &str, config: &Map<String, Value>, strict: bool) -> Result<Box<dyn Network>> {
+/// When the family, a key or a value is not known or not supported, or `config` is no object; the message names the key and the nearest known word.
+pub fn from_config(name: &str, config: &Value) -> Result<Box<dyn Network>> {
+    match config {
+        Value::Object(config) => build(name, config, true),
+        _ => Err(Error::bad(format!("{name} config: is no object of keys and values"))),
+    }
+}
+
+/// Builds a network; `strict` refuses keys that mean nothing to the family, for configs that people write: Hugging Face's own files hold many.
+pub(in crate::nn) fn build(name: &str, config: &Map<String, Value>, strict: bool) -> Result<Box<dyn Network>> {
     let family = family(name, "model")?;
     let whence = format!("{name} config");
     let fields = Fields::new(config, &whence, strict);

@@ -146,8 +146,8 @@ fn llamas_rotary_angles_have_two_forms() {
 #[test]
 fn files_may_hold_more_than_jobs() {
     let more = object(json!({ "embd_drop": 0.1 }));
-    assert!(from_config("gpt2", &more, false).is_ok());
-    refused(from_config("gpt2", &more, true), &["embd_drop", "did you mean embd_pdrop?"]);
+    assert!(build("gpt2", &more, false).is_ok());
+    refused(build("gpt2", &more, true), &["embd_drop", "did you mean embd_pdrop?"]);
     assert!(strict("gpt2", json!({ "n_ctx": 64, "n_positions": 64 })).is_ok());
     // A config.json copied into a job is no mistake.
     for case in CASES {
@@ -259,7 +259,7 @@ proptest! {
         strictly in any::<bool>(),
         size in 1usize..40,
     ) {
-        match from_config(family, &config, strictly) {
+        match build(family, &config, strictly) {
             Err(Error::BadInput(message)) => prop_assert!(!message.contains('\n') && message.len() < 1000),
             Err(other) => prop_assert!(false, "{}", other),
             Ok(network) => {
@@ -270,7 +270,7 @@ proptest! {
                     prop_assert!(matches!(traced, Ok(_) | Err(Error::BadInput(_))));
                 }
                 prop_assert!(crate::nn::tensors(&*network).is_ok());
-                prop_assert_eq!(&from_config(family, &object(network.config()), false).unwrap().config(), &network.config());
+                prop_assert_eq!(&build(family, &object(network.config()), false).unwrap().config(), &network.config());
             }
         }
     }

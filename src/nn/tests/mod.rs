@@ -10,7 +10,8 @@ mod traces;
 
 use crate::base::tensorfile::{Element, TensorFile};
 use crate::base::{DType, Error, Result};
-use crate::nn::{InputShape, Network, from_config};
+use crate::nn::families::build;
+use crate::nn::{InputShape, Network};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -54,7 +55,7 @@ fn object(value: Value) -> Map<String, Value> {
 }
 
 fn strict(family: &str, config: Value) -> Result<Box<dyn Network>> {
-    from_config(family, &object(config), true)
+    build(family, &object(config), true)
 }
 
 /// Inputs of a language model with labels.

@@ -11,7 +11,7 @@ fn traced(case: &str) -> Graph {
     let config = std::fs::read_to_string(fixture(case).join("model/config.json")).unwrap();
     let config: Value = serde_json::from_str(&config).unwrap();
     let family = config["model_type"].as_str().unwrap();
-    let network = from_config(family, config.as_object().unwrap(), false).unwrap();
+    let network = build(family, config.as_object().unwrap(), false).unwrap();
     let axes = network.inputs()[0].axes.clone();
     let inputs = match family {
         "resnet" => images([axes[0], 47, 47]),
@@ -53,7 +53,7 @@ fn products_of_a_gpt2_take_what_follows_them() {
     // On 8 x 1024 ids in bf16. Dropout lies between a layer and its sum.
     for (dropout, want_residuals) in [(0.0, 24), (0.1, 0)] {
         let config = json!({"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout});
-        let network = from_config("gpt2", config.as_object().unwrap(), false).unwrap();
+        let network = build("gpt2", config.as_object().unwrap(), false).unwrap();
         let mut graph = network.trace(Mode::Training, DType::Bf16, 8, &text(1024)).unwrap();
         differentiate(&mut graph).unwrap();
         let (mut residuals, mut slopes, mut spared) = (0, 0, 0);
