@@ -4,41 +4,33 @@
 //! through a wrapper that tracks events by itself). Each call that can fail says what it was and on which GPU.
 
 use super::MULTIPROCESSORS_VARIABLE;
-use super::driver::{Facts, note_launch};
+use super::driver::Facts;
 use super::launch::{Launch, Ptr};
+use super::modules::Modules;
 use crate::base::{Error, Result};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 use cudarc::driver::{DriverError, result};
 use rayon::prelude::*;
-use std::collections::HashMap;
-use std::ffi::{CStr, CString, OsStr, c_int, c_void};
+use std::ffi::{OsStr, c_int, c_void};
 use std::mem::MaybeUninit;
 use std::time::{Duration, Instant};
 
-/// The fatbins that `build.rs` made, by the stem of their source.
-static FATBINS: &[(&str, &[u8])] = include!(concat!(env!("HYDRA_FATBINS"), "/list.rs"));
 /// The oldest driver that loads them, as the driver counts: CUDA 13.0.
 const OLDEST_DRIVER: c_int = 13_000;
 /// The oldest GPU that they run on.
 const OLDEST_ARCH: u32 = 80;
+/// Why there are modules.
+const OPENED: &str = "a GPU that has been opened has its kernels";
 /// How long the end waits for kernels that run.
 const PATIENCE: Duration = Duration::from_secs(5);
-
-/// A kernel, with the dynamic shared memory that was asked for. Up to 48 KiB less its static shared memory it could have without.
-struct Kernel {
-    function: sys::CUfunction,
-    shared_bytes: u32,
-}
 
 /// A GPU with its primary context, which every call makes its thread's.
 pub struct Gpu {
     facts: Facts,
     device: sys::CUdevice,
     context: sys::CUcontext,
-    /// Each with the name of the embedder's kernels that it holds; `None`: the crate's own.
-    modules: Vec<(Option<&'static str>, sys::CUmodule)>,
-    /// By whose they are and their names.
-    kernels: HashMap<(Option<&'static str>, &'static str), Kernel>,
+    /// None before they are loaded.
+    modules: Option<Modules>,
     streams: Vec<sys::CUstream>,
     events: Vec<sys::CUevent>,
     memory: Vec<sys::CUdeviceptr>,
@@ -47,28 +39,17 @@ pub struct Gpu {
 // SAFETY: handles of the driver API may be used from any thread, here by one at a time since there is no `Sync`; what needs the context enters it.
 unsafe impl Send for Gpu {}
 
-/// Whether bytes are a fatbin or a cubin that ends where its header says.
-fn is_whole(image: &[u8]) -> bool {
-    let number = |at: usize, bytes: usize| -> Option<u64> {
-        let field = image.get(at..at + bytes)?;
-        Some(field.iter().rev().fold(0, |number, &byte| number << 8 | u64::from(byte)))
-    };
-    let end = || match image {
-        // Magic, version, bytes of the header, bytes of what follows.
-        [0x50, 0xED, 0x55, 0xBA, ..] => number(6, 2)?.checked_add(number(8, 8)?),
-        // An ELF file of 64 bits ends with the table of sections: its start, bytes of a row, rows.
-        [0x7F, b'E', b'L', b'F', 2, ..] => number(40, 8)?.checked_add(number(58, 2)? * number(60, 2)?),
-        _ => None,
-    };
-    end().is_some_and(|end| end >= 64 && end <= image.len() as u64)
-}
-
 /// What a call was for, with the driver's own words.
-fn said(what: &str) -> impl Fn(DriverError) -> Error + '_ {
+fn told(what: &str) -> impl Fn(DriverError) -> Error + '_ {
     move |e| {
         let words = e.error_string().map(|s| s.to_string_lossy().into_owned()).unwrap_or_else(|_| format!("{e:?}"));
         Error::Device(format!("cuda: {what}: {words}"))
     }
+}
+
+/// What a call was for and on which GPU, by the machine's number, with the driver's own words.
+pub(super) fn said(ordinal: usize, error: DriverError, what: impl std::fmt::Display) -> Error {
+    told(&format!("GPU {ordinal}: {what}"))(error)
 }
 
 /// Of a GPU's multiprocessors as many as are asked for, where a number is.
@@ -89,10 +70,10 @@ pub fn count() -> Result<usize> {
     if !unsafe { sys::is_culib_present() } {
         return Err(Error::Device("cuda: no NVIDIA driver on this machine (libcuda was not found)".into()));
     }
-    result::init().map_err(said("the driver does not start"))?;
+    result::init().map_err(told("the driver does not start"))?;
     let mut version = 0;
     // SAFETY: writes one int.
-    unsafe { sys::cuDriverGetVersion(&raw mut version) }.result().map_err(said("asking for the driver's version"))?;
+    unsafe { sys::cuDriverGetVersion(&raw mut version) }.result().map_err(told("asking for the driver's version"))?;
     if version < OLDEST_DRIVER {
         return Err(Error::Device(format!(
             "cuda: the driver is for CUDA {}.{}, this program needs 13.0 or later (driver 580)",
@@ -100,7 +81,7 @@ pub fn count() -> Result<usize> {
             version % 1000 / 10
         )));
     }
-    result::device::get_count().map(|n| n as usize).map_err(said("counting devices"))
+    result::device::get_count().map(|n| n as usize).map_err(told("counting devices"))
 }
 
 /// Name and bytes of memory of each GPU.
@@ -109,10 +90,10 @@ pub fn count() -> Result<usize> {
 /// As [`count`].
 pub fn list() -> Result<Vec<(String, u64)>> {
     let describe = |ordinal| {
-        let device = result::device::get(ordinal as c_int).map_err(said("opening the device"))?;
-        let name = result::device::get_name(device).map_err(said("asking for the name"))?;
+        let device = result::device::get(ordinal as c_int).map_err(told("opening the device"))?;
+        let name = result::device::get_name(device).map_err(told("asking for the name"))?;
         // SAFETY: the device is one that `get` gave.
-        let bytes = unsafe { result::device::total_mem(device) }.map_err(said("asking for its memory"))?;
+        let bytes = unsafe { result::device::total_mem(device) }.map_err(told("asking for its memory"))?;
         Ok((name, bytes as u64))
     };
     (0..count()?).map(describe).collect()
@@ -128,10 +109,10 @@ impl Gpu {
         if ordinal >= gpus {
             return Err(Error::Device(format!("cuda: GPU {ordinal} was asked for, this machine has {gpus}")));
         }
-        let device = result::device::get(ordinal as c_int).map_err(said("opening the device"))?;
+        let device = result::device::get(ordinal as c_int).map_err(told("opening the device"))?;
         let ask = |attribute| {
             // SAFETY: the device is one that `get` gave.
-            unsafe { result::device::get_attribute(device, attribute) }.map_err(said("asking for an attribute"))
+            unsafe { result::device::get_attribute(device, attribute) }.map_err(told("asking for an attribute"))
         };
         let (major, minor) = (
             ask(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
@@ -139,14 +120,14 @@ impl Gpu {
         );
         let facts = Facts {
             ordinal,
-            name: result::device::get_name(device).map_err(said("asking for the name"))?,
+            name: result::device::get_name(device).map_err(told("asking for the name"))?,
             arch: (major * 10 + minor) as u32,
             multiprocessors: lowered(
                 ask(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32,
                 std::env::var_os(MULTIPROCESSORS_VARIABLE).as_deref(),
             )?,
             // SAFETY: the device is one that `get` gave.
-            memory_bytes: unsafe { result::device::total_mem(device) }.map_err(said("asking for its memory"))? as u64,
+            memory_bytes: unsafe { result::device::total_mem(device) }.map_err(told("asking for its memory"))? as u64,
             shared_bytes: ask(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as u32,
         };
         if facts.arch < OLDEST_ARCH {
@@ -155,28 +136,11 @@ impl Gpu {
             )));
         }
         // SAFETY: as above; released when the GPU is dropped.
-        let context = unsafe { result::primary_ctx::retain(device) }.map_err(said("making a context"))?;
-        let mut gpu = Gpu {
-            facts,
-            device,
-            context,
-            modules: Vec::new(),
-            kernels: HashMap::new(),
-            streams: Vec::new(),
-            events: Vec::new(),
-            memory: Vec::new(),
-        };
+        let context = unsafe { result::primary_ctx::retain(device) }.map_err(told("making a context"))?;
+        let mut gpu =
+            Gpu { facts, device, context, modules: None, streams: Vec::new(), events: Vec::new(), memory: Vec::new() };
         gpu.enter()?;
-        match super::kernels_dir() {
-            None => FATBINS.iter().try_for_each(|(name, image)| gpu.load(None, name, image))?,
-            Some(dir) => {
-                for (name, _) in FATBINS {
-                    let path = dir.join(format!("{name}.fatbin"));
-                    let image = std::fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
-                    gpu.load(None, name, &image)?;
-                }
-            }
-        }
+        gpu.modules = Some(Modules::own(ordinal, gpu.facts.arch)?);
         Ok(gpu)
     }
 
@@ -185,9 +149,9 @@ impl Gpu {
         &self.facts
     }
 
-    /// What a call was for and on which GPU, with the driver's own words.
+    /// What a call was for and on this GPU, with the driver's own words.
     pub(super) fn said(&self, error: DriverError, what: impl std::fmt::Display) -> Error {
-        said(&format!("GPU {}: {what}", self.facts.ordinal))(error)
+        said(self.facts.ordinal, error, what)
     }
 
     /// Makes the context this thread's: the last call may have come from another thread, or have been for another GPU.
@@ -211,77 +175,20 @@ impl Gpu {
     /// When the device has failed.
     pub fn kernels(&self) -> Result<Vec<String>> {
         self.enter()?;
-        let listing = |e| self.said(e, "listing the kernels");
-        let mut names = Vec::new();
-        for &(_, module) in self.modules.iter().filter(|(of, _)| of.is_none()) {
-            let mut count = 0;
-            // SAFETY: writes one number; modules stay loaded as long as the GPU lives.
-            unsafe { sys::cuModuleGetFunctionCount(&raw mut count, module) }.result().map_err(listing)?;
-            let mut functions = vec![std::ptr::null_mut(); count as usize];
-            // SAFETY: there is room for so many.
-            unsafe { sys::cuModuleEnumerateFunctions(functions.as_mut_ptr(), count, module) }
-                .result()
-                .map_err(listing)?;
-            for function in functions {
-                let mut name = std::ptr::null();
-                // SAFETY: writes one address; the function is of a loaded module.
-                unsafe { sys::cuFuncGetName(&raw mut name, function) }.result().map_err(listing)?;
-                // SAFETY: a C string, which lives as long as the module.
-                names.push(unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned());
-            }
-        }
-        Ok(names)
+        self.modules.as_ref().expect(OPENED).names()
     }
 
-    /// Loads a fatbin or a cubin, the crate's own or an embedder's. The driver loads each kernel of it when it is first asked for, unless CUDA_MODULE_LOADING says otherwise.
+    /// Loads an embedder's kernels, which launches name by `of`.
     ///
     /// # Errors
-    /// When it holds nothing for this GPU.
-    pub(super) fn load(&mut self, of: Option<&'static str>, name: &str, image: &[u8]) -> Result<()> {
+    /// When they hold nothing for this GPU.
+    pub(super) fn load(&mut self, of: &'static str, image: &[u8]) -> Result<()> {
         self.enter()?;
-        // The driver would read on where there is nothing.
-        if !is_whole(image) {
-            let bytes = image.len();
-            return Err(Error::bad(format!(
-                "cuda: the kernels {name}: {bytes} bytes that are no whole fatbin or cubin"
-            )));
-        }
-        // SAFETY: the image says how long it is, and is that long; the driver copies what it keeps.
-        let module = unsafe { result::module::load_data(image.as_ptr().cast()) };
-        let module = module.map_err(|e| self.said(e, format_args!("loading the kernels {name}")))?;
-        self.modules.push((of, module));
-        Ok(())
+        self.modules_mut().load(Some(of), of, image)
     }
 
-    fn kernel(&mut self, launch: &Launch) -> Result<sys::CUfunction> {
-        let Launch { kernel: name, of, shared_bytes, .. } = *launch;
-        if !self.kernels.contains_key(&(of, name)) {
-            let c_name = CString::new(name).map_err(|_| Error::bad(format!("kernel {name:?}: has a zero byte")))?;
-            let mut found = None;
-            for &(_, module) in self.modules.iter().filter(|m| m.0 == of) {
-                // SAFETY: modules stay loaded as long as the GPU lives.
-                match unsafe { result::module::get_function(module, c_name.clone()) } {
-                    Ok(function) => {
-                        found = Some(function);
-                        break;
-                    }
-                    Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_FOUND)) => {}
-                    Err(e) => return Err(self.said(e, format_args!("loading the kernel {name}"))),
-                }
-            }
-            let function = found.ok_or_else(|| Error::Device(format!("cuda: there is no kernel {name}")))?;
-            note_launch(self.facts.arch, launch);
-            self.kernels.insert((of, name), Kernel { function, shared_bytes: 0 });
-        }
-        let Kernel { function, shared_bytes: has } = self.kernels[&(of, name)];
-        if shared_bytes > has {
-            let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            // SAFETY: the function is of a loaded module.
-            unsafe { result::function::set_function_attribute(function, attribute, shared_bytes as c_int) }
-                .map_err(|e| self.said(e, format_args!("{name}: {shared_bytes} bytes of shared memory")))?;
-            self.kernels.insert((of, name), Kernel { function, shared_bytes });
-        }
-        Ok(function)
+    fn modules_mut(&mut self) -> &mut Modules {
+        self.modules.as_mut().expect(OPENED)
     }
 
     pub(super) fn alloc(&mut self, bytes: u64) -> Result<Ptr> {
@@ -318,7 +225,7 @@ impl Gpu {
 
     pub(super) fn launch(&mut self, stream: usize, launch: &Launch) -> Result<()> {
         self.enter()?;
-        let function = self.kernel(launch)?;
+        let function = self.modules_mut().kernel(launch)?;
         let ([x, y, z], stream) = (launch.grid, self.streams[stream]);
         // SAFETY: the arguments are in the kernel's order and of its types, which the parity tests check by running it, and an embedder of its own promises (`Kernels::new`); the memory that they
         // name stays allocated as long as the GPU lives, and its use is ordered by marks.
@@ -419,10 +326,7 @@ impl Drop for Gpu {
             // SAFETY: as above.
             let _ = unsafe { result::stream::destroy(stream) };
         }
-        for &(_, module) in &self.modules {
-            // SAFETY: as above; nothing runs any more.
-            let _ = unsafe { result::module::unload(module) };
-        }
+        self.modules.iter_mut().for_each(Modules::unload);
         for &memory in &self.memory {
             // SAFETY: as above.
             let _ = unsafe { result::free_sync(memory) };
@@ -451,20 +355,5 @@ mod tests {
             let error = lowered(132, Some(OsStr::new(bad))).expect_err("refused").to_string();
             assert!(error.contains("HYDRA_MULTIPROCESSORS") && error.contains("132"), "{error}");
         }
-    }
-
-    #[test]
-    fn images_are_whole_or_refused() {
-        for (name, image) in FATBINS {
-            assert!(is_whole(image), "{name}");
-            assert!(!is_whole(&image[..image.len() - 8]) || image.len() < 72, "{name}: cut short");
-        }
-        let ptx = b".version 9.0\n.target sm_90a\n.address_size 64\n// and so on, for more than 64 bytes";
-        for bad in [&b""[..], b"\x50\xED\x55\xBA", b"\x7FELF\x02", &[0; 100], ptx, &[0xFF; 200]] {
-            assert!(!is_whole(bad), "{bad:?}");
-        }
-        let mut endless = FATBINS[0].1.to_vec();
-        endless[8..16].fill(0xFF);
-        assert!(!is_whole(&endless));
     }
 }

@@ -50,7 +50,7 @@ impl Driver for Gpus {
         if self.custom.has(name, fatbin)? {
             return Ok(());
         }
-        self.gpus.iter_mut().try_for_each(|gpu| gpu.load(Some(name), name, fatbin))?;
+        self.gpus.iter_mut().try_for_each(|gpu| gpu.load(name, fatbin))?;
         self.custom.note(name, fatbin);
         Ok(())
     }

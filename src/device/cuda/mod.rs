@@ -29,6 +29,8 @@ mod launch;
 mod linear;
 mod loss_sum;
 mod mean_squared_error;
+#[cfg(feature = "cuda")]
+mod modules;
 mod norm;
 mod operands;
 mod ops;

@@ -1,6 +1,6 @@
 //! Runs an embedder's own op: hands it its operands as f32 slices.
 
-use super::ops::Operands;
+use super::operands::Operands;
 use crate::base::Shape;
 use crate::graph::{CUSTOM_OPERANDS, CustomOp};
 

@@ -2,7 +2,8 @@
 
 use super::lanes::Shared;
 use super::memory::Block;
-use super::ops::{Operands, run_step};
+use super::operands::Operands;
+use super::ops::run_step;
 use super::optimizer::{self, AdamwStep, SgdStep};
 use super::{master, widen};
 use crate::base::Result;

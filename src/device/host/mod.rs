@@ -1,6 +1,6 @@
 //! The host device: the machine's cores as devices, with separate memories and real copies between them.
 //!
-//! One file an op family holds bodies on slices, generic over [`real::Real`]; `ops` finds their operands, `execute` runs tasks, `lanes` are
+//! One file an op family holds bodies on slices, generic over [`real::Real`]; `operands` are what they are given, `ops` calls them, `execute` runs tasks, `lanes` are
 //! the threads. Every body gives the same bits whatever the number of threads.
 
 pub mod activation;
@@ -27,6 +27,7 @@ pub mod master;
 pub mod mean_squared_error;
 mod memory;
 pub mod norm;
+mod operands;
 mod ops;
 pub mod optimizer;
 pub mod parallel;

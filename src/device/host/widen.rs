@@ -5,7 +5,7 @@
 //! in bf16 at all, and to run programs that were placed for other devices; no budget counts it.
 
 use super::memory::Block;
-use super::ops::Operands;
+use super::operands::Operands;
 use super::parallel::{CHUNK, simd};
 use crate::base::{DType, align_up};
 use crate::graph::{ALIGNMENT, Buffer, Op, Program, Step};
