@@ -11,6 +11,7 @@ use super::driver::Driver;
 use super::driver::Facts;
 use super::lane::{Held, HostLane, StreamLane};
 use super::launch::Ptr;
+use super::memory::{DeviceMemory, LogicalDevice};
 use super::optimizer;
 use crate::base::{Error, LaneId, LaneKind, Result};
 use crate::device::host::beside::{HostLanes, HostLanesConfig};
@@ -21,15 +22,6 @@ use std::time::Instant;
 
 /// The longest stretch of patience that passes at once.
 const PATIENCE_SLICE_SECS: f64 = 1.0;
-
-/// A logical device: where it lies, and its memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LogicalDevice {
-    /// The GPU, by its place among the driver's.
-    pub gpu: usize,
-    /// Bytes of its arena.
-    pub arena_bytes: u64,
-}
 
 /// What a [`CudaDevice`] is made of.
 #[derive(Clone, Debug, Default)]
@@ -55,11 +47,7 @@ pub struct CudaDevice {
     beside: HostLanes,
     driver: ManuallyDrop<Box<dyn Driver>>,
     streams: Vec<StreamLane>,
-    devices: Vec<LogicalDevice>,
-    arenas: Vec<Ptr>,
-    high_water: Vec<u64>,
-    /// Pinned memory, each piece with the offset where it begins and its size.
-    host: Vec<(u64, Ptr, u64)>,
+    memory: DeviceMemory,
     /// In the order of [`HostLanes::names`].
     host_lanes: Vec<HostLane>,
     submitted: Vec<u64>,
@@ -69,23 +57,6 @@ pub struct CudaDevice {
     /// Of each GPU.
     gpu_clocks: Vec<GpuClock>,
     clock: Instant,
-}
-
-/// Where a span begins.
-fn address(arenas: &[Ptr], host: &[(u64, Ptr, u64)], span: Span) -> Ptr {
-    match span.memory {
-        Memory::Host => host_address(host, span.offset, span.bytes),
-        Memory::Device(device) => arenas[device as usize].plus(span.offset),
-        Memory::Disk => unreachable!("the disk tier has lanes of its own"),
-    }
-}
-
-/// Where `bytes` of host memory from `offset` on begin.
-fn host_address(host: &[(u64, Ptr, u64)], offset: u64, bytes: u64) -> Ptr {
-    let (base, start, size) = host[host.partition_point(|(base, ..)| *base <= offset) - 1];
-    let end = offset.saturating_add(bytes);
-    assert!(end <= base + size, "bytes {offset}..{end} of host memory that ends at {}", base + size);
-    start.plus(offset - base)
 }
 
 /// Refuses stretches of two lengths.
@@ -149,12 +120,11 @@ impl CudaDevice {
         check(driver.as_ref(), &config.devices)?;
         let clock = Instant::now();
         let host = driver.alloc_host(config.host_bytes)?;
-        let mut arenas = Vec::new();
+        let memory = DeviceMemory::new(driver.as_mut(), &config.devices, Ptr(host as u64), config.host_bytes)?;
         let mut lanes = Vec::new();
         let mut streams = Vec::new();
         for (device, logical) in config.devices.iter().enumerate() {
             let device = device as u16;
-            arenas.push(driver.alloc(logical.gpu, logical.arena_bytes)?);
             for kind in [LaneKind::Compute, LaneKind::HostToDevice, LaneKind::DeviceToHost] {
                 lanes.push(LaneId { device, kind });
                 streams.push(StreamLane::new(driver.as_mut(), logical.gpu, kind == LaneKind::Compute)?);
@@ -164,7 +134,8 @@ impl CudaDevice {
         for gpu in 0..driver.gpus() {
             let stream = driver.stream(gpu)?;
             if config.poison {
-                for (&arena, logical) in arenas.iter().zip(&config.devices).filter(|(_, logical)| logical.gpu == gpu) {
+                for (device, logical) in config.devices.iter().enumerate().filter(|(_, logical)| logical.gpu == gpu) {
+                    let arena = memory.arena(device as u16);
                     driver.fill(stream, arena, crate::device::host::POISON, logical.arena_bytes)?;
                 }
             }
@@ -181,10 +152,7 @@ impl CudaDevice {
             lanes,
             driver: ManuallyDrop::new(driver),
             streams,
-            devices: config.devices.clone(),
-            high_water: vec![0; arenas.len()],
-            arenas,
-            host: vec![(0, Ptr(host as u64), config.host_bytes)],
+            memory,
             host_lanes: beside.names().iter().map(|_| HostLane::default()).collect(),
             beside,
             ready: VecDeque::new(),
@@ -231,7 +199,7 @@ impl CudaDevice {
     fn advance_stream(&mut self, lane: usize) -> std::result::Result<bool, (Ticket, Error)> {
         let entry = &mut self.streams[lane];
         if let Some((ticket, device)) = entry.begun() {
-            let arena = self.arenas[device as usize];
+            let arena = self.memory.arena(device);
             return entry.go_on(self.driver.as_mut(), arena).map_err(|error| (ticket, error));
         }
         let Some(held) = self.streams[lane].held.front() else { return Ok(false) };
@@ -307,48 +275,31 @@ impl CudaDevice {
             Task::Norm(norm) => {
                 let touched = [Some(norm.gradient), Some(norm.table), norm.scratch];
                 touched.into_iter().flatten().try_for_each(|span| self.touch(lane, span))?;
-                let (arenas, host) = (&self.arenas, &self.host);
+                let memory = &self.memory;
                 let mut queue = self.streams[lane].queue(self.driver.as_mut(), number);
-                optimizer::norm(&mut queue, norm, &|span| address(arenas, host, span))
+                optimizer::norm(&mut queue, norm, &|span| memory.address(span))
             }
             Task::Update(update) => {
                 let moments = update.moments.iter().flatten().copied();
                 let others = [update.weight, update.gradient, update.gate];
                 let mut touched = moments.chain(others).chain(update.clip.map(|c| c.table)).chain(update.remainder);
                 touched.try_for_each(|span| self.touch(lane, span))?;
-                let (arenas, host) = (&self.arenas, &self.host);
+                let memory = &self.memory;
                 let mut queue = self.streams[lane].queue(self.driver.as_mut(), number);
-                optimizer::update(&mut queue, update, &|span| address(arenas, host, span))
+                optimizer::update(&mut queue, update, &|span| memory.address(span))
             }
         }
     }
 
     /// Notes that a task of a lane touches a span.
     fn touch(&mut self, lane: usize, span: Span) -> Result<()> {
-        if let Memory::Device(device) = span.memory
-            && span.bytes > 0
-        {
-            let (own, gpu) = (self.streams[lane].stream.gpu, self.devices[device as usize].gpu);
-            if gpu != own {
-                let (own, other) = (self.driver.facts(own), self.driver.facts(gpu));
-                let what = format!("a task on {own} touches memory of device {device}, which lies on {other}");
-                return Err(Error::Device(what));
-            }
-            let bytes = self.devices[device as usize].arena_bytes;
-            if span.end() > bytes {
-                let what = format!("bytes {}..{} of device {device}, whose arena has {bytes}", span.offset, span.end());
-                return Err(Error::Device(what));
-            }
-            let high = &mut self.high_water[device as usize];
-            *high = (*high).max(span.end());
-        }
-        Ok(())
+        self.memory.touch(self.driver.as_ref(), self.streams[lane].stream.gpu, span)
     }
 
     /// Where a span begins; notes that it is touched.
     fn touched(&mut self, lane: usize, span: Span) -> Result<Ptr> {
         self.touch(lane, span)?;
-        Ok(address(&self.arenas, &self.host, span))
+        Ok(self.memory.address(span))
     }
 
     /// Moves what has ended to `ready`, in the order of time, device, lane and task.
@@ -461,19 +412,19 @@ impl Device for CudaDevice {
         let start = self.driver.alloc_host(bytes)?;
         // SAFETY: pinned memory of exactly this size, aligned to pages, which lives as long as the driver; the host's lanes are dropped before it.
         let base = unsafe { self.beside.add(start, bytes) };
-        self.host.push((base, Ptr(start as u64), bytes));
+        self.memory.grow(base, Ptr(start as u64), bytes);
         Ok(base)
     }
 
     unsafe fn write_host(&mut self, offset: u64, bytes: &[u8]) {
-        let to = host_address(&self.host, offset, bytes.len() as u64).0 as *mut u8;
-        // SAFETY: inside the store (`host_address`); no task touches these bytes now, by the caller's promise; the caller's slice is elsewhere.
+        let to = self.memory.host_address(offset, bytes.len() as u64).0 as *mut u8;
+        // SAFETY: inside the store (`DeviceMemory::host_address`); no task touches these bytes now, by the caller's promise; the caller's slice is elsewhere.
         unsafe { to.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
     }
 
     unsafe fn read_host(&self, offset: u64, bytes: &mut [u8]) {
-        let from = host_address(&self.host, offset, bytes.len() as u64).0 as *const u8;
-        // SAFETY: inside the store (`host_address`); no task writes these bytes now, by the caller's promise; the caller's slice is elsewhere.
+        let from = self.memory.host_address(offset, bytes.len() as u64).0 as *const u8;
+        // SAFETY: inside the store (`DeviceMemory::host_address`); no task writes these bytes now, by the caller's promise; the caller's slice is elsewhere.
         unsafe { bytes.as_mut_ptr().copy_from_nonoverlapping(from, bytes.len()) };
     }
 
@@ -490,6 +441,6 @@ impl Device for CudaDevice {
     }
 
     fn high_water_bytes(&self, device: u16) -> u64 {
-        self.high_water[device as usize]
+        self.memory.high_water(device)
     }
 }

@@ -29,6 +29,7 @@ mod launch;
 mod linear;
 mod loss_sum;
 mod mean_squared_error;
+mod memory;
 #[cfg(feature = "cuda")]
 mod modules;
 mod norm;
@@ -42,12 +43,13 @@ mod rotary;
 mod stand;
 mod transpose;
 
-pub use device::{CudaConfig, CudaDevice, LogicalDevice};
+pub use device::{CudaConfig, CudaDevice};
 pub use driver::{Facts, launched};
 #[cfg(feature = "emulator")]
 pub use emulated::Emulated;
 #[cfg(feature = "cuda")]
 pub use gpu::{Gpu, count, list};
+pub use memory::LogicalDevice;
 
 /// The environment variable that names a folder of kernels to load instead of those that were built in: `<stem>.fatbin` for a GPU,
 /// `kernels.so` for the emulator.
