@@ -11,6 +11,8 @@ mod many;
 mod paths;
 #[path = "cli/resume.rs"]
 mod resume;
+#[path = "cli/settings.rs"]
+mod settings;
 #[path = "cli/split.rs"]
 mod split;
 #[path = "cli/tokenizer.rs"]
@@ -19,7 +21,9 @@ mod tokenizer;
 use common::fixture;
 use hydra::train::metrics::{Row, read_rows};
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
@@ -190,6 +194,17 @@ fn taken_apart(bytes: &[u8]) -> (Value, Vec<u8>) {
     (serde_json::from_slice(&bytes[8..8 + length]).expect("header"), bytes[8 + length..].to_vec())
 }
 
+/// A place in a file system that takes nothing, for root neither.
+const TAKES_NOTHING: &str = "/sys/kernel/hydra";
+
+/// The exit code of who writes there: where there is no such folder the input is at fault, and where it refuses the machine is.
+fn code_of_nothing() -> i32 {
+    match fs::create_dir(TAKES_NOTHING).expect_err("it takes nothing").kind() {
+        ErrorKind::NotFound => 2,
+        _ => 1,
+    }
+}
+
 #[test]
 fn a_run_leaves_plan_metrics_trace_and_a_model_that_loads_again() {
     let job = Job::measured(GPT);
@@ -292,11 +307,12 @@ fn a_device_that_states_a_profile_is_not_measured() {
     let mut cost = job.json("rates.json");
     cost["rates"].as_array_mut().expect("rates").iter_mut().for_each(|rate| half(&mut rate["work_per_sec"]));
     fs::write(job.at("rates.json"), cost.to_string()).expect("rates.json");
-    let step_secs = |plan: &str| serde_json::from_str::<Value>(plan).expect("json")["step_secs"].as_f64();
-    let slower = job.hydra(&["plan", "--json"]).fine().out;
+    let step_secs = |plan: &Value| plan["step_secs"].as_f64().expect("seconds");
+    let plan: Value = serde_json::from_str(&plan).expect("json");
+    let slower = job.hydra(&["plan", "--json"]).fine().json();
     assert!(step_secs(&slower) > step_secs(&plan), "{slower} {plan}");
     job.hydra(&["train"]).fine();
-    assert_eq!(job.json("runs/job/plan.json")["step_secs"].as_f64(), step_secs(&slower));
+    assert_eq!(step_secs(&job.json("runs/job/plan.json")), step_secs(&slower));
     fs::write(job.at("rates.json"), "{}").expect("rates.json");
     job.hydra(&["train", "--set", "run.out=again"]).bad(&["device.0.profile", "is no profile"]);
     // What no device has is refused by name.
@@ -871,10 +887,7 @@ fn bad_jobs() {
     job.hydra(&["train", "--set", "run.out=."]).bad(&["holds no run", "job.toml is there already"]);
     assert_eq!(fs::read_to_string(job.at("job.toml")).expect("job"), with_rates(GPT));
     job.hydra(&["train", "--set", "run.out=/dev/null/x"]).bad(&["/dev/null/x"]);
-    // A file system that takes nothing, for root neither.
-    let read_only = job.hydra(&["train", "--set", "run.out=/sys/kernel/hydra"]);
-    assert!([1, 2].contains(&read_only.code), "{read_only:?}");
-    read_only.fails(read_only.code, &["/sys/kernel/hydra"]);
+    job.hydra(&["train", "--set", &format!("run.out={TAKES_NOTHING}")]).fails(code_of_nothing(), &[TAKES_NOTHING]);
     for usage in [&["trian"][..], &["train"], &[]] {
         let ran = hydra(usage);
         assert_eq!(ran.code, 2);
@@ -1020,6 +1033,12 @@ fn forward_writes_logits_whole_or_not_at_all() {
     let narrow: Vec<u8> = (0..6i32).flat_map(i32::to_le_bytes).collect();
     forward(tensor_file(&[("input_ids", "I32", &[2, 3], narrow)]), &output).fine();
     assert_eq!(taken_apart(&fs::read(&output).expect("logits")).1, data);
+    // A key that is masked is seen by nobody of its sample.
+    let mask = i64s(&[1, 1, 1, 1, 0, 1]);
+    let masked = tensor_file(&[("input_ids", "I64", &[2, 3], ids(1)), ("attention_mask", "I64", &[2, 3], mask)]);
+    forward(masked, &output).fine();
+    let (first, masked) = (data.len() / 2, taken_apart(&fs::read(&output).expect("logits")).1);
+    assert!(masked[..first] == data[..first] && masked[first..] != data[first..]);
 
     let kept = fs::read(&output).expect("logits");
     for (bytes, says) in [
@@ -1052,20 +1071,26 @@ fn devices_always_ends_well() {
     assert!(said["devices"][2]["why"].as_str().expect("why").contains("cuda"));
 }
 
+/// A microbatch is a batch to those that normalise over one, as it is to torch.
 #[test]
 fn images_train_and_count_their_batches() {
     let job = Job::fixture("resnet-basic");
-    job.hydra(&["train", "--set", "model.0.steps=2"]).fine();
-    let (header, data) = taken_apart(&fs::read(job.at("runs/job/m/model/model.safetensors")).expect("weights"));
-    let counts =
-        header.as_object().expect("an object").iter().filter(|(name, _)| name.ends_with("num_batches_tracked"));
-    let (before, _) = taken_apart(&fs::read(job.at("model/model.safetensors")).expect("weights"));
-    let mut seen = 0;
-    for (name, entry) in counts {
-        let at = entry["data_offsets"][0].as_u64().expect("an offset") as usize;
-        let count = i64::from_le_bytes(data[at..at + 8].try_into().expect("8 bytes"));
-        assert!(count >= 2 && before.get(name).is_some(), "{name}: {count}");
-        seen += 1;
+    let counts = |path: &str| -> BTreeMap<String, i64> {
+        let (header, data) = taken_apart(&fs::read(job.at(path)).expect("weights"));
+        let header = header.as_object().expect("an object").iter();
+        let count = |entry: &Value| {
+            let at = entry["data_offsets"][0].as_u64().expect("an offset") as usize;
+            i64::from_le_bytes(data[at..at + 8].try_into().expect("8 bytes"))
+        };
+        let counters = header.filter(|(name, _)| name.ends_with("num_batches_tracked"));
+        counters.map(|(name, entry)| (name.clone(), count(entry))).collect()
+    };
+    let before = counts("model/model.safetensors");
+    assert!(!before.is_empty());
+    for (microbatch, batches) in [(6, 2), (3, 4)] {
+        let (out, size) = (format!("run.out=of{microbatch}"), format!("model.0.microbatch={microbatch}"));
+        job.hydra(&["train", "--set", "model.0.steps=2", "--set", &out, "--set", &size]).fine();
+        let want: BTreeMap<String, i64> = before.iter().map(|(name, count)| (name.clone(), count + batches)).collect();
+        assert_eq!(counts(&format!("of{microbatch}/m/model/model.safetensors")), want);
     }
-    assert!(seen > 0);
 }

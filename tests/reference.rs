@@ -1,11 +1,38 @@
-//! The fixtures against PyTorch: losses and weights after AdamW steps, resident and under small budgets. On the host; where
-//! `HYDRA_KERNEL_TESTS_DEVICE` names another device, on that (see `common::device`).
+//! The fixtures against PyTorch: logits of the first batch, losses and weights after AdamW steps, resident and under small budgets. On the host;
+//! where `HYDRA_KERNEL_TESTS_DEVICE` names another device, on that (see `common::device`), but for the logits.
 
 mod common;
 
 use common::device::{Asked, asked};
-use common::{Case, distance};
+use common::{Case, Outcome, distance};
+use hydra::data::{Batch, names};
+use hydra::nn;
 use hydra::spill::PlanOptions;
+use hydra::train::{TrainOptions, wait_forward};
+use std::collections::BTreeMap;
+
+fn floats(bits: &[u32]) -> Vec<f32> {
+    bits.iter().map(|&b| f32::from_bits(b)).collect()
+}
+
+/// A case's first batch without its labels.
+fn first_inputs(case: &Case) -> Batch {
+    let mut batch = Batch::default();
+    case.source().fill(0, &mut batch).expect("a batch");
+    batch.tensors.retain(|tensor| tensor.name != names::LABELS);
+    batch
+}
+
+/// Losses and weights are PyTorch's, within the case's tolerance.
+fn check_trained(case: &Case, what: &str, trained: &Outcome, expected: &BTreeMap<String, Vec<f32>>) {
+    let losses = floats(&trained.losses);
+    let off = distance(&losses, &expected["losses"]);
+    assert!(off < case.tolerance("losses"), "{what}: losses are off by {off:e}: {losses:?}");
+    for (tensor, want) in expected.iter().filter_map(|(k, v)| Some((k.strip_prefix("after.")?, v))) {
+        let off = distance(&floats(&trained.tensors[tensor]), want);
+        assert!(off < case.tolerance("weights"), "{what}: {tensor} is off by {off:e}");
+    }
+}
 
 fn check(name: &str) {
     let case = Case::open(name);
@@ -15,23 +42,25 @@ fn check(name: &str) {
         Asked::Device(spec) => options.device = spec,
         Asked::Missing => return,
     }
-    let whole = case.train(&options).expect("unconstrained run");
     let expected = case.expected();
-    let limit = |key: &str| case.spec["tolerance"][key].as_f64().expect("a number");
-    let losses: Vec<f32> = whole.losses.iter().map(|&b| f32::from_bits(b)).collect();
-    let off = distance(&losses, &expected["losses"]);
-    assert!(off < limit("losses"), "{name}: losses are off by {off:e}: {losses:?}");
-    for (tensor, want) in expected.iter().filter_map(|(k, v)| Some((k.strip_prefix("after.")?, v))) {
-        let got: Vec<f32> = whole.tensors[tensor].iter().map(|&b| f32::from_bits(b)).collect();
-        let off = distance(&got, want);
-        assert!(off < limit("weights"), "{name}: {tensor} is off by {off:e}");
+    let (_, logits) = wait_forward(&case.pretrained, &first_inputs(&case)).expect("logits");
+    let off = distance(&logits, &expected["logits"]);
+    assert!(off < case.tolerance("logits"), "{name}: logits are off by {off:e}");
+
+    let whole = case.train(&options).expect("unconstrained run");
+    check_trained(&case, name, &whole, &expected);
+    let (model, plan) = case.plan(&options).expect("plan");
+    // Where nothing is normalised over the batch, samples may as well come one by one.
+    if model.train.states.is_empty() {
+        let one_by_one = TrainOptions { microbatch: 1, ..options.clone() };
+        let trained = case.train(&one_by_one).expect("a run in microbatches");
+        check_trained(&case, &format!("{name} in microbatches"), &trained, &expected);
     }
-    let (_, plan) = case.plan(&options).expect("plan");
     let (peak, smallest) = (plan.arena.bytes, plan.smallest_device_bytes);
     assert!(smallest < peak, "{name}: {smallest} is no smaller than {peak}");
     for budget in [smallest, peak * 6 / 10, peak * 8 / 10] {
         let budget = budget.max(smallest);
-        let spilled = hydra::train::TrainOptions {
+        let spilled = TrainOptions {
             plan: PlanOptions { device_budget: Some(budget), ..PlanOptions::default() },
             ..options.clone()
         };
@@ -39,10 +68,8 @@ fn check(name: &str) {
         assert!(plan.arena.bytes <= budget && plan.shards.len() > 1, "{name}: {} shards", plan.shards.len());
         assert!(case.train(&spilled).expect("spilled run") == whole, "{name}: other bits under {budget} bytes");
     }
-    let short = hydra::train::TrainOptions {
-        plan: PlanOptions { device_budget: Some(smallest - 1), ..PlanOptions::default() },
-        ..options
-    };
+    let short =
+        TrainOptions { plan: PlanOptions { device_budget: Some(smallest - 1), ..PlanOptions::default() }, ..options };
     let refused = case.plan(&short).expect_err("one byte less is too little");
     assert!(refused.to_string().contains(&smallest.to_string()), "{refused}");
 }
@@ -75,4 +102,20 @@ fn bert() {
 #[test]
 fn vit() {
     check("vit");
+}
+
+/// Dropout is of training alone: a model that was trained with it has the logits that it has without.
+#[test]
+fn logits_know_no_dropout() {
+    let mut case = Case::open("gpt2");
+    let inputs = first_inputs(&case);
+    let mut config = case.pretrained.network.config();
+    let mut logits = |dropout: f64| {
+        for key in ["resid_pdrop", "embd_pdrop", "attn_pdrop"] {
+            config[key] = dropout.into();
+        }
+        case.pretrained.network = nn::from_config("gpt2", &config).expect("a network");
+        wait_forward(&case.pretrained, &inputs).expect("logits").1
+    };
+    assert!(logits(0.5) == logits(0.0));
 }

@@ -154,6 +154,8 @@ struct Seen {
     frozen: BTreeSet<usize>,
     /// Shards without a backward.
     idle: BTreeSet<bool>,
+    /// Optimizers that were compared with each other, all else the same.
+    optimizers: BTreeSet<(usize, usize)>,
 }
 
 /// Trains a model by `recipe` under `regime`.
@@ -232,8 +234,20 @@ fn check(family: &Family, microbatch: usize, bf16: bool, cases: u32) -> Seen {
     if let Err(error) = result {
         panic!("{error}");
     }
-    let seen = seen.into_inner();
+    let (references, mut seen) = (references.into_inner(), seen.into_inner());
+    // All that a recipe says tells, or its runs would be the same for want of a difference.
+    let all_train = || references.iter().filter(|(recipe, _)| recipe.frozen == 0);
+    for (a, one) in all_train() {
+        for (b, other) in all_train().filter(|(b, _)| *b > a) {
+            assert!(one.tensors != other.tensors, "the same bits by {a:?} and {b:?}");
+            if *a == (Recipe { optimizer: a.optimizer, ..*b }) {
+                seen.optimizers.insert((a.optimizer, b.optimizer));
+            }
+        }
+    }
     assert!(seen.frozen.len() == family.frozen.len() && seen.idle.len() == 2, "{seen:?}");
+    // Decay of all, of matrices or of nothing; momentum, and Nesterov's.
+    assert!([(0, 1), (1, 2), (3, 4), (4, 5)].iter().all(|pair| seen.optimizers.contains(pair)), "{seen:?}");
     seen
 }
 

@@ -1,18 +1,17 @@
 //! A session step by step: the bits of one that runs through, whatever is asked of it in between; and what it refuses.
 
 mod common;
+#[path = "session/driven.rs"]
+mod driven;
 
-use common::small::{Driver, Small};
-use common::{Outcome, difference, gather};
-use hydra::base::{DType, Error, IGNORED, Result};
+use common::small::Small;
+use common::{Outcome, difference, gather, gather_of};
+use hydra::base::{DType, Error, IGNORED, Result, Shape};
 use hydra::data::{Batch, InputSpec, Source, names};
-use hydra::device::host::{HostConfig, HostDevice, HostSpec};
-use hydra::engine::{Engine, EngineOptions};
-use hydra::graph::{Activation, Builder, Init, Mode, WeightLayout};
+use hydra::engine::Engine;
 use hydra::nn::{self, Form};
-use hydra::spill::{Model, Plan, PlanOptions};
+use hydra::spill::PlanOptions;
 use hydra::train::{Fleet, Observer, Optimizer, Schedule, Session, StepReport, TrainOptions, Weights};
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 /// Under a budget at which every shard is on its way.
@@ -22,6 +21,11 @@ fn options(small: &Small, dtype: DType) -> TrainOptions {
         TrainOptions { seed: 5, batch: 4, microbatch: 2, clip: Some(0.5), schedule, dtype, ..TrainOptions::new(7) };
     let device_budget = Some(small.plan(&free).expect("a plan").1.smallest_device_bytes);
     TrainOptions { plan: PlanOptions { device_budget, ..PlanOptions::default() }, valid_every: 50, ..free }
+}
+
+/// Weights move by the gradient times `lr`, and by nothing else.
+fn plain_sgd(lr: f64) -> Optimizer {
+    Optimizer::Sgd { lr, momentum: 0.0, nesterov: false, weight_decay: 0.0 }
 }
 
 fn session(small: &Small, options: &TrainOptions) -> Session {
@@ -98,6 +102,47 @@ fn steps_one_by_one_have_the_bits_of_a_run() {
     }
 }
 
+#[test]
+fn a_checkpoint_of_another_run_is_refused() {
+    let small = Small::gpt(14, 2, 1, 9, 0.0);
+    let options = TrainOptions { schedule: Schedule::Constant, ..options(&small, DType::F32) };
+    let dir = tempfile::tempdir().expect("a folder");
+    let path = dir.path().join("checkpoint.safetensors");
+    session(&small, &options).wait_checkpoint(&path).expect("written");
+    for (other, says) in [
+        (TrainOptions { seed: 6, ..options.clone() }, "seed is 5 in the checkpoint, 6 in the job"),
+        (TrainOptions { microbatch: 1, ..options.clone() }, "microbatch is 2 in the checkpoint, 1 in the job"),
+        (TrainOptions { optimizer: plain_sgd(0.1), ..options.clone() }, "optimizer.kind is adamw in the checkpoint"),
+    ] {
+        let mut session = session(&small, &other);
+        let error = session.resume(&path).expect_err(says).to_string();
+        assert!(error.contains(&path.display().to_string()) && error.contains(says), "{error}");
+        assert_eq!(session.steps_done(), 0);
+    }
+    assert_eq!(session(&small, &options).resume(&path).expect("of this run"), Some(0));
+}
+
+#[test]
+fn weights_that_are_given_are_begun_with_and_the_rest_is_drawn() {
+    let small = Small::gpt(14, 2, 1, 9, 0.0);
+    let options = options(&small, DType::F32);
+    let given = |name: &str, shape: &Shape| -> Result<Option<Vec<f32>>> {
+        Ok(name.ends_with("wpe.weight").then(|| (0..shape.elems()).map(|i| i as f32).collect()))
+    };
+    let first = |weights: Weights| {
+        let source = small.source(options.batch, options.seed);
+        let planned = small.plan(&options).expect("a plan");
+        let session = Session::new(weights, planned, source, None, options.clone()).expect("a session");
+        let mut outcome = Outcome::default();
+        gather_of(session.engine(), 0, &mut outcome);
+        outcome.tensors
+    };
+    let (mut want, got) = (first(Weights::Random), first(Weights::Given(&given)));
+    let table = want.get_mut("transformer.wpe.weight").expect("a table of positions");
+    *table = (0..table.len()).map(|i| (i as f32).to_bits()).collect();
+    assert!(got == want);
+}
+
 /// In bf16 the engine keeps no lower half of what it does not train; the directory has it all the same.
 #[test]
 fn frozen_weights_of_a_bf16_model_are_saved_as_they_were() {
@@ -136,34 +181,50 @@ fn a_run_after_the_last_step_validates_and_ends() {
     let mut collect = common::Collect::default();
     session.run(&mut collect, &AtomicBool::new(false)).expect("the end");
     assert_eq!((collect.0.losses.len(), collect.0.valid.len()), (0, 1));
+    // Asked for, it is the same; of two minibatches in flight neither is forgotten.
+    let mut held_out = small.held_out(options.batch);
+    assert!(held_out.batches_per_epoch() > 2);
+    let valid = session.wait_evaluation(held_out.as_mut()).expect("an evaluation");
+    assert_eq!(valid.to_bits(), collect.0.valid[0]);
 }
 
-/// What is due is due, whoever begins the steps: a validation that a resumed run owes waits for none, and one at a step that was begun by hand is made.
+/// What is due is due, whoever begins the steps: a validation that a resumed run owes waits for none, and one at a step that was begun by hand is made. So it
+/// is with one that the observer wants, where it was asked.
 #[test]
 fn steps_by_hand_and_a_run_after_them_validate_when_it_is_due() {
     #[derive(Default)]
-    struct Dues(Vec<u64>, Vec<u64>);
+    struct Dues {
+        steps: Vec<u64>,
+        valid: Vec<u64>,
+        /// After so many steps it wants one beside those that are due anyway.
+        wants: Option<u64>,
+    }
     impl Observer for Dues {
         fn step(&mut self, report: &StepReport) -> Result<()> {
-            self.0.push(report.result.step);
+            self.steps.push(report.result.step);
             Ok(())
         }
         fn valid(&mut self, step: u64, _: f32, _: f64) -> Result<()> {
-            self.1.push(step);
+            self.valid.push(step);
             Ok(())
+        }
+        fn wants_rest(&mut self, step: u64) -> bool {
+            self.wants == Some(step)
         }
     }
     let small = Small::gpt(18, 2, 1, 9, 0.0);
     let options = TrainOptions { valid_every: 2, ..options(&small, DType::F32) };
     let go = AtomicBool::new(false);
-    let mut fresh = session(&small, &options);
-    fresh.wait_step().expect("a step");
-    let mut dues = Dues::default();
-    fresh.run(&mut dues, &go).expect("a run");
-    assert_eq!(dues.1, [2, 4, 6, 7]);
+    for (wants, want) in [(None, &[2, 4, 6, 7][..]), (Some(5), &[2, 4, 5, 6, 7])] {
+        let mut fresh = session(&small, &options);
+        fresh.wait_step().expect("a step");
+        let mut dues = Dues { wants, ..Dues::default() };
+        fresh.run(&mut dues, &go).expect("a run");
+        assert_eq!(dues.valid, want);
+    }
 
     let dir = tempfile::tempdir().expect("a folder");
-    for done in [1, 2] {
+    for done in [1, 2, 3] {
         let path = dir.path().join(format!("{done}.safetensors"));
         let mut first = session(&small, &TrainOptions { steps: done, schedule: Schedule::Constant, ..options.clone() });
         first.run(&mut (), &go).expect("a run");
@@ -175,13 +236,14 @@ fn steps_by_hand_and_a_run_after_them_validate_when_it_is_due() {
             for _ in 0..by_hand {
                 second.wait_step().expect("a step").expect("of seven");
             }
-            let mut dues = Dues::default();
+            let mut dues = Dues { wants: (by_hand == 0).then_some(3), ..Dues::default() };
             second.run(&mut dues, &go).expect("a run");
-            assert_eq!(dues.0, (done + by_hand..7).collect::<Vec<u64>>());
+            assert_eq!(dues.steps, (done + by_hand..7).collect::<Vec<u64>>());
             // By hand one step more has begun than was told.
             let begun = if by_hand == 0 { done } else { done + by_hand + 1 };
-            let due = |step: &u64| (step.is_multiple_of(2) || *step == 7) && *step >= begun;
-            assert_eq!(dues.1, (0..8).filter(due).collect::<Vec<u64>>(), "{by_hand} by hand after {done}");
+            let is_due = |step: u64| step.is_multiple_of(2) || step == 7 || dues.wants == Some(step);
+            let want: Vec<u64> = (begun..8).filter(|&step| is_due(step)).collect();
+            assert_eq!(dues.valid, want, "{by_hand} by hand after {done}");
         }
     }
 }
@@ -233,23 +295,40 @@ fn one_that_a_validation_ends_is_at_home_for_its_end() {
 
 #[test]
 fn an_observer_may_set_the_learning_rate() {
-    struct Halves(Vec<f64>);
-    impl Observer for Halves {
+    /// From step 3 on a part of what is scheduled.
+    struct Part {
+        part: f64,
+        seen: Vec<f64>,
+    }
+    impl Observer for Part {
         fn step(&mut self, report: &StepReport) -> Result<()> {
-            self.0.push(report.lr);
+            self.seen.push(report.lr);
             Ok(())
         }
         fn valid(&mut self, _: u64, _: f32, _: f64) -> Result<()> {
             Ok(())
         }
         fn lr(&mut self, step: u64, scheduled: f64) -> f64 {
-            if step < 3 { scheduled } else { 0.5 * scheduled }
+            if step < 3 { scheduled } else { self.part * scheduled }
         }
     }
     let small = Small::gpt(18, 2, 1, 9, 0.0);
-    let options = options(&small, DType::F32);
-    let mut halves = Halves(Vec::new());
-    session(&small, &options).run(&mut halves, &AtomicBool::new(false)).expect("a run");
+    let with_schedule = options(&small, DType::F32);
+    let without = TrainOptions { optimizer: plain_sgd(0.5), schedule: Schedule::Constant, ..with_schedule.clone() };
+    for (options, part) in [(&with_schedule, 0.5), (&without, 0.0)] {
+        let mut observer = Part { part, seen: Vec::new() };
+        let mut session = session(&small, options);
+        session.run(&mut observer, &AtomicBool::new(false)).expect("a run");
+        let of = |step| options.schedule.lr(options.optimizer.lr(), step, 7) * if step < 3 { 1.0 } else { part };
+        assert_eq!(observer.seen, (0..7).map(of).collect::<Vec<f64>>());
+        // What is told is what was done: by 0 nothing is learnt any more.
+        if part == 0.0 {
+            let mut got = Outcome::default();
+            gather(session.engine(), &mut got);
+            let of_three = small.train(&TrainOptions { steps: 3, ..options.clone() }).expect("a run");
+            assert!(got.tensors == of_three.tensors);
+        }
+    }
     struct Lost;
     impl Observer for Lost {
         fn step(&mut self, _: &StepReport) -> Result<()> {
@@ -262,88 +341,25 @@ fn an_observer_may_set_the_learning_rate() {
             f64::NAN
         }
     }
-    let error = session(&small, &options).run(&mut Lost, &AtomicBool::new(false)).expect_err("no rate").to_string();
-    assert_eq!(error, "step 0: the learning rate is NaN, want 0 or more");
-    let of = |step| options.schedule.lr(options.optimizer.lr(), step, 7) * if step < 3 { 1.0 } else { 0.5 };
-    assert_eq!(halves.0, (0..7).map(of).collect::<Vec<f64>>());
+    let lost = session(&small, &with_schedule).run(&mut Lost, &AtomicBool::new(false));
+    assert_eq!(lost.expect_err("no rate").to_string(), "step 0: the learning rate is NaN, want 0 or more");
 }
 
 #[test]
 fn a_session_that_has_failed_stays_so() {
     let small = Small::gpt(14, 2, 2, 9, 0.1);
-    let optimizer = Optimizer::Sgd { lr: 1e30, momentum: 0.0, nesterov: false, weight_decay: 0.0 };
-    let options = TrainOptions { optimizer, clip: None, schedule: Schedule::Constant, ..options(&small, DType::F32) };
+    let options = TrainOptions {
+        optimizer: plain_sgd(1e30),
+        clip: None,
+        schedule: Schedule::Constant,
+        ..options(&small, DType::F32)
+    };
     let mut session = session(&small, &options);
     let error = session.run(&mut (), &AtomicBool::new(false)).expect_err("no weights are left to train");
     let Error::NotFinite { step, loss, layer } = &error else { panic!("{error}") };
     assert!(*step <= 2 && !loss.is_finite() && layer.is_some(), "{error}");
     assert!(session.run(&mut (), &AtomicBool::new(false)).is_err() && session.wait_step().is_err());
     assert!(session.wait_evaluation(small.held_out(options.batch).as_mut()).is_err());
-}
-
-fn driver(small: &Small, options: &TrainOptions) -> Driver {
-    let (model, plan): (Arc<Model>, Arc<Plan>) = small.plan(options).expect("a plan");
-    let spec = HostSpec { arena_bytes: plan.arena.bytes, ..HostSpec::default() };
-    let config = HostConfig { devices: vec![spec], host_bytes: plan.host.bytes, ..HostConfig::default() };
-    Driver::new(small, (model, plan), Box::new(HostDevice::new(&config).expect("a device")), options)
-}
-
-/// Past every check of the data, as a loop of one's own may: kernels read by these numbers.
-#[test]
-fn ids_and_labels_beside_what_reads_them_are_refused() {
-    let small = Small::gpt(14, 2, 2, 9, 0.0);
-    let mut driver = driver(&small, &options(&small, DType::F32));
-    for (name, value, want) in [
-        (names::INPUT_IDS, 61, "input_ids: value 61 at (3, 8) is not in 0..61"),
-        (names::INPUT_IDS, IGNORED, "input_ids: value -100 at (3, 8) is not in 0..61"),
-        (names::LABELS, 61, "labels: value 61 at (3, 8) is not in 0..61, nor -100"),
-        (names::LABELS, -1, "labels: value -1 at (3, 8) is not in 0..61, nor -100"),
-    ] {
-        let spoil = |batch: &mut Batch| {
-            let tensor = batch.tensors.iter_mut().find(|t| t.name == name).expect("there");
-            *tensor.as_i32_mut().last_mut().expect("elements") = value;
-        };
-        let error = driver.begin(0, spoil).expect_err("refused").to_string();
-        assert_eq!(error, format!("step 0: {want}"));
-        let inputs: Vec<&[u8]> = driver.batch.tensors.iter().map(|t| t.bytes()).collect();
-        let error = driver.engine.wait_evaluation(0, &inputs, 1.0).expect_err("refused").to_string();
-        assert_eq!(error, format!("evaluation: {want}"));
-    }
-    // Nothing has begun, and what is in range goes on.
-    driver.begin(0, |_| ()).expect("in range");
-    assert!(driver.engine.wait_step(0).expect("a step").loss.is_finite());
-    assert!(driver.engine.read_state(0, 0).is_err() && driver.engine.write_state(0, 0, &[]).is_err());
-}
-
-/// What is ids in training is labels in evaluation, and the other way round: each is held to what reads it.
-#[test]
-fn an_evaluation_is_held_to_its_own_ranges() {
-    let graph = |mode, ids_first: bool| {
-        let mut b = Builder::new(mode, DType::F32);
-        let [first, second] = ["first", "second"].map(|name| b.input(name, [6], DType::I32).expect("a new input"));
-        let (ids, labels) = if ids_first { (first, second) } else { (second, first) };
-        let logits = b.layer("layer", |b, _| {
-            let table = b.parameter("table", [5, 8], Init::Constant(0.5))?;
-            let weight = b.parameter("weight", [8, 50], Init::Constant(0.5))?;
-            let x = b.embedding(ids, table)?;
-            b.linear(x, weight, None, Activation::None, WeightLayout::InOut)
-        });
-        b.cross_entropy(logits.expect("a layer"), labels).expect("a loss");
-        b.finish().expect("a graph")
-    };
-    let model = Model::new(graph(Mode::Training, true), Some(graph(Mode::Evaluation, false)), 1);
-    let model = Arc::new(model.expect("one set of parameters"));
-    let plan = Arc::new(Plan::new(&model, &PlanOptions::default(), &common::stated()).expect("a plan"));
-    let spec = HostSpec { arena_bytes: plan.arena.bytes, ..HostSpec::default() };
-    let config = HostConfig { devices: vec![spec], host_bytes: plan.host.bytes, ..HostConfig::default() };
-    let device = Box::new(HostDevice::new(&config).expect("a device"));
-    let mut engine = Engine::new(Arc::clone(&model), plan, device, EngineOptions::new(0, &model));
-    Weights::Random.write(&mut engine, 0, 1).expect("nothing has begun");
-    let (small, large) = ([4i32; 6], [49i32; 6]);
-    let [small, large] = [&small, &large].map(|ids| bytemuck::cast_slice(ids));
-    assert!(engine.wait_evaluation(0, &[large, small], 1.0).expect("in range").is_finite());
-    let error = engine.wait_evaluation(0, &[small, large], 1.0).expect_err("beside the table").to_string();
-    assert_eq!(error, "evaluation: second: value 49 at (0) is not in 0..5");
 }
 
 /// Nothing in it has a label.

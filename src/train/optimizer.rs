@@ -188,10 +188,39 @@ mod tests {
             assert!((schedule.lr(1.0, 100, 101) - 0.1).abs() < 1e-12);
             assert!((schedule.lr(1.0, 1000, 101) - 0.1).abs() < 1e-12);
         }
+        // A quarter and three quarters of the way, where a line and half a cosine are apart.
+        for (schedule, quarter, three_quarters) in
+            [(linear, 0.775, 0.325), (cosine, 0.868198051533946, 0.231801948466054)]
+        {
+            assert!((schedule.lr(1.0, 28, 101) - quarter).abs() < 1e-12);
+            assert!((schedule.lr(1.0, 76, 101) - three_quarters).abs() < 1e-12);
+        }
         assert_eq!(Schedule::Constant.lr(0.3, 7, 10), 0.3);
         // A run that is all warm-up, and one of a single step.
         assert_eq!(linear.lr(1.0, 1, 2), 0.5);
         assert_eq!(Schedule::Cosine { warmup: 0, min_lr: 0.0 }.lr(1.0, 0, 1), 1.0);
+    }
+
+    #[test]
+    fn a_rule_has_all_of_its_optimizers_numbers() {
+        let adamw = |decay_matrices_only| Optimizer::Adamw {
+            lr: 0.5,
+            betas: (0.8, 0.99),
+            epsilon: 1e-3,
+            weight_decay: 0.25,
+            decay_matrices_only,
+        };
+        // The rate is the schedule's, the update counts from 1.
+        let want = AdamwRule { update: 8, lr: 0.125, betas: (0.8, 0.99), epsilon: 1e-3, weight_decay: 0.25 };
+        assert_eq!(adamw(true).rule(7, 0.125), UpdateRule::Adamw(want));
+        assert_eq!([0, 1, 2, 4].map(|axes| adamw(true).decays(axes)), [false, false, true, true]);
+        assert_eq!([0, 1, 2, 4].map(|axes| adamw(false).decays(axes)), [true; 4]);
+        for nesterov in [false, true] {
+            let sgd = Optimizer::Sgd { lr: 0.5, momentum: 0.75, nesterov, weight_decay: 0.25 };
+            let want = SgdRule { update: 1, lr: 0.125, momentum: 0.75, nesterov, weight_decay: 0.25 };
+            assert_eq!(sgd.rule(0, 0.125), UpdateRule::Sgd(want));
+            assert_eq!([0, 1, 2, 4].map(|axes| sgd.decays(axes)), [true; 4]);
+        }
     }
 
     #[test]

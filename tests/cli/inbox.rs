@@ -200,7 +200,7 @@ fn models_come_and_go_and_leave_the_bits_of_all_alone() {
     hydra::nn::open(&job.at("runs/job/endless/model")).expect("what it has learnt is saved");
     hydra(&["report", &job.at("runs/job").display().to_string()]).fine();
     let page = fs::read_to_string(job.at("runs/job/report.html")).expect("a page");
-    assert!(page.contains("110") && page.contains("cancelled"), "c and its steps are in the report");
+    assert!(page.contains("c: steps 0 to 109 in ") && page.contains("<td>cancelled</td>"), "{page}");
 
     fs::write(job.at("job.toml"), format!("{a}{b}{c}{e}")).expect("job.toml");
     job.hydra(&["train", "--set", "run.out=alone", "--set", "run.policy=one-at-a-time"]).fine();

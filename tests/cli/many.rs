@@ -1,7 +1,10 @@
 //! Several models and devices through the program: what is trained, what is simulated, what becomes of a model that fails.
 
 use super::{GPT, Job};
+use hydra::train::metrics::{Row, read_rows};
+use hydra::train::read_selection;
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::fs;
 
 /// The GPT of the other tests under another name, with `keys` added.
@@ -33,9 +36,8 @@ fn models_trained_together_are_those_trained_one_after_another() {
     }
     let plan = job.json("tight/plan.json");
     assert_eq!((plan["devices"].as_u64(), plan["policy"].as_str()), (Some(2), Some("locality-lrtf")));
-    assert!(
-        plan["models"].as_array().expect("a list").len() == 3 && plan["device_peak_bytes"].as_u64() <= Some(budget)
-    );
+    let peak = plan["device_peak_bytes"].as_u64().expect("bytes");
+    assert!(plan["models"].as_array().expect("a list").len() == 3 && peak <= budget, "{plan}");
     let below = format!("device.0.memory={}", budget - 1);
     let refused = job.hydra(&["train", "--set", "run.out=none", "--set", &below]);
     refused.fails(2, &["the models together need", &budget.to_string()]);
@@ -115,6 +117,85 @@ fn a_search_ends_models_early_and_names_the_best() {
     job.hydra(&["simulate"]).bad(&["job.toml: model.0.search.stop: ", "survivors"]);
 }
 
+/// Steps and losses by model of a run's validations, and of what was reported to the rule of its search.
+fn judged(job: &Job, run: &str) -> [BTreeMap<String, Vec<(u64, u32)>>; 2] {
+    let (mut valid, mut reported) = (BTreeMap::new(), BTreeMap::<_, Vec<_>>::new());
+    for row in read_selection(&job.at(run).join("selection.jsonl")).expect("reports") {
+        reported.entry(row.model.clone()).or_default().push((row.step, row.metric().to_bits()));
+    }
+    for name in reported.keys() {
+        let rows = read_rows(&job.at(run).join(name).join("metrics.jsonl")).expect("rows");
+        let of = |row| if let Row::Valid(row) = row { Some((row.step, row.valid_loss.to_bits())) } else { None };
+        valid.insert(name.clone(), rows.into_iter().filter_map(of).collect());
+    }
+    [valid, reported]
+}
+
+/// Where there is held-out data, its loss is what a search goes by: at the rungs, or as often as it is looked at.
+#[test]
+fn a_search_goes_by_held_out_losses_where_there_are_any() {
+    let text = model("m", "optimizer = { lr = 0.01 }")
+        .replace("vocab_size = 61, ", "")
+        .replace("random = true", "text = 'corpus.txt', tokenizer = 'bytes', context = 16")
+        .replace("steps = 4", "steps = 8");
+    // One after another, so that the first is there to be compared with.
+    let job = Job::new(&format!("[run]\npolicy = 'one-at-a-time'\n{text}"));
+    fs::write(job.at("corpus.txt"), "The quick brown fox jumps over the lazy dog. ".repeat(40)).expect("corpus");
+    // What learns nothing is never better than it was.
+    for (kind, stop, every, rows, stopped_after) in
+        [("asha", "first = 2, eta = 2", 50, &[2, 4, 8][..], 2), ("patience", "evaluations = 1", 3, &[3, 6, 8], 6)]
+    {
+        let out = format!("run.out={kind}");
+        let valid = format!("model.0.valid={{ fraction = 0.2, every = {every} }}");
+        let search = format!("model.0.search={{ lr = [0.01, 0], stop = {{ kind = '{kind}', {stop} }} }}");
+        let sets = ["--json", "--set", &out, "--set", &valid, "--set", &search];
+        let said = job.hydra(&[&["train"], &sets[..]].concat()).fine().json();
+        let (learns, rests) = ("m-lr=0.01", "m-lr=0");
+        let [valid, reported] = judged(&job, kind);
+        assert_eq!(valid, reported, "{kind}");
+        for (at, (name, status, last)) in
+            [(learns, "done", 8), (rests, "stopped", stopped_after)].into_iter().enumerate()
+        {
+            let row = &said["models"][at];
+            assert!(row["name"] == name && row["status"] == status && row["steps"] == last, "{kind}: {row}");
+            let steps: Vec<u64> = reported[name].iter().map(|row| row.0).collect();
+            let want: Vec<u64> = rows.iter().copied().filter(|step| *step <= last).collect();
+            assert_eq!(steps, want, "{kind}: {name}");
+        }
+        // Judged by itself alone, one that lost its steps makes them again, and is reported once all the same.
+        if kind == "patience" {
+            fs::remove_file(job.at(kind).join(rests).join("checkpoint.safetensors")).expect("a checkpoint");
+            job.hydra(&[&["train", "--resume", "auto"], &sets[..]].concat()).fine();
+            assert_eq!(judged(&job, kind), [valid, reported]);
+        }
+    }
+}
+
+/// By default a pipeline holds as many microbatches as there are devices, and is faster than stages that wait for each other.
+#[test]
+fn a_pipeline_is_filled_with_microbatches() {
+    let sim =
+        "[[device]]\nkind = 'sim'\ncount = 4\nflops = '2 GFLOP/s'\nmemory_bandwidth = '400 MB/s'\nlink = '400 MB/s'\n";
+    let job = Job::new(&(sim.to_string() + &model("m", "").replace("batch = 4\nmicrobatch = 2", "batch = 8")));
+    let gpipe = ["--json", "--set", "run.policy=gpipe"];
+    let microbatch = |sets: &[&str]| {
+        let plan = job.hydra(&[&["plan"], &gpipe[..], sets].concat()).fine().json();
+        plan["models"][0]["microbatch"].as_u64().expect("samples")
+    };
+    assert_eq!(microbatch(&[]), 2);
+    assert_eq!(microbatch(&["--set", "device.0.count=3"]), 4, "3 do not divide the batch");
+    assert_eq!(microbatch(&["--set", "run.pipeline_microbatches=8"]), 1);
+    let three = ["--set", "run.pipeline_microbatches=3"];
+    job.hydra(&[&["plan"], &gpipe[..], &three].concat())
+        .bad(&["model.0.batch: run.pipeline_microbatches = 3 does not divide the batch of 8"]);
+    let makespan_secs = |policy: &str| {
+        let figures = job.hydra(&["simulate", "--json", "--policy", policy]).fine().json();
+        figures["makespan_secs"].as_f64().expect("seconds")
+    };
+    let (piped, waiting) = (makespan_secs("gpipe"), makespan_secs("model-parallel"));
+    assert!(piped < 0.8 * waiting, "{piped} {waiting}");
+}
+
 #[test]
 fn simulations_say_what_the_schedule_comes_to() {
     let sim = "[[device]]\nkind = 'sim'\ncount = 2\nprofile = 'v100'\n";
@@ -128,8 +209,14 @@ fn simulations_say_what_the_schedule_comes_to() {
     {
         let ran = job.hydra(&["simulate", "--json", "--policy", policy]).fine().json();
         assert_eq!(ran["policy"], policy);
-        assert!(ran["makespan_secs"].as_f64() >= ran["bound_secs"].as_f64(), "{ran}");
+        let secs = |key: &str| ran[key].as_f64().expect("seconds");
+        assert!(secs("makespan_secs") >= secs("bound_secs") && secs("bound_secs") > 0.0, "{ran}");
     }
+    let slow = job.hydra(&["simulate", "--json", "--set", "host.link=1 MB/s"]).fine().json();
+    assert!(
+        slow["makespan_secs"].as_f64().expect("seconds") > secs("makespan_secs"),
+        "over a link that all share: {slow}"
+    );
     assert!(!job.at("runs").exists(), "nothing is written");
     let out = job.at("out").display().to_string();
     let text = job.hydra(&["simulate", "--out", &out, "--devices", "4"]).fine().out;

@@ -162,6 +162,11 @@ impl Case {
         finish(Session::new(weights, planned, self.source(), None, options.clone())?)
     }
 
+    /// How far from PyTorch's its `key` may be: `logits`, `losses` or `weights`.
+    pub fn tolerance(&self, key: &str) -> f64 {
+        self.spec["tolerance"][key].as_f64().expect("a number")
+    }
+
     /// The values of a tensor of expected.safetensors.
     pub fn expected(&self) -> BTreeMap<String, Vec<f32>> {
         let bytes = std::fs::read(self.dir.join("expected.safetensors")).expect("expected");

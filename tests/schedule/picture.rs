@@ -12,22 +12,25 @@ use hydra::spill::{
 /// Enough steps that the ends, where one device has nothing left to do, do not count.
 const STEPS: u64 = 8;
 
-/// Three equal models of two shards.
-fn models(options: &PlanOptions) -> Vec<FleetModel> {
-    let model = Chain::equal(2, 256, 256).model();
-    let of = |i: usize| FleetModel {
+/// A model of two shards for each of `steps`, all equal but for these.
+fn models(steps: &[u64], microbatches: usize) -> Vec<FleetModel> {
+    let model = Chain { microbatches, ..Chain::equal(2, 256, 256) }.model();
+    let options = PlanOptions { moments: 0, cut: Some(vec![0..1, 1..2]), ..PlanOptions::default() };
+    let of = |(i, &steps): (usize, &u64)| FleetModel {
         name: format!("model {i}"),
         model: model.clone(),
         options: options.clone(),
-        steps: STEPS,
+        steps,
     };
-    (0..3).map(of).collect()
+    steps.iter().enumerate().map(of).collect()
 }
 
-fn makespan_secs(lined: &Lined, policy: Option<&str>, cost: &CostModel) -> f64 {
+/// The makespan on two devices in the picture's seconds, which has four units of a second in each model's step. Here the last shard's forward and backward
+/// are one, and units are unequal.
+fn in_seconds(models: &[FleetModel], lined: &Lined, policy: Option<&str>, cost: &CostModel) -> f64 {
     let options = SimulateOptions {
-        steps: vec![STEPS; 3],
-        clips: vec![false; 3],
+        steps: models.iter().map(|m| m.steps).collect(),
+        clips: vec![false; models.len()],
         costs: vec![cost.clone(); 2],
         shared_bytes_per_sec: None,
         arena_bytes: Vec::new(),
@@ -36,31 +39,57 @@ fn makespan_secs(lined: &Lined, policy: Option<&str>, cost: &CostModel) -> f64 {
         lines: lined.lines.clone(),
         recorder: None,
     };
-    simulate(&lined.placed, options).expect("nothing fails").makespan_secs
+    let makespan_secs = simulate(&lined.placed, options).expect("nothing fails").makespan_secs;
+    let microbatch_secs: f64 = lined.placed[0].plan.shards.iter().map(|s| s.step_secs(cost)).sum();
+    makespan_secs / (STEPS as f64 * models[0].model.microbatches as f64 * microbatch_secs / 4.0)
+}
+
+#[track_caller]
+fn near(got: f64, want: f64, part: f64) {
+    assert!((got / want - 1.0).abs() < part, "{got}, not {want}");
+}
+
+fn two_devices(cost: &CostModel) -> Vec<FleetDevice> {
+    vec![FleetDevice { budget: None, cost: cost.clone() }; 2]
 }
 
 #[test]
 fn three_models_on_two_devices_take_twelve_eight_and_six() {
     let cost = arithmetic_alone();
-    let devices = vec![FleetDevice { budget: None, cost: cost.clone() }; 2];
-    let options = PlanOptions { moments: 0, cut: Some(vec![0..1, 1..2]), ..PlanOptions::default() };
-    let models = models(&options);
-    // The picture has four units of a second in each model's step. Here the last shard's forward and backward are one, and units are unequal.
-    let in_seconds = |lined: &Lined, policy: Option<&str>| {
-        let step_secs: f64 = lined.placed[0].plan.shards.iter().map(|s| s.step_secs(&cost)).sum();
-        makespan_secs(lined, policy, &cost) / (STEPS as f64 * step_secs / 4.0)
-    };
-    let near = |got: f64, want: f64, part: f64| assert!((got / want - 1.0).abs() < part, "{got}, not {want}");
-    let baseline = |baseline| place_baseline(baseline, &models, &devices).expect("no budget");
-    near(in_seconds(&baseline(Baseline::ModelParallel), None), 12.0, 1e-3);
-    near(in_seconds(&baseline(Baseline::TaskParallel), None), 8.0, 1e-3);
-    let anywhere = Lined {
-        placed: plan_anywhere(&models, &devices).expect("a plan").placed,
-        lines: Vec::new(),
-        smallest_device_bytes: 0,
-    };
-    for policy in ["sharded-lrtf", "locality-lrtf"] {
-        near(in_seconds(&anywhere, Some(policy)), 6.0, 0.02);
+    let devices = two_devices(&cost);
+    // A stage of model-parallelism works on whole minibatches, in however many microbatches they come.
+    for microbatches in [1, 2] {
+        let models = models(&[STEPS; 3], microbatches);
+        let baseline = |baseline| {
+            let lined = place_baseline(baseline, &models, &devices).expect("no budget");
+            in_seconds(&models, &lined, None, &cost)
+        };
+        near(baseline(Baseline::ModelParallel), 12.0, 1e-3);
+        near(baseline(Baseline::TaskParallel), 8.0, 1e-3);
+        let anywhere = Lined {
+            placed: plan_anywhere(&models, &devices).expect("a plan").placed,
+            lines: Vec::new(),
+            smallest_device_bytes: 0,
+        };
+        for policy in ["sharded-lrtf", "locality-lrtf"] {
+            near(in_seconds(&models, &anywhere, Some(policy), &cost), 6.0, 0.02);
+        }
+    }
+}
+
+/// The longest goes first, wherever it stands, so that the short ones fill up what it leaves.
+#[test]
+fn task_parallel_begins_with_the_longest() {
+    let cost = arithmetic_alone();
+    for (steps, want_lines, want_secs) in [
+        (&[4, 4, 8][..], [&[2][..], &[0, 1]], 4.0),
+        (&[8, 4, 4], [&[0], &[1, 2]], 4.0),
+        (&[4, 6, 4, 6, 4], [&[1, 0, 4], &[3, 2]], 7.0),
+    ] {
+        let models = models(steps, 1);
+        let lined = place_baseline(Baseline::TaskParallel, &models, &two_devices(&cost)).expect("no budget");
+        assert_eq!(lined.lines, want_lines, "{steps:?}");
+        near(in_seconds(&models, &lined, None, &cost), want_secs, 1e-3);
     }
 }
 

@@ -189,6 +189,14 @@ fn gpt2s_switches_change_the_graph() {
     assert_eq!(count(&trace(json!({}), Mode::Training), dropouts), 1 + 3 * 2);
     assert_eq!(count(&trace(json!({}), Mode::Evaluation), dropouts), 0);
     assert_eq!(count(&trace(json!({ "attn_pdrop": 0.0, "resid_pdrop": 0.0 }), Mode::Training), dropouts), 1);
+    // Each draws numbers of its own.
+    let stream = |op: &Op| match op {
+        Op::Dropout { stream, .. } => Some(*stream),
+        Op::Attention(kind) => kind.dropout.map(|(_, stream)| stream),
+        _ => None,
+    };
+    let streams = |graph: &Graph| graph.nodes.iter().filter_map(|n| stream(&n.op)).collect::<BTreeSet<u32>>();
+    assert_eq!(streams(&trace(json!({}), Mode::Training)).len(), 1 + 3 * 2);
     let mut untied =
         trace(json!({ "tie_word_embeddings": false, "n_inner": 7, "activation_function": "relu" }), Mode::Training);
     let shape = |name: &str| untied.parameters.iter().find(|p| p.name == name).unwrap().shape.axes().to_vec();
