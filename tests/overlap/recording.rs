@@ -58,7 +58,8 @@ pub struct Recording {
 
 impl Drop for Recording {
     fn drop(&mut self) {
-        let log = self.log.0.lock().expect("nobody panics while recording");
+        // Where a check has failed, that is all there is to say.
+        let Ok(log) = self.log.0.lock() else { return };
         if log.values().all(|record| record.end_secs.is_finite()) {
             // SAFETY: every task has ended.
             let bytes = unsafe { self.device.unpoisoned_bytes(0) };
