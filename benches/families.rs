@@ -1,7 +1,7 @@
 //! Every family's training step on the host device beside PyTorch's eager one, on the same shapes with as many threads, in turn.
 //!
 //! `cargo bench --bench families`, with names of rows for some of them. `HYDRA_PYTHON` (or `python3`) names a Python with torch; without one only our own
-//! times are printed. `HYDRA_BENCH_QUICK=1` takes one round of few steps, to see that it runs.
+//! times are printed. `HYDRA_BENCH_QUICK=1` takes one round of few steps of one sample, to see that it runs.
 
 use hydra::base::{DType, Result, Shape};
 use hydra::data::{RandomOptions, RandomSource, names};
@@ -106,7 +106,8 @@ fn main() -> Result<()> {
     let python = std::env::var("HYDRA_PYTHON").unwrap_or_else(|_| "python3".into());
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     println!("a training step on {threads} threads: medians of {rounds} rounds in turn, {} steps each", steps - WARM);
-    for row in rows() {
+    for mut row in rows() {
+        row.batch = if quick { 1 } else { row.batch };
         if !wanted.is_empty() && !wanted.iter().any(|w| w == row.name) {
             continue;
         }
