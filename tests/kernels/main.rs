@@ -5,6 +5,8 @@
 //! for, those of the files beside this one, each in fewer orders. `HYDRA_KERNEL_TESTS=full` runs all in every order on every architecture, `brief` each about once; `HYDRA_KERNEL_TESTS_DEVICE=cuda` runs
 //! on a GPU instead, for which the binary can be carried to another machine (see docs/gpu.md). Without either it says that it skips.
 
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+mod bits;
 #[path = "../gradients/cases.rs"]
 #[allow(dead_code, reason = "shared with the gradients' tests")]
 mod cases;
