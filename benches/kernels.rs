@@ -1,6 +1,8 @@
 //! The cuda device's kernels over a named table of real models' shapes, forward and gradient, in bf16 and f32: TFLOP/s or GB/s, the share of
 //! the roofline that the same run measured, and cuBLAS beside products, in turn with ours (A B A B).
 //!
+//! A process of its own measures, and where a kernel fails another one goes on after it (`kernels/relay.rs`).
+//!
 //! Each op runs as in training: a graph, its program, a task on the device; time is read from the device's own marks. Inputs are normal
 //! numbers and rotate over more than twice any L2 cache. Beside the ops: copies by pinned memory, the time from a task to the next, AdamW.
 //!
@@ -10,12 +12,16 @@
 //! samples, `HYDRA_BENCH_JSON=PATH` writes everything as JSON. Without a GPU it says so and exits 0, with `HYDRA_REQUIRE_GPU=1` it exits 1.
 //! `HYDRA_BENCH_DEVICE=emulated` walks through it all on the emulator, with shapes of a few elements; its seconds mean nothing.
 
+#[path = "common/asked.rs"]
+mod asked;
 #[path = "kernels/links.rs"]
 mod links;
 #[path = "kernels/machine.rs"]
 mod machine;
 #[path = "kernels/peers.rs"]
 mod peers;
+#[path = "kernels/relay.rs"]
+mod relay;
 #[path = "kernels/report.rs"]
 mod report;
 #[path = "kernels/shapes.rs"]
@@ -26,6 +32,7 @@ use hydra::device::{DeviceSpec, why_no_cuda, why_no_emulator};
 use hydra::graph::Work;
 use machine::{COMPUTE, Effort, Machine, Prepared};
 use peers::{Cublas, Product};
+use relay::Said;
 use report::{Ceilings, Row, Spread, Unit};
 use serde_json::json;
 use shapes::Case;
@@ -34,23 +41,23 @@ use std::process::ExitCode;
 /// Memory that is left for cuBLAS's operands and the context.
 const LEFT_FREE: f64 = 0.45;
 
-fn set(variable: &str) -> bool {
-    std::env::var(variable).is_ok_and(|v| !v.is_empty() && v != "0")
-}
-
 fn main() -> ExitCode {
     let emulated = std::env::var("HYDRA_BENCH_DEVICE").is_ok_and(|v| v == "emulated");
     if let Some(why) = if emulated { why_no_emulator() } else { why_no_cuda() } {
         println!("kernels: nothing is measured: {why}");
-        return if set("HYDRA_REQUIRE_GPU") { ExitCode::FAILURE } else { ExitCode::SUCCESS };
+        return if asked::set("HYDRA_REQUIRE_GPU") { ExitCode::FAILURE } else { ExitCode::SUCCESS };
     }
     let filters: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
-    let effort = match (emulated, set("HYDRA_BENCH_QUICK")) {
+    let effort = match (emulated, asked::quick()) {
         (true, _) => Effort::TINY,
         (false, true) => Effort::QUICK,
         (false, false) => Effort::FULL,
     };
-    match measure(emulated, effort, &filters) {
+    let done = match relay::asked() {
+        None => relay::run(),
+        Some((from, ceilings)) => measure(emulated, effort, &filters, from, ceilings),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("kernels: {error}");
@@ -86,24 +93,31 @@ fn facts(emulated: bool) -> Result<Facts> {
     }
 }
 
-fn measure(emulated: bool, effort: Effort, filters: &[String]) -> Result<()> {
+/// Measures the items from number `from` on: the ceilings, the cases, and the others. Ends the process after one that fails.
+fn measure(emulated: bool, effort: Effort, filters: &[String], from: usize, ceilings: Ceilings) -> Result<()> {
     let facts = facts(emulated)?;
-    println!("device: {}", facts.device);
     let wanted = |name: &str| filters.is_empty() || filters.iter().any(|f| name.contains(f.as_str()));
     let mut cases = shapes::all(emulated)?;
     cases.retain(|case| wanted(&case.name));
     let room = (facts.free_bytes as f64 * (1.0 - LEFT_FREE)) as u64;
+    let mut left_out = Vec::new();
     cases.retain(|case| {
         let bytes = Prepared::new(case, &effort).bytes();
         if bytes > room {
-            println!("left out: {} in {}, which takes {bytes} bytes of the {room} there are", case.name, case.dtype);
+            left_out
+                .push(format!("{} in {}, which takes {bytes} bytes of the {room} there are", case.name, case.dtype));
         }
         bytes <= room
     });
-    let products = [shapes::ceiling_product(DType::Bf16, emulated)?, shapes::ceiling_product(DType::F32, emulated)?];
-    let copy = shapes::ceiling_copy(emulated)?;
-    let ceilings = products.iter().chain([&copy]);
-    let needed = cases.iter().chain(ceilings).map(|case| Prepared::new(case, &effort).bytes()).filter(|&b| b <= room);
+    // The copy first: arithmetic is told from memory by it.
+    let mut all = vec![
+        shapes::ceiling_copy(emulated)?,
+        shapes::ceiling_product(DType::Bf16, emulated)?,
+        shapes::ceiling_product(DType::F32, emulated)?,
+    ];
+    let ceiling_count = all.len();
+    all.append(&mut cases);
+    let needed = all.iter().map(|case| Prepared::new(case, &effort).bytes()).filter(|&b| b <= room);
     let arena_bytes = needed.max().unwrap_or(0).max(2 * effort.copy_bytes).max(links::adamw_bytes(emulated)).min(room);
     let spec = match emulated {
         true => DeviceSpec::Emulated { arch: 90, seed: 0, threads: Some(1) },
@@ -115,34 +129,45 @@ fn measure(emulated: bool, effort: Effort, filters: &[String]) -> Result<()> {
         cublas: if emulated { Err(Error::bad("there is none for the emulator")) } else { Cublas::open() },
         effort,
         arena_bytes,
-        ceilings: Ceilings::default(),
+        ceilings,
     };
-    if let Err(why) = &bench.cublas {
-        println!("cuBLAS is not beside: {why}");
+    if from == 0 {
+        relay::say(Said::Device(&facts.device));
+        println!("device: {}", facts.device);
+        left_out.iter().for_each(|what| println!("left out: {what}"));
+        if let Err(why) = &bench.cublas {
+            println!("cuBLAS is not beside: {why}");
+        }
+        report::print_head();
     }
-    let mut rows = bench.find_ceilings(&products, &copy);
-    report::print_head();
-    rows.iter().for_each(report::print_row);
-    // After each row: a run that is stopped keeps what it had.
-    let save = |bench: &Bench, rows: &[Row]| {
-        let Some(path) = std::env::var_os("HYDRA_BENCH_JSON") else { return Ok(()) };
-        let text = format!("{:#}\n", report::json(&facts.device, &bench.ceilings, rows));
-        std::fs::write(&path, text).map_err(|e| Error::io("write", path.as_ref(), e))
-    };
-    for case in &cases {
-        rows.push(bench.row(case));
-        report::print_row(&rows[rows.len() - 1]);
-        save(&bench, &rows)?;
-        bench.recover(&rows)?;
+    for (number, case) in all.iter().enumerate().skip(from) {
+        let (name, dtype) = (&case.name, case.dtype.to_string());
+        bench.item(number, name, &dtype, |bench| {
+            let row = bench.row(case);
+            if number < ceiling_count {
+                bench.take_ceiling(case, &row);
+            }
+            Ok(vec![row])
+        });
     }
-    rows.extend(bench.others(emulated, &wanted)?);
-    save(&bench, &rows)?;
-    let failed = rows.iter().filter(|row| row.ours.is_err()).count();
-    match failed {
-        0 => Ok(()),
-        _ => Err(Error::Device(format!("{failed} of {} rows could not be measured, as the table says", rows.len()))),
+    let others: [(&str, &str, Other); 4] = [
+        ("adamw/gpt2_124m", "f32", |bench, emulated| bench.adamw(emulated, false)),
+        ("adamw/gpt2_124m", "bf16", |bench, emulated| bench.adamw(emulated, true)),
+        ("copy", "", |bench, _| links::copies(&mut bench.machine, bench.effort.copy_bytes, bench.effort.samples)),
+        ("hand-over", "", |bench, _| links::hand_overs(&mut bench.machine, bench.effort.samples)),
+    ];
+    for (at, (name, dtype, rows)) in others.into_iter().enumerate() {
+        let number = all.len() + at;
+        let of_it = name.split('/').next().expect("a split has a first part");
+        if number >= from && wanted(of_it) {
+            bench.item(number, name, dtype, |bench| rows(bench, emulated));
+        }
     }
+    Ok(())
 }
+
+/// An item that is no op.
+type Other = fn(&mut Bench, bool) -> Result<Vec<Row>>;
 
 struct Bench {
     /// Dropped before the machine, whose context it lives in.
@@ -154,37 +179,33 @@ struct Bench {
 }
 
 impl Bench {
-    /// Measures the ceilings; their rows come first in the table.
-    fn find_ceilings(&mut self, products: &[Case; 2], copy: &Case) -> Vec<Row> {
-        let mut rows = vec![self.row(copy)];
-        if let (Ok(ours), Unit::Bytes(bytes)) = (&rows[0].ours, rows[0].unit) {
-            self.ceilings.copy_bytes_per_sec = Some(bytes / ours.median);
+    /// Measures one item, and prints and tells its rows.
+    fn item(&mut self, number: usize, name: &str, dtype: &str, measure: impl FnOnce(&mut Bench) -> Result<Vec<Row>>) {
+        relay::say(Said::Item(number, name, dtype));
+        let rows = measure(self).unwrap_or_else(|error| vec![Row::failed(name, dtype, error.to_string())]);
+        for row in &rows {
+            report::print_row(row);
+            relay::say(Said::Row(row));
         }
-        for (i, case) in products.iter().enumerate() {
-            let row = self.row(case);
-            let by = match (&row.peer, &row.ours) {
-                (Some(peer), _) => Some((peer.median, "cuBLAS")),
-                (None, Ok(ours)) => Some((ours.median, "our own product")),
-                (None, Err(_)) => None,
-            };
-            if let (Some((secs, by)), Unit::Flops(flops)) = (by, row.unit) {
-                self.ceilings.flops_per_sec[i] = Some(flops / secs);
-                self.ceilings.by[i] = by;
-            }
-            rows.push(row);
-            if rows.iter().any(|row| row.ours.is_err()) && self.machine.restart().is_err() {
-                break;
-            }
+        if rows.iter().any(|row| row.ours.is_err()) {
+            relay::fail();
         }
-        rows
     }
 
-    /// Starts the device anew where the last row failed on it.
-    fn recover(&mut self, rows: &[Row]) -> Result<()> {
-        match rows.last() {
-            Some(Row { ours: Err(_), .. }) => self.machine.restart(),
-            _ => Ok(()),
+    /// What the row of a ceiling tells all that follow.
+    fn take_ceiling(&mut self, case: &Case, row: &Row) {
+        let ours = row.ours.as_ref().ok().map(|ours| (ours.median, report::OURS));
+        let best = row.peer.map(|peer| (peer.median, report::CUBLAS)).or(ours);
+        match (best, row.unit) {
+            (Some((secs, _)), Unit::Bytes(bytes)) => self.ceilings.copy_bytes_per_sec = Some(bytes / secs),
+            (Some((secs, by)), Unit::Flops(flops)) => {
+                let of = usize::from(case.dtype == DType::F32);
+                self.ceilings.flops_per_sec[of] = Some(flops / secs);
+                self.ceilings.by[of] = by;
+            }
+            _ => {}
         }
+        relay::say(Said::Ceilings(&self.ceilings));
     }
 
     /// One op, and cuBLAS in turn with it where it is a product.
@@ -248,45 +269,11 @@ impl Bench {
         Ok((Spread::of(ours), (!theirs.is_empty()).then(|| Spread::of(theirs))))
     }
 
-    /// Updates, copies and what lies between tasks.
-    fn others(&mut self, emulated: bool, wanted: &dyn Fn(&str) -> bool) -> Result<Vec<Row>> {
-        let mut rows = Vec::new();
-        let samples = self.effort.samples;
-        for bf16 in [false, true] {
-            if wanted("adamw") {
-                let row = links::adamw(&mut self.machine, emulated, bf16, samples);
-                rows.push(row.unwrap_or_else(|error| failed("adamw/gpt2_124m", &error)));
-                self.recover(&rows)?;
-            }
+    fn adamw(&mut self, emulated: bool, bf16: bool) -> Result<Vec<Row>> {
+        let mut row = links::adamw(&mut self.machine, emulated, bf16, self.effort.samples)?;
+        if let (Unit::Bytes(bytes), Some(copy)) = (row.unit, self.ceilings.copy_bytes_per_sec) {
+            row.bound_secs = Some(bytes / copy);
         }
-        for row in &mut rows {
-            if let (Unit::Bytes(bytes), Some(copy)) = (row.unit, self.ceilings.copy_bytes_per_sec) {
-                row.bound_secs = Some(bytes / copy);
-            }
-        }
-        if wanted("copy") {
-            rows.extend(links::copies(&mut self.machine, self.effort.copy_bytes, samples)?);
-        }
-        if wanted("hand-over") {
-            match links::hand_overs(&mut self.machine, samples) {
-                Ok(gaps) => rows.extend(gaps),
-                Err(error) => rows.push(failed("hand-over", &error)),
-            }
-        }
-        rows.iter().for_each(report::print_row);
-        Ok(rows)
-    }
-}
-
-/// A row of what could not be measured.
-fn failed(name: &str, error: &Error) -> Row {
-    Row {
-        name: name.into(),
-        dtype: String::new(),
-        shapes: String::new(),
-        unit: Unit::Nothing,
-        bound_secs: None,
-        ours: Err(error.to_string()),
-        peer: None,
+        Ok(vec![row])
     }
 }

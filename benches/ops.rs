@@ -6,6 +6,11 @@
 //!
 //! `cargo bench --bench ops [FILTER]`; with HYDRA_BENCH_QUICK=1 a short run whose numbers are rough.
 
+#[path = "common/asked.rs"]
+mod asked;
+#[path = "common/samples.rs"]
+mod samples;
+
 use criterion::{Criterion, SamplingMode, Throughput};
 use hydra::device::host::attention::{self, Inputs, Sizes};
 use hydra::device::host::batchnorm::{self, BatchnormSizes};
@@ -362,8 +367,8 @@ fn state_cases() -> Vec<Case> {
     vec![adamw, squares, copy_case("copy/4 MiB", 1 << 20), copy_case("copy/32 MiB", 1 << 23)]
 }
 
-/// Measures one case; its best and its median seconds, or `None` when a filter left it out.
-fn measure(criterion: &mut Criterion, case: &Case) -> Option<[f64; 2]> {
+/// Measures one case in `counted` samples; their best and their median seconds, or `None` when a filter left it out.
+fn measure(criterion: &mut Criterion, counted: usize, case: &Case) -> Option<[f64; 2]> {
     let mut samples: Vec<f64> = Vec::new();
     let mut body: Option<Body> = None;
     let mut group = criterion.benchmark_group("ops");
@@ -388,28 +393,26 @@ fn measure(criterion: &mut Criterion, case: &Case) -> Option<[f64; 2]> {
         });
     });
     group.finish();
+    samples::drop_warm_up(&mut samples, counted);
     samples.sort_by(f64::total_cmp);
     Some([*samples.first()?, samples[samples.len() / 2]])
 }
 
 fn main() {
-    let quick = std::env::var("HYDRA_BENCH_QUICK").is_ok_and(|v| v != "0");
-    let criterion = Criterion::default().without_plots();
+    let quick = asked::quick();
+    let counted = if quick { 10 } else { 20 };
+    let criterion = Criterion::default().without_plots().sample_size(counted);
     let criterion = if quick {
-        criterion
-            .sample_size(10)
-            .nresamples(100)
-            .warm_up_time(Duration::from_millis(1))
-            .measurement_time(Duration::from_millis(20))
+        criterion.nresamples(100).warm_up_time(Duration::from_millis(1)).measurement_time(Duration::from_millis(20))
     } else {
-        criterion.sample_size(20).warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(2))
+        criterion.warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(2))
     };
     let mut criterion = criterion.configure_from_args();
     let (mut gemm_ceiling, mut copy_ceiling) = (f64::NAN, f64::NAN);
     let mut rows = Vec::new();
     let cases = [ceilings(), linear_cases(), attention_cases(), row_cases(), image_cases(), state_cases()];
     for case in cases.into_iter().flatten() {
-        let Some([best, median]) = measure(&mut criterion, &case) else { continue };
+        let Some([best, median]) = measure(&mut criterion, counted, &case) else { continue };
         let (Work::Flop(work) | Work::Bytes(work)) = case.work;
         let rate = |secs: f64| work / secs / 1e9;
         match case.name.as_str() {

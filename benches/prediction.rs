@@ -1,9 +1,11 @@
 //! Predicted against measured seconds of training steps on this machine: how good the cost model is that plans are made with.
 //!
 //! Run with `cargo bench --no-default-features --bench prediction`. The jobs are a fixed list of single-shard models, each with steps of
-//! tens of milliseconds and more: one program (forward, loss, backward) and the update of all its parameters. `families` as an argument
-//! adds, for each job, where the seconds went by family of ops. Sharded jobs are to be added to `JOBS`' loop once an executor
-//! runs them here: their prediction is the same cost model under a simulated device.
+//! tens of milliseconds and more: one program (forward, loss, backward) and the update of all its parameters; `HYDRA_BENCH_QUICK=1` takes the first of them.
+//! `families` as an argument adds, for each job, where the seconds went by family of ops. Models in several shards are predicted in `training.rs`.
+
+#[path = "common/asked.rs"]
+mod asked;
 
 use hydra::base::{DType, Result, Shape, align_up};
 use hydra::device::CostModel;
@@ -54,7 +56,7 @@ fn compare(families: bool) -> Result<()> {
     println!("calibration took {:.2} s; {} rates", begin.elapsed().as_secs_f64(), cost.rates.len());
     println!("{:<44} {:>10} {:>10} {:>8}", "one program and one update", "predicted", "measured", "error");
     let mut errors = Vec::new();
-    for job in &JOBS {
+    for job in if asked::quick() { &JOBS[..1] } else { &JOBS[..] } {
         let mut bench = Bench::new(job.graph()?)?;
         let (run, update) = bench.measure()?;
         let predicted = cost.program_secs(&bench.program) + update_secs(&cost, &bench);

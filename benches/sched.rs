@@ -5,6 +5,11 @@
 //!
 //! `cargo bench --bench sched [FILTER]`; with HYDRA_BENCH_QUICK=1 a short run whose numbers are rough.
 
+#[path = "common/asked.rs"]
+mod asked;
+#[path = "common/samples.rs"]
+mod samples;
+
 use criterion::Criterion;
 use hydra::base::philox::Sequence;
 use hydra::sched::{Claim, DeviceId, DeviceView, LocalityLrtf, ModelId, ModelView, POLICIES, Policy, View, by_name};
@@ -58,16 +63,13 @@ fn devices(count: usize, models: &[ModelView]) -> Vec<DeviceView> {
 }
 
 fn main() {
-    let quick = std::env::var("HYDRA_BENCH_QUICK").is_ok_and(|v| v != "0");
-    let criterion = Criterion::default().without_plots();
+    let quick = asked::quick();
+    let counted = if quick { 10 } else { 50 };
+    let criterion = Criterion::default().without_plots().sample_size(counted);
     let criterion = if quick {
-        criterion
-            .sample_size(10)
-            .nresamples(100)
-            .warm_up_time(Duration::from_millis(1))
-            .measurement_time(Duration::from_millis(20))
+        criterion.nresamples(100).warm_up_time(Duration::from_millis(1)).measurement_time(Duration::from_millis(20))
     } else {
-        criterion.sample_size(50).warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(1))
+        criterion.warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(1))
     };
     let mut criterion = criterion.configure_from_args();
     let mut rows = Vec::new();
@@ -100,6 +102,7 @@ fn main() {
                         took
                     });
                 });
+                samples::drop_warm_up(&mut samples, counted);
                 samples.sort_by(f64::total_cmp);
                 if let Some(best) = samples.first() {
                     rows.push((case, best * 1e6, samples[samples.len() / 2] * 1e6));

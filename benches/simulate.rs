@@ -1,7 +1,9 @@
 //! How fast the executor simulates: 64 models of 100 shards for 100 steps on 64 devices, and what that takes of memory.
 //!
-//! `HYDRA_BENCH_QUICK=1` runs two steps.
+//! `HYDRA_BENCH_QUICK=1` simulates ten steps.
 
+#[path = "common/asked.rs"]
+mod asked;
 #[path = "../tests/overlap/models.rs"]
 #[allow(dead_code, reason = "tests use the rest")]
 mod models;
@@ -14,8 +16,7 @@ use models::Chain;
 use std::time::Instant;
 
 fn main() {
-    let quick = std::env::var("HYDRA_BENCH_QUICK").is_ok_and(|v| !v.is_empty() && v != "0");
-    let steps = if quick { 10 } else { 100 };
+    let steps = if asked::quick() { 10 } else { 100 };
     let (models, shards, devices) = (64, 100, 64);
     let chain = Chain::equal(shards, 1024, 512).model();
     let mut cost = CostModel::stated(10e12, 900e9, 12e9);

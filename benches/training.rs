@@ -3,6 +3,9 @@
 //!
 //! `cargo bench --bench training`, with `-- spilling`, `-- double-buffering` or `-- prediction` for a part; `HYDRA_BENCH_QUICK=1` takes smaller shapes and fewer rounds, to see that it runs.
 
+#[path = "common/asked.rs"]
+mod asked;
+
 use hydra::base::{DType, Result, Shape, format_bytes};
 use hydra::data::{RandomOptions, RandomSource, Source};
 use hydra::device::CostModel;
@@ -265,7 +268,7 @@ fn prediction(jobs: &[(&'static str, Gpt, f64)], steps: u64) -> Result<()> {
 }
 
 fn main() -> Result<()> {
-    let quick = std::env::var_os("HYDRA_BENCH_QUICK").is_some();
+    let quick = asked::quick();
     let began = Instant::now();
     let cost = calibrate(&DeviceSpec::default())?;
     let (gpt, rounds, steps) = match quick {

@@ -49,7 +49,7 @@ template <int W> struct Shared {
 
 #if GPU_HOPPER
 // All of the 65536 that there are.
-template <int W> struct Registers { static constexpr int PRODUCER = W == 64 ? 32 : 40, CONSUMER = W == 64 ? 160 : 232; };
+template <int W> using Registers = RegisterShares<THREADS<W>, W == 64 ? 32 : 40, W == 64 ? 160 : 232>;
 constexpr int TURN = 1, OWN = 4;           // named barriers: one for each consumer's turn, one for each consumer's threads
 
 // Parts of a head: 64 queries for each consumer, in some one less, so that all are as equal as can be.
@@ -321,10 +321,10 @@ DEV void forward(bf16* out, float* lse, const CUtensorMap* q_map, const CUtensor
   }
   __syncthreads();
   if (threadIdx.x < 128) {
-    setmaxnreg_dec<Registers<W>::PRODUCER>();
+    Registers<W>::first();
     if (threadIdx.x == 0) produce<W>(*shared, q_map, k_map, v_map, taken, together, s);
   } else {
-    setmaxnreg_inc<Registers<W>::CONSUMER>();
+    Registers<W>::others();
     consume<W>(*shared, out, lse, mask, s);
   }
 #endif

@@ -303,12 +303,12 @@ DEV void grad_kv(bf16* d_k, bf16* d_v, const float* lse, const float* delta, con
   }
   __syncthreads();
   if (threadIdx.x < 128) {
-    setmaxnreg_dec<Registers<SEVERAL<W>>::PRODUCER>();
+    Registers<SEVERAL<W>>::first();
     if (threadIdx.x == 0) produce<W>(*shared, q_map, d_out_map, k_map, v_map, taken, together, s);
     int half = threadIdx.x / 32 - 1;
     if (half == 0 || half == 1) prepare<W>(*shared, lse, delta, half, together, s);
   } else {
-    setmaxnreg_inc<Registers<SEVERAL<W>>::CONSUMER>();
+    Registers<SEVERAL<W>>::others();
     consume<W>(*shared, d_k, d_v, mask, together, s);
   }
 #endif

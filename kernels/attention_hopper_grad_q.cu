@@ -228,10 +228,10 @@ DEV void grad_q(bf16* d_q, const float* lse, const float* delta, const CUtensorM
   }
   __syncthreads();
   if (threadIdx.x < 128) {
-    setmaxnreg_dec<Registers<true>::PRODUCER>();
+    Registers<true>::first();
     if (threadIdx.x < 32) produce<W>(*shared, q_map, d_out_map, k_map, v_map, taken, together, s);
   } else {
-    setmaxnreg_inc<Registers<true>::CONSUMER>();
+    Registers<true>::others();
     consume<W>(*shared, d_q, lse, delta, mask, together, s);
   }
 #endif

@@ -140,11 +140,11 @@ DEV void convolve(bf16* target, const CUtensorMap* source, const CUtensorMap* we
   static_assert(1024 + R::STAGES * R::BYTES + CONSUMER_WARPS * LEAVING_BYTES <= 227 * 1024, "more shared memory than a block can have");
   begin(ring[0], source, weight);
   if (threadIdx.x < 128) {
-    setmaxnreg_dec<COPY_REGISTERS>();
+    ConvRegisters::first();
     if (threadIdx.x == 0) fill(ring[0], stages, source, weight, tiles);
     return;
   }
-  setmaxnreg_inc<REGISTERS_BESIDE_COPY>();
+  ConvRegisters::others();
   int warp = threadIdx.x / 32 - 4, consumer = warp / 4;
   int row = CHANNELS == 128 ? consumer * 64 : 0, own_box = CHANNELS == 128 ? 0 : consumer;
   Turn<R::STAGES> turn;

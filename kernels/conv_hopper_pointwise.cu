@@ -123,11 +123,11 @@ DEV void convolve(bf16* out, const CUtensorMap* x, const CUtensorMap* weight, co
   GPU_DYNAMIC(unsigned char, stages);
   begin(ring[0], x, weight);
   if (threadIdx.x < 128) {
-    setmaxnreg_dec<COPY_REGISTERS>();
+    ConvRegisters::first();
     if (threadIdx.x == 0) fill<CHANNELS>(ring[0], stages, x, weight, s, cut);
     return;
   }
-  setmaxnreg_inc<REGISTERS_BESIDE_COPY>();
+  ConvRegisters::others();
   int warp = threadIdx.x / 32 - 4, consumer = warp / 4;
   int row = CHANNELS == 128 ? consumer * 64 : 0, own_box = CHANNELS == 128 ? 0 : consumer;
   Turn<R::STAGES> turn;
@@ -169,11 +169,11 @@ DEV void sum_products(float* partials, const CUtensorMap* d_out, const CUtensorM
   GPU_DYNAMIC(unsigned char, stages);
   begin(ring[0], d_out, x);
   if (threadIdx.x < 128) {
-    setmaxnreg_dec<COPY_REGISTERS>();
+    ConvRegisters::first();
     if (threadIdx.x == 0) fill_weight<COLUMNS>(ring[0], stages, d_out, x, cut);
     return;
   }
-  setmaxnreg_inc<REGISTERS_BESIDE_COPY>();
+  ConvRegisters::others();
   int warp = threadIdx.x / 32 - 4, tiles = cut.row_tiles * cut.column_tiles, pitch = (s.in_channels + 7) / 8 * 8;
   Turn<R::STAGES> turn;
   for (int index = blockIdx.x; index < tiles * cut.parts; index += gridDim.x) {

@@ -112,11 +112,11 @@ template <int ROWS, int BLOCKS> DEV void sum_products(float* partials, const CUt
   static_assert(1024 + R::STAGES * R::BYTES <= 227 * 1024, "more shared memory than a block can have");
   begin(ring[0], d_out, x);
   if (threadIdx.x < 128) {
-    setmaxnreg_dec<COPY_REGISTERS>();
+    ConvRegisters::first();
     if (threadIdx.x == 0) fill(ring[0], stages, d_out, x, tiles);
     return;
   }
-  setmaxnreg_inc<REGISTERS_BESIDE_COPY>();
+  ConvRegisters::others();
   int warp = threadIdx.x / 32 - 4, consumer = warp / 4;
   int own_row = ROWS == 128 ? consumer : 0, own_block = ROWS == 128 ? 0 : consumer * (BLOCKS / 2);
   Turn<R::STAGES> turn;

@@ -42,10 +42,9 @@ namespace {
 constexpr int CONSUMERS = 2, THREADS = 128 * (1 + CONSUMERS);
 
 #if GPU_HOPPER
-// Registers of a thread, of 168 each to begin with: one that asks for copies needs few, one that sums columns more, one that shifts words most.
-template <bool COPIED, bool SUMS> struct Registers {
-  static constexpr int FIRST = !COPIED ? 120 : SUMS ? 40 : 24, OTHERS = !COPIED ? 192 : SUMS ? 232 : 240;
-};
+// Of 168 each to begin with: a thread that asks for copies needs few, one that sums columns more, one that shifts words most.
+template <bool COPIED, bool SUMS>
+using Registers = RegisterShares<THREADS, !COPIED ? 120 : SUMS ? 40 : 24, !COPIED ? 192 : SUMS ? 232 : 240>;
 
 // The left operand with rows of any width, read by all threads of the warpgroup and laid where a bulk copy would: word w of row r of a box at 8 r + (w ^ (r % 8)).
 template <bool TRANSPOSED> struct Shifted {
@@ -94,12 +93,12 @@ DEV void product(const End& end_of, const Left& a, const CUtensorMap* b, const S
   }
   __syncthreads();
   if (threadIdx.x < 128) {
-    setmaxnreg_dec<Shares::FIRST>();
+    Shares::first();
     if (SUMS && threadIdx.x >= 32) sum_beside(beside, stages + R::STAGES * R::BYTES);
     else produce<TILE_N, B_TRANSPOSED>(ring[0], stages, a, b, work);
     return;
   }
-  setmaxnreg_inc<Shares::OTHERS>();
+  Shares::others();
   for (int item = SHARED ? 0 : threadIdx.x / 128 - 1;; item += SHARED ? 1 : 2) {
     forget(work.s.m), forget(work.s.n); // the numbers of tiles are counted anew: kept, they would take registers from the sums
     int consumer = SHARED ? (int)thread_again() / 128 - 1 : item % 2;

@@ -38,4 +38,16 @@ struct Now { uint64_t seed; double loss_scale; uint32_t step, microbatch, accumu
 #include "gpu/descriptor.cuh"
 #endif
 
+// How the warpgroups of a block of THREADS share its registers: the first one is content with FIRST a thread, so that the others may have OTHERS. Were it more
+// in all than the block is launched with, one of them would wait for registers without end. A kernel has THREADS and 1 in its __launch_bounds__, and is compiled
+// for AT_LAUNCH (tests/kernel_build.rs).
+template <int THREADS, int FIRST, int OTHERS> struct RegisterShares {
+#if GPU_HOPPER
+  static constexpr int AT_LAUNCH = 65536 / THREADS / 8 * 8;
+  static_assert(THREADS % 128 == 0 && 128 * FIRST + (THREADS - 128) * OTHERS <= THREADS * AT_LAUNCH, "more registers than the block has");
+  static DEV void first() { setmaxnreg_dec<FIRST>(); }
+  static DEV void others() { setmaxnreg_inc<OTHERS>(); }
+#endif
+};
+
 #include "gpu/math.cuh"

@@ -4,8 +4,14 @@
 #   PEERS=path/to/peers.py           a script that measures PyTorch on the same shapes, carried along and run last
 #   FEATURES=emulator                 features beside: with this one run.sh can be tried where there is no GPU (DEVICE=emulated)
 #   HYDRA_CUDA_ARCHS="80 90a"        the chips it is for. The default is A100, RTX 30 and 40, L40S; H100, H200. Blackwell is "100" and "120"
-# Then copy DIR there and run `sh DIR/run.sh`; docs/gpu.md says what comes back. Needs nvcc here (see docs/gpu.md), no GPU.
+# Then copy DIR there, or DIR.tar.gz, which is the same compressed, and run `sh DIR/run.sh`; docs/gpu.md says what comes back. Needs nvcc here (see
+# docs/gpu.md), no GPU.
 set -eu
+# Before minutes of building; and it is named from where this was called.
+if [ -n "${PEERS:-}" ]; then
+    [ -f "$PEERS" ] || { echo "pack-gpu.sh: PEERS is $PEERS, and there is no such file" >&2; exit 2; }
+    PEERS=$(realpath "$PEERS")
+fi
 root=$(cd "$(dirname "$0")/.." && pwd)
 cd "$root"
 out=${1:-target/gpu-pack}
@@ -58,5 +64,6 @@ if [ -n "${PEERS:-}" ]; then cp "$PEERS" "$out/peers.py"; fi
 } >"$out/built-from.txt"
 chmod +x "$out"/*.sh
 bytes=$(du -sk "$out" | cut -f 1)
-echo "packed $out: $bytes KiB, features $features"
+tar -czf "$out.tar.gz" -C "$(dirname "$out")" "$(basename "$out")"
+echo "packed $out: $bytes KiB, features $features; $out.tar.gz: $(du -k "$out.tar.gz" | cut -f 1) KiB"
 du -k "$out"/bin/* | sort -n

@@ -28,10 +28,13 @@ fn number(line: &str, what: &str) -> Option<u32> {
     line[..line.find(what)?].split_whitespace().next_back()?.parse().ok()
 }
 
-/// By kernel and architecture.
-fn compiled() -> BTreeMap<(String, String), Compiled> {
+/// By kernel and architecture, of the sources whose stem is `wanted`.
+fn compiled_of(wanted: impl Fn(&str) -> bool) -> BTreeMap<(String, String), Compiled> {
     let mut all = BTreeMap::new();
     for path in files(Path::new(env!("HYDRA_FATBINS")), "log") {
+        if !path.file_stem().and_then(|stem| stem.to_str()).is_some_and(&wanted) {
+            continue;
+        }
         let text = std::fs::read_to_string(&path).expect("a log of ptxas");
         let mut current = None;
         for line in text.lines() {
@@ -56,6 +59,11 @@ fn compiled() -> BTreeMap<(String, String), Compiled> {
         }
     }
     all
+}
+
+/// All of them.
+fn compiled() -> BTreeMap<(String, String), Compiled> {
+    compiled_of(|_| true)
 }
 
 fn files(dir: &Path, extension: &str) -> Vec<PathBuf> {
@@ -102,6 +110,31 @@ fn no_spills_and_no_stack_frames() {
         let built = all.keys().any(|(_, arch)| arch == exception.1);
         assert!(used.contains(&i) || !built, "no kernel needs the exception {exception:?}");
         assert!(!exception.4.is_empty(), "an exception says why");
+    }
+}
+
+#[test]
+fn warpgroups_share_what_a_block_is_launched_with() {
+    // `RegisterShares` in kernels/gpu.cuh counts on as many registers a thread as a multiprocessor has for a block: with fewer, a warpgroup that asks for more
+    // waits forever.
+    let sources = ["conv_hopper", "conv_hopper_pointwise", "conv_hopper_weight", "gemm_hopper"];
+    let attention = ["attention_hopper", "attention_hopper_grad_q", "attention_hopper_grad_kv"];
+    for stem in sources.into_iter().chain(attention) {
+        let all = compiled_of(|other| other == stem);
+        assert!(!all.is_empty(), "no log of {stem}");
+        for ((kernel, arch), said) in all.iter().filter(|((_, arch), _)| arch == "sm_90a") {
+            let warpgroups = if kernel == "attention_forward_hopper64_bf16" { 4 } else { 3 };
+            let at_launch = 65536 / (128 * warpgroups) / 8 * 8;
+            assert_eq!(said.registers, at_launch, "{kernel} for {arch}");
+        }
+    }
+    // No other kernel shares.
+    for path in files(&source("kernels"), "cu") {
+        let text = std::fs::read_to_string(&path).expect("a kernel");
+        let stem = path.file_stem().and_then(|stem| stem.to_str()).expect("a name");
+        let known = sources.contains(&stem) || attention.contains(&stem);
+        assert_eq!(text.contains("::others()"), known, "{stem}");
+        assert!(!text.contains("setmaxnreg"), "{stem}: through RegisterShares alone");
     }
 }
 

@@ -51,6 +51,35 @@ pub struct Ceilings {
     pub by: [&'static str; 2],
 }
 
+/// Who multiplied for a ceiling.
+pub const CUBLAS: &str = "cuBLAS";
+/// The same, where there is no cuBLAS.
+pub const OURS: &str = "our own product";
+
+impl Ceilings {
+    /// For programs to read.
+    pub fn json(&self) -> Value {
+        json!({
+            "copy_gbps": self.copy_bytes_per_sec.map(|rate| rate / 1e9),
+            "bf16_tflops": self.flops_per_sec[0].map(|rate| rate / 1e12),
+            "bf16_by": self.by[0],
+            "f32_tflops": self.flops_per_sec[1].map(|rate| rate / 1e12),
+            "f32_by": self.by[1],
+        })
+    }
+
+    /// Those that [`Ceilings::json`] wrote.
+    pub fn of(json: &Value) -> Ceilings {
+        let rate = |name: &str, unit: f64| json[name].as_f64().map(|rate| rate * unit);
+        let by = |name: &str| [CUBLAS, OURS].into_iter().find(|by| json[name] == **by).unwrap_or("");
+        Ceilings {
+            copy_bytes_per_sec: rate("copy_gbps", 1e9),
+            flops_per_sec: [rate("bf16_tflops", 1e12), rate("f32_tflops", 1e12)],
+            by: [by("bf16_by"), by("f32_by")],
+        }
+    }
+}
+
 /// One measurement.
 #[derive(Clone, Debug)]
 pub struct Row {
@@ -74,6 +103,12 @@ impl Row {
     /// A row with a name and a time.
     pub fn of(name: String, unit: Unit, ours: Spread) -> Row {
         Row { name, dtype: String::new(), shapes: String::new(), unit, bound_secs: None, ours: Ok(ours), peer: None }
+    }
+
+    /// A row of what could not be measured.
+    pub fn failed(name: &str, dtype: &str, why: String) -> Row {
+        let (name, dtype) = (name.into(), dtype.into());
+        Row { name, dtype, shapes: String::new(), unit: Unit::Nothing, bound_secs: None, ours: Err(why), peer: None }
     }
 
     /// Rate in the unit that people read: TFLOP/s or GB/s.
@@ -100,7 +135,8 @@ impl Row {
         format!("{head} {} | {spread} | {} | {share} | {peer} | {ratio} |", format_secs(ours.median), rate(ours.median))
     }
 
-    fn json(&self) -> Value {
+    /// For programs to read.
+    pub fn json(&self) -> Value {
         let mut row =
             json!({ "name": self.name, "dtype": self.dtype, "shapes": self.shapes, "bound_secs": self.bound_secs });
         match self.unit {
@@ -136,19 +172,4 @@ pub fn print_head() {
 /// One line of the table, as soon as it is known.
 pub fn print_row(row: &Row) {
     println!("{}", row.line());
-}
-
-/// Everything, for programs to read.
-pub fn json(device: &Value, ceilings: &Ceilings, rows: &[Row]) -> Value {
-    json!({
-        "device": device,
-        "ceilings": {
-            "copy_gbps": ceilings.copy_bytes_per_sec.map(|rate| rate / 1e9),
-            "bf16_tflops": ceilings.flops_per_sec[0].map(|rate| rate / 1e12),
-            "bf16_by": ceilings.by[0],
-            "f32_tflops": ceilings.flops_per_sec[1].map(|rate| rate / 1e12),
-            "f32_by": ceilings.by[1],
-        },
-        "rows": rows.iter().map(Row::json).collect::<Vec<_>>(),
-    })
 }

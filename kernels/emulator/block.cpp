@@ -152,7 +152,7 @@ void Block::set_up(const Call& c, Dim3 index) {
       }
     }
     t.done = false;
-    t.bar = nullptr;
+    t.bar = t.passed = nullptr;
     if (!t.fiber.stack) stacks.give(t.fiber, i);
     t.started = false;
     wake(&t);
@@ -195,7 +195,7 @@ void Block::schedule() {
       }
       finished = nullptr;
       switch_fiber(scheduler, next->fiber);
-    } else if (!loads.empty()) {
+    } else if (live && !loads.empty()) {
       finish_load(random_order() ? random(static_cast<uint32_t>(loads.size())) : 0);
     } else {
       break;
@@ -227,6 +227,8 @@ bool Block::run(const Call& c, Dim3 index, uint32_t number) {
   } catch (const Failure&) {  // the text is in `error`
   }
   if (!aborted && live) error = who_waits_where();
+  // They would write into the memory of the block that comes next.
+  if (!aborted && !live && !loads.empty()) error = "a block ends with " + std::to_string(loads.size()) + " bulk loads on their way";
   const bool fine = error.empty();
   if (!fine) {  // what a failed block leaves behind
     for (auto& warp : warps)

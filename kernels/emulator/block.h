@@ -27,6 +27,7 @@ struct Thread : View {
   Site site;
   uint64_t* bar = nullptr;  // the mbarrier it waits at, and for which parity to pass
   int parity = 0;
+  uint64_t* passed = nullptr;  // the mbarrier that has let it pass, until it goes on
   CopyGroups copies;
   StoreGroups stores;
   race::Knowledge knowledge;  // race detector: happens-before

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Compiles kernels/*.cu and the emulator for the CPU, into one shared object: build.sh OUT_DIR [plain|asan|race]
 #   plain  as fast as the emulator goes
-#   asan   AddressSanitizer watches global and shared memory; run with
+#   asan   AddressSanitizer watches global and shared memory, and vectors have to lie where their size wants, as on a GPU; run with
 #          LD_PRELOAD=$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0
 #   race   every access to memory is checked against what barriers and waits order
 # Only what changed is compiled again. SOURCES names other kernels than kernels/*.cu, for an op of one's own. CXX names the compiler
@@ -14,7 +14,7 @@ mkdir -p "$out"
 common="-std=c++20 -fPIC -ffp-contract=off -march=x86-64-v3 -Wall -Wno-unknown-pragmas -Wno-psabi -I$kernels"
 case $kind in
     plain) kernel_flags="-O2" runtime_flags="-O2" link_flags="" ;;
-    asan) kernel_flags="-O1 -g1 -fsanitize=address" runtime_flags="-O2 -g1 -fsanitize=address" link_flags="-fsanitize=address" ;;
+    asan) kernel_flags="-O1 -g1 -fsanitize=address,alignment -fno-sanitize-recover=alignment" runtime_flags="-O2 -g1 -fsanitize=address" link_flags="-fsanitize=address,alignment" ;;
     race) kernel_flags="-O1 -g1 -fsanitize=thread -Wno-maybe-uninitialized" runtime_flags="-O2 -g1" link_flags="" ;;
     *) echo "build.sh: $kind is none of plain, asan, race" >&2; exit 2 ;;
 esac

@@ -19,8 +19,8 @@ template <class... A, void (*KERNEL)(A...)> struct Entry<KERNEL> {
   static void run(void** args) { call(args, std::index_sequence_for<A...>{}); }
 };
 }  // namespace sim
-#define GPU_EXPORT(k)                                                \
-  extern "C" int k##_sim(const ::sim::Launch* launch, void** args) { \
-    return ::sim::launch(*launch, ::sim::Entry<k>::run, args);       \
-  }                                                                  \
+#define GPU_EXPORT(k)                                                                            \
+  extern "C" int k##_sim(const ::sim::Launch* launch, void** args) {                             \
+    return ::sim::launch(*launch, ::sim::Entry<k>::run, args, reinterpret_cast<const void*>(k)); \
+  }                                                                                              \
   static const ::sim::Registration k##_registration(#k);

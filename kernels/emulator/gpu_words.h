@@ -9,7 +9,12 @@
 #define __host__
 #define __forceinline__ inline
 #define __noinline__ __attribute__((noinline))
-#define __launch_bounds__(...)
+// Most threads of a block, which a GPU refuses to exceed, are kept with the kernel's code: a nop for each warp of them, at its entry. No other place that a
+// macro here can write to says which kernel it is of.
+#define __launch_bounds__(...) __attribute__((patchable_function_entry(::sim::bound_in_warps(__VA_ARGS__))))
+namespace sim {
+constexpr unsigned bound_in_warps(int threads, int = 0) { return static_cast<unsigned>(threads) / 32; }
+}  // namespace sim
 #define __grid_constant__
 #define __restrict__ __restrict
 #define __align__(n) __attribute__((aligned(n)))

@@ -141,11 +141,23 @@ int refuse(const std::string& message) {
 
 static uint64_t threads_of(Dim3 block) { return static_cast<uint64_t>(block.x) * block.y * block.z; }
 
-int launch(const Launch& l, void (*entry)(void**), void** args) {
+// Most threads of a block, as __launch_bounds__ has put it at a kernel's entry (gpu_words.h); 0 where it says nothing.
+static unsigned bound_of(const void* kernel) {
+  constexpr unsigned char ENDBR64[] = {0xF3, 0x0F, 0x1E, 0xFA}, NOP = 0x90;
+  const unsigned char* at = static_cast<const unsigned char*>(kernel);
+  if (!memcmp(at, ENDBR64, sizeof ENDBR64)) at += sizeof ENDBR64;
+  unsigned warps = 0;
+  while (at[warps] == NOP) warps++;
+  return warps * WARP;
+}
+
+int launch(const Launch& l, void (*entry)(void**), void** args, const void* kernel) {
   constexpr uint64_t WORTH_A_HELPER = 2048;  // CUDA threads; waking a thread costs as much as running about that many
   if (l.shared_bytes > SHARED_BYTES) return refuse("a launch with more than 227 KB of shared memory");
   if (threads_of(l.block) == 0 || threads_of(l.block) > THREADS)
     return refuse("a launch with no threads in a block, or more than 1024");
+  if (const unsigned most = bound_of(kernel); most && threads_of(l.block) > most)
+    return refuse("a launch with " + std::to_string(threads_of(l.block)) + " threads in a block, of a kernel whose __launch_bounds__ are " + std::to_string(most));
   if (threads_of(l.grid) == 0) return refuse("a launch with no blocks");
   const Call call{l, entry, args};
   Job job(call);

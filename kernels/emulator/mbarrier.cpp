@@ -24,8 +24,14 @@ static void settle(uint64_t* bar, Word& w) {
   Block& b = *current_block;
   for (unsigned i = 0; i < b.count; i++) {
     Thread& t = b.threads[i];
+    // A wait knows the phase that runs and the one before by their parity alone (PTX ISA, "mbarrier.test_wait"): two phases later it takes the one that
+    // runs for its own. Here it has been woken; on a GPU it may look only now.
+    if (t.passed == bar)
+      fail("an mbarrier ends another phase before thread %u has gone on from its wait for the one before, in %s at %s:%d", t.linear, t.site.what,
+           t.site.file, t.site.line);
     if (t.bar != bar || static_cast<int>(w.phase) == t.parity) continue;
     t.bar = nullptr;
+    t.passed = bar;
     race::barrier_passed(bar, &t);
     b.wake(&t);
   }
@@ -72,6 +78,7 @@ void mbar_wait(uint64_t* bar, int parity, const Site& site) {
   t->bar = bar;
   t->parity = parity & 1;
   current_block->park(site.what, site);
+  t->passed = nullptr;
 }
 
 void proxy_fence() { race::proxy_fence(self()); }

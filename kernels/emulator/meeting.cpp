@@ -11,7 +11,7 @@ namespace sim {
 static void release(Meeting& m, bool last_goes_on) {
   Block& b = *current_block;
   for (Thread* t : m.waiting) b.wake(t);
-  if (race::on) {
+  if (!m.members.empty()) {
     if (last_goes_on) m.waiting.push_back(self());
     race::meet(m.members, m.waiting);
   }
@@ -24,7 +24,8 @@ static void check_same_place(const Meeting& m, const Site& site) {
        site.file, site.line);
 }
 
-static void meet(Meeting& m, unsigned slot, int expected, Op op, void* arg, const Site& site) {
+// `ordered`: what members did to memory comes before what the others do after the meeting.
+static void meet(Meeting& m, unsigned slot, int expected, Op op, void* arg, bool ordered, const Site& site) {
   if (m.arrived == 0) {
     m.expected = expected;
     m.site = site;
@@ -32,7 +33,7 @@ static void meet(Meeting& m, unsigned slot, int expected, Op op, void* arg, cons
     check_same_place(m, site);
   }
   if (op) m.args[slot] = arg;
-  if (race::on) m.members.push_back(self()->knowledge);
+  if (race::on && ordered) m.members.push_back(self()->knowledge);
   if (++m.arrived == m.expected) {
     if (op) op(m.args.data(), m.mask);
     release(m, true);
@@ -75,14 +76,17 @@ void warp_collective(uint32_t mask, Op op, void* arg, const Site& site) {
   if (lanes < WARP) mask &= (1u << lanes) - 1;  // the block's last warp may have fewer
   Meeting& m = meeting_for(b.warps[t->linear / WARP], mask, t->lane, site);
   m.present |= 1u << t->lane;
-  meet(m, t->lane, __builtin_popcount(mask), op, arg, site);
+  // Of what a warp does together, __syncwarp alone orders memory. Shuffles and votes do not (CUDA C++ Programming Guide, "Warp Shuffle Functions"), nor is
+  // it said of ldmatrix, stmatrix and mma.
+  meet(m, t->lane, __builtin_popcount(mask), op, arg, op == nullptr, site);
 }
 
 void warpgroup_collective(Op op, void* arg, const Site& site) {
   Thread* t = self();
   Meeting& m = current_block->warpgroups[t->linear / WARPGROUP].meeting;
   if (m.args.empty()) m.args.resize(WARPGROUP);
-  meet(m, t->linear % WARPGROUP, WARPGROUP, op, arg, site);
+  // More than a GPU promises: there a wait orders the products before what each thread does next, not the threads' own accesses among each other.
+  meet(m, t->linear % WARPGROUP, WARPGROUP, op, arg, true, site);
 }
 
 static Meeting& barrier(int id, int count, const Site& site) {
@@ -100,7 +104,7 @@ void bar_sync(int id, int count, const Site& site) {
   Block& b = *current_block;
   if (count == 0) {  // the whole block: all come to the same place
     Meeting& m = b.barriers[id];
-    meet(m, 0, static_cast<int>(b.live), nullptr, nullptr, site);
+    meet(m, 0, static_cast<int>(b.live), nullptr, nullptr, true, site);
     return;
   }
   Meeting& m = barrier(id, count, site);

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <mutex>
 
 #include "block.h"
@@ -59,8 +60,11 @@ static void release(const Buffer& b) {
 void start_launch() { launches++; }
 
 void start_block(Block& b, uint32_t number) {
-  if (b.shadow.cells.empty()) b.shadow.cells.resize((SHARED_START + SHARED_BYTES) / CELL_BYTES + 1);
-  b.shadow.epoch = ++epochs;
+  if (b.shadow.cells.empty()) {
+    b.shadow.cells.resize((SHARED_START + SHARED_BYTES) / CELL_BYTES + 1);
+    b.shadow.crowds.resize(b.shadow.cells.size());
+  }
+  b.shadow.epoch = ++epochs & 0x7FFFFFFF;
   b.shadow.launch = launches;
   b.shadow.block = number;
   b.shadow.barriers.clear();
@@ -181,7 +185,8 @@ uint32_t engine_done(uint64_t* bar) {
 // The cells of a range, and where it is for messages.
 struct Where {
   Cell* cells = nullptr;
-  Visits* visits = nullptr;  // null in shared memory
+  Crowd* crowds = nullptr;   // in shared memory alone
+  Visits* visits = nullptr;  // in global memory alone
   size_t first = 0, last = 0;
   const char* of = "shared memory";
   const char* start = nullptr;  // what a message counts bytes from
@@ -200,6 +205,7 @@ static Where find(const void* p, size_t bytes) {
   if (at >= b.arena && at < b.arena + SHARED_START + SHARED_BYTES) {
     Where w = where(b.arena, SHARED_START + SHARED_BYTES);
     w.cells = b.shadow.cells.data();
+    w.crowds = b.shadow.crowds.data();
     w.start = b.arena + SHARED_START;
     return w;
   }
@@ -221,7 +227,7 @@ static const char* kind(uint32_t thread) { return thread < current_block->count 
 
 static Cell& fresh_cell(const Where& w, size_t index) {
   Cell& c = w.cells[index];
-  if (c.epoch != current_block->shadow.epoch) c = Cell{current_block->shadow.epoch, {}, {}};
+  if (c.epoch != current_block->shadow.epoch) c = Cell{current_block->shadow.epoch, false, {}, {}};
   return c;
 }
 
@@ -242,11 +248,28 @@ static void check_blocks(const Where& w, size_t index, bool write, const char* a
   else v.reader = v.reader == 0 || v.reader == me ? me : SEVERAL;
 }
 
-static void remember_read(Cell& c, Stamp now, const Thread* t) {
-  // Two readers are kept: in this thread's entry, a free one, or one that is ordered before.
-  const int k = c.read[0].thread() == now.thread() || !unordered(c.read[0], t) ? 0 : 1;
-  if (c.read[k].clock() == Stamp::PENDING && now.clock() != Stamp::PENDING) return;
-  c.read[k] = now;
+static void remember_read(const Where& w, size_t index, Stamp now, const Thread* t) {
+  Cell& c = w.cells[index];
+  // In the entry of this thread, a free one, or one that is ordered before.
+  auto is_for = [&](Stamp entry) { return entry.thread() == now.thread() || !unordered(entry, t); };
+  Stamp* to = &c.read[is_for(c.read[0]) ? 0 : 1];
+  if (to == &c.read[1] && w.crowds && !is_for(*to)) {
+    Crowd& crowd = w.crowds[index];
+    if (!c.crowded) crowd = {};
+    c.crowded = true;
+    // Here a warp has one entry for all of its lanes. Who finds none has the last one.
+    auto is_for_warp = [&](Stamp entry) { return entry.thread() / WARP == now.thread() / WARP || !unordered(entry, t); };
+    to = std::find_if(std::begin(crowd.read), std::end(crowd.read) - 1, is_for_warp);
+  }
+  if (to->clock() == Stamp::PENDING && now.clock() != Stamp::PENDING) return;
+  *to = now;
+}
+
+// Calls each(read) for what is remembered of a cell's.
+template <class Each> static void for_readers(const Where& w, size_t index, Each each) {
+  for (Stamp& read : w.cells[index].read) each(read);
+  if (!w.cells[index].crowded) return;
+  for (Stamp& read : w.crowds[index].read) each(read);
 }
 
 void access(const void* p, size_t bytes, bool write) {
@@ -263,7 +286,7 @@ void access(const void* p, size_t bytes, bool write) {
     if (w.visits) check_blocks(w, i, write, at);
     Cell& c = w.cells[i];
     if (c.epoch != epoch) {  // the first access of this block
-      c = Cell{epoch, {}, {}};
+      c = Cell{epoch, false, {}, {}};
       (write ? c.write : c.read[0]) = now;
       continue;
     }
@@ -272,13 +295,14 @@ void access(const void* p, size_t bytes, bool write) {
       fail("race: %s byte %zd of %s, written by %s %u without ordering", write ? "writes" : "reads", at - w.start, w.of,
            kind(c.write.thread()), c.write.thread());
     if (!write) {
-      remember_read(c, now, t);
+      if (!c.read[1].is_beside(now) && !(c.crowded && w.crowds[i].has_beside(now))) remember_read(w, i, now, t);
       continue;
     }
-    for (const Stamp read : c.read)
+    for_readers(w, i, [&](Stamp read) {
       if (unordered(read, t))
         fail("race: writes byte %zd of %s, read by %s %u without ordering", at - w.start, w.of, kind(read.thread()), read.thread());
-    c = Cell{epoch, now, {}};
+    });
+    c = Cell{epoch, false, now, {}};
   }
 }
 
@@ -294,18 +318,21 @@ void begin(const void* p, size_t bytes, bool write, unsigned owner, bool async_p
     const unsigned writer = c.write.thread();
     if (unordered(c.write, t))
       fail("race: %s touches byte %zd of %s, written by %s %u without ordering", what, at - w.start, w.of, kind(writer), writer);
-    if (async_proxy && !write && c.write && writer < current_block->count && c.write.clock() > (*t->knowledge.fenced)[writer])
-      fail("race: %s reads byte %zd of %s, which thread %u wrote without a fence.proxy.async after it", what, at - w.start, w.of,
-           writer);
+    // Also before it writes: the generic proxy's write may otherwise land later. Reads of the generic proxy before it writes need no fence: a barrier's
+    // wait, as every ring of bulk loads has it.
+    if (async_proxy && c.write && writer < current_block->count && c.write.clock() > (*t->knowledge.fenced)[writer])
+      fail("race: %s %s byte %zd of %s, which thread %u wrote without a fence.proxy.async after it", what, write ? "overwrites" : "reads", at - w.start,
+           w.of, writer);
     if (!write) {
-      remember_read(c, pending, t);
+      remember_read(w, i, pending, t);
       continue;
     }
-    for (const Stamp read : c.read)
+    for_readers(w, i, [&](Stamp read) {
       if (unordered(read, t))
         fail("race: %s overwrites byte %zd of %s, which %s %u may still read", what, at - w.start, w.of, kind(read.thread()),
              read.thread());
-    c = Cell{c.epoch, pending, {}};
+    });
+    c = Cell{c.epoch, false, pending, {}};
   }
 }
 
@@ -320,8 +347,9 @@ void end(const void* p, size_t bytes, bool write, unsigned owner, Stamp done) {
       if (c.write == pending) c.write = done;
       continue;
     }
-    for (Stamp& read : c.read)
+    for_readers(w, i, [&](Stamp& read) {
       if (read == pending) read = done;
+    });
   }
 }
 

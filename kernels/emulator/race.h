@@ -58,17 +58,28 @@ class Stamp {
   uint32_t clock() const { return bits & PENDING; }
   explicit operator bool() const { return bits != 0; }
   bool operator==(const Stamp&) const = default;
+  // By lanes of one warp, which have met others as often.
+  bool is_beside(Stamp other) const { return ((bits ^ other.bits) & ~(31u << CLOCK_BITS)) == 0; }
 };
 
-// What it knows of a cell of two bytes: the last write, and two of the reads since.
+// What it knows of a cell of two bytes: the last write, and two of the reads since. Where it is in shared memory, reads by more are in its crowd.
 struct Cell {
-  uint32_t epoch;
+  uint32_t epoch : 31, crowded : 1;
   Stamp write, read[2];
+};
+// A thread each of some more warps, lest one that nobody waits for be forgotten for those that come later. Apart from the cell: few have one, and the memory
+// that all cells take is what the detector's time goes to.
+struct Crowd {
+  Stamp read[4];
+  bool has_beside(Stamp one) const {
+    return read[0].is_beside(one) | read[1].is_beside(one) | read[2].is_beside(one) | read[3].is_beside(one);
+  }
 };
 
 // A block's part.
 struct Shadow {
   std::vector<Cell> cells;                    // of the arena
+  std::vector<Crowd> crowds;                  // as many
   uint32_t epoch = 0, launch = 0, block = 0;  // cells of another epoch are blank
   std::unordered_map<const void*, Barrier> barriers;
   bool fences = false;  // whether any thread has called fence.proxy.async yet

@@ -9,9 +9,7 @@ template <int W> constexpr int STAGES = W == 64 ? 5 : 3;   // of the ring of the
 
 #if GPU_HOPPER
 // Where the copying warps find their parts one after the other, they need more registers than where there is one.
-template <bool SEVERAL> struct Registers {
-  static constexpr int PRODUCER = SEVERAL ? 40 : 24, CONSUMER = SEVERAL ? 232 : 240;
-};
+template <bool SEVERAL> using Registers = RegisterShares<THREADS, SEVERAL ? 40 : 24, SEVERAL ? 232 : 240>;
 
 constexpr int OWN = 1;                     // named barriers: one for each consumer's threads
 

@@ -5,8 +5,7 @@
 constexpr int CONV_THREADS = 384;
 
 #if GPU_HOPPER
-// Of 168 each to begin with.
-constexpr int COPY_REGISTERS = 72, REGISTERS_BESIDE_COPY = 216;
+typedef RegisterShares<CONV_THREADS, 72, 216> ConvRegisters; // of 168 each to begin with
 constexpr int CONSUMER_WARPS = 8;
 constexpr int ROW_BYTES = STEP * 2, LEAVING_BYTES = 16 * PIECE * 2; // of a pixel or channel in a step; of a piece of a warp's sums
 

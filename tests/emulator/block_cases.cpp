@@ -66,6 +66,30 @@ static const Add named{{"named barriers",
                         },
                         {{1, RACE, "without ordering"}, {2, RACE, "without ordering"}}}};
 
+static const Add readers{{"many readers",
+                          [](u32 seed, int bug) -> std::string {
+                            Buffer<float> out(1);
+                            std::string error;
+                            // Whichever it is, in whatever order they come: none is forgotten for another.
+                            for (int left_out = bug; left_out <= 4 * bug; left_out++) {
+                              error = launch("test_readers", 1, 160, 0, seed, out, left_out);
+                              if (bug && error.empty()) return "warp " + std::to_string(left_out) + " is forgotten";
+                            }
+                            if (!error.empty()) return error;
+                            return same<float>("out", 1, [&](size_t i) { return out[i]; }, [](size_t) { return 1.0f; });
+                          },
+                          {{1, RACE, "without ordering"}}}};
+
+static const Add vectors{{"vectors",
+                          [](u32 seed, int bug) {
+                            int n = 33;
+                            Buffer<float> out(4 * 33), in(random_numbers(4 * 34));
+                            std::string error = launch("test_vectors", 2, 32, 0, seed, out, in, n, bug);
+                            if (!error.empty()) return error;
+                            return same<float>("out", 4 * 33, [&](size_t i) { return out[i]; }, [&](size_t i) { return in[i]; });
+                          },
+                          {{1, ASAN, "misaligned address"}}}};
+
 static const Add blocks{{"blocks",
                          [](u32 seed, int bug) {
                            Buffer<int> out(4 * 32);
@@ -128,6 +152,8 @@ static const Add limits{
        int bug = 0;
        if (launch("test_blocks", 1, 2048, 0, seed, out, bug).find("1024") == std::string::npos) return "2048 threads";
        if (launch("test_blocks", 1, 32, 300000, seed, out, bug).find("227 KB") == std::string::npos) return "300000 bytes";
+       if (!launch("test_bounded", 1, 64, 0, seed, out).empty()) return "64 threads of 64";
+       if (launch("test_bounded", 1, 96, 0, seed, out).find("__launch_bounds__ are 64") == std::string::npos) return "96 threads of 64";
        if (function<int()>("sim_kernel_count")() < 10) return "kernels are not listed";
        bool listed = false;
        for (int i = 0; i < function<int()>("sim_kernel_count")(); i++)

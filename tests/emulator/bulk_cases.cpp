@@ -42,7 +42,29 @@ static const Add swizzled{{"bulk copies, swizzled",
                             {5, PLAIN, "deadlock"},
                             {6, PLAIN, "more arrivals"},
                             {7, PLAIN, "not aligned"},
-                            {8, PLAIN, "bulk stores that it has not waited for"}}}};
+                            {8, PLAIN, "bulk stores that it has not waited for"},
+                            {9, PLAIN, "bulk loads on their way"}}}};
+
+static const Add over_writes{{"bulk load over what threads wrote",
+                              [](u32 seed, int bug) {
+                                int x = 0, y = 0;
+                                Buffer<u16> from(random_bf16(32 * 64)), raw(32 * 64);
+                                Map map = tensor_map(from, 32, 64, 32, 64, 0);
+                                std::string error = launch("test_bulk_over_writes", 1, 64, 0, seed, map, raw, x, y, bug);
+                                if (!error.empty()) return error;
+                                return same<u32>("raw", 32 * 64, [&](size_t i) { return raw[i]; }, [&](size_t i) { return from[i]; });
+                              },
+                              {{1, RACE, "without a fence.proxy.async"}}}};
+
+static const Add phases{{"phases of an mbarrier",
+                         [](u32 seed, int bug) {
+                           int steps = 5;
+                           Buffer<float> out(5);
+                           std::string error = launch("test_phases", 1, 64, 0, seed, out, steps, bug);
+                           if (!error.empty()) return error;
+                           return same<float>("out", 5, [&](size_t i) { return out[i]; }, [](size_t i) { return static_cast<float>(i); });
+                         },
+                         {{1, PLAIN, "ends another phase"}}}};
 
 static std::string product(const char* kernel, u32 n, bool a_mn, bool b_mn, u32 seed, int bug) {
   const u32 k = 192;

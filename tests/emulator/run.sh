@@ -1,7 +1,7 @@
 #!/bin/sh
 # Tests the emulator: compiles the kernels here in three ways, and runs all cases on each: run.sh [OUT_DIR]
 # Needs a C++ compiler. With NVCC set, nvcc compiles the kernels too, for every target or those of HYDRA_CUDA_ARCHS, without a warning
-# and without products that are made to wait for each other; of the kernels in planted it has to say that they are.
+# and without products that are made to wait for each other; of the kernels in planted it has to say that they are. No compiler may take those in refused.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 kernels=$(cd "$here/../../kernels" && pwd)
@@ -28,6 +28,20 @@ failed=0
 "$out/check" race "$out/race/kernels.so" || failed=1
 # Kernels' stacks are fibers', which the search for leaks does not know.
 LD_PRELOAD=$($CXX -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 "$out/check" asan "$out/asan/kernels.so" || failed=1
+
+# What a compiler has to refuse.
+for source in "$here"/refused/*.cu; do
+    if $CXX -std=c++20 -fsyntax-only -Wno-unknown-pragmas -I"$kernels" -x c++ "$source" 2>"$out/refused.log"; then
+        echo "FAIL $(basename "$source") compiles"
+        failed=1
+    elif grep -q "$(sed -n 's|^// The compiler has to say: ||p' "$source")" "$out/refused.log"; then
+        echo "ok   refused $(basename "$source")"
+    else
+        echo "FAIL $(basename "$source") is refused for something else"
+        cat "$out/refused.log"
+        failed=1
+    fi
+done
 
 if [ -n "${NVCC:-}" ]; then
     targets=""

@@ -43,6 +43,15 @@ static const Add shuffles{{"shuffles and votes",
                            },
                            {{1, PLAIN, "while lanes wait with mask"}, {2, PLAIN, "not in the mask"}}}};
 
+static const Add mirrored{{"what lanes of a warp write for each other",
+                           [](u32 seed, int bug) {
+                             Buffer<float> out(32);
+                             std::string error = launch("test_mirrored", 1, 32, 0, seed, out, bug);
+                             if (!error.empty()) return error;
+                             return same<float>("out", 32, [&](size_t i) { return out[i]; }, [](size_t i) { return static_cast<float>(31 - i); });
+                           },
+                           {{1, RACE, "without ordering"}, {2, RACE, "without ordering"}}}};
+
 static const Add fragments{
     {"ldmatrix and stmatrix",
      [](u32 seed, int) {

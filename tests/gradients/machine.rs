@@ -148,7 +148,7 @@ impl Machine {
                 + 4096,
             poison: true,
         };
-        let mut device = Serial::new(spec.start(memory).expect("a small device starts"));
+        let mut device = Serial::start(spec, memory);
         device.write(0, &vec![0xFF; arena_bytes as usize]);
         Machine {
             graph,

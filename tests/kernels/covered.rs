@@ -49,8 +49,9 @@ fn expected() -> (Vec<String>, Vec<u32>) {
         #[cfg(feature = "emulator")]
         Asked::Device(DeviceSpec::Emulated { .. }) => {
             use hydra::device::cuda::Emulated;
-            assert_eq!(Emulated::facts_of(0, 90).multiprocessors, MULTIPROCESSORS);
-            (Emulated::kernels().expect("kernels"), vec![80, 90])
+            let alike = Emulated::facts_of(0, 90).multiprocessors == MULTIPROCESSORS;
+            assert!(alike || std::env::var_os(hydra::device::cuda::MULTIPROCESSORS_VARIABLE).is_some());
+            (Emulated::kernels().expect("kernels"), if alike { vec![80, 90] } else { Vec::new() })
         }
         #[cfg(feature = "cuda")]
         Asked::Device(DeviceSpec::Cuda { ordinal, .. }) => {

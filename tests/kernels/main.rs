@@ -5,6 +5,8 @@
 //! for, those of the files beside this one, each in fewer orders. `HYDRA_KERNEL_TESTS=full` runs all in every order on every architecture, `brief` each about once; `HYDRA_KERNEL_TESTS_DEVICE=cuda` runs
 //! on a GPU instead, for which the binary can be carried to another machine (see docs/gpu.md). Without either it says that it skips.
 
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+mod bits;
 #[path = "../gradients/cases.rs"]
 #[allow(dead_code, reason = "shared with the gradients' tests")]
 mod cases;
@@ -141,6 +143,10 @@ fn check(case: &Case, computed: bool, dtypes: &[DType], devices: &[(String, Devi
         let once = dtype == DType::F32 && extent() == Extent::Brief && devices.len() > 1;
         for (device, spec) in if once { &devices[..1] } else { devices } {
             let what = format!("{}, computed {computed}, {dtype}, {device}", case.name);
+            if let DeviceSpec::Cuda { .. } = spec {
+                // A kernel that does not end takes the process with it, and all that would be said later.
+                println!("{what} ..");
+            }
             let got = run(spec, case, computed, dtype);
             near(&format!("{what}: losses"), &got.losses, &want.losses, 0.0, tolerance(dtype));
             near(&format!("{what}: states"), &got.states, &want.states, 0.0, tolerance(dtype));

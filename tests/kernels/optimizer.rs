@@ -61,7 +61,7 @@ fn run(spec: &DeviceSpec, segments: &Arc<[Segment]>, case: &Case) -> Vec<u8> {
     let p = places(segments);
     let arena_bytes = p.all.offset;
     let memory = DeviceMemory { arena_bytes, host_bytes: arena_bytes, poison: true };
-    let mut device = Serial::new(spec.start(memory).expect("a small device starts"));
+    let mut device = Serial::start(spec, memory);
     let mut sequence = Sequence::new(3, 3);
     let mut start: Vec<u8> = (0..arena_bytes / 4).flat_map(|_| (sequence.normal() as f32).to_le_bytes()).collect();
     start.resize(arena_bytes as usize, 0);
@@ -135,6 +135,9 @@ fn updates_are_the_hosts_to_the_bit() {
     for (i, case) in cases.iter().enumerate() {
         let want = run(&DeviceSpec::default(), &segments, case);
         for (device, spec) in crate::devices() {
+            if let DeviceSpec::Cuda { .. } = spec {
+                println!("update {i}, {device} ..");
+            }
             let got = run(&spec, &segments, case);
             let apart = got.iter().zip(&want).position(|(g, w)| g != w);
             assert_eq!(apart, None, "first byte that differs, case {i}, {device}");

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Runs what scripts/pack-gpu.sh packed, on a machine with an NVIDIA driver: parity, training, benches, peers. Adds to results/RESULTS.md and
-# writes JSON beside it; copy that folder back.
+# writes JSON beside it; copy that folder back, or results.tar.gz, which is all of it.
 #   sh run.sh [PART ..]      no part named = all, in this order; each may be run by itself, and what fails stops none of the others
 #     parity                 each group of test-kernels a process, and test-library, with 4 multiprocessors and with all; test-reference
 #     training               a small GPT; GPT-2 124M
@@ -8,9 +8,9 @@
 #     llama                  Llama 3.2's 1 billion, resident in 31 GB of the GPU's memory and with a quarter of that
 #     bench, bench-again     kernels twice: a difference between the two runs is what noise looks like
 #     peers                  peers.py, if it was packed; by its parts: peers-ceilings, peers-kernels, peers-training, peers-offload
-#   QUICK=1            few samples and short jobs, one run of the benches, of peers.py the ceilings: to see that it runs
+#   QUICK=1            few samples and short jobs, no Llama, one run of the benches, of peers.py the ceilings: to see that it runs
 #   LIMIT=540          seconds after which a step is stopped and the next begins; what a stopped step has printed is kept
-#   GROUP_LIMIT=120    the same for a group of kernels on a GPU, which takes seconds unless a kernel hangs
+#   GROUP_LIMIT=60     the same for a group of kernels on a GPU, which takes seconds unless a kernel hangs: that one it gives up after 20, and says so
 #   HYDRA_REQUIRE_GPU  default 1: no GPU is a failure; 0: it is said, and the rest goes on
 #   DEVICE=host        tries this script itself where there is no GPU: jobs on the CPU. DEVICE=emulated: parity and benches on the emulator, in a
 #                      folder that was packed with FEATURES=emulator
@@ -95,8 +95,10 @@ parity() {
         counts=all
         if [ "$device" = cuda ]; then
             counts="4 all"
-            patience=${GROUP_LIMIT:-120}
+            patience=${GROUP_LIMIT:-60}
         fi
+        # What a test says comes at once: a process that is stopped, or ends by itself, takes with it what it kept back. The last line names the case.
+        aloud="--nocapture --test-threads 1"
         # A group a process: an illegal access ends a process' context, and with it all that comes later in it.
         groups=$("$here/bin/test-kernels" --list | sed -n 's/: test$//p')
         [ -n "$groups" ] || { say "" "bin/test-kernels does not start here."; failures=$((failures + 1)); }
@@ -105,79 +107,94 @@ parity() {
             [ "$count" = all ] || few="env HYDRA_MULTIPROCESSORS=$count" name=parity-$count
             for group in $groups; do
                 # shellcheck disable=SC2086
-                step "$name-$(echo "$group" | sed 's/::/-/g').log" 6 $few "$here/bin/test-kernels" --exact "$group"
+                step "$name-$(echo "$group" | sed 's/::/-/g').log" 6 $few "$here/bin/test-kernels" --exact "$group" $aloud
             done
             # shellcheck disable=SC2086
-            step "$name-library.log" 6 $few "$here/bin/test-library" device::cuda
+            step "$name-library.log" 6 $few "$here/bin/test-library" device::cuda $aloud
         done
         # All groups in one process, which fails where none of them launches a kernel.
-        [ "$device" != cuda ] || step parity-covered.log 6 env HYDRA_MULTIPROCESSORS=4 "$here/bin/test-kernels" --test-threads 1
+        [ "$device" != cuda ] || step parity-covered.log 6 env HYDRA_MULTIPROCESSORS=4 "$here/bin/test-kernels" $aloud
         patience=$limit
     fi
     # The emulator's own test of training is in the source tree; here it would take long.
-    [ "$device" = emulated ] || step reference.log 15 "$here/bin/test-reference" --test-threads 1
+    [ "$device" = emulated ] || step reference.log 15 "$here/bin/test-reference" --nocapture --test-threads 1
 }
 
-# Trains a job twice, resident and with a share of that run's memory, and compares the trained models byte for byte.
-#   pair NAME PERCENT [--set ...]
-pair() {
-    name=$1 percent=$2
+# The program trains a job: train NAME RUN [--set ...]
+train() {
+    name=$1 run=$2
     shift 2
-    rm -rf "$runs"
-    set_steps=""
-    [ "$quick" = 0 ] || set_steps="--set model.0.steps=3"
     # shellcheck disable=SC2086
-    step "$name.log" 12 "$here/bin/hydra" train "$here/jobs/$name.toml" --set "run.out=$runs/$name" --set "device.0.kind=$device" $set_steps "$@" || return
-    peak=$(field "$runs/$name/plan.json" device_peak_bytes)
-    smallest=$(field "$runs/$name/plan.json" smallest_device_bytes)
-    budget=$((peak * percent / 100))
-    [ "$budget" -ge "$smallest" ] || budget=$smallest
-    # shellcheck disable=SC2086
-    step "$name-spilled.log" 12 "$here/bin/hydra" train "$here/jobs/$name.toml" --set "run.out=$runs/$name-spilled" --set "device.0.kind=$device" \
-        --set "device.0.memory=$budget" $set_steps "$@" || return
-    if cmp -s "$runs/$name/$name/model/model.safetensors" "$runs/$name-spilled/$name/model/model.safetensors"; then
-        say "" "$name: resident peak $peak bytes, spilled under $budget: the same bits."
-    else
-        say "" "$name: resident peak $peak bytes, spilled under $budget: OTHER BITS."
-        failures=$((failures + 1))
-    fi
-    keep "$name" "$name"
-    keep "$name" "$name-spilled"
+    step "$run.log" 12 "$here/bin/hydra" train "$here/jobs/$name.toml" --set "run.out=$runs/$run" --set "device.0.kind=$device" $set_steps "$@"
 }
-# What travels back of a run.
-#   keep NAME RUN
-keep() {
-    cp "$runs/$2/plan.json" "$results/$2.plan.json"
-    cp "$runs/$2/$1/metrics.jsonl" "$results/$2.metrics.jsonl"
-    # A run that was stopped has none.
-    [ ! -f "$runs/$2/trace.json" ] || gzip -c "$runs/$2/trace.json" >"$results/$2.trace.json.gz"
-    say "" "Last steps of $2:" '```' "$(tail -n 3 "$results/$2.metrics.jsonl")" '```'
-    rm -rf "${runs:?}/$2"
-}
-# The first steps of a job whose checkpoint is not wanted: it is stopped once its metrics have so many lines, or after LIMIT seconds.
-#   first_steps STEPS NAME RUN [--set ...]
-first_steps() {
-    steps=$1 name=$2 run=$3
+# The same in the background until `$condition`, a command, holds, or LIMIT seconds are over; then it is stopped. To be used for a job whose last
+# checkpoint, three times its weights in f32, would be written for nothing.
+train_until() {
+    condition=$1 name=$2 run=$3
     shift 3
-    say "" "    \$ bin/hydra train jobs/$name.toml $* # as $run, stopped after $steps steps"
+    # shellcheck disable=SC2086
+    say "" "    \$ bin/hydra train jobs/$name.toml $set_steps $* # as $run, until $condition"
     rm -rf "$runs"
     begin=$(date +%s)
-    "$here/bin/hydra" train "$here/jobs/$name.toml" --set "run.out=$runs/$run" --set "device.0.kind=$device" "$@" >"$results/$run.log" 2>&1 &
+    # shellcheck disable=SC2086
+    "$here/bin/hydra" train "$here/jobs/$name.toml" --set "run.out=$runs/$run" --set "device.0.kind=$device" $set_steps "$@" >"$results/$run.log" 2>&1 &
     program=$!
-    done_steps=0
-    while [ "$done_steps" -lt "$steps" ] && kill -0 "$program" 2>/dev/null && [ $(($(date +%s) - begin)) -lt "$limit" ]; do
-        sleep 1
-        [ ! -f "$runs/$run/$name/metrics.jsonl" ] || done_steps=$(wc -l <"$runs/$run/$name/metrics.jsonl")
-    done
+    while ! $condition && kill -0 "$program" 2>/dev/null && [ $(($(date +%s) - begin)) -lt "$limit" ]; do sleep 1; done
     kill -KILL "$program" 2>/dev/null
     wait "$program" 2>/dev/null
-    if [ "$done_steps" -lt "$steps" ]; then
-        say "" "$run ended after $done_steps of $steps steps and $(($(date +%s) - begin)) s:" '```' "$(tail -n 5 "$results/$run.log")" '```'
-        failures=$((failures + 1))
-        return 1
-    fi
+    $condition && return
+    say "" "$run ended after $(done_steps) steps and $(($(date +%s) - begin)) s, before $condition:" '```' "$(tail -n 5 "$results/$run.log")" '```'
+    failures=$((failures + 1))
+    return 1
+}
+# Conditions on the run under way.
+done_steps() { if [ -f "$runs/$run/$name/metrics.jsonl" ]; then wc -l <"$runs/$run/$name/metrics.jsonl"; else echo 0; fi; }
+steps_are_done() { [ "$(done_steps)" -ge "$steps" ]; }
+# It gets its name when all of it is there.
+model_is_saved() { [ -f "$runs/$run/$name/model/model.safetensors" ]; }
+
+# Trains a job twice, resident and with a share of that run's memory, and compares the trained models by their hashes: one at a time is on the disk.
+#   pair HOW NAME PERCENT [--set ...]       HOW: train, or "train_until model_is_saved"
+pair() {
+    how=$1 pair=$2 percent=$3
+    shift 3
+    set_steps=""
+    [ "$quick" = 0 ] || set_steps="--set model.0.steps=3"
+    rm -rf "$runs"
+    $how "$pair" "$pair" "$@" || return
+    resident=$(hash)
     peak=$(field "$runs/$run/plan.json" device_peak_bytes)
-    keep "$name" "$run"
+    smallest=$(field "$runs/$run/plan.json" smallest_device_bytes)
+    keep
+    budget=$((peak * percent / 100))
+    [ "$budget" -ge "$smallest" ] || budget=$smallest
+    $how "$pair" "$pair-spilled" --set "device.0.memory=$budget" "$@" || return
+    spilled=$(hash)
+    keep
+    if [ -n "$resident" ] && [ "$resident" = "$spilled" ]; then
+        say "" "$pair: resident peak $peak bytes, spilled under $budget: the same bits, $resident."
+    else
+        say "" "$pair: resident peak $peak bytes, spilled under $budget: OTHER BITS: $resident, $spilled."
+        failures=$((failures + 1))
+    fi
+}
+hash() { sha256sum "$runs/$run/$name/model/model.safetensors" | cut -c 1-64; }
+# What travels back of the last run.
+keep() {
+    cp "$runs/$run/plan.json" "$results/$run.plan.json"
+    cp "$runs/$run/$name/metrics.jsonl" "$results/$run.metrics.jsonl"
+    # A run that was stopped has none.
+    [ ! -f "$runs/$run/trace.json" ] || gzip -c "$runs/$run/trace.json" >"$results/$run.trace.json.gz"
+    say "" "Last steps of $run:" '```' "$(tail -n 3 "$results/$run.metrics.jsonl")" '```'
+    rm -rf "${runs:?}/$run"
+}
+# The first steps of a job: first_steps STEPS NAME RUN [--set ...]
+first_steps() {
+    steps=$1 set_steps=""
+    shift
+    train_until steps_are_done "$@" || return
+    peak=$(field "$runs/$run/plan.json" device_peak_bytes)
+    keep
 }
 training() {
     say "" "## Training" "" "Random data; resident, then with a part of the memory."
@@ -186,9 +203,9 @@ training() {
         say "" "Not on the emulator, where it would take hours."
         return
     fi
-    pair small 40
+    pair train small 40
     if [ "$device" = cuda ]; then
-        pair gpt2-124m 25 --set model.0.microbatch=8
+        pair train gpt2-124m 25 --set model.0.microbatch=8
         first_steps 6 gpt2-124m gpt2-124m-whole
     fi
 }
@@ -207,7 +224,7 @@ llama() {
         say "" "On a GPU alone."
         return
     fi
-    pair llama-1b 25
+    pair "train_until model_is_saved" llama-1b 25
 }
 
 # The kernels' benches: bench NAME LINES
@@ -246,4 +263,5 @@ done
 rm -rf "$runs"
 
 say "" "$failures steps failed of \`run.sh $parts\`."
+tar -czf "$results.tar.gz" -C "$(dirname "$results")" "$(basename "$results")"
 [ "$failures" = 0 ]

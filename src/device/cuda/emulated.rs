@@ -6,6 +6,7 @@
 
 mod library;
 
+use super::MULTIPROCESSORS_VARIABLE;
 use super::driver::{Driver, Facts, Loaded, Mark, Stream, note_launch, one_gpu};
 use super::launch::{BoxMapSpec, Launch, Ptr, TensorMap, TensorMapSpec};
 use crate::base::philox::Sequence;
@@ -111,7 +112,9 @@ impl Emulated {
     pub fn facts_of(ordinal: usize, arch: u32) -> Facts {
         let (name, memory_bytes, shared_bytes) =
             ("emulated".into(), 1 << 36, if arch < 90 { 99 << 10 } else { 227 << 10 });
-        Facts { ordinal, name, arch, multiprocessors: 4, memory_bytes, shared_bytes }
+        let asked = std::env::var(MULTIPROCESSORS_VARIABLE).ok().map(|v| v.parse().ok().filter(|&number| number > 0));
+        let multiprocessors = asked.map_or(4, |number| number.expect("HYDRA_MULTIPROCESSORS is a number from 1"));
+        Facts { ordinal, name, arch, multiprocessors, memory_bytes, shared_bytes }
     }
 
     /// Emulated GPUs, at least one. Seed 0 runs threads, blocks and streams in order; others in an order drawn from the seed.

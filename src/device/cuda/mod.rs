@@ -61,7 +61,7 @@ fn kernels_dir() -> Option<std::path::PathBuf> {
 }
 
 /// The environment variable that lowers the number of a GPU's multiprocessors by which grids and kernels are chosen, to 1 or more. No result depends on it;
-/// with the emulator's 4, tests reach with small shapes what 132 leave to large ones.
+/// with the emulator's 4, tests reach with small shapes what 132 leave to large ones. An emulated GPU has as many as it says.
 pub const MULTIPROCESSORS_VARIABLE: &str = "HYDRA_MULTIPROCESSORS";
 
 /// Waits the longer the longer nothing has happened: first not at all, then for as long as another thread wants this core, and after a millisecond,

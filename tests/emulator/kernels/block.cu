@@ -84,6 +84,36 @@ extern "C" __global__ void test_named_barriers(float* out, int steps, int bug) {
 }
 GPU_EXPORT(test_named_barriers)
 
+// out (1) = 1, written once all of 5 warps have read a number. 160 threads. 1 to 4: the read of that warp is not waited for.
+extern "C" __global__ void test_readers(float* out, int bug) {
+  GPU_SHARED(float, number, [1]);
+  const int warp = threadIdx.x / 32, readers = bug ? 128 : 160;
+  enum { READ = 1 };
+  if (threadIdx.x == 0) number[0] = 0;
+  __syncthreads();
+  const float seen = number[0];
+  if (warp == 0) {
+    bar_sync(READ, readers);
+    if (threadIdx.x == 0) number[0] = seen + 1, out[0] = number[0];
+  } else if (bug != warp) {
+    bar_arrive(READ, readers);
+  }
+}
+GPU_EXPORT(test_readers)
+
+// out (n, 4) = in (n, 4), by vectors. 1 these begin one element late.
+extern "C" __global__ void test_vectors(float4* out, const float* in, int n, int bug) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) out[i] = *reinterpret_cast<const float4*>(in + 4 * i + (bug == 1));
+}
+GPU_EXPORT(test_vectors)
+
+// out (blocks) = block: a kernel that says how many threads a block of it has at most.
+extern "C" __global__ void __launch_bounds__(64, 2) test_bounded(int* out) {
+  if (threadIdx.x == 0) out[blockIdx.x] = blockIdx.x;
+}
+GPU_EXPORT(test_bounded)
+
 // out (32 * blocks) = block * 32 + thread. 1 blocks write the same elements, 2 a block reads another's, 3 threads of a block
 // write the same element of global memory.
 extern "C" __global__ void test_blocks(int* out, int bug) {

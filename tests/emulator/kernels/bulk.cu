@@ -4,7 +4,7 @@
 // A box of 64 columns and 32 rows of `from`, at (x, y), in shared memory as it lies there (raw, 64 * 32 bf16), and stored at (x,
 // y) of `to`. 64 threads. 1 no wait for the load, 2 no fence after initializing, 3 no proxy fence before the store, 4 the source
 // is written before the store has read it, 5 more bytes are expected than come, 6 one arrival too many, 7 a misaligned place, 8
-// no wait for the store.
+// no wait for the store, 9 none for a second load of the same.
 extern "C" __global__ void test_bulk(const __grid_constant__ CUtensorMap from, const __grid_constant__ CUtensorMap to, bf16* raw,
                                      int x, int y, int bug) {
 #if GPU_HOPPER
@@ -35,10 +35,62 @@ extern "C" __global__ void test_bulk(const __grid_constant__ CUtensorMap from, c
     if (bug == 4) tile[elems] = from_float<bf16>(1);
     if (bug != 8) tma_store_wait_read<0>();
     if (bug != 8) tma_store_wait<0>();
+    mbar_expect_tx(full, elems * 2);
+    tma_load_2d(tile, &from, x, y, full);
+    if (bug != 9) mbar_wait(full, 1);
   }
 #endif
 }
 GPU_EXPORT(test_bulk)
+
+// The same box in raw, over what the threads have written there. 64 threads. 1 no proxy fence between their writes and the load's.
+extern "C" __global__ void test_bulk_over_writes(const __grid_constant__ CUtensorMap from, bf16* raw, int x, int y, int bug) {
+#if GPU_HOPPER
+  GPU_SHARED(bf16, tile, [32 * 64]);
+  GPU_SHARED(uint64_t, full, [1]);
+  const int t = threadIdx.x, elems = 32 * 64;
+  if (t == 0) {
+    mbar_init(full, 1);
+    mbar_init_fence();
+  }
+  for (int i = t; i < elems; i += 64) tile[i] = from_float<bf16>(1);
+  if (bug != 1) proxy_fence_shared();
+  __syncthreads();
+  if (t == 0) {
+    mbar_expect_tx(full, elems * 2);
+    tma_load_2d(tile, &from, x, y, full);
+  }
+  mbar_wait(full, 0);
+  for (int i = t; i < elems; i += 64) raw[i] = tile[i];
+#endif
+}
+GPU_EXPORT(test_bulk_over_writes)
+
+// out (steps): a thread of one warp writes numbers, one of another reads them, through one shared slot and two mbarriers. 64 threads. 1 the first one
+// goes on without waiting until the slot is free: then a phase may end whose predecessor's end nobody has seen.
+extern "C" __global__ void test_phases(float* out, int steps, int bug) {
+#if GPU_HOPPER
+  GPU_SHARED(uint64_t, full, [1]);
+  GPU_SHARED(uint64_t, free, [1]);
+  const int t = threadIdx.x;
+  if (t == 0) {
+    mbar_init(full, 1), mbar_init(free, 1);
+    mbar_init_fence();
+  }
+  __syncthreads();
+  for (int i = 0; i < steps; i++) {
+    if (t == 0) {
+      if (i > 0 && bug != 1) mbar_wait(free, (i - 1) & 1);
+      mbar_arrive(full);
+    } else if (t == 32) {
+      mbar_wait(full, i & 1);
+      out[i] = (float)i;
+      mbar_arrive(free);
+    }
+  }
+#endif
+}
+GPU_EXPORT(test_phases)
 
 #if GPU_HOPPER
 constexpr int K_TILE = 64;
@@ -66,7 +118,7 @@ DEV void product(float* out, const CUtensorMap& a_map, const CUtensorMap& b_map,
   }
   __syncthreads();
   if (t >= 128) {
-    setmaxnreg_dec<24>();
+    RegisterShares<256, 24, 240>::first();
     if (t == 128)
       for (int i = 0; i < k / K_TILE; i++) {
         if (i > 0 && bug != 4) mbar_wait(free, (i - 1) & 1);
@@ -78,7 +130,7 @@ DEV void product(float* out, const CUtensorMap& a_map, const CUtensorMap& b_map,
       }
     return;
   }
-  setmaxnreg_inc<240>();
+  RegisterShares<256, 24, 240>::others();
   float d[N / 2];
   for (int i = 0; i < N / 2; i++) d[i] = 7;  // the first product does not add
   for (int i = 0; i < k / K_TILE; i++) {

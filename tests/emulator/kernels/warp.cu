@@ -26,6 +26,18 @@ extern "C" __global__ void test_shuffles(uint64_t* out, int bug) {
 }
 GPU_EXPORT(test_shuffles)
 
+// out (32) = what each lane's mirror image wrote into shared memory. One warp. 1 a shuffle where lanes have to wait for each other's writes, 2 a vote.
+extern "C" __global__ void test_mirrored(float* out, int bug) {
+  GPU_SHARED(float, slots, [32]);
+  const int lane = threadIdx.x;
+  slots[lane] = (float)lane;
+  if (bug == 1) __shfl_xor_sync(~0u, lane, 1);
+  else if (bug == 2) __any_sync(~0u, lane);
+  else __syncwarp();
+  out[lane] = slots[31 - lane];
+}
+GPU_EXPORT(test_mirrored)
+
 // in (4, 8, 8) b16; regs (14, 32) u32: x1, x2, x4, each plain and transposed; back (3, 4, 8, 8): stored by x4, x4 transposed, x2.
 // One warp.
 extern "C" __global__ void test_fragments(uint32_t* regs, uint16_t* back, const uint16_t* in) {
