@@ -62,6 +62,8 @@ step() {
     ${timeout:+"$timeout" -k 10 "$patience"} "$@" >"$log" 2>&1
     code=$?
     say "" '```'
+    # Of tests that fail the end says which; why stands where it happened.
+    [ "$code" = 0 ] || grep -A 1 -m 3 'panicked at' "$log" | tee -a "$report"
     tail -n "$lines" "$log" | tee -a "$report"
     say '```' "" "exit $code after $(($(date +%s) - begin)) s; all of it in $(basename "$log")"
     case $code in 124 | 137) say "" "It hangs, or takes too long: it was stopped after $patience seconds." ;; esac
