@@ -18,6 +18,8 @@
 #   PYTHON=...         the Python that has torch, for peers.py
 #   RESULTS=DIR        where results go; default: results beside this script
 set -u
+# A process that a fault ends leaves no file with all of its pinned memory.
+ulimit -c 0
 here=$(cd "$(dirname "$0")" && pwd)
 results=${RESULTS:-$here/results}
 device=${DEVICE:-cuda}
