@@ -17,6 +17,7 @@ use hydra::device::host::batchnorm::{self, BatchnormSizes};
 use hydra::device::host::conv::{self, ConvSizes};
 use hydra::device::host::gemm::{Matrix, Threads, gemm};
 use hydra::device::host::optimizer::{self, AdamwStep};
+use hydra::device::host::parallel::SharedScratch;
 use hydra::device::host::pool::{self, PoolSizes};
 use hydra::device::host::strided::{Rows, RowsMut};
 use hydra::device::host::{
@@ -296,16 +297,16 @@ fn image_cases() -> Vec<Case> {
         let y = IMAGES * out_channels * out_side * out_side;
         let work = Work::Flop(2.0 * (y * in_channels * kernel * kernel) as f64);
         cases.push(case(format!("conv2d/resnet50/{name}"), work, move || {
-            let (x, w, mut y) = (values(x), values(w), vec![0f32; y]);
-            move || conv::forward(&mut y, &x, &w, None, &s)
+            let (x, w, mut y, mut shared) = (values(x), values(w), vec![0f32; y], SharedScratch::default());
+            move || conv::forward(&mut y, &x, &w, None, &s, &mut shared)
         }));
         cases.push(case(format!("conv2d_grad_input/resnet50/{name}"), work, move || {
-            let (mut x, w, y) = (vec![0f32; x], values(w), values(y));
-            move || conv::grad_input(&mut x, &y, &w, &s)
+            let (mut x, w, y, mut shared) = (vec![0f32; x], values(w), values(y), SharedScratch::default());
+            move || conv::grad_input(&mut x, &y, &w, &s, &mut shared)
         }));
         cases.push(case(format!("conv2d_grad_weight/resnet50/{name}"), work, move || {
-            let (x, mut w, y) = (values(x), vec![0f32; w], values(y));
-            move || conv::grad_weight(&mut w, &y, &x, true, &s)
+            let (x, mut w, y, mut shared) = (values(x), vec![0f32; w], values(y), SharedScratch::default());
+            move || conv::grad_weight(&mut w, &y, &x, true, &s, &mut shared)
         }));
     }
     for (name, channels, side) in [("stem", 64, 112), ("1.expand", 256, 56), ("4.expand", 2048, 7)] {

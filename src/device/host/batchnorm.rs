@@ -1,7 +1,6 @@
 //! Batch normalization over images and positions, one mean and variance a channel (Ioffe & Szegedy 2015, arXiv:1502.03167).
 //!
-//! `x`, `out`: `(batch, channels, positions)`; everything else: `(channels)`. Sums run in f64 and in a fixed order, the mean
-//! before the squares of the differences from it, so that a large mean does not swallow a small variance.
+//! `x`, `out`: `(batch, channels, positions)`; everything else: `(channels)`. Sums run in f64 and in a fixed order.
 
 use super::{
     parallel::{expect_len, simd},
@@ -63,26 +62,20 @@ pub fn forward_train<T: Real>(
     let out = Disjoint::new(out);
     mean.par_iter_mut().zip(var.par_iter_mut()).zip(rstd.par_iter_mut()).enumerate().for_each(
         |(channel, ((mean, var), rstd))| {
-            let [sum] = walk.sums(
-                channel,
-                x,
-                x,
-                #[inline(always)]
-                |x, _| [x.to_f64()],
-            );
-            let exact_mean = sum / count;
-            let [squares, rest] = walk.sums(
+            // Differences from one of the values, whichever, so that a large mean does not swallow a small variance (Chan et al. 1983, section 3).
+            let near = x.get(channel * sizes.positions).map_or(0.0, |x| x.to_f64());
+            let [sum, squares] = walk.sums(
                 channel,
                 x,
                 x,
                 #[inline(always)]
                 |x, _| {
-                    let d = x.to_f64() - exact_mean;
-                    [d * d, d]
+                    let d = x.to_f64() - near;
+                    [d, d * d]
                 },
             );
-            // `rest` would be 0 without rounding; taking it out corrects what the mean's rounding did (Chan et al. 1983, eq. 1.7).
-            let exact_var = ((squares - rest * rest / count) / count).max(0.0);
+            let exact_mean = near + sum / count;
+            let exact_var = ((squares - sum * sum / count) / count).max(0.0);
             *mean = T::from_f64(exact_mean);
             *var = T::from_f64(exact_var);
             *rstd = T::from_f64(1.0 / (exact_var + epsilon).sqrt());

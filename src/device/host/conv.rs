@@ -1,17 +1,18 @@
 //! Two-dimensional convolution as matrix products over im2col tiles (Chellapilla, Puri & Simard 2006; the tiling follows Chetlur et al.
 //! 2014, "cuDNN: Efficient Primitives for Deep Learning", arXiv:1410.0759, section 3).
 //!
-//! With K = C * kernel_h * kernel_w and a tile of output positions, the im2col matrix (K, tile) is written to this thread's scratch and
-//! multiplied there, so that the whole matrix never exists. A tile is a range of one image's positions or, where images are small,
-//! several whole images. Tiles and blocks of channels depend on the sizes alone, each part of a result is computed by one thread,
-//! and sums over tiles run in tile order.
+//! With K = C * kernel_h * kernel_w and a tile of output positions, the im2col matrix (K, tile) is written to scratch and multiplied there, so
+//! that the whole matrix never exists. A tile is a range of one image's positions or, where images are small, several whole images.
+//! Where there are many tiles, every thread takes one after another. Where there are few, in deep layers, all threads gather, multiply and
+//! scatter one tile together, so that none gathers what another one has. Which it is, and the tiles, depend on the sizes alone; sums over tiles
+//! run in tile order.
 //!
 //! `x`: `(N, C, H, W)`; `weight`: `(O, C, kernel_h, kernel_w)`; `out`: `(N, O, out_height, out_width)`; `bias`: `(O)`.
 
 use super::{
     gemm::{Matrix, Threads, gemm},
-    im2col::{Tile, Tiling, add_columns, gather_columns},
-    parallel::{expect_len, simd, with_scratch},
+    im2col::{Tile, Tiling, add_columns, copy_rows, gather_columns, window_elems},
+    parallel::{CHUNK, SharedScratch, expect_len, for_each_index, simd, with_scratch},
     planes::{Disjoint, Planes},
     real::Real,
 };
@@ -78,37 +79,24 @@ impl ConvSizes {
     }
 }
 
-/// Tasks that a call is cut into where its sizes allow: enough to keep a dozen threads even.
-const TASKS: usize = 16;
-/// Rows of a matrix product below which cutting it further costs more than an idle thread.
-const BLOCK_ROWS: usize = 48;
-
-/// Ranges of channels, of nearly equal size.
-#[derive(Clone, Copy)]
-struct Blocks {
-    channels: usize,
-    size: usize,
-}
-
-impl Blocks {
-    /// Cuts `channels` of `rows` matrix rows each into about `wanted` blocks of at least [`BLOCK_ROWS`] rows.
-    fn new(channels: usize, rows: usize, wanted: usize) -> Self {
-        let most = (channels * rows / BLOCK_ROWS).clamp(1, channels.max(1));
-        Blocks { channels, size: channels.div_ceil(wanted.clamp(1, most)).max(1) }
-    }
-
-    fn count(&self) -> usize {
-        self.channels.div_ceil(self.size)
-    }
-
-    fn range(&self, index: usize) -> Range<usize> {
-        let start = index * self.size;
-        start..(start + self.size).min(self.channels)
-    }
-}
+/// Parts that work is cut into where its sizes allow: enough to keep a dozen threads even.
+const PARTS: usize = 16;
+/// Bytes of a tile that one thread takes: half a core's second-level cache on common machines.
+const TILE_BYTES: usize = 1 << 20;
+/// Bytes of a tile that all threads take together, of a third-level cache.
+const SHARED_TILE_BYTES: usize = 4 << 20;
+/// Weights up to which threads sum their gradient apart, each over tiles of its own.
+const SUMMED_APART: usize = 1 << 16;
 
 /// `out[n,o,p] = bias[o] + sum over k of weight[o,k] * im2col(x)[n,k,p]`. Overwrites `out`.
-pub fn forward<T: Real>(out: &mut [T], x: &[T], weight: &[T], bias: Option<&[T]>, sizes: &ConvSizes) {
+pub fn forward<T: Real>(
+    out: &mut [T],
+    x: &[T],
+    weight: &[T],
+    bias: Option<&[T]>,
+    sizes: &ConvSizes,
+    shared: &mut SharedScratch,
+) {
     sizes.check_lens(x.len(), weight.len(), out.len());
     if let Some(bias) = bias {
         expect_len("conv", "bias", bias.len(), sizes.out_channels);
@@ -116,173 +104,259 @@ pub fn forward<T: Real>(out: &mut [T], x: &[T], weight: &[T], bias: Option<&[T]>
     if out.is_empty() {
         return;
     }
-    let (k, positions) = (sizes.filter_elems(), sizes.out_positions());
-    let tiling = Tiling::new::<T>(sizes, k);
-    let blocks = Blocks::new(sizes.out_channels, 1, TASKS.div_ceil(tiling.count()));
     let out = Disjoint::new(out);
-    (0..tiling.count() * blocks.count()).into_par_iter().with_max_len(1).for_each(|task| {
-        let tile = tiling.tile(task / blocks.count());
-        let block = blocks.range(task % blocks.count());
-        let width = tile.width();
-        with_scratch::<T, _>((k + block.len()) * width, |scratch| {
-            let (columns, product) = scratch.split_at_mut(k * width);
-            let columns = columns_of(columns, x, &tile, 0..sizes.in_channels, sizes);
-            let filters = Matrix::rows(&weight[block.start * k..block.end * k], k);
-            gemm(product, width, filters, columns, [block.len(), width, k], false, Threads::One);
-            for (row, channel) in block.enumerate() {
-                let bias = bias.map_or(T::ZERO, |bias| bias[channel]);
-                for (at, image) in tile.images.clone().enumerate() {
-                    let start = (image * sizes.out_channels + channel) * positions + tile.positions.start;
-                    // SAFETY: tiles and blocks of channels share no element of `out`, and a task visits each of its own once.
-                    let out = unsafe { out.range(start, tile.positions.len()) };
-                    let product = &product[row * width + at * tile.positions.len()..][..out.len()];
-                    simd(
-                        #[inline(always)]
-                        || {
-                            for (out, &product) in out.iter_mut().zip(product) {
-                                *out = product + bias;
-                            }
-                        },
-                    );
-                }
-            }
+    let tiling = Tiling::new::<T>(sizes, TILE_BYTES);
+    if tiling.count() >= PARTS {
+        return for_each_index(tiling.count(), |index| {
+            let tile = Work::new(tiling.tile(index), sizes, Threads::One);
+            with_scratch(tile.scratch_elems(), |scratch| tile.forward(&out, x, weight, bias, scratch));
         });
-    });
-}
-
-/// The im2col matrix of a tile and a range of input channels, `(channels * taps, tile)`: gathered into `scratch`, or `x` itself.
-fn columns_of<'a, T: Real>(
-    scratch: &'a mut [T],
-    x: &'a [T],
-    tile: &Tile,
-    channels: Range<usize>,
-    sizes: &ConvSizes,
-) -> Matrix<'a, T> {
-    if sizes.is_pointwise() && tile.images.len() == 1 {
-        return image_rows(x, tile, channels, sizes.in_channels, sizes.positions());
     }
-    gather_columns(scratch, x, tile, channels, sizes);
-    Matrix::rows(scratch, tile.width())
-}
-
-/// The values of one image's channels at a tile's positions, as they lie in memory: `(channels, tile)`.
-fn image_rows<'a, T>(
-    data: &'a [T],
-    tile: &Tile,
-    channels: Range<usize>,
-    all_channels: usize,
-    positions: usize,
-) -> Matrix<'a, T> {
-    let image = tile.images.start * all_channels * positions;
-    let end = image + channels.end * positions;
-    let start = (image + channels.start * positions + tile.positions.start).min(end);
-    Matrix::rows(&data[start..end], positions)
-}
-
-/// The gradient at a tile's outputs for a range of output channels, `(channels, tile)`: copied to `scratch` where the tile has
-/// several images, otherwise as it lies in `d_y`.
-fn outputs_of<'a, T: Real>(
-    scratch: &'a mut [T],
-    d_y: &'a [T],
-    tile: &Tile,
-    channels: Range<usize>,
-    sizes: &ConvSizes,
-) -> Matrix<'a, T> {
-    let positions = sizes.out_positions();
-    if tile.images.len() == 1 {
-        return image_rows(d_y, tile, channels, sizes.out_channels, positions);
+    let tiling = Tiling::new::<T>(sizes, SHARED_TILE_BYTES);
+    for index in 0..tiling.count() {
+        let tile = Work::new(tiling.tile(index), sizes, Threads::All);
+        tile.forward(&out, x, weight, bias, shared.take(tile.scratch_elems()));
     }
-    let width = tile.width();
-    for (row, channel) in channels.enumerate() {
-        for (at, image) in tile.images.clone().enumerate() {
-            let start = (image * sizes.out_channels + channel) * positions;
-            scratch[row * width + at * positions..][..positions].copy_from_slice(&d_y[start..start + positions]);
-        }
-    }
-    Matrix::rows(scratch, width)
 }
 
 /// `d_x = col2im(weight^T d_y)`: every output's gradient, times the filter, added where the filter lay. Overwrites `d_x`.
-pub fn grad_input<T: Real>(d_x: &mut [T], d_y: &[T], weight: &[T], sizes: &ConvSizes) {
+pub fn grad_input<T: Real>(d_x: &mut [T], d_y: &[T], weight: &[T], sizes: &ConvSizes, shared: &mut SharedScratch) {
     sizes.check_lens(d_x.len(), weight.len(), d_y.len());
-    if d_x.is_empty() {
-        return;
+    if d_y.is_empty() || weight.is_empty() {
+        return d_x.fill(T::ZERO);
     }
-    let (k, taps) = (sizes.filter_elems(), sizes.taps());
-    // One task adds all tiles of its images and channels, in order. The channels are cut for the threads' sake, the tiles for the scratch's.
-    let groups = Tiling::new::<T>(sizes, k).image_groups();
-    let blocks = Blocks::new(sizes.in_channels, taps, TASKS.div_ceil(groups));
-    let tiling = Tiling::new::<T>(sizes, blocks.size * taps + sizes.out_channels).with_groups_of(groups);
     let d_x = Disjoint::new(d_x);
-    (0..groups * blocks.count()).into_par_iter().with_max_len(1).for_each(|task| {
-        let (group, channels) = (task / blocks.count(), blocks.range(task % blocks.count()));
-        let rows = channels.len() * taps;
-        let filters =
-            Matrix { data: &weight[(channels.start * taps).min(weight.len())..], row_stride: 1, col_stride: k };
-        for image in tiling.images(group) {
-            let start = (image * sizes.in_channels + channels.start) * sizes.positions();
-            // SAFETY: groups of images and blocks of channels share no element of `d_x`; no other range of this task is alive.
-            unsafe { d_x.range(start, channels.len() * sizes.positions()) }.fill(T::ZERO);
-        }
-        for tile in tiling.tiles_of(group) {
-            let width = tile.width();
-            with_scratch::<T, _>((rows + sizes.out_channels) * width, |scratch| {
-                let (columns, outputs) = scratch.split_at_mut(rows * width);
-                let outputs = outputs_of(outputs, d_y, &tile, 0..sizes.out_channels, sizes);
-                gemm(columns, width, filters, outputs, [rows, width, sizes.out_channels], false, Threads::One);
-                for (at, image) in tile.images.clone().enumerate() {
-                    let start = (image * sizes.in_channels + channels.start) * sizes.positions();
-                    // SAFETY: as above.
-                    let d_x = unsafe { d_x.range(start, channels.len() * sizes.positions()) };
-                    add_columns(d_x, columns, at, &tile, sizes);
-                }
-            });
-        }
-    });
+    let tiling = Tiling::new::<T>(sizes, TILE_BYTES);
+    if tiling.image_groups() >= PARTS {
+        // All tiles of an image by one thread.
+        return for_each_index(tiling.image_groups(), |group| {
+            for tile in tiling.tiles_of(group) {
+                let tile = Work::new(tile, sizes, Threads::One);
+                with_scratch(tile.scratch_elems(), |scratch| tile.grad_input(&d_x, d_y, weight, scratch));
+            }
+        });
+    }
+    let tiling = Tiling::new::<T>(sizes, SHARED_TILE_BYTES);
+    for index in 0..tiling.count() {
+        let tile = Work::new(tiling.tile(index), sizes, Threads::All);
+        tile.grad_input(&d_x, d_y, weight, shared.take(tile.scratch_elems()));
+    }
 }
 
 /// `d_weight[o,k] = sum over n, p of d_y[n,o,p] * im2col(x)[n,k,p]`. Overwrites `d_w`, or adds to it when `accumulate`.
-pub fn grad_weight<T: Real>(d_w: &mut [T], d_y: &[T], x: &[T], accumulate: bool, sizes: &ConvSizes) {
+pub fn grad_weight<T: Real>(
+    d_w: &mut [T],
+    d_y: &[T],
+    x: &[T],
+    accumulate: bool,
+    sizes: &ConvSizes,
+    shared: &mut SharedScratch,
+) {
     sizes.check_lens(x.len(), d_w.len(), d_y.len());
     if d_w.is_empty() {
         return;
     }
-    let (k, taps) = (sizes.filter_elems(), sizes.taps());
-    // A block of input channels costs no gathering twice, a block of output channels does: the latter only where the former are few.
-    let inputs = Blocks::new(sizes.in_channels, taps, TASKS);
-    let outputs = Blocks::new(sizes.out_channels, 1, TASKS.div_ceil(inputs.count()));
-    let tiling = Tiling::new::<T>(sizes, inputs.size * taps + outputs.size);
-    let d_w = Disjoint::new(d_w);
-    (0..inputs.count() * outputs.count()).into_par_iter().with_max_len(1).for_each(|task| {
-        let (channels, block) = (inputs.range(task / outputs.count()), outputs.range(task % outputs.count()));
-        let (rows, most) = (channels.len() * taps, tiling.greatest_width());
-        with_scratch::<T, _>((rows + block.len()) * most + block.len() * rows, |scratch| {
-            let (sum, scratch) = scratch.split_at_mut(block.len() * rows);
-            let (columns, d_outs) = scratch.split_at_mut(rows * most);
-            if tiling.count() == 0 {
-                sum.fill(T::ZERO);
+    let tiling = Tiling::new::<T>(sizes, TILE_BYTES);
+    if tiling.count() == 0 {
+        if !accumulate {
+            d_w.fill(T::ZERO);
+        }
+    } else if d_w.len() <= SUMMED_APART {
+        let (elems, tiles) = (d_w.len(), tiling.count().div_ceil(PARTS));
+        let sums = shared.take::<T>(tiling.count().div_ceil(tiles) * elems);
+        sums.par_chunks_mut(elems).enumerate().with_max_len(1).for_each(|(part, sum)| {
+            for index in part * tiles..((part + 1) * tiles).min(tiling.count()) {
+                let tile = Work::new(tiling.tile(index), sizes, Threads::One);
+                let accumulate = index > part * tiles;
+                with_scratch(tile.scratch_elems(), |scratch| tile.grad_weight(sum, d_y, x, accumulate, scratch));
             }
-            for index in 0..tiling.count() {
-                let tile = tiling.tile(index);
-                let width = tile.width();
-                let columns = columns_of(&mut columns[..rows * width], x, &tile, channels.clone(), sizes);
-                let d_out = outputs_of(&mut d_outs[..block.len() * width], d_y, &tile, block.clone(), sizes);
-                let product = [block.len(), rows, width];
-                gemm(sum, rows, d_out, columns.transposed(), product, index > 0, Threads::One);
-            }
-            for (sum, channel) in sum.chunks(rows).zip(block) {
-                // SAFETY: blocks of input and output channels share no element of `d_w`.
-                let d_w = unsafe { d_w.range(channel * k + channels.start * taps, rows) };
-                if accumulate {
-                    for (d_w, &sum) in d_w.iter_mut().zip(sum) {
-                        *d_w += sum;
-                    }
-                } else {
-                    d_w.copy_from_slice(sum);
+        });
+        d_w.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, d_w)| {
+            for (part, sum) in sums.chunks_exact(elems).enumerate() {
+                let sum = &sum[chunk * CHUNK..][..d_w.len()];
+                match accumulate || part > 0 {
+                    true => d_w.iter_mut().zip(sum).for_each(|(d_w, &sum)| *d_w += sum),
+                    false => d_w.copy_from_slice(sum),
                 }
             }
         });
-    });
+    } else {
+        let tiling = Tiling::new::<T>(sizes, SHARED_TILE_BYTES);
+        for index in 0..tiling.count() {
+            let tile = Work::new(tiling.tile(index), sizes, Threads::All);
+            tile.grad_weight(d_w, d_y, x, accumulate || index > 0, shared.take(tile.scratch_elems()));
+        }
+    }
+}
+
+/// A tile of a convolution and the threads that work on it.
+struct Work<'a> {
+    tile: Tile,
+    sizes: &'a ConvSizes,
+    threads: Threads,
+    /// Weights of a filter, columns of the tile, and channels of the output.
+    k: usize,
+    width: usize,
+    out_channels: usize,
+    /// Elements of scratch of one part's window.
+    window: usize,
+}
+
+impl<'a> Work<'a> {
+    fn new(tile: Tile, sizes: &'a ConvSizes, threads: Threads) -> Self {
+        let window = if sizes.is_pointwise() { 0 } else { window_elems(&tile, sizes) };
+        let (k, width, out_channels) = (sizes.filter_elems(), tile.width(), sizes.out_channels);
+        Work { tile, sizes, threads, k, width, out_channels, window }
+    }
+
+    /// Elements of scratch that the work takes: for the im2col matrix, for the output's channels at the tile, and for windows.
+    fn scratch_elems(&self) -> usize {
+        let windows = if self.threads == Threads::All { PARTS } else { 1 };
+        (self.k + self.out_channels) * self.width + windows * self.window
+    }
+
+    /// The scratch's three parts.
+    fn split<'s, T>(&self, scratch: &'s mut [T]) -> [&'s mut [T]; 3] {
+        let (columns, scratch) = scratch.split_at_mut(self.k * self.width);
+        let (rows, windows) = scratch.split_at_mut(self.out_channels * self.width);
+        [columns, rows, windows]
+    }
+
+    /// Calls `body(part, range)` for the ranges of `channels` channels that are one thread's.
+    fn for_each_part(&self, channels: usize, body: impl Fn(usize, Range<usize>) + Sync + Send) {
+        if self.threads == Threads::One {
+            return body(0, 0..channels);
+        }
+        let size = channels.div_ceil(PARTS).max(1);
+        for_each_index(channels.div_ceil(size), |part| body(part, part * size..((part + 1) * size).min(channels)));
+    }
+
+    fn forward<T: Real>(&self, out: &Disjoint<T>, x: &[T], weight: &[T], bias: Option<&[T]>, scratch: &mut [T]) {
+        let Work { ref tile, sizes, threads, k, width, out_channels, .. } = *self;
+        let (positions, span) = (sizes.out_positions(), tile.positions.len());
+        let [columns, product, windows] = self.split(scratch);
+        let columns = self.columns(columns, windows, x);
+        // SAFETY: tiles and channels share no element of `out`, and nobody takes two ranges of it at a time.
+        let planes = |image: usize, channel: usize, rows: usize| unsafe {
+            out.range((image * out_channels + channel) * positions + tile.positions.start, rows * span)
+        };
+        let add_bias = |out: &mut [T], channels: Range<usize>| {
+            let Some(bias) = bias else { return };
+            for (out, &bias) in out.chunks_exact_mut(span).zip(&bias[channels]) {
+                simd(
+                    #[inline(always)]
+                    || out.iter_mut().for_each(|out| *out += bias),
+                );
+            }
+        };
+        let (whole, factors) = (span == positions, Matrix::rows(weight, k));
+        if whole && tile.images.len() == 1 {
+            let out = planes(tile.images.start, 0, out_channels);
+            gemm(out, width, factors, columns, [out_channels, width, k], false, threads);
+            return add_bias(out, 0..out_channels);
+        }
+        gemm(product, width, factors, columns, [out_channels, width, k], false, threads);
+        let product = &*product;
+        self.for_each_part(out_channels, |_, channels| {
+            for (at, image) in tile.images.clone().enumerate() {
+                // Rows of a whole image lie one behind the other.
+                let rows = if whole { channels.len() } else { 1 };
+                for channel in channels.clone().step_by(rows) {
+                    let out = planes(image, channel, rows);
+                    copy_rows(out, &product[channel * width + at * span..], [span, width], span, rows);
+                    add_bias(out, channel..channel + rows);
+                }
+            }
+        });
+    }
+
+    /// Adds to `d_x`, or, with the first tile of an image, overwrites it.
+    fn grad_input<T: Real>(&self, d_x: &Disjoint<T>, d_y: &[T], weight: &[T], scratch: &mut [T]) {
+        let Work { ref tile, sizes, threads, k, width, out_channels, window, .. } = *self;
+        let (positions, taps) = (sizes.positions(), sizes.taps());
+        let [columns, rows, windows] = self.split(scratch);
+        let rows = self.rows(rows, d_y, out_channels, sizes.out_positions());
+        // SAFETY: images and channels share no element of `d_x`; one task at a time has an image's tiles, and of them one range.
+        let planes = |image: usize, channels: &Range<usize>| unsafe {
+            d_x.range((image * sizes.in_channels + channels.start) * positions, channels.len() * positions)
+        };
+        let (factors, shape) = (Matrix::rows(weight, k).transposed(), [k, width, out_channels]);
+        if sizes.is_pointwise() && tile.images.len() == 1 {
+            let d_x = &mut planes(tile.images.start, &(0..sizes.in_channels))[tile.positions.start..];
+            return gemm(d_x, positions, factors, rows, shape, false, threads);
+        }
+        gemm(columns, width, factors, rows, shape, false, threads);
+        let (columns, windows) = (&*columns, Disjoint::new(windows));
+        self.for_each_part(sizes.in_channels, |part, channels| {
+            // SAFETY: each part takes its own.
+            let window = unsafe { windows.range(part * window, window) };
+            let columns = &columns[channels.start * taps * width..channels.end * taps * width];
+            for (at, image) in tile.images.clone().enumerate() {
+                let d_x = planes(image, &channels);
+                if sizes.is_pointwise() {
+                    copy_rows(d_x, &columns[at * positions..], [positions, width], positions, channels.len());
+                    continue;
+                }
+                if tile.positions.start == 0 {
+                    d_x.fill(T::ZERO);
+                }
+                add_columns(d_x, columns, window, at, tile, sizes);
+            }
+        });
+    }
+
+    /// Overwrites `sum`, or adds to it when `accumulate`.
+    fn grad_weight<T: Real>(&self, sum: &mut [T], d_y: &[T], x: &[T], accumulate: bool, scratch: &mut [T]) {
+        let Work { sizes, threads, k, width, out_channels, .. } = *self;
+        let [columns, rows, windows] = self.split(scratch);
+        let columns = self.columns(columns, windows, x);
+        let rows = self.rows(rows, d_y, out_channels, sizes.out_positions());
+        gemm(sum, k, rows, columns.transposed(), [out_channels, k, width], accumulate, threads);
+    }
+
+    /// The im2col matrix, `(K, tile)`: gathered into `scratch`, or `x` itself.
+    fn columns<'s, T: Real>(&self, scratch: &'s mut [T], windows: &mut [T], x: &'s [T]) -> Matrix<'s, T> {
+        let Work { ref tile, sizes, width, window, .. } = *self;
+        if sizes.is_pointwise() {
+            return self.rows(scratch, x, sizes.in_channels, sizes.positions());
+        }
+        let (columns, windows) = (Disjoint::new(scratch), Disjoint::new(windows));
+        self.for_each_part(sizes.in_channels, |part, channels| {
+            let rows = channels.start * sizes.taps()..channels.end * sizes.taps();
+            // SAFETY: each part takes the rows of its own channels, and its own window.
+            let (columns, window) = unsafe {
+                (columns.range(rows.start * width, rows.len() * width), windows.range(part * window, window))
+            };
+            gather_columns(columns, window, x, tile, channels, sizes);
+        });
+        Matrix::rows(scratch, width)
+    }
+
+    /// `channels` channels of `data`, planes of `positions` elements, at the tile's positions, `(channels, tile)`: copied to `scratch` where the
+    /// tile has several images, otherwise as they lie.
+    fn rows<'s, T: Real>(
+        &self,
+        scratch: &'s mut [T],
+        data: &'s [T],
+        channels: usize,
+        positions: usize,
+    ) -> Matrix<'s, T> {
+        let Work { ref tile, width, .. } = *self;
+        if tile.images.len() == 1 {
+            let image = &data[tile.images.start * channels * positions..][..channels * positions];
+            return Matrix::rows(&image[tile.positions.start.min(image.len())..], positions);
+        }
+        let rows = Disjoint::new(scratch);
+        self.for_each_part(channels, |_, channels_of| {
+            // SAFETY: each part takes the rows of its own channels.
+            let rows = unsafe { rows.range(channels_of.start * width, channels_of.len() * width) };
+            for (at, image) in tile.images.clone().enumerate() {
+                let data = &data[(image * channels + channels_of.start) * positions..];
+                copy_rows(&mut rows[at * positions..], data, [width, positions], positions, channels_of.len());
+            }
+        });
+        Matrix::rows(scratch, width)
+    }
 }
 
 /// `d_bias[o] = sum over n, p of d_y[n,o,p]`, summed in f64. Overwrites `d_b`, or adds to it when `accumulate`.

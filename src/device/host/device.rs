@@ -3,6 +3,7 @@
 use super::disk::Disk;
 use super::lanes::{Lane, Link, Order, Shared, Throttle, wait_join};
 use super::memory::{Block, Store};
+use super::operands::OpMemory;
 use crate::base::{Error, LaneId, LaneKind, Result};
 use crate::device::{Completion, Device, DiskSpec, Task, Ticket};
 use std::sync::atomic::Ordering;
@@ -62,7 +63,7 @@ impl HostDevice {
     /// When there is not enough memory, or no thread can be started.
     pub fn new(config: &HostConfig) -> Result<HostDevice> {
         let host = Store::new(Block::new(config.host_bytes, STORE)?);
-        let (mut arenas, mut wide) = (Vec::new(), Vec::new());
+        let (mut arenas, mut beside) = (Vec::new(), Vec::new());
         for (i, spec) in config.devices.iter().enumerate() {
             let mut arena = Block::new(spec.arena_bytes, &format!("the arena of device {i}"))?;
             if config.poison {
@@ -70,7 +71,7 @@ impl HostDevice {
             }
             arenas.push(arena);
             // Grows in the first step of a model that wants it.
-            wide.push(Mutex::new(Block::new(0, "no operands yet")?));
+            beside.push(Mutex::new(OpMemory::new()?));
         }
         let mut lanes = Vec::new();
         for device in 0..config.devices.len() as u16 {
@@ -83,7 +84,7 @@ impl HostDevice {
             lanes.extend(DISK_LANES);
         }
         let disk = config.disk.as_ref().map(Disk::new).transpose()?;
-        let shared = Arc::new(Shared::new(host, disk, arenas, wide, lanes.len(), Instant::now()));
+        let shared = Arc::new(Shared::new(host, disk, arenas, beside, lanes.len(), Instant::now()));
         let (completed, completions) = channel();
         let mut device = HostDevice {
             submitted: vec![0; lanes.len()],

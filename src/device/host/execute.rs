@@ -2,7 +2,7 @@
 
 use super::lanes::Shared;
 use super::memory::Block;
-use super::operands::Operands;
+use super::operands::{OpMemory, Operands};
 use super::ops::run_step;
 use super::optimizer::{self, AdamwStep, SgdStep};
 use super::{master, widen};
@@ -84,7 +84,8 @@ fn copy(span: &CopySpan, shared: &Shared) -> Result<()> {
 
 fn execute_run(run: &Run, shared: &Shared) -> Result<Option<usize>> {
     let arena = &shared.arenas[run.device as usize];
-    let mut wide = shared.wide[run.device as usize].lock().unwrap_or_else(PoisonError::into_inner);
+    let mut beside = shared.beside[run.device as usize].lock().unwrap_or_else(PoisonError::into_inner);
+    let OpMemory { wide, scratch } = &mut *beside;
     let wide_bytes = widen::program_bytes(&run.program);
     if wide_bytes > wide.bytes() {
         *wide = Block::new(wide_bytes, "f32 copies of bf16 operands")?;
@@ -94,8 +95,8 @@ fn execute_run(run: &Run, shared: &Shared) -> Result<Option<usize>> {
     }
     let mut not_finite = None;
     for step in &run.program.steps {
-        let operands = Operands { step, arena, bases: &run.bases, wide: &wide };
-        if !run_step(&operands, &run.scalars, run.check) {
+        let operands = Operands { step, arena, bases: &run.bases, wide };
+        if !run_step(&operands, &run.scalars, run.check, scratch) {
             not_finite = not_finite.or(Some(step.layer));
         }
     }

@@ -3,11 +3,9 @@
 //!
 //! A tile depends on the convolution's sizes alone, never on threads.
 
-use super::{conv::ConvSizes, parallel::simd, real::Real};
+use super::{conv::ConvSizes, parallel::vector_fn, real::Real};
 use std::ops::Range;
 
-/// Bytes that a tile's scratch should stay below: half a core's second-level cache on common machines.
-const TILE_BYTES: usize = 1 << 20;
 /// Columns of a tile: fewer make the matrix product slow, more gain nothing.
 const LEAST_WIDTH: usize = 128;
 const GREATEST_WIDTH: usize = 512;
@@ -40,9 +38,9 @@ pub(crate) struct Tiling {
 }
 
 impl Tiling {
-    /// The tiles for scratch of `rows` values of T a column.
-    pub(crate) fn new<T>(sizes: &ConvSizes, rows: usize) -> Self {
-        let fits = TILE_BYTES / (rows.max(1) * size_of::<T>());
+    /// Tiles of which what products of T need lies in about `bytes`: K values of the im2col matrix and one of each output channel a column.
+    pub(crate) fn new<T>(sizes: &ConvSizes, bytes: usize) -> Self {
+        let fits = bytes / ((sizes.filter_elems() + sizes.out_channels).max(1) * size_of::<T>());
         let width = fits.clamp(LEAST_WIDTH, GREATEST_WIDTH) / WIDTH_STEP * WIDTH_STEP;
         let out_positions = sizes.out_positions();
         let mut tiling = Tiling { batch: sizes.batch, out_positions, images_per_tile: 1, positions_per_tile: 1 };
@@ -51,20 +49,13 @@ impl Tiling {
             let tiles = out_positions.div_ceil(width);
             tiling.positions_per_tile = out_positions.div_ceil(tiles).next_multiple_of(WIDTH_STEP);
         } else if out_positions > 0 {
+            // One image where it is wide enough: it need not be copied.
             tiling.positions_per_tile = out_positions;
-            let groups = sizes.batch.div_ceil(width / out_positions).max(1);
+            let most = if out_positions >= LEAST_WIDTH { 1 } else { width / out_positions };
+            let groups = sizes.batch.div_ceil(most).max(1);
             tiling.images_per_tile = sizes.batch.div_ceil(groups).max(1);
         }
         tiling
-    }
-
-    /// The same positions a tile, but images grouped so that there are `groups` groups; a tile of several images has whole images.
-    pub(crate) fn with_groups_of(self, groups: usize) -> Self {
-        let images_per_tile = self.batch.div_ceil(groups.max(1)).max(1);
-        if images_per_tile == 1 {
-            return Tiling { images_per_tile, ..self };
-        }
-        Tiling { images_per_tile, positions_per_tile: self.out_positions.max(1), ..self }
     }
 
     /// Groups of images: tiles in the direction of images.
@@ -81,13 +72,8 @@ impl Tiling {
         self.image_groups() * self.tiles_per_group()
     }
 
-    /// Columns of the widest tile.
-    pub(crate) fn greatest_width(&self) -> usize {
-        self.images_per_tile * self.positions_per_tile
-    }
-
     /// The images of a group.
-    pub(crate) fn images(&self, group: usize) -> Range<usize> {
+    fn images(&self, group: usize) -> Range<usize> {
         let start = group * self.images_per_tile;
         start..(start + self.images_per_tile).min(self.batch)
     }
@@ -108,144 +94,256 @@ impl Tiling {
     }
 }
 
-/// Writes the im2col matrix of a tile and a range of input channels, `(channels * taps, tile)`, all of it.
-pub(crate) fn gather_columns<T: Real>(
-    columns: &mut [T],
-    x: &[T],
-    tile: &Tile,
-    channels: Range<usize>,
-    sizes: &ConvSizes,
-) {
-    let (width, span) = (tile.width(), tile.positions.len());
-    if width == 0 {
-        return;
+/// What a tile's outputs read of an input channel, zeros of the padding included, as planes in which neighbouring outputs read neighbouring places:
+/// one plane for each phase, `(row % stride, column % stride)` in the padded image.
+struct Window<'a> {
+    sizes: &'a ConvSizes,
+    /// First row of outputs.
+    first_row: usize,
+    /// Rows and columns of a plane.
+    rows: usize,
+    cols: usize,
+    /// Phases that some tap reads, of rows and of columns.
+    row_phases: usize,
+    col_phases: usize,
+    /// What a tap reads: of the first row of outputs, of whole rows, and of the last one.
+    parts: [Part; 3],
+}
+
+/// Rows of outputs of which a tap reads rows of a plane.
+#[derive(Clone, Copy)]
+struct Part {
+    /// Of the first: its place, from where the tap reads for the first row's first output, and its column in the tile.
+    place: usize,
+    column: usize,
+    /// Outputs of a row, and rows.
+    len: usize,
+    rows: usize,
+}
+
+impl<'a> Window<'a> {
+    #[inline(always)]
+    fn new(tile: &Tile, sizes: &'a ConvSizes) -> Self {
+        let (width, Range { start, end }) = (sizes.out_width, tile.positions.clone());
+        let (first_row, first_col) = (start / width, start % width);
+        let cols = width + (sizes.kernel_w - 1) / sizes.stride;
+        let head = (width - first_col).min(end - start) % width;
+        let (whole, tail) = ((end - start - head) / width, (end - start - head) % width);
+        let head_rows = usize::from(head > 0);
+        let parts = [
+            Part { place: first_col, column: 0, len: head, rows: head_rows },
+            Part { place: head_rows * cols, column: head, len: width, rows: whole },
+            Part {
+                place: (head_rows + whole) * cols,
+                column: head + whole * width,
+                len: tail,
+                rows: (tail > 0).into(),
+            },
+        ];
+        Window {
+            sizes,
+            first_row,
+            rows: parts.iter().map(|part| part.rows).sum::<usize>() + (sizes.kernel_h - 1) / sizes.stride,
+            cols,
+            row_phases: sizes.kernel_h.min(sizes.stride),
+            col_phases: sizes.kernel_w.min(sizes.stride),
+            parts,
+        }
     }
-    simd(
-        #[inline(always)]
-        || {
-            for (row, columns) in columns.chunks_exact_mut(width).enumerate() {
-                let tap = Tap::new(row, sizes);
-                for (image, columns) in tile.images.clone().zip(columns.chunks_exact_mut(span)) {
-                    let plane = image * sizes.in_channels + channels.start + tap.channel;
-                    let x = &x[plane * sizes.positions()..(plane + 1) * sizes.positions()];
-                    tap.for_each_run(
-                        &tile.positions,
-                        sizes,
-                        #[inline(always)]
-                        |run| match run {
-                            Run::Outside { columns: to } => columns[to].fill(T::ZERO),
-                            Run::Inside { columns: to, start } => {
-                                let to = &mut columns[to];
-                                if sizes.stride == 1 {
-                                    to.copy_from_slice(&x[start..start + to.len()]);
-                                } else {
-                                    for (to, &x) in to.iter_mut().zip(x[start..].iter().step_by(sizes.stride)) {
-                                        *to = x;
-                                    }
-                                }
-                            }
-                        },
-                    );
+
+    /// Elements of one image's planes.
+    fn elems(&self) -> usize {
+        self.row_phases * self.col_phases * self.rows * self.cols
+    }
+
+    /// The place from which a tap reads for the first row's first output.
+    #[inline(always)]
+    fn start(&self, tap: usize) -> usize {
+        let ConvSizes { stride, kernel_w, .. } = *self.sizes;
+        let (row, col) = (tap / kernel_w, tap % kernel_w);
+        let phase = (row % stride) * self.col_phases + col % stride;
+        (phase * self.rows + row / stride) * self.cols + col / stride
+    }
+
+    /// Calls `body(place in the planes, place in the image's plane, elements of a row, rows)` for what of each phase lies inside the image. In the image
+    /// an element lies `stride` places behind the one before, a row `stride` rows.
+    #[inline(always)]
+    fn for_each_phase(&self, mut body: impl FnMut(usize, usize, usize, usize)) {
+        let ConvSizes { stride, padding, width, height, .. } = *self.sizes;
+        // Those in 0..most with 0 <= index * stride + phase - padding < len
+        let inside = |phase: usize, len: usize, most: usize| {
+            let first = padding.saturating_sub(phase).div_ceil(stride).min(most);
+            first..(len + padding).saturating_sub(phase).div_ceil(stride).clamp(first, most)
+        };
+        for row_phase in 0..self.row_phases {
+            let first_row = self.first_row * stride + row_phase;
+            let rows = inside(first_row, height, self.rows);
+            for col_phase in 0..self.col_phases {
+                let cols = inside(col_phase, width, self.cols);
+                if rows.is_empty() || cols.is_empty() {
+                    continue;
                 }
-            }
-        },
-    );
-}
-
-/// Adds the columns that belong to the tile's `at`-th image to that image's channels, `d_x: (channels, H, W)`; the inverse of gathering.
-///
-/// Every place receives its addends in the order of the rows (kernel row, kernel column), then of the output positions.
-pub(crate) fn add_columns<T: Real>(d_x: &mut [T], columns: &[T], at: usize, tile: &Tile, sizes: &ConvSizes) {
-    let (width, span) = (tile.width(), tile.positions.len());
-    if width == 0 {
-        return;
-    }
-    simd(
-        #[inline(always)]
-        || {
-            for (row, columns) in columns.chunks_exact(width).enumerate() {
-                let tap = Tap::new(row, sizes);
-                let columns = &columns[at * span..(at + 1) * span];
-                let d_x = &mut d_x[tap.channel * sizes.positions()..(tap.channel + 1) * sizes.positions()];
-                tap.for_each_run(
-                    &tile.positions,
-                    sizes,
-                    #[inline(always)]
-                    |run| {
-                        if let Run::Inside { columns: from, start } = run {
-                            let from = &columns[from];
-                            if sizes.stride == 1 {
-                                for (d_x, &from) in d_x[start..start + from.len()].iter_mut().zip(from) {
-                                    *d_x += from;
-                                }
-                            } else {
-                                for (d_x, &from) in d_x[start..].iter_mut().step_by(sizes.stride).zip(from) {
-                                    *d_x += from;
-                                }
-                            }
-                        }
-                    },
-                );
-            }
-        },
-    );
-}
-
-/// One weight of a filter: a row of the im2col matrix.
-struct Tap {
-    /// Input channel, from the first of the block.
-    channel: usize,
-    /// Row and column in the filter.
-    row: usize,
-    col: usize,
-    /// Output columns whose input column lies inside the image.
-    inside: Range<usize>,
-}
-
-/// Neighbouring output positions of one output row, as a range of the tile's columns.
-enum Run {
-    /// The input lies in the padding.
-    Outside { columns: Range<usize> },
-    /// The input starts at `start` in its plane and moves on by the stride.
-    Inside { columns: Range<usize>, start: usize },
-}
-
-impl Tap {
-    #[inline(always)]
-    fn new(row: usize, sizes: &ConvSizes) -> Self {
-        let (channel, tap) = (row / sizes.taps(), row % sizes.taps());
-        let (row, col) = (tap / sizes.kernel_w, tap % sizes.kernel_w);
-        // 0 <= out_col * stride + col - padding < width
-        let first = sizes.padding.saturating_sub(col).div_ceil(sizes.stride).min(sizes.out_width);
-        let end = (sizes.width + sizes.padding).saturating_sub(col).div_ceil(sizes.stride).min(sizes.out_width);
-        Tap { channel, row, col, inside: first..end.max(first) }
-    }
-
-    /// Calls `body` for the runs of `positions` in order; together they are all of `positions`.
-    #[inline(always)]
-    fn for_each_run(&self, positions: &Range<usize>, sizes: &ConvSizes, mut body: impl FnMut(Run)) {
-        let mut at = positions.start;
-        while at < positions.end {
-            let (out_row, from) = (at / sizes.out_width, at % sizes.out_width);
-            let to = (from + positions.end - at).min(sizes.out_width);
-            let run_start = at - positions.start;
-            let column = |out_col: usize| run_start + (out_col - from);
-            at += to - from;
-            let padded_row = out_row * sizes.stride + self.row;
-            let rows = sizes.padding..sizes.padding + sizes.height;
-            let (first, end) = (self.inside.start.clamp(from, to), self.inside.end.clamp(from, to));
-            if !rows.contains(&padded_row) || first >= end {
-                body(Run::Outside { columns: column(from)..column(to) });
-                continue;
-            }
-            if from < first {
-                body(Run::Outside { columns: column(from)..column(first) });
-            }
-            let start = (padded_row - sizes.padding) * sizes.width + first * sizes.stride + self.col - sizes.padding;
-            body(Run::Inside { columns: column(first)..column(end), start });
-            if end < to {
-                body(Run::Outside { columns: column(end)..column(to) });
+                let place =
+                    ((row_phase * self.col_phases + col_phase) * self.rows + rows.start) * self.cols + cols.start;
+                let image_row = first_row + rows.start * stride - padding;
+                let image_col = col_phase + cols.start * stride - padding;
+                body(place, image_row * width + image_col, cols.len(), rows.len());
             }
         }
     }
+
+    /// Fills images' planes, all but the padding, from their planes of `x`, which lie `apart` elements apart.
+    #[inline(always)]
+    fn take<T: Real>(&self, planes: &mut [T], x: &[T], apart: usize) {
+        let (stride, row) = (self.sizes.stride, self.sizes.width * self.sizes.stride);
+        self.for_each_phase(
+            #[inline(always)]
+            |place, start, len, rows| {
+                for (planes, x) in planes.chunks_exact_mut(self.elems()).zip(x.chunks(apart)) {
+                    let (planes, x) = (&mut planes[place..], &x[start..]);
+                    if stride == 1 {
+                        each_row(planes, x, [self.cols, row], len, rows, |to, from| *to = from);
+                        continue;
+                    }
+                    for (to, x) in planes.chunks_mut(self.cols).zip(x.chunks(row)).take(rows) {
+                        match stride {
+                            2 => to[..len].iter_mut().zip(x.chunks(2)).for_each(|(to, x)| *to = x[0]),
+                            _ => to[..len].iter_mut().zip(x.iter().step_by(stride)).for_each(|(to, &x)| *to = x),
+                        }
+                    }
+                }
+            },
+        );
+    }
+
+    /// Adds an image's planes to the image's plane `d_x`.
+    #[inline(always)]
+    fn add_to<T: Real>(&self, d_x: &mut [T], planes: &[T]) {
+        let (stride, row) = (self.sizes.stride, self.sizes.width * self.sizes.stride);
+        self.for_each_phase(
+            #[inline(always)]
+            |place, start, len, rows| {
+                let (d_x, planes) = (&mut d_x[start..], &planes[place..]);
+                if stride == 1 {
+                    return each_row(d_x, planes, [row, self.cols], len, rows, |to, from| *to += from);
+                }
+                for (d_x, from) in d_x.chunks_mut(row).zip(planes.chunks(self.cols)).take(rows) {
+                    d_x.iter_mut().step_by(stride).zip(&from[..len]).for_each(|(d_x, &from)| *d_x += from);
+                }
+            },
+        );
+    }
+}
+
+/// Elements of scratch that [`gather_columns`] and [`add_columns`] need beside a tile's matrix.
+pub(crate) fn window_elems(tile: &Tile, sizes: &ConvSizes) -> usize {
+    match tile.width() {
+        0 => 0,
+        _ => tile.images.len() * Window::new(tile, sizes).elems(),
+    }
+}
+
+vector_fn! {
+    /// Writes the im2col matrix of a tile and a range of input channels, `(channels * taps, tile)`, all of it. `window` is scratch of [`window_elems`].
+    pub(crate) fn gather_columns<T: Real>(
+        columns: &mut [T],
+        window: &mut [T],
+        x: &[T],
+        tile: &Tile,
+        channels: Range<usize>,
+        sizes: &ConvSizes,
+    ) {
+        let (width, span) = (tile.width(), tile.positions.len());
+        if width == 0 {
+            return;
+        }
+        let layout = Window::new(tile, sizes);
+        window.fill(T::ZERO);
+        for (row, channel) in channels.enumerate() {
+            let apart = sizes.in_channels * sizes.positions();
+            layout.take(window, &x[tile.images.start * apart + channel * sizes.positions()..], apart);
+            for tap in 0..sizes.taps() {
+                let start = layout.start(tap);
+                let columns = &mut columns[(row * sizes.taps() + tap) * width..][..width];
+                for (columns, planes) in columns.chunks_exact_mut(span).zip(window.chunks_exact(layout.elems())) {
+                    for part in layout.parts.iter().filter(|part| part.rows > 0) {
+                        let (to, from) = (&mut columns[part.column..], &planes[start + part.place..]);
+                        each_row(to, from, [part.len, layout.cols], part.len, part.rows, |to, from| *to = from);
+                    }
+                }
+            }
+        }
+    }
+}
+
+vector_fn! {
+    /// Adds the columns that belong to the tile's `at`-th image to that image's channels, `d_x: (channels, H, W)`; the inverse of gathering.
+    /// `window` is scratch of [`window_elems`].
+    ///
+    /// Every place receives the sum of its addends, which are added in the order of the rows (kernel row, kernel column).
+    pub(crate) fn add_columns<T: Real>(
+        d_x: &mut [T],
+        columns: &[T],
+        window: &mut [T],
+        at: usize,
+        tile: &Tile,
+        sizes: &ConvSizes,
+    ) {
+        let (width, span) = (tile.width(), tile.positions.len());
+        if width == 0 {
+            return;
+        }
+        let layout = Window::new(tile, sizes);
+        let window = &mut window[..layout.elems()];
+        for (channel, d_x) in d_x.chunks_exact_mut(sizes.positions()).enumerate() {
+            window.fill(T::ZERO);
+            for tap in 0..sizes.taps() {
+                let start = layout.start(tap);
+                let columns = &columns[(channel * sizes.taps() + tap) * width + at * span..][..span];
+                for part in layout.parts.iter().filter(|part| part.rows > 0) {
+                    let (to, from) = (&mut window[start + part.place..], &columns[part.column..]);
+                    each_row(to, from, [layout.cols, part.len], part.len, part.rows, |to, from| *to += from);
+                }
+            }
+            layout.add_to(d_x, window);
+        }
+    }
+}
+
+vector_fn! {
+    /// Copies `rows` rows of `len` elements, which lie `strides` apart in `to` and in `from`.
+    pub(crate) fn copy_rows<T: Real>(to: &mut [T], from: &[T], strides: [usize; 2], len: usize, rows: usize) {
+        each_row(to, from, strides, len, rows, |to, from| *to = from)
+    }
+}
+
+/// Calls `body(to[i], from[i])` for the first `len` elements of each of `rows` rows, which lie `strides` apart in `to` and in `from`.
+#[inline(always)]
+fn each_row<T: Real>(to: &mut [T], from: &[T], strides: [usize; 2], len: usize, rows: usize, body: impl Fn(&mut T, T)) {
+    /// For rows of N elements: images of deep layers have few.
+    #[inline(always)]
+    fn short<'a, T: Real, const N: usize>(
+        rows: impl Iterator<Item = (&'a mut [T], &'a [T])>,
+        body: impl Fn(&mut T, T),
+    ) {
+        for (to, from) in rows {
+            let (to, from) = (to.first_chunk_mut::<N>().expect("a row"), from.first_chunk::<N>().expect("a row"));
+            for i in 0..N {
+                body(&mut to[i], from[i]);
+            }
+        }
+    }
+    let pairs = to.chunks_mut(strides[0]).zip(from.chunks(strides[1])).take(rows);
+    macro_rules! by_length {
+        ($($n:literal)*) => {
+            match len {
+                $($n => short::<T, $n>(pairs, body),)*
+                _ => pairs.for_each(
+                    #[inline(always)]
+                    |(to, from)| to[..len].iter_mut().zip(&from[..len]).for_each(|(to, &from)| body(to, from)),
+                ),
+            }
+        };
+    }
+    by_length!(1 2 3 4 5 6 7 8 10 12 14 16)
 }

@@ -4,6 +4,7 @@ use super::disk::Disk;
 use super::execute::execute;
 use super::gemm;
 use super::memory::{Block, Store};
+use super::operands::OpMemory;
 use super::parallel::{most_scratch, reserve_scratch};
 use crate::base::{Error, Result};
 use crate::device::{Completion, Task, Ticket};
@@ -45,8 +46,8 @@ pub(super) struct Shared {
     pub host: Store,
     pub disk: Option<Disk>,
     pub arenas: Vec<Block>,
-    /// For each device, f32 copies of the operands of the op that it runs, where they are bf16.
-    pub wide: Vec<Mutex<Block>>,
+    /// For each device, what the op that it runs has beside the arena.
+    pub beside: Vec<Mutex<OpMemory>>,
     /// Highest touched byte of each arena, plus one.
     pub high_water: Vec<AtomicU64>,
     /// Tasks done, for each lane.
@@ -62,14 +63,14 @@ impl Shared {
         host: Store,
         disk: Option<Disk>,
         arenas: Vec<Block>,
-        wide: Vec<Mutex<Block>>,
+        beside: Vec<Mutex<OpMemory>>,
         lanes: usize,
         start: Instant,
     ) -> Self {
         Shared {
             disk,
             start,
-            wide,
+            beside,
             high_water: arenas.iter().map(|_| AtomicU64::new(0)).collect(),
             host,
             arenas,

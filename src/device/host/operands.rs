@@ -1,11 +1,25 @@
-//! The operands of an op: where they lie in the arena, and the f32 copies that bf16 ones have.
+//! The operands of an op: where they lie in the arena, the f32 copies that bf16 ones have, and what else an op has beside the arena.
 
 use super::memory::Block;
+use super::parallel::SharedScratch;
 use super::real::Real;
 use super::widen;
-use crate::base::DType;
+use crate::base::{DType, Result};
 use crate::device::Scalars;
 use crate::graph::{AREAS, Area, Buffer, Step};
+
+/// What a device's ops use one after another, beside the arena. It grows in the first step of a model that wants it; no budget counts it.
+pub(super) struct OpMemory {
+    /// f32 copies of bf16 operands.
+    pub wide: Block,
+    pub scratch: SharedScratch,
+}
+
+impl OpMemory {
+    pub fn new() -> Result<Self> {
+        Ok(OpMemory { wide: Block::new(0, "no operands yet")?, scratch: SharedScratch::default() })
+    }
+}
 
 /// An op's operands in the arena, or their f32 copies.
 pub(super) struct Operands<'a> {

@@ -5,6 +5,7 @@
 
 use super::loss_sum::loss_sum;
 use super::operands::Operands;
+use super::parallel::SharedScratch;
 use super::real::Real;
 use super::strided::{Rows, RowsMut};
 use super::{
@@ -19,24 +20,24 @@ use conv::ConvSizes;
 use pool::PoolSizes;
 
 /// Runs one op. With `check`, tells whether output 0 is finite; otherwise true.
-pub(super) fn run_step(o: &Operands, scalars: &Scalars, check: bool) -> bool {
+pub(super) fn run_step(o: &Operands, scalars: &Scalars, check: bool, scratch: &mut SharedScratch) -> bool {
     let check = check && o.step.ends_layer;
     let buffers = || o.step.inputs.iter().chain(o.step.outputs.iter().flatten());
     if buffers().any(|b| b.dtype == DType::F64) {
-        body::<f64>(o, scalars);
+        body::<f64>(o, scalars, scratch);
         return !check || optimizer::is_finite(o.output::<f64>(0));
     }
     if buffers().any(|b| b.dtype == DType::Bf16) {
         widen::inputs(o);
-        body::<f32>(o, scalars);
+        body::<f32>(o, scalars, scratch);
         widen::outputs(o);
     } else {
-        body::<f32>(o, scalars);
+        body::<f32>(o, scalars, scratch);
     }
     !check || optimizer::is_finite(o.output::<f32>(0))
 }
 
-fn body<T: Real>(o: &Operands, scalars: &Scalars) {
+fn body<T: Real>(o: &Operands, scalars: &Scalars, scratch: &mut SharedScratch) {
     let adds = || o.adds_to(0, scalars);
     match &o.step.op {
         Op::Embedding { .. } => embedding::forward::<T>(o.output(0), o.input(0), o.input(1), o.out_cols()),
@@ -192,15 +193,15 @@ fn body<T: Real>(o: &Operands, scalars: &Scalars) {
         Op::Conv2d(window) => {
             let bias = (o.step.inputs.len() > 2).then(|| o.input(2));
             let sizes = conv_sizes(window, o.in_axes(0), o.out_axes(0));
-            conv::forward::<T>(o.output(0), o.input(0), o.input(1), bias, &sizes);
+            conv::forward::<T>(o.output(0), o.input(0), o.input(1), bias, &sizes, scratch);
         }
         Op::Conv2dGradInput(window) => {
             let sizes = conv_sizes(window, o.out_axes(0), o.in_axes(0));
-            conv::grad_input::<T>(o.output(0), o.input(0), o.input(1), &sizes);
+            conv::grad_input::<T>(o.output(0), o.input(0), o.input(1), &sizes, scratch);
         }
         Op::Conv2dGradWeight(window) => {
             let sizes = conv_sizes(window, o.in_axes(1), o.in_axes(0));
-            conv::grad_weight::<T>(o.output(0), o.input(0), o.input(1), adds(), &sizes);
+            conv::grad_weight::<T>(o.output(0), o.input(0), o.input(1), adds(), &sizes, scratch);
         }
         Op::Conv2dGradBias => {
             let window = Window { kernel: [1, 1], stride: 1, padding: 0 };

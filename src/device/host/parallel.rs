@@ -101,6 +101,21 @@ pub fn with_scratch<T: bytemuck::Pod, R>(len: usize, body: impl FnOnce(&mut [T])
     result
 }
 
+/// Scratch memory that the threads of an op share, kept from op to op, so that a step allocates nothing once every size has been seen.
+#[derive(Default)]
+pub struct SharedScratch(Vec<u64>);
+
+impl SharedScratch {
+    /// `len` elements. What they hold is left from earlier uses: write before you read.
+    pub fn take<T: bytemuck::Pod>(&mut self, len: usize) -> &mut [T] {
+        let words = (len * size_of::<T>()).div_ceil(8);
+        if self.0.len() < words {
+            self.0.resize(words, 0);
+        }
+        &mut bytemuck::cast_slice_mut::<u64, T>(&mut self.0[..words])[..len]
+    }
+}
+
 /// Calls `body(i)` for every i below `count`, on all threads.
 pub fn for_each_index(count: usize, body: impl Fn(usize) + Sync + Send) {
     (0..count).into_par_iter().with_max_len(1).for_each(body);

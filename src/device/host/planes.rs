@@ -118,7 +118,7 @@ impl Planes {
                 || {
                     let mut lanes = [[0.0; LANES]; N];
                     for (start, len) in self.runs(channel, part) {
-                        add_run(&mut lanes, &a[start..start + len], &b[start..start + len], &terms);
+                        add_run(&mut lanes, &a[start..], &b[start..], len, &terms);
                     }
                     *sums = lanes.map(lanes_total);
                 },
@@ -134,16 +134,18 @@ impl Planes {
     }
 }
 
+/// Adds the terms of the first `len` elements of `a` and `b`.
 #[inline(always)]
 fn add_run<T: Real, const N: usize>(
     lanes: &mut [[f64; LANES]; N],
     a: &[T],
     b: &[T],
+    len: usize,
     terms: &impl Fn(T, T) -> [f64; N],
 ) {
-    let (a_rows, a_rest) = a.as_chunks::<LANES>();
-    let (b_rows, b_rest) = b.as_chunks::<LANES>();
+    let (whole, rest) = (len - len % LANES, len % LANES);
     let mut sums = *lanes;
+    let (a_rows, b_rows) = (a[..whole].as_chunks::<LANES>().0, b[..whole].as_chunks::<LANES>().0);
     for (a, b) in a_rows.iter().zip(b_rows) {
         for n in 0..N {
             for lane in 0..LANES {
@@ -151,15 +153,21 @@ fn add_run<T: Real, const N: usize>(
             }
         }
     }
-    if !a_rest.is_empty() {
-        // A whole row again, so that it is vectors too; the lanes past the end add 0.
-        let (mut a, mut b) = ([T::ZERO; LANES], [T::ZERO; LANES]);
-        a[..a_rest.len()].copy_from_slice(a_rest);
-        b[..a_rest.len()].copy_from_slice(b_rest);
+    if rest > 0 {
+        // A whole row again, so that it is vectors too: of what follows in memory where there is so much. The lanes past the end add 0.
+        let (mut a_copy, mut b_copy) = ([T::ZERO; LANES], [T::ZERO; LANES]);
+        let (a, b) = match (a[whole..].first_chunk::<LANES>(), b[whole..].first_chunk::<LANES>()) {
+            (Some(a), Some(b)) => (a, b),
+            _ => {
+                a_copy[..rest].copy_from_slice(&a[whole..len]);
+                b_copy[..rest].copy_from_slice(&b[whole..len]);
+                (&a_copy, &b_copy)
+            }
+        };
         for n in 0..N {
             for lane in 0..LANES {
                 let addend = terms(a[lane], b[lane])[n];
-                sums[n][lane] += if lane < a_rest.len() { addend } else { 0.0 };
+                sums[n][lane] += if lane < rest { addend } else { 0.0 };
             }
         }
     }

@@ -3,7 +3,7 @@
 //! Planes are independent, and each is computed by one thread, so that overlapping windows' gradients add in a fixed order.
 
 use super::{
-    parallel::{expect_len, simd},
+    parallel::{expect_len, simd, vector_fn},
     real::Real,
 };
 use rayon::prelude::*;
@@ -62,6 +62,14 @@ impl PoolSizes {
         inside(out_row * self.stride, self.kernel_h, self.padding, self.height)
     }
 
+    /// The columns of windows whose column `kernel_col` lies inside the plane: 0 <= column * stride + kernel_col - padding < width.
+    #[inline(always)]
+    fn cols_with(&self, kernel_col: usize) -> Range<usize> {
+        let first = self.padding.saturating_sub(kernel_col).div_ceil(self.stride).min(self.out_width);
+        let end = (self.width + self.padding).saturating_sub(kernel_col).div_ceil(self.stride);
+        first..end.clamp(first, self.out_width)
+    }
+
     /// The columns of the plane inside the windows of column `out_col`.
     #[inline(always)]
     fn cols(&self, out_col: usize) -> Range<usize> {
@@ -99,28 +107,41 @@ pub fn max_forward<T: Real>(out: &mut [T], argmax: &mut [i32], x: &[T], sizes: &
     });
 }
 
-fn max_plane<T: Real>(out: &mut [T], argmax: &mut [i32], x: &[T], sizes: &PoolSizes) {
-    for out_row in 0..sizes.out_height {
-        let rows = sizes.rows(out_row);
-        for out_col in 0..sizes.out_width {
-            let cols = sizes.cols(out_col);
-            let mut best = T::from_f64(f64::NEG_INFINITY);
-            let mut place =
-                if rows.is_empty() || cols.is_empty() { -1 } else { (rows.start * sizes.width + cols.start) as i32 };
-            for row in rows.clone() {
-                let start = row * sizes.width;
-                for (col, &value) in cols.clone().zip(&x[start + cols.start..start + cols.end]) {
-                    #[allow(clippy::eq_op)] // only a NaN differs from itself
-                    if value > best || value != value {
-                        best = value;
-                        place = (start + col) as i32;
-                    }
+vector_fn! {
+    fn max_plane<T: Real>(out: &mut [T], argmax: &mut [i32], x: &[T], sizes: &PoolSizes) {
+        out.fill(T::from_f64(f64::NEG_INFINITY));
+        argmax.fill(-1);
+        for (out_row, (out, argmax)) in
+            out.chunks_exact_mut(sizes.out_width).zip(argmax.chunks_exact_mut(sizes.out_width)).enumerate()
+        {
+            let rows = sizes.rows(out_row);
+            // Window after window in vectors: each place of the window in turn, for all columns of outputs where it lies inside the plane.
+            for (row, kernel_col) in rows.flat_map(|row| (0..sizes.kernel_w).map(move |col| (row, col))) {
+                let cols = sizes.cols_with(kernel_col);
+                if cols.is_empty() {
+                    continue;
+                }
+                let start = row * sizes.width + cols.start * sizes.stride + kernel_col - sizes.padding;
+                let (best, places, x) = (&mut out[cols.clone()], &mut argmax[cols], &x[start..]);
+                match sizes.stride {
+                    1 => raise(best, places, x.iter().copied(), start, 1),
+                    2 => raise(best, places, x.chunks(2).map(|pair| pair[0]), start, 2),
+                    stride => raise(best, places, x.iter().copied().step_by(stride), start, stride),
                 }
             }
-            let index = out_row * sizes.out_width + out_col;
-            out[index] = best;
-            argmax[index] = place;
         }
+    }
+}
+
+/// Takes the values that win over the best ones so far; the first is at place `start`, every next one `stride` further.
+#[inline(always)]
+fn raise<T: Real>(best: &mut [T], places: &mut [i32], values: impl Iterator<Item = T>, start: usize, stride: usize) {
+    for (i, ((best, place), value)) in best.iter_mut().zip(places).zip(values).enumerate() {
+        // A NaN wins over all before it, and the first place of a window even with minus infinity.
+        #[allow(clippy::eq_op)] // only a NaN differs from itself
+        let wins = value > *best || value != value || *place < 0;
+        *best = if wins { value } else { *best };
+        *place = if wins { start as i32 + i as i32 * stride as i32 } else { *place };
     }
 }
 
