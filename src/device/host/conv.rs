@@ -11,7 +11,7 @@
 
 use super::{
     gemm::{Matrix, Threads, gemm},
-    im2col::{Tile, Tiling, add_columns, copy_rows, gather_columns, window_elems},
+    im2col::{Room, Tile, Tiling, add_columns, copy_rows, gather_columns, window_elems},
     parallel::{CHUNK, SharedScratch, expect_len, for_each_index, simd, with_scratch},
     planes::{Disjoint, Planes},
     real::Real,
@@ -81,10 +81,10 @@ impl ConvSizes {
 
 /// Parts that work is cut into where its sizes allow: enough to keep a dozen threads even.
 const PARTS: usize = 16;
-/// Bytes of a tile that one thread takes: half a core's second-level cache on common machines.
-const TILE_BYTES: usize = 1 << 20;
-/// Bytes of a tile that all threads take together, of a third-level cache.
-const SHARED_TILE_BYTES: usize = 4 << 20;
+/// A tile that one thread takes: in half a core's second-level cache on common machines, and no wider than gains something.
+const ROOM_OF_ONE: Room = Room { bytes: 1 << 20, columns: 512 };
+/// A tile that all threads take together: in a part of a third-level cache, wide enough to pay for their meeting.
+const ROOM_OF_ALL: Room = Room { bytes: 4 << 20, columns: 2048 };
 /// Weights up to which threads sum their gradient apart, each over tiles of its own.
 const SUMMED_APART: usize = 1 << 16;
 
@@ -105,14 +105,14 @@ pub fn forward<T: Real>(
         return;
     }
     let out = Disjoint::new(out);
-    let tiling = Tiling::new::<T>(sizes, TILE_BYTES);
+    let tiling = Tiling::new::<T>(sizes, ROOM_OF_ONE);
     if tiling.count() >= PARTS {
         return for_each_index(tiling.count(), |index| {
             let tile = Work::new(tiling.tile(index), sizes, Threads::One);
             with_scratch(tile.scratch_elems(), |scratch| tile.forward(&out, x, weight, bias, scratch));
         });
     }
-    let tiling = Tiling::new::<T>(sizes, SHARED_TILE_BYTES);
+    let tiling = Tiling::new::<T>(sizes, ROOM_OF_ALL);
     for index in 0..tiling.count() {
         let tile = Work::new(tiling.tile(index), sizes, Threads::All);
         tile.forward(&out, x, weight, bias, shared.take(tile.scratch_elems()));
@@ -126,7 +126,7 @@ pub fn grad_input<T: Real>(d_x: &mut [T], d_y: &[T], weight: &[T], sizes: &ConvS
         return d_x.fill(T::ZERO);
     }
     let d_x = Disjoint::new(d_x);
-    let tiling = Tiling::new::<T>(sizes, TILE_BYTES);
+    let tiling = Tiling::new::<T>(sizes, ROOM_OF_ONE);
     if tiling.image_groups() >= PARTS {
         // All tiles of an image by one thread.
         return for_each_index(tiling.image_groups(), |group| {
@@ -136,7 +136,7 @@ pub fn grad_input<T: Real>(d_x: &mut [T], d_y: &[T], weight: &[T], sizes: &ConvS
             }
         });
     }
-    let tiling = Tiling::new::<T>(sizes, SHARED_TILE_BYTES);
+    let tiling = Tiling::new::<T>(sizes, ROOM_OF_ALL);
     for index in 0..tiling.count() {
         let tile = Work::new(tiling.tile(index), sizes, Threads::All);
         tile.grad_input(&d_x, d_y, weight, shared.take(tile.scratch_elems()));
@@ -156,7 +156,7 @@ pub fn grad_weight<T: Real>(
     if d_w.is_empty() {
         return;
     }
-    let tiling = Tiling::new::<T>(sizes, TILE_BYTES);
+    let tiling = Tiling::new::<T>(sizes, ROOM_OF_ONE);
     if tiling.count() == 0 {
         if !accumulate {
             d_w.fill(T::ZERO);
@@ -181,7 +181,7 @@ pub fn grad_weight<T: Real>(
             }
         });
     } else {
-        let tiling = Tiling::new::<T>(sizes, SHARED_TILE_BYTES);
+        let tiling = Tiling::new::<T>(sizes, ROOM_OF_ALL);
         for index in 0..tiling.count() {
             let tile = Work::new(tiling.tile(index), sizes, Threads::All);
             tile.grad_weight(d_w, d_y, x, accumulate || index > 0, shared.take(tile.scratch_elems()));

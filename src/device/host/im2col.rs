@@ -6,9 +6,8 @@
 use super::{conv::ConvSizes, parallel::vector_fn, real::Real};
 use std::ops::Range;
 
-/// Columns of a tile: fewer make the matrix product slow, more gain nothing.
+/// Columns of a tile below which the matrix product is slow.
 const LEAST_WIDTH: usize = 128;
-const GREATEST_WIDTH: usize = 512;
 /// Widths are multiples of this: a vector of f32.
 const WIDTH_STEP: usize = 16;
 
@@ -28,6 +27,15 @@ impl Tile {
     }
 }
 
+/// What a tile may take.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Room {
+    /// About as many bytes of matrices: K values of the im2col matrix and one of each output channel a column.
+    pub(crate) bytes: usize,
+    /// Columns.
+    pub(crate) columns: usize,
+}
+
 /// How all output positions of a convolution are cut into tiles.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Tiling {
@@ -38,10 +46,10 @@ pub(crate) struct Tiling {
 }
 
 impl Tiling {
-    /// Tiles of which what products of T need lies in about `bytes`: K values of the im2col matrix and one of each output channel a column.
-    pub(crate) fn new<T>(sizes: &ConvSizes, bytes: usize) -> Self {
-        let fits = bytes / ((sizes.filter_elems() + sizes.out_channels).max(1) * size_of::<T>());
-        let width = fits.clamp(LEAST_WIDTH, GREATEST_WIDTH) / WIDTH_STEP * WIDTH_STEP;
+    /// Tiles for this room.
+    pub(crate) fn new<T>(sizes: &ConvSizes, room: Room) -> Self {
+        let fits = room.bytes / ((sizes.filter_elems() + sizes.out_channels).max(1) * size_of::<T>());
+        let width = fits.clamp(LEAST_WIDTH, room.columns) / WIDTH_STEP * WIDTH_STEP;
         let out_positions = sizes.out_positions();
         let mut tiling = Tiling { batch: sizes.batch, out_positions, images_per_tile: 1, positions_per_tile: 1 };
         if out_positions > width {
