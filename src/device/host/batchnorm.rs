@@ -60,37 +60,40 @@ pub fn forward_train<T: Real>(
     let walk = Planes::new(sizes.batch, sizes.channels, sizes.positions);
     let count = sizes.count().max(1) as f64;
     let out = Disjoint::new(out);
-    mean.par_iter_mut().zip(var.par_iter_mut()).zip(rstd.par_iter_mut()).enumerate().for_each(
-        |(channel, ((mean, var), rstd))| {
-            // Differences from one of the values, whichever, so that a large mean does not swallow a small variance (Chan et al. 1983, section 3).
-            let near = x.get(channel * sizes.positions).map_or(0.0, |x| x.to_f64());
-            let [sum, squares] = walk.sums(
-                channel,
-                x,
-                x,
-                #[inline(always)]
-                |x, _| {
-                    let d = x.to_f64() - near;
-                    [d, d * d]
-                },
-            );
-            let exact_mean = near + sum / count;
+    let block = walk.block();
+    let stats = mean.par_chunks_mut(block).zip(var.par_chunks_mut(block)).zip(rstd.par_chunks_mut(block));
+    stats.enumerate().for_each(|(index, ((mean, var), rstd))| {
+        let first = index * block;
+        let channels = first..first + mean.len();
+        // Differences from one of the values, whichever, so that a large mean does not swallow a small variance (Chan et al. 1983, section 3).
+        let near = |index: usize| x.get((first + index) * sizes.positions).map_or(0.0, |x| x.to_f64());
+        let sums = walk.sums(
+            channels.clone(),
+            x,
+            x,
+            near,
+            #[inline(always)]
+            |x, _, near| {
+                let d = x.to_f64() - near;
+                [d, d * d]
+            },
+        );
+        for (i, &[sum, squares]) in sums[..mean.len()].iter().enumerate() {
             let exact_var = ((squares - sum * sum / count) / count).max(0.0);
-            *mean = T::from_f64(exact_mean);
-            *var = T::from_f64(exact_var);
-            *rstd = T::from_f64(1.0 / (exact_var + epsilon).sqrt());
-            let (mean, scale, bias) = (*mean, *rstd * weight[channel], bias[channel]);
-            walk.for_each_run(
-                channel,
-                #[inline(always)]
-                |run| {
-                    // SAFETY: the runs of all channels are disjoint, and each is visited once.
-                    let out = unsafe { out.range(run.start, run.len()) };
-                    normalize(out, &x[run], mean, scale, bias);
-                },
-            );
-        },
-    );
+            mean[i] = T::from_f64(near(i) + sum / count);
+            var[i] = T::from_f64(exact_var);
+            rstd[i] = T::from_f64(1.0 / (exact_var + epsilon).sqrt());
+        }
+        walk.for_each_run(
+            channels.clone(),
+            #[inline(always)]
+            |i, run| {
+                // SAFETY: the runs of all channels are disjoint, and each is visited once.
+                let out = unsafe { out.range(run.start, run.len()) };
+                normalize(out, &x[run], mean[i], rstd[i] * weight[first + i], bias[first + i]);
+            },
+        );
+    });
 }
 
 /// Mixes a batch's statistics into the running ones: `running = (1 - momentum) * running + momentum * batch`.
@@ -181,40 +184,48 @@ pub fn grad<T: Real>(
     let walk = Planes::new(sizes.batch, sizes.channels, sizes.positions);
     let count = sizes.count().max(1) as f64;
     let d_x = Disjoint::new(d_x);
-    d_weight.par_iter_mut().zip(d_bias.par_iter_mut()).enumerate().for_each(|(channel, (d_weight, d_bias))| {
-        let (mean, rstd) = (mean[channel], rstd[channel]);
-        let (wide_mean, wide_rstd) = (mean.to_f64(), rstd.to_f64());
-        let [sum, dot] = walk.sums(
-            channel,
-            d_y,
-            x,
-            #[inline(always)]
-            |d_y, x| {
-                let d_y = d_y.to_f64();
-                [d_y, d_y * (x.to_f64() - wide_mean)]
-            },
-        );
-        let dot = dot * wide_rstd;
-        let (sum_t, dot_t) = (T::from_f64(sum), T::from_f64(dot));
-        *d_weight = if accumulate { *d_weight + dot_t } else { dot_t };
-        *d_bias = if accumulate { *d_bias + sum_t } else { sum_t };
-        // d_x = scale * d_y + slope * (x - mean) + offset
-        let wide_scale = wide_rstd * weight[channel].to_f64();
-        let scale = T::from_f64(wide_scale);
-        let slope = T::from_f64(-wide_scale * wide_rstd * dot / count);
-        let offset = T::from_f64(-wide_scale * sum / count);
-        walk.for_each_run(
-            channel,
-            #[inline(always)]
-            |run| {
-                // SAFETY: the runs of all channels are disjoint, and each is visited once.
-                let d_x = unsafe { d_x.range(run.start, run.len()) };
-                for ((d_x, &d_y), &x) in d_x.iter_mut().zip(&d_y[run.clone()]).zip(&x[run]) {
-                    *d_x = scale.mul_add(d_y, slope.mul_add(x - mean, offset));
-                }
-            },
-        );
-    });
+    let block = walk.block();
+    d_weight.par_chunks_mut(block).zip(d_bias.par_chunks_mut(block)).enumerate().for_each(
+        |(index, (d_weight, d_bias))| {
+            let first = index * block;
+            let channels = first..first + d_weight.len();
+            let sums = walk.sums(
+                channels.clone(),
+                d_y,
+                x,
+                |index| mean[first + index].to_f64(),
+                #[inline(always)]
+                |d_y, x, mean| {
+                    let d_y = d_y.to_f64();
+                    [d_y, d_y * (x.to_f64() - mean)]
+                },
+            );
+            // d_x = scale * d_y + slope * (x - mean) + offset
+            let factors = |i: usize| {
+                let (rstd, [sum, dot]) = (rstd[first + i].to_f64(), sums[i]);
+                let scale = rstd * weight[first + i].to_f64();
+                [scale, -scale * rstd * (dot * rstd) / count, -scale * sum / count].map(T::from_f64)
+            };
+            for (i, (d_weight, d_bias)) in d_weight.iter_mut().zip(d_bias).enumerate() {
+                let [sum, dot] = sums[i];
+                let (sum, dot) = (T::from_f64(sum), T::from_f64(dot * rstd[first + i].to_f64()));
+                *d_weight = if accumulate { *d_weight + dot } else { dot };
+                *d_bias = if accumulate { *d_bias + sum } else { sum };
+            }
+            walk.for_each_run(
+                channels,
+                #[inline(always)]
+                |i, run| {
+                    let ([scale, slope, offset], mean) = (factors(i), mean[first + i]);
+                    // SAFETY: the runs of all channels are disjoint, and each is visited once.
+                    let d_x = unsafe { d_x.range(run.start, run.len()) };
+                    for ((d_x, &d_y), &x) in d_x.iter_mut().zip(&d_y[run.clone()]).zip(&x[run]) {
+                        *d_x = scale.mul_add(d_y, slope.mul_add(x - mean, offset));
+                    }
+                },
+            );
+        },
+    );
 }
 
 #[cfg(test)]

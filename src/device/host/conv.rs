@@ -364,16 +364,21 @@ pub fn grad_bias<T: Real>(d_b: &mut [T], d_y: &[T], accumulate: bool, sizes: &Co
     expect_len("conv", "d_bias", d_b.len(), sizes.out_channels);
     expect_len("conv", "d_y", d_y.len(), sizes.batch * sizes.out_channels * sizes.out_positions());
     let walk = Planes::new(sizes.batch, sizes.out_channels, sizes.out_positions());
-    d_b.par_iter_mut().enumerate().for_each(|(channel, d_b)| {
-        let [sum] = walk.sums(
-            channel,
+    let block = walk.block();
+    d_b.par_chunks_mut(block).enumerate().for_each(|(index, d_b)| {
+        let channels = index * block..index * block + d_b.len();
+        let sums = walk.sums(
+            channels,
             d_y,
             d_y,
+            |_| 0.0,
             #[inline(always)]
-            |d_y, _| [d_y.to_f64()],
+            |d_y, _, _| [d_y.to_f64()],
         );
-        let sum = T::from_f64(sum);
-        *d_b = if accumulate { *d_b + sum } else { sum };
+        for (d_b, [sum]) in d_b.iter_mut().zip(sums) {
+            let sum = T::from_f64(sum);
+            *d_b = if accumulate { *d_b + sum } else { sum };
+        }
     });
 }
 

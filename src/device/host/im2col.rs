@@ -3,7 +3,11 @@
 //!
 //! A tile depends on the convolution's sizes alone, never on threads.
 
-use super::{conv::ConvSizes, parallel::vector_fn, real::Real};
+use super::{
+    conv::ConvSizes,
+    parallel::{for_each_strided, vector_fn},
+    real::Real,
+};
 use std::ops::Range;
 
 /// Columns of a tile below which the matrix product is slow.
@@ -214,10 +218,14 @@ impl<'a> Window<'a> {
                         continue;
                     }
                     for (to, x) in planes.chunks_mut(self.cols).zip(x.chunks(row)).take(rows) {
-                        match stride {
-                            2 => to[..len].iter_mut().zip(x.chunks(2)).for_each(|(to, x)| *to = x[0]),
-                            _ => to[..len].iter_mut().zip(x.iter().step_by(stride)).for_each(|(to, &x)| *to = x),
-                        }
+                        let to = &mut to[..len];
+                        for_each_strided(
+                            x,
+                            len,
+                            stride,
+                            #[inline(always)]
+                            |i, x| to[i] = x,
+                        );
                     }
                 }
             },

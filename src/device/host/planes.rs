@@ -12,6 +12,9 @@ const LANES: usize = 32;
 const PARTS: usize = 16;
 /// Elements of a run inside a plane, where planes are cut.
 const RUN: usize = 16384;
+/// Elements of an image that should be read one behind the other, for the memory's sake, and the most channels that are then taken together.
+const NEIGHBOURS: usize = 1024;
+const BLOCK: usize = 16;
 
 /// A slice that several threads write, each in ranges of its own.
 ///
@@ -68,65 +71,93 @@ impl Planes {
         Planes { channels, positions, runs_per_plane, run, runs, runs_per_part: runs.div_ceil(parts).max(1) }
     }
 
+    /// Channels that are taken together: those of small planes, as many as leave work for all threads.
+    pub(crate) fn block(&self) -> usize {
+        (NEIGHBOURS / self.positions.max(1)).min(self.channels / PARTS).clamp(1, BLOCK)
+    }
+
     fn parts(&self) -> usize {
         self.runs.div_ceil(self.runs_per_part)
     }
 
-    /// The runs of one part of a channel's planes, each as start and length.
+    /// The runs of one part of a channel's planes, numbered.
     #[inline(always)]
-    fn runs(&self, channel: usize, part: usize) -> impl Iterator<Item = (usize, usize)> {
+    fn runs(&self, part: usize) -> Range<usize> {
         let first = part * self.runs_per_part;
-        let walk = *self;
-        (first..(first + self.runs_per_part).min(self.runs)).map(move |run| {
-            let (image, run) = (run / walk.runs_per_plane, run % walk.runs_per_plane);
-            let start = run * walk.run;
-            let len = walk.run.min(walk.positions - start);
-            ((image * walk.channels + channel) * walk.positions + start, len)
-        })
+        first..(first + self.runs_per_part).min(self.runs)
     }
 
-    /// Calls `body(range)` for every run of a channel's planes, parts on several threads.
-    pub(crate) fn for_each_run(&self, channel: usize, body: impl Fn(Range<usize>) + Sync) {
+    /// Start and length of a channel's run.
+    #[inline(always)]
+    fn run_of(&self, run: usize, channel: usize) -> (usize, usize) {
+        let (image, run) = (run / self.runs_per_plane, run % self.runs_per_plane);
+        let start = run * self.run;
+        ((image * self.channels + channel) * self.positions + start, self.run.min(self.positions - start))
+    }
+
+    /// Calls `body(index in the block, range)` for every run of a block of channels' planes, parts on several threads.
+    pub(crate) fn for_each_run(&self, block: Range<usize>, body: impl Fn(usize, Range<usize>) + Sync) {
         (0..self.parts()).into_par_iter().for_each(|part| {
             simd(
                 #[inline(always)]
                 || {
-                    for (start, len) in self.runs(channel, part) {
-                        body(start..start + len);
+                    for run in self.runs(part) {
+                        for (index, channel) in block.clone().enumerate() {
+                            let (start, len) = self.run_of(run, channel);
+                            body(index, start..start + len);
+                        }
                     }
                 },
             );
         });
     }
 
-    /// The sums over one channel's planes in f64. `terms` maps a value of `a` and of `b` at the same place to the `N` addends.
+    /// The sums over the planes of each channel of a block in f64. `terms` maps a value of `a` and of `b` at the same place, and the channel's
+    /// shift, to the `N` addends; `shifts` is asked for an index in the block.
     ///
     /// Inside a part, the element at place `i` of a run goes to running sum `i % 32`; a part's running sums are added pairwise
     /// (`lane[i] + lane[i + width]`, width 16, 8, 4, 2, 1), the parts in order from 0.
+    ///
+    /// # Panics
+    /// When the block has more channels than [`Planes::block`] says.
     pub(crate) fn sums<T: Real, const N: usize>(
         &self,
-        channel: usize,
+        block: Range<usize>,
         a: &[T],
         b: &[T],
-        terms: impl Fn(T, T) -> [f64; N] + Sync,
-    ) -> [f64; N] {
-        let mut parts = [[0.0; N]; PARTS];
+        shifts: impl Fn(usize) -> f64 + Sync,
+        terms: impl Fn(T, T, f64) -> [f64; N] + Sync,
+    ) -> [[f64; N]; BLOCK] {
+        let mut parts = [[[0.0; N]; BLOCK]; PARTS];
         let parts = &mut parts[..self.parts()];
         parts.par_iter_mut().enumerate().for_each(|(part, sums)| {
             simd(
                 #[inline(always)]
                 || {
-                    let mut lanes = [[0.0; LANES]; N];
-                    for (start, len) in self.runs(channel, part) {
-                        add_run(&mut lanes, &a[start..], &b[start..], len, &terms);
+                    let mut lanes = [[[0.0; LANES]; N]; BLOCK];
+                    for run in self.runs(part) {
+                        for (index, channel) in block.clone().enumerate() {
+                            let (start, len) = self.run_of(run, channel);
+                            let shift = shifts(index);
+                            add_run(
+                                &mut lanes[index],
+                                &a[start..],
+                                &b[start..],
+                                len,
+                                #[inline(always)]
+                                |a, b| terms(a, b, shift),
+                            );
+                        }
                     }
-                    *sums = lanes.map(lanes_total);
+                    for (sums, lanes) in sums.iter_mut().zip(&lanes[..block.len()]) {
+                        *sums = lanes.map(lanes_total);
+                    }
                 },
             );
         });
-        let mut total = [0.0; N];
+        let mut total = [[0.0; N]; BLOCK];
         for sums in parts {
-            for (total, sum) in total.iter_mut().zip(sums) {
+            for (total, sum) in total.as_flattened_mut().iter_mut().zip(sums.as_flattened()) {
                 *total += *sum;
             }
         }
@@ -141,18 +172,17 @@ fn add_run<T: Real, const N: usize>(
     a: &[T],
     b: &[T],
     len: usize,
-    terms: &impl Fn(T, T) -> [f64; N],
+    terms: impl Fn(T, T) -> [f64; N],
 ) {
     let (whole, rest) = (len - len % LANES, len % LANES);
-    let mut sums = *lanes;
-    let (a_rows, b_rows) = (a[..whole].as_chunks::<LANES>().0, b[..whole].as_chunks::<LANES>().0);
-    for (a, b) in a_rows.iter().zip(b_rows) {
-        for n in 0..N {
-            for lane in 0..LANES {
-                sums[n][lane] += terms(a[lane], b[lane])[n];
-            }
-        }
-    }
+    let (a_rows, b_rows) = (a[..whole].as_chunks().0, b[..whole].as_chunks().0);
+    add_rows(
+        lanes,
+        a_rows,
+        b_rows,
+        #[inline(always)]
+        |_, a, b| terms(a, b),
+    );
     if rest > 0 {
         // A whole row again, so that it is vectors too: of what follows in memory where there is so much. The lanes past the end add 0.
         let (mut a_copy, mut b_copy) = ([T::ZERO; LANES], [T::ZERO; LANES]);
@@ -164,14 +194,43 @@ fn add_run<T: Real, const N: usize>(
                 (&a_copy, &b_copy)
             }
         };
-        for n in 0..N {
-            for lane in 0..LANES {
-                let addend = terms(a[lane], b[lane])[n];
-                sums[n][lane] += if lane < rest { addend } else { 0.0 };
+        add_rows(
+            lanes,
+            std::slice::from_ref(a),
+            std::slice::from_ref(b),
+            #[inline(always)]
+            |lane, a, b| if lane < rest { terms(a, b) } else { [0.0; N] },
+        );
+    }
+}
+
+/// Adds the terms of whole rows of lanes, for a vector of lanes after the other: of all lanes at once the compiler makes no vectors. `terms` is also
+/// given the lane.
+#[inline(always)]
+fn add_rows<T: Real, const N: usize>(
+    lanes: &mut [[f64; LANES]; N],
+    a: &[[T; LANES]],
+    b: &[[T; LANES]],
+    terms: impl Fn(usize, T, T) -> [f64; N],
+) {
+    const WIDTH: usize = 8;
+    for first in (0..LANES).step_by(WIDTH) {
+        let mut sums = [[0.0; WIDTH]; N];
+        for (sums, lanes) in sums.iter_mut().zip(&*lanes) {
+            sums.copy_from_slice(&lanes[first..first + WIDTH]);
+        }
+        for (a, b) in a.iter().zip(b) {
+            for i in 0..WIDTH {
+                let terms = terms(first + i, a[first + i], b[first + i]);
+                for n in 0..N {
+                    sums[n][i] += terms[n];
+                }
             }
         }
+        for (sums, lanes) in sums.iter().zip(&mut *lanes) {
+            lanes[first..first + WIDTH].copy_from_slice(sums);
+        }
     }
-    *lanes = sums;
 }
 
 #[inline(always)]

@@ -3,7 +3,7 @@
 //! Planes are independent, and each is computed by one thread, so that overlapping windows' gradients add in a fixed order.
 
 use super::{
-    parallel::{expect_len, simd, vector_fn},
+    parallel::{expect_len, for_each_strided, simd, vector_fn},
     real::Real,
 };
 use rayon::prelude::*;
@@ -123,25 +123,21 @@ vector_fn! {
                 }
                 let start = row * sizes.width + cols.start * sizes.stride + kernel_col - sizes.padding;
                 let (best, places, x) = (&mut out[cols.clone()], &mut argmax[cols], &x[start..]);
-                match sizes.stride {
-                    1 => raise(best, places, x.iter().copied(), start, 1),
-                    2 => raise(best, places, x.chunks(2).map(|pair| pair[0]), start, 2),
-                    stride => raise(best, places, x.iter().copied().step_by(stride), start, stride),
-                }
+                for_each_strided(
+                    x,
+                    best.len(),
+                    sizes.stride,
+                    #[inline(always)]
+                    |i, value| {
+                        // A NaN wins over all before it, and the first place of a window even with minus infinity.
+                        #[allow(clippy::eq_op)] // only a NaN differs from itself
+                        let wins = value > best[i] || value != value || places[i] < 0;
+                        best[i] = if wins { value } else { best[i] };
+                        places[i] = if wins { (start + i * sizes.stride) as i32 } else { places[i] };
+                    },
+                );
             }
         }
-    }
-}
-
-/// Takes the values that win over the best ones so far; the first is at place `start`, every next one `stride` further.
-#[inline(always)]
-fn raise<T: Real>(best: &mut [T], places: &mut [i32], values: impl Iterator<Item = T>, start: usize, stride: usize) {
-    for (i, ((best, place), value)) in best.iter_mut().zip(places).zip(values).enumerate() {
-        // A NaN wins over all before it, and the first place of a window even with minus infinity.
-        #[allow(clippy::eq_op)] // only a NaN differs from itself
-        let wins = value > *best || value != value || *place < 0;
-        *best = if wins { value } else { *best };
-        *place = if wins { start as i32 + i as i32 * stride as i32 } else { *place };
     }
 }
 
