@@ -1,7 +1,8 @@
-//! Compiles kernels/: with the feature `cuda` by nvcc, one fatbin a source file; with `emulator` as C++, one shared object.
+//! Compiles kernels/: with the feature `cuda` by nvcc, one fatbin a source file; with `emulator` as C++, one shared
+//! object.
 //!
-//! Only what changed is compiled again, and only what no other build in the target folder has compiled. Warnings are errors; what ptxas
-//! says of registers and spills is kept for a test.
+//! Only what changed is compiled again, and only what no other build in the target folder has compiled. Warnings are
+//! errors; what ptxas says of registers and spills is kept for a test.
 
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
@@ -102,8 +103,8 @@ fn emulated(dir: &str, out: &Path) -> Result<(), String> {
     Ok(())
 }
 
-/// Where there are none yet, takes the objects of another build. They keep their times, by which build.sh tells what has changed since, and it replaces
-/// files and never writes into one, so each build has its own.
+/// Where there are none yet, takes the objects of another build. They keep their times, by which build.sh tells what
+/// has changed since, and it replaces files and never writes into one, so each build has its own.
 fn take_objects(out: &Path) -> std::io::Result<()> {
     // It is made when all objects are there.
     let whole = |dir: &PathBuf| dir.join("kernels.so").is_file();
@@ -154,8 +155,8 @@ fn fatbins(sources: &[PathBuf], out: &Path) -> Result<(), String> {
     std::fs::write(out.join("list.rs"), list).map_err(|e| format!("{}: {e}", out.display()))
 }
 
-/// Where the other builds of this package in the same target folder keep the same: each set of features has a folder of its own, each profile, and
-/// lints beside tests.
+/// Where the other builds of this package in the same target folder keep the same: each set of features has a folder of
+/// its own, each profile, and lints beside tests.
 fn other_builds(out: &Path) -> Vec<PathBuf> {
     // out is TARGET/PROFILE/build/PACKAGE-HASH/out/NAME.
     let folder = |above: usize| out.ancestors().nth(above).unwrap_or(out);
@@ -167,7 +168,8 @@ fn other_builds(out: &Path) -> Vec<PathBuf> {
     packages.filter(ours).map(|dir| dir.join(inside)).filter(|dir| dir != out && dir.is_dir()).collect()
 }
 
-/// Compiles one file, unless neither it nor what it includes has changed since, or another build has compiled just this.
+/// Compiles one file, unless neither it nor what it includes has changed since, or another build has compiled just
+/// this.
 fn fatbin(nvcc: &Path, source: &Path, out: &Path, targets: &[&str], others: &[PathBuf]) -> Result<(), String> {
     let io = |e: std::io::Error| format!("{}: {e}", source.display());
     let stem = stem(source);

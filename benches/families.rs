@@ -1,7 +1,9 @@
-//! Every family's training step on the host device beside PyTorch's eager one, on the same shapes with as many threads, in turn.
+//! Every family's training step on the host device beside PyTorch's eager one, on the same shapes with as many threads,
+//! in turn.
 //!
-//! `cargo bench --bench families`, with names of rows for some of them. `HYDRA_PYTHON` (or `python3`) names a Python with torch; without one only our own
-//! times are printed. `HYDRA_BENCH_QUICK=1` takes one round of few steps of one sample, to see that it runs.
+//! `cargo bench --bench families`, with names of rows for some of them. `HYDRA_PYTHON` (or `python3`) names a Python
+//! with torch; without one only our own times are printed. `HYDRA_BENCH_QUICK=1` takes one round of few steps of one
+//! sample, to see that it runs.
 
 use hydra::base::{DType, Result, Shape};
 use hydra::data::{Batch, InputSpec, RandomOptions, RandomSource, Source, names};
@@ -57,7 +59,8 @@ fn rows() -> Vec<Row> {
     ]
 }
 
-/// A source that fills each of the loader's buffers once: drawing numbers takes the threads' time, and PyTorch's clock leaves it out.
+/// A source that fills each of the loader's buffers once: drawing numbers takes the threads' time, and PyTorch's clock
+/// leaves it out.
 struct Ready(RandomSource);
 
 impl Source for Ready {

@@ -1,16 +1,20 @@
-//! The cuda device's kernels over a named table of real models' shapes, forward and gradient, in bf16 and f32: TFLOP/s or GB/s, the share of
-//! the roofline that the same run measured, and cuBLAS beside products, in turn with ours (A B A B).
+//! The cuda device's kernels over a named table of real models' shapes, forward and gradient, in bf16 and f32: TFLOP/s
+//! or GB/s, the share of the roofline that the same run measured, and cuBLAS beside products, in turn with ours (A B A
+//! B).
 //!
 //! A process of its own measures, and where a kernel fails another one goes on after it (`kernels/relay.rs`).
 //!
-//! Each op runs as in training: a graph, its program, a task on the device; time is read from the device's own marks. Inputs are normal
-//! numbers and rotate over more than twice any L2 cache. Beside the ops: copies by pinned memory, the time from a task to the next, AdamW.
+//! Each op runs as in training: a graph, its program, a task on the device; time is read from the device's own marks.
+//! Inputs are normal numbers and rotate over more than twice any L2 cache. Beside the ops: copies by pinned memory, the
+//! time from a task to the next, AdamW.
 //!
-//! Not through criterion: its clock is the host's, and it measures one body after another, where ours and the peer's must take turns.
+//! Not through criterion: its clock is the host's, and it measures one body after another, where ours and the peer's
+//! must take turns.
 //!
-//! `cargo bench --features cuda --bench kernels -- [FILTER ..]`; with `--features peers` cuBLAS is asked too. `HYDRA_BENCH_QUICK=1` takes few
-//! samples, `HYDRA_BENCH_JSON=PATH` writes everything as JSON. Without a GPU it says so and exits 0, with `HYDRA_REQUIRE_GPU=1` it exits 1.
-//! `HYDRA_BENCH_DEVICE=emulated` walks through it all on the emulator, with shapes of a few elements; its seconds mean nothing.
+//! `cargo bench --features cuda --bench kernels -- [FILTER ..]`; with `--features peers` cuBLAS is asked too.
+//! `HYDRA_BENCH_QUICK=1` takes few samples, `HYDRA_BENCH_JSON=PATH` writes everything as JSON. Without a GPU it says so
+//! and exits 0, with `HYDRA_REQUIRE_GPU=1` it exits 1. `HYDRA_BENCH_DEVICE=emulated` walks through it all on the
+//! emulator, with shapes of a few elements; its seconds mean nothing.
 
 #[path = "common/asked.rs"]
 mod asked;
@@ -93,7 +97,8 @@ fn facts(emulated: bool) -> Result<Facts> {
     }
 }
 
-/// Measures the items from number `from` on: the ceilings, the cases, and the others. Ends the process after one that fails.
+/// Measures the items from number `from` on: the ceilings, the cases, and the others. Ends the process after one that
+/// fails.
 fn measure(emulated: bool, effort: Effort, filters: &[String], from: usize, ceilings: Ceilings) -> Result<()> {
     let facts = facts(emulated)?;
     let wanted = |name: &str| filters.is_empty() || filters.iter().any(|f| name.contains(f.as_str()));

@@ -1,8 +1,9 @@
 //! The host's ops over a named table of shapes: small GPT, GPT-2 124M and ResNet-50, forward and gradient.
 //!
-//! Criterion reports GFLOP/s or GB/s; the table at the end puts each beside the ceiling measured in the same run: a product of
-//! 2048 x 2048 x 2048 for arithmetic, a copy of 256 MiB for memory traffic, both on all cores. A tensor that stays in cache may be over
-//! the second one. Every multiply-add counts as two operations and every tensor's bytes once, as in `graph::cost`.
+//! Criterion reports GFLOP/s or GB/s; the table at the end puts each beside the ceiling measured in the same run: a
+//! product of 2048 x 2048 x 2048 for arithmetic, a copy of 256 MiB for memory traffic, both on all cores. A tensor that
+//! stays in cache may be over the second one. Every multiply-add counts as two operations and every tensor's bytes
+//! once, as in `graph::cost`.
 //!
 //! `cargo bench --bench ops [FILTER]`; with HYDRA_BENCH_QUICK=1 a short run whose numbers are rough.
 

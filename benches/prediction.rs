@@ -1,8 +1,10 @@
-//! Predicted against measured seconds of training steps on this machine: how good the cost model is that plans are made with.
+//! Predicted against measured seconds of training steps on this machine: how good the cost model is that plans are made
+//! with.
 //!
-//! Run with `cargo bench --no-default-features --bench prediction`. The jobs are a fixed list of single-shard models, each with steps of
-//! tens of milliseconds and more: one program (forward, loss, backward) and the update of all its parameters; `HYDRA_BENCH_QUICK=1` takes the first of them.
-//! `families` as an argument adds, for each job, where the seconds went by family of ops. Models in several shards are predicted in `training.rs`.
+//! Run with `cargo bench --no-default-features --bench prediction`. The jobs are a fixed list of single-shard models,
+//! each with steps of tens of milliseconds and more: one program (forward, loss, backward) and the update of all its
+//! parameters; `HYDRA_BENCH_QUICK=1` takes the first of them. `families` as an argument adds, for each job, where the
+//! seconds went by family of ops. Models in several shards are predicted in `training.rs`.
 
 #[path = "common/asked.rs"]
 mod asked;
@@ -26,7 +28,8 @@ const STEPS: usize = 9;
 enum Job {
     /// Batch, tokens, width, heads, blocks, vocabulary, dropout.
     Gpt([usize; 6], f64),
-    /// Images, side, channels of the first stage, residual blocks a stage; three stages, each with half the side and twice the channels.
+    /// Images, side, channels of the first stage, residual blocks a stage; three stages, each with half the side and
+    /// twice the channels.
     Images([usize; 4]),
 }
 

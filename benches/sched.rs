@@ -1,7 +1,8 @@
-//! One choice of each built-in policy, over numbers of models and devices: from a model selection on one machine to a thousand of both.
+//! One choice of each built-in policy, over numbers of models and devices: from a model selection on one machine to a
+//! thousand of both.
 //!
-//! Most models are busy on other devices, as in a run, and every choice asks another device. A table at the end has the best and the median
-//! time; the aim is under 20 microseconds at (1000, 1000).
+//! Most models are busy on other devices, as in a run, and every choice asks another device. A table at the end has the
+//! best and the median time; the aim is under 20 microseconds at (1000, 1000).
 //!
 //! `cargo bench --bench sched [FILTER]`; with HYDRA_BENCH_QUICK=1 a short run whose numbers are rough.
 

@@ -1,7 +1,9 @@
-//! Ratios of whole training runs on the host device, measured side by side: what spilling costs, what a second slot is worth, how good predictions are.
+//! Ratios of whole training runs on the host device, measured side by side: what spilling costs, what a second slot is
+//! worth, how good predictions are.
 //! `families` has PyTorch beside.
 //!
-//! `cargo bench --bench training`, with `-- spilling`, `-- double-buffering` or `-- prediction` for a part; `HYDRA_BENCH_QUICK=1` takes smaller shapes and fewer rounds, to see that it runs.
+//! `cargo bench --bench training`, with `-- spilling`, `-- double-buffering` or `-- prediction` for a part;
+//! `HYDRA_BENCH_QUICK=1` takes smaller shapes and fewer rounds, to see that it runs.
 
 #[path = "common/asked.rs"]
 mod asked;
@@ -206,7 +208,8 @@ fn double_buffering(gpt: Gpt, rounds: usize, steps: u64, cost: &CostModel) -> Re
     };
     let mut free = way("link uncapped", gpt, TrainOptions { plan: options(2), ..base.clone() }, cost)?;
     free.round(gpt)?;
-    // Forward's share of what the device computes in a step: nothing is recomputed, and a backward takes about two forwards.
+    // Forward's share of what the device computes in a step: nothing is recomputed, and a backward takes about two
+    // forwards.
     let forward = free.bound() / 3.0 / cut.len() as f64;
     let bytes = free.plan.shards.iter().map(|s| s.fetch_bytes()).sum::<u64>() as f64 / cut.len() as f64;
     let mut capped = base;

@@ -1,6 +1,8 @@
-//! A layer and a model of one's own, trained on labels that are random among 4 of 32 classes: ln 4 is all there is to learn.
+//! A layer and a model of one's own, trained on labels that are random among 4 of 32 classes: ln 4 is all there is to
+//! learn.
 //!
-//! Implementing `Network` is all it takes: gradients, placement, spilling and the optimizer follow from the traced graph.
+//! Implementing `Network` is all it takes: gradients, placement, spilling and the optimizer follow from the traced
+//! graph.
 
 use hydra::base::{DType, Result, Shape};
 use hydra::data::{RandomOptions, RandomSource, names};
@@ -13,7 +15,8 @@ const INIT: Init = Init::Normal(0.1);
 /// The embedding's table: vocabulary and width.
 const TABLE: [usize; 2] = [32, 32];
 
-/// A layer of one's own: `x + dropout(W2 gelu(W1 norm(x)))`, x (B, T, C). It names its parameters and traces its ops, no more.
+/// A layer of one's own: `x + dropout(W2 gelu(W1 norm(x)))`, x (B, T, C). It names its parameters and traces its ops,
+/// no more.
 fn residual_mlp(b: &mut Builder, x: Value, name: &str, hidden: usize) -> Result<Value> {
     let width = b.shape(x).cols();
     let (layout, weight, bias) = (WeightLayout::OutIn, INIT, Some(Init::Constant(0.0)));

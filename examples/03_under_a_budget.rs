@@ -1,5 +1,5 @@
-//! Training under a budget: a small GPT learns this repository's own text on a device smaller than its state, and ends with
-//! the very bits of a run that has all the memory it wants.
+//! Training under a budget: a small GPT learns this repository's own text on a device smaller than its state, and ends
+//! with the very bits of a run that has all the memory it wants.
 
 use hydra::base::{Result, format_bytes};
 use hydra::data::{Text, TextOptions, TextSource, Tokenizer};

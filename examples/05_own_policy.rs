@@ -1,7 +1,8 @@
-//! A policy of one's own: the model with the least part of its work done goes first, so that all models of a search can be compared at any moment.
+//! A policy of one's own: the model with the least part of its work done goes first, so that all models of a search can
+//! be compared at any moment.
 //!
-//! A policy is a pure function from a view of models and devices to a choice. It is tried here on two simulated devices; `TurnOptions` takes the same
-//! object where models are trained.
+//! A policy is a pure function from a view of models and devices to a choice. It is tried here on two simulated
+//! devices; `TurnOptions` takes the same object where models are trained.
 
 use hydra::base::{DType, Result};
 use hydra::device::CostModel;

@@ -1,5 +1,5 @@
-//! A regression: a network learns to take noise off waves, by mean squared error, on data of one's own. On a device smaller than its
-//! state it ends with the very bits of a run that has all the memory it wants.
+//! A regression: a network learns to take noise off waves, by mean squared error, on data of one's own. On a device
+//! smaller than its state it ends with the very bits of a run that has all the memory it wants.
 
 use hydra::base::philox::Sequence;
 use hydra::base::{DType, Result, Shape, format_bytes};

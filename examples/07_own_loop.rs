@@ -1,5 +1,5 @@
-//! A loop over steps of one's own: a learning rate that follows the losses, and an average of the last weights (Izmailov et al. 2018,
-//! arXiv:1803.05407) that is validated and written back, under a budget.
+//! A loop over steps of one's own: a learning rate that follows the losses, and an average of the last weights
+//! (Izmailov et al. 2018, arXiv:1803.05407) that is validated and written back, under a budget.
 //!
 //! `Session` has a loop for what is usual. Beneath it is the engine, which takes minibatches and updates one at a time.
 
@@ -22,8 +22,8 @@ const HELD_OUT: Range<usize> = 49..61;
 /// A loss is the mean over all positions.
 const LOSS_SCALE: f64 = 1.0 / (SIZES[0] * SIZES[1]) as f64;
 
-/// Sequences that count up by a stride of their own, modulo a prime, from one of the numbers of `starts`; the label of a position is the number that
-/// follows.
+/// Sequences that count up by a stride of their own, modulo a prime, from one of the numbers of `starts`; the label of
+/// a position is the number that follows.
 fn minibatch(number: u64, starts: Range<usize>) -> Batch {
     let [batch, time, numbers] = SIZES;
     let at = |row: usize, t: usize| {

@@ -1,5 +1,5 @@
-//! Fine-tuning: a model from a Hugging Face directory, its first layers frozen, on data of one's own, validated as it goes; the best of it is kept as a
-//! checkpoint, gone back to at the end, and saved as a directory again.
+//! Fine-tuning: a model from a Hugging Face directory, its first layers frozen, on data of one's own, validated as it
+//! goes; the best of it is kept as a checkpoint, gone back to at the end, and saved as a directory again.
 
 use hydra::base::{DType, Result};
 use hydra::data::{Batch, Source, Text, TextOptions, TextSource, Tokenizer, names};

@@ -1,11 +1,12 @@
 // Activation functions and their gradients (GELU: Hendrycks & Gimpel 2016, arXiv:1606.08415).
 //   forward  out[i] = activation(x[i]); out may be x.
 //   grad     d_x[i] = d_out[i] * activation'(x[i]), x being what the activation was given; d_x may be d_out.
-// All f32 or all bf16, computed in f32 and rounded once. Elementwise: blocks of 256 threads, 4 packs of 16 bytes a thread
-// (gpu/pointwise.cuh), one pass. `kind` is graph::Activation; the branch on it stands outside the loop.
+// All f32 or all bf16, computed in f32 and rounded once. Elementwise: blocks of 256 threads, 4 packs of 16 bytes a
+// thread (gpu/pointwise.cuh), one pass. `kind` is graph::Activation; the branch on it stands outside the loop.
 //
-// Bytes an element (f32 / bf16): forward 8 / 4, grad 12 / 6. relu and every f32 case are loads and stores: expected at 90-95 % of
-// the copy rate. In bf16 a GELU's 7 to 15 instructions are nearly as long as its bytes take: 85-95 % is expected.
+// Bytes an element (f32 / bf16): forward 8 / 4, grad 12 / 6. relu and every f32 case are loads and stores: expected at
+// 90-95 % of the copy rate. In bf16 a GELU's 7 to 15 instructions are nearly as long as its bytes take: 85-95 % is
+// expected.
 #include "gpu.cuh"
 #include "gpu/pointwise.cuh"
 

@@ -1,17 +1,23 @@
-// Scaled dot-product attention and its gradient on the ordinary cores, for f32 and for bf16 of any width. The matrix of weights is never in
-// memory (Dao et al. 2022, "FlashAttention", arXiv:2205.14135; Rabe & Staats 2021, arXiv:2112.05682).
-//   out = M softmax(scale q k^T) v with M dropout's factors; lse = log of the softmax's denominator. A query without keys gives 0 and -infinity.
-//   delta = row sums of d_out out; with P = exp(scale q k^T - lse): d_v = (P M)^T d_out, d_s = P (M (d_out v^T) - delta),
-//   d_q = scale d_s k, d_k = scale d_s^T q, summed over the heads that share k and v, in order.
-//   q, k, v, out and gradients f32 or bf16; lse, delta (B, H, Tq) f32; mask (B, Tk) i32, 0 hides a key; sizes in gpu/attention.cuh.
-// Overwrites outputs. Deterministic: each sum is in the order of keys, or of heads and queries, and made by one thread. Gradients take two
-// kernels that make the scores again, one with a block a tile of keys and one with a block a tile of queries, instead of atomics.
-// A block of 256 threads has a tile of 64 x 64 scores, 4 x 4 a thread, and 64 columns of what it makes: heads wider than 64 take more blocks,
-// which make the scores again. Operands are staged in shared memory as f32, 32 deep, by words of four where rows allow. A block has 35 KB and 128 registers
-// a thread: two fit a multiprocessor. Per 16 multiply-adds a thread reads 32 bytes of shared memory, 3 wavefronts a warp against 4 issue cycles of four warps.
-// Of some 650 instructions for 32 of depth, staged and multiplied, 512 are multiply-adds. Measured on an H200 when they were 1,100, staged one by one: 16.6
-// TFLOP/s at width 64 and 1024 causal, 13.5 at width 128 and 4096. 25 are to be expected at width 64, for staging is not overlapped with arithmetic but by the
-// other block, and two thirds of that at width 128.
+// Scaled dot-product attention and its gradient on the ordinary cores, for f32 and for bf16 of any width. The matrix of
+// weights is never in memory (Dao et al. 2022, "FlashAttention", arXiv:2205.14135; Rabe & Staats 2021,
+// arXiv:2112.05682).
+//   out = M softmax(scale q k^T) v with M dropout's factors; lse = log of the softmax's denominator. A query without
+//   keys gives 0 and -infinity.
+//   delta = row sums of d_out out; with P = exp(scale q k^T - lse): d_v = (P M)^T d_out, d_s = P (M (d_out v^T) -
+//   delta), d_q = scale d_s k, d_k = scale d_s^T q, summed over the heads that share k and v, in order.
+//   q, k, v, out and gradients f32 or bf16; lse, delta (B, H, Tq) f32; mask (B, Tk) i32, 0 hides a key; sizes in
+//   gpu/attention.cuh.
+// Overwrites outputs. Deterministic: each sum is in the order of keys, or of heads and queries, and made by one thread.
+// Gradients take two kernels that make the scores again, one with a block a tile of keys and one with a block a tile of
+// queries, instead of atomics.
+// A block of 256 threads has a tile of 64 x 64 scores, 4 x 4 a thread, and 64 columns of what it makes: heads wider
+// than 64 take more blocks, which make the scores again. Operands are staged in shared memory as f32, 32 deep, by words
+// of four where rows allow. A block has 35 KB and 128 registers a thread: two fit a multiprocessor. Per 16
+// multiply-adds a thread reads 32 bytes of shared memory, 3 wavefronts a warp against 4 issue cycles of four warps. Of
+// some 650 instructions for 32 of depth, staged and multiplied, 512 are multiply-adds. Measured on an H200 when they
+// were 1,100, staged one by one: 16.6 TFLOP/s at width 64 and 1024 causal, 13.5 at width 128 and 4096. 25 are to be
+// expected at width 64, for staging is not overlapped with arithmetic but by the other block, and two thirds of that at
+// width 128.
 #include "gpu.cuh"
 #include "gpu/attention.cuh"
 
@@ -24,8 +30,8 @@ constexpr int PITCH = 68;   // floats from a row of a tile to the next: rows sta
 // The tiles of a block, each with the axis that is summed over as its rows.
 struct Shared { float a[DEPTH][PITCH], b[DEPTH][PITCH], weights[TILE][PITCH]; };
 
-// Where element (i, j) of a tile lies, j being a multiple of 4 where four are read or written at once. By the xor, what stage_transposed scatters and what is
-// read as whole rows both lie in distinct banks.
+// Where element (i, j) of a tile lies, j being a multiple of 4 where four are read or written at once. By the xor, what
+// stage_transposed scatters and what is read as whole rows both lie in distinct banks.
 DEV int swizzled(int i, int j) { return j ^ (i / 4 % 8 * 4); }
 DEV float* place(float (*tile)[PITCH], int i, int j) { return &tile[i][swizzled(i, j)]; }
 
@@ -140,7 +146,8 @@ DEV uint32_t kept_keys(const AttentionSizes& s, const Now* now, const Head& head
 }
 DEV float factor_of(const AttentionSizes& s, uint32_t kept, int bit) { return !s.drop_below ? 1.0f : kept >> bit & 1 ? s.keep_scale : 0.0f; }
 
-// What a block makes: 64 columns of a tile of `positions`. Later tiles, which see the most keys when causal, come first.
+// What a block makes: 64 columns of a tile of `positions`. Later tiles, which see the most keys when causal, come
+// first.
 struct Part {
   int batch, head, first, col;
   DEV Part(const AttentionSizes& s, int heads, int positions) {
@@ -317,7 +324,8 @@ DEV void grad_kv(T* d_k, T* d_v, const T* d_out, const float* lse, const float* 
 }
 }  // namespace plain
 
-// Grids: a block for each 64 columns of each 64 queries (forward, grad_q) or keys (grad_kv) of each head and sequence; grad_delta a warp a row.
+// Grids: a block for each 64 columns of each 64 queries (forward, grad_q) or keys (grad_kv) of each head and sequence;
+// grad_delta a warp a row.
 #define ATTENTION_KERNELS(T, dtype)                                                                                                      \
   extern "C" __global__ void __launch_bounds__(plain::THREADS, 2) attention_forward_##dtype(                                             \
       T* out, float* lse, const T* q, const T* k, const T* v, const int32_t* mask, const Now* now, AttentionSizes s) {                    \

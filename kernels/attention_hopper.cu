@@ -1,28 +1,36 @@
-// Attention's forward pass in bf16 with Hopper's warpgroup products, for widths 64 and 128 (Shah et al. 2024, "FlashAttention-3",
-// arXiv:2407.08608).
-//   Formulas, shapes and what is overwritten are those of attention.cu; scale is positive and nothing is dropped. q_map is (B, Tq, H D), k_map and
-//   v_map are (B, Tk, Hkv D), in boxes of 64 columns and 64 (q) or 128 positions of one sequence, with a 128-byte swizzle: positions past the last
-//   read as 0, so that no value of another sequence is ever multiplied. Heads start at multiples of 16 bytes. taken is 0 before and after.
-// A part is up to 64 queries of a head for each of three (width 64) or two (128) warpgroups, its consumers. One thread of another warpgroup keeps
-// bulk copies of k and v on their way, in a ring of tiles of 128 keys, each with a pair of mbarriers (full, empty). wgmma makes the scores from
-// shared memory; the weights stay in registers as the left operand of the product with v, which is read as it lies, MN-major.
-// Two things run under the softmax: the products of the other warpgroups, by named barriers that let one ask for products while others compute
-// exponentials, and the warpgroup's own product of the last tile's weights with v, which is asked for together with this tile's scores.
-// Tiles go from the last key to the first, so that the diagonal comes first and the loop has no hidden keys unless a mask is given; each
-// warpgroup leaves out those that none of its own queries sees. A mask's part of a tile, four words of bits, is read under the tile's products, and only
-// tiles that have hidden keys are changed by it: 25 instructions a tile, and 95 more.
-// A block makes several parts: queries and tiles of the next come while this one is made, and a warpgroup that is done goes on to it while others
-// end. It takes the next number from a counter in memory, so which block makes a part depends on the chip, but what it makes does not.
+// Attention's forward pass in bf16 with Hopper's warpgroup products, for widths 64 and 128 (Shah et al. 2024,
+// "FlashAttention-3", arXiv:2407.08608).
+//   Formulas, shapes and what is overwritten are those of attention.cu; scale is positive and nothing is dropped. q_map
+//   is (B, Tq, H D), k_map and v_map are (B, Tk, Hkv D), in boxes of 64 columns and 64 (q) or 128 positions of one
+//   sequence, with a 128-byte swizzle: positions past the last read as 0, so that no value of another sequence is ever
+//   multiplied. Heads start at multiples of 16 bytes. taken is 0 before and after.
+// A part is up to 64 queries of a head for each of three (width 64) or two (128) warpgroups, its consumers. One thread
+// of another warpgroup keeps bulk copies of k and v on their way, in a ring of tiles of 128 keys, each with a pair of
+// mbarriers (full, empty). wgmma makes the scores from shared memory; the weights stay in registers as the left operand
+// of the product with v, which is read as it lies, MN-major.
+// Two things run under the softmax: the products of the other warpgroups, by named barriers that let one ask for
+// products while others compute exponentials, and the warpgroup's own product of the last tile's weights with v, which
+// is asked for together with this tile's scores.
+// Tiles go from the last key to the first, so that the diagonal comes first and the loop has no hidden keys unless a
+// mask is given; each warpgroup leaves out those that none of its own queries sees. A mask's part of a tile, four words
+// of bits, is read under the tile's products, and only tiles that have hidden keys are changed by it: 25 instructions a
+// tile, and 95 more.
+// A block makes several parts: queries and tiles of the next come while this one is made, and a warpgroup that is done
+// goes on to it while others end. It takes the next number from a counter in memory, so which block makes a part
+// depends on the chip, but what it makes does not.
 // Deterministic: a sum is made by one thread, tiles in order.
 //   width  queries  ring  shared memory  registers: consumer, producer  multiply-adds per byte copied into shared memory
 //   64     192      5     208 KB         160, 32                        96: 192 x 128 x 64 x 2 a pair of tiles of 32 KB
 //   128    128      2     192 KB         232, 40                        64
-// Cycles of a multiprocessor for 64 x 128 scores, by the machine code of the loop: products 512 (width 128: 1024), exponentials 528 (16 a cycle),
-// instructions 445 (501; one of a warp a cycle on each quarter). Replayed instruction by instruction with latencies of 4 to 6 cycles, 22 to 40 for
-// exponentials, one consumer alone takes 1370 to 1780, two 750 to 940 each, three 590 to 670. Exponentials by multiply-adds, 7 instructions
-// each, would win 9 %: at 6 of 64 they take as long as instructions.
-// Expected on an H200, in TFLOP/s: width 64: 380 at T = 1024 causal, 440 at 2048 causal, 480 long and full, 250 at T = 197 (memory allows 410);
-// width 128: 600 at 4096 causal, 660 long. Before, with two consumers, a ring of two tiles and one part a block: 223, 291, -, 98; 565, 657.
+// Cycles of a multiprocessor for 64 x 128 scores, by the machine code of the loop: products 512 (width 128: 1024),
+// exponentials 528 (16 a cycle), instructions 445 (501; one of a warp a cycle on each quarter). Replayed instruction by
+// instruction with latencies of 4 to 6 cycles, 22 to 40 for exponentials, one consumer alone takes 1370 to 1780, two
+// 750 to 940 each, three 590 to 670. Exponentials by multiply-adds, 7 instructions each, would win 9 %: at 6 of 64 they
+// take as long as instructions.
+// Expected on an H200, in TFLOP/s: width 64: 380 at T = 1024 causal, 440 at 2048 causal, 480 long and full, 250 at T =
+// 197 (memory allows 410);
+// width 128: 600 at 4096 causal, 660 long. Before, with two consumers, a ring of two tiles and one part a block: 223,
+// 291, -, 98; 565, 657.
 #include "gpu.cuh"
 #include "gpu/attention.cuh"
 #include "gpu/attention_hopper.cuh"
@@ -37,7 +45,8 @@ template <int W> constexpr int STAGES = W == 64 ? 5 : 2;           // of the rin
 constexpr int KEYS = 128;                                          // of a tile
 constexpr int OWN_STAGES = 2;                                      // of a part's queries: the next part's come while this one is made
 
-// A part: `groups` times 64 queries from `first` on, and the tiles that any of them sees. None has no groups: it follows the last.
+// A part: `groups` times 64 queries from `first` on, and the tiles that any of them sees. None has no groups: it
+// follows the last.
 struct Queries { int batch, head, first, groups, tiles; };
 
 // In shared memory; the tiles are columns of 64, each with all of its rows.
@@ -73,8 +82,9 @@ DEV void load_rows(bf16* to, const CUtensorMap* map, int col, int row, int batch
   for (int box = 0; box < W / BOX; box++) tma_load_4d(to + box * TILE_ROWS * BOX, map, col + box * BOX, row, batch, 0, full);
 }
 
-// One thread: copies tiles in the order in which their places get free, of each part from the last key to the first. A block's first part has its
-// number, others are the next that no block has taken. Each block is once told that there is none: whole launches ask as often as there are parts.
+// One thread: copies tiles in the order in which their places get free, of each part from the last key to the first. A
+// block's first part has its number, others are the next that no block has taken. Each block is once told that there is
+// none: whole launches ask as often as there are parts.
 template <int W>
 DEV void produce(Shared<W>& shared, const CUtensorMap* q_map, const CUtensorMap* k_map, const CUtensorMap* v_map, int* taken, int together,
                  const AttentionSizes& s) {
@@ -102,7 +112,8 @@ DEV void produce(Shared<W>& shared, const CUtensorMap* q_map, const CUtensorMap*
       load_rows<W, ROWS<W>>(shared.q[own.stage] + i * 64 * BOX, q_map, part.head * W, part.first + 64 * i, part.batch, &shared.q_full[own.stage]);
     int asked = atomicAdd(taken, 1);
     batch = part.batch, col = part.head / (s.heads / s.kv_heads) * W;
-    // The scores of a tile are made together with sums by the weights of the last: its keys are free a tile earlier than its values.
+    // The scores of a tile are made together with sums by the weights of the last: its keys are free a tile earlier
+    // than its values.
     int first = (part.tiles - 1) * KEYS;
     load_k(first);
 #pragma unroll 1
@@ -118,7 +129,8 @@ DEV void produce(Shared<W>& shared, const CUtensorMap* q_map, const CUtensorMap*
   mbar_arrive(&shared.q_full[own.stage]);
 }
 
-// What a warpgroup has of its 64 queries. Element 4 j + 2 h + e of an accumulator is row 16 warp + g + 8 h, column 8 j + 2 t + e.
+// What a warpgroup has of its 64 queries. Element 4 j + 2 h + e of an accumulator is row 16 warp + g + 8 h, column 8 j
+// + 2 t + e.
 template <int W> struct Consumer {
   float scores[KEYS / 2], acc[W / 2], max[2], sum[2];
   uint32_t weights[KEYS / 16][4];
@@ -184,7 +196,8 @@ DEV void consume(Shared<W>& shared, bf16* out, float* lse, const int32_t* mask, 
   float scale = s.scale * LOG2_E;
   Slot<STAGES<W>> slot;
   Slot<OWN_STAGES> own;
-  // Consumers ask for products in turns, one tile each, whether they have products or not: exponentials of one run under those of others.
+  // Consumers ask for products in turns, one tile each, whether they have products or not: exponentials of one run
+  // under those of others.
   auto take_turn = [&] { bar_sync(TURN + group, 256); };
   auto pass_turn = [&] { bar_arrive(TURN + following, 256); };
   auto release = [&](uint64_t* empty) { if (lane == 0) mbar_arrive(empty); };
@@ -230,7 +243,8 @@ DEV void consume(Shared<W>& shared, bf16* out, float* lse, const int32_t* mask, 
       wgmma_wait<0>();
       settle(c.scores);
       release(&shared.k_empty[slot.stage]);
-      // Of causal queries this tile alone has keys that come after one of them: tiles are no shorter than a warpgroup's queries.
+      // Of causal queries this tile alone has keys that come after one of them: tiles are no shorter than a warpgroup's
+      // queries.
       if (key + KEYS > s.keys || (s.causal && key + KEYS > first)) c.hide_rest(s, first + 16 * warp + g, key, t);
       if (!shown.all()) c.hide_masked(shown, t);
       c.exponentials(shrink, scale);
@@ -331,7 +345,8 @@ DEV void forward(bf16* out, float* lse, const CUtensorMap* q_map, const CUtensor
 }
 }  // namespace hopper_forward
 
-// Grid: as many blocks as there are parts, of up to 64 queries of each head and sequence for each consumer, or fewer. `taken` is 0, and 0 again.
+// Grid: as many blocks as there are parts, of up to 64 queries of each head and sequence for each consumer, or fewer.
+// `taken` is 0, and 0 again.
 #define ATTENTION_HOPPER(width)                                                                                                          \
   extern "C" __global__ void __launch_bounds__(hopper_forward::THREADS<width>, 1) attention_forward_hopper##width##_bf16(                \
       bf16* out, float* lse, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,                       \

@@ -1,8 +1,9 @@
 // What the passes of attention_hopper_grad_q.cu and attention_hopper_grad_kv.cu need first.
 //   delta[b,h,t] = sum over the width of d_out[b,t,h] out[b,t,h]; d_out, out (B, Tq, H, D) bf16, delta (B, H, Tq) f32.
-//   Then the two numbers of parts that blocks of these passes have taken become 0; they follow delta, in B H Tq + 2 words of 4 bytes.
-// Overwrites both. A row is 8 (width 64) or 16 threads with 16 bytes each, added up by halves. Reads 4 D bytes a row, writes 4; expected 85 %
-// of the copy rate.
+//   Then the two numbers of parts that blocks of these passes have taken become 0; they follow delta, in B H Tq + 2
+//   words of 4 bytes.
+// Overwrites both. A row is 8 (width 64) or 16 threads with 16 bytes each, added up by halves. Reads 4 D bytes a row,
+// writes 4; expected 85 % of the copy rate.
 #include "gpu.cuh"
 #include "gpu/attention.cuh"
 

@@ -1,25 +1,30 @@
-// Gradients of keys and values of attention in bf16 with Hopper's warpgroup products, for widths 64 and 128 (Dao 2023, "FlashAttention-2",
-// arXiv:2307.08691, algorithm 2, in two passes, of which attention_hopper_grad_q.cu is the other; Shah et al. 2024, "FlashAttention-3",
-// arXiv:2407.08608, whose backward pass takes scores from registers too).
-//   Formulas, shapes and what is overwritten are those of attention.cu; attention_hopper_grad_delta.cu comes first. Scale is positive and
-//   nothing is dropped. q_map, d_out_map are (B Tq, H D), k_map, v_map (B Tk, Hkv D), in boxes of 64 rows and 64 columns with a 128-byte
-//   swizzle; heads start at multiples of 16 bytes. Weights and their gradients are rounded to bf16 for the products that sum over them.
-// A part is 128 keys, and goes over tiles of 64 queries of the heads that share them, one head after the other. Each of two warpgroups has 64
-// keys and makes scores with keys as rows, w = k q^T and d = v d_out^T, so that what they become is, from registers, the left operand of
-// d_v += p^T d_out and d_k += d_s^T q; tiles of q and d_out are read both ways, by a bit of their descriptors. Of the third warpgroup one warp
-// asks for copies and two keep lse and delta of a tile's queries ready in shared memory: they belong to columns here.
-// Exponentials run under the warpgroup's own product d, at width 64 under the last tile's d_k too, and d_s is made under d_v; the rest is under
-// the other warpgroup's products. Tiles of queries that see none of the keys are left out; only the diagonal's are compared. A mask's hidden
-// keys are rows, which become 0 at the end.
-// Rows of a last tile that are not there would be the next sequence's: they are overwritten with 0, so that no value of another sequence is
-// ever multiplied. At width 64 a block makes several parts, and the next one's tiles come while results are written: it takes the next number
-// from a counter in memory, so which block makes a part depends on the chip, but what it makes does not.
-// Deterministic: each sum is made by one thread, in order. Two passes make 14 products a score and column where one with atomics makes 10.
+// Gradients of keys and values of attention in bf16 with Hopper's warpgroup products, for widths 64 and 128 (Dao 2023,
+// "FlashAttention-2", arXiv:2307.08691, algorithm 2, in two passes, of which attention_hopper_grad_q.cu is the other;
+// Shah et al. 2024, "FlashAttention-3", arXiv:2407.08608, whose backward pass takes scores from registers too).
+//   Formulas, shapes and what is overwritten are those of attention.cu; attention_hopper_grad_delta.cu comes first.
+//   Scale is positive and nothing is dropped. q_map, d_out_map are (B Tq, H D), k_map, v_map (B Tk, Hkv D), in boxes of
+//   64 rows and 64 columns with a 128-byte swizzle; heads start at multiples of 16 bytes. Weights and their gradients
+//   are rounded to bf16 for the products that sum over them.
+// A part is 128 keys, and goes over tiles of 64 queries of the heads that share them, one head after the other. Each of
+// two warpgroups has 64 keys and makes scores with keys as rows, w = k q^T and d = v d_out^T, so that what they become
+// is, from registers, the left operand of d_v += p^T d_out and d_k += d_s^T q; tiles of q and d_out are read both ways,
+// by a bit of their descriptors. Of the third warpgroup one warp asks for copies and two keep lse and delta of a tile's
+// queries ready in shared memory: they belong to columns here.
+// Exponentials run under the warpgroup's own product d, at width 64 under the last tile's d_k too, and d_s is made
+// under d_v; the rest is under the other warpgroup's products. Tiles of queries that see none of the keys are left out;
+// only the diagonal's are compared. A mask's hidden keys are rows, which become 0 at the end.
+// Rows of a last tile that are not there would be the next sequence's: they are overwritten with 0, so that no value of
+// another sequence is ever multiplied. At width 64 a block makes several parts, and the next one's tiles come while
+// results are written: it takes the next number from a counter in memory, so which block makes a part depends on the
+// chip, but what it makes does not.
+// Deterministic: each sum is made by one thread, in order. Two passes make 14 products a score and column where one
+// with atomics makes 10.
 //   width  shared memory  registers of a consumer   cycles of products a tile   bytes a cycle of shared memory, and copied into it
 //   64     147 KB         223, with v               1024                        80 + 16 of 128
 //   128    162 KB         235                       2048                        96 + 16
-// Exponentials (16 a cycle) take half of the products' time at width 64, a quarter at 128; 690 of 1024 issue slots are taken at width 64.
-// Expected on an H100: 560 TFLOP/s made (of 750 in practice) at width 128 and 4k, 450 at width 64; 30 % less at 1k.
+// Exponentials (16 a cycle) take half of the products' time at width 64, a quarter at 128; 690 of 1024 issue slots are
+// taken at width 64. Expected on an H100: 560 TFLOP/s made (of 750 in practice) at width 128 and 4k, 450 at width 64;
+// 30 % less at 1k.
 #include "gpu.cuh"
 #include "gpu/attention.cuh"
 #include "gpu/attention_hopper.cuh"
@@ -28,7 +33,8 @@
 namespace hopper_grad_kv {
 using namespace hopper;
 
-// Whether a block makes several parts. At width 128 the counters for it do not fit the registers; a part takes long there.
+// Whether a block makes several parts. At width 128 the counters for it do not fit the registers; a part takes long
+// there.
 template <int W> constexpr bool SEVERAL = W == 64;
 template <int W> constexpr int OWN_STAGES = SEVERAL<W> ? 2 : 1;
 
@@ -56,7 +62,8 @@ struct Keys {
   }
 };
 
-// One thread: copies tiles in the order of their use. A block's first part has its number, others are the next that no block has taken.
+// One thread: copies tiles in the order of their use. A block's first part has its number, others are the next that no
+// block has taken.
 template <int W>
 DEV void produce(Shared<W>& shared, const CUtensorMap* q_map, const CUtensorMap* d_out_map, const CUtensorMap* k_map, const CUtensorMap* v_map,
                  int* taken, int together, const AttentionSizes& s) {
@@ -90,8 +97,8 @@ DEV void produce(Shared<W>& shared, const CUtensorMap* q_map, const CUtensorMap*
   for (int i = 0; i < 2; i++) mbar_arrive(&shared.own_full[own.stage]);
 }
 
-// Two warps, each for half of a tile's queries: what a query's weights need. Queries that are not there would be the next sequence's: their
-// rows become 0, and so do, for an infinite denominator, their weights.
+// Two warps, each for half of a tile's queries: what a query's weights need. Queries that are not there would be the
+// next sequence's: their rows become 0, and so do, for an infinite denominator, their weights.
 template <int W>
 DEV void prepare(Shared<W>& shared, const float* lse, const float* delta, int half, int together, const AttentionSizes& s) {
   int lane = threadIdx.x % 32, at = 32 * half + lane;
@@ -168,8 +175,8 @@ DEV void consume(Shared<W>& shared, bf16* d_k, bf16* d_v, const int32_t* mask, i
     int last = 0;
     LeftRows<W, false> keys;
     LeftRows<W, W == 64> values;
-    // True where there is another tile. `opening` is known when compiled: there are no d_scores yet. Variables of their own for scores, weights and
-    // what is multiplied: ptxas keeps what a product on its way may write from other uses.
+    // True where there is another tile. `opening` is known when compiled: there are no d_scores yet. Variables of their
+    // own for scores, weights and what is multiplied: ptxas keeps what a product on its way may write from other uses.
     auto multiply = [&](auto opening) {
       constexpr bool OPENING = decltype(opening)::value;
       float w[TILE / 2], d[TILE / 2], p[TILE / 2];
@@ -211,7 +218,8 @@ DEV void consume(Shared<W>& shared, bf16* d_k, bf16* d_v, const int32_t* mask, i
         }
       }
       settle(p);
-      // The next tile is waited for here, since ptxas moves the wait for products over exponentials up to the last branch.
+      // The next tile is waited for here, since ptxas moves the wait for products over exponentials up to the last
+      // branch.
       last = now;
       advance();
       bool more = find();

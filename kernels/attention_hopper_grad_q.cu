@@ -1,16 +1,17 @@
-// The gradient of queries of attention in bf16 with Hopper's warpgroup products, for widths 64 and 128: the second pass of the gradient, beside
-// attention_hopper_grad_kv.cu, where sources, operands and what is rounded stand.
+// The gradient of queries of attention in bf16 with Hopper's warpgroup products, for widths 64 and 128: the second pass
+// of the gradient, beside attention_hopper_grad_kv.cu, where sources, operands and what is rounded stand.
 //   Overwrites d_q alone. d_s = p (d_out v^T - delta), d_q = scale d_s k.
-// A part is 128 queries, and goes over tiles of 64 keys. Each of two warpgroups has 64 queries; w = q k^T and d = d_out v^T become the left
-// operand of d_q from registers. The product w of a tile, d_q of the last one and d of this are issued together; exponentials run under the last
-// two, the rest under the other warpgroup's products. One warp of the third warpgroup asks for copies. Tiles past the diagonal are left out. Rows of a last
-// tile that are not there are overwritten with 0. A block makes several parts, as in the other pass, and reads what belongs to the next part's
+// A part is 128 queries, and goes over tiles of 64 keys. Each of two warpgroups has 64 queries; w = q k^T and d = d_out
+// v^T become the left operand of d_q from registers. The product w of a tile, d_q of the last one and d of this are
+// issued together; exponentials run under the last two, the rest under the other warpgroup's products. One warp of the
+// third warpgroup asks for copies. Tiles past the diagonal are left out. Rows of a last tile that are not there are
+// overwritten with 0. A block makes several parts, as in the other pass, and reads what belongs to the next part's
 // queries before it writes results. Deterministic: each sum is made by one thread, in order.
 //   width  shared memory  registers of a consumer   cycles of products a tile   bytes a cycle of shared memory, and copied into it
 //   64     144 KB         178, with q and d_out     768                         64 + 21 of 128
 //   128    224 KB         206, with d_out           1536                        85 + 21
-// Exponentials (16 a cycle) take two thirds of the products' time at width 64, a third at 128. Expected on an H100: 560 TFLOP/s made (of 750 in
-// practice) at width 128 and 4k, 420 at width 64; 20 % less at 1k.
+// Exponentials (16 a cycle) take two thirds of the products' time at width 64, a third at 128. Expected on an H100: 560
+// TFLOP/s made (of 750 in practice) at width 128 and 4k, 420 at width 64; 20 % less at 1k.
 #include "gpu.cuh"
 #include "gpu/attention.cuh"
 #include "gpu/attention_hopper.cuh"
@@ -21,8 +22,8 @@ using namespace hopper;
 
 constexpr int OWN_STAGES = 2;              // of a part's own tiles: the next part's come while this one is made
 
-// In shared memory. `full` is for bulk copies, `empty` for consumers that are done, `ready` follows `full` once a last tile's rows
-// that are not there are 0.
+// In shared memory. `full` is for bulk copies, `empty` for consumers that are done, `ready` follows `full` once a last
+// tile's rows that are not there are 0.
 template <int W> struct Shared {
   bf16 q[OWN_STAGES][ROWS * W], d_out[OWN_STAGES][ROWS * W], k[STAGES<W>][TILE * W], v[STAGES<W>][TILE * W];
   uint64_t own_full[OWN_STAGES], own_empty[OWN_STAGES], k_full[STAGES<W>], k_empty[STAGES<W>], v_full[STAGES<W>], v_empty[STAGES<W>], ready[STAGES<W>];
@@ -42,7 +43,8 @@ struct Queries {
   }
 };
 
-// One warp: copies tiles in the order of their use. A block's first part has its number, others are the next that no block has taken.
+// One warp: copies tiles in the order of their use. A block's first part has its number, others are the next that no
+// block has taken.
 template <int W>
 DEV void produce(Shared<W>& shared, const CUtensorMap* q_map, const CUtensorMap* d_out_map, const CUtensorMap* k_map, const CUtensorMap* v_map,
                  int* taken, int together, const AttentionSizes& s) {
@@ -71,7 +73,8 @@ DEV void produce(Shared<W>& shared, const CUtensorMap* q_map, const CUtensorMap*
       }
       int rest = key + TILE - s.keys;
       if (rest > 0) {
-        // The last tile alone. Keys that are not there would be the next sequence's. Lanes wait after the first, whose copies begin the phase.
+        // The last tile alone. Keys that are not there would be the next sequence's. Lanes wait after the first, whose
+        // copies begin the phase.
         __syncwarp();
         mbar_wait(&shared.k_full[slot.stage], slot.parity);
         mbar_wait(&shared.v_full[slot.stage], slot.parity);
@@ -131,8 +134,8 @@ DEV void consume(Shared<W>& shared, bf16* d_q, const float* lse, const float* de
       mbar_wait(&shared.v_full[slot.stage], slot.parity);
       if (key + TILE > s.keys) mbar_wait(&shared.ready[slot.stage], slot.parity);
     };
-    // `opening` is known when compiled: there are no d_scores yet. Variables of their own for scores, weights and what is multiplied: ptxas
-    // keeps what a product on its way may write from other uses.
+    // `opening` is known when compiled: there are no d_scores yet. Variables of their own for scores, weights and what
+    // is multiplied: ptxas keeps what a product on its way may write from other uses.
     auto multiply = [&](auto opening) {
       constexpr bool OPENING = decltype(opening)::value;
       float w[TILE / 2], d[TILE / 2], p[TILE / 2];

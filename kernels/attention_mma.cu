@@ -1,19 +1,24 @@
-// Attention in bf16 on tensor cores, for widths that are multiples of 8 up to 128 (Dao 2023, "FlashAttention-2", arXiv:2307.08691).
-//   Formulas, shapes and what is overwritten are those of attention.cu; scale is positive. q, k, v, out start at multiples of 16 bytes and
-//   pitches are multiples of 8. Weights are rounded to bf16 for the second product; the running softmax is f32.
-// A warp has 32 queries of a block's 128 and goes over tiles of keys; k and v of the next tile are copied while this one is multiplied.
-// Deterministic: a sum is made by one thread in the order of keys. Tiles that causality hides are skipped, by warp on the diagonal; hidden
-// keys are looked for in tiles that have some alone, and a tile's part of the mask is on its way while scores are made. Dropout has kernels of its own, as drawing costs registers.
-// Widths between 32, 64, 96 and 128 take the next, with columns of 0 in shared memory.
+// Attention in bf16 on tensor cores, for widths that are multiples of 8 up to 128 (Dao 2023, "FlashAttention-2",
+// arXiv:2307.08691).
+//   Formulas, shapes and what is overwritten are those of attention.cu; scale is positive. q, k, v, out start at
+//   multiples of 16 bytes and pitches are multiples of 8. Weights are rounded to bf16 for the second product; the
+//   running softmax is f32.
+// A warp has 32 queries of a block's 128 and goes over tiles of keys; k and v of the next tile are copied while this
+// one is multiplied.
+// Deterministic: a sum is made by one thread in the order of keys. Tiles that causality hides are skipped, by warp on
+// the diagonal; hidden keys are looked for in tiles that have some alone, and a tile's part of the mask is on its way
+// while scores are made. Dropout has kernels of its own, as drawing costs registers. Widths between 32, 64, 96 and 128
+// take the next, with columns of 0 in shared memory.
 //   width  keys a tile  shared memory   where q is
 //   32     64           30 KB           registers
 //   64     64           54 KB           registers
 //   96     32           52 KB           shared memory
 //   128    32           68 KB           shared memory
 // Up to 255 registers a thread (docs/kernels.md has the table), so two blocks are on a multiprocessor.
-// Each 16-byte-row load of k or v (ldmatrix x4) feeds 4 products, so shared memory is read at 0.25 loads a product (0.5 from width 96 on, where
-// q is read again) against 0.4 that it gives at the rate of mma.sync on an H200, which is 0.62 of the card's. Expected there: 330 TFLOP/s at
-// width 64 full and 8k long (0.33 of the rate): exponentials take as many cycles as a quarter of the products, and overlap only across warps.
+// Each 16-byte-row load of k or v (ldmatrix x4) feeds 4 products, so shared memory is read at 0.25 loads a product (0.5
+// from width 96 on, where q is read again) against 0.4 that it gives at the rate of mma.sync on an H200, which is 0.62
+// of the card's. Expected there: 330 TFLOP/s at width 64 full and 8k long (0.33 of the rate): exponentials take as many
+// cycles as a quarter of the products, and overlap only across warps.
 #include "gpu.cuh"
 #include "gpu/attention.cuh"
 #include "gpu/attention_mma.cuh"

@@ -1,15 +1,20 @@
-// The gradient of attention_mma.cu's attention, on tensor cores (Dao 2023, "FlashAttention-2", arXiv:2307.08691, algorithm 2, in two passes).
-//   Formulas, shapes and what is overwritten are those of attention.cu, whose attention_grad_delta comes first; scale is positive. Weights
-//   and their gradients are rounded to bf16 for the products that sum over them; scale is applied to the f32 sums.
-// grad_q: a block has 128 queries (64 from width 96 on), a warp 32 of them, and goes over tiles of 32 keys. grad_kv: a block has 128 keys
-// (64), a warp 32 (16; always with dropout), and goes over tiles of 32 queries, of the heads that share the keys one after the other. Rows
-// are keys there, so that weights are left operands from registers here too; those of keys that a mask hides become 0 at the end. The next tiles are
-// copied while these are multiplied, and so is grad_q's part of a mask.
-// Deterministic: two passes, which make 14 products a score and column where one pass with atomics makes 10; each sum is by one thread, in order.
-// Shared memory of a block: 31 KB at width 32, 55 at 64, 53 at 96, 69 at 128. Up to 255 registers a thread (docs/kernels.md has the table),
-// so two blocks are on a multiprocessor (at width 96 and 128 three of grad_q, which have two warps).
-// Loads of shared memory (ldmatrix x4) per product: 0.42 in grad_q; 0.38 in grad_kv, 0.63 from width 96 on, whose 16 rows a warp is what
-// registers hold; 0.4 is what an H200 gives at mma.sync's rate. Expected there: 260 TFLOP/s at width 64 and 8k, counting 10 products.
+// The gradient of attention_mma.cu's attention, on tensor cores (Dao 2023, "FlashAttention-2", arXiv:2307.08691,
+// algorithm 2, in two passes).
+//   Formulas, shapes and what is overwritten are those of attention.cu, whose attention_grad_delta comes first; scale
+//   is positive. Weights and their gradients are rounded to bf16 for the products that sum over them; scale is applied
+//   to the f32 sums.
+// grad_q: a block has 128 queries (64 from width 96 on), a warp 32 of them, and goes over tiles of 32 keys. grad_kv: a
+// block has 128 keys (64), a warp 32 (16; always with dropout), and goes over tiles of 32 queries, of the heads that
+// share the keys one after the other. Rows are keys there, so that weights are left operands from registers here too;
+// those of keys that a mask hides become 0 at the end. The next tiles are copied while these are multiplied, and so is
+// grad_q's part of a mask.
+// Deterministic: two passes, which make 14 products a score and column where one pass with atomics makes 10; each sum
+// is by one thread, in order. Shared memory of a block: 31 KB at width 32, 55 at 64, 53 at 96, 69 at 128. Up to 255
+// registers a thread (docs/kernels.md has the table), so two blocks are on a multiprocessor (at width 96 and 128 three
+// of grad_q, which have two warps).
+// Loads of shared memory (ldmatrix x4) per product: 0.42 in grad_q; 0.38 in grad_kv, 0.63 from width 96 on, whose 16
+// rows a warp is what registers hold; 0.4 is what an H200 gives at mma.sync's rate. Expected there: 260 TFLOP/s at
+// width 64 and 8k, counting 10 products.
 #include "gpu.cuh"
 #include "gpu/attention.cuh"
 #include "gpu/attention_mma.cuh"

@@ -1,18 +1,24 @@
-// Batch normalization over images and positions (Ioffe & Szegedy 2015, arXiv:1502.03167), one mean and variance a channel.
-//   x, out, d_out, d_x (N, C, HW) f32 or bf16, weight, bias (C) of the same type; mean, var, rstd, running_mean, running_var, d_weight, d_bias
-//   (C) f32. n is N HW.
-//   mean, var over the n values of a channel, var with divisor n; rstd = 1/sqrt(var + epsilon); out = (x - mean) rstd weight + bias.
-//   d_bias = sum of d_out, d_weight = sum of d_out (x - mean) rstd; d_x = rstd weight (d_out - d_bias/n - (x - mean) rstd d_weight/n).
+// Batch normalization over images and positions (Ioffe & Szegedy 2015, arXiv:1502.03167), one mean and variance a
+// channel.
+//   x, out, d_out, d_x (N, C, HW) f32 or bf16, weight, bias (C) of the same type; mean, var, rstd, running_mean,
+//   running_var, d_weight, d_bias (C) f32. n is N HW.
+//   mean, var over the n values of a channel, var with divisor n; rstd = 1/sqrt(var + epsilon); out = (x - mean) rstd
+//   weight + bias.
+//   d_bias = sum of d_out, d_weight = sum of d_out (x - mean) rstd; d_x = rstd weight (d_out - d_bias/n - (x - mean)
+//   rstd d_weight/n).
 // Overwrites its outputs; d_weight and d_bias are added to where they are accumulators and Now::accumulate is set.
-// Three steps: partial results (parts, C width); a kernel that joins a channel's parts * width of them, one warp a channel; an elementwise pass.
-// Partial results come in two ways. Where a plane is large, width is 1: one block a channel and part, one warp at a time on a piece of a
-// plane. Else width is HW: x is a matrix (N, C HW), 256 columns a block, one warp a row, 8 columns a lane. The elementwise pass goes from the
-// end to the beginning, since L2 still has what was read last; forward it is divided in the same two ways, with 4 packs, or rows, of a
-// thread on their way, back a thread has a pack.
-// A variance is joined from counts, means and squares of differences from them (Chan, Golub & LeVeque 1983, eq. 1.5), so that a large mean
-// does not swallow it; a thread takes a batch of values in two passes over registers. Parts depend on the shape alone, orders are fixed.
-// Bytes: forward reads x twice and writes out; the gradient reads d_out and x twice and writes d_x; beside them 12 and 8 a partial result.
-// Expected: 95 % of the copy rate by these bytes for large planes or batches, which is 63 % and 58 % by those of reading everything once.
+// Three steps: partial results (parts, C width); a kernel that joins a channel's parts * width of them, one warp a
+// channel; an elementwise pass. Partial results come in two ways. Where a plane is large, width is 1: one block a
+// channel and part, one warp at a time on a piece of a plane. Else width is HW: x is a matrix (N, C HW), 256 columns a
+// block, one warp a row, 8 columns a lane. The elementwise pass goes from the end to the beginning, since L2 still has
+// what was read last; forward it is divided in the same two ways, with 4 packs, or rows, of a thread on their way, back
+// a thread has a pack.
+// A variance is joined from counts, means and squares of differences from them (Chan, Golub & LeVeque 1983, eq. 1.5),
+// so that a large mean does not swallow it; a thread takes a batch of values in two passes over registers. Parts depend
+// on the shape alone, orders are fixed.
+// Bytes: forward reads x twice and writes out; the gradient reads d_out and x twice and writes d_x; beside them 12 and
+// 8 a partial result. Expected: 95 % of the copy rate by these bytes for large planes or batches, which is 63 % and 58
+// % by those of reading everything once.
 #include "gpu.cuh"
 #include "gpu/row.cuh"
 
@@ -45,7 +51,8 @@ DEV Moments join_warp(Moments m) {
 // Elements of each of so many pieces of a plane: even, and their first elements at the same place in a 16-byte word.
 DEV int piece_len(int positions, int pieces) { return ((positions + pieces - 1) / pieces + 7) / 8 * 8; }
 
-// The part of channel blockIdx.x that blockIdx.y has, piece by piece: calls `piece(first element, elements)`, one warp a piece.
+// The part of channel blockIdx.x that blockIdx.y has, piece by piece: calls `piece(first element, elements)`, one warp
+// a piece.
 template <class F> DEV void each_piece(int64_t images, int channels, int positions, int64_t pieces_per_part, F piece) {
   int pieces = (positions + PIECE - 1) / PIECE, len = piece_len(positions, pieces);
   int64_t begin = blockIdx.y * pieces_per_part, end = begin + pieces_per_part;
@@ -193,8 +200,8 @@ struct Walk {
   }
 };
 
-// Calls `pack(first element)` for every whole pack, one a thread, and `single(element)` for the rest, or for all where packs do not fit. The
-// first blocks have the last elements.
+// Calls `pack(first element)` for every whole pack, one a thread, and `single(element)` for the rest, or for all where
+// packs do not fit. The first blocks have the last elements.
 template <int N, class P, class S> DEV void each_element(int64_t elems, bool packed, P pack, S single) {
   int64_t packs = packed ? elems / N : 0, threads = (int64_t)gridDim.x * THREADS, thread = threads - THREADS - (int64_t)blockIdx.x * THREADS + threadIdx.x;
   if (thread < packs) pack(thread * N);
@@ -360,7 +367,8 @@ template <class T> DEV void grad_columns(float* partials, const T* d_out, const 
   else grad_tile<T, false>(partials, d_out, x, mean, images, cols, positions, rows_per_part);
 }
 
-// One warp a channel. d_x = scale d_out + slope (x - mean) + offset, with slopes (3, C): scale, slope, offset of every channel.
+// One warp a channel. d_x = scale d_out + slope (x - mean) + offset, with slopes (3, C): scale, slope, offset of every
+// channel.
 template <class T>
 DEV void grad_finish(float* d_weight, float* d_bias, float* slopes, const float* partials, const T* weight, const float* rstd, int parts, int channels,
                      int width, double count, int accumulator_weight, int accumulator_bias, const Now* now) {

@@ -1,12 +1,14 @@
-// Sums down the columns of a matrix: gradients of biases that are not summed beside a product, and the last stage of every kernel that leaves partial column sums.
+// Sums down the columns of a matrix: gradients of biases that are not summed beside a product, and the last stage of
+// every kernel that leaves partial column sums.
 //   x (rows, cols) f32 or bf16, rows `pitch` apart; out (cols) f32; partials (parts, cols) f32, scratch.
 //   out[c] = sum over r of x[r,c]; added to out[c] instead where out is an accumulator and Now::accumulate is set.
-// Two kernels. column_sum: block (tile, part) adds rows part * rows_per_part.. of 256 columns. One warp a row, 8 columns a lane, and 128 bytes
-// of a lane on their way: 131 KB a multiprocessor at 4 blocks, which is how many parts there are for (graph::row_parts), so that all blocks run
-// at once. column_sum_finish: 32 columns a block, 16 warps that share out the parts, 16 of each on their way. Parts depend on the shape alone and both orders are
-// fixed, so the bits are the same on every GPU.
-// Bytes: x once, and 8 a partial, at most a sixteenth of a bf16 x with 64 rows a part. Expected: 93 % of the copy rate, less 7 us for two
-// launches: 45 % at 8192 x 768, 70 % at 8192 x 3072.
+// Two kernels. column_sum: block (tile, part) adds rows part * rows_per_part.. of 256 columns. One warp a row, 8
+// columns a lane, and 128 bytes of a lane on their way: 131 KB a multiprocessor at 4 blocks, which is how many parts
+// there are for (graph::row_parts), so that all blocks run at once. column_sum_finish: 32 columns a block, 16 warps
+// that share out the parts, 16 of each on their way. Parts depend on the shape alone and both orders are fixed, so the
+// bits are the same on every GPU.
+// Bytes: x once, and 8 a partial, at most a sixteenth of a bf16 x with 64 rows a part. Expected: 93 % of the copy rate,
+// less 7 us for two launches: 45 % at 8192 x 768, 70 % at 8192 x 3072.
 #include "gpu.cuh"
 #include "gpu/row.cuh"
 
@@ -63,7 +65,8 @@ extern "C" __global__ __launch_bounds__(WARPS * 32, GPU_BLOCKS(4)) void column_s
 }
 GPU_EXPORT(column_sum_bf16)
 
-// Block (tile, which) finishes 32 columns of out `which`, whose partials follow those of the outs before it. With no parts the sums are 0.
+// Block (tile, which) finishes 32 columns of out `which`, whose partials follow those of the outs before it. With no
+// parts the sums are 0.
 extern "C" __global__ __launch_bounds__(FINISH_WARPS * 32) void column_sum_finish(
     float* out0, float* out1, const float* partials, int parts, int cols, int accumulator0, int accumulator1, const Now* now) {
   GPU_SHARED(float, sums, [FINISH_WARPS][32]);

@@ -1,29 +1,34 @@
-// Convolution on the plain arithmetic units, for f32 at full precision: three products with a gathered matrix that is never written
-// (implicit GEMM; Chetlur et al. 2014, arXiv:1410.0759; places of elements in gpu/conv.cuh).
+// Convolution on the plain arithmetic units, for f32 at full precision: three products with a gathered matrix that is
+// never written (implicit GEMM; Chetlur et al. 2014, arXiv:1410.0759; places of elements in gpu/conv.cuh).
 //   x, d_x (N, C, H, W), weight, d_weight (O, C, kh, kw), out, d_out (N, O, H', W'), bias (O); contiguous.
 //   out[n,o,p,q]      = bias[o] + sum over c, i, j of weight[o,c,i,j] * x[n, c, p * stride + i - padding, q * stride + j - padding]
 //   d_x[n,c,h,w]      = sum over o and the taps (i, j) that reach (h, w) of weight[o,c,i,j] * d_out[n,o,p,q]
-//   d_weight[o,c,i,j] = sum over n, p, q of d_out[n,o,p,q] * x[n, c, p * stride + i - padding, q * stride + j - padding]
+//   d_weight[o,c,i,j] = sum over n, p, q of d_out[n,o,p,q] * x[n, c, p * stride + i - padding, q * stride + j -
+//   padding]
 // Overwrites out and d_x; d_weight is overwritten, or added to where `accumulator` and now->accumulate. With `partials`
-// (parts, O, C, kh, kw), blockIdx.y is a part of the pixels, `part_pixels` each, and conv2d_grad_weight_sum adds the parts in order.
-// Deterministic: an element is one chain of fused multiply-adds over the steps in their order, and parts depend on sizes alone.
+// (parts, O, C, kh, kw), blockIdx.y is a part of the pixels, `part_pixels` each, and conv2d_grad_weight_sum adds the
+// parts in order. Deterministic: an element is one chain of fused multiply-adds over the steps in their order, and
+// parts depend on sizes alone.
 //
-// Launch: tiles of 64 rows x 128 columns (forward: channels x pixels; weight gradient: output channels x taps), 128 threads; the data
-// gradient has as many tiles for each class as its largest has. Tiles of 16 steps pass through two buffers in shared memory, k
-// outermost; while one is multiplied, the next is on its way through registers, and 16 threads work out the places of the one after.
-// A thread owns 8 x 8 elements as four squares 4 x 4, 32 rows and 64 columns apart; a warp is 4 threads down and 8 across, so that
-// each of its 16-byte shared reads is one pass over the banks. Neighbouring threads load along the pixels of a row of the image.
+// Launch: tiles of 64 rows x 128 columns (forward: channels x pixels; weight gradient: output channels x taps), 128
+// threads; the data gradient has as many tiles for each class as its largest has. Tiles of 16 steps pass through two
+// buffers in shared memory, k outermost; while one is multiplied, the next is on its way through registers, and 16
+// threads work out the places of the one after. A thread owns 8 x 8 elements as four squares 4 x 4, 32 rows and 64
+// columns apart; a warp is 4 threads down and 8 across, so that each of its 16-byte shared reads is one pass over the
+// banks. Neighbouring threads load along the pixels of a row of the image.
 //
-// Cost: 16 steps take 12 KB in for 262,144 flop (21 flop a byte of L2 traffic). Of about 1,500 instructions for them 1,024 are
-// multiply-adds and 96 shared reads, without conflicts; the rest finds, checks and fetches 24 elements a thread. 3 blocks a
-// multiprocessor (168 registers, 28 KB) hide the fetches, so that issue slots are the bound: 65 % of an H200's 60 TFLOP/s may be had.
+// Cost: 16 steps take 12 KB in for 262,144 flop (21 flop a byte of L2 traffic). Of about 1,500 instructions for them
+// 1,024 are multiply-adds and 96 shared reads, without conflicts; the rest finds, checks and fetches 24 elements a
+// thread. 3 blocks a multiprocessor (168 registers, 28 KB) hide the fetches, so that issue slots are the bound: 65 % of
+// an H200's 60 TFLOP/s may be had.
 #include "gpu.cuh"
 #include "gpu/conv.cuh"
 
 namespace {
 
 constexpr int ROWS = 64, COLUMNS = 128, STEPS = 16, THREADS = 128;
-// Rows of shared memory are 16 bytes longer than the tile, which spreads stores that run along the steps over the banks.
+// Rows of shared memory are 16 bytes longer than the tile, which spreads stores that run along the steps over the
+// banks.
 constexpr int SKEW = 4;
 
 struct Shared {
@@ -45,7 +50,8 @@ template <class T, class Steps> struct Product {
   Steps steps;
 };
 
-// This thread's first row and column; element (i, j) of its sums is 4 * (i / 4) * 8 rows and 4 * (j / 4) * 16 columns further.
+// This thread's first row and column; element (i, j) of its sums is 4 * (i / 4) * 8 rows and 4 * (j / 4) * 16 columns
+// further.
 DEV int own_row(int i) { return threadIdx.x % 32 / 8 * 4 + threadIdx.x / 64 * 16 + i % 4 + i / 4 * 32; }
 DEV int own_column(int j) { return (threadIdx.x % 8 + threadIdx.x / 32 % 2 * 8) * 4 + j % 4 + j / 4 * 64; }
 
@@ -129,7 +135,8 @@ DEV void multiply(float (&sum)[8][8], Shared& shared, const Product<T, Steps>& p
   }
 }
 
-// Steps of the forward pass and the data gradient: a channel of the source and a tap, taps innermost, as the weight lies.
+// Steps of the forward pass and the data gradient: a channel of the source and a tap, taps innermost, as the weight
+// lies.
 struct GatherSteps {
   Gather gather;
   int64_t channel_pitch;         // of the weight, for a channel of the source

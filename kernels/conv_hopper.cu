@@ -1,26 +1,34 @@
-// Convolution in bf16 by warpgroup products, for sm_90a, forward and data gradient: implicit GEMM over tensors with their channels last (Chetlur et al.
+// Convolution in bf16 by warpgroup products, for sm_90a, forward and data gradient: implicit GEMM over tensors with
+// their channels last (Chetlur et al.
 // 2014, arXiv:1410.0759; places of elements and classes of the data gradient in gpu/conv.cuh).
 //   forward:       source = x (N, H, W, C'), weight (O, kh * kw, C'), target = out (N, O, H', W') = weight * gathered x + bias (O)
 //   data gradient: source = d_out (N, H', W', O'), weight (C, kh * kw, O'), target = d_x (N, C, H, W)
-// C' and O' are C and O rounded up to 8, the rest 0: conv_layout.cu writes source and weight. bias may be null. All are bf16, sums f32.
-// Overwrites the target. Deterministic: an element's sum runs over taps and then channels, 16 at a time, whatever the tile.
+// C' and O' are C and O rounded up to 8, the rest 0: conv_layout.cu writes source and weight. bias may be null. All are
+// bf16, sums f32.
+// Overwrites the target. Deterministic: an element's sum runs over taps and then channels, 16 at a time, whatever the
+// tile.
 //
-// Nothing is gathered by threads. The source is a tensor of four axes (channels, columns, rows, images), and what a tile of target pixels reads under one
-// tap is a box of it: the tile's own box of pixels, moved by the tap. One bulk copy brings 64 channels of such a box and puts zeros where it lies outside
-// of the image, so padding costs nothing; a stride is the distance of the box's elements. device/cuda/conv/hopper.rs chooses the box: with whole rows of an
+// Nothing is gathered by threads. The source is a tensor of four axes (channels, columns, rows, images), and what a
+// tile of target pixels reads under one tap is a box of it: the tile's own box of pixels, moved by the tap. One bulk
+// copy brings 64 channels of such a box and puts zeros where it lies outside of the image, so padding costs nothing; a
+// stride is the distance of the box's elements. device/cuda/conv/hopper.rs chooses the box: with whole rows of an
 // image, or whole images, most of a tile's 128, 224 or 256 pixels are there.
 //
-// Launch: any number of blocks of 384 threads, best one a multiprocessor; block i works on tiles i, i + blocks, and so on, on each for all classes by column.
-// Tiles of the same pixels lie side by side, classes by row one after the other. One thread of the first warpgroup asks for steps of 64 channels under one tap, a ring
-// of them ahead, across tiles. The other two warpgroups multiply, weight (rows) by pixels (columns), and write along the target's rows through shared
-// memory, in the largest words of 16 to 2 bytes that rows allow.
+// Launch: any number of blocks of 384 threads, best one a multiprocessor; block i works on tiles i, i + blocks, and so
+// on, on each for all classes by column.
+// Tiles of the same pixels lie side by side, classes by row one after the other. One thread of the first warpgroup asks
+// for steps of 64 channels under one tap, a ring of them ahead, across tiles. The other two warpgroups multiply, weight
+// (rows) by pixels (columns), and write along the target's rows through shared memory, in the largest words of 16 to 2
+// bytes that rows allow.
 //   128 channels: the warpgroups have 64 channels each of one box of pixels.
 //    64 channels: they have the same channels of a box each.
 //
-// Cost, of a step of 256 pixels: 128 channels bring 48 KB for 4,194,304 flop, 1024 cycles of the tensor cores, as a product of matrices does; 64 channels
-// 72 KB, 72 bytes a cycle, where an L2 gives a multiprocessor about 45: so 64 channels are bound by the L2. One block a multiprocessor, 192 to 216 KB.
-// Sums leave in about 2,000 cycles a tile while copies for the next tile are on their way but nothing multiplies: 4 % of a tile with 512 channels, 12 %
-// with 128. To be expected on an H100: 560 TFLOP/s with 512 channels of 7 x 7, 500 with 128 or 256 channels, 400 with 64; less the change of layout.
+// Cost, of a step of 256 pixels: 128 channels bring 48 KB for 4,194,304 flop, 1024 cycles of the tensor cores, as a
+// product of matrices does; 64 channels 72 KB, 72 bytes a cycle, where an L2 gives a multiprocessor about 45: so 64
+// channels are bound by the L2. One block a multiprocessor, 192 to 216 KB.
+// Sums leave in about 2,000 cycles a tile while copies for the next tile are on their way but nothing multiplies: 4 %
+// of a tile with 512 channels, 12 % with 128. To be expected on an H100: 560 TFLOP/s with 512 channels of 7 x 7, 500
+// with 128 or 256 channels, 400 with 64; less the change of layout.
 #include "gpu.cuh"
 #include "gpu/conv.cuh"
 #include "gpu/gemm.cuh"
@@ -28,8 +36,9 @@
 #include "gpu/gemm_leave.cuh"
 #include "gpu/conv_hopper.cuh"
 
-// How the target is cut: the box of pixels that a tile has, and bytes of the largest words in which rows of it can be written. Boxes across an image and
-// down, groups of a tile's boxes in a class of pixels, tiles of channels, classes by row and by column.
+// How the target is cut: the box of pixels that a tile has, and bytes of the largest words in which rows of it can be
+// written. Boxes across an image and down, groups of a tile's boxes in a class of pixels, tiles of channels, classes by
+// row and by column.
 struct ConvCut { int images, rows, cols, word, across, down, groups, channel_tiles, row_classes, col_classes; };
 
 namespace {
@@ -39,15 +48,17 @@ namespace {
 struct Tile { Gather g; int of = -1, channel, box; };
 struct Corner { int image, row, col; };
 
-// All tiles: classes, each cut into boxes as the largest of them is, and of each box all channels. What a block does with a box it does for all classes by
-// column at once, so that words of the target that classes share are in the L2 when the next of them is written.
+// All tiles: classes, each cut into boxes as the largest of them is, and of each box all channels. What a block does
+// with a box it does for all classes by column at once, so that words of the target that classes share are in the L2
+// when the next of them is written.
 struct Tiles {
   const ConvSizes& s;
   const ConvCut& cut;
   bool grad;
   int channels_a_tile, boxes_a_tile;
 
-  // Whether this block has so many tiles and one more, which that is. A class is worked out when it is not that of the tile before.
+  // Whether this block has so many tiles and one more, which that is. A class is worked out when it is not that of the
+  // tile before.
   DEV bool find(int item, Tile& tile) const {
     int turn = item / cut.col_classes, index = blockIdx.x + turn * gridDim.x;
     int rest = index / cut.channel_tiles, before = rest / cut.groups;
@@ -110,7 +121,8 @@ DEV void leave_box(bf16* target, const float (&sums)[1][PIXELS / 2], const bf16*
   int64_t plane = (int64_t)g.height * g.width;
   bf16* first = target + (corner.image * (int64_t)g.channels + channel) * plane + (int64_t)(g.first_row + corner.row * g.apart) * g.width +
                 g.first_col + corner.col * g.apart;
-  // What is left of the class. Both divisors are at most 256, and so are pixels: a product by 2^16 / divisor, rounded up, divides them.
+  // What is left of the class. Both divisors are at most 256, and so are pixels: a product by 2^16 / divisor, rounded
+  // up, divides them.
   int images = min(box.images, g.batch - corner.image), rows_left = g.rows - corner.row, cols_left = g.cols - corner.col;
   int run = box.rows * box.cols, by_run = 65536 / run + 1, by_cols = 65536 / box.cols + 1, pixels_a_word = box.word / 2;
 #pragma unroll 1

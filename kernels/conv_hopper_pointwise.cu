@@ -1,25 +1,29 @@
-// Convolution of one tap and stride 1 without padding, in bf16 by warpgroup products, for sm_90a: matrix products on images as they lie. Planes are whole
-// groups of 8 pixels, so that rows of bulk copies start at multiples of 16 bytes.
+// Convolution of one tap and stride 1 without padding, in bf16 by warpgroup products, for sm_90a: matrix products on
+// images as they lie. Planes are whole groups of 8 pixels, so that rows of bulk copies start at multiples of 16 bytes.
 //   conv2d_pointwise_hopper: x (N, C, plane), weight (O, C'), bias (O) or null
 //     out[n,o,p] = bias[o] + sum over c of weight[o,c] * x[n,c,p]
 //     The data gradient is the same with d_out for x, C and O exchanged, and the transposed weight (C, O'). That of a stride of 2 has its pixels at even
 //     rows and columns of planes (spread_height, 2 W), W a multiple of 4, and zeros elsewhere.
 //   conv2d_grad_weight_pointwise_hopper: d_out (N, O, plane), x (N, C, plane)
 //     partials[part][o][c] = sum over the part's n, p of d_out[n,o,p] * x[n,c,p]
-// C' and O' are C and O rounded up to 8, the rest 0. Tensors are bf16, sums and partials (parts, O, C') f32; conv2d_grad_weight_sum adds the parts in order.
-// Overwrites out, partials. Deterministic: sums run over channels, or strips, and in them 16 steps at a time, whatever the tile; parts depend on sizes alone.
+// C' and O' are C and O rounded up to 8, the rest 0. Tensors are bf16, sums and partials (parts, O, C') f32;
+// conv2d_grad_weight_sum adds the parts in order. Overwrites out, partials. Deterministic: sums run over channels, or
+// strips, and in them 16 steps at a time, whatever the tile; parts depend on sizes alone.
 //
-// A strip is 64 pixels of an image; those beyond the plane's end are 0 in it. One bulk copy brings a strip of 64 or more channels. The product takes x with
-// its channels outermost; both operands of the weight gradient have their steps along rows.
+// A strip is 64 pixels of an image; those beyond the plane's end are 0 in it. One bulk copy brings a strip of 64 or
+// more channels. The product takes x with its channels outermost; both operands of the weight gradient have their steps
+// along rows.
 //
-// Launch: any number of blocks of 384 threads, best one a multiprocessor; block i works on tiles i, i + blocks, and so on. Tiles of the same pixels lie side
-// by side. One thread of the first warpgroup asks for steps, a ring of them ahead, across tiles; the other two multiply.
+// Launch: any number of blocks of 384 threads, best one a multiprocessor; block i works on tiles i, i + blocks, and so
+// on. Tiles of the same pixels lie side by side. One thread of the first warpgroup asks for steps, a ring of them
+// ahead, across tiles; the other two multiply.
 //   product: 128 channels by 4 strips, 64 channels a warpgroup; or 64 channels by 8 strips, 4 a warpgroup
 //   weight gradient: 128 output channels, 64 a warpgroup, by 64, 128 or 256 input channels; a part is some strips
 //
-// Cost: with up to 256 channels it is memory that bounds: x is read from it once and out written once, 16 bytes a store: C * O / (C + O) flop a byte. A
-// tile's sums leave in about 2,000 cycles while copies for the next are on their way; its share of the memory's rate takes 5,000 to write 128 x 256 outputs.
-// 85 % of the copy rate is to be expected, with more channels 450 TFLOP/s.
+// Cost: with up to 256 channels it is memory that bounds: x is read from it once and out written once, 16 bytes a
+// store: C * O / (C + O) flop a byte. A tile's sums leave in about 2,000 cycles while copies for the next are on their
+// way; its share of the memory's rate takes 5,000 to write 128 x 256 outputs. 85 % of the copy rate is to be expected,
+// with more channels 450 TFLOP/s.
 #include "gpu.cuh"
 #include "gpu/conv.cuh"
 #include "gpu/gemm.cuh"
@@ -27,7 +31,8 @@
 #include "gpu/gemm_leave.cuh"
 #include "gpu/conv_hopper.cuh"
 
-// How a product is cut: strips of an image, groups of a tile's strips, tiles of channels. And rows of a plane over which pixels are spread, or 0.
+// How a product is cut: strips of an image, groups of a tile's strips, tiles of channels. And rows of a plane over
+// which pixels are spread, or 0.
 struct PointwiseCut { int strips, groups, channel_tiles, spread_height; };
 // How a weight gradient is: strips of an image, of all, of a part; parts; tiles of output and of input channels.
 struct PointwiseWeightCut { int strips, all_strips, part_strips, parts, row_tiles, column_tiles; };
@@ -70,8 +75,8 @@ DEV void fill(ConvSteps<CHANNELS, PIXELS>& ring, unsigned char* stages, const CU
   }
 }
 
-// Of a piece that stage_words has staged, four pixels a lane at a time, with a zero after each and a row of zeros below. `to` is the lane's place in the
-// first channel, or null.
+// Of a piece that stage_words has staged, four pixels a lane at a time, with a zero after each and a row of zeros
+// below. `to` is the lane's place in the first channel, or null.
 DEV void leave_spread(bf16* to, int64_t plane, int rows, int width, bool below, const unsigned char* staged, int lane) {
   int row = lane / 8;
   if (!to) return;

@@ -1,22 +1,26 @@
-// Weight gradient of a convolution in bf16 by warpgroup products, for sm_90a: implicit GEMM over the output's pixels, with channels last.
-//   d_out (N, H', W', O'), x (N, H, W, C') bf16, written by conv_layout.cu; C' and O' are C and O rounded up to 8, the rest 0.
+// Weight gradient of a convolution in bf16 by warpgroup products, for sm_90a: implicit GEMM over the output's pixels,
+// with channels last.
+//   d_out (N, H', W', O'), x (N, H, W, C') bf16, written by conv_layout.cu; C' and O' are C and O rounded up to 8, the
+//   rest 0.
 //   partials[part][o][tap * C' + c] = sum over the part's pixels of d_out[pixel][o] * x[pixel under tap][c]    f32 (parts, O, kh * kw * C')
-// conv2d_grad_weight_sum adds the parts in order and puts the taps last. Overwrites partials. Deterministic: a sum runs over boxes of 64 pixels and 16
-// pixels at a time in them; boxes and parts depend on sizes alone.
+// conv2d_grad_weight_sum adds the parts in order and puts the taps last. Overwrites partials. Deterministic: a sum runs
+// over boxes of 64 pixels and 16 pixels at a time in them; boxes and parts depend on sizes alone.
 //
-// A step is a box of 64 pixels, (images, rows, columns) powers of two that device/cuda/conv/hopper_weight.rs chooses so that few of them are not there. One bulk
-// copy brings 64 channels of it: of d_out as it lies, and of x moved by a tap, with zeros outside of the image. Both lie with their pixels outermost, and
-// the products take them so. What is no pixel of d_out is 0 in it.
+// A step is a box of 64 pixels, (images, rows, columns) powers of two that device/cuda/conv/hopper_weight.rs chooses so
+// that few of them are not there. One bulk copy brings 64 channels of it: of d_out as it lies, and of x moved by a tap,
+// with zeros outside of the image. Both lie with their pixels outermost, and the products take them so. What is no
+// pixel of d_out is 0 in it.
 //
-// Launch: any number of blocks of 384 threads, best one a multiprocessor; block i works on tiles i, i + blocks, and so on. Tiles of one part lie side by
-// side. One thread of the first warpgroup asks for steps, a ring of them ahead, across tiles; the other two multiply. Columns come in blocks of 64 input
-// channels under one tap.
+// Launch: any number of blocks of 384 threads, best one a multiprocessor; block i works on tiles i, i + blocks, and so
+// on. Tiles of one part lie side by side. One thread of the first warpgroup asks for steps, a ring of them ahead,
+// across tiles; the other two multiply. Columns come in blocks of 64 input channels under one tap.
 //   128 rows: the warpgroups have 64 output channels each, of 3 or 4 blocks of columns.
 //    64 rows: they have the same 64 output channels, of 3 blocks of columns each.
 //
-// Cost, of a step: 128 rows by 4 blocks bring 48 KB for 1024 cycles of the tensor cores, by 3 blocks 40 KB for 768; 64 rows by 6 blocks 56 KB for 768, 73
-// bytes a cycle where an L2 gives a multiprocessor about 45. Sums leave as f32 in about 3,000 cycles a tile and part, 8 bytes an element and part written
-// and read. To be expected on an H100: 450-500 TFLOP/s with 128 and more output channels, 300 with 64; less both changes of layout.
+// Cost, of a step: 128 rows by 4 blocks bring 48 KB for 1024 cycles of the tensor cores, by 3 blocks 40 KB for 768; 64
+// rows by 6 blocks 56 KB for 768, 73 bytes a cycle where an L2 gives a multiprocessor about 45. Sums leave as f32 in
+// about 3,000 cycles a tile and part, 8 bytes an element and part written and read. To be expected on an H100: 450-500
+// TFLOP/s with 128 and more output channels, 300 with 64; less both changes of layout.
 #include "gpu.cuh"
 #include "gpu/conv.cuh"
 #include "gpu/gemm.cuh"
@@ -24,7 +28,8 @@
 #include "gpu/gemm_leave.cuh"
 #include "gpu/conv_hopper.cuh"
 
-// How the product is cut. A box of pixels; boxes across an image and down, all of them, of a part; parts; tiles of output channels and of columns.
+// How the product is cut. A box of pixels; boxes across an image and down, all of them, of a part; parts; tiles of
+// output channels and of columns.
 struct ConvWeightCut { int images, rows, cols, across, down, boxes, part_boxes, parts, row_tiles, column_tiles; };
 
 namespace {

@@ -1,12 +1,15 @@
 // Tensors with their channels last, for the convolutions on the tensor cores.
-//   in (batch, channels, positions) bf16 -> out (batch, positions, channels'), channels' = channels rounded up to 8, the rest 0.
+//   in (batch, channels, positions) bf16 -> out (batch, positions, channels'), channels' = channels rounded up to 8,
+//   the rest 0.
 // Overwrites out. It serves three uses: images (N, C, H * W); the forward pass's weight (O, C, kh * kw); and, taken as
 // (1, O, C * kh * kw), the data gradient's weight, whose channels are O. Deterministic: a copy.
-// conv2d_channels_last_strided: of images `width` wide only every stride-th row and column, `cols` to a row: all that a filter of one tap reads.
+// conv2d_channels_last_strided: of images `width` wide only every stride-th row and column, `cols` to a row: all that a
+// filter of one tap reads.
 //
-// Launch: one block of 256 threads a tile of 64 channels x 64 positions, through shared memory. Reads run along positions, 16 bytes a
-// thread where rows of positions are whole packs; a tile of all positions is read as one stretch of memory. Writes are 16 bytes a
-// thread along the channels, 128 bytes in a row. One read and one write: bound by memory, 90 % of the copy rate is to be expected.
+// Launch: one block of 256 threads a tile of 64 channels x 64 positions, through shared memory. Reads run along
+// positions, 16 bytes a thread where rows of positions are whole packs; a tile of all positions is read as one stretch
+// of memory. Writes are 16 bytes a thread along the channels, 128 bytes in a row. One read and one write: bound by
+// memory, 90 % of the copy rate is to be expected.
 #include "gpu.cuh"
 #include "gpu/conv.cuh"
 #include "gpu/conv_mma.cuh"

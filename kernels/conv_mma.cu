@@ -1,23 +1,26 @@
-// Convolution in bf16 on the tensor cores, forward and data gradient: implicit GEMM over tensors with their channels last (Chetlur et
-// al. 2014, arXiv:1410.0759; places of elements and classes of the data gradient in gpu/conv.cuh).
+// Convolution in bf16 on the tensor cores, forward and data gradient: implicit GEMM over tensors with their channels
+// last (Chetlur et al. 2014, arXiv:1410.0759; places of elements and classes of the data gradient in gpu/conv.cuh).
 //   forward:       source = x (N, H, W, C'), weight (O, kh * kw, C'), target = out (N, O, H', W') = weight * gathered x + bias (O)
 //   data gradient: source = d_out (N, H', W', O'), weight (C, kh * kw, O'), target = d_x (N, C, H, W)
-// C' and O' are C and O rounded up to 8, the rest 0: conv_layout.cu writes source and weight. bias may be null. All are bf16, sums f32.
-// Overwrites the target. Deterministic: an element's sum runs over taps and then channels, 16 at a time, whatever the tile.
+// C' and O' are C and O rounded up to 8, the rest 0: conv_layout.cu writes source and weight. bias may be null. All are
+// bf16, sums f32. Overwrites the target. Deterministic: an element's sum runs over taps and then channels, 16 at a
+// time, whatever the tile.
 //
-// Launch: tiles of channels x pixels, one block of 4 warps each; the data gradient has as many tiles for each class as its largest has.
-// Steps are (tap, group of 8 channels) and 4 such groups at a time pass through a ring of 4 stages in shared memory, filled by 16-byte
-// asynchronous copies with zeros for padding. A thread copies one of the 4 groups for every 32nd row of the tile: it carries that
-// group's tap along without dividing, and the places of pixels lie in shared memory. Four neighbouring threads read 64 bytes in a row.
-// A warp keeps 64 x 64 of the result in registers (32 x 32 in the small tile) and reads operands by ldmatrix without bank conflicts.
-// The end goes through shared memory, so that the target is written along its rows: 16 bytes a store where planes are whole groups.
+// Launch: tiles of channels x pixels, one block of 4 warps each; the data gradient has as many tiles for each class as
+// its largest has. Steps are (tap, group of 8 channels) and 4 such groups at a time pass through a ring of 4 stages in
+// shared memory, filled by 16-byte asynchronous copies with zeros for padding. A thread copies one of the 4 groups for
+// every 32nd row of the tile: it carries that group's tap along without dividing, and the places of pixels lie in
+// shared memory. Four neighbouring threads read 64 bytes in a row. A warp keeps 64 x 64 of the result in registers (32
+// x 32 in the small tile) and reads operands by ldmatrix without bank conflicts. The end goes through shared memory, so
+// that the target is written along its rows: 16 bytes a store where planes are whole groups.
 //
-// Cost: a stage of the 128 x 128 tile is 16 KB for 1,048,576 flop: 64 flop a byte of L2 traffic, so that neither L2 nor memory bounds
-// sums of 256 steps and more. In 16 steps a warp reads 4 KB by 8 ldmatrix, 32 cycles of the shared memory's 128 bytes, for 32 mma.sync:
-// 76 cycles at 860 multiply-adds a cycle and multiprocessor, which is the 400 TFLOP/s that mma.sync reaches on an H200. Of about 220
-// instructions of a stage 64 are mma.sync, a third of the issue slots in all. 2 blocks a multiprocessor (66 and 84 KB of shared memory,
-// 224 registers) hide one's waits under the other's products: 350 TFLOP/s are to be expected on large layers, less the copy of the
-// source, which is read and written once, at most 32 MB at a time, so that the product finds it in the L2 cache.
+// Cost: a stage of the 128 x 128 tile is 16 KB for 1,048,576 flop: 64 flop a byte of L2 traffic, so that neither L2 nor
+// memory bounds sums of 256 steps and more. In 16 steps a warp reads 4 KB by 8 ldmatrix, 32 cycles of the shared
+// memory's 128 bytes, for 32 mma.sync: 76 cycles at 860 multiply-adds a cycle and multiprocessor, which is the 400
+// TFLOP/s that mma.sync reaches on an H200. Of about 220 instructions of a stage 64 are mma.sync, a third of the issue
+// slots in all. 2 blocks a multiprocessor (66 and 84 KB of shared memory, 224 registers) hide one's waits under the
+// other's products: 350 TFLOP/s are to be expected on large layers, less the copy of the source, which is read and
+// written once, at most 32 MB at a time, so that the product finds it in the L2 cache.
 #include "gpu.cuh"
 #include "gpu/conv.cuh"
 #include "gpu/conv_mma.cuh"

@@ -1,17 +1,21 @@
-// Weight gradient of a convolution in bf16 on the tensor cores: implicit GEMM over the output's pixels, with channels last (places of
-// elements in gpu/conv.cuh, tiles in gpu/conv_mma.cuh).
-//   d_out (N, H', W', O'), x (N, H, W, C') bf16, written by conv_layout.cu; C' and O' are C and O rounded up to 8, the rest 0.
+// Weight gradient of a convolution in bf16 on the tensor cores: implicit GEMM over the output's pixels, with channels
+// last (places of elements in gpu/conv.cuh, tiles in gpu/conv_mma.cuh).
+//   d_out (N, H', W', O'), x (N, H, W, C') bf16, written by conv_layout.cu; C' and O' are C and O rounded up to 8, the
+//   rest 0.
 //   partials[part][o][tap * C' + c] = sum over the part's pixels of d_out[pixel][o] * x[pixel under tap][c]    f32 (parts, O, kh * kw * C')
-// blockIdx.y is a part of `part_pixels` pixels, a multiple of 32; conv2d_grad_weight_sum adds the parts in order and puts the taps last.
-// Overwrites partials. Deterministic: pixels in order, 16 at a time, and parts depend on sizes alone.
+// blockIdx.y is a part of `part_pixels` pixels, a multiple of 32; conv2d_grad_weight_sum adds the parts in order and
+// puts the taps last. Overwrites partials. Deterministic: pixels in order, 16 at a time, and parts depend on sizes
+// alone.
 //
-// Launch: tiles of 128 output channels x 128 columns, or 64 x 256 for few output channels, one block of 4 warps each. 32 pixels at a
-// time pass through a ring of 4 stages in shared memory, pixels outermost; ldmatrix transposes both operands on the way to the
-// registers. A column group of 8 channels under one tap belongs to one thread for the whole of the product, and the places of the pixels
-// are worked out by one warp in turn, a stage ahead, so that a copy costs one shared read, a comparison for each axis and an addition.
+// Launch: tiles of 128 output channels x 128 columns, or 64 x 256 for few output channels, one block of 4 warps each.
+// 32 pixels at a time pass through a ring of 4 stages in shared memory, pixels outermost; ldmatrix transposes both
+// operands on the way to the registers. A column group of 8 channels under one tap belongs to one thread for the whole
+// of the product, and the places of the pixels are worked out by one warp in turn, a stage ahead, so that a copy costs
+// one shared read, a comparison for each axis and an addition.
 //
-// Cost: as conv_mma.cu, 64 flop a byte of L2 traffic and 2 blocks a multiprocessor (240 registers); of about 290 instructions of a stage
-// 64 are mma.sync. Partial sums add 8 bytes for each element and part, below 1 % of the traffic from 2,000 pixels a part on.
+// Cost: as conv_mma.cu, 64 flop a byte of L2 traffic and 2 blocks a multiprocessor (240 registers); of about 290
+// instructions of a stage 64 are mma.sync. Partial sums add 8 bytes for each element and part, below 1 % of the traffic
+// from 2,000 pixels a part on.
 // 320 of the 400 TFLOP/s of mma.sync are to be expected on large layers.
 #include "gpu.cuh"
 #include "gpu/conv.cuh"

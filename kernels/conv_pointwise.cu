@@ -1,22 +1,25 @@
-// Convolution of one tap and stride 1 without padding, in bf16 on the tensor cores: matrix products on images as they lie (tiles in
-// gpu/conv_mma.cuh). Planes are whole groups of 8 pixels, so that 16 bytes never belong to two images.
+// Convolution of one tap and stride 1 without padding, in bf16 on the tensor cores: matrix products on images as they
+// lie (tiles in gpu/conv_mma.cuh). Planes are whole groups of 8 pixels, so that 16 bytes never belong to two images.
 //   conv2d_pointwise: x (N, C, plane), weight (O, C'), bias (O) or null
 //     out[n,o,p] = bias[o] + sum over c of weight[o,c] * x[n,c,p]
 //     The data gradient is the same with d_out for x, C and O exchanged, and the transposed weight (C, O').
 //   conv2d_grad_weight_pointwise: d_out (N, O, plane), x (N, C, plane)
 //     partials[part][o][c] = sum over the part's n, p of d_out[n,o,p] * x[n,c,p]
-// C' and O' are C and O rounded up to 8, the rest 0. Tensors are bf16, sums and partials (parts, O, C') f32; blockIdx.y is a part of
-// `part_pixels` pixels, a multiple of 32, and conv2d_grad_weight_sum adds the parts in order. Overwrites out, partials. Deterministic:
-// a sum runs over its steps 16 at a time, whatever the tile, and parts depend on sizes alone.
+// C' and O' are C and O rounded up to 8, the rest 0. Tensors are bf16, sums and partials (parts, O, C') f32; blockIdx.y
+// is a part of `part_pixels` pixels, a multiple of 32, and conv2d_grad_weight_sum adds the parts in order. Overwrites
+// out, partials. Deterministic: a sum runs over its steps 16 at a time, whatever the tile, and parts depend on sizes
+// alone.
 //
-// Launch: tiles of channels x pixels, or output x input channels, one block of 4 warps each; 32 channels, or pixels, at a time pass
-// through a ring of 4 stages. The product takes x with its channels outermost in shared memory and ldmatrix transposes it; both
-// operands of the weight gradient have their steps along rows already. So no tensor is copied first but a small weight.
+// Launch: tiles of channels x pixels, or output x input channels, one block of 4 warps each; 32 channels, or pixels, at
+// a time pass through a ring of 4 stages. The product takes x with its channels outermost in shared memory and ldmatrix
+// transposes it; both operands of the weight gradient have their steps along rows already. So no tensor is copied first
+// but a small weight.
 //
-// Cost: the 128 x 128 tile does 64 flop for a byte of L2 traffic. With few channels it is memory that bounds: x is read from it once,
-// since the blocks of one tile of pixels lie side by side, and out written once, 16 bytes a store: C * O / (C + O) flop a byte, so
-// below 183 (an H200's balance) at ResNet-50's 64 to 256 channels: 85 % of the copy rate is to be expected there, twice what a first
-// pass that puts channels last would leave; with more channels 370 of the 400 TFLOP/s of mma.sync. Two blocks a multiprocessor.
+// Cost: the 128 x 128 tile does 64 flop for a byte of L2 traffic. With few channels it is memory that bounds: x is read
+// from it once, since the blocks of one tile of pixels lie side by side, and out written once, 16 bytes a store: C * O
+// / (C + O) flop a byte, so below 183 (an H200's balance) at ResNet-50's 64 to 256 channels: 85 % of the copy rate is
+// to be expected there, twice what a first pass that puts channels last would leave; with more channels 370 of the 400
+// TFLOP/s of mma.sync. Two blocks a multiprocessor.
 #include "gpu.cuh"
 #include "gpu/conv.cuh"
 #include "gpu/conv_mma.cuh"

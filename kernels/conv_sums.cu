@@ -2,13 +2,16 @@
 //   d_out (N, O, positions) f32 or bf16; d_bias (O), d_weight (O, C, taps) f32; partial sums f32.
 //   d_bias[o]       = sum over n, p of d_out[n,o,p]
 //   d_weight[o,c,t] = sum over parts of partials[part][o][c * channel_pitch + t * tap_pitch]
-// d_bias and d_weight are overwritten where `accumulator` is 0, added to where it is 2, and where it is 1 as now->accumulate says.
+// d_bias and d_weight are overwritten where `accumulator` is 0, added to where it is 2, and where it is 1 as
+// now->accumulate says.
 // Deterministic: the order of every sum depends on sizes alone.
 //
-// Bias: a block of 256 threads sums `part_elems` values of one channel (blockIdx.x = channel * parts + part), 16 bytes a load where
-// planes are whole packs; threads, then lanes by halves, then warps in order. With several parts, a warp a channel adds them.
-// Weight: a thread an element, parts in order, 8 loads in flight; where channels follow each other in the parts, a warp 8 channels by 4 taps. All of it is bound by memory: one read of d_out, or of the partial
-// sums, which the split keeps below 34 MB, so that they come from the L2 cache.
+// Bias: a block of 256 threads sums `part_elems` values of one channel (blockIdx.x = channel * parts + part), 16 bytes
+// a load where planes are whole packs; threads, then lanes by halves, then warps in order. With several parts, a warp a
+// channel adds them.
+// Weight: a thread an element, parts in order, 8 loads in flight; where channels follow each other in the parts, a warp
+// 8 channels by 4 taps. All of it is bound by memory: one read of d_out, or of the partial sums, which the split keeps
+// below 34 MB, so that they come from the L2 cache.
 #include "gpu.cuh"
 #include "gpu/conv.cuh"
 
@@ -105,7 +108,8 @@ conv2d_grad_weight_sum(float* d_weight, const float* partials, const Now* now, i
     Divided pair = divided(index, taps), whole = divided(pair.quotient, in_channels);
     row = whole.quotient, channel = whole.remainder, tap = pair.remainder;
   } else {
-    // Channels follow each other in the parts and taps in the gradient: 8 of those by 4 of these a warp, so that it reads whole sectors.
+    // Channels follow each other in the parts and taps in the gradient: 8 of those by 4 of these a warp, so that it
+    // reads whole sectors.
     Divided taps_of = divided(index / 32, (taps + 3) / 4), channels_of = divided(taps_of.quotient, (in_channels + 7) / 8);
     row = channels_of.quotient, channel = channels_of.remainder * 8 + (int)(index % 8), tap = taps_of.remainder * 4 + (int)(index / 8 % 4);
   }

@@ -1,15 +1,19 @@
-// Softmax and cross-entropy in one (maximum and sum in one pass: Milakov & Gimelshein 2018, arXiv:1805.02867, algorithm 3).
+// Softmax and cross-entropy in one (maximum and sum in one pass: Milakov & Gimelshein 2018, arXiv:1805.02867, algorithm
+// 3).
 //   logits, d_logits (rows, cols) f32 or bf16; labels (rows) i32; row_losses, lse (rows) f32.
-//   lse[r] = log sum over c of exp(logits[r,c]); row_losses[r] = lse[r] - logits[r,labels[r]], of which loss_sum.cu makes the loss;
-//   d_logits[r,c] = (exp(logits[r,c] - lse[r]) - (c == labels[r])) loss_scale. A row with label -100 counts for nothing: its loss,
-//   lse and gradient are 0, and its logits are not read.
+//   lse[r] = log sum over c of exp(logits[r,c]); row_losses[r] = lse[r] - logits[r,labels[r]], of which loss_sum.cu
+//   makes the loss;
+//   d_logits[r,c] = (exp(logits[r,c] - lse[r]) - (c == labels[r])) loss_scale. A row with label -100 counts for
+//   nothing: its loss, lse and gradient are 0, and its logits are not read.
 // Rows of logits and d_logits are `pitch` apart; between cols and pitch the gradient is 0.
-// Overwrites its outputs; d_logits may lie over logits. One block a row. A row of any width at any address goes in 16-byte packs, save what
-// lies before the first multiple of 16 bytes and behind the last pack. Every order depends on the shape alone.
-// Bytes: forward reads the logits of rows that count once; the gradient reads those once, and writes all. Expected: 92 % of the copy rate. Loads wait
-// for the row's label, some 0.3 us, mostly from the L2 cache; a multiprocessor has two blocks or more, with up to 32 KB each on their way, and 30 to 50
-// thousand columns of bf16 take 4 to 6 us beside others. In BERT's masked language modelling 15 % of rows count: forward should take a sixth of the time
-// that it takes where all do, the gradient 58 %.
+// Overwrites its outputs; d_logits may lie over logits. One block a row. A row of any width at any address goes in
+// 16-byte packs, save what lies before the first multiple of 16 bytes and behind the last pack. Every order depends on
+// the shape alone.
+// Bytes: forward reads the logits of rows that count once; the gradient reads those once, and writes all. Expected: 92
+// % of the copy rate. Loads wait for the row's label, some 0.3 us, mostly from the L2 cache; a multiprocessor has two
+// blocks or more, with up to 32 KB each on their way, and 30 to 50 thousand columns of bf16 take 4 to 6 us beside
+// others. In BERT's masked language modelling 15 % of rows count: forward should take a sixth of the time that it takes
+// where all do, the gradient 58 %.
 #include "gpu.cuh"
 #include "gpu/row.cuh"
 

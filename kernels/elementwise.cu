@@ -8,13 +8,15 @@
 //   add_position_grad  d_table[t,c] = sum over b, in order, of d_y[b,t,c]; f32; rows from T on get 0; an accumulator is added to.
 //   shift              out[b,t+by,c] = x[b,t,c], 0 where no t gives t + by; x (batch, T, C), out (batch, T', C). Given are plane = T * C,
 //                      out_plane = T' * C and by * C, all in elements.
-// bf16 operands are computed in f32 and rounded once. Every element has one writer and a fixed order, so results do not depend on the
-// grid. add, copy, zero, dropout, shift: blocks of 256 threads, 4 packs of 16 bytes a thread (gpu/pointwise.cuh), one pass.
+// bf16 operands are computed in f32 and rounded once. Every element has one writer and a fixed order, so results do not
+// depend on the grid. add, copy, zero, dropout, shift: blocks of 256 threads, 4 packs of 16 bytes a thread
+// (gpu/pointwise.cuh), one pass.
 //
-// Bytes an element (f32 / bf16): add 12 / 6, copy 8 / 4 (6 between types), shift 8 / 4, zero 4, dropout 8 / 4, add_position 8 / 4 and the table once,
-// add_position_grad 4 / 2 and the table once. All but dropout are loads and stores alone: expected at 90-95 % of the copy rate. Dropout
-// spends ten Philox rounds, some 65 integer instructions, on four elements: at the copy rate of an H200 that takes about half of the
-// integer pipes in f32 and all of them in bf16, so the same share is expected in f32 and about 80 % in bf16.
+// Bytes an element (f32 / bf16): add 12 / 6, copy 8 / 4 (6 between types), shift 8 / 4, zero 4, dropout 8 / 4,
+// add_position 8 / 4 and the table once, add_position_grad 4 / 2 and the table once. All but dropout are loads and
+// stores alone: expected at 90-95 % of the copy rate. Dropout spends ten Philox rounds, some 65 integer instructions,
+// on four elements: at the copy rate of an H200 that takes about half of the integer pipes in f32 and all of them in
+// bf16, so the same share is expected in f32 and about 80 % in bf16.
 #include "gpu.cuh"
 #include "gpu/pointwise.cuh"
 
@@ -59,7 +61,8 @@ GPU_EXPORT(zero_f32)
 // Elements of x go as they are, so T may be any type of their size.
 template <class T> DEV void shift_rows(T* out, const T* x, int64_t n, int64_t plane, int64_t out_plane, int64_t by) {
   constexpr int N = FEW<T>;
-  // Where element i of the output comes from, below 0 if from nowhere. A pack comes from one place where all three are multiples of it.
+  // Where element i of the output comes from, below 0 if from nowhere. A pack comes from one place where all three are
+  // multiples of it.
   auto from = [=](int64_t i) {
     int64_t b = i / out_plane, e = i - b * out_plane - by;
     return e >= 0 && e < plane ? b * plane + e : (int64_t)-1;
@@ -113,10 +116,12 @@ extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) dropout_bf16(bf1
 GPU_EXPORT(dropout_f32)
 GPU_EXPORT(dropout_bf16)
 
-// Sequences of a batch that a thread takes at once: as many loads in flight. The table's pack is read once for all of them.
+// Sequences of a batch that a thread takes at once: as many loads in flight. The table's pack is read once for all of
+// them.
 constexpr int SEQUENCES = 4;
 
-// One thread a pack of the table and SEQUENCES sequences. `plane` = T * C elements of a sequence; blocks along a plane first.
+// One thread a pack of the table and SEQUENCES sequences. `plane` = T * C elements of a sequence; blocks along a plane
+// first.
 template <class T> DEV void add_table(T* out, const T* x, const T* table, int64_t batch, int64_t plane) {
   constexpr int N = FEW<T>;
   unsigned along = (unsigned)((plane + POINTWISE_THREADS * N - 1) / (POINTWISE_THREADS * N));

@@ -2,16 +2,17 @@
 //   forward  out[t,:] = table[ids[t],:]; ids (tokens) i32, table (V, C), out (tokens, C).
 //   grad     d_table[v,:] = sum over t with ids[t] = v, in order, of d_y[t,:]; d_y (tokens, C), d_table (V, C) f32. Rows of tokens that do
 //            not occur, and that of the id `padding`, get 0; where d_table is an accumulator and now->accumulate is set it is added to instead.
-// The gradient first sorts the tokens by id, keeping their order among equals: a radix sort by 8 bits a pass, least significant first, each
-// pass a kernel that counts digits and one that places tokens. Then one kernel notes which ids occur, and the last one does two things. A warp
-// has 16 places of the order and 256 columns: it walks over its tokens' rows of d_y, 4 KB of them on their way, and stores a sum where the id
-// changes; ids that began before its first place are the warp's before it, and its own last id it follows to the end. The blocks after
-// those write zeros to the rows of ids that do not occur. A single writer an element, no atomics: the bits are those of the host's loop over
-// tokens.
+// The gradient first sorts the tokens by id, keeping their order among equals: a radix sort by 8 bits a pass, least
+// significant first, each pass a kernel that counts digits and one that places tokens. Then one kernel notes which ids
+// occur, and the last one does two things. A warp has 16 places of the order and 256 columns: it walks over its tokens'
+// rows of d_y, 4 KB of them on their way, and stores a sum where the id changes; ids that began before its first place
+// are the warp's before it, and its own last id it follows to the end. The blocks after those write zeros to the rows
+// of ids that do not occur. A single writer an element, no atomics: the bits are those of the host's loop over tokens.
 //
-// Bytes an element (f32 / bf16): forward 8 / 4, at 90 % of the copy rate. Grad: d_y once, 4 / 2, and the table once, 4 (8 for the rows that are
-// added to): 90 % of the copy rate is expected, less what the five to seven small kernels before cost, 3 us each. A row that very many
-// tokens share is summed by one warp per 256 columns since the order is fixed: 65,536 equal tokens take about 5 ms.
+// Bytes an element (f32 / bf16): forward 8 / 4, at 90 % of the copy rate. Grad: d_y once, 4 / 2, and the table once, 4
+// (8 for the rows that are added to): 90 % of the copy rate is expected, less what the five to seven small kernels
+// before cost, 3 us each. A row that very many tokens share is summed by one warp per 256 columns since the order is
+// fixed: 65,536 equal tokens take about 5 ms.
 #include "gpu.cuh"
 #include "gpu/pointwise.cuh"
 #include "gpu/row.cuh"
@@ -19,8 +20,8 @@
 constexpr int ROWS = 8;        // rows of a block, one warp each
 constexpr int IN_FLIGHT = 4;   // packs that a lane has on their way at once
 
-// One warp a row. The rows are copied bit by bit, so T may be any type of the element's size. A row whose id is outside the table,
-// which the loader rules out, becomes 0.
+// One warp a row. The rows are copied bit by bit, so T may be any type of the element's size. A row whose id is outside
+// the table, which the loader rules out, becomes 0.
 template <class T> DEV void pick_rows(T* out, const int* ids, const T* table, int64_t tokens, int table_rows, int cols) {
   constexpr int N = FEW<T>;
   int64_t t = (int64_t)blockIdx.x * ROWS + threadIdx.x / 32;
@@ -62,7 +63,8 @@ constexpr int SORT_ROUNDS = 8;                                // tokens of a lan
 constexpr int SORT_KEYS = SORT_WARPS * SORT_ROUNDS * 32;      // tokens of a block
 constexpr int DIGITS = 256;                                   // values of a digit, one thread each
 
-// What a token sorts by: its id, or past all ids where that is outside the table or the padding's, whose rows are added nowhere.
+// What a token sorts by: its id, or past all ids where that is outside the table or the padding's, whose rows are added
+// nowhere.
 DEV unsigned sort_key(const int* ids, int token, int table_rows, unsigned padding) {
   unsigned id = (unsigned)ids[token];
   return id < (unsigned)table_rows && id != padding ? id : (unsigned)table_rows;
@@ -123,7 +125,8 @@ extern "C" __global__ void __launch_bounds__(DIGITS) embedding_grad_count(int* c
 }
 GPU_EXPORT(embedding_grad_count)
 
-// Puts each token into its place by this digit: after all tokens with smaller digits, and after those with the same that come before it.
+// Puts each token into its place by this digit: after all tokens with smaller digits, and after those with the same
+// that come before it.
 extern "C" __global__ void __launch_bounds__(DIGITS) embedding_grad_place(int* placed, const int* counts, const int* ids, const int* order, int tokens, int table_rows, unsigned padding, int shift) {
   GPU_SHARED(int, next, [SORT_WARPS][DIGITS]);  // counts by warp, then the place of a warp's next token of each digit
   GPU_SHARED(int, totals, [DIGITS]);

@@ -1,21 +1,25 @@
 // Matrix products on the plain arithmetic units, for f32 at full precision.
 //   out (m, n) = act(a b + bias), pre (m, n) = a b + bias where it is wanted, out += a b for accumulators.
-//   Or out = a b + bias + residual (m, n); or, with ACTIVATION_GRAD in `activation`, out = (a b) act'(pre): then pre is read. out may lie over either.
+//   Or out = a b + bias + residual (m, n); or, with ACTIVATION_GRAD in `activation`, out = (a b) act'(pre): then pre is
+//   read. out may lie over either.
 //   nn: a (m, k), b (k, n);  nt: a (m, k), b (n, k);  tn: a (k, m), b (k, n). bias (n).
-// Overwrites out (or adds to it, when `accumulator` and now->accumulate), and a pre that is not read. With `partials` (parts, m, n), blockIdx.y is a part of k of
-// `k_part` and gemm_finish adds the parts in order. Deterministic: each element is one chain of fused multiply-adds in the order of k.
+// Overwrites out (or adds to it, when `accumulator` and now->accumulate), and a pre that is not read. With `partials`
+// (parts, m, n), blockIdx.y is a part of k of `k_part` and gemm_finish adds the parts in order. Deterministic: each
+// element is one chain of fused multiply-adds in the order of k.
 //
-// Launch: (tiles of 128 x 128, parts) blocks of 128 threads. A block keeps two k-steps of 8 of both operands in shared memory as
-// f32, k outermost; while it works on one, the next is on its way through registers. A thread owns 16 x 8 elements, as squares of 4 x 4 that
-// lie 32 rows or 64 columns apart, so that a warp (8 threads across, 4 down) reads each operand as whole 16-byte words from distinct banks.
-// Rows of k-contiguous operands are transposed on the way in; the row index is xored with 16 in every second group of 4 k, which
-// keeps those scattered stores free of bank conflicts and every 16-byte word whole.
+// Launch: (tiles of 128 x 128, parts) blocks of 128 threads. A block keeps two k-steps of 8 of both operands in shared
+// memory as f32, k outermost; while it works on one, the next is on its way through registers. A thread owns 16 x 8
+// elements, as squares of 4 x 4 that lie 32 rows or 64 columns apart, so that a warp (8 threads across, 4 down) reads
+// each operand as whole 16-byte words from distinct banks.
+// Rows of k-contiguous operands are transposed on the way in; the row index is xored with 16 in every second group of 4
+// k, which keeps those scattered stores free of bank conflicts and every 16-byte word whole.
 //
-// Cost: a k-step moves 8 KB in for 262,144 flop (32 flop a byte of L2 traffic). For each k a warp reads 6 16-byte words a lane, 24 cycles of
-// shared memory, for 128 multiply-adds a lane; the 8 warps of 2 blocks (by registers) take 192 of the 256 cycles that their arithmetic takes. With 8 x 8
-// elements a thread both took 256. A k's reads are issued before the multiply-adds of the one before. Of 1,200 instructions of a step 1,024 are multiply-adds.
-// Measured at 8192^3 on an H200: 39.0 TFLOP/s, where a step had 1,350 instructions, for the xor was worked out at each read; 36.4 with 8 x 8; cuBLAS 51.1. 43 are
-// to be expected now.
+// Cost: a k-step moves 8 KB in for 262,144 flop (32 flop a byte of L2 traffic). For each k a warp reads 6 16-byte words
+// a lane, 24 cycles of shared memory, for 128 multiply-adds a lane; the 8 warps of 2 blocks (by registers) take 192 of
+// the 256 cycles that their arithmetic takes. With 8 x 8 elements a thread both took 256. A k's reads are issued before
+// the multiply-adds of the one before. Of 1,200 instructions of a step 1,024 are multiply-adds. Measured at 8192^3 on
+// an H200: 39.0 TFLOP/s, where a step had 1,350 instructions, for the xor was worked out at each read; 36.4 with 8 x 8;
+// cuBLAS 51.1. 43 are to be expected now.
 #include "gpu.cuh"
 #include "gpu/gemm.cuh"
 
@@ -27,7 +31,8 @@ constexpr int DOWN = 16, ACROSS = 8; // elements of a thread
 // Where element (k, row) of an operand's step lies.
 DEV int slot(int k, int row) { return k * TILE + (row ^ (k / 4 * 16)); }
 
-// Up to 4 elements from `from`, `count` of them there; `whole` when 16-byte (bf16: 8-byte) loads are aligned, and count a multiple of 4.
+// Up to 4 elements from `from`, `count` of them there; `whole` when 16-byte (bf16: 8-byte) loads are aligned, and count
+// a multiple of 4.
 DEV void load_quad(float (&to)[4], const float* from, int count, bool whole) {
   if (whole && count >= 4) {
     float4 v = *reinterpret_cast<const float4*>(from);
@@ -37,7 +42,8 @@ DEV void load_quad(float (&to)[4], const float* from, int count, bool whole) {
   }
 }
 
-// One operand's walk along k: `K_ROWS` when it is stored with k along a row. A thread carries 4 neighbours of each of two rows.
+// One operand's walk along k: `K_ROWS` when it is stored with k along a row. A thread carries 4 neighbours of each of
+// two rows.
 template <bool K_ROWS> struct Operand {
   static constexpr int QUADS = TILE * STEP / 4 / THREADS, APART = K_ROWS ? TILE / QUADS : STEP / QUADS; // rows, or k, between a thread's quads
   const float* at; // the thread's first quad of the next step
@@ -76,8 +82,8 @@ template <bool K_ROWS> struct Operand {
   }
 };
 
-// A thread's N elements of each k, by fours that lie 4 TILE / N apart. Those are multiples of 32, so that of a slot's xor only `at` is touched, and all else is
-// a constant beside one of two addresses.
+// A thread's N elements of each k, by fours that lie 4 TILE / N apart. Those are multiples of 32, so that of a slot's
+// xor only `at` is touched, and all else is a constant beside one of two addresses.
 template <int N> struct Reader {
   const float* of_first; // in a step's first 4 k
   int to_second;         // from there to the place for its second 4

@@ -1,20 +1,25 @@
 // Matrix products in bf16 with f32 sums on the tensor cores of every GPU from sm_80 on.
 //   out (m, n) = act(a b + bias), pre (m, n) = a b + bias where it is wanted, out += a b for accumulators.
-//   Or out = a b + bias + residual (m, n); or, with ACTIVATION_GRAD in `activation`, out = (a b) act'(pre): then pre is read. out may lie over either.
+//   Or out = a b + bias + residual (m, n); or, with ACTIVATION_GRAD in `activation`, out = (a b) act'(pre): then pre is
+//   read. out may lie over either.
 //   nn: a (m, k), b (k, n), all bf16;  nt: a (m, k), b (n, k), all bf16;  tn: a (k, m), b (k, n) bf16, out f32. bias (n).
 // Rows of a, b and out are a_pitch, b_pitch and out_pitch apart.
-// Overwrites out (or adds to it, when `accumulator` and now->accumulate), and a pre that is not read. With `partials` (parts, m, n) f32, blockIdx.y is a part of k of
-// `k_part` and gemm_finish adds the parts in order. Deterministic: each sum is taken 16 k at a time, in the order of k.
+// Overwrites out (or adds to it, when `accumulator` and now->accumulate), and a pre that is not read. With `partials`
+// (parts, m, n) f32, blockIdx.y is a part of k of `k_part` and gemm_finish adds the parts in order. Deterministic: each
+// sum is taken 16 k at a time, in the order of k.
 //
-// Launch: (tiles of 128 x 128, parts) blocks of 128 threads, or of 256 for the `ragged` kernels, which take rows of any width: without a word of 16
-// bytes to start at, a row is read as the aligned words that it lies in and shifted in registers. Else cp.async brings the words.
-// A ring of 3 tiles of each operand, 32 k deep; the two next are on their way while one is worked on. A warp owns 64 x 64 of the output (ragged: 64 x 32).
+// Launch: (tiles of 128 x 128, parts) blocks of 128 threads, or of 256 for the `ragged` kernels, which take rows of any
+// width: without a word of 16 bytes to start at, a row is read as the aligned words that it lies in and shifted in
+// registers. Else cp.async brings the words.
+// A ring of 3 tiles of each operand, 32 k deep; the two next are on their way while one is worked on. A warp owns 64 x
+// 64 of the output (ragged: 64 x 32).
 // Sums leave through shared memory, 16 rows at a time.
 //
-// Cost: a step brings 16 KB for 1,048,576 flop (64 flop a byte from the L2); a warp reads 8 KB of fragments for 64 products of 16 x 8 x 16, 128 cycles of
-// shared memory a multiprocessor where the tensor cores take 256. 2 blocks a multiprocessor, by registers and shared memory. On
-// an H200 mma.sync itself ends near 400 of 990 TFLOP/s; 350 are to be expected, ragged 250. There it serves what gemm_hopper does not take: rows of b of odd width;
-// on sm_80, sm_89 and sm_120 it is the whole path, at about 85-90 % of what they have.
+// Cost: a step brings 16 KB for 1,048,576 flop (64 flop a byte from the L2); a warp reads 8 KB of fragments for 64
+// products of 16 x 8 x 16, 128 cycles of shared memory a multiprocessor where the tensor cores take 256. 2 blocks a
+// multiprocessor, by registers and shared memory. On an H200 mma.sync itself ends near 400 of 990 TFLOP/s; 350 are to
+// be expected, ragged 250. There it serves what gemm_hopper does not take: rows of b of odd width; on sm_80, sm_89 and
+// sm_120 it is the whole path, at about 85-90 % of what they have.
 #include "gpu.cuh"
 #include "gpu/gemm.cuh"
 #include "gpu/shifted_word.cuh"

@@ -1,17 +1,23 @@
-// Matrix products in f32 whose factors are rounded to tf32 (10 bits of fraction), on the tensor cores of every GPU from sm_80 on.
-//   out (m, n) = act(a b + bias), pre (m, n) = a b + bias where it is wanted, out += a b for accumulators; all f32, sums too.
-//   Or out = a b + bias + residual (m, n); or, with ACTIVATION_GRAD in `activation`, out = (a b) act'(pre): then pre is read. out may lie over either.
+// Matrix products in f32 whose factors are rounded to tf32 (10 bits of fraction), on the tensor cores of every GPU from
+// sm_80 on.
+//   out (m, n) = act(a b + bias), pre (m, n) = a b + bias where it is wanted, out += a b for accumulators; all f32,
+//   sums too.
+//   Or out = a b + bias + residual (m, n); or, with ACTIVATION_GRAD in `activation`, out = (a b) act'(pre): then pre is
+//   read. out may lie over either.
 //   nn: a (m, k), b (k, n);  nt: a (m, k), b (n, k);  tn: a (k, m), b (k, n). bias (n).
-// Overwrites out (or adds to it, when `accumulator` and now->accumulate), and a pre that is not read. With `partials` (parts, m, n), blockIdx.y is a part of k of
-// `k_part` and gemm_finish adds the parts in order. Deterministic: each sum is taken 8 k at a time, in the order of k.
+// Overwrites out (or adds to it, when `accumulator` and now->accumulate), and a pre that is not read. With `partials`
+// (parts, m, n), blockIdx.y is a part of k of `k_part` and gemm_finish adds the parts in order. Deterministic: each sum
+// is taken 8 k at a time, in the order of k.
 //
-// Launch: (tiles of 128 x 128, parts) blocks of 128 threads. A ring of 3 tiles of each operand, 16 k deep, filled by cp.async: in words of 16 bytes
-// where rows are aligned, else element by element. A warp owns 64 x 64 of the output. Tiles lie as in memory, padded: rows of 16 k take 20
-// floats, rows of 128 m or n take 136, and so the 32 elements of a fragment's register lie in 32 banks. Factors are rounded to
-// nearest as they are taken. Sums leave through shared memory, 16 rows at a time.
+// Launch: (tiles of 128 x 128, parts) blocks of 128 threads. A ring of 3 tiles of each operand, 16 k deep, filled by
+// cp.async: in words of 16 bytes where rows are aligned, else element by element. A warp owns 64 x 64 of the output.
+// Tiles lie as in memory, padded: rows of 16 k take 20 floats, rows of 128 m or n take 136, and so the 32 elements of a
+// fragment's register lie in 32 banks. Factors are rounded to nearest as they are taken. Sums leave through shared
+// memory, 16 rows at a time.
 //
-// Cost: a step brings 16 KB for 524,288 flop (32 flop a byte from the L2); a warp reads 64 registers for 64 products of 16 x 8 x 8, 64 cycles of shared
-// memory where the tensor cores take 128. 2 blocks a multiprocessor. On an H200 mma.sync in tf32 ends near 200 of 495 TFLOP/s; 150 are to be expected.
+// Cost: a step brings 16 KB for 524,288 flop (32 flop a byte from the L2); a warp reads 64 registers for 64 products of
+// 16 x 8 x 8, 64 cycles of shared memory where the tensor cores take 128. 2 blocks a multiprocessor. On an H200
+// mma.sync in tf32 ends near 200 of 495 TFLOP/s; 150 are to be expected.
 #include "gpu.cuh"
 #include "gpu/gemm.cuh"
 

@@ -1,12 +1,14 @@
 // Gated linear units and their gradients (Shazeer 2020, arXiv:2002.05202).
 //   forward  out[i] = activation(gate[i]) * up[i]; out may be gate.
 //   grad     d_gate[i] = d_out[i] * up[i] * activation'(gate[i]), d_up[i] = d_out[i] * activation(gate[i]); d_gate may be d_out.
-// All f32 or all bf16, computed in f32 and rounded once. Elementwise: blocks of 256 threads, 4 packs of 16 bytes a thread of each operand
-// (gpu/pointwise.cuh), one pass. `kind` is graph::Activation; the branch on it stands outside the loop.
+// All f32 or all bf16, computed in f32 and rounded once. Elementwise: blocks of 256 threads, 4 packs of 16 bytes a
+// thread of each operand (gpu/pointwise.cuh), one pass. `kind` is graph::Activation; the branch on it stands outside
+// the loop.
 //
-// Bytes an element (f32 / bf16): forward 12 / 6, grad 20 / 10. In bf16 silu and its gradient are 8 to 14 instructions an element, two of them at an
-// eighth of the rate: on an H200 a quarter of the time that the bytes take. 90 % of the copy rate is expected. A gradient's three operands are
-// 48 bytes a pack, 2 packs on their way: 74 KB a multiprocessor with the 3 blocks that registers are left for.
+// Bytes an element (f32 / bf16): forward 12 / 6, grad 20 / 10. In bf16 silu and its gradient are 8 to 14 instructions
+// an element, two of them at an eighth of the rate: on an H200 a quarter of the time that the bytes take. 90 % of the
+// copy rate is expected. A gradient's three operands are 48 bytes a pack, 2 packs on their way: 74 KB a multiprocessor
+// with the 3 blocks that registers are left for.
 #include "gpu.cuh"
 #include "gpu/pointwise.cuh"
 

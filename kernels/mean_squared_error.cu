@@ -3,11 +3,13 @@
 //   row_losses[r] = 1/cols sum over c of (x[r,c] - targets[r,c])^2, of which loss_sum.cu makes the loss;
 //   d_x[r,c] = (x[r,c] - targets[r,c]) 2 loss_scale / cols.
 // Rows of x and d_x are `pitch` apart, those of targets cols; between cols and pitch d_x is 0.
-// Overwrites its outputs; d_x may lie over x. A warp has a row of up to 1024 columns, 8 rows a block; beyond, a block has a row. Rows at any
-// address go in 16-byte packs, save what lies before the first multiple of 16 bytes and behind the last pack; where x and targets lie
-// apart by other than a multiple of 16 bytes, as with a pitch, value by value. Every order depends on the shape alone.
-// Bytes: forward reads x and targets once, the gradient writes d_x besides: 8 / 4 and 12 / 6 an element. Expected: 90 % of the copy rate from
-// 256 columns of f32 on, 512 of bf16, with 4 loads of 16 bytes a thread on their way; below, too few bytes on their way; with a pitch, instructions.
+// Overwrites its outputs; d_x may lie over x. A warp has a row of up to 1024 columns, 8 rows a block; beyond, a block
+// has a row. Rows at any address go in 16-byte packs, save what lies before the first multiple of 16 bytes and behind
+// the last pack; where x and targets lie apart by other than a multiple of 16 bytes, as with a pitch, value by value.
+// Every order depends on the shape alone.
+// Bytes: forward reads x and targets once, the gradient writes d_x besides: 8 / 4 and 12 / 6 an element. Expected: 90 %
+// of the copy rate from 256 columns of f32 on, 512 of bf16, with 4 loads of 16 bytes a thread on their way; below, too
+// few bytes on their way; with a pitch, instructions.
 #include "gpu.cuh"
 #include "gpu/row.cuh"
 

@@ -1,15 +1,16 @@
-// Layer normalization over the last axis (Ba, Kiros & Hinton 2016, arXiv:1607.06450) and the same without a mean and a bias, by the root mean
-// square (Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4; its epsilon is 0). The gradient is norm_grad.cu's.
+// Layer normalization over the last axis (Ba, Kiros & Hinton 2016, arXiv:1607.06450) and the same without a mean and a
+// bias, by the root mean square (Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4; its epsilon is 0). The gradient is
+// norm_grad.cu's.
 //   x, out (rows, cols), weight, bias (cols), all f32 or all bf16; mean, rstd (rows) f32, kept for the gradient.
 //   layernorm: n = (x - mean) rstd, out = n weight + bias, rstd = 1/sqrt(var + epsilon);
 //   rmsnorm:   n = x rstd,          out = n weight,        rstd = 1/sqrt(mean(x^2) + epsilon).
 // Overwrites out, mean, rstd. Orders are fixed: the same bits everywhere.
-// A warp takes two rows of up to 4 packs a lane (1024 columns of bf16, 512 of f32), or one (long) of 5 to 8: 37 to 98 KB of rows of a
-// multiprocessor are on their way or in work at 768 columns and more. What a row takes from its first load to its last store, some 3 us,
-// asks for 40. Beyond (wide) one block has a row, 64 bytes a thread, 64 KB of rows a multiprocessor; rows beyond that are read three times.
-// Rows that do not fit 16-byte accesses go the wide way.
-// Bytes: x and out, once. About 16 instructions an element of bf16: half of what the issue slots give at the copy rate. Expected: 92 % of the
-// copy rate, less 3 us.
+// A warp takes two rows of up to 4 packs a lane (1024 columns of bf16, 512 of f32), or one (long) of 5 to 8: 37 to 98
+// KB of rows of a multiprocessor are on their way or in work at 768 columns and more. What a row takes from its first
+// load to its last store, some 3 us, asks for 40. Beyond (wide) one block has a row, 64 bytes a thread, 64 KB of rows a
+// multiprocessor; rows beyond that are read three times. Rows that do not fit 16-byte accesses go the wide way.
+// Bytes: x and out, once. About 16 instructions an element of bf16: half of what the issue slots give at the copy rate.
+// Expected: 92 % of the copy rate, less 3 us.
 #include "gpu.cuh"
 #include "gpu/row.cuh"
 
@@ -17,7 +18,8 @@ constexpr int FORWARD_WARPS = 4;
 constexpr int FORWARD_THREADS = 512;  // at most, where a block takes a row, 4 packs each: 64 registers
 constexpr int SINGLE = 8;             // columns a thread where 16-byte accesses do not fit
 
-// Sums over a pack, of its values and of their squared distances from `m`; by halves, so that no addition waits for all before it.
+// Sums over a pack, of its values and of their squared distances from `m`; by halves, so that no addition waits for all
+// before it.
 template <class T, class F> DEV float sum_over(const uint4& pack, F f) {
   float sum[Pack<T>::N];
 #pragma unroll
@@ -31,8 +33,9 @@ template <class T, class F> DEV float sum_over(const uint4& pack, F f) {
 template <class T> DEV float sum_pack(const uint4& pack) { return sum_over<T>(pack, [](float x) { return x; }); }
 template <class T> DEV float sum_squares(const uint4& pack, float m) { return sum_over<T>(pack, [=](float x) { return (x - m) * (x - m); }); }
 
-// R rows by one warp, P packs of each a lane, of which only the last may lie past the end. A second pass over the registers takes the variance,
-// since the mean of squares less the square of the mean loses all digits where the mean is large.
+// R rows by one warp, P packs of each a lane, of which only the last may lie past the end. A second pass over the
+// registers takes the variance, since the mean of squares less the square of the mean loses all digits where the mean
+// is large.
 template <class T, bool CENTERED, int P, int R>
 DEV void normalize_rows(T* out, float* mean, float* rstd, const T* x, const T* weight, const T* bias, int64_t rows, int cols, float epsilon) {
   constexpr int N = Pack<T>::N;

@@ -1,17 +1,20 @@
 // The gradient of layernorm and rmsnorm, norm.cu's.
 //   d_out, x, d_x (rows, cols), weight (cols), all f32 or all bf16; mean, rstd (rows) f32.
-//   With n = (x - mean) rstd, or x rstd, and g = d_out weight: d_x = rstd (g - mean(g) - n mean(g n)), means over the row, rmsnorm without mean(g);
-//   d_weight = sum over rows of d_out n, d_bias of d_out.
-// Overwrites d_x and partials (which, parts, cols) f32: d_weight's column sums, then d_bias's, one row for each part of rows_per_part rows.
-// column_sum_finish adds them up. Orders are fixed and parts depend on the shape alone: the same bits everywhere.
-// One warp a row up to 768 columns, beyond (wide) as many warps as it takes at 16 columns a thread; for rows that 512 threads do not hold a
-// kernel before it leaves the two means in row_sums (rows, 2), and blocks divide the columns. A block stays with its part and adds up its
-// column sums in registers. Its rows come by cp.async, into places of a ring that one thread alone fills and reads, so that no barrier
-// comes with them: with 3 stages two rows of each warp are on their way while it works on a third, 98 KB a multiprocessor at
-// 768 columns of bf16, 64 KB where rows are wide. Rows that do not fit 16-byte accesses go the wide way, without a ring.
-// Bytes: d_out and x in, d_x out, once; 16 a column and part (8 for rmsnorm), 2 % at 16384 x 768, mostly in L2. About 25 instructions an
-// element of bf16, 32 where rows are wide: 70 % of the issue slots at the copy rate, or all of them where a quarter of the lanes is idle, as at
-// 1600 columns. Expected: 90 % of the copy rate, 80 % at such widths, less 6 us for two launches.
+//   With n = (x - mean) rstd, or x rstd, and g = d_out weight: d_x = rstd (g - mean(g) - n mean(g n)), means over the
+//   row, rmsnorm without mean(g); d_weight = sum over rows of d_out n, d_bias of d_out.
+// Overwrites d_x and partials (which, parts, cols) f32: d_weight's column sums, then d_bias's, one row for each part of
+// rows_per_part rows. column_sum_finish adds them up. Orders are fixed and parts depend on the shape alone: the same
+// bits everywhere.
+// One warp a row up to 768 columns, beyond (wide) as many warps as it takes at 16 columns a thread; for rows that 512
+// threads do not hold a kernel before it leaves the two means in row_sums (rows, 2), and blocks divide the columns. A
+// block stays with its part and adds up its column sums in registers. Its rows come by cp.async, into places of a ring
+// that one thread alone fills and reads, so that no barrier comes with them: with 3 stages two rows of each warp are on
+// their way while it works on a third, 98 KB a multiprocessor at 768 columns of bf16, 64 KB where rows are wide. Rows
+// that do not fit 16-byte accesses go the wide way, without a ring.
+// Bytes: d_out and x in, d_x out, once; 16 a column and part (8 for rmsnorm), 2 % at 16384 x 768, mostly in L2. About
+// 25 instructions an element of bf16, 32 where rows are wide: 70 % of the issue slots at the copy rate, or all of them
+// where a quarter of the lanes is idle, as at 1600 columns. Expected: 90 % of the copy rate, 80 % at such widths, less
+// 6 us for two launches.
 #include "gpu.cuh"
 #include "gpu/row.cuh"
 
@@ -41,8 +44,8 @@ DEV void grad_sums(float* row_sums, const T* d_out, const T* x, const T* weight,
   }
 }
 
-// A thread's packs of x and d_out for some rows ahead. A stage has the packs of one row, x's before d_out's; `pitch` packs lie between one and
-// the next, one for each thread of the block.
+// A thread's packs of x and d_out for some rows ahead. A stage has the packs of one row, x's before d_out's; `pitch`
+// packs lie between one and the next, one for each thread of the block.
 template <class T, int P, bool ALONE> struct Ring {
   uint4* own;
   int stages, next, at;   // where the next stage to ask for begins, and the next to read
@@ -51,8 +54,8 @@ template <class T, int P, bool ALONE> struct Ring {
   static DEV int pitch() { return ALONE ? GRAD_WARPS * 32 : blockDim.x; }
   DEV int after(int stage) const { return stage + 2 * P * pitch() < stages * 2 * P * pitch() ? stage + 2 * P * pitch() : 0; }
 
-  // Asks for `bytes` of each pack, 16 or 0, of a row; a group of copies in any case, so that groups count rows. Packs lie `apart` elements from
-  // each other.
+  // Asks for `bytes` of each pack, 16 or 0, of a row; a group of copies in any case, so that groups count rows. Packs
+  // lie `apart` elements from each other.
   DEV void ask(const T* x, const T* d_out, int apart, const int (&bytes)[P]) {
 #pragma unroll
     for (int p = 0; p < P; p++) {
@@ -73,8 +76,9 @@ template <class T, int P, bool ALONE> struct Ring {
   }
 };
 
-// The rows of part blockIdx.y, as many at once as the block has groups of `threads` threads: warps where ALONE, else any whole number of
-// warps. All columns of them, or columns blockIdx.x * C * threads on where row_sums gives the means.
+// The rows of part blockIdx.y, as many at once as the block has groups of `threads` threads: warps where ALONE, else
+// any whole number of warps. All columns of them, or columns blockIdx.x * C * threads on where row_sums gives the
+// means.
 template <class T, bool CENTERED, bool PACKED, int C, bool ALONE>
 DEV void grad_rows(T* d_x, float* partials, const T* d_out, const T* x, const T* weight, const float* mean, const float* rstd,
                    const float* row_sums, int64_t rows, int cols, int64_t rows_per_part, int some_threads, int stages) {

@@ -1,4 +1,5 @@
-// What happens to gradients and weights between steps, over the flat state of a shard: tensors one after another, padded.
+// What happens to gradients and weights between steps, over the flat state of a shard: tensors one after another,
+// padded.
 //   optimizer_add        acc[i] += x[i]: accumulators of shared parameters are joined.
 //   sum_squares          table[index] = sum over a tensor of gradient^2, f64. Tensors are cut into blocks of 4096; in a block element i goes to
 //                        running sum i % 32, the running sums are added by halves, and the blocks in order.
@@ -7,18 +8,20 @@
 //   adamw, sgd           the update, as host/optimizer.rs writes it down: the same IEEE operations in the same order, fused where it says so.
 //                        AdamW: Loshchilov & Hutter 2019, arXiv:1711.05101.
 //   finite_check         the lowest layer whose output has an infinity or a NaN.
-// Every result has the host's bits, but for what is in an f32 NaN: x86 hands on an operand's, a GPU makes its own. Nothing waits for the
-// host: gate and update follow one another on the stream.
+// Every result has the host's bits, but for what is in an f32 NaN: x86 hands on an operand's, a GPU makes its own.
+// Nothing waits for the host: gate and update follow one another on the stream.
 //
-// A bf16 weight is its f32 master rounded to the nearest, ties away from zero; the master's lower 16 bits lie beside it. With `bits` the
-// master's, weight = (bits + 0x8000) >> 16 and remainder = bits & 0xFFFF. Adding 0x8000 carries into the upper half exactly when the
-// remainder is 0x8000 or more, so the upper half is weight - (remainder >> 15): the pair is exact for every master but NaN, of which there
-// is one, that stays NaN in the weight.
+// A bf16 weight is its f32 master rounded to the nearest, ties away from zero; the master's lower 16 bits lie beside
+// it. With `bits` the master's, weight = (bits + 0x8000) >> 16 and remainder = bits & 0xFFFF. Adding 0x8000 carries
+// into the upper half exactly when the remainder is 0x8000 or more, so the upper half is weight - (remainder >> 15):
+// the pair is exact for every master but NaN, of which there is one, that stays NaN in the weight.
 //
-// Launches take up to SEGMENTS tensors, described in their arguments. One block of 256 threads a 4096 elements (sum_squares: one warp).
-// Bytes an element: add 12; sum_squares 4; adamw 28 (weight, two moments read and written, gradient read; a bf16 weight with its
-// remainder is as wide as its master); sgd 12, with momentum 20; finite_check 4 / 2. All are bound by memory: 90-95 % of the copy rate is
-// expected. sum_squares ends with one warp a tensor that adds up to 9,000 blocks in order, some 60 us for 38 million elements.
+// Launches take up to SEGMENTS tensors, described in their arguments. One block of 256 threads a 4096 elements
+// (sum_squares: one warp).
+// Bytes an element: add 12; sum_squares 4; adamw 28 (weight, two moments read and written, gradient read; a bf16 weight
+// with its remainder is as wide as its master); sgd 12, with momentum 20; finite_check 4 / 2. All are bound by memory:
+// 90-95 % of the copy rate is expected. sum_squares ends with one warp a tensor that adds up to 9,000 blocks in order,
+// some 60 us for 38 million elements.
 #include "gpu.cuh"
 #include "gpu/pointwise.cuh"
 
@@ -103,7 +106,8 @@ GPU_EXPORT(sum_squares_tensors)
 // What an update reads of the step.
 struct Gate { float grad_scale; int open; };
 
-// One warp. `table` is null without clipping. A NaN norm gives a NaN factor: it must reach the weights, so that the next loss shows it.
+// One warp. `table` is null without clipping. A NaN norm gives a NaN factor: it must reach the weights, so that the
+// next loss shows it.
 extern "C" __global__ void __launch_bounds__(32) update_gate(Gate* gate, const double* table, int tensors, double max_norm, const float* losses, int count) {
   double factor = 1;
   if (table) {

@@ -1,12 +1,13 @@
 // Maximum and average pooling over windows of images; one (image, channel) pair is a plane.
-//   x, d_x (planes, H, W), out, d_out (planes, H', W') f32 or bf16; argmax (planes, H', W') i32: row times W plus column of the maximum.
+//   x, d_x (planes, H, W), out, d_out (planes, H', W') f32 or bf16; argmax (planes, H', W') i32: row times W plus
+//   column of the maximum.
 //   out = the greatest value of the window, or its sum divided by the window's size, padding counting as zeros.
-//   Padding never is a maximum. The first of equal values in row-major order wins; a NaN beats every number, and a later NaN an earlier one,
-//   as in PyTorch. A window with nothing inside the plane gives minus infinity and -1.
+//   Padding never is a maximum. The first of equal values in row-major order wins; a NaN beats every number, and a
+//   later NaN an earlier one, as in PyTorch. A window with nothing inside the plane gives minus infinity and -1.
 //   d_x: each position adds up what the windows that cover it give it, in row-major order: no atomics.
-// Overwrites its outputs. These kernels take any shape, one thread an element of the output, for windows of 32 elements and more (large) one
-// warp an average: pool_tile.cu is faster where a few rows of a plane fit into shared memory. An element costs them 100 instructions and
-// more: 10 to 50 % of the copy rate.
+// Overwrites its outputs. These kernels take any shape, one thread an element of the output, for windows of 32 elements
+// and more (large) one warp an average: pool_tile.cu is faster where a few rows of a plane fit into shared memory. An
+// element costs them 100 instructions and more: 10 to 50 % of the copy rate.
 #include "gpu.cuh"
 #include "gpu/pool.cuh"
 

@@ -1,7 +1,8 @@
 // Pooling through shared memory: what pool.cu computes, for planes of which a few rows at least fit there.
-//   x, d_x (planes, H, W), out, d_out (planes, H', W') f32 or bf16; argmax (planes, H', W') i32. What beats what is said in pool.cu.
-// A block has some whole planes, or a strip of rows of one: what it reads of x, and what it writes, is one contiguous stretch, moved 16 bytes at
-// a time.
+//   x, d_x (planes, H, W), out, d_out (planes, H', W') f32 or bf16; argmax (planes, H', W') i32. What beats what is
+//   said in pool.cu.
+// A block has some whole planes, or a strip of rows of one: what it reads of x, and what it writes, is one contiguous
+// stretch, moved 16 bytes at a time.
 //   forward   the stretch of x comes by cp.async, then a thread takes one window after another; a warp does, of averages, where windows are
 //             few and large. Maxima of 3 x 3 and 2 x 2 go down a column, with what a row of the window has kept for the next: places outside
 //             count as the nearest inside, which changes no maximum.
@@ -10,9 +11,9 @@
 //             is the sum in this order.
 //   avg grad  where one window has the whole plane: d_out over the window's size, a pack at a time.
 // Overwrites its outputs; the same bits everywhere: nothing depends on the grid.
-// Bytes: every operand once; of strips also the rows that windows of two share, 3 % at 112 x 112. 26 KB of shared memory a block, 6 to 8 blocks a
-// multiprocessor. About 70 instructions a window of 3 x 3 forward, 40 a window and 3 an element back. Expected: 75 % of the copy rate for
-// maxima in bf16, 85 % the others.
+// Bytes: every operand once; of strips also the rows that windows of two share, 3 % at 112 x 112. 26 KB of shared
+// memory a block, 6 to 8 blocks a multiprocessor. About 70 instructions a window of 3 x 3 forward, 40 a window and 3 an
+// element back. Expected: 75 % of the copy rate for maxima in bf16, 85 % the others.
 #include "gpu.cuh"
 #include "gpu/pool.cuh"
 #include "gpu/row.cuh"
@@ -22,7 +23,8 @@ constexpr int TILE_BYTES = 26624;     // of x, or of d_x in f32
 constexpr int WINDOWS = 8;            // of a thread of the maximum's gradient
 constexpr int WHOLE_PACKS = 4;        // of a thread of the average's gradient
 
-// How planes are shared out: `planes` whole ones a block, or where strips > 1 one strip of `rows` rows, of the output that is.
+// How planes are shared out: `planes` whole ones a block, or where strips > 1 one strip of `rows` rows, of the output
+// that is.
 struct Cut { int planes, strips, rows; };
 
 // Walks over places of (planes, rows, cols) in steps of THREADS, without a division a step.
@@ -39,7 +41,8 @@ struct Places {
   }
 };
 
-// `n` elements into shared memory. The result is the first one's place there: 16-byte words of the one side are those of the other.
+// `n` elements into shared memory. The result is the first one's place there: 16-byte words of the one side are those
+// of the other.
 template <class T> DEV const T* stage(T* shared, const T* from, int n) {
   constexpr int N = Pack<T>::N;
   Packs<T> at(from, n);
@@ -101,7 +104,8 @@ template <class T> DEV void max_windows(T* out, int32_t* argmax, const Share<T>&
   }
 }
 
-// Windows of K x K, K being 2 or 3: a thread goes down a column of them. The last row of a window is looked at once where the next begins with it.
+// Windows of K x K, K being 2 or 3: a thread goes down a column of them. The last row of a window is looked at once
+// where the next begins with it.
 template <int K, class T> DEV void max_columns(T* out, int32_t* argmax, const Share<T>& share, const Sizes& s) {
   int columns = share.count * s.out_width, groups = columns < THREADS ? THREADS / columns : 1, group = threadIdx.x / columns;
   if (groups == 1) group = 0;
@@ -174,7 +178,8 @@ template <class T> DEV void avg_forward(T* out, const T* x, int64_t planes, cons
   }
 }
 
-// Windows a power of two of rows apart, or of columns, have no place in common: mask_h and mask_w are one less, mask_w has bits_w bits.
+// Windows a power of two of rows apart, or of columns, have no place in common: mask_h and mask_w are one less, mask_w
+// has bits_w bits.
 template <class T> DEV void max_grad(T* d_x, const T* d_out, const int32_t* argmax, int64_t planes, const Sizes& s, const Cut& cut, int mask_h, int mask_w, int bits_w) {
   constexpr int N = Pack<T>::N, NOWHERE = -1;
   GPU_SHARED(float, shared, [TILE_BYTES / 4]);

@@ -1,16 +1,20 @@
 // Rotary position embedding (Su et al. 2021, arXiv:2104.09864, eq. 34), with the pairs of Llama's weights.
-//   x, out (B, T, cols) f32 or bf16, whose rows begin with `heads` heads of `width`. With a = x[i] and b = x[i + width/2] of a head and the angle
-//   p = t base^(-2i/width) at position t: out[i] = a cos p - b sin p, out[i + width/2] = b cos p + a sin p. The rest of a row is copied.
-//   per_pair is -2/width log2(base). Of a frequency f = base^(-2i/width) the share k = clamp(constant + slope f, 0, 1) stays and the rest is
-//   multiplied by `slowed`, for long contexts (graph::RotaryScaling). With sign -1 the angles are negative: the turn back, which is the gradient.
-// Overwrites out, which may be x. A block takes the rows of one position in `together` sequences, or of `run` positions in all sequences where these are
-// few; it first makes the cosines and sines of up to 256 pairs and positions, once for all its sequences. A thread has a 16-byte pack of either half of
-// a head, or two packs of what is copied, and goes over the block's rows, the next one's packs on their way while it turns what it has: its first ones
-// while angles are made. Angles are taken in f64 and reduced to part of a turn before they are rounded: at t = 10^5 an f32 angle would be off by 4e-3.
-// Deterministic: nothing is summed.
-// Of llama_1b's 3072 columns of bf16 a block has 192 threads of 48 registers, each 32 bytes or more on their way: 6 KB a block, 42 KB a multiprocessor
-// that holds seven, where 20 KB hide 1.4 us of latency. Before a block's first store lie its launch and its angles, some 2 us: with a row a block
-// that was most of its life, and an H200 made 68 % of the copy rate; blocks have up to four rows, as long as there are 12 blocks for each multiprocessor
+//   x, out (B, T, cols) f32 or bf16, whose rows begin with `heads` heads of `width`. With a = x[i] and b = x[i +
+//   width/2] of a head and the angle p = t base^(-2i/width) at position t: out[i] = a cos p - b sin p, out[i + width/2]
+//   = b cos p + a sin p. The rest of a row is copied.
+//   per_pair is -2/width log2(base). Of a frequency f = base^(-2i/width) the share k = clamp(constant + slope f, 0, 1)
+//   stays and the rest is multiplied by `slowed`, for long contexts (graph::RotaryScaling). With sign -1 the angles are
+//   negative: the turn back, which is the gradient.
+// Overwrites out, which may be x. A block takes the rows of one position in `together` sequences, or of `run` positions
+// in all sequences where these are few; it first makes the cosines and sines of up to 256 pairs and positions, once for
+// all its sequences. A thread has a 16-byte pack of either half of a head, or two packs of what is copied, and goes
+// over the block's rows, the next one's packs on their way while it turns what it has: its first ones while angles are
+// made. Angles are taken in f64 and reduced to part of a turn before they are rounded: at t = 10^5 an f32 angle would
+// be off by 4e-3. Deterministic: nothing is summed.
+// Of llama_1b's 3072 columns of bf16 a block has 192 threads of 48 registers, each 32 bytes or more on their way: 6 KB
+// a block, 42 KB a multiprocessor that holds seven, where 20 KB hide 1.4 us of latency. Before a block's first store
+// lie its launch and its angles, some 2 us: with a row a block that was most of its life, and an H200 made 68 % of the
+// copy rate; blocks have up to four rows, as long as there are 12 blocks for each multiprocessor
 // (device/cuda/rotary.rs), so that fewer rows, as of one short sequence, are spread out as before.
 // Bytes: x and out once; where out is x, the heads alone. Expected: 90 % of the copy rate.
 #include "gpu.cuh"
@@ -19,8 +23,8 @@
 constexpr int THREADS = 256;  // at most
 constexpr int ANGLES = 256;   // that are kept at once: of so many pairs, at one position or several
 
-// Cosine and sine of 2 pi turns, by their series within an eighth of a turn of a quarter's multiple: exact to f32's rounding, and without the
-// stack that the library's take for large angles.
+// Cosine and sine of 2 pi turns, by their series within an eighth of a turn of a quarter's multiple: exact to f32's
+// rounding, and without the stack that the library's take for large angles.
 struct Direction { float cos, sin; };
 DEV Direction direction(double turns) {
   double quarters = floor(4 * turns + 0.5);
@@ -40,7 +44,8 @@ DEV double frequency(int pair, double per_pair, Slowing slowing) {
   return f * (kept + (1 - kept) * slowing.slowed);
 }
 
-// Sizes, and how a block's rows are chosen: `together` sequences, `run` positions. One of them is 1, or all sequences are taken together.
+// Sizes, and how a block's rows are chosen: `together` sequences, `run` positions. One of them is 1, or all sequences
+// are taken together.
 struct Sizes { int batch, positions, cols, heads, width, together, run; };
 
 // N neighbours in shared memory, where they are aligned.

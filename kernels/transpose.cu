@@ -1,14 +1,15 @@
-// Axes in another order: out[i0,i1,..] = x[..] with output axis k being input axis axes[k], up to 6 axes. Bits are moved, none computed, so
-// kernels are told apart by the bytes of what they move, not by its type. Overwrites out.
+// Axes in another order: out[i0,i1,..] = x[..] with output axis k being input axis axes[k], up to 6 axes. Bits are
+// moved, none computed, so kernels are told apart by the bytes of what they move, not by its type. Overwrites out.
 //
-// device/cuda/transpose.rs drops axes of size 1 and merges neighbours that stay neighbours. What is left has one of two forms:
+// device/cuda/transpose.rs drops axes of size 1 and merges neighbours that stay neighbours. What is left has one of two
+// forms:
 //   gather  the last axis is still the last (heads taken apart or put together), or a tile would be mostly empty: thread t moves units t,
 //           t + 256, .. of the output, 4 a thread. A unit is as much of the last axis as 16, 8, 4 or 2 bytes hold.
 //   tile    input and output end in different axes: block by block through shared memory, 32 x 32 elements of 4 bytes or 64 x 64 of 2, so
 //           that a warp reads and writes whole lines of 128 bytes. A line of the tile is a word longer than it need be, so that a column is
 //           spread over all banks. One block of 256 threads a tile.
-// Bytes an element (f32 / bf16): 8 / 4. Expected: 90 % of the copy rate for both; a gather of single elements, for axes shorter than 16,
-// reads whole lines for a part of them and counts on the L2 cache for the rest: 30-60 %.
+// Bytes an element (f32 / bf16): 8 / 4. Expected: 90 % of the copy rate for both; a gather of single elements, for axes
+// shorter than 16, reads whole lines for a part of them and counts on the L2 cache for the rest: 30-60 %.
 #include "gpu.cuh"
 
 constexpr int THREADS = 256;
@@ -18,7 +19,8 @@ constexpr int AXES = 6;
 // Output axes, last one fastest: their sizes and their strides in the input, in units.
 struct Axes { int count, size[AXES]; int64_t stride[AXES]; };
 
-// Where the unit in place i of the output lies in the input. Index is 32 bits wide where that is enough: divisions cost.
+// Where the unit in place i of the output lies in the input. Index is 32 bits wide where that is enough: divisions
+// cost.
 template <class Index> DEV int64_t place_of(const Axes& axes, Index i) {
   int64_t place = 0;
   for (int k = axes.count - 1; k > 0; k--) {
@@ -52,8 +54,8 @@ GPU_EXPORT(transpose_gather_4)
 GPU_EXPORT(transpose_gather_8)
 GPU_EXPORT(transpose_gather_16)
 
-// The two axes that change places at the end, and the others, of which there are up to 4: out[.., col, .., row] = x[.., row, .., col].
-// The input's elements of a row lie side by side, the output's of a column. Strides in elements.
+// The two axes that change places at the end, and the others, of which there are up to 4: out[.., col, .., row] = x[..,
+// row, .., col]. The input's elements of a row lie side by side, the output's of a column. Strides in elements.
 struct Tiles {
   int rows, cols, count, size[AXES - 2];
   int64_t row_stride, col_stride;                            // of a row in the input, of a column in the output

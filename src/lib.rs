@@ -1,8 +1,9 @@
 //! Trains Transformers and CNNs that are larger than the memory they are given.
 //!
-//! A model is traced once into a graph ([`graph`]), differentiated, cut into shards under a memory budget ([`spill`]) and
-//! run on lanes with the copies beside the arithmetic ([`engine`]). The bits of the result do not depend on the budget, the cut, the devices
-//! or the number of threads. A small GPT on a device with a quarter of the memory that its state takes:
+//! A model is traced once into a graph ([`graph`]), differentiated, cut into shards under a memory budget ([`spill`])
+//! and run on lanes with the copies beside the arithmetic ([`engine`]). The bits of the result do not depend on the
+//! budget, the cut, the devices or the number of threads. A small GPT on a device with a quarter of the memory that its
+//! state takes:
 //!
 //! ```
 //! use hydra::data::{RandomSource, RandomOptions, names};

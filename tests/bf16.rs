@@ -94,7 +94,8 @@ impl Observer for StopAt {
     }
 }
 
-/// A run that is stopped and goes on under another plan, from a checkpoint of the masters, ends in the bits of one that was not.
+/// A run that is stopped and goes on under another plan, from a checkpoint of the masters, ends in the bits of one that
+/// was not.
 #[test]
 fn a_stopped_run_goes_on_with_the_same_bits() {
     let dir = tempfile::tempdir().expect("a folder");

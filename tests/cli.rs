@@ -197,7 +197,8 @@ fn taken_apart(bytes: &[u8]) -> (Value, Vec<u8>) {
 /// A place in a file system that takes nothing, for root neither.
 const TAKES_NOTHING: &str = "/sys/kernel/hydra";
 
-/// The exit code of who writes there: where there is no such folder the input is at fault, and where it refuses the machine is.
+/// The exit code of who writes there: where there is no such folder the input is at fault, and where it refuses the
+/// machine is.
 fn code_of_nothing() -> i32 {
     match fs::create_dir(TAKES_NOTHING).expect_err("it takes nothing").kind() {
         ErrorKind::NotFound => 2,
@@ -353,8 +354,8 @@ fn plan_is_text_or_what_plan_json_holds_and_writes_nothing() {
     job.hydra(&["plan", "--set", "device.0.profile=V100"]).bad(&["device.0.profile", "did you mean \"v100\""]);
 }
 
-/// What `plan` says would help, each promise held against the plan of a job that has that thing: its name, and how to set it. Three at least are
-/// worth a line.
+/// What `plan` says would help, each promise held against the plan of a job that has that thing: its name, and how to
+/// set it. Three at least are worth a line.
 fn keeps_what_it_promises(job: &Job, things: &[(&str, &str)]) -> String {
     let step_secs = |sets: &[&str]| -> f64 {
         let ran = job.hydra(&[&["plan", "--json"], sets].concat()).fine();

@@ -1,5 +1,6 @@
-//! What the disk tier promises besides the same bits (`same_bits`, `fleet`): host memory within its budget with as little on the disk as will do, and on the
-//! virtual clock a step that is about as long as the slower of the disk and the rest.
+//! What the disk tier promises besides the same bits (`same_bits`, `fleet`): host memory within its budget with as
+//! little on the disk as will do, and on the virtual clock a step that is about as long as the slower of the disk and
+//! the rest.
 
 mod common;
 
@@ -39,7 +40,8 @@ fn a_step_is_as_long_as_the_slower_of_the_disk_and_the_rest() {
             let (fast, _) = step(&model, on_disk, clips, 1e11);
             assert!(fast < 1.06 * without, "{what}: {fast:e} with a fast disk, {without:e} with none");
             let (slow, busiest) = step(&model, on_disk, clips, 1e8);
-            // With the norm, moments are read when all gradients have been written: 16 bytes a parameter one after another, and reads alone are 12.
+            // With the norm, moments are read when all gradients have been written: 16 bytes a parameter one after
+            // another, and reads alone are 12.
             let chain = if clips && on_disk == OnDisk::Gradients { 16.0 / 12.0 } else { 1.0 };
             assert!(slow < 1.06 * chain * busiest, "{what}: {slow:e} with a slow disk, which works {busiest:e}");
             for bytes_per_sec in [3e8, 1e9, 3e9, 1e10] {
@@ -99,7 +101,8 @@ fn refused(plan: hydra::base::Result<Plan>) -> String {
     }
 }
 
-/// Takes all bytes from the disk tier's file in `folder`, which has no name: what is read from it then is missing, as from a disk that fails.
+/// Takes all bytes from the disk tier's file in `folder`, which has no name: what is read from it then is missing, as
+/// from a disk that fails.
 fn lose_the_file_in(folder: &Path) {
     let folder = folder.canonicalize().expect("a folder");
     let descriptors = std::fs::read_dir("/proc/self/fd").expect("descriptors").filter_map(Result::ok);

@@ -1,5 +1,5 @@
-//! Whole trainings on the cuda device over the emulator: PyTorch's cases, the same bits however a model is cut, on however many GPUs and in whatever
-//! order streams run, bf16 beside f32, and the layer that a NaN came from.
+//! Whole trainings on the cuda device over the emulator: PyTorch's cases, the same bits however a model is cut, on
+//! however many GPUs and in whatever order streams run, bf16 beside f32, and the layer that a NaN came from.
 
 mod common;
 
@@ -30,7 +30,8 @@ fn two_gpus(arch: u32) -> Vec<Facts> {
     vec![Emulated::facts_of(0, arch), second]
 }
 
-/// A case of PyTorch's: losses and weights within its tolerances, and the same bits under the smallest budget and another order.
+/// A case of PyTorch's: losses and weights within its tolerances, and the same bits under the smallest budget and
+/// another order.
 fn check_fixture(name: &str, arch: u32) {
     let case = Case::open(name);
     let options = TrainOptions { device: emulated(arch, 0), ..case.options() };
@@ -255,7 +256,8 @@ fn two_devices(facts: Vec<Facts>, gpus: [usize; 2], seed: u32) -> CudaDevice {
 
 /// Queues a copy.
 fn submit(device: &mut dyn Device, lane: u16, task: Task, after: &[Ticket]) -> Ticket {
-    // SAFETY: the emulator's streams run on the thread that waits, one copy at a time: in the wrong order they move the wrong bytes, and no more.
+    // SAFETY: the emulator's streams run on the thread that waits, one copy at a time: in the wrong order they move the
+    // wrong bytes, and no more.
     unsafe { device.submit(lane, task, after) }
 }
 
@@ -275,7 +277,8 @@ fn ends(device: &mut CudaDevice, count: usize) -> Vec<Completion> {
     (0..count).map(|_| device.next_completion(10.0).expect("a copy ends")).collect()
 }
 
-/// Several logical devices on one GPU, each with its own arena; and a copy that forgot its ticket goes wrong under some order.
+/// Several logical devices on one GPU, each with its own arena; and a copy that forgot its ticket goes wrong under some
+/// order.
 #[test]
 fn streams_run_in_any_order_that_tickets_allow() {
     let run = |seed: u32, with_tickets: bool| -> u8 {
@@ -295,7 +298,8 @@ fn streams_run_in_any_order_that_tickets_allow() {
     assert!((0..16).any(|seed| run(seed, false) != 7), "no order shows a missing ticket");
 }
 
-/// Through the first GPU's memory and the second's and back: a wait between streams of two GPUs orders them, and times say so.
+/// Through the first GPU's memory and the second's and back: a wait between streams of two GPUs orders them, and times
+/// say so.
 #[test]
 fn gpus_wait_for_each_other() {
     // As two clocks are read: the zero of each is known to a moment in which a thread may be interrupted.
@@ -448,8 +452,8 @@ fn fleet_models(members: &[Member]) -> Vec<FleetModel> {
     members.iter().enumerate().map(model).collect()
 }
 
-/// Trains the members as `placed` on logical devices that lie on `gpus` of `facts`, and gives what each computed: taking turns by `policy`, or without in
-/// `lines`.
+/// Trains the members as `placed` on logical devices that lie on `gpus` of `facts`, and gives what each computed:
+/// taking turns by `policy`, or without in `lines`.
 fn train(
     members: &[Member],
     placed: &[Placed],
@@ -496,7 +500,8 @@ fn train(
     collects.into_iter().enumerate().map(outcome).collect()
 }
 
-/// Two GPUs, two logical devices on one, or one device that spills: the bits of each model alone on a GPU with all the memory it wants.
+/// Two GPUs, two logical devices on one, or one device that spills: the bits of each model alone on a GPU with all the
+/// memory it wants.
 #[test]
 fn a_mix_of_models_has_the_same_bits_on_any_gpus() {
     let members = three(90);

@@ -1,5 +1,5 @@
-//! The emulator that stands for a GPU finds what it must: `tests/emulator/run.sh` compiles small kernels for it, right ones and ones with
-//! a mistake each, and runs them under eight orders of execution.
+//! The emulator that stands for a GPU finds what it must: `tests/emulator/run.sh` compiles small kernels for it, right
+//! ones and ones with a mistake each, and runs them under eight orders of execution.
 
 use std::process::Command;
 

@@ -1,5 +1,5 @@
-//! Promise 1 with many models and devices: whatever the policy, the number of devices and the company, each model computes the bits of its lone,
-//! unconstrained run. One that is cancelled or fails takes nothing of that away.
+//! Promise 1 with many models and devices: whatever the policy, the number of devices and the company, each model
+//! computes the bits of its lone, unconstrained run. One that is cancelled or fails takes nothing of that away.
 
 mod common;
 
@@ -532,7 +532,8 @@ fn reading<'a>(fleet_model: ModelToTrain<'a>, reads: &Arc<()>) -> ModelToTrain<'
     ModelToTrain { source: wrap(fleet_model.source), valid: fleet_model.valid.map(wrap), ..fleet_model }
 }
 
-/// Adds the last of the six once the first has done a step, then one whose weights are another model's, and cancels another a step later.
+/// Adds the last of the six once the first has done a step, then one whose weights are another model's, and cancels
+/// another a step later.
 struct Changes<'a> {
     foreign: &'a Pretrained,
     entries: &'a [Entry],
@@ -694,7 +695,8 @@ fn a_plan_that_does_not_wait_for_the_norm_refuses_to_clip() {
     }
 }
 
-/// With a byte less than what a refusal names there is another, which names the same; with that every arena keeps to it.
+/// With a byte less than what a refusal names there is another, which names the same; with that every arena keeps to
+/// it.
 #[test]
 fn baselines_keep_to_the_budget_that_a_refusal_names() {
     let entry = |name, small, steps, batch| Entry {
@@ -702,7 +704,8 @@ fn baselines_keep_to_the_budget_that_a_refusal_names() {
         small,
         options: TrainOptions { batch, microbatch: batch, ..TrainOptions::new(steps) },
     };
-    // One of much state and one of much workspace beside one that takes a device of its own: an arena with the most of each would be too large.
+    // One of much state and one of much workspace beside one that takes a device of its own: an arena with the most of
+    // each would be too large.
     let unlike = vec![
         entry("state", Small::gpt(48, 2, 2, 5, 0.0), 2, 1),
         entry("workspace", Small::gpt(16, 2, 1, 40, 0.0), 2, 24),

@@ -1,4 +1,5 @@
-//! What the compilers said of the kernels: no register spills, no stack frames, no products in turn, and every kernel that is launched by name is there.
+//! What the compilers said of the kernels: no register spills, no stack frames, no products in turn, and every kernel
+//! that is launched by name is there.
 //!
 //! Reads the logs that `build.rs` keeps of ptxas, for every architecture that is built.
 
@@ -115,8 +116,8 @@ fn no_spills_and_no_stack_frames() {
 
 #[test]
 fn warpgroups_share_what_a_block_is_launched_with() {
-    // `RegisterShares` in kernels/gpu.cuh counts on as many registers a thread as a multiprocessor has for a block: with fewer, a warpgroup that asks for more
-    // waits forever.
+    // `RegisterShares` in kernels/gpu.cuh counts on as many registers a thread as a multiprocessor has for a block:
+    // with fewer, a warpgroup that asks for more waits forever.
     let sources = ["conv_hopper", "conv_hopper_pointwise", "conv_hopper_weight", "gemm_hopper"];
     let attention = ["attention_hopper", "attention_hopper_grad_q", "attention_hopper_grad_kv"];
     for stem in sources.into_iter().chain(attention) {

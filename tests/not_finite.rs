@@ -1,5 +1,5 @@
-//! A loss that is not finite ends the run at that step, with the name of the first layer whose output is not finite, and with the
-//! weights as they were before the step.
+//! A loss that is not finite ends the run at that step, with the name of the first layer whose output is not finite,
+//! and with the weights as they were before the step.
 
 mod common;
 
@@ -142,8 +142,8 @@ fn the_layer_with_the_planted_weight_is_named_in_a_resnet() {
     check_planted(&Small::resnet(&[6, 9], &[1, 1], [13, 11]), DType::Bf16);
 }
 
-/// NaN among the pixels of the second microbatch of step 2, with step 3 in flight behind it, whose own loss is finite: in host memory no
-/// update of either is to be seen.
+/// NaN among the pixels of the second microbatch of step 2, with step 3 in flight behind it, whose own loss is finite:
+/// in host memory no update of either is to be seen.
 #[test]
 fn a_bad_pixel_stops_its_step_and_the_one_behind_it() {
     let small = Small::resnet(&[6, 9], &[1, 1], [13, 11]);
@@ -178,8 +178,8 @@ fn a_bad_pixel_stops_its_step_and_the_one_behind_it() {
     }
 }
 
-/// Without clipping a step's norms and updates give way to the next step's forward; the loss of that may be known before them. Whatever comes first,
-/// the steps before are told, and their updates are whole.
+/// Without clipping a step's norms and updates give way to the next step's forward; the loss of that may be known
+/// before them. Whatever comes first, the steps before are told, and their updates are whole.
 #[test]
 fn the_step_before_is_whole() {
     let small = Small::resnet(&[6, 9], &[1, 1], [13, 11]);
@@ -214,7 +214,8 @@ fn the_step_before_is_whole() {
     }
 }
 
-/// The first microbatch breaks down in the second layer, where a large embedding is squared; the second one in the first layer already.
+/// The first microbatch breaks down in the second layer, where a large embedding is squared; the second one in the
+/// first layer already.
 #[test]
 fn the_first_layer_is_the_first_of_all_microbatches() {
     let small = Small::gpt(14, 2, 2, 9, 0.0);

@@ -1,8 +1,10 @@
-//! Promise of the policies: on small cases whose optimum a solver has proved, locality-lrtf comes close to it, and nobody comes below it.
+//! Promise of the policies: on small cases whose optimum a solver has proved, locality-lrtf comes close to it, and
+//! nobody comes below it.
 //!
-//! A case is a fleet of chains on simulated devices where only arithmetic and fetches of weights take time. The fixture has what each unit takes and
-//! the least makespan of any order of units, found by `scripts/optimal/solve.py`, which says what it leaves out. The cases here must still
-//! be those that were solved: their seconds and bytes are compared first.
+//! A case is a fleet of chains on simulated devices where only arithmetic and fetches of weights take time. The fixture
+//! has what each unit takes and the least makespan of any order of units, found by `scripts/optimal/solve.py`, which
+//! says what it leaves out. The cases here must still be those that were solved: their seconds and bytes are compared
+//! first.
 //!
 //! `HYDRA_OPTIMAL_CASES=FILE cargo test --test optimal` writes the cases without optima, for the solver.
 
@@ -22,8 +24,8 @@ const AGAIN: &str = "HYDRA_OPTIMAL_CASES=cases.json cargo test --test optimal &&
 
 /// Cases that there are to be at least.
 const LEAST_CASES: usize = 30;
-/// How far above the optima locality-lrtf may be, on average and at worst: as it is, and as it is rehearsed for each case, which is to come within 2 % and
-/// 7 %. That takes so many simulations of a tenth of a millisecond.
+/// How far above the optima locality-lrtf may be, on average and at worst: as it is, and as it is rehearsed for each
+/// case, which is to come within 2 % and 7 %. That takes so many simulations of a tenth of a millisecond.
 const PLAIN: (f64, f64) = (0.042, 0.145);
 const REHEARSED: (f64, f64) = (0.02, 0.07);
 const TRIES: usize = 512;
@@ -87,8 +89,8 @@ struct Fleet {
 }
 
 impl Fleet {
-    /// `count` random chains on devices of these `speeds`, where fetches of all units take `copies` of the seconds of all units on the fastest device.
-    /// Links are of one rate, or as fast as their devices.
+    /// `count` random chains on devices of these `speeds`, where fetches of all units take `copies` of the seconds of
+    /// all units on the fastest device. Links are of one rate, or as fast as their devices.
     fn random(random: &mut Random, count: usize, speeds: &[f64], copies: f64, most_units: usize) -> Fleet {
         let (mut layers, mut steps): (Vec<Vec<Vec<usize>>>, Vec<u64>);
         loop {

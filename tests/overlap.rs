@@ -1,7 +1,8 @@
-//! Copies run beside the arithmetic: shown on a virtual clock against bounds, and on the order of events with real threads.
+//! Copies run beside the arithmetic: shown on a virtual clock against bounds, and on the order of events with real
+//! threads.
 //!
-//! Bound A is what the busiest lane has to do in a step; bound B is the same visits under the same slots by a recurrence that shares no
-//! code with the engine (`overlap/bound.rs`). Nothing here looks at wall time.
+//! Bound A is what the busiest lane has to do in a step; bound B is the same visits under the same slots by a
+//! recurrence that shares no code with the engine (`overlap/bound.rs`). Nothing here looks at wall time.
 
 #[path = "overlap/bound.rs"]
 mod bound;
@@ -133,7 +134,8 @@ fn random_models_come_close_to_the_recurrence() {
     println!("{}", spread("seconds where some rest, of those where none does", resting));
     assert!(longest < 1.1, "with some at rest a step takes {longest} of what it takes with none");
     assert!(short.is_empty(), "{} of {count} cases are below 0.97 of B", short.len());
-    // The recurrence would be no bound if it were slower than what it bounds: it is a schedule too, so ties may fall either way.
+    // The recurrence would be no bound if it were slower than what it bounds: it is a schedule too, so ties may fall
+    // either way.
     assert!(shares.last().is_some_and(|s| s.of_b < 1.01), "the recurrence is slower than the engine");
 }
 
@@ -190,7 +192,8 @@ fn equal_plan(model: &Model, slots: Option<usize>) -> Arc<Plan> {
     Arc::new(Plan::new(model, &options, &CostModel::stated(1e11, 2e10, 1e10)).expect("no budget"))
 }
 
-/// Trains a few steps on the host device with a recorder beside the engine and a recording of every task's memory below it.
+/// Trains a few steps on the host device with a recorder beside the engine and a recording of every task's memory below
+/// it.
 fn run_on_host(chain: &Chain, slots: Option<usize>, link: Option<f64>, clip: Option<f64>, steps: u64) -> Ran {
     let model = chain.model();
     let plan = equal_plan(&model, slots);
@@ -252,7 +255,8 @@ fn run_on_host(chain: &Chain, slots: Option<usize>, link: Option<f64>, clip: Opt
     Ran { events: read_trace(&path).expect("our own file"), log, bits }
 }
 
-/// Of the forward visits after the first step, how many had the next shard's fetch begin before they ended, and how many there were.
+/// Of the forward visits after the first step, how many had the next shard's fetch begin before they ended, and how
+/// many there were.
 fn fetches_ahead(events: &[Event], shards: usize) -> (usize, usize) {
     let steps = events.iter().map(|e| e.step).max().expect("events") + 1;
     let first_start = |what, step, shard: usize| {

@@ -1,5 +1,6 @@
-//! The fixtures against PyTorch: logits of the first batch, losses and weights after AdamW steps, resident and under small budgets. On the host;
-//! where `HYDRA_KERNEL_TESTS_DEVICE` names another device, on that (see `common::device`), but for the logits.
+//! The fixtures against PyTorch: logits of the first batch, losses and weights after AdamW steps, resident and under
+//! small budgets. On the host; where `HYDRA_KERNEL_TESTS_DEVICE` names another device, on that (see `common::device`),
+//! but for the logits.
 
 mod common;
 

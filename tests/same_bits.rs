@@ -1,5 +1,6 @@
-//! Promise 1: the bits of weights, moments, losses, norms and running statistics follow from the model, the data and the recipe alone (f32
-//! or bf16 is part of it), never from budgets, cuts, slots, tiers, links, threads, or the order in which things happen to end.
+//! Promise 1: the bits of weights, moments, losses, norms and running statistics follow from the model, the data and
+//! the recipe alone (f32 or bf16 is part of it), never from budgets, cuts, slots, tiers, links, threads, or the order
+//! in which things happen to end.
 
 mod common;
 

@@ -1,11 +1,13 @@
-//! How near `locality-lrtf` comes to what no schedule can beat, over random workloads on simulated devices, by the executor that trains: the first 300 of
-//! them, or as many as `HYDRA_WORKLOADS` says. What the documents say is of 1,000.
+//! How near `locality-lrtf` comes to what no schedule can beat, over random workloads on simulated devices, by the
+//! executor that trains: the first 300 of them, or as many as `HYDRA_WORKLOADS` says. What the documents say is of
+//! 1,000.
 //!
-//! The distribution is [`Workload::new`]'s. A workload's copies can be hidden where no visit copies for longer, in both directions together, than it
-//! computes. What is wanted there is a makespan within 3 % of the bound in the median and 10 % at the 95th percentile; in 99 % of all
-//! workloads one that is at most 2 % longer than `sharded-lrtf`'s; and where all copies exceed all arithmetic, one that is 10 % shorter in the
-//! median. Wanted of the policy as the program runs it: rehearsed, here for a small part of the seconds that the program takes at most. What the
-//! policy reaches without rehearsals is held too.
+//! The distribution is [`Workload::new`]'s. A workload's copies can be hidden where no visit copies for longer, in both
+//! directions together, than it computes. What is wanted there is a makespan within 3 % of the bound in the median and
+//! 10 % at the 95th percentile; in 99 % of all workloads one that is at most 2 % longer than `sharded-lrtf`'s; and
+//! where all copies exceed all arithmetic, one that is 10 % shorter in the median. Wanted of the policy as the program
+//! runs it: rehearsed, here for a small part of the seconds that the program takes at most. What the policy reaches
+//! without rehearsals is held too.
 
 #[path = "schedule/held.rs"]
 mod held;
@@ -26,7 +28,8 @@ fn workloads() -> u64 {
     asked.map_or(300, |n| n.parse().expect("HYDRA_WORKLOADS is a number"))
 }
 
-/// Visits of shards that a workload's rehearsals may simulate: a fifth of a second. The largest workloads are hardly rehearsed then.
+/// Visits of shards that a workload's rehearsals may simulate: a fifth of a second. The largest workloads are hardly
+/// rehearsed then.
 const VISITS: u64 = 20_000;
 
 /// What became of a workload.
@@ -54,7 +57,8 @@ fn outcome(seed: u64) -> Outcome {
     assert!(gap > -1e-9, "{workload}: below the bound by {gap}");
     let (hideable, exposed) = (workload.greatest_ratio() <= 1.0, workload.whole_ratio() > 1.0);
     let ratio = locality.makespan_secs / lrtf.makespan_secs;
-    // A rehearsal makes nothing worse, so what is well without is left alone. The bound that is to be neared is that of whole units.
+    // A rehearsal makes nothing worse, so what is well without is left alone. The bound that is to be neared is that of
+    // whole units.
     let rehearsed = match hideable || exposed || ratio > 1.02 {
         true => workload.rehearse(VISITS, !hideable),
         false => locality.makespan_secs,

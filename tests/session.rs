@@ -188,8 +188,8 @@ fn a_run_after_the_last_step_validates_and_ends() {
     assert_eq!(valid.to_bits(), collect.0.valid[0]);
 }
 
-/// What is due is due, whoever begins the steps: a validation that a resumed run owes waits for none, and one at a step that was begun by hand is made. So it
-/// is with one that the observer wants, where it was asked.
+/// What is due is due, whoever begins the steps: a validation that a resumed run owes waits for none, and one at a step
+/// that was begun by hand is made. So it is with one that the observer wants, where it was asked.
 #[test]
 fn steps_by_hand_and_a_run_after_them_validate_when_it_is_due() {
     #[derive(Default)]

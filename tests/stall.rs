@@ -1,4 +1,5 @@
-//! Promise 4: every wait has an owner. What does not end is named with those who wait for it, what fails ends the run, and nothing hangs.
+//! Promise 4: every wait has an owner. What does not end is named with those who wait for it, what fails ends the run,
+//! and nothing hangs.
 
 mod common;
 
@@ -15,7 +16,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-/// Runs `body` on a thread of its own and fails the test where it does not end in time: a hang is what these tests look for.
+/// Runs `body` on a thread of its own and fails the test where it does not end in time: a hang is what these tests look
+/// for.
 fn within<T: Send + 'static>(secs: u64, what: &str, body: impl FnOnce() -> T + Send + 'static) -> T {
     let (sender, receiver) = channel();
     let thread = std::thread::spawn(move || {
@@ -83,8 +85,8 @@ fn first_error(driver: &mut Driver) -> Option<Error> {
     driver.engine.wait_idle().err()
 }
 
-/// Withholds the `number`-th completion of a lane and checks what the message says. The lanes are compute, to the device, from the
-/// device, arithmetic of the host.
+/// Withholds the `number`-th completion of a lane and checks what the message says. The lanes are compute, to the
+/// device, from the device, arithmetic of the host.
 fn check_withheld(resident: bool, lane: u16, number: u64) {
     let what = format!("resident {resident}, lane {lane}, completion {number}");
     let name = what.clone();
@@ -216,8 +218,8 @@ fn a_task_that_never_ends_is_named_and_left_to_itself() {
     }
 }
 
-/// What comes home for a checkpoint or at the end is waited for by the loop that has an eye on every model; a device that fails there is the run's fault, in
-/// its own words.
+/// What comes home for a checkpoint or at the end is waited for by the loop that has an eye on every model; a device
+/// that fails there is the run's fault, in its own words.
 #[test]
 fn a_stall_on_the_way_home_is_told_as_such() {
     let mut stalled = 0;

@@ -1,5 +1,6 @@
-//! Promise 3: after the second step a run allocates nothing. Live bytes are flat, and nothing of 4 KiB or more is allocated on any thread
-//! save by the GEMM library, which makes its packing buffers anew; such a request is told from ours by its backtrace.
+//! Promise 3: after the second step a run allocates nothing. Live bytes are flat, and nothing of 4 KiB or more is
+//! allocated on any thread save by the GEMM library, which makes its packing buffers anew; such a request is told from
+//! ours by its backtrace.
 
 mod common;
 
@@ -72,8 +73,8 @@ unsafe impl GlobalAlloc for Watching {
 #[global_allocator]
 static ALLOCATOR: Watching = Watching;
 
-/// Steps of a run. Live bytes are read at rest after `FIRST` and after all; large requests are looked at in the two windows, the first
-/// from the end of the second step on.
+/// Steps of a run. Live bytes are read at rest after `FIRST` and after all; large requests are looked at in the two
+/// windows, the first from the end of the second step on.
 const STEPS: u64 = 120;
 const FIRST: u64 = 10;
 const WINDOWS: [std::ops::Range<u64>; 2] = [2..8, 100..104];
@@ -123,8 +124,9 @@ impl Observer for Watch {
     }
 }
 
-/// Whether it was the GEMM library, or the crate that makes its buffers, that asked: it stands just above the allocator. Deeper frames prove
-/// nothing, since a thread that waits inside the library may run any other work of its pool meanwhile.
+/// Whether it was the GEMM library, or the crate that makes its buffers, that asked: it stands just above the
+/// allocator. Deeper frames prove nothing, since a thread that waits inside the library may run any other work of its
+/// pool meanwhile.
 fn is_of_gemm(trace: &str) -> bool {
     // A vector that grows has other frames there, and a backtrace without symbols none.
     let Some(asked) = trace.split("__rust_alloc").nth(1) else { return false };
@@ -145,7 +147,8 @@ fn check(what: &str, mut session: Session, dir: &Path) {
     WATCHED.store(false, Ordering::Relaxed);
 
     let &[first, last] = watch.live.as_slice() else { panic!("{what}: at rest {} times", watch.live.len()) };
-    // Channels keep a block or two of places for messages, whose number depends on the moment: less than 20 bytes a step.
+    // Channels keep a block or two of places for messages, whose number depends on the moment: less than 20 bytes a
+    // step.
     assert!(last - first < 2200, "{what}: live bytes grew from {first} to {last} in {} steps", STEPS - FIRST);
     println!("{what}: live bytes {first} and {last}");
 
@@ -164,7 +167,8 @@ fn check(what: &str, mut session: Session, dir: &Path) {
     INSIDE.with(|inside| inside.set(false));
 }
 
-/// Resident; on its way with every boundary tensor; the same with one slot and recomputation, with half of it at rest, and from the disk. In f32, and those that differ in bf16.
+/// Resident; on its way with every boundary tensor; the same with one slot and recomputation, with half of it at rest,
+/// and from the disk. In f32, and those that differ in bf16.
 fn plans(layers: usize) -> Vec<(&'static str, DType, PlanOptions)> {
     let base = PlanOptions::default();
     let cut: Vec<_> = (0..layers).map(|l| l..l + 1).collect();

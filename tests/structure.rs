@@ -1,8 +1,8 @@
-//! Reads the sources and holds them to the house rules: which module may use which, where `unsafe` may stand and that it says
-//! why, what finished code does not hold, and that every file says what it is for.
+//! Reads the sources and holds them to the house rules: which module may use which, where `unsafe` may stand and that
+//! it says why, what finished code does not hold, and that every file says what it is for.
 //!
-//! The rules work on tokens, with comments and literals taken apart, so that a word in a message is no violation. Planted
-//! violations in the last tests show that each rule can fail.
+//! The rules work on tokens, with comments and literals taken apart, so that a word in a message is no violation.
+//! Planted violations in the last tests show that each rule can fail.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -15,10 +15,11 @@ const ON_BASE_ALONE: [&str; 3] = ["trace", "sched", "data"];
 const UNSAFE_MODULE: &str = "device";
 /// And in the one bench that calls another library's functions: cuBLAS, beside our products.
 const UNSAFE_BENCH: &str = "benches/kernels/peers.rs";
-/// Where an unsafe function may be declared, and nothing unsafe be done: an embedder's kernels are what he says they are.
+/// Where an unsafe function may be declared, and nothing unsafe be done: an embedder's kernels are what he says they
+/// are.
 const UNSAFE_DECLARED: &str = "src/graph/custom.rs";
-/// What may be unsafe in a test, a bench or an example: a counting allocator, since the trait is unsafe, and a use of what the library gives as unsafe: a
-/// device's functions, called or handed on, and an embedder's kernels.
+/// What may be unsafe in a test, a bench or an example: a counting allocator, since the trait is unsafe, and a use of
+/// what the library gives as unsafe: a device's functions, called or handed on, and an embedder's kernels.
 const UNSAFE_TRAIT: &str = "GlobalAlloc";
 const DEVICE_FUNCTIONS: [&str; 4] = ["submit", "write_host", "read_host", "unpoisoned_bytes"];
 const UNSAFE_TYPE: &str = "Kernels";
@@ -101,7 +102,8 @@ fn read(text: &str) -> Source {
     source
 }
 
-/// Where a string or character that begins at `start` ends, and how many line breaks are in it; `None` where none begins.
+/// Where a string or character that begins at `start` ends, and how many line breaks are in it; `None` where none
+/// begins.
 fn literal(chars: &[char], start: usize) -> Option<(usize, usize)> {
     let at = |i: usize| chars.get(i).copied().unwrap_or('\0');
     let after_word = start > 0 && (at(start - 1).is_alphanumeric() || at(start - 1) == '_');
@@ -173,7 +175,8 @@ fn is_test_file(path: &str) -> bool {
         || stem.ends_with("_tests")
 }
 
-/// The crate's own modules that a file names, with their lines: after `crate::`, or after as many `super::` as lead to the root.
+/// The crate's own modules that a file names, with their lines: after `crate::`, or after as many `super::` as lead to
+/// the root.
 fn used_modules(path: &str, source: &Source) -> Vec<(String, usize)> {
     let (tokens, contexts) = (&source.tokens, contexts(&source.tokens));
     let is = |i: usize, text: &str| tokens.get(i).is_some_and(|t| t.text == text);
@@ -239,7 +242,8 @@ fn check_layers(path: &str, source: &Source) -> Vec<String> {
     wrong.map(|(name, line)| format!("{path}:{}: {module} may not use {name}", line + 1)).collect()
 }
 
-/// Whether the comment lines that end above `line` give a reason after `marker`. Lines of the same statement are passed over.
+/// Whether the comment lines that end above `line` give a reason after `marker`. Lines of the same statement are passed
+/// over.
 fn has_reason_above(source: &Source, line: usize, marker: &str) -> bool {
     let mut at = line;
     while at > 0 {

@@ -1,4 +1,5 @@
-//! What is not a kernel: copies by pinned memory one way and both ways at once, the time from a task to the next, and the update.
+//! What is not a kernel: copies by pinned memory one way and both ways at once, the time from a task to the next, and
+//! the update.
 
 use crate::machine::{COMPUTE, D2H, Fill, H2D, Machine};
 use crate::report::{Row, Spread, Unit};

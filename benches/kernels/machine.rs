@@ -1,7 +1,8 @@
 //! One device with an arena, and programs of one op repeated over several sets of operands.
 //!
-//! A sample is one program: the op again and again, each time on the next set, so that what is read has left the L2 and the cost of
-//! starting a program is spread. Its time is that between the two marks around it on the device's own clock.
+//! A sample is one program: the op again and again, each time on the next set, so that what is read has left the L2 and
+//! the cost of starting a program is spread. Its time is that between the two marks around it on the device's own
+//! clock.
 
 use crate::shapes::Case;
 use half::bf16;
@@ -223,7 +224,8 @@ impl Machine {
     fn fill_host(&mut self) {
         let bytes = self.effort.pattern_bytes as usize;
         let mut sequence = Sequence::new(1, 0);
-        // As many as are drawn in a moment, then again with another beginning: what matters is that bits look like those of real numbers.
+        // As many as are drawn in a moment, then again with another beginning: what matters is that bits look like
+        // those of real numbers.
         let drawn: Vec<f32> = (0..(bytes / 4).min(1 << 20)).map(|_| sequence.normal() as f32).collect();
         let at = |i: usize| drawn[(i + i / drawn.len() * 7919) % drawn.len()];
         let wide: Vec<f32> = (0..bytes / 4).map(at).collect();
@@ -246,7 +248,8 @@ impl Machine {
         Ok(())
     }
 
-    /// Fills stretches of the arena, each of `bytes`, from patterns in host memory; each begins elsewhere in its pattern.
+    /// Fills stretches of the arena, each of `bytes`, from patterns in host memory; each begins elsewhere in its
+    /// pattern.
     ///
     /// # Errors
     /// When a copy fails.
@@ -291,7 +294,8 @@ impl Machine {
         self.time(H2D, Task::Copy(spans)).map(drop)
     }
 
-    /// The program that is sampled, and how often it repeats its op: whole rounds of the sets, as many as fill a sample.
+    /// The program that is sampled, and how often it repeats its op: whole rounds of the sets, as many as fill a
+    /// sample.
     ///
     /// # Errors
     /// When the op fails.
@@ -331,7 +335,8 @@ impl Machine {
 
     /// Queues a task.
     pub fn submit(&mut self, lane: u16, task: Task, after: &[Ticket]) -> Ticket {
-        // SAFETY: tasks that are timed at once have memory of their own, the others are waited for one by one; each bench lays out what its tasks touch.
+        // SAFETY: tasks that are timed at once have memory of their own, the others are waited for one by one; each
+        // bench lays out what its tasks touch.
         unsafe { self.device.submit(lane, task, after) }
     }
 

@@ -21,7 +21,8 @@ pub struct Product {
 }
 
 impl Product {
-    /// The product in a linear layer's op; `None` for any other. Bias and activation are not in it: cuBLAS computes less there.
+    /// The product in a linear layer's op; `None` for any other. Bias and activation are not in it: cuBLAS computes
+    /// less there.
     pub fn of(case: &Case) -> Option<Product> {
         let node = case.node();
         let shape = |value| &case.graph.info(value).shape;
@@ -86,8 +87,8 @@ mod cublas {
     /// What cuBLAS may use besides its operands; its documentation recommends 32 MiB for Hopper.
     const WORKSPACE_BYTES: usize = 32 << 20;
 
-    /// A handle with a stream, and the operands of one product. It lives in the primary context that the device under test made current
-    /// on this thread, so it is opened after that device and dropped before it.
+    /// A handle with a stream, and the operands of one product. It lives in the primary context that the device under
+    /// test made current on this thread, so it is opened after that device and dropped before it.
     pub struct Cublas {
         handle: sys::cublasHandle_t,
         stream: cu::CUstream,

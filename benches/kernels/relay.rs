@@ -1,8 +1,9 @@
 //! The measurements run in a process of their own, and in another one from the item after it where an item fails.
 //!
-//! A kernel's fault is its context's, and the context is its process's: nothing runs on that GPU again before the process has ended. So one process, the
-//! relay, gathers rows and writes the JSON, and touches no GPU. It starts another that measures, which tells it by lines of its output how far it is. Items are
-//! numbered alike in each: from which one it goes on, and the ceilings that were found, stand in its environment.
+//! A kernel's fault is its context's, and the context is its process's: nothing runs on that GPU again before the
+//! process has ended. So one process, the relay, gathers rows and writes the JSON, and touches no GPU. It starts
+//! another that measures, which tells it by lines of its output how far it is. Items are numbered alike in each: from
+//! which one it goes on, and the ceilings that were found, stand in its environment.
 
 use crate::report::{self, Ceilings, Row};
 use hydra::base::{Error, Result};
@@ -47,7 +48,8 @@ pub fn say(said: Said) {
     println!("{MARK}{message}");
 }
 
-/// Ends a measuring process after an item that failed. At once: what the driver does at an ordinary end might wait for a kernel that does not.
+/// Ends a measuring process after an item that failed. At once: what the driver does at an ordinary end might wait for
+/// a kernel that does not.
 pub fn fail() -> ! {
     std::process::abort()
 }

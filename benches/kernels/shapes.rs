@@ -1,7 +1,7 @@
 //! The named shape table: what real models ask of each op. Sizes are those of `peers.py`, so that rows pair up.
 //!
-//! An entry is one forward op. It is traced between parameters and a loss and differentiated like any model, and the ops of its gradient
-//! are taken from that graph: shapes and element types are the graph's own.
+//! An entry is one forward op. It is traced between parameters and a loss and differentiated like any model, and the
+//! ops of its gradient are taken from that graph: shapes and element types are the graph's own.
 
 use hydra::base::{DType, Result, Shape};
 use hydra::graph::{
@@ -66,8 +66,8 @@ const fn conv(channels: usize, side: usize, out: usize, kernel: usize, stride: u
     Spec::Conv { images: 128, channels, side, out, kernel, stride }
 }
 
-/// Model and place, and what stands there. GPT-2 at 8 x 1024 tokens (norms and losses of `peers.py` at 16 x 1024), BERT-large at 32 x 512,
-/// ViT-B at 64 x 197, Llama 1B at 4 x 2048, ResNet-50 at 128 images of 224 x 224.
+/// Model and place, and what stands there. GPT-2 at 8 x 1024 tokens (norms and losses of `peers.py` at 16 x 1024),
+/// BERT-large at 32 x 512, ViT-B at 64 x 197, Llama 1B at 4 x 2048, ResNet-50 at 128 images of 224 x 224.
 const TABLE: &[(&str, Spec)] = &[
     ("square/1024", linear(1024, 1024, 1024, Plain, OutIn)),
     ("square/4096", linear(4096, 4096, 4096, Plain, OutIn)),

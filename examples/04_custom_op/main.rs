@@ -1,7 +1,9 @@
-//! An op of one's own, with its host body, its kernel and its gradient: squared ReLU, trained in a small network on every device here.
+//! An op of one's own, with its host body, its kernel and its gradient: squared ReLU, trained in a small network on
+//! every device here.
 //!
-//! Nothing in the crate knows of it. Its kernels (`squared_relu.cu`) are compiled like the crate's own: by nvcc into a fatbin, and for the
-//! emulator by `kernels/emulator/build.sh`; see `build.rs`, whose lines an embedder's own build script repeats.
+//! Nothing in the crate knows of it. Its kernels (`squared_relu.cu`) are compiled like the crate's own: by nvcc into a
+//! fatbin, and for the emulator by `kernels/emulator/build.sh`; see `build.rs`, whose lines an embedder's own build
+//! script repeats.
 
 use hydra::base::{DType, Result, Shape};
 use hydra::data::{RandomOptions, RandomSource, names};
@@ -43,7 +45,8 @@ impl CustomOp for SquaredRelu {
         }
     }
     fn kernels(&self) -> Option<Kernels> {
-        // SAFETY: each entry point of squared_relu.cu takes its output, its inputs and the number of their elements, as `launch` gives them.
+        // SAFETY: each entry point of squared_relu.cu takes its output, its inputs and the number of their elements, as
+        // `launch` gives them.
         Some(unsafe { Kernels::new("squared_relu", FATBIN, EMULATED) })
     }
     fn launch(&self, dtype: DType, shapes: &[&Shape], launch: &mut dyn FnMut(&KernelCall)) {

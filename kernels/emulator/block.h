@@ -1,7 +1,7 @@
 // A block of CUDA threads: who is ready to run, what they share, and which asynchronous work is on its way.
 //
-// An operating system thread runs one block at a time. The object is reused from block to block, so that a block costs no
-// allocation; `current_block` is the one that this operating system thread runs.
+// An operating system thread runs one block at a time. The object is reused from block to block, so that a block costs
+// no allocation; `current_block` is the one that this operating system thread runs.
 #pragma once
 #include <string>
 #include <utility>

@@ -1,7 +1,8 @@
 // The bulk copy engine (TMA): boxes of a matrix to shared memory and back, swizzled on the way.
 //
-// A box lies row by row without gaps. With a swizzle of 128 bytes, bits 4 to 6 of a byte's shared address are xored with bits 7
-// to 9 (PTX ISA, "Swizzling modes"; CuTe's Swizzle<3,4,3>), so that a column of 16-byte pieces spreads over all banks.
+// A box lies row by row without gaps. With a swizzle of 128 bytes, bits 4 to 6 of a byte's shared address are xored
+// with bits 7 to 9 (PTX ISA, "Swizzling modes"; CuTe's Swizzle<3,4,3>), so that a column of 16-byte pieces spreads over
+// all banks.
 #include <cstring>
 
 #include "block.h"
@@ -11,7 +12,8 @@ namespace sim {
 
 void mbar_complete_bytes(uint64_t* bar, uint32_t bytes);
 
-// Calls row(first byte of it in the box, global pointer or null outside of the tensor) for every row of a box: all that the innermost axis has.
+// Calls row(first byte of it in the box, global pointer or null outside of the tensor) for every row of a box: all that
+// the innermost axis has.
 template <class Row> static void for_rows(const Box& box, Row row) {
   const TensorMap& m = box.map;
   for (uint32_t r = 0; r < m.box_rows(); r++) {

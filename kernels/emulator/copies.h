@@ -1,7 +1,8 @@
-// Asynchronous work under way: cp.async copies and bulk stores of a thread, bulk loads of a block, products of a warpgroup.
+// Asynchronous work under way: cp.async copies and bulk stores of a thread, bulk loads of a block, products of a
+// warpgroup.
 //
-// Work runs when it is issued, when somebody waits for it, or, for bulk loads, in between, as the launch's seed has it. Until it
-// is waited for, the race detector counts its memory as in use.
+// Work runs when it is issued, when somebody waits for it, or, for bulk loads, in between, as the launch's seed has it.
+// Until it is waited for, the race detector counts its memory as in use.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -62,8 +63,9 @@ struct BulkStore {
 };
 using StoreGroups = Groups<BulkStore>;
 
-// A warpgroup product: where its operands and the accumulators of its 128 threads are. Operands in registers are what they were when it was issued:
-// what is assigned to such a variable later is another register to nvcc, which says so where it cannot be (tests/emulator/planted).
+// A warpgroup product: where its operands and the accumulators of its 128 threads are. Operands in registers are what
+// they were when it was issued: what is assigned to such a variable later is another register to nvcc, which says so
+// where it cannot be (tests/emulator/planted).
 struct Product {
   Wgmma what;
   float* d[128];

@@ -1,6 +1,7 @@
 // A fiber: a stack of its own, and where it stopped.
 //
-// x86-64 System V only: a switch saves the callee-saved registers and changes stacks, in about 2 ns. AddressSanitizer is told.
+// x86-64 System V only: a switch saves the callee-saved registers and changes stacks, in about 2 ns. AddressSanitizer
+// is told.
 #pragma once
 #include <cstddef>
 #include <utility>

@@ -1,5 +1,5 @@
-// GPU_EXPORT(k): `int k_sim(const sim::Launch*, void** args)` for a kernel `k`, with args as cuLaunchKernel takes them, and its
-// name in the list.
+// GPU_EXPORT(k): `int k_sim(const sim::Launch*, void** args)` for a kernel `k`, with args as cuLaunchKernel takes them,
+// and its name in the list.
 #pragma once
 #include <cstring>
 #include <type_traits>

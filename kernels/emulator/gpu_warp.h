@@ -75,8 +75,9 @@ inline uint32_t __ballot_sync(uint32_t mask, int predicate, GPU_HERE("__ballot_s
 inline int __any_sync(uint32_t mask, int predicate, GPU_HERE("__any_sync")) { return sim::vote(mask, predicate, site) != 0; }
 inline int __all_sync(uint32_t mask, int predicate, GPU_HERE("__all_sync")) { return sim::vote(mask, !predicate, site) == 0; }
 
-// ---- matrix fragments: 8 x 8 matrices of 16-bit elements, one or more at once. Lane 8 i + r gives the address of row r of
-// matrix i. A lane holds in register i the elements (l / 4, 2 (l % 4)) and the next of matrix i, or of its transpose.
+// ---- matrix fragments: 8 x 8 matrices of 16-bit elements, one or more at once. Lane 8 i + r gives the address of row
+// r of matrix i. A lane holds in register i the elements (l / 4, 2 (l % 4)) and the next of matrix i, or of its
+// transpose.
 namespace sim {
 struct Rows {
   uint32_t* regs;

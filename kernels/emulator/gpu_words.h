@@ -9,8 +9,8 @@
 #define __host__
 #define __forceinline__ inline
 #define __noinline__ __attribute__((noinline))
-// Most threads of a block, which a GPU refuses to exceed, are kept with the kernel's code: a nop for each warp of them, at its entry. No other place that a
-// macro here can write to says which kernel it is of.
+// Most threads of a block, which a GPU refuses to exceed, are kept with the kernel's code: a nop for each warp of them,
+// at its entry. No other place that a macro here can write to says which kernel it is of.
 #define __launch_bounds__(...) __attribute__((patchable_function_entry(::sim::bound_in_warps(__VA_ARGS__))))
 namespace sim {
 constexpr unsigned bound_in_warps(int threads, int = 0) { return static_cast<unsigned>(threads) / 32; }
@@ -87,7 +87,8 @@ template <class T> inline void __stcg(T* p, T v) { *p = v; }
 template <class T> inline T load_stream(const T* p) { return *p; }
 template <class T> inline void store_stream(T* p, const T& v) { *p = v; }
 
-// An aligned 16-byte word of which some bytes are an operand's, the rest padding or a neighbour's: no checker may look at it.
+// An aligned 16-byte word of which some bytes are an operand's, the rest padding or a neighbour's: no checker may look
+// at it.
 __attribute__((no_sanitize("address", "thread"), noinline)) inline uint4 load_whole_word(const uint4* p) { return *p; }
 inline void store16(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
 inline void store8(void* p, float2 v) { *static_cast<float2*>(p) = v; }

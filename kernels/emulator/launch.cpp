@@ -1,8 +1,8 @@
 // Launches; see launch.h.
 //
-// A launch is a job. The thread that launches takes blocks of it one by one, and so do the helpers that are free. Blocks do not
-// depend on each other, so who runs which changes nothing; of several failures, the one of the first block by the launch's order
-// is told.
+// A launch is a job. The thread that launches takes blocks of it one by one, and so do the helpers that are free.
+// Blocks do not depend on each other, so who runs which changes nothing; of several failures, the one of the first
+// block by the launch's order is told.
 #include "launch.h"
 
 #include <atomic>
@@ -130,7 +130,8 @@ static void run(Job& job, unsigned helpers) {
   }
 }
 
-// Of this operating system thread. A plain pointer: kernels are loaded with dlopen, which has little room for thread-local data.
+// Of this operating system thread. A plain pointer: kernels are loaded with dlopen, which has little room for
+// thread-local data.
 static __thread std::string* last_error = nullptr;
 
 int refuse(const std::string& message) {

@@ -24,8 +24,8 @@ static void settle(uint64_t* bar, Word& w) {
   Block& b = *current_block;
   for (unsigned i = 0; i < b.count; i++) {
     Thread& t = b.threads[i];
-    // A wait knows the phase that runs and the one before by their parity alone (PTX ISA, "mbarrier.test_wait"): two phases later it takes the one that
-    // runs for its own. Here it has been woken; on a GPU it may look only now.
+    // A wait knows the phase that runs and the one before by their parity alone (PTX ISA, "mbarrier.test_wait"): two
+    // phases later it takes the one that runs for its own. Here it has been woken; on a GPU it may look only now.
     if (t.passed == bar)
       fail("an mbarrier ends another phase before thread %u has gone on from its wait for the one before, in %s at %s:%d", t.linear, t.site.what,
            t.site.file, t.site.line);

@@ -7,7 +7,8 @@
 
 namespace sim {
 
-// Lets everybody go on. `last_goes_on`: the running thread is a member that did not park, and not one that only arrived.
+// Lets everybody go on. `last_goes_on`: the running thread is a member that did not park, and not one that only
+// arrived.
 static void release(Meeting& m, bool last_goes_on) {
   Block& b = *current_block;
   for (Thread* t : m.waiting) b.wake(t);
@@ -43,8 +44,8 @@ static void meet(Meeting& m, unsigned slot, int expected, Op op, void* arg, bool
   }
 }
 
-// Masks may differ as long as nobody waits in a circle: another meeting may expect this lane, but not hold one that this lane
-// waits for.
+// Masks may differ as long as nobody waits in a circle: another meeting may expect this lane, but not hold one that
+// this lane waits for.
 static Meeting& meeting_for(WarpMeetings& meetings, uint32_t mask, unsigned lane, const Site& site) {
   Meeting* fresh = nullptr;
   for (Meeting& m : meetings) {
@@ -76,8 +77,8 @@ void warp_collective(uint32_t mask, Op op, void* arg, const Site& site) {
   if (lanes < WARP) mask &= (1u << lanes) - 1;  // the block's last warp may have fewer
   Meeting& m = meeting_for(b.warps[t->linear / WARP], mask, t->lane, site);
   m.present |= 1u << t->lane;
-  // Of what a warp does together, __syncwarp alone orders memory. Shuffles and votes do not (CUDA C++ Programming Guide, "Warp Shuffle Functions"), nor is
-  // it said of ldmatrix, stmatrix and mma.
+  // Of what a warp does together, __syncwarp alone orders memory. Shuffles and votes do not (CUDA C++ Programming
+  // Guide, "Warp Shuffle Functions"), nor is it said of ldmatrix, stmatrix and mma.
   meet(m, t->lane, __builtin_popcount(mask), op, arg, op == nullptr, site);
 }
 
@@ -85,7 +86,8 @@ void warpgroup_collective(Op op, void* arg, const Site& site) {
   Thread* t = self();
   Meeting& m = current_block->warpgroups[t->linear / WARPGROUP].meeting;
   if (m.args.empty()) m.args.resize(WARPGROUP);
-  // More than a GPU promises: there a wait orders the products before what each thread does next, not the threads' own accesses among each other.
+  // More than a GPU promises: there a wait orders the products before what each thread does next, not the threads' own
+  // accesses among each other.
   meet(m, t->linear % WARPGROUP, WARPGROUP, op, arg, true, site);
 }
 

@@ -109,8 +109,8 @@ void meet(const std::vector<Knowledge>& members, const std::vector<Thread*>& rel
 void proxy_fence(Thread* t) {
   if (!on) return;
   current_block->shadow.fences = true;
-  // A fence counts anywhere on the way from the write to the asynchronous read (PTX ISA, "Causality order"): also after the
-  // barrier.
+  // A fence counts anywhere on the way from the write to the asynchronous read (PTX ISA, "Causality order"): also after
+  // the barrier.
   Clock fenced = *t->knowledge.others;
   fenced[t->linear] = t->knowledge.own;
   t->knowledge.fenced = std::make_shared<const Clock>(std::move(fenced));
@@ -318,8 +318,8 @@ void begin(const void* p, size_t bytes, bool write, unsigned owner, bool async_p
     const unsigned writer = c.write.thread();
     if (unordered(c.write, t))
       fail("race: %s touches byte %zd of %s, written by %s %u without ordering", what, at - w.start, w.of, kind(writer), writer);
-    // Also before it writes: the generic proxy's write may otherwise land later. Reads of the generic proxy before it writes need no fence: a barrier's
-    // wait, as every ring of bulk loads has it.
+    // Also before it writes: the generic proxy's write may otherwise land later. Reads of the generic proxy before it
+    // writes need no fence: a barrier's wait, as every ring of bulk loads has it.
     if (async_proxy && c.write && writer < current_block->count && c.write.clock() > (*t->knowledge.fenced)[writer])
       fail("race: %s %s byte %zd of %s, which thread %u wrote without a fence.proxy.async after it", what, write ? "overwrites" : "reads", at - w.start,
            w.of, writer);

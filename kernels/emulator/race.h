@@ -1,10 +1,10 @@
 // The race detector: reports accesses to the same memory that nothing puts in order, one of them a write.
 //
-// It is on when kernels were compiled with -fsanitize=thread: the compiler's calls at every access land in tsan_hooks.cpp rather
-// than in its own library. Happens-before is kept as a vector clock for every CUDA thread (Lamport 1978; Mattern 1989) plus
-// entries for the copy engine; memory is watched in cells of two bytes, the smallest element that kernels use. Beside shared
-// memory it watches the buffers given to sim_track(), there also between the blocks of a launch, which nothing puts in order at
-// all.
+// It is on when kernels were compiled with -fsanitize=thread: the compiler's calls at every access land in
+// tsan_hooks.cpp rather than in its own library. Happens-before is kept as a vector clock for every CUDA thread
+// (Lamport 1978; Mattern 1989) plus entries for the copy engine; memory is watched in cells of two bytes, the smallest
+// element that kernels use. Beside shared memory it watches the buffers given to sim_track(), there also between the
+// blocks of a launch, which nothing puts in order at all.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -18,8 +18,8 @@ struct Block;
 struct Thread;
 
 using Clock = std::vector<uint32_t>;
-// A clock that does not change any more, since several hold it: those that met have it in common, so that a barrier costs a clock
-// rather than one a thread.
+// A clock that does not change any more, since several hold it: those that met have it in common, so that a barrier
+// costs a clock rather than one a thread.
 using SharedClock = std::shared_ptr<const Clock>;
 
 namespace race {
@@ -45,7 +45,8 @@ struct Barrier {
   bool published = false;
 };
 
-// When a thread did something: its number, or an entry's of the copy engine, and its clock, which is never 0. Nothing is 0.
+// When a thread did something: its number, or an entry's of the copy engine, and its clock, which is never 0. Nothing
+// is 0.
 class Stamp {
   static constexpr unsigned CLOCK_BITS = 21;
   uint32_t bits = 0;
@@ -62,13 +63,14 @@ class Stamp {
   bool is_beside(Stamp other) const { return ((bits ^ other.bits) & ~(31u << CLOCK_BITS)) == 0; }
 };
 
-// What it knows of a cell of two bytes: the last write, and two of the reads since. Where it is in shared memory, reads by more are in its crowd.
+// What it knows of a cell of two bytes: the last write, and two of the reads since. Where it is in shared memory, reads
+// by more are in its crowd.
 struct Cell {
   uint32_t epoch : 31, crowded : 1;
   Stamp write, read[2];
 };
-// A thread each of some more warps, lest one that nobody waits for be forgotten for those that come later. Apart from the cell: few have one, and the memory
-// that all cells take is what the detector's time goes to.
+// A thread each of some more warps, lest one that nobody waits for be forgotten for those that come later. Apart from
+// the cell: few have one, and the memory that all cells take is what the detector's time goes to.
 struct Crowd {
   Stamp read[4];
   bool has_beside(Stamp one) const {
@@ -91,8 +93,8 @@ void start_block(Block&, uint32_t number);
 
 // The running thread's accesses.
 void access(const void* p, size_t bytes, bool write);
-// Asynchronous work is checked when it is issued, and under way until ended with the time that stands for its end. `owner`: a thread, an entry of the
-// copy engine, or the first thread of a warpgroup.
+// Asynchronous work is checked when it is issued, and under way until ended with the time that stands for its end.
+// `owner`: a thread, an entry of the copy engine, or the first thread of a warpgroup.
 // `async_proxy`: by the copy engine or wgmma, which see a thread's writes only after fence.proxy.async.
 void begin(const void* p, size_t bytes, bool write, unsigned owner, bool async_proxy, const char* what);
 void end(const void* p, size_t bytes, bool write, unsigned owner, Stamp done);

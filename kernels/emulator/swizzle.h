@@ -1,7 +1,8 @@
 // How a byte's shared address is permuted, by the bytes of a row that the pattern spans: 0, 32, 64 or 128.
 //
-// The 16-byte piece within a row (address bits 4 and up) is xored with the row within the pattern (bits 7 and up): CuTe's
-// Swizzle<1,4,3>, <2,4,3> and <3,4,3>. A pattern repeats after eight rows and must start at a multiple of its size.
+// The 16-byte piece within a row (address bits 4 and up) is xored with the row within the pattern (bits 7 and up):
+// CuTe's Swizzle<1,4,3>, <2,4,3> and <3,4,3>. A pattern repeats after eight rows and must start at a multiple of its
+// size.
 #pragma once
 #include <cstdint>
 

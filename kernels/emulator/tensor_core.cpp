@@ -1,8 +1,8 @@
 // mma.sync: products of a warp's register fragments.
 //
-// Layouts are those of PTX ISA, "Matrix fragments for mma": of lane l, g = l / 4 and t = l % 4. Each output sums along k in
-// order, from 0, and is then added to the accumulator: one of the orders that the hardware, which does not state its own, may
-// have.
+// Layouts are those of PTX ISA, "Matrix fragments for mma": of lane l, g = l / 4 and t = l % 4. Each output sums along
+// k in order, from 0, and is then added to the accumulator: one of the orders that the hardware, which does not state
+// its own, may have.
 #include <cstring>
 
 #include "block.h"

@@ -3,15 +3,16 @@
 // A descriptor's bits (PTX ISA, "Asynchronous warpgroup level matrix shared memory layout", matrix descriptor format):
 //   0-13 start address, 16-29 leading byte offset, 32-45 stride byte offset, each >> 4; 49-51 base offset;
 //   62-63 swizzle: 0 none, 1 128 bytes, 2 64 bytes, 3 32 bytes.
-// Where an element is, from its canonical layouts in CuTe's words (also CUTLASS, mma_traits_sm90_gmma.hpp), with r the row along
-// M or N, k along K, W the 16-byte pieces that the swizzle spans, and elements of 2 bytes, so that a piece has 8 of them:
+// Where an element is, from its canonical layouts in CuTe's words (also CUTLASS, mma_traits_sm90_gmma.hpp), with r the
+// row along M or N, k along K, W the 16-byte pieces that the swizzle spans, and elements of 2 bytes, so that a piece
+// has 8 of them:
 //   K-major, swizzled    ((8,m),(8,2)) : ((8W,SBO),(1,8))          r % 8 * 16W + r / 8 * SBO + k * 2; LBO is not read
 //   K-major, none        ((8,m),(8,2)) : ((8,SBO),(1,LBO))         r % 8 * 16 + r / 8 * SBO + k % 8 * 2 + k / 8 * LBO
 //   MN-major, swizzled   ((8,W,m),(8,2)) : ((1,8,LBO),(8W,SBO))    r % 8W * 2 + r / 8W * LBO + k % 8 * 16W + k / 8 * SBO
 //   MN-major, none       ((8,1,m),(8,2)) : ((1,8,SBO),(8,LBO))     r % 8 * 2 + r / 8 * SBO + k % 8 * 16 + k / 8 * LBO
-// to which the start address is added, and the swizzle is applied to the sum, as an address. So a start address inside of a
-// pattern, as one gets by stepping along K, means what it means on the device. A base offset other than 0 is not modelled:
-// patterns start at their size.
+// to which the start address is added, and the swizzle is applied to the sum, as an address. So a start address inside
+// of a pattern, as one gets by stepping along K, means what it means on the device. A base offset other than 0 is not
+// modelled: patterns start at their size.
 #include <cstring>
 
 #include "block.h"
@@ -35,8 +36,8 @@ struct Layout {
     mn_major = mn;
     if (desc >> 49 & 7) fail("wgmma: descriptor of %s with a base offset", what);
   }
-  // The shared address of the 16-byte piece that holds (r, k) and the next seven along the major axis. Both are multiples of 8
-  // there.
+  // The shared address of the 16-byte piece that holds (r, k) and the next seven along the major axis. Both are
+  // multiples of 8 there.
   uint32_t piece(int r, int k) const {
     const uint32_t row = static_cast<uint32_t>(r), col = static_cast<uint32_t>(k), width = span_bytes / 16;
     uint32_t at;

@@ -1,8 +1,8 @@
 // What the attention kernels share: sizes, which keys a query sees, the running softmax, dropout of weights.
 //
-// Sizes: B batch, H heads, Hkv heads of k and v, Tq queries, Tk keys, D width. q (B, Tq, H, D), k, v (B, Tk, Hkv, D); q_pitch and
-// kv_pitch are the elements from one position to the next, more than H D or Hkv D where q, k and v are parts of one packed tensor.
-// Scores are kept in units of log2: s = q k^T scale log2(e), so that exp(x) is one exp2.
+// Sizes: B batch, H heads, Hkv heads of k and v, Tq queries, Tk keys, D width. q (B, Tq, H, D), k, v (B, Tk, Hkv, D);
+// q_pitch and kv_pitch are the elements from one position to the next, more than H D or Hkv D where q, k and v are
+// parts of one packed tensor. Scores are kept in units of log2: s = q k^T scale log2(e), so that exp(x) is one exp2.
 #pragma once
 
 struct AttentionSizes {
@@ -33,8 +33,8 @@ struct Head {
 // Keys that any query below `end` sees.
 DEV int keys_seen(const AttentionSizes& s, int end) { return s.causal && end < s.keys ? end : s.keys; }
 
-// Which of the keys from `key` on a sequence's mask shows, for a warp: a lane loads one of each 32, so that all loads are on their way at once, and
-// what the lanes have becomes words of bits, the same in each.
+// Which of the keys from `key` on a sequence's mask shows, for a warp: a lane loads one of each 32, so that all loads
+// are on their way at once, and what the lanes have becomes words of bits, the same in each.
 template <int KEYS> struct Shown {
   int32_t words[KEYS / 32];   // loaded, then voted
   DEV void load(const int32_t* mask, int key, int keys, int lane) {
@@ -62,7 +62,8 @@ template <int KEYS> struct Shown {
   DEV bool hides(int j, int t, int e) const { return !((uint32_t)words[j / 4] >> 2 * t >> (8 * (j % 4) + e) & 1); }
 };
 
-// Of four keys from `key` on, for one thread, as bits: those that are there and that the mask, where there is one, shows.
+// Of four keys from `key` on, for one thread, as bits: those that are there and that the mask, where there is one,
+// shows.
 DEV uint32_t shown_of_4(const AttentionSizes& s, const int32_t* mask, int key) {
   int32_t words[4];
   uint32_t shown = 0;

@@ -1,15 +1,17 @@
-// What the attention kernels on warpgroup products share (sm_90a): parts of the work and their order, tiles of a head in shared memory, fragments.
+// What the attention kernels on warpgroup products share (sm_90a): parts of the work and their order, tiles of a head
+// in shared memory, fragments.
 //
-// In a block one warpgroup asks for bulk copies, the others, its consumers, have 64 rows each of the part that the block makes at a time. A tile
-// lies in columns of 64 with a 128-byte swizzle, each column with all of the tile's rows. A consumer's lane 4 g + t of warp w holds in element
-// 4 j + 2 h + e of an accumulator row 16 w + g + 8 h, column 8 j + 2 t + e; two accumulator columns of 8 are, rounded to bf16, the left
-// operand of the next product: scores never leave the registers.
+// In a block one warpgroup asks for bulk copies, the others, its consumers, have 64 rows each of the part that the
+// block makes at a time. A tile lies in columns of 64 with a 128-byte swizzle, each column with all of the tile's rows.
+// A consumer's lane 4 g + t of warp w holds in element 4 j + 2 h + e of an accumulator row 16 w + g + 8 h, column 8 j +
+// 2 t + e; two accumulator columns of 8 are, rounded to bf16, the left operand of the next product: scores never leave
+// the registers.
 #pragma once
 
 namespace hopper {
-// What a block makes at a time: some positions of a head of a sequence, of which there are `parts` such. The number of a part says where it
-// stands among these. The longest come first, where they are not as long, but no other head's before those of `together` heads, whose tiles fit
-// the L2 cache.
+// What a block makes at a time: some positions of a head of a sequence, of which there are `parts` such. The number of
+// a part says where it stands among these. The longest come first, where they are not as long, but no other head's
+// before those of `together` heads, whose tiles fit the L2 cache.
 struct Part {
   int head, number;
   DEV Part(int at, int heads, int parts, int together) {
@@ -56,7 +58,8 @@ template <int ROWS> DEV bf16* piece_of(bf16* tile, int row, int piece) {
   return tile + piece / 8 * ROWS * BOX + row * BOX + (piece % 8 ^ row % 8) * 8;
 }
 
-// Keeps the compiler from moving uses of products over a wait, up where they are still written, or down from under other products.
+// Keeps the compiler from moving uses of products over a wait, up where they are still written, or down from under
+// other products.
 template <int N> DEV void settle(float (&products)[N]) {
 #pragma unroll
   for (int i = 0; i < N; i++) forget(products[i]);
@@ -75,8 +78,8 @@ template <int W, int ROWS> DEV void issue_gather(float (&acc)[W / 2], const uint
   wgmma_commit();
 }
 
-// Rows 16 warp to 16 warp + 15 of a consumer's accumulator to global memory, of which there are `rows`. By way of a tile of the same shape
-// (its part of 64 rows), so that memory is written in 16-byte pieces.
+// Rows 16 warp to 16 warp + 15 of a consumer's accumulator to global memory, of which there are `rows`. By way of a
+// tile of the same shape (its part of 64 rows), so that memory is written in 16-byte pieces.
 template <int W, int ROWS>
 DEV void write_rows(bf16* to, int64_t pitch, int rows, bf16* tile, const float (&acc)[W / 2], const float (&factors)[2], int warp, int lane) {
   int g = lane / 4, t = lane % 4;

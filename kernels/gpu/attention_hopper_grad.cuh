@@ -1,4 +1,5 @@
-// What the two passes of attention's gradient on warpgroup products share (sm_90a): sizes of tiles, registers, left operands.
+// What the two passes of attention's gradient on warpgroup products share (sm_90a): sizes of tiles, registers, left
+// operands.
 #pragma once
 
 namespace hopper {
@@ -13,8 +14,8 @@ template <bool SEVERAL> using Registers = RegisterShares<THREADS, SEVERAL ? 40 :
 
 constexpr int OWN = 1;                     // named barriers: one for each consumer's threads
 
-// 64 rows of a part's tile as a left operand. Where registers allow they are HELD there: a product of 64 columns with both operands in shared
-// memory takes all of its bandwidth.
+// 64 rows of a part's tile as a left operand. Where registers allow they are HELD there: a product of 64 columns with
+// both operands in shared memory takes all of its bandwidth.
 template <int W, bool HELD> struct LeftRows {
   uint64_t rows;
   uint32_t held[W / 16][4];

@@ -1,10 +1,10 @@
 // Tiles, fragments and products of the bf16 attention kernels on tensor cores (mma.sync m16n8k16, f32 accumulation).
 //
-// A warp has 16 M rows of a tile (queries, or keys where d_k and d_v are made) and all of its N columns. Its lane 4 g + t holds of
-// acc[m][n] the elements (row 16 m + g + 8 h, column 8 n + 2 t + e) at 2 h + e. Two accumulators side by side are, rounded to bf16, the
-// left operand of the next product: weights never leave the registers.
-// Tiles lie in shared memory in rows of W + 8 elements: a row is an odd number of 16-byte pieces, so that the 8 rows that ldmatrix reads at
-// a time, straight or transposed, are in different banks.
+// A warp has 16 M rows of a tile (queries, or keys where d_k and d_v are made) and all of its N columns. Its lane 4 g +
+// t holds of acc[m][n] the elements (row 16 m + g + 8 h, column 8 n + 2 t + e) at 2 h + e. Two accumulators side by
+// side are, rounded to bf16, the left operand of the next product: weights never leave the registers.
+// Tiles lie in shared memory in rows of W + 8 elements: a row is an odd number of 16-byte pieces, so that the 8 rows
+// that ldmatrix reads at a time, straight or transposed, are in different banks.
 #pragma once
 
 namespace tensor {
@@ -17,8 +17,8 @@ struct Lane {
   DEV Lane() : lane(threadIdx.x % 32), g(lane / 4), t(lane % 4) {}
 };
 
-// Rows of a matrix into a tile; rows from `rows` on and columns from `cols` on become 0. The columns are whole 16-byte pieces. Not unrolled:
-// the addresses would take registers that the products need.
+// Rows of a matrix into a tile; rows from `rows` on and columns from `cols` on become 0. The columns are whole 16-byte
+// pieces. Not unrolled: the addresses would take registers that the products need.
 template <int W, int ROWS, int THREADS> DEV void load_tile(bf16* to, const bf16* from, int64_t pitch, int rows, int cols) {
   constexpr int PIECES = W / 8;
   static_assert(ROWS * PIECES % THREADS == 0, "threads have as many pieces each");
@@ -149,8 +149,8 @@ DEV void write_rows(bf16* to, int64_t pitch, int rows, int cols, bf16* tile, con
   }
 }
 
-// Scores of keys that a query does not see become minus infinity: of those after it, and that are not there. Rows are queries, `query` the first;
-// `key` is the first column.
+// Scores of keys that a query does not see become minus infinity: of those after it, and that are not there. Rows are
+// queries, `query` the first; `key` is the first column.
 template <int M, int N> DEV void hide_by_query(float (&w)[M][N][4], const AttentionSizes& s, int query, int key, const Lane& at) {
 #pragma unroll
   for (int m = 0; m < M; m++)
@@ -192,8 +192,9 @@ template <int M, int N> DEV void hide_by_key(float (&w)[M][N][4], int query, int
     }
 }
 
-// Which weights dropout keeps. Four keys share a block of random words, and the lanes that hold them share out the blocks.
-// acc[m][n][i] is kept if bit 4 n + i of kept[m] is set. Here rows are queries, the first `row` among all (B, H, Tq).
+// Which weights dropout keeps. Four keys share a block of random words, and the lanes that hold them share out the
+// blocks. acc[m][n][i] is kept if bit 4 n + i of kept[m] is set. Here rows are queries, the first `row` among all (B,
+// H, Tq).
 template <int M, int N>
 DEV void draw_by_query(uint32_t (&kept)[M], const AttentionSizes& s, const Now* now, int64_t row, int key, const Lane& at) {
 #pragma unroll
@@ -225,8 +226,8 @@ DEV void draw_by_key(uint32_t (&kept)[M], const AttentionSizes& s, const Now* no
   }
 }
 
-// A block's tile of `ROWS` positions. Later tiles, which see the most keys when causal, come first. `part_again` is the same, made from the
-// block's number anew, for the end of a kernel: so it takes no registers in the loop before.
+// A block's tile of `ROWS` positions. Later tiles, which see the most keys when causal, come first. `part_again` is the
+// same, made from the block's number anew, for the end of a kernel: so it takes no registers in the loop before.
 template <int ROWS> struct Part {
   int batch, head, first;
   DEV Part(int heads, int positions, uint32_t block = blockIdx.x) {

@@ -1,8 +1,8 @@
 // Device side, sm_90a: mbarriers, the bulk copy engine, stmatrix, moving registers between warpgroups.
 #pragma once
 
-// An mbarrier: a phase is over after `count` arrivals and the bytes that these announced. The one that initializes it calls the
-// fence and then lets others know by a barrier.
+// An mbarrier: a phase is over after `count` arrivals and the bytes that these announced. The one that initializes it
+// calls the fence and then lets others know by a barrier.
 DEV void mbar_init(uint64_t* bar, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(smem_addr(bar)), "r"(count) : "memory");
 }
@@ -25,11 +25,12 @@ DEV void mbar_wait(uint64_t* bar, int parity) {
       : "r"(smem_addr(bar)), "r"(parity)
       : "memory");
 }
-// Makes this thread's writes to shared memory visible to the copy engine and to wgmma, once others have met it at a barrier.
+// Makes this thread's writes to shared memory visible to the copy engine and to wgmma, once others have met it at a
+// barrier.
 DEV void proxy_fence_shared() { asm volatile("fence.proxy.async.shared::cta;" : : : "memory"); }
 
-// A box of a matrix, with its first column `x` and row `y`, into shared memory; its bytes count toward `bar`. What lies outside
-// is 0.
+// A box of a matrix, with its first column `x` and row `y`, into shared memory; its bytes count toward `bar`. What lies
+// outside is 0.
 DEV void tma_load_2d(void* dst, const CUtensorMap* map, int x, int y, uint64_t* bar) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2,%3}], [%4];"
                :
@@ -43,8 +44,8 @@ DEV void tma_load_4d(void* dst, const CUtensorMap* map, int c, int w, int h, int
                : "r"(smem_addr(dst)), "l"(map), "r"(c), "r"(w), "r"(h), "r"(n), "r"(smem_addr(bar))
                : "memory");
 }
-// And back; what lies outside is not written. In groups of the issuing thread, which waits until the source may be overwritten
-// (`_read`) or the writes are done.
+// And back; what lies outside is not written. In groups of the issuing thread, which waits until the source may be
+// overwritten (`_read`) or the writes are done.
 DEV void tma_store_2d(const CUtensorMap* map, const void* src, int x, int y) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1,%2}], [%3];"
                :

@@ -1,15 +1,16 @@
 // The geometry of a convolution: where the elements of its gathered matrices lie.
 //
-// Each of the three products of a convolution multiplies a plain matrix with a gathered one, whose element at (step, column) is a
-// pixel of an image, or 0 outside it. The pixel's place is the sum of a place for the step and a place for the column:
+// Each of the three products of a convolution multiplies a plain matrix with a gathered one, whose element at (step,
+// column) is a pixel of an image, or 0 outside it. The pixel's place is the sum of a place for the step and a place for
+// the column:
 //   forward          column = output pixel (n, oh, ow);        step = channel and tap of the filter
 //   data gradient    column = input pixel (n, h, w);           step = output channel and tap
 //   weight gradient  column = input channel and tap;           step = output pixel
 // so that nothing is divided in the innermost loop, and padding is one comparison for each axis.
 #pragma once
 
-// Conv's sizes, as device/cuda/conv.rs passes them. x (batch, in_channels, height, width), weight (out_channels, in_channels,
-// kernel_h, kernel_w), out (batch, out_channels, out_height, out_width).
+// Conv's sizes, as device/cuda/conv.rs passes them. x (batch, in_channels, height, width), weight (out_channels,
+// in_channels, kernel_h, kernel_w), out (batch, out_channels, out_height, out_width).
 struct ConvSizes {
   int batch, in_channels, height, width;
   int out_channels, out_height, out_width;
@@ -41,9 +42,9 @@ DEV Pixel pixel_at(int64_t index, int rows, int cols) {
 
 // The forward pass, or one class of the data gradient, as a gather from source images into target pixels.
 //
-// The data gradient of a stride s falls into s * s classes, by row and column of the target pixel modulo s: a pixel of one class is
-// reached by the same taps, every s-th of each axis, and by no other, so that each class is a convolution of stride 1 with a part of
-// the filter, and nothing is multiplied by an inserted zero.
+// The data gradient of a stride s falls into s * s classes, by row and column of the target pixel modulo s: a pixel of
+// one class is reached by the same taps, every s-th of each axis, and by no other, so that each class is a convolution
+// of stride 1 with a part of the filter, and nothing is multiplied by an inserted zero.
 struct Gather {
   int batch, source_channels, source_height, source_width;
   int channels, height, width;       // of the target
@@ -80,8 +81,9 @@ DEV Gather grad_input_gather(const ConvSizes& s, int residue) {
           s.stride, s.kernel_w, s.kernel_h * s.kernel_w, 1, -1, (h + s.padding) / s.stride, (w + s.padding) / s.stride};
 }
 
-// A block's part of a gather: its class, its first target pixel and its first channel. Blocks of one tile of pixels lie side by
-// side, one for each tile of channels, so that the gathered pixels are read once from memory and then from the L2 cache.
+// A block's part of a gather: its class, its first target pixel and its first channel. Blocks of one tile of pixels lie
+// side by side, one for each tile of channels, so that the gathered pixels are read once from memory and then from the
+// L2 cache.
 struct GatherTile { Gather gather; int64_t pixel; int channel; };
 template <bool GRAD> DEV GatherTile gather_tile(const ConvSizes& s, int channels_a_tile, int pixels_a_tile) {
   int channel_tiles = ((GRAD ? s.in_channels : s.out_channels) + channels_a_tile - 1) / channels_a_tile;

@@ -1,5 +1,6 @@
-// What the convolutions by warpgroup products share: one thread of a block's first warpgroup asks for bulk copies, a ring of steps ahead, and the other two
-// warpgroups multiply. Included by the kernels of sm_90a, after gemm_ring.cuh and gemm_leave.cuh.
+// What the convolutions by warpgroup products share: one thread of a block's first warpgroup asks for bulk copies, a
+// ring of steps ahead, and the other two warpgroups multiply. Included by the kernels of sm_90a, after gemm_ring.cuh
+// and gemm_leave.cuh.
 #pragma once
 
 constexpr int CONV_THREADS = 384;
@@ -31,7 +32,8 @@ template <class Ring> DEV void begin(Ring& ring, const CUtensorMap* left, const 
   __syncthreads();
 }
 
-// A warpgroup's sums over the ring's next steps, 64 by WIDTH; its operands begin at `left` and `right` of each. MN: not the steps of a sum run along rows.
+// A warpgroup's sums over the ring's next steps, 64 by WIDTH; its operands begin at `left` and `right` of each. MN: not
+// the steps of a sum run along rows.
 template <int WIDTH, bool LEFT_MN, bool RIGHT_MN, class Ring>
 DEV void multiply(float (&sums)[1][WIDTH / 2], Ring& ring, const unsigned char* left, const unsigned char* right, Turn<Ring::STAGES>& turn, int steps) {
   bool speaks = threadIdx.x % 128 == 0;
@@ -76,8 +78,8 @@ struct NoBias {
   DEV float at(int) const { return 0; }
 };
 
-// Of a piece that stage_words has staged, the rows that are there, from `to` on, one Word a lane at a time. `to` is the lane's place in the first row, or
-// null where its pixels are not there.
+// Of a piece that stage_words has staged, the rows that are there, from `to` on, one Word a lane at a time. `to` is the
+// lane's place in the first row, or null where its pixels are not there.
 template <class Word> DEV void leave_rows(bf16* to, int64_t plane, int rows, const unsigned char* staged, int lane) {
   constexpr int ACROSS = PIECE * 2 / sizeof(Word), DOWN = 32 / ACROSS;
   int at = lane % ACROSS * (int)sizeof(Word), row = lane / ACROSS;

@@ -1,12 +1,13 @@
-// Pieces of the convolutions in bf16 on the tensor cores: tiles in shared memory, the ring that they pass through, warp-wide products
-// and the end of a tile.
+// Pieces of the convolutions in bf16 on the tensor cores: tiles in shared memory, the ring that they pass through,
+// warp-wide products and the end of a tile.
 #pragma once
 
 constexpr int GROUP = 8;                                     // elements of a 16-byte group: what one asynchronous copy moves
 DEV int groups_of(int elems) { return (elems + GROUP - 1) / GROUP; }
 DEV void copy_group(void* to, const bf16* from, bool there) { cp_async16_zfill(to, from, there ? 16 : 0); }
 
-// Blocks of 4 warps; 32 steps of the product at a time, in a ring of 4 stages: three on their way hide a read of memory.
+// Blocks of 4 warps; 32 steps of the product at a time, in a ring of 4 stages: three on their way hide a read of
+// memory.
 constexpr int MMA_THREADS = 128, STAGES = 4, STAGE_STEPS = 32, STAGE_GROUPS = STAGE_STEPS / GROUP;
 
 // A block's tile is cut into DOWN x ACROSS warps, each with ROWS x COLUMNS of the result in registers.
@@ -21,18 +22,18 @@ using Square = WarpTiling<2, 2, 64, 64>;                     // 128 x 128
 using Flat = WarpTiling<1, 4, 64, 64>;                       // 64 x 256, for few rows
 using Small = WarpTiling<2, 2, 32, 32>;                      // 64 x 64, where larger tiles would leave multiprocessors idle
 
-// A narrow tile has its steps along rows of 64 bytes. Two rows share a pass over the banks; a group's place is xored with the number of
-// the row pair, so that the 8 rows of a matrix that ldmatrix reads at one group lie in 8 different sixteens of bytes. 16 rows further
-// the permutation is the same; 2 groups further is place ^ 32.
+// A narrow tile has its steps along rows of 64 bytes. Two rows share a pass over the banks; a group's place is xored
+// with the number of the row pair, so that the 8 rows of a matrix that ldmatrix reads at one group lie in 8 different
+// sixteens of bytes. 16 rows further the permutation is the same; 2 groups further is place ^ 32.
 constexpr int NARROW_BYTES = STAGE_STEPS * 2;
 DEV int narrow_at(int row, int group) { return row * NARROW_BYTES + (group ^ (row / 2 & 3)) * 16; }
 
-// A wide tile has its steps outermost, in rows of `bytes`, a multiple of 128: groups are xored by the row within every 8. 16 rows
-// further the permutation is the same; 2 i groups further, i < 4, is place ^ 32 i.
+// A wide tile has its steps outermost, in rows of `bytes`, a multiple of 128: groups are xored by the row within every
+// 8. 16 rows further the permutation is the same; 2 i groups further, i < 4, is place ^ 32 i.
 DEV int wide_at(int row, int group, int bytes) { return row * bytes + (group ^ (row & 7)) * 16; }
 
-// A warp's part of the result: 16 x 8 pieces, spread over lanes as mma.sync leaves them. Element e of piece (i, j) belongs to row
-// 16 i + lane / 4 + e / 2 * 8 and column 8 j + lane % 4 * 2 + e % 2 of the warp's part.
+// A warp's part of the result: 16 x 8 pieces, spread over lanes as mma.sync leaves them. Element e of piece (i, j)
+// belongs to row 16 i + lane / 4 + e / 2 * 8 and column 8 j + lane % 4 * 2 + e % 2 of the warp's part.
 template <class Tiling> struct WarpSum {
   float piece[Tiling::WARP_ROWS / 16][Tiling::WARP_COLUMNS / 8][4];
 
@@ -58,7 +59,8 @@ template <class Tiling> struct WarpSum {
         uint32_t b[4];
         if (GATHERED_WIDE) ldmatrix_x4_trans(b, gathered + (gathered_at ^ j * 32) + half * 16 * GATHERED_ROW);
         else ldmatrix_x4(b, gathered + (gathered_at ^ half * 32) + j * 16 * NARROW_BYTES);
-        // The matrices of a narrow tile come as (column, step), those of a wide one as (step, column): both in the order of b.
+        // The matrices of a narrow tile come as (column, step), those of a wide one as (step, column): both in the
+        // order of b.
         uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
 #pragma unroll
         for (int i = 0; i < Tiling::WARP_ROWS / 16; i++) {
@@ -99,8 +101,9 @@ DEV void store_tile(bf16* target, const bf16* tile, const Place* columns, int ro
   }
 }
 
-// Adds the bias, rounds, and writes the tile's target pixels, NCHW, through shared memory: along rows of the image, 16 bytes a store
-// where planes are whole groups. `shared` and `columns`, a place for each of the tile's columns, are overwritten; they do not overlap.
+// Adds the bias, rounds, and writes the tile's target pixels, NCHW, through shared memory: along rows of the image, 16
+// bytes a store where planes are whole groups. `shared` and `columns`, a place for each of the tile's columns, are
+// overwritten; they do not overlap.
 template <class Tiling>
 DEV void finish_tile(bf16* target, const bf16* bias, const WarpSum<Tiling>& sum, const GatherTile& tile, unsigned char* shared,
                      Place* columns) {
@@ -135,7 +138,8 @@ DEV void finish_tile(bf16* target, const bf16* bias, const WarpSum<Tiling>& sum,
   else store_tile<Tiling, PITCH, bf16>(target, finished, columns, rows, plane);
 }
 
-// Writes a tile of one part of the weight gradient: partials (rows, columns) f32 of that part, columns a whole number of groups.
+// Writes a tile of one part of the weight gradient: partials (rows, columns) f32 of that part, columns a whole number
+// of groups.
 template <class Tiling>
 DEV void finish_partials(float* partials, const WarpSum<Tiling>& sum, int first_row, int rows, int first_column, int64_t columns) {
   int lane = threadIdx.x % 32;

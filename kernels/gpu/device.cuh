@@ -41,10 +41,12 @@ template <class T> DEV void store_stream(T* p, const T& value) {
   __stcs(reinterpret_cast<Word*>(p), word);
 }
 
-// An aligned 16-byte word of which some bytes are an operand's: no access check looks at the others, which are there all the same.
+// An aligned 16-byte word of which some bytes are an operand's: no access check looks at the others, which are there
+// all the same.
 DEV uint4 load_whole_word(const uint4* p) { return *p; }
 
-// One store of 16 or 8 bytes; p is a multiple of that. The compiler splits a struct's store when it may not prove its parts adjacent.
+// One store of 16 or 8 bytes; p is a multiple of that. The compiler splits a struct's store when it may not prove its
+// parts adjacent.
 DEV void store16(void* p, uint4 v) {
   asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
@@ -52,7 +54,8 @@ DEV void store8(void* p, float2 v) {
   asm volatile("st.global.v2.f32 [%0], {%1,%2};" ::"l"(__cvta_generic_to_global(p)), "f"(v.x), "f"(v.y) : "memory");
 }
 
-// The value comes as news to the compiler: nothing that it computed from it, or loaded through it, stays in registers. No instruction.
+// The value comes as news to the compiler: nothing that it computed from it, or loaded through it, stays in registers.
+// No instruction.
 DEV void forget(int& word) { asm volatile("" : "+r"(word)); }
 DEV void forget(uint32_t& word) { asm volatile("" : "+r"(word)); }
 DEV void forget(int64_t& word) { asm volatile("" : "+l"(word)); }

@@ -1,8 +1,10 @@
 // What every matrix product kernel shares: where a block works and what becomes of a sum.
-//   out (m, n) = act(a b + bias), a b + bias + residual, or (a b) act'(pre); a is stored (m, k) or, transposed, (k, m); b is stored (k, n) or, transposed, (n, k).
+//   out (m, n) = act(a b + bias), a b + bias + residual, or (a b) act'(pre); a is stored (m, k) or, transposed, (k, m);
+//   b is stored (k, n) or, transposed, (n, k).
 #pragma once
 
-// Tiles in bands of 16 tile rows, walked down and then right, so that what runs at one time shares rows and columns in the L2.
+// Tiles in bands of 16 tile rows, walked down and then right, so that what runs at one time shares rows and columns in
+// the L2.
 constexpr int GEMM_BAND = 16;
 struct GemmTile { int row, col; };
 DEV GemmTile gemm_tile(int index, int tiles_m, int tiles_n) {
@@ -33,10 +35,11 @@ DEV void store_octet(bf16* p, const Octet& o) {
   store16(p, make_uint4(pack_bf16(o.v[0], o.v[1]), pack_bf16(o.v[2], o.v[3]), pack_bf16(o.v[4], o.v[5]), pack_bf16(o.v[6], o.v[7])));
 }
 
-// What becomes of sums. With `partials` (parts, m, n) they are those of one part of k, kept for gemm_finish. Otherwise `bias` (n) is added, `pre` (m, n)
-// gets the result and `out` (m, n) its activation; each of bias and pre may be null. With an `activation` from ACTIVATION_GRAD on, `pre` is read
-// instead, and the sum becomes the gradient of what that activation was given. Then `addend` (m, n) is added, where there is one: a residual, or
-// what `out` holds. `out` may lie over what is read: an element is read by who writes it. Rows of out, pre and addend are `pitch` apart; what lies
+// What becomes of sums. With `partials` (parts, m, n) they are those of one part of k, kept for gemm_finish. Otherwise
+// `bias` (n) is added, `pre` (m, n) gets the result and `out` (m, n) its activation; each of bias and pre may be null.
+// With an `activation` from ACTIVATION_GRAD on, `pre` is read instead, and the sum becomes the gradient of what that
+// activation was given. Then `addend` (m, n) is added, where there is one: a residual, or what `out` holds. `out` may
+// lie over what is read: an element is read by who writes it. Rows of out, pre and addend are `pitch` apart; what lies
 // between n and the next multiple of 8 there may be overwritten.
 template <class Out> struct GemmEnd {
   typedef Out Element;
@@ -101,8 +104,9 @@ template <class Out> struct GemmEnd {
     store_octet(out + at, o);
   }
 
-  // A warp's sums, ROWS by COLS from (row0, col0) on, that it has staged in shared memory, PITCH floats a row. What is not there is passed over. Lanes
-  // take octets of rows that start at multiples of 16 bytes, and of others single elements, so that a store is one stretch all the same.
+  // A warp's sums, ROWS by COLS from (row0, col0) on, that it has staged in shared memory, PITCH floats a row. What is
+  // not there is passed over. Lanes take octets of rows that start at multiples of 16 bytes, and of others single
+  // elements, so that a store is one stretch all the same.
   template <int ROWS, int COLS, int PITCH> DEV void put_staged(const float* staged, int64_t row0, int64_t col0) const {
     int lane = threadIdx.x % 32, rows_left = (int)min((int64_t)ROWS, m - row0);
     if (octets()) {

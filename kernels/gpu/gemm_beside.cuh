@@ -1,10 +1,14 @@
-// Column sums that are made beside a product whose operand they sum: the gradient of a bias beside that of its weight. Included by gemm_hopper.cu.
+// Column sums that are made beside a product whose operand they sum: the gradient of a bias beside that of its weight.
+// Included by gemm_hopper.cu.
 //
-// Of the warpgroup that asks for copies one thread works. Its other three warps read the operand from memory once more, where the product's own copies
-// have it in the L2 or will soon have it there; so they touch neither the ring nor its barriers, and the multiplying warps know nothing of them.
-//   x (rows, cols) bf16, rows `pitch` apart, a multiple of 8; partials (parts, cols) f32, which column_sum_finish adds in order.
-// A warp takes 256 columns of a part of the rows, 8 columns a lane, rows one after the other. The order depends on shapes alone (graph::beside_parts);
-// which warp takes what changes no bit. Rows come by cp.async, a lane's into a place of its own, for registers are the others'.
+// Of the warpgroup that asks for copies one thread works. Its other three warps read the operand from memory once more,
+// where the product's own copies have it in the L2 or will soon have it there; so they touch neither the ring nor its
+// barriers, and the multiplying warps know nothing of them.
+//   x (rows, cols) bf16, rows `pitch` apart, a multiple of 8; partials (parts, cols) f32, which column_sum_finish adds
+//   in order.
+// A warp takes 256 columns of a part of the rows, 8 columns a lane, rows one after the other. The order depends on
+// shapes alone (graph::beside_parts); which warp takes what changes no bit. Rows come by cp.async, a lane's into a
+// place of its own, for registers are the others'.
 #pragma once
 
 // A null x: nothing is summed.

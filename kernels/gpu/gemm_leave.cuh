@@ -1,9 +1,10 @@
 // How sums leave the registers of a warpgroup. Included by the kernels of sm_90a, after gemm.cuh.
 //
-// A warp sends its sums off 16 rows by 32 columns at a time. Of such a piece a lane has v[4 j + 2 h + e] at (lane / 4 + 8 h, 8 j + lane % 4 * 2 + e), as
-// wgmma leaves them. f32 goes straight to memory: four lanes write 32 bytes of a row, a whole sector. bf16 changes lanes by way of shared memory, so that
-// four lanes write 64 bytes; what joins the sums, a residual or what an activation was given, comes the same way, asked for a piece ahead. Rows that
-// 16-byte words do not fit go element by element.
+// A warp sends its sums off 16 rows by 32 columns at a time. Of such a piece a lane has v[4 j + 2 h + e] at (lane / 4 +
+// 8 h, 8 j + lane % 4 * 2 + e), as wgmma leaves them. f32 goes straight to memory: four lanes write 32 bytes of a row,
+// a whole sector. bf16 changes lanes by way of shared memory, so that four lanes write 64 bytes; what joins the sums, a
+// residual or what an activation was given, comes the same way, asked for a piece ahead. Rows that 16-byte words do not
+// fit go element by element.
 #pragma once
 
 #if GPU_HOPPER
@@ -11,7 +12,8 @@ constexpr int PIECE = 32, PITCH = PIECE + 8;               // columns of a piece
 constexpr int BIAS_BYTES = 256 * 2;                        // the bias of a tile's columns, for a warp by itself
 constexpr int STAGED_BYTES = 16 * PITCH * 4 + BIAS_BYTES;  // of a warp; two stages of bf16 take less
 
-// A warp's copy of the bias of a tile's columns, made before the products: to wait for it beside each piece takes as long as the piece.
+// A warp's copy of the bias of a tile's columns, made before the products: to wait for it beside each piece takes as
+// long as the piece.
 template <int TILE_N> DEV void stage_bias(const GemmEnd<bf16>& end, unsigned char* staged, int col0) {
   uint32_t* to = reinterpret_cast<uint32_t*>(staged + STAGED_BYTES - BIAS_BYTES);
   int lane = threadIdx.x % 32;
@@ -71,7 +73,8 @@ DEV void leave_lane_floats(float* to, int64_t pitch, const float (&v)[PIECE / 2]
 DEV void leave_floats(float* to, int lane, int64_t pitch, const float (&v)[PIECE / 2], Rest rest) {
   leave_lane_floats(to + first_float(lane).rows * pitch + first_float(lane).cols, pitch, v, rest - first_float(lane));
 }
-// What is there already of a lane's sums, or 0 with `add` being 0: all is asked for before any of it is used, so that one wait is enough.
+// What is there already of a lane's sums, or 0 with `add` being 0: all is asked for before any of it is used, so that
+// one wait is enough.
 struct OldFloats {
   float v[PIECE / 2];
 
@@ -96,9 +99,9 @@ struct OldFloats {
 template <class Bias> constexpr bool IN_PLACE = false;
 template <> constexpr bool IN_PLACE<OldFloats> = true;
 
-// A piece rounded to bf16, into a stage and, when the lanes have met, out of it to rows that start at multiples of 16 bytes. Word w of row r is at
-// 4 r + (w ^ (r / 2 % 4)): eight rows of one word, and two rows, lie in different banks. A lane writes what is at `in`, and at in ^ 2; it reads what is at
-// `out`, and eight rows below.
+// A piece rounded to bf16, into a stage and, when the lanes have met, out of it to rows that start at multiples of 16
+// bytes. Word w of row r is at 4 r + (w ^ (r / 2 % 4)): eight rows of one word, and two rows, lie in different banks. A
+// lane writes what is at `in`, and at in ^ 2; it reads what is at `out`, and eight rows below.
 constexpr int STAGE_WORDS = 16 * PIECE / 8;
 DEV int word_in(int lane) { return lane % 16 * 4 + (lane / 16 ^ lane % 16 / 2 % 4); }
 DEV int word_out(int lane) { return lane / 4 * 4 + (lane % 4 ^ lane / 8 % 4); }
@@ -182,8 +185,9 @@ DEV void take_piece(float (&v)[PIECE / 2], const float (&sums)[BLOCKS][HALF], co
 
 DEV int first_bias(int warp, int lane) { return (warp + 1) * (STAGED_BYTES / 4) - BIAS_BYTES / 4 + lane % 4; }
 
-// A lane's places in the pieces of its warp: 16 rows of each of BLOCKS blocks of 64, then of the next columns. In the output, with rows `pitch` apart, `at` is
-// its first element's and `rest` what is left from there on; in shared memory `in` and `out` are words of the stage, `bias` the first word of that.
+// A lane's places in the pieces of its warp: 16 rows of each of BLOCKS blocks of 64, then of the next columns. In the
+// output, with rows `pitch` apart, `at` is its first element's and `rest` what is left from there on; in shared memory
+// `in` and `out` are words of the stage, `bias` the first word of that.
 template <int BLOCKS> struct Places {
   int64_t at;
   Rest rest;
@@ -200,8 +204,8 @@ template <int BLOCKS> struct Places {
   DEV int bias_word(int piece) const { return bias + piece / BLOCKS * (PIECE / 2); }
 };
 
-// A tile's sums, to an output of `size` from `first` on; what becomes of them is asked once, and each way out has a loop of its own: sums take most registers,
-// so that none keeps what another needs. As f32, with what is there already.
+// A tile's sums, to an output of `size` from `first` on; what becomes of them is asked once, and each way out has a
+// loop of its own: sums take most registers, so that none keeps what another needs. As f32, with what is there already.
 template <int BLOCKS, int HALF>
 DEV void leave_added(float* to, int pitch, int add, const float (&sums)[BLOCKS][HALF], int warp, int lane, Rest size, Rest first) {
   Places<BLOCKS> at(0, pitch, size, first + first_float(lane), warp, lane);
@@ -299,8 +303,9 @@ DEV void leave_tile(const GemmEnd<bf16>& end, int part, const float (&sums)[BLOC
   else leave_alone(end, sums, staged, warp, lane, size, first, pieces);
 }
 
-// The sums of the warps from the fifth on: each has 16 rows of each of BLOCKS blocks of 64, WARPS of them one beneath the other from row0 on, and columns
-// from col0 on. `end_of(0)`, for what differs of a part is its place, which leave_part adds, and its bias, which is staged.
+// The sums of the warps from the fifth on: each has 16 rows of each of BLOCKS blocks of 64, WARPS of them one beneath
+// the other from row0 on, and columns from col0 on. `end_of(0)`, for what differs of a part is its place, which
+// leave_part adds, and its bias, which is staged.
 template <int WARPS, int BLOCKS, int HALF, class End>
 DEV void leave_all(const float (&sums)[BLOCKS][HALF], const End& end_of, int part, unsigned char* staged, int row0, int col0) {
   uint32_t thread = thread_again();

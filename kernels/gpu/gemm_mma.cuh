@@ -1,13 +1,15 @@
 // Tiles of a bf16 operand in shared memory, as mma_16816 reads them: how they get there and how fragments are taken.
 //
-// A tile is 128 rows (of m or n) by 32 k, in words of 16 bytes. K_ROWS: k runs along the rows of memory; a word is 8 k of a row, 4 words make a row, and
-// word w of row r lies at 4 r + (w ^ (r / 2 % 4)): any 8 rows' words of one w fall into 8 different groups of banks. Otherwise a
-// word is 8 rows of one k, 16 words make a k, and word w of k lies at 16 k + (w ^ (k % 8)), with the same effect.
+// A tile is 128 rows (of m or n) by 32 k, in words of 16 bytes. K_ROWS: k runs along the rows of memory; a word is 8 k
+// of a row, 4 words make a row, and word w of row r lies at 4 r + (w ^ (r / 2 % 4)): any 8 rows' words of one w fall
+// into 8 different groups of banks. Otherwise a word is 8 rows of one k, 16 words make a k, and word w of k lies at 16
+// k + (w ^ (k % 8)), with the same effect.
 #pragma once
 
 constexpr int MMA_TILE = 128, MMA_STEP = 32, MMA_WORDS = MMA_TILE * MMA_STEP / 8;
 
-// One thread's share of an operand's tiles, of THREADS threads: WORDS words of each tile. RAGGED: rows may start anywhere.
+// One thread's share of an operand's tiles, of THREADS threads: WORDS words of each tile. RAGGED: rows may start
+// anywhere.
 template <bool K_ROWS, int THREADS, bool RAGGED> struct MmaOperand {
   static constexpr int WORDS = MMA_WORDS / THREADS;
   static constexpr int APART = K_ROWS ? THREADS / (MMA_STEP / 8) : THREADS / (MMA_TILE / 8); // rows or k between them
@@ -54,7 +56,8 @@ template <bool K_ROWS, int THREADS, bool RAGGED> struct MmaOperand {
   }
 };
 
-// Where a lane finds its rows of fragments (16 rows, 16 k) of a tile; `row0` is where the warp's rows start, a multiple of `ROWS`.
+// Where a lane finds its rows of fragments (16 rows, 16 k) of a tile; `row0` is where the warp's rows start, a multiple
+// of `ROWS`.
 template <bool K_ROWS, int ROWS> struct MmaFragments {
   int first;
 

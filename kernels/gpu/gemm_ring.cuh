@@ -1,7 +1,8 @@
-// The ring through which tiles of both operands reach warpgroup products: steps of 64 k, laid down by bulk copies. Included by the kernels of
-// sm_90a, after gemm.cuh.
+// The ring through which tiles of both operands reach warpgroup products: steps of 64 k, laid down by bulk copies.
+// Included by the kernels of sm_90a, after gemm.cuh.
 //
-// A box is 64 columns wide. Where k runs along an operand's rows it is as high as the tile, and else one step high, and a tile takes several.
+// A box is 64 columns wide. Where k runs along an operand's rows it is as high as the tile, and else one step high, and
+// a tile takes several.
 #pragma once
 
 struct Sizes { int m, n, k, k_part, parts; };
@@ -10,7 +11,8 @@ struct Sizes { int m, n, k, k_part, parts; };
 constexpr int TILE_M = 128, STEP = 64;
 constexpr int BOX_BYTES = 64 * STEP * 2;                   // 64 rows of m or n by one step of k
 
-// Where each step is: `full` once its bytes are there, `empty` once who reads it is done. And whose products come next, of two warpgroups that take turns.
+// Where each step is: `full` once its bytes are there, `empty` once who reads it is done. And whose products come next,
+// of two warpgroups that take turns.
 template <int TILE_N> struct Ring {
   static constexpr int STAGES = TILE_N == 256 ? 4 : TILE_N == 192 ? 5 : 6;
   static constexpr int A_BYTES = TILE_M / 64 * BOX_BYTES, BYTES = A_BYTES + TILE_N / 64 * BOX_BYTES;
@@ -25,7 +27,8 @@ template <int STAGES> struct Turn {
   DEV void next() { at = at + 1 < 2 * STAGES ? at + 1 : 0; }
 };
 
-// The tiles and parts of k of all blocks; the first part's tiles come first. A block has items: every gridDim.x-th of them.
+// The tiles and parts of k of all blocks; the first part's tiles come first. A block has items: every gridDim.x-th of
+// them.
 template <int TILE_N> struct Work {
   Sizes s;
   DEV int tiles_m() const { return (s.m + TILE_M - 1) / TILE_M; }
@@ -81,8 +84,8 @@ DEV void produce(Ring<TILE_N>& ring, unsigned char* stages, const Left& a, const
   }
 }
 
-// The sums of a warpgroup's BLOCKS times 64 rows over one part of k; the first of them are block `block` of the tile. When the last products are under
-// way, one thread arrives at `after`, where that is not null.
+// The sums of a warpgroup's BLOCKS times 64 rows over one part of k; the first of them are block `block` of the tile.
+// When the last products are under way, one thread arrives at `after`, where that is not null.
 template <int TILE_N, int BLOCKS, bool A_TRANSPOSED, bool B_TRANSPOSED>
 DEV void multiply(float (&sums)[BLOCKS][TILE_N / 2], Ring<TILE_N>& ring, unsigned char* stages, Turn<Ring<TILE_N>::STAGES>& turn, int steps, int block,
                   uint64_t* after) {

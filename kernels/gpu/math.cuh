@@ -56,10 +56,12 @@ enum Activation {
   ACTIVATION_NONE = 0, ACTIVATION_RELU = 1, ACTIVATION_GELU_TANH = 2, ACTIVATION_GELU_ERF = 3, ACTIVATION_SILU = 4, ACTIVATION_GRAD = 5
 };
 
-// GELU's two forms of x P(x), in 7 to 15 instructions by the fast exponential, its factor log2(e) in the constants: within 3e-7 of the largest value around, so the norm of an
-// f32 result is as good as with tanhf and erff, which take twice as many.
+// GELU's two forms of x P(x), in 7 to 15 instructions by the fast exponential, its factor log2(e) in the constants:
+// within 3e-7 of the largest value around, so the norm of an f32 result is as good as with tanhf and erff, which take
+// twice as many.
 //
-// By tanh: P(x) = (1 + tanh u) / 2 = 1 / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3). `rest` is 1 - P(x), without cancellation.
+// By tanh: P(x) = (1 + tanh u) / 2 = 1 / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3). `rest` is 1 - P(x), without
+// cancellation.
 DEV float tanh_share(float x, float& rest) {
   float e = exp2_fast(x * (-2.3022081983f - 0.1029432386f * (x * x)));
   float share = reciprocal_fast(1 + e);
@@ -67,8 +69,8 @@ DEV float tanh_share(float x, float& rest) {
   return share;
 }
 
-// By the error function: P(x) is the normal distribution's, through Abramowitz & Stegun 1964, equation 7.1.26, whose error is at most
-// 7.5e-8 here and falls with exp(-x^2 / 2) in the tails. `bell` is exp(-x^2 / 2).
+// By the error function: P(x) is the normal distribution's, through Abramowitz & Stegun 1964, equation 7.1.26, whose
+// error is at most 7.5e-8 here and falls with exp(-x^2 / 2) in the tails. `bell` is exp(-x^2 / 2).
 DEV float normal_share(float x, float& bell) {
   bell = exp2_fast(-0.7213475204f * (x * x));
   float t = reciprocal_fast(1 + 0.3275911f * 0.7071067812f * fabsf(x));

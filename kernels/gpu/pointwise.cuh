@@ -1,9 +1,9 @@
 // How elementwise kernels walk over their tensors. Included by gpu.cuh, on both sides.
 #pragma once
 
-// A block covers THREADS * PACKS packs of N elements, pack j of thread t being number j * THREADS + t: every access of a warp is
-// one contiguous stretch. A thread has 4 loads of 16 bytes in flight, of one operand or of two: at full occupancy four times
-// what hides the latency. device/cuda/elementwise.rs computes grids from the same numbers.
+// A block covers THREADS * PACKS packs of N elements, pack j of thread t being number j * THREADS + t: every access of
+// a warp is one contiguous stretch. A thread has 4 loads of 16 bytes in flight, of one operand or of two: at full
+// occupancy four times what hides the latency. device/cuda/elementwise.rs computes grids from the same numbers.
 constexpr int POINTWISE_THREADS = 256;
 constexpr int POINTWISE_PACKS = 4;
 
@@ -24,9 +24,10 @@ template <int N, class T> DEV bool aligned_few(const T* p) { return reinterpret_
 // Elements that an access of at most 16 bytes moves of either type.
 template <class A, class B = A> constexpr int FEW = 16 / (sizeof(A) > sizeof(B) ? sizeof(A) : sizeof(B));
 
-// Walks over n elements, N at a time where `wide`: load(i) returns what the elements from i on need, finish(i, loaded) computes and
-// stores them. FLIGHT packs are loaded before the first of them is stored. An output may lie over an input: nobody else touches
-// those elements. one(i) does a single element: those past the last whole pack, and all of them where some operand is not aligned.
+// Walks over n elements, N at a time where `wide`: load(i) returns what the elements from i on need, finish(i, loaded)
+// computes and stores them. FLIGHT packs are loaded before the first of them is stored. An output may lie over an
+// input: nobody else touches those elements. one(i) does a single element: those past the last whole pack, and all of
+// them where some operand is not aligned.
 template <int N, int FLIGHT, class Load, class Finish, class One>
 DEV void pointwise(int64_t n, bool wide, Load load, Finish finish, One one) {
   constexpr int STEP = POINTWISE_THREADS * N;

@@ -1,6 +1,7 @@
 // A row of a matrix shared out over threads. Included by the kernels that need it, after gpu.cuh.
-// In packs, a thread's values lie side by side, 16 bytes at a time, and neighbouring threads take neighbouring packs. Rows whose width or
-// address 16-byte accesses cannot take go value by value, neighbouring threads at neighbouring columns.
+// In packs, a thread's values lie side by side, 16 bytes at a time, and neighbouring threads take neighbouring packs.
+// Rows whose width or address 16-byte accesses cannot take go value by value, neighbouring threads at neighbouring
+// columns.
 #pragma once
 
 // The column of a thread's value i.
@@ -9,7 +10,8 @@ template <class T, bool PACKED> DEV int column_of(int i, int thread, int threads
   return PACKED ? (i / N * threads + thread) * N + i % N : i * threads + thread;
 }
 
-// A thread's pack p of a row. Columns from `cols` on read as 0 and are not written. In packs, `cols` is a multiple of a pack.
+// A thread's pack p of a row. Columns from `cols` on read as 0 and are not written. In packs, `cols` is a multiple of a
+// pack.
 template <bool PACKED, class T> DEV Pack<T> load_part(const T* row, int p, int64_t cols, int thread, int threads) {
   constexpr int N = Pack<T>::N;
   Pack<T> to = {};
@@ -124,13 +126,15 @@ template <class T> struct Packs {
     packs = (cols - head) / Pack<T>::N;
     tail = head + packs * Pack<T>::N;
   }
-  // For two rows at once. Where they lie apart by other than a multiple of 16 bytes, packs of the one are none of the other.
+  // For two rows at once. Where they lie apart by other than a multiple of 16 bytes, packs of the one are none of the
+  // other.
   DEV Packs(const T* row, const T* other, int cols) : Packs(row, cols) {
     if ((reinterpret_cast<uintptr_t>(row) ^ reinterpret_cast<uintptr_t>(other)) & 15) head = cols, packs = 0, tail = cols;
   }
 };
 
-// Over a block of whole warps, the same order every time. `warps` is shared, one float a warp; another barrier lies between two uses of it.
+// Over a block of whole warps, the same order every time. `warps` is shared, one float a warp; another barrier lies
+// between two uses of it.
 DEV float block_sum(float x, float* warps) {
   int lane = threadIdx.x % 32;
   x = warp_sum(x);

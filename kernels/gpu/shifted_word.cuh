@@ -1,8 +1,9 @@
 // Reading 16 bytes of bf16 that start at any multiple of 2.
 #pragma once
 
-// The two aligned words that they lie in, `shift` bytes before them, are read: the second only where `bytes` reach into it, none where there are 0
-// bytes. They are shifted when they are there. What the words hold beside the `bytes` is another row's or nobody's, and dropped.
+// The two aligned words that they lie in, `shift` bytes before them, are read: the second only where `bytes` reach into
+// it, none where there are 0 bytes. They are shifted when they are there. What the words hold beside the `bytes` is
+// another row's or nobody's, and dropped.
 struct ShiftedWord {
   uint4 low, high;
 

@@ -1,8 +1,8 @@
 // Device side: what the lanes of a warp do together beyond CUDA's own intrinsics.
 #pragma once
 
-// 8 x 8 matrices of 16-bit elements, one or more at once. Lane 8 i + r gives the address of row r of matrix i. A lane gets in
-// register i the elements (l / 4, 2 (l % 4)) and the next of matrix i, or of its transpose.
+// 8 x 8 matrices of 16-bit elements, one or more at once. Lane 8 i + r gives the address of row r of matrix i. A lane
+// gets in register i the elements (l / 4, 2 (l % 4)) and the next of matrix i, or of its transpose.
 DEV void ldmatrix_x1(uint32_t& r, const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(r) : "r"(smem_addr(row)) : "memory");
 }

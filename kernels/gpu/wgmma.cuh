@@ -1,9 +1,10 @@
 // Device side, sm_90a: warpgroup products, d (64, N) = a (64, 16) * b (16, N) + d where `accumulate` is not 0.
 //
-// wgmma_64xNx16<N, A_MN, B_MN>: a and b by descriptors; A_MN and B_MN say that M or N, not K, runs along their rows. Or a from registers, in
-// mma_16816's layout: wgmma_64xNx16<N, B_MN>(d, registers, b, accumulate). Thread t of the warpgroup holds in d[4 j + 2 h + e] the element
-// (t / 32 * 16 + 8 h + t % 32 / 4, 8 j + t % 4 * 2 + e). Registers may be touched before the first product after wgmma_fence(), and after
-// wgmma_wait<N>(), which returns once at most the N latest groups are on their way.
+// wgmma_64xNx16<N, A_MN, B_MN>: a and b by descriptors; A_MN and B_MN say that M or N, not K, runs along their rows. Or
+// a from registers, in mma_16816's layout: wgmma_64xNx16<N, B_MN>(d, registers, b, accumulate). Thread t of the
+// warpgroup holds in d[4 j + 2 h + e] the element (t / 32 * 16 + 8 h + t % 32 / 4, 8 j + t % 4 * 2 + e). Registers may
+// be touched before the first product after wgmma_fence(), and after wgmma_wait<N>(), which returns once at most the N
+// latest groups are on their way.
 #pragma once
 
 DEV void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

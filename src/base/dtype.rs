@@ -27,7 +27,8 @@ impl DType {
         }
     }
 
-    /// The type of what is summed up beside tensors of this type: statistics, losses, parameters' gradients and moments.
+    /// The type of what is summed up beside tensors of this type: statistics, losses, parameters' gradients and
+    /// moments.
     pub const fn wide(self) -> DType {
         match self {
             DType::Bf16 => DType::F32,

@@ -68,7 +68,8 @@ impl Error {
         Error::Io { what: format!("cannot {verb} {}", path.display()), source }
     }
 
-    /// Wraps a system's error on a path that the user named: [`Error::BadInput`] where such a path cannot be meant, else [`Error::Io`].
+    /// Wraps a system's error on a path that the user named: [`Error::BadInput`] where such a path cannot be meant,
+    /// else [`Error::Io`].
     pub fn refused(verb: &str, path: &Path, source: std::io::Error) -> Self {
         use std::io::ErrorKind::{AlreadyExists, InvalidFilename, InvalidInput, IsADirectory, NotADirectory, NotFound};
         let cannot_be_meant = matches!(

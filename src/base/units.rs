@@ -117,7 +117,8 @@ pub fn format_secs(secs: f64) -> String {
     }
 }
 
-/// The one of `known` most like `word` by edits, if any is close. That letters are large or small counts only where nothing else tells two apart.
+/// The one of `known` most like `word` by edits, if any is close. That letters are large or small counts only where
+/// nothing else tells two apart.
 pub fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let small = word.to_lowercase();
     let edits =

@@ -16,8 +16,8 @@ use std::path::PathBuf;
 /// Which file, and how its labels are meant.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BatchesOptions {
-    /// A safetensors file with `labels`, as I64 or I32, or as F32 where they are numbers, and either `input_ids` (and perhaps
-    /// `attention_mask`) as I64 or I32, or `pixel_values` as F32.
+    /// A safetensors file with `labels`, as I64 or I32, or as F32 where they are numbers, and either `input_ids` (and
+    /// perhaps `attention_mask`) as I64 or I32, or `pixel_values` as F32.
     pub path: PathBuf,
     /// Samples in a minibatch, where the caller has a number in mind: the file's must equal it.
     pub batch: Option<usize>,

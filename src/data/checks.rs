@@ -3,8 +3,9 @@
 use super::{Batch, BatchTensor, names};
 use crate::base::{DType, Error, IGNORED, Result};
 
-/// Checks that token ids are not negative, labels neither, but for [`IGNORED`], and that masks hold 0 and 1; that labels which are numbers are
-/// finite. What lies above them the model knows: [`Graph::id_range`](crate::graph::Graph::id_range).
+/// Checks that token ids are not negative, labels neither, but for [`IGNORED`], and that masks hold 0 and 1; that
+/// labels which are numbers are finite. What lies above them the model knows:
+/// [`Graph::id_range`](crate::graph::Graph::id_range).
 ///
 /// # Errors
 /// When a value is outside, or ids or a mask are no integers; the message names the tensor, the position and the value.
@@ -48,12 +49,13 @@ pub(super) fn not_finite(tensor: &BatchTensor) -> Option<(usize, String)> {
     Some((at, format!("{} is not a finite number", tensor.as_f32()[at])))
 }
 
-/// Counts the labels that have a part in the loss, for each of `microbatches` equal parts of the minibatch in order: classes that are not
-/// [`IGNORED`]; of numbers (B, .., C), the targets of a regression, all rows. Their sum is what the minibatch's loss is divided by, known
-/// before any forward.
+/// Counts the labels that have a part in the loss, for each of `microbatches` equal parts of the minibatch in order:
+/// classes that are not [`IGNORED`]; of numbers (B, .., C), the targets of a regression, all rows. Their sum is what
+/// the minibatch's loss is divided by, known before any forward.
 ///
 /// # Errors
-/// When the minibatch has no labels, they are numbers without an axis of columns, or `microbatches` does not divide its samples.
+/// When the minibatch has no labels, they are numbers without an axis of columns, or `microbatches` does not divide its
+/// samples.
 pub fn labelled(batch: &Batch, microbatches: usize) -> Result<Vec<u64>> {
     let Some(labels) = batch.get(names::LABELS) else {
         return Err(Error::bad("the minibatch has no labels to count"));

@@ -23,7 +23,8 @@ pub struct RandomOptions {
     pub seed: u64,
 }
 
-/// Makes random minibatches without end: ids and classes uniform, pixels and labels that are numbers standard normal, masks all ones.
+/// Makes random minibatches without end: ids and classes uniform, pixels and labels that are numbers standard normal,
+/// masks all ones.
 pub struct RandomSource {
     spec: InputSpec,
     fills: Vec<Fill>,

@@ -1,7 +1,7 @@
 //! Text as tokens: what cuts it, and the stream of ids that comes of it.
 //!
-//! The whole text stays in memory, once for all that read it, so ids are kept in the narrowest type that has room for the
-//! vocabulary: a byte for each of bytes, two for those of GPT-2's 50,257 tokens.
+//! The whole text stays in memory, once for all that read it, so ids are kept in the narrowest type that has room for
+//! the vocabulary: a byte for each of bytes, two for those of GPT-2's 50,257 tokens.
 
 use super::files;
 use crate::base::{Error, Result};
@@ -64,8 +64,8 @@ pub struct Text {
 }
 
 impl Text {
-    /// Reads `paths`, one after another, into one stream: files, and folders whose `*.rs`, `*.md` and `*.txt` are taken in
-    /// the order of their paths. Hidden folders and those called `target` are left out.
+    /// Reads `paths`, one after another, into one stream: files, and folders whose `*.rs`, `*.md` and `*.txt` are taken
+    /// in the order of their paths. Hidden folders and those called `target` are left out.
     ///
     /// A file is encoded whole, and nothing stands between two: who wants a token there, as GPT-2 had between its
     /// documents, writes it into the text.
@@ -175,7 +175,8 @@ impl Tokens {
         }
     }
 
-    /// Copies the tokens from `first` on into `ids`, and those that follow each of them into `labels`, which is as long.
+    /// Copies the tokens from `first` on into `ids`, and those that follow each of them into `labels`, which is as
+    /// long.
     pub fn window(&self, first: usize, ids: &mut [i32], labels: &mut [i32]) {
         match self {
             Tokens::U8(all) => copy(&all[first..], |&id| i32::from(id), ids, labels),

@@ -4,7 +4,8 @@ use super::*;
 use crate::data::{Batch, Source, TextOptions, TextSource, names};
 use std::fs;
 
-/// Each byte `b` is the token `vocab - 1 - b`. Files that begin with `?` are refused, one that begins with `!` has a token too high.
+/// Each byte `b` is the token `vocab - 1 - b`. Files that begin with `?` are refused, one that begins with `!` has a
+/// token too high.
 #[derive(Debug)]
 struct Down {
     vocab: usize,

@@ -3,9 +3,11 @@
 use super::{Device, Task, Ticket};
 use std::ops::{Deref, DerefMut};
 
-/// A device to which nobody but one owner gives tasks, who keeps what [`Device`] asks of its callers, and for whom alone these functions are safe:
-/// - the engine's queue enters every task with the bytes that it touches, in program order, and lets it wait for all before it that touch them too
-///   (`engine::hazards`); it reads and writes the host's store where nothing is in flight, and not after a failure; its programs and spans are a plan's;
+/// A device to which nobody but one owner gives tasks, who keeps what [`Device`] asks of its callers, and for whom
+/// alone these functions are safe:
+/// - the engine's queue enters every task with the bytes that it touches, in program order, and lets it wait for all
+///   before it that touch them too (`engine::hazards`); it reads and writes the host's store where nothing is in
+///   flight, and not after a failure; its programs and spans are a plan's;
 /// - calibration gives each lane memory of its own, and waits for a lane before it gives that memory to another.
 pub(crate) struct Attached(Box<dyn Device>);
 

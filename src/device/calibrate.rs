@@ -1,9 +1,10 @@
 //! Measures devices in about a second, so that plans are predicted in their own seconds.
 //!
-//! Networks of usual shapes (see `networks`), small ones for the host and for a GPU such as fill it, are traced and placed like any model; their
-//! programs run op by op, each op as a task of its own, so that an op is measured with the operands, the caches and the threads that it has in a
-//! model. The host's devices are measured while all that a job has at work are: they share the memory, the last cache and the clock, so each
-//! is slower beside the others than alone. Invariant: what a job starts together is started and timed together.
+//! Networks of usual shapes (see `networks`), small ones for the host and for a GPU such as fill it, are traced and
+//! placed like any model; their programs run op by op, each op as a task of its own, so that an op is measured with the
+//! operands, the caches and the threads that it has in a model. The host's devices are measured while all that a job
+//! has at work are: they share the memory, the last cache and the clock, so each is slower beside the others than
+//! alone. Invariant: what a job starts together is started and timed together.
 
 mod bench;
 mod networks;
@@ -16,9 +17,11 @@ use crate::base::Result;
 use bench::Bench;
 use rates::Network;
 
-/// What an emulated device is taken to do, without measuring: its seconds serve no plan, and a second of it computes little.
+/// What an emulated device is taken to do, without measuring: its seconds serve no plan, and a second of it computes
+/// little.
 const EMULATED: (f64, f64, f64) = (1e9, 1e9, 1e10);
-/// Elements of the update that is timed, on the host and on a GPU: four arrays of this are larger than most last-level caches.
+/// Elements of the update that is timed, on the host and on a GPU: four arrays of this are larger than most last-level
+/// caches.
 const UPDATE_ELEMS: [u64; 2] = [1 << 21, 1 << 25];
 
 /// Measures a device that works alone. Waits about a second.
@@ -29,11 +32,12 @@ pub fn calibrate(spec: &DeviceSpec) -> Result<CostModel> {
     Ok(calibrate_fleet(std::slice::from_ref(spec), 1)?.remove(0))
 }
 
-/// Measures devices of which `at_work` compute at the same time, each beside so many of the others. Waits about a second for each kind
-/// of device among them.
+/// Measures devices of which `at_work` compute at the same time, each beside so many of the others. Waits about a
+/// second for each kind of device among them.
 ///
-/// Devices that have to share cores are measured as many at once as have cores, and all get their share of the rates. GPUs are measured as many at once
-/// as are at work, each once, however many logical devices lie on it: what GPUs share is the host's memory. Those of one model are alike.
+/// Devices that have to share cores are measured as many at once as have cores, and all get their share of the rates.
+/// GPUs are measured as many at once as are at work, each once, however many logical devices lie on it: what GPUs share
+/// is the host's memory. Those of one model are alike.
 ///
 /// # Errors
 /// When the devices cannot be started, or a task fails on one.
@@ -73,8 +77,8 @@ struct Group {
     share: f64,
 }
 
-/// Groups in which every device, or one that is like it, is measured once: each the next that was not yet, and those after it in turn, up to `at_work`
-/// and, on the host, to what the cores hold. A GPU is in a group once.
+/// Groups in which every device, or one that is like it, is measured once: each the next that was not yet, and those
+/// after it in turn, up to `at_work` and, on the host, to what the cores hold. A GPU is in a group once.
 fn groups(specs: &[DeviceSpec], alike: &[usize], at_work: usize, cores: usize) -> Vec<Group> {
     let mut groups: Vec<Group> = Vec::new();
     for first in 0..specs.len() {
@@ -126,7 +130,8 @@ fn share(measured: &CostModel, spec: &DeviceSpec, devices: usize, share: f64) ->
     cost
 }
 
-/// Measures devices at the same time; those that are alike get the same. For each, `alike` is the first that is like it.
+/// Measures devices at the same time; those that are alike get the same. For each, `alike` is the first that is like
+/// it.
 fn measure(specs: &[DeviceSpec], alike: &[usize]) -> Result<Vec<CostModel>> {
     if let DeviceSpec::Emulated { .. } = specs[0] {
         return Ok(vec![CostModel::stated(EMULATED.0, EMULATED.1, EMULATED.2); specs.len()]);
@@ -170,7 +175,8 @@ mod tests {
         HostSpec { threads, ..Default::default() }.into()
     }
 
-    /// Every family has a rate, and every number is one that a plan can be made with. How fast is for `benches/prediction.rs` to say.
+    /// Every family has a rate, and every number is one that a plan can be made with. How fast is for
+    /// `benches/prediction.rs` to say.
     #[test]
     fn measures_every_family_on_every_device() {
         let costs = calibrate_fleet(&[host(Some(1)), host(Some(1))], 2).unwrap();

@@ -1,7 +1,7 @@
 //! Devices: where units run. A device is its lanes; a task goes to a lane with the tickets it waits for.
 //!
-//! The executor knows this trait and nothing below it, so what drives the host device drives a GPU and the simulator. This module and
-//! those under it are the only ones that touch memory by address (`unsafe`).
+//! The executor knows this trait and nothing below it, so what drives the host device drives a GPU and the simulator.
+//! This module and those under it are the only ones that touch memory by address (`unsafe`).
 
 mod attached;
 mod calibrate;
@@ -49,9 +49,9 @@ pub struct Completion {
 
 /// One or more devices of one kind, with the host's lanes beside them.
 ///
-/// `after` may only name tickets that were given out before, so no order of submission can deadlock. Completions come one by one, and
-/// they are the only source of time. What may touch the same bytes at once is for the caller to rule out, hence `unsafe`; [`crate::engine::Engine`] does it
-/// for whole models, and is safe.
+/// `after` may only name tickets that were given out before, so no order of submission can deadlock. Completions come
+/// one by one, and they are the only source of time. What may touch the same bytes at once is for the caller to rule
+/// out, hence `unsafe`; [`crate::engine::Engine`] does it for whole models, and is safe.
 pub trait Device: Send {
     /// The lanes, in the order that [`Ticket::lane`] counts.
     fn lanes(&self) -> &[LaneId];
@@ -59,9 +59,10 @@ pub trait Device: Send {
     /// Queues `task` on a lane, to start when the lane's earlier tasks and all of `after` are done. Never waits.
     ///
     /// # Safety
-    /// Of two tasks that touch the same bytes, one of them writing, the later one waits for the earlier: by its lane or by `after`, in one step or several.
-    /// A program's buffers are as [`crate::graph::Program::new`] placed them, each area whole at its base and none over another; the spans of the
-    /// other tasks overlap nowhere within the task, and hold all the elements that its segments name.
+    /// Of two tasks that touch the same bytes, one of them writing, the later one waits for the earlier: by its lane or
+    /// by `after`, in one step or several. A program's buffers are as [`crate::graph::Program::new`] placed them, each
+    /// area whole at its base and none over another; the spans of the other tasks overlap nowhere within the task, and
+    /// hold all the elements that its segments name.
     unsafe fn submit(&mut self, lane: u16, task: Task, after: &[Ticket]) -> Ticket;
 
     /// Waits up to `patience_secs` for the next completion; `None` when none came.

@@ -1,7 +1,8 @@
-//! What is at home on the disk: its way through stages in host memory, to a device and back, and to an update on the host and back.
+//! What is at home on the disk: its way through stages in host memory, to a device and back, and to an update on the
+//! host and back.
 //!
-//! Stages are used in turn, as tasks are made; when one may be overwritten follows from its bytes, as everywhere. A lane that reads ahead has as many
-//! stages as there are, so what is in one goes on without waiting for the next.
+//! Stages are used in turn, as tasks are made; when one may be overwritten follows from its bytes, as everywhere. A
+//! lane that reads ahead has as many stages as there are, so what is in one goes on without waiting for the next.
 
 use super::Engine;
 use super::settle::{Settled, within};
@@ -56,7 +57,8 @@ impl Engine {
         }
     }
 
-    /// Sends a shard's gradients, whose squares have been summed, from host memory to the disk, where they wait for the global norm.
+    /// Sends a shard's gradients, whose squares have been summed, from host memory to the disk, where they wait for the
+    /// global norm.
     pub(super) fn put_off_gradient(&mut self, site: &Site, done: &Settled) {
         let (s, ratio) = (done.shard, site.model.layout.wide_ratio);
         let gradient = Self::gradients(site, done);
@@ -75,7 +77,8 @@ impl Engine {
         site.home(OnDisk::Gradients, offset, (stretch.end - stretch.start) * ratio)
     }
 
-    /// Reads what of a piece is on the disk into the next stage, and gives the places there, with the copies back that are due after the update.
+    /// Reads what of a piece is on the disk into the next stage, and gives the places there, with the copies back that
+    /// are due after the update.
     pub(super) fn stage_update(
         &mut self,
         site: &Site,

@@ -1,14 +1,17 @@
-//! A model that ends before its time: its loss is not finite, or nobody wants it any more. The others go on, and their bits are the same.
+//! A model that ends before its time: its loss is not finite, or nobody wants it any more. The others go on, and their
+//! bits are the same.
 //!
-//! What is on a lane runs out, and what belongs to a step before the one that failed; the rest is dropped, but keeps its place until what it waited for is done, so that whoever waits for it does
-//! not start too soon. Then, for a loss that is not finite, the step's forward runs again with a check after each layer.
+//! What is on a lane runs out, and what belongs to a step before the one that failed; the rest is dropped, but keeps
+//! its place until what it waited for is done, so that whoever waits for it does not start too soon. Then, for a loss
+//! that is not finite, the step's forward runs again with a check after each layer.
 
 use super::Engine;
 use super::member::{Ending, Purpose};
 use crate::base::{Error, Result};
 
 impl Engine {
-    /// Ends a model before its time; [`Engine::wait_any`] tells when. Its weights are those of the last step that has ended, or in between.
+    /// Ends a model before its time; [`Engine::wait_any`] tells when. Its weights are those of the last step that has
+    /// ended, or in between.
     ///
     /// # Errors
     /// When a device fails.
@@ -20,7 +23,8 @@ impl Engine {
         self.go_on_ending(model)
     }
 
-    /// Whether a model ends before its time, or has: nothing of it is begun any more, and [`Engine::wait_any`] tells why.
+    /// Whether a model ends before its time, or has: nothing of it is begun any more, and [`Engine::wait_any`] tells
+    /// why.
     pub fn is_ending(&self, model: usize) -> bool {
         self.members[model].over || self.members[model].ending.is_some()
     }

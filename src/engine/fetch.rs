@@ -1,4 +1,5 @@
-//! What a visit fetches: its shard's weights, boundary tensors, the batch. What a slot holds already is not fetched again.
+//! What a visit fetches: its shard's weights, boundary tensors, the batch. What a slot holds already is not fetched
+//! again.
 
 use super::Engine;
 use super::rings::Place;
@@ -26,13 +27,14 @@ impl Engine {
             weights.pin(s, key);
             s
         } else {
-            // New weights exist once their last use is over, so the slot of the old ones costs no wait, and leaves the others' slots to
-            // shards whose update comes sooner.
+            // New weights exist once their last use is over, so the slot of the old ones costs no wait, and leaves the
+            // others' slots to shards whose update comes sooner.
             weights.take_back(key).unwrap_or_else(|| weights.take(key, &[]))
         };
         let base = map.weight_slots[slot];
-        // In pieces where a piece can be of use before the next: at a step's first visit, which begins on what an update has left, and
-        // where boundary tensors share the lane, since one that is needed sooner must not stand behind a whole shard.
+        // In pieces where a piece can be of use before the next: at a step's first visit, which begins on what an
+        // update has left, and where boundary tensors share the lane, since one that is needed sooner must not stand
+        // behind a whole shard.
         let own = shard.own.end - shard.own.start;
         let first_visit = pass != Pass::Backward || site.is_last(s);
         let shared_lane = [plan.choice.activations, plan.choice.gradients].iter().any(|&t| t != BoundaryTier::Device);
@@ -68,7 +70,8 @@ impl Engine {
         slot
     }
 
-    /// Brings the weights that a shard in a slot borrows up to date: from their owner's slot where it is beside it, else from home.
+    /// Brings the weights that a shard in a slot borrows up to date: from their owner's slot where it is beside it,
+    /// else from home.
     fn refresh_borrowed(&mut self, site: &Site, s: usize, slot: usize) {
         for i in 0..self.members[site.member].tables.borrows[s].len() {
             let borrow = self.members[site.member].tables.borrows[s][i];

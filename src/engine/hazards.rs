@@ -1,8 +1,8 @@
 //! Which earlier tasks a task must wait for, found from the bytes that they touch.
 //!
-//! Invariant: every byte knows the last task that writes it and the tasks that read it since. A reader waits for the writer, a writer for
-//! both, so a slot is never reused, nor a copy started, before its time, whoever forgot to say so. Tasks must be entered in program
-//! order.
+//! Invariant: every byte knows the last task that writes it and the tasks that read it since. A reader waits for the
+//! writer, a writer for both, so a slot is never reused, nor a copy started, before its time, whoever forgot to say so.
+//! Tasks must be entered in program order.
 
 use crate::device::{Memory, Span};
 use std::collections::BTreeMap;
@@ -25,8 +25,8 @@ impl Stretch {
         Stretch { end, writer, readers, open }
     }
 
-    /// Adds a reader. Those that have ended are left out whenever there are twice as many as after the last time, so that many readers of one stretch cost
-    /// each of them little.
+    /// Adds a reader. Those that have ended are left out whenever there are twice as many as after the last time, so
+    /// that many readers of one stretch cost each of them little.
     fn read(&mut self, task: TaskId, done: impl Fn(TaskId) -> bool) {
         if self.readers.last() == Some(&task) {
             return;
@@ -48,8 +48,8 @@ pub(super) struct Hazards {
 }
 
 impl Hazards {
-    /// Enters a task's access to `span` and adds to `after` the tasks that it must wait for, some of them more than once, those that `done` says have
-    /// ended left out.
+    /// Enters a task's access to `span` and adds to `after` the tasks that it must wait for, some of them more than
+    /// once, those that `done` says have ended left out.
     pub fn access(
         &mut self,
         span: Span,

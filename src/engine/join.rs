@@ -9,12 +9,12 @@ use crate::spill::{Home, Placed};
 use std::sync::Arc;
 
 impl Engine {
-    /// Adds a model to those that take turns, and gives its number. Waits until the devices have come to rest between units, so that the slots which
-    /// models share can be laid out anew; no bit of any model depends on where they lie.
+    /// Adds a model to those that take turns, and gives its number. Waits until the devices have come to rest between
+    /// units, so that the slots which models share can be laid out anew; no bit of any model depends on where they lie.
     ///
     /// # Errors
-    /// [`Error::OutOfBudget`] when the arenas have no room for it, [`Error::Device`] when the host has none or a device fails, [`Error::BadInput`] when
-    /// models do not take turns here. But for a failed device nothing has changed then.
+    /// [`Error::OutOfBudget`] when the arenas have no room for it, [`Error::Device`] when the host has none or a device
+    /// fails, [`Error::BadInput`] when models do not take turns here. But for a failed device nothing has changed then.
     pub fn wait_add(&mut self, placed: &Placed, options: EngineOptions) -> Result<usize> {
         let Some(turns) = &mut self.turns else { return Err(Error::bad("models that run in lines take no others")) };
         let mut all: Vec<Placed> = self.members.iter().map(|m| m.placed.clone()).collect();

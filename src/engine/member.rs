@@ -85,14 +85,16 @@ pub(super) struct Member {
     pub losses_on: Vec<u64>,
     /// Where each shard's backward ran last.
     pub ran_on: Vec<u16>,
-    /// Whether each shard's backward ran where its forward or its last backward had, so that the next visit may come there too.
+    /// Whether each shard's backward ran where its forward or its last backward had, so that the next visit may come
+    /// there too.
     pub returns: Vec<bool>,
     /// Resident: remainders and moments have been brought to the devices.
     pub state_fetched: bool,
     /// Tasks of its state on the way home.
     pub loose_tasks: u64,
     pub last_step_end: f64,
-    /// The step begun last: tasks that belong to no step, an evaluation's or the state's on its way home, are recorded under it.
+    /// The step begun last: tasks that belong to no step, an evaluation's or the state's on its way home, are recorded
+    /// under it.
     pub last_begun: u64,
     pub has_begun: bool,
     /// What lies at home is what its last step left.

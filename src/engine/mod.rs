@@ -1,9 +1,11 @@
-//! The executor: one event loop that issues the steps of models to the lanes of devices. Written once, against [`Device`].
+//! The executor: one event loop that issues the steps of models to the lanes of devices. Written once, against
+//! [`Device`].
 //!
-//! A step is a chain of units. Each is expanded into tasks (`visit`, `settle`) with the bytes that they read and write; what a task waits for
-//! follows from those bytes (`hazards`), and what each lane gets next from deadlines (`queue`). Where a model's shards have their own devices
-//! a step is expanded at once; where several models share devices, a unit is expanded when a policy gives it to a device (`turns`). The loop
-//! waits in one place, for the next completion, and never for longer than the watchdog's patience.
+//! A step is a chain of units. Each is expanded into tasks (`visit`, `settle`) with the bytes that they read and write;
+//! what a task waits for follows from those bytes (`hazards`), and what each lane gets next from deadlines (`queue`).
+//! Where a model's shards have their own devices a step is expanded at once; where several models share devices, a unit
+//! is expanded when a policy gives it to a device (`turns`). The loop waits in one place, for the next completion, and
+//! never for longer than the watchdog's patience.
 
 mod disk;
 mod fault;
@@ -83,7 +85,8 @@ pub struct StepResult {
     pub grad_norm: f64,
     /// Seconds since the step before ended.
     pub secs: f64,
-    /// Those seconds by what bound them; with several models on the devices, those of the model's own arithmetic, and the rest idle.
+    /// Those seconds by what bound them; with several models on the devices, those of the model's own arithmetic, and
+    /// the rest idle.
     pub bound: Bound,
 }
 
@@ -126,7 +129,8 @@ struct DiskLanes {
     write: u16,
 }
 
-/// Stand for the step in tasks of evaluations, by turns: the one even, the other odd, like the staging memory and the results that they use.
+/// Stand for the step in tasks of evaluations, by turns: the one even, the other odd, like the staging memory and the
+/// results that they use.
 const EVALUATIONS: [u64; 2] = [u64::MAX - 1, u64::MAX - 2];
 /// Stands for it in tasks that belong to no step.
 const NO_STEP: u64 = u64::MAX;
@@ -165,13 +169,14 @@ impl Engine {
         Engine::fleet(&[Placed::alone(model, plan)], vec![options], device, None)
     }
 
-    /// An engine for several models on the devices of `device`, whose arenas and store are at least as large as [`FleetMap::new`] says. With
-    /// `turns`, whose arenas are filled as [`FleetMap::within`] does, units go to devices one by one, as a policy chooses; without, every model must be at home on devices, and its steps run in the order in
-    /// which they are begun.
+    /// An engine for several models on the devices of `device`, whose arenas and store are at least as large as
+    /// [`FleetMap::new`] says. With `turns`, whose arenas are filled as [`FleetMap::within`] does, units go to devices
+    /// one by one, as a policy chooses; without, every model must be at home on devices, and its steps run in the order
+    /// in which they are begun.
     ///
     /// # Panics
-    /// When there are not as many options as models, nor as many [`EngineOptions::decays`] as parameters, or a model without a home has no turns to take: bugs
-    /// of the caller's.
+    /// When there are not as many options as models, nor as many [`EngineOptions::decays`] as parameters, or a model
+    /// without a home has no turns to take: bugs of the caller's.
     pub fn fleet(
         models: &[Placed],
         options: Vec<EngineOptions>,
@@ -263,7 +268,8 @@ impl Engine {
         &self.totals
     }
 
-    /// What each lane has done in the step that was waited for last; a task counts in the step in which it ended. One model on one device alone.
+    /// What each lane has done in the step that was waited for last; a task counts in the step in which it ended. One
+    /// model on one device alone.
     pub fn step_lane_sums(&self) -> &[LaneSum] {
         self.account.sums()
     }

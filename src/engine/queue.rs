@@ -1,9 +1,10 @@
 //! Tasks between creation and completion: what waits for what, and which task each lane gets next.
 //!
-//! A compute lane takes its tasks in program order, each as soon as everything it waits for is on a lane, so it is kept a few tasks ahead
-//! and no order of issue can deadlock. The other lanes take only what could start at once, and of that what is needed first (earliest
-//! deadline): a copy that still waits, put on its lane, would hold up all that become ready before it. They are kept ahead by a task
-//! that is ready and needed first of all; any other might stand in the way of a more urgent one that becomes ready in the meantime.
+//! A compute lane takes its tasks in program order, each as soon as everything it waits for is on a lane, so it is kept
+//! a few tasks ahead and no order of issue can deadlock. The other lanes take only what could start at once, and of
+//! that what is needed first (earliest deadline): a copy that still waits, put on its lane, would hold up all that
+//! become ready before it. They are kept ahead by a task that is ready and needed first of all; any other might stand
+//! in the way of a more urgent one that becomes ready in the meantime.
 
 use super::hazards::{Hazards, TaskId};
 use crate::base::{LaneId, LaneKind};
@@ -308,7 +309,8 @@ impl Queue {
         finished
     }
 
-    /// Tells those that wait for a task that it is over; `event`: it ran. Dropped ones among them may be over with that, and so on from them.
+    /// Tells those that wait for a task that it is over; `event`: it ran. Dropped ones among them may be over with
+    /// that, and so on from them.
     fn release_dependents(&mut self, id: TaskId, event: Option<(u64, f64)>) {
         let mut over = std::mem::take(&mut self.over);
         over.push((id, event));
@@ -349,8 +351,9 @@ impl Queue {
         }
     }
 
-    /// Drops a copy that nobody waits for, if it is not on a lane, and gives the work that it belongs to. Where it waits for nothing but `maker`, which
-    /// writes what it would copy, it is over at once: whoever writes there next waits for `maker` too.
+    /// Drops a copy that nobody waits for, if it is not on a lane, and gives the work that it belongs to. Where it
+    /// waits for nothing but `maker`, which writes what it would copy, it is over at once: whoever writes there next
+    /// waits for `maker` too.
     pub fn drop_copy(&mut self, id: TaskId, maker: TaskId) -> Option<u64> {
         let is_idle = |e: &&Entry| e.ticket.is_none() && !e.dropped && !e.done && e.dependents.is_empty();
         let entry = self.entry(id).filter(is_idle)?;
@@ -400,8 +403,8 @@ impl Queue {
         self.forget_done();
     }
 
-    /// What a lane has before it: the task that runs, and the first unit after it; nothing runs while the lane's head waits for what it
-    /// needs. For lanes that keep program order.
+    /// What a lane has before it: the task that runs, and the first unit after it; nothing runs while the lane's head
+    /// waits for what it needs. For lanes that keep program order.
     pub fn ahead(&self, lane: u16) -> (Option<TaskName>, Option<TaskName>) {
         let lane = &self.lanes[usize::from(lane)];
         let mut entries = lane.in_flight.iter().chain(&lane.in_order).filter_map(|&id| self.entry(id));

@@ -1,8 +1,10 @@
-//! Which shard's weights, which boundary tensor, each slot of an arena holds: decided in program order, when tasks are created.
+//! Which shard's weights, which boundary tensor, each slot of an arena holds: decided in program order, when tasks are
+//! created.
 //!
-//! Models whose shards run on any device share a device's slots; a model at home on a device has slots of its own there.
-//! Invariant: a slot names what it will hold once all tasks created so far have run. Whether it may be overwritten yet is not decided
-//! here: the bytes' own history does that (`hazards`).
+//! Models whose shards run on any device share a device's slots; a model at home on a device has slots of its own
+//! there.
+//! Invariant: a slot names what it will hold once all tasks created so far have run. Whether it may be overwritten yet
+//! is not decided here: the bytes' own history does that (`hazards`).
 
 use super::hazards::TaskId;
 use crate::spill::ArenaMap;
@@ -77,7 +79,8 @@ impl<K: Copy + PartialEq> Slots<K> {
         Some(slot)
     }
 
-    /// A slot for `key`: an empty one if there is one, else the least recently used; never one that holds any of `pinned`.
+    /// A slot for `key`: an empty one if there is one, else the least recently used; never one that holds any of
+    /// `pinned`.
     pub fn take(&mut self, key: K, pinned: &[K]) -> usize {
         let free = (self.first..self.holds.len()).filter(|&s| self.holds[s].is_none_or(|h| !pinned.contains(&h)));
         let slot = free
@@ -143,8 +146,8 @@ pub(super) struct ShardOf {
     pub shard: usize,
 }
 
-/// A boundary tensor: the boundary after a shard, and the microbatch. The serial tells it from that of another step or evaluation, whose
-/// entry on a device that has not been there since is stale.
+/// A boundary tensor: the boundary after a shard, and the microbatch. The serial tells it from that of another step or
+/// evaluation, whose entry on a device that has not been there since is stale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Place {
     pub model: usize,
@@ -175,8 +178,9 @@ pub(super) struct Rings {
 }
 
 impl Rings {
-    /// Empty slots, as many as the map has. `shared`: by models whose units take turns, so that what is fetched next is another's; it then goes where
-    /// nothing has run for longest, since a slot whose content has just become useless is still in use.
+    /// Empty slots, as many as the map has. `shared`: by models whose units take turns, so that what is fetched next is
+    /// another's; it then goes where nothing has run for longest, since a slot whose content has just become useless is
+    /// still in use.
     pub fn new(map: &ArenaMap, shared: bool) -> Self {
         Rings {
             weights: Slots::new(map.weight_slots.len(), map.resting, !shared),

@@ -15,9 +15,10 @@ impl Engine {
     /// Queues a training step of a model; at most two may be in flight. Copies the inputs and returns without waiting.
     ///
     /// # Errors
-    /// When the run or the model has failed before, two steps are in flight already or one that this one does not follow, the rule wants moments that the
-    /// plan does not keep, or it clips and the plan does not wait for the norm; when the inputs' sizes are not the graph's, or an id or label lies beside what
-    /// reads it ([`Graph::id_range`](crate::graph::Graph::id_range)).
+    /// When the run or the model has failed before, two steps are in flight already or one that this one does not
+    /// follow, the rule wants moments that the plan does not keep, or it clips and the plan does not wait for the norm;
+    /// when the inputs' sizes are not the graph's, or an id or label lies beside what reads it
+    /// ([`Graph::id_range`](crate::graph::Graph::id_range)).
     pub fn begin_step(&mut self, model: usize, input: &StepInput) -> Result<()> {
         self.check_running(model)?;
         let (member, step) = (&self.members[model], input.step);
@@ -47,8 +48,8 @@ impl Engine {
         self.begin(model, purpose, input.step, input.loss_scale)
     }
 
-    /// Queues an evaluation of one minibatch of a model: the sum over labelled positions times `loss_scale`. At most two may be in flight, and no step beside
-    /// them. Copies the inputs and returns without waiting.
+    /// Queues an evaluation of one minibatch of a model: the sum over labelled positions times `loss_scale`. At most
+    /// two may be in flight, and no step beside them. Copies the inputs and returns without waiting.
     ///
     /// # Errors
     /// As [`Engine::begin_step`]; and when the model has no evaluation graph.
@@ -192,7 +193,8 @@ impl Engine {
         self.failed
     }
 
-    /// What a model does before its next step is recorded under the step before that, not under the first: it goes on after `step` steps.
+    /// What a model does before its next step is recorded under the step before that, not under the first: it goes on
+    /// after `step` steps.
     pub fn starts_at(&mut self, model: usize, step: u64) {
         self.members[model].last_begun = step.saturating_sub(1);
     }
@@ -201,7 +203,8 @@ impl Engine {
         if self.failed { Err(Error::Device("the run has failed before".into())) } else { Ok(()) }
     }
 
-    /// Runs the evaluation graph of a model, of which nothing is in flight, on one minibatch, waits for it, and gives its loss.
+    /// Runs the evaluation graph of a model, of which nothing is in flight, on one minibatch, waits for it, and gives
+    /// its loss.
     ///
     /// # Errors
     /// As [`Engine::begin_evaluation`] and [`Engine::wait_step`].
@@ -261,8 +264,8 @@ impl Engine {
         }
     }
 
-    /// Lets devices with room choose where there is something new to choose. Not before somebody waits: a choice between all models is another one than between those
-    /// that happened to begin first.
+    /// Lets devices with room choose where there is something new to choose. Not before somebody waits: a choice
+    /// between all models is another one than between those that happened to begin first.
     fn offer(&mut self) -> Result<()> {
         let stirred = self.turns.as_mut().is_some_and(|turns| std::mem::take(&mut turns.stirred));
         if stirred { self.take_turns() } else { Ok(()) }

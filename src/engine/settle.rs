@@ -1,8 +1,9 @@
-//! What a step does with gradients: their way out, the sums over shared parameters, the norm, and when each shard is updated.
+//! What a step does with gradients: their way out, the sums over shared parameters, the norm, and when each shard is
+//! updated.
 //!
-//! State that is resident is settled by its device once the last gradient is there. State that visits is settled shard by shard: by the
-//! host's threads, or by the device that has just computed the gradients; beside it that of shards at rest, by their device. The tasks are the
-//! same, and so are the bits.
+//! State that is resident is settled by its device once the last gradient is there. State that visits is settled shard
+//! by shard: by the host's threads, or by the device that has just computed the gradients; beside it that of shards at
+//! rest, by their device. The tasks are the same, and so are the bits.
 
 use super::Engine;
 use super::site::Site;
@@ -57,8 +58,8 @@ impl Engine {
         if !rests {
             self.spill_gradient(site, done);
         }
-        // Without clipping nobody but the report waits for the norm: it gives way to the updates, of which the first shard's is
-        // needed first in the next step.
+        // Without clipping nobody but the report waits for the norm: it gives way to the updates, of which the first
+        // shard's is needed first in the next step.
         if done.clip.is_none() && rests {
             self.join_and_norm(site, done, self.sequence);
             self.update(site, done, self.sequence);
@@ -86,7 +87,8 @@ impl Engine {
         }
     }
 
-    /// Brings to the device, where shards rest on it, the norms that the host has summed: no update of theirs can be clipped without.
+    /// Brings to the device, where shards rest on it, the norms that the host has summed: no update of theirs can be
+    /// clipped without.
     fn bring_norms(&mut self, site: &Site) {
         let (resting, tables) = (site.plan.choice.resting, &self.members[site.member].tables);
         let visiting = tables.segments[resting..].iter().flat_map(|s| s.iter());
@@ -181,7 +183,8 @@ impl Engine {
         }
     }
 
-    /// Sends the accumulators of parameters that other shards own to the host's store, from where their owners fetch them.
+    /// Sends the accumulators of parameters that other shards own to the host's store, from where their owners fetch
+    /// them.
     fn spill_shared(&mut self, site: &Site, done: &Settled) {
         let s = done.shard;
         let (from, to) = (site.map.gradient_slots[done.slot], site.plan.host.shard_gradients[s]);
@@ -220,7 +223,8 @@ impl Engine {
         }
     }
 
-    /// The accumulator of a shared parameter's further use, where it can be added to its owner's; fetched if it is elsewhere.
+    /// The accumulator of a shared parameter's further use, where it can be added to its owner's; fetched if it is
+    /// elsewhere.
     fn joining(&mut self, site: &Site, done: &Settled, join: &Join) -> Span {
         let &Join { user, from, bytes, visits_at, .. } = join;
         let in_store = site.store(site.plan.host.shard_gradients[user] + from, bytes);
@@ -241,8 +245,8 @@ impl Engine {
         }
     }
 
-    /// Adds the accumulators of a shard's shared parameters in the order of layers, then sums its gradients' squares. Users are later
-    /// shards, whose backward came before. `deadline` is the norm's.
+    /// Adds the accumulators of a shard's shared parameters in the order of layers, then sums its gradients' squares.
+    /// Users are later shards, whose backward came before. `deadline` is the norm's.
     fn join_and_norm(&mut self, site: &Site, done: &Settled, deadline: u64) {
         let (s, lane) = (done.shard, Self::math_lane(site, done.shard));
         let gradient = Self::gradients(site, done);

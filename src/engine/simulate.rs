@@ -55,8 +55,8 @@ pub struct Simulation {
 /// Runs `placed` to their ends on simulated devices.
 ///
 /// # Errors
-/// When there is not one number of steps and one clip for each model, or no policy where models run anywhere; when the policy chooses what it may not,
-/// or everything stalls because it chooses nothing.
+/// When there is not one number of steps and one clip for each model, or no policy where models run anywhere; when the
+/// policy chooses what it may not, or everything stalls because it chooses nothing.
 pub fn simulate(placed: &[Placed], options: SimulateOptions) -> Result<Simulation> {
     let SimulateOptions { steps, clips, costs, shared_bytes_per_sec, arena_bytes, policy, units, lines, recorder } =
         options;
@@ -191,9 +191,10 @@ pub fn predict(model: &Arc<Model>, plan: &Arc<Plan>, cost: &CostModel, clip: boo
     Ok(prediction)
 }
 
-/// What no schedule of these plans can beat: arithmetic as planned, and the bytes that must cross however shards are spread. A step fetches every
-/// shard once, since an update by the host makes copies stale, and again for its backward where all devices' slots together cannot have kept it.
-/// `pipelines`: a unit may begin before the one that it follows has ended.
+/// What no schedule of these plans can beat: arithmetic as planned, and the bytes that must cross however shards are
+/// spread. A step fetches every shard once, since an update by the host makes copies stale, and again for its backward
+/// where all devices' slots together cannot have kept it. `pipelines`: a unit may begin before the one that it follows
+/// has ended.
 pub fn bounds_of(
     placed: &[Placed],
     map: &FleetMap,
@@ -275,8 +276,8 @@ fn wait_secs(placed: &Placed, rates: &Rates) -> [f64; 3] {
     [first, home + piece as f64 / rates.h2d, home]
 }
 
-/// Seconds of a step's arithmetic that must pass one after another though microbatches go on from unit to unit: one through all units, and the
-/// others through the longest.
+/// Seconds of a step's arithmetic that must pass one after another though microbatches go on from unit to unit: one
+/// through all units, and the others through the longest.
 fn pipelined_secs(placed: &Placed, cost: &CostModel) -> f64 {
     let shards = &placed.plan.shards;
     let backward = shards.iter().map(|s| s.backward_secs(cost));
@@ -329,8 +330,8 @@ fn least_bytes(placed: &Placed, slots: usize, entries: usize) -> (u64, u64) {
         true => (0..plan.shards.len()).map(|s| update_state_bytes(&placed.model, &plan.shards, plan.moments, s)).sum(),
         false => 0,
     };
-    // An activation goes home and comes back for the next shard's backward, but for those that entries can have kept until then. A gradient may be read
-    // where it was made, and stays there.
+    // An activation goes home and comes back for the next shard's backward, but for those that entries can have kept
+    // until then. A gradient may be read where it was made, and stays there.
     let read_back = plan.shards.windows(2).filter(|pair| !pair[1].idles_back()).map(|pair| pair[0].boundary_bytes);
     let mut boundaries: Vec<u64> =
         read_back.flat_map(|bytes| std::iter::repeat_n(bytes, placed.model.microbatches)).collect();

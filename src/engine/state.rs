@@ -59,7 +59,8 @@ impl Engine {
         }
     }
 
-    /// Refuses elements that are not as many as a tensor has, or that a model is not at rest for; from then on devices read what lies at home.
+    /// Refuses elements that are not as many as a tensor has, or that a model is not at rest for; from then on devices
+    /// read what lies at home.
     fn check_written(&mut self, model: usize, name: &str, shape: &Shape, elems: usize) -> Result<()> {
         if shape.elems() != elems {
             return Err(Error::bad(format!("{name}: {elems} elements, its shape is {shape}")));
@@ -75,8 +76,8 @@ impl Engine {
         Ok(())
     }
 
-    /// Refuses to read what is older than what a step has left on a device; of a model that has ended before its time, what came home can be read. After a
-    /// failure other lanes may still be writing.
+    /// Refuses to read what is older than what a step has left on a device; of a model that has ended before its time,
+    /// what came home can be read. After a failure other lanes may still be writing.
     fn check_read(&self, model: usize, name: &str) -> Result<()> {
         self.check_device()?;
         let member = &self.members[model];
@@ -86,11 +87,12 @@ impl Engine {
         }
     }
 
-    /// Writes a parameter's elements, or its moment's, to where it is at home: before the model's first step, or after [`Engine::wait_home`].
+    /// Writes a parameter's elements, or its moment's, to where it is at home: before the model's first step, or after
+    /// [`Engine::wait_home`].
     ///
     /// # Errors
-    /// When there is no such parameter or moment, it has another number of elements, or a step has begun since the model was at home; when it is at home
-    /// on the disk, and that fails.
+    /// When there is no such parameter or moment, it has another number of elements, or a step has begun since the
+    /// model was at home; when it is at home on the disk, and that fails.
     pub fn write_parameter(&mut self, model: usize, what: Stored, parameter: usize, values: &[f32]) -> Result<()> {
         self.check_stored(model, what, parameter)?;
         let shared = Arc::clone(&self.members[model].model);
@@ -108,7 +110,8 @@ impl Engine {
     /// Reads a parameter's elements, or its moment's, from where it is at home.
     ///
     /// # Errors
-    /// When there is no such parameter or moment, or steps were begun since the last [`Engine::wait_home`]; when it is at home on the disk, and that fails.
+    /// When there is no such parameter or moment, or steps were begun since the last [`Engine::wait_home`]; when it is
+    /// at home on the disk, and that fails.
     pub fn read_parameter(&self, model: usize, what: Stored, parameter: usize) -> Result<Vec<f32>> {
         self.check_stored(model, what, parameter)?;
         self.check_read(model, &self.members[model].model.train.parameters[parameter].name)?;
@@ -155,7 +158,8 @@ impl Engine {
     /// Writes a state's elements into the host's store: before the model's first step, or after [`Engine::wait_home`].
     ///
     /// # Errors
-    /// When there is no such state, they are not as many as its shape has, or a step has begun since the model was at home.
+    /// When there is no such state, they are not as many as its shape has, or a step has begun since the model was at
+    /// home.
     pub fn write_state(&mut self, model: usize, state: usize, values: &[f32]) -> Result<()> {
         let shared = Arc::clone(&self.members[model].model);
         let of = state_of(&shared.train, state)?;
@@ -178,7 +182,8 @@ impl Engine {
         Ok(self.read(model, offset, of.shape.elems()))
     }
 
-    /// Waits until nothing of a model runs, and every weight, moment and state of it is at home: in the host's store, or on the disk.
+    /// Waits until nothing of a model runs, and every weight, moment and state of it is at home: in the host's store,
+    /// or on the disk.
     ///
     /// # Errors
     /// When a device fails or stalls, or the model has ended before its time.
@@ -226,7 +231,8 @@ impl Engine {
         self.check_device()
     }
 
-    /// Copies a minibatch into the staging memory of its step. The step before the last has ended, so nobody reads there.
+    /// Copies a minibatch into the staging memory of its step. The step before the last has ended, so nobody reads
+    /// there.
     pub(super) fn stage(&mut self, model: usize, step: u64, inputs: &[&[u8]]) -> Result<()> {
         let member = &self.members[model];
         let evaluates = EVALUATIONS.contains(&step);

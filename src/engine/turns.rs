@@ -1,8 +1,10 @@
-//! Who is next: a device that can begin to fetch another unit asks the policy for one, and keeps it in its queue until it has run.
+//! Who is next: a device that can begin to fetch another unit asks the policy for one, and keeps it in its queue until
+//! it has run.
 //!
-//! Invariant: a unit is claimed after all that it follows, so queues never wait for each other in a circle. Units of one model in one queue run in
-//! order without any rule that says so; where a policy pipelines, a unit may follow one on another device, and each of its microbatches then waits
-//! for the bytes that the same one leaves there. A device holds as many units as it has weight slots: one that runs, the others on their way.
+//! Invariant: a unit is claimed after all that it follows, so queues never wait for each other in a circle. Units of
+//! one model in one queue run in order without any rule that says so; where a policy pipelines, a unit may follow one
+//! on another device, and each of its microbatches then waits for the bytes that the same one leaves there. A device
+//! holds as many units as it has weight slots: one that runs, the others on their way.
 
 mod moment;
 
@@ -101,7 +103,8 @@ pub(super) struct Turns {
     queues: Vec<VecDeque<Claimed>>,
     /// Seconds of arithmetic of each device's running unit so far.
     running_secs: Vec<f64>,
-    /// When each device's running unit can have started, and when the copies to it that were asked for should have arrived.
+    /// When each device's running unit can have started, and when the copies to it that were asked for should have
+    /// arrived.
     since: Vec<f64>,
     arrived: Vec<f64>,
     d2h_bytes_per_sec: Vec<f64>,
@@ -276,7 +279,8 @@ impl Turns {
         self.stirred = true;
     }
 
-    /// The next choice that is to be made: a device with room, and the model that it takes. `rings` are the slots that models share on a device.
+    /// The next choice that is to be made: a device with room, and the model that it takes. `rings` are the slots that
+    /// models share on a device.
     fn next<'a>(&mut self, now: f64, rings: impl Fn(usize) -> Option<&'a Rings>) -> Result<Option<(usize, usize)>> {
         let mut order = std::mem::take(&mut self.order);
         order.clear();

@@ -19,7 +19,8 @@ pub(super) struct UnitCost {
     pub leaves_gradients: bool,
     /// Seconds until the other devices have its last boundary tensor, once the lane out is free.
     pub hand_on_secs: f64,
-    /// Where the next step's first unit needs what this one updates: seconds until it has that, once the gradient has left.
+    /// Where the next step's first unit needs what this one updates: seconds until it has that, once the gradient has
+    /// left.
     pub turn_secs: Option<f64>,
     /// That, and the seconds in which the gradient leaves.
     pub wait_secs: f64,

@@ -163,10 +163,12 @@ impl Engine {
         }
     }
 
-    /// Brings what the host has updated of a shard back into the slot that held it, as a part of the next step; tells whether it does.
+    /// Brings what the host has updated of a shard back into the slot that held it, as a part of the next step; tells
+    /// whether it does.
     ///
-    /// Copies to the device have little to do while gradients leave it. So this is worth its bytes where the next step is to come here too, and the
-    /// slot is not handed out before: least recently used goes first, and until this shard's next visit those before it have theirs.
+    /// Copies to the device have little to do while gradients leave it. So this is worth its bytes where the next step
+    /// is to come here too, and the slot is not handed out before: least recently used goes first, and until this
+    /// shard's next visit those before it have theirs.
     fn fetch_updated(&mut self, site: &Site, s: usize, deadline: u64) -> bool {
         let (member, weights) = (&self.members[site.member], &self.rings[site.rings].weights);
         let spare = weights.len().saturating_sub(site.plan.choice.slots);

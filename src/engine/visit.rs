@@ -1,8 +1,10 @@
-//! Expands a step into tasks: for every visit of a shard, the fetches before it, a compute task for each microbatch, what leaves after.
+//! Expands a step into tasks: for every visit of a shard, the fetches before it, a compute task for each microbatch,
+//! what leaves after.
 //!
-//! Tasks are made in the order in which one device with one lane could run them; every overlap comes from lanes running ahead of that
-//! order as far as the bytes allow. The visits of a step are F(0) .. F(n-2), the last shard's forward, loss and backward, B(n-2) .. B(0).
-//! A visit may be on another device than the one before: what it needs of that one's it fetches from the host's store.
+//! Tasks are made in the order in which one device with one lane could run them; every overlap comes from lanes running
+//! ahead of that order as far as the bytes allow. The visits of a step are F(0) .. F(n-2), the last shard's forward,
+//! loss and backward, B(n-2) .. B(0). A visit may be on another device than the one before: what it needs of that one's
+//! it fetches from the host's store.
 
 use super::Engine;
 use super::member::{Pending, Purpose};
@@ -60,8 +62,8 @@ impl Pending {
         Unit { shard, pass, microbatches: 0..microbatches }
     }
 
-    /// Microbatch by microbatch: all forward, then all backward. A lane takes units in this order as they become ready, which fills and empties
-    /// the pipeline.
+    /// Microbatch by microbatch: all forward, then all backward. A lane takes units in this order as they become ready,
+    /// which fills and empties the pipeline.
     fn pipelined_unit(&self, unit: usize, shards: usize, microbatches: usize) -> Unit {
         let forwards = (shards - 1) * microbatches;
         let (shard, pass, m) = match unit.checked_sub(forwards) {
@@ -100,7 +102,8 @@ impl Engine {
                 let m = &mut self.members[member];
                 m.returns[shard] = held || m.ran_on[shard] == device;
                 m.ran_on[shard] = device;
-                // The next step's first visit comes after the rest of this one's, each with as many others' between as there are models.
+                // The next step's first visit comes after the rest of this one's, each with as many others' between as
+                // there are models.
                 let visit = site.model.microbatches as u64 * crowd;
                 let next_step = ahead + (shard as u64 + 1) * visit;
                 self.settle(&site, &super::settle::Settled { shard, slot, rule, clip, next_step, visit });
@@ -207,7 +210,8 @@ impl Engine {
             writes[4] = Some(site.arena(map.activations[entry], program.bytes(Area::ActivationOut)));
         }
         if pass == Pass::Evaluate && last && program.bytes(Area::ActivationOut) > 0 {
-            // Logits are handed on to nobody: they lie over the workspace's end, where the map of an evaluation leaves room.
+            // Logits are handed on to nobody: they lie over the workspace's end, where the map of an evaluation leaves
+            // room.
             let at = map.workspace + crate::base::align_up(program.bytes(Area::Workspace), crate::graph::ALIGNMENT);
             bases[Area::ActivationOut as usize] = at;
             writes[4] = Some(site.arena(at, program.bytes(Area::ActivationOut)));

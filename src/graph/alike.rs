@@ -1,8 +1,8 @@
-//! Which layers are alike: those whose ops are the same on tensors of the same shapes, and differ in names, random numbers and their place in
-//! the model alone.
+//! Which layers are alike: those whose ops are the same on tensors of the same shapes, and differ in names, random
+//! numbers and their place in the model alone.
 //!
-//! What a program needs and costs follows from its layers' likeness in order, so a search over cuts has to look at few of them. Where it is
-//! not plain that two layers are alike, they are told apart.
+//! What a program needs and costs follows from its layers' likeness in order, so a search over cuts has to look at few
+//! of them. Where it is not plain that two layers are alike, they are told apart.
 
 use super::graph::{Graph, Source, Value};
 use super::layout::ModelLayout;
@@ -13,8 +13,8 @@ use std::collections::HashSet;
 
 /// For each layer the first one that it is like: itself where there is none before it.
 ///
-/// Shards of equally many layers, each like its counterpart, have programs of the same ops on buffers at the same offsets, unless one of them is
-/// the model's last.
+/// Shards of equally many layers, each like its counterpart, have programs of the same ops on buffers at the same
+/// offsets, unless one of them is the model's last.
 pub fn alike(graph: &Graph, layout: &ModelLayout) -> Vec<usize> {
     let padded = padded(graph);
     let mut found: Vec<(usize, Likeness)> = Vec::new();

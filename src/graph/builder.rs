@@ -1,7 +1,7 @@
 //! Traces a model: each call checks shapes and appends a node.
 //!
-//! A builder is in one layer at a time. A value may be used in the layer that made it and, where it is that layer's output,
-//! in the next layer; nothing else crosses a place where a cut may fall. Errors carry the operands.
+//! A builder is in one layer at a time. A value may be used in the layer that made it and, where it is that layer's
+//! output, in the next layer; nothing else crosses a place where a cut may fall. Errors carry the operands.
 
 mod ops;
 
@@ -100,12 +100,12 @@ impl Builder {
         self.loss(Op::CrossEntropy, vec![logits, labels], vec![rows.clone(), rows])
     }
 
-    /// Appends the loss to the last layer: mean squared error of `predictions` (.., C) with `targets` (.., C), an input of the batch
-    /// (see [`Op::MeanSquaredError`]). Divided by the number of rows it is torch's `mse_loss`.
+    /// Appends the loss to the last layer: mean squared error of `predictions` (.., C) with `targets` (.., C), an input
+    /// of the batch (see [`Op::MeanSquaredError`]). Divided by the number of rows it is torch's `mse_loss`.
     ///
     /// # Errors
-    /// When the shapes differ or have no columns, the targets are no input, the predictions are not the last layer's output, or there is a
-    /// loss already.
+    /// When the shapes differ or have no columns, the targets are no input, the predictions are not the last layer's
+    /// output, or there is a loss already.
     pub fn mean_squared_error(&mut self, predictions: Value, targets: Value) -> Result<Value> {
         self.expect_last("mean_squared_error", predictions)?;
         let (x, t) = (self.shape(predictions), self.shape(targets));
@@ -122,7 +122,8 @@ impl Builder {
         self.loss(Op::MeanSquaredError, vec![predictions, targets], vec![rows])
     }
 
-    /// Appends a loss to the last layer, whose output is `inputs[0]`; `others` are the shapes of the op's outputs besides the loss.
+    /// Appends a loss to the last layer, whose output is `inputs[0]`; `others` are the shapes of the op's outputs
+    /// besides the loss.
     fn loss(&mut self, op: Op, inputs: Vec<Value>, others: Vec<Shape>) -> Result<Value> {
         let output = inputs[0];
         let shapes = std::iter::once(Shape::from([1])).chain(others).collect();
@@ -325,7 +326,8 @@ mod tests {
     use super::*;
     use crate::graph::kinds::{Activation, WeightLayout};
 
-    /// Used in a later layer by its value alone, a parameter is shared as one that was asked for by name; a state is its layer's.
+    /// Used in a later layer by its value alone, a parameter is shared as one that was asked for by name; a state is
+    /// its layer's.
     #[test]
     fn a_parameter_is_shared_by_whoever_uses_it() {
         let mut b = Builder::new(Mode::Training, DType::F32);

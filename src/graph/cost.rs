@@ -1,7 +1,7 @@
 //! What an op costs: floating-point operations and bytes that must cross the memory bus at least once.
 //!
-//! Both are counts of the mathematics, not of an implementation: a multiply-add is two operations, every input is read once and
-//! every output written once. A cost model turns them into seconds.
+//! Both are counts of the mathematics, not of an implementation: a multiply-add is two operations, every input is read
+//! once and every output written once. A cost model turns them into seconds.
 
 use super::graph::{Graph, Node};
 use super::kinds::Activation;
@@ -127,8 +127,9 @@ pub struct Cost {
     pub tf32: bool,
     /// Elements of the largest operand, by which elementwise work is counted.
     pub elems: u64,
-    /// What the rate depends on. A product: rows, columns and depth. Attention: sequences times heads, keys, a head's width. A
-    /// convolution: output channels, input channels times taps, output positions of an image. The rest: bytes, the last axis' size, 1.
+    /// What the rate depends on. A product: rows, columns and depth. Attention: sequences times heads, keys, a head's
+    /// width. A convolution: output channels, input channels times taps, output positions of an image. The rest: bytes,
+    /// the last axis' size, 1.
     pub sizes: [usize; 3],
 }
 

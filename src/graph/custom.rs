@@ -1,7 +1,7 @@
 //! Ops of an embedder's own: everything that the crate asks of an op, behind one trait.
 //!
-//! An op says its shape rule, its cost, its body on the host, its kernel, and its gradient, which is an op like itself. Placement,
-//! recomputation, spilling and the same bits under any cut follow as for any other.
+//! An op says its shape rule, its cost, its body on the host, its kernel, and its gradient, which is an op like itself.
+//! Placement, recomputation, spilling and the same bits under any cut follow as for any other.
 
 use crate::base::{DType, Result, Shape};
 use std::fmt;
@@ -28,7 +28,8 @@ pub trait CustomOp: fmt::Debug + Send + Sync {
         inputs.iter().map(|s| s.elems() as f64).sum()
     }
 
-    /// The body on the host. Overwrites all of `outputs`. In a bf16 model the slices are f32 copies, rounded afterwards.
+    /// The body on the host. Overwrites all of `outputs`. In a bf16 model the slices are f32 copies, rounded
+    /// afterwards.
     fn host(&self, outputs: &mut [&mut [f32]], inputs: &[&[f32]], shapes: &[&Shape]);
 
     /// The kernels, for a GPU or the emulator; `None` where the op runs on the host alone. Always the same.
@@ -43,8 +44,8 @@ pub trait CustomOp: fmt::Debug + Send + Sync {
         let _ = (dtype, shapes, launch);
     }
 
-    /// The gradient, as an op: its inputs are the gradient of output 0, then this op's inputs, then its outputs; its outputs are the gradients of
-    /// this op's inputs, in order. `None` where there is none.
+    /// The gradient, as an op: its inputs are the gradient of output 0, then this op's inputs, then its outputs; its
+    /// outputs are the gradients of this op's inputs, in order. `None` where there is none.
     fn gradient(&self) -> Option<Arc<dyn CustomOp>> {
         None
     }
@@ -60,12 +61,13 @@ pub struct Kernels {
 }
 
 impl Kernels {
-    /// Kernels under a name that no others have: a fatbin or a cubin, and a shared object that `kernels/emulator/build.sh` made of the same sources; empty where
-    /// there is none.
+    /// Kernels under a name that no others have: a fatbin or a cubin, and a shared object that
+    /// `kernels/emulator/build.sh` made of the same sources; empty where there is none.
     ///
     /// # Safety
-    /// They are native code: in every launch that [`CustomOp::launch`] asks for, the entry point takes the arguments that it is given, reads of the inputs and
-    /// overwrites of the outputs as many elements as their shapes have, and touches nothing else.
+    /// They are native code: in every launch that [`CustomOp::launch`] asks for, the entry point takes the arguments
+    /// that it is given, reads of the inputs and overwrites of the outputs as many elements as their shapes have, and
+    /// touches nothing else.
     pub const unsafe fn new(name: &'static str, fatbin: &'static [u8], emulated: &'static [u8]) -> Kernels {
         Kernels { name, fatbin, emulated }
     }

@@ -1,11 +1,12 @@
 //! Reverse mode: appends to a graph the nodes of its gradient.
 //!
-//! Nodes are visited from the loss back; each op's rule (see `gradient`) emits nodes of the same layer, and contributions to
-//! one value are added in that fixed order. Every layer's part is closed: what it hands to the layer before it, and what it adds
-//! to its parameters' accumulators, are outputs of its own nodes, so a cut between any two layers computes the same bits.
+//! Nodes are visited from the loss back; each op's rule (see `gradient`) emits nodes of the same layer, and
+//! contributions to one value are added in that fixed order. Every layer's part is closed: what it hands to the layer
+//! before it, and what it adds to its parameters' accumulators, are outputs of its own nodes, so a cut between any two
+//! layers computes the same bits.
 //!
-//! A value's gradient has the value's element type, a parameter's the wide one ([`DType::wide`]): what comes in another is converted by
-//! a copy before it is added.
+//! A value's gradient has the value's element type, a parameter's the wide one ([`DType::wide`]): what comes in another
+//! is converted by a copy before it is added.
 
 use super::fuse;
 use super::gradient;
@@ -13,7 +14,8 @@ use super::graph::{Graph, Node, ParameterGradient, Source, Value, ValueInfo};
 use super::op::Op;
 use crate::base::{DType, Error, Result, Shape};
 
-/// Appends the gradient of `graph.loss` with respect to every parameter that is not frozen. Layers before the first that is trained have none.
+/// Appends the gradient of `graph.loss` with respect to every parameter that is not frozen. Layers before the first
+/// that is trained have none.
 ///
 /// # Errors
 /// When the graph has no loss, a layer's output does not reach it, or all parameters are frozen.
@@ -90,7 +92,8 @@ impl Sweep<'_> {
         self.needed[self.graph.root(value).0 as usize]
     }
 
-    /// Appends a node of the current layer and returns its outputs, whose types are the op's (see [`Op::output_dtype`]).
+    /// Appends a node of the current layer and returns its outputs, whose types are the op's (see
+    /// [`Op::output_dtype`]).
     pub(super) fn push(&mut self, op: Op, inputs: Vec<Value>, shapes: Vec<Shape>) -> Vec<Value> {
         let float = self.graph.float;
         let dtypes: Vec<DType> = (0..shapes.len()).map(|output| op.output_dtype(output, float)).collect();
@@ -190,8 +193,8 @@ impl Sweep<'_> {
         Ok(())
     }
 
-    /// `gradient` itself where it is an output of this layer's backward pass that nobody else reads and, for a parameter, one that
-    /// can accumulate; otherwise a copy of it.
+    /// `gradient` itself where it is an output of this layer's backward pass that nobody else reads and, for a
+    /// parameter, one that can accumulate; otherwise a copy of it.
     fn own(&mut self, gradient: Value, layer: usize, accumulates: bool) -> Value {
         let root = self.graph.root(gradient);
         let fits = match self.graph.info(root).source {

@@ -1,13 +1,15 @@
-//! Fusion: a linear layer's product and the elementwise op that alone reads it become one op, which spares a pass over memory.
+//! Fusion: a linear layer's product and the elementwise op that alone reads it become one op, which spares a pass over
+//! memory.
 //!
-//! A pair lies in one layer, and whether it is one shows in that layer alone: so a cut between any two layers computes the same bits.
+//! A pair lies in one layer, and whether it is one shows in that layer alone: so a cut between any two layers computes
+//! the same bits.
 
 use super::graph::{Graph, Node, Source, Value};
 use super::kinds::Activation;
 use super::op::Op;
 
-/// Fuses each sum with a linear layer without activation: the other summand becomes its residual. For forward graphs, before they are
-/// differentiated.
+/// Fuses each sum with a linear layer without activation: the other summand becomes its residual. For forward graphs,
+/// before they are differentiated.
 pub(super) fn residuals(graph: &mut Graph) {
     pairs(graph, |product, reader, operand| match (&product.op, &reader.op) {
         (&Op::Linear { activation: Activation::None, layout, residual: false }, Op::Add) => {
@@ -17,8 +19,8 @@ pub(super) fn residuals(graph: &mut Graph) {
     });
 }
 
-/// Fuses the gradient of a linear layer's input with that of the activation which that input came from, and then with the sum of what several
-/// readers of that input contribute.
+/// Fuses the gradient of a linear layer's input with that of the activation which that input came from, and then with
+/// the sum of what several readers of that input contribute.
 pub(super) fn input_gradients(graph: &mut Graph) {
     const PLAIN: Activation = Activation::None;
     pairs(graph, |product, reader, operand| match (&product.op, &reader.op) {
@@ -35,8 +37,8 @@ pub(super) fn input_gradients(graph: &mut Graph) {
     });
 }
 
-/// Replaces pairs of a product and the one op that reads it, in that op's place. `fused` gets both, with the number of the operand that is the
-/// product, and says what they are together and which value joins the product's inputs.
+/// Replaces pairs of a product and the one op that reads it, in that op's place. `fused` gets both, with the number of
+/// the operand that is the product, and says what they are together and which value joins the product's inputs.
 fn pairs(graph: &mut Graph, fused: impl Fn(&Node, &Node, usize) -> Option<(Op, Value)>) {
     let uses = uses(graph);
     let mut keep = vec![true; graph.nodes.len()];
@@ -46,7 +48,8 @@ fn pairs(graph: &mut Graph, fused: impl Fn(&Node, &Node, usize) -> Option<(Op, V
             let root = graph.root(value);
             let Source::Node { node, .. } = graph.info(root).source else { return None };
             let product = &graph.nodes[node];
-            // Seen as rows of another width, by the reader or in what it makes, columns of the product would not be those of what joins it.
+            // Seen as rows of another width, by the reader or in what it makes, columns of the product would not be
+            // those of what joins it.
             let same = |other: Value| graph.info(other).shape.cols() == graph.info(root).shape.cols();
             let same_rows = same(value) && reader.outputs.first().is_some_and(|&out| same(out));
             let alone = uses[root.0 as usize] == 1 && product.layer == reader.layer;
@@ -87,7 +90,8 @@ mod tests {
     const NONE: Activation = Activation::None;
     const GELU: Activation = Activation::GeluTanh;
 
-    /// A model of two layers of 4 columns, the first of them `body` on a parameter (6, 4), the second a head, with its gradient.
+    /// A model of two layers of 4 columns, the first of them `body` on a parameter (6, 4), the second a head, with its
+    /// gradient.
     fn model(body: impl FnOnce(&mut Builder, Value) -> Value) -> Graph {
         let mut b = Builder::new(Mode::Training, DType::F32);
         let layer = |b: &mut Builder, _: Option<Value>| {
@@ -110,7 +114,8 @@ mod tests {
         b.linear(x, weight, Some(bias), activation, WeightLayout::InOut).unwrap()
     }
 
-    /// How many nodes are linear layers with a residual, input gradients with an activation's and such that add, sums and gradients of activations.
+    /// How many nodes are linear layers with a residual, input gradients with an activation's and such that add, sums
+    /// and gradients of activations.
     fn counts(graph: &Graph) -> [usize; 5] {
         let count = |is: fn(&Op) -> bool| graph.nodes.iter().filter(|node| is(&node.op)).count();
         for (n, node) in graph.nodes.iter().enumerate() {
@@ -231,7 +236,8 @@ mod tests {
         }
     }
 
-    /// The gradient of what is read both as it is and as rows of another width has the shape of what came first: a product is not made over in that.
+    /// The gradient of what is read both as it is and as rows of another width has the shape of what came first: a
+    /// product is not made over in that.
     #[test]
     fn a_sum_of_other_rows_stays() {
         for cols in [4, 8] {

@@ -1,7 +1,7 @@
 //! One rule an op: the nodes of its gradient.
 //!
-//! A rule gets the gradient of the op's first output (`None` for the loss, whose gradient is 1) and contributes one gradient to
-//! each input that wants one. No rule computes anything: it only names ops.
+//! A rule gets the gradient of the op's first output (`None` for the loss, whose gradient is 1) and contributes one
+//! gradient to each input that wants one. No rule computes anything: it only names ops.
 
 use super::custom::Custom;
 use super::differentiate::Sweep;

@@ -122,8 +122,9 @@ pub struct ParameterGradient {
 
 /// A traced model, and after [`super::differentiate`] its gradient.
 ///
-/// Nodes are in an order in which every input precedes its use: the forward pass layer by layer, up to `forward_nodes`, then the backward
-/// pass from the last layer to the first. The numbers that forward nodes were traced under key the random numbers, whatever the cut.
+/// Nodes are in an order in which every input precedes its use: the forward pass layer by layer, up to `forward_nodes`,
+/// then the backward pass from the last layer to the first. The numbers that forward nodes were traced under key the
+/// random numbers, whatever the cut.
 #[derive(Clone, Debug, Default)]
 pub struct Graph {
     /// Element type of weights and activations. What is summed up beside them is [`DType::wide`].

@@ -25,7 +25,8 @@ impl IdRange {
 }
 
 impl Graph {
-    /// The integers that an input may hold, as the ops that read it need it; `None` where any will do: a mask's, and what holds no integers.
+    /// The integers that an input may hold, as the ops that read it need it; `None` where any will do: a mask's, and
+    /// what holds no integers.
     pub fn id_range(&self, input: usize) -> Option<IdRange> {
         let forward = self.nodes[..self.forward_nodes].iter();
         let reads = |&value: &_| self.info(self.root(value)).source == Source::Input(input);

@@ -9,7 +9,8 @@ pub enum Activation {
     None,
     /// max(x, 0).
     Relu,
-    /// GELU by tanh: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), GPT-2's `gelu_new` (Hendrycks & Gimpel 2016, arXiv:1606.08415).
+    /// GELU by tanh: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), GPT-2's `gelu_new` (Hendrycks & Gimpel 2016,
+    /// arXiv:1606.08415).
     GeluTanh,
     /// GELU exactly: 0.5 x (1 + erf(x / sqrt 2)).
     GeluErf,

@@ -1,18 +1,21 @@
-//! Where parameters and running statistics lie: one flat order for the whole model, so that a shard is a contiguous stretch.
+//! Where parameters and running statistics lie: one flat order for the whole model, so that a shard is a contiguous
+//! stretch.
 //!
-//! Invariant: the flat order depends on the model alone, never on the cut. Parameters come by the layer that owns them (the first
-//! that uses them), then by first use; behind all of them the frozen ones, which no shard owns. Every tensor starts at a multiple of [`ALIGNMENT`](super::ALIGNMENT); the bytes between are 0. Even an empty
-//! parameter takes [`ALIGNMENT`](super::ALIGNMENT) bytes, so that a start belongs to one parameter and one shard.
+//! Invariant: the flat order depends on the model alone, never on the cut. Parameters come by the layer that owns them
+//! (the first that uses them), then by first use; behind all of them the frozen ones, which no shard owns. Every tensor
+//! starts at a multiple of [`ALIGNMENT`](super::ALIGNMENT); the bytes between are 0. Even an empty parameter takes
+//! [`ALIGNMENT`](super::ALIGNMENT) bytes, so that a start belongs to one parameter and one shard.
 //!
-//! What has an element for each of a weight's (gradients, moments) lies in the same order; where its elements are wider, every offset
-//! is as many times the weight's ([`ModelLayout::wide_ratio`]).
+//! What has an element for each of a weight's (gradients, moments) lies in the same order; where its elements are
+//! wider, every offset is as many times the weight's ([`ModelLayout::wide_ratio`]).
 
 use super::graph::Graph;
 use super::place::ALIGNMENT;
 use crate::base::align_up;
 use std::ops::Range;
 
-/// The flat order of a model's parameters, in bytes of the graph's float type, and of its states, in bytes of the wide one.
+/// The flat order of a model's parameters, in bytes of the graph's float type, and of its states, in bytes of the wide
+/// one.
 #[derive(Clone, Debug)]
 pub struct ModelLayout {
     /// Parameters that are trained, in flat order.
@@ -100,8 +103,9 @@ pub struct SharedUse {
 
 /// How one shard's weights, states and gradients lie on a device.
 ///
-/// Weights are the shard's own stretch of the flat order, then copies of what it borrows from other shards, then the frozen ones that its layers
-/// use. Gradients are the own stretch, then an accumulator for every further use of a shared parameter.
+/// Weights are the shard's own stretch of the flat order, then copies of what it borrows from other shards, then the
+/// frozen ones that its layers use. Gradients are the own stretch, then an accumulator for every further use of a
+/// shared parameter.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ShardLayout {
     /// The shard's layers.

@@ -1,7 +1,8 @@
 //! The ops: what each reads and writes.
 //!
-//! The order of inputs and outputs is stated once, here, on each variant. Rules about an op live beside this file: shapes and
-//! construction in `builder`, arithmetic and traffic in `cost`, gradients in `gradient`. Parentheses mark what may be absent.
+//! The order of inputs and outputs is stated once, here, on each variant. Rules about an op live beside this file:
+//! shapes and construction in `builder`, arithmetic and traffic in `cost`, gradients in `gradient`. Parentheses mark
+//! what may be absent.
 
 use super::custom::Custom;
 use super::kinds::{Activation, WeightLayout};
@@ -39,7 +40,8 @@ pub enum Op {
         layout: WeightLayout,
         /// What x came from, if it was an activation of the last input: then the output is the gradient of that.
         activation: Activation,
-        /// The last input is added: what others who read x contribute to its gradient. There is none with an activation.
+        /// The last input is added: what others who read x contribute to its gradient. There is none with an
+        /// activation.
         adds: bool,
     },
     /// x (.., K), d_pre (.., N) -> d_weight, (d_bias (N)).
@@ -80,21 +82,21 @@ pub enum Op {
     },
     /// d_out, x, weight, rstd -> d_x, d_weight.
     RmsNormGrad,
-    /// x (B, T, R) with R >= H D -> out: the first H heads of width D of position t turned by t's angles, the rest copied. Its gradient is
-    /// the turn back, on d_out.
+    /// x (B, T, R) with R >= H D -> out: the first H heads of width D of position t turned by t's angles, the rest
+    /// copied. Its gradient is the turn back, on d_out.
     Rotary(Rotation),
     /// qkv (B, T, (H + 2 Hkv) D) packed, or q (B, Tq, H D), k, v (B, Tk, Hkv D); (mask (B, Tk) i32: 1 = attend)
     /// -> out (B, Tq, H D), lse (B, H, Tq).
     Attention(AttentionKind),
     /// d_out, out, lse, then Attention's inputs -> d_qkv, or d_q, d_k, d_v.
     AttentionGrad(AttentionKind),
-    /// logits (.., V), labels (..) i32 -> loss (1): the sum over rows of -log softmax at the label, times the step's loss scale;
-    /// lse (rows), row_losses (rows). A row with label -100 counts for nothing: its loss and lse are 0.
+    /// logits (.., V), labels (..) i32 -> loss (1): the sum over rows of -log softmax at the label, times the step's
+    /// loss scale; lse (rows), row_losses (rows). A row with label -100 counts for nothing: its loss and lse are 0.
     CrossEntropy,
     /// logits (.., V), labels (..), lse (rows) -> d_logits (.., V), over the logits where they die.
     CrossEntropyGrad,
-    /// predictions (.., C), targets (.., C) -> loss (1): the sum over rows of the mean of squared differences, times the step's loss scale;
-    /// row_losses (rows).
+    /// predictions (.., C), targets (.., C) -> loss (1): the sum over rows of the mean of squared differences, times
+    /// the step's loss scale; row_losses (rows).
     MeanSquaredError,
     /// predictions (.., C), targets (.., C) -> d_predictions (.., C), over the predictions where they die.
     MeanSquaredErrorGrad,
@@ -138,8 +140,8 @@ pub enum Op {
         /// Output axis i is input axis `axes[i]`.
         axes: Vec<usize>,
     },
-    /// x (B, T, C) -> out (B, T', C): row t of each sequence becomes row t + `by`, where there is one; rows that none comes to are 0. Its
-    /// gradient is the shift by -`by`, on d_out.
+    /// x (B, T, C) -> out (B, T', C): row t of each sequence becomes row t + `by`, where there is one; rows that none
+    /// comes to are 0. Its gradient is the shift by -`by`, on d_out.
     Shift {
         /// Rows down; up where it is negative.
         by: isize,
@@ -194,13 +196,14 @@ pub enum RotaryScaling {
     /// Not at all.
     #[default]
     None,
-    /// All by one factor (Chen, Wong, Chen & Tian 2023, "Extending context window by positional interpolation", arXiv:2306.15595).
+    /// All by one factor (Chen, Wong, Chen & Tian 2023, "Extending context window by positional interpolation",
+    /// arXiv:2306.15595).
     Linear {
         /// 1 or more.
         factor: f64,
     },
-    /// Llama 3.1's: those that turn less than `low` times over `positions` by the factor, those that turn more than `high` times not at all,
-    /// the others by a part that is linear in their turns.
+    /// Llama 3.1's: those that turn less than `low` times over `positions` by the factor, those that turn more than
+    /// `high` times not at all, the others by a part that is linear in their turns.
     Llama3 {
         /// 1 or more.
         factor: f64,
@@ -214,8 +217,8 @@ pub enum RotaryScaling {
 }
 
 impl RotaryScaling {
-    /// `[slowed, constant, slope]`: of a frequency f, in radians a position, the share `k = clamp(constant + slope f, 0, 1)` stays, and the
-    /// rest is multiplied by `slowed`: f (k + (1 - k) slowed).
+    /// `[slowed, constant, slope]`: of a frequency f, in radians a position, the share `k = clamp(constant + slope f,
+    /// 0, 1)` stays, and the rest is multiplied by `slowed`: f (k + (1 - k) slowed).
     pub fn blend(&self) -> [f64; 3] {
         match *self {
             RotaryScaling::None => [1.0, 0.0, 0.0],
@@ -333,8 +336,8 @@ impl Op {
         }
     }
 
-    /// The element type of an output, in a model of `float`: statistics, losses and parameters' gradients are wide. A sum and a copy
-    /// in the backward pass have the type of what they are part of.
+    /// The element type of an output, in a model of `float`: statistics, losses and parameters' gradients are wide. A
+    /// sum and a copy in the backward pass have the type of what they are part of.
     pub fn output_dtype(&self, output: usize, float: DType) -> DType {
         match self {
             Op::MaxPool(_) if output == 1 => DType::I32,

@@ -6,13 +6,15 @@ use super::op::Op;
 use crate::base::DType;
 use std::collections::HashSet;
 
-/// Columns that a row of `cols` has room for where rows are to start at multiples of 16 bytes: what bulk copies of bf16 need.
+/// Columns that a row of `cols` has room for where rows are to start at multiples of 16 bytes: what bulk copies of bf16
+/// need.
 pub(super) fn padded_cols(cols: usize) -> usize {
     cols.next_multiple_of(8)
 }
 
-/// Logits and their gradients in bf16 whose rows are an odd number of elements long, as those over a vocabulary of 50,257 are, for a device
-/// whose kernels can take rows that lie further apart. Products of such rows take half the time when they start at multiples of 16 bytes.
+/// Logits and their gradients in bf16 whose rows are an odd number of elements long, as those over a vocabulary of
+/// 50,257 are, for a device whose kernels can take rows that lie further apart. Products of such rows take half the
+/// time when they start at multiples of 16 bytes.
 pub(super) fn padded(graph: &Graph) -> HashSet<Value> {
     if !graph.scratch || graph.float != DType::Bf16 {
         return HashSet::new();

@@ -1,7 +1,7 @@
 //! Memory placement: gives every buffer an offset before anything runs.
 //!
-//! A buffer lives from the step that writes it first to the step that reads it last. Two that live at one time never overlap;
-//! the peak is the highest byte of any buffer, known exactly.
+//! A buffer lives from the step that writes it first to the step that reads it last. Two that live at one time never
+//! overlap; the peak is the highest byte of any buffer, known exactly.
 
 use crate::base::align_up;
 
@@ -44,7 +44,8 @@ pub fn place(buffers: &[Lifetime]) -> (Vec<u64>, u64) {
     (offsets, peak)
 }
 
-/// The start of the smallest gap between the sorted stretches `taken` that holds `bytes`; the end of all when none does.
+/// The start of the smallest gap between the sorted stretches `taken` that holds `bytes`; the end of all when none
+/// does.
 fn tightest_gap(taken: impl Iterator<Item = (u64, u64)>, bytes: u64) -> u64 {
     let mut best: Option<(u64, u64)> = None;
     let mut end = 0;

@@ -1,8 +1,8 @@
 //! Programs: what a unit runs, as ops on buffers with fixed offsets.
 //!
-//! A program is a slice of the model's one graph: the nodes of a shard's layers, forward or backward, with every tensor given a
-//! place (see `slice`). Tensors that live within the unit share a workspace; the others lie in areas whose bases are given when
-//! the program is submitted, so that one program serves every slot and microbatch.
+//! A program is a slice of the model's one graph: the nodes of a shard's layers, forward or backward, with every tensor
+//! given a place (see `slice`). Tensors that live within the unit share a workspace; the others lie in areas whose
+//! bases are given when the program is submitted, so that one program serves every slot and microbatch.
 
 use super::cost::Cost;
 use super::op::Op;
@@ -49,8 +49,8 @@ pub struct Buffer {
     pub shape: Shape,
     /// Its element type.
     pub dtype: DType,
-    /// Elements from one row (of the last axis) to the next: as many as a row has, or in the workspace up to 7 more, so that rows
-    /// start at multiples of 16 bytes.
+    /// Elements from one row (of the last axis) to the next: as many as a row has, or in the workspace up to 7 more, so
+    /// that rows start at multiples of 16 bytes.
     pub pitch: usize,
 }
 
@@ -100,8 +100,8 @@ pub struct UsedInput {
 /// Which slice of the graph a program runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kind {
-    /// Forward of a shard; with `keep`, what backward needs is left in the saved area. On the last shard of an evaluation
-    /// graph it ends in the loss or the logits.
+    /// Forward of a shard; with `keep`, what backward needs is left in the saved area. On the last shard of an
+    /// evaluation graph it ends in the loss or the logits.
     Forward {
         /// Leave what backward needs.
         keep: bool,
@@ -113,8 +113,8 @@ pub enum Kind {
         /// Recompute all of the forward, and not only what backward reads: so that the work does not depend on the cut.
         whole: bool,
     },
-    /// Forward, loss and backward of the last shard; with `recompute` the whole forward but for the loss is computed a second time for the backward,
-    /// as in the other shards.
+    /// Forward, loss and backward of the last shard; with `recompute` the whole forward but for the loss is computed a
+    /// second time for the backward, as in the other shards.
     Last {
         /// Compute the forward twice.
         recompute: bool,

@@ -1,7 +1,7 @@
 //! Scratch: what an op's kernels need besides its operands, in bytes of the workspace, for devices that ask for it.
 //!
-//! Kernels that reduce over many blocks leave partial results for a second kernel. How many is a function of shapes alone, never of
-//! the chip, so neither the plan's bytes nor the order of any sum depend on the machine.
+//! Kernels that reduce over many blocks leave partial results for a second kernel. How many is a function of shapes
+//! alone, never of the chip, so neither the plan's bytes nor the order of any sum depend on the machine.
 
 mod conv;
 mod product;
@@ -35,10 +35,12 @@ const SUM_BLOCKS: usize = 528;
 /// Fewest rows of a part of column sums: what a block has on its way at once.
 const SUM_ROWS: usize = 64;
 
-/// Parts for the column sums of (rows, cols): those that a machine of the size of an H200 is done with first. A function of the shape alone.
+/// Parts for the column sums of (rows, cols): those that a machine of the size of an H200 is done with first. A
+/// function of the shape alone.
 pub fn row_parts(rows: usize, cols: usize) -> RowParts {
     let tiles = cols.div_ceil(COLUMN_TILE).max(1);
-    // In rows of a block: those of its part, as many as go by until the first of them is there, and a share of the sum over parts.
+    // In rows of a block: those of its part, as many as go by until the first of them is there, and a share of the sum
+    // over parts.
     let cost = |parts: usize| {
         let waves = (tiles * parts).div_ceil(SUM_BLOCKS);
         16 * waves * (rows.div_ceil(parts) + 24) + parts
@@ -53,7 +55,8 @@ fn image_parts(images: usize, cols: usize) -> RowParts {
     parts_of(images, images.div_ceil(LEAST_ROWS).min(BLOCKS.div_ceil(tiles)))
 }
 
-/// Columns of a row that the threads of one block of `kernels/norm_grad.cu` keep at the least, whatever the element type and the address.
+/// Columns of a row that the threads of one block of `kernels/norm_grad.cu` keep at the least, whatever the element
+/// type and the address.
 pub const NORM_COLUMNS: usize = 4096;
 
 /// Parts for the gradient of a normalization of (rows, cols): two blocks on each of an H200's multiprocessors.
@@ -62,7 +65,8 @@ pub fn norm_parts(rows: usize, cols: usize) -> RowParts {
     parts_of(rows, rows.div_ceil(8).min(264_usize.div_ceil(tiles)))
 }
 
-/// Bytes of `sums` partial column sums of (rows, cols), f32 (sums, parts, cols), and of the two means of each row where it is long: f32 (rows, 2).
+/// Bytes of `sums` partial column sums of (rows, cols), f32 (sums, parts, cols), and of the two means of each row where
+/// it is long: f32 (rows, 2).
 fn norm_bytes(sums: usize, rows: usize, cols: usize) -> u64 {
     let means = if cols > NORM_COLUMNS { 2 * rows } else { 0 };
     ((sums * norm_parts(rows, cols).parts * cols + means) * 4) as u64
@@ -77,8 +81,8 @@ pub const PLANE_PIECE: usize = 8192;
 /// How the sums of a batch normalization of (images, channels, positions) are divided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ChannelParts {
-    /// Large planes: parts of a channel's pieces, with one partial result a channel and part. Else: parts of the images as rows of a
-    /// matrix, with one partial result a column and part.
+    /// Large planes: parts of a channel's pieces, with one partial result a channel and part. Else: parts of the images
+    /// as rows of a matrix, with one partial result a column and part.
     pub parts: RowParts,
     /// Partial results that a channel has in each part: 1, or `positions`.
     pub width: usize,
@@ -117,8 +121,8 @@ const BESIDE_WARPS: usize = 396;
 /// Fewest rows of a part that a warp sums: twice what it has on its way at once.
 const BESIDE_ROWS: usize = 32;
 
-/// Parts for the column sums of (rows, cols) that are made beside a product (`kernels/gpu/gemm_beside.cuh`): about two a warp, for there may be
-/// fewer warps than an H200 has. A function of the shape alone.
+/// Parts for the column sums of (rows, cols) that are made beside a product (`kernels/gpu/gemm_beside.cuh`): about two
+/// a warp, for there may be fewer warps than an H200 has. A function of the shape alone.
 pub fn beside_parts(rows: usize, cols: usize) -> RowParts {
     let tiles = cols.div_ceil(COLUMN_TILE).max(1);
     parts_of(rows, rows.div_ceil(BESIDE_ROWS).min((2 * BESIDE_WARPS).div_ceil(tiles)))
@@ -152,8 +156,8 @@ impl EmbeddingSort {
         EmbeddingSort { tokens, table_rows, blocks: tokens.div_ceil(SORT_KEYS), passes: bits.div_ceil(8) as usize }
     }
 
-    /// Where its parts start in the scratch, in bytes: which ids occur (V), counts of digits (blocks, 256), and the tokens' order (tokens) after
-    /// passes of even number and of odd number. All i32.
+    /// Where its parts start in the scratch, in bytes: which ids occur (V), counts of digits (blocks, 256), and the
+    /// tokens' order (tokens) after passes of even number and of odd number. All i32.
     pub fn starts(&self) -> [u64; 4] {
         let counts = 4 * self.table_rows as u64;
         let even = counts + 1024 * self.blocks as u64;
@@ -189,7 +193,8 @@ pub fn scratch_bytes(graph: &Graph, node: &Node) -> u64 {
         Op::BatchNorm { .. } | Op::BatchNormGrad => {
             let x = input(if node.op == Op::BatchNormGrad { 1 } else { 0 }).axes();
             let partials = channel_parts(x[0], x[1], x[2..].iter().product()).count(x[1]);
-            // Count, mean and squares of each; or two sums of each, and three numbers a channel for the elementwise pass.
+            // Count, mean and squares of each; or two sums of each, and three numbers a channel for the elementwise
+            // pass.
             let floats = if node.op == Op::BatchNormGrad { 2 * partials + 3 * x[1] } else { 3 * partials };
             (floats * 4) as u64
         }

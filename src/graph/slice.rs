@@ -1,7 +1,8 @@
 //! How a program is cut out of a graph: which nodes run, what is computed again, and where each tensor lies.
 //!
-//! Slicing never changes an op, so a cut never changes a bit. A tensor that somebody outside the unit reads or writes has a fixed place; the others
-//! share the workspace by their lifetimes (see `place`), and an output may take over the buffer of an input that dies with its step.
+//! Slicing never changes an op, so a cut never changes a bit. A tensor that somebody outside the unit reads or writes
+//! has a fixed place; the others share the workspace by their lifetimes (see `place`), and an output may take over the
+//! buffer of an input that dies with its step.
 
 use super::cost::{Cost, Family, cost};
 use super::graph::{Graph, ParameterGradient, Source, Value};

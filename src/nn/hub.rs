@@ -1,7 +1,7 @@
 //! Reads Hugging Face model directories: config.json and the weights, in one file or in several.
 //!
-//! Nothing in them is trusted. Opening checks names, types and shapes of all tensors against the network; the numbers are
-//! read when they are asked for, tensor by tensor, so that a model larger than memory can be opened.
+//! Nothing in them is trusted. Opening checks names, types and shapes of all tensors against the network; the numbers
+//! are read when they are asked for, tensor by tensor, so that a model larger than memory can be opened.
 
 use super::families::{Family, family};
 use super::fields::{Fields, shortened, shown};
@@ -41,8 +41,9 @@ impl fmt::Debug for Pretrained {
 /// Opens a model directory.
 ///
 /// # Errors
-/// When a file is missing or damaged, the family or a value of the config is not supported, or the tensors are not those
-/// of the network: one is missing, of another shape or type, or nobody's. Messages name the file and the key or tensor.
+/// When a file is missing or damaged, the family or a value of the config is not supported, or the tensors are not
+/// those of the network: one is missing, of another shape or type, or nobody's. Messages name the file and the key or
+/// tensor.
 pub fn open(dir: &Path) -> Result<Pretrained> {
     let (family, network, config) = read_config(&dir.join("config.json"))?;
     let generation = dir.join("generation_config.json");

@@ -1,6 +1,7 @@
 //! First values of parameters and running statistics.
 //!
-//! A parameter's numbers depend on the seed and its place in the model alone, so that any shard can make its own at any time.
+//! A parameter's numbers depend on the seed and its place in the model alone, so that any shard can make its own at any
+//! time.
 
 use crate::base::philox::Sequence;
 use crate::graph::{Init, Parameter, State};

@@ -66,8 +66,8 @@ pub fn rmsnorm(b: &mut Builder, x: Value, name: &str, epsilon: f64) -> Result<Va
     b.rmsnorm(x, weight, epsilon)
 }
 
-/// Attention of `x` (B, T, C) over itself -> (B, T, C), with `linear` as each of `{name}.query`, `{name}.key` and `{name}.value`, as BERT
-/// and its kin have it; `mask` (B, T) is 1 where a key may be seen.
+/// Attention of `x` (B, T, C) over itself -> (B, T, C), with `linear` as each of `{name}.query`, `{name}.key` and
+/// `{name}.value`, as BERT and its kin have it; `mask` (B, T) is 1 where a key may be seen.
 ///
 /// # Errors
 /// When a parameter is there with another shape, or the heads do not divide the width.

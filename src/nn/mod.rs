@@ -1,8 +1,8 @@
 //! Networks: what is traced into a graph, and how they are read from and written to Hugging Face directories.
 //!
-//! A network describes its forward computation against [`Builder`]; it knows nothing of shards, devices or where its weights
-//! are. Parameters bear the names that transformers gives them, so that a saved model loads there. Each family decides where
-//! a cut may fall: between any two of its layers.
+//! A network describes its forward computation against [`Builder`]; it knows nothing of shards, devices or where its
+//! weights are. Parameters bear the names that transformers gives them, so that a saved model loads there. Each family
+//! decides where a cut may fall: between any two of its layers.
 
 pub mod families;
 mod fields;
@@ -40,7 +40,8 @@ impl InputShape {
 /// What a network's labels are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Labels {
-    /// Whether the label of a position is the input id of the next one. The data are shifted before they reach the graph.
+    /// Whether the label of a position is the input id of the next one. The data are shifted before they reach the
+    /// graph.
     pub shift: bool,
     /// Labels are below this, or -100. Where they are numbers, as the targets of a regression, it says nothing.
     pub classes: usize,

@@ -1,8 +1,9 @@
 //! Where a model's tensors lie: in model.safetensors, or in the files that model.safetensors.index.json names.
 //!
-//! Opening reads all headers and no number. Every file then stays open, so that what is read is what was checked, whatever
-//! takes its name meanwhile: a model of 400 billion parameters has some 200 files, a process may open a thousand or more.
-//! Invariant: no two files hold a tensor of one name, and a tensor that the network needs lies where the index says.
+//! Opening reads all headers and no number. Every file then stays open, so that what is read is what was checked,
+//! whatever takes its name meanwhile: a model of 400 billion parameters has some 200 files, a process may open a
+//! thousand or more. Invariant: no two files hold a tensor of one name, and a tensor that the network needs lies where
+//! the index says.
 
 use crate::base::tensorfile::{TensorEntry, TensorIndex, Texts, quoted, shortened};
 use crate::base::{Error, Result};
@@ -48,8 +49,8 @@ pub struct Place {
     pub entry: TensorEntry,
 }
 
-/// What is read of an index. Its `metadata` is for people: transformers compares `total_size` with nothing, and some state
-/// it as a fraction or not at all.
+/// What is read of an index. Its `metadata` is for people: transformers compares `total_size` with nothing, and some
+/// state it as a fraction or not at all.
 #[derive(Deserialize)]
 struct Index {
     /// The name of each tensor's file.
@@ -59,8 +60,8 @@ struct Index {
 impl Parts {
     /// Opens the weights of a directory: those in one file where there is one, as transformers does.
     ///
-    /// `spared` says which tensors the network does without. The index may have an outdated place for them or none: tools
-    /// that turn older files into these leave out a tied head and keep its line in the index.
+    /// `spared` says which tensors the network does without. The index may have an outdated place for them or none:
+    /// tools that turn older files into these leave out a tied head and keep its line in the index.
     ///
     /// # Errors
     /// When a file is missing or damaged, the index names a file that is not in the directory or has another place for

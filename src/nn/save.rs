@@ -1,8 +1,9 @@
 //! Writes Hugging Face model directories, so that transformers loads them and equal weights give equal bytes.
 //!
-//! Every file is written under another name, flushed to the disk and then renamed: a crash or a full disk leaves the old
-//! files whole. Tensors are asked for one by one, so that a model larger than memory can be saved. The weights are one file,
-//! however many bytes they take: transformers maps it into memory, and prefers it to parts that lie beside it.
+//! Every file is written under another name, flushed to the disk and then renamed: a crash or a full disk leaves the
+//! old files whole. Tensors are asked for one by one, so that a model larger than memory can be saved. The weights are
+//! one file, however many bytes they take: transformers maps it into memory, and prefers it to parts that lie beside
+//! it.
 
 use super::Network;
 use crate::base::tensorfile::Element;

@@ -1,7 +1,7 @@
 //! Lower bounds on a makespan: what no policy can beat, whatever it does.
 //!
-//! Each bound leaves out everything but one resource, so it holds for every order of units, and the greatest of them is the one to compare
-//! with. Bytes are the least that must move; the caller knows what may stay where it is.
+//! Each bound leaves out everything but one resource, so it holds for every order of units, and the greatest of them is
+//! the one to compare with. Bytes are the least that must move; the caller knows what may stay where it is.
 
 use super::DeviceId;
 use serde::Serialize;
@@ -11,11 +11,13 @@ use serde::Serialize;
 pub struct ModelWork {
     /// Seconds of arithmetic on a device of speed 1.
     pub arithmetic_secs: f64,
-    /// Of those, the ones that must run one after another: all, unless microbatches follow each other through its shards.
+    /// Of those, the ones that must run one after another: all, unless microbatches follow each other through its
+    /// shards.
     pub chain_secs: f64,
     /// The least seconds of copies before its first unit, when nothing of it can run.
     pub first_secs: f64,
-    /// Seconds between its steps in which nothing of it can run, in all: gradients on their way home, updates, new weights on their way back.
+    /// Seconds between its steps in which nothing of it can run, in all: gradients on their way home, updates, new
+    /// weights on their way back.
     pub turns_secs: f64,
     /// Seconds after its last unit until its state is at home.
     pub last_secs: f64,
@@ -42,10 +44,11 @@ pub struct DeviceRates {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Bound {
-    /// All arithmetic over all devices' speeds, between the shortest first copies of any model and the shortest last ones.
+    /// All arithmetic over all devices' speeds, between the shortest first copies of any model and the shortest last
+    /// ones.
     Work,
-    /// One model's arithmetic and the copies between: its units run one after another. Or the same of so many models on as many of the fastest
-    /// devices.
+    /// One model's arithmetic and the copies between: its units run one after another. Or the same of so many models on
+    /// as many of the fastest devices.
     Chain,
     /// All bytes to devices over the sum of the links to them.
     HostToDevice,
@@ -75,8 +78,9 @@ pub struct Bounds {
 }
 
 impl Bounds {
-    /// The bounds of all `models` on all `devices`; links share `shared_bytes_per_sec` each way, where it is given. A device that a model
-    /// is pinned to must be among the devices. Work with nothing to run it takes for ever: its bound is infinite.
+    /// The bounds of all `models` on all `devices`; links share `shared_bytes_per_sec` each way, where it is given. A
+    /// device that a model is pinned to must be among the devices. Work with nothing to run it takes for ever: its
+    /// bound is infinite.
     pub fn new(models: &[ModelWork], devices: &[DeviceRates], shared_bytes_per_sec: Option<f64>) -> Self {
         let speeds = || devices.iter().map(|device| device.speed);
         let fastest = speeds().fold(0.0, f64::max);
@@ -115,9 +119,9 @@ impl ModelWork {
     }
 }
 
-/// The least seconds of the longest `k` models on the `k` fastest devices, for the `k` where that is most (Horvath, Lam & Sethi 1977, "A level
-/// algorithm for preemptive scheduling", which has no waits). They keep no more devices busy than they are, and while one of them
-/// waits the slowest of those at least has nothing of theirs to do.
+/// The least seconds of the longest `k` models on the `k` fastest devices, for the `k` where that is most (Horvath, Lam
+/// & Sethi 1977, "A level algorithm for preemptive scheduling", which has no waits). They keep no more devices busy
+/// than they are, and while one of them waits the slowest of those at least has nothing of theirs to do.
 fn few_models_secs(models: &[ModelWork], devices: &[DeviceRates]) -> f64 {
     let mut speeds: Vec<f64> = devices.iter().map(|device| device.speed).collect();
     speeds.sort_by(|a, b| b.total_cmp(a));

@@ -1,36 +1,47 @@
-//! Locality-LRTF: sharded-LRTF where a model bounds the makespan, and where none does, the unit that leaves the device waiting least.
+//! Locality-LRTF: sharded-LRTF where a model bounds the makespan, and where none does, the unit that leaves the device
+//! waiting least.
 //!
-//! LRTF cares for one thing, that no chain of units is left over at the end. Most of the time none is about to be: the work ahead is
-//! more than any one model's, and whichever unit goes next, the run ends at the same moment if only no device waits. That freedom is
-//! spent on copies. Where copies cost nothing the choices are sharded-LRTF's own, on devices of one speed.
+//! LRTF cares for one thing, that no chain of units is left over at the end. Most of the time none is about to be: the
+//! work ahead is more than any one model's, and whichever unit goes next, the run ends at the same moment if only no
+//! device waits. That freedom is spent on copies. Where copies cost nothing the choices are sharded-LRTF's own, on
+//! devices of one speed.
 
 use super::policies::{by_place, by_remaining};
 use super::{Claim, DeviceView, ModelId, ModelView, Policy, View};
 
-/// Sharded-LRTF that weighs what is resident, links and unequal devices, in three passes over the models and one over the devices.
+/// Sharded-LRTF that weighs what is resident, links and unequal devices, in three passes over the models and one over
+/// the devices.
 ///
-/// `s`, `r`, `b` and `h` are a device's speed, its link's bytes per second, the seconds until its queue has run and until its copies are there;
-/// `R`, `B`, `W` and `u` a model's remaining seconds, bytes and waits, and its next unit's seconds, at speed 1. All sums and maxima are over all
-/// models and devices but where it is said.
+/// `s`, `r`, `b` and `h` are a device's speed, its link's bytes per second, the seconds until its queue has run and
+/// until its copies are there;
+/// `R`, `B`, `W` and `u` a model's remaining seconds, bytes and waits, and its next unit's seconds, at speed 1. All
+/// sums and maxima are over all models and devices but where it is said.
 ///
-/// 1. **Chain** of a model: `C = max(R / max s, B / max r) + W`. It takes at least that long wherever it runs, one unit at a time.
-/// 2. **Horizon**: the run does not end before `T = max(max C, (sum R + sum b s) / sum s, sum B / sum r)`. A shared link caps `max r` and `sum r`. Where
-///    microbatches can go on from unit to unit, what must run one after another stands for `R` in `C` here.
-/// 3. **Critical** is a candidate that might end last if it were passed over once: `b + C + turn >= T`, where a turn is the longest that any
-///    candidate's next unit takes by the same two measures. If there are critical candidates, only they are considered.
-/// 4. **Useful share** of a candidate: `(u / s) / (w + u / s)`, where `w = max(0, h + bytes / rate - b)` is how long the device would wait
-///    for its copies, or longer where what it fetches is not at home by then, or no gradient slot is free that it needs. `bytes` leaves out a shard that a slot
-///    holds and boundary tensors that are here; `rate` is `r`, or an equal part of the shared link among the devices that are copying. Candidates within
-///    1/8 of the best share are equals, critical ones within 1/2.
+/// 1. **Chain** of a model: `C = max(R / max s, B / max r) + W`. It takes at least that long wherever it runs, one unit
+///    at a time.
+/// 2. **Horizon**: the run does not end before `T = max(max C, (sum R + sum b s) / sum s, sum B / sum r)`. A shared
+///    link caps `max r` and `sum r`. Where microbatches can go on from unit to unit, what must run one after another
+///    stands for `R` in `C` here.
+/// 3. **Critical** is a candidate that might end last if it were passed over once: `b + C + turn >= T`, where a turn is
+///    the longest that any candidate's next unit takes by the same two measures. If there are critical candidates, only
+///    they are considered.
+/// 4. **Useful share** of a candidate: `(u / s) / (w + u / s)`, where `w = max(0, h + bytes / rate - b)` is how long
+///    the device would wait for its copies, or longer where what it fetches is not at home by then, or no gradient slot
+///    is free that it needs. `bytes` leaves out a shard that a slot holds and boundary tensors that are here; `rate` is
+///    `r`, or an equal part of the shared link among the devices that are copying. Candidates within 1/8 of the best
+///    share are equals, critical ones within 1/2.
 /// 5. Of equals the longest chain goes first, with sharded-LRTF's ties.
-/// 6. Where it pipelines, a **follower** is considered where its model is critical, since every other model comes to its end in time without, and where its useful
-///    share is within 1/8 of the best candidate's. It waits for microbatches too: its last one ends no sooner than the unit's before it has. It is left to
-///    the device that has the unit before, where that ends it as soon; and a device leaves a critical successor of its own unit to one that is
-///    free before and ends it sooner.
+/// 6. Where it pipelines, a **follower** is considered where its model is critical, since every other model comes to
+///    its end in time without, and where its useful share is within 1/8 of the best candidate's. It waits for
+///    microbatches too: its last one ends no sooner than the unit's before it has. It is left to the device that has
+///    the unit before, where that ends it as soon; and a device leaves a critical successor of its own unit to one that
+///    is free before and ends it sooner.
 ///
-/// On unequal devices a unit is left to the fastest device that is free soonest, where that would end it sooner, if its chain is the longest and critical,
-/// or if its model could otherwise only end after all others: later than the horizon of the other devices and half a turn.
-/// So is every unit after which its model could only end half a turn later than everything could without the asking device.
+/// On unequal devices a unit is left to the fastest device that is free soonest, where that would end it sooner, if its
+/// chain is the longest and critical, or if its model could otherwise only end after all others: later than the horizon
+/// of the other devices and half a turn.
+/// So is every unit after which its model could only end half a turn later than everything could without the asking
+/// device.
 ///
 /// The numbers among these rules are [`LocalityTuning`].
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -41,26 +52,30 @@ pub struct LocalityLrtf {
     pub tuning: LocalityTuning,
 }
 
-/// What locality-LRTF gives more weight. The default is good for most sets of models; [`rehearse`](super::rehearse) finds better ones for one.
+/// What locality-LRTF gives more weight. The default is good for most sets of models; [`rehearse`](super::rehearse)
+/// finds better ones for one.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LocalityTuning {
     /// Candidates whose useful share is within this part of the best one's are equals: predictions are no better.
     pub tolerance: f64,
     /// The part within which critical models are equals; the longest of them is worth more waiting.
     pub critical_tolerance: f64,
-    /// The turns for which a critical model may not be passed over. Without end, and a critical tolerance of 1, the choices are sharded-LRTF's.
+    /// The turns for which a critical model may not be passed over. Without end, and a critical tolerance of 1, the
+    /// choices are sharded-LRTF's.
     pub critical_turns: f64,
-    /// Seconds of waiting that a second of copies counts for, though the device would not wait for them. What is fetched now is evicted for it, and a
-    /// busy link makes the next unit late.
+    /// Seconds of waiting that a second of copies counts for, though the device would not wait for them. What is
+    /// fetched now is evicted for it, and a busy link makes the next unit late.
     pub copy_price: f64,
-    /// A device that has something to run leaves a unit for later whose copies arrive within this part of its arithmetic at speed 1: a model that
-    /// no device has claimed can go to whichever is free first.
+    /// A device that has something to run leaves a unit for later whose copies arrive within this part of its
+    /// arithmetic at speed 1: a model that no device has claimed can go to whichever is free first.
     pub least_copies: f64,
-    /// How much more urgent the end of a step is than its beginning, in parts: models that are in the middle of a step occupy entries.
+    /// How much more urgent the end of a step is than its beginning, in parts: models that are in the middle of a step
+    /// occupy entries.
     pub depth: f64,
     /// Leaves units to faster devices.
     pub leaves: bool,
-    /// How urgent each unit of a step is, by model and unit: its chain counts as so many times as long. 1 where nothing is said.
+    /// How urgent each unit of a step is, by model and unit: its chain counts as so many times as long. 1 where nothing
+    /// is said.
     pub urgency: Vec<Vec<f64>>,
 }
 
@@ -149,7 +164,8 @@ struct Outlook<'a> {
     here: &'a DeviceView,
     /// Of the fastest devices, the one that is free soonest.
     fastest: &'a DeviceView,
-    /// The least seconds for a second of arithmetic at speed 1, and for a byte. There are many models to multiply by them.
+    /// The least seconds for a second of arithmetic at speed 1, and for a byte. There are many models to multiply by
+    /// them.
     second_secs: f64,
     byte_secs: f64,
     /// What falls to each copying device of a shared link.
@@ -249,7 +265,8 @@ impl<'a> Outlook<'a> {
         if self.leans { self.tuning.urgency(model) * secs } else { secs }
     }
 
-    /// Whether a model, with its chain, comes before another: equal chains (of equal bytes, or by rounding) are ordered by remaining time.
+    /// Whether a model, with its chain, comes before another: equal chains (of equal bytes, or by rounding) are ordered
+    /// by remaining time.
     fn is_longer(&self, (a, a_secs): (&ModelView, f64), b: Option<(&ModelView, f64)>) -> bool {
         let Some((b, b_secs)) = b else { return true };
         let ties = || by_remaining(a, b).then_with(|| by_place(self.view, a, b)).is_gt();
@@ -302,7 +319,8 @@ impl<'a> Outlook<'a> {
         greater(self.arrival_secs(model, device, from_secs), gradients)
     }
 
-    /// The part of the time that a unit takes, from the end of the asking device's queue on, in which the device computes.
+    /// The part of the time that a unit takes, from the end of the asking device's queue on, in which the device
+    /// computes.
     #[inline(always)]
     fn useful_share(&self, model: &ModelView) -> f64 {
         let wait_secs = match self.follows(model, self.here) {
@@ -325,7 +343,8 @@ impl<'a> Outlook<'a> {
         price * (weight_bytes + boundary_bytes) as f64 * self.here_byte_secs
     }
 
-    /// Whether the asking device has something to run, and copies so little for this unit that it need not ask for them yet.
+    /// Whether the asking device has something to run, and copies so little for this unit that it need not ask for them
+    /// yet.
     fn can_wait(&self, model: &ModelView) -> bool {
         let least_secs = self.tuning.least_copies * model.unit_secs;
         self.here.claimed > 0 && self.arrival_secs(model, self.here, 0.0) < least_secs
@@ -346,13 +365,14 @@ impl<'a> Outlook<'a> {
         }
     }
 
-    /// Whether the asking device leaves a model's next unit to another, which ends it sooner: in a pipeline; and on unequal devices to the fastest one a
-    /// critical longest chain, and any model that could only end late.
+    /// Whether the asking device leaves a model's next unit to another, which ends it sooner: in a pipeline; and on
+    /// unequal devices to the fastest one a critical longest chain, and any model that could only end late.
     fn is_left(&self, model: &ModelView) -> bool {
         if let Claim::By(by) = model.claim
             && by != self.here.id
         {
-            // What it follows ends with that device's queue at the latest, and the unit is best placed there: nothing has to be brought.
+            // What it follows ends with that device's queue at the latest, and the unit is best placed there: nothing
+            // has to be brought.
             let there = &self.view.devices[usize::from(by)];
             return there.busy_secs + model.unit_secs / there.speed <= self.end_secs(model, self.here, 0.0);
         }

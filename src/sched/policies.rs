@@ -1,6 +1,7 @@
 //! The built-in policies that look at models alone, and all built-in ones by name.
 //!
-//! Each is one pass over the candidates, with ties broken down to the id, so that equal views give equal choices and a run can be repeated.
+//! Each is one pass over the candidates, with ties broken down to the id, so that equal views give equal choices and a
+//! run can be repeated.
 
 use super::{LocalityLrtf, ModelId, ModelView, Policy, View};
 use crate::base::philox::philox;
@@ -9,7 +10,8 @@ use std::cmp::Ordering;
 /// The names that [`by_name`] knows, the default first.
 pub const POLICIES: [&str; 6] = ["sharded-lrtf", "locality-lrtf", "fifo", "random", "round-robin", "srtf"];
 
-/// The built-in policy of this name, one that does not pipeline; `seed` is of use to `random` alone. `None` for a name that is not in [`POLICIES`].
+/// The built-in policy of this name, one that does not pipeline; `seed` is of use to `random` alone. `None` for a name
+/// that is not in [`POLICIES`].
 pub fn by_name(name: &str, seed: u64) -> Option<Box<dyn Policy>> {
     Some(match name {
         "sharded-lrtf" => Box::new(ShardedLrtf),
@@ -24,8 +26,8 @@ pub fn by_name(name: &str, seed: u64) -> Option<Box<dyn Policy>> {
 
 /// The longest remaining time first (sharded-LRTF; Nagrecha & Kumar 2021, arXiv:2110.08633).
 ///
-/// The longest chain of units bounds the makespan, so it goes first. Unlike the paper's, a unit that is claimed counts as done, and a device
-/// may take the successor of a unit in its own queue.
+/// The longest chain of units bounds the makespan, so it goes first. Unlike the paper's, a unit that is claimed counts
+/// as done, and a device may take the successor of a unit in its own queue.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ShardedLrtf;
 
@@ -69,7 +71,8 @@ impl Policy for Fifo {
     }
 }
 
-/// Any candidate with equal chance. The number of the choice is the counter, so that a run can be repeated from any choice on.
+/// Any candidate with equal chance. The number of the choice is the counter, so that a run can be repeated from any
+/// choice on.
 #[derive(Clone, Copy, Debug)]
 pub struct Random {
     /// Another seed, another run.
@@ -93,7 +96,8 @@ impl Policy for Random {
     }
 }
 
-/// The next candidate after the model chosen last, by whichever device, in the order of ids; after the last one the first.
+/// The next candidate after the model chosen last, by whichever device, in the order of ids; after the last one the
+/// first.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RoundRobin;
 

@@ -1,9 +1,11 @@
-//! Rehearsals: what a set of models is scheduled best by is found out by scheduling it, on simulated devices, before it runs.
+//! Rehearsals: what a set of models is scheduled best by is found out by scheduling it, on simulated devices, before it
+//! runs.
 //!
-//! No rule is good for all sets of models. But a schedule is a function of the policy, the executor simulates it in a small part of the time that it
-//! takes, and no bit of any model depends on it: so locality-LRTF's [`LocalityTuning`] are searched for, by changing a few of them at a time and keeping
-//! what does not end later, from the beginning again where that leads nowhere. They are few and say nothing of moments, so that what was found
-//! holds where units take a little longer than was predicted.
+//! No rule is good for all sets of models. But a schedule is a function of the policy, the executor simulates it in a
+//! small part of the time that it takes, and no bit of any model depends on it: so locality-LRTF's [`LocalityTuning`]
+//! are searched for, by changing a few of them at a time and keeping what does not end later, from the beginning again
+//! where that leads nowhere. They are few and say nothing of moments, so that what was found holds where units take a
+//! little longer than was predicted.
 
 use super::{LocalityLrtf, LocalityTuning};
 use crate::base::philox::Sequence;
@@ -28,7 +30,8 @@ impl Rehearsal {
     }
 }
 
-/// What is tried first, each alone, in the order in which each adds most to those before it over a thousand random sets of models.
+/// What is tried first, each alone, in the order in which each adds most to those before it over a thousand random sets
+/// of models.
 const FIRST: [fn(&mut LocalityLrtf); 12] = [
     |p| (p.pipelines, p.tuning.depth, p.tuning.copy_price) = (true, 1.0, 0.25),
     |p| (p.tuning.depth, p.tuning.critical_tolerance) = (AT_ONCE, 1.0),
@@ -51,15 +54,16 @@ const FIRST: [fn(&mut LocalityLrtf); 12] = [
 /// A depth at which steps that have begun are ended before any other begins.
 const AT_ONCE: f64 = 1000.0;
 
-/// Tries in vain after which the search begins anew: of several short ones the best is better than a long one, which comes to where nothing helps.
+/// Tries in vain after which the search begins anew: of several short ones the best is better than a long one, which
+/// comes to where nothing helps.
 const PATIENCE: usize = 32;
 
 /// The greatest factor of one change of an urgency.
 const GREATEST_FACTOR: f64 = 4.0;
 
-/// Searches for tuning of locality-LRTF in at most `tries` simulations; the first is of `plain` itself. `may_pipeline`: one that
-/// pipelines may be found, though `plain` does not. `units` are those of each model's step,
-/// `makespan_secs` simulates. Equal arguments find the same.
+/// Searches for tuning of locality-LRTF in at most `tries` simulations; the first is of `plain` itself. `may_pipeline`:
+/// one that pipelines may be found, though `plain` does not. `units` are those of each model's step, `makespan_secs`
+/// simulates. Equal arguments find the same.
 ///
 /// # Errors
 /// The first of `makespan_secs`.

@@ -122,7 +122,8 @@ fn locality_prefers_what_is_here() {
     // With copies before it, it is: 0.5 of 1.5 seconds are waited for.
     one[0].h2d_secs = 0.5;
     check(&view(&three, &one), &[("locality-lrtf", Some(2))]);
-    // What needs no copy does not wait for those of others either: 4 seconds of 5 are waited for, and 5 of 9 with the longest.
+    // What needs no copy does not wait for those of others either: 4 seconds of 5 are waited for, and 5 of 9 with the
+    // longest.
     (one[0].h2d_secs, three[1].unit_secs) = (5.0, 4.0);
     check(&view(&three, &one), &[("locality-lrtf", Some(2))]);
     three[1].unit_secs = 1.0;
@@ -223,7 +224,8 @@ fn a_critical_model_is_followed_on_another_device() {
     (two[0].remaining_chain_secs, two[0].first_ready_secs, two[0].boundary_ready_secs) = (40.0, 0.0, 0.75);
     assert_eq!(pipelines.choose(&view(&two, &devices)), Some(0));
     check(&view(&two, &devices), &POLICIES.map(|name| (name, Some(1))));
-    // Half a second later its last microbatch would be waited for: 1 of 1.5 seconds is less than 7/8 of what the other model offers.
+    // Half a second later its last microbatch would be waited for: 1 of 1.5 seconds is less than 7/8 of what the other
+    // model offers.
     (two[0].boundary_ready_secs, devices[1].busy_secs) = (1.25, 1.25);
     assert_eq!(pipelines.choose(&view(&two, &devices)), Some(1));
     // Not where this device's queue runs until then; but again where the first microbatch comes later still.
@@ -232,7 +234,8 @@ fn a_critical_model_is_followed_on_another_device() {
     two[0].first_ready_secs = 0.75;
     assert_eq!(pipelines.choose(&view(&two, &devices)), Some(1));
     two[0].first_ready_secs = 0.0;
-    // A model that ends in time needs no second device; nor can one that goes on in one piece have it, or one that is at home elsewhere.
+    // A model that ends in time needs no second device; nor can one that goes on in one piece have it, or one that is
+    // at home elsewhere.
     two[0].remaining_secs = 1.0;
     two[0].remaining_chain_secs = 0.4;
     two[1].remaining_secs = 9.0;
@@ -255,7 +258,8 @@ fn a_critical_model_is_followed_on_another_device() {
     assert_eq!(pipelines.choose(&view(&two, &devices)), Some(0));
 }
 
-/// A model of `steps` steps over `shards` shards. The first `shards - 1` units run forward, the next ones backward, and take three times as long.
+/// A model of `steps` steps over `shards` shards. The first `shards - 1` units run forward, the next ones backward, and
+/// take three times as long.
 fn model(steps: usize, shards: u16, forward_secs: f64, weight_bytes: u64) -> Vec<Unit> {
     let unit = |shard: u16, updates: bool| Unit {
         shard,
@@ -327,7 +331,8 @@ fn with_free_copies_locality_is_lrtf() {
     }
 }
 
-/// Asserts the median of locality's makespan over LRTF's in 200 random workloads, changed as `change` says, and the greatest.
+/// Asserts the median of locality's makespan over LRTF's in 200 random workloads, changed as `change` says, and the
+/// greatest.
 fn check_against_lrtf(what: &str, copies: f64, change: impl Fn(&mut Toy), median_below: f64, all_below: f64) {
     let ratio = |seed| {
         let mut toy = workload(seed, copies);

@@ -28,9 +28,11 @@ pub struct ModelView {
     pub pinned: Option<DeviceId>,
     /// Predicted seconds, on a device of speed 1, of all units to come; claimed ones are left out.
     pub remaining_secs: f64,
-    /// Of those, the ones that must run one after another where each microbatch goes on to the next unit as soon as it can.
+    /// Of those, the ones that must run one after another where each microbatch goes on to the next unit as soon as it
+    /// can.
     pub remaining_chain_secs: f64,
-    /// Predicted seconds between the same units in which it can run nowhere, since its weights are on their way home and back.
+    /// Predicted seconds between the same units in which it can run nowhere, since its weights are on their way home
+    /// and back.
     pub remaining_wait_secs: f64,
     /// Bytes of weights that the same units fetch where no slot holds them.
     pub remaining_bytes: u64,
@@ -48,13 +50,15 @@ pub struct ModelView {
     pub weight_bytes: u64,
     /// Bytes of boundary tensors that it takes in, where units run on any device.
     pub boundary_bytes: u64,
-    /// Of those, what the asking device ([`View::device`]) has already: they were made there or fetched before, and nothing has taken their place.
+    /// Of those, what the asking device ([`View::device`]) has already: they were made there or fetched before, and
+    /// nothing has taken their place.
     pub here_bytes: u64,
     /// Predicted seconds until those weights are at home, updated, and can have been fetched.
     pub weights_ready_secs: f64,
     /// Predicted seconds until those boundary tensors are at home and can have been fetched.
     pub boundary_ready_secs: f64,
-    /// When the first microbatch's boundary tensor will be there: the unit may begin then, while the one before it still runs on another device.
+    /// When the first microbatch's boundary tensor will be there: the unit may begin then, while the one before it
+    /// still runs on another device.
     pub first_ready_secs: f64,
     /// Bytes that leave after it.
     pub leave_bytes: u64,
@@ -142,8 +146,8 @@ impl<'a> View<'a> {
         free && model.pinned.is_none_or(|device| device == self.device)
     }
 
-    /// Whether the device may let this model's next unit follow one that another device has: its weights are fetched meanwhile, and each microbatch goes on
-    /// as soon as it has left there.
+    /// Whether the device may let this model's next unit follow one that another device has: its weights are fetched
+    /// meanwhile, and each microbatch goes on as soon as it has left there.
     pub fn may_follow(&self, model: &ModelView) -> bool {
         let elsewhere = matches!(model.claim, Claim::By(device) if device != self.device);
         elsewhere && model.pinned.is_none_or(|device| device == self.device)
@@ -177,7 +181,7 @@ pub trait Policy: Send {
         false
     }
 
-    /// One of [`View::candidates`], or `None` to leave the device waiting until something ends. It is asked only when there is a candidate.
-    /// Anything else ends the run with an error that names the policy.
+    /// One of [`View::candidates`], or `None` to leave the device waiting until something ends. It is asked only when
+    /// there is a candidate. Anything else ends the run with an error that names the policy.
     fn choose(&self, view: &View) -> Option<ModelId>;
 }

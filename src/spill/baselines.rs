@@ -1,5 +1,5 @@
-//! The schedules that others use, as placements on the same executor: where each model's shards are at home, and which models run one after
-//! another.
+//! The schedules that others use, as placements on the same executor: where each model's shards are at home, and which
+//! models run one after another.
 
 use super::cut::balanced;
 use super::fleet::{FleetMap, Home, Placed};
@@ -17,7 +17,8 @@ pub enum Baseline {
     OneAtATime,
     /// Each model cut into as many stages as there are devices, a minibatch at a time, models one after another.
     ModelParallel,
-    /// The same stages with microbatches in a pipeline that is emptied after every minibatch (Huang et al. 2019, "GPipe", arXiv:1811.06965).
+    /// The same stages with microbatches in a pipeline that is emptied after every minibatch (Huang et al. 2019,
+    /// "GPipe", arXiv:1811.06965).
     Gpipe,
     /// Each model whole on one device, the longest first.
     TaskParallel,
@@ -159,8 +160,8 @@ fn staged(models: &[FleetModel], devices: &[FleetDevice], pipelined: bool) -> Re
     Ok(Lined { placed, lines: vec![(0..models.len()).collect()], smallest_device_bytes })
 }
 
-/// The fastest plan with these stages: resident with everything kept, resident with recomputation, or stages of several shards that visit; and the bytes
-/// of a device with which the smallest of them does.
+/// The fastest plan with these stages: resident with everything kept, resident with recomputation, or stages of several
+/// shards that visit; and the bytes of a device with which the smallest of them does.
 fn stage(m: &FleetModel, devices: &[FleetDevice], pipelined: bool) -> Result<(Placed, u64)> {
     let cost = &devices[0].cost;
     let layers = m.model.layers();

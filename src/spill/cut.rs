@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
-/// Cuts layers of the given weights into exactly `shards` stretches such that the heaviest is as light as can be; among those, each
-/// stretch from the front takes as little as it may. `shards` is clamped to 1..=layers.
+/// Cuts layers of the given weights into exactly `shards` stretches such that the heaviest is as light as can be; among
+/// those, each stretch from the front takes as little as it may. `shards` is clamped to 1..=layers.
 pub fn balanced(weights: &[f64], shards: usize) -> Vec<Range<usize>> {
     Balanced::new(weights, shards).cut(shards)
 }

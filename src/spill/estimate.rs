@@ -1,6 +1,7 @@
 //! A quick estimate of a step, to choose between plans: units in their order, fetches ahead as far as slots allow.
 //!
-//! The executor on a simulated device gives the exact prediction of the plan that is chosen; this recurrence only ranks.
+//! The executor on a simulated device gives the exact prediction of the plan that is chosen; this recurrence only
+//! ranks.
 
 use super::memory::{BoundaryTier, Choice};
 use super::model::Model;
@@ -28,7 +29,8 @@ pub fn estimate_secs(model: &Model, shards: &Shards, choice: &Choice, clips: boo
         true => 0.0,
         false => cost.copy_secs + shards[s].layout.gradient_bytes as f64 / cost.d2h_bytes_per_sec,
     };
-    // A ring with an entry for what comes in and one for what goes out has none for the next microbatch's: arithmetic waits for the copies.
+    // A ring with an entry for what comes in and one for what goes out has none for the next microbatch's: arithmetic
+    // waits for the copies.
     let copy = |s: usize| cost.copy_secs + shards[s].boundary_bytes as f64 / cost.h2d_bytes_per_sec;
     let exposed = |u: usize, s: usize| {
         let tier = if u + 1 < n { choice.activations } else { choice.gradients };
@@ -41,7 +43,8 @@ pub fn estimate_secs(model: &Model, shards: &Shards, choice: &Choice, clips: boo
     let updates: f64 = late.iter().sum();
     let here: f64 = (0..resting).map(|s| update(s, cost.device_update_bytes_per_sec)).sum();
     let slots = choice.slots.min(n - resting);
-    // With clipping a step is reckoned from when the norm is known: forward follows the updates, which go from shard to shard.
+    // With clipping a step is reckoned from when the norm is known: forward follows the updates, which go from shard to
+    // shard.
     let (mut compute, mut h2d, mut d2h) = (if clips { here } else { 0.0 }, 0.0f64, 0.0f64);
     let mut updated = 0.0;
     // Ends of visits that took a slot.
@@ -104,8 +107,9 @@ fn boundary_secs(model: &Model, shards: &[ShardPrograms], choice: &Choice, cost:
     crossings * bytes as f64 / cost.h2d_bytes_per_sec
 }
 
-/// Estimated seconds of device time of a step of a model whose shards run on any of so many `devices`, among others that fill every gap: its busiest
-/// lane decides. A little of the other lanes is added, since not everything can be hidden.
+/// Estimated seconds of device time of a step of a model whose shards run on any of so many `devices`, among others
+/// that fill every gap: its busiest lane decides. A little of the other lanes is added, since not everything can be
+/// hidden.
 pub fn estimate_anywhere_secs(
     model: &Model,
     shards: &Shards,
@@ -166,8 +170,8 @@ pub fn estimate_anywhere_secs(
     busiest + exposed + 0.05 * (lanes.iter().sum::<f64>() - busiest)
 }
 
-/// Estimated seconds of a step of a model that runs anywhere, if it never waits for a device: each microbatch goes on from unit to unit, and the next
-/// step begins when the first shard is updated.
+/// Estimated seconds of a step of a model that runs anywhere, if it never waits for a device: each microbatch goes on
+/// from unit to unit, and the next step begins when the first shard is updated.
 pub fn chain_secs(model: &Model, shards: &Shards, choice: &Choice, cost: &CostModel) -> f64 {
     let Shards { programs: shards, secs } = shards;
     let last = shards.len() - 1;

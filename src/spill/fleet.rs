@@ -1,9 +1,9 @@
 //! Several models on several devices: where each one's tensors lie in every device's arena and in the host's store.
 //!
-//! A model at home on devices has stretches of its own there. Models whose shards run anywhere have none but for a few numbers: they share
-//! slots and rings whose entries hold the largest shard and the largest boundary tensor of any of them. The workspace is shared by all, since
-//! a device runs one unit at a time. What a budget leaves over becomes further weight slots, which keep shards for their next visit, and entries for
-//! boundary activations.
+//! A model at home on devices has stretches of its own there. Models whose shards run anywhere have none but for a few
+//! numbers: they share slots and rings whose entries hold the largest shard and the largest boundary tensor of any of
+//! them. The workspace is shared by all, since a device runs one unit at a time. What a budget leaves over becomes
+//! further weight slots, which keep shards for their next visit, and entries for boundary activations.
 
 use super::memory::{
     ArenaMap, BoundaryTier, Choice, Tape, arena_map_of, visiting_gradient_bytes, visiting_gradients_at,
@@ -30,7 +30,8 @@ pub enum Home {
 pub struct Placed {
     /// The model.
     pub model: Arc<Model>,
-    /// Its plan. Anywhere, nothing of it stays on a device: neither state, nor boundary tensors, nor what a backward reads.
+    /// Its plan. Anywhere, nothing of it stays on a device: neither state, nor boundary tensors, nor what a backward
+    /// reads.
     pub plan: Arc<Plan>,
     /// Where its shards run.
     pub home: Home,
@@ -82,8 +83,9 @@ impl FleetMap {
         FleetMap::within(models, &vec![Some(0); devices])
     }
 
-    /// Lays models out on devices with these budgets: what one has left over becomes weight slots, until there is one for every shard that runs anywhere,
-    /// and then entries for boundary activations; `None` is room for all. Where the budget is too small the map is as [`FleetMap::new`]'s, and larger than it.
+    /// Lays models out on devices with these budgets: what one has left over becomes weight slots, until there is one
+    /// for every shard that runs anywhere, and then entries for boundary activations; `None` is room for all. Where the
+    /// budget is too small the map is as [`FleetMap::new`]'s, and larger than it.
     pub fn within(models: &[Placed], budgets: &[Option<u64>]) -> FleetMap {
         let mut maps: Vec<Vec<ArenaMap>> = models.iter().map(|_| Vec::with_capacity(budgets.len())).collect();
         let mut arena_bytes = Vec::with_capacity(budgets.len());
@@ -120,7 +122,8 @@ struct Spare {
 /// Boundary activations that a device keeps at most beyond what plans ask for: they are looked through one by one.
 const MOST_SPARE_ENTRIES: usize = 256;
 
-/// How each model sees one device's arena, with as many weight slots as its budget has room for, and in what is left then boundary activations.
+/// How each model sees one device's arena, with as many weight slots as its budget has room for, and in what is left
+/// then boundary activations.
 fn filled_maps(models: &[Placed], device: u16, budget: Option<u64>) -> Vec<ArenaMap> {
     let least = device_maps(models, device, Spare::default());
     let wanted = wanted(models);
@@ -144,8 +147,9 @@ fn anywhere(models: &[Placed]) -> impl Iterator<Item = &Placed> {
     models.iter().filter(|m| m.home == Home::Anywhere)
 }
 
-/// As many as would keep all that may be fetched again: every shard that runs anywhere, and all activations of a step of each model. With single
-/// slots there are none: no double buffering means that nothing of a shard moves while another computes.
+/// As many as would keep all that may be fetched again: every shard that runs anywhere, and all activations of a step
+/// of each model. With single slots there are none: no double buffering means that nothing of a shard moves while
+/// another computes.
 fn wanted(models: &[Placed]) -> Spare {
     let shards: usize = anywhere(models).map(|m| m.plan.shards.len()).sum();
     let boundaries = |m: &Placed| (m.plan.shards.len() - 1) * m.model.microbatches;

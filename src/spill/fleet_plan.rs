@@ -1,8 +1,9 @@
-//! Plans for models that share devices: which may run anywhere and which stay, and slots that hold the shards of all of them.
+//! Plans for models that share devices: which may run anywhere and which stay, and slots that hold the shards of all of
+//! them.
 //!
-//! Each model is planned by itself, as large as the budget allows; if their slots and rings together are then too large, all are held to
-//! the same share of what they asked for beyond their smallest plans. Models that fit whole, in lines that are even enough, stay where they are
-//! and copy nothing.
+//! Each model is planned by itself, as large as the budget allows; if their slots and rings together are then too
+//! large, all are held to the same share of what they asked for beyond their smallest plans. Models that fit whole, in
+//! lines that are even enough, stay where they are and copy nothing.
 
 use super::fleet::{FleetMap, Home, Placed};
 use super::homes::{HomeBudgets, find_homes};
@@ -187,11 +188,13 @@ fn sketch_anywhere(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Fle
     Ok(plan(best))
 }
 
-/// A model whose units one after another take this part of the time that all models' work takes on all devices may bound the makespan.
+/// A model whose units one after another take this part of the time that all models' work takes on all devices may
+/// bound the makespan.
 const NEARLY: f64 = 0.9;
 
-/// As [`plan_anywhere`], for a policy that pipelines: where a model bounds the makespan, units are so fine that its microbatches can go on from
-/// device to device. `None` where no model does, or none that does has several microbatches.
+/// As [`plan_anywhere`], for a policy that pipelines: where a model bounds the makespan, units are so fine that its
+/// microbatches can go on from device to device. `None` where no model does, or none that does has several
+/// microbatches.
 ///
 /// # Errors
 /// As [`plan_anywhere`].
@@ -213,8 +216,9 @@ pub fn plan_pipelined(models: &[FleetModel], devices: &[FleetDevice]) -> Result<
     plan_anywhere(&fine, devices).map(Some)
 }
 
-/// Plans with every model whole on one device, the longest first onto the device that is done soonest (Graham 1969, "Bounds on multiprocessing timing
-/// anomalies"), and the seconds until the last is done; `None` where they do not all fit.
+/// Plans with every model whole on one device, the longest first onto the device that is done soonest (Graham 1969,
+/// "Bounds on multiprocessing timing anomalies"), and the seconds until the last is done; `None` where they do not all
+/// fit.
 ///
 /// # Errors
 /// [`Error::BadInput`] for absurd options.

@@ -1,6 +1,7 @@
 //! Where models' state is at home: in the host's store, and in the disk tier what that has no room for.
 //!
-//! As little goes to the disk as will do: first of every model what costs a step least, and where all of it need not go, the first models keep theirs.
+//! As little goes to the disk as will do: first of every model what costs a step least, and where all of it need not
+//! go, the first models keep theirs.
 
 use super::fleet::{FleetMap, Placed};
 use super::memory::Tape;

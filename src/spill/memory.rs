@@ -1,7 +1,7 @@
 //! Where everything lies on a device: the map of its arena under one choice of cut, slots and tiers.
 //!
-//! A map is made by laying stretches end to end; its total is the exact number of bytes that the run will touch, which is what
-//! budgets are held against.
+//! A map is made by laying stretches end to end; its total is the exact number of bytes that the run will touch, which
+//! is what budgets are held against.
 
 use super::model::Model;
 use super::shard::ShardPrograms;
@@ -45,8 +45,9 @@ pub enum BoundaryTier {
 pub struct Choice {
     /// Weights, gradients and optimizer state stay on the device.
     pub resident: bool,
-    /// Where not resident: how many shards, from the first on, have theirs on the device all the same. Their gradients are the last to be there and
-    /// their weights the first to be needed, so these gain most by not leaving; and what the host updates meanwhile is needed after them.
+    /// Where not resident: how many shards, from the first on, have theirs on the device all the same. Their gradients
+    /// are the last to be there and their weights the first to be needed, so these gain most by not leaving; and what
+    /// the host updates meanwhile is needed after them.
     pub resting: usize,
     /// Weight slots for the shards that visit.
     pub slots: usize,
@@ -58,10 +59,12 @@ pub struct Choice {
     pub gradients: BoundaryTier,
     /// Entries for the batch's tensors.
     pub input_entries: usize,
-    /// Where not resident: shards are updated on the device that has just computed their gradients, with remainders and moments visiting, instead of
-    /// by the host's threads. Not with clipping, which knows its factor only after the last gradient.
+    /// Where not resident: shards are updated on the device that has just computed their gradients, with remainders and
+    /// moments visiting, instead of by the host's threads. Not with clipping, which knows its factor only after the
+    /// last gradient.
     pub updates_on_device: bool,
-    /// Where resident: shards are at home on several devices, so gradients and weights of shared parameters cross by way of the host.
+    /// Where resident: shards are at home on several devices, so gradients and weights of shared parameters cross by
+    /// way of the host.
     pub crosses: bool,
     /// Microbatches go through the shards one behind the other.
     pub pipelined: bool,
@@ -85,7 +88,8 @@ pub struct ArenaMap {
     pub norms: [u64; 2],
     /// Entries for the batch's tensors.
     pub inputs: Vec<u64>,
-    /// Slots of weights and of gradients that belong to a shard that rests: shard `s` has slot `s`. What visits shares the others.
+    /// Slots of weights and of gradients that belong to a shard that rests: shard `s` has slot `s`. What visits shares
+    /// the others.
     pub resting: usize,
     /// Weight slots. States lie after the weights, at `states_at`.
     pub weight_slots: Vec<u64>,
@@ -138,8 +142,8 @@ pub fn arena_map(model: &Model, shards: &[ShardPrograms], choice: &Choice, momen
     arena_map_of(model, shards, choice, moments, &|_| true)
 }
 
-/// Maps the arena of one of the devices that a model's shards are at home on; `here` tells which are on this one. The others have stretches
-/// of no bytes.
+/// Maps the arena of one of the devices that a model's shards are at home on; `here` tells which are on this one. The
+/// others have stretches of no bytes.
 pub fn arena_map_of(
     model: &Model,
     shards: &[ShardPrograms],
@@ -235,7 +239,8 @@ pub fn arena_map_of(
     }
 }
 
-/// Where, after a shard's gradients, further accumulators of parameters that it owns lie when they visit its device to be added.
+/// Where, after a shard's gradients, further accumulators of parameters that it owns lie when they visit its device to
+/// be added.
 pub fn visiting_gradients_at(shards: &[ShardPrograms], shard: usize) -> u64 {
     align_up(shards[shard].layout.gradient_bytes, ALIGNMENT)
 }

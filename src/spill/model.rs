@@ -97,7 +97,8 @@ impl Model {
         self.train.bytes(self.train.parameters[parameter].value) * self.layout.wide_ratio
     }
 
-    /// The tensors in a stretch of the flat order, with offsets from its start. `decays` tells whether weight decay applies.
+    /// The tensors in a stretch of the flat order, with offsets from its start. `decays` tells whether weight decay
+    /// applies.
     pub fn segments(&self, stretch: &Range<u64>, decays: impl Fn(usize) -> bool) -> Vec<Segment> {
         let mut segments = Vec::new();
         for (index, &parameter) in self.layout.order.iter().enumerate() {

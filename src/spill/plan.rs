@@ -1,4 +1,5 @@
-//! The plan: the cut, what stays on the device, what is recomputed; the fastest by a cost model among those that fit the budgets.
+//! The plan: the cut, what stays on the device, what is recomputed; the fastest by a cost model among those that fit
+//! the budgets.
 //!
 //! A plan never decides a bit of the result, only time and bytes.
 
@@ -47,11 +48,13 @@ pub struct PlanOptions {
     pub kept: Option<Vec<bool>>,
     /// Force state to stay on the device, or all of it to leave it.
     pub resident: Option<bool>,
-    /// Force how many shards rest on the device where not all do, as far as there are as many; `None` is as many as fit.
+    /// Force how many shards rest on the device where not all do, as far as there are as many; `None` is as many as
+    /// fit.
     pub resting: Option<usize>,
     /// Force boundary tensors to stay on the device, or to leave it.
     pub boundaries_stay: Option<bool>,
-    /// For a model among others, whose shards may each run on another of so many devices: nothing stays on a device after a visit.
+    /// For a model among others, whose shards may each run on another of so many devices: nothing stays on a device
+    /// after a visit.
     pub anywhere: Option<usize>,
     /// Shards are at home on several devices.
     pub crosses: bool,
@@ -59,11 +62,12 @@ pub struct PlanOptions {
     pub pipelined: bool,
     /// Whether gradients are clipped by their global norm: no update before the last gradient.
     pub clips: bool,
-    /// For a model that runs anywhere and bounds the makespan: the seconds in which a step should pass if it never waits for a device, by its
-    /// microbatches going on from unit to unit. Not only what it takes of devices counts then.
+    /// For a model that runs anywhere and bounds the makespan: the seconds in which a step should pass if it never
+    /// waits for a device, by its microbatches going on from unit to unit. Not only what it takes of devices counts
+    /// then.
     pub chain_secs: Option<f64>,
-    /// For a model that runs anywhere: the seconds that no unit should take longer than. The finer the units of all, the better one of them can follow
-    /// another on the next device that is free.
+    /// For a model that runs anywhere: the seconds that no unit should take longer than. The finer the units of all,
+    /// the better one of them can follow another on the next device that is free.
     pub unit_secs: Option<f64>,
 }
 
@@ -160,12 +164,13 @@ impl Plan {
         self
     }
 
-    /// The stretches in which a shard's own gradients leave, are applied, and its weights come back for the next step, in bytes of weights
-    /// from the shard's first.
+    /// The stretches in which a shard's own gradients leave, are applied, and its weights come back for the next step,
+    /// in bytes of weights from the shard's first.
     ///
-    /// In pieces these three overlap, which matters most at the turn of the step, where the first shard's gradient is the last to leave
-    /// and its weights are the first to be needed; and no copy that can wait keeps a lane from a more urgent one for long. With one slot
-    /// there is one piece: no double buffering means that nothing of a shard moves while another computes.
+    /// In pieces these three overlap, which matters most at the turn of the step, where the first shard's gradient is
+    /// the last to leave and its weights are the first to be needed; and no copy that can wait keeps a lane from a more
+    /// urgent one for long. With one slot there is one piece: no double buffering means that nothing of a shard moves
+    /// while another computes.
     pub fn pieces(&self, shard: usize) -> Vec<Range<u64>> {
         if self.choice.updates_on_device {
             std::iter::once(0..self.own_bytes(shard)).collect()

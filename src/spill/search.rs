@@ -1,4 +1,5 @@
-//! The search for a plan: every number of shards with each cut rule, and for each the few ways to place state that are worth having.
+//! The search for a plan: every number of shards with each cut rule, and for each the few ways to place state that are
+//! worth having.
 //!
 //! It works on stand-ins (see `stand_in`).
 
@@ -229,8 +230,8 @@ impl<'a> Search<'a> {
         host_map(self.model, &shards.programs, &choice, self.options.moments).bytes.saturating_sub(budget)
     }
 
-    /// Keeps a plan if it is the best so far. What fits whole is left at rest, with the fewest shards; else the fastest wins, and among
-    /// equals the one with fewer shards, then fewer bytes.
+    /// Keeps a plan if it is the best so far. What fits whole is left at rest, with the fewest shards; else the fastest
+    /// wins, and among equals the one with fewer shards, then fewer bytes.
     fn offer(&mut self, shards: &Shards, choice: &Choice) {
         self.offer_one(shards, choice);
         self.offer_resting(shards, choice);

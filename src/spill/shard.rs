@@ -25,8 +25,8 @@ pub struct ShardPrograms {
 }
 
 impl ShardPrograms {
-    /// The programs of the shard that holds `layers`. `keep`: leave forward's tensors for backward. `twice`: recompute all of
-    /// the forward, even in the last shard.
+    /// The programs of the shard that holds `layers`. `keep`: leave forward's tensors for backward. `twice`: recompute
+    /// all of the forward, even in the last shard.
     pub fn new(model: &Model, layers: Range<usize>, keep: bool, twice: bool) -> ShardPrograms {
         let graph = &model.train;
         let layout = ShardLayout::new(graph, &model.layout, layers.clone());
@@ -92,7 +92,8 @@ impl ShardPrograms {
         self.layout.weight_bytes + self.layout.states.end - self.layout.states.start
     }
 
-    /// Whether its backward has nothing to do: neither it nor a shard before it has anything to train. Then nothing is fetched for it.
+    /// Whether its backward has nothing to do: neither it nor a shard before it has anything to train. Then nothing is
+    /// fetched for it.
     pub fn idles_back(&self) -> bool {
         self.backward.as_ref().is_some_and(|p| p.steps.is_empty())
     }

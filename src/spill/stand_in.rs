@@ -1,7 +1,7 @@
 //! Shards for a search over cuts, whose programs may be those of other shards that are alike.
 //!
-//! Invariant: a stand-in's own layout is right, and its programs have the bytes and the cost that its own would have; what they compute is another
-//! shard's. None leaves planning ([`Plan::own`](super::plan::Plan)).
+//! Invariant: a stand-in's own layout is right, and its programs have the bytes and the cost that its own would have;
+//! what they compute is another shard's. None leaves planning ([`Plan::own`](super::plan::Plan)).
 
 use super::model::Model;
 use super::shard::ShardPrograms;
@@ -20,12 +20,12 @@ pub struct Shards {
     pub secs: Vec<[f64; 2]>,
 }
 
-/// What tells apart shards of which one cannot stand for another: the likeness of their layers, whether the last is the model's, and how they
-/// are to be built.
+/// What tells apart shards of which one cannot stand for another: the likeness of their layers, whether the last is the
+/// model's, and how they are to be built.
 type Key = (Vec<[usize; 2]>, bool, [bool; 2]);
 
-/// The stand-ins of a model that searches have built so far. What they need depends on no budget, rate or policy, so every plan of the model that is made
-/// while this is held ([`Model::stand_ins`]) finds those of the plans before it.
+/// The stand-ins of a model that searches have built so far. What they need depends on no budget, rate or policy, so
+/// every plan of the model that is made while this is held ([`Model::stand_ins`]) finds those of the plans before it.
 #[derive(Debug)]
 pub struct StandIns {
     /// For each layer the first one like it, in training and in evaluation.
@@ -45,7 +45,8 @@ impl Clone for Lent {
 }
 
 impl Model {
-    /// Its stand-ins, to hold while several plans of it are made: the first of them takes about as long as all others together.
+    /// Its stand-ins, to hold while several plans of it are made: the first of them takes about as long as all others
+    /// together.
     pub fn stand_ins(&self) -> Arc<StandIns> {
         let mut lent = self.lent.0.lock().unwrap_or_else(PoisonError::into_inner);
         lent.upgrade().unwrap_or_else(|| {

@@ -1,7 +1,7 @@
 //! Where everything lies at home: the map of the host's store and of the disk tier under one choice of cut and tiers.
 //!
-//! What is at home on the disk comes to the host for as long as it is used there, or is on its way to a device: in pieces, through a few stages that
-//! are used over and over.
+//! What is at home on the disk comes to the host for as long as it is used there, or is on its way to a device: in
+//! pieces, through a few stages that are used over and over.
 
 use super::memory::{BoundaryTier, Choice, Tape};
 use super::model::Model;
@@ -10,8 +10,9 @@ use crate::base::align_up;
 use crate::graph::ALIGNMENT;
 use std::ops::Range;
 
-/// What of a model is at home in the disk tier; each holds those before it too. In the order of what it costs a step: state that only updates touch
-/// crosses once each way, gradients only where they wait for their norm, weights are read for every visit.
+/// What of a model is at home in the disk tier; each holds those before it too. In the order of what it costs a step:
+/// state that only updates touch crosses once each way, gradients only where they wait for their norm, weights are read
+/// for every visit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum OnDisk {
     /// Nothing.
@@ -40,8 +41,8 @@ impl OnDisk {
     }
 }
 
-/// The map of a model's part of the host's store and of the disk tier, in bytes from the start of each. Which of the two the weights, remainders and
-/// moments are in says [`Choice::on_disk`].
+/// The map of a model's part of the host's store and of the disk tier, in bytes from the start of each. Which of the
+/// two the weights, remainders and moments are in says [`Choice::on_disk`].
 #[derive(Clone, Debug, PartialEq, Default)]
 pub struct HostMap {
     /// Weights in flat order.
@@ -52,7 +53,8 @@ pub struct HostMap {
     pub remainders: u64,
     /// Moments in flat order.
     pub moments: [u64; 2],
-    /// Gradients of each shard, shared uses included, in the store. Where gradients that wait go to the disk, shards share these places.
+    /// Gradients of each shard, shared uses included, in the store. Where gradients that wait go to the disk, shards
+    /// share these places.
     pub shard_gradients: Vec<u64>,
     /// Gradients in flat order, in the disk tier.
     pub waiting_gradients: u64,
@@ -80,16 +82,17 @@ pub struct HostMap {
     pub disk_bytes: u64,
 }
 
-/// The largest part of a shard's weights, in bytes, that goes to or from the disk at once: small beside the model, so that stages are, and large enough to
-/// keep a disk at work.
+/// The largest part of a shard's weights, in bytes, that goes to or from the disk at once: small beside the model, so
+/// that stages are, and large enough to keep a disk at work.
 fn disk_piece_bytes(model: &Model) -> u64 {
     align_up((model.layout.parameter_bytes / 128).clamp(16 << 10, 4 << 20), ALIGNMENT)
 }
 
-/// The stretches in which a shard's own `bytes` of weights come and go, from its first; where there is a disk tier none is longer than `disk_piece`.
+/// The stretches in which a shard's own `bytes` of weights come and go, from its first; where there is a disk tier none
+/// is longer than `disk_piece`.
 pub(super) fn stretches(choice: &Choice, shard: usize, bytes: u64, disk_piece: u64) -> Vec<Range<u64>> {
-    // Smaller pieces cost more to start than they hide: at 10 GB/s this is 26 microseconds. Where no update waits for a piece, a
-    // piece only keeps a lane from boundary tensors; 0.4 milliseconds of that do no harm.
+    // Smaller pieces cost more to start than they hide: at 10 GB/s this is 26 microseconds. Where no update waits for a
+    // piece, a piece only keeps a lane from boundary tensors; 0.4 milliseconds of that do no harm.
     let least_bytes: u64 = if choice.updates_on_device { 4 << 20 } else { 256 << 10 };
     const MOST: u64 = 8;
     let most = if choice.rests(shard) || choice.slots == 1 { 1 } else { MOST };
@@ -157,8 +160,9 @@ pub fn host_map(model: &Model, shards: &[ShardPrograms], choice: &Choice, moment
     HostMap { bytes: store.end, ..map }
 }
 
-/// Where each shard's gradients lie in the store: nowhere for shards at rest. Once they are on the disk, or applied, the place is free for another
-/// shard's; only those with accumulators for other shards' parameters keep theirs, until these shards have fetched them.
+/// Where each shard's gradients lie in the store: nowhere for shards at rest. Once they are on the disk, or applied,
+/// the place is free for another shard's; only those with accumulators for other shards' parameters keep theirs, until
+/// these shards have fetched them.
 fn gradient_places(shards: &[ShardPrograms], choice: &Choice, store: &mut Tape) -> Vec<u64> {
     let bytes = |s: usize| match choice.rests(s) && !choice.crosses {
         true => 0,
@@ -189,8 +193,8 @@ fn update_stage_bytes(model: &Model, shards: &[ShardPrograms], choice: &Choice, 
     shards.iter().enumerate().filter(|(s, _)| !choice.rests(*s)).map(of).max().unwrap_or(0)
 }
 
-/// Bytes of what lies in such a stage for `bytes` of weights, each part at a multiple of [`ALIGNMENT`]: moments, remainder, gradient, weight; 0 for what is
-/// in host memory anyway.
+/// Bytes of what lies in such a stage for `bytes` of weights, each part at a multiple of [`ALIGNMENT`]: moments,
+/// remainder, gradient, weight; 0 for what is in host memory anyway.
 pub fn update_stage_parts(model: &Model, on_disk: OnDisk, moments: usize, bytes: u64) -> [u64; 5] {
     let wide = bytes * model.layout.wide_ratio;
     let when = |is_there: bool, bytes: u64| if is_there { bytes } else { 0 };

@@ -23,7 +23,8 @@ pub(super) enum LineStyle {
     Dots,
 }
 
-/// Points (step, value) that belong together, ascending in step. Values that are not finite, or beyond 1e150, leave a gap.
+/// Points (step, value) that belong together, ascending in step. Values that are not finite, or beyond 1e150, leave a
+/// gap.
 #[derive(Clone, Debug)]
 pub(super) struct Series {
     pub label: String,
@@ -257,8 +258,8 @@ fn thinned(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     out
 }
 
-/// The finite values, each averaged with its neighbours on both sides by weights that fall with `exp(-distance / span)`.
-/// Both sides, since an average of the past alone lies above a falling curve.
+/// The finite values, each averaged with its neighbours on both sides by weights that fall with `exp(-distance /
+/// span)`. Both sides, since an average of the past alone lies above a falling curve.
 pub(super) fn smoothed(points: &[(u64, f64)], span: f64) -> Vec<(u64, f64)> {
     let keep = (-1.0 / span.max(1e-9)).exp();
     let mut out: Vec<(u64, f64)> = points.iter().copied().filter(|point| point.1.is_finite()).collect();

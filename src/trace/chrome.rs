@@ -252,12 +252,12 @@ pub struct Trace {
 impl Trace {
     /// Reads a trace that a [`Recorder`](super::Recorder) wrote.
     ///
-    /// Lines of other kinds and categories that are not ours are passed over. A file that breaks off, because its writer was
-    /// killed, gives the events up to there; it may have broken off before its first byte.
+    /// Lines of other kinds and categories that are not ours are passed over. A file that breaks off, because its
+    /// writer was killed, gives the events up to there; it may have broken off before its first byte.
     ///
     /// # Errors
-    /// When the file cannot be read, is no trace, or an event of ours lacks a field or holds an impossible one; the message
-    /// has the path and the event's place.
+    /// When the file cannot be read, is no trace, or an event of ours lacks a field or holds an impossible one; the
+    /// message has the path and the event's place.
     pub fn read(path: &Path) -> Result<Trace> {
         let bytes = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
         let text = std::str::from_utf8(&bytes).map_err(|e| Error::bad(format!("{}: no trace: {e}", path.display())))?;

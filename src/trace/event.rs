@@ -163,8 +163,8 @@ impl What {
         What::ALL.into_iter().find(|what| what.label() == label)
     }
 
-    /// A CSS colour. Arithmetic is cool, fetches are warm, spills are purple to pink, the disk is brown; each is legible
-    /// on white and on near-black.
+    /// A CSS colour. Arithmetic is cool, fetches are warm, spills are purple to pink, the disk is brown; each is
+    /// legible on white and on near-black.
     pub const fn colour(self) -> &'static str {
         match self {
             What::Forward => "#4c8bd6",

@@ -54,8 +54,8 @@ impl Default for GanttOptions {
     }
 }
 
-/// Draws `events`, in any order, as an SVG document. Events outside the window or with impossible times are left out; with
-/// none left the chart says so.
+/// Draws `events`, in any order, as an SVG document. Events outside the window or with impossible times are left out;
+/// with none left the chart says so.
 pub fn gantt_svg(events: &[Event], options: &GanttOptions) -> String {
     let mut shown: Vec<Event> = events.iter().copied().filter(Event::has_times).collect();
     let span = options.window.unwrap_or_else(|| {

@@ -1,8 +1,8 @@
 //! The event log: a Chrome trace, a Gantt chart, where the time went, and the report page.
 //!
 //! Everything here reads one kind of record, the [`Event`], and keeps no clock: times are given. The [`Recorder`] takes
-//! events from the executor without holding it up and streams the chosen steps to `trace.json`; [`read_trace`] reads that
-//! file back; [`where_time_went`] says what bound a step; [`gantt_svg`], [`report_page`] and [`sweep_svg`] draw.
+//! events from the executor without holding it up and streams the chosen steps to `trace.json`; [`read_trace`] reads
+//! that file back; [`where_time_went`] says what bound a step; [`gantt_svg`], [`report_page`] and [`sweep_svg`] draw.
 //! Uses [`base`](crate::base) alone.
 
 mod bars;

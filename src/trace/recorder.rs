@@ -1,8 +1,8 @@
 //! The recorder: takes every event from the executor and never holds it up.
 //!
-//! `record` adds to the sums and puts a copy into a bounded ring; a writer thread drains the ring into the trace file. An
-//! event that finds the ring full is counted, not waited for. Whole events are kept for the first and the last steps only;
-//! since a run may end early (a failure, an early stop), the last steps so far also wait in a bounded window.
+//! `record` adds to the sums and puts a copy into a bounded ring; a writer thread drains the ring into the trace file.
+//! An event that finds the ring full is counted, not waited for. Whole events are kept for the first and the last steps
+//! only; since a run may end early (a failure, an early stop), the last steps so far also wait in a bounded window.
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
@@ -17,7 +17,8 @@ use super::utilisation::add_to_sums;
 use super::{Event, LaneSum};
 use crate::base::{Error, LaneId, Result};
 
-/// How long the writer rests once the ring is empty. While it rests, `record` has nobody to wake and makes no system call.
+/// How long the writer rests once the ring is empty. While it rests, `record` has nobody to wake and makes no system
+/// call.
 const REST: Duration = Duration::from_millis(2);
 
 /// Which steps' events are kept whole; sums are kept for all.
@@ -27,13 +28,14 @@ pub struct Keep {
     pub first: u64,
     /// This many of each model's last steps.
     pub last: u64,
-    /// Steps of the longest model; `u64::MAX` where nobody knows. A model that ends before has its last steps taken from
-    /// the window.
+    /// Steps of the longest model; `u64::MAX` where nobody knows. A model that ends before has its last steps taken
+    /// from the window.
     pub total_steps: u64,
 }
 
 impl Keep {
-    /// True where the step is written as it comes, known to be among the last of a model or, as it goes on from step `begin`, among its first.
+    /// True where the step is written as it comes, known to be among the last of a model or, as it goes on from step
+    /// `begin`, among its first.
     pub fn is_certain(&self, step: u64, begin: u64) -> bool {
         step < self.first.saturating_add(begin) || (self.last > 0 && step.saturating_add(self.last) >= self.total_steps)
     }
@@ -76,8 +78,8 @@ pub struct Summary {
     pub sums: Vec<LaneSum>,
 }
 
-/// Takes events from the executor. Dropping it waits for the writer and closes the file, as [`Recorder::finish`] does, but
-/// has nowhere to return an error to.
+/// Takes events from the executor. Dropping it waits for the writer and closes the file, as [`Recorder::finish`] does,
+/// but has nowhere to return an error to.
 #[derive(Debug)]
 pub struct Recorder {
     /// `None` once the ring is closed, which tells the writer to end.
@@ -204,7 +206,8 @@ struct Writer {
     window_events: usize,
     /// The newest step of each model, by number.
     newest: Vec<u32>,
-    /// Events that left the full window too early: model, step, how many. Steps that are among the last no more go again.
+    /// Events that left the full window too early: model, step, how many. Steps that are among the last no more go
+    /// again.
     displaced: VecDeque<(u16, u32, u64)>,
 }
 

@@ -18,7 +18,8 @@ pub(super) fn colour(index: usize) -> &'static str {
     COLOURS[index % COLOURS.len()]
 }
 
-/// `text` for use in the content and the attributes of XML and HTML. Control characters, which XML forbids, become spaces.
+/// `text` for use in the content and the attributes of XML and HTML. Control characters, which XML forbids, become
+/// spaces.
 pub(super) fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
@@ -43,7 +44,8 @@ pub(super) fn px(value: f64) -> String {
     if short == "-0" { "0".into() } else { short.into() }
 }
 
-/// Opens a drawing of `width` by `height` pixels that scales to the room it is given; `title` names it to screen readers.
+/// Opens a drawing of `width` by `height` pixels that scales to the room it is given; `title` names it to screen
+/// readers.
 pub(super) fn open(width: f64, height: f64, title: &str) -> String {
     let (w, h) = (px(width), px(height));
     let mut out = format!(
@@ -125,7 +127,8 @@ pub(super) fn ticks(low: f64, high: f64, count: usize) -> Ticks {
     Ticks { at: (0..=(last - first) as u32).map(|i| (first + f64::from(i)) * step).collect(), step }
 }
 
-/// Ticks of a logarithmic axis between positive `low` and `high`: powers of ten, with 2 and 5 between them where few fit.
+/// Ticks of a logarithmic axis between positive `low` and `high`: powers of ten, with 2 and 5 between them where few
+/// fit.
 pub(super) fn log_ticks(low: f64, high: f64) -> Vec<f64> {
     let (first, last) = (low.log10().floor() as i32, high.log10().ceil() as i32);
     let every = ((last - first) / 8).max(1) as usize;
@@ -139,8 +142,8 @@ pub(super) fn log_ticks(low: f64, high: f64) -> Vec<f64> {
     if finer.len() >= 2 { finer } else { ticks(low, high, 4).at }
 }
 
-/// The numbers of an axis, all in one form: with powers of ten where the greatest needs them, or where it is small and its
-/// neighbours would.
+/// The numbers of an axis, all in one form: with powers of ten where the greatest needs them, or where it is small and
+/// its neighbours would.
 pub(super) fn tick_labels(ticks: &Ticks) -> Vec<String> {
     let most = ticks.at.iter().fold(ticks.step, |most, at| most.max(at.abs()));
     let powers = !(1e-3..1e6).contains(&most) || (ticks.step < 1e-3 && most < 1e-2);

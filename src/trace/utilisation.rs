@@ -1,8 +1,8 @@
 //! Where the time went: what each second of a step was bound by, and how near each lane came to its ceiling.
 //!
-//! The second a compute lane works is bound by compute. When it stands still, the task that it runs next was waiting, and
-//! the event says for which task. That task's time is charged to its lane's kind; where it, too, had waited, the walk goes
-//! on along the chain until the gap is filled. What no task ran in is idle: latency, or nothing to do.
+//! The second a compute lane works is bound by compute. When it stands still, the task that it runs next was waiting,
+//! and the event says for which task. That task's time is charged to its lane's kind; where it, too, had waited, the
+//! walk goes on along the chain until the gap is filled. What no task ran in is idle: latency, or nothing to do.
 
 use super::Event;
 use crate::base::{LaneId, LaneKind};
@@ -95,8 +95,8 @@ impl LaneSum {
         (self.flops > 0.0 && self.busy_secs > 0.0).then(|| self.flops / self.busy_secs)
     }
 
-    /// The fewest seconds the lane's work can take: flops over their rate for compute, bytes over their bandwidth for the
-    /// others. `None` where no ceiling is known.
+    /// The fewest seconds the lane's work can take: flops over their rate for compute, bytes over their bandwidth for
+    /// the others. `None` where no ceiling is known.
     pub fn least_secs(&self, ceilings: &Ceilings) -> Option<f64> {
         let per_sec = ceilings.of(self.lane.kind)?;
         Some(if self.lane.kind == LaneKind::Compute { self.flops / per_sec } else { self.bytes as f64 / per_sec })
@@ -150,7 +150,8 @@ pub(super) fn add_to_sums(sums: &mut Vec<LaneSum>, event: &Event) {
 
 /// Says what bound the window from `start_secs` to `end_secs`, given the events that touch it, in any order.
 ///
-/// Several devices: the average over their compute lanes. The parts sum to the window; with no device all of it is idle.
+/// Several devices: the average over their compute lanes. The parts sum to the window; with no device all of it is
+/// idle.
 pub fn where_time_went(events: &[Event], start_secs: f64, end_secs: f64) -> Bound {
     let lanes: Vec<LaneId> = events.iter().map(|event| event.lane).collect();
     let mut account = StepAccount::new(&lanes, events.len());

@@ -1,8 +1,9 @@
 //! A checkpoint: weights, moments and running statistics after some steps, in one safetensors file.
 //!
-//! The numbers are exact, and everything else that a step depends on follows from the step's number (order of the data, dropout, learning
-//! rate), so that a resumed run gives the bits of one that was never stopped. What must be the same for that is written in
-//! the file's metadata and compared: without some of it the numbers mean nothing, the rest may be changed on purpose and is told.
+//! The numbers are exact, and everything else that a step depends on follows from the step's number (order of the data,
+//! dropout, learning rate), so that a resumed run gives the bits of one that was never stopped. What must be the same
+//! for that is written in the file's metadata and compared: without some of it the numbers mean nothing, the rest may
+//! be changed on purpose and is told.
 
 use super::optimizer::{Optimizer, Schedule};
 use super::options::TrainOptions;
@@ -48,7 +49,8 @@ const ENDED: &str = "ended";
 const KIND: &str = "optimizer.kind";
 const MOMENTUM: &str = "optimizer.momentum";
 
-/// What of a run must stay the same, besides its model and the model's element type: what minibatches and dropout are made of.
+/// What of a run must stay the same, besides its model and the model's element type: what minibatches and dropout are
+/// made of.
 fn identity(options: &TrainOptions) -> [(&'static str, u64); 3] {
     [("seed", options.seed), ("batch", options.batch as u64), ("microbatch", options.microbatch as u64)]
 }
@@ -91,8 +93,8 @@ fn updates(options: &TrainOptions) -> Vec<(&'static str, String)> {
     all
 }
 
-/// The first key of which both config.json know, and that makes another network of it, with its values. A key that only one of them has is from another
-/// version of this program.
+/// The first key of which both config.json know, and that makes another network of it, with its values. A key that only
+/// one of them has is from another version of this program.
 fn network_change(was: &str, is: &str) -> Option<(String, Value, Value)> {
     let read = |text| serde_json::from_str::<Map<String, Value>>(text).ok();
     let (was, is) = (read(was)?, read(is)?);
@@ -138,8 +140,8 @@ fn parts(model: &Model, moments: usize) -> Vec<(String, &Shape, Part)> {
     parts
 }
 
-/// Writes the state of the engine's model number `of` after `step` steps to `path`, replacing an older checkpoint only once this one is on the disk. Call
-/// [`Engine::wait_home`] first.
+/// Writes the state of the engine's model number `of` after `step` steps to `path`, replacing an older checkpoint only
+/// once this one is on the disk. Call [`Engine::wait_home`] first.
 ///
 /// # Errors
 /// When the file cannot be written.
@@ -147,7 +149,8 @@ pub fn write_checkpoint(path: &Path, engine: &Engine, of: usize, options: &Train
     write(path, engine, of, options, (step, false))
 }
 
-/// Writes the checkpoint of a model that has come to its end, once all else of it is saved: whoever finds the file has nothing left to do.
+/// Writes the checkpoint of a model that has come to its end, once all else of it is saved: whoever finds the file has
+/// nothing left to do.
 ///
 /// # Errors
 /// As [`write_checkpoint`].
@@ -246,12 +249,14 @@ impl Checkpoint {
         self.step
     }
 
-    /// Whether the model had come to its end, and been saved. Checkpoints from before they said it were no others at their last step.
+    /// Whether the model had come to its end, and been saved. Checkpoints from before they said it were no others at
+    /// their last step.
     pub fn ended(&self) -> bool {
         self.index.metadata().get(ENDED).is_none_or(|ended| ended == "true")
     }
 
-    /// How `options` would update the model otherwise than the run that wrote this, or from other data. Checkpoints from before they said it know of no difference.
+    /// How `options` would update the model otherwise than the run that wrote this, or from other data. Checkpoints
+    /// from before they said it know of no difference.
     pub fn changes(&self, options: &TrainOptions) -> Vec<Change> {
         let change = |(key, is): (&'static str, String)| {
             let was = self.index.metadata().get(key).filter(|was| **was != is)?.clone();
@@ -317,7 +322,8 @@ impl Checkpoint {
         }
     }
 
-    /// Writes all tensors into the part of the host's store that the engine's model number `of` has. Call [`Checkpoint::check`] first, and this before the first step.
+    /// Writes all tensors into the part of the host's store that the engine's model number `of` has. Call
+    /// [`Checkpoint::check`] first, and this before the first step.
     ///
     /// # Errors
     /// When the file cannot be read, or lacks a tensor.

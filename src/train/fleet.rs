@@ -1,8 +1,8 @@
 //! Models in training together: one loop that keeps two steps of each in flight and takes whatever ends next.
 //!
-//! A model's data, validation, checkpoints and end are its own, and what one computes does not depend on the others. Nor does one wait for
-//! what another does, but where a model is saved: one thread does all of this, and meanwhile the devices run out of work. One that fails ends
-//! with its reason, and the rest go on.
+//! A model's data, validation, checkpoints and end are its own, and what one computes does not depend on the others.
+//! Nor does one wait for what another does, but where a model is saved: one thread does all of this, and meanwhile the
+//! devices run out of work. One that fails ends with its reason, and the rest go on.
 
 use super::observer::{Observer, StepReport};
 use super::prepare::batch_inputs;
@@ -74,11 +74,13 @@ impl Fleet {
         Ok(fleet)
     }
 
-    /// Adds a model to those in training, and gives its number. Waits until the devices have come to rest between units; no other model's bits
-    /// change by that. One whose weights cannot be read is added all the same, and fails ([`Fleet::failure`]).
+    /// Adds a model to those in training, and gives its number. Waits until the devices have come to rest between
+    /// units; no other model's bits change by that. One whose weights cannot be read is added all the same, and fails
+    /// ([`Fleet::failure`]).
     ///
     /// # Errors
-    /// As [`Engine::wait_add`]; and when its data cannot be opened or an option is absurd. But for a failed device nothing has changed then.
+    /// As [`Engine::wait_add`]; and when its data cannot be opened or an option is absurd. But for a failed device
+    /// nothing has changed then.
     pub fn wait_add(&mut self, model: ModelToTrain) -> Result<usize> {
         let options = engine_options(&model)?;
         let (placed, weights, seed) = (model.placed.clone(), model.weights, model.options.seed);
@@ -99,7 +101,8 @@ impl Fleet {
         self.lines.push(VecDeque::from([number]));
     }
 
-    /// Lets models run one after another: each of `lines` lists models in their order, and every model is in one of them.
+    /// Lets models run one after another: each of `lines` lists models in their order, and every model is in one of
+    /// them.
     ///
     /// # Errors
     /// When one is in none of them or comes twice, or there is no such model.
@@ -114,7 +117,8 @@ impl Fleet {
         Ok(())
     }
 
-    /// A model goes on after `step` steps, its data with it: its state was written by the caller, as a [`Checkpoint`](super::Checkpoint) does.
+    /// A model goes on after `step` steps, its data with it: its state was written by the caller, as a
+    /// [`Checkpoint`](super::Checkpoint) does.
     ///
     /// # Errors
     /// When the model has begun already, or that is after its last step.
@@ -205,8 +209,9 @@ impl Fleet {
         if self.engine.has_failed() { Err(error) } else { self.fail(model, error) }
     }
 
-    /// Runs every model to its end, or until `stop` is set; then each one's state is in the host's store and was offered to its observer as a
-    /// checkpoint. A model that fails is told by [`Fleet::take_failure`] afterwards. Waits for the devices throughout.
+    /// Runs every model to its end, or until `stop` is set; then each one's state is in the host's store and was
+    /// offered to its observer as a checkpoint. A model that fails is told by [`Fleet::take_failure`] afterwards. Waits
+    /// for the devices throughout.
     ///
     /// # Errors
     /// When a device fails; [`Error::Interrupted`] when `stop` was set before all was done.
@@ -272,8 +277,8 @@ impl Fleet {
         StepReport { result, lr }
     }
 
-    /// Waits for the next step of a model that trains alone; with `begins` the steps after it are begun first, as far as there is room. `None` where
-    /// nothing is in flight then.
+    /// Waits for the next step of a model that trains alone; with `begins` the steps after it are begun first, as far
+    /// as there is room. `None` where nothing is in flight then.
     pub(super) fn wait_step(&mut self, model: usize, begins: bool) -> Result<Option<StepReport>> {
         self.check_failed(model)?;
         if begins && self.is_waiting(model) {
@@ -329,7 +334,8 @@ impl Fleet {
                     Stage::Done | Stage::Failed(_) => drop(line.pop_front()),
                     Stage::Waiting if !stopping => {
                         *stage = Stage::Training;
-                        // What it waited for is no part of its first step: models ahead of it, or weights on their way into the store.
+                        // What it waited for is no part of its first step: models ahead of it, or weights on their way
+                        // into the store.
                         self.engine.skip_time(model);
                     }
                     _ => break,

@@ -12,7 +12,8 @@ use crate::nn::{InputShape, Pretrained};
 use crate::spill::{Model, Plan, PlanOptions};
 use std::sync::Arc;
 
-/// Runs `batch`, whose tensors have the sample as their first axis, and gives the logits with their shape. Waits for the device.
+/// Runs `batch`, whose tensors have the sample as their first axis, and gives the logits with their shape. Waits for
+/// the device.
 ///
 /// # Errors
 /// When the model does not take these tensors, an id is out of range, memory cannot be had, or a weight is not finite.

@@ -90,8 +90,8 @@ pub struct ValidRow {
     pub secs: f64,
 }
 
-/// JSON has no word for numbers that are not finite: they are written as `null`, which is read back as NaN. The row of a step
-/// whose gradient overflowed must not make the whole file unreadable.
+/// JSON has no word for numbers that are not finite: they are written as `null`, which is read back as NaN. The row of
+/// a step whose gradient overflowed must not make the whole file unreadable.
 fn finite_or_nan<'de, D: serde::Deserializer<'de>, T: Deserialize<'de> + From<f32>>(
     from: D,
 ) -> std::result::Result<T, D::Error> {
@@ -108,8 +108,9 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Starts a file, or goes on with the one there: its rows from `step` on are dropped first, and so is what is no row. A run that was killed or a machine that
-    /// lost its power may have left anything there, and the training does not depend on it; [`Metrics::missing`] says what is gone.
+    /// Starts a file, or goes on with the one there: its rows from `step` on are dropped first, and so is what is no
+    /// row. A run that was killed or a machine that lost its power may have left anything there, and the training does
+    /// not depend on it; [`Metrics::missing`] says what is gone.
     ///
     /// # Errors
     /// When the file cannot be read or written.

@@ -26,20 +26,23 @@ pub trait Observer {
     /// Whatever should end the run.
     fn valid(&mut self, step: u64, loss: f32, secs: f64) -> Result<()>;
 
-    /// Asked before a step is begun, for its learning rate; `scheduled` is what [`TrainOptions::schedule`](super::TrainOptions::schedule) says. Steps are begun ahead of what runs, so
-    /// the loss of the step before is not known yet.
+    /// Asked before a step is begun, for its learning rate; `scheduled` is what
+    /// [`TrainOptions::schedule`](super::TrainOptions::schedule) says. Steps are begun ahead of what runs, so the loss
+    /// of the step before is not known yet.
     fn lr(&mut self, step: u64, scheduled: f64) -> f64 {
         let _ = step;
         scheduled
     }
 
-    /// Asked before a step is begun: whether to let the model rest after `step` steps and validate it, beside the times that are due anyway.
+    /// Asked before a step is begun: whether to let the model rest after `step` steps and validate it, beside the times
+    /// that are due anyway.
     fn wants_rest(&mut self, step: u64) -> bool {
         let _ = step;
         false
     }
 
-    /// Asked before a step is begun, and after every step and validation: whether the model ends here, as if these had been all its steps.
+    /// Asked before a step is begun, and after every step and validation: whether the model ends here, as if these had
+    /// been all its steps.
     fn wants_end(&mut self) -> bool {
         false
     }
@@ -49,8 +52,8 @@ pub trait Observer {
         false
     }
 
-    /// The model, number `model` of the engine's, is at rest after `step` steps, and its state is in the host's store: where
-    /// [`Observer::wants_checkpoint`] has asked for it, where the run is to stop, and at the model's end.
+    /// The model, number `model` of the engine's, is at rest after `step` steps, and its state is in the host's store:
+    /// where [`Observer::wants_checkpoint`] has asked for it, where the run is to stop, and at the model's end.
     ///
     /// # Errors
     /// Whatever should end the run.

@@ -137,8 +137,8 @@ pub enum Schedule {
 }
 
 impl Schedule {
-    /// The learning rate of `step` (from 0) of `steps`. The first step of a warm-up of n has 1/n of the peak; the last step of all has
-    /// `min_lr`.
+    /// The learning rate of `step` (from 0) of `steps`. The first step of a warm-up of n has 1/n of the peak; the last
+    /// step of all has `min_lr`.
     pub fn lr(&self, peak: f64, step: u64, steps: u64) -> f64 {
         let (warmup, min_lr) = match *self {
             Schedule::Constant => return peak,

@@ -40,13 +40,17 @@ pub struct TrainOptions {
     pub dtype: DType,
     /// Products of f32 may round their factors to tf32; for the cuda device, emulated or not.
     pub tf32: bool,
-    /// What cuts its text into tokens: any words that are the same as long as it is. With another, a checkpoint's weights mean nothing; none: not compared.
+    /// What cuts its text into tokens: any words that are the same as long as it is. With another, a checkpoint's
+    /// weights mean nothing; none: not compared.
     pub tokenizer: Option<String>,
-    /// The config.json that describes the network: with another, a checkpoint's weights mean something else; none: not compared.
+    /// The config.json that describes the network: with another, a checkpoint's weights mean something else; none: not
+    /// compared.
     pub network: Option<String>,
-    /// Parameters whose names begin with one of these stay as they are: of them a step needs the weights alone, no gradients and no moments.
+    /// Parameters whose names begin with one of these stay as they are: of them a step needs the weights alone, no
+    /// gradients and no moments.
     pub frozen: Vec<String>,
-    /// What it is trained and validated on, by keys that begin with `data.` or `valid.`: any words that are the same as long as that is. A change is told.
+    /// What it is trained and validated on, by keys that begin with `data.` or `valid.`: any words that are the same as
+    /// long as that is. A change is told.
     pub data: Vec<(&'static str, String)>,
 }
 
@@ -112,7 +116,8 @@ impl TrainOptions {
     pub fn engine_options(&self, model: &Model, plan: &Plan) -> EngineOptions {
         let parameters = &model.train.parameters;
         let decays = parameters.iter().map(|p| self.optimizer.decays(p.shape.axes().len())).collect();
-        // One task of a large model may take long: nothing is wrong while a whole step's time has not passed a few times.
+        // One task of a large model may take long: nothing is wrong while a whole step's time has not passed a few
+        // times.
         let patience_secs = self.patience_secs.max(10.0 * plan.estimated_secs);
         EngineOptions { seed: self.seed, patience_secs, decays, steps: self.steps }
     }

@@ -9,8 +9,8 @@ use crate::nn::{InputShape, Network};
 use crate::spill::{Model, Plan, PlanOptions};
 use std::sync::Arc;
 
-/// Traces `network` for the options' microbatches, element type and device with the tensors of `inputs`: the training graph with its
-/// gradient and the evaluation graph.
+/// Traces `network` for the options' microbatches, element type and device with the tensors of `inputs`: the training
+/// graph with its gradient and the evaluation graph.
 ///
 /// # Errors
 /// As [`TrainOptions::check`]; and when the network does not take the inputs.
@@ -37,7 +37,8 @@ pub fn inputs_of(source: &dyn Source) -> Vec<InputShape> {
     tensors.iter().map(|(name, dtype, shape)| InputShape::new(name.clone(), shape.axes().to_vec(), *dtype)).collect()
 }
 
-/// The bytes of a minibatch's tensors in the order of the graph's inputs, by name: what [`Engine::begin_step`](crate::engine::Engine::begin_step) takes.
+/// The bytes of a minibatch's tensors in the order of the graph's inputs, by name: what
+/// [`Engine::begin_step`](crate::engine::Engine::begin_step) takes.
 ///
 /// # Errors
 /// When the minibatch lacks an input, or has numbers where the graph wants integers, or the other way round.
@@ -66,7 +67,8 @@ pub fn plan_model(model: &Model, options: &TrainOptions, cost: &CostModel) -> Re
     Plan::new(model, &wishes, cost)
 }
 
-/// Traces `network` for the tensors of `source` and plans it: all that [`Session::new`](super::Session::new) needs besides weights and data.
+/// Traces `network` for the tensors of `source` and plans it: all that [`Session::new`](super::Session::new) needs
+/// besides weights and data.
 ///
 /// # Errors
 /// As [`trace_model`] and [`Plan::new`]; and when the source's minibatch is not `options.batch`.

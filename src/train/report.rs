@@ -1,7 +1,8 @@
 //! The report of a run: reads what the run left in its directory and draws it as report.html and schedule.svg.
 //!
-//! Nothing is asked of a running program, and nothing but these two files is written, each under a temporary name first: a run may be
-//! looked at while it goes on. What is missing (a trace, a validation, ceilings) is said on the page; what is damaged is an error.
+//! Nothing is asked of a running program, and nothing but these two files is written, each under a temporary name
+//! first: a run may be looked at while it goes on. What is missing (a trace, a validation, ceilings) is said on the
+//! page; what is damaged is an error.
 
 mod devices;
 mod outcomes;
@@ -22,14 +23,15 @@ use std::path::{Path, PathBuf};
 /// Steps at the start that are not steady: the first fetches all, the second still overlaps with it.
 const WARM_UP: u64 = 2;
 
-/// Writes `report.html` (one page that needs nothing else) and `schedule.svg` into the run directory `run`; gives the page's path.
+/// Writes `report.html` (one page that needs nothing else) and `schedule.svg` into the run directory `run`; gives the
+/// page's path.
 ///
-/// Reads `plan.json`, `trace.json` (which may be missing or break off), `results.csv` where there is one, and the `metrics.jsonl` of every model that plan.json names and of
-/// every subfolder that has one.
+/// Reads `plan.json`, `trace.json` (which may be missing or break off), `results.csv` where there is one, and the
+/// `metrics.jsonl` of every model that plan.json names and of every subfolder that has one.
 ///
 /// # Errors
-/// [`Error::BadInput`], naming the file, when there is no such directory, no plan.json, or a file is damaged; [`Error::Io`] when one
-/// cannot be read or written.
+/// [`Error::BadInput`], naming the file, when there is no such directory, no plan.json, or a file is damaged;
+/// [`Error::Io`] when one cannot be read or written.
 pub fn write_report(run: &Path) -> Result<PathBuf> {
     if !run.is_dir() {
         return Err(Error::bad(format!("{}: is no run directory", run.display())));
@@ -93,7 +95,8 @@ fn read_model(run: &Path, name: String) -> Result<ModelRows> {
     Ok(ModelRows { name, steps, valid })
 }
 
-/// Gives the events the numbers that the models have on the page: a run that goes on without those that are done counts the others anew.
+/// Gives the events the numbers that the models have on the page: a run that goes on without those that are done counts
+/// the others anew.
 fn renumber(trace: &mut Trace, models: &[ModelRows]) {
     let number = |name: &String| models.iter().position(|model| model.name == *name);
     let numbers: Vec<Option<usize>> = trace.models.iter().map(number).collect();
@@ -278,8 +281,8 @@ fn curves(model: &ModelRows) -> ModelCurves {
     }
 }
 
-/// What bound each step; several models' seconds at one step number are averaged, since each counts the whole time. Nothing where nobody
-/// asked: beside others a model's steps are not taken apart, and all their time counts as idle.
+/// What bound each step; several models' seconds at one step number are averaged, since each counts the whole time.
+/// Nothing where nobody asked: beside others a model's steps are not taken apart, and all their time counts as idle.
 fn step_bounds(models: &[ModelRows]) -> Vec<StepBound> {
     let mut rows = models.iter().flat_map(|model| &model.steps);
     if rows.all(|row| row.bound().total() == row.idle_secs) {

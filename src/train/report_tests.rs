@@ -342,7 +342,8 @@ fn models_are_colours_over_devices() {
         let lane = lane(d, kind);
         recorder.record(&Event { lane, name, step, start_secs, end_secs, bytes: 8, flops: 1.0, ticket, after: 0 });
     };
-    // Device 0: computes 0-4 and 6-8, copies 3-6: 6 of 8 seconds, 2 alone, none idle. Device 1: computes 2-4, copies 5-6 both ways at once.
+    // Device 0: computes 0-4 and 6-8, copies 3-6: 6 of 8 seconds, 2 alone, none idle. Device 1: computes 2-4, copies
+    // 5-6 both ways at once.
     for step in 0..4 {
         let at = f64::from(step);
         add(0, LaneKind::Compute, What::LastUnit, 0, step, (at, at + 1.0));

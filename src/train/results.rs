@@ -1,7 +1,7 @@
 //! results.csv and the table at the end of a run: what became of each model.
 //!
-//! Rows come in any order, as models end, and stand in the order of the models' numbers. Every number in the file reads back as the same
-//! number; what is not known is an empty field.
+//! Rows come in any order, as models end, and stand in the order of the models' numbers. Every number in the file reads
+//! back as the same number; what is not known is an empty field.
 
 use super::safely::write_safely;
 use super::selection::best_first;
@@ -25,7 +25,8 @@ pub struct ModelResult {
     pub train_loss: Option<f32>,
     /// Loss on held-out data, when it was last evaluated.
     pub valid_loss: Option<f32>,
-    /// Seconds of its steps and validations, over all parts of a run that was interrupted: those of its rows in metrics.jsonl.
+    /// Seconds of its steps and validations, over all parts of a run that was interrupted: those of its rows in
+    /// metrics.jsonl.
     pub secs: f64,
     /// Its folder.
     pub directory: PathBuf,
@@ -64,8 +65,8 @@ impl Status {
     }
 }
 
-/// The best model: the lowest loss on held-out data or, where no model has one, the lowest loss in training. Failed models and losses
-/// that are NaN are left out; of equal ones the lower number wins.
+/// The best model: the lowest loss on held-out data or, where no model has one, the lowest loss in training. Failed
+/// models and losses that are NaN are left out; of equal ones the lower number wins.
 pub fn best(results: &[ModelResult]) -> Option<&ModelResult> {
     let of = |metric: fn(&ModelResult) -> Option<f32>| {
         let candidates = results.iter().filter(|r| !matches!(r.status, Status::Failed(_)));

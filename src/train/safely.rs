@@ -1,7 +1,8 @@
 //! Files that appear whole or not at all.
 //!
-//! A file is written under another name in the same folder, flushed to the disk, and then renamed: a crash or a full disk leaves what
-//! was there before. A link stays, and what it leads to is written. A device or a pipe is no file to replace: it is written into as it is.
+//! A file is written under another name in the same folder, flushed to the disk, and then renamed: a crash or a full
+//! disk leaves what was there before. A link stays, and what it leads to is written. A device or a pipe is no file to
+//! replace: it is written into as it is.
 
 use crate::base::{Error, Result};
 use std::fs::{self, File};
@@ -13,7 +14,8 @@ const AT_ONCE: usize = 1 << 18;
 /// Links that are followed, as many as Linux follows.
 const MOST_LINKS: usize = 40;
 
-/// Writes `path` with what `body` writes, replacing the file there once all of it is on the disk; waits for a reader where a pipe is there.
+/// Writes `path` with what `body` writes, replacing the file there once all of it is on the disk; waits for a reader
+/// where a pipe is there.
 ///
 /// # Errors
 /// When the folder is not there ([`Error::BadInput`]), or the operating system refuses.

@@ -6,10 +6,11 @@ use crate::engine::{Engine, Stored};
 use crate::nn::{self, Form};
 use std::path::Path;
 
-/// Writes the Hugging Face directory `dir`, tensor by tensor, of the engine's model number `model` after `steps` steps, which have come home
-/// ([`Engine::wait_home`]). `form` says how it looks: [`Form::of`] its network, or that of the directory it came from
-/// ([`Pretrained::form`](crate::nn::Pretrained::form)), whose counts of batches go on by these steps'. What is frozen of a
-/// bf16 model, which the engine has rounded, is taken from `first`, the weights that it began with.
+/// Writes the Hugging Face directory `dir`, tensor by tensor, of the engine's model number `model` after `steps` steps,
+/// which have come home ([`Engine::wait_home`]). `form` says how it looks: [`Form::of`] its network, or that of the
+/// directory it came from ([`Pretrained::form`](crate::nn::Pretrained::form)), whose counts of batches go on by these
+/// steps'. What is frozen of a bf16 model, which the engine has rounded, is taken from `first`, the weights that it
+/// began with.
 ///
 /// # Errors
 /// As [`nn::save`]; and when `form` names a tensor that the model has not, or steps were begun since it came home.

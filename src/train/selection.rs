@@ -1,8 +1,9 @@
 //! Which models of a search go on and which stop early: asynchronous successive halving, patience, or a table.
 //!
-//! Pure: metrics in, verdicts out. A metric is a loss, so lower is better; NaN is worse than any number, and of equal ones the lower
-//! model number is better. Invariant: what was once said stands. A report that was made before (as when a resumed run repeats steps)
-//! changes nothing and gets the same verdict, so a run can be brought back to where it was by repeating its reports in their order.
+//! Pure: metrics in, verdicts out. A metric is a loss, so lower is better; NaN is worse than any number, and of equal
+//! ones the lower model number is better. Invariant: what was once said stands. A report that was made before (as when
+//! a resumed run repeats steps) changes nothing and gets the same verdict, so a run can be brought back to where it was
+//! by repeating its reports in their order.
 
 use crate::base::{Error, Result};
 use std::cmp::Ordering;
@@ -29,8 +30,8 @@ pub enum Selection {
 }
 
 impl Selection {
-    /// Takes the metric of `model` after `step` steps and says whether it goes on. After a model's last step there is nothing to decide, and
-    /// whoever asks all the same should ignore the verdict.
+    /// Takes the metric of `model` after `step` steps and says whether it goes on. After a model's last step there is
+    /// nothing to decide, and whoever asks all the same should ignore the verdict.
     pub fn report(&mut self, model: usize, step: u64, metric: f64) -> Verdict {
         match self {
             Selection::Asha(asha) => asha.report(model, step, metric),
@@ -39,7 +40,8 @@ impl Selection {
         }
     }
 
-    /// Whether a report after `step` steps changes anything, so that a run which goes on needs it ([`Selection::replay`]).
+    /// Whether a report after `step` steps changes anything, so that a run which goes on needs it
+    /// ([`Selection::replay`]).
     pub fn remembers(&self, step: u64) -> bool {
         matches!(self, Selection::Patience(_)) || self.has_rung(step)
     }
@@ -98,14 +100,15 @@ impl Rungs {
     }
 }
 
-/// Asynchronous successive halving (Li, Jamieson, Rostamizadeh, Gonina, Hardt, Recht & Talwalkar 2018, "A System for Massively
-/// Parallel Hyperparameter Tuning", arXiv:1810.05934), in the variant that stops.
+/// Asynchronous successive halving (Li, Jamieson, Rostamizadeh, Gonina, Hardt, Recht & Talwalkar 2018, "A System for
+/// Massively Parallel Hyperparameter Tuning", arXiv:1810.05934), in the variant that stops.
 ///
-/// A model that reports at a rung goes on if it is among the best 1 in `eta` of those that have reported there so far, itself
-/// included, rounded down but never to none: so the first always goes on, and of the first `2 * eta - 1` each that is the best yet.
-/// In the paper's algorithm 2 a model waits at a rung and is promoted later, when enough worse ones have come; here it is told at once and
-/// for good, so that no model holds memory while it waits. The price: verdicts depend on the order of arrival. A good model is
-/// never stopped by worse ones, but early arrivals go on more easily than late ones.
+/// A model that reports at a rung goes on if it is among the best 1 in `eta` of those that have reported there so far,
+/// itself included, rounded down but never to none: so the first always goes on, and of the first `2 * eta - 1` each
+/// that is the best yet.
+/// In the paper's algorithm 2 a model waits at a rung and is promoted later, when enough worse ones have come; here it
+/// is told at once and for good, so that no model holds memory while it waits. The price: verdicts depend on the order
+/// of arrival. A good model is never stopped by worse ones, but early arrivals go on more easily than late ones.
 ///
 /// A NaN is counted among those that have reported and never goes on.
 #[derive(Clone, Debug, PartialEq)]
@@ -191,7 +194,8 @@ impl Patience {
         self.evaluations
     }
 
-    /// Takes the metric of `model` after `step` steps. Steps come in rising order; one that is not after the last changes nothing.
+    /// Takes the metric of `model` after `step` steps. Steps come in rising order; one that is not after the last
+    /// changes nothing.
     pub fn report(&mut self, model: usize, step: u64, metric: f64) -> Verdict {
         let start = Course { best: f64::NAN, best_step: 0, last_step: 0, stale: 0 };
         let course = self.models.entry(model).or_insert(start);
@@ -223,7 +227,8 @@ impl Survivors {
     /// `table[k]` holds the models that go on after rung k. Rungs beyond the table stop nobody.
     ///
     /// # Errors
-    /// [`Error::BadInput`] when a list is empty, has a model twice, or one that the list before has not: no halving looks so.
+    /// [`Error::BadInput`] when a list is empty, has a model twice, or one that the list before has not: no halving
+    /// looks so.
     pub fn new(rungs: Rungs, table: Vec<Vec<usize>>) -> Result<Survivors> {
         for (k, list) in table.iter().enumerate() {
             if list.is_empty() {

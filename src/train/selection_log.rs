@@ -1,7 +1,9 @@
-//! selection.jsonl: what models of searches have reported, one JSON object a line, in the order in which verdicts were given.
+//! selection.jsonl: what models of searches have reported, one JSON object a line, in the order in which verdicts were
+//! given.
 //!
-//! Asynchronous halving depends on who reports first, so a run that goes on needs the order and not just the losses. Lines carry names: numbers
-//! may differ from one start of a run to the next. A line is in the file before its verdict is acted on.
+//! Asynchronous halving depends on who reports first, so a run that goes on needs the order and not just the losses.
+//! Lines carry names: numbers may differ from one start of a run to the next. A line is in the file before its verdict
+//! is acted on.
 
 use super::safely::write_safely;
 use super::selection::{Selection, Verdict};
@@ -97,9 +99,10 @@ pub fn read_selection(path: &Path) -> Result<Vec<SelectionRow>> {
 }
 
 impl Selection {
-    /// Brings a selection back to where `rows` had brought it, and gives the last verdict on each of the `models`: a number in the selection, a
-    /// name, and the steps that it goes on from. What models have reported beyond those steps they will report again. A comparison stands all the
-    /// same, since others were judged by it; of a model that is judged by itself alone it counts when it comes.
+    /// Brings a selection back to where `rows` had brought it, and gives the last verdict on each of the `models`: a
+    /// number in the selection, a name, and the steps that it goes on from. What models have reported beyond those
+    /// steps they will report again. A comparison stands all the same, since others were judged by it; of a model that
+    /// is judged by itself alone it counts when it comes.
     pub fn replay(&mut self, rows: &[SelectionRow], models: &[(usize, &str, u64)]) -> Vec<Verdict> {
         let mut verdicts = vec![Verdict::GoOn; models.len()];
         for row in rows {
@@ -194,7 +197,8 @@ mod tests {
         assert_eq!(verdicts[0], Verdict::GoOn);
         assert!(matches!(&verdicts[1], Verdict::Stop(why) if why.contains("place 2 of 2")), "{verdicts:?}");
         assert_eq!(verdicts[2], Verdict::GoOn);
-        // A model that lost the steps after its rung reports again and hears the same; others are judged by it meanwhile.
+        // A model that lost the steps after its rung reports again and hears the same; others are judged by it
+        // meanwhile.
         let mut selection = asha();
         let lost = [(0, "a", 1), (1, "b", 1), (2, "c", 0)];
         assert_eq!(selection.replay(&before, &lost), vec![Verdict::GoOn; 3]);

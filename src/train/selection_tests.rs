@@ -151,7 +151,8 @@ fn metric() -> impl Strategy<Value = f64> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 500, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// A verdict is what sorting everyone who has come so far says; repeating all reports changes none and repeats them.
+    /// A verdict is what sorting everyone who has come so far says; repeating all reports changes none and repeats
+    /// them.
     #[test]
     fn asha_is_a_sort_of_those_who_came(
         metrics in prop::collection::vec(metric(), 1..40),

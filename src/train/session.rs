@@ -28,12 +28,12 @@ pub struct Session {
 }
 
 impl Session {
-    /// Measures the options' device, which takes a second or two, traces and plans by what it achieves, and starts: all that [`prepare`](super::prepare()) and
-    /// [`Session::new`] do.
+    /// Measures the options' device, which takes a second or two, traces and plans by what it achieves, and starts: all
+    /// that [`prepare`](super::prepare()) and [`Session::new`] do.
     ///
     /// # Errors
-    /// As both: when an option is absurd, the network does not take the source's tensors, no plan fits the budgets, or memory, threads or weights cannot be
-    /// had.
+    /// As both: when an option is absurd, the network does not take the source's tensors, no plan fits the budgets, or
+    /// memory, threads or weights cannot be had.
     pub fn start(
         network: &dyn Network,
         weights: Weights,
@@ -46,8 +46,9 @@ impl Session {
         Session::new(weights, planned, source, valid, options)
     }
 
-    /// Starts the device and fills the store with the first weights. `model` and `plan` come from [`prepare`](super::prepare()) or, with options of one's
-    /// own, from [`trace_model`](super::trace_model) and [`plan_model`](super::plan_model).
+    /// Starts the device and fills the store with the first weights. `model` and `plan` come from
+    /// [`prepare`](super::prepare()) or, with options of one's own, from [`trace_model`](super::trace_model) and
+    /// [`plan_model`](super::plan_model).
     ///
     /// # Errors
     /// When memory, threads or the disk cannot be had, weights are missing, or an option is absurd.
@@ -81,7 +82,8 @@ impl Session {
         Ok(Session { fleet: Fleet::new(vec![model], device, None)?, options, untold: VecDeque::new() })
     }
 
-    /// Goes on from the checkpoint at `path`, before the first step; gives the steps that it had done, or `None` where there is no such file.
+    /// Goes on from the checkpoint at `path`, before the first step; gives the steps that it had done, or `None` where
+    /// there is no such file.
     ///
     /// # Errors
     /// When the file cannot be read or is of another run ([`Checkpoint::check`]), or a step has begun.
@@ -112,8 +114,8 @@ impl Session {
     /// [`TrainOptions::valid_every`] steps and at the end. Waits for the device throughout.
     ///
     /// # Errors
-    /// What the engine, the data or `observer` gives; [`Error::Interrupted`] when `stop` was set before the end, the validation there included. A
-    /// model that has failed trains no more: every later call is an error.
+    /// What the engine, the data or `observer` gives; [`Error::Interrupted`] when `stop` was set before the end, the
+    /// validation there included. A model that has failed trains no more: every later call is an error.
     pub fn run(&mut self, observer: &mut dyn Observer, stop: &AtomicBool) -> Result<()> {
         self.fleet.check_failed(0)?;
         while let Some(report) = self.untold.pop_front() {
@@ -124,8 +126,8 @@ impl Session {
         self.fleet.take_failure(0).map_or(Ok(()), Err)
     }
 
-    /// Waits for the next step and tells of it; `None` after the last. The step after it has begun by then, so that the device does not wait for
-    /// the caller. Nothing is validated or saved but when asked for.
+    /// Waits for the next step and tells of it; `None` after the last. The step after it has begun by then, so that the
+    /// device does not wait for the caller. Nothing is validated or saved but when asked for.
     ///
     /// # Errors
     /// What the engine or the data gives; then as after [`Session::run`].
@@ -136,7 +138,8 @@ impl Session {
         }
     }
 
-    /// Evaluates the model on one pass over `source`, and gives the mean loss of its labelled positions. A step that has begun ends first.
+    /// Evaluates the model on one pass over `source`, and gives the mean loss of its labelled positions. A step that
+    /// has begun ends first.
     ///
     /// # Errors
     /// When the data is at fault, has no label or no end, or the engine fails.

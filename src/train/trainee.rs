@@ -29,7 +29,8 @@ pub(super) enum Stage {
     /// Not its turn yet.
     Waiting,
     Training,
-    /// Held-out minibatches before `next` have begun, of which those with so many `labels` are in flight and the rest are in the sum.
+    /// Held-out minibatches before `next` have begun, of which those with so many `labels` are in flight and the rest
+    /// are in the sum.
     Validating {
         next: u64,
         labels: VecDeque<u64>,

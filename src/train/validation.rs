@@ -1,5 +1,5 @@
-//! Validation: the mean loss of held-out data, with two minibatches in flight. As it comes due in a fleet, beside what other models do, and asked for of one
-//! that trains alone.
+//! Validation: the mean loss of held-out data, with two minibatches in flight. As it comes due in a fleet, beside what
+//! other models do, and asked for of one that trains alone.
 
 use super::fleet::Fleet;
 use super::observer::Observer;
@@ -27,8 +27,8 @@ impl Fleet {
         true
     }
 
-    /// Begins the evaluation of the next held-out minibatch, or tells the observer what they came to. Where the run is to stop, those before were in
-    /// vain: the run that goes on begins anew.
+    /// Begins the evaluation of the next held-out minibatch, or tells the observer what they came to. Where the run is
+    /// to stop, those before were in vain: the run that goes on begins anew.
     pub(super) fn validate_on(&mut self, model: usize, observer: &mut dyn Observer, stopping: bool) -> Result<()> {
         loop {
             let trainee = &mut self.trainees[model];

@@ -16,15 +16,16 @@ pub enum Weights<'a> {
     Pretrained(&'a Pretrained),
     /// Drawn from the seed.
     Random,
-    /// From anywhere, by name: a file of one's own, another model. What it does not give is drawn from the seed, as [`Weights::Random`] would.
+    /// From anywhere, by name: a file of one's own, another model. What it does not give is drawn from the seed, as
+    /// [`Weights::Random`] would.
     Given(&'a GiveTensor<'a>),
     /// From a checkpoint, which the caller restores before the first step; until then they are 0.
     Later,
 }
 
 impl Weights<'_> {
-    /// Writes them, and the first running statistics, to where a model of `engine` has them at home; no step of it has begun. A [`super::Session`] does it
-    /// by itself.
+    /// Writes them, and the first running statistics, to where a model of `engine` has them at home; no step of it has
+    /// begun. A [`super::Session`] does it by itself.
     ///
     /// # Errors
     /// When a tensor is missing or has another shape, cannot be read, or a step has begun.

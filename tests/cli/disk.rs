@@ -1,4 +1,5 @@
-//! The disk tier through the program: the same model with a part of the host's memory, what a plan says of it, and what is refused.
+//! The disk tier through the program: the same model with a part of the host's memory, what a plan says of it, and what
+//! is refused.
 
 use super::many::{TWO_CORES, model};
 use super::settings::check_lanes;

@@ -133,7 +133,8 @@ fn models_come_and_go_and_leave_the_bits_of_all_alone() {
     let names: Vec<&Value> = plan["models"].as_array().expect("a list").iter().map(|m| &m["name"]).collect();
     assert_eq!(names, ["a", "b", "endless", "c"]);
 
-    // On with all the memory that they want, where each has a home; beside those that stay at home another comes, and one that fails.
+    // On with all the memory that they want, where each has a home; beside those that stay at home another comes, and
+    // one that fails.
     let e = steps(&model("e", "optimizer = { lr = 0.02 }").replace("n_layer = 2", "n_layer = 3"), 20);
     let mut second = Running::start(&job, "second", &["--resume", "auto"]);
     let trained = rows("endless");
@@ -216,7 +217,8 @@ fn a_run_of_one_model_takes_no_other_but_is_cancelled() {
     fs::create_dir_all(job.at("runs/job/inbox")).expect("an inbox");
     drop_in(&job, "runs/job", "n.toml", &model("n", ""));
     drop_in(&job, "runs/job", "m.cancel", "");
-    // Files that have just changed may still be written to, and are left for the next look, before which this run would end.
+    // Files that have just changed may still be written to, and are left for the next look, before which this run would
+    // end.
     std::thread::sleep(Duration::from_millis(300));
     let ran = job.hydra(&["train"]).fine();
     assert!(ran.out.contains("m: cancelled, 0 steps done"), "{ran:?}");

@@ -1,4 +1,5 @@
-//! Several models and devices through the program: what is trained, what is simulated, what becomes of a model that fails.
+//! Several models and devices through the program: what is trained, what is simulated, what becomes of a model that
+//! fails.
 
 use super::{GPT, Job};
 use hydra::train::metrics::{Row, read_rows};
@@ -102,7 +103,8 @@ fn a_search_ends_models_early_and_names_the_best() {
     }
     let results = fs::read_to_string(job.at("runs/job/results.csv")).expect("results.csv");
     assert!(results.starts_with("name,lr,status,reason,steps_done,"), "{results}");
-    // A run that goes on remembers who was stopped; one that lost its steps is compared with those that were there before it.
+    // A run that goes on remembers who was stopped; one that lost its steps is compared with those that were there
+    // before it.
     let stopped = models.iter().find(|m| m["status"] == "stopped").expect("a stopped one");
     let name = stopped["name"].as_str().expect("a name");
     assert!(fs::read_to_string(job.at("runs/job/selection.jsonl")).expect("a record").contains(name));
@@ -171,7 +173,8 @@ fn a_search_goes_by_held_out_losses_where_there_are_any() {
     }
 }
 
-/// By default a pipeline holds as many microbatches as there are devices, and is faster than stages that wait for each other.
+/// By default a pipeline holds as many microbatches as there are devices, and is faster than stages that wait for each
+/// other.
 #[test]
 fn a_pipeline_is_filled_with_microbatches() {
     let sim =

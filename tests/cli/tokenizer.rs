@@ -10,7 +10,8 @@ fn model(tokenizer: &str) -> String {
     GPT.replace("vocab_size = 61, ", "").replace("random = true", &data)
 }
 
-/// A job of `text` beside a corpus of 600 times `the cat`, and the fixture's tokenizer: both forms in `bpe`, the two files in `two`.
+/// A job of `text` beside a corpus of 600 times `the cat`, and the fixture's tokenizer: both forms in `bpe`, the two
+/// files in `two`.
 fn job(text: &str) -> Job {
     let job = Job::new(text);
     fs::write(job.at("corpus.txt"), " the cat".repeat(600)).expect("corpus");

@@ -1,6 +1,8 @@
-//! The device that tests run on, where the environment names one: so a built test binary can be carried to a machine with a GPU.
+//! The device that tests run on, where the environment names one: so a built test binary can be carried to a machine
+//! with a GPU.
 //!
-//! `HYDRA_KERNEL_TESTS_DEVICE` is `cuda` or `emulated`. Where that is not there, tests are skipped aloud; `HYDRA_REQUIRE_GPU=1` makes the skip a failure.
+//! `HYDRA_KERNEL_TESTS_DEVICE` is `cuda` or `emulated`. Where that is not there, tests are skipped aloud;
+//! `HYDRA_REQUIRE_GPU=1` makes the skip a failure.
 
 use hydra::device::{DeviceSpec, why_no_cuda, why_no_emulator};
 

@@ -18,7 +18,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-/// A folder of `tests/fixtures`, or of the folder that `HYDRA_FIXTURES` names where the binary was carried away from its sources.
+/// A folder of `tests/fixtures`, or of the folder that `HYDRA_FIXTURES` names where the binary was carried away from
+/// its sources.
 pub fn fixture(case: &str) -> PathBuf {
     let carried = std::env::var_os("HYDRA_FIXTURES").map(PathBuf::from);
     carried.unwrap_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")).join(case)
@@ -68,7 +69,8 @@ pub fn finish(mut session: Session) -> Result<Outcome> {
     Ok(outcome)
 }
 
-/// Adds the weights, moments and running statistics of an engine whose state is home. Asserts that the plan's peak is what it touched.
+/// Adds the weights, moments and running statistics of an engine whose state is home. Asserts that the plan's peak is
+/// what it touched.
 pub fn gather(engine: &Engine, outcome: &mut Outcome) {
     assert_eq!(engine.high_water_bytes(0), engine.plan(0).arena.bytes, "predicted peak against touched bytes");
     gather_of(engine, 0, outcome);

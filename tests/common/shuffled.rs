@@ -1,7 +1,9 @@
-//! A device that brings everything about in another order: tasks reach the lanes late, completions are told late, both at random.
+//! A device that brings everything about in another order: tasks reach the lanes late, completions are told late, both
+//! at random.
 //!
-//! What a device promises is kept: a lane runs its tasks in the order they were submitted and tells of them in that order, and no task
-//! reaches a lane before those that it waits for. Across lanes nothing is promised, and nothing of it is left as it was.
+//! What a device promises is kept: a lane runs its tasks in the order they were submitted and tells of them in that
+//! order, and no task reaches a lane before those that it waits for. Across lanes nothing is promised, and nothing of
+//! it is left as it was.
 
 use hydra::base::LaneId;
 use hydra::base::philox::Sequence;
@@ -64,7 +66,8 @@ impl Shuffled {
             if after.iter().all(|t| self.handed[t.lane as usize] >= t.number) {
                 let (task, after) = self.held[lane].pop_front().expect("looked at just above");
                 self.handed[lane] += 1;
-                // SAFETY: its tickets name the same tasks there, since lanes keep their order; what it waits for has been handed on.
+                // SAFETY: its tickets name the same tasks there, since lanes keep their order; what it waits for has
+                // been handed on.
                 let ticket = unsafe { self.inner.submit(lane as u16, task, &after) };
                 assert_eq!(ticket.number, self.handed[lane]);
                 return true;

@@ -28,7 +28,8 @@ fn network(family: &str, config: &Value) -> Box<dyn Network> {
 }
 
 impl Small {
-    /// A GPT-2 with a tied head and dropout of all three kinds; labels for every position but those that `Holes` takes out.
+    /// A GPT-2 with a tied head and dropout of all three kinds; labels for every position but those that `Holes` takes
+    /// out.
     pub fn gpt(width: usize, heads: usize, layers: usize, context: usize, dropout: f64) -> Small {
         let vocab = 61;
         let config = json!({
@@ -81,7 +82,8 @@ impl Small {
         Small { network: Box::new(WithOp(op)), tensors: tensors.to_vec(), vocab: 13, classes: 13 }
     }
 
-    /// Random minibatches in which about a fifth of a text's labels are left out, so that microbatches weigh differently.
+    /// Random minibatches in which about a fifth of a text's labels are left out, so that microbatches weigh
+    /// differently.
     pub fn source(&self, batch: usize, seed: u64) -> Box<dyn Source> {
         let options =
             RandomOptions { tensors: self.tensors.clone(), vocab: self.vocab, classes: self.classes, batch, seed };
@@ -113,8 +115,8 @@ impl Small {
         Session::new(Weights::Random, planned, source, valid, options.clone())
     }
 
-    /// What is frozen stays as it is, and the others' gradients are those that they have where all is trained: by plain SGD, the same bits after a step,
-    /// under the smallest budget too.
+    /// What is frozen stays as it is, and the others' gradients are those that they have where all is trained: by plain
+    /// SGD, the same bits after a step, under the smallest budget too.
     pub fn check_frozen(&self, options: &TrainOptions, frozen: &[&str]) {
         let optimizer = Optimizer::Sgd { lr: 0.05, momentum: 0.0, nesterov: false, weight_decay: 0.0 };
         let whole = TrainOptions { optimizer, ..options.clone() };

@@ -20,7 +20,8 @@ pub struct Case {
     pub name: String,
     /// No parameter has a gradient: nothing reaches the loss.
     pub flat: bool,
-    /// Columns of the linear layer that makes the body's output what the loss is of; `None` where there is no such layer.
+    /// Columns of the linear layer that makes the body's output what the loss is of; `None` where there is no such
+    /// layer.
     pub head: Option<usize>,
     loss: Loss,
     body: Trace,
@@ -61,7 +62,8 @@ impl Case {
         self.name.split(' ').next().expect("a split has a first part")
     }
 
-    /// The differentiated graph; with `computed`, operands are sums instead of parameters, so that ops may overwrite them.
+    /// The differentiated graph; with `computed`, operands are sums instead of parameters, so that ops may overwrite
+    /// them.
     pub fn graph(&self, dtype: DType, computed: bool) -> Result<Graph> {
         let mut b = Builder::new(Mode::Training, dtype);
         let body = |b: &mut Builder| (self.body)(&mut Body { b, computed });

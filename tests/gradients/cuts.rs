@@ -1,5 +1,5 @@
-//! One model under every cut, kept or recomputed, gives the same bits: losses, the accumulator of every use of a parameter, running
-//! statistics; over two microbatches, on one thread and on all.
+//! One model under every cut, kept or recomputed, gives the same bits: losses, the accumulator of every use of a
+//! parameter, running statistics; over two microbatches, on one thread and on all.
 
 use crate::machine::{Cut, Machine, decode, draw_inputs, draw_weights};
 use hydra::base::{DType, Result};
@@ -51,7 +51,8 @@ fn parameter(b: &mut Builder, name: &str, shape: &[usize], deviation: f64) -> Re
     b.parameter(name, hydra::base::Shape(shape.to_vec()), Init::Normal(deviation))
 }
 
-/// A GPT of two blocks whose head shares the embedding's table, with dropout everywhere and a bias that three layers share.
+/// A GPT of two blocks whose head shares the embedding's table, with dropout everywhere and a bias that three layers
+/// share.
 fn gpt(dtype: DType) -> Result<Graph> {
     const B: usize = 2;
     const T: usize = 33;
@@ -101,7 +102,8 @@ fn gpt(dtype: DType) -> Result<Graph> {
     finish(b, logits, &[B, T])
 }
 
-/// A CNN with batch normalisation, a residual layer that hands on its own input's activation, pooling, and a boundary that is a view.
+/// A CNN with batch normalisation, a residual layer that hands on its own input's activation, pooling, and a boundary
+/// that is a view.
 fn cnn(dtype: DType) -> Result<Graph> {
     const N: usize = 3;
     let mut b = Builder::new(Mode::Training, dtype);

@@ -165,8 +165,8 @@ impl Machine {
         }
     }
 
-    /// One training step on `inputs`, by microbatch and input, from these weights; `numbers` are the microbatches' numbers, which key
-    /// the random words. Runs forward, last and backward units in order, each for all microbatches.
+    /// One training step on `inputs`, by microbatch and input, from these weights; `numbers` are the microbatches'
+    /// numbers, which key the random words. Runs forward, last and backward units in order, each for all microbatches.
     pub fn run(&mut self, weights: &[Vec<f64>], inputs: &[Vec<Vec<u8>>], numbers: &[u32]) -> Outcome {
         let mut host = Tape(self.arena_bytes);
         let weights_at = host.take(self.layout.parameter_bytes);
@@ -308,7 +308,8 @@ fn encode(x: &[f64], dtype: DType) -> Vec<u8> {
     }
 }
 
-/// Numbers that f32 holds exactly, for each parameter: normal with its own standard deviation, and 1 where it starts constant.
+/// Numbers that f32 holds exactly, for each parameter: normal with its own standard deviation, and 1 where it starts
+/// constant.
 pub fn draw_weights(graph: &Graph) -> Vec<Vec<f64>> {
     let draw = |(i, p): (usize, &Parameter)| {
         let mut sequence = Sequence::new(5, i as u64);
@@ -318,9 +319,10 @@ pub fn draw_weights(graph: &Graph) -> Vec<Vec<f64>> {
     graph.parameters.iter().enumerate().map(draw).collect()
 }
 
-/// One microbatch. By the beginning of an input's name: `ids` are 0..7, `labels` 0..5 with every third -100, `mask` hides all keys of the first
-/// sequence and some of the others, `tiles` those from the 128th of a sequence's number to the 256th and some others, `lengths` those behind an
-/// end that is further on with every sequence; anything else is normal.
+/// One microbatch. By the beginning of an input's name: `ids` are 0..7, `labels` 0..5 with every third -100, `mask`
+/// hides all keys of the first sequence and some of the others, `tiles` those from the 128th of a sequence's number to
+/// the 256th and some others, `lengths` those behind an end that is further on with every sequence; anything else is
+/// normal.
 pub fn draw_inputs(graph: &Graph, microbatch: u64) -> Vec<Vec<u8>> {
     let mut inputs = Vec::new();
     for (i, input) in graph.inputs.iter().enumerate() {

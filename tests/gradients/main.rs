@@ -1,5 +1,6 @@
-//! Gradients through the real machinery: graphs are traced, differentiated, cut, placed and run on the host device, and every
-//! parameter's gradient is held against finite differences of the loss in f64, against f32 and bf16, and against every other cut.
+//! Gradients through the real machinery: graphs are traced, differentiated, cut, placed and run on the host device, and
+//! every parameter's gradient is held against finite differences of the loss in f64, against f32 and bf16, and against
+//! every other cut.
 //!
 //! The arena is refilled with NaN before every run, so that reading what was never written shows.
 
@@ -23,8 +24,8 @@ const MOVE: f64 = 6e-6;
 const SLOPE_TOLERANCE: f64 = 3e-7;
 /// Of the greatest gradient: sums of up to a thousand f32 products, through two layers and a softmax.
 const F32_TOLERANCE: f64 = 1e-4;
-/// Of a gradient's length where every tensor is rounded to bf16, up to 2^-9 of an element each time: a dozen roundings on the way, which
-/// add up as random ones do, of sums that may cancel.
+/// Of a gradient's length where every tensor is rounded to bf16, up to 2^-9 of an element each time: a dozen roundings
+/// on the way, which add up as random ones do, of sums that may cancel.
 const BF16_TOLERANCE: f64 = 2e-2;
 /// The same as a part of all gradients together: one that is small beside them is the rest of what cancelled.
 const BF16_PART: f64 = 2e-3;
@@ -147,7 +148,8 @@ fn greatest(x: &[f64]) -> f64 {
     x.iter().fold(0.0, |most: f64, x| if x.is_nan() { f64::NAN } else { most.max(x.abs()) })
 }
 
-/// Runs the cases whose names begin with one of `families`; every family has a test, which `no_case_is_left_out` checks.
+/// Runs the cases whose names begin with one of `families`; every family has a test, which `no_case_is_left_out`
+/// checks.
 fn family(families: &[&str]) {
     let cases: Vec<Case> = all().into_iter().filter(|c| families.contains(&c.family())).collect();
     assert!(!cases.is_empty(), "no case of {families:?}");

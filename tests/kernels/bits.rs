@@ -1,7 +1,8 @@
 //! Whether a convolution has the same bits by every kernel that its shape may be given to.
 //!
-//! Which one computes it hangs on how many multiprocessors there are: with few it is warpgroup products on Hopper, with many `mma.sync`, in tiles of one size or
-//! another. No result may depend on that. A process knows one number, so this one starts itself once for each, and compares what they say.
+//! Which one computes it hangs on how many multiprocessors there are: with few it is warpgroup products on Hopper, with
+//! many `mma.sync`, in tiles of one size or another. No result may depend on that. A process knows one number, so this
+//! one starts itself once for each, and compares what they say.
 
 use crate::cases::Table;
 use crate::device::{Asked, asked};

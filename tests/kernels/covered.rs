@@ -64,8 +64,9 @@ fn expected() -> (Vec<String>, Vec<u32>) {
     }
 }
 
-/// To be called by each test that runs kernels, when it is done. The last of a run of all of them sees that no kernel was left out, unless
-/// the run is a brief one, which leaves some out. On a GPU it does where `HYDRA_MULTIPROCESSORS` makes that choose as the emulated one.
+/// To be called by each test that runs kernels, when it is done. The last of a run of all of them sees that no kernel
+/// was left out, unless the run is a brief one, which leaves some out. On a GPU it does where `HYDRA_MULTIPROCESSORS`
+/// makes that choose as the emulated one.
 pub fn note() {
     // All families, and the optimizer.
     static LEFT: AtomicUsize = AtomicUsize::new(FAMILIES.len() + 1);

@@ -1,9 +1,12 @@
-//! Every kernel against the host device, on the emulator or a GPU: whole programs of one op, a head and a loss, forward and gradient.
+//! Every kernel against the host device, on the emulator or a GPU: whole programs of one op, a head and a loss, forward
+//! and gradient.
 //!
-//! The oracle is the host: in f64 for f32, in bf16 for bf16. The arena is filled with NaN before each run and inputs are drawn anew, and the order of threads,
-//! blocks and streams is drawn from a seed. Cases are those of tests/gradients and, with sizes that finite differences would take too long
-//! for, those of the files beside this one, each in fewer orders. `HYDRA_KERNEL_TESTS=full` runs all in every order on every architecture, `brief` each about once; `HYDRA_KERNEL_TESTS_DEVICE=cuda` runs
-//! on a GPU instead, for which the binary can be carried to another machine (see docs/gpu.md). Without either it says that it skips.
+//! The oracle is the host: in f64 for f32, in bf16 for bf16. The arena is filled with NaN before each run and inputs
+//! are drawn anew, and the order of threads, blocks and streams is drawn from a seed. Cases are those of
+//! tests/gradients and, with sizes that finite differences would take too long for, those of the files beside this one,
+//! each in fewer orders. `HYDRA_KERNEL_TESTS=full` runs all in every order on every architecture, `brief` each about
+//! once; `HYDRA_KERNEL_TESTS_DEVICE=cuda` runs on a GPU instead, for which the binary can be carried to another machine
+//! (see docs/gpu.md). Without either it says that it skips.
 
 #[cfg(any(feature = "cuda", feature = "emulator"))]
 mod bits;
@@ -29,8 +32,9 @@ use hydra::device::DeviceSpec;
 use machine::{Cut, Machine, Outcome, draw_inputs, draw_weights};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-/// The devices of one run, each with its name; none where what was asked for is not there. On the emulator three orders of each architecture for the
-/// ordinary run, all for the full one: between them the paths of every GPU, and six orders.
+/// The devices of one run, each with its name; none where what was asked for is not there. On the emulator three orders
+/// of each architecture for the ordinary run, all for the full one: between them the paths of every GPU, and six
+/// orders.
 fn devices() -> Vec<(String, DeviceSpec)> {
     let default = if cfg!(feature = "emulator") { "emulated" } else { "cuda" };
     let spec = match asked(Some(default)) {
@@ -71,7 +75,8 @@ fn extent() -> Extent {
     }
 }
 
-/// Holds the GPU open until the process ends: each case starts a device of its own, and the last one to go would take the context with it.
+/// Holds the GPU open until the process ends: each case starts a device of its own, and the last one to go would take
+/// the context with it.
 fn keep_context() {
     #[cfg(feature = "cuda")]
     {
@@ -88,7 +93,8 @@ fn tolerance(dtype: DType) -> f64 {
     match dtype {
         // f32's rounding, through an op, a head of up to a thousand inputs and a softmax, forward and back.
         DType::F32 => 2e-5,
-        // Eight bits of mantissa: now and then a result is rounded to the other neighbour, and every op after it sees that.
+        // Eight bits of mantissa: now and then a result is rounded to the other neighbour, and every op after it sees
+        // that.
         _ => 1e-2,
     }
 }
@@ -125,7 +131,8 @@ fn length(x: impl Iterator<Item = f64>) -> f64 {
     x.fold(0.0, |sum, x| sum + x * x).sqrt()
 }
 
-/// `all` is the length of everything that the run computed of this kind: what is small because it cancels is only as good as that.
+/// `all` is the length of everything that the run computed of this kind: what is small because it cancels is only as
+/// good as that.
 fn near(what: &str, got: &[f64], want: &[f64], all: f64, tolerance: f64) {
     assert_eq!(got.len(), want.len(), "{what}");
     let apart = length(got.iter().zip(want).map(|(g, w)| g - w));
@@ -135,7 +142,8 @@ fn near(what: &str, got: &[f64], want: &[f64], all: f64, tolerance: f64) {
 
 fn check(case: &Case, computed: bool, dtypes: &[DType], devices: &[(String, DeviceSpec)]) {
     for &dtype in dtypes {
-        // In bf16 the host rounds where the kernels do, so what is left is the order of sums, and a product's own factors.
+        // In bf16 the host rounds where the kernels do, so what is left is the order of sums, and a product's own
+        // factors.
         let oracle = if dtype == DType::F32 { DType::F64 } else { dtype };
         let want = run(&DeviceSpec::default(), case, computed, oracle);
         let all = length(want.gradients.iter().flat_map(|(_, g)| g.iter().copied()));
@@ -175,9 +183,9 @@ fn family(families: &[&str]) {
         failed
     };
     let extent = extent();
-    // Where every access is checked a case runs on one architecture or the other in turn, but large convolutions all on Hopper, which has a kernel
-    // for many a shape; large ones every third in f32. Unless all orders are asked for, what is large, or on what the batch brings, whose gradient
-    // nobody wants, runs in two.
+    // Where every access is checked a case runs on one architecture or the other in turn, but large convolutions all on
+    // Hopper, which has a kernel for many a shape; large ones every third in f32. Unless all orders are asked for, what
+    // is large, or on what the batch brings, whose gradient nobody wants, runs in two.
     let in_turn = |at: usize| &devices[at % 2..at % 2 + 1];
     let mut failures = 0;
     for (at, c) in small.iter().enumerate() {

@@ -8,7 +8,8 @@ use hydra::device::{
 };
 use std::sync::Arc;
 
-/// Tensors one after another, each at a multiple of 32 elements: one of one element, one of none, ends of blocks, and more than a launch takes.
+/// Tensors one after another, each at a multiple of 32 elements: one of one element, one of none, ends of blocks, and
+/// more than a launch takes.
 fn segments() -> Arc<[Segment]> {
     let sizes = [1u64, 4097, 0, 4096, 9000, 33].into_iter().chain((0..170).map(|i| i % 9));
     let mut offset = 0;
@@ -56,7 +57,8 @@ struct Case {
     loss: f32,
 }
 
-/// What the arena holds after the accumulators are joined, the norm is taken and the weights are updated, scratch aside.
+/// What the arena holds after the accumulators are joined, the norm is taken and the weights are updated, scratch
+/// aside.
 fn run(spec: &DeviceSpec, segments: &Arc<[Segment]>, case: &Case) -> Vec<u8> {
     let p = places(segments);
     let arena_bytes = p.all.offset;
@@ -73,8 +75,9 @@ fn run(spec: &DeviceSpec, segments: &Arc<[Segment]>, case: &Case) -> Vec<u8> {
     };
     // Second moments are not negative; tensors outside of this shard have their entries in the table.
     floats(p.moments[1], &mut |i| (i % 17) as f32 * 1e-3);
-    // Halves of random bits as weights and remainders: any number, or NaN. Not where a moment would keep what is in the NaN, which is the
-    // machine's own: without an exponent's highest bit, and no 0, which is no half of a pair whose remainder rounds up.
+    // Halves of random bits as weights and remainders: any number, or NaN. Not where a moment would keep what is in the
+    // NaN, which is the machine's own: without an exponent's highest bit, and no 0, which is no half of a pair whose
+    // remainder rounds up.
     if let (true, UpdateRule::Sgd(_)) = (case.split, case.rule) {
         let mut bits = Sequence::new(3, 4);
         floats(p.weight, &mut |_| f32::from_bits((bits.normal() as f32).to_bits() & 0xBFFF_BFFF | 0x0001_0001));

@@ -1,9 +1,9 @@
 //! Bound B: the same visits with the plan's slots on lanes that cost nothing to feed, by a recurrence of its own.
 //!
-//! It shares no code with the engine. What a piece of work waits for is written down from the meaning of the plan (which visit used a
-//! slot before, which copy emptied an entry), not found from bytes, and a lane is one number: a piece starts at the latest of its lane's
-//! end and the ends that it waits for. The choice that is left, which of several waiting copies goes first, is made in several ways and
-//! the fastest counts.
+//! It shares no code with the engine. What a piece of work waits for is written down from the meaning of the plan
+//! (which visit used a slot before, which copy emptied an entry), not found from bytes, and a lane is one number: a
+//! piece starts at the latest of its lane's end and the ends that it waits for. The choice that is left, which of
+//! several waiting copies goes first, is made in several ways and the fastest counts.
 
 use hydra::device::sim::CostModel;
 use hydra::graph::{Area, Program};
@@ -28,8 +28,8 @@ struct Work {
     step: usize,
 }
 
-/// What a ring's entry holds, its last use, and the work that must end before it is overwritten, with how far from its start in bytes
-/// that work reaches.
+/// What a ring's entry holds, its last use, and the work that must end before it is overwritten, with how far from its
+/// start in bytes that work reaches.
 type Entry = (Option<(usize, usize)>, usize, Vec<(usize, u64)>);
 
 /// Reaches to the end of an entry.
@@ -239,7 +239,8 @@ impl Recurrence<'_> {
         self.updated[s].push(update);
     }
 
-    /// What is read for the last time where it was made need not go home: the copy that is among an entry's users, if there is one, is not made.
+    /// What is read for the last time where it was made need not go home: the copy that is among an entry's users, if
+    /// there is one, is not made.
     fn drop_copy(&mut self, users: &[(usize, u64)], home: Option<usize>) {
         if let Some(out) = home.filter(|out| users.iter().any(|u| u.0 == *out)) {
             (self.work[out].lane, self.work[out].secs) = (NOWHERE, 0.0);
@@ -394,7 +395,8 @@ impl Recurrence<'_> {
     }
 }
 
-/// Runs the work: lanes marked `in_order` take it as it was written down, the others what can start and is wanted first.
+/// Runs the work: lanes marked `in_order` take it as it was written down, the others what can start and is wanted
+/// first.
 fn measure(work: &[Work], in_order: [bool; LANES], warm: usize, measured: usize) -> f64 {
     let mut open: Vec<usize> = work.iter().map(|w| w.after.len()).collect();
     let mut behind = vec![Vec::new(); work.len()];

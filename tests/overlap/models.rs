@@ -9,7 +9,8 @@ use hydra::spill::{Model, Plan};
 use hydra::trace::LaneSum;
 use std::sync::Arc;
 
-/// Random numbers that a seed repeats (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators": SplitMix64).
+/// Random numbers that a seed repeats (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators":
+/// SplitMix64).
 pub struct Random(pub u64);
 
 impl Random {

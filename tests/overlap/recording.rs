@@ -1,7 +1,8 @@
-//! A device that notes which bytes each task reads and writes and when it ran, and a check that no two tasks were in each other's way.
+//! A device that notes which bytes each task reads and writes and when it ran, and a check that no two tasks were in
+//! each other's way.
 //!
-//! The spans come from what a task is (a program's buffers, a copy's ends, an update's tensors), not from what the executor said when it
-//! ordered tasks, so a hazard that the executor forgets shows here.
+//! The spans come from what a task is (a program's buffers, a copy's ends, an update's tensors), not from what the
+//! executor said when it ordered tasks, so a hazard that the executor forgets shows here.
 
 use hydra::base::LaneId;
 use hydra::device::host::HostDevice;

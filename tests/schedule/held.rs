@@ -73,7 +73,8 @@ fn each_budget_holds_as_many_shards_as_it_has_bytes_for() {
     let budgets = [0, least + slot - 1, least + slot, all - slot + 1, all, all + 2 * entry - 1, u64::MAX].map(Some);
     let budgets = [&budgets[..], &[None]].concat();
     let map = FleetMap::within(&placed, &budgets);
-    // Ten weight slots more, and in what is too little for another one up to nine entries: the three boundaries of each model.
+    // Ten weight slots more, and in what is too little for another one up to nine entries: the three boundaries of each
+    // model.
     assert_eq!(slots(&map), [2, 2, 3, 11, 12, 12, 12, 12]);
     let between = ((slot - 1) / entry) as usize;
     assert!((1..9).contains(&between));
@@ -138,8 +139,9 @@ fn an_updated_shard_comes_back_while_gradients_leave() {
     let placed = placed(1, 1, 2);
     let least = run(&placed, FleetMap::new(&placed, 1).arena_bytes);
     let all = run(&placed, FleetMap::within(&placed, &[None]).arena_bytes);
-    // With few slots a step's weights arrive, then its gradients leave, as many bytes and each longer than the arithmetic. With all, the next step's
-    // weights arrive while this one's gradients leave, but for the first shard's, a quarter. The first step's and the last's have nothing beside them.
+    // With few slots a step's weights arrive, then its gradients leave, as many bytes and each longer than the
+    // arithmetic. With all, the next step's weights arrive while this one's gradients leave, but for the first shard's,
+    // a quarter. The first step's and the last's have nothing beside them.
     assert!(all.makespan_secs < 0.85 * least.makespan_secs, "{} of {} s", all.makespan_secs, least.makespan_secs);
 }
 
@@ -148,8 +150,8 @@ fn what_is_read_for_the_last_time_where_it_was_made_does_not_go_home() {
     let placed = placed(1, 1, 2);
     let simulation = run(&placed, FleetMap::new(&placed, 1).arena_bytes);
     let shards = &placed[0].plan.shards;
-    // Boundary gradients are read by the next unit, and so is the last activation; the others are gone by the time that their backward is claimed. A loss
-    // leaves too.
+    // Boundary gradients are read by the next unit, and so is the last activation; the others are gone by the time that
+    // their backward is claimed. A loss leaves too.
     let activations: u64 = shards[..SHARDS - 2].iter().map(|s| s.boundary_bytes).sum();
     let gradients: u64 = shards.iter().map(ShardPrograms::own_bytes).sum();
     assert_eq!(bytes(&simulation, LaneKind::DeviceToHost), STEPS * (activations + gradients + 4));

@@ -25,8 +25,8 @@ fn models(steps: &[u64], microbatches: usize) -> Vec<FleetModel> {
     steps.iter().enumerate().map(of).collect()
 }
 
-/// The makespan on two devices in the picture's seconds, which has four units of a second in each model's step. Here the last shard's forward and backward
-/// are one, and units are unequal.
+/// The makespan on two devices in the picture's seconds, which has four units of a second in each model's step. Here
+/// the last shard's forward and backward are one, and units are unequal.
 fn in_seconds(models: &[FleetModel], lined: &Lined, policy: Option<&str>, cost: &CostModel) -> f64 {
     let options = SimulateOptions {
         steps: models.iter().map(|m| m.steps).collect(),
@@ -168,7 +168,8 @@ fn fewer_models_than_devices_go_on_microbatch_by_microbatch() {
         "{:?}",
         piped.bounds
     );
-    // On two devices it is 1.8 times as fast, the rest goes into filling and emptying; three devices are kept busy by two models.
+    // On two devices it is 1.8 times as fast, the rest goes into filling and emptying; three devices are kept busy by
+    // two models.
     let two = run(&one, 2, true).makespan_secs;
     assert!(two < alone / 1.79, "{two} of {alone}");
     let pair = [model(16, STEPS), model(12, STEPS)];

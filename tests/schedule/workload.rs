@@ -1,7 +1,8 @@
-//! Random workloads: models, devices, links and budgets, repeated by their seed, with what each visit copies and computes.
+//! Random workloads: models, devices, links and budgets, repeated by their seed, with what each visit copies and
+//! computes.
 //!
-//! Sizes are drawn by ratios, so nothing depends on what a second or a byte is: a device's arithmetic over its link, rows for a wanted
-//! ratio of a shard's fetch to its forward, widths for the boundary tensors.
+//! Sizes are drawn by ratios, so nothing depends on what a second or a byte is: a device's arithmetic over its link,
+//! rows for a wanted ratio of a shard's fetch to its forward, widths for the boundary tensors.
 
 use super::models::{Chain, Random};
 use hydra::device::sim::CostModel;
@@ -24,11 +25,12 @@ pub struct Workload {
 
 impl Workload {
     /// - 2 to 64 models of 1 to 4 kinds, on 1 to 16 devices, both evenly by their logarithms; 4 to 12 steps each.
-    /// - A kind is a chain of 2 to 24 shards of 1 or 2 layers; widths of 256 to 4096 that differ within a chain by up to 2; 1 to 3 microbatches; 0 to 2
-    ///   moments; an input of 0.06 to 1 of the width. One kind in six has its cut searched by the planner, from up to 12 layers.
+    /// - A kind is a chain of 2 to 24 shards of 1 or 2 layers; widths of 256 to 4096 that differ within a chain by up
+    ///   to 2; 1 to 3 microbatches; 0 to 2 moments; an input of 0.06 to 1 of the width. One kind in six has its cut
+    ///   searched by the planner, from up to 12 layers.
     /// - A shard's fetch takes 0.03 to 0.6 of its forward in two of three workloads, 0.5 to 4 in the others.
-    /// - One in four has unequal devices (arithmetic and links of 1 to 4 times the slowest's), one in four a host link that all share, for a
-    ///   quarter to all of what their links carry together.
+    /// - One in four has unequal devices (arithmetic and links of 1 to 4 times the slowest's), one in four a host link
+    ///   that all share, for a quarter to all of what their links carry together.
     /// - Half have all the memory that they want, the others a budget between the smallest that works and that.
     pub fn new(seed: u64) -> Workload {
         let mut random = Random(seed ^ 0x5eed_0000_0000);
@@ -185,7 +187,8 @@ struct Visit {
     steps: f64,
 }
 
-/// The visits of a step, with all that they may have to copy: weights that no slot holds, boundary tensors from and to other devices.
+/// The visits of a step, with all that they may have to copy: weights that no slot holds, boundary tensors from and to
+/// other devices.
 fn visits(p: &Placed, steps: f64, cost: &CostModel, share: f64) -> Vec<Visit> {
     let (shards, choice, m) = (&p.plan.shards, &p.plan.choice, p.model.microbatches as f64);
     let before = |s: usize| if s == 0 { 0.0 } else { m * shards[s - 1].boundary_bytes as f64 };

@@ -1,4 +1,5 @@
-//! An engine by a loop of one's own, a step at a time: what dropout drops, what clipping leaves, and what of its state may be written and read when.
+//! An engine by a loop of one's own, a step at a time: what dropout drops, what clipping leaves, and what of its state
+//! may be written and read when.
 
 use super::common::small::{Driver, Small};
 use super::common::{Outcome, difference, gather_of};
@@ -54,7 +55,8 @@ fn write_state(engine: &mut Engine, state: &Outcome) {
     }
 }
 
-/// By a learning rate of 0, on the same samples: all that is left to differ is what is dropped, and without dropout nothing does.
+/// By a learning rate of 0, on the same samples: all that is left to differ is what is dropped, and without dropout
+/// nothing does.
 #[test]
 fn dropout_differs_by_step_microbatch_and_seed() {
     for dropout in [0.0, 0.5] {
@@ -79,7 +81,8 @@ fn dropout_differs_by_step_microbatch_and_seed() {
     }
 }
 
-/// What was kept before the first step and is written back at rest trains to the same bits, wherever the steps between have left their own.
+/// What was kept before the first step and is written back at rest trains to the same bits, wherever the steps between
+/// have left their own.
 #[test]
 fn state_that_is_written_at_rest_is_gone_on_from() {
     let run = |driver: &mut Driver| {

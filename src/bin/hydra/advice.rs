@@ -145,7 +145,8 @@ pub fn what_would_help_all(planned: &PlannedJob) -> String {
     best_first(found.into_iter().flatten().map(gain).collect(), "on a device")
 }
 
-/// Seconds of a step of every model, what makes it so, and the bytes of the largest arena; `None` where there is no such plan.
+/// Seconds of a step of every model, what makes it so, and the bytes of the largest arena; `None` where there is no
+/// such plan.
 fn tried(Try { what, job, machine, fleet }: Try) -> Option<(f64, String, u64)> {
     let placing = Placing::new(&job, &machine, &fleet).ok()?;
     let clips = fleet.iter().map(|m| m.options.clips).collect();

@@ -59,7 +59,8 @@ pub enum Command {
         /// Weight slots of a device, instead of the job's; 1 is no double buffering
         #[arg(long, value_name = "N")]
         slots: Option<u64>,
-        /// Run every combination of these values, such as policy=fifo,srtf or devices=1,2,4 (also slots, memory, link, recompute, pipeline, rehearse); may be repeated
+        /// Run every combination of these values, such as policy=fifo,srtf or devices=1,2,4 (also slots, memory, link,
+        /// recompute, pipeline, rehearse); may be repeated
         #[arg(long, value_name = "KEY=A,B,..")]
         sweep: Vec<String>,
         /// Write schedule.svg, trace.json and simulation.json into this folder; of a sweep sweep.csv and sweep.svg
@@ -83,7 +84,8 @@ pub enum Command {
         /// Write devices.json into this folder
         #[arg(long, value_name = "DIR")]
         out: Option<PathBuf>,
-        /// Write the first device's measured rates into this file, for profile = "FILE.json" of a [[device]], which is then not measured
+        /// Write the first device's measured rates into this file, for profile = "FILE.json" of a [[device]], which is
+        /// then not measured
         #[arg(long, value_name = "FILE.json")]
         profile: Option<PathBuf>,
     },

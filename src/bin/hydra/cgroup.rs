@@ -1,7 +1,9 @@
-//! What control groups leave a process of the machine's memory: Linux ends a process whose group goes beyond its limit, whatever else is free.
+//! What control groups leave a process of the machine's memory: Linux ends a process whose group goes beyond its limit,
+//! whatever else is free.
 //!
-//! A limit holds for a group and all groups in it, so the process has what is least of its own group's and of those around it. Both versions of the files are
-//! read. Pages of files that nobody has used for a while count as used and are given back when they are wanted, so here they are free.
+//! A limit holds for a group and all groups in it, so the process has what is least of its own group's and of those
+//! around it. Both versions of the files are read. Pages of files that nobody has used for a while count as used and
+//! are given back when they are wanted, so here they are free.
 
 use std::fs;
 use std::path::{Component, Path, PathBuf};
@@ -30,7 +32,8 @@ pub fn free_bytes() -> Option<u64> {
     free_bytes_under(Path::new("/sys/fs/cgroup"), &groups)
 }
 
-/// The same for a process whose `groups` are those, as /proc/self/cgroup has them, where the files of all groups lie under `root`.
+/// The same for a process whose `groups` are those, as /proc/self/cgroup has them, where the files of all groups lie
+/// under `root`.
 fn free_bytes_under(root: &Path, groups: &str) -> Option<u64> {
     let of_line = |line: &str| {
         let mut parts = line.splitn(3, ':').skip(1);
@@ -44,7 +47,8 @@ fn free_bytes_under(root: &Path, groups: &str) -> Option<u64> {
     groups.lines().filter_map(of_line).min()
 }
 
-/// What is least of `group`'s and of those around it. In a container a group's path may be one that is not there, seen from within: then its root is.
+/// What is least of `group`'s and of those around it. In a container a group's path may be one that is not there, seen
+/// from within: then its root is.
 fn least_free_bytes(root: &Path, group: &str, names: &Names) -> Option<u64> {
     let inside = Path::new(group).components().filter(|part| matches!(part, Component::Normal(_)));
     let group: PathBuf = inside.collect();

@@ -1,4 +1,5 @@
-//! `hydra devices`: what is here, how fast it is, and why a kind is missing. Always ends well, but for files that it is told to write and cannot.
+//! `hydra devices`: what is here, how fast it is, and why a kind is missing. Always ends well, but for files that it is
+//! told to write and cannot.
 
 use crate::machine::{free_memory_bytes, total_memory_bytes};
 use crate::print::{say, table};
@@ -9,8 +10,8 @@ use hydra::train::write_safely;
 use serde_json::{Value, json};
 use std::path::Path;
 
-/// Prints the devices; with `out`, also writes devices.json there; with `profile`, the measured rates of the first GPU, or without one of the
-/// host, into that file.
+/// Prints the devices; with `out`, also writes devices.json there; with `profile`, the measured rates of the first GPU,
+/// or without one of the host, into that file.
 ///
 /// # Errors
 /// When a file cannot be written, or there are no rates for `profile`.

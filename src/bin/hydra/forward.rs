@@ -14,7 +14,8 @@ use std::path::Path;
 /// Runs the model in `model` on the tensors of `input` and writes `output`.
 ///
 /// # Errors
-/// When a file is missing or at fault, a tensor is none that the model takes, or `output` is one of the files read or cannot be written.
+/// When a file is missing or at fault, a tensor is none that the model takes, or `output` is one of the files read or
+/// cannot be written.
 pub fn run(model: &Path, input: &Path, output: &Path, json: bool) -> Result<()> {
     let pretrained = nn::open(model)?;
     check_output(model, input, output)?;

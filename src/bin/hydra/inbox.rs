@@ -1,8 +1,8 @@
 //! RUN/inbox: files by which somebody adds models to a run that goes on, and cancels them.
 //!
-//! `NAME.toml` holds `[[model]]` tables, `MODEL.cancel` needs to hold nothing. What was read is renamed, so that a look at the folder says what
-//! became of each: `.taken`, or `.refused` with the reason in a `.reason` beside it. What nothing can be done with, folders and links to nothing too,
-//! never ends the run.
+//! `NAME.toml` holds `[[model]]` tables, `MODEL.cancel` needs to hold nothing. What was read is renamed, so that a look
+//! at the folder says what became of each: `.taken`, or `.refused` with the reason in a `.reason` beside it. What
+//! nothing can be done with, folders and links to nothing too, never ends the run.
 
 use crate::print::warn;
 use hydra::base::{Error, Result};

@@ -1,8 +1,8 @@
 //! The job file: TOML text in, plain values out.
 //!
 //! Reading checks everything that can be checked without opening another file or asking a device: types, ranges, words,
-//! keys that do not exist or do not go together. Every error is one line that says the file, the dotted key, what is wrong
-//! and what to write instead. Paths come out absolute; a relative one starts from the job file's folder.
+//! keys that do not exist or do not go together. Every error is one line that says the file, the dotted key, what is
+//! wrong and what to write instead. Paths come out absolute; a relative one starts from the job file's folder.
 
 pub mod model;
 pub mod optimizer;
@@ -170,7 +170,8 @@ pub struct Device {
     pub flops: Option<f64>,
     /// Sim: bytes per second of its own memory; there exactly when `flops` is.
     pub memory_bandwidth: Option<f64>,
-    /// A named set of rates, or a file with one. Sim: there exactly when `flops` is not; others: in place of what would be measured.
+    /// A named set of rates, or a file with one. Sim: there exactly when `flops` is not; others: in place of what would
+    /// be measured.
     pub profile: Option<String>,
     /// The same as a path, absolute.
     pub profile_path: Option<PathBuf>,
@@ -247,8 +248,8 @@ impl Job {
         read_job(Origin { file: &file, folder }, &stem, text, sets)
     }
 
-    /// Adds the models of the file at `path`, which holds `[[model]]` tables and nothing else, after those that are there. Relative paths in it
-    /// start from its own folder. A job that refuses the file is left as it was.
+    /// Adds the models of the file at `path`, which holds `[[model]]` tables and nothing else, after those that are
+    /// there. Relative paths in it start from its own folder. A job that refuses the file is left as it was.
     ///
     /// # Errors
     /// As [`Job::load`]; and when a model has the name of one that is there.

@@ -1,7 +1,7 @@
 //! What ends models of searches early: the rule of each search, with the record of what was reported to it.
 //!
-//! A report is in selection.jsonl before its verdict is acted on. A run that goes on begins by repeating the file's reports, so that
-//! verdicts are those of a run that was never interrupted.
+//! A report is in selection.jsonl before its verdict is acted on. A run that goes on begins by repeating the file's
+//! reports, so that verdicts are those of a run that was never interrupted.
 
 use crate::job::Job;
 use crate::rundir::{self, Found};
@@ -70,8 +70,8 @@ impl Judges {
         Ok(Judges { rows, path, rules: Vec::new(), searches: 0, log: None })
     }
 
-    /// Takes the rules of `job`'s models that came since the last call, and gives each one's verdict so far; `from` are the steps that
-    /// models go on from.
+    /// Takes the rules of `job`'s models that came since the last call, and gives each one's verdict so far; `from` are
+    /// the steps that models go on from.
     pub fn extend(&mut self, job: &Job, from: &[u64]) -> Vec<Verdict> {
         let first = self.rules.len();
         let mut verdicts = vec![Verdict::GoOn; job.models.len() - first];

@@ -1,7 +1,8 @@
-//! What a run of several models or devices shows of itself while it goes on: on a terminal a line for each device beside the models' bars,
-//! else a JSON object a line.
+//! What a run of several models or devices shows of itself while it goes on: on a terminal a line for each device
+//! beside the models' bars, else a JSON object a line.
 //!
-//! It looks at the engine after every task, and draws no more than a few times a second: training must not wait for a terminal.
+//! It looks at the engine after every task, and draws no more than a few times a second: training must not wait for a
+//! terminal.
 
 use crate::print::say;
 use hydra::engine::{DeviceState, Engine};

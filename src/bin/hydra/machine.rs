@@ -273,7 +273,8 @@ fn at_work(policy: Policy, models: usize, devices: usize) -> usize {
     }
 }
 
-/// Memory that this program can still have, where the system says: Linux's MemAvailable, or less where a control group has a limit.
+/// Memory that this program can still have, where the system says: Linux's MemAvailable, or less where a control group
+/// has a limit.
 pub fn free_memory_bytes() -> Option<u64> {
     [memory_line("MemAvailable:"), cgroup::free_bytes()].into_iter().flatten().min()
 }

@@ -1,7 +1,8 @@
 //! The command-line program: reads a job file, runs it, prints what happens.
 //!
-//! Exit codes: 0 done; 1 failed, the machine or a bug is at fault; 2 the input is at fault; 75 interrupted, after a checkpoint if a step was done. An error is
-//! one line on standard error that begins with `error: `; only a budget's refusal goes on with its table.
+//! Exit codes: 0 done; 1 failed, the machine or a bug is at fault; 2 the input is at fault; 75 interrupted, after a
+//! checkpoint if a step was done. An error is one line on standard error that begins with `error: `; only a budget's
+//! refusal goes on with its table.
 
 mod advice;
 mod args;
@@ -43,7 +44,8 @@ use std::path::Path;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    // A panic is our own bug, whichever thread it is in: one line, like every error. But for those that a file has provoked in another's code.
+    // A panic is our own bug, whichever thread it is in: one line, like every error. But for those that a file has
+    // provoked in another's code.
     std::panic::set_hook(Box::new(|panic| {
         if tokenizer::panics_are_contained() {
             return;

@@ -1,7 +1,8 @@
-//! Who looks after the models of a run: a watch for each, and the inbox, by which models come and go while others train.
+//! Who looks after the models of a run: a watch for each, and the inbox, by which models come and go while others
+//! train.
 //!
-//! A model has its number in the job, where those that came later stand last, and one in the fleet, which knows only models that train. Nothing
-//! that lies in the inbox ends the run: what cannot be done is refused with its reason.
+//! A model has its number in the job, where those that came later stand last, and one in the fleet, which knows only
+//! models that train. Nothing that lies in the inbox ends the run: what cannot be done is refused with its reason.
 
 use crate::inbox::{Inbox, InboxFile, Request};
 use crate::judge::{Judge, Judges};
@@ -32,7 +33,8 @@ pub struct Standing {
     pub from: u64,
     /// How it had ended; nothing of it is trained then.
     pub ended: Option<Status>,
-    /// How it is to end where it was to before, and the run ended first: no step of it is trained, and what it has learnt is saved.
+    /// How it is to end where it was to before, and the run ended first: no step of it is trained, and what it has
+    /// learnt is saved.
     pub ends: Option<Status>,
 }
 
@@ -133,7 +135,8 @@ impl RunObserver<'_> {
         }
         let there: Vec<Placed> = self.active.iter().map(|&m| self.planned.models[m].placed.clone()).collect();
         let added = plan_added(&self.planned, &job, &there, &self.arenas)?;
-        // From here on they are the run's: one that is interrupted and goes on has them too, and what goes wrong is a model's failure.
+        // From here on they are the run's: one that is interrupted and goes on has them too, and what goes wrong is a
+        // model's failure.
         self.inbox.take(file);
         warn_of_warmups(&job, first, &added);
         self.planned.job = job;
@@ -230,8 +233,8 @@ impl FleetObserver for RunObserver<'_> {
         self.live.iter_mut().for_each(|live| live.look(engine));
     }
 
-    /// Looks into the inbox, twice a second at most, and once more before the run ends. Planning a model that comes takes a moment, in which what the
-    /// devices have in their queues goes on.
+    /// Looks into the inbox, twice a second at most, and once more before the run ends. Planning a model that comes
+    /// takes a moment, in which what the devices have in their queues goes on.
     fn between(&mut self, fleet: &mut Fleet) -> Result<()> {
         self.note_failures(fleet);
         if self.stop.load(Ordering::Relaxed) {

@@ -12,7 +12,8 @@ use hydra::train::results::{self, ModelResult, Status};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
-/// A row for each model of the job, those that ended before this start of the run included; `watch` gives who watches a model by its number.
+/// A row for each model of the job, those that ended before this start of the run included; `watch` gives who watches a
+/// model by its number.
 pub fn rows<'a>(job: &Job, standings: &[Standing], watch: impl Fn(usize) -> Option<&'a Watch<'a>>) -> Vec<ModelResult> {
     let row = |m: usize| {
         let (model, standing, watch) = (&job.models[m], &standings[m], watch(m));

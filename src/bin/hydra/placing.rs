@@ -1,4 +1,5 @@
-//! Where the models of a job run, and how they share its devices: as the policy has it, of the ways there are the one that ends soonest.
+//! Where the models of a job run, and how they share its devices: as the policy has it, of the ways there are the one
+//! that ends soonest.
 
 use crate::job::{DeviceKind, Job, Pipeline, Policy, Run};
 use crate::machine::{Machine, MachineDevice};
@@ -169,8 +170,8 @@ pub fn units(placed: &[Placed], run: &Run) -> usize {
     placed.iter().map(|p| p.plan.choice.slots).max().unwrap_or(1).min(run.slots.unwrap_or(2))
 }
 
-/// Bytes of each device's memory that more weight slots than are needed may fill. Without a stated budget a real device gives what plans need, and no
-/// more; a simulated one has no end of memory.
+/// Bytes of each device's memory that more weight slots than are needed may fill. Without a stated budget a real device
+/// gives what plans need, and no more; a simulated one has no end of memory.
 pub fn may_fill(machine: &Machine) -> Vec<Option<u64>> {
     let of = |d: &MachineDevice| d.budget.or((d.kind != DeviceKind::Sim).then_some(0));
     machine.devices.iter().map(of).collect()

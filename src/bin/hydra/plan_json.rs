@@ -75,8 +75,9 @@ impl PlannedJob {
         format!("{:#}\n", self.json())
     }
 
-    /// What plan.json holds. A shard's seconds are those of a step, all microbatches, on the first device; the last shard's forward, loss and
-    /// backward are one unit, whose seconds are `backward_secs`. A model's own seconds are those with the devices to itself.
+    /// What plan.json holds. A shard's seconds are those of a step, all microbatches, on the first device; the last
+    /// shard's forward, loss and backward are one unit, whose seconds are `backward_secs`. A model's own seconds are
+    /// those with the devices to itself.
     pub fn json(&self) -> Value {
         let cost = &self.machine.first().cost;
         let budgets: Vec<Option<u64>> = self.machine.devices.iter().map(|d| d.budget).collect();

@@ -132,7 +132,8 @@ pub fn plan_loaded(path: &Path, job: Job, texts: &Rc<Texts>, trains: bool) -> Re
     Ok(planned)
 }
 
-/// Says in a line of each model after the first `from` whose learning rate would still rise when it ends: it never comes to the peak that was asked for.
+/// Says in a line of each model after the first `from` whose learning rate would still rise when it ends: it never
+/// comes to the peak that was asked for.
 pub fn warn_of_warmups(job: &Job, from: usize, models: &[Rc<Planned>]) {
     for (model, planned) in job.models[from..].iter().zip(models) {
         let options = &planned.prepared.options;
@@ -239,7 +240,8 @@ impl PlannedJob {
         self.models.iter().map(|m| m.prepared.options.clip.is_some()).collect()
     }
 
-    /// Finds out how the models numbered `active` take turns best over so many steps each, as a fleet of their own; `None` where nothing is gained.
+    /// Finds out how the models numbered `active` take turns best over so many steps each, as a fleet of their own;
+    /// `None` where nothing is gained.
     ///
     /// # Errors
     /// When the schedule stalls: our own bug.

@@ -7,8 +7,8 @@ use std::sync::OnceLock;
 /// Why a line could not be printed, the first time.
 static REFUSED: OnceLock<io::Error> = OnceLock::new();
 
-/// Prints a line. Where nobody reads, the work goes on in silence: a run must not fail because `head` has seen enough. What the system refuses is told at
-/// the end, since the work is of use without its words: by [`refused`].
+/// Prints a line. Where nobody reads, the work goes on in silence: a run must not fail because `head` has seen enough.
+/// What the system refuses is told at the end, since the work is of use without its words: by [`refused`].
 pub fn say(line: impl Display) {
     let mut out = io::stdout().lock();
     if let Err(error) = writeln!(out, "{line}").and_then(|()| out.flush())

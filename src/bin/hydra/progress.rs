@@ -1,4 +1,5 @@
-//! What a run shows as it goes: a bar for each model on a terminal, else a line now and then; of several models or devices JSON lines.
+//! What a run shows as it goes: a bar for each model on a terminal, else a line now and then; of several models or
+//! devices JSON lines.
 
 use crate::live::{self, Live, ModelState, Models, Show};
 use crate::print::say;
@@ -30,8 +31,8 @@ enum Target {
 }
 
 impl Board {
-    /// Bars on a terminal; else lines of text where one model trains alone on one of `devices`, and JSON lines where there are more. `quiet`:
-    /// nothing is shown.
+    /// Bars on a terminal; else lines of text where one model trains alone on one of `devices`, and JSON lines where
+    /// there are more. `quiet`: nothing is shown.
     pub fn new(quiet: bool, models: usize, devices: usize) -> Board {
         let target = if quiet {
             Target::Quiet
@@ -169,7 +170,8 @@ impl Progress {
     /// The model has ended: says how, where it was before its time, and takes the bar away.
     pub fn end(&self, status: &Status) {
         match status {
-            // Where it trains alone its failure is the run's, which is told at the end; what stopped it was told when it was decided.
+            // Where it trains alone its failure is the run's, which is told at the end; what stopped it was told when
+            // it was decided.
             Status::Failed(reason) if !matches!(self.way, Way::Lines { .. }) => self.note(&format!("failed: {reason}")),
             Status::Cancelled => self.note("cancelled"),
             Status::Failed(_) | Status::Stopped(_) | Status::Done => {}

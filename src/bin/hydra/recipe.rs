@@ -46,7 +46,8 @@ pub struct Recipe {
 }
 
 impl Recipe {
-    /// What the data is, by the job file's keys: a checkpoint keeps it, so that another is told. Its files have been opened before.
+    /// What the data is, by the job file's keys: a checkpoint keeps it, so that another is told. Its files have been
+    /// opened before.
     ///
     /// # Errors
     /// When a file cannot be read any more.

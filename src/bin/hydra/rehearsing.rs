@@ -1,4 +1,5 @@
-//! Rehearsals: before models take turns, a small part of the time that they will take goes into finding out how they do it best.
+//! Rehearsals: before models take turns, a small part of the time that they will take goes into finding out how they do
+//! it best.
 
 use crate::job::{Pipeline, Policy, Run};
 use crate::machine::Machine;
@@ -11,10 +12,12 @@ use hydra::spill::{Home, Placed};
 const PART: f64 = 0.01;
 const MOST_SECS: f64 = 5.0;
 
-/// Seconds in which a microbatch's visit of a shard is simulated, at most. A stated number, so that the same job is rehearsed the same.
+/// Seconds in which a microbatch's visit of a shard is simulated, at most. A stated number, so that the same job is
+/// rehearsed the same.
 const VISIT_SECS: f64 = 1e-5;
 
-/// As many tries are wanted: where there is time for more, more steps are tried instead, which are more like the whole. More than the most find nothing.
+/// As many tries are wanted: where there is time for more, more steps are tried instead, which are more like the whole.
+/// More than the most find nothing.
 const WANTED_TRIES: f64 = 48.0;
 const MOST_TRIES: f64 = 512.0;
 
@@ -24,7 +27,8 @@ const CHECKED: u64 = 4;
 /// The gain that a rehearsal is to promise.
 const LEAST_GAIN: f64 = 0.01;
 
-/// Finds out how these models take turns best over so many steps each; `None` where there is nothing to choose, or nothing gained.
+/// Finds out how these models take turns best over so many steps each; `None` where there is nothing to choose, or
+/// nothing gained.
 ///
 /// # Errors
 /// When the schedule stalls: our own bug.

@@ -1,6 +1,8 @@
-//! Room for models that come to a run later: how much more the arenas have than the first models' plans need, and plans that fit into it.
+//! Room for models that come to a run later: how much more the arenas have than the first models' plans need, and plans
+//! that fit into it.
 //!
-//! Arenas do not grow. What is not touched costs a host no memory; a GPU that has no more than the plan needs gets no more.
+//! Arenas do not grow. What is not touched costs a host no memory; a GPU that has no more than the plan needs gets no
+//! more.
 
 use crate::job::{DeviceKind, Job};
 use crate::machine::{SHARE_OF_FREE_MEMORY, free_memory_bytes};
@@ -14,8 +16,8 @@ use std::rc::Rc;
 /// Halvings of the interval between a model's smallest plan and the widest.
 const TRIES: usize = 6;
 
-/// Bytes of each device's arena where others may come: its budget or, where it has none, as much again as is needed; no more than the machine has
-/// free where arenas lie in its own memory.
+/// Bytes of each device's arena where others may come: its budget or, where it has none, as much again as is needed; no
+/// more than the machine has free where arenas lie in its own memory.
 pub fn roomy_arenas(planned: &PlannedJob) -> Vec<u64> {
     let needs = &planned.map.arena_bytes;
     let budget = |d: usize| planned.machine.devices[d].budget;
@@ -31,7 +33,8 @@ pub fn roomy_arenas(planned: &PlannedJob) -> Vec<u64> {
     needs.iter().zip(extra).map(|(needs, extra)| needs + (extra as f64 * share) as u64).collect()
 }
 
-/// Prepares and plans the models that `job` has beyond those of `planned`, so that they fit into `arenas` beside the models that are `there`.
+/// Prepares and plans the models that `job` has beyond those of `planned`, so that they fit into `arenas` beside the
+/// models that are `there`.
 ///
 /// # Errors
 /// When a model is at fault or does not fit.

@@ -1,7 +1,7 @@
 //! A run's directory: who may write into it, and what a failed start takes back.
 //!
-//! `plan.json` is the first file written, and `job.toml` beside it marks a directory as a run's: a plan alone may be one that `hydra plan` has left. Nothing
-//! is overwritten but such a plan, unless a resumed run asks for it.
+//! `plan.json` is the first file written, and `job.toml` beside it marks a directory as a run's: a plan alone may be
+//! one that `hydra plan` has left. Nothing is overwritten but such a plan, unless a resumed run asks for it.
 
 use crate::args::Resume;
 use hydra::base::{Error, Result};
@@ -71,7 +71,8 @@ pub fn keep_run(out: &Path) -> Result<()> {
 /// Looks at `out`, changing nothing. `models` are the names of the job's models.
 ///
 /// # Errors
-/// [`Error::BadInput`] when a run is there and `resume` does not want one, none is there and it must, or something else is in the way.
+/// [`Error::BadInput`] when a run is there and `resume` does not want one, none is there and it must, or something else
+/// is in the way.
 pub fn inspect(out: &Path, models: &[&str], resume: Resume) -> Result<Found> {
     let found = match fs::metadata(out) {
         Ok(metadata) if !metadata.is_dir() => {
@@ -103,7 +104,8 @@ pub fn inspect(out: &Path, models: &[&str], resume: Resume) -> Result<Found> {
     }
 }
 
-/// A file that another run took from its inbox in `out`: this one would obey it when it is resumed. What lies there to be taken is welcome.
+/// A file that another run took from its inbox in `out`: this one would obey it when it is resumed. What lies there to
+/// be taken is welcome.
 fn taken_before(out: &Path) -> Option<String> {
     let names =
         fs::read_dir(out.join(INBOX)).ok()?.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
@@ -173,8 +175,8 @@ impl RunDir {
         }
     }
 
-    /// Takes back what this run has made: a job that was at fault before its first step leaves nothing. Folders go only where they are
-    /// empty.
+    /// Takes back what this run has made: a job that was at fault before its first step leaves nothing. Folders go only
+    /// where they are empty.
     pub fn abandon(self) {
         for path in self.made.iter().rev() {
             // What cannot be taken back is left: the error that is reported is another.

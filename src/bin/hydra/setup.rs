@@ -271,8 +271,8 @@ fn open_tokenizer(model: &job::Model, tokenizers: &Tokenizers) -> Result<Option<
     })
 }
 
-/// Samples that run together. In a pipeline they follow from how many microbatches it is to hold: by default as many as there are devices, or the
-/// most below that which divide the batch.
+/// Samples that run together. In a pipeline they follow from how many microbatches it is to hold: by default as many as
+/// there are devices, or the most below that which divide the batch.
 fn microbatch(job: &Job, model: &job::Model) -> Result<usize> {
     if job.run.policy != Policy::Gpipe {
         return Ok(model.microbatch);

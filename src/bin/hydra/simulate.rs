@@ -44,7 +44,8 @@ impl Wishes<'_> {
         sets
     }
 
-    /// Refuses to count the devices of a job that has several kinds of them: the number would be of the first table alone.
+    /// Refuses to count the devices of a job that has several kinds of them: the number would be of the first table
+    /// alone.
     ///
     /// # Errors
     /// [`Error::BadInput`] that names `option`; and as [`Job::load`].
@@ -143,7 +144,8 @@ fn recorder(planned: &PlannedJob, steps: &[u64], out: &Path) -> Result<Recorder>
         Keep { first: run.trace_first, last: run.trace_last, total_steps: steps.iter().copied().max().unwrap_or(0) };
     let names = planned.models.iter().map(|m| m.prepared.name.clone()).collect();
     let mut options = RecorderOptions::new(keep, Vec::new(), names);
-    // Nobody is kept from training by a full ring here, and a simulation makes events much faster than they can be written.
+    // Nobody is kept from training by a full ring here, and a simulation makes events much faster than they can be
+    // written.
     (options.ring_events, options.window_events) = (1 << 20, 1 << 18);
     Recorder::create(&out.join("trace.json"), options)
 }

@@ -56,8 +56,9 @@ impl Figures {
 /// Simulates every combination; with `out`, writes sweep.csv and sweep.svg there.
 ///
 /// # Errors
-/// When `out` holds a run, a key is not known or has its value twice, or a file cannot be written. A combination that does not fit, or whose values do not go together, is a
-/// row that says so; where all are, [`Error::OutOfBudget`] if any would fit more memory, else what the first says.
+/// When `out` holds a run, a key is not known or has its value twice, or a file cannot be written. A combination that
+/// does not fit, or whose values do not go together, is a row that says so; where all are, [`Error::OutOfBudget`] if
+/// any would fit more memory, else what the first says.
 pub fn run(path: &Path, wishes: &Wishes, sweep: &[String], out: Option<&Path>, json: bool) -> Result<()> {
     out.map_or(Ok(()), keep_run)?;
     let axes = sweep.iter().map(|text| read_axis(text)).collect::<Result<Vec<Axis>>>()?;

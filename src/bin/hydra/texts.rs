@@ -20,8 +20,8 @@ pub struct Texts {
     kept: Option<RefCell<Vec<Arc<Text>>>>,
 }
 
-/// Where a text lies, by whatever way one gets there, and what cuts it: a tokenizer's identity and its vocabulary, which tokens that are added beside
-/// the same files make larger.
+/// Where a text lies, by whatever way one gets there, and what cuts it: a tokenizer's identity and its vocabulary,
+/// which tokens that are added beside the same files make larger.
 type Key = (Vec<PathBuf>, String, usize);
 
 impl Texts {
@@ -30,7 +30,8 @@ impl Texts {
         Texts { kept: Some(RefCell::default()), ..Texts::default() }
     }
 
-    /// The text at `paths`, cut by `tokenizer` or else into bytes. What is being read is not looked at again, whatever has become of its files.
+    /// The text at `paths`, cut by `tokenizer` or else into bytes. What is being read is not looked at again, whatever
+    /// has become of its files.
     ///
     /// # Errors
     /// As [`Text::read`].

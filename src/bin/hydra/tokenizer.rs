@@ -1,7 +1,8 @@
 //! Tokenizers from files: a tokenizer.json, or GPT-2's vocab.json and merges.txt.
 //!
-//! Nothing in them is trusted: what the `tokenizers` crate would panic at, or take for something else, is the file's fault. Their bytes are kept as
-//! they were read, to be saved beside the model that is trained with them, whatever becomes of the files meanwhile.
+//! Nothing in them is trusted: what the `tokenizers` crate would panic at, or take for something else, is the file's
+//! fault. Their bytes are kept as they were read, to be saved beside the model that is trained with them, whatever
+//! becomes of the files meanwhile.
 
 use flate2::Crc;
 use hydra::base::{Error, Result};
@@ -70,7 +71,8 @@ enum Parts {
 }
 
 impl Parts {
-    /// What there is at `path`: a file, or in a folder the one file rather than the two. `None` for a folder with neither.
+    /// What there is at `path`: a file, or in a folder the one file rather than the two. `None` for a folder with
+    /// neither.
     fn find(path: &Path) -> Result<Option<Parts>> {
         let metadata = fs::metadata(path).map_err(|e| match e.kind() {
             ErrorKind::NotFound | ErrorKind::NotADirectory => fault(path, "no such file or folder"),
@@ -177,7 +179,8 @@ fn is_byte_level(pre_tokenizer: &Value) -> bool {
     is(pre_tokenizer) || pre_tokenizer["pretokenizers"].as_array().is_some_and(|steps| steps.iter().any(is))
 }
 
-/// Refuses a byte-level vocabulary without a token for each byte, since bytes without one would vanish from the text in silence.
+/// Refuses a byte-level vocabulary without a token for each byte, since bytes without one would vanish from the text in
+/// silence.
 fn check_alphabet(path: &Path, has: impl Fn(&str) -> bool) -> Result<()> {
     match ByteLevel::alphabet().into_iter().filter(|c| !has(&c.to_string())).min() {
         None => Ok(()),
@@ -229,8 +232,9 @@ fn two(folder: &Path, files: &[(String, Vec<u8>)]) -> Result<(tokenizers::Tokeni
 
 /// Whether [`pieces`] of any text have the tokens of the whole.
 ///
-/// With GPT-2's regex they do, since no alternative of it takes both a line's end and what is no space, and none looks back; unless the text is
-/// changed before, or an added token reaches over spaces. Of other ways to cut it is not known.
+/// With GPT-2's regex they do, since no alternative of it takes both a line's end and what is no space, and none looks
+/// back; unless the text is changed before, or an added token reaches over spaces. Of other ways to cut it is not
+/// known.
 fn cuts_at_lines(tokenizer: &tokenizers::Tokenizer) -> bool {
     let gpt2 = ByteLevel::default().add_prefix_space(false).trim_offsets(true);
     let regex = match tokenizer.get_pre_tokenizer() {
@@ -241,7 +245,8 @@ fn cuts_at_lines(tokenizer: &tokenizers::Tokenizer) -> bool {
     regex && tokenizer.get_normalizer().is_none() && tokenizer.get_added_tokens_decoder().values().all(apart)
 }
 
-/// A text in pieces of at least `least` bytes but for the last, cut behind line ends that stand alone between two characters that are no spaces.
+/// A text in pieces of at least `least` bytes but for the last, cut behind line ends that stand alone between two
+/// characters that are no spaces.
 fn pieces(text: &str, least: usize) -> Vec<&str> {
     let mut pieces = Vec::new();
     let mut start = 0;
@@ -257,10 +262,11 @@ fn pieces(text: &str, least: usize) -> Vec<&str> {
     pieces
 }
 
-/// The first word of which no token takes some letter. Spaces may go, and where a normalizer is at work also other signs than letters and digits, such as
-/// accents of their own.
+/// The first word of which no token takes some letter. Spaces may go, and where a normalizer is at work also other
+/// signs than letters and digits, such as accents of their own.
 ///
-/// The crate's places within a word are off once a letter of it has gone, so that it is the word's end that no token reaches.
+/// The crate's places within a word are off once a letter of it has gone, so that it is the word's end that no token
+/// reaches.
 fn lost<'a>(text: &'a str, taken: &[(usize, usize)], normalized: bool) -> Option<&'a str> {
     let counts = |c: char| if normalized { c.is_alphanumeric() } else { !c.is_whitespace() };
     let mut reached = 0;
@@ -308,8 +314,8 @@ impl Encode for FileTokenizer {
         self.vocab
     }
 
-    /// Adds no token of the file's post-processor, such as Llama's `<s>`: windows are cut from one stream. The tokens that a tokenizer.json has added
-    /// to its vocabulary are found in the text, as in transformers.
+    /// Adds no token of the file's post-processor, such as Llama's `<s>`: windows are cut from one stream. The tokens
+    /// that a tokenizer.json has added to its vocabulary are found in the text, as in transformers.
     fn encode(&self, text: &[u8]) -> Result<Vec<u32>> {
         let text = std::str::from_utf8(text).map_err(|e| Error::bad(not_utf8(e.valid_up_to())))?;
         match self.in_pieces {

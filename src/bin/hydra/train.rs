@@ -35,7 +35,8 @@ use std::time::{Duration, Instant};
 /// Trains the job at `path`.
 ///
 /// # Errors
-/// What the job, the data or the machine is at fault for; [`Error::Interrupted`] after a checkpoint, or before there was one.
+/// What the job, the data or the machine is at fault for; [`Error::Interrupted`] after a checkpoint, or before there
+/// was one.
 pub fn run(path: &Path, sets: &[String], resume: Resume, json: bool) -> Result<()> {
     let signals = Signals::install()?;
     let mut job = Job::load(path, sets)?;
@@ -140,11 +141,13 @@ fn check_memory(planned: &PlannedJob) -> Result<()> {
     )))
 }
 
-/// A signal so soon after the first is the same wish: `timeout` sends one to its child and one to the child's group, and who types may type twice.
+/// A signal so soon after the first is the same wish: `timeout` sends one to its child and one to the child's group,
+/// and who types may type twice.
 const REPEATS: Duration = Duration::from_secs(2);
 
-/// What SIGINT and SIGTERM do. While a job is prepared, which may take minutes where a text is cut or a plan is searched, there is nothing to keep: they end the
-/// program. Later the first sets a flag, which is heeded between steps, and another that is no repeat of it ends the program.
+/// What SIGINT and SIGTERM do. While a job is prepared, which may take minutes where a text is cut or a plan is
+/// searched, there is nothing to keep: they end the program. Later the first sets a flag, which is heeded between
+/// steps, and another that is no repeat of it ends the program.
 struct Signals {
     stop: Arc<AtomicBool>,
     preparing: Arc<Mutex<bool>>,
@@ -178,8 +181,8 @@ impl Signals {
     }
 }
 
-/// Looks for models of the run in `out` that have a checkpoint and that the job, whose models are called `names`, has no more: under another name a model would
-/// begin anew.
+/// Looks for models of the run in `out` that have a checkpoint and that the job, whose models are called `names`, has
+/// no more: under another name a model would begin anew.
 ///
 /// # Errors
 /// [`Error::BadInput`] where the run must go on from what it has.

@@ -1,4 +1,5 @@
-//! What the program does as a model trains: metrics, checkpoints, progress, selection, and at the end the model's directory.
+//! What the program does as a model trains: metrics, checkpoints, progress, selection, and at the end the model's
+//! directory.
 
 use crate::judge::Judge;
 use crate::planning::Planned;
@@ -125,7 +126,8 @@ impl<'a> Watch<'a> {
         Ok(())
     }
 
-    /// Waits until the records of the steps done are on the disk. A checkpoint goes there after them: rows of steps that it has are made by nobody again.
+    /// Waits until the records of the steps done are on the disk. A checkpoint goes there after them: rows of steps
+    /// that it has are made by nobody again.
     fn wait_records(&mut self) -> Result<()> {
         self.metrics.wait_sync()?;
         self.judge.as_ref().map_or(Ok(()), Judge::wait_sync)
@@ -218,7 +220,8 @@ impl Observer for Watch<'_> {
         Ok(())
     }
 
-    /// Saves the model; a checkpoint of its last step is written only after it, and so tells that there is nothing left to do.
+    /// Saves the model; a checkpoint of its last step is written only after it, and so tells that there is nothing left
+    /// to do.
     fn ended(&mut self, engine: &Engine, model: usize) -> Result<()> {
         self.wait_records()?;
         let prepared = &self.planned.prepared;

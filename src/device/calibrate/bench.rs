@@ -1,7 +1,8 @@
 //! Devices that were started together, timed together.
 //!
-//! Every device gets the same list of tasks, and each begins at another place of it, as devices of a job are not in step. What one network leaves in the
-//! caches the next drives out, as where models take turns, so that all but small operands come from where a step's come from.
+//! Every device gets the same list of tasks, and each begins at another place of it, as devices of a job are not in
+//! step. What one network leaves in the caches the next drives out, as where models take turns, so that all but small
+//! operands come from where a step's come from.
 //! The first round is thrown away; of the others counts the mean, without what other programs have interrupted.
 
 use super::networks;
@@ -31,12 +32,14 @@ const PATTERN_BYTES: u64 = 4 << 20;
 /// Room behind an update's four arrays for losses and a table of norms.
 const TABLE_BYTES: u64 = 128;
 
-/// Bytes of the state that an update of `elems` is timed with: weights, two moments, gradients; losses, norms and their partial sums.
+/// Bytes of the state that an update of `elems` is timed with: weights, two moments, gradients; losses, norms and their
+/// partial sums.
 pub(super) fn state_bytes(elems: u64) -> u64 {
     16 * elems + TABLE_BYTES + norm_scratch_bytes(&[segment(elems)])
 }
 
-/// Bytes of the host's store for so many devices: a state for each of its arithmetic lanes, patterns and sources of copies.
+/// Bytes of the host's store for so many devices: a state for each of its arithmetic lanes, patterns and sources of
+/// copies.
 pub(super) fn host_bytes(devices: u64, elems: u64) -> u64 {
     devices * state_bytes(elems).max(LARGE_COPY_BYTES).max(3 * PATTERN_BYTES)
 }
@@ -69,7 +72,8 @@ impl<'a> Bench<'a> {
         self.alike.len() as u16
     }
 
-    /// Measures every device. `on_host`: all networks fit the arena together, and the host's arithmetic is the devices' own, on the same cores.
+    /// Measures every device. `on_host`: all networks fit the arena together, and the host's arithmetic is the devices'
+    /// own, on the same cores.
     pub fn measure(&mut self, networks: &[Network], on_host: bool) -> Result<Vec<CostModel>> {
         let starts = self.starts()?;
         let mut rates: Vec<Rates> = self.alike.iter().map(|_| Rates::default()).collect();
@@ -132,8 +136,8 @@ impl<'a> Bench<'a> {
         lanes
     }
 
-    /// Runs `tasks` of each lane of `kind` on all of them at once and gives their times. Waits for `secs` before it looks: to wait for each
-    /// completion would take the time of the cores that are measured.
+    /// Runs `tasks` of each lane of `kind` on all of them at once and gives their times. Waits for `secs` before it
+    /// looks: to wait for each completion would take the time of the cores that are measured.
     fn time(&mut self, kind: LaneKind, secs: f64, tasks: impl Fn(u16) -> Vec<Task>) -> Result<Vec<Times>> {
         let lanes = self.lanes(kind);
         let mut lists: Vec<_> = (0..lanes.len() as u16).map(|d| tasks(d).into_iter()).collect();
@@ -187,7 +191,8 @@ impl<'a> Bench<'a> {
             .collect()
     }
 
-    /// Seconds of each op of `networks`, which lie side by side, for each device; with `updates` of a norm and an update after them.
+    /// Seconds of each op of `networks`, which lie side by side, for each device; with `updates` of a norm and an
+    /// update after them.
     fn walk(&mut self, networks: &[Network], updates: bool) -> Result<Vec<Vec<f64>>> {
         let mut starts = Vec::new();
         let mut end = 0;
@@ -215,8 +220,8 @@ impl<'a> Bench<'a> {
         self.rounds(&lists, NETWORK_SECS * networks.len().max(1) as f64)
     }
 
-    /// Runs each device's list over and over on all compute lanes at once, for about `total_secs`; gives each task's usual time, of alike devices
-    /// together.
+    /// Runs each device's list over and over on all compute lanes at once, for about `total_secs`; gives each task's
+    /// usual time, of alike devices together.
     fn rounds(&mut self, lists: &[Vec<Task>], total_secs: f64) -> Result<Vec<Vec<f64>>> {
         let devices = lists.len();
         let len = lists[0].len();
@@ -299,7 +304,8 @@ impl<'a> Bench<'a> {
         let small = self.time(kind, 0.0, tasks(SMALL_COPY_BYTES))?;
         let large = self.time(kind, 0.0, tasks(LARGE_COPY_BYTES))?;
         let (small, large) = (self.usual(&small, secs), self.usual(&large, secs));
-        // On a machine that does much else a small copy may look as slow as a large one, which is no rate without an end.
+        // On a machine that does much else a small copy may look as slow as a large one, which is no rate without an
+        // end.
         let rate = |small: f64, large: f64| {
             (LARGE_COPY_BYTES - SMALL_COPY_BYTES) as f64 / (large - small).max(0.25 * large).max(1e-9)
         };
@@ -322,7 +328,8 @@ impl<'a> Bench<'a> {
         Ok(norms.into_iter().zip(updates).collect())
     }
 
-    /// A norm and an AdamW update of a state that lies at `start`. Gradients and moments are zeros: second moments must not be negative.
+    /// A norm and an AdamW update of a state that lies at `start`. Gradients and moments are zeros: second moments must
+    /// not be negative.
     fn settle(&self, memory: Memory, start: u64) -> [Task; 2] {
         let (elems, bytes) = (self.update_elems, 4 * self.update_elems);
         let span = |at: u64, bytes: u64| Span { memory, offset: start + at, bytes };
@@ -374,8 +381,8 @@ impl<'a> Bench<'a> {
     }
 }
 
-/// The middle one of the gaps between spans of which each began after another's end. Here the least says nothing of the others: a thread that is still
-/// awake takes over at once, one that sleeps must be woken.
+/// The middle one of the gaps between spans of which each began after another's end. Here the least says nothing of the
+/// others: a thread that is still awake takes over at once, one that sleeps must be woken.
 fn gap(spans: &mut [(f64, f64)]) -> f64 {
     // Completions of two lanes may come in another order.
     spans.sort_by(|a, b| a.0.total_cmp(&b.0));
@@ -384,8 +391,8 @@ fn gap(spans: &mut [(f64, f64)]) -> f64 {
     gaps[gaps.len() / 2]
 }
 
-/// The mean of those that are at most twice the least: devices that share the memory slow each other by less than that, and what took longer another
-/// program has interrupted.
+/// The mean of those that are at most twice the least: devices that share the memory slow each other by less than that,
+/// and what took longer another program has interrupted.
 fn usual(x: Vec<f64>) -> f64 {
     let least = x.iter().copied().fold(f64::INFINITY, f64::min);
     let undisturbed = || x.iter().filter(|&&secs| secs <= 2.0 * least);

@@ -22,7 +22,8 @@ pub(super) fn all() -> Result<Vec<Graph>> {
     ])
 }
 
-/// Networks that fill a GPU, in each element type that models train in there; where their graphs allow tf32, products are timed in it too. Of less than that, starting an op is what takes the time.
+/// Networks that fill a GPU, in each element type that models train in there; where their graphs allow tf32, products
+/// are timed in it too. Of less than that, starting an op is what takes the time.
 pub(super) fn large() -> Result<Vec<Graph>> {
     let mut graphs = Vec::new();
     for float in [DType::F32, DType::Bf16] {
@@ -64,7 +65,8 @@ fn transformer(float: DType, batch: usize, len: usize, width: usize, heads: usiz
     finish(b, logits, &[batch, len])
 }
 
-/// A residual network's kinds of convolution on square images: 3x3 from few channels, 3x3 and 1x1 among many, 3x3 with stride, pooling.
+/// A residual network's kinds of convolution on square images: 3x3 from few channels, 3x3 and 1x1 among many, 3x3 with
+/// stride, pooling.
 fn images(float: DType, batch: usize, side: usize, channels: usize) -> Result<Graph> {
     let mut b = Builder::new(Mode::Training, float);
     let logits = b.layer("images", |b, _| {

@@ -11,7 +11,8 @@ use std::sync::Arc;
 
 /// A network's one program, and where its areas lie in its part of the arena.
 pub(super) struct Network {
-    /// What is timed: the program's ops, as in f32 where the graph allows tf32, and there its products once more, in tf32.
+    /// What is timed: the program's ops, as in f32 where the graph allows tf32, and there its products once more, in
+    /// tf32.
     pub steps: Vec<Step>,
     area_bytes: [u64; AREAS],
     pub bases: [u64; AREAS],

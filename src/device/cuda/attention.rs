@@ -1,8 +1,8 @@
-//! Launches of `kernels/attention.cu`, and on tensor cores of `attention_mma.cu`, `attention_mma_grad.cu`, `attention_hopper.cu` and
-//! `attention_hopper_grad_*.cu`.
+//! Launches of `kernels/attention.cu`, and on tensor cores of `attention_mma.cu`, `attention_mma_grad.cu`,
+//! `attention_hopper.cu` and `attention_hopper_grad_*.cu`.
 //!
-//! The gradient is three kernels: the row sums of `d_out * out` into scratch, then `d_q` by tiles of queries and `d_k`, `d_v` by tiles
-//! of keys. Both make the scores again, so that no sum crosses blocks.
+//! The gradient is three kernels: the row sums of `d_out * out` into scratch, then `d_q` by tiles of queries and `d_k`,
+//! `d_v` by tiles of keys. Both make the scores again, so that no sum crosses blocks.
 
 mod choice;
 
@@ -164,7 +164,8 @@ impl Inputs {
         [self.batch * self.queries, self.batch * self.keys]
     }
 
-    /// The descriptor for the bulk copy engine of q, k or v, whose sequences are so long: boxes lie in one sequence, and what lies past its end is 0.
+    /// The descriptor for the bulk copy engine of q, k or v, whose sequences are so long: boxes lie in one sequence,
+    /// and what lies past its end is 0.
     fn sequences(&self, q: &mut Queue, i: usize, length: usize, heads: usize, box_rows: usize) -> Result<TensorMap> {
         let sequence_bytes = length as u64 * self.pitches[i];
         q.box_map(&BoxMapSpec {

@@ -1,7 +1,8 @@
 //! The small blocks of device memory that tell kernels what changes from task to task.
 //!
-//! Each task of a compute lane has one entry of a ring, which a kernel on the task's own stream writes first, so nothing waits for the host and an
-//! entry is free again when its task has ended. What goes back to the host has a ring in pinned memory.
+//! Each task of a compute lane has one entry of a ring, which a kernel on the task's own stream writes first, so
+//! nothing waits for the host and an entry is free again when its task has ended. What goes back to the host has a ring
+//! in pinned memory.
 
 use super::driver::{Driver, Stream};
 use super::launch::Ptr;
@@ -22,7 +23,8 @@ pub(super) struct Blocks {
 }
 
 impl Blocks {
-    /// Bytes of an entry: what changes, then the first layer that is not finite, then what kernels of the task leave for each other.
+    /// Bytes of an entry: what changes, then the first layer that is not finite, then what kernels of the task leave
+    /// for each other.
     pub const ENTRY_BYTES: u64 = 512;
 
     /// Rings for a lane of `gpu`; `wanted` is false for lanes that launch nothing.

@@ -1,8 +1,9 @@
 //! A GPU's marks as times on the host's clock.
 //!
-//! A GPU tells only how far two of its own marks lie apart, so each has a zero: a mark whose time on the host's clock is known. The zero moves
-//! along, since a difference loses digits when it is large, and each new one is held between the moments at which the host sent it and saw it
-//! passed: however long a run is, the clocks of several GPUs do not drift apart.
+//! A GPU tells only how far two of its own marks lie apart, so each has a zero: a mark whose time on the host's clock
+//! is known. The zero moves along, since a difference loses digits when it is large, and each new one is held between
+//! the moments at which the host sent it and saw it passed: however long a run is, the clocks of several GPUs do not
+//! drift apart.
 
 use super::driver::{Driver, Mark, Stream};
 use crate::base::Result;
@@ -27,7 +28,8 @@ pub(super) struct GpuClock {
 }
 
 impl GpuClock {
-    /// Waits for what is on `stream`, of which no other use is made from now on, and finds the time of a first zero on the host's `clock`.
+    /// Waits for what is on `stream`, of which no other use is made from now on, and finds the time of a first zero on
+    /// the host's `clock`.
     ///
     /// # Errors
     /// When the device has failed.
@@ -104,12 +106,14 @@ mod tests {
         };
         let before = clock.elapsed().as_secs_f64();
         let told = now_secs(&mut driver, &gpu);
-        // Half of what the shortest of eight tries took is all that a zero is off by; a second is what no interruption takes.
+        // Half of what the shortest of eight tries took is all that a zero is off by; a second is what no interruption
+        // takes.
         assert!(before - 1.0 < told && told < clock.elapsed().as_secs_f64() + 1.0, "{told}, after {before}");
         // Nothing is sent within five seconds of a zero.
         gpu.move_zero(&mut driver, before).expect("no failure");
         assert!(gpu.sent_secs.is_none());
-        // The host's clock has gone on a hundred seconds of which the GPU's knows nothing: it is set to the moment at which the zero was sent.
+        // The host's clock has gone on a hundred seconds of which the GPU's knows nothing: it is set to the moment at
+        // which the zero was sent.
         gpu.move_zero(&mut driver, 100.0).expect("no failure");
         assert_eq!(gpu.sent_secs, Some(100.0));
         gpu.move_zero(&mut driver, 100.5).expect("no failure");

@@ -9,8 +9,8 @@ use crate::graph::{COLUMN_TILE, RowParts, row_parts};
 /// Columns of a block of `column_sum_finish`.
 const FINISH_TILE: usize = 32;
 
-/// `out (cols) f32 = ` the sums down the columns of `x` (rows, cols), rows `pitch` apart, or `+=` for an `accumulator` when `Now::accumulate` is set.
-/// `scratch` has [`crate::graph::column_sum_bytes`] bytes.
+/// `out (cols) f32 = ` the sums down the columns of `x` (rows, cols), rows `pitch` apart, or `+=` for an `accumulator`
+/// when `Now::accumulate` is set. `scratch` has [`crate::graph::column_sum_bytes`] bytes.
 pub(super) fn launch(
     q: &mut Queue,
     out: Ptr,
@@ -27,8 +27,8 @@ pub(super) fn launch(
     finish(q, [(out, accumulator), (Ptr::NULL, 0)], parts, cols, scratch)
 }
 
-/// Adds up partial sums (parts, cols), which lie after one another in `partials`, for one output or two: an address and whether it is an
-/// accumulator. A null output has no partials.
+/// Adds up partial sums (parts, cols), which lie after one another in `partials`, for one output or two: an address and
+/// whether it is an accumulator. A null output has no partials.
 pub(super) fn finish(q: &mut Queue, outs: [(Ptr, usize); 2], parts: usize, cols: usize, partials: Ptr) -> Result<()> {
     let count = if outs[1].0 == Ptr::NULL { 1 } else { 2 };
     let finish = Launch::new("column_sum_finish", [cols.div_ceil(FINISH_TILE), count, 1], 512);

@@ -1,7 +1,8 @@
 //! Launches of `kernels/conv*.cu`.
 //!
-//! In f32 the plain arithmetic units work on the tensors as they are. In bf16 the tensor cores do, on copies with the channels
-//! last; the tile depends on the shape and the chip, the bits of the result on the shape and on which kernels the architecture takes.
+//! In f32 the plain arithmetic units work on the tensors as they are. In bf16 the tensor cores do, on copies with the
+//! channels last; the tile depends on the shape and the chip, the bits of the result on the shape and on which kernels
+//! the architecture takes.
 
 mod hopper;
 mod hopper_pointwise;
@@ -217,8 +218,8 @@ fn ring_bytes(tile: ConvTile) -> u32 {
     (STAGES * (tile.rows + tile.columns) * STAGE_ROW_BYTES) as u32
 }
 
-/// The kernel, by its tile, for `classes` products of (channels, pixels): small tiles where large ones leave multiprocessors idle.
-/// `names` are those with square, flat and small tiles.
+/// The kernel, by its tile, for `classes` products of (channels, pixels): small tiles where large ones leave
+/// multiprocessors idle. `names` are those with square, flat and small tiles.
 fn tensor_core_tile(
     q: &Queue,
     names: [&'static str; 3],
@@ -236,7 +237,8 @@ fn tensor_core_tile(
     }
 }
 
-/// `from` (batch, channels, positions) with its channels last and padded, in `to`; `from` itself where that is the same.
+/// `from` (batch, channels, positions) with its channels last and padded, in `to`; `from` itself where that is the
+/// same.
 fn channels_last(q: &mut Queue, to: Ptr, from: Ptr, batch: usize, channels: usize, positions: usize) -> Result<Ptr> {
     if is_channels_last(channels, positions) {
         return Ok(from);

@@ -1,9 +1,10 @@
-//! The cuda device: three streams and an arena for each logical device, which lies on one of the driver's GPUs; the host's arithmetic, and the disk
-//! tier's lanes, on threads of their own.
+//! The cuda device: three streams and an arena for each logical device, which lies on one of the driver's GPUs; the
+//! host's arithmetic, and the disk tier's lanes, on threads of their own.
 //!
-//! A task's tickets become waits of its stream, across GPUs too, so it is queued as soon as what it waits for is queued; only a task that waits for the
-//! host's lanes is held back. Its start and end are marks on its stream, and time is read from them alone. A task touches its own GPU's
-//! arenas and the host's memory: what goes from one GPU to another goes through the host's store, as two tasks.
+//! A task's tickets become waits of its stream, across GPUs too, so it is queued as soon as what it waits for is
+//! queued; only a task that waits for the host's lanes is held back. Its start and end are marks on its stream, and
+//! time is read from them alone. A task touches its own GPU's arenas and the host's memory: what goes from one GPU to
+//! another goes through the host's store, as two tasks.
 
 use super::clock::GpuClock;
 use super::driver::Driver;
@@ -98,19 +99,23 @@ fn check(driver: &dyn Driver, devices: &[LogicalDevice]) -> Result<()> {
 }
 
 impl CudaDevice {
-    /// Devices on the GPUs of these numbers, each named once. Loads kernels, allocates memory, and starts the host's arithmetic.
+    /// Devices on the GPUs of these numbers, each named once. Loads kernels, allocates memory, and starts the host's
+    /// arithmetic.
     ///
     /// # Errors
-    /// When a GPU cannot be had, they do not work together or a device is on none of them, there is not enough memory, or a GPU fails.
+    /// When a GPU cannot be had, they do not work together or a device is on none of them, there is not enough memory,
+    /// or a GPU fails.
     #[cfg(feature = "cuda")]
     pub fn on_gpus(ordinals: &[usize], config: &CudaConfig) -> Result<CudaDevice> {
         CudaDevice::new(Box::new(super::gpus::Gpus::open(ordinals)?), config)
     }
 
-    /// Devices on emulated GPUs. With seed 0 threads, blocks and streams run in order; with others in an order drawn from the seed.
+    /// Devices on emulated GPUs. With seed 0 threads, blocks and streams run in order; with others in an order drawn
+    /// from the seed.
     ///
     /// # Errors
-    /// When there is none, they do not work together or a device is on none of them, there is not enough memory, or a kernel fails.
+    /// When there is none, they do not work together or a device is on none of them, there is not enough memory, or a
+    /// kernel fails.
     #[cfg(feature = "emulator")]
     pub fn emulated(gpus: Vec<Facts>, seed: u32, config: &CudaConfig) -> Result<CudaDevice> {
         CudaDevice::new(Box::new(super::emulated::Emulated::of(gpus, seed)?), config)
@@ -143,7 +148,8 @@ impl CudaDevice {
         }
         let CudaConfig { threads, disk, .. } = config.clone();
         let first = lanes.len() as u16;
-        // SAFETY: pinned memory of exactly this size, aligned to pages, which lives as long as the driver; that is dropped only when the lanes have stopped.
+        // SAFETY: pinned memory of exactly this size, aligned to pages, which lives as long as the driver; that is
+        // dropped only when the lanes have stopped.
         let beside =
             unsafe { HostLanes::new(&HostLanesConfig { first, threads, disk, clock }, host, config.host_bytes)? };
         lanes.extend(beside.names());
@@ -410,7 +416,8 @@ impl Device for CudaDevice {
 
     fn grow_host(&mut self, bytes: u64) -> Result<u64> {
         let start = self.driver.alloc_host(bytes)?;
-        // SAFETY: pinned memory of exactly this size, aligned to pages, which lives as long as the driver; the host's lanes are dropped before it.
+        // SAFETY: pinned memory of exactly this size, aligned to pages, which lives as long as the driver; the host's
+        // lanes are dropped before it.
         let base = unsafe { self.beside.add(start, bytes) };
         self.memory.grow(base, Ptr(start as u64), bytes);
         Ok(base)
@@ -418,13 +425,15 @@ impl Device for CudaDevice {
 
     unsafe fn write_host(&mut self, offset: u64, bytes: &[u8]) {
         let to = self.memory.host_address(offset, bytes.len() as u64).0 as *mut u8;
-        // SAFETY: inside the store (`DeviceMemory::host_address`); no task touches these bytes now, by the caller's promise; the caller's slice is elsewhere.
+        // SAFETY: inside the store (`DeviceMemory::host_address`); no task touches these bytes now, by the caller's
+        // promise; the caller's slice is elsewhere.
         unsafe { to.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
     }
 
     unsafe fn read_host(&self, offset: u64, bytes: &mut [u8]) {
         let from = self.memory.host_address(offset, bytes.len() as u64).0 as *const u8;
-        // SAFETY: inside the store (`DeviceMemory::host_address`); no task writes these bytes now, by the caller's promise; the caller's slice is elsewhere.
+        // SAFETY: inside the store (`DeviceMemory::host_address`); no task writes these bytes now, by the caller's
+        // promise; the caller's slice is elsewhere.
         unsafe { bytes.as_mut_ptr().copy_from_nonoverlapping(from, bytes.len()) };
     }
 

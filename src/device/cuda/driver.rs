@@ -1,7 +1,9 @@
-//! The seam: what the cuda device needs of the GPUs that it uses. Two things stand behind it: the driver API and the emulator.
+//! The seam: what the cuda device needs of the GPUs that it uses. Two things stand behind it: the driver API and the
+//! emulator.
 //!
-//! Streams run in order; marks tie them together, those of one GPU and those of several. Memory, streams and marks belong to a GPU, and what is
-//! queued on a stream touches that GPU's memory and the host's, never another's. Nothing here waits for a device except where its name says so.
+//! Streams run in order; marks tie them together, those of one GPU and those of several. Memory, streams and marks
+//! belong to a GPU, and what is queued on a stream touches that GPU's memory and the host's, never another's. Nothing
+//! here waits for a device except where its name says so.
 
 use super::launch::{BoxMapSpec, Launch, Ptr, TensorMap, TensorMapSpec};
 use crate::base::{Error, Result};
@@ -58,7 +60,8 @@ pub trait Driver: Send {
     /// What a GPU is.
     fn facts(&self, gpu: usize) -> &Facts;
 
-    /// Loads an embedder's kernels on every GPU unless they are loaded already; launches then name them ([`Launch::of`]).
+    /// Loads an embedder's kernels on every GPU unless they are loaded already; launches then name them
+    /// ([`Launch::of`]).
     ///
     /// # Errors
     /// When the bytes hold nothing for these GPUs, or others of that name are loaded.
@@ -70,7 +73,8 @@ pub trait Driver: Send {
     /// When there is not enough.
     fn alloc(&mut self, gpu: usize, bytes: u64) -> Result<Ptr>;
 
-    /// Pinned host memory of exactly this size, zeroed, that the streams of every GPU copy from and to. Freed when the driver is dropped.
+    /// Pinned host memory of exactly this size, zeroed, that the streams of every GPU copy from and to. Freed when the
+    /// driver is dropped.
     ///
     /// # Errors
     /// When there is not enough.
@@ -124,8 +128,8 @@ pub trait Driver: Send {
     /// When something before it has failed.
     fn passed(&mut self, mark: Mark) -> Result<bool>;
 
-    /// Tells which bytes the launches that follow on `stream` may touch, until the next call; none: any. A driver that checks holds them
-    /// to it.
+    /// Tells which bytes the launches that follow on `stream` may touch, until the next call; none: any. A driver that
+    /// checks holds them to it.
     ///
     /// # Errors
     /// When the device has failed.
@@ -134,13 +138,15 @@ pub trait Driver: Send {
         Ok(())
     }
 
-    /// Gives the devices a moment: waits a little, longer the longer nothing has happened, or runs something where nothing runs by itself.
+    /// Gives the devices a moment: waits a little, longer the longer nothing has happened, or runs something where
+    /// nothing runs by itself.
     ///
     /// # Errors
     /// When the device has failed.
     fn wait_a_moment(&mut self, idle_secs: f64) -> Result<()>;
 
-    /// Seconds from one passed mark to another of the same GPU, less than 0 where the other came first. Good to a microsecond up to ten seconds.
+    /// Seconds from one passed mark to another of the same GPU, less than 0 where the other came first. Good to a
+    /// microsecond up to ten seconds.
     ///
     /// # Errors
     /// When they are not of one GPU, whose clocks have nothing in common, or the device has failed.
@@ -195,7 +201,8 @@ pub(super) fn note_launch(arch: u32, launch: &Launch) {
     LAUNCHED.lock().unwrap_or_else(PoisonError::into_inner).insert((arch, kernel));
 }
 
-/// Kernels that this process has launched, on GPUs or emulated ones, each with the compute capability: what a test has covered.
+/// Kernels that this process has launched, on GPUs or emulated ones, each with the compute capability: what a test has
+/// covered.
 pub fn launched() -> BTreeSet<(u32, &'static str)> {
     LAUNCHED.lock().unwrap_or_else(PoisonError::into_inner).clone()
 }

@@ -25,7 +25,8 @@ pub(super) fn forward(q: &mut Queue, o: &Operands) -> Result<()> {
     q.launch(launch.ptr(o.input(0)).ptr(o.input(1)).long(tokens).int(table_rows).int(cols))
 }
 
-/// `d_table (V, C) f32 = ` the sum over tokens t with ids[t] = v of `d_y (tokens, C)`, or `+=` for an accumulator; 0 for the id `padding`.
+/// `d_table (V, C) f32 = ` the sum over tokens t with ids[t] = v of `d_y (tokens, C)`, or `+=` for an accumulator; 0
+/// for the id `padding`.
 pub(super) fn grad(q: &mut Queue, o: &Operands, padding: Option<usize>) -> Result<()> {
     let &[table_rows, cols] = o.out_axes(0) else { unreachable!("a table is a matrix") };
     let (ids, tokens) = (o.input(1), o.step.inputs[1].shape.elems());

@@ -1,7 +1,8 @@
 //! The emulator as a driver: the kernels' own sources compiled for the CPU, behind streams whose order is adversarial.
 //!
-//! A stream is a queue that runs only while somebody waits, one entry at a time, the stream drawn by seed among those of all GPUs whose head may
-//! run. What the caller forgot to order by marks therefore happens in the wrong order sooner or later, and the same seed repeats it.
+//! A stream is a queue that runs only while somebody waits, one entry at a time, the stream drawn by seed among those
+//! of all GPUs whose head may run. What the caller forgot to order by marks therefore happens in the wrong order sooner
+//! or later, and the same seed repeats it.
 //! What is queued on one GPU and names another's memory is refused, as a GPU without access to its peers faults.
 
 mod library;
@@ -48,7 +49,8 @@ struct Memory {
 }
 
 impl Memory {
-    /// Device memory is as the last program left it: filled with NaN here. A device's own allocator aligns to 256 bytes.
+    /// Device memory is as the last program left it: filled with NaN here. A device's own allocator aligns to 256
+    /// bytes.
     fn new(bytes: u64, gpu: Option<usize>) -> Result<Memory> {
         let fill = if gpu.is_some() { 0xFF } else { 0 };
         let mut start = std::ptr::null_mut();
@@ -107,8 +109,8 @@ impl Emulated {
         Ok(Library::built_in()?.names())
     }
 
-    /// What the `ordinal`-th emulated GPU is, of compute capability `arch` (80, 90), unless a test wants another. One of 80 has as little shared memory as
-    /// the least of those that run its kernels, of 86, 89 and 120.
+    /// What the `ordinal`-th emulated GPU is, of compute capability `arch` (80, 90), unless a test wants another. One
+    /// of 80 has as little shared memory as the least of those that run its kernels, of 86, 89 and 120.
     pub fn facts_of(ordinal: usize, arch: u32) -> Facts {
         let (name, memory_bytes, shared_bytes) =
             ("emulated".into(), 1 << 36, if arch < 90 { 99 << 10 } else { 227 << 10 });
@@ -117,7 +119,8 @@ impl Emulated {
         Facts { ordinal, name, arch, multiprocessors, memory_bytes, shared_bytes }
     }
 
-    /// Emulated GPUs, at least one. Seed 0 runs threads, blocks and streams in order; others in an order drawn from the seed.
+    /// Emulated GPUs, at least one. Seed 0 runs threads, blocks and streams in order; others in an order drawn from the
+    /// seed.
     ///
     /// # Errors
     /// When there are none, or the kernels cannot be loaded.
@@ -179,7 +182,8 @@ impl Emulated {
         match action {
             Action::Launch(launch) => self.run_confined(stream, &launch)?,
             Action::Copy { to, from, bytes } => {
-                // SAFETY: the caller's addresses, within memory of this driver; the two may be the same place but never overlap in part.
+                // SAFETY: the caller's addresses, within memory of this driver; the two may be the same place but never
+                // overlap in part.
                 unsafe { libc::memmove(to.0 as *mut c_void, from.0 as *const c_void, bytes as usize) };
             }
             Action::Fill { to, byte, bytes } => {
@@ -196,7 +200,8 @@ impl Emulated {
         Ok(())
     }
 
-    /// Runs a kernel; with kernels that are checked, only what its op may touch is open to it, and races there are looked for.
+    /// Runs a kernel; with kernels that are checked, only what its op may touch is open to it, and races there are
+    /// looked for.
     fn run_confined(&mut self, stream: usize, launch: &Launch) -> Result<()> {
         let (library, _) = self.kernel(launch)?;
         if self.confined[stream].is_empty() || (!library.checks_races && library.sanitizer.is_none()) {
@@ -245,8 +250,8 @@ impl Emulated {
         let seed = if self.seed < 2 { self.seed } else { self.seed.wrapping_add(self.launches) | 2 };
         let settings =
             Settings { grid: launch.grid, block: [launch.block, 1, 1], shared_bytes: launch.shared_bytes, seed };
-        // SAFETY: the arguments are in the kernel's order and of its types, which the parity tests check by running it, and an embedder of its
-        // own promises (`Kernels::new`).
+        // SAFETY: the arguments are in the kernel's order and of its types, which the parity tests check by running it,
+        // and an embedder of its own promises (`Kernels::new`).
         let code = launch.with_arguments(|arguments| unsafe { kernel(&raw const settings, arguments.as_mut_ptr()) });
         if code == 0 { Ok(()) } else { Err(Error::Device(format!("{}: {}", launch.kernel, library.error()))) }
     }
@@ -384,7 +389,8 @@ impl Driver for Emulated {
     fn box_map(&mut self, _gpu: usize, spec: &BoxMapSpec) -> Result<TensorMap> {
         let mut map = TensorMap([0; 128]);
         let library = self.own;
-        // SAFETY: writes 128 bytes to the map; the tensor is only named, and the arrays have the four axes, three for pitches.
+        // SAFETY: writes 128 bytes to the map; the tensor is only named, and the arrays have the four axes, three for
+        // pitches.
         let code = unsafe {
             (library.encode_box_map)(
                 map.0.as_mut_ptr().cast(),

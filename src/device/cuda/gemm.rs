@@ -64,9 +64,11 @@ pub(super) struct Product {
     pub backward: bool,
     /// (m, n), of the inputs' type; f32 for tn, which makes parameters' gradients.
     pub out: Matrix,
-    /// (m, n), of out's type and pitch: what the activation is given; or null. Where it is read, it may be out's own place.
+    /// (m, n), of out's type and pitch: what the activation is given; or null. Where it is read, it may be out's own
+    /// place.
     pub pre: Ptr,
-    /// (m, n), of out's type and pitch: added after the bias; or null. It may be out's own place. There is none with an activation or an accumulator.
+    /// (m, n), of out's type and pitch: added after the bias; or null. It may be out's own place. There is none with an
+    /// activation or an accumulator.
     pub residual: Ptr,
     /// 1 where out is an accumulator.
     pub accumulator: usize,
@@ -84,8 +86,9 @@ pub(super) fn launch(q: &mut Queue, p: &Product) -> Result<()> {
     launch_as(q, p, &plan_of(q, p))
 }
 
-/// Whether the kernel of a product of tn makes column sums of one factor beside it, the other one having `others` columns. Not of few: the sums of
-/// 256 columns take as long as the products with some 270, by the reckoning in `gemm_hopper.cu`.
+/// Whether the kernel of a product of tn makes column sums of one factor beside it, the other one having `others`
+/// columns. Not of few: the sums of 256 columns take as long as the products with some 270, by the reckoning in
+/// `gemm_hopper.cu`.
 pub(super) fn sums_beside(q: &Queue, p: &Product, others: usize) -> bool {
     others >= LEAST_OTHERS && plan_of(q, p).path == Path::Hopper
 }
@@ -168,7 +171,8 @@ fn right_map(q: &mut Queue, p: &Product, plan: &GemmPlan) -> Result<TensorMap> {
     }
 }
 
-/// A descriptor of a bf16 matrix. Where k runs along its rows, a box is as high as the tile, and else one step of k high.
+/// A descriptor of a bf16 matrix. Where k runs along its rows, a box is as high as the tile, and else one step of k
+/// high.
 fn map(q: &mut Queue, matrix: Matrix, [rows, cols]: [usize; 2], box_rows: usize) -> Result<TensorMap> {
     q.tensor_map(&TensorMapSpec {
         base: matrix.at,

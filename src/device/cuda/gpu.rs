@@ -1,7 +1,9 @@
-//! One GPU, with what belongs to its context: kernels, memory, streams and events, through the CUDA driver API, loaded when the program runs.
+//! One GPU, with what belongs to its context: kernels, memory, streams and events, through the CUDA driver API, loaded
+//! when the program runs.
 //!
-//! Everything goes through raw handles: streams, events and pinned memory are ours to order (see the project's DESIGN.md for why not
-//! through a wrapper that tracks events by itself). Each call that can fail says what it was and on which GPU.
+//! Everything goes through raw handles: streams, events and pinned memory are ours to order (see the project's
+//! DESIGN.md for why not through a wrapper that tracks events by itself). Each call that can fail says what it was and
+//! on which GPU.
 
 use super::MULTIPROCESSORS_VARIABLE;
 use super::driver::Facts;
@@ -36,7 +38,8 @@ pub struct Gpu {
     memory: Vec<sys::CUdeviceptr>,
 }
 
-// SAFETY: handles of the driver API may be used from any thread, here by one at a time since there is no `Sync`; what needs the context enters it.
+// SAFETY: handles of the driver API may be used from any thread, here by one at a time since there is no `Sync`; what
+// needs the context enters it.
 unsafe impl Send for Gpu {}
 
 /// What a call was for, with the driver's own words.
@@ -103,7 +106,8 @@ impl Gpu {
     /// The GPU of this number, its kernels loaded.
     ///
     /// # Errors
-    /// When there is no driver, no such GPU, or it is older than the kernels; when a variable of the environment names what it does not have.
+    /// When there is no driver, no such GPU, or it is older than the kernels; when a variable of the environment names
+    /// what it does not have.
     pub fn open(ordinal: usize) -> Result<Gpu> {
         let gpus = count()?;
         if ordinal >= gpus {
@@ -227,8 +231,9 @@ impl Gpu {
         self.enter()?;
         let function = self.modules_mut().kernel(launch)?;
         let ([x, y, z], stream) = (launch.grid, self.streams[stream]);
-        // SAFETY: the arguments are in the kernel's order and of its types, which the parity tests check by running it, and an embedder of its own promises (`Kernels::new`); the memory that they
-        // name stays allocated as long as the GPU lives, and its use is ordered by marks.
+        // SAFETY: the arguments are in the kernel's order and of its types, which the parity tests check by running it,
+        // and an embedder of its own promises (`Kernels::new`); the memory that they name stays allocated as long as
+        // the GPU lives, and its use is ordered by marks.
         let done = launch.with_arguments(|arguments| unsafe {
             result::launch_kernel(function, (x, y, z), (launch.block, 1, 1), launch.shared_bytes, stream, arguments)
         });
@@ -237,7 +242,8 @@ impl Gpu {
 
     pub(super) fn copy(&self, stream: usize, to: Ptr, from: Ptr, bytes: u64) -> Result<()> {
         self.enter()?;
-        // SAFETY: both lie in memory of this GPU or the host's, whose use is ordered by marks; with one address space the driver sees the direction.
+        // SAFETY: both lie in memory of this GPU or the host's, whose use is ordered by marks; with one address space
+        // the driver sees the direction.
         unsafe { sys::cuMemcpyAsync(to.0, from.0, bytes as usize, self.streams[stream]) }
             .result()
             .map_err(|e| self.said(e, format_args!("a copy of {bytes} bytes")))
@@ -265,7 +271,8 @@ impl Gpu {
             .map_err(|e| self.said(e, "recording an event"))
     }
 
-    /// Makes `stream` wait for an event of `other`, which may be this GPU: the driver takes an event of another context here.
+    /// Makes `stream` wait for an event of `other`, which may be this GPU: the driver takes an event of another context
+    /// here.
     pub(super) fn wait_for(&self, stream: usize, other: &Gpu, event: usize) -> Result<()> {
         self.enter()?;
         let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
@@ -311,9 +318,9 @@ impl Gpu {
 }
 
 impl Drop for Gpu {
-    /// Waits for what is queued, then frees. Failures have nobody left to be told to: the run has its result or its first error. Where a kernel does not
-    /// end nothing is freed, since every call for that would wait for it, and the error that names it would never be heard: the end of the process
-    /// frees all.
+    /// Waits for what is queued, then frees. Failures have nobody left to be told to: the run has its result or its
+    /// first error. Where a kernel does not end nothing is freed, since every call for that would wait for it, and the
+    /// error that names it would never be heard: the end of the process frees all.
     fn drop(&mut self) {
         if !self.comes_to_rest() {
             return;

@@ -1,7 +1,8 @@
-//! Several GPUs as one driver: each with its own context, kernels and memory, and pinned memory of the host that all copy from and to.
+//! Several GPUs as one driver: each with its own context, kernels and memory, and pinned memory of the host that all
+//! copy from and to.
 //!
-//! A stream and a mark know their GPU, and every call enters that GPU's context first. Only waits go from one GPU to another. Peer access is not
-//! asked for: nothing on one GPU reads another's memory.
+//! A stream and a mark know their GPU, and every call enters that GPU's context first. Only waits go from one GPU to
+//! another. Peer access is not asked for: nothing on one GPU reads another's memory.
 
 use super::driver::{Driver, Facts, Loaded, Mark, Stream, one_gpu};
 use super::gpu::Gpu;
@@ -19,7 +20,8 @@ pub(super) struct Gpus {
     host_memory: Vec<*mut c_void>,
 }
 
-// SAFETY: any thread may free host memory, and the one that drops this does, when no stream touches it; the GPUs may be sent.
+// SAFETY: any thread may free host memory, and the one that drops this does, when no stream touches it; the GPUs may be
+// sent.
 unsafe impl Send for Gpus {}
 
 impl Gpus {
@@ -130,8 +132,8 @@ impl Driver for Gpus {
 const _: () = assert!(align_of::<TensorMap>() == align_of::<sys::CUtensorMap>());
 const _: () = assert!(size_of::<TensorMap>() == size_of::<sys::CUtensorMap>());
 
-/// A descriptor of a tensor of `AXES` axes, the innermost first; of all but that one `pitch_bytes` says how far elements lie apart. Its
-/// boxes are swizzled over 128 bytes.
+/// A descriptor of a tensor of `AXES` axes, the innermost first; of all but that one `pitch_bytes` says how far
+/// elements lie apart. Its boxes are swizzled over 128 bytes.
 fn encode_map<const AXES: usize>(
     element: sys::CUtensorMapDataType,
     base: Ptr,
@@ -170,8 +172,9 @@ fn encode_map<const AXES: usize>(
 }
 
 impl Drop for Gpus {
-    /// Waits until all have come to rest, since one may wait for another, and frees the host's memory while the context that it is of lives. Failures
-    /// have nobody left to be told to. Where a kernel does not end nothing is freed (see `Gpu`).
+    /// Waits until all have come to rest, since one may wait for another, and frees the host's memory while the context
+    /// that it is of lives. Failures have nobody left to be told to. Where a kernel does not end nothing is freed (see
+    /// `Gpu`).
     fn drop(&mut self) {
         if !self.gpus.iter().all(Gpu::comes_to_rest) {
             self.gpus.drain(..).for_each(std::mem::forget);

@@ -1,7 +1,8 @@
 //! The cuda device's lanes: what waits on one to be queued, and of a stream also what is on it, between which marks.
 //!
-//! A driver's stream takes about a thousand launches; the next one waits until some have run, and with it would all other streams that this thread
-//! feeds. So a program is launched in portions, those of all streams in turn, and a stream that has enough before it gets the next one later.
+//! A driver's stream takes about a thousand launches; the next one waits until some have run, and with it would all
+//! other streams that this thread feeds. So a program is launched in portions, those of all streams in turn, and a
+//! stream that has enough before it gets the next one later.
 
 use super::blocks::Blocks;
 use super::clock::GpuClock;
@@ -158,8 +159,8 @@ impl StreamLane {
         Ok(())
     }
 
-    /// Queues the next portion of the program that has begun, if there is room for it, and with the last one its end; tells whether there was room. `arena`
-    /// is that of the program's device.
+    /// Queues the next portion of the program that has begun, if there is room for it, and with the last one its end;
+    /// tells whether there was room. `arena` is that of the program's device.
     pub(super) fn go_on(&mut self, driver: &mut dyn Driver, arena: Ptr) -> Result<bool> {
         if !self.has_room(driver)? {
             return Ok(false);

@@ -18,8 +18,8 @@ impl Ptr {
 
 /// Bytes that a launch's arguments may take: what every driver since CUDA 1 passes.
 const ARGUMENT_BYTES: usize = 4096;
-/// Of which so many lie in the launch itself: room for five tensor maps and what goes with them. A launch is built by handing it on from call to call,
-/// and each of them may copy it.
+/// Of which so many lie in the launch itself: room for five tensor maps and what goes with them. A launch is built by
+/// handing it on from call to call, and each of them may copy it.
 const OWN_BYTES: usize = 768;
 /// The start of an argument that lies elsewhere.
 const ELSEWHERE: u16 = u16::MAX;
@@ -207,7 +207,8 @@ pub struct TensorMapSpec {
     pub box_cols: u32,
 }
 
-/// A bf16 tensor of four axes, the innermost first, and the box of it that one bulk copy moves, swizzled over 128 bytes.
+/// A bf16 tensor of four axes, the innermost first, and the box of it that one bulk copy moves, swizzled over 128
+/// bytes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct BoxMapSpec {
     /// Its first element; a multiple of 16 bytes.

@@ -1,6 +1,7 @@
 //! The linear layer's launches: products of `gemm`, and column sums for a bias.
 //!
-//! Sizes: M (rows of x), K (inputs), N (outputs). The weight is (K, N) or (N, K). Rows of out and of d_pre may be further apart than N.
+//! Sizes: M (rows of x), K (inputs), N (outputs). The weight is (K, N) or (N, K). Rows of out and of d_pre may be
+//! further apart than N.
 
 use super::column_sum;
 use super::gemm::{self, Beside, Form, Matrix, Product, Sizes};
@@ -10,8 +11,8 @@ use super::queue::Queue;
 use crate::base::Result;
 use crate::graph::{Activation, WeightLayout, beside_parts, product_bytes};
 
-/// x (M, K), weight, bias (N) or none -> out (M, N) = act(x W + bias), pre (M, N) where it is wanted. A `residual` (M, N), the last input, is
-/// added after the bias.
+/// x (M, K), weight, bias (N) or none -> out (M, N) = act(x W + bias), pre (M, N) where it is wanted. A `residual` (M,
+/// N), the last input, is added after the bias.
 pub(super) fn forward(
     q: &mut Queue,
     o: &Operands,
@@ -31,8 +32,8 @@ pub(super) fn forward(
     gemm::launch(q, &Product { bias, activation, pre: o.optional_output(1), residual, ..product })
 }
 
-/// d_pre (M, N), weight -> d_x (M, K) = d_pre W^T; with an activation, pre (M, K) too -> d_x = (d_pre W^T) act'(pre). Where it `adds`, the last
-/// input (M, K) is added.
+/// d_pre (M, N), weight -> d_x (M, K) = d_pre W^T; with an activation, pre (M, K) too -> d_x = (d_pre W^T) act'(pre).
+/// Where it `adds`, the last input (M, K) is added.
 pub(super) fn grad_input(
     q: &mut Queue,
     o: &Operands,
@@ -51,8 +52,8 @@ pub(super) fn grad_input(
     gemm::launch(q, &Product { activation, backward, pre, residual, ..product })
 }
 
-/// x (M, K), d_pre (M, N) -> d_weight = x^T d_pre (K, N), or d_pre^T x (N, K), and with a `bias` d_bias (N), the column sums of d_pre: made
-/// beside the product where its kernel does that, and else after it.
+/// x (M, K), d_pre (M, N) -> d_weight = x^T d_pre (K, N), or d_pre^T x (N, K), and with a `bias` d_bias (N), the column
+/// sums of d_pre: made beside the product where its kernel does that, and else after it.
 pub(super) fn grad_weight(q: &mut Queue, o: &Operands, layout: WeightLayout, bias: bool) -> Result<()> {
     let ((k, inputs), (_, outputs)) = (o.rows_cols(0), o.rows_cols(1));
     let product = match layout {

@@ -1,7 +1,7 @@
 //! The cuda device: our kernels on GPUs, or the same kernels on the emulator.
 //!
-//! One launch file an op family, with the stem of its kernels; `launch` is what a launch is, `queue` where it goes, `driver` the seam under which a GPU or the
-//! emulator stands.
+//! One launch file an op family, with the stem of its kernels; `launch` is what a launch is, `queue` where it goes,
+//! `driver` the seam under which a GPU or the emulator stands.
 
 mod activation;
 mod attention;
@@ -51,8 +51,8 @@ pub use emulated::Emulated;
 pub use gpu::{Gpu, count, list};
 pub use memory::LogicalDevice;
 
-/// The environment variable that names a folder of kernels to load instead of those that were built in: `<stem>.fatbin` for a GPU,
-/// `kernels.so` for the emulator.
+/// The environment variable that names a folder of kernels to load instead of those that were built in: `<stem>.fatbin`
+/// for a GPU, `kernels.so` for the emulator.
 pub const KERNELS_VARIABLE: &str = "HYDRA_KERNELS";
 
 /// The folder that [`KERNELS_VARIABLE`] names.
@@ -60,12 +60,14 @@ fn kernels_dir() -> Option<std::path::PathBuf> {
     std::env::var_os(KERNELS_VARIABLE).map(Into::into)
 }
 
-/// The environment variable that lowers the number of a GPU's multiprocessors by which grids and kernels are chosen, to 1 or more. No result depends on it;
-/// with the emulator's 4, tests reach with small shapes what 132 leave to large ones. An emulated GPU has as many as it says.
+/// The environment variable that lowers the number of a GPU's multiprocessors by which grids and kernels are chosen, to
+/// 1 or more. No result depends on it; with the emulator's 4, tests reach with small shapes what 132 leave to large
+/// ones. An emulated GPU has as many as it says.
 pub const MULTIPROCESSORS_VARIABLE: &str = "HYDRA_MULTIPROCESSORS";
 
-/// Waits the longer the longer nothing has happened: first not at all, then for as long as another thread wants this core, and after a millisecond,
-/// in which no copy of a step's that is worth a copy's start would have ended, asleep. A sleep of 50 microseconds takes up to three times as long.
+/// Waits the longer the longer nothing has happened: first not at all, then for as long as another thread wants this
+/// core, and after a millisecond, in which no copy of a step's that is worth a copy's start would have ended, asleep. A
+/// sleep of 50 microseconds takes up to three times as long.
 fn back_off(idle_secs: f64) {
     match idle_secs {
         ..50e-6 => std::hint::spin_loop(),

@@ -1,4 +1,5 @@
-//! The kernels that are loaded on one GPU: modules of machine code, the crate's own and embedders', and the functions in them.
+//! The kernels that are loaded on one GPU: modules of machine code, the crate's own and embedders', and the functions
+//! in them.
 //!
 //! Every call is made in the GPU's context, and modules stay loaded as long as that lives.
 
@@ -14,7 +15,8 @@ use std::ffi::{CStr, CString, c_int};
 /// The fatbins that `build.rs` made, by the stem of their source.
 static FATBINS: &[(&str, &[u8])] = include!(concat!(env!("HYDRA_FATBINS"), "/list.rs"));
 
-/// A kernel, with the dynamic shared memory that was asked for. Up to 48 KiB less its static shared memory it could have without.
+/// A kernel, with the dynamic shared memory that was asked for. Up to 48 KiB less its static shared memory it could
+/// have without.
 struct Kernel {
     function: sys::CUfunction,
     shared_bytes: u32,
@@ -93,8 +95,8 @@ impl Modules {
         Ok(names)
     }
 
-    /// Loads a fatbin or a cubin, the crate's own or an embedder's. The driver loads each kernel of it when it is first asked for, unless
-    /// CUDA_MODULE_LOADING says otherwise.
+    /// Loads a fatbin or a cubin, the crate's own or an embedder's. The driver loads each kernel of it when it is first
+    /// asked for, unless CUDA_MODULE_LOADING says otherwise.
     ///
     /// # Errors
     /// When it holds nothing for this GPU.

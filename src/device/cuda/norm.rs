@@ -1,4 +1,5 @@
-//! Launches of `kernels/norm.cu` and `norm_grad.cu`: layernorm, and rmsnorm, which is the same without a mean and a bias.
+//! Launches of `kernels/norm.cu` and `norm_grad.cu`: layernorm, and rmsnorm, which is the same without a mean and a
+//! bias.
 
 use super::column_sum;
 use super::launch::{Launch, Ptr};
@@ -7,8 +8,8 @@ use super::queue::Queue;
 use crate::base::{DType, Result};
 use crate::graph::{NORM_COLUMNS, RowParts, norm_parts};
 
-/// Warps of a block of the forward kernels that give rows to warps; packs a lane up to which the first takes them, two rows a warp, and the second,
-/// one row a warp.
+/// Warps of a block of the forward kernels that give rows to warps; packs a lane up to which the first takes them, two
+/// rows a warp, and the second, one row a warp.
 const FORWARD_WARPS: usize = 4;
 const FORWARD_PACKS: [usize; 2] = [4, 8];
 /// Columns up to which the gradient gives a row to a warp, with 8 rows a block.
@@ -118,8 +119,9 @@ impl Row {
         q.launch(launch.int(cols).float(epsilon as f32).int(self.packed.into()))
     }
 
-    /// Queues the gradient's kernels: of `[narrow, wide, sums]` those that fit, then the sum of their partial column sums.
-    /// `outs` are the column sums wanted, with whether they are accumulators; `arguments` gives the kernels their inputs.
+    /// Queues the gradient's kernels: of `[narrow, wide, sums]` those that fit, then the sum of their partial column
+    /// sums. `outs` are the column sums wanted, with whether they are accumulators; `arguments` gives the kernels their
+    /// inputs.
     fn grad(
         &self,
         q: &mut Queue,
@@ -157,8 +159,9 @@ impl Row {
         column_sum::finish(q, outs, parts, cols, scratch)
     }
 
-    /// Stages of the ring of a block of the gradient, with `each` columns of x and d_out a thread, and bytes of its shared memory: as much as lets
-    /// the multiprocessor's registers be used, by 512 threads. Without packs there is no ring, but column sums are joined in its place.
+    /// Stages of the ring of a block of the gradient, with `each` columns of x and d_out a thread, and bytes of its
+    /// shared memory: as much as lets the multiprocessor's registers be used, by 512 threads. Without packs there is no
+    /// ring, but column sums are joined in its place.
     fn ring(&self, q: &Queue, block: usize, each: usize) -> (usize, u32) {
         // A block's share of what one block might have; the driver takes 1 KB of each, and 2 KB are the kernel's own.
         let room = ((q.shared_bytes() + 1024) / (512 / block).max(1)) - 1024 - 2048;

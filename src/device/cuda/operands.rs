@@ -48,7 +48,8 @@ impl Operands<'_> {
         self.step.scratch.as_ref().map_or(Ptr::NULL, |b| self.at(b))
     }
 
-    /// 1 where output `i` is a gradient accumulator, else 0. Kernels add to one when `Now::accumulate` says so, and overwrite otherwise.
+    /// 1 where output `i` is a gradient accumulator, else 0. Kernels add to one when `Now::accumulate` says so, and
+    /// overwrite otherwise.
     pub fn accumulator(&self, i: usize) -> usize {
         usize::from(self.step.outputs[i].as_ref().is_some_and(|b| b.area == Area::Gradients))
     }

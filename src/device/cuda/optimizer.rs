@@ -1,6 +1,8 @@
-//! Launches of `kernels/optimizer.cu`: updates, sums of squares, sums of accumulators, and the look for what is not finite.
+//! Launches of `kernels/optimizer.cu`: updates, sums of squares, sums of accumulators, and the look for what is not
+//! finite.
 //!
-//! A launch takes the tensors it works on in its arguments, up to [`SEGMENTS`] of them, so nothing is uploaded and nothing is waited for.
+//! A launch takes the tensors it works on in its arguments, up to [`SEGMENTS`] of them, so nothing is uploaded and
+//! nothing is waited for.
 
 use super::elementwise::{THREADS, pointwise};
 use super::launch::{Launch, Ptr};

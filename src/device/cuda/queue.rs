@@ -30,7 +30,8 @@ impl<'a> Queue<'a> {
         Queue { driver, stream, blocks, number, tf32: false, now: Ptr::NULL, layer: Ptr::NULL }
     }
 
-    /// Begins a program: writes what its kernels read of the step; with `check`, clears the first layer that is not finite.
+    /// Begins a program: writes what its kernels read of the step; with `check`, clears the first layer that is not
+    /// finite.
     pub(super) fn begin(&mut self, scalars: &Scalars, check: bool) -> Result<()> {
         self.resume(check);
         let mut now = [0; NOW_BYTES as usize];
@@ -69,7 +70,8 @@ impl<'a> Queue<'a> {
         self.blocks.passed_on(self.number)
     }
 
-    /// A word of device memory by which blocks of one kernel share out its work. It is 0 where a program begins, and each kernel leaves it so.
+    /// A word of device memory by which blocks of one kernel share out its work. It is 0 where a program begins, and
+    /// each kernel leaves it so.
     pub fn taken(&self) -> Ptr {
         self.now.plus(NOW_BYTES)
     }

@@ -35,7 +35,8 @@ pub(super) fn turn(q: &mut Queue, o: &Operands, rotation: &Rotation) -> Result<(
     q.launch(turn.float(if rotation.back { -1.0 } else { 1.0 }))
 }
 
-/// Sequences and positions of a block: several sequences, since they share angles, and positions only where it has all sequences.
+/// Sequences and positions of a block: several sequences, since they share angles, and positions only where it has all
+/// sequences.
 fn share(batch: usize, rows: usize, half: usize, multiprocessors: usize) -> [usize; 2] {
     let most = (rows / (BLOCKS * multiprocessors)).clamp(1, MOST_ROWS);
     if batch >= most {

@@ -1,4 +1,5 @@
-//! Where tests of single launches run: on an emulated GPU, or on GPU 0 where `HYDRA_KERNEL_TESTS_DEVICE` is `cuda`, as tests/kernels does.
+//! Where tests of single launches run: on an emulated GPU, or on GPU 0 where `HYDRA_KERNEL_TESTS_DEVICE` is `cuda`, as
+//! tests/kernels does.
 
 use super::blocks::Blocks;
 use super::driver::{Driver, Stream};
@@ -27,8 +28,9 @@ impl Held {
 }
 
 impl Stand {
-    /// A GPU for kernels of compute capability `arch`: 90 for Hopper's own. On the emulator things go in the order that `seed` draws. `None` where
-    /// what was asked for is not there, or is no Hopper; that is said, and no GPU at all is a failure where `HYDRA_REQUIRE_GPU` is set.
+    /// A GPU for kernels of compute capability `arch`: 90 for Hopper's own. On the emulator things go in the order that
+    /// `seed` draws. `None` where what was asked for is not there, or is no Hopper; that is said, and no GPU at all is
+    /// a failure where `HYDRA_REQUIRE_GPU` is set.
     pub fn open(arch: u32, seed: u32) -> Option<Stand> {
         let named = std::env::var("HYDRA_KERNEL_TESTS_DEVICE").unwrap_or_default();
         let found = match named.as_str() {

@@ -56,8 +56,8 @@ enum Form {
     Tile { rows: Axis, cols: Axis, col_stride: usize, others: Vec<(Axis, usize)> },
 }
 
-/// The form for arranged axes of elements of `elem` bytes, at addresses that are multiples of `aligned` bytes. The stride beside an axis or
-/// its name is the output's.
+/// The form for arranged axes of elements of `elem` bytes, at addresses that are multiples of `aligned` bytes. The
+/// stride beside an axis or its name is the output's.
 fn form_of(axes: Vec<Axis>, elem: usize, aligned: usize) -> Form {
     let [.., last] = axes[..] else { return Form::Copy };
     if axes.len() == 1 {

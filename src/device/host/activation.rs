@@ -1,13 +1,14 @@
 //! Activation functions and their gradients.
 //!
-//! GELU after Hendrycks & Gimpel 2016, "Gaussian error linear units", arXiv:1606.08415: x Φ(x), with Φ by the error function,
-//! or by tanh as GPT-2 has it (`gelu_new` in transformers).
+//! GELU after Hendrycks & Gimpel 2016, "Gaussian error linear units", arXiv:1606.08415: x Φ(x), with Φ by the error
+//! function, or by tanh as GPT-2 has it (`gelu_new` in transformers).
 
 use super::parallel::{self, Binary, Unary};
 use super::real::Real;
 use crate::graph::kinds::Activation;
 
-/// Evaluates an expression in which a name stands for the type of an activation: `of_kind!(kind, F => map::<T, F>(out, x))`.
+/// Evaluates an expression in which a name stands for the type of an activation: `of_kind!(kind, F => map::<T, F>(out,
+/// x))`.
 macro_rules! of_kind {
     ($kind:expr, $F:ident => $body:expr) => {{
         use crate::device::host::activation::{GeluErf, GeluTanh, Identity, Relu, Silu};
@@ -40,7 +41,8 @@ pub fn forward<T: Real>(out: &mut [T], x: Option<&[T]>, activation: Activation) 
     of_kind!(activation, F => parallel::map::<T, F>(out, x));
 }
 
-/// `d_x = d_y * activation'(pre)`, elementwise; where `d_y` is `None`, `d_x` holds it. `pre` is what the activation was given.
+/// `d_x = d_y * activation'(pre)`, elementwise; where `d_y` is `None`, `d_x` holds it. `pre` is what the activation was
+/// given.
 ///
 /// # Panics
 /// When the lengths differ.

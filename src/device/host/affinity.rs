@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
-/// Confines the calling thread to `cores` of those that the process may use, counted in their order; does nothing where the
-/// system refuses or there is no such call.
+/// Confines the calling thread to `cores` of those that the process may use, counted in their order; does nothing where
+/// the system refuses or there is no such call.
 pub(super) fn pin(cores: Range<usize>) {
     #[cfg(target_os = "linux")]
     {
@@ -28,7 +28,8 @@ pub(super) fn pin(cores: Range<usize>) {
             }
             nth += 1;
         }
-        // SAFETY: the kernel reads `size` bytes of the set; a refusal leaves the thread where it was, which is only slower.
+        // SAFETY: the kernel reads `size` bytes of the set; a refusal leaves the thread where it was, which is only
+        // slower.
         let _ = unsafe { libc::sched_setaffinity(0, size, &chosen) };
     }
     #[cfg(not(target_os = "linux"))]

@@ -1,12 +1,14 @@
-//! Scaled dot-product attention and its gradient (Vaswani et al. 2017, "Attention is all you need", arXiv:1706.03762, eq. 1).
+//! Scaled dot-product attention and its gradient (Vaswani et al. 2017, "Attention is all you need", arXiv:1706.03762,
+//! eq. 1).
 //!
-//! Sizes: B batch, H heads, Tq queries, Tk keys, D width of a head; q (B Tq, H D); k, v (B Tk, Hkv D), where H / Hkv heads in a
-//! row share one of k and v. `out (B Tq, H D) = dropout(softmax(scale q k^T + mask)) v`, `lse (B, H, Tq)` is the logarithm of each
-//! softmax's denominator, kept so that the gradient recomputes the probabilities instead of keeping them (Dao et al. 2022,
-//! "FlashAttention", arXiv:2205.14135; unlike theirs, a tile here has all keys at once, so nothing is rescaled).
+//! Sizes: B batch, H heads, Tq queries, Tk keys, D width of a head; q (B Tq, H D); k, v (B Tk, Hkv D), where H / Hkv
+//! heads in a row share one of k and v. `out (B Tq, H D) = dropout(softmax(scale q k^T + mask)) v`, `lse (B, H, Tq)` is
+//! the logarithm of each softmax's denominator, kept so that the gradient recomputes the probabilities instead of
+//! keeping them (Dao et al. 2022, "FlashAttention", arXiv:2205.14135; unlike theirs, a tile here has all keys at once,
+//! so nothing is rescaled).
 //!
-//! A task of the forward is 64 queries of one head; a task of the gradient is one head of k and v, with its query heads and their
-//! tiles in order. Neither depends on the number of threads, and no sum crosses tasks.
+//! A task of the forward is 64 queries of one head; a task of the gradient is one head of k and v, with its query heads
+//! and their tiles in order. Neither depends on the number of threads, and no sum crosses tasks.
 
 use super::elementwise::factors;
 use super::gemm::{Matrix, Threads, gemm};
@@ -53,7 +55,8 @@ pub struct Inputs<'a, T> {
     pub scale: f64,
     /// Query i sees keys 0..=i alone.
     pub causal: bool,
-    /// Probability that a weight is dropped, and the random words: element ((b H + h) Tq + i) Tk + j for query i and key j.
+    /// Probability that a weight is dropped, and the random words: element ((b H + h) Tq + i) Tk + j for query i and
+    /// key j.
     pub dropout: Option<(f64, Stream)>,
 }
 
@@ -101,7 +104,8 @@ pub fn forward<T: Real>(out: &mut [T], lse: &mut [T], inputs: &Inputs<T>) {
     });
 }
 
-/// The gradient, given that of `out`, and the forward's `out` and `lse`. Overwrites `d_q (B Tq, H D)`, `d_k` and `d_v (B Tk, Hkv D)`.
+/// The gradient, given that of `out`, and the forward's `out` and `lse`. Overwrites `d_q (B Tq, H D)`, `d_k` and `d_v
+/// (B Tk, Hkv D)`.
 ///
 /// With P the softmax, M dropout's factors and `delta` the row sums of `d_out * out`: `d_v = (P M)^T d_out`,
 /// `d_s = P (M (d_out v^T) - delta)`, `d_q = scale d_s k`, `d_k = scale d_s^T q`.

@@ -1,4 +1,5 @@
-//! Batch normalization over images and positions, one mean and variance a channel (Ioffe & Szegedy 2015, arXiv:1502.03167).
+//! Batch normalization over images and positions, one mean and variance a channel (Ioffe & Szegedy 2015,
+//! arXiv:1502.03167).
 //!
 //! `x`, `out`: `(batch, channels, positions)`; everything else: `(channels)`. Sums run in f64 and in a fixed order.
 
@@ -41,8 +42,9 @@ const TASK_ELEMS: usize = 16384;
 
 /// Normalizes by the statistics of this batch, and returns them for the gradient and for [`update_running`].
 ///
-/// `mean` and `var` (biased, divided by the count) over images and positions, `rstd = 1 / sqrt(var + epsilon)`,
-/// `out = (x - mean) * (rstd * weight) + bias`. Overwrites `out`, `mean`, `var` and `rstd`. With no values at all, mean and var are 0.
+/// `mean` and `var` (biased, divided by the count) over images and positions, `rstd = 1 / sqrt(var + epsilon)`, `out =
+/// (x - mean) * (rstd * weight) + bias`. Overwrites `out`, `mean`, `var` and `rstd`. With no values at all, mean and
+/// var are 0.
 pub fn forward_train<T: Real>(
     out: &mut [T],
     mean: &mut [T],
@@ -65,7 +67,8 @@ pub fn forward_train<T: Real>(
     stats.enumerate().for_each(|(index, ((mean, var), rstd))| {
         let first = index * block;
         let channels = first..first + mean.len();
-        // Differences from one of the values, whichever, so that a large mean does not swallow a small variance (Chan et al. 1983, section 3).
+        // Differences from one of the values, whichever, so that a large mean does not swallow a small variance (Chan
+        // et al. 1983, section 3).
         let near = |index: usize| x.get((first + index) * sizes.positions).map_or(0.0, |x| x.to_f64());
         let sums = walk.sums(
             channels.clone(),
@@ -98,8 +101,9 @@ pub fn forward_train<T: Real>(
 
 /// Mixes a batch's statistics into the running ones: `running = (1 - momentum) * running + momentum * batch`.
 ///
-/// As in torch, the running variance takes the unbiased variance, `var * count / (count - 1)`; `count` is the number of values a channel
-/// and at least 2 (one value a channel is refused before training; its variance would be taken as it is).
+/// As in torch, the running variance takes the unbiased variance, `var * count / (count - 1)`; `count` is the number of
+/// values a channel and at least 2 (one value a channel is refused before training; its variance would be taken as it
+/// is).
 pub fn update_running<T: Real>(
     running_mean: &mut [T],
     running_var: &mut [T],
@@ -122,7 +126,8 @@ pub fn update_running<T: Real>(
     }
 }
 
-/// Normalizes by the running statistics: `out = (x - running_mean) * (weight / sqrt(running_var + epsilon)) + bias`. Overwrites `out`.
+/// Normalizes by the running statistics: `out = (x - running_mean) * (weight / sqrt(running_var + epsilon)) + bias`.
+/// Overwrites `out`.
 pub fn forward_eval<T: Real>(
     out: &mut [T],
     x: &[T],
@@ -163,8 +168,8 @@ fn normalize<T: Real>(out: &mut [T], x: &[T], mean: T, scale: T, bias: T) {
 
 /// The gradient of [`forward_train`].
 ///
-/// With `xhat = (x - mean) * rstd` and n values a channel: `d_bias = sum(d_y)`, `d_weight = sum(d_y * xhat)`,
-/// `d_x = rstd * weight * (d_y - d_bias / n - xhat * d_weight / n)`, the sums being those of this batch. Overwrites `d_x`;
+/// With `xhat = (x - mean) * rstd` and n values a channel: `d_bias = sum(d_y)`, `d_weight = sum(d_y * xhat)`, `d_x =
+/// rstd * weight * (d_y - d_bias / n - xhat * d_weight / n)`, the sums being those of this batch. Overwrites `d_x`;
 /// overwrites `d_weight` and `d_bias`, or adds to them when `accumulate`.
 pub fn grad<T: Real>(
     d_x: &mut [T],
@@ -283,7 +288,8 @@ mod tests {
         std::array::from_fn(|i| normal(lens[i], i as u64))
     }
 
-    /// Relative errors of f32: a dozen roundings; where a channel's few values are nearly equal, 1/sqrt(var + epsilon) makes them larger.
+    /// Relative errors of f32: a dozen roundings; where a channel's few values are nearly equal, 1/sqrt(var + epsilon)
+    /// makes them larger.
     const SINGLE: f64 = 1e-5;
     const DOUBLE: f64 = 1e-12;
 
@@ -372,8 +378,8 @@ mod tests {
         for sizes in SHAPES.iter().map(sizes_of) {
             let [x, weight, bias, _] = inputs::<f32>(&sizes);
             let trained = train(&x, &weight, &bias, &sizes);
-            // Evaluated by its own statistics, a batch gives what training gave: the same operations, hence the same bits but for rstd,
-            // which comes from the rounded variance.
+            // Evaluated by its own statistics, a batch gives what training gave: the same operations, hence the same
+            // bits but for rstd, which comes from the rounded variance.
             let out = same_in_all_pools(|| {
                 let mut out = poison::<f32>(x.len());
                 forward_eval(&mut out, &x, &weight, &bias, &trained[1], &trained[2], &sizes, EPSILON);

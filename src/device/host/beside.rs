@@ -1,4 +1,5 @@
-//! The host's lanes beside a GPU, over memory that is the GPU's driver's: arithmetic, and the disk tier's reads and writes. A thread for each.
+//! The host's lanes beside a GPU, over memory that is the GPU's driver's: arithmetic, and the disk tier's reads and
+//! writes. A thread for each.
 
 use super::device::{DISK_LANES, pool};
 use super::disk::Disk;
@@ -23,7 +24,8 @@ pub(in crate::device) struct HostLanesConfig {
     pub clock: Instant,
 }
 
-/// Threads that run tasks on host memory: arithmetic first, with a pool behind it; where there is a disk tier, its two lanes.
+/// Threads that run tasks on host memory: arithmetic first, with a pool behind it; where there is a disk tier, its two
+/// lanes.
 pub(in crate::device) struct HostLanes {
     names: Vec<LaneId>,
     shared: Arc<Shared>,
@@ -36,7 +38,8 @@ impl HostLanes {
     /// Starts the threads, over `bytes` of host memory at `store`.
     ///
     /// # Safety
-    /// The memory is page-aligned, initialised, and outlives the lanes: until [`HostLanes::wait_stop`] says so, or for ever.
+    /// The memory is page-aligned, initialised, and outlives the lanes: until [`HostLanes::wait_stop`] says so, or for
+    /// ever.
     ///
     /// # Errors
     /// When a thread cannot be started, or there is no room for the disk tier.
@@ -114,7 +117,8 @@ impl HostLanes {
 }
 
 impl HostLanes {
-    /// Waits until the threads have ended, but not for ever: false where one was left with a task that does not end. Then the memory must stay.
+    /// Waits until the threads have ended, but not for ever: false where one was left with a task that does not end.
+    /// Then the memory must stay.
     pub fn wait_stop(&mut self) -> bool {
         self.shared.stop();
         self.orders.clear();

@@ -1,11 +1,13 @@
-//! Two-dimensional convolution as matrix products over im2col tiles (Chellapilla, Puri & Simard 2006; the tiling follows Chetlur et al.
+//! Two-dimensional convolution as matrix products over im2col tiles (Chellapilla, Puri & Simard 2006; the tiling
+//! follows Chetlur et al.
 //! 2014, "cuDNN: Efficient Primitives for Deep Learning", arXiv:1410.0759, section 3).
 //!
-//! With K = C * kernel_h * kernel_w and a tile of output positions, the im2col matrix (K, tile) is written to scratch and multiplied there, so
-//! that the whole matrix never exists. A tile is a range of one image's positions or, where images are small, several whole images.
-//! Where there are many tiles, every thread takes one after another. Where there are few, in deep layers, all threads gather, multiply and
-//! scatter one tile together, so that none gathers what another one has. Which it is, and the tiles, depend on the sizes alone; sums over tiles
-//! run in tile order.
+//! With K = C * kernel_h * kernel_w and a tile of output positions, the im2col matrix (K, tile) is written to scratch
+//! and multiplied there, so that the whole matrix never exists. A tile is a range of one image's positions or, where
+//! images are small, several whole images.
+//! Where there are many tiles, every thread takes one after another. Where there are few, in deep layers, all threads
+//! gather, multiply and scatter one tile together, so that none gathers what another one has. Which it is, and the
+//! tiles, depend on the sizes alone; sums over tiles run in tile order.
 //!
 //! `x`: `(N, C, H, W)`; `weight`: `(O, C, kernel_h, kernel_w)`; `out`: `(N, O, out_height, out_width)`; `bias`: `(O)`.
 
@@ -81,7 +83,8 @@ impl ConvSizes {
 
 /// Parts that work is cut into where its sizes allow: enough to keep a dozen threads even.
 const PARTS: usize = 16;
-/// A tile that one thread takes: in half a core's second-level cache on common machines, and no wider than gains something.
+/// A tile that one thread takes: in half a core's second-level cache on common machines, and no wider than gains
+/// something.
 const ROOM_OF_ONE: Room = Room { bytes: 1 << 20, columns: 512 };
 /// A tile that all threads take together: in a part of a third-level cache, wide enough to pay for their meeting.
 const ROOM_OF_ALL: Room = Room { bytes: 4 << 20, columns: 2048 };
@@ -119,7 +122,8 @@ pub fn forward<T: Real>(
     }
 }
 
-/// `d_x = col2im(weight^T d_y)`: every output's gradient, times the filter, added where the filter lay. Overwrites `d_x`.
+/// `d_x = col2im(weight^T d_y)`: every output's gradient, times the filter, added where the filter lay. Overwrites
+/// `d_x`.
 pub fn grad_input<T: Real>(d_x: &mut [T], d_y: &[T], weight: &[T], sizes: &ConvSizes, shared: &mut SharedScratch) {
     sizes.check_lens(d_x.len(), weight.len(), d_y.len());
     if d_y.is_empty() || weight.is_empty() {
@@ -209,7 +213,8 @@ impl<'a> Work<'a> {
         Work { tile, sizes, threads, k, width, out_channels, window }
     }
 
-    /// Elements of scratch that the work takes: for the im2col matrix, for the output's channels at the tile, and for windows.
+    /// Elements of scratch that the work takes: for the im2col matrix, for the output's channels at the tile, and for
+    /// windows.
     fn scratch_elems(&self) -> usize {
         let windows = if self.threads == Threads::All { PARTS } else { 1 };
         (self.k + self.out_channels) * self.width + windows * self.window
@@ -276,7 +281,8 @@ impl<'a> Work<'a> {
         let (positions, taps) = (sizes.positions(), sizes.taps());
         let [columns, rows, windows] = self.split(scratch);
         let rows = self.rows(rows, d_y, out_channels, sizes.out_positions());
-        // SAFETY: images and channels share no element of `d_x`; one task at a time has an image's tiles, and of them one range.
+        // SAFETY: images and channels share no element of `d_x`; one task at a time has an image's tiles, and of them
+        // one range.
         let planes = |image: usize, channels: &Range<usize>| unsafe {
             d_x.range((image * sizes.in_channels + channels.start) * positions, channels.len() * positions)
         };
@@ -332,8 +338,8 @@ impl<'a> Work<'a> {
         Matrix::rows(scratch, width)
     }
 
-    /// `channels` channels of `data`, planes of `positions` elements, at the tile's positions, `(channels, tile)`: copied to `scratch` where the
-    /// tile has several images, otherwise as they lie.
+    /// `channels` channels of `data`, planes of `positions` elements, at the tile's positions, `(channels, tile)`:
+    /// copied to `scratch` where the tile has several images, otherwise as they lie.
     fn rows<'s, T: Real>(
         &self,
         scratch: &'s mut [T],

@@ -1,7 +1,8 @@
 //! Softmax and cross-entropy in one: the loss of each row of logits under its label, and the gradient.
 //!
-//! Sizes: logits (rows, cols); labels, loss_rows, lse (rows). A label of -100 leaves its row out, as in torch: its loss, its
-//! lse and its gradient are 0, whatever its logits are. Labels are checked where data enters; another one out of range is our own bug and panics.
+//! Sizes: logits (rows, cols); labels, loss_rows, lse (rows). A label of -100 leaves its row out, as in torch: its
+//! loss, its lse and its gradient are 0, whatever its logits are. Labels are checked where data enters; another one out
+//! of range is our own bug and panics.
 
 use super::parallel::{expect_len, rows_per_chunk, vector_fn};
 use super::real::Real;
@@ -9,7 +10,8 @@ use super::reduce;
 use crate::base::IGNORED;
 use rayon::prelude::*;
 
-/// `loss_rows = lse - logits[label]`, where `lse` is the logarithm of the sum of the exponentials of the row. Both are 0 in rows that do not count.
+/// `loss_rows = lse - logits[label]`, where `lse` is the logarithm of the sum of the exponentials of the row. Both are
+/// 0 in rows that do not count.
 ///
 /// # Panics
 /// When a length does not fit the sizes, or a label is outside 0..cols.
@@ -47,8 +49,8 @@ vector_fn! {
     }
 }
 
-/// `d_logits = (softmax(logits) - onehot(label)) * scale`, 0 in rows that do not count; where `logits` is `None`, `d_logits`
-/// holds them. `lse` is [`forward`]'s.
+/// `d_logits = (softmax(logits) - onehot(label)) * scale`, 0 in rows that do not count; where `logits` is `None`,
+/// `d_logits` holds them. `lse` is [`forward`]'s.
 ///
 /// # Panics
 /// When a length does not fit the sizes, or a label is outside 0..cols.

@@ -1,4 +1,5 @@
-//! The host device: an arena and three lanes for each device, an arithmetic lane for the host, real copies between separate memories.
+//! The host device: an arena and three lanes for each device, an arithmetic lane for the host, real copies between
+//! separate memories.
 
 use super::disk::Disk;
 use super::lanes::{Lane, Link, Order, Shared, Throttle, wait_join};
@@ -157,7 +158,8 @@ impl HostDevice {
         Ok(())
     }
 
-    /// One past the last byte of an arena that is no longer the poison that it was filled with: what tasks have written, whatever they said.
+    /// One past the last byte of an arena that is no longer the poison that it was filled with: what tasks have
+    /// written, whatever they said.
     ///
     /// # Safety
     /// Every task has ended.
@@ -171,7 +173,8 @@ impl HostDevice {
 pub(in crate::device) const DISK_LANES: [LaneId; 2] =
     [LaneId::host(LaneKind::DiskRead), LaneId::host(LaneKind::DiskWrite)];
 
-/// Lanes for the host's arithmetic: of several devices each has one on its own cores, and those without share one, as a single device does.
+/// Lanes for the host's arithmetic: of several devices each has one on its own cores, and those without share one, as a
+/// single device does.
 fn math_lanes(devices: &[HostSpec]) -> Vec<LaneId> {
     if devices.len() == 1 {
         return vec![LaneId::host(LaneKind::HostMath)];
@@ -215,8 +218,8 @@ impl Device for HostDevice {
     }
 
     fn next_completion(&mut self, patience_secs: f64) -> Option<Completion> {
-        // No end to patience is as long as a duration goes. It is waited in slices: of a process that was stopped for an hour no more than one has
-        // passed, and its lanes were stopped as well.
+        // No end to patience is as long as a duration goes. It is waited in slices: of a process that was stopped for
+        // an hour no more than one has passed, and its lanes were stopped as well.
         let mut left = Duration::try_from_secs_f64(patience_secs.max(0.0)).unwrap_or(Duration::MAX);
         loop {
             let slice = left.min(PATIENCE_SLICE);

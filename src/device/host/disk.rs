@@ -1,8 +1,9 @@
-//! The disk tier: a file without a name in a folder that the user gives. Lanes of their own read and write stretches of it.
+//! The disk tier: a file without a name in a folder that the user gives. Lanes of their own read and write stretches of
+//! it.
 //!
-//! The whole file is asked of the file system before anything runs, so that a disk that is too full is known then and not in the middle of a step. The
-//! name goes as soon as the file is open: whatever ends the program, nothing is left behind. Invariant as for memory: tasks that touch the same byte are
-//! ordered by tickets.
+//! The whole file is asked of the file system before anything runs, so that a disk that is too full is known then and
+//! not in the middle of a step. The name goes as soon as the file is open: whatever ends the program, nothing is left
+//! behind. Invariant as for memory: tasks that touch the same byte are ordered by tickets.
 
 use crate::base::{Error, Result};
 use crate::device::DiskSpec;
@@ -25,7 +26,8 @@ impl Disk {
     /// A file of `spec.bytes` zeroed bytes.
     ///
     /// # Errors
-    /// [`Error::BadInput`] when there can be no such folder, [`Error::Io`] when it cannot be written or has no such room.
+    /// [`Error::BadInput`] when there can be no such folder, [`Error::Io`] when it cannot be written or has no such
+    /// room.
     pub fn new(spec: &DiskSpec) -> Result<Disk> {
         static FILES: AtomicU64 = AtomicU64::new(0);
         let folder = spec.path.clone();
@@ -51,7 +53,8 @@ impl Disk {
         let end = start.checked_add(bytes).filter(|&end| i64::try_from(end).is_ok());
         let end = end.ok_or_else(|| refused(std::io::ErrorKind::FileTooLarge.into()))?;
         if bytes > 0 {
-            // SAFETY: a call on a descriptor that is open as long as `file` lives; both numbers fit, since the end does.
+            // SAFETY: a call on a descriptor that is open as long as `file` lives; both numbers fit, since the end
+            // does.
             let code = unsafe { libc::posix_fallocate(self.file.as_raw_fd(), start as i64, bytes as i64) };
             if code != 0 {
                 // What it got before it came to the end of the room is given back.

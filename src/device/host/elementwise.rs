@@ -13,8 +13,9 @@ pub fn add<T: Real>(out: &mut [T], a: Option<&[T]>, b: &[T]) {
     parallel::zip::<T, Sum>(out, a, b);
 }
 
-/// Drops each element with probability `p` and multiplies the others by 1/(1-p) (Srivastava et al. 2014, "Dropout"; scaled in
-/// training, so that evaluation does nothing); where `x` is `None`, `out` holds it. The gradient is the same op on `d_out`.
+/// Drops each element with probability `p` and multiplies the others by 1/(1-p) (Srivastava et al. 2014, "Dropout";
+/// scaled in training, so that evaluation does nothing); where `x` is `None`, `out` holds it. The gradient is the same
+/// op on `d_out`.
 ///
 /// Element i is dropped by word i of `stream`, so that a recomputation drops the same ones.
 ///
@@ -48,8 +49,8 @@ vector_fn! {
     }
 }
 
-/// Hands out dropout's factors, 0 or 1/(1-p), of the elements from `start` on: `body(offset, factors)` for runs of up to 64
-/// that cover `len` elements.
+/// Hands out dropout's factors, 0 or 1/(1-p), of the elements from `start` on: `body(offset, factors)` for runs of up
+/// to 64 that cover `len` elements.
 #[inline(always)]
 pub(super) fn factors<T: Real>(stream: Stream, p: f64, start: u64, len: usize, mut body: impl FnMut(usize, &[T])) {
     const BLOCKS: usize = 16;
@@ -80,8 +81,8 @@ pub(super) fn factors<T: Real>(stream: Stream, p: f64, start: u64, len: usize, m
     }
 }
 
-/// `out[b, t, :] = x[b, t, :] + table[t, :]`; where `x` is `None`, `out` holds it. Sizes: out and x (batch, positions, cols),
-/// table (at least `positions`, cols).
+/// `out[b, t, :] = x[b, t, :] + table[t, :]`; where `x` is `None`, `out` holds it. Sizes: out and x (batch, positions,
+/// cols), table (at least `positions`, cols).
 ///
 /// # Panics
 /// When a length does not fit the sizes.
@@ -104,8 +105,8 @@ pub fn add_position<T: Real>(out: &mut [T], x: Option<&[T]>, table: &[T], batch:
     });
 }
 
-/// `d_table[t, :] = sum over b, in order, of d_y[b, t, :]`, or `d_table +=` that with `accumulate`. Rows of the table from
-/// `positions` on get 0, or nothing. Sizes: d_y (batch, positions, cols), d_table (table_rows, cols).
+/// `d_table[t, :] = sum over b, in order, of d_y[b, t, :]`, or `d_table +=` that with `accumulate`. Rows of the table
+/// from `positions` on get 0, or nothing. Sizes: d_y (batch, positions, cols), d_table (table_rows, cols).
 ///
 /// # Panics
 /// When a length does not fit the sizes.

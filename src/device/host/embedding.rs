@@ -1,14 +1,14 @@
 //! The embedding: rows of a table picked by token ids, and the gradient that adds rows back.
 //!
-//! Sizes: `ids` (tokens), table (table_rows, cols), out (tokens, cols). Ids are checked where data enters; one out of range
-//! here is our own bug and panics.
+//! Sizes: `ids` (tokens), table (table_rows, cols), out (tokens, cols). Ids are checked where data enters; one out of
+//! range here is our own bug and panics.
 
 use super::parallel::{Sum, expect_len, rows_per_chunk, zip_chunk};
 use super::real::Real;
 use rayon::prelude::*;
 
-/// Parts of the table whose gradients are computed side by side. A number of its own, not the threads', though the bits would
-/// be the same: more parts than threads even out tokens that are frequent.
+/// Parts of the table whose gradients are computed side by side. A number of its own, not the threads', though the bits
+/// would be the same: more parts than threads even out tokens that are frequent.
 const PARTS: usize = 64;
 
 /// `out[t, :] = table[ids[t], :]`.
@@ -28,8 +28,8 @@ pub fn forward<T: Real>(out: &mut [T], ids: &[i32], table: &[T], cols: usize) {
     });
 }
 
-/// `d_table[v, :] = sum over tokens t with ids[t] = v, in order, of d_y[t, :]`, or `d_table +=` that with `accumulate`; for the id `padding`
-/// the sum is 0.
+/// `d_table[v, :] = sum over tokens t with ids[t] = v, in order, of d_y[t, :]`, or `d_table +=` that with `accumulate`;
+/// for the id `padding` the sum is 0.
 ///
 /// # Panics
 /// When a length does not fit, or an id is outside the table.

@@ -1,7 +1,8 @@
 //! Matrix products: a safe face on the `gemm` crate.
 //!
-//! Each element of the result is one sum over k in an order that depends on the shapes and the machine alone: the crate splits
-//! tiles of the result over threads, never a sum, so the bits are the same for any number of threads (there is a test).
+//! Each element of the result is one sum over k in an order that depends on the shapes and the machine alone: the crate
+//! splits tiles of the result over threads, never a sum, so the bits are the same for any number of threads (there is a
+//! test).
 
 use super::real::Real;
 
@@ -37,8 +38,8 @@ pub enum Threads {
     One,
 }
 
-/// Makes this thread take the buffer that the gemm crate keeps for it, as large as the second-level cache. Else the first product that it shares
-/// in takes it, and on a busy machine that may be many steps later.
+/// Makes this thread take the buffer that the gemm crate keeps for it, as large as the second-level cache. Else the
+/// first product that it shares in takes it, and on a busy machine that may be many steps later.
 pub fn reserve() {
     // Of whole vectors, adjacent: of others it packs elsewhere.
     const SIZE: usize = 64;
@@ -47,7 +48,8 @@ pub fn reserve() {
     gemm(&mut out, SIZE, factor, factor, [SIZE; 3], false, Threads::One);
 }
 
-/// `out (m, n) = a (m, k) b (k, n)`, or `out +=` that with `accumulate`. `out` has rows `out_stride` apart, elements adjacent.
+/// `out (m, n) = a (m, k) b (k, n)`, or `out +=` that with `accumulate`. `out` has rows `out_stride` apart, elements
+/// adjacent.
 ///
 /// Without `accumulate` nothing of `out` is read. With k = 0 the product is 0.
 ///
@@ -132,8 +134,8 @@ mod tests {
         (0..rows * cols).map(|e| x[e % rows * cols + e / rows]).collect()
     }
 
-    /// All four layouts of the operands, overwriting poison and accumulating, against a plain loop in f64; and the same bits
-    /// on 1, 2 and 3 threads and on one thread without the pool.
+    /// All four layouts of the operands, overwriting poison and accumulating, against a plain loop in f64; and the same
+    /// bits on 1, 2 and 3 threads and on one thread without the pool.
     fn check<T: Real>([m, n, k]: [usize; 3], tolerance: f64) {
         let (a, b) = (normal::<T>(m * k, 1), normal::<T>(k * n, 2));
         let (a_t, b_t) = (transpose(&a, m, k), transpose(&b, k, n));
@@ -179,7 +181,8 @@ mod tests {
         for m in sizes {
             for n in sizes {
                 for k in sizes {
-                    // The sum of k products of normals, rounded k times: far below 1e-6 of the greatest element's order.
+                    // The sum of k products of normals, rounded k times: far below 1e-6 of the greatest element's
+                    // order.
                     check::<f32>([m, n, k], 1e-5);
                 }
             }

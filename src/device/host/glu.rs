@@ -18,7 +18,8 @@ pub fn forward<T: Real>(out: &mut [T], gate: Option<&[T]>, up: &[T], activation:
     of_kind!(activation, F => forward_of::<T, F>(out, gate, up));
 }
 
-/// `d_gate = d_out * up * activation'(gate)`, `d_up = d_out * activation(gate)`, elementwise; where `d_out` is `None`, `d_gate` holds it.
+/// `d_gate = d_out * up * activation'(gate)`, `d_up = d_out * activation(gate)`, elementwise; where `d_out` is `None`,
+/// `d_gate` holds it.
 ///
 /// # Panics
 /// When the lengths differ.

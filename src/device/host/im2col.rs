@@ -1,5 +1,5 @@
-//! Tiles of a convolution's output positions, and the im2col matrix of a tile: row (channel, kernel row, kernel column), one column an
-//! output position.
+//! Tiles of a convolution's output positions, and the im2col matrix of a tile: row (channel, kernel row, kernel
+//! column), one column an output position.
 //!
 //! A tile depends on the convolution's sizes alone, never on threads.
 
@@ -106,8 +106,8 @@ impl Tiling {
     }
 }
 
-/// What a tile's outputs read of an input channel, zeros of the padding included, as planes in which neighbouring outputs read neighbouring places:
-/// one plane for each phase, `(row % stride, column % stride)` in the padded image.
+/// What a tile's outputs read of an input channel, zeros of the padding included, as planes in which neighbouring
+/// outputs read neighbouring places: one plane for each phase, `(row % stride, column % stride)` in the padded image.
 struct Window<'a> {
     sizes: &'a ConvSizes,
     /// First row of outputs.
@@ -177,8 +177,8 @@ impl<'a> Window<'a> {
         (phase * self.rows + row / stride) * self.cols + col / stride
     }
 
-    /// Calls `body(place in the planes, place in the image's plane, elements of a row, rows)` for what of each phase lies inside the image. In the image
-    /// an element lies `stride` places behind the one before, a row `stride` rows.
+    /// Calls `body(place in the planes, place in the image's plane, elements of a row, rows)` for what of each phase
+    /// lies inside the image. In the image an element lies `stride` places behind the one before, a row `stride` rows.
     #[inline(always)]
     fn for_each_phase(&self, mut body: impl FnMut(usize, usize, usize, usize)) {
         let ConvSizes { stride, padding, width, height, .. } = *self.sizes;
@@ -260,7 +260,8 @@ pub(crate) fn window_elems(tile: &Tile, sizes: &ConvSizes) -> usize {
 }
 
 vector_fn! {
-    /// Writes the im2col matrix of a tile and a range of input channels, `(channels * taps, tile)`, all of it. `window` is scratch of [`window_elems`].
+    /// Writes the im2col matrix of a tile and a range of input channels, `(channels * taps, tile)`, all of it. `window`
+    /// is scratch of [`window_elems`].
     pub(crate) fn gather_columns<T: Real>(
         columns: &mut [T],
         window: &mut [T],
@@ -293,10 +294,11 @@ vector_fn! {
 }
 
 vector_fn! {
-    /// Adds the columns that belong to the tile's `at`-th image to that image's channels, `d_x: (channels, H, W)`; the inverse of gathering.
-    /// `window` is scratch of [`window_elems`].
+    /// Adds the columns that belong to the tile's `at`-th image to that image's channels, `d_x: (channels, H, W)`; the
+    /// inverse of gathering. `window` is scratch of [`window_elems`].
     ///
-    /// Every place receives the sum of its addends, which are added in the order of the rows (kernel row, kernel column).
+    /// Every place receives the sum of its addends, which are added in the order of the rows (kernel row, kernel
+    /// column).
     pub(crate) fn add_columns<T: Real>(
         d_x: &mut [T],
         columns: &[T],
@@ -333,7 +335,8 @@ vector_fn! {
     }
 }
 
-/// Calls `body(to[i], from[i])` for the first `len` elements of each of `rows` rows, which lie `strides` apart in `to` and in `from`.
+/// Calls `body(to[i], from[i])` for the first `len` elements of each of `rows` rows, which lie `strides` apart in `to`
+/// and in `from`.
 #[inline(always)]
 fn each_row<T: Real>(to: &mut [T], from: &[T], strides: [usize; 2], len: usize, rows: usize, body: impl Fn(&mut T, T)) {
     /// For rows of N elements: images of deep layers have few.

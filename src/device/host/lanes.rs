@@ -25,8 +25,8 @@ pub(super) struct Order {
 /// How long a lane that is being dropped may take to end the task that it runs.
 const LAST_TASK: Duration = Duration::from_secs(5);
 
-/// Waits for lanes that were told to stop, but not for ever: one whose task does not end, such as a read from a disk that is gone, is left to itself.
-/// Otherwise nobody would hear the error that says so. False where one was left.
+/// Waits for lanes that were told to stop, but not for ever: one whose task does not end, such as a read from a disk
+/// that is gone, is left to itself. Otherwise nobody would hear the error that says so. False where one was left.
 pub(super) fn wait_join(threads: &mut Vec<JoinHandle<()>>) -> bool {
     let began = Instant::now();
     while threads.iter().any(|thread| !thread.is_finished()) && began.elapsed() < LAST_TASK {
@@ -137,8 +137,9 @@ impl Link {
 
     /// When `bytes`, whose copy began at `began`, will have crossed.
     fn cross(&mut self, began: Instant, bytes: u64) -> Instant {
-        // A sleep overshoots by some tens of microseconds. A copy that begins within them follows the one before at once, or the link would
-        // be slower than stated; spinning instead would take the time from the arithmetic, which has the same cores.
+        // A sleep overshoots by some tens of microseconds. A copy that begins within them follows the one before at
+        // once, or the link would be slower than stated; spinning instead would take the time from the arithmetic,
+        // which has the same cores.
         const OVERSHOOT: Duration = Duration::from_micros(200);
         let from = self.free_at.filter(|&free| free + OVERSHOOT >= began).unwrap_or(began);
         // The slowest of links takes years, not for ever.
@@ -227,7 +228,8 @@ impl Lane {
         }
     }
 
-    /// Gives all threads of the pool as much scratch as one of them has needed, in the first step and then never again, and what products need.
+    /// Gives all threads of the pool as much scratch as one of them has needed, in the first step and then never again,
+    /// and what products need.
     fn share_scratch(&mut self) {
         let most = most_scratch();
         if let Some(pool) = self.pool.as_ref().filter(|_| self.scratch.is_none_or(|scratch| most > scratch)) {

@@ -1,8 +1,8 @@
 //! The linear layer: act(x W + b), and its gradients.
 //!
-//! Sizes: `rows` (all leading axes of x), `inputs`, `outputs`. The weight is (inputs, outputs) or (outputs, inputs). Bias and
-//! activation or residual are one pass over the product, and so is the gradient of an activation before the layer: of that pass each element
-//! has the bits that it has of ops by themselves.
+//! Sizes: `rows` (all leading axes of x), `inputs`, `outputs`. The weight is (inputs, outputs) or (outputs, inputs).
+//! Bias and activation or residual are one pass over the product, and so is the gradient of an activation before the
+//! layer: of that pass each element has the bits that it has of ops by themselves.
 
 use super::activation::{self, of_kind};
 use super::gemm::{Matrix, Threads, gemm};
@@ -12,8 +12,8 @@ use super::reduce;
 use crate::graph::kinds::{Activation, WeightLayout};
 use rayon::prelude::*;
 
-/// `out (rows, outputs) = act(x (rows, inputs) W + bias (outputs))`. `pre`, where given, gets what the activation was given. A `residual` (rows,
-/// outputs) is added last; an activation has none.
+/// `out (rows, outputs) = act(x (rows, inputs) W + bias (outputs))`. `pre`, where given, gets what the activation was
+/// given. A `residual` (rows, outputs) is added last; an activation has none.
 ///
 /// # Panics
 /// When a length does not fit the sizes, or there is an activation and a residual.
@@ -50,8 +50,9 @@ pub fn forward<T: Real>(
     of_kind!(activation, F => finish::<T, F>(out, pre, bias, outputs));
 }
 
-/// `d_x (rows, inputs) = d_y (rows, outputs) W^T`; where x came from an activation, given what that was given (rows, inputs), `d_x` is the
-/// gradient of that: `(d_y W^T) act'(pre)`. Then an addend (rows, inputs) is added, where there is one.
+/// `d_x (rows, inputs) = d_y (rows, outputs) W^T`; where x came from an activation, given what that was given (rows,
+/// inputs), `d_x` is the gradient of that: `(d_y W^T) act'(pre)`. Then an addend (rows, inputs) is added, where there
+/// is one.
 ///
 /// # Panics
 /// When a length does not fit the sizes.

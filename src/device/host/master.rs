@@ -1,12 +1,14 @@
-//! bf16 weights with their f32 masters: the weight is the master rounded, the remainder its lower half, and both together are exact.
+//! bf16 weights with their f32 masters: the weight is the master rounded, the remainder its lower half, and both
+//! together are exact.
 //!
-//! With `bits` the master's: `weight = (bits + 0x8000) >> 16`, the nearest bf16 with ties away from zero, and `remainder = bits & 0xFFFF`.
-//! Back: the upper half is the weight, less one where the remainder's top bit says that it was rounded up. So the master is kept without
-//! keeping its upper half twice, and a device sees a weight that is rounded, not cut off.
+//! With `bits` the master's: `weight = (bits + 0x8000) >> 16`, the nearest bf16 with ties away from zero, and
+//! `remainder = bits & 0xFFFF`. Back: the upper half is the weight, less one where the remainder's top bit says that it
+//! was rounded up. So the master is kept without keeping its upper half twice, and a device sees a weight that is
+//! rounded, not cut off.
 //!
-//! A NaN stays one in the weight as well, whatever its lower half: every NaN becomes the same, since rounding up could carry others into a
-//! zero of the other sign, and since what an operation leaves in a NaN differs from machine to machine. Infinities are exact; so are finite
-//! masters that round to infinity, half a place below it.
+//! A NaN stays one in the weight as well, whatever its lower half: every NaN becomes the same, since rounding up could
+//! carry others into a zero of the other sign, and since what an operation leaves in a NaN differs from machine to
+//! machine. Infinities are exact; so are finite masters that round to infinity, half a place below it.
 
 use super::optimizer::{AdamwStep, SgdStep, adamw_serial, sgd_serial};
 use super::parallel::{expect_len, simd};

@@ -1,7 +1,8 @@
 //! One allocation, shared by lanes: the store of the host, or a device's arena.
 //!
-//! Invariant: two tasks that touch the same byte, one of them writing, are ordered by tickets. The executor derives those tickets from the
-//! tasks' own spans (`engine::hazards`); the methods here are unsafe because the compiler cannot see that order.
+//! Invariant: two tasks that touch the same byte, one of them writing, are ordered by tickets. The executor derives
+//! those tickets from the tasks' own spans (`engine::hazards`); the methods here are unsafe because the compiler cannot
+//! see that order.
 
 use crate::base::{Error, Result};
 use std::alloc::{Layout, alloc_zeroed, dealloc};
@@ -28,8 +29,8 @@ unsafe impl Send for Block {}
 unsafe impl Sync for Block {}
 
 impl Block {
-    /// `bytes` zeroed bytes. Those that nobody touches cost no memory: the allocator asks the system for zeroed pages as long as no alignment is
-    /// asked of it, so the block is aligned here.
+    /// `bytes` zeroed bytes. Those that nobody touches cost no memory: the allocator asks the system for zeroed pages
+    /// as long as no alignment is asked of it, so the block is aligned here.
     ///
     /// # Errors
     /// When the system has no such memory.
@@ -145,7 +146,8 @@ impl Store {
     /// No task that writes there runs while the slice lives.
     pub unsafe fn slice(&self, offset: u64, bytes: u64) -> &[u8] {
         let start = self.at(offset, bytes);
-        // SAFETY: inside a block (`at`), which lives as long as the store and does not move; initialised, and unwritten by the caller's promise.
+        // SAFETY: inside a block (`at`), which lives as long as the store and does not move; initialised, and unwritten
+        // by the caller's promise.
         unsafe { std::slice::from_raw_parts(start, bytes as usize) }
     }
 
@@ -156,7 +158,8 @@ impl Store {
     #[expect(clippy::mut_from_ref, reason = "the order of tasks is what makes it exclusive")]
     pub unsafe fn slice_mut(&self, offset: u64, bytes: u64) -> &mut [u8] {
         let start = self.at(offset, bytes);
-        // SAFETY: inside a block (`at`), which lives as long as the store and does not move; initialised, and exclusive by the caller's promise.
+        // SAFETY: inside a block (`at`), which lives as long as the store and does not move; initialised, and exclusive
+        // by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(start, bytes as usize) }
     }
 }

@@ -1,7 +1,8 @@
 //! The host device: the machine's cores as devices, with separate memories and real copies between them.
 //!
-//! One file an op family holds bodies on slices, generic over [`real::Real`]; `operands` are what they are given, `ops` calls them, `execute` runs tasks, `lanes` are
-//! the threads. Every body gives the same bits whatever the number of threads.
+//! One file an op family holds bodies on slices, generic over [`real::Real`]; `operands` are what they are given, `ops`
+//! calls them, `execute` runs tasks, `lanes` are the threads. Every body gives the same bits whatever the number of
+//! threads.
 
 pub mod activation;
 mod affinity;

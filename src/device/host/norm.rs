@@ -1,9 +1,9 @@
-//! Normalization over the last axis: layernorm (Ba, Kiros & Hinton 2016, arXiv:1607.06450) and rmsnorm (Zhang & Sennrich 2019,
-//! arXiv:1910.07467).
+//! Normalization over the last axis: layernorm (Ba, Kiros & Hinton 2016, arXiv:1607.06450) and rmsnorm (Zhang &
+//! Sennrich 2019, arXiv:1910.07467).
 //!
 //! Sizes: x, out (rows, cols); weight, bias (cols); mean, rstd (rows), kept for the gradient.
-//! `out = (x - mean) rstd weight + bias`, `rstd = 1 / sqrt(var + epsilon)`, var with divisor cols; rmsnorm has neither mean nor bias, and the
-//! mean of the squares for var.
+//! `out = (x - mean) rstd weight + bias`, `rstd = 1 / sqrt(var + epsilon)`, var with divisor cols; rmsnorm has neither
+//! mean nor bias, and the mean of the squares for var.
 
 use super::parallel::{expect_len, rows_per_chunk, vector_fn};
 use super::real::Real;
@@ -56,7 +56,8 @@ vector_fn! {
         for (r, (out, x)) in out.chunks_exact_mut(cols).zip(x.chunks_exact(cols)).enumerate() {
             let [sum] = reduce::sums([x], |[x]| [x]);
             let m = sum * per_col;
-            // A second pass, since the sum of squares less the square of the sum loses all digits where the mean is large.
+            // A second pass, since the sum of squares less the square of the sum loses all digits where the mean is
+            // large.
             let [squares] = reduce::sums([x], |[x]| [(x - m) * (x - m)]);
             let s = T::ONE / (squares * per_col + T::from_f64(epsilon)).sqrt();
             for (((out, &x), &weight), &bias) in out.iter_mut().zip(x).zip(weight).zip(bias) {
@@ -188,7 +189,8 @@ vector_fn! {
 
 /// The gradient of [`rms_forward`]. Overwrites `d_x`; overwrites `d_weight`, or adds to it with `accumulate`.
 ///
-/// With `n = x rstd` and `g = d_y weight`: `d_x = rstd (g - n mean(g n))`, the mean over the row; `d_weight = sum of d_y n` over rows.
+/// With `n = x rstd` and `g = d_y weight`: `d_x = rstd (g - n mean(g n))`, the mean over the row; `d_weight = sum of
+/// d_y n` over rows.
 ///
 /// # Panics
 /// When a length does not fit the sizes.
@@ -284,7 +286,8 @@ mod tests {
         for (rows, cols) in [(0, 4), (3, 0), (1, 1), (2, 31), (33, 33), (5, 1023), (300, 384), (2, 9000)] {
             let got = same_in_all_pools(|| run::<f32>(rows, cols, 0.0));
             for (i, (got, want)) in got.iter().zip(run::<f64>(rows, cols, 0.0)).enumerate() {
-                // A row's sums have f32's rounding a few hundred times; one column alone has variance 0, hence rstd 316.
+                // A row's sums have f32's rounding a few hundred times; one column alone has variance 0, hence rstd
+                // 316.
                 assert_close(got, &want, 2e-5, &format!("result {i} of {rows}x{cols}"));
             }
         }

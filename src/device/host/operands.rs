@@ -1,4 +1,5 @@
-//! The operands of an op: where they lie in the arena, the f32 copies that bf16 ones have, and what else an op has beside the arena.
+//! The operands of an op: where they lie in the arena, the f32 copies that bf16 ones have, and what else an op has
+//! beside the arena.
 
 use super::memory::Block;
 use super::parallel::SharedScratch;
@@ -8,7 +9,8 @@ use crate::base::{DType, Result};
 use crate::device::Scalars;
 use crate::graph::{AREAS, Area, Buffer, Step};
 
-/// What a device's ops use one after another, beside the arena. It grows in the first step of a model that wants it; no budget counts it.
+/// What a device's ops use one after another, beside the arena. It grows in the first step of a model that wants it; no
+/// budget counts it.
 pub(super) struct OpMemory {
     /// f32 copies of bf16 operands.
     pub wide: Block,
@@ -46,8 +48,8 @@ impl<'a> Operands<'a> {
     /// Input `i`.
     pub fn input<T: bytemuck::Pod>(&self, i: usize) -> &'a [T] {
         let (block, offset, bytes) = self.place(&self.step.inputs[i], || widen::input_at(self, i));
-        // SAFETY: placement keeps an op's inputs apart from its outputs (save for `unless_in_place`), the copies are laid end to end, and
-        // tickets keep other tasks away.
+        // SAFETY: placement keeps an op's inputs apart from its outputs (save for `unless_in_place`), the copies are
+        // laid end to end, and tickets keep other tasks away.
         bytemuck::cast_slice(unsafe { block.slice(offset, bytes) })
     }
 
@@ -76,19 +78,19 @@ impl<'a> Operands<'a> {
     pub fn optional_output<T: bytemuck::Pod>(&self, i: usize) -> Option<&'a mut [T]> {
         let buffer = self.step.outputs.get(i)?.as_ref()?;
         let (block, offset, bytes) = self.place(buffer, || widen::output_at(self, i));
-        // SAFETY: placement keeps outputs apart from each other and from inputs, and so are the copies; each is asked for once, and tickets
-        // keep other tasks away.
+        // SAFETY: placement keeps outputs apart from each other and from inputs, and so are the copies; each is asked
+        // for once, and tickets keep other tasks away.
         Some(bytemuck::cast_slice_mut(unsafe { block.slice_mut(offset, bytes) }))
     }
 
-    /// Whether output `i` is to be added to what is there. Only a gradient accumulator is: the same op may also write a part of a
-    /// gradient into the workspace, where it must overwrite.
+    /// Whether output `i` is to be added to what is there. Only a gradient accumulator is: the same op may also write a
+    /// part of a gradient into the workspace, where it must overwrite.
     pub fn adds_to(&self, i: usize, scalars: &Scalars) -> bool {
         scalars.accumulate && self.step.outputs[i].as_ref().is_some_and(|b| b.area == Area::Gradients)
     }
 
-    /// [`Operands::adds_to`] for outputs 1 and 2, which an op treats alike. Where only one is an accumulator, the other is cleared,
-    /// so that adding to it writes it.
+    /// [`Operands::adds_to`] for outputs 1 and 2, which an op treats alike. Where only one is an accumulator, the other
+    /// is cleared, so that adding to it writes it.
     pub fn adds_to_both<T: Real>(&self, scalars: &Scalars) -> bool {
         let adds = [1, 2].map(|i| self.adds_to(i, scalars));
         if adds[0] != adds[1] {

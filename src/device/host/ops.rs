@@ -1,7 +1,7 @@
 //! From an op of a program to its body: takes the operands apart and calls the op's file.
 //!
-//! Bodies compute in f32 or f64. An op with bf16 operands runs on f32 copies of them (see `widen`), and what it writes is rounded to the
-//! nearest bf16, ties to even: as on a device that computes in f32 and stores bf16.
+//! Bodies compute in f32 or f64. An op with bf16 operands runs on f32 copies of them (see `widen`), and what it writes
+//! is rounded to the nearest bf16, ties to even: as on a device that computes in f32 and stores bf16.
 
 use super::loss_sum::loss_sum;
 use super::operands::Operands;

@@ -1,8 +1,8 @@
 //! Optimizer updates and the sums over gradients that go with them, on flat slices.
 //!
-//! Every update is elementwise and a written sequence of IEEE operations, so its bits depend neither on how a tensor is cut
-//! into slices nor on the number of threads, and a device that repeats the sequence in the same precision gives the same bits.
-//! Only [`sum_squares`] reduces, over fixed blocks in a fixed order.
+//! Every update is elementwise and a written sequence of IEEE operations, so its bits depend neither on how a tensor is
+//! cut into slices nor on the number of threads, and a device that repeats the sequence in the same precision gives the
+//! same bits. Only [`sum_squares`] reduces, over fixed blocks in a fixed order.
 
 use super::{
     parallel::{CHUNK, expect_len, simd},
@@ -17,7 +17,8 @@ pub const SUM_LANES: usize = 32;
 /// Blocks that are summed at once: their sums fit a stack array, so that no length needs memory.
 const SUM_GROUP: usize = 512;
 
-/// The constants of one AdamW step (Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization", arXiv:1711.05101).
+/// The constants of one AdamW step (Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization",
+/// arXiv:1711.05101).
 ///
 /// All are computed once in f64 and rounded to the weights' precision by the update.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -258,9 +259,9 @@ fn sgd_momentum_loop<T: Real, const FIRST: bool, const NESTEROV: bool>(
 
 /// The sum of the squares of `x` in f64, on all threads.
 ///
-/// `x` is cut into blocks of [`SUM_BLOCK`]; inside a block, element `i` goes to running sum `i % SUM_LANES`, in order, by
-/// `lane = fma(x, x, lane)` (for f32 the square is exact in f64, so this equals a product and a sum); the
-/// running sums are added pairwise (`lane[i] + lane[i + width]`, width 16, 8, 4, 2, 1), and the blocks in order from 0.
+/// `x` is cut into blocks of [`SUM_BLOCK`]; inside a block, element `i` goes to running sum `i % SUM_LANES`, in order,
+/// by `lane = fma(x, x, lane)` (for f32 the square is exact in f64, so this equals a product and a sum); the running
+/// sums are added pairwise (`lane[i] + lane[i + width]`, width 16, 8, 4, 2, 1), and the blocks in order from 0.
 pub fn sum_squares<T: Real>(x: &[T]) -> f64 {
     let mut total = 0.0;
     for group in x.chunks(SUM_GROUP * SUM_BLOCK) {

@@ -8,8 +8,8 @@ use rayon::prelude::*;
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Runs `body` compiled for the widest vectors of this machine. Everything called inside must be `#[inline(always)]` to be
-/// compiled so too, and `body` itself must be small; for more than a few operations use `vector_fn!`.
+/// Runs `body` compiled for the widest vectors of this machine. Everything called inside must be `#[inline(always)]` to
+/// be compiled so too, and `body` itself must be small; for more than a few operations use `vector_fn!`.
 #[inline(always)]
 pub fn simd<R>(body: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(body)
@@ -18,8 +18,8 @@ pub fn simd<R>(body: impl FnOnce() -> R) -> R {
 /// Defines a function whose body is compiled for the widest vectors of this machine, picked when it is called.
 ///
 /// Unlike a closure given to [`simd`], which the compiler leaves out of line when it is large and then compiles for the
-/// narrowest vectors, the body is always inlined. So must be what it calls in its loops: functions marked `#[inline(always)]`,
-/// such as [`Real`]'s, `for` loops, and closures of a few operations only.
+/// narrowest vectors, the body is always inlined. So must be what it calls in its loops: functions marked
+/// `#[inline(always)]`, such as [`Real`]'s, `for` loops, and closures of a few operations only.
 macro_rules! vector_fn {
     (
         $(#[$meta:meta])*
@@ -69,8 +69,8 @@ pub fn most_scratch() -> usize {
     MOST_SCRATCH.load(Ordering::Relaxed)
 }
 
-/// Gives this thread a scratch buffer of at least `words` words of 8 bytes. Which thread meets a size first is the scheduler's luck;
-/// called on all of them once a size is known, it keeps later steps from allocating.
+/// Gives this thread a scratch buffer of at least `words` words of 8 bytes. Which thread meets a size first is the
+/// scheduler's luck; called on all of them once a size is known, it keeps later steps from allocating.
 pub fn reserve_scratch(words: usize) {
     KEPT.with_borrow_mut(|kept| {
         if kept.is_empty() {
@@ -81,12 +81,12 @@ pub fn reserve_scratch(words: usize) {
     });
 }
 
-/// Calls `body` with `len` elements of scratch memory of this thread. What they hold is left from earlier uses: write before
-/// you read.
+/// Calls `body` with `len` elements of scratch memory of this thread. What they hold is left from earlier uses: write
+/// before you read.
 ///
-/// The memory is kept for the next call, so that a step allocates nothing once every size has been seen. Calls may nest; each
-/// level has its own memory. Do not start parallel work inside `body`: the thread could take up another task that asks for
-/// scratch, and the kept memory would grow with the luck of the schedule.
+/// The memory is kept for the next call, so that a step allocates nothing once every size has been seen. Calls may
+/// nest; each level has its own memory. Do not start parallel work inside `body`: the thread could take up another task
+/// that asks for scratch, and the kept memory would grow with the luck of the schedule.
 pub fn with_scratch<T: bytemuck::Pod, R>(len: usize, body: impl FnOnce(&mut [T]) -> R) -> R {
     let words = (len * size_of::<T>()).div_ceil(8);
     if words > most_scratch() {
@@ -101,7 +101,8 @@ pub fn with_scratch<T: bytemuck::Pod, R>(len: usize, body: impl FnOnce(&mut [T])
     result
 }
 
-/// Scratch memory that the threads of an op share, kept from op to op, so that a step allocates nothing once every size has been seen.
+/// Scratch memory that the threads of an op share, kept from op to op, so that a step allocates nothing once every size
+/// has been seen.
 #[derive(Default)]
 pub struct SharedScratch(Vec<u64>);
 

@@ -1,6 +1,8 @@
-//! Planes of `(N, C, H, W)` tensors: sums over a channel's planes, and writing planes of one channel from several threads.
+//! Planes of `(N, C, H, W)` tensors: sums over a channel's planes, and writing planes of one channel from several
+//! threads.
 //!
-//! A channel's values lie in N separate runs of memory. Its sum has one fixed order, planes in image order, whatever the threads.
+//! A channel's values lie in N separate runs of memory. Its sum has one fixed order, planes in image order, whatever
+//! the threads.
 
 use super::{parallel::simd, real::Real};
 use rayon::prelude::*;
@@ -12,7 +14,8 @@ const LANES: usize = 32;
 const PARTS: usize = 16;
 /// Elements of a run inside a plane, where planes are cut.
 const RUN: usize = 16384;
-/// Elements of an image that should be read one behind the other, for the memory's sake, and the most channels that are then taken together.
+/// Elements of an image that should be read one behind the other, for the memory's sake, and the most channels that are
+/// then taken together.
 const NEIGHBOURS: usize = 1024;
 const BLOCK: usize = 16;
 
@@ -44,7 +47,8 @@ impl<'a, T> Disjoint<'a, T> {
         assert!(start <= self.len && len <= self.len - start, "range {start}+{len} of {} elements", self.len);
         // SAFETY: `start` was just checked to lie inside the slice.
         let first = unsafe { self.start.add(start) };
-        // SAFETY: the range lies inside the slice borrowed for 'a, and the caller promises that no other one overlaps it.
+        // SAFETY: the range lies inside the slice borrowed for 'a, and the caller promises that no other one overlaps
+        // it.
         unsafe { std::slice::from_raw_parts_mut(first, len) }
     }
 }
@@ -112,11 +116,11 @@ impl Planes {
         });
     }
 
-    /// The sums over the planes of each channel of a block in f64. `terms` maps a value of `a` and of `b` at the same place, and the channel's
-    /// shift, to the `N` addends; `shifts` is asked for an index in the block.
+    /// The sums over the planes of each channel of a block in f64. `terms` maps a value of `a` and of `b` at the same
+    /// place, and the channel's shift, to the `N` addends; `shifts` is asked for an index in the block.
     ///
-    /// Inside a part, the element at place `i` of a run goes to running sum `i % 32`; a part's running sums are added pairwise
-    /// (`lane[i] + lane[i + width]`, width 16, 8, 4, 2, 1), the parts in order from 0.
+    /// Inside a part, the element at place `i` of a run goes to running sum `i % 32`; a part's running sums are added
+    /// pairwise (`lane[i] + lane[i + width]`, width 16, 8, 4, 2, 1), the parts in order from 0.
     ///
     /// # Panics
     /// When the block has more channels than [`Planes::block`] says.
@@ -184,7 +188,8 @@ fn add_run<T: Real, const N: usize>(
         |_, a, b| terms(a, b),
     );
     if rest > 0 {
-        // A whole row again, so that it is vectors too: of what follows in memory where there is so much. The lanes past the end add 0.
+        // A whole row again, so that it is vectors too: of what follows in memory where there is so much. The lanes
+        // past the end add 0.
         let (mut a_copy, mut b_copy) = ([T::ZERO; LANES], [T::ZERO; LANES]);
         let (a, b) = match (a[whole..].first_chunk::<LANES>(), b[whole..].first_chunk::<LANES>()) {
             (Some(a), Some(b)) => (a, b),
@@ -204,8 +209,8 @@ fn add_run<T: Real, const N: usize>(
     }
 }
 
-/// Adds the terms of whole rows of lanes, for a vector of lanes after the other: of all lanes at once the compiler makes no vectors. `terms` is also
-/// given the lane.
+/// Adds the terms of whole rows of lanes, for a vector of lanes after the other: of all lanes at once the compiler
+/// makes no vectors. `terms` is also given the lane.
 #[inline(always)]
 fn add_rows<T: Real, const N: usize>(
     lanes: &mut [[f64; LANES]; N],

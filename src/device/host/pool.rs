@@ -1,6 +1,7 @@
 //! Maximum and average pooling over windows of `(N, C, H, W)` tensors; one (image, channel) pair is a plane.
 //!
-//! Planes are independent, and each is computed by one thread, so that overlapping windows' gradients add in a fixed order.
+//! Planes are independent, and each is computed by one thread, so that overlapping windows' gradients add in a fixed
+//! order.
 
 use super::{
     parallel::{expect_len, for_each_strided, simd, vector_fn},
@@ -9,8 +10,8 @@ use super::{
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Sizes of a pooling. `x`: `(planes, height, width)`; `out`: `(planes, out_height, out_width)`. A window that covers the whole
-/// plane with no padding is global pooling.
+/// Sizes of a pooling. `x`: `(planes, height, width)`; `out`: `(planes, out_height, out_width)`. A window that covers
+/// the whole plane with no padding is global pooling.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PoolSizes {
     /// Images times channels.
@@ -62,7 +63,8 @@ impl PoolSizes {
         inside(out_row * self.stride, self.kernel_h, self.padding, self.height)
     }
 
-    /// The columns of windows whose column `kernel_col` lies inside the plane: 0 <= column * stride + kernel_col - padding < width.
+    /// The columns of windows whose column `kernel_col` lies inside the plane: 0 <= column * stride + kernel_col -
+    /// padding < width.
     #[inline(always)]
     fn cols_with(&self, kernel_col: usize) -> Range<usize> {
         let first = self.padding.saturating_sub(kernel_col).div_ceil(self.stride).min(self.out_width);
@@ -85,10 +87,12 @@ fn inside(start: usize, kernel: usize, padding: usize, len: usize) -> Range<usiz
     first..end.max(first)
 }
 
-/// The greatest value of every window, and where it is: `argmax` counts rows times `width` plus columns within the plane.
+/// The greatest value of every window, and where it is: `argmax` counts rows times `width` plus columns within the
+/// plane.
 ///
-/// Padding never wins. The first of equal values in row-major order wins; a NaN beats every number and a later NaN an earlier
-/// one, as in torch. A window with nothing inside the plane gives minus infinity and -1. Overwrites `out` and `argmax`.
+/// Padding never wins. The first of equal values in row-major order wins; a NaN beats every number and a later NaN an
+/// earlier one, as in torch. A window with nothing inside the plane gives minus infinity and -1. Overwrites `out` and
+/// `argmax`.
 pub fn max_forward<T: Real>(out: &mut [T], argmax: &mut [i32], x: &[T], sizes: &PoolSizes) {
     sizes.expect(x.len(), out.len());
     expect_len("pool", "argmax", argmax.len(), out.len());
@@ -115,7 +119,8 @@ vector_fn! {
             out.chunks_exact_mut(sizes.out_width).zip(argmax.chunks_exact_mut(sizes.out_width)).enumerate()
         {
             let rows = sizes.rows(out_row);
-            // Window after window in vectors: each place of the window in turn, for all columns of outputs where it lies inside the plane.
+            // Window after window in vectors: each place of the window in turn, for all columns of outputs where it
+            // lies inside the plane.
             for (row, kernel_col) in rows.flat_map(|row| (0..sizes.kernel_w).map(move |col| (row, col))) {
                 let cols = sizes.cols_with(kernel_col);
                 if cols.is_empty() {
@@ -200,7 +205,8 @@ fn divisor(sizes: &PoolSizes, rows: &Range<usize>, cols: &Range<usize>, count_in
     count.max(1) as f64
 }
 
-/// The gradient of [`avg_forward`]: every window spreads its gradient evenly, windows in row-major order. Overwrites `d_x`.
+/// The gradient of [`avg_forward`]: every window spreads its gradient evenly, windows in row-major order. Overwrites
+/// `d_x`.
 pub fn avg_grad<T: Real>(d_x: &mut [T], d_y: &[T], sizes: &PoolSizes, count_include_pad: bool) {
     sizes.expect(d_x.len(), d_y.len());
     let out_positions = sizes.out_positions();

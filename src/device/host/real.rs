@@ -1,8 +1,8 @@
 //! The two floating-point types that the host's op bodies are written for.
 //!
-//! f32 is what trains; f64 is the same code as an oracle. `exp`, `ln`, `tanh` and `erf` of f32 are polynomials of our own
-//! without branches, so that loops over them vectorise and give the same bits in every lane and on every machine; f64 takes
-//! the standard library's (and libm's `erf`).
+//! f32 is what trains; f64 is the same code as an oracle. `exp`, `ln`, `tanh` and `erf` of f32 are polynomials of our
+//! own without branches, so that loops over them vectorise and give the same bits in every lane and on every machine;
+//! f64 takes the standard library's (and libm's `erf`).
 
 use crate::base::DType;
 use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub};
@@ -33,7 +33,8 @@ pub trait Real:
     fn from_f64(x: f64) -> Self;
     /// The value as f64, exactly.
     fn to_f64(self) -> f64;
-    /// `self * a + b`, rounded once. Compiled inside [`crate::device::host::parallel::simd`] it is one instruction; outside, a slow call.
+    /// `self * a + b`, rounded once. Compiled inside [`crate::device::host::parallel::simd`] it is one instruction;
+    /// outside, a slow call.
     fn mul_add(self, a: Self, b: Self) -> Self;
     /// Square root, rounded correctly.
     fn sqrt(self) -> Self;
@@ -160,8 +161,8 @@ impl Real for f32 {
 
     #[inline(always)]
     fn erf(self) -> f32 {
-        // Two ranges: x + x P(x^2), and 1 - exp(-Q(|x|)) with Q near -ln(erfc). P and Q interpolate at Chebyshev points of
-        // [0, 0.86] (in x^2) and [0.92, 4]; their errors are 5e-10 and 2e-8. From 4 on the result rounds to 1.
+        // Two ranges: x + x P(x^2), and 1 - exp(-Q(|x|)) with Q near -ln(erfc). P and Q interpolate at Chebyshev points
+        // of [0, 0.86] (in x^2) and [0.92, 4]; their errors are 5e-10 and 2e-8. From 4 on the result rounds to 1.
         let x = self.abs();
         let x = if x > 4.0 { 4.0 } else { x };
         let z = x * x;

@@ -1,7 +1,7 @@
 //! Sums and maxima in an order that is written down.
 //!
-//! Along a row, element i goes to lane i mod 16, and the lanes are then added in a fixed tree: vectors as wide as any machine's
-//! do it, and all give the same bits. Down the columns, rows are added in blocks of 256, in order.
+//! Along a row, element i goes to lane i mod 16, and the lanes are then added in a fixed tree: vectors as wide as any
+//! machine's do it, and all give the same bits. Down the columns, rows are added in blocks of 256, in order.
 
 use super::parallel::vector_fn;
 use super::real::Real;

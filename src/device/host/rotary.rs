@@ -1,15 +1,16 @@
 //! Rotary position embedding (Su et al. 2021, arXiv:2104.09864, eq. 34), with the pairs of Llama's weights.
 //!
-//! Sizes: x, out (batch * positions, cols), whose rows begin with `heads` heads of `width`. With `a = x[i]` and `b = x[i + width/2]` of a head
-//! and the angle `p = t base^(-2i/width)` at position t: `out[i] = a cos p - b sin p`, `out[i + width/2] = b cos p + a sin p`. What lies
-//! behind the heads is copied.
+//! Sizes: x, out (batch * positions, cols), whose rows begin with `heads` heads of `width`. With `a = x[i]` and `b =
+//! x[i + width/2]` of a head and the angle `p = t base^(-2i/width)` at position t: `out[i] = a cos p - b sin p`, `out[i
+//! + width/2] = b cos p + a sin p`. What lies behind the heads is copied.
 
 use super::parallel::{expect_len, rows_per_chunk, with_scratch};
 use super::real::Real;
 use crate::graph::Rotation;
 use rayon::prelude::*;
 
-/// Turns every row's heads by its position; where `x` is `None`, `out` holds it. Overwrites `out`. Turning `back` is the gradient.
+/// Turns every row's heads by its position; where `x` is `None`, `out` holds it. Overwrites `out`. Turning `back` is
+/// the gradient.
 ///
 /// # Panics
 /// When a length does not fit the sizes.
@@ -38,7 +39,8 @@ pub fn turn<T: Real>(out: &mut [T], x: Option<&[T]>, rotation: &Rotation, positi
     });
 }
 
-/// Cosines and sines of `position`, taken in f64 and rounded once: an f32 angle of a thousand turns would be off by 1e-4.
+/// Cosines and sines of `position`, taken in f64 and rounded once: an f32 angle of a thousand turns would be off by
+/// 1e-4.
 fn set_angles<T: Real>(cos: &mut [T], sin: &mut [T], rotation: &Rotation, position: usize) {
     for (i, (cos, sin)) in cos.iter_mut().zip(sin).enumerate() {
         let angle = position as f64 * rotation.frequency(i);
@@ -92,7 +94,8 @@ mod tests {
         }
     }
 
-    /// The pairs as transformers writes them: `x * cos + rotate_half(x) * sin`, with angles that repeat after half the width.
+    /// The pairs as transformers writes them: `x * cos + rotate_half(x) * sin`, with angles that repeat after half the
+    /// width.
     #[test]
     fn like_the_definition() {
         let (positions, heads, width) = (5, 2, 6);

@@ -1,7 +1,8 @@
-//! Rows of a matrix inside a larger one, such as q, k and v inside one (rows, 3C) tensor, read and written by many threads.
+//! Rows of a matrix inside a larger one, such as q, k and v inside one (rows, 3C) tensor, read and written by many
+//! threads.
 //!
-//! Invariant of [`RowsMut`]: the memory is borrowed for writing for as long as the view lives, the rows are inside it, and no two
-//! views of one memory have an element in common.
+//! Invariant of [`RowsMut`]: the memory is borrowed for writing for as long as the view lives, the rows are inside it,
+//! and no two views of one memory have an element in common.
 
 use super::gemm::Matrix;
 use std::marker::PhantomData;
@@ -36,8 +37,8 @@ pub struct RowsMut<'a, T> {
     memory: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: the view is a mutable borrow of T's, which may move to another thread when T may. Rows are only handed out by the
-// unsafe `row`, whose callers promise that no two threads get the same elements.
+// SAFETY: the view is a mutable borrow of T's, which may move to another thread when T may. Rows are only handed out by
+// the unsafe `row`, whose callers promise that no two threads get the same elements.
 unsafe impl<T: Send> Send for RowsMut<'_, T> {}
 // SAFETY: as above: a shared view gives access to elements through the unsafe `row` alone.
 unsafe impl<T: Send> Sync for RowsMut<'_, T> {}
@@ -99,10 +100,11 @@ impl<'a, T> RowsMut<'a, T> {
             self.width
         );
         let start = self.offset + row * self.stride + columns.start;
-        // SAFETY: `split` made sure that `rows` rows of `stride` are inside the memory and that offset + width <= stride.
+        // SAFETY: `split` made sure that `rows` rows of `stride` are inside the memory and that offset + width <=
+        // stride.
         let first = unsafe { self.data.add(start) };
-        // SAFETY: those elements are inside the memory as above, it is borrowed for writing for 'a, views of one memory are
-        // disjoint by `split`, and the caller promises that this view's are not handed out twice.
+        // SAFETY: those elements are inside the memory as above, it is borrowed for writing for 'a, views of one memory
+        // are disjoint by `split`, and the caller promises that this view's are not handed out twice.
         unsafe { std::slice::from_raw_parts_mut(first, columns.len()) }
     }
 }

@@ -1,8 +1,9 @@
 //! f32 copies of an op's bf16 operands: made before its body runs, rounded back after it.
 //!
-//! The copies lie end to end in memory of the device's own, inputs first, each at a multiple of [`ALIGNMENT`]; where output 0 lies over an
-//! input, their copies are one. Behind them is room for an input that a product is written over. That memory is the host device's way to compute
-//! in bf16 at all, and to run programs that were placed for other devices; no budget counts it.
+//! The copies lie end to end in memory of the device's own, inputs first, each at a multiple of [`ALIGNMENT`]; where
+//! output 0 lies over an input, their copies are one. Behind them is room for an input that a product is written over.
+//! That memory is the host device's way to compute in bf16 at all, and to run programs that were placed for other
+//! devices; no budget counts it.
 
 use super::memory::Block;
 use super::operands::Operands;

@@ -1,7 +1,7 @@
 //! Seconds for tasks: rates of a machine, stated or measured, over the counts that ops give.
 //!
-//! An op's seconds are its work over its family's rate at its size, and a little for starting it. Rates are known at a few sizes; between
-//! them the nearer ones count for more.
+//! An op's seconds are its work over its family's rate at its size, and a little for starting it. Rates are known at a
+//! few sizes; between them the nearer ones count for more.
 
 use crate::base::{DType, LaneKind};
 use crate::device::Task;
@@ -55,15 +55,18 @@ pub struct CostModel {
     /// The disk tier's bandwidth each way; `None`: [`DISK_BYTES_PER_SEC`].
     #[serde(default)]
     pub disk_bytes_per_sec: Option<f64>,
-    /// The cores that all lanes of the device share; `None` where copies and the host's arithmetic take nothing from it.
+    /// The cores that all lanes of the device share; `None` where copies and the host's arithmetic take nothing from
+    /// it.
     #[serde(default)]
     pub cores: Option<Cores>,
 }
 
-/// What a disk is taken to read and to write a second where nobody says it: a good one of those that machines have, at half of its best.
+/// What a disk is taken to read and to write a second where nobody says it: a good one of those that machines have, at
+/// half of its best.
 pub const DISK_BYTES_PER_SEC: f64 = 1e9;
 
-/// Cores on which a device's units, its copies and its part of the host's arithmetic all run: what one takes the others lack.
+/// Cores on which a device's units, its copies and its part of the host's arithmetic all run: what one takes the others
+/// lack.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Cores {
     /// Number of cores.
@@ -112,9 +115,9 @@ impl CostModel {
         self.op_secs + of_family.max(cost.bytes as f64 / self.memory_bytes_per_sec)
     }
 
-    /// The rate at the op's size: the geometric mean of the family's measured rates, each weighted by how near it is. Sizes are apart as their
-    /// ratios are, so a size that was measured gets just that rate. Where nothing was measured in the op's precision, its element type counts, and where
-    /// nothing was in that, others do.
+    /// The rate at the op's size: the geometric mean of the family's measured rates, each weighted by how near it is.
+    /// Sizes are apart as their ratios are, so a size that was measured gets just that rate. Where nothing was measured
+    /// in the op's precision, its element type counts, and where nothing was in that, others do.
     fn rate(&self, cost: &Cost) -> f64 {
         let log = |size: usize| (size.max(1) as f64).ln();
         let (mut weights, mut sum) = (0.0, 0.0);
@@ -126,7 +129,8 @@ impl CostModel {
             // The square of the squared distance: a far size has next to no say beside a near one.
             let weight = 1.0 / (apart + 1e-3).powi(2);
             weights += weight;
-            // The geometric mean: what is so small that starting it takes the time has a rate thousands of times lower, and would drown the others.
+            // The geometric mean: what is so small that starting it takes the time has a rate thousands of times lower,
+            // and would drown the others.
             sum += weight * rate.work_per_sec.ln();
         }
         // A family that nobody measured moves its operands as fast as memory goes, or computes as fast as the best one.
@@ -166,7 +170,8 @@ impl CostModel {
         slow
     }
 
-    /// Seconds that updates of so many bytes of memory traffic take on the device, and norms of so many bytes of gradients.
+    /// Seconds that updates of so many bytes of memory traffic take on the device, and norms of so many bytes of
+    /// gradients.
     pub fn device_settle_secs(&self, update_bytes: u64, norm_bytes: u64) -> f64 {
         let norms = self.device_norm_bytes_per_sec.unwrap_or(self.device_update_bytes_per_sec);
         update_bytes as f64 / self.device_update_bytes_per_sec + norm_bytes as f64 / norms

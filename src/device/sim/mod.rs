@@ -1,8 +1,9 @@
 //! The simulated device: no arithmetic, a cost model and a virtual clock.
 //!
-//! A task's start is the latest of: its lane's last end, the ends of what it waits for, and the moment it was submitted. All of them are
-//! known at submission, since tickets only point back, so a lane is one number and the clock is a heap. Where a device's lanes share its
-//! cores, a copy or an update that meets units takes twice its share of the cores' time, and what it took the next unit ends later.
+//! A task's start is the latest of: its lane's last end, the ends of what it waits for, and the moment it was
+//! submitted. All of them are known at submission, since tickets only point back, so a lane is one number and the clock
+//! is a heap. Where a device's lanes share its cores, a copy or an update that meets units takes twice its share of the
+//! cores' time, and what it took the next unit ends later.
 
 mod cost_model;
 mod profiles;
@@ -40,7 +41,8 @@ pub struct SimDevice {
     now: f64,
     /// Ends of each lane's tasks, from the first.
     ends: Vec<Lane>,
-    /// Seconds of each device's cores that its other lanes took while units were queued, and that no unit has paid for yet.
+    /// Seconds of each device's cores that its other lanes took while units were queued, and that no unit has paid for
+    /// yet.
     taken: Vec<f64>,
     /// Seconds of programs that have run, by device and address; a program lives as long as the plan that it is of.
     programs: HashMap<(u16, usize), f64>,
@@ -56,7 +58,8 @@ pub struct SimDevice {
     coming: BinaryHeap<Reverse<(Secs, LaneId, Ticket, Secs)>>,
 }
 
-/// A link behind the devices' own. It carries what is asked of it in that order; who is first on a device's own link does not matter to it.
+/// A link behind the devices' own. It carries what is asked of it in that order; who is first on a device's own link
+/// does not matter to it.
 #[derive(Clone, Copy, Debug)]
 struct SharedLink {
     bytes_per_sec: f64,
@@ -177,7 +180,8 @@ impl Device for SimDevice {
         let Reverse((Secs(end_secs), _, ticket, Secs(start_secs))) = self.coming.pop()?;
         self.now = end_secs;
         let lane = &mut self.ends[ticket.lane as usize];
-        // Nobody who is submitted from now on can be held up by what has ended, so its end may be forgotten: 0 stands for "past".
+        // Nobody who is submitted from now on can be held up by what has ended, so its end may be forgotten: 0 stands
+        // for "past".
         while lane.ends.front().is_some_and(|&e| e <= self.now) && lane.forgotten < ticket.number {
             lane.ends.pop_front();
             lane.forgotten += 1;
@@ -266,7 +270,8 @@ mod tests {
     fn lanes_on_one_core_take_its_time_from_units() {
         let tasks = || vec![(0, work(8)), (1, copy(4)), (3, work(2)), (0, work(8))];
         assert_eq!(ends(&device(None), tasks()), [1.0, 1.0, 0.25, 2.0]);
-        // The copy takes 1/4 second of the core and the host's arithmetic 1/4; both last so much longer, and the second unit ends 1/2 later.
+        // The copy takes 1/4 second of the core and the host's arithmetic 1/4; both last so much longer, and the second
+        // unit ends 1/2 later.
         assert_eq!(ends(&device(Some(1)), tasks()), [1.0, 1.25, 0.5, 2.5]);
         // Of two cores a copy takes one.
         assert_eq!(ends(&device(Some(2)), tasks()), [1.0, 1.125, 0.5, 2.375]);

@@ -1,4 +1,5 @@
-//! Rates of well-known devices, by name: peaks as their makers state them, so that predictions are bounds rather than promises.
+//! Rates of well-known devices, by name: peaks as their makers state them, so that predictions are bounds rather than
+//! promises.
 
 use super::CostModel;
 
@@ -11,13 +12,14 @@ pub struct Profile {
     pub flops_per_sec: f64,
     /// Bandwidth of its own memory, in bytes per second.
     pub memory_bytes_per_sec: f64,
-    /// What its link to the host carries each way, in bytes per second: four fifths of the stated rate, which is what copies of
-    /// pinned memory reach.
+    /// What its link to the host carries each way, in bytes per second: four fifths of the stated rate, which is what
+    /// copies of pinned memory reach.
     pub link_bytes_per_sec: f64,
 }
 
-/// The profiles, oldest first. Sources: NVIDIA's data sheets of the V100 (SXM2, 2020), A100 (80 GB SXM, 2022), H100 (SXM, 2023) and H200
-/// (SXM, 2024); links are PCI Express 3, 4, 5 and 5 with 16 lanes, stated as 16, 32, 64 and 64 GB/s each way.
+/// The profiles, oldest first. Sources: NVIDIA's data sheets of the V100 (SXM2, 2020), A100 (80 GB SXM, 2022), H100
+/// (SXM, 2023) and H200 (SXM, 2024); links are PCI Express 3, 4, 5 and 5 with 16 lanes, stated as 16, 32, 64 and 64
+/// GB/s each way.
 pub const PROFILES: [Profile; 4] = [
     Profile { name: "v100", flops_per_sec: 15.7e12, memory_bytes_per_sec: 900e9, link_bytes_per_sec: 12.8e9 },
     Profile { name: "a100", flops_per_sec: 19.5e12, memory_bytes_per_sec: 2039e9, link_bytes_per_sec: 25.6e9 },

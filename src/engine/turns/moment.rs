@@ -1,6 +1,8 @@
-//! A moment as a policy sees it, and what a claim changes of that: predictions of when queues have run, copies have arrived and slots are free.
+//! A moment as a policy sees it, and what a claim changes of that: predictions of when queues have run, copies have
+//! arrived and slots are free.
 //!
-//! They follow from the units in the queues, not from the tasks on the lanes: what the lanes do otherwise than predicted shows when a unit ends.
+//! They follow from the units in the queues, not from the tasks on the lanes: what the lanes do otherwise than
+//! predicted shows when a unit ends.
 
 use super::{Claimed, Ready, Turns};
 use crate::engine::member::Member;

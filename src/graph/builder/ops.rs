@@ -101,8 +101,8 @@ impl Builder {
         self.one(Op::Activation(activation), vec![x], shape)
     }
 
-    /// `activation(gate) * up`, of one shape: what stands between the two products of a gated MLP (Shazeer 2020, "GLU variants improve
-    /// Transformer", arXiv:2002.05202).
+    /// `activation(gate) * up`, of one shape: what stands between the two products of a gated MLP (Shazeer 2020, "GLU
+    /// variants improve Transformer", arXiv:2002.05202).
     ///
     /// # Errors
     /// When the shapes differ.
@@ -163,9 +163,9 @@ impl Builder {
         Ok(self.node(Op::RmsNorm { epsilon }, vec![x, weight], vec![shape, rows])?[0])
     }
 
-    /// Rotary position embedding of the first `heads` heads of `width` of each row of `x` (B, T, R); the rest of the row passes (Su et al.
-    /// 2021, arXiv:2104.09864, eq. 34, with Llama's pairs: element i of a head and i + width/2). For packed qkv, (B, T, (H + 2 Hkv) D),
-    /// `heads` is H + Hkv.
+    /// Rotary position embedding of the first `heads` heads of `width` of each row of `x` (B, T, R); the rest of the
+    /// row passes (Su et al. 2021, arXiv:2104.09864, eq. 34, with Llama's pairs: element i of a head and i + width/2).
+    /// For packed qkv, (B, T, (H + 2 Hkv) D), `heads` is H + Hkv.
     ///
     /// # Errors
     /// When `x` has not three axes, its rows are shorter than the heads, the width is odd, or the base not above 0.
@@ -319,8 +319,8 @@ impl Builder {
         self.one(Op::Conv2d(window), inputs, Shape::from([n, o, oh, ow]))
     }
 
-    /// Batch normalisation over all axes but the second (Ioffe & Szegedy 2015, arXiv:1502.03167), with running statistics as
-    /// states. In training one value a channel is refused, as in torch.
+    /// Batch normalisation over all axes but the second (Ioffe & Szegedy 2015, arXiv:1502.03167), with running
+    /// statistics as states. In training one value a channel is refused, as in torch.
     ///
     /// # Errors
     /// When the sizes do not match, or training has one value a channel.
@@ -431,8 +431,8 @@ impl Builder {
         Ok(self.value(shape, dtype, Source::View(root)))
     }
 
-    /// Row t of each sequence of `x` (B, T, C) at place t + `by` of `rows` -> (B, rows, C); rows that fall outside are left out, and those that
-    /// none comes to are 0.
+    /// Row t of each sequence of `x` (B, T, C) at place t + `by` of `rows` -> (B, rows, C); rows that fall outside are
+    /// left out, and those that none comes to are 0.
     ///
     /// # Errors
     /// When `x` has not three axes.

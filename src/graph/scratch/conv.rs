@@ -1,10 +1,12 @@
-//! Scratch of convolutions: tensors with their channels last, for the kernels in bf16, and partial sums of weight gradients.
+//! Scratch of convolutions: tensors with their channels last, for the kernels in bf16, and partial sums of weight
+//! gradients.
 
 use super::{RowParts, parts_of};
 use crate::base::DType;
 use crate::graph::op::{Op, Window};
 
-/// Blocks that a weight gradient is cut into where it has the pixels for it: 4 on each of an H200's 132 multiprocessors.
+/// Blocks that a weight gradient is cut into where it has the pixels for it: 4 on each of an H200's 132
+/// multiprocessors.
 const BLOCKS: usize = 528;
 /// Most parts, so that adding them up stays short beside making them.
 const MOST_PARTS: usize = 128;
@@ -12,8 +14,8 @@ const MOST_PARTS: usize = 128;
 const LEAST_PIXELS: usize = 256;
 /// Values of one channel that a block of the bias gradient sums; a multiple of what one load moves.
 const BIAS_PART: usize = 16_384;
-/// Bytes that copies with their channels last may take at once, where one image takes no more: they are read again while the L2 cache has
-/// them, and the workspace stays small.
+/// Bytes that copies with their channels last may take at once, where one image takes no more: they are read again
+/// while the L2 cache has them, and the workspace stays small.
 const COPY_BYTES: u64 = 32 << 20;
 /// Channels of a group: what one asynchronous copy moves in bf16.
 const GROUP: usize = 8;
@@ -102,13 +104,15 @@ impl ConvSizes {
         self.batch.div_ceil(rounds.clamp(1, self.batch.max(1))).max(1)
     }
 
-    /// Whether the convolution is a matrix product of images as they lie, whose planes are whole groups: `kernels/conv_pointwise.cu`.
+    /// Whether the convolution is a matrix product of images as they lie, whose planes are whole groups:
+    /// `kernels/conv_pointwise.cu`.
     pub fn is_pointwise(&self) -> bool {
         let Window { kernel, stride, padding } = self.window;
         kernel == [1, 1] && stride == 1 && padding == 0 && self.plane().is_multiple_of(GROUP)
     }
 
-    /// The convolution of x's copy with its channels last: that of a filter of one tap has the pixels alone that the filter reads.
+    /// The convolution of x's copy with its channels last: that of a filter of one tap has the pixels alone that the
+    /// filter reads.
     pub fn copied(&self) -> ConvSizes {
         let Window { kernel, stride, padding } = self.window;
         if kernel != [1, 1] || stride == 1 || padding != 0 {
@@ -170,7 +174,8 @@ impl ConvSizes {
         }
     }
 
-    /// How the pixels that a weight gradient sums over are cut, of the images that are worked on at once. A part has a multiple of 32 pixels, the last one excepted.
+    /// How the pixels that a weight gradient sums over are cut, of the images that are worked on at once. A part has a
+    /// multiple of 32 pixels, the last one excepted.
     pub fn weight_parts(&self, dtype: DType) -> RowParts {
         let tiles = self.weight_tile(dtype).count(self.out_channels, self.weight_columns(dtype)).max(1);
         let pixels = self.with_batch(self.images_at_once(dtype).min(self.batch)).out_pixels();
@@ -200,8 +205,8 @@ fn channels_last_bytes(batch: usize, channels: usize, positions: usize) -> u64 {
     if is_channels_last(channels, positions) { 0 } else { (batch * positions * padded(channels) * 2) as u64 }
 }
 
-/// Where the regions of a convolution's scratch begin, in bytes, and where the last one ends. Each serves the images that are worked on at
-/// once, and then the next of them.
+/// Where the regions of a convolution's scratch begin, in bytes, and where the last one ends. Each serves the images
+/// that are worked on at once, and then the next of them.
 ///
 /// | op | first | second | third |
 /// | --- | --- | --- | --- |
@@ -209,7 +214,8 @@ fn channels_last_bytes(batch: usize, channels: usize, positions: usize) -> u64 {
 /// | `Conv2dGradInput` | d_out, channels last | weight (C, taps, O) | |
 /// | `Conv2dGradWeight` | d_out, channels last | x, channels last | partial sums, f32 (parts, O, weight_columns) |
 ///
-/// A pointwise convolution's images stay as they are. In f32 there are partial sums alone, and those only for several parts.
+/// A pointwise convolution's images stay as they are. In f32 there are partial sums alone, and those only for several
+/// parts.
 pub fn conv_regions(op: &Op, dtype: DType, s: &ConvSizes) -> [u64; 4] {
     let s = s.with_batch(s.images_at_once(dtype).min(s.batch));
     let bf16 = dtype == DType::Bf16;

@@ -1,7 +1,8 @@
 //! How a matrix product is cut: into tiles of the output, and k into parts whose sums a second kernel adds.
 //!
-//! A function of shape and element type alone, by a model of one machine, an H100 or H200: neither bits nor bytes of scratch depend on the chip at hand.
-//! The parts hold for every kernel of that type; the tile is that of `kernels/gemm_hopper.cu` or `gemm_f32.cu`, and changes no bit.
+//! A function of shape and element type alone, by a model of one machine, an H100 or H200: neither bits nor bytes of
+//! scratch depend on the chip at hand. The parts hold for every kernel of that type; the tile is that of
+//! `kernels/gemm_hopper.cu` or `gemm_f32.cu`, and changes no bit.
 
 use super::{RowParts, parts_of};
 use crate::base::DType;
@@ -17,7 +18,8 @@ struct Width {
     cols: usize,
     /// Tiles that it works on at a time.
     at_once: usize,
-    /// A step of k: the products' own 4 a column, and what the widths lose beside the widest, which brings the fewest bytes a product.
+    /// A step of k: the products' own 4 a column, and what the widths lose beside the widest, which brings the fewest
+    /// bytes a product.
     step: usize,
     /// Its sums' way out as they are, by the account in `gemm_hopper.cu`.
     end: usize,
@@ -34,7 +36,8 @@ const WIDTHS: [Width; 3] = [
 /// The one width of f32, at three quarters of what the arithmetic units could.
 const F32_WIDTHS: [Width; 1] = [Width { cols: 128, at_once: 2, step: 21_800, end: 5000, overlaps: false }];
 
-/// The machine's multiprocessors, and bytes a cycle at which partial sums are written and read back; cycles that a second launch costs.
+/// The machine's multiprocessors, and bytes a cycle at which partial sums are written and read back; cycles that a
+/// second launch costs.
 const MULTIPROCESSORS: usize = 132;
 const PARTIAL_BYTES_PER_CYCLE: usize = 1800;
 const FINISH_CYCLES: usize = 6000;
@@ -63,7 +66,8 @@ pub struct ProductCut {
 pub fn product_cut(dtype: DType, m: usize, n: usize, k: usize) -> ProductCut {
     let widths = if dtype == DType::Bf16 { &WIDTHS[..] } else { &F32_WIDTHS[..] };
     let steps = k.div_ceil(K_STEP).max(1);
-    // From so many tiles on, cutting gains too little to be looked at, and a part's place in (parts, m, n) would outgrow 32 bits.
+    // From so many tiles on, cutting gains too little to be looked at, and a part's place in (parts, m, n) would
+    // outgrow 32 bits.
     let most = if tiles(m, n, WIDTHS[0].cols) >= MULTIPROCESSORS { 1 } else { MOST_K_PARTS.min(steps) };
     let cuts = (1..=most).flat_map(|parts| widths.iter().map(move |width| (parts, width)));
     let best = cuts.min_by_key(|&(parts, width)| cycles(m, n, steps, parts, width));

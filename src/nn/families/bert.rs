@@ -1,8 +1,9 @@
-//! BERT with its masked-language-modelling head (Devlin, Chang, Lee & Toutanova 2018, arXiv:1810.04805), as transformers'
-//! `BertForMaskedLM` computes it: normalisation comes after each sum, and the decoder is the word embeddings with a bias of its own.
+//! BERT with its masked-language-modelling head (Devlin, Chang, Lee & Toutanova 2018, arXiv:1810.04805), as
+//! transformers' `BertForMaskedLM` computes it: normalisation comes after each sum, and the decoder is the word
+//! embeddings with a bias of its own.
 //!
-//! Every token is of type 0, as transformers takes it where no `token_type_ids` are given. A cut may fall after the embeddings, and after
-//! either half of a layer: attention, or the MLP.
+//! Every token is of type 0, as transformers takes it where no `token_type_ids` are given. A cut may fall after the
+//! embeddings, and after either half of a layer: attention, or the MLP.
 
 use super::text::{self, TextModel};
 use super::{ACTIVATIONS, Family};
@@ -54,7 +55,8 @@ pub struct Bert {
     pub positions: usize,
     /// Types of tokens, of which the first is used: `type_vocab_size`, 2 by default.
     pub types: usize,
-    /// The token whose row the embedding's gradient leaves alone (the decoder's does not): `pad_token_id`, 0 by default; null is none.
+    /// The token whose row the embedding's gradient leaves alone (the decoder's does not): `pad_token_id`, 0 by
+    /// default; null is none.
     pub padding: Option<usize>,
     /// Standard deviation of the first weights: `initializer_range`, 0.02 by default.
     pub initializer_range: f64,

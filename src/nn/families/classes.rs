@@ -29,7 +29,8 @@ pub(super) fn classes(f: &Fields) -> Result<usize> {
     }
 }
 
-/// The config that a network was given, with a name for every class: transformers counts them, and knows them both ways.
+/// The config that a network was given, with a name for every class: transformers counts them, and knows them both
+/// ways.
 pub(super) fn with_named_classes(given: &Map<String, Value>, classes: usize) -> Map<String, Value> {
     let mut given = given.clone();
     given.remove("num_labels");

@@ -123,7 +123,8 @@ impl Gpt2 {
         Linear { outputs, layout: WeightLayout::InOut, weight, bias, activation }
     }
 
-    /// The layers that add to the residual path start smaller, since 2 n_layer of them add up (Radford et al. 2019, section 2.3).
+    /// The layers that add to the residual path start smaller, since 2 n_layer of them add up (Radford et al. 2019,
+    /// section 2.3).
     fn projection(&self) -> Linear {
         let deviation = self.initializer_range / (2.0 * self.layers as f64).sqrt();
         self.linear(self.width, deviation, Activation::None)

@@ -1,5 +1,6 @@
-//! Llama with its language-modelling head (Touvron et al. 2023, arXiv:2302.13971 and 2307.09288; Grattafiori et al. 2024, arXiv:2407.21783), as
-//! transformers' `LlamaForCausalLM` computes it: RMS norms, rotary positions, grouped key and value heads, a gated MLP.
+//! Llama with its language-modelling head (Touvron et al. 2023, arXiv:2302.13971 and 2307.09288; Grattafiori et al.
+//! 2024, arXiv:2407.21783), as transformers' `LlamaForCausalLM` computes it: RMS norms, rotary positions, grouped key
+//! and value heads, a gated MLP.
 //!
 //! A cut may fall after the embeddings, and after either half of a layer: attention, or the MLP.
 
@@ -236,7 +237,8 @@ impl Network for Llama {
     }
 }
 
-/// Base and scaling of the rotary angles: `rope_parameters`, or `rope_theta` and `rope_scaling` as transformers up to 4 has them.
+/// Base and scaling of the rotary angles: `rope_parameters`, or `rope_theta` and `rope_scaling` as transformers up to 4
+/// has them.
 fn read_rotary(f: &Fields) -> Result<(f64, RotaryScaling)> {
     let theta = |f: &Fields, default: f64| {
         f.number("rope_theta", default, "a number above 0, up to 1e12", |base| base > 0.0 && base <= 1e12)

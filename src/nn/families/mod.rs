@@ -63,7 +63,8 @@ pub(super) fn family(name: &str, whence: &str) -> Result<&'static Family> {
 /// ```
 ///
 /// # Errors
-/// When the family, a key or a value is not known or not supported, or `config` is no object; the message names the key and the nearest known word.
+/// When the family, a key or a value is not known or not supported, or `config` is no object; the message names the key
+/// and the nearest known word.
 pub fn from_config(name: &str, config: &Value) -> Result<Box<dyn Network>> {
     match config {
         Value::Object(config) => build(name, config, true),
@@ -71,7 +72,8 @@ pub fn from_config(name: &str, config: &Value) -> Result<Box<dyn Network>> {
     }
 }
 
-/// Builds a network; `strict` refuses keys that mean nothing to the family, for configs that people write: Hugging Face's own files hold many.
+/// Builds a network; `strict` refuses keys that mean nothing to the family, for configs that people write: Hugging
+/// Face's own files hold many.
 pub(in crate::nn) fn build(name: &str, config: &Map<String, Value>, strict: bool) -> Result<Box<dyn Network>> {
     let family = family(name, "model")?;
     let whence = format!("{name} config");

@@ -25,7 +25,8 @@ pub(super) const FAMILY: Family = Family {
 const ARCHITECTURE: &str = "ResNetForImageClassification";
 /// A bottleneck is this many times narrower inside.
 const REDUCTION: usize = 4;
-/// Blocks beyond this are a mistake: the deepest published one has 50 bottlenecks, and 1202 layers' worth of basic ones.
+/// Blocks beyond this are a mistake: the deepest published one has 50 bottlenecks, and 1202 layers' worth of basic
+/// ones.
 const MOST_BLOCKS: usize = 1024;
 const MOST_STAGES: usize = 32;
 const MOST_CHANNELS: usize = 1 << 16;
@@ -43,7 +44,8 @@ pub struct ResNet {
     pub depths: Vec<usize>,
     /// Blocks of 1x1, 3x3 and 1x1 convolutions instead of two 3x3 ones.
     pub bottleneck: bool,
-    /// After the stem, and after the sum that ends a block; inside a block it is ReLU whatever the config says, as in transformers.
+    /// After the stem, and after the sum that ends a block; inside a block it is ReLU whatever the config says, as in
+    /// transformers.
     pub activation: Activation,
     /// Whether the first stage halves the image, as the others do.
     pub downsample_in_first_stage: bool,

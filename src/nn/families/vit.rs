@@ -42,13 +42,15 @@ pub struct Vit {
     pub hidden_dropout: f64,
     /// Dropout of attention weights: `attention_probs_dropout_prob`, 0 by default.
     pub attention_dropout: f64,
-    /// Standard deviation of the first weights, and of the first class token and positions: `initializer_range`, 0.02 by default.
+    /// Standard deviation of the first weights, and of the first class token and positions: `initializer_range`, 0.02
+    /// by default.
     pub initializer_range: f64,
     /// Layer normalisation's epsilon: `layer_norm_eps`, 1e-12 by default.
     pub epsilon: f64,
     /// Height and width of the image: `image_size`, 224 by default.
     pub image: usize,
-    /// Height and width of a patch; what is left of the image at the right and at the bottom is not seen: `patch_size`, 16 by default.
+    /// Height and width of a patch; what is left of the image at the right and at the bottom is not seen: `patch_size`,
+    /// 16 by default.
     pub patch: usize,
     /// Channels of the image: `num_channels`, 3 by default.
     pub channels: usize,
@@ -116,7 +118,8 @@ impl Vit {
         let batch = b.shape(x).axes()[0];
         let planes = b.reshape(x, [batch, c, side * side])?;
         let patches = b.transpose(planes, &[0, 2, 1])?;
-        // The class token goes into the row that the shift leaves 0; its own shift makes a table that is 0 everywhere else.
+        // The class token goes into the row that the shift leaves 0; its own shift makes a table that is 0 everywhere
+        // else.
         let mut x = b.shift(patches, 1, tokens)?;
         let class = b.shift(class, 0, tokens)?;
         for table in [class, positions] {

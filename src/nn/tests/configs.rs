@@ -201,7 +201,8 @@ fn a_networks_config_describes_it() {
     assert_eq!(labels, crate::nn::Labels { shift: true, classes: 31, vocab: Some(31) });
 }
 
-/// In transformers `hidden_act` is what follows the stem and the sums; ResNetConvLayer has ReLU unless it is told otherwise, and blocks do not.
+/// In transformers `hidden_act` is what follows the stem and the sums; ResNetConvLayer has ReLU unless it is told
+/// otherwise, and blocks do not.
 #[test]
 fn a_resnets_activation_follows_the_stem_and_the_sums() {
     for (layer_type, inner) in [("basic", 1), ("bottleneck", 2)] {

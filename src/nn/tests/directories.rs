@@ -115,7 +115,8 @@ fn berts_tied_decoder_is_taken_where_it_is_the_same() {
     refused(open(dir.path()), &["cls.predictions.decoder.bias", "other values than cls.predictions.bias"]);
 }
 
-/// As google-bert/bert-base-uncased is: TensorFlow's names of norms, the head of the second task, which BertForMaskedLM has not.
+/// As google-bert/bert-base-uncased is: TensorFlow's names of norms, the head of the second task, which BertForMaskedLM
+/// has not.
 #[test]
 fn berts_first_files_are_taken() {
     let plain = raw("bert");

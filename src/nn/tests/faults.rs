@@ -154,7 +154,8 @@ fn directories_that_are_none() {
     refused(open(dir.path()), &["model.safetensors: is no regular file"]);
 }
 
-/// Whatever is cut from or flipped in the weights' header, opening and reading them ends in an error or in finite numbers.
+/// Whatever is cut from or flipped in the weights' header, opening and reading them ends in an error or in finite
+/// numbers.
 #[test]
 fn damaged_weights_do_no_harm() {
     let good = std::fs::read(fixture("resnet/model/model.safetensors")).unwrap();

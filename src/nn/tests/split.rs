@@ -1,4 +1,5 @@
-//! Weights in several files with an index: what a whole directory gives, or an error that names the file and the tensor.
+//! Weights in several files with an index: what a whole directory gives, or an error that names the file and the
+//! tensor.
 
 use super::directories::{Raw, raw, save_again, write, write_tensors};
 use super::*;

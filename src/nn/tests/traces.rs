@@ -25,7 +25,8 @@ fn names(graph: &Graph) -> Vec<&str> {
     graph.layers.iter().map(|layer| layer.name.as_str()).collect()
 }
 
-/// Every use of a parameter has a gradient computed in the layer of the use, and every layer but the first hands one on.
+/// Every use of a parameter has a gradient computed in the layer of the use, and every layer but the first hands one
+/// on.
 #[track_caller]
 fn check_gradients(graph: &mut Graph) {
     differentiate(graph).unwrap();
@@ -112,7 +113,8 @@ fn cuts_fall_between_halves_of_llamas_layers() {
     }
     assert!(graph.parameters.iter().all(|p| p.layers.len() == 1));
     check_gradients(&mut graph);
-    // Of a layer's seven products three add to what others of the same input gave; the sums that are left pass by the norms.
+    // Of a layer's seven products three add to what others of the same input gave; the sums that are left pass by the
+    // norms.
     let count = |is: fn(&Op) -> bool| graph.nodes.iter().filter(|node| is(&node.op)).count();
     assert_eq!(count(|op| matches!(op, Op::LinearGradInput { adds: true, .. })), 3 * 2);
     assert_eq!(count(|op| *op == Op::Add), 2 * 2);

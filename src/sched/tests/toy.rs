@@ -1,8 +1,9 @@
-//! A toy executor, independent of the real one, to compare policies in unit tests: models as lists of units, devices with double
-//! buffering, one first-in-first-out link to each device or one for all.
+//! A toy executor, independent of the real one, to compare policies in unit tests: models as lists of units, devices
+//! with double buffering, one first-in-first-out link to each device or one for all.
 //!
-//! When a unit is claimed everything is known: its copies follow those asked for before, and it starts once they are there, its predecessor
-//! has ended and the device is free. So the only events are ends of units. Nothing leaves a device, in bytes or in time.
+//! When a unit is claimed everything is known: its copies follow those asked for before, and it starts once they are
+//! there, its predecessor has ended and the device is free. So the only events are ends of units. Nothing leaves a
+//! device, in bytes or in time.
 
 use crate::sched::*;
 use std::collections::VecDeque;
@@ -44,7 +45,8 @@ impl Toy {
         self.run_asking(policy, |device| device.busy_secs)
     }
 
-    /// Runs all units. Of the devices that can take one, that with the least `order` is asked first, and of equal ones the fastest.
+    /// Runs all units. Of the devices that can take one, that with the least `order` is asked first, and of equal ones
+    /// the fastest.
     pub fn run_asking(&self, policy: &dyn Policy, order: fn(&DeviceView) -> f64) -> Ran {
         let mut models: Vec<ModelView> = (0..self.models.len()).map(|id| self.model_view(id, 0, None)).collect();
         let device_view = |(id, &(speed, rate))| DeviceView {

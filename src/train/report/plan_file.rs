@@ -1,7 +1,8 @@
 //! plan.json as the report reads it: every key may be missing, keys that it does not know are passed over.
 //!
-//! A report must be possible for runs of older and newer versions, so this is no mirror of what writes the file: a missing number
-//! leaves out what it would have said. A key of another type than it ever had means that the file is damaged.
+//! A report must be possible for runs of older and newer versions, so this is no mirror of what writes the file: a
+//! missing number leaves out what it would have said. A key of another type than it ever had means that the file is
+//! damaged.
 
 use crate::base::{Error, LaneKind, Result, format_bytes};
 use crate::trace::Ceilings;
@@ -85,7 +86,8 @@ impl PlanFile {
     /// Reads `path`.
     ///
     /// # Errors
-    /// When the file is not there, is no JSON object, a key has another type than it ever had, or a model's name is no folder's.
+    /// When the file is not there, is no JSON object, a key has another type than it ever had, or a model's name is no
+    /// folder's.
     pub(super) fn read(path: &Path) -> Result<PlanFile> {
         let fault = |what: &dyn std::fmt::Display| Error::bad(format!("{}: {what}", path.display()));
         let bytes = std::fs::read(path).map_err(|e| match e.kind() {

@@ -15,7 +15,8 @@ pub(super) struct Shown {
     pub model: u16,
     pub first: u32,
     pub last: u32,
-    /// From the first arithmetic of `first` to that of the step after `last`: what repeats. To the end of `last` where no more is known.
+    /// From the first arithmetic of `first` to that of the step after `last`: what repeats. To the end of `last` where
+    /// no more is known.
     pub window: (f64, f64),
     /// Everything that ran in the window, other steps' tasks too.
     pub events: Vec<Event>,
@@ -33,14 +34,15 @@ struct Step {
     unsteady: bool,
 }
 
-/// A choice and how good it is: the more models the better; then steady steps (no start, no validation, not the last of all, whose end
-/// nothing overlaps); then more of them, up to three.
+/// A choice and how good it is: the more models the better; then steady steps (no start, no validation, not the last of
+/// all, whose end nothing overlaps); then more of them, up to three.
 struct Candidate {
     rank: (usize, bool, u32),
     shown: Shown,
 }
 
-/// Chooses what to draw: the best run of kept steps of any model, of equal ones the last one of the lowest model. `None` without events.
+/// Chooses what to draw: the best run of kept steps of any model, of equal ones the last one of the lowest model.
+/// `None` without events.
 pub(super) fn choose(events: &[Event]) -> Option<Shown> {
     let models: BTreeSet<u16> = events.iter().filter(|event| event.has_times()).map(|event| event.name.model).collect();
     let mut best: Option<Candidate> = None;
@@ -107,7 +109,8 @@ fn window(events: &[Event], steps: &BTreeMap<u32, Step>, model: u16, (first, las
     Shown { model, first, last, window, events: events.iter().filter(is_inside).copied().collect() }
 }
 
-/// The times in which the trace misses nothing: from its first event to its last, but for those in which a model was at steps that were not kept.
+/// The times in which the trace misses nothing: from its first event to its last, but for those in which a model was at
+/// steps that were not kept.
 pub(super) fn kept_windows(events: &[Event]) -> Vec<(f64, f64)> {
     let mut steps: BTreeMap<(u16, u32), (f64, f64)> = BTreeMap::new();
     for event in events.iter().filter(|event| event.has_times()) {

@@ -33,8 +33,9 @@ extern "C" __global__ void test_row_sums(float* sums, const float* x, int rows, 
 }
 GPU_EXPORT(test_row_sums)
 
-// out (cols) = in (cols) reversed within 64, through shared memory, by cp.async of 4, 8 and 16 bytes; what lies past `cols` is 0.
-// out is (64 * blocks). 64 threads a block. 1 no wait, 2 no barrier after the wait, 3 not waited for at exit, 4 misaligned.
+// out (cols) = in (cols) reversed within 64, through shared memory, by cp.async of 4, 8 and 16 bytes; what lies past
+// `cols` is 0. out is (64 * blocks). 64 threads a block. 1 no wait, 2 no barrier after the wait, 3 not waited for at
+// exit, 4 misaligned.
 extern "C" __global__ void test_copies(float* out, const float* in, int cols, int width, int bug) {
   GPU_SHARED(float, tile, [2][64]);
   const int t = threadIdx.x, each = width / 4;  // elements of a copy
@@ -84,7 +85,8 @@ extern "C" __global__ void test_named_barriers(float* out, int steps, int bug) {
 }
 GPU_EXPORT(test_named_barriers)
 
-// out (1) = 1, written once all of 5 warps have read a number. 160 threads. 1 to 4: the read of that warp is not waited for.
+// out (1) = 1, written once all of 5 warps have read a number. 160 threads. 1 to 4: the read of that warp is not waited
+// for.
 extern "C" __global__ void test_readers(float* out, int bug) {
   GPU_SHARED(float, number, [1]);
   const int warp = threadIdx.x / 32, readers = bug ? 128 : 160;
@@ -114,8 +116,8 @@ extern "C" __global__ void __launch_bounds__(64, 2) test_bounded(int* out) {
 }
 GPU_EXPORT(test_bounded)
 
-// out (32 * blocks) = block * 32 + thread. 1 blocks write the same elements, 2 a block reads another's, 3 threads of a block
-// write the same element of global memory.
+// out (32 * blocks) = block * 32 + thread. 1 blocks write the same elements, 2 a block reads another's, 3 threads of a
+// block write the same element of global memory.
 extern "C" __global__ void test_blocks(int* out, int bug) {
   const int t = threadIdx.x, b = bug == 1 ? 0 : blockIdx.x;
   if (t >= 28 && t < 30) return;  // threads that exit do not hold up a barrier

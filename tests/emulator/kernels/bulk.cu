@@ -1,10 +1,11 @@
-// Bulk copies, mbarriers and warpgroup products, and what goes wrong with them: each kernel has its mistakes, by number.
+// Bulk copies, mbarriers and warpgroup products, and what goes wrong with them: each kernel has its mistakes, by
+// number.
 #include "gpu.cuh"
 
-// A box of 64 columns and 32 rows of `from`, at (x, y), in shared memory as it lies there (raw, 64 * 32 bf16), and stored at (x,
-// y) of `to`. 64 threads. 1 no wait for the load, 2 no fence after initializing, 3 no proxy fence before the store, 4 the source
-// is written before the store has read it, 5 more bytes are expected than come, 6 one arrival too many, 7 a misaligned place, 8
-// no wait for the store, 9 none for a second load of the same.
+// A box of 64 columns and 32 rows of `from`, at (x, y), in shared memory as it lies there (raw, 64 * 32 bf16), and
+// stored at (x, y) of `to`. 64 threads. 1 no wait for the load, 2 no fence after initializing, 3 no proxy fence before
+// the store, 4 the source is written before the store has read it, 5 more bytes are expected than come, 6 one arrival
+// too many, 7 a misaligned place, 8 no wait for the store, 9 none for a second load of the same.
 extern "C" __global__ void test_bulk(const __grid_constant__ CUtensorMap from, const __grid_constant__ CUtensorMap to, bf16* raw,
                                      int x, int y, int bug) {
 #if GPU_HOPPER
@@ -43,7 +44,8 @@ extern "C" __global__ void test_bulk(const __grid_constant__ CUtensorMap from, c
 }
 GPU_EXPORT(test_bulk)
 
-// The same box in raw, over what the threads have written there. 64 threads. 1 no proxy fence between their writes and the load's.
+// The same box in raw, over what the threads have written there. 64 threads. 1 no proxy fence between their writes and
+// the load's.
 extern "C" __global__ void test_bulk_over_writes(const __grid_constant__ CUtensorMap from, bf16* raw, int x, int y, int bug) {
 #if GPU_HOPPER
   GPU_SHARED(bf16, tile, [32 * 64]);
@@ -66,8 +68,9 @@ extern "C" __global__ void test_bulk_over_writes(const __grid_constant__ CUtenso
 }
 GPU_EXPORT(test_bulk_over_writes)
 
-// out (steps): a thread of one warp writes numbers, one of another reads them, through one shared slot and two mbarriers. 64 threads. 1 the first one
-// goes on without waiting until the slot is free: then a phase may end whose predecessor's end nobody has seen.
+// out (steps): a thread of one warp writes numbers, one of another reads them, through one shared slot and two
+// mbarriers. 64 threads. 1 the first one goes on without waiting until the slot is free: then a phase may end whose
+// predecessor's end nobody has seen.
 extern "C" __global__ void test_phases(float* out, int steps, int bug) {
 #if GPU_HOPPER
   GPU_SHARED(uint64_t, full, [1]);
@@ -101,8 +104,8 @@ constexpr int K_TILE = 64;
 #define MISTAKE bug
 #endif
 
-// A ring of one slot: a producer warp loads, a warpgroup multiplies. out (64, N) = a (64, k) * b (k, N), with a as (64, k) or,
-// A_MN, (k, 64), and b as (N, k) or, B_MN, (k, N).
+// A ring of one slot: a producer warp loads, a warpgroup multiplies. out (64, N) = a (64, k) * b (k, N), with a as (64,
+// k) or, A_MN, (k, 64), and b as (N, k) or, B_MN, (k, N).
 template <int N, int A_MN, int B_MN, bool REGISTERS>
 DEV void product(float* out, const CUtensorMap& a_map, const CUtensorMap& b_map, int k, int bug) {
   GPU_DYNAMIC(bf16, tiles);
@@ -166,8 +169,8 @@ DEV void product(float* out, const CUtensorMap& a_map, const CUtensorMap& b_map,
     product<N, A_MN, B_MN, REGISTERS>(out, a, b, k, MISTAKE);                                                              \
   }                                                                                                                    \
   GPU_EXPORT(name)
-// The mistakes of all of them: 1 no wait for the load, 2 no wgmma.fence, 3 no wait for the products, 4 the producer does not wait
-// for a free slot, 5 the slot is given back before the products are done, 6 no wgmma.fence after a wait.
+// The mistakes of all of them: 1 no wait for the load, 2 no wgmma.fence, 3 no wait for the products, 4 the producer
+// does not wait for a free slot, 5 the slot is given back before the products are done, 6 no wgmma.fence after a wait.
 TEST_PRODUCT(test_wgmma_64_kk, 64, 0, 0, false)
 TEST_PRODUCT(test_wgmma_64_mm, 64, 1, 1, false)
 TEST_PRODUCT(test_wgmma_96_kk, 96, 0, 0, false)
@@ -178,8 +181,8 @@ TEST_PRODUCT(test_wgmma_64_rk, 64, 0, 0, true)
 TEST_PRODUCT(test_wgmma_128_rm, 128, 0, 1, true)
 #endif
 
-// out (64, 64) = a (64, 16) * b (64, 16) transposed, operands written by the threads themselves in the swizzled layout. 128
-// threads. 1 no proxy fence. 2 is no mistake: the fence after the barrier.
+// out (64, 64) = a (64, 16) * b (64, 16) transposed, operands written by the threads themselves in the swizzled layout.
+// 128 threads. 1 no proxy fence. 2 is no mistake: the fence after the barrier.
 extern "C" __global__ void test_wgmma_written(float* out, const float* a, const float* b, int bug) {
 #if GPU_HOPPER
   GPU_SHARED(bf16, sa, [64 * 64]);

@@ -1,4 +1,5 @@
-// Helpers that have equal names and other bodies in twins_two.cu: each kernel runs those of its own file. out (n) f32; one thread an element.
+// Helpers that have equal names and other bodies in twins_two.cu: each kernel runs those of its own file. out (n) f32;
+// one thread an element.
 #include "gpu.cuh"
 
 template <class T> __device__ __noinline__ T twin(T x) { return x + 1; }

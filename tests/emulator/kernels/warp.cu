@@ -1,8 +1,8 @@
 // What lanes do together: shuffles, votes, matrix fragments, mma.
 #include "gpu.cuh"
 
-// out (12, 32) u64: one row an operation, one column a lane. One warp. bug 1: lanes use different masks; 2: a lane reads one that
-// is not there.
+// out (12, 32) u64: one row an operation, one column a lane. One warp. bug 1: lanes use different masks; 2: a lane
+// reads one that is not there.
 extern "C" __global__ void test_shuffles(uint64_t* out, int bug) {
   const int lane = threadIdx.x;
   const uint64_t mine = 0x100000001ull * (lane + 1);
@@ -26,7 +26,8 @@ extern "C" __global__ void test_shuffles(uint64_t* out, int bug) {
 }
 GPU_EXPORT(test_shuffles)
 
-// out (32) = what each lane's mirror image wrote into shared memory. One warp. 1 a shuffle where lanes have to wait for each other's writes, 2 a vote.
+// out (32) = what each lane's mirror image wrote into shared memory. One warp. 1 a shuffle where lanes have to wait for
+// each other's writes, 2 a vote.
 extern "C" __global__ void test_mirrored(float* out, int bug) {
   GPU_SHARED(float, slots, [32]);
   const int lane = threadIdx.x;
@@ -38,8 +39,8 @@ extern "C" __global__ void test_mirrored(float* out, int bug) {
 }
 GPU_EXPORT(test_mirrored)
 
-// in (4, 8, 8) b16; regs (14, 32) u32: x1, x2, x4, each plain and transposed; back (3, 4, 8, 8): stored by x4, x4 transposed, x2.
-// One warp.
+// in (4, 8, 8) b16; regs (14, 32) u32: x1, x2, x4, each plain and transposed; back (3, 4, 8, 8): stored by x4, x4
+// transposed, x2. One warp.
 extern "C" __global__ void test_fragments(uint32_t* regs, uint16_t* back, const uint16_t* in) {
   GPU_SHARED(uint16_t, tile, [4 * 64]);
   GPU_SHARED(uint16_t, stored, [3][4 * 64]);
@@ -70,7 +71,8 @@ extern "C" __global__ void test_fragments(uint32_t* regs, uint16_t* back, const 
 }
 GPU_EXPORT(test_fragments)
 
-// out16 (16, 8) = a16 (16, 16) * b16 (16, 8) + 1, bf16 from f32; out8 (16, 8) = a8 (16, 8) * b8 (8, 8) + 1, tf32. One warp.
+// out16 (16, 8) = a16 (16, 16) * b16 (16, 8) + 1, bf16 from f32; out8 (16, 8) = a8 (16, 8) * b8 (8, 8) + 1, tf32. One
+// warp.
 extern "C" __global__ void test_mma(float* out16, float* out8, const float* a16, const float* b16, const float* a8,
                                     const float* b8) {
   const int g = threadIdx.x / 4, t = threadIdx.x % 4;

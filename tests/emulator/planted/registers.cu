@@ -1,7 +1,8 @@
 // A mistake that nvcc has to find: registers that a product on its way reads are written before it is waited for.
 //
-// The emulator does not look for it, since the value that a product was given is the one it reads, in C++ as on a chip: what is assigned later is another
-// register to nvcc, and where it cannot be, as in this loop, ptxas makes the products wait for each other and says so.
+// The emulator does not look for it, since the value that a product was given is the one it reads, in C++ as on a chip:
+// what is assigned later is another register to nvcc, and where it cannot be, as in this loop, ptxas makes the products
+// wait for each other and says so.
 #include "gpu.cuh"
 
 // d (64, 64) += a (64, 16) b (16, 64) for each of the n fragments in `a`. 128 threads.

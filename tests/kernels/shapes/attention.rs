@@ -31,8 +31,8 @@ pub fn cases(t: &mut Table) {
         (1, 330, 100, 3, 1, 64, true, false, 0.0),
     ] {
         for packed in [false, true] {
-            // With a single key the weights are 1 whatever q and k are: their gradients are what is left of sums that cancel, and can be
-            // compared beside those of v alone.
+            // With a single key the weights are 1 whatever q and k are: their gradients are what is left of sums that
+            // cancel, and can be compared beside those of v alone.
             if packed && queries != keys || !packed && keys == 1 {
                 continue;
             }
@@ -53,7 +53,8 @@ pub fn cases(t: &mut Table) {
             });
         }
     }
-    // Masks that hide whole tiles of 64 and of 128 keys, first, last and in between, with holes elsewhere; and what stands behind a sequence's end.
+    // Masks that hide whole tiles of 64 and of 128 keys, first, last and in between, with holes elsewhere; and what
+    // stands behind a sequence's end.
     for (mask, b, queries, keys, heads, kv_heads, width, causal, dropout) in [
         ("tiles", 2, 70, 330, 2, 1, 64, false, 0.0),
         ("tiles", 2, 70, 330, 1, 1, 128, false, 0.0),

@@ -23,8 +23,8 @@ pub fn cases(t: &mut Table) {
         // And a stride of 2, whose gradient is spread over even rows and columns: of an even and an odd number of rows.
         ([4, 70, 20, 24], [50, 70, 1, 1], true, 2, 0),
         ([5, 66, 7, 16], [40, 66, 1, 1], false, 2, 0),
-        // Boxes of pixels: parts of rows, of images and of the batch; two steps of channels; words of 16 to 2 bytes; classes of a stride with taps and
-        // without.
+        // Boxes of pixels: parts of rows, of images and of the batch; two steps of channels; words of 16 to 2 bytes;
+        // classes of a stride with taps and without.
         ([5, 80, 14, 14], [136, 80, 3, 3], true, 1, 1),
         ([3, 43, 9, 7], [144, 43, 3, 3], true, 1, 1),
         ([2, 64, 6, 40], [64, 64, 3, 3], true, 1, 1),
@@ -40,7 +40,8 @@ pub fn cases(t: &mut Table) {
         // Filters larger than the image, and one column.
         ([2, 5, 3, 3], [9, 5, 5, 5], true, 2, 2),
         ([3, 9, 7, 1], [5, 9, 3, 1], true, 1, 0),
-        // What takes the other tiles, on four multiprocessors: 128 x 224 and 64 x 224 pixels on Hopper, then 64 x 256; square tiles elsewhere.
+        // What takes the other tiles, on four multiprocessors: 128 x 224 and 64 x 224 pixels on Hopper, then 64 x 256;
+        // square tiles elsewhere.
         ([5, 32, 5, 17], [72, 32, 3, 3], true, 1, 1),
         ([5, 32, 7, 26], [40, 32, 3, 3], false, 1, 1),
         ([5, 32, 9, 29], [40, 32, 3, 3], true, 1, 1),
@@ -50,7 +51,8 @@ pub fn cases(t: &mut Table) {
         ([1, 512, 2, 2], [192, 512, 5, 5], false, 1, 2),
         ([2, 130, 8, 8], [40, 130, 1, 1], true, 1, 0),
         ([5, 24, 10, 20], [40, 24, 1, 1], false, 1, 0),
-        // One tap with channels that are too few for Hopper's own: square tiles, and flat ones of the weight's gradient.
+        // One tap with channels that are too few for Hopper's own: square tiles, and flat ones of the weight's
+        // gradient.
         ([2, 24, 16, 16], [128, 24, 1, 1], true, 1, 0),
         ([2, 130, 8, 8], [24, 130, 1, 1], false, 1, 0),
         // Sums over many pixels: parts of the weight gradient, then of the bias gradient.

@@ -13,8 +13,8 @@ pub fn cases(t: &mut Table) {
             s.b.batchnorm(x, "norm", 1e-3, 0.1)
         });
     }
-    // Planes in strips, several planes a block, more windows than overlap in one go, windows that lie in the padding, large windows of rows that no
-    // block has room for.
+    // Planes in strips, several planes a block, more windows than overlap in one go, windows that lie in the padding,
+    // large windows of rows that no block has room for.
     for (x, kernel, stride, padding) in [
         ([2, 3, 13, 13], 3, 2, 1),
         ([2, 2, 33, 31], 7, 2, 3),

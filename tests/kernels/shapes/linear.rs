@@ -3,7 +3,8 @@
 use crate::cases::{CLASSES, Table, after, linear, residual};
 use hydra::graph::{Activation, WeightLayout};
 
-/// (rows, inputs, outputs): tails of the tiles and of the steps along k, one row, rows of every alignment, a k that is cut.
+/// (rows, inputs, outputs): tails of the tiles and of the steps along k, one row, rows of every alignment, a k that is
+/// cut.
 const SIZES: [[usize; 3]; 9] = [
     [1, 64, 24],
     [7, 1, 9],
@@ -36,8 +37,8 @@ pub fn cases(t: &mut Table) {
             });
         }
     }
-    // The bias' gradient beside its weight's: three parts of rows, the last with fewer, and two tiles of columns. Without a head, so that in bf16
-    // rows of 261 logits lie 264 apart.
+    // The bias' gradient beside its weight's: three parts of rows, the last with fewer, and two tiles of columns.
+    // Without a head, so that in bf16 rows of 261 logits lie 264 apart.
     for (layout, outputs) in [(WeightLayout::InOut, 264), (WeightLayout::InOut, 261), (WeightLayout::OutIn, 261)] {
         t.add(format!("linear 70x520x{outputs} {layout:?} bias true"), move |s| {
             linear(s, [70, 520, outputs], layout, Activation::None, true)

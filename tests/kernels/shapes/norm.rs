@@ -18,7 +18,8 @@ pub fn cases(t: &mut Table) {
             s.b.rmsnorm(x, weight, 1e-5)
         });
     }
-    // Rows of a warp of every length, one and two at a time; more rows of the gradient than a warp, or a block, has on their way.
+    // Rows of a warp of every length, one and two at a time; more rows of the gradient than a warp, or a block, has on
+    // their way.
     for (rows, cols) in [(5, 1536), (3, 1600), (2, 1992), (3, 2048), (17, 2056), (9, 4104), (5, 8192), (8500, 8)] {
         t.add(format!("layernorm {rows}x{cols}"), move |s| {
             let (x, weight, bias) = (s.leaf("x", [rows, cols])?, s.leaf("weight", [cols])?, s.leaf("bias", [cols])?);
@@ -32,7 +33,8 @@ pub fn cases(t: &mut Table) {
             s.b.layernorm(x, weight, bias, 1e-5)
         });
     }
-    // Blocks of a row; of several sequences, not all of as many; of several positions, the last of fewer; of more pairs than are kept at once.
+    // Blocks of a row; of several sequences, not all of as many; of several positions, the last of fewer; of more pairs
+    // than are kept at once.
     for (b, len, heads, width, rest) in [
         (1, 3, 40, 128, 1024),
         (2, 1025, 1, 64, 0),

@@ -1,7 +1,8 @@
 //! `search` of a `[[model]]`: one model per combination of values, and what ends models early.
 //!
-//! A combination is put into the model's TOML and read as if somebody had written it, so it passes the same checks. Names
-//! come from the values and not from how the file spells them: the record of a job, written anew, names the same models.
+//! A combination is put into the model's TOML and read as if somebody had written it, so it passes the same checks.
+//! Names come from the values and not from how the file spells them: the record of a job, written anew, names the same
+//! models.
 
 use super::model::{LONGEST_NAME, Length, MODEL_KEYS, Model, read_model, read_name};
 use super::optimizer::SHORT_KEYS;
@@ -20,8 +21,8 @@ pub struct Search {
     pub at: String,
     /// The numbers of its models in the job.
     pub models: Range<usize>,
-    /// What ends its models early, if anything. The metric is the loss on held-out data where the model has any, else the
-    /// training loss; models have the job's numbers.
+    /// What ends its models early, if anything. The metric is the loss on held-out data where the model has any, else
+    /// the training loss; models have the job's numbers.
     pub stop: Option<Selection>,
     /// What stands for `stop` where there are no losses: a table of survivors; none: the job has no such table.
     pub simulated: Option<Selection>,
@@ -59,8 +60,8 @@ struct Axis<'a> {
     words: Vec<String>,
 }
 
-/// Reads the `[[model]]` that stands at `place` in the file: one model or, with a search, one per combination. The first is
-/// number `first` of the job.
+/// Reads the `[[model]]` that stands at `place` in the file: one model or, with a search, one per combination. The
+/// first is number `first` of the job.
 pub fn read_models(s: &Section, place: usize, first: usize, seed: u64) -> Result<(Vec<Model>, Option<Search>)> {
     let Some(d) = s.section("search", KEYS)? else { return Ok((vec![read_model(s)?], None)) };
     if !KEYS.iter().any(|key| d.has(key)) {
@@ -109,8 +110,8 @@ fn choose(d: &Section, axes: &[Axis], seed: u64, place: u64) -> Result<Vec<u64>>
     }
 }
 
-/// `count` different numbers below `all`, in rising order, every set of them equally likely (Floyd's way of sampling; Bentley &
-/// Floyd 1987, "A sample of brilliance").
+/// `count` different numbers below `all`, in rising order, every set of them equally likely (Floyd's way of sampling;
+/// Bentley & Floyd 1987, "A sample of brilliance").
 fn draw_distinct(all: u64, count: u64, seed: u64, place: u64) -> Vec<u64> {
     let mut random = Sequence::new(seed, DRAW_STREAM + place);
     let mut drawn = BTreeSet::new();

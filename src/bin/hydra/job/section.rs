@@ -8,8 +8,8 @@ use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use toml::{Table, Value};
 
-/// Most that a count (of steps, samples, devices, slots) may be: half of what 32 bits hold, as steps are numbered in the
-/// random numbers' coordinates.
+/// Most that a count (of steps, samples, devices, slots) may be: half of what 32 bits hold, as steps are numbered in
+/// the random numbers' coordinates.
 pub const MOST: u64 = i32::MAX as u64;
 
 /// Where a job file's text comes from: the name that errors carry, and the folder that relative paths start from.

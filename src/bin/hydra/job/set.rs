@@ -1,7 +1,7 @@
 //! `--set path=value`: changes one value of a job before it is read.
 //!
-//! A path is keys and list indices with dots between them. `model.N.KEY` stands for `model.N.optimizer.KEY` where KEY is
-//! one of the optimizer's own, such as `lr`.
+//! A path is keys and list indices with dots between them. `model.N.KEY` stands for `model.N.optimizer.KEY` where KEY
+//! is one of the optimizer's own, such as `lr`.
 
 use super::optimizer::SHORT_KEYS;
 use super::section::{Origin, show};

@@ -177,7 +177,8 @@ fn all_devices_are_at_work_and_not_in_step() {
     }
 }
 
-/// On the emulated device, with its kernels: what is timed as tf32 leaves other bits than what is timed as f32, where that always leaves the same.
+/// On the emulated device, with its kernels: what is timed as tf32 leaves other bits than what is timed as f32, where
+/// that always leaves the same.
 #[cfg(feature = "emulator")]
 #[test]
 fn what_is_timed_as_tf32_runs_in_tf32() {

@@ -25,14 +25,16 @@ const fn hopper_stages(width: usize) -> usize {
 pub(super) const DELTA_THREADS: u32 = 256;
 /// Columns of the swizzled tiles of `attention_hopper.cu` and of the gradient on Hopper.
 pub(super) const HOPPER_BOX: usize = 64;
-/// Of `gpu/attention_hopper_grad.cuh`: threads, queries or keys of a part, rows of a tile that is streamed and of a box, and stages of these.
+/// Of `gpu/attention_hopper_grad.cuh`: threads, queries or keys of a part, rows of a tile that is streamed and of a
+/// box, and stages of these.
 const HOPPER_GRAD_THREADS: u32 = 384;
 const HOPPER_GRAD_ROWS: usize = 128;
 pub(super) const HOPPER_GRAD_TILE: usize = 64;
 const fn hopper_grad_stages(width: usize) -> usize {
     if width == 64 { 5 } else { 3 }
 }
-/// Bytes of tiles that heads may stream for their parts to be interleaved: they are to stay in the L2 cache (50 MB) beside what is written.
+/// Bytes of tiles that heads may stream for their parts to be interleaved: they are to stay in the L2 cache (50 MB)
+/// beside what is written.
 const INTERLEAVED_BYTES: usize = 24 << 20;
 
 /// Kernels by width, without and with dropout.
@@ -148,7 +150,8 @@ pub(super) fn forward(path: Path, dtype: DType) -> Kernel {
             let name = if width == 64 { "attention_forward_hopper64_bf16" } else { "attention_forward_hopper128_bf16" };
             let (consumers, stages) = (hopper_consumers(width), hopper_stages(width));
             let rows = consumers * HOPPER_QUERIES;
-            // Queries of two parts, and stages of keys and of values; then two mbarriers for each of these, and five numbers for each part.
+            // Queries of two parts, and stages of keys and of values; then two mbarriers for each of these, and five
+            // numbers for each part.
             let shared_bytes = (2 * rows + 2 * stages * HOPPER_KEYS) * width * 2 + (2 + 2 * stages) * 2 * 8 + 2 * 5 * 4;
             let threads = 128 * (1 + consumers as u32);
             Kernel { name, rows, cols: width, threads, shared_bytes: shared_bytes as u32 }
@@ -181,15 +184,16 @@ pub(super) fn grad_kv(path: Path, dtype: DType) -> Kernel {
         Path::Tensor { class, dropout } => {
             let width = WIDTHS[class];
             let rows = if width <= 64 && !dropout { 128 } else { 64 };
-            // Keys and values, and two stages of queries and the gradients of their outputs, with two numbers for each query.
+            // Keys and values, and two stages of queries and the gradients of their outputs, with two numbers for each
+            // query.
             let shared = tile_bytes(2 * rows + 4 * GRAD_COLS, width) + (2 * 2 * GRAD_COLS * 4) as u32;
             tensor(GRAD_KV[usize::from(dropout)][class], rows, 128, shared)
         }
         Path::Hopper { width } => {
             let name = if width == 64 { "attention_grad_kv_hopper64_bf16" } else { "attention_grad_kv_hopper128_bf16" };
             let own_stages = if width == 64 { 2 } else { 1 };
-            // Two numbers for each query of a stage, two mbarriers for each pair of a part's tiles, three for each pair of a stage's; then the
-            // parts' numbers, in whole 8 bytes.
+            // Two numbers for each query of a stage, two mbarriers for each pair of a part's tiles, three for each pair
+            // of a stage's; then the parts' numbers, in whole 8 bytes.
             let stage_bytes = 2 * HOPPER_GRAD_TILE * 4 + 3 * 8;
             hopper_grad(name, width, own_stages, hopper_grad_stages(width) * stage_bytes + own_stages * 2 * 8 + 8)
         }
@@ -225,8 +229,8 @@ pub(super) fn hopper_delta(width: usize) -> (&'static str, usize) {
     (name, DELTA_THREADS as usize / (width / 8))
 }
 
-/// Of how many heads out of `heads` parts are made side by side, so that the longest come first: as many as stream tiles, of `rows` rows of two
-/// tensors each, that fit the L2 cache. One where parts are as long as each other.
+/// Of how many heads out of `heads` parts are made side by side, so that the longest come first: as many as stream
+/// tiles, of `rows` rows of two tensors each, that fit the L2 cache. One where parts are as long as each other.
 pub(super) fn together(kind: &AttentionKind, heads: usize, rows: usize) -> usize {
     let streamed_bytes = (rows * kind.width * 2 * 2).max(1);
     if kind.causal { (INTERLEAVED_BYTES / streamed_bytes).clamp(1, heads.max(1)) } else { 1 }

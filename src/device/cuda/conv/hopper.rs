@@ -1,6 +1,7 @@
 //! Launches of `kernels/conv_hopper.cu`: convolutions on the warpgroup products of sm_90a, forward and data gradient.
 //!
-//! A tile's pixels are a box of (images, rows, columns), chosen here by shape and number of multiprocessors; sums have one order whatever the box.
+//! A tile's pixels are a box of (images, rows, columns), chosen here by shape and number of multiprocessors; sums have
+//! one order whatever the box.
 
 use super::super::launch::{BoxMapSpec, Launch, Ptr};
 use super::super::queue::Queue;
@@ -12,8 +13,8 @@ use crate::graph::ConvSizes;
 const STEP: usize = 64;
 /// Fewest channels of a source for which steps of [`STEP`] are worth it.
 const LEAST_CHANNELS: usize = 32;
-/// Its padded channels are a multiple of what one product adds up at a time: then sums have the order of `kernels/conv_mma.cu` to the bit, and which of
-/// the two works may depend on the number of multiprocessors.
+/// Its padded channels are a multiple of what one product adds up at a time: then sums have the order of
+/// `kernels/conv_mma.cu` to the bit, and which of the two works may depend on the number of multiprocessors.
 const ADDED_AT_ONCE: usize = 16;
 /// Threads of a block.
 const THREADS: u32 = 384;
@@ -89,8 +90,8 @@ struct Cut {
 }
 
 impl Cut {
-    /// The quickest: rounds of tiles over the multiprocessors, by what a tile takes; of equals the one with the fewest tiles, then with the most rows of an
-    /// image, which share what taps read.
+    /// The quickest: rounds of tiles over the multiprocessors, by what a tile takes; of equals the one with the fewest
+    /// tiles, then with the most rows of an image, which share what taps read.
     fn of(t: &Target, multiprocessors: usize) -> Option<Cut> {
         if t.batch * t.channels * t.rows * t.cols == 0 || t.scale > MOST_APART {
             return None;
@@ -135,7 +136,8 @@ impl Cut {
         (counted && cut.tiles * 2 >= multiprocessors).then_some(cut)
     }
 
-    /// Bytes of the largest word in which a box's pixels can be written: rows of it are such words, each within a row of the target, or follow each other there.
+    /// Bytes of the largest word in which a box's pixels can be written: rows of it are such words, each within a row
+    /// of the target, or follow each other there.
     fn word_bytes(&self, t: &Target) -> usize {
         let fits = |elems: usize| {
             let rows = self.cols.is_multiple_of(elems) && t.width.is_multiple_of(elems);
@@ -152,7 +154,8 @@ impl Cut {
     }
 }
 
-/// source, weight with their channels last, (bias) -> target; whether it was queued. It is not where other kernels are better, or have to do.
+/// source, weight with their channels last, (bias) -> target; whether it was queued. It is not where other kernels are
+/// better, or have to do.
 pub(super) fn launch(
     q: &mut Queue,
     target: Ptr,

@@ -1,4 +1,5 @@
-//! Launches of `kernels/conv_hopper_pointwise.cu`: filters of one tap on images as they lie, on the warpgroup products of sm_90a.
+//! Launches of `kernels/conv_hopper_pointwise.cu`: filters of one tap on images as they lie, on the warpgroup products
+//! of sm_90a.
 
 use super::super::launch::{BoxMapSpec, Launch, Ptr, TensorMap};
 use super::super::queue::Queue;
@@ -24,8 +25,8 @@ const WEIGHT_TILES: [(usize, &str); 3] = [
     (128, "conv2d_grad_weight_pointwise_hopper_128_bf16"),
     (256, "conv2d_grad_weight_pointwise_hopper_256_bf16"),
 ];
-/// What parts are chosen for: an H100's multiprocessors, whatever the chip has; bytes that each is brought in a cycle, cycles in which a tile's sums leave,
-/// and bytes that the memory writes or reads in one.
+/// What parts are chosen for: an H100's multiprocessors, whatever the chip has; bytes that each is brought in a cycle,
+/// cycles in which a tile's sums leave, and bytes that the memory writes or reads in one.
 const MULTIPROCESSORS: usize = 132;
 const BYTES_A_CYCLE_EACH: usize = 20;
 const LEAVING_CYCLES: usize = 3000;
@@ -58,8 +59,8 @@ fn words<const BYTES: usize>(counts: &[usize]) -> [u8; BYTES] {
     bytes
 }
 
-/// x (N, C, plane), weight (O, C'), bias (O) or null -> out (N, O, plane); whether it was queued. It is not where other kernels are better, or have to do:
-/// they add in the same order, so this may depend on the number of multiprocessors.
+/// x (N, C, plane), weight (O, C'), bias (O) or null -> out (N, O, plane); whether it was queued. It is not where other
+/// kernels are better, or have to do: they add in the same order, so this may depend on the number of multiprocessors.
 pub(super) fn launch(q: &mut Queue, out: Ptr, operands: [Ptr; 3], s: &ConvSizes) -> Result<bool> {
     spread(q, out, operands, s, 0)
 }
@@ -133,7 +134,8 @@ fn parts_of(s: &ConvSizes, columns: usize, most_parts: usize) -> Parts {
     cuts.min_by_key(|&(cycles, _)| cycles).map_or(Parts { strips, parts: 1 }, |(_, cut)| cut)
 }
 
-/// d_out (N, O, plane), x (N, C, plane) -> partials, in as many parts as it says, at most `most_parts`. `None` where other kernels have to do.
+/// d_out (N, O, plane), x (N, C, plane) -> partials, in as many parts as it says, at most `most_parts`. `None` where
+/// other kernels have to do.
 pub(super) fn launch_weight(
     q: &mut Queue,
     partials: Ptr,

@@ -23,8 +23,8 @@ const MOST_APART: usize = 8;
 const SHARED_BYTES: usize = 226 << 10;
 /// What parts are chosen for: an H100's multiprocessors, whatever the chip has.
 const MULTIPROCESSORS: usize = 132;
-/// Cycles in which the L2 brings a multiprocessor a box while all of them ask, cycles in which a tile's sums leave, and bytes that the memory writes or
-/// reads in one.
+/// Cycles in which the L2 brings a multiprocessor a box while all of them ask, cycles in which a tile's sums leave, and
+/// bytes that the memory writes or reads in one.
 const BOX_CYCLES: usize = BOX_BYTES / 50;
 const LEAVING_CYCLES: usize = 3000;
 const BYTES_A_CYCLE: usize = 1700;
@@ -108,7 +108,8 @@ impl Cut {
     }
 }
 
-/// The box of [`BOX_PIXELS`] output pixels, powers of two of (images, rows, columns), that leaves the fewest of them without one; of equals the widest.
+/// The box of [`BOX_PIXELS`] output pixels, powers of two of (images, rows, columns), that leaves the fewest of them
+/// without one; of equals the widest.
 fn boxed(s: &ConvSizes) -> Option<[usize; 3]> {
     let powers = |most: usize| (0..=most.ilog2()).map(|power| 1 << power);
     let all = powers(BOX_PIXELS)
@@ -120,7 +121,8 @@ fn boxed(s: &ConvSizes) -> Option<[usize; 3]> {
     })
 }
 
-/// d_out, x with their channels last -> partials, in as many parts as it says, at most `most_parts`. `None` where other kernels have to do.
+/// d_out, x with their channels last -> partials, in as many parts as it says, at most `most_parts`. `None` where other
+/// kernels have to do.
 pub(super) fn launch(
     q: &mut Queue,
     partials: Ptr,

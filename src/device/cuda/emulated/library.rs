@@ -103,10 +103,12 @@ impl Library {
                 _ => return Err(failed("be copied into memory")),
             }
         }
-        // The descriptor stays open, like the library: the loader takes a path that it has seen for the library that it was then.
+        // The descriptor stays open, like the library: the loader takes a path that it has seen for the library that it
+        // was then.
         let path = CString::new(format!("/proc/self/fd/{file}")).expect("a number has no zero byte");
-        // SAFETY: kernels that `kernels/emulator/build.sh` made, whose initialisers register names and nothing else: the crate's own, those of the folder that
-        // the environment names, or an embedder's, who promises it (`Kernels::new`).
+        // SAFETY: kernels that `kernels/emulator/build.sh` made, whose initialisers register names and nothing else:
+        // the crate's own, those of the folder that the environment names, or an embedder's, who promises it
+        // (`Kernels::new`).
         let handle = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
         if handle.is_null() {
             // SAFETY: asks for this thread's last failure.

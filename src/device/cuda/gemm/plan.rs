@@ -1,7 +1,8 @@
 //! Which kernel computes a product, and in which tiles: a pure function of shape, element type and architecture.
 //!
-//! Never of the number of multiprocessors, nor of where operands lie: a tensor starts at a multiple of 64 bytes wherever the shards are
-//! cut, so whether its rows are aligned is a matter of their width. The tiles change no bit: each sum is taken in the order of k.
+//! Never of the number of multiprocessors, nor of where operands lie: a tensor starts at a multiple of 64 bytes
+//! wherever the shards are cut, so whether its rows are aligned is a matter of their width. The tiles change no bit:
+//! each sum is taken in the order of k.
 
 use crate::base::DType;
 use crate::graph::{KParts, ProductCut, product_cut};
@@ -90,12 +91,14 @@ const TF32_RING_BYTES: u32 = 3 * 2 * 128 * 20 * 4;
 
 /// k of a step of `gemm_hopper.cu`, columns of a box of its tensor maps, and rows of what its warpgroups own.
 pub(super) const HOPPER_STEP: usize = 64;
-/// Columns of its tiles, and steps in the ring of each. A tile of 256 is two warpgroups'; others belong to one, and the other has the next.
+/// Columns of its tiles, and steps in the ring of each. A tile of 256 is two warpgroups'; others belong to one, and the
+/// other has the next.
 const HOPPER_WIDTHS: [(usize, usize); 3] = [(256, 4), (192, 5), (128, 6)];
 /// Bytes in which its warps stage sums and a bias: 8 warps, 16 rows of 40 columns of f32, 256 columns of bf16.
 const HOPPER_STAGED_BYTES: usize = 8 * (16 * 40 * 4 + 256 * 2);
 
-/// The plan for a product with factors of this precision, rows of a and b being `pitches` elements apart, on `arch` (90 for compute capability 9.0).
+/// The plan for a product with factors of this precision, rows of a and b being `pitches` elements apart, on `arch` (90
+/// for compute capability 9.0).
 pub fn plan(form: Form, sizes: Sizes, pitches: [usize; 2], precision: Precision, arch: u32) -> GemmPlan {
     let path = path(sizes, pitches, precision, arch);
     let dtype = if precision == Precision::Bf16 { DType::Bf16 } else { DType::F32 };

@@ -1,4 +1,5 @@
-//! Every tile width of `gemm_hopper.cu`, on the emulator or a Hopper GPU: shapes that choose the wider ones are too large for the tables of tests/kernels.
+//! Every tile width of `gemm_hopper.cu`, on the emulator or a Hopper GPU: shapes that choose the wider ones are too
+//! large for the tables of tests/kernels.
 //!
 //! Factors are -1, 0 and 1 and sums stay below 256, so every result is exact.
 
