@@ -116,8 +116,8 @@ static const Add twin_files{{"helpers of equal names in two files",
                              },
                              {}}};
 
-// Many blocks on four threads of the operating system, and several launches at once: the same bits; and the message of the first
-// block that fails.
+// Many blocks on four threads of the operating system, and several launches at once: the same bits; and the message of
+// the first block that fails.
 static const Add threads{
     {"operating system threads",
      [](u32 seed, int) -> std::string {

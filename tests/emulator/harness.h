@@ -1,8 +1,8 @@
 // Runs cases against kernels that were compiled for the emulator: loading, launching, expecting.
 //
-// A case launches a kernel with a seed and a mistake, or with none (bug 0), and says what is wrong with the result: nothing, the
-// emulator's message, or where the numbers differ. Without a mistake it must hold under all seeds; a mistake must be found under
-// one of them.
+// A case launches a kernel with a seed and a mistake, or with none (bug 0), and says what is wrong with the result:
+// nothing, the emulator's message, or where the numbers differ. Without a mistake it must hold under all seeds; a
+// mistake must be found under one of them.
 #pragma once
 #include <cstdint>
 #include <cstring>
