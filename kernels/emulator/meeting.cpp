@@ -86,9 +86,8 @@ void warpgroup_collective(Op op, void* arg, const Site& site) {
   Thread* t = self();
   Meeting& m = current_block->warpgroups[t->linear / WARPGROUP].meeting;
   if (m.args.empty()) m.args.resize(WARPGROUP);
-  // More than a GPU promises: there a wait orders the products before what each thread does next, not the threads' own
-  // accesses among each other.
-  meet(m, t->linear % WARPGROUP, WARPGROUP, op, arg, true, site);
+  // Puts nothing in order that the threads did themselves; see race::products_done for the products.
+  meet(m, t->linear % WARPGROUP, WARPGROUP, op, arg, false, site);
 }
 
 static Meeting& barrier(int id, int count, const Site& site) {

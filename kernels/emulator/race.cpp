@@ -69,7 +69,7 @@ void start_block(Block& b, uint32_t number) {
   b.shadow.block = number;
   b.shadow.barriers.clear();
   b.shadow.fences = false;
-  const size_t entries = (b.count + ENGINE_CLOCKS + 7) / 8 * 8;
+  const size_t entries = (b.count + ENGINE_CLOCKS + PRODUCT_CLOCKS + 7) / 8 * 8;
   const auto nothing = std::make_shared<const Clock>(entries, 0);
   for (unsigned i = 0; i < b.count; i++) b.threads[i].knowledge = {nothing, nothing, i, 1};
 }
@@ -180,6 +180,27 @@ uint32_t engine_done(uint64_t* bar) {
   return clock;
 }
 
+unsigned products_of(unsigned warpgroup) { return current_block->count + ENGINE_CLOCKS + warpgroup; }
+uint32_t products_done(unsigned warpgroup) {
+  const unsigned entry = products_of(warpgroup);
+  Thread* const threads = &current_block->threads[warpgroup * WARPGROUP];
+  const uint32_t clock = (*threads->knowledge.others)[entry] + 1;
+  if (clock == Stamp::PENDING) fail("race: more products than the detector can count");
+  // Threads that know the same go on to do so.
+  SharedClock before, after;
+  for (unsigned i = 0; i < WARPGROUP; i++) {
+    SharedClock& others = threads[i].knowledge.others;
+    if (others != before) {
+      Clock all = *others;
+      all[entry] = clock;
+      before = others;
+      after = std::make_shared<const Clock>(std::move(all));
+    }
+    others = after;
+  }
+  return clock;
+}
+
 // ---- memory
 
 // The cells of a range, and where it is for messages.
@@ -223,7 +244,10 @@ static Where find(const void* p, size_t bytes) {
 static bool unordered(Stamp s, const Thread* t) {
   return s && (s.clock() == Stamp::PENDING || (s.thread() != t->linear && s.clock() > (*t->knowledge.others)[s.thread()]));
 }
-static const char* kind(uint32_t thread) { return thread < current_block->count ? "thread" : "bulk copy"; }
+static const char* kind(uint32_t entry) {
+  const unsigned count = current_block->count;
+  return entry < count ? "thread" : entry < count + ENGINE_CLOCKS ? "bulk copy" : "product";
+}
 
 static Cell& fresh_cell(const Where& w, size_t index) {
   Cell& c = w.cells[index];
@@ -258,7 +282,10 @@ static void remember_read(const Where& w, size_t index, Stamp now, const Thread*
     if (!c.crowded) crowd = {};
     c.crowded = true;
     // Here a warp has one entry for all of its lanes. Who finds none has the last one.
-    auto is_for_warp = [&](Stamp entry) { return entry.thread() / WARP == now.thread() / WARP || !unordered(entry, t); };
+    auto is_for_warp = [&](Stamp entry) {
+      const bool same_warp = entry.thread() / WARP == now.thread() / WARP && now.thread() < current_block->count;
+      return same_warp || is_for(entry);
+    };
     to = std::find_if(std::begin(crowd.read), std::end(crowd.read) - 1, is_for_warp);
   }
   if (to->clock() == Stamp::PENDING && now.clock() != Stamp::PENDING) return;
@@ -333,6 +360,31 @@ void begin(const void* p, size_t bytes, bool write, unsigned owner, bool async_p
              read.thread());
     });
     c = Cell{c.epoch, false, pending, {}};
+  }
+}
+
+void begin_product(const void* p, size_t bytes, unsigned warpgroup) {
+  const Where w = find(p, bytes);
+  if (!w.cells) return;
+  const Thread* const threads = &current_block->threads[warpgroup * WARPGROUP];
+  const Stamp pending(products_of(warpgroup), Stamp::PENDING);
+  for (size_t i = w.first; i <= w.last; i++) {
+    const char* at = static_cast<const char*>(p) + (i - w.first) * CELL_BYTES;
+    const Stamp write = fresh_cell(w, i).write;
+    // Threads mostly know the same; then none but the writer needs to be asked.
+    const Knowledge* asked = nullptr;
+    for (unsigned lane = 0; write && lane < WARPGROUP; lane++) {
+      const Knowledge& k = threads[lane].knowledge;
+      if (k.thread == write.thread() || (asked && asked->others == k.others && asked->fenced == k.fenced)) continue;
+      asked = &k;
+      if (unordered(write, &threads[lane]))
+        fail("race: wgmma by thread %u reads byte %zd of %s, written by %s %u without ordering", k.thread, at - w.start, w.of,
+             kind(write.thread()), write.thread());
+      if (write.thread() < current_block->count && write.clock() > (*k.fenced)[write.thread()])
+        fail("race: wgmma by thread %u reads byte %zd of %s, which thread %u wrote without a fence.proxy.async after it", k.thread,
+             at - w.start, w.of, write.thread());
+    }
+    remember_read(w, i, pending, self());
   }
 }
 

@@ -34,6 +34,7 @@ struct Knowledge {
 
 extern bool on;
 constexpr unsigned ENGINE_CLOCKS = 32;  // entries for the bulk copy engine, by mbarrier
+constexpr unsigned PRODUCT_CLOCKS = 8;  // and for wgmma's products, by warpgroup
 
 // What the detector remembers of an mbarrier.
 struct Barrier {
@@ -45,8 +46,8 @@ struct Barrier {
   bool published = false;
 };
 
-// When a thread did something: its number, or an entry's of the copy engine, and its clock, which is never 0. Nothing
-// is 0.
+// When a thread did something: its number, or an entry's of the copy engine or of products, and its clock, which is
+// never 0. Nothing is 0.
 class Stamp {
   static constexpr unsigned CLOCK_BITS = 21;
   uint32_t bits = 0;
@@ -94,7 +95,7 @@ void start_block(Block&, uint32_t number);
 // The running thread's accesses.
 void access(const void* p, size_t bytes, bool write);
 // Asynchronous work is checked when it is issued, and under way until ended with the time that stands for its end.
-// `owner`: a thread, an entry of the copy engine, or the first thread of a warpgroup.
+// `owner`: a thread, or an entry of the copy engine or of products.
 // `async_proxy`: by the copy engine or wgmma, which see a thread's writes only after fence.proxy.async.
 void begin(const void* p, size_t bytes, bool write, unsigned owner, bool async_proxy, const char* what);
 void end(const void* p, size_t bytes, bool write, unsigned owner, Stamp done);
@@ -111,6 +112,12 @@ void barrier_arrived(uint64_t* bar);
 void barrier_passed(uint64_t* bar, Thread*);
 unsigned engine_of(uint64_t* bar);
 uint32_t engine_done(uint64_t* bar);  // the engine's clock entry after one more copy
+// A read by a product, which each warp of a warpgroup issues: what it reads has to be ordered before it for all of them.
+void begin_product(const void* p, size_t bytes, unsigned warpgroup);
+unsigned products_of(unsigned warpgroup);
+// The entry of a warpgroup's products after some more are done, of which all of its threads know: a wait orders products
+// before what each of them does next, but not their own accesses among each other.
+uint32_t products_done(unsigned warpgroup);
 
 }  // namespace race
 }  // namespace sim

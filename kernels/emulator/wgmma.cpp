@@ -131,8 +131,8 @@ void wgmma(const Wgmma& product, const Site& site) {
           p.d[i] = w.d;
           if (w.a_regs) memcpy(p.a_regs[i], w.a_regs, sizeof p.a_regs[i]);
         }
-        const unsigned owner = self()->linear / WARPGROUP * WARPGROUP;
-        if (race::on) for_reads(p, [&](void* piece) { race::begin(piece, 16, false, owner, true, "wgmma"); });
+        const unsigned warpgroup = self()->linear / WARPGROUP;
+        if (race::on) for_reads(p, [&](void* piece) { race::begin_product(piece, 16, warpgroup); });
         group().products.items.push_back(p);
       },
       &mine, site);
@@ -164,12 +164,11 @@ void wgmma_wait(int keep, const Site& site) {
       [](void** args, uint32_t) {
         // Who waits touches registers next.
         group().fenced = false;
-        group().products.wait(*static_cast<int*>(args[0]), [](const Product& p) {
+        const unsigned warpgroup = self()->linear / WARPGROUP, entry = race::products_of(warpgroup);
+        const uint32_t clock = race::on ? race::products_done(warpgroup) : 0;
+        group().products.wait(*static_cast<int*>(args[0]), [&](const Product& p) {
           if (!p.computed) compute(p);
-          if (!race::on) return;
-          const Thread* t = self();
-          const unsigned owner = t->linear / WARPGROUP * WARPGROUP;
-          for_reads(p, [&](void* piece) { race::end(piece, 16, false, owner, {t->linear, t->knowledge.own}); });
+          if (race::on) for_reads(p, [&](void* piece) { race::end(piece, 16, false, entry, {entry, clock}); });
         });
       },
       &keep, site);

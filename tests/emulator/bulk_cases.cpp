@@ -123,4 +123,4 @@ static const Add written{{"wgmma of what threads wrote",
                             }
                             return std::string();
                           },
-                          {{1, RACE, "fence.proxy.async"}}}};
+                          {{1, RACE, "fence.proxy.async"}, {3, RACE, "without ordering"}}}};

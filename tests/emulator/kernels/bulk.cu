@@ -182,7 +182,8 @@ TEST_PRODUCT(test_wgmma_128_rm, 128, 0, 1, true)
 #endif
 
 // out (64, 64) = a (64, 16) * b (64, 16) transposed, operands written by the threads themselves in the swizzled layout.
-// 128 threads. 1 no proxy fence. 2 is no mistake: the fence after the barrier.
+// 128 threads. 1 no proxy fence. 2 is no mistake: the fence after the barrier. 3 no barrier: warps do not wait for each
+// other where they issue a product.
 extern "C" __global__ void test_wgmma_written(float* out, const float* a, const float* b, int bug) {
 #if GPU_HOPPER
   GPU_SHARED(bf16, sa, [64 * 64]);
@@ -193,8 +194,8 @@ extern "C" __global__ void test_wgmma_written(float* out, const float* a, const 
     sa[at] = from_float<bf16>(a[i]);
     sb[at] = from_float<bf16>(b[i]);
   }
-  if (bug == 0) proxy_fence_shared();
-  __syncthreads();
+  if (bug == 0 || bug == 3) proxy_fence_shared();
+  if (bug != 3) __syncthreads();
   if (bug == 2) proxy_fence_shared();
   float d[32];
   for (int i = 0; i < 32; i++) d[i] = 0;
