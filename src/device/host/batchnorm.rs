@@ -67,8 +67,8 @@ pub fn forward_train<T: Real>(
     stats.enumerate().for_each(|(index, ((mean, var), rstd))| {
         let first = index * block;
         let channels = first..first + mean.len();
-        // Differences from one of the values, whichever, so that a large mean does not swallow a small variance (Chan
-        // et al. 1983, section 3).
+        // Differences from one of the values, whichever, so that a large mean does not swallow a small variance (Chan,
+        // Golub & LeVeque 1983, "Algorithms for Computing the Sample Variance", section 3).
         let near = |index: usize| x.get((first + index) * sizes.positions).map_or(0.0, |x| x.to_f64());
         let sums = walk.sums(
             channels.clone(),
@@ -82,7 +82,9 @@ pub fn forward_train<T: Real>(
             },
         );
         for (i, &[sum, squares]) in sums[..mean.len()].iter().enumerate() {
-            let exact_var = ((squares - sum * sum / count) / count).max(0.0);
+            let exact_var = (squares - sum * sum / count) / count;
+            // Rounding may take it below 0; a NaN stays one, and so the channel's outputs become.
+            let exact_var = if exact_var < 0.0 { 0.0 } else { exact_var };
             mean[i] = T::from_f64(near(i) + sum / count);
             var[i] = T::from_f64(exact_var);
             rstd[i] = T::from_f64(1.0 / (exact_var + epsilon).sqrt());
@@ -250,6 +252,7 @@ mod tests {
         (4, 17, 31),
         (2, 2, 40_000),
         (33, 1, 1023),
+        (2, 257, 7), // blocks of channels, the last one of one
         (0, 3, 5),
         (3, 0, 5),
         (3, 17, 0),
@@ -310,14 +313,40 @@ mod tests {
 
     #[test]
     fn a_large_mean_keeps_the_variance() {
-        let sizes = BatchnormSizes { batch: 3, channels: 2, positions: 1023 };
-        let x: Vec<f32> = normal::<f32>(sizes.elems(), 1).iter().map(|x| x + 4096.0).collect();
+        // Sums of squares would lose it: 2^20 squared has no digits left for a variance of 1/16 beside it. A channel of
+        // equal values has none, and one value far out belongs to it.
+        let sizes = BatchnormSizes { batch: 3, channels: 3, positions: 1023 };
+        let mut x: Vec<f32> = normal::<f32>(sizes.elems(), 1).iter().map(|x| x / 4.0 + 1048576.0).collect();
+        for (i, x) in x.iter_mut().enumerate().filter(|(i, _)| i / sizes.positions % 3 > 0) {
+            *x = if i / sizes.positions % 3 == 1 { 4096.0 } else { *x - 1048576.0 };
+        }
+        x[2 * sizes.positions] = -1e6;
         let wide: Vec<f64> = x.iter().map(|&x| x.into()).collect();
-        let want = train_by_loops(&wide, &[1.0; 2], &[0.0; 2], &sizes);
-        let got = train(&x, &[1.0; 2], &[0.0; 2], &sizes);
-        assert_close(&got[2], &want[2], 1e-6, "var");
-        // The mean is rounded to f32 before it is taken off: half an ulp of 4096 is 2.4e-4.
-        assert_close(&got[0], &want[0], 1e-4, "out");
+        let want = train_by_loops(&wide, &[1.0; 3], &[0.0; 3], &sizes);
+        let got = train(&x, &[1.0; 3], &[0.0; 3], &sizes);
+        for channel in 0..3 {
+            assert_close(&got[2][channel..=channel], &want[2][channel..=channel], 1e-7, &format!("var {channel}"));
+            assert_close(&got[1][channel..=channel], &want[1][channel..=channel], 1e-6, &format!("mean {channel}"));
+        }
+        assert_eq!(got[2][1], 0.0);
+    }
+
+    #[test]
+    fn what_is_not_finite_shows_in_its_channel_alone() {
+        let sizes = BatchnormSizes { batch: 2, channels: 33, positions: 9 };
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            for at in [0, 5, 33 * 9 + 8] {
+                let mut x = normal::<f32>(sizes.elems(), 1);
+                x[17 * sizes.positions + at] = bad;
+                let got = train(&x, &[1.0; 33], &[0.0; 33], &sizes);
+                for (i, out) in got[0].iter().enumerate() {
+                    assert_eq!(out.is_nan(), i / sizes.positions % 33 == 17, "{bad} at {at}: {out} at {i}");
+                }
+                for stat in [&got[2], &got[3]] {
+                    stat.iter().enumerate().for_each(|(c, stat)| assert_eq!(stat.is_nan(), c == 17, "{bad} at {at}"));
+                }
+            }
+        }
     }
 
     #[test]

@@ -1,13 +1,15 @@
 //! Two-dimensional convolution as matrix products over im2col tiles (Chellapilla, Puri & Simard 2006; the tiling
-//! follows Chetlur et al.
-//! 2014, "cuDNN: Efficient Primitives for Deep Learning", arXiv:1410.0759, section 3).
+//! follows Chetlur et al. 2014, "cuDNN: Efficient Primitives for Deep Learning", arXiv:1410.0759, section 3).
 //!
 //! With K = C * kernel_h * kernel_w and a tile of output positions, the im2col matrix (K, tile) is written to scratch
 //! and multiplied there, so that the whole matrix never exists. A tile is a range of one image's positions or, where
 //! images are small, several whole images.
-//! Where there are many tiles, every thread takes one after another. Where there are few, in deep layers, all threads
-//! gather, multiply and scatter one tile together, so that none gathers what another one has. Which it is, and the
-//! tiles, depend on the sizes alone; sums over tiles run in tile order.
+//!
+//! Where there are many tiles (of the gradient of x: groups of images), every thread takes one after another. Where
+//! there are few, in deep layers, all threads gather, multiply and scatter one tile together, so that none gathers what
+//! another one has. The gradient of few weights is summed by each thread over tiles of its own and then over threads'
+//! parts; that of many by all threads together, tile after tile. Which it is, the tiles and the parts depend on the
+//! sizes alone, and so do the bits.
 //!
 //! `x`: `(N, C, H, W)`; `weight`: `(O, C, kernel_h, kernel_w)`; `out`: `(N, O, out_height, out_width)`; `bias`: `(O)`.
 
@@ -126,7 +128,7 @@ pub fn forward<T: Real>(
 /// `d_x`.
 pub fn grad_input<T: Real>(d_x: &mut [T], d_y: &[T], weight: &[T], sizes: &ConvSizes, shared: &mut SharedScratch) {
     sizes.check_lens(d_x.len(), weight.len(), d_y.len());
-    if d_y.is_empty() || weight.is_empty() {
+    if d_x.is_empty() || d_y.is_empty() || weight.is_empty() {
         return d_x.fill(T::ZERO);
     }
     let d_x = Disjoint::new(d_x);
@@ -202,22 +204,22 @@ struct Work<'a> {
     k: usize,
     width: usize,
     out_channels: usize,
-    /// Elements of scratch of one part's window.
-    window: usize,
+    /// Elements of scratch for one part's window.
+    window_elems: usize,
 }
 
 impl<'a> Work<'a> {
     fn new(tile: Tile, sizes: &'a ConvSizes, threads: Threads) -> Self {
-        let window = if sizes.is_pointwise() { 0 } else { window_elems(&tile, sizes) };
+        let window_elems = if sizes.is_pointwise() { 0 } else { window_elems(&tile, sizes) };
         let (k, width, out_channels) = (sizes.filter_elems(), tile.width(), sizes.out_channels);
-        Work { tile, sizes, threads, k, width, out_channels, window }
+        Work { tile, sizes, threads, k, width, out_channels, window_elems }
     }
 
     /// Elements of scratch that the work takes: for the im2col matrix, for the output's channels at the tile, and for
     /// windows.
     fn scratch_elems(&self) -> usize {
         let windows = if self.threads == Threads::All { PARTS } else { 1 };
-        (self.k + self.out_channels) * self.width + windows * self.window
+        (self.k + self.out_channels) * self.width + windows * self.window_elems
     }
 
     /// The scratch's three parts.
@@ -229,10 +231,13 @@ impl<'a> Work<'a> {
 
     /// Calls `body(part, range)` for the ranges of `channels` channels that are one thread's.
     fn for_each_part(&self, channels: usize, body: impl Fn(usize, Range<usize>) + Sync + Send) {
+        if channels == 0 {
+            return;
+        }
         if self.threads == Threads::One {
             return body(0, 0..channels);
         }
-        let size = channels.div_ceil(PARTS).max(1);
+        let size = channels.div_ceil(PARTS);
         for_each_index(channels.div_ceil(size), |part| body(part, part * size..((part + 1) * size).min(channels)));
     }
 
@@ -277,7 +282,7 @@ impl<'a> Work<'a> {
 
     /// Adds to `d_x`, or, with the first tile of an image, overwrites it.
     fn grad_input<T: Real>(&self, d_x: &Disjoint<T>, d_y: &[T], weight: &[T], scratch: &mut [T]) {
-        let Work { ref tile, sizes, threads, k, width, out_channels, window, .. } = *self;
+        let Work { ref tile, sizes, threads, k, width, out_channels, window_elems, .. } = *self;
         let (positions, taps) = (sizes.positions(), sizes.taps());
         let [columns, rows, windows] = self.split(scratch);
         let rows = self.rows(rows, d_y, out_channels, sizes.out_positions());
@@ -295,7 +300,7 @@ impl<'a> Work<'a> {
         let (columns, windows) = (&*columns, Disjoint::new(windows));
         self.for_each_part(sizes.in_channels, |part, channels| {
             // SAFETY: each part takes its own.
-            let window = unsafe { windows.range(part * window, window) };
+            let window = unsafe { windows.range(part * window_elems, window_elems) };
             let columns = &columns[channels.start * taps * width..channels.end * taps * width];
             for (at, image) in tile.images.clone().enumerate() {
                 let d_x = planes(image, &channels);
@@ -322,17 +327,17 @@ impl<'a> Work<'a> {
 
     /// The im2col matrix, `(K, tile)`: gathered into `scratch`, or `x` itself.
     fn columns<'s, T: Real>(&self, scratch: &'s mut [T], windows: &mut [T], x: &'s [T]) -> Matrix<'s, T> {
-        let Work { ref tile, sizes, width, window, .. } = *self;
+        let Work { ref tile, sizes, width, window_elems, .. } = *self;
         if sizes.is_pointwise() {
             return self.rows(scratch, x, sizes.in_channels, sizes.positions());
         }
         let (columns, windows) = (Disjoint::new(scratch), Disjoint::new(windows));
         self.for_each_part(sizes.in_channels, |part, channels| {
             let rows = channels.start * sizes.taps()..channels.end * sizes.taps();
-            // SAFETY: each part takes the rows of its own channels, and its own window.
-            let (columns, window) = unsafe {
-                (columns.range(rows.start * width, rows.len() * width), windows.range(part * window, window))
-            };
+            // SAFETY: each part takes the rows of its own channels.
+            let columns = unsafe { columns.range(rows.start * width, rows.len() * width) };
+            // SAFETY: each part takes its own window.
+            let window = unsafe { windows.range(part * window_elems, window_elems) };
             gather_columns(columns, window, x, tile, channels, sizes);
         });
         Matrix::rows(scratch, width)

@@ -64,7 +64,7 @@ impl HostDevice {
     /// When there is not enough memory, or no thread can be started.
     pub fn new(config: &HostConfig) -> Result<HostDevice> {
         let host = Store::new(Block::new(config.host_bytes, STORE)?);
-        let (mut arenas, mut beside) = (Vec::new(), Vec::new());
+        let (mut arenas, mut op_memory) = (Vec::new(), Vec::new());
         for (i, spec) in config.devices.iter().enumerate() {
             let mut arena = Block::new(spec.arena_bytes, &format!("the arena of device {i}"))?;
             if config.poison {
@@ -72,7 +72,7 @@ impl HostDevice {
             }
             arenas.push(arena);
             // Grows in the first step of a model that wants it.
-            beside.push(Mutex::new(OpMemory::new()?));
+            op_memory.push(Mutex::new(OpMemory::new()?));
         }
         let mut lanes = Vec::new();
         for device in 0..config.devices.len() as u16 {
@@ -85,7 +85,7 @@ impl HostDevice {
             lanes.extend(DISK_LANES);
         }
         let disk = config.disk.as_ref().map(Disk::new).transpose()?;
-        let shared = Arc::new(Shared::new(host, disk, arenas, beside, lanes.len(), Instant::now()));
+        let shared = Arc::new(Shared::new(host, disk, arenas, op_memory, lanes.len(), Instant::now()));
         let (completed, completions) = channel();
         let mut device = HostDevice {
             submitted: vec![0; lanes.len()],

@@ -84,8 +84,8 @@ fn copy(span: &CopySpan, shared: &Shared) -> Result<()> {
 
 fn execute_run(run: &Run, shared: &Shared) -> Result<Option<usize>> {
     let arena = &shared.arenas[run.device as usize];
-    let mut beside = shared.beside[run.device as usize].lock().unwrap_or_else(PoisonError::into_inner);
-    let OpMemory { wide, scratch } = &mut *beside;
+    let mut op_memory = shared.op_memory[run.device as usize].lock().unwrap_or_else(PoisonError::into_inner);
+    let OpMemory { wide, scratch } = &mut *op_memory;
     let wide_bytes = widen::program_bytes(&run.program);
     if wide_bytes > wide.bytes() {
         *wide = Block::new(wide_bytes, "f32 copies of bf16 operands")?;

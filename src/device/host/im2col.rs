@@ -12,7 +12,7 @@ use std::ops::Range;
 
 /// Columns of a tile below which the matrix product is slow.
 const LEAST_WIDTH: usize = 128;
-/// Widths are multiples of this: a vector of f32.
+/// Widths of tiles that are parts of an image are multiples of this: a vector of f32.
 const WIDTH_STEP: usize = 16;
 
 /// Output positions that are computed together: a range of one image's, or all positions of several images.
@@ -34,7 +34,8 @@ impl Tile {
 /// What a tile may take.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Room {
-    /// About as many bytes of matrices: K values of the im2col matrix and one of each output channel a column.
+    /// About as many bytes of matrices: K values of the im2col matrix and one of each output channel a column. Windows
+    /// come on top.
     pub(crate) bytes: usize,
     /// Columns.
     pub(crate) columns: usize,
@@ -110,25 +111,27 @@ impl Tiling {
 /// outputs read neighbouring places: one plane for each phase, `(row % stride, column % stride)` in the padded image.
 struct Window<'a> {
     sizes: &'a ConvSizes,
-    /// First row of outputs.
+    /// First row of outputs, and the first column where the tile lies inside of one row.
     first_row: usize,
+    first_col: usize,
     /// Rows and columns of a plane.
     rows: usize,
     cols: usize,
     /// Phases that some tap reads, of rows and of columns.
     row_phases: usize,
     col_phases: usize,
-    /// What a tap reads: of the first row of outputs, of whole rows, and of the last one.
+    /// The outputs: of a first row that is not whole, of whole rows, and of a last one that is not.
     parts: [Part; 3],
 }
 
-/// Rows of outputs of which a tap reads rows of a plane.
+/// Rows of outputs, for each of which a tap reads a row of a plane.
 #[derive(Clone, Copy)]
 struct Part {
-    /// Of the first: its place, from where the tap reads for the first row's first output, and its column in the tile.
+    /// Place of what the tap reads for the first one, from [`Window::start`] on.
     place: usize,
+    /// The first one's column in the tile.
     column: usize,
-    /// Outputs of a row, and rows.
+    /// Outputs of a row.
     len: usize,
     rows: usize,
 }
@@ -137,24 +140,28 @@ impl<'a> Window<'a> {
     #[inline(always)]
     fn new(tile: &Tile, sizes: &'a ConvSizes) -> Self {
         let (width, Range { start, end }) = (sizes.out_width, tile.positions.clone());
-        let (first_row, first_col) = (start / width, start % width);
-        let cols = width + (sizes.kernel_w - 1) / sizes.stride;
-        let head = (width - first_col).min(end - start) % width;
+        let (first_row, start_col) = (start / width, start % width);
+        let head = (width - start_col).min(end - start) % width;
         let (whole, tail) = ((end - start - head) / width, (end - start - head) % width);
+        // A part of one row alone needs a part of the columns.
+        let inside_row = head > 0 && whole == 0 && tail == 0;
+        let first_col = if inside_row { start_col } else { 0 };
+        let cols = if inside_row { head } else { width } + (sizes.kernel_w - 1) / sizes.stride;
         let head_rows = usize::from(head > 0);
         let parts = [
-            Part { place: first_col, column: 0, len: head, rows: head_rows },
+            Part { place: start_col - first_col, column: 0, len: head, rows: head_rows },
             Part { place: head_rows * cols, column: head, len: width, rows: whole },
             Part {
                 place: (head_rows + whole) * cols,
                 column: head + whole * width,
                 len: tail,
-                rows: (tail > 0).into(),
+                rows: usize::from(tail > 0),
             },
         ];
         Window {
             sizes,
             first_row,
+            first_col,
             rows: parts.iter().map(|part| part.rows).sum::<usize>() + (sizes.kernel_h - 1) / sizes.stride,
             cols,
             row_phases: sizes.kernel_h.min(sizes.stride),
@@ -191,14 +198,15 @@ impl<'a> Window<'a> {
             let first_row = self.first_row * stride + row_phase;
             let rows = inside(first_row, height, self.rows);
             for col_phase in 0..self.col_phases {
-                let cols = inside(col_phase, width, self.cols);
+                let first_col = self.first_col * stride + col_phase;
+                let cols = inside(first_col, width, self.cols);
                 if rows.is_empty() || cols.is_empty() {
                     continue;
                 }
                 let place =
                     ((row_phase * self.col_phases + col_phase) * self.rows + rows.start) * self.cols + cols.start;
                 let image_row = first_row + rows.start * stride - padding;
-                let image_col = col_phase + cols.start * stride - padding;
+                let image_col = first_col + cols.start * stride - padding;
                 body(place, image_row * width + image_col, cols.len(), rows.len());
             }
         }
@@ -295,10 +303,10 @@ vector_fn! {
 
 vector_fn! {
     /// Adds the columns that belong to the tile's `at`-th image to that image's channels, `d_x: (channels, H, W)`; the
-    /// inverse of gathering. `window` is scratch of [`window_elems`].
+    /// inverse of gathering. `window` is scratch of at least one image's share of [`window_elems`].
     ///
-    /// Every place receives the sum of its addends, which are added in the order of the rows (kernel row, kernel
-    /// column).
+    /// Every place receives the sum of its addends of this tile, which are added in the order of the rows (kernel row,
+    /// kernel column).
     pub(crate) fn add_columns<T: Real>(
         d_x: &mut [T],
         columns: &[T],

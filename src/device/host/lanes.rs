@@ -47,7 +47,7 @@ pub(super) struct Shared {
     pub disk: Option<Disk>,
     pub arenas: Vec<Block>,
     /// For each device, what the op that it runs has beside the arena.
-    pub beside: Vec<Mutex<OpMemory>>,
+    pub op_memory: Vec<Mutex<OpMemory>>,
     /// Highest touched byte of each arena, plus one.
     pub high_water: Vec<AtomicU64>,
     /// Tasks done, for each lane.
@@ -63,14 +63,14 @@ impl Shared {
         host: Store,
         disk: Option<Disk>,
         arenas: Vec<Block>,
-        beside: Vec<Mutex<OpMemory>>,
+        op_memory: Vec<Mutex<OpMemory>>,
         lanes: usize,
         start: Instant,
     ) -> Self {
         Shared {
             disk,
             start,
-            beside,
+            op_memory,
             high_water: arenas.iter().map(|_| AtomicU64::new(0)).collect(),
             host,
             arenas,

@@ -61,7 +61,7 @@ pub(crate) struct Planes {
     /// Runs that a plane is cut into.
     runs_per_plane: usize,
     run: usize,
-    runs: usize,
+    run_count: usize,
     runs_per_part: usize,
 }
 
@@ -70,9 +70,9 @@ impl Planes {
     pub(crate) fn new(batch: usize, channels: usize, positions: usize) -> Self {
         let run = if channels >= PARTS { positions } else { positions.min(RUN) }.max(1);
         let runs_per_plane = positions.div_ceil(run);
-        let runs = batch * runs_per_plane;
+        let run_count = batch * runs_per_plane;
         let parts = if channels >= PARTS { 1 } else { PARTS.div_ceil(channels.max(1)) };
-        Planes { channels, positions, runs_per_plane, run, runs, runs_per_part: runs.div_ceil(parts).max(1) }
+        Planes { channels, positions, runs_per_plane, run, run_count, runs_per_part: run_count.div_ceil(parts).max(1) }
     }
 
     /// Channels that are taken together: those of small planes, as many as leave work for all threads.
@@ -81,14 +81,14 @@ impl Planes {
     }
 
     fn parts(&self) -> usize {
-        self.runs.div_ceil(self.runs_per_part)
+        self.run_count.div_ceil(self.runs_per_part)
     }
 
     /// The runs of one part of a channel's planes, numbered.
     #[inline(always)]
     fn runs(&self, part: usize) -> Range<usize> {
         let first = part * self.runs_per_part;
-        first..(first + self.runs_per_part).min(self.runs)
+        first..(first + self.runs_per_part).min(self.run_count)
     }
 
     /// Start and length of a channel's run.
@@ -117,13 +117,14 @@ impl Planes {
     }
 
     /// The sums over the planes of each channel of a block in f64. `terms` maps a value of `a` and of `b` at the same
-    /// place, and the channel's shift, to the `N` addends; `shifts` is asked for an index in the block.
+    /// place, and the channel's shift, to the `N` addends; `shifts` is asked for an index in the block. Sums behind the
+    /// block are 0.
     ///
     /// Inside a part, the element at place `i` of a run goes to running sum `i % 32`; a part's running sums are added
     /// pairwise (`lane[i] + lane[i + width]`, width 16, 8, 4, 2, 1), the parts in order from 0.
     ///
     /// # Panics
-    /// When the block has more channels than [`Planes::block`] says.
+    /// When the block has more channels than [`Planes::block`] ever says.
     pub(crate) fn sums<T: Real, const N: usize>(
         &self,
         block: Range<usize>,

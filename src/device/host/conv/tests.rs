@@ -30,6 +30,21 @@ const SHAPES: &[Row] = &[
     (2, 2, 3, 3, 0, 3, 3, 1, 1),
     (37, 40, 7, 7, 50, 3, 3, 1, 1), // several groups of images, uneven
     (3, 300, 4, 4, 3, 3, 3, 1, 1),
+    (16, 1, 29, 31, 2, 3, 3, 1, 1), // a thread a tile, two tiles an image, which end inside a row
+    (16, 1, 61, 63, 2, 3, 3, 2, 1),
+    (16, 2, 29, 31, 2, 1, 1, 1, 0),
+    (200, 2, 7, 6, 3, 1, 1, 1, 0), // a thread a tile, several images each
+    (200, 2, 7, 6, 3, 3, 3, 2, 1),
+    (1, 2, 47, 53, 3, 3, 3, 1, 1), // all threads a tile, two tiles an image
+    (1, 2, 47, 53, 3, 1, 1, 1, 0),
+    (16, 1, 3, 1100, 2, 3, 3, 1, 1), // tiles inside a row
+    (16, 1, 2, 1100, 2, 2, 3, 2, 2),
+    (2, 130, 5, 5, 65, 3, 3, 1, 1), // weights of which all threads sum the gradient together: one tile, and two
+    (1, 910, 13, 13, 9, 3, 3, 1, 1),
+    (1000, 0, 3, 3, 1, 1, 1, 1, 0), // nothing of something
+    (1000, 1, 3, 3, 0, 1, 1, 1, 0),
+    (1, 1, 0, 3, 1, 3, 3, 1, 2),
+    (0, 1, 3, 3, 1, 1, 1, 1, 0),
 ];
 
 fn sizes_of(
