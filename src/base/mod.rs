@@ -1,6 +1,6 @@
 //! The words every other module speaks: element types, shapes, random numbers, units of bytes and time, errors.
 //!
-//! Nothing here does I/O, starts a thread, or is unsafe.
+//! Nothing here opens a file, starts a thread, or is unsafe.
 
 mod dtype;
 mod error;

@@ -54,14 +54,8 @@ impl BatchesSource {
     pub fn open(options: &BatchesOptions) -> Result<BatchesSource> {
         let path = options.path.clone();
         let name = path.display().to_string();
-        let (mut file, file_bytes) = files::open(&path)?;
-        let mut prefix = Vec::new();
-        (&mut file).take(8).read_to_end(&mut prefix).map_err(|e| Error::io("read", &path, e))?;
-        let header_bytes = TensorIndex::header_bytes(&prefix, file_bytes, &name)?;
-        let mut header = vec![0; header_bytes];
-        file.read_exact(&mut header).map_err(|e| Error::io("read", &path, e))?;
-        let index = TensorIndex::parse(&header, file_bytes, &name)?;
-
+        let (file, file_bytes) = files::open(&path)?;
+        let index = TensorIndex::read(&file, file_bytes, &path)?;
         let bad = |what: String| Error::bad(format!("{name}: {what}"));
         let layout = Layout::of(&index, options).map_err(bad)?;
         let spec = InputSpec::new(layout.tensors, layout.batch).map_err(|e| bad(e.to_string()))?;
