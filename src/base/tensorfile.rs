@@ -396,17 +396,18 @@ impl<'de> Deserialize<'de> for Texts {
     }
 }
 
-/// A name from the file, in quotes.
-pub(crate) fn quoted(name: &str) -> String {
+/// A name from a file, in quotes.
+pub fn quoted(name: &str) -> String {
     format!("'{}'", shortened(name))
 }
 
-/// The first characters of a text that may hold pieces of the file, escaped so that a message stays one line.
+/// The first characters of a text that may hold pieces of a file, escaped so that a message stays one line.
 pub(crate) fn shortened(text: &str) -> String {
     const CHARS: usize = 200;
     let mut short = String::new();
     for c in text.chars().take(CHARS) {
-        if c.is_control() { short.extend(c.escape_default()) } else { short.push(c) }
+        // JSON has quotes and backslashes of its own.
+        if matches!(c, '"' | '\'' | '\\') { short.push(c) } else { short.extend(c.escape_debug()) }
     }
     if text.chars().nth(CHARS).is_some() {
         short.push_str("...");

@@ -7,7 +7,7 @@
 
 use super::checks::not_finite;
 use super::{Batch, BatchTensor, IGNORED, InputSpec, Source, files, names};
-use crate::base::tensorfile::{Element, TensorEntry, TensorIndex};
+use crate::base::tensorfile::{Element, TensorEntry, TensorIndex, quoted};
 use crate::base::{DType, Error, Result, Shape};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -90,8 +90,8 @@ impl Layout {
     fn of(index: &TensorIndex, options: &BatchesOptions) -> std::result::Result<Layout, String> {
         const KNOWN: [&str; 4] = [names::INPUT_IDS, names::ATTENTION_MASK, names::PIXEL_VALUES, names::LABELS];
         if let Some(unknown) = index.entries().iter().find(|entry| !KNOWN.contains(&entry.name.as_str())) {
-            let name: String = unknown.name.escape_debug().take(80).collect();
-            return Err(format!("tensor '{name}' is none that a model takes ({})", KNOWN.join(", ")));
+            let name = quoted(&unknown.name);
+            return Err(format!("tensor {name} is none that a model takes ({})", KNOWN.join(", ")));
         }
         let [ids, mask, pixels, labels] = KNOWN.map(|name| index.get(name));
         let labels = labels.ok_or("there is no tensor 'labels'")?;
