@@ -7,9 +7,8 @@
 
 use super::optimizer::{Optimizer, Schedule};
 use super::options::TrainOptions;
-use super::safely::write_safely;
 use crate::base::tensorfile::{Element, TensorIndex};
-use crate::base::{Error, Result, Shape};
+use crate::base::{Error, Result, Shape, write_safely};
 use crate::engine::{Engine, Stored};
 use crate::spill::Model;
 use serde_json::{Map, Value, json};
