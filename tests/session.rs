@@ -143,6 +143,24 @@ fn weights_that_are_given_are_begun_with_and_the_rest_is_drawn() {
     assert!(got == want);
 }
 
+/// Wrong names everywhere must not train from noise in silence.
+#[test]
+fn weights_of_which_none_is_given_are_refused() {
+    let small = Small::gpt(14, 2, 1, 9, 0.0);
+    let options = options(&small, DType::F32);
+    let asked = std::cell::Cell::new(0);
+    let none = |_: &str, _: &Shape| {
+        asked.set(asked.get() + 1);
+        Ok(None)
+    };
+    let source = small.source(options.batch, options.seed);
+    let planned = small.plan(&options).expect("a plan");
+    let Err(error) = Session::new(Weights::Given(&none), planned, source, None, options) else { panic!("it trains") };
+    let said = error.to_string();
+    assert!(matches!(error, Error::BadInput(_)), "{said}");
+    assert!(said.contains(&format!("{} names", asked.get())) && said.contains("transformer.wte.weight"), "{said}");
+}
+
 /// In bf16 the engine keeps no lower half of what it does not train; the directory has it all the same.
 #[test]
 fn frozen_weights_of_a_bf16_model_are_saved_as_they_were() {

@@ -1,11 +1,12 @@
-//! The words every other module speaks: element types, shapes, random numbers, units of bytes and time, errors.
+//! The words every other module speaks: element types, shapes, random numbers, units of bytes and time, errors, files.
 //!
-//! Nothing here does I/O, starts a thread, or is unsafe.
+//! Nothing here starts a thread or is unsafe, and `safely` alone touches files.
 
 mod dtype;
 mod error;
 mod lane;
 pub mod philox;
+mod safely;
 mod shape;
 pub mod tensorfile;
 mod units;
@@ -16,6 +17,8 @@ pub const IGNORED: i32 = -100;
 pub use dtype::DType;
 pub use error::{Error, Result};
 pub use lane::{LaneId, LaneKind};
+pub use safely::write_safely;
+pub(crate) use safely::{Pending, sync_folder};
 pub use shape::Shape;
 pub use units::{
     Bytes, align_up, format_bytes, format_secs, is_too_large, nearest, parse_bytes, parse_bytes_per_sec,

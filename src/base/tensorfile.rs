@@ -11,6 +11,8 @@ use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use std::collections::BTreeMap;
 use std::fmt;
+use std::io::Read;
+use std::path::Path;
 
 /// The longest header that is read: the safetensors crate's own limit.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
@@ -106,12 +108,24 @@ pub struct TensorIndex {
 }
 
 impl TensorIndex {
-    /// Bytes of JSON that follow the first eight of a file, given those eight (or fewer, where the file is shorter) and
-    /// the length of the whole file. `file` is what messages call it.
+    /// Reads the header of a file of `file_bytes` bytes, from its start; `path` is what messages call it.
     ///
     /// # Errors
-    /// When the file is shorter than eight bytes, or its header longer than the rest of the file or 100 MB.
-    pub fn header_bytes(prefix: &[u8], file_bytes: u64, file: &str) -> Result<usize> {
+    /// When reading fails; the file is shorter than eight bytes, or its header longer than the rest of the file or
+    /// 100 MB; the header is no UTF-8 or no JSON object of tensors, a key occurs twice, a dtype is unknown, a shape and
+    /// its bytes disagree, or the tensors do not cover the rest of the file exactly.
+    pub fn read(mut reader: impl Read, file_bytes: u64, path: &Path) -> Result<TensorIndex> {
+        let io = |e| Error::io("read", path, e);
+        let file = path.display().to_string();
+        let mut prefix = Vec::new();
+        reader.by_ref().take(LENGTH_BYTES).read_to_end(&mut prefix).map_err(io)?;
+        let mut header = vec![0; TensorIndex::header_bytes(&prefix, file_bytes, &file)?];
+        reader.read_exact(&mut header).map_err(io)?;
+        TensorIndex::parse(&header, file_bytes, &file)
+    }
+
+    /// Bytes of JSON that follow the first eight of a file, given those eight (or fewer, where the file is shorter).
+    fn header_bytes(prefix: &[u8], file_bytes: u64, file: &str) -> Result<usize> {
         let Some(length) = prefix.first_chunk::<8>().filter(|_| file_bytes >= LENGTH_BYTES) else {
             return Err(Error::bad(format!("{file}: {file_bytes} bytes are too few for a safetensors file")));
         };
@@ -130,12 +144,8 @@ impl TensorIndex {
         Ok(length as usize)
     }
 
-    /// Parses the JSON `header` of a file of `file_bytes` bytes; `file` is what messages call it.
-    ///
-    /// # Errors
-    /// When the header is no UTF-8 or no JSON object of tensors, a key occurs twice, a dtype is unknown, a shape and
-    /// its bytes disagree, or the tensors do not cover the rest of the file exactly.
-    pub fn parse(header: &[u8], file_bytes: u64, file: &str) -> Result<TensorIndex> {
+    /// Parses the JSON `header` of a file of `file_bytes` bytes.
+    fn parse(header: &[u8], file_bytes: u64, file: &str) -> Result<TensorIndex> {
         let bad = |what: String| Error::bad(format!("{file}: {what}"));
         let data_start = LENGTH_BYTES + header.len() as u64;
         let data_bytes = file_bytes
@@ -197,12 +207,9 @@ impl<'a> TensorFile<'a> {
     /// Parses the bytes of a whole file; `file` is what messages call it.
     ///
     /// # Errors
-    /// As [`TensorIndex::header_bytes`] and [`TensorIndex::parse`].
+    /// As [`TensorIndex::read`].
     pub fn parse(bytes: &'a [u8], file: &str) -> Result<TensorFile<'a>> {
-        let file_bytes = bytes.len() as u64;
-        let header_bytes = TensorIndex::header_bytes(bytes, file_bytes, file)?;
-        let header = &bytes[LENGTH_BYTES as usize..LENGTH_BYTES as usize + header_bytes];
-        Ok(TensorFile { index: TensorIndex::parse(header, file_bytes, file)?, bytes })
+        Ok(TensorFile { index: TensorIndex::read(bytes, bytes.len() as u64, Path::new(file))?, bytes })
     }
 
     /// Where the tensors lie.
@@ -389,17 +396,18 @@ impl<'de> Deserialize<'de> for Texts {
     }
 }
 
-/// A name from the file, in quotes.
-pub(crate) fn quoted(name: &str) -> String {
+/// A name from a file, in quotes.
+pub fn quoted(name: &str) -> String {
     format!("'{}'", shortened(name))
 }
 
-/// The first characters of a text that may hold pieces of the file, escaped so that a message stays one line.
+/// The first characters of a text that may hold pieces of a file, escaped so that a message stays one line.
 pub(crate) fn shortened(text: &str) -> String {
     const CHARS: usize = 200;
     let mut short = String::new();
     for c in text.chars().take(CHARS) {
-        if c.is_control() { short.extend(c.escape_default()) } else { short.push(c) }
+        // JSON has quotes and backslashes of its own.
+        if matches!(c, '"' | '\'' | '\\') { short.push(c) } else { short.extend(c.escape_debug()) }
     }
     if text.chars().nth(CHARS).is_some() {
         short.push_str("...");

@@ -7,7 +7,7 @@
 
 use super::checks::not_finite;
 use super::{Batch, BatchTensor, IGNORED, InputSpec, Source, files, names};
-use crate::base::tensorfile::{Element, TensorEntry, TensorIndex};
+use crate::base::tensorfile::{Element, TensorEntry, TensorIndex, quoted};
 use crate::base::{DType, Error, Result, Shape};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -54,14 +54,8 @@ impl BatchesSource {
     pub fn open(options: &BatchesOptions) -> Result<BatchesSource> {
         let path = options.path.clone();
         let name = path.display().to_string();
-        let (mut file, file_bytes) = files::open(&path)?;
-        let mut prefix = Vec::new();
-        (&mut file).take(8).read_to_end(&mut prefix).map_err(|e| Error::io("read", &path, e))?;
-        let header_bytes = TensorIndex::header_bytes(&prefix, file_bytes, &name)?;
-        let mut header = vec![0; header_bytes];
-        file.read_exact(&mut header).map_err(|e| Error::io("read", &path, e))?;
-        let index = TensorIndex::parse(&header, file_bytes, &name)?;
-
+        let (file, file_bytes) = files::open(&path)?;
+        let index = TensorIndex::read(&file, file_bytes, &path)?;
         let bad = |what: String| Error::bad(format!("{name}: {what}"));
         let layout = Layout::of(&index, options).map_err(bad)?;
         let spec = InputSpec::new(layout.tensors, layout.batch).map_err(|e| bad(e.to_string()))?;
@@ -96,8 +90,8 @@ impl Layout {
     fn of(index: &TensorIndex, options: &BatchesOptions) -> std::result::Result<Layout, String> {
         const KNOWN: [&str; 4] = [names::INPUT_IDS, names::ATTENTION_MASK, names::PIXEL_VALUES, names::LABELS];
         if let Some(unknown) = index.entries().iter().find(|entry| !KNOWN.contains(&entry.name.as_str())) {
-            let name: String = unknown.name.escape_debug().take(80).collect();
-            return Err(format!("tensor '{name}' is none that a model takes ({})", KNOWN.join(", ")));
+            let name = quoted(&unknown.name);
+            return Err(format!("tensor {name} is none that a model takes ({})", KNOWN.join(", ")));
         }
         let [ids, mask, pixels, labels] = KNOWN.map(|name| index.get(name));
         let labels = labels.ok_or("there is no tensor 'labels'")?;

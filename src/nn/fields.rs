@@ -1,5 +1,6 @@
 //! Reads a config: every value is checked as it is read, and a key that nobody read can be refused.
 
+use crate::base::tensorfile::shortened;
 use crate::base::{Error, Result, nearest};
 use serde_json::{Map, Value};
 use std::cell::RefCell;
@@ -188,13 +189,4 @@ impl<'a> Fields<'a> {
 /// A value as JSON, cut so that a message stays one short line.
 pub fn shown(value: &Value) -> String {
     shortened(&value.to_string())
-}
-
-/// The first characters of a text from a file, with control characters escaped.
-pub fn shortened(text: &str) -> String {
-    const CHARS: usize = 80;
-    let cut: String = text.chars().take(CHARS).flat_map(char::escape_debug).collect();
-    // The quotes of JSON are not to be escaped a second time.
-    let cut = cut.replace("\\\"", "\"");
-    if text.chars().nth(CHARS).is_some() { format!("{cut}...") } else { cut }
 }

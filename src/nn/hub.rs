@@ -4,11 +4,11 @@
 //! are read when they are asked for, tensor by tensor, so that a model larger than memory can be opened.
 
 use super::families::{Family, family};
-use super::fields::{Fields, shortened, shown};
+use super::fields::{Fields, shown};
 use super::parts::{Parts, Place, bad, read_small};
 use super::save::{Form, SavedTensor, counters};
 use super::{Network, tensors};
-use crate::base::tensorfile::{Element, TensorEntry};
+use crate::base::tensorfile::{Element, TensorEntry, shortened};
 use crate::base::{Error, Result, Shape};
 use half::{bf16, f16};
 use serde_json::{Map, Value};

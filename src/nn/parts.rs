@@ -117,14 +117,8 @@ impl Parts {
 
     /// Opens one more file and takes in its tensors.
     fn add(&mut self, path: PathBuf) -> Result<()> {
-        let (mut file, file_bytes) = open_file(&path)?;
-        let called = path.display().to_string();
-        let io = |e| Error::io("read", &path, e);
-        let mut prefix = Vec::new();
-        (&mut file).take(8).read_to_end(&mut prefix).map_err(io)?;
-        let mut header = vec![0; TensorIndex::header_bytes(&prefix, file_bytes, &called)?];
-        file.read_exact(&mut header).map_err(io)?;
-        let index = TensorIndex::parse(&header, file_bytes, &called)?;
+        let (file, file_bytes) = open_file(&path)?;
+        let index = TensorIndex::read(&file, file_bytes, &path)?;
         let part = self.files.len();
         self.files.push(Part { path, file: Mutex::new(file) });
         for entry in index.entries() {

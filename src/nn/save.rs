@@ -7,13 +7,13 @@
 
 use super::Network;
 use crate::base::tensorfile::Element;
-use crate::base::{Error, Result, Shape};
+use crate::base::{Error, Pending, Result, Shape, sync_folder};
 use half::{bf16, f16};
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::{BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// The end of the name of a running statistic, and of its layer's count of training batches.
 const RUNNING_MEAN: &str = "running_mean";
@@ -80,16 +80,21 @@ pub(super) fn counters<'a>(tensors: impl Iterator<Item = &'a str>) -> BTreeMap<S
 pub fn save(dir: &Path, form: &Form, read: &mut dyn FnMut(&str) -> Result<Vec<f32>>) -> Result<()> {
     std::fs::create_dir_all(dir).map_err(|e| Error::io("create", dir, e))?;
     // The weights last: a config alone is no model, weights with an old config would be a wrong one.
-    let mut pending = vec![Pending::write(dir, "config.json", |out| out.bytes(form.config.as_bytes()))?];
+    let mut pending = vec![write(dir, "config.json", |out| out.bytes(form.config.as_bytes()))?];
     if let Some(bytes) = &form.generation_config {
-        pending.push(Pending::write(dir, "generation_config.json", |out| out.bytes(bytes))?);
+        pending.push(write(dir, "generation_config.json", |out| out.bytes(bytes))?);
     }
     for (name, bytes) in &form.files {
-        pending.push(Pending::write(dir, name, |out| out.bytes(bytes))?);
+        pending.push(write(dir, name, |out| out.bytes(bytes))?);
     }
-    pending.push(Pending::write(dir, "model.safetensors", |out| weights(out, form, read))?);
+    pending.push(write(dir, "model.safetensors", |out| weights(out, form, read))?);
     pending.into_iter().try_for_each(Pending::commit)?;
-    sync_directory(dir)
+    sync_folder(dir)
+}
+
+fn write(dir: &Path, name: &str, body: impl FnOnce(&mut Output) -> Result<()>) -> Result<Pending> {
+    let target = dir.join(name);
+    Pending::write(&target, |file| body(&mut Output { file, target: &target }))
 }
 
 /// What stands at one place of the file.
@@ -180,56 +185,18 @@ fn dtype(element: Element) -> Dtype {
     }
 }
 
-/// A file being written, under its temporary name.
-struct Output {
-    file: BufWriter<File>,
-    temporary: PathBuf,
-    target: PathBuf,
+/// A file being written, and what messages call it.
+struct Output<'a> {
+    file: &'a mut BufWriter<File>,
+    target: &'a Path,
 }
 
-impl Output {
+impl Output<'_> {
     fn bytes(&mut self, bytes: &[u8]) -> Result<()> {
-        self.file.write_all(bytes).map_err(|e| Error::io("write", &self.temporary, e))
+        self.file.write_all(bytes).map_err(|e| Error::io("write", self.target, e))
     }
 
     fn fault(&self, what: String) -> Error {
         Error::bad(format!("{}: {what}", self.target.display()))
     }
-}
-
-/// A file that is written and flushed, but not yet in its place. Dropped, it vanishes.
-struct Pending {
-    temporary: PathBuf,
-    target: PathBuf,
-}
-
-impl Pending {
-    fn write(dir: &Path, name: &str, body: impl FnOnce(&mut Output) -> Result<()>) -> Result<Pending> {
-        let (temporary, target) = (dir.join(format!(".{name}.part")), dir.join(name));
-        let file = File::create(&temporary).map_err(|e| Error::io("create", &temporary, e))?;
-        // From here on the temporary file is removed on every way out but commit().
-        let pending = Pending { temporary: temporary.clone(), target: target.clone() };
-        let mut out = Output { file: BufWriter::with_capacity(1 << 18, file), temporary, target };
-        body(&mut out)?;
-        let flushed = out.file.flush().and_then(|()| out.file.get_ref().sync_all());
-        flushed.map_err(|e| Error::io("write", &out.temporary, e))?;
-        Ok(pending)
-    }
-
-    fn commit(self) -> Result<()> {
-        std::fs::rename(&self.temporary, &self.target).map_err(|e| Error::io("create", &self.target, e))
-    }
-}
-
-impl Drop for Pending {
-    fn drop(&mut self) {
-        // After commit() there is nothing under this name; where it cannot be removed, the next save overwrites it.
-        let _ = std::fs::remove_file(&self.temporary);
-    }
-}
-
-/// Makes renames in `dir` outlive a power cut.
-fn sync_directory(dir: &Path) -> Result<()> {
-    let synced = File::open(dir).and_then(|dir| dir.sync_all());
-    if cfg!(unix) { synced.map_err(|e| Error::io("write", dir, e)) } else { Ok(()) }
 }

@@ -40,10 +40,10 @@ pub struct DeviceRates {
     pub d2h_bytes_per_sec: f64,
 }
 
-/// What bounds a makespan.
+/// One of the lower bounds on a makespan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Bound {
+pub enum LowerBound {
     /// All arithmetic over all devices' speeds, between the shortest first copies of any model and the shortest last
     /// ones.
     Work,
@@ -61,18 +61,18 @@ pub enum Bound {
 /// Lower bounds on the makespan of some models on some devices, in seconds.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Bounds {
-    /// [`Bound::Work`].
+    /// [`LowerBound::Work`].
     pub work_secs: f64,
-    /// [`Bound::Chain`].
+    /// [`LowerBound::Chain`].
     pub chain_secs: f64,
-    /// [`Bound::HostToDevice`].
+    /// [`LowerBound::HostToDevice`].
     pub h2d_secs: f64,
-    /// [`Bound::DeviceToHost`].
+    /// [`LowerBound::DeviceToHost`].
     pub d2h_secs: f64,
-    /// [`Bound::SharedLink`]; 0 where no link is shared.
+    /// [`LowerBound::SharedLink`]; 0 where no link is shared.
     pub shared_secs: f64,
     /// Which of them is the greatest; of equal ones the first.
-    pub greatest: Bound,
+    pub greatest: LowerBound,
     /// The greatest of them.
     pub secs: f64,
 }
@@ -95,11 +95,11 @@ impl Bounds {
         let h2d_bytes = sum(models.iter().map(|model| model.h2d_bytes as f64));
         let d2h_bytes = sum(models.iter().map(|model| model.d2h_bytes as f64));
         let parts = [
-            (Bound::Work, over(arithmetic_secs, sum(speeds())) + ends_secs),
-            (Bound::Chain, chain_secs),
-            (Bound::HostToDevice, over(h2d_bytes, sum(devices.iter().map(|device| device.h2d_bytes_per_sec)))),
-            (Bound::DeviceToHost, over(d2h_bytes, sum(devices.iter().map(|device| device.d2h_bytes_per_sec)))),
-            (Bound::SharedLink, shared_bytes_per_sec.map_or(0.0, |rate| over(h2d_bytes.max(d2h_bytes), rate))),
+            (LowerBound::Work, over(arithmetic_secs, sum(speeds())) + ends_secs),
+            (LowerBound::Chain, chain_secs),
+            (LowerBound::HostToDevice, over(h2d_bytes, sum(devices.iter().map(|device| device.h2d_bytes_per_sec)))),
+            (LowerBound::DeviceToHost, over(d2h_bytes, sum(devices.iter().map(|device| device.d2h_bytes_per_sec)))),
+            (LowerBound::SharedLink, shared_bytes_per_sec.map_or(0.0, |rate| over(h2d_bytes.max(d2h_bytes), rate))),
         ];
         let (greatest, secs) = parts.into_iter().fold(parts[0], |best, part| if part.1 > best.1 { part } else { best });
         let [work_secs, chain_secs, h2d_secs, d2h_secs, shared_secs] = parts.map(|(_, secs)| secs);
@@ -171,7 +171,7 @@ mod tests {
     }
 
     /// Asserts the five parts in their order, which is the greatest, and the gap of twice the greatest.
-    fn check(bounds: &Bounds, parts: [f64; 5], greatest: Bound) {
+    fn check(bounds: &Bounds, parts: [f64; 5], greatest: LowerBound) {
         let Bounds { work_secs, chain_secs, h2d_secs, d2h_secs, shared_secs, .. } = *bounds;
         assert_eq!([work_secs, chain_secs, h2d_secs, d2h_secs, shared_secs], parts);
         assert_eq!((bounds.greatest, bounds.secs), (greatest, parts.into_iter().fold(0.0, f64::max)));
@@ -182,22 +182,22 @@ mod tests {
     fn each_part_can_be_the_greatest() {
         let models = [model(6.0, 60, 20), model(3.0, 4, 108)];
         let two = [device(1.0, 16.0, 64.0), device(3.0, 48.0, 64.0)];
-        check(&Bounds::new(&models, &two, None), [2.25, 2.25, 1.0, 1.0, 0.0], Bound::Work);
-        check(&Bounds::new(&models, &two, Some(32.0)), [2.25, 2.25, 1.0, 1.0, 4.0], Bound::SharedLink);
+        check(&Bounds::new(&models, &two, None), [2.25, 2.25, 1.0, 1.0, 0.0], LowerBound::Work);
+        check(&Bounds::new(&models, &two, Some(32.0)), [2.25, 2.25, 1.0, 1.0, 4.0], LowerBound::SharedLink);
         let many = [two[0].clone(), two[1].clone(), device(2.0, 64.0, 128.0)];
-        check(&Bounds::new(&models, &many, None), [1.5, 2.0, 0.5, 0.5, 0.0], Bound::Chain);
+        check(&Bounds::new(&models, &many, None), [1.5, 2.0, 0.5, 0.5, 0.0], LowerBound::Chain);
         let slow_in = [device(4.0, 16.0, 64.0)];
-        check(&Bounds::new(&models, &slow_in, None), [2.25, 1.5, 4.0, 2.0, 0.0], Bound::HostToDevice);
+        check(&Bounds::new(&models, &slow_in, None), [2.25, 1.5, 4.0, 2.0, 0.0], LowerBound::HostToDevice);
         let slow_out = [device(4.0, 64.0, 16.0)];
-        check(&Bounds::new(&models, &slow_out, None), [2.25, 1.5, 1.0, 8.0, 0.0], Bound::DeviceToHost);
+        check(&Bounds::new(&models, &slow_out, None), [2.25, 1.5, 1.0, 8.0, 0.0], LowerBound::DeviceToHost);
     }
 
     #[test]
     fn a_pinned_model_has_one_device() {
         let pinned = |device| [ModelWork { pinned: Some(device), ..model(6.0, 0, 0) }];
         let two = [device(1.0, 1.0, 1.0), device(3.0, 1.0, 1.0)];
-        check(&Bounds::new(&pinned(0), &two, None), [1.5, 6.0, 0.0, 0.0, 0.0], Bound::Chain);
-        check(&Bounds::new(&pinned(1), &two, None), [1.5, 2.0, 0.0, 0.0, 0.0], Bound::Chain);
+        check(&Bounds::new(&pinned(0), &two, None), [1.5, 6.0, 0.0, 0.0, 0.0], LowerBound::Chain);
+        check(&Bounds::new(&pinned(1), &two, None), [1.5, 2.0, 0.0, 0.0, 0.0], LowerBound::Chain);
     }
 
     #[test]
@@ -205,24 +205,28 @@ mod tests {
         // Two models of 6 cannot both have the device of speed 3: 12 seconds of work over 4, not over 4.5.
         let three = [device(3.0, 1.0, 1.0), device(1.0, 1.0, 1.0), device(0.5, 1.0, 1.0)];
         let two = [model(6.0, 0, 0), model(6.0, 0, 0)];
-        check(&Bounds::new(&two, &three, None), [12.0 / 4.5, 3.0, 0.0, 0.0, 0.0], Bound::Chain);
+        check(&Bounds::new(&two, &three, None), [12.0 / 4.5, 3.0, 0.0, 0.0, 0.0], LowerBound::Chain);
         // Each waits 0.5 + 1 + 0.5 seconds, in which the slower of two devices at least has nothing of theirs.
         let waits = |first_secs| ModelWork { first_secs, turns_secs: 1.0, last_secs: 0.5, ..model(6.0, 0, 0) };
         let bounds = Bounds::new(&[waits(0.5), waits(0.5)], &three, None);
-        check(&bounds, [12.0 / 4.5 + 1.0, 4.0, 0.0, 0.0, 0.0], Bound::Chain);
+        check(&bounds, [12.0 / 4.5 + 1.0, 4.0, 0.0, 0.0, 0.0], LowerBound::Chain);
         // On one device the shortest copies at both ends add to the work; waits between do not.
         let one = Bounds::new(&[waits(2.0), waits(0.25)], &three[..1], None);
-        check(&one, [4.75, 5.5, 0.0, 0.0, 0.0], Bound::Chain);
+        check(&one, [4.75, 5.5, 0.0, 0.0, 0.0], LowerBound::Chain);
         let piped = ModelWork { chain_secs: 1.5, ..model(6.0, 0, 0) };
-        check(&Bounds::new(&[piped], &three, None), [6.0 / 4.5, 0.5, 0.0, 0.0, 0.0], Bound::Work);
+        check(&Bounds::new(&[piped], &three, None), [6.0 / 4.5, 0.5, 0.0, 0.0, 0.0], LowerBound::Work);
     }
 
     #[test]
     fn nothing_and_free_copies_take_no_time() {
         let free = [device(1.0, f64::INFINITY, f64::INFINITY)];
-        check(&Bounds::new(&[], &free, None), [0.0; 5], Bound::Work);
-        check(&Bounds::new(&[], &[], Some(1.0)), [0.0; 5], Bound::Work);
-        check(&Bounds::new(&[model(2.0, 7, 7)], &free, Some(f64::INFINITY)), [2.0, 2.0, 0.0, 0.0, 0.0], Bound::Work);
+        check(&Bounds::new(&[], &free, None), [0.0; 5], LowerBound::Work);
+        check(&Bounds::new(&[], &[], Some(1.0)), [0.0; 5], LowerBound::Work);
+        check(
+            &Bounds::new(&[model(2.0, 7, 7)], &free, Some(f64::INFINITY)),
+            [2.0, 2.0, 0.0, 0.0, 0.0],
+            LowerBound::Work,
+        );
         assert_eq!(Bounds::new(&[model(2.0, 0, 0)], &[], None).secs, f64::INFINITY);
         assert_eq!(Bounds::new(&[], &free, None).gap(1.0), f64::INFINITY);
     }

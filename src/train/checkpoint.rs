@@ -7,9 +7,8 @@
 
 use super::optimizer::{Optimizer, Schedule};
 use super::options::TrainOptions;
-use super::safely::write_safely;
 use crate::base::tensorfile::{Element, TensorIndex};
-use crate::base::{Error, Result, Shape};
+use crate::base::{Error, Result, Shape, write_safely};
 use crate::engine::{Engine, Stored};
 use crate::spill::Model;
 use serde_json::{Map, Value, json};
@@ -225,22 +224,17 @@ impl Checkpoint {
     /// When the file cannot be read, is damaged, or is no checkpoint.
     pub fn open(path: &Path) -> Result<Option<Checkpoint>> {
         let io = |e| Error::io("read", path, e);
-        let mut file = match File::open(path) {
+        let file = match File::open(path) {
             Ok(file) => file,
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(io(e)),
         };
         let file_bytes = file.metadata().map_err(io)?.len();
-        let called = path.display().to_string();
-        let mut prefix = Vec::new();
-        (&mut file).take(8).read_to_end(&mut prefix).map_err(io)?;
-        let mut header = vec![0; TensorIndex::header_bytes(&prefix, file_bytes, &called)?];
-        file.read_exact(&mut header).map_err(io)?;
-        let index = TensorIndex::parse(&header, file_bytes, &called)?;
+        let index = TensorIndex::read(&file, file_bytes, path)?;
         let step = index.metadata().get("step").and_then(|s| s.parse().ok());
         match (index.metadata().get("format").map(String::as_str), step) {
             (Some(FORMAT), Some(step)) => Ok(Some(Checkpoint { path: path.to_path_buf(), file, index, step })),
-            _ => Err(Error::bad(format!("{called}: is no checkpoint of this program ({FORMAT})"))),
+            _ => Err(Error::bad(format!("{}: is no checkpoint of this program ({FORMAT})", path.display()))),
         }
     }
 

@@ -1,7 +1,6 @@
 //! metrics.jsonl: one JSON object a line, for every step and every validation.
 
-use super::safely::write_safely;
-use crate::base::{Error, Result};
+use crate::base::{Error, Result, write_safely};
 use crate::trace::Bound;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;

@@ -10,7 +10,7 @@ mod plan_file;
 mod shown;
 
 use super::metrics::{Row, StepRow, read_rows};
-use crate::base::{Error, LaneId, Result, format_bytes, format_secs};
+use crate::base::{Error, LaneId, Result, format_bytes, format_secs, write_safely};
 use crate::trace::{
     Axis, Bound, ColourBy, Event, LaneRow, LaneSum, ModelCurves, ReportData, StepBound, Trace, gantt_svg, report_page,
 };
@@ -45,9 +45,9 @@ pub fn write_report(run: &Path) -> Result<PathBuf> {
     (data.outcome_columns, data.outcome_rows) = outcomes(&run.join("results.csv"))?;
     let mut gantt = data.gantt_options();
     gantt.title = format!("{}: {}", data.title, data.schedule_note);
-    write_whole(&run.join("schedule.svg"), &gantt_svg(&data.events, &gantt))?;
+    write_safely(&run.join("schedule.svg"), |out| out.write_all(gantt_svg(&data.events, &gantt).as_bytes()))?;
     let page = run.join("report.html");
-    write_whole(&page, &report_page(&data))?;
+    write_safely(&page, |out| out.write_all(report_page(&data).as_bytes()))?;
     Ok(page)
 }
 
@@ -104,19 +104,6 @@ fn renumber(trace: &mut Trace, models: &[ModelRows]) {
         let known = numbers.get(usize::from(event.name.model)).copied().flatten();
         event.name.model = known.map_or(event.name.model, |number| number as u16);
     }
-}
-
-/// Writes a file so that it is there whole or not at all.
-fn write_whole(path: &Path, text: &str) -> Result<()> {
-    let mut name = path.file_name().unwrap_or_default().to_os_string();
-    name.push(format!(".{}.tmp", std::process::id()));
-    let temporary = path.with_file_name(name);
-    let written = std::fs::write(&temporary, text).and_then(|()| std::fs::rename(&temporary, path));
-    written.map_err(|e| {
-        // What is left of a failed write is of no use; that it cannot be removed either says nothing new.
-        let _ = std::fs::remove_file(&temporary);
-        Error::io("write", path, e)
-    })
 }
 
 fn report_data(title: &str, plan: &PlanFile, models: &[ModelRows], trace: Option<&Trace>) -> ReportData {

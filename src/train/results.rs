@@ -3,9 +3,8 @@
 //! Rows come in any order, as models end, and stand in the order of the models' numbers. Every number in the file reads
 //! back as the same number; what is not known is an empty field.
 
-use super::safely::write_safely;
 use super::selection::best_first;
-use crate::base::{Error, Result, format_secs};
+use crate::base::{Error, Result, format_secs, write_safely};
 use std::path::{Path, PathBuf};
 
 /// What became of a model.

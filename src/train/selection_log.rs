@@ -5,9 +5,8 @@
 //! Lines carry names: numbers may differ from one start of a run to the next. A line is in the file before its verdict
 //! is acted on.
 
-use super::safely::write_safely;
 use super::selection::{Selection, Verdict};
-use crate::base::{Error, Result};
+use crate::base::{Error, Result, write_safely};
 use serde::{Deserialize, Serialize};
 use std::fs::{File, OpenOptions};
 use std::io::Write;

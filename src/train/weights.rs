@@ -1,10 +1,13 @@
 //! A model's first weights, and how they come into the host's store.
 
-use crate::base::{Result, Shape};
+use crate::base::{Error, Result, Shape};
 use crate::engine::{Engine, Stored};
 use crate::nn::{Pretrained, init};
 use std::fmt;
 use std::sync::Arc;
+
+/// Names of the model that are told where none was given.
+const SHOWN_NAMES: usize = 3;
 
 /// Gives the elements of a tensor, row-major, by its name and shape in the graph, where it has them.
 pub type GiveTensor<'a> = dyn Fn(&str, &Shape) -> Result<Option<Vec<f32>>> + 'a;
@@ -17,7 +20,7 @@ pub enum Weights<'a> {
     /// Drawn from the seed.
     Random,
     /// From anywhere, by name: a file of one's own, another model. What it does not give is drawn from the seed, as
-    /// [`Weights::Random`] would.
+    /// [`Weights::Random`] would; it must know one name of the model's at least.
     Given(&'a GiveTensor<'a>),
     /// From a checkpoint, which the caller restores before the first step; until then they are 0.
     Later,
@@ -28,20 +31,34 @@ impl Weights<'_> {
     /// begun. A [`super::Session`] does it by itself.
     ///
     /// # Errors
-    /// When a tensor is missing or has another shape, cannot be read, or a step has begun.
+    /// When a tensor is missing or has another shape, cannot be read, none at all is given, or a step has begun.
     pub fn write(&self, engine: &mut Engine, model: usize, seed: u64) -> Result<()> {
         if matches!(self, Weights::Later) {
             return Ok(());
         }
         let graph = &Arc::clone(engine.model(model)).train;
+        let mut any_given = false;
         for (i, parameter) in graph.parameters.iter().enumerate() {
             let values = self.named(&parameter.name, &parameter.shape)?;
+            any_given |= values.is_some();
             let values = values.unwrap_or_else(|| init::initial(parameter, i, seed));
             engine.write_parameter(model, Stored::Weight, i, &values)?;
         }
         for (i, state) in graph.states.iter().enumerate() {
-            let values = self.named(&state.name, &state.shape)?.unwrap_or_else(|| init::initial_state(state));
+            let values = self.named(&state.name, &state.shape)?;
+            any_given |= values.is_some();
+            let values = values.unwrap_or_else(|| init::initial_state(state));
             engine.write_state(model, i, &values)?;
+        }
+        // Wrong names everywhere would otherwise train from noise without a word.
+        let names = graph.parameters.iter().map(|p| &p.name).chain(graph.states.iter().map(|s| &s.name));
+        let names: Vec<&str> = names.map(String::as_str).collect();
+        if matches!(self, Weights::Given(_)) && !any_given && !names.is_empty() {
+            let some = names[..names.len().min(SHOWN_NAMES)].join(", ");
+            let asked = names.len();
+            return Err(Error::bad(format!(
+                "weights: {asked} names were asked for and none was given, among them {some}"
+            )));
         }
         Ok(())
     }

@@ -3,7 +3,7 @@
 use super::models::Chain;
 use hydra::device::sim::CostModel;
 use hydra::engine::{SimulateOptions, simulate};
-use hydra::sched::{Bound, LocalityLrtf, by_name};
+use hydra::sched::{LocalityLrtf, LowerBound, by_name};
 use hydra::spill::{
     Baseline, FleetDevice, FleetModel, HomeBudgets, Lined, PlanOptions, Recompute, place_baseline, plan_anywhere,
     plan_fleet, plan_pipelined,
@@ -164,7 +164,7 @@ fn fewer_models_than_devices_go_on_microbatch_by_microbatch() {
     let (alone, piped) = (run(&one, 1, false).makespan_secs, run(&one, 16, true));
     assert!(piped.makespan_secs < alone / 4.0, "{} of {alone}", piped.makespan_secs);
     assert!(
-        piped.bounds.greatest == Bound::Chain && piped.bounds.gap(piped.makespan_secs) < 1e-6,
+        piped.bounds.greatest == LowerBound::Chain && piped.bounds.gap(piped.makespan_secs) < 1e-6,
         "{:?}",
         piped.bounds
     );

@@ -2,11 +2,11 @@
 
 use crate::print::say;
 use crate::setup::note_unused;
-use hydra::base::tensorfile::{Element, TensorFile, TensorView};
-use hydra::base::{DType, Error, Result};
+use hydra::base::tensorfile::{Element, TensorFile, TensorView, quoted};
+use hydra::base::{DType, Error, Result, write_safely};
 use hydra::data::{Batch, BatchTensor, names};
 use hydra::nn;
-use hydra::train::{wait_forward, write_safely};
+use hydra::train::wait_forward;
 use serde_json::json;
 use std::io::ErrorKind;
 use std::path::Path;
@@ -75,8 +75,8 @@ fn check_output(model: &Path, input: &Path, output: &Path) -> Result<()> {
 fn read_batch(file: &TensorFile) -> Result<Batch> {
     const KNOWN: [&str; 3] = [names::INPUT_IDS, names::ATTENTION_MASK, names::PIXEL_VALUES];
     if let Some(unknown) = file.tensors().find(|t| !KNOWN.contains(&t.entry.name.as_str())) {
-        let name: String = unknown.entry.name.escape_debug().take(80).collect();
-        return Err(Error::bad(format!("tensor '{name}': is none that is read, only {}", KNOWN.join(", "))));
+        let name = quoted(&unknown.entry.name);
+        return Err(Error::bad(format!("tensor {name}: is none that is read, only {}", KNOWN.join(", "))));
     }
     if [names::INPUT_IDS, names::PIXEL_VALUES].iter().all(|name| file.get(name).is_none()) {
         return Err(Error::bad("there is neither a tensor 'input_ids' nor 'pixel_values'"));

@@ -7,11 +7,10 @@ use crate::print::{say, table};
 use crate::rehearsing::describe_rehearsal;
 use crate::rundir::keep_run;
 use crate::texts::Texts;
-use hydra::base::{Error, LaneKind, Result, format_secs};
+use hydra::base::{Error, LaneKind, Result, format_secs, write_safely};
 use hydra::engine::Simulation;
-use hydra::sched::Bound;
+use hydra::sched::LowerBound;
 use hydra::trace::{ColourBy, GanttOptions, Keep, Recorder, RecorderOptions, gantt_svg, read_trace};
-use hydra::train::write_safely;
 use hydra::train::{Selection, Verdict};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -163,13 +162,13 @@ fn draw(planned: &PlannedJob, out: &Path) -> Result<()> {
     write_safely(&out.join("schedule.svg"), |file| file.write_all(gantt_svg(&events, &options).as_bytes()))
 }
 
-fn bound_name(bound: Bound) -> &'static str {
+fn bound_name(bound: LowerBound) -> &'static str {
     match bound {
-        Bound::Work => "all arithmetic over all devices",
-        Bound::Chain => "the longest chain",
-        Bound::HostToDevice => "bytes to devices over their links",
-        Bound::DeviceToHost => "bytes from devices over their links",
-        Bound::SharedLink => "bytes over the shared link",
+        LowerBound::Work => "all arithmetic over all devices",
+        LowerBound::Chain => "the longest chain",
+        LowerBound::HostToDevice => "bytes to devices over their links",
+        LowerBound::DeviceToHost => "bytes from devices over their links",
+        LowerBound::SharedLink => "bytes over the shared link",
     }
 }
 

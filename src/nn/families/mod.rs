@@ -9,7 +9,8 @@ mod text;
 pub mod vit;
 
 use super::Network;
-use super::fields::{Fields, shortened};
+use super::fields::Fields;
+use crate::base::tensorfile::quoted;
 use crate::base::{Error, Result, nearest};
 use crate::graph::Activation;
 use serde_json::{Map, Value};
@@ -50,7 +51,7 @@ pub(super) fn family(name: &str, whence: &str) -> Result<&'static Family> {
     FAMILIES.iter().find(|family| family.name == name).ok_or_else(|| {
         let names: Vec<&str> = FAMILIES.iter().map(|family| family.name).collect();
         let hint = nearest(name, names.iter().copied()).map_or(String::new(), |near| format!("; did you mean {near}?"));
-        Error::bad(format!("{whence}: family '{}' is not known, only {}{hint}", shortened(name), names.join(", ")))
+        Error::bad(format!("{whence}: family {} is not known, only {}{hint}", quoted(name), names.join(", ")))
     })
 }
 

@@ -4,7 +4,7 @@
 //! disk leaves what was there before. A link stays, and what it leads to is written. A device or a pipe is no file to
 //! replace: it is written into as it is.
 
-use crate::base::{Error, Result};
+use super::{Error, Result};
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -28,17 +28,7 @@ pub fn write_safely(path: &Path, body: impl FnOnce(&mut dyn Write) -> io::Result
         return write_into(path, body);
     }
     let path = &resolve_links(path)?;
-    let Some(name) = path.file_name() else {
-        return Err(Error::bad(format!("{}: is no name of a file", path.display())));
-    };
-    let temporary = path.with_file_name(format!(".{}.part", name.to_string_lossy()));
-    let file = File::create(&temporary).map_err(|e| Error::refused("create", path, e))?;
-    // From here on the temporary file is removed on every way out but the last.
-    let pending = Pending(temporary);
-    let mut out = BufWriter::with_capacity(AT_ONCE, file);
-    let written = body(&mut out).and_then(|()| out.flush()).and_then(|()| out.get_ref().sync_all());
-    written.map_err(|e| Error::io("write", path, e))?;
-    fs::rename(&pending.0, path).map_err(|e| Error::io("create", path, e))?;
+    Pending::write(path, |out| body(out).map_err(|e| Error::io("write", path, e)))?.commit()?;
     sync_folder(path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")))
 }
 
@@ -60,18 +50,53 @@ fn resolve_links(path: &Path) -> Result<PathBuf> {
     Err(Error::bad(format!("{}: is a link that leads from link to link and to no file", path.display())))
 }
 
-/// A file under its temporary name. Dropped, it vanishes.
-struct Pending(PathBuf);
+/// A file that is on the disk, but not yet in its place. Dropped, it vanishes.
+pub(crate) struct Pending {
+    temporary: PathBuf,
+    target: PathBuf,
+}
 
-impl Drop for Pending {
-    fn drop(&mut self) {
-        // After the rename there is nothing under this name; where it cannot be removed, the next try overwrites it.
-        let _ = fs::remove_file(&self.0);
+impl Pending {
+    /// Writes what is to be at `target` with `body`. A link that is there will be replaced.
+    ///
+    /// # Errors
+    /// What `body` returns; when the folder is not there ([`Error::BadInput`]), or the operating system refuses.
+    pub fn write(target: &Path, body: impl FnOnce(&mut BufWriter<File>) -> Result<()>) -> Result<Pending> {
+        let Some(name) = target.file_name() else {
+            return Err(Error::bad(format!("{}: is no name of a file", target.display())));
+        };
+        let temporary = target.with_file_name(format!(".{}.part", name.to_string_lossy()));
+        let file = File::create(&temporary).map_err(|e| Error::refused("create", target, e))?;
+        // From here on the temporary file is removed on every way out but commit().
+        let pending = Pending { temporary, target: target.to_path_buf() };
+        let mut out = BufWriter::with_capacity(AT_ONCE, file);
+        body(&mut out)?;
+        let flushed = out.flush().and_then(|()| out.get_ref().sync_all());
+        flushed.map_err(|e| Error::io("write", target, e))?;
+        Ok(pending)
+    }
+
+    /// Puts it into its place. [`sync_folder`] makes that last.
+    ///
+    /// # Errors
+    /// When the operating system refuses.
+    pub fn commit(self) -> Result<()> {
+        fs::rename(&self.temporary, &self.target).map_err(|e| Error::io("create", &self.target, e))
     }
 }
 
-/// Makes a rename in `folder` outlive a power cut.
-fn sync_folder(folder: &Path) -> Result<()> {
+impl Drop for Pending {
+    fn drop(&mut self) {
+        // After commit() there is nothing under this name; where it cannot be removed, the next try overwrites it.
+        let _ = fs::remove_file(&self.temporary);
+    }
+}
+
+/// Makes renames in `folder` outlive a power cut.
+///
+/// # Errors
+/// When the operating system refuses.
+pub(crate) fn sync_folder(folder: &Path) -> Result<()> {
     let synced = File::open(folder).and_then(|folder| folder.sync_all());
     if cfg!(unix) { synced.map_err(|e| Error::io("write", folder, e)) } else { Ok(()) }
 }
