@@ -1,6 +1,6 @@
 // Convolution in bf16 by warpgroup products, for sm_90a, forward and data gradient: implicit GEMM over tensors with
-// their channels last (Chetlur et al.
-// 2014, arXiv:1410.0759; places of elements and classes of the data gradient in gpu/conv.cuh).
+// their channels last (Chetlur et al. 2014, arXiv:1410.0759; places of elements and classes of the data gradient in
+// gpu/conv.cuh).
 //   forward:       source = x (N, H, W, C'), weight (O, kh * kw, C'), target = out (N, O, H', W') = weight * gathered x + bias (O)
 //   data gradient: source = d_out (N, H', W', O'), weight (C, kh * kw, O'), target = d_x (N, C, H, W)
 // C' and O' are C and O rounded up to 8, the rest 0: conv_layout.cu writes source and weight. bias may be null. All are

@@ -317,8 +317,12 @@ mod tests {
         // equal values has none, and one value far out belongs to it.
         let sizes = BatchnormSizes { batch: 3, channels: 3, positions: 1023 };
         let mut x: Vec<f32> = normal::<f32>(sizes.elems(), 1).iter().map(|x| x / 4.0 + 1048576.0).collect();
-        for (i, x) in x.iter_mut().enumerate().filter(|(i, _)| i / sizes.positions % 3 > 0) {
-            *x = if i / sizes.positions % 3 == 1 { 4096.0 } else { *x - 1048576.0 };
+        for (plane, x) in x.chunks_mut(sizes.positions).enumerate() {
+            match plane % 3 {
+                0 => {}
+                1 => x.fill(4096.0),
+                _ => x.iter_mut().for_each(|x| *x -= 1048576.0),
+            }
         }
         x[2 * sizes.positions] = -1e6;
         let wide: Vec<f64> = x.iter().map(|&x| x.into()).collect();
