@@ -15,7 +15,7 @@ mod samples;
 use criterion::{Criterion, SamplingMode, Throughput};
 use hydra::device::host::attention::{self, Inputs, Sizes};
 use hydra::device::host::batchnorm::{self, BatchnormSizes};
-use hydra::device::host::conv::{self, ConvSizes};
+use hydra::device::host::conv;
 use hydra::device::host::gemm::{Matrix, Threads, gemm};
 use hydra::device::host::optimizer::{self, AdamwStep};
 use hydra::device::host::parallel::SharedScratch;
@@ -24,7 +24,7 @@ use hydra::device::host::strided::{Rows, RowsMut};
 use hydra::device::host::{
     activation, cross_entropy, elementwise, embedding, glu, linear, mean_squared_error, norm, parallel, rotary,
 };
-use hydra::graph::{Activation, RotaryScaling, Rotation, WeightLayout};
+use hydra::graph::{Activation, ConvSizes, RotaryScaling, Rotation, WeightLayout, Window};
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
@@ -281,19 +281,9 @@ fn image_cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for (name, in_channels, side, out_channels, kernel, stride) in CONV {
         let out_side = (side + 2 * (kernel / 2) - kernel) / stride + 1;
-        let s = ConvSizes {
-            batch: IMAGES,
-            in_channels,
-            height: side,
-            width: side,
-            out_channels,
-            kernel_h: kernel,
-            kernel_w: kernel,
-            stride,
-            padding: kernel / 2,
-            out_height: out_side,
-            out_width: out_side,
-        };
+        let window = Window { kernel: [kernel, kernel], stride, padding: kernel / 2 };
+        let x_axes = [IMAGES, in_channels, side, side];
+        let s = ConvSizes::new(&window, &x_axes, &[IMAGES, out_channels, out_side, out_side]);
         let (x, w) = (IMAGES * in_channels * side * side, out_channels * in_channels * kernel * kernel);
         let y = IMAGES * out_channels * out_side * out_side;
         let work = Work::Flop(2.0 * (y * in_channels * kernel * kernel) as f64);

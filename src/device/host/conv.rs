@@ -20,66 +20,25 @@ use super::{
     planes::{Disjoint, Planes},
     real::Real,
 };
+use crate::graph::{ConvSizes, Window};
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Sizes of a convolution, one group, no dilation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ConvSizes {
-    /// Images (N).
-    pub batch: usize,
-    /// Channels of `x` (C).
-    pub in_channels: usize,
-    /// Rows of an image of `x` (H).
-    pub height: usize,
-    /// Columns of an image of `x` (W).
-    pub width: usize,
-    /// Channels of `out` (O).
-    pub out_channels: usize,
-    /// Rows of a filter.
-    pub kernel_h: usize,
-    /// Columns of a filter.
-    pub kernel_w: usize,
-    /// Step of the filter, in both directions; at least 1.
-    pub stride: usize,
-    /// Rows and columns of zeros on each side.
-    pub padding: usize,
-    /// Rows of an image of `out`: `(height + 2 padding - kernel_h) / stride + 1`.
-    pub out_height: usize,
-    /// Columns of an image of `out`: `(width + 2 padding - kernel_w) / stride + 1`.
-    pub out_width: usize,
-}
-
 impl ConvSizes {
-    /// Elements of a plane of `x`.
-    pub fn positions(&self) -> usize {
-        self.height * self.width
-    }
-
-    /// Elements of a plane of `out`.
-    pub fn out_positions(&self) -> usize {
-        self.out_height * self.out_width
-    }
-
-    /// Weights of one filter in one input channel.
-    pub fn taps(&self) -> usize {
-        self.kernel_h * self.kernel_w
-    }
-
     /// Weights of one filter (K).
-    pub fn filter_elems(&self) -> usize {
+    pub(super) fn filter_elems(&self) -> usize {
         self.in_channels * self.taps()
     }
 
     /// Whether the im2col matrix of an image is the image itself.
-    fn is_pointwise(&self) -> bool {
-        self.kernel_h == 1 && self.kernel_w == 1 && self.stride == 1 && self.padding == 0
+    fn is_the_image(&self) -> bool {
+        self.window == Window { kernel: [1, 1], stride: 1, padding: 0 }
     }
 
     fn check_lens(&self, x: usize, weight: usize, out: usize) {
-        expect_len("conv", "x", x, self.batch * self.in_channels * self.positions());
+        expect_len("conv", "x", x, self.batch * self.in_channels * self.plane());
         expect_len("conv", "weight", weight, self.out_channels * self.filter_elems());
-        expect_len("conv", "out", out, self.batch * self.out_channels * self.out_positions());
+        expect_len("conv", "out", out, self.batch * self.out_channels * self.out_plane());
     }
 }
 
@@ -210,7 +169,7 @@ struct Work<'a> {
 
 impl<'a> Work<'a> {
     fn new(tile: Tile, sizes: &'a ConvSizes, threads: Threads) -> Self {
-        let window_elems = if sizes.is_pointwise() { 0 } else { window_elems(&tile, sizes) };
+        let window_elems = if sizes.is_the_image() { 0 } else { window_elems(&tile, sizes) };
         let (k, width, out_channels) = (sizes.filter_elems(), tile.width(), sizes.out_channels);
         Work { tile, sizes, threads, k, width, out_channels, window_elems }
     }
@@ -243,7 +202,7 @@ impl<'a> Work<'a> {
 
     fn forward<T: Real>(&self, out: &Disjoint<T>, x: &[T], weight: &[T], bias: Option<&[T]>, scratch: &mut [T]) {
         let Work { ref tile, sizes, threads, k, width, out_channels, .. } = *self;
-        let (positions, span) = (sizes.out_positions(), tile.positions.len());
+        let (positions, span) = (sizes.out_plane(), tile.positions.len());
         let [columns, product, windows] = self.split(scratch);
         let columns = self.columns(columns, windows, x);
         // SAFETY: tiles and channels share no element of `out`, and nobody takes two ranges of it at a time.
@@ -283,16 +242,16 @@ impl<'a> Work<'a> {
     /// Adds to `d_x`, or, with the first tile of an image, overwrites it.
     fn grad_input<T: Real>(&self, d_x: &Disjoint<T>, d_y: &[T], weight: &[T], scratch: &mut [T]) {
         let Work { ref tile, sizes, threads, k, width, out_channels, window_elems, .. } = *self;
-        let (positions, taps) = (sizes.positions(), sizes.taps());
+        let (positions, taps) = (sizes.plane(), sizes.taps());
         let [columns, rows, windows] = self.split(scratch);
-        let rows = self.rows(rows, d_y, out_channels, sizes.out_positions());
+        let rows = self.rows(rows, d_y, out_channels, sizes.out_plane());
         // SAFETY: images and channels share no element of `d_x`; one task at a time has an image's tiles, and of them
         // one range.
         let planes = |image: usize, channels: &Range<usize>| unsafe {
             d_x.range((image * sizes.in_channels + channels.start) * positions, channels.len() * positions)
         };
         let (factors, shape) = (Matrix::rows(weight, k).transposed(), [k, width, out_channels]);
-        if sizes.is_pointwise() && tile.images.len() == 1 {
+        if sizes.is_the_image() && tile.images.len() == 1 {
             let d_x = &mut planes(tile.images.start, &(0..sizes.in_channels))[tile.positions.start..];
             return gemm(d_x, positions, factors, rows, shape, false, threads);
         }
@@ -304,7 +263,7 @@ impl<'a> Work<'a> {
             let columns = &columns[channels.start * taps * width..channels.end * taps * width];
             for (at, image) in tile.images.clone().enumerate() {
                 let d_x = planes(image, &channels);
-                if sizes.is_pointwise() {
+                if sizes.is_the_image() {
                     copy_rows(d_x, &columns[at * positions..], [positions, width], positions, channels.len());
                     continue;
                 }
@@ -321,15 +280,15 @@ impl<'a> Work<'a> {
         let Work { sizes, threads, k, width, out_channels, .. } = *self;
         let [columns, rows, windows] = self.split(scratch);
         let columns = self.columns(columns, windows, x);
-        let rows = self.rows(rows, d_y, out_channels, sizes.out_positions());
+        let rows = self.rows(rows, d_y, out_channels, sizes.out_plane());
         gemm(sum, k, rows, columns.transposed(), [out_channels, k, width], accumulate, threads);
     }
 
     /// The im2col matrix, `(K, tile)`: gathered into `scratch`, or `x` itself.
     fn columns<'s, T: Real>(&self, scratch: &'s mut [T], windows: &mut [T], x: &'s [T]) -> Matrix<'s, T> {
         let Work { ref tile, sizes, width, window_elems, .. } = *self;
-        if sizes.is_pointwise() {
-            return self.rows(scratch, x, sizes.in_channels, sizes.positions());
+        if sizes.is_the_image() {
+            return self.rows(scratch, x, sizes.in_channels, sizes.plane());
         }
         let (columns, windows) = (Disjoint::new(scratch), Disjoint::new(windows));
         self.for_each_part(sizes.in_channels, |part, channels| {
@@ -373,8 +332,8 @@ impl<'a> Work<'a> {
 /// `d_bias[o] = sum over n, p of d_y[n,o,p]`, summed in f64. Overwrites `d_b`, or adds to it when `accumulate`.
 pub fn grad_bias<T: Real>(d_b: &mut [T], d_y: &[T], accumulate: bool, sizes: &ConvSizes) {
     expect_len("conv", "d_bias", d_b.len(), sizes.out_channels);
-    expect_len("conv", "d_y", d_y.len(), sizes.batch * sizes.out_channels * sizes.out_positions());
-    let walk = Planes::new(sizes.batch, sizes.out_channels, sizes.out_positions());
+    expect_len("conv", "d_y", d_y.len(), sizes.batch * sizes.out_channels * sizes.out_plane());
+    let walk = Planes::new(sizes.batch, sizes.out_channels, sizes.out_plane());
     let block = walk.block();
     d_b.par_chunks_mut(block).enumerate().for_each(|(index, d_b)| {
         let channels = index * block..index * block + d_b.len();

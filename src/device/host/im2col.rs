@@ -4,10 +4,10 @@
 //! A tile depends on the convolution's sizes alone, never on threads.
 
 use super::{
-    conv::ConvSizes,
     parallel::{for_each_strided, vector_fn},
     real::Real,
 };
+use crate::graph::{ConvSizes, Window};
 use std::ops::Range;
 
 /// Columns of a tile below which the matrix product is slow.
@@ -55,7 +55,7 @@ impl Tiling {
     pub(crate) fn new<T>(sizes: &ConvSizes, room: Room) -> Self {
         let fits = room.bytes / ((sizes.filter_elems() + sizes.out_channels).max(1) * size_of::<T>());
         let width = fits.clamp(LEAST_WIDTH, room.columns) / WIDTH_STEP * WIDTH_STEP;
-        let out_positions = sizes.out_positions();
+        let out_positions = sizes.out_plane();
         let mut tiling = Tiling { batch: sizes.batch, out_positions, images_per_tile: 1, positions_per_tile: 1 };
         if out_positions > width {
             // Nearly equal tiles, each a whole number of vectors.
@@ -109,7 +109,7 @@ impl Tiling {
 
 /// What a tile's outputs read of an input channel, zeros of the padding included, as planes in which neighbouring
 /// outputs read neighbouring places: one plane for each phase, `(row % stride, column % stride)` in the padded image.
-struct Window<'a> {
+struct Phases<'a> {
     sizes: &'a ConvSizes,
     /// First row of outputs, and the first column where the tile lies inside of one row.
     first_row: usize,
@@ -127,7 +127,7 @@ struct Window<'a> {
 /// Rows of outputs, for each of which a tap reads a row of a plane.
 #[derive(Clone, Copy)]
 struct Part {
-    /// Place of what the tap reads for the first one, from [`Window::start`] on.
+    /// Place of what the tap reads for the first one, from [`Phases::start`] on.
     place: usize,
     /// The first one's column in the tile.
     column: usize,
@@ -136,9 +136,10 @@ struct Part {
     rows: usize,
 }
 
-impl<'a> Window<'a> {
+impl<'a> Phases<'a> {
     #[inline(always)]
     fn new(tile: &Tile, sizes: &'a ConvSizes) -> Self {
+        let Window { kernel: [kernel_h, kernel_w], stride, .. } = sizes.window;
         let (width, Range { start, end }) = (sizes.out_width, tile.positions.clone());
         let (first_row, start_col) = (start / width, start % width);
         let head = (width - start_col).min(end - start) % width;
@@ -146,7 +147,7 @@ impl<'a> Window<'a> {
         // A part of one row alone needs a part of the columns.
         let inside_row = head > 0 && whole == 0 && tail == 0;
         let first_col = if inside_row { start_col } else { 0 };
-        let cols = if inside_row { head } else { width } + (sizes.kernel_w - 1) / sizes.stride;
+        let cols = if inside_row { head } else { width } + (kernel_w - 1) / stride;
         let head_rows = usize::from(head > 0);
         let parts = [
             Part { place: start_col - first_col, column: 0, len: head, rows: head_rows },
@@ -158,14 +159,14 @@ impl<'a> Window<'a> {
                 rows: usize::from(tail > 0),
             },
         ];
-        Window {
+        Phases {
             sizes,
             first_row,
             first_col,
-            rows: parts.iter().map(|part| part.rows).sum::<usize>() + (sizes.kernel_h - 1) / sizes.stride,
+            rows: parts.iter().map(|part| part.rows).sum::<usize>() + (kernel_h - 1) / stride,
             cols,
-            row_phases: sizes.kernel_h.min(sizes.stride),
-            col_phases: sizes.kernel_w.min(sizes.stride),
+            row_phases: kernel_h.min(stride),
+            col_phases: kernel_w.min(stride),
             parts,
         }
     }
@@ -178,7 +179,7 @@ impl<'a> Window<'a> {
     /// The place from which a tap reads for the first row's first output.
     #[inline(always)]
     fn start(&self, tap: usize) -> usize {
-        let ConvSizes { stride, kernel_w, .. } = *self.sizes;
+        let Window { kernel: [_, kernel_w], stride, .. } = self.sizes.window;
         let (row, col) = (tap / kernel_w, tap % kernel_w);
         let phase = (row % stride) * self.col_phases + col % stride;
         (phase * self.rows + row / stride) * self.cols + col / stride
@@ -188,7 +189,7 @@ impl<'a> Window<'a> {
     /// lies inside the image. In the image an element lies `stride` places behind the one before, a row `stride` rows.
     #[inline(always)]
     fn for_each_phase(&self, mut body: impl FnMut(usize, usize, usize, usize)) {
-        let ConvSizes { stride, padding, width, height, .. } = *self.sizes;
+        let (Window { stride, padding, .. }, ConvSizes { width, height, .. }) = (self.sizes.window, *self.sizes);
         // Those in 0..most with 0 <= index * stride + phase - padding < len
         let inside = |phase: usize, len: usize, most: usize| {
             let first = padding.saturating_sub(phase).div_ceil(stride).min(most);
@@ -215,7 +216,8 @@ impl<'a> Window<'a> {
     /// Fills images' planes, all but the padding, from their planes of `x`, which lie `apart` elements apart.
     #[inline(always)]
     fn take<T: Real>(&self, planes: &mut [T], x: &[T], apart: usize) {
-        let (stride, row) = (self.sizes.stride, self.sizes.width * self.sizes.stride);
+        let stride = self.sizes.window.stride;
+        let row = self.sizes.width * stride;
         self.for_each_phase(
             #[inline(always)]
             |place, start, len, rows| {
@@ -243,7 +245,8 @@ impl<'a> Window<'a> {
     /// Adds an image's planes to the image's plane `d_x`.
     #[inline(always)]
     fn add_to<T: Real>(&self, d_x: &mut [T], planes: &[T]) {
-        let (stride, row) = (self.sizes.stride, self.sizes.width * self.sizes.stride);
+        let stride = self.sizes.window.stride;
+        let row = self.sizes.width * stride;
         self.for_each_phase(
             #[inline(always)]
             |place, start, len, rows| {
@@ -263,7 +266,7 @@ impl<'a> Window<'a> {
 pub(crate) fn window_elems(tile: &Tile, sizes: &ConvSizes) -> usize {
     match tile.width() {
         0 => 0,
-        _ => tile.images.len() * Window::new(tile, sizes).elems(),
+        _ => tile.images.len() * Phases::new(tile, sizes).elems(),
     }
 }
 
@@ -282,11 +285,11 @@ vector_fn! {
         if width == 0 {
             return;
         }
-        let layout = Window::new(tile, sizes);
+        let layout = Phases::new(tile, sizes);
         window.fill(T::ZERO);
         for (row, channel) in channels.enumerate() {
-            let apart = sizes.in_channels * sizes.positions();
-            layout.take(window, &x[tile.images.start * apart + channel * sizes.positions()..], apart);
+            let apart = sizes.in_channels * sizes.plane();
+            layout.take(window, &x[tile.images.start * apart + channel * sizes.plane()..], apart);
             for tap in 0..sizes.taps() {
                 let start = layout.start(tap);
                 let columns = &mut columns[(row * sizes.taps() + tap) * width..][..width];
@@ -319,9 +322,9 @@ vector_fn! {
         if width == 0 {
             return;
         }
-        let layout = Window::new(tile, sizes);
+        let layout = Phases::new(tile, sizes);
         let window = &mut window[..layout.elems()];
-        for (channel, d_x) in d_x.chunks_exact_mut(sizes.positions()).enumerate() {
+        for (channel, d_x) in d_x.chunks_exact_mut(sizes.plane()).enumerate() {
             window.fill(T::ZERO);
             for tap in 0..sizes.taps() {
                 let start = layout.start(tap);

@@ -14,9 +14,8 @@ use super::{
 };
 use crate::base::DType;
 use crate::device::Scalars;
-use crate::graph::{Activation, AttentionKind, Op, Window};
+use crate::graph::{Activation, AttentionKind, ConvSizes, Op, Window};
 use batchnorm::BatchnormSizes;
-use conv::ConvSizes;
 use pool::PoolSizes;
 
 /// Runs one op. With `check`, tells whether output 0 is finite; otherwise true.
@@ -192,20 +191,20 @@ fn body<T: Real>(o: &Operands, scalars: &Scalars, scratch: &mut SharedScratch) {
         }
         Op::Conv2d(window) => {
             let bias = (o.step.inputs.len() > 2).then(|| o.input(2));
-            let sizes = conv_sizes(window, o.in_axes(0), o.out_axes(0));
+            let sizes = ConvSizes::new(window, o.in_axes(0), o.out_axes(0));
             conv::forward::<T>(o.output(0), o.input(0), o.input(1), bias, &sizes, scratch);
         }
         Op::Conv2dGradInput(window) => {
-            let sizes = conv_sizes(window, o.out_axes(0), o.in_axes(0));
+            let sizes = ConvSizes::new(window, o.out_axes(0), o.in_axes(0));
             conv::grad_input::<T>(o.output(0), o.input(0), o.input(1), &sizes, scratch);
         }
         Op::Conv2dGradWeight(window) => {
-            let sizes = conv_sizes(window, o.in_axes(1), o.in_axes(0));
+            let sizes = ConvSizes::new(window, o.in_axes(1), o.in_axes(0));
             conv::grad_weight::<T>(o.output(0), o.input(0), o.input(1), adds(), &sizes, scratch);
         }
         Op::Conv2dGradBias => {
             let window = Window { kernel: [1, 1], stride: 1, padding: 0 };
-            let sizes = conv_sizes(&window, o.in_axes(0), o.in_axes(0));
+            let sizes = ConvSizes::new(&window, o.in_axes(0), o.in_axes(0));
             conv::grad_bias::<T>(o.output(0), o.input(0), adds(), &sizes);
         }
         Op::BatchNorm { epsilon } => {
@@ -296,27 +295,6 @@ fn body<T: Real>(o: &Operands, scalars: &Scalars, scratch: &mut SharedScratch) {
                 o.output::<T>(0).fill(T::ZERO);
             }
         }
-    }
-}
-
-fn conv_sizes(window: &Window, x: &[usize], out: &[usize]) -> ConvSizes {
-    let (&[batch, in_channels, height, width], &[_, out_channels, out_height, out_width]) = (x, out) else {
-        unreachable!("images have four axes, as the builder checks")
-    };
-    let [kernel_h, kernel_w] = window.kernel;
-    let Window { stride, padding, .. } = *window;
-    ConvSizes {
-        batch,
-        in_channels,
-        height,
-        width,
-        out_channels,
-        kernel_h,
-        kernel_w,
-        stride,
-        padding,
-        out_height,
-        out_width,
     }
 }
 

@@ -52,36 +52,26 @@ fn sizes_of(
 ) -> ConvSizes {
     let fits = |len: usize, kernel: usize| (len + 2 * padding).checked_sub(kernel).map_or(0, |free| free / stride + 1);
     let (out_height, out_width) = (fits(height, kernel_h), fits(width, kernel_w));
-    ConvSizes {
-        batch,
-        in_channels,
-        height,
-        width,
-        out_channels,
-        kernel_h,
-        kernel_w,
-        stride,
-        padding,
-        out_height,
-        out_width,
-    }
+    let window = Window { kernel: [kernel_h, kernel_w], stride, padding };
+    ConvSizes { batch, in_channels, height, width, out_channels, out_height, out_width, window }
 }
 
 /// Calls `visit(index in x, index in weight, index in out)` for every product of a convolution.
 fn products(s: &ConvSizes, mut visit: impl FnMut(usize, usize, usize)) {
+    let Window { kernel: [kernel_h, kernel_w], stride, padding } = s.window;
     for n in 0..s.batch {
         for o in 0..s.out_channels {
             for (oy, ox) in (0..s.out_height).flat_map(|oy| (0..s.out_width).map(move |ox| (oy, ox))) {
                 let out = ((n * s.out_channels + o) * s.out_height + oy) * s.out_width + ox;
                 for c in 0..s.in_channels {
-                    for (ky, kx) in (0..s.kernel_h).flat_map(|ky| (0..s.kernel_w).map(move |kx| (ky, kx))) {
-                        let y = (oy * s.stride + ky) as isize - s.padding as isize;
-                        let x = (ox * s.stride + kx) as isize - s.padding as isize;
+                    for (ky, kx) in (0..kernel_h).flat_map(|ky| (0..kernel_w).map(move |kx| (ky, kx))) {
+                        let y = (oy * stride + ky) as isize - padding as isize;
+                        let x = (ox * stride + kx) as isize - padding as isize;
                         if y < 0 || x < 0 || y >= s.height as isize || x >= s.width as isize {
                             continue;
                         }
                         let image = ((n * s.in_channels + c) * s.height + y as usize) * s.width + x as usize;
-                        visit(image, ((o * s.in_channels + c) * s.kernel_h + ky) * s.kernel_w + kx, out);
+                        visit(image, ((o * s.in_channels + c) * kernel_h + ky) * kernel_w + kx, out);
                     }
                 }
             }
@@ -97,7 +87,7 @@ fn by_loops(s: &ConvSizes, x: &[f64], w: &[f64], b: &[f64], d_y: &[f64], d_w0: &
         d_x[i] += d_y[o] * w[k];
         d_w[k] += d_y[o] * x[i];
     });
-    let channel = |o: usize| o / s.out_positions() % s.out_channels;
+    let channel = |o: usize| o / s.out_plane() % s.out_channels;
     let mut d_b = vec![0.0; s.out_channels];
     d_y.iter().enumerate().for_each(|(o, d_y)| d_b[channel(o)] += d_y);
     let biased = out.iter().enumerate().map(|(o, out)| out + b[channel(o)]).collect();
@@ -123,10 +113,10 @@ fn bodies<T: Real>(s: &ConvSizes, x: &[T], w: &[T], b: &[T], d_y: &[T], d_w0: &[
 
 fn check<T: Real>(s: &ConvSizes, tolerance: f64) {
     let lens = [
-        s.batch * s.in_channels * s.positions(),
+        s.batch * s.in_channels * s.plane(),
         s.out_channels * s.filter_elems(),
         s.out_channels,
-        s.batch * s.out_channels * s.out_positions(),
+        s.batch * s.out_channels * s.out_plane(),
         s.out_channels * s.filter_elems(),
         s.out_channels,
     ];
@@ -156,10 +146,10 @@ fn tiles_cover_every_position_once() {
         let sizes = sizes_of(row);
         for room in [Room { bytes: 1, columns: 128 }, ROOM_OF_ONE, ROOM_OF_ALL] {
             let tiling = Tiling::new::<f32>(&sizes, room);
-            let mut seen = vec![0; sizes.batch * sizes.out_positions()];
+            let mut seen = vec![0; sizes.batch * sizes.out_plane()];
             for tile in (0..tiling.image_groups()).flat_map(|group| tiling.tiles_of(group)) {
                 for image in tile.images {
-                    tile.positions.clone().for_each(|at| seen[image * sizes.out_positions() + at] += 1);
+                    tile.positions.clone().for_each(|at| seen[image * sizes.out_plane() + at] += 1);
                 }
             }
             assert!(seen.iter().all(|&times| times == 1), "{sizes:?} {room:?}");
