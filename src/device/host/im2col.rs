@@ -234,7 +234,7 @@ impl<'a> Phases<'a> {
                             len,
                             stride,
                             #[inline(always)]
-                            |i, x| to[i] = x,
+                            |i, _, x| to[i] = x,
                         );
                     }
                 }

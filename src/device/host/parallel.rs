@@ -208,19 +208,22 @@ impl<T: Real> Binary<T> for Sum {
     }
 }
 
-/// Calls `body(i, x[i * stride])` for the first `count` elements that lie `stride` apart.
+/// Calls `body(i, i * stride, x[i * stride])` for the first `count` elements that lie `stride` apart.
 #[inline(always)]
-pub fn for_each_strided<T: Copy>(x: &[T], count: usize, stride: usize, mut body: impl FnMut(usize, T)) {
+pub fn for_each_strided<T: Copy>(x: &[T], count: usize, stride: usize, mut body: impl FnMut(usize, u32, T)) {
     match stride {
-        1 => x[..count].iter().enumerate().for_each(|(i, &x)| body(i, x)),
+        1 => x[..count].iter().enumerate().for_each(|(i, &x)| body(i, i as u32, x)),
         2 => {
             // By whole pairs, which become vectors.
             let pairs = x.as_chunks::<2>().0;
             let whole = count.min(pairs.len());
-            pairs[..whole].iter().enumerate().for_each(|(i, pair)| body(i, pair[0]));
-            (whole..count).for_each(|i| body(i, x[i * stride]));
+            pairs[..whole].iter().enumerate().for_each(|(i, pair)| body(i, i as u32 * 2, pair[0]));
+            (whole..count).for_each(|i| body(i, i as u32 * 2, x[i * 2]));
         }
-        _ => x.iter().step_by(stride).take(count).enumerate().for_each(|(i, &x)| body(i, x)),
+        _ => {
+            let strided = x.iter().step_by(stride).take(count);
+            strided.enumerate().for_each(|(i, &x)| body(i, i as u32 * stride as u32, x));
+        }
     }
 }
 

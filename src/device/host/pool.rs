@@ -102,43 +102,49 @@ pub fn max_forward<T: Real>(out: &mut [T], argmax: &mut [i32], x: &[T], sizes: &
     }
     let (group, positions) = (sizes.planes_per_task(), sizes.positions());
     let task = group * sizes.out_positions();
+    let cols: Vec<Range<usize>> = (0..sizes.kernel_w).map(|kernel_col| sizes.cols_with(kernel_col)).collect();
     out.par_chunks_mut(task).zip(argmax.par_chunks_mut(task)).enumerate().for_each(|(index, (out, argmax))| {
         let outs = out.chunks_mut(sizes.out_positions()).zip(argmax.chunks_mut(sizes.out_positions()));
         for (plane, (out, argmax)) in outs.enumerate() {
             let start = (index * group + plane) * positions;
-            max_plane(out, argmax, &x[start..start + positions], sizes);
+            max_plane(out, argmax, &x[start..start + positions], &cols, sizes);
         }
     });
 }
 
 vector_fn! {
-    fn max_plane<T: Real>(out: &mut [T], argmax: &mut [i32], x: &[T], sizes: &PoolSizes) {
+    /// `cols`: for each column of a window, the columns of outputs for which it lies inside the plane.
+    fn max_plane<T: Real>(
+        out: &mut [T],
+        argmax: &mut [i32],
+        x: &[T],
+        cols: &[Range<usize>],
+        sizes: &PoolSizes,
+    ) {
         out.fill(T::from_f64(f64::NEG_INFINITY));
         argmax.fill(-1);
         for (out_row, (out, argmax)) in
             out.chunks_exact_mut(sizes.out_width).zip(argmax.chunks_exact_mut(sizes.out_width)).enumerate()
         {
             let rows = sizes.rows(out_row);
-            // Window after window in vectors: each place of the window in turn, for all columns of outputs where it
-            // lies inside the plane.
-            for (row, kernel_col) in rows.flat_map(|row| (0..sizes.kernel_w).map(move |col| (row, col))) {
-                let cols = sizes.cols_with(kernel_col);
+            // All windows of a row in vectors: each place of a window in turn.
+            for (row, (kernel_col, cols)) in rows.flat_map(|row| cols.iter().enumerate().map(move |col| (row, col))) {
                 if cols.is_empty() {
                     continue;
                 }
                 let start = row * sizes.width + cols.start * sizes.stride + kernel_col - sizes.padding;
-                let (best, places, x) = (&mut out[cols.clone()], &mut argmax[cols], &x[start..]);
+                let (best, places, x) = (&mut out[cols.clone()], &mut argmax[cols.clone()], &x[start..]);
                 for_each_strided(
                     x,
                     best.len(),
                     sizes.stride,
                     #[inline(always)]
-                    |i, value| {
+                    |i, at, value| {
                         // A NaN wins over all before it, and the first place of a window even with minus infinity.
                         #[allow(clippy::eq_op)] // only a NaN differs from itself
                         let wins = value > best[i] || value != value || places[i] < 0;
                         best[i] = if wins { value } else { best[i] };
-                        places[i] = if wins { (start + i * sizes.stride) as i32 } else { places[i] };
+                        places[i] = if wins { start as i32 + at as i32 } else { places[i] };
                     },
                 );
             }
@@ -302,8 +308,14 @@ mod tests {
         normal::<f64>(len, 1).iter().map(|x| T::from_f64((x * 2.0).round())).collect()
     }
 
-    fn check_max<T: Real>(s: &PoolSizes) {
-        let x = coarse::<T>(s.planes * s.positions());
+    /// With `wild`, a fifth of the values is NaN or infinite.
+    fn check_max<T: Real>(s: &PoolSizes, wild: bool) {
+        let mut x = coarse::<T>(s.planes * s.positions());
+        if wild {
+            let odd = [f64::NAN, f64::NEG_INFINITY, f64::INFINITY, f64::NEG_INFINITY, f64::NEG_INFINITY];
+            x.iter_mut().step_by(5).enumerate().for_each(|(i, x)| *x = T::from_f64(odd[i % 5]));
+            x.iter_mut().skip(s.positions()).take(s.positions()).for_each(|x| *x = T::from_f64(odd[1]));
+        }
         let d_y = normal::<T>(s.planes * s.out_positions(), 2);
         let results = same_in_all_pools(|| {
             let (mut out, mut argmax) = (poison::<T>(d_y.len()), vec![i32::MIN; d_y.len()]);
@@ -312,22 +324,26 @@ mod tests {
             max_grad(&mut d_x, &d_y, &argmax, s);
             vec![out, argmax.into_iter().map(|place| T::from_f64(place.into())).collect(), d_x]
         });
-        let (mut outs, mut places, mut d_x) = (Vec::new(), Vec::new(), vec![T::ZERO; x.len()]);
+        let (mut window, mut d_x) = (0, vec![T::ZERO; x.len()]);
         for plane in 0..s.planes {
             for inside in windows(s) {
                 let value = |place: usize| x[plane * s.positions() + place].to_f64();
+                // The first of the greatest; the last NaN where there is one.
                 let best = inside.iter().map(|&place| value(place)).fold(f64::NEG_INFINITY, f64::max);
-                let place = inside.iter().copied().find(|&place| value(place) == best);
+                let first = inside.iter().copied().find(|&place| value(place) == best);
+                let place = inside.iter().copied().rfind(|&place| value(place).is_nan()).or(first);
                 if let Some(place) = place {
-                    d_x[plane * s.positions() + place] += d_y[outs.len()];
+                    d_x[plane * s.positions() + place] += d_y[window];
                 }
-                outs.push(best);
-                places.push(place.map_or(-1.0, |place| place as f64));
+                // Maxima are copies: equal, not close.
+                let (out, at) = (results[0][window].to_f64(), results[1][window].to_f64());
+                let want = place.map_or(best, value);
+                assert!(out == want || (out.is_nan() && want.is_nan()), "window {window} of {s:?}: {out}, want {want}");
+                assert_eq!(at, place.map_or(-1.0, |place| place as f64), "window {window} of {s:?}");
+                window += 1;
             }
         }
-        // Maxima are copies and gradients add in window order here too: equal, not close.
-        assert_close(&results[0], &outs, 0.0, &format!("out of {s:?}"));
-        assert_close(&results[1], &places, 0.0, &format!("argmax of {s:?}"));
+        // Gradients add in window order here too.
         assert_close(&results[2], &d_x, 0.0, &format!("d_x of {s:?}"));
     }
 
@@ -360,8 +376,10 @@ mod tests {
     #[test]
     fn is_the_plain_loop() {
         for sizes in SHAPES.iter().map(sizes_of) {
-            check_max::<f32>(&sizes);
-            check_max::<f64>(&sizes);
+            for wild in [false, true] {
+                check_max::<f32>(&sizes, wild);
+                check_max::<f64>(&sizes, wild);
+            }
             // One rounding for the mean, up to 49 additions for the gradient.
             check_avg::<f32>(&sizes, 1e-6);
             check_avg::<f64>(&sizes, 1e-14);
