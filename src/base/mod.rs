@@ -1,12 +1,11 @@
-//! The words every other module speaks: element types, shapes, random numbers, units of bytes and time, errors, files.
+//! The words every other module speaks: element types, shapes, random numbers, units of bytes and time, errors.
 //!
-//! Nothing here starts a thread or is unsafe, and `safely` alone touches files.
+//! Nothing here does I/O, starts a thread, or is unsafe.
 
 mod dtype;
 mod error;
 mod lane;
 pub mod philox;
-mod safely;
 mod shape;
 pub mod tensorfile;
 mod units;
@@ -17,8 +16,6 @@ pub const IGNORED: i32 = -100;
 pub use dtype::DType;
 pub use error::{Error, Result};
 pub use lane::{LaneId, LaneKind};
-pub use safely::write_safely;
-pub(crate) use safely::{Pending, sync_folder};
 pub use shape::Shape;
 pub use units::{
     Bytes, align_up, format_bytes, format_secs, is_too_large, nearest, parse_bytes, parse_bytes_per_sec,

@@ -10,6 +10,7 @@ pub mod hub;
 pub mod init;
 pub mod layers;
 mod parts;
+pub(crate) mod safely;
 mod save;
 
 pub use families::from_config;

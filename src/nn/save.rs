@@ -6,8 +6,9 @@
 //! it.
 
 use super::Network;
+use super::safely::{Pending, sync_folder};
 use crate::base::tensorfile::Element;
-use crate::base::{Error, Pending, Result, Shape, sync_folder};
+use crate::base::{Error, Result, Shape};
 use half::{bf16, f16};
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use std::collections::{BTreeMap, HashMap};

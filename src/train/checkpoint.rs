@@ -8,8 +8,9 @@
 use super::optimizer::{Optimizer, Schedule};
 use super::options::TrainOptions;
 use crate::base::tensorfile::{Element, TensorIndex};
-use crate::base::{Error, Result, Shape, write_safely};
+use crate::base::{Error, Result, Shape};
 use crate::engine::{Engine, Stored};
+use crate::nn::safely::write_safely;
 use crate::spill::Model;
 use serde_json::{Map, Value, json};
 use std::fs::File;

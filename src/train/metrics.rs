@@ -1,6 +1,7 @@
 //! metrics.jsonl: one JSON object a line, for every step and every validation.
 
-use crate::base::{Error, Result, write_safely};
+use crate::base::{Error, Result};
+use crate::nn::safely::write_safely;
 use crate::trace::Bound;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;

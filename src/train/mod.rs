@@ -32,3 +32,5 @@ pub use selection_log::{SelectionLog, SelectionRow, read_selection};
 pub use session::Session;
 pub use trainee::ModelToTrain;
 pub use weights::{GiveTensor, Weights};
+
+pub use crate::nn::safely::write_safely;

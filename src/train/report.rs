@@ -10,7 +10,8 @@ mod plan_file;
 mod shown;
 
 use super::metrics::{Row, StepRow, read_rows};
-use crate::base::{Error, LaneId, Result, format_bytes, format_secs, write_safely};
+use crate::base::{Error, LaneId, Result, format_bytes, format_secs};
+use crate::nn::safely::write_safely;
 use crate::trace::{
     Axis, Bound, ColourBy, Event, LaneRow, LaneSum, ModelCurves, ReportData, StepBound, Trace, gantt_svg, report_page,
 };

@@ -4,7 +4,8 @@
 //! back as the same number; what is not known is an empty field.
 
 use super::selection::best_first;
-use crate::base::{Error, Result, format_secs, write_safely};
+use crate::base::{Error, Result, format_secs};
+use crate::nn::safely::write_safely;
 use std::path::{Path, PathBuf};
 
 /// What became of a model.

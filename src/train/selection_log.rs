@@ -6,7 +6,8 @@
 //! is acted on.
 
 use super::selection::{Selection, Verdict};
-use crate::base::{Error, Result, write_safely};
+use crate::base::{Error, Result};
+use crate::nn::safely::write_safely;
 use serde::{Deserialize, Serialize};
 use std::fs::{File, OpenOptions};
 use std::io::Write;

@@ -3,9 +3,10 @@
 
 use crate::machine::{free_memory_bytes, total_memory_bytes};
 use crate::print::{say, table};
-use hydra::base::{Error, Result, format_bytes, write_safely};
+use hydra::base::{Error, Result, format_bytes};
 use hydra::device::sim::{CostModel, PROFILES};
 use hydra::device::{DeviceSpec, calibrate, gpus, why_no_cuda, why_no_emulator};
+use hydra::train::write_safely;
 use serde_json::{Value, json};
 use std::path::Path;
 

@@ -3,10 +3,10 @@
 use crate::print::say;
 use crate::setup::note_unused;
 use hydra::base::tensorfile::{Element, TensorFile, TensorView, quoted};
-use hydra::base::{DType, Error, Result, write_safely};
+use hydra::base::{DType, Error, Result};
 use hydra::data::{Batch, BatchTensor, names};
 use hydra::nn;
-use hydra::train::wait_forward;
+use hydra::train::{wait_forward, write_safely};
 use serde_json::json;
 use std::io::ErrorKind;
 use std::path::Path;

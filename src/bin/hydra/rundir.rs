@@ -4,7 +4,8 @@
 //! one that `hydra plan` has left. Nothing is overwritten but such a plan, unless a resumed run asks for it.
 
 use crate::args::Resume;
-use hydra::base::{Error, Result, write_safely};
+use hydra::base::{Error, Result};
+use hydra::train::write_safely;
 use serde::Deserialize;
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};

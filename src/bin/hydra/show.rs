@@ -5,10 +5,11 @@ use crate::placing::Sharing;
 use crate::planning::{Planned, PlannedJob, plan_job, warn_of_warmups};
 use crate::print::{say, table};
 use crate::rundir::{PLAN, keep_run};
-use hydra::base::{Error, Result, format_bytes, format_secs, write_safely};
+use hydra::base::{Error, Result, format_bytes, format_secs};
 use hydra::device::sim::DISK_BYTES_PER_SEC;
 use hydra::spill::{BoundaryTier, Home, OnDisk};
 use hydra::trace::Bound;
+use hydra::train::write_safely;
 use std::path::Path;
 use std::rc::Rc;
 

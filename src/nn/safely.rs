@@ -4,7 +4,7 @@
 //! disk leaves what was there before. A link stays, and what it leads to is written. A device or a pipe is no file to
 //! replace: it is written into as it is.
 
-use super::{Error, Result};
+use crate::base::{Error, Result};
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
