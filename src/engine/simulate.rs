@@ -3,7 +3,7 @@
 use super::unit_cost::{norm_bytes, update_bytes};
 use super::visit::any_rule;
 use super::{Ended, Engine, EngineOptions, StepInput, TurnOptions};
-use crate::base::{Error, LaneKind, Result};
+use crate::base::{Error, LaneId, LaneKind, Result};
 use crate::device::sim::{CostModel, SimDevice};
 use crate::graph::Area;
 use crate::sched::{Bounds, DeviceRates, ModelWork, Policy};
@@ -147,6 +147,8 @@ pub struct Prediction {
     pub step_secs: f64,
     /// Busy seconds of the busiest lane: what no overlap can beat.
     pub bound_secs: f64,
+    /// That lane.
+    pub busiest: LaneId,
     /// Seconds of the step by what bound them.
     pub bound: Bound,
 }
@@ -155,6 +157,12 @@ pub struct Prediction {
 fn disk_bytes_per_sec<'a>(mut plans: impl Iterator<Item = &'a Plan>, cost: &CostModel) -> Option<f64> {
     let any = plans.any(|plan| plan.choice.on_disk > OnDisk::Nothing);
     any.then(|| cost.disk_bytes_per_sec())
+}
+
+/// The lane with most busy seconds, the first of those that have as many; of none, the first device's compute lane.
+pub fn busiest(lanes: impl Iterator<Item = (LaneId, f64)>) -> (LaneId, f64) {
+    let none = (LaneId::device(0, LaneKind::Compute), 0.0);
+    lanes.fold(none, |most, lane| if lane.1 > most.1 { lane } else { most })
 }
 
 /// Predicts a steady step of `plan` by running the executor on a simulated device.
@@ -170,7 +178,7 @@ pub fn predict(model: &Arc<Model>, plan: &Arc<Plan>, cost: &CostModel, clip: boo
     let mut engine = Engine::new(Arc::clone(model), Arc::clone(plan), device, EngineOptions::new(0, model));
     let rule = any_rule(plan.moments);
     let mut busy = vec![0.0; engine.device.lanes().len()];
-    let mut prediction = Prediction { step_secs: 0.0, bound_secs: 0.0, bound: Bound::default() };
+    let (mut step_secs, mut bound) = (0.0, Bound::default());
     let mut begun = 0;
     for step in 0..WARM + MEASURED {
         while begun < WARM + MEASURED && engine.steps_in_flight(0) < 2 {
@@ -181,14 +189,15 @@ pub fn predict(model: &Arc<Model>, plan: &Arc<Plan>, cost: &CostModel, clip: boo
         }
         let result = engine.wait_step(0)?;
         if step >= WARM {
-            prediction.step_secs += result.secs / MEASURED as f64;
-            prediction.bound = result.bound;
+            step_secs += result.secs / MEASURED as f64;
+            bound = result.bound;
             let sums = engine.step_lane_sums().iter();
             busy.iter_mut().zip(sums).for_each(|(busy, sum)| *busy += sum.busy_secs / MEASURED as f64);
         }
     }
-    prediction.bound_secs = busy.into_iter().fold(0.0, f64::max);
-    Ok(prediction)
+    let lanes = engine.device.lanes().iter().copied();
+    let (busiest, bound_secs) = busiest(lanes.zip(busy));
+    Ok(Prediction { step_secs, bound_secs, busiest, bound })
 }
 
 /// What no schedule of these plans can beat: arithmetic as planned, and the bytes that must cross however shards are

@@ -41,6 +41,12 @@ pub fn what_would_help(model: &Planned, planned: &PlannedJob) -> String {
         more.plan.slots += 1;
         tries.push((format!("slots = {}", more.plan.slots), more, cost.clone()));
     }
+    if !model.plan().choice.resident && !model.plan().choice.updates_on_device {
+        let update = 2.0 * cost.host_update_bytes_per_sec;
+        let norm = cost.host_norm_bytes_per_sec.map(|rate| 2.0 * rate);
+        let faster = CostModel { host_update_bytes_per_sec: update, host_norm_bytes_per_sec: norm, ..cost.clone() };
+        tries.push(("a host that updates twice as fast".into(), options.clone(), faster));
+    }
     if model.plan().choice.on_disk > OnDisk::Nothing {
         let faster = CostModel { disk_bytes_per_sec: Some(2.0 * cost.disk_bytes_per_sec()), ..cost.clone() };
         tries.push(("a disk twice as fast".into(), options.clone(), faster));

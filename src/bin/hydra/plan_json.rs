@@ -5,6 +5,7 @@ use crate::placing::Sharing;
 use crate::planning::{Planned, PlannedJob};
 use hydra::spill::{BoundaryTier, Home, OnDisk};
 use serde_json::{Value, json};
+use std::rc::Rc;
 
 impl Planned {
     fn json(&self, on: &MachineDevice) -> Value {
@@ -80,6 +81,10 @@ impl PlannedJob {
     /// those with the devices to itself.
     pub fn json(&self) -> Value {
         let cost = &self.machine.first().cost;
+        let ceiling = |model: &Rc<Planned>| {
+            let options = &model.prepared.options;
+            cost.ceiling_flops_per_sec(options.dtype, options.tf32)
+        };
         let budgets: Vec<Option<u64>> = self.machine.devices.iter().map(|d| d.budget).collect();
         json!({
             "device_peak_bytes": self.map.arena_bytes.iter().max(),
@@ -101,7 +106,7 @@ impl PlannedJob {
             "disk_budget": self.machine.homes.disk,
             "idle": self.idle_devices(),
             "ceilings": {
-                "flops_per_sec": cost.best_flops_per_sec(),
+                "flops_per_sec": self.models.iter().map(ceiling).fold(0.0, f64::max),
                 "h2d_bytes_per_sec": cost.h2d_bytes_per_sec,
                 "d2h_bytes_per_sec": cost.d2h_bytes_per_sec,
                 "host_update_bytes_per_sec": cost.host_update_bytes_per_sec,

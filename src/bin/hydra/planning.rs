@@ -10,7 +10,7 @@ use crate::setup::{Prepared, check_scope, prepare};
 use crate::texts::Texts;
 use hydra::base::{Error, Result, format_bytes};
 use hydra::device::DiskSpec;
-use hydra::engine::{Prediction, SimulateOptions, Simulation, predict, simulate};
+use hydra::engine::{Prediction, SimulateOptions, Simulation, busiest, predict, simulate};
 use hydra::sched::{LocalityLrtf, Policy, Rehearsal};
 use hydra::spill::{FleetMap, FleetModel, Home, Model, Placed, Plan};
 use hydra::trace::{Bound, Recorder};
@@ -209,10 +209,10 @@ pub fn predict_alone(
     };
     let (first, all) = (run(1)?, run(STEPS)?);
     let step_secs = (all.makespan_secs - first.makespan_secs) / (STEPS - 1) as f64;
-    let busiest = |s: &Simulation| s.sums.iter().map(|s| s.busy_secs).fold(0.0, f64::max);
+    let (busiest, busy_secs) = busiest(all.sums.iter().map(|s| (s.lane, s.busy_secs)));
     let compute = all.utilisation.iter().sum::<f64>() * all.makespan_secs / STEPS as f64;
     let bound = Bound { compute: compute.min(step_secs), idle: (step_secs - compute).max(0.0), ..Bound::default() };
-    Ok(Prediction { step_secs, bound_secs: busiest(&all) / STEPS as f64, bound })
+    Ok(Prediction { step_secs, bound_secs: busy_secs / STEPS as f64, busiest, bound })
 }
 
 impl PlannedJob {

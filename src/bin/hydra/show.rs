@@ -219,5 +219,6 @@ fn the_bound(model: &Planned) -> String {
     let most = (0..parts.len()).max_by(|&a, &b| parts[a].total_cmp(&parts[b])).unwrap_or(0);
     let share = 100.0 * model.prediction.bound_secs / model.prediction.step_secs.max(f64::MIN_POSITIVE);
     let secs = format_secs(model.prediction.bound_secs);
-    format!("bound by {}; its busiest lane works {secs} a step, {share:.0} % of it", Bound::NAMES[most])
+    let lane = model.prediction.busiest;
+    format!("bound by {}; the busiest lane, {lane}, works {secs} a step, {share:.0} % of it", Bound::NAMES[most])
 }

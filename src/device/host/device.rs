@@ -1,6 +1,7 @@
 //! The host device: an arena and three lanes for each device, an arithmetic lane for the host, real copies between
 //! separate memories.
 
+use super::affinity::{self, Cores};
 use super::disk::Disk;
 use super::lanes::{Lane, Link, Order, Shared, Throttle, wait_join};
 use super::memory::{Block, Store};
@@ -101,18 +102,17 @@ impl HostDevice {
 
     fn start(&mut self, config: &HostConfig, completed: &Sender<Completion>) -> Result<()> {
         let all = std::thread::available_parallelism().map_or(1, usize::from);
-        let shared_pool = config.devices.iter().any(|d| d.threads.is_none()).then(|| pool(all, 0..all)).transpose()?;
-        let mut first_core = 0;
+        let shared_pool = config.devices.iter().any(|d| d.threads.is_none()).then(|| pool(all, None)).transpose()?;
+        let mut first = affinity::current();
         let mut pools = Vec::new();
         for spec in &config.devices {
             let cores = spec.threads.map(|n| {
-                let n = n.clamp(1, all);
-                first_core = if first_core + n > all { 0 } else { first_core };
-                first_core += n;
-                first_core - n..first_core
+                let cores = Cores { first, count: n.clamp(1, all) };
+                first += cores.count;
+                cores
             });
-            let pool = match (&cores, &shared_pool) {
-                (Some(cores), _) => pool(cores.len(), cores.clone())?,
+            let pool = match (cores, &shared_pool) {
+                (Some(cores), _) => pool(cores.count, Some(cores))?,
                 (None, Some(shared)) => Arc::clone(shared),
                 (None, None) => unreachable!("a device without cores of its own has the shared pool"),
             };
@@ -147,7 +147,7 @@ impl HostDevice {
                 .name(lane.to_string())
                 .spawn(move || {
                     if let Some(cores) = cores.filter(|_| !on_disk) {
-                        super::affinity::pin(cores);
+                        affinity::pin(cores);
                     }
                     lane_body.serve();
                 })
@@ -187,15 +187,14 @@ fn math_lanes(devices: &[HostSpec]) -> Vec<LaneId> {
     lanes
 }
 
-/// A rayon pool of `threads` threads on `cores`.
-pub(super) fn pool(threads: usize, cores: std::ops::Range<usize>) -> Result<Arc<rayon::ThreadPool>> {
-    let pinned = threads < std::thread::available_parallelism().map_or(1, usize::from);
+/// A rayon pool of `threads` threads on `cores`, or wherever the system runs them.
+pub(super) fn pool(threads: usize, cores: Option<Cores>) -> Result<Arc<rayon::ThreadPool>> {
     rayon::ThreadPoolBuilder::new()
         .num_threads(threads)
         .thread_name(|i| format!("host arithmetic {i}"))
         .start_handler(move |_| {
-            if pinned {
-                super::affinity::pin(cores.clone());
+            if let Some(cores) = cores {
+                affinity::pin(cores);
             }
         })
         .build()

@@ -121,10 +121,7 @@ impl CostModel {
     fn rate(&self, cost: &Cost) -> f64 {
         let log = |size: usize| (size.max(1) as f64).ln();
         let (mut weights, mut sum) = (0.0, 0.0);
-        let of_family = || self.rates.iter().filter(|r| r.family == cost.family);
-        let like = |r: &&Rate| (r.float == cost.float, r.float == cost.float && r.tf32 == cost.tf32);
-        let likest = of_family().map(|r| like(&r)).max();
-        for rate in of_family().filter(|r| Some(like(r)) == likest) {
+        for rate in self.likest(cost.float, cost.tf32, |family| family == cost.family) {
             let apart: f64 = rate.sizes.iter().zip(cost.sizes).map(|(&a, b)| (log(a) - log(b)).powi(2)).sum();
             // The square of the squared distance: a far size has next to no say beside a near one.
             let weight = 1.0 / (apart + 1e-3).powi(2);
@@ -137,7 +134,19 @@ impl CostModel {
         if weights > 0.0 { (sum / weights).exp() } else { self.best_rate(cost.family.work()) }
     }
 
-    /// The best arithmetic rate of any family: the ceiling of a compute lane.
+    /// Rates of some families in a precision; where there are none those in its element type, else all.
+    fn likest(&self, float: DType, tf32: bool, of: impl Fn(Family) -> bool) -> impl Iterator<Item = &Rate> {
+        let like = move |r: &Rate| (r.float == float, r.float == float && r.tf32 == tf32);
+        let likest = self.rates.iter().filter(|r| of(r.family)).map(like).max();
+        self.rates.iter().filter(move |r| of(r.family) && Some(like(r)) == likest)
+    }
+
+    /// The best arithmetic rate of any family in a precision: the ceiling of a compute lane of a model in it.
+    pub fn ceiling_flops_per_sec(&self, float: DType, tf32: bool) -> f64 {
+        self.likest(float, tf32, |family| family.work() == Work::Flops).map(|r| r.work_per_sec).fold(0.0, f64::max)
+    }
+
+    /// The best arithmetic rate of any family in any precision.
     pub fn best_flops_per_sec(&self) -> f64 {
         self.rates.iter().filter(|r| r.family.work() == Work::Flops).map(|r| r.work_per_sec).fold(0.0, f64::max)
     }

@@ -1,7 +1,9 @@
 //! Rates of well-known devices, by name: peaks as their makers state them, so that predictions are bounds rather than
 //! promises.
 
-use super::CostModel;
+use super::{CostModel, Rate};
+use crate::base::DType;
+use crate::graph::{Family, Work};
 
 /// A device's stated peaks.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -10,6 +12,10 @@ pub struct Profile {
     pub name: &'static str,
     /// f32 arithmetic outside tensor cores, in floating-point operations per second.
     pub flops_per_sec: f64,
+    /// Products of f32 whose factors are rounded to tf32, dense; without such tensor cores what f32 has.
+    pub tf32_flops_per_sec: f64,
+    /// Products of bf16, dense; without such tensor cores what f32 has.
+    pub bf16_flops_per_sec: f64,
     /// Bandwidth of its own memory, in bytes per second.
     pub memory_bytes_per_sec: f64,
     /// What its link to the host carries each way, in bytes per second: four fifths of the stated rate, which is what
@@ -21,11 +27,23 @@ pub struct Profile {
 /// (SXM, 2023) and H200 (SXM, 2024); links are PCI Express 3, 4, 5 and 5 with 16 lanes, stated as 16, 32, 64 and 64
 /// GB/s each way.
 pub const PROFILES: [Profile; 4] = [
-    Profile { name: "v100", flops_per_sec: 15.7e12, memory_bytes_per_sec: 900e9, link_bytes_per_sec: 12.8e9 },
-    Profile { name: "a100", flops_per_sec: 19.5e12, memory_bytes_per_sec: 2039e9, link_bytes_per_sec: 25.6e9 },
-    Profile { name: "h100", flops_per_sec: 67e12, memory_bytes_per_sec: 3350e9, link_bytes_per_sec: 51.2e9 },
-    Profile { name: "h200", flops_per_sec: 67e12, memory_bytes_per_sec: 4800e9, link_bytes_per_sec: 51.2e9 },
+    profile("v100", [15.7, 15.7, 15.7], 900.0, 12.8),
+    profile("a100", [19.5, 156.0, 312.0], 2039.0, 25.6),
+    profile("h100", [67.0, 494.5, 989.0], 3350.0, 51.2),
+    profile("h200", [67.0, 494.5, 989.0], 4800.0, 51.2),
 ];
+
+/// By TFLOP/s in f32, tf32 and bf16, and GB/s of its memory and its link.
+const fn profile(name: &'static str, tflops: [f64; 3], memory: f64, link: f64) -> Profile {
+    Profile {
+        name,
+        flops_per_sec: tflops[0] * 1e12,
+        tf32_flops_per_sec: tflops[1] * 1e12,
+        bf16_flops_per_sec: tflops[2] * 1e12,
+        memory_bytes_per_sec: memory * 1e9,
+        link_bytes_per_sec: link * 1e9,
+    }
+}
 
 impl Profile {
     /// The profile of this name.
@@ -35,7 +53,15 @@ impl Profile {
 
     /// Its cost model.
     pub fn cost(&self) -> CostModel {
-        CostModel::stated(self.flops_per_sec, self.memory_bytes_per_sec, self.link_bytes_per_sec)
+        let mut cost = CostModel::stated(self.flops_per_sec, self.memory_bytes_per_sec, self.link_bytes_per_sec);
+        for family in Family::ALL.into_iter().filter(|family| family.work() == Work::Flops) {
+            for (float, tf32, work_per_sec) in
+                [(DType::F32, true, self.tf32_flops_per_sec), (DType::Bf16, false, self.bf16_flops_per_sec)]
+            {
+                cost.rates.push(Rate { family, float, tf32, sizes: [1; 3], work_per_sec });
+            }
+        }
+        cost
     }
 }
 
@@ -48,6 +74,10 @@ mod tests {
         for profile in PROFILES {
             assert_eq!(Profile::find(profile.name), Some(profile));
             assert_eq!(profile.cost().h2d_bytes_per_sec, profile.link_bytes_per_sec);
+            let of = |float, tf32| profile.cost().ceiling_flops_per_sec(float, tf32);
+            assert_eq!(of(DType::F32, false), profile.flops_per_sec);
+            assert_eq!(of(DType::F32, true), profile.tf32_flops_per_sec);
+            assert_eq!(of(DType::Bf16, false), profile.bf16_flops_per_sec);
         }
         assert_eq!(Profile::find("V100"), None);
     }
