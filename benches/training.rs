@@ -89,17 +89,9 @@ impl Observer for Times {
 }
 
 fn way(name: &'static str, gpt: Gpt, options: TrainOptions, cost: &CostModel) -> Result<Way> {
-    let model = trace_model(gpt.network().as_ref(), &inputs_of(gpt.source().as_ref()), &options)?;
+    let model = Arc::new(trace_model(gpt.network().as_ref(), &inputs_of(gpt.source().as_ref()), &options)?);
     let plan = plan_model(&model, &options, cost)?;
-    Ok(Way {
-        name,
-        model: Arc::new(model),
-        plan: Arc::new(plan),
-        options,
-        secs: Vec::new(),
-        bounds: Vec::new(),
-        bound_by: Bound::default(),
-    })
+    Ok(Way { name, model, plan, options, secs: Vec::new(), bounds: Vec::new(), bound_by: Bound::default() })
 }
 
 impl Way {

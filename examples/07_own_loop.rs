@@ -63,7 +63,7 @@ pub fn main() -> Result<()> {
 
     let inputs = [names::INPUT_IDS, names::LABELS].map(|name| InputShape::new(name, [time], DType::I32));
     let model = Arc::new(trace_model(gpt.as_ref(), &inputs, &options)?);
-    let plan = Arc::new(plan_model(&model, &options, &calibrate(&DeviceSpec::default())?)?);
+    let plan = plan_model(&model, &options, &calibrate(&DeviceSpec::default())?)?;
     let (arena_bytes, host_bytes) = (vec![plan.arena.bytes], plan.host.bytes);
     let memory = FleetMemory { arena_bytes, host_bytes, ..FleetMemory::default() };
     let device = start_fleet(&[DeviceSpec::default()], memory)?;

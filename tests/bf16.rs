@@ -43,9 +43,9 @@ fn losses(text: &Path, dtype: DType) -> Vec<f32> {
     let text = Text::read(&[text.into()], &Tokenizer::Bytes).expect("a text");
     let windows = TextOptions { context: 32, batch: 8, seed: 1, valid_fraction: 0.0 };
     let source: Box<dyn Source> = Box::new(TextSource::open(&text, &windows).expect("long enough").train);
-    let model = trace_model(network.as_ref(), &inputs_of(source.as_ref()), &options).expect("a model");
+    let model = Arc::new(trace_model(network.as_ref(), &inputs_of(source.as_ref()), &options).expect("a model"));
     let plan = plan_model(&model, &options, &common::stated()).expect("a plan");
-    let planned = (Arc::new(model), Arc::new(plan));
+    let planned = (model, plan);
     let mut session = Session::new(Weights::Random, planned, source, None, options).expect("a session");
     let mut losses = Vec::new();
     let mut observer = |report: &StepReport| {
@@ -230,7 +230,7 @@ fn scratch_of_the_norm_is_in_the_plan() {
     let mut model = Arc::unwrap_or_clone(small.model(&options));
     let mut planned = |scratch| {
         model.train.scratch = scratch;
-        plan_model(&model, &options, &common::stated()).expect("a plan")
+        plan_model(&Arc::new(model.clone()), &options, &common::stated()).expect("a plan")
     };
     let (with, without) = (planned(true), planned(false));
     let blocks = |layers: std::ops::Range<usize>| -> u64 {

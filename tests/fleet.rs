@@ -235,7 +235,7 @@ fn run_with(
     // With one slot nothing is fetched beside what runs.
     let one_slot = turns.as_ref().is_some_and(|turns| turns.units == 1);
     // Behind an update on the device the next unit may stand even so.
-    let alone = one_slot && takes_turns && placed.iter().all(|p| !p.plan.choice.updates_on_device);
+    let alone = one_slot && takes_turns && placed.iter().all(|p| p.plan.choice.visiting_updates == 0);
     let mut fleet = Fleet::new(models, device, turns).expect("a fleet");
     let in_line = lines.len() == 1;
     if !lines.is_empty() {
@@ -684,7 +684,7 @@ fn a_plan_that_does_not_wait_for_the_norm_refuses_to_clip() {
     let devices = vec![FleetDevice { budget: Some(smallest(&entries) * 5 / 4), cost }; 2];
     let models = fleet_models(&entries, Recompute::Auto, 2);
     let placed = plan_fleet(&models, &devices, HomeBudgets::default()).expect("a plan").placed;
-    let at_once = |i: usize| placed[i].plan.choice.updates_on_device;
+    let at_once = |i: usize| placed[i].plan.choice.visiting_updates > 0;
     entries.iter_mut().step_by(2).for_each(|e| e.options.clip = Some(1.0));
     let got = run(&entries, &placed, 2, "fifo", 2, None);
     let refused: Vec<usize> = (0..entries.len()).filter(|&i| at_once(i) && entries[i].options.clip.is_some()).collect();

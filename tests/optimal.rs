@@ -192,7 +192,7 @@ fn units(placed: &Placed) -> impl Iterator<Item = (usize, bool)> {
 fn case_model(placed: &Placed, steps: u64, costs: &[CostModel]) -> CaseModel {
     let shards = &placed.plan.shards;
     // What the relaxation takes for granted of a plan: updates take no time of a device, and a fetch is one copy.
-    assert!(!placed.plan.choice.updates_on_device && placed.plan.choice.slots == SLOTS);
+    assert!(placed.plan.choice.visiting_updates == 0 && placed.plan.choice.slots == SLOTS);
     assert!((0..shards.len()).all(|s| placed.plan.pieces(s).len() == 1), "a fetch in pieces could be interrupted");
     let secs = |cost: &CostModel, (s, backward): (usize, bool)| match backward {
         true => shards[s].backward_secs(cost),

@@ -14,7 +14,7 @@ mod recording;
 use hydra::base::{DType, LaneKind};
 use hydra::device::host::{HostConfig, HostDevice, HostSpec};
 use hydra::device::sim::CostModel;
-use hydra::engine::{Engine, EngineOptions, StepInput, Stored, predict};
+use hydra::engine::{Engine, EngineOptions, StepInput, Stored, plan_alone, predict};
 use hydra::graph::{Activation, Builder, Init, Mode, WeightLayout};
 use hydra::spill::{Model, Plan, PlanOptions, Recompute};
 use hydra::trace::{Event, Keep, Recorder, RecorderOptions, What, read_trace};
@@ -26,6 +26,8 @@ use std::sync::Arc;
 struct Share {
     /// Where some shards rest: seconds of a step, of those with none at rest.
     of_visiting: Option<f64>,
+    /// Where the device updates shards that visit: seconds of a step, of those in which the host updates them.
+    of_host: Option<f64>,
     seed: u64,
     of_a: f64,
     of_b: f64,
@@ -71,6 +73,9 @@ fn case(seed: u64) -> Share {
     let smallest = Plan::new(&model, &options, &cost).expect("no budget").smallest_device_bytes;
     let part = random.part();
     options.device_budget = Some(smallest + (most.saturating_sub(smallest) as f64 * part * part) as u64);
+    let chosen = plan_alone(&model, &options, &cost).expect("at least the smallest");
+    // The recurrence knows updates by the host, and of shards at rest.
+    options.visiting_updates = Some(0);
     let plan = Arc::new(Plan::new(&model, &options, &cost).expect("at least the smallest"));
     let steady = run_simulated(&model, &plan, &cost, clip.then_some(1.0));
     let predicted = predict(&model, &plan, &cost, clip).expect("nothing fails");
@@ -98,12 +103,14 @@ fn case(seed: u64) -> Share {
             .collect::<Vec<_>>(),
         steady.secs
     );
+    let of_host = (chosen.choice.visiting_updates > 0)
+        .then(|| run_simulated(&model, &chosen, &cost, clip.then_some(1.0)).secs / steady.secs);
     let of_visiting = (plan.choice.resting > 0).then(|| {
         let options = PlanOptions { resting: Some(0), ..options };
         let visiting = Arc::new(Plan::new(&model, &options, &cost).expect("the same budget"));
         steady.secs / run_simulated(&model, &visiting, &cost, clip.then_some(1.0)).secs
     });
-    Share { seed, of_visiting, of_a: steady.busiest_secs() / steady.secs, of_b: bound / steady.secs, what }
+    Share { seed, of_visiting, of_host, of_a: steady.busiest_secs() / steady.secs, of_b: bound / steady.secs, what }
 }
 
 fn spread(name: &str, mut shares: Vec<f64>) -> String {
@@ -130,13 +137,19 @@ fn random_models_come_close_to_the_recurrence() {
     }
     let resting: Vec<f64> = shares.iter().filter_map(|s| s.of_visiting).collect();
     assert!(resting.len() * 20 > shares.len(), "some shards rest in {} of {count} cases", resting.len());
+    let here: Vec<f64> = shares.iter().filter_map(|s| s.of_host).collect();
+    assert!(here.len() * 10 > shares.len(), "the device updates what visits in {} of {count} cases", here.len());
+    let (least, most) = here.iter().fold((f64::MAX, 0.0f64), |(least, most), &x| (least.min(x), most.max(x)));
+    println!("{}", spread("seconds where the device updates what visits, of those where the host does", here));
+    assert!(least < 0.6 && most < 1.01, "updates on the device make a step {least} to {most} times as long");
     let longest = resting.iter().copied().fold(0.0, f64::max);
     println!("{}", spread("seconds where some rest, of those where none does", resting));
     assert!(longest < 1.1, "with some at rest a step takes {longest} of what it takes with none");
     assert!(short.is_empty(), "{} of {count} cases are below 0.97 of B", short.len());
-    // The recurrence would be no bound if it were slower than what it bounds: it is a schedule too, so ties may fall
-    // either way.
-    assert!(shares.last().is_some_and(|s| s.of_b < 1.01), "the recurrence is slower than the engine");
+    // The recurrence would be no bound if it were slower than what it bounds. It is a schedule too, whose updates on the
+    // host come in another order where there is one slot.
+    let last = shares.last().expect("cases");
+    assert!(last.of_b < 1.04, "seed {}: {} of the recurrence: {}", last.seed, last.of_b, last.what);
 }
 
 /// The turn of the step with equal shards that recompute, on a link that fetches a shard in the time of its forward.
@@ -151,6 +164,7 @@ fn two_slots_hide_the_turn_of_the_step() {
             resident: Some(false),
             recompute: Recompute::Always,
             boundaries_stay: Some(true),
+            visiting_updates: Some(0),
             cut: Some((0..layers).map(|l| l..l + 1).collect()),
             ..PlanOptions::default()
         };
@@ -184,6 +198,7 @@ fn equal_plan(model: &Model, slots: Option<usize>) -> Arc<Plan> {
     let layers = model.layers();
     let options = PlanOptions {
         slots: slots.unwrap_or(2),
+        visiting_updates: Some(0),
         resident: Some(slots.is_none()),
         recompute: Recompute::Always,
         cut: Some((0..layers).map(|l| l..l + 1).collect()),

@@ -201,12 +201,12 @@ fn a_gpt_on_text_allocates_nothing_after_the_second_step() {
             TrainOptions { batch: 4, microbatch: 2, clip: Some(1.0), dtype, plan, disk, ..TrainOptions::new(STEPS) };
         let windows = TextOptions { context: 64, batch: 4, seed: 1, valid_fraction: 0.0 };
         let source: Box<dyn Source> = Box::new(TextSource::open(&text, &windows).expect("long enough").train);
-        let model = trace_model(network.as_ref(), &inputs_of(source.as_ref()), &options).expect("a model");
+        let model = Arc::new(trace_model(network.as_ref(), &inputs_of(source.as_ref()), &options).expect("a model"));
         assert_eq!(model.layers(), 6);
         let plan = plan_model(&model, &options, &stated()).expect("a plan");
         let boundary = model.train.bytes(model.train.layers[0].output.expect("a layer hands its output on"));
         assert!(boundary > 2 * LARGE_BYTES as u64, "a temporary tensor of {boundary} bytes would not be seen");
-        let planned = (Arc::new(model), Arc::new(plan));
+        let planned = (model, plan);
         let session = Session::new(Weights::Random, planned, source, None, options).expect("a session");
         check(&format!("gpt, {what}, {dtype}"), session, dir.path());
     }

@@ -25,7 +25,7 @@ mod turns;
 mod unit_cost;
 mod update;
 mod visit;
-pub use simulate::{Prediction, SimulateOptions, Simulation, bounds_of, busiest, predict, simulate};
+pub use simulate::{Prediction, SimulateOptions, Simulation, bounds_of, busiest, plan_alone, predict, simulate};
 pub use state::Stored;
 pub use turns::TurnOptions;
 

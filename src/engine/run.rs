@@ -36,7 +36,7 @@ impl Engine {
             let has = member.plan.moments;
             return Err(Error::bad(format!("step {step}: the rule wants {moments} moments, the plan keeps {has}")));
         }
-        if input.clip.is_some() && member.plan.choice.updates_on_device {
+        if input.clip.is_some() && member.plan.choice.visiting_updates > 0 {
             let what =
                 "the plan updates shards before the last gradient is there; PlanOptions::clips makes one that waits";
             return Err(Error::bad(format!("step {step}: clips, and {what}")));

@@ -47,14 +47,14 @@ impl Engine {
         if site.is_last(s) {
             self.result(site);
         }
-        if choice.updates_on_device {
+        let rests = choice.rests(s);
+        if choice.updates_on_device(s) && !rests {
             self.spill_shared(site, done);
             self.join_and_norm(site, done, self.sequence);
             self.bring_losses(site);
             self.update(site, done, self.sequence);
             return;
         }
-        let rests = choice.rests(s);
         if !rests {
             self.spill_gradient(site, done);
         }
@@ -198,7 +198,7 @@ impl Engine {
 
     /// Whether a shard's gradients are settled where they were computed.
     pub(super) fn on_device(site: &Site, s: usize) -> bool {
-        site.plan.choice.rests(s) || site.plan.choice.updates_on_device
+        site.plan.choice.updates_on_device(s)
     }
 
     pub(super) fn math_lane(site: &Site, s: usize) -> u16 {

@@ -1,6 +1,5 @@
 //! Models on simulated devices: the executor that trains, on a virtual clock, with no data and no losses.
 
-use super::unit_cost::{norm_bytes, update_bytes};
 use super::visit::any_rule;
 use super::{Ended, Engine, EngineOptions, StepInput, TurnOptions};
 use crate::base::{Error, LaneId, LaneKind, Result};
@@ -8,7 +7,7 @@ use crate::device::sim::{CostModel, SimDevice};
 use crate::graph::Area;
 use crate::sched::{Bounds, DeviceRates, ModelWork, Policy};
 use crate::spill::{
-    ArenaMap, BoundaryTier, FleetMap, Home, Model, OnDisk, Placed, Plan, ShardPrograms, update_state_bytes,
+    ArenaMap, BoundaryTier, FleetMap, Home, Model, OnDisk, Placed, Plan, PlanOptions, ShardPrograms, update_state_bytes,
 };
 use crate::trace::{Bound, LaneSum, Recorder};
 use std::collections::VecDeque;
@@ -190,14 +189,34 @@ pub fn predict(model: &Arc<Model>, plan: &Arc<Plan>, cost: &CostModel, clip: boo
         let result = engine.wait_step(0)?;
         if step >= WARM {
             step_secs += result.secs / MEASURED as f64;
-            bound = result.bound;
+            bound.add(&result.bound);
             let sums = engine.step_lane_sums().iter();
             busy.iter_mut().zip(sums).for_each(|(busy, sum)| *busy += sum.busy_secs / MEASURED as f64);
         }
     }
     let lanes = engine.device.lanes().iter().copied();
     let (busiest, bound_secs) = busiest(lanes.zip(busy));
-    Ok(Prediction { step_secs, bound_secs, busiest, bound })
+    Ok(Prediction { step_secs, bound_secs, busiest, bound: bound.mean(MEASURED as f64) })
+}
+
+/// Plans a model that has a device to itself: of the candidates the one with the shortest predicted step.
+///
+/// # Errors
+/// As [`Plan::new`].
+pub fn plan_alone(model: &Arc<Model>, options: &PlanOptions, cost: &CostModel) -> Result<Arc<Plan>> {
+    let mut candidates = Plan::candidates(model, options, cost)?.into_iter().map(Arc::new);
+    let first = candidates.next().expect("planning gives at least one plan, or an error");
+    let Some(second) = candidates.next() else { return Ok(first) };
+    let secs = |plan: &Arc<Plan>| Ok(predict(model, plan, cost, options.clips)?.step_secs);
+    let (mut best, mut least) = (Arc::clone(&first), secs(&first)?);
+    for plan in std::iter::once(second).chain(candidates) {
+        let secs = secs(&plan)?;
+        // The first is the smaller, where they are as fast.
+        if secs < 0.999 * least {
+            (best, least) = (plan, secs);
+        }
+    }
+    Ok(best)
 }
 
 /// What no schedule of these plans can beat: arithmetic as planned, and the bytes that must cross however shards are
@@ -274,14 +293,15 @@ fn wait_secs(placed: &Placed, rates: &Rates) -> [f64; 3] {
     if plan.choice.rests(0) {
         return [first, 0.0, 0.0];
     }
-    if plan.choice.updates_on_device {
+    if plan.choice.updates_on_device(0) {
         // Where it was updated the next step can begin.
         let state = update_state_bytes(&placed.model, &plan.shards, plan.moments, 0);
         return [first, 0.0, (shard.own_bytes() + state) as f64 / rates.d2h];
     }
     // In pieces that overlap: all of the gradient leaves, then at least a piece is updated and comes back.
     let piece = plan.pieces(0).into_iter().map(|r| r.end - r.start).min().unwrap_or(0);
-    let home = shard.layout.gradient_bytes as f64 / rates.d2h + update_bytes(placed, piece) as f64 / rates.host;
+    let update_bytes = placed.model.update_bytes(piece, plan.moments);
+    let home = shard.layout.gradient_bytes as f64 / rates.d2h + update_bytes as f64 / rates.host;
     [first, home + piece as f64 / rates.h2d, home]
 }
 
@@ -299,12 +319,13 @@ fn pipelined_secs(placed: &Placed, cost: &CostModel) -> f64 {
 fn arithmetic_secs(placed: &Placed, cost: &CostModel) -> f64 {
     let plan = &placed.plan;
     let secs = plan.shards.iter().map(|s| s.step_secs(cost)).sum::<f64>() * placed.model.microbatches as f64;
-    let here = |s: usize| plan.choice.rests(s) || plan.choice.updates_on_device;
+    let here = |s: usize| plan.choice.updates_on_device(s);
     let own: u64 = plan.shards.iter().enumerate().filter(|(s, _)| here(*s)).map(|(_, s)| s.own_bytes()).sum();
     if own == 0 {
         return secs;
     }
-    secs + cost.device_settle_secs(update_bytes(placed, own), norm_bytes(placed, own))
+    let model = &placed.model;
+    secs + cost.device_settle_secs(model.update_bytes(own, plan.moments), model.wide_bytes(own))
 }
 
 /// Least bytes of a step to devices that have so many weight slots in all, and from them.
@@ -327,18 +348,13 @@ fn least_bytes(placed: &Placed, slots: usize, entries: usize) -> (u64, u64) {
     };
     let again = beyond_slots(visiting.iter().filter(|s| !s.idles_back()).map(bytes).collect());
     // What a device has updated may stay for the next step too, and what nobody updates.
-    let all = match plan.choice.updates_on_device {
-        true => beyond_slots(visiting.iter().map(bytes).collect()),
-        false => {
-            let frozen = visiting.iter().map(|s| s.layout.frozen_bytes()).collect();
-            visiting.iter().map(changing).sum::<u64>() + beyond_slots(frozen)
-        }
-    };
-    let own = visiting.iter().map(|s| s.own_bytes()).sum::<u64>();
-    let state = match plan.choice.updates_on_device {
-        true => (0..plan.shards.len()).map(|s| update_state_bytes(&placed.model, &plan.shards, plan.moments, s)).sum(),
-        false => 0,
-    };
+    let (here, by_host) = visiting.split_at(plan.choice.visiting_updates.min(visiting.len()));
+    let stays = here.iter().map(bytes).chain(by_host.iter().map(|s| s.layout.frozen_bytes()));
+    let all = by_host.iter().map(changing).sum::<u64>() + beyond_slots(stays.collect());
+    let weights = here.iter().map(|s| s.own_bytes()).sum::<u64>();
+    let gradients = by_host.iter().map(|s| s.layout.gradient_bytes).sum::<u64>();
+    let state_of = |s: usize| update_state_bytes(&placed.model, &plan.shards, plan.moments, s);
+    let state = (plan.choice.resting..).take(here.len()).map(state_of).sum::<u64>();
     // An activation goes home and comes back for the next shard's backward, but for those that entries can have kept
     // until then. A gradient may be read where it was made, and stays there.
     let read_back = plan.shards.windows(2).filter(|pair| !pair[1].idles_back()).map(|pair| pair[0].boundary_bytes);
@@ -349,5 +365,5 @@ fn least_bytes(placed: &Placed, slots: usize, entries: usize) -> (u64, u64) {
         BoundaryTier::Host { .. } => boundaries.iter().skip(entries).sum(),
         BoundaryTier::Device => 0,
     };
-    (all + again + state + crosses, own + state + crosses)
+    (all + again + state + crosses, weights + gradients + state + crosses)
 }

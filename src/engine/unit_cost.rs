@@ -26,21 +26,10 @@ pub(super) struct UnitCost {
     pub wait_secs: f64,
 }
 
-/// Bytes that the update of so many bytes of a model's weights touches, as [`crate::device::Task::bytes`] counts them.
-pub(super) fn update_bytes(placed: &Placed, own: u64) -> u64 {
-    let wide = own * placed.model.layout.wide_ratio;
-    let remainder = if placed.model.has_remainders() { 2 * own } else { 0 };
-    2 * own + remainder + wide + 2 * placed.plan.moments as u64 * wide
-}
-
-/// Bytes that the norm of their gradients reads.
-pub(super) fn norm_bytes(placed: &Placed, own: u64) -> u64 {
-    own * placed.model.layout.wide_ratio
-}
-
 /// Predictions for the units of a training step.
 pub(super) fn unit_costs(placed: &Placed, cost: &CostModel) -> Vec<UnitCost> {
-    let (plan, microbatches) = (&placed.plan, placed.model.microbatches as f64);
+    let (model, plan) = (&placed.model, &placed.plan);
+    let microbatches = model.microbatches as f64;
     let shards = plan.shards.len();
     let units = if plan.shards[0].backward.is_some() { 2 * shards - 1 } else { shards };
     let mut costs: Vec<UnitCost> = (0..units)
@@ -48,11 +37,11 @@ pub(super) fn unit_costs(placed: &Placed, cost: &CostModel) -> Vec<UnitCost> {
             let (s, backward) = if unit + 1 < shards { (unit, false) } else { (2 * (shards - 1) - unit, true) };
             let shard = &plan.shards[s];
             let rests = plan.choice.rests(s);
-            let on_device = rests || plan.choice.updates_on_device;
+            let on_device = plan.choice.updates_on_device(s);
             let secs = if backward { shard.backward_secs(cost) } else { shard.forward_secs(cost) };
             let own = shard.own_bytes();
             let update = match backward && on_device {
-                true => cost.device_settle_secs(update_bytes(placed, own), norm_bytes(placed, own)),
+                true => cost.device_settle_secs(model.update_bytes(own, plan.moments), model.wide_bytes(own)),
                 false => 0.0,
             };
             let idles = backward && shard.idles_back();
@@ -65,9 +54,14 @@ pub(super) fn unit_costs(placed: &Placed, cost: &CostModel) -> Vec<UnitCost> {
                 (true, Some(before)) if !plan.shards[before].idles_back() => taken_in,
                 (true, _) => 0,
             };
-            let gradient = if backward && !rests { shard.own_bytes() } else { 0 };
+            let gradient = match backward && !rests {
+                true if on_device => own,
+                true => shard.layout.gradient_bytes,
+                false => 0,
+            };
             let piece = plan.pieces(s).first().map_or(0, |r| r.end - r.start) as f64;
-            let update_secs = update_bytes(placed, piece as u64) as f64 / cost.host_update_bytes_per_sec;
+            let update_bytes = model.update_bytes(piece as u64, plan.moments);
+            let update_secs = update_bytes as f64 / cost.host_update_bytes_per_sec;
             let first = plan.copies(s).first().map_or(0, |r| r.end - r.start) as f64 / cost.h2d_bytes_per_sec;
             let turn_secs = if on_device { first } else { update_secs + piece / cost.h2d_bytes_per_sec };
             let hand_on_secs = out as f64 * (1.0 / cost.d2h_bytes_per_sec + 1.0 / cost.h2d_bytes_per_sec);

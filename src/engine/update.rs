@@ -22,13 +22,13 @@ impl Engine {
         if site.plan.choice.rests(s) {
             self.fetch_state(site);
         }
-        let visiting = (!site.plan.choice.rests(s) && site.plan.choice.updates_on_device)
-            .then(|| self.fetch_update_state(site, s));
+        let visiting =
+            (!site.plan.choice.rests(s) && Self::on_device(site, s)).then(|| self.fetch_update_state(site, s));
         for i in 0..self.members[site.member].tables.pieces[s].len() {
             self.update_piece(site, done, i, visiting, deadline);
         }
         if let Some(visiting) = visiting {
-            self.spill_updated(site, s, visiting);
+            self.spill_updated(site, done, visiting);
         }
         self.refresh_copies(site, s, deadline);
     }
@@ -80,14 +80,20 @@ impl Engine {
         self.write_disk(site, s, deadline, goes_back);
     }
 
-    /// What only updates touch of a shard, end to end as it visits: sizes, and where it is at home.
-    fn update_state_at_home(site: &Site, s: usize) -> impl Iterator<Item = Span> {
+    /// What only updates touch of a stretch of a shard: where it is at home, and where it visits in the state slot at
+    /// `base`, in which moments and remainders lie end to end.
+    fn update_state_of(site: &Site, s: usize, base: u64, stretch: &Range<u64>) -> impl Iterator<Item = (Span, Span)> {
         let (own, ratio, host) = (&site.plan.shards[s].layout.own, site.model.layout.wide_ratio, &site.plan.host);
-        let bytes = own.end - own.start;
-        let moment = |i: usize| site.update_state(host.moments[i] + own.start * ratio, bytes * ratio);
-        let moments = [0, 1].map(|i| (i < site.plan.moments).then(|| moment(i)));
-        let remainder = site.model.has_remainders().then(|| site.update_state(host.remainders + own.start, bytes));
-        moments.into_iter().chain([remainder]).flatten()
+        let moments = [0, 1].map(|i| (i < site.plan.moments).then(|| (host.moments[i], ratio)));
+        let remainder = site.model.has_remainders().then_some((host.remainders, 1));
+        let (all, at, bytes) = (own.end - own.start, own.start + stretch.start, stretch.end - stretch.start);
+        let mut here = base;
+        let spans = moments.into_iter().chain([remainder]).flatten().map(|(home, ratio)| {
+            here += all * ratio;
+            let to = site.arena(here - (all - stretch.start) * ratio, bytes * ratio);
+            (site.update_state(home + at * ratio, bytes * ratio), to)
+        });
+        spans.collect::<Vec<_>>().into_iter()
     }
 
     /// Brings a shard's remainders and moments to the device for one update; returns where they will lie.
@@ -97,33 +103,35 @@ impl Engine {
         }
         let states = &mut self.rings[site.rings].update_states;
         let base = site.map.update_states[states.take(site.shard(s), &[])];
-        let mut at = base;
-        let spans = Self::update_state_at_home(site, s).map(|from| {
-            at += from.bytes;
-            CopySpan { from, to: site.arena(at - from.bytes, from.bytes) }
-        });
-        let spans = spans.collect();
-        self.copy(site, What::FetchState, s, None, spans);
+        for i in 0..self.members[site.member].tables.copies[s].len() {
+            let stretch = self.members[site.member].tables.copies[s][i].clone();
+            let spans =
+                Self::update_state_of(site, s, base, &stretch).map(|(from, to)| CopySpan { from, to }).collect();
+            self.copy(site, What::FetchState, s, None, spans);
+        }
         base
     }
 
-    /// Sends an updated shard's weights home, with the state that visited.
-    fn spill_updated(&mut self, site: &Site, s: usize, state: u64) {
+    /// Sends an updated shard's weights home, with the state that visited, from its slot at `state`.
+    fn spill_updated(&mut self, site: &Site, done: &Settled, state: u64) {
+        let s = done.shard;
         let own = &site.plan.shards[s].layout.own;
         let slot = self.rings[site.rings].weights.find(site.shard(s)).expect("its update has just been made");
-        for i in 0..self.members[site.member].tables.copies[s].len() {
-            let Range { start, end } = self.members[site.member].tables.copies[s][i];
-            let from = site.arena(site.map.weight_slots[slot] + start, end - start);
-            let to = site.weights(own.start + start, end - start);
-            self.copy(site, What::SpillWeights, s, None, vec![CopySpan { from, to }]);
+        // The next unit's boundary tensors go first: what goes home is needed in the next step, its slot not before the
+        // unit after.
+        let deadline = self.sequence + done.visit;
+        let stretches = self.members[site.member].tables.copies[s].clone();
+        for stretch in &stretches {
+            let bytes = stretch.end - stretch.start;
+            let from = site.arena(site.map.weight_slots[slot] + stretch.start, bytes);
+            let to = site.weights(own.start + stretch.start, bytes);
+            self.copy_by(site, What::SpillWeights, s, None, vec![CopySpan { from, to }], deadline);
         }
-        let mut at = state;
-        let spans = Self::update_state_at_home(site, s).map(|to| {
-            at += to.bytes;
-            CopySpan { from: site.arena(at - to.bytes, to.bytes), to }
-        });
-        let spans = spans.collect();
-        self.copy(site, What::SpillState, s, None, spans);
+        for stretch in &stretches {
+            let spans =
+                Self::update_state_of(site, s, state, stretch).map(|(to, from)| CopySpan { from, to }).collect();
+            self.copy_by(site, What::SpillState, s, None, spans, deadline);
+        }
     }
 
     /// After an update of shard `s`: copies of its weights elsewhere are stale.

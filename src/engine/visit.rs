@@ -344,7 +344,20 @@ impl Engine {
     }
 
     /// Adds a copy; its lane follows from where it goes. What is on the disk goes by way of the host's memory.
-    pub(super) fn copy(&mut self, site: &Site, what: What, s: usize, m: Option<usize>, mut spans: Vec<CopySpan>) {
+    pub(super) fn copy(&mut self, site: &Site, what: What, s: usize, m: Option<usize>, spans: Vec<CopySpan>) {
+        self.copy_by(site, what, s, m, spans, self.sequence);
+    }
+
+    /// The same with a deadline of its own.
+    pub(super) fn copy_by(
+        &mut self,
+        site: &Site,
+        what: What,
+        s: usize,
+        m: Option<usize>,
+        mut spans: Vec<CopySpan>,
+        deadline: u64,
+    ) {
         spans.retain(|c| c.from.bytes > 0);
         self.copy_by_stages(site, what, s, &mut spans);
         if spans.is_empty() {
@@ -359,7 +372,7 @@ impl Engine {
             self.queue.access(*from, false);
             self.queue.access(*to, true);
         }
-        let (name, deadline) = (self.name(site, what, s, m), self.sequence);
+        let name = self.name(site, what, s, m);
         let (step, serial, task) = (site.step, site.serial, Task::Copy(spans));
         self.enter(Order { lane, task, name, serial, step, deadline, ends_unit: false }, [], []);
     }

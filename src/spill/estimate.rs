@@ -3,30 +3,57 @@
 //! The executor on a simulated device gives the exact prediction of the plan that is chosen; this recurrence only
 //! ranks.
 
-use super::memory::{BoundaryTier, Choice};
+use super::memory::{BoundaryTier, Choice, update_state_bytes};
 use super::model::Model;
 use super::shard::ShardPrograms;
 use super::stand_in::Shards;
 use crate::device::sim::CostModel;
 
 /// Estimated seconds of a training step. `clips`: no update before the last gradient.
-pub fn estimate_secs(model: &Model, shards: &Shards, choice: &Choice, clips: bool, cost: &CostModel) -> f64 {
+pub fn estimate_secs(
+    model: &Model,
+    shards: &Shards,
+    choice: &Choice,
+    moments: usize,
+    clips: bool,
+    cost: &CostModel,
+) -> f64 {
     let Shards { programs: shards, secs } = shards;
     let (n, m) = (shards.len(), model.microbatches as f64);
     let units: Vec<(usize, f64)> = (0..n.saturating_sub(1))
         .map(|s| (s, m * secs[s][0]))
         .chain((0..n).rev().map(|s| (s, m * secs[s][1])))
         .collect();
-    // Of the wide elements; a bf16 weight and its remainder are as many bytes together.
-    let parameter_bytes = (model.layout.parameter_bytes * model.layout.wide_ratio) as f64;
+    let update_here = |own: u64| cost.device_settle_secs(model.update_bytes(own, moments), model.wide_bytes(own));
+    let update_by_host = |own: u64| cost.host_settle_secs(model.update_bytes(own, moments), model.wide_bytes(own));
     if choice.resident {
-        let update = parameter_bytes * 7.0 / cost.device_update_bytes_per_sec;
+        let update = update_here(model.layout.parameter_bytes);
         return update + units.iter().map(|u| u.1).sum::<f64>() + boundary_secs(model, shards, choice, cost) * 0.1;
     }
     let resting = choice.resting;
+    // Those before this shard are updated on the device.
+    let by_host = (resting + choice.visiting_updates).min(n);
+    let updated_here = |s: usize| (resting..by_host).contains(&s);
+    let state_bytes = |s: usize| update_state_bytes(model, shards, moments, s);
+    // Accumulators that leave for the shard that owns their parameter, and come to it.
+    let mut shared = vec![(0, 0); n];
+    for (s, shard) in shards.iter().enumerate() {
+        for parameter in shard.layout.shared.iter().map(|u| u.parameter) {
+            let (at, bytes) = (&model.layout.parameter[parameter], model.gradient_bytes(parameter));
+            let owner = shards.iter().position(|o| o.layout.own.contains(at)).filter(|&owner| owner != s);
+            if let Some(owner) = owner {
+                shared[s].0 += bytes;
+                shared[owner].1 += bytes;
+            }
+        }
+    }
     let fetch = |s: usize| cost.copy_secs + shards[s].fetch_bytes() as f64 / cost.h2d_bytes_per_sec;
     let leave = |s: usize| match choice.rests(s) {
         true => 0.0,
+        false if updated_here(s) => {
+            2.0 * cost.copy_secs
+                + (shards[s].own_bytes() + state_bytes(s) + shared[s].0) as f64 / cost.d2h_bytes_per_sec
+        }
         false => cost.copy_secs + shards[s].layout.gradient_bytes as f64 / cost.d2h_bytes_per_sec,
     };
     // A ring with an entry for what comes in and one for what goes out has none for the next microbatch's: arithmetic
@@ -37,63 +64,89 @@ pub fn estimate_secs(model: &Model, shards: &Shards, choice: &Choice, clips: boo
         let both_ways = s > 0 && s + 1 < n && matches!(tier, BoundaryTier::Host { entries: ..=2 });
         if both_ways { m * copy(s - 1).max(copy(s)) } else { 0.0 }
     };
-    // The host's updates and the device's, of shards that rest.
-    let update = |s: usize, rate: f64| (shards[s].own_bytes() * model.layout.wide_ratio) as f64 * 7.0 / rate;
-    let late: Vec<f64> = (resting..n).map(|s| update(s, cost.host_update_bytes_per_sec)).collect();
+    // The host's updates, and the device's of shards that rest.
+    let late: Vec<f64> = shards[by_host..].iter().map(|s| update_by_host(s.own_bytes())).collect();
     let updates: f64 = late.iter().sum();
-    let here: f64 = (0..resting).map(|s| update(s, cost.device_update_bytes_per_sec)).sum();
+    let here: f64 = shards[..resting].iter().map(|s| update_here(s.own_bytes())).sum();
     let slots = choice.slots.min(n - resting);
     // With clipping a step is reckoned from when the norm is known: forward follows the updates, which go from shard to
     // shard.
     let (mut compute, mut h2d, mut d2h) = (if clips { here } else { 0.0 }, 0.0f64, 0.0f64);
-    let mut updated = 0.0;
-    // Ends of visits that took a slot.
-    let mut ends: Vec<f64> = Vec::new();
-    let mut left: Vec<f64> = Vec::new();
-    for (u, &(s, secs)) in units.iter().enumerate() {
-        // Around the turn the last shards are still in their slots.
-        let backward = u + 1 >= n;
-        let hit = choice.rests(s) || (backward && shards[s].idles_back()) || (u >= n && u - (n - 1) < slots);
-        if !hit {
-            let free = if ends.len() >= slots { ends[ends.len() - slots] } else { 0.0 };
-            if clips && u < n {
-                updated += late[s - resting];
+    // Ends of visits that took a slot, and when what used gradient slots had left.
+    let (mut ends, mut left) = (Vec::<f64>::new(), Vec::<f64>::new());
+    // Seconds in which the lane home works, and of the step.
+    let (mut leaving, mut turn) = (0.0, 0.0);
+    // Where the device updates what visits, the next step begins while that still leaves.
+    for _ in 0..if by_host > resting { 2 } else { 1 } {
+        (leaving, compute) = (0.0, compute - turn);
+        h2d -= turn;
+        d2h -= turn;
+        ends.iter_mut().chain(&mut left).for_each(|end| *end -= turn);
+        let mut updated = 0.0;
+        // When the last gradient that the host updates has left.
+        let mut home = 0.0f64;
+        for (u, &(s, secs)) in units.iter().enumerate() {
+            let backward = u + 1 >= n;
+            let hit = choice.rests(s)
+                || (backward && shards[s].idles_back())
+                // Around the turn the last shards are still in their slots.
+                || (u >= n && u - (n - 1) < slots)
+                // What the device has updated last is still in its slot in the next step.
+                || (!backward && updated_here(s) && s - resting < slots);
+            if !hit {
+                let free = if ends.len() >= slots { ends[ends.len() - slots] } else { 0.0 };
+                if clips && u < n {
+                    updated += late[s - by_host];
+                }
+                // Pieces of the shard arrive while others are updated.
+                h2d = (h2d.max(free) + fetch(s)).max(updated);
             }
-            // Pieces of the shard arrive while others are updated.
-            h2d = (h2d.max(free) + fetch(s)).max(updated);
+            let ready = if hit { 0.0 } else { h2d };
+            let room = if backward && !choice.rests(s) && left.len() >= choice.gradient_slots {
+                left[left.len() - choice.gradient_slots]
+            } else {
+                0.0
+            };
+            compute = compute.max(ready).max(room) + secs + exposed(u, s);
+            if choice.rests(s) {
+                continue;
+            }
+            if backward && updated_here(s) {
+                // Its state comes once there is room for it, beside the arithmetic.
+                let bytes = state_bytes(s) + shared[s].1;
+                h2d = h2d.max(room) + cost.copy_secs + bytes as f64 / cost.h2d_bytes_per_sec;
+                compute = compute.max(h2d) + update_here(shards[s].own_bytes());
+            }
+            if backward {
+                d2h = d2h.max(compute) + leave(s);
+                leaving += leave(s);
+                home = if updated_here(s) { home } else { d2h };
+                left.push(d2h);
+            }
+            // New weights are in their slot until they have left.
+            ends.push(if backward && updated_here(s) { d2h } else { compute });
         }
-        let ready = if hit { 0.0 } else { h2d };
-        let room = if backward && !choice.rests(s) && left.len() >= choice.gradient_slots {
-            left[left.len() - choice.gradient_slots]
-        } else {
-            0.0
+        // Without clipping, each update has from when its own gradient is there until the shard's next forward.
+        let before: f64 = units[..units.len() - n].iter().take(by_host).map(|u| u.1).sum();
+        turn = match (clips, late.first()) {
+            (true, _) => d2h.max(compute),
+            (false, None) => compute + here,
+            (false, Some(late)) if by_host == 0 => home + late,
+            (false, Some(late)) => (home.max(compute + here) + late - before - here).max(compute + here),
         };
-        compute = compute.max(ready).max(room) + secs + exposed(u, s);
-        if !choice.rests(s) {
-            ends.push(compute);
-        }
-        if backward && !choice.rests(s) {
-            d2h = d2h.max(compute) + leave(s);
-            left.push(d2h);
-        }
     }
-    // Without, each update has from when its own gradient is there until the shard's next forward.
-    let before: f64 = units[..units.len() - n].iter().take(resting).map(|u| u.1).sum();
-    let turn = match (clips, resting) {
-        (true, _) => d2h.max(compute),
-        (false, 0) => d2h + late[0],
-        (false, _) => (d2h.max(compute + here) + late[0] - before - here).max(compute + here),
-    };
     let links = boundary_secs(model, shards, choice, cost);
     // Cores that units, copies and the host's arithmetic share.
     let visits =
         units.iter().enumerate().filter(|&(u, &(s, _))| !(choice.rests(s) || u + 1 >= n && shards[s].idles_back()));
-    let own: u64 = shards[resting..].iter().map(ShardPrograms::own_bytes).sum();
-    let moved = visits.map(|(_, &(s, _))| shards[s].fetch_bytes()).sum::<u64>() + own;
+    let state: u64 = (resting..by_host).map(|s| 2 * state_bytes(s)).sum();
+    let gradients: u64 = shards[by_host..].iter().map(|s| s.layout.gradient_bytes).sum();
+    let weights: u64 = shards[resting..by_host].iter().map(ShardPrograms::own_bytes).sum();
+    let moved = visits.map(|(_, &(s, _))| shards[s].fetch_bytes()).sum::<u64>() + gradients + weights + state;
     let arithmetic = units.iter().map(|u| u.1).sum::<f64>() + updates + here;
     let shared = cost.cores.map_or(0.0, |_| arithmetic + cost.copy_core_secs(moved, units.len() + n));
     // A part of the boundary copies shows.
-    turn.max(updates).max(h2d + links).max(shared) + 0.25 * links
+    turn.max(updates).max(leaving).max(h2d + links).max(shared) + 0.25 * links
 }
 
 /// Seconds of h2d that boundary tensors in host memory cost.
@@ -126,24 +179,23 @@ pub fn estimate_anywhere_secs(
     let last = shards[n - 1].fetch_bytes() as f64;
     let gradients: f64 = shards.iter().map(|s| s.layout.gradient_bytes as f64).sum();
     let inputs: f64 = shards.iter().map(|s| 2.0 * m * s.input_bytes() as f64).sum();
-    let own = model.layout.parameter_bytes as f64;
-    let wide = own * model.layout.wide_ratio as f64;
-    let remainder = if model.has_remainders() { own } else { 0.0 };
+    let own = model.layout.parameter_bytes;
+    let (traffic, wide) = (model.update_bytes(own, moments), model.wide_bytes(own));
+    let own = own as f64;
+    let state: f64 = (0..n).map(|s| update_state_bytes(model, shards, moments, s) as f64).sum();
     // Every visit comes twice, but the last shard's, and those of shards that idle in the backward.
     let once: f64 = shards.iter().filter(|s| s.idles_back()).map(|s| s.fetch_bytes() as f64).sum();
     let mut h2d = 2.0 * weights - last - once + 3.0 * boundaries + inputs;
     let mut d2h = 2.0 * boundaries;
-    let traffic = 2.0 * (own + remainder) + wide * (1.0 + 2.0 * moments as f64);
     let mut host = 0.0;
-    if choice.updates_on_device {
-        let state = wide * moments as f64 + remainder;
+    if choice.visiting_updates > 0 {
         (h2d, d2h) = (h2d + state, d2h + own + state);
-        compute += traffic / cost.device_update_bytes_per_sec;
+        compute += traffic as f64 / cost.device_update_bytes_per_sec;
     } else {
         d2h += gradients;
         // The host's threads serve all devices, where these have no cores of their own.
         let shared = if cost.cores.is_some() { 1.0 } else { devices as f64 };
-        host = shared * cost.host_settle_secs(traffic as u64, wide as u64);
+        host = shared * cost.host_settle_secs(traffic, wide);
     }
     if cost.cores.is_some() {
         // Units, copies and the host's arithmetic take turns on the same cores.
@@ -165,22 +217,23 @@ pub fn estimate_anywhere_secs(
     }
     // With one gradient slot a backward waits for the gradients of the one before to leave.
     if choice.gradient_slots == 1 && choice.slots > 1 {
-        exposed += copies(if choice.updates_on_device { own } else { gradients }, cost.d2h_bytes_per_sec, n);
+        exposed += copies(if choice.visiting_updates > 0 { own } else { gradients }, cost.d2h_bytes_per_sec, n);
     }
     busiest + exposed + 0.05 * (lanes.iter().sum::<f64>() - busiest)
 }
 
 /// Estimated seconds of a step of a model that runs anywhere, if it never waits for a device: each microbatch goes on
 /// from unit to unit, and the next step begins when the first shard is updated.
-pub fn chain_secs(model: &Model, shards: &Shards, choice: &Choice, cost: &CostModel) -> f64 {
+pub fn chain_secs(model: &Model, shards: &Shards, choice: &Choice, moments: usize, cost: &CostModel) -> f64 {
     let Shards { programs: shards, secs } = shards;
     let last = shards.len() - 1;
     let units = || (0..last).map(|s| secs[s][0]).chain((0..=last).map(|s| secs[s][1]));
     let longest = units().fold(0.0, f64::max);
     let microbatches = units().sum::<f64>() + (model.microbatches - 1) as f64 * longest;
-    if choice.updates_on_device {
+    if choice.visiting_updates > 0 {
         return microbatches;
     }
-    let first = shards[0].layout.gradient_bytes as f64;
-    microbatches + first * (1.0 / cost.d2h_bytes_per_sec + 7.0 / cost.host_update_bytes_per_sec)
+    let leaves_secs = shards[0].layout.gradient_bytes as f64 / cost.d2h_bytes_per_sec;
+    let update_bytes = model.update_bytes(shards[0].own_bytes(), moments) as f64;
+    microbatches + leaves_secs + update_bytes / cost.host_update_bytes_per_sec
 }

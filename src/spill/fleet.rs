@@ -6,7 +6,8 @@
 //! further weight slots, which keep shards for their next visit, and entries for boundary activations.
 
 use super::memory::{
-    ArenaMap, BoundaryTier, Choice, Tape, arena_map_of, visiting_gradient_bytes, visiting_gradients_at,
+    ArenaMap, BoundaryTier, Choice, Tape, arena_map_of, update_state_bytes, visiting_gradient_bytes,
+    visiting_gradients_at,
 };
 use super::model::Model;
 use super::plan::Plan;
@@ -237,16 +238,18 @@ fn shared_maps(tenants: &[Tenant], spare: Spare, tape: &mut Tape) -> Vec<ArenaMa
         BoundaryTier::Host { entries } => entries,
         BoundaryTier::Device => unreachable!("a model that runs anywhere keeps nothing on a device"),
     };
-    let on_device = |t: &Tenant, bytes: u64| if t.choice.updates_on_device { bytes } else { 0 };
-    let scratch = of(&|t, s| match t.model.train.scratch {
-        true => on_device(t, norm_scratch_bytes(&t.model.segments(&t.shards[s].layout.own, |_| true))),
+    let scratch = of(&|t, s| match t.model.train.scratch && t.choice.updates_on_device(s) {
+        true => norm_scratch_bytes(&t.model.segments(&t.shards[s].layout.own, |_| true)),
         false => 0,
     });
-    let gradients = of(&|t, s| match t.choice.updates_on_device {
+    let gradients = of(&|t, s| match t.choice.updates_on_device(s) {
         true => visiting_gradients_at(t.shards, s) + visiting_gradient_bytes(t.model, t.shards, s),
         false => t.shards[s].layout.gradient_bytes,
     });
-    let states = of(&|t, s| on_device(t, update_state_bytes(t.model, t.shards, t.moments, s)));
+    let states = of(&|t, s| match t.choice.updates_on_device(s) {
+        true => update_state_bytes(t.model, t.shards, t.moments, s),
+        false => 0,
+    });
     let boundary = of(&|t, s| t.shards[s].boundary_bytes);
     let shared = ArenaMap {
         norm_scratch: tape.take(scratch),
@@ -260,16 +263,13 @@ fn shared_maps(tenants: &[Tenant], spare: Spare, tape: &mut Tape) -> Vec<ArenaMa
     };
     let of_each = |t: &Tenant| ArenaMap {
         losses: [0, 1].map(|_| tape.take(4 * t.model.microbatches as u64)),
-        norms: [0, 1].map(|_| tape.take(on_device(t, 8 * t.model.layout.order.len() as u64))),
+        norms: [0, 1].map(|_| match t.choice.visiting_updates {
+            0 => tape.take(0),
+            _ => tape.take(8 * t.model.layout.order.len() as u64),
+        }),
         states_at: t.shards.iter().map(ShardPrograms::states_at).collect(),
         saved: vec![Vec::new(); t.shards.len()],
         ..shared.clone()
     };
     tenants.iter().map(of_each).collect()
-}
-
-/// Bytes of a shard's moments and remainders, end to end.
-pub fn update_state_bytes(model: &Model, shards: &[ShardPrograms], moments: usize, shard: usize) -> u64 {
-    let own = shards[shard].own_bytes();
-    own * model.layout.wide_ratio * moments as u64 + if model.has_remainders() { own } else { 0 }
 }

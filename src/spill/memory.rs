@@ -59,10 +59,10 @@ pub struct Choice {
     pub gradients: BoundaryTier,
     /// Entries for the batch's tensors.
     pub input_entries: usize,
-    /// Where not resident: shards are updated on the device that has just computed their gradients, with remainders and
-    /// moments visiting, instead of by the host's threads. Not with clipping, which knows its factor only after the
-    /// last gradient.
-    pub updates_on_device: bool,
+    /// Where not resident: how many of the shards that visit, from the first of them on, are updated on the device that
+    /// has just computed their gradients, with remainders and moments visiting; the host's threads update the others.
+    /// 0 with clipping, which knows its factor only after the last gradient.
+    pub visiting_updates: usize,
     /// Where resident: shards are at home on several devices, so gradients and weights of shared parameters cross by
     /// way of the host.
     pub crosses: bool,
@@ -77,6 +77,11 @@ impl Choice {
     pub fn rests(&self, shard: usize) -> bool {
         self.resident || shard < self.resting
     }
+
+    /// Whether a shard is updated on the device that has computed its gradients.
+    pub fn updates_on_device(&self, shard: usize) -> bool {
+        self.resident || shard < self.resting + self.visiting_updates
+    }
 }
 
 /// The map of a device's arena, in bytes from its start.
@@ -84,7 +89,7 @@ impl Choice {
 pub struct ArenaMap {
     /// Losses of the microbatches, 4 bytes each, for steps of even and odd number.
     pub losses: [u64; 2],
-    /// Sums of squares, 8 bytes a parameter, for steps of even and odd number; where a shard rests.
+    /// Sums of squares, 8 bytes a parameter, for steps of even and odd number; where the device updates a shard.
     pub norms: [u64; 2],
     /// Entries for the batch's tensors.
     pub inputs: Vec<u64>,
@@ -97,7 +102,7 @@ pub struct ArenaMap {
     pub states_at: Vec<u64>,
     /// Gradient slots.
     pub gradient_slots: Vec<u64>,
-    /// Partial sums for the norm of one shard at a time; where a shard rests, and where the device asks for scratch.
+    /// Partial sums for the norm of one shard at a time; where the device updates a shard and asks for scratch.
     pub norm_scratch: u64,
     /// Remainders of the bf16 weights of each shard that rests.
     pub remainders: Vec<u64>,
@@ -158,10 +163,12 @@ pub fn arena_map_of(
     let mut tape = Tape::default();
     let losses = [0, 1].map(|_| tape.take(4 * microbatches as u64));
     let resting = if choice.resident { n } else { choice.resting.min(n) };
-    let norms = [0, 1].map(|_| if resting > 0 { tape.take(8 * parameters) } else { 0 });
-    let norm_scratch = if resting > 0 && model.train.scratch {
+    // Of these the device makes updates, of the last ones with state that visits.
+    let updated = if choice.resident { n } else { (choice.resting + choice.visiting_updates).min(n) };
+    let norms = [0, 1].map(|_| if updated > 0 { tape.take(8 * parameters) } else { 0 });
+    let norm_scratch = if updated > 0 && model.train.scratch {
         let bytes = |s: usize| norm_scratch_bytes(&model.segments(&shards[s].layout.own, |_| true));
-        tape.take((0..resting).filter(|&s| here(s)).map(bytes).max().unwrap_or(0))
+        tape.take((0..updated).filter(|&s| here(s)).map(bytes).max().unwrap_or(0))
     } else {
         0
     };
@@ -170,7 +177,8 @@ pub fn arena_map_of(
     let states_at: Vec<u64> = shards.iter().map(ShardPrograms::states_at).collect();
     let slot_bytes = |s: usize| if_here(s, shards[s].slot_bytes());
     // With room for what visits of parameters that other shards use too.
-    let gradient_bytes = |s: usize| match (choice.resident && choice.crosses) || s < choice.resting {
+    let joins = |s: usize| if choice.resident { choice.crosses } else { s < updated };
+    let gradient_bytes = |s: usize| match joins(s) {
         true => if_here(s, visiting_gradients_at(shards, s) + visiting_gradient_bytes(model, shards, s)),
         false => if_here(s, shards[s].layout.gradient_bytes),
     };
@@ -184,6 +192,8 @@ pub fn arena_map_of(
     let own = if choice.pipelined { n } else { resting };
     let gradient_slots = slots(&mut tape, own, choice.gradient_slots, &gradient_bytes);
     let ratio = model.layout.wide_ratio;
+    let state = |s: usize| if_here(s, update_state_bytes(model, shards, moments, s));
+    let state_bytes = (resting..updated).map(state).max().unwrap_or(0);
     let own = |s: usize| if_here(s, shards[s].own_bytes());
     let with_remainders = if model.has_remainders() { resting } else { 0 };
     let remainders = (0..with_remainders).map(|s| tape.take(own(s))).collect();
@@ -191,6 +201,8 @@ pub fn arena_map_of(
         let with_moment = if i < moments { resting } else { 0 };
         (0..with_moment).map(|s| tape.take(own(s) * ratio)).collect()
     });
+    let visits = if state_bytes > 0 { choice.gradient_slots.min(updated - resting) } else { 0 };
+    let update_states = tape.take_many(visits, state_bytes);
     // A boundary tensor is handed out by one shard and taken in by the next.
     let boundary = |s: usize| if here(s) || here(s + 1) { shards[s].boundary_bytes } else { 0 };
     let largest = (0..n.saturating_sub(1)).map(boundary).max().unwrap_or(0);
@@ -230,13 +242,19 @@ pub fn arena_map_of(
         norm_scratch,
         remainders,
         moments,
-        update_states: Vec::new(),
+        update_states,
         activations,
         gradients,
         saved,
         workspace,
         bytes: tape.end,
     }
+}
+
+/// Bytes of a shard's moments and remainders, end to end.
+pub fn update_state_bytes(model: &Model, shards: &[ShardPrograms], moments: usize, shard: usize) -> u64 {
+    let own = shards[shard].own_bytes();
+    own * model.layout.wide_ratio * moments as u64 + if model.has_remainders() { own } else { 0 }
 }
 
 /// Where, after a shard's gradients, further accumulators of parameters that it owns lie when they visit its device to

@@ -59,6 +59,18 @@ impl Model {
         Model::laid_out(graph.clone(), Some(graph), 1)
     }
 
+    /// Bytes of memory traffic of the update of `own` bytes of weights, with so many moments, as
+    /// [`Task::bytes`](crate::device::Task::bytes) counts them.
+    pub fn update_bytes(&self, own: u64, moments: usize) -> u64 {
+        let remainder = if self.has_remainders() { 2 * own } else { 0 };
+        2 * own + remainder + (1 + 2 * moments as u64) * self.wide_bytes(own)
+    }
+
+    /// Bytes of the gradient of `own` bytes of weights, or of one of their moments.
+    pub fn wide_bytes(&self, own: u64) -> u64 {
+        own * self.layout.wide_ratio
+    }
+
     fn laid_out(train: Graph, eval: Option<Graph>, microbatches: usize) -> Result<Model> {
         if train.layers.is_empty() || microbatches == 0 {
             return Err(Error::bad("a model needs a layer, and a minibatch at least one microbatch"));

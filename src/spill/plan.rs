@@ -6,7 +6,7 @@
 use super::homes::{HomeBudgets, Homes, choose_homes};
 use super::memory::{ArenaMap, Choice};
 use super::model::Model;
-use super::search::Search;
+use super::search::{Found, Search};
 use super::shard::ShardPrograms;
 use super::store::{HostMap, OnDisk, host_map, stretches};
 use crate::base::{Error, Result, format_bytes};
@@ -51,6 +51,9 @@ pub struct PlanOptions {
     /// Force how many shards rest on the device where not all do, as far as there are as many; `None` is as many as
     /// fit.
     pub resting: Option<usize>,
+    /// Force how many of the shards that visit are updated on the device, as far as there are as many; not with
+    /// clipping. `None` is as many as make a step shortest.
+    pub visiting_updates: Option<usize>,
     /// Force boundary tensors to stay on the device, or to leave it.
     pub boundaries_stay: Option<bool>,
     /// For a model among others, whose shards may each run on another of so many devices: nothing stays on a device
@@ -85,6 +88,7 @@ impl Default for PlanOptions {
             kept: None,
             resident: None,
             resting: None,
+            visiting_updates: None,
             boundaries_stay: None,
             anywhere: None,
             crosses: false,
@@ -116,7 +120,8 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// The fastest plan that fits.
+    /// The plan that fits and is the fastest by a quick estimate; [`plan_alone`](crate::engine::plan_alone) tells the
+    /// best few apart by what the executor makes of them.
     ///
     /// # Errors
     /// [`Error::OutOfBudget`] when none fits, with a table of what the smallest needs.
@@ -124,32 +129,52 @@ impl Plan {
         Ok(Plan::sketch(model, options, cost)?.own(model, options.recompute))
     }
 
-    /// The same plan of stand-ins, to compare with others.
+    /// The fastest plan of each kind that may be the fastest of all, that of [`Plan::new`] first.
+    ///
+    /// # Errors
+    /// As [`Plan::new`].
+    pub fn candidates(model: &Model, options: &PlanOptions, cost: &CostModel) -> Result<Vec<Plan>> {
+        let sketches = Plan::sketches(model, options, cost)?;
+        Ok(sketches.into_iter().map(|sketch| sketch.own(model, options.recompute)).collect())
+    }
+
+    /// The plan of [`Plan::new`], of stand-ins, to compare with others.
     pub(super) fn sketch(model: &Model, options: &PlanOptions, cost: &CostModel) -> Result<Plan> {
+        Ok(Plan::sketches(model, options, cost)?.swap_remove(0))
+    }
+
+    /// The candidates, of stand-ins; at least one.
+    fn sketches(model: &Model, options: &PlanOptions, cost: &CostModel) -> Result<Vec<Plan>> {
         if options.slots == 0 {
             return Err(Error::bad("slots is 0; at least 1 is needed"));
         }
         let mut search = Search::new(model, options, cost);
         search.run()?;
+        let candidates = search.take_candidates();
         let smallest =
             search.smallest.expect("every model has the cut into its layers, and each cut a smallest choice");
-        // What the host has no room for is refused by what it lacks.
-        match search.best.or(search.homeless.map(|(_, found)| found)) {
-            Some(best) => {
-                let plan = best.plan(model, options, smallest.arena.bytes);
-                let homes = [plan.homes(model)];
-                let budgets = HomeBudgets { host: options.host_budget, disk: options.disk_budget };
-                let on_disk = match options.on_disk {
-                    Some(on_disk) => on_disk,
-                    None => choose_homes(&homes, budgets, smallest.arena.bytes)?[0],
-                };
-                Ok(if on_disk == OnDisk::Nothing { plan } else { plan.at_home(model, on_disk) })
-            }
-            None => {
-                let needs = smallest.arena.bytes;
-                Err(refusal(model, &smallest.plan(model, options, needs), options))
+        let needs = smallest.arena.bytes;
+        if candidates.is_empty() {
+            return Err(refusal(model, &smallest.plan(model, options, needs), options));
+        }
+        let budgets = HomeBudgets { host: options.host_budget, disk: options.disk_budget };
+        let at_home = |found: Found| {
+            let plan = found.plan(model, options, needs);
+            // What the host has no room for is refused by what it lacks.
+            let on_disk = match options.on_disk {
+                Some(on_disk) => on_disk,
+                None => choose_homes(&[plan.homes(model)], budgets, needs)?[0],
+            };
+            Ok(if on_disk == OnDisk::Nothing { plan } else { plan.at_home(model, on_disk) })
+        };
+        let (mut plans, mut refused) = (Vec::new(), None);
+        for found in candidates {
+            match at_home(found) {
+                Ok(plan) => plans.push(plan),
+                Err(error) => refused = refused.or(Some(error)),
             }
         }
+        refused.filter(|_| plans.is_empty()).map_or(Ok(plans), Err)
     }
 
     /// A sketch with its shards' own programs.
@@ -172,7 +197,7 @@ impl Plan {
     /// urgent one for long. With one slot there is one piece: no double buffering means that nothing of a shard moves
     /// while another computes.
     pub fn pieces(&self, shard: usize) -> Vec<Range<u64>> {
-        if self.choice.updates_on_device {
+        if self.choice.updates_on_device(shard) {
             std::iter::once(0..self.own_bytes(shard)).collect()
         } else {
             self.copies(shard)
@@ -197,6 +222,11 @@ impl Plan {
     pub(super) fn at_home(&self, model: &Model, on_disk: OnDisk) -> Plan {
         let choice = Choice { on_disk, ..self.choice.clone() };
         Plan { host: host_map(model, &self.shards, &choice, self.moments), choice, ..self.clone() }
+    }
+
+    /// How many shards are updated on the device that has computed their gradients.
+    pub fn device_updates(&self) -> usize {
+        (0..self.shards.len()).filter(|&s| self.choice.updates_on_device(s)).count()
     }
 
     /// How many shards' state stays on the device.

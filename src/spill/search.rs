@@ -14,8 +14,13 @@ use super::stand_in::{Shards, Timed};
 use super::store::{OnDisk, host_map};
 use crate::base::{Error, Result};
 use crate::device::sim::CostModel;
+use std::cmp::Ordering;
 use std::collections::HashSet;
 use std::ops::Range;
+
+/// Estimates are taken to be no further than this times from the truth: a plan of another kind that is slower by more
+/// is not looked at again.
+const CLOSE: f64 = 1.5;
 
 /// A choice that the search has looked at.
 pub struct Found {
@@ -58,8 +63,9 @@ pub struct Search<'a> {
     options: &'a PlanOptions,
     cost: &'a CostModel,
     shards: Timed<'a>,
-    /// The fastest that fits.
-    pub best: Option<Found>,
+    /// The fastest that fits, of each kind: boundary tensors on the device or in host memory, updates of what visits by
+    /// the host alone or not. Estimates are truest among plans of one kind.
+    best: [Option<Found>; 4],
     /// The one that fits on the device and lacks the least of host memory, and how much that is.
     pub homeless: Option<(u64, Found)>,
     /// The one of the smallest arena.
@@ -69,7 +75,15 @@ pub struct Search<'a> {
 impl<'a> Search<'a> {
     /// A search that has found nothing yet.
     pub fn new(model: &'a Model, options: &'a PlanOptions, cost: &'a CostModel) -> Self {
-        Search { model, options, cost, shards: Timed::new(model, cost), best: None, homeless: None, smallest: None }
+        Search {
+            model,
+            options,
+            cost,
+            shards: Timed::new(model, cost),
+            best: Default::default(),
+            homeless: None,
+            smallest: None,
+        }
     }
 
     /// Looks at every cut.
@@ -134,7 +148,7 @@ impl<'a> Search<'a> {
         if self.options.anywhere.is_some() {
             if self.options.recompute != Recompute::Never || n == 1 {
                 let shards = self.build(cut, |_| false, twice);
-                self.choices_anywhere().iter().for_each(|choice| self.offer(&shards, choice));
+                self.choices_anywhere(n).iter().for_each(|choice| self.offer(&shards, choice));
             }
             return;
         }
@@ -157,6 +171,8 @@ impl<'a> Search<'a> {
     fn choices(&self, n: usize) -> Vec<Choice> {
         let (slots, microbatches) = (self.options.slots.min(n), self.model.microbatches);
         let deep = slots > 1;
+        let waits = self.options.clips || self.options.crosses || self.options.pipelined;
+        let told_updates = if waits { 0 } else { self.options.visiting_updates.unwrap_or(0).min(n) };
         let mut choices = Vec::new();
         for resident in [false, true] {
             let lone = self.model.layers() == 1;
@@ -181,7 +197,7 @@ impl<'a> Search<'a> {
                         activations: tier(activations),
                         gradients: tier(gradients.min(microbatches + 1)),
                         input_entries,
-                        updates_on_device: false,
+                        visiting_updates: if resident { 0 } else { told_updates },
                         crosses: self.options.crosses,
                         pipelined: self.options.pipelined,
                         on_disk: OnDisk::Nothing,
@@ -193,13 +209,13 @@ impl<'a> Search<'a> {
     }
 
     /// The ways for a model whose shards run anywhere, smallest first.
-    fn choices_anywhere(&self) -> Vec<Choice> {
+    fn choices_anywhere(&self, n: usize) -> Vec<Choice> {
         let slots = self.options.slots;
         // With four entries of a ring what comes in need not wait for what goes out.
         const DEPTHS: [(usize, usize, usize, usize); 5] =
             [(1, 2, 2, 1), (2, 2, 2, 1), (1, 3, 3, 2), (2, 3, 3, 2), (2, 4, 4, 2)];
         let depths = if slots == 1 { &DEPTHS[..1] } else { &DEPTHS };
-        let of = |updates_on_device: bool| {
+        let of = |visiting_updates: usize| {
             depths.iter().map(move |&(gradient_slots, activations, gradients, input_entries)| Choice {
                 resident: false,
                 resting: 0,
@@ -208,14 +224,14 @@ impl<'a> Search<'a> {
                 activations: BoundaryTier::Host { entries: activations },
                 gradients: BoundaryTier::Host { entries: gradients },
                 input_entries,
-                updates_on_device,
+                visiting_updates,
                 crosses: false,
                 pipelined: false,
                 on_disk: OnDisk::Nothing,
             })
         };
-        let on_device = if self.options.clips { None } else { Some(of(true)) };
-        of(false).chain(on_device.into_iter().flatten()).collect()
+        let on_device = if self.options.clips { None } else { Some(of(n)) };
+        of(0).chain(on_device.into_iter().flatten()).collect()
     }
 
     fn fits(&self, arena_bytes: u64) -> bool {
@@ -235,6 +251,7 @@ impl<'a> Search<'a> {
     fn offer(&mut self, shards: &Shards, choice: &Choice) {
         self.offer_one(shards, choice);
         self.offer_resting(shards, choice);
+        self.offer_visiting_updates(shards, choice);
     }
 
     fn offer_one(&mut self, shards: &Shards, choice: &Choice) {
@@ -246,12 +263,13 @@ impl<'a> Search<'a> {
             return;
         }
         let estimated_secs = match self.options.anywhere {
-            None => estimate_secs(self.model, shards, choice, self.options.clips, self.cost),
+            None => estimate_secs(self.model, shards, choice, self.options.moments, self.options.clips, self.cost),
             Some(devices) => {
                 estimate_anywhere_secs(self.model, shards, choice, self.options.moments, devices, self.cost)
             }
         };
-        let late = |want: f64| (chain_secs(self.model, shards, choice, self.cost) - want).max(0.0);
+        let late =
+            |want: f64| (chain_secs(self.model, shards, choice, self.options.moments, self.cost) - want).max(0.0);
         let unit_secs = || self.model.microbatches as f64 * shards.secs.iter().map(|s| s[1]).fold(0.0, f64::max);
         let coarse = |want: f64| (unit_secs() - want).max(0.0);
         let rank_secs =
@@ -260,32 +278,56 @@ impl<'a> Search<'a> {
         if is_smallest {
             self.smallest = Some(found(arena.clone()));
         }
-        let rank = |shards: &[ShardPrograms], choice: &Choice| {
-            let recomputes = shards[..shards.len() - 1].iter().any(|s| !s.kept);
-            let at_rest = choice.resident && (!recomputes || self.options.recompute == Recompute::Always);
-            (!at_rest, if at_rest { shards.len() } else { 0 })
-        };
-        let better = |best: &Found| {
-            // Estimates this close are the same.
-            let apart = rank_secs / best.rank_secs.max(1e-12) - 1.0;
-            let by_secs = if apart.abs() < 1e-3 { std::cmp::Ordering::Equal } else { apart.total_cmp(&0.0) };
-            let theirs = &best.shards.programs;
-            let by_size = (shards.programs.len(), arena.bytes).cmp(&(theirs.len(), best.arena.bytes));
-            rank(&shards.programs, choice).cmp(&rank(theirs, &best.choice)).then(by_secs).then(by_size).is_lt()
-        };
         if !self.fits(arena.bytes) {
             return;
         }
-        if !self.best.as_ref().is_none_or(better) {
+        let found = found(arena);
+        let kind = 2 * usize::from(choice.visiting_updates > 0)
+            + usize::from(choice.activations == BoundaryTier::Device && choice.gradients == BoundaryTier::Device);
+        if self.best[kind].as_ref().is_some_and(|best| self.order(&found, best).is_ge()) {
             return;
         }
         match self.host_lacks(shards, choice) {
-            0 => self.best = Some(found(arena)),
+            0 => self.best[kind] = Some(found),
             lacks if self.homeless.as_ref().is_none_or(|(least, _)| lacks < *least) => {
-                self.homeless = Some((lacks, found(arena)));
+                self.homeless = Some((lacks, found));
             }
             _ => {}
         }
+    }
+
+    /// Whether all its state is at home on the device, and nothing is computed twice that need not be.
+    fn is_at_rest(&self, found: &Found) -> bool {
+        let shards = &found.shards.programs;
+        let recomputes = shards[..shards.len() - 1].iter().any(|s| !s.kept);
+        found.choice.resident && (!recomputes || self.options.recompute == Recompute::Always)
+    }
+
+    /// Which of two plans is to be had: less is better.
+    fn order(&self, a: &Found, b: &Found) -> Ordering {
+        let rank = |found: &Found| match self.is_at_rest(found) {
+            true => (0, found.shards.programs.len()),
+            false => (1, 0),
+        };
+        let sizes = |found: &Found| (found.shards.programs.len(), found.arena.bytes);
+        // Estimates this close are the same.
+        let apart = a.rank_secs / b.rank_secs.max(1e-12) - 1.0;
+        let by_secs = if apart.abs() < 1e-3 { Ordering::Equal } else { apart.total_cmp(&0.0) };
+        rank(a).cmp(&rank(b)).then(by_secs).then(sizes(a).cmp(&sizes(b)))
+    }
+
+    /// The best of each kind that might be the fastest, the best by estimates first; where none fits, the one that
+    /// lacks the least of host memory.
+    pub fn take_candidates(&mut self) -> Vec<Found> {
+        let mut found: Vec<Found> = self.best.iter_mut().filter_map(Option::take).collect();
+        found.sort_by(|a, b| self.order(a, b));
+        let Some(best) = found.first() else {
+            return self.homeless.take().map(|(_, found)| found).into_iter().collect();
+        };
+        let (alone, most_secs) = (self.is_at_rest(best), CLOSE * best.estimated_secs);
+        let mut first = true;
+        found.retain(|found| std::mem::take(&mut first) || !alone && found.estimated_secs <= most_secs);
+        found
     }
 
     /// The same with as many shards at rest as fit, where not all are.
@@ -306,6 +348,31 @@ impl<'a> Search<'a> {
         }
         if most > 0 {
             self.offer_one(shards, &with(most));
+        }
+    }
+
+    /// The same with some of the shards that visit updated on the device instead of by the host, whose updates may take
+    /// longest of all, or of which a step waits for the first.
+    fn offer_visiting_updates(&mut self, shards: &Shards, choice: &Choice) {
+        let options = self.options;
+        let told = options.visiting_updates.is_some() || options.anywhere.is_some() || options.clips;
+        if told || choice.resident || choice.slots == 1 || choice.pipelined || choice.crosses {
+            return;
+        }
+        // Nothing can be gained on what already takes no longer than this arithmetic.
+        let arithmetic = self.model.microbatches as f64 * shards.secs.iter().flatten().sum::<f64>();
+        if self.best.iter().flatten().any(|best| best.estimated_secs < 1.02 * arithmetic) {
+            return;
+        }
+        let n = shards.programs.len();
+        let mut counts = vec![1, 2, n / 4, n / 2, 3 * n / 4, n];
+        counts.retain(|&count| count > 0 && count <= n);
+        counts.sort_unstable();
+        counts.dedup();
+        for visiting_updates in counts {
+            let with = Choice { visiting_updates, ..choice.clone() };
+            self.offer_one(shards, &with);
+            self.offer_resting(shards, &with);
         }
     }
 

@@ -93,7 +93,7 @@ fn disk_piece_bytes(model: &Model) -> u64 {
 pub(super) fn stretches(choice: &Choice, shard: usize, bytes: u64, disk_piece: u64) -> Vec<Range<u64>> {
     // Smaller pieces cost more to start than they hide: at 10 GB/s this is 26 microseconds. Where no update waits for a
     // piece, a piece only keeps a lane from boundary tensors; 0.4 milliseconds of that do no harm.
-    let least_bytes: u64 = if choice.updates_on_device { 4 << 20 } else { 256 << 10 };
+    let least_bytes: u64 = if choice.updates_on_device(shard) { 4 << 20 } else { 256 << 10 };
     const MOST: u64 = 8;
     let most = if choice.rests(shard) || choice.slots == 1 { 1 } else { MOST };
     let mut count = most.min(bytes / least_bytes).max(1);
@@ -179,7 +179,7 @@ fn gradient_places(shards: &[ShardPrograms], choice: &Choice, store: &mut Tape) 
 
 /// Bytes of a stage for what an update on the host reads from the disk: moments, then remainder, gradient and weight.
 fn update_stage_bytes(model: &Model, shards: &[ShardPrograms], choice: &Choice, moments: usize) -> u64 {
-    if choice.on_disk == OnDisk::Nothing || choice.updates_on_device {
+    if choice.on_disk == OnDisk::Nothing {
         return 0;
     }
     let of = |(s, shard): (usize, &ShardPrograms)| {
@@ -190,7 +190,7 @@ fn update_stage_bytes(model: &Model, shards: &[ShardPrograms], choice: &Choice, 
             .map(|part| align_up(part, ALIGNMENT))
             .sum()
     };
-    shards.iter().enumerate().filter(|(s, _)| !choice.rests(*s)).map(of).max().unwrap_or(0)
+    shards.iter().enumerate().filter(|(s, _)| !choice.updates_on_device(*s)).map(of).max().unwrap_or(0)
 }
 
 /// Bytes of what lies in such a stage for `bytes` of weights, each part at a multiple of [`ALIGNMENT`]: moments,

@@ -48,6 +48,12 @@ impl Bound {
         self.idle += other.idle;
     }
 
+    /// Of a sum over `count` windows, their mean.
+    pub fn mean(self, count: f64) -> Bound {
+        let [compute, h2d, d2h, host, disk, idle] = self.parts().map(|part| part / count);
+        Bound { compute, h2d, d2h, host, disk, idle }
+    }
+
     fn charge(&mut self, kind: LaneKind, secs: f64) {
         match kind {
             LaneKind::Compute => self.compute += secs,

@@ -4,6 +4,7 @@ use super::options::TrainOptions;
 use crate::base::{DType, Error, Result};
 use crate::data::{Batch, Source};
 use crate::device::sim::CostModel;
+use crate::engine::plan_alone;
 use crate::graph::{Graph, Input, Mode};
 use crate::nn::{InputShape, Network};
 use crate::spill::{Model, Plan, PlanOptions};
@@ -57,14 +58,14 @@ pub fn batch_inputs<'a>(graph: &Graph, batch: &'a Batch) -> Result<Vec<&'a [u8]>
     graph.inputs.iter().map(of).collect()
 }
 
-/// Plans a traced model under `options` with this machine's measured rates.
+/// Plans a traced model that has a device to itself, under `options` with this machine's measured rates.
 ///
 /// # Errors
 /// As [`Plan::new`].
-pub fn plan_model(model: &Model, options: &TrainOptions, cost: &CostModel) -> Result<Plan> {
+pub fn plan_model(model: &Arc<Model>, options: &TrainOptions, cost: &CostModel) -> Result<Arc<Plan>> {
     let wishes =
         PlanOptions { moments: options.optimizer.moments(), clips: options.clip.is_some(), ..options.plan.clone() };
-    Plan::new(model, &wishes, cost)
+    plan_alone(model, &wishes, cost)
 }
 
 /// Traces `network` for the tensors of `source` and plans it: all that [`Session::new`](super::Session::new) needs
@@ -82,7 +83,7 @@ pub fn prepare(
     if found != options.batch {
         return Err(Error::bad(format!("the data has {found} samples a minibatch, the options say {}", options.batch)));
     }
-    let model = trace_model(network, &inputs_of(source), options)?;
+    let model = Arc::new(trace_model(network, &inputs_of(source), options)?);
     let plan = plan_model(&model, options, cost)?;
-    Ok((Arc::new(model), Arc::new(plan)))
+    Ok((model, plan))
 }

@@ -282,11 +282,7 @@ fn step_bounds(models: &[ModelRows]) -> Vec<StepBound> {
         sum.add(&row.bound());
         *count += 1.0;
     }
-    let mean = |bound: Bound, count: f64| {
-        let [compute, h2d, d2h, host, disk, idle] = bound.parts().map(|part| part / count);
-        Bound { compute, h2d, d2h, host, disk, idle }
-    };
-    steps.into_iter().map(|(step, (bound, count))| StepBound { step, bound: mean(bound, count) }).collect()
+    steps.into_iter().map(|(step, (bound, count))| StepBound { step, bound: bound.mean(count) }).collect()
 }
 
 /// Totals of each lane over the kept steps, and a sentence on what they are of.

@@ -85,12 +85,12 @@ fn train(run: &Path, size: &Size) {
     options.schedule = Schedule::Cosine { warmup: size.steps / 5, min_lr: 1e-4 };
     options.clip = Some(1.0);
     options.device = crate::device::host::HostSpec { link_bytes_per_sec: size.link, ..Default::default() }.into();
-    let model = trace_model(network.as_ref(), &inputs_of(source.as_ref()), &options).unwrap();
+    let model = Arc::new(trace_model(network.as_ref(), &inputs_of(source.as_ref()), &options).unwrap());
     let whole = plan_model(&model, &options, &cost).unwrap();
     let (least, most) = (whole.smallest_device_bytes, whole.arena.bytes);
     let budget = least + ((most - least) as f64 * size.budget) as u64;
     options.plan = PlanOptions { device_budget: Some(budget), ..PlanOptions::default() };
-    let (plan, model) = (Arc::new(plan_model(&model, &options, &cost).unwrap()), Arc::new(model));
+    let plan = plan_model(&model, &options, &cost).unwrap();
     let prediction = predict(&model, &plan, &cost, true).unwrap();
     let shards: Vec<_> = (0..plan.shards.len())
         .map(|s| {

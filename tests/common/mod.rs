@@ -153,9 +153,9 @@ impl Case {
 
     pub fn plan(&self, options: &TrainOptions) -> Result<(Arc<Model>, Arc<Plan>)> {
         let inputs = inputs_of(self.source().as_ref());
-        let model = trace_model(self.pretrained.network.as_ref(), &inputs, options)?;
+        let model = Arc::new(trace_model(self.pretrained.network.as_ref(), &inputs, options)?);
         let plan = plan_model(&model, options, &stated())?;
-        Ok((Arc::new(model), Arc::new(plan)))
+        Ok((model, plan))
     }
 
     pub fn train(&self, options: &TrainOptions) -> Result<Outcome> {

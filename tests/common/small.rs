@@ -105,7 +105,7 @@ impl Small {
     pub fn plan(&self, options: &TrainOptions) -> Result<(Arc<Model>, Arc<Plan>)> {
         let model = self.model(options);
         let plan = plan_model(&model, options, &stated())?;
-        Ok((model, Arc::new(plan)))
+        Ok((model, plan))
     }
 
     /// A session with random first weights and data.

@@ -116,7 +116,7 @@ fn what_slots_keep_is_not_fetched_again() {
     let placed = placed(1, 1, 2);
     let (least, slot) = (FleetMap::new(&placed, 1).arena_bytes[0], slot_bytes(&placed));
     let shards = &placed[0].plan.shards;
-    assert!(!placed[0].plan.choice.updates_on_device && placed[0].model.microbatches == 1);
+    assert!(placed[0].plan.choice.visiting_updates == 0 && placed[0].model.microbatches == 1);
     // Boundary tensors stay in the rings' entries: a model that is alone fetches weights and its batch.
     let batch: u64 =
         shards.iter().flat_map(|s| s.forward.iter().chain(&s.backward)).map(|p| p.bytes(Area::Inputs)).sum();

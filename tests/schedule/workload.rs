@@ -154,7 +154,7 @@ impl fmt::Display for Workload {
             self.greatest_ratio(),
             choice.gradient_slots,
             choice.activations,
-            choice.updates_on_device,
+            choice.visiting_updates > 0,
         )
     }
 }
@@ -207,7 +207,7 @@ fn visits(p: &Placed, steps: f64, cost: &CostModel, share: f64) -> Vec<Visit> {
     let backward = |s: usize| {
         let (fetch, own) = (shards[s].fetch_bytes() as f64, shards[s].own_bytes() as f64);
         let moments = p.plan.moments as f64 * own;
-        let (state, leaves) = if choice.updates_on_device { (moments, own + moments) } else { (0.0, own) };
+        let (state, leaves) = if choice.updates_on_device(s) { (moments, own + moments) } else { (0.0, own) };
         visit(m * shards[s].backward_secs(cost), fetch + before(s) + after(s) + inputs(s) + state, before(s) + leaves)
     };
     let n = shards.len();

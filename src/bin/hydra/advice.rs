@@ -41,7 +41,7 @@ pub fn what_would_help(model: &Planned, planned: &PlannedJob) -> String {
         more.plan.slots += 1;
         tries.push((format!("slots = {}", more.plan.slots), more, cost.clone()));
     }
-    if !model.plan().choice.resident && !model.plan().choice.updates_on_device {
+    if model.plan().device_updates() < model.plan().shards.len() {
         let update = 2.0 * cost.host_update_bytes_per_sec;
         let norm = cost.host_norm_bytes_per_sec.map(|rate| 2.0 * rate);
         let faster = CostModel { host_update_bytes_per_sec: update, host_norm_bytes_per_sec: norm, ..cost.clone() };
@@ -78,7 +78,7 @@ fn predicted(model: &Planned, options: &TrainOptions, cost: &CostModel) -> Optio
     } else {
         Arc::new(trace_model(prepared.network(), &prepared.inputs, options).ok()?)
     };
-    let plan = Arc::new(plan_model(&traced, options, cost).ok()?);
+    let plan = plan_model(&traced, options, cost).ok()?;
     let prediction = predict(&traced, &plan, cost, options.clip.is_some()).ok()?;
     Some((prediction.step_secs, plan.arena.bytes))
 }

@@ -5,10 +5,10 @@ use crate::job::{DeviceKind, Job, Pipeline, Policy, Run};
 use crate::machine::{Machine, MachineDevice};
 use crate::setup::Prepared;
 use hydra::base::{Error, Result};
-use hydra::engine::{self, SimulateOptions, Simulation};
+use hydra::engine::{self, SimulateOptions, Simulation, plan_alone};
 use hydra::sched::{self, LocalityLrtf, by_name};
 use hydra::spill::{
-    Baseline, FleetDevice, FleetMap, FleetModel, Home, Lined, Model, Placed, Plan, PlanOptions, find_homes, named,
+    Baseline, FleetDevice, FleetMap, FleetModel, Home, Lined, Model, Placed, PlanOptions, find_homes, named,
     place_baseline, plan_fleet, plan_pipelined,
 };
 use hydra::trace::Recorder;
@@ -136,8 +136,7 @@ impl Placing {
             disk_budget: machine.homes.disk,
             ..options.clone()
         };
-        let plan = Plan::new(model, &options, &machine.devices[best].cost);
-        let plan: Arc<_> = plan.map_err(|e: Error| named(name, e))?.into();
+        let plan = plan_alone(model, &options, &machine.devices[best].cost).map_err(|e| named(name, e))?;
         let smallest_device_bytes = plan.smallest_device_bytes;
         let home = Home::On(vec![best as u16; plan.shards.len()]);
         let placed = vec![Placed { home, ..Placed::alone(Arc::clone(model), plan) }];

@@ -60,7 +60,7 @@ impl Planned {
             "resident": plan.choice.resident,
             "resting_shards": plan.resting_shards(),
             "slots": plan.choice.slots,
-            "updates_on_device": plan.choice.resident || plan.choice.updates_on_device,
+            "device_updates": plan.device_updates(),
             "step_secs": self.prediction.step_secs,
             "bound_secs": self.prediction.bound_secs,
             "bound": self.prediction.bound,

@@ -111,7 +111,12 @@ fn headline(model: &Planned, planned: &PlannedJob) -> String {
                 0 => format!("state in {home}"),
                 _ => format!("state of the first {} on the device, of others in {home}", count(resting, "shard")),
             };
-            format!("{state}, {}", count(slots, "weight slot"))
+            let updates = match (plan.choice.visiting_updates, plan.device_updates(), plan.shards.len()) {
+                (0, ..) => String::new(),
+                (_, updates, all) if updates == all => ", updates on the device".to_string(),
+                (_, updates, _) => format!(", updates of the first {} on the device", count(updates, "shard")),
+            };
+            format!("{state}{updates}, {}", count(slots, "weight slot"))
         }
     };
     let budget = planned.machine.first().budget.map_or(String::new(), |b| format!(" of {}", format_bytes(b)));
