@@ -376,6 +376,26 @@ fn keeps_what_it_promises(job: &Job, things: &[(&str, &str)]) -> String {
     help.to_string()
 }
 
+/// A link that carries the optimizer's state sooner than the host updates it; with clipping the host has to.
+#[test]
+fn a_plan_says_which_updates_a_device_makes() {
+    let model =
+        "name = 'gpt'\nfamily = 'gpt2'\nsteps = 10\nbatch = 8\ndtype = 'bf16'\ndata = { random = true, context = 512 }";
+    let device = "kind = 'sim'\nprofile = 'h100'\nmemory = '2 GiB'";
+    let job = Job::measured(&format!("[[device]]\n{device}\n[[model]]\n{model}\n"));
+    let clip = ["--set", "model.0.optimizer.clip=1"];
+    let text = |set: &[&str]| job.hydra(&[&["plan"], set].concat()).fine().out;
+    let (with, without) = (text(&clip), text(&[]));
+    assert!(without.contains("updates of the first") || without.contains("updates on the device"), "{without}");
+    assert!(!with.contains("updates of") && !with.contains("updates on"), "{with}");
+    let json = |set: &[&str]| job.hydra(&[&["plan", "--json"], set].concat()).fine().json()["models"][0].clone();
+    let (with, without) = (json(&clip), json(&[]));
+    assert_eq!(with["device_updates"], with["resting_shards"], "what rests is updated where it is");
+    assert!(without["device_updates"].as_u64() > without["resting_shards"].as_u64(), "{without}");
+    let secs = |plan: &Value| plan["step_secs"].as_f64().expect("seconds");
+    assert!(secs(&without) < 0.8 * secs(&with), "{} {}", secs(&without), secs(&with));
+}
+
 #[test]
 fn a_plan_for_one_model_says_what_would_help_and_keeps_it() {
     let sim = "[[device]]\nkind = 'sim'\nmemory = '200 KiB'\nlink = '4 MB/s'\nflops = '2 GFLOP/s'\nmemory_bandwidth = '400 MB/s'\n";
