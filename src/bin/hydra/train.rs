@@ -352,6 +352,7 @@ fn train_all(
     let live = board.live(fleet.engine());
     let inbox = Inbox::new(dir.at(rundir::INBOX));
     let began_with = planned.models.len();
+    let filled = planned.map.arena_bytes.iter().copied().map(Some).collect();
     let mut observer = RunObserver {
         planned,
         standings,
@@ -363,6 +364,7 @@ fn train_all(
         judges,
         inbox,
         arenas,
+        filled,
         stop,
         codes: BTreeMap::new(),
         saving: Rc::default(),
