@@ -119,6 +119,19 @@ fn a_search_ends_models_early_and_names_the_best() {
     job.hydra(&["simulate"]).bad(&["job.toml: model.0.search.stop: ", "survivors"]);
 }
 
+#[test]
+fn one_model_that_runs_out_of_patience_is_stopped() {
+    let search = "search = { stop = { kind = 'patience', evaluations = 1 } }\noptimizer = { lr = 0 }\n";
+    let text = "valid = { fraction = 0.2, every = 1 }";
+    let text = model("m", &format!("{search}{text}"))
+        .replace("vocab_size = 61, ", "")
+        .replace("random = true", "text = 'corpus.txt', tokenizer = 'bytes', context = 16");
+    let job = Job::new(&text);
+    fs::write(job.at("corpus.txt"), "The quick brown fox jumps over the lazy dog. ".repeat(40)).expect("corpus");
+    let ran = job.hydra(&["train"]).fine();
+    assert!(ran.out.contains("m: stopped, 2 steps done in "), "{ran:?}");
+}
+
 /// Steps and losses by model of a run's validations, and of what was reported to the rule of its search.
 fn judged(job: &Job, run: &str) -> [BTreeMap<String, Vec<(u64, u32)>>; 2] {
     let (mut valid, mut reported) = (BTreeMap::new(), BTreeMap::<_, Vec<_>>::new());
