@@ -1,8 +1,9 @@
 //! One `[[model]]` of a job: the network, its data and how long it is trained.
 
-use super::optimizer::{Optimizer, Schedule, read_optimizer, read_schedule};
+use super::optimizer::{read_optimizer, read_schedule};
 use super::section::{MOST, Section, show};
 use hydra::base::{Error, Result};
+use hydra::train::{Optimizer, Schedule};
 use serde_json::Map;
 use std::path::PathBuf;
 use toml::Value;
@@ -36,6 +37,8 @@ pub struct Model {
     pub length: Length,
     /// The update rule.
     pub optimizer: Optimizer,
+    /// Largest global norm of its gradients, above 0; none: they are left as they are.
+    pub clip: Option<f64>,
     /// How the learning rate changes.
     pub schedule: Schedule,
 }
@@ -204,7 +207,7 @@ pub fn read_model(s: &Section) -> Result<Model> {
         (Some(_), Some(_)) => return Err(s.fault("epochs", "steps is there too; keep one of them")),
         (None, None) => return Err(s.fault_here("steps or epochs is missing; write steps = 200")),
     };
-    let optimizer = read_optimizer(s)?;
+    let (optimizer, clip) = read_optimizer(s)?;
     let schedule = read_schedule(s)?;
     let (file, at, searched) = (s.origin().file.to_string(), s.at().to_string(), Vec::new());
     Ok(Model {
@@ -221,6 +224,7 @@ pub fn read_model(s: &Section) -> Result<Model> {
         frozen: frozen.unwrap_or_default(),
         length,
         optimizer,
+        clip,
         schedule,
     })
 }
