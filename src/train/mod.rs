@@ -3,6 +3,7 @@
 mod checkpoint;
 mod fleet;
 mod forward;
+mod json_lines;
 pub mod metrics;
 mod observer;
 mod optimizer;
@@ -21,6 +22,7 @@ mod weights;
 pub use checkpoint::{Change, Checkpoint, write_checkpoint, write_last_checkpoint};
 pub use fleet::{Fleet, FleetObserver};
 pub use forward::wait_forward;
+pub use json_lines::JsonLines;
 pub use observer::{Observer, StepReport};
 pub use optimizer::{Optimizer, Schedule};
 pub use options::TrainOptions;
