@@ -218,7 +218,7 @@ pub fn prepare(job: &Job, i: usize, texts: &Texts) -> Result<Prepared> {
     options.tf32 = model.dtype == "tf32";
     (options.optimizer, options.clip, options.schedule) = (model.optimizer, model.clip, model.schedule);
     options.tokenizer = identity;
-    options.network = Some(network.config().to_string());
+    options.network = Some(nn::settings(&network.config()).to_string());
     options.data = recipe.identity(texts)?;
     options.valid_every = model.valid.as_ref().map_or(50, |v| v.every);
     options.plan = PlanOptions {
