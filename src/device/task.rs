@@ -200,7 +200,7 @@ pub enum Task {
 }
 
 impl Task {
-    /// Bytes that it moves over a link, for copies; bytes of memory traffic for the rest, programs aside.
+    /// Bytes that it moves over a link, for copies; bytes of memory traffic for the rest.
     pub fn bytes(&self) -> u64 {
         match self {
             Task::Run(run) => run.program.traffic_bytes,
