@@ -11,6 +11,7 @@ mod options;
 mod prepare;
 mod report;
 pub mod results;
+pub mod run_files;
 mod save;
 mod selection;
 mod selection_log;

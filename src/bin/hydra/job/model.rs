@@ -2,6 +2,7 @@
 
 use super::optimizer::{read_optimizer, read_schedule};
 use super::section::{MOST, Section, show};
+use crate::rundir::is_taken;
 use hydra::base::{Error, Result};
 use hydra::train::{Optimizer, Schedule};
 use serde_json::Map;
@@ -167,25 +168,6 @@ pub const MODEL_KEYS: &[&str] = &[
 /// Bytes of the longest name.
 pub const LONGEST_NAME: usize = 200;
 
-/// Names in the run's directory that are not models'.
-const TAKEN_NAMES: [&str; 10] = [
-    ".",
-    "..",
-    "trace.json",
-    "plan.json",
-    "job.toml",
-    "results.csv",
-    "selection.jsonl",
-    "inbox",
-    "report.html",
-    "schedule.svg",
-];
-
-/// Whether the run's directory has another use for the name: those above, and traces of a run's earlier parts.
-fn is_taken(name: &str) -> bool {
-    TAKEN_NAMES.contains(&name) || name.starts_with("trace-until-") && name.ends_with(".json")
-}
-
 /// Reads one model; `search` is read elsewhere.
 pub fn read_model(s: &Section) -> Result<Model> {
     let name = read_name(s)?.to_string();
@@ -237,7 +219,7 @@ pub fn read_name<'a>(s: &Section<'a>) -> Result<&'a str> {
     let plain = !name.chars().any(|c| c == '/' || c == '\\' || c.is_control())
         && name.len() <= LONGEST_NAME
         && name.trim() == name;
-    if !plain || is_taken(name) {
+    if !plain || [".", ".."].contains(&name) || is_taken(name) {
         return Err(s.fault("name", format!("want {want}, got {}", show(&Value::String(name.to_string())))));
     }
     Ok(name)
