@@ -70,11 +70,6 @@ impl BatchesSource {
             wide: Vec::new(),
         })
     }
-
-    /// Minibatches in the file.
-    pub fn steps(&self) -> u64 {
-        self.steps
-    }
 }
 
 /// The file's tensors as minibatches.

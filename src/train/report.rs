@@ -14,7 +14,7 @@ use super::run_files;
 use crate::base::{Error, LaneId, Result, format_bytes, format_secs};
 use crate::nn::safely::write_safely;
 use crate::trace::{
-    Axis, Bound, ColourBy, Event, LaneRow, LaneSum, ModelCurves, ReportData, StepBound, Trace, gantt_svg, report_page,
+    Bound, ColourBy, Event, LaneRow, LaneSum, ModelCurves, ReportData, StepBound, Trace, gantt_svg, report_page,
 };
 use devices::device_rows;
 use outcomes::outcomes;
@@ -140,7 +140,6 @@ fn report_data(title: &str, plan: &PlanFile, models: &[ModelRows], trace: Option
         plan_columns,
         plan_rows,
         models: models.iter().map(curves).collect(),
-        loss_axis: Axis::Linear,
         outcome_columns: Vec::new(),
         outcome_rows: Vec::new(),
         steps: step_bounds(models),
