@@ -12,7 +12,7 @@ use hydra::device::host::{HostConfig, HostDevice, HostSpec};
 use hydra::device::sim::CostModel;
 use hydra::engine::{Stored, predict};
 use hydra::spill::{Model, OnDisk, Plan, PlanOptions};
-use hydra::train::TrainOptions;
+use hydra::train::{TrainOptions, write_checkpoint};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -148,6 +148,10 @@ fn a_disk_that_fails_in_the_middle_ends_the_step_and_is_named() {
         let folder = dir.path().display().to_string();
         let read = driver.engine.read_parameter(0, Stored::Moment(0), 0).expect_err("there is nothing to read");
         assert!(read.to_string().contains(&folder), "{on_disk:?}: {read}");
+        let checkpoint = dir.path().join("checkpoint.safetensors");
+        let written =
+            write_checkpoint(&checkpoint, &driver.engine, 0, &options, 1).expect_err("there is nothing to read");
+        assert_eq!(written.to_string(), read.to_string());
         let mut ended = driver.begin(1, |_| ());
         if ended.is_ok() {
             ended = driver.engine.wait_step(0).map(|_| ());

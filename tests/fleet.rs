@@ -557,6 +557,13 @@ impl FleetObserver for Changes<'_> {
         let last = self.entries.len() - 1;
         if !self.added && fleet.steps_done(0) >= 1 {
             self.added = true;
+            let home = Home::On(vec![0; self.placed[0].plan.shards.len()]);
+            let at_home = ModelToTrain {
+                placed: Placed { home, ..self.placed[0].clone() },
+                ..fleet_model(&self.entries[0], &self.placed[0])
+            };
+            let refused = fleet.wait_add(at_home).expect_err("it would move what the others keep on the device");
+            assert!(refused.to_string().contains("at home on devices"), "{refused}");
             let number = fleet.wait_add(fleet_model(&self.entries[last], &self.placed[last]))?;
             assert_eq!(number, last);
             let misfit = fleet_model(&self.entries[0], &self.placed[0]);

@@ -3,6 +3,8 @@
 //! A tensor's elements live in a buffer of 32-bit words: both element types are that wide, so the buffer is aligned for
 //! either by construction and a minibatch can be filled again without a new allocation.
 
+use super::checks::not_finite;
+use crate::base::tensorfile::Element;
 use crate::base::{DType, Error, Result, Shape};
 
 /// One tensor of a minibatch.
@@ -70,9 +72,40 @@ impl BatchTensor {
         bytemuck::cast_slice(&self.words)
     }
 
-    /// The elements' bits, to be written whatever their type.
-    pub(super) fn words_mut(&mut self) -> &mut [u32] {
-        &mut self.words
+    /// Fills it with a file's little-endian elements, which `read` puts into bytes: those of an `I64` are as many 64-bit
+    /// numbers, which go through `wide`. Gives the first element that does not fit 32 bits or is not finite, by its
+    /// place, with what is wrong with it; those after it are then unspecified.
+    ///
+    /// # Errors
+    /// What `read` returns.
+    ///
+    /// # Panics
+    /// When `element` is neither the tensor's own type nor, of an `I32`, `I64`.
+    pub fn fill_from(
+        &mut self,
+        element: Element,
+        wide: &mut Vec<i64>,
+        read: impl FnOnce(&mut [u8]) -> Result<()>,
+    ) -> Result<Option<(usize, String)>> {
+        if element == Element::I64 {
+            let narrow = self.as_i32_mut();
+            wide.resize(narrow.len().max(wide.len()), 0);
+            let wide = &mut wide[..narrow.len()];
+            read(bytemuck::cast_slice_mut(wide))?;
+            for (at, (wide, narrow)) in wide.iter().zip(narrow).enumerate() {
+                let wide = i64::from_le(*wide);
+                let Ok(fits) = i32::try_from(wide) else {
+                    return Ok(Some((at, format!("{wide} does not fit 32 bits"))));
+                };
+                *narrow = fits;
+            }
+            return Ok(None);
+        }
+        let own = if self.dtype == DType::F32 { Element::F32 } else { Element::I32 };
+        assert_eq!(element, own, "{} is {}", self.name, self.dtype);
+        read(bytemuck::cast_slice_mut(&mut self.words))?;
+        self.words.iter_mut().for_each(|word| *word = u32::from_le(*word));
+        Ok(if own == Element::F32 { not_finite(self) } else { None })
     }
 }
 

@@ -5,8 +5,7 @@
 //! [`tensorfile`](crate::base::tensorfile)), nor are the values: what does not fit an i32 and pixels that are not
 //! finite are errors.
 
-use super::checks::not_finite;
-use super::{Batch, BatchTensor, IGNORED, InputSpec, Source, files, names};
+use super::{Batch, IGNORED, InputSpec, Source, files, names};
 use crate::base::tensorfile::{Element, TensorEntry, TensorIndex, quoted};
 use crate::base::{DType, Error, Result, Shape};
 use std::fs::File;
@@ -70,11 +69,6 @@ impl BatchesSource {
             shift_labels: options.shift_labels,
             wide: Vec::new(),
         })
-    }
-
-    /// Minibatches in the file.
-    pub fn steps(&self) -> u64 {
-        self.steps
     }
 }
 
@@ -154,16 +148,6 @@ impl Layout {
     }
 }
 
-/// Writes little-endian 64-bit integers as 32-bit ones; finds the first that does not fit.
-fn narrow(wide: &[i64], tensor: &mut BatchTensor) -> Option<(usize, String)> {
-    for (at, (value, narrow)) in wide.iter().zip(tensor.as_i32_mut()).enumerate() {
-        let value = i64::from_le(*value);
-        let Ok(fits) = i32::try_from(value) else { return Some((at, format!("{value} does not fit 32 bits"))) };
-        *narrow = fits;
-    }
-    None
-}
-
 impl Source for BatchesSource {
     fn spec(&self) -> &InputSpec {
         &self.spec
@@ -181,20 +165,10 @@ impl Source for BatchesSource {
             let elems = tensor.shape.elems();
             // Below the file's length, which the header was checked against.
             let start = stored.start_bytes + index * elems as u64 * stored.element.bytes();
-            let mut read = |bytes: &mut [u8]| {
+            let fault = tensor.fill_from(stored.element, &mut self.wide, |bytes| {
                 let read = self.file.seek(SeekFrom::Start(start)).and_then(|_| self.file.read_exact(bytes));
                 read.map_err(|e| Error::io("read", &self.path, e))
-            };
-            let fault = if stored.element == Element::I64 {
-                self.wide.resize(elems.max(self.wide.len()), 0);
-                let wide = &mut self.wide[..elems];
-                read(bytemuck::cast_slice_mut(wide))?;
-                narrow(wide, tensor)
-            } else {
-                read(bytemuck::cast_slice_mut(tensor.words_mut()))?;
-                tensor.words_mut().iter_mut().for_each(|word| *word = u32::from_le(*word));
-                if tensor.dtype == DType::F32 { not_finite(tensor) } else { None }
-            };
+            })?;
             if let Some((at, what)) = fault {
                 let (tensor, at) = (&tensor.name, tensor.shape.position(at));
                 let message = format!("{}: tensor '{tensor}': step {index}, position {at}: {what}", self.name);

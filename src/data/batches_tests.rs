@@ -242,7 +242,7 @@ proptest! {
         }
         let (_folder, source) = open_bytes(&bytes, |_| {});
         match source {
-            Ok(mut source) => for step in 0..source.steps() {
+            Ok(mut source) => for step in 0..source.batches_per_epoch() {
                 if let Err(e) = fill(&mut source, step) {
                     prop_assert!(matches!(e, Error::BadInput(_)), "{}", e);
                 }

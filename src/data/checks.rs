@@ -49,31 +49,22 @@ pub(super) fn not_finite(tensor: &BatchTensor) -> Option<(usize, String)> {
     Some((at, format!("{} is not a finite number", tensor.as_f32()[at])))
 }
 
-/// Counts the labels that have a part in the loss, for each of `microbatches` equal parts of the minibatch in order:
-/// classes that are not [`IGNORED`]; of numbers (B, .., C), the targets of a regression, all rows. Their sum is what
-/// the minibatch's loss is divided by, known before any forward.
+/// Counts the labels of a minibatch that have a part in its loss, which is divided by their number: classes that are not
+/// [`IGNORED`]; of numbers (B, .., C), the targets of a regression, all rows. It is known before any forward.
 ///
 /// # Errors
-/// When the minibatch has no labels, they are numbers without an axis of columns, or `microbatches` does not divide its
-/// samples.
-pub fn labelled(batch: &Batch, microbatches: usize) -> Result<Vec<u64>> {
+/// When the minibatch has no labels, or they are numbers without an axis of columns.
+pub fn labelled(batch: &Batch) -> Result<u64> {
     let Some(labels) = batch.get(names::LABELS) else {
         return Err(Error::bad("the minibatch has no labels to count"));
     };
-    let samples = labels.shape.axes().first().copied().unwrap_or(1);
-    if microbatches == 0 || samples == 0 || !samples.is_multiple_of(microbatches) {
-        return Err(Error::bad(format!("{samples} samples do not divide into {microbatches} microbatches")));
-    }
     if labels.dtype == DType::F32 {
         if labels.shape.axes().len() < 2 {
             return Err(Error::bad(format!("labels: are f32 of shape {}, want (B, .., C)", labels.shape)));
         }
-        return Ok(vec![(labels.shape.rows() / microbatches) as u64; microbatches]);
+        return Ok(labels.shape.rows() as u64);
     }
-    let values = labels.as_i32();
-    let count = |part: &[i32]| part.iter().filter(|&&label| label != IGNORED).count() as u64;
-    let each = values.len() / microbatches;
-    Ok((0..microbatches).map(|m| count(&values[m * each..(m + 1) * each])).collect())
+    Ok(labels.as_i32().iter().filter(|&&label| label != IGNORED).count() as u64)
 }
 
 #[cfg(test)]
@@ -118,30 +109,25 @@ mod tests {
     }
 
     #[test]
-    fn labels_are_counted_per_microbatch() {
-        let labels = batch(names::LABELS, Shape::from([4, 2]), &[1, -100, -100, -100, 0, 5, 7, -100]);
-        assert_eq!(labelled(&labels, 1).unwrap(), [4]);
-        assert_eq!(labelled(&labels, 2).unwrap(), [1, 3]);
-        assert_eq!(labelled(&labels, 4).unwrap(), [1, 0, 2, 1]);
-        assert!(labelled(&labels, 3).is_err());
-        assert!(labelled(&labels, 0).is_err());
-        assert!(labelled(&Batch::default(), 1).is_err());
-        let flat = batch(names::LABELS, Shape::from([3]), &[1, -100, 2]);
-        assert_eq!(labelled(&flat, 3).unwrap(), [1, 0, 1]);
-        assert_eq!(labelled(&batch(names::LABELS, Shape::from([4, 0]), &[]), 2).unwrap(), [0, 0]);
+    fn labels_that_are_not_ignored_are_counted() {
+        let of = |axes: &[usize], values: &[i32]| labelled(&batch(names::LABELS, Shape::new(axes), values)).unwrap();
+        assert_eq!(of(&[4, 2], &[1, -100, -100, -100, 0, 5, 7, -100]), 4);
+        assert_eq!(of(&[3], &[1, -100, 2]), 2);
+        assert_eq!(of(&[4, 0], &[]), 0);
+        assert_eq!(of(&[0], &[]), 0);
+        assert!(labelled(&Batch::default()).is_err());
     }
 
     #[test]
     fn rows_of_numbers_are_all_labelled() {
-        let rows = |axes: &[usize], microbatches| {
+        let rows = |axes: &[usize]| {
             let shape = Shape::new(axes);
             let elems = shape.elems();
-            labelled(&numbers(shape, &vec![-100.0; elems]), microbatches)
+            labelled(&numbers(shape, &vec![-100.0; elems]))
         };
-        assert_eq!(rows(&[4, 3], 2).unwrap(), [2, 2]);
-        assert_eq!(rows(&[4, 5, 3], 4).unwrap(), [5; 4]);
-        assert!(rows(&[4, 3], 3).is_err());
-        assert_eq!(rows(&[4], 2).unwrap_err().to_string(), "labels: are f32 of shape 4, want (B, .., C)");
+        assert_eq!(rows(&[4, 3]).unwrap(), 4);
+        assert_eq!(rows(&[4, 5, 3]).unwrap(), 20);
+        assert_eq!(rows(&[4]).unwrap_err().to_string(), "labels: are f32 of shape 4, want (B, .., C)");
     }
 
     #[test]

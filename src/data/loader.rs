@@ -17,7 +17,6 @@ pub const DEFAULT_AHEAD: usize = 2;
 /// Hands out the minibatches of a source, which is run ahead on its own thread.
 pub struct Loader {
     spec: InputSpec,
-    batches_per_epoch: u64,
     /// `None` only while being dropped.
     full: Option<Receiver<Result<Batch>>>,
     empty: SyncSender<Batch>,
@@ -33,7 +32,7 @@ impl Loader {
     /// When the system has no thread for it.
     pub fn start(source: Box<dyn Source>, first_index: u64, ahead: usize) -> Result<Loader> {
         let ahead = ahead.max(1);
-        let (spec, batches_per_epoch) = (source.spec().clone(), source.batches_per_epoch());
+        let spec = source.spec().clone();
         // The one minibatch that the thread holds finished while the channel is full counts as made ahead.
         let (full_in, full) = sync_channel(ahead - 1);
         let (empty, empty_out) = sync_channel(ahead + 1);
@@ -45,17 +44,12 @@ impl Loader {
             .name("data".into())
             .spawn(move || run(source, first_index, &full_in, &empty_out))
             .map_err(|e| Error::Io { what: "cannot start the data thread".into(), source: e })?;
-        Ok(Loader { spec, batches_per_epoch, full: Some(full), empty, thread: Some(thread) })
+        Ok(Loader { spec, full: Some(full), empty, thread: Some(thread) })
     }
 
     /// What every minibatch looks like.
     pub fn spec(&self) -> &InputSpec {
         &self.spec
-    }
-
-    /// Minibatches in one pass over the data.
-    pub fn batches_per_epoch(&self) -> u64 {
-        self.batches_per_epoch
     }
 
     /// Waits for the next minibatch and takes it. Give it back with [`recycle`](Self::recycle) before taking another,

@@ -50,7 +50,6 @@ fn id(batch: &Batch) -> i32 {
 fn minibatches_come_in_order_from_any_start() {
     for (first, ahead) in [(0, 1), (5, 2), (999, 7), (31, 0)] {
         let loader = Loader::start(counting(u64::MAX, false).0, first, ahead).unwrap();
-        assert_eq!(loader.batches_per_epoch(), 1000);
         for index in first..first + 33 {
             let batch = loader.next().unwrap();
             assert_eq!(id(&batch), index as i32);

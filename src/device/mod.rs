@@ -17,7 +17,7 @@ pub use calibrate::{calibrate, calibrate_fleet};
 pub use sim::CostModel;
 pub use start::{DeviceMemory, DeviceSpec, DiskSpec, FleetMemory, gpus, start_fleet, why_no_cuda, why_no_emulator};
 pub use task::{
-    AdamwRule, Clip, CopySpan, Memory, Norm, Run, Scalars, Segment, SgdRule, Span, Spans, Task, Update, UpdateRule,
+    AdamwRule, Clip, CopySpan, Memory, Norm, Run, Scalars, Segment, SgdRule, Span, Task, Update, UpdateRule,
     norm_scratch_bytes,
 };
 

@@ -43,9 +43,6 @@ pub struct CopySpan {
     pub to: Span,
 }
 
-/// A few copies that belong together.
-pub type Spans = Vec<CopySpan>;
-
 /// What changes from step to step and microbatch to microbatch while a program stays the same.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Scalars {
@@ -190,9 +187,9 @@ pub enum Task {
     /// A program, on a compute lane.
     Run(Box<Run>),
     /// Copies, on a copy lane; from and to the disk, on a disk lane and with the host's store alone.
-    Copy(Spans),
+    Copy(Vec<CopySpan>),
     /// `acc[i] += x[i]` over stretches of f32: shared parameters' accumulators are joined.
-    Add(Spans),
+    Add(Vec<CopySpan>),
     /// Sums of squares.
     Norm(Box<Norm>),
     /// An optimizer's update.
@@ -200,7 +197,7 @@ pub enum Task {
 }
 
 impl Task {
-    /// Bytes that it moves over a link, for copies; bytes of memory traffic for the rest, programs aside.
+    /// Bytes that it moves over a link, for copies; bytes of memory traffic for the rest.
     pub fn bytes(&self) -> u64 {
         match self {
             Task::Run(run) => run.program.traffic_bytes,

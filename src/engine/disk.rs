@@ -14,7 +14,7 @@ use crate::spill::{OnDisk, update_stage_parts};
 use crate::trace::What;
 use std::ops::Range;
 
-/// Where an update on the host finds a piece of a shard's state.
+/// Where an update finds a piece of a shard's state.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct UpdatePiece {
     pub weight: Span,

@@ -9,13 +9,18 @@ use crate::spill::{Home, Placed};
 use std::sync::Arc;
 
 impl Engine {
-    /// Adds a model to those that take turns, and gives its number. Waits until the devices have come to rest between
-    /// units, so that the slots which models share can be laid out anew; no bit of any model depends on where they lie.
+    /// Adds a model whose shards run anywhere to those that take turns, and gives its number. Waits until the devices
+    /// have come to rest between units, so that the slots which models share can be laid out anew; no bit of any model
+    /// depends on where they lie.
     ///
     /// # Errors
     /// [`Error::OutOfBudget`] when the arenas have no room for it, [`Error::Device`] when the host has none or a device
-    /// fails, [`Error::BadInput`] when models do not take turns here. But for a failed device nothing has changed then.
+    /// fails, [`Error::BadInput`] when models do not take turns here, or this one is at home on devices: what others
+    /// keep there would have to move. But for a failed device nothing has changed then.
     pub fn wait_add(&mut self, placed: &Placed, options: EngineOptions) -> Result<usize> {
+        if placed.home != Home::Anywhere {
+            return Err(Error::bad("a model at home on devices cannot join others; one that runs anywhere can"));
+        }
         let Some(turns) = &mut self.turns else { return Err(Error::bad("models that run in lines take no others")) };
         let mut all: Vec<Placed> = self.members.iter().map(|m| m.placed.clone()).collect();
         all.push(placed.clone());
@@ -46,25 +51,21 @@ impl Engine {
         let new_maps = map.maps.into_iter().map(|maps| maps.into_iter().map(Arc::new).collect::<Vec<_>>());
         let mut ring_of = Vec::new();
         for (m, maps) in new_maps.enumerate() {
-            let shares = all[m].home == Home::Anywhere;
             if let Some(member) = self.members.get_mut(m) {
-                if shares {
+                if all[m].home == Home::Anywhere {
                     member.losses_on.fill(0);
                 }
                 member.maps = maps;
                 continue;
             }
-            for (d, map) in maps.iter().enumerate() {
-                let ring = if shares { self.shared_rings[d] } else { None };
-                ring_of.push(ring.unwrap_or_else(|| {
-                    self.rings.push(Rings::new(map, shares));
-                    self.rings.len() - 1
-                }));
-                if shares {
-                    // Slots are empty again: what they held lies elsewhere now.
-                    self.rings[ring_of[d]] = Rings::new(map, true);
-                    self.shared_rings[d] = Some(ring_of[d]);
+            for (map, shared) in maps.iter().zip(&mut self.shared_rings) {
+                let ring = *shared.get_or_insert(self.rings.len());
+                // Slots are empty again: what they held lies elsewhere now.
+                match self.rings.get_mut(ring) {
+                    Some(rings) => *rings = Rings::new(map, true),
+                    None => self.rings.push(Rings::new(map, true)),
                 }
+                ring_of.push(ring);
             }
             let options = options.clone();
             self.members.push(Member::new(placed, maps, std::mem::take(&mut ring_of), home, options));

@@ -88,7 +88,7 @@ pub(super) struct Member {
     /// Whether each shard's backward ran where its forward or its last backward had, so that the next visit may come
     /// there too.
     pub returns: Vec<bool>,
-    /// Resident: remainders and moments have been brought to the devices.
+    /// Remainders and moments of the shards that rest on devices have been brought there.
     pub state_fetched: bool,
     /// Tasks of its state on the way home.
     pub loose_tasks: u64,

@@ -19,7 +19,7 @@ pub enum Stored {
 }
 
 impl Engine {
-    /// Bytes of a model's part of the host's store.
+    /// Where in the host's store `offset` of a model's part of it lies.
     fn home(&self, model: usize, offset: u64) -> u64 {
         self.members[model].store + offset
     }

@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 use std::cell::RefCell;
 use std::ops::RangeInclusive;
 
-/// Keys that any config.json may have and that say nothing about the arithmetic.
+/// Keys that any config.json may have, whether its family reads them or not.
 const USUAL: [&str; 21] = [
     "_name_or_path",
     "architectures",
@@ -65,6 +65,11 @@ impl<'a> Fields<'a> {
     /// An error about a key.
     pub fn fault(&self, key: &str, what: impl std::fmt::Display) -> Error {
         Error::bad(format!("{}: {what}", self.place(key)))
+    }
+
+    /// The keys that were read, there or not.
+    pub fn read_keys(&self) -> Vec<&'static str> {
+        self.read.borrow().clone()
     }
 
     /// The value of a key, if it is there and not null.

@@ -13,7 +13,7 @@ mod parts;
 pub(crate) mod safely;
 mod save;
 
-pub use families::from_config;
+pub use families::{from_config, settings};
 pub use hub::{Pretrained, open};
 pub use save::{Form, SavedTensor, save};
 

@@ -18,7 +18,8 @@ const MOST_LINKS: usize = 40;
 /// where a pipe is there.
 ///
 /// # Errors
-/// When the folder is not there ([`Error::BadInput`]), or the operating system refuses.
+/// When the folder is not there ([`Error::BadInput`]), or the operating system refuses; as it is, an [`Error`] that
+/// `body` has wrapped with [`io::Error::other`]: what was to be written could not be had.
 pub fn write_safely(path: &Path, body: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
     let there = fs::metadata(path).ok();
     if there.as_ref().is_some_and(fs::Metadata::is_dir) {
@@ -28,7 +29,7 @@ pub fn write_safely(path: &Path, body: impl FnOnce(&mut dyn Write) -> io::Result
         return write_into(path, body);
     }
     let path = &resolve_links(path)?;
-    Pending::write(path, |out| body(out).map_err(|e| Error::io("write", path, e)))?.commit()?;
+    Pending::write(path, |out| body(out).map_err(|e| failure(path, e)))?.commit()?;
     sync_folder(path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")))
 }
 
@@ -36,7 +37,12 @@ pub fn write_safely(path: &Path, body: impl FnOnce(&mut dyn Write) -> io::Result
 fn write_into(path: &Path, body: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
     let file = File::options().write(true).open(path).map_err(|e| Error::refused("open", path, e))?;
     let mut out = BufWriter::with_capacity(AT_ONCE, file);
-    body(&mut out).and_then(|()| out.flush()).map_err(|e| Error::io("write", path, e))
+    body(&mut out).and_then(|()| out.flush()).map_err(|e| failure(path, e))
+}
+
+/// Why `path` was not written.
+fn failure(path: &Path, error: io::Error) -> Error {
+    error.downcast().unwrap_or_else(|error| Error::io("write", path, error))
 }
 
 /// The place to which `path` leads through links, though nothing may be there yet.
@@ -115,6 +121,8 @@ mod tests {
             Err(io::Error::other("disk full"))
         });
         assert_eq!(failed.unwrap_err().exit_code(), 1);
+        let failed = write_safely(&path, |_| Err(io::Error::other(Error::bad("no such tensor"))));
+        assert!(matches!(failed, Err(Error::BadInput(what)) if what == "no such tensor"));
         assert_eq!(fs::read(&path).unwrap(), b"old");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
         write_safely(&path, |out| out.write_all(b"new")).unwrap();

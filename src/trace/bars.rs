@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::chart::{Axis, Plot, head};
+use super::chart::{Plot, head};
 use super::svg::{self, escape, px};
 use crate::base::format_secs;
 
@@ -54,7 +54,6 @@ impl StackedBars {
             bottom: self.height - 46.0,
             x: (0.0, 1.0),
             y: (0.0, most / unit * 1.04),
-            axis: Axis::Linear,
         };
         plot.axes(&mut out, "step", &format!("{name} a step"));
         let pitch = (plot.right - plot.left) / self.bars.len() as f64;

@@ -2,17 +2,7 @@
 
 use std::fmt::Write;
 
-use super::svg::{self, escape, log_ticks, px, tick_label, tick_labels, ticks};
-
-/// How an axis of values is divided.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Axis {
-    /// Equal differences are equally long.
-    #[default]
-    Linear,
-    /// Equal ratios are equally long; values that are not positive are left out.
-    Log,
-}
+use super::svg::{self, escape, px, tick_label, tick_labels, ticks};
 
 /// How a series is drawn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,7 +28,6 @@ pub(super) struct Series {
 pub(super) struct LineChart {
     pub title: String,
     pub y_label: String,
-    pub axis: Axis,
     pub width: f64,
     pub height: f64,
     pub series: Vec<Series>,
@@ -52,7 +41,6 @@ pub(super) struct Plot {
     pub bottom: f64,
     pub x: (f64, f64),
     pub y: (f64, f64),
-    pub axis: Axis,
 }
 
 impl Plot {
@@ -61,31 +49,14 @@ impl Plot {
     }
 
     pub(super) fn y(&self, value: f64) -> f64 {
-        let share = match self.axis {
-            Axis::Linear => (value - self.y.0) / (self.y.1 - self.y.0),
-            Axis::Log => (value / self.y.0).ln() / (self.y.1 / self.y.0).ln(),
-        };
+        let share = (value - self.y.0) / (self.y.1 - self.y.0);
         self.bottom - share * (self.bottom - self.top)
     }
 
     /// Grid and ticks of the values, and the names of both axes.
     pub(super) fn axes(&self, out: &mut String, x_label: &str, y_label: &str) {
-        let (marks, labels) = match self.axis {
-            Axis::Linear => {
-                let ticks = ticks(self.y.0, self.y.1, ((self.bottom - self.top) / 27.0) as usize);
-                let labels = tick_labels(&ticks);
-                (ticks.at, labels)
-            }
-            Axis::Log => {
-                let at = log_ticks(self.y.0, self.y.1);
-                // Each tick by its own power of ten, or by the distance to its neighbour where they lie close.
-                let apart = at.windows(2).map(|pair| pair[1] - pair[0]).fold(f64::INFINITY, f64::min);
-                let label = |&at: &f64| tick_label(at, 10f64.powf(at.log10().floor()).min(apart));
-                let labels = at.iter().map(label).collect();
-                (at, labels)
-            }
-        };
-        for (&at, label) in marks.iter().zip(labels) {
+        let ticks = ticks(self.y.0, self.y.1, ((self.bottom - self.top) / 27.0) as usize);
+        for (&at, label) in ticks.at.iter().zip(tick_labels(&ticks)) {
             let y = self.y(at);
             let _ = writeln!(
                 out,
@@ -162,8 +133,8 @@ pub(super) fn head<'a>(
 impl LineChart {
     /// The chart as an SVG document; without a value to show it says so.
     pub(super) fn svg(&self) -> String {
-        // Nothing drawn comes near these; within them, differences and ratios stay finite.
-        let shown = |value: f64| value.abs() < 1e150 && (self.axis == Axis::Linear || value > 1e-150);
+        // Nothing drawn comes near it; within it, differences and ratios stay finite.
+        let shown = |value: f64| value.abs() < 1e150;
         let values = || self.series.iter().flat_map(|series| &series.points).filter(|point| shown(point.1));
         let low = values().map(|point| point.1).fold(f64::INFINITY, f64::min);
         let high = values().map(|point| point.1).fold(f64::NEG_INFINITY, f64::max);
@@ -186,8 +157,7 @@ impl LineChart {
             bottom: self.height - 46.0,
             // Far up, steps that differ may be one f64: the range must not be empty then either.
             x: (first as f64, (last as f64).max(first as f64 + 1.0).max(first as f64 * (1.0 + 1e-12))),
-            y: padded(low, high, self.axis),
-            axis: self.axis,
+            y: padded(low, high),
         };
         plot.axes(&mut out, "step", &self.y_label);
         plot.step_ticks(&mut out);
@@ -225,19 +195,12 @@ impl LineChart {
 }
 
 /// The range of an axis around the values, with room above and below.
-pub(super) fn padded(low: f64, high: f64, axis: Axis) -> (f64, f64) {
-    match axis {
-        Axis::Log if high > low * 1.0001 => (low / (high / low).powf(0.04), high * (high / low).powf(0.04)),
-        Axis::Log => (low / 2.0, high * 2.0),
-        Axis::Linear => {
-            let length = high - low;
-            let room =
-                if length > low.abs().max(high.abs()) * 1e-9 { length * 0.05 } else { high.abs().max(1e-12) * 0.5 };
-            // Zero is worth showing when it is near, and a positive quantity has nothing below it.
-            let floor = if low >= 0.0 && low - room <= length * 0.25 { 0.0 } else { low - room };
-            (floor, high + room)
-        }
-    }
+pub(super) fn padded(low: f64, high: f64) -> (f64, f64) {
+    let length = high - low;
+    let room = if length > low.abs().max(high.abs()) * 1e-9 { length * 0.05 } else { high.abs().max(1e-12) * 0.5 };
+    // Zero is worth showing when it is near, and a positive quantity has nothing below it.
+    let floor = if low >= 0.0 && low - room <= length * 0.25 { 0.0 } else { low - room };
+    (floor, high + room)
 }
 
 /// The points that can be seen: in each pixel column the lowest and the highest, where there are more than a few.
@@ -285,7 +248,7 @@ mod tests {
     use super::*;
     use crate::trace::svg::tests::check_tags;
 
-    fn chart(axis: Axis, points: Vec<(u64, f64)>) -> String {
+    fn chart(points: Vec<(u64, f64)>) -> String {
         let faint = Series { label: "raw".into(), colour: "#111111", style: LineStyle::Faint, points: points.clone() };
         let curve =
             Series { label: "a < b".into(), colour: "#222222", style: LineStyle::Curve, points: points.clone() };
@@ -293,7 +256,6 @@ mod tests {
         let svg = LineChart {
             title: "loss & more".into(),
             y_label: "loss".into(),
-            axis,
             width: 600.0,
             height: 300.0,
             series: vec![faint, curve, dots],
@@ -306,20 +268,16 @@ mod tests {
 
     #[test]
     fn lines_of_awkward_values() {
-        for axis in [Axis::Linear, Axis::Log] {
-            assert!(chart(axis, vec![]).contains("No values yet"));
-            assert!(chart(axis, vec![(0, f64::NAN), (1, f64::INFINITY)]).contains("No values yet"));
-            let svg =
-                chart(axis, vec![(0, 4.0), (1, 3.0), (2, f64::NAN), (3, 2.5), (4, 2.4), (5, f64::INFINITY), (6, 2.0)]);
-            // Two runs of two points are lines; the last one alone is a circle, twice, beside the five dots.
-            assert_eq!((svg.matches("<polyline").count(), svg.matches("<circle").count()), (4, 7));
-            for points in [vec![(7, 1.0)], vec![(0, 2.0), (1, 2.0)], vec![(u64::MAX - 1, 1e-30), (u64::MAX, 1e30)]] {
-                assert!(chart(axis, points).contains("<circle"));
-            }
+        assert!(chart(vec![]).contains("No values yet"));
+        assert!(chart(vec![(0, f64::NAN), (1, f64::INFINITY)]).contains("No values yet"));
+        let svg = chart(vec![(0, 4.0), (1, 3.0), (2, f64::NAN), (3, 2.5), (4, 2.4), (5, f64::INFINITY), (6, 2.0)]);
+        // Two runs of two points are lines; the last one alone is a circle, twice, beside the five dots.
+        assert_eq!((svg.matches("<polyline").count(), svg.matches("<circle").count()), (4, 7));
+        for points in [vec![(7, 1.0)], vec![(0, 2.0), (1, 2.0)], vec![(u64::MAX - 1, 1e-30), (u64::MAX, 1e30)]] {
+            assert!(chart(points).contains("<circle"));
         }
-        assert!(chart(Axis::Linear, vec![(0, 0.0), (1, 0.0)]).contains("<polyline"));
-        assert!(chart(Axis::Linear, vec![(0, -f64::MAX), (1, f64::MAX)]).contains("No values yet"));
-        assert!(chart(Axis::Log, vec![(0, 0.0), (1, -1.0)]).contains("No values yet"));
+        assert!(chart(vec![(0, 0.0), (1, 0.0)]).contains("<polyline"));
+        assert!(chart(vec![(0, -f64::MAX), (1, f64::MAX)]).contains("No values yet"));
     }
 
     #[test]

@@ -18,7 +18,6 @@ mod svg;
 mod sweep;
 mod utilisation;
 
-pub use chart::Axis;
 pub use chrome::{Trace, read_trace};
 pub use event::{Event, TaskName, What};
 pub use gantt::{ColourBy, GanttOptions, gantt_svg};

@@ -5,7 +5,7 @@
 use std::fmt::Write;
 
 use super::bars::{Bar, StackedBars};
-use super::chart::{Axis, LineChart, LineStyle, Series, smoothed};
+use super::chart::{LineChart, LineStyle, Series, smoothed};
 use super::svg::{BOUND_COLOURS, colour, escape};
 use super::{Bound, ColourBy, Event, GanttOptions, LaneSum, gantt_svg};
 use crate::base::{LaneKind, format_bytes, format_secs};
@@ -83,8 +83,6 @@ pub struct ReportData {
     pub outcome_rows: Vec<Vec<String>>,
     /// The models' curves.
     pub models: Vec<ModelCurves>,
-    /// How the axis of losses is divided.
-    pub loss_axis: Axis,
     /// What bound each step, ascending in step.
     pub steps: Vec<StepBound>,
     /// What the devices did.
@@ -273,28 +271,11 @@ fn curves(out: &mut String, data: &ReportData) {
             points: of(model).clone(),
         });
         let series = series.collect();
-        LineChart {
-            title: title.into(),
-            y_label: String::new(),
-            axis: Axis::Linear,
-            width: 570.0,
-            height: 240.0,
-            series,
-        }
+        LineChart { title: title.into(), y_label: String::new(), width: 570.0, height: 240.0, series }
     };
     section(out, "Training", |out| {
-        let title = match data.loss_axis {
-            Axis::Linear => "Loss",
-            Axis::Log => "Loss, logarithmic axis",
-        };
-        let chart = LineChart {
-            title: title.into(),
-            y_label: "loss".into(),
-            axis: data.loss_axis,
-            width: WIDTH,
-            height: 400.0,
-            series: loss,
-        };
+        let chart =
+            LineChart { title: "Loss".into(), y_label: "loss".into(), width: WIDTH, height: 400.0, series: loss };
         let rate = small("Learning rate", |model| &model.learning_rate);
         let norm = small("Gradient norm", |model| &model.grad_norm);
         let _ = writeln!(

@@ -148,16 +148,6 @@ impl Recorder {
         self.total_steps.store(self.keep.total_steps, Ordering::Relaxed);
     }
 
-    /// Totals so far, a row per lane, in lane order.
-    pub fn sums(&self) -> &[LaneSum] {
-        &self.sums
-    }
-
-    /// Events dropped so far.
-    pub fn dropped(&self) -> u64 {
-        self.dropped
-    }
-
     /// Waits until the writer has written what is in the ring, closes the file and says what it came to.
     ///
     /// # Errors

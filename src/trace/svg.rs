@@ -127,21 +127,6 @@ pub(super) fn ticks(low: f64, high: f64, count: usize) -> Ticks {
     Ticks { at: (0..=(last - first) as u32).map(|i| (first + f64::from(i)) * step).collect(), step }
 }
 
-/// Ticks of a logarithmic axis between positive `low` and `high`: powers of ten, with 2 and 5 between them where few
-/// fit.
-pub(super) fn log_ticks(low: f64, high: f64) -> Vec<f64> {
-    let (first, last) = (low.log10().floor() as i32, high.log10().ceil() as i32);
-    let every = ((last - first) / 8).max(1) as usize;
-    let within = |&value: &f64| value >= low * 0.999 && value <= high * 1.001;
-    let tens: Vec<f64> = (first..=last).step_by(every).map(|e| 10f64.powi(e)).filter(within).collect();
-    if tens.len() >= 3 {
-        return tens;
-    }
-    let finer: Vec<f64> =
-        (first..=last).flat_map(|e| [1.0, 2.0, 5.0].map(|m| m * 10f64.powi(e))).filter(within).collect();
-    if finer.len() >= 2 { finer } else { ticks(low, high, 4).at }
-}
-
 /// The numbers of an axis, all in one form: with powers of ten where the greatest needs them, or where it is small and
 /// its neighbours would.
 pub(super) fn tick_labels(ticks: &Ticks) -> Vec<String> {
@@ -241,10 +226,6 @@ pub(super) mod tests {
         assert_eq!(labels(0.0, 2.5e7, 2), ["0", "2e7"]);
         assert_eq!(labels(1e9, 1e9 + 1e-9, 4).len(), 1);
         assert_eq!(tick_label(1.5e-4, 5e-5), "1.5e-4");
-        assert_eq!(log_ticks(0.5, 2000.0), [1.0, 10.0, 100.0, 1000.0]);
-        assert_eq!(log_ticks(1.7, 11.0), [2.0, 5.0, 10.0]);
-        assert_eq!(log_ticks(1e-30, 1e30).len(), 9);
-        assert!(!log_ticks(2.1, 2.2).is_empty());
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::chart::{Axis, Plot, head, padded};
+use super::chart::{Plot, head, padded};
 use super::svg::{self, colour, escape, px};
 use crate::base::format_secs;
 
@@ -68,8 +68,7 @@ pub fn sweep_svg(plot: &SweepPlot) -> String {
         top,
         bottom: height - 46.0,
         x: (first - room, last + room),
-        y: padded(0.0, most / unit, Axis::Linear),
-        axis: Axis::Linear,
+        y: padded(0.0, most / unit),
     };
     frame.axes(&mut out, &plot.axis, &format!("makespan, {name} (bound dashed)"));
     frame.value_ticks(&mut out, places.iter().copied().zip(plot.values.iter().map(String::as_str)));

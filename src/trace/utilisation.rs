@@ -100,13 +100,6 @@ impl LaneSum {
     pub fn flops_per_sec(&self) -> Option<f64> {
         (self.flops > 0.0 && self.busy_secs > 0.0).then(|| self.flops / self.busy_secs)
     }
-
-    /// The fewest seconds the lane's work can take: flops over their rate for compute, bytes over their bandwidth for
-    /// the others. `None` where no ceiling is known.
-    pub fn least_secs(&self, ceilings: &Ceilings) -> Option<f64> {
-        let per_sec = ceilings.of(self.lane.kind)?;
-        Some(if self.lane.kind == LaneKind::Compute { self.flops / per_sec } else { self.bytes as f64 / per_sec })
-    }
 }
 
 /// What each kind of lane can do at best; `None` where it is not known.

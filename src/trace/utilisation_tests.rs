@@ -86,7 +86,7 @@ fn sums_and_ceilings() {
     assert_eq!(sums[1], LaneSum { lane: UP, tasks: 2, busy_secs: 4.0, bytes: 16, flops: 4.0 });
     assert_eq!((sums[1].bytes_per_sec(), sums[2].bytes_per_sec()), (Some(4.0), None));
     let ceilings = Ceilings { flops_per_sec: Some(4.0), h2d_bytes_per_sec: Some(8.0), ..Ceilings::default() };
-    assert_eq!(sums.iter().map(|sum| sum.least_secs(&ceilings)).collect::<Vec<_>>(), [Some(0.5), Some(2.0), None]);
+    assert_eq!(sums.iter().map(|sum| ceilings.of(sum.lane.kind)).collect::<Vec<_>>(), [Some(4.0), Some(8.0), None]);
     assert_eq!(Ceilings { flops_per_sec: Some(0.0), ..ceilings }.of(LaneKind::Compute), None);
     account.finish_step(5.0, 6.0);
     assert!(account.sums().iter().all(|sum| sum.tasks == 0), "a step's sums start anew");

@@ -27,22 +27,11 @@ const TF32: &str = "tf32";
 const TOKENIZER: &str = "tokenizer";
 /// Under which it says what is not trained: of that it has no moments.
 const FROZEN: &str = "frozen";
-/// The key of the network's config.json.
+/// The key of the network's settings, by config.json's keys.
 const NETWORK: &str = "network";
-/// Keys of a config.json that are of no account to a model in training, or that its tensors' shapes tell.
-const OF_NO_ACCOUNT: [&str; 11] = [
-    "_name_or_path",
-    "architectures",
-    "bos_token_id",
-    "dtype",
-    "eos_token_id",
-    "id2label",
-    "initializer_range",
-    "label2id",
-    "n_inner",
-    "transformers_version",
-    "use_cache",
-];
+/// Of those the keys that are of no account to a model in training, or that its tensors' shapes tell.
+const OF_NO_ACCOUNT: [&str; 6] =
+    ["id2label", "initializer_range", "n_inner", "position_embedding_type", "problem_type", "reorder_and_upcast_attn"];
 /// The key of whether the model had come to its end.
 const ENDED: &str = "ended";
 /// Keys of the optimizer on which it depends what the moments are.
@@ -93,8 +82,8 @@ fn updates(options: &TrainOptions) -> Vec<(&'static str, String)> {
     all
 }
 
-/// The first key of which both config.json know, and that makes another network of it, with its values. A key that only
-/// one of them has is from another version of this program.
+/// The first key of which both settings know, and that makes another network of it, with its values. A key that only one
+/// of them has is from another version of this program.
 fn network_change(was: &str, is: &str) -> Option<(String, Value, Value)> {
     let read = |text| serde_json::from_str::<Map<String, Value>>(text).ok();
     let (was, is) = (read(was)?, read(is)?);

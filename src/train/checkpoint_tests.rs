@@ -215,7 +215,7 @@ fn differences_and_damage_are_named() {
         ..options()
     };
     open().check(&of("{}", "9 bytes"), engine.model(0)).unwrap();
-    write_checkpoint(&path, &engine, 0, &of(r#"{"n_head":1,"epsilon":1,"use_cache":true,"old":1}"#, "9 bytes"), 3)
+    write_checkpoint(&path, &engine, 0, &of(r#"{"n_head":1,"epsilon":1,"n_inner":null,"old":1}"#, "9 bytes"), 3)
         .unwrap();
     refused(of(r#"{"n_head":2}"#, "9 bytes"), engine.model(0), "config.n_head is 1 in the checkpoint, 2 in the job");
     refused(
@@ -223,7 +223,7 @@ fn differences_and_damage_are_named() {
         engine.model(0),
         "config.epsilon is 1 in the checkpoint, 1.5 in the job",
     );
-    for same in [of(r#"{"epsilon":1.0,"n_head":1,"use_cache":false,"new":2}"#, "9 bytes"), options()] {
+    for same in [of(r#"{"epsilon":1.0,"n_head":1,"n_inner":12,"new":2}"#, "9 bytes"), options()] {
         open().check(&same, engine.model(0)).unwrap();
         assert_eq!(open().changes(&same), []);
     }

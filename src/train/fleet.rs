@@ -438,7 +438,7 @@ impl Fleet {
         let trainee = &mut self.trainees[model];
         let step = trainee.begun;
         let batch = trainee.loader()?.next()?;
-        let labels = labelled(&batch, 1)?.iter().sum::<u64>();
+        let labels = labelled(&batch)?;
         if labels == 0 {
             return Err(Error::bad(format!("step {step}: no position of the minibatch has a label")));
         }

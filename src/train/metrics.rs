@@ -1,13 +1,11 @@
 //! metrics.jsonl: one JSON object a line, for every step and every validation.
 
-use crate::base::{Error, Result};
-use crate::nn::safely::write_safely;
+use super::json_lines::{JsonLines, read, salvage};
+use crate::base::Result;
 use crate::trace::Bound;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
-use std::fs::{File, OpenOptions};
-use std::io::{BufRead, BufReader, BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// One line. The loss is f32 and is written with the digits that give the same f32 back.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -101,8 +99,7 @@ fn finite_or_nan<'de, D: serde::Deserializer<'de>, T: Deserialize<'de> + From<f3
 /// Appends rows to a file.
 #[derive(Debug)]
 pub struct Metrics {
-    path: PathBuf,
-    file: BufWriter<File>,
+    lines: JsonLines<Row>,
     secs: f64,
     missing: u64,
 }
@@ -115,25 +112,23 @@ impl Metrics {
     /// # Errors
     /// When the file cannot be read or written.
     pub fn open(path: &Path, step: u64) -> Result<Metrics> {
-        let mut kept = if step == 0 { Vec::new() } else { rows_left(path)? };
+        let mut kept = if step == 0 || !path.exists() { Vec::new() } else { salvage(path)? };
         kept.retain(|row| match row {
             Row::Step(r) => r.step < step,
             // A validation at the very step is done again.
             Row::Valid(r) => r.step < step,
         });
-        let line = |row: &Row| serde_json::to_string(row).expect("a row is plain numbers");
         // Whole or not at all: rows of steps that a checkpoint has are made by nobody again.
-        write_safely(path, |out| kept.iter().try_for_each(|row| writeln!(out, "{}", line(row))))?;
-        let file = OpenOptions::new().append(true).open(path).map_err(|e| Error::io("open", path, e))?;
+        let lines = JsonLines::open(path, &kept)?;
         let secs = secs(&kept);
         let steps = kept.iter().filter_map(|row| if let Row::Step(r) = row { Some(r.step) } else { None });
         let missing = step - steps.collect::<BTreeSet<u64>>().len() as u64;
-        Ok(Metrics { path: path.to_path_buf(), file: BufWriter::with_capacity(1 << 16, file), secs, missing })
+        Ok(Metrics { lines, secs, missing })
     }
 
     /// Where the file is.
     pub fn path(&self) -> &Path {
-        &self.path
+        self.lines.path()
     }
 
     /// Steps before the one gone on from whose rows were not there.
@@ -146,12 +141,7 @@ impl Metrics {
     /// # Errors
     /// When the system refuses.
     pub fn wait_sync(&mut self) -> Result<()> {
-        let synced = self.file.flush().and_then(|()| self.file.get_ref().sync_data());
-        match synced {
-            // A link may lead to a device or a pipe, and those have no disk.
-            Err(e) if e.kind() == std::io::ErrorKind::InvalidInput => Ok(()),
-            other => other.map_err(|e| Error::io("write", &self.path, e)),
-        }
+        self.lines.wait_sync()
     }
 
     /// Seconds of all rows in the file.
@@ -164,15 +154,9 @@ impl Metrics {
     /// # Errors
     /// When the disk is full.
     pub fn write(&mut self, row: &Row) -> Result<()> {
-        let line = serde_json::to_string(row).expect("a row is plain numbers");
-        self.line(&line)?;
+        self.lines.write(row)?;
         self.secs += row.secs();
         Ok(())
-    }
-
-    fn line(&mut self, line: &str) -> Result<()> {
-        let written = writeln!(self.file, "{line}").and_then(|()| self.file.flush());
-        written.map_err(|e| Error::io("write", &self.path, e))
     }
 }
 
@@ -182,36 +166,12 @@ pub fn secs(rows: &[Row]) -> f64 {
     rows.iter().map(Row::secs).fold(0.0, |sum, secs| sum + secs)
 }
 
-/// What of a file is rows; none where there is no file.
-fn rows_left(path: &Path) -> Result<Vec<Row>> {
-    let bytes = match std::fs::read(path) {
-        Ok(bytes) => bytes,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(e) => return Err(Error::io("read", path, e)),
-    };
-    Ok(bytes.split(|&byte| byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect())
-}
-
 /// Reads a file's rows. A last line that was cut off is left out.
 ///
 /// # Errors
-/// When the file cannot be read, or a line before the last is no row.
+/// When the file cannot be read, or a whole line is no row.
 pub fn read_rows(path: &Path) -> Result<Vec<Row>> {
-    let file = File::open(path).map_err(|e| Error::io("read", path, e))?;
-    let lines: Vec<String> =
-        BufReader::new(file).lines().collect::<std::io::Result<_>>().map_err(|e| match e.kind() {
-            std::io::ErrorKind::InvalidData => Error::bad(format!("{}: {e}", path.display())),
-            _ => Error::io("read", path, e),
-        })?;
-    let mut rows = Vec::new();
-    for (i, line) in lines.iter().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
-        match serde_json::from_str(line) {
-            Ok(row) => rows.push(row),
-            Err(_) if i + 1 == lines.len() => {}
-            Err(e) => return Err(Error::bad(format!("{}: line {}: {e}", path.display(), i + 1))),
-        }
-    }
-    Ok(rows)
+    read(path)
 }
 
 #[cfg(test)]
@@ -263,14 +223,6 @@ mod tests {
         assert_eq!((left.missing(), read_rows(&path).unwrap().len()), (2, 2));
         left.wait_sync().unwrap();
         std::fs::remove_file(&path).unwrap();
-        #[cfg(unix)]
-        {
-            let nowhere = dir.path().join("nowhere.jsonl");
-            std::os::unix::fs::symlink("/dev/null", &nowhere).unwrap();
-            let mut metrics = Metrics::open(&nowhere, 0).unwrap();
-            metrics.write(&rows[0]).unwrap();
-            metrics.wait_sync().unwrap();
-        }
         assert_eq!(Metrics::open(&path, 4).unwrap().missing(), 4);
         assert_eq!(Metrics::open(&path, 0).unwrap().missing(), 0);
         std::fs::write(&path, "{\"step\":0,\"valid_loss\":1.0,\"secs\":0.5}\n{\"step\":1,\"lo").unwrap();

@@ -87,31 +87,37 @@ impl Optimizer {
     /// # Errors
     /// When one is negative, not finite, or a decay is not below 1.
     pub fn check(&self) -> Result<()> {
-        let at_least_0 = |name: &str, x: f64| match x.is_finite() && x >= 0.0 {
-            true => Ok(()),
-            false => Err(Error::bad(format!("optimizer: {name} is {x}, want 0 or more"))),
-        };
-        let decay = |name: &str, x: f64| match (0.0..1.0).contains(&x) {
-            true => Ok(()),
-            false => Err(Error::bad(format!("optimizer: {name} is {x}, want 0 <= {name} < 1"))),
-        };
-        at_least_0("lr", self.lr())?;
-        match *self {
-            Optimizer::Adamw { betas, epsilon, weight_decay, .. } => {
-                decay("beta1", betas.0)?;
-                decay("beta2", betas.1)?;
-                at_least_0("eps", epsilon)?;
-                at_least_0("weight_decay", weight_decay)
-            }
-            Optimizer::Sgd { momentum, nesterov, weight_decay, .. } => {
-                decay("momentum", momentum)?;
-                if nesterov && momentum == 0.0 {
-                    return Err(Error::bad("optimizer: nesterov needs a momentum above 0"));
-                }
-                at_least_0("weight_decay", weight_decay)
-            }
-        }
+        self.fault().map_or(Ok(()), |(key, what)| Err(Error::bad(format!("optimizer.{key}: {what}"))))
     }
+
+    /// The key of the first number that cannot be meant, as a job file has it, with what is wanted and what it is.
+    pub fn fault(&self) -> Option<(&'static str, String)> {
+        let lr = at_least_0("lr", self.lr());
+        lr.or_else(|| match *self {
+            Optimizer::Adamw { betas, epsilon, weight_decay, .. } => {
+                let want = "want two numbers from 0 up to, not including, 1";
+                let two = || Some(("betas", format!("{want}, got [{:?}, {:?}]", betas.0, betas.1)));
+                let fault = if is_decay(betas.0) && is_decay(betas.1) { None } else { two() };
+                fault.or_else(|| at_least_0("eps", epsilon)).or_else(|| at_least_0("weight_decay", weight_decay))
+            }
+            Optimizer::Sgd { momentum, .. } if !is_decay(momentum) => {
+                Some(("momentum", format!("want a number from 0 up to, not including, 1, got {momentum}")))
+            }
+            Optimizer::Sgd { momentum: 0.0, nesterov: true, .. } => {
+                Some(("nesterov", "needs momentum above 0; write momentum = 0.9 or leave nesterov out".into()))
+            }
+            Optimizer::Sgd { weight_decay, .. } => at_least_0("weight_decay", weight_decay),
+        })
+    }
+}
+
+fn at_least_0(key: &'static str, x: f64) -> Option<(&'static str, String)> {
+    let fits = x.is_finite() && x >= 0.0;
+    (!fits).then(|| (key, format!("want a number of at least 0, got {x}")))
+}
+
+fn is_decay(x: f64) -> bool {
+    (0.0..1.0).contains(&x)
 }
 
 /// How the learning rate changes over a run. Warm-up goes linearly from 0 to the peak over `warmup` steps.
@@ -161,13 +167,14 @@ impl Schedule {
     /// # Errors
     /// When it is negative or not finite.
     pub fn check(&self) -> Result<()> {
+        self.fault().map_or(Ok(()), |(key, what)| Err(Error::bad(format!("schedule.{key}: {what}"))))
+    }
+
+    /// The same by its key, as a job file has it, with what is wanted and what it is.
+    pub fn fault(&self) -> Option<(&'static str, String)> {
         match *self {
-            Schedule::Linear { min_lr, .. } | Schedule::Cosine { min_lr, .. }
-                if !(min_lr.is_finite() && min_lr >= 0.0) =>
-            {
-                Err(Error::bad(format!("schedule: min_lr is {min_lr}, want 0 or more")))
-            }
-            _ => Ok(()),
+            Schedule::Constant => None,
+            Schedule::Linear { min_lr, .. } | Schedule::Cosine { min_lr, .. } => at_least_0("min_lr", min_lr),
         }
     }
 }
@@ -227,7 +234,7 @@ mod tests {
     fn absurd_numbers_are_refused() {
         assert!(Optimizer::default().check().is_ok());
         let bad = Optimizer::Sgd { lr: f64::NAN, momentum: 0.0, nesterov: false, weight_decay: 0.0 };
-        assert_eq!(bad.check().unwrap_err().to_string(), "optimizer: lr is NaN, want 0 or more");
+        assert_eq!(bad.check().unwrap_err().to_string(), "optimizer.lr: want a number of at least 0, got NaN");
         let bad = Optimizer::Adamw {
             lr: 1.0,
             betas: (0.9, 1.0),
@@ -235,11 +242,12 @@ mod tests {
             weight_decay: 0.0,
             decay_matrices_only: false,
         };
-        assert!(bad.check().unwrap_err().to_string().contains("beta2 is 1"));
+        let want = "optimizer.betas: want two numbers from 0 up to, not including, 1, got [0.9, 1.0]";
+        assert_eq!(bad.check().unwrap_err().to_string(), want);
         let bad = Optimizer::Sgd { lr: 0.1, momentum: 0.0, nesterov: true, weight_decay: 0.0 };
-        assert_eq!(bad.check().unwrap_err().to_string(), "optimizer: nesterov needs a momentum above 0");
+        assert!(bad.check().unwrap_err().to_string().starts_with("optimizer.nesterov: needs momentum above 0"));
         let bad = Schedule::Linear { warmup: 1, min_lr: f64::NAN };
-        assert_eq!(bad.check().unwrap_err().to_string(), "schedule: min_lr is NaN, want 0 or more");
+        assert_eq!(bad.check().unwrap_err().to_string(), "schedule.min_lr: want a number of at least 0, got NaN");
         assert!(Schedule::Cosine { warmup: 1, min_lr: -1e-9 }.check().is_err());
         assert!(Schedule::Cosine { warmup: 1, min_lr: 0.0 }.check().is_ok());
     }

@@ -43,8 +43,8 @@ pub struct TrainOptions {
     /// What cuts its text into tokens: any words that are the same as long as it is. With another, a checkpoint's
     /// weights mean nothing; none: not compared.
     pub tokenizer: Option<String>,
-    /// The config.json that describes the network: with another, a checkpoint's weights mean something else; none: not
-    /// compared.
+    /// The settings of the network, [`crate::nn::settings`]: with others, a checkpoint's weights mean something else;
+    /// none: not compared.
     pub network: Option<String>,
     /// Parameters whose names begin with one of these stay as they are: of them a step needs the weights alone, no
     /// gradients and no moments.

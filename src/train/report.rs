@@ -10,10 +10,11 @@ mod plan_file;
 mod shown;
 
 use super::metrics::{Row, StepRow, read_rows};
+use super::run_files;
 use crate::base::{Error, LaneId, Result, format_bytes, format_secs};
 use crate::nn::safely::write_safely;
 use crate::trace::{
-    Axis, Bound, ColourBy, Event, LaneRow, LaneSum, ModelCurves, ReportData, StepBound, Trace, gantt_svg, report_page,
+    Bound, ColourBy, Event, LaneRow, LaneSum, ModelCurves, ReportData, StepBound, Trace, gantt_svg, report_page,
 };
 use devices::device_rows;
 use outcomes::outcomes;
@@ -37,17 +38,17 @@ pub fn write_report(run: &Path) -> Result<PathBuf> {
     if !run.is_dir() {
         return Err(Error::bad(format!("{}: is no run directory", run.display())));
     }
-    let plan = PlanFile::read(&run.join("plan.json"))?;
+    let plan = PlanFile::read(&run.join(run_files::PLAN))?;
     let models = read_models(run, &plan)?;
-    let trace_path = run.join("trace.json");
+    let trace_path = run.join(run_files::TRACE);
     let mut trace = if trace_path.exists() { Some(Trace::read(&trace_path)?) } else { None };
     trace.iter_mut().for_each(|trace| renumber(trace, &models));
     let mut data = report_data(&title(run), &plan, &models, trace.as_ref());
-    (data.outcome_columns, data.outcome_rows) = outcomes(&run.join("results.csv"))?;
+    (data.outcome_columns, data.outcome_rows) = outcomes(&run.join(run_files::RESULTS))?;
     let mut gantt = data.gantt_options();
     gantt.title = format!("{}: {}", data.title, data.schedule_note);
-    write_safely(&run.join("schedule.svg"), |out| out.write_all(gantt_svg(&data.events, &gantt).as_bytes()))?;
-    let page = run.join("report.html");
+    write_safely(&run.join(run_files::SCHEDULE), |out| out.write_all(gantt_svg(&data.events, &gantt).as_bytes()))?;
+    let page = run.join(run_files::REPORT);
     write_safely(&page, |out| out.write_all(report_page(&data).as_bytes()))?;
     Ok(page)
 }
@@ -73,7 +74,7 @@ fn read_models(run: &Path, plan: &PlanFile) -> Result<Vec<ModelRows>> {
     for entry in std::fs::read_dir(run).map_err(|e| Error::io("read", run, e))? {
         let entry = entry.map_err(|e| Error::io("read", run, e))?;
         let name = entry.file_name().to_string_lossy().into_owned();
-        if !names.contains(&name) && entry.path().join("metrics.jsonl").is_file() {
+        if !names.contains(&name) && entry.path().join(run_files::METRICS).is_file() {
             others.insert(name);
         }
     }
@@ -82,7 +83,7 @@ fn read_models(run: &Path, plan: &PlanFile) -> Result<Vec<ModelRows>> {
 }
 
 fn read_model(run: &Path, name: String) -> Result<ModelRows> {
-    let path = run.join(&name).join("metrics.jsonl");
+    let path = run.join(&name).join(run_files::METRICS);
     let rows = if path.exists() { read_rows(&path)? } else { Vec::new() };
     let (mut steps, mut valid) = (Vec::new(), Vec::new());
     for row in rows {
@@ -139,7 +140,6 @@ fn report_data(title: &str, plan: &PlanFile, models: &[ModelRows], trace: Option
         plan_columns,
         plan_rows,
         models: models.iter().map(curves).collect(),
-        loss_axis: Axis::Linear,
         outcome_columns: Vec::new(),
         outcome_rows: Vec::new(),
         steps: step_bounds(models),

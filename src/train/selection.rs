@@ -79,16 +79,6 @@ impl Rungs {
         Ok(Rungs { first, eta })
     }
 
-    /// Steps of the first rung.
-    pub fn first(&self) -> u64 {
-        self.first
-    }
-
-    /// The share that goes on is 1 in so many.
-    pub fn eta(&self) -> u64 {
-        self.eta
-    }
-
     /// The number of the rung after `step` steps, from 0; `None` where there is none.
     pub fn at(&self, step: u64) -> Option<usize> {
         let (mut steps, mut rung) = (self.first, 0);
@@ -129,11 +119,6 @@ impl Asha {
     /// Nobody has reported yet.
     pub fn new(rungs: Rungs) -> Asha {
         Asha { rungs, reports: Vec::new() }
-    }
-
-    /// Where models are compared.
-    pub fn rungs(&self) -> Rungs {
-        self.rungs
     }
 
     /// Takes the metric of `model` after `step` steps; where there is no rung, it goes on and nothing is noted.
@@ -187,11 +172,6 @@ impl Patience {
     /// Ends a model after so many `evaluations` without improvement; 0 is taken for 1.
     pub fn new(evaluations: u64) -> Patience {
         Patience { evaluations: evaluations.max(1), models: BTreeMap::new() }
-    }
-
-    /// Evaluations without improvement that end a model.
-    pub fn evaluations(&self) -> u64 {
-        self.evaluations
     }
 
     /// Takes the metric of `model` after `step` steps. Steps come in rising order; one that is not after the last

@@ -5,13 +5,11 @@
 //! Lines carry names: numbers may differ from one start of a run to the next. A line is in the file before its verdict
 //! is acted on.
 
+use super::json_lines::{JsonLines, read};
 use super::selection::{Selection, Verdict};
-use crate::base::{Error, Result};
-use crate::nn::safely::write_safely;
+use crate::base::Result;
 use serde::{Deserialize, Serialize};
-use std::fs::{File, OpenOptions};
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// What a model has reported.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -37,65 +35,15 @@ impl SelectionRow {
     }
 }
 
-/// Appends reports to a file.
-#[derive(Debug)]
-pub struct SelectionLog {
-    path: PathBuf,
-    file: File,
-}
-
-impl SelectionLog {
-    /// Goes on after `rows`, which is what [`read_selection`] gave: a line that was cut off is gone then.
-    ///
-    /// # Errors
-    /// When the file cannot be written.
-    pub fn open(path: &Path, rows: &[SelectionRow]) -> Result<SelectionLog> {
-        write_safely(path, |out| rows.iter().try_for_each(|row| writeln!(out, "{}", line(row))))?;
-        let file = OpenOptions::new().append(true).open(path).map_err(|e| Error::io("open", path, e))?;
-        Ok(SelectionLog { path: path.to_path_buf(), file })
-    }
-
-    /// Appends a report, which is in the file when this returns.
-    ///
-    /// # Errors
-    /// When the disk is full.
-    pub fn write(&mut self, row: &SelectionRow) -> Result<()> {
-        writeln!(self.file, "{}", line(row)).map_err(|e| Error::io("write", &self.path, e))
-    }
-
-    /// Waits until all reports are on the disk, where a power cut leaves them.
-    ///
-    /// # Errors
-    /// When the system refuses.
-    pub fn wait_sync(&mut self) -> Result<()> {
-        self.file.sync_data().map_err(|e| Error::io("write", &self.path, e))
-    }
-}
-
-fn line(row: &SelectionRow) -> String {
-    serde_json::to_string(row).expect("a row is two words and a number")
-}
+/// Appends reports to a file: after those that [`read_selection`] gave.
+pub type SelectionLog = JsonLines<SelectionRow>;
 
 /// Reads a file's reports in their order; none where there is no file. A last line that was cut off is left out.
 ///
 /// # Errors
-/// When the file cannot be read, or a line before the last is no report.
+/// When the file cannot be read, or a whole line is no report.
 pub fn read_selection(path: &Path) -> Result<Vec<SelectionRow>> {
-    let text = match std::fs::read(path) {
-        Ok(bytes) => String::from_utf8(bytes).map_err(|e| Error::bad(format!("{}: {e}", path.display())))?,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(e) => return Err(Error::io("read", path, e)),
-    };
-    let lines: Vec<&str> = text.lines().collect();
-    let mut rows = Vec::new();
-    for (i, line) in lines.iter().enumerate() {
-        match serde_json::from_str(line) {
-            Ok(row) => rows.push(row),
-            Err(_) if i + 1 == lines.len() => {}
-            Err(e) => return Err(Error::bad(format!("{}: line {}: {e}", path.display(), i + 1))),
-        }
-    }
-    Ok(rows)
+    if path.exists() { read(path) } else { Ok(Vec::new()) }
 }
 
 impl Selection {

@@ -88,6 +88,8 @@ fn models_come_and_go_and_leave_the_bits_of_all_alone() {
     let rows = |name: &str| read_rows(&job.at(&format!("runs/job/{name}/metrics.jsonl"))).map_or(0, |rows| rows.len());
     first.wait_until("a step of a", || rows("a") > 0);
     let inbox = |name: &str| job.at(&format!("runs/job/inbox/{name}"));
+    let peak = || job.json("runs/job/plan.json")["device_peak_bytes"].as_u64().expect("bytes");
+    let filled = peak();
     drop_in(&job, "runs/job", "broken.toml", "[[model]\n");
     drop_in(&job, "runs/job", "twin.toml", &a);
     drop_in(&job, "runs/job", "device.toml", &format!("{TWO_CORES}{}", model("d", "")));
@@ -132,6 +134,8 @@ fn models_come_and_go_and_leave_the_bits_of_all_alone() {
     let plan = job.json("runs/job/plan.json");
     let names: Vec<&Value> = plan["models"].as_array().expect("a list").iter().map(|m| &m["name"]).collect();
     assert_eq!(names, ["a", "b", "endless", "c"]);
+    // What the budget has left over is filled before c comes and after.
+    assert!((filled..=400 << 10).contains(&peak()), "{} after {filled} bytes", peak());
 
     // On with all the memory that they want, where each has a home; beside those that stay at home another comes, and
     // one that fails.

@@ -1,7 +1,7 @@
 //! Several models and devices through the program: what is trained, what is simulated, what becomes of a model that
 //! fails.
 
-use super::{GPT, Job};
+use super::{GPT, Job, hydra};
 use hydra::train::metrics::{Row, read_rows};
 use hydra::train::read_selection;
 use serde_json::Value;
@@ -115,8 +115,30 @@ fn a_search_ends_models_early_and_names_the_best() {
             assert_eq!(before[key], after[key], "{key}: {before} {after}");
         }
     }
+    // Nothing in the run's directory but models has a name that a model may have.
+    hydra(&["report", &job.at("runs/job").display().to_string()]).fine();
+    let there = fs::read_dir(job.at("runs/job")).expect("a folder").map(|entry| entry.expect("an entry").file_name());
+    let is_models = |name: &String| models.iter().any(|model| model["name"] == name.as_str());
+    let others: Vec<String> = there.map(|name| name.into_string().expect("a name")).filter(|n| !is_models(n)).collect();
+    assert!(others.iter().any(|name| name.starts_with("trace-until-")) && others.len() == 9, "{others:?}");
+    for name in others {
+        job.hydra(&["plan", "--set", &format!("model.0.name={name:?}")]).bad(&["model.0.name: want a plain file name"]);
+    }
     // There are no losses in a simulation.
     job.hydra(&["simulate"]).bad(&["job.toml: model.0.search.stop: ", "survivors"]);
+}
+
+#[test]
+fn one_model_that_runs_out_of_patience_is_stopped() {
+    let search = "search = { stop = { kind = 'patience', evaluations = 1 } }\noptimizer = { lr = 0 }\n";
+    let text = "valid = { fraction = 0.2, every = 1 }";
+    let text = model("m", &format!("{search}{text}"))
+        .replace("vocab_size = 61, ", "")
+        .replace("random = true", "text = 'corpus.txt', tokenizer = 'bytes', context = 16");
+    let job = Job::new(&text);
+    fs::write(job.at("corpus.txt"), "The quick brown fox jumps over the lazy dog. ".repeat(40)).expect("corpus");
+    let ran = job.hydra(&["train"]).fine();
+    assert!(ran.out.contains("m: stopped, 2 steps done in "), "{ran:?}");
 }
 
 /// Steps and losses by model of a run's validations, and of what was reported to the rule of its search.

@@ -216,7 +216,7 @@ impl Driver {
     pub fn begin(&mut self, step: u64, change: impl FnOnce(&mut Batch)) -> Result<()> {
         self.source.fill(step, &mut self.batch)?;
         change(&mut self.batch);
-        let labels = labelled(&self.batch, 1)?.iter().sum::<u64>();
+        let labels = labelled(&self.batch)?;
         let lr = self.options.schedule.lr(self.options.optimizer.lr(), step, self.options.steps);
         let model = Arc::clone(self.engine.model(0));
         self.engine.begin_step(
@@ -253,7 +253,7 @@ impl Driver {
                 let (mut sum, mut count) = (0.0, 0);
                 for index in 0..held_out.batches_per_epoch() {
                     held_out.fill(index, &mut self.batch)?;
-                    count += labelled(&self.batch, 1)?.iter().sum::<u64>();
+                    count += labelled(&self.batch)?;
                     sum += f64::from(self.engine.wait_evaluation(0, &inputs(&model, &self.batch), 1.0)?);
                 }
                 outcome.valid.push(((sum / count as f64) as f32).to_bits());

@@ -113,11 +113,17 @@ fn say_rates(rates: &Result<CostModel>, update: impl Fn(&CostModel) -> f64) {
     match rates {
         Ok(cost) => {
             say(format!("          matrix products {:.1} GFLOP/s", cost.best_flops_per_sec() / 1e9));
-            say(format!("          copies          {:.1} GB/s each way", cost.h2d_bytes_per_sec / 1e9));
+            say(format!("          copies          {}", copies(cost)));
             say(format!("          optimizer       {:.1} GB/s of memory traffic", update(cost) / 1e9));
         }
         Err(error) => say(format!("          not measured: {error}")),
     }
+}
+
+/// What links were found to carry, in both directions.
+fn copies(cost: &CostModel) -> String {
+    let [h2d, d2h] = [cost.h2d_bytes_per_sec, cost.d2h_bytes_per_sec].map(|rate| format!("{:.1} GB/s", rate / 1e9));
+    format!("{h2d} to the device, {d2h} back")
 }
 
 /// A kind with the reason for which it is missing, or as one that is here.
@@ -125,5 +131,16 @@ fn missing(kind: &str, why: Option<String>) -> Value {
     match why {
         None => json!({ "kind": kind, "here": true }),
         Some(why) => json!({ "kind": kind, "here": false, "why": why }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn copies_are_told_in_both_directions() {
+        let cost = CostModel { d2h_bytes_per_sec: 9.04e9, ..CostModel::stated(1e12, 1e11, 12e9) };
+        assert_eq!(copies(&cost), "12.0 GB/s to the device, 9.0 GB/s back");
     }
 }

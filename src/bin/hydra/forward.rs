@@ -91,32 +91,18 @@ fn read_tensor(view: &TensorView) -> Result<BatchTensor> {
     if shape.axes().is_empty() || shape.axes().contains(&0) {
         return Err(fault(format!("shape {shape} holds no batch")));
     }
-    let pixels = name == names::PIXEL_VALUES;
-    let mut tensor = BatchTensor::zeros(name, if pixels { DType::F32 } else { DType::I32 }, shape);
-    match view.entry.element {
-        Element::F32 if pixels => {
-            for (at, (value, bytes)) in tensor.as_f32_mut().iter_mut().zip(view.bytes.as_chunks::<4>().0).enumerate() {
-                *value = f32::from_le_bytes(*bytes);
-                if !value.is_finite() {
-                    return Err(fault(format!("element {at} is {value}")));
-                }
-            }
-        }
-        Element::I32 if !pixels => {
-            for (value, bytes) in tensor.as_i32_mut().iter_mut().zip(view.bytes.as_chunks::<4>().0) {
-                *value = i32::from_le_bytes(*bytes);
-            }
-        }
-        Element::I64 if !pixels => {
-            for (at, (value, bytes)) in tensor.as_i32_mut().iter_mut().zip(view.bytes.as_chunks::<8>().0).enumerate() {
-                let wide = i64::from_le_bytes(*bytes);
-                *value = i32::try_from(wide).map_err(|_| fault(format!("element {at} is {wide}, out of range")))?;
-            }
-        }
-        other => {
-            let want = if pixels { "F32" } else { "I64 or I32" };
-            return Err(fault(format!("element type {other} is not {want}")));
-        }
+    let (dtype, want) = if name == names::PIXEL_VALUES { (DType::F32, "F32") } else { (DType::I32, "I64 or I32") };
+    let element = view.entry.element;
+    if !matches!((dtype, element), (DType::F32, Element::F32) | (DType::I32, Element::I64 | Element::I32)) {
+        return Err(fault(format!("element type {element} is not {want}")));
     }
-    Ok(tensor)
+    let mut tensor = BatchTensor::zeros(name, dtype, shape);
+    let wrong = tensor.fill_from(element, &mut Vec::new(), |bytes| {
+        bytes.copy_from_slice(view.bytes);
+        Ok(())
+    })?;
+    match wrong {
+        Some((at, what)) => Err(fault(format!("position {}: {what}", tensor.shape.position(at)))),
+        None => Ok(tensor),
+    }
 }

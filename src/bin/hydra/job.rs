@@ -18,7 +18,6 @@ mod tests;
 
 use hydra::base::{Error, Result};
 pub use model::{Model, Valid};
-pub use optimizer::{Optimizer, Schedule};
 pub use search::Search;
 use section::{Origin, Section};
 use std::path::{Path, PathBuf};

@@ -56,6 +56,8 @@ pub struct RunObserver<'a> {
     pub inbox: Inbox,
     /// Bytes of each device's arena.
     pub arenas: Vec<u64>,
+    /// Those of them that weight slots fill, however many models come: the first map's.
+    pub filled: Vec<Option<u64>>,
     pub stop: &'a AtomicBool,
     /// The exit codes of models that have failed, by number in the job.
     pub codes: BTreeMap<usize, u8>,
@@ -180,7 +182,13 @@ impl RunObserver<'_> {
 
     /// Writes plan.json anew, with the models that have come.
     fn plan_again(&mut self) {
-        self.planned.map = FleetMap::new(&self.planned.placed(), self.planned.machine.devices.len());
+        let in_run = |(_, standing): &(_, &Standing)| !matches!(standing.ended, Some(Status::Failed(_)));
+        let models = self.planned.models.iter().zip(&self.standings).filter(in_run);
+        let placed: Vec<Placed> = models.map(|(model, _)| model.placed.clone()).collect();
+        let before = std::mem::replace(&mut self.planned.map, FleetMap::within(&placed, &self.filled));
+        // What was in use once is part of the peak.
+        let bytes = self.planned.map.arena_bytes.iter_mut().zip(before.arena_bytes);
+        bytes.for_each(|(now, before)| *now = before.max(*now));
         let plan =
             self.planned.predict_step().and_then(|()| self.dir.write(rundir::PLAN, self.planned.text().as_bytes()));
         if let Err(error) = plan {

@@ -83,8 +83,8 @@ pub fn tell(planned: &PlannedJob, dir: &RunDir, rows: &[ModelResult]) {
     if let [row] = rows {
         let valid = row.valid_loss.map_or(String::new(), |v| format!(", held-out loss {v:.4}"));
         let loss = row.train_loss.map_or(String::new(), |l| format!(", loss {l:.4}"));
-        let word = if row.status == Status::Done { "" } else { "cancelled, " };
-        say(format!("{}: {word}{} steps done in {}{loss}{valid}", row.name, row.steps, format_secs(row.secs)));
+        let how = if row.status == Status::Done { String::new() } else { format!("{}, ", row.status.word()) };
+        say(format!("{}: {how}{} steps done in {}{loss}{valid}", row.name, row.steps, format_secs(row.secs)));
         if let Some(model) = saved(row) {
             say(format!("  model       {}", model.display()));
         }

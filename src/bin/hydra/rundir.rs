@@ -5,29 +5,35 @@
 
 use crate::args::Resume;
 use hydra::base::{Error, Result};
+pub use hydra::train::run_files::{METRICS, PLAN, REPORT, RESULTS, SCHEDULE, TRACE};
 use hydra::train::write_safely;
 use serde::Deserialize;
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 
-/// The plan.
-pub const PLAN: &str = "plan.json";
 /// The job as it was run; with the plan it marks a run's directory.
 pub const JOB: &str = "job.toml";
-/// Events of the first and last steps.
-pub const TRACE: &str = "trace.json";
-/// What became of each model, of a run of several.
-pub const RESULTS: &str = "results.csv";
 /// What models of searches have reported, of a run that ends models early.
 pub const SELECTION: &str = "selection.jsonl";
 /// Job files and cancellations for a run that goes on.
 pub const INBOX: &str = "inbox";
-/// In a model's folder: one line a step.
-pub const METRICS: &str = "metrics.jsonl";
 /// In a model's folder: what to resume from.
 pub const CHECKPOINT: &str = "checkpoint.safetensors";
 /// In a model's folder: the trained model, a Hugging Face directory.
 pub const MODEL: &str = "model";
+
+/// All in the directory that has a name of its own and is no model's.
+const TAKEN: [&str; 8] = [JOB, PLAN, TRACE, RESULTS, SELECTION, INBOX, REPORT, SCHEDULE];
+
+/// The name of the `n`th trace of a run that went on at step `until`, from 1.
+pub fn older_trace(until: u64, n: u64) -> String {
+    if n == 1 { format!("trace-until-{until}.json") } else { format!("trace-until-{until}-{n}.json") }
+}
+
+/// Whether the directory has another use for `name` than as a model's folder.
+pub fn is_taken(name: &str) -> bool {
+    TAKEN.contains(&name) || name.starts_with("trace-until-") && name.ends_with(".json")
+}
 
 /// What is at the path that a job names for its run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -223,6 +229,13 @@ mod tests {
         assert_eq!(check(Resume::Auto), Ok(Found::Run));
         assert_eq!(check(Resume::Require), Ok(Found::Run));
         assert!(check(Resume::Never).unwrap_err().contains("holds a run already"));
+    }
+
+    #[test]
+    fn no_model_has_the_name_of_an_older_trace() {
+        assert_eq!([older_trace(12, 1), older_trace(12, 2)], ["trace-until-12.json", "trace-until-12-2.json"]);
+        assert!([older_trace(0, 1), older_trace(12, 30)].iter().all(|name| is_taken(name)));
+        assert!(TAKEN.iter().all(|name| is_taken(name)) && !is_taken("trace-until-12") && !is_taken(MODEL));
     }
 
     #[test]

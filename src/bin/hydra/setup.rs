@@ -11,7 +11,7 @@ use hydra::data::{Source, names};
 use hydra::graph::Graph;
 use hydra::nn::{self, Form, InputShape, Network, Pretrained};
 use hydra::spill::{PlanOptions, Recompute};
-use hydra::train::{Optimizer, Schedule, TrainOptions, Weights, inputs_of};
+use hydra::train::{TrainOptions, Weights, inputs_of};
 use std::cell::RefCell;
 use std::path::Path;
 use std::sync::Arc;
@@ -216,14 +216,9 @@ pub fn prepare(job: &Job, i: usize, texts: &Texts) -> Result<Prepared> {
     options.frozen = model.frozen.clone();
     options.dtype = if model.dtype == "bf16" { DType::Bf16 } else { DType::F32 };
     options.tf32 = model.dtype == "tf32";
-    (options.optimizer, options.clip) = optimizer(&model.optimizer);
-    options.schedule = match model.schedule {
-        job::Schedule::Constant => Schedule::Constant,
-        job::Schedule::Linear { warmup, min_lr } => Schedule::Linear { warmup, min_lr },
-        job::Schedule::Cosine { warmup, min_lr } => Schedule::Cosine { warmup, min_lr },
-    };
+    (options.optimizer, options.clip, options.schedule) = (model.optimizer, model.clip, model.schedule);
     options.tokenizer = identity;
-    options.network = Some(network.config().to_string());
+    options.network = Some(nn::settings(&network.config()).to_string());
     options.data = recipe.identity(texts)?;
     options.valid_every = model.valid.as_ref().map_or(50, |v| v.every);
     options.plan = PlanOptions {
@@ -291,18 +286,6 @@ fn microbatch(job: &Job, model: &job::Model) -> Result<usize> {
     Ok(model.batch / count)
 }
 
-fn optimizer(wanted: &job::Optimizer) -> (Optimizer, Option<f64>) {
-    match *wanted {
-        job::Optimizer::Adamw { lr, betas, eps, weight_decay, clip, decay_matrices_only } => {
-            let betas = (betas[0], betas[1]);
-            (Optimizer::Adamw { lr, betas, epsilon: eps, weight_decay, decay_matrices_only }, clip)
-        }
-        job::Optimizer::Sgd { lr, momentum, nesterov, weight_decay, clip } => {
-            (Optimizer::Sgd { lr, momentum, nesterov, weight_decay }, clip)
-        }
-    }
-}
-
 /// Ids and labels that a source may make against those that the network takes.
 fn check_fit(network: &dyn Network, vocab: Option<usize>, classes: Option<usize>) -> std::result::Result<(), String> {
     let labels = network.labels();
@@ -342,6 +325,7 @@ fn steps(length: &Length, source: &dyn Source) -> std::result::Result<u64, (&'st
 mod tests {
     use super::*;
     use hydra::data::Batch;
+    use hydra::train::{Optimizer, Schedule};
 
     /// Two models of which no setting has its default.
     const JOB: &str = "[run]

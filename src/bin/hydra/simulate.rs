@@ -5,7 +5,7 @@ use crate::placing::Sharing;
 use crate::planning::{PlannedJob, plan_job};
 use crate::print::{say, table};
 use crate::rehearsing::describe_rehearsal;
-use crate::rundir::keep_run;
+use crate::rundir::{SCHEDULE, TRACE, keep_run};
 use crate::texts::Texts;
 use hydra::base::{Error, LaneKind, Result, format_secs};
 use hydra::engine::Simulation;
@@ -79,8 +79,8 @@ pub fn run(path: &Path, wishes: &Wishes, out: Option<&Path>, json: bool) -> Resu
     }
     say(describe(&planned, &simulation));
     if let Some(out) = out {
-        say(format!("  schedule    {}", out.join("schedule.svg").display()));
-        say(format!("  trace       {} (opens in https://ui.perfetto.dev)", out.join("trace.json").display()));
+        say(format!("  schedule    {}", out.join(SCHEDULE).display()));
+        say(format!("  trace       {} (opens in https://ui.perfetto.dev)", out.join(TRACE).display()));
     }
     Ok(())
 }
@@ -146,12 +146,12 @@ fn recorder(planned: &PlannedJob, steps: &[u64], out: &Path) -> Result<Recorder>
     // Nobody is kept from training by a full ring here, and a simulation makes events much faster than they can be
     // written.
     (options.ring_events, options.window_events) = (1 << 20, 1 << 18);
-    Recorder::create(&out.join("trace.json"), options)
+    Recorder::create(&out.join(TRACE), options)
 }
 
 /// Draws the compute and copy lanes of the trace's first steps.
 fn draw(planned: &PlannedJob, out: &Path) -> Result<()> {
-    let mut events = read_trace(&out.join("trace.json"))?;
+    let mut events = read_trace(&out.join(TRACE))?;
     events.retain(|e| e.lane.kind != LaneKind::HostMath);
     let options = GanttOptions {
         title: format!("{} on {} simulated devices", planned.job.run.policy.word(), planned.machine.devices.len()),
@@ -159,7 +159,7 @@ fn draw(planned: &PlannedJob, out: &Path) -> Result<()> {
         models: planned.models.iter().map(|m| m.prepared.name.clone()).collect(),
         ..GanttOptions::default()
     };
-    write_safely(&out.join("schedule.svg"), |file| file.write_all(gantt_svg(&events, &options).as_bytes()))
+    write_safely(&out.join(SCHEDULE), |file| file.write_all(gantt_svg(&events, &options).as_bytes()))
 }
 
 fn bound_name(bound: LowerBound) -> &'static str {

@@ -352,6 +352,7 @@ fn train_all(
     let live = board.live(fleet.engine());
     let inbox = Inbox::new(dir.at(rundir::INBOX));
     let began_with = planned.models.len();
+    let filled = planned.map.arena_bytes.iter().copied().map(Some).collect();
     let mut observer = RunObserver {
         planned,
         standings,
@@ -363,6 +364,7 @@ fn train_all(
         judges,
         inbox,
         arenas,
+        filled,
         stop,
         codes: BTreeMap::new(),
         saving: Rc::default(),
@@ -457,9 +459,7 @@ fn keep_older_trace(trace: &Path, from: u64) -> Result<()> {
         return Ok(());
     }
     // It may have gone on from there before, and been killed before its next checkpoint.
-    let name =
-        |n: u64| if n == 1 { format!("trace-until-{from}.json") } else { format!("trace-until-{from}-{n}.json") };
-    let mut names = (1..).map(|n| trace.with_file_name(name(n)));
+    let mut names = (1..).map(|n| trace.with_file_name(rundir::older_trace(from, n)));
     let older = names.find(|older| !older.exists()).expect("there are more numbers than files");
     std::fs::rename(trace, &older).map_err(|e| Error::io("rename", trace, e))
 }

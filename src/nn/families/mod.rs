@@ -85,6 +85,22 @@ pub(in crate::nn) fn build(name: &str, config: &Map<String, Value>, strict: bool
     (family.build)(&fields)
 }
 
+/// Of a network's config.json what its family reads: all that its arithmetic depends on. Of a config that no family
+/// takes, all.
+pub fn settings(config: &Value) -> Value {
+    let family = config["model_type"].as_str().and_then(|name| FAMILIES.iter().find(|family| family.name == name));
+    let (Value::Object(all), Some(family)) = (config, family) else { return config.clone() };
+    let fields = Fields::new(all, "", false);
+    if (family.build)(&fields).is_err() {
+        return config.clone();
+    }
+    let read = fields.read_keys();
+    all.iter()
+        .filter(|(key, _)| read.contains(&key.as_str()))
+        .map(|(key, value)| (key.clone(), value.clone()))
+        .collect()
+}
+
 /// The config.json of a new model: what it was made from, what that left out, and what its files are.
 fn whole_config(family: &Family, given: &Map<String, Value>, settings: Value) -> Value {
     let Value::Object(mut config) = settings else { unreachable!("families state their settings as an object") };

@@ -201,6 +201,34 @@ fn a_networks_config_describes_it() {
     assert_eq!(labels, crate::nn::Labels { shift: true, classes: 31, vocab: Some(31) });
 }
 
+#[test]
+fn settings_are_what_a_family_reads() {
+    for (family, read) in [
+        ("gpt2", json!({ "n_embd": 8, "n_head": 2, "n_inner": null })),
+        ("llama", json!({ "rope_parameters": { "rope_theta": 7.0, "rope_type": "default" }, "pad_token_id": 3 })),
+        ("bert", json!({ "pad_token_id": null, "is_decoder": false })),
+        ("vit", json!({ "id2label": { "0": "cat" } })),
+        ("resnet", json!({ "layer_type": "basic" })),
+    ] {
+        let mut given = object(read.clone());
+        let rest = [("return_dict", json!(false)), ("task_specific_params", json!({})), ("noise", json!(1))];
+        given.extend(rest.iter().map(|(key, value)| (key.to_string(), value.clone())));
+        let config = build(family, &given, false).unwrap().config();
+        let settings = object(crate::nn::settings(&config));
+        assert!(read.as_object().unwrap().iter().all(|(key, value)| settings.get(key) == Some(value)), "{settings:?}");
+        let others = ["noise", "return_dict", "task_specific_params", "dtype", "architectures", "model_type"];
+        assert!(others.iter().all(|key| config.get(key).is_some() && !settings.contains_key(*key)), "{settings:?}");
+        // What is left out of them is left out of the network.
+        let left = build(family, &settings, true).unwrap();
+        assert_eq!(
+            crate::nn::tensors(&*left).unwrap(),
+            crate::nn::tensors(&*build(family, &given, false).unwrap()).unwrap()
+        );
+    }
+    let foreign = json!({ "model_type": "abacus", "beads": 10 });
+    assert_eq!(crate::nn::settings(&foreign), foreign);
+}
+
 /// In transformers `hidden_act` is what follows the stem and the sums; ResNetConvLayer has ReLU unless it is told
 /// otherwise, and blocks do not.
 #[test]

@@ -1,8 +1,10 @@
 //! One `[[model]]` of a job: the network, its data and how long it is trained.
 
-use super::optimizer::{Optimizer, Schedule, read_optimizer, read_schedule};
+use super::optimizer::{read_optimizer, read_schedule};
 use super::section::{MOST, Section, show};
+use crate::rundir::is_taken;
 use hydra::base::{Error, Result};
+use hydra::train::{Optimizer, Schedule};
 use serde_json::Map;
 use std::path::PathBuf;
 use toml::Value;
@@ -36,6 +38,8 @@ pub struct Model {
     pub length: Length,
     /// The update rule.
     pub optimizer: Optimizer,
+    /// Largest global norm of its gradients, above 0; none: they are left as they are.
+    pub clip: Option<f64>,
     /// How the learning rate changes.
     pub schedule: Schedule,
 }
@@ -164,25 +168,6 @@ pub const MODEL_KEYS: &[&str] = &[
 /// Bytes of the longest name.
 pub const LONGEST_NAME: usize = 200;
 
-/// Names in the run's directory that are not models'.
-const TAKEN_NAMES: [&str; 10] = [
-    ".",
-    "..",
-    "trace.json",
-    "plan.json",
-    "job.toml",
-    "results.csv",
-    "selection.jsonl",
-    "inbox",
-    "report.html",
-    "schedule.svg",
-];
-
-/// Whether the run's directory has another use for the name: those above, and traces of a run's earlier parts.
-fn is_taken(name: &str) -> bool {
-    TAKEN_NAMES.contains(&name) || name.starts_with("trace-until-") && name.ends_with(".json")
-}
-
 /// Reads one model; `search` is read elsewhere.
 pub fn read_model(s: &Section) -> Result<Model> {
     let name = read_name(s)?.to_string();
@@ -204,7 +189,7 @@ pub fn read_model(s: &Section) -> Result<Model> {
         (Some(_), Some(_)) => return Err(s.fault("epochs", "steps is there too; keep one of them")),
         (None, None) => return Err(s.fault_here("steps or epochs is missing; write steps = 200")),
     };
-    let optimizer = read_optimizer(s)?;
+    let (optimizer, clip) = read_optimizer(s)?;
     let schedule = read_schedule(s)?;
     let (file, at, searched) = (s.origin().file.to_string(), s.at().to_string(), Vec::new());
     Ok(Model {
@@ -221,6 +206,7 @@ pub fn read_model(s: &Section) -> Result<Model> {
         frozen: frozen.unwrap_or_default(),
         length,
         optimizer,
+        clip,
         schedule,
     })
 }
@@ -233,7 +219,7 @@ pub fn read_name<'a>(s: &Section<'a>) -> Result<&'a str> {
     let plain = !name.chars().any(|c| c == '/' || c == '\\' || c.is_control())
         && name.len() <= LONGEST_NAME
         && name.trim() == name;
-    if !plain || is_taken(name) {
+    if !plain || [".", ".."].contains(&name) || is_taken(name) {
         return Err(s.fault("name", format!("want {want}, got {}", show(&Value::String(name.to_string())))));
     }
     Ok(name)

@@ -1,9 +1,9 @@
 //! Searches of a job: which models come of them, in which order and under which names, and what is refused.
 
+use super::Job;
 use super::model::Length;
 use super::tests::{check_with, fault, good};
-use super::{Job, Optimizer};
-use hydra::train::{Asha, Patience, Rungs, Selection, Survivors, Verdict};
+use hydra::train::{Asha, Optimizer, Patience, Rungs, Selection, Survivors, Verdict};
 
 /// A model named `a` with `lines` under it.
 fn model(lines: &str) -> String {
@@ -15,9 +15,7 @@ fn names(job: &Job) -> Vec<&str> {
 }
 
 fn lr(job: &Job, i: usize) -> f64 {
-    match job.models[i].optimizer {
-        Optimizer::Adamw { lr, .. } | Optimizer::Sgd { lr, .. } => lr,
-    }
+    job.models[i].optimizer.lr()
 }
 
 #[test]
@@ -79,7 +77,7 @@ fn values_replace_the_models_own() {
     ));
     let one = &job.models[0];
     assert_eq!((one.batch, one.microbatch, one.length), (24, 8, Length::Epochs(2)));
-    assert!(matches!(one.optimizer, Optimizer::Adamw { lr: 1e-3, eps: 0.25, .. }));
+    assert!(matches!(one.optimizer, Optimizer::Adamw { lr: 1e-3, epsilon: 0.25, .. }));
     // An override reaches into a search, and the record of the job makes the same models.
     let text = model("steps = 9\nsearch = { lr = [1e-3, 3e-4] }");
     let job = check_with(&text, &["model.0.search.lr=[1e-6, 2.50]", "model.0.search.draw=1"]).unwrap();

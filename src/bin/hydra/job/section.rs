@@ -218,15 +218,10 @@ impl<'a> Section<'a> {
     }
 
     /// A list of exactly `N` finite numbers.
-    pub fn numbers<const N: usize>(
-        &self,
-        key: &str,
-        want: &str,
-        holds: impl Fn(f64) -> bool,
-    ) -> Result<Option<[f64; N]>> {
+    pub fn numbers<const N: usize>(&self, key: &str, want: &str) -> Result<Option<[f64; N]>> {
         self.read(key, want, |value| {
             let list: Option<Vec<f64>> = value.as_array()?.iter().map(number).collect();
-            <[f64; N]>::try_from(list?).ok().filter(|list| list.iter().all(|&n| holds(n)))
+            <[f64; N]>::try_from(list?).ok()
         })
     }
 
