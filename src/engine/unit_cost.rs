@@ -1,7 +1,7 @@
 //! What a unit is predicted to take, from its plan: arithmetic, and the bytes that come before it and leave after it.
 
 use crate::device::sim::CostModel;
-use crate::spill::{Home, Placed};
+use crate::spill::{Home, Placed, update_state_bytes};
 
 /// What a unit of a training step is predicted to take on the first device.
 #[derive(Clone, Copy, Debug)]
@@ -55,7 +55,7 @@ pub(super) fn unit_costs(placed: &Placed, cost: &CostModel) -> Vec<UnitCost> {
                 (true, _) => 0,
             };
             let gradient = match backward && !rests {
-                true if on_device => own,
+                true if on_device => own + update_state_bytes(model, &plan.shards, plan.moments, s),
                 true => shard.layout.gradient_bytes,
                 false => 0,
             };
