@@ -28,6 +28,8 @@ pub const METRICS: &str = "metrics.jsonl";
 pub const CHECKPOINT: &str = "checkpoint.safetensors";
 /// In a model's folder: the trained model, a Hugging Face directory.
 pub const MODEL: &str = "model";
+/// In that directory: its weights, which are written last.
+pub const WEIGHTS: &str = "model.safetensors";
 
 /// What is at the path that a job names for its run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -265,6 +265,7 @@ fn standings(
 /// Says so, and writes what the run may have had no time for.
 fn already_done(job: &Job, standings: &[Standing], json: bool) -> Result<()> {
     let out = &job.run.out;
+    outcome::drop_lost_rows(job, standings)?;
     let rows = outcome::rows(job, standings, |_| None);
     write_results(&out.join(rundir::RESULTS), &rows)?;
     let folder = out.join(rundir::INBOX);
@@ -370,6 +371,7 @@ fn train_all(
     for (&m, valid) in active.iter().zip(validates) {
         observer.watch(m, valid)?;
     }
+    outcome::drop_lost_rows(&observer.planned.job, &observer.standings)?;
     // Last, so that a start that was refused leaves the older trace in its place.
     record(&mut observer, &active, &mut fleet)?;
     let result = fleet.run(&mut observer, stop);
@@ -439,7 +441,10 @@ fn record(observer: &mut RunObserver, active: &[usize], fleet: &mut Fleet) -> Re
     let (planned, standings) = (&observer.planned, &observer.standings);
     let trace = observer.dir.at(rundir::TRACE);
     let first = active.iter().map(|&m| standings[m].from).min().unwrap_or(0);
-    keep_older_trace(&trace, first)?;
+    // Of a run that begins anew the trace is of steps that nothing else is left of.
+    if standings.iter().any(|s| s.from > 0) {
+        keep_older_trace(&trace, first)?;
+    }
     observer.dir.will_make(&trace);
     let run = &planned.job.run;
     let total_steps = active.iter().map(|&m| planned.models[m].prepared.options.steps).max().unwrap_or(0);
