@@ -223,7 +223,8 @@ fn a_run_leaves_plan_metrics_trace_and_a_model_that_loads_again() {
     let rows = read_rows(&job.at("runs/job/m/metrics.jsonl")).expect("rows");
     let steps = rows.iter().filter_map(|r| if let Row::Step(r) = r { Some(r) } else { None });
     assert_eq!(steps.map(|r| r.step).collect::<Vec<_>>(), [0, 1, 2, 3]);
-    assert_eq!(fs::read_to_string(job.at("runs/job/job.toml")).expect("job"), GPT);
+    let from = format!("# Relative paths start from {:?}.\n", job.folder.path());
+    assert_eq!(fs::read_to_string(job.at("runs/job/job.toml")).expect("job"), from + GPT);
     assert!(job.json("runs/job/trace.json")["traceEvents"].as_array().expect("events").len() > 10);
     hydra::nn::open(&job.at("runs/job/m/model")).expect("the saved model loads");
 

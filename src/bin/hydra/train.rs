@@ -289,7 +289,7 @@ fn write_results(path: &Path, rows: &[ModelResult]) -> Result<()> {
 /// Writes what marks the directory as a run's.
 fn start(dir: &mut RunDir, planned: &PlannedJob) -> std::result::Result<(), Failure> {
     dir.write(rundir::PLAN, planned.text().as_bytes())?;
-    dir.write(rundir::JOB, planned.job.source_text.as_bytes())?;
+    dir.write(rundir::JOB, planned.job.record().as_bytes())?;
     dir.folder(rundir::INBOX)?;
     Ok(())
 }
