@@ -243,6 +243,22 @@ fn a_run_leaves_plan_metrics_trace_and_a_model_that_loads_again() {
     assert!(fs::read_to_string(job.at("runs/job/report.html")).expect("page").contains("<svg"));
 }
 
+/// Two billion rows of an embedding, with all that goes with them, are terabytes.
+#[test]
+fn what_the_machine_has_no_memory_for_is_told_by_a_plan_and_not_begun() {
+    let text = GPT.replace("vocab_size = 61", "vocab_size = 2_000_000_000");
+    let job = Job::new(&format!("[host]\nmemory = '1000 TiB'\n{text}"));
+    let says = "m: the machine has ";
+    let plan = job.hydra(&["plan"]).fine();
+    assert!(plan.err.starts_with(&format!("warning: {says}")) && plan.err.lines().count() == 1, "{plan:?}");
+    for memory in [None, Some("device.0.memory=100 TiB")] {
+        let sets: Vec<&str> = memory.into_iter().flat_map(|memory| ["--set", memory]).collect();
+        let refused = job.hydra(&[&["train"], &sets[..]].concat());
+        refused.fails(1, &[says, "the least that works, it does not fit either"]);
+    }
+    assert!(!job.at("runs").exists());
+}
+
 #[test]
 fn encoders_are_trained_from_seeded_weights_and_load_again() {
     let sizes = "hidden_size = 24, num_hidden_layers = 2, num_attention_heads = 3, intermediate_size = 40";
