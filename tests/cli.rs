@@ -223,7 +223,8 @@ fn a_run_leaves_plan_metrics_trace_and_a_model_that_loads_again() {
     let rows = read_rows(&job.at("runs/job/m/metrics.jsonl")).expect("rows");
     let steps = rows.iter().filter_map(|r| if let Row::Step(r) = r { Some(r) } else { None });
     assert_eq!(steps.map(|r| r.step).collect::<Vec<_>>(), [0, 1, 2, 3]);
-    assert_eq!(fs::read_to_string(job.at("runs/job/job.toml")).expect("job"), GPT);
+    let from = format!("# Relative paths start from {:?}.\n", job.folder.path());
+    assert_eq!(fs::read_to_string(job.at("runs/job/job.toml")).expect("job"), from + GPT);
     assert!(job.json("runs/job/trace.json")["traceEvents"].as_array().expect("events").len() > 10);
     hydra::nn::open(&job.at("runs/job/m/model")).expect("the saved model loads");
 
@@ -240,6 +241,22 @@ fn a_run_leaves_plan_metrics_trace_and_a_model_that_loads_again() {
     let report = hydra(&["report", &job.at("runs/job").display().to_string()]).fine();
     assert!(report.out.contains("report.html"), "{report:?}");
     assert!(fs::read_to_string(job.at("runs/job/report.html")).expect("page").contains("<svg"));
+}
+
+/// Two billion rows of an embedding, with all that goes with them, are terabytes.
+#[test]
+fn what_the_machine_has_no_memory_for_is_told_by_a_plan_and_not_begun() {
+    let text = GPT.replace("vocab_size = 61", "vocab_size = 2_000_000_000");
+    let job = Job::new(&format!("[host]\nmemory = '1000 TiB'\n{text}"));
+    let says = "m: the machine has ";
+    let plan = job.hydra(&["plan"]).fine();
+    assert!(plan.err.starts_with(&format!("warning: {says}")) && plan.err.lines().count() == 1, "{plan:?}");
+    for memory in [None, Some("device.0.memory=100 TiB")] {
+        let sets: Vec<&str> = memory.into_iter().flat_map(|memory| ["--set", memory]).collect();
+        let refused = job.hydra(&[&["train"], &sets[..]].concat());
+        refused.fails(1, &[says, "the least that works, it does not fit either"]);
+    }
+    assert!(!job.at("runs").exists());
 }
 
 #[test]

@@ -26,16 +26,16 @@ pub fn check_ids(batch: &Batch) -> Result<()> {
 }
 
 fn check_range(tensor: &BatchTensor, below: Option<i32>, may_be_ignored: bool) -> Result<()> {
-    let outside = |&value: &i32| {
+    let is_outside = |&value: &i32| {
         let fits = value >= 0 && below.is_none_or(|below| value < below);
         !(fits || may_be_ignored && value == IGNORED)
     };
     let values = tensor.as_i32();
-    let Some(at) = values.iter().position(outside) else { return Ok(()) };
-    let upper = below.map_or_else(String::new, |n| n.to_string());
-    let or_ignored = if may_be_ignored { ", nor -100" } else { "" };
+    let Some(at) = values.iter().position(is_outside) else { return Ok(()) };
+    let outside = below.map_or("is below 0".to_string(), |below| format!("is not in 0..{below}"));
+    let or_ignored = if may_be_ignored { format!(", and not {IGNORED}") } else { String::new() };
     let (name, position) = (&tensor.name, tensor.shape.position(at));
-    Err(Error::bad(format!("{name}: value {} at {position} is not in 0..{upper}{or_ignored}", values[at])))
+    Err(Error::bad(format!("{name}: value {} at {position} {outside}{or_ignored}", values[at])))
 }
 
 fn check_finite(tensor: &BatchTensor) -> Result<()> {
@@ -96,11 +96,11 @@ mod tests {
     #[test]
     fn values_outside_are_named() {
         check(names::INPUT_IDS, &[0, 1, i32::MAX, 4, 0, 2], "");
-        check(names::INPUT_IDS, &[0, 1, 4, 4, -5, 2], "input_ids: value -5 at (1, 1) is not in 0..");
-        check(names::INPUT_IDS, &[0, 1, -100], "input_ids: value -100 at (0, 2) is not in 0..");
+        check(names::INPUT_IDS, &[0, 1, 4, 4, -5, 2], "input_ids: value -5 at (1, 1) is below 0");
+        check(names::INPUT_IDS, &[0, 1, -100], "input_ids: value -100 at (0, 2) is below 0");
         check(names::LABELS, &[0, i32::MAX, -100], "");
-        check(names::LABELS, &[0, i32::MIN, -100], "labels: value -2147483648 at (0, 1) is not in 0.., nor -100");
-        check(names::LABELS, &[0, -1, -100], "labels: value -1 at (0, 1) is not in 0.., nor -100");
+        check(names::LABELS, &[0, i32::MIN, -100], "labels: value -2147483648 at (0, 1) is below 0, and not -100");
+        check(names::LABELS, &[0, -1, -100], "labels: value -1 at (0, 1) is below 0, and not -100");
         check(names::ATTENTION_MASK, &[0, 1, 2], "attention_mask: value 2 at (0, 2) is not in 0..2");
         check("anything else", &[-1, -2, -3], "");
         let floats = BatchTensor::zeros(names::INPUT_IDS, DType::F32, Shape::from([2]));

@@ -137,7 +137,7 @@ fn ids_are_checked() {
     let last = i32::MAX as u64;
     let loader = Loader::start(counting(u64::MAX, false).0, last, 2).unwrap();
     assert_eq!(id(&loader.next().unwrap()), i32::MAX);
-    let message = "minibatch 2147483648: input_ids: value -2147483648 at (0, 0) is not in 0..";
+    let message = "minibatch 2147483648: input_ids: value -2147483648 at (0, 0) is below 0";
     assert_eq!(loader.next().unwrap_err().to_string(), message);
 }
 

@@ -186,11 +186,12 @@ fn notes(models: &[ModelRows], trace: Option<&Trace>, events: &[Event], kept: &B
     notes
 }
 
-/// The median speed of the steady steps.
+/// The median speed of the steady steps: another than that of all of them together, which have a warm-up.
 fn speed(model: &ModelRows) -> Option<String> {
     let of = |what: fn(&StepRow) -> Option<f64>| median(steady(model).filter_map(what).collect());
     let tokens = of(|row| row.tokens_per_sec).map(|speed| format!("{speed:.0} tokens/s"));
-    tokens.or_else(|| of(|row| row.samples_per_sec).map(|speed| format!("{speed:.1} samples/s")))
+    let speed = tokens.or_else(|| of(|row| row.samples_per_sec).map(|speed| format!("{speed:.1} samples/s")));
+    speed.map(|speed| format!("median speed {speed}"))
 }
 
 /// The steps beyond the first two, or all where there are no more.

@@ -148,6 +148,7 @@ fn a_run_under_a_budget_is_reported() {
     for says in [
         "<h1>small</h1>",
         "gpt: steps 0 to 11 in ",
+        ", median speed ",
         " tokens/s.",
         "The trace holds every event of the steps 0 to 1 and 8 to 11.",
         "% against predicted",

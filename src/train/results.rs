@@ -65,8 +65,9 @@ impl Status {
     }
 }
 
-/// The best model: the lowest loss on held-out data or, where no model has one, the lowest loss in training. Failed
-/// models and losses that are NaN are left out; of equal ones the lower number wins.
+/// The best of the models of a search: the lowest loss on held-out data or, where no model has one, the lowest loss in
+/// training. Losses of models with different data do not compare. Failed models and losses that are NaN are left out;
+/// of equal ones the lower number wins.
 pub fn best(results: &[ModelResult]) -> Option<&ModelResult> {
     let of = |metric: fn(&ModelResult) -> Option<f32>| {
         let candidates = results.iter().filter(|r| !matches!(r.status, Status::Failed(_)));

@@ -23,7 +23,7 @@ fn models_trained_together_are_those_trained_one_after_another() {
     let job = Job::new(&(TWO_CORES.to_string() + &models));
     let ran = job.hydra(&["train", "--set", "run.out=together"]).fine();
     assert!(ran.out.contains("3 models on 2 devices, sharded-lrtf"), "{}", ran.out);
-    assert!(ran.out.contains("best: "), "{}", ran.out);
+    assert!(!ran.out.contains("best: "), "they are no search: {}", ran.out);
     let alone = ["train", "--set", "run.out=alone", "--set", "run.policy=one-at-a-time"];
     job.hydra(&alone).fine();
     // So little memory that shards of all three visit both devices.
@@ -103,6 +103,8 @@ fn a_search_ends_models_early_and_names_the_best() {
     }
     let results = fs::read_to_string(job.at("runs/job/results.csv")).expect("results.csv");
     assert!(results.starts_with("name,lr,status,reason,steps_done,"), "{results}");
+    let told = job.hydra(&["train", "--set", "run.out=told"]).fine().out;
+    assert!(told.contains("best: m-lr="), "{told}");
     // A run that goes on remembers who was stopped; one that lost its steps is compared with those that were there
     // before it.
     let stopped = models.iter().find(|m| m["status"] == "stopped").expect("a stopped one");

@@ -2,7 +2,7 @@
 
 use super::inbox::{Running, steps};
 use super::many::{TWO_CORES, model};
-use super::{GPT, Job};
+use super::{GPT, Job, taken_apart, tensor_file};
 use hydra::train::metrics::read_rows;
 use serde_json::Value;
 use std::fs;
@@ -37,6 +37,88 @@ fn older_traces_are_kept_however_often_a_run_goes_on_from_a_step() {
         before.push(trace("trace.json"));
     }
     assert!(trace("trace-until-4.json") == before[0] && trace("trace-until-4-2.json") == before[1]);
+}
+
+/// Its checkpoint is gone, and with it all that the trace tells of.
+#[test]
+fn the_trace_of_a_run_that_begins_anew_takes_the_place_of_the_older() {
+    let job = Job::new(GPT);
+    job.hydra(&["train"]).fine();
+    for _ in 0..2 {
+        fs::remove_file(job.at("runs/job/m/checkpoint.safetensors")).expect("a checkpoint");
+        goes_on(&job, "auto", &[]).fine();
+        let files = fs::read_dir(job.at("runs/job")).expect("a folder").map(|f| f.expect("a file").file_name());
+        let traces: Vec<_> = files.filter(|name| name.to_string_lossy().starts_with("trace")).collect();
+        assert_eq!(traces, ["trace.json"]);
+    }
+    assert!(job.json("runs/job/trace.json")["traceEvents"].as_array().expect("events").len() > 10);
+}
+
+/// A run that went on from a model's end and failed has no part in what the model came to.
+#[test]
+fn steps_beyond_the_checkpoint_of_a_model_that_is_done_are_dropped() {
+    for others in ["", "b"] {
+        let mut text = model("m", "optimizer = { kind = 'sgd', lr = 0.01 }");
+        if !others.is_empty() {
+            text += &model(others, "");
+        }
+        let job = Job::new(&text);
+        let first = job.hydra(&["train", "--json"]).fine().json();
+        let metrics = || fs::read_to_string(job.at("runs/job/m/metrics.jsonl")).expect("metrics");
+        let before = metrics();
+        let failed = goes_on(&job, "auto", &["model.0.steps=9", "model.0.lr=1e30"]);
+        assert!(failed.code != 0 && metrics().lines().count() > 4, "{failed:?}");
+        // The other has something left to do, or nothing has.
+        let sets: &[&str] = if others.is_empty() { &[] } else { &["--set", "model.1.steps=5"] };
+        let again = job.hydra(&[&["train", "--resume", "auto", "--json"], sets].concat()).fine().json();
+        for key in ["status", "steps", "loss", "secs"] {
+            assert_eq!(again["models"][0][key], first["models"][0][key], "{key}: {again}");
+        }
+        assert_eq!(metrics(), before);
+    }
+}
+
+/// Half floats end at 65504, and AdamW's first step moves every weight by the learning rate.
+#[test]
+fn what_a_model_has_learnt_that_cannot_be_saved_is_in_a_checkpoint() {
+    let job = Job::fixture("gpt2");
+    let weights = job.at("model/model.safetensors");
+    let kept = fs::read(&weights).expect("weights");
+    let (header, data) = taken_apart(&kept);
+    let halves: Vec<(String, Vec<usize>, Vec<u8>)> = header
+        .as_object()
+        .expect("tensors")
+        .iter()
+        .filter(|(name, _)| *name != "__metadata__")
+        .map(|(name, tensor)| {
+            assert_eq!(tensor["dtype"], "F32", "{name}");
+            let list = |key: &str| -> Vec<usize> { serde_json::from_value(tensor[key].clone()).expect("numbers") };
+            let at = list("data_offsets");
+            let floats = data[at[0]..at[1]].as_chunks::<4>().0.iter().map(|&bytes| f32::from_le_bytes(bytes));
+            (name.clone(), list("shape"), floats.flat_map(|x| half::f16::from_f32(x).to_le_bytes()).collect())
+        })
+        .collect();
+    let entries: Vec<(&str, &str, &[usize], Vec<u8>)> =
+        halves.iter().map(|(name, shape, bytes)| (name.as_str(), "F16", &shape[..], bytes.clone())).collect();
+    fs::write(&weights, tensor_file(&entries)).expect("weights");
+    // Nobody can go on from what is not finite.
+    let infinite =
+        job.hydra(&["train", "--set", "run.out=infinite", "--set", "model.0.steps=1", "--set", "model.0.lr=1e39"]);
+    assert!(infinite.code == 2 && infinite.err.contains("which is no finite F16"), "{infinite:?}");
+    assert!(job.at("infinite/m/metrics.jsonl").exists() && !job.at("infinite/m/checkpoint.safetensors").exists());
+    let sets = ["model.0.steps=1", "model.0.lr=1e5"];
+    let first = job.hydra(&["train", "--json", "--set", sets[0], "--set", sets[1]]);
+    assert!(first.code == 2 && first.err.contains("which is no finite F16"), "{first:?}");
+    assert!(first.err.contains("a checkpoint after 1 steps was, from which --resume auto tries again"), "{first:?}");
+    let row = &first.json()["models"][0];
+    assert!(job.at("runs/job/m/model").exists() && row["status"] == "failed" && row["model"].is_null(), "{row}");
+    // As f32 they can be: nothing is trained again.
+    fs::write(&weights, kept).expect("weights");
+    let metrics = fs::read(job.at("runs/job/m/metrics.jsonl")).expect("metrics");
+    goes_on(&job, "require", &sets).fine();
+    assert!(fs::read(job.at("runs/job/m/metrics.jsonl")).expect("metrics") == metrics);
+    hydra::nn::open(&job.at("runs/job/m/model")).expect("the saved model loads");
+    assert!(goes_on(&job, "require", &sets).fine().out.contains("nothing to do"));
 }
 
 #[test]
@@ -82,6 +164,22 @@ fn an_interrupted_run_prints_its_object_too() {
             assert!(of("short")["status"] == "done" && of("short")["model"].as_str().is_some(), "{said}");
         }
     }
+}
+
+/// It lies in the folder still, and is not what the run has come to.
+#[test]
+fn the_model_of_an_earlier_end_is_not_that_of_an_interrupted_run() {
+    let job = Job::new(GPT);
+    job.hydra(&["train"]).fine();
+    let sets = ["--json", "--resume", "auto", "--set", "model.0.steps=2000000000"];
+    let mut running = Running::start(&job, "second", &sets);
+    let rows = || read_rows(&job.at("runs/job/m/metrics.jsonl")).map_or(0, |rows| rows.len());
+    running.wait_until("a further step", || rows() > 4);
+    Command::new("kill").args(["-TERM", &running.child.id().to_string()]).status().expect("kill");
+    let ran = running.wait_end();
+    ran.fails(75, &["interrupted at step"]);
+    let row = &ran.json()["models"][0];
+    assert!(row["status"] == "interrupted" && row["model"].is_null(), "{row}");
 }
 
 #[test]

@@ -36,6 +36,8 @@ pub struct Job {
     pub models: Vec<Model>,
     /// The searches, in the file's order.
     pub searches: Vec<Search>,
+    /// The folder from which relative paths start, absolute.
+    pub folder: PathBuf,
     /// The job as TOML with the overrides in it; the file's own text where there are none.
     pub source_text: String,
 }
@@ -49,7 +51,7 @@ pub struct Run {
     pub seed: u64,
     /// Which model's shard goes next; default [`Policy::ShardedLrtf`].
     pub policy: Policy,
-    /// Weight slots per device; none: the plan chooses.
+    /// Weight slots per device; none: 2.
     pub slots: Option<usize>,
     /// What is recomputed in the backward.
     pub recompute: Recompute,
@@ -236,6 +238,12 @@ pub struct Disk {
 }
 
 impl Job {
+    /// The job as a run's directory keeps it: a first line says from where its relative paths start, which is no longer
+    /// the file's own folder.
+    pub fn record(&self) -> String {
+        format!("# Relative paths start from {:?}.\n{}", self.folder, self.source_text)
+    }
+
     /// Reads the job file at `path` with the `sets` (`PATH=VALUE`, see [`set`]) put over it in order.
     ///
     /// # Errors
@@ -300,7 +308,7 @@ fn read_job(origin: Origin, stem: &str, text: String, sets: &[String]) -> Result
         toml::to_string(&table)
             .map_err(|error| origin.fault("", format!("cannot write the job back as TOML: {error}")))?
     };
-    Ok(Job { run, devices, host, models, searches, source_text })
+    Ok(Job { run, devices, host, models, searches, folder: origin.folder.to_path_buf(), source_text })
 }
 
 /// The models and searches of a file, which come after the models that are `there`.

@@ -8,6 +8,7 @@ mod advice;
 mod args;
 mod cgroup;
 mod devices;
+mod fitting;
 mod forward;
 mod inbox;
 mod job;

@@ -6,9 +6,10 @@ use crate::planning::PlannedJob;
 use crate::print::{say, table};
 use crate::rundir::{self, RunDir};
 use crate::watch::Watch;
-use hydra::base::format_secs;
+use hydra::base::{Result, format_secs};
 use hydra::train::metrics::{Row, read_rows, secs};
 use hydra::train::results::{self, ModelResult, Status};
+use hydra::train::write_safely;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
@@ -24,9 +25,9 @@ pub fn rows<'a>(job: &Job, standings: &[Standing], watch: impl Fn(usize) -> Opti
             }
             // It may have been validated in an earlier part of the run.
             Some(watch) if watch.done > standing.from => {
-                (watch.loss, from_before(&directory.join(rundir::METRICS)).1, watch.secs())
+                (watch.loss, from_before(&directory.join(rundir::METRICS), watch.done).1, watch.secs())
             }
-            _ => from_before(&directory.join(rundir::METRICS)),
+            _ => from_before(&directory.join(rundir::METRICS), standing.from),
         };
         ModelResult {
             model: m,
@@ -43,12 +44,40 @@ pub fn rows<'a>(job: &Job, standings: &[Standing], watch: impl Fn(usize) -> Opti
     (0..job.models.len()).map(row).collect()
 }
 
-/// The last losses and the seconds of a model that trained before; what cannot be read is not known.
-fn from_before(metrics: &Path) -> (Option<f32>, Option<f32>, f64) {
-    let rows = read_rows(metrics).unwrap_or_default();
+/// The last losses and the seconds of a model that trained before, for `steps` steps; what cannot be read is not known.
+fn from_before(metrics: &Path, steps: u64) -> (Option<f32>, Option<f32>, f64) {
+    let mut rows = read_rows(metrics).unwrap_or_default();
+    rows.retain(|row| is_within(row, steps));
     let train = rows.iter().rev().find_map(|row| if let Row::Step(r) = row { Some(r.loss) } else { None });
     let valid = rows.iter().rev().find_map(|row| if let Row::Valid(r) = row { Some(r.valid_loss) } else { None });
     (train, valid, secs(&rows))
+}
+
+/// Whether a row is of the first `steps` steps, the validation after them included.
+fn is_within(row: &Row, steps: u64) -> bool {
+    match row {
+        Row::Step(row) => row.step < steps,
+        Row::Valid(row) => row.step <= steps,
+    }
+}
+
+/// Takes out of the metrics of models that had ended before what a later start has added and then lost: rows of steps
+/// beyond the checkpoint. A file that cannot be read is left as it is.
+///
+/// # Errors
+/// When a file cannot be written.
+pub fn drop_lost_rows(job: &Job, standings: &[Standing]) -> Result<()> {
+    for (model, standing) in job.models.iter().zip(standings).filter(|(_, s)| s.ended.is_some() && s.from > 0) {
+        let metrics = job.run.out.join(&model.name).join(rundir::METRICS);
+        let rows = read_rows(&metrics).unwrap_or_default();
+        let kept: Vec<&Row> = rows.iter().filter(|row| is_within(row, standing.from)).collect();
+        if kept.len() < rows.len() {
+            write_safely(&metrics, |out| {
+                kept.iter().try_for_each(|row| writeln!(out, "{}", serde_json::to_string(row)?))
+            })?;
+        }
+    }
+    Ok(())
 }
 
 /// What stands for the status of a model that the run's end found in training.
@@ -62,7 +91,7 @@ pub fn row_json(row: &ModelResult, has_ended: bool) -> Value {
         "steps": row.steps,
         "loss": row.train_loss,
         "secs": row.secs,
-        "model": saved(row).map(|model| model.display().to_string()),
+        "model": saved(row).filter(|_| has_ended).map(|model| model.display().to_string()),
     });
     if let Some(valid) = row.valid_loss {
         json["valid_loss"] = valid.into();
@@ -73,9 +102,11 @@ pub fn row_json(row: &ModelResult, has_ended: bool) -> Value {
     json
 }
 
-/// The folder of the trained model, where one was saved.
+/// The folder of the trained model, where a model that has ended was saved. One that failed may have left an earlier
+/// part's there, or a folder without weights.
 fn saved(row: &ModelResult) -> Option<PathBuf> {
-    Some(row.directory.join(rundir::MODEL)).filter(|model| model.exists())
+    let failed = matches!(row.status, Status::Failed(_));
+    Some(row.directory.join(rundir::MODEL)).filter(|model| !failed && model.join(rundir::WEIGHTS).exists())
 }
 
 /// Prints how it ended.
@@ -91,7 +122,9 @@ pub fn tell(planned: &PlannedJob, dir: &RunDir, rows: &[ModelResult]) {
         say(format!("  metrics     {}", row.directory.join(rundir::METRICS).display()));
     } else {
         say(table(&results::table(rows)).trim_end());
-        if let Some(best) = results::best(rows) {
+        // Losses compare within a search: other models have other data, or are held to other data.
+        let is_one_search = matches!(&planned.job.searches[..], [search] if search.models.len() == rows.len());
+        if let Some(best) = results::best(rows).filter(|_| is_one_search) {
             say(format!("best: {}, in {}", best.name, best.directory.join(rundir::MODEL).display()));
         }
         say(format!("  results     {}", dir.at(rundir::RESULTS).display()));

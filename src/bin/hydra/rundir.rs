@@ -21,6 +21,8 @@ pub const INBOX: &str = "inbox";
 pub const CHECKPOINT: &str = "checkpoint.safetensors";
 /// In a model's folder: the trained model, a Hugging Face directory.
 pub const MODEL: &str = "model";
+/// In that directory: its weights, which are written last.
+pub const WEIGHTS: &str = "model.safetensors";
 
 /// All in the directory that has a name of its own and is no model's.
 const TAKEN: [&str; 8] = [JOB, PLAN, TRACE, RESULTS, SELECTION, INBOX, REPORT, SCHEDULE];

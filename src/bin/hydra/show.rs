@@ -1,9 +1,12 @@
 //! `hydra plan`: the cut, where everything lies, what a step will take, what bounds it and what would help.
 
 use crate::advice::{what_would_help, what_would_help_all};
+use crate::fitting::{plan_to_fit, why_not};
+use crate::job::Job;
+use crate::machine::free_memory_bytes;
 use crate::placing::Sharing;
-use crate::planning::{Planned, PlannedJob, plan_job, warn_of_warmups};
-use crate::print::{say, table};
+use crate::planning::{Planned, PlannedJob, warn_of_warmups};
+use crate::print::{say, table, warn};
 use crate::rundir::{PLAN, keep_run};
 use hydra::base::{Error, Result, format_bytes, format_secs};
 use hydra::device::sim::DISK_BYTES_PER_SEC;
@@ -20,7 +23,9 @@ use std::rc::Rc;
 pub fn run(path: &Path, sets: &[String], out: Option<&Path>, json: bool) -> Result<()> {
     // Before the plan is searched, which may take minutes.
     out.map_or(Ok(()), keep_run)?;
-    let planned = plan_job(path, sets, &Rc::default())?;
+    let free = free_memory_bytes();
+    let planned = plan_to_fit(path, Job::load(path, sets)?, &Rc::default(), false, free)?;
+    why_not(path, &planned, free).into_iter().for_each(warn);
     warn_of_warmups(&planned.job, 0, &planned.models);
     if let Some(out) = out {
         std::fs::create_dir_all(out).map_err(|e| Error::refused("create", out, e))?;

@@ -28,6 +28,8 @@ const TOKENIZER: &str = "tokenizer.json";
 /// The two that GPT-2 has.
 const VOCAB: &str = "vocab.json";
 const MERGES: &str = "merges.txt";
+/// The token that stands between GPT-2's texts.
+const END: &str = "<|endoftext|>";
 /// Tokens beside those of [`VOCAB`], with their ids.
 const ADDED: &str = "added_tokens.json";
 /// What transformers keeps beside either.
@@ -194,7 +196,7 @@ fn check_alphabet(path: &Path, has: impl Fn(&str) -> bool) -> Result<()> {
 
 /// GPT-2's byte-level BPE of the `files` in `folder`, with its highest id.
 ///
-/// As in OpenAI's encoder no text is a token of its own: `<|endoftext|>` is cut into the tokens of its letters.
+/// As in transformers' GPT2Tokenizer [`END`], where the vocabulary has it, is one token and not cut into its letters.
 fn two(folder: &Path, files: &[(String, Vec<u8>)]) -> Result<(tokenizers::Tokenizer, u32, bool)> {
     let bytes = |name: &str| files.iter().find(|(file, _)| file == name).map(|(_, bytes)| bytes.as_slice());
     let ids = |name: &str| -> Result<BTreeMap<String, u32>> {
@@ -227,6 +229,9 @@ fn two(folder: &Path, files: &[(String, Vec<u8>)]) -> Result<(tokenizers::Tokeni
         .map_err(|e| fault(folder, e))?;
     let mut inner = tokenizers::Tokenizer::new(bpe);
     inner.with_pre_tokenizer(Some(ByteLevel::default().add_prefix_space(false)));
+    if inner.token_to_id(END).is_some() {
+        inner.add_special_tokens([AddedToken::from(END, true)]).map_err(|e| fault(folder, e))?;
+    }
     Ok((inner, most, true))
 }
 

@@ -69,6 +69,21 @@ fn both_forms_cut_alike() {
     assert_ne!(one.identity, other.unwrap().identity);
 }
 
+/// As in a tokenizer.json, and in transformers: where the vocabulary has it.
+#[test]
+fn the_end_of_a_text_is_one_token() {
+    let (without, with) = (folder(&[VOCAB, MERGES]), folder(&[VOCAB, MERGES]));
+    let path = with.path().join(VOCAB);
+    let mut vocab: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let id = vocab.as_object().unwrap().len();
+    vocab[END] = json!(id);
+    fs::write(&path, vocab.to_string()).unwrap();
+    let (without, with) = (open(without.path()).unwrap(), open(with.path()).unwrap());
+    let text = format!("the{END}\nthe");
+    assert_eq!(ids(&with, &text), [83, 257, id as u32, 198, 83, 257]);
+    assert!(ids(&without, &text).len() > 6 && with.vocab() > id);
+}
+
 #[test]
 fn a_text_is_cut_whole_and_nothing_is_added() {
     let (_folder, path) = changed(|json| {

@@ -1,6 +1,7 @@
 //! `hydra train`: plans, makes the run's directory, trains the models together, and says what became of each.
 
 use crate::args::Resume;
+use crate::fitting::{plan_to_fit, why_not};
 use crate::inbox::{Inbox, Taken};
 use crate::job::Job;
 use crate::judge::Judges;
@@ -8,7 +9,7 @@ use crate::machine::free_memory_bytes;
 use crate::observer::{RunObserver, Standing};
 use crate::outcome;
 use crate::placing::Sharing;
-use crate::planning::{Planned, PlannedJob, plan_loaded, warn_of_warmups};
+use crate::planning::{Planned, PlannedJob, warn_of_warmups};
 use crate::print::{say, warn};
 use crate::progress::Board;
 use crate::rehearsing::describe_rehearsal;
@@ -17,7 +18,7 @@ use crate::rundir::{self, Found, RunDir, inspect};
 use crate::setup::Prepared;
 use crate::show::summary;
 use crate::watch::Watch;
-use hydra::base::{Error, Result, format_bytes, nearest};
+use hydra::base::{Error, Result, nearest};
 use hydra::device::{Device, FleetMemory, start_fleet};
 use hydra::engine::TurnOptions;
 use hydra::spill::named;
@@ -46,7 +47,7 @@ pub fn run(path: &Path, sets: &[String], resume: Resume, json: bool) -> Result<(
     let held = goes_on.then(|| RunDir::take(&out)).transpose()?;
     let taken = if goes_on { Inbox::taken(&out.join(rundir::INBOX)) } else { Taken::default() };
     taken.jobs.iter().try_for_each(|path| job.add(path))?;
-    let planned = plan_loaded(path, job, &Rc::default(), true)?;
+    let planned = plan_to_fit(path, job, &Rc::default(), true, free_memory_bytes())?;
     let names: Vec<&str> = planned.job.models.iter().map(|m| m.name.as_str()).collect();
     let found = inspect(&out, &names, resume)?;
     let checkpoints = match found {
@@ -61,7 +62,9 @@ pub fn run(path: &Path, sets: &[String], resume: Resume, json: bool) -> Result<(
     if standings.iter().all(|s| s.ended.is_some()) {
         return already_done(&planned.job, &standings, json);
     }
-    check_memory(&planned)?;
+    if let Some(why) = why_not(path, &planned, free_memory_bytes()) {
+        return Err(Error::Device(why));
+    }
     warn_of_warmups(&planned.job, 0, &planned.models);
     for (m, checkpoint) in checkpoints.iter().enumerate().filter(|(m, _)| standings[*m].ended.is_none()) {
         checkpoint.iter().for_each(|checkpoint| tell_changes(&planned.models[m].prepared, checkpoint));
@@ -122,23 +125,6 @@ impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         Failure { error, untouched: true, models: Vec::new() }
     }
-}
-
-/// Memory is handed out before it is there; a run that will not get it should not begin.
-fn check_memory(planned: &PlannedJob) -> Result<()> {
-    let (Some(free), wants) = (free_memory_bytes(), planned.wants_bytes()) else { return Ok(()) };
-    if wants <= free {
-        return Ok(());
-    }
-    let names: Vec<&str> = planned.models.iter().map(|m| m.prepared.name.as_str()).collect();
-    Err(Error::Device(format!(
-        "{}: the machine has {} of memory free, the run needs {} ({} for the devices, {} for the host's store); write a smaller memory under [[device]]",
-        names.join(", "),
-        format_bytes(free),
-        format_bytes(wants),
-        format_bytes(wants - planned.map.host_bytes),
-        format_bytes(planned.map.host_bytes)
-    )))
 }
 
 /// A signal so soon after the first is the same wish: `timeout` sends one to its child and one to the child's group,
@@ -265,6 +251,7 @@ fn standings(
 /// Says so, and writes what the run may have had no time for.
 fn already_done(job: &Job, standings: &[Standing], json: bool) -> Result<()> {
     let out = &job.run.out;
+    outcome::drop_lost_rows(job, standings)?;
     let rows = outcome::rows(job, standings, |_| None);
     write_results(&out.join(rundir::RESULTS), &rows)?;
     let folder = out.join(rundir::INBOX);
@@ -288,7 +275,7 @@ fn write_results(path: &Path, rows: &[ModelResult]) -> Result<()> {
 /// Writes what marks the directory as a run's.
 fn start(dir: &mut RunDir, planned: &PlannedJob) -> std::result::Result<(), Failure> {
     dir.write(rundir::PLAN, planned.text().as_bytes())?;
-    dir.write(rundir::JOB, planned.job.source_text.as_bytes())?;
+    dir.write(rundir::JOB, planned.job.record().as_bytes())?;
     dir.folder(rundir::INBOX)?;
     Ok(())
 }
@@ -372,6 +359,7 @@ fn train_all(
     for (&m, valid) in active.iter().zip(validates) {
         observer.watch(m, valid)?;
     }
+    outcome::drop_lost_rows(&observer.planned.job, &observer.standings)?;
     // Last, so that a start that was refused leaves the older trace in its place.
     record(&mut observer, &active, &mut fleet)?;
     let result = fleet.run(&mut observer, stop);
@@ -441,7 +429,10 @@ fn record(observer: &mut RunObserver, active: &[usize], fleet: &mut Fleet) -> Re
     let (planned, standings) = (&observer.planned, &observer.standings);
     let trace = observer.dir.at(rundir::TRACE);
     let first = active.iter().map(|&m| standings[m].from).min().unwrap_or(0);
-    keep_older_trace(&trace, first)?;
+    // Of a run that begins anew the trace is of steps that nothing else is left of.
+    if standings.iter().any(|s| s.from > 0) {
+        keep_older_trace(&trace, first)?;
+    }
     observer.dir.will_make(&trace);
     let run = &planned.job.run;
     let total_steps = active.iter().map(|&m| planned.models[m].prepared.options.steps).max().unwrap_or(0);

@@ -7,7 +7,7 @@ use crate::print::{note, warn};
 use crate::progress::Progress;
 use crate::rundir;
 use hydra::base::{Result, format_secs};
-use hydra::engine::Engine;
+use hydra::engine::{Engine, Stored};
 use hydra::train::Verdict;
 use hydra::train::metrics::{Metrics, Row, StepRow, ValidRow};
 use hydra::train::results::Status;
@@ -133,6 +133,25 @@ impl<'a> Watch<'a> {
         self.judge.as_ref().map_or(Ok(()), Judge::wait_sync)
     }
 
+    /// Writes what a model has learnt that cannot be saved, so that a run which goes on has it to save and nothing to
+    /// train. What is not finite nobody can go on from: the checkpoint before it stays.
+    fn keep_unsaved(&mut self, engine: &Engine, model: usize) {
+        let graph = &engine.model(model).train;
+        let is_finite = |read: Result<Vec<f32>>| read.is_ok_and(|values| values.iter().all(|x| x.is_finite()));
+        let mut weights = (0..graph.parameters.len()).map(|i| engine.read_parameter(model, Stored::Weight, i));
+        let mut states = (0..graph.states.len()).map(|i| engine.read_state(model, i));
+        if !weights.all(is_finite) || !states.all(is_finite) {
+            return;
+        }
+        let (name, done) = (self.planned.prepared.name.clone(), self.done);
+        match self.save(done, engine, model) {
+            Ok(()) => warn(format!(
+                "{name}: the model could not be saved; a checkpoint after {done} steps was, from which --resume auto tries again"
+            )),
+            Err(error) => warn(format!("{name}: no checkpoint after {done} steps either: {error}")),
+        }
+    }
+
     fn note_saving(&mut self, took: Duration) {
         self.saving.set((self.saving.get() + took).saturating_sub(self.took));
         self.took = took;
@@ -226,7 +245,12 @@ impl Observer for Watch<'_> {
         self.wait_records()?;
         let prepared = &self.planned.prepared;
         let folder = self.folder.join(rundir::MODEL);
-        save_model(&folder, &prepared.form()?, (engine, model), prepared.weights(), self.done)?;
+        let saved =
+            prepared.form().and_then(|form| save_model(&folder, &form, (engine, model), prepared.weights(), self.done));
+        if let Err(error) = saved {
+            self.keep_unsaved(engine, model);
+            return Err(error);
+        }
         let path = self.folder.join(rundir::CHECKPOINT);
         write_last_checkpoint(&path, engine, model, &prepared.options, self.done)?;
         let early = self.ends.take().filter(|_| self.done < self.steps);

@@ -1,6 +1,6 @@
 //! One `[[model]]` of a job: the network, its data and how long it is trained.
 
-use super::optimizer::{read_optimizer, read_schedule};
+use super::optimizer::{SCHEDULE_KEYS, read_optimizer, read_schedule};
 use super::section::{MOST, Section, show};
 use crate::rundir::is_taken;
 use hydra::base::{Error, Result};
@@ -191,6 +191,14 @@ pub fn read_model(s: &Section) -> Result<Model> {
     };
     let (optimizer, clip) = read_optimizer(s)?;
     let schedule = read_schedule(s)?;
+    let lr = optimizer.lr();
+    if let Schedule::Linear { min_lr, .. } | Schedule::Cosine { min_lr, .. } = schedule
+        && min_lr > lr
+        && let Some(table) = s.section("schedule", SCHEDULE_KEYS)?
+    {
+        let message = format!("{min_lr} is above the learning rate of {lr}, from which it is to fall; write less");
+        return Err(table.fault("min_lr", message));
+    }
     let (file, at, searched) = (s.origin().file.to_string(), s.at().to_string(), Vec::new());
     Ok(Model {
         file,
@@ -219,7 +227,12 @@ pub fn read_name<'a>(s: &Section<'a>) -> Result<&'a str> {
     let plain = !name.chars().any(|c| c == '/' || c == '\\' || c.is_control())
         && name.len() <= LONGEST_NAME
         && name.trim() == name;
-    if !plain || [".", ".."].contains(&name) || is_taken(name) {
+    if is_taken(name) {
+        return Err(
+            s.fault("name", format!("{name:?} is a name that the run's directory has another use for; write another"))
+        );
+    }
+    if !plain || [".", ".."].contains(&name) {
         return Err(s.fault("name", format!("want {want}, got {}", show(&Value::String(name.to_string())))));
     }
     Ok(name)
@@ -327,7 +340,11 @@ fn read_valid(s: &Section, data: &Data) -> Result<Option<Valid>> {
         (Some(fraction), None) => ValidPart::Fraction(fraction),
         (None, Some(paths)) if matches!(data, Data::Text { .. }) => ValidPart::Text(paths),
         (None, Some(_)) => {
-            return Err(v.fault("text", "goes with text as the training data only; write fraction = 0.1"));
+            let instead = match data {
+                Data::Images { .. } => "write fraction = 0.1",
+                _ => "leave valid out",
+            };
+            return Err(v.fault("text", format!("goes with text as the training data only; {instead}")));
         }
         (Some(_), Some(_)) => return Err(v.fault("text", "fraction is there too; keep one of them")),
         (None, None) => return Err(v.fault_here("want fraction or text, such as { fraction = 0.1, every = 50 }")),
