@@ -134,11 +134,13 @@ fn sketch_anywhere(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Fle
     // A shard must fit wherever it may go.
     let budget = devices.iter().filter_map(|d| d.budget).min();
     let cost = &devices[0].cost;
+    // Of more slots than the models can have shards nothing is gained.
+    let most_slots = models.iter().map(|m| m.model.layers()).sum();
     let plans = |budget_of: &dyn Fn(usize) -> Option<u64>| -> Result<Vec<Placed>> {
         let mut placed: Vec<Placed> = Vec::new();
         for (i, m) in models.iter().enumerate() {
-            let mut options =
-                PlanOptions { anywhere: Some(devices.len()), device_budget: budget_of(i), ..m.options.clone() };
+            let (anywhere, slots) = (Some(devices.len()), m.options.slots.min(most_slots));
+            let mut options = PlanOptions { anywhere, slots, device_budget: budget_of(i), ..m.options.clone() };
             (options.resident, options.boundaries_stay) = (None, None);
             let twin = (0..i).find(|&t| Arc::ptr_eq(&models[t].model, &m.model) && models[t].options == m.options);
             let plan = match twin {
