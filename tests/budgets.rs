@@ -3,11 +3,11 @@
 mod common;
 
 use common::stated;
-use hydra::base::DType;
+use hydra::base::{DType, Error, Result};
 use hydra::data::names;
 use hydra::device::sim::CostModel;
 use hydra::nn::{InputShape, from_config};
-use hydra::spill::{FleetDevice, FleetMap, FleetModel, Model, PlanOptions, plan_anywhere};
+use hydra::spill::{Baseline, FleetDevice, FleetMap, FleetModel, Model, PlanOptions, place_baseline, plan_anywhere};
 use hydra::train::{TrainOptions, trace_model};
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -31,6 +31,40 @@ fn gpt(
         "n_embd": width, "n_head": heads, "n_layer": layers, "n_positions": context, "vocab_size": vocab,
     });
     of_text("gpt2", config, context, (batch, microbatch))
+}
+
+/// Rates to plan by.
+fn rates() -> Vec<CostModel> {
+    vec![stated()]
+}
+
+/// The smallest budget that a refusal names.
+#[track_caller]
+fn named(what: &str, refused: Result<u64>) -> u64 {
+    match refused {
+        Err(Error::OutOfBudget { message, smallest_device_bytes }) => {
+            assert!(message.contains(&format!("memory = {smallest_device_bytes}")), "{what}: {message}");
+            smallest_device_bytes
+        }
+        other => panic!("{what}: not refused: {other:?}"),
+    }
+}
+
+/// `smallest` plans for a budget and rates, and gives the smallest budget that would work.
+#[track_caller]
+fn check(what: &str, smallest: &dyn Fn(Option<u64>, &CostModel) -> Result<u64>) {
+    let needs = named(what, smallest(Some(1), &stated()));
+    for (i, cost) in rates().iter().enumerate() {
+        let what = format!("{what}, rates {i}");
+        for budget in (0..24).map(|part| needs * part / 24).chain([needs - 1]) {
+            let what = format!("{what}, {budget} bytes");
+            assert_eq!(named(&what, smallest(Some(budget), cost)), needs, "{what}");
+        }
+        for budget in [Some(needs), Some(needs + needs / 7), Some(3 * needs), None] {
+            let what = format!("{what}, {budget:?} bytes");
+            assert_eq!(smallest(budget, cost).expect("enough"), needs, "{what}");
+        }
+    }
 }
 
 fn fleet_models(models: &[(&Arc<Model>, usize)], options: &PlanOptions) -> Vec<FleetModel> {
@@ -61,5 +95,26 @@ fn models_share_no_more_slots_than_they_have_shards() {
     let as_many = with_slots(layers);
     for slots in [1000, 1 << 16] {
         assert_eq!(with_slots(slots), as_many, "{slots} slots");
+    }
+}
+
+#[test]
+fn stages_fit_in_what_is_named_and_in_nothing_below() {
+    let llama = json!({
+        "hidden_size": 23, "num_attention_heads": 2, "head_dim": 2, "intermediate_size": 36, "num_hidden_layers": 1,
+        "max_position_embeddings": 2, "vocab_size": 256,
+    });
+    let llama = of_text("llama", llama, 2, (1, 1));
+    let deep = gpt([5, 1, 4], 256, 18, 12, 6);
+    for (what, model) in [("llama", &llama), ("deep", &deep)] {
+        for baseline in [Baseline::Gpipe, Baseline::ModelParallel] {
+            for (count, slots) in [(1, 7), (2, 2), (3, 1)] {
+                let models = fleet_models(&[(model, 2)], &PlanOptions { slots, ..PlanOptions::default() });
+                check(&format!("{what}, {baseline:?}, {count} devices, {slots} slots"), &|budget, cost| {
+                    let lined = place_baseline(baseline, &models, &devices(count, budget, cost))?;
+                    Ok(lined.smallest_device_bytes)
+                });
+            }
+        }
     }
 }
