@@ -33,9 +33,12 @@ fn gpt(
     of_text("gpt2", config, context, (batch, microbatch))
 }
 
-/// Rates to plan by.
+/// Rates that have little in common.
 fn rates() -> Vec<CostModel> {
-    vec![stated()]
+    let slow_link = CostModel { op_secs: 1e-5, ..CostModel::stated(1e12, 1e12, 1e7) };
+    let slow_arithmetic = CostModel { host_update_bytes_per_sec: 1e7, ..CostModel::stated(1e7, 1e11, 1e11) };
+    let slow_memory = CostModel { run_secs: 1e-4, ..CostModel::stated(1e12, 1e7, 1e9) };
+    vec![stated(), slow_link, slow_arithmetic, slow_memory]
 }
 
 /// The smallest budget that a refusal names.

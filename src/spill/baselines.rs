@@ -7,6 +7,7 @@ use super::fleet_plan::{FleetDevice, FleetModel, hold, named, speeds};
 use super::plan::{Plan, PlanOptions, Recompute};
 use super::shard::ShardPrograms;
 use crate::base::{Error, Result, format_bytes};
+use crate::device::sim::CostModel;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -165,8 +166,10 @@ fn staged(models: &[FleetModel], devices: &[FleetDevice], pipelined: bool) -> Re
 fn stage(m: &FleetModel, devices: &[FleetDevice], pipelined: bool) -> Result<(Placed, u64)> {
     let cost = &devices[0].cost;
     let layers = m.model.layers();
+    // As every cut, this one must not depend on what was measured.
+    let nominal = CostModel::nominal();
     let secs: Vec<f64> =
-        (0..layers).map(|l| ShardPrograms::new(&m.model, l..l + 1, false, false).step_secs(cost)).collect();
+        (0..layers).map(|l| ShardPrograms::new(&m.model, l..l + 1, false, false).step_secs(&nominal)).collect();
     let stages = balanced(&secs, devices.len());
     let needs = |placed: &Placed| FleetMap::new(std::slice::from_ref(placed), devices.len()).arena_bytes;
     let fits = |placed: &Placed| {

@@ -92,7 +92,7 @@ impl<'a> Search<'a> {
     /// When the options' own cut is none of the model.
     pub fn run(&mut self) -> Result<()> {
         // The cuts must not depend on what was measured this time, or the smallest budget would change from run to run.
-        for cut in self.cuts(&CostModel::stated(1e11, 2e10, 1e10))? {
+        for cut in self.cuts(&CostModel::nominal())? {
             self.try_cut(&cut);
         }
         Ok(())
