@@ -234,6 +234,20 @@ fn simulations_say_what_the_schedule_comes_to() {
     job.hydra(&["train"]).bad(&["device.0.kind", "\"sim\" has a clock and no arithmetic"]);
 }
 
+/// What a model's weights take once to come to where they stay is no part of a step.
+#[test]
+fn no_step_is_predicted_to_be_shorter_than_its_bound() {
+    let device = "[[device]]\nkind = 'sim'\nprofile = 'v100'\nlink = '10 MB/s'\n";
+    let job = Job::new(&(device.repeat(2) + &model("a", "") + &model("b", "optimizer = { kind = 'sgd' }")));
+    for policy in ["gpipe", "model-parallel", "locality-lrtf", "one-at-a-time"] {
+        let plan = job.hydra(&["plan", "--json", "--set", &format!("run.policy={policy}")]).fine().json();
+        for model in plan["models"].as_array().expect("a list") {
+            let secs = |key: &str| model[key].as_f64().expect("seconds");
+            assert!(secs("bound_secs") <= secs("step_secs"), "{policy}: {model}");
+        }
+    }
+}
+
 #[test]
 fn bad_fleets() {
     let job = Job::new(&(model("a", "") + &model("a", "")));
