@@ -277,6 +277,23 @@ fn bad_fleets() {
             ],
             "job.toml: run.pipeline: ",
         ),
+        // No memory would do.
+        (
+            &[
+                "plan",
+                "--set",
+                "run.pipeline=always",
+                "--set",
+                "run.policy=locality-lrtf",
+                "--set",
+                "model.0.microbatch=4",
+                "--set",
+                "model.1.microbatch=4",
+                "--set",
+                "device.0.memory=1",
+            ],
+            "job.toml: run.pipeline: ",
+        ),
         (&["plan", "--set", "device.0.count=70000"], "70000 devices"),
     ] {
         job.hydra(args).bad(&[says]);
