@@ -7,7 +7,10 @@ use hydra::base::{DType, Error, Result};
 use hydra::data::names;
 use hydra::device::sim::CostModel;
 use hydra::nn::{InputShape, from_config};
-use hydra::spill::{Baseline, FleetDevice, FleetMap, FleetModel, Model, PlanOptions, place_baseline, plan_anywhere};
+use hydra::spill::{
+    Baseline, FleetDevice, FleetMap, FleetModel, HomeBudgets, Model, PlanOptions, Recompute, place_baseline,
+    plan_anywhere, plan_fleet,
+};
 use hydra::train::{TrainOptions, trace_model};
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -82,6 +85,31 @@ fn fleet_models(models: &[(&Arc<Model>, usize)], options: &PlanOptions) -> Vec<F
 
 fn devices(count: usize, budget: Option<u64>, cost: &CostModel) -> Vec<FleetDevice> {
     vec![FleetDevice { budget, cost: cost.clone() }; count]
+}
+
+#[test]
+fn models_fit_together_in_what_is_named_and_in_nothing_below() {
+    let (big, small) = (gpt([28, 4, 4], 256, 2, 1, 1), gpt([8, 2, 1], 16, 2, 1, 1));
+    let middle = gpt([24, 3, 2], 44, 11, 1, 1);
+    for (what, models) in [
+        ("unlike", &[(&big, 0), (&small, 2)][..]),
+        ("alike", &[(&middle, 2), (&middle, 2)]),
+        ("small", &[(&small, 2), (&small, 1)]),
+        ("three", &[(&small, 2), (&middle, 2), (&small, 1)]),
+    ] {
+        for (count, slots, recompute) in
+            [(1, 2, Recompute::Never), (1, 7, Recompute::Auto), (1, 7, Recompute::Never), (2, 7, Recompute::Auto)]
+        {
+            let what = format!("{what}, {count} devices, {slots} slots, {recompute:?}");
+            let models = fleet_models(models, &PlanOptions { slots, recompute, ..PlanOptions::default() });
+            check(&what, &|budget, cost| {
+                let plan = plan_fleet(&models, &devices(count, budget, cost), HomeBudgets::default())?;
+                let most = FleetMap::new(&plan.placed, count).arena_bytes.into_iter().max().unwrap_or(0);
+                assert!(budget.is_none_or(|budget| most <= budget), "{what}: {most} bytes of {budget:?}");
+                Ok(plan.smallest_device_bytes)
+            });
+        }
+    }
 }
 
 #[test]

@@ -224,10 +224,11 @@ struct Tenant<'a> {
     moments: usize,
 }
 
-/// Maps the arena of a model that runs anywhere, with all the slots that it shares with others.
+/// Maps the arena of a model that runs anywhere, if it were alone.
 pub(super) fn anywhere_map(model: &Model, shards: &[ShardPrograms], choice: &Choice, moments: usize) -> ArenaMap {
     let mut tape = Tape::default();
-    let mut map = shared_maps(&[Tenant { model, shards, choice, moments }], choice.slots, 0, &mut tape).remove(0);
+    let slots = choice.slots.min(shards.len());
+    let mut map = shared_maps(&[Tenant { model, shards, choice, moments }], slots, 0, &mut tape).remove(0);
     map.workspace = tape.take(shards.iter().map(ShardPrograms::workspace_bytes).max().unwrap_or(0));
     ArenaMap { bytes: tape.end, ..map }
 }
