@@ -8,7 +8,7 @@ use hydra::data::names;
 use hydra::device::sim::CostModel;
 use hydra::nn::{InputShape, from_config};
 use hydra::spill::{
-    Baseline, FleetDevice, FleetMap, FleetModel, HomeBudgets, Model, PlanOptions, Recompute, place_baseline,
+    Baseline, FleetDevice, FleetMap, FleetModel, HomeBudgets, Model, Plan, PlanOptions, Recompute, place_baseline,
     plan_anywhere, plan_fleet,
 };
 use hydra::train::{TrainOptions, trace_model};
@@ -148,4 +148,48 @@ fn stages_fit_in_what_is_named_and_in_nothing_below() {
             }
         }
     }
+}
+
+/// The number after `before` in a message.
+fn advised(message: &str, before: &str) -> Option<u64> {
+    let (_, after) = message.split_once(before)?;
+    after.chars().take_while(char::is_ascii_digit).collect::<String>().parse().ok()
+}
+
+const HOST: &str = "[host] memory = ";
+const DISK: &str = "disk = { path = \"spill\", memory = ";
+
+#[test]
+fn the_host_memory_and_the_disk_that_are_advised_do() {
+    let model = gpt([32, 2, 5], 61, 16, 8, 2);
+    let cost = stated();
+    let mut with_disk = 0;
+    for (clips, device_bytes) in [(false, 200_000), (true, 200_000), (true, 400_000), (false, 700_000)] {
+        let plan = |host: u64, disk_budget: u64| {
+            let (device_budget, host_budget) = (Some(device_bytes), Some(host));
+            let options = PlanOptions { device_budget, host_budget, disk_budget, clips, ..PlanOptions::default() };
+            Plan::new(&model, &options, &cost).map_err(|error| error.to_string())
+        };
+        let most = plan(u64::MAX, 0).expect("no budget").host.bytes;
+        for host in (0..12).map(|part| most * part / 12) {
+            let what = format!("clips {clips}, {device_bytes} bytes, {host} bytes of the host");
+            let Err(error) = plan(host, 0) else { continue };
+            let bytes = advised(&error, HOST).expect("the host's memory");
+            plan(bytes, 0).expect(&what);
+            plan(bytes - 1, 0).expect_err(&what);
+            let disk = advised(&error, DISK);
+            assert_eq!(disk.is_some(), plan(host, u64::MAX).is_ok(), "{what}: {error}");
+            let Some(disk) = disk else { continue };
+            with_disk += 1;
+            plan(host, disk).expect(&what);
+            let error = plan(host, disk - 1).expect_err(&what);
+            assert!(error.contains("the disk tier needs") && error.contains(&disk.to_string()), "{error}");
+            // With a disk that is too small for this much host memory.
+            let error = plan(0, disk).expect_err(&what);
+            if let Some(bytes) = advised(&error, HOST) {
+                plan(bytes, disk).expect(&what);
+            }
+        }
+    }
+    assert!(with_disk > 5, "{with_disk}");
 }

@@ -23,6 +23,7 @@ use std::ops::Range;
 const CLOSE: f64 = 1.5;
 
 /// A choice that the search has looked at.
+#[derive(Clone)]
 pub struct Found {
     shards: Shards,
     choice: Choice,
@@ -66,8 +67,11 @@ pub struct Search<'a> {
     /// The fastest that fits, of each kind: boundary tensors on the device or in host memory, updates of what visits by
     /// the host alone or not. Estimates are truest among plans of one kind.
     best: [Option<Found>; 4],
-    /// The one that fits on the device and lacks the least of host memory, and how much that is.
+    /// Of those that fit on the device and have no home for their state: the one that needs the least host memory with
+    /// the disk as it is, and how much that is.
     pub homeless: Option<(u64, Found)>,
+    /// And the one that needs the least of a disk beside the host memory as it is, and how much, if any disk would do.
+    pub diskless: Option<(u64, Found)>,
     /// The one of the smallest arena.
     pub smallest: Option<Found>,
 }
@@ -82,6 +86,7 @@ impl<'a> Search<'a> {
             shards: Timed::new(model, cost),
             best: Default::default(),
             homeless: None,
+            diskless: None,
             smallest: None,
         }
     }
@@ -238,12 +243,33 @@ impl<'a> Search<'a> {
         self.options.device_budget.is_none_or(|budget| arena_bytes <= budget)
     }
 
-    /// By how many bytes more than its budget it needs of the host, with as much on the disk as can be.
-    fn host_lacks(&self, shards: &Shards, choice: &Choice) -> u64 {
-        let Some(budget) = self.options.host_budget else { return 0 };
-        let most = if self.options.disk_budget > 0 { OnDisk::Weights } else { OnDisk::Nothing };
-        let choice = Choice { on_disk: self.options.on_disk.unwrap_or(most), ..choice.clone() };
-        host_map(self.model, &shards.programs, &choice, self.options.moments).bytes.saturating_sub(budget)
+    /// Whether its state has a home. Of those that have none, what the ones need that need least is kept.
+    fn has_home(&mut self, found: &Found) -> bool {
+        let options = self.options;
+        let Some(host) = options.host_budget else { return true };
+        let bytes = |on_disk: OnDisk| {
+            let choice = Choice { on_disk, ..found.choice.clone() };
+            let map = host_map(self.model, &found.shards.programs, &choice, options.moments);
+            (map.bytes, map.disk_bytes)
+        };
+        let homes: Vec<(u64, u64)> = match options.on_disk {
+            None => OnDisk::ALL.into_iter().map(bytes).collect(),
+            // However large that disk is.
+            Some(told) => vec![(bytes(told).0, 0)],
+        };
+        let host_bytes = homes.iter().filter(|(_, disk)| *disk <= options.disk_budget).map(|(host, _)| *host).min();
+        let disk_bytes = homes.iter().filter(|(bytes, _)| *bytes <= host).map(|(_, disk)| *disk).min();
+        if host_bytes.is_some_and(|bytes| bytes <= host) {
+            return true;
+        }
+        let keep = |least: &mut Option<(u64, Found)>, needs: Option<u64>| {
+            if let Some(needs) = needs.filter(|needs| least.as_ref().is_none_or(|(least, _)| needs < least)) {
+                *least = Some((needs, found.clone()));
+            }
+        };
+        keep(&mut self.homeless, host_bytes);
+        keep(&mut self.diskless, disk_bytes);
+        false
     }
 
     /// Keeps a plan if it is the best so far. What fits whole is left at rest, with the fewest shards; else the fastest
@@ -287,12 +313,8 @@ impl<'a> Search<'a> {
         if self.best[kind].as_ref().is_some_and(|best| self.order(&found, best).is_ge()) {
             return;
         }
-        match self.host_lacks(shards, choice) {
-            0 => self.best[kind] = Some(found),
-            lacks if self.homeless.as_ref().is_none_or(|(least, _)| lacks < *least) => {
-                self.homeless = Some((lacks, found));
-            }
-            _ => {}
+        if self.has_home(&found) {
+            self.best[kind] = Some(found);
         }
     }
 
@@ -316,14 +338,11 @@ impl<'a> Search<'a> {
         rank(a).cmp(&rank(b)).then(by_secs).then(sizes(a).cmp(&sizes(b)))
     }
 
-    /// The best of each kind that might be the fastest, the best by estimates first; where none fits, the one that
-    /// lacks the least of host memory.
+    /// The best of each kind that might be the fastest, the best by estimates first; none where none fits.
     pub fn take_candidates(&mut self) -> Vec<Found> {
         let mut found: Vec<Found> = self.best.iter_mut().filter_map(Option::take).collect();
         found.sort_by(|a, b| self.order(a, b));
-        let Some(best) = found.first() else {
-            return self.homeless.take().map(|(_, found)| found).into_iter().collect();
-        };
+        let Some(best) = found.first() else { return found };
         let (alone, most_secs) = (self.is_at_rest(best), CLOSE * best.estimated_secs);
         let mut first = true;
         found.retain(|found| std::mem::take(&mut first) || !alone && found.estimated_secs <= most_secs);
