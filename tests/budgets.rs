@@ -36,6 +36,21 @@ fn gpt(
     of_text("gpt2", config, context, (batch, microbatch))
 }
 
+fn of_images(
+    family: &str,
+    config: Value,
+    pixels: [usize; 3],
+    (batch, microbatch): (usize, usize),
+    frozen: &[&str],
+) -> Arc<Model> {
+    let inputs =
+        [InputShape::new(names::PIXEL_VALUES, pixels, DType::F32), InputShape::new(names::LABELS, [], DType::I32)];
+    let network = from_config(family, &config).expect("a network");
+    let frozen = frozen.iter().map(|start| start.to_string()).collect();
+    let options = TrainOptions { batch, microbatch, frozen, ..TrainOptions::new(1) };
+    Arc::new(trace_model(network.as_ref(), &inputs, &options).expect("a model"))
+}
+
 /// Rates that have little in common.
 fn rates() -> Vec<CostModel> {
     let slow_link = CostModel { op_secs: 1e-5, ..CostModel::stated(1e12, 1e12, 1e7) };
@@ -69,6 +84,30 @@ fn check(what: &str, smallest: &dyn Fn(Option<u64>, &CostModel) -> Result<u64>) 
         for budget in [Some(needs), Some(needs + needs / 7), Some(3 * needs), None] {
             let what = format!("{what}, {budget:?} bytes");
             assert_eq!(smallest(budget, cost).expect("enough"), needs, "{what}");
+        }
+    }
+}
+
+#[test]
+fn a_lone_model_fits_in_what_is_named_and_in_nothing_below() {
+    let vit = json!({
+        "hidden_size": 9, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16, "image_size": 32,
+        "patch_size": 22, "num_labels": 10,
+    });
+    let resnet = json!({
+        "num_channels": 1, "embedding_size": 4, "hidden_sizes": [14, 1], "depths": [1, 2], "layer_type": "basic",
+        "num_labels": 2, "downsample_in_first_stage": true,
+    });
+    for (what, model) in [
+        ("gpt", gpt([12, 2, 3], 31, 8, 4, 2)),
+        ("frozen embeddings", of_images("vit", vit, [3, 32, 32], (1, 1), &["vit.embeddings"])),
+        ("a narrow end", of_images("resnet", resnet, [1, 5, 7], (6, 3), &[])),
+    ] {
+        for slots in [1, 2, 5] {
+            check(&format!("{what}, {slots} slots"), &|device_budget, cost| {
+                let options = PlanOptions { device_budget, slots, ..PlanOptions::default() };
+                Plan::new(&model, &options, cost).map(|plan| plan.smallest_device_bytes)
+            });
         }
     }
 }

@@ -6,7 +6,7 @@
 use super::cut::Balanced;
 use super::estimate::{chain_secs, estimate_anywhere_secs, estimate_secs};
 use super::fleet::anywhere_map;
-use super::memory::{ArenaMap, BoundaryTier, Choice, arena_map};
+use super::memory::{ArenaMap, BoundaryTier, Choice, VisitBytes, arena_map, bytes_at_rest, resting_counts};
 use super::model::Model;
 use super::plan::{Plan, PlanOptions, Recompute};
 use super::shard::ShardPrograms;
@@ -64,6 +64,8 @@ pub struct Search<'a> {
     options: &'a PlanOptions,
     cost: &'a CostModel,
     shards: Timed<'a>,
+    /// Of the cut that is looked at.
+    visits: Vec<VisitBytes>,
     /// The fastest that fits, of each kind: boundary tensors on the device or in host memory, updates of what visits by
     /// the host alone or not. Estimates are truest among plans of one kind.
     best: [Option<Found>; 4],
@@ -84,6 +86,7 @@ impl<'a> Search<'a> {
             options,
             cost,
             shards: Timed::new(model, cost),
+            visits: Vec::new(),
             best: Default::default(),
             homeless: None,
             diskless: None,
@@ -145,6 +148,7 @@ impl<'a> Search<'a> {
         let twice = self.options.recompute == Recompute::Always;
         if let Some(keep) = &self.options.kept {
             let shards = self.build(cut, |s| keep.get(s).copied().unwrap_or(false), twice);
+            self.visits = VisitBytes::of(self.model, &shards.programs, self.options.moments);
             for choice in self.choices(n) {
                 self.offer(&shards, &choice);
             }
@@ -159,6 +163,9 @@ impl<'a> Search<'a> {
         }
         let kept = (self.options.recompute != Recompute::Always).then(|| self.build(cut, |_| true, twice));
         let again = (self.options.recompute != Recompute::Never || n == 1).then(|| self.build(cut, |_| false, twice));
+        if let Some(either) = kept.as_ref().or(again.as_ref()) {
+            self.visits = VisitBytes::of(self.model, &either.programs, self.options.moments);
+        }
         for choice in self.choices(n) {
             match (&kept, &again) {
                 (Some(kept), Some(again)) => {
@@ -282,9 +289,11 @@ impl<'a> Search<'a> {
 
     fn offer_one(&mut self, shards: &Shards, choice: &Choice) {
         let arena = map(self.model, &shards.programs, choice, self.options);
-        // The smallest must not depend on the budget, as how many shards rest does where nobody has said so.
-        let by_budget = choice.resting > 0 && self.options.resting.is_none();
-        let is_smallest = !by_budget && self.smallest.as_ref().is_none_or(|s| arena.bytes < s.arena.bytes);
+        // The smallest must not depend on the budget, as what a mixed plan keeps does.
+        let keeps = |s: &ShardPrograms| s.kept;
+        let inner = &shards.programs[..shards.programs.len() - 1];
+        let is_mixed = self.options.kept.is_none() && inner.iter().any(keeps) && !inner.iter().all(keeps);
+        let is_smallest = !is_mixed && self.smallest.as_ref().is_none_or(|s| arena.bytes < s.arena.bytes);
         if !is_smallest && !self.fits(arena.bytes) {
             return;
         }
@@ -349,25 +358,39 @@ impl<'a> Search<'a> {
         found
     }
 
-    /// The same with as many shards at rest as fit, where not all are.
+    /// The same with some shards at rest: as many as fit, and as many as take the fewest bytes.
     fn offer_resting(&mut self, shards: &Shards, choice: &Choice) {
-        let options = self.options;
-        let pointless = choice.resident || choice.pipelined || choice.crosses || options.device_budget.is_none();
+        let (options, n) = (self.options, shards.programs.len());
+        let pointless = choice.resident || choice.pipelined || choice.crosses || n == 1;
         let told = options.resident.is_some() || options.resting.is_some();
         if pointless || told || options.anywhere.is_some() {
             return;
         }
         let with = |resting: usize| Choice { resting, ..choice.clone() };
-        let fits = |resting: usize| self.fits(map(self.model, &shards.programs, &with(resting), options).bytes);
-        // More at rest take more bytes.
-        let (mut most, mut too_many) = (0, shards.programs.len());
+        let at_rest = bytes_at_rest(&self.visits);
+        // What rests alone may be too much already.
+        let within = |search: &Self, resting: usize, most: u64| {
+            let map = || map(search.model, &shards.programs, &with(resting), options);
+            at_rest[resting] <= most && map().bytes <= most
+        };
+        let starts = resting_counts(&self.visits, choice);
+        // With updates on the device they take no fewer bytes than without.
+        if choice.visiting_updates == 0 || options.visiting_updates.is_some() {
+            for &start in &starts {
+                let smaller = self.smallest.as_ref().map_or(u64::MAX, |s| s.arena.bytes.saturating_sub(1));
+                if within(self, start, smaller) {
+                    self.offer_one(shards, &with(start));
+                }
+            }
+        }
+        let Some(budget) = options.device_budget else { return };
+        let Some(i) = starts.iter().rposition(|&start| within(self, start, budget)) else { return };
+        let (mut most, mut too_many) = (starts[i], starts.get(i + 1).copied().unwrap_or(n));
         while most + 1 < too_many {
             let middle = usize::midpoint(most, too_many);
-            if fits(middle) { most = middle } else { too_many = middle }
+            if within(self, middle, budget) { most = middle } else { too_many = middle }
         }
-        if most > 0 {
-            self.offer_one(shards, &with(most));
-        }
+        self.offer_one(shards, &with(most));
     }
 
     /// The same with some of the shards that visit updated on the device instead of by the host, whose updates may take
