@@ -232,3 +232,26 @@ fn the_host_memory_and_the_disk_that_are_advised_do() {
     }
     assert!(with_disk > 5, "{with_disk}");
 }
+
+#[test]
+fn the_host_memory_that_models_are_told_does_whatever_rates_were_measured() {
+    let bert = json!({
+        "hidden_size": 6, "num_hidden_layers": 8, "num_attention_heads": 1, "intermediate_size": 21,
+        "max_position_embeddings": 15, "vocab_size": 14,
+    });
+    let bert = of_text("bert", bert, 13, (10, 5));
+    let gpt = gpt([12, 2, 4], 64, 6, 4, 1);
+    let models = fleet_models(&[(&bert, 0), (&gpt, 2)], &PlanOptions::default());
+    for (count, device_bytes) in [(1, 40_000), (2, 60_000)] {
+        let plan = |host: u64, cost: &CostModel| {
+            let budgets = HomeBudgets { host: Some(host), disk: 0 };
+            plan_fleet(&models, &devices(count, Some(device_bytes), cost), budgets)
+        };
+        let refusal = |host: u64, cost: &CostModel| plan(host, cost).expect_err("too little").to_string();
+        let bytes = advised(&refusal(1, &stated()), HOST).expect("the host's memory");
+        for cost in rates() {
+            assert_eq!(advised(&refusal(1, &cost), HOST), Some(bytes), "{count} devices");
+            plan(bytes, &cost).expect("what the refusal named");
+        }
+    }
+}

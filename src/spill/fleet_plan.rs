@@ -54,9 +54,26 @@ pub struct FleetPlan {
 /// [`Error::OutOfBudget`] that names the models which do not fit; [`Error::BadInput`] for absurd options.
 pub fn plan_fleet(models: &[FleetModel], devices: &[FleetDevice], budgets: HomeBudgets) -> Result<FleetPlan> {
     let _held = hold(models);
-    let FleetPlan { placed, smallest_device_bytes } = sketch_fleet(models, devices)?;
-    let placed = find_homes(&with_own_programs(models, placed), budgets)?;
-    Ok(FleetPlan { placed, smallest_device_bytes })
+    or_nominal(devices, |devices| {
+        let FleetPlan { placed, smallest_device_bytes } = sketch_fleet(models, devices)?;
+        let placed = find_homes(&with_own_programs(models, placed), budgets)?;
+        Ok(FleetPlan { placed, smallest_device_bytes })
+    })
+}
+
+/// What `plan` makes of `devices`, or else of devices of nominal costs: what is refused and what is named then must not
+/// depend on what was measured, as plans that are chosen without a look at the host's memory do.
+///
+/// # Errors
+/// As `plan`.
+pub fn or_nominal<T>(devices: &[FleetDevice], mut plan: impl FnMut(&[FleetDevice]) -> Result<T>) -> Result<T> {
+    match plan(devices) {
+        Err(Error::OutOfBudget { .. }) => {
+            let nominal = |d: &FleetDevice| FleetDevice { cost: CostModel::nominal(), ..d.clone() };
+            plan(&devices.iter().map(nominal).collect::<Vec<_>>())
+        }
+        planned => planned,
+    }
 }
 
 /// The same, wherever state is at home.

@@ -249,6 +249,30 @@ fn no_step_is_predicted_to_be_shorter_than_its_bound() {
 }
 
 #[test]
+fn the_host_memory_that_is_named_depends_on_no_rate_and_does() {
+    let device = "[[device]]\nkind = 'sim'\nprofile = 'v100'\nmemory = 300000\ncount = 2\n[host]\nmemory = 1\n";
+    let models = model("a", "") + &model("b", "optimizer = { kind = 'sgd', clip = 1.0 }");
+    let job = Job::new(&(device.to_string() + &models.replace("n_layer = 2", "n_layer = 6")));
+    for policy in ["gpipe", "model-parallel", "locality-lrtf", "one-at-a-time"] {
+        let plan = |sets: &[&str]| {
+            let policy = format!("run.policy={policy}");
+            let sets = [&[policy.as_str()], sets].concat();
+            job.hydra(&sets.iter().fold(vec!["plan"], |args, set| [&args[..], &["--set", set]].concat()))
+        };
+        let mut named = Vec::new();
+        for link in ["device.0.link=100 KB/s", "device.0.link=900 GB/s"] {
+            let refused = plan(&[link]);
+            refused.fails(2, &["the host's store needs", "[host] memory = "]);
+            let (_, after) = refused.err.split_once("[host] memory = ").expect("what is needed");
+            let bytes: String = after.chars().take_while(char::is_ascii_digit).collect();
+            plan(&[link, &format!("host.memory={bytes}")]).fine();
+            named.push(bytes);
+        }
+        assert_eq!(named[0], named[1], "{policy}");
+    }
+}
+
+#[test]
 fn bad_fleets() {
     let job = Job::new(&(model("a", "") + &model("a", "")));
     job.hydra(&["train"]).bad(&["model.1.name", "model.0 has the name"]);
