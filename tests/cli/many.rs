@@ -237,13 +237,20 @@ fn simulations_say_what_the_schedule_comes_to() {
 /// What a model's weights take once to come to where they stay is no part of a step.
 #[test]
 fn no_step_is_predicted_to_be_shorter_than_its_bound() {
-    let device = "[[device]]\nkind = 'sim'\nprofile = 'v100'\nlink = '10 MB/s'\n";
-    let job = Job::new(&(device.repeat(2) + &model("a", "") + &model("b", "optimizer = { kind = 'sgd' }")));
-    for policy in ["gpipe", "model-parallel", "locality-lrtf", "one-at-a-time"] {
+    let device = "[[device]]\nkind = 'sim'\nprofile = 'v100'\n";
+    let slow = format!("{device}link = '10 MB/s'\n");
+    let (a, b) = (model("a", ""), model("b", "optimizer = { kind = 'sgd' }"));
+    let jobs = [device.to_string() + &slow + &a, slow.repeat(2) + &a + &b].map(|job| Job::new(&job));
+    let policies = ["gpipe", "model-parallel", "locality-lrtf", "one-at-a-time"];
+    for (job, policy) in jobs.iter().flat_map(|job| policies.map(|policy| (job, policy))) {
         let plan = job.hydra(&["plan", "--json", "--set", &format!("run.policy={policy}")]).fine().json();
         for model in plan["models"].as_array().expect("a list") {
             let secs = |key: &str| model[key].as_f64().expect("seconds");
             assert!(secs("bound_secs") <= secs("step_secs"), "{policy}: {model}");
+            let all = |key: &str| plan[key].as_f64().expect("seconds");
+            let stays = !model["shards"][0]["device"].is_null();
+            assert!(!stays || secs("bound_secs") <= all("bound_secs"), "{policy}: {plan}");
+            assert!(all("bound_secs") <= all("step_secs"), "{policy}: {plan}");
         }
     }
 }

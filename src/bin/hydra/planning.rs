@@ -267,8 +267,13 @@ impl PlannedJob {
             return Ok(());
         }
         let (placed, clips) = (self.placed(), self.clips());
-        (self.step_secs, self.bound_secs) =
+        let (step_secs, bound_secs) =
             placing::predict_turn(&placed, &self.sharing, &self.job.run, &self.machine, clips)?;
+        // Nor do they beat what one of them does not, where it has its lanes whatever the schedule.
+        let stays = |m: &&Rc<Planned>| self.machine.devices.len() == 1 || m.placed.home != Home::Anywhere;
+        let alone = self.models.iter().filter(stays).map(|m| m.prediction.bound_secs);
+        self.bound_secs = alone.fold(bound_secs, f64::max);
+        self.step_secs = step_secs.max(self.bound_secs);
         Ok(())
     }
 
