@@ -389,6 +389,30 @@ fn no_schedule_of_partly_frozen_models_is_below_its_bound() {
 }
 
 #[test]
+fn what_handing_tasks_over_takes_counts_in_the_bound() {
+    let options = TrainOptions { batch: 8, microbatch: 1, ..TrainOptions::new(20) };
+    let entries = [Entry { name: "many", small: Small::gpt(16, 1, 1, 7, 0.0), options }];
+    let cost = CostModel { hand_over_secs: 1e-2, ..stated() };
+    let devices = [FleetDevice { budget: None, cost: cost.clone() }];
+    let staying = plan_at_home(&fleet_models(&entries, Recompute::Auto, 2), &devices).expect("a plan");
+    let options = SimulateOptions {
+        steps: vec![20],
+        clips: vec![false],
+        costs: vec![cost],
+        shared_bytes_per_sec: None,
+        arena_bytes: Vec::new(),
+        policy: None,
+        units: 2,
+        lines: Vec::new(),
+        recorder: None,
+    };
+    let simulation = simulate(&staying.expect("no budget").0, options).expect("a simulation");
+    let (bound, makespan) = (simulation.bounds.secs, simulation.makespan_secs);
+    // The others are its updates'.
+    assert!((0.4 * makespan..=makespan).contains(&bound), "{bound} of {makespan} seconds");
+}
+
+#[test]
 fn slots_recomputation_and_homes_do_not_show() {
     let entries = six();
     let want = alone(&entries);

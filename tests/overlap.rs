@@ -105,10 +105,11 @@ fn case(seed: u64) -> Share {
     );
     let of_host = (chosen.choice.visiting_updates > 0)
         .then(|| run_simulated(&model, &chosen, &cost, clip.then_some(1.0)).secs / steady.secs);
-    let of_visiting = (plan.choice.resting > 0).then(|| {
-        let options = PlanOptions { resting: Some(0), ..options };
-        let visiting = Arc::new(Plan::new(&model, &options, &cost).expect("the same budget"));
-        steady.secs / run_simulated(&model, &visiting, &cost, clip.then_some(1.0)).secs
+    let of_visiting = Some(PlanOptions { resting: Some(0), ..options }).filter(|_| plan.choice.resting > 0);
+    let of_visiting = of_visiting.and_then(|options| {
+        // The smallest budgets may be too small for plans in which all visit.
+        let visiting = Arc::new(Plan::new(&model, &options, &cost).ok()?);
+        Some(steady.secs / run_simulated(&model, &visiting, &cost, clip.then_some(1.0)).secs)
     });
     Share { seed, of_visiting, of_host, of_a: steady.busiest_secs() / steady.secs, of_b: bound / steady.secs, what }
 }

@@ -318,7 +318,10 @@ fn pipelined_secs(placed: &Placed, cost: &CostModel) -> f64 {
 /// Seconds of a step's arithmetic on a device, updates there included.
 fn arithmetic_secs(placed: &Placed, cost: &CostModel) -> f64 {
     let plan = &placed.plan;
-    let secs = plan.shards.iter().map(|s| s.step_secs(cost)).sum::<f64>() * placed.model.microbatches as f64;
+    // Each program is handed to the device once for every microbatch.
+    let programs = |s: &ShardPrograms| s.forward.iter().chain(&s.backward).count() as f64;
+    let of = |s: &ShardPrograms| s.step_secs(cost) + programs(s) * cost.hand_over_secs;
+    let secs = plan.shards.iter().map(of).sum::<f64>() * placed.model.microbatches as f64;
     let here = |s: usize| plan.choice.updates_on_device(s);
     let own: u64 = plan.shards.iter().enumerate().filter(|(s, _)| here(*s)).map(|(_, s)| s.own_bytes()).sum();
     if own == 0 {

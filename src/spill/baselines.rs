@@ -7,6 +7,7 @@ use super::fleet_plan::{FleetDevice, FleetModel, hold, named, speeds};
 use super::plan::{Plan, PlanOptions, Recompute};
 use super::shard::ShardPrograms;
 use crate::base::{Error, Result, format_bytes};
+use crate::device::sim::CostModel;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -160,47 +161,51 @@ fn staged(models: &[FleetModel], devices: &[FleetDevice], pipelined: bool) -> Re
     Ok(Lined { placed, lines: vec![(0..models.len()).collect()], smallest_device_bytes })
 }
 
-/// The fastest plan with these stages: resident with everything kept, resident with recomputation, or stages of several
-/// shards that visit; and the bytes of a device with which the smallest of them does.
+/// The first plan with these stages that fits: resident with everything kept, resident with recomputation, or stages of
+/// several shards that visit, more and more of them; and the bytes of a device with which the smallest of all does.
 fn stage(m: &FleetModel, devices: &[FleetDevice], pipelined: bool) -> Result<(Placed, u64)> {
     let cost = &devices[0].cost;
     let layers = m.model.layers();
+    // As every cut, this one must not depend on what was measured.
+    let nominal = CostModel::nominal();
     let secs: Vec<f64> =
-        (0..layers).map(|l| ShardPrograms::new(&m.model, l..l + 1, false, false).step_secs(cost)).collect();
+        (0..layers).map(|l| ShardPrograms::new(&m.model, l..l + 1, false, false).step_secs(&nominal)).collect();
     let stages = balanced(&secs, devices.len());
     let needs = |placed: &Placed| FleetMap::new(std::slice::from_ref(placed), devices.len()).arena_bytes;
     let fits = |placed: &Placed| {
         needs(placed).iter().zip(devices).all(|(&bytes, d)| d.budget.is_none_or(|budget| bytes <= budget))
     };
     let most = |placed: &Placed| needs(placed).into_iter().max().unwrap_or(0);
-    let plan = |cut: Vec<Range<usize>>, kept: bool, resident: bool| -> Result<Placed> {
+    let mut sketches: Vec<Placed> = Vec::new();
+    let mut sketch = |cut: Vec<Range<usize>>, kept: bool, resident: bool| -> Result<()> {
         let home = cut.iter().map(|r| stages.iter().position(|s| s.contains(&r.start)).unwrap_or(0) as u16).collect();
-        let options = PlanOptions {
+        let options = |device_budget: Option<u64>| PlanOptions {
             kept: Some(vec![kept; cut.len()]),
-            cut: Some(cut),
+            cut: Some(cut.clone()),
             resident: Some(resident),
             boundaries_stay: Some(false),
             crosses: true,
             pipelined,
-            device_budget: None,
+            device_budget,
             ..m.options.clone()
         };
-        let plan = Plan::new(&m.model, &options, cost)?;
-        Ok(Placed { model: Arc::clone(&m.model), plan: Arc::new(plan), home: Home::On(home), line: 0 })
+        let home = Home::On(home);
+        let placed = |plan| Placed { model: Arc::clone(&m.model), plan: Arc::new(plan), home: home.clone(), line: 0 };
+        let fastest = Plan::sketch(&m.model, &options(None), cost)?;
+        let least = fastest.smallest_device_bytes;
+        let smaller = fastest.arena.bytes > least;
+        sketches.push(placed(fastest));
+        if smaller {
+            sketches.push(placed(Plan::sketch(&m.model, &options(Some(least)), cost)?));
+        }
+        Ok(())
     };
-    let may_keep = m.options.recompute != Recompute::Always;
-    let may_recompute = m.options.recompute != Recompute::Never;
-    let resident = may_keep.then(|| plan(stages.clone(), true, true)).transpose()?;
-    let again = may_recompute.then(|| plan(stages.clone(), false, true)).transpose()?;
-    let single = (0..layers).map(|l| l..l + 1).collect();
-    let finest = may_recompute.then(|| plan(single, false, false)).transpose()?;
-    let smallest = [&resident, &again, &finest].into_iter().flatten().min_by_key(|placed| most(placed)).cloned();
-    let least = smallest.as_ref().map_or(0, most);
-    if let Some(whole) = [resident, again].into_iter().flatten().find(&fits) {
-        return Ok((whole, least));
+    if m.options.recompute != Recompute::Always {
+        sketch(stages.clone(), true, true)?;
     }
-    if may_recompute {
-        // Stages of more and more shards, which visit two at a time.
+    if m.options.recompute != Recompute::Never {
+        sketch(stages.clone(), false, true)?;
+        // Stages of more and more shards, which visit.
         for parts in 2..=layers {
             let cut: Vec<Range<usize>> = stages
                 .iter()
@@ -209,25 +214,27 @@ fn stage(m: &FleetModel, devices: &[FleetDevice], pipelined: bool) -> Result<(Pl
             if cut.len() == layers {
                 break;
             }
-            let spilled = plan(cut, false, false)?;
-            if fits(&spilled) {
-                return Ok((spilled, least));
-            }
+            sketch(cut, false, false)?;
         }
+        sketch((0..layers).map(|l| l..l + 1).collect(), false, false)?;
     }
-    finest.filter(fits).map(|placed| (placed, least)).ok_or_else(|| refusal(devices, smallest.as_ref(), least))
+    let smallest = sketches.iter().min_by_key(|placed| most(placed)).expect("some way to recompute is allowed");
+    let least = most(smallest);
+    let Some(first) = sketches.iter().find(|placed| fits(placed)) else {
+        return Err(refusal(devices, smallest, least));
+    };
+    let plan = Plan::clone(&first.plan).own(&m.model, m.options.recompute);
+    Ok((Placed { plan: Arc::new(plan), ..first.clone() }, least))
 }
 
-fn refusal(devices: &[FleetDevice], smallest: Option<&Placed>, needs: u64) -> Error {
+fn refusal(devices: &[FleetDevice], Placed { plan, .. }: &Placed, needs: u64) -> Error {
     let budget = devices.iter().filter_map(|d| d.budget).min().unwrap_or(0);
     let [needed, given] = [needs, budget].map(format_bytes);
     let mut message = format!(
         "device memory: its stages need {needs} bytes ({needed}) of a device, the budget is {budget} bytes ({given})\n"
     );
-    if let Some(Placed { plan, .. }) = smallest {
-        message += &format!("  the smallest plan has {} shards, and if all were on one device:\n", plan.shards.len());
-        message += &plan.arena_lines();
-    }
+    message += &format!("  the smallest plan has {} shards, and if all were on one device:\n", plan.shards.len());
+    message += &plan.arena_lines();
     message += &format!("  smallest budget that works {needs:>14} bytes: memory = {needs}");
     Error::OutOfBudget { message, smallest_device_bytes: needs }
 }

@@ -197,7 +197,11 @@ fn device_maps(models: &[Placed], device: u16, spare: Spare) -> Vec<ArenaMap> {
     }
     let movers: Vec<usize> = (0..models.len()).filter(|&m| models[m].home == Home::Anywhere).collect();
     let tenants: Vec<Tenant> = movers.iter().map(|&m| models[m].tenant()).collect();
-    for (m, map) in movers.into_iter().zip(shared_maps(&tenants, spare, &mut tape)) {
+    let shards: usize = tenants.iter().map(|t| t.shards.len()).sum();
+    let asked = tenants.iter().map(|t| t.choice.slots).max().unwrap_or(0);
+    // No more slots than there is to put in them.
+    let slots = asked.min(shards) + spare.slots;
+    for (m, map) in movers.into_iter().zip(shared_maps(&tenants, slots, spare.entries, &mut tape)) {
         maps[m] = map;
     }
     let workspace = |m: &Placed| {
@@ -223,13 +227,15 @@ struct Tenant<'a> {
 /// Maps the arena of a model that runs anywhere, if it were alone.
 pub(super) fn anywhere_map(model: &Model, shards: &[ShardPrograms], choice: &Choice, moments: usize) -> ArenaMap {
     let mut tape = Tape::default();
-    let mut map = shared_maps(&[Tenant { model, shards, choice, moments }], Spare::default(), &mut tape).remove(0);
+    let slots = choice.slots.min(shards.len());
+    let mut map = shared_maps(&[Tenant { model, shards, choice, moments }], slots, 0, &mut tape).remove(0);
     map.workspace = tape.take(shards.iter().map(ShardPrograms::workspace_bytes).max().unwrap_or(0));
     ArenaMap { bytes: tape.end, ..map }
 }
 
-/// Lays out what models that run anywhere have on a device: losses and norms of each, slots and rings for all.
-fn shared_maps(tenants: &[Tenant], spare: Spare, tape: &mut Tape) -> Vec<ArenaMap> {
+/// Lays out what models that run anywhere have on a device: losses and norms of each, so many weight slots and rings
+/// for all.
+fn shared_maps(tenants: &[Tenant], slots: usize, spare_entries: usize, tape: &mut Tape) -> Vec<ArenaMap> {
     let of = |bytes: &dyn Fn(&Tenant, usize) -> u64| {
         tenants.iter().flat_map(|t| (0..t.shards.len()).map(move |s| bytes(t, s))).max().unwrap_or(0)
     };
@@ -254,10 +260,10 @@ fn shared_maps(tenants: &[Tenant], spare: Spare, tape: &mut Tape) -> Vec<ArenaMa
     let shared = ArenaMap {
         norm_scratch: tape.take(scratch),
         inputs: tape.take_many(most(&|c| c.input_entries), of(&|t, s| t.shards[s].input_bytes())),
-        weight_slots: tape.take_many(most(&|c| c.slots) + spare.slots, of(&|t, s| t.shards[s].slot_bytes())),
+        weight_slots: tape.take_many(slots, of(&|t, s| t.shards[s].slot_bytes())),
         gradient_slots: tape.take_many(most(&|c| c.gradient_slots), gradients),
         update_states: tape.take_many(if states > 0 { most(&|c| c.gradient_slots) } else { 0 }, states),
-        activations: tape.take_many(most(&|c| entries(c.activations)) + spare.entries, boundary),
+        activations: tape.take_many(most(&|c| entries(c.activations)) + spare_entries, boundary),
         gradients: tape.take_many(most(&|c| entries(c.gradients)), boundary),
         ..ArenaMap::default()
     };

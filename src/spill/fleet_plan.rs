@@ -54,26 +54,49 @@ pub struct FleetPlan {
 /// [`Error::OutOfBudget`] that names the models which do not fit; [`Error::BadInput`] for absurd options.
 pub fn plan_fleet(models: &[FleetModel], devices: &[FleetDevice], budgets: HomeBudgets) -> Result<FleetPlan> {
     let _held = hold(models);
-    let moving = sketch_anywhere(models, devices);
-    let staying = sketch_at_home(models, devices)?;
-    let Some((staying, secs)) = staying else {
-        let FleetPlan { placed, smallest_device_bytes } = moving?;
+    or_nominal(devices, |devices| {
+        let FleetPlan { placed, smallest_device_bytes } = sketch_fleet(models, devices)?;
         let placed = find_homes(&with_own_programs(models, placed), budgets)?;
-        return Ok(FleetPlan { placed, smallest_device_bytes });
-    };
-    let needs = |placed: &[Placed]| FleetMap::new(placed, devices.len()).arena_bytes.into_iter().max().unwrap_or(0);
-    // Where only those that stay fit, they need not be even.
-    let mut smallest_device_bytes = needs(&staying);
-    let is_even = |moving: &[Placed]| secs <= UNEVEN * makespan_secs(models, moving, devices);
-    let placed = match moving {
-        Err(_) => staying,
-        Ok(moving) => {
-            smallest_device_bytes = smallest_device_bytes.min(moving.smallest_device_bytes);
+        Ok(FleetPlan { placed, smallest_device_bytes })
+    })
+}
+
+/// What `plan` makes of `devices`, or else of devices of nominal costs: what is refused and what is named then must not
+/// depend on what was measured, as plans that are chosen without a look at the host's memory do.
+///
+/// # Errors
+/// As `plan`.
+pub fn or_nominal<T>(devices: &[FleetDevice], mut plan: impl FnMut(&[FleetDevice]) -> Result<T>) -> Result<T> {
+    match plan(devices) {
+        Err(Error::OutOfBudget { .. }) => {
+            let nominal = |d: &FleetDevice| FleetDevice { cost: CostModel::nominal(), ..d.clone() };
+            plan(&devices.iter().map(nominal).collect::<Vec<_>>())
+        }
+        planned => planned,
+    }
+}
+
+/// The same, wherever state is at home.
+fn sketch_fleet(models: &[FleetModel], devices: &[FleetDevice]) -> Result<FleetPlan> {
+    let (closest, at_home) = sketch_closest(models, devices.len())?;
+    let moving = sketch_anywhere(models, devices, Some(at_home));
+    let staying = sketch_at_home(models, devices)?;
+    let (placed, smallest_device_bytes) = match (moving, staying) {
+        // Where only those that stay fit, they need not be even.
+        (Err(Error::OutOfBudget { smallest_device_bytes, .. }), Some((staying, _))) => (staying, smallest_device_bytes),
+        (Err(Error::OutOfBudget { smallest_device_bytes, .. }), None)
+            if devices.iter().all(|d| d.budget.is_none_or(|budget| budget >= at_home)) =>
+        {
+            (closest, smallest_device_bytes)
+        }
+        (Err(error), _) => return Err(error),
+        (Ok(moving), None) => (moving.placed, moving.smallest_device_bytes),
+        (Ok(moving), Some((staying, secs))) => {
             // Somebody who stays copies nothing; somebody who moves leaves no device idle.
-            if is_even(&moving.placed) { staying } else { moving.placed }
+            let is_even = secs <= UNEVEN * makespan_secs(models, &moving.placed, devices);
+            (if is_even { staying } else { moving.placed }, moving.smallest_device_bytes)
         }
     };
-    let placed = find_homes(&with_own_programs(models, placed), budgets)?;
     Ok(FleetPlan { placed, smallest_device_bytes })
 }
 
@@ -126,19 +149,22 @@ pub(super) fn speeds(models: &[FleetModel], devices: &[FleetDevice]) -> Vec<f64>
 /// As [`plan_fleet`].
 pub fn plan_anywhere(models: &[FleetModel], devices: &[FleetDevice]) -> Result<FleetPlan> {
     let _held = hold(models);
-    let sketch = sketch_anywhere(models, devices)?;
+    let sketch = sketch_anywhere(models, devices, None)?;
     Ok(FleetPlan { placed: with_own_programs(models, sketch.placed), ..sketch })
 }
 
-fn sketch_anywhere(models: &[FleetModel], devices: &[FleetDevice]) -> Result<FleetPlan> {
+/// Sketches with every shard anywhere; `at_home`: bytes of every device with which all could stay instead.
+fn sketch_anywhere(models: &[FleetModel], devices: &[FleetDevice], at_home: Option<u64>) -> Result<FleetPlan> {
     // A shard must fit wherever it may go.
     let budget = devices.iter().filter_map(|d| d.budget).min();
     let cost = &devices[0].cost;
+    // Of more slots than the models can have shards nothing is gained.
+    let most_slots = models.iter().map(|m| m.model.layers()).sum();
     let plans = |budget_of: &dyn Fn(usize) -> Option<u64>| -> Result<Vec<Placed>> {
         let mut placed: Vec<Placed> = Vec::new();
         for (i, m) in models.iter().enumerate() {
-            let mut options =
-                PlanOptions { anywhere: Some(devices.len()), device_budget: budget_of(i), ..m.options.clone() };
+            let (anywhere, slots) = (Some(devices.len()), m.options.slots.min(most_slots));
+            let mut options = PlanOptions { anywhere, slots, device_budget: budget_of(i), ..m.options.clone() };
             (options.resident, options.boundaries_stay) = (None, None);
             let twin = (0..i).find(|&t| Arc::ptr_eq(&models[t].model, &m.model) && models[t].options == m.options);
             let plan = match twin {
@@ -153,17 +179,21 @@ fn sketch_anywhere(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Fle
     let wishes = plans(&|_| None)?;
     let smallest: Vec<u64> = wishes.iter().map(|p| p.plan.smallest_device_bytes).collect();
     let least = plans(&|i| Some(smallest[i]))?;
-    let smallest_device_bytes = arena(&least);
+    let least_bytes = arena(&least);
+    let smallest_device_bytes = least_bytes.min(at_home.unwrap_or(u64::MAX));
     let plan = |placed| FleetPlan { placed, smallest_device_bytes };
-    let Some(budget) = budget.filter(|&budget| arena(&wishes) > budget) else { return Ok(plan(wishes)) };
-    if smallest_device_bytes > budget {
+    // What is named is refused a byte below it, whatever the fastest plans take.
+    let is_little = |&budget: &u64| least_bytes > budget || arena(&wishes) > budget;
+    let Some(budget) = budget.filter(is_little) else { return Ok(plan(wishes)) };
+    if least_bytes > budget {
         let needs = smallest_device_bytes;
         let mut message = format!(
             "device memory: the models together need {needs} bytes ({}) of every device, the smallest has {budget} bytes ({})\n",
             format_bytes(needs),
             format_bytes(budget)
         );
-        for (m, &bytes) in models.iter().zip(&smallest) {
+        for (m, placed) in models.iter().zip(&least) {
+            let bytes = arena(std::slice::from_ref(placed));
             let fits = if bytes > budget { ", does not fit" } else { "" };
             message += &format!("  {:<26} {bytes:>14} bytes  {:>12} alone{fits}\n", m.name, format_bytes(bytes));
         }
@@ -200,7 +230,7 @@ const NEARLY: f64 = 0.9;
 /// As [`plan_anywhere`].
 pub fn plan_pipelined(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Option<FleetPlan>> {
     let _held = hold(models);
-    let plan = sketch_anywhere(models, devices)?;
+    let plan = sketch_anywhere(models, devices, None)?;
     let secs = |m: &FleetModel, p: &Placed| m.steps as f64 * p.plan.estimated_secs;
     let all: f64 = models.iter().zip(&plan.placed).map(|(m, p)| secs(m, p)).sum();
     let share = all / speeds(models, devices).iter().sum::<f64>();
@@ -228,7 +258,11 @@ pub fn plan_at_home(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Op
 }
 
 fn sketch_at_home(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Option<(Vec<Placed>, f64)>> {
-    let cost = &devices[0].cost;
+    Ok(distribute(models, &sketch_whole(models, &devices[0].cost)?, devices))
+}
+
+/// A sketch of each model that stays on a device in one piece.
+fn sketch_whole(models: &[FleetModel], cost: &CostModel) -> Result<Vec<Arc<Plan>>> {
     let mut plans: Vec<Arc<Plan>> = Vec::new();
     for (i, m) in models.iter().enumerate() {
         let whole = std::iter::once(0..m.model.layers()).collect();
@@ -239,6 +273,31 @@ fn sketch_at_home(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Opti
             None => Arc::new(Plan::sketch(&m.model, &options, cost).map_err(|e| named(&m.name, e))?),
         });
     }
+    Ok(plans)
+}
+
+/// Every model whole on one of so many devices, as close together as [`distribute`] finds, and the bytes of the
+/// fullest: with any more of every device they fit too. By nominal costs, so that it is the same whatever was measured.
+fn sketch_closest(models: &[FleetModel], devices: usize) -> Result<(Vec<Placed>, u64)> {
+    let cost = CostModel::nominal();
+    let plans = sketch_whole(models, &cost)?;
+    let within = |budget: Option<u64>| {
+        let (placed, _) = distribute(models, &plans, &vec![FleetDevice { budget, cost: cost.clone() }; devices])?;
+        let bytes = FleetMap::new(&placed, devices).arena_bytes.into_iter().max().unwrap_or(0);
+        Some((placed, bytes))
+    };
+    let mut closest = within(None).expect("without budgets all fit");
+    while devices > 1
+        && let Some(closer) = closest.1.checked_sub(1).and_then(|budget| within(Some(budget)))
+    {
+        closest = closer;
+    }
+    Ok(closest)
+}
+
+/// Whole models on devices, the longest first onto the device that is done soonest of those that it fits, and the
+/// seconds until the last is done; `None` where one fits nowhere.
+fn distribute(models: &[FleetModel], plans: &[Arc<Plan>], devices: &[FleetDevice]) -> Option<(Vec<Placed>, f64)> {
     let secs = |i: usize| models[i].steps as f64 * plans[i].estimated_secs;
     let speeds = speeds(models, devices);
     let mut order: Vec<usize> = (0..models.len()).collect();
@@ -261,7 +320,7 @@ fn sketch_at_home(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Opti
             with.push(at(d));
             devices[d].budget.is_none_or(|budget| FleetMap::new(&with, devices.len()).arena_bytes[d] <= budget)
         };
-        let Some(d) = candidates.into_iter().find(fits) else { return Ok(None) };
+        let d = candidates.into_iter().find(fits)?;
         loads[d] += secs(i) / speeds[d];
         placed.push(at(d));
         numbers.push(i);
@@ -269,7 +328,7 @@ fn sketch_at_home(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Opti
     let mut by_number: Vec<(usize, Placed)> = numbers.into_iter().zip(placed).collect();
     by_number.sort_by_key(|(i, _)| *i);
     let last = loads.into_iter().fold(0.0, f64::max);
-    Ok(Some((by_number.into_iter().map(|(_, p)| p).collect(), last)))
+    Some((by_number.into_iter().map(|(_, p)| p).collect(), last))
 }
 
 /// An error about a model, with its name first.

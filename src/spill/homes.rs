@@ -48,24 +48,22 @@ pub fn find_homes(placed: &[Placed], budgets: HomeBudgets) -> Result<Vec<Placed>
 pub(super) fn choose_homes(models: &[Homes], budgets: HomeBudgets, smallest_device_bytes: u64) -> Result<Vec<OnDisk>> {
     let refused = |message: String| Error::OutOfBudget { message, smallest_device_bytes };
     let of_all = if models.len() == 1 { String::new() } else { format!(" for {} models", models.len()) };
-    let most = OnDisk::ALL.len() - if budgets.disk == 0 { OnDisk::ALL.len() - 1 } else { 0 };
-    let needs: Vec<u64> = (0..most).map(|i| total(models, |_| i).0).collect();
     let host = budgets.host.unwrap_or(u64::MAX);
-    let Some(level) = needs.iter().position(|&bytes| bytes <= host) else {
-        let needs = needs.into_iter().min().unwrap_or(0);
-        let with_disk = OnDisk::ALL.map(|on_disk| total(models, |_| on_disk as usize));
-        let (even, more) = match (budgets.disk, with_disk.iter().find(|(bytes, _)| *bytes <= host)) {
-            (0, Some((_, disk))) => {
-                let disk = format!("disk = {{ path = \"spill\", memory = {disk} }}");
-                ("", format!("; [host] memory = {needs} would do, or {disk} beside it"))
-            }
-            (0, None) => ("", format!("; [host] memory = {needs} would do")),
-            _ => {
-                (" even with moments, gradients and weights on the disk", format!("; [host] memory = {needs} would do"))
-            }
+    let even = OnDisk::ALL.map(|on_disk| total(models, |_| on_disk as usize));
+    let tried = if budgets.disk == 0 { &even[..1] } else { &even[..] };
+    let Some(level) = tried.iter().position(|(bytes, _)| *bytes <= host) else {
+        let needs = tried.iter().map(|(bytes, _)| *bytes).min().unwrap_or(0);
+        // What is advised does with the disk as it is.
+        let on_this_disk = even.iter().filter(|(_, disk)| *disk <= budgets.disk);
+        let enough = on_this_disk.map(|(bytes, _)| *bytes).min().unwrap_or(needs);
+        let words = if budgets.disk == 0 { "" } else { " even with moments, gradients and weights on the disk" };
+        let or_disk = match even.iter().find(|(bytes, _)| *bytes <= host) {
+            Some((_, disk)) => format!(", or disk = {{ path = \"spill\", memory = {disk} }} beside it"),
+            None => String::new(),
         };
         return Err(refused(format!(
-            "the host's store needs {} ({needs} bytes){of_all}{even}, its budget is {} ({host} bytes){more}",
+            "the host's store needs {} ({needs} bytes){of_all}{words}, its budget is {} ({host} bytes); \
+             [host] memory = {enough} would do{or_disk}",
             format_bytes(needs),
             format_bytes(host)
         )));
@@ -85,6 +83,22 @@ pub(super) fn choose_homes(models: &[Homes], budgets: HomeBudgets, smallest_devi
         )));
     }
     Ok(levels.into_iter().map(|level| OnDisk::ALL[level]).collect())
+}
+
+/// Why no plan of a model has a home for its state: of all plans the one that needs the least host memory with the disk
+/// as it is, and the one that needs the least of a disk, where one would do.
+pub(super) fn no_home(host: Homes, disk: Option<Homes>, budgets: HomeBudgets, smallest_device_bytes: u64) -> Error {
+    let homes = match disk {
+        // Both are told.
+        Some([_, on_disk @ ..]) if budgets.disk == 0 => {
+            let [off_disk, ..] = host;
+            std::array::from_fn(|level| if level == 0 { off_disk } else { on_disk[level - 1] })
+        }
+        Some(disk) => disk,
+        None => host,
+    };
+    let chosen = choose_homes(&[homes], budgets, smallest_device_bytes);
+    chosen.expect_err("a plan that has no home needs more than the budgets")
 }
 
 /// Bytes of host memory and of the disk tier of all models, each as its number among [`OnDisk::ALL`] says.
@@ -138,7 +152,13 @@ mod tests {
                  [host] memory = 16384 would do, or disk = { path = \"spill\", memory = 9216 } beside it",
             ),
             (K, 0, "its budget is 1.00 KiB (1024 bytes); [host] memory = 16384 would do"),
-            (K, 99 * K, "needs 2.00 KiB (2048 bytes) even with moments, gradients and weights on the disk"),
+            (
+                K,
+                99 * K,
+                "needs 2.00 KiB (2048 bytes) even with moments, gradients and weights on the disk, \
+                 its budget is 1.00 KiB (1024 bytes); [host] memory = 2048 would do",
+            ),
+            (K, 12 * K, "; [host] memory = 8192 would do"),
             (15 * K, 8 * K, "the disk tier needs 9.00 KiB (9216 bytes), its budget is 8.00 KiB (8192 bytes)"),
         ] {
             let error = choose(&[MODEL], host, disk).unwrap_err();

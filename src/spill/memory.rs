@@ -251,6 +251,57 @@ pub fn arena_map_of(
     }
 }
 
+/// What of a shard decides how much room it needs as one that visits.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct VisitBytes {
+    slot: u64,
+    gradients: u64,
+    /// With room for what visits of parameters that other shards use too.
+    joined: u64,
+    state: u64,
+}
+
+impl VisitBytes {
+    /// Those of each shard.
+    pub fn of(model: &Model, shards: &[ShardPrograms], moments: usize) -> Vec<VisitBytes> {
+        let of = |s: usize| VisitBytes {
+            slot: shards[s].slot_bytes(),
+            gradients: shards[s].layout.gradient_bytes,
+            joined: visiting_gradients_at(shards, s) + visiting_gradient_bytes(model, shards, s),
+            state: update_state_bytes(model, shards, moments, s),
+        };
+        (0..shards.len()).map(of).collect()
+    }
+}
+
+/// Of each number of shards at rest, bytes that these take at least.
+pub(super) fn bytes_at_rest(shards: &[VisitBytes]) -> Vec<u64> {
+    let mut sums = vec![0];
+    sums.extend(shards.iter().scan(0, |sum, shard| {
+        *sum += shard.slot + shard.gradients + shard.state;
+        Some(*sum)
+    }));
+    sums
+}
+
+/// How many shards may rest, at least one and not all, such that from one of these numbers up to the next one each more
+/// takes more bytes. It may take fewer where it is larger than all that still visit, since the slots that these share
+/// need no room for it then, and where fewer are left than there are slots.
+pub(super) fn resting_counts(shards: &[VisitBytes], choice: &Choice) -> Vec<usize> {
+    let n = shards.len();
+    let shrinks = |s: usize| {
+        let (this, others) = (shards[s], &shards[s + 1..]);
+        let (here, by_host) = others.split_at(choice.visiting_updates.min(others.len()));
+        let is_updated = !here.is_empty();
+        let gradients = if is_updated { this.joined } else { this.gradients };
+        others.iter().all(|o| o.slot < this.slot)
+            || here.iter().all(|o| o.joined < gradients) && by_host.iter().all(|o| o.gradients < gradients)
+            || is_updated && here.iter().all(|o| o.state < this.state)
+    };
+    let slots = choice.slots.max(choice.gradient_slots);
+    (1..n).filter(|&resting| resting == 1 || n - resting < slots || shrinks(resting - 1)).collect()
+}
+
 /// Bytes of a shard's moments and remainders, end to end.
 pub fn update_state_bytes(model: &Model, shards: &[ShardPrograms], moments: usize, shard: usize) -> u64 {
     let own = shards[shard].own_bytes();

@@ -18,7 +18,7 @@ pub use baselines::{Baseline, Lined, place_baseline};
 pub use cut::balanced;
 pub use fleet::{FleetMap, Home, Placed};
 pub use fleet_plan::{
-    FleetDevice, FleetModel, FleetPlan, named, plan_anywhere, plan_at_home, plan_fleet, plan_pipelined,
+    FleetDevice, FleetModel, FleetPlan, named, or_nominal, plan_anywhere, plan_at_home, plan_fleet, plan_pipelined,
 };
 pub use homes::{HomeBudgets, find_homes};
 pub use memory::{ArenaMap, BoundaryTier, Choice, update_state_bytes, visiting_gradients_at};

@@ -3,7 +3,7 @@
 //!
 //! A plan never decides a bit of the result, only time and bytes.
 
-use super::homes::{HomeBudgets, Homes, choose_homes};
+use super::homes::{HomeBudgets, Homes, choose_homes, no_home};
 use super::memory::{ArenaMap, Choice};
 use super::model::Model;
 use super::search::{Found, Search};
@@ -151,30 +151,30 @@ impl Plan {
         let mut search = Search::new(model, options, cost);
         search.run()?;
         let candidates = search.take_candidates();
-        let smallest =
-            search.smallest.expect("every model has the cut into its layers, and each cut a smallest choice");
+        let Search { smallest, homeless, diskless, .. } = search;
+        let smallest = smallest.expect("every model has the cut into its layers, and each cut a smallest choice");
         let needs = smallest.arena.bytes;
-        if candidates.is_empty() {
-            return Err(refusal(model, &smallest.plan(model, options, needs), options));
-        }
         let budgets = HomeBudgets { host: options.host_budget, disk: options.disk_budget };
+        if candidates.is_empty() {
+            let Some((_, homeless)) = homeless else {
+                return Err(refusal(model, &smallest.plan(model, options, needs), options));
+            };
+            let homeless = homeless.plan(model, options, needs);
+            if let Some(on_disk) = options.on_disk {
+                return Ok(vec![homeless.at_home(model, on_disk)]);
+            }
+            let diskless = diskless.map(|(_, found)| found.plan(model, options, needs).homes(model));
+            return Err(no_home(homeless.homes(model), diskless, budgets, needs));
+        }
         let at_home = |found: Found| {
             let plan = found.plan(model, options, needs);
-            // What the host has no room for is refused by what it lacks.
             let on_disk = match options.on_disk {
                 Some(on_disk) => on_disk,
                 None => choose_homes(&[plan.homes(model)], budgets, needs)?[0],
             };
             Ok(if on_disk == OnDisk::Nothing { plan } else { plan.at_home(model, on_disk) })
         };
-        let (mut plans, mut refused) = (Vec::new(), None);
-        for found in candidates {
-            match at_home(found) {
-                Ok(plan) => plans.push(plan),
-                Err(error) => refused = refused.or(Some(error)),
-            }
-        }
-        refused.filter(|_| plans.is_empty()).map_or(Ok(plans), Err)
+        candidates.into_iter().map(at_home).collect()
     }
 
     /// A sketch with its shards' own programs.

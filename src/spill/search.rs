@@ -6,7 +6,7 @@
 use super::cut::Balanced;
 use super::estimate::{chain_secs, estimate_anywhere_secs, estimate_secs};
 use super::fleet::anywhere_map;
-use super::memory::{ArenaMap, BoundaryTier, Choice, arena_map};
+use super::memory::{ArenaMap, BoundaryTier, Choice, VisitBytes, arena_map, bytes_at_rest, resting_counts};
 use super::model::Model;
 use super::plan::{Plan, PlanOptions, Recompute};
 use super::shard::ShardPrograms;
@@ -23,6 +23,7 @@ use std::ops::Range;
 const CLOSE: f64 = 1.5;
 
 /// A choice that the search has looked at.
+#[derive(Clone)]
 pub struct Found {
     shards: Shards,
     choice: Choice,
@@ -63,11 +64,16 @@ pub struct Search<'a> {
     options: &'a PlanOptions,
     cost: &'a CostModel,
     shards: Timed<'a>,
+    /// Of the cut that is looked at.
+    visits: Vec<VisitBytes>,
     /// The fastest that fits, of each kind: boundary tensors on the device or in host memory, updates of what visits by
     /// the host alone or not. Estimates are truest among plans of one kind.
     best: [Option<Found>; 4],
-    /// The one that fits on the device and lacks the least of host memory, and how much that is.
+    /// Of those that fit on the device and have no home for their state: the one that needs the least host memory with
+    /// the disk as it is, and how much that is.
     pub homeless: Option<(u64, Found)>,
+    /// And the one that needs the least of a disk beside the host memory as it is, and how much, if any disk would do.
+    pub diskless: Option<(u64, Found)>,
     /// The one of the smallest arena.
     pub smallest: Option<Found>,
 }
@@ -80,8 +86,10 @@ impl<'a> Search<'a> {
             options,
             cost,
             shards: Timed::new(model, cost),
+            visits: Vec::new(),
             best: Default::default(),
             homeless: None,
+            diskless: None,
             smallest: None,
         }
     }
@@ -92,7 +100,7 @@ impl<'a> Search<'a> {
     /// When the options' own cut is none of the model.
     pub fn run(&mut self) -> Result<()> {
         // The cuts must not depend on what was measured this time, or the smallest budget would change from run to run.
-        for cut in self.cuts(&CostModel::stated(1e11, 2e10, 1e10))? {
+        for cut in self.cuts(&CostModel::nominal())? {
             self.try_cut(&cut);
         }
         Ok(())
@@ -140,6 +148,7 @@ impl<'a> Search<'a> {
         let twice = self.options.recompute == Recompute::Always;
         if let Some(keep) = &self.options.kept {
             let shards = self.build(cut, |s| keep.get(s).copied().unwrap_or(false), twice);
+            self.visits = VisitBytes::of(self.model, &shards.programs, self.options.moments);
             for choice in self.choices(n) {
                 self.offer(&shards, &choice);
             }
@@ -154,6 +163,9 @@ impl<'a> Search<'a> {
         }
         let kept = (self.options.recompute != Recompute::Always).then(|| self.build(cut, |_| true, twice));
         let again = (self.options.recompute != Recompute::Never || n == 1).then(|| self.build(cut, |_| false, twice));
+        if let Some(either) = kept.as_ref().or(again.as_ref()) {
+            self.visits = VisitBytes::of(self.model, &either.programs, self.options.moments);
+        }
         for choice in self.choices(n) {
             match (&kept, &again) {
                 (Some(kept), Some(again)) => {
@@ -238,12 +250,33 @@ impl<'a> Search<'a> {
         self.options.device_budget.is_none_or(|budget| arena_bytes <= budget)
     }
 
-    /// By how many bytes more than its budget it needs of the host, with as much on the disk as can be.
-    fn host_lacks(&self, shards: &Shards, choice: &Choice) -> u64 {
-        let Some(budget) = self.options.host_budget else { return 0 };
-        let most = if self.options.disk_budget > 0 { OnDisk::Weights } else { OnDisk::Nothing };
-        let choice = Choice { on_disk: self.options.on_disk.unwrap_or(most), ..choice.clone() };
-        host_map(self.model, &shards.programs, &choice, self.options.moments).bytes.saturating_sub(budget)
+    /// Whether its state has a home. Of those that have none, what the ones need that need least is kept.
+    fn has_home(&mut self, found: &Found) -> bool {
+        let options = self.options;
+        let Some(host) = options.host_budget else { return true };
+        let bytes = |on_disk: OnDisk| {
+            let choice = Choice { on_disk, ..found.choice.clone() };
+            let map = host_map(self.model, &found.shards.programs, &choice, options.moments);
+            (map.bytes, map.disk_bytes)
+        };
+        let homes: Vec<(u64, u64)> = match options.on_disk {
+            None => OnDisk::ALL.into_iter().map(bytes).collect(),
+            // However large that disk is.
+            Some(told) => vec![(bytes(told).0, 0)],
+        };
+        let host_bytes = homes.iter().filter(|(_, disk)| *disk <= options.disk_budget).map(|(host, _)| *host).min();
+        let disk_bytes = homes.iter().filter(|(bytes, _)| *bytes <= host).map(|(_, disk)| *disk).min();
+        if host_bytes.is_some_and(|bytes| bytes <= host) {
+            return true;
+        }
+        let keep = |least: &mut Option<(u64, Found)>, needs: Option<u64>| {
+            if let Some(needs) = needs.filter(|needs| least.as_ref().is_none_or(|(least, _)| needs < least)) {
+                *least = Some((needs, found.clone()));
+            }
+        };
+        keep(&mut self.homeless, host_bytes);
+        keep(&mut self.diskless, disk_bytes);
+        false
     }
 
     /// Keeps a plan if it is the best so far. What fits whole is left at rest, with the fewest shards; else the fastest
@@ -256,9 +289,11 @@ impl<'a> Search<'a> {
 
     fn offer_one(&mut self, shards: &Shards, choice: &Choice) {
         let arena = map(self.model, &shards.programs, choice, self.options);
-        // The smallest must not depend on the budget, as how many shards rest does where nobody has said so.
-        let by_budget = choice.resting > 0 && self.options.resting.is_none();
-        let is_smallest = !by_budget && self.smallest.as_ref().is_none_or(|s| arena.bytes < s.arena.bytes);
+        // The smallest must not depend on the budget, as what a mixed plan keeps does.
+        let keeps = |s: &ShardPrograms| s.kept;
+        let inner = &shards.programs[..shards.programs.len() - 1];
+        let is_mixed = self.options.kept.is_none() && inner.iter().any(keeps) && !inner.iter().all(keeps);
+        let is_smallest = !is_mixed && self.smallest.as_ref().is_none_or(|s| arena.bytes < s.arena.bytes);
         if !is_smallest && !self.fits(arena.bytes) {
             return;
         }
@@ -287,12 +322,8 @@ impl<'a> Search<'a> {
         if self.best[kind].as_ref().is_some_and(|best| self.order(&found, best).is_ge()) {
             return;
         }
-        match self.host_lacks(shards, choice) {
-            0 => self.best[kind] = Some(found),
-            lacks if self.homeless.as_ref().is_none_or(|(least, _)| lacks < *least) => {
-                self.homeless = Some((lacks, found));
-            }
-            _ => {}
+        if self.has_home(&found) {
+            self.best[kind] = Some(found);
         }
     }
 
@@ -316,39 +347,50 @@ impl<'a> Search<'a> {
         rank(a).cmp(&rank(b)).then(by_secs).then(sizes(a).cmp(&sizes(b)))
     }
 
-    /// The best of each kind that might be the fastest, the best by estimates first; where none fits, the one that
-    /// lacks the least of host memory.
+    /// The best of each kind that might be the fastest, the best by estimates first; none where none fits.
     pub fn take_candidates(&mut self) -> Vec<Found> {
         let mut found: Vec<Found> = self.best.iter_mut().filter_map(Option::take).collect();
         found.sort_by(|a, b| self.order(a, b));
-        let Some(best) = found.first() else {
-            return self.homeless.take().map(|(_, found)| found).into_iter().collect();
-        };
+        let Some(best) = found.first() else { return found };
         let (alone, most_secs) = (self.is_at_rest(best), CLOSE * best.estimated_secs);
         let mut first = true;
         found.retain(|found| std::mem::take(&mut first) || !alone && found.estimated_secs <= most_secs);
         found
     }
 
-    /// The same with as many shards at rest as fit, where not all are.
+    /// The same with some shards at rest: as many as fit, and as many as take the fewest bytes.
     fn offer_resting(&mut self, shards: &Shards, choice: &Choice) {
-        let options = self.options;
-        let pointless = choice.resident || choice.pipelined || choice.crosses || options.device_budget.is_none();
+        let (options, n) = (self.options, shards.programs.len());
+        let pointless = choice.resident || choice.pipelined || choice.crosses || n == 1;
         let told = options.resident.is_some() || options.resting.is_some();
         if pointless || told || options.anywhere.is_some() {
             return;
         }
         let with = |resting: usize| Choice { resting, ..choice.clone() };
-        let fits = |resting: usize| self.fits(map(self.model, &shards.programs, &with(resting), options).bytes);
-        // More at rest take more bytes.
-        let (mut most, mut too_many) = (0, shards.programs.len());
+        let at_rest = bytes_at_rest(&self.visits);
+        // What rests alone may be too much already.
+        let within = |search: &Self, resting: usize, most: u64| {
+            let map = || map(search.model, &shards.programs, &with(resting), options);
+            at_rest[resting] <= most && map().bytes <= most
+        };
+        let starts = resting_counts(&self.visits, choice);
+        // With updates on the device they take no fewer bytes than without.
+        if choice.visiting_updates == 0 || options.visiting_updates.is_some() {
+            for &start in &starts {
+                let smaller = self.smallest.as_ref().map_or(u64::MAX, |s| s.arena.bytes.saturating_sub(1));
+                if within(self, start, smaller) {
+                    self.offer_one(shards, &with(start));
+                }
+            }
+        }
+        let Some(budget) = options.device_budget else { return };
+        let Some(i) = starts.iter().rposition(|&start| within(self, start, budget)) else { return };
+        let (mut most, mut too_many) = (starts[i], starts.get(i + 1).copied().unwrap_or(n));
         while most + 1 < too_many {
             let middle = usize::midpoint(most, too_many);
-            if fits(middle) { most = middle } else { too_many = middle }
+            if within(self, middle, budget) { most = middle } else { too_many = middle }
         }
-        if most > 0 {
-            self.offer_one(shards, &with(most));
-        }
+        self.offer_one(shards, &with(most));
     }
 
     /// The same with some of the shards that visit updated on the device instead of by the host, whose updates may take

@@ -258,6 +258,51 @@ fn simulations_say_what_the_schedule_comes_to() {
     job.hydra(&["train"]).bad(&["device.0.kind", "\"sim\" has a clock and no arithmetic"]);
 }
 
+/// What a model's weights take once to come to where they stay is no part of a step.
+#[test]
+fn no_step_is_predicted_to_be_shorter_than_its_bound() {
+    let device = "[[device]]\nkind = 'sim'\nprofile = 'v100'\n";
+    let slow = format!("{device}link = '10 MB/s'\n");
+    let (a, b) = (model("a", ""), model("b", "optimizer = { kind = 'sgd' }"));
+    let jobs = [device.to_string() + &slow + &a, slow.repeat(2) + &a + &b].map(|job| Job::new(&job));
+    let policies = ["gpipe", "model-parallel", "locality-lrtf", "one-at-a-time"];
+    for (job, policy) in jobs.iter().flat_map(|job| policies.map(|policy| (job, policy))) {
+        let plan = job.hydra(&["plan", "--json", "--set", &format!("run.policy={policy}")]).fine().json();
+        for model in plan["models"].as_array().expect("a list") {
+            let secs = |key: &str| model[key].as_f64().expect("seconds");
+            assert!(secs("bound_secs") <= secs("step_secs"), "{policy}: {model}");
+            let all = |key: &str| plan[key].as_f64().expect("seconds");
+            let stays = !model["shards"][0]["device"].is_null();
+            assert!(!stays || secs("bound_secs") <= all("bound_secs"), "{policy}: {plan}");
+            assert!(all("bound_secs") <= all("step_secs"), "{policy}: {plan}");
+        }
+    }
+}
+
+#[test]
+fn the_host_memory_that_is_named_depends_on_no_rate_and_does() {
+    let device = "[[device]]\nkind = 'sim'\nprofile = 'v100'\nmemory = 300000\ncount = 2\n[host]\nmemory = 1\n";
+    let models = model("a", "") + &model("b", "optimizer = { kind = 'sgd', clip = 1.0 }");
+    let job = Job::new(&(device.to_string() + &models.replace("n_layer = 2", "n_layer = 6")));
+    for policy in ["gpipe", "model-parallel", "locality-lrtf", "one-at-a-time"] {
+        let plan = |sets: &[&str]| {
+            let policy = format!("run.policy={policy}");
+            let sets = [&[policy.as_str()], sets].concat();
+            job.hydra(&sets.iter().fold(vec!["plan"], |args, set| [&args[..], &["--set", set]].concat()))
+        };
+        let mut named = Vec::new();
+        for link in ["device.0.link=100 KB/s", "device.0.link=900 GB/s"] {
+            let refused = plan(&[link]);
+            refused.fails(2, &["the host's store needs", "[host] memory = "]);
+            let (_, after) = refused.err.split_once("[host] memory = ").expect("what is needed");
+            let bytes: String = after.chars().take_while(char::is_ascii_digit).collect();
+            plan(&[link, &format!("host.memory={bytes}")]).fine();
+            named.push(bytes);
+        }
+        assert_eq!(named[0], named[1], "{policy}");
+    }
+}
+
 #[test]
 fn bad_fleets() {
     let job = Job::new(&(model("a", "") + &model("a", "")));
@@ -284,6 +329,23 @@ fn bad_fleets() {
                 "model.0.microbatch=4",
                 "--set",
                 "model.1.microbatch=4",
+            ],
+            "job.toml: run.pipeline: ",
+        ),
+        // No memory would do.
+        (
+            &[
+                "plan",
+                "--set",
+                "run.pipeline=always",
+                "--set",
+                "run.policy=locality-lrtf",
+                "--set",
+                "model.0.microbatch=4",
+                "--set",
+                "model.1.microbatch=4",
+                "--set",
+                "device.0.memory=1",
             ],
             "job.toml: run.pipeline: ",
         ),

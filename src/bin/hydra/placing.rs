@@ -8,8 +8,8 @@ use hydra::base::{Error, Result};
 use hydra::engine::{self, SimulateOptions, Simulation, plan_alone};
 use hydra::sched::{self, LocalityLrtf, by_name};
 use hydra::spill::{
-    Baseline, FleetDevice, FleetMap, FleetModel, Home, Lined, Model, Placed, PlanOptions, find_homes, named,
-    place_baseline, plan_fleet, plan_pipelined,
+    Baseline, FleetDevice, FleetMap, FleetModel, FleetPlan, Home, Lined, Model, Placed, PlanOptions, find_homes, named,
+    or_nominal, place_baseline, plan_fleet, plan_pipelined,
 };
 use hydra::trace::Recorder;
 use std::sync::Arc;
@@ -78,8 +78,10 @@ impl Placing {
         let devices: Vec<FleetDevice> =
             machine.devices.iter().map(|d| FleetDevice { budget: d.budget, cost: d.cost.clone() }).collect();
         if let Some(baseline) = Baseline::by_name(job.run.policy.word()) {
-            let Lined { placed, lines, smallest_device_bytes } = place_baseline(baseline, fleet, &devices)?;
-            return Placing { placed, sharing: Sharing::Lines(lines), smallest_device_bytes }.checked(machine);
+            return or_nominal(&devices, |devices| {
+                let Lined { placed, lines, smallest_device_bytes } = place_baseline(baseline, fleet, devices)?;
+                Placing { placed, sharing: Sharing::Lines(lines), smallest_device_bytes }.checked(machine)
+            });
         }
         let one_at_a_time = || match fleet {
             [model] => Placing::alone(machine, model),
@@ -91,7 +93,13 @@ impl Placing {
         };
         let may_pipeline = job.run.policy == Policy::LocalityLrtf && job.run.pipeline != Pipeline::Never;
         let plan = if may_pipeline { plan_pipelined(fleet, &devices) } else { Ok(None) };
-        if job.run.pipeline == Pipeline::Always && matches!(plan, Ok(None)) {
+        // Memory that is asked for must be of use: where none would do, that is said first.
+        let never = || {
+            let unlimited: Vec<FleetDevice> =
+                devices.iter().map(|d| FleetDevice { budget: None, ..d.clone() }).collect();
+            matches!(plan_pipelined(fleet, &unlimited), Ok(None))
+        };
+        if job.run.pipeline == Pipeline::Always && (matches!(plan, Ok(None)) || plan.is_err() && never()) {
             // The first model is in the job file itself, where the key is.
             let file = &job.models[0].file;
             let what = "\"always\" wants a model with a microbatch below its batch that would end last; leave it out";
@@ -100,10 +108,16 @@ impl Placing {
         // What does not fit with fine units may fit without.
         let plan = plan.ok().flatten().filter(|plan| job.run.pipeline == Pipeline::Always || is_worth_it(&plan.placed));
         let Some(plan) = plan else { return one_at_a_time()?.checked(machine) };
-        let sharing = Sharing::Turns(LocalityLrtf { pipelines: true, ..LocalityLrtf::default() });
-        let pipelined = Placing { placed: plan.placed, sharing, smallest_device_bytes: plan.smallest_device_bytes };
+        let fine = |plan: FleetPlan| {
+            let sharing = Sharing::Turns(LocalityLrtf { pipelines: true, ..LocalityLrtf::default() });
+            Placing { placed: plan.placed, sharing, smallest_device_bytes: plan.smallest_device_bytes }.checked(machine)
+        };
         if job.run.pipeline == Pipeline::Always {
-            return pipelined.checked(machine);
+            let mut measured = Some(plan);
+            return or_nominal(&devices, |devices| {
+                let plan = measured.take().map_or_else(|| plan_pipelined(fleet, devices), |plan| Ok(Some(plan)));
+                plan?.map_or_else(|| one_at_a_time()?.checked(machine), fine)
+            });
         }
         let without = one_at_a_time()?.checked(machine)?;
         let steps: Vec<u64> = fleet.iter().map(|m| m.steps).collect();
@@ -113,7 +127,7 @@ impl Placing {
             let Placing { placed, sharing, .. } = placing;
             simulate(placed, sharing, &job.run, machine, (steps, clips), None).map(|s| s.makespan_secs)
         };
-        let Ok(pipelined) = pipelined.checked(machine) else { return Ok(without) };
+        let Ok(pipelined) = fine(plan) else { return Ok(without) };
         let ends_sooner = makespan_secs(&pipelined)? < (1.0 - LEAST_GAIN) * makespan_secs(&without)?;
         let smallest_device_bytes = pipelined.smallest_device_bytes.min(without.smallest_device_bytes);
         Ok(if ends_sooner { Placing { smallest_device_bytes, ..pipelined } } else { without })

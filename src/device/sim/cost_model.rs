@@ -103,6 +103,11 @@ impl CostModel {
         }
     }
 
+    /// Rates by which models are cut: the same always, where those that are measured differ a little each time.
+    pub fn nominal() -> CostModel {
+        CostModel::stated(1e11, 2e10, 1e10)
+    }
+
     /// The disk tier's bandwidth each way.
     pub fn disk_bytes_per_sec(&self) -> f64 {
         self.disk_bytes_per_sec.unwrap_or(DISK_BYTES_PER_SEC)
