@@ -76,7 +76,7 @@ pub fn or_nominal<T>(devices: &[FleetDevice], mut plan: impl FnMut(&[FleetDevice
     }
 }
 
-/// The same, wherever state is at home.
+/// Sketches for [`plan_fleet`], whatever host memory they take: every model whole at home, or every shard anywhere.
 fn sketch_fleet(models: &[FleetModel], devices: &[FleetDevice]) -> Result<FleetPlan> {
     let (closest, at_home) = sketch_closest(models, devices.len())?;
     let moving = sketch_anywhere(models, devices, Some(at_home));
