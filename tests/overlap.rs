@@ -147,8 +147,8 @@ fn random_models_come_close_to_the_recurrence() {
     println!("{}", spread("seconds where some rest, of those where none does", resting));
     assert!(longest < 1.1, "with some at rest a step takes {longest} of what it takes with none");
     assert!(short.is_empty(), "{} of {count} cases are below 0.97 of B", short.len());
-    // The recurrence would be no bound if it were slower than what it bounds. It is a schedule too, whose updates on the
-    // host come in another order where there is one slot.
+    // The recurrence would be no bound if it were slower than what it bounds. It is a schedule too, whose updates on
+    // the host come in another order where there is one slot.
     let last = shares.last().expect("cases");
     assert!(last.of_b < 1.04, "seed {}: {} of the recurrence: {}", last.seed, last.of_b, last.what);
 }

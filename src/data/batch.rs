@@ -72,9 +72,9 @@ impl BatchTensor {
         bytemuck::cast_slice(&self.words)
     }
 
-    /// Fills it with a file's little-endian elements, which `read` puts into bytes: those of an `I64` are as many 64-bit
-    /// numbers, which go through `wide`. Gives the first element that does not fit 32 bits or is not finite, by its
-    /// place, with what is wrong with it; those after it are then unspecified.
+    /// Fills it with a file's little-endian elements, which `read` puts into bytes: those of an `I64` are as many
+    /// 64-bit numbers, which go through `wide`. Gives the first element that does not fit 32 bits or is not finite, by
+    /// its place, with what is wrong with it; those after it are then unspecified.
     ///
     /// # Errors
     /// What `read` returns.

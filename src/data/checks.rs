@@ -49,8 +49,8 @@ pub(super) fn not_finite(tensor: &BatchTensor) -> Option<(usize, String)> {
     Some((at, format!("{} is not a finite number", tensor.as_f32()[at])))
 }
 
-/// Counts the labels of a minibatch that have a part in its loss, which is divided by their number: classes that are not
-/// [`IGNORED`]; of numbers (B, .., C), the targets of a regression, all rows. It is known before any forward.
+/// Counts the labels of a minibatch that have a part in its loss, which is divided by their number: classes that are
+/// not [`IGNORED`]; of numbers (B, .., C), the targets of a regression, all rows. It is known before any forward.
 ///
 /// # Errors
 /// When the minibatch has no labels, or they are numbers without an axis of columns.

@@ -82,8 +82,8 @@ fn updates(options: &TrainOptions) -> Vec<(&'static str, String)> {
     all
 }
 
-/// The first key of which both settings know, and that makes another network of it, with its values. A key that only one
-/// of them has is from another version of this program.
+/// The first key of which both settings know, and that makes another network of it, with its values. A key that only
+/// one of them has is from another version of this program.
 fn network_change(was: &str, is: &str) -> Option<(String, Value, Value)> {
     let read = |text| serde_json::from_str::<Map<String, Value>>(text).ok();
     let (was, is) = (read(was)?, read(is)?);
