@@ -45,6 +45,7 @@ impl Engine {
             pending.void = !pending.is_over() || pending.loss.is_some_and(|loss| !loss.is_finite());
             pending.made = pending.units;
         }
+        member.due = member.due.filter(|due| due.serial < first);
         self.queue.drop_model(model, first, |serial| member.unbook(serial));
         if let Some(turns) = &mut self.turns {
             turns.release(model);

@@ -1,6 +1,7 @@
 //! A model in the executor: what it is, where it lies, and how far its steps have come.
 
 use super::EngineOptions;
+use super::settle::Settled;
 use super::tables::Tables;
 use crate::base::Error;
 use crate::device::UpdateRule;
@@ -60,6 +61,16 @@ impl Pending {
     }
 }
 
+/// Updates that devices make of shards when these come for the next step, in the order of shards.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Due {
+    /// The next of them; its slot is not known yet.
+    pub next: Settled,
+    /// The step that they end.
+    pub step: u64,
+    pub serial: u64,
+}
+
 /// A model in the executor.
 pub(super) struct Member {
     pub model: Arc<Model>,
@@ -88,6 +99,8 @@ pub(super) struct Member {
     /// Whether each shard's backward ran where its forward or its last backward had, so that the next visit may come
     /// there too.
     pub returns: Vec<bool>,
+    /// What is left of the last step to be made of it.
+    pub due: Option<Due>,
     /// Remainders and moments of the shards that rest on devices have been brought there.
     pub state_fetched: bool,
     /// Tasks of its state on the way home.
@@ -136,6 +149,7 @@ impl Member {
             losses_on: vec![0; devices],
             ran_on: vec![0; plan.shards.len()],
             returns: vec![false; plan.shards.len()],
+            due: None,
             state_fetched: false,
             loose_tasks: 0,
             last_step_end: 0.0,

@@ -207,6 +207,12 @@ impl Rings {
         self.resting + self.next_gradient
     }
 
+    /// The gradient slot that was given so many before the last one, if it has not been given again.
+    pub fn past_gradient_slot(&self, before: usize) -> Option<usize> {
+        let (n, last) = (self.gradient_slots, self.next_gradient);
+        (before < n).then(|| self.resting + (last + n - before) % n)
+    }
+
     /// How many gradient slots there are for shards that visit.
     pub fn gradient_slots(&self) -> usize {
         self.gradient_slots

@@ -4,6 +4,7 @@ use super::member::{Ending, Pending, Purpose};
 use super::{EVALUATIONS, Ended, Engine, StepInput, StepResult};
 use crate::base::{Error, LaneKind, Result};
 use crate::device::UpdateRule;
+use crate::spill::Home;
 use crate::trace::{Bound, Event, What};
 
 impl Engine {
@@ -36,7 +37,8 @@ impl Engine {
             let has = member.plan.moments;
             return Err(Error::bad(format!("step {step}: the rule wants {moments} moments, the plan keeps {has}")));
         }
-        if input.clip.is_some() && member.plan.choice.visiting_updates > 0 {
+        let anywhere = member.placed.home == Home::Anywhere;
+        if input.clip.is_some() && anywhere && member.plan.choice.visiting_updates > 0 {
             let what =
                 "the plan updates shards before the last gradient is there; PlanOptions::clips makes one that waits";
             return Err(Error::bad(format!("step {step}: clips, and {what}")));

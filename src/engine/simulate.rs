@@ -294,9 +294,8 @@ fn wait_secs(placed: &Placed, rates: &Rates) -> [f64; 3] {
         return [first, 0.0, 0.0];
     }
     if plan.choice.updates_on_device(0) {
-        // Where it was updated the next step can begin.
-        let state = update_state_bytes(&placed.model, &plan.shards, plan.moments, 0);
-        return [first, 0.0, (shard.own_bytes() + state) as f64 / rates.d2h];
+        // Where it was updated the next step can begin; what goes home, or with clipping the update too, may come later.
+        return [first, 0.0, 0.0];
     }
     // In pieces that overlap: all of the gradient leaves, then at least a piece is updated and comes back.
     let piece = plan.pieces(0).into_iter().map(|r| r.end - r.start).min().unwrap_or(0);

@@ -194,6 +194,7 @@ impl Engine {
         if self.members[model].at_home {
             return Ok(());
         }
+        self.make_due_updates(model);
         for s in 0..self.members[model].plan.resting_shards() {
             let device = self.members[model].home_of(s).expect("resident state is at home on a device");
             let site = self.site(model, device);

@@ -48,7 +48,7 @@ impl Engine {
             UpdatePiece { weight: site.arena(map.weight_slots[s] + start, bytes), remainder, moments, gradient }
         } else if let Some(state) = visiting {
             let slot = self.rings[site.rings].weights.find(site.shard(s));
-            let slot = slot.expect("the shard's backward has just used its weights here");
+            let slot = slot.expect("the shard visits");
             let moments =
                 [0, 1].map(|i| (i < plan.moments).then(|| site.arena(state + i as u64 * wide_bytes, wide_bytes)));
             let after_moments = state + plan.moments as u64 * wide_bytes;

@@ -125,8 +125,12 @@ impl Engine {
         let program = Arc::clone(program.expect("a model has the programs of every pass that it is asked for"));
         // Before all that is trained a backward has nothing to do, and wants nothing.
         let slot = if program.steps.is_empty() { 0 } else { self.fetch_weights(site, s, pass) };
-        let own_slot = site.plan.choice.rests(s) || site.plan.choice.pipelined;
-        let gradient_slot = if own_slot { s } else { self.rings[site.rings].gradient_slot() };
+        self.update_due(site, s);
+        let gradient_slot = match pass {
+            Pass::Backward if site.plan.choice.rests(s) || site.plan.choice.pipelined => s,
+            Pass::Backward => self.rings[site.rings].gradient_slot(),
+            Pass::Forward | Pass::Evaluate => 0,
+        };
         for m in unit.microbatches.clone() {
             let ends_unit = m + 1 == unit.microbatches.end;
             self.microbatch(site, (s, m, pass), &program, (slot, gradient_slot), pending, ends_unit);

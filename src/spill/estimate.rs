@@ -48,11 +48,15 @@ pub fn estimate_secs(
         }
     }
     let fetch = |s: usize| cost.copy_secs + shards[s].fetch_bytes() as f64 / cost.h2d_bytes_per_sec;
+    let updated_secs =
+        |s: usize| 2.0 * cost.copy_secs + (shards[s].own_bytes() + state_bytes(s)) as f64 / cost.d2h_bytes_per_sec;
+    // With clipping what the device updates waits for the norm at home, but for what its slots hold.
+    let waits_at_home = |s: usize| clips && updated_here(s) && s - resting >= choice.gradient_slots;
     let leave = |s: usize| match choice.rests(s) {
         true => 0.0,
-        false if updated_here(s) => {
-            2.0 * cost.copy_secs
-                + (shards[s].own_bytes() + state_bytes(s) + shared[s].0) as f64 / cost.d2h_bytes_per_sec
+        false if updated_here(s) && !waits_at_home(s) => {
+            let updated = if clips { 0.0 } else { updated_secs(s) };
+            updated + shared[s].0 as f64 / cost.d2h_bytes_per_sec
         }
         false => cost.copy_secs + shards[s].layout.gradient_bytes as f64 / cost.d2h_bytes_per_sec,
     };
@@ -71,17 +75,19 @@ pub fn estimate_secs(
     let slots = choice.slots.min(n - resting);
     // With clipping a step is reckoned from when the norm is known: forward follows the updates, which go from shard to
     // shard.
-    let (mut compute, mut h2d, mut d2h) = (if clips { here } else { 0.0 }, 0.0f64, 0.0f64);
-    // Ends of visits that took a slot, and when what used gradient slots had left.
-    let (mut ends, mut left) = (Vec::<f64>::new(), Vec::<f64>::new());
+    let (mut compute, mut h2d, mut d2h) = (0.0f64, 0.0f64, 0.0f64);
+    // Ends of visits that took a slot, and when what used gradient slots had left, and slots of state that visits.
+    let (mut ends, mut left, mut states_left) = (Vec::<f64>::new(), Vec::<f64>::new(), Vec::<f64>::new());
+    let room_of =
+        |left: &[f64]| if left.len() >= choice.gradient_slots { left[left.len() - choice.gradient_slots] } else { 0.0 };
     // Seconds in which the lane home works, and of the step.
     let (mut leaving, mut turn) = (0.0, 0.0);
-    // Where the device updates what visits, the next step begins while that still leaves.
+    // Where the device updates what visits, the next step begins, or ends, while that still leaves.
     for _ in 0..if by_host > resting { 2 } else { 1 } {
-        (leaving, compute) = (0.0, compute - turn);
+        (leaving, compute) = (0.0, compute - turn + if clips { here } else { 0.0 });
         h2d -= turn;
         d2h -= turn;
-        ends.iter_mut().chain(&mut left).for_each(|end| *end -= turn);
+        ends.iter_mut().chain(&mut left).chain(&mut states_left).for_each(|end| *end -= turn);
         let mut updated = 0.0;
         // When the last gradient that the host updates has left.
         let mut home = 0.0f64;
@@ -95,23 +101,30 @@ pub fn estimate_secs(
                 || (!backward && updated_here(s) && s - resting < slots);
             if !hit {
                 let free = if ends.len() >= slots { ends[ends.len() - slots] } else { 0.0 };
-                if clips && u < n {
+                if clips && u < n && !updated_here(s) {
                     updated += late[s - by_host];
                 }
                 // Pieces of the shard arrive while others are updated.
                 h2d = (h2d.max(free) + fetch(s)).max(updated);
             }
             let ready = if hit { 0.0 } else { h2d };
-            let room = if backward && !choice.rests(s) && left.len() >= choice.gradient_slots {
-                left[left.len() - choice.gradient_slots]
-            } else {
-                0.0
-            };
+            let mut slot_leaves = 0.0;
+            if clips && u < n && updated_here(s) {
+                let gradient = if waits_at_home(s) { shards[s].layout.gradient_bytes } else { 0 };
+                let bytes = state_bytes(s) + gradient;
+                h2d = h2d.max(room_of(&states_left)) + cost.copy_secs + bytes as f64 / cost.h2d_bytes_per_sec;
+                compute = compute.max(h2d) + update_here(shards[s].own_bytes());
+                d2h = d2h.max(compute) + updated_secs(s);
+                leaving += updated_secs(s);
+                states_left.push(d2h);
+                slot_leaves = d2h;
+            }
+            let room = if backward && !choice.rests(s) { room_of(&left) } else { 0.0 };
             compute = compute.max(ready).max(room) + secs + exposed(u, s);
             if choice.rests(s) {
                 continue;
             }
-            if backward && updated_here(s) {
+            if backward && updated_here(s) && !clips {
                 // Its state comes once there is room for it, beside the arithmetic.
                 let bytes = state_bytes(s) + shared[s].1;
                 h2d = h2d.max(room) + cost.copy_secs + bytes as f64 / cost.h2d_bytes_per_sec;
@@ -124,12 +137,12 @@ pub fn estimate_secs(
                 left.push(d2h);
             }
             // New weights are in their slot until they have left.
-            ends.push(if backward && updated_here(s) { d2h } else { compute });
+            ends.push(if backward && updated_here(s) && !clips { d2h } else { compute.max(slot_leaves) });
         }
         // Without clipping, each update has from when its own gradient is there until the shard's next forward.
         let before: f64 = units[..units.len() - n].iter().take(by_host).map(|u| u.1).sum();
         turn = match (clips, late.first()) {
-            (true, _) => d2h.max(compute),
+            (true, _) => home.max(compute),
             (false, None) => compute + here,
             (false, Some(late)) if by_host == 0 => home + late,
             (false, Some(late)) => (home.max(compute + here) + late - before - here).max(compute + here),
@@ -140,7 +153,8 @@ pub fn estimate_secs(
     let visits =
         units.iter().enumerate().filter(|&(u, &(s, _))| !(choice.rests(s) || u + 1 >= n && shards[s].idles_back()));
     let state: u64 = (resting..by_host).map(|s| 2 * state_bytes(s)).sum();
-    let gradients: u64 = shards[by_host..].iter().map(|s| s.layout.gradient_bytes).sum();
+    let crossings = |s: usize| if s >= by_host { 1 } else { 2 * u64::from(waits_at_home(s)) };
+    let gradients: u64 = (resting..n).map(|s| crossings(s) * shards[s].layout.gradient_bytes).sum();
     let weights: u64 = shards[resting..by_host].iter().map(ShardPrograms::own_bytes).sum();
     let moved = visits.map(|(_, &(s, _))| shards[s].fetch_bytes()).sum::<u64>() + gradients + weights + state;
     let arithmetic = units.iter().map(|u| u.1).sum::<f64>() + updates + here;

@@ -61,7 +61,8 @@ pub struct Choice {
     pub input_entries: usize,
     /// Where not resident: how many of the shards that visit, from the first of them on, are updated on the device that
     /// has just computed their gradients, with remainders and moments visiting; the host's threads update the others.
-    /// 0 with clipping, which knows its factor only after the last gradient.
+    /// With clipping, which knows its factor only after the last gradient, when they come for the next step; 0 then if
+    /// they may come to another device.
     pub visiting_updates: usize,
     /// Where resident: shards are at home on several devices, so gradients and weights of shared parameters cross by
     /// way of the host.

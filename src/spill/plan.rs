@@ -52,7 +52,7 @@ pub struct PlanOptions {
     /// fit.
     pub resting: Option<usize>,
     /// Force how many of the shards that visit are updated on the device, as far as there are as many; not with
-    /// clipping. `None` is as many as make a step shortest.
+    /// clipping if they run anywhere. `None` is as many as make a step shortest.
     pub visiting_updates: Option<usize>,
     /// Force boundary tensors to stay on the device, or to leave it.
     pub boundaries_stay: Option<bool>,

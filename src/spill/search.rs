@@ -183,8 +183,8 @@ impl<'a> Search<'a> {
     fn choices(&self, n: usize) -> Vec<Choice> {
         let (slots, microbatches) = (self.options.slots.min(n), self.model.microbatches);
         let deep = slots > 1;
-        let waits = self.options.clips || self.options.crosses || self.options.pipelined;
-        let told_updates = if waits { 0 } else { self.options.visiting_updates.unwrap_or(0).min(n) };
+        let in_slots = self.options.crosses || self.options.pipelined;
+        let told_updates = if in_slots { 0 } else { self.options.visiting_updates.unwrap_or(0).min(n) };
         let mut choices = Vec::new();
         for resident in [false, true] {
             let lone = self.model.layers() == 1;
@@ -397,7 +397,7 @@ impl<'a> Search<'a> {
     /// longest of all, or of which a step waits for the first.
     fn offer_visiting_updates(&mut self, shards: &Shards, choice: &Choice) {
         let options = self.options;
-        let told = options.visiting_updates.is_some() || options.anywhere.is_some() || options.clips;
+        let told = options.visiting_updates.is_some() || options.anywhere.is_some();
         if told || choice.resident || choice.slots == 1 || choice.pipelined || choice.crosses {
             return;
         }
