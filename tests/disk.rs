@@ -10,7 +10,7 @@ use hydra::base::Error;
 use hydra::device::DiskSpec;
 use hydra::device::host::{HostConfig, HostDevice, HostSpec};
 use hydra::device::sim::CostModel;
-use hydra::engine::{Stored, predict};
+use hydra::engine::{Stored, plan_alone, predict};
 use hydra::spill::{Model, OnDisk, Plan, PlanOptions};
 use hydra::train::{TrainOptions, write_checkpoint};
 use std::path::Path;
@@ -25,7 +25,7 @@ fn model(microbatches: usize) -> Arc<Model> {
 fn step(model: &Arc<Model>, on_disk: OnDisk, clips: bool, bytes_per_sec: f64) -> (f64, f64) {
     let options = PlanOptions { resident: Some(false), on_disk: Some(on_disk), clips, ..PlanOptions::default() };
     let cost = CostModel { disk_bytes_per_sec: Some(bytes_per_sec), ..stated() };
-    let plan = Arc::new(Plan::new(model, &options, &cost).expect("no budget"));
+    let plan = plan_alone(model, &options, &cost).expect("no budget");
     let prediction = predict(model, &plan, &cost, clips).expect("no stall");
     (prediction.step_secs, prediction.bound_secs)
 }
@@ -38,7 +38,7 @@ fn a_step_is_as_long_as_the_slower_of_the_disk_and_the_rest() {
         for on_disk in OnDisk::ALL.into_iter().filter(|&on_disk| on_disk > OnDisk::Nothing) {
             let what = format!("{on_disk:?} on the disk, clips {clips}, {microbatches} microbatches");
             let (fast, _) = step(&model, on_disk, clips, 1e11);
-            assert!(fast < 1.06 * without, "{what}: {fast:e} with a fast disk, {without:e} with none");
+            assert!(fast < 1.08 * without, "{what}: {fast:e} with a fast disk, {without:e} with none");
             let (slow, busiest) = step(&model, on_disk, clips, 1e8);
             // With the norm, moments are read when all gradients have been written: 16 bytes a parameter one after
             // another, and reads alone are 12.

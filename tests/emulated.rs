@@ -113,6 +113,7 @@ fn check_bits(small: &Small, dtype: DType, batch: usize) {
             (PlanOptions { boundaries_stay: Some(false), slots: 2, ..spilled.clone() }, 4),
             (PlanOptions { boundaries_stay: Some(true), slots: 3, ..spilled.clone() }, 9),
             (PlanOptions { resting: Some(2), cut: one_each(), ..spilled.clone() }, 6),
+            (PlanOptions { resting: Some(1), visiting_updates: Some(2), cut: one_each(), ..spilled.clone() }, 7),
         ];
         for (plan, seed) in all {
             assert!(
@@ -120,7 +121,7 @@ fn check_bits(small: &Small, dtype: DType, batch: usize) {
                 "{dtype}, arch {arch}, seed {seed}: other bits under {plan:?}"
             );
         }
-        // Without clipping updates may be where the gradient is: of one shard at rest, of two that visit.
+        // Without clipping updates need not wait: of one shard at rest, of two that visit.
         let plan = PlanOptions { resting: Some(1), visiting_updates: Some(2), cut: one_each(), ..spilled.clone() };
         assert!(
             train(plan.clone(), None, arch, 5) == train(resident, None, arch, 0),

@@ -23,6 +23,8 @@ fn plans() -> Vec<(&'static str, PlanOptions)> {
             PlanOptions { resident: Some(true), recompute: Recompute::Always, slots: 1, ..base },
         ),
         ("spilled", PlanOptions { boundaries_stay: Some(false), ..spilled.clone() }),
+        ("spilled, updates on the device", PlanOptions { visiting_updates: Some(3), ..spilled.clone() }),
+        ("spilled, all updates on the device", PlanOptions { visiting_updates: Some(usize::MAX), ..spilled.clone() }),
         ("spilled, kept", PlanOptions { boundaries_stay: Some(true), recompute: Recompute::Never, ..spilled.clone() }),
         (
             "spilled, one slot",
@@ -178,22 +180,30 @@ fn a_bad_pixel_stops_its_step_and_the_one_behind_it() {
     }
 }
 
-/// Without clipping a step's norms and updates give way to the next step's forward; the loss of that may be known
-/// before them. Whatever comes first, the steps before are told, and their updates are whole.
+/// Without clipping a step's norms and updates give way to the next step's forward, and a device that clips makes
+/// updates there; the loss of that may be known before them, or before they are at home. Whatever comes first, the
+/// steps before are told, and their updates are whole.
 #[test]
 fn the_step_before_is_whole() {
     let small = Small::resnet(&[6, 9], &[1, 1], [13, 11]);
-    let (what, plan) = plans().swap_remove(2);
+    let plans = plans();
+    for (plan, clip) in [("spilled", None), ("spilled, updates on the device", Some(1.0))] {
+        let plan = plans.iter().find(|(what, _)| *what == plan).expect("one of the plans");
+        check_the_step_before(&small, plan, clip);
+    }
+}
+
+fn check_the_step_before(small: &Small, (what, plan): &(&str, PlanOptions), clip: Option<f64>) {
     let of = |seed: u64, steps: u64| {
         let layers = small.model(&TrainOptions { batch: 2, microbatch: 2, ..TrainOptions::new(1) }).layers();
-        let options = TrainOptions { clip: None, steps, ..options(&plan, layers) };
+        let options = TrainOptions { clip, steps, ..options(plan, layers) };
         let (model, plan) = small.plan(&options).expect("a plan");
         let spec = HostSpec { arena_bytes: plan.arena.bytes, ..HostSpec::default() };
         let config = HostConfig { devices: vec![spec], host_bytes: plan.host.bytes, ..HostConfig::default() };
         let device = Shuffled::new(HostDevice::new(&config).expect("a device"), seed);
         // Norms that nobody waits for but the report come after the next step's loss.
         let device = if seed % 2 == 1 { device.with_late_norms() } else { device };
-        Driver::new(&small, (model, plan), Box::new(device), &options)
+        Driver::new(small, (model, plan), Box::new(device), &options)
     };
     let mut good = of(0, 2);
     let (results, error) = until_error(&mut good, |_, _| ());

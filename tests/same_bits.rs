@@ -349,6 +349,35 @@ fn threads_do_not_show() {
     }
 }
 
+/// Updates on the device of shards that are large enough to be updated piece by piece, the tied table's gradients too,
+/// with room for all of a shard's state or for a few pieces.
+#[test]
+fn state_that_visits_in_pieces_does_not_show() {
+    let family = Family { small: Small::gpt_of(18000, 512, 4, 1, 5, 0.0), frozen: [&[]; 4] };
+    let small = &family.small;
+    for (bf16, optimizer, clip) in [(false, 0, true), (false, 3, false), (true, 4, true)] {
+        let recipe = Recipe { bf16, microbatches: 2, optimizer, clip, cosine: false, frozen: 0 };
+        let options = TrainOptions { steps: 3, valid_every: 2, ..recipe.options(&family, 1) };
+        let want = small.train(&options).expect("a run");
+        let mut slots = BTreeSet::new();
+        for part in [0.0, 1.0] {
+            let mut options = options.clone();
+            let layers = small.model(&options).layers();
+            options.plan.cut = Some((0..layers).map(|l| l..l + 1).collect());
+            (options.plan.resident, options.plan.resting) = (Some(false), Some(0));
+            options.plan.visiting_updates = Some(layers);
+            let most = small.plan(&options).expect("no budget").1;
+            let least = most.smallest_device_bytes;
+            options.plan.device_budget = Some(least + (part * (most.arena.bytes - least) as f64) as u64);
+            let plan = small.plan(&options).expect("it fits").1;
+            assert!(plan.choice.visiting_updates == layers && plan.pieces(0).len() > 3, "{:?}", plan.pieces(0));
+            slots.insert(plan.arena.update_slots.len());
+            assert_eq!(difference(&small.train(&options).expect("a run"), &want), None, "{recipe:?}, {part}");
+        }
+        assert_eq!(slots.len(), 2, "{recipe:?}: {slots:?}");
+    }
+}
+
 #[test]
 fn what_is_trained_beside_frozen_parameters_gets_the_same_gradients() {
     for (dtype, frozen) in [

@@ -42,10 +42,10 @@ impl Engine {
         let by_device =
             |b: &Borrow| !plan.choice.resident && b.owner.is_some_and(|(owner, _)| plan.choice.rests(owner));
         let tables = &self.members[site.member].tables;
-        let count = if first_visit || shared_lane { tables.copies[s].len() } else { 1 };
+        let count = if first_visit || shared_lane { tables.pieces[s].len() } else { 1 };
         for i in 0..count {
             let tables = &self.members[site.member].tables;
-            let piece = if count == 1 { 0..own } else { tables.copies[s][i].clone() };
+            let piece = if count == 1 { 0..own } else { tables.pieces[s][i].range.clone() };
             let bytes = piece.end - piece.start;
             let from = site.weights(shard.own.start + piece.start, bytes);
             let mut spans = vec![CopySpan { from, to: site.arena(base + piece.start, bytes) }];

@@ -165,8 +165,9 @@ pub(super) struct Rings {
     pub activations: Slots<Place>,
     /// Boundary gradients.
     pub gradients: Slots<Place>,
-    /// Remainders and moments, where they visit for an update.
-    pub update_states: Slots<ShardOf>,
+    /// Next slot for what visits for an update.
+    next_update: usize,
+    update_slots: usize,
     /// Next entry for the batch's tensors.
     next_input: usize,
     inputs: usize,
@@ -186,7 +187,8 @@ impl Rings {
             weights: Slots::new(map.weight_slots.len(), map.resting, !shared),
             activations: Slots::new(map.activations.len(), 0, !shared),
             gradients: Slots::new(map.gradients.len(), 0, !shared),
-            update_states: Slots::new(map.update_states.len(), 0, !shared),
+            next_update: 0,
+            update_slots: map.update_slots.len(),
             next_input: 0,
             inputs: map.inputs.len(),
             next_gradient: 0,
@@ -199,6 +201,12 @@ impl Rings {
     pub fn input_entry(&mut self) -> usize {
         self.next_input = (self.next_input + 1) % self.inputs.max(1);
         self.next_input
+    }
+
+    /// The next slot for what visits for an update.
+    pub fn update_slot(&mut self) -> usize {
+        self.next_update = (self.next_update + 1) % self.update_slots.max(1);
+        self.next_update
     }
 
     /// The next gradient slot.

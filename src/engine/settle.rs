@@ -247,8 +247,8 @@ impl Engine {
     /// Sends a shard's own gradients from a device's slot to where they wait for its update there, or brings them back.
     fn move_gradient(&mut self, site: &Site, s: usize, slot: usize, what: What) {
         let ratio = site.model.layout.wide_ratio;
-        for i in 0..self.members[site.member].tables.copies[s].len() {
-            let stretch = self.members[site.member].tables.copies[s][i].clone();
+        for i in 0..self.members[site.member].tables.pieces[s].len() {
+            let stretch = self.members[site.member].tables.pieces[s][i].range.clone();
             let (at, bytes) = (stretch.start * ratio, (stretch.end - stretch.start) * ratio);
             let here = site.arena(site.map.gradient_slots[slot] + at, bytes);
             let home = match site.plan.choice.on_disk >= OnDisk::Gradients {
@@ -303,8 +303,8 @@ impl Engine {
         }
     }
 
-    /// The accumulator of a shared parameter's further use, where it can be added to its owner's; fetched if it is
-    /// elsewhere.
+    /// The accumulator of a shared parameter's further use: where it can be added to its owner's, or at home, from
+    /// where it visits an owner that does.
     fn joining(&mut self, site: &Site, done: &Settled, join: &Join) -> Span {
         let &Join { user, from, bytes, visits_at, .. } = join;
         let in_store = site.store(site.plan.host.shard_gradients[user] + from, bytes);
@@ -317,6 +317,8 @@ impl Engine {
             within(gradient, from, bytes)
         } else if site.plan.choice.rests(user) && member.home_of(user) == Some(site.device) {
             site.arena(site.map.gradient_slots[user] + from, bytes)
+        } else if !site.plan.choice.rests(done.shard) {
+            in_store
         } else {
             let visiting = within(gradient, visits_at, bytes);
             let span = CopySpan { from: in_store, to: visiting };
@@ -334,8 +336,20 @@ impl Engine {
             let join = self.members[site.member].tables.joins[s][i];
             let from = self.joining(site, done, &join);
             let to = within(gradient, join.to, join.bytes);
-            let task = Task::Add(vec![CopySpan { from, to }]);
-            self.add(site, lane, (What::Update, s), self.sequence, task, &[from], &[to]);
+            // What visits comes in pieces of what has room.
+            let piece_bytes = if from.memory == to.memory { to.bytes.max(1) } else { site.map.update_slot_bytes };
+            for at in (0..to.bytes).step_by(piece_bytes as usize) {
+                let bytes = piece_bytes.min(to.bytes - at);
+                let (mut from, to) = (within(from, at, bytes), within(to, at, bytes));
+                if from.memory != to.memory {
+                    let slot = self.rings[site.rings].update_slot();
+                    let visiting = site.arena(site.map.update_slots[slot], bytes);
+                    self.copy(site, What::FetchGradient, s, None, vec![CopySpan { from, to: visiting }]);
+                    from = visiting;
+                }
+                let task = Task::Add(vec![CopySpan { from, to }]);
+                self.add(site, lane, (What::Update, s), self.sequence, task, &[from], &[to]);
+            }
         }
         let segments = Arc::clone(&self.members[site.member].tables.segments[s]);
         if segments.is_empty() {

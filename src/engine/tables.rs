@@ -15,8 +15,6 @@ pub(super) struct Tables {
     pub segments: Vec<Arc<[Segment]>>,
     /// The pieces of each shard's own stretch.
     pub pieces: Vec<Vec<Piece>>,
-    /// The stretches in which its weights come and go.
-    pub copies: Vec<Vec<Range<u64>>>,
     /// By owning shard: uses of its parameters elsewhere, in the order of layers.
     pub joins: Vec<Vec<Join>>,
     /// Stretches of weights that each shard borrows.
@@ -51,7 +49,7 @@ pub(super) struct Join {
     /// Start in the owner's gradients, and size there.
     pub to: u64,
     pub bytes: u64,
-    /// Where, in the owner's gradient slot, it lies when it visits the owner's device to be added.
+    /// Where, in the gradient slot of an owner at rest, it lies when it visits the owner's device to be added.
     pub visits_at: u64,
 }
 
@@ -102,8 +100,7 @@ impl Tables {
             }
             borrows[user].extend(frozen_stretches(model, &shard.layout));
         }
-        let copies = (0..plan.shards.len()).map(|s| plan.copies(s)).collect();
-        Tables { segments, pieces, copies, joins, borrows }
+        Tables { segments, pieces, joins, borrows }
     }
 }
 

@@ -62,8 +62,8 @@ pub(super) fn unit_costs(placed: &Placed, cost: &CostModel) -> Vec<UnitCost> {
             let piece = plan.pieces(s).first().map_or(0, |r| r.end - r.start) as f64;
             let update_bytes = model.update_bytes(piece as u64, plan.moments);
             let update_secs = update_bytes as f64 / cost.host_update_bytes_per_sec;
-            let first = plan.copies(s).first().map_or(0, |r| r.end - r.start) as f64 / cost.h2d_bytes_per_sec;
-            let turn_secs = if on_device { first } else { update_secs + piece / cost.h2d_bytes_per_sec };
+            let first = piece / cost.h2d_bytes_per_sec;
+            let turn_secs = if on_device { first } else { update_secs + first };
             let hand_on_secs = out as f64 * (1.0 / cost.d2h_bytes_per_sec + 1.0 / cost.h2d_bytes_per_sec);
             UnitCost {
                 secs: secs * microbatches + update,

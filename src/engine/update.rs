@@ -7,10 +7,19 @@ use super::disk::UpdatePiece;
 use super::settle::{Settled, within};
 use super::site::Site;
 use super::tables::Piece;
+use crate::base::align_up;
 use crate::device::{Clip, CopySpan, Span, Task, Update};
-use crate::spill::{Home, OnDisk, update_state_bytes};
+use crate::graph::ALIGNMENT;
+use crate::spill::{Home, OnDisk, update_parts};
 use crate::trace::What;
 use std::ops::Range;
+
+/// Moments or remainders that visit a device, there and at home.
+#[derive(Clone, Copy, Debug)]
+struct Visitor {
+    here: Span,
+    home: Span,
+}
 
 impl Engine {
     /// Makes the update of a shard whose gradients and norms are there once the tasks made so far have run.
@@ -22,18 +31,19 @@ impl Engine {
         if site.plan.choice.rests(s) {
             self.fetch_state(site);
         }
-        let visiting =
-            (!site.plan.choice.rests(s) && Self::on_device(site, s)).then(|| self.fetch_update_state(site, s));
+        let visits = !site.plan.choice.rests(s) && Self::on_device(site, s);
         for i in 0..self.members[site.member].tables.pieces[s].len() {
-            self.update_piece(site, done, i, visiting, deadline);
-        }
-        if let Some(visiting) = visiting {
-            self.spill_updated(site, done, visiting);
+            let state = visits.then(|| self.fetch_update_state(site, s, i));
+            self.update_piece(site, done, i, state.as_deref(), deadline);
+            if let Some(state) = state {
+                self.spill_updated(site, done, i, &state);
+            }
         }
         self.refresh_copies(site, s, deadline);
     }
 
-    fn update_piece(&mut self, site: &Site, done: &Settled, i: usize, visiting: Option<u64>, deadline: u64) {
+    /// Makes the update of a piece. `visiting`: its moments and remainder, if they visit.
+    fn update_piece(&mut self, site: &Site, done: &Settled, i: usize, visiting: Option<&[Visitor]>, deadline: u64) {
         let (s, plan, map) = (done.shard, &site.plan, &site.map);
         let Piece { range: Range { start, end }, segments } = self.members[site.member].tables.pieces[s][i].clone();
         let (flat, bytes) = (plan.shards[s].layout.own.start + start, end - start);
@@ -47,13 +57,10 @@ impl Engine {
             let moments = [0, 1].map(|i| map.moments[i].get(s).map(of));
             UpdatePiece { weight: site.arena(map.weight_slots[s] + start, bytes), remainder, moments, gradient }
         } else if let Some(state) = visiting {
-            let slot = self.rings[site.rings].weights.find(site.shard(s));
-            let slot = slot.expect("the shard visits");
-            let moments =
-                [0, 1].map(|i| (i < plan.moments).then(|| site.arena(state + i as u64 * wide_bytes, wide_bytes)));
-            let after_moments = state + plan.moments as u64 * wide_bytes;
-            let remainder = site.model.has_remainders().then(|| site.arena(after_moments, bytes));
-            UpdatePiece { weight: site.arena(map.weight_slots[slot], bytes), remainder, moments, gradient }
+            let slot = self.rings[site.rings].weights.find(site.shard(s)).expect("the shard visits");
+            let moments = [0, 1].map(|i| state[..plan.moments].get(i).map(|m| m.here));
+            let remainder = state.get(plan.moments).map(|r| r.here);
+            UpdatePiece { weight: site.arena(map.weight_slots[slot] + start, bytes), remainder, moments, gradient }
         } else {
             let of = |i: usize| site.update_state(plan.host.moments[i] + flat * ratio, wide_bytes);
             let remainder = site.model.has_remainders().then(|| site.update_state(plan.host.remainders + flat, bytes));
@@ -80,58 +87,43 @@ impl Engine {
         self.write_disk(site, s, deadline, goes_back);
     }
 
-    /// What only updates touch of a stretch of a shard: where it is at home, and where it visits in the state slot at
-    /// `base`, in which moments and remainders lie end to end.
-    fn update_state_of(site: &Site, s: usize, base: u64, stretch: &Range<u64>) -> impl Iterator<Item = (Span, Span)> {
-        let (own, ratio, host) = (&site.plan.shards[s].layout.own, site.model.layout.wide_ratio, &site.plan.host);
-        let moments = [0, 1].map(|i| (i < site.plan.moments).then(|| (host.moments[i], ratio)));
-        let remainder = site.model.has_remainders().then_some((host.remainders, 1));
-        let (all, at, bytes) = (own.end - own.start, own.start + stretch.start, stretch.end - stretch.start);
-        let mut here = base;
-        let spans = moments.into_iter().chain([remainder]).flatten().map(|(home, ratio)| {
-            here += all * ratio;
-            let to = site.arena(here - (all - stretch.start) * ratio, bytes * ratio);
-            (site.update_state(home + at * ratio, bytes * ratio), to)
+    /// Brings a piece of a shard's moments and remainders to the device for one update.
+    fn fetch_update_state(&mut self, site: &Site, s: usize, i: usize) -> Vec<Visitor> {
+        let Range { start, end } = self.members[site.member].tables.pieces[s][i].range;
+        let (own, host) = (site.plan.shards[s].layout.own.start, &site.plan.host);
+        let ratio = site.model.layout.wide_ratio;
+        let parts = update_parts(&site.model, site.plan.moments, end - start);
+        if parts.iter().sum::<u64>() == 0 {
+            return Vec::new();
+        }
+        let slot = self.rings[site.rings].update_slot();
+        let mut here = site.map.update_slots[slot];
+        let homes = [(host.moments[0], ratio), (host.moments[1], ratio), (host.remainders, 1)];
+        let visitors = homes.into_iter().zip(parts).filter(|(_, bytes)| *bytes > 0).map(|((home, ratio), bytes)| {
+            let at = here;
+            here += align_up(bytes, ALIGNMENT);
+            Visitor { home: site.update_state(home + (own + start) * ratio, bytes), here: site.arena(at, bytes) }
         });
-        spans.collect::<Vec<_>>().into_iter()
+        let visitors: Vec<Visitor> = visitors.collect();
+        let spans = visitors.iter().map(|v| CopySpan { from: v.home, to: v.here }).collect();
+        self.copy(site, What::FetchState, s, None, spans);
+        visitors
     }
 
-    /// Brings a shard's remainders and moments to the device for one update; returns where they will lie.
-    fn fetch_update_state(&mut self, site: &Site, s: usize) -> u64 {
-        if update_state_bytes(&site.model, &site.plan.shards, site.plan.moments, s) == 0 {
-            return 0;
-        }
-        let states = &mut self.rings[site.rings].update_states;
-        let base = site.map.update_states[states.take(site.shard(s), &[])];
-        for i in 0..self.members[site.member].tables.copies[s].len() {
-            let stretch = self.members[site.member].tables.copies[s][i].clone();
-            let spans =
-                Self::update_state_of(site, s, base, &stretch).map(|(from, to)| CopySpan { from, to }).collect();
-            self.copy(site, What::FetchState, s, None, spans);
-        }
-        base
-    }
-
-    /// Sends an updated shard's weights home, with the state that visited, from its slot at `state`.
-    fn spill_updated(&mut self, site: &Site, done: &Settled, state: u64) {
+    /// Sends an updated piece of a shard's weights home, and the state that visited.
+    fn spill_updated(&mut self, site: &Site, done: &Settled, i: usize, state: &[Visitor]) {
         let s = done.shard;
-        let own = &site.plan.shards[s].layout.own;
+        let Range { start, end } = self.members[site.member].tables.pieces[s][i].range;
+        let own = site.plan.shards[s].layout.own.start;
         let slot = self.rings[site.rings].weights.find(site.shard(s)).expect("its update has just been made");
         // The next unit's boundary tensors go first: what goes home is needed in the next step, its slot not before the
         // unit after.
         let deadline = self.sequence + done.visit;
-        let stretches = self.members[site.member].tables.copies[s].clone();
-        for stretch in &stretches {
-            let bytes = stretch.end - stretch.start;
-            let from = site.arena(site.map.weight_slots[slot] + stretch.start, bytes);
-            let to = site.weights(own.start + stretch.start, bytes);
-            self.copy_by(site, What::SpillWeights, s, None, vec![CopySpan { from, to }], deadline);
-        }
-        for stretch in &stretches {
-            let spans =
-                Self::update_state_of(site, s, state, stretch).map(|(to, from)| CopySpan { from, to }).collect();
-            self.copy_by(site, What::SpillState, s, None, spans, deadline);
-        }
+        let spans = state.iter().map(|v| CopySpan { from: v.here, to: v.home }).collect();
+        self.copy_by(site, What::SpillState, s, None, spans, deadline);
+        let from = site.arena(site.map.weight_slots[slot] + start, end - start);
+        let to = site.weights(own + start, end - start);
+        self.copy_by(site, What::SpillWeights, s, None, vec![CopySpan { from, to }], deadline);
     }
 
     /// After an update of shard `s`: copies of its weights elsewhere are stale.

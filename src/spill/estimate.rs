@@ -7,6 +7,7 @@ use super::memory::{BoundaryTier, Choice, update_state_bytes};
 use super::model::Model;
 use super::shard::ShardPrograms;
 use super::stand_in::Shards;
+use super::store::stretches;
 use crate::device::sim::CostModel;
 
 /// Estimated seconds of a training step. `clips`: no update before the last gradient.
@@ -109,11 +110,18 @@ pub fn estimate_secs(
             }
             let ready = if hit { 0.0 } else { h2d };
             let mut slot_leaves = 0.0;
+            // Of its state what has room comes beside the arithmetic before, the rest piece by piece.
+            let visit = |h2d: &mut f64, compute: f64, room: f64, bytes: u64| {
+                let secs = cost.copy_secs + bytes as f64 / cost.h2d_bytes_per_sec;
+                let pieces = stretches(shards[s].own_bytes(), choice.slots, true).len();
+                let ahead = secs * choice.update_pieces.min(pieces) as f64 / pieces as f64;
+                let came = h2d.max(room) + ahead;
+                *h2d = if ahead < secs { came.max(compute) + secs - ahead } else { came };
+                compute.max(*h2d) + update_here(shards[s].own_bytes())
+            };
             if clips && u < n && updated_here(s) {
                 let gradient = if waits_at_home(s) { shards[s].layout.gradient_bytes } else { 0 };
-                let bytes = state_bytes(s) + gradient;
-                h2d = h2d.max(room_of(&states_left)) + cost.copy_secs + bytes as f64 / cost.h2d_bytes_per_sec;
-                compute = compute.max(h2d) + update_here(shards[s].own_bytes());
+                compute = visit(&mut h2d, compute, room_of(&states_left), state_bytes(s) + gradient);
                 d2h = d2h.max(compute) + updated_secs(s);
                 leaving += updated_secs(s);
                 states_left.push(d2h);
@@ -125,10 +133,7 @@ pub fn estimate_secs(
                 continue;
             }
             if backward && updated_here(s) && !clips {
-                // Its state comes once there is room for it, beside the arithmetic.
-                let bytes = state_bytes(s) + shared[s].1;
-                h2d = h2d.max(room) + cost.copy_secs + bytes as f64 / cost.h2d_bytes_per_sec;
-                compute = compute.max(h2d) + update_here(shards[s].own_bytes());
+                compute = visit(&mut h2d, compute, room, state_bytes(s) + shared[s].1);
             }
             if backward {
                 d2h = d2h.max(compute) + leave(s);

@@ -5,10 +5,7 @@
 //! them. The workspace is shared by all, since a device runs one unit at a time. What a budget leaves over becomes
 //! further weight slots, which keep shards for their next visit, and entries for boundary activations.
 
-use super::memory::{
-    ArenaMap, BoundaryTier, Choice, Tape, arena_map_of, update_state_bytes, visiting_gradient_bytes,
-    visiting_gradients_at,
-};
+use super::memory::{ArenaMap, BoundaryTier, Choice, Tape, arena_map_of, update_room};
 use super::model::Model;
 use super::plan::Plan;
 use super::shard::ShardPrograms;
@@ -248,21 +245,17 @@ fn shared_maps(tenants: &[Tenant], slots: usize, spare_entries: usize, tape: &mu
         true => norm_scratch_bytes(&t.model.segments(&t.shards[s].layout.own, |_| true)),
         false => 0,
     });
-    let gradients = of(&|t, s| match t.choice.updates_on_device(s) {
-        true => visiting_gradients_at(t.shards, s) + visiting_gradient_bytes(t.model, t.shards, s),
-        false => t.shards[s].layout.gradient_bytes,
-    });
-    let states = of(&|t, s| match t.choice.updates_on_device(s) {
-        true => update_state_bytes(t.model, t.shards, t.moments, s),
-        false => 0,
-    });
+    let gradients = of(&|t, s| t.shards[s].layout.gradient_bytes);
+    let updates = || tenants.iter().map(|t| update_room(t.model, t.shards, t.choice, t.moments));
+    let update_slot_bytes = updates().map(|(_, bytes)| bytes).max().unwrap_or(0);
     let boundary = of(&|t, s| t.shards[s].boundary_bytes);
     let shared = ArenaMap {
         norm_scratch: tape.take(scratch),
         inputs: tape.take_many(most(&|c| c.input_entries), of(&|t, s| t.shards[s].input_bytes())),
         weight_slots: tape.take_many(slots, of(&|t, s| t.shards[s].slot_bytes())),
         gradient_slots: tape.take_many(most(&|c| c.gradient_slots), gradients),
-        update_states: tape.take_many(if states > 0 { most(&|c| c.gradient_slots) } else { 0 }, states),
+        update_slots: tape.take_many(updates().map(|(count, _)| count).max().unwrap_or(0), update_slot_bytes),
+        update_slot_bytes,
         activations: tape.take_many(most(&|c| entries(c.activations)) + spare_entries, boundary),
         gradients: tape.take_many(most(&|c| entries(c.gradients)), boundary),
         ..ArenaMap::default()

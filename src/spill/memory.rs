@@ -5,7 +5,7 @@
 
 use super::model::Model;
 use super::shard::ShardPrograms;
-use super::store::OnDisk;
+use super::store::{OnDisk, stretches};
 use crate::base::align_up;
 use crate::device::norm_scratch_bytes;
 use crate::graph::{ALIGNMENT, Area};
@@ -64,6 +64,9 @@ pub struct Choice {
     /// With clipping, which knows its factor only after the last gradient, when they come for the next step; 0 then if
     /// they may come to another device.
     pub visiting_updates: usize,
+    /// Of the state that visits for an update, so many pieces have room for each gradient slot, or all of a shard's:
+    /// the more, the more of it can come before the gradients are complete.
+    pub update_pieces: usize,
     /// Where resident: shards are at home on several devices, so gradients and weights of shared parameters cross by
     /// way of the host.
     pub crosses: bool,
@@ -109,8 +112,11 @@ pub struct ArenaMap {
     pub remainders: Vec<u64>,
     /// Moments of each shard that rests: first and second.
     pub moments: [Vec<u64>; 2],
-    /// Remainders and moments that visit for an update: first and second moment, then remainder, end to end.
-    pub update_states: Vec<u64>,
+    /// Slots for what visits for an update, a piece at a time: first and second moment, then remainder, end to end; and
+    /// before that gradients of parameters that other shards use too.
+    pub update_slots: Vec<u64>,
+    /// Bytes of one of them.
+    pub update_slot_bytes: u64,
     /// Boundary activations: one for each boundary and microbatch, or a ring.
     pub activations: Vec<u64>,
     /// Boundary gradients: a ring.
@@ -131,7 +137,7 @@ impl ArenaMap {
             &mut self.weight_slots,
             &mut self.gradient_slots,
             &mut self.remainders,
-            &mut self.update_states,
+            &mut self.update_slots,
             &mut self.activations,
             &mut self.gradients,
         ];
@@ -178,7 +184,7 @@ pub fn arena_map_of(
     let states_at: Vec<u64> = shards.iter().map(ShardPrograms::states_at).collect();
     let slot_bytes = |s: usize| if_here(s, shards[s].slot_bytes());
     // With room for what visits of parameters that other shards use too.
-    let joins = |s: usize| if choice.resident { choice.crosses } else { s < updated };
+    let joins = |s: usize| if choice.resident { choice.crosses } else { choice.rests(s) };
     let gradient_bytes = |s: usize| match joins(s) {
         true => if_here(s, visiting_gradients_at(shards, s) + visiting_gradient_bytes(model, shards, s)),
         false => if_here(s, shards[s].layout.gradient_bytes),
@@ -193,8 +199,7 @@ pub fn arena_map_of(
     let own = if choice.pipelined { n } else { resting };
     let gradient_slots = slots(&mut tape, own, choice.gradient_slots, &gradient_bytes);
     let ratio = model.layout.wide_ratio;
-    let state = |s: usize| if_here(s, update_state_bytes(model, shards, moments, s));
-    let state_bytes = (resting..updated).map(state).max().unwrap_or(0);
+    let (update_slots, update_slot_bytes) = update_room(model, shards, choice, moments);
     let own = |s: usize| if_here(s, shards[s].own_bytes());
     let with_remainders = if model.has_remainders() { resting } else { 0 };
     let remainders = (0..with_remainders).map(|s| tape.take(own(s))).collect();
@@ -202,8 +207,7 @@ pub fn arena_map_of(
         let with_moment = if i < moments { resting } else { 0 };
         (0..with_moment).map(|s| tape.take(own(s) * ratio)).collect()
     });
-    let visits = if state_bytes > 0 { choice.gradient_slots.min(updated - resting) } else { 0 };
-    let update_states = tape.take_many(visits, state_bytes);
+    let update_slots = tape.take_many(update_slots, update_slot_bytes);
     // A boundary tensor is handed out by one shard and taken in by the next.
     let boundary = |s: usize| if here(s) || here(s + 1) { shards[s].boundary_bytes } else { 0 };
     let largest = (0..n.saturating_sub(1)).map(boundary).max().unwrap_or(0);
@@ -243,7 +247,8 @@ pub fn arena_map_of(
         norm_scratch,
         remainders,
         moments,
-        update_states,
+        update_slots,
+        update_slot_bytes,
         activations,
         gradients,
         saved,
@@ -257,19 +262,24 @@ pub fn arena_map_of(
 pub(super) struct VisitBytes {
     slot: u64,
     gradients: u64,
-    /// With room for what visits of parameters that other shards use too.
-    joined: u64,
     state: u64,
+    /// Of the pieces of what visits for its update, the number and the bytes of one.
+    pieces: usize,
+    piece: u64,
 }
 
 impl VisitBytes {
     /// Those of each shard.
-    pub fn of(model: &Model, shards: &[ShardPrograms], moments: usize) -> Vec<VisitBytes> {
-        let of = |s: usize| VisitBytes {
-            slot: shards[s].slot_bytes(),
-            gradients: shards[s].layout.gradient_bytes,
-            joined: visiting_gradients_at(shards, s) + visiting_gradient_bytes(model, shards, s),
-            state: update_state_bytes(model, shards, moments, s),
+    pub fn of(model: &Model, shards: &[ShardPrograms], moments: usize, slots: usize) -> Vec<VisitBytes> {
+        let of = |s: usize| {
+            let (pieces, piece) = update_pieces(model, shards, slots, moments, s);
+            VisitBytes {
+                slot: shards[s].slot_bytes(),
+                gradients: shards[s].layout.gradient_bytes,
+                state: update_state_bytes(model, shards, moments, s),
+                pieces,
+                piece,
+            }
         };
         (0..shards.len()).map(of).collect()
     }
@@ -292,21 +302,52 @@ pub(super) fn resting_counts(shards: &[VisitBytes], choice: &Choice) -> Vec<usiz
     let n = shards.len();
     let shrinks = |s: usize| {
         let (this, others) = (shards[s], &shards[s + 1..]);
-        let (here, by_host) = others.split_at(choice.visiting_updates.min(others.len()));
-        let is_updated = !here.is_empty();
-        let gradients = if is_updated { this.joined } else { this.gradients };
+        let here = &others[..choice.visiting_updates.min(others.len())];
         others.iter().all(|o| o.slot < this.slot)
-            || here.iter().all(|o| o.joined < gradients) && by_host.iter().all(|o| o.gradients < gradients)
-            || is_updated && here.iter().all(|o| o.state < this.state)
+            || others.iter().all(|o| o.gradients < this.gradients)
+            || !here.is_empty() && here.iter().all(|o| o.piece < this.piece || o.pieces < this.pieces)
     };
     let slots = choice.slots.max(choice.gradient_slots);
     (1..n).filter(|&resting| resting == 1 || n - resting < slots || shrinks(resting - 1)).collect()
 }
 
+/// How many slots there are for what visits for an update, and the bytes of one.
+pub(super) fn update_room(model: &Model, shards: &[ShardPrograms], choice: &Choice, moments: usize) -> (usize, u64) {
+    let visiting = (choice.resting..shards.len()).take(if choice.resident { 0 } else { choice.visiting_updates });
+    let at_once = choice.gradient_slots.min(visiting.len());
+    let (count, bytes) = visiting
+        .map(|s| update_pieces(model, shards, choice.slots, moments, s))
+        .fold((0, 0), |(count, bytes), (pieces, piece)| (pieces.max(count), piece.max(bytes)));
+    (if bytes > 0 { count.min(choice.update_pieces) * at_once } else { 0 }, bytes)
+}
+
+/// How many pieces of a shard's state visit for its update, and the bytes of one, by how many weight slots there are.
+pub(super) fn update_pieces(
+    model: &Model,
+    shards: &[ShardPrograms],
+    slots: usize,
+    moments: usize,
+    shard: usize,
+) -> (usize, u64) {
+    let own = shards[shard].own_bytes();
+    let pieces = stretches(own, slots, true);
+    let longest = pieces.iter().map(|r| r.end - r.start).max().unwrap_or(0);
+    let state = update_parts(model, moments, longest).into_iter().map(|part| align_up(part, ALIGNMENT)).sum::<u64>();
+    let shared = visiting_gradient_bytes(model, shards, shard).min(longest * model.layout.wide_ratio);
+    (pieces.len(), state.max(shared))
+}
+
+/// Bytes of what only updates touch for `bytes` of weights: first and second moment, remainder. They lie in this order,
+/// each at a multiple of [`ALIGNMENT`].
+pub fn update_parts(model: &Model, moments: usize, bytes: u64) -> [u64; 3] {
+    let when = |is_there: bool, bytes: u64| if is_there { bytes } else { 0 };
+    let wide = bytes * model.layout.wide_ratio;
+    [when(moments > 0, wide), when(moments > 1, wide), when(model.has_remainders(), bytes)]
+}
+
 /// Bytes of a shard's moments and remainders, end to end.
 pub fn update_state_bytes(model: &Model, shards: &[ShardPrograms], moments: usize, shard: usize) -> u64 {
-    let own = shards[shard].own_bytes();
-    own * model.layout.wide_ratio * moments as u64 + if model.has_remainders() { own } else { 0 }
+    update_parts(model, moments, shards[shard].own_bytes()).into_iter().sum()
 }
 
 /// Where, after a shard's gradients, further accumulators of parameters that it owns lie when they visit its device to

@@ -21,7 +21,7 @@ pub use fleet_plan::{
     FleetDevice, FleetModel, FleetPlan, named, or_nominal, plan_anywhere, plan_at_home, plan_fleet, plan_pipelined,
 };
 pub use homes::{HomeBudgets, find_homes};
-pub use memory::{ArenaMap, BoundaryTier, Choice, update_state_bytes, visiting_gradients_at};
+pub use memory::{ArenaMap, BoundaryTier, Choice, update_parts, update_state_bytes, visiting_gradients_at};
 pub use model::Model;
 pub use plan::{Plan, PlanOptions, Recompute};
 pub use shard::ShardPrograms;

@@ -8,7 +8,7 @@ use super::memory::{ArenaMap, Choice};
 use super::model::Model;
 use super::search::{Found, Search};
 use super::shard::ShardPrograms;
-use super::store::{HostMap, OnDisk, host_map, stretches};
+use super::store::{HostMap, OnDisk, host_map, stretches_of};
 use crate::base::{Error, Result, format_bytes};
 use crate::device::sim::CostModel;
 use std::ops::Range;
@@ -197,16 +197,7 @@ impl Plan {
     /// urgent one for long. With one slot there is one piece: no double buffering means that nothing of a shard moves
     /// while another computes.
     pub fn pieces(&self, shard: usize) -> Vec<Range<u64>> {
-        if self.choice.updates_on_device(shard) {
-            std::iter::once(0..self.own_bytes(shard)).collect()
-        } else {
-            self.copies(shard)
-        }
-    }
-
-    /// The stretches in which a shard's own weights come and go, in bytes from its first.
-    pub fn copies(&self, shard: usize) -> Vec<Range<u64>> {
-        stretches(&self.choice, shard, self.own_bytes(shard), self.host.copy_stage_bytes)
+        stretches_of(&self.choice, shard, self.shards[shard].own_bytes(), self.host.copy_stage_bytes)
     }
 
     /// What it takes of host memory and of the disk tier, by what is at home in that.
@@ -234,11 +225,6 @@ impl Plan {
         if self.choice.resident { self.shards.len() } else { self.choice.resting }
     }
 
-    fn own_bytes(&self, shard: usize) -> u64 {
-        let own = &self.shards[shard].layout.own;
-        own.end - own.start
-    }
-
     /// Names of a shard's layers.
     pub fn layer_names<'a>(&self, model: &'a Model, shard: usize) -> Vec<&'a str> {
         self.shards[shard].layout.layers.clone().map(|l| model.train.layers[l].name.as_str()).collect()
@@ -253,14 +239,8 @@ impl Plan {
         let saved_start = a.saved.iter().flatten().min().copied().unwrap_or(a.workspace);
         let gradients_start = a.gradients.first().copied().unwrap_or(saved_start);
         let activations_start = a.activations.first().copied().unwrap_or(gradients_start);
-        let state_start = a
-            .remainders
-            .iter()
-            .chain(&a.moments[0])
-            .chain(&a.update_states)
-            .min()
-            .copied()
-            .unwrap_or(activations_start);
+        let state_start =
+            a.remainders.iter().chain(&a.moments[0]).chain(&a.update_slots).min().copied().unwrap_or(activations_start);
         let slots_start = a.gradient_slots.first().copied().unwrap_or(state_start);
         let mut rows = vec![
             ("batch inputs and results", a.weight_slots.first().copied().unwrap_or(0)),

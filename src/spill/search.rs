@@ -22,6 +22,10 @@ use std::ops::Range;
 /// is not looked at again.
 const CLOSE: f64 = 1.5;
 
+/// Pieces of state for each gradient slot where there is no room for all of a shard's: one that comes, one in use, one
+/// that leaves.
+const FEW_PIECES: usize = 3;
+
 /// A choice that the search has looked at.
 #[derive(Clone)]
 pub struct Found {
@@ -67,8 +71,8 @@ pub struct Search<'a> {
     /// Of the cut that is looked at.
     visits: Vec<VisitBytes>,
     /// The fastest that fits, of each kind: boundary tensors on the device or in host memory, updates of what visits by
-    /// the host alone or not. Estimates are truest among plans of one kind.
-    best: [Option<Found>; 4],
+    /// the host alone or with the state coming in few pieces or in all. Estimates are truest among plans of one kind.
+    best: [Option<Found>; 6],
     /// Of those that fit on the device and have no home for their state: the one that needs the least host memory with
     /// the disk as it is, and how much that is.
     pub homeless: Option<(u64, Found)>,
@@ -148,7 +152,7 @@ impl<'a> Search<'a> {
         let twice = self.options.recompute == Recompute::Always;
         if let Some(keep) = &self.options.kept {
             let shards = self.build(cut, |s| keep.get(s).copied().unwrap_or(false), twice);
-            self.visits = VisitBytes::of(self.model, &shards.programs, self.options.moments);
+            self.visits = VisitBytes::of(self.model, &shards.programs, self.options.moments, self.options.slots.min(n));
             for choice in self.choices(n) {
                 self.offer(&shards, &choice);
             }
@@ -164,7 +168,7 @@ impl<'a> Search<'a> {
         let kept = (self.options.recompute != Recompute::Always).then(|| self.build(cut, |_| true, twice));
         let again = (self.options.recompute != Recompute::Never || n == 1).then(|| self.build(cut, |_| false, twice));
         if let Some(either) = kept.as_ref().or(again.as_ref()) {
-            self.visits = VisitBytes::of(self.model, &either.programs, self.options.moments);
+            self.visits = VisitBytes::of(self.model, &either.programs, self.options.moments, self.options.slots.min(n));
         }
         for choice in self.choices(n) {
             match (&kept, &again) {
@@ -210,6 +214,7 @@ impl<'a> Search<'a> {
                         gradients: tier(gradients.min(microbatches + 1)),
                         input_entries,
                         visiting_updates: if resident { 0 } else { told_updates },
+                        update_pieces: usize::MAX,
                         crosses: self.options.crosses,
                         pipelined: self.options.pipelined,
                         on_disk: OnDisk::Nothing,
@@ -237,6 +242,7 @@ impl<'a> Search<'a> {
                 gradients: BoundaryTier::Host { entries: gradients },
                 input_entries,
                 visiting_updates,
+                update_pieces: usize::MAX,
                 crosses: false,
                 pipelined: false,
                 on_disk: OnDisk::Nothing,
@@ -284,6 +290,11 @@ impl<'a> Search<'a> {
     fn offer(&mut self, shards: &Shards, choice: &Choice) {
         self.offer_one(shards, choice);
         self.offer_resting(shards, choice);
+        if choice.visiting_updates > 0 && self.options.anywhere.is_none() {
+            let with = Choice { update_pieces: FEW_PIECES, ..choice.clone() };
+            self.offer_one(shards, &with);
+            self.offer_resting(shards, &with);
+        }
         self.offer_visiting_updates(shards, choice);
     }
 
@@ -317,7 +328,12 @@ impl<'a> Search<'a> {
             return;
         }
         let found = found(arena);
-        let kind = 2 * usize::from(choice.visiting_updates > 0)
+        let updates = match (choice.visiting_updates, choice.update_pieces) {
+            (0, _) => 0,
+            (_, FEW_PIECES) => 1,
+            _ => 2,
+        };
+        let kind = 2 * updates
             + usize::from(choice.activations == BoundaryTier::Device && choice.gradients == BoundaryTier::Device);
         if self.best[kind].as_ref().is_some_and(|best| self.order(&found, best).is_ge()) {
             return;
@@ -412,9 +428,11 @@ impl<'a> Search<'a> {
         counts.sort_unstable();
         counts.dedup();
         for visiting_updates in counts {
-            let with = Choice { visiting_updates, ..choice.clone() };
-            self.offer_one(shards, &with);
-            self.offer_resting(shards, &with);
+            for update_pieces in [usize::MAX, FEW_PIECES] {
+                let with = Choice { visiting_updates, update_pieces, ..choice.clone() };
+                self.offer_one(shards, &with);
+                self.offer_resting(shards, &with);
+            }
         }
     }
 

@@ -88,20 +88,31 @@ fn disk_piece_bytes(model: &Model) -> u64 {
     align_up((model.layout.parameter_bytes / 128).clamp(16 << 10, 4 << 20), ALIGNMENT)
 }
 
-/// The stretches in which a shard's own `bytes` of weights come and go, from its first; where there is a disk tier none
-/// is longer than `disk_piece`.
-pub(super) fn stretches(choice: &Choice, shard: usize, bytes: u64, disk_piece: u64) -> Vec<Range<u64>> {
-    // Smaller pieces cost more to start than they hide: at 10 GB/s this is 26 microseconds. Where no update waits for a
-    // piece, a piece only keeps a lane from boundary tensors; 0.4 milliseconds of that do no harm.
-    let least_bytes: u64 = if choice.updates_on_device(shard) { 4 << 20 } else { 256 << 10 };
-    const MOST: u64 = 8;
-    let most = if choice.rests(shard) || choice.slots == 1 { 1 } else { MOST };
-    let mut count = most.min(bytes / least_bytes).max(1);
-    if choice.on_disk > OnDisk::Nothing && !choice.rests(shard) {
-        count = count.max(bytes.div_ceil(disk_piece));
-    }
+/// The stretches in which the own `bytes` of weights of a shard that visits come and go and are updated, from its first,
+/// by how many weight slots there are.
+pub(super) fn stretches(bytes: u64, slots: usize, on_device: bool) -> Vec<Range<u64>> {
+    // Smaller pieces cost more to start than they hide: at 10 GB/s this is 26 microseconds. An update on the device has
+    // more to bring for each, and what it waits for is the link, not the piece before.
+    let (least_bytes, most): (u64, u64) = if on_device { (4 << 20, 16) } else { (256 << 10, 8) };
+    let most = if slots == 1 { 1 } else { most };
+    cut_evenly(bytes, most.min(bytes / least_bytes).max(1))
+}
+
+fn cut_evenly(bytes: u64, count: u64) -> Vec<Range<u64>> {
     let at = |i: u64| if i == count { bytes } else { align_up(bytes * i / count, ALIGNMENT) };
     (0..count).map(|i| at(i)..at(i + 1)).collect()
+}
+
+/// The stretches of a shard under a choice; where there is a disk tier none is longer than `disk_piece`.
+pub(super) fn stretches_of(choice: &Choice, shard: usize, bytes: u64, disk_piece: u64) -> Vec<Range<u64>> {
+    if choice.rests(shard) {
+        return cut_evenly(bytes, 1);
+    }
+    let stretches = stretches(bytes, choice.slots, choice.updates_on_device(shard));
+    match choice.on_disk {
+        OnDisk::Nothing => stretches,
+        _ => cut_evenly(bytes, bytes.div_ceil(disk_piece).max(stretches.len() as u64)),
+    }
 }
 
 /// Maps a model's part of the host's store and of the disk tier.
@@ -183,7 +194,7 @@ fn update_stage_bytes(model: &Model, shards: &[ShardPrograms], choice: &Choice, 
         return 0;
     }
     let of = |(s, shard): (usize, &ShardPrograms)| {
-        let pieces = stretches(choice, s, shard.own_bytes(), disk_piece_bytes(model));
+        let pieces = stretches_of(choice, s, shard.own_bytes(), disk_piece_bytes(model));
         let longest = pieces.iter().map(|r| r.end - r.start).max().unwrap_or(0);
         update_stage_parts(model, choice.on_disk, moments, longest)
             .into_iter()

@@ -31,7 +31,11 @@ impl Small {
     /// A GPT-2 with a tied head and dropout of all three kinds; labels for every position but those that `Holes` takes
     /// out.
     pub fn gpt(width: usize, heads: usize, layers: usize, context: usize, dropout: f64) -> Small {
-        let vocab = 61;
+        Small::gpt_of(61, width, heads, layers, context, dropout)
+    }
+
+    /// The same with a table of so many rows.
+    pub fn gpt_of(vocab: usize, width: usize, heads: usize, layers: usize, context: usize, dropout: f64) -> Small {
         let config = json!({
             "vocab_size": vocab, "n_positions": context + 2, "n_embd": width, "n_head": heads, "n_layer": layers,
             "resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout,

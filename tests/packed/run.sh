@@ -209,7 +209,7 @@ training() {
     fi
     pair train small 40
     if [ "$device" = cuda ]; then
-        # Without clipping the device may make updates too, of what visits.
+        # The device makes updates of what visits: with clipping before the next forward, without after the backward.
         pair train gpt2-124m 25 --set model.0.microbatch=8 && first_steps 6 gpt2-124m gpt2-124m-unclipped --set model.0.microbatch=8 \
             --set "device.0.memory=$((budget * 3 / 2))" --set 'model.0.optimizer={ kind = "adamw", lr = 1e-4, weight_decay = 0.1 }'
         first_steps 6 gpt2-124m gpt2-124m-whole
