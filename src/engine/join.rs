@@ -54,6 +54,7 @@ impl Engine {
             if let Some(member) = self.members.get_mut(m) {
                 if all[m].home == Home::Anywhere {
                     member.losses_on.fill(0);
+                    member.norms_on.fill(0);
                 }
                 member.maps = maps;
                 continue;

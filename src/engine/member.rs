@@ -92,8 +92,9 @@ pub(super) struct Member {
     pub pending: VecDeque<Pending>,
     /// The serial of the last pending.
     pub serial: u64,
-    /// For each device, the serial of the step whose losses it has.
+    /// For each device, the serials of the step whose losses it has, and of that whose norms.
     pub losses_on: Vec<u64>,
+    pub norms_on: Vec<u64>,
     /// Where each shard's backward ran last.
     pub ran_on: Vec<u16>,
     /// Whether each shard's backward ran where its forward or its last backward had, so that the next visit may come
@@ -147,6 +148,7 @@ impl Member {
             pending: VecDeque::with_capacity(4),
             serial: 0,
             losses_on: vec![0; devices],
+            norms_on: vec![0; devices],
             ran_on: vec![0; plan.shards.len()],
             returns: vec![false; plan.shards.len()],
             due: None,

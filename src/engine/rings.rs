@@ -215,10 +215,9 @@ impl Rings {
         self.resting + self.next_gradient
     }
 
-    /// The gradient slot that was given so many before the last one, if it has not been given again.
-    pub fn past_gradient_slot(&self, before: usize) -> Option<usize> {
-        let (n, last) = (self.gradient_slots, self.next_gradient);
-        (before < n).then(|| self.resting + (last + n - before) % n)
+    /// The gradient slot that was given so many before the last one, less than there are.
+    pub fn past_gradient_slot(&self, before: usize) -> usize {
+        self.resting + (self.next_gradient + self.gradient_slots - before) % self.gradient_slots
     }
 
     /// How many gradient slots there are for shards that visit.

@@ -12,7 +12,7 @@ use super::site::Site;
 use super::tables::Join;
 use super::visit::Pass;
 use crate::device::{CopySpan, Norm, Span, Task, UpdateRule, norm_scratch_bytes};
-use crate::spill::OnDisk;
+use crate::spill::{Home, OnDisk};
 use crate::trace::What;
 use std::ops::Range;
 use std::sync::Arc;
@@ -82,8 +82,7 @@ impl Engine {
             (false, true) => {
                 self.spill_shared(site, done);
                 self.join_and_norm(site, done, self.sequence);
-                // The last ones are left where they are.
-                if s - choice.resting >= self.rings[site.rings].gradient_slots() {
+                if !self.waits_in_slot(site, s) {
                     self.move_gradient(site, s, done.slot, What::SpillGradient);
                 }
             }
@@ -125,26 +124,44 @@ impl Engine {
         member.due = (!is_last).then_some(Due { next: Settled { shard: s + 1, ..due.next }, ..due });
         // It belongs to the step that it ends.
         let site = Site { step: due.step, serial: due.serial, ..site.clone() };
-        let rings = &mut self.rings[site.rings];
-        let slot = match rings.past_gradient_slot(s - choice.resting) {
-            Some(slot) => slot,
-            None => {
-                let slot = rings.gradient_slot();
-                self.move_gradient(&site, s, slot, What::FetchGradient);
-                slot
-            }
+        self.bring_losses(&site);
+        self.bring_all_norms(&site);
+        let slot = if self.waits_in_slot(&site, s) {
+            self.rings[site.rings].past_gradient_slot(s - site.plan.choice.resting)
+        } else {
+            let slot = self.rings[site.rings].gradient_slot();
+            self.move_gradient(&site, s, slot, What::FetchGradient);
+            slot
         };
         self.update(&site, &Settled { slot, ..due.next }, self.sequence);
+    }
+
+    /// Whether a shard's gradients are left in their slot until the shard comes for the next step: the last ones of a
+    /// model that is at home on the device.
+    fn waits_in_slot(&self, site: &Site, s: usize) -> bool {
+        let at_home = self.members[site.member].home_of(s).is_some();
+        at_home && s - site.plan.choice.resting < self.rings[site.rings].gradient_slots()
     }
 
     /// Makes all updates that wait for shards' visits, without these.
     pub(super) fn make_due_updates(&mut self, model: usize) {
         while let Some(Due { next: Settled { shard, .. }, .. }) = self.members[model].due {
-            let device = self.members[model].home_of(shard).expect("what runs anywhere leaves no update for later");
-            let site = self.site(model, device);
+            let site = self.site(model, self.members[model].ran_on[shard]);
             self.fetch_weights(&site, shard, Pass::Forward);
             self.update_due(&site, shard);
         }
+    }
+
+    /// Brings a step's norms to a device that updates a shard of a model that runs anywhere.
+    fn bring_all_norms(&mut self, site: &Site) {
+        let member = &mut self.members[site.member];
+        let on = &mut member.norms_on[usize::from(site.device)];
+        if member.placed.home != Home::Anywhere || std::mem::replace(on, site.serial) == site.serial {
+            return;
+        }
+        let to = self.norms(site, 0);
+        let from = site.store(site.plan.host.norms[site.parity()], to.bytes);
+        self.copy(site, What::FetchState, 0, None, vec![CopySpan { from, to }]);
     }
 
     /// Brings to the device, where it updates shards, the norms that the host has summed: no update of theirs can be

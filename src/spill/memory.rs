@@ -5,7 +5,7 @@
 
 use super::model::Model;
 use super::shard::ShardPrograms;
-use super::store::{OnDisk, stretches};
+use super::store::{OnDisk, count_pieces, longest_piece};
 use crate::base::align_up;
 use crate::device::norm_scratch_bytes;
 use crate::graph::{ALIGNMENT, Area};
@@ -61,8 +61,7 @@ pub struct Choice {
     pub input_entries: usize,
     /// Where not resident: how many of the shards that visit, from the first of them on, are updated on the device that
     /// has just computed their gradients, with remainders and moments visiting; the host's threads update the others.
-    /// With clipping, which knows its factor only after the last gradient, when they come for the next step; 0 then if
-    /// they may come to another device.
+    /// With clipping, which knows its factor only after the last gradient, when they come for the next step.
     pub visiting_updates: usize,
     /// Of the state that visits for an update, so many pieces have room for each gradient slot, or all of a shard's:
     /// the more, the more of it can come before the gradients are complete.
@@ -330,11 +329,11 @@ pub(super) fn update_pieces(
     shard: usize,
 ) -> (usize, u64) {
     let own = shards[shard].own_bytes();
-    let pieces = stretches(own, slots, true);
-    let longest = pieces.iter().map(|r| r.end - r.start).max().unwrap_or(0);
+    let count = count_pieces(own, slots, true);
+    let longest = longest_piece(own, count);
     let state = update_parts(model, moments, longest).into_iter().map(|part| align_up(part, ALIGNMENT)).sum::<u64>();
     let shared = visiting_gradient_bytes(model, shards, shard).min(longest * model.layout.wide_ratio);
-    (pieces.len(), state.max(shared))
+    (count as usize, state.max(shared))
 }
 
 /// Bytes of what only updates touch for `bytes` of weights: first and second moment, remainder. They lie in this order,

@@ -88,31 +88,34 @@ fn disk_piece_bytes(model: &Model) -> u64 {
     align_up((model.layout.parameter_bytes / 128).clamp(16 << 10, 4 << 20), ALIGNMENT)
 }
 
-/// The stretches in which the own `bytes` of weights of a shard that visits come and go and are updated, from its first,
-/// by how many weight slots there are.
-pub(super) fn stretches(bytes: u64, slots: usize, on_device: bool) -> Vec<Range<u64>> {
+/// How many pieces a shard's own `bytes` of weights come and go in and are updated in, if it visits.
+pub(super) fn count_pieces(bytes: u64, slots: usize, on_device: bool) -> u64 {
     // Smaller pieces cost more to start than they hide: at 10 GB/s this is 26 microseconds. An update on the device has
     // more to bring for each, and what it waits for is the link, not the piece before.
     let (least_bytes, most): (u64, u64) = if on_device { (4 << 20, 16) } else { (256 << 10, 8) };
     let most = if slots == 1 { 1 } else { most };
-    cut_evenly(bytes, most.min(bytes / least_bytes).max(1))
+    most.min(bytes / least_bytes).max(1)
 }
 
-fn cut_evenly(bytes: u64, count: u64) -> Vec<Range<u64>> {
+/// The same under a choice; where there is a disk tier none is longer than `disk_piece`.
+fn count_pieces_of(choice: &Choice, shard: usize, bytes: u64, disk_piece: u64) -> u64 {
+    if choice.rests(shard) {
+        return 1;
+    }
+    let count = count_pieces(bytes, choice.slots, choice.updates_on_device(shard));
+    if choice.on_disk == OnDisk::Nothing { count } else { count.max(bytes.div_ceil(disk_piece)) }
+}
+
+/// The pieces, from the shard's first byte.
+pub(super) fn pieces_of(choice: &Choice, shard: usize, bytes: u64, disk_piece: u64) -> Vec<Range<u64>> {
+    let count = count_pieces_of(choice, shard, bytes, disk_piece);
     let at = |i: u64| if i == count { bytes } else { align_up(bytes * i / count, ALIGNMENT) };
     (0..count).map(|i| at(i)..at(i + 1)).collect()
 }
 
-/// The stretches of a shard under a choice; where there is a disk tier none is longer than `disk_piece`.
-pub(super) fn stretches_of(choice: &Choice, shard: usize, bytes: u64, disk_piece: u64) -> Vec<Range<u64>> {
-    if choice.rests(shard) {
-        return cut_evenly(bytes, 1);
-    }
-    let stretches = stretches(bytes, choice.slots, choice.updates_on_device(shard));
-    match choice.on_disk {
-        OnDisk::Nothing => stretches,
-        _ => cut_evenly(bytes, bytes.div_ceil(disk_piece).max(stretches.len() as u64)),
-    }
+/// No less than the bytes of the longest of so many pieces.
+pub(super) fn longest_piece(bytes: u64, count: u64) -> u64 {
+    align_up(bytes.div_ceil(count), ALIGNMENT).min(bytes)
 }
 
 /// Maps a model's part of the host's store and of the disk tier.
@@ -194,8 +197,8 @@ fn update_stage_bytes(model: &Model, shards: &[ShardPrograms], choice: &Choice, 
         return 0;
     }
     let of = |(s, shard): (usize, &ShardPrograms)| {
-        let pieces = stretches_of(choice, s, shard.own_bytes(), disk_piece_bytes(model));
-        let longest = pieces.iter().map(|r| r.end - r.start).max().unwrap_or(0);
+        let own = shard.own_bytes();
+        let longest = longest_piece(own, count_pieces_of(choice, s, own, disk_piece_bytes(model)));
         update_stage_parts(model, choice.on_disk, moments, longest)
             .into_iter()
             .map(|part| align_up(part, ALIGNMENT))
