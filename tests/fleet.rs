@@ -320,7 +320,7 @@ fn every_policy_on_any_number_of_devices_gives_the_bits_of_lone_runs() {
     for devices in [1, 2, 3] {
         let placed = plan(&entries, devices, Some(budget), Recompute::Auto, 2);
         assert!(placed.iter().all(|p| p.home == Home::Anywhere), "they do not fit");
-        for policy in POLICIES {
+        for (policy, _) in POLICIES {
             let got = run(&entries, &placed, devices, policy, 2, None);
             check(&format!("{devices} devices, {policy}"), &entries, &got, &want);
         }
