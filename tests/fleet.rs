@@ -350,7 +350,7 @@ fn every_policy_on_any_number_of_devices_gives_the_bits_of_lone_runs() {
         assert!(placed.iter().all(|p| p.home == Home::Anywhere), "they do not fit");
         let updates = updates_on_devices(&entries, &placed);
         assert!(*cost == fast || updates == [true; 2], "{updates:?}");
-        for policy in POLICIES {
+        for (policy, _) in POLICIES {
             let got = run(&entries, &placed, devices, policy, 2, None);
             check(&format!("{devices} devices, {policy}"), &entries, &got, &want);
         }
