@@ -294,11 +294,7 @@ impl Engine {
         if self.is_alone() {
             self.account.add(&event);
         }
-        let total = &mut self.totals[completion.ticket.lane as usize];
-        total.tasks += 1;
-        total.busy_secs += event.secs();
-        total.bytes += event.bytes;
-        total.flops += event.flops;
+        self.totals[completion.ticket.lane as usize].add(&event);
         if let Some(recorder) = &mut self.recorder {
             recorder.record(&event);
         }
