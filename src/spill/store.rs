@@ -220,3 +220,38 @@ pub fn update_stage_parts(model: &Model, on_disk: OnDisk, moments: usize, bytes:
         when(on_disk >= OnDisk::Weights, bytes),
     ]
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_piece_is_longer_than_what_is_reckoned_with() {
+        let choice = |slots: usize, visiting_updates: usize, on_disk: OnDisk| Choice {
+            resident: false,
+            resting: 0,
+            slots,
+            gradient_slots: 1,
+            activations: BoundaryTier::Device,
+            gradients: BoundaryTier::Device,
+            input_entries: 1,
+            visiting_updates,
+            update_pieces: 1,
+            crosses: false,
+            pipelined: false,
+            on_disk,
+        };
+        let choices = [(1, 0), (2, 0), (2, 1)]
+            .map(|(s, v)| [OnDisk::Nothing, OnDisk::Weights].map(|on_disk| choice(s, v, on_disk)));
+        for choice in choices.iter().flatten() {
+            for bytes in [0, 1, 256, 1 << 20, (4 << 20) + 1, 77_000_004, 1 << 30] {
+                let count = count_pieces_of(choice, 0, bytes, 1 << 20);
+                let pieces = pieces_of(choice, 0, bytes, 1 << 20);
+                let longest = longest_piece(bytes, count);
+                assert!(pieces.iter().all(|p| p.end - p.start <= longest), "{longest}: {pieces:?}");
+                let all = pieces.iter().map(|p| p.end - p.start).sum::<u64>();
+                assert_eq!((pieces.len() as u64, all), (count, bytes));
+            }
+        }
+    }
+}
