@@ -67,7 +67,7 @@ impl Engine {
         match &mut self.turns {
             Some(turns) => {
                 turns.refresh(model, &self.members[model]);
-                turns.stirred = true;
+                turns.dirty = true;
             }
             None => {
                 let before = self.queue.next_id();
@@ -261,8 +261,8 @@ impl Engine {
     /// Lets devices with room choose where there is something new to choose. Not before somebody waits: a choice
     /// between all models is another one than between those that happened to begin first.
     fn offer(&mut self) -> Result<()> {
-        let stirred = self.turns.as_mut().is_some_and(|turns| std::mem::take(&mut turns.stirred));
-        if stirred { self.take_turns() } else { Ok(()) }
+        let dirty = self.turns.as_mut().is_some_and(|turns| std::mem::take(&mut turns.dirty));
+        if dirty { self.take_turns() } else { Ok(()) }
     }
 
     /// Issues what can be issued and takes one completion; gives the model whose task it was.

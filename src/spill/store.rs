@@ -3,7 +3,7 @@
 //! What is at home on the disk comes to the host for as long as it is used there, or is on its way to a device: in
 //! pieces, through a few stages that are used over and over.
 
-use super::memory::{BoundaryTier, Choice, Tape};
+use super::memory::{BoundaryTier, Bump, Choice};
 use super::model::Model;
 use super::shard::ShardPrograms;
 use crate::base::align_up;
@@ -120,11 +120,11 @@ pub(super) fn longest_piece(bytes: u64, count: u64) -> u64 {
 
 /// Maps a model's part of the host's store and of the disk tier.
 pub fn host_map(model: &Model, shards: &[ShardPrograms], choice: &Choice, moments: usize) -> HostMap {
-    let (mut store, mut disk) = (Tape::default(), Tape::default());
+    let (mut store, mut disk) = (Bump::default(), Bump::default());
     let (n, microbatches) = (shards.len(), model.microbatches);
     let graph = &model.train;
     let (parameter_bytes, ratio) = (model.layout.parameter_bytes, model.layout.wide_ratio);
-    let boundaries = |store: &mut Tape, tier: BoundaryTier| match tier {
+    let boundaries = |store: &mut Bump, tier: BoundaryTier| match tier {
         BoundaryTier::Host { .. } if n > 1 => {
             shards[..n - 1].iter().map(|s| store.take_many(microbatches, s.boundary_bytes)).collect()
         }
@@ -132,7 +132,7 @@ pub fn host_map(model: &Model, shards: &[ShardPrograms], choice: &Choice, moment
     };
     let logits = model.eval.as_ref().and_then(|g| g.logits.map(|v| g.bytes(v))).unwrap_or(0);
     let on_disk = choice.on_disk;
-    let home = |least: OnDisk, store: &mut Tape, disk: &mut Tape, bytes: u64| match on_disk >= least {
+    let home = |least: OnDisk, store: &mut Bump, disk: &mut Bump, bytes: u64| match on_disk >= least {
         true => disk.take(bytes),
         false => store.take(bytes),
     };
@@ -177,7 +177,7 @@ pub fn host_map(model: &Model, shards: &[ShardPrograms], choice: &Choice, moment
 /// Where each shard's gradients lie in the store: nowhere for shards at rest. Once they are on the disk, or applied,
 /// the place is free for another shard's; only those with accumulators for other shards' parameters keep theirs, until
 /// these shards have fetched them.
-fn gradient_places(shards: &[ShardPrograms], choice: &Choice, store: &mut Tape) -> Vec<u64> {
+fn gradient_places(shards: &[ShardPrograms], choice: &Choice, store: &mut Bump) -> Vec<u64> {
     let bytes = |s: usize| match choice.rests(s) && !choice.crosses {
         true => 0,
         false => shards[s].layout.gradient_bytes,
