@@ -1,7 +1,7 @@
 //! A model in the executor: what it is, where it lies, and how far its steps have come.
 
 use super::EngineOptions;
-use super::settle::Settled;
+use super::clipped::Due;
 use super::tables::Tables;
 use crate::base::Error;
 use crate::device::UpdateRule;
@@ -59,16 +59,6 @@ impl Pending {
     pub fn is_over(&self) -> bool {
         self.made == self.units && self.tasks == 0
     }
-}
-
-/// Updates that devices make of shards when these come for the next step, in the order of shards.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Due {
-    /// The next of them; its slot is not known yet.
-    pub next: Settled,
-    /// The step that they end.
-    pub step: u64,
-    pub serial: u64,
 }
 
 /// A model in the executor.
