@@ -21,12 +21,16 @@ fn model(microbatches: usize) -> Arc<Model> {
     Small::gpt(64, 2, 6, 16, 0.0).model(&options)
 }
 
-/// Seconds of a step and of its busiest lane, with all state on its way and this much of it on a disk of such a rate.
+/// Seconds of a step and of its busiest lane, with all state on its way and this much of it on a disk of such a rate,
+/// and all updates by the host; with some by the device, if that is chosen, it is no longer.
 fn step(model: &Arc<Model>, on_disk: OnDisk, clips: bool, bytes_per_sec: f64) -> (f64, f64) {
-    let options = PlanOptions { resident: Some(false), on_disk: Some(on_disk), clips, ..PlanOptions::default() };
+    let mut options = PlanOptions { resident: Some(false), on_disk: Some(on_disk), clips, ..PlanOptions::default() };
     let cost = CostModel { disk_bytes_per_sec: Some(bytes_per_sec), ..stated() };
-    let plan = plan_alone(model, &options, &cost).expect("no budget");
-    let prediction = predict(model, &plan, &cost, clips).expect("no stall");
+    let secs = |plan: &Arc<Plan>| predict(model, plan, &cost, clips).expect("no stall");
+    let chosen = secs(&plan_alone(model, &options, &cost).expect("no budget")).step_secs;
+    options.visiting_updates = Some(0);
+    let prediction = secs(&plan_alone(model, &options, &cost).expect("no budget"));
+    assert!(chosen < 1.001 * prediction.step_secs, "{chosen:e} is chosen before {prediction:?}");
     (prediction.step_secs, prediction.bound_secs)
 }
 
@@ -38,7 +42,7 @@ fn a_step_is_as_long_as_the_slower_of_the_disk_and_the_rest() {
         for on_disk in OnDisk::ALL.into_iter().filter(|&on_disk| on_disk > OnDisk::Nothing) {
             let what = format!("{on_disk:?} on the disk, clips {clips}, {microbatches} microbatches");
             let (fast, _) = step(&model, on_disk, clips, 1e11);
-            assert!(fast < 1.08 * without, "{what}: {fast:e} with a fast disk, {without:e} with none");
+            assert!(fast < 1.06 * without, "{what}: {fast:e} with a fast disk, {without:e} with none");
             let (slow, busiest) = step(&model, on_disk, clips, 1e8);
             // With the norm, moments are read when all gradients have been written: 16 bytes a parameter one after
             // another, and reads alone are 12.
