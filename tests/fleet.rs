@@ -388,6 +388,34 @@ fn no_schedule_of_partly_frozen_models_is_below_its_bound() {
     }
 }
 
+/// A bound that a lone model meets has no copy in it that nobody makes, be it of a few bytes behind what is frozen.
+#[test]
+fn a_lone_model_that_stays_meets_its_bound() {
+    for frozen in [&[][..], &["model.layers.1."], &["model.embed_tokens", "model.layers.0."]] {
+        let frozen = frozen.iter().map(|start| start.to_string()).collect();
+        let options = TrainOptions { batch: 4, microbatch: 4, frozen, ..TrainOptions::new(1) };
+        let entries = [Entry { name: "odd", small: Small::llama(12, 2, 2, 17), options }];
+        // No bound counts the loss and the norms that leave last.
+        let cost = CostModel { d2h_bytes_per_sec: 1e15, ..CostModel::stated(1e8, 1e8, 1e8) };
+        let devices = [FleetDevice { budget: None, cost: cost.clone() }];
+        let staying = plan_at_home(&fleet_models(&entries, Recompute::Auto, 2), &devices).expect("a plan");
+        let options = SimulateOptions {
+            steps: vec![1],
+            clips: vec![false],
+            costs: vec![cost],
+            shared_bytes_per_sec: None,
+            arena_bytes: Vec::new(),
+            policy: None,
+            units: 2,
+            lines: Vec::new(),
+            recorder: None,
+        };
+        let simulation = simulate(&staying.expect("no budget").0, options).expect("a simulation");
+        let gap = simulation.bounds.gap(simulation.makespan_secs);
+        assert!(gap.abs() < 1e-9, "{:?}: {gap} of {:?}", entries[0].options.frozen, simulation.bounds);
+    }
+}
+
 #[test]
 fn what_handing_tasks_over_takes_counts_in_the_bound() {
     let options = TrainOptions { batch: 8, microbatch: 1, ..TrainOptions::new(20) };

@@ -1,10 +1,10 @@
 //! Models on simulated devices: the executor that trains, on a virtual clock, with no data and no losses.
 
+use super::tables::fetched_bytes;
 use super::visit::any_rule;
 use super::{Ended, Engine, EngineOptions, StepInput, TurnOptions};
 use crate::base::{Error, LaneId, LaneKind, Result};
 use crate::device::sim::{CostModel, SimDevice};
-use crate::graph::Area;
 use crate::sched::{Bounds, DeviceRates, ModelWork, Policy};
 use crate::spill::{
     ArenaMap, BoundaryTier, FleetMap, Home, Model, OnDisk, Placed, Plan, PlanOptions, ShardPrograms, update_state_bytes,
@@ -288,8 +288,9 @@ fn wait_secs(placed: &Placed, rates: &Rates) -> [f64; 3] {
     let plan = &placed.plan;
     let shard = &plan.shards[0];
     let program = shard.forward.as_ref().or(shard.backward.as_ref());
-    let inputs = program.map_or(0, |p| p.bytes(Area::Inputs));
-    let first = (shard.fetch_bytes() + inputs) as f64 / rates.h2d;
+    let inputs: u64 = program.map_or(0, |p| p.inputs.iter().map(|used| used.bytes).sum());
+    let (changing, frozen) = fetched_bytes(&placed.model, &shard.layout);
+    let first = (changing + frozen + inputs) as f64 / rates.h2d;
     if plan.choice.rests(0) {
         return [first, 0.0, 0.0];
     }
@@ -340,9 +341,10 @@ fn least_bytes(placed: &Placed, slots: usize, entries: usize) -> (u64, u64) {
     // What they borrow of shards at rest need not come from the host.
     let changing = |s: &ShardPrograms| match plan.choice.resting > 0 {
         true => s.own_bytes(),
-        false => s.fetch_bytes() - s.layout.frozen_bytes(),
+        false => fetched_bytes(&placed.model, &s.layout).0,
     };
-    let bytes = |s: &ShardPrograms| changing(s) + s.layout.frozen_bytes();
+    let frozen = |s: &ShardPrograms| fetched_bytes(&placed.model, &s.layout).1;
+    let bytes = |s: &ShardPrograms| changing(s) + frozen(s);
     // Kept at best: as many shards as there are slots, the largest.
     let beyond_slots = |mut sizes: Vec<u64>| -> u64 {
         sizes.sort_unstable_by(|a, b| b.cmp(a));
@@ -351,7 +353,7 @@ fn least_bytes(placed: &Placed, slots: usize, entries: usize) -> (u64, u64) {
     let again = beyond_slots(visiting.iter().filter(|s| !s.idles_back()).map(bytes).collect());
     // What a device has updated may stay for the next step too, and what nobody updates.
     let (here, by_host) = visiting.split_at(plan.choice.visiting_updates.min(visiting.len()));
-    let stays = here.iter().map(bytes).chain(by_host.iter().map(|s| s.layout.frozen_bytes()));
+    let stays = here.iter().map(bytes).chain(by_host.iter().map(frozen));
     let all = by_host.iter().map(changing).sum::<u64>() + beyond_slots(stays.collect());
     let weights = here.iter().map(|s| s.own_bytes()).sum::<u64>();
     let gradients = by_host.iter().map(|s| s.layout.gradient_bytes).sum::<u64>();
