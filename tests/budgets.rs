@@ -9,7 +9,7 @@ use hydra::device::sim::CostModel;
 use hydra::nn::{InputShape, from_config};
 use hydra::spill::{
     Baseline, FleetDevice, FleetMap, FleetModel, HomeBudgets, Model, Placed, Plan, PlanOptions, Recompute,
-    place_baseline, plan_anywhere, plan_at_home, plan_fleet,
+    place_baseline, plan_anywhere, plan_at_home, plan_fleet, plan_pipelined,
 };
 use hydra::train::{TrainOptions, trace_model};
 use serde_json::{Value, json};
@@ -279,5 +279,31 @@ fn models_fit_in_the_host_memory_that_is_named_and_in_nothing_below_whatever_rat
                 }
             }
         }
+    }
+}
+
+#[test]
+fn a_pipeline_that_memory_allows_is_one_in_what_is_named_too() {
+    let vit = json!({
+        "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 96, "image_size": 16,
+        "patch_size": 8, "num_labels": 7, "num_channels": 1,
+    });
+    let vit = of_images("vit", vit, [1, 16, 16], (6, 6), &["vit.encoder.layer.0."]);
+    let resnet = json!({
+        "num_channels": 1, "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 2], "num_labels": 5,
+        "layer_type": "bottleneck",
+    });
+    let resnet = of_images("resnet", resnet, [1, 32, 32], (2, 1), &[]);
+    let gpt = gpt([48, 2, 3], 70, 16, 2, 1);
+    // In little memory each takes another part of the time, and none so much of it.
+    let mut models =
+        fleet_models(&[(&vit, 1), (&gpt, 1), (&resnet, 1)], &PlanOptions { slots: 4, ..PlanOptions::default() });
+    models.iter_mut().zip([20, 10, 7]).for_each(|(m, steps)| m.steps = steps);
+    let plan = |budget| plan_pipelined(&models, &devices(2, budget, &stated()));
+    let needs = plan(None).expect("no budget").expect("a model that bounds the makespan").smallest_device_bytes;
+    assert_eq!(named("a byte less", plan(Some(needs - 1)).map(|_| 0)), needs);
+    for budget in [needs, needs + needs / 5, 2 * needs] {
+        let fine = plan(Some(budget)).expect("enough").expect("a model that bounds the makespan");
+        assert_eq!(fine.smallest_device_bytes, needs, "{budget} bytes");
     }
 }

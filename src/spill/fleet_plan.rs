@@ -205,7 +205,11 @@ pub fn plan_anywhere(models: &[FleetModel], devices: &[FleetDevice]) -> Result<F
 }
 
 /// Sketches with every shard anywhere; `at_home`: bytes of every device with which all could stay instead.
-fn sketch_anywhere(models: &[FleetModel], devices: &[FleetDevice], at_home: Option<u64>) -> Result<FleetPlan> {
+pub(super) fn sketch_anywhere(
+    models: &[FleetModel],
+    devices: &[FleetDevice],
+    at_home: Option<u64>,
+) -> Result<FleetPlan> {
     // A shard must fit wherever it may go.
     let budget = devices.iter().filter_map(|d| d.budget).min();
     let cost = &devices[0].cost;
@@ -267,34 +271,6 @@ fn sketch_anywhere(models: &[FleetModel], devices: &[FleetDevice], at_home: Opti
         }
     }
     Ok(plan(best))
-}
-
-/// A model whose units one after another take this part of the time that all models' work takes on all devices may
-/// bound the makespan.
-const NEARLY: f64 = 0.9;
-
-/// As [`plan_anywhere`], for a policy that pipelines: where a model bounds the makespan, units are so fine that its
-/// microbatches can go on from device to device. `None` where no model does, or none that does has several
-/// microbatches.
-///
-/// # Errors
-/// As [`plan_anywhere`].
-pub fn plan_pipelined(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Option<FleetPlan>> {
-    let _held = hold(models);
-    let plan = sketch_anywhere(models, devices, None)?;
-    let secs = |m: &FleetModel, p: &Placed| m.steps as f64 * p.plan.estimated_secs;
-    let all: f64 = models.iter().zip(&plan.placed).map(|(m, p)| secs(m, p)).sum();
-    let share = all / speeds(models, devices).iter().sum::<f64>();
-    let hurries = |m: &FleetModel, p: &Placed| m.model.microbatches > 1 && secs(m, p) > NEARLY * share;
-    let steps = models.iter().zip(&plan.placed).filter(|(m, p)| hurries(m, p)).map(|(_, p)| p.plan.estimated_secs);
-    let Some(shortest) = steps.min_by(f64::total_cmp).filter(|_| devices.len() > 1) else { return Ok(None) };
-    let mut fine = models.to_vec();
-    for (m, p) in fine.iter_mut().zip(&plan.placed) {
-        // About two units in each direction for each device.
-        m.options.unit_secs = Some(shortest / (4 * devices.len()) as f64);
-        m.options.chain_secs = hurries(m, p).then(|| 0.5 * share / m.steps as f64);
-    }
-    plan_anywhere(&fine, devices).map(Some)
 }
 
 /// Plans with every model whole on one device, the longest first onto the device that is done soonest (Graham 1969,
