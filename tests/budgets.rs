@@ -8,8 +8,8 @@ use hydra::data::names;
 use hydra::device::sim::CostModel;
 use hydra::nn::{InputShape, from_config};
 use hydra::spill::{
-    Baseline, FleetDevice, FleetMap, FleetModel, HomeBudgets, Model, Plan, PlanOptions, Recompute, place_baseline,
-    plan_anywhere, plan_fleet,
+    Baseline, FleetDevice, FleetMap, FleetModel, HomeBudgets, Model, Placed, Plan, PlanOptions, Recompute,
+    place_baseline, plan_anywhere, plan_at_home, plan_fleet, plan_pipelined,
 };
 use hydra::train::{TrainOptions, trace_model};
 use serde_json::{Value, json};
@@ -234,24 +234,76 @@ fn the_host_memory_and_the_disk_that_are_advised_do() {
 }
 
 #[test]
-fn the_host_memory_that_models_are_told_does_whatever_rates_were_measured() {
+fn models_fit_in_the_host_memory_that_is_named_and_in_nothing_below_whatever_rates_were_measured() {
     let bert = json!({
         "hidden_size": 6, "num_hidden_layers": 8, "num_attention_heads": 1, "intermediate_size": 21,
         "max_position_embeddings": 15, "vocab_size": 14,
     });
     let bert = of_text("bert", bert, 13, (10, 5));
     let gpt = gpt([12, 2, 4], 64, 6, 4, 1);
-    let models = fleet_models(&[(&bert, 0), (&gpt, 2)], &PlanOptions::default());
-    for (count, device_bytes) in [(1, 40_000), (2, 60_000)] {
-        let plan = |host: u64, cost: &CostModel| {
-            let budgets = HomeBudgets { host: Some(host), disk: 0 };
-            plan_fleet(&models, &devices(count, Some(device_bytes), cost), budgets)
-        };
-        let refusal = |host: u64, cost: &CostModel| plan(host, cost).expect_err("too little").to_string();
-        let bytes = advised(&refusal(1, &stated()), HOST).expect("the host's memory");
-        for cost in rates() {
-            assert_eq!(advised(&refusal(1, &cost), HOST), Some(bytes), "{count} devices");
-            plan(bytes, &cost).expect("what the refusal named");
+    let host_bytes = |placed: &[Placed]| FleetMap::new(placed, 3).host_bytes;
+    for (what, models) in [("unlike", [(&bert, 0), (&gpt, 2)]), ("alike", [(&gpt, 1), (&gpt, 1)])] {
+        let models = fleet_models(&models, &PlanOptions::default());
+        for (count, device_bytes) in [(1, Some(40_000)), (2, Some(60_000)), (2, Some(200_000)), (3, None)] {
+            for disk in [0, 20_000, u64::MAX] {
+                let what = format!("{what}, {count} devices of {device_bytes:?} bytes, {disk} bytes of disk");
+                let plan = |host: Option<u64>, cost: &CostModel| {
+                    let budgets = HomeBudgets { host, disk };
+                    plan_fleet(&models, &devices(count, device_bytes, cost), budgets).map(|plan| plan.placed)
+                };
+                let refusal = |host: u64, cost: &CostModel| match plan(Some(host), cost) {
+                    Ok(_) => panic!("{what}: {host} bytes are enough"),
+                    Err(error) => error.to_string(),
+                };
+                let bytes = advised(&refusal(1, &stated()), HOST).expect("the host's memory");
+                for cost in rates() {
+                    let devices = devices(count, device_bytes, &cost);
+                    assert_eq!(advised(&refusal(1, &cost), HOST), Some(bytes), "{what}");
+                    // A byte less may be enough with a larger disk, and then that is what is told.
+                    let told = refusal(bytes - 1, &cost);
+                    assert!(advised(&told, HOST).is_none_or(|told| told == bytes), "{what}: {told}");
+                    assert!(advised(&told, HOST).is_some() || disk == 20_000, "{what}: {told}");
+                    let placed = plan(Some(bytes), &cost).expect(&what);
+                    assert!(host_bytes(&placed) <= bytes, "{what}");
+                    // None of the ways there are needs less.
+                    let staying = plan_at_home(&models, &devices).expect("a plan").map(|(placed, _)| placed);
+                    let moving = plan_anywhere(&models, &devices).expect("a plan").placed;
+                    for placed in staying.iter().chain([&moving]) {
+                        assert!(bytes <= host_bytes(placed), "{what}: {bytes}, not {}", host_bytes(placed));
+                    }
+                    // What is enough for the plan that is best without a limit gets that one.
+                    let best = plan(None, &cost).expect(&what);
+                    let same = plan(Some(host_bytes(&best)), &cost).expect(&what);
+                    let homes = |placed: &[Placed]| placed.iter().map(|p| p.home.clone()).collect::<Vec<_>>();
+                    assert_eq!((homes(&same), host_bytes(&same)), (homes(&best), host_bytes(&best)), "{what}");
+                }
+            }
         }
+    }
+}
+
+#[test]
+fn a_pipeline_that_memory_allows_is_one_in_what_is_named_too() {
+    let vit = json!({
+        "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 96, "image_size": 16,
+        "patch_size": 8, "num_labels": 7, "num_channels": 1,
+    });
+    let vit = of_images("vit", vit, [1, 16, 16], (6, 6), &["vit.encoder.layer.0."]);
+    let resnet = json!({
+        "num_channels": 1, "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 2], "num_labels": 5,
+        "layer_type": "bottleneck",
+    });
+    let resnet = of_images("resnet", resnet, [1, 32, 32], (2, 1), &[]);
+    let gpt = gpt([48, 2, 3], 70, 16, 2, 1);
+    // In little memory each takes another part of the time, and none so much of it.
+    let mut models =
+        fleet_models(&[(&vit, 1), (&gpt, 1), (&resnet, 1)], &PlanOptions { slots: 4, ..PlanOptions::default() });
+    models.iter_mut().zip([20, 10, 7]).for_each(|(m, steps)| m.steps = steps);
+    let plan = |budget| plan_pipelined(&models, &devices(2, budget, &stated()));
+    let needs = plan(None).expect("no budget").expect("a model that bounds the makespan").smallest_device_bytes;
+    assert_eq!(named("a byte less", plan(Some(needs - 1)).map(|_| 0)), needs);
+    for budget in [needs, needs + needs / 5, 2 * needs] {
+        let fine = plan(Some(budget)).expect("enough").expect("a model that bounds the makespan");
+        assert_eq!(fine.smallest_device_bytes, needs, "{budget} bytes");
     }
 }

@@ -15,7 +15,7 @@ use hydra::nn::Pretrained;
 use hydra::sched::{Claim, LocalityLrtf, LocalityTuning, POLICIES, Policy, View, by_name};
 use hydra::spill::{
     Baseline, FleetDevice, FleetMap, FleetModel, Home, HomeBudgets, OnDisk, Placed, PlanOptions, Recompute, find_homes,
-    place_baseline, plan_anywhere, plan_at_home, plan_fleet,
+    place_baseline, plan_anywhere, plan_at_home, plan_fleet, plan_pipelined,
 };
 use hydra::train::{Fleet, FleetObserver, ModelToTrain, Observer, Optimizer, StepReport, TrainOptions, Weights};
 use std::collections::BTreeSet;
@@ -416,6 +416,93 @@ fn no_schedule_of_partly_frozen_models_is_below_its_bound() {
             );
         }
     }
+}
+
+/// A bound that a lone model meets has no copy in it that nobody makes, be it of a few bytes behind what is frozen.
+#[test]
+fn a_lone_model_that_stays_meets_its_bound() {
+    for frozen in [&[][..], &["model.layers.1."], &["model.embed_tokens", "model.layers.0."]] {
+        let frozen = frozen.iter().map(|start| start.to_string()).collect();
+        let options = TrainOptions { batch: 4, microbatch: 4, frozen, ..TrainOptions::new(1) };
+        let entries = [Entry { name: "odd", small: Small::llama(12, 2, 2, 17), options }];
+        // No bound counts the loss and the norms that leave last.
+        let cost = CostModel { d2h_bytes_per_sec: 1e15, ..CostModel::stated(1e8, 1e8, 1e8) };
+        let devices = [FleetDevice { budget: None, cost: cost.clone() }];
+        let staying = plan_at_home(&fleet_models(&entries, Recompute::Auto, 2), &devices).expect("a plan");
+        let options = SimulateOptions {
+            steps: vec![1],
+            clips: vec![false],
+            costs: vec![cost],
+            shared_bytes_per_sec: None,
+            arena_bytes: Vec::new(),
+            policy: None,
+            units: 2,
+            lines: Vec::new(),
+            recorder: None,
+        };
+        let simulation = simulate(&staying.expect("no budget").0, options).expect("a simulation");
+        let gap = simulation.bounds.gap(simulation.makespan_secs);
+        assert!(gap.abs() < 1e-9, "{:?}: {gap} of {:?}", entries[0].options.frozen, simulation.bounds);
+    }
+}
+
+/// Devices of which one is faster with one model than with another.
+#[test]
+fn no_schedule_on_unlike_devices_is_below_its_bound() {
+    let entry = |name, small, (batch, microbatch), steps| {
+        let options = TrainOptions { batch, microbatch, ..TrainOptions::new(steps) };
+        Entry { name, small, options }
+    };
+    let few_tokens = |steps| entry("few tokens", Small::gpt(64, 2, 2, 1, 0.0), (1, 1), steps);
+    let many_tokens = |steps| entry("many tokens", Small::gpt(64, 2, 2, 48, 0.0), (4, 2), steps);
+    // Slow memory, fast memory, and slow arithmetic.
+    let rates = [(1e9, 1e8), (1e9, 1e12), (1e8, 1e12)];
+    let mut greatest = BTreeSet::new();
+    for (entries, devices) in [
+        (vec![few_tokens(400), many_tokens(2)], &[0, 1][..]),
+        (vec![many_tokens(1), few_tokens(200)], &[1, 0]),
+        (vec![few_tokens(20), many_tokens(1), few_tokens(30), many_tokens(2)], &[2, 1]),
+        (vec![few_tokens(9), many_tokens(3), few_tokens(50)], &[0, 1, 2]),
+        // Updates on one device beside backwards on the other.
+        (vec![few_tokens(5)], &[0, 0]),
+        (vec![few_tokens(5)], &[0, 2]),
+    ] {
+        let models = fleet_models(&entries, Recompute::Auto, 2);
+        let cost = |&d: &usize| CostModel::stated(rates[d].0, rates[d].1, 1e12);
+        let costs: Vec<CostModel> = devices.iter().map(cost).collect();
+        let fleet: Vec<FleetDevice> =
+            costs.iter().map(|cost| FleetDevice { budget: None, cost: cost.clone() }).collect();
+        let moving = plan_anywhere(&models, &fleet).expect("a plan").placed;
+        let fine = plan_pipelined(&models, &fleet).expect("a plan").map(|plan| plan.placed);
+        let own = |pipelines| Box::new(LocalityLrtf { pipelines, ..LocalityLrtf::default() }) as Box<dyn Policy>;
+        let mut runs = Vec::new();
+        for (name, baseline) in Baseline::NAMES {
+            let lined = place_baseline(baseline, &models, &fleet).expect("no budget");
+            runs.push((name, lined.placed, lined.lines, None));
+        }
+        for name in POLICIES {
+            runs.push((name, moving.clone(), Vec::new(), by_name(name, 1)));
+        }
+        runs.extend(fine.map(|fine| ("pipelined", fine, Vec::new(), Some(own(true)))));
+        for (name, placed, lines, policy) in runs {
+            let options = SimulateOptions {
+                steps: models.iter().map(|m| m.steps).collect(),
+                clips: vec![false; models.len()],
+                costs: costs.clone(),
+                shared_bytes_per_sec: None,
+                arena_bytes: Vec::new(),
+                policy,
+                units: 2,
+                lines,
+                recorder: None,
+            };
+            let simulation = simulate(&placed, options).expect("a simulation");
+            let gap = simulation.bounds.gap(simulation.makespan_secs);
+            assert!(gap > -1e-9, "devices {devices:?}, {name}: {gap} of {:?}", simulation.bounds);
+            greatest.insert(format!("{:?}", simulation.bounds.greatest));
+        }
+    }
+    assert!(greatest.len() > 1, "{greatest:?}");
 }
 
 #[test]

@@ -1,11 +1,11 @@
 //! Models on simulated devices: the executor that trains, on a virtual clock, with no data and no losses.
 
+use super::tables::fetched_bytes;
 use super::visit::any_rule;
 use super::{Ended, Engine, EngineOptions, StepInput, TurnOptions};
 use crate::base::{Error, LaneId, LaneKind, Result};
 use crate::device::sim::{CostModel, SimDevice};
-use crate::graph::Area;
-use crate::sched::{Bounds, DeviceRates, ModelWork, Policy};
+use crate::sched::{Bounds, DeviceRates, ModelWork, Part, Policy};
 use crate::spill::{
     ArenaMap, BoundaryTier, FleetMap, Home, Model, OnDisk, Placed, Plan, PlanOptions, ShardPrograms, update_state_bytes,
 };
@@ -270,17 +270,11 @@ pub fn bounds_of(
     shared: Option<f64>,
     pipelines: bool,
 ) -> Bounds {
-    let total =
-        |cost: &CostModel| placed.iter().zip(steps).map(|(p, &n)| n as f64 * arithmetic_secs(p, cost)).sum::<f64>();
-    let first = total(&costs[0]);
-    let devices: Vec<DeviceRates> = costs
-        .iter()
-        .map(|cost| DeviceRates {
-            speed: if *cost == costs[0] { 1.0 } else { first / total(cost) },
-            h2d_bytes_per_sec: cost.h2d_bytes_per_sec,
-            d2h_bytes_per_sec: cost.d2h_bytes_per_sec,
-        })
-        .collect();
+    let links = |cost: &CostModel| DeviceRates {
+        h2d_bytes_per_sec: cost.h2d_bytes_per_sec,
+        d2h_bytes_per_sec: cost.d2h_bytes_per_sec,
+    };
+    let devices: Vec<DeviceRates> = costs.iter().map(links).collect();
     let best = |of: fn(&CostModel) -> f64| costs.iter().map(of).fold(0.0, f64::max);
     let rates = Rates {
         h2d: best(|c| c.h2d_bytes_per_sec).min(shared.unwrap_or(f64::INFINITY)),
@@ -291,25 +285,16 @@ pub fn bounds_of(
         let slots =
             maps.iter().map(|m| m.weight_slots.len() - m.resting).sum::<usize>().max(p.plan.choice.slots * costs.len());
         let (down, up) = least_bytes(p, slots, maps.iter().map(|m| m.activations.len()).sum());
-        let secs = steps as f64 * arithmetic_secs(p, &costs[0]);
         let [first_secs, turn_secs, last_secs] = wait_secs(p, &rates);
-        let chain_secs = match p.plan.choice.pipelined || pipelines && p.home == Home::Anywhere {
-            true => steps as f64 * pipelined_secs(p, &costs[0]),
-            false => secs,
-        };
+        let pipelined = p.plan.choice.pipelined || pipelines && p.home == Home::Anywhere;
         let ends = if steps > 0 { 1.0 } else { 0.0 };
         ModelWork {
-            arithmetic_secs: secs,
-            chain_secs,
+            parts: parts(p, steps as f64, costs, pipelined),
             first_secs: ends * first_secs,
             turns_secs: steps.saturating_sub(1) as f64 * turn_secs,
             last_secs: ends * last_secs,
             h2d_bytes: steps * down,
             d2h_bytes: steps * up,
-            pinned: match &p.home {
-                Home::On(devices) if devices.iter().all(|d| *d == devices[0]) => Some(devices[0]),
-                _ => None,
-            },
         }
     };
     Bounds::new(&placed.iter().zip(steps).zip(&map.maps).map(work).collect::<Vec<_>>(), &devices, shared)
@@ -327,8 +312,9 @@ fn wait_secs(placed: &Placed, rates: &Rates) -> [f64; 3] {
     let plan = &placed.plan;
     let shard = &plan.shards[0];
     let program = shard.forward.as_ref().or(shard.backward.as_ref());
-    let inputs = program.map_or(0, |p| p.bytes(Area::Inputs));
-    let first = (shard.fetch_bytes() + inputs) as f64 / rates.h2d;
+    let inputs = program.map_or(0, |p| p.inputs.iter().map(|used| used.bytes).sum());
+    let (changing, frozen) = fetched_bytes(&placed.model, &shard.layout);
+    let first = (changing + frozen + inputs) as f64 / rates.h2d;
     if plan.choice.rests(0) {
         return [first, 0.0, 0.0];
     }
@@ -343,30 +329,50 @@ fn wait_secs(placed: &Placed, rates: &Rates) -> [f64; 3] {
     [first, home + piece as f64 / rates.h2d, home]
 }
 
-/// Seconds of a step's arithmetic that must pass one after another though microbatches go on from unit to unit: one
-/// through all units, and the others through the longest.
-fn pipelined_secs(placed: &Placed, cost: &CostModel) -> f64 {
-    let shards = &placed.plan.shards;
-    let backward = shards.iter().map(|s| s.backward_secs(cost));
-    let forward = shards[..shards.len() - 1].iter().map(|s| s.forward_secs(cost));
-    let longest = backward.clone().chain(forward.clone()).fold(0.0, f64::max);
-    backward.sum::<f64>() + forward.sum::<f64>() + (placed.model.microbatches - 1) as f64 * longest
-}
-
-/// Seconds of a step's arithmetic on a device, updates there included.
-fn arithmetic_secs(placed: &Placed, cost: &CostModel) -> f64 {
-    let plan = &placed.plan;
-    // Each program is handed to the device once for every microbatch.
-    let programs = |s: &ShardPrograms| s.forward.iter().chain(&s.backward).count() as f64;
-    let of = |s: &ShardPrograms| s.step_secs(cost) + programs(s) * cost.hand_over_secs;
-    let secs = plan.shards.iter().map(of).sum::<f64>() * placed.model.microbatches as f64;
-    let here = |s: usize| plan.choice.updates_on_device(s);
-    let own: u64 = plan.shards.iter().enumerate().filter(|(s, _)| here(*s)).map(|(_, s)| s.own_bytes()).sum();
-    if own == 0 {
-        return secs;
+/// The arithmetic of so many steps in the parts that run on one device each: programs, a microbatch at a time, and
+/// updates on devices. `pipelined`: microbatches go on from unit to unit, so that not all of a step is one chain, but
+/// one microbatch through all units and the others through the longest.
+fn parts(placed: &Placed, steps: f64, costs: &[CostModel], pipelined: bool) -> Vec<Part> {
+    let Placed { model, plan, home, .. } = placed;
+    let by_device = |secs: &dyn Fn(&CostModel) -> f64| {
+        let mut all: Vec<f64> = Vec::with_capacity(costs.len());
+        for (d, cost) in costs.iter().enumerate() {
+            let twin = costs[..d].iter().position(|other| other == cost);
+            all.push(twin.map_or_else(|| secs(cost), |twin| all[twin]));
+        }
+        all
+    };
+    let microbatches = steps * model.microbatches as f64;
+    let one_device = match home {
+        Home::On(devices) => devices.iter().all(|d| *d == devices[0]),
+        Home::Anywhere => costs.len() == 1,
+    };
+    let (mut runs, mut updates) = (Vec::new(), Vec::new());
+    for (s, shard) in plan.shards.iter().enumerate() {
+        let pinned = match home {
+            Home::On(devices) => Some(devices[s]),
+            Home::Anywhere => None,
+        };
+        for program in shard.forward.iter().chain(&shard.backward) {
+            // It is handed to the device once for every microbatch.
+            let secs = by_device(&|cost| cost.program_secs(program) + cost.hand_over_secs);
+            let chain_times = if pipelined { steps } else { microbatches };
+            runs.push(Part { secs, times: microbatches, chain_times, pinned });
+        }
+        if plan.choice.updates_on_device(s) && shard.own_bytes() > 0 {
+            let own = shard.own_bytes();
+            let (update, norm) = (model.update_bytes(own, plan.moments), model.wide_bytes(own));
+            let secs = by_device(&|cost| cost.device_settle_secs(update, norm));
+            // Beside others' backwards on other devices, but for the first shard's: the next step begins with that.
+            let in_chain = !pipelined && (one_device || s == 0);
+            updates.push(Part { secs, times: steps, chain_times: if in_chain { steps } else { 0.0 }, pinned });
+        }
     }
-    let model = &placed.model;
-    secs + cost.device_settle_secs(model.update_bytes(own, plan.moments), model.wide_bytes(own))
+    if let Some(longest) = runs.iter_mut().max_by(|a, b| a.least_secs(|_| 1.0).total_cmp(&b.least_secs(|_| 1.0))) {
+        longest.chain_times = microbatches;
+    }
+    runs.append(&mut updates);
+    runs
 }
 
 /// Least bytes of a step to devices that have so many weight slots in all, and from them.
@@ -379,9 +385,10 @@ fn least_bytes(placed: &Placed, slots: usize, entries: usize) -> (u64, u64) {
     // What they borrow of shards at rest need not come from the host.
     let changing = |s: &ShardPrograms| match plan.choice.resting > 0 {
         true => s.own_bytes(),
-        false => s.fetch_bytes() - s.layout.frozen_bytes(),
+        false => fetched_bytes(&placed.model, &s.layout).0,
     };
-    let bytes = |s: &ShardPrograms| changing(s) + s.layout.frozen_bytes();
+    let frozen = |s: &ShardPrograms| fetched_bytes(&placed.model, &s.layout).1;
+    let bytes = |s: &ShardPrograms| changing(s) + frozen(s);
     // Kept at best: as many shards as there are slots, the largest.
     let beyond_slots = |mut sizes: Vec<u64>| -> u64 {
         sizes.sort_unstable_by(|a, b| b.cmp(a));
@@ -390,7 +397,7 @@ fn least_bytes(placed: &Placed, slots: usize, entries: usize) -> (u64, u64) {
     let again = beyond_slots(visiting.iter().filter(|s| !s.idles_back()).map(bytes).collect());
     // What a device has updated may stay for the next step too, and what nobody updates.
     let (here, by_host) = visiting.split_at(plan.choice.visiting_updates.min(visiting.len()));
-    let stays = here.iter().map(bytes).chain(by_host.iter().map(|s| s.layout.frozen_bytes()));
+    let stays = here.iter().map(bytes).chain(by_host.iter().map(frozen));
     let all = by_host.iter().map(changing).sum::<u64>() + beyond_slots(stays.collect());
     let weights = here.iter().map(|s| s.own_bytes()).sum::<u64>();
     let gradients = by_host.iter().map(|s| s.layout.gradient_bytes).sum::<u64>();

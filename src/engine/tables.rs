@@ -104,6 +104,18 @@ impl Tables {
     }
 }
 
+/// Bytes that a fetch of a shard copies: of what may change from step to step, and of frozen weights. What pads the end
+/// of a borrowed weight is not copied.
+pub(super) fn fetched_bytes(model: &Model, shard: &ShardLayout) -> (u64, u64) {
+    let mut borrowed: Vec<(u64, usize)> =
+        shard.shared.iter().filter_map(|u| Some((u.borrowed?, u.parameter))).collect();
+    borrowed.sort_unstable();
+    borrowed.dedup();
+    let borrowed = borrowed.iter().map(|&(_, p)| model.train.bytes(model.train.parameters[p].value)).sum::<u64>();
+    let own = shard.own.end - shard.own.start + shard.states.end - shard.states.start;
+    (own + borrowed, frozen_stretches(model, shard).iter().map(|b| b.bytes).sum())
+}
+
 /// The frozen weights of a shard; what lies together at home and there is one stretch.
 fn frozen_stretches(model: &Model, shard: &ShardLayout) -> Vec<Borrow> {
     let mut stretches: Vec<Borrow> = Vec::new();

@@ -168,11 +168,6 @@ impl ShardLayout {
         shard
     }
 
-    /// Bytes of the frozen weights that its layers use.
-    pub fn frozen_bytes(&self) -> u64 {
-        self.frozen.first().map_or(0, |&(_, at)| self.weight_bytes - at)
-    }
-
     /// Start of a parameter in the shard's weights.
     pub fn weight(&self, model: &ModelLayout, parameter: usize) -> Option<u64> {
         let at = model.parameter[parameter];

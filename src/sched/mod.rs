@@ -18,7 +18,7 @@ mod rehearsal;
 mod tests;
 mod view;
 
-pub use bounds::{Bounds, DeviceRates, LowerBound, ModelWork};
+pub use bounds::{Bounds, DeviceRates, LowerBound, ModelWork, Part};
 pub use locality::{LocalityLrtf, LocalityTuning};
 pub use policies::{Fifo, MakePolicy, POLICIES, Random, RoundRobin, ShardedLrtf, Srtf, by_name};
 pub use rehearsal::{Rehearsal, rehearse};

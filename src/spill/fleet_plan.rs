@@ -6,10 +6,11 @@
 //! lines that are even enough, stay where they are and copy nothing.
 
 use super::fleet::{FleetMap, Home, Placed};
-use super::homes::{HomeBudgets, find_homes};
+use super::homes::{HomeBudgets, find_homes, first_at_home};
 use super::model::Model;
 use super::plan::{Plan, PlanOptions};
 use super::stand_in::StandIns;
+use super::store::OnDisk;
 use crate::base::{Error, Result, format_bytes};
 use crate::device::sim::CostModel;
 use std::sync::Arc;
@@ -54,11 +55,24 @@ pub struct FleetPlan {
 /// [`Error::OutOfBudget`] that names the models which do not fit; [`Error::BadInput`] for absurd options.
 pub fn plan_fleet(models: &[FleetModel], devices: &[FleetDevice], budgets: HomeBudgets) -> Result<FleetPlan> {
     let _held = hold(models);
-    or_nominal(devices, |devices| {
-        let FleetPlan { placed, smallest_device_bytes } = sketch_fleet(models, devices)?;
-        let placed = find_homes(&with_own_programs(models, placed), budgets)?;
-        Ok(FleetPlan { placed, smallest_device_bytes })
-    })
+    let Ways { mut ways, smallest_device_bytes } = or_nominal(devices, |devices| sketch_fleet(models, devices))?;
+    let way = match first_at_home(&ways, budgets) {
+        Err(refused @ Error::OutOfBudget { .. }) => {
+            ways = sketch_thrifty(models, devices, budgets.disk)?;
+            if ways.is_empty() { Err(refused) } else { first_at_home(&ways, budgets) }
+        }
+        found => found,
+    }?;
+    let placed = find_homes(&with_own_programs(models, ways.swap_remove(way)), budgets)?;
+    Ok(FleetPlan { placed, smallest_device_bytes })
+}
+
+/// Sketches of the ways to place models on devices that have room for them, whatever host memory they take.
+struct Ways {
+    /// The one that ends soonest first; at least one.
+    ways: Vec<Vec<Placed>>,
+    /// The smallest budget of every device for which there is one.
+    smallest_device_bytes: u64,
 }
 
 /// What `plan` makes of `devices`, or else of devices of nominal costs: what is refused and what is named then must not
@@ -76,28 +90,65 @@ pub fn or_nominal<T>(devices: &[FleetDevice], mut plan: impl FnMut(&[FleetDevice
     }
 }
 
-/// Sketches for [`plan_fleet`], whatever host memory they take: every model whole at home, or every shard anywhere.
-fn sketch_fleet(models: &[FleetModel], devices: &[FleetDevice]) -> Result<FleetPlan> {
+/// Sketches for [`plan_fleet`]: every model whole at home, and every shard anywhere.
+fn sketch_fleet(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Ways> {
     let (closest, at_home) = sketch_closest(models, devices.len())?;
     let moving = sketch_anywhere(models, devices, Some(at_home));
     let staying = sketch_at_home(models, devices)?;
-    let (placed, smallest_device_bytes) = match (moving, staying) {
+    let (ways, smallest_device_bytes) = match (moving, staying) {
         // Where only those that stay fit, they need not be even.
-        (Err(Error::OutOfBudget { smallest_device_bytes, .. }), Some((staying, _))) => (staying, smallest_device_bytes),
-        (Err(Error::OutOfBudget { smallest_device_bytes, .. }), None)
-            if devices.iter().all(|d| d.budget.is_none_or(|budget| budget >= at_home)) =>
-        {
-            (closest, smallest_device_bytes)
+        (Err(Error::OutOfBudget { smallest_device_bytes, .. }), Some((staying, _))) => {
+            (vec![staying], smallest_device_bytes)
+        }
+        (Err(Error::OutOfBudget { smallest_device_bytes, .. }), None) if all_have(devices, at_home) => {
+            (vec![closest], smallest_device_bytes)
         }
         (Err(error), _) => return Err(error),
-        (Ok(moving), None) => (moving.placed, moving.smallest_device_bytes),
+        (Ok(moving), None) => (vec![moving.placed], moving.smallest_device_bytes),
         (Ok(moving), Some((staying, secs))) => {
             // Somebody who stays copies nothing; somebody who moves leaves no device idle.
             let is_even = secs <= UNEVEN * makespan_secs(models, &moving.placed, devices);
-            (if is_even { staying } else { moving.placed }, moving.smallest_device_bytes)
+            let ways = if is_even { vec![staying, moving.placed] } else { vec![moving.placed, staying] };
+            (ways, moving.smallest_device_bytes)
         }
     };
-    Ok(FleetPlan { placed, smallest_device_bytes })
+    Ok(Ways { ways, smallest_device_bytes })
+}
+
+/// Sketches for [`plan_fleet`] where host memory is short, by nominal costs, so that what is refused and what is named
+/// then is the same whatever was measured: what devices have room for of every model whole at home, and of every shard
+/// anywhere in the plans that are fast and in those that need the least host memory, off the disk and on it.
+fn sketch_thrifty(models: &[FleetModel], devices: &[FleetDevice], disk: u64) -> Result<Vec<Vec<Placed>>> {
+    let nominal = |d: &FleetDevice| FleetDevice { cost: CostModel::nominal(), ..d.clone() };
+    let devices: Vec<FleetDevice> = devices.iter().map(nominal).collect();
+    let mut ways = Vec::new();
+    ways.extend(sketch_at_home(models, &devices)?.map(|(staying, _)| staying));
+    let (closest, at_home) = sketch_closest(models, devices.len())?;
+    if ways.is_empty() && all_have(&devices, at_home) {
+        ways.push(closest);
+    }
+    let least_host = |on_disk| {
+        let mut models = models.to_vec();
+        // What has no home is planned for the least of it where it is told what is on the disk.
+        models.iter_mut().for_each(|m| (m.options.host_budget, m.options.on_disk) = (Some(0), Some(on_disk)));
+        models
+    };
+    let mut wishes = vec![models.to_vec(), least_host(OnDisk::Nothing)];
+    if disk > 0 {
+        wishes.push(least_host(OnDisk::Weights));
+    }
+    for models in wishes {
+        match sketch_anywhere(&models, &devices, None) {
+            Ok(moving) => ways.push(moving.placed),
+            Err(Error::OutOfBudget { .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(ways)
+}
+
+fn all_have(devices: &[FleetDevice], bytes: u64) -> bool {
+    devices.iter().all(|d| d.budget.is_none_or(|budget| budget >= bytes))
 }
 
 /// What the models' plans have in common, for as long as several of them are made.
@@ -154,7 +205,11 @@ pub fn plan_anywhere(models: &[FleetModel], devices: &[FleetDevice]) -> Result<F
 }
 
 /// Sketches with every shard anywhere; `at_home`: bytes of every device with which all could stay instead.
-fn sketch_anywhere(models: &[FleetModel], devices: &[FleetDevice], at_home: Option<u64>) -> Result<FleetPlan> {
+pub(super) fn sketch_anywhere(
+    models: &[FleetModel],
+    devices: &[FleetDevice],
+    at_home: Option<u64>,
+) -> Result<FleetPlan> {
     // A shard must fit wherever it may go.
     let budget = devices.iter().filter_map(|d| d.budget).min();
     let cost = &devices[0].cost;
@@ -216,34 +271,6 @@ fn sketch_anywhere(models: &[FleetModel], devices: &[FleetDevice], at_home: Opti
         }
     }
     Ok(plan(best))
-}
-
-/// A model whose units one after another take this part of the time that all models' work takes on all devices may
-/// bound the makespan.
-const NEARLY: f64 = 0.9;
-
-/// As [`plan_anywhere`], for a policy that pipelines: where a model bounds the makespan, units are so fine that its
-/// microbatches can go on from device to device. `None` where no model does, or none that does has several
-/// microbatches.
-///
-/// # Errors
-/// As [`plan_anywhere`].
-pub fn plan_pipelined(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Option<FleetPlan>> {
-    let _held = hold(models);
-    let plan = sketch_anywhere(models, devices, None)?;
-    let secs = |m: &FleetModel, p: &Placed| m.steps as f64 * p.plan.estimated_secs;
-    let all: f64 = models.iter().zip(&plan.placed).map(|(m, p)| secs(m, p)).sum();
-    let share = all / speeds(models, devices).iter().sum::<f64>();
-    let hurries = |m: &FleetModel, p: &Placed| m.model.microbatches > 1 && secs(m, p) > NEARLY * share;
-    let steps = models.iter().zip(&plan.placed).filter(|(m, p)| hurries(m, p)).map(|(_, p)| p.plan.estimated_secs);
-    let Some(shortest) = steps.min_by(f64::total_cmp).filter(|_| devices.len() > 1) else { return Ok(None) };
-    let mut fine = models.to_vec();
-    for (m, p) in fine.iter_mut().zip(&plan.placed) {
-        // About two units in each direction for each device.
-        m.options.unit_secs = Some(shortest / (4 * devices.len()) as f64);
-        m.options.chain_secs = hurries(m, p).then(|| 0.5 * share / m.steps as f64);
-    }
-    plan_anywhere(&fine, devices).map(Some)
 }
 
 /// Plans with every model whole on one device, the longest first onto the device that is done soonest (Graham 1969,

@@ -44,6 +44,29 @@ pub fn find_homes(placed: &[Placed], budgets: HomeBudgets) -> Result<Vec<Placed>
     Ok(placed.iter().zip(chosen).map(of).collect())
 }
 
+/// The first of several ways to place the models for which all fit.
+///
+/// # Errors
+/// Where there is none, that of the way that needs the least host memory with the disk as it is.
+pub(super) fn first_at_home(ways: &[Vec<Placed>], budgets: HomeBudgets) -> Result<usize> {
+    let mut refused: Option<(u64, Error)> = None;
+    for (way, placed) in ways.iter().enumerate() {
+        let Err(error) = find_homes(placed, budgets) else { return Ok(way) };
+        let needs = least_host_bytes(placed, budgets.disk);
+        if refused.as_ref().is_none_or(|(least, _)| needs < *least) {
+            refused = Some((needs, error));
+        }
+    }
+    Err(refused.expect("there is a way").1)
+}
+
+/// The least host memory that models need where the disk tier has so many bytes.
+fn least_host_bytes(placed: &[Placed], disk: u64) -> u64 {
+    let homes: Vec<Homes> = placed.iter().map(|p| p.plan.homes(&p.model)).collect();
+    let even = OnDisk::ALL.map(|on_disk| total(&homes, |_| on_disk as usize));
+    even.into_iter().filter(|(_, on_disk)| *on_disk <= disk).map(|(bytes, _)| bytes).min().unwrap_or(u64::MAX)
+}
+
 /// What of each model goes to the disk.
 pub(super) fn choose_homes(models: &[Homes], budgets: HomeBudgets, smallest_device_bytes: u64) -> Result<Vec<OnDisk>> {
     let refused = |message: String| Error::OutOfBudget { message, smallest_device_bytes };

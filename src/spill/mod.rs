@@ -8,6 +8,7 @@ mod fleet_plan;
 mod homes;
 mod memory;
 mod model;
+mod pipelined;
 mod plan;
 mod search;
 mod shard;
@@ -17,12 +18,11 @@ mod store;
 pub use baselines::{Baseline, Lined, place_baseline};
 pub use cut::balanced;
 pub use fleet::{FleetMap, Home, Placed};
-pub use fleet_plan::{
-    FleetDevice, FleetModel, FleetPlan, named, or_nominal, plan_anywhere, plan_at_home, plan_fleet, plan_pipelined,
-};
+pub use fleet_plan::{FleetDevice, FleetModel, FleetPlan, named, or_nominal, plan_anywhere, plan_at_home, plan_fleet};
 pub use homes::{HomeBudgets, find_homes};
 pub use memory::{ArenaMap, BoundaryTier, Choice, update_parts, update_state_bytes, visiting_gradients_at};
 pub use model::Model;
+pub use pipelined::plan_pipelined;
 pub use plan::{Plan, PlanOptions, Recompute};
 pub use shard::ShardPrograms;
 pub use stand_in::StandIns;

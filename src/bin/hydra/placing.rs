@@ -93,13 +93,16 @@ impl Placing {
         };
         let may_pipeline = job.run.policy == Policy::LOCALITY_LRTF && job.run.pipeline != Pipeline::Never;
         let plan = if may_pipeline { plan_pipelined(fleet, &devices) } else { Ok(None) };
-        // Memory that is asked for must be of use: where none would do, that is said first.
-        let never = || {
-            let unlimited: Vec<FleetDevice> =
-                devices.iter().map(|d| FleetDevice { budget: None, ..d.clone() }).collect();
-            matches!(plan_pipelined(fleet, &unlimited), Ok(None))
+        let never = || match &plan {
+            // Memory that is asked for must be of use: where none would do, that is said first.
+            Err(Error::OutOfBudget { smallest_device_bytes, .. }) => {
+                let budget = Some(*smallest_device_bytes);
+                let enough: Vec<FleetDevice> = devices.iter().map(|d| FleetDevice { budget, ..d.clone() }).collect();
+                matches!(plan_pipelined(fleet, &enough), Ok(None))
+            }
+            plan => matches!(plan, Ok(None)),
         };
-        if job.run.pipeline == Pipeline::Always && (matches!(plan, Ok(None)) || plan.is_err() && never()) {
+        if job.run.pipeline == Pipeline::Always && never() {
             // The first model is in the job file itself, where the key is.
             let file = &job.models[0].file;
             let what = "\"always\" wants a model with a microbatch below its batch that would end last; leave it out";
