@@ -480,8 +480,8 @@ fn no_schedule_on_unlike_devices_is_below_its_bound() {
             let lined = place_baseline(baseline, &models, &fleet).expect("no budget");
             runs.push((name, lined.placed, lined.lines, None));
         }
-        for name in POLICIES {
-            runs.push((name, moving.clone(), Vec::new(), by_name(name, 1)));
+        for (name, new) in POLICIES {
+            runs.push((name, moving.clone(), Vec::new(), Some(new(1))));
         }
         runs.extend(fine.map(|fine| ("pipelined", fine, Vec::new(), Some(own(true)))));
         for (name, placed, lines, policy) in runs {
