@@ -305,6 +305,8 @@ fn bad_files() {
         (with("'a'", "''"), "model.0.name: want a plain file name"),
         (with("'a'", "'../a'"), "model.0.name: want a plain file name in quotes, such as \"gpt\", got \"../a\""),
         (with("'a'", "'..'"), "model.0.name"),
+        (with("'a'", "'.hidden'"), "model.0.name: \".hidden\" begins with a dot; write another"),
+        (with("'a'", "'.plan.json.part'"), "model.0.name: \".plan.json.part\" begins with a dot"),
         (with("'a'", "\"a\\nb\""), "model.0.name"),
         (
             with("'a'", "'trace.json'"),
@@ -523,6 +525,7 @@ fn models_are_added_with_their_own_folder_and_refused_whole() {
         (format!("{}{MODEL}", MODEL.replace("'a'", "'d'")), "model.1.name: model.0 of"),
         (MODEL.replace("'a'", "'c-lr=0.2'"), "has the name \"c-lr=0.2\" too"),
         (MODEL.replace("'a'", "'inbox'"), "model.0.name"),
+        (MODEL.replace("'a'", "'.hidden'"), "model.0.name: \".hidden\" begins with a dot"),
         (format!("{seed}{MODEL}"), "run: unknown key"),
         (MODEL.replace("'a'", "'d'") + "stepz = 1\n", "model.0.stepz"),
         (String::new(), "model: there is none"),
