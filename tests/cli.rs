@@ -310,6 +310,28 @@ fn plain_lines_and_validation() {
     assert_eq!(own.fine().out.matches("held-out loss").count(), 2);
 }
 
+/// A terminal that can only be written to line by line.
+#[test]
+fn a_terminal_without_bars_gets_lines() {
+    let job = Job::new(GPT);
+    let on_terminal = |term: &str| {
+        let train =
+            format!("{} train {} --set run.out={term}", env!("CARGO_BIN_EXE_hydra"), job.at("job.toml").display());
+        let ran: Ran = Command::new("script")
+            .args(["-qec", &train, "/dev/null"])
+            .env("TERM", term)
+            .stdin(Stdio::null())
+            .output()
+            .expect("script, of util-linux")
+            .into();
+        ran.fine().out
+    };
+    let lines = on_terminal("dumb");
+    assert!(lines.contains("m: step 1 of 4  loss ") && lines.contains("m: step 4 of 4  loss "), "{lines}");
+    assert!(!lines.contains('\u{1b}'), "{lines}");
+    assert!(!on_terminal("xterm").contains("m: step 1 of 4"));
+}
+
 #[test]
 fn a_device_that_states_a_profile_is_not_measured() {
     let job = Job::measured(&format!("[host]\nmemory = '1 GiB'\n[[device]]\nprofile = 'rates.json'\n{GPT}"));
