@@ -358,6 +358,9 @@ fn a_device_that_states_a_profile_is_not_measured() {
     // What no device has is refused by name.
     for (field, value) in [
         ("memory_bytes_per_sec", json!(0)),
+        ("memory_bytes_per_sec", json!(1e-300)),
+        ("rates.0.work_per_sec", json!(1e300)),
+        ("copy_secs", json!(1e308)),
         ("h2d_bytes_per_sec", json!(-1)),
         ("d2h_bytes_per_sec", json!(-0.0)),
         ("device_update_bytes_per_sec", json!(-1e9)),
