@@ -533,8 +533,9 @@ fn a_signal_while_a_job_is_prepared_ends_it_at_once_and_leaves_nothing() {
     let status = format!("/proc/{}/status", child.id());
     let heeds = || {
         let status = fs::read_to_string(&status).expect("the program is there");
-        let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).expect("a line");
-        u64::from_str_radix(caught.trim(), 16).expect("a mask") >> (15 - 1) & 1 == 1
+        // Whoever waits for a signal blocks it.
+        let blocked = status.lines().find_map(|line| line.strip_prefix("SigBlk:")).expect("a line");
+        u64::from_str_radix(blocked.trim(), 16).expect("a mask") >> (15 - 1) & 1 == 1
     };
     let began = Instant::now();
     while !heeds() {

@@ -26,9 +26,14 @@ impl Drop for Running {
 impl Running {
     /// Starts training; what it prints goes into files, so that it never waits for a reader.
     pub(super) fn start(job: &Job, name: &str, args: &[&str]) -> Running {
+        Running::start_by(Command::new(env!("CARGO_BIN_EXE_hydra")), job, name, args)
+    }
+
+    /// The same by a command that gives way to the program.
+    pub(super) fn start_by(mut command: Command, job: &Job, name: &str, args: &[&str]) -> Running {
         let (out, err) = (job.at(&format!("{name}.out")), job.at(&format!("{name}.err")));
         let to = |path: &Path| Stdio::from(File::create(path).expect("a file"));
-        let child = Command::new(env!("CARGO_BIN_EXE_hydra"))
+        let child = command
             .args(["train", &job.at("job.toml").display().to_string()])
             .args(args)
             .stdout(to(&out))
