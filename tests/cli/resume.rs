@@ -197,6 +197,27 @@ fn a_signal_that_a_run_was_started_to_ignore_stays_ignored() {
     }
 }
 
+/// What is lost is not begun anew in silence.
+#[test]
+fn a_checkpoint_that_is_missing_among_others_is_told() {
+    let job = Job::new(&(model("m", "") + &model("n", "")));
+    job.hydra(&["train"]).fine();
+    let metrics = || fs::read_to_string(job.at("runs/job/n/metrics.jsonl")).expect("metrics");
+    let before = metrics();
+    fs::remove_file(job.at("runs/job/n/checkpoint.safetensors")).expect("a checkpoint");
+    let more = ["model.0.steps=5", "model.1.steps=5"];
+    goes_on(&job, "require", &more).bad(&["n: has trained and has no checkpoint in ", "runs/job/n; --resume require"]);
+    assert_eq!(metrics(), before);
+    let ran = goes_on(&job, "auto", &more).fine();
+    assert!(ran.err.starts_with("warning: n: has trained and has no checkpoint in "), "{ran:?}");
+    assert!(ran.err.lines().count() == 1 && metrics().lines().count() == 5, "{ran:?}");
+    // One that has not begun has nothing to go on from.
+    let text = fs::read_to_string(job.at("job.toml")).expect("a job") + &model("late", "");
+    fs::write(job.at("job.toml"), text).expect("a job");
+    let ran = goes_on(&job, "require", &more).fine();
+    assert!(ran.err.is_empty() && job.at("runs/job/late/checkpoint.safetensors").exists(), "{ran:?}");
+}
+
 /// It lies in the folder still, and is not what the run has come to.
 #[test]
 fn the_model_of_an_earlier_end_is_not_that_of_an_interrupted_run() {
