@@ -310,6 +310,28 @@ fn plain_lines_and_validation() {
     assert_eq!(own.fine().out.matches("held-out loss").count(), 2);
 }
 
+/// A terminal that can only be written to line by line.
+#[test]
+fn a_terminal_without_bars_gets_lines() {
+    let job = Job::new(GPT);
+    let on_terminal = |term: &str| {
+        let train =
+            format!("{} train {} --set run.out={term}", env!("CARGO_BIN_EXE_hydra"), job.at("job.toml").display());
+        let ran: Ran = Command::new("script")
+            .args(["-qec", &train, "/dev/null"])
+            .env("TERM", term)
+            .stdin(Stdio::null())
+            .output()
+            .expect("script, of util-linux")
+            .into();
+        ran.fine().out
+    };
+    let lines = on_terminal("dumb");
+    assert!(lines.contains("m: step 1 of 4  loss ") && lines.contains("m: step 4 of 4  loss "), "{lines}");
+    assert!(!lines.contains('\u{1b}'), "{lines}");
+    assert!(!on_terminal("xterm").contains("m: step 1 of 4"));
+}
+
 #[test]
 fn a_device_that_states_a_profile_is_not_measured() {
     let job = Job::measured(&format!("[host]\nmemory = '1 GiB'\n[[device]]\nprofile = 'rates.json'\n{GPT}"));
@@ -336,6 +358,9 @@ fn a_device_that_states_a_profile_is_not_measured() {
     // What no device has is refused by name.
     for (field, value) in [
         ("memory_bytes_per_sec", json!(0)),
+        ("memory_bytes_per_sec", json!(1e-300)),
+        ("rates.0.work_per_sec", json!(1e300)),
+        ("copy_secs", json!(1e308)),
         ("h2d_bytes_per_sec", json!(-1)),
         ("d2h_bytes_per_sec", json!(-0.0)),
         ("device_update_bytes_per_sec", json!(-1e9)),
@@ -508,8 +533,9 @@ fn a_signal_while_a_job_is_prepared_ends_it_at_once_and_leaves_nothing() {
     let status = format!("/proc/{}/status", child.id());
     let heeds = || {
         let status = fs::read_to_string(&status).expect("the program is there");
-        let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).expect("a line");
-        u64::from_str_radix(caught.trim(), 16).expect("a mask") >> (15 - 1) & 1 == 1
+        // Whoever waits for a signal blocks it.
+        let blocked = status.lines().find_map(|line| line.strip_prefix("SigBlk:")).expect("a line");
+        u64::from_str_radix(blocked.trim(), 16).expect("a mask") >> (15 - 1) & 1 == 1
     };
     let began = Instant::now();
     while !heeds() {

@@ -137,7 +137,15 @@ fn a_completion_that_does_not_come_is_named_with_who_waits_for_it() {
 struct Trouble {
     calls: AtomicUsize,
     at: usize,
-    hangs: bool,
+    kind: Kind,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    Panics,
+    Hangs,
+    /// For so long.
+    Computes(Duration),
 }
 
 /// Hands on what it is given.
@@ -168,11 +176,18 @@ impl CustomOp for Trouble {
     }
 
     fn host(&self, outputs: &mut [&mut [f32]], inputs: &[&[f32]], shapes: &[&Shape]) {
-        let is_due = self.calls.fetch_add(1, Ordering::Relaxed) == self.at;
-        assert!(!is_due || self.hangs, "had enough");
-        if is_due {
-            // Longer than any test takes.
-            std::thread::sleep(Duration::from_secs(3600));
+        if self.calls.fetch_add(1, Ordering::Relaxed) == self.at {
+            match self.kind {
+                Kind::Panics => panic!("had enough"),
+                // Longer than any test takes.
+                Kind::Hangs => std::thread::sleep(Duration::from_secs(3600)),
+                Kind::Computes(time) => {
+                    let began = Instant::now();
+                    while began.elapsed() < time {
+                        std::hint::black_box(());
+                    }
+                }
+            }
         }
         Pass.host(outputs, inputs, shapes);
     }
@@ -182,16 +197,21 @@ impl CustomOp for Trouble {
     }
 }
 
-/// The first error of a run whose op is in trouble at its `at`-th call, and what any further wait says.
-fn error_of_trouble(resident: bool, at: usize, hangs: bool) -> (Error, String) {
-    let small = Small::with_op(Arc::new(Trouble { calls: AtomicUsize::new(0), at, hangs }));
+/// A run whose op is in trouble at its `at`-th call.
+fn in_trouble(resident: bool, at: usize, kind: Kind, patience_secs: f64) -> Driver {
+    let small = Small::with_op(Arc::new(Trouble { calls: AtomicUsize::new(0), at, kind }));
     let plan = PlanOptions {
         resident: Some(resident),
         cut: (!resident).then(|| vec![0..1, 1..2, 2..3]),
         ..PlanOptions::default()
     };
-    let options = TrainOptions { batch: 4, microbatch: 2, patience_secs: 1.0, plan, ..TrainOptions::new(6) };
-    let mut driver = driver_of(&small, &options, None, None);
+    let options = TrainOptions { batch: 4, microbatch: 2, patience_secs, plan, ..TrainOptions::new(6) };
+    driver_of(&small, &options, None, None)
+}
+
+/// Its first error, and what any further wait says.
+fn error_of_trouble(resident: bool, at: usize, kind: Kind) -> (Error, String) {
+    let mut driver = in_trouble(resident, at, kind, 1.0);
     let error = first_error(&mut driver).unwrap_or_else(|| panic!("call {at}: nothing happened"));
     (error, driver.engine.wait_idle().expect_err("the run is over").to_string())
 }
@@ -200,7 +220,7 @@ fn error_of_trouble(resident: bool, at: usize, hangs: bool) -> (Error, String) {
 fn a_panic_on_a_lane_ends_the_run() {
     for (resident, at) in [(false, 0), (false, 5), (true, 0), (true, 4)] {
         // The drop is inside the time too.
-        let (error, again) = within(60, "a panic", move || error_of_trouble(resident, at, false));
+        let (error, again) = within(60, "a panic", move || error_of_trouble(resident, at, Kind::Panics));
         let message = error.to_string();
         assert!(matches!(error, Error::Device(_)), "{message}");
         assert!(message.contains("a task panicked: ") && message.contains("had enough"), "{message}");
@@ -212,10 +232,21 @@ fn a_panic_on_a_lane_ends_the_run() {
 #[test]
 fn a_task_that_never_ends_is_named_and_left_to_itself() {
     for resident in [false, true] {
-        let (error, again) = within(60, "the drop", move || error_of_trouble(resident, 3, true));
+        let (error, again) = within(60, "the drop", move || error_of_trouble(resident, 3, Kind::Hangs));
         assert!(error.to_string().starts_with("stalled: nothing has ended for 1 s"), "{error}");
         assert!(again.contains("failed before"), "{again}");
     }
+}
+
+/// Whatever was predicted: a plan may be made by the rates of another machine.
+#[test]
+fn a_task_that_computes_for_longer_than_patience_lasts_is_no_hang() {
+    let error_of = |kind| {
+        within(60, "the run", move || first_error(&mut in_trouble(true, 3, kind, 2.0)).map(|error| error.to_string()))
+    };
+    assert_eq!(error_of(Kind::Computes(Duration::from_secs(6))), None);
+    let hangs = error_of(Kind::Hangs).expect("it never ends");
+    assert!(hangs.starts_with("stalled: nothing has ended for 2 s"), "{hangs}");
 }
 
 /// What comes home for a checkpoint or at the end is waited for by the loop that has an eye on every model; a device

@@ -44,7 +44,7 @@ pub enum Error {
     /// A model was taken out of the run.
     #[error("cancelled")]
     Cancelled,
-    /// The run was asked to stop (SIGINT, SIGTERM).
+    /// The run was asked to stop (SIGINT, SIGTERM, SIGHUP).
     #[error("interrupted at {at}{}", match checkpoint { Some(true) => ", after a checkpoint", Some(false) => ", with nothing new to keep", None => "" })]
     Interrupted {
         /// Steps done: `step 12` or, of several models, `step 12 of gpt, step 7 of bert`.

@@ -65,7 +65,8 @@ pub trait Device: Send {
     /// hold all the elements that its segments name.
     unsafe fn submit(&mut self, lane: u16, task: Task, after: &[Ticket]) -> Ticket;
 
-    /// Waits up to `patience_secs` for the next completion; `None` when none came.
+    /// Waits up to `patience_secs` for the next completion; `None` when none came. Time in which it sees a task at work
+    /// does not count.
     fn next_completion(&mut self, patience_secs: f64) -> Option<Completion>;
 
     /// Now, on the device's clock, in seconds.

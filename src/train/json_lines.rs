@@ -80,13 +80,21 @@ pub(super) fn read<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     Ok(rows)
 }
 
-/// What of a file is rows, whatever else lies there.
+/// What of a file is rows, whatever else lies there, and how many whole lines are none.
 ///
 /// # Errors
 /// When the file cannot be read.
-pub(super) fn salvage<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
+pub(super) fn salvage<T: DeserializeOwned>(path: &Path) -> Result<(Vec<T>, usize)> {
     let bytes = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
-    Ok(bytes.split(|&byte| byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect())
+    let mut lines = bytes.split(|&byte| byte == b'\n').peekable();
+    let (mut rows, mut damaged) = (Vec::new(), 0);
+    while let Some(line) = lines.next() {
+        match serde_json::from_slice(line) {
+            Ok(row) => rows.push(row),
+            Err(_) => damaged += usize::from(!line.trim_ascii().is_empty() && lines.peek().is_some()),
+        }
+    }
+    Ok((rows, damaged))
 }
 
 #[cfg(test)]
@@ -101,22 +109,22 @@ mod tests {
         lines.write(&3).unwrap();
         lines.wait_sync().unwrap();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "1\n2\n3\n");
-        let check = |text: &[u8], want: std::result::Result<&[u64], &str>, left: &[u64]| {
+        let check = |text: &[u8], want: std::result::Result<&[u64], &str>, left: &[u64], damaged: usize| {
             std::fs::write(&path, text).unwrap();
             match (read::<u64>(&path), want) {
                 (Ok(rows), Ok(want)) => assert_eq!(rows, want),
                 (Err(Error::BadInput(what)), Err(want)) => assert!(what.contains(want), "{what}"),
                 (got, want) => panic!("{got:?}, want {want:?}"),
             }
-            assert_eq!(salvage::<u64>(&path).unwrap(), left);
+            assert_eq!(salvage::<u64>(&path).unwrap(), (left.to_vec(), damaged));
         };
-        check(b"", Ok(&[]), &[]);
-        check(b"1\n\n 2 \n  \n3", Ok(&[1, 2, 3]), &[1, 2, 3]);
-        check(b"1\n{\"ro", Ok(&[1]), &[1]);
-        check(b"1\n{\xff\xfe", Ok(&[1]), &[1]);
+        check(b"", Ok(&[]), &[], 0);
+        check(b"1\n\n 2 \n  \n3", Ok(&[1, 2, 3]), &[1, 2, 3], 0);
+        check(b"1\n{\"ro", Ok(&[1]), &[1], 0);
+        check(b"1\n{\xff\xfe", Ok(&[1]), &[1], 0);
         // What ends in a line feed was not cut off.
-        check(b"1\n{\xff\xfe}\n", Err("line 2"), &[1]);
-        check(b"\n1\nno\n2\n", Err("line 3"), &[1, 2]);
+        check(b"1\n{\xff\xfe}\n", Err("line 2"), &[1], 1);
+        check(b"\n1\nno\n2\n\0\0\n\0", Err("line 3"), &[1, 2], 2);
         std::fs::remove_file(&path).unwrap();
         assert!(read::<u64>(&path).is_err() && salvage::<u64>(&path).is_err());
     }

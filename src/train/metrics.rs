@@ -134,7 +134,7 @@ impl Metrics {
     /// # Errors
     /// When the file cannot be read or written.
     pub fn open(path: &Path, step: u64) -> Result<Metrics> {
-        let mut kept = if step == 0 || !path.exists() { Vec::new() } else { salvage(path)? };
+        let mut kept = if step == 0 || !path.exists() { Vec::new() } else { salvage(path)?.0 };
         kept.retain(|row| match row {
             Row::Step(r) => r.step < step,
             // A validation at the very step is done again.

@@ -32,7 +32,8 @@ pub struct TrainOptions {
     pub disk: Option<PathBuf>,
     /// Validate after every so many steps, where there is held-out data; at least 1.
     pub valid_every: u64,
-    /// Seconds without any completion after which the run ends; ten estimated steps where that is longer.
+    /// Seconds without any completion after which the run ends; ten estimated steps where that is longer. On the host
+    /// those in which a task computes do not count.
     pub patience_secs: f64,
     /// Fill the arena with NaN first, so that use of what was never written shows.
     pub poison: bool,

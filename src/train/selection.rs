@@ -40,10 +40,14 @@ impl Selection {
         }
     }
 
-    /// Whether a report after `step` steps changes anything, so that a run which goes on needs it
-    /// ([`Selection::replay`]).
-    pub fn remembers(&self, step: u64) -> bool {
-        matches!(self, Selection::Patience(_)) || self.has_rung(step)
+    /// Whether a report of `model` after `step` steps changes anything, so that a run which goes on needs it
+    /// ([`Selection::replay`]). One that was made before does not.
+    pub fn would_note(&self, model: usize, step: u64) -> bool {
+        match self {
+            Selection::Asha(asha) => asha.would_note(model, step),
+            Selection::Patience(patience) => patience.would_note(model, step),
+            Selection::Survivors(_) => false,
+        }
     }
 
     /// Whether models are compared after `step` steps, so that each needs a metric of just then.
@@ -121,6 +125,12 @@ impl Asha {
         Asha { rungs, reports: Vec::new() }
     }
 
+    fn would_note(&self, model: usize, step: u64) -> bool {
+        let reported =
+            |rung| self.reports.get(rung).is_some_and(|all: &Vec<Report>| all.iter().any(|r| r.model == model));
+        self.rungs.at(step).is_some_and(|rung| !reported(rung))
+    }
+
     /// Takes the metric of `model` after `step` steps; where there is no rung, it goes on and nothing is noted.
     pub fn report(&mut self, model: usize, step: u64, metric: f64) -> Verdict {
         let Some(rung) = self.rungs.at(step) else { return Verdict::GoOn };
@@ -172,6 +182,10 @@ impl Patience {
     /// Ends a model after so many `evaluations` without improvement; 0 is taken for 1.
     pub fn new(evaluations: u64) -> Patience {
         Patience { evaluations: evaluations.max(1), models: BTreeMap::new() }
+    }
+
+    fn would_note(&self, model: usize, step: u64) -> bool {
+        self.models.get(&model).is_none_or(|course| step > course.last_step)
     }
 
     /// Takes the metric of `model` after `step` steps. Steps come in rising order; one that is not after the last

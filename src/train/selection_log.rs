@@ -5,7 +5,7 @@
 //! Lines carry names: numbers may differ from one start of a run to the next. A line is in the file before its verdict
 //! is acted on.
 
-use super::json_lines::{JsonLines, read};
+use super::json_lines::{JsonLines, salvage};
 use super::selection::{Selection, Verdict};
 use crate::base::Result;
 use serde::{Deserialize, Serialize};
@@ -38,12 +38,15 @@ impl SelectionRow {
 /// Appends reports to a file: after those that [`read_selection`] gave.
 pub type SelectionLog = JsonLines<SelectionRow>;
 
-/// Reads a file's reports in their order; none where there is no file. A last line that was cut off is left out.
+/// Reads a file's reports in their order, none where there is no file, and counts the damaged lines, which are left out.
+/// A machine that lost its power may have left anything behind the last report that a checkpoint has seen; models report
+/// again what came after. A last line that was cut off is left out without being counted: its verdict was never acted
+/// on.
 ///
 /// # Errors
-/// When the file cannot be read, or a whole line is no report.
-pub fn read_selection(path: &Path) -> Result<Vec<SelectionRow>> {
-    if path.exists() { read(path) } else { Ok(Vec::new()) }
+/// When the file cannot be read.
+pub fn read_selection(path: &Path) -> Result<(Vec<SelectionRow>, usize)> {
+    if path.exists() { salvage(path) } else { Ok((Vec::new(), 0)) }
 }
 
 impl Selection {
@@ -82,7 +85,7 @@ mod tests {
     fn reports_come_back_bit_for_bit_and_a_torn_line_is_gone() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("selection.jsonl");
-        assert_eq!(read_selection(&path).unwrap(), []);
+        assert_eq!(read_selection(&path).unwrap(), (vec![], 0));
         let all = rows(&[
             ("a \"b\"", 2, 0.1),
             ("c", 2, f32::INFINITY),
@@ -93,22 +96,23 @@ mod tests {
         all.iter().for_each(|row| log.write(row).unwrap());
         log.wait_sync().unwrap();
         drop(log);
-        let back = read_selection(&path).unwrap();
-        assert_eq!(back, all);
+        let (back, damaged) = read_selection(&path).unwrap();
+        assert!(back == all && damaged == 0);
         let metrics: Vec<u32> = back.iter().map(|row| row.metric().to_bits()).collect();
         assert_eq!(metrics[..2], [0.1f32.to_bits(), f32::INFINITY.to_bits()]);
         assert!(back[2].metric().is_nan() && back[3].metric() == f32::MIN_POSITIVE);
         let mut text = std::fs::read_to_string(&path).unwrap();
         text += "{\"model\":\"e\",\"st";
         std::fs::write(&path, &text).unwrap();
-        let kept = read_selection(&path).unwrap();
-        assert_eq!(kept, all);
+        let (kept, damaged) = read_selection(&path).unwrap();
+        assert!(kept == all && damaged == 0);
         let mut log = SelectionLog::open(&path, &kept).unwrap();
         log.write(&all[0]).unwrap();
         drop(log);
-        assert_eq!(read_selection(&path).unwrap().len(), 5);
-        std::fs::write(&path, "nonsense\n{}\n").unwrap();
-        assert!(read_selection(&path).unwrap_err().to_string().contains("line 1"));
+        assert_eq!(read_selection(&path).unwrap().0.len(), 5);
+        // As after a power cut.
+        std::fs::write(&path, text.replace("{\"model\":\"e\",\"st", "\0\0\0\n{}\n\0\0\0")).unwrap();
+        assert_eq!(read_selection(&path).unwrap(), (all, 2));
     }
 
     /// The verdicts on reports that a selection gets after it was brought back by those before.

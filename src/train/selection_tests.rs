@@ -77,6 +77,10 @@ fn rungs_know_nothing_of_each_other_and_a_report_counts_once() {
     assert_eq!(asha.report(2, 2, 0.5), GoOn);
     assert_eq!(asha.report(0, 2, 1.0), GoOn);
     assert_eq!(asha.report(1, 2, 0.0), stop);
+    for (model, step, notes) in [(0, 2, false), (1, 2, false), (3, 2, true), (0, 3, false), (0, 4, true), (2, 4, false)]
+    {
+        assert_eq!(asha.would_note(model, step), notes, "model {model} after {step} steps");
+    }
     assert_eq!(
         asha.report(3, 2, 3.0),
         Verdict::Stop("asha after 2 steps: place 3 of 4, and 2 may go on".into()),
@@ -93,6 +97,9 @@ fn patience_counts_evaluations_without_improvement() {
     // Another model's losses do not matter, and neither does a step that was reported before.
     assert_eq!(patience.report(0, 10, 9.0), GoOn);
     assert_eq!(patience.report(4, 40, 9.0), GoOn);
+    for (model, step, notes) in [(4, 30, false), (4, 40, false), (4, 41, true), (0, 20, true), (7, 1, true)] {
+        assert_eq!(patience.would_note(model, step), notes, "model {model} after {step} steps");
+    }
     let stop = Verdict::Stop("patience: 2 evaluations without improvement on 2.5000 after 30 steps".into());
     assert_eq!(patience.report(4, 50, 2.5), stop);
     assert_eq!(patience.report(4, 50, 1.0), stop);

@@ -109,9 +109,16 @@ fn a_search_ends_models_early_and_names_the_best() {
     // before it.
     let stopped = models.iter().find(|m| m["status"] == "stopped").expect("a stopped one");
     let name = stopped["name"].as_str().expect("a name");
-    assert!(fs::read_to_string(job.at("runs/job/selection.jsonl")).expect("a record").contains(name));
+    let record = job.at("runs/job/selection.jsonl");
+    let before = fs::read_to_string(&record).expect("a record");
+    assert!(before.contains(name));
     fs::remove_file(job.at(&format!("runs/job/{name}/checkpoint.safetensors"))).expect("a checkpoint");
-    let again = job.hydra(&["train", "--resume", "auto", "--json"]).fine().json();
+    // As after a power cut.
+    fs::write(&record, format!("{before}\0\0\0\n\0\0")).expect("a damaged record");
+    let again = job.hydra(&["train", "--resume", "auto", "--json"]).fine();
+    assert!(again.err.contains("selection.jsonl: 1 of its lines are damaged"), "{again:?}");
+    assert_eq!(fs::read_to_string(&record).expect("a record"), before, "what is reported again is there once");
+    let again = again.json();
     for (before, after) in models.iter().zip(again["models"].as_array().expect("a list")) {
         for key in ["name", "status", "steps", "reason", "loss"] {
             assert_eq!(before[key], after[key], "{key}: {before} {after}");
@@ -146,7 +153,7 @@ fn one_model_that_runs_out_of_patience_is_stopped() {
 /// Steps and losses by model of a run's validations, and of what was reported to the rule of its search.
 fn judged(job: &Job, run: &str) -> [BTreeMap<String, Vec<(u64, u32)>>; 2] {
     let (mut valid, mut reported) = (BTreeMap::new(), BTreeMap::<_, Vec<_>>::new());
-    for row in read_selection(&job.at(run).join("selection.jsonl")).expect("reports") {
+    for row in read_selection(&job.at(run).join("selection.jsonl")).expect("reports").0 {
         reported.entry(row.model.clone()).or_default().push((row.step, row.metric().to_bits()));
     }
     for name in reported.keys() {

@@ -166,6 +166,58 @@ fn an_interrupted_run_prints_its_object_too() {
     }
 }
 
+/// `nohup` starts a program so that it ignores SIGHUP, and a shell without job control what it puts into the background
+/// so that it ignores SIGINT.
+#[test]
+fn a_signal_that_a_run_was_started_to_ignore_stays_ignored() {
+    let job = Job::new(&steps(&model("m", ""), 2_000_000_000));
+    for (ignored, mask, asks) in [("HUP,INT", 0b11, "TERM"), ("TERM", 1 << 14, "HUP"), ("HUP,TERM", 1 << 14 | 1, "INT")]
+    {
+        let mut env = Command::new("env");
+        // Whoever started the tests may ignore some too.
+        let ignore = format!("--ignore-signal={ignored}");
+        env.args(["--default-signal=HUP,INT,TERM", &ignore, env!("CARGO_BIN_EXE_hydra")]);
+        let set = format!("run.out={asks}");
+        let mut running = Running::start_by(env, &job, asks, &["--set", &set]);
+        let rows = || read_rows(&job.at(&format!("{asks}/m/metrics.jsonl"))).map_or(0, |rows| rows.len());
+        running.wait_until("a step", || rows() > 0);
+        let id = running.child.id().to_string();
+        let status = fs::read_to_string(format!("/proc/{id}/status")).expect("the program is there");
+        let ignores = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).expect("a line");
+        let ignores = u64::from_str_radix(ignores.trim(), 16).expect("a mask");
+        assert_eq!(ignores & (1 << 14 | 0b11), mask, "{ignored}");
+        let send = |signal: &str| Command::new("kill").args(["-s", signal, &id]).status().expect("kill");
+        for signal in ignored.split(',') {
+            send(signal);
+        }
+        let before = rows();
+        running.wait_until("further steps", || rows() > before + 20);
+        send(asks);
+        running.wait_end().fails(75, &["interrupted at step", "after a checkpoint"]);
+    }
+}
+
+/// What is lost is not begun anew in silence.
+#[test]
+fn a_checkpoint_that_is_missing_among_others_is_told() {
+    let job = Job::new(&(model("m", "") + &model("n", "")));
+    job.hydra(&["train"]).fine();
+    let metrics = || fs::read_to_string(job.at("runs/job/n/metrics.jsonl")).expect("metrics");
+    let before = metrics();
+    fs::remove_file(job.at("runs/job/n/checkpoint.safetensors")).expect("a checkpoint");
+    let more = ["model.0.steps=5", "model.1.steps=5"];
+    goes_on(&job, "require", &more).bad(&["n: has trained and has no checkpoint in ", "runs/job/n; --resume require"]);
+    assert_eq!(metrics(), before);
+    let ran = goes_on(&job, "auto", &more).fine();
+    assert!(ran.err.starts_with("warning: n: has trained and has no checkpoint in "), "{ran:?}");
+    assert!(ran.err.lines().count() == 1 && metrics().lines().count() == 5, "{ran:?}");
+    // One that has not begun has nothing to go on from.
+    let text = fs::read_to_string(job.at("job.toml")).expect("a job") + &model("late", "");
+    fs::write(job.at("job.toml"), text).expect("a job");
+    let ran = goes_on(&job, "require", &more).fine();
+    assert!(ran.err.is_empty() && job.at("runs/job/late/checkpoint.safetensors").exists(), "{ran:?}");
+}
+
 /// It lies in the folder still, and is not what the run has come to.
 #[test]
 fn the_model_of_an_earlier_end_is_not_that_of_an_interrupted_run() {

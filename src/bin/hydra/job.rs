@@ -21,6 +21,7 @@ use hydra::sched::POLICIES;
 use hydra::spill::Baseline;
 pub use model::{Model, Valid};
 pub use search::Search;
+pub use section::SANE_RATES;
 use section::{Origin, Section};
 use std::path::{Path, PathBuf};
 use toml::Table;

@@ -4,6 +4,7 @@
 //! reports, so that verdicts are those of a run that was never interrupted.
 
 use crate::job::Job;
+use crate::print::warn;
 use crate::rundir::{self, Found};
 use hydra::base::Result;
 use hydra::train::{Selection, SelectionLog, SelectionRow, Verdict, read_selection};
@@ -27,7 +28,7 @@ impl Judge {
     /// When the report cannot be recorded.
     pub fn report(&self, step: u64, metric: f32) -> Result<Verdict> {
         let mut selection = self.selection.borrow_mut();
-        if selection.remembers(step) {
+        if selection.would_note(self.number, step) {
             self.log.borrow_mut().write(&SelectionRow::new(&self.name, step, metric))?;
         }
         Ok(selection.report(self.number, step, f64::from(metric)))
@@ -66,7 +67,10 @@ impl Judges {
     /// When the record cannot be read.
     pub fn new(out: &Path, found: Found) -> Result<Judges> {
         let path = out.join(rundir::SELECTION);
-        let rows = if found == Found::Run { read_selection(&path)? } else { Vec::new() };
+        let (rows, damaged) = if found == Found::Run { read_selection(&path)? } else { (Vec::new(), 0) };
+        if damaged > 0 {
+            warn(format!("{}: {damaged} of its lines are damaged; the run goes on without them", path.display()));
+        }
         Ok(Judges { rows, path, rules: Vec::new(), searches: 0, log: None })
     }
 

@@ -9,6 +9,7 @@ use hydra::device::{DeviceSpec, calibrate_fleet, gpus, why_no_cuda, why_no_emula
 use hydra::spill::{Baseline, HomeBudgets};
 use std::cell::RefCell;
 use std::collections::BTreeSet;
+use std::ops::RangeInclusive;
 use std::path::Path;
 
 /// Of the memory that is free, the part that the host's store may take unless the job says otherwise.
@@ -16,6 +17,9 @@ pub const SHARE_OF_FREE_MEMORY: f64 = 0.8;
 
 /// Each takes part in every plan and choice.
 const MOST_DEVICES: usize = 4096;
+
+/// What the parts of a task or a copy may cost each time, in seconds.
+const SANE_SECS: RangeInclusive<f64> = 0.0..=1000.0;
 
 /// What devices achieve with so many of them at work.
 struct Measured {
@@ -176,13 +180,13 @@ fn check_cost(cost: &CostModel) -> std::result::Result<(), String> {
         disk_bytes_per_sec,
         cores,
     } = cost;
-    let rate = |field: &str, rate: f64| match rate.is_finite() && rate > 0.0 {
+    let rate = |field: &str, rate: f64| match job::SANE_RATES.contains(&rate) {
         true => Ok(()),
-        false => Err(format!("{field}: want a rate above 0, got {rate}")),
+        false => Err(format!("{field}: want a rate from 1 to 1e21 a second, got {rate:?}")),
     };
-    let secs = |field: &str, secs: f64| match secs.is_finite() && secs >= 0.0 {
+    let secs = |field: &str, secs: f64| match SANE_SECS.contains(&secs) {
         true => Ok(()),
-        false => Err(format!("{field}: want seconds, at least 0, got {secs}")),
+        false => Err(format!("{field}: want seconds from 0 to 1000, got {secs:?}")),
     };
     for (i, measured) in rates.iter().enumerate() {
         rate(&format!("rates.{i}.work_per_sec"), measured.work_per_sec)?;

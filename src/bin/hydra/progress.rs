@@ -8,7 +8,6 @@ use hydra::engine::Engine;
 use hydra::train::results::Status;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
-use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 /// Lines come no closer than this.
@@ -31,13 +30,14 @@ enum Target {
 }
 
 impl Board {
-    /// Bars on a terminal; else lines of text where one model trains alone on one of `devices`, and JSON lines where
-    /// there are more. `quiet`: nothing is shown.
+    /// Bars on a terminal that can draw them; else lines of text where one model trains alone on one of `devices`, and
+    /// JSON lines where there are more. `quiet`: nothing is shown.
     pub fn new(quiet: bool, models: usize, devices: usize) -> Board {
+        let drawn = ProgressDrawTarget::stdout();
         let target = if quiet {
             Target::Quiet
-        } else if std::io::stdout().is_terminal() {
-            Target::Bars(MultiProgress::with_draw_target(ProgressDrawTarget::stdout()))
+        } else if !drawn.is_hidden() {
+            Target::Bars(MultiProgress::with_draw_target(drawn))
         } else if models == 1 && devices == 1 {
             Target::Lines
         } else {

@@ -1,16 +1,23 @@
-//! SIGINT and SIGTERM: what ends a run before its time.
+//! SIGINT, SIGTERM and SIGHUP: what ends a run before its time.
+//!
+//! They are blocked, and one thread waits for them, so that what they do is plain code. One that the program was
+//! started to ignore, as `nohup` does with SIGHUP, stays ignored.
 
 use hydra::base::{Error, Result};
+use nix::sys::signal::{SigSet, Signal};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+/// What asks a run to stop.
+const ASKING: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
 
 /// A signal so soon after the first is the same wish: `timeout` sends one to its child and one to the child's group,
 /// and who types may type twice.
 const REPEATS: Duration = Duration::from_secs(2);
 
-/// What SIGINT and SIGTERM do. While a job is prepared, which may take minutes where a text is cut or a plan is
-/// searched, there is nothing to keep: they end the program. Later the first sets a flag, which is heeded between
+/// What signals that ask a run to stop do. While a job is prepared, which may take minutes where a text is cut or a plan
+/// is searched, there is nothing to keep: they end the program. Later the first sets a flag, which is heeded between
 /// steps, and another that is no repeat of it ends the program.
 pub struct Signals {
     /// Set by the first signal once training may have begun.
@@ -19,7 +26,7 @@ pub struct Signals {
 }
 
 impl Signals {
-    /// Listens from now on.
+    /// Listens from now on. Threads that are started later block the signals as well, so this comes before any is.
     ///
     /// # Errors
     /// When the system refuses.
@@ -40,7 +47,7 @@ impl Signals {
                 std::process::exit(1);
             }
         };
-        ctrlc::set_handler(handler).map_err(|e| Error::Device(format!("cannot listen for signals: {e}")))?;
+        listen(handler)?;
         Ok(signals)
     }
 
@@ -48,4 +55,25 @@ impl Signals {
     pub fn wait_for_the_step(&self) {
         *self.preparing.lock().unwrap_or_else(PoisonError::into_inner) = false;
     }
+}
+
+/// Calls `heed` at each of the signals that are not ignored, on a thread of its own.
+fn listen(mut heed: impl FnMut() + Send + 'static) -> Result<()> {
+    let refused = |why: String| Error::Device(format!("cannot listen for signals: {why}"));
+    let ignored = ignored();
+    let heeded: SigSet = ASKING.into_iter().filter(|&signal| ignored >> (signal as u32 - 1) & 1 == 0).collect();
+    heeded.thread_block().map_err(|e| refused(e.to_string()))?;
+    let body = move || {
+        while heeded.wait().is_ok() {
+            heed();
+        }
+    };
+    std::thread::Builder::new().name("signals".into()).spawn(body).map(drop).map_err(|e| refused(e.to_string()))
+}
+
+/// The signals that this process ignores, from the lowest bit on, where the system says so.
+fn ignored() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)
 }

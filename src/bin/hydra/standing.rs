@@ -72,6 +72,31 @@ pub fn open_checkpoints(planned: &PlannedJob, resume: Resume) -> Result<Vec<Opti
     Ok(checkpoints)
 }
 
+/// Says which models have rows of steps and no checkpoint, so that they begin anew.
+///
+/// # Errors
+/// [`Error::BadInput`] where the run must go on from what it has.
+pub fn tell_lost(
+    planned: &PlannedJob,
+    checkpoints: &[Option<Checkpoint>],
+    standings: &[Standing],
+    resume: Resume,
+) -> Result<()> {
+    for (m, model) in planned.models.iter().enumerate() {
+        let folder = planned.job.run.out.join(&model.prepared.name);
+        let has_rows = std::fs::metadata(folder.join(rundir::METRICS)).is_ok_and(|metrics| metrics.len() > 0);
+        if checkpoints[m].is_some() || standings[m].ended.is_some() || !has_rows {
+            continue;
+        }
+        let what = format!("{}: has trained and has no checkpoint in {}", model.prepared.name, folder.display());
+        if resume == Resume::Require {
+            return Err(Error::bad(format!("{what}; --resume require goes on with all, auto begins it anew")));
+        }
+        warn(format!("{what}; it begins anew"));
+    }
+    Ok(())
+}
+
 /// Says in a line what of a model's training is other than before: it may be meant, and it may be a slip.
 pub fn tell_changes(prepared: &Prepared, checkpoint: &Checkpoint) {
     let changes = checkpoint.changes(&prepared.options);

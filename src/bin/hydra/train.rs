@@ -17,7 +17,7 @@ use crate::room::roomy_arenas;
 use crate::rundir::{self, Found, RunDir, inspect};
 use crate::show::summary;
 use crate::signals::Signals;
-use crate::standing::{Standing, check_names, open_checkpoints, standings, tell_changes};
+use crate::standing::{Standing, check_names, open_checkpoints, standings, tell_changes, tell_lost};
 use crate::watch::Watch;
 use hydra::base::{Error, Result};
 use hydra::device::{Device, FleetMemory, start_fleet};
@@ -61,6 +61,7 @@ pub fn run(path: &Path, sets: &[String], resume: Resume, json: bool) -> Result<(
     if standings.iter().all(|s| s.ended.is_some()) {
         return already_done(&planned.job, &standings, json);
     }
+    tell_lost(&planned, &checkpoints, &standings, resume)?;
     if let Some(why) = why_not(path, &planned, free_memory_bytes()) {
         return Err(Error::Device(why));
     }

@@ -66,7 +66,7 @@ impl HostLanes {
                 shared: Arc::clone(&lanes.shared),
                 orders: received,
                 completions: completed.clone(),
-                pool: if computes { Some(pool(threads, None)?) } else { None },
+                pool: if computes { Some(pool(threads, None, &Arc::default())?) } else { None },
                 scratch: None,
                 throttle: Throttle { own: rate.map(Link::new), shared: None },
                 withhold: None,

@@ -2,6 +2,7 @@
 //! separate memories.
 
 use super::affinity::{self, Cores};
+use super::cpu_clocks::CpuClocks;
 use super::disk::Disk;
 use super::lanes::{Lane, Link, Order, Shared, Throttle, wait_join};
 use super::memory::{Block, Store};
@@ -19,6 +20,9 @@ const STORE: &str = "the host's store";
 
 /// The longest stretch of patience that passes at once.
 const PATIENCE_SLICE: Duration = Duration::from_secs(1);
+/// A device whose threads have computed for more than this part of a stretch is at work. A hundredth: a busy machine may
+/// give them no more, and what hangs or sleeps takes next to nothing.
+const AT_WORK: f64 = 0.01;
 
 /// One device of a [`HostDevice`].
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -56,6 +60,8 @@ pub struct HostDevice {
     submitted: Vec<u64>,
     completions: Receiver<Completion>,
     threads: Vec<JoinHandle<()>>,
+    /// Of the lanes' threads and those that they give arithmetic to.
+    clocks: Arc<CpuClocks>,
 }
 
 impl HostDevice {
@@ -95,6 +101,7 @@ impl HostDevice {
             orders: Vec::new(),
             completions,
             threads: Vec::new(),
+            clocks: Arc::default(),
         };
         device.start(config, &completed)?;
         Ok(device)
@@ -102,7 +109,8 @@ impl HostDevice {
 
     fn start(&mut self, config: &HostConfig, completed: &Sender<Completion>) -> Result<()> {
         let all = std::thread::available_parallelism().map_or(1, usize::from);
-        let shared_pool = config.devices.iter().any(|d| d.threads.is_none()).then(|| pool(all, None)).transpose()?;
+        let shared_pool =
+            config.devices.iter().any(|d| d.threads.is_none()).then(|| pool(all, None, &self.clocks)).transpose()?;
         let mut first = affinity::current();
         let mut pools = Vec::new();
         for spec in &config.devices {
@@ -112,7 +120,7 @@ impl HostDevice {
                 cores
             });
             let pool = match (cores, &shared_pool) {
-                (Some(cores), _) => pool(cores.count, Some(cores))?,
+                (Some(cores), _) => pool(cores.count, Some(cores), &self.clocks)?,
                 (None, Some(shared)) => Arc::clone(shared),
                 (None, None) => unreachable!("a device without cores of its own has the shared pool"),
             };
@@ -143,9 +151,11 @@ impl HostDevice {
                 throttle: Throttle { own: rate.map(Link::new), shared: shared_link },
                 withhold: config.withhold.filter(|&(l, _)| l as usize == index).map(|(_, n)| n),
             };
+            let clocks = Arc::clone(&self.clocks);
             let thread = std::thread::Builder::new()
                 .name(lane.to_string())
                 .spawn(move || {
+                    clocks.add_this_thread();
                     if let Some(cores) = cores.filter(|_| !on_disk) {
                         affinity::pin(cores);
                     }
@@ -187,12 +197,14 @@ fn math_lanes(devices: &[HostSpec]) -> Vec<LaneId> {
     lanes
 }
 
-/// A rayon pool of `threads` threads on `cores`, or wherever the system runs them.
-pub(super) fn pool(threads: usize, cores: Option<Cores>) -> Result<Arc<rayon::ThreadPool>> {
+/// A rayon pool of `threads` threads on `cores`, or wherever the system runs them, with their `clocks`.
+pub(super) fn pool(threads: usize, cores: Option<Cores>, clocks: &Arc<CpuClocks>) -> Result<Arc<rayon::ThreadPool>> {
+    let clocks = Arc::clone(clocks);
     rayon::ThreadPoolBuilder::new()
         .num_threads(threads)
         .thread_name(|i| format!("host arithmetic {i}"))
         .start_handler(move |_| {
+            clocks.add_this_thread();
             if let Some(cores) = cores {
                 affinity::pin(cores);
             }
@@ -220,12 +232,20 @@ impl Device for HostDevice {
         // No end to patience is as long as a duration goes. It is waited in slices: of a process that was stopped for
         // an hour no more than one has passed, and its lanes were stopped as well.
         let mut left = Duration::try_from_secs_f64(patience_secs.max(0.0)).unwrap_or(Duration::MAX);
+        let mut computed_secs = None;
         loop {
             let slice = left.min(PATIENCE_SLICE);
             match self.completions.recv_timeout(slice) {
                 Ok(completion) => return Some(completion),
                 Err(RecvTimeoutError::Disconnected) => return None,
-                Err(RecvTimeoutError::Timeout) => left -= slice,
+                Err(RecvTimeoutError::Timeout) => {
+                    // What computes is no hang, however long it takes.
+                    let now = self.clocks.secs();
+                    let is_at_work = |before| now - before > AT_WORK * slice.as_secs_f64();
+                    if !computed_secs.replace(now).is_some_and(is_at_work) {
+                        left -= slice;
+                    }
+                }
             }
             if left.is_zero() {
                 return None;

@@ -11,6 +11,7 @@ pub mod batchnorm;
 #[cfg(any(feature = "cuda", feature = "emulator"))]
 pub(in crate::device) mod beside;
 pub mod conv;
+mod cpu_clocks;
 pub mod cross_entropy;
 mod custom;
 mod device;

@@ -232,8 +232,13 @@ pub fn read_name<'a>(s: &Section<'a>) -> Result<&'a str> {
             s.fault("name", format!("{name:?} is a name that the run's directory has another use for; write another"))
         );
     }
-    if !plain || [".", ".."].contains(&name) {
+    if !plain {
         return Err(s.fault("name", format!("want {want}, got {}", show(&Value::String(name.to_string())))));
+    }
+    // Files that begin so are hidden: the inbox does not look at them, and the program's own are called so while they
+    // are written.
+    if name.starts_with('.') {
+        return Err(s.fault("name", format!("{name:?} begins with a dot; write another")));
     }
     Ok(name)
 }

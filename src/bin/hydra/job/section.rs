@@ -12,6 +12,10 @@ use toml::{Table, Value};
 /// the random numbers' coordinates.
 pub const MOST: u64 = i32::MAX as u64;
 
+/// Rates that some device may have, in bytes or floating-point operations per second. By others a plan would be one in
+/// words alone: its seconds would be nothing, or more than can be counted.
+pub const SANE_RATES: RangeInclusive<f64> = 1.0..=1e21;
+
 /// Where a job file's text comes from: the name that errors carry, and the folder that relative paths start from.
 #[derive(Clone, Copy)]
 pub struct Origin<'a> {
@@ -167,15 +171,15 @@ impl<'a> Section<'a> {
 
     /// A bandwidth, in bytes per second.
     pub fn bandwidth(&self, key: &str) -> Result<Option<f64>> {
-        self.read(key, "a bandwidth in quotes, such as \"2 GB/s\"", |value| {
-            parse_bytes_per_sec(value.as_str()?).ok().filter(|rate| rate.is_finite())
+        self.read(key, "a bandwidth from 1 to 1e21 B/s in quotes, such as \"2 GB/s\"", |value| {
+            parse_bytes_per_sec(value.as_str()?).ok().filter(|rate| SANE_RATES.contains(rate))
         })
     }
 
     /// An arithmetic rate, in floating-point operations per second.
     pub fn flops(&self, key: &str) -> Result<Option<f64>> {
-        self.read(key, "an arithmetic rate in quotes, such as \"60 TFLOP/s\"", |value| {
-            parse_flops_per_sec(value.as_str()?).ok().filter(|rate| rate.is_finite())
+        self.read(key, "an arithmetic rate up to 1e21 FLOP/s in quotes, such as \"60 TFLOP/s\"", |value| {
+            parse_flops_per_sec(value.as_str()?).ok().filter(|rate| SANE_RATES.contains(rate))
         })
     }
 
