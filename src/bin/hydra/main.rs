@@ -4,6 +4,7 @@
 //! checkpoint if a step was done. An error is one line on standard error that begins with `error: `; only a budget's
 //! refusal goes on with its table.
 
+mod added_tokens;
 mod advice;
 mod args;
 mod cgroup;

@@ -20,9 +20,8 @@ pub struct Texts {
     kept: Option<RefCell<Vec<Arc<Text>>>>,
 }
 
-/// Where a text lies, by whatever way one gets there, and what cuts it: a tokenizer's identity and its vocabulary,
-/// which tokens that are added beside the same files make larger.
-type Key = (Vec<PathBuf>, String, usize);
+/// Where a text lies, by whatever way one gets there, and the identity of what cuts it.
+type Key = (Vec<PathBuf>, String);
 
 impl Texts {
     /// Those that stay once they were read: for jobs on the same texts, one after another.
@@ -39,7 +38,7 @@ impl Texts {
         let (cut_by, identity) = cut_by(tokenizer);
         // What is not there is told by who reads it.
         let places = paths.iter().map(|path| fs::canonicalize(path).unwrap_or_else(|_| path.clone())).collect();
-        let key = (places, identity.to_string(), cut_by.vocab());
+        let key = (places, identity.to_string());
         if let Some(text) = self.read.borrow().get(&key).and_then(Weak::upgrade) {
             return Ok(text);
         }
