@@ -1104,6 +1104,22 @@ fn forward_writes_logits_whole_or_not_at_all() {
 }
 
 #[test]
+fn logits_that_are_not_finite_are_a_failure_and_not_written() {
+    let job = Job::fixture("vit");
+    let (model, input, output) = (job.at("model"), job.at("x.safetensors"), job.at("y.safetensors"));
+    let forward = |pixel: f32| {
+        let pixels = std::iter::repeat_n(pixel, 3 * 14 * 14).flat_map(f32::to_le_bytes).collect();
+        fs::write(&input, tensor_file(&[("pixel_values", "F32", &[1, 3, 14, 14], pixels)])).expect("input");
+        let path = |p: &Path| p.display().to_string();
+        hydra(&["forward", &path(&model), "--input", &path(&input), "--output", &path(&output)])
+    };
+    forward(3e38).fails(1, &["the logits are not finite: ", " at (0, 0)"]);
+    assert!(!output.exists());
+    forward(1.0).fine();
+    assert!(output.exists());
+}
+
+#[test]
 fn devices_always_ends_well() {
     let text = hydra(&["devices"]).fine();
     for says in ["host", "cores", "GFLOP/s", "cuda", "not here"] {
