@@ -920,6 +920,11 @@ fn bad_jobs() {
         job.hydra(&["train", "--set", set]).bad(&[says]);
         assert!(!job.at("runs").exists(), "{set}");
     }
+    // Of a model that takes no text, its classes are of no account.
+    let text = "model.0.data={ text = 'job.toml', tokenizer = 'bytes', context = 8 }";
+    Job::fixture("vit")
+        .hydra(&["plan", "--set", text])
+        .bad(&["job.toml: model.0.data.text: the model takes images, not text"]);
     // A vocabulary that does not fit would be told first.
     let missing = "model.0.data={ text = 'none.txt', tokenizer = 'bytes', context = 16 }";
     job.hydra(&["train", "--set", missing, "--set", "model.0.config.vocab_size=256"]).bad(&["none.txt: no such file"]);

@@ -180,6 +180,12 @@ pub fn prepare(job: &Job, i: usize, texts: &Texts) -> Result<Prepared> {
     }
     let network = origin.network();
     if of_text {
+        if network.inputs().iter().any(|input| input.name == names::PIXEL_VALUES) {
+            return Err(fault(
+                "data.text",
+                "the model takes images, not text; write images, or batches of them".into(),
+            ));
+        }
         let labels = network.labels();
         if labels.vocab.is_some() && !labels.shift {
             let what = "labels each token by the next one, which is not what the model learns; write batches, or random = true";
