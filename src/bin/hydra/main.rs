@@ -8,6 +8,7 @@ mod added_tokens;
 mod advice;
 mod args;
 mod cgroup;
+mod companions;
 mod devices;
 mod fitting;
 mod forward;

@@ -1,5 +1,6 @@
 //! A job's models made ready: the network, its data, and how to train it; nothing is planned yet and no weight is read.
 
+use crate::companions::{self, Files};
 use crate::job::model::{Data, Length, Source as Whence, TOKENIZERS, Tokenizer, ValidPart};
 use crate::job::{self, DeviceKind, Job, Pipeline, Policy};
 use crate::print::note;
@@ -32,6 +33,8 @@ pub struct Prepared {
     /// Its data, opened once to see what is there.
     opened: RefCell<Option<Sources>>,
     recipe: Recipe,
+    /// What lay beside the model in its directory.
+    companions: Arc<Files>,
 }
 
 /// Where a network and its first weights come from.
@@ -84,7 +87,13 @@ impl Prepared {
             Origin::Pretrained(pretrained) => pretrained.form.clone(),
             Origin::Family(network) => Form::of(network.as_ref())?,
         };
-        let files = self.recipe.tokenizer.as_ref().map_or_else(Vec::new, |tokenizer| tokenizer.files.clone());
+        let mut files = self.recipe.tokenizer.as_ref().map_or_else(Vec::new, |tokenizer| tokenizer.files.clone());
+        // What cut the text stands in the place of another tokenizer.
+        let cut_by_own = match &self.recipe.data {
+            Data::Text { tokenizer, .. } => *tokenizer == Tokenizer::OfModel,
+            _ => true,
+        };
+        companions::complete(&mut files, &self.companions, cut_by_own);
         Ok(Form { files, ..form })
     }
 
@@ -236,8 +245,12 @@ pub fn prepare(job: &Job, i: usize, texts: &Texts) -> Result<Prepared> {
         },
         ..PlanOptions::default()
     };
+    let companions = match &model.source {
+        Whence::From(dir) => texts.companions.open(dir)?,
+        Whence::Family { .. } => Arc::default(),
+    };
     let (name, opened) = (model.name.clone(), RefCell::new(Some(sources)));
-    Ok(Prepared { name, origin, options, inputs, opened, recipe })
+    Ok(Prepared { name, origin, options, inputs, opened, recipe, companions })
 }
 
 /// Refuses beginnings with which no parameter's name begins.

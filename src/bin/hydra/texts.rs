@@ -1,5 +1,6 @@
-//! The texts of a job: models that read the same files with the same tokenizer share one.
+//! The texts of a job, and other files that its models share: those that read the same ones have them once.
 
+use crate::companions::Companions;
 use crate::tokenizer::{FileTokenizer, Tokenizers, cut_by};
 use hydra::base::Result;
 use hydra::data::Text;
@@ -14,6 +15,8 @@ use std::sync::{Arc, Weak};
 pub struct Texts {
     /// What cuts them.
     pub tokenizers: Tokenizers,
+    /// What lies beside the models that it begins with.
+    pub companions: Companions,
     /// Those that a model reads, which alone holds on to them.
     read: RefCell<BTreeMap<Key, Weak<Text>>>,
     /// Those that stay, whoever reads them; `None` where none does.

@@ -378,7 +378,7 @@ fn not_utf8(offset: usize) -> String {
 }
 
 /// Reads a whole file of at most [`MOST_BYTES`]; what is none is the input's fault, and a pipe is not waited for.
-fn read(path: &Path) -> Result<Vec<u8>> {
+pub fn read(path: &Path) -> Result<Vec<u8>> {
     let io = |e| Error::io("read", path, e);
     let metadata = fs::metadata(path).map_err(io)?;
     if metadata.is_dir() {
