@@ -2,6 +2,7 @@
 
 use crate::base::{Error, Result};
 use flate2::read::MultiGzDecoder;
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
@@ -94,7 +95,8 @@ impl Unpacked {
 
 /// The text files that `paths` name: a file is itself, a folder every `*.rs`, `*.md` and `*.txt` in it and its folders,
 /// but for hidden folders and those called `target`. The paths keep their order; a folder's files are sorted, so that
-/// the text is the same on every machine. Links to folders are not followed.
+/// the text is the same on every machine. Links are followed; a folder that is reached in two ways is taken once, by its
+/// own place rather than a link.
 ///
 /// # Errors
 /// When a path does not exist, a folder holds no such file, or a folder cannot be read.
@@ -118,25 +120,39 @@ pub(super) fn text_files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
 }
 
 fn walk(root: &Path, found: &mut Vec<PathBuf>) -> Result<()> {
-    let mut folders = vec![root.to_path_buf()];
-    while let Some(folder) = folders.pop() {
-        let entries = fs::read_dir(&folder).map_err(|e| Error::io("list", &folder, e))?;
-        for entry in entries {
-            let entry = entry.map_err(|e| Error::io("list", &folder, e))?;
-            let kind = entry.file_type().map_err(|e| Error::io("inspect", &entry.path(), e))?;
-            let (path, name) = (entry.path(), entry.file_name());
-            if kind.is_dir() {
-                if name != "target" && !name.as_encoded_bytes().starts_with(b".") {
-                    folders.push(path);
+    let place = |folder: &Path| fs::canonicalize(folder).map_err(|e| Error::io("inspect", folder, e));
+    let mut seen = BTreeSet::from([place(root)?]);
+    let (mut folders, mut links) = (vec![root.to_path_buf()], BTreeSet::new());
+    loop {
+        while let Some(folder) = folders.pop() {
+            let entries = fs::read_dir(&folder).map_err(|e| Error::io("list", &folder, e))?;
+            for entry in entries {
+                let entry = entry.map_err(|e| Error::io("list", &folder, e))?;
+                let kind = entry.file_type().map_err(|e| Error::io("inspect", &entry.path(), e))?;
+                let (path, name) = (entry.path(), entry.file_name());
+                let leads_to_folder = kind.is_symlink() && path.is_dir();
+                if kind.is_dir() || leads_to_folder {
+                    if name == "target" || name.as_encoded_bytes().starts_with(b".") {
+                        continue;
+                    }
+                    if leads_to_folder {
+                        links.insert(path);
+                    } else if seen.insert(place(&path)?) {
+                        folders.push(path);
+                    }
+                } else if path.extension().is_some_and(|ending| TEXT_ENDINGS.iter().any(|known| ending == *known))
+                    && path.is_file()
+                {
+                    found.push(path);
                 }
-            } else if path.extension().is_some_and(|ending| TEXT_ENDINGS.iter().any(|known| ending == *known))
-                && path.is_file()
-            {
-                found.push(path);
             }
         }
+        // Not before all that is reached without one has been.
+        let Some(link) = links.pop_first() else { return Ok(()) };
+        if seen.insert(place(&link)?) {
+            folders.push(link);
+        }
     }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -173,6 +189,26 @@ mod tests {
         std::os::unix::fs::symlink(folder.path(), folder.path().join("again")).unwrap();
         std::os::unix::fs::symlink(folder.path().join("gone"), folder.path().join("b.txt")).unwrap();
         assert_eq!(text_files(&[folder.path().to_path_buf()]).unwrap(), [folder.path().join("a.txt")]);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn linked_folders_are_taken_once() {
+        use std::os::unix::fs::symlink;
+        let (folder, far) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (root, far) = (folder.path(), far.path());
+        fs::create_dir_all(root.join("z")).unwrap();
+        fs::write(root.join("z/z.txt"), "z").unwrap();
+        fs::create_dir(far.join("deep")).unwrap();
+        fs::write(far.join("deep/f.txt"), "f").unwrap();
+        // Out of the folder, twice; to what lies in it; there and back; and where no folder is taken from.
+        for (to, link) in
+            [(far, "b"), (far, "c"), (&root.join("z"), "a"), (root, "z/up"), (far, "target"), (far, ".hidden")]
+        {
+            symlink(to, root.join(link)).unwrap();
+        }
+        symlink(root, far.join("deep/back")).unwrap();
+        assert_eq!(text_files(&[root.to_path_buf()]).unwrap(), [root.join("b/deep/f.txt"), root.join("z/z.txt")]);
     }
 
     #[test]
