@@ -1108,6 +1108,40 @@ fn forward_writes_logits_whole_or_not_at_all() {
     forward(good, &job.at("none/y.safetensors")).bad(&["none/y.safetensors"]);
 }
 
+/// How they were made into inputs is saved with the model, unless the model says that itself.
+#[test]
+fn a_model_of_images_says_how_they_are_scaled() {
+    let model = "
+[[model]]
+name = 'm'
+family = 'vit'
+config = { image_size = 4, num_channels = 1, patch_size = 2, hidden_size = 8, num_hidden_layers = 1, num_attention_heads = 2, intermediate_size = 8 }
+data = { images = 'images', labels = 'labels' }
+batch = 2
+steps = 1
+";
+    let job = Job::new(model);
+    let idx = |magic: u32, axes: &[u32], values: &[u8]| {
+        let words = std::iter::once(magic).chain(axes.iter().copied());
+        [&words.flat_map(u32::to_be_bytes).collect::<Vec<u8>>()[..], values].concat()
+    };
+    fs::write(job.at("images"), idx(0x803, &[2, 4, 4], &[7; 32])).expect("images");
+    fs::write(job.at("labels"), idx(0x801, &[2], &[0, 1])).expect("labels");
+    job.hydra(&["train", "--set", "run.out=first"]).fine();
+    let file = "m/model/preprocessor_config.json";
+    let says = job.json(&format!("first/{file}"));
+    assert_eq!((&says["image_mean"], &says["image_std"]), (&json!([0.5]), &json!([0.5])));
+    assert_eq!((&says["rescale_factor"], &says["size"]), (&json!(1.0 / 255.0), &json!({ "height": 4, "width": 4 })));
+    assert!(says["do_rescale"] == true && says["do_normalize"] == true && says["do_resize"] == false, "{says}");
+
+    fs::write(job.at(&format!("first/{file}")), "{\"own\": 1}").expect("written");
+    let (family, rest) = model.split_once("family = 'vit'\nconfig").expect("a family");
+    let rest = rest.split_once('\n').expect("a line").1;
+    fs::write(job.at("job.toml"), with_rates(&format!("{family}from = 'first/m/model'\n{rest}"))).expect("job.toml");
+    job.hydra(&["train", "--set", "run.out=second"]).fine();
+    assert_eq!(job.json(&format!("second/{file}")), json!({ "own": 1 }));
+}
+
 #[test]
 fn logits_that_are_not_finite_are_a_failure_and_not_written() {
     let job = Job::fixture("vit");

@@ -4,13 +4,15 @@
 
 use crate::tokenizer;
 use hydra::base::Result;
+use hydra::data::{ImageFiles, ImageOptions};
+use serde_json::json;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// How images become inputs.
-const PREPROCESSOR: &str = "preprocessor_config.json";
+pub const PREPROCESSOR: &str = "preprocessor_config.json";
 /// What goes with the model whatever it is trained on.
 const OF_ANY: [&str; 2] = [PREPROCESSOR, "processor_config.json"];
 /// How text becomes tokens: what goes with the model unless another tokenizer takes its place.
@@ -63,4 +65,22 @@ pub fn complete(files: &mut Files, companions: &Files, of_text: bool) {
             files.push((name.clone(), bytes.clone()));
         }
     }
+}
+
+/// The [`PREPROCESSOR`] of images of `axes` (C, H, W) as they are made of IDX and CIFAR-10 files. transformers takes the
+/// processor of ViT for images of any kind of model.
+pub fn preprocessor(axes: [usize; 3]) -> (String, Vec<u8>) {
+    let scaling = ImageOptions::new(ImageFiles::Cifar10 { files: Vec::new() });
+    let [channels, height, width] = axes;
+    let json = json!({
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": false,
+        "size": { "height": height, "width": width },
+        "do_rescale": true,
+        "rescale_factor": 1.0 / 255.0,
+        "do_normalize": true,
+        "image_mean": vec![scaling.mean; channels],
+        "image_std": vec![scaling.std; channels],
+    });
+    (PREPROCESSOR.to_string(), format!("{json:#}\n").into_bytes())
 }

@@ -1,6 +1,6 @@
 //! A job's models made ready: the network, its data, and how to train it; nothing is planned yet and no weight is read.
 
-use crate::companions::{self, Files};
+use crate::companions::{self, Files, PREPROCESSOR};
 use crate::job::model::{Data, Length, Source as Whence, TOKENIZERS, Tokenizer, ValidPart};
 use crate::job::{self, DeviceKind, Job, Pipeline, Policy};
 use crate::print::note;
@@ -94,6 +94,12 @@ impl Prepared {
             _ => true,
         };
         companions::complete(&mut files, &self.companions, cut_by_own);
+        let pixels = self.inputs.iter().find(|input| input.name == names::PIXEL_VALUES);
+        if let (Data::Images { .. }, Some([c, h, w])) = (&self.recipe.data, pixels.map(|input| &input.axes[..]))
+            && files.iter().all(|(name, _)| name != PREPROCESSOR)
+        {
+            files.push(companions::preprocessor([*c, *h, *w]));
+        }
         Ok(Form { files, ..form })
     }
 
