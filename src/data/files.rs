@@ -1,10 +1,10 @@
 //! Opening the files that people name: what is missing is their input's fault, what fails later the system's.
 
 use crate::base::{Error, Result};
-use flate2::read::MultiGzDecoder;
+use flate2::bufread::GzDecoder;
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io::{ErrorKind, Read};
+use std::io::{self, BufRead, ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
 /// What the two first bytes of a gzip file are.
@@ -49,6 +49,34 @@ fn refused(path: &Path, source: std::io::Error) -> Error {
     }
 }
 
+/// The members of a gzip file one after the other. Zeros behind one are padding, as gunzip takes them.
+struct Members<R> {
+    /// `None` at the end.
+    decoder: Option<GzDecoder<R>>,
+}
+
+impl<R: BufRead> Read for Members<R> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        while let Some(decoder) = &mut self.decoder {
+            let len = decoder.read(out)?;
+            if len > 0 || out.is_empty() {
+                return Ok(len);
+            }
+            let Some(mut rest) = self.decoder.take().map(GzDecoder::into_inner) else { break };
+            self.decoder = loop {
+                let bytes = rest.fill_buf()?;
+                let zeros = bytes.iter().take_while(|&&byte| byte == 0).count();
+                match (bytes.is_empty(), zeros) {
+                    (true, _) => break None,
+                    (false, 0) => break Some(GzDecoder::new(rest)),
+                    _ => rest.consume(zeros),
+                }
+            };
+        }
+        Ok(0)
+    }
+}
+
 /// The bytes of a file that may be gzipped, handed out piece by piece.
 pub(super) struct Unpacked {
     reader: Box<dyn Read>,
@@ -70,7 +98,7 @@ impl Unpacked {
         let gzipped = first == GZIP_MAGIC;
         let whole = std::io::Cursor::new(first).chain(std::io::BufReader::new(file));
         let (reader, most_bytes): (Box<dyn Read>, u64) = if gzipped {
-            (Box::new(MultiGzDecoder::new(whole)), len.saturating_mul(MOST_BYTES_PER_DEFLATED))
+            (Box::new(Members { decoder: Some(GzDecoder::new(whole)) }), len.saturating_mul(MOST_BYTES_PER_DEFLATED))
         } else {
             (Box::new(whole), len)
         };
@@ -226,6 +254,14 @@ mod tests {
             fs::write(&path, &packed[..packed.len() - 3]).unwrap();
             let cut = Unpacked::open(&path).unwrap().take(u64::MAX).unwrap_err();
             assert!(matches!(cut, Error::BadInput(_)), "{cut}");
+            // Zeros behind a member are padding, anything else is not.
+            let padded = [&packed[..], &[0; 20_000]].concat();
+            fs::write(&path, &padded).unwrap();
+            assert_eq!(Unpacked::open(&path).unwrap().take(u64::MAX).unwrap(), content);
+            fs::write(&path, [&padded[..], &packed].concat()).unwrap();
+            assert_eq!(Unpacked::open(&path).unwrap().take(u64::MAX).unwrap(), [content, content].concat());
+            fs::write(&path, [&padded[..], b"x"].concat()).unwrap();
+            assert!(matches!(Unpacked::open(&path).unwrap().take(u64::MAX), Err(Error::BadInput(_))));
         }
         assert!(matches!(open(folder.path()), Err(Error::BadInput(_))));
     }

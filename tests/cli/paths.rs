@@ -101,6 +101,16 @@ fn logits_for_standard_output_are_all_that_goes_there() {
 }
 
 #[test]
+#[cfg(unix)]
+fn a_link_to_nothing_holds_no_run() {
+    let job = Job::new(GPT);
+    std::os::unix::fs::symlink("nowhere", job.at("out")).expect("a link");
+    job.hydra(&["train", "--set", "run.out=out"]).bad(&["job.toml: run.out: ", "out is a link to nothing"]);
+    fs::create_dir(job.at("nowhere")).expect("a folder");
+    job.hydra(&["train", "--set", "run.out=out"]).fine();
+}
+
+#[test]
 fn a_run_is_not_overwritten_by_a_plan_or_a_simulation_and_a_plan_is_no_run() {
     let job = Job::new(GPT);
     let out = job.at("runs/job").display().to_string();
