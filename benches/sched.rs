@@ -13,7 +13,7 @@ mod samples;
 
 use criterion::Criterion;
 use hydra::base::philox::Sequence;
-use hydra::sched::{Claim, DeviceId, DeviceView, LocalityLrtf, ModelId, ModelView, POLICIES, Policy, View, by_name};
+use hydra::sched::{Claim, DeviceId, DeviceView, LocalityLrtf, ModelId, ModelView, POLICIES, Policy, View};
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
@@ -79,9 +79,9 @@ fn main() {
         for (what, idle_part) in [("busy", 0.2), ("idle", 1.0)] {
             let models = models(model_count, device_count, idle_part);
             let devices = devices(device_count, &models);
-            let built_in = |name| (name, by_name(name, 1).expect("POLICIES holds the names that are known"));
+            let built_in = POLICIES.map(|(name, make)| (name, make(1)));
             let pipelines: Box<dyn Policy> = Box::new(LocalityLrtf { pipelines: true, ..LocalityLrtf::default() });
-            for (name, policy) in POLICIES.into_iter().map(built_in).chain([("locality-lrtf pipelining", pipelines)]) {
+            for (name, policy) in built_in.into_iter().chain([("locality-lrtf pipelining", pipelines)]) {
                 let case = format!("{name}/{model_count} models {device_count} devices/{what}");
                 let mut samples = Vec::new();
                 criterion.bench_function(&case, |bencher| {

@@ -261,7 +261,7 @@ fn locality_lrtf_is_close_to_proved_optima() {
             fleet.makespan_secs(by_name(policy, 1).expect("POLICIES holds the names that are known"))
         })
     };
-    POLICIES.iter().filter(|policy| **policy != "locality-lrtf").for_each(|policy| _ = of_policy(policy));
+    POLICIES.iter().filter(|(name, _)| *name != "locality-lrtf").for_each(|(name, _)| _ = of_policy(name));
     let (plain, mean, worst) = of_policy("locality-lrtf");
     assert!(mean <= PLAIN.0 && worst <= PLAIN.1, "locality-lrtf: {mean} on average, {worst} at worst");
     let (rehearsed, mean, worst) = above("locality-lrtf, rehearsed", &Fleet::rehearsed_secs);

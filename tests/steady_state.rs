@@ -89,22 +89,8 @@ struct Watch {
 impl Observer for Watch {
     fn step(&mut self, report: &StepReport) -> Result<()> {
         let result = &report.result;
-        let [compute, h2d, d2h, host, disk, idle] = result.bound.parts();
-        self.metrics.write(&Row::Step(StepRow {
-            step: result.step,
-            loss: result.loss,
-            lr: report.lr,
-            grad_norm: result.grad_norm,
-            tokens_per_sec: Some(1.0 / result.secs),
-            samples_per_sec: None,
-            secs: result.secs,
-            compute_secs: compute,
-            h2d_secs: h2d,
-            d2h_secs: d2h,
-            host_secs: host,
-            disk_secs: disk,
-            idle_secs: idle,
-        }))?;
+        let tokens_per_sec = Some(1.0 / result.secs);
+        self.metrics.write(&Row::Step(StepRow { tokens_per_sec, ..StepRow::new(report) }))?;
         self.done = result.step + 1;
         WATCHED.store(WINDOWS.iter().any(|w| w.contains(&self.done)), Ordering::Relaxed);
         Ok(())

@@ -1,4 +1,4 @@
-//! Reads the header of a safetensors file and trusts none of it.
+//! Reads the header of a safetensors file and trusts none of it; writes one ([`header`]).
 //!
 //! The safetensors crate reads the format but keeps the last of two equal keys, lets `[2^64-1, 0]` pass for a shape,
 //! and seldom names the tensor at fault. Here every tensor is checked by itself first, and the crate has the last word.
@@ -6,7 +6,10 @@
 //! bounded by the header's length, whatever the numbers in it claim. Invariant of [`TensorIndex`]: the tensors cover
 //! the bytes after the header exactly, without gap or overlap, and each is as long as its shape says.
 
+mod header;
+
 use super::{Error, Result, Shape};
+pub use header::header;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use std::collections::BTreeMap;
@@ -23,29 +26,30 @@ const LENGTH_BYTES: u64 = 8;
 /// The key that holds free text rather than a tensor.
 const METADATA: &str = "__metadata__";
 
-/// The type of one element in a file; wider than [`DType`](super::DType), which is what we compute in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+/// The type of one element in a file; wider than [`DType`](super::DType), which is what we compute in. In rising order
+/// of the format: where the widest come first, all are aligned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Element {
-    /// IEEE double precision.
-    F64,
-    /// IEEE single precision.
-    F32,
+    /// One byte, 0 or 1.
+    Bool,
+    /// Unsigned, 8 bits.
+    U8,
+    /// Signed, 8 bits.
+    I8,
+    /// Signed, 16 bits.
+    I16,
     /// IEEE half precision.
     F16,
     /// The high half of an `F32`.
     BF16,
-    /// Signed, 64 bits.
-    I64,
     /// Signed, 32 bits.
     I32,
-    /// Signed, 16 bits.
-    I16,
-    /// Signed, 8 bits.
-    I8,
-    /// Unsigned, 8 bits.
-    U8,
-    /// One byte, 0 or 1.
-    Bool,
+    /// IEEE single precision.
+    F32,
+    /// IEEE double precision.
+    F64,
+    /// Signed, 64 bits.
+    I64,
 }
 
 impl Element {

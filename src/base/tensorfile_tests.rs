@@ -76,6 +76,20 @@ fn what_the_crate_writes_reads_the_same() {
     assert_eq!(ours.index().metadata()["format"], "pt");
 }
 
+/// With tensors in the crate's order our header has the crate's bytes.
+#[test]
+fn what_we_write_is_what_the_crate_writes() {
+    let bytes = good();
+    let good = TensorFile::parse(&bytes, "good").unwrap();
+    let mut tensors: Vec<_> = good.tensors().map(|tensor| tensor.entry).collect();
+    tensors.sort_by_key(|entry| (std::cmp::Reverse(entry.element), &entry.name));
+    let metadata = BTreeMap::from([("format", "pt".to_string())]);
+    let header = header(&metadata, tensors.iter().map(|t| (t.name.as_str(), t.element, t.shape.axes())));
+    assert_eq!(header, bytes[..header.len()]);
+    assert_eq!(header.len() as u64, tensors[0].start_bytes);
+    assert_eq!(super::header(&BTreeMap::new(), []), file("{}      ", 0));
+}
+
 /// Old files have headers of any length, so that no tensor is aligned; they are read byte by byte.
 #[test]
 fn alignment_is_no_condition() {

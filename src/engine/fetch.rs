@@ -2,7 +2,7 @@
 //! again.
 
 use super::Engine;
-use super::rings::Place;
+use super::rings::BoundaryKey;
 use super::site::Site;
 use super::tables::Borrow;
 use super::visit::Pass;
@@ -95,14 +95,14 @@ impl Engine {
     }
 
     /// The entry that holds a boundary activation, or always does where they stay on the device.
-    pub(super) fn activation_entry(&mut self, site: &Site, place: Place) -> Option<usize> {
+    pub(super) fn activation_entry(&mut self, site: &Site, place: BoundaryKey) -> Option<usize> {
         match site.plan.choice.activations {
             BoundaryTier::Device => Some(place.boundary * site.model.microbatches + place.microbatch),
             BoundaryTier::Host { .. } => self.rings[site.rings].activations.find(place),
         }
     }
 
-    pub(super) fn fetch_activation(&mut self, site: &Site, place: Place) -> usize {
+    pub(super) fn fetch_activation(&mut self, site: &Site, place: BoundaryKey) -> usize {
         if let Some(entry) = self.activation_entry(site, place) {
             return entry;
         }
@@ -114,7 +114,7 @@ impl Engine {
         entry
     }
 
-    pub(super) fn fetch_gradient(&mut self, site: &Site, place: Place) -> usize {
+    pub(super) fn fetch_gradient(&mut self, site: &Site, place: BoundaryKey) -> usize {
         if let Some(entry) = self.rings[site.rings].gradients.find(place) {
             return entry;
         }

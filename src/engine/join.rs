@@ -42,8 +42,8 @@ impl Engine {
         };
         let home = disk.and_then(|disk| Ok((self.device.grow_host(placed.plan.host.bytes)?, disk)));
         if let Some(turns) = &mut self.turns {
-            // What was stirred meanwhile was not asked about.
-            (turns.paused, turns.stirred) = (false, true);
+            // What has changed meanwhile was not asked about.
+            (turns.paused, turns.dirty) = (false, true);
         }
         let home = home?;
         self.patience_secs = self.patience_secs.max(options.patience_secs);
@@ -54,6 +54,7 @@ impl Engine {
             if let Some(member) = self.members.get_mut(m) {
                 if all[m].home == Home::Anywhere {
                     member.losses_on.fill(0);
+                    member.norms_on.fill(0);
                 }
                 member.maps = maps;
                 continue;

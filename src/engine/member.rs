@@ -1,7 +1,7 @@
 //! A model in the executor: what it is, where it lies, and how far its steps have come.
 
 use super::EngineOptions;
-use super::settle::Settled;
+use super::clipped::Due;
 use super::tables::Tables;
 use crate::base::Error;
 use crate::device::UpdateRule;
@@ -61,16 +61,6 @@ impl Pending {
     }
 }
 
-/// Updates that devices make of shards when these come for the next step, in the order of shards.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Due {
-    /// The next of them; its slot is not known yet.
-    pub next: Settled,
-    /// The step that they end.
-    pub step: u64,
-    pub serial: u64,
-}
-
 /// A model in the executor.
 pub(super) struct Member {
     pub model: Arc<Model>,
@@ -92,8 +82,9 @@ pub(super) struct Member {
     pub pending: VecDeque<Pending>,
     /// The serial of the last pending.
     pub serial: u64,
-    /// For each device, the serial of the step whose losses it has.
+    /// For each device, the serials of the step whose losses it has, and of that whose norms.
     pub losses_on: Vec<u64>,
+    pub norms_on: Vec<u64>,
     /// Where each shard's backward ran last.
     pub ran_on: Vec<u16>,
     /// Whether each shard's backward ran where its forward or its last backward had, so that the next visit may come
@@ -147,6 +138,7 @@ impl Member {
             pending: VecDeque::with_capacity(4),
             serial: 0,
             losses_on: vec![0; devices],
+            norms_on: vec![0; devices],
             ran_on: vec![0; plan.shards.len()],
             returns: vec![false; plan.shards.len()],
             due: None,

@@ -7,6 +7,7 @@
 //! is expanded when a policy gives it to a device (`turns`). The loop waits in one place, for the next completion, and
 //! never for longer than the watchdog's patience.
 
+mod clipped;
 mod disk;
 mod fault;
 mod fetch;

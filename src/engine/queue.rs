@@ -70,8 +70,8 @@ struct LaneQueue {
     ready: BTreeSet<(Deadline, TaskId)>,
     in_flight: VecDeque<TaskId>,
     last: (u64, f64),
-    /// Among the stirred.
-    stirred: bool,
+    /// Something has changed since it was filled last.
+    dirty: bool,
 }
 
 /// What a finished task was.
@@ -98,8 +98,8 @@ pub(super) struct Queue {
     hazards: Hazards,
     events: u64,
     tickets: Vec<Ticket>,
-    /// Lanes for which something has changed since they were filled last.
-    stirred: Vec<u16>,
+    /// The lanes for which that is so.
+    dirty: Vec<u16>,
     /// What the task that is added next waits for.
     after: Vec<TaskId>,
     /// Tasks that are over, and whether they ran, until those that wait for them have been told.
@@ -119,7 +119,7 @@ impl Queue {
                 ready: BTreeSet::new(),
                 in_flight: VecDeque::new(),
                 last: (0, 0.0),
-                stirred: false,
+                dirty: false,
             })
             .collect();
         Queue {
@@ -129,7 +129,7 @@ impl Queue {
             hazards: Hazards::default(),
             events: 0,
             tickets: Vec::new(),
-            stirred: Vec::new(),
+            dirty: Vec::new(),
             after: Vec::new(),
             over: Vec::new(),
         }
@@ -175,7 +175,7 @@ impl Queue {
             entry.dependents.push(id);
             not_submitted += u32::from(entry.ticket.is_none());
         }
-        self.stir(order.lane);
+        self.mark_dirty(order.lane);
         let lane = &mut self.lanes[order.lane as usize];
         if lane.id.kind == LaneKind::Compute {
             lane.in_order.push_back(id);
@@ -210,10 +210,10 @@ impl Queue {
     /// Fills every lane from the tasks that may go to it.
     pub fn issue(&mut self, device: &mut Attached) {
         // In the order of lanes, so that a run can be repeated.
-        self.stirred.sort_unstable_by(|a, b| b.cmp(a));
-        while let Some(lane) = self.stirred.pop() {
+        self.dirty.sort_unstable_by(|a, b| b.cmp(a));
+        while let Some(lane) = self.dirty.pop() {
             let lane = usize::from(lane);
-            self.lanes[lane].stirred = false;
+            self.lanes[lane].dirty = false;
             while self.lanes[lane].in_flight.len() < self.lanes[lane].depth {
                 let Some(id) = self.pick(lane) else { break };
                 self.submit(id, device);
@@ -222,10 +222,10 @@ impl Queue {
     }
 
     /// Notes that a lane may take another task.
-    fn stir(&mut self, lane: u16) {
+    fn mark_dirty(&mut self, lane: u16) {
         let queue = &mut self.lanes[usize::from(lane)];
-        if !std::mem::replace(&mut queue.stirred, true) {
-            self.stirred.push(lane);
+        if !std::mem::replace(&mut queue.dirty, true) {
+            self.dirty.push(lane);
         }
     }
 
@@ -276,7 +276,7 @@ impl Queue {
             entry.not_submitted -= 1;
             if entry.not_submitted == 0 {
                 let lane = entry.lane;
-                self.stir(lane);
+                self.mark_dirty(lane);
             }
         }
     }
@@ -303,7 +303,7 @@ impl Queue {
             event: entry.event,
             after: waited.0,
         };
-        self.stir(ticket.lane);
+        self.mark_dirty(ticket.lane);
         self.release_dependents(id, Some((finished.event, end_secs)));
         self.forget_done();
         finished
@@ -338,7 +338,7 @@ impl Queue {
                 if lane.id.kind != LaneKind::Compute {
                     lane.ready.insert((deadline, dependent));
                 }
-                self.stir(number);
+                self.mark_dirty(number);
             }
         }
         self.over = over;
@@ -363,7 +363,7 @@ impl Queue {
         let queue = &mut self.lanes[usize::from(lane)];
         queue.waiting.remove(&key);
         queue.ready.remove(&key);
-        self.stir(lane);
+        self.mark_dirty(lane);
         let entry = &mut self.entries[(id - self.first) as usize];
         (entry.task, entry.dropped, entry.done) = (None, true, over);
         self.forget_done();
@@ -392,7 +392,7 @@ impl Queue {
             lane.waiting.retain(|&(_, id)| !dropped(id));
             lane.ready.retain(|&(_, id)| !dropped(id));
         }
-        (0..self.lanes.len() as u16).for_each(|lane| self.stir(lane));
+        (0..self.lanes.len() as u16).for_each(|lane| self.mark_dirty(lane));
         for id in over {
             let entry = &mut self.entries[(id - first) as usize];
             if !entry.done {

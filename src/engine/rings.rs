@@ -149,7 +149,7 @@ pub(super) struct ShardOf {
 /// A boundary tensor: the boundary after a shard, and the microbatch. The serial tells it from that of another step or
 /// evaluation, whose entry on a device that has not been there since is stale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Place {
+pub(super) struct BoundaryKey {
     pub model: usize,
     pub serial: u64,
     pub boundary: usize,
@@ -162,9 +162,9 @@ pub(super) struct Rings {
     /// Weight slots, by shard.
     pub weights: Slots<ShardOf>,
     /// Boundary activations, where they visit.
-    pub activations: Slots<Place>,
+    pub activations: Slots<BoundaryKey>,
     /// Boundary gradients.
-    pub gradients: Slots<Place>,
+    pub gradients: Slots<BoundaryKey>,
     /// Next slot for what visits for an update.
     next_update: usize,
     update_slots: usize,
@@ -215,10 +215,9 @@ impl Rings {
         self.resting + self.next_gradient
     }
 
-    /// The gradient slot that was given so many before the last one, if it has not been given again.
-    pub fn past_gradient_slot(&self, before: usize) -> Option<usize> {
-        let (n, last) = (self.gradient_slots, self.next_gradient);
-        (before < n).then(|| self.resting + (last + n - before) % n)
+    /// The gradient slot that was given so many before the last one, less than there are.
+    pub fn past_gradient_slot(&self, before: usize) -> usize {
+        self.resting + (self.next_gradient + self.gradient_slots - before) % self.gradient_slots
     }
 
     /// How many gradient slots there are for shards that visit.

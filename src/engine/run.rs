@@ -4,7 +4,6 @@ use super::member::{Ending, Pending, Purpose};
 use super::{EVALUATIONS, Ended, Engine, StepInput, StepResult};
 use crate::base::{Error, LaneKind, Result};
 use crate::device::UpdateRule;
-use crate::spill::Home;
 use crate::trace::{Bound, Event, What};
 
 impl Engine {
@@ -17,8 +16,7 @@ impl Engine {
     ///
     /// # Errors
     /// When the run or the model has failed before, two steps are in flight already or one that this one does not
-    /// follow, the rule wants moments that the plan does not keep, or it clips and the plan does not wait for the norm;
-    /// when the inputs' sizes are not the graph's, or an id or label lies beside what reads it
+    /// follow, or the rule wants moments that the plan does not keep; when the inputs' sizes are not the graph's, or an id or label lies beside what reads it
     /// ([`Graph::id_range`](crate::graph::Graph::id_range)).
     pub fn begin_step(&mut self, model: usize, input: &StepInput) -> Result<()> {
         self.check_running(model)?;
@@ -36,12 +34,6 @@ impl Engine {
         if moments > member.plan.moments {
             let has = member.plan.moments;
             return Err(Error::bad(format!("step {step}: the rule wants {moments} moments, the plan keeps {has}")));
-        }
-        let anywhere = member.placed.home == Home::Anywhere;
-        if input.clip.is_some() && anywhere && member.plan.choice.visiting_updates > 0 {
-            let what =
-                "the plan updates shards before the last gradient is there; PlanOptions::clips makes one that waits";
-            return Err(Error::bad(format!("step {step}: clips, and {what}")));
         }
         self.stage(model, input.step, &input.inputs)?;
         let purpose = Purpose::Step { rule: input.rule, clip: input.clip };
@@ -75,7 +67,7 @@ impl Engine {
         match &mut self.turns {
             Some(turns) => {
                 turns.refresh(model, &self.members[model]);
-                turns.stirred = true;
+                turns.dirty = true;
             }
             None => {
                 let before = self.queue.next_id();
@@ -269,8 +261,8 @@ impl Engine {
     /// Lets devices with room choose where there is something new to choose. Not before somebody waits: a choice
     /// between all models is another one than between those that happened to begin first.
     fn offer(&mut self) -> Result<()> {
-        let stirred = self.turns.as_mut().is_some_and(|turns| std::mem::take(&mut turns.stirred));
-        if stirred { self.take_turns() } else { Ok(()) }
+        let dirty = self.turns.as_mut().is_some_and(|turns| std::mem::take(&mut turns.dirty));
+        if dirty { self.take_turns() } else { Ok(()) }
     }
 
     /// Issues what can be issued and takes one completion; gives the model whose task it was.
@@ -302,11 +294,7 @@ impl Engine {
         if self.is_alone() {
             self.account.add(&event);
         }
-        let total = &mut self.totals[completion.ticket.lane as usize];
-        total.tasks += 1;
-        total.busy_secs += event.secs();
-        total.bytes += event.bytes;
-        total.flops += event.flops;
+        self.totals[completion.ticket.lane as usize].add(&event);
         if let Some(recorder) = &mut self.recorder {
             recorder.record(&event);
         }

@@ -3,16 +3,13 @@
 //!
 //! State that is resident is settled by its device once the last gradient is there. State that visits is settled shard
 //! by shard: by the host's threads, or by the device that has just computed the gradients; beside it that of shards at
-//! rest, by their device. With clipping a device updates what visits when it comes for the next step. The tasks are the
-//! same, and so are the bits.
+//! rest, by their device. With clipping all of it waits for the last norm (`clipped`). The tasks are the same, and so are
+//! the bits.
 
 use super::Engine;
-use super::member::Due;
 use super::site::Site;
 use super::tables::Join;
-use super::visit::Pass;
 use crate::device::{CopySpan, Norm, Span, Task, UpdateRule, norm_scratch_bytes};
-use crate::spill::OnDisk;
 use crate::trace::What;
 use std::ops::Range;
 use std::sync::Arc;
@@ -72,97 +69,6 @@ impl Engine {
                 self.update(site, done, done.next_step + s as u64 * done.visit);
             }
         }
-    }
-
-    /// The same with clipping: no update before the last gradient's norm.
-    fn settle_clipped(&mut self, site: &Site, done: &Settled) {
-        let (s, choice) = (done.shard, &site.plan.choice);
-        match (choice.rests(s), choice.updates_on_device(s)) {
-            (true, _) => self.join_and_norm(site, done, self.sequence),
-            (false, true) => {
-                self.spill_shared(site, done);
-                self.join_and_norm(site, done, self.sequence);
-                // The last ones are left where they are.
-                if s - choice.resting >= self.rings[site.rings].gradient_slots() {
-                    self.move_gradient(site, s, done.slot, What::SpillGradient);
-                }
-            }
-            (false, false) => {
-                self.spill_gradient(site, done);
-                self.join_and_norm(site, done, self.sequence);
-                if choice.on_disk >= OnDisk::Gradients {
-                    self.put_off_gradient(site, done);
-                }
-            }
-        }
-        if s > 0 {
-            return;
-        }
-        self.bring_norms(site);
-        for shard in 0..site.plan.shards.len() {
-            let rests = choice.rests(shard);
-            if choice.updates_on_device(shard) && !rests {
-                continue;
-            }
-            let there = self.moved(site, self.members[site.member].ran_on[shard]);
-            let deadline = if rests { self.sequence } else { done.next_step + shard as u64 * done.visit };
-            // Of a shard at rest, its own slot.
-            let slot = if rests { shard } else { done.slot };
-            self.update(&there, &Settled { shard, slot, ..*done }, deadline);
-        }
-        if choice.visiting_updates > 0 {
-            let first = Settled { shard: choice.resting, ..*done };
-            self.members[site.member].due = Some(Due { next: first, step: site.step, serial: site.serial });
-        }
-    }
-
-    /// Makes the update of a shard that has waited for the norm, and now for the shard's visit: its weights are there.
-    pub(super) fn update_due(&mut self, site: &Site, s: usize) {
-        let member = &mut self.members[site.member];
-        let Some(due) = member.due.filter(|due| due.next.shard == s) else { return };
-        let choice = &site.plan.choice;
-        let is_last = s + 1 == site.plan.shards.len() || !choice.updates_on_device(s + 1);
-        member.due = (!is_last).then_some(Due { next: Settled { shard: s + 1, ..due.next }, ..due });
-        // It belongs to the step that it ends.
-        let site = Site { step: due.step, serial: due.serial, ..site.clone() };
-        let rings = &mut self.rings[site.rings];
-        let slot = match rings.past_gradient_slot(s - choice.resting) {
-            Some(slot) => slot,
-            None => {
-                let slot = rings.gradient_slot();
-                self.move_gradient(&site, s, slot, What::FetchGradient);
-                slot
-            }
-        };
-        self.update(&site, &Settled { slot, ..due.next }, self.sequence);
-    }
-
-    /// Makes all updates that wait for shards' visits, without these.
-    pub(super) fn make_due_updates(&mut self, model: usize) {
-        while let Some(Due { next: Settled { shard, .. }, .. }) = self.members[model].due {
-            let device = self.members[model].home_of(shard).expect("what runs anywhere leaves no update for later");
-            let site = self.site(model, device);
-            self.fetch_weights(&site, shard, Pass::Forward);
-            self.update_due(&site, shard);
-        }
-    }
-
-    /// Brings to the device, where it updates shards, the norms that the host has summed: no update of theirs can be
-    /// clipped without.
-    fn bring_norms(&mut self, site: &Site) {
-        let (choice, tables) = (&site.plan.choice, &self.members[site.member].tables);
-        let by_host = (0..site.plan.shards.len()).filter(|&s| !choice.updates_on_device(s));
-        let segments = by_host.flat_map(|s| tables.segments[s].iter());
-        let (first, end) = segments.fold((u64::MAX, 0), |(first, end), s| {
-            let index = u64::from(s.index);
-            (first.min(8 * index), end.max(8 * index + 8))
-        });
-        if !choice.updates_on_device(0) || first >= end {
-            return;
-        }
-        let to = within(self.norms(site, 0), first, end - first);
-        let from = site.store(site.plan.host.norms[site.parity()] + first, end - first);
-        self.copy(site, What::FetchState, 0, None, vec![CopySpan { from, to }]);
     }
 
     /// The same model and step on another device.
@@ -230,7 +136,7 @@ impl Engine {
     }
 
     /// Sends a shard's gradients to the host's store, shared parameters' accumulators with the last piece.
-    fn spill_gradient(&mut self, site: &Site, done: &Settled) {
+    pub(super) fn spill_gradient(&mut self, site: &Site, done: &Settled) {
         let s = done.shard;
         let all = site.plan.shards[s].layout.gradient_bytes;
         let (from, to) = (site.map.gradient_slots[done.slot], site.plan.host.shard_gradients[s]);
@@ -244,28 +150,9 @@ impl Engine {
         }
     }
 
-    /// Sends a shard's own gradients from a device's slot to where they wait for its update there, or brings them back.
-    fn move_gradient(&mut self, site: &Site, s: usize, slot: usize, what: What) {
-        let ratio = site.model.layout.wide_ratio;
-        for i in 0..self.members[site.member].tables.pieces[s].len() {
-            let stretch = self.members[site.member].tables.pieces[s][i].range.clone();
-            let (at, bytes) = (stretch.start * ratio, (stretch.end - stretch.start) * ratio);
-            let here = site.arena(site.map.gradient_slots[slot] + at, bytes);
-            let home = match site.plan.choice.on_disk >= OnDisk::Gradients {
-                true => Self::waiting_gradient(site, s, &stretch),
-                false => site.store(site.plan.host.shard_gradients[s] + at, bytes),
-            };
-            let span = match what {
-                What::SpillGradient => CopySpan { from: here, to: home },
-                _ => CopySpan { from: home, to: here },
-            };
-            self.copy(site, what, s, None, vec![span]);
-        }
-    }
-
     /// Sends the accumulators of parameters that other shards own to the host's store, from where their owners fetch
     /// them.
-    fn spill_shared(&mut self, site: &Site, done: &Settled) {
+    pub(super) fn spill_shared(&mut self, site: &Site, done: &Settled) {
         let s = done.shard;
         let (from, to) = (site.map.gradient_slots[done.slot], site.plan.host.shard_gradients[s]);
         let uses = site.plan.shards[s].layout.shared.iter().filter(|u| u.borrowed.is_some());
@@ -329,7 +216,7 @@ impl Engine {
 
     /// Adds the accumulators of a shard's shared parameters in the order of layers, then sums its gradients' squares.
     /// Users are later shards, whose backward came before. `deadline` is the norm's.
-    fn join_and_norm(&mut self, site: &Site, done: &Settled, deadline: u64) {
+    pub(super) fn join_and_norm(&mut self, site: &Site, done: &Settled, deadline: u64) {
         let (s, lane) = (done.shard, Self::math_lane(site, done.shard));
         let gradient = Self::gradients(site, done);
         for i in 0..self.members[site.member].tables.joins[s].len() {
@@ -386,7 +273,7 @@ impl Engine {
     }
 
     /// Brings a step's losses to a device that updates and has not computed them.
-    fn bring_losses(&mut self, site: &Site) {
+    pub(super) fn bring_losses(&mut self, site: &Site) {
         let on = &mut self.members[site.member].losses_on[usize::from(site.device)];
         if std::mem::replace(on, site.serial) == site.serial {
             return;

@@ -1,6 +1,6 @@
 //! A model on a device: where its tensors lie there and at home.
 
-use super::rings::{Place, ShardOf};
+use super::rings::{BoundaryKey, ShardOf};
 use super::{Engine, Lanes, NO_STEP};
 use crate::device::{Memory, Span};
 use crate::spill::{ArenaMap, Model, OnDisk, Plan};
@@ -55,8 +55,8 @@ impl Site {
         ShardOf { model: self.member, shard }
     }
 
-    pub fn place(&self, boundary: usize, microbatch: usize) -> Place {
-        Place { model: self.member, serial: self.serial, boundary, microbatch }
+    pub fn place(&self, boundary: usize, microbatch: usize) -> BoundaryKey {
+        BoundaryKey { model: self.member, serial: self.serial, boundary, microbatch }
     }
 
     pub fn is_last(&self, shard: usize) -> bool {

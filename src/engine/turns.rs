@@ -120,7 +120,7 @@ pub(super) struct Turns {
     choices: u64,
     last: Option<ModelId>,
     /// A model has begun work, or has left its places in queues, since devices were asked last.
-    pub stirred: bool,
+    pub dirty: bool,
     /// Devices with room, in the order in which they are asked; kept for its memory.
     order: Vec<usize>,
 }
@@ -168,7 +168,7 @@ impl Turns {
             wanted: Vec::new(),
             choices: 0,
             last: None,
-            stirred: false,
+            dirty: false,
             order: Vec::with_capacity(devices),
         };
         members.iter().for_each(|member| turns.add(member));
@@ -276,7 +276,7 @@ impl Turns {
     pub fn release(&mut self, model: usize) {
         self.queues.iter_mut().for_each(|q| q.retain(|c| c.model != model));
         // Where no other unit runs, none ends after which devices would be asked.
-        self.stirred = true;
+        self.dirty = true;
     }
 
     /// The next choice that is to be made: a device with room, and the model that it takes. `rings` are the slots that

@@ -9,7 +9,7 @@
 use super::Engine;
 use super::member::{Pending, Purpose};
 use super::queue::Order;
-use super::rings::{Place, Spill};
+use super::rings::{BoundaryKey, Spill};
 use super::site::Site;
 use crate::device::{AdamwRule, CopySpan, Memory, Run, Scalars, SgdRule, Span, Task, UpdateRule};
 use crate::graph::{AREAS, Area, Program};
@@ -197,9 +197,9 @@ impl Engine {
             if pass == Pass::Forward { writes[3] = Some(span) } else { reads[2] = Some(span) }
         }
         // What the task before in this shard hands over is brought first, then what the batch brings.
-        let place_in: Option<Place> = s.checked_sub(1).map(|before| site.place(before, m));
-        let place_out: Option<Place> = (!last).then(|| site.place(s, m));
-        let mut pinned: [Option<Place>; 2] = [None; 2];
+        let place_in: Option<BoundaryKey> = s.checked_sub(1).map(|before| site.place(before, m));
+        let place_out: Option<BoundaryKey> = (!last).then(|| site.place(s, m));
+        let mut pinned: [Option<BoundaryKey>; 2] = [None; 2];
         if let Some(place) = place_in.filter(|_| program.bytes(Area::ActivationIn) > 0) {
             let entry = self.fetch_activation(site, place);
             bases[Area::ActivationIn as usize] = map.activations[entry];

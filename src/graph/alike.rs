@@ -30,9 +30,9 @@ pub fn alike(graph: &Graph, layout: &ModelLayout) -> Vec<usize> {
     first
 }
 
-/// Where a layer finds a tensor.
+/// Where a layer finds a tensor: a [`Source`] by numbers that are the layer's own.
 #[derive(Clone, Debug, PartialEq)]
-enum Place {
+enum LayerSource {
     /// Output of one of its own nodes, forward ones first.
     Node(usize, usize),
     /// Its input.
@@ -49,7 +49,7 @@ enum Place {
 
 #[derive(Debug, PartialEq)]
 struct Operand {
-    place: Place,
+    source: LayerSource,
     shape: Shape,
     dtype: DType,
     /// Of the tensor whose elements it shows.
@@ -67,12 +67,12 @@ struct Likeness {
     frozen_bytes: u64,
     state_bytes: u64,
     has_input: bool,
-    output: Option<Place>,
+    output: Option<LayerSource>,
     /// The gradient that it hands on.
-    input_gradient: Option<Place>,
-    loss: Option<Place>,
-    logits: Option<Place>,
-    parameter_gradients: Vec<(u64, Place)>,
+    input_gradient: Option<LayerSource>,
+    loss: Option<LayerSource>,
+    logits: Option<LayerSource>,
+    parameter_gradients: Vec<(u64, LayerSource)>,
 }
 
 struct View<'a> {
@@ -95,11 +95,12 @@ impl View<'_> {
             let outputs = node.outputs.iter().map(|&v| self.operand(v)).collect::<Option<Vec<_>>>()?;
             nodes.push((without_stream(&node.op), inputs, outputs));
         }
-        let here = |value: Option<Value>| value.and_then(|v| self.place(v)).filter(|p| matches!(p, Place::Node(..)));
+        let here =
+            |value: Option<Value>| value.and_then(|v| self.source(v)).filter(|p| matches!(p, LayerSource::Node(..)));
         let mut parameter_gradients = Vec::new();
         for gradient in graph.gradients_of(l..l + 1) {
             let parameter = self.parameter(gradient.parameter)?;
-            parameter_gradients.push((parameter, self.place(gradient.value)?));
+            parameter_gradients.push((parameter, self.source(gradient.value)?));
         }
         Some(Likeness {
             nodes,
@@ -119,7 +120,7 @@ impl View<'_> {
     fn operand(&self, value: Value) -> Option<Operand> {
         let (info, root) = (self.graph.info(value), self.graph.root(value));
         Some(Operand {
-            place: self.place(value)?,
+            source: self.source(value)?,
             shape: info.shape.clone(),
             dtype: info.dtype,
             root: self.graph.info(root).shape.clone(),
@@ -127,25 +128,27 @@ impl View<'_> {
         })
     }
 
-    fn place(&self, value: Value) -> Option<Place> {
+    fn source(&self, value: Value) -> Option<LayerSource> {
         let (graph, l) = (self.graph, self.layer);
         let root = graph.root(value);
         match graph.info(root).source {
             Source::Parameter(p) if graph.parameters[p].frozen => {
                 let alone = graph.parameters[p].layers == [l];
-                alone.then(|| Place::Frozen(self.layout.parameter[p] - self.layout.frozen_layers[l].start))
+                alone.then(|| LayerSource::Frozen(self.layout.parameter[p] - self.layout.frozen_layers[l].start))
             }
-            Source::Parameter(p) => self.parameter(p).map(Place::Parameter),
-            Source::State(s) => self.layout.state[s].checked_sub(self.layout.state_layers[l].start).map(Place::State),
-            Source::Input(i) => Some(Place::Input(i)),
+            Source::Parameter(p) => self.parameter(p).map(LayerSource::Parameter),
+            Source::State(s) => {
+                self.layout.state[s].checked_sub(self.layout.state_layers[l].start).map(LayerSource::State)
+            }
+            Source::Input(i) => Some(LayerSource::Input(i)),
             Source::Node { node, output } if graph.nodes[node].layer == l => {
                 let (forward, backward) = (graph.forward_of(l..l + 1), graph.backward_of(l..l + 1));
                 let at =
                     if forward.contains(&node) { node - forward.start } else { forward.len() + node - backward.start };
-                Some(Place::Node(at, output))
+                Some(LayerSource::Node(at, output))
             }
-            _ if graph.layers[l].input.is_some_and(|v| graph.root(v) == root) => Some(Place::Before),
-            _ if graph.input_gradients.get(l + 1).copied().flatten() == Some(root) => Some(Place::After),
+            _ if graph.layers[l].input.is_some_and(|v| graph.root(v) == root) => Some(LayerSource::Before),
+            _ if graph.input_gradients.get(l + 1).copied().flatten() == Some(root) => Some(LayerSource::After),
             _ => None,
         }
     }

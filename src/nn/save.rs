@@ -7,11 +7,10 @@
 
 use super::Network;
 use super::safely::{Pending, sync_folder};
-use crate::base::tensorfile::Element;
+use crate::base::tensorfile::{Element, header};
 use crate::base::{Error, Result, Shape};
 use half::{bf16, f16};
-use safetensors::tensor::{Dtype, Metadata, TensorInfo};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
@@ -105,10 +104,11 @@ enum Entry<'a> {
 }
 
 impl Entry<'_> {
-    fn info(&self) -> (Dtype, &str, Vec<usize>) {
+    /// Its name, element type and axes.
+    fn info(&self) -> (&str, Element, &[usize]) {
         match self {
-            Entry::Counter(name, _) => (Dtype::I64, name, vec![]),
-            Entry::Tensor(t) => (dtype(t.element), &t.file_name, t.shape.axes().to_vec()),
+            Entry::Counter(name, _) => (name, Element::I64, &[]),
+            Entry::Tensor(t) => (&t.file_name, t.element, t.shape.axes()),
         }
     }
 }
@@ -118,23 +118,11 @@ fn weights(out: &mut Output, form: &Form, read: &mut dyn FnMut(&str) -> Result<V
     let mut entries: Vec<Entry> = counters.chain(form.tensors.iter().map(Entry::Tensor)).collect();
     // The safetensors crate's order: wide elements first, so that all are aligned, then by name.
     entries.sort_by(|a, b| {
-        let (a, b) = (a.info(), b.info());
-        b.0.cmp(&a.0).then(a.1.cmp(b.1))
+        let ((a_name, a_element, _), (b_name, b_element, _)) = (a.info(), b.info());
+        b_element.cmp(&a_element).then(a_name.cmp(b_name))
     });
-    let mut end = 0;
-    let mut infos = Vec::new();
-    for entry in &entries {
-        let (dtype, name, shape) = entry.info();
-        let start = end;
-        end += Shape::new(shape.clone()).elems() * dtype.bitsize() / 8;
-        infos.push((name.to_string(), TensorInfo { dtype, shape, data_offsets: (start, end) }));
-    }
-    let format = HashMap::from([("format".to_string(), "pt".to_string())]);
-    let header = Metadata::new(Some(format), infos).map_err(|e| out.fault(format!("header: {e}")))?;
-    let mut header = serde_json::to_vec(&header).map_err(|e| out.fault(format!("header: {e}")))?;
-    header.resize(header.len().next_multiple_of(8), b' ');
-    out.bytes(&(header.len() as u64).to_le_bytes())?;
-    out.bytes(&header)?;
+    let metadata = BTreeMap::from([("format", "pt".to_string())]);
+    out.bytes(&header(&metadata, entries.iter().map(Entry::info)))?;
     for entry in &entries {
         match entry {
             Entry::Counter(_, count) => out.bytes(&count.to_le_bytes())?,
@@ -174,16 +162,6 @@ fn padded<const N: usize>(bytes: [u8; N]) -> [u8; 8] {
     let mut all = [0; 8];
     all[..N].copy_from_slice(&bytes);
     all
-}
-
-fn dtype(element: Element) -> Dtype {
-    match element {
-        Element::F64 => Dtype::F64,
-        Element::F16 => Dtype::F16,
-        Element::BF16 => Dtype::BF16,
-        // `hub` takes no other type for a weight.
-        _ => Dtype::F32,
-    }
 }
 
 /// A file being written, and what messages call it.

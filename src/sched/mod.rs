@@ -20,6 +20,6 @@ mod view;
 
 pub use bounds::{Bounds, DeviceRates, LowerBound, ModelWork};
 pub use locality::{LocalityLrtf, LocalityTuning};
-pub use policies::{Fifo, POLICIES, Random, RoundRobin, ShardedLrtf, Srtf, by_name};
+pub use policies::{Fifo, MakePolicy, POLICIES, Random, RoundRobin, ShardedLrtf, Srtf, by_name};
 pub use rehearsal::{Rehearsal, rehearse};
 pub use view::{Claim, DeviceId, DeviceView, ModelId, ModelView, Policy, View};

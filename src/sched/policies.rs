@@ -7,21 +7,22 @@ use super::{LocalityLrtf, ModelId, ModelView, Policy, View};
 use crate::base::philox::philox;
 use std::cmp::Ordering;
 
-/// The names that [`by_name`] knows, the default first.
-pub const POLICIES: [&str; 6] = ["sharded-lrtf", "locality-lrtf", "fifo", "random", "round-robin", "srtf"];
+/// Makes a policy with a seed, which is of use to `random` alone.
+pub type MakePolicy = fn(u64) -> Box<dyn Policy>;
 
-/// The built-in policy of this name, one that does not pipeline; `seed` is of use to `random` alone. `None` for a name
-/// that is not in [`POLICIES`].
+/// The built-in policies by name, the default first. None pipelines.
+pub const POLICIES: [(&str, MakePolicy); 6] = [
+    ("sharded-lrtf", |_| Box::new(ShardedLrtf)),
+    ("fifo", |_| Box::new(Fifo)),
+    ("random", |seed| Box::new(Random { seed })),
+    ("round-robin", |_| Box::new(RoundRobin)),
+    ("srtf", |_| Box::new(Srtf)),
+    ("locality-lrtf", |_| Box::new(LocalityLrtf::default())),
+];
+
+/// The one of [`POLICIES`] that has this name.
 pub fn by_name(name: &str, seed: u64) -> Option<Box<dyn Policy>> {
-    Some(match name {
-        "sharded-lrtf" => Box::new(ShardedLrtf),
-        "locality-lrtf" => Box::new(LocalityLrtf::default()),
-        "fifo" => Box::new(Fifo),
-        "random" => Box::new(Random { seed }),
-        "round-robin" => Box::new(RoundRobin),
-        "srtf" => Box::new(Srtf),
-        _ => return None,
-    })
+    POLICIES.iter().find(|(known, _)| *known == name).map(|(_, make)| make(seed))
 }
 
 /// The longest remaining time first (sharded-LRTF; Nagrecha & Kumar 2021, arXiv:2110.08633).

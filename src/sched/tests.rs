@@ -45,7 +45,7 @@ fn check(view: &View, want: &[(&str, Option<ModelId>)]) {
 
 #[test]
 fn policies_have_their_names() {
-    for name in POLICIES {
+    for (name, _) in POLICIES {
         assert_eq!(by_name(name, 7).unwrap().name(), name);
     }
     assert!(by_name("LRTF", 7).is_none());
@@ -68,7 +68,7 @@ fn remaining_time_and_order_decide() {
     equal[2].last_device = Some(0);
     check(&view(&equal, &two), &[("srtf", Some(2)), ("sharded-lrtf", Some(2))]);
     let none = models(&[]);
-    check(&view(&none, &two), &POLICIES.map(|name| (name, None)));
+    check(&view(&none, &two), &POLICIES.map(|(name, _)| (name, None)));
 }
 
 #[test]
@@ -223,7 +223,7 @@ fn a_critical_model_is_followed_on_another_device() {
     (devices[1].claimed, devices[1].busy_secs) = (1, 0.75);
     (two[0].remaining_chain_secs, two[0].first_ready_secs, two[0].boundary_ready_secs) = (40.0, 0.0, 0.75);
     assert_eq!(pipelines.choose(&view(&two, &devices)), Some(0));
-    check(&view(&two, &devices), &POLICIES.map(|name| (name, Some(1))));
+    check(&view(&two, &devices), &POLICIES.map(|(name, _)| (name, Some(1))));
     // Half a second later its last microbatch would be waited for: 1 of 1.5 seconds is less than 7/8 of what the other
     // model offers.
     (two[0].boundary_ready_secs, devices[1].busy_secs) = (1.25, 1.25);

@@ -7,7 +7,7 @@ use super::memory::{BoundaryTier, Choice, update_state_bytes};
 use super::model::Model;
 use super::shard::ShardPrograms;
 use super::stand_in::Shards;
-use super::store::stretches;
+use super::store::count_pieces;
 use crate::device::sim::CostModel;
 
 /// Estimated seconds of a training step. `clips`: no update before the last gradient.
@@ -113,7 +113,7 @@ pub fn estimate_secs(
             // Of its state what has room comes beside the arithmetic before, the rest piece by piece.
             let visit = |h2d: &mut f64, compute: f64, room: f64, bytes: u64| {
                 let secs = cost.copy_secs + bytes as f64 / cost.h2d_bytes_per_sec;
-                let pieces = stretches(shards[s].own_bytes(), choice.slots, true).len();
+                let pieces = count_pieces(shards[s].own_bytes(), choice.slots, true) as usize;
                 let ahead = secs * choice.update_pieces.min(pieces) as f64 / pieces as f64;
                 let came = h2d.max(room) + ahead;
                 *h2d = if ahead < secs { came.max(compute) + secs - ahead } else { came };
@@ -181,12 +181,12 @@ fn boundary_secs(model: &Model, shards: &[ShardPrograms], choice: &Choice, cost:
 
 /// Estimated seconds of device time of a step of a model whose shards run on any of so many `devices`, among others
 /// that fill every gap: its busiest lane decides. A little of the other lanes is added, since not everything can be
-/// hidden.
+/// hidden. With the optimizer's moments, and whether it clips.
 pub fn estimate_anywhere_secs(
     model: &Model,
     shards: &Shards,
     choice: &Choice,
-    moments: usize,
+    (moments, clips): (usize, bool),
     devices: usize,
     cost: &CostModel,
 ) -> f64 {
@@ -209,6 +209,10 @@ pub fn estimate_anywhere_secs(
     let mut host = 0.0;
     if choice.visiting_updates > 0 {
         (h2d, d2h) = (h2d + state, d2h + own + state);
+        if clips {
+            // They wait at home for the norm.
+            (h2d, d2h) = (h2d + gradients, d2h + gradients);
+        }
         compute += traffic as f64 / cost.device_update_bytes_per_sec;
     } else {
         d2h += gradients;
@@ -236,7 +240,8 @@ pub fn estimate_anywhere_secs(
     }
     // With one gradient slot a backward waits for the gradients of the one before to leave.
     if choice.gradient_slots == 1 && choice.slots > 1 {
-        exposed += copies(if choice.visiting_updates > 0 { own } else { gradients }, cost.d2h_bytes_per_sec, n);
+        let leaves = if choice.visiting_updates > 0 && !clips { own } else { gradients };
+        exposed += copies(leaves, cost.d2h_bytes_per_sec, n);
     }
     busiest + exposed + 0.05 * (lanes.iter().sum::<f64>() - busiest)
 }

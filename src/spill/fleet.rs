@@ -5,7 +5,7 @@
 //! them. The workspace is shared by all, since a device runs one unit at a time. What a budget leaves over becomes
 //! further weight slots, which keep shards for their next visit, and entries for boundary activations.
 
-use super::memory::{ArenaMap, BoundaryTier, Choice, Tape, arena_map_of, update_room};
+use super::memory::{ArenaMap, BoundaryTier, Bump, Choice, arena_map_of, update_room};
 use super::model::Model;
 use super::plan::Plan;
 use super::shard::ShardPrograms;
@@ -100,11 +100,11 @@ impl FleetMap {
             arena_bytes.push(of_device.iter().map(|m| m.bytes).max().unwrap_or(0));
             maps.iter_mut().zip(of_device).for_each(|(maps, map)| maps.push(map));
         }
-        let mut tape = Tape::default();
-        let stores = models.iter().map(|m| tape.take(m.plan.host.bytes)).collect();
-        let mut disk = Tape::default();
+        let mut bump = Bump::default();
+        let stores = models.iter().map(|m| bump.take(m.plan.host.bytes)).collect();
+        let mut disk = Bump::default();
         let disks = models.iter().map(|m| disk.take(m.plan.host.disk_bytes)).collect();
-        FleetMap { maps, arena_bytes, stores, host_bytes: tape.end, disks, disk_bytes: disk.end }
+        FleetMap { maps, arena_bytes, stores, host_bytes: bump.end, disks, disk_bytes: disk.end }
     }
 }
 
@@ -162,7 +162,7 @@ fn wanted(models: &[Placed]) -> Spare {
 
 /// How each model sees one device's arena.
 fn device_maps(models: &[Placed], device: u16, spare: Spare) -> Vec<ArenaMap> {
-    let mut tape = Tape::default();
+    let mut bump = Bump::default();
     let mut maps = vec![ArenaMap::default(); models.len()];
     let own = |placed: &Placed| match &placed.home {
         Home::On(devices) if devices.contains(&device) => {
@@ -181,16 +181,16 @@ fn device_maps(models: &[Placed], device: u16, spare: Spare) -> Vec<ArenaMap> {
     }
     let lines = models.iter().map(|m| m.line).max().map_or(0, |most| most + 1);
     for line in 0..lines {
-        let (base, mut end) = (tape.end, tape.end);
+        let (base, mut end) = (bump.end, bump.end);
         for ((map, own), _) in maps.iter_mut().zip(&own_maps).zip(models).filter(|(_, m)| m.line == line) {
             if let Some(own) = own {
-                tape.end = base;
-                let at = tape.take(own.workspace);
+                bump.end = base;
+                let at = bump.take(own.workspace);
                 *map = own.clone().shifted(at, 0);
-                end = end.max(tape.end);
+                end = end.max(bump.end);
             }
         }
-        tape.end = end;
+        bump.end = end;
     }
     let movers: Vec<usize> = (0..models.len()).filter(|&m| models[m].home == Home::Anywhere).collect();
     let tenants: Vec<Tenant> = movers.iter().map(|&m| models[m].tenant()).collect();
@@ -198,16 +198,16 @@ fn device_maps(models: &[Placed], device: u16, spare: Spare) -> Vec<ArenaMap> {
     let asked = tenants.iter().map(|t| t.choice.slots).max().unwrap_or(0);
     // No more slots than there is to put in them.
     let slots = asked.min(shards) + spare.slots;
-    for (m, map) in movers.into_iter().zip(shared_maps(&tenants, slots, spare.entries, &mut tape)) {
+    for (m, map) in movers.into_iter().zip(shared_maps(&tenants, slots, spare.entries, &mut bump)) {
         maps[m] = map;
     }
     let workspace = |m: &Placed| {
         let here = m.plan.shards.iter().enumerate().filter(|(s, _)| m.visits(*s, device));
         here.map(|(_, shard)| shard.workspace_bytes()).max().unwrap_or(0)
     };
-    let at = tape.take(models.iter().map(workspace).max().unwrap_or(0));
+    let at = bump.take(models.iter().map(workspace).max().unwrap_or(0));
     for map in &mut maps {
-        (map.workspace, map.bytes) = (at, tape.end);
+        (map.workspace, map.bytes) = (at, bump.end);
     }
     maps
 }
@@ -223,16 +223,16 @@ struct Tenant<'a> {
 
 /// Maps the arena of a model that runs anywhere, if it were alone.
 pub(super) fn anywhere_map(model: &Model, shards: &[ShardPrograms], choice: &Choice, moments: usize) -> ArenaMap {
-    let mut tape = Tape::default();
+    let mut bump = Bump::default();
     let slots = choice.slots.min(shards.len());
-    let mut map = shared_maps(&[Tenant { model, shards, choice, moments }], slots, 0, &mut tape).remove(0);
-    map.workspace = tape.take(shards.iter().map(ShardPrograms::workspace_bytes).max().unwrap_or(0));
-    ArenaMap { bytes: tape.end, ..map }
+    let mut map = shared_maps(&[Tenant { model, shards, choice, moments }], slots, 0, &mut bump).remove(0);
+    map.workspace = bump.take(shards.iter().map(ShardPrograms::workspace_bytes).max().unwrap_or(0));
+    ArenaMap { bytes: bump.end, ..map }
 }
 
 /// Lays out what models that run anywhere have on a device: losses and norms of each, so many weight slots and rings
 /// for all.
-fn shared_maps(tenants: &[Tenant], slots: usize, spare_entries: usize, tape: &mut Tape) -> Vec<ArenaMap> {
+fn shared_maps(tenants: &[Tenant], slots: usize, spare_entries: usize, bump: &mut Bump) -> Vec<ArenaMap> {
     let of = |bytes: &dyn Fn(&Tenant, usize) -> u64| {
         tenants.iter().flat_map(|t| (0..t.shards.len()).map(move |s| bytes(t, s))).max().unwrap_or(0)
     };
@@ -250,21 +250,21 @@ fn shared_maps(tenants: &[Tenant], slots: usize, spare_entries: usize, tape: &mu
     let update_slot_bytes = updates().map(|(_, bytes)| bytes).max().unwrap_or(0);
     let boundary = of(&|t, s| t.shards[s].boundary_bytes);
     let shared = ArenaMap {
-        norm_scratch: tape.take(scratch),
-        inputs: tape.take_many(most(&|c| c.input_entries), of(&|t, s| t.shards[s].input_bytes())),
-        weight_slots: tape.take_many(slots, of(&|t, s| t.shards[s].slot_bytes())),
-        gradient_slots: tape.take_many(most(&|c| c.gradient_slots), gradients),
-        update_slots: tape.take_many(updates().map(|(count, _)| count).max().unwrap_or(0), update_slot_bytes),
+        norm_scratch: bump.take(scratch),
+        inputs: bump.take_many(most(&|c| c.input_entries), of(&|t, s| t.shards[s].input_bytes())),
+        weight_slots: bump.take_many(slots, of(&|t, s| t.shards[s].slot_bytes())),
+        gradient_slots: bump.take_many(most(&|c| c.gradient_slots), gradients),
+        update_slots: bump.take_many(updates().map(|(count, _)| count).max().unwrap_or(0), update_slot_bytes),
         update_slot_bytes,
-        activations: tape.take_many(most(&|c| entries(c.activations)) + spare_entries, boundary),
-        gradients: tape.take_many(most(&|c| entries(c.gradients)), boundary),
+        activations: bump.take_many(most(&|c| entries(c.activations)) + spare_entries, boundary),
+        gradients: bump.take_many(most(&|c| entries(c.gradients)), boundary),
         ..ArenaMap::default()
     };
     let of_each = |t: &Tenant| ArenaMap {
-        losses: [0, 1].map(|_| tape.take(4 * t.model.microbatches as u64)),
+        losses: [0, 1].map(|_| bump.take(4 * t.model.microbatches as u64)),
         norms: [0, 1].map(|_| match t.choice.visiting_updates {
-            0 => tape.take(0),
-            _ => tape.take(8 * t.model.layout.order.len() as u64),
+            0 => bump.take(0),
+            _ => bump.take(8 * t.model.layout.order.len() as u64),
         }),
         states_at: t.shards.iter().map(ShardPrograms::states_at).collect(),
         saved: vec![Vec::new(); t.shards.len()],

@@ -4,7 +4,7 @@
 //! go, the first models keep theirs.
 
 use super::fleet::{FleetMap, Placed};
-use super::memory::Tape;
+use super::memory::Bump;
 use super::store::OnDisk;
 use crate::base::{Error, Result, format_bytes};
 use std::sync::Arc;
@@ -103,7 +103,7 @@ pub(super) fn no_home(host: Homes, disk: Option<Homes>, budgets: HomeBudgets, sm
 
 /// Bytes of host memory and of the disk tier of all models, each as its number among [`OnDisk::ALL`] says.
 fn total(models: &[Homes], level: impl Fn(usize) -> usize) -> (u64, u64) {
-    let (mut store, mut disk) = (Tape::default(), Tape::default());
+    let (mut store, mut disk) = (Bump::default(), Bump::default());
     for (m, homes) in models.iter().enumerate() {
         let (host_bytes, disk_bytes) = homes[level(m)];
         store.take(host_bytes);

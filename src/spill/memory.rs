@@ -5,18 +5,18 @@
 
 use super::model::Model;
 use super::shard::ShardPrograms;
-use super::store::{OnDisk, stretches};
+use super::store::{OnDisk, count_pieces, longest_piece};
 use crate::base::align_up;
 use crate::device::norm_scratch_bytes;
 use crate::graph::{ALIGNMENT, Area};
 
 /// Bytes laid end to end, each stretch at a multiple of [`ALIGNMENT`].
 #[derive(Debug, Default)]
-pub(super) struct Tape {
+pub(super) struct Bump {
     pub end: u64,
 }
 
-impl Tape {
+impl Bump {
     pub fn take(&mut self, bytes: u64) -> u64 {
         let at = align_up(self.end, ALIGNMENT);
         self.end = at + bytes;
@@ -61,8 +61,7 @@ pub struct Choice {
     pub input_entries: usize,
     /// Where not resident: how many of the shards that visit, from the first of them on, are updated on the device that
     /// has just computed their gradients, with remainders and moments visiting; the host's threads update the others.
-    /// With clipping, which knows its factor only after the last gradient, when they come for the next step; 0 then if
-    /// they may come to another device.
+    /// With clipping, which knows its factor only after the last gradient, when they come for the next step.
     pub visiting_updates: usize,
     /// Of the state that visits for an update, so many pieces have room for each gradient slot, or all of a shard's:
     /// the more, the more of it can come before the gradients are complete.
@@ -167,20 +166,20 @@ pub fn arena_map_of(
     let if_here = |s: usize, bytes: u64| if here(s) { bytes } else { 0 };
     let all_here = || shards.iter().enumerate().filter(|(s, _)| here(*s)).map(|(_, shard)| shard);
     let parameters = model.layout.order.len() as u64;
-    let mut tape = Tape::default();
-    let losses = [0, 1].map(|_| tape.take(4 * microbatches as u64));
+    let mut bump = Bump::default();
+    let losses = [0, 1].map(|_| bump.take(4 * microbatches as u64));
     let resting = if choice.resident { n } else { choice.resting.min(n) };
     // Of these the device makes updates, of the last ones with state that visits.
     let updated = if choice.resident { n } else { (choice.resting + choice.visiting_updates).min(n) };
-    let norms = [0, 1].map(|_| if updated > 0 { tape.take(8 * parameters) } else { 0 });
+    let norms = [0, 1].map(|_| if updated > 0 { bump.take(8 * parameters) } else { 0 });
     let norm_scratch = if updated > 0 && model.train.scratch {
         let bytes = |s: usize| norm_scratch_bytes(&model.segments(&shards[s].layout.own, |_| true));
-        tape.take((0..updated).filter(|&s| here(s)).map(bytes).max().unwrap_or(0))
+        bump.take((0..updated).filter(|&s| here(s)).map(bytes).max().unwrap_or(0))
     } else {
         0
     };
     let input_bytes = all_here().map(ShardPrograms::input_bytes).max().unwrap_or(0);
-    let inputs = tape.take_many(choice.input_entries, input_bytes);
+    let inputs = bump.take_many(choice.input_entries, input_bytes);
     let states_at: Vec<u64> = shards.iter().map(ShardPrograms::states_at).collect();
     let slot_bytes = |s: usize| if_here(s, shards[s].slot_bytes());
     // With room for what visits of parameters that other shards use too.
@@ -189,25 +188,25 @@ pub fn arena_map_of(
         true => if_here(s, visiting_gradients_at(shards, s) + visiting_gradient_bytes(model, shards, s)),
         false => if_here(s, shards[s].layout.gradient_bytes),
     };
-    let slots = |tape: &mut Tape, own: usize, shared: usize, bytes: &dyn Fn(usize) -> u64| -> Vec<u64> {
-        let mut slots: Vec<u64> = (0..own).map(|s| tape.take(bytes(s))).collect();
-        slots.extend(tape.take_many(shared.min(n - own), (own..n).map(bytes).max().unwrap_or(0)));
+    let slots = |bump: &mut Bump, own: usize, shared: usize, bytes: &dyn Fn(usize) -> u64| -> Vec<u64> {
+        let mut slots: Vec<u64> = (0..own).map(|s| bump.take(bytes(s))).collect();
+        slots.extend(bump.take_many(shared.min(n - own), (own..n).map(bytes).max().unwrap_or(0)));
         slots
     };
-    let weight_slots = slots(&mut tape, resting, choice.slots, &slot_bytes);
+    let weight_slots = slots(&mut bump, resting, choice.slots, &slot_bytes);
     // In a pipeline a shard's gradients wait for the next microbatch while others' are computed.
     let own = if choice.pipelined { n } else { resting };
-    let gradient_slots = slots(&mut tape, own, choice.gradient_slots, &gradient_bytes);
+    let gradient_slots = slots(&mut bump, own, choice.gradient_slots, &gradient_bytes);
     let ratio = model.layout.wide_ratio;
     let (update_slots, update_slot_bytes) = update_room(model, shards, choice, moments);
     let own = |s: usize| if_here(s, shards[s].own_bytes());
     let with_remainders = if model.has_remainders() { resting } else { 0 };
-    let remainders = (0..with_remainders).map(|s| tape.take(own(s))).collect();
+    let remainders = (0..with_remainders).map(|s| bump.take(own(s))).collect();
     let moments = [0, 1].map(|i| {
         let with_moment = if i < moments { resting } else { 0 };
-        (0..with_moment).map(|s| tape.take(own(s) * ratio)).collect()
+        (0..with_moment).map(|s| bump.take(own(s) * ratio)).collect()
     });
-    let update_slots = tape.take_many(update_slots, update_slot_bytes);
+    let update_slots = bump.take_many(update_slots, update_slot_bytes);
     // A boundary tensor is handed out by one shard and taken in by the next.
     let boundary = |s: usize| if here(s) || here(s + 1) { shards[s].boundary_bytes } else { 0 };
     let largest = (0..n.saturating_sub(1)).map(boundary).max().unwrap_or(0);
@@ -217,25 +216,25 @@ pub fn arena_map_of(
         match choice.activations {
             BoundaryTier::Device => {
                 for s in 0..n - 1 {
-                    activations.extend(tape.take_many(microbatches, boundary(s)));
+                    activations.extend(bump.take_many(microbatches, boundary(s)));
                 }
             }
-            BoundaryTier::Host { entries } => activations = tape.take_many(entries, largest),
+            BoundaryTier::Host { entries } => activations = bump.take_many(entries, largest),
         }
         let entries = match choice.gradients {
             BoundaryTier::Device => microbatches + 1,
             BoundaryTier::Host { entries } => entries,
         };
-        gradients = tape.take_many(entries, largest);
+        gradients = bump.take_many(entries, largest);
     }
     let saved = (0..n)
         .map(|s| match shards[s].forward.as_ref().map(|p| p.bytes(Area::Saved)) {
-            Some(bytes) if bytes > 0 => tape.take_many(microbatches, if_here(s, bytes)),
+            Some(bytes) if bytes > 0 => bump.take_many(microbatches, if_here(s, bytes)),
             _ => Vec::new(),
         })
         .collect();
     let workspace_bytes = all_here().map(ShardPrograms::workspace_bytes).max().unwrap_or(0);
-    let workspace = tape.take(workspace_bytes);
+    let workspace = bump.take(workspace_bytes);
     ArenaMap {
         losses,
         norms,
@@ -253,7 +252,7 @@ pub fn arena_map_of(
         gradients,
         saved,
         workspace,
-        bytes: tape.end,
+        bytes: bump.end,
     }
 }
 
@@ -330,11 +329,11 @@ pub(super) fn update_pieces(
     shard: usize,
 ) -> (usize, u64) {
     let own = shards[shard].own_bytes();
-    let pieces = stretches(own, slots, true);
-    let longest = pieces.iter().map(|r| r.end - r.start).max().unwrap_or(0);
+    let count = count_pieces(own, slots, true);
+    let longest = longest_piece(own, count);
     let state = update_parts(model, moments, longest).into_iter().map(|part| align_up(part, ALIGNMENT)).sum::<u64>();
     let shared = visiting_gradient_bytes(model, shards, shard).min(longest * model.layout.wide_ratio);
-    (pieces.len(), state.max(shared))
+    (count as usize, state.max(shared))
 }
 
 /// Bytes of what only updates touch for `bytes` of weights: first and second moment, remainder. They lie in this order,

@@ -1,6 +1,6 @@
 //! A model ready to be planned: its graphs, its flat layout, and the numbers that do not depend on the cut.
 
-use super::stand_in::Lent;
+use super::stand_in::StandInCache;
 use crate::base::{DType, Error, Result};
 use crate::device::Segment;
 use crate::graph::{Graph, ModelLayout, differentiate};
@@ -20,7 +20,7 @@ pub struct Model {
     pub layout: ModelLayout,
     /// Microbatches in a minibatch.
     pub microbatches: usize,
-    pub(super) lent: Lent,
+    pub(super) stand_ins: StandInCache,
 }
 
 impl Model {
@@ -81,7 +81,7 @@ impl Model {
             )));
         }
         let layout = ModelLayout::new(&train);
-        Ok(Model { train, eval, layout, microbatches, lent: Lent::default() })
+        Ok(Model { train, eval, layout, microbatches, stand_ins: StandInCache::default() })
     }
 
     /// Number of layers.

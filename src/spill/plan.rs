@@ -8,7 +8,7 @@ use super::memory::{ArenaMap, Choice};
 use super::model::Model;
 use super::search::{Found, Search};
 use super::shard::ShardPrograms;
-use super::store::{HostMap, OnDisk, host_map, stretches_of};
+use super::store::{HostMap, OnDisk, host_map, pieces_of};
 use crate::base::{Error, Result, format_bytes};
 use crate::device::sim::CostModel;
 use std::ops::Range;
@@ -51,8 +51,8 @@ pub struct PlanOptions {
     /// Force how many shards rest on the device where not all do, as far as there are as many; `None` is as many as
     /// fit.
     pub resting: Option<usize>,
-    /// Force how many of the shards that visit are updated on the device, as far as there are as many; not with
-    /// clipping if they run anywhere. `None` is as many as make a step shortest.
+    /// Force how many of the shards that visit are updated on the device, as far as there are as many; `None` is as
+    /// many as make a step shortest.
     pub visiting_updates: Option<usize>,
     /// Force boundary tensors to stay on the device, or to leave it.
     pub boundaries_stay: Option<bool>,
@@ -197,7 +197,7 @@ impl Plan {
     /// urgent one for long. With one slot there is one piece: no double buffering means that nothing of a shard moves
     /// while another computes.
     pub fn pieces(&self, shard: usize) -> Vec<Range<u64>> {
-        stretches_of(&self.choice, shard, self.shards[shard].own_bytes(), self.host.copy_stage_bytes)
+        pieces_of(&self.choice, shard, self.shards[shard].own_bytes(), self.host.copy_stage_bytes)
     }
 
     /// What it takes of host memory and of the disk tier, by what is at home in that.

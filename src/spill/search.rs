@@ -248,8 +248,7 @@ impl<'a> Search<'a> {
                 on_disk: OnDisk::Nothing,
             })
         };
-        let on_device = if self.options.clips { None } else { Some(of(n)) };
-        of(0).chain(on_device.into_iter().flatten()).collect()
+        of(0).chain(of(n)).collect()
     }
 
     fn fits(&self, arena_bytes: u64) -> bool {
@@ -311,7 +310,8 @@ impl<'a> Search<'a> {
         let estimated_secs = match self.options.anywhere {
             None => estimate_secs(self.model, shards, choice, self.options.moments, self.options.clips, self.cost),
             Some(devices) => {
-                estimate_anywhere_secs(self.model, shards, choice, self.options.moments, devices, self.cost)
+                let (moments, clips) = (self.options.moments, self.options.clips);
+                estimate_anywhere_secs(self.model, shards, choice, (moments, clips), devices, self.cost)
             }
         };
         let late =

@@ -35,12 +35,12 @@ pub struct StandIns {
 
 /// Where a model finds its stand-ins, if anybody holds them.
 #[derive(Debug, Default)]
-pub(super) struct Lent(Mutex<Weak<StandIns>>);
+pub(super) struct StandInCache(Mutex<Weak<StandIns>>);
 
-impl Clone for Lent {
+impl Clone for StandInCache {
     /// Of a model that may be changed.
     fn clone(&self) -> Self {
-        Lent::default()
+        StandInCache::default()
     }
 }
 
@@ -48,13 +48,13 @@ impl Model {
     /// Its stand-ins, to hold while several plans of it are made: the first of them takes about as long as all others
     /// together.
     pub fn stand_ins(&self) -> Arc<StandIns> {
-        let mut lent = self.lent.0.lock().unwrap_or_else(PoisonError::into_inner);
-        lent.upgrade().unwrap_or_else(|| {
+        let mut held = self.stand_ins.0.lock().unwrap_or_else(PoisonError::into_inner);
+        held.upgrade().unwrap_or_else(|| {
             let train = alike(&self.train, &self.layout);
             let eval = self.eval.as_ref().map_or_else(|| vec![0; train.len()], |eval| alike(eval, &self.layout));
             let alike = train.into_iter().zip(eval).map(|(train, eval)| [train, eval]).collect();
             let new = Arc::new(StandIns { alike, built: Mutex::default() });
-            *lent = Arc::downgrade(&new);
+            *held = Arc::downgrade(&new);
             new
         })
     }

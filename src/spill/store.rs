@@ -3,7 +3,7 @@
 //! What is at home on the disk comes to the host for as long as it is used there, or is on its way to a device: in
 //! pieces, through a few stages that are used over and over.
 
-use super::memory::{BoundaryTier, Choice, Tape};
+use super::memory::{BoundaryTier, Bump, Choice};
 use super::model::Model;
 use super::shard::ShardPrograms;
 use crate::base::align_up;
@@ -88,40 +88,43 @@ fn disk_piece_bytes(model: &Model) -> u64 {
     align_up((model.layout.parameter_bytes / 128).clamp(16 << 10, 4 << 20), ALIGNMENT)
 }
 
-/// The stretches in which the own `bytes` of weights of a shard that visits come and go and are updated, from its first,
-/// by how many weight slots there are.
-pub(super) fn stretches(bytes: u64, slots: usize, on_device: bool) -> Vec<Range<u64>> {
+/// How many pieces a shard's own `bytes` of weights come and go in and are updated in, if it visits.
+pub(super) fn count_pieces(bytes: u64, slots: usize, on_device: bool) -> u64 {
     // Smaller pieces cost more to start than they hide: at 10 GB/s this is 26 microseconds. An update on the device has
     // more to bring for each, and what it waits for is the link, not the piece before.
     let (least_bytes, most): (u64, u64) = if on_device { (4 << 20, 16) } else { (256 << 10, 8) };
     let most = if slots == 1 { 1 } else { most };
-    cut_evenly(bytes, most.min(bytes / least_bytes).max(1))
+    most.min(bytes / least_bytes).max(1)
 }
 
-fn cut_evenly(bytes: u64, count: u64) -> Vec<Range<u64>> {
+/// The same under a choice; where there is a disk tier none is longer than `disk_piece`.
+fn count_pieces_of(choice: &Choice, shard: usize, bytes: u64, disk_piece: u64) -> u64 {
+    if choice.rests(shard) {
+        return 1;
+    }
+    let count = count_pieces(bytes, choice.slots, choice.updates_on_device(shard));
+    if choice.on_disk == OnDisk::Nothing { count } else { count.max(bytes.div_ceil(disk_piece)) }
+}
+
+/// The pieces, from the shard's first byte.
+pub(super) fn pieces_of(choice: &Choice, shard: usize, bytes: u64, disk_piece: u64) -> Vec<Range<u64>> {
+    let count = count_pieces_of(choice, shard, bytes, disk_piece);
     let at = |i: u64| if i == count { bytes } else { align_up(bytes * i / count, ALIGNMENT) };
     (0..count).map(|i| at(i)..at(i + 1)).collect()
 }
 
-/// The stretches of a shard under a choice; where there is a disk tier none is longer than `disk_piece`.
-pub(super) fn stretches_of(choice: &Choice, shard: usize, bytes: u64, disk_piece: u64) -> Vec<Range<u64>> {
-    if choice.rests(shard) {
-        return cut_evenly(bytes, 1);
-    }
-    let stretches = stretches(bytes, choice.slots, choice.updates_on_device(shard));
-    match choice.on_disk {
-        OnDisk::Nothing => stretches,
-        _ => cut_evenly(bytes, bytes.div_ceil(disk_piece).max(stretches.len() as u64)),
-    }
+/// No less than the bytes of the longest of so many pieces.
+pub(super) fn longest_piece(bytes: u64, count: u64) -> u64 {
+    align_up(bytes.div_ceil(count), ALIGNMENT).min(bytes)
 }
 
 /// Maps a model's part of the host's store and of the disk tier.
 pub fn host_map(model: &Model, shards: &[ShardPrograms], choice: &Choice, moments: usize) -> HostMap {
-    let (mut store, mut disk) = (Tape::default(), Tape::default());
+    let (mut store, mut disk) = (Bump::default(), Bump::default());
     let (n, microbatches) = (shards.len(), model.microbatches);
     let graph = &model.train;
     let (parameter_bytes, ratio) = (model.layout.parameter_bytes, model.layout.wide_ratio);
-    let boundaries = |store: &mut Tape, tier: BoundaryTier| match tier {
+    let boundaries = |store: &mut Bump, tier: BoundaryTier| match tier {
         BoundaryTier::Host { .. } if n > 1 => {
             shards[..n - 1].iter().map(|s| store.take_many(microbatches, s.boundary_bytes)).collect()
         }
@@ -129,7 +132,7 @@ pub fn host_map(model: &Model, shards: &[ShardPrograms], choice: &Choice, moment
     };
     let logits = model.eval.as_ref().and_then(|g| g.logits.map(|v| g.bytes(v))).unwrap_or(0);
     let on_disk = choice.on_disk;
-    let home = |least: OnDisk, store: &mut Tape, disk: &mut Tape, bytes: u64| match on_disk >= least {
+    let home = |least: OnDisk, store: &mut Bump, disk: &mut Bump, bytes: u64| match on_disk >= least {
         true => disk.take(bytes),
         false => store.take(bytes),
     };
@@ -174,7 +177,7 @@ pub fn host_map(model: &Model, shards: &[ShardPrograms], choice: &Choice, moment
 /// Where each shard's gradients lie in the store: nowhere for shards at rest. Once they are on the disk, or applied,
 /// the place is free for another shard's; only those with accumulators for other shards' parameters keep theirs, until
 /// these shards have fetched them.
-fn gradient_places(shards: &[ShardPrograms], choice: &Choice, store: &mut Tape) -> Vec<u64> {
+fn gradient_places(shards: &[ShardPrograms], choice: &Choice, store: &mut Bump) -> Vec<u64> {
     let bytes = |s: usize| match choice.rests(s) && !choice.crosses {
         true => 0,
         false => shards[s].layout.gradient_bytes,
@@ -194,8 +197,8 @@ fn update_stage_bytes(model: &Model, shards: &[ShardPrograms], choice: &Choice, 
         return 0;
     }
     let of = |(s, shard): (usize, &ShardPrograms)| {
-        let pieces = stretches_of(choice, s, shard.own_bytes(), disk_piece_bytes(model));
-        let longest = pieces.iter().map(|r| r.end - r.start).max().unwrap_or(0);
+        let own = shard.own_bytes();
+        let longest = longest_piece(own, count_pieces_of(choice, s, own, disk_piece_bytes(model)));
         update_stage_parts(model, choice.on_disk, moments, longest)
             .into_iter()
             .map(|part| align_up(part, ALIGNMENT))
@@ -216,4 +219,39 @@ pub fn update_stage_parts(model: &Model, on_disk: OnDisk, moments: usize, bytes:
         when(on_disk >= OnDisk::Gradients, wide),
         when(on_disk >= OnDisk::Weights, bytes),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_piece_is_longer_than_what_is_reckoned_with() {
+        let choice = |slots: usize, visiting_updates: usize, on_disk: OnDisk| Choice {
+            resident: false,
+            resting: 0,
+            slots,
+            gradient_slots: 1,
+            activations: BoundaryTier::Device,
+            gradients: BoundaryTier::Device,
+            input_entries: 1,
+            visiting_updates,
+            update_pieces: 1,
+            crosses: false,
+            pipelined: false,
+            on_disk,
+        };
+        let choices = [(1, 0), (2, 0), (2, 1)]
+            .map(|(s, v)| [OnDisk::Nothing, OnDisk::Weights].map(|on_disk| choice(s, v, on_disk)));
+        for choice in choices.iter().flatten() {
+            for bytes in [0, 1, 256, 1 << 20, (4 << 20) + 1, 77_000_004, 1 << 30] {
+                let count = count_pieces_of(choice, 0, bytes, 1 << 20);
+                let pieces = pieces_of(choice, 0, bytes, 1 << 20);
+                let longest = longest_piece(bytes, count);
+                assert!(pieces.iter().all(|p| p.end - p.start <= longest), "{longest}: {pieces:?}");
+                let all = pieces.iter().map(|p| p.end - p.start).sum::<u64>();
+                assert_eq!((pieces.len() as u64, all), (count, bytes));
+            }
+        }
+    }
 }

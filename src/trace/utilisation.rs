@@ -91,6 +91,14 @@ impl LaneSum {
         LaneSum { lane, tasks: 0, busy_secs: 0.0, bytes: 0, flops: 0.0 }
     }
 
+    /// Adds a task that ran on it.
+    pub fn add(&mut self, event: &Event) {
+        self.tasks += 1;
+        self.busy_secs += event.secs();
+        self.bytes += event.bytes;
+        self.flops += if event.flops.is_finite() { event.flops } else { 0.0 };
+    }
+
     /// Bytes per second while it worked; `None` where it moved none.
     pub fn bytes_per_sec(&self) -> Option<f64> {
         (self.bytes > 0 && self.busy_secs > 0.0).then(|| self.bytes as f64 / self.busy_secs)
@@ -140,11 +148,7 @@ pub(super) fn add_to_sums(sums: &mut Vec<LaneSum>, event: &Event) {
         sums.insert(place, LaneSum::new(event.lane));
         place
     });
-    let sum = &mut sums[row];
-    sum.tasks += 1;
-    sum.busy_secs += event.secs();
-    sum.bytes += event.bytes;
-    sum.flops += if event.flops.is_finite() { event.flops } else { 0.0 };
+    sums[row].add(event);
 }
 
 /// Says what bound the window from `start_secs` to `end_secs`, given the events that touch it, in any order.

@@ -7,12 +7,13 @@
 
 use super::optimizer::{Optimizer, Schedule};
 use super::options::TrainOptions;
-use crate::base::tensorfile::{Element, TensorIndex};
+use crate::base::tensorfile::{Element, TensorIndex, header};
 use crate::base::{Error, Result, Shape};
 use crate::engine::{Engine, Stored};
 use crate::nn::safely::write_safely;
 use crate::spill::Model;
 use serde_json::{Map, Value, json};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -150,40 +151,19 @@ pub fn write_last_checkpoint(path: &Path, engine: &Engine, of: usize, options: &
 fn write(path: &Path, engine: &Engine, of: usize, options: &TrainOptions, (step, ended): (u64, bool)) -> Result<()> {
     let model = engine.model(of);
     let parts = parts(model, engine.plan(of).moments);
-    let mut header = Map::new();
-    let mut metadata = json!({ "format": FORMAT, "step": step.to_string() });
-    for (key, value) in identity(options) {
-        metadata[key] = value.to_string().into();
-    }
-    for (key, value) in updates(options) {
-        metadata[key] = value.into();
-    }
-    metadata[ENDED] = ended.to_string().into();
-    metadata[DTYPE] = model.train.float.to_string().into();
+    let mut metadata = BTreeMap::from([("format", FORMAT.into()), ("step", step.to_string())]);
+    metadata.extend(identity(options).map(|(key, value)| (key, value.to_string())));
+    metadata.extend(updates(options));
+    metadata.extend([(ENDED, ended.to_string()), (DTYPE, model.train.float.to_string())]);
     if !options.frozen.is_empty() {
-        metadata[FROZEN] = json!(options.frozen).to_string().into();
+        metadata.insert(FROZEN, json!(options.frozen).to_string());
     }
-    if let Some(tokenizer) = &options.tokenizer {
-        metadata[TOKENIZER] = tokenizer.as_str().into();
-    }
-    if let Some(network) = &options.network {
-        metadata[NETWORK] = network.as_str().into();
-    }
-    for (key, value) in &options.data {
-        metadata[key] = value.as_str().into();
-    }
-    header.insert("__metadata__".into(), metadata);
-    let mut end = 0;
-    for (name, shape, _) in &parts {
-        let start = end;
-        end += 4 * shape.elems();
-        let entry = json!({ "dtype": "F32", "shape": shape.axes(), "data_offsets": [start, end] });
-        header.insert(name.clone(), entry);
-    }
-    let mut header = Value::Object(header).to_string().into_bytes();
-    header.resize(header.len().next_multiple_of(8), b' ');
+    metadata.extend(options.tokenizer.clone().map(|tokenizer| (TOKENIZER, tokenizer)));
+    metadata.extend(options.network.clone().map(|network| (NETWORK, network)));
+    metadata.extend(options.data.iter().cloned());
+    let tensors = parts.iter().map(|(name, shape, _)| (name.as_str(), Element::F32, shape.axes()));
+    let header = header(&metadata, tensors);
     write_safely(path, |out| {
-        out.write_all(&(header.len() as u64).to_le_bytes())?;
         out.write_all(&header)?;
         for (_, _, part) in &parts {
             let values = match *part {

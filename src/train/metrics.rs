@@ -1,7 +1,9 @@
 //! metrics.jsonl: one JSON object a line, for every step and every validation.
 
 use super::json_lines::{JsonLines, read, salvage};
+use super::observer::StepReport;
 use crate::base::Result;
+use crate::engine::StepResult;
 use crate::trace::Bound;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
@@ -63,6 +65,26 @@ pub struct StepRow {
 }
 
 impl StepRow {
+    /// The row of a step that has ended, without rates.
+    pub fn new(report: &StepReport) -> StepRow {
+        let StepResult { step, loss, grad_norm, secs, bound } = report.result;
+        StepRow {
+            step,
+            loss,
+            lr: report.lr,
+            grad_norm,
+            tokens_per_sec: None,
+            samples_per_sec: None,
+            secs,
+            compute_secs: bound.compute,
+            h2d_secs: bound.h2d,
+            d2h_secs: bound.d2h,
+            host_secs: bound.host,
+            disk_secs: bound.disk,
+            idle_secs: bound.idle,
+        }
+    }
+
     /// The seconds by what bound them.
     pub fn bound(&self) -> Bound {
         Bound {

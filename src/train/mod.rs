@@ -16,15 +16,16 @@ mod save;
 mod selection;
 mod selection_log;
 mod session;
+mod steps;
 mod trainee;
 mod validation;
 mod weights;
 
 pub use checkpoint::{Change, Checkpoint, write_checkpoint, write_last_checkpoint};
-pub use fleet::{Fleet, FleetObserver};
+pub use fleet::Fleet;
 pub use forward::wait_forward;
 pub use json_lines::JsonLines;
-pub use observer::{Observer, StepReport};
+pub use observer::{FleetObserver, Observer, StepReport};
 pub use optimizer::{Optimizer, Schedule};
 pub use options::TrainOptions;
 pub use prepare::{batch_inputs, inputs_of, plan_model, prepare, trace_model};

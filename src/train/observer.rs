@@ -1,5 +1,6 @@
-//! Who is told what happens as a model trains, and asked what shall.
+//! Who is told what happens as models train, and asked what shall.
 
+use super::fleet::Fleet;
 use crate::base::Result;
 use crate::engine::{Engine, StepResult};
 
@@ -91,5 +92,38 @@ impl<F: FnMut(&StepReport) -> Result<()>> Observer for F {
 
     fn valid(&mut self, _: u64, _: f32, _: f64) -> Result<()> {
         Ok(())
+    }
+}
+
+/// Who observes the models of a fleet.
+pub trait FleetObserver {
+    /// Who observes one of them.
+    fn of_model(&mut self, model: usize) -> &mut dyn Observer;
+
+    /// What a model is called in a message; `None`: by its number, where there are several.
+    fn name(&self, model: usize) -> Option<String> {
+        let _ = model;
+        None
+    }
+
+    /// Called after every task that has ended while the models run, to look at the engine.
+    fn task_ended(&mut self, engine: &Engine) {
+        let _ = engine;
+    }
+
+    /// Called whenever something has ended, and once more when all has: models may be added here, and cancelled.
+    ///
+    /// # Errors
+    /// Whatever should end the run.
+    fn between(&mut self, fleet: &mut Fleet) -> Result<()> {
+        let _ = fleet;
+        Ok(())
+    }
+}
+
+/// An observer for each model, in their order.
+impl FleetObserver for Vec<&mut dyn Observer> {
+    fn of_model(&mut self, model: usize) -> &mut dyn Observer {
+        &mut *self[model]
     }
 }

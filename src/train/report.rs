@@ -290,11 +290,7 @@ fn step_bounds(models: &[ModelRows]) -> Vec<StepBound> {
 fn lanes(plan: &PlanFile, events: &[Event], kept: &BTreeSet<u32>) -> (Vec<LaneRow>, String) {
     let mut sums = BTreeMap::new();
     for event in events.iter().filter(|event| event.has_times()) {
-        let sum = sums.entry(event.lane).or_insert_with(|| LaneSum::new(event.lane));
-        sum.tasks += 1;
-        sum.busy_secs += event.secs();
-        sum.bytes += event.bytes;
-        sum.flops += event.flops;
+        sums.entry(event.lane).or_insert_with(|| LaneSum::new(event.lane)).add(event);
     }
     if sums.is_empty() {
         return (Vec::new(), String::new());

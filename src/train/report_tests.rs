@@ -19,23 +19,8 @@ struct Rows(Metrics, f64);
 
 impl Observer for Rows {
     fn step(&mut self, report: &StepReport) -> Result<()> {
-        let StepReport { result, lr } = *report;
-        let Bound { compute, h2d, d2h, host, disk, idle } = result.bound;
-        self.0.write(&Row::Step(StepRow {
-            step: result.step,
-            loss: result.loss,
-            lr,
-            grad_norm: result.grad_norm,
-            tokens_per_sec: Some(self.1 / result.secs),
-            samples_per_sec: None,
-            secs: result.secs,
-            compute_secs: compute,
-            h2d_secs: h2d,
-            d2h_secs: d2h,
-            host_secs: host,
-            disk_secs: disk,
-            idle_secs: idle,
-        }))
+        let tokens_per_sec = Some(self.1 / report.result.secs);
+        self.0.write(&Row::Step(StepRow { tokens_per_sec, ..StepRow::new(report) }))
     }
 
     fn valid(&mut self, step: u64, loss: f32, secs: f64) -> Result<()> {

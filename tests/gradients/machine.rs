@@ -67,10 +67,11 @@ pub struct Machine {
     arena_bytes: u64,
 }
 
+/// Hands out bytes one after another, as a bump allocator does, and counts them.
 #[derive(Default)]
-struct Tape(u64);
+struct Bump(u64);
 
-impl Tape {
+impl Bump {
     fn take(&mut self, bytes: u64) -> u64 {
         let at = align_up(self.0, ALIGNMENT);
         self.0 = at + bytes;
@@ -90,7 +91,7 @@ impl Machine {
         graph.scratch |= spec.wants_scratch();
         let layout = ModelLayout::new(&graph);
         let dtype = graph.float;
-        let mut tape = Tape::default();
+        let mut arena = Bump::default();
         let last = cut.shards.len() - 1;
         let mut shards: Vec<Shard> = Vec::new();
         for (s, layers) in cut.shards.iter().enumerate() {
@@ -110,10 +111,10 @@ impl Machine {
                 backward.bytes(Area::Saved)
             );
             shards.push(Shard {
-                weights: tape.take(shard.weight_bytes),
-                gradients: tape.take(shard.gradient_bytes),
-                states: tape.take(shard.states.end - shard.states.start),
-                saved: (0..microbatches).map(|_| tape.take(saved)).collect(),
+                weights: arena.take(shard.weight_bytes),
+                gradients: arena.take(shard.gradient_bytes),
+                states: arena.take(shard.states.end - shard.states.start),
+                saved: (0..microbatches).map(|_| arena.take(saved)).collect(),
                 layout: shard,
                 forward,
                 backward,
@@ -123,17 +124,17 @@ impl Machine {
             let bytes = |s: usize| {
                 graph.bytes(graph.layers[cut.shards[s].end - 1].output.expect("a layer before the last hands on"))
             };
-            (0..last).map(|s| (0..microbatches).map(|_| tape.take(bytes(s))).collect()).collect()
+            (0..last).map(|s| (0..microbatches).map(|_| arena.take(bytes(s))).collect()).collect()
         };
         let (activations, boundary_gradients) = (boundaries(), boundaries());
         let most = |area| {
             let programs = shards.iter().flat_map(|s| s.forward.iter().chain([&s.backward]));
             programs.map(|p| p.bytes(area)).max().unwrap_or(0)
         };
-        let inputs = tape.take(most(Area::Inputs));
-        let results = tape.take(microbatches as u64 * dtype.wide().bytes());
-        let workspace = tape.take(most(Area::Workspace));
-        let arena_bytes = tape.0;
+        let inputs = arena.take(most(Area::Inputs));
+        let results = arena.take(microbatches as u64 * dtype.wide().bytes());
+        let workspace = arena.take(most(Area::Workspace));
+        let arena_bytes = arena.0;
         let input_bytes: u64 = graph.inputs.iter().map(|i| align_up(graph.bytes(i.value), ALIGNMENT)).sum();
         let gradient_bytes: u64 = shards.iter().map(|s| s.layout.gradient_bytes).sum();
         let memory = DeviceMemory {
@@ -168,7 +169,7 @@ impl Machine {
     /// One training step on `inputs`, by microbatch and input, from these weights; `numbers` are the microbatches'
     /// numbers, which key the random words. Runs forward, last and backward units in order, each for all microbatches.
     pub fn run(&mut self, weights: &[Vec<f64>], inputs: &[Vec<Vec<u8>>], numbers: &[u32]) -> Outcome {
-        let mut host = Tape(self.arena_bytes);
+        let mut host = Bump(self.arena_bytes);
         let weights_at = host.take(self.layout.parameter_bytes);
         let states_at = host.take(self.layout.state_bytes);
         for (p, weight) in weights.iter().enumerate() {

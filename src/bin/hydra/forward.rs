@@ -2,12 +2,13 @@
 
 use crate::print::{say, say_beside};
 use crate::setup::note_unused;
-use hydra::base::tensorfile::{Element, TensorFile, TensorView, quoted};
+use hydra::base::tensorfile::{Element, TensorFile, TensorView, header, quoted};
 use hydra::base::{DType, Error, Result};
 use hydra::data::{Batch, BatchTensor, names};
 use hydra::nn;
 use hydra::train::{wait_forward, write_safely};
 use serde_json::json;
+use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::path::Path;
 
@@ -37,15 +38,10 @@ pub fn run(model: &Path, input: &Path, output: &Path, json: bool) -> Result<()> 
         Error::BadInput(what) if what.starts_with(&model.display().to_string()) => Error::BadInput(what),
         other => fault(other),
     })?;
-    let header = json!({
-        "logits": { "dtype": "F32", "shape": shape.axes(), "data_offsets": [0, 4 * logits.len()] }
-    });
-    let mut header = header.to_string().into_bytes();
-    header.resize(header.len().next_multiple_of(8), b' ');
+    let header = header(&BTreeMap::new(), [("logits", Element::F32, shape.axes())]);
     // Where the file goes to standard output, the line would be a part of it.
     let say = |line: String| if is_stdout(output) { say_beside(line) } else { say(line) };
     write_safely(output, |out| {
-        out.write_all(&(header.len() as u64).to_le_bytes())?;
         out.write_all(&header)?;
         logits.iter().try_for_each(|value| out.write_all(&value.to_le_bytes()))
     })?;

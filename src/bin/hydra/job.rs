@@ -17,6 +17,8 @@ mod set;
 mod tests;
 
 use hydra::base::{Error, Result};
+use hydra::sched::POLICIES;
+use hydra::spill::Baseline;
 pub use model::{Model, Valid};
 pub use search::Search;
 use section::{Origin, Section};
@@ -49,7 +51,7 @@ pub struct Run {
     pub out: PathBuf,
     /// Seed of all random numbers; default 0.
     pub seed: u64,
-    /// Which model's shard goes next; default [`Policy::ShardedLrtf`].
+    /// Which model's shard goes next; default the first of [`POLICIES`].
     pub policy: Policy,
     /// Weight slots per device; none: 2.
     pub slots: Option<usize>,
@@ -61,56 +63,36 @@ pub struct Run {
     pub trace_last: u64,
     /// Whether microbatches of one model may go on from device to device, where the policy can have that.
     pub pipeline: Pipeline,
-    /// Whether rehearsals may find out what [`Policy::LocalityLrtf`] should lean to.
+    /// Whether rehearsals may find out what [`Policy::LOCALITY_LRTF`] should lean to.
     pub rehearse: bool,
-    /// Microbatches that [`Policy::Gpipe`] keeps in its pipeline; none: as many as devices.
+    /// Microbatches that [`Baseline::Gpipe`] keeps in its pipeline; none: as many as devices.
     pub pipeline_microbatches: Option<usize>,
 }
 
-/// The policies and, after them, the baselines.
+/// How models share the devices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Policy {
-    /// The model with the most work left (`sharded-lrtf`).
-    ShardedLrtf,
-    /// In file order (`fifo`).
-    Fifo,
-    /// Any, by a seeded draw (`random`).
-    Random,
-    /// Each in turn (`round-robin`).
-    RoundRobin,
-    /// The model with the least work left (`srtf`).
-    Srtf,
-    /// The most work left, weighed by what is resident and what the links carry (`locality-lrtf`).
-    LocalityLrtf,
-    /// Baseline: one model after another on the first device (`one-at-a-time`).
-    OneAtATime,
-    /// Baseline: each model cut over all devices, one minibatch at a time (`model-parallel`).
-    ModelParallel,
-    /// Baseline: the same cut with microbatches in a pipeline (`gpipe`).
-    Gpipe,
-    /// Baseline: each model whole on one device (`task-parallel`).
-    TaskParallel,
+    /// They take turns by the one of [`POLICIES`] that has this name.
+    Turns(&'static str),
+    /// They run in lines.
+    Lines(Baseline),
 }
 
 impl Policy {
-    /// The policies and the words for them.
-    pub const WORDS: [(&'static str, Policy); 10] = [
-        ("sharded-lrtf", Policy::ShardedLrtf),
-        ("fifo", Policy::Fifo),
-        ("random", Policy::Random),
-        ("round-robin", Policy::RoundRobin),
-        ("srtf", Policy::Srtf),
-        ("locality-lrtf", Policy::LocalityLrtf),
-        ("one-at-a-time", Policy::OneAtATime),
-        ("model-parallel", Policy::ModelParallel),
-        ("gpipe", Policy::Gpipe),
-        ("task-parallel", Policy::TaskParallel),
-    ];
+    /// The policy that can lean, and let a model run on several devices at once.
+    pub const LOCALITY_LRTF: Policy = Policy::Turns("locality-lrtf");
+
+    /// Each with the word for it: the policies and, after them, the baselines.
+    pub fn words() -> Vec<(&'static str, Policy)> {
+        let turns = POLICIES.map(|(name, _)| (name, Policy::Turns(name)));
+        let lines = Baseline::NAMES.map(|(name, baseline)| (name, Policy::Lines(baseline)));
+        turns.into_iter().chain(lines).collect()
+    }
 
     /// The word for it in a job file.
     pub fn word(self) -> &'static str {
-        let found = Policy::WORDS.iter().find(|(_, policy)| *policy == self);
-        found.expect("WORDS has every policy").0
+        let found = Policy::words().into_iter().find(|(_, policy)| *policy == self);
+        found.expect("every policy has a word").0
     }
 }
 
@@ -360,7 +342,7 @@ fn read_run(root: &Section, stem: &str) -> Result<Run> {
     Ok(Run {
         out,
         seed: s.integer("seed", 0..=u64::MAX)?.unwrap_or(0),
-        policy: s.word("policy", &Policy::WORDS)?.unwrap_or(Policy::ShardedLrtf),
+        policy: s.word("policy", &Policy::words())?.unwrap_or(Policy::Turns(POLICIES[0].0)),
         slots: s.count("slots")?,
         recompute: s.word("recompute", &Recompute::WORDS)?.unwrap_or(Recompute::Auto),
         trace_first: trace.integer("first", 0..=u64::MAX)?.unwrap_or(5),

@@ -6,7 +6,7 @@ use hydra::base::{Error, Result};
 use hydra::device::host::HostSpec;
 use hydra::device::sim::{CostModel, PROFILES, Profile};
 use hydra::device::{DeviceSpec, calibrate_fleet, gpus, why_no_cuda, why_no_emulator};
-use hydra::spill::HomeBudgets;
+use hydra::spill::{Baseline, HomeBudgets};
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -266,10 +266,10 @@ pub fn machine(file: &str, job: &Job) -> Result<Machine> {
 /// Devices that compute at the same time, of so many, with so many models.
 fn at_work(policy: Policy, models: usize, devices: usize) -> usize {
     match policy {
-        Policy::OneAtATime | Policy::ModelParallel => 1,
-        Policy::Gpipe => devices,
+        Policy::Lines(Baseline::OneAtATime | Baseline::ModelParallel) => 1,
+        Policy::Lines(Baseline::Gpipe) => devices,
         // A model runs on one device at a time.
-        _ => devices.min(models),
+        Policy::Turns(_) | Policy::Lines(Baseline::TaskParallel) => devices.min(models),
     }
 }
 
@@ -318,11 +318,11 @@ mod tests {
     fn as_many_devices_are_at_work_as_there_are_models_unless_the_policy_says_otherwise() {
         let turns = [(1, 4, 1), (3, 4, 3), (5, 4, 4), (7, 1, 1)];
         for (models, devices, want) in turns {
-            assert_eq!(at_work(Policy::ShardedLrtf, models, devices), want);
-            assert_eq!(at_work(Policy::TaskParallel, models, devices), want);
-            assert_eq!(at_work(Policy::OneAtATime, models, devices), 1);
-            assert_eq!(at_work(Policy::ModelParallel, models, devices), 1);
-            assert_eq!(at_work(Policy::Gpipe, models, devices), devices);
+            assert_eq!(at_work(Policy::Turns("sharded-lrtf"), models, devices), want);
+            assert_eq!(at_work(Policy::Lines(Baseline::TaskParallel), models, devices), want);
+            assert_eq!(at_work(Policy::Lines(Baseline::OneAtATime), models, devices), 1);
+            assert_eq!(at_work(Policy::Lines(Baseline::ModelParallel), models, devices), 1);
+            assert_eq!(at_work(Policy::Lines(Baseline::Gpipe), models, devices), devices);
         }
     }
 }

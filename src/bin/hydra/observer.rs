@@ -13,6 +13,7 @@ use crate::print::{note, warn};
 use crate::progress::{Board, Progress};
 use crate::room::plan_added;
 use crate::rundir::{self, RunDir};
+use crate::standing::Standing;
 use crate::watch::Watch;
 use hydra::base::{Error, Result, nearest};
 use hydra::engine::Engine;
@@ -26,17 +27,6 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
-
-/// How far a model of the job had come when the run began, or when it came to the run.
-pub struct Standing {
-    /// Steps that it goes on from.
-    pub from: u64,
-    /// How it had ended; nothing of it is trained then.
-    pub ended: Option<Status>,
-    /// How it is to end where it was to before, and the run ended first: no step of it is trained, and what it has
-    /// learnt is saved.
-    pub ends: Option<Status>,
-}
 
 /// Looks after the models of one run.
 pub struct RunObserver<'a> {

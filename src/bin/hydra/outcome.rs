@@ -1,10 +1,10 @@
 //! What became of a run's models: the rows of results.csv, of the JSON object at the end, and of the table.
 
 use crate::job::Job;
-use crate::observer::Standing;
 use crate::planning::PlannedJob;
 use crate::print::{say, table};
 use crate::rundir::{self, RunDir};
+use crate::standing::Standing;
 use crate::watch::Watch;
 use hydra::base::{Result, format_secs};
 use hydra::train::metrics::{Row, read_rows, secs};

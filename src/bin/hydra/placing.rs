@@ -8,7 +8,7 @@ use hydra::base::{Error, Result};
 use hydra::engine::{self, SimulateOptions, Simulation, plan_alone};
 use hydra::sched::{self, LocalityLrtf, by_name};
 use hydra::spill::{
-    Baseline, FleetDevice, FleetMap, FleetModel, FleetPlan, Home, Lined, Model, Placed, PlanOptions, find_homes, named,
+    FleetDevice, FleetMap, FleetModel, FleetPlan, Home, Lined, Model, Placed, PlanOptions, find_homes, named,
     or_nominal, place_baseline, plan_fleet, plan_pipelined,
 };
 use hydra::trace::Recorder;
@@ -46,7 +46,7 @@ impl Sharing {
     /// Who says which unit is next, where models take turns.
     pub fn policy(&self, run: &Run) -> Option<Box<dyn sched::Policy>> {
         match self {
-            Sharing::Turns(policy) if run.policy == Policy::LocalityLrtf => Some(Box::new(policy.clone())),
+            Sharing::Turns(policy) if run.policy == Policy::LOCALITY_LRTF => Some(Box::new(policy.clone())),
             Sharing::Turns(_) => by_name(run.policy.word(), run.seed),
             Sharing::Alone | Sharing::Lines(_) => None,
         }
@@ -77,7 +77,7 @@ impl Placing {
         let _held: Vec<_> = fleet.iter().map(|m| m.model.stand_ins()).collect();
         let devices: Vec<FleetDevice> =
             machine.devices.iter().map(|d| FleetDevice { budget: d.budget, cost: d.cost.clone() }).collect();
-        if let Some(baseline) = Baseline::by_name(job.run.policy.word()) {
+        if let Policy::Lines(baseline) = job.run.policy {
             return or_nominal(&devices, |devices| {
                 let Lined { placed, lines, smallest_device_bytes } = place_baseline(baseline, fleet, devices)?;
                 Placing { placed, sharing: Sharing::Lines(lines), smallest_device_bytes }.checked(machine)
@@ -91,7 +91,7 @@ impl Placing {
                 Ok(Placing { placed: plan.placed, sharing, smallest_device_bytes: plan.smallest_device_bytes })
             }
         };
-        let may_pipeline = job.run.policy == Policy::LocalityLrtf && job.run.pipeline != Pipeline::Never;
+        let may_pipeline = job.run.policy == Policy::LOCALITY_LRTF && job.run.pipeline != Pipeline::Never;
         let plan = if may_pipeline { plan_pipelined(fleet, &devices) } else { Ok(None) };
         // Memory that is asked for must be of use: where none would do, that is said first.
         let never = || {

@@ -12,7 +12,7 @@ use hydra::base::{Error, Result, format_bytes};
 use hydra::device::DiskSpec;
 use hydra::engine::{Prediction, SimulateOptions, Simulation, busiest, predict, simulate};
 use hydra::sched::{LocalityLrtf, Policy, Rehearsal};
-use hydra::spill::{FleetMap, FleetModel, Home, Model, Placed, Plan};
+use hydra::spill::{Baseline, FleetMap, FleetModel, Home, Model, Placed, Plan};
 use hydra::trace::{Bound, Recorder};
 use hydra::train::{ModelToTrain, Schedule, trace_model};
 use std::path::Path;
@@ -296,7 +296,7 @@ impl PlannedJob {
         }
         let why = match self.sharing {
             Sharing::Alone | Sharing::Turns(_) if models < devices => "a model runs on one device at a time",
-            Sharing::Lines(_) if self.job.run.policy == job::Policy::OneAtATime => {
+            Sharing::Lines(_) if self.job.run.policy == job::Policy::Lines(Baseline::OneAtATime) => {
                 "one-at-a-time uses the first device alone"
             }
             _ => "every model is at home on another",

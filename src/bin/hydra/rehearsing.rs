@@ -43,7 +43,7 @@ pub fn rehearse_turns(
     // A model alone on its device has nobody to take turns with.
     let chooses = placed.len() > 1 && placed.iter().any(|p| p.home == Home::Anywhere);
     let longest = steps.iter().copied().max().unwrap_or(0);
-    if run.policy != Policy::LocalityLrtf || !run.rehearse || !chooses || longest == 0 {
+    if run.policy != Policy::LOCALITY_LRTF || !run.rehearse || !chooses || longest == 0 {
         return Ok(None);
     }
     let makespan_secs = |sharing: &Sharing, most: u64| {

@@ -11,7 +11,7 @@ use hydra::base::{DType, Error, Result};
 use hydra::data::{Source, names};
 use hydra::graph::Graph;
 use hydra::nn::{self, Form, InputShape, Network, Pretrained};
-use hydra::spill::{PlanOptions, Recompute};
+use hydra::spill::{Baseline, PlanOptions, Recompute};
 use hydra::train::{TrainOptions, Weights, inputs_of};
 use std::cell::RefCell;
 use std::path::Path;
@@ -132,12 +132,12 @@ impl Prepared {
 /// [`Error::BadInput`] that names the key.
 pub fn check_scope(file: &str, job: &Job) -> Result<()> {
     let fault = |at: &str, what: &str| Err(Error::bad(format!("{file}: {at}: {what}")));
-    if job.run.pipeline_microbatches.is_some() && job.run.policy != Policy::Gpipe {
+    if job.run.pipeline_microbatches.is_some() && job.run.policy != Policy::Lines(Baseline::Gpipe) {
         return fault("run.pipeline_microbatches", "goes with policy = \"gpipe\" only; leave it out");
     }
     if job.run.pipeline == Pipeline::Always {
         let devices: usize = job.devices.iter().map(|d| d.count).sum();
-        if job.run.policy != Policy::LocalityLrtf || devices < 2 {
+        if job.run.policy != Policy::LOCALITY_LRTF || devices < 2 {
             let what = "\"always\" goes with policy = \"locality-lrtf\" and two devices or more; leave it out";
             return fault("run.pipeline", what);
         }
@@ -294,7 +294,7 @@ fn open_tokenizer(model: &job::Model, tokenizers: &Tokenizers) -> Result<Option<
 /// Samples that run together. In a pipeline they follow from how many microbatches it is to hold: by default as many as
 /// there are devices, or the most below that which divide the batch.
 fn microbatch(job: &Job, model: &job::Model) -> Result<usize> {
-    if job.run.policy != Policy::Gpipe {
+    if job.run.policy != Policy::Lines(Baseline::Gpipe) {
         return Ok(model.microbatch);
     }
     let devices: usize = job.devices.iter().map(|d| d.count).sum();

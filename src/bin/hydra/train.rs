@@ -6,32 +6,31 @@ use crate::inbox::{Inbox, Taken};
 use crate::job::Job;
 use crate::judge::Judges;
 use crate::machine::free_memory_bytes;
-use crate::observer::{RunObserver, Standing};
+use crate::observer::RunObserver;
 use crate::outcome;
 use crate::placing::Sharing;
-use crate::planning::{Planned, PlannedJob, warn_of_warmups};
+use crate::planning::{PlannedJob, warn_of_warmups};
 use crate::print::{say, warn};
 use crate::progress::Board;
 use crate::rehearsing::describe_rehearsal;
 use crate::room::roomy_arenas;
 use crate::rundir::{self, Found, RunDir, inspect};
-use crate::setup::Prepared;
 use crate::show::summary;
+use crate::signals::Signals;
+use crate::standing::{Standing, check_names, open_checkpoints, standings, tell_changes};
 use crate::watch::Watch;
-use hydra::base::{Error, Result, nearest};
+use hydra::base::{Error, Result};
 use hydra::device::{Device, FleetMemory, start_fleet};
 use hydra::engine::TurnOptions;
 use hydra::spill::named;
 use hydra::trace::{Keep, Recorder, RecorderOptions};
 use hydra::train::results::{self, ModelResult, Status};
-use hydra::train::{Checkpoint, Fleet, ModelToTrain, Verdict, Weights};
+use hydra::train::{Checkpoint, Fleet, ModelToTrain, Weights};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::atomic::AtomicBool;
 
 /// Trains the job at `path`.
 ///
@@ -125,127 +124,6 @@ impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         Failure { error, untouched: true, models: Vec::new() }
     }
-}
-
-/// A signal so soon after the first is the same wish: `timeout` sends one to its child and one to the child's group,
-/// and who types may type twice.
-const REPEATS: Duration = Duration::from_secs(2);
-
-/// What SIGINT and SIGTERM do. While a job is prepared, which may take minutes where a text is cut or a plan is
-/// searched, there is nothing to keep: they end the program. Later the first sets a flag, which is heeded between
-/// steps, and another that is no repeat of it ends the program.
-struct Signals {
-    stop: Arc<AtomicBool>,
-    preparing: Arc<Mutex<bool>>,
-}
-
-impl Signals {
-    fn install() -> Result<Signals> {
-        let signals = Signals { stop: Arc::default(), preparing: Arc::new(Mutex::new(true)) };
-        let (flag, preparing) = (Arc::clone(&signals.stop), Arc::clone(&signals.preparing));
-        let mut asked_at: Option<Instant> = None;
-        let handler = move || {
-            // Held until the end, so that no run begins meanwhile.
-            if *preparing.lock().unwrap_or_else(PoisonError::into_inner) {
-                let error = Error::Interrupted { at: "the job's preparation".into(), checkpoint: Some(false) };
-                crate::complain(&error.to_string());
-                std::process::exit(error.exit_code().into());
-            }
-            flag.store(true, Ordering::Relaxed);
-            if asked_at.get_or_insert_with(Instant::now).elapsed() > REPEATS {
-                crate::complain("a second signal: the run ends at once; of each model its last checkpoint is kept");
-                std::process::exit(1);
-            }
-        };
-        ctrlc::set_handler(handler).map_err(|e| Error::Device(format!("cannot listen for signals: {e}")))?;
-        Ok(signals)
-    }
-
-    /// From now on there is something to put in order first.
-    fn wait_for_the_step(&self) {
-        *self.preparing.lock().unwrap_or_else(PoisonError::into_inner) = false;
-    }
-}
-
-/// Looks for models of the run in `out` that have a checkpoint and that the job, whose models are called `names`, has
-/// no more: under another name a model would begin anew.
-///
-/// # Errors
-/// [`Error::BadInput`] where the run must go on from what it has.
-fn check_names(out: &Path, names: &[&str], resume: Resume) -> Result<()> {
-    let has_checkpoint = |name: &str| out.join(name).join(rundir::CHECKPOINT).exists();
-    let gone = rundir::planned_names(out).into_iter().filter(|old| !names.contains(&old.as_str()));
-    let gone: Vec<String> = gone.filter(|old| has_checkpoint(old)).collect();
-    let [first, ..] = &gone[..] else { return Ok(()) };
-    let fresh = names.iter().copied().filter(|name| !has_checkpoint(name));
-    let near = nearest(first, fresh).map_or(String::new(), |near| format!("; is it {near:?} now?"));
-    let list: Vec<String> = gone.iter().map(|name| format!("{name:?}")).collect();
-    let what = format!("{}: has checkpoints of models that the job has not: {}", out.display(), list.join(", "));
-    match resume {
-        Resume::Require => Err(Error::bad(format!("{what}, and --resume require goes on with all{near}"))),
-        Resume::Auto | Resume::Never => {
-            warn(format!("{what}; they are left as they are{near}"));
-            Ok(())
-        }
-    }
-}
-
-/// The checkpoints of a run that is there, compared with the job.
-fn open_checkpoints(planned: &PlannedJob, resume: Resume) -> Result<Vec<Option<Checkpoint>>> {
-    let mut checkpoints = Vec::new();
-    for model in &planned.models {
-        let path = planned.job.run.out.join(&model.prepared.name).join(rundir::CHECKPOINT);
-        let checkpoint = Checkpoint::open(&path)?;
-        if let Some(checkpoint) = &checkpoint {
-            checkpoint.check(&model.prepared.options, model.model())?;
-            let (done, steps) = (checkpoint.step(), model.prepared.options.steps);
-            if done > steps {
-                return Err(Error::bad(format!("{}: is after {done} steps, the job has {steps}", path.display())));
-            }
-        }
-        checkpoints.push(checkpoint);
-    }
-    if resume == Resume::Require && checkpoints.iter().all(Option::is_none) {
-        let out = planned.job.run.out.display();
-        return Err(Error::bad(format!("{out}: the run has no checkpoint to resume from, as --resume require wants")));
-    }
-    Ok(checkpoints)
-}
-
-/// Says in a line what of a model's training is other than before: it may be meant, and it may be a slip.
-fn tell_changes(prepared: &Prepared, checkpoint: &Checkpoint) {
-    let changes = checkpoint.changes(&prepared.options);
-    if !changes.is_empty() {
-        let changes: Vec<String> = changes.iter().map(|c| format!("{} = {} (was {})", c.key, c.is, c.was)).collect();
-        let (name, step) = (&prepared.name, checkpoint.step());
-        warn(format!("{name}: goes on from step {step} with other settings than before: {}", changes.join(", ")));
-    }
-}
-
-/// How far each model had come.
-fn standings(
-    planned: &PlannedJob,
-    checkpoints: &[Option<Checkpoint>],
-    taken: &Taken,
-    judges: &mut Judges,
-) -> Vec<Standing> {
-    let from: Vec<u64> = checkpoints.iter().map(|c| c.as_ref().map_or(0, Checkpoint::step)).collect();
-    let verdicts = judges.extend(&planned.job, &from);
-    let standing = |((model, checkpoint), verdict): ((&Rc<Planned>, &Option<Checkpoint>), Verdict)| {
-        let from = checkpoint.as_ref().map_or(0, Checkpoint::step);
-        let end = match verdict {
-            _ if from == model.prepared.options.steps => Some(Status::Done),
-            _ if taken.cancelled.contains(&model.prepared.name) => Some(Status::Cancelled),
-            Verdict::Stop(reason) => Some(Status::Stopped(reason)),
-            Verdict::GoOn => None,
-        };
-        // Where there is no checkpoint, there is nothing to save either.
-        match checkpoint.as_ref().is_none_or(Checkpoint::ended) {
-            true => Standing { from, ended: end, ends: None },
-            false => Standing { from, ended: None, ends: end.filter(|end| *end != Status::Done) },
-        }
-    };
-    planned.models.iter().zip(checkpoints).zip(verdicts).map(standing).collect()
 }
 
 /// Says so, and writes what the run may have had no time for.

@@ -176,21 +176,8 @@ impl Observer for Watch<'_> {
         let per_sec = |count: u64| count as f64 / result.secs.max(1e-9);
         let tokens_per_sec = self.tokens.map(per_sec);
         let samples_per_sec = if self.tokens.is_none() { Some(per_sec(self.samples)) } else { None };
-        self.metrics.write(&Row::Step(StepRow {
-            step: result.step,
-            loss: result.loss,
-            lr: report.lr,
-            grad_norm: result.grad_norm,
-            tokens_per_sec,
-            samples_per_sec,
-            secs: result.secs,
-            compute_secs: result.bound.compute,
-            h2d_secs: result.bound.h2d,
-            d2h_secs: result.bound.d2h,
-            host_secs: result.bound.host,
-            disk_secs: result.bound.disk,
-            idle_secs: result.bound.idle,
-        }))?;
+        let row = StepRow { tokens_per_sec, samples_per_sec, ..StepRow::new(report) };
+        self.metrics.write(&Row::Step(row))?;
         (self.loss, self.done) = (Some(result.loss), result.step + 1);
         let units = if self.tokens.is_some() { "tokens" } else { "samples" };
         let rate = tokens_per_sec.or(samples_per_sec).unwrap_or(0.0);

@@ -36,7 +36,7 @@ fn every_key_is_in_the_reference_and_no_other() {
     for ((name, keys), (want_name, want_keys)) in found.iter().zip(want) {
         assert_eq!((*name, &keys[..]), (want_name, want_keys));
     }
-    for (word, _) in super::Policy::WORDS {
+    for (word, _) in super::Policy::words() {
         assert!(text.contains(&format!("`{word}`")), "{word}");
     }
 }

@@ -40,11 +40,11 @@ pub fn apply(origin: Origin, job: &mut Table, setting: &str) -> Result<()> {
         return Err(fault(format!("{}: the job file has no [[{}]]", keys[0], keys[0])));
     }
     let (last, way) = keys.split_last().expect("splitting gives at least one key");
-    let mut place = Place::Table(job);
+    let mut container = Container::Table(job);
     for (i, key) in way.iter().enumerate() {
-        place = place.step(key).map_err(|message| fault(format!("{}: {message}", keys[..=i].join("."))))?;
+        container = container.step(key).map_err(|message| fault(format!("{}: {message}", keys[..=i].join("."))))?;
     }
-    place.put(last, value).map_err(|message| fault(format!("{}: {message}", keys.join("."))))
+    container.put(last, value).map_err(|message| fault(format!("{}: {message}", keys.join("."))))
 }
 
 /// The value that `text` stands for; a bare word, or words, such as `fifo` or `64 MiB`, is a string.
@@ -60,34 +60,34 @@ fn read_value(text: &str) -> std::result::Result<Value, String> {
 }
 
 /// Where a path has led: to something that has parts.
-enum Place<'a> {
+enum Container<'a> {
     Table(&'a mut Table),
     List(&'a mut Vec<Value>),
 }
 
-impl<'a> Place<'a> {
+impl<'a> Container<'a> {
     /// The table or list under `key`, created as a table where a table lacks it.
-    fn step(self, key: &str) -> std::result::Result<Place<'a>, String> {
+    fn step(self, key: &str) -> std::result::Result<Container<'a>, String> {
         let value = match self {
-            Place::Table(table) => table.entry(key).or_insert_with(|| Value::Table(Table::new())),
-            Place::List(list) => {
+            Container::Table(table) => table.entry(key).or_insert_with(|| Value::Table(Table::new())),
+            Container::List(list) => {
                 let at = index(list, key)?;
                 &mut list[at]
             }
         };
         match value {
-            Value::Table(table) => Ok(Place::Table(table)),
-            Value::Array(list) => Ok(Place::List(list)),
+            Value::Table(table) => Ok(Container::Table(table)),
+            Value::Array(list) => Ok(Container::List(list)),
             other => Err(format!("leads through {}, which has no parts", show(other))),
         }
     }
 
     fn put(self, key: &str, value: Value) -> std::result::Result<(), String> {
         match self {
-            Place::Table(table) => {
+            Container::Table(table) => {
                 table.insert(key.to_string(), value);
             }
-            Place::List(list) => {
+            Container::List(list) => {
                 let at = index(list, key)?;
                 list[at] = value;
             }

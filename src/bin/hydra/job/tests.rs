@@ -108,7 +108,7 @@ fn reads_every_key() {
     let run = Run {
         out: "/jobs/runs/demo".into(),
         seed: 1,
-        policy: Policy::Gpipe,
+        policy: Policy::Lines(Baseline::Gpipe),
         slots: Some(2),
         recompute: Recompute::Always,
         trace_first: 2,
@@ -163,7 +163,7 @@ fn defaults() {
     let run = Run {
         out: "/jobs/runs/job".into(),
         seed: 0,
-        policy: Policy::ShardedLrtf,
+        policy: Policy::Turns("sharded-lrtf"),
         slots: None,
         recompute: Recompute::Auto,
         trace_first: 5,
@@ -191,7 +191,7 @@ fn defaults() {
         let run = good(&format!("[run]\ntrace = {trace}\n{MODEL}")).run;
         assert_eq!((run.trace_first, run.trace_last), want, "{trace}");
     }
-    for (word, policy) in Policy::WORDS {
+    for (word, policy) in Policy::words() {
         assert_eq!(good(&format!("[run]\npolicy = '{word}'\n{MODEL}")).run.policy, policy);
     }
 }
@@ -381,7 +381,7 @@ fn overrides() {
     let job = set(&["model.0.lr=1e-2", "model.1.momentum=0.5", "run.policy=fifo", "device.0.memory=1 GiB"]);
     assert!(matches!(job.models[0].optimizer, Optimizer::Adamw { lr: 1e-2, .. }));
     assert!(matches!(job.models[1].optimizer, Optimizer::Sgd { momentum: 0.5, .. }));
-    assert_eq!((job.run.policy, job.devices[0].memory), (Policy::Fifo, Some(1 << 30)));
+    assert_eq!((job.run.policy, job.devices[0].memory), (Policy::Turns("fifo"), Some(1 << 30)));
     let job = set(&["model.0.optimizer.betas.1=0.5", "model.0.name=\"x\"", " run.out = elsewhere ", "run.seed=4"]);
     assert!(matches!(job.models[0].optimizer, Optimizer::Adamw { betas: (0.9, 0.5), .. }));
     assert_eq!((job.models[0].name.as_str(), &job.run.out, job.run.seed), ("x", &"/jobs/elsewhere".into(), 4));
