@@ -1060,6 +1060,23 @@ fn a_loss_that_is_not_finite_stops_the_run_and_names_the_layer() {
 }
 
 #[test]
+fn a_fault_in_a_later_batch_leaves_the_steps_before_it() {
+    let job = Job::fixture("gpt2");
+    let mut ids = vec![1; 5 * 2 * 4];
+    // Its last one is of step 3, which is begun while step 2 is in flight.
+    ids[4 * 8 - 1] = 1000;
+    let shape = &[5, 2, 4][..];
+    let file = tensor_file(&[("input_ids", "I64", shape, i64s(&ids)), ("labels", "I64", shape, i64s(&[1; 40]))]);
+    fs::write(job.at("batches.safetensors"), file).expect("batches");
+    let text = fs::read_to_string(job.at("job.toml")).expect("job.toml").replace("steps = 3", "steps = 5");
+    fs::write(job.at("job.toml"), with_rates(&text)).expect("job.toml");
+    job.hydra(&["train"]).bad(&["m: ", "1000"]);
+    let rows = read_rows(&job.at("runs/job/m/metrics.jsonl")).expect("rows");
+    assert_eq!(rows.len(), 3, "{rows:?}");
+    assert!(!job.at("runs/job/m/model").exists());
+}
+
+#[test]
 fn forward_writes_logits_whole_or_not_at_all() {
     let job = Job::fixture("gpt2");
     let (model, input, output) = (job.at("model"), job.at("x.safetensors"), job.at("y.safetensors"));
