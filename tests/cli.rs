@@ -946,6 +946,11 @@ fn bad_jobs() {
         job.hydra(&["train", "--set", set]).bad(&[says]);
         assert!(!job.at("runs").exists(), "{set}");
     }
+    // Of a model that takes no text, its classes are of no account.
+    let text = "model.0.data={ text = 'job.toml', tokenizer = 'bytes', context = 8 }";
+    Job::fixture("vit")
+        .hydra(&["plan", "--set", text])
+        .bad(&["job.toml: model.0.data.text: the model takes images, not text"]);
     // A vocabulary that does not fit would be told first.
     let missing = "model.0.data={ text = 'none.txt', tokenizer = 'bytes', context = 16 }";
     job.hydra(&["train", "--set", missing, "--set", "model.0.config.vocab_size=256"]).bad(&["none.txt: no such file"]);
@@ -1081,6 +1086,23 @@ fn a_loss_that_is_not_finite_stops_the_run_and_names_the_layer() {
 }
 
 #[test]
+fn a_fault_in_a_later_batch_leaves_the_steps_before_it() {
+    let job = Job::fixture("gpt2");
+    let mut ids = vec![1; 5 * 2 * 4];
+    // Its last one is of step 3, which is begun while step 2 is in flight.
+    ids[4 * 8 - 1] = 1000;
+    let shape = &[5, 2, 4][..];
+    let file = tensor_file(&[("input_ids", "I64", shape, i64s(&ids)), ("labels", "I64", shape, i64s(&[1; 40]))]);
+    fs::write(job.at("batches.safetensors"), file).expect("batches");
+    let text = fs::read_to_string(job.at("job.toml")).expect("job.toml").replace("steps = 3", "steps = 5");
+    fs::write(job.at("job.toml"), with_rates(&text)).expect("job.toml");
+    job.hydra(&["train"]).bad(&["m: ", "1000"]);
+    let rows = read_rows(&job.at("runs/job/m/metrics.jsonl")).expect("rows");
+    assert_eq!(rows.len(), 3, "{rows:?}");
+    assert!(!job.at("runs/job/m/model").exists());
+}
+
+#[test]
 fn forward_writes_logits_whole_or_not_at_all() {
     let job = Job::fixture("gpt2");
     let (model, input, output) = (job.at("model"), job.at("x.safetensors"), job.at("y.safetensors"));
@@ -1127,6 +1149,56 @@ fn forward_writes_logits_whole_or_not_at_all() {
     assert_eq!(fs::read(&output).expect("logits"), kept, "nothing was overwritten");
     let good = tensor_file(&[("input_ids", "I64", &[2, 3], ids(1))]);
     forward(good, &job.at("none/y.safetensors")).bad(&["none/y.safetensors"]);
+}
+
+/// How they were made into inputs is saved with the model, unless the model says that itself.
+#[test]
+fn a_model_of_images_says_how_they_are_scaled() {
+    let model = "
+[[model]]
+name = 'm'
+family = 'vit'
+config = { image_size = 4, num_channels = 1, patch_size = 2, hidden_size = 8, num_hidden_layers = 1, num_attention_heads = 2, intermediate_size = 8 }
+data = { images = 'images', labels = 'labels' }
+batch = 2
+steps = 1
+";
+    let job = Job::new(model);
+    let idx = |magic: u32, axes: &[u32], values: &[u8]| {
+        let words = std::iter::once(magic).chain(axes.iter().copied());
+        [&words.flat_map(u32::to_be_bytes).collect::<Vec<u8>>()[..], values].concat()
+    };
+    fs::write(job.at("images"), idx(0x803, &[2, 4, 4], &[7; 32])).expect("images");
+    fs::write(job.at("labels"), idx(0x801, &[2], &[0, 1])).expect("labels");
+    job.hydra(&["train", "--set", "run.out=first"]).fine();
+    let file = "m/model/preprocessor_config.json";
+    let says = job.json(&format!("first/{file}"));
+    assert_eq!((&says["image_mean"], &says["image_std"]), (&json!([0.5]), &json!([0.5])));
+    assert_eq!((&says["rescale_factor"], &says["size"]), (&json!(1.0 / 255.0), &json!({ "height": 4, "width": 4 })));
+    assert!(says["do_rescale"] == true && says["do_normalize"] == true && says["do_resize"] == false, "{says}");
+
+    fs::write(job.at(&format!("first/{file}")), "{\"own\": 1}").expect("written");
+    let (family, rest) = model.split_once("family = 'vit'\nconfig").expect("a family");
+    let rest = rest.split_once('\n').expect("a line").1;
+    fs::write(job.at("job.toml"), with_rates(&format!("{family}from = 'first/m/model'\n{rest}"))).expect("job.toml");
+    job.hydra(&["train", "--set", "run.out=second"]).fine();
+    assert_eq!(job.json(&format!("second/{file}")), json!({ "own": 1 }));
+}
+
+#[test]
+fn logits_that_are_not_finite_are_a_failure_and_not_written() {
+    let job = Job::fixture("vit");
+    let (model, input, output) = (job.at("model"), job.at("x.safetensors"), job.at("y.safetensors"));
+    let forward = |pixel: f32| {
+        let pixels = std::iter::repeat_n(pixel, 3 * 14 * 14).flat_map(f32::to_le_bytes).collect();
+        fs::write(&input, tensor_file(&[("pixel_values", "F32", &[1, 3, 14, 14], pixels)])).expect("input");
+        let path = |p: &Path| p.display().to_string();
+        hydra(&["forward", &path(&model), "--input", &path(&input), "--output", &path(&output)])
+    };
+    forward(3e38).fails(1, &["the logits are not finite: ", " at (0, 0)"]);
+    assert!(!output.exists());
+    forward(1.0).fine();
+    assert!(output.exists());
 }
 
 #[test]

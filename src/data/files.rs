@@ -1,9 +1,10 @@
 //! Opening the files that people name: what is missing is their input's fault, what fails later the system's.
 
 use crate::base::{Error, Result};
-use flate2::read::MultiGzDecoder;
+use flate2::bufread::GzDecoder;
+use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io::{ErrorKind, Read};
+use std::io::{self, BufRead, ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
 /// What the two first bytes of a gzip file are.
@@ -48,6 +49,34 @@ fn refused(path: &Path, source: std::io::Error) -> Error {
     }
 }
 
+/// The members of a gzip file one after the other. Zeros behind one are padding, as gunzip takes them.
+struct Members<R> {
+    /// `None` at the end.
+    decoder: Option<GzDecoder<R>>,
+}
+
+impl<R: BufRead> Read for Members<R> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        while let Some(decoder) = &mut self.decoder {
+            let len = decoder.read(out)?;
+            if len > 0 || out.is_empty() {
+                return Ok(len);
+            }
+            let Some(mut rest) = self.decoder.take().map(GzDecoder::into_inner) else { break };
+            self.decoder = loop {
+                let bytes = rest.fill_buf()?;
+                let zeros = bytes.iter().take_while(|&&byte| byte == 0).count();
+                match (bytes.is_empty(), zeros) {
+                    (true, _) => break None,
+                    (false, 0) => break Some(GzDecoder::new(rest)),
+                    _ => rest.consume(zeros),
+                }
+            };
+        }
+        Ok(0)
+    }
+}
+
 /// The bytes of a file that may be gzipped, handed out piece by piece.
 pub(super) struct Unpacked {
     reader: Box<dyn Read>,
@@ -69,7 +98,7 @@ impl Unpacked {
         let gzipped = first == GZIP_MAGIC;
         let whole = std::io::Cursor::new(first).chain(std::io::BufReader::new(file));
         let (reader, most_bytes): (Box<dyn Read>, u64) = if gzipped {
-            (Box::new(MultiGzDecoder::new(whole)), len.saturating_mul(MOST_BYTES_PER_DEFLATED))
+            (Box::new(Members { decoder: Some(GzDecoder::new(whole)) }), len.saturating_mul(MOST_BYTES_PER_DEFLATED))
         } else {
             (Box::new(whole), len)
         };
@@ -94,7 +123,8 @@ impl Unpacked {
 
 /// The text files that `paths` name: a file is itself, a folder every `*.rs`, `*.md` and `*.txt` in it and its folders,
 /// but for hidden folders and those called `target`. The paths keep their order; a folder's files are sorted, so that
-/// the text is the same on every machine. Links to folders are not followed.
+/// the text is the same on every machine. Links are followed; a folder that is reached in two ways is taken once, by its
+/// own place rather than a link.
 ///
 /// # Errors
 /// When a path does not exist, a folder holds no such file, or a folder cannot be read.
@@ -118,25 +148,39 @@ pub(super) fn text_files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
 }
 
 fn walk(root: &Path, found: &mut Vec<PathBuf>) -> Result<()> {
-    let mut folders = vec![root.to_path_buf()];
-    while let Some(folder) = folders.pop() {
-        let entries = fs::read_dir(&folder).map_err(|e| Error::io("list", &folder, e))?;
-        for entry in entries {
-            let entry = entry.map_err(|e| Error::io("list", &folder, e))?;
-            let kind = entry.file_type().map_err(|e| Error::io("inspect", &entry.path(), e))?;
-            let (path, name) = (entry.path(), entry.file_name());
-            if kind.is_dir() {
-                if name != "target" && !name.as_encoded_bytes().starts_with(b".") {
-                    folders.push(path);
+    let place = |folder: &Path| fs::canonicalize(folder).map_err(|e| Error::io("inspect", folder, e));
+    let mut seen = BTreeSet::from([place(root)?]);
+    let (mut folders, mut links) = (vec![root.to_path_buf()], BTreeSet::new());
+    loop {
+        while let Some(folder) = folders.pop() {
+            let entries = fs::read_dir(&folder).map_err(|e| Error::io("list", &folder, e))?;
+            for entry in entries {
+                let entry = entry.map_err(|e| Error::io("list", &folder, e))?;
+                let kind = entry.file_type().map_err(|e| Error::io("inspect", &entry.path(), e))?;
+                let (path, name) = (entry.path(), entry.file_name());
+                let leads_to_folder = kind.is_symlink() && path.is_dir();
+                if kind.is_dir() || leads_to_folder {
+                    if name == "target" || name.as_encoded_bytes().starts_with(b".") {
+                        continue;
+                    }
+                    if leads_to_folder {
+                        links.insert(path);
+                    } else if seen.insert(place(&path)?) {
+                        folders.push(path);
+                    }
+                } else if path.extension().is_some_and(|ending| TEXT_ENDINGS.iter().any(|known| ending == *known))
+                    && path.is_file()
+                {
+                    found.push(path);
                 }
-            } else if path.extension().is_some_and(|ending| TEXT_ENDINGS.iter().any(|known| ending == *known))
-                && path.is_file()
-            {
-                found.push(path);
             }
         }
+        // Not before all that is reached without one has been.
+        let Some(link) = links.pop_first() else { return Ok(()) };
+        if seen.insert(place(&link)?) {
+            folders.push(link);
+        }
     }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -175,6 +219,26 @@ mod tests {
         assert_eq!(text_files(&[folder.path().to_path_buf()]).unwrap(), [folder.path().join("a.txt")]);
     }
 
+    #[cfg(unix)]
+    #[test]
+    fn linked_folders_are_taken_once() {
+        use std::os::unix::fs::symlink;
+        let (folder, far) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (root, far) = (folder.path(), far.path());
+        fs::create_dir_all(root.join("z")).unwrap();
+        fs::write(root.join("z/z.txt"), "z").unwrap();
+        fs::create_dir(far.join("deep")).unwrap();
+        fs::write(far.join("deep/f.txt"), "f").unwrap();
+        // Out of the folder, twice; to what lies in it; there and back; and where no folder is taken from.
+        for (to, link) in
+            [(far, "b"), (far, "c"), (&root.join("z"), "a"), (root, "z/up"), (far, "target"), (far, ".hidden")]
+        {
+            symlink(to, root.join(link)).unwrap();
+        }
+        symlink(root, far.join("deep/back")).unwrap();
+        assert_eq!(text_files(&[root.to_path_buf()]).unwrap(), [root.join("b/deep/f.txt"), root.join("z/z.txt")]);
+    }
+
     #[test]
     fn gzip_is_told_by_its_bytes() {
         let folder = tempfile::tempdir().unwrap();
@@ -190,6 +254,14 @@ mod tests {
             fs::write(&path, &packed[..packed.len() - 3]).unwrap();
             let cut = Unpacked::open(&path).unwrap().take(u64::MAX).unwrap_err();
             assert!(matches!(cut, Error::BadInput(_)), "{cut}");
+            // Zeros behind a member are padding, anything else is not.
+            let padded = [&packed[..], &[0; 20_000]].concat();
+            fs::write(&path, &padded).unwrap();
+            assert_eq!(Unpacked::open(&path).unwrap().take(u64::MAX).unwrap(), content);
+            fs::write(&path, [&padded[..], &packed].concat()).unwrap();
+            assert_eq!(Unpacked::open(&path).unwrap().take(u64::MAX).unwrap(), [content, content].concat());
+            fs::write(&path, [&padded[..], b"x"].concat()).unwrap();
+            assert!(matches!(Unpacked::open(&path).unwrap().take(u64::MAX), Err(Error::BadInput(_))));
         }
         assert!(matches!(open(folder.path()), Err(Error::BadInput(_))));
     }

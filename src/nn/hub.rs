@@ -16,6 +16,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::Path;
 
+/// The end of the names of BatchNorm's running variances.
+const RUNNING_VAR: &str = "running_var";
 /// Read at once where two tensors are compared.
 const PIECE_BYTES: usize = 1 << 20;
 
@@ -66,7 +68,8 @@ impl Pretrained {
     /// The elements of a tensor by its name in the graph, row-major, as f32.
     ///
     /// # Errors
-    /// When the network has no such tensor, or of another shape, a value is not finite in f32, or reading fails.
+    /// When the network has no such tensor, or of another shape, a value is not finite in f32, a running variance
+    /// is negative, or reading fails.
     pub fn tensor(&self, name: &str, shape: &Shape) -> Result<Vec<f32>> {
         let place = self.places.get(name);
         let place = place.ok_or_else(|| bad(&self.parts.path, format!("tensor {name}: is missing; want {shape}")))?;
@@ -77,12 +80,14 @@ impl Pretrained {
         let mut bytes = vec![0; entry.len_bytes as usize];
         self.parts.read(place, 0, &mut bytes)?;
         let values = decode(entry.element, &bytes);
-        match values.iter().position(|x| !x.is_finite()) {
+        let is_variance = name.ends_with(RUNNING_VAR);
+        match values.iter().position(|&x| !x.is_finite() || is_variance && x < 0.0) {
             None => Ok(values),
             Some(at) => {
                 let (found, element) = (values[at], entry.element);
-                let what = format!("tensor {}: element {at} ({element}) is {found} in f32", shortened(&entry.name));
-                Err(self.parts.fault(place, what))
+                let want = if found.is_finite() { "; want a variance of at least 0" } else { "" };
+                let name = shortened(&entry.name);
+                Err(self.parts.fault(place, format!("tensor {name}: element {at} ({element}) is {found} in f32{want}")))
             }
         }
     }

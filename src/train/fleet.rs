@@ -253,9 +253,14 @@ impl Fleet {
         while begins && self.has_room(model) {
             // Who steps by himself validates by himself.
             self.trainees[model].owes_validation = false;
-            if let Err(error) = self.begin(model, &mut ()) {
+            if let Err(error) = self.try_begin(model, &mut ()) {
                 self.fault_of(model, error)?;
             }
+        }
+        if self.engine.steps_in_flight(model) == 0
+            && let Some(error) = self.trainees[model].refused.take()
+        {
+            self.fault_of(model, error)?;
         }
         if self.engine.steps_in_flight(model) == 0 && !self.engine.is_ending(model) {
             return Ok(None);

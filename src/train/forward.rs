@@ -16,7 +16,8 @@ use std::sync::Arc;
 /// the device.
 ///
 /// # Errors
-/// When the model does not take these tensors, an id is out of range, memory cannot be had, or a weight is not finite.
+/// When the model does not take these tensors, an id is out of range, memory cannot be had, or a weight or a
+/// logit is not finite.
 pub fn wait_forward(pretrained: &Pretrained, batch: &Batch) -> Result<(Shape, Vec<f32>)> {
     let network = pretrained.network.as_ref();
     check_ids(batch)?;
@@ -47,5 +48,11 @@ pub fn wait_forward(pretrained: &Pretrained, batch: &Batch) -> Result<(Shape, Ve
     let mut engine = Engine::new(Arc::clone(&model), plan, device, options);
     Weights::Pretrained(pretrained).write(&mut engine, 0, 0)?;
     let logits = engine.wait_logits(0, &batch_inputs(&model.train, batch)?)?;
+    if let Some(at) = logits.iter().position(|x| !x.is_finite()) {
+        let (place, found) = (shape.position(at), logits[at]);
+        return Err(Error::Device(format!(
+            "the logits are not finite: {found} at {place}; the inputs or the weights are too large"
+        )));
+    }
     Ok((shape, logits))
 }

@@ -143,8 +143,9 @@ pub enum Schedule {
 }
 
 impl Schedule {
-    /// The learning rate of `step` (from 0) of `steps`. The first step of a warm-up of n has 1/n of the peak; the last
-    /// step of all has `min_lr`.
+    /// The learning rate of `step` (from 0) of `steps`. The first step of a warm-up of n has 1/n of the peak, the first
+    /// after it the peak, and the last of all `min_lr`, also where it is the first after a warm-up. A run of a single
+    /// step has the peak.
     pub fn lr(&self, peak: f64, step: u64, steps: u64) -> f64 {
         let (warmup, min_lr) = match *self {
             Schedule::Constant => return peak,
@@ -154,7 +155,15 @@ impl Schedule {
             return peak * (step + 1) as f64 / warmup as f64;
         }
         let last = steps.saturating_sub(1).max(warmup);
-        let gone = if last == warmup { 0.0 } else { (step.min(last) - warmup) as f64 / (last - warmup) as f64 };
+        let gone = match last - warmup {
+            0 if warmup == 0 => 0.0,
+            0 => 1.0,
+            all => (step.min(last) - warmup) as f64 / all as f64,
+        };
+        if gone == 0.0 {
+            // The sum below may be off by a bit.
+            return peak;
+        }
         let left = match self {
             Schedule::Cosine { .. } => 0.5 * (1.0 + (std::f64::consts::PI * gone).cos()),
             _ => 1.0 - gone,
@@ -203,6 +212,11 @@ mod tests {
             assert!((schedule.lr(1.0, 76, 101) - three_quarters).abs() < 1e-12);
         }
         assert_eq!(Schedule::Constant.lr(0.3, 7, 10), 0.3);
+        // No rounding at either end, nor where the last step comes right after the warm-up.
+        for schedule in [Schedule::Linear { warmup: 5, min_lr: 1e-3 }, Schedule::Cosine { warmup: 5, min_lr: 1e-3 }] {
+            assert_eq!([5, 6].map(|step| schedule.lr(1e-2, step, 7)), [1e-2, 1e-3]);
+            assert_eq!([4, 5].map(|step| schedule.lr(1e-2, step, 6)), [1e-2, 1e-3]);
+        }
         // A run that is all warm-up, and one of a single step.
         assert_eq!(linear.lr(1.0, 1, 2), 0.5);
         assert_eq!(Schedule::Cosine { warmup: 0, min_lr: 0.0 }.lr(1.0, 0, 1), 1.0);

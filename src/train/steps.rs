@@ -40,10 +40,13 @@ impl Fleet {
             if stopping || trainee.pause || trainee.ends || !self.has_room(model) {
                 break;
             }
-            self.begin(model, observer)?;
+            self.try_begin(model, observer)?;
         }
         if self.engine.steps_in_flight(model) > 0 {
             return Ok(());
+        }
+        if let Some(error) = self.trainees[model].refused.take() {
+            return Err(error);
         }
         // At rest: paused, stopped, or at the end.
         let (done, over) = {
@@ -93,8 +96,22 @@ impl Fleet {
         observer.checkpoint(done, &self.engine, model)
     }
 
+    /// Begins a step. What is wrong with it, such as its data, is kept until the steps before it have ended, as for a loss
+    /// that is not finite.
+    ///
+    /// # Errors
+    /// When a device fails, or no step is in flight.
+    pub(super) fn try_begin(&mut self, model: usize, observer: &mut dyn Observer) -> Result<()> {
+        let begun = self.begin(model, observer);
+        if self.engine.has_failed() || self.engine.is_ending(model) || self.engine.steps_in_flight(model) == 0 {
+            return begun;
+        }
+        self.trainees[model].refused = begun.err();
+        Ok(())
+    }
+
     /// Begins a step.
-    pub(super) fn begin(&mut self, model: usize, observer: &mut dyn Observer) -> Result<()> {
+    fn begin(&mut self, model: usize, observer: &mut dyn Observer) -> Result<()> {
         let trainee = &mut self.trainees[model];
         let step = trainee.begun;
         let batch = trainee.loader()?.next()?;
@@ -127,7 +144,8 @@ impl Fleet {
     /// Whether a further step of a model can begin.
     pub(super) fn has_room(&self, model: usize) -> bool {
         let trainee = &self.trainees[model];
-        let begins = matches!(trainee.stage, Stage::Training) && !self.engine.is_ending(model);
+        let begins = matches!(trainee.stage, Stage::Training) && trainee.refused.is_none();
+        let begins = begins && !self.engine.is_ending(model);
         begins && self.engine.steps_in_flight(model) < 2 && trainee.begun < trainee.options.steps
     }
 

@@ -74,6 +74,8 @@ pub(super) struct Trainee {
     pub(super) ends: bool,
     /// It goes on from a rest: a validation that was due there was left to the run that goes on.
     pub(super) owes_validation: bool,
+    /// Why its next step could not be begun: it ends for that once the steps in flight have ended.
+    pub(super) refused: Option<Error>,
     /// Why it is to end: the data's fault, or the observer's.
     pub(super) fault: Option<Error>,
 }
@@ -96,6 +98,7 @@ impl Trainee {
             offered: None,
             ends: false,
             owes_validation: false,
+            refused: None,
             fault: None,
             options,
         })

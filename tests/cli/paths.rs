@@ -80,6 +80,37 @@ fn forward_writes_into_devices_and_through_links_and_over_nothing_that_it_reads(
 }
 
 #[test]
+#[cfg(target_os = "linux")]
+fn logits_for_standard_output_are_all_that_goes_there() {
+    let job = Job::measured("");
+    let (model, input) = model_and_inputs(job.folder.path());
+    let forward = |output: &Path, more: &[&str]| {
+        let paths = ["forward".as_ref(), model.as_path(), "--input".as_ref(), &input, "--output".as_ref(), output];
+        let mut command = Command::new(env!("CARGO_BIN_EXE_hydra"));
+        let output = command.args(paths).args(more).output().expect("the program runs");
+        assert!(output.status.success(), "{output:?}");
+        (output.stdout, String::from_utf8(output.stderr).expect("UTF-8"))
+    };
+    let (said, err) = forward(&job.at("y.safetensors"), &[]);
+    assert!(said.starts_with(b"logits ") && err.is_empty(), "{err}");
+    let file = fs::read(job.at("y.safetensors")).expect("logits");
+    for (more, says) in [(&[][..], "logits "), (&["--json"], "{\"output\":\"/dev/stdout\"")] {
+        let (out, err) = forward(Path::new("/dev/stdout"), more);
+        assert!(out == file && err.starts_with(says), "{more:?}: {err}");
+    }
+}
+
+#[test]
+#[cfg(unix)]
+fn a_link_to_nothing_holds_no_run() {
+    let job = Job::new(GPT);
+    std::os::unix::fs::symlink("nowhere", job.at("out")).expect("a link");
+    job.hydra(&["train", "--set", "run.out=out"]).bad(&["job.toml: run.out: ", "out is a link to nothing"]);
+    fs::create_dir(job.at("nowhere")).expect("a folder");
+    job.hydra(&["train", "--set", "run.out=out"]).fine();
+}
+
+#[test]
 fn a_run_is_not_overwritten_by_a_plan_or_a_simulation_and_a_plan_is_no_run() {
     let job = Job::new(GPT);
     let out = job.at("runs/job").display().to_string();

@@ -80,6 +80,34 @@ fn both_forms_train_alike_and_go_with_the_model() {
 }
 
 #[test]
+fn what_lies_beside_a_model_goes_with_it() {
+    let job = job(&model("tokenizer = 'bpe', "));
+    job.hydra(&["train", "--set", "run.out=first"]).fine();
+    let beside = ["chat_template.jinja", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"];
+    beside[..2].iter().for_each(|name| fs::write(job.at("first/m/model").join(name), "{}").expect("written"));
+    fs::write(job.at("first/m/model/notes.txt"), "mine").expect("written");
+    for (out, data, want) in [
+        ("random", "{ random = true, context = 16 }", &beside[..]),
+        ("own", "{ text = 'corpus.txt', context = 16 }", &beside),
+        // The text was cut by another.
+        ("bytes", "{ text = 'corpus.txt', tokenizer = 'bytes', context = 16 }", &beside[1..2]),
+    ] {
+        let text = format!("[[model]]\nname = 'm'\nfrom = 'first/m/model'\ndata = {data}\nbatch = 2\nsteps = 1\n");
+        fs::write(job.at("job.toml"), super::with_rates(&text)).expect("job.toml");
+        job.hydra(&["train", "--set", &format!("run.out={out}")]).fine();
+        let folder = fs::read_dir(job.at(out).join("m/model")).expect("the model");
+        let mut names: Vec<_> = folder.map(|entry| entry.expect("an entry").file_name()).collect();
+        names.retain(|name| name != "config.json" && name != "model.safetensors");
+        names.sort();
+        assert_eq!(names, want, "{out}");
+        for name in want {
+            let bytes = |folder: &str| fs::read(job.at(folder).join("m/model").join(name)).expect(name);
+            assert_eq!(bytes(out), bytes("first"), "{out}: {name}");
+        }
+    }
+}
+
+#[test]
 fn epochs_are_of_tokens_and_models_have_vocabularies_of_their_own() {
     // 5 tokens each time: the, a space, and three letters.
     let text = model("tokenizer = 'bpe', ").replace("steps = 4", "epochs = 2");

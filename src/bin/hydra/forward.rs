@@ -1,6 +1,6 @@
 //! `hydra forward`: a model directory and a file of inputs in, a file of logits out.
 
-use crate::print::say;
+use crate::print::{say, say_beside};
 use crate::setup::note_unused;
 use hydra::base::tensorfile::{Element, TensorFile, TensorView, header, quoted};
 use hydra::base::{DType, Error, Result};
@@ -39,16 +39,33 @@ pub fn run(model: &Path, input: &Path, output: &Path, json: bool) -> Result<()> 
         other => fault(other),
     })?;
     let header = header(&BTreeMap::new(), [("logits", Element::F32, shape.axes())]);
+    // Where the file goes to standard output, the line would be a part of it.
+    let say = |line: String| if is_stdout(output) { say_beside(line) } else { say(line) };
     write_safely(output, |out| {
         out.write_all(&header)?;
         logits.iter().try_for_each(|value| out.write_all(&value.to_le_bytes()))
     })?;
     if json {
-        say(json!({ "output": output.display().to_string(), "shape": shape.axes() }));
+        say(json!({ "output": output.display().to_string(), "shape": shape.axes() }).to_string());
     } else {
         say(format!("logits {shape} f32 written to {}", output.display()));
     }
     Ok(())
+}
+
+/// Whether `path` leads to where standard output goes.
+fn is_stdout(path: &Path) -> bool {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        let place = |path: &Path| std::fs::metadata(path).ok().map(|there| (there.dev(), there.ino()));
+        place(path).is_some_and(|there| place(Path::new("/dev/stdout")) == Some(there))
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = path;
+        false
+    }
 }
 
 /// Refuses to write over what is read: the input, and whatever lies with the model.

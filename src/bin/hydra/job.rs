@@ -335,8 +335,13 @@ fn read_run(root: &Section, stem: &str) -> Result<Run> {
     let empty = Table::new();
     let s = root.section_or("run", &empty, RUN_KEYS)?;
     let trace = s.section_or("trace", &empty, &["first", "last"])?;
+    let out = s.path("out")?.unwrap_or_else(|| root.origin().resolve(&format!("runs/{stem}")));
+    // No folder can be made there.
+    if out.is_symlink() && !out.exists() {
+        return Err(s.fault("out", format!("{} is a link to nothing; a run needs a folder", out.display())));
+    }
     Ok(Run {
-        out: s.path("out")?.unwrap_or_else(|| root.origin().resolve(&format!("runs/{stem}"))),
+        out,
         seed: s.integer("seed", 0..=u64::MAX)?.unwrap_or(0),
         policy: s.word("policy", &Policy::words())?.unwrap_or(Policy::Turns(POLICIES[0].0)),
         slots: s.count("slots")?,

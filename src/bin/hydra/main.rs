@@ -4,9 +4,11 @@
 //! checkpoint if a step was done. An error is one line on standard error that begins with `error: `; only a budget's
 //! refusal goes on with its table.
 
+mod added_tokens;
 mod advice;
 mod args;
 mod cgroup;
+mod companions;
 mod devices;
 mod fitting;
 mod forward;

@@ -24,6 +24,11 @@ pub fn refused() -> Option<&'static io::Error> {
     REFUSED.get()
 }
 
+/// Prints a line on standard error, where standard output holds something else.
+pub fn say_beside(line: impl Display) {
+    let _ = writeln!(io::stderr().lock(), "{line}");
+}
+
 /// Prints a line on standard error: something that the user should know and that ends nothing.
 pub fn warn(line: impl Display) {
     let _ = writeln!(io::stderr().lock(), "warning: {line}");

@@ -1,5 +1,6 @@
 //! A job's models made ready: the network, its data, and how to train it; nothing is planned yet and no weight is read.
 
+use crate::companions::{self, Files, PREPROCESSOR};
 use crate::job::model::{Data, Length, Source as Whence, TOKENIZERS, Tokenizer, ValidPart};
 use crate::job::{self, DeviceKind, Job, Pipeline, Policy};
 use crate::print::note;
@@ -32,6 +33,8 @@ pub struct Prepared {
     /// Its data, opened once to see what is there.
     opened: RefCell<Option<Sources>>,
     recipe: Recipe,
+    /// What lay beside the model in its directory.
+    companions: Arc<Files>,
 }
 
 /// Where a network and its first weights come from.
@@ -84,7 +87,19 @@ impl Prepared {
             Origin::Pretrained(pretrained) => pretrained.form.clone(),
             Origin::Family(network) => Form::of(network.as_ref())?,
         };
-        let files = self.recipe.tokenizer.as_ref().map_or_else(Vec::new, |tokenizer| tokenizer.files.clone());
+        let mut files = self.recipe.tokenizer.as_ref().map_or_else(Vec::new, |tokenizer| tokenizer.files.clone());
+        // What cut the text stands in the place of another tokenizer.
+        let cut_by_own = match &self.recipe.data {
+            Data::Text { tokenizer, .. } => *tokenizer == Tokenizer::OfModel,
+            _ => true,
+        };
+        companions::complete(&mut files, &self.companions, cut_by_own);
+        let pixels = self.inputs.iter().find(|input| input.name == names::PIXEL_VALUES);
+        if let (Data::Images { .. }, Some([c, h, w])) = (&self.recipe.data, pixels.map(|input| &input.axes[..]))
+            && files.iter().all(|(name, _)| name != PREPROCESSOR)
+        {
+            files.push(companions::preprocessor([*c, *h, *w]));
+        }
         Ok(Form { files, ..form })
     }
 
@@ -180,6 +195,12 @@ pub fn prepare(job: &Job, i: usize, texts: &Texts) -> Result<Prepared> {
     }
     let network = origin.network();
     if of_text {
+        if network.inputs().iter().any(|input| input.name == names::PIXEL_VALUES) {
+            return Err(fault(
+                "data.text",
+                "the model takes images, not text; write images, or batches of them".into(),
+            ));
+        }
         let labels = network.labels();
         if labels.vocab.is_some() && !labels.shift {
             let what = "labels each token by the next one, which is not what the model learns; write batches, or random = true";
@@ -230,8 +251,12 @@ pub fn prepare(job: &Job, i: usize, texts: &Texts) -> Result<Prepared> {
         },
         ..PlanOptions::default()
     };
+    let companions = match &model.source {
+        Whence::From(dir) => texts.companions.open(dir)?,
+        Whence::Family { .. } => Arc::default(),
+    };
     let (name, opened) = (model.name.clone(), RefCell::new(Some(sources)));
-    Ok(Prepared { name, origin, options, inputs, opened, recipe })
+    Ok(Prepared { name, origin, options, inputs, opened, recipe, companions })
 }
 
 /// Refuses beginnings with which no parameter's name begins.

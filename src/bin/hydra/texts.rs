@@ -1,5 +1,6 @@
-//! The texts of a job: models that read the same files with the same tokenizer share one.
+//! The texts of a job, and other files that its models share: those that read the same ones have them once.
 
+use crate::companions::Companions;
 use crate::tokenizer::{FileTokenizer, Tokenizers, cut_by};
 use hydra::base::Result;
 use hydra::data::Text;
@@ -14,15 +15,16 @@ use std::sync::{Arc, Weak};
 pub struct Texts {
     /// What cuts them.
     pub tokenizers: Tokenizers,
+    /// What lies beside the models that it begins with.
+    pub companions: Companions,
     /// Those that a model reads, which alone holds on to them.
     read: RefCell<BTreeMap<Key, Weak<Text>>>,
     /// Those that stay, whoever reads them; `None` where none does.
     kept: Option<RefCell<Vec<Arc<Text>>>>,
 }
 
-/// Where a text lies, by whatever way one gets there, and what cuts it: a tokenizer's identity and its vocabulary,
-/// which tokens that are added beside the same files make larger.
-type Key = (Vec<PathBuf>, String, usize);
+/// Where a text lies, by whatever way one gets there, and the identity of what cuts it.
+type Key = (Vec<PathBuf>, String);
 
 impl Texts {
     /// Those that stay once they were read: for jobs on the same texts, one after another.
@@ -39,7 +41,7 @@ impl Texts {
         let (cut_by, identity) = cut_by(tokenizer);
         // What is not there is told by who reads it.
         let places = paths.iter().map(|path| fs::canonicalize(path).unwrap_or_else(|_| path.clone())).collect();
-        let key = (places, identity.to_string(), cut_by.vocab());
+        let key = (places, identity.to_string());
         if let Some(text) = self.read.borrow().get(&key).and_then(Weak::upgrade) {
             return Ok(text);
         }

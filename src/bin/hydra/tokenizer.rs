@@ -4,6 +4,7 @@
 //! fault. Their bytes are kept as they were read, to be saved beside the model that is trained with them, whatever
 //! becomes of the files meanwhile.
 
+use crate::added_tokens::{ADDED, AddedTokens, CONFIG, SPECIAL, fault};
 use flate2::Crc;
 use hydra::base::{Error, Result};
 use hydra::data::{self, Encode};
@@ -11,7 +12,7 @@ use rayon::prelude::*;
 use serde_json::Value;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
-use std::fmt::{self, Display};
+use std::fmt;
 use std::fs;
 use std::io::ErrorKind;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -30,10 +31,8 @@ const VOCAB: &str = "vocab.json";
 const MERGES: &str = "merges.txt";
 /// The token that stands between GPT-2's texts.
 const END: &str = "<|endoftext|>";
-/// Tokens beside those of [`VOCAB`], with their ids.
-const ADDED: &str = "added_tokens.json";
 /// What transformers keeps beside either.
-const BESIDE: [&str; 3] = ["tokenizer_config.json", "special_tokens_map.json", ADDED];
+const BESIDE: [&str; 3] = [CONFIG, SPECIAL, ADDED];
 
 /// The longest file that is read: one for a million tokens with their merges is a third of this.
 const MOST_BYTES: u64 = 256 << 20;
@@ -102,16 +101,28 @@ impl Parts {
         let mut crc = Crc::new();
         files.iter().for_each(|(_, bytes)| crc.update(bytes));
         let names: Vec<&str> = files.iter().map(|(name, _)| name.as_str()).collect();
-        let identity = format!("{} with CRC-32 {:08x}", names.join(" and "), crc.sum());
+        let mut identity = format!("{} with CRC-32 {:08x}", names.join(" and "), crc.sum());
         for name in BESIDE {
             if let Some(path) = folder.map(|folder| folder.join(name)).filter(|path| path.is_file()) {
                 files.push((name.to_string(), read(&path)?));
             }
         }
-        let (inner, most, in_bytes) = match self {
-            Parts::One(path) => one(path, &files[0].1)?,
-            Parts::Two(folder) => two(folder, &files)?,
+        let beside = AddedTokens::read(folder.unwrap_or(Path::new("")), &files)?;
+        let (mut inner, in_bytes) = match self {
+            Parts::One(path) => one(path, &files[0].1, &beside)?,
+            Parts::Two(folder) => two(folder, &files, &beside)?,
         };
+        if beside.add_to(&mut inner)? {
+            let mut crc = Crc::new();
+            inner.get_added_tokens_decoder().into_iter().collect::<BTreeMap<_, _>>().into_iter().for_each(|token| {
+                crc.update(format!("{token:?}").as_bytes());
+            });
+            identity += &format!(", added tokens with CRC-32 {:08x}", crc.sum());
+        }
+        if matches!(self, Parts::Two(_)) && beside.add_prefix_space() == Some(true) {
+            identity += ", with add_prefix_space";
+        }
+        let most = inner.get_vocab(true).into_values().max().unwrap_or(0);
         if most > MOST_ID {
             let path = match self {
                 Parts::One(path) => path,
@@ -129,8 +140,8 @@ impl Parts {
     }
 }
 
-/// A tokenizer.json, with its highest id, and whether its letters stand for bytes.
-fn one(path: &Path, bytes: &[u8]) -> Result<(tokenizers::Tokenizer, u32, bool)> {
+/// A tokenizer.json, and whether its letters stand for bytes.
+fn one(path: &Path, bytes: &[u8], beside: &AddedTokens) -> Result<(tokenizers::Tokenizer, bool)> {
     let json: Value = serde_json::from_slice(bytes).map_err(|e| fault(path, format!("damaged JSON: {e}")))?;
     if !json["model"].is_object() {
         let two = format!("; of GPT-2's {VOCAB} and {MERGES} name the folder");
@@ -171,8 +182,11 @@ fn one(path: &Path, bytes: &[u8]) -> Result<(tokenizers::Tokenizer, u32, bool)> 
     }
     // Both are for single samples; a text is cut whole.
     inner.with_truncation(None).map_err(|e| fault(path, e))?.with_padding(None);
-    let most = inner.get_vocab(true).into_values().max().ok_or_else(|| fault(path, "the vocabulary is empty"))?;
-    Ok((inner, most, in_bytes))
+    if inner.get_vocab(true).is_empty() {
+        return Err(fault(path, "the vocabulary is empty"));
+    }
+    beside.check_one(&json)?;
+    Ok((inner, in_bytes))
 }
 
 /// Whether a tokenizer.json's pre-tokenizer, or one of its steps, turns a text into letters for bytes.
@@ -194,20 +208,18 @@ fn check_alphabet(path: &Path, has: impl Fn(&str) -> bool) -> Result<()> {
     }
 }
 
-/// GPT-2's byte-level BPE of the `files` in `folder`, with its highest id.
+/// GPT-2's byte-level BPE of the `files` in `folder`, and that its letters stand for bytes.
 ///
 /// As in transformers' GPT2Tokenizer [`END`], where the vocabulary has it, is one token and not cut into its letters.
-fn two(folder: &Path, files: &[(String, Vec<u8>)]) -> Result<(tokenizers::Tokenizer, u32, bool)> {
+fn two(folder: &Path, files: &[(String, Vec<u8>)], beside: &AddedTokens) -> Result<(tokenizers::Tokenizer, bool)> {
     let bytes = |name: &str| files.iter().find(|(file, _)| file == name).map(|(_, bytes)| bytes.as_slice());
-    let ids = |name: &str| -> Result<BTreeMap<String, u32>> {
-        let Some(bytes) = bytes(name) else { return Ok(BTreeMap::new()) };
-        let want = "want an object of tokens and their ids";
-        serde_json::from_slice(bytes).map_err(|e| fault(&folder.join(name), format!("damaged, {want}: {e}")))
-    };
-    let (vocab, added, path) = (ids(VOCAB)?, ids(ADDED)?, folder.join(VOCAB));
-    let Some(most) = vocab.values().chain(added.values()).copied().max().filter(|_| !vocab.is_empty()) else {
+    let (path, want) = (folder.join(VOCAB), "want an object of tokens and their ids");
+    let vocab: BTreeMap<String, u32> = serde_json::from_slice(bytes(VOCAB).unwrap_or_default())
+        .map_err(|e| fault(&path, format!("damaged, {want}: {e}")))?;
+    if vocab.is_empty() {
         return Err(fault(&path, "the vocabulary is empty"));
-    };
+    }
+    beside.check_two()?;
     check_alphabet(&path, |letter| vocab.contains_key(letter))?;
     let path = folder.join(MERGES);
     let merges = bytes(MERGES).unwrap_or_default();
@@ -228,11 +240,12 @@ fn two(folder: &Path, files: &[(String, Vec<u8>)]) -> Result<(tokenizers::Tokeni
     let bpe = contained(|| BPE::builder().vocab_and_merges(vocab, pairs).build().map_err(|e| e.to_string()))
         .map_err(|e| fault(folder, e))?;
     let mut inner = tokenizers::Tokenizer::new(bpe);
-    inner.with_pre_tokenizer(Some(ByteLevel::default().add_prefix_space(false)));
+    let add_prefix_space = beside.add_prefix_space().unwrap_or(false);
+    inner.with_pre_tokenizer(Some(ByteLevel::default().add_prefix_space(add_prefix_space)));
     if inner.token_to_id(END).is_some() {
         inner.add_special_tokens([AddedToken::from(END, true)]).map_err(|e| fault(folder, e))?;
     }
-    Ok((inner, most, true))
+    Ok((inner, true))
 }
 
 /// Whether [`pieces`] of any text have the tokens of the whole.
@@ -319,8 +332,8 @@ impl Encode for FileTokenizer {
         self.vocab
     }
 
-    /// Adds no token of the file's post-processor, such as Llama's `<s>`: windows are cut from one stream. The tokens
-    /// that a tokenizer.json has added to its vocabulary are found in the text, as in transformers.
+    /// Adds no token of the file's post-processor, such as Llama's `<s>`: windows are cut from one stream. Tokens
+    /// that a tokenizer.json or a file beside it has added to the vocabulary are found in the text, as in transformers.
     fn encode(&self, text: &[u8]) -> Result<Vec<u32>> {
         let text = std::str::from_utf8(text).map_err(|e| Error::bad(not_utf8(e.valid_up_to())))?;
         match self.in_pieces {
@@ -360,17 +373,12 @@ pub fn cut_by(tokenizer: Option<&Arc<FileTokenizer>>) -> (data::Tokenizer, &str)
     }
 }
 
-fn fault(path: &Path, what: impl Display) -> Error {
-    // The crate's messages may have several lines.
-    Error::bad(format!("{}: {what}", path.display()).replace(['\n', '\r'], " "))
-}
-
 fn not_utf8(offset: usize) -> String {
     format!("byte {offset} is not UTF-8; tokenizer = \"bytes\" takes any file")
 }
 
 /// Reads a whole file of at most [`MOST_BYTES`]; what is none is the input's fault, and a pipe is not waited for.
-fn read(path: &Path) -> Result<Vec<u8>> {
+pub fn read(path: &Path) -> Result<Vec<u8>> {
     let io = |e| Error::io("read", path, e);
     let metadata = fs::metadata(path).map_err(io)?;
     if metadata.is_dir() {

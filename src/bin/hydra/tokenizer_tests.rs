@@ -112,8 +112,79 @@ fn the_vocabulary_reaches_to_the_highest_id() {
     let (_folder, path) = changed(|json| json["model"]["vocab"]["far"] = json!(400));
     assert_eq!(open(&path).unwrap().vocab(), 401);
     let two = folder(&[VOCAB, MERGES]);
-    fs::write(two.path().join(ADDED), r#"{"<x>": 300}"#).unwrap();
-    assert_eq!(open(two.path()).unwrap().vocab(), 301);
+    fs::write(two.path().join(ADDED), r#"{"<x>": 260}"#).unwrap();
+    assert_eq!(open(two.path()).unwrap().vocab(), 261);
+}
+
+/// A folder with one of the two forms, and `json` in the file `name` beside it.
+fn beside(form: &[&str], name: &str, json: Value) -> tempfile::TempDir {
+    let folder = folder(form);
+    fs::write(folder.path().join(name), json.to_string()).unwrap();
+    folder
+}
+
+/// What each gives is what transformers 5 gives for the same folder.
+#[test]
+fn tokens_beside_the_main_file_are_one_token_each() {
+    for form in [&[VOCAB, MERGES][..], &[TOKENIZER]] {
+        let plain = open(folder(form).path()).unwrap();
+        let check = |name: &str, json: Value, text: &str, want: &[u32], vocab: usize| {
+            let tokenizer = open(beside(form, name, json).path()).unwrap();
+            assert_eq!((&ids(&tokenizer, text)[..], tokenizer.vocab()), (want, vocab), "{form:?}, {name}: {text:?}");
+            assert_ne!(ids(&plain, text), want, "{form:?}, {name}: {text:?}");
+            assert_ne!(tokenizer.identity, plain.identity);
+        };
+        check(ADDED, json!({ "<y>": 261, "<x>": 260 }), "<x>the<y> <x", &[260, 83, 257, 261, 220, 27, 87], 262);
+        let y = json!({ "content": "<y>", "lstrip": true, "special": true });
+        let decoder = json!({ "added_tokens_decoder": { "261": y, "260": { "content": "<x>" } } });
+        check(CONFIG, decoder, "<x>the  <y>", &[260, 83, 257, 261], 262);
+        // Of the vocabulary, but no token by itself before.
+        check(CONFIG, json!({ "pad_token": { "content": "he", "lstrip": true } }), "t he", &[83, 257], 260);
+        check(SPECIAL, json!({ "additional_special_tokens": ["he"] }), " the", &[256, 257], 260);
+    }
+    // What changes nothing is no other tokenizer.
+    let same =
+        beside(&[TOKENIZER], CONFIG, json!({ "eos_token": "<|end|>", "model_max_length": 9, "pad_token": null }));
+    assert_eq!(open(same.path()).unwrap().identity, open(&fixture()).unwrap().identity);
+    // Where the settings hold the added tokens, the two other files are of no account.
+    let older = beside(&[TOKENIZER], CONFIG, json!({ "added_tokens_decoder": {} }));
+    fs::write(older.path().join(ADDED), r#"{"<x>": 260}"#).unwrap();
+    fs::write(older.path().join(SPECIAL), r#"{"pad_token": "[PAD]"}"#).unwrap();
+    assert_eq!(open(older.path()).unwrap().vocab(), 260);
+    let space = beside(&[VOCAB, MERGES], CONFIG, json!({ "add_prefix_space": true }));
+    let (space, plain) = (open(space.path()).unwrap(), open(folder(&[VOCAB, MERGES]).path()).unwrap());
+    assert_eq!(ids(&space, "the\nthe"), [258, 198, 83, 257]);
+    assert_ne!(space.identity, plain.identity);
+}
+
+#[test]
+fn what_beside_the_main_file_cannot_be_followed_is_refused() {
+    let (one, two) = (&[TOKENIZER][..], &[VOCAB, MERGES][..]);
+    let check = |form: &[&str], name: &str, json: Value, says: &[&str]| {
+        refused(beside(form, name, json).path(), &[&[name], says].concat());
+    };
+    for form in [one, two] {
+        check(form, ADDED, json!({ "<x>": 300 }), &["\"<x>\" has the id 300; by its place it is 260"]);
+        check(form, ADDED, json!({ "<x>": 260, "<y>": 260 }), &["two tokens have the same id"]);
+        let decoder = json!({ "added_tokens_decoder": { "7": { "content": "<x>" } } });
+        check(form, CONFIG, decoder, &["\"<x>\" has the id 7; by its place it is 260"]);
+        check(form, CONFIG, json!({ "added_tokens_decoder": { "x": {} } }), &["added_tokens_decoder: want an object"]);
+        check(form, CONFIG, json!({ "pad_token": "[PAD]" }), &["pad_token \"[PAD]\" is neither in the vocabulary"]);
+        check(form, SPECIAL, json!({ "extra_special_tokens": ["[A]"] }), &["extra_special_tokens \"[A]\" is neither"]);
+        check(form, CONFIG, json!({ "split_special_tokens": true }), &["split_special_tokens"]);
+        check(form, CONFIG, json!([1]), &["damaged, want an object"]);
+    }
+    check(two, CONFIG, json!({ "tokenizer_class": "CLIPTokenizer" }), &["CLIPTokenizer", "write a tokenizer.json"]);
+    let space = |class: &str| json!({ "tokenizer_class": class, "add_prefix_space": true });
+    check(one, CONFIG, space("GPT2Tokenizer"), &["add_prefix_space is true, and the tokenizer.json has false"]);
+    assert!(open(beside(one, CONFIG, space("PreTrainedTokenizerFast")).path()).is_ok(), "it does not look at it");
+    let capitals = changed(|json| {
+        json["normalizer"] = json!({ "type": "BertNormalizer", "clean_text": true, "handle_chinese_chars": true,
+            "strip_accents": null, "lowercase": true });
+    });
+    fs::write(capitals.0.path().join(CONFIG), r#"{"do_lower_case": false}"#).unwrap();
+    let error = open(&capitals.1).unwrap_err().to_string();
+    assert!(error.contains("do_lower_case is false, and the tokenizer.json has true"), "{error}");
 }
 
 #[test]

@@ -69,6 +69,27 @@ fn tensors_that_are_not_the_networks() {
     refused_tensors("resnet", more("resnet.x.num_batches_tracked"), &["resnet.x.num_batches_tracked"]);
 }
 
+/// Its root would be no number.
+#[test]
+fn a_running_variance_below_0_is_refused_where_it_is_read() {
+    let name = "resnet.embedder.embedder.normalization.running_var";
+    let read = |first: f32| {
+        let dir = tempfile::tempdir().unwrap();
+        let mut tensors = raw("resnet");
+        let (_, axes, bytes) = tensors.get_mut(name).unwrap();
+        bytes[..4].copy_from_slice(&first.to_le_bytes());
+        let shape = Shape::new(axes.clone());
+        write(dir.path(), "resnet", &tensors);
+        open(dir.path()).unwrap().tensor(name, &shape).map(drop)
+    };
+    read(0.0).unwrap();
+    refused(
+        read(-1e-3),
+        &["model.safetensors: tensor ", name, "element 0 (F32) is -0.001", "a variance of at least 0"],
+    );
+    refused(read(f32::INFINITY), &[name, "element 0 (F32) is inf in f32"]);
+}
+
 /// Older files have no counts of batches; they are 0 then.
 #[test]
 fn counts_may_be_missing() {
