@@ -317,7 +317,12 @@ pub(super) fn update_room(model: &Model, shards: &[ShardPrograms], choice: &Choi
     let (count, bytes) = visiting
         .map(|s| update_pieces(model, shards, choice.slots, moments, s))
         .fold((0, 0), |(count, bytes), (pieces, piece)| (pieces.max(count), piece.max(bytes)));
-    (if bytes > 0 { count.min(choice.update_pieces) * at_once } else { 0 }, bytes)
+    let count = match update_parts(model, moments, 1).iter().sum() {
+        // Gradients of shared parameters alone: one that comes, and one in use.
+        0u64 => count.min(2),
+        _ => count.min(choice.update_pieces) * at_once,
+    };
+    (if bytes > 0 { count } else { 0 }, bytes)
 }
 
 /// How many pieces of a shard's state visit for its update, and the bytes of one, by how many weight slots there are.
