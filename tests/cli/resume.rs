@@ -221,8 +221,9 @@ fn a_checkpoint_that_is_missing_among_others_is_told() {
 /// It lies in the folder still, and is not what the run has come to.
 #[test]
 fn the_model_of_an_earlier_end_is_not_that_of_an_interrupted_run() {
-    let job = Job::new(GPT);
+    let job = Job::new(&format!("{TWO_CORES}{}{}", model("m", ""), model("k", "")));
     job.hydra(&["train"]).fine();
+    assert!(job.at("runs/job/results.csv").exists());
     let sets = ["--json", "--resume", "auto", "--set", "model.0.steps=2000000000"];
     let mut running = Running::start(&job, "second", &sets);
     let rows = || read_rows(&job.at("runs/job/m/metrics.jsonl")).map_or(0, |rows| rows.len());
@@ -232,6 +233,19 @@ fn the_model_of_an_earlier_end_is_not_that_of_an_interrupted_run() {
     ran.fails(75, &["interrupted at step"]);
     let row = &ran.json()["models"][0];
     assert!(row["status"] == "interrupted" && row["model"].is_null(), "{row}");
+    assert!(!job.at("runs/job/results.csv").exists(), "it would be the earlier end's");
+}
+
+#[test]
+fn a_model_that_is_saved_is_done_though_its_last_checkpoint_is_not() {
+    let job = Job::new(&steps(GPT, 400));
+    let mut running = Running::start(&job, "run", &["--json"]);
+    running.wait_until("a step", || read_rows(&job.at("runs/job/m/metrics.jsonl")).is_ok_and(|rows| !rows.is_empty()));
+    fs::create_dir(job.at("runs/job/m/checkpoint.safetensors")).expect("a folder in the way");
+    let ran = running.wait_end();
+    assert!(ran.err.contains("m: the model is saved, and its last checkpoint is not"), "{ran:?}");
+    let row = &ran.fine().json()["models"][0];
+    assert!(row["status"] == "done" && row["model"].is_string(), "{row}");
 }
 
 #[test]

@@ -239,6 +239,11 @@ fn train_all(
         observer.watch(m, valid)?;
     }
     outcome::drop_lost_rows(&observer.planned.job, &observer.standings)?;
+    // It would be of models that have not come so far.
+    let results = observer.dir.at(rundir::RESULTS);
+    if results.exists() {
+        std::fs::remove_file(&results).map_err(|e| Error::io("remove", &results, e))?;
+    }
     // Last, so that a start that was refused leaves the older trace in its place.
     record(&mut observer, &active, &mut fleet)?;
     let result = fleet.run(&mut observer, stop);
@@ -262,8 +267,7 @@ fn train_all(
         return Err(kept(named(&model.prepared.name, error)));
     }
     result.map_err(kept)?;
-    write_results(&observer.dir.at(rundir::RESULTS), &rows).map_err(kept)?;
-    recorded.map_err(kept)?;
+    let written = write_results(&observer.dir.at(rundir::RESULTS), &rows).and(recorded.map(drop));
     if !quiet {
         outcome::tell(&observer.planned, observer.dir, &rows);
     }
@@ -274,6 +278,12 @@ fn train_all(
         // The code that the first would have had alone.
         if observer.codes.get(&first.model) == Some(&2) { Error::BadInput(message) } else { Error::Device(message) }
     });
+    match (written, &failed) {
+        (Ok(()), _) => {}
+        (Err(error), None) => return Err(kept(error)),
+        // What became of the models tells more.
+        (Err(error), Some(_)) => warn(error),
+    }
     Ok(Trained { models: models(), failed })
 }
 

@@ -239,7 +239,12 @@ impl Observer for Watch<'_> {
             return Err(error);
         }
         let path = self.folder.join(rundir::CHECKPOINT);
-        write_last_checkpoint(&path, engine, model, &prepared.options, self.done)?;
+        if let Err(error) = write_last_checkpoint(&path, engine, model, &prepared.options, self.done) {
+            let name = &prepared.name;
+            warn(format!(
+                "{name}: the model is saved, and its last checkpoint is not; to go on trains it again: {error}"
+            ));
+        }
         let early = self.ends.take().filter(|_| self.done < self.steps);
         self.end(early.unwrap_or(Status::Done));
         Ok(())
