@@ -3,22 +3,12 @@
 //! its weights. Until then its gradients wait in their slot, or at home.
 
 use super::Engine;
-use super::settle::{Settled, within};
+use super::settle::{Due, Settled, within};
 use super::site::Site;
 use super::visit::Pass;
 use crate::device::CopySpan;
 use crate::spill::{Home, OnDisk};
 use crate::trace::What;
-
-/// Updates that devices make of shards when these come for the next step, in the order of shards.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Due {
-    /// The next of them; its slot is not known yet.
-    pub next: Settled,
-    /// The step that they end.
-    pub step: u64,
-    pub serial: u64,
-}
 
 impl Engine {
     /// What [`Engine::settle`] does with clipping, but for state that is resident.

@@ -1,7 +1,7 @@
 //! A model in the executor: what it is, where it lies, and how far its steps have come.
 
 use super::EngineOptions;
-use super::clipped::Due;
+use super::settle::Due;
 use super::tables::Tables;
 use crate::base::Error;
 use crate::device::UpdateRule;

@@ -27,6 +27,16 @@ pub(super) struct Settled {
     pub visit: u64,
 }
 
+/// Updates that devices make of shards when these come for the next step, in the order of shards.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Due {
+    /// The next of them; its slot is not known yet.
+    pub next: Settled,
+    /// The step that they end.
+    pub step: u64,
+    pub serial: u64,
+}
+
 pub(super) fn within(span: Span, offset: u64, bytes: u64) -> Span {
     Span { offset: span.offset + offset, bytes, ..span }
 }
