@@ -1092,14 +1092,27 @@ fn a_fault_in_a_later_batch_leaves_the_steps_before_it() {
     // Its last one is of step 3, which is begun while step 2 is in flight.
     ids[4 * 8 - 1] = 1000;
     let shape = &[5, 2, 4][..];
-    let file = tensor_file(&[("input_ids", "I64", shape, i64s(&ids)), ("labels", "I64", shape, i64s(&[1; 40]))]);
-    fs::write(job.at("batches.safetensors"), file).expect("batches");
+    let write = |ids: &[i64]| {
+        let file = tensor_file(&[("input_ids", "I64", shape, i64s(ids)), ("labels", "I64", shape, i64s(&[1; 40]))]);
+        fs::write(job.at("batches.safetensors"), file).expect("batches");
+    };
+    write(&ids);
     let text = fs::read_to_string(job.at("job.toml")).expect("job.toml").replace("steps = 3", "steps = 5");
     fs::write(job.at("job.toml"), with_rates(&text)).expect("job.toml");
-    job.hydra(&["train"]).bad(&["m: ", "1000"]);
-    let rows = read_rows(&job.at("runs/job/m/metrics.jsonl")).expect("rows");
-    assert_eq!(rows.len(), 3, "{rows:?}");
+    let first = job.hydra(&["train"]);
+    assert!(first.code == 2 && first.err.contains("m: step 3: input_ids: value 1000"), "{first:?}");
+    assert!(
+        first.err.contains("a checkpoint after 3 steps is there, from which --resume auto tries again"),
+        "{first:?}"
+    );
+    let rows = || read_rows(&job.at("runs/job/m/metrics.jsonl")).expect("rows").len();
+    assert_eq!(rows(), 3);
     assert!(!job.at("runs/job/m/model").exists());
+    // Mended, it goes on from there.
+    ids[4 * 8 - 1] = 1;
+    write(&ids);
+    let said = job.hydra(&["train", "--resume", "require"]).fine();
+    assert!(!said.out.contains("step 1 of 5") && rows() == 5, "{said:?}");
 }
 
 #[test]

@@ -63,6 +63,12 @@ pub trait Observer {
         Ok(())
     }
 
+    /// The model cannot go on, since its next step cannot begin: its data fail. It is at rest, and its state is in the
+    /// host's store.
+    fn stuck(&mut self, engine: &Engine, model: usize) {
+        let _ = (engine, model);
+    }
+
     /// The model has come to its end, validated and at rest; its state is in the host's store.
     ///
     /// # Errors

@@ -46,6 +46,8 @@ impl Fleet {
             return Ok(());
         }
         if let Some(error) = self.trainees[model].refused.take() {
+            self.engine.wait_home(model)?;
+            observer.stuck(&self.engine, model);
             return Err(error);
         }
         // At rest: paused, stopped, or at the end.

@@ -109,7 +109,10 @@ fn what_a_model_has_learnt_that_cannot_be_saved_is_in_a_checkpoint() {
     let sets = ["model.0.steps=1", "model.0.lr=1e5"];
     let first = job.hydra(&["train", "--json", "--set", sets[0], "--set", sets[1]]);
     assert!(first.code == 2 && first.err.contains("which is no finite F16"), "{first:?}");
-    assert!(first.err.contains("a checkpoint after 1 steps was, from which --resume auto tries again"), "{first:?}");
+    assert!(
+        first.err.contains("a checkpoint after 1 steps is there, from which --resume auto tries again"),
+        "{first:?}"
+    );
     let row = &first.json()["models"][0];
     assert!(job.at("runs/job/m/model").exists() && row["status"] == "failed" && row["model"].is_null(), "{row}");
     // As f32 they can be: nothing is trained again.

@@ -133,9 +133,9 @@ impl<'a> Watch<'a> {
         self.judge.as_ref().map_or(Ok(()), Judge::wait_sync)
     }
 
-    /// Writes what a model has learnt that cannot be saved, so that a run which goes on has it to save and nothing to
-    /// train. What is not finite nobody can go on from: the checkpoint before it stays.
-    fn keep_unsaved(&mut self, engine: &Engine, model: usize) {
+    /// Writes what a model has learnt that ends by this fault, so that a run which goes on has nothing to train again.
+    /// What is not finite nobody can go on from: the checkpoint before it stays.
+    fn keep(&mut self, engine: &Engine, model: usize, fault: &str) {
         let graph = &engine.model(model).train;
         let is_finite = |read: Result<Vec<f32>>| read.is_ok_and(|values| values.iter().all(|x| x.is_finite()));
         let mut weights = (0..graph.parameters.len()).map(|i| engine.read_parameter(model, Stored::Weight, i));
@@ -146,7 +146,7 @@ impl<'a> Watch<'a> {
         let (name, done) = (self.planned.prepared.name.clone(), self.done);
         match self.save(done, engine, model) {
             Ok(()) => warn(format!(
-                "{name}: the model could not be saved; a checkpoint after {done} steps was, from which --resume auto tries again"
+                "{name}: {fault}; a checkpoint after {done} steps is there, from which --resume auto tries again"
             )),
             Err(error) => warn(format!("{name}: no checkpoint after {done} steps either: {error}")),
         }
@@ -226,6 +226,10 @@ impl Observer for Watch<'_> {
         Ok(())
     }
 
+    fn stuck(&mut self, engine: &Engine, model: usize) {
+        self.keep(engine, model, "its next step could not begin");
+    }
+
     /// Saves the model; a checkpoint of its last step is written only after it, and so tells that there is nothing left
     /// to do.
     fn ended(&mut self, engine: &Engine, model: usize) -> Result<()> {
@@ -235,7 +239,7 @@ impl Observer for Watch<'_> {
         let saved =
             prepared.form().and_then(|form| save_model(&folder, &form, (engine, model), prepared.weights(), self.done));
         if let Err(error) = saved {
-            self.keep_unsaved(engine, model);
+            self.keep(engine, model, "the model could not be saved");
             return Err(error);
         }
         let path = self.folder.join(rundir::CHECKPOINT);
