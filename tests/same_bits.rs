@@ -374,7 +374,8 @@ fn state_that_visits_in_pieces_does_not_show() {
             slots.insert(plan.arena.update_slots.len());
             assert_eq!(difference(&small.train(&options).expect("a run"), &want), None, "{recipe:?}, {part}");
         }
-        assert_eq!(slots.len(), 2, "{recipe:?}: {slots:?}");
+        // Plain SGD has no state: gradients of the shared table alone visit.
+        assert_eq!(slots.len(), if optimizer == 3 { 1 } else { 2 }, "{recipe:?}: {slots:?}");
     }
 }
 
