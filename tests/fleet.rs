@@ -10,7 +10,7 @@ use hydra::data::{Batch, InputSpec, Source};
 use hydra::device::host::HostSpec;
 use hydra::device::sim::CostModel;
 use hydra::device::{DeviceSpec, DiskSpec, FleetMemory, start_fleet};
-use hydra::engine::{Engine, SimulateOptions, TurnOptions, simulate};
+use hydra::engine::{Engine, SimulateOptions, Simulation, TurnOptions, simulate};
 use hydra::nn::Pretrained;
 use hydra::sched::{Claim, LocalityLrtf, LocalityTuning, POLICIES, Policy, View, by_name};
 use hydra::spill::{
@@ -427,20 +427,7 @@ fn a_lone_model_that_stays_meets_its_bound() {
         let entries = [Entry { name: "odd", small: Small::llama(12, 2, 2, 17), options }];
         // No bound counts the loss and the norms that leave last.
         let cost = CostModel { d2h_bytes_per_sec: 1e15, ..CostModel::stated(1e8, 1e8, 1e8) };
-        let devices = [FleetDevice { budget: None, cost: cost.clone() }];
-        let staying = plan_at_home(&fleet_models(&entries, Recompute::Auto, 2), &devices).expect("a plan");
-        let options = SimulateOptions {
-            steps: vec![1],
-            clips: vec![false],
-            costs: vec![cost],
-            shared_bytes_per_sec: None,
-            arena_bytes: Vec::new(),
-            policy: None,
-            units: 2,
-            lines: Vec::new(),
-            recorder: None,
-        };
-        let simulation = simulate(&staying.expect("no budget").0, options).expect("a simulation");
+        let simulation = simulate_at_home(&entries, cost, 1);
         let gap = simulation.bounds.gap(simulation.makespan_secs);
         assert!(gap.abs() < 1e-9, "{:?}: {gap} of {:?}", entries[0].options.frozen, simulation.bounds);
     }
@@ -505,15 +492,12 @@ fn no_schedule_on_unlike_devices_is_below_its_bound() {
     assert!(greatest.len() > 1, "{greatest:?}");
 }
 
-#[test]
-fn what_handing_tasks_over_takes_counts_in_the_bound() {
-    let options = TrainOptions { batch: 8, microbatch: 1, ..TrainOptions::new(20) };
-    let entries = [Entry { name: "many", small: Small::gpt(16, 1, 1, 7, 0.0), options }];
-    let cost = CostModel { hand_over_secs: 1e-2, ..stated() };
+/// Simulates so many steps of one model that stays on one device.
+fn simulate_at_home(entries: &[Entry; 1], cost: CostModel, steps: u64) -> Simulation {
     let devices = [FleetDevice { budget: None, cost: cost.clone() }];
-    let staying = plan_at_home(&fleet_models(&entries, Recompute::Auto, 2), &devices).expect("a plan");
+    let staying = plan_at_home(&fleet_models(entries, Recompute::Auto, 2), &devices).expect("a plan");
     let options = SimulateOptions {
-        steps: vec![20],
+        steps: vec![steps],
         clips: vec![false],
         costs: vec![cost],
         shared_bytes_per_sec: None,
@@ -523,7 +507,15 @@ fn what_handing_tasks_over_takes_counts_in_the_bound() {
         lines: Vec::new(),
         recorder: None,
     };
-    let simulation = simulate(&staying.expect("no budget").0, options).expect("a simulation");
+    simulate(&staying.expect("no budget").0, options).expect("a simulation")
+}
+
+#[test]
+fn what_handing_tasks_over_takes_counts_in_the_bound() {
+    let options = TrainOptions { batch: 8, microbatch: 1, ..TrainOptions::new(20) };
+    let entries = [Entry { name: "many", small: Small::gpt(16, 1, 1, 7, 0.0), options }];
+    let cost = CostModel { hand_over_secs: 1e-2, ..stated() };
+    let simulation = simulate_at_home(&entries, cost, 20);
     let (bound, makespan) = (simulation.bounds.secs, simulation.makespan_secs);
     // The others are its updates'.
     assert!((0.4 * makespan..=makespan).contains(&bound), "{bound} of {makespan} seconds");
