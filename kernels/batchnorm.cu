@@ -384,8 +384,8 @@ DEV void grad_finish(float* d_weight, float* d_bias, float* slopes, const float*
   sum = warp_sum(sum);
   dot = warp_sum(dot) * rstd[channel];
   if (lane > 0) return;
-  d_weight[channel] = accumulator_weight && now->accumulate ? d_weight[channel] + dot : dot;
-  d_bias[channel] = accumulator_bias && now->accumulate ? d_bias[channel] + sum : sum;
+  d_weight[channel] = adds_to(accumulator_weight, now) ? d_weight[channel] + dot : dot;
+  d_bias[channel] = adds_to(accumulator_bias, now) ? d_bias[channel] + sum : sum;
   float scale = rstd[channel] * to_float(weight[channel]), per_value = count > 0 ? (float)(1 / count) : 0.0f;
   slopes[channel] = scale;
   slopes[channels + channel] = -scale * rstd[channel] * dot * per_value;

@@ -1,7 +1,7 @@
 // Sums down the columns of a matrix: gradients of biases that are not summed beside a product, and the last stage of
 // every kernel that leaves partial column sums.
 //   x (rows, cols) f32 or bf16, rows `pitch` apart; out (cols) f32; partials (parts, cols) f32, scratch.
-//   out[c] = sum over r of x[r,c]; added to out[c] instead where out is an accumulator and Now::accumulate is set.
+//   out[c] = sum over r of x[r,c]; added to out[c] instead where adds_to says so.
 // Two kernels. column_sum: block (tile, part) adds rows part * rows_per_part.. of 256 columns. One warp a row, 8
 // columns a lane, and 128 bytes of a lane on their way: 131 KB a multiprocessor at 4 blocks, which is how many parts
 // there are for (graph::row_parts), so that all blocks run at once. column_sum_finish: 32 columns a block, 16 warps
@@ -71,7 +71,7 @@ extern "C" __global__ __launch_bounds__(FINISH_WARPS * 32) void column_sum_finis
     float* out0, float* out1, const float* partials, int parts, int cols, int accumulator0, int accumulator1, const Now* now) {
   GPU_SHARED(float, sums, [FINISH_WARPS][32]);
   float* out = blockIdx.y == 0 ? out0 : out1;
-  int accumulate = (blockIdx.y == 0 ? accumulator0 : accumulator1) && now->accumulate;
+  int accumulate = adds_to(blockIdx.y == 0 ? accumulator0 : accumulator1, now);
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int64_t c = (int64_t)blockIdx.x * 32 + lane;
   partials += (int64_t)blockIdx.y * parts * cols;

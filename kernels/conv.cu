@@ -5,7 +5,7 @@
 //   d_x[n,c,h,w]      = sum over o and the taps (i, j) that reach (h, w) of weight[o,c,i,j] * d_out[n,o,p,q]
 //   d_weight[o,c,i,j] = sum over n, p, q of d_out[n,o,p,q] * x[n, c, p * stride + i - padding, q * stride + j -
 //   padding]
-// Overwrites out and d_x; d_weight is overwritten, or added to where `accumulator` and now->accumulate. With `partials`
+// Overwrites out and d_x; d_weight is overwritten, or added to as adds_to says. With `partials`
 // (parts, O, C, kh, kw), blockIdx.y is a part of the pixels, `part_pixels` each, and conv2d_grad_weight_sum adds the
 // parts in order. Deterministic: an element is one chain of fused multiply-adds over the steps in their order, and
 // parts depend on sizes alone.
@@ -212,7 +212,7 @@ template <class T> DEV void weight_product(float* d_weight, float* partials, con
   multiply<true>(sum, shared, product);
 
   float* to = partials ? partials + (int64_t)blockIdx.y * s.out_channels * columns : d_weight;
-  bool add = !partials && accumulator && now->accumulate;
+  bool add = !partials && adds_to(accumulator, now);
 #pragma unroll
   for (int i = 0; i < 8; i++) {
     int row = first_row + own_row(i);

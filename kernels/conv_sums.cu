@@ -2,8 +2,7 @@
 //   d_out (N, O, positions) f32 or bf16; d_bias (O), d_weight (O, C, taps) f32; partial sums f32.
 //   d_bias[o]       = sum over n, p of d_out[n,o,p]
 //   d_weight[o,c,t] = sum over parts of partials[part][o][c * channel_pitch + t * tap_pitch]
-// d_bias and d_weight are overwritten where `accumulator` is 0, added to where it is 2, and where it is 1 as
-// now->accumulate says.
+// d_bias and d_weight are overwritten, or added to as adds_to says.
 // Deterministic: the order of every sum depends on sizes alone.
 //
 // Bias: a block of 256 threads sums `part_elems` values of one channel (blockIdx.x = channel * parts + part), 16 bytes
@@ -20,7 +19,7 @@ namespace {
 constexpr int THREADS = 256;
 
 DEV void put(float* at, float sum, const Now* now, int accumulator) {
-  *at = accumulator == 2 || (accumulator == 1 && now->accumulate) ? *at + sum : sum;
+  *at = adds_to(accumulator, now) ? *at + sum : sum;
 }
 
 // The sum of values [begin, end) of a channel, counted over images and then positions, in units of PACK values.

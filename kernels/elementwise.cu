@@ -30,7 +30,7 @@ GPU_EXPORT(add_bf16)
 
 // A copy between types, or into an accumulator; a plain copy is the driver's.
 template <class X> DEV void copy_into(float* out, const X* x, int64_t n, int accumulator, const Now* now) {
-  if (accumulator && now->accumulate) {
+  if (adds_to(accumulator, now)) {
     zip_each(out, out, x, n, [](float sum, float more) { return sum + more; });
   } else {
     map_each(out, x, n, [](float v) { return v; });
@@ -172,7 +172,7 @@ constexpr int AHEAD = 8;
 template <class T>
 DEV void sum_sequences(float* d_table, const T* d_y, int64_t batch, int64_t plane, int64_t table_elems, int accumulator, const Now* now) {
   constexpr int N = FEW<float>;
-  bool adds = accumulator && now->accumulate;
+  bool adds = adds_to(accumulator, now);
   int64_t i = ((int64_t)blockIdx.x * POINTWISE_THREADS + threadIdx.x) * N;
   if (i + N <= plane && aligned_few<N>(d_table) && aligned_few<N>(d_y) && plane % N == 0) {
     Few<float, N> sum{};

@@ -1,7 +1,7 @@
 // The embedding: rows of a table picked by token ids, and the gradient that adds rows back.
 //   forward  out[t,:] = table[ids[t],:]; ids (tokens) i32, table (V, C), out (tokens, C).
 //   grad     d_table[v,:] = sum over t with ids[t] = v, in order, of d_y[t,:]; d_y (tokens, C), d_table (V, C) f32. Rows of tokens that do
-//            not occur, and that of the id `padding`, get 0; where d_table is an accumulator and now->accumulate is set it is added to instead.
+//            not occur, and that of the id `padding`, get 0; where adds_to says so it is added to instead.
 // The gradient first sorts the tokens by id, keeping their order among equals: a radix sort by 8 bits a pass, least
 // significant first, each pass a kernel that counts digits and one that places tokens. Then one kernel notes which ids
 // occur, and the last one does two things. A warp has 16 places of the order and 256 columns: it walks over its tokens'
@@ -252,7 +252,7 @@ DEV void zero_rows(float* d_table, const int* seen, int64_t first, int table_row
 // `adding` blocks of 8 warps, then those that zero.
 template <class T>
 DEV void add_rows_back(float* d_table, const T* d_y, const int* ids, const int* order, const int* seen, int adding, int tokens, int table_rows, unsigned padding, int cols, int accumulator, const Now* now) {
-  bool adds = accumulator && now->accumulate;
+  bool adds = adds_to(accumulator, now);
   if ((int)blockIdx.x >= adding) {
     if (!adds) zero_rows(d_table, seen, (int64_t)(blockIdx.x - adding) * ZEROED, table_rows, cols);
     return;

@@ -1,7 +1,7 @@
 // The end of a matrix product that was cut along k: the parts are added and become the output.
 //   partials (parts, m, n) f32; out (m, n) = act(sum of parts + bias (n)), pre (m, n) what act is given, or out += sum
 //   for accumulators, or with a residual or ACTIVATION_GRAD as in the product's own kernel; rows `pitch` apart.
-// Overwrites out (or adds to it, when `accumulator` and now->accumulate), and a pre that is not read. Deterministic:
+// Overwrites out (or adds to it, as adds_to says), and a pre that is not read. Deterministic:
 // parts are added from the first to the last. Launch: ceil(m n / 256) blocks of 256 threads, a thread an element; m n <
 // 2^31. Bound by memory: 4 bytes a part and element, most of them still in the L2.
 #include "gpu.cuh"

@@ -3,7 +3,7 @@
 //   Or out = a b + bias + residual (m, n); or, with ACTIVATION_GRAD in `activation`, out = (a b) act'(pre): then pre is
 //   read. out may lie over either.
 //   nn: a (m, k), b (k, n), all bf16;  nt: a (m, k), b (n, k), all bf16;  tn: a (k, m), b (k, n) bf16, out f32. bias (n). m, n, k > 0.
-// Overwrites out (or adds to it, when `accumulator` and now->accumulate), and a pre that is not read. With `partials`
+// Overwrites out (or adds to it, as adds_to says), and a pre that is not read. With `partials`
 // (parts, m, n) f32, k is cut into `parts` of `k_part` and gemm_finish adds them in order. Deterministic: each sum is
 // taken 16 k at a time, in the order of k, whatever the grid and the tile.
 // a and b come by tensor maps: rows start at multiples of 16 bytes; what lies outside reads as 0. Boxes are 64 columns

@@ -4,7 +4,7 @@
 //   read. out may lie over either.
 //   nn: a (m, k), b (k, n), all bf16;  nt: a (m, k), b (n, k), all bf16;  tn: a (k, m), b (k, n) bf16, out f32. bias (n).
 // Rows of a, b and out are a_pitch, b_pitch and out_pitch apart.
-// Overwrites out (or adds to it, when `accumulator` and now->accumulate), and a pre that is not read. With `partials`
+// Overwrites out (or adds to it, as adds_to says), and a pre that is not read. With `partials`
 // (parts, m, n) f32, blockIdx.y is a part of k of `k_part` and gemm_finish adds the parts in order. Deterministic: each
 // sum is taken 16 k at a time, in the order of k.
 //

@@ -5,7 +5,7 @@
 //   Or out = a b + bias + residual (m, n); or, with ACTIVATION_GRAD in `activation`, out = (a b) act'(pre): then pre is
 //   read. out may lie over either.
 //   nn: a (m, k), b (k, n);  nt: a (m, k), b (n, k);  tn: a (k, m), b (k, n). bias (n).
-// Overwrites out (or adds to it, when `accumulator` and now->accumulate), and a pre that is not read. With `partials`
+// Overwrites out (or adds to it, as adds_to says), and a pre that is not read. With `partials`
 // (parts, m, n), blockIdx.y is a part of k of `k_part` and gemm_finish adds the parts in order. Deterministic: each sum
 // is taken 8 k at a time, in the order of k.
 //

@@ -54,3 +54,7 @@ template <int THREADS, int FIRST, int OTHERS> struct RegisterShares {
 };
 
 #include "gpu/math.cuh"
+
+// Whether a gradient is added to what is there: where `accumulator` is 2, and where it is 1 as now->accumulate says.
+// Where it is 0 it is overwritten, and `now` may be null.
+DEV bool adds_to(int accumulator, const Now* now) { return accumulator == 2 || (accumulator == 1 && now->accumulate); }

@@ -48,6 +48,8 @@ fn options(plan: &PlanOptions, layers: usize) -> TrainOptions {
         optimizer: Optimizer::Sgd { lr: 0.01, momentum: 0.9, nesterov: false, weight_decay: 0.0 },
         clip: Some(1.0),
         patience_secs: 20.0,
+        // The head's output comes in parts.
+        loss_rows: Some(8),
         plan: PlanOptions { cut, ..plan.clone() },
         ..TrainOptions::new(8)
     }

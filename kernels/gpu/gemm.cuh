@@ -135,5 +135,5 @@ template <class Out> struct GemmEnd {
 template <class Out>
 DEV GemmEnd<Out> gemm_end(Out* out, Out* pre, float* partials, const Out* bias, const Out* residual, const Now* now, int accumulator, int activation, int m, int n,
                           int pitch) {
-  return {out, pre, partials, bias, accumulator && now->accumulate ? out : residual, activation, m, n, pitch};
+  return {out, pre, partials, bias, adds_to(accumulator, now) ? out : residual, activation, m, n, pitch};
 }

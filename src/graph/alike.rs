@@ -52,8 +52,9 @@ struct Operand {
     source: LayerSource,
     shape: Shape,
     dtype: DType,
-    /// Of the tensor whose elements it shows.
+    /// Of the tensor whose elements it shows, and the first of them.
     root: Shape,
+    first: usize,
     is_padded: bool,
 }
 
@@ -124,6 +125,7 @@ impl View<'_> {
             shape: info.shape.clone(),
             dtype: info.dtype,
             root: self.graph.info(root).shape.clone(),
+            first: if let Source::View { first, .. } = info.source { first } else { 0 },
             is_padded: self.padded.contains(&root),
         })
     }

@@ -122,15 +122,15 @@ impl Builder {
         self.loss(Op::MeanSquaredError, vec![predictions, targets], vec![rows])
     }
 
-    /// Appends a loss to the last layer, whose output is `inputs[0]`; `others` are the shapes of the op's outputs
-    /// besides the loss.
-    fn loss(&mut self, op: Op, inputs: Vec<Value>, others: Vec<Shape>) -> Result<Value> {
+    /// Appends a loss to the last layer, whose output is `inputs[0]`: `op`, whose outputs have these shapes and whose
+    /// first one holds the losses of rows, and their sum.
+    fn loss(&mut self, op: Op, inputs: Vec<Value>, shapes: Vec<Shape>) -> Result<Value> {
         let output = inputs[0];
-        let shapes = std::iter::once(Shape::from([1])).chain(others).collect();
         self.open = true;
-        let outputs = self.node(op, inputs, shapes);
+        let losses = self.node(op, inputs, shapes);
+        let loss = losses.and_then(|losses| self.node(Op::LossSum, vec![losses[0]], vec![Shape::from([1])]));
         self.open = false;
-        let loss = outputs?[0];
+        let loss = loss?[0];
         self.graph.layers.last_mut().expect("one has handed on the output").output = None;
         self.graph.logits = Some(output);
         self.graph.loss = Some(loss);

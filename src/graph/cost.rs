@@ -207,6 +207,7 @@ pub fn cost(graph: &Graph, node: &Node) -> Cost {
         Op::Dropout { .. } => (Family::Dropout, 10.0 * elems(0)),
         Op::CrossEntropy | Op::CrossEntropyGrad => (Family::Softmax, 5.0 * elems(0)),
         Op::MeanSquaredError | Op::MeanSquaredErrorGrad => (Family::Memory, 3.0 * elems(0)),
+        Op::LossSum => (Family::Sum, elems(0)),
         // Two products and a sum an element; the sines and cosines are shared by all heads.
         Op::Rotary(_) => (Family::Memory, 3.0 * elems(0)),
         Op::LayerNorm { .. } | Op::RmsNorm { .. } | Op::BatchNorm { .. } | Op::BatchNormEval { .. } => {

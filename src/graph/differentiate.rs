@@ -21,6 +21,11 @@ use crate::base::{DType, Error, Result, Shape};
 /// When the graph has no loss, a layer's output does not reach it, or all parameters are frozen.
 pub fn differentiate(graph: &mut Graph) -> Result<()> {
     let loss = graph.loss.ok_or_else(|| Error::bad("differentiate: the graph has no loss"))?;
+    // The gradient of every row's loss is the step's loss scale, which the loss' own gradient op knows.
+    let losses = match graph.producer(loss).map(|n| &graph.nodes[n]) {
+        Some(Node { op: Op::LossSum, inputs, .. }) => graph.root(inputs[0]),
+        _ => return Err(Error::bad("differentiate: the loss is no sum over rows")),
+    };
     if !graph.parameters.is_empty() && graph.parameters.iter().all(|p| p.frozen) {
         return Err(Error::bad("differentiate: all parameters are frozen"));
     }
@@ -31,7 +36,7 @@ pub fn differentiate(graph: &mut Graph) -> Result<()> {
         sweep.layer = layer;
         for node in (0..sweep.graph.forward_nodes).rev() {
             if sweep.graph.nodes[node].layer == layer {
-                sweep.node(node, loss)?;
+                sweep.node(node, losses)?;
             }
         }
         sweep.close_layer(layer)?;
@@ -48,7 +53,7 @@ fn needed(graph: &Graph) -> Vec<bool> {
     for (i, info) in graph.values.iter().enumerate() {
         needed[i] = match info.source {
             Source::Parameter(p) => !graph.parameters[p].frozen,
-            Source::View(of) => needed[of.0 as usize],
+            Source::View { of, .. } => needed[of.0 as usize],
             // A node's inputs were made before its outputs, so they are decided already.
             Source::Node { node, .. } => graph.nodes[node].inputs.iter().any(|v| needed[v.0 as usize]),
             Source::State(_) | Source::Input(_) => false,
@@ -67,7 +72,7 @@ pub(super) struct Sweep<'a> {
 }
 
 impl Sweep<'_> {
-    fn node(&mut self, node: usize, loss: Value) -> Result<()> {
+    fn node(&mut self, node: usize, losses: Value) -> Result<()> {
         let Node { op, inputs, outputs, .. } = self.graph.nodes[node].clone();
         if op.has_side_effect() || !outputs.iter().any(|v| self.needed[v.0 as usize]) {
             return Ok(());
@@ -80,7 +85,7 @@ impl Sweep<'_> {
                 "{name}: the loss depends on its output {output}, and its gradient is given output 0's alone"
             )));
         }
-        if outputs[0] != loss && self.gradients[outputs[0].0 as usize].is_none() {
+        if outputs[0] != losses && self.gradients[outputs[0].0 as usize].is_none() {
             return Ok(());
         }
         let d_out = self.gradients[outputs[0].0 as usize].map(|d| self.shaped_like(d, outputs[0]));
@@ -129,7 +134,7 @@ impl Sweep<'_> {
             return gradient;
         }
         let (dtype, root) = (info.dtype, self.graph.root(gradient));
-        self.graph.values.push(ValueInfo { shape, dtype, source: Source::View(root) });
+        self.graph.values.push(ValueInfo { shape, dtype, source: Source::View { of: root, first: 0 } });
         self.gradients.push(None);
         self.needed.push(false);
         Value(self.graph.values.len() as u32 - 1)

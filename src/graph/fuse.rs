@@ -145,7 +145,7 @@ mod tests {
         assert_eq!(counts(&graph), [1, 1, 1, 0, 0]);
         let down = &graph.nodes[1];
         assert_eq!(down.inputs.last(), Some(&graph.parameters[0].value));
-        assert_eq!((graph.layers[0].output, graph.forward_nodes), (Some(down.outputs[0]), 4));
+        assert_eq!((graph.layers[0].output, graph.forward_nodes), (Some(down.outputs[0]), 5));
     }
 
     #[test]

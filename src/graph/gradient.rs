@@ -1,6 +1,6 @@
 //! One rule an op: the nodes of its gradient.
 //!
-//! A rule gets the gradient of the op's first output (`None` for the loss, whose gradient is 1) and contributes one
+//! A rule gets the gradient of the op's first output (`None` for the losses of rows, whose gradient is the loss scale) and contributes one
 //! gradient to each input that wants one. No rule computes anything: it only names ops.
 
 use super::custom::Custom;
@@ -54,7 +54,7 @@ pub(super) fn emit(s: &mut Sweep, op: &Op, inputs: &[Value], outputs: &[Value], 
             let parameters = &inputs[1..];
             if parameters.iter().any(|&v| s.wants(v)) {
                 let shapes = parameters.iter().map(|&v| shape(s, v)).collect();
-                let op = Op::LinearGradWeight { layout: *layout, bias: parameters.len() > 1 };
+                let op = Op::LinearGradWeight { layout: *layout, bias: parameters.len() > 1, adds: false };
                 let gradients = s.push(op, vec![inputs[0], d_pre], shapes);
                 parameters.iter().zip(gradients).for_each(|(&v, g)| s.contribute(v, g));
             }

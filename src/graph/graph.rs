@@ -25,8 +25,13 @@ pub enum Source {
     State(usize),
     /// An input of the batch, by its index.
     Input(usize),
-    /// Another value's elements under another shape; never a view of a view.
-    View(Value),
+    /// Another value's elements under another shape, or some of them; never a view of a view.
+    View {
+        /// The other value.
+        of: Value,
+        /// The element of it that comes first.
+        first: usize,
+    },
 }
 
 /// What is known of a value.
@@ -155,6 +160,20 @@ pub struct Graph {
     pub scratch: bool,
     /// Whether products of f32 may round their factors to tf32 (10 bits of fraction), on a device that has it.
     pub tf32: bool,
+    /// Rows of logits that are made at a time, in a model whose vocabulary may be of any size; none: as
+    /// [`super::split_loss`] thinks right.
+    pub loss_rows: Option<usize>,
+    /// Nodes of the parts that the loss runs in, in order; none where it runs whole (see [`super::split_loss`]).
+    pub loss_parts: Vec<LossPart>,
+}
+
+/// Some rows of the logits: the nodes that make them and their loss, and those that use their gradient.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LossPart {
+    /// The product that makes the logits comes first.
+    pub forward: Range<usize>,
+    /// None before [`super::differentiate`] was called.
+    pub backward: Range<usize>,
 }
 
 impl Graph {
@@ -166,7 +185,7 @@ impl Graph {
     /// The value whose elements a view shows; itself for any other.
     pub fn root(&self, value: Value) -> Value {
         match self.info(value).source {
-            Source::View(of) => of,
+            Source::View { of, .. } => of,
             _ => value,
         }
     }

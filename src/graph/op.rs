@@ -50,6 +50,8 @@ pub enum Op {
         layout: WeightLayout,
         /// Whether there is a bias' gradient.
         bias: bool,
+        /// Both are added to what is there: other rows of the same microbatch came before.
+        adds: bool,
     },
     /// x -> out, elementwise.
     Activation(Activation),
@@ -90,16 +92,17 @@ pub enum Op {
     Attention(AttentionKind),
     /// d_out, out, lse, then Attention's inputs -> d_qkv, or d_q, d_k, d_v.
     AttentionGrad(AttentionKind),
-    /// logits (.., V), labels (..) i32 -> loss (1): the sum over rows of -log softmax at the label, times the step's
-    /// loss scale; lse (rows), row_losses (rows). A row with label -100 counts for nothing: its loss and lse are 0.
+    /// logits (.., V), labels (..) i32 -> row_losses (rows): -log softmax at the label; lse (rows). A row with label -100
+    /// counts for nothing: its loss and lse are 0.
     CrossEntropy,
     /// logits (.., V), labels (..), lse (rows) -> d_logits (.., V), over the logits where they die.
     CrossEntropyGrad,
-    /// predictions (.., C), targets (.., C) -> loss (1): the sum over rows of the mean of squared differences, times
-    /// the step's loss scale; row_losses (rows).
+    /// predictions (.., C), targets (.., C) -> row_losses (rows): the mean of squared differences.
     MeanSquaredError,
     /// predictions (.., C), targets (.., C) -> d_predictions (.., C), over the predictions where they die.
     MeanSquaredErrorGrad,
+    /// row_losses (rows) -> loss (1): their sum, times the step's loss scale.
+    LossSum,
     /// x (N, C, H, W), weight (O, C, kh, kw), (bias (O)) -> out (N, O, H', W').
     Conv2d(Window),
     /// d_out, weight -> d_x (N, C, H, W).
@@ -296,6 +299,7 @@ impl Op {
             Op::CrossEntropyGrad => "cross_entropy_grad",
             Op::MeanSquaredError => "mean_squared_error",
             Op::MeanSquaredErrorGrad => "mean_squared_error_grad",
+            Op::LossSum => "loss_sum",
             Op::Conv2d(_) => "conv2d",
             Op::Conv2dGradInput(_) => "conv2d_grad_input",
             Op::Conv2dGradWeight(_) => "conv2d_grad_weight",
@@ -330,7 +334,7 @@ impl Op {
     pub fn input_dtype(&self, input: usize, float: DType) -> DType {
         match self {
             _ if self.reads_integers(input) => DType::I32,
-            Op::UpdateRunning { .. } => float.wide(),
+            Op::UpdateRunning { .. } | Op::LossSum => float.wide(),
             Op::BatchNormEval { .. } if input >= 3 => float.wide(),
             _ => float,
         }
@@ -343,6 +347,7 @@ impl Op {
             Op::MaxPool(_) if output == 1 => DType::I32,
             Op::CrossEntropy
             | Op::MeanSquaredError
+            | Op::LossSum
             | Op::EmbeddingGrad { .. }
             | Op::AddPositionGrad
             | Op::LinearGradWeight { .. }

@@ -76,11 +76,12 @@ impl<'a> Slice<'a> {
             }
             Kind::Last { recompute } => {
                 slice.sequence.extend(forward.clone().map(|n| (n, 0)));
-                let again = u8::from(recompute);
+                let (from, again) = if recompute { (slice.sequence.len(), 1) } else { (0, 0) };
                 if recompute {
                     slice.sequence.extend(needed.iter().map(|&n| (n, 1)));
                 }
-                slice.sequence.extend(backward.clone().map(|n| (n, again)));
+                let forward = slice.sequence.split_off(from);
+                slice.sequence.extend(part_by_part(graph, &forward, backward.clone()).map(|n| (n, again)));
             }
         }
         if matches!(kind, Kind::Forward { keep: true } | Kind::Backward { kept: true, .. }) {
@@ -96,7 +97,7 @@ impl<'a> Slice<'a> {
         for n in forward.rev() {
             let node = &self.graph.nodes[n];
             let is_loss = self.graph.loss.is_some_and(|loss| node.outputs.contains(&loss));
-            let is_wanted = node.outputs.iter().any(|v| wanted.contains(v)) || whole && !is_loss;
+            let is_wanted = node.outputs.iter().any(|&v| wanted.contains(&self.graph.root(v))) || whole && !is_loss;
             if !node.op.has_side_effect() && is_wanted {
                 wanted.extend(node.inputs.iter().map(|&v| self.graph.root(v)));
                 needed.push(n);
@@ -111,8 +112,8 @@ impl<'a> Slice<'a> {
         let read = self.read_by(backward);
         let mut end = 0;
         for n in forward {
-            for &value in &self.graph.nodes[n].outputs {
-                if read.contains(&value) {
+            for value in self.graph.nodes[n].outputs.iter().map(|&v| self.graph.root(v)) {
+                if read.contains(&value) && !self.saved.contains_key(&value) {
                     self.saved.insert(value, end);
                     end += align_up(self.graph.bytes(value), ALIGNMENT);
                 }
@@ -135,7 +136,7 @@ impl<'a> Slice<'a> {
             }
             Source::State(s) => return Some((Area::States, self.model.state[s] - self.shard.states.start)),
             Source::Input(i) => return Some((Area::Inputs, self.input(i))),
-            Source::View(_) => unreachable!("places are asked for roots"),
+            Source::View { .. } => unreachable!("places are asked for roots"),
             Source::Node { .. } => {}
         }
         let root = |v: Option<Value>| v.map(|v| graph.root(v));
@@ -190,10 +191,10 @@ impl<'a> Slice<'a> {
                 }
             }
             for (output, &value) in node.outputs.iter().enumerate() {
-                let key = (value, instance);
+                let key = (self.graph.root(value), instance);
                 if node.op.output_is_optional(output)
                     && !read_later.contains_key(&key)
-                    && !self.saved.contains_key(&value)
+                    && !self.saved.contains_key(&key.0)
                 {
                     continue;
                 }
@@ -201,7 +202,8 @@ impl<'a> Slice<'a> {
                     fixed.insert(key, place);
                     continue;
                 }
-                let over = (output == 0).then(|| self.dying_input(&workspace, &read_later, n, instance, at)).flatten();
+                let whole = output == 0 && key.0 == value;
+                let over = whole.then(|| self.dying_input(&workspace, &read_later, n, instance, at)).flatten();
                 match over {
                     Some((key_in, operand)) => {
                         if operand == 1 {
@@ -209,7 +211,7 @@ impl<'a> Slice<'a> {
                         }
                         workspace.take_over(key, key_in, at);
                     }
-                    None => workspace.write(key, self.room(value), at),
+                    None => workspace.write(key, self.room(key.0), at),
                 }
             }
         }
@@ -228,7 +230,8 @@ impl<'a> Slice<'a> {
             let (area, offset) =
                 fixed.get(&key).copied().or_else(|| workspace.of.get(&key).map(|&b| (Area::Workspace, offsets[b])))?;
             let info = self.graph.info(value);
-            let buffer = Buffer::new(area, offset, info.shape.clone(), info.dtype);
+            let first = if let Source::View { first, .. } = info.source { first as u64 } else { 0 };
+            let buffer = Buffer::new(area, offset + first * info.dtype.bytes(), info.shape.clone(), info.dtype);
             let padded = area == Area::Workspace && self.padded.contains(&key.0);
             let pitch = if padded { padded_cols(buffer.pitch) } else { buffer.pitch };
             Some(Buffer { pitch, ..buffer })
@@ -309,7 +312,8 @@ impl<'a> Slice<'a> {
         let node = &self.graph.nodes[n];
         let layer = &self.graph.layers[node.layer];
         let ends = layer.output.or(self.graph.logits).map(|v| self.graph.root(v));
-        node.outputs.first().is_some_and(|&v| Some(v) == ends)
+        let ends_part = self.graph.loss_parts.iter().any(|part| part.forward.start == n);
+        ends_part || node.outputs.first().is_some_and(|&v| Some(v) == ends)
     }
 
     /// Copies into the saved area the boundary activation that backward reads too.
@@ -344,6 +348,22 @@ impl<'a> Slice<'a> {
     }
 }
 
+/// The nodes of `forward` and then those of `backward`, but that each part of the loss runs its backward nodes right
+/// behind its forward ones.
+fn part_by_part(graph: &Graph, forward: &[(usize, u8)], backward: Range<usize>) -> impl Iterator<Item = usize> {
+    let mut order = Vec::with_capacity(forward.len() + backward.len());
+    let mut rest = backward.clone();
+    for &(n, _) in forward {
+        order.push(n);
+        if let Some(part) = graph.loss_parts.iter().find(|part| part.forward.end == n + 1) {
+            order.extend(part.backward.clone());
+            rest.start = part.backward.end;
+        }
+    }
+    order.extend(rest);
+    order.into_iter()
+}
+
 /// For each instance of a value that is read, the last step that reads it.
 fn last_reads(graph: &Graph, sequence: &[(usize, u8)]) -> HashMap<Instance, usize> {
     let mut last = HashMap::new();
@@ -363,7 +383,11 @@ struct Workspace {
 }
 
 impl Workspace {
+    /// Of what is written in parts, or added to, the first step makes the buffer.
     fn write(&mut self, key: Instance, bytes: u64, at: usize) {
+        if self.of.contains_key(&key) {
+            return self.read(key, at);
+        }
         self.of.insert(key, self.buffers.len());
         self.buffers.push(Lifetime { bytes, first: at, last: at });
     }

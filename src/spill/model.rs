@@ -3,7 +3,7 @@
 use super::stand_in::StandInCache;
 use crate::base::{DType, Error, Result};
 use crate::device::Segment;
-use crate::graph::{Graph, ModelLayout, differentiate};
+use crate::graph::{Graph, ModelLayout, differentiate, split_loss};
 use std::ops::Range;
 
 /// Each is a task or several; a trace numbers them in 16 bits.
@@ -24,12 +24,13 @@ pub struct Model {
 }
 
 impl Model {
-    /// Differentiates `train` and lays the model out.
+    /// Differentiates `train`, splits large losses into parts and lays the model out.
     ///
     /// # Errors
     /// When the graph has no loss, or the evaluation graph's parameters are not the training graph's.
-    pub fn new(mut train: Graph, eval: Option<Graph>, microbatches: usize) -> Result<Model> {
+    pub fn new(mut train: Graph, mut eval: Option<Graph>, microbatches: usize) -> Result<Model> {
         differentiate(&mut train)?;
+        std::iter::once(&mut train).chain(&mut eval).for_each(split_loss);
         if let Some(eval) = &eval {
             let parameters = |g: &Graph| {
                 g.parameters.iter().map(|p| (p.name.clone(), p.shape.clone(), p.layers.clone())).collect::<Vec<_>>()

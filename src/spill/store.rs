@@ -130,7 +130,10 @@ pub fn host_map(model: &Model, shards: &[ShardPrograms], choice: &Choice, moment
         }
         _ => Vec::new(),
     };
-    let logits = model.eval.as_ref().and_then(|g| g.logits.map(|v| g.bytes(v))).unwrap_or(0);
+    let logits = match &model.eval {
+        Some(graph) if graph.loss.is_none() => graph.logits.map_or(0, |v| graph.bytes(v)),
+        _ => 0,
+    };
     let on_disk = choice.on_disk;
     let home = |least: OnDisk, store: &mut Bump, disk: &mut Bump, bytes: u64| match on_disk >= least {
         true => disk.take(bytes),

@@ -24,6 +24,8 @@ const FORMAT: &str = "hydra-checkpoint-1";
 const DTYPE: &str = "dtype";
 /// The key of whether products round their factors to tf32, which another `dtype` of the job says.
 const TF32: &str = "tf32";
+/// The key of how many rows of logits are made at a time, in the order of whose sums its gradients are.
+const LOSS_ROWS: &str = "loss_rows";
 /// The key of what cuts the model's text.
 const TOKENIZER: &str = "tokenizer";
 /// Under which it says what is not trained: of that it has no moments.
@@ -65,6 +67,7 @@ fn updates(options: &TrainOptions) -> Vec<(&'static str, String)> {
             ("optimizer.weight_decay", number(weight_decay)),
         ]),
     }
+    all.push((LOSS_ROWS, options.loss_rows.map_or("none".into(), |rows| rows.to_string())));
     all.push(("optimizer.clip", options.clip.map_or("none".into(), number)));
     let (kind, shape) = match options.schedule {
         Schedule::Constant => ("constant", None),

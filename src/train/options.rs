@@ -41,6 +41,8 @@ pub struct TrainOptions {
     pub dtype: DType,
     /// Products of f32 may round their factors to tf32; for the cuda device, emulated or not.
     pub tf32: bool,
+    /// Rows of logits that are made at a time, as in [`crate::graph::Graph::loss_rows`].
+    pub loss_rows: Option<usize>,
     /// What cuts its text into tokens: any words that are the same as long as it is. With another, a checkpoint's
     /// weights mean nothing; none: not compared.
     pub tokenizer: Option<String>,
@@ -74,6 +76,7 @@ impl TrainOptions {
             poison: false,
             dtype: DType::F32,
             tf32: false,
+            loss_rows: None,
             tokenizer: None,
             network: None,
             frozen: Vec::new(),

@@ -17,10 +17,10 @@ use std::sync::Arc;
 /// As [`TrainOptions::check`]; and when the network does not take the inputs.
 pub fn trace_model(network: &dyn Network, inputs: &[InputShape], options: &TrainOptions) -> Result<Model> {
     options.check()?;
-    let &TrainOptions { batch, microbatch, dtype, tf32, .. } = options;
+    let &TrainOptions { batch, microbatch, dtype, tf32, loss_rows, .. } = options;
     let scratch = options.device.wants_scratch();
     let trace = |mode| -> Result<Graph> {
-        let mut graph = Graph { scratch, tf32, ..network.trace(mode, dtype, microbatch, inputs)? };
+        let mut graph = Graph { scratch, tf32, loss_rows, ..network.trace(mode, dtype, microbatch, inputs)? };
         for start in &options.frozen {
             if !graph.parameters.iter().any(|p| p.name.starts_with(start)) {
                 return Err(Error::bad(format!("frozen: the name of no parameter begins with {start}")));

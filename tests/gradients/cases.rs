@@ -3,6 +3,7 @@
 use hydra::base::{DType, Result, Shape};
 use hydra::graph::{
     Activation, AttentionOptions, Builder, Graph, Init, Mode, RotaryScaling, Value, WeightLayout, differentiate,
+    split_loss,
 };
 
 /// Classes of the head.
@@ -23,6 +24,8 @@ pub struct Case {
     /// Columns of the linear layer that makes the body's output what the loss is of; `None` where there is no such
     /// layer.
     pub head: Option<usize>,
+    /// The most rows of logits that are made at a time; the head has a bias then.
+    pub loss_rows: Option<usize>,
     loss: Loss,
     body: Trace,
 }
@@ -85,7 +88,8 @@ impl Case {
             let x = b.reshape(x, [rows, cols])?;
             // So small that the softmax does not saturate.
             let w = b.parameter("head", [cols, classes], Init::Normal(1.0 / (cols as f64).sqrt()))?;
-            b.linear(x, w, None, Activation::None, WeightLayout::InOut)
+            let bias = self.loss_rows.map(|_| b.parameter("head bias", [classes], Init::Normal(1.0))).transpose()?;
+            b.linear(x, w, bias, Activation::None, WeightLayout::InOut)
         })?;
         let axes = b.shape(logits).axes().to_vec();
         match self.loss {
@@ -100,6 +104,9 @@ impl Case {
         }
         let mut graph = b.finish()?;
         differentiate(&mut graph)?;
+        graph.loss_rows = self.loss_rows;
+        split_loss(&mut graph);
+        assert_eq!(graph.loss_parts.len() > 1, self.loss_rows.is_some(), "{}", self.name);
         Ok(graph)
     }
 }
@@ -112,9 +119,19 @@ impl Table {
     /// Adds a case; the name's first word is its family.
     pub fn add(&mut self, name: impl Into<String>, body: impl Fn(&mut Body) -> Result<Value> + 'static) -> &mut Case {
         let loss = Loss::CrossEntropy("labels");
-        self.0.push(Case { name: name.into(), flat: false, head: Some(CLASSES), loss, body: Box::new(body) });
+        let (name, head, body) = (name.into(), Some(CLASSES), Box::new(body));
+        self.0.push(Case { name, flat: false, head, loss_rows: None, loss, body });
         self.0.last_mut().expect("pushed just above")
     }
+}
+
+/// Adds cross-entropy over `classes` of a product of (rows, cols), made in parts of at most so many rows.
+pub fn cross_entropy_in_parts(t: &mut Table, [rows, cols, classes]: [usize; 3], part: usize) {
+    let case = t.add(format!("cross_entropy {rows}x{cols}x{classes} by {part}"), move |s| {
+        let (x, y) = (s.leaf("x", [rows, cols])?, s.leaf("y", [rows, cols])?);
+        s.b.add(x, y)
+    });
+    (case.head, case.loss_rows) = (Some(classes), Some(part));
 }
 
 /// Adds mean squared error of (rows, cols): of a sum, and of a product, whose rows a device may lay further apart.
@@ -446,6 +463,9 @@ fn losses(t: &mut Table) {
             s.b.add(x, y)
         })
         .head = None;
+    }
+    for (sizes, part) in [([37, 6, 33], 8), ([37, 1, 5], 30), ([64, 3, 7], 16)] {
+        cross_entropy_in_parts(t, sizes, part);
     }
     for (rows, cols) in [(1, 1), (9, 31), (31, 33), (5, 1023), (63, 5)] {
         mean_squared_error(t, rows, cols);

@@ -233,6 +233,7 @@ pub fn prepare(job: &Job, i: usize, texts: &Texts) -> Result<Prepared> {
     options.seed = job.run.seed;
     options.batch = model.batch;
     options.microbatch = microbatch(job, model)?;
+    options.loss_rows = model.loss_rows;
     check_frozen(network, model)?;
     options.frozen = model.frozen.clone();
     options.dtype = if model.dtype == "bf16" { DType::Bf16 } else { DType::F32 };

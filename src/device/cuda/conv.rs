@@ -9,7 +9,7 @@ mod hopper_pointwise;
 mod hopper_weight;
 
 use super::launch::{Launch, Ptr};
-use super::operands::{Operands, pick};
+use super::operands::{ADD, Operands, pick};
 use super::queue::Queue;
 use crate::base::{DType, Error, Result};
 use crate::graph::{ConvSizes, ConvTile, RowParts, Window, conv_bias_parts, conv_regions, is_channels_last};
@@ -25,8 +25,6 @@ const STAGES: usize = 4;
 const STAGE_ROW_BYTES: usize = 64;
 /// Bytes of a `Place` in `gpu/conv.cuh`.
 const PLACE_BYTES: usize = 16;
-/// An accumulator's number that makes kernels add to it whatever `Now` says.
-const ADD: usize = 2;
 /// Rows and columns of a padded image that kernels count: below the row that stands for nowhere.
 const MOST_ROWS: usize = 1 << 29;
 

@@ -1,7 +1,6 @@
 //! Launches of `kernels/cross_entropy.cu`.
 
 use super::launch::Launch;
-use super::loss_sum;
 use super::operands::{Operands, pick};
 use super::queue::Queue;
 use crate::base::Result;
@@ -12,14 +11,12 @@ const MOST_THREADS: usize = 512;
 /// Elements that a thread has on their way at once: 4 accesses of 16 bytes.
 const AT_ONCE: usize = 32;
 
-/// logits (rows, cols), labels -> loss, lse, row_losses.
+/// logits (rows, cols), labels -> row_losses, lse.
 pub(super) fn forward(q: &mut Queue, o: &Operands) -> Result<()> {
     let (rows, cols) = o.rows_cols(0);
     let kernel = pick(o.in_dtype(0), "cross_entropy_forward_f32", "cross_entropy_forward_bf16");
-    let row_losses = o.output(2);
-    let losses = Launch::new(kernel, [rows, 1, 1], threads(cols)).ptr(row_losses).ptr(o.output(1));
-    q.launch(losses.ptr(o.input(0)).ptr(o.input(1)).int(cols).int(o.pitch(0)))?;
-    loss_sum::launch(q, o.output(0), row_losses, rows)
+    let losses = Launch::new(kernel, [rows, 1, 1], threads(cols)).ptr(o.output(0)).ptr(o.output(1));
+    q.launch(losses.ptr(o.input(0)).ptr(o.input(1)).int(cols).int(o.pitch(0)))
 }
 
 /// logits (rows, cols), labels, lse -> d_logits, over the logits where they die.

@@ -70,7 +70,7 @@ pub(super) struct Product {
     /// (m, n), of out's type and pitch: added after the bias; or null. It may be out's own place. There is none with an
     /// activation or an accumulator.
     pub residual: Ptr,
-    /// 1 where out is an accumulator.
+    /// [`Operands::accumulator`](super::operands::Operands::accumulator) of out.
     pub accumulator: usize,
     /// Where [`sums_beside`] says so.
     pub beside: Option<Beside>,

@@ -1,15 +1,17 @@
 //! Launch of `kernels/loss_sum.cu`: the last stage of every loss.
 
-use super::launch::{Launch, Ptr};
+use super::launch::Launch;
+use super::operands::Operands;
 use super::queue::Queue;
 use crate::base::Result;
 
 /// Threads of its one block.
 const THREADS: u32 = 1024;
 
-/// `loss (1) f32 = ` the step's loss scale times the sum of `row_losses` (rows) f32.
-pub(super) fn launch(q: &mut Queue, loss: Ptr, row_losses: Ptr, rows: usize) -> Result<()> {
-    q.launch(Launch::new("loss_sum", [1, 1, 1], THREADS).ptr(loss).ptr(row_losses).long(rows).ptr(q.now))
+/// row_losses (rows) -> loss (1): the step's loss scale times their sum.
+pub(super) fn forward(q: &mut Queue, o: &Operands) -> Result<()> {
+    let rows = o.in_axes(0)[0];
+    q.launch(Launch::new("loss_sum", [1, 1, 1], THREADS).ptr(o.output(0)).ptr(o.input(0)).long(rows).ptr(q.now))
 }
 
 #[cfg(test)]

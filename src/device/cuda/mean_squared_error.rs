@@ -1,7 +1,6 @@
 //! Launches of `kernels/mean_squared_error.cu`.
 
 use super::launch::Launch;
-use super::loss_sum;
 use super::operands::{Operands, pick};
 use super::queue::Queue;
 use crate::base::Result;
@@ -14,15 +13,13 @@ const WARPS: usize = 8;
 const MOST_THREADS: usize = 512;
 const COLS_EACH: usize = 16;
 
-/// x (rows, cols), targets -> loss, row_losses.
+/// x (rows, cols), targets -> row_losses.
 pub(super) fn forward(q: &mut Queue, o: &Operands) -> Result<()> {
     let (rows, cols) = o.rows_cols(0);
     let (threads, rows_each) = shares(cols);
     let kernel = pick(o.in_dtype(0), "mean_squared_error_forward_f32", "mean_squared_error_forward_bf16");
-    let row_losses = o.output(1);
-    let losses = Launch::new(kernel, [rows.div_ceil(rows_each), 1, 1], (threads * rows_each) as u32).ptr(row_losses);
-    q.launch(losses.ptr(o.input(0)).ptr(o.input(1)).long(rows).int(cols).int(o.pitch(0)).int(threads))?;
-    loss_sum::launch(q, o.output(0), row_losses, rows)
+    let losses = Launch::new(kernel, [rows.div_ceil(rows_each), 1, 1], (threads * rows_each) as u32).ptr(o.output(0));
+    q.launch(losses.ptr(o.input(0)).ptr(o.input(1)).long(rows).int(cols).int(o.pitch(0)).int(threads))
 }
 
 /// x (rows, cols), targets -> d_x, over x where it dies.

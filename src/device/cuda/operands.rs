@@ -2,7 +2,10 @@
 
 use super::launch::Ptr;
 use crate::base::DType;
-use crate::graph::{AREAS, Area, Buffer, Step};
+use crate::graph::{AREAS, Area, Buffer, Op, Step};
+
+/// An accumulator's number that makes kernels add to it whatever `Now` says.
+pub(super) const ADD: usize = 2;
 
 /// The operands of one op of a program.
 pub struct Operands<'a> {
@@ -48,9 +51,12 @@ impl Operands<'_> {
         self.step.scratch.as_ref().map_or(Ptr::NULL, |b| self.at(b))
     }
 
-    /// 1 where output `i` is a gradient accumulator, else 0. Kernels add to one when `Now::accumulate` says so, and
-    /// overwrite otherwise.
+    /// [`ADD`] where output `i` is added to what is there; else 1 where it is a gradient accumulator, to which kernels add when
+    /// `Now::accumulate` says so; else 0: it is overwritten.
     pub fn accumulator(&self, i: usize) -> usize {
+        if let Op::LinearGradWeight { adds: true, .. } = self.step.op {
+            return ADD;
+        }
         usize::from(self.step.outputs[i].as_ref().is_some_and(|b| b.area == Area::Gradients))
     }
 

@@ -3,7 +3,7 @@
 use super::operands::Operands;
 use super::queue::Queue;
 use super::{
-    activation, attention, batchnorm, conv, cross_entropy, custom, elementwise, embedding, glu, linear,
+    activation, attention, batchnorm, conv, cross_entropy, custom, elementwise, embedding, glu, linear, loss_sum,
     mean_squared_error, norm, pool, rotary, transpose,
 };
 use crate::base::Result;
@@ -21,7 +21,7 @@ pub(super) fn launch_step(q: &mut Queue, o: &Operands) -> Result<()> {
         Op::AddPositionGrad => elementwise::add_position_grad(q, o),
         Op::Linear { activation, layout, residual } => linear::forward(q, o, *activation, *layout, *residual),
         Op::LinearGradInput { layout, activation, adds } => linear::grad_input(q, o, *layout, *activation, *adds),
-        Op::LinearGradWeight { layout, bias } => linear::grad_weight(q, o, *layout, *bias),
+        Op::LinearGradWeight { layout, bias, .. } => linear::grad_weight(q, o, *layout, *bias),
         Op::Activation(kind) => activation::forward(q, o, *kind),
         Op::ActivationGrad(kind) => activation::grad(q, o, *kind),
         Op::Glu(kind) => glu::forward(q, o, *kind),
@@ -39,6 +39,7 @@ pub(super) fn launch_step(q: &mut Queue, o: &Operands) -> Result<()> {
         Op::CrossEntropyGrad => cross_entropy::grad(q, o),
         Op::MeanSquaredError => mean_squared_error::forward(q, o),
         Op::MeanSquaredErrorGrad => mean_squared_error::grad(q, o),
+        Op::LossSum => loss_sum::forward(q, o),
         Op::Conv2d(window) => conv::forward(q, o, window),
         Op::Conv2dGradInput(window) => conv::grad_input(q, o, window),
         Op::Conv2dGradWeight(window) => conv::grad_weight(q, o, window),

@@ -87,12 +87,13 @@ fn body<T: Real>(o: &Operands, scalars: &Scalars, scratch: &mut SharedScratch) {
                 outputs,
             );
         }
-        Op::LinearGradWeight { layout, bias } => {
+        Op::LinearGradWeight { layout, bias, adds: more } => {
             let (rows, inputs) = o.rows_cols(0);
             let (_, outputs) = o.rows_cols(1);
-            linear::grad_weight::<T>(o.output(0), o.input(0), o.input(1), adds(), *layout, rows, inputs, outputs);
+            let adds = |i| *more || o.adds_to(i, scalars);
+            linear::grad_weight::<T>(o.output(0), o.input(0), o.input(1), adds(0), *layout, rows, inputs, outputs);
             if *bias {
-                linear::grad_bias::<T>(o.output(1), o.input(1), o.adds_to(1, scalars), rows, outputs);
+                linear::grad_bias::<T>(o.output(1), o.input(1), adds(1), rows, outputs);
             }
         }
         Op::Activation(kind) => activation::forward::<T>(o.output(0), o.unless_in_place(0), *kind),
@@ -163,9 +164,7 @@ fn body<T: Real>(o: &Operands, scalars: &Scalars, scratch: &mut SharedScratch) {
         Op::AttentionGrad(kind) => attention_grad::<T>(o, kind, scalars),
         Op::CrossEntropy => {
             let (rows, cols) = o.rows_cols(0);
-            let row_losses = o.output::<T>(2);
-            cross_entropy::forward::<T>(row_losses, o.output(1), o.input(0), o.input(1), rows, cols);
-            loss_sum::<T>(o.output(0), row_losses, scalars.loss_scale);
+            cross_entropy::forward::<T>(o.output(0), o.output(1), o.input(0), o.input(1), rows, cols);
         }
         Op::CrossEntropyGrad => {
             let (rows, cols) = o.rows_cols(0);
@@ -181,10 +180,9 @@ fn body<T: Real>(o: &Operands, scalars: &Scalars, scratch: &mut SharedScratch) {
         }
         Op::MeanSquaredError => {
             let (rows, cols) = o.rows_cols(0);
-            let row_losses = o.output::<T>(1);
-            mean_squared_error::forward::<T>(row_losses, o.input(0), o.input(1), rows, cols);
-            loss_sum::<T>(o.output(0), row_losses, scalars.loss_scale);
+            mean_squared_error::forward::<T>(o.output(0), o.input(0), o.input(1), rows, cols);
         }
+        Op::LossSum => loss_sum::<T>(o.output(0), o.input(0), scalars.loss_scale),
         Op::MeanSquaredErrorGrad => {
             let (x, scale) = (o.unless_in_place(0), scalars.loss_scale);
             mean_squared_error::grad::<T>(o.output(0), x, o.input(1), scale, o.out_cols());

@@ -428,7 +428,7 @@ impl Builder {
             )));
         }
         let (root, dtype) = (self.graph.root(x), info.dtype);
-        Ok(self.value(shape, dtype, Source::View(root)))
+        Ok(self.value(shape, dtype, Source::View { of: root, first: 0 }))
     }
 
     /// Row t of each sequence of `x` (B, T, C) at place t + `by` of `rows` -> (B, rows, C); rows that fall outside are

@@ -117,9 +117,12 @@ pub fn run(graph: &Graph, named: &mut Named) -> Run {
             Op::Rotary(rotation) => vec![rotary(rotation, x[0], shape(0))],
             Op::Attention(kind) => vec![attention(kind, &x, shape(0))],
             Op::CrossEntropy => {
-                let rows = x[0].chunks(x[0].len() / x[1].len()).zip(x[1]).filter(|(_, label)| **label >= 0.0);
-                vec![vec![rows.map(|(row, &label)| log_sum_exp(row) - row[label as usize]).sum()]]
+                let rows = x[0].chunks(x[0].len() / x[1].len()).zip(x[1]);
+                let counts = |label: f64| label >= 0.0;
+                let loss = |row: &[f64], label: f64| log_sum_exp(row) - row[label as usize];
+                vec![rows.map(|(row, &label)| if counts(label) { loss(row, label) } else { 0.0 }).collect()]
             }
+            Op::LossSum => vec![vec![x[0].iter().sum()]],
             Op::Conv2d(window) => {
                 let mut y = Vec::new();
                 let (c, o) = (shape(0)[1], out[1]);

@@ -1,6 +1,6 @@
 //! Normalizations and losses.
 
-use crate::cases::{Table, mean_squared_error};
+use crate::cases::{Table, cross_entropy_in_parts, mean_squared_error};
 use hydra::graph::RotaryScaling;
 
 /// Adds the cases.
@@ -65,6 +65,10 @@ pub fn cases(t: &mut Table) {
             s.b.add(x, y)
         })
         .head = None;
+    }
+    // A width for each kind of product, logits that lie further apart, and column sums beside a product.
+    for (sizes, part) in [([43, 40, 261], 16), ([150, 64, 264], 64), ([70, 512, 40], 32)] {
+        cross_entropy_in_parts(t, sizes, part);
     }
     // Rows of a warp, of a block, and of one whose threads go round; more rows than the loss' sum has threads.
     for (rows, cols) in [(9, 64), (17, 1000), (3, 1028), (2, 4099), (1, 20_000), (1030, 3)] {

@@ -32,6 +32,8 @@ pub struct Model {
     pub batch: usize,
     /// Samples that run together; divides `batch`.
     pub microbatch: usize,
+    /// Rows of logits that are made at a time; none: as many as suit the vocabulary.
+    pub loss_rows: Option<usize>,
     /// Beginnings of the names of parameters that stay as they are.
     pub frozen: Vec<String>,
     /// How long it is trained.
@@ -157,6 +159,7 @@ pub const MODEL_KEYS: &[&str] = &[
     "valid",
     "batch",
     "microbatch",
+    "loss_rows",
     "frozen",
     "steps",
     "epochs",
@@ -182,6 +185,7 @@ pub fn read_model(s: &Section) -> Result<Model> {
         let message = format!("{microbatch} does not divide the batch of {batch}; {fits} does");
         return Err(s.fault("microbatch", message));
     }
+    let loss_rows = s.count("loss_rows")?;
     let frozen = s.strings("frozen", "a list of beginnings of parameters' names, such as [\"transformer.h.0.\"]")?;
     let length = match (s.integer("steps", 1..=MOST)?, s.integer("epochs", 1..=MOST)?) {
         (Some(steps), None) => Length::Steps(steps),
@@ -211,6 +215,7 @@ pub fn read_model(s: &Section) -> Result<Model> {
         valid,
         batch,
         microbatch,
+        loss_rows,
         frozen: frozen.unwrap_or_default(),
         length,
         optimizer,
