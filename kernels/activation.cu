@@ -22,8 +22,14 @@ template <class T> DEV void forward_of_kind(T* out, const T* x, int64_t n, int k
     default: return activate_all<ACTIVATION_NONE>(out, x, n);
   }
 }
-extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) activation_forward_f32(float* out, const float* x, int64_t n, int kind) { forward_of_kind(out, x, n, kind); }
-extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) activation_forward_bf16(bf16* out, const bf16* x, int64_t n, int kind) { forward_of_kind(out, x, n, kind); }
+extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS)
+    activation_forward_f32(float* out, const float* x, int64_t n, int kind) {
+  forward_of_kind(out, x, n, kind);
+}
+extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS)
+    activation_forward_bf16(bf16* out, const bf16* x, int64_t n, int kind) {
+  forward_of_kind(out, x, n, kind);
+}
 GPU_EXPORT(activation_forward_f32)
 GPU_EXPORT(activation_forward_bf16)
 
@@ -39,7 +45,13 @@ template <class T> DEV void grad_of_kind(T* d_x, const T* d_out, const T* x, int
     default: return activate_grad_all<ACTIVATION_NONE>(d_x, d_out, x, n);
   }
 }
-extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) activation_grad_f32(float* d_x, const float* d_out, const float* x, int64_t n, int kind) { grad_of_kind(d_x, d_out, x, n, kind); }
-extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) activation_grad_bf16(bf16* d_x, const bf16* d_out, const bf16* x, int64_t n, int kind) { grad_of_kind(d_x, d_out, x, n, kind); }
+extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS)
+    activation_grad_f32(float* d_x, const float* d_out, const float* x, int64_t n, int kind) {
+  grad_of_kind(d_x, d_out, x, n, kind);
+}
+extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS)
+    activation_grad_bf16(bf16* d_x, const bf16* d_out, const bf16* x, int64_t n, int kind) {
+  grad_of_kind(d_x, d_out, x, n, kind);
+}
 GPU_EXPORT(activation_grad_f32)
 GPU_EXPORT(activation_grad_bf16)

@@ -74,7 +74,8 @@ template <class T> DEV void stage(float (&to)[DEPTH][PITCH], const Rows<T>& from
   int j = threadIdx.x % (TILE / 4) * 4;
   bool by_fours = from.by_fours();
 #pragma unroll
-  for (int i = threadIdx.x / (TILE / 4), end = i + DEPTH; i < end; i += THREADS / (TILE / 4)) store_pack(place(to, i, j), from.at(row + i, col + j, by_fours));
+  for (int i = threadIdx.x / (TILE / 4), end = i + DEPTH; i < end; i += THREADS / (TILE / 4))
+    store_pack(place(to, i, j), from.at(row + i, col + j, by_fours));
 }
 
 // acc[r][c] += sum over i of a(i, 4 y + r) b(i, 4 x + c)
@@ -89,7 +90,8 @@ DEV void multiply(float (&acc)[4][4], const float (*a)[PITCH], const float (*b)[
   }
 }
 // acc = rows cols^T, over the width of a head
-template <class T> DEV void products(float (&acc)[4][4], Shared& shared, const Rows<T>& rows, const Rows<T>& cols, int x, int y) {
+template <class T>
+DEV void products(float (&acc)[4][4], Shared& shared, const Rows<T>& rows, const Rows<T>& cols, int x, int y) {
 #pragma unroll
   for (int r = 0; r < 4; r++)
 #pragma unroll
@@ -114,9 +116,11 @@ template <class T> DEV void gather(float (&acc)[4][4], Shared& shared, const Row
 // Element (column, row) of the weights: what `gather` sums over is a tile's columns.
 DEV void keep_weights(Shared& shared, const float (&w)[4][4], int x, int y) {
 #pragma unroll
-  for (int c = 0; c < 4; c++) store_pack(place(shared.weights, 4 * x + c, 4 * y), Pack<float>{{w[0][c], w[1][c], w[2][c], w[3][c]}});
+  for (int c = 0; c < 4; c++)
+    store_pack(place(shared.weights, 4 * x + c, 4 * y), Pack<float>{{w[0][c], w[1][c], w[2][c], w[3][c]}});
 }
-template <class T> DEV void write_tile(T* to, int64_t pitch, int rows, int cols, const float (&acc)[4][4], float factor, int x, int y) {
+template <class T>
+DEV void write_tile(T* to, int64_t pitch, int rows, int cols, const float (&acc)[4][4], float factor, int x, int y) {
 #pragma unroll
   for (int r = 0; r < 4; r++)
 #pragma unroll
@@ -135,7 +139,9 @@ DEV float row_sum(float v) {
 }
 
 // Whether a query sees key + c.
-DEV bool sees(const AttentionSizes& s, uint32_t shown, int query, int key, int c) { return (shown >> c & 1) && (!s.causal || key + c <= query); }
+DEV bool sees(const AttentionSizes& s, uint32_t shown, int query, int key, int c) {
+  return (shown >> c & 1) && (!s.causal || key + c <= query);
+}
 
 // Which weights of four queries with four keys dropout keeps: bit 4 i + j for query i and key j.
 DEV uint32_t kept_keys(const AttentionSizes& s, const Now* now, const Head& head, int query, int key) {
@@ -144,7 +150,9 @@ DEV uint32_t kept_keys(const AttentionSizes& s, const Now* now, const Head& head
   for (int i = 0; i < 4; i++) kept |= kept_of_4(s, now, (head.row + query + i) * s.keys + key) << 4 * i;
   return kept;
 }
-DEV float factor_of(const AttentionSizes& s, uint32_t kept, int bit) { return !s.drop_below ? 1.0f : kept >> bit & 1 ? s.keep_scale : 0.0f; }
+DEV float factor_of(const AttentionSizes& s, uint32_t kept, int bit) {
+  return !s.drop_below ? 1.0f : kept >> bit & 1 ? s.keep_scale : 0.0f;
+}
 
 // What a block makes: 64 columns of a tile of `positions`. Later tiles, which see the most keys when causal, come
 // first.
@@ -167,7 +175,8 @@ template <class T> DEV Rows<T> key_rows(const T* k, const AttentionSizes& s, int
 }
 
 template <class T>
-DEV void forward(T* out, float* lse, const T* q, const T* k, const T* v, const int32_t* mask, const Now* now, const AttentionSizes& s) {
+DEV void forward(T* out, float* lse, const T* q, const T* k, const T* v, const int32_t* mask, const Now* now,
+                 const AttentionSizes& s) {
   GPU_SHARED(Shared, shared, );
   Part part(s, s.heads, s.queries);
   Head head(s, part.batch, part.head);
@@ -217,7 +226,8 @@ DEV void forward(T* out, float* lse, const T* q, const T* k, const T* v, const i
     if (x == 0 && part.col == 0 && query < s.queries) lse[head.row + query] = max[r] * LN_2 + logf(sum[r]);
   }
   int64_t pitch = (int64_t)s.heads * s.width;
-  write_tile(out + head.out(s) + first * pitch + part.col, pitch, s.queries - first, s.width - part.col, acc, 1.0f, x, y);
+  write_tile(out + head.out(s) + first * pitch + part.col, pitch, s.queries - first, s.width - part.col, acc, 1.0f, x,
+             y);
 }
 
 // One warp a row of (B, Tq, H).
@@ -225,15 +235,16 @@ template <class T> DEV void row_dots(float* delta, const T* d_out, const T* out,
   int64_t row = (int64_t)blockIdx.x * (THREADS / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (row >= (int64_t)s.batch * s.queries * s.heads) return;
   float sum = 0;
-  for (int64_t col = lane; col < s.width; col += 32) sum = fmaf(to_float(d_out[row * s.width + col]), to_float(out[row * s.width + col]), sum);
+  for (int64_t col = lane; col < s.width; col += 32)
+    sum = fmaf(to_float(d_out[row * s.width + col]), to_float(out[row * s.width + col]), sum);
   sum = warp_sum(sum);
   int64_t position = row / s.heads, head = row % s.heads, batch = position / s.queries;
   if (lane == 0) delta[(batch * s.heads + head) * s.queries + position % s.queries] = sum;
 }
 
 template <class T>
-DEV void grad_q(T* d_q, const T* d_out, const float* lse, const float* delta, const T* q, const T* k, const T* v, const int32_t* mask,
-                const Now* now, const AttentionSizes& s) {
+DEV void grad_q(T* d_q, const T* d_out, const float* lse, const float* delta, const T* q, const T* k, const T* v,
+                const int32_t* mask, const Now* now, const AttentionSizes& s) {
   GPU_SHARED(Shared, shared, );
   Part part(s, s.heads, s.queries);
   Head head(s, part.batch, part.head);
@@ -248,7 +259,8 @@ DEV void grad_q(T* d_q, const T* d_out, const float* lse, const float* delta, co
     top[r] = query < s.queries ? log2_sum(lse[head.row + query]) : INFINITY;
     dot[r] = query < s.queries ? delta[head.row + query] : 0.0f;
   }
-  Rows<T> queries = query_rows(q + head.query(s), s.q_pitch, s, first), d_outs = query_rows(d_out + head.out(s), out_pitch, s, first);
+  Rows<T> queries = query_rows(q + head.query(s), s.q_pitch, s, first),
+          d_outs = query_rows(d_out + head.out(s), out_pitch, s, first);
   for (int key = 0, end = keys_seen(s, first + TILE); key < end; key += TILE) {
     float w[4][4], d[4][4];
     uint32_t shown = shown_of_4(s, mask, key + 4 * x);
@@ -267,12 +279,13 @@ DEV void grad_q(T* d_q, const T* d_out, const float* lse, const float* delta, co
     keep_weights(shared, w, x, y);
     gather(acc, shared, key_rows(k, s, key), part.col, x, y);
   }
-  write_tile(d_q + head.query(s) + first * (int64_t)s.q_pitch + part.col, s.q_pitch, s.queries - first, s.width - part.col, acc, s.scale, x, y);
+  write_tile(d_q + head.query(s) + first * (int64_t)s.q_pitch + part.col, s.q_pitch, s.queries - first,
+             s.width - part.col, acc, s.scale, x, y);
 }
 
 template <class T>
-DEV void grad_kv(T* d_k, T* d_v, const T* d_out, const float* lse, const float* delta, const T* q, const T* k, const T* v, const int32_t* mask,
-                 const Now* now, const AttentionSizes& s) {
+DEV void grad_kv(T* d_k, T* d_v, const T* d_out, const float* lse, const float* delta, const T* q, const T* k,
+                 const T* v, const int32_t* mask, const Now* now, const AttentionSizes& s) {
   GPU_SHARED(Shared, shared, );
   Part part(s, s.kv_heads, s.keys);
   int group = s.heads / s.kv_heads, x = threadIdx.x % 16, y = threadIdx.x / 16, first = part.first;
@@ -283,7 +296,8 @@ DEV void grad_kv(T* d_k, T* d_v, const T* d_out, const float* lse, const float* 
     Head head(s, part.batch, h);
     // Queries before the first key see none of the tile when causal.
     for (int query = s.causal ? first : 0; query < s.queries; query += TILE) {
-      Rows<T> queries = query_rows(q + head.query(s), s.q_pitch, s, query), d_outs = query_rows(d_out + head.out(s), out_pitch, s, query);
+      Rows<T> queries = query_rows(q + head.query(s), s.q_pitch, s, query),
+              d_outs = query_rows(d_out + head.out(s), out_pitch, s, query);
       // Rows are keys here, and columns queries.
       float w[4][4], d[4][4];
       products(w, shared, keys, queries, x, y);
@@ -292,7 +306,8 @@ DEV void grad_kv(T* d_k, T* d_v, const T* d_out, const float* lse, const float* 
 #pragma unroll
       for (int c = 0; c < 4; c++) {
         int i = query + 4 * x + c;
-        float top = i < s.queries ? log2_sum(lse[head.row + i]) : INFINITY, dot = i < s.queries ? delta[head.row + i] : 0.0f;
+        float top = i < s.queries ? log2_sum(lse[head.row + i]) : INFINITY,
+              dot = i < s.queries ? delta[head.row + i] : 0.0f;
         Pack<float> kept;
 #pragma unroll
         for (int r = 0; r < 4; r++) {
@@ -326,28 +341,28 @@ DEV void grad_kv(T* d_k, T* d_v, const T* d_out, const float* lse, const float* 
 
 // Grids: a block for each 64 columns of each 64 queries (forward, grad_q) or keys (grad_kv) of each head and sequence;
 // grad_delta a warp a row.
-#define ATTENTION_KERNELS(T, dtype)                                                                                                      \
-  extern "C" __global__ void __launch_bounds__(plain::THREADS, 2) attention_forward_##dtype(                                             \
-      T* out, float* lse, const T* q, const T* k, const T* v, const int32_t* mask, const Now* now, AttentionSizes s) {                    \
-    plain::forward(out, lse, q, k, v, mask, now, s);                                                                                     \
-  }                                                                                                                                      \
-  GPU_EXPORT(attention_forward_##dtype)                                                                                                  \
-  extern "C" __global__ void __launch_bounds__(plain::THREADS) attention_grad_delta_##dtype(                                             \
-      float* delta, const T* d_out, const T* out, AttentionSizes s) {                                                                    \
-    plain::row_dots(delta, d_out, out, s);                                                                                               \
-  }                                                                                                                                      \
-  GPU_EXPORT(attention_grad_delta_##dtype)                                                                                               \
-  extern "C" __global__ void __launch_bounds__(plain::THREADS, 2) attention_grad_q_##dtype(                                              \
-      T* d_q, const T* d_out, const float* lse, const float* delta, const T* q, const T* k, const T* v, const int32_t* mask,             \
-      const Now* now, AttentionSizes s) {                                                                                                \
-    plain::grad_q(d_q, d_out, lse, delta, q, k, v, mask, now, s);                                                                        \
-  }                                                                                                                                      \
-  GPU_EXPORT(attention_grad_q_##dtype)                                                                                                   \
-  extern "C" __global__ void __launch_bounds__(plain::THREADS, 2) attention_grad_kv_##dtype(                                             \
-      T* d_k, T* d_v, const T* d_out, const float* lse, const float* delta, const T* q, const T* k, const T* v, const int32_t* mask,     \
-      const Now* now, AttentionSizes s) {                                                                                                \
-    plain::grad_kv(d_k, d_v, d_out, lse, delta, q, k, v, mask, now, s);                                                                  \
-  }                                                                                                                                      \
+#define ATTENTION_KERNELS(T, dtype)                                                                                    \
+  extern "C" __global__ void __launch_bounds__(plain::THREADS, 2) attention_forward_##dtype(                           \
+      T* out, float* lse, const T* q, const T* k, const T* v, const int32_t* mask, const Now* now, AttentionSizes s) { \
+    plain::forward(out, lse, q, k, v, mask, now, s);                                                                   \
+  }                                                                                                                    \
+  GPU_EXPORT(attention_forward_##dtype)                                                                                \
+  extern "C" __global__ void __launch_bounds__(plain::THREADS)                                                         \
+      attention_grad_delta_##dtype(float* delta, const T* d_out, const T* out, AttentionSizes s) {                     \
+    plain::row_dots(delta, d_out, out, s);                                                                             \
+  }                                                                                                                    \
+  GPU_EXPORT(attention_grad_delta_##dtype)                                                                             \
+  extern "C" __global__ void __launch_bounds__(plain::THREADS, 2)                                                      \
+      attention_grad_q_##dtype(T* d_q, const T* d_out, const float* lse, const float* delta, const T* q, const T* k,   \
+                               const T* v, const int32_t* mask, const Now* now, AttentionSizes s) {                    \
+    plain::grad_q(d_q, d_out, lse, delta, q, k, v, mask, now, s);                                                      \
+  }                                                                                                                    \
+  GPU_EXPORT(attention_grad_q_##dtype)                                                                                 \
+  extern "C" __global__ void __launch_bounds__(plain::THREADS, 2)                                                      \
+      attention_grad_kv_##dtype(T* d_k, T* d_v, const T* d_out, const float* lse, const float* delta, const T* q,      \
+                                const T* k, const T* v, const int32_t* mask, const Now* now, AttentionSizes s) {       \
+    plain::grad_kv(d_k, d_v, d_out, lse, delta, q, k, v, mask, now, s);                                                \
+  }                                                                                                                    \
   GPU_EXPORT(attention_grad_kv_##dtype)
 
 ATTENTION_KERNELS(float, f32)

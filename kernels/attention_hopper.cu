@@ -43,7 +43,7 @@ template <int W> constexpr int ROWS = 64 * CONSUMERS<W>;           // queries of
 template <int W> constexpr int THREADS = 128 * (1 + CONSUMERS<W>);
 template <int W> constexpr int STAGES = W == 64 ? 5 : 2;           // of the ring of tiles of k and v
 constexpr int KEYS = 128;                                          // of a tile
-constexpr int OWN_STAGES = 2;                                      // of a part's queries: the next part's come while this one is made
+constexpr int OWN_STAGES = 2;  // of a part's queries: the next part's come while this one is made
 
 // A part: `groups` times 64 queries from `first` on, and the tiles that any of them sees. None has no groups: it
 // follows the last.
@@ -52,14 +52,15 @@ struct Queries { int batch, head, first, groups, tiles; };
 // In shared memory; the tiles are columns of 64, each with all of its rows.
 template <int W> struct Shared {
   bf16 q[OWN_STAGES][ROWS<W> * W], k[STAGES<W>][KEYS * W], v[STAGES<W>][KEYS * W];
-  uint64_t q_full[OWN_STAGES], q_empty[OWN_STAGES], k_full[STAGES<W>], k_empty[STAGES<W>], v_full[STAGES<W>], v_empty[STAGES<W>];
+  uint64_t q_full[OWN_STAGES], q_empty[OWN_STAGES], k_full[STAGES<W>], k_empty[STAGES<W>], v_full[STAGES<W>],
+      v_empty[STAGES<W>];
   Queries part[OWN_STAGES];
 };
 
 #if GPU_HOPPER
 // All of the 65536 that there are.
 template <int W> using Registers = RegisterShares<THREADS<W>, W == 64 ? 32 : 40, W == 64 ? 160 : 232>;
-constexpr int TURN = 1, OWN = 4;           // named barriers: one for each consumer's turn, one for each consumer's threads
+constexpr int TURN = 1, OWN = 4;  // named barriers: one for each consumer's turn, one for each consumer's threads
 
 // Parts of a head: 64 queries for each consumer, in some one less, so that all are as equal as can be.
 template <int W> DEV int parts_of_head(const AttentionSizes& s) { return (s.queries + ROWS<W> - 1) / ROWS<W>; }
@@ -79,19 +80,20 @@ template <int W> DEV Queries queries_of(int at, int together, const AttentionSiz
 template <int W, int TILE_ROWS>
 DEV void load_rows(bf16* to, const CUtensorMap* map, int col, int row, int batch, uint64_t* full) {
 #pragma unroll
-  for (int box = 0; box < W / BOX; box++) tma_load_4d(to + box * TILE_ROWS * BOX, map, col + box * BOX, row, batch, 0, full);
+  for (int box = 0; box < W / BOX; box++)
+    tma_load_4d(to + box * TILE_ROWS * BOX, map, col + box * BOX, row, batch, 0, full);
 }
 
 // One thread: copies tiles in the order in which their places get free, of each part from the last key to the first. A
 // block's first part has its number, others are the next that no block has taken. Each block is once told that there is
 // none: whole launches ask as often as there are parts.
 template <int W>
-DEV void produce(Shared<W>& shared, const CUtensorMap* q_map, const CUtensorMap* k_map, const CUtensorMap* v_map, int* taken, int together,
-                 const AttentionSizes& s) {
+DEV void produce(Shared<W>& shared, const CUtensorMap* q_map, const CUtensorMap* k_map, const CUtensorMap* v_map,
+                 int* taken, int together, const AttentionSizes& s) {
   int at = blockIdx.x, parts = s.batch * s.heads * parts_of_head<W>(s);
   int batch = 0, col = 0;
-  auto load_tile = [&](Slot<STAGES<W>>& slot, bf16 (&tiles)[STAGES<W>][KEYS * W], uint64_t (&full)[STAGES<W>], uint64_t (&empty)[STAGES<W>],
-                       const CUtensorMap* map, int key) {
+  auto load_tile = [&](Slot<STAGES<W>>& slot, bf16(&tiles)[STAGES<W>][KEYS* W], uint64_t (&full)[STAGES<W>],
+                       uint64_t (&empty)[STAGES<W>], const CUtensorMap* map, int key) {
     mbar_wait(&empty[slot.stage], slot.parity ^ 1);
     mbar_expect_tx(&full[slot.stage], KEYS * W * 2);
     load_rows<W, KEYS>(tiles[slot.stage], map, col, key, batch, &full[slot.stage]);
@@ -109,7 +111,8 @@ DEV void produce(Shared<W>& shared, const CUtensorMap* q_map, const CUtensorMap*
     mbar_expect_tx(&shared.q_full[own.stage], part.groups * 64 * W * 2);
 #pragma unroll 1
     for (int i = 0; i < part.groups; i++)
-      load_rows<W, ROWS<W>>(shared.q[own.stage] + i * 64 * BOX, q_map, part.head * W, part.first + 64 * i, part.batch, &shared.q_full[own.stage]);
+      load_rows<W, ROWS<W>>(shared.q[own.stage] + i * 64 * BOX, q_map, part.head * W, part.first + 64 * i, part.batch,
+                            &shared.q_full[own.stage]);
     int asked = atomicAdd(taken, 1);
     batch = part.batch, col = part.head / (s.heads / s.kv_heads) * W;
     // The scores of a tile are made together with sums by the weights of the last: its keys are free a tile earlier
@@ -140,7 +143,8 @@ template <int W> struct Consumer {
 #pragma unroll
     for (int i = 0; i < W / 16; i++) {
       int column = i * 16 / BOX * BOX, at = i % (BOX / 16) * 16;
-      wgmma_64xNx16<KEYS>(scores, wgmma_further(rows, (column * ROWS<W> + at) * 2), wgmma_further(cols, (column * KEYS + at) * 2), i > 0);
+      wgmma_64xNx16<KEYS>(scores, wgmma_further(rows, (column * ROWS<W> + at) * 2),
+                          wgmma_further(cols, (column * KEYS + at) * 2), i > 0);
     }
     wgmma_commit();
   }
@@ -179,7 +183,8 @@ template <int W> struct Consumer {
 #pragma unroll
       for (int j = 0; j < KEYS / 8; j++)
 #pragma unroll
-        for (int e = 0; e < 2; e++) partial += scores[4 * j + 2 * h + e] = exp2_fast(fmaf(scores[4 * j + 2 * h + e], scale, -shift));
+        for (int e = 0; e < 2; e++)
+          partial += scores[4 * j + 2 * h + e] = exp2_fast(fmaf(scores[4 * j + 2 * h + e], scale, -shift));
       // Each lane sums its own columns; the four of a row add up at the end.
       sum[h] = fmaf(sum[h], shrink[h], partial);
     }
@@ -191,7 +196,8 @@ template <int W>
 DEV void consume(Shared<W>& shared, bf16* out, float* lse, const int32_t* mask, const AttentionSizes& s) {
   constexpr int C = CONSUMERS<W>;
   // Shuffled, so that the compiler knows the number to be one for the warp.
-  int group = __shfl_sync(~0u, (int)threadIdx.x / 128 - 1, 0), warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  int group = __shfl_sync(~0u, (int)threadIdx.x / 128 - 1, 0), warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32,
+      g = lane / 4, t = lane % 4;
   int following = group + 1 == C ? 0 : group + 1;
   float scale = s.scale * LOG2_E;
   Slot<STAGES<W>> slot;
@@ -303,7 +309,8 @@ DEV void consume(Shared<W>& shared, bf16* out, float* lse, const int32_t* mask, 
       release(&shared.v_empty[last.stage]);
       bar_sync(OWN + group, 128);
       int64_t pitch = (int64_t)s.heads * W;
-      write_rows<W, ROWS<W>>(out + head.out(s) + first * pitch, pitch, s.queries - first, q, c.acc, factors, warp, lane);
+      write_rows<W, ROWS<W>>(out + head.out(s) + first * pitch, pitch, s.queries - first, q, c.acc, factors, warp,
+                             lane);
       proxy_fence_shared();
     }
     __syncwarp();
@@ -315,8 +322,8 @@ DEV void consume(Shared<W>& shared, bf16* out, float* lse, const int32_t* mask, 
 #endif
 
 template <int W>
-DEV void forward(bf16* out, float* lse, const CUtensorMap* q_map, const CUtensorMap* k_map, const CUtensorMap* v_map, const int32_t* mask,
-                 int* taken, int together, const AttentionSizes& s) {
+DEV void forward(bf16* out, float* lse, const CUtensorMap* q_map, const CUtensorMap* k_map, const CUtensorMap* v_map,
+                 const int32_t* mask, int* taken, int together, const AttentionSizes& s) {
 #if GPU_HOPPER
   GPU_DYNAMIC(Shared<W>, shared);
   if (threadIdx.x == 0) {
@@ -347,12 +354,14 @@ DEV void forward(bf16* out, float* lse, const CUtensorMap* q_map, const CUtensor
 
 // Grid: as many blocks as there are parts, of up to 64 queries of each head and sequence for each consumer, or fewer.
 // `taken` is 0, and 0 again.
-#define ATTENTION_HOPPER(width)                                                                                                          \
-  extern "C" __global__ void __launch_bounds__(hopper_forward::THREADS<width>, 1) attention_forward_hopper##width##_bf16(                \
-      bf16* out, float* lse, const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,                       \
-      const __grid_constant__ CUtensorMap v_map, const int32_t* mask, int* taken, int together, AttentionSizes s) {                      \
-    hopper_forward::forward<width>(out, lse, &q_map, &k_map, &v_map, mask, taken, together, s);                                          \
-  }                                                                                                                                      \
+#define ATTENTION_HOPPER(width)                                                                                        \
+  extern "C" __global__ void __launch_bounds__(hopper_forward::THREADS<width>, 1)                                      \
+      attention_forward_hopper##width##_bf16(bf16* out, float* lse, const __grid_constant__ CUtensorMap q_map,         \
+                                             const __grid_constant__ CUtensorMap k_map,                                \
+                                             const __grid_constant__ CUtensorMap v_map, const int32_t* mask,           \
+                                             int* taken, int together, AttentionSizes s) {                             \
+    hopper_forward::forward<width>(out, lse, &q_map, &k_map, &v_map, mask, taken, together, s);                        \
+  }                                                                                                                    \
   GPU_EXPORT(attention_forward_hopper##width##_bf16)
 
 ATTENTION_HOPPER(64)

@@ -13,7 +13,8 @@ constexpr int THREADS = 256;
 template <int W> DEV void row_dots(float* delta, const bf16* d_out, const bf16* out, const AttentionSizes& s) {
 #if GPU_HOPPER
   constexpr int LANES = W / 8;
-  int64_t row = (int64_t)blockIdx.x * (THREADS / LANES) + threadIdx.x / LANES, rows = (int64_t)s.batch * s.queries * s.heads;
+  int64_t row = (int64_t)blockIdx.x * (THREADS / LANES) + threadIdx.x / LANES,
+          rows = (int64_t)s.batch * s.queries * s.heads;
   int piece = threadIdx.x % LANES;
   if (blockIdx.x == 0 && threadIdx.x < 2) delta[rows + threadIdx.x] = 0;
   float sum = 0;

@@ -65,8 +65,8 @@ struct Keys {
 // One thread: copies tiles in the order of their use. A block's first part has its number, others are the next that no
 // block has taken.
 template <int W>
-DEV void produce(Shared<W>& shared, const CUtensorMap* q_map, const CUtensorMap* d_out_map, const CUtensorMap* k_map, const CUtensorMap* v_map,
-                 int* taken, int together, const AttentionSizes& s) {
+DEV void produce(Shared<W>& shared, const CUtensorMap* q_map, const CUtensorMap* d_out_map, const CUtensorMap* k_map,
+                 const CUtensorMap* v_map, int* taken, int together, const AttentionSizes& s) {
   Slot<STAGES<W>> slot;
   Slot<OWN_STAGES<W>> own;
   int at = blockIdx.x, parts = s.batch * s.kv_heads * ((s.keys + ROWS - 1) / ROWS);
@@ -100,7 +100,8 @@ DEV void produce(Shared<W>& shared, const CUtensorMap* q_map, const CUtensorMap*
 // Two warps, each for half of a tile's queries: what a query's weights need. Queries that are not there would be the
 // next sequence's: their rows become 0, and so do, for an infinite denominator, their weights.
 template <int W>
-DEV void prepare(Shared<W>& shared, const float* lse, const float* delta, int half, int together, const AttentionSizes& s) {
+DEV void prepare(Shared<W>& shared, const float* lse, const float* delta, int half, int together,
+                 const AttentionSizes& s) {
   int lane = threadIdx.x % 32, at = 32 * half + lane;
   Slot<STAGES<W>> slot;
   Slot<OWN_STAGES<W>> own;
@@ -293,8 +294,9 @@ DEV void consume(Shared<W>& shared, bf16* d_k, bf16* d_v, const int32_t* mask, i
 #endif
 
 template <int W>
-DEV void grad_kv(bf16* d_k, bf16* d_v, const float* lse, const float* delta, const CUtensorMap* q_map, const CUtensorMap* d_out_map,
-                 const CUtensorMap* k_map, const CUtensorMap* v_map, const int32_t* mask, int* taken, int together, const AttentionSizes& s) {
+DEV void grad_kv(bf16* d_k, bf16* d_v, const float* lse, const float* delta, const CUtensorMap* q_map,
+                 const CUtensorMap* d_out_map, const CUtensorMap* k_map, const CUtensorMap* v_map, const int32_t* mask,
+                 int* taken, int together, const AttentionSizes& s) {
 #if GPU_HOPPER
   GPU_DYNAMIC(Shared<W>, shared);
   if (threadIdx.x == 0) {
@@ -324,13 +326,14 @@ DEV void grad_kv(bf16* d_k, bf16* d_v, const float* lse, const float* delta, con
 }  // namespace hopper_grad_kv
 
 // Grid: as many blocks as there are parts, of 128 keys of each head and sequence, or fewer.
-#define ATTENTION_GRAD_HOPPER(width)                                                                                                       \
-  extern "C" __global__ void __launch_bounds__(hopper::THREADS, 1) attention_grad_kv_hopper##width##_bf16(                                 \
-      bf16* d_k, bf16* d_v, const float* lse, const float* delta, const __grid_constant__ CUtensorMap q_map,                               \
-      const __grid_constant__ CUtensorMap d_out_map, const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, \
-      const int32_t* mask, int* taken, int together, AttentionSizes s) {                                                                   \
-    hopper_grad_kv::grad_kv<width>(d_k, d_v, lse, delta, &q_map, &d_out_map, &k_map, &v_map, mask, taken, together, s);                    \
-  }                                                                                                                                        \
+#define ATTENTION_GRAD_HOPPER(width)                                                                                   \
+  extern "C" __global__ void __launch_bounds__(hopper::THREADS, 1) attention_grad_kv_hopper##width##_bf16(             \
+      bf16* d_k, bf16* d_v, const float* lse, const float* delta, const __grid_constant__ CUtensorMap q_map,           \
+      const __grid_constant__ CUtensorMap d_out_map, const __grid_constant__ CUtensorMap k_map,                        \
+      const __grid_constant__ CUtensorMap v_map, const int32_t* mask, int* taken, int together, AttentionSizes s) {    \
+    hopper_grad_kv::grad_kv<width>(d_k, d_v, lse, delta, &q_map, &d_out_map, &k_map, &v_map, mask, taken, together,    \
+                                   s);                                                                                 \
+  }                                                                                                                    \
   GPU_EXPORT(attention_grad_kv_hopper##width##_bf16)
 
 ATTENTION_GRAD_HOPPER(64)

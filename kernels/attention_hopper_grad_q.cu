@@ -26,7 +26,8 @@ constexpr int OWN_STAGES = 2;              // of a part's own tiles: the next pa
 // tile's rows that are not there are 0.
 template <int W> struct Shared {
   bf16 q[OWN_STAGES][ROWS * W], d_out[OWN_STAGES][ROWS * W], k[STAGES<W>][TILE * W], v[STAGES<W>][TILE * W];
-  uint64_t own_full[OWN_STAGES], own_empty[OWN_STAGES], k_full[STAGES<W>], k_empty[STAGES<W>], v_full[STAGES<W>], v_empty[STAGES<W>], ready[STAGES<W>];
+  uint64_t own_full[OWN_STAGES], own_empty[OWN_STAGES], k_full[STAGES<W>], k_empty[STAGES<W>], v_full[STAGES<W>],
+      v_empty[STAGES<W>], ready[STAGES<W>];
   int part[OWN_STAGES];   // -1 after the last
 };
 
@@ -46,8 +47,8 @@ struct Queries {
 // One warp: copies tiles in the order of their use. A block's first part has its number, others are the next that no
 // block has taken.
 template <int W>
-DEV void produce(Shared<W>& shared, const CUtensorMap* q_map, const CUtensorMap* d_out_map, const CUtensorMap* k_map, const CUtensorMap* v_map,
-                 int* taken, int together, const AttentionSizes& s) {
+DEV void produce(Shared<W>& shared, const CUtensorMap* q_map, const CUtensorMap* d_out_map, const CUtensorMap* k_map,
+                 const CUtensorMap* v_map, int* taken, int together, const AttentionSizes& s) {
   int lane = threadIdx.x % 32, at = blockIdx.x, parts = s.batch * s.heads * ((s.queries + ROWS - 1) / ROWS);
   Slot<STAGES<W>> slot;
   Slot<OWN_STAGES> own;
@@ -96,7 +97,8 @@ DEV void produce(Shared<W>& shared, const CUtensorMap* q_map, const CUtensorMap*
 
 // A warpgroup's 64 queries of each part.
 template <int W>
-DEV void consume(Shared<W>& shared, bf16* d_q, const float* lse, const float* delta, const int32_t* mask, int together, const AttentionSizes& s) {
+DEV void consume(Shared<W>& shared, bf16* d_q, const float* lse, const float* delta, const int32_t* mask, int together,
+                 const AttentionSizes& s) {
   int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   float scale = s.scale * LOG2_E, top[2], dot[2];
   Slot<STAGES<W>> slot, last;
@@ -212,7 +214,8 @@ DEV void consume(Shared<W>& shared, bf16* d_q, const float* lse, const float* de
 
 template <int W>
 DEV void grad_q(bf16* d_q, const float* lse, const float* delta, const CUtensorMap* q_map, const CUtensorMap* d_out_map,
-                const CUtensorMap* k_map, const CUtensorMap* v_map, const int32_t* mask, int* taken, int together, const AttentionSizes& s) {
+                const CUtensorMap* k_map, const CUtensorMap* v_map, const int32_t* mask, int* taken, int together,
+                const AttentionSizes& s) {
 #if GPU_HOPPER
   GPU_DYNAMIC(Shared<W>, shared);
   if (threadIdx.x == 0) {
@@ -242,13 +245,13 @@ DEV void grad_q(bf16* d_q, const float* lse, const float* delta, const CUtensorM
 }  // namespace hopper_grad_q
 
 // Grid: as many blocks as there are parts, of 128 queries of each head and sequence, or fewer.
-#define ATTENTION_GRAD_HOPPER(width)                                                                                                       \
-  extern "C" __global__ void __launch_bounds__(hopper::THREADS, 1) attention_grad_q_hopper##width##_bf16(                                  \
-      bf16* d_q, const float* lse, const float* delta, const __grid_constant__ CUtensorMap q_map,                                          \
-      const __grid_constant__ CUtensorMap d_out_map, const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, \
-      const int32_t* mask, int* taken, int together, AttentionSizes s) {                                                                   \
-    hopper_grad_q::grad_q<width>(d_q, lse, delta, &q_map, &d_out_map, &k_map, &v_map, mask, taken, together, s);                           \
-  }                                                                                                                                        \
+#define ATTENTION_GRAD_HOPPER(width)                                                                                   \
+  extern "C" __global__ void __launch_bounds__(hopper::THREADS, 1) attention_grad_q_hopper##width##_bf16(              \
+      bf16* d_q, const float* lse, const float* delta, const __grid_constant__ CUtensorMap q_map,                      \
+      const __grid_constant__ CUtensorMap d_out_map, const __grid_constant__ CUtensorMap k_map,                        \
+      const __grid_constant__ CUtensorMap v_map, const int32_t* mask, int* taken, int together, AttentionSizes s) {    \
+    hopper_grad_q::grad_q<width>(d_q, lse, delta, &q_map, &d_out_map, &k_map, &v_map, mask, taken, together, s);       \
+  }                                                                                                                    \
   GPU_EXPORT(attention_grad_q_hopper##width##_bf16)
 
 ATTENTION_GRAD_HOPPER(64)

@@ -31,7 +31,8 @@ template <int W> struct Forward {
 };
 
 template <int W, bool DROPOUT>
-DEV void forward(bf16* out, float* lse, const bf16* q, const bf16* k, const bf16* v, const int32_t* mask, const Now* now, const AttentionSizes& s) {
+DEV void forward(bf16* out, float* lse, const bf16* q, const bf16* k, const bf16* v, const int32_t* mask,
+                 const Now* now, const AttentionSizes& s) {
   using F = Forward<W>;
   constexpr int M = F::M, N = F::KEYS / 8, KEYS = F::KEYS, THREADS = F::THREADS, STAGE = 2 * KEYS * PITCH<W>;
   GPU_DYNAMIC(bf16, tiles);
@@ -49,7 +50,8 @@ DEV void forward(bf16* out, float* lse, const bf16* q, const bf16* k, const bf16
     cp_async_commit();
   };
   if (end > 0) {
-    load_tile<W, F::ROWS, THREADS>(tiles, q + head.query(s) + (int64_t)part.first * s.q_pitch, s.q_pitch, s.queries - part.first, s.width);
+    load_tile<W, F::ROWS, THREADS>(tiles, q + head.query(s) + (int64_t)part.first * s.q_pitch, s.q_pitch,
+                                   s.queries - part.first, s.width);
     load(stages, 0);
   }
   float acc[M][W / 8][4], max[M][2], sum[M][2], scale = s.scale * LOG2_E;
@@ -87,7 +89,8 @@ DEV void forward(bf16* out, float* lse, const bf16* q, const bf16* k, const bf16
 #pragma unroll
         for (int n = 0; n < N; n++)
 #pragma unroll
-          for (int e = 0; e < 2; e++) partial += w[m][n][2 * h + e] = exp2_fast(fmaf(w[m][n][2 * h + e], scale, -shift));
+          for (int e = 0; e < 2; e++)
+            partial += w[m][n][2 * h + e] = exp2_fast(fmaf(w[m][n][2 * h + e], scale, -shift));
         // Each lane sums its own columns; the four of a row add up at the end.
         sum[m][h] = fmaf(sum[m][h], shrink, partial);
 #pragma unroll
@@ -124,11 +127,12 @@ DEV void forward(bf16* out, float* lse, const bf16* q, const bf16* k, const bf16
 }  // namespace tensor
 
 // Grid: a block for each 128 queries of each head and sequence.
-#define ATTENTION_FORWARD(name, width, dropout)                                                                                     \
-  extern "C" __global__ void __launch_bounds__(tensor::Forward<width>::THREADS, 2) name(                                            \
-      bf16* out, float* lse, const bf16* q, const bf16* k, const bf16* v, const int32_t* mask, const Now* now, AttentionSizes s) {   \
-    tensor::forward<width, dropout>(out, lse, q, k, v, mask, now, s);                                                               \
-  }                                                                                                                                 \
+#define ATTENTION_FORWARD(name, width, dropout)                                                                        \
+  extern "C" __global__ void __launch_bounds__(tensor::Forward<width>::THREADS, 2)                                     \
+      name(bf16* out, float* lse, const bf16* q, const bf16* k, const bf16* v, const int32_t* mask, const Now* now,    \
+           AttentionSizes s) {                                                                                         \
+    tensor::forward<width, dropout>(out, lse, q, k, v, mask, now, s);                                                  \
+  }                                                                                                                    \
   GPU_EXPORT(name)
 
 ATTENTION_FORWARD(attention_forward_mma32_bf16, 32, false)

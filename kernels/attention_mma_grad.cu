@@ -29,8 +29,8 @@ template <int W, bool DROPOUT> struct GradKv {
 };
 
 template <int W, bool DROPOUT>
-DEV void grad_q(bf16* d_q, const bf16* d_out, const float* lse, const float* delta, const bf16* q, const bf16* k, const bf16* v,
-                const int32_t* mask, const Now* now, const AttentionSizes& s) {
+DEV void grad_q(bf16* d_q, const bf16* d_out, const float* lse, const float* delta, const bf16* q, const bf16* k,
+                const bf16* v, const int32_t* mask, const Now* now, const AttentionSizes& s) {
   using G = GradQ<W>;
   constexpr int M = G::M, TILE = COLS * PITCH<W>, STAGE = 2 * TILE;
   GPU_DYNAMIC(bf16, tiles);
@@ -38,7 +38,8 @@ DEV void grad_q(bf16* d_q, const bf16* d_out, const float* lse, const float* del
   Head head(s, part.batch, part.head);
   Lane at;
   int warp_row = threadIdx.x / 32 * 16 * M, first = part.first + warp_row;
-  bf16 *queries = tiles + warp_row * PITCH<W>, *d_outs = queries + G::ROWS * PITCH<W>, *stages = tiles + 2 * G::ROWS * PITCH<W>;
+  bf16 *queries = tiles + warp_row * PITCH<W>, *d_outs = queries + G::ROWS * PITCH<W>,
+       *stages = tiles + 2 * G::ROWS * PITCH<W>;
   int64_t out_pitch = (int64_t)s.heads * s.width;
   int64_t own = head.key(s);
   int end = keys_seen(s, part.first + G::ROWS);
@@ -50,8 +51,10 @@ DEV void grad_q(bf16* d_q, const bf16* d_out, const float* lse, const float* del
   };
   if (end > 0) {
     int left = s.queries - part.first;
-    load_tile<W, G::ROWS, G::THREADS>(tiles, q + head.query(s) + (int64_t)part.first * s.q_pitch, s.q_pitch, left, s.width);
-    load_tile<W, G::ROWS, G::THREADS>(tiles + G::ROWS * PITCH<W>, d_out + head.out(s) + part.first * out_pitch, out_pitch, left, s.width);
+    load_tile<W, G::ROWS, G::THREADS>(tiles, q + head.query(s) + (int64_t)part.first * s.q_pitch, s.q_pitch, left,
+                                      s.width);
+    load_tile<W, G::ROWS, G::THREADS>(tiles + G::ROWS * PITCH<W>, d_out + head.out(s) + part.first * out_pitch,
+                                      out_pitch, left, s.width);
     load(stages, 0);
   }
   float acc[M][W / 8][4], top[M][2], dot[M][2], factors[M][2], scale = s.scale * LOG2_E;
@@ -93,18 +96,20 @@ DEV void grad_q(bf16* d_q, const bf16* d_out, const float* lse, const float* del
 #pragma unroll
       for (int n = 0; n < N; n++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) w[m][n][i] = exp2_fast(fmaf(w[m][n][i], scale, -top[m][i / 2])) * (d[m][n][i] - dot[m][i / 2]);
+        for (int i = 0; i < 4; i++)
+          w[m][n][i] = exp2_fast(fmaf(w[m][n][i], scale, -top[m][i / 2])) * (d[m][n][i] - dot[m][i / 2]);
     gather<W>(acc, w, keys, at);
   }
   part = part_again<G::ROWS>(s.heads, s.queries);
   first = part.first + warp_row;
   head = Head(s, part.batch, part.head);
-  write_rows<W>(d_q + head.query(s) + first * (int64_t)s.q_pitch, s.q_pitch, s.queries - first, s.width, queries, acc, factors, at);
+  write_rows<W>(d_q + head.query(s) + first * (int64_t)s.q_pitch, s.q_pitch, s.queries - first, s.width, queries, acc,
+                factors, at);
 }
 
 template <int W, bool DROPOUT>
-DEV void grad_kv(bf16* d_k, bf16* d_v, const bf16* d_out, const float* lse, const float* delta, const bf16* q, const bf16* k, const bf16* v,
-                 const int32_t* mask, const Now* now, const AttentionSizes& s) {
+DEV void grad_kv(bf16* d_k, bf16* d_v, const bf16* d_out, const float* lse, const float* delta, const bf16* q,
+                 const bf16* k, const bf16* v, const int32_t* mask, const Now* now, const AttentionSizes& s) {
   using G = GradKv<W, DROPOUT>;
   constexpr int M = G::M, TILE = COLS * PITCH<W>;
   // The tiles of a stage: queries, gradients of out; then of each query the logarithm of its sum, and its delta.
@@ -113,8 +118,10 @@ DEV void grad_kv(bf16* d_k, bf16* d_v, const bf16* d_out, const float* lse, cons
   Part<G::ROWS> part(s.kv_heads, s.keys);
   Lane at;
   int group = s.heads / s.kv_heads, warp_row = threadIdx.x / 32 * 16 * M, first = part.first + warp_row;
-  bf16 *keys = tiles + warp_row * PITCH<W>, *values = keys + G::ROWS * PITCH<W>, *stages = tiles + 2 * G::ROWS * PITCH<W>;
-  int64_t out_pitch = (int64_t)s.heads * s.width, own = Head(s, part.batch, part.head * group).key(s) + part.first * (int64_t)s.kv_pitch;
+  bf16 *keys = tiles + warp_row * PITCH<W>, *values = keys + G::ROWS * PITCH<W>,
+       *stages = tiles + 2 * G::ROWS * PITCH<W>;
+  int64_t out_pitch = (int64_t)s.heads * s.width,
+          own = Head(s, part.batch, part.head * group).key(s) + part.first * (int64_t)s.kv_pitch;
   // Queries before the first key see none of the tile when causal.
   int begin = s.causal ? part.first / COLS : 0, tiles_of_head = (s.queries + COLS - 1) / COLS - begin;
   int count = tiles_of_head > 0 ? tiles_of_head * group : 0;
@@ -127,7 +134,8 @@ DEV void grad_kv(bf16* d_k, bf16* d_v, const bf16* d_out, const float* lse, cons
       // Queries that are not there have an lse of 0: their weights are finite, and multiply rows of 0.
       int i = threadIdx.x % COLS;
       const float* from = threadIdx.x < COLS ? lse : delta;
-      cp_async4_zfill(reinterpret_cast<float*>(to + 2 * TILE) + threadIdx.x, i < left ? from + head.row + query + i : from, i < left ? 4 : 0);
+      cp_async4_zfill(reinterpret_cast<float*>(to + 2 * TILE) + threadIdx.x,
+                      i < left ? from + head.row + query + i : from, i < left ? 4 : 0);
     }
     cp_async_commit();
   };
@@ -213,18 +221,20 @@ DEV void grad_kv(bf16* d_k, bf16* d_v, const bf16* d_out, const float* lse, cons
 }  // namespace tensor
 
 // Grids: a block for each tile of queries (grad_q) or of keys (grad_kv) of each head and sequence.
-#define ATTENTION_GRAD(width, dropout, infix)                                                                                            \
-  extern "C" __global__ void __launch_bounds__(tensor::GradQ<width>::THREADS, 2) attention_grad_q_##infix##width##_bf16(                 \
-      bf16* d_q, const bf16* d_out, const float* lse, const float* delta, const bf16* q, const bf16* k, const bf16* v,                   \
-      const int32_t* mask, const Now* now, AttentionSizes s) {                                                                           \
-    tensor::grad_q<width, dropout>(d_q, d_out, lse, delta, q, k, v, mask, now, s);                                                       \
-  }                                                                                                                                      \
-  GPU_EXPORT(attention_grad_q_##infix##width##_bf16)                                                                                     \
-  extern "C" __global__ void __launch_bounds__(tensor::GradKv<width, dropout>::THREADS, 2) attention_grad_kv_##infix##width##_bf16(               \
-      bf16* d_k, bf16* d_v, const bf16* d_out, const float* lse, const float* delta, const bf16* q, const bf16* k, const bf16* v,        \
-      const int32_t* mask, const Now* now, AttentionSizes s) {                                                                           \
-    tensor::grad_kv<width, dropout>(d_k, d_v, d_out, lse, delta, q, k, v, mask, now, s);                                                 \
-  }                                                                                                                                      \
+#define ATTENTION_GRAD(width, dropout, infix)                                                                          \
+  extern "C" __global__ void __launch_bounds__(tensor::GradQ<width>::THREADS, 2)                                       \
+      attention_grad_q_##infix##width##_bf16(bf16* d_q, const bf16* d_out, const float* lse, const float* delta,       \
+                                             const bf16* q, const bf16* k, const bf16* v, const int32_t* mask,         \
+                                             const Now* now, AttentionSizes s) {                                       \
+    tensor::grad_q<width, dropout>(d_q, d_out, lse, delta, q, k, v, mask, now, s);                                     \
+  }                                                                                                                    \
+  GPU_EXPORT(attention_grad_q_##infix##width##_bf16)                                                                   \
+  extern "C" __global__ void __launch_bounds__(tensor::GradKv<width, dropout>::THREADS, 2)                             \
+      attention_grad_kv_##infix##width##_bf16(bf16* d_k, bf16* d_v, const bf16* d_out, const float* lse,               \
+                                              const float* delta, const bf16* q, const bf16* k, const bf16* v,         \
+                                              const int32_t* mask, const Now* now, AttentionSizes s) {                 \
+    tensor::grad_kv<width, dropout>(d_k, d_v, d_out, lse, delta, q, k, v, mask, now, s);                               \
+  }                                                                                                                    \
   GPU_EXPORT(attention_grad_kv_##infix##width##_bf16)
 
 ATTENTION_GRAD(32, false, mma)

@@ -44,7 +44,8 @@ struct Moments {
 
 DEV Moments join_warp(Moments m) {
   for (int apart = 16; apart > 0; apart /= 2)
-    m.join({__shfl_xor_sync(~0u, m.count, apart), __shfl_xor_sync(~0u, m.mean, apart), __shfl_xor_sync(~0u, m.m2, apart)});
+    m.join(
+        {__shfl_xor_sync(~0u, m.count, apart), __shfl_xor_sync(~0u, m.mean, apart), __shfl_xor_sync(~0u, m.m2, apart)});
   return m;
 }
 
@@ -64,7 +65,9 @@ template <class F> DEV void each_piece(int64_t images, int channels, int positio
   }
 }
 
-template <class T> DEV void stats_planes(float* partials, const T* x, int64_t images, int channels, int positions, int64_t pieces_per_part) {
+template <class T>
+DEV void stats_planes(float* partials, const T* x, int64_t images, int channels, int positions,
+                      int64_t pieces_per_part) {
   constexpr int N = Pack<T>::N;
   GPU_SHARED(float, warps, [3][WARPS]);
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -107,18 +110,21 @@ template <class T> DEV void stats_planes(float* partials, const T* x, int64_t im
   partials[to] = m.count, partials[step + to] = m.mean, partials[2 * step + to] = m.m2;
 }
 
-template <class T, bool PACKED> DEV void stats_tile(float* partials, const T* x, int64_t images, int64_t cols, int64_t rows_per_part) {
+template <class T, bool PACKED>
+DEV void stats_tile(float* partials, const T* x, int64_t images, int64_t cols, int64_t rows_per_part) {
   GPU_SHARED(float, sums, [2][WARPS][TILE]);
   GPU_SHARED(float, counts, [WARPS]);
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int64_t first = (int64_t)blockIdx.x * TILE, row = blockIdx.y * rows_per_part, end = row + rows_per_part < images ? row + rows_per_part : images;
+  int64_t first = (int64_t)blockIdx.x * TILE, row = blockIdx.y * rows_per_part,
+          end = row + rows_per_part < images ? row + rows_per_part : images;
   float count = 0, mean[PER_LANE] = {}, m2[PER_LANE] = {};
   for (row += warp; row < end; row += WARPS * AHEAD) {
     Part<T, PER_LANE> v[AHEAD];
     int rows = 0;
 #pragma unroll
     for (int a = 0; a < AHEAD; a++)
-      if (row + a * WARPS < end) v[a].template load<PACKED>(x + (row + a * WARPS) * cols + first, cols - first, lane, 32), rows++;
+      if (row + a * WARPS < end)
+        v[a].template load<PACKED>(x + (row + a * WARPS) * cols + first, cols - first, lane, 32), rows++;
     float per_row = 1.0f / rows, share = rows / (count + rows), both = count * share;
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
@@ -151,7 +157,8 @@ template <class T, bool PACKED> DEV void stats_tile(float* partials, const T* x,
   partials[to] = m.count, partials[step + to] = m.mean, partials[2 * step + to] = m.m2;
 }
 
-template <class T> DEV void stats_columns(float* partials, const T* x, int64_t images, int64_t cols, int64_t rows_per_part) {
+template <class T>
+DEV void stats_columns(float* partials, const T* x, int64_t images, int64_t cols, int64_t rows_per_part) {
   if (cols % Pack<T>::N == 0 && aligned16(x)) stats_tile<T, true>(partials, x, images, cols, rows_per_part);
   else stats_tile<T, false>(partials, x, images, cols, rows_per_part);
 }
@@ -176,8 +183,10 @@ extern "C" __global__ __launch_bounds__(THREADS) void batchnorm_stats_finish(
 GPU_EXPORT(batchnorm_stats_finish)
 
 // count values a channel; in f64, since the momentum is often small.
-extern "C" __global__ __launch_bounds__(THREADS) void batchnorm_update_running(
-    float* running_mean, float* running_var, const float* mean, const float* var, int channels, double unbiased, double momentum) {
+extern "C" __global__ __launch_bounds__(THREADS) void batchnorm_update_running(float* running_mean, float* running_var,
+                                                                               const float* mean, const float* var,
+                                                                               int channels, double unbiased,
+                                                                               double momentum) {
   int c = blockIdx.x * THREADS + threadIdx.x;
   if (c >= channels) return;
   running_mean[c] = (float)((1 - momentum) * running_mean[c] + momentum * mean[c]);
@@ -203,7 +212,8 @@ struct Walk {
 // Calls `pack(first element)` for every whole pack, one a thread, and `single(element)` for the rest, or for all where
 // packs do not fit. The first blocks have the last elements.
 template <int N, class P, class S> DEV void each_element(int64_t elems, bool packed, P pack, S single) {
-  int64_t packs = packed ? elems / N : 0, threads = (int64_t)gridDim.x * THREADS, thread = threads - THREADS - (int64_t)blockIdx.x * THREADS + threadIdx.x;
+  int64_t packs = packed ? elems / N : 0, threads = (int64_t)gridDim.x * THREADS,
+          thread = threads - THREADS - (int64_t)blockIdx.x * THREADS + threadIdx.x;
   if (thread < packs) pack(thread * N);
   for (int64_t e = packs * N + thread; e < elems; e += threads) single(e);
 }
@@ -223,7 +233,8 @@ template <class T> struct Scale {
 };
 
 // One warp a piece of a plane.
-template <class T> DEV void normalize_planes(T* out, const T* x, Scale<T> s, int64_t planes, int channels, int positions) {
+template <class T>
+DEV void normalize_planes(T* out, const T* x, Scale<T> s, int64_t planes, int channels, int positions) {
   constexpr int N = Pack<T>::N;
   int pieces = (positions + FLAT_PIECE - 1) / FLAT_PIECE, len = piece_len(positions, pieces), lane = threadIdx.x % 32;
   int64_t number = planes * pieces - 1 - ((int64_t)blockIdx.x * WARPS + threadIdx.x / 32), plane = number / pieces;
@@ -253,7 +264,9 @@ template <class T> DEV void normalize_planes(T* out, const T* x, Scale<T> s, int
 }
 
 // The block's columns and rows of x as a matrix (N, C HW), as stats_tile has them.
-template <class T, bool PACKED> DEV void normalize_tile(T* out, const T* x, Scale<T> s, int64_t images, int64_t cols, int positions, int64_t rows_per_part) {
+template <class T, bool PACKED>
+DEV void normalize_tile(T* out, const T* x, Scale<T> s, int64_t images, int64_t cols, int positions,
+                        int64_t rows_per_part) {
   constexpr int N = Pack<T>::N, ROWS = AHEAD * 2 / sizeof(T);   // rows of a lane on their way: 64 bytes
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int64_t first = (int64_t)(gridDim.x - 1 - blockIdx.x) * TILE, row = (gridDim.y - 1 - blockIdx.y) * rows_per_part;
@@ -285,13 +298,18 @@ template <class T, bool PACKED> DEV void normalize_tile(T* out, const T* x, Scal
   }
 }
 
-template <class T> DEV void normalize_columns(T* out, const T* x, Scale<T> s, int64_t images, int64_t cols, int positions, int64_t rows_per_part) {
-  if (cols % Pack<T>::N == 0 && aligned16(out) && aligned16(x)) normalize_tile<T, true>(out, x, s, images, cols, positions, rows_per_part);
+template <class T>
+DEV void normalize_columns(T* out, const T* x, Scale<T> s, int64_t images, int64_t cols, int positions,
+                           int64_t rows_per_part) {
+  if (cols % Pack<T>::N == 0 && aligned16(out) && aligned16(x))
+    normalize_tile<T, true>(out, x, s, images, cols, positions, rows_per_part);
   else normalize_tile<T, false>(out, x, s, images, cols, positions, rows_per_part);
 }
 
 // Sums of d_out and of d_out (x - mean) over a part of a channel.
-template <class T> DEV void grad_planes(float* partials, const T* d_out, const T* x, const float* mean, int64_t images, int channels, int positions, int64_t pieces_per_part) {
+template <class T>
+DEV void grad_planes(float* partials, const T* d_out, const T* x, const float* mean, int64_t images, int channels,
+                     int positions, int64_t pieces_per_part) {
   constexpr int N = Pack<T>::N;
   GPU_SHARED(float, warps, [2][32]);
   int lane = threadIdx.x % 32;
@@ -327,10 +345,12 @@ template <class T> DEV void grad_planes(float* partials, const T* d_out, const T
 }
 
 template <class T, bool PACKED>
-DEV void grad_tile(float* partials, const T* d_out, const T* x, const float* mean, int64_t images, int64_t cols, int positions, int64_t rows_per_part) {
+DEV void grad_tile(float* partials, const T* d_out, const T* x, const float* mean, int64_t images, int64_t cols,
+                   int positions, int64_t rows_per_part) {
   GPU_SHARED(float, sums, [2][WARPS][TILE]);
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int64_t first = (int64_t)blockIdx.x * TILE, row = blockIdx.y * rows_per_part, end = row + rows_per_part < images ? row + rows_per_part : images;
+  int64_t first = (int64_t)blockIdx.x * TILE, row = blockIdx.y * rows_per_part,
+          end = row + rows_per_part < images ? row + rows_per_part : images;
   float m[PER_LANE], sum[PER_LANE] = {}, dot[PER_LANE] = {};
 #pragma unroll
   for (int i = 0; i < PER_LANE; i++) {
@@ -362,16 +382,20 @@ DEV void grad_tile(float* partials, const T* d_out, const T* x, const float* mea
   partials[to] = total, partials[gridDim.y * cols + to] = total_dot;
 }
 
-template <class T> DEV void grad_columns(float* partials, const T* d_out, const T* x, const float* mean, int64_t images, int64_t cols, int positions, int64_t rows_per_part) {
-  if (cols % Pack<T>::N == 0 && aligned16(x) && aligned16(d_out)) grad_tile<T, true>(partials, d_out, x, mean, images, cols, positions, rows_per_part);
+template <class T>
+DEV void grad_columns(float* partials, const T* d_out, const T* x, const float* mean, int64_t images, int64_t cols,
+                      int positions, int64_t rows_per_part) {
+  if (cols % Pack<T>::N == 0 && aligned16(x) && aligned16(d_out))
+    grad_tile<T, true>(partials, d_out, x, mean, images, cols, positions, rows_per_part);
   else grad_tile<T, false>(partials, d_out, x, mean, images, cols, positions, rows_per_part);
 }
 
 // One warp a channel. d_x = scale d_out + slope (x - mean) + offset, with slopes (3, C): scale, slope, offset of every
 // channel.
 template <class T>
-DEV void grad_finish(float* d_weight, float* d_bias, float* slopes, const float* partials, const T* weight, const float* rstd, int parts, int channels,
-                     int width, double count, int accumulator_weight, int accumulator_bias, const Now* now) {
+DEV void grad_finish(float* d_weight, float* d_bias, float* slopes, const float* partials, const T* weight,
+                     const float* rstd, int parts, int channels, int width, double count, int accumulator_weight,
+                     int accumulator_bias, const Now* now) {
   int channel = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (channel >= channels) return;
   int64_t cols = (int64_t)channels * width, step = parts * cols;
@@ -392,10 +416,14 @@ DEV void grad_finish(float* d_weight, float* d_bias, float* slopes, const float*
   slopes[2 * (int64_t)channels + channel] = -scale * sum * per_value;
 }
 
-template <class T> DEV void grad_input(T* d_x, const T* d_out, const T* x, const float* mean, const float* slopes, int64_t elems, int channels, int positions) {
+template <class T>
+DEV void grad_input(T* d_x, const T* d_out, const T* x, const float* mean, const float* slopes, int64_t elems,
+                    int channels, int positions) {
   constexpr int N = Pack<T>::N;
   float m, scale, slope, offset;
-  auto at_channel = [&](int c) { m = mean[c], scale = slopes[c], slope = slopes[channels + c], offset = slopes[2 * (int64_t)channels + c]; };
+  auto at_channel = [&](int c) {
+    m = mean[c], scale = slopes[c], slope = slopes[channels + c], offset = slopes[2 * (int64_t)channels + c];
+  };
   each_element<N>(elems, aligned16(d_x) && aligned16(d_out) && aligned16(x), [&](int64_t e) {
     Pack<T> d = load_pack(d_out + e), v = load_pack(x + e);
     Walk at(e, channels, positions);
@@ -413,46 +441,56 @@ template <class T> DEV void grad_input(T* d_x, const T* d_out, const T* x, const
 }
 
 // The entry points for element type T.
-#define BATCHNORM_ENTRIES(T) \
-  extern "C" __global__ __launch_bounds__(THREADS, GPU_BLOCKS(3)) void batchnorm_stats_planes_##T( \
-      float* partials, const T* x, int64_t images, int channels, int positions, int64_t pieces_per_part) { \
-    stats_planes(partials, x, images, channels, positions, pieces_per_part); \
-  } \
-  GPU_EXPORT(batchnorm_stats_planes_##T) \
-  extern "C" __global__ __launch_bounds__(THREADS, GPU_BLOCKS(3)) void batchnorm_stats_columns_##T(float* partials, const T* x, int64_t images, int64_t cols, int64_t rows_per_part) { \
-    stats_columns(partials, x, images, cols, rows_per_part); \
-  } \
-  GPU_EXPORT(batchnorm_stats_columns_##T) \
-  extern "C" __global__ __launch_bounds__(THREADS, GPU_BLOCKS(6)) void batchnorm_normalize_planes_##T( \
-      T* out, const T* x, const T* weight, const T* bias, const float* mean, const float* spread, int64_t planes, int channels, int positions, float epsilon, int is_var) { \
-    normalize_planes(out, x, Scale<T>{mean, spread, weight, bias, epsilon, is_var, 0, 0, 0}, planes, channels, positions); \
-  } \
-  GPU_EXPORT(batchnorm_normalize_planes_##T) \
-  extern "C" __global__ __launch_bounds__(THREADS, GPU_BLOCKS(3)) void batchnorm_normalize_columns_##T( \
-      T* out, const T* x, const T* weight, const T* bias, const float* mean, const float* spread, int64_t images, int64_t cols, int positions, int64_t rows_per_part, float epsilon, int is_var) { \
-    normalize_columns(out, x, Scale<T>{mean, spread, weight, bias, epsilon, is_var, 0, 0, 0}, images, cols, positions, rows_per_part); \
-  } \
-  GPU_EXPORT(batchnorm_normalize_columns_##T) \
-  extern "C" __global__ __launch_bounds__(THREADS, GPU_BLOCKS(3)) void batchnorm_grad_planes_##T( \
-      float* partials, const T* d_out, const T* x, const float* mean, int64_t images, int channels, int positions, int64_t pieces_per_part) { \
-    grad_planes(partials, d_out, x, mean, images, channels, positions, pieces_per_part); \
-  } \
-  GPU_EXPORT(batchnorm_grad_planes_##T) \
-  extern "C" __global__ __launch_bounds__(THREADS) void batchnorm_grad_columns_##T( \
-      float* partials, const T* d_out, const T* x, const float* mean, int64_t images, int64_t cols, int positions, int64_t rows_per_part) { \
-    grad_columns(partials, d_out, x, mean, images, cols, positions, rows_per_part); \
-  } \
-  GPU_EXPORT(batchnorm_grad_columns_##T) \
-  extern "C" __global__ __launch_bounds__(THREADS) void batchnorm_grad_finish_##T( \
-      float* d_weight, float* d_bias, float* slopes, const float* partials, const T* weight, const float* rstd, int parts, int channels, int width, \
-      double count, int accumulator_weight, int accumulator_bias, const Now* now) { \
-    grad_finish(d_weight, d_bias, slopes, partials, weight, rstd, parts, channels, width, count, accumulator_weight, accumulator_bias, now); \
-  } \
-  GPU_EXPORT(batchnorm_grad_finish_##T) \
-  extern "C" __global__ __launch_bounds__(THREADS) void batchnorm_grad_input_##T( \
-      T* d_x, const T* d_out, const T* x, const float* mean, const float* slopes, int64_t elems, int channels, int positions) { \
-    grad_input(d_x, d_out, x, mean, slopes, elems, channels, positions); \
-  } \
+#define BATCHNORM_ENTRIES(T)                                                                                           \
+  extern "C" __global__ __launch_bounds__(THREADS, GPU_BLOCKS(3)) void batchnorm_stats_planes_##T(                     \
+      float* partials, const T* x, int64_t images, int channels, int positions, int64_t pieces_per_part) {             \
+    stats_planes(partials, x, images, channels, positions, pieces_per_part);                                           \
+  }                                                                                                                    \
+  GPU_EXPORT(batchnorm_stats_planes_##T)                                                                               \
+  extern "C" __global__ __launch_bounds__(THREADS, GPU_BLOCKS(3)) void batchnorm_stats_columns_##T(                    \
+      float* partials, const T* x, int64_t images, int64_t cols, int64_t rows_per_part) {                              \
+    stats_columns(partials, x, images, cols, rows_per_part);                                                           \
+  }                                                                                                                    \
+  GPU_EXPORT(batchnorm_stats_columns_##T)                                                                              \
+  extern "C" __global__ __launch_bounds__(THREADS, GPU_BLOCKS(6)) void batchnorm_normalize_planes_##T(                 \
+      T* out, const T* x, const T* weight, const T* bias, const float* mean, const float* spread, int64_t planes,      \
+      int channels, int positions, float epsilon, int is_var) {                                                        \
+    normalize_planes(out, x, Scale<T>{mean, spread, weight, bias, epsilon, is_var, 0, 0, 0}, planes, channels,         \
+                     positions);                                                                                       \
+  }                                                                                                                    \
+  GPU_EXPORT(batchnorm_normalize_planes_##T)                                                                           \
+  extern "C" __global__ __launch_bounds__(THREADS, GPU_BLOCKS(3)) void batchnorm_normalize_columns_##T(                \
+      T* out, const T* x, const T* weight, const T* bias, const float* mean, const float* spread, int64_t images,      \
+      int64_t cols, int positions, int64_t rows_per_part, float epsilon, int is_var) {                                 \
+    normalize_columns(out, x, Scale<T>{mean, spread, weight, bias, epsilon, is_var, 0, 0, 0}, images, cols, positions, \
+                      rows_per_part);                                                                                  \
+  }                                                                                                                    \
+  GPU_EXPORT(batchnorm_normalize_columns_##T)                                                                          \
+  extern "C" __global__ __launch_bounds__(THREADS, GPU_BLOCKS(3)) void batchnorm_grad_planes_##T(                      \
+      float* partials, const T* d_out, const T* x, const float* mean, int64_t images, int channels, int positions,     \
+      int64_t pieces_per_part) {                                                                                       \
+    grad_planes(partials, d_out, x, mean, images, channels, positions, pieces_per_part);                               \
+  }                                                                                                                    \
+  GPU_EXPORT(batchnorm_grad_planes_##T)                                                                                \
+  extern "C" __global__ __launch_bounds__(THREADS) void batchnorm_grad_columns_##T(                                    \
+      float* partials, const T* d_out, const T* x, const float* mean, int64_t images, int64_t cols, int positions,     \
+      int64_t rows_per_part) {                                                                                         \
+    grad_columns(partials, d_out, x, mean, images, cols, positions, rows_per_part);                                    \
+  }                                                                                                                    \
+  GPU_EXPORT(batchnorm_grad_columns_##T)                                                                               \
+  extern "C" __global__ __launch_bounds__(THREADS) void batchnorm_grad_finish_##T(                                     \
+      float* d_weight, float* d_bias, float* slopes, const float* partials, const T* weight, const float* rstd,        \
+      int parts, int channels, int width, double count, int accumulator_weight, int accumulator_bias,                  \
+      const Now* now) {                                                                                                \
+    grad_finish(d_weight, d_bias, slopes, partials, weight, rstd, parts, channels, width, count, accumulator_weight,   \
+                accumulator_bias, now);                                                                                \
+  }                                                                                                                    \
+  GPU_EXPORT(batchnorm_grad_finish_##T)                                                                                \
+  extern "C" __global__ __launch_bounds__(THREADS) void batchnorm_grad_input_##T(                                      \
+      T* d_x, const T* d_out, const T* x, const float* mean, const float* slopes, int64_t elems, int channels,         \
+      int positions) {                                                                                                 \
+    grad_input(d_x, d_out, x, mean, slopes, elems, channels, positions);                                               \
+  }                                                                                                                    \
   GPU_EXPORT(batchnorm_grad_input_##T)
 
 using f32 = float;

@@ -50,25 +50,34 @@ DEV void add_rows(float* partials, const T* x, int64_t rows, int cols, int pitch
   partials[(int64_t)blockIdx.y * cols + first_column + c] = total;
 }
 
-template <class T> DEV void column_sum(float* partials, const T* x, int64_t rows, int cols, int pitch, int64_t rows_per_part) {
+template <class T>
+DEV void column_sum(float* partials, const T* x, int64_t rows, int cols, int pitch, int64_t rows_per_part) {
   if (pitch % Pack<T>::N == 0 && aligned16(x)) add_rows<T, true>(partials, x, rows, cols, pitch, rows_per_part);
   else add_rows<T, false>(partials, x, rows, cols, pitch, rows_per_part);
 }
 
-extern "C" __global__ __launch_bounds__(WARPS * 32, GPU_BLOCKS(4)) void column_sum_f32(float* partials, const float* x, int64_t rows, int cols, int pitch, int64_t rows_per_part) {
+extern "C" __global__ __launch_bounds__(WARPS * 32, GPU_BLOCKS(4)) void column_sum_f32(float* partials, const float* x,
+                                                                                       int64_t rows, int cols,
+                                                                                       int pitch,
+                                                                                       int64_t rows_per_part) {
   column_sum(partials, x, rows, cols, pitch, rows_per_part);
 }
 GPU_EXPORT(column_sum_f32)
 
-extern "C" __global__ __launch_bounds__(WARPS * 32, GPU_BLOCKS(4)) void column_sum_bf16(float* partials, const bf16* x, int64_t rows, int cols, int pitch, int64_t rows_per_part) {
+extern "C" __global__ __launch_bounds__(WARPS * 32, GPU_BLOCKS(4)) void column_sum_bf16(float* partials, const bf16* x,
+                                                                                        int64_t rows, int cols,
+                                                                                        int pitch,
+                                                                                        int64_t rows_per_part) {
   column_sum(partials, x, rows, cols, pitch, rows_per_part);
 }
 GPU_EXPORT(column_sum_bf16)
 
 // Block (tile, which) finishes 32 columns of out `which`, whose partials follow those of the outs before it. With no
 // parts the sums are 0.
-extern "C" __global__ __launch_bounds__(FINISH_WARPS * 32) void column_sum_finish(
-    float* out0, float* out1, const float* partials, int parts, int cols, int accumulator0, int accumulator1, const Now* now) {
+extern "C" __global__ __launch_bounds__(FINISH_WARPS * 32) void column_sum_finish(float* out0, float* out1,
+                                                                                  const float* partials, int parts,
+                                                                                  int cols, int accumulator0,
+                                                                                  int accumulator1, const Now* now) {
   GPU_SHARED(float, sums, [FINISH_WARPS][32]);
   float* out = blockIdx.y == 0 ? out0 : out1;
   int accumulate = adds_to(blockIdx.y == 0 ? accumulator0 : accumulator1, now);

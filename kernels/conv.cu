@@ -144,13 +144,15 @@ struct GatherSteps {
     const Gather& g = gather;
     int taps = g.taps_h * g.taps_w;
     int channel = (int)step / taps, tap = (int)step % taps, i = tap / g.taps_w, j = tap % g.taps_w;
-    place = {(int64_t)channel * g.source_height * g.source_width + g.sign * ((int64_t)i * g.source_width + j), g.sign * i, g.sign * j};
+    place = {(int64_t)channel * g.source_height * g.source_width + g.sign * ((int64_t)i * g.source_width + j),
+             g.sign * i, g.sign * j};
     offset = channel * channel_pitch + g.tap(i, j);
   }
 };
 
 // GRAD: target is d_x and source d_out; else out and x.
-template <bool GRAD, class T> DEV void gather_product(T* target, const T* source, const T* weight, const T* bias, const ConvSizes& sizes) {
+template <bool GRAD, class T>
+DEV void gather_product(T* target, const T* source, const T* weight, const T* bias, const ConvSizes& sizes) {
   GPU_SHARED(Shared, shared, );
   GatherTile tile = gather_tile<GRAD>(sizes, ROWS, COLUMNS);
   const Gather& g = tile.gather;
@@ -163,8 +165,16 @@ template <bool GRAD, class T> DEV void gather_product(T* target, const T* source
   shared.columns[thread] = {pixel.image * image + (int64_t)row * g.source_width + col, there ? row : NOWHERE, col};
 
   int64_t filter = (int64_t)sizes.in_channels * g.taps;
-  Product<T, GatherSteps> product = {weight, source, GRAD ? g.taps : filter, tile.channel, g.channels, g.source_height, g.source_width,
-                                     0, (int64_t)g.source_channels * g.taps_h * g.taps_w, {g, GRAD ? filter : g.taps}};
+  Product<T, GatherSteps> product = {weight,
+                                     source,
+                                     GRAD ? g.taps : filter,
+                                     tile.channel,
+                                     g.channels,
+                                     g.source_height,
+                                     g.source_width,
+                                     0,
+                                     (int64_t)g.source_channels * g.taps_h * g.taps_w,
+                                     {g, GRAD ? filter : g.taps}};
   float sum[8][8] = {};
   multiply<false>(sum, shared, product);
 
@@ -206,8 +216,16 @@ template <class T> DEV void weight_product(float* d_weight, float* partials, con
   shared.columns[thread] = {((int64_t)channel * s.height + i) * s.width + j, own < columns ? i : NOWHERE, j};
 
   int64_t pixels = (int64_t)s.batch * s.out_height * s.out_width, begin = blockIdx.y * part_pixels;
-  Product<T, PixelSteps> product = {d_out, x, (int64_t)s.out_height * s.out_width, first_row, s.out_channels, s.height, s.width,
-                                    begin, begin + part_pixels < pixels ? begin + part_pixels : pixels, {s}};
+  Product<T, PixelSteps> product = {d_out,
+                                    x,
+                                    (int64_t)s.out_height * s.out_width,
+                                    first_row,
+                                    s.out_channels,
+                                    s.height,
+                                    s.width,
+                                    begin,
+                                    begin + part_pixels < pixels ? begin + part_pixels : pixels,
+                                    {s}};
   float sum[8][8] = {};
   multiply<true>(sum, shared, product);
 
@@ -241,8 +259,8 @@ conv2d_grad_input_f32(float* d_x, const float* d_out, const float* weight, const
 GPU_EXPORT(conv2d_grad_input_f32)
 
 extern "C" __global__ void __launch_bounds__(THREADS, 3)
-conv2d_grad_weight_f32(float* d_weight, float* partials, const float* d_out, const float* x, const Now* now, const ConvSizes sizes,
-                       int64_t part_pixels, int accumulator) {
+    conv2d_grad_weight_f32(float* d_weight, float* partials, const float* d_out, const float* x, const Now* now,
+                           const ConvSizes sizes, int64_t part_pixels, int accumulator) {
   weight_product(d_weight, partials, d_out, x, now, sizes, part_pixels, accumulator);
 }
 GPU_EXPORT(conv2d_grad_weight_f32)

@@ -81,7 +81,8 @@ DEV int blocks_of(const Gather& g) { return (g.source_channels + STEP - 1) / STE
 
 // What the first thread does: fills the ring, tile after tile.
 template <int CHANNELS, int PIXELS>
-DEV void fill(ConvSteps<CHANNELS, PIXELS>& ring, unsigned char* stages, const CUtensorMap* source, const CUtensorMap* weight, const Tiles& tiles) {
+DEV void fill(ConvSteps<CHANNELS, PIXELS>& ring, unsigned char* stages, const CUtensorMap* source,
+              const CUtensorMap* weight, const Tiles& tiles) {
   typedef ConvSteps<CHANNELS, PIXELS> R;
   Turn<R::STAGES> turn;
   Tile tile;
@@ -105,25 +106,26 @@ DEV void fill(ConvSteps<CHANNELS, PIXELS>& ring, unsigned char* stages, const CU
           tma_load_4d(to, weight, block * STEP, g.tap(i, j), tile.channel, 0, full);
 #pragma unroll
           for (int b = 0; b < R::BOXES; b++)
-            tma_load_4d(to + R::WEIGHT_BYTES + b * R::BOX, source, block * STEP, corners[b].col + g.sign * j, corners[b].row + g.sign * i,
-                        corners[b].image, full);
+            tma_load_4d(to + R::WEIGHT_BYTES + b * R::BOX, source, block * STEP, corners[b].col + g.sign * j,
+                        corners[b].row + g.sign * i, corners[b].image, full);
         }
   }
 }
 
 // A warp's sums: 16 channels from `channel` on, and the pixels of a box.
 template <int PIXELS>
-DEV void leave_box(bf16* target, const float (&sums)[1][PIXELS / 2], const bf16* bias, const Gather& g, const ConvCut& box, const Corner& corner, int channel,
-                   unsigned char* staged) {
+DEV void leave_box(bf16* target, const float (&sums)[1][PIXELS / 2], const bf16* bias, const Gather& g,
+                   const ConvCut& box, const Corner& corner, int channel, unsigned char* staged) {
   int rows = g.channels - channel;
   if (rows <= 0) return;
   const RowBias add(bias, channel, rows);
   int64_t plane = (int64_t)g.height * g.width;
-  bf16* first = target + (corner.image * (int64_t)g.channels + channel) * plane + (int64_t)(g.first_row + corner.row * g.apart) * g.width +
-                g.first_col + corner.col * g.apart;
+  bf16* first = target + (corner.image * (int64_t)g.channels + channel) * plane +
+                (int64_t)(g.first_row + corner.row * g.apart) * g.width + g.first_col + corner.col * g.apart;
   // What is left of the class. Both divisors are at most 256, and so are pixels: a product by 2^16 / divisor, rounded
   // up, divides them.
-  int images = min(box.images, g.batch - corner.image), rows_left = g.rows - corner.row, cols_left = g.cols - corner.col;
+  int images = min(box.images, g.batch - corner.image), rows_left = g.rows - corner.row,
+      cols_left = g.cols - corner.col;
   int run = box.rows * box.cols, by_run = 65536 / run + 1, by_cols = 65536 / box.cols + 1, pixels_a_word = box.word / 2;
 #pragma unroll 1
   for (int piece = 0; piece < PIXELS / PIECE; piece++) {
@@ -134,9 +136,11 @@ DEV void leave_box(bf16* target, const float (&sums)[1][PIXELS / 2], const bf16*
     stage_words(reinterpret_cast<uint4*>(staged), word_in(lane), v);
     __syncwarp();
     int pixel = piece * PIECE + lane * pixels_a_word % PIECE;
-    int image = pixel * by_run >> 16, in_run = pixel - image * run, row = in_run * by_cols >> 16, col = in_run - row * box.cols;
+    int image = pixel * by_run >> 16, in_run = pixel - image * run, row = in_run * by_cols >> 16,
+        col = in_run - row * box.cols;
     bool there = image < images && row < rows_left && col < cols_left;
-    bf16* to = there ? first + (image * (int64_t)g.channels * plane + (int64_t)row * g.apart * g.width + col * g.apart) : nullptr;
+    bf16* to = there ? first + (image * (int64_t)g.channels * plane + (int64_t)row * g.apart * g.width + col * g.apart)
+                     : nullptr;
     if (box.word == 16) leave_rows<uint4>(to, plane, rows, staged, lane);
     else if (box.word == 8) leave_rows<uint2>(to, plane, rows, staged, lane);
     else if (box.word == 4) leave_rows<uint32_t>(to, plane, rows, staged, lane);
@@ -145,11 +149,13 @@ DEV void leave_box(bf16* target, const float (&sums)[1][PIXELS / 2], const bf16*
 }
 
 template <int CHANNELS, int PIXELS>
-DEV void convolve(bf16* target, const CUtensorMap* source, const CUtensorMap* weight, const bf16* bias, const Tiles& tiles) {
+DEV void convolve(bf16* target, const CUtensorMap* source, const CUtensorMap* weight, const bf16* bias,
+                  const Tiles& tiles) {
   typedef ConvSteps<CHANNELS, PIXELS> R;
   GPU_SHARED(R, ring, [1]);
   GPU_DYNAMIC(unsigned char, stages);
-  static_assert(1024 + R::STAGES * R::BYTES + CONSUMER_WARPS * LEAVING_BYTES <= 227 * 1024, "more shared memory than a block can have");
+  static_assert(1024 + R::STAGES * R::BYTES + CONSUMER_WARPS * LEAVING_BYTES <= 227 * 1024,
+                "more shared memory than a block can have");
   begin(ring[0], source, weight);
   if (threadIdx.x < 128) {
     ConvRegisters::first();
@@ -163,10 +169,10 @@ DEV void convolve(bf16* target, const CUtensorMap* source, const CUtensorMap* we
   Tile tile;
   for (int item = 0; tiles.find(item, tile); item++) {
     float sums[1][PIXELS / 2];
-    multiply<PIXELS, false, false>(sums, ring[0], stages + row * ROW_BYTES, stages + R::WEIGHT_BYTES + own_box * R::BOX, turn,
-             tile.g.taps_h * tile.g.taps_w * blocks_of(tile.g));
-    leave_box<PIXELS>(target, sums, bias, tile.g, tiles.cut, tiles.corner(tile.box + own_box), tile.channel + row + warp % 4 * 16,
-                      stages + R::STAGES * R::BYTES + warp * LEAVING_BYTES);
+    multiply<PIXELS, false, false>(sums, ring[0], stages + row * ROW_BYTES, stages + R::WEIGHT_BYTES + own_box * R::BOX,
+                                   turn, tile.g.taps_h * tile.g.taps_w * blocks_of(tile.g));
+    leave_box<PIXELS>(target, sums, bias, tile.g, tiles.cut, tiles.corner(tile.box + own_box),
+                      tile.channel + row + warp % 4 * 16, stages + R::STAGES * R::BYTES + warp * LEAVING_BYTES);
   }
 }
 #endif
@@ -175,16 +181,17 @@ DEV void convolve(bf16* target, const CUtensorMap* source, const CUtensorMap* we
 
 // Other GPUs never get here.
 #if GPU_HOPPER
-#define CONV_HOPPER_BODY(channels, pixels) convolve<channels, pixels>(target, &source, &weight, bias, Tiles{sizes, cut, grad != 0, channels, 128 / channels})
+#define CONV_HOPPER_BODY(channels, pixels)                                                                             \
+  convolve<channels, pixels>(target, &source, &weight, bias, Tiles{sizes, cut, grad != 0, channels, 128 / channels})
 #else
 #define CONV_HOPPER_BODY(channels, pixels)
 #endif
-#define CONV_HOPPER(name, channels, pixels)                                                                                              \
-  extern "C" __global__ void __launch_bounds__(CONV_THREADS, 1)                                                                               \
-      name(bf16* target, const __grid_constant__ CUtensorMap source, const __grid_constant__ CUtensorMap weight, const bf16* bias,       \
-           int grad, const __grid_constant__ ConvSizes sizes, const __grid_constant__ ConvCut cut) {                                     \
-    CONV_HOPPER_BODY(channels, pixels);                                                                                                  \
-  }                                                                                                                                      \
+#define CONV_HOPPER(name, channels, pixels)                                                                            \
+  extern "C" __global__ void __launch_bounds__(CONV_THREADS, 1)                                                        \
+      name(bf16* target, const __grid_constant__ CUtensorMap source, const __grid_constant__ CUtensorMap weight,       \
+           const bf16* bias, int grad, const __grid_constant__ ConvSizes sizes, const __grid_constant__ ConvCut cut) { \
+    CONV_HOPPER_BODY(channels, pixels);                                                                                \
+  }                                                                                                                    \
   GPU_EXPORT(name)
 
 CONV_HOPPER(conv2d_hopper_128x256_bf16, 128, 256)

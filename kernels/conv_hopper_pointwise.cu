@@ -54,7 +54,8 @@ DEV void step_on(Place64& at, int strips) {
 }
 
 template <int CHANNELS>
-DEV void fill(ConvSteps<CHANNELS, PIXELS>& ring, unsigned char* stages, const CUtensorMap* x, const CUtensorMap* weight, const ConvSizes& s, const PointwiseCut& cut) {
+DEV void fill(ConvSteps<CHANNELS, PIXELS>& ring, unsigned char* stages, const CUtensorMap* x, const CUtensorMap* weight,
+              const ConvSizes& s, const PointwiseCut& cut) {
   typedef ConvSteps<CHANNELS, PIXELS> R;
   Turn<R::STAGES> turn;
   int blocks = (s.in_channels + STEP - 1) / STEP;
@@ -84,15 +85,16 @@ DEV void leave_spread(bf16* to, int64_t plane, int rows, int width, bool below, 
 #pragma unroll
   for (int i = 0; i < 4; i++, row += 4, to += 4 * plane) {
     if (row >= rows) return;
-    const uint2 four = *reinterpret_cast<const uint2*>(staged + row * PIECE * 2 + ((lane % 8 / 2) ^ (row / 2 % 4)) * 16 + lane % 2 * 8);
+    const uint2 four = *reinterpret_cast<const uint2*>(staged + row * PIECE * 2 +
+                                                       ((lane % 8 / 2) ^ (row / 2 % 4)) * 16 + lane % 2 * 8);
     store16(to, make_uint4(four.x & 0xFFFF, four.x >> 16, four.y & 0xFFFF, four.y >> 16));
     if (below) store16(to + width, make_uint4(0, 0, 0, 0));
   }
 }
 
 // A warp's sums: 16 channels from `channel` on, and four strips.
-DEV void leave_strips(bf16* out, const float (&sums)[1][PIXELS / 2], const bf16* bias, const ConvSizes& s, const PointwiseCut& cut, Place64 at, int channel,
-                      unsigned char* staged) {
+DEV void leave_strips(bf16* out, const float (&sums)[1][PIXELS / 2], const bf16* bias, const ConvSizes& s,
+                      const PointwiseCut& cut, Place64 at, int channel, unsigned char* staged) {
   int rows = s.out_channels - channel;
   if (rows <= 0) return;
   const RowBias add(bias, channel, rows);
@@ -112,17 +114,20 @@ DEV void leave_strips(bf16* out, const float (&sums)[1][PIXELS / 2], const bf16*
       int row = pixel / s.width * 2, col = pixel % s.width * 2, width = 2 * s.width;
       int64_t spread = (int64_t)cut.spread_height * width;
       bf16* to = out + first * spread + (int64_t)row * width + col;
-      leave_spread(at.image < s.batch && pixel < plane ? to : nullptr, spread, rows, width, row + 1 < cut.spread_height, staged, lane);
+      leave_spread(at.image < s.batch && pixel < plane ? to : nullptr, spread, rows, width, row + 1 < cut.spread_height,
+                   staged, lane);
     } else {
       pixel += lane % 4 * 8;
-      leave_rows<uint4>(at.image < s.batch && pixel < plane ? out + first * plane + pixel : nullptr, plane, rows, staged, lane);
+      leave_rows<uint4>(at.image < s.batch && pixel < plane ? out + first * plane + pixel : nullptr, plane, rows,
+                        staged, lane);
     }
     if (piece % 2) step_on(at, cut.strips);
   }
 }
 
 template <int CHANNELS>
-DEV void convolve(bf16* out, const CUtensorMap* x, const CUtensorMap* weight, const bf16* bias, const ConvSizes& s, const PointwiseCut& cut) {
+DEV void convolve(bf16* out, const CUtensorMap* x, const CUtensorMap* weight, const bf16* bias, const ConvSizes& s,
+                  const PointwiseCut& cut) {
   typedef ConvSteps<CHANNELS, PIXELS> R;
   GPU_SHARED(R, ring, [1]);
   GPU_DYNAMIC(unsigned char, stages);
@@ -139,21 +144,24 @@ DEV void convolve(bf16* out, const CUtensorMap* x, const CUtensorMap* weight, co
   for (int index = blockIdx.x; index < cut.channel_tiles * cut.groups; index += gridDim.x) {
     int group = index / cut.channel_tiles, channel = (index - group * cut.channel_tiles) * CHANNELS;
     float sums[1][PIXELS / 2];
-    multiply<PIXELS, false, true>(sums, ring[0], stages + row * ROW_BYTES, stages + R::WEIGHT_BYTES + own_box * R::BOX, turn, (s.in_channels + STEP - 1) / STEP);
-    leave_strips(out, sums, bias, s, cut, strip_at((group * R::BOXES + own_box) * 4, cut.strips), channel + row + warp % 4 * 16,
-                 stages + R::STAGES * R::BYTES + warp * LEAVING_BYTES);
+    multiply<PIXELS, false, true>(sums, ring[0], stages + row * ROW_BYTES, stages + R::WEIGHT_BYTES + own_box * R::BOX,
+                                  turn, (s.in_channels + STEP - 1) / STEP);
+    leave_strips(out, sums, bias, s, cut, strip_at((group * R::BOXES + own_box) * 4, cut.strips),
+                 channel + row + warp % 4 * 16, stages + R::STAGES * R::BYTES + warp * LEAVING_BYTES);
   }
 }
 
 template <int COLUMNS> struct WeightSteps : StepRing<(128 + COLUMNS) * ROW_BYTES, 0> {};
 
 template <int COLUMNS>
-DEV void fill_weight(WeightSteps<COLUMNS>& ring, unsigned char* stages, const CUtensorMap* d_out, const CUtensorMap* x, const PointwiseWeightCut& cut) {
+DEV void fill_weight(WeightSteps<COLUMNS>& ring, unsigned char* stages, const CUtensorMap* d_out, const CUtensorMap* x,
+                     const PointwiseWeightCut& cut) {
   typedef WeightSteps<COLUMNS> R;
   Turn<R::STAGES> turn;
   int tiles = cut.row_tiles * cut.column_tiles;
   for (int index = blockIdx.x; index < tiles * cut.parts; index += gridDim.x) {
-    int part = index / tiles, tile = index - part * tiles, column_tile = tile / cut.row_tiles, row = (tile - column_tile * cut.row_tiles) * 128;
+    int part = index / tiles, tile = index - part * tiles, column_tile = tile / cut.row_tiles,
+        row = (tile - column_tile * cut.row_tiles) * 128;
     int first = part * cut.part_strips, steps = min(cut.part_strips, cut.all_strips - first);
     Place64 at = strip_at(first, cut.strips);
     for (int step = 0; step < steps; step++, turn.next(), step_on(at, cut.strips)) {
@@ -168,7 +176,8 @@ DEV void fill_weight(WeightSteps<COLUMNS>& ring, unsigned char* stages, const CU
 }
 
 template <int COLUMNS>
-DEV void sum_products(float* partials, const CUtensorMap* d_out, const CUtensorMap* x, const ConvSizes& s, const PointwiseWeightCut& cut) {
+DEV void sum_products(float* partials, const CUtensorMap* d_out, const CUtensorMap* x, const ConvSizes& s,
+                      const PointwiseWeightCut& cut) {
   typedef WeightSteps<COLUMNS> R;
   GPU_SHARED(R, ring, [1]);
   GPU_DYNAMIC(unsigned char, stages);
@@ -182,7 +191,8 @@ DEV void sum_products(float* partials, const CUtensorMap* d_out, const CUtensorM
   int warp = threadIdx.x / 32 - 4, tiles = cut.row_tiles * cut.column_tiles, pitch = (s.in_channels + 7) / 8 * 8;
   Turn<R::STAGES> turn;
   for (int index = blockIdx.x; index < tiles * cut.parts; index += gridDim.x) {
-    int part = index / tiles, tile = index - part * tiles, column_tile = tile / cut.row_tiles, row = (tile - column_tile * cut.row_tiles) * 128;
+    int part = index / tiles, tile = index - part * tiles, column_tile = tile / cut.row_tiles,
+        row = (tile - column_tile * cut.row_tiles) * 128;
     float sums[1][COLUMNS / 2];
     multiply<COLUMNS, false, false>(sums, ring[0], stages + warp / 4 * BOX_BYTES, stages + 128 * ROW_BYTES, turn,
                                     min(cut.part_strips, cut.all_strips - part * cut.part_strips));
@@ -209,19 +219,19 @@ DEV void sum_products(float* partials, const CUtensorMap* d_out, const CUtensorM
 #define POINTWISE_BODY(channels)
 #define POINTWISE_WEIGHT_BODY(columns)
 #endif
-#define POINTWISE(name, channels)                                                                                                        \
-  extern "C" __global__ void __launch_bounds__(CONV_THREADS, 1)                                                                          \
-      name(bf16* out, const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap weight, const bf16* bias,               \
-           const __grid_constant__ ConvSizes sizes, const __grid_constant__ PointwiseCut cut) {                                          \
-    POINTWISE_BODY(channels);                                                                                                            \
-  }                                                                                                                                      \
+#define POINTWISE(name, channels)                                                                                      \
+  extern "C" __global__ void __launch_bounds__(CONV_THREADS, 1)                                                        \
+      name(bf16* out, const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap weight,               \
+           const bf16* bias, const __grid_constant__ ConvSizes sizes, const __grid_constant__ PointwiseCut cut) {      \
+    POINTWISE_BODY(channels);                                                                                          \
+  }                                                                                                                    \
   GPU_EXPORT(name)
-#define POINTWISE_WEIGHT(name, columns)                                                                                                  \
-  extern "C" __global__ void __launch_bounds__(CONV_THREADS, 1)                                                                          \
-      name(float* partials, const __grid_constant__ CUtensorMap d_out, const __grid_constant__ CUtensorMap x,                            \
-           const __grid_constant__ ConvSizes sizes, const __grid_constant__ PointwiseWeightCut cut) {                                    \
-    POINTWISE_WEIGHT_BODY(columns);                                                                                                      \
-  }                                                                                                                                      \
+#define POINTWISE_WEIGHT(name, columns)                                                                                \
+  extern "C" __global__ void __launch_bounds__(CONV_THREADS, 1)                                                        \
+      name(float* partials, const __grid_constant__ CUtensorMap d_out, const __grid_constant__ CUtensorMap x,          \
+           const __grid_constant__ ConvSizes sizes, const __grid_constant__ PointwiseWeightCut cut) {                  \
+    POINTWISE_WEIGHT_BODY(columns);                                                                                    \
+  }                                                                                                                    \
   GPU_EXPORT(name)
 
 POINTWISE(conv2d_pointwise_hopper_128_bf16, 128)

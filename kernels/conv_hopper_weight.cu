@@ -61,7 +61,8 @@ struct WeightTiles {
 
 // What the first thread does: fills the ring, tile after tile.
 template <int ROWS, int BLOCKS>
-DEV void fill(Steps<ROWS, BLOCKS>& ring, unsigned char* stages, const CUtensorMap* d_out, const CUtensorMap* x, const WeightTiles& tiles) {
+DEV void fill(Steps<ROWS, BLOCKS>& ring, unsigned char* stages, const CUtensorMap* d_out, const CUtensorMap* x,
+              const WeightTiles& tiles) {
   typedef Steps<ROWS, BLOCKS> R;
   const ConvSizes& s = tiles.s;
   const ConvWeightCut& cut = tiles.cut;
@@ -76,18 +77,21 @@ DEV void fill(Steps<ROWS, BLOCKS>& ring, unsigned char* stages, const CUtensorMa
       down[b] = tap / s.kernel_w - s.padding, across[b] = tap % s.kernel_w - s.padding;
     }
     Part part = tiles.part(index);
-    int line = part.first / cut.across, col = part.first % cut.across * cut.cols, row = line % cut.down * cut.rows, image = line / cut.down * cut.images;
+    int line = part.first / cut.across, col = part.first % cut.across * cut.cols, row = line % cut.down * cut.rows,
+        image = line / cut.down * cut.images;
     for (int box = part.first; box < part.end; box++, turn.next()) {
       unsigned char* to = stages + turn.stage() * R::BYTES;
       uint64_t* full = &ring.full[turn.stage()];
       mbar_wait(&ring.empty[turn.stage()], turn.parity() ^ 1);
       mbar_expect_tx(full, (R::ROW_BOXES + blocks) * BOX_BYTES);
 #pragma unroll
-      for (int r = 0; r < R::ROW_BOXES; r++) tma_load_4d(to + r * BOX_BYTES, d_out, tiles.row(index) * ROWS + r * 64, col, row, image, full);
+      for (int r = 0; r < R::ROW_BOXES; r++)
+        tma_load_4d(to + r * BOX_BYTES, d_out, tiles.row(index) * ROWS + r * 64, col, row, image, full);
 #pragma unroll
       for (int b = 0; b < BLOCKS; b++)
         if (b < blocks)
-          tma_load_4d(to + (R::ROW_BOXES + b) * BOX_BYTES, x, channel[b], col * s.stride + across[b], row * s.stride + down[b], image, full);
+          tma_load_4d(to + (R::ROW_BOXES + b) * BOX_BYTES, x, channel[b], col * s.stride + across[b],
+                      row * s.stride + down[b], image, full);
       col += cut.cols;
       if (col >= cut.across * cut.cols) col = 0, row += cut.rows;
       if (row >= cut.down * cut.rows) row = 0, image += cut.images;
@@ -96,21 +100,26 @@ DEV void fill(Steps<ROWS, BLOCKS>& ring, unsigned char* stages, const CUtensorMa
 }
 
 // A warp's sums: 16 output channels from `row` on, and columns from block `block` on.
-template <int WIDTH> DEV void leave_columns(float* partials, const float (&sums)[1][WIDTH / 2], const WeightTiles& tiles, int row, int block) {
+template <int WIDTH>
+DEV void leave_columns(float* partials, const float (&sums)[1][WIDTH / 2], const WeightTiles& tiles, int row,
+                       int block) {
   int rows = tiles.s.out_channels - row, pitch = tiles.pitch();
   int64_t columns = (int64_t)tiles.s.kernel_h * tiles.s.kernel_w * pitch;
   if (rows <= 0) return;
 #pragma unroll 1
   for (int piece = 0; piece < WIDTH / PIECE; piece++) {
-    int at = block + piece / 2, tap = at / tiles.blocks_a_tap(), channel = (at - tap * tiles.blocks_a_tap()) * 64 + piece % 2 * PIECE;
+    int at = block + piece / 2, tap = at / tiles.blocks_a_tap(),
+        channel = (at - tap * tiles.blocks_a_tap()) * 64 + piece % 2 * PIECE;
     if (at >= tiles.blocks()) return;
     float v[PIECE / 2];
     take_piece<0>(v, sums, NoBias{}, piece);
-    leave_floats(partials + row * columns + (int64_t)tap * pitch + channel, thread_again() % 32, columns, v, {rows, pitch - channel});
+    leave_floats(partials + row * columns + (int64_t)tap * pitch + channel, thread_again() % 32, columns, v,
+                 {rows, pitch - channel});
   }
 }
 
-template <int ROWS, int BLOCKS> DEV void sum_products(float* partials, const CUtensorMap* d_out, const CUtensorMap* x, const WeightTiles& tiles) {
+template <int ROWS, int BLOCKS>
+DEV void sum_products(float* partials, const CUtensorMap* d_out, const CUtensorMap* x, const WeightTiles& tiles) {
   typedef Steps<ROWS, BLOCKS> R;
   GPU_SHARED(R, ring, [1]);
   GPU_DYNAMIC(unsigned char, stages);
@@ -128,9 +137,11 @@ template <int ROWS, int BLOCKS> DEV void sum_products(float* partials, const CUt
   for (int index = blockIdx.x; tiles.there(index); index += gridDim.x) {
     Part part = tiles.part(index);
     float sums[1][R::WIDTH / 2];
-    multiply<R::WIDTH, true, true>(sums, ring[0], stages + own_row * BOX_BYTES, stages + (R::ROW_BOXES + own_block) * BOX_BYTES, turn, part.end - part.first);
+    multiply<R::WIDTH, true, true>(sums, ring[0], stages + own_row * BOX_BYTES,
+                                   stages + (R::ROW_BOXES + own_block) * BOX_BYTES, turn, part.end - part.first);
     int64_t elems = (int64_t)tiles.s.out_channels * tiles.s.kernel_h * tiles.s.kernel_w * tiles.pitch();
-    leave_columns<R::WIDTH>(partials + index / tiles.tiles() * elems, sums, tiles, tiles.row(index) * ROWS + own_row * 64 + warp % 4 * 16,
+    leave_columns<R::WIDTH>(partials + index / tiles.tiles() * elems, sums, tiles,
+                            tiles.row(index) * ROWS + own_row * 64 + warp % 4 * 16,
                             tiles.column(index) * BLOCKS + own_block);
   }
 }
@@ -144,12 +155,12 @@ template <int ROWS, int BLOCKS> DEV void sum_products(float* partials, const CUt
 #else
 #define CONV_HOPPER_WEIGHT_BODY(rows, blocks)
 #endif
-#define CONV_HOPPER_WEIGHT(name, rows, blocks)                                                                                           \
-  extern "C" __global__ void __launch_bounds__(CONV_THREADS, 1)                                                                               \
-      name(float* partials, const __grid_constant__ CUtensorMap d_out, const __grid_constant__ CUtensorMap x,                            \
-           const __grid_constant__ ConvSizes sizes, const __grid_constant__ ConvWeightCut cut) {                                         \
-    CONV_HOPPER_WEIGHT_BODY(rows, blocks);                                                                                               \
-  }                                                                                                                                      \
+#define CONV_HOPPER_WEIGHT(name, rows, blocks)                                                                         \
+  extern "C" __global__ void __launch_bounds__(CONV_THREADS, 1)                                                        \
+      name(float* partials, const __grid_constant__ CUtensorMap d_out, const __grid_constant__ CUtensorMap x,          \
+           const __grid_constant__ ConvSizes sizes, const __grid_constant__ ConvWeightCut cut) {                       \
+    CONV_HOPPER_WEIGHT_BODY(rows, blocks);                                                                             \
+  }                                                                                                                    \
   GPU_EXPORT(name)
 
 CONV_HOPPER_WEIGHT(conv2d_grad_weight_hopper_128x256_bf16, 128, 4)

@@ -36,7 +36,9 @@ struct Strided {
   }
 };
 
-template <class Places> DEV void put_channels_last(bf16* out, const bf16* in, int64_t batch, int channels, int64_t positions, const Places& places) {
+template <class Places>
+DEV void put_channels_last(bf16* out, const bf16* in, int64_t batch, int channels, int64_t positions,
+                           const Places& places) {
   GPU_SHARED(bf16, tile, [TILE * PITCH]);
   int padded = groups_of(channels) * GROUP, channel_tiles = (padded + TILE - 1) / TILE;
   int64_t position_tiles = (positions + TILE - 1) / TILE, index = blockIdx.x;
@@ -95,8 +97,8 @@ GPU_EXPORT(conv2d_channels_last_bf16)
 
 // `in` has `channel_elems` elements a channel.
 extern "C" __global__ void __launch_bounds__(THREADS)
-conv2d_channels_last_strided_bf16(bf16* out, const bf16* in, int64_t batch, int channels, int64_t positions, int64_t channel_elems, int cols, int width,
-                                  int stride) {
+    conv2d_channels_last_strided_bf16(bf16* out, const bf16* in, int64_t batch, int channels, int64_t positions,
+                                      int64_t channel_elems, int cols, int width, int stride) {
   put_channels_last(out, in, batch, channels, positions, Strided{channel_elems, cols, width, stride});
 }
 GPU_EXPORT(conv2d_channels_last_strided_bf16)

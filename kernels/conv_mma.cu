@@ -47,7 +47,8 @@ struct GroupStep {
 };
 
 template <bool GRAD, class Tiling>
-DEV void gather_product(bf16* target, const bf16* source, const bf16* weight, const bf16* bias, const ConvSizes& sizes) {
+DEV void gather_product(bf16* target, const bf16* source, const bf16* weight, const bf16* bias,
+                        const ConvSizes& sizes) {
   GPU_DYNAMIC(unsigned char, shared);
   Place* columns = reinterpret_cast<Place*>(shared + STAGES * Tiling::STAGE_BYTES);
   GatherTile tile = gather_tile<GRAD>(sizes, Tiling::ROWS, Tiling::COLUMNS);
@@ -66,7 +67,7 @@ DEV void gather_product(bf16* target, const bf16* source, const bf16* weight, co
 
   int steps = (int)(((int64_t)g.taps_h * g.taps_w * groups + STAGE_GROUPS - 1) / STAGE_GROUPS);
   int own_row = thread / STAGE_GROUPS, own_group = thread % STAGE_GROUPS;
-  constexpr int ROWS_A_PASS = MMA_THREADS / STAGE_GROUPS;    // a multiple of 8: the permutation is the same in every pass
+  constexpr int ROWS_A_PASS = MMA_THREADS / STAGE_GROUPS;  // a multiple of 8: the permutation is the same in every pass
   GroupStep own = {g, groups, own_group};
   const bf16* filter = weight + (int64_t)(tile.channel + own_row) * g.taps * pitch;
   int64_t filter_pass = (int64_t)ROWS_A_PASS * g.taps * pitch;
@@ -87,13 +88,15 @@ DEV void gather_product(bf16* target, const bf16* source, const bf16* weight, co
     for (int pass = 0; pass < Tiling::COLUMNS / ROWS_A_PASS; pass++) {
       Place column = columns[own_row + pass * ROWS_A_PASS];
       bool pixel_there = inside(column, under, g.source_height, g.source_width);
-      copy_group(to + Tiling::PLAIN_BYTES + pass * ROWS_A_PASS * NARROW_BYTES, source_from + column.offset, pixel_there);
+      copy_group(to + Tiling::PLAIN_BYTES + pass * ROWS_A_PASS * NARROW_BYTES, source_from + column.offset,
+                 pixel_there);
     }
     own.advance(g, groups);
   };
 
   WarpSum<Tiling> sum = {};
-  run_ring(steps, load, [&](int at) { sum.template multiply<false, false>(shared + at % STAGES * Tiling::STAGE_BYTES); });
+  run_ring(steps, load,
+           [&](int at) { sum.template multiply<false, false>(shared + at % STAGES * Tiling::STAGE_BYTES); });
   finish_tile(target, bias, sum, tile, shared, columns);
 }
 

@@ -31,7 +31,8 @@ DEV void weight_product(float* partials, const bf16* d_out, const bf16* x, const
   constexpr int PLAIN_GROUPS = Tiling::ROWS / GROUP, GATHERED_GROUPS = Tiling::COLUMNS / GROUP;
   constexpr int PLAIN_PASS = MMA_THREADS / PLAIN_GROUPS, GATHERED_PASS = MMA_THREADS / GATHERED_GROUPS;
 
-  int thread = threadIdx.x, lane = thread % 32, groups = groups_of(s.in_channels), out_groups = groups_of(s.out_channels);
+  int thread = threadIdx.x, lane = thread % 32, groups = groups_of(s.in_channels),
+      out_groups = groups_of(s.out_channels);
   int pitch = groups * GROUP, out_pitch = out_groups * GROUP, columns = s.kernel_h * s.kernel_w * groups;
   int row_tiles = (s.out_channels + Tiling::ROWS - 1) / Tiling::ROWS;
   int first_row = blockIdx.x % row_tiles * Tiling::ROWS, first_column = blockIdx.x / row_tiles * Tiling::COLUMNS;
@@ -43,12 +44,14 @@ DEV void weight_product(float* partials, const bf16* d_out, const bf16* x, const
     int64_t index = begin + (int64_t)step * STAGE_STEPS + lane;
     Pixel p = pixel_at(index, s.out_height, s.out_width);
     int row = p.row * s.stride - s.padding, col = p.col * s.stride - s.padding;
-    places[step % STAGES][lane] = {((p.image * s.height + row) * s.width + col) * pitch, index < end ? row : NOWHERE, col};
+    places[step % STAGES][lane] = {((p.image * s.height + row) * s.width + col) * pitch, index < end ? row : NOWHERE,
+                                   col};
   };
   int plain_group = thread % PLAIN_GROUPS, column = first_column / GROUP + thread % GATHERED_GROUPS;
   bool rows_there = first_row / GROUP + plain_group < out_groups;
   int plain_row = thread / PLAIN_GROUPS;
-  const bf16* plain_from = d_out + (begin + plain_row) * out_pitch + first_row + plain_group * GROUP;   // of the stage that is loaded next
+  const bf16* plain_from =
+      d_out + (begin + plain_row) * out_pitch + first_row + plain_group * GROUP;  // of the stage that is loaded next
   int64_t plain_pass = (int64_t)PLAIN_PASS * out_pitch;
   int last_pixels = (int)(end - begin - (int64_t)(steps - 1) * STAGE_STEPS);
   int tap = column / groups, i = tap / s.kernel_w, j = tap % s.kernel_w;
@@ -70,7 +73,8 @@ DEV void weight_product(float* partials, const bf16* d_out, const bf16* x, const
       int row = thread / GATHERED_GROUPS + pass * GATHERED_PASS;
       Place pixel = places[step % STAGES][row];
       bool there = inside(own, pixel, s.height, s.width);
-      copy_group(to + Tiling::PLAIN_BYTES + wide_at(row, thread % GATHERED_GROUPS, GATHERED_ROW), own_x + pixel.offset, there);
+      copy_group(to + Tiling::PLAIN_BYTES + wide_at(row, thread % GATHERED_GROUPS, GATHERED_ROW), own_x + pixel.offset,
+                 there);
     }
   };
 
@@ -83,19 +87,22 @@ DEV void weight_product(float* partials, const bf16* d_out, const bf16* x, const
   });
 
   int64_t row_elems = (int64_t)columns * GROUP;
-  finish_partials(partials + blockIdx.y * s.out_channels * row_elems, sum, first_row, s.out_channels, first_column, row_elems);
+  finish_partials(partials + blockIdx.y * s.out_channels * row_elems, sum, first_row, s.out_channels, first_column,
+                  row_elems);
 }
 
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2)
-conv2d_grad_weight_square_bf16(float* partials, const bf16* d_out, const bf16* x, const ConvSizes sizes, int64_t part_pixels) {
+    conv2d_grad_weight_square_bf16(float* partials, const bf16* d_out, const bf16* x, const ConvSizes sizes,
+                                   int64_t part_pixels) {
   weight_product<Square>(partials, d_out, x, sizes, part_pixels);
 }
 GPU_EXPORT(conv2d_grad_weight_square_bf16)
 
 extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2)
-conv2d_grad_weight_flat_bf16(float* partials, const bf16* d_out, const bf16* x, const ConvSizes sizes, int64_t part_pixels) {
+    conv2d_grad_weight_flat_bf16(float* partials, const bf16* d_out, const bf16* x, const ConvSizes sizes,
+                                 int64_t part_pixels) {
   weight_product<Flat>(partials, d_out, x, sizes, part_pixels);
 }
 GPU_EXPORT(conv2d_grad_weight_flat_bf16)

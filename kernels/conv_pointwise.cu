@@ -26,9 +26,11 @@
 
 namespace {
 
-template <class Tiling> DEV void pointwise_product(bf16* out, const bf16* x, const bf16* weight, const bf16* bias, const ConvSizes& s) {
+template <class Tiling>
+DEV void pointwise_product(bf16* out, const bf16* x, const bf16* weight, const bf16* bias, const ConvSizes& s) {
   GPU_DYNAMIC(unsigned char, shared);
-  constexpr int ACROSS = Tiling::COLUMNS / GROUP, STEPS_A_PASS = MMA_THREADS / ACROSS, ROWS_A_PASS = MMA_THREADS / STAGE_GROUPS;
+  constexpr int ACROSS = Tiling::COLUMNS / GROUP, STEPS_A_PASS = MMA_THREADS / ACROSS,
+                ROWS_A_PASS = MMA_THREADS / STAGE_GROUPS;
   GatherTile tile = gather_tile<false>(s, Tiling::ROWS, Tiling::COLUMNS);
   int thread = threadIdx.x, pitch = groups_of(s.in_channels) * GROUP, rows = s.out_channels - tile.channel;
 
@@ -65,7 +67,8 @@ template <class Tiling> DEV void pointwise_product(bf16* out, const bf16* x, con
   finish_tile(out, bias, sum, tile, shared, reinterpret_cast<Place*>(shared + STAGES * Tiling::STAGE_BYTES));
 }
 
-template <class Tiling> DEV void weight_product(float* partials, const bf16* d_out, const bf16* x, const ConvSizes& s, int64_t part_pixels) {
+template <class Tiling>
+DEV void weight_product(float* partials, const bf16* d_out, const bf16* x, const ConvSizes& s, int64_t part_pixels) {
   GPU_DYNAMIC(unsigned char, shared);
   constexpr int ROWS_A_PASS = MMA_THREADS / STAGE_GROUPS;
   int row_tiles = (s.out_channels + Tiling::ROWS - 1) / Tiling::ROWS;
@@ -97,9 +100,11 @@ template <class Tiling> DEV void weight_product(float* partials, const bf16* d_o
     for (position += STAGE_STEPS; position >= plane; image++) position -= plane;
   };
   WarpSum<Tiling> sum = {};
-  run_ring(steps, load, [&](int step) { sum.template multiply<false, false>(shared + step % STAGES * Tiling::STAGE_BYTES); });
+  run_ring(steps, load,
+           [&](int step) { sum.template multiply<false, false>(shared + step % STAGES * Tiling::STAGE_BYTES); });
   int64_t columns = groups_of(s.in_channels) * GROUP;
-  finish_partials(partials + blockIdx.y * s.out_channels * columns, sum, first_row, s.out_channels, first_column, columns);
+  finish_partials(partials + blockIdx.y * s.out_channels * columns, sum, first_row, s.out_channels, first_column,
+                  columns);
 }
 
 }  // namespace
@@ -123,13 +128,15 @@ conv2d_pointwise_small_bf16(bf16* out, const bf16* x, const bf16* weight, const 
 GPU_EXPORT(conv2d_pointwise_small_bf16)
 
 extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2)
-conv2d_grad_weight_pointwise_square_bf16(float* partials, const bf16* d_out, const bf16* x, const ConvSizes sizes, int64_t part_pixels) {
+    conv2d_grad_weight_pointwise_square_bf16(float* partials, const bf16* d_out, const bf16* x, const ConvSizes sizes,
+                                             int64_t part_pixels) {
   weight_product<Square>(partials, d_out, x, sizes, part_pixels);
 }
 GPU_EXPORT(conv2d_grad_weight_pointwise_square_bf16)
 
 extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2)
-conv2d_grad_weight_pointwise_flat_bf16(float* partials, const bf16* d_out, const bf16* x, const ConvSizes sizes, int64_t part_pixels) {
+    conv2d_grad_weight_pointwise_flat_bf16(float* partials, const bf16* d_out, const bf16* x, const ConvSizes sizes,
+                                           int64_t part_pixels) {
   weight_product<Flat>(partials, d_out, x, sizes, part_pixels);
 }
 GPU_EXPORT(conv2d_grad_weight_pointwise_flat_bf16)

@@ -46,8 +46,8 @@ DEV float channel_sum(const T* d_out, int channel, int channels, int positions, 
 }
 
 template <class T>
-DEV void grad_bias(float* d_bias, float* partials, const T* d_out, const Now* now, int batch, int channels, int positions,
-                   int64_t part_elems, int accumulator) {
+DEV void grad_bias(float* d_bias, float* partials, const T* d_out, const Now* now, int batch, int channels,
+                   int positions, int64_t part_elems, int accumulator) {
   GPU_SHARED(float, warps, [THREADS / 32]);
   constexpr int PACK = Pack<T>::N;
   int64_t elems = (int64_t)batch * positions, parts = (elems + part_elems - 1) / part_elems;
@@ -72,15 +72,15 @@ DEV void grad_bias(float* d_bias, float* partials, const T* d_out, const Now* no
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-conv2d_grad_bias_f32(float* d_bias, float* partials, const float* d_out, const Now* now, int batch, int channels, int positions,
-                     int64_t part_elems, int accumulator) {
+    conv2d_grad_bias_f32(float* d_bias, float* partials, const float* d_out, const Now* now, int batch, int channels,
+                         int positions, int64_t part_elems, int accumulator) {
   grad_bias(d_bias, partials, d_out, now, batch, channels, positions, part_elems, accumulator);
 }
 GPU_EXPORT(conv2d_grad_bias_f32)
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-conv2d_grad_bias_bf16(float* d_bias, float* partials, const bf16* d_out, const Now* now, int batch, int channels, int positions,
-                      int64_t part_elems, int accumulator) {
+    conv2d_grad_bias_bf16(float* d_bias, float* partials, const bf16* d_out, const Now* now, int batch, int channels,
+                          int positions, int64_t part_elems, int accumulator) {
   grad_bias(d_bias, partials, d_out, now, batch, channels, positions, part_elems, accumulator);
 }
 GPU_EXPORT(conv2d_grad_bias_bf16)
@@ -99,8 +99,8 @@ GPU_EXPORT(conv2d_grad_bias_sum)
 
 // partials (parts, out_channels, row_pitch) -> d_weight.
 extern "C" __global__ void __launch_bounds__(THREADS)
-conv2d_grad_weight_sum(float* d_weight, const float* partials, const Now* now, int out_channels, int in_channels, int taps,
-                       int64_t row_pitch, int channel_pitch, int tap_pitch, int parts, int accumulator) {
+    conv2d_grad_weight_sum(float* d_weight, const float* partials, const Now* now, int out_channels, int in_channels,
+                           int taps, int64_t row_pitch, int channel_pitch, int tap_pitch, int parts, int accumulator) {
   int64_t index = (int64_t)blockIdx.x * THREADS + threadIdx.x, row;
   int channel, tap;
   if (tap_pitch == 1 || taps == 1) {
@@ -109,8 +109,10 @@ conv2d_grad_weight_sum(float* d_weight, const float* partials, const Now* now, i
   } else {
     // Channels follow each other in the parts and taps in the gradient: 8 of those by 4 of these a warp, so that it
     // reads whole sectors.
-    Divided taps_of = divided(index / 32, (taps + 3) / 4), channels_of = divided(taps_of.quotient, (in_channels + 7) / 8);
-    row = channels_of.quotient, channel = channels_of.remainder * 8 + (int)(index % 8), tap = taps_of.remainder * 4 + (int)(index / 8 % 4);
+    Divided taps_of = divided(index / 32, (taps + 3) / 4),
+            channels_of = divided(taps_of.quotient, (in_channels + 7) / 8);
+    row = channels_of.quotient, channel = channels_of.remainder * 8 + (int)(index % 8),
+    tap = taps_of.remainder * 4 + (int)(index / 8 % 4);
   }
   if (row >= out_channels || channel >= in_channels || tap >= taps) return;
   index = (row * in_channels + channel) * taps + tap;

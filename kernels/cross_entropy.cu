@@ -45,7 +45,8 @@ DEV Sums join(Sums s) {
   return s;
 }
 
-template <class T> DEV void forward(float* row_losses, float* lse, const T* logits, const int32_t* labels, int cols, int pitch) {
+template <class T>
+DEV void forward(float* row_losses, float* lse, const T* logits, const int32_t* labels, int cols, int pitch) {
   constexpr int N = Pack<T>::N;
   GPU_SHARED(float, warps, [2][32]);
   int64_t row = blockIdx.x;
@@ -92,12 +93,18 @@ template <class T> DEV void forward(float* row_losses, float* lse, const T* logi
   row_losses[row] = log_sum - to_float(logits[label]);
 }
 
-extern "C" __global__ __launch_bounds__(THREADS) void cross_entropy_forward_f32(float* row_losses, float* lse, const float* logits, const int32_t* labels, int cols, int pitch) {
+extern "C" __global__ __launch_bounds__(THREADS) void cross_entropy_forward_f32(float* row_losses, float* lse,
+                                                                                const float* logits,
+                                                                                const int32_t* labels, int cols,
+                                                                                int pitch) {
   forward(row_losses, lse, logits, labels, cols, pitch);
 }
 GPU_EXPORT(cross_entropy_forward_f32)
 
-extern "C" __global__ __launch_bounds__(THREADS) void cross_entropy_forward_bf16(float* row_losses, float* lse, const bf16* logits, const int32_t* labels, int cols, int pitch) {
+extern "C" __global__ __launch_bounds__(THREADS) void cross_entropy_forward_bf16(float* row_losses, float* lse,
+                                                                                 const bf16* logits,
+                                                                                 const int32_t* labels, int cols,
+                                                                                 int pitch) {
   forward(row_losses, lse, logits, labels, cols, pitch);
 }
 GPU_EXPORT(cross_entropy_forward_bf16)
@@ -108,10 +115,13 @@ template <class T> DEV void clear_row(T* row, int cols) {
   int thread = threadIdx.x, threads = blockDim.x;
   if (thread < at.head) row[thread] = from_float<T>(0);
   if (thread < cols - at.tail) row[at.tail + thread] = from_float<T>(0);
-  for (int pack = thread; pack < at.packs; pack += threads) store16(row + at.head + (int64_t)pack * Pack<T>::N, make_uint4(0, 0, 0, 0));
+  for (int pack = thread; pack < at.packs; pack += threads)
+    store16(row + at.head + (int64_t)pack * Pack<T>::N, make_uint4(0, 0, 0, 0));
 }
 
-template <class T> DEV void grad(T* d_logits, const T* logits, const int32_t* labels, const float* lse, int cols, int pitch, const Now* now) {
+template <class T>
+DEV void grad(T* d_logits, const T* logits, const int32_t* labels, const float* lse, int cols, int pitch,
+              const Now* now) {
   constexpr int N = Pack<T>::N;
   int64_t row = blockIdx.x;
   int thread = threadIdx.x, threads = blockDim.x, label = labels[row];
@@ -142,12 +152,16 @@ template <class T> DEV void grad(T* d_logits, const T* logits, const int32_t* la
   }
 }
 
-extern "C" __global__ __launch_bounds__(THREADS) void cross_entropy_grad_f32(float* d_logits, const float* logits, const int32_t* labels, const float* lse, int cols, int pitch, const Now* now) {
+extern "C" __global__ __launch_bounds__(THREADS) void cross_entropy_grad_f32(float* d_logits, const float* logits,
+                                                                             const int32_t* labels, const float* lse,
+                                                                             int cols, int pitch, const Now* now) {
   grad(d_logits, logits, labels, lse, cols, pitch, now);
 }
 GPU_EXPORT(cross_entropy_grad_f32)
 
-extern "C" __global__ __launch_bounds__(THREADS) void cross_entropy_grad_bf16(bf16* d_logits, const bf16* logits, const int32_t* labels, const float* lse, int cols, int pitch, const Now* now) {
+extern "C" __global__ __launch_bounds__(THREADS) void cross_entropy_grad_bf16(bf16* d_logits, const bf16* logits,
+                                                                              const int32_t* labels, const float* lse,
+                                                                              int cols, int pitch, const Now* now) {
   grad(d_logits, logits, labels, lse, cols, pitch, now);
 }
 GPU_EXPORT(cross_entropy_grad_bf16)

@@ -23,8 +23,14 @@
 template <class T> DEV void add_all(T* out, const T* a, const T* b, int64_t n) {
   zip_each(out, a, b, n, [](float x, float y) { return x + y; });
 }
-extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) add_f32(float* out, const float* a, const float* b, int64_t n) { add_all(out, a, b, n); }
-extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) add_bf16(bf16* out, const bf16* a, const bf16* b, int64_t n) { add_all(out, a, b, n); }
+extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS)
+    add_f32(float* out, const float* a, const float* b, int64_t n) {
+  add_all(out, a, b, n);
+}
+extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS)
+    add_bf16(bf16* out, const bf16* a, const bf16* b, int64_t n) {
+  add_all(out, a, b, n);
+}
 GPU_EXPORT(add_f32)
 GPU_EXPORT(add_bf16)
 
@@ -36,10 +42,12 @@ template <class X> DEV void copy_into(float* out, const X* x, int64_t n, int acc
     map_each(out, x, n, [](float v) { return v; });
   }
 }
-extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) copy_f32(float* out, const float* x, int64_t n, int accumulator, const Now* now) {
+extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS)
+    copy_f32(float* out, const float* x, int64_t n, int accumulator, const Now* now) {
   copy_into(out, x, n, accumulator, now);
 }
-extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) copy_bf16_to_f32(float* out, const bf16* x, int64_t n, int accumulator, const Now* now) {
+extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS)
+    copy_bf16_to_f32(float* out, const bf16* x, int64_t n, int accumulator, const Now* now) {
   copy_into(out, x, n, accumulator, now);
 }
 extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) copy_f32_to_bf16(bf16* out, const float* x, int64_t n) {
@@ -53,8 +61,8 @@ extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) zero_f32(float* 
   if (now->accumulate) return;
   constexpr int N = FEW<float>;
   pointwise<N, 4>(
-      n, aligned_few<N>(out), [](int64_t) { return 0.0f; }, [=](int64_t i, float) { store_few<N>(out + i, Few<float, N>{}); },
-      [=](int64_t i) { out[i] = 0.0f; });
+      n, aligned_few<N>(out), [](int64_t) { return 0.0f; },
+      [=](int64_t i, float) { store_few<N>(out + i, Few<float, N>{}); }, [=](int64_t i) { out[i] = 0.0f; });
 }
 GPU_EXPORT(zero_f32)
 
@@ -79,16 +87,19 @@ template <class T> DEV void shift_rows(T* out, const T* x, int64_t n, int64_t pl
         out[i] = at < 0 ? from_float<T>(0) : x[at];
       });
 }
-extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) shift_f32(float* out, const float* x, int64_t n, int64_t plane, int64_t out_plane, int64_t by) {
+extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS)
+    shift_f32(float* out, const float* x, int64_t n, int64_t plane, int64_t out_plane, int64_t by) {
   shift_rows(out, x, n, plane, out_plane, by);
 }
-extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) shift_bf16(bf16* out, const bf16* x, int64_t n, int64_t plane, int64_t out_plane, int64_t by) {
+extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS)
+    shift_bf16(bf16* out, const bf16* x, int64_t n, int64_t plane, int64_t out_plane, int64_t by) {
   shift_rows(out, x, n, plane, out_plane, by);
 }
 GPU_EXPORT(shift_f32)
 GPU_EXPORT(shift_bf16)
 
-template <class T> DEV void drop_all(T* out, const T* x, int64_t n, uint32_t limit, float scale, uint32_t stream, const Now* now) {
+template <class T>
+DEV void drop_all(T* out, const T* x, int64_t n, uint32_t limit, float scale, uint32_t stream, const Now* now) {
   constexpr int N = FEW<T>;
   const Now here = *now;
   pointwise<N, 4>(
@@ -97,7 +108,8 @@ template <class T> DEV void drop_all(T* out, const T* x, int64_t n, uint32_t lim
         Few<T, N> y;
         for (int four = 0; four < N; four += 4) {
           Words words = random_words(&here, stream, (i + four) / 4);
-          for (int k = 0; k < 4; k++) y.x[four + k] = from_float<T>(to_float(v.x[four + k]) * (words.w[k] >= limit ? scale : 0.0f));
+          for (int k = 0; k < 4; k++)
+            y.x[four + k] = from_float<T>(to_float(v.x[four + k]) * (words.w[k] >= limit ? scale : 0.0f));
         }
         store_few<N>(out + i, y);
       },
@@ -107,10 +119,12 @@ template <class T> DEV void drop_all(T* out, const T* x, int64_t n, uint32_t lim
         out[i] = from_float<T>(to_float(x[i]) * (word >= limit ? scale : 0.0f));
       });
 }
-extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) dropout_f32(float* out, const float* x, int64_t n, uint32_t limit, float scale, uint32_t stream, const Now* now) {
+extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS)
+    dropout_f32(float* out, const float* x, int64_t n, uint32_t limit, float scale, uint32_t stream, const Now* now) {
   drop_all(out, x, n, limit, scale, stream, now);
 }
-extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) dropout_bf16(bf16* out, const bf16* x, int64_t n, uint32_t limit, float scale, uint32_t stream, const Now* now) {
+extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS)
+    dropout_bf16(bf16* out, const bf16* x, int64_t n, uint32_t limit, float scale, uint32_t stream, const Now* now) {
   drop_all(out, x, n, limit, scale, stream, now);
 }
 GPU_EXPORT(dropout_f32)
@@ -125,7 +139,8 @@ constexpr int SEQUENCES = 4;
 template <class T> DEV void add_table(T* out, const T* x, const T* table, int64_t batch, int64_t plane) {
   constexpr int N = FEW<T>;
   unsigned along = (unsigned)((plane + POINTWISE_THREADS * N - 1) / (POINTWISE_THREADS * N));
-  int64_t first = (int64_t)(blockIdx.x % along) * (POINTWISE_THREADS * N), b = (int64_t)(blockIdx.x / along) * SEQUENCES;
+  int64_t first = (int64_t)(blockIdx.x % along) * (POINTWISE_THREADS * N),
+          b = (int64_t)(blockIdx.x / along) * SEQUENCES;
   int here = batch - b < SEQUENCES ? (int)(batch - b) : SEQUENCES;
   x += b * plane;
   out += b * plane;
@@ -156,10 +171,12 @@ template <class T> DEV void add_table(T* out, const T* x, const T* table, int64_
     for (int s = 0; s < here; s++) out[s * plane + i] = from_float<T>(to_float(x[s * plane + i]) + t);
   }
 }
-extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) add_position_forward_f32(float* out, const float* x, const float* table, int64_t batch, int64_t plane) {
+extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS)
+    add_position_forward_f32(float* out, const float* x, const float* table, int64_t batch, int64_t plane) {
   add_table(out, x, table, batch, plane);
 }
-extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) add_position_forward_bf16(bf16* out, const bf16* x, const bf16* table, int64_t batch, int64_t plane) {
+extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS)
+    add_position_forward_bf16(bf16* out, const bf16* x, const bf16* table, int64_t batch, int64_t plane) {
   add_table(out, x, table, batch, plane);
 }
 GPU_EXPORT(add_position_forward_f32)
@@ -170,7 +187,8 @@ constexpr int AHEAD = 8;
 
 // One thread a pack of 4 elements of the table, through the batch in order. `table_elems` = P * C, `plane` = T * C.
 template <class T>
-DEV void sum_sequences(float* d_table, const T* d_y, int64_t batch, int64_t plane, int64_t table_elems, int accumulator, const Now* now) {
+DEV void sum_sequences(float* d_table, const T* d_y, int64_t batch, int64_t plane, int64_t table_elems, int accumulator,
+                       const Now* now) {
   constexpr int N = FEW<float>;
   bool adds = adds_to(accumulator, now);
   int64_t i = ((int64_t)blockIdx.x * POINTWISE_THREADS + threadIdx.x) * N;
@@ -199,10 +217,14 @@ DEV void sum_sequences(float* d_table, const T* d_y, int64_t batch, int64_t plan
     d_table[e] = sum;
   }
 }
-extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) add_position_grad_f32(float* d_table, const float* d_y, int64_t batch, int64_t plane, int64_t table_elems, int accumulator, const Now* now) {
+extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS)
+    add_position_grad_f32(float* d_table, const float* d_y, int64_t batch, int64_t plane, int64_t table_elems,
+                          int accumulator, const Now* now) {
   sum_sequences(d_table, d_y, batch, plane, table_elems, accumulator, now);
 }
-extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) add_position_grad_bf16(float* d_table, const bf16* d_y, int64_t batch, int64_t plane, int64_t table_elems, int accumulator, const Now* now) {
+extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS)
+    add_position_grad_bf16(float* d_table, const bf16* d_y, int64_t batch, int64_t plane, int64_t table_elems,
+                           int accumulator, const Now* now) {
   sum_sequences(d_table, d_y, batch, plane, table_elems, accumulator, now);
 }
 GPU_EXPORT(add_position_grad_f32)

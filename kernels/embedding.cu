@@ -22,7 +22,8 @@ constexpr int IN_FLIGHT = 4;   // packs that a lane has on their way at once
 
 // One warp a row. The rows are copied bit by bit, so T may be any type of the element's size. A row whose id is outside
 // the table, which the loader rules out, becomes 0.
-template <class T> DEV void pick_rows(T* out, const int* ids, const T* table, int64_t tokens, int table_rows, int cols) {
+template <class T>
+DEV void pick_rows(T* out, const int* ids, const T* table, int64_t tokens, int table_rows, int cols) {
   constexpr int N = FEW<T>;
   int64_t t = (int64_t)blockIdx.x * ROWS + threadIdx.x / 32;
   int lane = threadIdx.x % 32;
@@ -49,10 +50,12 @@ template <class T> DEV void pick_rows(T* out, const int* ids, const T* table, in
 #pragma unroll 4
   for (int c = lane; c < cols; c += 32) to[c] = inside ? from[c] : from_float<T>(0);
 }
-extern "C" __global__ void __launch_bounds__(ROWS * 32) embedding_forward_f32(float* out, const int* ids, const float* table, int64_t tokens, int table_rows, int cols) {
+extern "C" __global__ void __launch_bounds__(ROWS * 32)
+    embedding_forward_f32(float* out, const int* ids, const float* table, int64_t tokens, int table_rows, int cols) {
   pick_rows(out, ids, table, tokens, table_rows, cols);
 }
-extern "C" __global__ void __launch_bounds__(ROWS * 32) embedding_forward_bf16(bf16* out, const int* ids, const bf16* table, int64_t tokens, int table_rows, int cols) {
+extern "C" __global__ void __launch_bounds__(ROWS * 32)
+    embedding_forward_bf16(bf16* out, const int* ids, const bf16* table, int64_t tokens, int table_rows, int cols) {
   pick_rows(out, ids, table, tokens, table_rows, cols);
 }
 GPU_EXPORT(embedding_forward_f32)
@@ -85,7 +88,9 @@ DEV unsigned lanes_alike(unsigned digit, bool has_token) {
 }
 
 // Walks over a warp's stretch of the block's tokens in order, 32 at a time: visit(token, digit, has_token, alike).
-template <class Visit> DEV void each_key(const int* ids, const int* order, int tokens, int table_rows, unsigned padding, int shift, Visit visit) {
+template <class Visit>
+DEV void each_key(const int* ids, const int* order, int tokens, int table_rows, unsigned padding, int shift,
+                  Visit visit) {
   int64_t first = (int64_t)blockIdx.x * SORT_KEYS + threadIdx.x / 32 * (SORT_ROUNDS * 32) + threadIdx.x % 32;
   int token[SORT_ROUNDS];
   unsigned digit[SORT_ROUNDS];
@@ -103,7 +108,8 @@ template <class Visit> DEV void each_key(const int* ids, const int* order, int t
 }
 
 // Counts the digits of each warp's tokens. Ends with every thread seeing all counts.
-DEV void count_digits(int (&counts)[SORT_WARPS][DIGITS], const int* ids, const int* order, int tokens, int table_rows, unsigned padding, int shift) {
+DEV void count_digits(int (&counts)[SORT_WARPS][DIGITS], const int* ids, const int* order, int tokens, int table_rows,
+                      unsigned padding, int shift) {
   for (int w = 0; w < SORT_WARPS; w++) counts[w][threadIdx.x] = 0;
   __syncthreads();
   int (&mine)[DIGITS] = counts[threadIdx.x / 32];
@@ -116,7 +122,9 @@ DEV void count_digits(int (&counts)[SORT_WARPS][DIGITS], const int* ids, const i
 }
 
 // counts (blocks, 256): how many of a block's tokens have each digit.
-extern "C" __global__ void __launch_bounds__(DIGITS) embedding_grad_count(int* counts, const int* ids, const int* order, int tokens, int table_rows, unsigned padding, int shift) {
+extern "C" __global__ void __launch_bounds__(DIGITS)
+    embedding_grad_count(int* counts, const int* ids, const int* order, int tokens, int table_rows, unsigned padding,
+                         int shift) {
   GPU_SHARED(int, by_warp, [SORT_WARPS][DIGITS]);
   count_digits(by_warp, ids, order, tokens, table_rows, padding, shift);
   int sum = 0;
@@ -127,7 +135,9 @@ GPU_EXPORT(embedding_grad_count)
 
 // Puts each token into its place by this digit: after all tokens with smaller digits, and after those with the same
 // that come before it.
-extern "C" __global__ void __launch_bounds__(DIGITS) embedding_grad_place(int* placed, const int* counts, const int* ids, const int* order, int tokens, int table_rows, unsigned padding, int shift) {
+extern "C" __global__ void __launch_bounds__(DIGITS)
+    embedding_grad_place(int* placed, const int* counts, const int* ids, const int* order, int tokens, int table_rows,
+                         unsigned padding, int shift) {
   GPU_SHARED(int, next, [SORT_WARPS][DIGITS]);  // counts by warp, then the place of a warp's next token of each digit
   GPU_SHARED(int, totals, [DIGITS]);
   count_digits(next, ids, order, tokens, table_rows, padding, shift);
@@ -155,20 +165,22 @@ extern "C" __global__ void __launch_bounds__(DIGITS) embedding_grad_place(int* p
   __syncthreads();
   int (&mine)[DIGITS] = next[threadIdx.x / 32];
   unsigned below = (1u << threadIdx.x % 32) - 1;
-  each_key(ids, order, tokens, table_rows, padding, shift, [&](int token, unsigned digit, bool has_token, unsigned alike) {
-    int at = mine[digit];
-    __syncwarp();
-    if (has_token) {
-      placed[at + __popc(alike & below)] = token;
-      if ((alike & below) == 0) mine[digit] = at + __popc(alike);
-    }
-    __syncwarp();
-  });
+  each_key(ids, order, tokens, table_rows, padding, shift,
+           [&](int token, unsigned digit, bool has_token, unsigned alike) {
+             int at = mine[digit];
+             __syncwarp();
+             if (has_token) {
+               placed[at + __popc(alike & below)] = token;
+               if ((alike & below) == 0) mine[digit] = at + __popc(alike);
+             }
+             __syncwarp();
+           });
 }
 GPU_EXPORT(embedding_grad_place)
 
 // seen (V): 1 for the ids that occur. The others' stay 0.
-extern "C" __global__ void __launch_bounds__(256) embedding_grad_seen(int* seen, const int* ids, const int* order, int tokens, int table_rows, unsigned padding) {
+extern "C" __global__ void __launch_bounds__(256)
+    embedding_grad_seen(int* seen, const int* ids, const int* order, int tokens, int table_rows, unsigned padding) {
   int64_t s = (int64_t)blockIdx.x * 256 + threadIdx.x;
   if (s >= tokens) return;
   unsigned key = sort_key(ids, order[s], table_rows, padding), outside = (unsigned)table_rows;
@@ -183,9 +195,11 @@ constexpr int ZEROED = 32;                        // rows that a block looks at,
 
 // Warp `number` of chunks times groups.
 template <class T, bool WIDE>
-DEV void add_chunk(float* d_table, const T* d_y, const int* ids, const int* order, int64_t number, int tokens, int table_rows, unsigned padding, int cols, bool adds) {
+DEV void add_chunk(float* d_table, const T* d_y, const int* ids, const int* order, int64_t number, int tokens,
+                   int table_rows, unsigned padding, int cols, bool adds) {
   constexpr int TOKENS_AHEAD = 16 / sizeof(T);   // rows of d_y that a lane has on their way at once: 128 bytes
-  int groups = (cols + GROUP - 1) / GROUP, chunk = (int)(number / groups), first = (int)(number - (int64_t)chunk * groups) * GROUP;
+  int groups = (cols + GROUP - 1) / GROUP, chunk = (int)(number / groups),
+      first = (int)(number - (int64_t)chunk * groups) * GROUP;
   int begin = chunk * CHUNK, end = tokens - begin < CHUNK ? tokens : begin + CHUNK;
   if (begin >= tokens) return;
   int lane = threadIdx.x % 32, here = cols - first < GROUP ? cols - first : GROUP;
@@ -251,7 +265,8 @@ DEV void zero_rows(float* d_table, const int* seen, int64_t first, int table_row
 
 // `adding` blocks of 8 warps, then those that zero.
 template <class T>
-DEV void add_rows_back(float* d_table, const T* d_y, const int* ids, const int* order, const int* seen, int adding, int tokens, int table_rows, unsigned padding, int cols, int accumulator, const Now* now) {
+DEV void add_rows_back(float* d_table, const T* d_y, const int* ids, const int* order, const int* seen, int adding,
+                       int tokens, int table_rows, unsigned padding, int cols, int accumulator, const Now* now) {
   bool adds = adds_to(accumulator, now);
   if ((int)blockIdx.x >= adding) {
     if (!adds) zero_rows(d_table, seen, (int64_t)(blockIdx.x - adding) * ZEROED, table_rows, cols);
@@ -264,10 +279,14 @@ DEV void add_rows_back(float* d_table, const T* d_y, const int* ids, const int* 
     add_chunk<T, false>(d_table, d_y, ids, order, number, tokens, table_rows, padding, cols, adds);
   }
 }
-extern "C" __global__ void __launch_bounds__(ROWS * 32, GPU_BLOCKS(GPU_HOPPER ? 3 : 2)) embedding_grad_f32(float* d_table, const float* d_y, const int* ids, const int* order, const int* seen, int adding, int tokens, int table_rows, unsigned padding, int cols, int accumulator, const Now* now) {
+extern "C" __global__ void __launch_bounds__(ROWS * 32, GPU_BLOCKS(GPU_HOPPER ? 3 : 2))
+    embedding_grad_f32(float* d_table, const float* d_y, const int* ids, const int* order, const int* seen, int adding,
+                       int tokens, int table_rows, unsigned padding, int cols, int accumulator, const Now* now) {
   add_rows_back(d_table, d_y, ids, order, seen, adding, tokens, table_rows, padding, cols, accumulator, now);
 }
-extern "C" __global__ void __launch_bounds__(ROWS * 32, GPU_BLOCKS(GPU_HOPPER ? 3 : 2)) embedding_grad_bf16(float* d_table, const bf16* d_y, const int* ids, const int* order, const int* seen, int adding, int tokens, int table_rows, unsigned padding, int cols, int accumulator, const Now* now) {
+extern "C" __global__ void __launch_bounds__(ROWS * 32, GPU_BLOCKS(GPU_HOPPER ? 3 : 2))
+    embedding_grad_bf16(float* d_table, const bf16* d_y, const int* ids, const int* order, const int* seen, int adding,
+                        int tokens, int table_rows, unsigned padding, int cols, int accumulator, const Now* now) {
   add_rows_back(d_table, d_y, ids, order, seen, adding, tokens, table_rows, padding, cols, accumulator, now);
 }
 GPU_EXPORT(embedding_grad_f32)

@@ -45,7 +45,8 @@ DEV void load_quad(float (&to)[4], const float* from, int count, bool whole) {
 // One operand's walk along k: `K_ROWS` when it is stored with k along a row. A thread carries 4 neighbours of each of
 // two rows.
 template <bool K_ROWS> struct Operand {
-  static constexpr int QUADS = TILE * STEP / 4 / THREADS, APART = K_ROWS ? TILE / QUADS : STEP / QUADS; // rows, or k, between a thread's quads
+  static constexpr int QUADS = TILE * STEP / 4 / THREADS,
+                       APART = K_ROWS ? TILE / QUADS : STEP / QUADS;  // rows, or k, between a thread's quads
   const float* at; // the thread's first quad of the next step
   int pitch, k_left, row_left;
   float held[QUADS][4];
@@ -142,8 +143,8 @@ DEV void product(const GemmEnd<float>& whole, const float* a, const float* b, in
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      *reinterpret_cast<float4*>(tiles + (y + i) * (TILE / 2) + x) =
-          make_float4(sums[down + i][across], sums[down + i][across + 1], sums[down + i][across + 2], sums[down + i][across + 3]);
+      *reinterpret_cast<float4*>(tiles + (y + i) * (TILE / 2) + x) = make_float4(
+          sums[down + i][across], sums[down + i][across + 1], sums[down + i][across + 2], sums[down + i][across + 3]);
     }
     __syncthreads();
     int warp_row = warp * 8;
@@ -153,13 +154,13 @@ DEV void product(const GemmEnd<float>& whole, const float* a, const float* b, in
 
 }  // namespace
 
-#define GEMM_F32(name, a_transposed, b_transposed)                                                                              \
-  extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                                      \
-      name(float* out, float* pre, float* partials, const float* a, const float* b, const float* bias, const float* residual,   \
-           const Now* now, int accumulator, int activation, int m, int n, int k, int k_part) {                                                  \
-    product<a_transposed, b_transposed>(                                                                                        \
-        gemm_end(out, pre, partials, bias, residual, now, accumulator, activation, m, n, n), a, b, m, n, k, k_part);             \
-  }                                                                                                                             \
+#define GEMM_F32(name, a_transposed, b_transposed)                                                                     \
+  extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                             \
+      name(float* out, float* pre, float* partials, const float* a, const float* b, const float* bias,                 \
+           const float* residual, const Now* now, int accumulator, int activation, int m, int n, int k, int k_part) {  \
+    product<a_transposed, b_transposed>(                                                                               \
+        gemm_end(out, pre, partials, bias, residual, now, accumulator, activation, m, n, n), a, b, m, n, k, k_part);   \
+  }                                                                                                                    \
   GPU_EXPORT(name)
 
 GEMM_F32(gemm_nn_f32, false, false)

@@ -22,12 +22,13 @@ template <class Out> DEV void finish(const GemmEnd<Out>& end, const float* parti
 
 }  // namespace
 
-#define GEMM_FINISH(name, Out)                                                                                                  \
-  extern "C" __global__ void __launch_bounds__(THREADS)                                                                         \
-      name(Out* out, Out* pre, const float* partials, const Out* bias, const Out* residual, const Now* now, int accumulator, int activation,         \
-           int parts, int m, int n, int pitch) {                                                                                           \
-    finish(gemm_end<Out>(out, pre, nullptr, bias, residual, now, accumulator, activation, m, n, pitch), partials, parts, m, n);             \
-  }                                                                                                                             \
+#define GEMM_FINISH(name, Out)                                                                                         \
+  extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
+      name(Out* out, Out* pre, const float* partials, const Out* bias, const Out* residual, const Now* now,            \
+           int accumulator, int activation, int parts, int m, int n, int pitch) {                                      \
+    finish(gemm_end<Out>(out, pre, nullptr, bias, residual, now, accumulator, activation, m, n, pitch), partials,      \
+           parts, m, n);                                                                                               \
+  }                                                                                                                    \
   GPU_EXPORT(name)
 
 GEMM_FINISH(gemm_finish_f32, float)

@@ -61,21 +61,25 @@ using Registers = RegisterShares<THREADS, !COPIED ? 120 : SUMS ? 40 : 24, !COPIE
 // w of row r of a box at 8 r + (w ^ (r % 8)).
 template <bool TRANSPOSED> struct Shifted {
   static constexpr bool COPIED = false;
-  static constexpr int WORDS = TILE_M * STEP / 8 / 128, APART = TRANSPOSED ? 8 : 16; // of a thread; k or rows between them
+  static constexpr int WORDS = TILE_M * STEP / 8 / 128,
+                       APART = TRANSPOSED ? 8 : 16;  // of a thread; k or rows between them
   const bf16* from;
   int m, k;
 
   DEV void prefetch() const {}
   DEV void load(unsigned char* to, int row0, int k0, uint64_t* full) const {
-    int thread = threadIdx.x, row = row0 + (TRANSPOSED ? thread % 16 * 8 : thread / 8), along_k = k0 + (TRANSPOSED ? thread / 16 : thread % 8 * 8);
+    int thread = threadIdx.x, row = row0 + (TRANSPOSED ? thread % 16 * 8 : thread / 8),
+        along_k = k0 + (TRANSPOSED ? thread / 16 : thread % 8 * 8);
     int line = TRANSPOSED ? thread / 16 : thread / 8, pitch = TRANSPOSED ? m : k; // row of a box
     const bf16* at = from + (TRANSPOSED ? (int64_t)along_k * m + row : (int64_t)row * k + along_k);
-    uint4* place = reinterpret_cast<uint4*>(to + (TRANSPOSED ? thread % 16 / 8 * BOX_BYTES : 0)) + line * 8 + (thread % 8 ^ line % 8);
+    uint4* place = reinterpret_cast<uint4*>(to + (TRANSPOSED ? thread % 16 / 8 * BOX_BYTES : 0)) + line * 8 +
+                   (thread % 8 ^ line % 8);
     int shift = ShiftedWord::shift_of(at); // of all: they lie multiples of 16 bytes apart
     int across = TRANSPOSED ? k - along_k : m - row, bytes = 2 * max(0, min(TRANSPOSED ? m - row : k - along_k, 8));
     ShiftedWord words[WORDS];
 #pragma unroll
-    for (int i = 0; i < WORDS; i++) words[i].fetch(at + (int64_t)pitch * (i * APART), shift, i * APART < across ? bytes : 0);
+    for (int i = 0; i < WORDS; i++)
+      words[i].fetch(at + (int64_t)pitch * (i * APART), shift, i * APART < across ? bytes : 0);
 #pragma unroll
     for (int i = 0; i < WORDS; i++) place[i * APART * 8] = words[i].value(shift, i * APART < across ? bytes : 0);
     proxy_fence_shared();
@@ -96,11 +100,13 @@ DEV void product(const End& end_of, const Left& a, const CUtensorMap* b, const S
   Work<TILE_N> work = {sizes};
   GPU_SHARED(R, ring, [1]);
   GPU_DYNAMIC(unsigned char, stages);
-  static_assert(1024 + R::STAGES * R::BYTES + CONSUMERS * 4 * STAGED_BYTES <= 227 * 1024, "more shared memory than a block can have");
+  static_assert(1024 + R::STAGES * R::BYTES + CONSUMERS * 4 * STAGED_BYTES <= 227 * 1024,
+                "more shared memory than a block can have");
   static_assert(BESIDE_BYTES <= CONSUMERS * 4 * STAGED_BYTES, "f32 sums leave without a stage: its place is free");
   if (threadIdx.x == 0) {
     a.prefetch(), tma_prefetch_map(b);
-    for (int i = 0; i < R::STAGES; i++) mbar_init(&ring[0].full[i], Left::COPIED ? 1 : 129), mbar_init(&ring[0].empty[i], SHARED ? CONSUMERS : 1);
+    for (int i = 0; i < R::STAGES; i++)
+      mbar_init(&ring[0].full[i], Left::COPIED ? 1 : 129), mbar_init(&ring[0].empty[i], SHARED ? CONSUMERS : 1);
     for (int i = 0; i < CONSUMERS; i++) mbar_init(&ring[0].next[i], 1);
     mbar_init_fence();
   }
@@ -113,19 +119,22 @@ DEV void product(const End& end_of, const Left& a, const CUtensorMap* b, const S
   }
   Shares::others();
   for (int item = SHARED ? 0 : threadIdx.x / 128 - 1;; item += SHARED ? 1 : 2) {
-    forget(work.s.m), forget(work.s.n); // the numbers of tiles are counted anew: kept, they would take registers from the sums
+    forget(work.s.m),
+        forget(work.s.n);  // the numbers of tiles are counted anew: kept, they would take registers from the sums
     int consumer = SHARED ? (int)thread_again() / 128 - 1 : item % 2;
     int index = work.index(item);
     if (index >= work.count()) return;
     GemmTile tile = work.tile(index);
     int part = work.part(index);
     Turn<R::STAGES> turn = {work.steps_before(item) % (2 * R::STAGES)};
-    stage_bias<TILE_N>(end_of(part), stages + R::STAGES * R::BYTES + (threadIdx.x / 32 - 4) * STAGED_BYTES, tile.col * TILE_N);
+    stage_bias<TILE_N>(end_of(part), stages + R::STAGES * R::BYTES + (threadIdx.x / 32 - 4) * STAGED_BYTES,
+                       tile.col * TILE_N);
     // The other's steps have all come when its last products are under way: until then the ring's parities say nothing
     // of this one's.
     if (!SHARED) mbar_wait(&ring[0].next[consumer], (item / 2 & 1) ^ (consumer == 0));
     float sums[BLOCKS][TILE_N / 2];
-    multiply<TILE_N, BLOCKS, A_TRANSPOSED, B_TRANSPOSED>(sums, ring[0], stages, turn, work.steps(part), SHARED ? consumer : 0,
+    multiply<TILE_N, BLOCKS, A_TRANSPOSED, B_TRANSPOSED>(sums, ring[0], stages, turn, work.steps(part),
+                                                         SHARED ? consumer : 0,
                                                          SHARED ? nullptr : &ring[0].next[consumer ^ 1]);
     leave_all<SHARED ? 8 : 4>(sums, end_of, part, stages + R::STAGES * R::BYTES, tile.row * TILE_M, tile.col * TILE_N);
   }
@@ -135,7 +144,8 @@ DEV void product(const End& end_of, const Left& a, const CUtensorMap* b, const S
 
 // By the tensor maps of both operands, or with the rows of a as they are. Other GPUs never get here.
 template <int TILE_N, bool A_TRANSPOSED, bool B_TRANSPOSED, class End>
-DEV void product_of_maps(const End& end_of, const CUtensorMap* a, const CUtensorMap* b, const Sizes& sizes, const Beside& beside) {
+DEV void product_of_maps(const End& end_of, const CUtensorMap* a, const CUtensorMap* b, const Sizes& sizes,
+                         const Beside& beside) {
 #if GPU_HOPPER
   product<TILE_N, A_TRANSPOSED, B_TRANSPOSED>(end_of, Boxes<A_TRANSPOSED>{a}, b, sizes, beside);
 #endif
@@ -149,23 +159,28 @@ DEV void product_of_rows(const End& end_of, const bf16* a, const CUtensorMap* b,
 
 }  // namespace
 
-#define GEMM_HOPPER(name, Out, tile_n, a_transposed, b_transposed)                                                                       \
-  extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                                               \
-      name(Out* out, Out* pre, float* partials, const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b,            \
-           const Out* bias, const Out* residual, const Now* now, int accumulator, int activation, int m, int n, int k, int k_part, int out_pitch, int parts, \
-           Beside beside) {                                                                                                              \
-    auto end_of = [=](int part) { return gemm_end(out, pre, partials, bias, residual, now, accumulator, activation, m, n, out_pitch).part(part); };\
-    product_of_maps<tile_n, a_transposed, b_transposed>(end_of, &a, &b, {m, n, k, k_part, parts}, beside);                               \
-  }                                                                                                                                      \
+#define GEMM_HOPPER(name, Out, tile_n, a_transposed, b_transposed)                                                     \
+  extern "C" __global__ void __launch_bounds__(THREADS, 1) name(                                                       \
+      Out* out, Out* pre, float* partials, const __grid_constant__ CUtensorMap a,                                      \
+      const __grid_constant__ CUtensorMap b, const Out* bias, const Out* residual, const Now* now, int accumulator,    \
+      int activation, int m, int n, int k, int k_part, int out_pitch, int parts, Beside beside) {                      \
+    auto end_of = [=](int part) {                                                                                      \
+      return gemm_end(out, pre, partials, bias, residual, now, accumulator, activation, m, n, out_pitch).part(part);   \
+    };                                                                                                                 \
+    product_of_maps<tile_n, a_transposed, b_transposed>(end_of, &a, &b, {m, n, k, k_part, parts}, beside);             \
+  }                                                                                                                    \
   GPU_EXPORT(name)
 
-#define GEMM_SHIFTED(name, Out, a_transposed, b_transposed)                                                                              \
-  extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                                               \
-      name(Out* out, Out* pre, float* partials, const bf16* a, const __grid_constant__ CUtensorMap b, const Out* bias, const Out* residual,   \
-           const Now* now, int accumulator, int activation, int m, int n, int k, int k_part, int out_pitch, int parts) {                                 \
-    auto end_of = [=](int part) { return gemm_end(out, pre, partials, bias, residual, now, accumulator, activation, m, n, out_pitch).part(part); };\
-    product_of_rows<a_transposed, b_transposed>(end_of, a, &b, {m, n, k, k_part, parts});                                                \
-  }                                                                                                                                      \
+#define GEMM_SHIFTED(name, Out, a_transposed, b_transposed)                                                            \
+  extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                             \
+      name(Out* out, Out* pre, float* partials, const bf16* a, const __grid_constant__ CUtensorMap b, const Out* bias, \
+           const Out* residual, const Now* now, int accumulator, int activation, int m, int n, int k, int k_part,      \
+           int out_pitch, int parts) {                                                                                 \
+    auto end_of = [=](int part) {                                                                                      \
+      return gemm_end(out, pre, partials, bias, residual, now, accumulator, activation, m, n, out_pitch).part(part);   \
+    };                                                                                                                 \
+    product_of_rows<a_transposed, b_transposed>(end_of, a, &b, {m, n, k, k_part, parts});                              \
+  }                                                                                                                    \
   GPU_EXPORT(name)
 
 GEMM_HOPPER(gemm_nn_256_bf16, bf16, 256, false, false)

@@ -30,7 +30,8 @@ namespace {
 constexpr int STAGES = 3;
 
 template <class Out, bool A_TRANSPOSED, bool B_TRANSPOSED, bool RAGGED>
-DEV void product(const GemmEnd<Out>& whole, const bf16* a, const bf16* b, int m, int n, int k, int k_part, int a_pitch, int b_pitch) {
+DEV void product(const GemmEnd<Out>& whole, const bf16* a, const bf16* b, int m, int n, int k, int k_part, int a_pitch,
+                 int b_pitch) {
   constexpr int WARPS_ACROSS = RAGGED ? 4 : 2, THREADS = 64 * WARPS_ACROSS, ACROSS = MMA_TILE / WARPS_ACROSS;
   constexpr int PITCH = ACROSS + 8; // of staged sums: rows 8 banks apart
   GPU_SHARED(uint4, ring, [2 * STAGES][MMA_WORDS]); // a, then b
@@ -101,13 +102,15 @@ DEV void product(const GemmEnd<Out>& whole, const bf16* a, const bf16* b, int m,
 
 }  // namespace
 
-#define GEMM_MMA(name, Out, a_transposed, b_transposed, ragged)                                                                 \
-  extern "C" __global__ void __launch_bounds__(ragged ? 256 : 128, ragged ? 1 : 2)                                              \
-      name(Out* out, Out* pre, float* partials, const bf16* a, const bf16* b, const Out* bias, const Out* residual,             \
-           const Now* now, int accumulator, int activation, int m, int n, int k, int k_part, int a_pitch, int b_pitch, int out_pitch) {                          \
-    product<Out, a_transposed, b_transposed, ragged>(                                                                           \
-        gemm_end(out, pre, partials, bias, residual, now, accumulator, activation, m, n, out_pitch), a, b, m, n, k, k_part, a_pitch, b_pitch); \
-  }                                                                                                                             \
+#define GEMM_MMA(name, Out, a_transposed, b_transposed, ragged)                                                        \
+  extern "C" __global__ void __launch_bounds__(ragged ? 256 : 128, ragged ? 1 : 2)                                     \
+      name(Out* out, Out* pre, float* partials, const bf16* a, const bf16* b, const Out* bias, const Out* residual,    \
+           const Now* now, int accumulator, int activation, int m, int n, int k, int k_part, int a_pitch, int b_pitch, \
+           int out_pitch) {                                                                                            \
+    product<Out, a_transposed, b_transposed, ragged>(                                                                  \
+        gemm_end(out, pre, partials, bias, residual, now, accumulator, activation, m, n, out_pitch), a, b, m, n, k,    \
+        k_part, a_pitch, b_pitch);                                                                                     \
+  }                                                                                                                    \
   GPU_EXPORT(name)
 
 GEMM_MMA(gemm_nn_bf16, bf16, false, false, false)

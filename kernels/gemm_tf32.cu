@@ -27,17 +27,21 @@ constexpr int TILE = 128, STEP = 16, STAGES = 3, THREADS = 128;
 constexpr int WORDS = TILE * STEP / 4 / THREADS; // of an operand's step that a thread copies
 constexpr int K_PITCH = STEP + 4, ROW_PITCH = TILE + 8, TILE_FLOATS = TILE * K_PITCH; // the larger: 128 * 20, 16 * 136
 constexpr int OUT_PITCH = 64 + 8;
-static_assert(STEP * ROW_PITCH <= TILE_FLOATS && 4 * 16 * OUT_PITCH <= 2 * STAGES * TILE_FLOATS, "tiles hold either layout, and staged sums");
+static_assert(STEP * ROW_PITCH <= TILE_FLOATS && 4 * 16 * OUT_PITCH <= 2 * STAGES * TILE_FLOATS,
+              "tiles hold either layout, and staged sums");
 
 // One thread's share of an operand's steps. K_ROWS: k runs along the rows of memory.
 template <bool K_ROWS> struct Operand {
-  static constexpr int APART = K_ROWS ? THREADS / (STEP / 4) : THREADS / (TILE / 4); // rows or k between a thread's words
+  static constexpr int APART =
+      K_ROWS ? THREADS / (STEP / 4) : THREADS / (TILE / 4);  // rows or k between a thread's words
   const float* from; // the operand, where nothing is read
   const float* at;   // the first word of the next step
   int pitch, rows_left, k_left, place;
 
-  DEV Operand(const float* operand, int row0, int rows, int k0, int k_end, int row_pitch) : from(operand), pitch(row_pitch) {
-    int row = K_ROWS ? threadIdx.x / (STEP / 4) : threadIdx.x % (TILE / 4) * 4, k = K_ROWS ? threadIdx.x % (STEP / 4) * 4 : threadIdx.x / (TILE / 4);
+  DEV Operand(const float* operand, int row0, int rows, int k0, int k_end, int row_pitch)
+      : from(operand), pitch(row_pitch) {
+    int row = K_ROWS ? threadIdx.x / (STEP / 4) : threadIdx.x % (TILE / 4) * 4,
+        k = K_ROWS ? threadIdx.x % (STEP / 4) * 4 : threadIdx.x / (TILE / 4);
     rows_left = rows - row0 - row, k_left = k_end - k0 - k;
     at = operand + (K_ROWS ? (int64_t)(row0 + row) * pitch + k0 + k : (int64_t)(k0 + k) * pitch + row0 + row);
     place = K_ROWS ? row * K_PITCH + k : k * ROW_PITCH + row;
@@ -58,7 +62,9 @@ template <bool K_ROWS> struct Operand {
   }
 
   // Element (row, k) of a tile, rounded.
-  DEV static uint32_t take(const float* tile, int row, int k) { return to_tf32(tile[K_ROWS ? row * K_PITCH + k : k * ROW_PITCH + row]); }
+  DEV static uint32_t take(const float* tile, int row, int k) {
+    return to_tf32(tile[K_ROWS ? row * K_PITCH + k : k * ROW_PITCH + row]);
+  }
 };
 
 template <bool A_TRANSPOSED, bool B_TRANSPOSED>
@@ -122,13 +128,13 @@ DEV void product(const GemmEnd<float>& whole, const float* a, const float* b, in
 
 }  // namespace
 
-#define GEMM_TF32(name, a_transposed, b_transposed)                                                                             \
-  extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                                      \
-      name(float* out, float* pre, float* partials, const float* a, const float* b, const float* bias, const float* residual,   \
-           const Now* now, int accumulator, int activation, int m, int n, int k, int k_part) {                                                  \
-    product<a_transposed, b_transposed>(                                                                                        \
-        gemm_end(out, pre, partials, bias, residual, now, accumulator, activation, m, n, n), a, b, m, n, k, k_part);                         \
-  }                                                                                                                             \
+#define GEMM_TF32(name, a_transposed, b_transposed)                                                                    \
+  extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                             \
+      name(float* out, float* pre, float* partials, const float* a, const float* b, const float* bias,                 \
+           const float* residual, const Now* now, int accumulator, int activation, int m, int n, int k, int k_part) {  \
+    product<a_transposed, b_transposed>(                                                                               \
+        gemm_end(out, pre, partials, bias, residual, now, accumulator, activation, m, n, n), a, b, m, n, k, k_part);   \
+  }                                                                                                                    \
   GPU_EXPORT(name)
 
 GEMM_TF32(gemm_nn_tf32, false, false)

@@ -24,16 +24,24 @@ template <class T> DEV void forward_of_kind(T* out, const T* gate, const T* up, 
     default: return gate_all<ACTIVATION_NONE>(out, gate, up, n);
   }
 }
-extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) glu_forward_f32(float* out, const float* gate, const float* up, int64_t n, int kind) { forward_of_kind(out, gate, up, n, kind); }
-extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) glu_forward_bf16(bf16* out, const bf16* gate, const bf16* up, int64_t n, int kind) { forward_of_kind(out, gate, up, n, kind); }
+extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS)
+    glu_forward_f32(float* out, const float* gate, const float* up, int64_t n, int kind) {
+  forward_of_kind(out, gate, up, n, kind);
+}
+extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS)
+    glu_forward_bf16(bf16* out, const bf16* gate, const bf16* up, int64_t n, int kind) {
+  forward_of_kind(out, gate, up, n, kind);
+}
 GPU_EXPORT(glu_forward_f32)
 GPU_EXPORT(glu_forward_bf16)
 
 template <class T, int N> struct GradOperands { Few<T, N> d_out, gate, up; };
 
-template <int KIND, class T> DEV void gate_grad_all(T* d_gate, T* d_up, const T* d_out, const T* gate, const T* up, int64_t n) {
+template <int KIND, class T>
+DEV void gate_grad_all(T* d_gate, T* d_up, const T* d_out, const T* gate, const T* up, int64_t n) {
   constexpr int N = FEW<T>;
-  bool wide = aligned_few<N>(d_gate) && aligned_few<N>(d_up) && aligned_few<N>(d_out) && aligned_few<N>(gate) && aligned_few<N>(up);
+  bool wide = aligned_few<N>(d_gate) && aligned_few<N>(d_up) && aligned_few<N>(d_out) && aligned_few<N>(gate) &&
+              aligned_few<N>(up);
   auto grad = [](T& to_gate, T& to_up, T d_of_out, T g, T u) {
     float d = to_float(d_of_out), gate = to_float(g);
     to_gate = from_float<T>(through_activation(KIND, d * to_float(u), gate));
@@ -50,7 +58,8 @@ template <int KIND, class T> DEV void gate_grad_all(T* d_gate, T* d_up, const T*
       },
       [=](int64_t i) { grad(d_gate[i], d_up[i], d_out[i], gate[i], up[i]); });
 }
-template <class T> DEV void grad_of_kind(T* d_gate, T* d_up, const T* d_out, const T* gate, const T* up, int64_t n, int kind) {
+template <class T>
+DEV void grad_of_kind(T* d_gate, T* d_up, const T* d_out, const T* gate, const T* up, int64_t n, int kind) {
   switch (kind) {
     case ACTIVATION_RELU: return gate_grad_all<ACTIVATION_RELU>(d_gate, d_up, d_out, gate, up, n);
     case ACTIVATION_GELU_TANH: return gate_grad_all<ACTIVATION_GELU_TANH>(d_gate, d_up, d_out, gate, up, n);
@@ -59,7 +68,14 @@ template <class T> DEV void grad_of_kind(T* d_gate, T* d_up, const T* d_out, con
     default: return gate_grad_all<ACTIVATION_NONE>(d_gate, d_up, d_out, gate, up, n);
   }
 }
-extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS, GPU_BLOCKS(4)) glu_grad_f32(float* d_gate, float* d_up, const float* d_out, const float* gate, const float* up, int64_t n, int kind) { grad_of_kind(d_gate, d_up, d_out, gate, up, n, kind); }
-extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS, GPU_BLOCKS(3)) glu_grad_bf16(bf16* d_gate, bf16* d_up, const bf16* d_out, const bf16* gate, const bf16* up, int64_t n, int kind) { grad_of_kind(d_gate, d_up, d_out, gate, up, n, kind); }
+extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS, GPU_BLOCKS(4))
+    glu_grad_f32(float* d_gate, float* d_up, const float* d_out, const float* gate, const float* up, int64_t n,
+                 int kind) {
+  grad_of_kind(d_gate, d_up, d_out, gate, up, n, kind);
+}
+extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS, GPU_BLOCKS(3))
+    glu_grad_bf16(bf16* d_gate, bf16* d_up, const bf16* d_out, const bf16* gate, const bf16* up, int64_t n, int kind) {
+  grad_of_kind(d_gate, d_up, d_out, gate, up, n, kind);
+}
 GPU_EXPORT(glu_grad_f32)
 GPU_EXPORT(glu_grad_bf16)

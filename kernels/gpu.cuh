@@ -47,7 +47,8 @@ struct Now { uint64_t seed; double loss_scale; uint32_t step, microbatch, accumu
 template <int THREADS, int FIRST, int OTHERS> struct RegisterShares {
 #if GPU_HOPPER
   static constexpr int AT_LAUNCH = 65536 / THREADS / 8 * 8;
-  static_assert(THREADS % 128 == 0 && 128 * FIRST + (THREADS - 128) * OTHERS <= THREADS * AT_LAUNCH, "more registers than the block has");
+  static_assert(THREADS % 128 == 0 && 128 * FIRST + (THREADS - 128) * OTHERS <= THREADS * AT_LAUNCH,
+                "more registers than the block has");
   static DEV void first() { setmaxnreg_dec<FIRST>(); }
   static DEV void others() { setmaxnreg_inc<OTHERS>(); }
 #endif

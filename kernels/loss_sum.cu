@@ -8,7 +8,8 @@
 
 constexpr int THREADS = 1024;
 
-extern "C" __global__ __launch_bounds__(THREADS) void loss_sum(float* loss, const float* row_losses, int64_t rows, const Now* now) {
+extern "C" __global__ __launch_bounds__(THREADS) void loss_sum(float* loss, const float* row_losses, int64_t rows,
+                                                               const Now* now) {
   GPU_SHARED(double, sums, [THREADS]);
   double sum = 0;
 #pragma unroll 8

@@ -16,7 +16,8 @@
 constexpr int THREADS = 512;  // at most, a row
 constexpr int AHEAD = 2;      // packs of each operand that a thread has on their way at once
 
-template <class T> DEV void forward(float* row_losses, const T* x, const T* targets, int64_t rows, int cols, int pitch, int threads) {
+template <class T>
+DEV void forward(float* row_losses, const T* x, const T* targets, int64_t rows, int cols, int pitch, int threads) {
   constexpr int N = Pack<T>::N;
   GPU_SHARED(float, warps, [32]);
   int64_t row = (int64_t)blockIdx.x * (blockDim.x / threads) + threadIdx.x / threads;
@@ -49,17 +50,23 @@ template <class T> DEV void forward(float* row_losses, const T* x, const T* targ
   if (thread == 0) row_losses[row] = sum / cols;
 }
 
-extern "C" __global__ __launch_bounds__(THREADS) void mean_squared_error_forward_f32(float* row_losses, const float* x, const float* targets, int64_t rows, int cols, int pitch, int threads) {
+extern "C" __global__ __launch_bounds__(THREADS) void mean_squared_error_forward_f32(float* row_losses, const float* x,
+                                                                                     const float* targets, int64_t rows,
+                                                                                     int cols, int pitch, int threads) {
   forward(row_losses, x, targets, rows, cols, pitch, threads);
 }
 GPU_EXPORT(mean_squared_error_forward_f32)
 
-extern "C" __global__ __launch_bounds__(THREADS) void mean_squared_error_forward_bf16(float* row_losses, const bf16* x, const bf16* targets, int64_t rows, int cols, int pitch, int threads) {
+extern "C" __global__ __launch_bounds__(THREADS) void mean_squared_error_forward_bf16(float* row_losses, const bf16* x,
+                                                                                      const bf16* targets, int64_t rows,
+                                                                                      int cols, int pitch,
+                                                                                      int threads) {
   forward(row_losses, x, targets, rows, cols, pitch, threads);
 }
 GPU_EXPORT(mean_squared_error_forward_bf16)
 
-template <class T> DEV void grad(T* d_x, const T* x, const T* targets, int64_t rows, int cols, int pitch, int threads, const Now* now) {
+template <class T>
+DEV void grad(T* d_x, const T* x, const T* targets, int64_t rows, int cols, int pitch, int threads, const Now* now) {
   constexpr int N = Pack<T>::N;
   int64_t row = (int64_t)blockIdx.x * (blockDim.x / threads) + threadIdx.x / threads;
   int thread = threadIdx.x % threads;
@@ -89,12 +96,18 @@ template <class T> DEV void grad(T* d_x, const T* x, const T* targets, int64_t r
   }
 }
 
-extern "C" __global__ __launch_bounds__(THREADS) void mean_squared_error_grad_f32(float* d_x, const float* x, const float* targets, int64_t rows, int cols, int pitch, int threads, const Now* now) {
+extern "C" __global__ __launch_bounds__(THREADS) void mean_squared_error_grad_f32(float* d_x, const float* x,
+                                                                                  const float* targets, int64_t rows,
+                                                                                  int cols, int pitch, int threads,
+                                                                                  const Now* now) {
   grad(d_x, x, targets, rows, cols, pitch, threads, now);
 }
 GPU_EXPORT(mean_squared_error_grad_f32)
 
-extern "C" __global__ __launch_bounds__(THREADS) void mean_squared_error_grad_bf16(bf16* d_x, const bf16* x, const bf16* targets, int64_t rows, int cols, int pitch, int threads, const Now* now) {
+extern "C" __global__ __launch_bounds__(THREADS) void mean_squared_error_grad_bf16(bf16* d_x, const bf16* x,
+                                                                                   const bf16* targets, int64_t rows,
+                                                                                   int cols, int pitch, int threads,
+                                                                                   const Now* now) {
   grad(d_x, x, targets, rows, cols, pitch, threads, now);
 }
 GPU_EXPORT(mean_squared_error_grad_bf16)

@@ -31,13 +31,16 @@ template <class T, class F> DEV float sum_over(const uint4& pack, F f) {
   return sum[0];
 }
 template <class T> DEV float sum_pack(const uint4& pack) { return sum_over<T>(pack, [](float x) { return x; }); }
-template <class T> DEV float sum_squares(const uint4& pack, float m) { return sum_over<T>(pack, [=](float x) { return (x - m) * (x - m); }); }
+template <class T> DEV float sum_squares(const uint4& pack, float m) {
+  return sum_over<T>(pack, [=](float x) { return (x - m) * (x - m); });
+}
 
 // R rows by one warp, P packs of each a lane, of which only the last may lie past the end. A second pass over the
 // registers takes the variance, since the mean of squares less the square of the mean loses all digits where the mean
 // is large.
 template <class T, bool CENTERED, int P, int R>
-DEV void normalize_rows(T* out, float* mean, float* rstd, const T* x, const T* weight, const T* bias, int64_t rows, int cols, float epsilon) {
+DEV void normalize_rows(T* out, float* mean, float* rstd, const T* x, const T* weight, const T* bias, int64_t rows,
+                        int cols, float epsilon) {
   constexpr int N = Pack<T>::N;
   int lane = threadIdx.x % 32;
   int64_t first = ((int64_t)blockIdx.x * FORWARD_WARPS + threadIdx.x / 32) * R;
@@ -98,7 +101,8 @@ DEV void normalize_rows(T* out, float* mean, float* rstd, const T* x, const T* w
 
 // By as many packs a lane as the columns take: 1 to 4, or, LONG, 5 to 8.
 template <class T, bool CENTERED, bool LONG>
-DEV void forward(T* out, float* mean, float* rstd, const T* x, const T* weight, const T* bias, int64_t rows, int cols, float epsilon) {
+DEV void forward(T* out, float* mean, float* rstd, const T* x, const T* weight, const T* bias, int64_t rows, int cols,
+                 float epsilon) {
   int packs = (cols + 32 * Pack<T>::N - 1) / (32 * Pack<T>::N);
   if (LONG) {
     if (packs == 5) normalize_rows<T, CENTERED, 5, 1>(out, mean, rstd, x, weight, bias, rows, cols, epsilon);
@@ -115,7 +119,8 @@ DEV void forward(T* out, float* mean, float* rstd, const T* x, const T* weight, 
 
 // One row by a block.
 template <class T, bool CENTERED, bool PACKED, int C>
-DEV void normalize_wide(T* out, float* mean, float* rstd, const T* x, const T* weight, const T* bias, int cols, float epsilon) {
+DEV void normalize_wide(T* out, float* mean, float* rstd, const T* x, const T* weight, const T* bias, int cols,
+                        float epsilon) {
   GPU_SHARED(float, warps, [2][32]);
   constexpr int N = Pack<T>::N;
   int thread = threadIdx.x, threads = blockDim.x;
@@ -177,42 +182,46 @@ DEV void normalize_wide(T* out, float* mean, float* rstd, const T* x, const T* w
 }
 
 template <class T, bool CENTERED>
-DEV void forward_wide(T* out, float* mean, float* rstd, const T* x, const T* weight, const T* bias, int cols, float epsilon, int packed) {
+DEV void forward_wide(T* out, float* mean, float* rstd, const T* x, const T* weight, const T* bias, int cols,
+                      float epsilon, int packed) {
   if (packed) normalize_wide<T, CENTERED, true, 4 * Pack<T>::N>(out, mean, rstd, x, weight, bias, cols, epsilon);
   else normalize_wide<T, CENTERED, false, SINGLE>(out, mean, rstd, x, weight, bias, cols, epsilon);
 }
 
 // The entry points for element type T. rmsnorm's have the same arguments less mean and bias.
-#define NORM_ENTRIES(T) \
-  extern "C" __global__ __launch_bounds__(FORWARD_WARPS * 32, GPU_BLOCKS(6)) void layernorm_forward_##T( \
-      T* out, float* mean, float* rstd, const T* x, const T* weight, const T* bias, int64_t rows, int cols, float epsilon) { \
-    forward<T, true, false>(out, mean, rstd, x, weight, bias, rows, cols, epsilon); \
-  } \
-  GPU_EXPORT(layernorm_forward_##T) \
-  extern "C" __global__ __launch_bounds__(FORWARD_WARPS * 32, GPU_BLOCKS(4)) void layernorm_forward_long_##T( \
-      T* out, float* mean, float* rstd, const T* x, const T* weight, const T* bias, int64_t rows, int cols, float epsilon) { \
-    forward<T, true, true>(out, mean, rstd, x, weight, bias, rows, cols, epsilon); \
-  } \
-  GPU_EXPORT(layernorm_forward_long_##T) \
-  extern "C" __global__ __launch_bounds__(FORWARD_THREADS, GPU_BLOCKS(2)) void layernorm_forward_wide_##T( \
-      T* out, float* mean, float* rstd, const T* x, const T* weight, const T* bias, int cols, float epsilon, int packed) { \
-    forward_wide<T, true>(out, mean, rstd, x, weight, bias, cols, epsilon, packed); \
-  } \
-  GPU_EXPORT(layernorm_forward_wide_##T) \
-  extern "C" __global__ __launch_bounds__(FORWARD_WARPS * 32, GPU_BLOCKS(6)) void rmsnorm_forward_##T( \
-      T* out, float* rstd, const T* x, const T* weight, int64_t rows, int cols, float epsilon) { \
-    forward<T, false, false>(out, nullptr, rstd, x, weight, nullptr, rows, cols, epsilon); \
-  } \
-  GPU_EXPORT(rmsnorm_forward_##T) \
-  extern "C" __global__ __launch_bounds__(FORWARD_WARPS * 32, GPU_BLOCKS(4)) void rmsnorm_forward_long_##T( \
-      T* out, float* rstd, const T* x, const T* weight, int64_t rows, int cols, float epsilon) { \
-    forward<T, false, true>(out, nullptr, rstd, x, weight, nullptr, rows, cols, epsilon); \
-  } \
-  GPU_EXPORT(rmsnorm_forward_long_##T) \
-  extern "C" __global__ __launch_bounds__(FORWARD_THREADS, GPU_BLOCKS(2)) void rmsnorm_forward_wide_##T( \
-      T* out, float* rstd, const T* x, const T* weight, int cols, float epsilon, int packed) { \
-    forward_wide<T, false>(out, nullptr, rstd, x, weight, nullptr, cols, epsilon, packed); \
-  } \
+#define NORM_ENTRIES(T)                                                                                                \
+  extern "C" __global__ __launch_bounds__(FORWARD_WARPS * 32, GPU_BLOCKS(6)) void layernorm_forward_##T(               \
+      T* out, float* mean, float* rstd, const T* x, const T* weight, const T* bias, int64_t rows, int cols,            \
+      float epsilon) {                                                                                                 \
+    forward<T, true, false>(out, mean, rstd, x, weight, bias, rows, cols, epsilon);                                    \
+  }                                                                                                                    \
+  GPU_EXPORT(layernorm_forward_##T)                                                                                    \
+  extern "C" __global__ __launch_bounds__(FORWARD_WARPS * 32, GPU_BLOCKS(4)) void layernorm_forward_long_##T(          \
+      T* out, float* mean, float* rstd, const T* x, const T* weight, const T* bias, int64_t rows, int cols,            \
+      float epsilon) {                                                                                                 \
+    forward<T, true, true>(out, mean, rstd, x, weight, bias, rows, cols, epsilon);                                     \
+  }                                                                                                                    \
+  GPU_EXPORT(layernorm_forward_long_##T)                                                                               \
+  extern "C" __global__ __launch_bounds__(FORWARD_THREADS, GPU_BLOCKS(2)) void layernorm_forward_wide_##T(             \
+      T* out, float* mean, float* rstd, const T* x, const T* weight, const T* bias, int cols, float epsilon,           \
+      int packed) {                                                                                                    \
+    forward_wide<T, true>(out, mean, rstd, x, weight, bias, cols, epsilon, packed);                                    \
+  }                                                                                                                    \
+  GPU_EXPORT(layernorm_forward_wide_##T)                                                                               \
+  extern "C" __global__ __launch_bounds__(FORWARD_WARPS * 32, GPU_BLOCKS(6)) void rmsnorm_forward_##T(                 \
+      T* out, float* rstd, const T* x, const T* weight, int64_t rows, int cols, float epsilon) {                       \
+    forward<T, false, false>(out, nullptr, rstd, x, weight, nullptr, rows, cols, epsilon);                             \
+  }                                                                                                                    \
+  GPU_EXPORT(rmsnorm_forward_##T)                                                                                      \
+  extern "C" __global__ __launch_bounds__(FORWARD_WARPS * 32, GPU_BLOCKS(4)) void rmsnorm_forward_long_##T(            \
+      T* out, float* rstd, const T* x, const T* weight, int64_t rows, int cols, float epsilon) {                       \
+    forward<T, false, true>(out, nullptr, rstd, x, weight, nullptr, rows, cols, epsilon);                              \
+  }                                                                                                                    \
+  GPU_EXPORT(rmsnorm_forward_long_##T)                                                                                 \
+  extern "C" __global__ __launch_bounds__(FORWARD_THREADS, GPU_BLOCKS(2)) void rmsnorm_forward_wide_##T(               \
+      T* out, float* rstd, const T* x, const T* weight, int cols, float epsilon, int packed) {                         \
+    forward_wide<T, false>(out, nullptr, rstd, x, weight, nullptr, cols, epsilon, packed);                             \
+  }                                                                                                                    \
   GPU_EXPORT(rmsnorm_forward_wide_##T)
 
 using f32 = float;

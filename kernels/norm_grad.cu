@@ -25,7 +25,8 @@ constexpr int SINGLE = 8;             // and where 16-byte accesses do not fit
 
 // Mean of g and of g n over one row, by one block: row_sums (rows, 2).
 template <class T, bool CENTERED>
-DEV void grad_sums(float* row_sums, const T* d_out, const T* x, const T* weight, const float* mean, const float* rstd, int cols) {
+DEV void grad_sums(float* row_sums, const T* d_out, const T* x, const T* weight, const float* mean, const float* rstd,
+                   int cols) {
   GPU_SHARED(float, warps, [2][32]);
   int64_t row = blockIdx.x;
   d_out += row * cols, x += row * cols;
@@ -52,7 +53,9 @@ template <class T, int P, bool ALONE> struct Ring {
 
   DEV Ring(uint4* shared, int stages) : own(shared + threadIdx.x), stages(stages), next(0), at(0) {}
   static DEV int pitch() { return ALONE ? GRAD_WARPS * 32 : blockDim.x; }
-  DEV int after(int stage) const { return stage + 2 * P * pitch() < stages * 2 * P * pitch() ? stage + 2 * P * pitch() : 0; }
+  DEV int after(int stage) const {
+    return stage + 2 * P * pitch() < stages * 2 * P * pitch() ? stage + 2 * P * pitch() : 0;
+  }
 
   // Asks for `bytes` of each pack, 16 or 0, of a row; a group of copies in any case, so that groups count rows. Packs
   // lie `apart` elements from each other.
@@ -80,8 +83,9 @@ template <class T, int P, bool ALONE> struct Ring {
 // any whole number of warps. All columns of them, or columns blockIdx.x * C * threads on where row_sums gives the
 // means.
 template <class T, bool CENTERED, bool PACKED, int C, bool ALONE>
-DEV void grad_rows(T* d_x, float* partials, const T* d_out, const T* x, const T* weight, const float* mean, const float* rstd,
-                   const float* row_sums, int64_t rows, int cols, int64_t rows_per_part, int some_threads, int stages) {
+DEV void grad_rows(T* d_x, float* partials, const T* d_out, const T* x, const T* weight, const float* mean,
+                   const float* rstd, const float* row_sums, int64_t rows, int cols, int64_t rows_per_part,
+                   int some_threads, int stages) {
   constexpr int N = Pack<T>::N, P = C / N;
   GPU_SHARED(float2, rooms, [2][GRAD_THREADS / 32]);
   GPU_DYNAMIC(uint4, shared);
@@ -89,10 +93,12 @@ DEV void grad_rows(T* d_x, float* partials, const T* d_out, const T* x, const T*
   int group = threadIdx.x / threads, thread = threadIdx.x % threads, groups = ALONE ? GRAD_WARPS : blockDim.x / threads;
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, width = C * threads;
   int64_t first = ALONE ? 0 : (int64_t)blockIdx.x * width, here = cols - first;
-  int64_t row = blockIdx.y * rows_per_part + group, end = row - group + rows_per_part < rows ? row - group + rows_per_part : rows;
+  int64_t row = blockIdx.y * rows_per_part + group,
+          end = row - group + rows_per_part < rows ? row - group + rows_per_part : rows;
   // To the thread's first pack, of its first row.
   int64_t start = row * cols + first + (PACKED ? thread * N : 0), step = (int64_t)groups * cols;
-  x += start, d_out += start, d_x += start, weight += first + (PACKED ? thread * N : 0), mean += CENTERED ? row : 0, rstd += row;
+  x += start, d_out += start, d_x += start, weight += first + (PACKED ? thread * N : 0), mean += CENTERED ? row : 0,
+      rstd += row;
   const int apart = threads * N;
   int bytes[P];   // of a pack that are columns
 #pragma unroll
@@ -118,8 +124,13 @@ DEV void grad_rows(T* d_x, float* partials, const T* d_out, const T* x, const T*
       ask();
       packs = ring.row();
     }
-    auto x_pack = [&](int p) { return PACKED ? ring.own[packs + p * ring.pitch()] : load_words<false>(x + again, p, here, thread, threads); };
-    auto d_pack = [&](int p) { return PACKED ? ring.own[packs + (P + p) * ring.pitch()] : load_words<false>(d_out + again, p, here, thread, threads); };
+    auto x_pack = [&](int p) {
+      return PACKED ? ring.own[packs + p * ring.pitch()] : load_words<false>(x + again, p, here, thread, threads);
+    };
+    auto d_pack = [&](int p) {
+      return PACKED ? ring.own[packs + (P + p) * ring.pitch()]
+                    : load_words<false>(d_out + again, p, here, thread, threads);
+    };
     auto w_pack = [&](int p) {
       if (!PACKED) return load_words<false>(weight + again, p, here, thread, threads);
       return bytes[p] ? load16(weight + again + p * apart) : make_uint4(0, 0, 0, 0);
@@ -197,51 +208,69 @@ DEV void grad_rows(T* d_x, float* partials, const T* d_out, const T* x, const T*
 }
 
 template <class T, bool CENTERED>
-DEV void grad(T* d_x, float* partials, const T* d_out, const T* x, const T* weight, const float* mean, const float* rstd, int64_t rows, int cols, int64_t rows_per_part, int stages) {
-  if (cols <= 256) grad_rows<T, CENTERED, true, 8, true>(d_x, partials, d_out, x, weight, mean, rstd, nullptr, rows, cols, rows_per_part, 32, stages);
-  else if (cols <= 512) grad_rows<T, CENTERED, true, 16, true>(d_x, partials, d_out, x, weight, mean, rstd, nullptr, rows, cols, rows_per_part, 32, stages);
-  else grad_rows<T, CENTERED, true, 24, true>(d_x, partials, d_out, x, weight, mean, rstd, nullptr, rows, cols, rows_per_part, 32, stages);
+DEV void grad(T* d_x, float* partials, const T* d_out, const T* x, const T* weight, const float* mean,
+              const float* rstd, int64_t rows, int cols, int64_t rows_per_part, int stages) {
+  if (cols <= 256)
+    grad_rows<T, CENTERED, true, 8, true>(d_x, partials, d_out, x, weight, mean, rstd, nullptr, rows, cols,
+                                          rows_per_part, 32, stages);
+  else if (cols <= 512)
+    grad_rows<T, CENTERED, true, 16, true>(d_x, partials, d_out, x, weight, mean, rstd, nullptr, rows, cols,
+                                           rows_per_part, 32, stages);
+  else
+    grad_rows<T, CENTERED, true, 24, true>(d_x, partials, d_out, x, weight, mean, rstd, nullptr, rows, cols,
+                                           rows_per_part, 32, stages);
 }
 
 // `stages` is 0 where 16-byte accesses do not fit.
 template <class T, bool CENTERED>
-DEV void grad_wide(T* d_x, float* partials, const T* d_out, const T* x, const T* weight, const float* mean, const float* rstd,
-                   const float* row_sums, int64_t rows, int cols, int64_t rows_per_part, int threads, int stages) {
-  if (stages > 0) grad_rows<T, CENTERED, true, WIDE, false>(d_x, partials, d_out, x, weight, mean, rstd, row_sums, rows, cols, rows_per_part, threads, stages);
-  else grad_rows<T, CENTERED, false, SINGLE, false>(d_x, partials, d_out, x, weight, mean, rstd, row_sums, rows, cols, rows_per_part, threads, stages);
+DEV void grad_wide(T* d_x, float* partials, const T* d_out, const T* x, const T* weight, const float* mean,
+                   const float* rstd, const float* row_sums, int64_t rows, int cols, int64_t rows_per_part, int threads,
+                   int stages) {
+  if (stages > 0)
+    grad_rows<T, CENTERED, true, WIDE, false>(d_x, partials, d_out, x, weight, mean, rstd, row_sums, rows, cols,
+                                              rows_per_part, threads, stages);
+  else
+    grad_rows<T, CENTERED, false, SINGLE, false>(d_x, partials, d_out, x, weight, mean, rstd, row_sums, rows, cols,
+                                                 rows_per_part, threads, stages);
 }
 
 // The entry points for element type T. rmsnorm's have the same arguments less mean.
-#define NORM_GRAD_ENTRIES(T) \
-  extern "C" __global__ __launch_bounds__(GRAD_WARPS * 32, GPU_BLOCKS(2)) void layernorm_grad_##T( \
-      T* d_x, float* partials, const T* d_out, const T* x, const T* weight, const float* mean, const float* rstd, int64_t rows, int cols, int64_t rows_per_part, int stages) { \
-    grad<T, true>(d_x, partials, d_out, x, weight, mean, rstd, rows, cols, rows_per_part, stages); \
-  } \
-  GPU_EXPORT(layernorm_grad_##T) \
-  extern "C" __global__ __launch_bounds__(GRAD_THREADS) void layernorm_grad_wide_##T( \
-      T* d_x, float* partials, const T* d_out, const T* x, const T* weight, const float* mean, const float* rstd, const float* row_sums, int64_t rows, int cols, int64_t rows_per_part, int threads, int stages) { \
-    grad_wide<T, true>(d_x, partials, d_out, x, weight, mean, rstd, row_sums, rows, cols, rows_per_part, threads, stages); \
-  } \
-  GPU_EXPORT(layernorm_grad_wide_##T) \
-  extern "C" __global__ __launch_bounds__(GRAD_THREADS) void layernorm_grad_sums_##T( \
-      float* row_sums, const T* d_out, const T* x, const T* weight, const float* mean, const float* rstd, int cols) { \
-    grad_sums<T, true>(row_sums, d_out, x, weight, mean, rstd, cols); \
-  } \
-  GPU_EXPORT(layernorm_grad_sums_##T) \
-  extern "C" __global__ __launch_bounds__(GRAD_WARPS * 32, GPU_BLOCKS(2)) void rmsnorm_grad_##T( \
-      T* d_x, float* partials, const T* d_out, const T* x, const T* weight, const float* rstd, int64_t rows, int cols, int64_t rows_per_part, int stages) { \
-    grad<T, false>(d_x, partials, d_out, x, weight, nullptr, rstd, rows, cols, rows_per_part, stages); \
-  } \
-  GPU_EXPORT(rmsnorm_grad_##T) \
-  extern "C" __global__ __launch_bounds__(GRAD_THREADS) void rmsnorm_grad_wide_##T( \
-      T* d_x, float* partials, const T* d_out, const T* x, const T* weight, const float* rstd, const float* row_sums, int64_t rows, int cols, int64_t rows_per_part, int threads, int stages) { \
-    grad_wide<T, false>(d_x, partials, d_out, x, weight, nullptr, rstd, row_sums, rows, cols, rows_per_part, threads, stages); \
-  } \
-  GPU_EXPORT(rmsnorm_grad_wide_##T) \
-  extern "C" __global__ __launch_bounds__(GRAD_THREADS) void rmsnorm_grad_sums_##T( \
-      float* row_sums, const T* d_out, const T* x, const T* weight, const float* rstd, int cols) { \
-    grad_sums<T, false>(row_sums, d_out, x, weight, nullptr, rstd, cols); \
-  } \
+#define NORM_GRAD_ENTRIES(T)                                                                                           \
+  extern "C" __global__ __launch_bounds__(GRAD_WARPS * 32, GPU_BLOCKS(2)) void layernorm_grad_##T(                     \
+      T* d_x, float* partials, const T* d_out, const T* x, const T* weight, const float* mean, const float* rstd,      \
+      int64_t rows, int cols, int64_t rows_per_part, int stages) {                                                     \
+    grad<T, true>(d_x, partials, d_out, x, weight, mean, rstd, rows, cols, rows_per_part, stages);                     \
+  }                                                                                                                    \
+  GPU_EXPORT(layernorm_grad_##T)                                                                                       \
+  extern "C" __global__ __launch_bounds__(GRAD_THREADS) void layernorm_grad_wide_##T(                                  \
+      T* d_x, float* partials, const T* d_out, const T* x, const T* weight, const float* mean, const float* rstd,      \
+      const float* row_sums, int64_t rows, int cols, int64_t rows_per_part, int threads, int stages) {                 \
+    grad_wide<T, true>(d_x, partials, d_out, x, weight, mean, rstd, row_sums, rows, cols, rows_per_part, threads,      \
+                       stages);                                                                                        \
+  }                                                                                                                    \
+  GPU_EXPORT(layernorm_grad_wide_##T)                                                                                  \
+  extern "C" __global__ __launch_bounds__(GRAD_THREADS) void layernorm_grad_sums_##T(                                  \
+      float* row_sums, const T* d_out, const T* x, const T* weight, const float* mean, const float* rstd, int cols) {  \
+    grad_sums<T, true>(row_sums, d_out, x, weight, mean, rstd, cols);                                                  \
+  }                                                                                                                    \
+  GPU_EXPORT(layernorm_grad_sums_##T)                                                                                  \
+  extern "C" __global__ __launch_bounds__(GRAD_WARPS * 32, GPU_BLOCKS(2)) void rmsnorm_grad_##T(                       \
+      T* d_x, float* partials, const T* d_out, const T* x, const T* weight, const float* rstd, int64_t rows, int cols, \
+      int64_t rows_per_part, int stages) {                                                                             \
+    grad<T, false>(d_x, partials, d_out, x, weight, nullptr, rstd, rows, cols, rows_per_part, stages);                 \
+  }                                                                                                                    \
+  GPU_EXPORT(rmsnorm_grad_##T)                                                                                         \
+  extern "C" __global__ __launch_bounds__(GRAD_THREADS) void rmsnorm_grad_wide_##T(                                    \
+      T* d_x, float* partials, const T* d_out, const T* x, const T* weight, const float* rstd, const float* row_sums,  \
+      int64_t rows, int cols, int64_t rows_per_part, int threads, int stages) {                                        \
+    grad_wide<T, false>(d_x, partials, d_out, x, weight, nullptr, rstd, row_sums, rows, cols, rows_per_part, threads,  \
+                        stages);                                                                                       \
+  }                                                                                                                    \
+  GPU_EXPORT(rmsnorm_grad_wide_##T)                                                                                    \
+  extern "C" __global__ __launch_bounds__(GRAD_THREADS) void rmsnorm_grad_sums_##T(                                    \
+      float* row_sums, const T* d_out, const T* x, const T* weight, const float* rstd, int cols) {                     \
+    grad_sums<T, false>(row_sums, d_out, x, weight, nullptr, rstd, cols);                                              \
+  }                                                                                                                    \
   GPU_EXPORT(rmsnorm_grad_sums_##T)
 
 using f32 = float;

@@ -52,7 +52,8 @@ constexpr int SUM_WARPS = 8;   // blocks of 4096 that a thread block sums, one w
 constexpr int SUM_AHEAD = 16;  // elements that a lane has on their way at once
 
 // sums[block] of each block of 4096 elements. Lane i is running sum i; a square is exact in f64.
-extern "C" __global__ void __launch_bounds__(SUM_WARPS * 32) sum_squares_blocks(double* sums, const float* gradient, int blocks, const __grid_constant__ Segments segments) {
+extern "C" __global__ void __launch_bounds__(SUM_WARPS * 32)
+    sum_squares_blocks(double* sums, const float* gradient, int blocks, const __grid_constant__ Segments segments) {
   uint32_t number = blockIdx.x * SUM_WARPS + threadIdx.x / 32;
   if (number >= (uint32_t)blocks) return;
   number += segments.first_block;
@@ -95,7 +96,8 @@ template <class Value> DEV double sum_in_order(int64_t n, Value value) {
 }
 
 // One warp a tensor.
-extern "C" __global__ void __launch_bounds__(32) sum_squares_tensors(double* table, const double* sums, const __grid_constant__ Segments segments) {
+extern "C" __global__ void __launch_bounds__(32)
+    sum_squares_tensors(double* table, const double* sums, const __grid_constant__ Segments segments) {
   const Segment& segment = segments.s[blockIdx.x];
   const double* own = sums + segment.first_block;
   double sum = sum_in_order((segment.elems + BLOCK_ELEMS - 1) / BLOCK_ELEMS, [=](int64_t i) { return own[i]; });
@@ -108,7 +110,8 @@ struct Gate { float grad_scale; int open; };
 
 // One warp. `table` is null without clipping. A NaN norm gives a NaN factor: it must reach the weights, so that the
 // next loss shows it.
-extern "C" __global__ void __launch_bounds__(32) update_gate(Gate* gate, const double* table, int tensors, double max_norm, const float* losses, int count) {
+extern "C" __global__ void __launch_bounds__(32)
+    update_gate(Gate* gate, const double* table, int tensors, double max_norm, const float* losses, int count) {
   double factor = 1;
   if (table) {
     double norm = sqrt(sum_in_order(tensors, [=](int64_t i) { return table[i]; }));
@@ -122,10 +125,13 @@ extern "C" __global__ void __launch_bounds__(32) update_gate(Gate* gate, const d
 }
 GPU_EXPORT(update_gate)
 
-struct AdamwNumbers { float keep_decayed, keep, one_minus_beta1, beta2, one_minus_beta2, root_correction, epsilon, minus_step_size; };
+struct AdamwNumbers {
+  float keep_decayed, keep, one_minus_beta1, beta2, one_minus_beta2, root_correction, epsilon, minus_step_size;
+};
 
 // One element: each line is one rounding.
-DEV float adamw_element(float weight, float& m, float& v, float grad, float grad_scale, float keep, const AdamwNumbers& a) {
+DEV float adamw_element(float weight, float& m, float& v, float grad, float grad_scale, float keep,
+                        const AdamwNumbers& a) {
   float g = __fmul_rn(grad, grad_scale);
   float d = __fadd_rn(g, -m);
   m = __fmaf_rn(a.one_minus_beta1, d, m);
@@ -141,7 +147,8 @@ DEV float adamw_element(float weight, float& m, float& v, float grad, float grad
 
 struct SgdNumbers { float weight_decay, minus_lr, momentum; int first, nesterov; };
 
-DEV float sgd_element(float weight, float& buffer, float grad, float grad_scale, float weight_decay, bool has_buffer, const SgdNumbers& a) {
+DEV float sgd_element(float weight, float& buffer, float grad, float grad_scale, float weight_decay, bool has_buffer,
+                      const SgdNumbers& a) {
   float g = __fmaf_rn(weight_decay, weight, __fmul_rn(grad, grad_scale));
   if (has_buffer) {
     buffer = a.first ? g : __fmaf_rn(a.momentum, buffer, g);
@@ -181,7 +188,9 @@ struct SplitMasters {
     store_few<N>(weight + i, high);
     store_few<N>(remainder + i, low);
   }
-  template <int N> DEV bool aligned(int64_t i) const { return aligned_few<N>(weight + i) && aligned_few<N>(remainder + i); }
+  template <int N> DEV bool aligned(int64_t i) const {
+    return aligned_few<N>(weight + i) && aligned_few<N>(remainder + i);
+  }
 };
 
 // Walks over this block's elements of its segment, N = 4 a time and at last one by one: visit(N as a type, element).
@@ -202,7 +211,8 @@ template <class Visit> DEV void each_of_block(const Segments& segments, bool wid
 }
 
 template <class W>
-DEV void adamw_all(W weights, float* m, float* v, const float* gradient, const Gate* gate, const AdamwNumbers& numbers, const Segments& segments) {
+DEV void adamw_all(W weights, float* m, float* v, const float* gradient, const Gate* gate, const AdamwNumbers& numbers,
+                   const Segments& segments) {
   if (!gate->open) return;
   constexpr int N = FEW<float>;
   const float grad_scale = gate->grad_scale;
@@ -211,17 +221,22 @@ DEV void adamw_all(W weights, float* m, float* v, const float* gradient, const G
   each_of_block(segments, wide, [=](auto width, int64_t i, bool decays) {
     constexpr int K = decltype(width)::value;
     float keep = decays ? a.keep_decayed : a.keep;
-    Few<float, K> w = weights.template load<K>(i), first = load_few<K>(m + i), second = load_few<K>(v + i), g = load_few<K>(gradient + i);
+    Few<float, K> w = weights.template load<K>(i), first = load_few<K>(m + i), second = load_few<K>(v + i),
+                  g = load_few<K>(gradient + i);
     for (int k = 0; k < K; k++) w.x[k] = adamw_element(w.x[k], first.x[k], second.x[k], g.x[k], grad_scale, keep, a);
     weights.template store<K>(i, w);
     store_few<K>(m + i, first);
     store_few<K>(v + i, second);
   });
 }
-extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) adamw_f32(float* weight, float* m, float* v, const float* gradient, const Gate* gate, AdamwNumbers numbers, const __grid_constant__ Segments segments) {
+extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS)
+    adamw_f32(float* weight, float* m, float* v, const float* gradient, const Gate* gate, AdamwNumbers numbers,
+              const __grid_constant__ Segments segments) {
   adamw_all(Masters{weight}, m, v, gradient, gate, numbers, segments);
 }
-extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) adamw_bf16(uint16_t* weight, uint16_t* remainder, float* m, float* v, const float* gradient, const Gate* gate, AdamwNumbers numbers, const __grid_constant__ Segments segments) {
+extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS)
+    adamw_bf16(uint16_t* weight, uint16_t* remainder, float* m, float* v, const float* gradient, const Gate* gate,
+               AdamwNumbers numbers, const __grid_constant__ Segments segments) {
   adamw_all(SplitMasters{weight, remainder}, m, v, gradient, gate, numbers, segments);
 }
 GPU_EXPORT(adamw_f32)
@@ -229,7 +244,8 @@ GPU_EXPORT(adamw_bf16)
 
 // `buffer` is null without momentum; the first update sets it and never reads it.
 template <class W>
-DEV void sgd_all(W weights, float* buffer, const float* gradient, const Gate* gate, const SgdNumbers& numbers, const Segments& segments) {
+DEV void sgd_all(W weights, float* buffer, const float* gradient, const Gate* gate, const SgdNumbers& numbers,
+                 const Segments& segments) {
   if (!gate->open) return;
   constexpr int N = FEW<float>;
   const float grad_scale = gate->grad_scale;
@@ -240,15 +256,20 @@ DEV void sgd_all(W weights, float* buffer, const float* gradient, const Gate* ga
     float weight_decay = decays ? a.weight_decay : 0.0f;
     Few<float, K> w = weights.template load<K>(i), b = {}, g = load_few<K>(gradient + i);
     if (buffer && !a.first) b = load_few<K>(buffer + i);
-    for (int k = 0; k < K; k++) w.x[k] = sgd_element(w.x[k], b.x[k], g.x[k], grad_scale, weight_decay, buffer != nullptr, a);
+    for (int k = 0; k < K; k++)
+      w.x[k] = sgd_element(w.x[k], b.x[k], g.x[k], grad_scale, weight_decay, buffer != nullptr, a);
     weights.template store<K>(i, w);
     if (buffer) store_few<K>(buffer + i, b);
   });
 }
-extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) sgd_f32(float* weight, float* buffer, const float* gradient, const Gate* gate, SgdNumbers numbers, const __grid_constant__ Segments segments) {
+extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS)
+    sgd_f32(float* weight, float* buffer, const float* gradient, const Gate* gate, SgdNumbers numbers,
+            const __grid_constant__ Segments segments) {
   sgd_all(Masters{weight}, buffer, gradient, gate, numbers, segments);
 }
-extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) sgd_bf16(uint16_t* weight, uint16_t* remainder, float* buffer, const float* gradient, const Gate* gate, SgdNumbers numbers, const __grid_constant__ Segments segments) {
+extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS)
+    sgd_bf16(uint16_t* weight, uint16_t* remainder, float* buffer, const float* gradient, const Gate* gate,
+             SgdNumbers numbers, const __grid_constant__ Segments segments) {
   sgd_all(SplitMasters{weight, remainder}, buffer, gradient, gate, numbers, segments);
 }
 GPU_EXPORT(sgd_f32)
@@ -268,10 +289,12 @@ template <class T> DEV void check_all(int* first_layer, const T* x, int64_t n, i
         if (bad(i, to_float(x[i]))) atomicMin(first_layer, layer);
       });
 }
-extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) finite_check_f32(int* first_layer, const float* x, int64_t n, int cols, int pitch, int layer) {
+extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS)
+    finite_check_f32(int* first_layer, const float* x, int64_t n, int cols, int pitch, int layer) {
   check_all(first_layer, x, n, cols, pitch, layer);
 }
-extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS) finite_check_bf16(int* first_layer, const bf16* x, int64_t n, int cols, int pitch, int layer) {
+extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS)
+    finite_check_bf16(int* first_layer, const bf16* x, int64_t n, int cols, int pitch, int layer) {
   check_all(first_layer, x, n, cols, pitch, layer);
 }
 GPU_EXPORT(finite_check_f32)

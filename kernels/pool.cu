@@ -29,7 +29,8 @@ template <class T> DEV void max_forward(T* out, int32_t* argmax, const T* x, int
   int64_t e = (int64_t)blockIdx.x * THREADS + threadIdx.x;
   if (e >= elems) return;
   Place at(e, s.out_height, s.out_width);
-  Range rows = inside(at.row, s.stride, s.padding, s.kernel_h, s.height), cols = inside(at.col, s.stride, s.padding, s.kernel_w, s.width);
+  Range rows = inside(at.row, s.stride, s.padding, s.kernel_h, s.height),
+        cols = inside(at.col, s.stride, s.padding, s.kernel_w, s.width);
   const T* plane = x + at.plane * s.height * s.width;
   float best = -INFINITY;
   int place = rows.len() == 0 || cols.len() == 0 ? -1 : rows.first * s.width + cols.first;
@@ -47,7 +48,8 @@ template <class T> DEV void max_grad(T* d_x, const T* d_out, const int32_t* argm
   int64_t e = (int64_t)blockIdx.x * THREADS + threadIdx.x;
   if (e >= elems) return;
   Place at(e, s.height, s.width);
-  Range rows = covering(at.row, s.stride, s.padding, s.kernel_h, s.out_height), cols = covering(at.col, s.stride, s.padding, s.kernel_w, s.out_width);
+  Range rows = covering(at.row, s.stride, s.padding, s.kernel_h, s.out_height),
+        cols = covering(at.col, s.stride, s.padding, s.kernel_w, s.out_width);
   int64_t plane = at.plane * s.out_height * s.out_width;
   int here = at.row * s.width + at.col;
   float sum = 0;
@@ -63,7 +65,8 @@ template <class T> DEV void avg_forward(T* out, const T* x, int64_t elems, const
   int64_t e = (int64_t)blockIdx.x * THREADS + threadIdx.x;
   if (e >= elems) return;
   Place at(e, s.out_height, s.out_width);
-  Range rows = inside(at.row, s.stride, s.padding, s.kernel_h, s.height), cols = inside(at.col, s.stride, s.padding, s.kernel_w, s.width);
+  Range rows = inside(at.row, s.stride, s.padding, s.kernel_h, s.height),
+        cols = inside(at.col, s.stride, s.padding, s.kernel_w, s.width);
   const T* plane = x + at.plane * s.height * s.width;
   float sum = 0;
   for (int row = rows.first; row < rows.end; row++)
@@ -76,7 +79,8 @@ template <class T> DEV void avg_forward_large(T* out, const T* x, int64_t elems,
   int lane = threadIdx.x % 32;
   if (e >= elems) return;
   Place at(e, s.out_height, s.out_width);
-  Range rows = inside(at.row, s.stride, s.padding, s.kernel_h, s.height), cols = inside(at.col, s.stride, s.padding, s.kernel_w, s.width);
+  Range rows = inside(at.row, s.stride, s.padding, s.kernel_h, s.height),
+        cols = inside(at.col, s.stride, s.padding, s.kernel_w, s.width);
   const T* plane = x + at.plane * s.height * s.width;
   int64_t count = (int64_t)rows.len() * cols.len();
   float sum = 0;
@@ -91,7 +95,8 @@ template <class T> DEV void avg_grad(T* d_x, const T* d_out, int64_t elems, cons
   int64_t e = (int64_t)blockIdx.x * THREADS + threadIdx.x;
   if (e >= elems) return;
   Place at(e, s.height, s.width);
-  Range rows = covering(at.row, s.stride, s.padding, s.kernel_h, s.out_height), cols = covering(at.col, s.stride, s.padding, s.kernel_w, s.out_width);
+  Range rows = covering(at.row, s.stride, s.padding, s.kernel_h, s.out_height),
+        cols = covering(at.col, s.stride, s.padding, s.kernel_w, s.out_width);
   const T* plane = d_out + at.plane * s.out_height * s.out_width;
   float sum = 0;
   for (int row = rows.first; row < rows.end; row++)
@@ -100,26 +105,31 @@ template <class T> DEV void avg_grad(T* d_x, const T* d_out, int64_t elems, cons
 }
 
 // The entry points for element type T. `elems` is what output 0 has.
-#define POOL_ENTRIES(T) \
-  extern "C" __global__ __launch_bounds__(THREADS) void max_pool_forward_##T(T* out, int32_t* argmax, const T* x, int64_t elems, Sizes s) { \
-    max_forward(out, argmax, x, elems, s); \
-  } \
-  GPU_EXPORT(max_pool_forward_##T) \
-  extern "C" __global__ __launch_bounds__(THREADS) void max_pool_grad_##T(T* d_x, const T* d_out, const int32_t* argmax, int64_t elems, Sizes s) { \
-    max_grad(d_x, d_out, argmax, elems, s); \
-  } \
-  GPU_EXPORT(max_pool_grad_##T) \
-  extern "C" __global__ __launch_bounds__(THREADS) void avg_pool_forward_##T(T* out, const T* x, int64_t elems, Sizes s) { \
-    avg_forward(out, x, elems, s); \
-  } \
-  GPU_EXPORT(avg_pool_forward_##T) \
-  extern "C" __global__ __launch_bounds__(THREADS) void avg_pool_forward_large_##T(T* out, const T* x, int64_t elems, Sizes s) { \
-    avg_forward_large(out, x, elems, s); \
-  } \
-  GPU_EXPORT(avg_pool_forward_large_##T) \
-  extern "C" __global__ __launch_bounds__(THREADS) void avg_pool_grad_##T(T* d_x, const T* d_out, int64_t elems, Sizes s) { \
-    avg_grad(d_x, d_out, elems, s); \
-  } \
+#define POOL_ENTRIES(T)                                                                                                \
+  extern "C" __global__ __launch_bounds__(THREADS) void max_pool_forward_##T(T* out, int32_t* argmax, const T* x,      \
+                                                                             int64_t elems, Sizes s) {                 \
+    max_forward(out, argmax, x, elems, s);                                                                             \
+  }                                                                                                                    \
+  GPU_EXPORT(max_pool_forward_##T)                                                                                     \
+  extern "C" __global__ __launch_bounds__(THREADS) void max_pool_grad_##T(                                             \
+      T* d_x, const T* d_out, const int32_t* argmax, int64_t elems, Sizes s) {                                         \
+    max_grad(d_x, d_out, argmax, elems, s);                                                                            \
+  }                                                                                                                    \
+  GPU_EXPORT(max_pool_grad_##T)                                                                                        \
+  extern "C" __global__ __launch_bounds__(THREADS) void avg_pool_forward_##T(T* out, const T* x, int64_t elems,        \
+                                                                             Sizes s) {                                \
+    avg_forward(out, x, elems, s);                                                                                     \
+  }                                                                                                                    \
+  GPU_EXPORT(avg_pool_forward_##T)                                                                                     \
+  extern "C" __global__ __launch_bounds__(THREADS) void avg_pool_forward_large_##T(T* out, const T* x, int64_t elems,  \
+                                                                                   Sizes s) {                          \
+    avg_forward_large(out, x, elems, s);                                                                               \
+  }                                                                                                                    \
+  GPU_EXPORT(avg_pool_forward_large_##T)                                                                               \
+  extern "C" __global__ __launch_bounds__(THREADS) void avg_pool_grad_##T(T* d_x, const T* d_out, int64_t elems,       \
+                                                                          Sizes s) {                                   \
+    avg_grad(d_x, d_out, elems, s);                                                                                    \
+  }                                                                                                                    \
   GPU_EXPORT(avg_pool_grad_##T)
 
 using f32 = float;

@@ -32,7 +32,8 @@ struct Places {
   int rows, cols, plane, row, col, planes_on, rows_on, cols_on;
   DEV Places(int start, int rows, int cols) : rows(rows), cols(cols) {
     row = start / cols, col = start - row * cols, plane = row / rows, row -= plane * rows;
-    rows_on = THREADS / cols, cols_on = THREADS - rows_on * cols, planes_on = rows_on / rows, rows_on -= planes_on * rows;
+    rows_on = THREADS / cols, cols_on = THREADS - rows_on * cols, planes_on = rows_on / rows,
+    rows_on -= planes_on * rows;
   }
   DEV void step() {
     plane += planes_on, row += rows_on, col += cols_on;
@@ -84,7 +85,8 @@ template <class T> struct Share {
       rows.end = inside(first_out_row + out_rows - 1, s.stride, s.padding, s.kernel_h, s.height).end;
     }
     first_row = rows.first, plane_elems = s.height * s.width;
-    tile = stage(shared, x + (plane * s.height + rows.first) * s.width, cut.strips > 1 ? rows.len() * s.width : count * plane_elems);
+    tile = stage(shared, x + (plane * s.height + rows.first) * s.width,
+                 cut.strips > 1 ? rows.len() * s.width : count * plane_elems);
   }
 };
 
@@ -94,11 +96,13 @@ template <class T> DEV void max_windows(T* out, int32_t* argmax, const Share<T>&
   int windows = share.count * share.out_rows * s.out_width;
 #pragma unroll 1
   for (int i = threadIdx.x; i < windows; i += THREADS, at.step()) {
-    Range rows = inside(share.first_out_row + at.row, s.stride, s.padding, s.kernel_h, s.height), cols = inside(at.col, s.stride, s.padding, s.kernel_w, s.width);
+    Range rows = inside(share.first_out_row + at.row, s.stride, s.padding, s.kernel_h, s.height),
+          cols = inside(at.col, s.stride, s.padding, s.kernel_w, s.width);
     const T* plane = share.tile + at.plane * share.plane_elems - share.first_row * s.width;
     Best best = {-INFINITY, rows.len() == 0 || cols.len() == 0 ? -1 : rows.first * s.width + cols.first};
     for (int row = rows.first; row < rows.end; row++)
-      for (int col = cols.first; col < cols.end; col++) best.look(to_float(plane[row * s.width + col]), row * s.width + col);
+      for (int col = cols.first; col < cols.end; col++)
+        best.look(to_float(plane[row * s.width + col]), row * s.width + col);
     out[i] = from_float<T>(best.value);
     argmax[i] = best.place;
   }
@@ -107,10 +111,13 @@ template <class T> DEV void max_windows(T* out, int32_t* argmax, const Share<T>&
 // Windows of K x K, K being 2 or 3: a thread goes down a column of them. The last row of a window is looked at once
 // where the next begins with it.
 template <int K, class T> DEV void max_columns(T* out, int32_t* argmax, const Share<T>& share, const Sizes& s) {
-  int columns = share.count * s.out_width, groups = columns < THREADS ? THREADS / columns : 1, group = threadIdx.x / columns;
+  int columns = share.count * s.out_width, groups = columns < THREADS ? THREADS / columns : 1,
+      group = threadIdx.x / columns;
   if (groups == 1) group = 0;
-  int each = (share.out_rows + groups - 1) / groups, begin = group * each, end = begin + each < share.out_rows ? begin + each : share.out_rows;
-  for (int column = groups == 1 ? threadIdx.x : threadIdx.x - group * columns; column < columns && begin < end; column += THREADS) {
+  int each = (share.out_rows + groups - 1) / groups, begin = group * each,
+      end = begin + each < share.out_rows ? begin + each : share.out_rows;
+  for (int column = groups == 1 ? threadIdx.x : threadIdx.x - group * columns; column < columns && begin < end;
+       column += THREADS) {
     int plane = column / s.out_width, out_col = column - plane * s.out_width, left = out_col * s.stride - s.padding;
     const T* x = share.tile + plane * share.plane_elems - share.first_row * s.width;
     bool nothing = left >= s.width || left + K <= 0;
@@ -146,11 +153,13 @@ template <int K, class T> DEV void max_columns(T* out, int32_t* argmax, const Sh
   }
 }
 
-template <class T> DEV void max_forward(T* out, int32_t* argmax, const T* x, int64_t planes, const Sizes& s, const Cut& cut) {
+template <class T>
+DEV void max_forward(T* out, int32_t* argmax, const T* x, int64_t planes, const Sizes& s, const Cut& cut) {
   GPU_SHARED(T, shared, [TILE_BYTES / sizeof(T)]);
   Share<T> share(shared, x, planes, s, cut);
   if (s.kernel_h == 3 && s.kernel_w == 3) max_columns<3>(out + share.first_out, argmax + share.first_out, share, s);
-  else if (s.kernel_h == 2 && s.kernel_w == 2) max_columns<2>(out + share.first_out, argmax + share.first_out, share, s);
+  else if (s.kernel_h == 2 && s.kernel_w == 2)
+    max_columns<2>(out + share.first_out, argmax + share.first_out, share, s);
   else max_windows(out + share.first_out, argmax + share.first_out, share, s);
 }
 
@@ -160,8 +169,10 @@ template <class T> DEV void avg_forward(T* out, const T* x, int64_t planes, cons
   Share<T> share(shared, x, planes, s, cut);
   int windows = share.count * share.out_rows * s.out_width, lane = threadIdx.x % lanes;
   for (int i = threadIdx.x / lanes; i < windows; i += THREADS / lanes) {
-    int line = i / s.out_width, plane_at = line / share.out_rows, col_at = i - line * s.out_width, row_at = line - plane_at * share.out_rows;
-    Range rows = inside(share.first_out_row + row_at, s.stride, s.padding, s.kernel_h, s.height), cols = inside(col_at, s.stride, s.padding, s.kernel_w, s.width);
+    int line = i / s.out_width, plane_at = line / share.out_rows, col_at = i - line * s.out_width,
+        row_at = line - plane_at * share.out_rows;
+    Range rows = inside(share.first_out_row + row_at, s.stride, s.padding, s.kernel_h, s.height),
+          cols = inside(col_at, s.stride, s.padding, s.kernel_w, s.width);
     const T* plane = share.tile + plane_at * share.plane_elems - share.first_row * s.width;
     float sum = 0;
     if (lanes == 1) {
@@ -171,7 +182,8 @@ template <class T> DEV void avg_forward(T* out, const T* x, int64_t planes, cons
     } else {
       int count = rows.len() * cols.len(), across = cols.len();
 #pragma unroll 4
-      for (int e = lane; e < count; e += 32) sum += to_float(plane[(rows.first + e / across) * s.width + cols.first + e % across]);
+      for (int e = lane; e < count; e += 32)
+        sum += to_float(plane[(rows.first + e / across) * s.width + cols.first + e % across]);
       sum = warp_sum(sum);
     }
     if (lane == 0) out[share.first_out + i] = from_float<T>(sum / ((float)s.kernel_h * s.kernel_w));
@@ -180,12 +192,15 @@ template <class T> DEV void avg_forward(T* out, const T* x, int64_t planes, cons
 
 // Windows a power of two of rows apart, or of columns, have no place in common: mask_h and mask_w are one less, mask_w
 // has bits_w bits.
-template <class T> DEV void max_grad(T* d_x, const T* d_out, const int32_t* argmax, int64_t planes, const Sizes& s, const Cut& cut, int mask_h, int mask_w, int bits_w) {
+template <class T>
+DEV void max_grad(T* d_x, const T* d_out, const int32_t* argmax, int64_t planes, const Sizes& s, const Cut& cut,
+                  int mask_h, int mask_w, int bits_w) {
   constexpr int N = Pack<T>::N, NOWHERE = -1;
   GPU_SHARED(float, shared, [TILE_BYTES / 4]);
   int64_t part = blockIdx.x / cut.strips, plane = part * cut.planes;
   int count = planes - plane < cut.planes ? (int)(planes - plane) : cut.planes;
-  int first_row = (int)(blockIdx.x - part * cut.strips) * cut.rows, rows = s.height - first_row < cut.rows ? s.height - first_row : cut.rows;
+  int first_row = (int)(blockIdx.x - part * cut.strips) * cut.rows,
+      rows = s.height - first_row < cut.rows ? s.height - first_row : cut.rows;
   int elems = count * rows * s.width;
   Range out_rows = {0, s.out_height};
   if (cut.strips > 1) {
@@ -204,7 +219,8 @@ template <class T> DEV void max_grad(T* d_x, const T* d_out, const int32_t* argm
     int i = k * THREADS + threadIdx.x;
     if (i < windows) place[k] = argmax[first_out + i], grad[k] = d_out[first_out + i];
   }
-  for (int i = threadIdx.x; i < TILE_BYTES / 16; i += THREADS) reinterpret_cast<uint4*>(shared)[i] = make_uint4(0, 0, 0, 0);
+  for (int i = threadIdx.x; i < TILE_BYTES / 16; i += THREADS)
+    reinterpret_cast<uint4*>(shared)[i] = make_uint4(0, 0, 0, 0);
   // From here on the place in the tile, and above it which windows it is alike.
   Places at(threadIdx.x, out_rows.len() > 0 ? out_rows.len() : 1, s.out_width);
 #pragma unroll
@@ -260,22 +276,27 @@ template <class T> DEV void avg_grad_whole(T* d_x, const T* d_out, int64_t elems
 }
 
 // The entry points for element type T.
-#define POOL_TILE_ENTRIES(T) \
-  extern "C" __global__ __launch_bounds__(THREADS, GPU_BLOCKS(6)) void max_pool_forward_tile_##T(T* out, int32_t* argmax, const T* x, int64_t planes, Sizes s, Cut cut) { \
-    max_forward(out, argmax, x, planes, s, cut); \
-  } \
-  GPU_EXPORT(max_pool_forward_tile_##T) \
-  extern "C" __global__ __launch_bounds__(THREADS, GPU_BLOCKS(5)) void max_pool_grad_tile_##T(T* d_x, const T* d_out, const int32_t* argmax, int64_t planes, Sizes s, Cut cut, int mask_h, int mask_w, int bits_w) { \
-    max_grad(d_x, d_out, argmax, planes, s, cut, mask_h, mask_w, bits_w); \
-  } \
-  GPU_EXPORT(max_pool_grad_tile_##T) \
-  extern "C" __global__ __launch_bounds__(THREADS, GPU_BLOCKS(6)) void avg_pool_forward_tile_##T(T* out, const T* x, int64_t planes, Sizes s, Cut cut, int lanes) { \
-    avg_forward(out, x, planes, s, cut, lanes); \
-  } \
-  GPU_EXPORT(avg_pool_forward_tile_##T) \
-  extern "C" __global__ __launch_bounds__(THREADS) void avg_pool_grad_whole_##T(T* d_x, const T* d_out, int64_t elems, int positions, float size) { \
-    avg_grad_whole(d_x, d_out, elems, positions, size); \
-  } \
+#define POOL_TILE_ENTRIES(T)                                                                                           \
+  extern "C" __global__ __launch_bounds__(THREADS, GPU_BLOCKS(6)) void max_pool_forward_tile_##T(                      \
+      T* out, int32_t* argmax, const T* x, int64_t planes, Sizes s, Cut cut) {                                         \
+    max_forward(out, argmax, x, planes, s, cut);                                                                       \
+  }                                                                                                                    \
+  GPU_EXPORT(max_pool_forward_tile_##T)                                                                                \
+  extern "C" __global__ __launch_bounds__(THREADS, GPU_BLOCKS(5)) void max_pool_grad_tile_##T(                         \
+      T* d_x, const T* d_out, const int32_t* argmax, int64_t planes, Sizes s, Cut cut, int mask_h, int mask_w,         \
+      int bits_w) {                                                                                                    \
+    max_grad(d_x, d_out, argmax, planes, s, cut, mask_h, mask_w, bits_w);                                              \
+  }                                                                                                                    \
+  GPU_EXPORT(max_pool_grad_tile_##T)                                                                                   \
+  extern "C" __global__ __launch_bounds__(THREADS, GPU_BLOCKS(6)) void avg_pool_forward_tile_##T(                      \
+      T* out, const T* x, int64_t planes, Sizes s, Cut cut, int lanes) {                                               \
+    avg_forward(out, x, planes, s, cut, lanes);                                                                        \
+  }                                                                                                                    \
+  GPU_EXPORT(avg_pool_forward_tile_##T)                                                                                \
+  extern "C" __global__ __launch_bounds__(THREADS) void avg_pool_grad_whole_##T(T* d_x, const T* d_out, int64_t elems, \
+                                                                                int positions, float size) {           \
+    avg_grad_whole(d_x, d_out, elems, positions, size);                                                                \
+  }                                                                                                                    \
   GPU_EXPORT(avg_pool_grad_whole_##T)
 
 using f32 = float;

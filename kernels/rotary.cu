@@ -79,7 +79,9 @@ DEV void turn(T* out, const T* x, const Sizes& s, double per_pair, Slowing slowi
     // Pieces of what is copied: an item is two, `copies` apart.
     int copies = out != x && first == 0 ? (s.cols - turned + 2 * N - 1) / (2 * N) : 0, items = turns + copies;
     // Where in a row an item begins, how much further on its other half lies, and whether that is there.
-    auto place = [&](int item) { return item < turns ? item / packs * s.width + first + item % packs * N : turned + (item - turns) * N; };
+    auto place = [&](int item) {
+      return item < turns ? item / packs * s.width + first + item % packs * N : turned + (item - turns) * N;
+    };
     auto apart = [&](int item) { return item < turns ? half : copies * N; };
     auto whole = [&](int item) { return item < turns || turned + (item - turns + copies) * N < s.cols; };
     int item = thread;
@@ -92,7 +94,8 @@ DEV void turn(T* out, const T* x, const Sizes& s, double per_pair, Slowing slowi
     }
     if (first > 0) __syncthreads();
     for (int i = thread; i < pairs * run; i += threads) {
-      Direction d = direction((position + i / pairs) * (frequency(first + i % pairs, per_pair, slowing) * 0.15915494309189535));
+      Direction d =
+          direction((position + i / pairs) * (frequency(first + i % pairs, per_pair, slowing) * 0.15915494309189535));
       cosines[i] = d.cos, sines[i] = sign * d.sin;
     }
     __syncthreads();
@@ -134,16 +137,21 @@ DEV void turn(T* out, const T* x, const Sizes& s, double per_pair, Slowing slowi
 
 template <class T> DEV void rotary(T* out, const T* x, const Sizes& s, double per_pair, Slowing slowing, float sign) {
   constexpr int N = Pack<T>::N;
-  if (s.width / 2 % N == 0 && s.cols % N == 0 && aligned16(out) && aligned16(x)) turn<T, N>(out, x, s, per_pair, slowing, sign);
+  if (s.width / 2 % N == 0 && s.cols % N == 0 && aligned16(out) && aligned16(x))
+    turn<T, N>(out, x, s, per_pair, slowing, sign);
   else turn<T, 1>(out, x, s, per_pair, slowing, sign);
 }
 
-extern "C" __global__ __launch_bounds__(THREADS, GPU_BLOCKS(4)) void rotary_f32(float* out, const float* x, int batch, int positions, int cols, int heads, int width, int together, int run, double per_pair, double slowed, double constant, double slope, float sign) {
+extern "C" __global__ __launch_bounds__(THREADS, GPU_BLOCKS(4)) void rotary_f32(
+    float* out, const float* x, int batch, int positions, int cols, int heads, int width, int together, int run,
+    double per_pair, double slowed, double constant, double slope, float sign) {
   rotary(out, x, {batch, positions, cols, heads, width, together, run}, per_pair, {slowed, constant, slope}, sign);
 }
 GPU_EXPORT(rotary_f32)
 
-extern "C" __global__ __launch_bounds__(THREADS, GPU_BLOCKS(5)) void rotary_bf16(bf16* out, const bf16* x, int batch, int positions, int cols, int heads, int width, int together, int run, double per_pair, double slowed, double constant, double slope, float sign) {
+extern "C" __global__ __launch_bounds__(THREADS, GPU_BLOCKS(5)) void rotary_bf16(
+    bf16* out, const bf16* x, int batch, int positions, int cols, int heads, int width, int together, int run,
+    double per_pair, double slowed, double constant, double slope, float sign) {
   rotary(out, x, {batch, positions, cols, heads, width, together, run}, per_pair, {slowed, constant, slope}, sign);
 }
 GPU_EXPORT(rotary_bf16)

@@ -45,10 +45,22 @@ template <class Unit> DEV void gather(Unit* out, const Unit* x, int64_t n, const
   if (n <= 0xFFFFFFFFll) gather_by<Unit, uint32_t>(out, x, n, axes);
   else gather_by<Unit, uint64_t>(out, x, n, axes);
 }
-extern "C" __global__ void __launch_bounds__(THREADS) transpose_gather_2(uint16_t* out, const uint16_t* x, int64_t n, const __grid_constant__ Axes axes) { gather(out, x, n, axes); }
-extern "C" __global__ void __launch_bounds__(THREADS) transpose_gather_4(uint32_t* out, const uint32_t* x, int64_t n, const __grid_constant__ Axes axes) { gather(out, x, n, axes); }
-extern "C" __global__ void __launch_bounds__(THREADS) transpose_gather_8(uint64_t* out, const uint64_t* x, int64_t n, const __grid_constant__ Axes axes) { gather(out, x, n, axes); }
-extern "C" __global__ void __launch_bounds__(THREADS) transpose_gather_16(uint4* out, const uint4* x, int64_t n, const __grid_constant__ Axes axes) { gather(out, x, n, axes); }
+extern "C" __global__ void __launch_bounds__(THREADS)
+    transpose_gather_2(uint16_t* out, const uint16_t* x, int64_t n, const __grid_constant__ Axes axes) {
+  gather(out, x, n, axes);
+}
+extern "C" __global__ void __launch_bounds__(THREADS)
+    transpose_gather_4(uint32_t* out, const uint32_t* x, int64_t n, const __grid_constant__ Axes axes) {
+  gather(out, x, n, axes);
+}
+extern "C" __global__ void __launch_bounds__(THREADS)
+    transpose_gather_8(uint64_t* out, const uint64_t* x, int64_t n, const __grid_constant__ Axes axes) {
+  gather(out, x, n, axes);
+}
+extern "C" __global__ void __launch_bounds__(THREADS)
+    transpose_gather_16(uint4* out, const uint4* x, int64_t n, const __grid_constant__ Axes axes) {
+  gather(out, x, n, axes);
+}
 GPU_EXPORT(transpose_gather_2)
 GPU_EXPORT(transpose_gather_4)
 GPU_EXPORT(transpose_gather_8)
@@ -91,7 +103,13 @@ template <class Unit> DEV void tile_through(Unit* out, const Unit* x, const Tile
     for (int r = lane; r < SIDE; r += 32)
       if (r < rows && c < cols) out[c * tiles.col_stride + r] = tile[r][c];
 }
-extern "C" __global__ void __launch_bounds__(THREADS) transpose_tile_2(uint16_t* out, const uint16_t* x, const __grid_constant__ Tiles tiles) { tile_through(out, x, tiles); }
-extern "C" __global__ void __launch_bounds__(THREADS) transpose_tile_4(uint32_t* out, const uint32_t* x, const __grid_constant__ Tiles tiles) { tile_through(out, x, tiles); }
+extern "C" __global__ void __launch_bounds__(THREADS)
+    transpose_tile_2(uint16_t* out, const uint16_t* x, const __grid_constant__ Tiles tiles) {
+  tile_through(out, x, tiles);
+}
+extern "C" __global__ void __launch_bounds__(THREADS)
+    transpose_tile_4(uint32_t* out, const uint32_t* x, const __grid_constant__ Tiles tiles) {
+  tile_through(out, x, tiles);
+}
 GPU_EXPORT(transpose_tile_2)
 GPU_EXPORT(transpose_tile_4)

@@ -25,8 +25,8 @@ void fail(const char* format, ...) {
   Thread* t = self();
   if (!t) throw Failure{};
   char place[128];
-  snprintf(place, sizeof place, " [block %u,%u,%u thread %u,%u,%u]", t->blockIdx.x, t->blockIdx.y, t->blockIdx.z, t->threadIdx.x,
-           t->threadIdx.y, t->threadIdx.z);
+  snprintf(place, sizeof place, " [block %u,%u,%u thread %u,%u,%u]", t->blockIdx.x, t->blockIdx.y, t->blockIdx.z,
+           t->threadIdx.x, t->threadIdx.y, t->threadIdx.z);
   b.error += place;
   cur = nullptr;
   switch_fiber(t->fiber, b.scheduler, true);
@@ -76,7 +76,8 @@ void Block::end_thread() {
   Thread* t = self();
   if (!t->copies.idle()) fail("a thread exits with cp.async copies that it has not waited for");
   if (!t->stores.idle()) fail("a thread exits with bulk stores that it has not waited for");
-  if (!warpgroups[t->linear / WARPGROUP].products.idle()) fail("a thread exits with wgmma products that it has not waited for");
+  if (!warpgroups[t->linear / WARPGROUP].products.idle())
+    fail("a thread exits with wgmma products that it has not waited for");
   t->done = true;
   live--;
   thread_has_exited();
@@ -208,7 +209,8 @@ std::string Block::who_waits_where() const {
   for (unsigned i = 0; i < count; i++) {
     const Thread& t = threads[i];
     if (t.done) continue;
-    auto& [threads_here, first] = places[std::string(t.state) + " at " + t.site.file + ":" + std::to_string(t.site.line)];
+    auto& [threads_here, first] =
+        places[std::string(t.state) + " at " + t.site.file + ":" + std::to_string(t.site.line)];
     if (threads_here++ == 0) first = i;
   }
   std::string text = "deadlock:";
@@ -228,7 +230,8 @@ bool Block::run(const Call& c, Dim3 index, uint32_t number) {
   }
   if (!aborted && live) error = who_waits_where();
   // They would write into the memory of the block that comes next.
-  if (!aborted && !live && !loads.empty()) error = "a block ends with " + std::to_string(loads.size()) + " bulk loads on their way";
+  if (!aborted && !live && !loads.empty())
+    error = "a block ends with " + std::to_string(loads.size()) + " bulk loads on their way";
   const bool fine = error.empty();
   if (!fine) {  // what a failed block leaves behind
     for (auto& warp : warps)

@@ -68,7 +68,8 @@ struct Block {
   bool aborted = false;
   std::string error;
   race::Shadow shadow;
-  float product_a[64][16], product_b[16][256];  // a wgmma's operands while it is computed; too large for a fiber's stack
+  float product_a[64][16],
+      product_b[16][256];  // a wgmma's operands while it is computed; too large for a fiber's stack
 
   // Runs the block at `index`; false, with `error`, when it fails.
   bool run(const Call&, Dim3 index, uint32_t number);

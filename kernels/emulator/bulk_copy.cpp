@@ -36,17 +36,20 @@ template <class Piece> static void for_pieces(const Box& box, Piece piece) {
     for (uint32_t done = 0; done < m.row_bytes(); done += m.elem_bytes) {
       const int64_t x = static_cast<int64_t>(box.from[0]) + done / m.elem_bytes;
       const bool inside = global && x >= 0 && x < static_cast<int64_t>(m.sizes[0]);
-      piece(swizzle(box.at + start + done, m.swizzle_bytes), inside ? global + static_cast<uint64_t>(x) * m.elem_bytes : nullptr, m.elem_bytes);
+      piece(swizzle(box.at + start + done, m.swizzle_bytes),
+            inside ? global + static_cast<uint64_t>(x) * m.elem_bytes : nullptr, m.elem_bytes);
     }
   });
 }
 
-static Box box_at(const void* shared, const TensorMap& map, uint32_t axes, const int (&from)[TensorMap::AXES], const Site& site) {
+static Box box_at(const void* shared, const TensorMap& map, uint32_t axes, const int (&from)[TensorMap::AXES],
+                  const Site& site) {
   if (map.mark != TensorMap::MARK) fail("%s at %s:%d: this is no tensor map", site.what, site.file, site.line);
   if (map.axes != axes) fail("%s at %s:%d: the tensor map has %u axes", site.what, site.file, site.line, map.axes);
   const uint32_t at = shared_offset(shared);
   const uint32_t align = map.swizzle_bytes ? map.swizzle_bytes * 8 : 128;
-  if (at % align) fail("%s at %s:%d: shared address %u is not aligned to %u", site.what, site.file, site.line, at, align);
+  if (at % align)
+    fail("%s at %s:%d: shared address %u is not aligned to %u", site.what, site.file, site.line, at, align);
   shared_pointer(at + map.box_bytes() - 1);
   return {map, at, {from[0], from[1], from[2], from[3]}};
 }
@@ -60,7 +63,8 @@ static void touch_global(const Box& box, bool write) {
   if (first >= last) return;
   for_rows(box, [&](uint32_t, const char* global) {
     if (!global) return;
-    race::access(global + static_cast<uint64_t>(first) * m.elem_bytes, static_cast<size_t>(last - first) * m.elem_bytes, write);
+    race::access(global + static_cast<uint64_t>(first) * m.elem_bytes, static_cast<size_t>(last - first) * m.elem_bytes,
+                 write);
   });
 }
 
@@ -84,7 +88,8 @@ static void store_now(const BulkStore& store) {
   });
 }
 
-void tma_load(void* dst, const TensorMap& map, uint32_t axes, const int (&from)[TensorMap::AXES], uint64_t* bar, const Site& site) {
+void tma_load(void* dst, const TensorMap& map, uint32_t axes, const int (&from)[TensorMap::AXES], uint64_t* bar,
+              const Site& site) {
   Block& b = *current_block;
   BulkLoad load{box_at(dst, map, axes, from, site), bar};
   if (race::on) {
@@ -119,7 +124,9 @@ void tma_store_wait(int keep) {
   Thread* t = self();
   t->stores.wait(keep, [t](const BulkStore& store) {
     if (!store.stored) store_now(store);
-    if (race::on) race::end(shared_pointer(store.box.at), store.box.map.box_bytes(), false, t->linear, {t->linear, t->knowledge.own});
+    if (race::on)
+      race::end(shared_pointer(store.box.at), store.box.map.box_bytes(), false, t->linear,
+                {t->linear, t->knowledge.own});
   });
 }
 

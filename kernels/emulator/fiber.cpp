@@ -43,7 +43,8 @@ constexpr size_t STACK_BYTES = 64 << 10;
 
 void Stacks::give(Fiber& fiber, unsigned number) {
   while (stacks.size() <= number) {
-    void* m = mmap(nullptr, STACK_BYTES + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* m =
+        mmap(nullptr, STACK_BYTES + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (m == MAP_FAILED) {
       perror("emulator: no memory for a stack");
       abort();

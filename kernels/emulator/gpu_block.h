@@ -50,7 +50,8 @@ inline void tma_prefetch_map(const CUtensorMap*) {}
 inline void tma_load_2d(void* dst, const CUtensorMap* map, int x, int y, uint64_t* bar, GPU_HERE("bulk load")) {
   sim::tma_load(dst, *map, 2, {x, y, 0, 0}, bar, site);
 }
-inline void tma_load_4d(void* dst, const CUtensorMap* map, int c, int w, int h, int n, uint64_t* bar, GPU_HERE("bulk load")) {
+inline void tma_load_4d(void* dst, const CUtensorMap* map, int c, int w, int h, int n, uint64_t* bar,
+                        GPU_HERE("bulk load")) {
   sim::tma_load(dst, *map, 4, {c, w, h, n}, bar, site);
 }
 inline void tma_store_2d(const CUtensorMap* map, const void* src, int x, int y, GPU_HERE("bulk store")) {

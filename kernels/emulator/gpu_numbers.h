@@ -35,7 +35,9 @@ inline bf16 __float2bfloat16_rn(float f) {  // to nearest even; every NaN become
   return {static_cast<uint16_t>((u + 0x7FFF + (u >> 16 & 1)) >> 16)};
 }
 inline bf16 __float2bfloat16(float f) { return __float2bfloat16_rn(f); }
-inline bf162 __floats2bfloat162_rn(float low, float high) { return {__float2bfloat16_rn(low), __float2bfloat16_rn(high)}; }
+inline bf162 __floats2bfloat162_rn(float low, float high) {
+  return {__float2bfloat16_rn(low), __float2bfloat16_rn(high)};
+}
 inline bf162 __float22bfloat162_rn(float2 v) { return __floats2bfloat162_rn(v.x, v.y); }
 inline float2 __bfloat1622float2(bf162 v) { return {__bfloat162float(v.x), __bfloat162float(v.y)}; }
 inline float __low2float(bf162 v) { return __bfloat162float(v.x); }

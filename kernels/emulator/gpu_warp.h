@@ -5,7 +5,9 @@
 #include "gpu_numbers.h"
 #include "sim.h"
 
-inline void __syncwarp(uint32_t mask = ~0u, GPU_HERE("__syncwarp")) { sim::warp_collective(mask, nullptr, nullptr, site); }
+inline void __syncwarp(uint32_t mask = ~0u, GPU_HERE("__syncwarp")) {
+  sim::warp_collective(mask, nullptr, nullptr, site);
+}
 
 // ---- shuffles of any value of up to 8 bytes
 namespace sim {
@@ -30,7 +32,8 @@ template <class T> GPU_QUIET inline T shuffle(uint32_t mask, T value, int source
 }
 }  // namespace sim
 // Within segments of `width` lanes; a lane that would read beyond its segment reads itself.
-template <class T> GPU_QUIET inline T __shfl_sync(uint32_t mask, T v, int from, int width = 32, GPU_HERE("__shfl_sync")) {
+template <class T>
+GPU_QUIET inline T __shfl_sync(uint32_t mask, T v, int from, int width = 32, GPU_HERE("__shfl_sync")) {
   const int lane = static_cast<int>(sim::cur->lane);
   return sim::shuffle(mask, v, (lane & ~(width - 1)) | (from & (width - 1)), site);
 }
@@ -72,8 +75,12 @@ GPU_QUIET inline uint32_t vote(uint32_t mask, int predicate, const Site& site) {
 inline uint32_t __ballot_sync(uint32_t mask, int predicate, GPU_HERE("__ballot_sync")) {
   return sim::vote(mask, predicate, site);
 }
-inline int __any_sync(uint32_t mask, int predicate, GPU_HERE("__any_sync")) { return sim::vote(mask, predicate, site) != 0; }
-inline int __all_sync(uint32_t mask, int predicate, GPU_HERE("__all_sync")) { return sim::vote(mask, !predicate, site) == 0; }
+inline int __any_sync(uint32_t mask, int predicate, GPU_HERE("__any_sync")) {
+  return sim::vote(mask, predicate, site) != 0;
+}
+inline int __all_sync(uint32_t mask, int predicate, GPU_HERE("__all_sync")) {
+  return sim::vote(mask, !predicate, site) == 0;
+}
 
 // ---- matrix fragments: 8 x 8 matrices of 16-bit elements, one or more at once. Lane 8 i + r gives the address of row
 // r of matrix i. A lane holds in register i the elements (l / 4, 2 (l % 4)) and the next of matrix i, or of its
@@ -85,13 +92,15 @@ struct Rows {
 };
 
 template <bool TRANS>
-inline int fragment_index(int lane, int e, int& row) {  // the row that element e of a register is in, and its place there
+inline int fragment_index(int lane, int e,
+                          int& row) {  // the row that element e of a register is in, and its place there
   const int a = lane / 4, b = lane % 4 * 2 + e;
   row = TRANS ? b : a;
   return TRANS ? a : b;
 }
 inline void check_row(const void* row, const Site& site) {
-  if (reinterpret_cast<uintptr_t>(row) % 16) fail("%s at %s:%d: a row is not 16-byte aligned", site.what, site.file, site.line);
+  if (reinterpret_cast<uintptr_t>(row) % 16)
+    fail("%s at %s:%d: a row is not 16-byte aligned", site.what, site.file, site.line);
   shared_offset(row);
 }
 template <int COUNT, bool TRANS> inline void load_matrices(uint32_t* regs, const void* row, const Site& site) {
@@ -136,20 +145,30 @@ template <int COUNT, bool TRANS> inline void store_matrices(void* row, const uin
   for (int i = 0; i < 8; i++) static_cast<uint16_t*>(row)[i] = mine.row[i];
 }
 }  // namespace sim
-inline void ldmatrix_x1(uint32_t& r, const void* row, GPU_HERE("ldmatrix")) { sim::load_matrices<1, false>(&r, row, site); }
+inline void ldmatrix_x1(uint32_t& r, const void* row, GPU_HERE("ldmatrix")) {
+  sim::load_matrices<1, false>(&r, row, site);
+}
 inline void ldmatrix_x1_trans(uint32_t& r, const void* row, GPU_HERE("ldmatrix.trans")) {
   sim::load_matrices<1, true>(&r, row, site);
 }
-inline void ldmatrix_x2(uint32_t (&r)[2], const void* row, GPU_HERE("ldmatrix")) { sim::load_matrices<2, false>(r, row, site); }
+inline void ldmatrix_x2(uint32_t (&r)[2], const void* row, GPU_HERE("ldmatrix")) {
+  sim::load_matrices<2, false>(r, row, site);
+}
 inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row, GPU_HERE("ldmatrix.trans")) {
   sim::load_matrices<2, true>(r, row, site);
 }
-inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, GPU_HERE("ldmatrix")) { sim::load_matrices<4, false>(r, row, site); }
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, GPU_HERE("ldmatrix")) {
+  sim::load_matrices<4, false>(r, row, site);
+}
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, GPU_HERE("ldmatrix.trans")) {
   sim::load_matrices<4, true>(r, row, site);
 }
-inline void stmatrix_x2(void* row, const uint32_t (&r)[2], GPU_HERE("stmatrix")) { sim::store_matrices<2, false>(row, r, site); }
-inline void stmatrix_x4(void* row, const uint32_t (&r)[4], GPU_HERE("stmatrix")) { sim::store_matrices<4, false>(row, r, site); }
+inline void stmatrix_x2(void* row, const uint32_t (&r)[2], GPU_HERE("stmatrix")) {
+  sim::store_matrices<2, false>(row, r, site);
+}
+inline void stmatrix_x4(void* row, const uint32_t (&r)[4], GPU_HERE("stmatrix")) {
+  sim::store_matrices<4, false>(row, r, site);
+}
 inline void stmatrix_x4_trans(void* row, const uint32_t (&r)[4], GPU_HERE("stmatrix.trans")) {
   sim::store_matrices<4, true>(row, r, site);
 }

@@ -12,7 +12,8 @@ inline void wgmma_64xNx16(float (&d)[N / 2], uint64_t a, uint64_t b, int accumul
   sim::wgmma({d, nullptr, a, b, N, A_MN, B_MN, accumulate}, site);
 }
 template <int N, int B_MN = 0>
-inline void wgmma_64xNx16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int accumulate, GPU_HERE("wgmma.mma_async")) {
+inline void wgmma_64xNx16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int accumulate,
+                          GPU_HERE("wgmma.mma_async")) {
   sim::wgmma({d, a, 0, b, N, 0, B_MN, accumulate}, site);
 }
 

@@ -31,7 +31,8 @@ struct Job {
   unsigned helpers = 0;
   std::string error;
 
-  explicit Job(const Call& c) : call(c), blocks(static_cast<uint64_t>(c.launch.grid.x) * c.launch.grid.y * c.launch.grid.z) {
+  explicit Job(const Call& c)
+      : call(c), blocks(static_cast<uint64_t>(c.launch.grid.x) * c.launch.grid.y * c.launch.grid.z) {
     const uint32_t seed = c.launch.seed;
     if (seed == IN_ORDER) return;
     order.resize(blocks);
@@ -158,7 +159,8 @@ int launch(const Launch& l, void (*entry)(void**), void** args, const void* kern
   if (threads_of(l.block) == 0 || threads_of(l.block) > THREADS)
     return refuse("a launch with no threads in a block, or more than 1024");
   if (const unsigned most = bound_of(kernel); most && threads_of(l.block) > most)
-    return refuse("a launch with " + std::to_string(threads_of(l.block)) + " threads in a block, of a kernel whose __launch_bounds__ are " + std::to_string(most));
+    return refuse("a launch with " + std::to_string(threads_of(l.block)) +
+                  " threads in a block, of a kernel whose __launch_bounds__ are " + std::to_string(most));
   if (threads_of(l.grid) == 0) return refuse("a launch with no blocks");
   const Call call{l, entry, args};
   Job job(call);

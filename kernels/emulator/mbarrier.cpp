@@ -27,8 +27,9 @@ static void settle(uint64_t* bar, Word& w) {
     // A wait knows the phase that runs and the one before by their parity alone (PTX ISA, "mbarrier.test_wait"): two
     // phases later it takes the one that runs for its own. Here it has been woken; on a GPU it may look only now.
     if (t.passed == bar)
-      fail("an mbarrier ends another phase before thread %u has gone on from its wait for the one before, in %s at %s:%d", t.linear, t.site.what,
-           t.site.file, t.site.line);
+      fail("an mbarrier ends another phase before thread %u has gone on from its wait for the one before, in %s at "
+           "%s:%d",
+           t.linear, t.site.what, t.site.file, t.site.line);
     if (t.bar != bar || static_cast<int>(w.phase) == t.parity) continue;
     t.bar = nullptr;
     t.passed = bar;

@@ -21,8 +21,8 @@ static void release(Meeting& m, bool last_goes_on) {
 
 static void check_same_place(const Meeting& m, const Site& site) {
   if (m.site.line == site.line && (m.site.file == site.file || !strcmp(m.site.file, site.file))) return;
-  fail("threads meet at different places: %s at %s:%d and %s at %s:%d", m.site.what, m.site.file, m.site.line, site.what,
-       site.file, site.line);
+  fail("threads meet at different places: %s at %s:%d and %s at %s:%d", m.site.what, m.site.file, m.site.line,
+       site.what, site.file, site.line);
 }
 
 // `ordered`: what members did to memory comes before what the others do after the meeting.
@@ -54,8 +54,8 @@ static Meeting& meeting_for(WarpMeetings& meetings, uint32_t mask, unsigned lane
     } else if (m.mask == mask) {
       return m;
     } else if (m.mask >> lane & 1 && m.present & mask) {
-      fail("%s at %s:%d with mask %08x while lanes wait with mask %08x at line %d", site.what, site.file, site.line, mask, m.mask,
-           m.site.line);
+      fail("%s at %s:%d with mask %08x while lanes wait with mask %08x at line %d", site.what, site.file, site.line,
+           mask, m.mask, m.site.line);
     }
   }
   if (!fresh) {
@@ -93,10 +93,12 @@ void warpgroup_collective(Op op, void* arg, const Site& site) {
 static Meeting& barrier(int id, int count, const Site& site) {
   if (id < 0 || id >= static_cast<int>(BARRIERS))
     fail("%s at %s:%d: there is no barrier %d", site.what, site.file, site.line, id);
-  if (count % WARP) fail("%s at %s:%d: %d threads are no whole number of warps", site.what, site.file, site.line, count);
+  if (count % WARP)
+    fail("%s at %s:%d: %d threads are no whole number of warps", site.what, site.file, site.line, count);
   Meeting& m = current_block->barriers[id];
   if (m.arrived && m.expected != count)
-    fail("%s at %s:%d: barrier %d is used for %d threads and for %d", site.what, site.file, site.line, id, m.expected, count);
+    fail("%s at %s:%d: barrier %d is used for %d threads and for %d", site.what, site.file, site.line, id, m.expected,
+         count);
   m.expected = count;
   return m;
 }

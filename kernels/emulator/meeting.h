@@ -19,7 +19,8 @@ struct Meeting {
   Site site;                // where the first member came from
   std::vector<void*> args;  // by lane; what absent lanes left here is stale
   std::vector<Thread*> waiting;
-  std::vector<race::Knowledge> members;  // waiting or not, as they came; for the race detector, where the meeting orders memory
+  std::vector<race::Knowledge>
+      members;  // waiting or not, as they came; for the race detector, where the meeting orders memory
 
   void reset() {
     arrived = expected = 0;

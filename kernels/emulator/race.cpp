@@ -77,7 +77,8 @@ void start_block(Block& b, uint32_t number) {
 // ---- order
 
 void tick(Thread* t) {
-  if (on && ++t->knowledge.own == Stamp::PENDING) fail("race: a thread meets others more often than the detector can count");
+  if (on && ++t->knowledge.own == Stamp::PENDING)
+    fail("race: a thread meets others more often than the detector can count");
 }
 
 // The clock that holds what all members' have, each of which `of` names.
@@ -242,7 +243,8 @@ static Where find(const void* p, size_t bytes) {
 }
 
 static bool unordered(Stamp s, const Thread* t) {
-  return s && (s.clock() == Stamp::PENDING || (s.thread() != t->linear && s.clock() > (*t->knowledge.others)[s.thread()]));
+  return s &&
+         (s.clock() == Stamp::PENDING || (s.thread() != t->linear && s.clock() > (*t->knowledge.others)[s.thread()]));
 }
 static const char* kind(uint32_t entry) {
   const unsigned count = current_block->count;
@@ -264,9 +266,10 @@ static void check_blocks(const Where& w, size_t index, bool write, const char* a
   if (other) {
     const char* did = other == v.writer ? "writes" : "reads";
     if (other == SEVERAL)
-      fail("race: blocks: block number %u writes byte %zd of a global buffer, which others read", s.block, at - w.start);
-    fail("race: blocks %u and %u: one %s byte %zd of a global buffer, which the other %s", other - 1, s.block, did, at - w.start,
-         write ? "writes" : "reads");
+      fail("race: blocks: block number %u writes byte %zd of a global buffer, which others read", s.block,
+           at - w.start);
+    fail("race: blocks %u and %u: one %s byte %zd of a global buffer, which the other %s", other - 1, s.block, did,
+         at - w.start, write ? "writes" : "reads");
   }
   if (write) v.writer = me;
   else v.reader = v.reader == 0 || v.reader == me ? me : SEVERAL;
@@ -327,7 +330,8 @@ void access(const void* p, size_t bytes, bool write) {
     }
     for_readers(w, i, [&](Stamp read) {
       if (unordered(read, t))
-        fail("race: writes byte %zd of %s, read by %s %u without ordering", at - w.start, w.of, kind(read.thread()), read.thread());
+        fail("race: writes byte %zd of %s, read by %s %u without ordering", at - w.start, w.of, kind(read.thread()),
+             read.thread());
     });
     c = Cell{epoch, false, now, {}};
   }
@@ -344,20 +348,21 @@ void begin(const void* p, size_t bytes, bool write, unsigned owner, bool async_p
     Cell& c = fresh_cell(w, i);
     const unsigned writer = c.write.thread();
     if (unordered(c.write, t))
-      fail("race: %s touches byte %zd of %s, written by %s %u without ordering", what, at - w.start, w.of, kind(writer), writer);
+      fail("race: %s touches byte %zd of %s, written by %s %u without ordering", what, at - w.start, w.of, kind(writer),
+           writer);
     // Also before it writes: the generic proxy's write may otherwise land later. Reads of the generic proxy before it
     // writes need no fence: a barrier's wait, as every ring of bulk loads has it.
     if (async_proxy && c.write && writer < current_block->count && c.write.clock() > (*t->knowledge.fenced)[writer])
-      fail("race: %s %s byte %zd of %s, which thread %u wrote without a fence.proxy.async after it", what, write ? "overwrites" : "reads", at - w.start,
-           w.of, writer);
+      fail("race: %s %s byte %zd of %s, which thread %u wrote without a fence.proxy.async after it", what,
+           write ? "overwrites" : "reads", at - w.start, w.of, writer);
     if (!write) {
       remember_read(w, i, pending, t);
       continue;
     }
     for_readers(w, i, [&](Stamp read) {
       if (unordered(read, t))
-        fail("race: %s overwrites byte %zd of %s, which %s %u may still read", what, at - w.start, w.of, kind(read.thread()),
-             read.thread());
+        fail("race: %s overwrites byte %zd of %s, which %s %u may still read", what, at - w.start, w.of,
+             kind(read.thread()), read.thread());
     });
     c = Cell{c.epoch, false, pending, {}};
   }
@@ -378,11 +383,12 @@ void begin_product(const void* p, size_t bytes, unsigned warpgroup) {
       if (k.thread == write.thread() || (asked && asked->others == k.others && asked->fenced == k.fenced)) continue;
       asked = &k;
       if (unordered(write, &threads[lane]))
-        fail("race: wgmma by thread %u reads byte %zd of %s, written by %s %u without ordering", k.thread, at - w.start, w.of,
-             kind(write.thread()), write.thread());
+        fail("race: wgmma by thread %u reads byte %zd of %s, written by %s %u without ordering", k.thread, at - w.start,
+             w.of, kind(write.thread()), write.thread());
       if (write.thread() < current_block->count && write.clock() > (*k.fenced)[write.thread()])
-        fail("race: wgmma by thread %u reads byte %zd of %s, which thread %u wrote without a fence.proxy.async after it", k.thread,
-             at - w.start, w.of, write.thread());
+        fail(
+            "race: wgmma by thread %u reads byte %zd of %s, which thread %u wrote without a fence.proxy.async after it",
+            k.thread, at - w.start, w.of, write.thread());
     }
     remember_read(w, i, pending, self());
   }

@@ -32,7 +32,8 @@ uint32_t shared_offset(const void* p) {
 }
 
 void* shared_pointer(uint32_t offset) {
-  if (offset < SHARED_START || offset >= current_block->top) fail("shared address %u is outside of what the block has", offset);
+  if (offset < SHARED_START || offset >= current_block->top)
+    fail("shared address %u is outside of what the block has", offset);
   return current_block->arena + offset;
 }
 

@@ -9,8 +9,8 @@
 using sim::TensorMap;
 
 // The axes go from the innermost outwards, `boxed` in elements of the tensor of which every apart'th is copied.
-static int make_map(void* out128, const void* base, uint32_t elem_bytes, uint32_t axes, const uint64_t* sizes, const uint64_t* pitch_bytes,
-                    const uint32_t* boxed, const uint32_t* apart, uint32_t swizzle_bytes) {
+static int make_map(void* out128, const void* base, uint32_t elem_bytes, uint32_t axes, const uint64_t* sizes,
+                    const uint64_t* pitch_bytes, const uint32_t* boxed, const uint32_t* apart, uint32_t swizzle_bytes) {
   const uint64_t longest = 1ull << 32, longest_pitch = 1ull << 40;
   const char* fault = nullptr;
   if (elem_bytes != 2 && elem_bytes != 4) return sim::refuse("elements have 2 or 4 bytes");
@@ -46,7 +46,8 @@ extern "C" int sim_tensor_map(void* out128, const void* base, uint32_t elem_byte
   return make_map(out128, base, elem_bytes, 2, sizes, &pitch_bytes, boxed, apart, swizzle_bytes);
 }
 
-extern "C" int sim_tensor_map_4d(void* out128, const void* base, uint32_t elem_bytes, const uint64_t* sizes, const uint64_t* pitch_bytes,
-                                 const uint32_t* boxed, const uint32_t* apart, uint32_t swizzle_bytes) {
+extern "C" int sim_tensor_map_4d(void* out128, const void* base, uint32_t elem_bytes, const uint64_t* sizes,
+                                 const uint64_t* pitch_bytes, const uint32_t* boxed, const uint32_t* apart,
+                                 uint32_t swizzle_bytes) {
   return make_map(out128, base, elem_bytes, 4, sizes, pitch_bytes, boxed, apart, swizzle_bytes);
 }

@@ -45,7 +45,8 @@ struct Layout {
       at = width ? row % (8 * width) * 2 + row / (8 * width) * leading + col % 8 * 16 * width + col / 8 * stride
                  : row / 8 * stride + col % 8 * 16 + col / 8 * leading;
     } else {
-      at = width ? row % 8 * 16 * width + row / 8 * stride + col * 2 : row % 8 * 16 + row / 8 * stride + col / 8 * leading;
+      at = width ? row % 8 * 16 * width + row / 8 * stride + col * 2
+                 : row % 8 * 16 + row / 8 * stride + col / 8 * leading;
     }
     return swizzle(start + at, span_bytes);
   }
@@ -116,7 +117,8 @@ template <class Tell> static void for_reads(const Product& p, Tell tell) {
 static WarpgroupState& group() { return current_block->warpgroups[self()->linear / WARPGROUP]; }
 
 void wgmma(const Wgmma& product, const Site& site) {
-  if (!group().fenced) fail("%s at %s:%d: no wgmma.fence since the last wait, or at all", site.what, site.file, site.line);
+  if (!group().fenced)
+    fail("%s at %s:%d: no wgmma.fence since the last wait, or at all", site.what, site.file, site.line);
   Wgmma mine = product;
   warpgroup_collective(
       [](void** args, uint32_t) {

@@ -23,10 +23,15 @@ struct Head {
   int batch, head, kv_head;
   int64_t row;   // its first query among all (B, H, Tq): where its lse begins
   DEV Head(const AttentionSizes& s, int batch, int head)
-      : batch(batch), head(head), kv_head(head / (s.heads / s.kv_heads)), row(((int64_t)batch * s.heads + head) * s.queries) {}
+      : batch(batch), head(head), kv_head(head / (s.heads / s.kv_heads)),
+        row(((int64_t)batch * s.heads + head) * s.queries) {}
   // Element (0, 0) of the head in q and d_q, in k, v, d_k and d_v, in out and d_out.
-  DEV int64_t query(const AttentionSizes& s) const { return (int64_t)batch * s.queries * s.q_pitch + (int64_t)head * s.width; }
-  DEV int64_t key(const AttentionSizes& s) const { return (int64_t)batch * s.keys * s.kv_pitch + (int64_t)kv_head * s.width; }
+  DEV int64_t query(const AttentionSizes& s) const {
+    return (int64_t)batch * s.queries * s.q_pitch + (int64_t)head * s.width;
+  }
+  DEV int64_t key(const AttentionSizes& s) const {
+    return (int64_t)batch * s.keys * s.kv_pitch + (int64_t)kv_head * s.width;
+  }
   DEV int64_t out(const AttentionSizes& s) const { return ((int64_t)batch * s.queries * s.heads + head) * s.width; }
 };
 

@@ -36,7 +36,8 @@ template <int N> struct Slot {
 template <bool VALUE> struct Constant { static constexpr bool value = VALUE; };
 
 // One thread: rows from `row` on and W columns from `col` on of a map whose boxes have BOX_ROWS rows and 64 columns.
-template <int W, int ROWS, int BOX_ROWS = ROWS> DEV void load(bf16* to, const CUtensorMap* map, int col, int row, uint64_t* full) {
+template <int W, int ROWS, int BOX_ROWS = ROWS>
+DEV void load(bf16* to, const CUtensorMap* map, int col, int row, uint64_t* full) {
   mbar_expect_tx(full, ROWS * W * 2);
 #pragma unroll
   for (int box = 0; box < W / BOX; box++)
@@ -71,7 +72,8 @@ template <int N> DEV void round_pairs(uint32_t (&to)[N / 8][4], const float (&fr
     for (int r = 0; r < 4; r++) to[i][r] = pack_bf16(from[8 * i + 2 * r], from[8 * i + 2 * r + 1]);
 }
 // acc += weights tile, with the tile's rows as what is summed over.
-template <int W, int ROWS> DEV void issue_gather(float (&acc)[W / 2], const uint32_t (&weights)[ROWS / 16][4], const bf16* tile) {
+template <int W, int ROWS>
+DEV void issue_gather(float (&acc)[W / 2], const uint32_t (&weights)[ROWS / 16][4], const bf16* tile) {
   uint64_t rows = wgmma_desc_mn(tile, ROWS * BOX * 2);
 #pragma unroll
   for (int i = 0; i < ROWS / 16; i++) wgmma_64xNx16<W, 1>(acc, weights[i], wgmma_further(rows, i * 16 * BOX * 2), 1);
@@ -81,7 +83,8 @@ template <int W, int ROWS> DEV void issue_gather(float (&acc)[W / 2], const uint
 // Rows 16 warp to 16 warp + 15 of a consumer's accumulator to global memory, of which there are `rows`. By way of a
 // tile of the same shape (its part of 64 rows), so that memory is written in 16-byte pieces.
 template <int W, int ROWS>
-DEV void write_rows(bf16* to, int64_t pitch, int rows, bf16* tile, const float (&acc)[W / 2], const float (&factors)[2], int warp, int lane) {
+DEV void write_rows(bf16* to, int64_t pitch, int rows, bf16* tile, const float (&acc)[W / 2], const float (&factors)[2],
+                    int warp, int lane) {
   int g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int h = 0; h < 2; h++)

@@ -19,7 +19,8 @@ struct Lane {
 
 // Rows of a matrix into a tile; rows from `rows` on and columns from `cols` on become 0. The columns are whole 16-byte
 // pieces. Not unrolled: the addresses would take registers that the products need.
-template <int W, int ROWS, int THREADS> DEV void load_tile(bf16* to, const bf16* from, int64_t pitch, int rows, int cols) {
+template <int W, int ROWS, int THREADS>
+DEV void load_tile(bf16* to, const bf16* from, int64_t pitch, int rows, int cols) {
   constexpr int PIECES = W / 8;
   static_assert(ROWS * PIECES % THREADS == 0, "threads have as many pieces each");
 #pragma unroll 1
@@ -69,7 +70,8 @@ template <int M, int N> DEV void clear(float (&acc)[M][N][4]) {
 }
 
 // acc = rows cols^T over the width, with the rows in registers
-template <int W, int M, int N> DEV void products(float (&acc)[M][N][4], const RowFragments<W, M>& rows, const bf16* cols, const Lane& at) {
+template <int W, int M, int N>
+DEV void products(float (&acc)[M][N][4], const RowFragments<W, M>& rows, const bf16* cols, const Lane& at) {
   clear(acc);
 #pragma unroll
   for (int k = 0; k < W / 16; k++)
@@ -82,7 +84,8 @@ template <int W, int M, int N> DEV void products(float (&acc)[M][N][4], const Ro
     }
 }
 // The same with the rows in shared memory.
-template <int W, int M, int N> DEV void products(float (&acc)[M][N][4], const bf16* rows, const bf16* cols, const Lane& at) {
+template <int W, int M, int N>
+DEV void products(float (&acc)[M][N][4], const bf16* rows, const bf16* cols, const Lane& at) {
   clear(acc);
 #pragma unroll 2
   for (int k = 0; k < W / 16; k++) {
@@ -99,14 +102,16 @@ template <int W, int M, int N> DEV void products(float (&acc)[M][N][4], const bf
   }
 }
 // acc += weights from, summed over the tile's rows
-template <int W, int M, int N> DEV void gather(float (&acc)[M][W / 8][4], const float (&weights)[M][N][4], const bf16* from, const Lane& at) {
+template <int W, int M, int N>
+DEV void gather(float (&acc)[M][W / 8][4], const float (&weights)[M][N][4], const bf16* from, const Lane& at) {
 #pragma unroll
   for (int k = 0; k < N; k += 2) {
     uint32_t a[M][4];
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
-      for (int i = 0; i < 4; i++) a[m][i] = pack_bf16(weights[m][k + i / 2][i % 2 * 2], weights[m][k + i / 2][i % 2 * 2 + 1]);
+      for (int i = 0; i < 4; i++)
+        a[m][i] = pack_bf16(weights[m][k + i / 2][i % 2 * 2], weights[m][k + i / 2][i % 2 * 2 + 1]);
 #pragma unroll
     for (int n = 0; n < W / 8; n += 2) {
       uint32_t b[4];
@@ -129,8 +134,8 @@ DEV float quad_sum(float v) {
 
 // A warp's rows times `factors`, by way of its own rows of a tile, so that memory is written in 16-byte pieces.
 template <int W, int M>
-DEV void write_rows(bf16* to, int64_t pitch, int rows, int cols, bf16* tile, const float (&acc)[M][W / 8][4], const float (&factors)[M][2],
-                    const Lane& at) {
+DEV void write_rows(bf16* to, int64_t pitch, int rows, int cols, bf16* tile, const float (&acc)[M][W / 8][4],
+                    const float (&factors)[M][2], const Lane& at) {
   __syncwarp();
 #pragma unroll
   for (int m = 0; m < M; m++)
@@ -151,7 +156,8 @@ DEV void write_rows(bf16* to, int64_t pitch, int rows, int cols, bf16* tile, con
 
 // Scores of keys that a query does not see become minus infinity: of those after it, and that are not there. Rows are
 // queries, `query` the first; `key` is the first column.
-template <int M, int N> DEV void hide_by_query(float (&w)[M][N][4], const AttentionSizes& s, int query, int key, const Lane& at) {
+template <int M, int N>
+DEV void hide_by_query(float (&w)[M][N][4], const AttentionSizes& s, int query, int key, const Lane& at) {
 #pragma unroll
   for (int m = 0; m < M; m++)
 #pragma unroll
@@ -196,7 +202,8 @@ template <int M, int N> DEV void hide_by_key(float (&w)[M][N][4], int query, int
 // blocks. acc[m][n][i] is kept if bit 4 n + i of kept[m] is set. Here rows are queries, the first `row` among all (B,
 // H, Tq).
 template <int M, int N>
-DEV void draw_by_query(uint32_t (&kept)[M], const AttentionSizes& s, const Now* now, int64_t row, int key, const Lane& at) {
+DEV void draw_by_query(uint32_t (&kept)[M], const AttentionSizes& s, const Now* now, int64_t row, int key,
+                       const Lane& at) {
 #pragma unroll
   for (int m = 0; m < M; m++) {
     static_assert(N <= 8, "a register has the bits of 8");
@@ -206,12 +213,14 @@ DEV void draw_by_query(uint32_t (&kept)[M], const AttentionSizes& s, const Now* 
     for (int n = 0; n < N; n++) mine |= kept_of_4(s, now, query * s.keys + key + 8 * n + at.t / 2 * 4) << 4 * n;
     kept[m] = 0;
 #pragma unroll
-    for (int h = 0; h < 2; h++) kept[m] |= (__shfl_sync(~0u, mine, at.lane / 2 * 2 + h) >> at.t % 2 * 2 & 0x33333333u) << 2 * h;
+    for (int h = 0; h < 2; h++)
+      kept[m] |= (__shfl_sync(~0u, mine, at.lane / 2 * 2 + h) >> at.t % 2 * 2 & 0x33333333u) << 2 * h;
   }
 }
 // And here keys, and `row` is the first column's.
 template <int M, int N>
-DEV void draw_by_key(uint32_t (&kept)[M], const AttentionSizes& s, const Now* now, int64_t row, int key, const Lane& at) {
+DEV void draw_by_key(uint32_t (&kept)[M], const AttentionSizes& s, const Now* now, int64_t row, int key,
+                     const Lane& at) {
 #pragma unroll
   for (int m = 0; m < M; m++) {
     static_assert(N <= 8, "a register has the bits of 8");
@@ -219,10 +228,12 @@ DEV void draw_by_key(uint32_t (&kept)[M], const AttentionSizes& s, const Now* no
     int own = at.g % 4;
     int64_t query = row + 2 * at.t + own % 2;
 #pragma unroll 1
-    for (int n = 0; n < N; n++) mine |= kept_of_4(s, now, (query + 8 * n) * s.keys + key + 16 * m + own / 2 * 8 + at.g / 4 * 4) << 4 * n;
+    for (int n = 0; n < N; n++)
+      mine |= kept_of_4(s, now, (query + 8 * n) * s.keys + key + 16 * m + own / 2 * 8 + at.g / 4 * 4) << 4 * n;
     kept[m] = 0;
 #pragma unroll
-    for (int i = 0; i < 4; i++) kept[m] |= (__shfl_sync(~0u, mine, at.lane / 16 * 16 + 4 * i + at.t) >> own & 0x11111111u) << i;
+    for (int i = 0; i < 4; i++)
+      kept[m] |= (__shfl_sync(~0u, mine, at.lane / 16 * 16 + 4 * i + at.t) >> own & 0x11111111u) << i;
   }
 }
 

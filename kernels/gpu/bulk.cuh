@@ -32,14 +32,16 @@ DEV void proxy_fence_shared() { asm volatile("fence.proxy.async.shared::cta;" : 
 // A box of a matrix, with its first column `x` and row `y`, into shared memory; its bytes count toward `bar`. What lies
 // outside is 0.
 DEV void tma_load_2d(void* dst, const CUtensorMap* map, int x, int y, uint64_t* bar) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2,%3}], [%4];"
-               :
-               : "r"(smem_addr(dst)), "l"(map), "r"(x), "r"(y), "r"(smem_addr(bar))
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2,%3}], [%4];"
+      :
+      : "r"(smem_addr(dst)), "l"(map), "r"(x), "r"(y), "r"(smem_addr(bar))
+      : "memory");
 }
 // The same of a tensor of four axes, the innermost first: they lie in shared memory as in the tensor.
 DEV void tma_load_4d(void* dst, const CUtensorMap* map, int c, int w, int h, int n, uint64_t* bar) {
-  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2,%3,%4,%5}], [%6];"
+  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, "
+               "{%2,%3,%4,%5}], [%6];"
                :
                : "r"(smem_addr(dst)), "l"(map), "r"(c), "r"(w), "r"(h), "r"(n), "r"(smem_addr(bar))
                : "memory");
@@ -53,7 +55,9 @@ DEV void tma_store_2d(const CUtensorMap* map, const void* src, int x, int y) {
                : "memory");
 }
 DEV void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" : : : "memory"); }
-template <int N> DEV void tma_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read %0;" : : "n"(N) : "memory"); }
+template <int N> DEV void tma_store_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" : : "n"(N) : "memory");
+}
 template <int N> DEV void tma_store_wait() { asm volatile("cp.async.bulk.wait_group %0;" : : "n"(N) : "memory"); }
 DEV void tma_prefetch_map(const CUtensorMap* map) { asm volatile("prefetch.tensormap [%0];" : : "l"(map) : "memory"); }
 
@@ -78,5 +82,9 @@ DEV void stmatrix_x4_trans(void* row, const uint32_t (&r)[4]) {
 }
 
 // Registers per thread of the calling warpgroup, from now on: fewer, so that others can have more.
-template <int REGISTERS> DEV void setmaxnreg_dec() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" : : "n"(REGISTERS)); }
-template <int REGISTERS> DEV void setmaxnreg_inc() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" : : "n"(REGISTERS)); }
+template <int REGISTERS> DEV void setmaxnreg_dec() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" : : "n"(REGISTERS));
+}
+template <int REGISTERS> DEV void setmaxnreg_inc() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" : : "n"(REGISTERS));
+}

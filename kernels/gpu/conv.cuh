@@ -49,11 +49,14 @@ struct Gather {
   int batch, source_channels, source_height, source_width;
   int channels, height, width;       // of the target
   int rows, cols;                    // target pixels of this class, in an image
-  int first_row, first_col, apart;   // pixel (a, b) of the class is (first_row + a * apart, first_col + b * apart) of the image
+  int first_row, first_col,
+      apart;  // pixel (a, b) of the class is (first_row + a * apart, first_col + b * apart) of the image
   int taps_h, taps_w;                // taps of this class
-  int tap_row, tap_col, tap_apart;   // tap (i, j) of the class is (tap_row + i * tap_apart, tap_col + j * tap_apart) of the filter
+  int tap_row, tap_col,
+      tap_apart;  // tap (i, j) of the class is (tap_row + i * tap_apart, tap_col + j * tap_apart) of the filter
   int kernel_w, taps;                // columns, and all taps, of the filter
-  int scale, sign, row, col;         // (a, b) under tap (i, j) reads source (row + a * scale + i * sign, col + b * scale + j * sign)
+  int scale, sign, row,
+      col;  // (a, b) under tap (i, j) reads source (row + a * scale + i * sign, col + b * scale + j * sign)
 
   DEV int64_t columns() const { return (int64_t)batch * rows * cols; }
   DEV int tap(int i, int j) const { return (tap_row + i * tap_apart) * kernel_w + tap_col + j * tap_apart; }
@@ -65,8 +68,29 @@ struct Gather {
 };
 
 DEV Gather forward_gather(const ConvSizes& s) {
-  return {s.batch, s.in_channels, s.height, s.width, s.out_channels, s.out_height, s.out_width, s.out_height, s.out_width, 0, 0, 1,
-          s.kernel_h, s.kernel_w, 0, 0, 1, s.kernel_w, s.kernel_h * s.kernel_w, s.stride, 1, -s.padding, -s.padding};
+  return {s.batch,
+          s.in_channels,
+          s.height,
+          s.width,
+          s.out_channels,
+          s.out_height,
+          s.out_width,
+          s.out_height,
+          s.out_width,
+          0,
+          0,
+          1,
+          s.kernel_h,
+          s.kernel_w,
+          0,
+          0,
+          1,
+          s.kernel_w,
+          s.kernel_h * s.kernel_w,
+          s.stride,
+          1,
+          -s.padding,
+          -s.padding};
 }
 
 // Class `residue` of min(stride, height) * min(stride, width) classes.
@@ -76,9 +100,29 @@ DEV Gather grad_input_gather(const ConvSizes& s, int residue) {
   int tap_row = (h + s.padding) % s.stride, tap_col = (w + s.padding) % s.stride;
   int taps_h = tap_row < s.kernel_h ? (s.kernel_h - tap_row - 1) / s.stride + 1 : 0;
   int taps_w = tap_col < s.kernel_w ? (s.kernel_w - tap_col - 1) / s.stride + 1 : 0;
-  return {s.batch, s.out_channels, s.out_height, s.out_width, s.in_channels, s.height, s.width,
-          (s.height - h - 1) / s.stride + 1, (s.width - w - 1) / s.stride + 1, h, w, s.stride, taps_h, taps_w, tap_row, tap_col,
-          s.stride, s.kernel_w, s.kernel_h * s.kernel_w, 1, -1, (h + s.padding) / s.stride, (w + s.padding) / s.stride};
+  return {s.batch,
+          s.out_channels,
+          s.out_height,
+          s.out_width,
+          s.in_channels,
+          s.height,
+          s.width,
+          (s.height - h - 1) / s.stride + 1,
+          (s.width - w - 1) / s.stride + 1,
+          h,
+          w,
+          s.stride,
+          taps_h,
+          taps_w,
+          tap_row,
+          tap_col,
+          s.stride,
+          s.kernel_w,
+          s.kernel_h * s.kernel_w,
+          1,
+          -1,
+          (h + s.padding) / s.stride,
+          (w + s.padding) / s.stride};
 }
 
 // A block's part of a gather: its class, its first target pixel and its first channel. Blocks of one tile of pixels lie

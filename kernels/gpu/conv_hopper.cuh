@@ -8,7 +8,8 @@ constexpr int CONV_THREADS = 384;
 #if GPU_HOPPER
 typedef RegisterShares<CONV_THREADS, 72, 216> ConvRegisters; // of 168 each to begin with
 constexpr int CONSUMER_WARPS = 8;
-constexpr int ROW_BYTES = STEP * 2, LEAVING_BYTES = 16 * PIECE * 2; // of a pixel or channel in a step; of a piece of a warp's sums
+constexpr int ROW_BYTES = STEP * 2,
+              LEAVING_BYTES = 16 * PIECE * 2;  // of a pixel or channel in a step; of a piece of a warp's sums
 
 // Where each step is: `full` once its bytes are there, `empty` once both warpgroups are done with it.
 template <int BYTES_, int BYTES_BESIDE> struct StepRing {
@@ -35,7 +36,8 @@ template <class Ring> DEV void begin(Ring& ring, const CUtensorMap* left, const 
 // A warpgroup's sums over the ring's next steps, 64 by WIDTH; its operands begin at `left` and `right` of each. MN: not
 // the steps of a sum run along rows.
 template <int WIDTH, bool LEFT_MN, bool RIGHT_MN, class Ring>
-DEV void multiply(float (&sums)[1][WIDTH / 2], Ring& ring, const unsigned char* left, const unsigned char* right, Turn<Ring::STAGES>& turn, int steps) {
+DEV void multiply(float (&sums)[1][WIDTH / 2], Ring& ring, const unsigned char* left, const unsigned char* right,
+                  Turn<Ring::STAGES>& turn, int steps) {
   bool speaks = threadIdx.x % 128 == 0;
   int before = 0;
   for (int step = 0; step < steps; step++, turn.next()) {

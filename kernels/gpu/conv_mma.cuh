@@ -2,7 +2,7 @@
 // warp-wide products and the end of a tile.
 #pragma once
 
-constexpr int GROUP = 8;                                     // elements of a 16-byte group: what one asynchronous copy moves
+constexpr int GROUP = 8;  // elements of a 16-byte group: what one asynchronous copy moves
 DEV int groups_of(int elems) { return (elems + GROUP - 1) / GROUP; }
 DEV void copy_group(void* to, const bf16* from, bool there) { cp_async16_zfill(to, from, there ? 16 : 0); }
 
@@ -20,7 +20,7 @@ template <int DOWN_, int ACROSS_, int ROWS_, int COLUMNS_> struct WarpTiling {
 };
 using Square = WarpTiling<2, 2, 64, 64>;                     // 128 x 128
 using Flat = WarpTiling<1, 4, 64, 64>;                       // 64 x 256, for few rows
-using Small = WarpTiling<2, 2, 32, 32>;                      // 64 x 64, where larger tiles would leave multiprocessors idle
+using Small = WarpTiling<2, 2, 32, 32>;  // 64 x 64, where larger tiles would leave multiprocessors idle
 
 // A narrow tile has its steps along rows of 64 bytes. Two rows share a pass over the banks; a group's place is xored
 // with the number of the row pair, so that the 8 rows of a matrix that ldmatrix reads at one group lie in 8 different
@@ -105,9 +105,9 @@ DEV void store_tile(bf16* target, const bf16* tile, const Place* columns, int ro
 // bytes a store where planes are whole groups. `shared` and `columns`, a place for each of the tile's columns, are
 // overwritten; they do not overlap.
 template <class Tiling>
-DEV void finish_tile(bf16* target, const bf16* bias, const WarpSum<Tiling>& sum, const GatherTile& tile, unsigned char* shared,
-                     Place* columns) {
-  constexpr int PITCH = Tiling::COLUMNS + GROUP;             // 4 banks further a row: the lanes of a piece do not collide
+DEV void finish_tile(bf16* target, const bf16* bias, const WarpSum<Tiling>& sum, const GatherTile& tile,
+                     unsigned char* shared, Place* columns) {
+  constexpr int PITCH = Tiling::COLUMNS + GROUP;  // 4 banks further a row: the lanes of a piece do not collide
   const Gather& g = tile.gather;
   bf16* finished = reinterpret_cast<bf16*>(shared);
   int lane = threadIdx.x % 32;
@@ -141,7 +141,8 @@ DEV void finish_tile(bf16* target, const bf16* bias, const WarpSum<Tiling>& sum,
 // Writes a tile of one part of the weight gradient: partials (rows, columns) f32 of that part, columns a whole number
 // of groups.
 template <class Tiling>
-DEV void finish_partials(float* partials, const WarpSum<Tiling>& sum, int first_row, int rows, int first_column, int64_t columns) {
+DEV void finish_partials(float* partials, const WarpSum<Tiling>& sum, int first_row, int rows, int first_column,
+                         int64_t columns) {
   int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < Tiling::WARP_ROWS / 16; i++) {

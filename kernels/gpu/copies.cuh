@@ -14,7 +14,10 @@ DEV void cp_async4(void* dst, const void* src) {
 // As much is written, of which the first `bytes` are copied and the rest is 0. `src` is not read where `bytes` is 0,
 // but has to be aligned.
 DEV void cp_async16_zfill(void* dst, const void* src, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(smem_addr(dst)), "l"(src), "r"(bytes) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :
+               : "r"(smem_addr(dst)), "l"(src), "r"(bytes)
+               : "memory");
 }
 DEV void cp_async8_zfill(void* dst, const void* src, int bytes) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" : : "r"(smem_addr(dst)), "l"(src), "r"(bytes) : "memory");

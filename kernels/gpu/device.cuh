@@ -48,7 +48,9 @@ DEV uint4 load_whole_word(const uint4* p) { return *p; }
 // One store of 16 or 8 bytes; p is a multiple of that. The compiler splits a struct's store when it may not prove its
 // parts adjacent.
 DEV void store16(void* p, uint4 v) {
-  asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+  asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
+               : "memory");
 }
 DEV void store8(void* p, float2 v) {
   asm volatile("st.global.v2.f32 [%0], {%1,%2};" ::"l"(__cvta_generic_to_global(p)), "f"(v.x), "f"(v.y) : "memory");

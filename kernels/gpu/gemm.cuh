@@ -29,10 +29,12 @@ DEV Octet load_octet(const bf16* p) {
 }
 DEV void store_octet(float* p, const Octet& o) {
   for (int i = 0; i < 8; i += 4)
-    store16(p + i, make_uint4(__float_as_uint(o.v[i]), __float_as_uint(o.v[i + 1]), __float_as_uint(o.v[i + 2]), __float_as_uint(o.v[i + 3])));
+    store16(p + i, make_uint4(__float_as_uint(o.v[i]), __float_as_uint(o.v[i + 1]), __float_as_uint(o.v[i + 2]),
+                              __float_as_uint(o.v[i + 3])));
 }
 DEV void store_octet(bf16* p, const Octet& o) {
-  store16(p, make_uint4(pack_bf16(o.v[0], o.v[1]), pack_bf16(o.v[2], o.v[3]), pack_bf16(o.v[4], o.v[5]), pack_bf16(o.v[6], o.v[7])));
+  store16(p, make_uint4(pack_bf16(o.v[0], o.v[1]), pack_bf16(o.v[2], o.v[3]), pack_bf16(o.v[4], o.v[5]),
+                        pack_bf16(o.v[6], o.v[7])));
 }
 
 // What becomes of sums. With `partials` (parts, m, n) they are those of one part of k, kept for gemm_finish. Otherwise
@@ -133,7 +135,7 @@ template <class Out> struct GemmEnd {
 
 // `now` may be null where the output does not accumulate; where it does there is no residual.
 template <class Out>
-DEV GemmEnd<Out> gemm_end(Out* out, Out* pre, float* partials, const Out* bias, const Out* residual, const Now* now, int accumulator, int activation, int m, int n,
-                          int pitch) {
+DEV GemmEnd<Out> gemm_end(Out* out, Out* pre, float* partials, const Out* bias, const Out* residual, const Now* now,
+                          int accumulator, int activation, int m, int n, int pitch) {
   return {out, pre, partials, bias, adds_to(accumulator, now) ? out : residual, activation, m, n, pitch};
 }

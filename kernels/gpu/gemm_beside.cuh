@@ -38,16 +38,20 @@ DEV void sum_beside(const Beside& s, unsigned char* shared) {
   if (!s.x) return;
   int warp = (int)threadIdx.x / 32 - 1, lane = threadIdx.x % 32, tiles = (s.cols + BESIDE_TILE - 1) / BESIDE_TILE;
   uint4* ring = reinterpret_cast<uint4*>(shared) + warp * (BESIDE_GROUPS * BESIDE_ROWS * 32) + lane;
-  for (int unit = (int)blockIdx.x * BESIDE_WARPS + warp; unit < tiles * s.parts; unit += (int)gridDim.x * BESIDE_WARPS) {
-    int part = unit / tiles, col = unit % tiles * BESIDE_TILE + lane * 8, left = min(s.rows - part * s.part_rows, s.part_rows);
+  for (int unit = (int)blockIdx.x * BESIDE_WARPS + warp; unit < tiles * s.parts;
+       unit += (int)gridDim.x * BESIDE_WARPS) {
+    int part = unit / tiles, col = unit % tiles * BESIDE_TILE + lane * 8,
+        left = min(s.rows - part * s.part_rows, s.part_rows);
     if (col >= s.cols) continue;
     const bf16* at = s.x + (int64_t)part * s.part_rows * s.pitch + col;
     Octet sums = {};
 #pragma unroll 1
-    for (int group = 0; group < BESIDE_GROUPS - 1; group++) fetch_rows(ring + group * BESIDE_ROWS * 32, at, s.pitch, left - group * BESIDE_ROWS);
+    for (int group = 0; group < BESIDE_GROUPS - 1; group++)
+      fetch_rows(ring + group * BESIDE_ROWS * 32, at, s.pitch, left - group * BESIDE_ROWS);
 #pragma unroll 1
     for (int group = 0; left > 0; group = (group + 1) % BESIDE_GROUPS, left -= BESIDE_ROWS) {
-      fetch_rows(ring + (group + BESIDE_GROUPS - 1) % BESIDE_GROUPS * BESIDE_ROWS * 32, at, s.pitch, left - (BESIDE_GROUPS - 1) * BESIDE_ROWS);
+      fetch_rows(ring + (group + BESIDE_GROUPS - 1) % BESIDE_GROUPS * BESIDE_ROWS * 32, at, s.pitch,
+                 left - (BESIDE_GROUPS - 1) * BESIDE_ROWS);
       cp_async_wait<BESIDE_GROUPS - 1>();
 #pragma unroll
       for (int r = 0; r < BESIDE_ROWS; r++) {

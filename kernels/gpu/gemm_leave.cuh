@@ -8,7 +8,7 @@
 #pragma once
 
 #if GPU_HOPPER
-constexpr int PIECE = 32, PITCH = PIECE + 8;               // columns of a piece; as f32 its rows are staged 8 banks apart
+constexpr int PIECE = 32, PITCH = PIECE + 8;  // columns of a piece; as f32 its rows are staged 8 banks apart
 constexpr int BIAS_BYTES = 256 * 2;                        // the bias of a tile's columns, for a warp by itself
 constexpr int STAGED_BYTES = 16 * PITCH * 4 + BIAS_BYTES;  // of a warp; two stages of bf16 take less
 
@@ -66,7 +66,8 @@ DEV void leave_lane_floats(float* to, int64_t pitch, const float (&v)[PIECE / 2]
   } else {
 #pragma unroll
     for (int k = 0; k < PIECE / 2; k++)
-      if (k / 2 % 2 * 8 < rest.rows && k / 4 * 8 + k % 2 < rest.cols) to[k / 2 % 2 * 8 * pitch + k / 4 * 8 + k % 2] = v[k];
+      if (k / 2 % 2 * 8 < rest.rows && k / 4 * 8 + k % 2 < rest.cols)
+        to[k / 2 % 2 * 8 * pitch + k / 4 * 8 + k % 2] = v[k];
   }
 }
 // Of a piece.
@@ -90,7 +91,8 @@ struct OldFloats {
     } else {
 #pragma unroll
       for (int k = 0; k < PIECE / 2; k++)
-        if (k / 2 % 2 * 8 < rest.rows && k / 4 * 8 + k % 2 < rest.cols) v[k] = from[k / 2 % 2 * 8 * pitch + k / 4 * 8 + k % 2];
+        if (k / 2 % 2 * 8 < rest.rows && k / 4 * 8 + k % 2 < rest.cols)
+          v[k] = from[k / 2 % 2 * 8 * pitch + k / 4 * 8 + k % 2];
     }
   }
   DEV float at(int k) const { return v[k]; }
@@ -109,7 +111,8 @@ DEV void stage_words(uint4* staged, int in, const float (&v)[PIECE / 2]) {
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const uint32_t words[4] = {pack_bf16(v[8 * half], v[8 * half + 1]), pack_bf16(v[8 * half + 2], v[8 * half + 3]),
-                               pack_bf16(v[8 * half + 4], v[8 * half + 5]), pack_bf16(v[8 * half + 6], v[8 * half + 7])};
+                               pack_bf16(v[8 * half + 4], v[8 * half + 5]),
+                               pack_bf16(v[8 * half + 6], v[8 * half + 7])};
     stmatrix_x4(staged + (in ^ 2 * half), words);
   }
 }
@@ -146,10 +149,14 @@ template <class F> DEV void join_each(uint4* staged, int in, const float (&v)[PI
 // That is what the activation was given, or, where there is none, what is added. The kind is looked at once.
 DEV void join_words(uint4* staged, int in, const float (&v)[PIECE / 2], int activation) {
   if (activation == ACTIVATION_NONE) join_each(staged, in, v, [](float d, float x) { return d + x; });
-  else if (activation == ACTIVATION_RELU) join_each(staged, in, v, [](float d, float x) { return through_activation(ACTIVATION_RELU, d, x); });
-  else if (activation == ACTIVATION_GELU_TANH) join_each(staged, in, v, [](float d, float x) { return through_activation(ACTIVATION_GELU_TANH, d, x); });
-  else if (activation == ACTIVATION_GELU_ERF) join_each(staged, in, v, [](float d, float x) { return through_activation(ACTIVATION_GELU_ERF, d, x); });
-  else if (activation == ACTIVATION_SILU) join_each(staged, in, v, [](float d, float x) { return through_activation(ACTIVATION_SILU, d, x); });
+  else if (activation == ACTIVATION_RELU)
+    join_each(staged, in, v, [](float d, float x) { return through_activation(ACTIVATION_RELU, d, x); });
+  else if (activation == ACTIVATION_GELU_TANH)
+    join_each(staged, in, v, [](float d, float x) { return through_activation(ACTIVATION_GELU_TANH, d, x); });
+  else if (activation == ACTIVATION_GELU_ERF)
+    join_each(staged, in, v, [](float d, float x) { return through_activation(ACTIVATION_GELU_ERF, d, x); });
+  else if (activation == ACTIVATION_SILU)
+    join_each(staged, in, v, [](float d, float x) { return through_activation(ACTIVATION_SILU, d, x); });
 }
 
 // What joins the sums by words: null where nothing does, or not so.
@@ -158,13 +165,15 @@ DEV const bf16* joins(const GemmEnd<bf16>& end) {
 }
 
 // One element after the other; a lane has a column. The bias is in the sums.
-DEV void leave_elements(const GemmEnd<bf16>& end, int lane, int row0, int col0, const float (&v)[PIECE / 2], float* staged) {
+DEV void leave_elements(const GemmEnd<bf16>& end, int lane, int row0, int col0, const float (&v)[PIECE / 2],
+                        float* staged) {
   __syncwarp();
 #pragma unroll
   for (int j = 0; j < PIECE / 8; j++)
 #pragma unroll
     for (int h = 0; h < 2; h++)
-      *reinterpret_cast<float2*>(staged + (lane / 4 + 8 * h) * PITCH + j * 8 + lane % 4 * 2) = make_float2(v[4 * j + 2 * h], v[4 * j + 2 * h + 1]);
+      *reinterpret_cast<float2*>(staged + (lane / 4 + 8 * h) * PITCH + j * 8 + lane % 4 * 2) =
+          make_float2(v[4 * j + 2 * h], v[4 * j + 2 * h + 1]);
   __syncwarp();
   if (col0 + lane >= end.n) return;
 #pragma unroll 1
@@ -179,7 +188,8 @@ DEV void take_piece(float (&v)[PIECE / 2], const float (&sums)[BLOCKS][HALF], co
 #pragma unroll
   for (int k = 0; k < PIECE / 2; k++) {
     v[k] = sums[I % BLOCKS][I / BLOCKS * PIECE / 2 + k] + bias.at(k);
-    if constexpr (IN_PLACE<Bias>) forget(v[k]); // else all pieces would be added at one place, and the sums copied there
+    if constexpr (IN_PLACE<Bias>)
+      forget(v[k]);  // else all pieces would be added at one place, and the sums copied there
   }
 }
 
@@ -194,10 +204,11 @@ template <int BLOCKS> struct Places {
   int pitch, in, out, bias;
 
   DEV Places(int64_t before, int pitch, Rest size, Rest first, int warp, int lane)
-      : at(before + first.rows * (int64_t)pitch + first.cols), rest{size.rows - first.rows, size.cols - first.cols}, pitch(pitch),
-        in(warp * (STAGED_BYTES / 16) + word_in(lane)), out(warp * (STAGED_BYTES / 16) + word_out(lane)),
+      : at(before + first.rows * (int64_t)pitch + first.cols), rest{size.rows - first.rows, size.cols - first.cols},
+        pitch(pitch), in(warp * (STAGED_BYTES / 16) + word_in(lane)), out(warp * (STAGED_BYTES / 16) + word_out(lane)),
         bias(first_bias(warp, lane)) {
-    forget(at), forget(rest.rows), forget(rest.cols), forget(in), forget(out), forget(bias); // else their parts, which are more, would be kept
+    forget(at), forget(rest.rows), forget(rest.cols), forget(in), forget(out),
+        forget(bias);  // else their parts, which are more, would be kept
   }
   DEV int64_t place(int piece) const { return at + (int64_t)(piece % BLOCKS * 64) * pitch + piece / BLOCKS * PIECE; }
   DEV Rest left(int piece) const { return {rest.rows - piece % BLOCKS * 64, rest.cols - piece / BLOCKS * PIECE}; }
@@ -207,7 +218,8 @@ template <int BLOCKS> struct Places {
 // A tile's sums, to an output of `size` from `first` on; what becomes of them is asked once, and each way out has a
 // loop of its own: sums take most registers, so that none keeps what another needs. As f32, with what is there already.
 template <int BLOCKS, int HALF>
-DEV void leave_added(float* to, int pitch, int add, const float (&sums)[BLOCKS][HALF], int warp, int lane, Rest size, Rest first) {
+DEV void leave_added(float* to, int pitch, int add, const float (&sums)[BLOCKS][HALF], int warp, int lane, Rest size,
+                     Rest first) {
   Places<BLOCKS> at(0, pitch, size, first + first_float(lane), warp, lane);
   forget(add);
 #pragma unroll 1
@@ -219,8 +231,8 @@ DEV void leave_added(float* to, int pitch, int add, const float (&sums)[BLOCKS][
 }
 // As f32, those of a part of k.
 template <class Out, int BLOCKS, int HALF>
-DEV void leave_part(const GemmEnd<Out>& end, int part, const float (&sums)[BLOCKS][HALF], const unsigned char* staged, int warp, int lane, Rest size,
-                    Rest first) {
+DEV void leave_part(const GemmEnd<Out>& end, int part, const float (&sums)[BLOCKS][HALF], const unsigned char* staged,
+                    int warp, int lane, Rest size, Rest first) {
   Places<BLOCKS> at(part * end.m * end.n, (int)end.n, size, first + first_float(lane), warp, lane);
 #pragma unroll 1
   for (int piece = 0; piece < BLOCKS * HALF * 2 / PIECE && at.left(piece).cols > 0; piece++) {
@@ -231,13 +243,14 @@ DEV void leave_part(const GemmEnd<Out>& end, int part, const float (&sums)[BLOCK
 }
 // By words, with what joins them.
 template <int BLOCKS, int HALF>
-DEV void leave_joined(const GemmEnd<bf16>& end, const bf16* from, const float (&sums)[BLOCKS][HALF], unsigned char* staged, int warp, int lane, Rest size,
-                      Rest first, int pieces) {
+DEV void leave_joined(const GemmEnd<bf16>& end, const bf16* from, const float (&sums)[BLOCKS][HALF],
+                      unsigned char* staged, int warp, int lane, Rest size, Rest first, int pieces) {
   uint4* stages = reinterpret_cast<uint4*>(staged);
   Places<BLOCKS> at(0, (int)end.pitch, size, first + first_word(lane), warp, lane);
   // Pieces take turns with two stages. The last one that is asked for is nothing.
   auto fetch = [&](int piece) {
-    if (piece < pieces) fetch_words(stages + piece % 2 * STAGE_WORDS, at.out, from + at.place(piece), at.pitch, at.left(piece));
+    if (piece < pieces)
+      fetch_words(stages + piece % 2 * STAGE_WORDS, at.out, from + at.place(piece), at.pitch, at.left(piece));
     cp_async_commit();
   };
   __syncwarp(); // the last tile's has left
@@ -259,8 +272,8 @@ DEV void leave_joined(const GemmEnd<bf16>& end, const bf16* from, const float (&
 }
 // By words, as they are.
 template <int BLOCKS, int HALF>
-DEV void leave_alone(const GemmEnd<bf16>& end, const float (&sums)[BLOCKS][HALF], unsigned char* staged, int warp, int lane, Rest size, Rest first,
-                     int pieces) {
+DEV void leave_alone(const GemmEnd<bf16>& end, const float (&sums)[BLOCKS][HALF], unsigned char* staged, int warp,
+                     int lane, Rest size, Rest first, int pieces) {
   uint4 *before = reinterpret_cast<uint4*>(staged), *after = before + STAGE_WORDS;
   Places<BLOCKS> at(0, (int)end.pitch, size, first + first_word(lane), warp, lane);
 #pragma unroll 1
@@ -278,23 +291,27 @@ DEV void leave_alone(const GemmEnd<bf16>& end, const float (&sums)[BLOCKS][HALF]
 }
 // One element after the other.
 template <int BLOCKS, int HALF>
-DEV void leave_singly(const GemmEnd<bf16>& end, const float (&sums)[BLOCKS][HALF], unsigned char* staged, int warp, int lane, Rest first, int pieces) {
+DEV void leave_singly(const GemmEnd<bf16>& end, const float (&sums)[BLOCKS][HALF], unsigned char* staged, int warp,
+                      int lane, Rest first, int pieces) {
 #pragma unroll 1
   for (int piece = 0; piece < pieces; piece++) {
     float v[PIECE / 2];
     take_piece<0>(v, sums, PieceBias<bf16>(staged, first_bias(warp, lane) + piece / BLOCKS * (PIECE / 2)), piece);
-    leave_elements(end, lane, first.rows + piece % BLOCKS * 64, first.cols + piece / BLOCKS * PIECE, v, reinterpret_cast<float*>(staged + warp * STAGED_BYTES));
+    leave_elements(end, lane, first.rows + piece % BLOCKS * 64, first.cols + piece / BLOCKS * PIECE, v,
+                   reinterpret_cast<float*>(staged + warp * STAGED_BYTES));
   }
 }
 
 template <int BLOCKS, int HALF>
-DEV void leave_tile(const GemmEnd<float>& end, int part, const float (&sums)[BLOCKS][HALF], unsigned char* staged, int warp, int lane, Rest first) {
+DEV void leave_tile(const GemmEnd<float>& end, int part, const float (&sums)[BLOCKS][HALF], unsigned char* staged,
+                    int warp, int lane, Rest first) {
   Rest size = {(int)end.m, (int)end.n};
   if (end.partials) leave_part(end, part, sums, staged, warp, lane, size, first);
   else leave_added(end.out, (int)end.pitch, end.addend != nullptr, sums, warp, lane, size, first);
 }
 template <int BLOCKS, int HALF>
-DEV void leave_tile(const GemmEnd<bf16>& end, int part, const float (&sums)[BLOCKS][HALF], unsigned char* staged, int warp, int lane, Rest first) {
+DEV void leave_tile(const GemmEnd<bf16>& end, int part, const float (&sums)[BLOCKS][HALF], unsigned char* staged,
+                    int warp, int lane, Rest first) {
   Rest size = {(int)end.m, (int)end.n};
   int pieces = BLOCKS * ((min(size.cols - first.cols, 2 * HALF) + PIECE - 1) / PIECE);
   if (end.partials) leave_part(end, part, sums, staged, warp, lane, size, first);
@@ -307,7 +324,8 @@ DEV void leave_tile(const GemmEnd<bf16>& end, int part, const float (&sums)[BLOC
 // the other from row0 on, and columns from col0 on. `end_of(0)`, for what differs of a part is its place, which
 // leave_part adds, and its bias, which is staged.
 template <int WARPS, int BLOCKS, int HALF, class End>
-DEV void leave_all(const float (&sums)[BLOCKS][HALF], const End& end_of, int part, unsigned char* staged, int row0, int col0) {
+DEV void leave_all(const float (&sums)[BLOCKS][HALF], const End& end_of, int part, unsigned char* staged, int row0,
+                   int col0) {
   uint32_t thread = thread_again();
   int lane = thread % 32, warp = thread / 32 - 4;
   leave_tile(end_of(0), part, sums, staged, warp, lane, {row0 + (warp & (WARPS - 1)) * 16, col0});

@@ -19,17 +19,20 @@ template <bool K_ROWS, int THREADS, bool RAGGED> struct MmaOperand {
   int shift; // of every word of this thread: they lie multiples of 16 bytes apart
   ShiftedWord held[RAGGED ? WORDS : 1];
 
-  DEV MmaOperand(const bf16* operand, int row0, int rows, int k0, int k_end, int row_pitch) : from(operand), pitch(row_pitch) {
+  DEV MmaOperand(const bf16* operand, int row0, int rows, int k0, int k_end, int row_pitch)
+      : from(operand), pitch(row_pitch) {
     int thread = threadIdx.x, row = K_ROWS ? thread / 4 : thread % 16 * 8, k = K_ROWS ? thread % 4 * 8 : thread / 16;
     rows_left = rows - row0 - row, k_left = k_end - k0 - k;
     at = operand + (K_ROWS ? (int64_t)(row0 + row) * pitch + k0 + k : (int64_t)(k0 + k) * pitch + row0 + row);
     shift = ShiftedWord::shift_of(at);
-    place = K_ROWS ? thread / 4 * 4 + (thread % 4 ^ thread / 8 % 4) : thread / 16 * 16 + (thread % 16 ^ thread / 16 % 8);
+    place =
+        K_ROWS ? thread / 4 * 4 + (thread % 4 ^ thread / 8 % 4) : thread / 16 * 16 + (thread % 16 ^ thread / 16 % 8);
   }
 
   // Bytes that are there of word i of the tile that lies `k_ahead` k before the next one.
   DEV int bytes(int i, int k_ahead) const {
-    int along_k = k_left + k_ahead, across = (K_ROWS ? rows_left : along_k) - i * APART, along = K_ROWS ? along_k : rows_left;
+    int along_k = k_left + k_ahead, across = (K_ROWS ? rows_left : along_k) - i * APART,
+        along = K_ROWS ? along_k : rows_left;
     return across > 0 ? 2 * max(0, min(along, 8)) : 0;
   }
 

@@ -39,14 +39,16 @@ template <int TILE_N> struct Work {
   DEV int index(int item) const { return (int)blockIdx.x + item * (int)gridDim.x; }
   // Steps of a block's items before this one: all parts but the last have as many.
   DEV int steps_before(int item) const {
-    int whole = tiles_m() * tiles_n() * (s.parts - 1), of_whole = min(item, max(0, (whole - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x));
+    int whole = tiles_m() * tiles_n() * (s.parts - 1),
+        of_whole = min(item, max(0, (whole - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x));
     return of_whole * (s.k_part / STEP) + (item - of_whole) * steps(s.parts - 1);
   }
   DEV int steps(int part) const { return (min(s.k - part * s.k_part, s.k_part) + STEP - 1) / STEP; }
 };
 
 // One step of an operand by its tensor map: `rows` of m or n from row0 on.
-template <bool K_ROWS> DEV void load_boxes(unsigned char* to, const CUtensorMap* map, int rows, int row0, int k0, uint64_t* full) {
+template <bool K_ROWS>
+DEV void load_boxes(unsigned char* to, const CUtensorMap* map, int rows, int row0, int k0, uint64_t* full) {
   if constexpr (K_ROWS) tma_load_2d(to, map, k0, row0, full);
   else for (int i = 0; i < rows / 64; i++) tma_load_2d(to + i * BOX_BYTES, map, row0 + 64 * i, k0, full);
 }
@@ -57,12 +59,15 @@ template <bool TRANSPOSED> struct Boxes {
   const CUtensorMap* map;
 
   DEV void prefetch() const { tma_prefetch_map(map); }
-  DEV void load(unsigned char* to, int row0, int k0, uint64_t* full) const { load_boxes<!TRANSPOSED>(to, map, TILE_M, row0, k0, full); }
+  DEV void load(unsigned char* to, int row0, int k0, uint64_t* full) const {
+    load_boxes<!TRANSPOSED>(to, map, TILE_M, row0, k0, full);
+  }
 };
 
 // What the first warpgroup does: fills the ring, tile after tile.
 template <int TILE_N, bool B_TRANSPOSED, class Left>
-DEV void produce(Ring<TILE_N>& ring, unsigned char* stages, const Left& a, const CUtensorMap* b, const Work<TILE_N>& work) {
+DEV void produce(Ring<TILE_N>& ring, unsigned char* stages, const Left& a, const CUtensorMap* b,
+                 const Work<TILE_N>& work) {
   typedef Ring<TILE_N> R;
   bool speaks = threadIdx.x == 0;
   if (Left::COPIED && !speaks) return;
@@ -87,14 +92,15 @@ DEV void produce(Ring<TILE_N>& ring, unsigned char* stages, const Left& a, const
 // The sums of a warpgroup's BLOCKS times 64 rows over one part of k; the first of them are block `block` of the tile.
 // When the last products are under way, one thread arrives at `after`, where that is not null.
 template <int TILE_N, int BLOCKS, bool A_TRANSPOSED, bool B_TRANSPOSED>
-DEV void multiply(float (&sums)[BLOCKS][TILE_N / 2], Ring<TILE_N>& ring, unsigned char* stages, Turn<Ring<TILE_N>::STAGES>& turn, int steps, int block,
-                  uint64_t* after) {
+DEV void multiply(float (&sums)[BLOCKS][TILE_N / 2], Ring<TILE_N>& ring, unsigned char* stages,
+                  Turn<Ring<TILE_N>::STAGES>& turn, int steps, int block, uint64_t* after) {
   typedef Ring<TILE_N> R;
   bool speaks = threadIdx.x % 128 == 0;
   int before = 0;
   for (int step = 0; step < steps; step++, turn.next()) {
     mbar_wait(&ring.full[turn.stage()], turn.parity());
-    const unsigned char *a = stages + turn.stage() * R::BYTES + block * BOX_BYTES, *b = stages + turn.stage() * R::BYTES + R::A_BYTES;
+    const unsigned char *a = stages + turn.stage() * R::BYTES + block * BOX_BYTES,
+                        *b = stages + turn.stage() * R::BYTES + R::A_BYTES;
     wgmma_fence();
 #pragma unroll
     for (int j = 0; j < STEP / 16; j++) {

@@ -11,7 +11,9 @@ template <> DEV bf16 from_float<bf16>(float x) { return __float2bfloat16(x); }
 DEV uint32_t pack_bf16(float low, float high) {
   return (uint32_t)__bfloat16_as_ushort(__float2bfloat16(high)) << 16 | __bfloat16_as_ushort(__float2bfloat16(low));
 }
-DEV float2 unpack_bf16(uint32_t pair) { return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u)); }
+DEV float2 unpack_bf16(uint32_t pair) {
+  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
+}
 
 // As many elements as one 16-byte access moves; a pointer to one must be 16-byte aligned.
 template <class T> struct alignas(16) Pack { static constexpr int N = 16 / sizeof(T); T x[N]; };
@@ -53,7 +55,12 @@ DEV Words random_words(const Now* now, uint32_t op, uint64_t block) {
 
 // graph::Activation, in its order; and what is added to a kind where its gradient is meant.
 enum Activation {
-  ACTIVATION_NONE = 0, ACTIVATION_RELU = 1, ACTIVATION_GELU_TANH = 2, ACTIVATION_GELU_ERF = 3, ACTIVATION_SILU = 4, ACTIVATION_GRAD = 5
+  ACTIVATION_NONE = 0,
+  ACTIVATION_RELU = 1,
+  ACTIVATION_GELU_TANH = 2,
+  ACTIVATION_GELU_ERF = 3,
+  ACTIVATION_SILU = 4,
+  ACTIVATION_GRAD = 5
 };
 
 // GELU's two forms of x P(x), in 7 to 15 instructions by the fast exponential, its factor log2(e) in the constants:
@@ -74,7 +81,8 @@ DEV float tanh_share(float x, float& rest) {
 DEV float normal_share(float x, float& bell) {
   bell = exp2_fast(-0.7213475204f * (x * x));
   float t = reciprocal_fast(1 + 0.3275911f * 0.7071067812f * fabsf(x));
-  float tail = 0.5f * bell * t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+  float tail = 0.5f * bell * t *
+               (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
   return x < 0 ? tail : 1 - tail;
 }
 

@@ -19,7 +19,9 @@ template <int N, class T> DEV void store_few(T* p, const Few<T, N>& v) {
     *reinterpret_cast<Few<T, N>*>(p) = v;
   }
 }
-template <int N, class T> DEV bool aligned_few(const T* p) { return reinterpret_cast<uintptr_t>(p) % (N * sizeof(T)) == 0; }
+template <int N, class T> DEV bool aligned_few(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % (N * sizeof(T)) == 0;
+}
 
 // Elements that an access of at most 16 bytes moves of either type.
 template <class A, class B = A> constexpr int FEW = 16 / (sizeof(A) > sizeof(B) ? sizeof(A) : sizeof(B));

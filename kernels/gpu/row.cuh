@@ -60,7 +60,8 @@ template <bool PACKED, class T> DEV uint4 load_words(const T* row, int p, int64_
     return words;
   }
 }
-template <bool PACKED, class T> DEV void store_words(T* row, const float (&from)[Pack<T>::N], int p, int64_t cols, int thread, int threads) {
+template <bool PACKED, class T>
+DEV void store_words(T* row, const float (&from)[Pack<T>::N], int p, int64_t cols, int thread, int threads) {
   if constexpr (PACKED) {
     int c = column_of<T, true>(p * Pack<T>::N, thread, threads);
     if (c < cols) store16(row + c, to_pack<T>(from));
@@ -90,7 +91,8 @@ template <class T, int C> struct Part {
 };
 
 // The f32 values that belong to the columns of a row of T.
-template <class T, bool PACKED, int C> DEV void store_floats(float* row, const float (&from)[C], int64_t cols, int thread, int threads) {
+template <class T, bool PACKED, int C>
+DEV void store_floats(float* row, const float (&from)[C], int64_t cols, int thread, int threads) {
   constexpr int STEP = PACKED ? Pack<float>::N : 1;
 #pragma unroll
   for (int i = 0; i < C; i += STEP) {
@@ -101,7 +103,8 @@ template <class T, bool PACKED, int C> DEV void store_floats(float* row, const f
   }
 }
 
-template <class T, bool PACKED, int C> DEV void load_floats(float (&to)[C], const float* row, int64_t cols, int thread, int threads) {
+template <class T, bool PACKED, int C>
+DEV void load_floats(float (&to)[C], const float* row, int64_t cols, int thread, int threads) {
   constexpr int STEP = PACKED ? Pack<float>::N : 1;
 #pragma unroll
   for (int i = 0; i < C; i += STEP) {
@@ -129,7 +132,8 @@ template <class T> struct Packs {
   // For two rows at once. Where they lie apart by other than a multiple of 16 bytes, packs of the one are none of the
   // other.
   DEV Packs(const T* row, const T* other, int cols) : Packs(row, cols) {
-    if ((reinterpret_cast<uintptr_t>(row) ^ reinterpret_cast<uintptr_t>(other)) & 15) head = cols, packs = 0, tail = cols;
+    if ((reinterpret_cast<uintptr_t>(row) ^ reinterpret_cast<uintptr_t>(other)) & 15)
+      head = cols, packs = 0, tail = cols;
   }
 };
 

@@ -12,7 +12,9 @@ DEV void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "m
 template <int N> DEV void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
 
 // Operands of the assembly: 8 accumulators, then multiples of them.
-#define WGMMA_D8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define WGMMA_D8(i)                                                                                                    \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]),          \
+      "+f"(d[i + 7])
 #define WGMMA_D16(i) WGMMA_D8(i), WGMMA_D8(i + 8)
 #define WGMMA_D32(i) WGMMA_D16(i), WGMMA_D16(i + 16)
 #define WGMMA_D48(i) WGMMA_D32(i), WGMMA_D16(i + 32)
@@ -38,18 +40,23 @@ template <int N> DEV void wgmma_wait() { asm volatile("wgmma.wait_group.sync.ali
   "%120,%121,%122,%123,%124,%125,%126,%127"
 
 // One product. The predicate is set from `accumulate`; 1, 1 are the signs of a and b.
-#define WGMMA_FROM_SHARED(N, HALF, ACCUMULATE, A, B, A_MAJOR, B_MAJOR)                                                                  \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #ACCUMULATE ", 0;\n"                                                               \
-               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" WGMMA_NAMES##HALF "}, "                                     \
-               "%" #A ", %" #B ", p, 1, 1, %" #A_MAJOR ", %" #B_MAJOR ";\n}"                                                            \
-               : WGMMA_D##HALF(0) : "l"(a), "l"(b), "r"(accumulate), "n"(A_MN), "n"(B_MN))
-#define WGMMA_FROM_REGISTERS(N, HALF, ACCUMULATE, A0, A1, A2, A3, B, B_MAJOR)                                                           \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #ACCUMULATE ", 0;\n"                                                               \
-               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" WGMMA_NAMES##HALF "}, "                                     \
-               "{%" #A0 ",%" #A1 ",%" #A2 ",%" #A3 "}, %" #B ", p, 1, 1, %" #B_MAJOR ";\n}"                                             \
-               : WGMMA_D##HALF(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(B_MN))
+#define WGMMA_FROM_SHARED(N, HALF, ACCUMULATE, A, B, A_MAJOR, B_MAJOR)                                                 \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #ACCUMULATE ", 0;\n"                                               \
+               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" WGMMA_NAMES##HALF                          \
+               "}, "                                                                                                   \
+               "%" #A ", %" #B ", p, 1, 1, %" #A_MAJOR ", %" #B_MAJOR ";\n}"                                           \
+               : WGMMA_D##HALF(0)                                                                                      \
+               : "l"(a), "l"(b), "r"(accumulate), "n"(A_MN), "n"(B_MN))
+#define WGMMA_FROM_REGISTERS(N, HALF, ACCUMULATE, A0, A1, A2, A3, B, B_MAJOR)                                          \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #ACCUMULATE ", 0;\n"                                               \
+               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" WGMMA_NAMES##HALF                          \
+               "}, "                                                                                                   \
+               "{%" #A0 ",%" #A1 ",%" #A2 ",%" #A3 "}, %" #B ", p, 1, 1, %" #B_MAJOR ";\n}"                            \
+               : WGMMA_D##HALF(0)                                                                                      \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(B_MN))
 
-template <int N, int A_MN = 0, int B_MN = 0> DEV void wgmma_64xNx16(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {
+template <int N, int A_MN = 0, int B_MN = 0>
+DEV void wgmma_64xNx16(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {
   static_assert(N == 64 || N == 96 || N == 128 || N == 192 || N == 224 || N == 256, "a width that has no wrapper");
   if constexpr (N == 64) WGMMA_FROM_SHARED(64, 32, 34, 32, 33, 35, 36);
   if constexpr (N == 96) WGMMA_FROM_SHARED(96, 48, 50, 48, 49, 51, 52);
@@ -58,7 +65,8 @@ template <int N, int A_MN = 0, int B_MN = 0> DEV void wgmma_64xNx16(float (&d)[N
   if constexpr (N == 224) WGMMA_FROM_SHARED(224, 112, 114, 112, 113, 115, 116);
   if constexpr (N == 256) WGMMA_FROM_SHARED(256, 128, 130, 128, 129, 131, 132);
 }
-template <int N, int B_MN = 0> DEV void wgmma_64xNx16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+template <int N, int B_MN = 0>
+DEV void wgmma_64xNx16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) {
   static_assert(N == 64 || N == 96 || N == 128 || N == 192 || N == 224 || N == 256, "a width that has no wrapper");
   if constexpr (N == 64) WGMMA_FROM_REGISTERS(64, 32, 37, 32, 33, 34, 35, 36, 38);
   if constexpr (N == 96) WGMMA_FROM_REGISTERS(96, 48, 53, 48, 49, 50, 51, 52, 54);
@@ -67,4 +75,6 @@ template <int N, int B_MN = 0> DEV void wgmma_64xNx16(float (&d)[N / 2], const u
   if constexpr (N == 224) WGMMA_FROM_REGISTERS(224, 112, 117, 112, 113, 114, 115, 116, 118);
   if constexpr (N == 256) WGMMA_FROM_REGISTERS(256, 128, 133, 128, 129, 130, 131, 132, 134);
 }
-DEV void wgmma_64x64x16(float (&d)[32], uint64_t a, uint64_t b, int accumulate) { wgmma_64xNx16<64>(d, a, b, accumulate); }
+DEV void wgmma_64x64x16(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
+  wgmma_64xNx16<64>(d, a, b, accumulate);
+}
