@@ -164,14 +164,16 @@ pub fn busiest(lanes: impl Iterator<Item = (LaneId, f64)>) -> (LaneId, f64) {
     lanes.fold(none, |most, lane| if lane.1 > most.1 { lane } else { most })
 }
 
+/// Steps that a prediction simulates, and those of them until the lanes have settled into their rhythm.
+const PREDICTED_STEPS: u64 = 7;
+const WARM_STEPS: u64 = 3;
+
 /// Predicts a steady step of `plan` by running the executor on a simulated device.
 ///
 /// # Errors
 /// When the plan stalls: our own bug.
 pub fn predict(model: &Arc<Model>, plan: &Arc<Plan>, cost: &CostModel, clip: bool) -> Result<Prediction> {
-    /// Steps until the lanes have settled into their rhythm, and steps that are averaged.
-    const WARM: u64 = 3;
-    const MEASURED: u64 = 4;
+    const MEASURED: u64 = PREDICTED_STEPS - WARM_STEPS;
     let disk = disk_bytes_per_sec(std::iter::once(plan.as_ref()), cost);
     let device = Box::new(SimDevice::new(vec![cost.clone()]).with_disk(disk));
     let mut engine = Engine::new(Arc::clone(model), Arc::clone(plan), device, EngineOptions::new(0, model));
@@ -179,15 +181,15 @@ pub fn predict(model: &Arc<Model>, plan: &Arc<Plan>, cost: &CostModel, clip: boo
     let mut busy = vec![0.0; engine.device.lanes().len()];
     let (mut step_secs, mut bound) = (0.0, Bound::default());
     let mut begun = 0;
-    for step in 0..WARM + MEASURED {
-        while begun < WARM + MEASURED && engine.steps_in_flight(0) < 2 {
+    for step in 0..PREDICTED_STEPS {
+        while begun < PREDICTED_STEPS && engine.steps_in_flight(0) < 2 {
             let inputs = vec![&[][..]; model.train.inputs.len()];
             let clip = clip.then_some(1.0);
             engine.begin_step(0, &StepInput { step: begun, inputs, loss_scale: 1.0, rule, clip })?;
             begun += 1;
         }
         let result = engine.wait_step(0)?;
-        if step >= WARM {
+        if step >= WARM_STEPS {
             step_secs += result.secs / MEASURED as f64;
             bound.add(&result.bound);
             let sums = engine.step_lane_sums().iter();
@@ -199,23 +201,40 @@ pub fn predict(model: &Arc<Model>, plan: &Arc<Plan>, cost: &CostModel, clip: boo
     Ok(Prediction { step_secs, bound_secs, busiest, bound: bound.mean(MEASURED as f64) })
 }
 
-/// Plans a model that has a device to itself: of the candidates the one with the shortest predicted step, with as many
-/// updates of what visits on the device as make it shortest.
+/// Units of steps that [`plan_alone`] simulates, at most; but the few best by estimate are tried in any case.
+const TRIED_UNITS: usize = 100_000;
+const TRIED_ANYWAY: usize = 6;
+
+/// Plans a model that has a device to itself: of the plans that may be the fastest the one with the shortest predicted
+/// step, with as many updates of what visits on the device as make it shortest.
 ///
 /// # Errors
 /// As [`Plan::new`].
 pub fn plan_alone(model: &Arc<Model>, options: &PlanOptions, cost: &CostModel) -> Result<Arc<Plan>> {
-    let mut candidates = Plan::candidates(model, options, cost)?.into_iter().map(Arc::new);
-    let first = candidates.next().expect("planning gives at least one plan, or an error");
+    let best = alone(model, options, cost)?;
+    Ok(Arc::new(Arc::unwrap_or_clone(best).own(model, options.recompute)))
+}
+
+/// [`plan_alone`]'s plan, of stand-ins.
+fn alone(model: &Arc<Model>, options: &PlanOptions, cost: &CostModel) -> Result<Arc<Plan>> {
+    let mut sketches: Vec<Arc<Plan>> = Plan::sketches(model, options, cost)?.into_iter().map(Arc::new).collect();
+    let first = Arc::clone(&sketches[0]);
     let told = options.visiting_updates.is_some();
-    if candidates.len() == 0 && (told || first.choice.visiting_updates == 0) {
+    if sketches.len() == 1 && (told || first.choice.visiting_updates == 0) {
         return Ok(first);
     }
+    let mut units = 0;
+    let few_units = sketches.iter().take_while(|plan| {
+        units += PREDICTED_STEPS as usize * (2 * plan.shards.len() - 1) * model.microbatches;
+        units <= TRIED_UNITS
+    });
+    let tried = few_units.count().max(TRIED_ANYWAY);
+    sketches.truncate(tried);
     let secs = |plan: &Arc<Plan>| Ok(predict(model, plan, cost, options.clips)?.step_secs);
-    let (mut best, mut least) = (Arc::clone(&first), secs(&first)?);
     // The first is the smaller, where they are as fast.
     let is_shorter = |secs: f64, least: f64| secs < 0.999 * least;
-    for plan in candidates {
+    let (mut best, mut least) = (Arc::clone(&first), f64::INFINITY);
+    for plan in sketches {
         let secs = secs(&plan)?;
         if is_shorter(secs, least) {
             (best, least) = (plan, secs);
@@ -232,8 +251,8 @@ pub fn plan_alone(model: &Arc<Model>, options: &PlanOptions, cost: &CostModel) -
             if next == 0 || next > best.shards.len() - best.choice.resting {
                 break;
             }
-            let Ok(mut plan) = Plan::new(model, &the_same(&best, next, options), cost) else { break };
-            plan.smallest_device_bytes = first.smallest_device_bytes;
+            let Ok(mut sketches) = Plan::sketches(model, &the_same(&best, next, options), cost) else { break };
+            let plan = Plan { smallest_device_bytes: first.smallest_device_bytes, ..sketches.swap_remove(0) };
             let plan = Arc::new(plan);
             let secs = secs(&plan)?;
             if !is_shorter(secs, least) {

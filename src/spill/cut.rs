@@ -2,18 +2,19 @@
 
 use std::ops::Range;
 
-/// Cuts layers of the given weights into exactly `shards` stretches such that the heaviest is as light as can be; among
-/// those, each stretch from the front takes as little as it may. `shards` is clamped to 1..=layers.
+/// Cuts layers of the given weights into exactly `shards` stretches such that the heaviest is as light as can be, and
+/// the others are as even as that leaves them. `shards` is clamped to 1..=layers.
 pub fn balanced(weights: &[f64], shards: usize) -> Vec<Range<usize>> {
     Balanced::new(weights, shards).cut(shards)
 }
 
-/// The cuts that [`balanced`] makes into any number of shards up to some, which are found together.
+/// The cuts that [`balanced`] makes into any number of shards up to some.
 #[derive(Clone, Debug)]
 pub struct Balanced {
-    /// `[k][i]`: where the first stretch ends when the layers from i on are cut into k.
-    first_end: Vec<Vec<usize>>,
-    layers: usize,
+    /// Weights of the layers before each, and of all.
+    sums: Vec<f64>,
+    /// The heaviest stretch of a cut into k.
+    heaviest: Vec<f64>,
 }
 
 impl Balanced {
@@ -25,37 +26,59 @@ impl Balanced {
         for (i, w) in weights.iter().enumerate() {
             sums[i + 1] = sums[i] + w;
         }
-        let mut first_end = vec![vec![layers; layers + 1]; most + 1];
+        let mut heaviest = vec![0.0; most + 1];
         // The heaviest stretch when the layers from i on are cut into k - 1, and into k.
+        let mut before = vec![f64::INFINITY; layers + 1];
+        before[layers] = 0.0;
+        for (k, heaviest) in heaviest.iter_mut().enumerate().skip(1) {
+            let mut best = vec![f64::INFINITY; layers + 1];
+            for i in 0..layers {
+                for end in i + 1..=layers - (k - 1).min(layers - i - 1) {
+                    best[i] = best[i].min((sums[end] - sums[i]).max(before[end]));
+                }
+            }
+            *heaviest = best[0];
+            before = best;
+        }
+        Balanced { sums, heaviest }
+    }
+
+    /// The cut into `shards`, which is clamped to what there is: of those without a heavier stretch than need be the one
+    /// with the least sum of squares, for where one layer outweighs all others, as a large table does, they are to be
+    /// even too.
+    pub fn cut(&self, shards: usize) -> Vec<Range<usize>> {
+        let layers = self.sums.len() - 1;
+        let shards = shards.clamp(1, self.heaviest.len() - 1);
+        let most = self.heaviest[shards];
+        // `[k][i]`: where the first stretch ends when the layers from i on are cut into k.
+        let mut first_end = vec![vec![layers; layers + 1]; shards + 1];
         let mut before = vec![f64::INFINITY; layers + 1];
         before[layers] = 0.0;
         for (k, first_end) in first_end.iter_mut().enumerate().skip(1) {
             let mut best = vec![f64::INFINITY; layers + 1];
             for i in 0..layers {
-                for end in i + 1..=layers - (k - 1).min(layers - i - 1) {
-                    let heaviest = (sums[end] - sums[i]).max(before[end]);
-                    if heaviest < best[i] {
-                        best[i] = heaviest;
-                        first_end[i] = end;
+                for end in i + 1..=layers {
+                    let weight = self.sums[end] - self.sums[i];
+                    if weight > most {
+                        break;
+                    }
+                    let squares = weight * weight + before[end];
+                    if squares < best[i] {
+                        (best[i], first_end[i]) = (squares, end);
                     }
                 }
             }
             before = best;
+            debug_assert!(k < shards || before[0].is_finite() || layers == 0, "the heaviest is one that there is");
         }
-        Balanced { first_end, layers }
-    }
-
-    /// The cut into `shards`, which is clamped to what there is.
-    pub fn cut(&self, shards: usize) -> Vec<Range<usize>> {
         let mut at = 0;
-        let shards = shards.clamp(1, self.first_end.len() - 1);
         let ends = (1..=shards).rev().map(|k| {
             let start = at;
-            at = self.first_end[k][at];
+            at = first_end[k][at];
             start..at
         });
         let cut = ends.collect();
-        debug_assert_eq!(at, self.layers);
+        debug_assert_eq!(at, layers);
         cut
     }
 }
@@ -70,6 +93,9 @@ mod tests {
         assert_eq!(balanced(&[1.0, 1.0, 1.0, 1.0], 2), [0..2, 2..4]);
         assert_eq!(balanced(&[5.0, 1.0, 1.0, 1.0], 2), [0..1, 1..4]);
         assert_eq!(balanced(&[1.0, 2.0], 9), [0..1, 1..2]);
+        assert_eq!(balanced(&[0.0, 0.0, 0.0], 2), [0..1, 1..3]);
+        // Beside a table that outweighs all layers, and another.
+        assert_eq!(balanced(&[9.0, 1.0, 1.0, 1.0, 1.0, 8.0], 4), [0..1, 1..3, 3..5, 5..6]);
     }
 
     proptest! {
@@ -80,6 +106,9 @@ mod tests {
             let shards = shards.min(weights.len());
             let heaviest = |cut: &[Range<usize>]| {
                 cut.iter().map(|r| weights[r.clone()].iter().sum::<f64>()).fold(0.0, f64::max)
+            };
+            let squares = |cut: &[Range<usize>]| {
+                cut.iter().map(|r| weights[r.clone()].iter().sum::<f64>().powi(2)).sum::<f64>()
             };
             let ours = balanced(&weights, shards);
             prop_assert_eq!(ours.len(), shards);
@@ -93,6 +122,7 @@ mod tests {
                     if i == weights.len() || mask >> (i - 1) & 1 == 1 { cut.push(start..i); start = i; }
                 }
                 prop_assert!(heaviest(&ours) <= heaviest(&cut));
+                prop_assert!(heaviest(&ours) < heaviest(&cut) || squares(&ours) <= squares(&cut));
             }
         }
     }

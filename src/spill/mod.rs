@@ -5,6 +5,7 @@ mod cut;
 mod estimate;
 mod fleet;
 mod fleet_plan;
+mod found;
 mod homes;
 mod memory;
 mod model;

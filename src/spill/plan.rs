@@ -3,10 +3,11 @@
 //!
 //! A plan never decides a bit of the result, only time and bytes.
 
+use super::found::Found;
 use super::homes::{HomeBudgets, Homes, choose_homes, no_home};
 use super::memory::{ArenaMap, Choice};
 use super::model::Model;
-use super::search::{Found, Search};
+use super::search::Search;
 use super::shard::ShardPrograms;
 use super::store::{HostMap, OnDisk, host_map, pieces_of};
 use crate::base::{Error, Result, format_bytes};
@@ -129,29 +130,24 @@ impl Plan {
         Ok(Plan::sketch(model, options, cost)?.own(model, options.recompute))
     }
 
-    /// The fastest plan of each kind that may be the fastest of all, that of [`Plan::new`] first.
-    ///
-    /// # Errors
-    /// As [`Plan::new`].
-    pub fn candidates(model: &Model, options: &PlanOptions, cost: &CostModel) -> Result<Vec<Plan>> {
-        let sketches = Plan::sketches(model, options, cost)?;
-        Ok(sketches.into_iter().map(|sketch| sketch.own(model, options.recompute)).collect())
-    }
-
     /// The plan of [`Plan::new`], of stand-ins, to compare with others.
     pub(super) fn sketch(model: &Model, options: &PlanOptions, cost: &CostModel) -> Result<Plan> {
         Ok(Plan::sketches(model, options, cost)?.swap_remove(0))
     }
 
-    /// The candidates, of stand-ins; at least one.
-    fn sketches(model: &Model, options: &PlanOptions, cost: &CostModel) -> Result<Vec<Plan>> {
+    /// The plans that may be the fastest of all, that of [`Plan::new`] first; of stand-ins, for a simulated device alone
+    /// until they are [`Plan::own`]. At least one.
+    ///
+    /// # Errors
+    /// As [`Plan::new`].
+    pub(crate) fn sketches(model: &Model, options: &PlanOptions, cost: &CostModel) -> Result<Vec<Plan>> {
         if options.slots == 0 {
             return Err(Error::bad("slots is 0; at least 1 is needed"));
         }
         let mut search = Search::new(model, options, cost);
         search.run()?;
-        let candidates = search.take_candidates();
-        let Search { smallest, homeless, diskless, .. } = search;
+        let Search { fastest, smallest, homeless, diskless, .. } = search;
+        let candidates = fastest.into_candidates();
         let smallest = smallest.expect("every model has the cut into its layers, and each cut a smallest choice");
         let needs = smallest.arena.bytes;
         let budgets = HomeBudgets { host: options.host_budget, disk: options.disk_budget };
@@ -178,7 +174,7 @@ impl Plan {
     }
 
     /// A sketch with its shards' own programs.
-    pub(super) fn own(mut self, model: &Model, recompute: Recompute) -> Plan {
+    pub(crate) fn own(mut self, model: &Model, recompute: Recompute) -> Plan {
         let sizes = |s: &ShardPrograms| [s.boundary_bytes, s.workspace_bytes(), s.input_bytes(), s.slot_bytes()];
         for shard in &mut self.shards {
             let layers = shard.layout.layers.clone();

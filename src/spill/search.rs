@@ -6,56 +6,20 @@
 use super::cut::Balanced;
 use super::estimate::{chain_secs, estimate_anywhere_secs, estimate_secs};
 use super::fleet::anywhere_map;
+use super::found::{FEW_PIECES, Fastest, Found};
 use super::memory::{ArenaMap, BoundaryTier, Choice, VisitBytes, arena_map, bytes_at_rest, resting_counts};
 use super::model::Model;
-use super::plan::{Plan, PlanOptions, Recompute};
+use super::plan::{PlanOptions, Recompute};
 use super::shard::ShardPrograms;
 use super::stand_in::{Shards, Timed};
 use super::store::{OnDisk, host_map};
 use crate::base::{Error, Result};
 use crate::device::sim::CostModel;
-use std::cmp::Ordering;
 use std::collections::HashSet;
 use std::ops::Range;
 
-/// Estimates are taken to be no further than this times from the truth: a plan of another kind that is slower by more
-/// is not looked at again.
-const CLOSE: f64 = 1.5;
-
-/// Pieces of state for each gradient slot where there is no room for all of a shard's: one that comes, one in use, one
-/// that leaves.
-const FEW_PIECES: usize = 3;
-
-/// A choice that the search has looked at.
-#[derive(Clone)]
-pub struct Found {
-    shards: Shards,
-    choice: Choice,
-    /// The device's arena.
-    pub arena: ArenaMap,
-    estimated_secs: f64,
-    /// What is to be small: those seconds, and those by which its chain and its longest unit are too long.
-    rank_secs: f64,
-}
-
-impl Found {
-    /// The plan, of stand-ins.
-    pub fn plan(self, model: &Model, options: &PlanOptions, smallest_device_bytes: u64) -> Plan {
-        debug_assert_eq!(self.arena, map(model, &self.shards.programs, &self.choice, options));
-        Plan {
-            host: host_map(model, &self.shards.programs, &self.choice, options.moments),
-            shards: self.shards.programs,
-            choice: self.choice,
-            arena: self.arena,
-            moments: options.moments,
-            smallest_device_bytes,
-            estimated_secs: self.estimated_secs,
-        }
-    }
-}
-
 /// The arena that a plan of these shards would have.
-fn map(model: &Model, shards: &[ShardPrograms], choice: &Choice, options: &PlanOptions) -> ArenaMap {
+pub(super) fn map(model: &Model, shards: &[ShardPrograms], choice: &Choice, options: &PlanOptions) -> ArenaMap {
     match options.anywhere {
         None => arena_map(model, shards, choice, options.moments),
         Some(_) => anywhere_map(model, shards, choice, options.moments),
@@ -70,9 +34,8 @@ pub struct Search<'a> {
     shards: Timed<'a>,
     /// Of the cut that is looked at.
     visits: Vec<VisitBytes>,
-    /// The fastest that fits, of each kind: boundary tensors on the device or in host memory, updates of what visits by
-    /// the host alone or with the state coming in few pieces or in all. Estimates are truest among plans of one kind.
-    best: [Option<Found>; 6],
+    /// The fastest that fit.
+    pub fastest: Fastest,
     /// Of those that fit on the device and have no home for their state: the one that needs the least host memory with
     /// the disk as it is, and how much that is.
     pub homeless: Option<(u64, Found)>,
@@ -91,7 +54,7 @@ impl<'a> Search<'a> {
             cost,
             shards: Timed::new(model, cost),
             visits: Vec::new(),
-            best: Default::default(),
+            fastest: Fastest::new(options.recompute),
             homeless: None,
             diskless: None,
             smallest: None,
@@ -284,8 +247,7 @@ impl<'a> Search<'a> {
         false
     }
 
-    /// Keeps a plan if it is the best so far. What fits whole is left at rest, with the fewest shards; else the fastest
-    /// wins, and among equals the one with fewer shards, then fewer bytes.
+    /// Looks at a choice, and at what follows from it.
     fn offer(&mut self, shards: &Shards, choice: &Choice) {
         self.offer_one(shards, choice);
         self.offer_resting(shards, choice);
@@ -328,50 +290,9 @@ impl<'a> Search<'a> {
             return;
         }
         let found = found(arena);
-        let updates = match (choice.visiting_updates, choice.update_pieces) {
-            (0, _) => 0,
-            (_, FEW_PIECES) => 1,
-            _ => 2,
-        };
-        let kind = 2 * updates
-            + usize::from(choice.activations == BoundaryTier::Device && choice.gradients == BoundaryTier::Device);
-        if self.best[kind].as_ref().is_some_and(|best| self.order(&found, best).is_ge()) {
-            return;
+        if self.fastest.wants(&found) && self.has_home(&found) {
+            self.fastest.keep(found);
         }
-        if self.has_home(&found) {
-            self.best[kind] = Some(found);
-        }
-    }
-
-    /// Whether all its state is at home on the device, and nothing is computed twice that need not be.
-    fn is_at_rest(&self, found: &Found) -> bool {
-        let shards = &found.shards.programs;
-        let recomputes = shards[..shards.len() - 1].iter().any(|s| !s.kept);
-        found.choice.resident && (!recomputes || self.options.recompute == Recompute::Always)
-    }
-
-    /// Which of two plans is to be had: less is better.
-    fn order(&self, a: &Found, b: &Found) -> Ordering {
-        let rank = |found: &Found| match self.is_at_rest(found) {
-            true => (0, found.shards.programs.len()),
-            false => (1, 0),
-        };
-        let sizes = |found: &Found| (found.shards.programs.len(), found.arena.bytes);
-        // Estimates this close are the same.
-        let apart = a.rank_secs / b.rank_secs.max(1e-12) - 1.0;
-        let by_secs = if apart.abs() < 1e-3 { Ordering::Equal } else { apart.total_cmp(&0.0) };
-        rank(a).cmp(&rank(b)).then(by_secs).then(sizes(a).cmp(&sizes(b)))
-    }
-
-    /// The best of each kind that might be the fastest, the best by estimates first; none where none fits.
-    pub fn take_candidates(&mut self) -> Vec<Found> {
-        let mut found: Vec<Found> = self.best.iter_mut().filter_map(Option::take).collect();
-        found.sort_by(|a, b| self.order(a, b));
-        let Some(best) = found.first() else { return found };
-        let (alone, most_secs) = (self.is_at_rest(best), CLOSE * best.estimated_secs);
-        let mut first = true;
-        found.retain(|found| std::mem::take(&mut first) || !alone && found.estimated_secs <= most_secs);
-        found
     }
 
     /// The same with some shards at rest: as many as fit, and as many as take the fewest bytes.
@@ -419,7 +340,7 @@ impl<'a> Search<'a> {
         }
         // Nothing can be gained on what already takes no longer than this arithmetic.
         let arithmetic = self.model.microbatches as f64 * shards.secs.iter().flatten().sum::<f64>();
-        if self.best.iter().flatten().any(|best| best.estimated_secs < 1.02 * arithmetic) {
+        if self.fastest.is_below(1.02 * arithmetic) {
             return;
         }
         let n = shards.programs.len();

@@ -1,0 +1,151 @@
+//! What a search has found, and which of it is to be had.
+
+use super::memory::{ArenaMap, BoundaryTier, Choice};
+use super::model::Model;
+use super::plan::{Plan, PlanOptions, Recompute};
+use super::search::map;
+use super::stand_in::Shards;
+use super::store::host_map;
+use std::cmp::Ordering;
+
+/// Plans of each kind that are kept: estimates tell cuts apart by a few percent, and the executor can look at so many.
+const OF_A_KIND: usize = 8;
+
+/// Estimates are taken to be no further than this times from the truth: a plan that is slower by more is not looked at
+/// again.
+const CLOSE: f64 = 1.5;
+
+/// Pieces of state for each gradient slot where there is no room for all of a shard's: one that comes, one in use, one
+/// that leaves.
+pub(super) const FEW_PIECES: usize = 3;
+
+/// A choice that the search has looked at.
+#[derive(Clone)]
+pub struct Found {
+    /// Its shards.
+    pub shards: Shards,
+    /// Where state lives.
+    pub choice: Choice,
+    /// The device's arena.
+    pub arena: ArenaMap,
+    /// Estimated seconds of a step.
+    pub estimated_secs: f64,
+    /// What is to be small: those seconds, and those by which its chain and its longest unit are too long.
+    pub rank_secs: f64,
+}
+
+impl Found {
+    /// The plan, of stand-ins.
+    pub fn plan(self, model: &Model, options: &PlanOptions, smallest_device_bytes: u64) -> Plan {
+        debug_assert_eq!(self.arena, map(model, &self.shards.programs, &self.choice, options));
+        Plan {
+            host: host_map(model, &self.shards.programs, &self.choice, options.moments),
+            shards: self.shards.programs,
+            choice: self.choice,
+            arena: self.arena,
+            moments: options.moments,
+            smallest_device_bytes,
+            estimated_secs: self.estimated_secs,
+        }
+    }
+
+    /// Boundary tensors on the device or in host memory, updates of what visits by the host alone or with the state
+    /// coming in few pieces or in all. Estimates are truest among plans of one kind.
+    fn kind(&self) -> usize {
+        let updates = match (self.choice.visiting_updates, self.choice.update_pieces) {
+            (0, _) => 0,
+            (_, FEW_PIECES) => 1,
+            _ => 2,
+        };
+        let on_device = |tier| tier == BoundaryTier::Device;
+        2 * updates + usize::from(on_device(self.choice.activations) && on_device(self.choice.gradients))
+    }
+
+    /// Its shards, and the bytes of its arena.
+    fn sizes(&self) -> (usize, u64) {
+        (self.shards.programs.len(), self.arena.bytes)
+    }
+
+    fn has_cut_of(&self, other: &Found) -> bool {
+        let cut = |found: &Found| found.shards.programs.iter().map(|s| s.layout.layers.clone()).collect::<Vec<_>>();
+        cut(self) == cut(other)
+    }
+}
+
+/// The fastest found, by estimate: of each kind a few, each of another cut.
+pub struct Fastest {
+    recompute: Recompute,
+    kinds: [Vec<Found>; 6],
+}
+
+impl Fastest {
+    /// Of plans that recompute so.
+    pub fn new(recompute: Recompute) -> Fastest {
+        Fastest { recompute, kinds: Default::default() }
+    }
+
+    /// Whether a plan is one of them, so far.
+    pub fn wants(&self, found: &Found) -> bool {
+        let kept = &self.kinds[found.kind()];
+        match kept.iter().find(|other| other.has_cut_of(found)) {
+            Some(twin) => self.order(found, twin).is_lt(),
+            None => kept.len() < OF_A_KIND || kept.last().is_some_and(|last| self.order(found, last).is_lt()),
+        }
+    }
+
+    /// Keeps a plan that it [`Fastest::wants`].
+    pub fn keep(&mut self, found: Found) {
+        let mut kept = std::mem::take(&mut self.kinds[found.kind()]);
+        kept.retain(|other| !other.has_cut_of(&found));
+        let place = kept.partition_point(|other| self.exact_order(other, &found).is_le());
+        let kind = found.kind();
+        kept.insert(place, found);
+        kept.truncate(OF_A_KIND);
+        self.kinds[kind] = kept;
+    }
+
+    /// Whether one of them takes less than these seconds.
+    pub fn is_below(&self, secs: f64) -> bool {
+        self.kinds.iter().flatten().any(|found| found.estimated_secs < secs)
+    }
+
+    /// Those that might be the fastest of all, the best by estimate first.
+    pub fn into_candidates(self) -> Vec<Found> {
+        let mut all: Vec<&Found> = self.kinds.iter().flatten().collect();
+        all.sort_by(|a, b| self.exact_order(a, b));
+        let best = all.iter().copied().reduce(|best, found| if self.order(found, best).is_lt() { found } else { best });
+        let Some(best) = best else { return Vec::new() };
+        let (alone, most_secs) = (self.is_at_rest(best), CLOSE * best.estimated_secs);
+        let is_close =
+            |found: &&Found| !alone && found.estimated_secs <= most_secs && !std::ptr::eq::<Found>(*found, best);
+        std::iter::once(best).chain(all.iter().copied().filter(is_close)).cloned().collect()
+    }
+
+    /// Whether all its state is at home on the device, and nothing is computed twice that need not be.
+    fn is_at_rest(&self, found: &Found) -> bool {
+        let shards = &found.shards.programs;
+        let recomputes = shards[..shards.len() - 1].iter().any(|s| !s.kept);
+        found.choice.resident && (!recomputes || self.recompute == Recompute::Always)
+    }
+
+    /// Which of two plans is to be had: less is better. What fits whole is left at rest, with the fewest shards; else
+    /// the fastest wins, and of two that are as fast the one with fewer shards, then fewer bytes.
+    fn order(&self, a: &Found, b: &Found) -> Ordering {
+        let apart = a.rank_secs / b.rank_secs.max(1e-12) - 1.0;
+        match self.rank(a).cmp(&self.rank(b)) {
+            Ordering::Equal if apart.abs() < 1e-3 => a.sizes().cmp(&b.sizes()),
+            Ordering::Equal => apart.total_cmp(&0.0),
+            unequal => unequal,
+        }
+    }
+
+    /// The same with seconds as they are, to sort by.
+    fn exact_order(&self, a: &Found, b: &Found) -> Ordering {
+        let by_secs = a.rank_secs.total_cmp(&b.rank_secs);
+        self.rank(a).cmp(&self.rank(b)).then(by_secs).then(a.sizes().cmp(&b.sizes()))
+    }
+
+    fn rank(&self, found: &Found) -> (bool, usize) {
+        if self.is_at_rest(found) { (false, found.shards.programs.len()) } else { (true, 0) }
+    }
+}
