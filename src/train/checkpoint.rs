@@ -12,6 +12,7 @@ use crate::base::{Error, Result, Shape};
 use crate::engine::{Engine, Stored};
 use crate::nn::safely::write_safely;
 use crate::spill::Model;
+use crc32fast::Hasher;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -37,6 +38,8 @@ const OF_NO_ACCOUNT: [&str; 6] =
     ["id2label", "initializer_range", "n_inner", "position_embedding_type", "problem_type", "reorder_and_upcast_attn"];
 /// The key of whether the model had come to its end.
 const ENDED: &str = "ended";
+/// The file's last tensor: the CRC-32 of all bytes before it, as the bits of one I32.
+const CHECKSUM: &str = "checksum";
 /// Keys of the optimizer on which it depends what the moments are.
 const KIND: &str = "optimizer.kind";
 const MOMENTUM: &str = "optimizer.momentum";
@@ -165,19 +168,24 @@ fn write(path: &Path, engine: &Engine, of: usize, options: &TrainOptions, (step,
     metadata.extend(options.network.clone().map(|network| (NETWORK, network)));
     metadata.extend(options.data.iter().cloned());
     let tensors = parts.iter().map(|(name, shape, _)| (name.as_str(), Element::F32, shape.axes()));
-    let header = header(&metadata, tensors);
+    let header = header(&metadata, tensors.chain([(CHECKSUM, Element::I32, &[1][..])]));
     write_safely(path, |out| {
-        out.write_all(&header)?;
+        let mut sum = Hasher::new();
+        let mut write = |bytes: &[u8]| {
+            sum.update(bytes);
+            out.write_all(bytes)
+        };
+        write(&header)?;
         for (_, _, part) in &parts {
             let values = match *part {
                 Part::Parameter(what, i) => engine.read_parameter(of, what, i).map_err(std::io::Error::other)?,
                 Part::State(i) => engine.read_state(of, i).map_err(std::io::Error::other)?,
             };
-            for value in values {
-                out.write_all(&value.to_le_bytes())?;
+            for some in values.chunks(1 << 16) {
+                write(&some.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>())?;
             }
         }
-        Ok(())
+        out.write_all(&sum.finalize().to_le_bytes())
     })
 }
 
@@ -275,17 +283,39 @@ impl Checkpoint {
                 return Err(self.fault(format!("tensor {name}: is {found} {element}, the job's model has {shape} F32")));
             }
         }
-        if self.index.entries().len() > parts.len() {
-            let known = |name: &str| parts.iter().any(|(part, _, _)| part == name);
+        let known = |name: &str| name == CHECKSUM || parts.iter().any(|(part, _, _)| part == name);
+        if self.index.entries().iter().any(|e| !known(&e.name)) {
             let extra = self.index.entries().iter().find(|e| !known(&e.name)).map_or("?", |e| &e.name);
             return Err(self.fault(format!("tensor {extra}: the job's model has no such tensor")));
         }
         // What the tensors do not tell. Checkpoints from before they said it know of no difference.
-        match (self.index.metadata().get(NETWORK), &options.network) {
-            (Some(found), Some(want)) => network_change(found, want).map_or(Ok(()), |(key, was, is)| {
-                Err(self.fault(format!("config.{key} is {was} in the checkpoint, {is} in the job")))
-            }),
-            _ => Ok(()),
+        if let (Some(found), Some(want)) = (self.index.metadata().get(NETWORK), &options.network)
+            && let Some((key, was, is)) = network_change(found, want)
+        {
+            return Err(self.fault(format!("config.{key} is {was} in the checkpoint, {is} in the job")));
+        }
+        self.check_sum()
+    }
+
+    /// Whether all bytes are those that were written. Checkpoints from before they had a checksum are taken as they are.
+    fn check_sum(&self) -> Result<()> {
+        let Some(entry) = self.index.get(CHECKSUM) else { return Ok(()) };
+        let io = |e| Error::io("read", &self.path, e);
+        let (mut file, mut sum) = (&self.file, Hasher::new());
+        let mut bytes = vec![0; 1 << 18];
+        let mut left = entry.start_bytes;
+        file.seek(SeekFrom::Start(0)).map_err(io)?;
+        while left > 0 {
+            let some = &mut bytes[..left.min(1 << 18) as usize];
+            file.read_exact(some).map_err(io)?;
+            sum.update(some);
+            left -= some.len() as u64;
+        }
+        let mut written = [0; 4];
+        file.read_exact(&mut written).map_err(io)?;
+        match sum.finalize() == u32::from_le_bytes(written) {
+            true => Ok(()),
+            false => Err(self.fault("is damaged: its bytes are not those that were written, by its checksum".into())),
         }
     }
 

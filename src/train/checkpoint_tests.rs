@@ -103,13 +103,48 @@ fn sgd(momentum: f64) -> Optimizer {
     Optimizer::Sgd { lr: 0.1, momentum, nesterov: false, weight_decay: 0.0 }
 }
 
-/// A checkpoint in bytes, with its header changed.
+/// A checkpoint in bytes, with its header changed and its checksum right.
 fn with_header(bytes: &[u8], change: impl Fn(&mut Value)) -> Vec<u8> {
     let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
     let mut header: Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
     change(&mut header);
     let header = header.to_string().into_bytes();
-    [&(header.len() as u64).to_le_bytes()[..], &header, &bytes[8 + length..]].concat()
+    let summed = &bytes[8 + length..bytes.len() - 4];
+    let changed = [&(header.len() as u64).to_le_bytes()[..], &header, summed].concat();
+    let sum = crc32fast::hash(&changed).to_le_bytes();
+    [&changed[..], &sum].concat()
+}
+
+#[test]
+fn whatever_byte_is_damaged_it_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("checkpoint.safetensors");
+    let engine = engine(3);
+    write_checkpoint(&path, &engine, 0, &options(), 3).unwrap();
+    let whole = std::fs::read(&path).unwrap();
+    let refused = |what: &str| match Checkpoint::open(&path) {
+        Err(error) => error,
+        Ok(None) => panic!("{what}: no checkpoint"),
+        Ok(Some(checkpoint)) => match checkpoint.check(&options(), engine.model(0)) {
+            Err(error) => error,
+            Ok(()) => panic!("{what}: taken"),
+        },
+    };
+    let mut by_sum = 0;
+    for at in 0..whole.len() {
+        let mut bytes = whole.clone();
+        bytes[at] ^= 1 << (at % 8);
+        std::fs::write(&path, bytes).unwrap();
+        let error = refused(&format!("byte {at}"));
+        assert_eq!(error.exit_code(), 2, "byte {at}: {error}");
+        by_sum += usize::from(error.to_string().contains("checkpoint.safetensors: is damaged"));
+    }
+    // The step's number and all weights, at the least.
+    assert!(by_sum > 4 * engine.model(0).train.parameter_elems(), "{by_sum}");
+    // One from before there was a checksum.
+    let without = with_header(&whole, |header| _ = header.as_object_mut().unwrap().remove(CHECKSUM));
+    std::fs::write(&path, &without[..without.len() - 4]).unwrap();
+    Checkpoint::open(&path).unwrap().unwrap().check(&options(), engine.model(0)).unwrap();
 }
 
 #[test]
