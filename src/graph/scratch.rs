@@ -75,7 +75,7 @@ fn norm_bytes(sums: usize, rows: usize, cols: usize) -> u64 {
 /// Positions from which on a plane of a batch normalization is summed by itself.
 const LARGE_PLANE: usize = 256;
 
-/// Elements of a plane that a warp of `kernels/batchnorm.cu` takes at a time.
+/// Elements of a plane that a warp of `kernels/gpu/batchnorm.cuh` takes at a time.
 pub const PLANE_PIECE: usize = 8192;
 
 /// How the sums of a batch normalization of (images, channels, positions) are divided.

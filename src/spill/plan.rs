@@ -282,6 +282,7 @@ fn refusal(model: &Model, smallest: &Plan, options: &PlanOptions) -> Error {
     let advice = [
         ("fewer slots", options.slots > 1),
         ("a smaller microbatch", samples > Some(1)),
+        ("a smaller loss_rows", !model.train.loss_parts.is_empty()),
         ("recompute = \"auto\"", options.recompute != Recompute::Auto),
     ];
     let advice: Vec<&str> = advice.into_iter().filter(|(_, is_other)| *is_other).map(|(what, _)| what).collect();
