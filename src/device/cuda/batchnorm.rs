@@ -1,4 +1,5 @@
-//! Launches of `kernels/batchnorm.cu` and `kernels/batchnorm_grad.cu`: partial sums, a kernel that joins them, an elementwise pass.
+//! Launches of `kernels/batchnorm.cu` and `batchnorm_grad.cu`: partial sums, a kernel that joins them, an elementwise
+//! pass.
 
 use super::launch::{Launch, Ptr};
 use super::operands::{Operands, pick};
@@ -152,10 +153,8 @@ mod tests {
 
     #[test]
     fn kernels_have_the_same_sizes() {
-        let source = concat!(
-            include_str!("../../../kernels/gpu/batchnorm.cuh"),
-            include_str!("../../../kernels/batchnorm.cu")
-        );
+        let source =
+            concat!(include_str!("../../../kernels/gpu/batchnorm.cuh"), include_str!("../../../kernels/batchnorm.cu"));
         assert!(source.contains(&format!("constexpr int TILE = {COLUMN_TILE};")));
         assert!(source.contains(&format!("constexpr int PIECE = {PLANE_PIECE};")));
         assert!(source.contains(&format!("constexpr int FLAT_PIECE = {FLAT_PIECE};")));
