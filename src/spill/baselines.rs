@@ -33,11 +33,6 @@ impl Baseline {
         ("gpipe", Baseline::Gpipe),
         ("task-parallel", Baseline::TaskParallel),
     ];
-
-    /// The baseline of this name.
-    pub fn by_name(name: &str) -> Option<Baseline> {
-        Baseline::NAMES.iter().find(|(known, _)| *known == name).map(|(_, baseline)| *baseline)
-    }
 }
 
 /// Models placed for a baseline.
