@@ -67,7 +67,8 @@ const fn conv(channels: usize, side: usize, out: usize, kernel: usize, stride: u
 }
 
 /// Model and place, and what stands there. GPT-2 at 8 x 1024 tokens (norms and losses of `peers.py` at 16 x 1024),
-/// BERT-large at 32 x 512, ViT-B at 64 x 197, Llama 1B at 4 x 2048, ResNet-50 at 128 images of 224 x 224.
+/// BERT-large at 32 x 512, ViT-B at 64 x 197, Llama 1B at 4 x 2048, ResNet-50 at 128 images of 224 x 224; parts
+/// of a head at 2048 rows.
 const TABLE: &[(&str, Spec)] = &[
     ("square/1024", linear(1024, 1024, 1024, Plain, OutIn)),
     ("square/4096", linear(4096, 4096, 4096, Plain, OutIn)),
@@ -80,6 +81,7 @@ const TABLE: &[(&str, Spec)] = &[
     ("gpt2_124m/down joined", Spec::Joined { rows: 8192, inputs: 3072, outputs: 768 }),
     ("gpt2_124m/head", linear(8192, 768, 50257, Plain, OutIn)),
     ("gpt2_124m/head padded", linear(8192, 768, 50304, Plain, OutIn)),
+    ("gpt2_124m/head padded, a part", linear(2048, 768, 50304, Plain, OutIn)),
     ("gpt2_1558m/qkv", linear(8192, 1600, 4800, Plain, InOut)),
     ("gpt2_1558m/up", linear(8192, 1600, 6400, GeluTanh, InOut)),
     ("gpt2_1558m/down", linear(8192, 6400, 1600, Plain, InOut)),
@@ -87,6 +89,7 @@ const TABLE: &[(&str, Spec)] = &[
     ("vit_b/up", linear(12608, 768, 3072, GeluErf, OutIn)),
     ("llama_1b/up", linear(8192, 2048, 8192, Plain, OutIn)),
     ("llama_1b/down", linear(8192, 8192, 2048, Plain, OutIn)),
+    ("llama_1b/head, a part", linear(2048, 2048, 128_256, Plain, OutIn)),
     ("gpt2_124m/attention", attention(16, 12, 12, 1024, 64, true)),
     ("gpt2_1558m/attention", attention(8, 25, 25, 1024, 64, true)),
     ("bert_large/attention", attention(32, 16, 16, 512, 64, false)),
