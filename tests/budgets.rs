@@ -6,9 +6,10 @@ use common::stated;
 use hydra::base::{DType, Error, Result};
 use hydra::data::names;
 use hydra::device::sim::CostModel;
+use hydra::engine::{SimulateOptions, plan_alone, predict, simulate};
 use hydra::nn::{InputShape, from_config};
 use hydra::spill::{
-    Baseline, FleetDevice, FleetMap, FleetModel, HomeBudgets, Model, Placed, Plan, PlanOptions, Recompute,
+    Baseline, FleetDevice, FleetMap, FleetModel, Home, HomeBudgets, Model, Placed, Plan, PlanOptions, Recompute,
     place_baseline, plan_anywhere, plan_at_home, plan_fleet, plan_pipelined,
 };
 use hydra::train::{TrainOptions, trace_model};
@@ -305,5 +306,47 @@ fn a_pipeline_that_memory_allows_is_one_in_what_is_named_too() {
     for budget in [needs, needs + needs / 5, 2 * needs] {
         let fine = plan(Some(budget)).expect("enough").expect("a model that bounds the makespan");
         assert_eq!(fine.smallest_device_bytes, needs, "{budget} bytes");
+    }
+}
+
+/// What is predicted of a step is what a long run comes to, with updates that wait for the norm and go on beside the next
+/// step too, and never below the work of one lane.
+#[test]
+fn a_predicted_step_is_that_of_a_long_run() {
+    for clips in [false, true] {
+        for (slots, visiting_updates) in [(2, 0), (2, 3), (3, 8), (1, 0)] {
+            let cost = CostModel { host_update_bytes_per_sec: 5e9, ..CostModel::stated(1e12, 1e11, 2e9) };
+            let options = PlanOptions {
+                slots,
+                clips,
+                moments: 2,
+                resident: Some(false),
+                visiting_updates: Some(visiting_updates),
+                ..PlanOptions::default()
+            };
+            let model = gpt([64, 4, 6], 300, 32, 8, 2);
+            let plan = plan_alone(&model, &options, &cost).expect("a plan");
+            let predicted = predict(&model, &plan, &cost, clips).expect("a prediction");
+            let home = Home::On(vec![0; plan.shards.len()]);
+            let placed = [Placed { model, plan, home, line: 0 }];
+            let secs = |steps: u64| {
+                let options = SimulateOptions {
+                    steps: vec![steps],
+                    clips: vec![clips],
+                    costs: vec![cost.clone()],
+                    shared_bytes_per_sec: None,
+                    arena_bytes: Vec::new(),
+                    policy: None,
+                    units: slots,
+                    lines: Vec::new(),
+                    recorder: None,
+                };
+                simulate(&placed, options).expect("nothing fails").makespan_secs
+            };
+            let (steady, what) = ((secs(40) - secs(20)) / 20.0, format!("{clips} {slots} {visiting_updates}"));
+            let apart = predicted.step_secs / steady - 1.0;
+            assert!(apart.abs() < 0.01, "{what}: {predicted:?}, {steady}");
+            assert!(predicted.bound_secs <= 1.001 * predicted.step_secs, "{what}: {predicted:?}");
+        }
     }
 }

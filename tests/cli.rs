@@ -692,10 +692,11 @@ fn a_run_goes_on_with_another_learning_rate_and_says_so() {
         .bad(&["m/checkpoint.safetensors", "optimizer.momentum is 0.9"]);
     on(&["model.1.steps=5", "model.1.optimizer={ kind = 'sgd' }"])
         .bad(&["n/checkpoint.safetensors", "optimizer.kind is adamw"]);
-    let ran = on(&["model.0.lr=0.5", "model.1.lr=0.002", "model.1.steps=5", "model.2.steps=6"]).fine();
+    let rows = "model.1.loss_rows=8";
+    let ran = on(&["model.0.lr=0.5", "model.1.lr=0.002", "model.1.steps=5", "model.2.steps=6", rows]).fine();
     assert_eq!(
         ran.err,
-        "warning: n: goes on from step 3 with other settings than before: optimizer.lr = 0.002 (was 0.001)\n",
+        "warning: n: goes on from step 3 with other settings than before: optimizer.lr = 0.002 (was 0.001), loss_rows = 8 (was none)\n",
     );
     let rows = read_rows(&job.at("runs/job/n/metrics.jsonl")).expect("rows");
     let rates = rows.iter().filter_map(|row| if let Row::Step(row) = row { Some(row.lr) } else { None });
@@ -942,6 +943,8 @@ fn bad_jobs() {
         ("model.0.data={ text = 'job.toml', tokenizer = 't.json', context = 8 }", "data.tokenizer"),
         ("model.0.valid={ fraction = 0.5 }", "valid.fraction"),
         ("model.0.microbatch=3", "does not divide"),
+        ("model.0.loss_rows=0", "job.toml: model.0.loss_rows: "),
+        ("model.0.loss_rows=0.5", "job.toml: model.0.loss_rows: "),
     ] {
         job.hydra(&["train", "--set", set]).bad(&[says]);
         assert!(!job.at("runs").exists(), "{set}");
@@ -951,6 +954,9 @@ fn bad_jobs() {
     Job::fixture("vit")
         .hydra(&["plan", "--set", text])
         .bad(&["job.toml: model.0.data.text: the model takes images, not text"]);
+    Job::fixture("vit")
+        .hydra(&["plan", "--set", "model.0.loss_rows=64"])
+        .bad(&["job.toml: model.0.loss_rows: is for models over tokens; leave it out"]);
     // A vocabulary that does not fit would be told first.
     let missing = "model.0.data={ text = 'none.txt', tokenizer = 'bytes', context = 16 }";
     job.hydra(&["train", "--set", missing, "--set", "model.0.config.vocab_size=256"]).bad(&["none.txt: no such file"]);

@@ -10,6 +10,7 @@ use crate::spill::{
     ArenaMap, BoundaryTier, FleetMap, Home, Model, OnDisk, Placed, Plan, PlanOptions, ShardPrograms, update_state_bytes,
 };
 use crate::trace::{Bound, LaneSum, Recorder};
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
@@ -173,6 +174,11 @@ const WARM_STEPS: u64 = 3;
 /// # Errors
 /// When the plan stalls: our own bug.
 pub fn predict(model: &Arc<Model>, plan: &Arc<Plan>, cost: &CostModel, clip: bool) -> Result<Prediction> {
+    Ok(predict_counted(model, plan, cost, clip)?.0)
+}
+
+/// [`predict`], and how many tasks that took.
+fn predict_counted(model: &Arc<Model>, plan: &Arc<Plan>, cost: &CostModel, clip: bool) -> Result<(Prediction, u64)> {
     const MEASURED: u64 = PREDICTED_STEPS - WARM_STEPS;
     let disk = disk_bytes_per_sec(std::iter::once(plan.as_ref()), cost);
     let device = Box::new(SimDevice::new(vec![cost.clone()]).with_disk(disk));
@@ -182,7 +188,8 @@ pub fn predict(model: &Arc<Model>, plan: &Arc<Plan>, cost: &CostModel, clip: boo
     let (mut step_secs, mut bound) = (0.0, Bound::default());
     let mut begun = 0;
     for step in 0..PREDICTED_STEPS {
-        while begun < PREDICTED_STEPS && engine.steps_in_flight(0) < 2 {
+        // The last of them too has a next one beside it.
+        while begun <= PREDICTED_STEPS && engine.steps_in_flight(0) < 2 {
             let inputs = vec![&[][..]; model.train.inputs.len()];
             let clip = clip.then_some(1.0);
             engine.begin_step(0, &StepInput { step: begun, inputs, loss_scale: 1.0, rule, clip })?;
@@ -198,12 +205,12 @@ pub fn predict(model: &Arc<Model>, plan: &Arc<Plan>, cost: &CostModel, clip: boo
     }
     let lanes = engine.device.lanes().iter().copied();
     let (busiest, bound_secs) = busiest(lanes.zip(busy));
-    Ok(Prediction { step_secs, bound_secs, busiest, bound: bound.mean(MEASURED as f64) })
+    let prediction = Prediction { step_secs, bound_secs, busiest, bound: bound.mean(MEASURED as f64) };
+    Ok((prediction, engine.queue.added()))
 }
 
-/// Units of steps that [`plan_alone`] simulates, at most; but the few best by estimate are tried in any case.
-const TRIED_UNITS: usize = 100_000;
-const TRIED_ANYWAY: usize = 6;
+/// Tasks after which [`plan_alone`] simulates no other plan: about a second's. Two plans are tried in any case.
+const TRIED_TASKS: u64 = 1_000_000;
 
 /// Plans a model that has a device to itself: of the plans that may be the fastest the one with the shortest predicted
 /// step, with as many updates of what visits on the device as make it shortest.
@@ -217,24 +224,28 @@ pub fn plan_alone(model: &Arc<Model>, options: &PlanOptions, cost: &CostModel) -
 
 /// [`plan_alone`]'s plan, of stand-ins.
 fn alone(model: &Arc<Model>, options: &PlanOptions, cost: &CostModel) -> Result<Arc<Plan>> {
-    let mut sketches: Vec<Arc<Plan>> = Plan::sketches(model, options, cost)?.into_iter().map(Arc::new).collect();
+    let sketches: Vec<Arc<Plan>> = Plan::sketches(model, options, cost)?.into_iter().map(Arc::new).collect();
     let first = Arc::clone(&sketches[0]);
     let told = options.visiting_updates.is_some();
     if sketches.len() == 1 && (told || first.choice.visiting_updates == 0) {
         return Ok(first);
     }
-    let mut units = 0;
-    let few_units = sketches.iter().take_while(|plan| {
-        units += PREDICTED_STEPS as usize * (2 * plan.shards.len() - 1) * model.microbatches;
-        units <= TRIED_UNITS
-    });
-    let tried = few_units.count().max(TRIED_ANYWAY);
-    sketches.truncate(tried);
-    let secs = |plan: &Arc<Plan>| Ok(predict(model, plan, cost, options.clips)?.step_secs);
-    // The first is the smaller, where they are as fast.
-    let is_shorter = |secs: f64, least: f64| secs < 0.999 * least;
+    let tasks = Cell::new(0);
+    let secs = |plan: &Arc<Plan>| -> Result<f64> {
+        let (prediction, added) = predict_counted(model, plan, cost, options.clips)?;
+        tasks.set(tasks.get() + added);
+        Ok(prediction.step_secs)
+    };
+    let is_enough = || tasks.get() > TRIED_TASKS;
+    // The first is the smaller, where they are as fast; what is all at rest is not given up for little.
+    let at_rest = first.choice.resident && first.shards.iter().rev().skip(1).all(|s| s.kept);
+    let enough = if at_rest { 0.95 } else { 0.999 };
+    let is_shorter = |secs: f64, least: f64| secs < enough * least;
     let (mut best, mut least) = (Arc::clone(&first), f64::INFINITY);
-    for plan in sketches {
+    for (i, plan) in sketches.into_iter().enumerate() {
+        if i >= 2 && is_enough() {
+            break;
+        }
         let secs = secs(&plan)?;
         if is_shorter(secs, least) {
             (best, least) = (plan, secs);
@@ -248,7 +259,7 @@ fn alone(model: &Arc<Model>, options: &PlanOptions, cost: &CostModel) -> Result<
         loop {
             let updates = best.choice.visiting_updates;
             let next = if up { updates + 1 } else { updates - 1 };
-            if next == 0 || next > best.shards.len() - best.choice.resting {
+            if next == 0 || next > best.shards.len() - best.choice.resting || is_enough() {
                 break;
             }
             let Ok(mut sketches) = Plan::sketches(model, &the_same(&best, next, options), cost) else { break };

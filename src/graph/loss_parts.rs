@@ -28,8 +28,8 @@ fn rows_wanted(float: DType, cols: usize) -> usize {
     }
 }
 
-/// Splits the loss of a finished graph into parts of at most [`Graph::loss_rows`] rows, rounded up to a multiple of 8,
-/// where it is the cross-entropy of a linear layer's output that nothing else reads. Call it last, after
+/// Splits the loss of a finished graph into even parts of at most [`Graph::loss_rows`] rows, in multiples of 8, where it
+/// is the cross-entropy of a linear layer's output that nothing else reads. Call it last, after
 /// [`super::differentiate`] where that is called.
 pub fn split_loss(graph: &mut Graph) {
     let Some(Found { product, logits, backward }) = find(graph) else { return };

@@ -15,6 +15,9 @@ const OF_A_KIND: usize = 8;
 /// again.
 const CLOSE: f64 = 1.5;
 
+/// The share of an estimate below which a plan is looked at beside one that leaves all state at rest.
+const REST: f64 = 0.95;
+
 /// Pieces of state for each gradient slot where there is no room for all of a shard's: one that comes, one in use, one
 /// that leaves.
 pub(super) const FEW_PIECES: usize = 3;
@@ -115,9 +118,10 @@ impl Fastest {
         all.sort_by(|a, b| self.exact_order(a, b));
         let best = all.iter().copied().reduce(|best, found| if self.order(found, best).is_lt() { found } else { best });
         let Some(best) = best else { return Vec::new() };
-        let (alone, most_secs) = (self.is_at_rest(best), CLOSE * best.estimated_secs);
-        let is_close =
-            |found: &&Found| !alone && found.estimated_secs <= most_secs && !std::ptr::eq::<Found>(*found, best);
+        let alone = self.is_at_rest(best);
+        // What is at rest is left so, but where the host's help is worth more: it updates beside the arithmetic.
+        let most_secs = if alone { REST * best.estimated_secs } else { CLOSE * best.estimated_secs };
+        let is_close = |found: &&Found| found.estimated_secs <= most_secs && !std::ptr::eq::<Found>(*found, best);
         std::iter::once(best).chain(all.iter().copied().filter(is_close)).cloned().collect()
     }
 

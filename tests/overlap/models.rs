@@ -130,7 +130,8 @@ pub fn run_simulated(model: &Arc<Model>, plan: &Arc<Plan>, cost: &CostModel, cli
     let mut steady = Steady { secs: 0.0, busy: Vec::new() };
     let mut begun = 0;
     for step in 0..WARM + MEASURED {
-        while begun < WARM + MEASURED && engine.steps_in_flight(0) < 2 {
+        // The last of them too has a next one beside it.
+        while begun <= WARM + MEASURED && engine.steps_in_flight(0) < 2 {
             let inputs = vec![&[][..]; model.train.inputs.len()];
             let rule = rule(plan.moments, begun + 1);
             let input = StepInput { step: begun, inputs, loss_scale: 1.0, rule, clip };

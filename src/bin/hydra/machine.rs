@@ -254,6 +254,10 @@ pub fn machine(file: &str, job: &Job) -> Result<Machine> {
             cost.h2d_bytes_per_sec = if sim { link } else { cost.h2d_bytes_per_sec.min(link) };
             cost.d2h_bytes_per_sec = if sim { link } else { cost.d2h_bytes_per_sec.min(link) };
         }
+        // What all devices share none has more of.
+        let most = job.host.link.unwrap_or(f64::INFINITY);
+        device.cost.h2d_bytes_per_sec = device.cost.h2d_bytes_per_sec.min(most);
+        device.cost.d2h_bytes_per_sec = device.cost.d2h_bytes_per_sec.min(most);
         device.cost.disk_bytes_per_sec = job.host.disk.as_ref().and_then(|disk| disk.link);
         device
     };

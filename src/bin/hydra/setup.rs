@@ -233,6 +233,9 @@ pub fn prepare(job: &Job, i: usize, texts: &Texts) -> Result<Prepared> {
     options.seed = job.run.seed;
     options.batch = model.batch;
     options.microbatch = microbatch(job, model)?;
+    if model.loss_rows.is_some() && network.labels().vocab.is_none() {
+        return Err(model.fault("loss_rows", "is for models over tokens; leave it out"));
+    }
     options.loss_rows = model.loss_rows;
     check_frozen(network, model)?;
     options.frozen = model.frozen.clone();
