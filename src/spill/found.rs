@@ -1,9 +1,10 @@
 //! What a search has found, and which of it is to be had.
 
-use super::memory::{ArenaMap, BoundaryTier, Choice};
+use super::fleet::anywhere_map;
+use super::memory::{ArenaMap, BoundaryTier, Choice, arena_map};
 use super::model::Model;
 use super::plan::{Plan, PlanOptions, Recompute};
-use super::search::map;
+use super::shard::ShardPrograms;
 use super::stand_in::Shards;
 use super::store::host_map;
 use std::cmp::Ordering;
@@ -21,6 +22,14 @@ const REST: f64 = 0.95;
 /// Pieces of state for each gradient slot where there is no room for all of a shard's: one that comes, one in use, one
 /// that leaves.
 pub(super) const FEW_PIECES: usize = 3;
+
+/// The arena that a plan of these shards would have.
+pub(super) fn arena_of(model: &Model, shards: &[ShardPrograms], choice: &Choice, options: &PlanOptions) -> ArenaMap {
+    match options.anywhere {
+        None => arena_map(model, shards, choice, options.moments),
+        Some(_) => anywhere_map(model, shards, choice, options.moments),
+    }
+}
 
 /// A choice that the search has looked at.
 #[derive(Clone)]
@@ -40,7 +49,7 @@ pub struct Found {
 impl Found {
     /// The plan, of stand-ins.
     pub fn plan(self, model: &Model, options: &PlanOptions, smallest_device_bytes: u64) -> Plan {
-        debug_assert_eq!(self.arena, map(model, &self.shards.programs, &self.choice, options));
+        debug_assert_eq!(self.arena, arena_of(model, &self.shards.programs, &self.choice, options));
         Plan {
             host: host_map(model, &self.shards.programs, &self.choice, options.moments),
             shards: self.shards.programs,

@@ -5,9 +5,8 @@
 
 use super::cut::Balanced;
 use super::estimate::{chain_secs, estimate_anywhere_secs, estimate_secs};
-use super::fleet::anywhere_map;
-use super::found::{FEW_PIECES, Fastest, Found};
-use super::memory::{ArenaMap, BoundaryTier, Choice, VisitBytes, arena_map, bytes_at_rest, resting_counts};
+use super::found::{FEW_PIECES, Fastest, Found, arena_of};
+use super::memory::{BoundaryTier, Choice, VisitBytes, arena_map, bytes_at_rest, resting_counts};
 use super::model::Model;
 use super::plan::{PlanOptions, Recompute};
 use super::shard::ShardPrograms;
@@ -17,14 +16,6 @@ use crate::base::{Error, Result};
 use crate::device::sim::CostModel;
 use std::collections::HashSet;
 use std::ops::Range;
-
-/// The arena that a plan of these shards would have.
-pub(super) fn map(model: &Model, shards: &[ShardPrograms], choice: &Choice, options: &PlanOptions) -> ArenaMap {
-    match options.anywhere {
-        None => arena_map(model, shards, choice, options.moments),
-        Some(_) => anywhere_map(model, shards, choice, options.moments),
-    }
-}
 
 /// One search, and what it has found so far.
 pub struct Search<'a> {
@@ -260,7 +251,7 @@ impl<'a> Search<'a> {
     }
 
     fn offer_one(&mut self, shards: &Shards, choice: &Choice) {
-        let arena = map(self.model, &shards.programs, choice, self.options);
+        let arena = arena_of(self.model, &shards.programs, choice, self.options);
         // The smallest must not depend on the budget, as what a mixed plan keeps does.
         let keeps = |s: &ShardPrograms| s.kept;
         let inner = &shards.programs[..shards.programs.len() - 1];
@@ -307,7 +298,7 @@ impl<'a> Search<'a> {
         let at_rest = bytes_at_rest(&self.visits);
         // What rests alone may be too much already.
         let within = |search: &Self, resting: usize, most: u64| {
-            let map = || map(search.model, &shards.programs, &with(resting), options);
+            let map = || arena_of(search.model, &shards.programs, &with(resting), options);
             at_rest[resting] <= most && map().bytes <= most
         };
         let starts = resting_counts(&self.visits, choice);
