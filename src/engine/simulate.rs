@@ -237,17 +237,16 @@ fn alone(model: &Arc<Model>, options: &PlanOptions, cost: &CostModel) -> Result<
         Ok(prediction.step_secs)
     };
     let is_enough = || tasks.get() > TRIED_TASKS;
-    // The first is the smaller, where they are as fast; what is all at rest is not given up for little.
-    let at_rest = first.choice.resident && first.shards.iter().rev().skip(1).all(|s| s.kept);
-    let enough = if at_rest { 0.95 } else { 0.999 };
-    let is_shorter = |secs: f64, least: f64| secs < enough * least;
+    // The first is the smaller, where they are as fast; what is all on the device is not given up for little.
+    let is_shorter =
+        |secs: f64, best: &Plan, least: f64| secs < if best.choice.resident { 0.95 } else { 0.999 } * least;
     let (mut best, mut least) = (Arc::clone(&first), f64::INFINITY);
     for (i, plan) in sketches.into_iter().enumerate() {
         if i >= 2 && is_enough() {
             break;
         }
         let secs = secs(&plan)?;
-        if is_shorter(secs, least) {
+        if is_shorter(secs, &best, least) {
             (best, least) = (plan, secs);
         }
     }
@@ -266,7 +265,7 @@ fn alone(model: &Arc<Model>, options: &PlanOptions, cost: &CostModel) -> Result<
             let plan = Plan { smallest_device_bytes: first.smallest_device_bytes, ..sketches.swap_remove(0) };
             let plan = Arc::new(plan);
             let secs = secs(&plan)?;
-            if !is_shorter(secs, least) {
+            if !is_shorter(secs, &best, least) {
                 break;
             }
             (best, least) = (plan, secs);

@@ -9,7 +9,7 @@ use super::stand_in::Shards;
 use super::store::host_map;
 use std::cmp::Ordering;
 
-/// Plans of each kind that are kept: estimates tell cuts apart by a few percent, and the executor can look at so many.
+/// Plans of each kind that are kept: estimates are rough, and the executor can look at so many.
 const OF_A_KIND: usize = 8;
 
 /// Estimates are taken to be no further than this times from the truth: a plan that is slower by more is not looked at
