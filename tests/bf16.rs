@@ -239,7 +239,7 @@ fn scratch_of_the_norm_is_in_the_plan() {
     };
     let bytes = align_up(8 * blocks(0..3).max(blocks(3..6)), ALIGNMENT);
     assert!(bytes > ALIGNMENT);
-    assert_eq!(with.arena.weight_slots[0], without.arena.weight_slots[0] + bytes);
+    assert_eq!(with.arena.weight_slots.at[0], without.arena.weight_slots.at[0] + bytes);
 }
 
 /// The graph's types: what is added up is wide, the rest is not.

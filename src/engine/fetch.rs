@@ -23,15 +23,10 @@ impl Engine {
             return slot;
         }
         let (plan, map, host, shard) = (&site.plan, &site.map, &site.plan.host, &site.plan.shards[s].layout);
-        let slot = if plan.choice.rests(s) {
-            weights.pin(s, key);
-            s
-        } else {
-            // New weights exist once their last use is over, so the slot of the old ones costs no wait, and leaves the
-            // others' slots to shards whose update comes sooner.
-            weights.take_back(key).unwrap_or_else(|| weights.take(key, &[]))
-        };
-        let base = map.weight_slots[slot];
+        // New weights exist once their last use is over, so the slot of the old ones costs no wait, and leaves the
+        // others' slots to shards whose update comes sooner.
+        let slot = weights.take_back(key).unwrap_or_else(|| weights.take_of(map.weight_slots.of[s].clone(), key, &[]));
+        let base = map.weight_slots.at[slot];
         // In pieces where a piece can be of use before the next: at a step's first visit, which begins on what an
         // update has left, and where boundary tensors share the lane, since one that is needed sooner must not stand
         // behind a whole shard.
@@ -84,13 +79,13 @@ impl Engine {
     fn bring_borrowed(&mut self, site: &Site, s: usize, slot: usize, borrow: Borrow) {
         let beside = borrow.owner.and_then(|(owner, in_owner)| {
             let slot = self.rings[site.rings].weights.slot_of(site.shard(owner))?;
-            Some(site.map.weight_slots[slot] + in_owner)
+            Some(site.map.weight_slots.at[slot] + in_owner)
         });
         let from = match beside {
             Some(at) => site.arena(at, borrow.bytes),
             None => site.weights(borrow.flat, borrow.bytes),
         };
-        let to = site.arena(site.map.weight_slots[slot] + borrow.at, borrow.bytes);
+        let to = site.arena(site.map.weight_slots.at[slot] + borrow.at, borrow.bytes);
         self.copy(site, What::FetchWeights, s, None, vec![CopySpan { from, to }]);
     }
 

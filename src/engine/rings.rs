@@ -8,6 +8,7 @@
 
 use super::hazards::TaskId;
 use crate::spill::ArenaMap;
+use std::ops::Range;
 
 /// A copy of what a slot holds to its place at home.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,15 +29,13 @@ pub(super) struct Slots<K> {
     /// The task that copies what it holds home.
     spills: Vec<Option<Spill>>,
     used: Vec<u64>,
-    /// Slots before this one are given by name alone.
-    first: usize,
     clock: u64,
     /// Empty slots go first, whenever they were used.
     empty_first: bool,
 }
 
 impl<K: Copy + PartialEq> Slots<K> {
-    fn new(count: usize, first: usize, empty_first: bool) -> Self {
+    fn new(count: usize, empty_first: bool) -> Self {
         let nothing = || (0..count).map(|_| None).collect();
         Slots {
             holds: nothing(),
@@ -44,7 +43,6 @@ impl<K: Copy + PartialEq> Slots<K> {
             marked: vec![false; count],
             spills: vec![None; count],
             used: vec![0; count],
-            first,
             clock: 0,
             empty_first,
         }
@@ -79,10 +77,15 @@ impl<K: Copy + PartialEq> Slots<K> {
         Some(slot)
     }
 
-    /// A slot for `key`: an empty one if there is one, else the least recently used; never one that holds any of
+    /// A slot for `key` of all: an empty one if there is one, else the least recently used; never one that holds any of
     /// `pinned`.
     pub fn take(&mut self, key: K, pinned: &[K]) -> usize {
-        let free = (self.first..self.holds.len()).filter(|&s| self.holds[s].is_none_or(|h| !pinned.contains(&h)));
+        self.take_of(0..self.holds.len(), key, pinned)
+    }
+
+    /// The same of `slots`.
+    pub fn take_of(&mut self, slots: Range<usize>, key: K, pinned: &[K]) -> usize {
+        let free = slots.filter(|&s| self.holds[s].is_none_or(|h| !pinned.contains(&h)));
         let slot = free
             .min_by_key(|&s| (self.empty_first && self.holds[s].is_some(), self.used[s]))
             .expect("a ring has more entries than a task pins");
@@ -171,11 +174,9 @@ pub(super) struct Rings {
     /// Next entry for the batch's tensors.
     next_input: usize,
     inputs: usize,
-    /// Slots before this one belong to shards that rest.
-    resting: usize,
-    /// Next gradient slot after those.
-    next_gradient: usize,
-    gradient_slots: usize,
+    /// Of each gradient slot, the shard whose gradients it was given to last, and when.
+    gradients_of: Vec<(Option<ShardOf>, u64)>,
+    gradients_given: u64,
 }
 
 impl Rings {
@@ -184,16 +185,15 @@ impl Rings {
     /// still in use.
     pub fn new(map: &ArenaMap, shared: bool) -> Self {
         Rings {
-            weights: Slots::new(map.weight_slots.len(), map.resting, !shared),
-            activations: Slots::new(map.activations.len(), 0, !shared),
-            gradients: Slots::new(map.gradients.len(), 0, !shared),
+            weights: Slots::new(map.weight_slots.at.len(), !shared),
+            activations: Slots::new(map.activations.len(), !shared),
+            gradients: Slots::new(map.gradients.len(), !shared),
             next_update: 0,
             update_slots: map.update_slots.len(),
             next_input: 0,
             inputs: map.inputs.len(),
-            next_gradient: 0,
-            resting: map.resting,
-            gradient_slots: map.gradient_slots.len() - map.resting,
+            gradients_of: vec![(None, 0); map.gradient_slots.at.len()],
+            gradients_given: 0,
         }
     }
 
@@ -209,20 +209,23 @@ impl Rings {
         self.next_update
     }
 
-    /// The next gradient slot.
-    pub fn gradient_slot(&mut self) -> usize {
-        self.next_gradient = (self.next_gradient + 1) % self.gradient_slots.max(1);
-        self.resting + self.next_gradient
+    /// A slot for a shard's gradients: of `slots` the one that was given first.
+    pub fn gradient_slot(&mut self, slots: Range<usize>, shard: ShardOf) -> usize {
+        let slot = slots.min_by_key(|&s| self.gradients_of[s].1).expect("every shard has gradient slots");
+        self.gradients_given += 1;
+        self.gradients_of[slot] = (Some(shard), self.gradients_given);
+        slot
     }
 
-    /// The gradient slot that was given so many before the last one, less than there are.
-    pub fn past_gradient_slot(&self, before: usize) -> usize {
-        self.resting + (self.next_gradient + self.gradient_slots - before) % self.gradient_slots
+    /// The slot that a shard's gradients were given last, if no other's were given it since.
+    pub fn gradient_slot_of(&self, shard: ShardOf) -> Option<usize> {
+        let of_shard = (0..self.gradients_of.len()).filter(|&slot| self.gradients_of[slot].0 == Some(shard));
+        of_shard.max_by_key(|&slot| self.gradients_of[slot].1)
     }
 
-    /// How many gradient slots there are for shards that visit.
+    /// How many gradient slots there are.
     pub fn gradient_slots(&self) -> usize {
-        self.gradient_slots
+        self.gradients_of.len()
     }
 
     /// Forgets every copy of a model's tensors. The weights of a shard that `rests` are at home in its slot, and stay.
@@ -239,7 +242,7 @@ mod tests {
 
     #[test]
     fn slots_go_to_the_least_recently_used_and_back_to_their_shard() {
-        let mut slots = Slots::new(2, 0, true);
+        let mut slots = Slots::new(2, true);
         assert_eq!((slots.take(0, &[]), slots.take(1, &[])), (0, 1));
         assert_eq!(slots.find(0), Some(0));
         assert_eq!(slots.take(2, &[]), 1, "shard 1 was used before shard 0");
@@ -251,7 +254,7 @@ mod tests {
     #[test]
     fn a_copy_home_is_given_once_and_belongs_to_what_was_made_here() {
         let spill = Spill { task: 7, maker: 6 };
-        let mut slots = Slots::new(1, 0, false);
+        let mut slots = Slots::new(1, false);
         slots.take('a', &[]);
         slots.note_spill('a', spill);
         slots.note_spill('b', Spill { task: 9, maker: 8 });

@@ -149,7 +149,7 @@ impl Engine {
     pub(super) fn spill_gradient(&mut self, site: &Site, done: &Settled) {
         let s = done.shard;
         let all = site.plan.shards[s].layout.gradient_bytes;
-        let (from, to) = (site.map.gradient_slots[done.slot], site.plan.host.shard_gradients[s]);
+        let (from, to) = (site.map.gradient_slots.at[done.slot], site.plan.host.shard_gradients[s]);
         let (count, ratio) = (self.members[site.member].tables.pieces[s].len(), site.model.layout.wide_ratio);
         for i in 0..count {
             let Range { start, end } = self.members[site.member].tables.pieces[s][i].range;
@@ -164,7 +164,7 @@ impl Engine {
     /// them.
     pub(super) fn spill_shared(&mut self, site: &Site, done: &Settled) {
         let s = done.shard;
-        let (from, to) = (site.map.gradient_slots[done.slot], site.plan.host.shard_gradients[s]);
+        let (from, to) = (site.map.gradient_slots.at[done.slot], site.plan.host.shard_gradients[s]);
         let uses = site.plan.shards[s].layout.shared.iter().filter(|u| u.borrowed.is_some());
         let copy = |u: &crate::graph::SharedUse| {
             let bytes = site.model.gradient_bytes(u.parameter);
@@ -186,7 +186,7 @@ impl Engine {
     pub(super) fn gradients(site: &Site, done: &Settled) -> Span {
         let bytes = site.plan.shards[done.shard].layout.gradient_bytes;
         match Self::on_device(site, done.shard) {
-            true => site.arena(site.map.gradient_slots[done.slot], bytes),
+            true => site.arena(site.map.gradient_slots.at[done.slot], bytes),
             false => site.store(site.plan.host.shard_gradients[done.shard], bytes),
         }
     }
@@ -213,7 +213,7 @@ impl Engine {
         if user == done.shard {
             within(gradient, from, bytes)
         } else if site.plan.choice.rests(user) && member.home_of(user) == Some(site.device) {
-            site.arena(site.map.gradient_slots[user] + from, bytes)
+            site.arena(site.map.gradient_slots.at[user] + from, bytes)
         } else if !site.plan.choice.rests(done.shard) {
             in_store
         } else {

@@ -311,8 +311,11 @@ pub fn bounds_of(
         host: costs[0].host_update_bytes_per_sec,
     };
     let work = |((p, &steps), maps): ((&Placed, &u64), &Vec<ArenaMap>)| {
-        let slots =
-            maps.iter().map(|m| m.weight_slots.len() - m.resting).sum::<usize>().max(p.plan.choice.slots * costs.len());
+        let slots = maps
+            .iter()
+            .map(|m| m.weight_slots.at.len() - m.resting)
+            .sum::<usize>()
+            .max(p.plan.choice.slots * costs.len());
         let (down, up) = least_bytes(p, slots, maps.iter().map(|m| m.activations.len()).sum());
         let [first_secs, turn_secs, last_secs] = wait_secs(p, &rates);
         let pipelined = p.plan.choice.pipelined || pipelines && p.home == Home::Anywhere;

@@ -202,7 +202,7 @@ impl Engine {
                 continue;
             }
             let (plan, shard) = (&site.plan, &site.plan.shards[s].layout);
-            let slot = site.map.weight_slots[s];
+            let slot = site.map.weight_slots.at[s];
             let copy = |arena: u64, to: Span| CopySpan { from: site.arena(arena, to.bytes), to };
             let (own, states) = (&shard.own, &shard.states);
             let mut copies = vec![

@@ -55,12 +55,12 @@ impl Engine {
             let of = |at: &u64| site.arena(at + wide_start, wide_bytes);
             let remainder = map.remainders.get(s).map(|at| site.arena(at + start, bytes));
             let moments = [0, 1].map(|i| map.moments[i].get(s).map(of));
-            UpdatePiece { weight: site.arena(map.weight_slots[s] + start, bytes), remainder, moments, gradient }
+            UpdatePiece { weight: site.arena(map.weight_slots.at[s] + start, bytes), remainder, moments, gradient }
         } else if let Some(state) = visiting {
             let slot = self.rings[site.rings].weights.find(site.shard(s)).expect("the shard visits");
             let moments = [0, 1].map(|i| state[..plan.moments].get(i).map(|m| m.here));
             let remainder = state.get(plan.moments).map(|r| r.here);
-            UpdatePiece { weight: site.arena(map.weight_slots[slot] + start, bytes), remainder, moments, gradient }
+            UpdatePiece { weight: site.arena(map.weight_slots.at[slot] + start, bytes), remainder, moments, gradient }
         } else {
             let of = |i: usize| site.update_state(plan.host.moments[i] + flat * ratio, wide_bytes);
             let remainder = site.model.has_remainders().then(|| site.update_state(plan.host.remainders + flat, bytes));
@@ -121,7 +121,7 @@ impl Engine {
         let deadline = self.sequence + done.visit;
         let spans = state.iter().map(|v| CopySpan { from: v.here, to: v.home }).collect();
         self.copy_by(site, What::SpillState, s, None, spans, deadline);
-        let from = site.arena(site.map.weight_slots[slot] + start, end - start);
+        let from = site.arena(site.map.weight_slots.at[slot] + start, end - start);
         let to = site.weights(own + start, end - start);
         self.copy_by(site, What::SpillWeights, s, None, vec![CopySpan { from, to }], deadline);
     }
@@ -148,8 +148,12 @@ impl Engine {
             let borrows = self.members[site.member].tables.borrows[user].iter();
             let copies = borrows.filter_map(|b| {
                 let (_, in_owner) = b.owner.filter(|&(owner, _)| owner == s)?;
-                let from = site.arena(site.map.weight_slots[s] + in_owner, b.bytes);
-                Some((from, site.weights(b.flat, b.bytes), there.arena(there.map.weight_slots[user] + b.at, b.bytes)))
+                let from = site.arena(site.map.weight_slots.at[s] + in_owner, b.bytes);
+                Some((
+                    from,
+                    site.weights(b.flat, b.bytes),
+                    there.arena(there.map.weight_slots.at[user] + b.at, b.bytes),
+                ))
             });
             if there.device == site.device {
                 let spans = copies.map(|(from, _, to)| CopySpan { from, to }).collect();
@@ -188,7 +192,7 @@ impl Engine {
             return false;
         };
         let next = Site { step: next.0, serial: next.1, ..site.clone() };
-        let (base, own) = (site.map.weight_slots[slot], site.plan.shards[s].layout.own.start);
+        let (base, own) = (site.map.weight_slots.at[slot], site.plan.shards[s].layout.own.start);
         for i in 0..self.members[site.member].tables.pieces[s].len() {
             let Range { start, end } = self.members[site.member].tables.pieces[s][i].range;
             let from = site.store(site.plan.host.weights + own + start, end - start);

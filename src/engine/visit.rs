@@ -127,8 +127,9 @@ impl Engine {
         let slot = if program.steps.is_empty() { 0 } else { self.fetch_weights(site, s, pass) };
         self.update_due(site, s);
         let gradient_slot = match pass {
-            Pass::Backward if site.plan.choice.rests(s) || site.plan.choice.pipelined => s,
-            Pass::Backward => self.rings[site.rings].gradient_slot(),
+            Pass::Backward => {
+                self.rings[site.rings].gradient_slot(site.map.gradient_slots.of[s].clone(), site.shard(s))
+            }
             Pass::Forward | Pass::Evaluate => 0,
         };
         for m in unit.microbatches.clone() {
@@ -138,7 +139,7 @@ impl Engine {
         let states = shard.layout.states.end - shard.layout.states.start;
         let changes_states = pass == Pass::Forward || (pass == Pass::Backward && site.is_last(s));
         if changes_states && states > 0 && !site.plan.choice.rests(s) {
-            let from = site.arena(site.map.weight_slots[slot] + site.map.states_at[s], states);
+            let from = site.arena(site.map.weight_slots.at[slot] + site.map.states_at[s], states);
             let to = site.store(site.plan.host.states + shard.layout.states.start, states);
             self.copy(site, What::SpillState, s, None, vec![CopySpan { from, to }]);
             // Elsewhere they are older now.
@@ -177,15 +178,15 @@ impl Engine {
         };
         // All programs of a device have one workspace, and an evaluation's logits lie in it until they have left.
         writes[6] = Some(set(Area::Workspace, map.workspace));
-        reads[0] = Some(set(Area::Weights, map.weight_slots[slot]));
-        let states = set(Area::States, map.weight_slots[slot] + map.states_at[s]);
+        reads[0] = Some(set(Area::Weights, map.weight_slots.at[slot]));
+        let states = set(Area::States, map.weight_slots.at[slot] + map.states_at[s]);
         if pass == Pass::Evaluate {
             reads[1] = Some(states)
         } else {
             writes[0] = Some(states)
         }
         if pass == Pass::Backward {
-            writes[1] = Some(set(Area::Gradients, map.gradient_slots[gradient_slot]));
+            writes[1] = Some(set(Area::Gradients, map.gradient_slots.at[gradient_slot]));
         }
         if last && pass != Pass::Forward {
             writes[2] = Some(set(Area::Results, map.losses[site.parity()] + 4 * m as u64));

@@ -1,22 +1,29 @@
-//! A quick estimate of a step, to choose between plans: units in their order, fetches ahead as far as slots allow.
+//! A quick estimate of a step, to choose between plans of a model that is at home on a device: units in their order,
+//! fetches ahead as far as slots allow.
 //!
 //! The executor on a simulated device gives the exact prediction of the plan that is chosen; this recurrence only
 //! ranks.
 
-use super::memory::{BoundaryTier, Choice, update_state_bytes};
+use super::memory::{ArenaMap, BoundaryTier, Choice, update_state_bytes};
 use super::model::Model;
 use super::shard::ShardPrograms;
+use super::slots::SlotMap;
 use super::stand_in::Shards;
-use super::store::count_pieces;
+use super::store::{OnDisk, count_pieces};
 use crate::device::sim::CostModel;
+use crate::graph::Area;
+use std::ops::Range;
 
-/// Estimated seconds of a training step. `clips`: no update before the last gradient.
+/// Steps that are gone through: the last one is taken, which begins on what one before it has left.
+const STEPS: usize = 3;
+
+/// Estimated seconds of a training step, with the optimizer's `moments`, and whether it `clips`: no update before the
+/// last gradient.
 pub fn estimate_secs(
     model: &Model,
     shards: &Shards,
-    choice: &Choice,
-    moments: usize,
-    clips: bool,
+    (choice, arena): (&Choice, &ArenaMap),
+    (moments, clips): (usize, bool),
     cost: &CostModel,
 ) -> f64 {
     let Shards { programs: shards, secs } = shards;
@@ -25,239 +32,389 @@ pub fn estimate_secs(
         .map(|s| (s, m * secs[s][0]))
         .chain((0..n).rev().map(|s| (s, m * secs[s][1])))
         .collect();
-    let update_here = |own: u64| cost.device_settle_secs(model.update_bytes(own, moments), model.wide_bytes(own));
-    let update_by_host = |own: u64| cost.host_settle_secs(model.update_bytes(own, moments), model.wide_bytes(own));
-    if choice.resident {
-        let update = update_here(model.layout.parameter_bytes);
-        return update + units.iter().map(|u| u.1).sum::<f64>() + boundary_secs(model, shards, choice, cost) * 0.1;
-    }
-    let resting = choice.resting;
-    // Those before this shard are updated on the device.
-    let by_host = (resting + choice.visiting_updates).min(n);
-    let updated_here = |s: usize| (resting..by_host).contains(&s);
-    let state_bytes = |s: usize| update_state_bytes(model, shards, moments, s);
-    // Accumulators that leave for the shard that owns their parameter, and come to it.
-    let mut shared = vec![(0, 0); n];
-    for (s, shard) in shards.iter().enumerate() {
-        for parameter in shard.layout.shared.iter().map(|u| u.parameter) {
-            let (at, bytes) = (&model.layout.parameter[parameter], model.gradient_bytes(parameter));
-            let owner = shards.iter().position(|o| o.layout.own.contains(at)).filter(|&owner| owner != s);
-            if let Some(owner) = owner {
-                shared[s].0 += bytes;
-                shared[owner].1 += bytes;
-            }
-        }
-    }
-    let fetch = |s: usize| cost.copy_secs + shards[s].fetch_bytes() as f64 / cost.h2d_bytes_per_sec;
-    let updated_secs =
-        |s: usize| 2.0 * cost.copy_secs + (shards[s].own_bytes() + state_bytes(s)) as f64 / cost.d2h_bytes_per_sec;
-    // With clipping what the device updates waits for the norm at home, but for what its slots hold.
-    let waits_at_home = |s: usize| clips && updated_here(s) && s - resting >= choice.gradient_slots;
-    let leave = |s: usize| match choice.rests(s) {
-        true => 0.0,
-        false if updated_here(s) && !waits_at_home(s) => {
-            let updated = if clips { 0.0 } else { updated_secs(s) };
-            updated + shared[s].0 as f64 / cost.d2h_bytes_per_sec
-        }
-        false => cost.copy_secs + shards[s].layout.gradient_bytes as f64 / cost.d2h_bytes_per_sec,
-    };
-    // A ring with an entry for what comes in and one for what goes out has none for the next microbatch's: arithmetic
-    // waits for the copies.
-    let copy = |s: usize| cost.copy_secs + shards[s].boundary_bytes as f64 / cost.h2d_bytes_per_sec;
-    let exposed = |u: usize, s: usize| {
-        let tier = if u + 1 < n { choice.activations } else { choice.gradients };
-        let both_ways = s > 0 && s + 1 < n && matches!(tier, BoundaryTier::Host { entries: ..=2 });
-        if both_ways { m * copy(s - 1).max(copy(s)) } else { 0.0 }
-    };
-    // The host's updates, and the device's of shards that rest.
-    let late: Vec<f64> = shards[by_host..].iter().map(|s| update_by_host(s.own_bytes())).collect();
-    let updates: f64 = late.iter().sum();
-    let here: f64 = shards[..resting].iter().map(|s| update_here(s.own_bytes())).sum();
-    let slots = choice.slots.min(n - resting);
-    // With clipping a step is reckoned from when the norm is known: forward follows the updates, which go from shard to
-    // shard.
-    let (mut compute, mut h2d, mut d2h) = (0.0f64, 0.0f64, 0.0f64);
-    // Ends of visits that took a slot, and when what used gradient slots had left, and slots of state that visits.
-    let (mut ends, mut left, mut states_left) = (Vec::<f64>::new(), Vec::<f64>::new(), Vec::<f64>::new());
-    let room_of =
-        |left: &[f64]| if left.len() >= choice.gradient_slots { left[left.len() - choice.gradient_slots] } else { 0.0 };
-    // Seconds in which the lane home works, and of the step.
-    let (mut leaving, mut turn) = (0.0, 0.0);
-    // Where the device updates what visits, the next step begins, or ends, while that still leaves.
-    for _ in 0..if by_host > resting { 2 } else { 1 } {
-        (leaving, compute) = (0.0, compute - turn + if clips { here } else { 0.0 });
-        h2d -= turn;
-        d2h -= turn;
-        ends.iter_mut().chain(&mut left).chain(&mut states_left).for_each(|end| *end -= turn);
-        let mut updated = 0.0;
-        // When the last gradient that the host updates has left.
-        let mut home = 0.0f64;
-        for (u, &(s, secs)) in units.iter().enumerate() {
-            let backward = u + 1 >= n;
-            let hit = choice.rests(s)
-                || (backward && shards[s].idles_back())
-                // Around the turn the last shards are still in their slots.
-                || (u >= n && u - (n - 1) < slots)
-                // What the device has updated last is still in its slot in the next step.
-                || (!backward && updated_here(s) && s - resting < slots);
-            if !hit {
-                let free = if ends.len() >= slots { ends[ends.len() - slots] } else { 0.0 };
-                if clips && u < n && !updated_here(s) {
-                    updated += late[s - by_host];
-                }
-                // Pieces of the shard arrive while others are updated.
-                h2d = (h2d.max(free) + fetch(s)).max(updated);
-            }
-            let ready = if hit { 0.0 } else { h2d };
-            let mut slot_leaves = 0.0;
-            // Of its state what has room comes beside the arithmetic before, the rest piece by piece.
-            let visit = |h2d: &mut f64, compute: f64, room: f64, bytes: u64| {
-                let secs = cost.copy_secs + bytes as f64 / cost.h2d_bytes_per_sec;
-                let pieces = count_pieces(shards[s].own_bytes(), choice.slots, true) as usize;
-                let ahead = secs * choice.update_pieces.min(pieces) as f64 / pieces as f64;
-                let came = h2d.max(room) + ahead;
-                *h2d = if ahead < secs { came.max(compute) + secs - ahead } else { came };
-                compute.max(*h2d) + update_here(shards[s].own_bytes())
-            };
-            if clips && u < n && updated_here(s) {
-                let gradient = if waits_at_home(s) { shards[s].layout.gradient_bytes } else { 0 };
-                compute = visit(&mut h2d, compute, room_of(&states_left), state_bytes(s) + gradient);
-                d2h = d2h.max(compute) + updated_secs(s);
-                leaving += updated_secs(s);
-                states_left.push(d2h);
-                slot_leaves = d2h;
-            }
-            let room = if backward && !choice.rests(s) { room_of(&left) } else { 0.0 };
-            compute = compute.max(ready).max(room) + secs + exposed(u, s);
-            if choice.rests(s) {
-                continue;
-            }
-            if backward && updated_here(s) && !clips {
-                compute = visit(&mut h2d, compute, room, state_bytes(s) + shared[s].1);
-            }
-            if backward {
-                d2h = d2h.max(compute) + leave(s);
-                leaving += leave(s);
-                home = if updated_here(s) { home } else { d2h };
-                left.push(d2h);
-            }
-            // New weights are in their slot until they have left.
-            ends.push(if backward && updated_here(s) && !clips { d2h } else { compute.max(slot_leaves) });
-        }
-        // Without clipping, each update has from when its own gradient is there until the shard's next forward.
-        let before: f64 = units[..units.len() - n].iter().take(by_host).map(|u| u.1).sum();
-        turn = match (clips, late.first()) {
-            (true, _) => home.max(compute),
-            (false, None) => compute + here,
-            (false, Some(late)) if by_host == 0 => home + late,
-            (false, Some(late)) => (home.max(compute + here) + late - before - here).max(compute + here),
-        };
-    }
-    let links = boundary_secs(model, shards, choice, cost);
+    let arithmetic = units.iter().map(|u| u.1).sum::<f64>();
+    let mut steps = Steps::new(model, shards, (choice, arena), (moments, clips), cost);
+    let ends: Vec<f64> = (0..STEPS).map(|_| steps.step(&units)).collect();
+    let turn = ends[STEPS - 1] - ends[STEPS - 2];
     // Cores that units, copies and the host's arithmetic share.
-    let visits =
-        units.iter().enumerate().filter(|&(u, &(s, _))| !(choice.rests(s) || u + 1 >= n && shards[s].idles_back()));
-    let state: u64 = (resting..by_host).map(|s| 2 * state_bytes(s)).sum();
-    let crossings = |s: usize| if s >= by_host { 1 } else { 2 * u64::from(waits_at_home(s)) };
-    let gradients: u64 = (resting..n).map(|s| crossings(s) * shards[s].layout.gradient_bytes).sum();
-    let weights: u64 = shards[resting..by_host].iter().map(ShardPrograms::own_bytes).sum();
-    let moved = visits.map(|(_, &(s, _))| shards[s].fetch_bytes()).sum::<u64>() + gradients + weights + state;
-    let arithmetic = units.iter().map(|u| u.1).sum::<f64>() + updates + here;
-    let shared = cost.cores.map_or(0.0, |_| arithmetic + cost.copy_core_secs(moved, units.len() + n));
-    // A part of the boundary copies shows.
-    turn.max(updates).max(leaving).max(h2d + links).max(shared) + 0.25 * links
+    let updates: f64 = steps.by_host_secs.iter().sum();
+    let here = steps.resting_secs;
+    let copies = || cost.copy_core_secs(steps.moved_bytes, units.len() + n);
+    let shared = cost.cores.map_or(0.0, |_| arithmetic + updates + here + copies());
+    turn.max(updates).max(steps.out_secs).max(steps.in_secs).max(shared)
 }
 
-/// Seconds of h2d that boundary tensors in host memory cost.
-fn boundary_secs(model: &Model, shards: &[ShardPrograms], choice: &Choice, cost: &CostModel) -> f64 {
-    let bytes: u64 = shards.iter().map(|s| s.boundary_bytes).sum::<u64>() * model.microbatches as u64;
-    let visits = |tier: BoundaryTier| match tier {
-        BoundaryTier::Device => 0.0,
-        BoundaryTier::Host { .. } => 1.0,
-    };
-    let crossings = 2.0 * visits(choice.activations) + visits(choice.gradients);
-    crossings * bytes as f64 / cost.h2d_bytes_per_sec
-}
-
-/// Estimated seconds of device time of a step of a model whose shards run on any of so many `devices`, among others
-/// that fill every gap: its busiest lane decides. A little of the other lanes is added, since not everything can be
-/// hidden. With the optimizer's moments, and whether it clips.
-pub fn estimate_anywhere_secs(
+/// Seconds of a step in which the disk is at work, where so much of a model's state is at home there: it reads and
+/// writes at once.
+pub fn disk_secs(
     model: &Model,
     shards: &Shards,
     choice: &Choice,
+    on_disk: OnDisk,
     (moments, clips): (usize, bool),
-    devices: usize,
     cost: &CostModel,
 ) -> f64 {
-    let Shards { programs: shards, secs } = shards;
-    let (n, m) = (shards.len(), model.microbatches as f64);
-    let mut compute: f64 = secs.iter().map(|[forward, backward]| m * (forward + backward)).sum();
-    let boundaries: f64 = shards.iter().map(|s| s.boundary_bytes as f64).sum::<f64>() * m;
-    let weights: f64 = shards.iter().map(|s| s.fetch_bytes() as f64).sum();
-    let last = shards[n - 1].fetch_bytes() as f64;
-    let gradients: f64 = shards.iter().map(|s| s.layout.gradient_bytes as f64).sum();
-    let inputs: f64 = shards.iter().map(|s| 2.0 * m * s.input_bytes() as f64).sum();
-    let own = model.layout.parameter_bytes;
-    let (traffic, wide) = (model.update_bytes(own, moments), model.wide_bytes(own));
-    let own = own as f64;
-    let state: f64 = (0..n).map(|s| update_state_bytes(model, shards, moments, s) as f64).sum();
-    // Every visit comes twice, but the last shard's, and those of shards that idle in the backward.
-    let once: f64 = shards.iter().filter(|s| s.idles_back()).map(|s| s.fetch_bytes() as f64).sum();
-    let mut h2d = 2.0 * weights - last - once + 3.0 * boundaries + inputs;
-    let mut d2h = 2.0 * boundaries;
-    let mut host = 0.0;
-    if choice.visiting_updates > 0 {
-        (h2d, d2h) = (h2d + state, d2h + own + state);
-        if clips {
-            // They wait at home for the norm.
-            (h2d, d2h) = (h2d + gradients, d2h + gradients);
+    let shards = &shards.programs;
+    let (mut read, mut written) = (0, 0);
+    for (s, shard) in shards.iter().enumerate().filter(|(s, _)| !choice.rests(*s)) {
+        let own = shard.own_bytes();
+        if on_disk >= OnDisk::UpdateState {
+            read += update_state_bytes(model, shards, moments, s);
+            written += update_state_bytes(model, shards, moments, s);
         }
-        compute += traffic as f64 / cost.device_update_bytes_per_sec;
-    } else {
-        d2h += gradients;
-        // The host's threads serve all devices, where these have no cores of their own.
-        let shared = if cost.cores.is_some() { 1.0 } else { devices as f64 };
-        host = shared * cost.host_settle_secs(traffic, wide);
+        // With clipping they wait there for the norm.
+        if on_disk >= OnDisk::Gradients && clips {
+            read += own * model.layout.wide_ratio;
+            written += own * model.layout.wide_ratio;
+        }
+        if on_disk >= OnDisk::Weights {
+            let visits = if s + 1 == shards.len() || shard.idles_back() { 1 } else { 2 };
+            read += own + visits * shard.fetch_bytes();
+            written += own;
+        }
     }
-    if cost.cores.is_some() {
-        // Units, copies and the host's arithmetic take turns on the same cores.
-        compute += host + cost.copy_core_secs((h2d + d2h) as u64, 8 * n);
-    }
-    let copies = |bytes: f64, per_sec: f64, count: usize| bytes / per_sec + count as f64 * cost.copy_secs;
-    let lanes = [compute, copies(h2d, cost.h2d_bytes_per_sec, 5 * n), copies(d2h, cost.d2h_bytes_per_sec, 3 * n), host];
-    let busiest = lanes.into_iter().fold(0.0, f64::max);
-    let ring = matches!(choice.activations, BoundaryTier::Host { entries: ..=2 });
-    // With single entries copies and arithmetic take turns.
-    let mut exposed = if ring && n > 1 { copies(boundaries, cost.h2d_bytes_per_sec, n) } else { 0.0 };
-    // With three, what comes in waits for what goes out; a guess that this shows one time in ten.
-    if matches!(choice.activations, BoundaryTier::Host { entries: 3 }) && n > 1 {
-        exposed += 0.1 * copies(boundaries, cost.h2d_bytes_per_sec, n);
-    }
-    // One entry for the batch's tensors is in use until the unit before has ended.
-    if choice.input_entries == 1 && choice.slots > 1 {
-        exposed += copies(inputs, cost.h2d_bytes_per_sec, 1);
-    }
-    // With one gradient slot a backward waits for the gradients of the one before to leave.
-    if choice.gradient_slots == 1 && choice.slots > 1 {
-        let leaves = if choice.visiting_updates > 0 && !clips { own } else { gradients };
-        exposed += copies(leaves, cost.d2h_bytes_per_sec, n);
-    }
-    busiest + exposed + 0.05 * (lanes.iter().sum::<f64>() - busiest)
+    read.max(written) as f64 / cost.disk_bytes_per_sec()
 }
 
-/// Estimated seconds of a step of a model that runs anywhere, if it never waits for a device: each microbatch goes on
-/// from unit to unit, and the next step begins when the first shard is updated.
-pub fn chain_secs(model: &Model, shards: &Shards, choice: &Choice, moments: usize, cost: &CostModel) -> f64 {
-    let Shards { programs: shards, secs } = shards;
-    let last = shards.len() - 1;
-    let units = || (0..last).map(|s| secs[s][0]).chain((0..=last).map(|s| secs[s][1]));
-    let longest = units().fold(0.0, f64::max);
-    let microbatches = units().sum::<f64>() + (model.microbatches - 1) as f64 * longest;
-    if choice.visiting_updates > 0 {
-        return microbatches;
+/// Lanes, slots and what the host has, in the course of steps. Times are in seconds from the start.
+struct Steps<'a> {
+    model: &'a Model,
+    shards: &'a [ShardPrograms],
+    choice: &'a Choice,
+    cost: &'a CostModel,
+    moments: usize,
+    clips: bool,
+    weights: &'a SlotMap,
+    gradients: &'a SlotMap,
+    /// Of each shard, bytes of accumulators that leave for the shard that owns their parameter, and that come to it.
+    joined: Vec<[u64; 2]>,
+    /// Updates by the host, of each shard that it updates.
+    by_host_secs: Vec<f64>,
+    /// The device's of shards that rest.
+    resting_secs: f64,
+    /// Ends of what the lanes have been given.
+    compute: f64,
+    h2d: f64,
+    d2h: f64,
+    host: f64,
+    /// When the batch was read last.
+    batch_read: f64,
+    /// Where the lane to the device waits for new weights: others may come meanwhile.
+    gap: Range<f64>,
+    /// When the last gradients that the host updates are there, and when the norm of all is known.
+    home: f64,
+    norm: f64,
+    /// Of each shard, when the first piece of its new weights is at home, and all of them.
+    new: Vec<[f64; 2]>,
+    /// Ends of visits that took a slot, and when what used gradient slots had left, each for shards that are not large
+    /// and for large ones; and the same of slots of state that visits.
+    ends: [Vec<f64>; 2],
+    left: [Vec<f64>; 2],
+    states_left: Vec<f64>,
+    /// Of the last step: seconds of copies to the device and home, and the bytes of all.
+    in_secs: f64,
+    out_secs: f64,
+    moved_bytes: u64,
+}
+
+impl<'a> Steps<'a> {
+    fn new(
+        model: &'a Model,
+        shards: &'a [ShardPrograms],
+        (choice, arena): (&'a Choice, &'a ArenaMap),
+        (moments, clips): (usize, bool),
+        cost: &'a CostModel,
+    ) -> Steps<'a> {
+        let mut joined = vec![[0, 0]; shards.len()];
+        for (s, shard) in shards.iter().enumerate() {
+            for parameter in shard.layout.shared.iter().map(|u| u.parameter) {
+                let (at, bytes) = (&model.layout.parameter[parameter], model.gradient_bytes(parameter));
+                let owner = shards.iter().position(|o| o.layout.own.contains(at)).filter(|&owner| owner != s);
+                if let Some(owner) = owner {
+                    joined[s][0] += bytes;
+                    joined[owner][1] += bytes;
+                }
+            }
+        }
+        let traffic = |s: &ShardPrograms| {
+            let own = s.own_bytes();
+            (model.update_bytes(own, moments), model.wide_bytes(own))
+        };
+        let by_host = |s: &ShardPrograms| {
+            let (bytes, wide) = traffic(s);
+            cost.host_settle_secs(bytes, wide)
+        };
+        let here = |s: &ShardPrograms| {
+            let (bytes, wide) = traffic(s);
+            cost.device_settle_secs(bytes, wide)
+        };
+        let resting = if choice.resident { shards.len() } else { choice.resting };
+        let first_by_host = (resting + choice.visiting_updates).min(shards.len());
+        Steps {
+            by_host_secs: shards[first_by_host..].iter().map(by_host).collect(),
+            resting_secs: shards[..resting].iter().map(here).sum(),
+            new: vec![[0.0; 2]; shards.len()],
+            model,
+            shards,
+            choice,
+            cost,
+            moments,
+            clips,
+            weights: &arena.weight_slots,
+            gradients: &arena.gradient_slots,
+            joined,
+            compute: 0.0,
+            h2d: 0.0,
+            d2h: 0.0,
+            host: 0.0,
+            batch_read: 0.0,
+            gap: 0.0..0.0,
+            home: 0.0,
+            norm: 0.0,
+            ends: Default::default(),
+            left: Default::default(),
+            states_left: Vec::new(),
+            in_secs: 0.0,
+            out_secs: 0.0,
+            moved_bytes: 0,
+        }
     }
-    let leaves_secs = shards[0].layout.gradient_bytes as f64 / cost.d2h_bytes_per_sec;
-    let update_bytes = model.update_bytes(shards[0].own_bytes(), moments) as f64;
-    microbatches + leaves_secs + update_bytes / cost.host_update_bytes_per_sec
+
+    /// Goes through a step and returns its end.
+    fn step(&mut self, units: &[(usize, f64)]) -> f64 {
+        let n = self.shards.len();
+        (self.in_secs, self.out_secs, self.moved_bytes) = (0.0, 0.0, 0);
+        for (u, &(s, secs)) in units.iter().enumerate() {
+            self.visit(s, secs, u < n, u + 1 >= n);
+        }
+        if self.clips {
+            self.norm = self.compute.max(self.home);
+            self.compute = if self.resting_secs > 0.0 { self.norm + self.resting_secs } else { self.compute };
+            for s in n - self.by_host_secs.len()..n {
+                self.update_by_host(s, self.norm, self.norm);
+            }
+        } else {
+            self.compute += self.resting_secs;
+        }
+        self.compute
+    }
+
+    /// A visit of a shard: its `first` of the step, and its backward.
+    fn visit(&mut self, s: usize, secs: f64, first: bool, backward: bool) {
+        let rests = self.choice.rests(s);
+        let ready = self.fetch(s, first, backward);
+        let visiting_update = self.is_updated_here(s) && if self.clips { first } else { backward };
+        let mut slot_leaves = 0.0;
+        if self.clips && visiting_update {
+            self.compute = self.compute.max(self.norm).max(ready);
+            let gradient = if self.waits_at_home(s) { self.shards[s].layout.gradient_bytes } else { 0 };
+            let room = room_of(&self.states_left, self.choice.gradient_slots);
+            self.update_here(s, room, gradient);
+            slot_leaves = self.d2h;
+            self.states_left.push(self.d2h);
+        }
+        let slots = is_large(self.gradients, s);
+        let room = match backward && !rests {
+            true => room_of(&self.left[slots], self.gradients.of[s].len()),
+            false => 0.0,
+        };
+        let ready = ready.max(self.batch_comes(s, backward));
+        let secs = self.arithmetic_secs(s, secs, first, backward);
+        self.compute = self.compute.max(ready).max(room) + secs;
+        if self.batch_bytes(s, backward) > 0 {
+            self.batch_read = self.compute;
+        }
+        if rests {
+            return;
+        }
+        if !self.clips && visiting_update {
+            self.update_here(s, room, self.joined[s][1]);
+            // New weights are in their slot until they have left.
+            slot_leaves = self.d2h;
+        }
+        if backward {
+            let gradients = self.shards[s].layout.gradient_bytes;
+            let bytes = match self.is_updated_here(s) && !self.waits_at_home(s) {
+                true => self.joined[s][0],
+                false => gradients,
+            };
+            let begins = self.d2h.max(self.compute);
+            let leaves = self.copy_home(bytes);
+            self.left[slots].push(self.d2h.max(self.compute));
+            if !self.is_updated_here(s) {
+                self.home = self.d2h;
+                if !self.clips {
+                    self.update_by_host(s, begins + leaves / self.pieces(s), self.d2h);
+                }
+            }
+        }
+        self.ends[is_large(self.weights, s)].push(self.compute.max(slot_leaves));
+    }
+
+    /// Brings a shard's weights, where no slot has them, and returns when they are there.
+    fn fetch(&mut self, s: usize, first: bool, backward: bool) -> f64 {
+        let (rests, resting) = (self.choice.rests(s), self.choice.resting);
+        let hit = rests
+            || (backward && self.shards[s].idles_back())
+            // Around the turn the last shards are still in their slots.
+            || (!first && self.weights.returns(s))
+            // What the device has updated last is still in its slot in the next step.
+            || (first && self.is_updated_here(s) && self.weights.stays(s, resting));
+        if hit {
+            return 0.0;
+        }
+        let bytes = self.shards[s].fetch_bytes();
+        let secs = self.cost.copy_secs + bytes as f64 / self.cost.h2d_bytes_per_sec;
+        self.in_secs += secs;
+        self.moved_bytes += bytes;
+        let free = room_of(&self.ends[is_large(self.weights, s)], self.weights.of[s].len());
+        let [piece, all] = self.new[s];
+        let starts = self.gap.start.max(free).max(piece);
+        let before = (self.gap.end - starts).clamp(0.0, secs);
+        if before > 0.0 {
+            self.gap.start = starts + before;
+        }
+        let whole = all + secs / self.pieces(s);
+        if before >= secs {
+            return (starts + secs).max(whole);
+        }
+        let begins = self.h2d.max(free).max(piece);
+        if begins > self.h2d.max(free) {
+            self.gap = self.h2d..begins;
+        }
+        self.h2d = (begins + secs - before).max(whole);
+        self.h2d
+    }
+
+    /// The device's update of a shard that visits, with its state and so many bytes more, and room from then on; what is
+    /// new goes home.
+    fn update_here(&mut self, s: usize, room: f64, more_bytes: u64) {
+        let state = update_state_bytes(self.model, self.shards, self.moments, s);
+        let secs = self.cost.copy_secs + (state + more_bytes) as f64 / self.cost.h2d_bytes_per_sec;
+        self.in_secs += secs;
+        // Of the state what has room comes beside the arithmetic before, the rest piece by piece.
+        let own = self.shards[s].own_bytes();
+        let pieces = count_pieces(own, self.choice.slots, true) as usize;
+        let ahead = secs * self.choice.update_pieces.min(pieces) as f64 / pieces as f64;
+        let came = self.h2d.max(room) + ahead;
+        self.h2d = if ahead < secs { came.max(self.compute) + secs - ahead } else { came };
+        let (bytes, wide) = (self.model.update_bytes(own, self.moments), self.model.wide_bytes(own));
+        self.compute = self.compute.max(self.h2d) + self.cost.device_settle_secs(bytes, wide);
+        self.moved_bytes += state + more_bytes;
+        self.copy_home(own + state);
+        self.new[s] = [self.d2h; 2];
+    }
+
+    /// The host's update of a shard, once the first piece of its gradients is there, and all of them.
+    fn update_by_host(&mut self, s: usize, piece: f64, all: f64) {
+        let secs = self.by_host_secs[s + self.by_host_secs.len() - self.shards.len()];
+        let a_piece = secs / self.pieces(s);
+        let begins = self.host.max(piece);
+        self.host = (begins + secs).max(all + a_piece);
+        self.new[s] = [begins + a_piece, self.host];
+    }
+
+    /// Copies what is there, and returns the seconds that it takes.
+    fn copy_home(&mut self, bytes: u64) -> f64 {
+        if bytes == 0 {
+            return 0.0;
+        }
+        let secs = self.cost.copy_secs + bytes as f64 / self.cost.d2h_bytes_per_sec;
+        self.d2h = self.d2h.max(self.compute) + secs;
+        self.out_secs += secs;
+        self.moved_bytes += bytes;
+        secs
+    }
+
+    /// Bytes that a visit reads of the batch.
+    fn batch_bytes(&self, s: usize, backward: bool) -> u64 {
+        let program = if backward { &self.shards[s].backward } else { &self.shards[s].forward };
+        self.model.microbatches as u64 * program.as_ref().map_or(0, |p| p.bytes(Area::Inputs))
+    }
+
+    /// When the first microbatch's part of the batch is there: a single entry is in use until it has been read.
+    fn batch_comes(&self, s: usize, backward: bool) -> f64 {
+        let secs = self.copies_secs(self.batch_bytes(s, backward), self.cost.h2d_bytes_per_sec);
+        if self.choice.input_entries > 1 { 0.0 } else { self.batch_read + secs / self.model.microbatches as f64 }
+    }
+
+    /// Seconds of a copy for each microbatch, of so many bytes in all.
+    fn copies_secs(&self, bytes: u64, bytes_per_sec: f64) -> f64 {
+        let starts = if bytes > 0 { self.model.microbatches as f64 * self.cost.copy_secs } else { 0.0 };
+        starts + bytes as f64 / bytes_per_sec
+    }
+
+    /// Seconds of a visit's arithmetic beside the copies of its boundary tensors and of the batch's, which take their
+    /// time on the lanes.
+    fn arithmetic_secs(&mut self, s: usize, secs: f64, first: bool, backward: bool) -> f64 {
+        let (choice, shards, m) = (self.choice, self.shards, self.model.microbatches);
+        let boundary = |crosses: bool, at: Option<usize>| match at {
+            Some(at) if crosses => m as u64 * shards[at].boundary_bytes,
+            _ => 0,
+        };
+        let (before, behind) = (s.checked_sub(1), Some(s).filter(|s| s + 1 < shards.len()));
+        let entries = |tier: BoundaryTier| match tier {
+            BoundaryTier::Device => usize::MAX,
+            BoundaryTier::Host { entries } => entries,
+        };
+        // What a ring still has since the visit before is not fetched, and need not have gone home.
+        let few = |tier: BoundaryTier| m >= entries(tier);
+        let at_home = choice.activations != BoundaryTier::Device;
+        let activations = boundary(if first { few(choice.activations) } else { at_home }, before);
+        // In and out of one ring, and in beside them.
+        let (comes, leaves, beside) = match backward {
+            true => {
+                let cross = few(choice.gradients);
+                (boundary(cross, behind), boundary(cross, before), activations)
+            }
+            false => {
+                let is_read_at_once = s + 2 == shards.len() && !few(choice.activations);
+                (activations, boundary(at_home && !is_read_at_once, behind), 0)
+            }
+        };
+        let batch = self.batch_bytes(s, backward);
+        self.moved_bytes += batch + comes + beside + leaves;
+        let to_device = |bytes: u64| self.copies_secs(bytes, self.cost.h2d_bytes_per_sec);
+        let (batch, comes, beside) = (to_device(batch), to_device(comes), to_device(beside));
+        let (brought, leaves) = (batch + comes + beside, self.copies_secs(leaves, self.cost.d2h_bytes_per_sec));
+        self.h2d += brought;
+        self.d2h += leaves;
+        self.in_secs += brought;
+        self.out_secs += leaves;
+        // All but what the first microbatch reads.
+        let others = |secs: f64| secs * (m - 1) as f64 / m as f64;
+        // A ring with an entry for what comes in and one for what goes out has none for the next microbatch's:
+        // arithmetic waits for the copies. Of the batch a single entry is in use.
+        let ring = if backward { choice.gradients } else { choice.activations };
+        let is_narrow = entries(ring) <= 2 && comes > 0.0 && leaves > 0.0;
+        let waits = if is_narrow { comes.max(leaves) } else { 0.0 };
+        let waits_for_batch = if choice.input_entries == 1 { others(batch) } else { 0.0 };
+        (secs + waits + waits_for_batch).max(others(brought)).max(others(leaves))
+    }
+
+    /// Whether it visits and is updated on the device.
+    fn is_updated_here(&self, s: usize) -> bool {
+        self.choice.updates_on_device(s) && !self.choice.rests(s)
+    }
+
+    /// Whether its gradients wait at home for the norm: with clipping those of what the device updates, but for what its
+    /// slots hold.
+    fn waits_at_home(&self, s: usize) -> bool {
+        self.clips && self.is_updated_here(s) && !self.gradients.stays(s, self.choice.resting)
+    }
+
+    /// Pieces in which a shard's gradients leave and its weights come.
+    fn pieces(&self, s: usize) -> f64 {
+        count_pieces(self.shards[s].own_bytes(), self.choice.slots, false) as f64
+    }
+}
+
+/// When the slot is free that was used so many uses ago, as there are slots.
+fn room_of(used: &[f64], slots: usize) -> f64 {
+    used.len().checked_sub(slots).map_or(0.0, |at| used[at])
+}
+
+/// Which of two rings a shard that visits uses.
+fn is_large(slots: &SlotMap, s: usize) -> usize {
+    usize::from(slots.of[s].end < slots.at.len())
 }

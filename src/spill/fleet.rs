@@ -9,6 +9,7 @@ use super::memory::{ArenaMap, BoundaryTier, Bump, Choice, arena_map_of, update_r
 use super::model::Model;
 use super::plan::Plan;
 use super::shard::ShardPrograms;
+use super::slots::SlotMap;
 use crate::base::align_up;
 use crate::device::norm_scratch_bytes;
 use crate::graph::ALIGNMENT;
@@ -245,6 +246,7 @@ fn shared_maps(tenants: &[Tenant], slots: usize, spare_entries: usize, bump: &mu
         true => norm_scratch_bytes(&t.model.segments(&t.shards[s].layout.own, |_| true)),
         false => 0,
     });
+    let shards = tenants.iter().map(|t| t.shards.len()).max().unwrap_or(0);
     let gradients = of(&|t, s| t.shards[s].layout.gradient_bytes);
     let updates = || tenants.iter().map(|t| update_room(t.model, t.shards, t.choice, t.moments));
     let update_slot_bytes = updates().map(|(_, bytes)| bytes).max().unwrap_or(0);
@@ -252,8 +254,8 @@ fn shared_maps(tenants: &[Tenant], slots: usize, spare_entries: usize, bump: &mu
     let shared = ArenaMap {
         norm_scratch: bump.take(scratch),
         inputs: bump.take_many(most(&|c| c.input_entries), of(&|t, s| t.shards[s].input_bytes())),
-        weight_slots: bump.take_many(slots, of(&|t, s| t.shards[s].slot_bytes())),
-        gradient_slots: bump.take_many(most(&|c| c.gradient_slots), gradients),
+        weight_slots: SlotMap::for_all(bump, of(&|t, s| t.shards[s].slot_bytes()), shards, slots),
+        gradient_slots: SlotMap::for_all(bump, gradients, shards, most(&|c| c.gradient_slots)),
         update_slots: bump.take_many(updates().map(|(count, _)| count).max().unwrap_or(0), update_slot_bytes),
         update_slot_bytes,
         activations: bump.take_many(most(&|c| entries(c.activations)) + spare_entries, boundary),

@@ -5,6 +5,7 @@
 
 use super::model::Model;
 use super::shard::ShardPrograms;
+use super::slots::{SlotMap, shared_bytes};
 use super::store::{OnDisk, count_pieces, longest_piece};
 use crate::base::align_up;
 use crate::device::norm_scratch_bytes;
@@ -100,11 +101,11 @@ pub struct ArenaMap {
     /// the others.
     pub resting: usize,
     /// Weight slots. States lie after the weights, at `states_at`.
-    pub weight_slots: Vec<u64>,
+    pub weight_slots: SlotMap,
     /// Start of a shard's states in its slot.
     pub states_at: Vec<u64>,
     /// Gradient slots.
-    pub gradient_slots: Vec<u64>,
+    pub gradient_slots: SlotMap,
     /// Partial sums for the norm of one shard at a time; where the device updates a shard and asks for scratch.
     pub norm_scratch: u64,
     /// Remainders of the bf16 weights of each shard that rests.
@@ -133,8 +134,8 @@ impl ArenaMap {
     pub(super) fn shifted(mut self, by: u64, workspace: u64) -> ArenaMap {
         let lists = [
             &mut self.inputs,
-            &mut self.weight_slots,
-            &mut self.gradient_slots,
+            &mut self.weight_slots.at,
+            &mut self.gradient_slots.at,
             &mut self.remainders,
             &mut self.update_slots,
             &mut self.activations,
@@ -188,10 +189,12 @@ pub fn arena_map_of(
         true => if_here(s, visiting_gradients_at(shards, s) + visiting_gradient_bytes(model, shards, s)),
         false => if_here(s, shards[s].layout.gradient_bytes),
     };
-    let slots = |bump: &mut Bump, own: usize, shared: usize, bytes: &dyn Fn(usize) -> u64| -> Vec<u64> {
-        let mut slots: Vec<u64> = (0..own).map(|s| bump.take(bytes(s))).collect();
-        slots.extend(bump.take_many(shared.min(n - own), (own..n).map(bytes).max().unwrap_or(0)));
-        slots
+    let slots = |bump: &mut Bump, own: usize, shared: usize, bytes: &dyn Fn(usize) -> u64| {
+        let mut bytes: Vec<u64> = (0..n).map(bytes).collect();
+        // In a pipeline any two shards may follow each other.
+        let largest = bytes[own..].iter().copied().max().unwrap_or(0);
+        bytes[own..].iter_mut().filter(|_| choice.pipelined).for_each(|bytes| *bytes = largest);
+        SlotMap::new(bump, &bytes, own, shared)
     };
     let weight_slots = slots(&mut bump, resting, choice.slots, &slot_bytes);
     // In a pipeline a shard's gradients wait for the next microbatch while others' are computed.
@@ -295,19 +298,20 @@ pub(super) fn bytes_at_rest(shards: &[VisitBytes]) -> Vec<u64> {
 }
 
 /// How many shards may rest, at least one and not all, such that from one of these numbers up to the next one each more
-/// takes more bytes. It may take fewer where it is larger than all that still visit, since the slots that these share
-/// need no room for it then, and where fewer are left than there are slots.
+/// takes more bytes. It may take fewer where what the others share shrinks by more.
 pub(super) fn resting_counts(shards: &[VisitBytes], choice: &Choice) -> Vec<usize> {
     let n = shards.len();
-    let shrinks = |s: usize| {
+    let shared = |bytes: fn(&VisitBytes) -> u64, count: usize| {
+        shared_bytes(&shards.iter().map(bytes).collect::<Vec<_>>(), count)
+    };
+    let (weights, gradients) = (shared(|s| s.slot, choice.slots), shared(|s| s.gradients, choice.gradient_slots));
+    let update_shrinks = |s: usize| {
         let (this, others) = (shards[s], &shards[s + 1..]);
         let here = &others[..choice.visiting_updates.min(others.len())];
-        others.iter().all(|o| o.slot < this.slot)
-            || others.iter().all(|o| o.gradients < this.gradients)
-            || !here.is_empty() && here.iter().all(|o| o.piece < this.piece || o.pieces < this.pieces)
+        !here.is_empty() && here.iter().all(|o| o.piece < this.piece || o.pieces < this.pieces)
     };
-    let slots = choice.slots.max(choice.gradient_slots);
-    (1..n).filter(|&resting| resting == 1 || n - resting < slots || shrinks(resting - 1)).collect()
+    let shrinks = |s: usize| weights[s + 1] < weights[s] || gradients[s + 1] < gradients[s] || update_shrinks(s);
+    (1..n).filter(|&resting| resting == 1 || shrinks(resting - 1)).collect()
 }
 
 /// How many slots there are for what visits for an update, and the bytes of one.

@@ -3,6 +3,7 @@
 mod baselines;
 mod cut;
 mod estimate;
+mod estimate_anywhere;
 mod fleet;
 mod fleet_plan;
 mod found;
@@ -13,6 +14,7 @@ mod pipelined;
 mod plan;
 mod search;
 mod shard;
+mod slots;
 mod stand_in;
 mod store;
 
@@ -26,5 +28,6 @@ pub use model::Model;
 pub use pipelined::plan_pipelined;
 pub use plan::{Plan, PlanOptions, Recompute};
 pub use shard::ShardPrograms;
+pub use slots::SlotMap;
 pub use stand_in::StandIns;
 pub use store::{HostMap, OnDisk, update_stage_parts};

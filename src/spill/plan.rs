@@ -237,10 +237,10 @@ impl Plan {
         let activations_start = a.activations.first().copied().unwrap_or(gradients_start);
         let state_start =
             a.remainders.iter().chain(&a.moments[0]).chain(&a.update_slots).min().copied().unwrap_or(activations_start);
-        let slots_start = a.gradient_slots.first().copied().unwrap_or(state_start);
+        let slots_start = a.gradient_slots.at.first().copied().unwrap_or(state_start);
         let mut rows = vec![
-            ("batch inputs and results", a.weight_slots.first().copied().unwrap_or(0)),
-            ("weights", until(a.weight_slots.first(), slots_start)),
+            ("batch inputs and results", a.weight_slots.at.first().copied().unwrap_or(0)),
+            ("weights", until(a.weight_slots.at.first(), slots_start)),
             ("gradients", state_start - slots_start),
             ("optimizer state", activations_start - state_start),
             ("boundary activations", gradients_start - activations_start),
@@ -274,7 +274,7 @@ fn refusal(model: &Model, smallest: &Plan, options: &PlanOptions) -> Error {
     message += &format!(
         "  the smallest plan has {} and {}:\n",
         count(smallest.shards.len(), "shard"),
-        count(smallest.arena.weight_slots.len(), "weight slot")
+        count(smallest.arena.weight_slots.at.len(), "weight slot")
     );
     message += &smallest.arena_lines();
     message += &format!("  smallest budget that works {needs:>14} bytes: memory = {needs}");

@@ -4,7 +4,8 @@
 //! It works on stand-ins (see `stand_in`).
 
 use super::cut::Balanced;
-use super::estimate::{chain_secs, estimate_anywhere_secs, estimate_secs};
+use super::estimate::{disk_secs, estimate_secs};
+use super::estimate_anywhere::{chain_secs, estimate_anywhere_secs};
 use super::found::{FEW_PIECES, Fastest, Found, arena_of};
 use super::memory::{BoundaryTier, Choice, VisitBytes, arena_map, bytes_at_rest, resting_counts};
 use super::model::Model;
@@ -209,10 +210,11 @@ impl<'a> Search<'a> {
         self.options.device_budget.is_none_or(|budget| arena_bytes <= budget)
     }
 
-    /// Whether its state has a home. Of those that have none, what the ones need that need least is kept.
-    fn has_home(&mut self, found: &Found) -> bool {
+    /// How much of its state is at home on the disk, if all has a home. Of those that have none, what the ones need that
+    /// need least is kept.
+    fn home(&mut self, found: &Found) -> Option<OnDisk> {
         let options = self.options;
-        let Some(host) = options.host_budget else { return true };
+        let Some(host) = options.host_budget else { return Some(options.on_disk.unwrap_or(OnDisk::Nothing)) };
         let bytes = |on_disk: OnDisk| {
             let choice = Choice { on_disk, ..found.choice.clone() };
             let map = host_map(self.model, &found.shards.programs, &choice, options.moments);
@@ -226,7 +228,8 @@ impl<'a> Search<'a> {
         let host_bytes = homes.iter().filter(|(_, disk)| *disk <= options.disk_budget).map(|(host, _)| *host).min();
         let disk_bytes = homes.iter().filter(|(bytes, _)| *bytes <= host).map(|(_, disk)| *disk).min();
         if host_bytes.is_some_and(|bytes| bytes <= host) {
-            return true;
+            let level = homes.iter().position(|(bytes, _)| *bytes <= host).map(|level| OnDisk::ALL[level]);
+            return options.on_disk.or(level);
         }
         let keep = |least: &mut Option<(u64, Found)>, needs: Option<u64>| {
             if let Some(needs) = needs.filter(|needs| least.as_ref().is_none_or(|(least, _)| needs < least)) {
@@ -235,7 +238,7 @@ impl<'a> Search<'a> {
         };
         keep(&mut self.homeless, host_bytes);
         keep(&mut self.diskless, disk_bytes);
-        false
+        None
     }
 
     /// Looks at a choice, and at what follows from it.
@@ -260,12 +263,10 @@ impl<'a> Search<'a> {
         if !is_smallest && !self.fits(arena.bytes) {
             return;
         }
+        let optimizer = (self.options.moments, self.options.clips);
         let estimated_secs = match self.options.anywhere {
-            None => estimate_secs(self.model, shards, choice, self.options.moments, self.options.clips, self.cost),
-            Some(devices) => {
-                let (moments, clips) = (self.options.moments, self.options.clips);
-                estimate_anywhere_secs(self.model, shards, choice, (moments, clips), devices, self.cost)
-            }
+            None => estimate_secs(self.model, shards, (choice, &arena), optimizer, self.cost),
+            Some(devices) => estimate_anywhere_secs(self.model, shards, choice, optimizer, devices, self.cost),
         };
         let late =
             |want: f64| (chain_secs(self.model, shards, choice, self.options.moments, self.cost) - want).max(0.0);
@@ -280,8 +281,17 @@ impl<'a> Search<'a> {
         if !self.fits(arena.bytes) {
             return;
         }
-        let found = found(arena);
-        if self.fastest.wants(&found) && self.has_home(&found) {
+        let mut found = found(arena);
+        if !self.fastest.wants(&found) {
+            return;
+        }
+        let Some(on_disk) = self.home(&found) else { return };
+        // Not all of the shorter is hidden behind the longer.
+        let disk = disk_secs(self.model, shards, choice, on_disk, optimizer, self.cost);
+        let more = (disk - estimated_secs).max(0.0) + 0.1 * disk.min(estimated_secs);
+        found.estimated_secs += more;
+        found.rank_secs += more;
+        if self.fastest.wants(&found) {
             self.fastest.keep(found);
         }
     }

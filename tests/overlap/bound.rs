@@ -56,12 +56,12 @@ impl Ring {
 
     /// An entry for `key`, not that of `keep`, and what its last holder leaves to wait for.
     fn take(&mut self, key: (usize, usize), keep: Option<(usize, usize)>) -> (usize, Vec<usize>) {
-        let (at, users) = self.take_of(key, |e| keep.is_none() || e.0 != keep);
+        let (at, users) = self.take_of(key, |_, e| keep.is_none() || e.0 != keep);
         (at, users.into_iter().map(|u| u.0).collect())
     }
 
-    fn take_of(&mut self, key: (usize, usize), open: impl Fn(&Entry) -> bool) -> (usize, Vec<(usize, u64)>) {
-        let open = (0..self.entries.len()).filter(|&i| open(&self.entries[i]));
+    fn take_of(&mut self, key: (usize, usize), open: impl Fn(usize, &Entry) -> bool) -> (usize, Vec<(usize, u64)>) {
+        let open = (0..self.entries.len()).filter(|&i| open(i, &self.entries[i]));
         let at = open.min_by_key(|&i| (self.entries[i].0.is_some(), self.entries[i].1)).expect("an open entry");
         self.uses += 1;
         let users = std::mem::take(&mut self.entries[at].2);
@@ -88,9 +88,9 @@ struct Recurrence<'a> {
     activations: Ring,
     gradients: Ring,
     inputs: Ring,
-    /// The copies that read each gradient slot's content out, with where they start.
+    /// The copies that read each gradient slot's content out, with where they start, and when it was given last.
     leaving: Vec<Vec<(usize, u64)>>,
-    next_leaving: usize,
+    given: Vec<usize>,
     /// Last update of each shard, piece by piece, and its last norm.
     updated: Vec<Vec<usize>>,
     normed: Vec<Option<usize>>,
@@ -109,14 +109,14 @@ pub fn step_secs(model: &Model, plan: &Plan, cost: &CostModel, clip: bool, warm:
         work: Vec::new(),
         computes: 0,
         step: 0,
-        slots: Ring::new(if plan.choice.resident { n } else { plan.choice.slots.min(n - plan.choice.resting) }),
+        slots: Ring::new(plan.arena.weight_slots.at.len()),
         last_slot: vec![None; n],
         last_use: vec![0; n],
         activations: Ring::new(plan.arena.activations.len()),
         gradients: Ring::new(plan.arena.gradients.len()),
         inputs: Ring::new(plan.arena.inputs.len()),
-        leaving: vec![Vec::new(); plan.choice.gradient_slots.min(n - plan.choice.resting)],
-        next_leaving: 0,
+        leaving: vec![Vec::new(); plan.arena.gradient_slots.at.len()],
+        given: vec![0; plan.arena.gradient_slots.at.len()],
         updated: vec![Vec::new(); n],
         normed: vec![None; n],
         activation_home: vec![vec![None; model.microbatches]; n],
@@ -263,7 +263,9 @@ impl Recurrence<'_> {
                 let own = self.last_slot[s].filter(|&slot| self.slots.entries[slot].0.is_none());
                 let own = own.filter(|&slot| self.slots.entries[slot].1 == self.last_use[s]);
                 let own_use = own.map(|slot| self.slots.entries[slot].1);
-                let (slot, users) = self.slots.take_of((s, 0), |e| own_use.is_none_or(|u| e.1 == u));
+                let (slot, users) = self.slots.take_of((s, 0), |i, e| {
+                    plan.arena.weight_slots.of[s].contains(&i) && own_use.is_none_or(|u| e.1 == u)
+                });
                 let before = |start: u64| users.iter().filter(move |u| u.1 > start).map(|u| u.0).collect::<Vec<_>>();
                 let pieces = plan.pieces(s);
                 // A backward visit's fetch is whole, save where boundary tensors cross the same link.
@@ -287,8 +289,9 @@ impl Recurrence<'_> {
         };
         let mut gradient_slot = 0;
         if backward && !plan.choice.rests(s) {
-            self.next_leaving = (self.next_leaving + 1) % self.leaving.len();
-            gradient_slot = self.next_leaving;
+            let slots = plan.arena.gradient_slots.of[s].clone();
+            gradient_slot = slots.min_by_key(|&slot| self.given[slot]).expect("every shard has one");
+            self.given[gradient_slot] = self.computes + 1;
             // A smaller shard's gradients need not wait for the end of a larger one's.
             let leaving = &mut self.leaving[gradient_slot];
             here.extend(leaving.iter().filter(|l| l.1 < shard.layout.gradient_bytes).map(|l| l.0));

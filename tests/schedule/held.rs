@@ -42,7 +42,7 @@ fn slot_bytes(placed: &[Placed]) -> u64 {
 }
 
 fn slots(map: &FleetMap) -> Vec<usize> {
-    map.maps[0].iter().map(|m| m.weight_slots.len()).collect()
+    map.maps[0].iter().map(|m| m.weight_slots.at.len()).collect()
 }
 
 fn run(placed: &[Placed], arena_bytes: Vec<u64>) -> Simulation {

@@ -83,7 +83,7 @@ fn together(planned: &PlannedJob) {
 /// How many shards each device's weight slots hold, where that is more than the plans ask for.
 fn shards_held(planned: &PlannedJob) -> Option<String> {
     let anywhere = || (0..planned.models.len()).filter(|&m| planned.models[m].placed.home == Home::Anywhere);
-    let slots: Vec<usize> = planned.map.maps[anywhere().next()?].iter().map(|map| map.weight_slots.len()).collect();
+    let slots: Vec<usize> = planned.map.maps[anywhere().next()?].iter().map(|map| map.weight_slots.at.len()).collect();
     let asked = anywhere().map(|m| planned.models[m].plan().choice.slots).max()?;
     if slots.iter().all(|&slots| slots == asked) {
         return None;
@@ -106,7 +106,7 @@ fn headline(model: &Planned, planned: &PlannedJob) -> String {
         }
         (true, _) => "all state on the device".to_string(),
         (false, _) => {
-            let (resting, slots) = (plan.choice.resting, plan.arena.weight_slots.len() - plan.choice.resting);
+            let (resting, slots) = (plan.choice.resting, &plan.arena.weight_slots);
             let home = match plan.choice.on_disk {
                 OnDisk::Nothing => "host memory",
                 OnDisk::Weights => "the disk tier",
@@ -121,7 +121,8 @@ fn headline(model: &Planned, planned: &PlannedJob) -> String {
                 (_, updates, all) if updates == all => ", updates on the device".to_string(),
                 (_, updates, _) => format!(", updates of the first {} on the device", count(updates, "shard")),
             };
-            format!("{state}{updates}, {}", count(slots, "weight slot"))
+            let large = if slots.has_large(resting) { " and a large one" } else { "" };
+            format!("{state}{updates}, {}{large}", count(slots.count_from(resting), "weight slot"))
         }
     };
     let budget = planned.machine.first().budget.map_or(String::new(), |b| format!(" of {}", format_bytes(b)));
