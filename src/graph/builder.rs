@@ -97,7 +97,7 @@ impl Builder {
         }
         self.expect_dtype("cross_entropy: labels", labels, DType::I32)?;
         let rows = Shape::from([x.rows()]);
-        self.loss(Op::CrossEntropy, vec![logits, labels], vec![rows.clone(), rows])
+        self.loss(Op::CrossEntropy, vec![logits, labels], vec![rows])
     }
 
     /// Appends the loss to the last layer: mean squared error of `predictions` (.., C) with `targets` (.., C), an input

@@ -14,13 +14,12 @@ use crate::base::{Error, Result, Shape};
 pub(super) fn emit(s: &mut Sweep, op: &Op, inputs: &[Value], outputs: &[Value], d_out: Option<Value>) -> Result<()> {
     let shape = |s: &Sweep, v: Value| s.graph.info(v).shape.clone();
     let of_loss = match op {
-        Op::CrossEntropy => Some((Op::CrossEntropyGrad, vec![inputs[0], inputs[1], outputs[1]])),
-        Op::MeanSquaredError => Some((Op::MeanSquaredErrorGrad, inputs.to_vec())),
+        Op::CrossEntropy => Some((Op::CrossEntropyGrad, vec![shape(s, inputs[0]), shape(s, outputs[0])])),
+        Op::MeanSquaredError => Some((Op::MeanSquaredErrorGrad, vec![shape(s, inputs[0])])),
         _ => None,
     };
-    if let Some((gradient, operands)) = of_loss {
-        let of = shape(s, inputs[0]);
-        let d = s.push_one(gradient, operands, of);
+    if let Some((gradient, shapes)) = of_loss {
+        let d = s.push(gradient, inputs.to_vec(), shapes)[0];
         s.contribute(inputs[0], d);
         return Ok(());
     }

@@ -15,6 +15,7 @@ mod ids;
 pub mod kinds;
 mod layout;
 mod loss_parts;
+mod loss_step;
 mod op;
 mod padding;
 mod place;

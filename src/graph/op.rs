@@ -92,10 +92,11 @@ pub enum Op {
     Attention(AttentionKind),
     /// d_out, out, lse, then Attention's inputs -> d_qkv, or d_q, d_k, d_v.
     AttentionGrad(AttentionKind),
-    /// logits (.., V), labels (..) i32 -> row_losses (rows): -log softmax at the label; lse (rows). A row with label -100
-    /// counts for nothing: its loss and lse are 0.
+    /// logits (.., V), labels (..) i32 -> row_losses (rows): -log softmax at the label. A row with label -100 counts for
+    /// nothing: its loss is 0.
     CrossEntropy,
-    /// logits (.., V), labels (..), lse (rows) -> d_logits (.., V), over the logits where they die.
+    /// logits (.., V), labels (..) -> d_logits (.., V), over the logits where they die; where wanted row_losses (rows), as
+    /// of the op above, whose step it takes over where it follows.
     CrossEntropyGrad,
     /// predictions (.., C), targets (.., C) -> row_losses (rows): the mean of squared differences.
     MeanSquaredError,
@@ -359,6 +360,7 @@ impl Op {
             | Op::RmsNorm { .. }
             | Op::RmsNormGrad
             | Op::Attention(_)
+            | Op::CrossEntropyGrad
             | Op::BatchNorm { .. }
             | Op::BatchNormGrad
                 if output > 0 =>
@@ -407,7 +409,7 @@ impl Op {
 
     /// Whether the op does without this output when nobody reads it.
     pub fn output_is_optional(&self, output: usize) -> bool {
-        matches!(self, Op::Linear { .. }) && output == 1
+        matches!(self, Op::Linear { .. } | Op::CrossEntropyGrad) && output == 1
     }
 
     /// Whether the op changes the shard's state: it runs once a microbatch and is left out of recomputation.

@@ -7,6 +7,7 @@
 use super::cost::{Cost, Family, cost};
 use super::graph::{Graph, ParameterGradient, Source, Value};
 use super::layout::{ModelLayout, ShardLayout};
+use super::loss_step::join_loss_steps;
 use super::op::Op;
 use super::padding::{padded, padded_cols};
 use super::place::{ALIGNMENT, Lifetime, place};
@@ -263,6 +264,7 @@ impl<'a> Slice<'a> {
             })
             .collect();
         self.save_handed_on(&mut steps);
+        join_loss_steps(&mut steps);
         let mut area_bytes = [0; AREAS];
         for step in &steps {
             for buffer in step.inputs.iter().chain(step.outputs.iter().flatten()).chain(&step.scratch) {
@@ -348,8 +350,8 @@ impl<'a> Slice<'a> {
     }
 }
 
-/// The nodes of `forward` and then those of `backward`, but that each part of the loss runs its backward nodes right
-/// behind its forward ones.
+/// The nodes of `forward` and then those of `backward`, but that a loss' gradient follows it at once, and each part of the
+/// loss runs its backward nodes right behind its forward ones.
 fn part_by_part(graph: &Graph, forward: &[(usize, u8)], backward: Range<usize>) -> impl Iterator<Item = usize> {
     let mut order = Vec::with_capacity(forward.len() + backward.len());
     let mut rest = backward.clone();
@@ -358,6 +360,9 @@ fn part_by_part(graph: &Graph, forward: &[(usize, u8)], backward: Range<usize>) 
         if let Some(part) = graph.loss_parts.iter().find(|part| part.forward.end == n + 1) {
             order.extend(part.backward.clone());
             rest.start = part.backward.end;
+        } else if graph.nodes[n].op == Op::CrossEntropy && !rest.is_empty() {
+            order.push(rest.start);
+            rest.start += 1;
         }
     }
     order.extend(rest);

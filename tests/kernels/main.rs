@@ -119,7 +119,9 @@ fn numbers(machine: &Machine, outcome: &Outcome) -> Numbers {
 /// Two microbatches, so that gradients are written and then added to.
 fn run(spec: &DeviceSpec, case: &Case, computed: bool, dtype: DType) -> Numbers {
     let graph = case.graph(dtype, computed).unwrap_or_else(|e| panic!("{}: {e}", case.name));
-    let mut machine = Machine::on(spec, graph, Cut::whole(2), 2);
+    // Elsewhere the loss comes with its gradient, as in training.
+    let recompute = case.family() == "cross_entropy";
+    let mut machine = Machine::on(spec, graph, Cut { recompute, ..Cut::whole(2) }, 2);
     let weights = draw_weights(&machine.graph);
     let inputs: Vec<_> = (0..2).map(|m| draw_inputs(&machine.graph, m)).collect();
     let outcome = machine.run(&weights, &inputs, &[0, 1]);

@@ -164,15 +164,15 @@ fn body<T: Real>(o: &Operands, scalars: &Scalars, scratch: &mut SharedScratch) {
         Op::AttentionGrad(kind) => attention_grad::<T>(o, kind, scalars),
         Op::CrossEntropy => {
             let (rows, cols) = o.rows_cols(0);
-            cross_entropy::forward::<T>(o.output(0), o.output(1), o.input(0), o.input(1), rows, cols);
+            cross_entropy::forward::<T>(o.output(0), o.input(0), o.input(1), rows, cols);
         }
         Op::CrossEntropyGrad => {
             let (rows, cols) = o.rows_cols(0);
             cross_entropy::grad::<T>(
                 o.output(0),
+                o.optional_output(1),
                 o.unless_in_place(0),
                 o.input(1),
-                o.input(2),
                 scalars.loss_scale,
                 rows,
                 cols,
