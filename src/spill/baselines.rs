@@ -3,7 +3,7 @@
 
 use super::cut::balanced;
 use super::fleet::{FleetMap, Home, Placed};
-use super::fleet_plan::{FleetDevice, FleetModel, hold, named, speeds};
+use super::fleet_plan::{FleetDevice, FleetModel, hold, named, once_for_equal, speeds};
 use super::plan::{Plan, PlanOptions, Recompute};
 use super::shard::ShardPrograms;
 use crate::base::{Error, Result, format_bytes};
@@ -69,21 +69,17 @@ pub fn place_baseline(baseline: Baseline, models: &[FleetModel], devices: &[Flee
 /// # Errors
 /// Where some do not fit, that of the one that needs the most: with what it names all fit.
 fn for_each<T: Clone>(models: &[FleetModel], mut make: impl FnMut(&FleetModel) -> Result<T>) -> Result<Vec<T>> {
-    let mut made: Vec<Option<T>> = Vec::new();
     let mut refused: Option<(u64, Error)> = None;
-    for (i, m) in models.iter().enumerate() {
-        let twin = (0..i).find(|&t| Arc::ptr_eq(&models[t].model, &m.model) && models[t].options == m.options);
-        made.push(match twin.map_or_else(|| make(m).map(Some), |twin| Ok(made[twin].clone())) {
-            Ok(made) => made,
-            Err(error @ Error::OutOfBudget { smallest_device_bytes: needs, .. }) => {
-                if refused.as_ref().is_none_or(|(most, _)| needs > *most) {
-                    refused = Some((needs, named(&m.name, error)));
-                }
-                None
+    let made = once_for_equal(models, |_, m| match make(m) {
+        Ok(made) => Ok(Some(made)),
+        Err(error @ Error::OutOfBudget { smallest_device_bytes: needs, .. }) => {
+            if refused.as_ref().is_none_or(|(most, _)| needs > *most) {
+                refused = Some((needs, named(&m.name, error)));
             }
-            Err(error) => return Err(named(&m.name, error)),
-        });
-    }
+            Ok(None)
+        }
+        Err(error) => Err(named(&m.name, error)),
+    })?;
     refused.map_or_else(|| Ok(made.into_iter().flatten().collect()), |(_, error)| Err(error))
 }
 

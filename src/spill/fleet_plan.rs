@@ -156,6 +156,22 @@ pub(super) fn hold(models: &[FleetModel]) -> Vec<Arc<StandIns>> {
     models.iter().map(|m| m.model.stand_ins()).collect()
 }
 
+/// What is made of each model, once for models and options that are equal.
+pub(super) fn once_for_equal<T: Clone>(
+    models: &[FleetModel],
+    mut make: impl FnMut(usize, &FleetModel) -> Result<T>,
+) -> Result<Vec<T>> {
+    let mut made: Vec<T> = Vec::new();
+    for (i, m) in models.iter().enumerate() {
+        let equal = |other: &FleetModel| Arc::ptr_eq(&other.model, &m.model) && other.options == m.options;
+        made.push(match models[..i].iter().position(equal) {
+            Some(twin) => made[twin].clone(),
+            None => make(i, m)?,
+        });
+    }
+    Ok(made)
+}
+
 /// Sketches that were chosen, as plans.
 fn with_own_programs(models: &[FleetModel], sketches: Vec<Placed>) -> Vec<Placed> {
     let mut placed: Vec<Placed> = Vec::new();
@@ -216,19 +232,17 @@ pub(super) fn sketch_anywhere(
     // Of more slots than the models can have shards nothing is gained.
     let most_slots = models.iter().map(|m| m.model.layers()).sum();
     let plans = |budget_of: &dyn Fn(usize) -> Option<u64>| -> Result<Vec<Placed>> {
-        let mut placed: Vec<Placed> = Vec::new();
-        for (i, m) in models.iter().enumerate() {
+        let plans = once_for_equal(models, |i, m| {
             let (anywhere, slots) = (Some(devices.len()), m.options.slots.min(most_slots));
             let mut options = PlanOptions { anywhere, slots, device_budget: budget_of(i), ..m.options.clone() };
             (options.resident, options.boundaries_stay) = (None, None);
-            let twin = (0..i).find(|&t| Arc::ptr_eq(&models[t].model, &m.model) && models[t].options == m.options);
-            let plan = match twin {
-                Some(twin) => Arc::clone(&placed[twin].plan),
-                None => Arc::new(Plan::sketch(&m.model, &options, cost).map_err(|e| named(&m.name, e))?),
-            };
-            placed.push(Placed { model: Arc::clone(&m.model), plan, home: Home::Anywhere, line: i });
-        }
-        Ok(placed)
+            Plan::sketch(&m.model, &options, cost).map(Arc::new).map_err(|e| named(&m.name, e))
+        })?;
+        let place = |(line, (m, plan)): (usize, (&FleetModel, Arc<Plan>))| {
+            let model = Arc::clone(&m.model);
+            Placed { model, plan, home: Home::Anywhere, line }
+        };
+        Ok(models.iter().zip(plans).enumerate().map(place).collect())
     };
     let arena = |placed: &[Placed]| FleetMap::new(placed, 1).arena_bytes[0];
     let wishes = plans(&|_| None)?;
@@ -290,17 +304,11 @@ fn sketch_at_home(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Opti
 
 /// A sketch of each model that stays on a device in one piece.
 fn sketch_whole(models: &[FleetModel], cost: &CostModel) -> Result<Vec<Arc<Plan>>> {
-    let mut plans: Vec<Arc<Plan>> = Vec::new();
-    for (i, m) in models.iter().enumerate() {
+    once_for_equal(models, |_, m| {
         let whole = std::iter::once(0..m.model.layers()).collect();
         let options = PlanOptions { resident: Some(true), cut: Some(whole), device_budget: None, ..m.options.clone() };
-        let twin = (0..i).find(|&t| Arc::ptr_eq(&models[t].model, &m.model) && models[t].options == m.options);
-        plans.push(match twin {
-            Some(twin) => Arc::clone(&plans[twin]),
-            None => Arc::new(Plan::sketch(&m.model, &options, cost).map_err(|e| named(&m.name, e))?),
-        });
-    }
-    Ok(plans)
+        Plan::sketch(&m.model, &options, cost).map(Arc::new).map_err(|e| named(&m.name, e))
+    })
 }
 
 /// Every model whole on one of so many devices, as close together as [`distribute`] finds, and the bytes of the
