@@ -7,6 +7,7 @@
 //! is expanded when a policy gives it to a device (`turns`). The loop waits in one place, for the next completion, and
 //! never for longer than the watchdog's patience.
 
+mod alone;
 mod clipped;
 mod disk;
 mod fault;
@@ -26,7 +27,9 @@ mod turns;
 mod unit_cost;
 mod update;
 mod visit;
-pub use simulate::{Prediction, SimulateOptions, Simulation, bounds_of, busiest, plan_alone, predict, simulate};
+
+pub use alone::plan_alone;
+pub use simulate::{Prediction, SimulateOptions, Simulation, bounds_of, busiest, predict, simulate};
 pub use state::Stored;
 pub use turns::TurnOptions;
 

@@ -7,10 +7,9 @@ use crate::base::{Error, LaneId, LaneKind, Result};
 use crate::device::sim::{CostModel, SimDevice};
 use crate::sched::{Bounds, DeviceRates, ModelWork, Part, Policy};
 use crate::spill::{
-    ArenaMap, BoundaryTier, FleetMap, Home, Model, OnDisk, Placed, Plan, PlanOptions, ShardPrograms, update_state_bytes,
+    ArenaMap, BoundaryTier, FleetMap, Home, Model, OnDisk, Placed, Plan, ShardPrograms, update_state_bytes,
 };
 use crate::trace::{Bound, LaneSum, Recorder};
-use std::cell::Cell;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
@@ -178,7 +177,12 @@ pub fn predict(model: &Arc<Model>, plan: &Arc<Plan>, cost: &CostModel, clip: boo
 }
 
 /// [`predict`], and how many tasks that took.
-fn predict_counted(model: &Arc<Model>, plan: &Arc<Plan>, cost: &CostModel, clip: bool) -> Result<(Prediction, u64)> {
+pub(super) fn predict_counted(
+    model: &Arc<Model>,
+    plan: &Arc<Plan>,
+    cost: &CostModel,
+    clip: bool,
+) -> Result<(Prediction, u64)> {
     const MEASURED: u64 = PREDICTED_STEPS - WARM_STEPS;
     let disk = disk_bytes_per_sec(std::iter::once(plan.as_ref()), cost);
     let device = Box::new(SimDevice::new(vec![cost.clone()]).with_disk(disk));
@@ -207,84 +211,6 @@ fn predict_counted(model: &Arc<Model>, plan: &Arc<Plan>, cost: &CostModel, clip:
     let (busiest, bound_secs) = busiest(lanes.zip(busy));
     let prediction = Prediction { step_secs, bound_secs, busiest, bound: bound.mean(MEASURED as f64) };
     Ok((prediction, engine.queue.added()))
-}
-
-/// Tasks after which [`plan_alone`] simulates no other plan: about a second's. Two plans are tried in any case.
-const TRIED_TASKS: u64 = 1_000_000;
-
-/// Plans a model that has a device to itself: of the plans that may be the fastest the one with the shortest predicted
-/// step, with as many updates of what visits on the device as make it shortest.
-///
-/// # Errors
-/// As [`Plan::new`].
-pub fn plan_alone(model: &Arc<Model>, options: &PlanOptions, cost: &CostModel) -> Result<Arc<Plan>> {
-    let best = alone(model, options, cost)?;
-    Ok(Arc::new(Arc::unwrap_or_clone(best).own(model, options.recompute)))
-}
-
-/// [`plan_alone`]'s plan, of stand-ins.
-fn alone(model: &Arc<Model>, options: &PlanOptions, cost: &CostModel) -> Result<Arc<Plan>> {
-    let sketches: Vec<Arc<Plan>> = Plan::sketches(model, options, cost)?.into_iter().map(Arc::new).collect();
-    let first = Arc::clone(&sketches[0]);
-    let told = options.visiting_updates.is_some();
-    if sketches.len() == 1 && (told || first.choice.visiting_updates == 0) {
-        return Ok(first);
-    }
-    let tasks = Cell::new(0);
-    let secs = |plan: &Arc<Plan>| -> Result<f64> {
-        let (prediction, added) = predict_counted(model, plan, cost, options.clips)?;
-        tasks.set(tasks.get() + added);
-        Ok(prediction.step_secs)
-    };
-    let is_enough = || tasks.get() > TRIED_TASKS;
-    // The first is the smaller, where they are as fast; what is all on the device is not given up for little.
-    let is_shorter =
-        |secs: f64, best: &Plan, least: f64| secs < if best.choice.resident { 0.95 } else { 0.999 } * least;
-    let (mut best, mut least) = (Arc::clone(&first), f64::INFINITY);
-    for (i, plan) in sketches.into_iter().enumerate() {
-        if i >= 2 && is_enough() {
-            break;
-        }
-        let secs = secs(&plan)?;
-        if is_shorter(secs, &best, least) {
-            (best, least) = (plan, secs);
-        }
-    }
-    if told || best.choice.visiting_updates == 0 {
-        return Ok(best);
-    }
-    // Estimates are too rough to tell numbers of updates apart.
-    for up in [true, false] {
-        loop {
-            let updates = best.choice.visiting_updates;
-            let next = if up { updates + 1 } else { updates - 1 };
-            if next == 0 || next > best.shards.len() - best.choice.resting || is_enough() {
-                break;
-            }
-            let Ok(mut sketches) = Plan::sketches(model, &the_same(&best, next, options), cost) else { break };
-            let plan = Plan { smallest_device_bytes: first.smallest_device_bytes, ..sketches.swap_remove(0) };
-            let plan = Arc::new(plan);
-            let secs = secs(&plan)?;
-            if !is_shorter(secs, &best, least) {
-                break;
-            }
-            (best, least) = (plan, secs);
-        }
-    }
-    Ok(best)
-}
-
-/// What makes a plan like this one, with another number of updates of what visits on the device.
-fn the_same(plan: &Plan, visiting_updates: usize, options: &PlanOptions) -> PlanOptions {
-    PlanOptions {
-        cut: Some(plan.shards.iter().map(|s| s.layout.layers.clone()).collect()),
-        kept: Some(plan.shards.iter().map(|s| s.kept).collect()),
-        resident: Some(false),
-        resting: Some(plan.choice.resting),
-        visiting_updates: Some(visiting_updates),
-        boundaries_stay: Some(plan.choice.activations == BoundaryTier::Device),
-        ..options.clone()
-    }
 }
 
 /// What no schedule of these plans can beat: arithmetic as planned, and the bytes that must cross however shards are

@@ -12,6 +12,8 @@ use super::stand_in::Shards;
 use super::store::{OnDisk, count_pieces};
 use crate::device::sim::CostModel;
 use crate::graph::Area;
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 use std::ops::Range;
 
 /// Steps that are gone through: the last one is taken, which begins on what one before it has left.
@@ -88,6 +90,8 @@ struct Steps<'a> {
     gradients: &'a SlotMap,
     /// Of each shard, bytes of accumulators that leave for the shard that owns their parameter, and that come to it.
     joined: Vec<[u64; 2]>,
+    /// Of each shard, those whose parameters it uses too.
+    owners: Vec<Vec<usize>>,
     /// Updates by the host, of each shard that it updates.
     by_host_secs: Vec<f64>,
     /// The device's of shards that rest.
@@ -104,6 +108,8 @@ struct Steps<'a> {
     /// When the last gradients that the host updates are there, and when the norm of all is known.
     home: f64,
     norm: f64,
+    /// Gradients that the host updates by: when the first piece of a shard's is there, and all of them; in this order.
+    arrived: Vec<(f64, f64, usize)>,
     /// Of each shard, when the first piece of its new weights is at home, and all of them.
     new: Vec<[f64; 2]>,
     /// Ends of visits that took a slot, and when what used gradient slots had left, each for shards that are not large
@@ -125,7 +131,7 @@ impl<'a> Steps<'a> {
         (moments, clips): (usize, bool),
         cost: &'a CostModel,
     ) -> Steps<'a> {
-        let mut joined = vec![[0, 0]; shards.len()];
+        let (mut joined, mut owners) = (vec![[0, 0]; shards.len()], vec![Vec::new(); shards.len()]);
         for (s, shard) in shards.iter().enumerate() {
             for parameter in shard.layout.shared.iter().map(|u| u.parameter) {
                 let (at, bytes) = (&model.layout.parameter[parameter], model.gradient_bytes(parameter));
@@ -133,6 +139,7 @@ impl<'a> Steps<'a> {
                 if let Some(owner) = owner {
                     joined[s][0] += bytes;
                     joined[owner][1] += bytes;
+                    owners[s].push(owner);
                 }
             }
         }
@@ -163,6 +170,7 @@ impl<'a> Steps<'a> {
             weights: &arena.weight_slots,
             gradients: &arena.gradient_slots,
             joined,
+            owners,
             compute: 0.0,
             h2d: 0.0,
             d2h: 0.0,
@@ -171,6 +179,7 @@ impl<'a> Steps<'a> {
             gap: 0.0..0.0,
             home: 0.0,
             norm: 0.0,
+            arrived: Vec::new(),
             ends: Default::default(),
             left: Default::default(),
             states_left: Vec::new(),
@@ -190,13 +199,33 @@ impl<'a> Steps<'a> {
         if self.clips {
             self.norm = self.compute.max(self.home);
             self.compute = if self.resting_secs > 0.0 { self.norm + self.resting_secs } else { self.compute };
-            for s in n - self.by_host_secs.len()..n {
-                self.update_by_host(s, self.norm, self.norm);
-            }
+            self.arrived.iter_mut().for_each(|(piece, all, _)| (*piece, *all) = (self.norm, self.norm));
         } else {
             self.compute += self.resting_secs;
         }
+        self.update_by_host();
         self.compute
+    }
+
+    /// The host's updates of a step's shards: of those whose gradients have begun to arrive always the one that is needed
+    /// first.
+    fn update_by_host(&mut self) {
+        let arrived = std::mem::take(&mut self.arrived);
+        let mut next = arrived.iter().enumerate().peekable();
+        let mut waiting = BinaryHeap::new();
+        loop {
+            if let (true, Some(&(_, &(piece, ..)))) = (waiting.is_empty(), next.peek()) {
+                self.host = self.host.max(piece);
+            }
+            while let Some((i, &(.., s))) = next.next_if(|&(_, &(piece, ..))| piece <= self.host) {
+                waiting.push(Reverse((s, i)));
+            }
+            let Some(Reverse((s, i))) = waiting.pop() else { break };
+            let secs = self.by_host_secs[s + self.by_host_secs.len() - self.shards.len()];
+            let (begins, a_piece) = (self.host, secs / self.pieces(s));
+            self.host = (begins + secs).max(arrived[i].1 + a_piece);
+            self.new[s] = [begins + a_piece, self.host];
+        }
     }
 
     /// A visit of a shard: its `first` of the step, and its backward.
@@ -221,6 +250,9 @@ impl<'a> Steps<'a> {
         let ready = ready.max(self.batch_comes(s, backward));
         let secs = self.arithmetic_secs(s, secs, first, backward);
         self.compute = self.compute.max(ready).max(room) + secs;
+        if backward && (rests || self.clips && self.is_updated_here(s)) {
+            self.bring(self.joined[s][1]);
+        }
         if self.batch_bytes(s, backward) > 0 {
             self.batch_read = self.compute;
         }
@@ -243,9 +275,7 @@ impl<'a> Steps<'a> {
             self.left[slots].push(self.d2h.max(self.compute));
             if !self.is_updated_here(s) {
                 self.home = self.d2h;
-                if !self.clips {
-                    self.update_by_host(s, begins + leaves / self.pieces(s), self.d2h);
-                }
+                self.arrived.push((begins + leaves / self.pieces(s), self.d2h, s));
             }
         }
         self.ends[is_large(self.weights, s)].push(self.compute.max(slot_leaves));
@@ -268,7 +298,11 @@ impl<'a> Steps<'a> {
         self.in_secs += secs;
         self.moved_bytes += bytes;
         let free = room_of(&self.ends[is_large(self.weights, s)], self.weights.of[s].len());
-        let [piece, all] = self.new[s];
+        let [piece, mut all] = self.new[s];
+        // What it borrows comes last.
+        for &owner in self.owners[s].iter().filter(|&&owner| !self.choice.rests(owner)) {
+            all = all.max(self.new[owner][1]);
+        }
         let starts = self.gap.start.max(free).max(piece);
         let before = (self.gap.end - starts).clamp(0.0, secs);
         if before > 0.0 {
@@ -284,6 +318,14 @@ impl<'a> Steps<'a> {
         }
         self.h2d = (begins + secs - before).max(whole);
         self.h2d
+    }
+
+    /// Copies to the device, of what is there.
+    fn bring(&mut self, bytes: u64) {
+        let secs = if bytes > 0 { self.cost.copy_secs + bytes as f64 / self.cost.h2d_bytes_per_sec } else { 0.0 };
+        self.h2d += secs;
+        self.in_secs += secs;
+        self.moved_bytes += bytes;
     }
 
     /// The device's update of a shard that visits, with its state and so many bytes more, and room from then on; what is
@@ -303,15 +345,6 @@ impl<'a> Steps<'a> {
         self.moved_bytes += state + more_bytes;
         self.copy_home(own + state);
         self.new[s] = [self.d2h; 2];
-    }
-
-    /// The host's update of a shard, once the first piece of its gradients is there, and all of them.
-    fn update_by_host(&mut self, s: usize, piece: f64, all: f64) {
-        let secs = self.by_host_secs[s + self.by_host_secs.len() - self.shards.len()];
-        let a_piece = secs / self.pieces(s);
-        let begins = self.host.max(piece);
-        self.host = (begins + secs).max(all + a_piece);
-        self.new[s] = [begins + a_piece, self.host];
     }
 
     /// Copies what is there, and returns the seconds that it takes.

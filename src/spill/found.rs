@@ -10,7 +10,7 @@ use super::store::host_map;
 use std::cmp::Ordering;
 
 /// Plans of each kind that are kept: estimates are rough, and the executor can look at so many.
-const OF_A_KIND: usize = 8;
+const OF_A_KIND: usize = 10;
 
 /// Estimates are taken to be no further than this times from the truth: a plan that is slower by more is not looked at
 /// again.
@@ -61,16 +61,19 @@ impl Found {
         }
     }
 
-    /// Boundary tensors on the device or in host memory, updates of what visits by the host alone or with the state
-    /// coming in few pieces or in all. Estimates are truest among plans of one kind.
+    /// Boundary tensors on the device or in host memory, slots equal or not, updates of what visits by the host alone, by
+    /// both or by the device alone, with the state coming in few pieces or in all. Estimates are truest among plans of
+    /// one kind.
     fn kind(&self) -> usize {
+        let all = self.choice.updates_on_device(self.shards.programs.len() - 1);
         let updates = match (self.choice.visiting_updates, self.choice.update_pieces) {
             (0, _) => 0,
-            (_, FEW_PIECES) => 1,
-            _ => 2,
+            (_, FEW_PIECES) => 1 + 2 * usize::from(all),
+            _ => 2 + 2 * usize::from(all),
         };
         let on_device = |tier| tier == BoundaryTier::Device;
-        2 * updates + usize::from(on_device(self.choice.activations) && on_device(self.choice.gradients))
+        let stay = on_device(self.choice.activations) && on_device(self.choice.gradients);
+        4 * updates + 2 * usize::from(self.choice.even_slots) + usize::from(stay)
     }
 
     /// Its shards, and the bytes of its arena.
@@ -78,16 +81,17 @@ impl Found {
         (self.shards.programs.len(), self.arena.bytes)
     }
 
-    fn has_cut_of(&self, other: &Found) -> bool {
-        let cut = |found: &Found| found.shards.programs.iter().map(|s| s.layout.layers.clone()).collect::<Vec<_>>();
-        cut(self) == cut(other)
+    /// Whether both have about as many shards: two numbers in each doubling are told apart, and each below 5.
+    fn is_as_fine_as(&self, other: &Found) -> bool {
+        let fineness = |found: &Found| (found.shards.programs.len().pow(2)).ilog2();
+        fineness(self) == fineness(other)
     }
 }
 
-/// The fastest found, by estimate: of each kind a few, each of another cut.
+/// The fastest found, by estimate: of each kind a few, each of another fineness.
 pub struct Fastest {
     recompute: Recompute,
-    kinds: [Vec<Found>; 6],
+    kinds: [Vec<Found>; 20],
 }
 
 impl Fastest {
@@ -99,7 +103,7 @@ impl Fastest {
     /// Whether a plan is one of them, so far.
     pub fn wants(&self, found: &Found) -> bool {
         let kept = &self.kinds[found.kind()];
-        match kept.iter().find(|other| other.has_cut_of(found)) {
+        match kept.iter().find(|other| other.is_as_fine_as(found)) {
             Some(twin) => self.order(found, twin).is_lt(),
             None => kept.len() < OF_A_KIND || kept.last().is_some_and(|last| self.order(found, last).is_lt()),
         }
@@ -108,7 +112,7 @@ impl Fastest {
     /// Keeps a plan that it [`Fastest::wants`].
     pub fn keep(&mut self, found: Found) {
         let mut kept = std::mem::take(&mut self.kinds[found.kind()]);
-        kept.retain(|other| !other.has_cut_of(&found));
+        kept.retain(|other| !other.is_as_fine_as(&found));
         let place = kept.partition_point(|other| self.exact_order(other, &found).is_le());
         let kind = found.kind();
         kept.insert(place, found);

@@ -5,7 +5,7 @@
 
 use super::model::Model;
 use super::shard::ShardPrograms;
-use super::slots::{SlotMap, shared_bytes};
+use super::slots::{SlotMap, has_large, shared_bytes};
 use super::store::{OnDisk, count_pieces, longest_piece};
 use crate::base::align_up;
 use crate::device::norm_scratch_bytes;
@@ -52,6 +52,8 @@ pub struct Choice {
     pub resting: usize,
     /// Weight slots for the shards that visit.
     pub slots: usize,
+    /// Slots are as large as the largest shard that visits, though others be far smaller: any shard may be in any.
+    pub even_slots: bool,
     /// Gradient slots for the shards that visit.
     pub gradient_slots: usize,
     /// Boundary activations.
@@ -192,8 +194,10 @@ pub fn arena_map_of(
     let slots = |bump: &mut Bump, own: usize, shared: usize, bytes: &dyn Fn(usize) -> u64| {
         let mut bytes: Vec<u64> = (0..n).map(bytes).collect();
         // In a pipeline any two shards may follow each other.
-        let largest = bytes[own..].iter().copied().max().unwrap_or(0);
-        bytes[own..].iter_mut().filter(|_| choice.pipelined).for_each(|bytes| *bytes = largest);
+        if choice.even_slots || choice.pipelined {
+            let largest = bytes[own..].iter().copied().max().unwrap_or(0);
+            bytes[own..].fill(largest);
+        }
         SlotMap::new(bump, &bytes, own, shared)
     };
     let weight_slots = slots(&mut bump, resting, choice.slots, &slot_bytes);
@@ -287,6 +291,11 @@ impl VisitBytes {
     }
 }
 
+/// Whether some have a slot apart where as many slots may be of different sizes.
+pub(super) fn have_large(shards: &[VisitBytes], slots: usize) -> bool {
+    has_large(&shards.iter().map(|s| s.slot).collect::<Vec<_>>(), slots)
+}
+
 /// Of each number of shards at rest, bytes that these take at least.
 pub(super) fn bytes_at_rest(shards: &[VisitBytes]) -> Vec<u64> {
     let mut sums = vec![0];
@@ -302,7 +311,7 @@ pub(super) fn bytes_at_rest(shards: &[VisitBytes]) -> Vec<u64> {
 pub(super) fn resting_counts(shards: &[VisitBytes], choice: &Choice) -> Vec<usize> {
     let n = shards.len();
     let shared = |bytes: fn(&VisitBytes) -> u64, count: usize| {
-        shared_bytes(&shards.iter().map(bytes).collect::<Vec<_>>(), count)
+        shared_bytes(&shards.iter().map(bytes).collect::<Vec<_>>(), count, choice.even_slots)
     };
     let (weights, gradients) = (shared(|s| s.slot, choice.slots), shared(|s| s.gradients, choice.gradient_slots));
     let update_shrinks = |s: usize| {

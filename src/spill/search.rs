@@ -7,7 +7,7 @@ use super::cut::Balanced;
 use super::estimate::{disk_secs, estimate_secs};
 use super::estimate_anywhere::{chain_secs, estimate_anywhere_secs};
 use super::found::{FEW_PIECES, Fastest, Found, arena_of};
-use super::memory::{BoundaryTier, Choice, VisitBytes, arena_map, bytes_at_rest, resting_counts};
+use super::memory::{BoundaryTier, Choice, VisitBytes, arena_map, bytes_at_rest, have_large, resting_counts};
 use super::model::Model;
 use super::plan::{PlanOptions, Recompute};
 use super::shard::ShardPrograms;
@@ -159,8 +159,16 @@ impl<'a> Search<'a> {
                 // Single entries leave no room to copy beside the arithmetic: small, and only for small budgets.
                 let depths: &[(usize, usize, usize, usize)] =
                     if !deep { &[(1, 2, 2, 1)] } else { &[(1, 2, 2, 1), (1, 3, 3, 2), (2, 3, 3, 2)] };
-                for &(gradient_slots, activations, gradients, input_entries) in depths {
+                let evens: &[bool] = if !resident && !self.options.pipelined && have_large(&self.visits, slots) {
+                    &[false, true]
+                } else {
+                    &[false]
+                };
+                for (&(gradient_slots, activations, gradients, input_entries), &even_slots) in
+                    depths.iter().flat_map(|depth| evens.iter().map(move |even| (depth, even)))
+                {
                     choices.push(Choice {
+                        even_slots,
                         resident,
                         resting: if resident { 0 } else { self.options.resting.unwrap_or(0).min(n - 1) },
                         slots,
@@ -192,6 +200,7 @@ impl<'a> Search<'a> {
                 resident: false,
                 resting: 0,
                 slots,
+                even_slots: true,
                 gradient_slots,
                 activations: BoundaryTier::Host { entries: activations },
                 gradients: BoundaryTier::Host { entries: gradients },

@@ -111,9 +111,24 @@ fn sizes(bytes: &[u64], count: usize) -> Vec<Sizes> {
     sizes
 }
 
-/// Bytes of the slots of those that visit, by how many shards before them do not.
-pub(super) fn shared_bytes(bytes: &[u64], count: usize) -> Vec<u64> {
-    sizes(bytes, count).into_iter().map(Sizes::sum).collect()
+/// Bytes of the slots of those that visit, by how many shards before them do not. `even`: the slots are equal.
+pub(super) fn shared_bytes(bytes: &[u64], count: usize, even: bool) -> Vec<u64> {
+    if !even {
+        return sizes(bytes, count).into_iter().map(Sizes::sum).collect();
+    }
+    let mut largest = 0;
+    let of = |(others, &this): (usize, &u64)| {
+        largest = this.max(largest);
+        Sizes { large: None, others: largest, count: count.min(others + 1) }.sum()
+    };
+    let mut sums: Vec<u64> = bytes.iter().rev().enumerate().map(of).collect();
+    sums.reverse();
+    sums
+}
+
+/// Whether some of those that visit, however many before them do not, have a slot apart.
+pub(super) fn has_large(bytes: &[u64], count: usize) -> bool {
+    sizes(bytes, count).iter().any(|sizes| sizes.large.is_some())
 }
 
 #[cfg(test)]
@@ -127,7 +142,10 @@ mod tests {
         let mut bump = Bump::default();
         let map = SlotMap::new(&mut bump, &bytes, own, count);
         let own_bytes: u64 = bytes[..own].iter().sum();
-        assert_eq!(own_bytes + shared_bytes(&bytes, count)[own], bump.end);
+        assert_eq!(own_bytes + shared_bytes(&bytes, count, false)[own], bump.end);
+        let largest = bytes[own..].iter().max().unwrap();
+        assert_eq!(shared_bytes(&bytes, count, true)[own], count.min(bytes.len() - own) as u64 * largest);
+        assert!(has_large(&bytes[own..], count) || !map.has_large(own));
         (map, bump.end / KIB)
     }
 

@@ -83,9 +83,11 @@ pub struct HostMap {
 }
 
 /// The largest part of a shard's weights, in bytes, that goes to or from the disk at once: small beside the model, so
-/// that stages are, and large enough to keep a disk at work.
+/// that stages are, and large enough to keep a disk at work; of the largest models a 4096th, since each part is a task or
+/// more of its own.
 fn disk_piece_bytes(model: &Model) -> u64 {
-    align_up((model.layout.parameter_bytes / 128).clamp(16 << 10, 4 << 20), ALIGNMENT)
+    let bytes = model.layout.parameter_bytes;
+    align_up((bytes / 128).clamp(16 << 10, (4 << 20).max(bytes / 4096)), ALIGNMENT)
 }
 
 /// How many pieces a shard's own `bytes` of weights come and go in and are updated in, if it visits.
@@ -234,6 +236,7 @@ mod tests {
             resident: false,
             resting: 0,
             slots,
+            even_slots: false,
             gradient_slots: 1,
             activations: BoundaryTier::Device,
             gradients: BoundaryTier::Device,
