@@ -72,6 +72,11 @@ fn llama_as_pytorch() {
 }
 
 #[test]
+fn qwen3_as_pytorch() {
+    check_fixture("qwen3", 90);
+}
+
+#[test]
 fn resnet_bottleneck_as_pytorch() {
     check_fixture("resnet", 90);
 }

@@ -86,6 +86,21 @@ fn llama() {
 }
 
 #[test]
+fn mistral() {
+    check("mistral");
+}
+
+#[test]
+fn qwen2() {
+    check("qwen2");
+}
+
+#[test]
+fn qwen3() {
+    check("qwen3");
+}
+
+#[test]
 fn resnet_bottleneck() {
     check("resnet");
 }

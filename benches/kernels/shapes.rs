@@ -67,8 +67,8 @@ const fn conv(channels: usize, side: usize, out: usize, kernel: usize, stride: u
 }
 
 /// Model and place, and what stands there. GPT-2 at 8 x 1024 tokens (norms and losses of `peers.py` at 16 x 1024),
-/// BERT-large at 32 x 512, ViT-B at 64 x 197, Llama 1B at 4 x 2048, ResNet-50 at 128 images of 224 x 224; parts
-/// of a head at 2048 rows.
+/// BERT-large at 32 x 512, ViT-B at 64 x 197, Llama 1B and Qwen3 0.6B at 4 x 2048, ResNet-50 at 128 images of
+/// 224 x 224; parts of a head at 2048 rows.
 const TABLE: &[(&str, Spec)] = &[
     ("square/1024", linear(1024, 1024, 1024, Plain, OutIn)),
     ("square/4096", linear(4096, 4096, 4096, Plain, OutIn)),
@@ -104,6 +104,7 @@ const TABLE: &[(&str, Spec)] = &[
     ("wide/4096", Spec::LayerNorm { rows: 8192, cols: 4096 }),
     ("wide/8192", Spec::LayerNorm { rows: 8192, cols: 8192 }),
     ("llama_1b/norm", Spec::RmsNorm { rows: 8192, cols: 2048 }),
+    ("qwen3_600m/norm of heads", Spec::RmsNorm { rows: 8192 * 16, cols: 128 }),
     ("llama_1b/rotary", Spec::Rotary { batch: 4, heads: 32, kv_heads: 8, len: 2048, width: 64 }),
     ("gpt2_124m/loss", Spec::CrossEntropy { rows: 8192, vocabulary: 50257 }),
     ("gpt2_124m/loss padded", Spec::CrossEntropy { rows: 8192, vocabulary: 50304 }),

@@ -89,6 +89,17 @@ impl<'a> Fields<'a> {
         Ok(self.optional_count(key, range)?.unwrap_or(default))
     }
 
+    /// A whole number in `range`; `None` where the key is there and null.
+    pub fn count_or_null(
+        &self,
+        key: &'static str,
+        default: usize,
+        range: RangeInclusive<usize>,
+    ) -> Result<Option<usize>> {
+        let given = self.optional_count(key, range)?;
+        Ok(given.or(Some(default).filter(|_| !self.map.contains_key(key))))
+    }
+
     /// A list of whole numbers in `range`, one at least and `most` at most.
     pub fn counts(
         &self,

@@ -126,12 +126,11 @@ impl Bert {
 }
 
 impl TextModel for Bert {
-    const POSITIONS: &'static str = "max_position_embeddings";
     const LAYER: &'static str = "layer";
     const ATTENTION: &'static str = "attention";
 
-    fn positions(&self) -> usize {
-        self.positions
+    fn longest(&self) -> (&'static str, usize) {
+        ("max_position_embeddings", self.positions)
     }
 
     fn layers(&self) -> usize {

@@ -132,12 +132,11 @@ impl Gpt2 {
 }
 
 impl TextModel for Gpt2 {
-    const POSITIONS: &'static str = "n_positions";
     const LAYER: &'static str = "h";
     const ATTENTION: &'static str = "attn";
 
-    fn positions(&self) -> usize {
-        self.positions
+    fn longest(&self) -> (&'static str, usize) {
+        ("n_positions", self.positions)
     }
 
     fn layers(&self) -> usize {

@@ -1,6 +1,8 @@
 //! Llama with its language-modelling head (Touvron et al. 2023, arXiv:2302.13971 and 2307.09288; Grattafiori et al.
 //! 2024, arXiv:2407.21783), as transformers' `LlamaForCausalLM` computes it: RMS norms, rotary positions, grouped key
-//! and value heads, a gated MLP.
+//! and value heads, a gated MLP. And its kin, which differ in a bias, a norm or a window: Mistral (Jiang et al. 2023,
+//! arXiv:2310.06825), Qwen2 and 2.5 (Yang et al. 2024, arXiv:2407.10671 and 2412.15115), Qwen3 (Yang et al. 2025,
+//! arXiv:2505.09388).
 //!
 //! A cut may fall after the embeddings, and after either half of a layer: attention, or the MLP.
 
@@ -13,42 +15,90 @@ use crate::nn::layers::{Linear, rmsnorm};
 use crate::nn::{InputShape, Labels, Network};
 use serde_json::{Map, json};
 
-pub(super) const FAMILY: Family = Family {
-    name: "llama",
-    architecture: "LlamaForCausalLM",
-    prefix: Some("model."),
-    tied: &[("lm_head.weight", TABLE)],
-    is_buffer,
-    is_elsewhere: |_| false,
-    build: |fields| Ok(Box::new(Llama::read(fields)?)),
-};
+pub(super) const LLAMA: Family =
+    family("llama", "LlamaForCausalLM", |fields| Ok(Box::new(Llama::read(fields, Kind::Llama)?)));
+pub(super) const MISTRAL: Family =
+    family("mistral", "MistralForCausalLM", |fields| Ok(Box::new(Llama::read(fields, Kind::Mistral)?)));
+pub(super) const QWEN2: Family =
+    family("qwen2", "Qwen2ForCausalLM", |fields| Ok(Box::new(Llama::read(fields, Kind::Qwen2)?)));
+pub(super) const QWEN3: Family =
+    family("qwen3", "Qwen3ForCausalLM", |fields| Ok(Box::new(Llama::read(fields, Kind::Qwen3)?)));
+
+const fn family(
+    name: &'static str,
+    architecture: &'static str,
+    build: fn(&Fields) -> Result<Box<dyn Network>>,
+) -> Family {
+    let tied = &[("lm_head.weight", TABLE)];
+    Family { name, architecture, prefix: Some("model."), tied, is_buffer, is_elsewhere: |_| false, build }
+}
+
+/// Llama or one of its kin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Llama.
+    Llama,
+    /// No biases, and attention that may see a window only.
+    Mistral,
+    /// Queries, keys and values have a bias.
+    Qwen2,
+    /// Queries and keys are normalised head by head before they are turned.
+    Qwen3,
+}
+
+impl Kind {
+    fn family(self) -> Family {
+        match self {
+            Kind::Llama => LLAMA,
+            Kind::Mistral => MISTRAL,
+            Kind::Qwen2 => QWEN2,
+            Kind::Qwen3 => QWEN3,
+        }
+    }
+
+    /// `vocab_size`, `intermediate_size` and `max_position_embeddings` by default.
+    fn sizes(self) -> [usize; 3] {
+        match self {
+            Kind::Llama => [32_000, 11_008, 2048],
+            Kind::Mistral => [32_000, 14_336, 131_072],
+            Kind::Qwen2 | Kind::Qwen3 => [151_936, 22_016, 32_768],
+        }
+    }
+}
 
 /// The token embeddings, (V, C), which are the head too where it is tied.
 const TABLE: &str = "model.embed_tokens.weight";
 /// Layers beyond this are a mistake: the deepest published one has 126.
 const MOST_LAYERS: usize = 1024;
 
-/// A Llama, described by transformers' `LlamaConfig`.
+/// A Llama or one of its kin, described by transformers' `LlamaConfig`, `MistralConfig`, `Qwen2Config` or
+/// `Qwen3Config`. Defaults below are Llama's where nothing else is said.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Llama {
-    /// V, the number of tokens: `vocab_size`, 32000 by default.
+    /// Which of them.
+    pub kind: Kind,
+    /// V, the number of tokens: `vocab_size`, 32000 by default, Qwen's 151936.
     pub vocab: usize,
     /// C: `hidden_size`, 4096 by default.
     pub width: usize,
-    /// Width inside the MLP: `intermediate_size`, 11008 by default.
+    /// Width inside the MLP: `intermediate_size`, 11008 by default, Mistral's 14336, Qwen's 22016.
     pub inner: usize,
     /// `num_hidden_layers`, 32 by default.
     pub layers: usize,
     /// H: `num_attention_heads`, 32 by default.
     pub heads: usize,
-    /// Key and value heads, which divide H: `num_key_value_heads`, H by default.
+    /// Key and value heads, which divide H: `num_key_value_heads`, H by default, Mistral's 8, Qwen's 32.
     pub kv_heads: usize,
-    /// Width of a head, even: `head_dim`, C / H by default.
+    /// Width of a head, even: `head_dim`, C / H by default, Qwen3's 128.
     pub head_width: usize,
     /// Of the MLP's gate: `hidden_act`, silu by default.
     pub activation: Activation,
-    /// The longest context: `max_position_embeddings`, 2048 by default.
+    /// The longest context: `max_position_embeddings`, 2048 by default, Mistral's 131072, Qwen's 32768.
     pub positions: usize,
+    /// How many positions a query sees, its own and those before it, in a layer of sliding attention: `sliding_window`.
+    /// `None` is all of them: Llama; Mistral by `null`, where 4096 is the default; Qwen, unless `use_sliding_window` is
+    /// there and a layer slides. Longer contexts are refused, shorter ones see the same with a window as without.
+    pub window: Option<usize>,
     /// Standard deviation of the first weights: `initializer_range`, 0.02 by default.
     pub initializer_range: f64,
     /// RMS normalisation's epsilon: `rms_norm_eps`, 1e-6 by default.
@@ -61,41 +111,59 @@ pub struct Llama {
     pub rotary_base: f64,
     /// How they are slowed: `rope_scaling`, not at all by default.
     pub rotary_scaling: RotaryScaling,
-    /// Whether attention's layers have a bias: `attention_bias`, false by default.
-    pub attention_bias: bool,
+    /// Whether queries, keys and values have a bias: `attention_bias` of Llama and Qwen3, false by default; Qwen2's have,
+    /// Mistral's have not.
+    pub qkv_bias: bool,
+    /// Whether the layer after attention has one: `attention_bias` too, but not Qwen2's.
+    pub out_bias: bool,
     /// Dropout of attention weights: `attention_dropout`, 0 by default.
     pub attention_dropout: f64,
-    /// Whether the MLP's layers have a bias: `mlp_bias`, false by default.
+    /// Whether the MLP's layers have a bias: Llama's `mlp_bias`, false by default.
     pub mlp_bias: bool,
     given: Map<String, serde_json::Value>,
 }
 
 impl Llama {
-    fn read(f: &Fields) -> Result<Llama> {
-        let vocab = f.count("vocab_size", 32000, 1..=i32::MAX as usize)?;
+    fn read(f: &Fields, kind: Kind) -> Result<Llama> {
+        let [vocab, inner, positions] = kind.sizes();
+        let vocab = f.count("vocab_size", vocab, 1..=i32::MAX as usize)?;
         let width = f.count("hidden_size", 4096, 1..=1 << 20)?;
         let heads = f.count("num_attention_heads", 32, 1..=1 << 20)?;
-        let head_width = f.optional_count("head_dim", 2..=1 << 12)?;
+        let head_width = match kind {
+            Kind::Qwen3 => Some(f.count("head_dim", 128, 2..=1 << 12)?),
+            _ => f.optional_count("head_dim", 2..=1 << 12)?,
+        };
+        let layers = f.count("num_hidden_layers", 32, 1..=MOST_LAYERS)?;
+        let kv_heads = match kind {
+            Kind::Llama => heads,
+            Kind::Mistral => 8,
+            Kind::Qwen2 | Kind::Qwen3 => 32,
+        };
+        let kv_heads = f.count_or_null("num_key_value_heads", kv_heads, 1..=1 << 20)?.unwrap_or(heads);
         let (rotary_base, rotary_scaling) = read_rotary(f)?;
+        let bias = matches!(kind, Kind::Llama | Kind::Qwen3) && f.flag("attention_bias", false)?;
         let llama = Llama {
+            kind,
             vocab,
             width,
-            inner: f.count("intermediate_size", 11008, 1..=1 << 24)?,
-            layers: f.count("num_hidden_layers", 32, 1..=MOST_LAYERS)?,
+            inner: f.count("intermediate_size", inner, 1..=1 << 24)?,
+            layers,
             heads,
-            kv_heads: f.optional_count("num_key_value_heads", 1..=1 << 20)?.unwrap_or(heads),
+            kv_heads,
             head_width: head_width.unwrap_or(width / heads),
             activation: f.word("hidden_act", Activation::Silu, &ACTIVATIONS)?,
-            positions: f.count("max_position_embeddings", 2048, 1..=1 << 24)?,
+            positions: f.count("max_position_embeddings", positions, 1..=1 << 24)?,
+            window: read_window(f, kind, layers)?,
             initializer_range: f.deviation("initializer_range", 0.02)?,
             epsilon: f.epsilon("rms_norm_eps", 1e-6)?,
             padding: f.optional_count("pad_token_id", 0..=vocab - 1)?,
             tied: f.flag("tie_word_embeddings", false)?,
             rotary_base,
             rotary_scaling,
-            attention_bias: f.flag("attention_bias", false)?,
+            qkv_bias: bias || kind == Kind::Qwen2,
+            out_bias: bias,
             attention_dropout: f.dropout("attention_dropout", 0.0)?,
-            mlp_bias: f.flag("mlp_bias", false)?,
+            mlp_bias: kind == Kind::Llama && f.flag("mlp_bias", false)?,
             given: f.map().clone(),
         };
         // How products were once split to repeat a training run's roundings; it says nothing about the mathematics.
@@ -118,6 +186,14 @@ impl Llama {
         Linear { bias: linear.bias.filter(|_| bias), ..linear }
     }
 
+    /// Each head of `x` (B, T, heads x width) by its root mean square.
+    fn norm_heads(&self, b: &mut Builder, x: Value, name: &str) -> Result<Value> {
+        let shape = b.shape(x).clone();
+        let heads = b.reshape(x, [shape.elems() / self.head_width, self.head_width])?;
+        let heads = rmsnorm(b, heads, name, self.epsilon)?;
+        b.reshape(heads, shape)
+    }
+
     /// `rope_scaling`, as transformers up to 4 calls it and later ones take it too.
     fn scaling_config(&self) -> serde_json::Value {
         match self.rotary_scaling {
@@ -135,12 +211,14 @@ impl Llama {
 }
 
 impl TextModel for Llama {
-    const POSITIONS: &'static str = "max_position_embeddings";
     const LAYER: &'static str = "layers";
     const ATTENTION: &'static str = "attn";
 
-    fn positions(&self) -> usize {
-        self.positions
+    fn longest(&self) -> (&'static str, usize) {
+        match self.window.filter(|&window| window < self.positions) {
+            Some(window) => ("sliding_window", window),
+            None => ("max_position_embeddings", self.positions),
+        }
     }
 
     fn layers(&self) -> usize {
@@ -156,15 +234,20 @@ impl TextModel for Llama {
         let name = format!("model.layers.{layer}");
         let x = rmsnorm(b, input, &format!("{name}.input_layernorm"), self.epsilon)?;
         let heads = |b: &mut Builder, of: &str, heads: usize| {
-            let linear = self.linear(heads * self.head_width, self.attention_bias);
+            let linear = self.linear(heads * self.head_width, self.qkv_bias);
             linear.trace(b, x, &format!("{name}.self_attn.{of}_proj"))
         };
-        let turned = |b: &mut Builder, x: Value, heads: usize| {
+        let turned = |b: &mut Builder, x: Value, of: &str, heads: usize| {
+            let x = if self.kind == Kind::Qwen3 {
+                self.norm_heads(b, x, &format!("{name}.self_attn.{of}_norm"))?
+            } else {
+                x
+            };
             b.rotary_scaled(x, heads, self.head_width, self.rotary_base, self.rotary_scaling)
         };
         let (q, k) = (heads(b, "q", self.heads)?, heads(b, "k", self.kv_heads)?);
         let v = heads(b, "v", self.kv_heads)?;
-        let (q, k) = (turned(b, q, self.heads)?, turned(b, k, self.kv_heads)?);
+        let (q, k) = (turned(b, q, "q", self.heads)?, turned(b, k, "k", self.kv_heads)?);
         let options = AttentionOptions {
             heads: self.heads,
             kv_heads: self.kv_heads,
@@ -173,7 +256,7 @@ impl TextModel for Llama {
             dropout: self.attention_dropout,
         };
         let x = b.attention(q, k, v, mask, options)?;
-        let x = self.linear(self.width, self.attention_bias).trace(b, x, &format!("{name}.self_attn.o_proj"))?;
+        let x = self.linear(self.width, self.out_bias).trace(b, x, &format!("{name}.self_attn.o_proj"))?;
         b.add(x, input)
     }
 
@@ -202,7 +285,7 @@ impl Network for Llama {
     }
 
     fn inputs(&self) -> Vec<InputShape> {
-        vec![InputShape::new("input_ids", [self.positions], DType::I32)]
+        vec![InputShape::new("input_ids", [self.longest().1], DType::I32)]
     }
 
     fn labels(&self) -> Labels {
@@ -224,17 +307,53 @@ impl Network for Llama {
             "rms_norm_eps": self.epsilon,
             "pad_token_id": self.padding,
             "tie_word_embeddings": self.tied,
-            "attention_bias": self.attention_bias,
             "attention_dropout": self.attention_dropout,
-            "mlp_bias": self.mlp_bias,
         });
+        match self.kind {
+            Kind::Llama => {
+                settings["attention_bias"] = self.qkv_bias.into();
+                settings["mlp_bias"] = self.mlp_bias.into();
+            }
+            Kind::Mistral => settings["sliding_window"] = self.window.into(),
+            Kind::Qwen2 => {}
+            Kind::Qwen3 => settings["attention_bias"] = self.qkv_bias.into(),
+        }
         // What was given says both, and may say it in the newer form.
         if !self.given.contains_key("rope_parameters") {
             settings["rope_theta"] = self.rotary_base.into();
             settings["rope_scaling"] = self.scaling_config();
         }
-        super::whole_config(&FAMILY, &self.given, settings)
+        super::whole_config(&self.kind.family(), &self.given, settings)
     }
+}
+
+/// How far layers of sliding attention see, if there is one.
+fn read_window(f: &Fields, kind: Kind, layers: usize) -> Result<Option<usize>> {
+    if kind == Kind::Llama {
+        return Ok(None);
+    }
+    let window = f.count_or_null("sliding_window", 4096, 1..=1 << 24)?;
+    if kind == Kind::Mistral {
+        return Ok(window);
+    }
+    let is_used = f.flag("use_sliding_window", false)?;
+    let full = f.count("max_window_layers", 28, 0..=MOST_LAYERS)?;
+    let slides = match f.get("layer_types") {
+        None => is_used && full < layers,
+        Some(types) => {
+            let want = || f.fault("layer_types", format!("want {layers} of full_attention and sliding_attention"));
+            let types = types.as_array().filter(|types| types.len() == layers).ok_or_else(want)?;
+            let known = |word: &serde_json::Value| ["full_attention", "sliding_attention"].iter().any(|w| word == w);
+            if !types.iter().all(known) {
+                return Err(want());
+            }
+            types.iter().any(|word| word == "sliding_attention")
+        }
+    };
+    if slides && !is_used {
+        return Err(f.fault("layer_types", "has sliding_attention, but use_sliding_window is false"));
+    }
+    Ok(window.filter(|_| slides))
 }
 
 /// Base and scaling of the rotary angles: `rope_parameters`, or `rope_theta` and `rope_scaling` as transformers up to 4

@@ -44,7 +44,8 @@ pub(super) struct Family {
 }
 
 /// All families.
-pub(super) const FAMILIES: [Family; 5] = [gpt2::FAMILY, llama::FAMILY, resnet::FAMILY, bert::FAMILY, vit::FAMILY];
+pub(super) const FAMILIES: [Family; 8] =
+    [gpt2::FAMILY, llama::LLAMA, llama::MISTRAL, llama::QWEN2, llama::QWEN3, resnet::FAMILY, bert::FAMILY, vit::FAMILY];
 
 /// The family of a `model_type`; messages begin with `whence`.
 pub(super) fn family(name: &str, whence: &str) -> Result<&'static Family> {

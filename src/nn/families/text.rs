@@ -6,15 +6,13 @@ use crate::nn::{InputShape, Inputs};
 
 /// A Transformer over tokens. Each of its parts is a layer of the graph, so that a cut may fall after any of them.
 pub(super) trait TextModel {
-    /// What config.json calls the longest context.
-    const POSITIONS: &'static str;
     /// What the graph calls a layer, before its number.
     const LAYER: &'static str;
     /// What the graph calls a layer's first half; the second is `mlp`.
     const ATTENTION: &'static str;
 
-    /// The longest context.
-    fn positions(&self) -> usize;
+    /// The key of config.json that limits the context, and the longest one.
+    fn longest(&self) -> (&'static str, usize);
     /// Layers.
     fn layers(&self) -> usize;
     /// ids (B, T) -> (B, T, C).
@@ -37,8 +35,8 @@ pub(super) fn trace<M: TextModel>(
 ) -> Result<Graph> {
     let inputs = Inputs::new(batch, float, inputs, &["input_ids", "attention_mask", "labels"])?;
     let [t] = inputs.axes("input_ids")?;
-    if t > model.positions() {
-        let (key, most) = (M::POSITIONS, model.positions());
+    let (key, most) = model.longest();
+    if t > most {
         return Err(Error::bad(format!("input_ids: a context of {t} is over {key}, {most}")));
     }
     let mut b = Builder::new(mode, float);

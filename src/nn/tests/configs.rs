@@ -103,8 +103,22 @@ fn values_that_are_not_supported_are_named() {
         &["original_max_position_embeddings", "is missing"],
     );
     llama(scaling("low_freq_factor", json!(4.0)), &["low_freq_factor", "is 4, high_freq_factor 4"]);
-    refused(strict("gtp2", json!({})), &["'gtp2'", "gpt2, llama, resnet, bert, vit", "did you mean gpt2?"]);
-    refused(strict("", json!({})), &["''", "gpt2, llama, resnet, bert, vit"]);
+    refused(strict("mistral", json!({ "mlp_bias": true })), &["mlp_bias", "is no key that is known here"]);
+    refused(strict("mistral", json!({ "sliding_window": 0 })), &["sliding_window", "from 1 to"]);
+    let qwen3 = |config: Value, parts: &[&str]| {
+        refused(strict("qwen3", config), parts);
+    };
+    qwen3(json!({ "head_dim": null }), &["head_dim", "is null"]);
+    qwen3(json!({ "num_attention_heads": 16 }), &["num_key_value_heads", "32 do not divide num_attention_heads, 16"]);
+    qwen3(json!({ "layer_types": ["full_attention"] }), &["layer_types", "want 32 of"]);
+    qwen3(json!({ "num_hidden_layers": 1, "layer_types": ["flat"] }), &["layer_types", "sliding_attention"]);
+    let slides = json!({ "num_hidden_layers": 1, "layer_types": ["sliding_attention"] });
+    qwen3(slides, &["layer_types", "use_sliding_window is false"]);
+    refused(
+        strict("gtp2", json!({})),
+        &["'gtp2'", "gpt2, llama, mistral, qwen2, qwen3, resnet, bert, vit", "did you mean gpt2?"],
+    );
+    refused(strict("", json!({})), &["''", "gpt2, llama, mistral, qwen2, qwen3, resnet, bert, vit"]);
 }
 
 /// As meta-llama/Llama-3.2-1B has it.
@@ -170,6 +184,10 @@ fn a_networks_config_describes_it() {
             "llama",
             json!({ "num_key_value_heads": 4, "head_dim": 6, "tie_word_embeddings": true, "mlp_bias": true, "rope_scaling": llama_3_2_scaling() }),
         ),
+        ("mistral", json!({})),
+        ("mistral", json!({ "sliding_window": null, "num_key_value_heads": null })),
+        ("qwen2", json!({})),
+        ("qwen3", json!({ "attention_bias": true, "use_sliding_window": true, "sliding_window": 7 })),
         ("bert", json!({})),
         ("bert", json!({ "pad_token_id": null, "hidden_act": "relu", "type_vocab_size": 1 })),
         ("vit", json!({})),
@@ -206,6 +224,8 @@ fn settings_are_what_a_family_reads() {
     for (family, read) in [
         ("gpt2", json!({ "n_embd": 8, "n_head": 2, "n_inner": null })),
         ("llama", json!({ "rope_parameters": { "rope_theta": 7.0, "rope_type": "default" }, "pad_token_id": 3 })),
+        ("mistral", json!({ "sliding_window": 99 })),
+        ("qwen2", json!({ "use_sliding_window": true, "max_window_layers": 3 })),
         ("bert", json!({ "pad_token_id": null, "is_decoder": false })),
         ("vit", json!({ "id2label": { "0": "cat" } })),
         ("resnet", json!({ "layer_type": "basic" })),
@@ -281,6 +301,8 @@ proptest! {
         (family, config) in prop_oneof![
             hostile_config("gpt2").prop_map(|config| ("gpt2", config)),
             hostile_config("llama").prop_map(|config| ("llama", config)),
+            hostile_config("mistral").prop_map(|config| ("mistral", config)),
+            hostile_config("qwen3").prop_map(|config| ("qwen3", config)),
             hostile_config("bert").prop_map(|config| ("bert", config)),
             hostile_config("vit").prop_map(|config| ("vit", config)),
             hostile_config("resnet").prop_map(|config| ("resnet", config)),

@@ -120,6 +120,25 @@ fn cuts_fall_between_halves_of_llamas_layers() {
     assert_eq!(count(|op| *op == Op::Add), 2 * 2);
 }
 
+/// Qwen2's queries, keys and values alone have a bias; each head of Qwen3's queries and keys a norm before it is turned.
+#[test]
+fn llamas_kin_differ_in_what_they_name() {
+    let names = |case: &str| {
+        let mut graph = traced(case);
+        check_gradients(&mut graph);
+        let layer = graph.parameters.iter().filter_map(|p| p.name.strip_prefix("model.layers.1.self_attn."));
+        layer.filter(|name| !name.contains("proj.weight")).map(str::to_string).collect::<Vec<_>>()
+    };
+    assert_eq!(names("mistral"), [""; 0]);
+    assert_eq!(names("qwen2"), ["q_proj.bias", "k_proj.bias", "v_proj.bias"]);
+    assert_eq!(names("qwen3"), ["q_norm.weight", "k_norm.weight"]);
+    let graph = traced("qwen3");
+    let turned = graph.nodes.iter().filter(|node| matches!(node.op, Op::Rotary(_)) && node.layer == 1);
+    let from =
+        |value: crate::graph::Value| graph.nodes.iter().find(|node| node.outputs.contains(&graph.root(value))).unwrap();
+    assert!(turned.into_iter().all(|node| matches!(from(node.inputs[0]).op, Op::RmsNorm { .. })));
+}
+
 #[test]
 fn cuts_fall_between_resnets_blocks() {
     let mut graph = traced("resnet");
@@ -164,6 +183,17 @@ fn defaults_are_the_published_models() {
         "num_key_value_heads": 8, "tie_word_embeddings": true
     });
     assert_eq!(elems("llama", llama_3_2_1b), 1_235_814_400);
+    assert_eq!(elems("mistral", json!({})), 7_241_732_096);
+    let qwen2_5_500m = json!({
+        "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+        "num_key_value_heads": 2, "tie_word_embeddings": true
+    });
+    assert_eq!(elems("qwen2", qwen2_5_500m), 494_032_768);
+    let qwen3_600m = json!({
+        "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "tie_word_embeddings": true
+    });
+    assert_eq!(elems("qwen3", qwen3_600m), 596_049_920);
     assert_eq!(elems("bert", json!({})), 109_514_298);
     assert_eq!(elems("vit", json!({ "num_labels": 1000 })), 86_567_656);
     assert_eq!(elems("resnet", json!({ "num_labels": 1000 })), 25_557_032);
@@ -376,6 +406,32 @@ fn inputs_that_do_not_fit_are_named() {
     check(&*bert, 1, &text(34), &["context of 34", "max_position_embeddings, 33"]);
     let llama = strict("llama", json!({ "num_hidden_layers": 1, "max_position_embeddings": 33 })).unwrap();
     check(&*llama, 1, &text(34), &["context of 34", "max_position_embeddings, 33"]);
+    // Attention within a window is what a shorter context has anyway.
+    let windows = [
+        ("mistral", json!({}), Some(4096)),
+        ("mistral", json!({ "sliding_window": null }), None),
+        ("mistral", json!({ "sliding_window": 33 }), Some(33)),
+        ("qwen2", json!({ "sliding_window": 33 }), None),
+        ("qwen2", json!({ "sliding_window": 33, "use_sliding_window": true }), None),
+        ("qwen2", json!({ "sliding_window": 33, "use_sliding_window": true, "max_window_layers": 0 }), Some(33)),
+        (
+            "qwen3",
+            json!({ "sliding_window": 33, "use_sliding_window": true, "layer_types": ["sliding_attention"] }),
+            Some(33),
+        ),
+        ("qwen3", json!({ "use_sliding_window": true, "layer_types": ["full_attention"] }), None),
+    ];
+    for (family, mut config, window) in windows {
+        config["num_hidden_layers"] = json!(1);
+        let network = strict(family, config).unwrap();
+        let (key, most) = match window {
+            Some(window) => ("sliding_window", window),
+            None => ("max_position_embeddings", if family == "mistral" { 131_072 } else { 32_768 }),
+        };
+        assert_eq!(network.inputs()[0].axes, [most]);
+        assert!(network.trace(Mode::Training, DType::F32, 1, &text(most)).is_ok());
+        check(&*network, 1, &text(most + 1), &[&format!("context of {}", most + 1), &format!("{key}, {most}")]);
+    }
     check(&*vit, 2, &images([3, 33, 32]), &["[3, 33, 32]", "image_size, [3, 33, 33]"]);
     let one = strict("vit", json!({ "num_labels": 1, "image_size": 32 })).unwrap();
     check(&*one, 2, &images([3, 32, 32]), &["labels", "regression"]);
