@@ -21,7 +21,6 @@ use std::sync::Arc;
 use tokenizers::AddedToken;
 use tokenizers::models::ModelWrapper;
 use tokenizers::models::bpe::{BPE, Vocab};
-use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 
 /// The file that says everything.
@@ -248,29 +247,59 @@ fn two(folder: &Path, files: &[(String, Vec<u8>)], beside: &AddedTokens) -> Resu
     Ok((inner, true))
 }
 
-/// Whether [`pieces`] of any text have the tokens of the whole.
+/// Whether [`pieces`] of any text have the tokens of the whole: whether words are found by GPT-2's regex, or by one like
+/// Llama 3's, in a text that nothing changes before, and no added token reaches over spaces.
 ///
-/// With GPT-2's regex they do, since no alternative of it takes both a line's end and what is no space, and none looks
-/// back; unless the text is changed before, or an added token reaches over spaces. Of other ways to cut it is not
-/// known.
+/// No alternative of these takes a line's end and, behind it, what is neither space nor slash; none looks back; and of a
+/// line's end that stands alone all take the same, whatever comes behind it. Of other ways to cut it is not known. NFC
+/// joins nothing to a line's end and moves nothing past it.
 fn cuts_at_lines(tokenizer: &tokenizers::Tokenizer) -> bool {
-    let gpt2 = ByteLevel::default().add_prefix_space(false).trim_offsets(true);
-    let regex = match tokenizer.get_pre_tokenizer() {
-        Some(PreTokenizerWrapper::ByteLevel(found)) => found.trim_offsets(true) == gpt2,
-        _ => false,
+    let json = |part: serde_json::Result<Value>| part.unwrap_or(Value::Bool(true));
+    let pre_tokenizer = json(serde_json::to_value(tokenizer.get_pre_tokenizer()));
+    let normalizer = json(serde_json::to_value(tokenizer.get_normalizer()));
+    let in_bytes = |step: &Value, use_regex: bool| {
+        step["type"] == "ByteLevel" && step["add_prefix_space"] == false && step["use_regex"] == use_regex
+    };
+    let words = match pre_tokenizer["pretokenizers"].as_array().map(Vec::as_slice) {
+        None => in_bytes(&pre_tokenizer, true),
+        Some([split, bytes]) => {
+            let isolated = split["type"] == "Split" && split["behavior"] == "Isolated" && split["invert"] == false;
+            isolated && split["pattern"]["Regex"].as_str().is_some_and(is_known_split) && in_bytes(bytes, false)
+        }
+        Some(_) => false,
     };
     let apart = |token: &AddedToken| !token.lstrip && !token.rstrip && !token.content.contains(char::is_whitespace);
-    regex && tokenizer.get_normalizer().is_none() && tokenizer.get_added_tokens_decoder().values().all(apart)
+    words
+        && (normalizer.is_null() || normalizer["type"] == "NFC")
+        && tokenizer.get_added_tokens_decoder().values().all(apart)
+}
+
+/// Whether a regex is one of Llama 3, Qwen, Mistral (Tekken), OLMo 2 or gpt-oss, or between them.
+fn is_known_split(regex: &str) -> bool {
+    const SHORT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)";
+    const UPPER: &str = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]";
+    const LOWER: &str = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]";
+    const BEFORE: &str = r"[^\r\n\p{L}\p{N}]?";
+    let cased = |short: &str| format!("{BEFORE}{UPPER}*{LOWER}+{short}|{BEFORE}{UPPER}+{LOWER}*{short}");
+    let words = [format!(r"{SHORT}|{BEFORE}\p{{L}}+"), cased(""), cased(&format!("{SHORT}?"))];
+    let Some(rest) = words.iter().find_map(|words| regex.strip_prefix(words.as_str())) else { return false };
+    let Some(rest) = [r"|\p{N}", r"|\p{N}{1,3}"].iter().find_map(|digits| rest.strip_prefix(&format!("{digits}| ?")))
+    else {
+        return false;
+    };
+    let signs = [r"[^\s\p{L}\p{N}]+[\r\n]*", r"[^\s\p{L}\p{N}]+[\r\n/]*"];
+    signs.iter().any(|signs| rest == format!(r"{signs}|\s*[\r\n]+|\s+(?!\S)|\s+"))
 }
 
 /// A text in pieces of at least `least` bytes but for the last, cut behind line ends that stand alone between two
-/// characters that are no spaces.
+/// characters that are no spaces, the second no slash.
 fn pieces(text: &str, least: usize) -> Vec<&str> {
     let mut pieces = Vec::new();
     let mut start = 0;
     let solid = |c: Option<char>| c.is_some_and(|c| !c.is_whitespace());
     for end in text.match_indices('\n').map(|(at, _)| at + 1) {
-        let alone = || solid(text[..end - 1].chars().next_back()) && solid(text[end..].chars().next());
+        let next = text[end..].chars().next();
+        let alone = || solid(text[..end - 1].chars().next_back()) && solid(next) && next != Some('/');
         if end - start >= least && alone() {
             pieces.push(&text[start..end]);
             start = end;

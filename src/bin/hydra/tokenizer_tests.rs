@@ -2,6 +2,7 @@
 
 use super::*;
 use serde_json::json;
+use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer};
 
 fn fixture() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/bpe")
@@ -263,37 +264,77 @@ fn text_must_be_utf8() {
 
 /// Texts of awkward characters: the n-th is drawn from n alone.
 fn awkward(n: u64) -> String {
-    const PARTS: [&str; 18] = [
-        "a", "the", " the", "1", ".", "'s", "'", "\n", "\n", "\n", "\r", "\t", " ", "\u{a0}", "\u{2028}", "\u{e9}",
-        "\0", "<|end|>",
+    const PARTS: [&str; 22] = [
+        "a", "the", " the", "The", "1", "12", ".", "/", "'s", "'", "\n", "\n", "\n", "\r", "\t", " ", "\u{a0}",
+        "\u{2028}", "\u{e9}", "e\u{301}", "\0", "<|end|>",
     ];
     let mut random = hydra::base::philox::Sequence::new(n, 1);
     (0..300).map(|_| PARTS[random.below(PARTS.len() as u64) as usize]).collect()
+}
+
+/// How Llama 3, Qwen2 and 3, Mistral's Nemo, OLMo 2 and gpt-oss find words.
+const SPLITS: [&str; 5] = [
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+];
+
+/// A tokenizer.json whose words are found by `regex`, as those of these models, behind Qwen's normalizer.
+fn split_by(json: &mut Value, regex: &str) {
+    json["normalizer"] = json!({ "type": "NFC" });
+    json["pre_tokenizer"] = json!({ "type": "Sequence", "pretokenizers": [
+        { "type": "Split", "pattern": { "Regex": regex }, "behavior": "Isolated", "invert": false },
+        { "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false },
+    ] });
+}
+
+/// The words of some texts, one text behind the other: what no token reaches over.
+fn words(tokenizer: &FileTokenizer, texts: &[&str]) -> Vec<String> {
+    let of = |text: &&str| {
+        let mut words = PreTokenizedString::from(*text);
+        tokenizer.inner.get_pre_tokenizer().unwrap().pre_tokenize(&mut words).unwrap();
+        let splits = words.get_splits(OffsetReferential::Original, OffsetType::Byte);
+        splits.into_iter().map(|(word, _, _)| word.to_string()).collect::<Vec<_>>()
+    };
+    texts.iter().flat_map(of).collect()
 }
 
 #[test]
 fn pieces_have_the_tokens_of_the_whole() {
     let one = open(&fixture()).unwrap();
     let two = open(folder(&[VOCAB, MERGES]).path()).unwrap();
-    assert!(one.in_pieces && two.in_pieces);
+    let splits = SPLITS.map(|regex| open(&changed(|json| split_by(json, regex)).1).unwrap());
+    let tokenizers: Vec<_> = [one, two].into_iter().chain(splits).collect();
+    assert!(tokenizers.iter().all(|tokenizer| tokenizer.in_pieces));
     let mut cuts = 0;
     for n in 0..200 {
         let text = awkward(n);
-        for tokenizer in [&one, &two] {
+        for tokenizer in &tokenizers {
             let whole = tokenizer.encode_in(&[&text]).unwrap();
             for least in [1, 7, 100] {
                 let pieces = pieces(&text, least);
                 assert_eq!(pieces.concat(), text);
                 assert!(pieces.iter().rev().skip(1).all(|piece| piece.len() >= least), "{pieces:?}");
                 assert_eq!(tokenizer.encode_in(&pieces).unwrap(), whole, "{n}, {least}: {text:?}");
+                assert_eq!(words(tokenizer, &pieces), words(tokenizer, &[&text]), "{n}, {least}: {text:?}");
                 cuts += pieces.len() - 1;
             }
         }
     }
     assert!(cuts > 1000, "{cuts}");
-    for (text, want) in
-        [("a\nb", 2), ("a\n\nb", 1), ("a \nb", 1), ("a\n b", 1), ("a\n", 1), ("\nb", 1), ("", 1), ("a\n\u{a0}", 1)]
-    {
+    for (text, want) in [
+        ("a\nb", 2),
+        ("a\n/", 1),
+        ("a\n\nb", 1),
+        ("a \nb", 1),
+        ("a\n b", 1),
+        ("a\n", 1),
+        ("\nb", 1),
+        ("", 1),
+        ("a\n\u{a0}", 1),
+    ] {
         assert_eq!(pieces(text, 1).len(), want, "{text:?}");
     }
 }
@@ -306,6 +347,18 @@ fn what_may_reach_over_a_line_is_cut_whole() {
     assert!(whole(&|json| json["pre_tokenizer"] = Value::Null));
     assert!(whole(&|json| json["pre_tokenizer"]["add_prefix_space"] = json!(true)));
     assert!(whole(&|json| json["pre_tokenizer"]["use_regex"] = json!(false)));
+    assert!(whole(&|json| split_by(json, r"\s+|\S+")));
+    assert!(whole(&|json| split_by(json, &SPLITS[0].replace(r"\r\n\p", r"\p"))));
+    let split = |json: &mut Value, key: &str, value: Value| {
+        split_by(json, SPLITS[0]);
+        json["pre_tokenizer"]["pretokenizers"][0][key] = value;
+    };
+    assert!(whole(&|json| split(json, "behavior", json!("MergedWithNext"))));
+    assert!(whole(&|json| split(json, "invert", json!(true))));
+    assert!(whole(&|json| {
+        split_by(json, SPLITS[0]);
+        json["normalizer"] = json!({ "type": "NFKC" });
+    }));
     assert!(whole(&|json| json["added_tokens"][0]["lstrip"] = json!(true)));
     assert!(whole(&|json| {
         let mut token = json["added_tokens"][0].clone();
