@@ -1,5 +1,6 @@
 // Elementwise ops, and the position table's addition to every sequence of a batch.
 //   add                out[i] = a[i] + b[i]; out may be a or b.
+//   scale              out[i] = x[i] * by; out may be x.
 //   copy               out[i] = x[i], converted; an accumulator is added to when now->accumulate says so.
 //   zero               an accumulator is set to 0 unless now->accumulate says that it holds a sum already.
 //   dropout            out[i] = x[i] * scale where word i of the op's Philox stream is at least `limit`, else x[i] * 0; out may be x
@@ -9,10 +10,10 @@
 //   shift              out[b,t+by,c] = x[b,t,c], 0 where no t gives t + by; x (batch, T, C), out (batch, T', C). Given are plane = T * C,
 //                      out_plane = T' * C and by * C, all in elements.
 // bf16 operands are computed in f32 and rounded once. Every element has one writer and a fixed order, so results do not
-// depend on the grid. add, copy, zero, dropout, shift: blocks of 256 threads, 4 packs of 16 bytes a thread
+// depend on the grid. add, scale, copy, zero, dropout, shift: blocks of 256 threads, 4 packs of 16 bytes a thread
 // (gpu/pointwise.cuh), one pass.
 //
-// Bytes an element (f32 / bf16): add 12 / 6, copy 8 / 4 (6 between types), shift 8 / 4, zero 4, dropout 8 / 4,
+// Bytes an element (f32 / bf16): add 12 / 6, scale 8 / 4, copy 8 / 4 (6 between types), shift 8 / 4, zero 4, dropout 8 / 4,
 // add_position 8 / 4 and the table once, add_position_grad 4 / 2 and the table once. All but dropout are loads and
 // stores alone: expected at 90-95 % of the copy rate. Dropout spends ten Philox rounds, some 65 integer instructions,
 // on four elements: at the copy rate of an H200 that takes about half of the integer pipes in f32 and all of them in
@@ -33,6 +34,20 @@ extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS)
 }
 GPU_EXPORT(add_f32)
 GPU_EXPORT(add_bf16)
+
+template <class T> DEV void scale_all(T* out, const T* x, int64_t n, float by) {
+  map_each(out, x, n, [=](float v) { return v * by; });
+}
+extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS)
+    scale_f32(float* out, const float* x, int64_t n, float by) {
+  scale_all(out, x, n, by);
+}
+extern "C" __global__ void __launch_bounds__(POINTWISE_THREADS)
+    scale_bf16(bf16* out, const bf16* x, int64_t n, float by) {
+  scale_all(out, x, n, by);
+}
+GPU_EXPORT(scale_f32)
+GPU_EXPORT(scale_bf16)
 
 // A copy between types, or into an accumulator; a plain copy is the driver's.
 template <class X> DEV void copy_into(float* out, const X* x, int64_t n, int accumulator, const Now* now) {

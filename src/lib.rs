@@ -34,6 +34,7 @@
 //! | train to the end, observed, with validation and checkpoints as they come due | [`train::Session::run`]; for several models [`train::Fleet`] |
 //! | run steps in a loop of your own, and read and write weights | [`engine::Engine`], which takes a [`spill::Plan`] and a [`device::Device`]; examples/07_own_loop |
 //! | train a part of a model, and leave the rest as it is | [`train::TrainOptions::frozen`] |
+//! | train low-rank adapters beside a model's weights | [`train::TrainOptions::low_rank`], [`train::save_adapters`] |
 //! | begin from weights of your own | [`train::Weights`] |
 //! | describe a network or a layer | [`nn::Network`], [`nn::layers`], [`graph::Builder`] |
 //! | add an op with a kernel and a gradient | [`graph::CustomOp`] |

@@ -9,6 +9,7 @@ use hydra::base::{DType, Error};
 use hydra::device::cuda::{CudaConfig, CudaDevice, Emulated, Facts, LogicalDevice};
 use hydra::device::{Completion, CopySpan, Device, DeviceSpec, FleetMemory, Memory, Span, Task, Ticket, start_fleet};
 use hydra::engine::{Stored, TurnOptions};
+use hydra::graph::LowRank;
 use hydra::sched::by_name;
 use hydra::spill::{Baseline, FleetDevice, FleetMap, FleetModel, Home, OnDisk, Placed, PlanOptions, Recompute};
 use hydra::spill::{place_baseline, plan_anywhere, plan_at_home};
@@ -88,12 +89,18 @@ fn resnet_basic_as_pytorch() {
 
 /// One model in one dtype: resident in order, then under plans and orders of streams that have nothing in common.
 fn check_bits(small: &Small, dtype: DType, batch: usize) {
+    check_bits_beside(small, dtype, batch, None);
+}
+
+/// The same of what may be adapters.
+fn check_bits_beside(small: &Small, dtype: DType, batch: usize, low_rank: Option<LowRank>) {
     let train = |plan: PlanOptions, clip, arch, seed| -> Outcome {
         let options = TrainOptions {
             seed: 7,
             batch,
             microbatch: batch / 2,
             dtype,
+            low_rank: low_rank.clone(),
             clip,
             plan,
             device: emulated(arch, seed),
@@ -187,6 +194,16 @@ fn denoiser_has_the_same_bits_however_it_is_cut() {
     let small = Small::denoiser(27, 2, 31);
     check_bits(&small, DType::F32, 4);
     check_bits(&small, DType::Bf16, 4);
+}
+
+/// Adapters as narrow as a product's least step, and narrower.
+#[test]
+fn low_rank_adapters_have_the_same_bits_however_they_are_cut() {
+    let targets = ["c_attn", "c_fc", "c_proj"].map(String::from).to_vec();
+    let low_rank = |rank| LowRank { rank, alpha: 6.0, dropout: 0.1, targets: targets.clone() };
+    let small = Small::gpt(32, 2, 2, 17, 0.1);
+    check_bits_beside(&small, DType::F32, 4, Some(low_rank(3)));
+    check_bits_beside(&small, DType::Bf16, 4, Some(low_rank(8)));
 }
 
 /// The host's f32 run against bf16 on the emulator, fifty steps: within 2 % of the loss at every step, the stated band.

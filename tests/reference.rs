@@ -5,12 +5,15 @@
 mod common;
 
 use common::device::{Asked, asked};
-use common::{Case, Outcome, distance};
+use common::{Case, Outcome, distance, finish, fixture, floats_of};
+use hydra::base::Shape;
 use hydra::data::{Batch, names};
+use hydra::graph::LowRank;
 use hydra::nn;
 use hydra::spill::PlanOptions;
-use hydra::train::{TrainOptions, wait_forward};
+use hydra::train::{Session, TrainOptions, Weights, save_adapters, wait_forward};
 use std::collections::BTreeMap;
+use std::sync::atomic::AtomicBool;
 
 fn floats(bits: &[u32]) -> Vec<f32> {
     bits.iter().map(|&b| f32::from_bits(b)).collect()
@@ -118,6 +121,84 @@ fn bert() {
 #[test]
 fn vit() {
     check("vit");
+}
+
+/// Adapters as peft's: losses, what they become, the weights with them in, and the directory that peft reads; with the
+/// same bits under the smallest budget.
+fn check_low_rank(name: &str, alpha: f64, targets: &[&str]) {
+    let case = Case::open(name);
+    let expected = floats_of(&fixture(&format!("low-rank/{name}.safetensors")));
+    let targets: Vec<String> = targets.iter().map(|target| target.to_string()).collect();
+    let low_rank = LowRank { rank: 3, alpha, dropout: 0.0, targets };
+    let mut options = TrainOptions { low_rank: Some(low_rank.clone()), ..case.options() };
+    match asked(None) {
+        Asked::Nothing => {}
+        Asked::Device(spec) => options.device = spec,
+        Asked::Missing => return,
+    }
+    let give = |name: &str, shape: &Shape| match expected.get(&format!("before.{name}")) {
+        Some(adapter) => Ok(Some(adapter.clone())),
+        None => case.pretrained.tensor(name, shape).map(Some),
+    };
+    let start = |options: &TrainOptions| {
+        let planned = case.plan(options).expect("a plan");
+        Session::new(Weights::Given(&give), planned, case.source(), None, options.clone()).expect("a session")
+    };
+    let of = |prefix: &str| {
+        let named = expected.iter().filter_map(|(key, values)| Some((key.strip_prefix(prefix)?, values)));
+        named.map(|(name, values)| (name.to_string(), values)).collect::<BTreeMap<_, _>>()
+    };
+
+    let smallest = case.plan(&options).expect("a plan").1.smallest_device_bytes;
+    let mut whole = None;
+    for (microbatch, device_budget) in [(options.batch, None), (options.batch, Some(smallest)), (1, None)] {
+        let plan = PlanOptions { device_budget, ..PlanOptions::default() };
+        let trained = finish(start(&TrainOptions { microbatch, plan, ..options.clone() })).expect("a run");
+        let off = distance(&floats(&trained.losses), &expected["losses"]);
+        assert!(off < 2e-6, "{name}: losses are off by {off:e}");
+        for (tensor, want) in of("after.") {
+            let off = distance(&floats(&trained.tensors[&tensor]), want);
+            assert!(off < 2e-5, "{name}: {tensor} is off by {off:e}");
+        }
+        if microbatch == options.batch {
+            assert!(whole.get_or_insert_with(|| trained.clone()) == &trained, "{name}: other bits when spilled");
+        }
+    }
+
+    let mut session = start(&options);
+    session.run(&mut (), &AtomicBool::new(false)).expect("a run");
+    let folder = tempfile::tempdir().expect("a folder");
+    session.wait_save(folder.path(), &case.pretrained.form, Weights::Given(&give)).expect("saved");
+    let saved = nn::open(folder.path()).expect("a model");
+    let merged = of("merged.");
+    for (tensor, shape) in nn::tensors(saved.network.as_ref()).expect("tensors") {
+        let (got, before) = (saved.tensor(&tensor, &shape), case.pretrained.tensor(&tensor, &shape));
+        let (got, before) = (got.expect("saved"), before.expect("a weight"));
+        match merged.get(&tensor) {
+            Some(want) => assert!(distance(&got, want) < 2e-5 && got != before, "{name}: {tensor}"),
+            None => assert_eq!(got, before, "{name}: {tensor}"),
+        }
+    }
+    save_adapters(folder.path(), (session.engine(), 0), &low_rank, Some(case.pretrained.dir())).expect("saved");
+    let saved = floats_of(&folder.path().join("adapter_model.safetensors"));
+    assert_eq!(saved.len(), of("after.").len());
+    for (tensor, want) in of("after.") {
+        assert!(distance(&saved[&format!("base_model.model.{tensor}")], want) < 2e-5, "{name}: {tensor}");
+    }
+    let config = std::fs::read_to_string(folder.path().join("adapter_config.json")).expect("a config");
+    let config: serde_json::Value = serde_json::from_str(&config).expect("JSON");
+    let says = (&config["r"], &config["lora_alpha"], &config["fan_in_fan_out"], &config["task_type"]);
+    assert_eq!(says, (&3.into(), &alpha.into(), &(name == "gpt2").into(), &"CAUSAL_LM".into()));
+}
+
+#[test]
+fn low_rank_beside_gpt2() {
+    check_low_rank("gpt2", 7.5, &["c_attn", "c_fc", "c_proj"]);
+}
+
+#[test]
+fn low_rank_beside_llama() {
+    check_low_rank("llama", 3.0, &["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "lm_head"]);
 }
 
 /// Dropout is of training alone: a model that was trained with it has the logits that it has without.

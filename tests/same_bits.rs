@@ -6,10 +6,11 @@ mod common;
 
 use common::shuffled::Shuffled;
 use common::small::{Driver, Small};
-use common::{Outcome, difference, stated};
+use common::{Outcome, difference, gather_of, stated};
 use hydra::base::{DType, Error};
 use hydra::device::DiskSpec;
 use hydra::device::host::{HostConfig, HostDevice, HostSpec};
+use hydra::graph::LowRank;
 use hydra::spill::{BoundaryTier, OnDisk, PlanOptions, Recompute};
 use hydra::train::{Optimizer, Schedule, TrainOptions, plan_model};
 use proptest::prelude::*;
@@ -403,6 +404,41 @@ fn what_is_trained_beside_frozen_parameters_gets_the_same_gradients() {
     let options = TrainOptions { seed: 3, batch: 4, microbatch: 2, ..TrainOptions::new(1) };
     Small::llama(20, 2, 3, 19).check_frozen(&options, &["model.layers.1.self_attn", "lm_head"]);
     Small::resnet(&[6, 10], &[1, 2], [19, 17]).check_frozen(&options, &["resnet.encoder.stages.1"]);
+}
+
+/// Adapters with dropout, beside weights of both types, whatever is cut, kept, computed again or on the disk.
+#[test]
+fn low_rank_adapters_have_the_same_bits_however_they_are_run() {
+    let targets = ["c_attn", "c_fc", "c_proj"].map(String::from).to_vec();
+    for dtype in [DType::F32, DType::Bf16] {
+        let small = Small::gpt(26, 2, 3, 19, 0.1);
+        let low_rank = Some(LowRank { rank: 3, alpha: 7.0, dropout: 0.2, targets: targets.clone() });
+        let options = TrainOptions { seed: 3, batch: 4, microbatch: 2, dtype, low_rank, ..TrainOptions::new(3) };
+        let options = TrainOptions { clip: Some(0.5), valid_every: 2, disk: Some(std::env::temp_dir()), ..options };
+        let whole = small.train(&options).expect("a run");
+        let fresh = small.session(small.plan(&options).expect("a plan"), &options).expect("a session");
+        let mut before = Outcome::default();
+        gather_of(fresh.engine(), 0, &mut before);
+        for (name, bits) in before.tensors.iter().filter(|(name, _)| !name.contains(".moment")) {
+            assert_eq!(bits != &whole.tensors[name], name.contains(".lora_"), "{name}");
+        }
+        let layers = small.model(&options).layers();
+        let base = PlanOptions { resident: Some(false), ..PlanOptions::default() };
+        let one_each = Some((0..layers).map(|l| l..l + 1).collect());
+        let plans = [
+            PlanOptions { cut: one_each.clone(), recompute: Recompute::Always, slots: 1, ..base.clone() },
+            PlanOptions { cut: one_each, on_disk: Some(OnDisk::Weights), slots: 3, ..base.clone() },
+            PlanOptions { visiting_updates: Some(2), boundaries_stay: Some(false), ..base.clone() },
+            PlanOptions {
+                device_budget: Some(small.plan(&options).expect("a plan").1.smallest_device_bytes),
+                ..PlanOptions::default()
+            },
+        ];
+        for plan in plans {
+            let trained = small.train(&TrainOptions { plan: plan.clone(), ..options.clone() }).expect("a run");
+            assert_eq!(difference(&trained, &whole), None, "{dtype} {plan:?}");
+        }
+    }
 }
 
 #[test]

@@ -204,6 +204,7 @@ pub fn cost(graph: &Graph, node: &Node) -> Cost {
             let shapes: Vec<&Shape> = (0..node.inputs.len()).map(shape).collect();
             (Family::Memory, custom.0.flops(&shapes))
         }
+        Op::Scale(_) => (Family::Memory, elems(0)),
         Op::Dropout { .. } => (Family::Dropout, 10.0 * elems(0)),
         Op::CrossEntropy | Op::CrossEntropyGrad => (Family::Softmax, 5.0 * elems(0)),
         Op::MeanSquaredError | Op::MeanSquaredErrorGrad => (Family::Memory, 3.0 * elems(0)),

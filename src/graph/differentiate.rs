@@ -47,17 +47,16 @@ pub fn differentiate(graph: &mut Graph) -> Result<()> {
     Ok(())
 }
 
-/// For each value, whether a parameter that is trained reaches it.
+/// For each root value, whether a parameter that is trained reaches it.
 fn needed(graph: &Graph) -> Vec<bool> {
     let mut needed = vec![false; graph.values.len()];
-    for (i, info) in graph.values.iter().enumerate() {
-        needed[i] = match info.source {
-            Source::Parameter(p) => !graph.parameters[p].frozen,
-            Source::View { of, .. } => needed[of.0 as usize],
-            // A node's inputs were made before its outputs, so they are decided already.
-            Source::Node { node, .. } => graph.nodes[node].inputs.iter().any(|v| needed[v.0 as usize]),
-            Source::State(_) | Source::Input(_) => false,
-        };
+    for parameter in graph.parameters.iter().filter(|p| !p.frozen) {
+        needed[parameter.value.0 as usize] = true;
+    }
+    for node in &graph.nodes {
+        if node.inputs.iter().any(|&v| needed[graph.root(v).0 as usize]) {
+            node.outputs.iter().for_each(|v| needed[v.0 as usize] = true);
+        }
     }
     needed
 }

@@ -78,9 +78,9 @@ pub(super) fn emit(s: &mut Sweep, op: &Op, inputs: &[Value], outputs: &[Value], 
             s.contribute(inputs[0], d);
             s.contribute(inputs[1], d);
         }
-        Op::Dropout { p, stream } => {
+        Op::Scale(_) | Op::Dropout { .. } => {
             let of = shape(s, inputs[0]);
-            let d_x = s.push_one(Op::Dropout { p: *p, stream: *stream }, vec![d], of);
+            let d_x = s.push_one(op.clone(), vec![d], of);
             s.contribute(inputs[0], d_x);
         }
         Op::LayerNorm { .. } => {

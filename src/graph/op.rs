@@ -63,6 +63,8 @@ pub enum Op {
     GluGrad(Activation),
     /// a, b of one shape -> a + b.
     Add,
+    /// x -> out: each element times this number; its gradient is itself on d_out.
+    Scale(f64),
     /// x -> out: each element is dropped with probability `p` or scaled by 1/(1-p); its gradient is itself on d_out.
     Dropout {
         /// Probability of dropping.
@@ -288,6 +290,7 @@ impl Op {
             Op::Glu(_) => "glu",
             Op::GluGrad(_) => "glu_grad",
             Op::Add => "add",
+            Op::Scale(_) => "scale",
             Op::Dropout { .. } => "dropout",
             Op::LayerNorm { .. } => "layernorm",
             Op::LayerNormGrad => "layernorm_grad",
@@ -379,6 +382,7 @@ impl Op {
             | Op::Glu(_)
             | Op::GluGrad(_)
             | Op::Add
+            | Op::Scale(_)
             | Op::Dropout { .. }
             | Op::AddPosition
             | Op::Rotary(_)

@@ -65,6 +65,11 @@ pub fn open(dir: &Path) -> Result<Pretrained> {
 }
 
 impl Pretrained {
+    /// The directory.
+    pub fn dir(&self) -> &Path {
+        self.parts.path.parent().unwrap_or(Path::new(""))
+    }
+
     /// The elements of a tensor by its name in the graph, row-major, as f32.
     ///
     /// # Errors

@@ -15,7 +15,7 @@ mod save;
 
 pub use families::{from_config, settings};
 pub use hub::{Pretrained, open};
-pub use save::{Form, SavedTensor, save};
+pub use save::{Form, SavedTensor, save, save_adapters};
 
 use crate::base::{DType, Error, Result, Shape, nearest};
 use crate::graph::{Builder, Graph, Mode, Value};

@@ -87,8 +87,34 @@ pub fn save(dir: &Path, form: &Form, read: &mut dyn FnMut(&str) -> Result<Vec<f3
     for (name, bytes) in &form.files {
         pending.push(write(dir, name, |out| out.bytes(bytes))?);
     }
-    pending.push(write(dir, "model.safetensors", |out| weights(out, form, read))?);
+    pending.push(write(dir, "model.safetensors", |out| weights(out, &form.counters, &form.tensors, read))?);
     pending.into_iter().try_for_each(Pending::commit)?;
+    sync_folder(dir)
+}
+
+/// Writes the directory `dir` of adapters as Hugging Face's peft reads them, with the text of its adapter_config.json;
+/// tensors by their names in the graph and their shapes, in f32.
+///
+/// # Errors
+/// As [`save`].
+pub fn save_adapters(
+    dir: &Path,
+    config: &str,
+    tensors: &[(String, Shape)],
+    read: &mut dyn FnMut(&str) -> Result<Vec<f32>>,
+) -> Result<()> {
+    std::fs::create_dir_all(dir).map_err(|e| Error::io("create", dir, e))?;
+    // The model as peft sees it is wrapped twice.
+    let tensor = |(name, shape): &(String, Shape)| SavedTensor {
+        name: name.clone(),
+        file_name: format!("base_model.model.{name}"),
+        shape: shape.clone(),
+        element: Element::F32,
+    };
+    let tensors: Vec<SavedTensor> = tensors.iter().map(tensor).collect();
+    let config = write(dir, "adapter_config.json", |out| out.bytes(config.as_bytes()))?;
+    let weights = write(dir, "adapter_model.safetensors", |out| weights(out, &BTreeMap::new(), &tensors, read))?;
+    [config, weights].into_iter().try_for_each(Pending::commit)?;
     sync_folder(dir)
 }
 
@@ -113,9 +139,14 @@ impl Entry<'_> {
     }
 }
 
-fn weights(out: &mut Output, form: &Form, read: &mut dyn FnMut(&str) -> Result<Vec<f32>>) -> Result<()> {
-    let counters = form.counters.iter().map(|(name, &count)| Entry::Counter(name, count));
-    let mut entries: Vec<Entry> = counters.chain(form.tensors.iter().map(Entry::Tensor)).collect();
+fn weights(
+    out: &mut Output,
+    counters: &BTreeMap<String, i64>,
+    tensors: &[SavedTensor],
+    read: &mut dyn FnMut(&str) -> Result<Vec<f32>>,
+) -> Result<()> {
+    let counters = counters.iter().map(|(name, &count)| Entry::Counter(name, count));
+    let mut entries: Vec<Entry> = counters.chain(tensors.iter().map(Entry::Tensor)).collect();
     // The safetensors crate's order: wide elements first, so that all are aligned, then by name.
     entries.sort_by(|a, b| {
         let ((a_name, a_element, _), (b_name, b_element, _)) = (a.info(), b.info());

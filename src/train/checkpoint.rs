@@ -31,6 +31,7 @@ const LOSS_ROWS: &str = "loss_rows";
 const TOKENIZER: &str = "tokenizer";
 /// Under which it says what is not trained: of that it has no moments.
 const FROZEN: &str = "frozen";
+const LOW_RANK: &str = "lora";
 /// The key of the network's settings, by config.json's keys.
 const NETWORK: &str = "network";
 /// Of those the keys that are of no account to a model in training, or that its tensors' shapes tell.
@@ -164,6 +165,7 @@ fn write(path: &Path, engine: &Engine, of: usize, options: &TrainOptions, (step,
     if !options.frozen.is_empty() {
         metadata.insert(FROZEN, json!(options.frozen).to_string());
     }
+    metadata.extend(options.low_rank.as_ref().map(|low_rank| (LOW_RANK, json!(low_rank).to_string())));
     metadata.extend(options.tokenizer.clone().map(|tokenizer| (TOKENIZER, tokenizer)));
     metadata.extend(options.network.clone().map(|network| (NETWORK, network)));
     metadata.extend(options.data.iter().cloned());
@@ -260,6 +262,12 @@ impl Checkpoint {
         if found.map_or("[]", String::as_str) != want {
             let found = found.map_or("[]", String::as_str);
             return Err(self.fault(format!("{FROZEN} is {found} in the checkpoint, {want} in the job")));
+        }
+        let (found, want) = (self.index.metadata().get(LOW_RANK), options.low_rank.as_ref());
+        let want = want.map_or("none".to_string(), |low_rank| json!(low_rank).to_string());
+        if found.map_or("none", String::as_str) != want {
+            let found = found.map_or("none", String::as_str);
+            return Err(self.fault(format!("{LOW_RANK} is {found} in the checkpoint, {want} in the job")));
         }
         // Checkpoints that do not say it were of bytes, or of no text.
         if let (Some(found), Some(want)) = (self.index.metadata().get(TOKENIZER), &options.tokenizer)

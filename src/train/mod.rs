@@ -30,7 +30,7 @@ pub use optimizer::{Optimizer, Schedule};
 pub use options::TrainOptions;
 pub use prepare::{batch_inputs, inputs_of, plan_model, prepare, trace_model};
 pub use report::write_report;
-pub use save::save_model;
+pub use save::{save_adapters, save_model};
 pub use selection::{Asha, Patience, Rungs, Selection, Survivors, Verdict};
 pub use selection_log::{SelectionLog, SelectionRow, read_selection};
 pub use session::Session;

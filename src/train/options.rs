@@ -4,6 +4,7 @@ use super::optimizer::{Optimizer, Schedule};
 use crate::base::{DType, Error, Result};
 use crate::device::DeviceSpec;
 use crate::engine::EngineOptions;
+use crate::graph::LowRank;
 use crate::spill::{Model, Plan, PlanOptions};
 use std::path::PathBuf;
 
@@ -52,6 +53,8 @@ pub struct TrainOptions {
     /// Parameters whose names begin with one of these stay as they are: of them a step needs the weights alone, no
     /// gradients and no moments.
     pub frozen: Vec<String>,
+    /// Linear layers learn low-rank adapters beside their weights, and all else stays as it is.
+    pub low_rank: Option<LowRank>,
     /// What it is trained and validated on, by keys that begin with `data.` or `valid.`: any words that are the same as
     /// long as that is. A change is told.
     pub data: Vec<(&'static str, String)>,
@@ -80,6 +83,7 @@ impl TrainOptions {
             tokenizer: None,
             network: None,
             frozen: Vec::new(),
+            low_rank: None,
             data: Vec::new(),
         }
     }
@@ -106,6 +110,12 @@ impl TrainOptions {
         }
         if !matches!(dtype, DType::F32 | DType::Bf16) {
             return Err(Error::bad(format!("dtype is {dtype}, want f32 or bf16")));
+        }
+        if let Some(low_rank) = &self.low_rank {
+            low_rank.check()?;
+            if !self.frozen.is_empty() {
+                return Err(Error::bad("frozen: all is frozen beside low-rank adapters; leave it out"));
+            }
         }
         let is_of_data = |key: &str| key.starts_with("data.") || key.starts_with("valid.");
         match self.data.iter().find(|(key, _)| !is_of_data(key)) {

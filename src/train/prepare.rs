@@ -19,7 +19,7 @@ pub fn trace_model(network: &dyn Network, inputs: &[InputShape], options: &Train
     options.check()?;
     let &TrainOptions { batch, microbatch, dtype, tf32, loss_rows, .. } = options;
     let scratch = options.device.wants_scratch();
-    let trace = |mode| -> Result<Graph> {
+    let trace = |mode: Mode| -> Result<Graph> {
         let mut graph = Graph { scratch, tf32, loss_rows, ..network.trace(mode, dtype, microbatch, inputs)? };
         for start in &options.frozen {
             if !graph.parameters.iter().any(|p| p.name.starts_with(start)) {
@@ -27,6 +27,9 @@ pub fn trace_model(network: &dyn Network, inputs: &[InputShape], options: &Train
             }
         }
         graph.freeze(|name| options.frozen.iter().any(|start| name.starts_with(start)));
+        if let Some(low_rank) = &options.low_rank {
+            graph.adapt(low_rank, mode)?;
+        }
         Ok(graph)
     };
     Model::new(trace(Mode::Training)?, Some(trace(Mode::Evaluation)?), batch / microbatch)

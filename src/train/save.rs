@@ -3,14 +3,18 @@
 use super::weights::Weights;
 use crate::base::{DType, Error, Result};
 use crate::engine::{Engine, Stored};
+use crate::graph::{Graph, LowRank, Op, WeightLayout, adapted_layer, adapter_names};
 use crate::nn::{self, Form};
+use rayon::prelude::*;
+use serde_json::json;
 use std::path::Path;
 
 /// Writes the Hugging Face directory `dir`, tensor by tensor, of the engine's model number `model` after `steps` steps,
 /// which have come home ([`Engine::wait_home`]). `form` says how it looks: [`Form::of`] its network, or that of the
 /// directory it came from ([`Pretrained::form`](crate::nn::Pretrained::form)), whose counts of batches go on by these
 /// steps'. What is frozen of a bf16 model, which the engine has rounded, is taken from `first`, the weights that it
-/// began with.
+/// began with. Weights that adapters were learned beside, by `low_rank`, are saved with these in them, W + alpha / r
+/// (A B).
 ///
 /// # Errors
 /// As [`nn::save`]; and when `form` names a tensor that the model has not, or steps were begun since it came home.
@@ -19,6 +23,7 @@ pub fn save_model(
     form: &Form,
     (engine, model): (&Engine, usize),
     first: Weights,
+    low_rank: Option<&LowRank>,
     steps: u64,
 ) -> Result<()> {
     let traced = engine.model(model);
@@ -31,11 +36,96 @@ pub fn save_model(
             let parameter = &graph.parameters[i];
             let is_rounded = parameter.frozen && graph.float == DType::Bf16;
             let kept = if is_rounded { first.named(name, &parameter.shape)? } else { None };
-            return kept.map_or_else(|| engine.read_parameter(model, Stored::Weight, i), Ok);
+            let mut weight = kept.map_or_else(|| engine.read_parameter(model, Stored::Weight, i), Ok)?;
+            if let Some(low_rank) = low_rank {
+                merge(&mut weight, (engine, model), i, low_rank)?;
+            }
+            return Ok(weight);
         }
         match graph.states.iter().position(|s| s.name == name) {
             Some(state) => engine.read_state(model, state),
             None => Err(Error::bad(format!("tensor {name}: the model has no such tensor"))),
         }
     })
+}
+
+/// Writes the adapters that the engine's model number `model` has learned to the directory `dir`, in the form of
+/// Hugging Face's peft: `adapter_config.json` and `adapter_model.safetensors`, in f32. `base` is the directory of the model beside
+/// which they were learned, if it came from one. Call [`Engine::wait_home`] first.
+///
+/// # Errors
+/// As [`nn::save`]; and when steps were begun since it came home.
+pub fn save_adapters(
+    dir: &Path,
+    (engine, model): (&Engine, usize),
+    low_rank: &LowRank,
+    base: Option<&Path>,
+) -> Result<()> {
+    let graph = &engine.model(model).train;
+    let in_out = |op: &Op| matches!(op, Op::Linear { layout: WeightLayout::InOut, .. });
+    let mut config = json!({
+        "peft_type": "LORA",
+        "base_model_name_or_path": base,
+        "r": low_rank.rank,
+        "lora_alpha": low_rank.alpha,
+        "lora_dropout": low_rank.dropout,
+        "target_modules": low_rank.targets,
+        "bias": "none",
+        // GPT-2's weights lie the other way around.
+        "fan_in_fan_out": graph.nodes.iter().any(|node| in_out(&node.op)),
+        "inference_mode": true,
+    });
+    if graph.inputs.iter().any(|input| input.name == "input_ids") {
+        config["task_type"] = "CAUSAL_LM".into();
+    }
+    let adapters = graph.parameters.iter().filter(|p| adapted_layer(&p.name).is_some());
+    let tensors: Vec<_> = adapters.map(|p| (p.name.clone(), p.shape.clone())).collect();
+    nn::save_adapters(dir, &format!("{config:#}\n"), &tensors, &mut |name| {
+        let i = graph.parameters.iter().position(|p| p.name == name).expect("named just above");
+        engine.read_parameter(model, Stored::Weight, i)
+    })
+}
+
+/// Adds to the weight numbered `parameter` what its adapters, if it has any, are in its place.
+fn merge(weight: &mut [f32], (engine, model): (&Engine, usize), parameter: usize, low_rank: &LowRank) -> Result<()> {
+    let graph = &engine.model(model).train;
+    let Some(layer) = graph.parameters[parameter].name.strip_suffix(".weight") else { return Ok(()) };
+    let adapters = adapter_names(layer).map(|name| graph.parameters.iter().position(|p| p.name == name));
+    let [Some(a), Some(b)] = adapters else { return Ok(()) };
+    let read = |i| engine.read_parameter(model, Stored::Weight, i);
+    let (a, b) = (read(a)?, read(b)?);
+    let (scale, rank) = (low_rank.scale() as f32, low_rank.rank);
+    match layout_of(graph, parameter) {
+        // Row n of the weight gets row n of B times A.
+        WeightLayout::OutIn => add_product(weight, &b, &a, rank, scale),
+        // Row k gets column k of A times B's transpose.
+        WeightLayout::InOut => add_product(weight, &transposed(&a, rank), &transposed(&b, b.len() / rank), rank, scale),
+    }
+    Ok(())
+}
+
+/// How the weight of a linear layer lies.
+fn layout_of(graph: &Graph, parameter: usize) -> WeightLayout {
+    let weight = graph.parameters[parameter].value;
+    let of = |op: &Op| if let Op::Linear { layout, .. } = op { Some(*layout) } else { None };
+    let found = graph.nodes.iter().find_map(|node| of(&node.op).filter(|_| node.inputs[1] == weight));
+    found.expect("only linear layers have adapters")
+}
+
+/// `out (n, k) += scale * x (n, rank) y (rank, k)`.
+fn add_product(out: &mut [f32], x: &[f32], y: &[f32], rank: usize, scale: f32) {
+    let k = y.len() / rank;
+    out.par_chunks_mut(k).zip(x.par_chunks(rank)).for_each(|(out, x)| {
+        let mut sum = vec![0.0; k];
+        for (&x, y) in x.iter().zip(y.chunks(k)) {
+            sum.iter_mut().zip(y).for_each(|(sum, &y)| *sum += x * y);
+        }
+        out.iter_mut().zip(sum).for_each(|(out, sum)| *out += scale * sum);
+    });
+}
+
+/// `x` of so many rows as its transpose.
+fn transposed(x: &[f32], rows: usize) -> Vec<f32> {
+    let cols = x.len() / rows;
+    (0..x.len()).map(|i| x[i % rows * cols + i / rows]).collect()
 }

@@ -165,7 +165,8 @@ impl Session {
     pub fn wait_save(&mut self, dir: &Path, form: &Form, first: Weights) -> Result<()> {
         self.wait_begun()?;
         self.fleet.engine_mut().wait_home(0)?;
-        save_model(dir, form, (self.engine(), 0), first, self.steps_done())
+        let low_rank = self.options.low_rank.as_ref();
+        save_model(dir, form, (self.engine(), 0), first, low_rank, self.steps_done())
     }
 
     /// Waits for the steps that have begun.

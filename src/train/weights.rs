@@ -2,6 +2,7 @@
 
 use crate::base::{Error, Result, Shape};
 use crate::engine::{Engine, Stored};
+use crate::graph::adapted_layer;
 use crate::nn::{Pretrained, init};
 use std::fmt;
 use std::sync::Arc;
@@ -66,6 +67,8 @@ impl Weights<'_> {
     /// A tensor by its name in the graph, where they are not drawn.
     pub(super) fn named(&self, name: &str, shape: &Shape) -> Result<Option<Vec<f32>>> {
         match self {
+            // A directory has none of the adapters that are learned beside it.
+            Weights::Pretrained(_) if adapted_layer(name).is_some() => Ok(None),
             Weights::Pretrained(pretrained) => pretrained.tensor(name, shape).map(Some),
             Weights::Random | Weights::Later => Ok(None),
             Weights::Given(give) => give(name, shape),

@@ -43,6 +43,32 @@ fn what_is_frozen_is_saved_as_it_was_read() {
 }
 
 #[test]
+fn adapters_are_saved_by_themselves_and_in_the_weights() {
+    let job = Job::fixture("gpt2");
+    let lora = "model.0.lora={ rank = 2, alpha = 4, targets = ['c_attn', 'mlp.c_proj'] }";
+    let rows = train(&job, "run", &[lora]);
+    let before = tensors(&job.at("model/model.safetensors"));
+    let after = tensors(&job.at("run/m/model/model.safetensors"));
+    assert!(after.keys().eq(before.keys()), "{:?}", after.keys());
+    let is_adapted = |name: &str| name.ends_with("attn.c_attn.weight") || name.ends_with("mlp.c_proj.weight");
+    for (name, bytes) in &after {
+        assert_eq!(*bytes != before[name], is_adapted(name), "{name}");
+    }
+    let adapters = tensors(&job.at("run/m/adapters/adapter_model.safetensors"));
+    assert_eq!(adapters.len(), 2 * after.keys().filter(|name| is_adapted(name)).count());
+    let config = std::fs::read_to_string(job.at("run/m/adapters/adapter_config.json")).expect("a config");
+    assert!(config.contains("\"base_model_name_or_path\": \"") && config.contains("\"lora_alpha\": 4.0"), "{config}");
+    // The saved model goes on as any other does, from the loss that it came to.
+    let more = train(&job, "more", &[lora, &format!("model.0.from='{}'", job.at("run/m/model").display())]);
+    assert!(rows[0].loss != more[0].loss);
+    let refused = job.hydra(&["train", "--set", "run.out=none", "--set", "model.0.lora={ targets = ['q_proj'] }"]);
+    refused.bad(&["job.toml: model.0: low rank: no linear layer's name ends with \"q_proj\"; there are c_attn"]);
+    let other = "model.0.lora={ rank = 2, alpha = 5, targets = ['c_attn', 'mlp.c_proj'] }";
+    let refused = job.hydra(&["train", "--resume", "auto", "--set", "run.out=run", "--set", other]);
+    refused.bad(&["lora is {", "in the checkpoint"]);
+}
+
+#[test]
 fn learning_rates_are_those_of_the_schedule() {
     let job = Job::new(&GPT.replace("steps = 4", "steps = 6"));
     for (kind, want) in

@@ -14,7 +14,7 @@ use hydra::nn::{self, Pretrained};
 use hydra::spill::{Model, Plan};
 use hydra::train::{Observer, Session, StepReport, TrainOptions, Weights, inputs_of, plan_model, trace_model};
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -171,16 +171,16 @@ impl Case {
 
     /// The values of a tensor of expected.safetensors.
     pub fn expected(&self) -> BTreeMap<String, Vec<f32>> {
-        let bytes = std::fs::read(self.dir.join("expected.safetensors")).expect("expected");
-        let file = TensorFile::parse(&bytes, "expected").expect("expected parses");
-        file.tensors()
-            .map(|t| {
-                let values =
-                    t.bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().expect("4 bytes"))).collect();
-                (t.entry.name.clone(), values)
-            })
-            .collect()
+        floats_of(&self.dir.join("expected.safetensors"))
     }
+}
+
+/// The tensors of a file of f32.
+pub fn floats_of(path: &Path) -> BTreeMap<String, Vec<f32>> {
+    let bytes = std::fs::read(path).expect("a file");
+    let file = TensorFile::parse(&bytes, &path.display().to_string()).expect("tensors");
+    let values = |bytes: &[u8]| bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
+    file.tensors().map(|t| (t.entry.name.clone(), values(t.bytes))).collect()
 }
 
 /// |got - want| / |want|.

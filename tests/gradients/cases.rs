@@ -331,6 +331,12 @@ fn elementwise(t: &mut Table) {
         s.b.activation(x, Activation::Relu)
     })
     .flat = true;
+    for (by, rows, cols) in [(2.5, 31, 33), (-0.3, 1, 1023), (0.0, 3, 5)] {
+        t.add(format!("scale {by} {rows}x{cols}"), move |s| {
+            let x = s.leaf("x", [rows, cols])?;
+            s.b.scale(x, by)
+        });
+    }
     for (p, rows, cols) in [(0.1, 31, 33), (0.5, 3, 31), (0.9, 1, 1023)] {
         t.add(format!("dropout {p} {rows}x{cols}"), move |s| {
             let x = s.leaf("x", [rows, cols])?;

@@ -157,7 +157,8 @@ pub fn trace(job: &Job, mut prepared: Prepared, before: &[(&Prepared, &Arc<Model
         let (a, twin) = (&job.models[*j], before[*j].0);
         let sizes = |m: &job::Model| (m.batch, m.microbatch, m.loss_rows, m.dtype.clone());
         let (one, other) = (&twin.options, &prepared.options);
-        let traced_alike = one.microbatch == other.microbatch && one.frozen == other.frozen;
+        let traced_alike =
+            one.microbatch == other.microbatch && (&one.frozen, &one.low_rank) == (&other.frozen, &other.low_rank);
         // Of one family and config, networks differ where the vocabulary comes from the data.
         let labels = twin.network().labels() == prepared.network().labels();
         a.source == b.source && labels && sizes(a) == sizes(b) && traced_alike && twin.inputs == prepared.inputs

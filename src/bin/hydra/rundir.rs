@@ -21,6 +21,8 @@ pub const INBOX: &str = "inbox";
 pub const CHECKPOINT: &str = "checkpoint.safetensors";
 /// In a model's folder: the trained model, a Hugging Face directory.
 pub const MODEL: &str = "model";
+/// In a model's folder: the adapters that it learned, where it learned such, as peft reads them.
+pub const ADAPTERS: &str = "adapters";
 /// In that directory: its weights, which are written last.
 pub const WEIGHTS: &str = "model.safetensors";
 

@@ -9,7 +9,7 @@ use crate::texts::Texts;
 use crate::tokenizer::{FileTokenizer, Tokenizers, cut_by};
 use hydra::base::{DType, Error, Result};
 use hydra::data::{Source, names};
-use hydra::graph::Graph;
+use hydra::graph::{Graph, Parameter, adapted_layer};
 use hydra::nn::{self, Form, InputShape, Network, Pretrained};
 use hydra::spill::{Baseline, PlanOptions, Recompute};
 use hydra::train::{TrainOptions, Weights, inputs_of};
@@ -68,13 +68,22 @@ impl Prepared {
         }
     }
 
+    /// The directory that it comes from, if it does from one.
+    pub fn base(&self) -> Option<&Path> {
+        match &self.origin {
+            Origin::Pretrained(pretrained) => Some(pretrained.dir()),
+            Origin::Family(_) => None,
+        }
+    }
+
     /// Reads the weights of `graph` once, so that damaged ones are told before anything is done with them.
     ///
     /// # Errors
     /// When one is missing, has another shape, or is not finite.
     pub fn check_weights(&self, graph: &Graph) -> Result<()> {
         let Origin::Pretrained(pretrained) = &self.origin else { return Ok(()) };
-        graph.parameters.iter().try_for_each(|p| pretrained.tensor(&p.name, &p.shape).map(drop))?;
+        let in_files = |p: &&Parameter| adapted_layer(&p.name).is_none();
+        graph.parameters.iter().filter(in_files).try_for_each(|p| pretrained.tensor(&p.name, &p.shape).map(drop))?;
         graph.states.iter().try_for_each(|s| pretrained.tensor(&s.name, &s.shape).map(drop))
     }
 
@@ -239,6 +248,7 @@ pub fn prepare(job: &Job, i: usize, texts: &Texts) -> Result<Prepared> {
     options.loss_rows = model.loss_rows;
     check_frozen(network, model)?;
     options.frozen = model.frozen.clone();
+    options.low_rank = model.lora.clone();
     options.dtype = if model.dtype == "bf16" { DType::Bf16 } else { DType::F32 };
     options.tf32 = model.dtype == "tf32";
     (options.optimizer, options.clip, options.schedule) = (model.optimizer, model.clip, model.schedule);

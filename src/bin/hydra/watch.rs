@@ -11,7 +11,7 @@ use hydra::engine::{Engine, Stored};
 use hydra::train::Verdict;
 use hydra::train::metrics::{Metrics, Row, StepRow, ValidRow};
 use hydra::train::results::Status;
-use hydra::train::{Observer, StepReport, save_model, write_checkpoint, write_last_checkpoint};
+use hydra::train::{Observer, StepReport, save_adapters, save_model, write_checkpoint, write_last_checkpoint};
 use std::cell::Cell;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -236,8 +236,14 @@ impl Observer for Watch<'_> {
         self.wait_records()?;
         let prepared = &self.planned.prepared;
         let folder = self.folder.join(rundir::MODEL);
-        let saved =
-            prepared.form().and_then(|form| save_model(&folder, &form, (engine, model), prepared.weights(), self.done));
+        let low_rank = prepared.options.low_rank.as_ref();
+        let save = |form| save_model(&folder, &form, (engine, model), prepared.weights(), low_rank, self.done);
+        let saved = prepared.form().and_then(save).and_then(|()| match low_rank {
+            Some(low_rank) => {
+                save_adapters(&self.folder.join(rundir::ADAPTERS), (engine, model), low_rank, prepared.base())
+            }
+            None => Ok(()),
+        });
         if let Err(error) = saved {
             self.keep(engine, model, "the model could not be saved");
             return Err(error);

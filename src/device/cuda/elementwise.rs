@@ -31,6 +31,13 @@ pub(super) fn add(q: &mut Queue, o: &Operands) -> Result<()> {
     q.launch(launch.ptr(o.output(0)).ptr(o.input(0)).ptr(o.input(1)).long(elems))
 }
 
+/// `out = by * x`.
+pub(super) fn scale(q: &mut Queue, o: &Operands, by: f64) -> Result<()> {
+    let (dtype, elems) = (o.out_dtype(0), o.out_elems(0));
+    let launch = pointwise(pick(dtype, "scale_f32", "scale_bf16"), elems, dtype);
+    q.launch(launch.ptr(o.output(0)).ptr(o.input(0)).long(elems).float(by as f32))
+}
+
 /// `out = x`, converted where the types differ, or `out += x` for an accumulator.
 pub(super) fn copy(q: &mut Queue, o: &Operands) -> Result<()> {
     let (elems, to, from) = (o.out_elems(0), o.out_dtype(0), o.in_dtype(0));

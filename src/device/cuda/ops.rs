@@ -27,6 +27,7 @@ pub(super) fn launch_step(q: &mut Queue, o: &Operands) -> Result<()> {
         Op::Glu(kind) => glu::forward(q, o, *kind),
         Op::GluGrad(kind) => glu::grad(q, o, *kind),
         Op::Add => elementwise::add(q, o),
+        Op::Scale(by) => elementwise::scale(q, o, *by),
         Op::Dropout { p, stream } => elementwise::dropout(q, o, *p, *stream),
         Op::LayerNorm { epsilon } => norm::forward(q, o, *epsilon),
         Op::LayerNormGrad => norm::grad(q, o),

@@ -1,4 +1,4 @@
-//! Elementwise ops: addition, dropout, and the position table's addition to every sequence of a batch.
+//! Elementwise ops: addition, a factor, dropout, and the position table's addition to every sequence of a batch.
 
 use super::parallel::{self, CHUNK, Sum, expect_len, vector_fn, zip_chunk};
 use super::real::Real;
@@ -11,6 +11,21 @@ use rayon::prelude::*;
 /// When the lengths differ.
 pub fn add<T: Real>(out: &mut [T], a: Option<&[T]>, b: &[T]) {
     parallel::zip::<T, Sum>(out, a, b);
+}
+
+/// `out = by * x`; where `x` is `None`, `out` holds it. The gradient is the same op on `d_out`.
+///
+/// # Panics
+/// When the lengths differ.
+pub fn scale<T: Real>(out: &mut [T], x: Option<&[T]>, by: f64) {
+    if let Some(x) = x {
+        expect_len("scale", "x", x.len(), out.len());
+    }
+    let by = T::from_f64(by);
+    out.par_chunks_mut(CHUNK).enumerate().for_each(|(i, out)| match x {
+        Some(x) => out.iter_mut().zip(&x[i * CHUNK..]).for_each(|(out, &x)| *out = x * by),
+        None => out.iter_mut().for_each(|out| *out *= by),
+    });
 }
 
 /// Drops each element with probability `p` and multiplies the others by 1/(1-p) (Srivastava et al. 2014, "Dropout";
@@ -203,6 +218,21 @@ mod tests {
                 vec![out, in_place]
             });
             let want: Vec<f32> = a.iter().zip(&b).map(|(a, b)| a + b).collect();
+            assert_eq!(got, [want.clone(), want]);
+        }
+    }
+
+    #[test]
+    fn a_factor_multiplies_in_place_too() {
+        for len in LENS {
+            let x = normal::<f32>(len, 1);
+            let got = same_in_all_pools(|| {
+                let (mut out, mut in_place) = (poison(len), x.clone());
+                scale(&mut out, Some(&x), -0.3);
+                scale(&mut in_place, None, -0.3);
+                vec![out, in_place]
+            });
+            let want: Vec<f32> = x.iter().map(|x| x * -0.3f32).collect();
             assert_eq!(got, [want.clone(), want]);
         }
     }

@@ -103,6 +103,7 @@ fn body<T: Real>(o: &Operands, scalars: &Scalars, scratch: &mut SharedScratch) {
             glu::grad::<T>(o.output(0), o.output(1), o.unless_in_place(0), o.input(1), o.input(2), *kind);
         }
         Op::Add => elementwise::add::<T>(o.output(0), o.unless_in_place(0), o.input(1)),
+        Op::Scale(by) => elementwise::scale::<T>(o.output(0), o.unless_in_place(0), *by),
         Op::Dropout { p, stream } => {
             elementwise::dropout::<T>(o.output(0), o.unless_in_place(0), *p, scalars.stream(*stream));
         }

@@ -122,6 +122,18 @@ impl Builder {
         self.one(Op::Add, vec![a, b], shape)
     }
 
+    /// `by * x`.
+    ///
+    /// # Errors
+    /// When `by` is not finite.
+    pub fn scale(&mut self, x: Value, by: f64) -> Result<Value> {
+        if !by.is_finite() {
+            return Err(Error::bad(format!("scale: by is {by}, want a finite number")));
+        }
+        let shape = self.shape(x).clone();
+        self.one(Op::Scale(by), vec![x], shape)
+    }
+
     /// Drops elements of `x` with probability `p` in training; `x` itself otherwise.
     ///
     /// # Errors

@@ -81,6 +81,7 @@ pub fn run(graph: &Graph, named: &mut Named) -> Run {
             }
             Op::Activation(activation) => vec![x[0].iter().map(|&v| activate(*activation, v)).collect()],
             Op::Add => vec![x[0].iter().zip(x[1]).map(|(a, b)| a + b).collect()],
+            Op::Scale(by) => vec![x[0].iter().map(|v| by * v).collect()],
             Op::Transpose { axes } => {
                 assert_eq!(axes, &[0, 2, 1], "the families here use no other");
                 let &[b, n, m] = shape(0) else { panic!("{} axes", shape(0).len()) };

@@ -58,6 +58,10 @@ fn pointwise(t: &mut Table) {
             let (x, y) = (s.leaf("x", [rows, cols])?, s.leaf("y", [rows, cols])?);
             s.b.add(x, y)
         });
+        t.add(format!("scale 2.5 {rows}x{cols}"), move |s| {
+            let x = s.leaf("x", [rows, cols])?;
+            s.b.scale(x, 2.5)
+        });
         t.add(format!("dropout 0.2 {rows}x{cols}"), move |s| {
             let x = s.leaf("x", [rows, cols])?;
             s.b.dropout(x, 0.2)

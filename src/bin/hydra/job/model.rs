@@ -4,6 +4,7 @@ use super::optimizer::{SCHEDULE_KEYS, read_optimizer, read_schedule};
 use super::section::{MOST, Section, show};
 use crate::rundir::is_taken;
 use hydra::base::{Error, Result};
+use hydra::graph::{LowRank, MOST_RANK};
 use hydra::train::{Optimizer, Schedule};
 use serde_json::Map;
 use std::path::PathBuf;
@@ -36,6 +37,8 @@ pub struct Model {
     pub loss_rows: Option<usize>,
     /// Beginnings of the names of parameters that stay as they are.
     pub frozen: Vec<String>,
+    /// Adapters that are trained beside the weights of linear layers, and nothing else.
+    pub lora: Option<LowRank>,
     /// How long it is trained.
     pub length: Length,
     /// The update rule.
@@ -161,6 +164,7 @@ pub const MODEL_KEYS: &[&str] = &[
     "microbatch",
     "loss_rows",
     "frozen",
+    "lora",
     "steps",
     "epochs",
     "optimizer",
@@ -187,6 +191,10 @@ pub fn read_model(s: &Section) -> Result<Model> {
     }
     let loss_rows = s.count("loss_rows")?;
     let frozen = s.strings("frozen", "a list of beginnings of parameters' names, such as [\"transformer.h.0.\"]")?;
+    let lora = read_lora(s)?;
+    if lora.is_some() && frozen.is_some() {
+        return Err(s.fault("frozen", "lora is there too, beside which all is frozen; keep one of them"));
+    }
     let length = match (s.integer("steps", 1..=MOST)?, s.integer("epochs", 1..=MOST)?) {
         (Some(steps), None) => Length::Steps(steps),
         (None, Some(epochs)) => Length::Epochs(epochs),
@@ -217,6 +225,7 @@ pub fn read_model(s: &Section) -> Result<Model> {
         microbatch,
         loss_rows,
         frozen: frozen.unwrap_or_default(),
+        lora,
         length,
         optimizer,
         clip,
@@ -360,4 +369,22 @@ fn read_valid(s: &Section, data: &Data) -> Result<Option<Valid>> {
         (None, None) => return Err(v.fault_here("want fraction or text, such as { fraction = 0.1, every = 50 }")),
     };
     Ok(Some(Valid { part, every: v.integer("every", 1..=MOST)?.unwrap_or(50) }))
+}
+
+/// The keys of `lora`.
+pub const LORA_KEYS: &[&str] = &["rank", "alpha", "dropout", "targets"];
+
+fn read_lora(s: &Section) -> Result<Option<LowRank>> {
+    let Some(l) = s.section("lora", LORA_KEYS)? else { return Ok(None) };
+    let want = "a list of names of linear layers or their ends, such as [\"q_proj\", \"v_proj\"]";
+    let targets = l.strings("targets", want)?.filter(|targets| !targets.is_empty());
+    let targets = targets.ok_or_else(|| l.fault("targets", format!("is missing; write {want}")))?;
+    let rank = l.count("rank")?.unwrap_or(8);
+    if rank > MOST_RANK {
+        return Err(l.fault("rank", format!("want {MOST_RANK} at most, got {rank}")));
+    }
+    let alpha = l.number("alpha", "a number above 0, up to 1e6", |alpha| alpha > 0.0 && alpha <= 1e6)?;
+    let dropout = l.number("dropout", "a number from 0 to below 1", |p| (0.0..1.0).contains(&p))?;
+    let (alpha, dropout) = (alpha.unwrap_or(rank as f64), dropout.unwrap_or(0.0));
+    Ok(Some(LowRank { rank, alpha, dropout, targets }))
 }

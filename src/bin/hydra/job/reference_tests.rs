@@ -18,7 +18,7 @@ fn tables(text: &str) -> Vec<(&str, Vec<&str>)> {
 #[test]
 fn every_key_is_in_the_reference_and_no_other() {
     let text = include_str!("../../../../docs/job.md");
-    let want: [(&str, &[&str]); 11] = [
+    let want: [(&str, &[&str]); 12] = [
         ("[run]", RUN_KEYS),
         ("[[device]]", DEVICE_KEYS),
         ("[host]", HOST_KEYS),
@@ -26,6 +26,7 @@ fn every_key_is_in_the_reference_and_no_other() {
         ("[[model]]", model::MODEL_KEYS),
         ("data", model::DATA_KEYS),
         ("valid", model::VALID_KEYS),
+        ("lora", model::LORA_KEYS),
         ("optimizer", optimizer::KEYS),
         ("schedule", optimizer::SCHEDULE_KEYS),
         ("search", search::KEYS),

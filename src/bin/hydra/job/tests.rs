@@ -2,6 +2,7 @@
 
 use super::model::{Data, Length, Source, Tokenizer, ValidPart};
 use super::*;
+use hydra::graph::LowRank;
 use hydra::train::{Optimizer, Schedule};
 use proptest::prelude::*;
 
@@ -61,6 +62,7 @@ name = "resnet"
 from = "hub/resnet"
 data = { images = "t10k-images-idx3-ubyte.gz", labels = "labels.gz" }
 epochs = 2
+lora = { targets = ["classifier.1"], rank = 4, alpha = 6, dropout = 0.1 }
 optimizer = { kind = "sgd", lr = 1, momentum = 0.9, nesterov = true }
 schedule = { kind = "linear" }
 
@@ -148,6 +150,8 @@ fn reads_every_key() {
     assert_eq!((gpt.at.as_str(), &gpt.searched, gpt.place("batch").as_str()), ("model.0", &vec![], "model.0.batch"));
 
     assert_eq!(resnet.source, Source::From("/jobs/hub/resnet".into()));
+    let lora = LowRank { rank: 4, alpha: 6.0, dropout: 0.1, targets: vec!["classifier.1".into()] };
+    assert_eq!((&gpt.lora, &resnet.lora), (&None, &Some(lora)));
     let images = vec!["/jobs/t10k-images-idx3-ubyte.gz".into()];
     assert_eq!(resnet.data, Data::Images { images, labels: Some("/jobs/labels.gz".into()) });
     assert_eq!(resnet.length, Length::Epochs(2));
@@ -233,6 +237,14 @@ fn bad_models() {
         ("optimizer = { weight_decay = -1 }", "model.0.optimizer.weight_decay"),
         ("frozen = 'wte'", "model.0.frozen: want a list of beginnings of parameters' names"),
         ("frozen = ['']", "model.0.frozen: want a list"),
+        ("lora = { rank = 4 }", "model.0.lora.targets: is missing; write a list of names of linear layers"),
+        ("lora = { targets = [] }", "model.0.lora.targets: is missing"),
+        ("lora = { targets = ['c_attn'], rank = 0 }", "model.0.lora.rank: want"),
+        ("lora = { targets = ['c_attn'], rank = 20000 }", "model.0.lora.rank: want 16384 at most, got 20000"),
+        ("lora = { targets = ['c_attn'], alpha = 0 }", "model.0.lora.alpha: want a number above 0"),
+        ("lora = { targets = ['c_attn'], dropout = 1 }", "model.0.lora.dropout: want a number from 0 to below 1"),
+        ("lora = { targets = ['c_attn'], r = 4 }", "model.0.lora.r"),
+        ("lora = { targets = ['c_attn'] }\nfrozen = ['wte']", "model.0.frozen: lora is there too"),
         ("optimizer = { clip = 0 }", "model.0.optimizer.clip: want a number above 0"),
         ("optimizer = { decay = 'matrix' }", "did you mean \"matrices\"?"),
         ("optimizer = { momentum = 0.9 }", "model.0.optimizer.momentum: is for kind = \"sgd\" only"),
