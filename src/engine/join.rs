@@ -69,7 +69,14 @@ impl Engine {
                 ring_of.push(ring);
             }
             let options = options.clone();
-            self.members.push(Member::new(placed, maps, std::mem::take(&mut ring_of), home, options));
+            self.members.push(Member::new(
+                placed,
+                maps,
+                std::mem::take(&mut ring_of),
+                home,
+                self.device.lanes(),
+                options,
+            ));
         }
         if let Some(turns) = &mut self.turns {
             turns.add(&self.members[number]);

@@ -3,9 +3,10 @@
 use super::EngineOptions;
 use super::settle::Due;
 use super::tables::Tables;
-use crate::base::Error;
+use crate::base::{Error, LaneId};
 use crate::device::UpdateRule;
 use crate::spill::{ArenaMap, Home, Model, Placed, Plan};
+use crate::trace::StepAccount;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
@@ -46,8 +47,6 @@ pub(super) struct Pending {
     pub tasks: u64,
     pub loss: Option<f32>,
     pub last_end: f64,
-    /// Seconds of arithmetic on devices so far.
-    pub compute_secs: f64,
     /// Its model ends early, and it with it: nobody is told of its end.
     pub void: bool,
     /// Units are of one microbatch each.
@@ -80,6 +79,8 @@ pub(super) struct Member {
     pub rings: Vec<usize>,
     pub tables: Tables,
     pub pending: VecDeque<Pending>,
+    /// Where the time of its steps goes.
+    pub account: StepAccount,
     /// The serial of the last pending.
     pub serial: u64,
     /// For each device, the serials of the step whose losses it has, and of that whose norms.
@@ -119,10 +120,13 @@ impl Member {
         maps: Vec<Arc<ArenaMap>>,
         rings: Vec<usize>,
         (store, disk): (u64, u64),
+        lanes: &[LaneId],
         options: EngineOptions,
     ) -> Self {
         let Placed { model, plan, .. } = placed;
         let devices = maps.len();
+        // The three units of a shard, with their copies, for every microbatch, twice over for two steps in flight.
+        let events = 16 * plan.shards.len() * (model.microbatches + 2);
         Member {
             tables: Tables::new(model, plan, &options),
             model: Arc::clone(model),
@@ -135,6 +139,7 @@ impl Member {
             copy_stage: 0,
             maps,
             rings,
+            account: StepAccount::new(lanes, events),
             pending: VecDeque::with_capacity(4),
             serial: 0,
             losses_on: vec![0; devices],
@@ -182,7 +187,6 @@ impl Member {
             tasks: 0,
             loss: None,
             last_end: 0.0,
-            compute_secs: 0.0,
             void: false,
             pipelined,
         });

@@ -36,7 +36,7 @@ pub use turns::TurnOptions;
 use crate::base::{Error, LaneId, LaneKind};
 use crate::device::{Attached, Device, UpdateRule};
 use crate::spill::{FleetMap, Home, Model, Placed, Plan};
-use crate::trace::{Bound, LaneSum, Recorder, StepAccount, TaskName};
+use crate::trace::{Bound, LaneSum, Recorder, TaskName};
 use member::Member;
 use queue::Queue;
 use rings::Rings;
@@ -89,8 +89,7 @@ pub struct StepResult {
     pub grad_norm: f64,
     /// Seconds since the step before ended.
     pub secs: f64,
-    /// Those seconds by what bound them; with several models on the devices, those of the model's own arithmetic, and
-    /// the rest idle.
+    /// Those seconds by what bound them; what the model waited for others is idle.
     pub bound: Bound,
 }
 
@@ -152,8 +151,6 @@ pub struct Engine {
     lanes: Vec<Lanes>,
     /// With several models on the devices, who is next.
     turns: Option<Turns>,
-    /// Where the time of a step went, when one model is alone.
-    account: StepAccount,
     recorder: Option<Recorder>,
     /// What ran on each lane since the start.
     totals: Vec<LaneSum>,
@@ -209,19 +206,15 @@ impl Engine {
                 if placed.home == Home::Anywhere { *shared[d].get_or_insert_with(make) } else { make() }
             };
             let ring_of = maps.iter().enumerate().map(of_device).collect();
-            members.push(Member::new(placed, maps.into_iter().map(Arc::new).collect(), ring_of, home, options));
+            let maps = maps.into_iter().map(Arc::new).collect();
+            members.push(Member::new(placed, maps, ring_of, home, device.lanes(), options));
         }
-        // The three units of a shard, with their copies, for every microbatch, twice over for two steps in flight.
-        let events = |m: &Member| 16 * m.plan.shards.len() * (m.model.microbatches + 2);
-        let alone = members.len() == 1 && lanes.len() == 1;
-        let account = StepAccount::new(device.lanes(), if alone { events(&members[0]) } else { 0 });
         Engine {
             queue: Queue::new(device.lanes()),
             rings,
             shared_rings: shared,
             turns: turns.map(|options| Turns::new(options, &members, device.lanes())),
             lanes,
-            account,
             recorder: None,
             totals: device.lanes().iter().map(|&lane| LaneSum::new(lane)).collect(),
             sequence: 0,
@@ -272,10 +265,10 @@ impl Engine {
         &self.totals
     }
 
-    /// What each lane has done in the step that was waited for last; a task counts in the step in which it ended. One
-    /// model on one device alone.
-    pub fn step_lane_sums(&self) -> &[LaneSum] {
-        self.account.sums()
+    /// What each lane has done for a model in its step that was waited for last; a task counts in the step in which it
+    /// ended.
+    pub fn step_lane_sums(&self, model: usize) -> &[LaneSum] {
+        self.members[model].account.sums()
     }
 
     /// What each device is at.

@@ -4,7 +4,7 @@ use super::member::{Ending, Pending, Purpose};
 use super::{EVALUATIONS, Ended, Engine, StepInput, StepResult};
 use crate::base::{Error, LaneKind, Result};
 use crate::device::UpdateRule;
-use crate::trace::{Bound, Event, What};
+use crate::trace::{Event, What};
 
 impl Engine {
     /// A model's steps that were begun and not waited for.
@@ -144,7 +144,7 @@ impl Engine {
         match done.purpose {
             Purpose::Step { .. } => Some(Ended::Step(model, self.step_result(model, &done))),
             Purpose::Evaluation => {
-                self.account.discard(done.last_end);
+                member.account.discard(done.last_end);
                 Some(Ended::Evaluation(model, self.read_loss(model, done.step)))
             }
             // Its end was told as the model's.
@@ -153,21 +153,11 @@ impl Engine {
     }
 
     fn step_result(&mut self, model: usize, done: &Pending) -> StepResult {
-        let began = self.members[model].last_step_end;
-        let secs = done.last_end - began;
-        let bound = if self.is_alone() {
-            self.account.finish_step(began, done.last_end)
-        } else {
-            let compute = done.compute_secs.min(secs);
-            Bound { compute, idle: secs - compute, ..Bound::default() }
-        };
-        self.members[model].last_step_end = done.last_end;
+        let member = &mut self.members[model];
+        let began = std::mem::replace(&mut member.last_step_end, done.last_end);
+        let (secs, bound) = (done.last_end - began, member.account.finish_step(began, done.last_end));
         let loss = done.loss.expect("a step's last tasks come after its loss");
         StepResult { step: done.step, loss, grad_norm: self.grad_norm(model, done.step), secs, bound }
-    }
-
-    fn is_alone(&self) -> bool {
-        self.members.len() == 1 && self.lanes.len() == 1
     }
 
     /// Waits until nothing is left to run.
@@ -291,9 +281,7 @@ impl Engine {
             ticket: finished.event,
             after: finished.after,
         };
-        if self.is_alone() {
-            self.account.add(&event);
-        }
+        self.members[model].account.add(&event);
         self.totals[completion.ticket.lane as usize].add(&event);
         if let Some(recorder) = &mut self.recorder {
             recorder.record(&event);
@@ -319,9 +307,6 @@ impl Engine {
                 let pending = &mut member.pending[at];
                 pending.tasks -= 1;
                 pending.last_end = event.end_secs.max(pending.last_end);
-                if event.lane.kind == LaneKind::Compute {
-                    pending.compute_secs += event.secs();
-                }
                 let step = pending.step;
                 let first = event.name.what == What::Result && pending.loss.is_none();
                 if first && matches!(pending.purpose, Purpose::Step { .. }) {

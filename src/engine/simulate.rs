@@ -203,7 +203,7 @@ pub(super) fn predict_counted(
         if step >= WARM_STEPS {
             step_secs += result.secs / MEASURED as f64;
             bound.add(&result.bound);
-            let sums = engine.step_lane_sums().iter();
+            let sums = engine.step_lane_sums(0).iter();
             busy.iter_mut().zip(sums).for_each(|(busy, sum)| *busy += sum.busy_secs / MEASURED as f64);
         }
     }

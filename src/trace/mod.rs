@@ -24,4 +24,4 @@ pub use gantt::{ColourBy, GanttOptions, gantt_svg};
 pub use page::{DeviceRow, LaneRow, ModelCurves, ReportData, StepBound, report_page};
 pub use recorder::{Keep, Recorder, RecorderOptions, Summary};
 pub use sweep::{SweepLine, SweepPlot, sweep_svg};
-pub use utilisation::{Bound, Ceilings, LaneSum, StepAccount, where_time_went};
+pub use utilisation::{Bound, Ceilings, LaneSum, StepAccount};

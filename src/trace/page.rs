@@ -300,6 +300,9 @@ fn time(out: &mut String, data: &ReportData) {
         if data.steps.is_empty() && data.devices.is_empty() {
             out.push_str("<p class=\"none\">No steps yet.</p>\n");
         } else if !data.steps.is_empty() {
+            if data.models.len() > 1 {
+                note(out, "A step's mean over the models; idle is what a model waited for others, or for nothing.");
+            }
             let sum = total(&data.steps);
             share_bar(out, &sum);
             let parts = std::array::from_fn(|i| (Bound::NAMES[i], BOUND_COLOURS[i]));

@@ -1,9 +1,10 @@
 //! Tests of the report page: well-formed for every kind of absence, escaped, and free of links.
 
 use super::*;
+use crate::trace::StepAccount;
 use crate::trace::sample::Schedule;
 use crate::trace::svg::tests::check_tags;
-use crate::trace::{StepAccount, where_time_went};
+use crate::trace::utilisation::where_time_went;
 
 /// A run of `steps` steps: falling loss with noise, warm-up and cosine, the sample schedule.
 fn sample(steps: u64, models: usize) -> ReportData {

@@ -10,7 +10,7 @@ use crate::base::{LaneId, LaneKind};
 /// Seconds of a window by what bound them; they sum to the window.
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
 pub struct Bound {
-    /// A compute lane worked, or the compute lane waited for another device's.
+    /// A compute lane worked.
     pub compute: f64,
     /// The compute lane waited for a copy to the device.
     pub h2d: f64,
@@ -62,11 +62,6 @@ impl Bound {
             LaneKind::HostMath => self.host += secs,
             LaneKind::DiskRead | LaneKind::DiskWrite => self.disk += secs,
         }
-    }
-
-    fn scaled(self, by: f64) -> Bound {
-        let [compute, h2d, d2h, host, disk, idle] = self.parts().map(|part| part * by);
-        Bound { compute, h2d, d2h, host, disk, idle }
     }
 }
 
@@ -153,28 +148,27 @@ pub(super) fn add_to_sums(sums: &mut Vec<LaneSum>, event: &Event) {
 
 /// Says what bound the window from `start_secs` to `end_secs`, given the events that touch it, in any order.
 ///
-/// Several devices: the average over their compute lanes. The parts sum to the window; with no device all of it is
-/// idle.
-pub fn where_time_went(events: &[Event], start_secs: f64, end_secs: f64) -> Bound {
+/// Several devices count as one: while any of them works, the window is bound by compute. The parts sum to the window.
+#[cfg(test)]
+pub(super) fn where_time_went(events: &[Event], start_secs: f64, end_secs: f64) -> Bound {
     let lanes: Vec<LaneId> = events.iter().map(|event| event.lane).collect();
     let mut account = StepAccount::new(&lanes, events.len());
     events.iter().for_each(|event| account.add(event));
     account.finish_step(start_secs, end_secs)
 }
 
-/// Takes events as tasks complete and settles them step by step.
+/// Takes one model's events as its tasks complete and settles them step by step. What its tasks waited for another
+/// model's it has no event of, so that this time is idle.
 ///
 /// Its memory is what the largest step so far needed, and is used again.
 #[derive(Debug)]
 pub struct StepAccount {
-    /// Numbers of the devices, ascending, without the host.
-    devices: Vec<u16>,
     /// Events of the open step; those with impossible times are left out.
     tasks: Vec<Task>,
     /// Sums of the open step and of the one settled last; each has the same lanes.
     open: Vec<LaneSum>,
     settled: Vec<LaneSum>,
-    /// Indices of compute tasks by device and start; scratch space of `finish_step`.
+    /// Indices of the devices' compute tasks by start; scratch space of `finish_step`.
     compute: Vec<u32>,
 }
 
@@ -192,7 +186,6 @@ impl StepAccount {
     /// An account for a run with these lanes, with room for `events_per_step`.
     pub fn new(lanes: &[LaneId], events_per_step: usize) -> Self {
         let mut account = StepAccount {
-            devices: Vec::with_capacity(16),
             tasks: Vec::with_capacity(events_per_step),
             open: Vec::with_capacity(64),
             settled: Vec::with_capacity(64),
@@ -202,7 +195,6 @@ impl StepAccount {
         sorted.sort_unstable();
         sorted.dedup();
         for lane in sorted {
-            account.know_device(lane);
             account.open.push(LaneSum::new(lane));
         }
         account
@@ -210,7 +202,6 @@ impl StepAccount {
 
     /// Adds a finished task to the open step.
     pub fn add(&mut self, event: &Event) {
-        self.know_device(event.lane);
         add_to_sums(&mut self.open, event);
         if event.has_times() {
             let Event { lane, ticket, after, start_secs: start, end_secs: end, .. } = *event;
@@ -218,7 +209,8 @@ impl StepAccount {
         }
     }
 
-    /// Settles the window from `start_secs` to `end_secs`, as [`where_time_went`] does, and opens the next step.
+    /// Says what bound the window from `start_secs` to `end_secs`, and opens the next step. Several devices count as one:
+    /// while any of them works, the window is bound by compute. The parts sum to the window.
     ///
     /// Tasks that ended after the window stay, since they reach into the next one.
     pub fn finish_step(&mut self, start_secs: f64, end_secs: f64) -> Bound {
@@ -226,19 +218,8 @@ impl StepAccount {
         let window = end_secs - start_secs;
         if window > 0.0 && window.is_finite() {
             self.tasks.sort_unstable_by_key(|task| task.ticket);
-            if self.devices.is_empty() {
-                bound.idle = window;
-            } else {
-                self.sort_compute();
-                let mut rest = self.compute.as_slice();
-                for &device in &self.devices {
-                    let length = rest.partition_point(|&i| self.tasks[i as usize].lane.device <= device);
-                    let (own, others) = rest.split_at(length);
-                    rest = others;
-                    bound.add(&self.device_bound(own, start_secs, end_secs));
-                }
-                bound = bound.scaled(1.0 / self.devices.len() as f64);
-            }
+            self.sort_compute();
+            bound = self.window_bound(start_secs, end_secs);
         }
         self.tasks.retain(|task| task.end > end_secs);
         self.settled.clear();
@@ -262,14 +243,6 @@ impl StepAccount {
         &self.settled
     }
 
-    fn know_device(&mut self, lane: LaneId) {
-        if !lane.is_host()
-            && let Err(place) = self.devices.binary_search(&lane.device)
-        {
-            self.devices.insert(place, lane.device);
-        }
-    }
-
     fn sort_compute(&mut self) {
         let tasks = &self.tasks;
         self.compute.clear();
@@ -280,15 +253,14 @@ impl StepAccount {
         self.compute.extend((0..tasks.len() as u32).filter(of_devices));
         self.compute.sort_unstable_by(|&a, &b| {
             let (a, b) = (&tasks[a as usize], &tasks[b as usize]);
-            a.lane.device.cmp(&b.lane.device).then(a.start.total_cmp(&b.start)).then(a.ticket.cmp(&b.ticket))
+            a.start.total_cmp(&b.start).then(a.ticket.cmp(&b.ticket))
         });
     }
 
-    /// One device's share: `compute` are its compute tasks in order of start.
-    fn device_bound(&self, compute: &[u32], start: f64, end: f64) -> Bound {
+    fn window_bound(&self, start: f64, end: f64) -> Bound {
         let mut bound = Bound::default();
         let mut now = start;
-        for &i in compute {
+        for &i in &self.compute {
             let task = self.tasks[i as usize];
             if now >= end {
                 break;
@@ -305,7 +277,7 @@ impl StepAccount {
             }
         }
         if now < end {
-            // No task of this device ends the last gap; what ended the window did: the task that finished last in it.
+            // No such task ends the last gap; what ended the window did: the task that finished last in it.
             let last = self
                 .tasks
                 .iter()

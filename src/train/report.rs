@@ -271,7 +271,7 @@ fn curves(model: &ModelRows) -> ModelCurves {
 }
 
 /// What bound each step; several models' seconds at one step number are averaged, since each counts the whole time.
-/// Nothing where nobody asked: beside others a model's steps are not taken apart, and all their time counts as idle.
+/// Nothing where nobody knows: runs of older programs did not take the steps of several models apart.
 fn step_bounds(models: &[ModelRows]) -> Vec<StepBound> {
     let mut rows = models.iter().flat_map(|model| &model.steps);
     if rows.all(|row| row.bound().total() == row.idle_secs) {

@@ -29,7 +29,13 @@ fn models_trained_together_are_those_trained_one_after_another() {
     // So little memory that shards of all three visit both devices.
     let budget = job.hydra(&["plan", "--json"]).fine().json()["smallest_device_bytes"].as_u64().expect("bytes");
     let memory = format!("device.0.memory={budget}");
-    job.hydra(&["train", "--set", "run.out=tight", "--set", &memory, "--set", "run.policy=locality-lrtf"]).fine();
+    let slow = ["--set", "device.0.link=50 MB/s", "--set", "run.policy=locality-lrtf"];
+    job.hydra(&[&["train", "--set", "run.out=tight", "--set", &memory], &slow[..]].concat()).fine();
+    // A step's seconds are those of what bound it, beside other models too.
+    let rows = read_rows(&job.at("tight/a/metrics.jsonl")).expect("rows");
+    let steps: Vec<_> = rows.iter().filter_map(|row| if let Row::Step(row) = row { Some(row) } else { None }).collect();
+    assert!(steps.iter().all(|row| (row.bound().total() - row.secs).abs() < 1e-6), "{steps:?}");
+    assert!(steps.iter().map(|row| row.bound().h2d).sum::<f64>() > 0.0, "{steps:?}");
     for name in ["a", "b", "c"] {
         let weights = |run: &str| fs::read(job.at(&format!("{run}/{name}/model/model.safetensors"))).expect("weights");
         assert!(weights("together") == weights("alone"), "{name}: other bits together");
@@ -381,5 +387,25 @@ fn bad_fleets() {
 impl super::Ran {
     pub(super) fn json(&self) -> Value {
         serde_json::from_str(&self.out).unwrap_or_else(|e| panic!("{e}: {self:?}"))
+    }
+}
+
+/// What comes before the first step and after the last, over a slow link, is none of a steady step's.
+#[test]
+fn a_step_of_models_together_is_predicted_as_it_is_simulated() {
+    let devices = "[[device]]\nkind = 'sim'\ncount = 2\nflops = '1 TFLOP/s'\nmemory_bandwidth = '100 GB/s'\n";
+    let job = Job::new(&(devices.to_string() + &model("a", "") + &model("b", "")));
+    for link in ["1 GB/s", "10 MB/s"] {
+        let link = format!("device.0.link={link}");
+        let secs = |command: &str, steps: u64, key: &str| {
+            let [a, b] = [0, 1].map(|model| format!("model.{model}.steps={steps}"));
+            let json = job.hydra(&[command, "--json", "--set", &link, "--set", &a, "--set", &b]).fine().json();
+            json[key].as_f64().expect("seconds")
+        };
+        let makespan = |steps| secs("simulate", steps, "makespan_secs");
+        let step = (makespan(300) - makespan(100)) / 200.0;
+        let (predicted, bound) = (secs("plan", 100, "step_secs"), secs("plan", 100, "bound_secs"));
+        assert!(bound <= 1.000_001 * step, "{link}: no less than {bound}, and {step} is");
+        assert!((predicted / step - 1.0).abs() < 0.02, "{link}: {predicted} predicted, {step} simulated");
     }
 }

@@ -143,7 +143,7 @@ pub fn run_simulated(model: &Arc<Model>, plan: &Arc<Plan>, cost: &CostModel, cli
             continue;
         }
         steady.secs += result.secs / MEASURED as f64;
-        for (i, lane) in engine.step_lane_sums().iter().enumerate() {
+        for (i, lane) in engine.step_lane_sums(0).iter().enumerate() {
             match steady.busy.get_mut(i) {
                 Some(sum) => sum.busy_secs += lane.busy_secs,
                 None => steady.busy.push(*lane),

@@ -236,6 +236,7 @@ pub fn predict_turn(
 ) -> Result<(f64, f64)> {
     let steps = |n: u64| simulate(placed, sharing, run, machine, (vec![n; placed.len()], clips.clone()), None);
     let (first, third) = (steps(1)?, steps(3)?);
-    let bound_secs = third.bounds.secs / 3.0;
+    // Without what comes before the first step and after the last.
+    let bound_secs = (third.bounds.secs - first.bounds.secs) / 2.0;
     Ok((((third.makespan_secs - first.makespan_secs) / 2.0).max(bound_secs), bound_secs))
 }
