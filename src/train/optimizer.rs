@@ -112,8 +112,10 @@ impl Optimizer {
 }
 
 fn at_least_0(key: &'static str, x: f64) -> Option<(&'static str, String)> {
-    let fits = x.is_finite() && x >= 0.0;
-    (!fits).then(|| (key, format!("want a number of at least 0, got {x}")))
+    if !x.is_finite() || x < 0.0 {
+        return Some((key, format!("want a number of at least 0, got {x}")));
+    }
+    (x as f32).is_infinite().then(|| (key, format!("want a number that f32 can hold, got {x:e}")))
 }
 
 fn is_decay(x: f64) -> bool {

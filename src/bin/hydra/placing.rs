@@ -20,6 +20,10 @@ pub const COMPARED_STEPS: u64 = 24;
 /// The gain that a pipeline is to promise: predictions are no better.
 const LEAST_GAIN: f64 = 0.1;
 
+/// Parts of the memory that plans take in which they are tried too, and the gain that these are to promise.
+const LESS_MEMORY: [u64; 2] = [2, 4];
+const LEAST_GAIN_OF_LESS: f64 = 0.02;
+
 /// Seconds of a microbatch in a unit below which handing it on costs too much, whatever a simulation says of it.
 const LEAST_TASK_SECS: f64 = 2e-4;
 
@@ -85,11 +89,7 @@ impl Placing {
         }
         let one_at_a_time = || match fleet {
             [model] => Placing::alone(machine, model),
-            _ => {
-                let plan = plan_fleet(fleet, &devices, machine.homes)?;
-                let sharing = Sharing::Turns(LocalityLrtf::default());
-                Ok(Placing { placed: plan.placed, sharing, smallest_device_bytes: plan.smallest_device_bytes })
-            }
+            _ => Placing::by_turns(job, machine, fleet, &devices),
         };
         let may_pipeline = job.run.policy == Policy::LOCALITY_LRTF && job.run.pipeline != Pipeline::Never;
         let plan = if may_pipeline { plan_pipelined(fleet, &devices) } else { Ok(None) };
@@ -123,17 +123,46 @@ impl Placing {
             });
         }
         let without = one_at_a_time()?.checked(machine)?;
-        let steps: Vec<u64> = fleet.iter().map(|m| m.steps).collect();
-        let makespan_secs = |placing: &Placing| {
-            let steps = fewer_steps(&steps, COMPARED_STEPS);
-            let clips = fleet.iter().map(|m| m.options.clips).collect();
-            let Placing { placed, sharing, .. } = placing;
-            simulate(placed, sharing, &job.run, machine, (steps, clips), None).map(|s| s.makespan_secs)
-        };
         let Ok(pipelined) = fine(plan) else { return Ok(without) };
+        let makespan_secs = |placing: &Placing| placing.makespan_secs(job, machine, fleet);
         let ends_sooner = makespan_secs(&pipelined)? < (1.0 - LEAST_GAIN) * makespan_secs(&without)?;
         let smallest_device_bytes = pipelined.smallest_device_bytes.min(without.smallest_device_bytes);
         Ok(if ends_sooner { Placing { smallest_device_bytes, ..pipelined } } else { without })
+    }
+
+    /// Plans and places models that take turns. What fits in less memory fits in more, and may be better there: plans
+    /// are made for each model by itself, and how they do together shows in simulation alone.
+    fn by_turns(job: &Job, machine: &Machine, fleet: &[FleetModel], devices: &[FleetDevice]) -> Result<Placing> {
+        let within = |devices: &[FleetDevice]| {
+            let FleetPlan { placed, smallest_device_bytes, .. } = plan_fleet(fleet, devices, machine.homes)?;
+            Ok(Placing { placed, sharing: Sharing::Turns(LocalityLrtf::default()), smallest_device_bytes })
+        };
+        let mut best = within(devices)?;
+        let mut secs = best.makespan_secs(job, machine, fleet)?;
+        let used = FleetMap::new(&best.placed, devices.len()).arena_bytes;
+        for part in LESS_MEMORY {
+            let budget = |used: &u64| Some((*used / part).max(best.smallest_device_bytes));
+            let less: Vec<FleetDevice> =
+                devices.iter().zip(&used).map(|(d, used)| FleetDevice { budget: budget(used), ..d.clone() }).collect();
+            let Ok(placing) = within(&less) else { continue };
+            if find_homes(&placing.placed, machine.homes).is_err() {
+                continue;
+            }
+            let found = placing.makespan_secs(job, machine, fleet)?;
+            if found < (1.0 - LEAST_GAIN_OF_LESS) * secs {
+                let smallest_device_bytes = best.smallest_device_bytes;
+                (best, secs) = (Placing { smallest_device_bytes, ..placing }, found);
+            }
+        }
+        Ok(best)
+    }
+
+    /// Seconds that a part of all steps takes, by which ways are compared.
+    fn makespan_secs(&self, job: &Job, machine: &Machine, fleet: &[FleetModel]) -> Result<f64> {
+        let steps: Vec<u64> = fleet.iter().map(|m| m.steps).collect();
+        let clips = fleet.iter().map(|m| m.options.clips).collect();
+        let steps = (fewer_steps(&steps, COMPARED_STEPS), clips);
+        simulate(&self.placed, &self.sharing, &job.run, machine, steps, None).map(|s| s.makespan_secs)
     }
 
     /// Finds every model's home, on the disk where the host's store cannot hold all, or refuses.

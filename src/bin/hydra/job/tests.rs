@@ -228,6 +228,8 @@ fn bad_models() {
             "model.0.optimizer.kind: want one of \"adamw\", \"sgd\", got \"adam\"; did you mean \"adamw\"?",
         ),
         ("optimizer = { lr = -1 }", "model.0.optimizer.lr: want a number of at least 0, got -1"),
+        ("optimizer = { lr = 9e307 }", "model.0.optimizer.lr: want a number that f32 can hold, got 9e307"),
+        ("optimizer = { eps = 1e39 }", "model.0.optimizer.eps: want a number that f32 can hold, got 1e39"),
         ("optimizer = { lr = nan }", "model.0.optimizer.lr"),
         ("optimizer = { lr = inf }", "model.0.optimizer.lr"),
         ("optimizer = { betas = [0.9, 1.0] }", "model.0.optimizer.betas: want two numbers"),
