@@ -888,7 +888,7 @@ fn a_policy_that_chooses_what_it_may_not_is_named() {
     for (chooses, says) in [
         (Some(0), "policy wayward: chose model 0 for device 1, which is busy on another device"),
         (Some(77), "policy wayward: chose model 77 for device 1, of models 0 to 5"),
-        (None, "stalled: nothing runs"),
+        (None, "policy wayward: chose nothing, though nothing runs and models ["),
     ] {
         let options = SimulateOptions {
             steps: vec![2; entries.len()],
