@@ -192,7 +192,7 @@ impl Engine {
     }
 
     /// Waits until nothing of a model runs, and every weight, moment and state of it is at home: in the host's store,
-    /// or on the disk. Steps in flight end too, and are told of afterwards as ever. Of a model that has ended before its
+    /// or on the disk. Steps in flight end too, and are told afterwards as ever. Of a model that has ended before its
     /// time, and was told to have, what its last whole step has left comes home.
     ///
     /// # Errors

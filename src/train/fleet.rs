@@ -142,8 +142,8 @@ impl Fleet {
         }
     }
 
-    /// Ends a model before its time, at once, as [`Engine::cancel`] does; the others go on. One that has come to its end
-    /// stays as it is.
+    /// Ends a model before its time, at once, as [`Engine::cancel`] does; the others go on. One that has come to its
+    /// end stays as it is.
     ///
     /// # Errors
     /// When a device fails.

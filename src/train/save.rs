@@ -13,8 +13,8 @@ use std::path::Path;
 /// began with.
 ///
 /// # Errors
-/// As [`nn::save`]; and when `form` names a tensor that the model has not, steps were begun since it came home, or it has
-/// ended in the middle of one.
+/// As [`nn::save`]; and when `form` names a tensor that the model has not, steps were begun since it came home, or it
+/// has ended in the middle of one.
 pub fn save_model(
     dir: &Path,
     form: &Form,

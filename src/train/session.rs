@@ -149,12 +149,12 @@ impl Session {
         self.fleet.wait_evaluation(0, source)
     }
 
-    /// Writes a checkpoint of all steps that have begun, from which [`Session::resume`] goes on. Of a model that its data
-    /// or its observer has ended these are whole too; where a loss is not finite, it is of the steps before.
+    /// Writes a checkpoint of all steps that have begun, from which [`Session::resume`] goes on. Of a model that its
+    /// data or its observer has ended these are whole too; where a loss is not finite, it is of the steps before.
     ///
     /// # Errors
-    /// When the engine fails, or the file cannot be written; an older one is whole then. After a loss that is not finite,
-    /// when the step itself has changed running statistics, or the step behind it weights.
+    /// When the engine fails, or the file cannot be written; an older one is whole then. After a loss that is not
+    /// finite, when the step itself has changed running statistics, or the step behind it weights.
     pub fn wait_checkpoint(&mut self, path: &Path) -> Result<()> {
         self.wait_home()?;
         write_checkpoint(path, self.engine(), 0, &self.options, self.steps_done())
