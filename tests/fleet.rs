@@ -110,6 +110,8 @@ struct Looking<'a> {
     /// How often it has looked, and how many units it has seen on their way.
     looked: usize,
     ahead: usize,
+    /// A model that is cancelled after two steps, in the middle of the next.
+    cancels: Option<usize>,
 }
 
 impl FleetObserver for Looking<'_> {
@@ -126,6 +128,13 @@ impl FleetObserver for Looking<'_> {
         assert!(!self.takes_turns || models.iter().all(once), "one unit of a model at a time: {states:?}");
         self.looked += 1;
         self.ahead += states.iter().filter(|s| s.runs.is_some() && s.next.is_some()).count();
+    }
+
+    fn between(&mut self, fleet: &mut Fleet) -> hydra::base::Result<()> {
+        match self.cancels.filter(|&model| fleet.steps_done(model) >= 2) {
+            Some(model) => fleet.cancel(model, Error::bad("had enough")),
+            None => Ok(()),
+        }
     }
 }
 
@@ -267,10 +276,7 @@ fn run_with(
         fleet.run_in_order(lines).expect("each model is in a line");
     }
     let mut collects: Vec<Collect> = entries.iter().map(|_| Collect::default()).collect();
-    if let Some(fails) = fails {
-        collects[fails].fails_after = Some(2);
-    }
-    let mut observer = Looking { collects: &mut collects, devices, takes_turns, looked: 0, ahead: 0 };
+    let mut observer = Looking { collects: &mut collects, devices, takes_turns, looked: 0, ahead: 0, cancels: fails };
     let began = Instant::now();
     fleet.run(&mut observer, &AtomicBool::new(false)).expect("no device fails");
     let Looking { looked, ahead, .. } = observer;
@@ -888,7 +894,7 @@ fn a_policy_that_chooses_what_it_may_not_is_named() {
     for (chooses, says) in [
         (Some(0), "policy wayward: chose model 0 for device 1, which is busy on another device"),
         (Some(77), "policy wayward: chose model 77 for device 1, of models 0 to 5"),
-        (None, "stalled: nothing runs"),
+        (None, "policy wayward: chose nothing, though nothing runs and models ["),
     ] {
         let options = SimulateOptions {
             steps: vec![2; entries.len()],
@@ -904,4 +910,34 @@ fn a_policy_that_chooses_what_it_may_not_is_named() {
         let error = simulate(&placed, options).err().expect("refused").to_string();
         assert!(error.contains(says), "{error}");
     }
+}
+
+/// Where nothing runs nothing can change: it is told at once, whatever a device's patience.
+#[test]
+fn a_policy_that_chooses_nothing_is_not_waited_for() {
+    let entries = six();
+    let placed = plan(&entries, 2, Some(smallest(&entries) * 5 / 4), Recompute::Auto, 2);
+    let map = FleetMap::new(&placed, 2);
+    let arena_bytes = map.arena_bytes.clone();
+    let memory = FleetMemory { arena_bytes, host_bytes: map.host_bytes, ..FleetMemory::default() };
+    let specs = vec![HostSpec { threads: Some(1), ..HostSpec::default() }.into(); 2];
+    let device = start_fleet(&specs, memory).expect("memory and threads");
+    let turns = TurnOptions {
+        policy: Box::new(Wayward(None)),
+        units: 2,
+        costs: vec![stated(); 2],
+        shared_bytes_per_sec: None,
+        arena_bytes: map.arena_bytes,
+        room_bytes: Vec::new(),
+    };
+    let models: Vec<ModelToTrain> = entries.iter().zip(&placed).map(|(e, placed)| fleet_model(e, placed)).collect();
+    let patience_secs = models[0].options.patience_secs;
+    let mut fleet = Fleet::new(models, device, Some(turns)).expect("a fleet");
+    let mut collects: Vec<Collect> = entries.iter().map(|_| Collect::default()).collect();
+    let mut observers: Vec<&mut dyn Observer> = collects.iter_mut().map(|c| c as &mut dyn Observer).collect();
+    let began = Instant::now();
+    let error = fleet.run(&mut observers, &AtomicBool::new(false)).expect_err("nothing runs").to_string();
+    let says = "policy wayward: chose nothing, though nothing runs and models [0, 1, 2, 3, 4, 5] have units to give";
+    assert_eq!(error, says);
+    assert!(began.elapsed().as_secs_f64() < 0.5 * patience_secs);
 }

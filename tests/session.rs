@@ -3,6 +3,8 @@
 mod common;
 #[path = "session/driven.rs"]
 mod driven;
+#[path = "session/ended.rs"]
+mod ended;
 
 use common::small::Small;
 use common::{Outcome, difference, gather, gather_of};
@@ -376,8 +378,13 @@ fn a_session_that_has_failed_stays_so() {
     let error = session.run(&mut (), &AtomicBool::new(false)).expect_err("no weights are left to train");
     let Error::NotFinite { step, loss, layer } = &error else { panic!("{error}") };
     assert!(*step <= 2 && !loss.is_finite() && layer.is_some(), "{error}");
-    assert!(session.run(&mut (), &AtomicBool::new(false)).is_err() && session.wait_step().is_err());
-    assert!(session.wait_evaluation(small.held_out(options.batch).as_mut()).is_err());
+    for again in [
+        session.run(&mut (), &AtomicBool::new(false)),
+        session.wait_step().map(drop),
+        session.wait_evaluation(small.held_out(options.batch).as_mut()).map(drop),
+    ] {
+        assert_eq!(again.expect_err("it has failed").to_string(), format!("the model has failed before: {error}"));
+    }
 }
 
 /// Nothing in it has a label.

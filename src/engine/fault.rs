@@ -6,12 +6,12 @@
 //! that is not finite, the step's forward runs again with a check after each layer.
 
 use super::Engine;
-use super::member::{Ending, Purpose};
+use super::member::{Ending, Pending, Purpose, Whole};
 use crate::base::{Error, Result};
 
 impl Engine {
-    /// Ends a model before its time; [`Engine::wait_any`] tells when. Its weights are those of the last step that has
-    /// ended, or in between.
+    /// Ends a model before its time; [`Engine::wait_any`] tells when. At rest it keeps what its last step has left, for
+    /// [`Engine::wait_home`] to bring home; in the middle of a step that is of none, and cannot be read.
     ///
     /// # Errors
     /// When a device fails.
@@ -36,16 +36,24 @@ impl Engine {
             return;
         }
         member.ending = Some(ending);
-        // The steps before one whose loss is not finite are whole: what is left of them runs out.
+        // The steps before one whose loss is not finite are whole: what is left of them runs out. Of one at rest all
+        // are, and their updates that wait for the next step's visits stay to be made.
         let first = match ending {
             Ending::NotFinite { step, .. } => member.pending.iter().find(|p| p.step == step).map_or(0, |p| p.serial),
-            Ending::Checking { .. } | Ending::Cancelled => 0,
+            Ending::Checking { .. } | Ending::Cancelled if member.is_at_rest() => u64::MAX,
+            Ending::Checking { .. } | Ending::Cancelled => {
+                if !member.at_home {
+                    member.whole = Whole::Nothing;
+                }
+                0
+            }
         };
         for pending in member.pending.iter_mut().filter(|p| p.serial >= first) {
             pending.void = !pending.is_over() || pending.loss.is_some_and(|loss| !loss.is_finite());
             pending.made = pending.units;
         }
         member.due = member.due.filter(|due| due.serial < first);
+        member.state_fetched = member.state_fetched.filter(|&serial| serial < first);
         self.queue.drop_model(model, first, |serial| member.unbook(serial));
         if let Some(turns) = &mut self.turns {
             turns.release(model);
@@ -63,6 +71,9 @@ impl Engine {
         }
         match ending {
             Ending::NotFinite { step, loss } => {
+                let whole = self.left_by_void(model, step);
+                let member = &mut self.members[model];
+                member.whole = whole;
                 member.pending.retain(|p| !p.void);
                 member.ending = Some(Ending::Checking { step, loss });
                 member.not_finite_layer = None;
@@ -83,6 +94,17 @@ impl Engine {
                 Ok(())
             }
         }
+    }
+
+    /// What is left of a model's state of before `step`, whose loss is not finite. Where one of a step's losses is not,
+    /// its updates do nothing; those of the step behind it may have run before the loss was known.
+    fn left_by_void(&self, model: usize, step: u64) -> Whole {
+        let member = &self.members[model];
+        let is_gated = |p: &Pending| p.loss.is_some() && self.losses(model, p.step).any(|loss| !loss.is_finite());
+        if member.pending.iter().skip_while(|p| p.step != step).any(|p| p.updated && !is_gated(p)) {
+            return Whole::Nothing;
+        }
+        if member.model.train.states.is_empty() { Whole::All } else { Whole::Parameters }
     }
 
     fn conclude(&mut self, model: usize, why: Error) {

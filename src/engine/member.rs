@@ -32,6 +32,16 @@ pub(super) enum Ending {
     Cancelled,
 }
 
+/// What of a model's state is that of its last whole step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Whole {
+    All,
+    /// Weights and moments: a step that is void has run forward, which changes running statistics.
+    Parameters,
+    /// It has ended in the middle of a step.
+    Nothing,
+}
+
 /// A step, or an evaluation, that has begun and not ended.
 #[derive(Clone, Debug)]
 pub(super) struct Pending {
@@ -46,6 +56,8 @@ pub(super) struct Pending {
     /// Tasks made and not ended.
     pub tasks: u64,
     pub loss: Option<f32>,
+    /// An update of it has run.
+    pub updated: bool,
     pub last_end: f64,
     /// Its model ends early, and it with it: nobody is told of its end.
     pub void: bool,
@@ -93,8 +105,8 @@ pub(super) struct Member {
     pub returns: Vec<bool>,
     /// What is left of the last step to be made of it.
     pub due: Option<Due>,
-    /// Remainders and moments of the shards that rest on devices have been brought there.
-    pub state_fetched: bool,
+    /// The work with which remainders and moments of the shards that rest on devices were brought there.
+    pub state_fetched: Option<u64>,
     /// Tasks of its state on the way home.
     pub loose_tasks: u64,
     pub last_step_end: f64,
@@ -110,6 +122,8 @@ pub(super) struct Member {
     pub over: bool,
     /// Why, until it is told.
     pub why: Option<Error>,
+    /// What its end has left.
+    pub whole: Whole,
     /// The first layer so far whose output a check found not finite.
     pub not_finite_layer: Option<usize>,
 }
@@ -147,7 +161,7 @@ impl Member {
             ran_on: vec![0; plan.shards.len()],
             returns: vec![false; plan.shards.len()],
             due: None,
-            state_fetched: false,
+            state_fetched: None,
             loose_tasks: 0,
             last_step_end: 0.0,
             last_begun: 0,
@@ -156,6 +170,7 @@ impl Member {
             ending: None,
             over: false,
             why: None,
+            whole: Whole::All,
             not_finite_layer: None,
         }
     }
@@ -186,6 +201,7 @@ impl Member {
             made: 0,
             tasks: 0,
             loss: None,
+            updated: false,
             last_end: 0.0,
             void: false,
             pipelined,
@@ -207,6 +223,11 @@ impl Member {
             Some(pending) => pending.tasks -= 1,
             None => self.loose_tasks -= 1,
         }
+    }
+
+    /// Whether nothing of it runs, nor is to.
+    pub fn is_at_rest(&self) -> bool {
+        self.loose_tasks == 0 && self.pending.iter().all(Pending::is_over)
     }
 
     /// The work whose next unit would be this model's next, by its place among `pending`.

@@ -37,6 +37,7 @@ struct Entry {
     step: u64,
     deadline: Deadline,
     ends_unit: bool,
+    updates: bool,
     bytes: u64,
     flops: f64,
     /// Until it is submitted.
@@ -81,6 +82,8 @@ pub(super) struct Finished {
     pub name: TaskName,
     pub serial: u64,
     pub ends_unit: bool,
+    /// It was an update.
+    pub updates: bool,
     pub step: u64,
     pub bytes: u64,
     pub flops: f64,
@@ -197,6 +200,7 @@ impl Queue {
             step: order.step,
             deadline: order.deadline,
             ends_unit: order.ends_unit,
+            updates: matches!(order.task, Task::Update(_)),
             bytes: order.task.bytes(),
             flops: order.task.flops(),
             task: Some(order.task),
@@ -302,6 +306,7 @@ impl Queue {
             name: entry.name,
             serial: entry.serial,
             ends_unit: entry.ends_unit,
+            updates: entry.updates,
             step: entry.step,
             bytes: entry.bytes,
             flops: entry.flops,

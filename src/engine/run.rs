@@ -1,6 +1,7 @@
 //! The loop: begins work, issues tasks, waits for what ends next and books it.
 
-use super::member::{Ending, Pending, Purpose};
+use super::member::{Ending, Member, Pending, Purpose};
+use super::queue::Finished;
 use super::{EVALUATIONS, Ended, Engine, StepInput, StepResult};
 use crate::base::{Error, LaneKind, Result};
 use crate::device::UpdateRule;
@@ -105,7 +106,7 @@ impl Engine {
     /// Waits for whatever ends next: a step, an evaluation, or a model before its time.
     ///
     /// # Errors
-    /// When a device fails or stalls, or nothing is in flight.
+    /// When a device fails or stalls, nothing is in flight, or nothing runs and the policy chooses nothing.
     pub fn wait_any(&mut self) -> Result<Ended> {
         self.wait_any_watched(&mut |_| ())
     }
@@ -259,6 +260,10 @@ impl Engine {
     pub(super) fn wait_one(&mut self) -> Result<usize> {
         self.check_device()?;
         self.offer()?;
+        if self.queue.is_empty() {
+            // No task is left whose end could change anything.
+            return Err(self.nothing_runs());
+        }
         self.queue.issue(&mut self.device);
         let Some(completion) = self.device.next_completion(self.patience_secs) else {
             self.failed = true;
@@ -289,7 +294,7 @@ impl Engine {
         if let (Some(turns), LaneKind::Compute) = (&mut self.turns, event.lane.kind) {
             turns.task_ended(&event, finished.ends_unit, &self.members[model]);
         }
-        self.task_ended(model, finished.serial, &event, completion.not_finite_layer)?;
+        self.task_ended(model, &finished, &event, completion.not_finite_layer)?;
         if self.turns.is_some() && finished.ends_unit {
             self.take_turns()?;
         }
@@ -297,15 +302,22 @@ impl Engine {
     }
 
     /// Books a task's end under the work that it belongs to.
-    fn task_ended(&mut self, model: usize, serial: u64, event: &Event, not_finite: Option<usize>) -> Result<()> {
+    fn task_ended(
+        &mut self,
+        model: usize,
+        finished: &Finished,
+        event: &Event,
+        not_finite: Option<usize>,
+    ) -> Result<()> {
         let member = &mut self.members[model];
         // Shards run microbatch by microbatch, so a later one may name an earlier layer.
         member.not_finite_layer = member.not_finite_layer.into_iter().chain(not_finite).min();
-        match member.pending.iter().position(|p| p.serial == serial) {
+        match member.pending.iter().position(|p| p.serial == finished.serial) {
             None => member.loose_tasks -= 1,
             Some(at) => {
                 let pending = &mut member.pending[at];
                 pending.tasks -= 1;
+                pending.updated |= finished.updates;
                 pending.last_end = event.end_secs.max(pending.last_end);
                 let step = pending.step;
                 let first = event.name.what == What::Result && pending.loss.is_none();
@@ -321,11 +333,20 @@ impl Engine {
         self.go_on_ending(model)
     }
 
+    fn nothing_runs(&mut self) -> Error {
+        let to_give = |(number, member): (usize, &Member)| member.next_work().map(|_| number);
+        let models: Vec<usize> = self.members.iter().enumerate().filter_map(to_give).collect();
+        let Some(turns) = self.turns.as_ref().filter(|_| !models.is_empty()) else {
+            return Error::bad("nothing is in flight");
+        };
+        self.failed = true;
+        turns.chose_nothing(&models)
+    }
+
     fn stalled(&self) -> Error {
         let waiting = self.turns.as_ref().map_or(String::new(), |turns| turns.describe());
-        let what = if self.queue.is_empty() && self.turns.is_some() { "nothing runs" } else { "nothing has ended" };
         Error::Device(format!(
-            "stalled: {what} for {} s; who waits for whom:{}{waiting}",
+            "stalled: nothing has ended for {} s; who waits for whom:{}{waiting}",
             self.patience_secs,
             self.queue.describe_stall()
         ))

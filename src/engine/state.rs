@@ -1,5 +1,6 @@
 //! What goes in and out of the host's store: batches, weights, moments, losses.
 
+use super::member::Whole;
 use super::{EVALUATIONS, Engine};
 use crate::base::{DType, Error, IGNORED, Result, Shape};
 use crate::device::host::master;
@@ -17,6 +18,9 @@ pub enum Stored {
     /// A moment of the optimizer: 0 the first, 1 the second.
     Moment(usize),
 }
+
+/// Why a model's state is neither read nor brought home any more.
+const OF_NO_STEP: &str = "the model has ended in the middle of a step, and what that has left is of none";
 
 impl Engine {
     /// Where in the host's store `offset` of a model's part of it lies.
@@ -66,25 +70,29 @@ impl Engine {
             return Err(Error::bad(format!("{name}: {elems} elements, its shape is {shape}")));
         }
         let member = &mut self.members[model];
-        if !member.at_home || member.loose_tasks > 0 || !member.pending.is_empty() {
+        if !member.at_home || !member.is_at_rest() {
             return Err(Error::bad(format!("{name}: is written before the first step, or after wait_home")));
         }
-        member.state_fetched = false;
+        member.state_fetched = None;
         for &rings in &member.rings {
             self.rings[rings].forget_model(model, |_| false);
         }
         Ok(())
     }
 
-    /// Refuses to read what is older than what a step has left on a device; of a model that has ended before its time,
-    /// what came home can be read. After a failure other lanes may still be writing.
-    fn check_read(&self, model: usize, name: &str) -> Result<()> {
+    /// Refuses to read what is older than what a step has left on a device, and what is of no step: of a model that has
+    /// ended before its time. After a failure other lanes may still be writing.
+    fn check_read(&self, model: usize, name: &str, least: Whole) -> Result<()> {
         self.check_device()?;
         let member = &self.members[model];
-        match member.at_home || member.over {
-            true => Ok(()),
-            false => Err(Error::bad(format!("{name}: steps were begun since it was at home; wait_home comes first"))),
-        }
+        Err(Error::bad(match (member.whole, least) {
+            (Whole::Nothing, _) => format!("{name}: {OF_NO_STEP}"),
+            (Whole::Parameters, Whole::All) => {
+                format!("{name}: the step whose loss is not finite has changed it, and it is of no step")
+            }
+            _ if member.at_home => return Ok(()),
+            _ => format!("{name}: steps were begun since it was at home; wait_home comes first"),
+        }))
     }
 
     /// Writes a parameter's elements, or its moment's, to where it is at home: before the model's first step, or after
@@ -110,11 +118,11 @@ impl Engine {
     /// Reads a parameter's elements, or its moment's, from where it is at home.
     ///
     /// # Errors
-    /// When there is no such parameter or moment, or steps were begun since the last [`Engine::wait_home`]; when it is
-    /// at home on the disk, and that fails.
+    /// When there is no such parameter or moment, steps were begun since the last [`Engine::wait_home`], or the model
+    /// has ended in the middle of a step; when it is at home on the disk, and that fails.
     pub fn read_parameter(&self, model: usize, what: Stored, parameter: usize) -> Result<Vec<f32>> {
         self.check_stored(model, what, parameter)?;
-        self.check_read(model, &self.members[model].model.train.parameters[parameter].name)?;
+        self.check_read(model, &self.members[model].model.train.parameters[parameter].name, Whole::Parameters)?;
         let (place, remainder) = self.at_home(model, what, parameter);
         if what != Stored::Weight || self.members[model].model.train.float != DType::Bf16 {
             return self.read_at(place);
@@ -173,24 +181,27 @@ impl Engine {
     /// Reads a state's elements from the host's store.
     ///
     /// # Errors
-    /// When there is no such state, or steps were begun since the last [`Engine::wait_home`].
+    /// When there is no such state, or steps were begun since the last [`Engine::wait_home`]; of a model that has ended
+    /// in the middle of a step, or for a loss that is not finite: a forward changes states.
     pub fn read_state(&self, model: usize, state: usize) -> Result<Vec<f32>> {
         let member = &self.members[model];
         let of = state_of(&member.model.train, state)?;
-        self.check_read(model, &of.name)?;
+        self.check_read(model, &of.name, Whole::All)?;
         let offset = member.plan.host.states + member.model.layout.state[state];
         Ok(self.read(model, offset, of.shape.elems()))
     }
 
     /// Waits until nothing of a model runs, and every weight, moment and state of it is at home: in the host's store,
-    /// or on the disk.
+    /// or on the disk. Steps in flight end too, and are told afterwards as ever. Of a model that has ended before its
+    /// time, and was told to have, what its last whole step has left comes home.
     ///
     /// # Errors
-    /// When a device fails or stalls, or the model has ended before its time.
+    /// When a device fails or stalls, or the model ends before its time and nobody was told yet; when it has ended in
+    /// the middle of a step, which leaves what is of none.
     pub fn wait_home(&mut self, model: usize) -> Result<()> {
-        self.check_running(model)?;
+        self.check_whole(model)?;
         self.wait_rest(model)?;
-        self.check_running(model)?;
+        self.check_whole(model)?;
         if self.members[model].at_home {
             return Ok(());
         }
@@ -212,7 +223,7 @@ impl Engine {
                     site.store(plan.host.states + states.start, states.end - states.start),
                 ),
             ];
-            if self.members[model].state_fetched {
+            if self.members[model].state_fetched.is_some() {
                 copies.extend(Engine::resident_state(&site, s).map(|(from, to)| CopySpan { from, to }));
             }
             self.copy(&site, What::SpillState, s, None, copies);
@@ -222,11 +233,20 @@ impl Engine {
         Ok(())
     }
 
+    /// Refuses a model whose end is still to be told, and one that has none of its state left.
+    fn check_whole(&self, model: usize) -> Result<()> {
+        self.check_device()?;
+        let member = &self.members[model];
+        match member.whole {
+            _ if !member.over || member.why.is_some() => self.check_running(model),
+            Whole::Nothing => Err(Error::bad(OF_NO_STEP)),
+            Whole::Parameters | Whole::All => Ok(()),
+        }
+    }
+
     /// Waits until nothing of a model runs; what has ended is told afterwards as ever.
     fn wait_rest(&mut self, model: usize) -> Result<()> {
-        let busy =
-            |e: &Engine| e.members[model].loose_tasks > 0 || e.members[model].pending.iter().any(|p| !p.is_over());
-        while busy(self) {
+        while !self.members[model].is_at_rest() {
             self.wait_one()?;
         }
         self.check_device()
@@ -272,15 +292,18 @@ impl Engine {
 
     /// The loss of a step whose results have arrived: the microbatches' shares, added in order in f64.
     pub(super) fn read_loss(&self, model: usize, step: u64) -> f32 {
+        self.losses(model, step).fold(0.0, |sum, loss| sum + f64::from(loss)) as f32
+    }
+
+    /// Those shares.
+    pub(super) fn losses(&self, model: usize, step: u64) -> impl Iterator<Item = f32> {
         let member = &self.members[model];
-        let mut sum = 0.0f64;
-        for m in 0..member.model.microbatches as u64 {
+        let at = self.home(model, member.plan.host.losses[(step % 2) as usize]);
+        (0..member.model.microbatches as u64).map(move |m| {
             let mut bytes = [0; 4];
-            let at = member.plan.host.losses[(step % 2) as usize] + 4 * m;
-            self.device.read_host(self.home(model, at), &mut bytes);
-            sum += f64::from(f32::from_le_bytes(bytes));
-        }
-        sum as f32
+            self.device.read_host(at + 4 * m, &mut bytes);
+            f32::from_le_bytes(bytes)
+        })
     }
 
     /// The logits of an evaluation that has ended.

@@ -339,6 +339,14 @@ impl Turns {
         }
     }
 
+    /// The policy's fault where nothing runs, though these models have units to give.
+    pub fn chose_nothing(&self, models: &[usize]) -> Error {
+        let name = self.policy.name();
+        Error::bad(format!(
+            "policy {name}: chose nothing, though nothing runs and models {models:?} have units to give"
+        ))
+    }
+
     /// What every device has in its queue, for people.
     pub fn describe(&self) -> String {
         let mut text = format!("\n  policy {}: ", self.policy.name());

@@ -205,9 +205,11 @@ impl Engine {
 
     /// Brings the remainders and moments of shards at rest to their devices before the first update.
     fn fetch_state(&mut self, site: &Site) {
-        if std::mem::replace(&mut self.members[site.member].state_fetched, true) {
+        let fetched = &mut self.members[site.member].state_fetched;
+        if fetched.is_some() {
             return;
         }
+        *fetched = Some(site.serial);
         for s in (0..site.plan.shards.len()).filter(|&s| site.plan.choice.rests(s)) {
             let there = self.moved(site, self.members[site.member].home_of(s).expect("it has a home"));
             let spans = Self::resident_state(&there, s).map(|(to, from)| CopySpan { from, to }).collect();

@@ -182,6 +182,7 @@ pub trait Policy: Send {
     }
 
     /// One of [`View::candidates`], or `None` to leave the device waiting until something ends. It is asked only when
-    /// there is a candidate. Anything else ends the run with an error that names the policy.
+    /// there is a candidate. Anything else ends the run with an error that names the policy, and so does `None` for all
+    /// devices where nothing runs.
     fn choose(&self, view: &View) -> Option<ModelId>;
 }

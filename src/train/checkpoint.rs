@@ -141,7 +141,8 @@ fn parts(model: &Model, moments: usize) -> Vec<(String, &Shape, Part)> {
 /// once this one is on the disk. Call [`Engine::wait_home`] first.
 ///
 /// # Errors
-/// When the file cannot be written.
+/// When the file cannot be written, or the state cannot be read ([`Engine::read_parameter`], [`Engine::read_state`]):
+/// steps were begun since it came home, or the model has ended in the middle of one.
 pub fn write_checkpoint(path: &Path, engine: &Engine, of: usize, options: &TrainOptions, step: u64) -> Result<()> {
     write(path, engine, of, options, (step, false))
 }

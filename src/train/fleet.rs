@@ -121,7 +121,7 @@ impl Fleet {
     /// Why a model ended before its time, if it did.
     pub fn failure(&self, model: usize) -> Option<&Error> {
         match &self.trainees[model].stage {
-            Stage::Failed(error) => error.as_ref(),
+            Stage::Failed(_, error) => error.as_ref(),
             _ => None,
         }
     }
@@ -129,8 +129,7 @@ impl Fleet {
     /// Refuses to go on with a model that has failed.
     pub(super) fn check_failed(&self, model: usize) -> Result<()> {
         match &self.trainees[model].stage {
-            Stage::Failed(Some(why)) => Err(Error::bad(format!("the model has failed: {why}"))),
-            Stage::Failed(None) => Err(Error::bad("the model has failed before")),
+            Stage::Failed(why, _) => Err(Error::bad(format!("the model has failed before: {why}"))),
             _ => Ok(()),
         }
     }
@@ -138,35 +137,46 @@ impl Fleet {
     /// Takes why a model has failed; another call gives `None`.
     pub fn take_failure(&mut self, model: usize) -> Option<Error> {
         match &mut self.trainees[model].stage {
-            Stage::Failed(error) => error.take(),
+            Stage::Failed(_, error) => error.take(),
             _ => None,
         }
     }
 
-    /// Ends a model before its time; the others go on. One that has come to its end stays as it is.
+    /// Ends a model before its time, at once, as [`Engine::cancel`] does; the others go on. One that has come to its
+    /// end stays as it is.
     ///
     /// # Errors
     /// When a device fails.
     pub fn cancel(&mut self, model: usize, why: Error) -> Result<()> {
         match self.trainees[model].stage {
             Stage::Done => Ok(()),
-            _ => self.fail(model, why),
-        }
-    }
-
-    /// Ends a model for a fault of its own: of its data, of its observer, or of its very end.
-    fn fail(&mut self, model: usize, why: Error) -> Result<()> {
-        match &mut self.trainees[model].stage {
-            Stage::Failed(_) => Ok(()),
-            stage @ (Stage::Waiting | Stage::Done) => {
-                *stage = Stage::Failed(Some(why));
-                Ok(())
-            }
             Stage::Training | Stage::Validating { .. } => {
                 self.trainees[model].fault.get_or_insert(why);
                 self.engine.cancel(model)
             }
+            Stage::Waiting | Stage::Failed(..) => self.fail(model, why),
         }
+    }
+
+    /// Ends a model for a fault of its own: of its data, of its observer, or of its very end. What of it is in flight
+    /// ends first, so that its last step is whole.
+    fn fail(&mut self, model: usize, why: Error) -> Result<()> {
+        match &mut self.trainees[model].stage {
+            Stage::Failed(..) => Ok(()),
+            stage @ (Stage::Waiting | Stage::Done) => {
+                *stage = Stage::failed(why);
+                Ok(())
+            }
+            Stage::Training | Stage::Validating { .. } => {
+                self.trainees[model].fault.get_or_insert(why);
+                self.end_at_rest(model)
+            }
+        }
+    }
+
+    /// Ends a model with a fault once nothing of it is in flight.
+    pub(super) fn end_at_rest(&mut self, model: usize) -> Result<()> {
+        if self.engine.steps_in_flight(model) == 0 { self.engine.cancel(model) } else { Ok(()) }
     }
 
     /// A model's own fault ends it; a device's ends the run.
@@ -204,6 +214,10 @@ impl Fleet {
             match self.engine.wait_any_watched(&mut |engine| observers.task_ended(engine))? {
                 Ended::Step(model, result) => {
                     let report = self.report(model, result);
+                    if self.trainees[model].fault.is_some() && !self.engine.is_ending(model) {
+                        // Its observer has had enough, and the step had begun.
+                        continue;
+                    }
                     let observer = observers.of_model(model);
                     let told = observer.step(&report);
                     let trainee = &mut self.trainees[model];
@@ -224,7 +238,7 @@ impl Fleet {
                 }
                 Ended::Model(model, error) => {
                     let trainee = &mut self.trainees[model];
-                    trainee.stage = Stage::Failed(Some(trainee.fault.take().unwrap_or(error)));
+                    trainee.stage = Stage::failed(trainee.fault.take().unwrap_or(error));
                 }
             }
         }
@@ -269,8 +283,9 @@ impl Fleet {
             Ended::Step(_, result) => Ok(Some(self.report(model, result))),
             Ended::Model(_, error) => {
                 let trainee = &mut self.trainees[model];
-                trainee.stage = Stage::Failed(None);
-                Err(trainee.fault.take().unwrap_or(error))
+                let why = trainee.fault.take().unwrap_or(error);
+                trainee.stage = Stage::Failed(why.to_string(), None);
+                Err(why)
             }
             Ended::Evaluation(..) => unreachable!("an evaluation belongs to a validation, which runs to its end"),
         }
@@ -278,7 +293,7 @@ impl Fleet {
 
     /// How far the models have come that are not at their end; `None` where all are.
     fn unfinished(&self, observers: &dyn FleetObserver) -> Option<String> {
-        let unfinished = |t: &Trainee| !matches!(t.stage, Stage::Done | Stage::Failed(_));
+        let unfinished = |t: &Trainee| !matches!(t.stage, Stage::Done | Stage::Failed(..));
         let models = (0..self.trainees.len()).filter(|&m| unfinished(&self.trainees[m]));
         let named = |m: usize| {
             let by_number = || (self.trainees.len() > 1).then(|| format!("model {m}"));
@@ -294,7 +309,7 @@ impl Fleet {
             while let Some(&model) = line.front() {
                 let stage = &mut self.trainees[model].stage;
                 match stage {
-                    Stage::Done | Stage::Failed(_) => drop(line.pop_front()),
+                    Stage::Done | Stage::Failed(..) => drop(line.pop_front()),
                     Stage::Waiting if !stopping => {
                         *stage = Stage::Training;
                         // What it waited for is no part of its first step: models ahead of it, or weights on their way

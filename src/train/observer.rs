@@ -18,7 +18,7 @@ pub trait Observer {
     /// A step has ended.
     ///
     /// # Errors
-    /// Whatever should end the run.
+    /// Whatever should end the run. The step that has begun by then ends first, and is not told.
     fn step(&mut self, report: &StepReport) -> Result<()>;
 
     /// Held-out data was evaluated after `step` steps.

@@ -17,7 +17,8 @@ use std::path::Path;
 /// (A B).
 ///
 /// # Errors
-/// As [`nn::save`]; and when `form` names a tensor that the model has not, or steps were begun since it came home.
+/// As [`nn::save`]; and when `form` names a tensor that the model has not, steps were begun since it came home, or it
+/// has ended in the middle of one.
 pub fn save_model(
     dir: &Path,
     form: &Form,

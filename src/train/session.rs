@@ -115,7 +115,8 @@ impl Session {
     ///
     /// # Errors
     /// What the engine, the data or `observer` gives; [`Error::Interrupted`] when `stop` was set before the end, the
-    /// validation there included. A model that has failed trains no more: every later call is an error.
+    /// validation there included. A model that has failed trains no more: every later call is an error that says why,
+    /// but that [`Session::wait_checkpoint`] and [`Session::wait_save`] take what is whole of it.
     pub fn run(&mut self, observer: &mut dyn Observer, stop: &AtomicBool) -> Result<()> {
         self.fleet.check_failed(0)?;
         while let Some(report) = self.untold.pop_front() {
@@ -148,25 +149,37 @@ impl Session {
         self.fleet.wait_evaluation(0, source)
     }
 
-    /// Writes a checkpoint of all steps that have begun, from which [`Session::resume`] goes on.
+    /// Writes a checkpoint of all steps that have begun, from which [`Session::resume`] goes on. Of a model that its
+    /// data or its observer has ended these are whole too; where a loss is not finite, it is of the steps before.
     ///
     /// # Errors
-    /// When the engine fails, or the file cannot be written; an older one is whole then.
+    /// When the engine fails, or the file cannot be written; an older one is whole then. After a loss that is not
+    /// finite, when the step itself has changed running statistics, or the step behind it weights.
     pub fn wait_checkpoint(&mut self, path: &Path) -> Result<()> {
-        self.wait_begun()?;
-        self.fleet.engine_mut().wait_home(0)?;
+        self.wait_home()?;
         write_checkpoint(path, self.engine(), 0, &self.options, self.steps_done())
     }
 
     /// Saves the model, which began with the weights `first`, after all steps that have begun, as [`save_model`] does.
     ///
     /// # Errors
-    /// As [`save_model`]; and when the engine fails.
+    /// As [`save_model`]; when the engine fails; and after a loss that is not finite, as [`Session::wait_checkpoint`].
     pub fn wait_save(&mut self, dir: &Path, form: &Form, first: Weights) -> Result<()> {
-        self.wait_begun()?;
-        self.fleet.engine_mut().wait_home(0)?;
+        self.wait_home()?;
         let low_rank = self.options.low_rank.as_ref();
         save_model(dir, form, (self.engine(), 0), first, low_rank, self.steps_done())
+    }
+
+    /// Brings home what the steps that have begun leave; of a model that has failed, what its last whole step has left.
+    fn wait_home(&mut self) -> Result<()> {
+        let standing = self.fleet.check_failed(0);
+        if standing.is_ok() {
+            self.wait_begun()?;
+        }
+        self.fleet.engine_mut().wait_home(0).map_err(|error| match standing {
+            Err(why) if !self.fleet.engine().has_failed() => Error::bad(format!("{why}; {error}")),
+            _ => error,
+        })
     }
 
     /// Waits for the steps that have begun.

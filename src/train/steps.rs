@@ -12,12 +12,12 @@ use crate::engine::StepInput;
 impl Fleet {
     /// Begins what a model can begin, be it a step or an evaluation, and does with it what is due when it is at rest.
     pub(super) fn advance(&mut self, model: usize, observer: &mut dyn Observer, stopping: bool) -> Result<()> {
-        // Of one that is about to end, the engine tells why.
+        // Of one that is about to end, the engine tells when.
         if self.trainees[model].fault.is_some() || self.engine.is_ending(model) {
-            return Ok(());
+            return self.end_at_rest(model);
         }
         match self.trainees[model].stage {
-            Stage::Waiting | Stage::Done | Stage::Failed(_) => Ok(()),
+            Stage::Waiting | Stage::Done | Stage::Failed(..) => Ok(()),
             Stage::Validating { .. } => self.validate_on(model, observer, stopping),
             Stage::Training => self.train_on(model, observer, stopping),
         }

@@ -39,7 +39,14 @@ pub(super) enum Stage {
         began: Instant,
     },
     Done,
-    Failed(Option<Error>),
+    /// Why, in words and, until it is taken, as an error.
+    Failed(String, Option<Error>),
+}
+
+impl Stage {
+    pub fn failed(why: Error) -> Stage {
+        Stage::Failed(why.to_string(), Some(why))
+    }
 }
 
 /// What a model is trained on.
@@ -76,7 +83,7 @@ pub(super) struct Trainee {
     pub(super) owes_validation: bool,
     /// Why its next step could not be begun: it ends for that once the steps in flight have ended.
     pub(super) refused: Option<Error>,
-    /// Why it is to end: the data's fault, or the observer's.
+    /// Why it is to end, as soon as nothing of it is in flight: the data's fault, or the observer's.
     pub(super) fault: Option<Error>,
 }
 
@@ -105,7 +112,7 @@ impl Trainee {
     }
 
     pub(super) fn is_over(&self) -> bool {
-        matches!(self.stage, Stage::Done | Stage::Failed(_))
+        matches!(self.stage, Stage::Done | Stage::Failed(..))
     }
 
     /// Goes on after `step` steps.

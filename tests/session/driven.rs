@@ -13,7 +13,7 @@ use hydra::spill::{Model, Plan, PlanOptions};
 use hydra::train::{TrainOptions, Weights};
 use std::sync::Arc;
 
-fn driver(small: &Small, options: &TrainOptions) -> Driver {
+pub fn driver(small: &Small, options: &TrainOptions) -> Driver {
     let (model, plan): (Arc<Model>, Arc<Plan>) = small.plan(options).expect("a plan");
     let spec = HostSpec { arena_bytes: plan.arena.bytes, ..HostSpec::default() };
     let config = HostConfig { devices: vec![spec], host_bytes: plan.host.bytes, ..HostConfig::default() };
@@ -33,14 +33,14 @@ fn loss_of(driver: &mut Driver, step: u64, samples: &Batch) -> u32 {
 }
 
 /// Weights, moments and running statistics of an engine at rest.
-fn state_of(engine: &Engine) -> Outcome {
+pub fn state_of(engine: &Engine) -> Outcome {
     let mut outcome = Outcome::default();
     gather_of(engine, 0, &mut outcome);
     outcome
 }
 
 /// Writes them back.
-fn write_state(engine: &mut Engine, state: &Outcome) {
+pub fn write_state(engine: &mut Engine, state: &Outcome) {
     let (model, moments) = (Arc::clone(engine.model(0)), engine.plan(0).moments);
     let values = |name: &str| -> Vec<f32> { state.tensors[name].iter().map(|&bits| f32::from_bits(bits)).collect() };
     for (i, p) in model.train.parameters.iter().enumerate() {
