@@ -3,6 +3,8 @@
 mod common;
 #[path = "session/driven.rs"]
 mod driven;
+#[path = "session/refused.rs"]
+mod refused;
 
 use common::small::Small;
 use common::{Outcome, difference, gather, gather_of};
