@@ -941,3 +941,56 @@ fn a_policy_that_chooses_nothing_is_not_waited_for() {
     assert_eq!(error, says);
     assert!(began.elapsed().as_secs_f64() < 0.5 * patience_secs);
 }
+
+/// Turns, arenas and lines of other devices or models than there are.
+#[test]
+fn what_does_not_fit_the_devices_or_the_models_is_refused() {
+    let entries = &six()[..2];
+    let placed = plan(entries, 2, None, Recompute::Auto, 2);
+    let map = FleetMap::new(&placed, 2);
+    let arenas = map.arena_bytes.clone();
+    let turns = |costs, arena_bytes: &[u64], room_bytes: &[u64]| TurnOptions {
+        policy: by_name("fifo", 0).expect("a built-in policy"),
+        units: 2,
+        costs,
+        shared_bytes_per_sec: None,
+        arena_bytes: arena_bytes.to_vec(),
+        room_bytes: room_bytes.to_vec(),
+    };
+    let costs = || vec![stated(); 2];
+    for (turns, says) in [
+        (Some(turns(Vec::new(), &arenas, &[])), "turns: costs are those of no device"),
+        (Some(turns(costs(), &arenas[..1], &[])), "turns: arena_bytes are of 1 devices, there are 2"),
+        (Some(turns(costs(), &arenas, &arenas[..1])), "turns: room_bytes are of 1 devices, there are 2"),
+        (None, "model 0: runs anywhere, and nobody chooses a device"),
+    ] {
+        let memory = FleetMemory { arena_bytes: arenas.clone(), host_bytes: map.host_bytes, ..FleetMemory::default() };
+        let device = start_fleet(&[DeviceSpec::default(), DeviceSpec::default()], memory).expect("memory and threads");
+        let models = entries.iter().zip(&placed).map(|(e, placed)| fleet_model(e, placed)).collect();
+        assert_eq!(Fleet::new(models, device, turns).expect_err("refused").to_string(), says);
+    }
+
+    let home = Home::On(vec![2; placed[0].plan.shards.len()]);
+    let away = vec![Placed { home, ..placed[0].clone() }, placed[1].clone()];
+    let of = |placed: &[Placed], lines: &[&[usize]], arena_bytes: &[u64]| {
+        let options = SimulateOptions {
+            steps: vec![2; 2],
+            clips: vec![false; 2],
+            costs: costs(),
+            shared_bytes_per_sec: None,
+            arena_bytes: arena_bytes.to_vec(),
+            policy: by_name("fifo", 0),
+            units: 2,
+            lines: lines.iter().map(|line| line.to_vec()).collect(),
+            recorder: None,
+        };
+        simulate(placed, options).err().map(|error| error.to_string())
+    };
+    assert_eq!(of(&placed, &[&[1], &[0]], &arenas), None);
+    for lines in [&[&[5][..], &[0, 1]][..], &[&[]], &[&[0, 1], &[0]], &[&[1]]] {
+        let says = format!("lines {lines:?} do not have each of 2 models once");
+        assert_eq!(of(&placed, lines, &arenas), Some(says));
+    }
+    assert_eq!(of(&placed, &[], &[1, 2, 3]).as_deref(), Some("arena_bytes are of 3 devices, there are 2"));
+    assert_eq!(of(&away, &[], &arenas).as_deref(), Some("model 0: is at home on device 2, of 2 devices"));
+}

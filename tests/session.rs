@@ -5,6 +5,8 @@ mod common;
 mod driven;
 #[path = "session/ended.rs"]
 mod ended;
+#[path = "session/refused.rs"]
+mod refused;
 
 use common::small::Small;
 use common::{Outcome, difference, gather, gather_of};

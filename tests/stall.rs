@@ -224,6 +224,7 @@ fn a_panic_on_a_lane_ends_the_run() {
         let message = error.to_string();
         assert!(matches!(error, Error::Device(_)), "{message}");
         assert!(message.contains("a task panicked: ") && message.contains("had enough"), "{message}");
+        assert!(message.contains("trouble of layer 1: "), "{message}");
         assert!(again.contains("failed before"), "{again}");
     }
 }

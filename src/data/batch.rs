@@ -31,6 +31,18 @@ impl BatchTensor {
         BatchTensor { name: name.into(), dtype, shape, words }
     }
 
+    /// Refuses a type or a shape that is not that of the elements: whoever fills a minibatch may write both.
+    pub(crate) fn check(&self) -> Result<()> {
+        let BatchTensor { name, dtype, shape, words } = self;
+        if !matches!(dtype, DType::F32 | DType::I32) {
+            return Err(Error::bad(format!("{name}: a minibatch holds f32 or i32, not {dtype}")));
+        }
+        if shape.checked_elems()? != words.len() {
+            return Err(Error::bad(format!("{name}: has {} elements, its shape is {shape}", words.len())));
+        }
+        Ok(())
+    }
+
     /// The elements of an `F32` tensor, row-major.
     ///
     /// # Panics

@@ -8,9 +8,11 @@ use crate::base::{DType, Error, IGNORED, Result};
 /// [`Graph::id_range`](crate::graph::Graph::id_range).
 ///
 /// # Errors
-/// When a value is outside, or ids or a mask are no integers; the message names the tensor, the position and the value.
+/// When a value is outside, ids or a mask are no integers, or a tensor's type or shape is not that of its elements; the
+/// message names the tensor, the position and the value.
 pub fn check_ids(batch: &Batch) -> Result<()> {
     for tensor in &batch.tensors {
+        tensor.check()?;
         match (tensor.name.as_str(), tensor.dtype) {
             (names::INPUT_IDS | names::ATTENTION_MASK, DType::F32) => {
                 return Err(Error::bad(format!("{}: is f32, want i32", tensor.name)));
@@ -53,11 +55,13 @@ pub(super) fn not_finite(tensor: &BatchTensor) -> Option<(usize, String)> {
 /// not [`IGNORED`]; of numbers (B, .., C), the targets of a regression, all rows. It is known before any forward.
 ///
 /// # Errors
-/// When the minibatch has no labels, or they are numbers without an axis of columns.
+/// When the minibatch has no labels, they are numbers without an axis of columns, or their type or shape is not that of
+/// their elements.
 pub fn labelled(batch: &Batch) -> Result<u64> {
     let Some(labels) = batch.get(names::LABELS) else {
         return Err(Error::bad("the minibatch has no labels to count"));
     };
+    labels.check()?;
     if labels.dtype == DType::F32 {
         if labels.shape.axes().len() < 2 {
             return Err(Error::bad(format!("labels: are f32 of shape {}, want (B, .., C)", labels.shape)));
@@ -128,6 +132,20 @@ mod tests {
         assert_eq!(rows(&[4, 3]).unwrap(), 4);
         assert_eq!(rows(&[4, 5, 3]).unwrap(), 20);
         assert_eq!(rows(&[4]).unwrap_err().to_string(), "labels: are f32 of shape 4, want (B, .., C)");
+    }
+
+    /// The type and the shape may be written, and the elements are as they were.
+    #[test]
+    fn a_tensor_that_is_not_what_it_says_is_refused() {
+        let refused = |spoil: fn(&mut BatchTensor), want: &str| {
+            let mut batch = numbers(Shape::from([2, 2]), &[0.0; 4]);
+            spoil(&mut batch.tensors[0]);
+            assert_eq!(check_ids(&batch).unwrap_err().to_string(), want);
+            assert_eq!(labelled(&batch).unwrap_err().to_string(), want);
+        };
+        refused(|t| t.dtype = DType::F64, "labels: a minibatch holds f32 or i32, not f64");
+        refused(|t| t.dtype = DType::Bf16, "labels: a minibatch holds f32 or i32, not bf16");
+        refused(|t| t.shape = Shape::from([2, 3]), "labels: has 4 elements, its shape is 2x3");
     }
 
     #[test]

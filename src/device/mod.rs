@@ -113,4 +113,15 @@ pub trait Device: Send {
 
     /// The highest byte of a device's arena that any task has touched so far, plus one.
     fn high_water_bytes(&self, device: u16) -> u64;
+
+    /// Bytes of a device's arena; `None` where it has no end, as a simulated one, or does not say.
+    fn arena_bytes(&self, device: u16) -> Option<u64> {
+        let _ = device;
+        None
+    }
+
+    /// Bytes of host memory, what was added included; `None` as for an arena.
+    fn host_bytes(&self) -> Option<u64> {
+        None
+    }
 }

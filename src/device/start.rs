@@ -68,12 +68,17 @@ pub struct FleetMemory {
 /// Allocates memory and starts devices of one kind. Threads, and the emulator's seed, are those of the first.
 ///
 /// # Errors
-/// When there are none, their kinds differ or are not built in ([`crate::base::Error::BadInput`]), their GPUs' compute
-/// capabilities differ, which would let bits depend on where a shard ran, or memory or threads cannot be had.
+/// When there are none or not as many arenas, their kinds differ or are not built in
+/// ([`crate::base::Error::BadInput`]), their GPUs' compute capabilities differ, which would let bits depend on where a
+/// shard ran, or memory or threads cannot be had.
 pub fn start_fleet(specs: &[DeviceSpec], memory: FleetMemory) -> Result<Box<dyn Device>> {
     let first = specs.first().ok_or_else(|| crate::base::Error::bad("no device"))?;
     if specs.iter().any(|s| std::mem::discriminant(s) != std::mem::discriminant(first)) {
         return Err(crate::base::Error::bad("devices of different kinds do not work together"));
+    }
+    let (devices, arenas) = (specs.len(), memory.arena_bytes.len());
+    if devices != arenas {
+        return Err(crate::base::Error::bad(format!("{devices} devices, and arena_bytes of {arenas}")));
     }
     match first {
         DeviceSpec::Host(_) => {

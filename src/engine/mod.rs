@@ -15,6 +15,7 @@ mod fetch;
 mod hazards;
 mod join;
 mod member;
+mod misfit;
 mod queue;
 mod rings;
 mod run;
@@ -29,17 +30,19 @@ mod update;
 mod visit;
 
 pub use alone::plan_alone;
+pub(crate) use simulate::check_lines;
 pub use simulate::{Prediction, SimulateOptions, Simulation, bounds_of, busiest, predict, simulate};
 pub use state::Stored;
 pub use turns::TurnOptions;
 
-use crate::base::{Error, LaneId, LaneKind};
+use crate::base::{Error, LaneId, LaneKind, Result};
 use crate::device::{Attached, Device, UpdateRule};
 use crate::spill::{FleetMap, Home, Model, Placed, Plan};
 use crate::trace::{Bound, LaneSum, Recorder, TaskName};
 use member::Member;
 use queue::Queue;
 use rings::Rings;
+use std::fmt;
 use std::sync::Arc;
 use turns::Turns;
 
@@ -176,23 +179,33 @@ impl Engine {
     /// in which they are begun.
     ///
     /// # Panics
-    /// When there are not as many options as models, nor as many [`EngineOptions::decays`] as parameters, or a model
-    /// without a home has no turns to take: bugs of the caller's.
+    /// When there are not as many options as models, nor as many [`EngineOptions::decays`] as parameters; when a model
+    /// without a home has no turns to take, one is at home on a device that is not there, or turns are of other
+    /// devices; when a device's arena or the store is too small: bugs of the caller's. That a plan is its model's is
+    /// taken on trust.
     pub fn fleet(
         models: &[Placed],
         options: Vec<EngineOptions>,
         device: Box<dyn Device>,
         turns: Option<TurnOptions>,
     ) -> Engine {
-        assert_eq!(models.len(), options.len(), "each model has its options");
-        let whole = |(m, o): (&Placed, &EngineOptions)| m.model.train.parameters.len() == o.decays.len();
-        assert!(models.iter().zip(&options).all(whole), "each parameter decays or does not");
-        assert!(turns.is_some() || models.iter().all(|m| m.home != Home::Anywhere), "somebody has to choose a device");
+        Engine::try_fleet(models, options, device, turns).unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// As [`Engine::fleet`], with an error where that panics.
+    pub(crate) fn try_fleet(
+        models: &[Placed],
+        options: Vec<EngineOptions>,
+        device: Box<dyn Device>,
+        turns: Option<TurnOptions>,
+    ) -> Result<Engine> {
         let lanes = lanes_of(device.lanes());
+        misfit::check_fleet(models, &options, turns.as_ref(), lanes.len())?;
         let map = match &turns {
             Some(turns) => turns.map(models),
             None => FleetMap::new(models, lanes.len()),
         };
+        misfit::check_memory(device.as_ref(), &map)?;
         let mut rings = Vec::new();
         let mut shared: Vec<Option<usize>> = vec![None; lanes.len()];
         let mut members = Vec::new();
@@ -209,7 +222,7 @@ impl Engine {
             let maps = maps.into_iter().map(Arc::new).collect();
             members.push(Member::new(placed, maps, ring_of, home, device.lanes(), options));
         }
-        Engine {
+        Ok(Engine {
             queue: Queue::new(device.lanes()),
             rings,
             shared_rings: shared,
@@ -222,7 +235,7 @@ impl Engine {
             patience_secs: members.iter().map(|m| m.options.patience_secs).fold(0.0, f64::max),
             device: Attached::new(device),
             members,
-        }
+        })
     }
 
     /// Sends events to `recorder` from now on.
@@ -282,6 +295,15 @@ impl Engine {
     /// The highest byte of a device's arena that any task has touched, plus one.
     pub fn high_water_bytes(&self, device: u16) -> u64 {
         self.device.high_water_bytes(device)
+    }
+}
+
+impl fmt::Debug for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Engine { members, lanes, failed, .. } = self;
+        let (models, devices) = (members.len(), lanes.len());
+        let mut shown = f.debug_struct("Engine");
+        shown.field("models", &models).field("devices", &devices).field("failed", failed).finish_non_exhaustive()
     }
 }
 

@@ -1,6 +1,7 @@
 //! The loop: begins work, issues tasks, waits for what ends next and books it.
 
 use super::member::{Ending, Member, Pending, Purpose};
+use super::misfit::check_step;
 use super::queue::Finished;
 use super::{EVALUATIONS, Ended, Engine, StepInput, StepResult};
 use crate::base::{Error, LaneKind, Result};
@@ -17,11 +18,16 @@ impl Engine {
     ///
     /// # Errors
     /// When the run or the model has failed before, two steps are in flight already or one that this one does not
-    /// follow, or the rule wants moments that the plan does not keep; when the inputs' sizes are not the graph's, or an id or label lies beside what reads it
+    /// follow, or the rule wants moments that the plan does not keep; when the model only evaluates, or a number of the
+    /// step's cannot be meant; when the inputs' sizes are not the graph's, or an id or label lies beside what reads it
     /// ([`Graph::id_range`](crate::graph::Graph::id_range)).
     pub fn begin_step(&mut self, model: usize, input: &StepInput) -> Result<()> {
         self.check_running(model)?;
         let (member, step) = (&self.members[model], input.step);
+        check_step(input)?;
+        if !member.model.trains() {
+            return Err(Error::bad(format!("step {step}: the model only evaluates")));
+        }
         if member.pending.len() >= 2 {
             return Err(Error::bad(format!("step {step}: two steps are in flight already")));
         }

@@ -55,7 +55,8 @@ pub struct Simulation {
 ///
 /// # Errors
 /// When there is not one number of steps and one clip for each model, or no policy where models run anywhere; when the
-/// policy chooses what it may not, or everything stalls because it chooses nothing.
+/// arenas are not those of the devices, a model is at home on none of these, or the lines do not have each model once;
+/// when the policy chooses what it may not, or everything stalls because it chooses nothing.
 pub fn simulate(placed: &[Placed], options: SimulateOptions) -> Result<Simulation> {
     let SimulateOptions { steps, clips, costs, shared_bytes_per_sec, arena_bytes, policy, units, lines, recorder } =
         options;
@@ -70,6 +71,13 @@ pub fn simulate(placed: &[Placed], options: SimulateOptions) -> Result<Simulatio
     let pipelines = policy.as_ref().is_some_and(|policy| policy.pipelines());
     let arena_bytes = if arena_bytes.is_empty() { vec![0; costs.len()] } else { arena_bytes };
     let devices = costs.len();
+    if arena_bytes.len() != devices {
+        let arenas = arena_bytes.len();
+        return Err(Error::bad(format!("arena_bytes are of {arenas} devices, there are {devices}")));
+    }
+    if !lines.is_empty() {
+        check_lines(&lines, placed.len())?;
+    }
     let disk = disk_bytes_per_sec(placed.iter().map(|p| p.plan.as_ref()), &costs[0]);
     let device = Box::new(SimDevice::new(costs.clone()).with_shared_link(shared_bytes_per_sec).with_disk(disk));
     let turns = policy.map(|policy| TurnOptions {
@@ -84,7 +92,7 @@ pub fn simulate(placed: &[Placed], options: SimulateOptions) -> Result<Simulatio
     let bounds = bounds_of(placed, &map, &steps, &costs, shared_bytes_per_sec, pipelines);
     let of = |(p, &steps): (&Placed, &u64)| EngineOptions { steps, ..EngineOptions::new(0, &p.model) };
     let engine_options = placed.iter().zip(&steps).map(of).collect();
-    let mut engine = Engine::fleet(placed, engine_options, device, turns);
+    let mut engine = Engine::try_fleet(placed, engine_options, device, turns)?;
     recorder.into_iter().for_each(|recorder| engine.record(recorder));
     let mut lines: Vec<VecDeque<usize>> = match lines.is_empty() {
         true => (0..placed.len()).map(|m| VecDeque::from([m])).collect(),
@@ -137,6 +145,16 @@ pub fn simulate(placed: &[Placed], options: SimulateOptions) -> Result<Simulatio
     };
     let utilisation = (0..devices).map(|d| busy(d) / makespan_secs.max(f64::MIN_POSITIVE)).collect();
     Ok(Simulation { makespan_secs, utilisation, end_secs, bounds, recorder: engine.take_recorder(), sums })
+}
+
+/// Refuses lines of models in which one of so many is missing or comes twice, or one is that there is not.
+pub(crate) fn check_lines(lines: &[Vec<usize>], models: usize) -> Result<()> {
+    let mut all: Vec<usize> = lines.iter().flatten().copied().collect();
+    all.sort_unstable();
+    match all.into_iter().eq(0..models) {
+        true => Ok(()),
+        false => Err(Error::bad(format!("lines {lines:?} do not have each of {models} models once"))),
+    }
 }
 
 /// What one step of a plan takes on a simulated device.

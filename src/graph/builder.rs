@@ -17,6 +17,8 @@ pub struct Builder {
     graph: Graph,
     mode: Mode,
     open: bool,
+    /// The layer whose tracing has failed: what there is of it stays in the graph, of which nothing is made any more.
+    failed: Option<String>,
 }
 
 /// What attention needs besides its tensors.
@@ -37,7 +39,7 @@ pub struct AttentionOptions {
 impl Builder {
     /// An empty model whose weights and activations are `float`: F32, Bf16, or F64 for an oracle.
     pub fn new(mode: Mode, float: DType) -> Self {
-        Builder { graph: Graph { float, ..Graph::default() }, mode, open: false }
+        Builder { graph: Graph { float, ..Graph::default() }, mode, open: false, failed: None }
     }
 
     /// Whether the graph is for training.
@@ -53,7 +55,8 @@ impl Builder {
     /// Traces one layer: `body` gets the previous layer's output (`None` in the first layer) and returns this one's.
     ///
     /// # Errors
-    /// What `body` returns, and an output that the layer did not compute.
+    /// What `body` returns, and an output that the layer did not compute; then nothing more is traced, and every later
+    /// layer, loss and [`Builder::finish`] is refused.
     pub fn layer(
         &mut self,
         name: impl Into<String>,
@@ -63,32 +66,52 @@ impl Builder {
         if self.open {
             return Err(Error::bad(format!("layer {name}: a layer inside a layer")));
         }
+        self.check_whole(&format!("layer {name}"))?;
         if self.graph.loss.is_some() {
             return Err(Error::bad(format!("layer {name}: comes after the loss")));
         }
         let input = self.graph.layers.last().and_then(|l| l.output);
         self.graph.layers.push(Layer { name: name.clone(), input, output: None });
         self.open = true;
-        let output = body(self, input).map_err(|e| match e {
-            Error::BadInput(message) => Error::BadInput(format!("layer {name}: {message}")),
-            other => other,
-        });
+        let output = body(self, input).and_then(|output| self.handed_on(output));
         self.open = false;
-        let output = output?;
+        match output {
+            Ok(output) => {
+                self.graph.layers.last_mut().expect("it was pushed above").output = Some(output);
+                Ok(output)
+            }
+            Err(error) => {
+                let error = match error {
+                    Error::BadInput(message) => Error::BadInput(format!("layer {name}: {message}")),
+                    other => other,
+                };
+                self.failed = Some(name);
+                Err(error)
+            }
+        }
+    }
+
+    /// The output of the layer that is open, which it has computed.
+    fn handed_on(&self, output: Value) -> Result<Value> {
         let here = self.graph.layers.len() - 1;
         let made_here = self.graph.producer(output).is_some_and(|n| self.graph.nodes[n].layer == here);
-        if !made_here {
-            return Err(Error::bad(format!("layer {name}: hands on a value that it did not compute")));
+        if made_here { Ok(output) } else { Err(Error::bad("hands on a value that it did not compute")) }
+    }
+
+    /// Refuses to go on after a layer that has failed.
+    fn check_whole(&self, what: &str) -> Result<()> {
+        match &self.failed {
+            Some(failed) => Err(Error::bad(format!("{what}: layer {failed} has failed before"))),
+            None => Ok(()),
         }
-        self.graph.layers[here].output = Some(output);
-        Ok(output)
     }
 
     /// Appends the loss to the last layer: softmax cross-entropy of `logits` (.., V) with `labels` (..), -100 ignored
     /// (see [`Op::CrossEntropy`]).
     ///
     /// # Errors
-    /// When the shapes differ, the logits are not the last layer's output, or there is a loss already.
+    /// When the shapes differ, the logits are not the last layer's output, or there is a loss or a failed layer
+    /// already.
     pub fn cross_entropy(&mut self, logits: Value, labels: Value) -> Result<Value> {
         self.expect_last("cross_entropy", logits)?;
         let (x, l) = (self.shape(logits).clone(), self.shape(labels).clone());
@@ -105,7 +128,7 @@ impl Builder {
     ///
     /// # Errors
     /// When the shapes differ or have no columns, the targets are no input, the predictions are not the last layer's
-    /// output, or there is a loss already.
+    /// output, or there is a loss or a failed layer already.
     pub fn mean_squared_error(&mut self, predictions: Value, targets: Value) -> Result<Value> {
         self.expect_last("mean_squared_error", predictions)?;
         let (x, t) = (self.shape(predictions), self.shape(targets));
@@ -140,8 +163,9 @@ impl Builder {
     /// The finished forward graph, with residuals fused into the linear layers that they are added to.
     ///
     /// # Errors
-    /// When no layer was traced.
+    /// When no layer was traced, or one has failed.
     pub fn finish(mut self) -> Result<Graph> {
+        self.check_whole("a model")?;
         if self.graph.layers.is_empty() {
             return Err(Error::bad("a model needs at least one layer"));
         }
@@ -296,6 +320,7 @@ impl Builder {
     }
 
     fn expect_last(&self, loss: &str, output: Value) -> Result<()> {
+        self.check_whole(loss)?;
         if self.graph.layers.last().and_then(|l| l.output) != Some(output) || self.graph.loss.is_some() {
             return Err(Error::bad(format!("{loss}: wants the last layer's output, once")));
         }
@@ -343,8 +368,38 @@ mod tests {
         assert_eq!(b.graph.parameters[0].layers, [0, 1]);
         let error = b.layer("third", |b, _| b.add(y, state)).unwrap_err().to_string();
         assert_eq!(error, "layer third: add: state s is another layer's");
-        let taken = b.layer("fourth", |b, _| b.parameter("s", [1], Init::Constant(0.0))).unwrap_err().to_string();
-        assert_eq!(taken, "layer fourth: parameter s: a state has that name");
+    }
+
+    /// What there is of a failed layer would be in the graph: its node, and its use of the parameter.
+    #[test]
+    fn nothing_is_made_after_a_failed_layer() {
+        for hands_on in [false, true] {
+            let mut b = Builder::new(Mode::Training, DType::F32);
+            let x = b.input("x", [3, 4], DType::F32).unwrap();
+            let labels = b.input("labels", [3], DType::I32).unwrap();
+            let h = b.layer("first", |b, _| {
+                b.state("s", [3, 4], 0.0)?;
+                let weight = b.parameter("w", [4, 4], Init::Constant(1.0))?;
+                b.linear(x, weight, None, Activation::None, WeightLayout::InOut)
+            });
+            let h = h.unwrap();
+            let failed = b.layer("second", |b, _| {
+                let weight = b.parameter("w", [4, 4], Init::Constant(1.0))?;
+                b.linear(h, weight, None, Activation::None, WeightLayout::InOut)?;
+                if hands_on { Ok(x) } else { b.parameter("s", [1], Init::Constant(0.0)) }
+            });
+            let why = if hands_on {
+                "hands on a value that it did not compute"
+            } else {
+                "parameter s: a state has that name"
+            };
+            assert_eq!(failed.unwrap_err().to_string(), format!("layer second: {why}"));
+            let says = "layer second has failed before";
+            let third = b.layer("third", |b, _| b.add(h, x)).unwrap_err().to_string();
+            assert_eq!(third, format!("layer third: {says}"));
+            assert_eq!(b.cross_entropy(h, labels).unwrap_err().to_string(), format!("cross_entropy: {says}"));
+            assert_eq!(b.finish().unwrap_err().to_string(), format!("a model: {says}"));
+        }
     }
 
     /// Sizes whose sums or products wrap, and random numbers that would repeat.

@@ -18,8 +18,12 @@ use crate::base::{DType, Error, Result, Shape};
 /// that is trained have none.
 ///
 /// # Errors
-/// When the graph has no loss, a layer's output does not reach it, or all parameters are frozen.
+/// When the graph has no loss or its gradient already, a layer's output does not reach the loss, or all parameters are
+/// frozen. Where an op has no gradient, or a wrong one, the message names its layer.
 pub fn differentiate(graph: &mut Graph) -> Result<()> {
+    if !graph.input_gradients.is_empty() {
+        return Err(Error::bad("differentiate: the graph has its gradient already"));
+    }
     let loss = graph.loss.ok_or_else(|| Error::bad("differentiate: the graph has no loss"))?;
     // The gradient of every row's loss is the step's loss scale, which the loss' own gradient op knows.
     let losses = match graph.producer(loss).map(|n| &graph.nodes[n]) {
@@ -36,7 +40,12 @@ pub fn differentiate(graph: &mut Graph) -> Result<()> {
         sweep.layer = layer;
         for node in (0..sweep.graph.forward_nodes).rev() {
             if sweep.graph.nodes[node].layer == layer {
-                sweep.node(node, losses)?;
+                sweep.node(node, losses).map_err(|error| match error {
+                    Error::BadInput(message) => {
+                        Error::BadInput(format!("layer {}: {message}", sweep.graph.layers[layer].name))
+                    }
+                    other => other,
+                })?;
             }
         }
         sweep.close_layer(layer)?;

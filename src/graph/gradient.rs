@@ -160,7 +160,9 @@ pub(super) fn emit(s: &mut Sweep, op: &Op, inputs: &[Value], outputs: &[Value], 
             let shapes: Vec<Shape> = inputs.iter().map(|&v| shape(s, v)).collect();
             let said = gradient.shapes(&operands.iter().map(|&v| &s.graph.info(v).shape).collect::<Vec<_>>())?;
             if said != shapes {
-                return Err(Error::bad(format!("{name}: its gradient's shapes are {said:?}, its inputs' {shapes:?}")));
+                let list = |shapes: &[Shape]| shapes.iter().map(Shape::to_string).collect::<Vec<_>>().join(", ");
+                let (said, shapes) = (list(&said), list(&shapes));
+                return Err(Error::bad(format!("{name}: its gradient's shapes are {said}, its inputs' {shapes}")));
             }
             let d_all = s.push(Op::Custom(Custom(gradient)), operands, shapes);
             inputs.iter().zip(d_all).for_each(|(&v, g)| s.contribute(v, g));
@@ -169,4 +171,70 @@ pub(super) fn emit(s: &mut Sweep, op: &Op, inputs: &[Value], outputs: &[Value], 
         other => return Err(Error::bad(format!("{}: has no gradient", other.name()))),
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::base::DType;
+    use crate::graph::{Builder, CustomOp, Init, Mode, differentiate};
+    use std::sync::Arc;
+
+    /// Hands on its first input; its gradient, where it has one, has these shapes.
+    #[derive(Debug)]
+    struct Odd(Option<Vec<Shape>>);
+
+    #[derive(Debug)]
+    struct OddGradient(Vec<Shape>);
+
+    impl CustomOp for Odd {
+        fn name(&self) -> &'static str {
+            "odd"
+        }
+
+        fn shapes(&self, inputs: &[&Shape]) -> Result<Vec<Shape>> {
+            Ok(vec![inputs[0].clone()])
+        }
+
+        fn host(&self, _: &mut [&mut [f32]], _: &[&[f32]], _: &[&Shape]) {}
+
+        fn gradient(&self) -> Option<Arc<dyn CustomOp>> {
+            self.0.clone().map(|shapes| Arc::new(OddGradient(shapes)) as Arc<dyn CustomOp>)
+        }
+    }
+
+    impl CustomOp for OddGradient {
+        fn name(&self) -> &'static str {
+            "odd_gradient"
+        }
+
+        fn shapes(&self, _: &[&Shape]) -> Result<Vec<Shape>> {
+            Ok(self.0.clone())
+        }
+
+        fn host(&self, _: &mut [&mut [f32]], _: &[&[f32]], _: &[&Shape]) {}
+    }
+
+    #[test]
+    fn a_wrong_gradient_is_named_with_its_layer_and_shapes() {
+        let check = |gradient: Option<Vec<Shape>>, want: &str| {
+            let mut b = Builder::new(Mode::Training, DType::F32);
+            let labels = b.input("labels", [2], DType::I32).unwrap();
+            let logits = b.layer("middle", |b, _| {
+                let weight = b.parameter("weight", [2, 3], Init::Constant(1.0))?;
+                let out = b.custom(Arc::new(Odd(gradient)), vec![weight, weight])?[0];
+                b.add(out, weight)
+            });
+            b.cross_entropy(logits.unwrap(), labels).unwrap();
+            let mut graph = b.finish().unwrap();
+            let found = differentiate(&mut graph).map_err(|e| e.to_string());
+            assert_eq!(found.err().as_deref().unwrap_or(""), want);
+        };
+        let shape = Shape::from([2, 3]);
+        check(Some(vec![shape.clone(); 2]), "");
+        check(None, "layer middle: odd: has no gradient, and one is wanted");
+        let says = "layer middle: odd: its gradient's shapes are";
+        check(Some(vec![Shape::from([6]), shape.clone()]), &format!("{says} 6, 2x3, its inputs' 2x3, 2x3"));
+        check(Some(vec![shape]), &format!("{says} 2x3, its inputs' 2x3, 2x3"));
+    }
 }

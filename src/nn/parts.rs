@@ -172,8 +172,8 @@ fn has_parts(dir: &Path) -> bool {
     names.into_iter().any(|name| name.to_string_lossy().starts_with("model-00001-of-"))
 }
 
-/// Whether a name from an index is that of a file in the same directory, whatever the system.
-fn is_plain(name: &str) -> bool {
+/// Whether a name is that of a file in the same directory, whatever the system.
+pub(super) fn is_plain(name: &str) -> bool {
     const MOST_BYTES: usize = 255;
     let mut components = Path::new(name).components();
     let alone = matches!((components.next(), components.next()), (Some(Component::Normal(one)), None) if one == name);

@@ -6,8 +6,9 @@
 //! it.
 
 use super::Network;
+use super::parts::is_plain;
 use super::safely::{Pending, sync_folder};
-use crate::base::tensorfile::{Element, header};
+use crate::base::tensorfile::{Element, header, quoted};
 use crate::base::{Error, Result, Shape};
 use half::{bf16, f16};
 use std::collections::BTreeMap;
@@ -75,9 +76,12 @@ pub(super) fn counters<'a>(tensors: impl Iterator<Item = &'a str>) -> BTreeMap<S
 /// `read` gives a tensor's elements by its name in the graph; it is asked once for each, in the order of the file.
 ///
 /// # Errors
-/// What `read` returns, a tensor of another length than its shape's, a value that is not finite in the file's type, and
-/// what the operating system refuses.
+/// What `read` returns, a tensor of another length than its shape's, a value that is not finite in the file's type, a
+/// name of another file that is no plain one, and what the operating system refuses.
 pub fn save(dir: &Path, form: &Form, read: &mut dyn FnMut(&str) -> Result<Vec<f32>>) -> Result<()> {
+    if let Some((name, _)) = form.files.iter().find(|(name, _)| !is_plain(name)) {
+        return Err(Error::bad(format!("{}: {} is no plain file name", dir.display(), quoted(name))));
+    }
     std::fs::create_dir_all(dir).map_err(|e| Error::io("create", dir, e))?;
     // The weights last: a config alone is no model, weights with an old config would be a wrong one.
     let mut pending = vec![write(dir, "config.json", |out| out.bytes(form.config.as_bytes()))?];

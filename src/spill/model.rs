@@ -27,7 +27,8 @@ impl Model {
     /// Differentiates `train`, splits large losses into parts and lays the model out.
     ///
     /// # Errors
-    /// When the graph has no loss, or the evaluation graph's parameters are not the training graph's.
+    /// When the graph has no loss, or its gradient already, is neither f32 nor bf16, or the evaluation graph's
+    /// parameters are not the training graph's.
     pub fn new(mut train: Graph, mut eval: Option<Graph>, microbatches: usize) -> Result<Model> {
         differentiate(&mut train)?;
         std::iter::once(&mut train).chain(&mut eval).for_each(split_loss);
@@ -55,7 +56,7 @@ impl Model {
     /// A model that only evaluates.
     ///
     /// # Errors
-    /// When the graph has no layer.
+    /// When the graph has no layer, or is neither f32 nor bf16.
     pub fn evaluation(graph: Graph) -> Result<Model> {
         Model::laid_out(graph.clone(), Some(graph), 1)
     }
@@ -76,6 +77,9 @@ impl Model {
         if train.layers.is_empty() || microbatches == 0 {
             return Err(Error::bad("a model needs a layer, and a minibatch at least one microbatch"));
         }
+        if !matches!(train.float, DType::F32 | DType::Bf16) {
+            return Err(Error::bad(format!("a model is f32 or bf16, not {}", train.float)));
+        }
         if microbatches > MOST_MICROBATCHES {
             return Err(Error::bad(format!(
                 "a minibatch of {microbatches} microbatches; at most {MOST_MICROBATCHES} are taken"
@@ -88,6 +92,11 @@ impl Model {
     /// Number of layers.
     pub fn layers(&self) -> usize {
         self.train.layers.len()
+    }
+
+    /// Whether it has a gradient to train by: what [`Model::evaluation`] makes has none.
+    pub(crate) fn trains(&self) -> bool {
+        !self.train.input_gradients.is_empty()
     }
 
     /// Whether weights are bf16, with the lower halves of their f32 masters beside them.
@@ -137,8 +146,12 @@ mod tests {
 
     /// Rows of `wide` numbers, to classes.
     fn graph(mode: Mode, wide: usize, layout: WeightLayout) -> Graph {
-        let mut b = Builder::new(mode, DType::F32);
-        let x = b.input("x", [3, wide], DType::F32).unwrap();
+        graph_of(DType::F32, mode, wide, layout)
+    }
+
+    fn graph_of(float: DType, mode: Mode, wide: usize, layout: WeightLayout) -> Graph {
+        let mut b = Builder::new(mode, float);
+        let x = b.input("x", [3, wide], float).unwrap();
         let labels = b.input("labels", [3], DType::I32).unwrap();
         let logits = b.layer("layer", |b, _| {
             let shape = if layout == WeightLayout::InOut { [wide, 4] } else { [4, wide] };
@@ -157,5 +170,17 @@ mod tests {
         let refused = |eval| Model::new(train(), Some(eval), 1).expect_err("refused").to_string();
         assert!(refused(graph(Mode::Evaluation, 6, OutIn)).contains("other layers or parameters"));
         assert!(refused(graph(Mode::Evaluation, 7, InOut)).contains("other inputs"));
+    }
+
+    #[test]
+    fn a_graph_that_no_engine_runs_is_refused() {
+        let of = |float| graph_of(float, Mode::Training, 6, WeightLayout::InOut);
+        assert!(Model::new(of(DType::Bf16), None, 1).is_ok());
+        let refused = |model: Result<Model>| model.expect_err("refused").to_string();
+        assert_eq!(refused(Model::new(of(DType::F64), None, 1)), "a model is f32 or bf16, not f64");
+        assert_eq!(refused(Model::evaluation(of(DType::F64))), "a model is f32 or bf16, not f64");
+        let mut twice = of(DType::F32);
+        differentiate(&mut twice).expect("once");
+        assert_eq!(refused(Model::new(twice, None, 1)), "differentiate: the graph has its gradient already");
     }
 }

@@ -12,6 +12,7 @@ use super::shard::ShardPrograms;
 use super::store::{HostMap, OnDisk, host_map, pieces_of};
 use crate::base::{Error, Result, format_bytes};
 use crate::device::sim::CostModel;
+use crate::graph::ShardLayout;
 use std::ops::Range;
 
 /// Whether a shard's forward is computed again in its backward.
@@ -214,6 +215,21 @@ impl Plan {
     /// How many shards are updated on the device that has computed their gradients.
     pub fn device_updates(&self) -> usize {
         (0..self.shards.len()).filter(|&s| self.choice.updates_on_device(s)).count()
+    }
+
+    /// Whether it is of `model`: the same layers, with state and tensors of the same sizes.
+    pub(crate) fn is_of(&self, model: &Model) -> bool {
+        let mut next = 0;
+        let is_next = |shard: &ShardPrograms| {
+            let layers = shard.layout.layers.clone();
+            let follows = std::mem::replace(&mut next, layers.end) == layers.start;
+            follows
+                && layers.end <= model.layers()
+                && shard.layout == ShardLayout::new(&model.train, &model.layout, layers)
+        };
+        self.shards.iter().all(is_next)
+            && next == model.layers()
+            && self.host == host_map(model, &self.shards, &self.choice, self.moments)
     }
 
     /// How many shards' state stays on the device.

@@ -5,12 +5,15 @@
 //! devices run out of work. One that fails ends with its reason, and the rest go on.
 
 use super::observer::{FleetObserver, StepReport};
+use super::options::TrainOptions;
 use super::trainee::{ModelToTrain, Stage, Trainee};
 use crate::base::{Error, Result};
 use crate::device::Device;
-use crate::engine::{Ended, Engine, EngineOptions, StepResult, TurnOptions};
+use crate::engine::{Ended, Engine, EngineOptions, StepResult, TurnOptions, check_lines};
+use crate::graph::Input;
 use crate::spill::Placed;
 use std::collections::VecDeque;
+use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Models in training on the devices of one engine.
@@ -26,11 +29,12 @@ impl Fleet {
     /// [`FleetMap::new`](crate::spill::FleetMap::new) says for the models.
     ///
     /// # Errors
-    /// When threads cannot be had, weights are missing, or an option is absurd.
+    /// When threads cannot be had, weights are missing, an option is absurd or another than its model's or its plan's,
+    /// a plan is another model's, or models, memory, devices and turns do not fit each other.
     pub fn new(models: Vec<ModelToTrain>, device: Box<dyn Device>, turns: Option<TurnOptions>) -> Result<Fleet> {
         let engine_options = models.iter().map(engine_options).collect::<Result<Vec<_>>>()?;
         let placed: Vec<Placed> = models.iter().map(|m| m.placed.clone()).collect();
-        let engine = Engine::fleet(&placed, engine_options, device, turns);
+        let engine = Engine::try_fleet(&placed, engine_options, device, turns)?;
         let mut fleet = Fleet { engine, trainees: Vec::new(), lines: Vec::new() };
         for (number, model) in models.into_iter().enumerate() {
             model.weights.write(&mut fleet.engine, number, model.options.seed)?;
@@ -44,8 +48,8 @@ impl Fleet {
     /// ([`Fleet::failure`]).
     ///
     /// # Errors
-    /// As [`Engine::wait_add`]; and when its data cannot be opened or an option is absurd. But for a failed device
-    /// nothing has changed then.
+    /// As [`Engine::wait_add`]; and when its data cannot be opened, an option is absurd or another than the model's or
+    /// the plan's, or the plan is another model's. But for a failed device nothing has changed then.
     pub fn wait_add(&mut self, model: ModelToTrain) -> Result<usize> {
         let options = engine_options(&model)?;
         let (placed, weights, seed) = (model.placed.clone(), model.weights, model.options.seed);
@@ -72,12 +76,7 @@ impl Fleet {
     /// # Errors
     /// When one is in none of them or comes twice, or there is no such model.
     pub fn run_in_order(&mut self, lines: Vec<Vec<usize>>) -> Result<()> {
-        let mut all: Vec<usize> = lines.iter().flatten().copied().collect();
-        all.sort_unstable();
-        if !all.iter().copied().eq(0..self.trainees.len()) {
-            let models = self.trainees.len();
-            return Err(Error::bad(format!("lines {lines:?} do not have each of {models} models once")));
-        }
+        check_lines(&lines, self.trainees.len())?;
         self.lines = lines.into_iter().map(VecDeque::from).collect();
         Ok(())
     }
@@ -98,7 +97,8 @@ impl Fleet {
         &self.engine
     }
 
-    /// The engine, to record events or write state.
+    /// The engine, to record events or write state. Steps and evaluations that are begun here are waited for here,
+    /// before the fleet goes on.
     pub fn engine_mut(&mut self) -> &mut Engine {
         &mut self.engine
     }
@@ -126,12 +126,24 @@ impl Fleet {
         }
     }
 
-    /// Refuses to go on with a model that has failed.
+    /// Refuses to go on with a model that has failed, or of which something is in flight that was not begun here.
     pub(super) fn check_failed(&self, model: usize) -> Result<()> {
         match &self.trainees[model].stage {
             Stage::Failed(why, _) => Err(Error::bad(format!("the model has failed before: {why}"))),
-            _ => Ok(()),
+            _ => self.check_begun(model),
         }
+    }
+
+    /// Refuses to go on where something of a model is in flight that was begun through [`Fleet::engine_mut`].
+    fn check_begun(&self, model: usize) -> Result<()> {
+        let (found, own) = (self.engine.steps_in_flight(model), self.trainees[model].rates.len());
+        if found == own || self.engine.has_failed() || self.engine.is_ending(model) {
+            return Ok(());
+        }
+        Err(Error::bad(format!(
+            "{found} steps or evaluations are in flight, of which {own} were begun here: who begins one with the \
+             engine waits for it there"
+        )))
     }
 
     /// Takes why a model has failed; another call gives `None`.
@@ -189,8 +201,16 @@ impl Fleet {
     /// for the devices throughout.
     ///
     /// # Errors
-    /// When a device fails; [`Error::Interrupted`] when `stop` was set before all was done.
+    /// When a device fails, or a step is in flight that was begun through [`Fleet::engine_mut`];
+    /// [`Error::Interrupted`] when `stop` was set before all was done.
+    ///
+    /// # Panics
+    /// When `observers` has none for a model: a `Vec` that is shorter than there are models.
     pub fn run(&mut self, observers: &mut dyn FleetObserver, stop: &AtomicBool) -> Result<()> {
+        // Evaluations of a validation that goes on are its own.
+        let validates = |model: &usize| matches!(self.trainees[*model].stage, Stage::Validating { .. });
+        let mut others = (0..self.trainees.len()).filter(|model| !validates(model));
+        others.try_for_each(|model| self.check_begun(model))?;
         loop {
             // What nobody else reads goes with it.
             self.trainees.iter_mut().filter(|t| t.is_over()).for_each(Trainee::wait_close);
@@ -323,10 +343,50 @@ impl Fleet {
     }
 }
 
-/// How the engine runs a model.
+impl fmt::Debug for Fleet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let stages: Vec<&Stage> = self.trainees.iter().map(|t| &t.stage).collect();
+        f.debug_struct("Fleet").field("engine", &self.engine).field("stages", &stages).finish_non_exhaustive()
+    }
+}
+
+/// How the engine runs a model, whose options are those that it was traced and planned with.
 fn engine_options(model: &ModelToTrain) -> Result<EngineOptions> {
     model.options.check()?;
+    check_options(&model.options, &model.placed)?;
     Ok(model.options.engine_options(&model.placed.model, &model.placed.plan))
+}
+
+/// Refuses options that a model was not traced or planned with, and a plan of another model.
+fn check_options(options: &TrainOptions, placed: &Placed) -> Result<()> {
+    let Placed { model, plan, .. } = placed;
+    let fault = |what: String| Err(Error::bad(format!("the options are not those of the model: {what}")));
+    let (found, want) = (options.dtype, model.train.float);
+    if found != want {
+        return fault(format!("dtype is {found}, the model is {want}"));
+    }
+    let microbatch = options.microbatch;
+    let other = |input: &&Input| input.shape.axes().first() != Some(&microbatch);
+    if let Some(Input { name, shape, .. }) = model.train.inputs.iter().find(other) {
+        return fault(format!("microbatch is {microbatch}, {name} is {shape}"));
+    }
+    let (found, want) = (options.batch / microbatch, model.microbatches);
+    if found != want {
+        return fault(format!("a batch has {found} microbatches, of the model {want}"));
+    }
+    if let Some(parameter) = model.train.parameters.iter().find(|p| p.frozen != options.freezes(&p.name)) {
+        let is = if parameter.frozen { "frozen" } else { "trained" };
+        let (frozen, beside) = (&options.frozen, if options.low_rank.is_some() { ", low_rank is there" } else { "" });
+        return fault(format!("frozen is {frozen:?}{beside}, the model has {} {is}", parameter.name));
+    }
+    let (found, want) = (options.optimizer.moments(), plan.moments);
+    if found != want {
+        return fault(format!("the optimizer has {found} moments, the plan keeps {want}"));
+    }
+    if !plan.is_of(model) {
+        return Err(Error::bad("the plan is of another model"));
+    }
+    Ok(())
 }
 
 /// Steps of models in words; of more than a line can tell, the first.

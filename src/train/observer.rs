@@ -127,9 +127,10 @@ pub trait FleetObserver {
     }
 }
 
-/// An observer for each model, in their order.
+/// An observer for each model, in their order; there is one for each.
 impl FleetObserver for Vec<&mut dyn Observer> {
     fn of_model(&mut self, model: usize) -> &mut dyn Observer {
-        &mut *self[model]
+        let observers = self.len();
+        &mut **self.get_mut(model).unwrap_or_else(|| panic!("no observer of model {model}, of {observers}"))
     }
 }

@@ -4,7 +4,7 @@ use super::optimizer::{Optimizer, Schedule};
 use crate::base::{DType, Error, Result};
 use crate::device::DeviceSpec;
 use crate::engine::EngineOptions;
-use crate::graph::LowRank;
+use crate::graph::{LowRank, adapted_layer};
 use crate::spill::{Model, Plan, PlanOptions};
 use std::path::PathBuf;
 
@@ -123,6 +123,14 @@ impl TrainOptions {
                 Err(Error::bad(format!("data: the key {key:?} begins neither with data. nor with valid.")))
             }
             None => Ok(()),
+        }
+    }
+
+    /// Whether a parameter of this name is not trained.
+    pub(super) fn freezes(&self, name: &str) -> bool {
+        match &self.low_rank {
+            Some(_) => adapted_layer(name).is_none(),
+            None => self.frozen.iter().any(|start| name.starts_with(start)),
         }
     }
 

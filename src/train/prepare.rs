@@ -1,7 +1,7 @@
 //! From a network and its data to what a session or an engine is made of: graphs and a plan.
 
 use super::options::TrainOptions;
-use crate::base::{DType, Error, Result};
+use crate::base::{DType, Error, Result, Shape};
 use crate::data::{Batch, Source};
 use crate::device::sim::CostModel;
 use crate::engine::plan_alone;
@@ -14,7 +14,7 @@ use std::sync::Arc;
 /// graph with its gradient and the evaluation graph.
 ///
 /// # Errors
-/// As [`TrainOptions::check`]; and when the network does not take the inputs.
+/// As [`TrainOptions::check`]; and when the network does not take the inputs, or reads others or of other axes.
 pub fn trace_model(network: &dyn Network, inputs: &[InputShape], options: &TrainOptions) -> Result<Model> {
     options.check()?;
     let &TrainOptions { batch, microbatch, dtype, tf32, loss_rows, .. } = options;
@@ -26,13 +26,29 @@ pub fn trace_model(network: &dyn Network, inputs: &[InputShape], options: &Train
                 return Err(Error::bad(format!("frozen: the name of no parameter begins with {start}")));
             }
         }
-        graph.freeze(|name| options.frozen.iter().any(|start| name.starts_with(start)));
+        graph.freeze(|name| options.freezes(name));
         if let Some(low_rank) = &options.low_rank {
             graph.adapt(low_rank, mode)?;
         }
+        graph.inputs.iter().try_for_each(|input| check_traced(input, microbatch, inputs))?;
         Ok(graph)
     };
     Model::new(trace(Mode::Training)?, Some(trace(Mode::Evaluation)?), batch / microbatch)
+}
+
+/// Refuses an input of a graph that is not one of those asked for, with a microbatch of samples before its axes: a loss
+/// would be taken over other rows than the data's labels are.
+fn check_traced(input: &Input, microbatch: usize, asked: &[InputShape]) -> Result<()> {
+    let name = &input.name;
+    let Some(of) = asked.iter().find(|asked| asked.name == *name) else {
+        return Err(Error::bad(format!("input {name}: the network reads it, the data do not bring it")));
+    };
+    let want = Shape(std::iter::once(microbatch).chain(of.axes.iter().copied()).collect());
+    if input.shape != want {
+        let found = &input.shape;
+        return Err(Error::bad(format!("input {name}: the network reads {found} a microbatch, the data bring {want}")));
+    }
+    Ok(())
 }
 
 /// The tensors of a data source, as a network's inputs.
@@ -45,18 +61,24 @@ pub fn inputs_of(source: &dyn Source) -> Vec<InputShape> {
 /// [`Engine::begin_step`](crate::engine::Engine::begin_step) takes.
 ///
 /// # Errors
-/// When the minibatch lacks an input, or has numbers where the graph wants integers, or the other way round.
+/// When the minibatch lacks an input, has numbers where the graph wants integers, or the other way round, or samples of
+/// other axes; when a tensor's type or shape is not that of its elements.
 pub fn batch_inputs<'a>(graph: &Graph, batch: &'a Batch) -> Result<Vec<&'a [u8]>> {
     let of = |input: &Input| {
         let name = &input.name;
         let tensor = batch.get(name);
         let tensor = tensor.ok_or_else(|| Error::bad(format!("the batch lacks {name}, which the model reads")))?;
-        match (tensor.dtype == DType::I32) == (input.dtype == DType::I32) {
-            true => Ok(tensor.bytes()),
-            false => {
-                Err(Error::bad(format!("{name}: is {} in the batch, the model reads {}", tensor.dtype, input.dtype)))
-            }
+        tensor.check()?;
+        if (tensor.dtype == DType::I32) != (input.dtype == DType::I32) {
+            let (found, want) = (tensor.dtype, input.dtype);
+            return Err(Error::bad(format!("{name}: is {found} in the batch, the model reads {want}")));
         }
+        let (found, want) = (&tensor.shape, &input.shape);
+        // How many samples there are the engine sees by the bytes.
+        if found.axes().is_empty() || found.axes()[1..] != want.axes()[want.axes().len().min(1)..] {
+            return Err(Error::bad(format!("{name}: is {found} in the batch, the model reads {want} a microbatch")));
+        }
+        Ok(tensor.bytes())
     };
     graph.inputs.iter().map(of).collect()
 }
@@ -64,8 +86,11 @@ pub fn batch_inputs<'a>(graph: &Graph, batch: &'a Batch) -> Result<Vec<&'a [u8]>
 /// Plans a traced model that has a device to itself, under `options` with this machine's measured rates.
 ///
 /// # Errors
-/// As [`Plan::new`].
+/// As [`Plan::new`]; and when the plan is to cross devices.
 pub fn plan_model(model: &Arc<Model>, options: &TrainOptions, cost: &CostModel) -> Result<Arc<Plan>> {
+    if options.plan.crosses {
+        return Err(Error::bad("plan.crosses: a model that has a device to itself crosses to no other"));
+    }
     let wishes =
         PlanOptions { moments: options.optimizer.moments(), clips: options.clip.is_some(), ..options.plan.clone() };
     plan_alone(model, &wishes, cost)

@@ -15,6 +15,7 @@ use crate::engine::Engine;
 use crate::nn::{Form, Network};
 use crate::spill::{Model, Placed, Plan};
 use std::collections::VecDeque;
+use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -51,7 +52,8 @@ impl Session {
     /// [`plan_model`](super::plan_model).
     ///
     /// # Errors
-    /// When memory, threads or the disk cannot be had, weights are missing, or an option is absurd.
+    /// When memory, threads or the disk cannot be had, weights are missing, an option is absurd or another than the
+    /// model's or the plan's, or the plan is another model's or crosses devices.
     pub fn new(
         weights: Weights,
         (model, plan): (Arc<Model>, Arc<Plan>),
@@ -59,6 +61,9 @@ impl Session {
         valid: Option<Box<dyn Source>>,
         options: TrainOptions,
     ) -> Result<Session> {
+        if plan.choice.crosses {
+            return Err(Error::bad("the plan crosses devices, and a session has one"));
+        }
         let disk = match (plan.host.disk_bytes, &options.disk) {
             (0, _) => None,
             (bytes, Some(path)) => Some(DiskSpec { path: path.clone(), bytes, bytes_per_sec: None }),
@@ -100,7 +105,8 @@ impl Session {
         self.fleet.engine()
     }
 
-    /// The engine, to record events or write state.
+    /// The engine, to record events or write state. Steps and evaluations that are begun here are waited for here,
+    /// before the session goes on.
     pub fn engine_mut(&mut self) -> &mut Engine {
         self.fleet.engine_mut()
     }
@@ -188,5 +194,11 @@ impl Session {
             self.untold.push_back(report);
         }
         Ok(())
+    }
+}
+
+impl fmt::Debug for Session {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Session").field("fleet", &self.fleet).field("options", &self.options).finish_non_exhaustive()
     }
 }

@@ -116,6 +116,7 @@ impl Fleet {
     fn begin(&mut self, model: usize, observer: &mut dyn Observer) -> Result<()> {
         let trainee = &mut self.trainees[model];
         let step = trainee.begun;
+        trainee.check_weights()?;
         let batch = trainee.loader()?.next()?;
         let labels = labelled(&batch)?;
         if labels == 0 {

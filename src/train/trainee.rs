@@ -69,6 +69,8 @@ pub(super) struct Trainee {
     /// Steps done and begun.
     pub(super) done: u64,
     pub(super) begun: u64,
+    /// Its weights come from a checkpoint, which has not come yet.
+    owes_weights: bool,
     /// Learning rates of the steps in flight.
     pub(super) rates: VecDeque<f64>,
     /// No step is begun until the model has been at rest: a validation or a checkpoint is due.
@@ -90,7 +92,7 @@ pub(super) struct Trainee {
 impl Trainee {
     /// A model that waits for its turn.
     pub(super) fn new(model: ModelToTrain) -> Result<Trainee> {
-        let ModelToTrain { source, valid, options, .. } = model;
+        let ModelToTrain { weights, source, valid, options, .. } = model;
         valid.as_deref().map_or(Ok(()), check_held_out)?;
         Ok(Trainee {
             feed: Feed::Ready(source),
@@ -99,6 +101,7 @@ impl Trainee {
             stage: Stage::Waiting,
             done: 0,
             begun: 0,
+            owes_weights: matches!(weights, Weights::Later),
             rates: VecDeque::with_capacity(4),
             pause: false,
             saves: false,
@@ -129,8 +132,20 @@ impl Trainee {
             }
         }
         (self.done, self.begun) = (step, step);
+        self.owes_weights = false;
         self.owes_validation = step > 0 && step < steps;
         Ok(())
+    }
+
+    /// Refuses to train from the zeros that were to become a checkpoint's weights.
+    ///
+    /// # Errors
+    /// When it was not told that they have come.
+    pub(super) fn check_weights(&self) -> Result<()> {
+        match self.owes_weights {
+            true => Err(Error::bad("the weights were to come from a checkpoint, and none came")),
+            false => Ok(()),
+        }
     }
 
     /// Its minibatches, from that of the next step to begin when it is first asked for.

@@ -23,7 +23,8 @@ pub enum Weights<'a> {
     /// From anywhere, by name: a file of one's own, another model. What it does not give is drawn from the seed, as
     /// [`Weights::Random`] would; it must know one name of the model's at least.
     Given(&'a GiveTensor<'a>),
-    /// From a checkpoint, which the caller restores before the first step; until then they are 0.
+    /// From a checkpoint, which the caller restores before the first step ([`super::Session::resume`],
+    /// [`super::Fleet::start_at`]): until then they are 0, and a step is an error.
     Later,
 }
 

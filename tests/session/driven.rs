@@ -7,10 +7,12 @@ use super::{options, plain_sgd, session};
 use hydra::base::{DType, IGNORED};
 use hydra::data::{Batch, names};
 use hydra::device::host::{HostConfig, HostDevice, HostSpec};
-use hydra::engine::{Engine, EngineOptions, Stored};
+use hydra::device::{AdamwRule, SgdRule, UpdateRule};
+use hydra::engine::{Engine, EngineOptions, StepInput, Stored};
 use hydra::graph::{Activation, Builder, Init, Mode, WeightLayout};
 use hydra::spill::{Model, Plan, PlanOptions};
 use hydra::train::{TrainOptions, Weights};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 pub fn driver(small: &Small, options: &TrainOptions) -> Driver {
@@ -203,4 +205,96 @@ fn an_evaluation_is_held_to_its_own_ranges() {
     assert!(engine.wait_evaluation(0, &[large, small], 1.0).expect("in range").is_finite());
     let error = engine.wait_evaluation(0, &[small, large], 1.0).expect_err("beside the table").to_string();
     assert_eq!(error, "evaluation: second: value 49 at (0) is not in 0..5");
+}
+
+/// What a step would do to the weights without a word.
+#[test]
+fn numbers_of_a_step_that_cannot_be_meant_are_refused() {
+    let small = Small::gpt(14, 2, 1, 9, 0.0);
+    let mut driver = driver(&small, &options(&small, DType::F32));
+    small.source(4, 5).fill(0, &mut driver.batch).expect("random data");
+    let good = AdamwRule { update: 1, lr: 1e-3, betas: (0.9, 0.999), epsilon: 1e-8, weight_decay: 0.1 };
+    let sgd = SgdRule { update: 1, lr: 0.1, momentum: 0.9, nesterov: false, weight_decay: 0.0 };
+    let plain = || StepInput {
+        step: 0,
+        inputs: driver.batch.tensors.iter().map(|t| t.bytes()).collect(),
+        loss_scale: 0.1,
+        rule: UpdateRule::Adamw(good),
+        clip: None,
+    };
+    let adamw = |rule| StepInput { rule: UpdateRule::Adamw(rule), ..plain() };
+    let by_sgd = |rule| StepInput { rule: UpdateRule::Sgd(rule), ..plain() };
+    let below_1 = "want a number from 0 up to, not including, 1";
+    for (input, says) in [
+        (StepInput { loss_scale: f64::NAN, ..plain() }, "loss_scale is NaN, want a number above 0".to_string()),
+        (StepInput { loss_scale: 0.0, ..plain() }, "loss_scale is 0, want a number above 0".into()),
+        (StepInput { clip: Some(f64::NAN), ..plain() }, "clip is NaN, want a number above 0, or none".into()),
+        (StepInput { clip: Some(-1.0), ..plain() }, "clip is -1, want a number above 0, or none".into()),
+        (StepInput { clip: Some(0.0), ..plain() }, "clip is 0, want a number above 0, or none".into()),
+        (adamw(AdamwRule { update: 0, ..good }), "rule.update is 0, want 1 or more".into()),
+        (adamw(AdamwRule { lr: f64::NAN, ..good }), "rule.lr is NaN, want 0 or more".into()),
+        (adamw(AdamwRule { lr: -1.0, ..good }), "rule.lr is -1, want 0 or more".into()),
+        (adamw(AdamwRule { epsilon: -1.0, ..good }), "rule.epsilon is -1, want 0 or more".into()),
+        (adamw(AdamwRule { weight_decay: f64::INFINITY, ..good }), "rule.weight_decay is inf, want 0 or more".into()),
+        (adamw(AdamwRule { betas: (0.9, 1.0), ..good }), format!("rule.betas.1 is 1, {below_1}")),
+        (by_sgd(SgdRule { lr: f64::NAN, ..sgd }), "rule.lr is NaN, want 0 or more".into()),
+        (by_sgd(SgdRule { momentum: 1.5, ..sgd }), format!("rule.momentum is 1.5, {below_1}")),
+        (by_sgd(SgdRule { update: 0, ..sgd }), "rule.update is 0, want 1 or more".into()),
+    ] {
+        let error = driver.engine.begin_step(0, &input).expect_err("refused").to_string();
+        assert_eq!(error, format!("step 0: {says}"));
+    }
+    for step in [u64::MAX, u64::MAX - 1, u64::MAX - 2] {
+        let error = driver.engine.begin_step(0, &StepInput { step, ..plain() }).expect_err("refused").to_string();
+        assert_eq!(error, format!("step {step}: is kept for evaluations and what belongs to no step"));
+    }
+    driver.begin(0, |_| ()).expect("nothing has begun");
+    assert!(driver.engine.wait_step(0).expect("a step").loss.is_finite());
+}
+
+/// A model of an engine and a device of so many bytes less than the plan says.
+fn short_of(model: Model, arena_less: u64, host_less: u64) -> Engine {
+    let model = Arc::new(model);
+    let plan = Plan::new(&model, &PlanOptions { moments: 0, ..PlanOptions::default() }, &super::common::stated());
+    let plan = Arc::new(plan.expect("a plan"));
+    let spec = HostSpec { arena_bytes: plan.arena.bytes - arena_less, ..HostSpec::default() };
+    let config = HostConfig { devices: vec![spec], host_bytes: plan.host.bytes - host_less, ..HostConfig::default() };
+    let options = EngineOptions::new(0, &model);
+    Engine::new(model, plan, Box::new(HostDevice::new(&config).expect("a device")), options)
+}
+
+fn small_graph(mode: Mode) -> hydra::graph::Graph {
+    let mut b = Builder::new(mode, DType::F32);
+    let x = b.input("x", [3, 4], DType::F32).expect("a new input");
+    let labels = b.input("labels", [3], DType::I32).expect("a new input");
+    let logits = b.layer("layer", |b, _| {
+        let weight = b.parameter("weight", [4, 5], Init::Constant(0.5))?;
+        b.linear(x, weight, None, Activation::None, WeightLayout::InOut)
+    });
+    b.cross_entropy(logits.expect("a layer"), labels).expect("a loss");
+    b.finish().expect("a graph")
+}
+
+#[test]
+fn a_model_that_only_evaluates_takes_no_step() {
+    let mut engine = short_of(Model::evaluation(small_graph(Mode::Evaluation)).expect("a layer"), 0, 0);
+    Weights::Random.write(&mut engine, 0, 1).expect("nothing has begun");
+    let (x, labels) = ([0.5f32; 12], [1i32; 3]);
+    let inputs: Vec<&[u8]> = vec![bytemuck::cast_slice(&x), bytemuck::cast_slice(&labels)];
+    let rule = plain_sgd(0.1).rule(0, 0.1);
+    let step = StepInput { step: 0, inputs: inputs.clone(), loss_scale: 1.0, rule, clip: None };
+    assert_eq!(engine.begin_step(0, &step).expect_err("refused").to_string(), "step 0: the model only evaluates");
+    assert!(engine.wait_evaluation(0, &inputs, 1.0).expect("an evaluation").is_finite());
+}
+
+#[test]
+fn a_device_that_is_too_small_for_the_plan_is_named() {
+    let start = |arena_less, host_less| {
+        let model = Model::new(small_graph(Mode::Training), None, 1).expect("a loss");
+        let started = catch_unwind(AssertUnwindSafe(|| drop(short_of(model, arena_less, host_less))));
+        started.map_err(|panic| panic.downcast_ref::<String>().expect("words").clone())
+    };
+    assert_eq!(start(0, 0), Ok(()));
+    assert!(start(1, 0).expect_err("a panic").starts_with("the arena of device 0 has "));
+    assert!(start(0, 1).expect_err("a panic").starts_with("the host's store has "));
 }

@@ -141,7 +141,8 @@ fn what_its_observer_or_its_data_has_ended_is_saved_as_its_last_step_left_it() {
     let options = options(&gpt, DType::F32);
     let (mut session, _) = ended(&gpt, &options, End::Observer);
     let form = Form::of(gpt.network.as_ref()).expect("a form");
-    let early = save_model(dir.path(), &form, (session.engine(), 0), Weights::Random, 4).expect_err("not at home");
+    let early =
+        save_model(dir.path(), &form, (session.engine(), 0), Weights::Random, None, 4).expect_err("not at home");
     assert!(early.to_string().contains("wait_home comes first"), "{early}");
     session.wait_save(dir.path(), &form, Weights::Random).expect("saved");
 }

@@ -452,4 +452,12 @@ impl Device for CudaDevice {
     fn high_water_bytes(&self, device: u16) -> u64 {
         self.memory.high_water(device)
     }
+
+    fn arena_bytes(&self, device: u16) -> Option<u64> {
+        Some(self.memory.arena_bytes(device))
+    }
+
+    fn host_bytes(&self) -> Option<u64> {
+        Some(self.memory.host_bytes())
+    }
 }

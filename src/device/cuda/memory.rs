@@ -47,6 +47,16 @@ impl DeviceMemory {
         self.arenas[device as usize]
     }
 
+    /// Bytes of a logical device's arena.
+    pub fn arena_bytes(&self, device: u16) -> u64 {
+        self.devices[device as usize].arena_bytes
+    }
+
+    /// One past the last byte of the store.
+    pub fn host_bytes(&self) -> u64 {
+        self.host.last().map_or(0, |(base, _, bytes)| base + bytes)
+    }
+
     /// One past the highest byte of a device's arena that a task has touched.
     pub fn high_water(&self, device: u16) -> u64 {
         self.high_water[device as usize]

@@ -290,6 +290,14 @@ impl Device for HostDevice {
     fn high_water_bytes(&self, device: u16) -> u64 {
         self.shared.high_water[device as usize].load(Ordering::Relaxed)
     }
+
+    fn arena_bytes(&self, device: u16) -> Option<u64> {
+        Some(self.shared.arenas[device as usize].bytes())
+    }
+
+    fn host_bytes(&self) -> Option<u64> {
+        Some(self.shared.host.bytes())
+    }
 }
 
 impl Drop for HostDevice {

@@ -8,6 +8,7 @@ use super::operands::OpMemory;
 use super::parallel::{most_scratch, reserve_scratch};
 use crate::base::{Error, Result};
 use crate::device::{Completion, Task, Ticket};
+use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
@@ -247,13 +248,13 @@ impl Lane {
             Some(pool) => pool.install(|| execute(task, shared)),
             None => execute(task, shared),
         };
-        catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| {
-            let words = panic
-                .downcast_ref::<String>()
-                .cloned()
-                .or_else(|| panic.downcast_ref::<&str>().map(|s| s.to_string()))
-                .unwrap_or_else(|| "no message".into());
-            Err(Error::Device(format!("a task panicked: {words}")))
-        })
+        catch_unwind(AssertUnwindSafe(body))
+            .unwrap_or_else(|panic| Err(Error::Device(format!("a task panicked: {}", words_of(panic.as_ref())))))
     }
+}
+
+/// What a panic has said.
+pub(super) fn words_of(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|words| words.to_string());
+    panic.downcast_ref::<String>().cloned().or(text).unwrap_or_else(|| "no message".into())
 }

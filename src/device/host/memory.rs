@@ -133,6 +133,12 @@ impl Store {
         base
     }
 
+    /// One past the last byte.
+    pub fn bytes(&self) -> u64 {
+        let blocks = self.blocks.read().unwrap_or_else(PoisonError::into_inner);
+        blocks.last().map_or(0, |(base, last)| base + last.bytes())
+    }
+
     /// The address of `offset`, with `bytes` after it inside one block.
     fn at(&self, offset: u64, bytes: u64) -> *mut u8 {
         let blocks = self.blocks.read().unwrap_or_else(PoisonError::into_inner);
