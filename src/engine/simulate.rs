@@ -176,6 +176,11 @@ pub fn predict(model: &Arc<Model>, plan: &Arc<Plan>, cost: &CostModel, clip: boo
     Ok(predict_counted(model, plan, cost, clip)?.0)
 }
 
+/// Tasks that a prediction takes at least: in each step a program for each microbatch of every visit.
+pub(super) fn least_tasks(model: &Model, plan: &Plan) -> u64 {
+    (PREDICTED_STEPS + 1) * model.microbatches as u64 * (2 * plan.shards.len() as u64 - 1)
+}
+
 /// [`predict`], and how many tasks that took.
 pub(super) fn predict_counted(
     model: &Arc<Model>,
