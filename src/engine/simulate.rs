@@ -2,7 +2,7 @@
 
 use super::tables::fetched_bytes;
 use super::visit::any_rule;
-use super::{Ended, Engine, EngineOptions, StepInput, TurnOptions};
+use super::{Ended, Engine, EngineOptions, StepInput, TurnOptions, check_count};
 use crate::base::{Error, LaneId, LaneKind, Result};
 use crate::device::sim::{CostModel, SimDevice};
 use crate::sched::{Bounds, DeviceRates, ModelWork, Part, Policy};
@@ -54,8 +54,9 @@ pub struct Simulation {
 /// Runs `placed` to their ends on simulated devices.
 ///
 /// # Errors
-/// When there is not one number of steps and one clip for each model, or no policy where models run anywhere; when the
-/// policy chooses what it may not, or everything stalls because it chooses nothing.
+/// When there is not one number of steps and one clip for each model, when there are more than
+/// [`MOST_MODELS`](crate::sched::MOST_MODELS), or no policy where models run anywhere; when the policy chooses what it
+/// may not, or everything stalls because it chooses nothing.
 pub fn simulate(placed: &[Placed], options: SimulateOptions) -> Result<Simulation> {
     let SimulateOptions { steps, clips, costs, shared_bytes_per_sec, arena_bytes, policy, units, lines, recorder } =
         options;
@@ -64,6 +65,7 @@ pub fn simulate(placed: &[Placed], options: SimulateOptions) -> Result<Simulatio
         let (steps, clips) = (steps.len(), clips.len());
         return Err(Error::bad(format!("{n} models on {d} devices, with steps for {steps} and clips for {clips}")));
     }
+    check_count(placed.len())?;
     if policy.is_none() && placed.iter().any(|p| p.home == Home::Anywhere) {
         return Err(Error::bad("models that run anywhere need a policy"));
     }

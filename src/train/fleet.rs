@@ -8,7 +8,7 @@ use super::observer::{FleetObserver, StepReport};
 use super::trainee::{ModelToTrain, Stage, Trainee};
 use crate::base::{Error, Result};
 use crate::device::Device;
-use crate::engine::{Ended, Engine, EngineOptions, StepResult, TurnOptions};
+use crate::engine::{Ended, Engine, EngineOptions, StepResult, TurnOptions, check_count};
 use crate::spill::Placed;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -26,8 +26,10 @@ impl Fleet {
     /// [`FleetMap::new`](crate::spill::FleetMap::new) says for the models.
     ///
     /// # Errors
-    /// When threads cannot be had, weights are missing, or an option is absurd.
+    /// When threads cannot be had, weights are missing, or an option is absurd; when there are more models than
+    /// [`MOST_MODELS`](crate::sched::MOST_MODELS).
     pub fn new(models: Vec<ModelToTrain>, device: Box<dyn Device>, turns: Option<TurnOptions>) -> Result<Fleet> {
+        check_count(models.len())?;
         let engine_options = models.iter().map(engine_options).collect::<Result<Vec<_>>>()?;
         let placed: Vec<Placed> = models.iter().map(|m| m.placed.clone()).collect();
         let engine = Engine::fleet(&placed, engine_options, device, turns);
