@@ -170,6 +170,17 @@ fn models_share_no_more_slots_than_they_have_shards() {
 }
 
 #[test]
+fn what_a_lone_models_backward_is_to_keep_is_recomputed_anywhere() {
+    let model = gpt([8, 2, 1], 9, 6, 1, 1);
+    let with = |kept| {
+        let options = PlanOptions { kept, ..PlanOptions::default() };
+        let models = fleet_models(&[(&model, 2)], &options);
+        plan_anywhere(&models, &devices(2, None, &stated())).expect("no budget").placed[0].plan.arena.clone()
+    };
+    assert_eq!(with(Some(vec![true; model.layers()])), with(None));
+}
+
+#[test]
 fn stages_fit_in_what_is_named_and_in_nothing_below() {
     let llama = json!({
         "hidden_size": 23, "num_attention_heads": 2, "head_dim": 2, "intermediate_size": 36, "num_hidden_layers": 1,

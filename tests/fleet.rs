@@ -12,15 +12,15 @@ use hydra::device::sim::CostModel;
 use hydra::device::{DeviceSpec, DiskSpec, FleetMemory, start_fleet};
 use hydra::engine::{Engine, SimulateOptions, Simulation, TurnOptions, simulate};
 use hydra::nn::Pretrained;
-use hydra::sched::{Claim, LocalityLrtf, LocalityTuning, POLICIES, Policy, View, by_name};
+use hydra::sched::{Claim, LocalityLrtf, LocalityTuning, MOST_MODELS, POLICIES, Policy, View, by_name};
 use hydra::spill::{
     Baseline, FleetDevice, FleetMap, FleetModel, Home, HomeBudgets, OnDisk, Placed, PlanOptions, Recompute, find_homes,
     place_baseline, plan_anywhere, plan_at_home, plan_fleet, plan_pipelined,
 };
 use hydra::train::{Fleet, FleetObserver, ModelToTrain, Observer, Optimizer, StepReport, TrainOptions, Weights};
 use std::collections::BTreeSet;
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 /// A model of the mixed six, and how it is trained.
@@ -871,6 +871,95 @@ fn baselines_keep_to_the_budget_that_a_refusal_names() {
             assert_eq!(lined.smallest_device_bytes, needs, "{name} on {devices} devices");
         }
     }
+}
+
+/// Notes what remains of each model whenever it is asked.
+struct Spy(Arc<Mutex<Vec<Vec<f64>>>>);
+
+impl Policy for Spy {
+    fn name(&self) -> &str {
+        "spy"
+    }
+
+    fn choose(&self, view: &View) -> Option<u16> {
+        let remaining = view.models.iter().map(|m| m.remaining_secs).collect();
+        self.0.lock().expect("nothing panics").push(remaining);
+        LocalityLrtf::default().choose(view)
+    }
+}
+
+/// Wants no more after so many steps.
+struct Sated {
+    after: u64,
+    done: u64,
+}
+
+impl Observer for Sated {
+    fn step(&mut self, report: &StepReport) -> hydra::base::Result<()> {
+        self.done = report.result.step + 1;
+        Ok(())
+    }
+
+    fn valid(&mut self, _: u64, _: f32, _: f64) -> hydra::base::Result<()> {
+        Ok(())
+    }
+
+    fn wants_end(&mut self) -> bool {
+        self.done >= self.after
+    }
+}
+
+#[test]
+fn policies_count_no_steps_that_were_done_before_or_that_nobody_wants() {
+    let options = TrainOptions { valid_every: 100, ..TrainOptions::new(12) };
+    let entries =
+        ["sated", "resumed"].map(|name| Entry { name, small: Small::gpt(16, 2, 2, 8, 0.0), options: options.clone() });
+    let devices = [FleetDevice { budget: None, cost: stated() }];
+    let placed = plan_anywhere(&fleet_models(&entries, Recompute::Auto, 2), &devices).expect("no budget").placed;
+    let map = FleetMap::new(&placed, 1);
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let turns = TurnOptions {
+        policy: Box::new(Spy(Arc::clone(&seen))),
+        units: 2,
+        costs: vec![stated()],
+        shared_bytes_per_sec: None,
+        arena_bytes: map.arena_bytes.clone(),
+        room_bytes: Vec::new(),
+    };
+    let memory = FleetMemory { arena_bytes: map.arena_bytes, host_bytes: map.host_bytes, ..FleetMemory::default() };
+    let device = start_fleet(&[DeviceSpec::default()], memory).expect("memory and threads");
+    let models = entries.iter().zip(&placed).map(|(e, placed)| fleet_model(e, placed)).collect();
+    let mut fleet = Fleet::new(models, device, Some(turns)).expect("a fleet");
+    fleet.start_at(1, 6).expect("not begun");
+    let (mut sated, mut other) = (Sated { after: 2, done: 0 }, Collect::default());
+    let mut observers: Vec<&mut dyn Observer> = vec![&mut sated, &mut other];
+    fleet.run(&mut observers, &AtomicBool::new(false)).expect("nothing fails");
+    // One more step was begun before the last that it wanted had ended.
+    assert_eq!((sated.done, fleet.steps_done(1)), (3, 12));
+    let seen = seen.lock().expect("nothing panics");
+    let (first, last) = (&seen[0], &seen[seen.len() - 1]);
+    assert!((first[0] / first[1] - 2.0).abs() < 1e-6, "12 steps and 6: {first:?}");
+    assert!(last[0] == 0.0 && last[1] > 0.0, "{last:?}");
+}
+
+#[test]
+fn more_models_than_have_numbers_are_refused() {
+    let entries = &six()[..1];
+    let one = plan(entries, 1, None, Recompute::Auto, 2).remove(0);
+    let count = MOST_MODELS + 1;
+    let options = SimulateOptions {
+        steps: vec![1; count],
+        clips: vec![false; count],
+        costs: vec![stated()],
+        shared_bytes_per_sec: None,
+        arena_bytes: Vec::new(),
+        policy: None,
+        units: 2,
+        lines: Vec::new(),
+        recorder: None,
+    };
+    let error = simulate(&vec![one; count], options).err().expect("refused").to_string();
+    assert!(error.contains("65537 models; at most 65536 can run together"), "{error}");
 }
 
 /// Chooses what it may not, or nothing.

@@ -5,9 +5,9 @@ use super::{Error, Result};
 /// A number of bytes.
 pub type Bytes = u64;
 
-/// `value` rounded up to a multiple of `alignment`.
+/// `value` rounded up to a multiple of `alignment`, or the largest number where 64 bits hold no such multiple.
 pub const fn align_up(value: u64, alignment: u64) -> u64 {
-    value.div_ceil(alignment) * alignment
+    value.div_ceil(alignment).saturating_mul(alignment)
 }
 
 /// Splits "64 MiB" into its number and its unit.

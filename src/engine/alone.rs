@@ -1,7 +1,7 @@
 //! The plan of a model that has a device to itself: of what the search has found the plan whose step the executor itself
 //! predicts to be the shortest.
 
-use super::simulate::predict_counted;
+use super::simulate::{least_tasks, predict_counted};
 use crate::base::Result;
 use crate::device::sim::CostModel;
 use crate::spill::{BoundaryTier, Model, Plan, PlanOptions};
@@ -9,7 +9,7 @@ use std::cell::Cell;
 use std::sync::Arc;
 
 /// Tasks after which [`plan_alone`] simulates no other plan: about a second's, of which half are for what the search
-/// has found. Two plans are tried in any case.
+/// has found. Two plans are tried in any case, but none that takes more by itself: then the estimate decides.
 const TRIED_TASKS: u64 = 1_000_000;
 
 /// Plans of different numbers of shards that are tried with other numbers of updates on the device.
@@ -30,7 +30,8 @@ fn alone(model: &Arc<Model>, options: &PlanOptions, cost: &CostModel) -> Result<
     let sketches: Vec<Arc<Plan>> = Plan::sketches(model, options, cost)?.into_iter().map(Arc::new).collect();
     let first = Arc::clone(&sketches[0]);
     let told = options.visiting_updates.is_some();
-    if sketches.len() == 1 && (told || first.choice.visiting_updates == 0) {
+    let is_too_long = |plan: &Plan| least_tasks(model, plan) > TRIED_TASKS;
+    if sketches.len() == 1 && (told || first.choice.visiting_updates == 0) || is_too_long(&first) {
         return Ok(first);
     }
     let tasks = Cell::new(0);
@@ -48,6 +49,9 @@ fn alone(model: &Arc<Model>, options: &PlanOptions, cost: &CostModel) -> Result<
     for (i, plan) in sketches.into_iter().enumerate() {
         if i >= 2 && is_enough(if told { TRIED_TASKS } else { TRIED_TASKS / 2 }) {
             break;
+        }
+        if is_too_long(&plan) {
+            continue;
         }
         let secs = secs(&plan)?;
         tried.push((secs, Arc::clone(&plan)));
@@ -87,8 +91,11 @@ fn alone(model: &Arc<Model>, options: &PlanOptions, cost: &CostModel) -> Result<
         }
     };
     for (secs, start) in starts {
-        let (secs, plan) = climb(secs, start, true)?;
-        let (secs, plan) = climb(secs, plan, false)?;
+        let (mut secs, mut plan) = climb(secs, Arc::clone(&start), true)?;
+        // Where it has come up, one fewer is what it came from, which takes longer.
+        if Arc::ptr_eq(&plan, &start) {
+            (secs, plan) = climb(secs, plan, false)?;
+        }
         if is_shorter(secs, &best, least) {
             (best, least) = (plan, secs);
         }

@@ -36,7 +36,14 @@ const GOES_BACK: [bool; 5] = [true, true, true, false, true];
 
 impl Engine {
     /// Makes the copies of those `spans` that begin or end on the disk, and leaves the others.
-    pub(super) fn copy_by_stages(&mut self, site: &Site, what: What, s: usize, spans: &mut Vec<CopySpan>) {
+    pub(super) fn copy_by_stages(
+        &mut self,
+        site: &Site,
+        what: What,
+        s: usize,
+        spans: &mut Vec<CopySpan>,
+        deadline: u64,
+    ) {
         let on_disk = |c: &CopySpan| c.from.memory == Memory::Disk || c.to.memory == Memory::Disk;
         let host = &site.plan.host;
         for CopySpan { from, to } in spans.extract_if(.., |c| on_disk(c)) {
@@ -47,11 +54,11 @@ impl Engine {
                 *turn = (*turn + 1) % host.copy_stages.len();
                 let (from, to) = (within(from, at, bytes), within(to, at, bytes));
                 if from.memory == Memory::Disk {
-                    self.read_disk(site, s, self.sequence, vec![CopySpan { from, to: stage }]);
-                    self.copy(site, what, s, None, vec![CopySpan { from: stage, to }]);
+                    self.read_disk(site, s, deadline, vec![CopySpan { from, to: stage }]);
+                    self.copy_by(site, what, s, None, vec![CopySpan { from: stage, to }], deadline);
                 } else {
-                    self.copy(site, what, s, None, vec![CopySpan { from, to: stage }]);
-                    self.write_disk(site, s, self.sequence, vec![CopySpan { from: stage, to }]);
+                    self.copy_by(site, what, s, None, vec![CopySpan { from, to: stage }], deadline);
+                    self.write_disk(site, s, deadline, vec![CopySpan { from: stage, to }]);
                 }
             }
         }

@@ -3,7 +3,7 @@
 use super::member::Member;
 use super::rings::Rings;
 use super::turns::map_within;
-use super::{Engine, EngineOptions};
+use super::{Engine, EngineOptions, check_count};
 use crate::base::{Error, Result};
 use crate::spill::{Home, Placed};
 use std::sync::Arc;
@@ -15,13 +15,14 @@ impl Engine {
     ///
     /// # Errors
     /// [`Error::OutOfBudget`] when the arenas have no room for it, [`Error::Device`] when the host has none or a device
-    /// fails, [`Error::BadInput`] when models do not take turns here, or this one is at home on devices: what others
-    /// keep there would have to move. But for a failed device nothing has changed then.
+    /// fails, [`Error::BadInput`] when models do not take turns here, when there are as many as can be, or this one is at
+    /// home on devices: what others keep there would have to move. But for a failed device nothing has changed then.
     pub fn wait_add(&mut self, placed: &Placed, options: EngineOptions) -> Result<usize> {
         if placed.home != Home::Anywhere {
             return Err(Error::bad("a model at home on devices cannot join others; one that runs anywhere can"));
         }
         let Some(turns) = &mut self.turns else { return Err(Error::bad("models that run in lines take no others")) };
+        check_count(self.members.len() + 1)?;
         let mut all: Vec<Placed> = self.members.iter().map(|m| m.placed.clone()).collect();
         all.push(placed.clone());
         let map = map_within(&all, &turns.arena_bytes);

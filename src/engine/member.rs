@@ -113,7 +113,8 @@ pub(super) struct Member {
     /// The step begun last: tasks that belong to no step, an evaluation's or the state's on its way home, are recorded
     /// under it.
     pub last_begun: u64,
-    pub has_begun: bool,
+    /// Steps that were begun, those before this run among them.
+    pub begun_steps: u64,
     /// What lies at home is what its last step left.
     pub at_home: bool,
     /// Ends before its time; what is on a lane runs out, the rest is dropped.
@@ -165,7 +166,7 @@ impl Member {
             loose_tasks: 0,
             last_step_end: 0.0,
             last_begun: 0,
-            has_begun: false,
+            begun_steps: 0,
             at_home: true,
             ending: None,
             over: false,
@@ -207,6 +208,12 @@ impl Member {
             pipelined,
         });
         self.serial
+    }
+
+    /// Steps that are to be begun.
+    pub fn steps_to_begin(&self) -> u64 {
+        let ends_early = self.over || self.ending.is_some();
+        if ends_early { 0 } else { self.options.steps.saturating_sub(self.begun_steps) }
     }
 
     /// Books a task under the work that it belongs to.

@@ -37,6 +37,7 @@ pub use turns::TurnOptions;
 
 use crate::base::{Error, LaneId, LaneKind, Result};
 use crate::device::{Attached, Device, UpdateRule};
+use crate::sched::MOST_MODELS;
 use crate::spill::{FleetMap, Home, Model, Placed, Plan};
 use crate::trace::{Bound, LaneSum, Recorder, TaskName};
 use member::Member;
@@ -45,6 +46,15 @@ use rings::Rings;
 use std::fmt;
 use std::sync::Arc;
 use turns::Turns;
+
+/// Refuses more models than have a number each.
+///
+/// # Errors
+/// [`Error::BadInput`] that names how many do.
+pub(crate) fn check_count(models: usize) -> Result<()> {
+    let refused = || Error::bad(format!("{models} models; at most {MOST_MODELS} can run together"));
+    if models > MOST_MODELS { Err(refused()) } else { Ok(()) }
+}
 
 /// How a model runs.
 #[derive(Clone, Debug)]

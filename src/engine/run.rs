@@ -45,7 +45,7 @@ impl Engine {
         self.stage(model, input.step, &input.inputs)?;
         let purpose = Purpose::Step { rule: input.rule, clip: input.clip };
         let member = &mut self.members[model];
-        (member.last_begun, member.has_begun, member.at_home) = (input.step, true, false);
+        (member.last_begun, member.begun_steps, member.at_home) = (input.step, input.step.saturating_add(1), false);
         self.begin(model, purpose, input.step, input.loss_scale)
     }
 
@@ -185,9 +185,24 @@ impl Engine {
     }
 
     /// What a model does before its next step is recorded under the step before that, not under the first: it goes on
-    /// after `step` steps.
+    /// after `step` steps, and policies count those that are left.
     pub fn starts_at(&mut self, model: usize, step: u64) {
-        self.members[model].last_begun = step.saturating_sub(1);
+        let member = &mut self.members[model];
+        (member.last_begun, member.begun_steps) = (step.saturating_sub(1), step);
+        self.refresh_turns(model);
+    }
+
+    /// A model begins no more steps, though it has not done all: policies count none of them.
+    pub fn begins_no_more(&mut self, model: usize) {
+        let member = &mut self.members[model];
+        member.options.steps = member.options.steps.min(member.begun_steps);
+        self.refresh_turns(model);
+    }
+
+    fn refresh_turns(&mut self, model: usize) {
+        if let Some(turns) = &mut self.turns {
+            turns.refresh(model, &self.members[model]);
+        }
     }
 
     pub(super) fn check_device(&self) -> Result<()> {

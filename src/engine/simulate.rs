@@ -2,7 +2,7 @@
 
 use super::tables::fetched_bytes;
 use super::visit::any_rule;
-use super::{Ended, Engine, EngineOptions, StepInput, TurnOptions};
+use super::{Ended, Engine, EngineOptions, StepInput, TurnOptions, check_count};
 use crate::base::{Error, LaneId, LaneKind, Result};
 use crate::device::sim::{CostModel, SimDevice};
 use crate::sched::{Bounds, DeviceRates, ModelWork, Part, Policy};
@@ -54,9 +54,10 @@ pub struct Simulation {
 /// Runs `placed` to their ends on simulated devices.
 ///
 /// # Errors
-/// When there is not one number of steps and one clip for each model, or no policy where models run anywhere; when the
-/// arenas are not those of the devices, a model is at home on none of these, or the lines do not have each model once;
-/// when the policy chooses what it may not, or everything stalls because it chooses nothing.
+/// When there is not one number of steps and one clip for each model, when there are more than
+/// [`MOST_MODELS`](crate::sched::MOST_MODELS), or no policy where models run anywhere; when the arenas are not those of
+/// the devices, a model is at home on none of these, or the lines do not have each model once; when the policy chooses
+/// what it may not, or everything stalls because it chooses nothing.
 pub fn simulate(placed: &[Placed], options: SimulateOptions) -> Result<Simulation> {
     let SimulateOptions { steps, clips, costs, shared_bytes_per_sec, arena_bytes, policy, units, lines, recorder } =
         options;
@@ -65,6 +66,7 @@ pub fn simulate(placed: &[Placed], options: SimulateOptions) -> Result<Simulatio
         let (steps, clips) = (steps.len(), clips.len());
         return Err(Error::bad(format!("{n} models on {d} devices, with steps for {steps} and clips for {clips}")));
     }
+    check_count(placed.len())?;
     if policy.is_none() && placed.iter().any(|p| p.home == Home::Anywhere) {
         return Err(Error::bad("models that run anywhere need a policy"));
     }
@@ -192,6 +194,11 @@ const WARM_STEPS: u64 = 3;
 /// When the plan stalls: our own bug.
 pub fn predict(model: &Arc<Model>, plan: &Arc<Plan>, cost: &CostModel, clip: bool) -> Result<Prediction> {
     Ok(predict_counted(model, plan, cost, clip)?.0)
+}
+
+/// Tasks that a prediction takes at least: in each step a program for each microbatch of every visit.
+pub(super) fn least_tasks(model: &Model, plan: &Plan) -> u64 {
+    (PREDICTED_STEPS + 1) * model.microbatches as u64 * (2 * plan.shards.len() as u64 - 1)
 }
 
 /// [`predict`], and how many tasks that took.

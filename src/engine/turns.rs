@@ -192,7 +192,7 @@ impl Turns {
         let costs = &self.costs[model];
         let correction = self.corrections[model];
         let view = &mut self.models[model];
-        let steps = member.options.steps.saturating_sub(member.last_begun_steps());
+        let steps = member.steps_to_begin();
         let to_begin = steps as f64 * costs[0].rest_secs;
         let in_flight =
             member.pending.iter().filter(|p| p.made < p.units && matches!(p.purpose, Purpose::Step { .. })).count();
@@ -356,13 +356,6 @@ impl Turns {
             text += &format!("{}device {device} has {models}", if device > 0 { "; " } else { "" });
         }
         text
-    }
-}
-
-impl Member {
-    /// Steps that were begun so far.
-    fn last_begun_steps(&self) -> u64 {
-        if self.has_begun { self.last_begun + 1 } else { 0 }
     }
 }
 

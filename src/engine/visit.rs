@@ -364,7 +364,7 @@ impl Engine {
         deadline: u64,
     ) {
         spans.retain(|c| c.from.bytes > 0);
-        self.copy_by_stages(site, what, s, &mut spans);
+        self.copy_by_stages(site, what, s, &mut spans, deadline);
         if spans.is_empty() {
             return;
         }

@@ -22,4 +22,4 @@ pub use bounds::{Bounds, DeviceRates, LowerBound, ModelWork, Part};
 pub use locality::{LocalityLrtf, LocalityTuning};
 pub use policies::{Fifo, MakePolicy, POLICIES, Random, RoundRobin, ShardedLrtf, Srtf, by_name};
 pub use rehearsal::{Rehearsal, rehearse};
-pub use view::{Claim, DeviceId, DeviceView, ModelId, ModelView, Policy, View};
+pub use view::{Claim, DeviceId, DeviceView, MOST_MODELS, ModelId, ModelView, Policy, View};

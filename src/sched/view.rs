@@ -3,6 +3,9 @@
 /// A model's number, in the order in which models came.
 pub type ModelId = u16;
 
+/// Models that have a number each.
+pub const MOST_MODELS: usize = ModelId::MAX as usize + 1;
+
 /// A device's number.
 pub type DeviceId = u16;
 

@@ -123,9 +123,9 @@ fn sketch_thrifty(models: &[FleetModel], devices: &[FleetDevice], disk: u64) -> 
     let devices: Vec<FleetDevice> = devices.iter().map(nominal).collect();
     let mut ways = Vec::new();
     ways.extend(sketch_at_home(models, &devices)?.map(|(staying, _)| staying));
-    let (closest, at_home) = sketch_closest(models, devices.len())?;
-    if ways.is_empty() && all_have(&devices, at_home) {
-        ways.push(closest);
+    if ways.is_empty() {
+        let (closest, at_home) = sketch_closest(models, devices.len())?;
+        ways.extend(all_have(&devices, at_home).then_some(closest));
     }
     let least_host = |on_disk| {
         let mut models = models.to_vec();
@@ -299,7 +299,10 @@ pub fn plan_at_home(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Op
 }
 
 fn sketch_at_home(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Option<(Vec<Placed>, f64)>> {
-    Ok(distribute(models, &sketch_whole(models, &devices[0].cost)?, devices))
+    let plans = sketch_whole(models, &devices[0].cost)?;
+    let budgets: Vec<Option<u64>> = devices.iter().map(|d| d.budget).collect();
+    let distributed = distribute(models, &plans, &speeds(models, devices), &budgets);
+    Ok(distributed.map(|found| (found.placed(models, &plans), found.secs)))
 }
 
 /// A sketch of each model that stays on a device in one piece.
@@ -314,56 +317,86 @@ fn sketch_whole(models: &[FleetModel], cost: &CostModel) -> Result<Vec<Arc<Plan>
 /// Every model whole on one of so many devices, as close together as [`distribute`] finds, and the bytes of the
 /// fullest: with any more of every device they fit too. By nominal costs, so that it is the same whatever was measured.
 fn sketch_closest(models: &[FleetModel], devices: usize) -> Result<(Vec<Placed>, u64)> {
-    let cost = CostModel::nominal();
-    let plans = sketch_whole(models, &cost)?;
-    let within = |budget: Option<u64>| {
-        let (placed, _) = distribute(models, &plans, &vec![FleetDevice { budget, cost: cost.clone() }; devices])?;
-        let bytes = FleetMap::new(&placed, devices).arena_bytes.into_iter().max().unwrap_or(0);
-        Some((placed, bytes))
-    };
+    let plans = sketch_whole(models, &CostModel::nominal())?;
+    let within = |budget: Option<u64>| distribute(models, &plans, &vec![1.0; devices], &vec![budget; devices]);
     let mut closest = within(None).expect("without budgets all fit");
     while devices > 1
-        && let Some(closer) = closest.1.checked_sub(1).and_then(|budget| within(Some(budget)))
+        && let Some(closer) = closest.most_bytes.checked_sub(1).and_then(|budget| within(Some(budget)))
     {
         closest = closer;
     }
-    Ok(closest)
+    Ok((closest.placed(models, &plans), closest.most_bytes))
 }
 
-/// Whole models on devices, the longest first onto the device that is done soonest of those that it fits, and the
-/// seconds until the last is done; `None` where one fits nowhere.
-fn distribute(models: &[FleetModel], plans: &[Arc<Plan>], devices: &[FleetDevice]) -> Option<(Vec<Placed>, f64)> {
+/// Whole models on devices.
+struct Distributed {
+    /// The device of each model.
+    devices: Vec<usize>,
+    /// Seconds until the last device is done.
+    secs: f64,
+    /// Bytes of the fullest device.
+    most_bytes: u64,
+}
+
+impl Distributed {
+    fn placed(&self, models: &[FleetModel], plans: &[Arc<Plan>]) -> Vec<Placed> {
+        let place = |(line, (m, plan)): (usize, (&FleetModel, &Arc<Plan>))| {
+            let home = Home::On(vec![self.devices[line] as u16; plan.shards.len()]);
+            Placed { model: Arc::clone(&m.model), plan: Arc::clone(plan), home, line }
+        };
+        let placed: Vec<Placed> = models.iter().zip(plans).enumerate().map(place).collect();
+        let devices = self.devices.iter().map(|d| d + 1).max().unwrap_or(0);
+        let most_bytes = || FleetMap::new(&placed, devices).arena_bytes.into_iter().max();
+        debug_assert_eq!(most_bytes().unwrap_or(0), self.most_bytes);
+        placed
+    }
+}
+
+/// What a device has of the models that are whole on it: what is each one's own, end to end, and behind that the largest
+/// workspace, as [`FleetMap`] lays them out.
+#[derive(Clone, Copy, Default)]
+struct Load {
+    secs: f64,
+    own_bytes: u64,
+    workspace_bytes: u64,
+}
+
+impl Load {
+    fn with(self, plan: &Plan, secs: f64) -> Load {
+        Load {
+            secs: self.secs + secs,
+            own_bytes: self.own_bytes.saturating_add(plan.arena.workspace),
+            workspace_bytes: self.workspace_bytes.max(plan.arena.bytes - plan.arena.workspace),
+        }
+    }
+
+    fn bytes(self) -> u64 {
+        self.own_bytes.saturating_add(self.workspace_bytes)
+    }
+}
+
+/// Whole models on devices of these rates and budgets, the longest first onto the device that is done soonest of those
+/// that it fits; `None` where one fits nowhere.
+fn distribute(
+    models: &[FleetModel],
+    plans: &[Arc<Plan>],
+    speeds: &[f64],
+    budgets: &[Option<u64>],
+) -> Option<Distributed> {
     let secs = |i: usize| models[i].steps as f64 * plans[i].estimated_secs;
-    let speeds = speeds(models, devices);
     let mut order: Vec<usize> = (0..models.len()).collect();
     order.sort_by(|&a, &b| secs(b).total_cmp(&secs(a)).then(a.cmp(&b)));
-    let mut loads = vec![0.0; devices.len()];
-    let mut placed: Vec<Placed> = Vec::new();
-    let mut numbers = Vec::new();
+    let mut loads = vec![Load::default(); speeds.len()];
+    let mut devices = vec![0; models.len()];
     for i in order {
-        let mut candidates: Vec<usize> = (0..devices.len()).collect();
-        let end = |d: usize| loads[d] + secs(i) / speeds[d];
-        candidates.sort_by(|&a, &b| end(a).total_cmp(&end(b)).then(a.cmp(&b)));
-        let at = |d: usize| Placed {
-            model: Arc::clone(&models[i].model),
-            plan: Arc::clone(&plans[i]),
-            home: Home::On(vec![d as u16; plans[i].shards.len()]),
-            line: i,
-        };
-        let fits = |&d: &usize| {
-            let mut with = placed.clone();
-            with.push(at(d));
-            devices[d].budget.is_none_or(|budget| FleetMap::new(&with, devices.len()).arena_bytes[d] <= budget)
-        };
-        let d = candidates.into_iter().find(fits)?;
-        loads[d] += secs(i) / speeds[d];
-        placed.push(at(d));
-        numbers.push(i);
+        let with = |d: usize| loads[d].with(&plans[i], secs(i) / speeds[d]);
+        let fits = |&d: &usize| budgets[d].is_none_or(|budget| with(d).bytes() <= budget);
+        let sooner = |&a: &usize, &b: &usize| with(a).secs.total_cmp(&with(b).secs);
+        let d = (0..speeds.len()).filter(fits).min_by(sooner)?;
+        (loads[d], devices[i]) = (with(d), d);
     }
-    let mut by_number: Vec<(usize, Placed)> = numbers.into_iter().zip(placed).collect();
-    by_number.sort_by_key(|(i, _)| *i);
-    let last = loads.into_iter().fold(0.0, f64::max);
-    Some((by_number.into_iter().map(|(_, p)| p).collect(), last))
+    let secs = loads.iter().map(|load| load.secs).fold(0.0, f64::max);
+    Some(Distributed { devices, secs, most_bytes: loads.iter().map(|load| load.bytes()).max().unwrap_or(0) })
 }
 
 /// An error about a model, with its name first.

@@ -1,7 +1,7 @@
 //! Where models' state is at home: in the host's store, and in the disk tier what that has no room for.
 //!
 //! As little goes to the disk as will do: first of every model what costs a step least, and where all of it need not
-//! go, the first models keep theirs.
+//! go, the first models keep theirs; or those of which that spares the disk most, where it has no room else.
 
 use super::fleet::{FleetMap, Placed};
 use super::memory::Bump;
@@ -91,12 +91,17 @@ pub(super) fn choose_homes(models: &[Homes], budgets: HomeBudgets, smallest_devi
             format_bytes(host)
         )));
     };
-    let mut levels = vec![level; models.len()];
-    for m in 0..models.len() {
-        let with = |less: usize| total(models, |i| if i == m { less } else { levels[i] }).0;
-        levels[m] = (0..level).find(|&less| with(less) <= host).unwrap_or(level);
+    let mut order: Vec<usize> = (0..models.len()).collect();
+    let mut levels = levels_in(&order, models, level, host);
+    let mut disk = total(models, |m| levels[m]).1;
+    if disk > budgets.disk {
+        order.sort_by_key(|&m| std::cmp::Reverse(models[m][level].1));
+        let sparing = levels_in(&order, models, level, host);
+        let least = total(models, |m| sparing[m]).1;
+        if least < disk {
+            (levels, disk) = (sparing, least);
+        }
     }
-    let disk = total(models, |m| levels[m]).1;
     if disk > budgets.disk {
         return Err(refused(format!(
             "the disk tier needs {} ({disk} bytes){of_all}, its budget is {} ({} bytes)",
@@ -106,6 +111,16 @@ pub(super) fn choose_homes(models: &[Homes], budgets: HomeBudgets, smallest_devi
         )));
     }
     Ok(levels.into_iter().map(|level| OnDisk::ALL[level]).collect())
+}
+
+/// Where all models of the same `level` fit in the host's store: of each one in turn the least that will do.
+fn levels_in(order: &[usize], models: &[Homes], level: usize, host: u64) -> Vec<usize> {
+    let mut levels = vec![level; models.len()];
+    for &m in order {
+        let with = |less: usize| total(models, |i| if i == m { less } else { levels[i] }).0;
+        levels[m] = (0..level).find(|&less| with(less) <= host).unwrap_or(level);
+    }
+    levels
 }
 
 /// Why no plan of a model has a home for its state: of all plans the one that needs the least host memory with the disk
@@ -163,6 +178,21 @@ mod tests {
             assert_eq!(choose(&[MODEL, MODEL], host * K, 100 * K).unwrap(), want, "{host} KiB");
         }
         assert_eq!(choose_homes(&[MODEL], HomeBudgets::default(), 0).unwrap(), [Nothing]);
+    }
+
+    #[test]
+    fn what_spares_the_disk_most_leaves_it_first_where_it_is_short() {
+        use OnDisk::{Nothing, UpdateState};
+        let large = MODEL.map(|(host, disk)| (4 * host, 4 * disk));
+        for (models, roomy, short) in [
+            ([MODEL, large], [Nothing, UpdateState], [UpdateState, Nothing]),
+            ([large, MODEL], [Nothing, UpdateState], [Nothing, UpdateState]),
+        ] {
+            // In the order of the models where the disk has room for that.
+            assert_eq!(choose(&models, 72 * K, 100 * K).unwrap(), roomy);
+            assert_eq!(choose(&models, 72 * K, 9 * K).unwrap(), short);
+            assert!(choose(&models, 72 * K, 8 * K).is_err());
+        }
     }
 
     #[test]

@@ -11,7 +11,8 @@ use crate::base::align_up;
 use crate::device::norm_scratch_bytes;
 use crate::graph::{ALIGNMENT, Area};
 
-/// Bytes laid end to end, each stretch at a multiple of [`ALIGNMENT`].
+/// Bytes laid end to end, each stretch at a multiple of [`ALIGNMENT`]. Of more than 64 bits hold the end is the last
+/// that they do: no memory has as many.
 #[derive(Debug, Default)]
 pub(super) struct Bump {
     pub end: u64,
@@ -20,7 +21,7 @@ pub(super) struct Bump {
 impl Bump {
     pub fn take(&mut self, bytes: u64) -> u64 {
         let at = align_up(self.end, ALIGNMENT);
-        self.end = at + bytes;
+        self.end = at.saturating_add(bytes);
         at
     }
 
@@ -145,7 +146,7 @@ impl ArenaMap {
         ];
         let places = lists.into_iter().chain(&mut self.moments).chain(&mut self.saved).flatten();
         let single = self.losses.iter_mut().chain(&mut self.norms).chain([&mut self.norm_scratch]);
-        places.chain(single).for_each(|at| *at += by);
+        places.chain(single).for_each(|at| *at = at.saturating_add(by));
         self.workspace = workspace;
         self
     }
@@ -300,7 +301,7 @@ pub(super) fn have_large(shards: &[VisitBytes], slots: usize) -> bool {
 pub(super) fn bytes_at_rest(shards: &[VisitBytes]) -> Vec<u64> {
     let mut sums = vec![0];
     sums.extend(shards.iter().scan(0, |sum, shard| {
-        *sum += shard.slot + shard.gradients + shard.state;
+        *sum = [shard.slot, shard.gradients, shard.state].into_iter().fold(*sum, u64::saturating_add);
         Some(*sum)
     }));
     sums

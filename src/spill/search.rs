@@ -105,18 +105,18 @@ impl<'a> Search<'a> {
     fn try_cut(&mut self, cut: &[Range<usize>]) {
         let n = cut.len();
         let twice = self.options.recompute == Recompute::Always;
+        if self.options.anywhere.is_some() {
+            if self.options.recompute != Recompute::Never || n == 1 {
+                let shards = self.build(cut, |_| false, twice);
+                self.choices_anywhere(n).iter().for_each(|choice| self.offer(&shards, choice));
+            }
+            return;
+        }
         if let Some(keep) = &self.options.kept {
             let shards = self.build(cut, |s| keep.get(s).copied().unwrap_or(false), twice);
             self.visits = VisitBytes::of(self.model, &shards.programs, self.options.moments, self.options.slots.min(n));
             for choice in self.choices(n) {
                 self.offer(&shards, &choice);
-            }
-            return;
-        }
-        if self.options.anywhere.is_some() {
-            if self.options.recompute != Recompute::Never || n == 1 {
-                let shards = self.build(cut, |_| false, twice);
-                self.choices_anywhere(n).iter().for_each(|choice| self.offer(&shards, choice));
             }
             return;
         }

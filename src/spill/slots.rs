@@ -83,7 +83,7 @@ struct Sizes {
 impl Sizes {
     fn sum(self) -> u64 {
         let large = self.large.map_or(0, |bytes| align_up(bytes, ALIGNMENT));
-        large + self.count as u64 * align_up(self.others, ALIGNMENT)
+        large.saturating_add((self.count as u64).saturating_mul(align_up(self.others, ALIGNMENT)))
     }
 }
 
@@ -179,6 +179,14 @@ mod tests {
             let (slots, bytes) = map(kib, own, count);
             assert_eq!((bytes, slots.has_large(own)), (all, false), "{kib:?}");
         }
+    }
+
+    #[test]
+    fn bytes_that_no_number_holds_are_as_many_as_one_does() {
+        let bytes = [u64::MAX / 2; 3];
+        let mut bump = Bump::default();
+        SlotMap::new(&mut bump, &bytes, 0, 3);
+        assert_eq!((bump.end, shared_bytes(&bytes, 3, true)[0]), (u64::MAX, u64::MAX));
     }
 
     /// Of any so many neighbours each can be in a slot of its own.

@@ -9,7 +9,7 @@ use super::options::TrainOptions;
 use super::trainee::{ModelToTrain, Stage, Trainee};
 use crate::base::{Error, Result};
 use crate::device::Device;
-use crate::engine::{Ended, Engine, EngineOptions, StepResult, TurnOptions, check_lines};
+use crate::engine::{Ended, Engine, EngineOptions, StepResult, TurnOptions, check_count, check_lines};
 use crate::graph::Input;
 use crate::spill::Placed;
 use std::collections::VecDeque;
@@ -30,8 +30,10 @@ impl Fleet {
     ///
     /// # Errors
     /// When threads cannot be had, weights are missing, an option is absurd or another than its model's or its plan's,
-    /// a plan is another model's, or models, memory, devices and turns do not fit each other.
+    /// a plan is another model's, or models, memory, devices and turns do not fit each other; when there are more models
+    /// than [`MOST_MODELS`](crate::sched::MOST_MODELS).
     pub fn new(models: Vec<ModelToTrain>, device: Box<dyn Device>, turns: Option<TurnOptions>) -> Result<Fleet> {
+        check_count(models.len())?;
         let engine_options = models.iter().map(engine_options).collect::<Result<Vec<_>>>()?;
         let placed: Vec<Placed> = models.iter().map(|m| m.placed.clone()).collect();
         let engine = Engine::try_fleet(&placed, engine_options, device, turns)?;

@@ -28,6 +28,9 @@ impl Fleet {
         let every = self.trainees[model].options.valid_every;
         let done = self.trainees[model].done;
         self.trainees[model].ends |= observer.wants_end();
+        if self.trainees[model].ends {
+            self.engine.begins_no_more(model);
+        }
         if self.engine.steps_in_flight(model) == 0
             && std::mem::take(&mut self.trainees[model].owes_validation)
             && (done.is_multiple_of(every) || observer.wants_rest(done))
@@ -83,6 +86,7 @@ impl Fleet {
         if !ended {
             return Ok(());
         }
+        self.engine.begins_no_more(model);
         // A validation may have ended it, for which nothing had to come home.
         if self.trainees[model].offered != Some(self.trainees[model].done) {
             self.offer(model, observer)?;

@@ -17,7 +17,7 @@ mod set;
 mod tests;
 
 use hydra::base::{Error, Result};
-use hydra::sched::POLICIES;
+use hydra::sched::{MOST_MODELS, POLICIES};
 use hydra::spill::Baseline;
 pub use model::{Model, Valid};
 pub use search::Search;
@@ -300,6 +300,9 @@ fn read_all_models(root: &Section, there: &[Model], seed: u64) -> Result<(Vec<Mo
     let (mut models, mut searches): (Vec<Model>, Vec<Search>) = (Vec::new(), Vec::new());
     for (place, section) in root.sections("model", model::MODEL_KEYS)?.iter().enumerate() {
         let (made, search) = search::read_models(section, place, there.len() + models.len(), seed)?;
+        if there.len() + models.len() + made.len() > MOST_MODELS {
+            return Err(origin.fault("model", format!("there are more than {MOST_MODELS}; no more can run together")));
+        }
         for model in made {
             if let Some(twin) = models.iter().find(|other| other.name == model.name) {
                 let message = format!("{} has the name {:?} too; give each its own", twin.at, model.name);

@@ -258,7 +258,8 @@ pub fn machine(file: &str, job: &Job) -> Result<Machine> {
         let most = job.host.link.unwrap_or(f64::INFINITY);
         device.cost.h2d_bytes_per_sec = device.cost.h2d_bytes_per_sec.min(most);
         device.cost.d2h_bytes_per_sec = device.cost.d2h_bytes_per_sec.min(most);
-        device.cost.disk_bytes_per_sec = job.host.disk.as_ref().and_then(|disk| disk.link);
+        let disk = job.host.disk.as_ref().and_then(|disk| disk.link);
+        device.cost.disk_bytes_per_sec = disk.or(device.cost.disk_bytes_per_sec);
         device
     };
     let devices: Vec<MachineDevice> = devices.into_iter().map(linked).collect();
@@ -332,5 +333,23 @@ mod tests {
             assert_eq!(at_work(Policy::Lines(Baseline::ModelParallel), models, devices), 1);
             assert_eq!(at_work(Policy::Lines(Baseline::Gpipe), models, devices), devices);
         }
+    }
+
+    #[test]
+    fn a_disks_rate_is_the_jobs_or_else_the_profiles() {
+        let folder = tempfile::tempdir().unwrap();
+        let cost = CostModel { disk_bytes_per_sec: Some(3e9), ..CostModel::stated(1e12, 1e11, 1e10) };
+        std::fs::write(folder.path().join("fast.json"), serde_json::to_string(&cost).unwrap()).unwrap();
+        let rate = |disk: &str| {
+            let job = format!(
+                "[[device]]\nkind = 'sim'\nprofile = 'fast.json'\n[host]\n{disk}\n[[model]]\nname = 'a'\n\
+                 family = 'gpt2'\ndata = {{ random = true }}\nsteps = 3\n"
+            );
+            let path = folder.path().join("job.toml");
+            std::fs::write(&path, job).unwrap();
+            machine("job.toml", &Job::load(&path, &[]).unwrap()).unwrap().first().cost.disk_bytes_per_sec
+        };
+        assert_eq!(rate("disk = { path = 'spill', memory = '1 GiB' }"), Some(3e9));
+        assert_eq!(rate("disk = { path = 'spill', memory = '1 GiB', link = '1 GB/s' }"), Some(1e9));
     }
 }

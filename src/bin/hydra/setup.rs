@@ -14,7 +14,8 @@ use hydra::nn::{self, Form, InputShape, Network, Pretrained};
 use hydra::spill::{Baseline, PlanOptions, Recompute};
 use hydra::train::{TrainOptions, Weights, inputs_of};
 use std::cell::RefCell;
-use std::path::Path;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Steps beyond this are refused, as the job file's own key does.
@@ -157,9 +158,17 @@ pub fn check_scope(file: &str, job: &Job) -> Result<()> {
     Ok(())
 }
 
-/// Says which weights of a directory the network has no use for.
+thread_local! {
+    /// Directories of which a command has said so, for however many models and plans it opens them.
+    static NOTED: RefCell<BTreeSet<PathBuf>> = const { RefCell::new(BTreeSet::new()) };
+}
+
+/// Says which weights of a directory the network has no use for, once.
 pub fn note_unused(dir: &Path, unused: &[String]) {
     let Some(first) = unused.first() else { return };
+    if !NOTED.with_borrow_mut(|noted| noted.insert(dir.to_path_buf())) {
+        return;
+    }
     let more = if unused.len() > 1 { format!(" and {} more", unused.len() - 1) } else { String::new() };
     note(format!("{}: weights of layers that the network has not are left out: {first}{more}", dir.display()));
 }
@@ -182,10 +191,7 @@ pub fn prepare(job: &Job, i: usize, texts: &Texts) -> Result<Prepared> {
     let mut origin = match &model.source {
         Whence::From(dir) => {
             let pretrained = nn::open(dir)?;
-            // Once for all models of a search.
-            if job.models[..i].iter().all(|other| other.source != model.source) {
-                note_unused(dir, &pretrained.unused);
-            }
+            note_unused(dir, &pretrained.unused);
             Origin::Pretrained(Box::new(pretrained))
         }
         Whence::Family { family, config } => Origin::Family(build(family, config)?),
