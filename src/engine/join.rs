@@ -15,8 +15,8 @@ impl Engine {
     ///
     /// # Errors
     /// [`Error::OutOfBudget`] when the arenas have no room for it, [`Error::Device`] when the host has none or a device
-    /// fails, [`Error::BadInput`] when models do not take turns here, when there are as many as can be, or this one is at
-    /// home on devices: what others keep there would have to move. But for a failed device nothing has changed then.
+    /// fails, [`Error::BadInput`] when models do not take turns here, when there are as many as can be, or this one is
+    /// at home on devices: what others keep there would have to move. But for a failed device nothing has changed then.
     pub fn wait_add(&mut self, placed: &Placed, options: EngineOptions) -> Result<usize> {
         if placed.home != Home::Anywhere {
             return Err(Error::bad("a model at home on devices cannot join others; one that runs anywhere can"));

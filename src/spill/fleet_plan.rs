@@ -352,8 +352,8 @@ impl Distributed {
     }
 }
 
-/// What a device has of the models that are whole on it: what is each one's own, end to end, and behind that the largest
-/// workspace, as [`FleetMap`] lays them out.
+/// What a device has of the models that are whole on it: what is each one's own, end to end, and behind that the
+/// largest workspace, as [`FleetMap`] lays them out.
 #[derive(Clone, Copy, Default)]
 struct Load {
     secs: f64,

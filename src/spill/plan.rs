@@ -46,7 +46,8 @@ pub struct PlanOptions {
     pub moments: usize,
     /// A cut to use instead of searching.
     pub cut: Option<Vec<Range<usize>>>,
-    /// For each shard of `cut`, whether its forward is kept instead of recomputed; of a model that runs anywhere none is.
+    /// For each shard of `cut`, whether its forward is kept instead of recomputed; none is of a model that runs
+    /// anywhere.
     pub kept: Option<Vec<bool>>,
     /// Force state to stay on the device, or all of it to leave it.
     pub resident: Option<bool>,
