@@ -102,8 +102,9 @@ fn what_a_model_has_learnt_that_cannot_be_saved_is_in_a_checkpoint() {
         halves.iter().map(|(name, shape, bytes)| (name.as_str(), "F16", &shape[..], bytes.clone())).collect();
     fs::write(&weights, tensor_file(&entries)).expect("weights");
     // Nobody can go on from what is not finite.
-    let infinite =
-        job.hydra(&["train", "--set", "run.out=infinite", "--set", "model.0.steps=1", "--set", "model.0.lr=1e39"]);
+    let sets = ["run.out=infinite", "model.0.steps=1", "model.0.lr=3e38", "model.0.weight_decay=100"];
+    let sets: Vec<&str> = sets.iter().flat_map(|set| ["--set", set]).collect();
+    let infinite = job.hydra(&[&["train"], &sets[..]].concat());
     assert!(infinite.code == 2 && infinite.err.contains("which is no finite F16"), "{infinite:?}");
     assert!(job.at("infinite/m/metrics.jsonl").exists() && !job.at("infinite/m/checkpoint.safetensors").exists());
     let sets = ["model.0.steps=1", "model.0.lr=1e5"];

@@ -331,7 +331,7 @@ fn elementwise(t: &mut Table) {
         s.b.activation(x, Activation::Relu)
     })
     .flat = true;
-    for (by, rows, cols) in [(2.5, 31, 33), (-0.3, 1, 1023), (0.0, 3, 5)] {
+    for (by, rows, cols) in [(2.5, 31, 33), (-0.3, 1, 1023)] {
         t.add(format!("scale {by} {rows}x{cols}"), move |s| {
             let x = s.leaf("x", [rows, cols])?;
             s.b.scale(x, by)

@@ -163,7 +163,7 @@ fn family(families: &[&str]) {
 const FAMILIES: [&[&str]; 8] = [
     &["embedding", "add_position"],
     &["linear"],
-    &["activation", "glu", "add", "dropout"],
+    &["activation", "glu", "add", "scale", "dropout"],
     &["layernorm", "rmsnorm", "rotary", "batchnorm"],
     &["attention"],
     &["cross_entropy", "mean_squared_error"],
