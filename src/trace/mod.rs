@@ -2,7 +2,7 @@
 //!
 //! Everything here reads one kind of record, the [`Event`], and keeps no clock: times are given. The [`Recorder`] takes
 //! events from the executor without holding it up and streams the chosen steps to `trace.json`; [`read_trace`] reads
-//! that file back; [`where_time_went`] says what bound a step; [`gantt_svg`], [`report_page`] and [`sweep_svg`] draw.
+//! that file back; [`StepAccount`] says what bound a step; [`gantt_svg`], [`report_page`] and [`sweep_svg`] draw.
 //! Uses [`base`](crate::base) alone.
 
 mod bars;
