@@ -415,14 +415,19 @@ fn main() {
             _ => rows.push((rate(median), median, case)),
         }
     }
-    println!("\nmeasured ceilings: {gemm_ceiling:.1} GFLOP/s, {copy_ceiling:.1} GB/s");
+    if rows.is_empty() {
+        println!("\nno op was measured: no name has the filter in it");
+        return;
+    }
+    // A filter may have left the ceilings out.
+    let shown = |ceiling: f64| if ceiling.is_nan() { "-".to_string() } else { format!("{ceiling:.1}") };
+    println!("\nmeasured ceilings: {} GFLOP/s, {} GB/s", shown(gemm_ceiling), shown(copy_ceiling));
     println!("| op | median | rate | of the ceiling |\n| --- | ---: | ---: | ---: |");
     for (rate, secs, case) in rows {
         let (unit, ceiling) = match case.work {
             Work::Flop(_) => ("GFLOP/s", gemm_ceiling),
             Work::Bytes(_) => ("GB/s", copy_ceiling),
         };
-        // A filter may have left the ceiling out.
         let share = if ceiling.is_nan() { "-".to_string() } else { format!("{:.0} %", 100.0 * rate / ceiling) };
         println!("| {} | {} | {rate:.1} {unit} | {share} |", case.name, hydra::base::format_secs(secs));
     }

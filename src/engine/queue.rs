@@ -166,11 +166,6 @@ impl Queue {
         self.hazards.access(span, write, id, done, &mut self.after);
     }
 
-    /// How many tasks have been added.
-    pub fn added(&self) -> u64 {
-        self.next_id()
-    }
-
     /// Adds a task, whose accesses have been noted.
     pub fn add(&mut self, order: Order) {
         let id = self.next_id();

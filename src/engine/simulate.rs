@@ -235,7 +235,7 @@ pub(super) fn predict_counted(
     let lanes = engine.device.lanes().iter().copied();
     let (busiest, bound_secs) = busiest(lanes.zip(busy));
     let prediction = Prediction { step_secs, bound_secs, busiest, bound: bound.mean(MEASURED as f64) };
-    Ok((prediction, engine.queue.added()))
+    Ok((prediction, engine.queue.next_id()))
 }
 
 /// What no schedule of these plans can beat: arithmetic as planned, and the bytes that must cross however shards are

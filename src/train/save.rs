@@ -3,7 +3,7 @@
 use super::weights::Weights;
 use crate::base::{DType, Error, Result};
 use crate::engine::{Engine, Stored};
-use crate::graph::{Graph, LowRank, Op, WeightLayout, adapted_layer, adapter_names};
+use crate::graph::{AttentionKind, Graph, LowRank, Op, WeightLayout, adapted_layer, adapter_names};
 use crate::nn::{self, Form};
 use rayon::prelude::*;
 use serde_json::json;
@@ -76,7 +76,7 @@ pub fn save_adapters(
         "fan_in_fan_out": graph.nodes.iter().any(|node| in_out(&node.op)),
         "inference_mode": true,
     });
-    if graph.inputs.iter().any(|input| input.name == "input_ids") {
+    if graph.nodes.iter().any(|node| matches!(node.op, Op::Attention(AttentionKind { causal: true, .. }))) {
         config["task_type"] = "CAUSAL_LM".into();
     }
     let adapters = graph.parameters.iter().filter(|p| adapted_layer(&p.name).is_some());

@@ -14,8 +14,12 @@ use std::path::Path;
 /// or without one of the host, into that file.
 ///
 /// # Errors
-/// When a file cannot be written, or there are no rates for `profile`.
+/// When a file cannot be written, or there are no rates for `profile`, or its name is another than jobs take.
 pub fn run(out: Option<&Path>, profile: Option<&Path>, json: bool) -> Result<()> {
+    // Jobs know such files by that.
+    if let Some(path) = profile.filter(|path| path.extension().is_none_or(|end| end != "json")) {
+        return Err(Error::bad(format!("--profile {}: want a name that ends in .json", path.display())));
+    }
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let (total, free) = (total_memory_bytes(), free_memory_bytes());
     let mut host = json!({

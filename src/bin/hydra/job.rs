@@ -18,7 +18,7 @@ mod tests;
 
 use hydra::base::{Error, Result};
 use hydra::sched::{MOST_MODELS, POLICIES};
-use hydra::spill::Baseline;
+use hydra::spill::{Baseline, Recompute};
 pub use model::{Model, Valid};
 pub use search::Search;
 pub use section::SANE_RATES;
@@ -114,28 +114,9 @@ impl Pipeline {
         [("auto", Pipeline::Auto), ("always", Pipeline::Always), ("never", Pipeline::Never)];
 }
 
-/// What is recomputed in the backward.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Recompute {
-    /// What the plan must.
-    Auto,
-    /// Every layer's forward, whatever the cut.
-    Always,
-    /// Nothing; refused where that does not fit.
-    Never,
-}
-
-impl Recompute {
-    /// Each with the word for it.
-    pub const WORDS: [(&'static str, Recompute); 3] =
-        [("auto", Recompute::Auto), ("always", Recompute::Always), ("never", Recompute::Never)];
-
-    /// The word for it in a job file.
-    pub fn word(self) -> &'static str {
-        let found = Recompute::WORDS.iter().find(|(_, recompute)| *recompute == self);
-        found.expect("WORDS has every way").0
-    }
-}
+/// What may be recomputed in the backward, each with the word for it.
+pub const RECOMPUTE: [(&str, Recompute); 3] =
+    [("auto", Recompute::Auto), ("always", Recompute::Always), ("never", Recompute::Never)];
 
 /// One `[[device]]`: `count` devices alike.
 #[derive(Clone, Debug, PartialEq)]
@@ -348,7 +329,7 @@ fn read_run(root: &Section, stem: &str) -> Result<Run> {
         seed: s.integer("seed", 0..=u64::MAX)?.unwrap_or(0),
         policy: s.word("policy", &Policy::words())?.unwrap_or(Policy::Turns(POLICIES[0].0)),
         slots: s.count("slots")?,
-        recompute: s.word("recompute", &Recompute::WORDS)?.unwrap_or(Recompute::Auto),
+        recompute: s.word("recompute", &RECOMPUTE)?.unwrap_or(Recompute::Auto),
         trace_first: trace.integer("first", 0..=u64::MAX)?.unwrap_or(5),
         trace_last: trace.integer("last", 0..=u64::MAX)?.unwrap_or(20),
         pipeline: s.word("pipeline", &Pipeline::WORDS)?.unwrap_or(Pipeline::Auto),

@@ -1,5 +1,6 @@
 //! What plan.json holds.
 
+use crate::job::RECOMPUTE;
 use crate::machine::MachineDevice;
 use crate::placing::Sharing;
 use crate::planning::{Planned, PlannedJob};
@@ -96,7 +97,7 @@ impl PlannedJob {
             "devices": budgets.len(),
             "policy": if self.sharing == Sharing::Alone { Value::Null } else { self.job.run.policy.word().into() },
             "budget": if budgets.iter().all(|b| *b == budgets[0]) { json!(budgets[0]) } else { json!(budgets) },
-            "recompute": self.job.run.recompute.word(),
+            "recompute": RECOMPUTE.iter().find(|(_, way)| *way == self.job.run.recompute).map(|(word, _)| *word),
             "resident": self.models.iter().all(|m| m.plan().choice.resident),
             "resting_shards": self.models.iter().map(|m| m.plan().resting_shards()).sum::<usize>(),
             "slots": self.models.iter().map(|m| m.plan().choice.slots).max(),

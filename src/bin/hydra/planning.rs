@@ -155,7 +155,7 @@ pub fn trace(job: &Job, mut prepared: Prepared, before: &[(&Prepared, &Arc<Model
     let b = &job.models[before.len()];
     let same = |j: &usize| {
         let (a, twin) = (&job.models[*j], before[*j].0);
-        let sizes = |m: &job::Model| (m.batch, m.microbatch, m.loss_rows, m.dtype.clone());
+        let sizes = |m: &job::Model| (m.batch, m.microbatch, m.loss_rows, m.dtype);
         let (one, other) = (&twin.options, &prepared.options);
         let traced_alike =
             one.microbatch == other.microbatch && (&one.frozen, &one.low_rank) == (&other.frozen, &other.low_rank);

@@ -1,7 +1,7 @@
 //! A job's models made ready: the network, its data, and how to train it; nothing is planned yet and no weight is read.
 
 use crate::companions::{self, Files, PREPROCESSOR};
-use crate::job::model::{Data, Length, Source as Whence, TOKENIZERS, Tokenizer, ValidPart};
+use crate::job::model::{Data, Length, Precision, Source as Whence, TOKENIZERS, Tokenizer, ValidPart};
 use crate::job::{self, DeviceKind, Job, Pipeline, Policy};
 use crate::print::note;
 use crate::recipe::{Recipe, Sources};
@@ -11,7 +11,7 @@ use hydra::base::{DType, Error, Result};
 use hydra::data::{Source, names};
 use hydra::graph::{Graph, Parameter, adapted_layer};
 use hydra::nn::{self, Form, InputShape, Network, Pretrained};
-use hydra::spill::{Baseline, PlanOptions, Recompute};
+use hydra::spill::{Baseline, PlanOptions};
 use hydra::train::{TrainOptions, Weights, inputs_of};
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -181,7 +181,7 @@ pub fn prepare(job: &Job, i: usize, texts: &Texts) -> Result<Prepared> {
     let model = &job.models[i];
     let fault = |key: &str, what: String| model.fault(key, what);
     let kind = job.devices[0].kind;
-    if model.dtype == "tf32" && !matches!(kind, DeviceKind::Cuda | DeviceKind::Emulated) {
+    if model.dtype == Precision::Tf32 && !matches!(kind, DeviceKind::Cuda | DeviceKind::Emulated) {
         let what = format!("tf32 goes with kind = \"cuda\", not \"{}\"; write dtype = \"f32\"", kind.word());
         return Err(fault("dtype", what));
     }
@@ -255,22 +255,15 @@ pub fn prepare(job: &Job, i: usize, texts: &Texts) -> Result<Prepared> {
     check_frozen(network, model)?;
     options.frozen = model.frozen.clone();
     options.low_rank = model.lora.clone();
-    options.dtype = if model.dtype == "bf16" { DType::Bf16 } else { DType::F32 };
-    options.tf32 = model.dtype == "tf32";
+    options.dtype = if model.dtype == Precision::Bf16 { DType::Bf16 } else { DType::F32 };
+    options.tf32 = model.dtype == Precision::Tf32;
     (options.optimizer, options.clip, options.schedule) = (model.optimizer, model.clip, model.schedule);
     options.tokenizer = identity;
     options.network = Some(nn::settings(&network.config()).to_string());
     options.data = recipe.identity(texts)?;
     options.valid_every = model.valid.as_ref().map_or(50, |v| v.every);
-    options.plan = PlanOptions {
-        slots: job.run.slots.unwrap_or(2),
-        recompute: match job.run.recompute {
-            job::Recompute::Auto => Recompute::Auto,
-            job::Recompute::Always => Recompute::Always,
-            job::Recompute::Never => Recompute::Never,
-        },
-        ..PlanOptions::default()
-    };
+    options.plan =
+        PlanOptions { slots: job.run.slots.unwrap_or(2), recompute: job.run.recompute, ..PlanOptions::default() };
     let companions = match &model.source {
         Whence::From(dir) => texts.companions.open(dir)?,
         Whence::Family { .. } => Arc::default(),
@@ -370,6 +363,7 @@ fn steps(length: &Length, source: &dyn Source) -> std::result::Result<u64, (&'st
 mod tests {
     use super::*;
     use hydra::data::Batch;
+    use hydra::spill::Recompute;
     use hydra::train::{Optimizer, Schedule};
 
     /// Two models of which no setting has its default.

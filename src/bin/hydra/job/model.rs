@@ -23,8 +23,8 @@ pub struct Model {
     pub name: String,
     /// Where the network and its first weights come from.
     pub source: Source,
-    /// Type of weights and activations: `f32`, `bf16` or `tf32`.
-    pub dtype: String,
+    /// Type of weights and activations.
+    pub dtype: Precision,
     /// What it is trained on.
     pub data: Data,
     /// What it is evaluated on, if anything.
@@ -47,6 +47,23 @@ pub struct Model {
     pub clip: Option<f64>,
     /// How the learning rate changes.
     pub schedule: Schedule,
+}
+
+/// Type of weights and activations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// f32.
+    F32,
+    /// bf16, with f32 masters.
+    Bf16,
+    /// f32, whose products round their factors to tf32.
+    Tf32,
+}
+
+impl Precision {
+    /// Each with the word for it.
+    pub const WORDS: [(&'static str, Precision); 3] =
+        [("f32", Precision::F32), ("bf16", Precision::Bf16), ("tf32", Precision::Tf32)];
 }
 
 impl Model {
@@ -179,7 +196,7 @@ pub const LONGEST_NAME: usize = 200;
 pub fn read_model(s: &Section) -> Result<Model> {
     let name = read_name(s)?.to_string();
     let source = read_source(s)?;
-    let dtype = s.word("dtype", &[("f32", "f32"), ("bf16", "bf16"), ("tf32", "tf32")])?.unwrap_or("f32").to_string();
+    let dtype = s.word("dtype", &Precision::WORDS)?.unwrap_or(Precision::F32);
     let data = read_data(s, &source)?;
     let valid = read_valid(s, &data)?;
     let batch = s.count("batch")?.unwrap_or(1);

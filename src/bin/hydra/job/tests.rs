@@ -1,6 +1,6 @@
 //! Good and bad job files in tables, and mutated ones that must not panic.
 
-use super::model::{Data, Length, Source, Tokenizer, ValidPart};
+use super::model::{Data, Length, Precision, Source, Tokenizer, ValidPart};
 use super::*;
 use hydra::graph::LowRank;
 use hydra::train::{Optimizer, Schedule};
@@ -181,7 +181,7 @@ fn defaults() {
     assert_eq!((device.kind, device.count, device.memory, device.link), (DeviceKind::Host, 1, None, None));
     assert_eq!(job.host, Host::default());
     let model = &job.models[0];
-    assert_eq!((model.batch, model.microbatch, model.dtype.as_str()), (1, 1, "f32"));
+    assert_eq!((model.batch, model.microbatch, model.dtype), (1, 1, Precision::F32));
     assert_eq!((&model.valid, job.models.len(), &job.searches), (&None, 1, &vec![]));
     assert_eq!((model.optimizer, model.clip, model.schedule), (Optimizer::default(), None, Schedule::Constant));
     assert_eq!(
