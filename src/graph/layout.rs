@@ -22,6 +22,8 @@ pub struct ModelLayout {
     pub order: Vec<usize>,
     /// Of these those that several layers use, in the graph's order.
     pub shared: Vec<usize>,
+    /// Those that are not trained, in the graph's order.
+    pub frozen: Vec<usize>,
     /// Start of each parameter, by its index in the graph.
     pub parameter: Vec<u64>,
     /// Stretch of parameters that each layer owns, and trains.
@@ -50,6 +52,7 @@ impl ModelLayout {
             shared: (0..graph.parameters.len())
                 .filter(|&p| !graph.parameters[p].frozen && graph.parameters[p].layers.len() > 1)
                 .collect(),
+            frozen: (0..graph.parameters.len()).filter(|&p| graph.parameters[p].frozen).collect(),
             parameter: vec![0; graph.parameters.len()],
             layers: Vec::new(),
             parameter_bytes: 0,
@@ -157,13 +160,13 @@ impl ShardLayout {
                 shard.gradient_bytes += bytes * model.wide_ratio;
             }
         }
-        for layer in layers {
-            for (i, p) in graph.parameters.iter().enumerate().filter(|(_, p)| p.frozen && p.layers.contains(&layer)) {
-                if !shard.frozen.iter().any(|&(known, _)| known == i) {
-                    shard.frozen.push((i, shard.weight_bytes));
-                    shard.weight_bytes += align_up(graph.bytes(p.value).max(1), ALIGNMENT);
-                }
-            }
+        // By the first of these layers that uses each.
+        let first_use = |&i: &usize| Some((*graph.parameters[i].layers.iter().find(|l| layers.contains(l))?, i));
+        let mut frozen: Vec<(usize, usize)> = model.frozen.iter().filter_map(first_use).collect();
+        frozen.sort_unstable();
+        for (_, i) in frozen {
+            shard.frozen.push((i, shard.weight_bytes));
+            shard.weight_bytes += align_up(graph.bytes(graph.parameters[i].value).max(1), ALIGNMENT);
         }
         shard
     }
