@@ -20,11 +20,9 @@ pub const COMPARED_STEPS: u64 = 24;
 /// The gain that a pipeline is to promise: predictions are no better.
 const LEAST_GAIN: f64 = 0.1;
 
-/// Parts of the memory that plans take in which they are tried too, the gain that these are to promise, and the steps of
-/// the longest model in which they do.
+/// Parts of the memory that plans take in which they are tried too, and the gain that these are to promise.
 const LESS_MEMORY: [u64; 2] = [2, 4];
 const LEAST_GAIN_OF_LESS: f64 = 0.02;
-const FEW_STEPS: u64 = 8;
 
 /// Seconds of a microbatch in a unit below which handing it on costs too much, whatever a simulation says of it.
 const LEAST_TASK_SECS: f64 = 2e-4;
@@ -126,8 +124,7 @@ impl Placing {
         }
         let without = one_at_a_time()?.checked(machine)?;
         let Ok(pipelined) = fine(plan) else { return Ok(without) };
-        let makespan_secs =
-            |placing: &Placing| placing.simulated(job, machine, fleet, COMPARED_STEPS).map(|s| s.makespan_secs);
+        let makespan_secs = |placing: &Placing| placing.simulated(job, machine, fleet).map(|s| s.makespan_secs);
         let ends_sooner = makespan_secs(&pipelined)? < (1.0 - LEAST_GAIN) * makespan_secs(&without)?;
         let smallest_device_bytes = pipelined.smallest_device_bytes.min(without.smallest_device_bytes);
         Ok(if ends_sooner { Placing { smallest_device_bytes, ..pipelined } } else { without })
@@ -141,7 +138,7 @@ impl Placing {
             Ok(Placing { placed, sharing: Sharing::Turns(LocalityLrtf::default()), smallest_device_bytes })
         };
         let mut best = within(devices)?;
-        let simulated = best.simulated(job, machine, fleet, FEW_STEPS)?;
+        let simulated = best.simulated(job, machine, fleet)?;
         let mut secs = simulated.makespan_secs;
         let gains = |found: f64, secs: f64| found < (1.0 - LEAST_GAIN_OF_LESS) * secs;
         // Of less memory comes no less work.
@@ -157,22 +154,20 @@ impl Placing {
             if find_homes(&placing.placed, machine.homes).is_err() {
                 continue;
             }
-            let found = placing.simulated(job, machine, fleet, FEW_STEPS)?.makespan_secs;
+            let found = placing.simulated(job, machine, fleet)?.makespan_secs;
             if gains(found, secs) {
                 let smallest_device_bytes = best.smallest_device_bytes;
                 (best, secs) = (Placing { smallest_device_bytes, ..placing }, found);
-            } else if found > secs {
-                break;
             }
         }
         Ok(best)
     }
 
     /// Simulates a part of all steps, by which ways are compared.
-    fn simulated(&self, job: &Job, machine: &Machine, fleet: &[FleetModel], most_steps: u64) -> Result<Simulation> {
+    fn simulated(&self, job: &Job, machine: &Machine, fleet: &[FleetModel]) -> Result<Simulation> {
         let steps: Vec<u64> = fleet.iter().map(|m| m.steps).collect();
         let clips = fleet.iter().map(|m| m.options.clips).collect();
-        let steps = (fewer_steps(&steps, most_steps), clips);
+        let steps = (fewer_steps(&steps, COMPARED_STEPS), clips);
         simulate(&self.placed, &self.sharing, &job.run, machine, steps, None)
     }
 
