@@ -11,7 +11,7 @@ mod models;
 use hydra::device::CostModel;
 use hydra::engine::{SimulateOptions, simulate};
 use hydra::sched::by_name;
-use hydra::spill::{FleetDevice, FleetModel, PlanOptions, plan_anywhere};
+use hydra::spill::{FleetDevice, FleetModel, PlanOptions, Updates, plan_anywhere};
 use models::Chain;
 use std::time::Instant;
 
@@ -21,8 +21,11 @@ fn main() {
     let chain = Chain::equal(shards, 1024, 512).model();
     let mut cost = CostModel::stated(10e12, 900e9, 12e9);
     cost.host_update_bytes_per_sec = 1e12;
-    let options =
-        PlanOptions { moments: 0, cut: Some((0..shards).map(|l| l..l + 1).collect()), ..PlanOptions::default() };
+    let options = PlanOptions {
+        updates: Updates::PLAIN,
+        cut: Some((0..shards).map(|l| l..l + 1).collect()),
+        ..PlanOptions::default()
+    };
     let fleet: Vec<FleetModel> = (0..models)
         .map(|i| FleetModel { name: format!("model {i}"), model: chain.clone(), options: options.clone(), steps })
         .collect();
@@ -35,15 +38,8 @@ fn main() {
         let simulation = simulate(
             &placed,
             SimulateOptions {
-                steps: vec![steps; models],
-                clips: vec![false; models],
-                costs: vec![cost.clone(); devices],
-                shared_bytes_per_sec: None,
-                arena_bytes: Vec::new(),
                 policy: by_name(policy, 1),
-                units: 2,
-                lines: Vec::new(),
-                recorder: None,
+                ..SimulateOptions::new(vec![steps; models], vec![cost.clone(); devices])
             },
         )
         .expect("nothing fails");

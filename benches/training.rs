@@ -246,7 +246,7 @@ fn prediction(jobs: &[(&'static str, Gpt, f64)], steps: u64) -> Result<()> {
         let plan =
             PlanOptions { device_budget: Some(budget.max(whole.plan.smallest_device_bytes)), ..PlanOptions::default() };
         let mut w = way(name, gpt, TrainOptions { plan, ..base }, cost)?;
-        let predicted = predict(&w.model, &w.plan, cost, false)?.step_secs;
+        let predicted = predict(&w.model, &w.plan, cost)?.step_secs;
         w.round(gpt)?;
         let error = predicted / w.median() - 1.0;
         errors.push(error.abs());

@@ -9,7 +9,7 @@ use hydra::device::CostModel;
 use hydra::engine::{SimulateOptions, simulate};
 use hydra::nn::{self, InputShape};
 use hydra::sched::{ModelId, ModelView, Policy, ShardedLrtf, View};
-use hydra::spill::{FleetDevice, FleetModel, PlanOptions, plan_anywhere};
+use hydra::spill::{FleetDevice, FleetModel, PlanOptions, Updates, plan_anywhere};
 use hydra::train::{TrainOptions, trace_model};
 use serde_json::json;
 use std::sync::Arc;
@@ -42,7 +42,7 @@ pub fn main() -> Result<()> {
         let network = nn::from_config("gpt2", &config)?;
         let inputs = ["input_ids", "labels"].map(|name| InputShape::new(name, [64], DType::I32));
         let model = Arc::new(trace_model(network.as_ref(), &inputs, &TrainOptions::new(10))?);
-        let options = PlanOptions { moments: 0, ..PlanOptions::default() };
+        let options = PlanOptions { updates: Updates::PLAIN, ..PlanOptions::default() };
         models.push(FleetModel { name: format!("gpt-{layers}"), model, options, steps: 10 });
     }
     let placed = plan_anywhere(&models, &devices)?.placed;
@@ -53,15 +53,8 @@ pub fn main() -> Result<()> {
         let simulation = simulate(
             &placed,
             SimulateOptions {
-                steps: vec![10; models.len()],
-                clips: vec![false; models.len()],
-                costs: vec![cost.clone(); 2],
-                shared_bytes_per_sec: None,
-                arena_bytes: Vec::new(),
                 policy: Some(policy),
-                units: 2,
-                lines: Vec::new(),
-                recorder: None,
+                ..SimulateOptions::new(vec![10; models.len()], vec![cost.clone(); 2])
             },
         )?;
         let ends: Vec<String> = simulation.end_secs.iter().map(|secs| format!("{:.1} ms", 1e3 * secs)).collect();

@@ -12,7 +12,7 @@ use hydra::device::host::{HostConfig, HostDevice, HostSpec};
 use hydra::engine::{Engine, EngineOptions};
 use hydra::graph::{ALIGNMENT, Mode};
 use hydra::nn::{self, Form, InputShape};
-use hydra::spill::{Model, Plan, PlanOptions};
+use hydra::spill::{Model, Plan, PlanOptions, Updates};
 use hydra::train::{
     Observer, Optimizer, Session, StepReport, TrainOptions, Weights, inputs_of, plan_model, trace_model,
     write_checkpoint,
@@ -185,7 +185,7 @@ fn logits_are_near_those_of_f32() {
         let inputs = [InputShape::new("input_ids", [9], DType::I32)];
         let graph = small.network.trace(Mode::Evaluation, dtype, 1, &inputs).expect("traced");
         let model = Arc::new(Model::evaluation(graph).expect("a model"));
-        let options = PlanOptions { moments: 0, ..PlanOptions::default() };
+        let options = PlanOptions { updates: Updates::PLAIN, ..PlanOptions::default() };
         let plan = Arc::new(Plan::new(&model, &options, &common::stated()).expect("a plan"));
         let spec = HostSpec { arena_bytes: plan.arena.bytes, ..HostSpec::default() };
         let config =

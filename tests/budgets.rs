@@ -10,7 +10,7 @@ use hydra::engine::{SimulateOptions, plan_alone, predict, simulate};
 use hydra::nn::{InputShape, from_config};
 use hydra::spill::{
     Baseline, FleetDevice, FleetMap, FleetModel, Home, HomeBudgets, Model, Placed, Plan, PlanOptions, Recompute,
-    place_baseline, plan_anywhere, plan_at_home, plan_fleet, plan_pipelined,
+    Updates, place_baseline, plan_anywhere, plan_at_home, plan_fleet, plan_pipelined,
 };
 use hydra::train::{TrainOptions, trace_model};
 use serde_json::{Value, json};
@@ -117,7 +117,7 @@ fn fleet_models(models: &[(&Arc<Model>, usize)], options: &PlanOptions) -> Vec<F
     let of = |(i, &(model, moments)): (usize, &(&Arc<Model>, usize))| FleetModel {
         name: format!("m{i}"),
         model: Arc::clone(model),
-        options: PlanOptions { moments, ..options.clone() },
+        options: PlanOptions { updates: Updates { moments, ..options.updates }, ..options.clone() },
         steps: 3 + i as u64,
     };
     models.iter().enumerate().map(of).collect()
@@ -216,9 +216,10 @@ fn the_host_memory_and_the_disk_that_are_advised_do() {
     let cost = stated();
     let mut with_disk = 0;
     for (clips, device_bytes) in [(false, 200_000), (true, 200_000), (true, 400_000), (false, 700_000)] {
-        let plan = |host: u64, disk_budget: u64| {
-            let (device_budget, host_budget) = (Some(device_bytes), Some(host));
-            let options = PlanOptions { device_budget, host_budget, disk_budget, clips, ..PlanOptions::default() };
+        let plan = |host: u64, disk: u64| {
+            let (device_budget, homes) = (Some(device_bytes), HomeBudgets { host: Some(host), disk });
+            let updates = Updates { clips, ..Updates::default() };
+            let options = PlanOptions { device_budget, homes, updates, ..PlanOptions::default() };
             Plan::new(&model, &options, &cost).map_err(|error| error.to_string())
         };
         let most = plan(u64::MAX, 0).expect("no budget").host.bytes;
@@ -329,29 +330,18 @@ fn a_predicted_step_is_that_of_a_long_run() {
             let cost = CostModel { host_update_bytes_per_sec: 5e9, ..CostModel::stated(1e12, 1e11, 2e9) };
             let options = PlanOptions {
                 slots,
-                clips,
-                moments: 2,
+                updates: Updates { moments: 2, clips },
                 resident: Some(false),
                 visiting_updates: Some(visiting_updates),
                 ..PlanOptions::default()
             };
             let model = gpt([64, 4, 6], 300, 32, 8, 2);
             let plan = plan_alone(&model, &options, &cost).expect("a plan");
-            let predicted = predict(&model, &plan, &cost, clips).expect("a prediction");
+            let predicted = predict(&model, &plan, &cost).expect("a prediction");
             let home = Home::On(vec![0; plan.shards.len()]);
             let placed = [Placed { model, plan, home, line: 0 }];
             let secs = |steps: u64| {
-                let options = SimulateOptions {
-                    steps: vec![steps],
-                    clips: vec![clips],
-                    costs: vec![cost.clone()],
-                    shared_bytes_per_sec: None,
-                    arena_bytes: Vec::new(),
-                    policy: None,
-                    units: slots,
-                    lines: Vec::new(),
-                    recorder: None,
-                };
+                let options = SimulateOptions { units: slots, ..SimulateOptions::new(vec![steps], vec![cost.clone()]) };
                 simulate(&placed, options).expect("nothing fails").makespan_secs
             };
             let (steady, what) = ((secs(40) - secs(20)) / 20.0, format!("{clips} {slots} {visiting_updates}"));

@@ -11,7 +11,7 @@ use hydra::device::DiskSpec;
 use hydra::device::host::{HostConfig, HostDevice, HostSpec};
 use hydra::device::sim::CostModel;
 use hydra::engine::{Stored, plan_alone, predict};
-use hydra::spill::{Model, OnDisk, Plan, PlanOptions};
+use hydra::spill::{HomeBudgets, Model, OnDisk, Plan, PlanOptions, Updates};
 use hydra::train::{TrainOptions, write_checkpoint};
 use std::path::Path;
 use std::sync::Arc;
@@ -24,9 +24,10 @@ fn model(microbatches: usize) -> Arc<Model> {
 /// Seconds of a step and of its busiest lane, with all state on its way and this much of it on a disk of such a rate,
 /// and all updates by the host; with some by the device, if that is chosen, it is no longer.
 fn step(model: &Arc<Model>, on_disk: OnDisk, clips: bool, bytes_per_sec: f64) -> (f64, f64) {
-    let mut options = PlanOptions { resident: Some(false), on_disk: Some(on_disk), clips, ..PlanOptions::default() };
+    let updates = Updates { clips, ..Updates::default() };
+    let mut options = PlanOptions { resident: Some(false), on_disk: Some(on_disk), updates, ..PlanOptions::default() };
     let cost = CostModel { disk_bytes_per_sec: Some(bytes_per_sec), ..stated() };
-    let secs = |plan: &Arc<Plan>| predict(model, plan, &cost, clips).expect("no stall");
+    let secs = |plan: &Arc<Plan>| predict(model, plan, &cost).expect("no stall");
     let chosen = secs(&plan_alone(model, &options, &cost).expect("no budget")).step_secs;
     options.visiting_updates = Some(0);
     let prediction = secs(&plan_alone(model, &options, &cost).expect("no budget"));
@@ -66,9 +67,9 @@ fn a_step_is_as_long_as_the_slower_of_the_disk_and_the_rest() {
 fn host_memory_is_within_its_budget_and_no_more_is_on_the_disk_than_must_be() {
     let model = model(2);
     const DEVICE: u64 = 600_000;
-    let plan = |host_budget: u64, disk_budget: u64| {
-        let (device_budget, host_budget) = (Some(DEVICE), Some(host_budget));
-        let options = PlanOptions { device_budget, host_budget, disk_budget, ..PlanOptions::default() };
+    let plan = |host: u64, disk: u64| {
+        let (device_budget, homes) = (Some(DEVICE), HomeBudgets { host: Some(host), disk });
+        let options = PlanOptions { device_budget, homes, ..PlanOptions::default() };
         Plan::new(&model, &options, &stated())
     };
     let most = plan(u64::MAX, 0).expect("no budget").host.bytes;

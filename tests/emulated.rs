@@ -11,7 +11,7 @@ use hydra::device::{Completion, CopySpan, Device, DeviceSpec, FleetMemory, Memor
 use hydra::engine::{Stored, TurnOptions};
 use hydra::graph::LowRank;
 use hydra::sched::by_name;
-use hydra::spill::{Baseline, FleetDevice, FleetMap, FleetModel, Home, OnDisk, Placed, PlanOptions, Recompute};
+use hydra::spill::{Baseline, FleetDevice, FleetMap, FleetModel, Home, OnDisk, Placed, PlanOptions, Recompute, Spread};
 use hydra::spill::{place_baseline, plan_anywhere, plan_at_home};
 use hydra::train::{Fleet, ModelToTrain, Observer, Optimizer, TrainOptions, Weights};
 use std::sync::atomic::AtomicBool;
@@ -474,11 +474,7 @@ fn three(arch: u32) -> Vec<Member> {
 }
 
 fn fleet_models(members: &[Member]) -> Vec<FleetModel> {
-    let options = |m: &Member| PlanOptions {
-        moments: m.options.optimizer.moments(),
-        clips: m.options.clip.is_some(),
-        ..PlanOptions::default()
-    };
+    let options = |m: &Member| PlanOptions { updates: m.options.updates(), ..PlanOptions::default() };
     let model = |(i, m): (usize, &Member)| FleetModel {
         name: format!("model {i}"),
         model: m.small.model(&m.options),
@@ -550,7 +546,7 @@ fn a_mix_of_models_has_the_same_bits_on_any_gpus() {
     let models = fleet_models(&members);
     // Nothing may need more of a device than the largest of them when it spills as far as it can.
     let alone = |m: &FleetModel| {
-        let options = PlanOptions { anywhere: Some(1), ..m.options.clone() };
+        let options = PlanOptions { spread: Spread::anywhere(1), ..m.options.clone() };
         hydra::spill::Plan::new(&m.model, &options, &stated()).expect("a plan").smallest_device_bytes
     };
     let budget = models.iter().map(alone).max().map(|bytes| bytes * 5 / 4);

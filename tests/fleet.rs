@@ -14,8 +14,8 @@ use hydra::engine::{Engine, SimulateOptions, Simulation, TurnOptions, simulate};
 use hydra::nn::Pretrained;
 use hydra::sched::{Claim, LocalityLrtf, LocalityTuning, MOST_MODELS, POLICIES, Policy, View, by_name};
 use hydra::spill::{
-    Baseline, FleetDevice, FleetMap, FleetModel, Home, HomeBudgets, OnDisk, Placed, PlanOptions, Recompute, find_homes,
-    place_baseline, plan_anywhere, plan_at_home, plan_fleet, plan_pipelined,
+    Baseline, FleetDevice, FleetMap, FleetModel, Home, HomeBudgets, OnDisk, Placed, PlanOptions, Recompute, Spread,
+    find_homes, place_baseline, plan_anywhere, plan_at_home, plan_fleet, plan_pipelined,
 };
 use hydra::train::{Fleet, FleetObserver, ModelToTrain, Observer, Optimizer, StepReport, TrainOptions, Weights};
 use std::collections::BTreeSet;
@@ -144,13 +144,7 @@ fn fleet_models(entries: &[Entry], recompute: Recompute, slots: usize) -> Vec<Fl
         .map(|e| FleetModel {
             name: e.name.into(),
             model: e.small.model(&e.options),
-            options: PlanOptions {
-                moments: e.options.optimizer.moments(),
-                clips: e.options.clip.is_some(),
-                recompute,
-                slots,
-                ..PlanOptions::default()
-            },
+            options: PlanOptions { updates: e.options.updates(), recompute, slots, ..PlanOptions::default() },
             steps: e.options.steps,
         })
         .collect()
@@ -327,12 +321,8 @@ fn check(what: &str, entries: &[Entry], got: &[Result<Outcome, String>], want: &
 /// The smallest budget with which all six fit, anywhere.
 fn smallest(entries: &[Entry]) -> u64 {
     let alone = |e: &Entry| {
-        let options = PlanOptions {
-            anywhere: Some(1),
-            moments: e.options.optimizer.moments(),
-            clips: e.options.clip.is_some(),
-            ..PlanOptions::default()
-        };
+        let (updates, spread) = (e.options.updates(), Spread::anywhere(1));
+        let options = PlanOptions { updates, spread, ..PlanOptions::default() };
         hydra::spill::Plan::new(&e.small.model(&e.options), &options, &stated()).expect("a plan").smallest_device_bytes
     };
     entries.iter().map(alone).max().expect("six")
@@ -403,15 +393,8 @@ fn no_schedule_of_partly_frozen_models_is_below_its_bound() {
         for budget in [4, 5, 6].map(|quarters| smallest(&entries) * quarters / 4) {
             let placed = plan(&entries, 1, Some(budget), Recompute::Auto, 2);
             let options = SimulateOptions {
-                steps: vec![5],
-                clips: vec![false],
-                costs: vec![CostModel::stated(1e10, 1e9, link)],
-                shared_bytes_per_sec: None,
-                arena_bytes: Vec::new(),
                 policy: by_name("sharded-lrtf", 1),
-                units: 2,
-                lines: Vec::new(),
-                recorder: None,
+                ..SimulateOptions::new(vec![5], vec![CostModel::stated(1e10, 1e9, link)])
             };
             let simulation = simulate(&placed, options).expect("a simulation");
             let gap = simulation.bounds.gap(simulation.makespan_secs);
@@ -479,15 +462,9 @@ fn no_schedule_on_unlike_devices_is_below_its_bound() {
         runs.extend(fine.map(|fine| ("pipelined", fine, Vec::new(), Some(own(true)))));
         for (name, placed, lines, policy) in runs {
             let options = SimulateOptions {
-                steps: models.iter().map(|m| m.steps).collect(),
-                clips: vec![false; models.len()],
-                costs: costs.clone(),
-                shared_bytes_per_sec: None,
-                arena_bytes: Vec::new(),
                 policy,
-                units: 2,
                 lines,
-                recorder: None,
+                ..SimulateOptions::new(models.iter().map(|m| m.steps).collect(), costs.clone())
             };
             let simulation = simulate(&placed, options).expect("a simulation");
             let gap = simulation.bounds.gap(simulation.makespan_secs);
@@ -502,17 +479,7 @@ fn no_schedule_on_unlike_devices_is_below_its_bound() {
 fn simulate_at_home(entries: &[Entry; 1], cost: CostModel, steps: u64) -> Simulation {
     let devices = [FleetDevice { budget: None, cost: cost.clone() }];
     let staying = plan_at_home(&fleet_models(entries, Recompute::Auto, 2), &devices).expect("a plan");
-    let options = SimulateOptions {
-        steps: vec![steps],
-        clips: vec![false],
-        costs: vec![cost],
-        shared_bytes_per_sec: None,
-        arena_bytes: Vec::new(),
-        policy: None,
-        units: 2,
-        lines: Vec::new(),
-        recorder: None,
-    };
+    let options = SimulateOptions::new(vec![steps], vec![cost]);
     simulate(&staying.expect("no budget").0, options).expect("a simulation")
 }
 
@@ -947,17 +914,7 @@ fn more_models_than_have_numbers_are_refused() {
     let entries = &six()[..1];
     let one = plan(entries, 1, None, Recompute::Auto, 2).remove(0);
     let count = MOST_MODELS + 1;
-    let options = SimulateOptions {
-        steps: vec![1; count],
-        clips: vec![false; count],
-        costs: vec![stated()],
-        shared_bytes_per_sec: None,
-        arena_bytes: Vec::new(),
-        policy: None,
-        units: 2,
-        lines: Vec::new(),
-        recorder: None,
-    };
+    let options = SimulateOptions::new(vec![1; count], vec![stated()]);
     let error = simulate(&vec![one; count], options).err().expect("refused").to_string();
     assert!(error.contains("65537 models; at most 65536 can run together"), "{error}");
 }
@@ -986,15 +943,8 @@ fn a_policy_that_chooses_what_it_may_not_is_named() {
         (None, "policy wayward: chose nothing, though nothing runs and models ["),
     ] {
         let options = SimulateOptions {
-            steps: vec![2; entries.len()],
-            clips: entries.iter().map(|e| e.options.clip.is_some()).collect(),
-            costs: vec![stated(); 2],
-            shared_bytes_per_sec: None,
-            arena_bytes: Vec::new(),
             policy: Some(Box::new(Wayward(chooses))),
-            units: 2,
-            lines: Vec::new(),
-            recorder: None,
+            ..SimulateOptions::new(vec![2; entries.len()], vec![stated(); 2])
         };
         let error = simulate(&placed, options).err().expect("refused").to_string();
         assert!(error.contains(says), "{error}");
@@ -1063,15 +1013,10 @@ fn what_does_not_fit_the_devices_or_the_models_is_refused() {
     let away = vec![Placed { home, ..placed[0].clone() }, placed[1].clone()];
     let of = |placed: &[Placed], lines: &[&[usize]], arena_bytes: &[u64]| {
         let options = SimulateOptions {
-            steps: vec![2; 2],
-            clips: vec![false; 2],
-            costs: costs(),
-            shared_bytes_per_sec: None,
             arena_bytes: arena_bytes.to_vec(),
             policy: by_name("fifo", 0),
-            units: 2,
             lines: lines.iter().map(|line| line.to_vec()).collect(),
-            recorder: None,
+            ..SimulateOptions::new(vec![2; 2], costs())
         };
         simulate(placed, options).err().map(|error| error.to_string())
     };

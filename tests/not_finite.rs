@@ -71,7 +71,7 @@ fn driver_of(small: &Small, plan: &PlanOptions, link: Option<f64>, dtype: DType)
 
 /// Bits of all weights and moments in the host's store.
 fn state(engine: &Engine) -> Vec<Vec<u32>> {
-    let kinds = std::iter::once(Stored::Weight).chain((0..engine.plan(0).moments).map(Stored::Moment));
+    let kinds = std::iter::once(Stored::Weight).chain((0..engine.plan(0).updates.moments).map(Stored::Moment));
     let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect();
     kinds
         .flat_map(|kind| (0..engine.model(0).train.parameters.len()).map(move |i| (kind, i)))

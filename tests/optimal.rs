@@ -15,7 +15,7 @@ mod models;
 use hydra::device::sim::CostModel;
 use hydra::engine::{SimulateOptions, simulate};
 use hydra::sched::{LocalityLrtf, POLICIES, Policy, by_name, rehearse};
-use hydra::spill::{FleetDevice, FleetModel, Placed, PlanOptions, plan_anywhere};
+use hydra::spill::{FleetDevice, FleetModel, Placed, PlanOptions, Updates, plan_anywhere};
 use models::{Chain, Random};
 use serde::{Deserialize, Serialize};
 
@@ -122,7 +122,7 @@ impl Fleet {
             .map(|(i, (layers, &steps))| FleetModel {
                 name: format!("model {i}"),
                 options: PlanOptions {
-                    moments: 0,
+                    updates: Updates::PLAIN,
                     slots: SLOTS,
                     cut: Some((0..layers.len()).map(|l| l..l + 1).collect()),
                     ..PlanOptions::default()
@@ -163,15 +163,9 @@ impl Fleet {
 
     fn makespan_secs(&self, policy: Box<dyn Policy>) -> f64 {
         let options = SimulateOptions {
-            steps: self.steps.clone(),
-            clips: vec![false; self.placed.len()],
-            costs: self.costs.clone(),
-            shared_bytes_per_sec: None,
-            arena_bytes: Vec::new(),
             policy: Some(policy),
             units: SLOTS,
-            lines: Vec::new(),
-            recorder: None,
+            ..SimulateOptions::new(self.steps.clone(), self.costs.clone())
         };
         simulate(&self.placed, options).expect("nothing fails").makespan_secs
     }

@@ -16,7 +16,7 @@ use hydra::device::host::{HostConfig, HostDevice, HostSpec};
 use hydra::device::sim::CostModel;
 use hydra::engine::{Engine, EngineOptions, StepInput, Stored, plan_alone, predict};
 use hydra::graph::{Activation, Builder, Init, Mode, WeightLayout};
-use hydra::spill::{Model, Plan, PlanOptions, Recompute};
+use hydra::spill::{Model, Plan, PlanOptions, Recompute, Updates};
 use hydra::trace::{Event, Keep, Recorder, RecorderOptions, What, read_trace};
 use models::{Chain, MEASURED, Random, WARM, rule, run_simulated};
 use recording::{Log, Recording};
@@ -63,8 +63,7 @@ fn case(seed: u64) -> Share {
     let clip = random.whole(0, 2) == 0;
     let mut options = PlanOptions {
         slots: random.whole(1, 4),
-        moments: random.whole(0, 2),
-        clips: clip,
+        updates: Updates { moments: random.whole(0, 2), clips: clip },
         recompute: [Recompute::Auto, Recompute::Auto, Recompute::Always][random.whole(0, 2)],
         ..PlanOptions::default()
     };
@@ -80,7 +79,7 @@ fn case(seed: u64) -> Share {
     options.visiting_updates = Some(0);
     let plan = Arc::new(Plan::new(&model, &options, &cost).expect("at least the smallest"));
     let steady = run_simulated(&model, &plan, &cost, clip.then_some(1.0));
-    let predicted = predict(&model, &plan, &cost, clip).expect("nothing fails");
+    let predicted = predict(&model, &plan, &cost).expect("nothing fails");
     assert!(
         (predicted.step_secs / steady.secs - 1.0).abs() < 0.01,
         "seed {seed}: {predicted:?}, a step takes {}",
@@ -264,7 +263,8 @@ fn run_on_host(chain: &Chain, slots: Option<usize>, link: Option<f64>, clip: Opt
             wait(&mut engine);
         }
         let inputs = vec![bytemuck::cast_slice(&x), bytemuck::cast_slice(&labels)];
-        let input = StepInput { step, inputs, loss_scale: 1.0 / rows as f64, rule: rule(plan.moments, step + 1), clip };
+        let input =
+            StepInput { step, inputs, loss_scale: 1.0 / rows as f64, rule: rule(plan.updates.moments, step + 1), clip };
         engine.begin_step(0, &input).expect("fewer than two in flight");
     }
     while engine.steps_in_flight(0) > 0 {
@@ -360,7 +360,7 @@ fn logits_leave_before_anything_else_is_computed_in_their_place() {
     });
     let model = Arc::new(Model::evaluation(b.finish().expect("layers")).expect("layers"));
     let cut = Some(vec![0..1, 1..2]);
-    let options = PlanOptions { moments: 0, cut, resident: Some(true), ..PlanOptions::default() };
+    let options = PlanOptions { updates: Updates::PLAIN, cut, resident: Some(true), ..PlanOptions::default() };
     let plan = Arc::new(Plan::new(&model, &options, &CostModel::stated(1e11, 2e10, 1e10)).expect("no budget"));
     // So slow that a product is done long before the logits have left.
     let spec = HostSpec { arena_bytes: plan.arena.bytes, link_bytes_per_sec: Some(1e7), threads: Some(1) };

@@ -36,7 +36,7 @@ fn alone(model: &Arc<Model>, options: &PlanOptions, cost: &CostModel) -> Result<
     }
     let tasks = Cell::new(0);
     let secs = |plan: &Arc<Plan>| -> Result<f64> {
-        let (prediction, added) = predict_counted(model, plan, cost, options.clips)?;
+        let (prediction, added) = predict_counted(model, plan, cost)?;
         tasks.set(tasks.get() + added);
         Ok(prediction.step_secs)
     };

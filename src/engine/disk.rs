@@ -100,7 +100,7 @@ impl Engine {
         let turn = &mut self.members[site.member].update_stage;
         let mut at = host.update_stages[*turn];
         *turn = (*turn + 1) % host.update_stages.len();
-        let sizes = update_stage_parts(&site.model, plan.choice.on_disk, plan.moments, piece.weight.bytes);
+        let sizes = update_stage_parts(&site.model, plan.choice.on_disk, plan.updates.moments, piece.weight.bytes);
         let (mut reads, mut writes) = (Vec::new(), Vec::new());
         for ((part, bytes), goes_back) in piece.parts().into_iter().zip(sizes).zip(GOES_BACK) {
             let Some(part) = part.filter(|part| part.memory == Memory::Disk) else { continue };

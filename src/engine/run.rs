@@ -38,8 +38,8 @@ impl Engine {
             UpdateRule::Adamw(_) => 2,
             UpdateRule::Sgd(rule) => usize::from(rule.momentum != 0.0),
         };
-        if moments > member.plan.moments {
-            let has = member.plan.moments;
+        if moments > member.plan.updates.moments {
+            let has = member.plan.updates.moments;
             return Err(Error::bad(format!("step {step}: the rule wants {moments} moments, the plan keeps {has}")));
         }
         self.stage(model, input.step, &input.inputs)?;

@@ -17,8 +17,6 @@ use std::sync::Arc;
 pub struct SimulateOptions {
     /// Steps of each model.
     pub steps: Vec<u64>,
-    /// Whether each model clips its gradients.
-    pub clips: Vec<bool>,
     /// What each device costs.
     pub costs: Vec<CostModel>,
     /// Bytes per second that the devices' links share.
@@ -33,6 +31,23 @@ pub struct SimulateOptions {
     pub lines: Vec<Vec<usize>>,
     /// Where events go.
     pub recorder: Option<Recorder>,
+}
+
+impl SimulateOptions {
+    /// So many steps of each model on devices of these costs, all at once in arenas as small as there can be, with no
+    /// policy.
+    pub fn new(steps: Vec<u64>, costs: Vec<CostModel>) -> Self {
+        SimulateOptions {
+            steps,
+            costs,
+            shared_bytes_per_sec: None,
+            arena_bytes: Vec::new(),
+            policy: None,
+            units: 2,
+            lines: Vec::new(),
+            recorder: None,
+        }
+    }
 }
 
 /// What a simulation came to.
@@ -54,17 +69,15 @@ pub struct Simulation {
 /// Runs `placed` to their ends on simulated devices.
 ///
 /// # Errors
-/// When there is not one number of steps and one clip for each model, when there are more than
+/// When there is not one number of steps for each model, when there are more than
 /// [`MOST_MODELS`](crate::sched::MOST_MODELS), or no policy where models run anywhere; when the arenas are not those of
 /// the devices, a model is at home on none of these, or the lines do not have each model once; when the policy chooses
 /// what it may not, or everything stalls because it chooses nothing.
 pub fn simulate(placed: &[Placed], options: SimulateOptions) -> Result<Simulation> {
-    let SimulateOptions { steps, clips, costs, shared_bytes_per_sec, arena_bytes, policy, units, lines, recorder } =
-        options;
-    if steps.len() != placed.len() || clips.len() != placed.len() || costs.is_empty() {
+    let SimulateOptions { steps, costs, shared_bytes_per_sec, arena_bytes, policy, units, lines, recorder } = options;
+    if steps.len() != placed.len() || costs.is_empty() {
         let (n, d) = (placed.len(), costs.len());
-        let (steps, clips) = (steps.len(), clips.len());
-        return Err(Error::bad(format!("{n} models on {d} devices, with steps for {steps} and clips for {clips}")));
+        return Err(Error::bad(format!("{n} models on {d} devices, with steps for {}", steps.len())));
     }
     check_count(placed.len())?;
     if policy.is_none() && placed.iter().any(|p| p.home == Home::Anywhere) {
@@ -100,14 +113,14 @@ pub fn simulate(placed: &[Placed], options: SimulateOptions) -> Result<Simulatio
         true => (0..placed.len()).map(|m| VecDeque::from([m])).collect(),
         false => lines.into_iter().map(VecDeque::from).collect(),
     };
-    let rules: Vec<_> = placed.iter().map(|p| any_rule(p.plan.moments)).collect();
+    let rules: Vec<_> = placed.iter().map(|p| any_rule(p.plan.updates.moments)).collect();
     let inputs: Vec<Vec<&[u8]>> = placed.iter().map(|p| vec![&[][..]; p.model.train.inputs.len()]).collect();
     let mut begun = vec![0; placed.len()];
     let mut end_secs = vec![0.0; placed.len()];
     let mut running = 0;
     let mut fill = |engine: &mut Engine, m: usize, running: &mut usize| -> Result<()> {
         while begun[m] < steps[m] && engine.steps_in_flight(m) < 2 {
-            let clip = clips[m].then_some(1.0);
+            let clip = placed[m].plan.updates.clips.then_some(1.0);
             let (rule, inputs) = (rules[m], inputs[m].clone());
             engine.begin_step(m, &StepInput { step: begun[m], inputs, loss_scale: 1.0, rule, clip })?;
             begun[m] += 1;
@@ -192,8 +205,8 @@ const WARM_STEPS: u64 = 3;
 ///
 /// # Errors
 /// When the plan stalls: our own bug.
-pub fn predict(model: &Arc<Model>, plan: &Arc<Plan>, cost: &CostModel, clip: bool) -> Result<Prediction> {
-    Ok(predict_counted(model, plan, cost, clip)?.0)
+pub fn predict(model: &Arc<Model>, plan: &Arc<Plan>, cost: &CostModel) -> Result<Prediction> {
+    Ok(predict_counted(model, plan, cost)?.0)
 }
 
 /// Tasks that a prediction takes at least: in each step a program for each microbatch of every visit.
@@ -202,17 +215,12 @@ pub(super) fn least_tasks(model: &Model, plan: &Plan) -> u64 {
 }
 
 /// [`predict`], and how many tasks that took.
-pub(super) fn predict_counted(
-    model: &Arc<Model>,
-    plan: &Arc<Plan>,
-    cost: &CostModel,
-    clip: bool,
-) -> Result<(Prediction, u64)> {
+pub(super) fn predict_counted(model: &Arc<Model>, plan: &Arc<Plan>, cost: &CostModel) -> Result<(Prediction, u64)> {
     const MEASURED: u64 = PREDICTED_STEPS - WARM_STEPS;
     let disk = disk_bytes_per_sec(std::iter::once(plan.as_ref()), cost);
     let device = Box::new(SimDevice::new(vec![cost.clone()]).with_disk(disk));
     let mut engine = Engine::new(Arc::clone(model), Arc::clone(plan), device, EngineOptions::new(0, model));
-    let rule = any_rule(plan.moments);
+    let rule = any_rule(plan.updates.moments);
     let mut busy = vec![0.0; engine.device.lanes().len()];
     let (mut step_secs, mut bound) = (0.0, Bound::default());
     let mut begun = 0;
@@ -220,7 +228,7 @@ pub(super) fn predict_counted(
         // The last of them too has a next one beside it.
         while begun <= PREDICTED_STEPS && engine.steps_in_flight(0) < 2 {
             let inputs = vec![&[][..]; model.train.inputs.len()];
-            let clip = clip.then_some(1.0);
+            let clip = plan.updates.clips.then_some(1.0);
             engine.begin_step(0, &StepInput { step: begun, inputs, loss_scale: 1.0, rule, clip })?;
             begun += 1;
         }
@@ -307,7 +315,7 @@ fn wait_secs(placed: &Placed, rates: &Rates) -> [f64; 3] {
     }
     // In pieces that overlap: all of the gradient leaves, then at least a piece is updated and comes back.
     let piece = plan.pieces(0).into_iter().map(|r| r.end - r.start).min().unwrap_or(0);
-    let update_bytes = placed.model.update_bytes(piece, plan.moments);
+    let update_bytes = placed.model.update_bytes(piece, plan.updates.moments);
     let home = shard.layout.gradient_bytes as f64 / rates.d2h + update_bytes as f64 / rates.host;
     [first, home + piece as f64 / rates.h2d, home]
 }
@@ -344,7 +352,7 @@ fn parts(placed: &Placed, steps: f64, costs: &[CostModel], pipelined: bool) -> V
         }
         if plan.choice.updates_on_device(s) && shard.own_bytes() > 0 {
             let own = shard.own_bytes();
-            let (update, norm) = (model.update_bytes(own, plan.moments), model.wide_bytes(own));
+            let (update, norm) = (model.update_bytes(own, plan.updates.moments), model.wide_bytes(own));
             let secs = by_device(&|cost| cost.device_settle_secs(update, norm));
             // Beside others' backwards on other devices, but for the first shard's: the next step begins with that.
             let in_chain = !pipelined && (one_device || s == 0);
@@ -384,7 +392,7 @@ fn least_bytes(placed: &Placed, slots: usize, entries: usize) -> (u64, u64) {
     let all = by_host.iter().map(changing).sum::<u64>() + beyond_slots(stays.collect());
     let weights = here.iter().map(|s| s.own_bytes()).sum::<u64>();
     let gradients = by_host.iter().map(|s| s.layout.gradient_bytes).sum::<u64>();
-    let state_of = |s: usize| update_state_bytes(&placed.model, &plan.shards, plan.moments, s);
+    let state_of = |s: usize| update_state_bytes(&placed.model, &plan.shards, plan.updates.moments, s);
     let state = (plan.choice.resting..).take(here.len()).map(state_of).sum::<u64>();
     // An activation goes home and comes back for the next shard's backward, but for those that entries can have kept
     // until then. A gradient may be read where it was made, and stays there.

@@ -49,7 +49,7 @@ impl Engine {
     /// Refuses what a model does not have.
     fn check_stored(&self, model: usize, what: Stored, parameter: usize) -> Result<()> {
         let member = &self.members[model];
-        let (parameters, moments) = (member.model.train.parameters.len(), member.plan.moments);
+        let (parameters, moments) = (member.model.train.parameters.len(), member.plan.updates.moments);
         match what {
             _ if parameter >= parameters => {
                 Err(Error::bad(format!("parameter {parameter}: the model has {parameters}")))

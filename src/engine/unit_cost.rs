@@ -41,7 +41,7 @@ pub(super) fn unit_costs(placed: &Placed, cost: &CostModel) -> Vec<UnitCost> {
             let secs = if backward { shard.backward_secs(cost) } else { shard.forward_secs(cost) };
             let own = shard.own_bytes();
             let update = match backward && on_device {
-                true => cost.device_settle_secs(model.update_bytes(own, plan.moments), model.wide_bytes(own)),
+                true => cost.device_settle_secs(model.update_bytes(own, plan.updates.moments), model.wide_bytes(own)),
                 false => 0.0,
             };
             let idles = backward && shard.idles_back();
@@ -55,12 +55,12 @@ pub(super) fn unit_costs(placed: &Placed, cost: &CostModel) -> Vec<UnitCost> {
                 (true, _) => 0,
             };
             let gradient = match backward && !rests {
-                true if on_device => own + update_state_bytes(model, &plan.shards, plan.moments, s),
+                true if on_device => own + update_state_bytes(model, &plan.shards, plan.updates.moments, s),
                 true => shard.layout.gradient_bytes,
                 false => 0,
             };
             let piece = plan.pieces(s).first().map_or(0, |r| r.end - r.start) as f64;
-            let update_bytes = model.update_bytes(piece as u64, plan.moments);
+            let update_bytes = model.update_bytes(piece as u64, plan.updates.moments);
             let update_secs = update_bytes as f64 / cost.host_update_bytes_per_sec;
             let first = piece / cost.h2d_bytes_per_sec;
             let turn_secs = if on_device { first } else { update_secs + first };

@@ -58,13 +58,13 @@ impl Engine {
             UpdatePiece { weight: site.arena(map.weight_slots.at[s] + start, bytes), remainder, moments, gradient }
         } else if let Some(state) = visiting {
             let slot = self.rings[site.rings].weights.find(site.shard(s)).expect("the shard visits");
-            let moments = [0, 1].map(|i| state[..plan.moments].get(i).map(|m| m.here));
-            let remainder = state.get(plan.moments).map(|r| r.here);
+            let moments = [0, 1].map(|i| state[..plan.updates.moments].get(i).map(|m| m.here));
+            let remainder = state.get(plan.updates.moments).map(|r| r.here);
             UpdatePiece { weight: site.arena(map.weight_slots.at[slot] + start, bytes), remainder, moments, gradient }
         } else {
             let of = |i: usize| site.update_state(plan.host.moments[i] + flat * ratio, wide_bytes);
             let remainder = site.model.has_remainders().then(|| site.update_state(plan.host.remainders + flat, bytes));
-            let moments = [0, 1].map(|i| (i < plan.moments).then(|| of(i)));
+            let moments = [0, 1].map(|i| (i < plan.updates.moments).then(|| of(i)));
             let waits = done.clip.is_some() && plan.choice.on_disk >= OnDisk::Gradients;
             let gradient = if waits { Self::waiting_gradient(site, s, &(start..end)) } else { gradient };
             UpdatePiece { weight: site.weights(flat, bytes), remainder, moments, gradient }
@@ -92,7 +92,7 @@ impl Engine {
         let Range { start, end } = self.members[site.member].tables.pieces[s][i].range;
         let (own, host) = (site.plan.shards[s].layout.own.start, &site.plan.host);
         let ratio = site.model.layout.wide_ratio;
-        let parts = update_parts(&site.model, site.plan.moments, end - start);
+        let parts = update_parts(&site.model, site.plan.updates.moments, end - start);
         if parts.iter().sum::<u64>() == 0 {
             return Vec::new();
         }

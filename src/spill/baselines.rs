@@ -4,7 +4,7 @@
 use super::cut::balanced;
 use super::fleet::{FleetMap, Home, Placed};
 use super::fleet_plan::{FleetDevice, FleetModel, hold, named, once_for_equal, speeds};
-use super::plan::{Plan, PlanOptions, Recompute};
+use super::plan::{Plan, PlanOptions, Recompute, Spread};
 use super::shard::ShardPrograms;
 use crate::base::{Error, Result, format_bytes};
 use crate::device::sim::CostModel;
@@ -175,8 +175,7 @@ fn stage(m: &FleetModel, devices: &[FleetDevice], pipelined: bool) -> Result<(Pl
             cut: Some(cut.clone()),
             resident: Some(resident),
             boundaries_stay: Some(false),
-            crosses: true,
-            pipelined,
+            spread: Spread::Stages { pipelined },
             device_budget,
             ..m.options.clone()
         };

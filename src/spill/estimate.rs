@@ -6,6 +6,7 @@
 
 use super::memory::{ArenaMap, BoundaryTier, Choice, update_state_bytes};
 use super::model::Model;
+use super::plan::Updates;
 use super::shard::ShardPrograms;
 use super::slots::SlotMap;
 use super::stand_in::Shards;
@@ -19,13 +20,12 @@ use std::ops::Range;
 /// Steps that are gone through: the last one is taken, which begins on what one before it has left.
 const STEPS: usize = 3;
 
-/// Estimated seconds of a training step, with the optimizer's `moments`, and whether it `clips`: no update before the
-/// last gradient.
+/// Estimated seconds of a training step.
 pub fn estimate_secs(
     model: &Model,
     shards: &Shards,
     (choice, arena): (&Choice, &ArenaMap),
-    (moments, clips): (usize, bool),
+    updates: Updates,
     cost: &CostModel,
 ) -> f64 {
     let Shards { programs: shards, secs } = shards;
@@ -35,7 +35,7 @@ pub fn estimate_secs(
         .chain((0..n).rev().map(|s| (s, m * secs[s][1])))
         .collect();
     let arithmetic = units.iter().map(|u| u.1).sum::<f64>();
-    let mut steps = Steps::new(model, shards, (choice, arena), (moments, clips), cost);
+    let mut steps = Steps::new(model, shards, (choice, arena), updates, cost);
     let ends: Vec<f64> = (0..STEPS).map(|_| steps.step(&units)).collect();
     let turn = ends[STEPS - 1] - ends[STEPS - 2];
     // Cores that units, copies and the host's arithmetic share.
@@ -53,7 +53,7 @@ pub fn disk_secs(
     shards: &Shards,
     choice: &Choice,
     on_disk: OnDisk,
-    (moments, clips): (usize, bool),
+    updates: Updates,
     cost: &CostModel,
 ) -> f64 {
     let shards = &shards.programs;
@@ -61,11 +61,11 @@ pub fn disk_secs(
     for (s, shard) in shards.iter().enumerate().filter(|(s, _)| !choice.rests(*s)) {
         let own = shard.own_bytes();
         if on_disk >= OnDisk::UpdateState {
-            read += update_state_bytes(model, shards, moments, s);
-            written += update_state_bytes(model, shards, moments, s);
+            read += update_state_bytes(model, shards, updates.moments, s);
+            written += update_state_bytes(model, shards, updates.moments, s);
         }
         // With clipping they wait there for the norm.
-        if on_disk >= OnDisk::Gradients && clips {
+        if on_disk >= OnDisk::Gradients && updates.clips {
             read += own * model.layout.wide_ratio;
             written += own * model.layout.wide_ratio;
         }
@@ -84,8 +84,7 @@ struct Steps<'a> {
     shards: &'a [ShardPrograms],
     choice: &'a Choice,
     cost: &'a CostModel,
-    moments: usize,
-    clips: bool,
+    updates: Updates,
     weights: &'a SlotMap,
     gradients: &'a SlotMap,
     /// Of each shard, bytes of accumulators that leave for the shard that owns their parameter, and that come to it.
@@ -128,7 +127,7 @@ impl<'a> Steps<'a> {
         model: &'a Model,
         shards: &'a [ShardPrograms],
         (choice, arena): (&'a Choice, &'a ArenaMap),
-        (moments, clips): (usize, bool),
+        updates: Updates,
         cost: &'a CostModel,
     ) -> Steps<'a> {
         let (mut joined, mut owners) = (vec![[0, 0]; shards.len()], vec![Vec::new(); shards.len()]);
@@ -145,7 +144,7 @@ impl<'a> Steps<'a> {
         }
         let traffic = |s: &ShardPrograms| {
             let own = s.own_bytes();
-            (model.update_bytes(own, moments), model.wide_bytes(own))
+            (model.update_bytes(own, updates.moments), model.wide_bytes(own))
         };
         let by_host = |s: &ShardPrograms| {
             let (bytes, wide) = traffic(s);
@@ -165,8 +164,7 @@ impl<'a> Steps<'a> {
             shards,
             choice,
             cost,
-            moments,
-            clips,
+            updates,
             weights: &arena.weight_slots,
             gradients: &arena.gradient_slots,
             joined,
@@ -196,7 +194,7 @@ impl<'a> Steps<'a> {
         for (u, &(s, secs)) in units.iter().enumerate() {
             self.visit(s, secs, u < n, u + 1 >= n);
         }
-        if self.clips {
+        if self.updates.clips {
             self.norm = self.compute.max(self.home);
             self.compute = if self.resting_secs > 0.0 { self.norm + self.resting_secs } else { self.compute };
             self.arrived.iter_mut().for_each(|(piece, all, _)| (*piece, *all) = (self.norm, self.norm));
@@ -232,9 +230,9 @@ impl<'a> Steps<'a> {
     fn visit(&mut self, s: usize, secs: f64, first: bool, backward: bool) {
         let rests = self.choice.rests(s);
         let ready = self.fetch(s, first, backward);
-        let visiting_update = self.is_updated_here(s) && if self.clips { first } else { backward };
+        let visiting_update = self.is_updated_here(s) && if self.updates.clips { first } else { backward };
         let mut slot_leaves = 0.0;
-        if self.clips && visiting_update {
+        if self.updates.clips && visiting_update {
             self.compute = self.compute.max(self.norm).max(ready);
             let gradient = if self.waits_at_home(s) { self.shards[s].layout.gradient_bytes } else { 0 };
             let room = room_of(&self.states_left, self.choice.gradient_slots);
@@ -250,7 +248,7 @@ impl<'a> Steps<'a> {
         let ready = ready.max(self.batch_comes(s, backward));
         let secs = self.arithmetic_secs(s, secs, first, backward);
         self.compute = self.compute.max(ready).max(room) + secs;
-        if backward && (rests || self.clips && self.is_updated_here(s)) {
+        if backward && (rests || self.updates.clips && self.is_updated_here(s)) {
             self.bring(self.joined[s][1]);
         }
         if self.batch_bytes(s, backward) > 0 {
@@ -259,7 +257,7 @@ impl<'a> Steps<'a> {
         if rests {
             return;
         }
-        if !self.clips && visiting_update {
+        if !self.updates.clips && visiting_update {
             self.update_here(s, room, self.joined[s][1]);
             // New weights are in their slot until they have left.
             slot_leaves = self.d2h;
@@ -331,7 +329,7 @@ impl<'a> Steps<'a> {
     /// The device's update of a shard that visits, with its state and so many bytes more, and room from then on; what is
     /// new goes home.
     fn update_here(&mut self, s: usize, room: f64, more_bytes: u64) {
-        let state = update_state_bytes(self.model, self.shards, self.moments, s);
+        let state = update_state_bytes(self.model, self.shards, self.updates.moments, s);
         let secs = self.cost.copy_secs + (state + more_bytes) as f64 / self.cost.h2d_bytes_per_sec;
         self.in_secs += secs;
         // Of the state what has room comes beside the arithmetic before, the rest piece by piece.
@@ -340,7 +338,7 @@ impl<'a> Steps<'a> {
         let ahead = secs * self.choice.update_pieces.min(pieces) as f64 / pieces as f64;
         let came = self.h2d.max(room) + ahead;
         self.h2d = if ahead < secs { came.max(self.compute) + secs - ahead } else { came };
-        let (bytes, wide) = (self.model.update_bytes(own, self.moments), self.model.wide_bytes(own));
+        let (bytes, wide) = (self.model.update_bytes(own, self.updates.moments), self.model.wide_bytes(own));
         self.compute = self.compute.max(self.h2d) + self.cost.device_settle_secs(bytes, wide);
         self.moved_bytes += state + more_bytes;
         self.copy_home(own + state);
@@ -433,7 +431,7 @@ impl<'a> Steps<'a> {
     /// Whether its gradients wait at home for the norm: with clipping those of what the device updates, but for what its
     /// slots hold.
     fn waits_at_home(&self, s: usize) -> bool {
-        self.clips && self.is_updated_here(s) && !self.gradients.stays(s, self.choice.resting)
+        self.updates.clips && self.is_updated_here(s) && !self.gradients.stays(s, self.choice.resting)
     }
 
     /// Pieces in which a shard's gradients leave and its weights come.

@@ -2,17 +2,18 @@
 
 use super::memory::{BoundaryTier, Choice, update_state_bytes};
 use super::model::Model;
+use super::plan::Updates;
 use super::stand_in::Shards;
 use crate::device::sim::CostModel;
 
 /// Estimated seconds of device time of a step of a model whose shards run on any of so many `devices`, among others
 /// that fill every gap: its busiest lane decides. A little of the other lanes is added, since not everything can be
-/// hidden. With the optimizer's moments, and whether it clips.
+/// hidden.
 pub fn estimate_anywhere_secs(
     model: &Model,
     shards: &Shards,
     choice: &Choice,
-    (moments, clips): (usize, bool),
+    updates: Updates,
     devices: usize,
     cost: &CostModel,
 ) -> f64 {
@@ -25,9 +26,9 @@ pub fn estimate_anywhere_secs(
     let gradients: f64 = shards.iter().map(|s| s.layout.gradient_bytes as f64).sum();
     let inputs: f64 = shards.iter().map(|s| 2.0 * m * s.input_bytes() as f64).sum();
     let own = model.layout.parameter_bytes;
-    let (traffic, wide) = (model.update_bytes(own, moments), model.wide_bytes(own));
+    let (traffic, wide) = (model.update_bytes(own, updates.moments), model.wide_bytes(own));
     let own = own as f64;
-    let state: f64 = (0..n).map(|s| update_state_bytes(model, shards, moments, s) as f64).sum();
+    let state: f64 = (0..n).map(|s| update_state_bytes(model, shards, updates.moments, s) as f64).sum();
     // Every visit comes twice, but the last shard's, and those of shards that idle in the backward.
     let once: f64 = shards.iter().filter(|s| s.idles_back()).map(|s| s.fetch_bytes() as f64).sum();
     let mut h2d = 2.0 * weights - last - once + 3.0 * boundaries + inputs;
@@ -35,7 +36,7 @@ pub fn estimate_anywhere_secs(
     let mut host = 0.0;
     if choice.visiting_updates > 0 {
         (h2d, d2h) = (h2d + state, d2h + own + state);
-        if clips {
+        if updates.clips {
             // They wait at home for the norm.
             (h2d, d2h) = (h2d + gradients, d2h + gradients);
         }
@@ -66,7 +67,7 @@ pub fn estimate_anywhere_secs(
     }
     // With one gradient slot a backward waits for the gradients of the one before to leave.
     if choice.gradient_slots == 1 && choice.slots > 1 {
-        let leaves = if choice.visiting_updates > 0 && !clips { own } else { gradients };
+        let leaves = if choice.visiting_updates > 0 && !updates.clips { own } else { gradients };
         exposed += copies(leaves, cost.d2h_bytes_per_sec, n);
     }
     busiest + exposed + 0.05 * (lanes.iter().sum::<f64>() - busiest)

@@ -54,8 +54,8 @@ impl Placed {
     }
 
     fn tenant(&self) -> Tenant<'_> {
-        let Plan { shards, choice, moments, .. } = self.plan.as_ref();
-        Tenant { model: &self.model, shards, choice, moments: *moments }
+        let Plan { shards, choice, updates, .. } = self.plan.as_ref();
+        Tenant { model: &self.model, shards, choice, moments: updates.moments }
     }
 }
 
@@ -169,7 +169,7 @@ fn device_maps(models: &[Placed], device: u16, spare: Spare) -> Vec<ArenaMap> {
         Home::On(devices) if devices.contains(&device) => {
             let here = |s: usize| devices.get(s) == Some(&device);
             let Placed { model, plan, .. } = placed;
-            Some(arena_map_of(model, &plan.shards, &plan.choice, plan.moments, &here))
+            Some(arena_map_of(model, &plan.shards, &plan.choice, plan.updates.moments, &here))
         }
         _ => None,
     };

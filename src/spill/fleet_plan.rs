@@ -8,7 +8,7 @@
 use super::fleet::{FleetMap, Home, Placed};
 use super::homes::{HomeBudgets, find_homes, first_at_home};
 use super::model::Model;
-use super::plan::{Plan, PlanOptions};
+use super::plan::{Plan, PlanOptions, Spread};
 use super::stand_in::StandIns;
 use super::store::OnDisk;
 use crate::base::{Error, Result, format_bytes};
@@ -130,7 +130,7 @@ fn sketch_thrifty(models: &[FleetModel], devices: &[FleetDevice], disk: u64) -> 
     let least_host = |on_disk| {
         let mut models = models.to_vec();
         // What has no home is planned for the least of it where it is told what is on the disk.
-        models.iter_mut().for_each(|m| (m.options.host_budget, m.options.on_disk) = (Some(0), Some(on_disk)));
+        models.iter_mut().for_each(|m| (m.options.homes.host, m.options.on_disk) = (Some(0), Some(on_disk)));
         models
     };
     let mut wishes = vec![models.to_vec(), least_host(OnDisk::Nothing)];
@@ -233,8 +233,12 @@ pub(super) fn sketch_anywhere(
     let most_slots = models.iter().map(|m| m.model.layers()).sum();
     let plans = |budget_of: &dyn Fn(usize) -> Option<u64>| -> Result<Vec<Placed>> {
         let plans = once_for_equal(models, |i, m| {
-            let (anywhere, slots) = (Some(devices.len()), m.options.slots.min(most_slots));
-            let mut options = PlanOptions { anywhere, slots, device_budget: budget_of(i), ..m.options.clone() };
+            let spread = match m.options.spread {
+                fine @ Spread::Anywhere(_) => fine,
+                Spread::One | Spread::Stages { .. } => Spread::anywhere(devices.len()),
+            };
+            let (device_budget, slots) = (budget_of(i), m.options.slots.min(most_slots));
+            let mut options = PlanOptions { spread, slots, device_budget, ..m.options.clone() };
             (options.resident, options.boundaries_stay) = (None, None);
             Plan::sketch(&m.model, &options, cost).map(Arc::new).map_err(|e| named(&m.name, e))
         })?;

@@ -3,7 +3,7 @@
 use super::fleet::anywhere_map;
 use super::memory::{ArenaMap, BoundaryTier, Choice, arena_map};
 use super::model::Model;
-use super::plan::{Plan, PlanOptions, Recompute};
+use super::plan::{Plan, PlanOptions, Recompute, Spread};
 use super::shard::ShardPrograms;
 use super::stand_in::Shards;
 use super::store::host_map;
@@ -25,9 +25,9 @@ pub(super) const FEW_PIECES: usize = 3;
 
 /// The arena that a plan of these shards would have.
 pub(super) fn arena_of(model: &Model, shards: &[ShardPrograms], choice: &Choice, options: &PlanOptions) -> ArenaMap {
-    match options.anywhere {
-        None => arena_map(model, shards, choice, options.moments),
-        Some(_) => anywhere_map(model, shards, choice, options.moments),
+    match options.spread {
+        Spread::One | Spread::Stages { .. } => arena_map(model, shards, choice, options.updates.moments),
+        Spread::Anywhere(_) => anywhere_map(model, shards, choice, options.updates.moments),
     }
 }
 
@@ -51,11 +51,11 @@ impl Found {
     pub fn plan(self, model: &Model, options: &PlanOptions, smallest_device_bytes: u64) -> Plan {
         debug_assert_eq!(self.arena, arena_of(model, &self.shards.programs, &self.choice, options));
         Plan {
-            host: host_map(model, &self.shards.programs, &self.choice, options.moments),
+            host: host_map(model, &self.shards.programs, &self.choice, options.updates.moments),
             shards: self.shards.programs,
             choice: self.choice,
             arena: self.arena,
-            moments: options.moments,
+            updates: options.updates,
             smallest_device_bytes,
             estimated_secs: self.estimated_secs,
         }

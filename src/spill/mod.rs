@@ -26,7 +26,7 @@ pub use homes::{HomeBudgets, find_homes};
 pub use memory::{ArenaMap, BoundaryTier, Choice, update_parts, update_state_bytes, visiting_gradients_at};
 pub use model::Model;
 pub use pipelined::plan_pipelined;
-pub use plan::{Plan, PlanOptions, Recompute};
+pub use plan::{Anywhere, Plan, PlanOptions, Recompute, Spread, Updates};
 pub use shard::ShardPrograms;
 pub use slots::SlotMap;
 pub use stand_in::StandIns;

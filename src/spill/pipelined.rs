@@ -3,6 +3,7 @@
 
 use super::fleet::Placed;
 use super::fleet_plan::{FleetDevice, FleetModel, FleetPlan, hold, plan_anywhere, sketch_anywhere, speeds};
+use super::plan::{Anywhere, Spread};
 use crate::base::Result;
 
 /// A model whose units one after another take this part of the time that all models' work takes on all devices may
@@ -40,8 +41,11 @@ fn finer(models: &[FleetModel], placed: &[Placed], devices: &[FleetDevice]) -> O
     let mut fine = models.to_vec();
     for (m, p) in fine.iter_mut().zip(placed) {
         // About two units in each direction for each device.
-        m.options.unit_secs = Some(shortest / (4 * devices.len()) as f64);
-        m.options.chain_secs = hurries(m, p).then(|| 0.5 * share / m.steps as f64);
+        m.options.spread = Spread::Anywhere(Anywhere {
+            devices: devices.len(),
+            unit_secs: Some(shortest / (4 * devices.len()) as f64),
+            chain_secs: hurries(m, p).then(|| 0.5 * share / m.steps as f64),
+        });
     }
     Some(fine)
 }

@@ -27,28 +27,100 @@ pub enum Recompute {
     Never,
 }
 
-/// What a plan must keep to.
+/// What the updates of a step need.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Updates {
+    /// Moments that the optimizer keeps for each parameter: 2 for AdamW, 1 for SGD with momentum, else 0.
+    pub moments: usize,
+    /// Whether gradients are clipped by their global norm: no update before the last gradient.
+    pub clips: bool,
+}
+
+impl Updates {
+    /// None, as of a model that is only evaluated, and of SGD without momentum.
+    pub const PLAIN: Updates = Updates { moments: 0, clips: false };
+}
+
+impl Default for Updates {
+    /// AdamW's, without clipping.
+    fn default() -> Self {
+        Updates { moments: 2, clips: false }
+    }
+}
+
+/// How a model's shards spread over devices.
+#[derive(Clone, Copy, Debug, PartialEq, Default)]
+pub enum Spread {
+    /// All run on one.
+    #[default]
+    One,
+    /// Each is at home on one of several.
+    Stages {
+        /// Microbatches go through the shards one behind the other, instead of all through one before the next.
+        pipelined: bool,
+    },
+    /// Each may run on another every time, and nothing stays on a device after a visit.
+    Anywhere(Anywhere),
+}
+
+/// Of a model whose shards run anywhere: what is wanted of its units.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Anywhere {
+    /// Devices.
+    pub devices: usize,
+    /// Where the model bounds the makespan: the seconds in which a step should pass if it never waits for a device, by
+    /// its microbatches going on from unit to unit. Not only what it takes of devices counts then.
+    pub chain_secs: Option<f64>,
+    /// The seconds that no unit should take longer than. The finer the units of all, the better one of them can follow
+    /// another on the next device that is free.
+    pub unit_secs: Option<f64>,
+}
+
+impl Spread {
+    /// Anywhere on so many devices, with units as they come.
+    pub fn anywhere(devices: usize) -> Spread {
+        Spread::Anywhere(Anywhere { devices, chain_secs: None, unit_secs: None })
+    }
+
+    /// Whether shards are at home on several devices.
+    pub(super) fn is_stages(self) -> bool {
+        matches!(self, Spread::Stages { .. })
+    }
+
+    /// Whether microbatches go through such shards one behind the other.
+    pub(super) fn is_pipelined(self) -> bool {
+        self == Spread::Stages { pipelined: true }
+    }
+
+    /// Whether shards run anywhere.
+    pub(super) fn is_anywhere(self) -> bool {
+        matches!(self, Spread::Anywhere(_))
+    }
+}
+
+/// What a plan must keep to: first the budgets and the wishes, then what is forced instead of searched for, which
+/// studies and tests do.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PlanOptions {
     /// Bytes of the device's arena; `None` is as many as the fastest plan wants.
     pub device_budget: Option<u64>,
-    /// Bytes of the host's store.
-    pub host_budget: Option<u64>,
-    /// Bytes of the disk tier, to which goes what the host's store has no room for; 0 is no disk.
-    pub disk_budget: u64,
-    /// Force what goes there, whatever the budgets; `None` is as little as will do.
-    pub on_disk: Option<OnDisk>,
+    /// Bytes of the host's store and of the disk tier.
+    pub homes: HomeBudgets,
     /// Weight slots; 1 is no double buffering.
     pub slots: usize,
     /// Recomputation.
     pub recompute: Recompute,
-    /// Moments that the optimizer keeps for each parameter: 2 for AdamW, 1 for SGD with momentum, else 0.
-    pub moments: usize,
+    /// What the optimizer needs.
+    pub updates: Updates,
+    /// One device or several.
+    pub spread: Spread,
     /// A cut to use instead of searching.
     pub cut: Option<Vec<Range<usize>>>,
     /// For each shard of `cut`, whether its forward is kept instead of recomputed; none is of a model that runs
     /// anywhere.
     pub kept: Option<Vec<bool>>,
+    /// Force what is at home on the disk, whatever the budgets; `None` is as little as will do.
+    pub on_disk: Option<OnDisk>,
     /// Force state to stay on the device, or all of it to leave it.
     pub resident: Option<bool>,
     /// Force how many shards rest on the device where not all do, as far as there are as many; `None` is as many as
@@ -59,46 +131,24 @@ pub struct PlanOptions {
     pub visiting_updates: Option<usize>,
     /// Force boundary tensors to stay on the device, or to leave it.
     pub boundaries_stay: Option<bool>,
-    /// For a model among others, whose shards may each run on another of so many devices: nothing stays on a device
-    /// after a visit.
-    pub anywhere: Option<usize>,
-    /// Shards are at home on several devices.
-    pub crosses: bool,
-    /// Microbatches go through the shards one behind the other, instead of all through one before the next.
-    pub pipelined: bool,
-    /// Whether gradients are clipped by their global norm: no update before the last gradient.
-    pub clips: bool,
-    /// For a model that runs anywhere and bounds the makespan: the seconds in which a step should pass if it never
-    /// waits for a device, by its microbatches going on from unit to unit. Not only what it takes of devices counts
-    /// then.
-    pub chain_secs: Option<f64>,
-    /// For a model that runs anywhere: the seconds that no unit should take longer than. The finer the units of all,
-    /// the better one of them can follow another on the next device that is free.
-    pub unit_secs: Option<f64>,
 }
 
 impl Default for PlanOptions {
     fn default() -> Self {
         PlanOptions {
             device_budget: None,
-            host_budget: None,
-            disk_budget: 0,
-            on_disk: None,
+            homes: HomeBudgets::default(),
             slots: 2,
             recompute: Recompute::Auto,
-            moments: 2,
+            updates: Updates::default(),
+            spread: Spread::One,
             cut: None,
             kept: None,
+            on_disk: None,
             resident: None,
             resting: None,
             visiting_updates: None,
             boundaries_stay: None,
-            anywhere: None,
-            crosses: false,
-            pipelined: false,
-            clips: false,
-            chain_secs: None,
-            unit_secs: None,
         }
     }
 }
@@ -114,8 +164,8 @@ pub struct Plan {
     pub arena: ArenaMap,
     /// The host's store.
     pub host: HostMap,
-    /// Moments kept for each parameter.
-    pub moments: usize,
+    /// What updates need.
+    pub updates: Updates,
     /// The smallest device budget for which there is a plan under the same options.
     pub smallest_device_bytes: u64,
     /// Estimated seconds of a step, by which it was chosen.
@@ -152,7 +202,7 @@ impl Plan {
         let candidates = fastest.into_candidates();
         let smallest = smallest.expect("every model has the cut into its layers, and each cut a smallest choice");
         let needs = smallest.arena.bytes;
-        let budgets = HomeBudgets { host: options.host_budget, disk: options.disk_budget };
+        let budgets = options.homes;
         if candidates.is_empty() {
             let Some((_, homeless)) = homeless else {
                 return Err(refusal(model, &smallest.plan(model, options, needs), options));
@@ -202,7 +252,7 @@ impl Plan {
     pub(super) fn homes(&self, model: &Model) -> Homes {
         OnDisk::ALL.map(|on_disk| {
             let choice = Choice { on_disk, ..self.choice.clone() };
-            let map = host_map(model, &self.shards, &choice, self.moments);
+            let map = host_map(model, &self.shards, &choice, self.updates.moments);
             (map.bytes, map.disk_bytes)
         })
     }
@@ -210,7 +260,7 @@ impl Plan {
     /// The same plan with more or less of its state at home in the disk tier.
     pub(super) fn at_home(&self, model: &Model, on_disk: OnDisk) -> Plan {
         let choice = Choice { on_disk, ..self.choice.clone() };
-        Plan { host: host_map(model, &self.shards, &choice, self.moments), choice, ..self.clone() }
+        Plan { host: host_map(model, &self.shards, &choice, self.updates.moments), choice, ..self.clone() }
     }
 
     /// How many shards are updated on the device that has computed their gradients.
@@ -230,7 +280,7 @@ impl Plan {
         };
         self.shards.iter().all(is_next)
             && next == model.layers()
-            && self.host == host_map(model, &self.shards, &self.choice, self.moments)
+            && self.host == host_map(model, &self.shards, &self.choice, self.updates.moments)
     }
 
     /// How many shards' state stays on the device.

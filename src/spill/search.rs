@@ -9,7 +9,7 @@ use super::estimate_anywhere::{chain_secs, estimate_anywhere_secs};
 use super::found::{FEW_PIECES, Fastest, Found, arena_of};
 use super::memory::{BoundaryTier, Choice, VisitBytes, arena_map, bytes_at_rest, have_large, resting_counts};
 use super::model::Model;
-use super::plan::{PlanOptions, Recompute};
+use super::plan::{PlanOptions, Recompute, Spread};
 use super::shard::ShardPrograms;
 use super::stand_in::{Shards, Timed};
 use super::store::{OnDisk, host_map};
@@ -105,7 +105,7 @@ impl<'a> Search<'a> {
     fn try_cut(&mut self, cut: &[Range<usize>]) {
         let n = cut.len();
         let twice = self.options.recompute == Recompute::Always;
-        if self.options.anywhere.is_some() {
+        if self.options.spread.is_anywhere() {
             if self.options.recompute != Recompute::Never || n == 1 {
                 let shards = self.build(cut, |_| false, twice);
                 self.choices_anywhere(n).iter().for_each(|choice| self.offer(&shards, choice));
@@ -114,7 +114,8 @@ impl<'a> Search<'a> {
         }
         if let Some(keep) = &self.options.kept {
             let shards = self.build(cut, |s| keep.get(s).copied().unwrap_or(false), twice);
-            self.visits = VisitBytes::of(self.model, &shards.programs, self.options.moments, self.options.slots.min(n));
+            self.visits =
+                VisitBytes::of(self.model, &shards.programs, self.options.updates.moments, self.options.slots.min(n));
             for choice in self.choices(n) {
                 self.offer(&shards, &choice);
             }
@@ -123,7 +124,8 @@ impl<'a> Search<'a> {
         let kept = (self.options.recompute != Recompute::Always).then(|| self.build(cut, |_| true, twice));
         let again = (self.options.recompute != Recompute::Never || n == 1).then(|| self.build(cut, |_| false, twice));
         if let Some(either) = kept.as_ref().or(again.as_ref()) {
-            self.visits = VisitBytes::of(self.model, &either.programs, self.options.moments, self.options.slots.min(n));
+            self.visits =
+                VisitBytes::of(self.model, &either.programs, self.options.updates.moments, self.options.slots.min(n));
         }
         for choice in self.choices(n) {
             match (&kept, &again) {
@@ -142,8 +144,8 @@ impl<'a> Search<'a> {
     fn choices(&self, n: usize) -> Vec<Choice> {
         let (slots, microbatches) = (self.options.slots.min(n), self.model.microbatches);
         let deep = slots > 1;
-        let in_slots = self.options.crosses || self.options.pipelined;
-        let told_updates = if in_slots { 0 } else { self.options.visiting_updates.unwrap_or(0).min(n) };
+        let spread = self.options.spread;
+        let told_updates = if spread.is_stages() { 0 } else { self.options.visiting_updates.unwrap_or(0).min(n) };
         let mut choices = Vec::new();
         for resident in [false, true] {
             let lone = self.model.layers() == 1;
@@ -159,7 +161,7 @@ impl<'a> Search<'a> {
                 // Single entries leave no room to copy beside the arithmetic: small, and only for small budgets.
                 let depths: &[(usize, usize, usize, usize)] =
                     if !deep { &[(1, 2, 2, 1)] } else { &[(1, 2, 2, 1), (1, 3, 3, 2), (2, 3, 3, 2)] };
-                let evens: &[bool] = if !resident && !self.options.pipelined && have_large(&self.visits, slots) {
+                let evens: &[bool] = if !resident && !spread.is_pipelined() && have_large(&self.visits, slots) {
                     &[false, true]
                 } else {
                     &[false]
@@ -178,8 +180,8 @@ impl<'a> Search<'a> {
                         input_entries,
                         visiting_updates: if resident { 0 } else { told_updates },
                         update_pieces: usize::MAX,
-                        crosses: self.options.crosses,
-                        pipelined: self.options.pipelined,
+                        crosses: spread.is_stages(),
+                        pipelined: spread.is_pipelined(),
                         on_disk: OnDisk::Nothing,
                     });
                 }
@@ -223,10 +225,10 @@ impl<'a> Search<'a> {
     /// need least is kept.
     fn home(&mut self, found: &Found) -> Option<OnDisk> {
         let options = self.options;
-        let Some(host) = options.host_budget else { return Some(options.on_disk.unwrap_or(OnDisk::Nothing)) };
+        let Some(host) = options.homes.host else { return Some(options.on_disk.unwrap_or(OnDisk::Nothing)) };
         let bytes = |on_disk: OnDisk| {
             let choice = Choice { on_disk, ..found.choice.clone() };
-            let map = host_map(self.model, &found.shards.programs, &choice, options.moments);
+            let map = host_map(self.model, &found.shards.programs, &choice, options.updates.moments);
             (map.bytes, map.disk_bytes)
         };
         let homes: Vec<(u64, u64)> = match options.on_disk {
@@ -234,7 +236,7 @@ impl<'a> Search<'a> {
             // However large that disk is.
             Some(told) => vec![(bytes(told).0, 0)],
         };
-        let host_bytes = homes.iter().filter(|(_, disk)| *disk <= options.disk_budget).map(|(host, _)| *host).min();
+        let host_bytes = homes.iter().filter(|(_, disk)| *disk <= options.homes.disk).map(|(host, _)| *host).min();
         let disk_bytes = homes.iter().filter(|(bytes, _)| *bytes <= host).map(|(_, disk)| *disk).min();
         if host_bytes.is_some_and(|bytes| bytes <= host) {
             let level = homes.iter().position(|(bytes, _)| *bytes <= host).map(|level| OnDisk::ALL[level]);
@@ -254,7 +256,7 @@ impl<'a> Search<'a> {
     fn offer(&mut self, shards: &Shards, choice: &Choice) {
         self.offer_one(shards, choice);
         self.offer_resting(shards, choice);
-        if choice.visiting_updates > 0 && self.options.anywhere.is_none() {
+        if choice.visiting_updates > 0 && !self.options.spread.is_anywhere() {
             let with = Choice { update_pieces: FEW_PIECES, ..choice.clone() };
             self.offer_one(shards, &with);
             self.offer_resting(shards, &with);
@@ -272,17 +274,16 @@ impl<'a> Search<'a> {
         if !is_smallest && !self.fits(arena.bytes) {
             return;
         }
-        let optimizer = (self.options.moments, self.options.clips);
-        let estimated_secs = match self.options.anywhere {
-            None => estimate_secs(self.model, shards, (choice, &arena), optimizer, self.cost),
-            Some(devices) => estimate_anywhere_secs(self.model, shards, choice, optimizer, devices, self.cost),
+        let updates = self.options.updates;
+        let estimated_secs = match self.options.spread {
+            Spread::One | Spread::Stages { .. } => {
+                estimate_secs(self.model, shards, (choice, &arena), updates, self.cost)
+            }
+            Spread::Anywhere(want) => {
+                estimate_anywhere_secs(self.model, shards, choice, updates, want.devices, self.cost)
+            }
         };
-        let late =
-            |want: f64| (chain_secs(self.model, shards, choice, self.options.moments, self.cost) - want).max(0.0);
-        let unit_secs = || self.model.microbatches as f64 * shards.secs.iter().map(|s| s[1]).fold(0.0, f64::max);
-        let coarse = |want: f64| (unit_secs() - want).max(0.0);
-        let rank_secs =
-            estimated_secs + self.options.chain_secs.map_or(0.0, late) + self.options.unit_secs.map_or(0.0, coarse);
+        let rank_secs = estimated_secs + self.too_long_secs(shards, choice);
         let found = |arena| Found { shards: shards.clone(), choice: choice.clone(), arena, estimated_secs, rank_secs };
         if is_smallest {
             self.smallest = Some(found(arena.clone()));
@@ -296,7 +297,7 @@ impl<'a> Search<'a> {
         }
         let Some(on_disk) = self.home(&found) else { return };
         // Not all of the shorter is hidden behind the longer.
-        let disk = disk_secs(self.model, shards, choice, on_disk, optimizer, self.cost);
+        let disk = disk_secs(self.model, shards, choice, on_disk, updates, self.cost);
         let more = (disk - estimated_secs).max(0.0) + 0.1 * disk.min(estimated_secs);
         found.estimated_secs += more;
         found.rank_secs += more;
@@ -305,12 +306,21 @@ impl<'a> Search<'a> {
         }
     }
 
+    /// By how much the chain and the longest unit of a model that runs anywhere take longer than is wanted.
+    fn too_long_secs(&self, shards: &Shards, choice: &Choice) -> f64 {
+        let Spread::Anywhere(want) = self.options.spread else { return 0.0 };
+        let chain = || chain_secs(self.model, shards, choice, self.options.updates.moments, self.cost);
+        let unit = || self.model.microbatches as f64 * shards.secs.iter().map(|s| s[1]).fold(0.0, f64::max);
+        let late = want.chain_secs.map_or(0.0, |want| (chain() - want).max(0.0));
+        late + want.unit_secs.map_or(0.0, |want| (unit() - want).max(0.0))
+    }
+
     /// The same with some shards at rest: as many as fit, and as many as take the fewest bytes.
     fn offer_resting(&mut self, shards: &Shards, choice: &Choice) {
         let (options, n) = (self.options, shards.programs.len());
         let pointless = choice.resident || choice.pipelined || choice.crosses || n == 1;
         let told = options.resident.is_some() || options.resting.is_some();
-        if pointless || told || options.anywhere.is_some() {
+        if pointless || told || options.spread.is_anywhere() {
             return;
         }
         let with = |resting: usize| Choice { resting, ..choice.clone() };
@@ -344,7 +354,7 @@ impl<'a> Search<'a> {
     /// longest of all, or of which a step waits for the first.
     fn offer_visiting_updates(&mut self, shards: &Shards, choice: &Choice) {
         let options = self.options;
-        let told = options.visiting_updates.is_some() || options.anywhere.is_some();
+        let told = options.visiting_updates.is_some() || options.spread.is_anywhere();
         if told || choice.resident || choice.slots == 1 || choice.pipelined || choice.crosses {
             return;
         }
@@ -370,7 +380,8 @@ impl<'a> Search<'a> {
     /// Keeps the activations of as many shards as fit, those first that save most seconds a byte.
     fn offer_mixed(&mut self, kept: &Shards, again: &Shards, choice: &Choice) {
         let Some(budget) = self.options.device_budget else { return };
-        let bytes = |shards: &Shards| arena_map(self.model, &shards.programs, choice, self.options.moments).bytes;
+        let bytes =
+            |shards: &Shards| arena_map(self.model, &shards.programs, choice, self.options.updates.moments).bytes;
         if bytes(kept) <= budget || bytes(again) > budget {
             return;
         }

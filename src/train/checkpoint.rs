@@ -158,7 +158,7 @@ pub fn write_last_checkpoint(path: &Path, engine: &Engine, of: usize, options: &
 
 fn write(path: &Path, engine: &Engine, of: usize, options: &TrainOptions, (step, ended): (u64, bool)) -> Result<()> {
     let model = engine.model(of);
-    let parts = parts(model, engine.plan(of).moments);
+    let parts = parts(model, engine.plan(of).updates.moments);
     let mut metadata = BTreeMap::from([("format", FORMAT.into()), ("step", step.to_string())]);
     metadata.extend(identity(options).map(|(key, value)| (key, value.to_string())));
     metadata.extend(updates(options));
@@ -335,7 +335,7 @@ impl Checkpoint {
     /// When the file cannot be read, or lacks a tensor.
     pub fn restore(&mut self, engine: &mut Engine, of: usize) -> Result<()> {
         let model = std::sync::Arc::clone(engine.model(of));
-        for (name, shape, part) in parts(&model, engine.plan(of).moments) {
+        for (name, shape, part) in parts(&model, engine.plan(of).updates.moments) {
             let start = match self.index.get(&name).filter(|e| e.shape == *shape) {
                 Some(entry) => entry.start_bytes,
                 None => return Err(self.fault(format!("tensor {name}: is missing, or not {shape}"))),

@@ -41,7 +41,7 @@ fn values(engine: &Engine) -> Vec<Vec<u32>> {
         Part::State(i) => engine.read_state(0, i).unwrap(),
     };
     let bits = |v: Vec<f32>| v.into_iter().map(f32::to_bits).collect();
-    parts(engine.model(0), engine.plan(0).moments).into_iter().map(|(_, _, part)| bits(read(part))).collect()
+    parts(engine.model(0), engine.plan(0).updates.moments).into_iter().map(|(_, _, part)| bits(read(part))).collect()
 }
 
 #[test]

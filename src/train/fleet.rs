@@ -381,7 +381,7 @@ fn check_options(options: &TrainOptions, placed: &Placed) -> Result<()> {
         let (frozen, beside) = (&options.frozen, if options.low_rank.is_some() { ", low_rank is there" } else { "" });
         return fault(format!("frozen is {frozen:?}{beside}, the model has {} {is}", parameter.name));
     }
-    let (found, want) = (options.optimizer.moments(), plan.moments);
+    let (found, want) = (options.optimizer.moments(), plan.updates.moments);
     if found != want {
         return fault(format!("the optimizer has {found} moments, the plan keeps {want}"));
     }

@@ -9,7 +9,7 @@ use crate::device::{DeviceMemory, DeviceSpec};
 use crate::engine::{Engine, EngineOptions};
 use crate::graph::Mode;
 use crate::nn::{InputShape, Pretrained};
-use crate::spill::{Model, Plan, PlanOptions};
+use crate::spill::{Model, Plan, PlanOptions, Updates};
 use std::sync::Arc;
 
 /// Runs `batch`, whose tensors have the sample as their first axis, and gives the logits with their shape. Waits for
@@ -40,7 +40,7 @@ pub fn wait_forward(pretrained: &Pretrained, batch: &Batch) -> Result<(Shape, Ve
     let model = Arc::new(Model::evaluation(graph)?);
     // Nothing is chosen by these rates: without a budget there is nothing to choose.
     let cost = CostModel::stated(1e11, 2e10, 1e10);
-    let plan = Arc::new(Plan::new(&model, &PlanOptions { moments: 0, ..PlanOptions::default() }, &cost)?);
+    let plan = Arc::new(Plan::new(&model, &PlanOptions { updates: Updates::PLAIN, ..PlanOptions::default() }, &cost)?);
     let memory = DeviceMemory { arena_bytes: plan.arena.bytes, host_bytes: plan.host.bytes, poison: false };
     let device = DeviceSpec::default().start(memory)?;
     // A large batch may take its time: there is one task only.

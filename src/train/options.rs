@@ -5,7 +5,7 @@ use crate::base::{DType, Error, Result};
 use crate::device::DeviceSpec;
 use crate::engine::EngineOptions;
 use crate::graph::{LowRank, adapted_layer};
-use crate::spill::{Model, Plan, PlanOptions};
+use crate::spill::{Model, Plan, PlanOptions, Updates};
 use std::path::PathBuf;
 
 /// How to train a model.
@@ -25,7 +25,7 @@ pub struct TrainOptions {
     pub schedule: Schedule,
     /// Greatest global norm of a gradient; larger ones are scaled down.
     pub clip: Option<f64>,
-    /// The plan's budgets and wishes; moments are filled in from the optimizer.
+    /// The plan's budgets and wishes; `updates` are filled in from the optimizer.
     pub plan: PlanOptions,
     /// The device; its arena's size comes from the plan.
     pub device: DeviceSpec,
@@ -124,6 +124,11 @@ impl TrainOptions {
             }
             None => Ok(()),
         }
+    }
+
+    /// What the optimizer needs of a plan.
+    pub fn updates(&self) -> Updates {
+        Updates { moments: self.optimizer.moments(), clips: self.clip.is_some() }
     }
 
     /// Whether a parameter of this name is not trained.

@@ -7,7 +7,7 @@ use crate::device::sim::CostModel;
 use crate::engine::plan_alone;
 use crate::graph::{Graph, Input, Mode};
 use crate::nn::{InputShape, Network};
-use crate::spill::{Model, Plan, PlanOptions};
+use crate::spill::{Model, Plan, PlanOptions, Spread};
 use std::sync::Arc;
 
 /// Traces `network` for the options' microbatches, element type and device with the tensors of `inputs`: the training
@@ -88,11 +88,10 @@ pub fn batch_inputs<'a>(graph: &Graph, batch: &'a Batch) -> Result<Vec<&'a [u8]>
 /// # Errors
 /// As [`Plan::new`]; and when the plan is to cross devices.
 pub fn plan_model(model: &Arc<Model>, options: &TrainOptions, cost: &CostModel) -> Result<Arc<Plan>> {
-    if options.plan.crosses {
-        return Err(Error::bad("plan.crosses: a model that has a device to itself crosses to no other"));
+    if options.plan.spread != Spread::One {
+        return Err(Error::bad("plan.spread: a model that has a device to itself spreads over no other"));
     }
-    let wishes =
-        PlanOptions { moments: options.optimizer.moments(), clips: options.clip.is_some(), ..options.plan.clone() };
+    let wishes = PlanOptions { updates: options.updates(), ..options.plan.clone() };
     plan_alone(model, &wishes, cost)
 }
 

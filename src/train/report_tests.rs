@@ -76,7 +76,7 @@ fn train(run: &Path, size: &Size) {
     let budget = least + ((most - least) as f64 * size.budget) as u64;
     options.plan = PlanOptions { device_budget: Some(budget), ..PlanOptions::default() };
     let plan = plan_model(&model, &options, &cost).unwrap();
-    let prediction = predict(&model, &plan, &cost, true).unwrap();
+    let prediction = predict(&model, &plan, &cost).unwrap();
     let shards: Vec<_> = (0..plan.shards.len())
         .map(|s| {
             let shard = &plan.shards[s];

@@ -79,7 +79,7 @@ pub fn gather(engine: &Engine, outcome: &mut Outcome) {
 /// Adds the weights, moments and running statistics of one of an engine's models.
 pub fn gather_of(engine: &Engine, of: usize, outcome: &mut Outcome) {
     let model: &Arc<Model> = engine.model(of);
-    let moments = engine.plan(of).moments;
+    let moments = engine.plan(of).updates.moments;
     let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<_>>();
     for (i, p) in model.train.parameters.iter().enumerate() {
         outcome.tensors.insert(p.name.clone(), bits(engine.read_parameter(of, Stored::Weight, i).unwrap()));

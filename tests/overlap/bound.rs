@@ -173,7 +173,7 @@ impl Recurrence<'_> {
                 let norm = self.on_device(self.own_bytes(s), vec![last]);
                 sent.push(self.copy_out(8 * self.plan.shards[s].layout.layers.len() as u64, vec![norm]));
                 if !clip {
-                    self.on_device(self.own_bytes(s) * (3 + 2 * self.plan.moments) as f64, vec![norm]);
+                    self.on_device(self.own_bytes(s) * (3 + 2 * self.plan.updates.moments) as f64, vec![norm]);
                 }
                 continue;
             }
@@ -197,7 +197,10 @@ impl Recurrence<'_> {
             let norms: Vec<usize> = home.iter().flatten().copied().chain([result]).chain(sent).collect();
             let brought = (self.plan.choice.resting > 0).then(|| self.copy_in(8 * n as u64, norms.clone()));
             for s in 0..self.plan.choice.resting {
-                self.on_device(self.own_bytes(s) * (3 + 2 * self.plan.moments) as f64, brought.into_iter().collect());
+                self.on_device(
+                    self.own_bytes(s) * (3 + 2 * self.plan.updates.moments) as f64,
+                    brought.into_iter().collect(),
+                );
             }
             for s in (0..n).filter(|&s| home[s].is_some()) {
                 self.updated[s].clear();
@@ -215,7 +218,7 @@ impl Recurrence<'_> {
             self.visit(s, true);
         }
         let bytes: f64 = (0..self.plan.shards.len()).map(|s| self.own_bytes(s)).sum();
-        let secs = bytes * (1 + 3 + 2 * self.plan.moments) as f64 / self.cost.device_update_bytes_per_sec;
+        let secs = bytes * (1 + 3 + 2 * self.plan.updates.moments) as f64 / self.cost.device_update_bytes_per_sec;
         self.add(COMPUTE, secs, Vec::new(), self.computes);
     }
 
@@ -234,7 +237,7 @@ impl Recurrence<'_> {
     }
 
     fn update(&mut self, s: usize, bytes: u64, after: Vec<usize>, next_step: usize) {
-        let traffic = bytes as f64 * (3 + 2 * self.plan.moments) as f64;
+        let traffic = bytes as f64 * (3 + 2 * self.plan.updates.moments) as f64;
         let update = self.math(traffic, after, next_step + s * self.microbatches);
         self.updated[s].push(update);
     }

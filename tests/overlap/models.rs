@@ -133,7 +133,7 @@ pub fn run_simulated(model: &Arc<Model>, plan: &Arc<Plan>, cost: &CostModel, cli
         // The last of them too has a next one beside it.
         while begun <= WARM + MEASURED && engine.steps_in_flight(0) < 2 {
             let inputs = vec![&[][..]; model.train.inputs.len()];
-            let rule = rule(plan.moments, begun + 1);
+            let rule = rule(plan.updates.moments, begun + 1);
             let input = StepInput { step: begun, inputs, loss_scale: 1.0, rule, clip };
             engine.begin_step(0, &input).expect("fewer than two in flight");
             begun += 1;

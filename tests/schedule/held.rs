@@ -7,8 +7,9 @@ use hydra::engine::{SimulateOptions, Simulation, simulate};
 use hydra::graph::{ALIGNMENT, Area};
 use hydra::sched::by_name;
 use hydra::spill::{
-    ArenaMap, FleetDevice, FleetMap, FleetModel, Home, Placed, PlanOptions, ShardPrograms, plan_anywhere,
+    ArenaMap, FleetDevice, FleetMap, FleetModel, Home, Placed, PlanOptions, ShardPrograms, Updates, plan_anywhere,
 };
+use std::sync::Arc;
 
 const STEPS: u64 = 5;
 const SHARDS: usize = 4;
@@ -17,16 +18,18 @@ const SHARDS: usize = 4;
 fn placed(models: usize, devices: usize, slots: usize) -> Vec<Placed> {
     let model = Chain::equal(SHARDS, 257, 33).model();
     let options = PlanOptions {
-        moments: 0,
+        updates: Updates { moments: 0, clips: true },
         slots,
-        clips: true,
         cut: Some((0..SHARDS).map(|l| l..l + 1).collect()),
         ..PlanOptions::default()
     };
     let of =
         |i| FleetModel { name: format!("model {i}"), model: model.clone(), options: options.clone(), steps: STEPS };
     let devices = vec![FleetDevice { budget: None, cost: slow_link() }; devices];
-    plan_anywhere(&(0..models).map(of).collect::<Vec<_>>(), &devices).expect("no budget").placed
+    let mut placed = plan_anywhere(&(0..models).map(of).collect::<Vec<_>>(), &devices).expect("no budget").placed;
+    // Planned as if gradients were clipped, which leaves updates to the host.
+    placed.iter_mut().for_each(|p| Arc::make_mut(&mut p.plan).updates.clips = false);
+    placed
 }
 
 /// A weight takes longer to arrive than to be used.
@@ -46,16 +49,11 @@ fn slots(map: &FleetMap) -> Vec<usize> {
 }
 
 fn run(placed: &[Placed], arena_bytes: Vec<u64>) -> Simulation {
+    let costs = vec![slow_link(); arena_bytes.len()];
     let options = SimulateOptions {
-        steps: vec![STEPS; placed.len()],
-        clips: vec![false; placed.len()],
-        costs: vec![slow_link(); arena_bytes.len()],
-        shared_bytes_per_sec: None,
         arena_bytes,
         policy: by_name("sharded-lrtf", 1),
-        units: 2,
-        lines: Vec::new(),
-        recorder: None,
+        ..SimulateOptions::new(vec![STEPS; placed.len()], costs)
     };
     simulate(placed, options).expect("nothing fails")
 }

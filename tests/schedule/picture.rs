@@ -5,8 +5,8 @@ use hydra::device::sim::CostModel;
 use hydra::engine::{SimulateOptions, simulate};
 use hydra::sched::{LocalityLrtf, LowerBound, by_name};
 use hydra::spill::{
-    Baseline, FleetDevice, FleetModel, HomeBudgets, Lined, PlanOptions, Recompute, place_baseline, plan_anywhere,
-    plan_fleet, plan_pipelined,
+    Baseline, FleetDevice, FleetModel, HomeBudgets, Lined, PlanOptions, Recompute, Updates, place_baseline,
+    plan_anywhere, plan_fleet, plan_pipelined,
 };
 
 /// Enough steps that the ends, where one device has nothing left to do, do not count.
@@ -15,7 +15,7 @@ const STEPS: u64 = 8;
 /// A model of two shards for each of `steps`, all equal but for these.
 fn models(steps: &[u64], microbatches: usize) -> Vec<FleetModel> {
     let model = Chain { microbatches, ..Chain::equal(2, 256, 256) }.model();
-    let options = PlanOptions { moments: 0, cut: Some(vec![0..1, 1..2]), ..PlanOptions::default() };
+    let options = PlanOptions { updates: Updates::PLAIN, cut: Some(vec![0..1, 1..2]), ..PlanOptions::default() };
     let of = |(i, &steps): (usize, &u64)| FleetModel {
         name: format!("model {i}"),
         model: model.clone(),
@@ -29,15 +29,9 @@ fn models(steps: &[u64], microbatches: usize) -> Vec<FleetModel> {
 /// the last shard's forward and backward are one, and units are unequal.
 fn in_seconds(models: &[FleetModel], lined: &Lined, policy: Option<&str>, cost: &CostModel) -> f64 {
     let options = SimulateOptions {
-        steps: models.iter().map(|m| m.steps).collect(),
-        clips: vec![false; models.len()],
-        costs: vec![cost.clone(); 2],
-        shared_bytes_per_sec: None,
-        arena_bytes: Vec::new(),
         policy: policy.and_then(|name| by_name(name, 1)),
-        units: 2,
         lines: lined.lines.clone(),
-        recorder: None,
+        ..SimulateOptions::new(models.iter().map(|m| m.steps).collect(), vec![cost.clone(); 2])
     };
     let makespan_secs = simulate(&lined.placed, options).expect("nothing fails").makespan_secs;
     let microbatch_secs: f64 = lined.placed[0].plan.shards.iter().map(|s| s.step_secs(cost)).sum();
@@ -104,7 +98,7 @@ fn arithmetic_alone() -> CostModel {
 fn the_smallest_budget_that_is_named_works_and_a_byte_less_does_not() {
     for recompute in [Recompute::Auto, Recompute::Always, Recompute::Never] {
         let model = Chain { microbatches: 2, ..Chain::equal(6, 64, 33) }.model();
-        let options = PlanOptions { moments: 0, slots: 4, recompute, ..PlanOptions::default() };
+        let options = PlanOptions { updates: Updates::PLAIN, slots: 4, recompute, ..PlanOptions::default() };
         let of = |i: usize| FleetModel {
             name: format!("model {i}"),
             model: model.clone(),
@@ -140,15 +134,8 @@ fn fewer_models_than_devices_go_on_microbatch_by_microbatch() {
             false => plan_anywhere(models, &spec).expect("a plan").placed,
         };
         let options = SimulateOptions {
-            steps: models.iter().map(|m| m.steps).collect(),
-            clips: vec![false; models.len()],
-            costs: vec![cost.clone(); devices],
-            shared_bytes_per_sec: None,
-            arena_bytes: Vec::new(),
             policy: Some(Box::new(LocalityLrtf { pipelines, ..LocalityLrtf::default() })),
-            units: 2,
-            lines: Vec::new(),
-            recorder: None,
+            ..SimulateOptions::new(models.iter().map(|m| m.steps).collect(), vec![cost.clone(); devices])
         };
         simulate(&placed, options).expect("nothing fails")
     };
@@ -156,7 +143,7 @@ fn fewer_models_than_devices_go_on_microbatch_by_microbatch() {
         name: format!("{layers} layers"),
         model: chain(layers).model(),
         // However fine units are, all of them do the same.
-        options: PlanOptions { moments: 0, recompute: Recompute::Always, ..PlanOptions::default() },
+        options: PlanOptions { updates: Updates::PLAIN, recompute: Recompute::Always, ..PlanOptions::default() },
         steps,
     };
     // One model on as many devices as it likes: a pipeline of 8 microbatches, filled and emptied every step.

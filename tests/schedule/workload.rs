@@ -8,7 +8,7 @@ use super::models::{Chain, Random};
 use hydra::device::sim::CostModel;
 use hydra::engine::{SimulateOptions, Simulation, simulate};
 use hydra::sched::{LocalityLrtf, Policy, by_name, rehearse};
-use hydra::spill::{BoundaryTier, FleetDevice, FleetMap, FleetModel, Placed, PlanOptions, plan_anywhere};
+use hydra::spill::{BoundaryTier, FleetDevice, FleetMap, FleetModel, Placed, PlanOptions, Updates, plan_anywhere};
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
@@ -94,15 +94,10 @@ impl Workload {
     fn run_by(&self, policy: Option<Box<dyn Policy>>) -> Simulation {
         let budgets = vec![self.budget; self.costs.len()];
         let options = SimulateOptions {
-            steps: self.steps.clone(),
-            clips: vec![false; self.steps.len()],
-            costs: self.costs.clone(),
             shared_bytes_per_sec: self.shared_bytes_per_sec,
             arena_bytes: FleetMap::within(&self.placed, &budgets).arena_bytes,
             policy,
-            units: 2,
-            lines: Vec::new(),
-            recorder: None,
+            ..SimulateOptions::new(self.steps.clone(), self.costs.clone())
         };
         simulate(&self.placed, options).expect("nothing fails")
     }
@@ -174,8 +169,11 @@ fn kind(i: usize, random: &mut Random, intensity: f64, few_copies: bool) -> Flee
     let input = (width * random.factor(0.06, 1.0)) as usize;
     let chain = Chain { rows, input, layers, microbatches };
     let cut: Vec<Range<usize>> = (0..shards).map(|s| s * layers_each..(s + 1) * layers_each).collect();
-    let options =
-        PlanOptions { moments: random.whole(0, 2), cut: (!searched).then_some(cut), ..PlanOptions::default() };
+    let options = PlanOptions {
+        updates: Updates { moments: random.whole(0, 2), clips: false },
+        cut: (!searched).then_some(cut),
+        ..PlanOptions::default()
+    };
     FleetModel { name: format!("kind {i}"), model: Arc::clone(&chain.model()), options, steps: 0 }
 }
 
@@ -206,7 +204,7 @@ fn visits(p: &Placed, steps: f64, cost: &CostModel, share: f64) -> Vec<Visit> {
     };
     let backward = |s: usize| {
         let (fetch, own) = (shards[s].fetch_bytes() as f64, shards[s].own_bytes() as f64);
-        let moments = p.plan.moments as f64 * own;
+        let moments = p.plan.updates.moments as f64 * own;
         let (state, leaves) = if choice.updates_on_device(s) { (moments, own + moments) } else { (0.0, own) };
         visit(m * shards[s].backward_secs(cost), fetch + before(s) + after(s) + inputs(s) + state, before(s) + leaves)
     };

@@ -10,7 +10,7 @@ use hydra::device::host::{HostConfig, HostDevice, HostSpec};
 use hydra::device::{AdamwRule, SgdRule, UpdateRule};
 use hydra::engine::{Engine, EngineOptions, StepInput, Stored};
 use hydra::graph::{Activation, Builder, Init, Mode, WeightLayout};
-use hydra::spill::{Model, Plan, PlanOptions};
+use hydra::spill::{Model, Plan, PlanOptions, Updates};
 use hydra::train::{TrainOptions, Weights};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -43,7 +43,7 @@ pub fn state_of(engine: &Engine) -> Outcome {
 
 /// Writes them back.
 pub fn write_state(engine: &mut Engine, state: &Outcome) {
-    let (model, moments) = (Arc::clone(engine.model(0)), engine.plan(0).moments);
+    let (model, moments) = (Arc::clone(engine.model(0)), engine.plan(0).updates.moments);
     let values = |name: &str| -> Vec<f32> { state.tensors[name].iter().map(|&bits| f32::from_bits(bits)).collect() };
     for (i, p) in model.train.parameters.iter().enumerate() {
         engine.write_parameter(0, Stored::Weight, i, &values(&p.name)).expect("at rest");
@@ -255,7 +255,8 @@ fn numbers_of_a_step_that_cannot_be_meant_are_refused() {
 /// A model of an engine and a device of so many bytes less than the plan says.
 fn short_of(model: Model, arena_less: u64, host_less: u64) -> Engine {
     let model = Arc::new(model);
-    let plan = Plan::new(&model, &PlanOptions { moments: 0, ..PlanOptions::default() }, &super::common::stated());
+    let plan =
+        Plan::new(&model, &PlanOptions { updates: Updates::PLAIN, ..PlanOptions::default() }, &super::common::stated());
     let plan = Arc::new(plan.expect("a plan"));
     let spec = HostSpec { arena_bytes: plan.arena.bytes - arena_less, ..HostSpec::default() };
     let config = HostConfig { devices: vec![spec], host_bytes: plan.host.bytes - host_less, ..HostConfig::default() };

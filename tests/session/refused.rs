@@ -9,7 +9,7 @@ use hydra::device::{DeviceSpec, FleetMemory, start_fleet};
 use hydra::engine::StepInput;
 use hydra::graph::{Activation, Builder, Graph, Init, Mode, WeightLayout};
 use hydra::nn::{InputShape, Labels, Network};
-use hydra::spill::{Placed, PlanOptions};
+use hydra::spill::{Placed, PlanOptions, Spread};
 use hydra::train::{
     Fleet, ModelToTrain, Observer, Session, TrainOptions, Weights, batch_inputs, inputs_of, prepare, trace_model,
 };
@@ -158,9 +158,9 @@ fn a_plan_of_another_model_is_refused() {
 fn a_session_crosses_to_no_other_device() {
     let small = Small::gpt(14, 2, 2, 9, 0.0);
     let options = TrainOptions { batch: 4, ..TrainOptions::new(2) };
-    let crossing = PlanOptions { crosses: true, ..PlanOptions::default() };
+    let crossing = PlanOptions { spread: Spread::Stages { pipelined: false }, ..PlanOptions::default() };
     let error = small.plan(&TrainOptions { plan: crossing.clone(), ..options.clone() }).expect_err("refused");
-    assert_eq!(error.to_string(), "plan.crosses: a model that has a device to itself crosses to no other");
+    assert_eq!(error.to_string(), "plan.spread: a model that has a device to itself spreads over no other");
     let model = small.model(&options);
     let plan = hydra::spill::Plan::new(&model, &crossing, &stated()).expect("a plan").into();
     let source = small.source(options.batch, 5);

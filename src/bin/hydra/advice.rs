@@ -23,7 +23,7 @@ pub fn what_would_help(model: &Planned, planned: &PlannedJob) -> String {
     let _held = model.model().stand_ins();
     let (first, mut options) = (planned.machine.first(), model.prepared.options.clone());
     options.plan.device_budget = first.budget;
-    (options.plan.host_budget, options.plan.disk_budget) = (planned.machine.homes.host, planned.machine.homes.disk);
+    options.plan.homes = planned.machine.homes;
     let cost = &first.cost;
     let mut tries: Vec<(String, TrainOptions, CostModel)> = Vec::new();
     if let Some(budget) = options.plan.device_budget {
@@ -51,7 +51,7 @@ pub fn what_would_help(model: &Planned, planned: &PlannedJob) -> String {
         let faster = CostModel { disk_bytes_per_sec: Some(2.0 * cost.disk_bytes_per_sec()), ..cost.clone() };
         tries.push(("a disk twice as fast".into(), options.clone(), faster));
         let mut more = options.clone();
-        more.plan.host_budget = more.plan.host_budget.map(|bytes| 2 * bytes);
+        more.plan.homes.host = more.plan.homes.host.map(|bytes| 2 * bytes);
         tries.push(("twice the host memory".into(), more, cost.clone()));
     }
     if options.plan.recompute == Recompute::Always {
@@ -79,7 +79,7 @@ fn predicted(model: &Planned, options: &TrainOptions, cost: &CostModel) -> Optio
         Arc::new(trace_model(prepared.network(), &prepared.inputs, options).ok()?)
     };
     let plan = plan_model(&traced, options, cost).ok()?;
-    let prediction = predict(&traced, &plan, cost, options.clip.is_some()).ok()?;
+    let prediction = predict(&traced, &plan, cost).ok()?;
     Some((prediction.step_secs, plan.arena.bytes))
 }
 
@@ -155,8 +155,7 @@ pub fn what_would_help_all(planned: &PlannedJob) -> String {
 /// such plan.
 fn tried(Try { what, job, machine, fleet }: Try) -> Option<(f64, String, u64)> {
     let placing = Placing::new(&job, &machine, &fleet).ok()?;
-    let clips = fleet.iter().map(|m| m.options.clips).collect();
-    let (secs, _) = predict_turn(&placing.placed, &placing.sharing, &job.run, &machine, clips).ok()?;
+    let (secs, _) = predict_turn(&placing.placed, &placing.sharing, &job.run, &machine).ok()?;
     let bytes = FleetMap::within(&placing.placed, &may_fill(&machine)).arena_bytes.into_iter().max()?;
     Some((secs, what, bytes))
 }

@@ -166,8 +166,7 @@ impl Placing {
     /// Simulates a part of all steps, by which ways are compared.
     fn simulated(&self, job: &Job, machine: &Machine, fleet: &[FleetModel]) -> Result<Simulation> {
         let steps: Vec<u64> = fleet.iter().map(|m| m.steps).collect();
-        let clips = fleet.iter().map(|m| m.options.clips).collect();
-        let steps = (fewer_steps(&steps, COMPARED_STEPS), clips);
+        let steps = fewer_steps(&steps, COMPARED_STEPS);
         simulate(&self.placed, &self.sharing, &job.run, machine, steps, None)
     }
 
@@ -182,12 +181,8 @@ impl Placing {
         // It may as well be the one with the most memory, of equals the first.
         let wants = |d: &usize| machine.devices[*d].budget.unwrap_or(u64::MAX);
         let best = (0..machine.devices.len()).rev().max_by_key(wants).unwrap_or(0);
-        let options = PlanOptions {
-            device_budget: machine.devices[best].budget,
-            host_budget: machine.homes.host,
-            disk_budget: machine.homes.disk,
-            ..options.clone()
-        };
+        let options =
+            PlanOptions { device_budget: machine.devices[best].budget, homes: machine.homes, ..options.clone() };
         let plan = plan_alone(model, &options, &machine.devices[best].cost).map_err(|e| named(name, e))?;
         let smallest_device_bytes = plan.smallest_device_bytes;
         let home = Home::On(vec![best as u16; plan.shards.len()]);
@@ -207,11 +202,7 @@ pub fn fleet_model(prepared: &Prepared, model: &Arc<Model>) -> FleetModel {
     FleetModel {
         name: prepared.name.clone(),
         model: Arc::clone(model),
-        options: PlanOptions {
-            moments: prepared.options.optimizer.moments(),
-            clips: prepared.options.clip.is_some(),
-            ..prepared.options.plan.clone()
-        },
+        options: PlanOptions { updates: prepared.options.updates(), ..prepared.options.plan.clone() },
         steps: prepared.options.steps,
     }
 }
@@ -228,7 +219,7 @@ pub fn may_fill(machine: &Machine) -> Vec<Option<u64>> {
     machine.devices.iter().map(of).collect()
 }
 
-/// Simulates so many steps of each model, which clips its gradients or not.
+/// Simulates so many steps of each model.
 ///
 /// # Errors
 /// When the schedule stalls: our own bug.
@@ -237,7 +228,7 @@ pub fn simulate(
     sharing: &Sharing,
     run: &Run,
     machine: &Machine,
-    (steps, clips): (Vec<u64>, Vec<bool>),
+    steps: Vec<u64>,
     recorder: Option<Recorder>,
 ) -> Result<Simulation> {
     let lines = match sharing {
@@ -245,15 +236,13 @@ pub fn simulate(
         Sharing::Alone | Sharing::Turns { .. } => Vec::new(),
     };
     let options = SimulateOptions {
-        steps,
-        clips,
-        costs: machine.costs(),
         shared_bytes_per_sec: machine.shared_bytes_per_sec,
         arena_bytes: FleetMap::within(placed, &may_fill(machine)).arena_bytes,
         policy: sharing.policy(run),
         units: units(placed, run),
         lines,
         recorder,
+        ..SimulateOptions::new(steps, machine.costs())
     };
     engine::simulate(placed, options)
 }
@@ -262,14 +251,8 @@ pub fn simulate(
 ///
 /// # Errors
 /// When the schedule stalls: our own bug.
-pub fn predict_turn(
-    placed: &[Placed],
-    sharing: &Sharing,
-    run: &Run,
-    machine: &Machine,
-    clips: Vec<bool>,
-) -> Result<(f64, f64)> {
-    let steps = |n: u64| simulate(placed, sharing, run, machine, (vec![n; placed.len()], clips.clone()), None);
+pub fn predict_turn(placed: &[Placed], sharing: &Sharing, run: &Run, machine: &Machine) -> Result<(f64, f64)> {
+    let steps = |n: u64| simulate(placed, sharing, run, machine, vec![n; placed.len()], None);
     let (first, third) = (steps(1)?, steps(3)?);
     // Without what comes before the first step and after the last.
     let bound_secs = (third.bounds.secs - first.bounds.secs) / 2.0;

@@ -105,14 +105,10 @@ pub fn plan_loaded(path: &Path, job: Job, texts: &Rc<Texts>, trains: bool) -> Re
     let map = FleetMap::within(&placed, &placing::may_fill(&machine));
     let mut models = Vec::new();
     for ((prepared, _), placed) in traced.into_iter().zip(placed) {
-        let clip = prepared.options.clip.is_some();
-        let alike = |m: &&Rc<Planned>| {
-            let same_plan = Arc::ptr_eq(&m.placed.plan, &placed.plan) && m.placed.home == placed.home;
-            same_plan && m.prepared.options.clip.is_some() == clip
-        };
+        let alike = |m: &&Rc<Planned>| Arc::ptr_eq(&m.placed.plan, &placed.plan) && m.placed.home == placed.home;
         let prediction = match models.iter().find(alike) {
             Some(twin) => twin.prediction,
-            None => predict_alone(&placed, &sharing, &machine, &map.arena_bytes, clip)?,
+            None => predict_alone(&placed, &sharing, &machine, &map.arena_bytes)?,
         };
         models.push(Rc::new(Planned { prepared, placed, prediction }));
     }
@@ -177,17 +173,11 @@ pub fn trace(job: &Job, mut prepared: Prepared, before: &[(&Prepared, &Arc<Model
 ///
 /// # Errors
 /// When the schedule stalls: our own bug.
-pub fn predict_alone(
-    placed: &Placed,
-    sharing: &Sharing,
-    machine: &Machine,
-    arena_bytes: &[u64],
-    clip: bool,
-) -> Result<Prediction> {
+pub fn predict_alone(placed: &Placed, sharing: &Sharing, machine: &Machine, arena_bytes: &[u64]) -> Result<Prediction> {
     let alone = matches!(&placed.home, Home::On(devices) if devices.iter().all(|d| *d == devices[0]));
     if alone {
         let Home::On(devices) = &placed.home else { unreachable!("matched just above") };
-        return predict(&placed.model, &placed.plan, &machine.devices[usize::from(devices[0])].cost, clip);
+        return predict(&placed.model, &placed.plan, &machine.devices[usize::from(devices[0])].cost);
     }
     /// Steps that are run, the first of which is left out of every average.
     const STEPS: u64 = 4;
@@ -196,15 +186,11 @@ pub fn predict_alone(
         let moves = placed.home == Home::Anywhere;
         let policy = moves.then(|| Box::new(LocalityLrtf { pipelines, ..LocalityLrtf::default() }) as Box<dyn Policy>);
         let options = SimulateOptions {
-            steps: vec![steps],
-            clips: vec![clip],
-            costs: machine.costs(),
             shared_bytes_per_sec: machine.shared_bytes_per_sec,
             arena_bytes: arena_bytes.to_vec(),
             policy,
             units: placed.plan.choice.slots,
-            lines: Vec::new(),
-            recorder: None,
+            ..SimulateOptions::new(vec![steps], machine.costs())
         };
         simulate(std::slice::from_ref(placed), options)
     };
@@ -236,13 +222,7 @@ impl PlannedJob {
     /// # Errors
     /// When the schedule stalls: our own bug.
     pub fn simulate(&self, steps: Vec<u64>, recorder: Option<Recorder>) -> Result<Simulation> {
-        let clips = self.clips();
-        placing::simulate(&self.placed(), &self.sharing, &self.job.run, &self.machine, (steps, clips), recorder)
-    }
-
-    /// Whether each model clips its gradients.
-    fn clips(&self) -> Vec<bool> {
-        self.models.iter().map(|m| m.prepared.options.clip.is_some()).collect()
+        placing::simulate(&self.placed(), &self.sharing, &self.job.run, &self.machine, steps, recorder)
     }
 
     /// Finds out how the models numbered `active` take turns best over so many steps each, as a fleet of their own;
@@ -251,10 +231,8 @@ impl PlannedJob {
     /// # Errors
     /// When the schedule stalls: our own bug.
     pub fn rehearse(&self, active: &[usize], steps: &[u64]) -> Result<Option<Rehearsal>> {
-        let (placed, clips) = (self.placed(), self.clips());
-        let placed: Vec<Placed> = active.iter().map(|&m| placed[m].clone()).collect();
-        let clips: Vec<bool> = active.iter().map(|&m| clips[m]).collect();
-        rehearse_turns(&placed, &self.sharing, &self.job.run, &self.machine, (steps, &clips))
+        let placed: Vec<Placed> = active.iter().map(|&m| self.models[m].placed.clone()).collect();
+        rehearse_turns(&placed, &self.sharing, &self.job.run, &self.machine, steps)
     }
 
     /// Predicts one step of every model.
@@ -267,9 +245,8 @@ impl PlannedJob {
             (self.step_secs, self.bound_secs) = (prediction.step_secs, prediction.bound_secs);
             return Ok(());
         }
-        let (placed, clips) = (self.placed(), self.clips());
         let (step_secs, bound_secs) =
-            placing::predict_turn(&placed, &self.sharing, &self.job.run, &self.machine, clips)?;
+            placing::predict_turn(&self.placed(), &self.sharing, &self.job.run, &self.machine)?;
         // Nor do they beat what one of them does not, where it has its lanes whatever the schedule.
         let stays = |m: &&Rc<Planned>| self.machine.devices.len() == 1 || m.placed.home != Home::Anywhere;
         let alone = self.models.iter().filter(stays).map(|m| m.prediction.bound_secs);

@@ -37,7 +37,7 @@ pub fn rehearse_turns(
     sharing: &Sharing,
     run: &Run,
     machine: &Machine,
-    (steps, clips): (&[u64], &[bool]),
+    steps: &[u64],
 ) -> Result<Option<Rehearsal>> {
     let Sharing::Turns(plain) = sharing else { return Ok(None) };
     // A model alone on its device has nobody to take turns with.
@@ -47,8 +47,7 @@ pub fn rehearse_turns(
         return Ok(None);
     }
     let makespan_secs = |sharing: &Sharing, most: u64| {
-        let what = (fewer_steps(steps, most), clips.to_vec());
-        simulate(placed, sharing, run, machine, what, None).map(|s| s.makespan_secs)
+        simulate(placed, sharing, run, machine, fewer_steps(steps, most), None).map(|s| s.makespan_secs)
     };
     let some = COMPARED_STEPS.min(longest);
     let whole_secs = makespan_secs(sharing, some)? * longest as f64 / some as f64;

@@ -51,13 +51,7 @@ pub fn plan_added(planned: &PlannedJob, job: &Job, there: &[Placed], arenas: &[u
         let homes = planned.machine.homes.beside(&FleetMap::new(&placed, devices));
         let one = find_homes(&[Placed { line: i, ..one }], homes).map_err(|e| named(&prepared.name, e))?.remove(0);
         placed.push(one.clone());
-        let prediction = predict_alone(
-            &one,
-            &planned.sharing,
-            &planned.machine,
-            &planned.map.arena_bytes,
-            prepared.options.clip.is_some(),
-        )?;
+        let prediction = predict_alone(&one, &planned.sharing, &planned.machine, &planned.map.arena_bytes)?;
         added.push(Rc::new(Planned { prepared, placed: one, prediction }));
     }
     Ok(added)
