@@ -193,7 +193,7 @@ fn stages_fit_in_what_is_named_and_in_nothing_below() {
             for (count, slots) in [(1, 7), (2, 2), (3, 1)] {
                 let models = fleet_models(&[(model, 2)], &PlanOptions { slots, ..PlanOptions::default() });
                 check(&format!("{what}, {baseline:?}, {count} devices, {slots} slots"), &|budget, cost| {
-                    let lined = place_baseline(baseline, &models, &devices(count, budget, cost))?;
+                    let lined = place_baseline(baseline, &models, &devices(count, budget, cost), plan_alone)?;
                     Ok(lined.smallest_device_bytes)
                 });
             }

@@ -8,7 +8,7 @@ use common::{Case, Collect, Outcome, difference, distance, gather_of, stated};
 use hydra::base::{DType, Error};
 use hydra::device::cuda::{CudaConfig, CudaDevice, Emulated, Facts, LogicalDevice};
 use hydra::device::{Completion, CopySpan, Device, DeviceSpec, FleetMemory, Memory, Span, Task, Ticket, start_fleet};
-use hydra::engine::{Stored, TurnOptions};
+use hydra::engine::{Stored, TurnOptions, plan_alone};
 use hydra::graph::LowRank;
 use hydra::sched::by_name;
 use hydra::spill::{Baseline, FleetDevice, FleetMap, FleetModel, Home, OnDisk, Placed, PlanOptions, Recompute, Spread};
@@ -569,6 +569,6 @@ fn a_mix_of_models_has_the_same_bits_on_any_gpus() {
     let free = vec![FleetDevice { budget: None, cost: stated() }; 2];
     let (stay, _) = plan_at_home(&models, &free).expect("a plan").expect("room");
     check("at home", train(&members, &stay, (two_gpus(90), &[0, 1], 7), Some("sharded-lrtf"), &[]));
-    let staged = place_baseline(Baseline::Gpipe, &models, &free).expect("a plan");
+    let staged = place_baseline(Baseline::Gpipe, &models, &free, plan_alone).expect("a plan");
     check("stages", train(&members, &staged.placed, (two_gpus(90), &[0, 1], 8), None, &staged.lines));
 }

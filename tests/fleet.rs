@@ -10,7 +10,7 @@ use hydra::data::{Batch, InputSpec, Source};
 use hydra::device::host::HostSpec;
 use hydra::device::sim::CostModel;
 use hydra::device::{DeviceSpec, DiskSpec, FleetMemory, start_fleet};
-use hydra::engine::{Engine, SimulateOptions, Simulation, TurnOptions, simulate};
+use hydra::engine::{Engine, SimulateOptions, Simulation, TurnOptions, plan_alone, simulate};
 use hydra::nn::Pretrained;
 use hydra::sched::{Claim, LocalityLrtf, LocalityTuning, MOST_MODELS, POLICIES, Policy, View, by_name};
 use hydra::spill::{
@@ -453,7 +453,7 @@ fn no_schedule_on_unlike_devices_is_below_its_bound() {
         let own = |pipelines| Box::new(LocalityLrtf { pipelines, ..LocalityLrtf::default() }) as Box<dyn Policy>;
         let mut runs = Vec::new();
         for (name, baseline) in Baseline::NAMES {
-            let lined = place_baseline(baseline, &models, &fleet).expect("no budget");
+            let lined = place_baseline(baseline, &models, &fleet, plan_alone).expect("no budget");
             runs.push((name, lined.placed, lined.lines, None));
         }
         for (name, new) in POLICIES {
@@ -775,11 +775,11 @@ fn baselines_give_the_bits_of_lone_runs() {
                     continue;
                 }
                 let devices_of = |budget| vec![FleetDevice { budget, cost: stated() }; devices];
-                let mut lined = place_baseline(baseline, &models, &devices_of(None)).expect("no budget");
+                let mut lined = place_baseline(baseline, &models, &devices_of(None), plan_alone).expect("no budget");
                 if let Some(share) = share {
                     let needs = FleetMap::new(&lined.placed, devices).arena_bytes.into_iter().max().expect("a device");
                     let budget = (needs as f64 * share) as u64;
-                    match place_baseline(baseline, &models, &devices_of(Some(budget))) {
+                    match place_baseline(baseline, &models, &devices_of(Some(budget)), plan_alone) {
                         Ok(tight) => lined = tight,
                         // One device holds what two would: the smallest plan may be larger than the share.
                         Err(error) => assert!(matches!(error, Error::OutOfBudget { .. }), "{error}"),
@@ -821,7 +821,7 @@ fn baselines_keep_to_the_budget_that_a_refusal_names() {
             let models = fleet_models(entries, recompute, slots);
             let place = |budget| {
                 let devices = vec![FleetDevice { budget: Some(budget), cost: stated() }; devices];
-                place_baseline(baseline, &models, &devices)
+                place_baseline(baseline, &models, &devices, plan_alone)
             };
             let refused = |budget| match place(budget) {
                 Err(Error::OutOfBudget { message, smallest_device_bytes }) => {

@@ -4,6 +4,7 @@
 use super::cut::balanced;
 use super::fleet::{FleetMap, Home, Placed};
 use super::fleet_plan::{FleetDevice, FleetModel, hold, named, once_for_equal, speeds};
+use super::model::Model;
 use super::plan::{Plan, PlanOptions, Recompute, Spread};
 use super::shard::ShardPrograms;
 use crate::base::{Error, Result, format_bytes};
@@ -51,14 +52,23 @@ fn smallest(placed: &[Placed]) -> u64 {
     placed.iter().map(|p| p.plan.smallest_device_bytes).max().unwrap_or(0)
 }
 
-/// Places `models` on `devices` as the baseline has it.
+/// How a model that has a device to itself is planned: [`plan_alone`](crate::engine::plan_alone), which needs the
+/// executor.
+pub type PlanAlone = fn(&Arc<Model>, &PlanOptions, &CostModel) -> Result<Arc<Plan>>;
+
+/// Places `models` on `devices` as the baseline has it; models that run one at a time are planned by `plan_alone`.
 ///
 /// # Errors
 /// [`Error::OutOfBudget`] that names what does not fit; [`Error::BadInput`] for absurd options.
-pub fn place_baseline(baseline: Baseline, models: &[FleetModel], devices: &[FleetDevice]) -> Result<Lined> {
+pub fn place_baseline(
+    baseline: Baseline,
+    models: &[FleetModel],
+    devices: &[FleetDevice],
+    plan_alone: PlanAlone,
+) -> Result<Lined> {
     let _held = hold(models);
     match baseline {
-        Baseline::OneAtATime => one_at_a_time(models, devices),
+        Baseline::OneAtATime => one_at_a_time(models, devices, plan_alone),
         Baseline::ModelParallel | Baseline::Gpipe => staged(models, devices, baseline == Baseline::Gpipe),
         Baseline::TaskParallel => task_parallel(models, devices),
     }
@@ -83,10 +93,10 @@ fn for_each<T: Clone>(models: &[FleetModel], mut make: impl FnMut(&FleetModel) -
     refused.map_or_else(|| Ok(made.into_iter().flatten().collect()), |(_, error)| Err(error))
 }
 
-fn one_at_a_time(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Lined> {
+fn one_at_a_time(models: &[FleetModel], devices: &[FleetDevice], plan_alone: PlanAlone) -> Result<Lined> {
     let plans = for_each(models, |m| {
         let options = PlanOptions { device_budget: devices[0].budget, ..m.options.clone() };
-        Plan::new(&m.model, &options, &devices[0].cost).map(Arc::new)
+        plan_alone(&m.model, &options, &devices[0].cost)
     })?;
     let alone = |(m, plan): (&FleetModel, Arc<Plan>)| Placed::alone(Arc::clone(&m.model), plan);
     let placed: Vec<Placed> = models.iter().zip(plans).map(alone).collect();

@@ -18,7 +18,7 @@ mod slots;
 mod stand_in;
 mod store;
 
-pub use baselines::{Baseline, Lined, place_baseline};
+pub use baselines::{Baseline, Lined, PlanAlone, place_baseline};
 pub use cut::balanced;
 pub use fleet::{FleetMap, Home, Placed};
 pub use fleet_plan::{FleetDevice, FleetModel, FleetPlan, named, or_nominal, plan_anywhere, plan_at_home, plan_fleet};

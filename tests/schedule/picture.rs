@@ -2,7 +2,7 @@
 
 use super::models::Chain;
 use hydra::device::sim::CostModel;
-use hydra::engine::{SimulateOptions, simulate};
+use hydra::engine::{SimulateOptions, plan_alone, simulate};
 use hydra::sched::{LocalityLrtf, LowerBound, by_name};
 use hydra::spill::{
     Baseline, FleetDevice, FleetModel, HomeBudgets, Lined, PlanOptions, Recompute, Updates, place_baseline,
@@ -55,7 +55,7 @@ fn three_models_on_two_devices_take_twelve_eight_and_six() {
     for microbatches in [1, 2] {
         let models = models(&[STEPS; 3], microbatches);
         let baseline = |baseline| {
-            let lined = place_baseline(baseline, &models, &devices).expect("no budget");
+            let lined = place_baseline(baseline, &models, &devices, plan_alone).expect("no budget");
             in_seconds(&models, &lined, None, &cost)
         };
         near(baseline(Baseline::ModelParallel), 12.0, 1e-3);
@@ -81,7 +81,8 @@ fn task_parallel_begins_with_the_longest() {
         (&[4, 6, 4, 6, 4], [&[1, 0, 4], &[3, 2]], 7.0),
     ] {
         let models = models(steps, 1);
-        let lined = place_baseline(Baseline::TaskParallel, &models, &two_devices(&cost)).expect("no budget");
+        let lined =
+            place_baseline(Baseline::TaskParallel, &models, &two_devices(&cost), plan_alone).expect("no budget");
         assert_eq!(lined.lines, want_lines, "{steps:?}");
         near(in_seconds(&models, &lined, None, &cost), want_secs, 1e-3);
     }
@@ -111,7 +112,9 @@ fn the_smallest_budget_that_is_named_works_and_a_byte_less_does_not() {
             let smallest = |budget: Option<u64>| {
                 let devices = vec![FleetDevice { budget, cost: arithmetic_alone() }; 2];
                 match baseline {
-                    Some(baseline) => place_baseline(baseline, &models, &devices).map(|l| l.smallest_device_bytes),
+                    Some(baseline) => {
+                        place_baseline(baseline, &models, &devices, plan_alone).map(|l| l.smallest_device_bytes)
+                    }
                     None => plan_fleet(&models, &devices, HomeBudgets::default()).map(|p| p.smallest_device_bytes),
                 }
             };

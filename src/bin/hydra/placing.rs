@@ -83,7 +83,8 @@ impl Placing {
             machine.devices.iter().map(|d| FleetDevice { budget: d.budget, cost: d.cost.clone() }).collect();
         if let Policy::Lines(baseline) = job.run.policy {
             return or_nominal(&devices, |devices| {
-                let Lined { placed, lines, smallest_device_bytes } = place_baseline(baseline, fleet, devices)?;
+                let Lined { placed, lines, smallest_device_bytes } =
+                    place_baseline(baseline, fleet, devices, plan_alone)?;
                 Placing { placed, sharing: Sharing::Lines(lines), smallest_device_bytes }.checked(machine)
             });
         }
