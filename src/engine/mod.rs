@@ -15,6 +15,7 @@ mod fetch;
 mod hazards;
 mod join;
 mod member;
+mod microbatch;
 mod misfit;
 mod queue;
 mod rings;

@@ -8,12 +8,10 @@
 
 use super::Engine;
 use super::member::{Pending, Purpose};
+use super::microbatch::Microbatch;
 use super::queue::Order;
-use super::rings::{BoundaryKey, Spill};
 use super::site::Site;
-use crate::device::{AdamwRule, CopySpan, Memory, Run, Scalars, SgdRule, Span, Task, UpdateRule};
-use crate::graph::{AREAS, Area, Program};
-use crate::spill::BoundaryTier;
+use crate::device::{AdamwRule, CopySpan, Memory, SgdRule, Span, Task, UpdateRule};
 use crate::trace::{TaskName, What};
 use std::ops::Range;
 use std::sync::Arc;
@@ -134,7 +132,8 @@ impl Engine {
         };
         for m in unit.microbatches.clone() {
             let ends_unit = m + 1 == unit.microbatches.end;
-            self.microbatch(site, (s, m, pass), &program, (slot, gradient_slot), pending, ends_unit);
+            let microbatch = Microbatch { site, s, m, pass, program: &program };
+            self.microbatch(&microbatch, (slot, gradient_slot), pending, ends_unit);
         }
         let states = shard.layout.states.end - shard.layout.states.start;
         let changes_states = pass == Pass::Forward || (pass == Pass::Backward && site.is_last(s));
@@ -158,173 +157,18 @@ impl Engine {
         }
     }
 
-    /// Makes the compute task of one microbatch of a visit, with the copies of its boundary tensors.
-    fn microbatch(
-        &mut self,
-        site: &Site,
-        (s, m, pass): (usize, usize, Pass),
-        program: &Arc<Program>,
-        (slot, gradient_slot): (usize, usize),
-        pending: &Pending,
-        ends_unit: bool,
-    ) {
-        let (plan, map, last) = (&site.plan, &site.map, site.is_last(s));
-        let mut bases = [0; AREAS];
-        let mut reads: [Option<Span>; 8] = [None; 8];
-        let mut writes: [Option<Span>; 8] = [None; 8];
-        let mut set = |area: Area, base: u64| {
-            bases[area as usize] = base;
-            site.arena(base, program.bytes(area))
-        };
-        // All programs of a device have one workspace, and an evaluation's logits lie in it until they have left.
-        writes[6] = Some(set(Area::Workspace, map.workspace));
-        reads[0] = Some(set(Area::Weights, map.weight_slots.at[slot]));
-        let states = set(Area::States, map.weight_slots.at[slot] + map.states_at[s]);
-        if pass == Pass::Evaluate {
-            reads[1] = Some(states)
-        } else {
-            writes[0] = Some(states)
-        }
-        if pass == Pass::Backward {
-            writes[1] = Some(set(Area::Gradients, map.gradient_slots.at[gradient_slot]));
-        }
-        if last && pass != Pass::Forward {
-            writes[2] = Some(set(Area::Results, map.losses[site.parity()] + 4 * m as u64));
-        }
-        if let Some(&saved) = map.saved[s].get(m)
-            && pass != Pass::Evaluate
-        {
-            let span = set(Area::Saved, saved);
-            if pass == Pass::Forward { writes[3] = Some(span) } else { reads[2] = Some(span) }
-        }
-        // What the task before in this shard hands over is brought first, then what the batch brings.
-        let place_in: Option<BoundaryKey> = s.checked_sub(1).map(|before| site.place(before, m));
-        let place_out: Option<BoundaryKey> = (!last).then(|| site.place(s, m));
-        let mut pinned: [Option<BoundaryKey>; 2] = [None; 2];
-        if let Some(place) = place_in.filter(|_| program.bytes(Area::ActivationIn) > 0) {
-            let entry = self.fetch_activation(site, place);
-            bases[Area::ActivationIn as usize] = map.activations[entry];
-            reads[3] = Some(site.arena(map.activations[entry], program.bytes(Area::ActivationIn)));
-            pinned[0] = Some(place);
-        }
-        if let Some(place) = place_out.filter(|_| pass != Pass::Backward) {
-            let entry = self
-                .activation_entry(site, place)
-                .unwrap_or_else(|| self.rings[site.rings].activations.take(place, &pinned.map(|p| p.unwrap_or(place))));
-            bases[Area::ActivationOut as usize] = map.activations[entry];
-            writes[4] = Some(site.arena(map.activations[entry], program.bytes(Area::ActivationOut)));
-        }
-        if pass == Pass::Evaluate && last && program.bytes(Area::ActivationOut) > 0 {
-            // Logits are handed on to nobody: they lie over the workspace's end, where the map of an evaluation leaves
-            // room.
-            let at = map.workspace + crate::base::align_up(program.bytes(Area::Workspace), crate::graph::ALIGNMENT);
-            bases[Area::ActivationOut as usize] = at;
-            writes[4] = Some(site.arena(at, program.bytes(Area::ActivationOut)));
-        }
-        let mut grad_in = None;
-        if let Some(place) = place_out.filter(|_| pass == Pass::Backward && program.bytes(Area::GradientIn) > 0) {
-            let entry = self.fetch_gradient(site, place);
-            bases[Area::GradientIn as usize] = map.gradients[entry];
-            reads[4] = Some(site.arena(map.gradients[entry], program.bytes(Area::GradientIn)));
-            grad_in = Some(place);
-        }
-        let mut grad_out = None;
-        if let Some(place) = place_in.filter(|_| pass == Pass::Backward && program.bytes(Area::GradientOut) > 0) {
-            let entry = self.rings[site.rings].gradients.take(place, &[grad_in.unwrap_or(place)]);
-            bases[Area::GradientOut as usize] = map.gradients[entry];
-            let span = site.arena(map.gradients[entry], program.bytes(Area::GradientOut));
-            writes[5] = Some(span);
-            grad_out = Some((place, span));
-        }
-        if !program.inputs.is_empty() {
-            let base = self.fetch_inputs(site, s, m, program);
-            bases[Area::Inputs as usize] = base;
-            reads[5] = Some(site.arena(base, program.bytes(Area::Inputs)));
-        }
-        if m == 0 && plan.choice.crosses && !plan.choice.pipelined {
-            // One unit at a time: with what is handed over at home, the last microbatch's has been too.
-            let end = site.model.microbatches - 1;
-            let before = match (pass, s.checked_sub(1)) {
-                (Pass::Backward, _) if !last => Some(plan.host.gradients[s][end]),
-                (_, Some(before)) => Some(plan.host.activations[before][end]),
-                (_, None) => None,
-            };
-            reads[6] = before.map(|at| site.store(at, 1));
-        }
-        let scalars = Scalars {
-            seed: self.members[site.member].options.seed,
-            step: site.step as u32,
-            microbatch: m as u32,
-            loss_scale: pending.loss_scale,
-            accumulate: m > 0,
-        };
-        let what = match pass {
-            Pass::Evaluate => What::Eval,
-            Pass::Forward => What::Forward,
-            Pass::Backward if last => What::LastUnit,
-            Pass::Backward => What::Backward,
-        };
-        let check = pending.purpose == Purpose::Check;
-        let run = Run { program: Arc::clone(program), device: site.device, bases, scalars, check };
-        let order = Order {
-            lane: site.lanes.compute,
-            task: Task::Run(Box::new(run)),
-            name: self.name(site, what, s, Some(m)),
-            serial: site.serial,
-            step: site.step,
-            deadline: self.sequence,
-            ends_unit,
-        };
-        let maker = self.queue.next_id();
-        self.enter(order, reads.into_iter().flatten(), writes.into_iter().flatten());
-        let spill = Spill { task: maker + 1, maker };
-        if let (Some(place), Some(from)) = (place_out.filter(|_| pass != Pass::Backward), writes[4])
-            && plan.choice.activations != BoundaryTier::Device
-        {
-            let to = site.store(plan.host.activations[place.boundary][place.microbatch], from.bytes);
-            self.copy(site, What::SpillBoundary, s, Some(m), vec![CopySpan { from, to }]);
-            self.rings[site.rings].activations.note_spill(place, spill);
-        }
-        if let Some((place, from)) = grad_out
-            && plan.choice.gradients != BoundaryTier::Device
-        {
-            let to = site.store(plan.host.gradients[place.boundary][place.microbatch], from.bytes);
-            self.copy(site, What::SpillBoundary, s, Some(m), vec![CopySpan { from, to }]);
-            self.rings[site.rings].gradients.note_spill(place, spill);
-        }
-        // What its last reader finds where it was made need not go home any more.
-        if let Some(spill) = grad_in.and_then(|place| self.rings[site.rings].gradients.let_go(place)) {
-            self.drop_spill(site, spill);
-        }
-        if pass != Pass::Forward
-            && plan.choice.activations != BoundaryTier::Device
-            && let Some(place) = place_in
-            && let Some(spill) = self.rings[site.rings].activations.let_go(place)
-        {
-            self.drop_spill(site, spill);
-        }
-        if pass == Pass::Evaluate && last && program.bytes(Area::ActivationOut) > 0 {
-            let from = writes[4].expect("set above");
-            let to = site.store(plan.host.logits, from.bytes);
-            self.copy(site, What::Result, s, Some(m), vec![CopySpan { from, to }]);
-        }
-        self.sequence += 1;
-    }
-
-    /// Drops a copy of a boundary tensor that nobody will fetch, unless it has begun.
-    fn drop_spill(&mut self, site: &Site, spill: Spill) {
-        if let Some(serial) = self.queue.drop_copy(spill.task, spill.maker) {
-            self.members[site.member].unbook(serial);
-        }
-    }
-
-    fn name(&self, site: &Site, what: What, s: usize, m: Option<usize>) -> TaskName {
+    pub(super) fn name(&self, site: &Site, what: What, s: usize, m: Option<usize>) -> TaskName {
         let microbatch = m.filter(|_| site.model.microbatches > 1).map(|m| m as u16);
         TaskName { what, model: site.member as u16, shard: s as u16, microbatch }
     }
 
     /// Adds a task and books it under its work.
-    fn enter(&mut self, order: Order, reads: impl IntoIterator<Item = Span>, writes: impl IntoIterator<Item = Span>) {
+    pub(super) fn enter(
+        &mut self,
+        order: Order,
+        reads: impl IntoIterator<Item = Span>,
+        writes: impl IntoIterator<Item = Span>,
+    ) {
         let member = &mut self.members[usize::from(order.name.model)];
         member.book(order.serial);
         reads.into_iter().for_each(|span| self.queue.access(span, false));
