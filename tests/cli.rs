@@ -1,5 +1,7 @@
 //! The program itself: exit codes, what it prints, what it writes, and what it leaves alone when the input is at fault.
 
+#[path = "cli/cluster.rs"]
+mod cluster;
 mod common;
 #[path = "cli/disk.rs"]
 mod disk;

@@ -6,6 +6,9 @@
 
 pub mod model;
 pub mod optimizer;
+mod part;
+#[cfg(test)]
+mod part_tests;
 #[cfg(test)]
 mod reference_tests;
 pub mod search;
@@ -20,9 +23,12 @@ use hydra::base::{Error, Result};
 use hydra::sched::{MOST_MODELS, POLICIES};
 use hydra::spill::{Baseline, Recompute};
 pub use model::{Model, Valid};
+use part::Dealer;
+pub use part::Part;
 pub use search::Search;
 pub use section::SANE_RATES;
 use section::{Origin, Section};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use toml::Table;
 
@@ -48,8 +54,10 @@ pub struct Job {
 /// Where and how to run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Run {
-    /// The run's directory, absolute; default `runs/` and the job file's stem.
+    /// The run's directory, absolute; default `runs/` and the job file's stem, and a folder in it for a part.
     pub out: PathBuf,
+    /// The part of the models that this machine trains; none: all.
+    pub part: Option<Part>,
     /// Seed of all random numbers; default 0.
     pub seed: u64,
     /// Which model's shard goes next; default the first of [`POLICIES`].
@@ -229,7 +237,7 @@ impl Job {
         let origin = Origin { file: &file, folder: full.parent().unwrap_or(Path::new("/")) };
         let table: Table = text.parse().map_err(|error| syntax_error(origin, &text, &error))?;
         let root = Section::open(origin, String::new(), &table, &["model"])?;
-        let (models, searches) = read_all_models(&root, &self.models, self.run.seed)?;
+        let (models, searches) = read_all_models(&root, &self.models, self.run.seed, None)?;
         self.models.extend(models);
         self.searches.extend(searches);
         Ok(())
@@ -265,7 +273,7 @@ fn read_job(origin: Origin, stem: &str, text: String, sets: &[String]) -> Result
     let run = read_run(&root, stem)?;
     let devices = read_devices(&root)?;
     let host = read_host(&root)?;
-    let (models, searches) = read_all_models(&root, &[], run.seed)?;
+    let (models, searches) = read_all_models(&root, &[], run.seed, run.part)?;
     let source_text = if sets.is_empty() {
         text
     } else {
@@ -275,18 +283,23 @@ fn read_job(origin: Origin, stem: &str, text: String, sets: &[String]) -> Result
     Ok(Job { run, devices, host, models, searches, folder: origin.folder.to_path_buf(), source_text })
 }
 
-/// The models and searches of a file, which come after the models that are `there`.
-fn read_all_models(root: &Section, there: &[Model], seed: u64) -> Result<(Vec<Model>, Vec<Search>)> {
+/// A part's models and searches of a file, which come after the models that are `there`.
+fn read_all_models(
+    root: &Section,
+    there: &[Model],
+    seed: u64,
+    part: Option<Part>,
+) -> Result<(Vec<Model>, Vec<Search>)> {
     let origin = root.origin();
     let (mut models, mut searches): (Vec<Model>, Vec<Search>) = (Vec::new(), Vec::new());
+    let mut names: BTreeMap<String, String> = BTreeMap::new();
+    let mut dealer = Dealer::new(part);
     for (place, section) in root.sections("model", model::MODEL_KEYS)?.iter().enumerate() {
-        let (made, search) = search::read_models(section, place, there.len() + models.len(), seed)?;
-        if there.len() + models.len() + made.len() > MOST_MODELS {
-            return Err(origin.fault("model", format!("there are more than {MOST_MODELS}; no more can run together")));
-        }
-        for model in made {
-            if let Some(twin) = models.iter().find(|other| other.name == model.name) {
-                let message = format!("{} has the name {:?} too; give each its own", twin.at, model.name);
+        let first = there.len() + models.len();
+        let (made, search) = search::read_models(section, place, first, seed)?;
+        for model in &made {
+            if let Some(twin) = names.insert(model.name.clone(), model.at.clone()) {
+                let message = format!("{twin} has the name {:?} too; give each its own", model.name);
                 return Err(origin.fault(&model.place("name"), message));
             }
             if let Some(twin) = there.iter().find(|other| other.name == model.name) {
@@ -294,12 +307,20 @@ fn read_all_models(root: &Section, there: &[Model], seed: u64) -> Result<(Vec<Mo
                     format!("{} of {} has the name {:?} too; give each its own", twin.at, twin.file, twin.name);
                 return Err(origin.fault(&model.place("name"), message));
             }
-            models.push(model);
         }
+        let (mine, search) = dealer.deal(first, made, search);
+        if first + mine.len() > MOST_MODELS {
+            return Err(origin.fault("model", format!("there are more than {MOST_MODELS}; no more can run together")));
+        }
+        models.extend(mine);
         searches.extend(search);
     }
-    if models.is_empty() {
+    if names.is_empty() {
         return Err(origin.fault("model", "there is none; add a [[model]] with name, from or family, data and steps"));
+    }
+    if let Some(part) = part.filter(|_| models.is_empty()) {
+        let few = "models that are not compared with each other; write fewer parts";
+        return Err(origin.fault("run.part", format!("{part} has none of the {} {few}", dealer.dealt())));
     }
     Ok((models, searches))
 }
@@ -313,19 +334,21 @@ fn syntax_error(origin: Origin, text: &str, error: &toml::de::Error) -> Error {
 }
 
 const RUN_KEYS: &[&str] =
-    &["out", "seed", "policy", "slots", "recompute", "trace", "pipeline", "rehearse", "pipeline_microbatches"];
+    &["out", "part", "seed", "policy", "slots", "recompute", "trace", "pipeline", "rehearse", "pipeline_microbatches"];
 
 fn read_run(root: &Section, stem: &str) -> Result<Run> {
     let empty = Table::new();
     let s = root.section_or("run", &empty, RUN_KEYS)?;
     let trace = s.section_or("trace", &empty, &["first", "last"])?;
     let out = s.path("out")?.unwrap_or_else(|| root.origin().resolve(&format!("runs/{stem}")));
+    let part = Part::read(&s)?;
     // No folder can be made there.
     if out.is_symlink() && !out.exists() {
         return Err(s.fault("out", format!("{} is a link to nothing; a run needs a folder", out.display())));
     }
     Ok(Run {
-        out,
+        out: part.map_or_else(|| out.clone(), |part| out.join(part.folder())),
+        part,
         seed: s.integer("seed", 0..=u64::MAX)?.unwrap_or(0),
         policy: s.word("policy", &Policy::words())?.unwrap_or(Policy::Turns(POLICIES[0].0)),
         slots: s.count("slots")?,

@@ -1,5 +1,6 @@
 //! Good and bad job files in tables, and mutated ones that must not panic.
 
+use super::Part;
 use super::model::{Data, Length, Precision, Source, Tokenizer, ValidPart};
 use super::*;
 use hydra::graph::LowRank;
@@ -12,6 +13,7 @@ const MODEL: &str = "[[model]]\nname = 'a'\nfamily = 'gpt2'\ndata = { random = t
 const WHOLE: &str = r#"
 [run]
 out = "runs/demo"
+part = "0/1"
 seed = 1
 policy = "gpipe"
 slots = 2
@@ -108,7 +110,8 @@ pub fn fault(text: &str, sets: &[&str]) -> String {
 fn reads_every_key() {
     let job = good(WHOLE);
     let run = Run {
-        out: "/jobs/runs/demo".into(),
+        out: "/jobs/runs/demo/part-0-of-1".into(),
+        part: Some(Part { index: 0, count: 1 }),
         seed: 1,
         policy: Policy::Lines(Baseline::Gpipe),
         slots: Some(2),
@@ -166,6 +169,7 @@ fn defaults() {
     let job = good(MODEL);
     let run = Run {
         out: "/jobs/runs/job".into(),
+        part: None,
         seed: 0,
         policy: Policy::Turns("sharded-lrtf"),
         slots: None,
@@ -402,7 +406,10 @@ fn overrides() {
     assert_eq!((job.run.policy, job.devices[0].memory), (Policy::Turns("fifo"), Some(1 << 30)));
     let job = set(&["model.0.optimizer.betas.1=0.5", "model.0.name=\"x\"", " run.out = elsewhere ", "run.seed=4"]);
     assert!(matches!(job.models[0].optimizer, Optimizer::Adamw { betas: (0.9, 0.5), .. }));
-    assert_eq!((job.models[0].name.as_str(), &job.run.out, job.run.seed), ("x", &"/jobs/elsewhere".into(), 4));
+    assert_eq!(
+        (job.models[0].name.as_str(), &job.run.out, job.run.seed),
+        ("x", &"/jobs/elsewhere/part-0-of-1".into(), 4)
+    );
     let job =
         set(&["model.1.valid.fraction=0.25", "model.1.valid={ fraction = 0.5 }", "model.0.data.text=['a', 'b=c']"]);
     assert_eq!(job.models[1].valid.as_ref().map(|v| &v.part), Some(&ValidPart::Fraction(0.5)));
