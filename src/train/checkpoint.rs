@@ -1,4 +1,5 @@
-//! A checkpoint: weights, moments and running statistics after some steps, in one safetensors file.
+//! A checkpoint: weights, moments and running statistics after some steps, in one safetensors file; of weights that are
+//! not trained a checksum.
 //!
 //! The numbers are exact, and everything else that a step depends on follows from the step's number (order of the data,
 //! dropout, learning rate), so that a resumed run gives the bits of one that was never stopped. What must be the same
@@ -20,7 +21,7 @@ use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 /// The value of `format` in the file's metadata.
-const FORMAT: &str = "hydra-checkpoint-1";
+const FORMAT: &str = "hydra-checkpoint-2";
 /// The key of the model's element type. Numbers are f32 in any case: a bf16 model's weights are kept as their masters.
 const DTYPE: &str = "dtype";
 /// The key of whether products round their factors to tf32, which another `dtype` of the job says.
@@ -29,9 +30,11 @@ const TF32: &str = "tf32";
 const LOSS_ROWS: &str = "loss_rows";
 /// The key of what cuts the model's text.
 const TOKENIZER: &str = "tokenizer";
-/// Under which it says what is not trained: of that it has no moments.
+/// Under which it says what is not trained, of which it has nothing but a checksum.
 const FROZEN: &str = "frozen";
 const LOW_RANK: &str = "lora";
+/// The key of the CRC-32 of the frozen weights' f32s, in the model's order.
+const FROZEN_CHECKSUM: &str = "frozen.checksum";
 /// The key of the network's settings, by config.json's keys.
 const NETWORK: &str = "network";
 /// Of those the keys that are of no account to a model in training, or that its tensors' shapes tell.
@@ -122,12 +125,12 @@ enum Part {
     State(usize),
 }
 
-/// All tensors of a model in training, with their names in the file and their shapes.
+/// All tensors of a model that change in training, with their names in the file and their shapes.
 fn parts(model: &Model, moments: usize) -> Vec<(String, &Shape, Part)> {
     let mut parts = Vec::new();
-    for (i, p) in model.train.parameters.iter().enumerate() {
+    for (i, p) in model.train.parameters.iter().enumerate().filter(|(_, p)| !p.frozen) {
         parts.push((format!("weight/{}", p.name), &p.shape, Part::Parameter(Stored::Weight, i)));
-        for m in 0..if p.frozen { 0 } else { moments } {
+        for m in 0..moments {
             parts.push((format!("moment{m}/{}", p.name), &p.shape, Part::Parameter(Stored::Moment(m), i)));
         }
     }
@@ -135,6 +138,22 @@ fn parts(model: &Model, moments: usize) -> Vec<(String, &Shape, Part)> {
         parts.push((format!("state/{}", s.name), &s.shape, Part::State(i)));
     }
     parts
+}
+
+/// The checksum of the engine's frozen weights of model number `of`; none where all are trained.
+fn frozen_checksum(engine: &Engine, of: usize) -> Result<Option<u32>> {
+    let mut sum = None;
+    for (i, _) in engine.model(of).train.parameters.iter().enumerate().filter(|(_, p)| p.frozen) {
+        let values = engine.read_parameter(of, Stored::Weight, i)?;
+        let sum = sum.get_or_insert_with(Hasher::new);
+        pieces(&values).for_each(|bytes| sum.update(&bytes));
+    }
+    Ok(sum.map(Hasher::finalize))
+}
+
+/// The bytes of `values`, some at a time.
+fn pieces(values: &[f32]) -> impl Iterator<Item = Vec<u8>> {
+    values.chunks(1 << 14).map(|some| some.iter().flat_map(|value| value.to_le_bytes()).collect())
 }
 
 /// Writes the state of the engine's model number `of` after `step` steps to `path`, replacing an older checkpoint only
@@ -167,6 +186,7 @@ fn write(path: &Path, engine: &Engine, of: usize, options: &TrainOptions, (step,
         metadata.insert(FROZEN, json!(options.frozen).to_string());
     }
     metadata.extend(options.low_rank.as_ref().map(|low_rank| (LOW_RANK, json!(low_rank).to_string())));
+    metadata.extend(frozen_checksum(engine, of)?.map(|sum| (FROZEN_CHECKSUM, sum.to_string())));
     metadata.extend(options.tokenizer.clone().map(|tokenizer| (TOKENIZER, tokenizer)));
     metadata.extend(options.network.clone().map(|network| (NETWORK, network)));
     metadata.extend(options.data.iter().cloned());
@@ -184,9 +204,7 @@ fn write(path: &Path, engine: &Engine, of: usize, options: &TrainOptions, (step,
                 Part::Parameter(what, i) => engine.read_parameter(of, what, i).map_err(std::io::Error::other)?,
                 Part::State(i) => engine.read_state(of, i).map_err(std::io::Error::other)?,
             };
-            for some in values.chunks(1 << 16) {
-                write(&some.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>())?;
-            }
+            pieces(&values).try_for_each(|bytes| write(&bytes))?;
         }
         out.write_all(&sum.finalize().to_le_bytes())
     })
@@ -227,14 +245,12 @@ impl Checkpoint {
         self.step
     }
 
-    /// Whether the model had come to its end, and been saved. Checkpoints from before they said it were no others at
-    /// their last step.
+    /// Whether the model had come to its end, and been saved.
     pub fn ended(&self) -> bool {
-        self.index.metadata().get(ENDED).is_none_or(|ended| ended == "true")
+        self.index.metadata().get(ENDED).is_some_and(|ended| ended == "true")
     }
 
-    /// How `options` would update the model otherwise than the run that wrote this, or from other data. Checkpoints
-    /// from before they said it know of no difference.
+    /// How `options` would update the model otherwise than the run that wrote this, or from other data.
     pub fn changes(&self, options: &TrainOptions) -> Vec<Change> {
         let change = |(key, is): (&'static str, String)| {
             let was = self.index.metadata().get(key).filter(|was| **was != is)?.clone();
@@ -254,8 +270,7 @@ impl Checkpoint {
                 return Err(self.fault(format!("{key} is {found} in the checkpoint, {want} in the job")));
             }
         }
-        // Checkpoints were of f32 models before they said so.
-        let (found, want) = (self.index.metadata().get(DTYPE).map_or("f32", String::as_str), model.train.float);
+        let (found, want) = (self.index.metadata().get(DTYPE).map_or("missing", String::as_str), model.train.float);
         if found != want.to_string() {
             return Err(self.fault(format!("{DTYPE} is {found} in the checkpoint, {want} in the job")));
         }
@@ -270,7 +285,7 @@ impl Checkpoint {
             let found = found.map_or("none", String::as_str);
             return Err(self.fault(format!("{LOW_RANK} is {found} in the checkpoint, {want} in the job")));
         }
-        // Checkpoints that do not say it were of bytes, or of no text.
+        // Either may not say it.
         if let (Some(found), Some(want)) = (self.index.metadata().get(TOKENIZER), &options.tokenizer)
             && found != want
         {
@@ -297,7 +312,7 @@ impl Checkpoint {
             let extra = self.index.entries().iter().find(|e| !known(&e.name)).map_or("?", |e| &e.name);
             return Err(self.fault(format!("tensor {extra}: the job's model has no such tensor")));
         }
-        // What the tensors do not tell. Checkpoints from before they said it know of no difference.
+        // What the tensors do not tell, where both say it.
         if let (Some(found), Some(want)) = (self.index.metadata().get(NETWORK), &options.network)
             && let Some((key, was, is)) = network_change(found, want)
         {
@@ -306,9 +321,9 @@ impl Checkpoint {
         self.check_sum()
     }
 
-    /// Whether all bytes are those that were written. Checkpoints from before they had a checksum are taken as they are.
+    /// Whether all bytes are those that were written.
     fn check_sum(&self) -> Result<()> {
-        let Some(entry) = self.index.get(CHECKSUM) else { return Ok(()) };
+        let Some(entry) = self.index.get(CHECKSUM) else { return Err(self.fault("has no checksum".into())) };
         let io = |e| Error::io("read", &self.path, e);
         let (mut file, mut sum) = (&self.file, Hasher::new());
         let mut bytes = vec![0; 1 << 18];
@@ -328,12 +343,17 @@ impl Checkpoint {
         }
     }
 
-    /// Writes all tensors into the part of the host's store that the engine's model number `of` has. Call
-    /// [`Checkpoint::check`] first, and this before the first step.
+    /// Writes all tensors into the part of the host's store that the engine's model number `of` has, whose frozen
+    /// weights are there. Call [`Checkpoint::check`] first, and this before the first step.
     ///
     /// # Errors
-    /// When the file cannot be read, or lacks a tensor.
+    /// When the file cannot be read, or lacks a tensor, or the frozen weights are others than those that it was trained
+    /// with.
     pub fn restore(&mut self, engine: &mut Engine, of: usize) -> Result<()> {
+        let (found, want) = (self.index.metadata().get(FROZEN_CHECKSUM), frozen_checksum(engine, of)?);
+        if found.cloned() != want.map(|sum| sum.to_string()) {
+            return Err(self.fault("the frozen weights are others than those that it was trained with".into()));
+        }
         let model = std::sync::Arc::clone(engine.model(of));
         for (name, shape, part) in parts(&model, engine.plan(of).updates.moments) {
             let start = match self.index.get(&name).filter(|e| e.shape == *shape) {

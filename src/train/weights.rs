@@ -24,7 +24,8 @@ pub enum Weights<'a> {
     /// [`Weights::Random`] would; it must know one name of the model's at least.
     Given(&'a GiveTensor<'a>),
     /// From a checkpoint, which the caller restores before the first step ([`super::Session::resume`],
-    /// [`super::Fleet::start_at`]): until then they are 0, and a step is an error.
+    /// [`super::Fleet::start_at`]): until then they are 0, and a step is an error. Not of a model with frozen weights,
+    /// which no checkpoint has.
     Later,
 }
 

@@ -303,3 +303,36 @@ fn rows_of_metrics_that_are_gone_are_counted() {
         assert_eq!(rows.lines().map(row).collect::<Vec<_>>(), steps);
     }
 }
+
+#[test]
+fn what_is_frozen_is_in_no_checkpoint_and_must_be_the_same() {
+    for key in ["frozen=['transformer.wte', 'transformer.h.0.']", "lora={ rank = 2, targets = ['attn.c_attn'] }"] {
+        let job = Job::fixture("gpt2");
+        let set = format!("model.0.{key}");
+        let train = |run: &str, steps: u64, more: &[&str]| {
+            let (out, steps) = (format!("run.out={run}"), format!("model.0.steps={steps}"));
+            job.hydra(&[&["train", "--set", &out, "--set", &steps, "--set", &set][..], more].concat())
+        };
+        train("whole", 3, &[]).fine();
+        train("parts", 2, &[]).fine();
+        let checkpoint = fs::metadata(job.at("parts/m/checkpoint.safetensors")).expect("a checkpoint").len();
+        let weights = |run: &str| fs::read(job.at(&format!("{run}/m/model/model.safetensors"))).expect("weights");
+        if key.starts_with("lora") {
+            assert!(checkpoint < weights("parts").len() as u64 / 2, "{checkpoint} bytes");
+        }
+        // Another table of words, by one bit of its last number; then the same as it was.
+        let file = job.at("model/model.safetensors");
+        let first = fs::read(&file).expect("weights");
+        let (header, _) = super::taken_apart(&first);
+        let end = header["transformer.wte.weight"]["data_offsets"][1].as_u64().expect("an offset") as usize;
+        let start = 8 + u64::from_le_bytes(first[..8].try_into().expect("eight bytes")) as usize;
+        let mut other = first.clone();
+        other[start + end - 2] ^= 1;
+        fs::write(&file, other).expect("weights");
+        let says = ["checkpoint.safetensors", "the frozen weights are others than those that it was trained with"];
+        train("parts", 3, &["--resume", "require"]).bad(&says);
+        fs::write(&file, first).expect("weights");
+        train("parts", 3, &["--resume", "require"]).fine();
+        assert!(weights("parts") == weights("whole"), "{key}: other bits");
+    }
+}

@@ -178,8 +178,9 @@ fn train_all(
     let mut models = Vec::new();
     for (&m, sources) in active.iter().zip(sources) {
         let model = planned.models[m].fleet_model(sources);
-        // What a checkpoint has is not read, drawn or written twice.
-        let weights = if checkpoints[m].is_some() { Weights::Later } else { model.weights };
+        // What a checkpoint has is not read, drawn or written twice; it has nothing that is frozen.
+        let has_all = checkpoints[m].is_some() && !model.placed.model.train.parameters.iter().any(|p| p.frozen);
+        let weights = if has_all { Weights::Later } else { model.weights };
         models.push(ModelToTrain { weights, ..model });
     }
     // One that is only to be saved runs through none; a rehearsal wants one.
