@@ -1,14 +1,14 @@
 //! A layer and a model of one's own, trained on labels that are random among 4 of 32 classes: ln 4 is all there is to
-//! learn.
+//! learn. Then it predicts, is saved, read back and trained on.
 //!
 //! Implementing `Network` is all it takes: gradients, placement, spilling and the optimizer follow from the traced
 //! graph.
 
 use hydra::base::{DType, Result, Shape};
-use hydra::data::{RandomOptions, RandomSource, names};
+use hydra::data::{Batch, RandomOptions, RandomSource, Source, names};
 use hydra::graph::{Activation, Builder, Graph, Init, Mode, Value, WeightLayout};
-use hydra::nn::{InputShape, Inputs, Labels, Network, layers};
-use hydra::train::{Session, StepReport, TrainOptions, Weights};
+use hydra::nn::{Form, InputShape, Inputs, Labels, Network, layers, open_own};
+use hydra::train::{Session, StepReport, TrainOptions, Weights, wait_forward};
 use std::sync::atomic::AtomicBool;
 
 const INIT: Init = Init::Normal(0.1);
@@ -62,13 +62,13 @@ impl Network for Own {
     }
 }
 
-/// Trains the model for sixty steps.
+/// Trains the model for sixty steps, and asks it and what it has saved for the same predictions.
 pub fn main() -> Result<()> {
     let tensors = [names::INPUT_IDS, names::LABELS].map(|name| (name.to_string(), DType::I32, Shape::from([16])));
     let random = RandomOptions { tensors: tensors.to_vec(), vocab: 32, classes: 4, batch: 8, seed: 1 };
-    let source = Box::new(RandomSource::new(&random)?);
+    let source = || RandomSource::new(&random);
     let options = TrainOptions { seed: 1, batch: 8, microbatch: 4, ..TrainOptions::new(60) };
-    let mut session = Session::start(&Own, Weights::Random, source, None, options)?;
+    let mut session = Session::start(&Own, Weights::Random, Box::new(source()?), None, options.clone())?;
     let mut losses = Vec::new();
     let mut watch = |report: &StepReport| {
         losses.push(report.result.loss);
@@ -77,5 +77,23 @@ pub fn main() -> Result<()> {
     session.run(&mut watch, &AtomicBool::new(false))?;
     println!("loss {:.3} -> {:.3}; ln 4 is {:.3}", losses[0], losses[59], 4f32.ln());
     assert!(losses[59] < losses[0] - 1.0 && losses[59] > 0.9 * 4f32.ln(), "{losses:?}");
+
+    let mut batch = Batch::default();
+    source()?.fill(60, &mut batch)?; // of any size; its labels are not read
+    let (shape, logits) = session.wait_forward(&Own, &batch)?;
+    let best = |row: &[f32]| (0..row.len()).max_by(|&i, &j| row[i].total_cmp(&row[j])).expect("32 classes");
+    println!("logits {shape}; the first position is of class {}", best(&logits[..TABLE[0]]));
+    assert!(logits.chunks_exact(TABLE[0]).all(|row| best(row) < 4), "no label was another");
+
+    let dir = std::env::temp_dir().join(format!("hydra-own-model-{}", std::process::id()));
+    session.wait_save(&dir, &Form::of(&Own)?, Weights::Random)?;
+    let saved = open_own(&dir, Box::new(Own))?; // names, shapes and types are the network's, or it is an error
+    let first = Weights::Pretrained(&saved);
+    assert!(wait_forward(&Own, first, &batch)?.1 == logits, "the same bits");
+    let loss =
+        Session::start(&Own, first, Box::new(source()?), None, options)?.wait_step()?.expect("a step").result.loss;
+    println!("read back and trained on: loss {loss:.3}");
+    assert!(loss < losses[0] - 1.0, "it begins with what was learnt: {loss}");
+    std::fs::remove_dir_all(&dir).expect("made above");
     Ok(())
 }

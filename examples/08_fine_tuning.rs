@@ -2,7 +2,7 @@
 //! goes; the best of it is kept as a checkpoint, gone back to at the end, and saved as a directory again.
 
 use hydra::base::{DType, Result};
-use hydra::data::{Batch, Source, Text, TextOptions, TextSource, Tokenizer, names};
+use hydra::data::{Batch, Source, Text, TextOptions, TextSource, Tokenizer};
 use hydra::device::{DeviceSpec, calibrate};
 use hydra::graph::Mode;
 use hydra::nn::{Form, from_config, init, open, save};
@@ -82,8 +82,7 @@ pub fn main() -> Result<()> {
     let windows = TextOptions { context: CONTEXT, batch: 1, seed: 2, valid_fraction: 0.0 };
     let mut source = TextSource::open(&Text::read(&[text], &Tokenizer::Bytes)?, &windows)?.train;
     source.fill(0, &mut batch)?;
-    batch.tensors.retain(|tensor| tensor.name == names::INPUT_IDS);
-    let (shape, logits) = wait_forward(&tuned, &batch)?;
+    let (shape, logits) = wait_forward(tuned.network.as_ref(), Weights::Pretrained(&tuned), &batch)?;
     println!("logits {shape}, the first {:.3}", logits[0]);
     std::fs::remove_dir_all(&dir).expect("made above");
     Ok(())

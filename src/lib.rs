@@ -39,7 +39,8 @@
 //! | describe a network or a layer | [`nn::Network`], [`nn::layers`], [`graph::Builder`] |
 //! | add an op with a kernel and a gradient | [`graph::CustomOp`] |
 //! | read and save Hugging Face directories | [`nn::open`], [`nn::save`], [`nn::from_config`] |
-//! | logits of a model | [`train::wait_forward`], [`engine::Engine::wait_logits`] |
+//! | read back what a network of your own was saved as | [`nn::open_own`]; examples/02_own_model |
+//! | logits of a model | [`train::Session::wait_forward`] as it trains, [`train::wait_forward`], [`engine::Engine::wait_logits`] |
 //! | decide which model's unit a device takes next | [`sched::Policy`]; on a virtual clock [`engine::simulate`] |
 //! | see where the time went | [`trace`] |
 //!

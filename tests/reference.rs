@@ -7,9 +7,9 @@ mod common;
 use common::device::{Asked, asked};
 use common::{Case, Outcome, distance, finish, fixture, floats_of};
 use hydra::base::Shape;
-use hydra::data::{Batch, names};
+use hydra::data::Batch;
 use hydra::graph::LowRank;
-use hydra::nn;
+use hydra::nn::{self, Pretrained};
 use hydra::spill::PlanOptions;
 use hydra::train::{Session, TrainOptions, Weights, save_adapters, wait_forward};
 use std::collections::BTreeMap;
@@ -19,12 +19,15 @@ fn floats(bits: &[u32]) -> Vec<f32> {
     bits.iter().map(|&b| f32::from_bits(b)).collect()
 }
 
-/// A case's first batch without its labels.
-fn first_inputs(case: &Case) -> Batch {
+/// A case's first batch.
+fn first_batch(case: &Case) -> Batch {
     let mut batch = Batch::default();
     case.source().fill(0, &mut batch).expect("a batch");
-    batch.tensors.retain(|tensor| tensor.name != names::LABELS);
     batch
+}
+
+fn logits_of(pretrained: &Pretrained, batch: &Batch) -> Vec<f32> {
+    wait_forward(pretrained.network.as_ref(), Weights::Pretrained(pretrained), batch).expect("logits").1
 }
 
 /// Losses and weights are PyTorch's, within the case's tolerance.
@@ -47,8 +50,7 @@ fn check(name: &str) {
         Asked::Missing => return,
     }
     let expected = case.expected();
-    let (_, logits) = wait_forward(&case.pretrained, &first_inputs(&case)).expect("logits");
-    let off = distance(&logits, &expected["logits"]);
+    let off = distance(&logits_of(&case.pretrained, &first_batch(&case)), &expected["logits"]);
     assert!(off < case.tolerance("logits"), "{name}: logits are off by {off:e}");
 
     let whole = case.train(&options).expect("unconstrained run");
@@ -205,14 +207,14 @@ fn low_rank_beside_llama() {
 #[test]
 fn logits_know_no_dropout() {
     let mut case = Case::open("gpt2");
-    let inputs = first_inputs(&case);
+    let batch = first_batch(&case);
     let mut config = case.pretrained.network.config();
     let mut logits = |dropout: f64| {
         for key in ["resid_pdrop", "embd_pdrop", "attn_pdrop"] {
             config[key] = dropout.into();
         }
         case.pretrained.network = nn::from_config("gpt2", &config).expect("a network");
-        wait_forward(&case.pretrained, &inputs).expect("logits").1
+        logits_of(&case.pretrained, &batch)
     };
     assert!(logits(0.5) == logits(0.0));
 }

@@ -5,6 +5,8 @@ mod common;
 mod driven;
 #[path = "session/ended.rs"]
 mod ended;
+#[path = "session/predicted.rs"]
+mod predicted;
 #[path = "session/refused.rs"]
 mod refused;
 

@@ -11,20 +11,22 @@ use crate::base::{DType, Error, IGNORED, Result};
 /// When a value is outside, ids or a mask are no integers, or a tensor's type or shape is not that of its elements; the
 /// message names the tensor, the position and the value.
 pub fn check_ids(batch: &Batch) -> Result<()> {
-    for tensor in &batch.tensors {
-        tensor.check()?;
-        match (tensor.name.as_str(), tensor.dtype) {
-            (names::INPUT_IDS | names::ATTENTION_MASK, DType::F32) => {
-                return Err(Error::bad(format!("{}: is f32, want i32", tensor.name)));
-            }
-            (names::INPUT_IDS, _) => check_range(tensor, None, false)?,
-            (names::ATTENTION_MASK, _) => check_range(tensor, Some(2), false)?,
-            (names::LABELS, DType::F32) => check_finite(tensor)?,
-            (names::LABELS, _) => check_range(tensor, None, true)?,
-            _ => {}
+    batch.tensors.iter().try_for_each(check_tensor)
+}
+
+/// Checks one tensor as [`check_ids`] does all.
+pub(crate) fn check_tensor(tensor: &BatchTensor) -> Result<()> {
+    tensor.check()?;
+    match (tensor.name.as_str(), tensor.dtype) {
+        (names::INPUT_IDS | names::ATTENTION_MASK, DType::F32) => {
+            Err(Error::bad(format!("{}: is f32, want i32", tensor.name)))
         }
+        (names::INPUT_IDS, _) => check_range(tensor, None, false),
+        (names::ATTENTION_MASK, _) => check_range(tensor, Some(2), false),
+        (names::LABELS, DType::F32) => check_finite(tensor),
+        (names::LABELS, _) => check_range(tensor, None, true),
+        _ => Ok(()),
     }
-    Ok(())
 }
 
 fn check_range(tensor: &BatchTensor, below: Option<i32>, may_be_ignored: bool) -> Result<()> {

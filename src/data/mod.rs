@@ -27,6 +27,7 @@ mod tokens;
 
 pub use batch::{Batch, BatchTensor, InputSpec};
 pub use batches::{BatchesOptions, BatchesSource};
+pub(crate) use checks::check_tensor;
 pub use checks::{check_ids, labelled};
 pub use images::{ImageFiles, ImageOptions, ImageSource};
 pub use loader::{DEFAULT_AHEAD, Loader};

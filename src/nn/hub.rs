@@ -1,13 +1,14 @@
-//! Reads Hugging Face model directories: config.json and the weights, in one file or in several.
+//! Reads Hugging Face model directories: config.json and the weights, in one file or in several; and the weights of a
+//! network of one's own.
 //!
 //! Nothing in them is trusted. Opening checks names, types and shapes of all tensors against the network; the numbers
 //! are read when they are asked for, tensor by tensor, so that a model larger than memory can be opened.
 
-use super::families::{Family, family};
+use super::Network;
+use super::families::{Customs, Family, family};
 use super::fields::{Fields, shown};
 use super::parts::{Parts, Place, bad, read_small};
-use super::save::{Form, SavedTensor, counters};
-use super::{Network, tensors};
+use super::save::{Form, SavedTensor};
 use crate::base::tensorfile::{Element, TensorEntry, shortened};
 use crate::base::{Error, Result, Shape};
 use half::{bf16, f16};
@@ -21,7 +22,7 @@ const RUNNING_VAR: &str = "running_var";
 /// Read at once where two tensors are compared.
 const PIECE_BYTES: usize = 1 << 20;
 
-/// A network from a directory, with its weights still in the files.
+/// A network with its weights still in files: from a directory, or of one's own.
 pub struct Pretrained {
     /// The network.
     pub network: Box<dyn Network>,
@@ -50,22 +51,39 @@ pub fn open(dir: &Path) -> Result<Pretrained> {
     let (family, network, config) = read_config(&dir.join("config.json"))?;
     let generation = dir.join("generation_config.json");
     let generation_config = if generation.exists() { Some(read_small(&generation)?) } else { None };
-    let wanted = tensors(network.as_ref())?;
-    let counters = counters(wanted.iter().map(|(name, _)| name.as_str()));
-    let tied = |name: &str| family.tied.iter().any(|&(head, _)| head == name);
-    let spared = |name: &str| {
-        counters.contains_key(name) || tied(name) || (family.is_buffer)(name) || (family.is_elsewhere)(name)
-    };
-    let parts = Parts::open(dir, &spared)?;
-    let (tensors, places) = match_tensors(&parts, family, &wanted)?;
-    let form = Form { config, generation_config, files: Vec::new(), counters, tensors };
-    let mut pretrained = Pretrained { network, form, unused: Vec::new(), parts, places };
-    pretrained.account_for_the_rest(family)?;
+    let mut pretrained = Pretrained::open(dir, network, &family.files)?;
+    (pretrained.form.config, pretrained.form.generation_config) = (config, generation_config);
     Ok(pretrained)
 }
 
+/// Opens the weights of a network of one's own: a directory that [`save`](super::save()) has written, or a safetensors
+/// file of whatever origin, with the network's tensors under their names in the graph. The network says what it is: a
+/// config.json is not read.
+///
+/// # Errors
+/// When a file is missing or damaged, the network does not trace with its own inputs, or the tensors are not those of
+/// the network: one is missing, of another shape or type, or nobody's; BatchNorm's counts of batches may be there or
+/// not. Messages name the file and the tensor.
+pub fn open_own(path: &Path, network: Box<dyn Network>) -> Result<Pretrained> {
+    Pretrained::open(path, network, &Customs::NONE)
+}
+
 impl Pretrained {
-    /// The directory.
+    /// Finds the weights of `network` in a directory, or a file; the form's config is the network's own.
+    fn open(path: &Path, network: Box<dyn Network>, customs: &Customs) -> Result<Pretrained> {
+        let mut form = Form::of(network.as_ref())?;
+        let tied = |name: &str| customs.tied.iter().any(|&(head, _)| head == name);
+        let spared = |name: &str| {
+            form.counters.contains_key(name) || tied(name) || (customs.is_buffer)(name) || (customs.is_elsewhere)(name)
+        };
+        let parts = Parts::open(path, &spared)?;
+        let places = match_tensors(&parts, customs, &mut form.tensors)?;
+        let mut pretrained = Pretrained { network, form, unused: Vec::new(), parts, places };
+        pretrained.account_for_the_rest(customs)?;
+        Ok(pretrained)
+    }
+
+    /// The directory that the weights lie in.
     pub fn dir(&self) -> &Path {
         self.parts.path.parent().unwrap_or(Path::new(""))
     }
@@ -98,7 +116,7 @@ impl Pretrained {
     }
 
     /// Takes the files' tensors that are no weights of the network: counts, constants, a copy of the tied head.
-    fn account_for_the_rest(&mut self, family: &Family) -> Result<()> {
+    fn account_for_the_rest(&mut self, customs: &Customs) -> Result<()> {
         let used: BTreeSet<&str> = self.places.values().map(|place| place.entry.name.as_str()).collect();
         let mut unexpected = Vec::new();
         for place in self.parts.places().filter(|place| !used.contains(place.entry.name.as_str())) {
@@ -106,11 +124,11 @@ impl Pretrained {
             if self.form.counters.contains_key(name) {
                 let count = self.count(place)?;
                 self.form.counters.insert(name.to_string(), count);
-            } else if let Some((_, table)) = family.tied.iter().find(|&&(head, _)| head == name) {
+            } else if let Some((_, table)) = customs.tied.iter().find(|&&(head, _)| head == name) {
                 self.check_tied(place, table)?;
-            } else if (family.is_elsewhere)(name) {
+            } else if (customs.is_elsewhere)(name) {
                 self.unused.push(name.to_string());
-            } else if !(family.is_buffer)(name) {
+            } else if !(customs.is_buffer)(name) {
                 unexpected.push(place);
             }
         }
@@ -198,35 +216,30 @@ fn old_name(name: &str) -> Option<String> {
     old("LayerNorm.weight", "LayerNorm.gamma").or_else(|| old("LayerNorm.bias", "LayerNorm.beta"))
 }
 
-/// Finds every tensor of the network in the files, with or without the family's prefix.
-fn match_tensors(
-    parts: &Parts,
-    family: &Family,
-    wanted: &[(String, Shape)],
-) -> Result<(Vec<SavedTensor>, BTreeMap<String, Place>)> {
-    let mut saved = Vec::with_capacity(wanted.len());
+/// Finds every tensor of the network in the files, with or without the family's prefix, and notes under which name and
+/// of which type.
+fn match_tensors(parts: &Parts, customs: &Customs, wanted: &mut [SavedTensor]) -> Result<BTreeMap<String, Place>> {
     let mut places = BTreeMap::new();
-    let short = |name: &str| family.prefix.and_then(|p| name.strip_prefix(p)).and_then(|short| parts.get(short));
+    let short = |name: &str| customs.prefix.and_then(|p| name.strip_prefix(p)).and_then(|short| parts.get(short));
     let old = |name: &str| old_name(name).and_then(|old| parts.get(&old));
     let find = |name: &str| parts.get(name).or_else(|| short(name)).or_else(|| old(name));
-    for (name, shape) in wanted {
+    let is_missing = |tensor: &&SavedTensor| find(&tensor.name).is_none();
+    let missing = wanted.iter().filter(is_missing).count();
+    for SavedTensor { name, file_name, shape, element } in wanted {
         let Some(place) = find(name) else {
-            let missing = wanted.iter().filter(|(name, _)| find(name).is_none()).count();
             let more = if missing > 1 { format!(", as are {} more", missing - 1) } else { String::new() };
             return Err(bad(&parts.path, format!("tensor {name}: is missing{more}; want {shape}")));
         };
-        let TensorEntry { name: file_name, element, .. } = &place.entry;
+        (*file_name, *element) = (place.entry.name.clone(), place.entry.element);
         if place.entry.shape != *shape {
             return Err(parts.fault(place, wrong_shape(&place.entry, shape)));
         }
         if !matches!(element, Element::F64 | Element::F32 | Element::F16 | Element::BF16) {
             return Err(parts.fault(place, format!("tensor {file_name}: is {element}, want F32, F16, BF16 or F64")));
         }
-        let (name, file_name, shape) = (name.clone(), file_name.clone(), shape.clone());
         places.insert(name.clone(), place.clone());
-        saved.push(SavedTensor { name, file_name, shape, element: *element });
     }
-    Ok((saved, places))
+    Ok(places)
 }
 
 fn wrong_shape(entry: &TensorEntry, want: &Shape) -> String {

@@ -1,4 +1,5 @@
-//! Networks: what is traced into a graph, and how they are read from and written to Hugging Face directories.
+//! Networks: what is traced into a graph, and how they are read from and written to Hugging Face directories, those of
+//! one's own too.
 //!
 //! A network describes its forward computation against [`Builder`]; it knows nothing of shards, devices or where its
 //! weights are. Parameters bear the names that transformers gives them, so that a saved model loads there. Each family
@@ -14,7 +15,7 @@ pub(crate) mod safely;
 mod save;
 
 pub use families::{from_config, settings};
-pub use hub::{Pretrained, open};
+pub use hub::{Pretrained, open, open_own};
 pub use save::{Form, SavedTensor, save, save_adapters};
 
 use crate::base::{DType, Error, Result, Shape, nearest};

@@ -1,4 +1,5 @@
-//! Where a model's tensors lie: in model.safetensors, or in the files that model.safetensors.index.json names.
+//! Where a model's tensors lie: in model.safetensors, in the files that model.safetensors.index.json names, or in one
+//! file of another name.
 //!
 //! Opening reads all headers and no number. Every file then stays open, so that what is read is what was checked,
 //! whatever takes its name meanwhile: a model of 400 billion parameters has some 200 files, a process may open a
@@ -58,7 +59,8 @@ struct Index {
 }
 
 impl Parts {
-    /// Opens the weights of a directory: those in one file where there is one, as transformers does.
+    /// Opens the weights of a directory: those in one file where there is one, as transformers does. What is no
+    /// directory is such a file itself.
     ///
     /// `spared` says which tensors the network does without. The index may have an outdated place for them or none:
     /// tools that turn older files into these leave out a tied head and keep its line in the index.
@@ -67,6 +69,9 @@ impl Parts {
     /// When a file is missing or damaged, the index names a file that is not in the directory or has another place for
     /// a tensor than the files, or a tensor is in two files.
     pub fn open(dir: &Path, spared: &dyn Fn(&str) -> bool) -> Result<Parts> {
+        if !dir.is_dir() {
+            return Parts::open_whole(dir.to_path_buf());
+        }
         let (whole, index) = (dir.join(WHOLE), dir.join(INDEX));
         if !whole.is_file() && index.is_file() {
             return Parts::open_split(dir, index, spared);
@@ -77,8 +82,12 @@ impl Parts {
         if !whole.exists() && !index.exists() && has_parts(dir) {
             return Err(bad(&index, "no such file, which names the parts that are there".into()));
         }
-        let mut parts = Parts { path: whole.clone(), files: Vec::new(), places: BTreeMap::new() };
-        parts.add(whole)?;
+        Parts::open_whole(whole)
+    }
+
+    fn open_whole(file: PathBuf) -> Result<Parts> {
+        let mut parts = Parts { path: file.clone(), files: Vec::new(), places: BTreeMap::new() };
+        parts.add(file)?;
         Ok(parts)
     }
 

@@ -49,7 +49,8 @@ pub struct Form {
 }
 
 impl Form {
-    /// The form of a network that came from no directory: f32, under the graph's names.
+    /// The form of a network that came from no directory: f32, under the graph's names, of the shapes that they have
+    /// with the network's own inputs. [`open_own`](super::open_own) reads back what is saved so.
     ///
     /// # Errors
     /// When the network does not trace with its own inputs.
@@ -66,7 +67,7 @@ impl Form {
 }
 
 /// The counts that stand beside the running means among `tensors`, at 0.
-pub(super) fn counters<'a>(tensors: impl Iterator<Item = &'a str>) -> BTreeMap<String, i64> {
+fn counters<'a>(tensors: impl Iterator<Item = &'a str>) -> BTreeMap<String, i64> {
     let layers = tensors.filter_map(|name| name.strip_suffix(RUNNING_MEAN));
     layers.map(|layer| (format!("{layer}{COUNTER}"), 0)).collect()
 }

@@ -1,7 +1,7 @@
 //! Saves a model that was trained.
 
 use super::weights::Weights;
-use crate::base::{DType, Error, Result};
+use crate::base::{DType, Error, Result, Shape};
 use crate::engine::{Engine, Stored};
 use crate::graph::{AttentionKind, Graph, LowRank, Op, WeightLayout, adapted_layer, adapter_names};
 use crate::nn::{self, Form};
@@ -31,23 +31,41 @@ pub fn save_model(
     let batches = i64::try_from(steps.saturating_mul(traced.microbatches as u64)).unwrap_or(i64::MAX);
     let mut form = form.clone();
     form.counters.values_mut().for_each(|count| *count = count.saturating_add(batches));
-    let graph = &traced.train;
-    nn::save(dir, &form, &mut |name| {
-        if let Some(i) = graph.parameters.iter().position(|p| p.name == name) {
-            let parameter = &graph.parameters[i];
-            let is_rounded = parameter.frozen && graph.float == DType::Bf16;
-            let kept = if is_rounded { first.named(name, &parameter.shape)? } else { None };
-            let mut weight = kept.map_or_else(|| engine.read_parameter(model, Stored::Weight, i), Ok)?;
-            if let Some(low_rank) = low_rank {
-                merge(&mut weight, (engine, model), i, low_rank)?;
-            }
-            return Ok(weight);
+    nn::save(dir, &form, &mut |name| trained(name, None, (engine, model), first, low_rank))
+}
+
+/// What training has made of a weight, with adapters in it, or of a running statistic, by its name in the graph.
+///
+/// # Errors
+/// When the model has no such tensor, or another than `shape`; as [`Engine::read_parameter`] and
+/// [`Engine::read_state`].
+pub(super) fn trained(
+    name: &str,
+    shape: Option<&Shape>,
+    (engine, model): (&Engine, usize),
+    first: Weights,
+    low_rank: Option<&LowRank>,
+) -> Result<Vec<f32>> {
+    let graph = &engine.model(model).train;
+    let check = |found: &Shape| match shape {
+        Some(want) if want != found => Err(Error::bad(format!("tensor {name}: is {found} in the model, want {want}"))),
+        _ => Ok(()),
+    };
+    if let Some(i) = graph.parameters.iter().position(|p| p.name == name) {
+        let parameter = &graph.parameters[i];
+        check(&parameter.shape)?;
+        let is_rounded = parameter.frozen && graph.float == DType::Bf16;
+        let kept = if is_rounded { first.named(name, &parameter.shape)? } else { None };
+        let mut weight = kept.map_or_else(|| engine.read_parameter(model, Stored::Weight, i), Ok)?;
+        if let Some(low_rank) = low_rank {
+            merge(&mut weight, (engine, model), i, low_rank)?;
         }
-        match graph.states.iter().position(|s| s.name == name) {
-            Some(state) => engine.read_state(model, state),
-            None => Err(Error::bad(format!("tensor {name}: the model has no such tensor"))),
-        }
-    })
+        return Ok(weight);
+    }
+    match graph.states.iter().position(|s| s.name == name) {
+        Some(state) => check(&graph.states[state].shape).and_then(|()| engine.read_state(model, state)),
+        None => Err(Error::bad(format!("tensor {name}: the model has no such tensor"))),
+    }
 }
 
 /// Writes the adapters that the engine's model number `model` has learned to the directory `dir`, in the form of

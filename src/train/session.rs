@@ -2,14 +2,15 @@
 
 use super::checkpoint::{Checkpoint, write_checkpoint};
 use super::fleet::Fleet;
+use super::forward::wait_forward_trained;
 use super::observer::{Observer, StepReport};
 use super::options::TrainOptions;
 use super::prepare::prepare;
 use super::save::save_model;
 use super::trainee::ModelToTrain;
 use super::weights::Weights;
-use crate::base::{Error, Result};
-use crate::data::Source;
+use crate::base::{Error, Result, Shape};
+use crate::data::{Batch, Source};
 use crate::device::{DiskSpec, FleetMemory, calibrate, start_fleet};
 use crate::engine::Engine;
 use crate::nn::{Form, Network};
@@ -122,7 +123,8 @@ impl Session {
     /// # Errors
     /// What the engine, the data or `observer` gives; [`Error::Interrupted`] when `stop` was set before the end, the
     /// validation there included. A model that has failed trains no more: every later call is an error that says why,
-    /// but that [`Session::wait_checkpoint`] and [`Session::wait_save`] take what is whole of it.
+    /// but that [`Session::wait_checkpoint`], [`Session::wait_save`] and [`Session::wait_forward`] take what is whole
+    /// of it.
     pub fn run(&mut self, observer: &mut dyn Observer, stop: &AtomicBool) -> Result<()> {
         self.fleet.check_failed(0)?;
         while let Some(report) = self.untold.pop_front() {
@@ -153,6 +155,24 @@ impl Session {
     pub fn wait_evaluation(&mut self, source: &mut dyn Source) -> Result<f32> {
         self.wait_begun()?;
         self.fleet.wait_evaluation(0, source)
+    }
+
+    /// The logits of a batch of any size, and their shape, after all steps that have begun; later steps are as if
+    /// nobody had asked. `network` is the one that is trained. They are those of
+    /// [`wait_forward`](super::wait_forward()) with what [`Session::wait_save`] writes, to the bit where that is f32:
+    /// on the host and in f32, of a bf16 model by the f32 masters, with adapters in the weights. So they take memory
+    /// beside the plan's, as is said there. What is frozen of a bf16 model is rounded, as steps have it.
+    ///
+    /// # Errors
+    /// As [`wait_forward`](super::wait_forward()); when `network` has other tensors than the model, or of other shapes;
+    /// when weights were to come from a checkpoint and none came, the engine fails, and after a loss that is not
+    /// finite, as [`Session::wait_checkpoint`].
+    pub fn wait_forward(&mut self, network: &dyn Network, batch: &Batch) -> Result<(Shape, Vec<f32>)> {
+        self.fleet.trainees[0].check_weights()?;
+        self.wait_home()?;
+        let logits = wait_forward_trained(network, (self.engine(), 0), self.options.low_rank.as_ref(), batch);
+        self.engine_mut().skip_time(0);
+        logits
     }
 
     /// Writes a checkpoint of all steps that have begun, from which [`Session::resume`] goes on. Of a model that its

@@ -16,12 +16,13 @@ pub type GiveTensor<'a> = dyn Fn(&str, &Shape) -> Result<Option<Vec<f32>>> + 'a;
 /// Where a model's first weights come from.
 #[derive(Clone, Copy)]
 pub enum Weights<'a> {
-    /// A Hugging Face directory.
+    /// A Hugging Face directory, or what a network of one's own was saved as ([`open_own`](crate::nn::open_own)).
     Pretrained(&'a Pretrained),
     /// Drawn from the seed.
     Random,
-    /// From anywhere, by name: a file of one's own, another model. What it does not give is drawn from the seed, as
-    /// [`Weights::Random`] would; it must know one name of the model's at least.
+    /// From anywhere, by name: another model, or what of a file has its place under a new head
+    /// ([`Pretrained::tensor`]). What it does not give is drawn from the seed, as [`Weights::Random`] would; it must
+    /// know one name of the model's at least.
     Given(&'a GiveTensor<'a>),
     /// From a checkpoint, which the caller restores before the first step ([`super::Session::resume`],
     /// [`super::Fleet::start_at`]): until then they are 0, and a step is an error. Not of a model with frozen weights,

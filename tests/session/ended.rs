@@ -8,9 +8,11 @@ use super::{options, plain_sgd};
 use hydra::base::{DType, Error, Result};
 use hydra::data::{Batch, InputSpec, Source, names};
 use hydra::engine::{Ended, Engine, Stored};
-use hydra::nn::Form;
+use hydra::nn::{Form, open_own};
 use hydra::spill::PlanOptions;
-use hydra::train::{Observer, Schedule, Session, StepReport, TrainOptions, Weights, save_model, write_checkpoint};
+use hydra::train::{
+    Observer, Schedule, Session, StepReport, TrainOptions, Weights, save_model, wait_forward, write_checkpoint,
+};
 use std::sync::atomic::AtomicBool;
 
 /// Minibatch `at` is one of which no more can be read, or has an infinite pixel.
@@ -145,6 +147,11 @@ fn what_its_observer_or_its_data_has_ended_is_saved_as_its_last_step_left_it() {
         save_model(dir.path(), &form, (session.engine(), 0), Weights::Random, None, 4).expect_err("not at home");
     assert!(early.to_string().contains("wait_home comes first"), "{early}");
     session.wait_save(dir.path(), &form, Weights::Random).expect("saved");
+    let saved = open_own(dir.path(), Small::gpt(18, 2, 2, 9, 0.1).network).expect("its own tensors");
+    let mut batch = Batch::default();
+    gpt.source(2, 77).fill(0, &mut batch).expect("random data");
+    let of_saved = wait_forward(gpt.network.as_ref(), Weights::Pretrained(&saved), &batch).expect("logits");
+    assert!(session.wait_forward(gpt.network.as_ref(), &batch).expect("logits") == of_saved);
 }
 
 /// Weights are those of the last good step; running statistics are those of no step, and there is no checkpoint.
@@ -175,6 +182,10 @@ fn what_is_not_finite_leaves_the_step_before_it_or_cannot_be_read() {
     assert!(states.contains(says), "{states}");
     let refused = session.wait_checkpoint(&path).expect_err("states are of no step").to_string();
     assert!(refused.contains(says) && !path.exists(), "{refused}");
+    let mut batch = Batch::default();
+    small.source(2, 77).fill(0, &mut batch).expect("random data");
+    let refused = session.wait_forward(small.network.as_ref(), &batch).expect_err("states are of no step").to_string();
+    assert!(refused.contains(says), "{refused}");
 
     // Of a model without running statistics all of it is left.
     let small = Small::gpt(14, 2, 2, 9, 0.1);

@@ -6,7 +6,7 @@ use hydra::base::tensorfile::{Element, TensorFile, TensorView, header, quoted};
 use hydra::base::{DType, Error, Result};
 use hydra::data::{Batch, BatchTensor, names};
 use hydra::nn;
-use hydra::train::{wait_forward, write_safely};
+use hydra::train::{Weights, wait_forward, write_safely};
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
@@ -33,7 +33,8 @@ pub fn run(model: &Path, input: &Path, output: &Path, json: bool) -> Result<()> 
     };
     let batch = read_batch(&TensorFile::parse(&bytes, &file)?).map_err(fault)?;
     drop(bytes);
-    let (shape, logits) = wait_forward(&pretrained, &batch).map_err(|error| match error {
+    let weights = Weights::Pretrained(&pretrained);
+    let (shape, logits) = wait_forward(pretrained.network.as_ref(), weights, &batch).map_err(|error| match error {
         // What is wrong with the weights names their file already.
         Error::BadInput(what) if what.starts_with(&model.display().to_string()) => Error::BadInput(what),
         other => fault(other),

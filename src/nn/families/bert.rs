@@ -6,7 +6,7 @@
 //! embeddings, and after either half of a layer: attention, or the MLP.
 
 use super::text::{self, TextModel};
-use super::{ACTIVATIONS, Family};
+use super::{ACTIVATIONS, Customs, Family};
 use crate::base::{DType, Result};
 use crate::graph::{Activation, AttentionOptions, Builder, Graph, Init, Mode, Value, WeightLayout};
 use crate::nn::fields::{Fields, shown};
@@ -17,11 +17,13 @@ use serde_json::{Map, json};
 pub(super) const FAMILY: Family = Family {
     name: "bert",
     architecture: "BertForMaskedLM",
-    prefix: None,
-    tied: &[("cls.predictions.decoder.weight", WORDS), ("cls.predictions.decoder.bias", BIAS)],
-    is_buffer: |name| name == "bert.embeddings.position_ids",
-    // Files of the first training have its second task's head too.
-    is_elsewhere: |name| name.starts_with("bert.pooler.") || name.starts_with("cls.seq_relationship."),
+    files: Customs {
+        prefix: None,
+        tied: &[("cls.predictions.decoder.weight", WORDS), ("cls.predictions.decoder.bias", BIAS)],
+        is_buffer: |name| name == "bert.embeddings.position_ids",
+        // Files of the first training have its second task's head too.
+        is_elsewhere: |name| name.starts_with("bert.pooler.") || name.starts_with("cls.seq_relationship."),
+    },
     build: |fields| Ok(Box::new(Bert::read(fields)?)),
 };
 

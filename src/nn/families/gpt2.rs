@@ -4,7 +4,7 @@
 //! A cut may fall after the embeddings, and after either half of a block: attention, or the MLP.
 
 use super::text::{self, TextModel};
-use super::{ACTIVATIONS, Family};
+use super::{ACTIVATIONS, Customs, Family};
 use crate::base::{DType, Result};
 use crate::graph::{Activation, AttentionOptions, Builder, Graph, Init, Mode, Value, WeightLayout};
 use crate::nn::fields::Fields;
@@ -15,10 +15,12 @@ use serde_json::{Map, json};
 pub(super) const FAMILY: Family = Family {
     name: "gpt2",
     architecture: ARCHITECTURE,
-    prefix: Some("transformer."),
-    tied: &[("lm_head.weight", TABLE)],
-    is_buffer,
-    is_elsewhere: |_| false,
+    files: Customs {
+        prefix: Some("transformer."),
+        tied: &[("lm_head.weight", TABLE)],
+        is_buffer,
+        is_elsewhere: |_| false,
+    },
     build: |fields| Ok(Box::new(Gpt2::read(fields)?)),
 };
 

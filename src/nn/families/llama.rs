@@ -7,7 +7,7 @@
 //! A cut may fall after the embeddings, and after either half of a layer: attention, or the MLP.
 
 use super::text::{self, TextModel};
-use super::{ACTIVATIONS, Family};
+use super::{ACTIVATIONS, Customs, Family};
 use crate::base::{DType, Result};
 use crate::graph::{Activation, AttentionOptions, Builder, Graph, Init, Mode, RotaryScaling, Value, WeightLayout};
 use crate::nn::fields::{Fields, shown};
@@ -30,7 +30,8 @@ const fn family(
     build: fn(&Fields) -> Result<Box<dyn Network>>,
 ) -> Family {
     let tied = &[("lm_head.weight", TABLE)];
-    Family { name, architecture, prefix: Some("model."), tied, is_buffer, is_elsewhere: |_| false, build }
+    let files = Customs { prefix: Some("model."), tied, is_buffer, is_elsewhere: |_| false };
+    Family { name, architecture, files, build }
 }
 
 /// Llama or one of its kin.

@@ -31,6 +31,14 @@ pub(super) struct Family {
     pub name: &'static str,
     /// The one of `architectures` that is supported.
     pub architecture: &'static str,
+    /// What its files hold.
+    pub files: Customs,
+    /// Builds the network.
+    pub build: fn(&Fields) -> Result<Box<dyn Network>>,
+}
+
+/// In what a family's files differ from the tensors of its networks.
+pub(super) struct Customs {
     /// The start of tensors' names that old files leave out.
     pub prefix: Option<&'static str>,
     /// Tied tensors of the head that a file may hold, each with the tensor that it must equal.
@@ -39,8 +47,11 @@ pub(super) struct Family {
     pub is_buffer: fn(&str) -> bool,
     /// Whether a file's tensor is a weight of a head or a layer that this architecture has not.
     pub is_elsewhere: fn(&str) -> bool,
-    /// Builds the network.
-    pub build: fn(&Fields) -> Result<Box<dyn Network>>,
+}
+
+impl Customs {
+    /// In nothing: the tensors are in the files under their own names, and no others.
+    pub const NONE: Customs = Customs { prefix: None, tied: &[], is_buffer: |_| false, is_elsewhere: |_| false };
 }
 
 /// All families.

@@ -4,7 +4,7 @@
 //! A cut may fall after the stem and after every residual block.
 
 use super::classes::{classes, with_named_classes};
-use super::{ACTIVATIONS, Family};
+use super::{ACTIVATIONS, Customs, Family};
 use crate::base::{DType, Error, Result};
 use crate::graph::{Activation, Builder, Graph, Init, Mode, Value, WeightLayout};
 use crate::nn::fields::Fields;
@@ -15,10 +15,7 @@ use serde_json::{Map, json};
 pub(super) const FAMILY: Family = Family {
     name: "resnet",
     architecture: ARCHITECTURE,
-    prefix: None,
-    tied: &[],
-    is_buffer: |_| false,
-    is_elsewhere: |_| false,
+    files: Customs::NONE,
     build: |fields| Ok(Box::new(ResNet::read(fields)?)),
 };
 

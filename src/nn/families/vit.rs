@@ -4,7 +4,7 @@
 //! A cut may fall after the embeddings, and after either half of a layer: attention, or the MLP.
 
 use super::classes::{classes, with_named_classes};
-use super::{ACTIVATIONS, Family};
+use super::{ACTIVATIONS, Customs, Family};
 use crate::base::{DType, Error, Result};
 use crate::graph::{Activation, AttentionOptions, Builder, Graph, Init, Mode, Value};
 use crate::nn::fields::Fields;
@@ -15,10 +15,7 @@ use serde_json::{Map, json};
 pub(super) const FAMILY: Family = Family {
     name: "vit",
     architecture: "ViTForImageClassification",
-    prefix: None,
-    tied: &[],
-    is_buffer: |_| false,
-    is_elsewhere: |_| false,
+    files: Customs::NONE,
     build: |fields| Ok(Box::new(Vit::read(fields)?)),
 };
 

@@ -4,7 +4,7 @@ use super::*;
 use crate::base::Shape;
 use crate::graph::{Activation, Builder, Graph, Init, Mode, WeightLayout};
 use crate::nn::layers::Linear;
-use crate::nn::{Form, Inputs, Labels, Pretrained, init, open, save, tensors};
+use crate::nn::{Form, Inputs, Labels, Pretrained, init, open, open_own, save, tensors};
 use half::{bf16, f16};
 use safetensors::tensor::{Dtype, TensorView, serialize};
 use serde_json::json;
@@ -324,4 +324,69 @@ fn networks_of_ones_own_are_saved_too() {
     assert!(save(dir.path(), &bad, &mut |name| Ok(vec![0.5; shapes[name].elems()])).is_err());
     files.iter().for_each(|(name, bytes)| assert_eq!(read(dir.path(), name), *bytes, "{name}"));
     refused(open(dir.path()), &["config.json", "model_type", "'perceptron'"]);
+}
+
+/// A directory, or one of its files alone, whatever type its tensors have and whatever else lies there.
+#[test]
+fn networks_of_ones_own_are_read_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let number = |name: &str, i: usize| (i as f32 + 0.5) / 64.0 - name.len() as f32;
+    let shapes: BTreeMap<String, Shape> = tensors(&Perceptron).unwrap().into_iter().collect();
+    let values = |name: &str| (0..shapes[name].elems()).map(|i| number(name, i)).collect::<Vec<f32>>();
+    for element in [Element::F32, Element::BF16, Element::F16, Element::F64] {
+        let mut form = Form::of(&Perceptron).unwrap();
+        form.tensors.iter_mut().for_each(|tensor| tensor.element = element);
+        save(dir.path(), &form, &mut |name| Ok(values(name))).unwrap();
+        let file = dir.path().join("weights of mine");
+        std::fs::copy(dir.path().join("model.safetensors"), &file).unwrap();
+        std::fs::remove_file(dir.path().join("config.json")).unwrap();
+        for path in [dir.path(), &file] {
+            let read = open_own(path, Box::new(Perceptron)).unwrap();
+            assert_eq!((&read.form, read.dir()), (&form, dir.path()), "{element}");
+            for (name, shape) in &shapes {
+                let kept = |x: f32| match element {
+                    Element::BF16 => bf16::from_f32(x).to_f32(),
+                    Element::F16 => f16::from_f32(x).to_f32(),
+                    _ => x,
+                };
+                let want: Vec<f32> = values(name).into_iter().map(kept).collect();
+                assert_eq!(read.tensor(name, shape).unwrap(), want, "{element}: {name}");
+            }
+        }
+    }
+}
+
+#[test]
+fn files_that_are_not_those_of_ones_own_network_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("own.safetensors");
+    let numbers = |axes: &[usize]| (Dtype::F32, axes.to_vec(), vec![0; 4 * axes.iter().product::<usize>()]);
+    let good: Raw =
+        tensors(&Perceptron).unwrap().into_iter().map(|(name, shape)| (name, numbers(shape.axes()))).collect();
+    let own = |change: &dyn Fn(&mut Raw)| {
+        let mut tensors = good.clone();
+        change(&mut tensors);
+        write_tensors(&path, &tensors);
+        open_own(&path, Box::new(Perceptron))
+    };
+    let (bias, weight) = ("hidden.bias", "out.weight");
+    let nan = own(&|t| t.get_mut(bias).unwrap().2[8..12].copy_from_slice(&f32::NAN.to_le_bytes())).unwrap();
+    refused(nan.tensor(bias, &Shape::from([31])), &["own.safetensors: tensor hidden.bias: element 2 (F32) is NaN"]);
+    refused(nan.tensor("no.such", &Shape::from([31])), &["own.safetensors: tensor no.such: is missing; want 31"]);
+    for (change, says) in [
+        (&(|t: &mut Raw| drop(t.remove(bias))) as &dyn Fn(&mut Raw), "tensor hidden.bias: is missing; want 31"),
+        (&|t| t.retain(|name, _| name == bias), "tensor hidden.weight: is missing, as are 2 more; want 31x33"),
+        (&|t| drop(t.insert(weight.into(), numbers(&[31, 3]))), "tensor out.weight: is 31x3, want 3x31"),
+        (&|t| t.get_mut(bias).unwrap().0 = Dtype::I32, "tensor hidden.bias: is I32, want F32, F16, BF16 or F64"),
+        (&|t| drop(t.insert("head".into(), numbers(&[2]))), "tensor head: the network has no such tensor (2)"),
+        // What a family's files leave out, or hold besides, is nothing that others' may.
+        (&|t| drop(t.insert("transformer.head".into(), numbers(&[2]))), "tensor transformer.head: the network has no"),
+    ] {
+        refused(own(change), &["own.safetensors: ", says]);
+    }
+    std::fs::write(&path, b"text, not tensors").unwrap();
+    refused(open_own(&path, Box::new(Perceptron)), &["own.safetensors: ", "is it a safetensors file?"]);
+    std::fs::remove_file(&path).unwrap();
+    refused(open_own(&path, Box::new(Perceptron)), &["own.safetensors: no such file"]);
+    refused(open_own(dir.path(), Box::new(Perceptron)), &["model.safetensors: no such file"]);
 }
