@@ -2,9 +2,10 @@
 //   x, out (B, T, cols) f32 or bf16, whose rows begin with `heads` heads of `width`. With a = x[i] and b = x[i +
 //   width/2] of a head and the angle p = t base^(-2i/width) at position t: out[i] = a cos p - b sin p, out[i + width/2]
 //   = b cos p + a sin p. The rest of a row is copied.
-//   per_pair is -2/width log2(base). Of a frequency f = base^(-2i/width) the share k = clamp(constant + slope f, 0, 1)
-//   stays and the rest is multiplied by `slowed`, for long contexts (graph::RotaryScaling). With sign -1 the angles are
-//   negative: the turn back, which is the gradient.
+//   per_pair is -2/width log2(base). Of a frequency f = base^(-2i/width) the share k = clamp(constant + slope f + along
+//   i, 0, 1) stays and the rest is multiplied by `slowed`, for long contexts (graph::RotaryScaling). Cosines are
+//   multiplied by `cos_scale` and sines by `sin_scale`: what is turned is stretched by them, and where they have
+//   opposite signs it is turned back, which is the gradient.
 // Overwrites out, which may be x. A block takes the rows of one position in `together` sequences, or of `run` positions
 // in all sequences where these are few; it first makes the cosines and sines of up to 256 pairs and positions, once for
 // all its sequences. A thread has a 16-byte pack of either half of a head, or two packs of what is copied, and goes
@@ -36,10 +37,10 @@ DEV Direction direction(double turns) {
   return {quarter == 1 || quarter == 2 ? -a : a, quarter >= 2 ? -b : b};
 }
 
-struct Slowing { double slowed, constant, slope; };
+struct Slowing { double slowed, constant, slope, along; };
 // As graph::Rotation::frequency computes it.
 DEV double frequency(int pair, double per_pair, Slowing slowing) {
-  double f = exp2(pair * per_pair), kept = slowing.constant + slowing.slope * f;
+  double f = exp2(pair * per_pair), kept = slowing.constant + slowing.slope * f + slowing.along * pair;
   kept = kept < 0 ? 0 : kept > 1 ? 1 : kept;
   return f * (kept + (1 - kept) * slowing.slowed);
 }
@@ -65,7 +66,7 @@ template <int N> DEV void load_angles(float (&to)[N], const float* from) {
 
 // N elements at a time: a pack, or one where rows, heads or addresses are no multiple of it.
 template <class T, int N>
-DEV void turn(T* out, const T* x, const Sizes& s, double per_pair, Slowing slowing, float sign) {
+DEV void turn(T* out, const T* x, const Sizes& s, double per_pair, Slowing slowing, Direction scale) {
   GPU_SHARED(float, cosines, [ANGLES]);
   GPU_SHARED(float, sines, [ANGLES]);
   int half = s.width / 2, turned = s.heads * s.width, thread = threadIdx.x, threads = blockDim.x;
@@ -96,7 +97,7 @@ DEV void turn(T* out, const T* x, const Sizes& s, double per_pair, Slowing slowi
     for (int i = thread; i < pairs * run; i += threads) {
       Direction d =
           direction((position + i / pairs) * (frequency(first + i % pairs, per_pair, slowing) * 0.15915494309189535));
-      cosines[i] = d.cos, sines[i] = sign * d.sin;
+      cosines[i] = scale.cos * d.cos, sines[i] = scale.sin * d.sin;
     }
     __syncthreads();
     for (; item < items; item += threads) {
@@ -135,23 +136,26 @@ DEV void turn(T* out, const T* x, const Sizes& s, double per_pair, Slowing slowi
   }
 }
 
-template <class T> DEV void rotary(T* out, const T* x, const Sizes& s, double per_pair, Slowing slowing, float sign) {
+template <class T>
+DEV void rotary(T* out, const T* x, const Sizes& s, double per_pair, Slowing slowing, Direction scale) {
   constexpr int N = Pack<T>::N;
   if (s.width / 2 % N == 0 && s.cols % N == 0 && aligned16(out) && aligned16(x))
-    turn<T, N>(out, x, s, per_pair, slowing, sign);
-  else turn<T, 1>(out, x, s, per_pair, slowing, sign);
+    turn<T, N>(out, x, s, per_pair, slowing, scale);
+  else turn<T, 1>(out, x, s, per_pair, slowing, scale);
 }
 
 extern "C" __global__ __launch_bounds__(THREADS, GPU_BLOCKS(4)) void rotary_f32(
     float* out, const float* x, int batch, int positions, int cols, int heads, int width, int together, int run,
-    double per_pair, double slowed, double constant, double slope, float sign) {
-  rotary(out, x, {batch, positions, cols, heads, width, together, run}, per_pair, {slowed, constant, slope}, sign);
+    double per_pair, double slowed, double constant, double slope, double along, float cos_scale, float sin_scale) {
+  rotary(out, x, {batch, positions, cols, heads, width, together, run}, per_pair, {slowed, constant, slope, along},
+         {cos_scale, sin_scale});
 }
 GPU_EXPORT(rotary_f32)
 
 extern "C" __global__ __launch_bounds__(THREADS, GPU_BLOCKS(5)) void rotary_bf16(
     bf16* out, const bf16* x, int batch, int positions, int cols, int heads, int width, int together, int run,
-    double per_pair, double slowed, double constant, double slope, float sign) {
-  rotary(out, x, {batch, positions, cols, heads, width, together, run}, per_pair, {slowed, constant, slope}, sign);
+    double per_pair, double slowed, double constant, double slope, double along, float cos_scale, float sin_scale) {
+  rotary(out, x, {batch, positions, cols, heads, width, together, run}, per_pair, {slowed, constant, slope, along},
+         {cos_scale, sin_scale});
 }
 GPU_EXPORT(rotary_bf16)

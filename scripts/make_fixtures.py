@@ -1,4 +1,4 @@
-"""Writes tests/fixtures/{mistral,qwen2,qwen3}: what PyTorch and transformers make of small models of these families; and
+"""Writes tests/fixtures/{mistral,qwen2,qwen3,yarn}: what PyTorch and transformers make of small models of these families; and
 tests/fixtures/low-rank, what peft makes of two that are there.
 
    python scripts/make_fixtures.py        needs torch, transformers, peft, safetensors; run it at the top of the repository
@@ -32,6 +32,10 @@ def cases():
     # Heads that are together wider than the model, and a tied head.
     yield "qwen3", Qwen3ForCausalLM(Qwen3Config(vocab_size=79, hidden_size=32, num_attention_heads=4,
         num_key_value_heads=2, head_dim=12, tie_word_embeddings=True, **SIZES)), 2, 17
+    # Of the four pairs of a head the first turns as it did, the last a fourth as fast, the others something between.
+    yield "yarn", Qwen2ForCausalLM(Qwen2Config(vocab_size=73, hidden_size=32, num_attention_heads=4, num_key_value_heads=2,
+        rope_parameters={"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "beta_fast": 2.0, "beta_slow": 0.2,
+                         "original_max_position_embeddings": 16}, **SIZES)), 2, 31
 
 
 def train(model, ids, dtype):

@@ -50,7 +50,7 @@ take test-library test --release --no-run --lib
 take test-reference test --release --no-run --test reference
 take bench-kernels bench --no-run --bench kernels
 
-for fixture in gpt2 llama mistral qwen2 qwen3 low-rank bert vit resnet resnet-basic; do cp -R "tests/fixtures/$fixture" "$out/fixtures/"; done
+for fixture in gpt2 llama mistral qwen2 qwen3 yarn low-rank bert vit resnet resnet-basic; do cp -R "tests/fixtures/$fixture" "$out/fixtures/"; done
 cp -R tests/packed/. "$out/"
 cp kernels/*.cu kernels/*.cuh "$out/kernels/"
 cp kernels/gpu/*.cuh "$out/kernels/gpu/"

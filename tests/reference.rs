@@ -105,6 +105,12 @@ fn qwen3() {
     check("qwen3");
 }
 
+/// A Qwen2 whose rotary angles are slowed, and stretched, by YaRN.
+#[test]
+fn yarn() {
+    check("yarn");
+}
+
 #[test]
 fn resnet_bottleneck() {
     check("resnet");

@@ -35,7 +35,7 @@ pub use kinds::{Activation, Init, Mode, WeightLayout};
 pub use layout::{ModelLayout, ShardLayout, SharedUse};
 pub use loss_parts::split_loss;
 pub use low_rank::{LowRank, MOST_RANK, adapted_layer, adapter_names};
-pub use op::{AttentionKind, Op, RotaryScaling, Rotation, Window};
+pub use op::{AttentionKind, Op, RotaryScaling, Rotation, Slowing, Window};
 pub use place::{ALIGNMENT, Lifetime, place};
 pub use program::{AREAS, Area, Buffer, Kind, Program, Step, UsedInput};
 pub use scratch::*;

@@ -7,6 +7,7 @@
 use super::custom::Custom;
 use super::kinds::{Activation, WeightLayout};
 use crate::base::DType;
+use std::f64::consts::TAU;
 
 /// One operation on contiguous row-major tensors.
 #[derive(Clone, Debug, PartialEq)]
@@ -192,7 +193,7 @@ pub struct Rotation {
     pub base: f64,
     /// How that is slowed.
     pub scaling: RotaryScaling,
-    /// By minus that.
+    /// By minus that; stretched alike, which is the gradient.
     pub back: bool,
 }
 
@@ -220,30 +221,76 @@ pub enum RotaryScaling {
         /// The context of the first training.
         positions: usize,
     },
+    /// YaRN (Peng, Quesnelle, Fan & Shippole 2023, arXiv:2309.00071): pairs that turn less than `low` times over
+    /// `positions` by the factor, those that turn more than `high` times not at all, those between by a part that is
+    /// linear in the pair's number. And what is turned is stretched, so that scores are sharper.
+    Yarn {
+        /// 1 or more.
+        factor: f64,
+        /// Turns, `beta_slow`; below `high`.
+        low: f64,
+        /// Turns, `beta_fast`.
+        high: f64,
+        /// The context of the first training.
+        positions: usize,
+        /// Whether the first pair between is a whole number, and the last.
+        whole: bool,
+        /// What queries and keys are multiplied by, above 0.
+        stretch: f64,
+    },
 }
 
-impl RotaryScaling {
-    /// `[slowed, constant, slope]`: of a frequency f, in radians a position, the share `k = clamp(constant + slope f,
-    /// 0, 1)` stays, and the rest is multiplied by `slowed`: f (k + (1 - k) slowed).
-    pub fn blend(&self) -> [f64; 3] {
-        match *self {
-            RotaryScaling::None => [1.0, 0.0, 0.0],
-            RotaryScaling::Linear { factor } => [1.0 / factor, 0.0, 0.0],
-            RotaryScaling::Llama3 { factor, low, high, positions } => {
-                let turns = positions as f64 / std::f64::consts::TAU;
-                [1.0 / factor, -low / (high - low), turns / (high - low)]
-            }
-        }
-    }
+/// How the frequencies of a rotation are slowed, in numbers: of the frequency f of pair i, in radians a position, the
+/// share `k = clamp(constant + slope f + along i, 0, 1)` stays, and the rest is multiplied by `slowed`: f (k + (1 - k)
+/// slowed).
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Slowing {
+    /// What the rest is multiplied by.
+    pub slowed: f64,
+    /// The share of frequency 0 in pair 0.
+    pub constant: f64,
+    /// How much more of it a frequency's unit makes.
+    pub slope: f64,
+    /// How much more each pair.
+    pub along: f64,
 }
 
 impl Rotation {
     /// Angle of pair `i` at position 1, in radians.
     pub fn frequency(&self, i: usize) -> f64 {
         let frequency = (i as f64 * self.per_pair()).exp2();
-        let [slowed, constant, slope] = self.scaling.blend();
-        let kept = (constant + slope * frequency).clamp(0.0, 1.0);
+        let Slowing { slowed, constant, slope, along } = self.slowing();
+        let kept = (constant + slope * frequency + along * i as f64).clamp(0.0, 1.0);
         frequency * (kept + (1.0 - kept) * slowed)
+    }
+
+    /// How frequencies are slowed.
+    pub fn slowing(&self) -> Slowing {
+        match self.scaling {
+            RotaryScaling::None => Slowing { slowed: 1.0, ..Slowing::default() },
+            RotaryScaling::Linear { factor } => Slowing { slowed: 1.0 / factor, ..Slowing::default() },
+            RotaryScaling::Llama3 { factor, low, high, positions } => {
+                let (slope, turns) = (1.0 / (high - low), positions as f64 / TAU);
+                Slowing { slowed: 1.0 / factor, constant: -low * slope, slope: turns * slope, along: 0.0 }
+            }
+            RotaryScaling::Yarn { factor, low, high, positions, whole, .. } => {
+                // The pair that turns so many times.
+                let pair = |turns: f64| (positions as f64 / (turns * TAU)).log2() / -self.per_pair();
+                let (first, last) = (pair(high), pair(low));
+                let (first, last) = if whole { (first.floor(), last.ceil()) } else { (first, last) };
+                let (first, last) = (first.max(0.0), last.min(self.width as f64 - 1.0));
+                let pairs = if first == last { 0.001 } else { last - first };
+                Slowing { slowed: 1.0 / factor, constant: 1.0 + first / pairs, slope: 0.0, along: -1.0 / pairs }
+            }
+        }
+    }
+
+    /// What turned heads are multiplied by.
+    pub fn stretch(&self) -> f64 {
+        match self.scaling {
+            RotaryScaling::None | RotaryScaling::Linear { .. } | RotaryScaling::Llama3 { .. } => 1.0,
+            RotaryScaling::Yarn { stretch, .. } => stretch,
+        }
     }
 
     /// log2 of a pair's frequency over that of the pair before, unscaled.

@@ -389,6 +389,7 @@ fn norms(t: &mut Table) {
     for scaling in [
         RotaryScaling::Linear { factor: 3.0 },
         RotaryScaling::Llama3 { factor: 8.0, low: 1.0, high: 4.0, positions: 64 },
+        RotaryScaling::Yarn { factor: 4.0, low: 0.3, high: 2.5, positions: 40, whole: false, stretch: 0.9 },
     ] {
         t.add(format!("rotary with {scaling:?}"), move |s| {
             let x = s.leaf("x", [1, 9, 33])?;

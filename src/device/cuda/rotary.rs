@@ -4,7 +4,7 @@ use super::launch::Launch;
 use super::operands::{Operands, pick};
 use super::queue::Queue;
 use crate::base::Result;
-use crate::graph::Rotation;
+use crate::graph::{Rotation, Slowing};
 
 /// Most threads of a block.
 const MOST_THREADS: usize = 256;
@@ -27,12 +27,13 @@ pub(super) fn turn(q: &mut Queue, o: &Operands, rotation: &Rotation) -> Result<(
     let threads = items.next_multiple_of(32).clamp(32, MOST_THREADS);
     let [together, run] = share(batch, rows, half, q.multiprocessors());
     let blocks = batch.div_ceil(together) * positions.div_ceil(run);
-    let [slowed, constant, slope] = rotation.scaling.blend();
+    let Slowing { slowed, constant, slope, along } = rotation.slowing();
+    let stretch = rotation.stretch() as f32;
     let kernel = pick(o.in_dtype(0), "rotary_f32", "rotary_bf16");
     let turn = Launch::new(kernel, [blocks, 1, 1], threads as u32).ptr(out).ptr(x).int(batch).int(positions).int(cols);
     let turn = turn.int(rotation.heads).int(rotation.width).int(together).int(run).double(rotation.per_pair());
-    let turn = turn.double(slowed).double(constant).double(slope);
-    q.launch(turn.float(if rotation.back { -1.0 } else { 1.0 }))
+    let turn = turn.double(slowed).double(constant).double(slope).double(along);
+    q.launch(turn.float(stretch).float(if rotation.back { -stretch } else { stretch }))
 }
 
 /// Sequences and positions of a block: several sequences, since they share angles, and positions only where it has all

@@ -2,7 +2,7 @@
 //!
 //! Sizes: x, out (batch * positions, cols), whose rows begin with `heads` heads of `width`. With `a = x[i]` and `b =
 //! x[i + width/2]` of a head and the angle `p = t base^(-2i/width)` at position t: `out[i] = a cos p - b sin p`, `out[i
-//! + width/2] = b cos p + a sin p`. What lies behind the heads is copied.
+//! + width/2] = b cos p + a sin p`, both times the rotation's stretch. What lies behind the heads is copied.
 
 use super::parallel::{expect_len, rows_per_chunk, with_scratch};
 use super::real::Real;
@@ -45,8 +45,8 @@ fn set_angles<T: Real>(cos: &mut [T], sin: &mut [T], rotation: &Rotation, positi
     for (i, (cos, sin)) in cos.iter_mut().zip(sin).enumerate() {
         let angle = position as f64 * rotation.frequency(i);
         let (s, c) = angle.sin_cos();
-        *cos = T::from_f64(c);
-        *sin = T::from_f64(if rotation.back { -s } else { s });
+        *cos = T::from_f64(rotation.stretch() * c);
+        *sin = T::from_f64(rotation.stretch() * if rotation.back { -s } else { s });
     }
 }
 
@@ -146,6 +146,39 @@ mod tests {
             assert_eq!(none.frequency(i), (i as f64 * none.per_pair()).exp2(), "pair {i}");
         }
         assert!(met.iter().all(|&n| n > 0), "{met:?}");
+    }
+
+    /// What transformers makes of YaRN in f32, for heads of 128: of Qwen2.5 with its advised factor, and with limits
+    /// that are no whole pairs.
+    #[test]
+    fn yarns_angles_are_those_of_transformers() {
+        let yarn = |factor, positions, whole| RotaryScaling::Yarn {
+            factor,
+            low: 1.0,
+            high: 32.0,
+            positions,
+            whole,
+            stretch: 1.0,
+        };
+        let pairs = [0, 15, 25, 30, 35, 40, 63];
+        for (base, scaling, want) in [
+            (
+                1e6,
+                yarn(4.0, 32768, true),
+                [1.0, 0.03924189880, 0.004131738096, 0.001064360957, 2.462583943e-4, 4.445698505e-5, 3.102344408e-7],
+            ),
+            (
+                1e4,
+                yarn(40.0, 4096, false),
+                [1.0, 0.1154782027, 0.02288793586, 0.008446235210, 0.002798499307, 7.226381567e-4, 2.886954690e-6],
+            ),
+        ] {
+            let rotation = Rotation { heads: 1, width: 128, base, scaling, back: false };
+            for (i, want) in pairs.into_iter().zip(want) {
+                let found = rotation.frequency(i);
+                assert!((found / want - 1.0).abs() < 1e-6, "base {base}, pair {i}: {found:e}, want {want:e}");
+            }
+        }
     }
 
     #[test]

@@ -188,7 +188,8 @@ impl Builder {
     /// [`Builder::rotary`] with angles slowed for long contexts.
     ///
     /// # Errors
-    /// As [`Builder::rotary`], and when a factor is below 1 or the limits of turns are not in order.
+    /// As [`Builder::rotary`], and when a factor is below 1, the limits of turns are not in order, or a stretch is not
+    /// above 0.
     pub fn rotary_scaled(
         &mut self,
         x: Value,
@@ -211,9 +212,16 @@ impl Builder {
             RotaryScaling::Llama3 { factor, low, high, .. } => {
                 factor >= 1.0 && factor.is_finite() && low > 0.0 && low < high && high.is_finite()
             }
+            RotaryScaling::Yarn { factor, low, high, positions, stretch, .. } => {
+                let ordered = low > 0.0 && low < high && high.is_finite() && positions > 0 && base > 1.0;
+                factor >= 1.0 && factor.is_finite() && ordered && stretch > 0.0 && stretch.is_finite()
+            }
         };
         if !fits {
-            return Err(Error::bad(format!("rotary: {scaling:?}; want a factor of 1 or more, and 0 < low < high")));
+            return Err(Error::bad(format!(
+                "rotary: {scaling:?}; want a factor of 1 or more, 0 < low < high, and for YaRN a base above 1, a \
+                 position or more and a stretch above 0"
+            )));
         }
         self.one(Op::Rotary(Rotation { heads, width, base, scaling, back: false }), vec![x], shape)
     }

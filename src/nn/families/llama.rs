@@ -207,6 +207,15 @@ impl Llama {
                 "high_freq_factor": high,
                 "original_max_position_embeddings": positions,
             }),
+            RotaryScaling::Yarn { factor, low, high, positions, whole, stretch } => json!({
+                "rope_type": "yarn",
+                "factor": factor,
+                "beta_slow": low,
+                "beta_fast": high,
+                "original_max_position_embeddings": positions,
+                "truncate": whole,
+                "attention_factor": stretch,
+            }),
         }
     }
 }
@@ -382,7 +391,13 @@ fn read_rotary(f: &Fields) -> Result<(f64, RotaryScaling)> {
     let base = theta(&r, base)?;
     // Old files say `type`.
     let kind = if r.get("rope_type").is_some() { "rope_type" } else { "type" };
-    let kind = r.word(kind, "default", &[("default", "default"), ("linear", "linear"), ("llama3", "llama3")])?;
+    const KINDS: [&str; 4] = ["default", "linear", "llama3", "yarn"];
+    let kind = r.word(kind, "default", &KINDS.map(|kind| (kind, kind)))?;
+    let positions = || {
+        let key = "original_max_position_embeddings";
+        let missing = || r.fault(key, "is missing; want a whole number");
+        r.optional_count(key, 1..=1 << 24)?.ok_or_else(missing)
+    };
     let number = |key: &'static str, least: f64| {
         let want = format!("a number of {least} or more, up to 1e6");
         match r.get(key) {
@@ -398,10 +413,30 @@ fn read_rotary(f: &Fields) -> Result<(f64, RotaryScaling)> {
             if low >= high {
                 return Err(r.fault("low_freq_factor", format!("is {low}, high_freq_factor {high}; want it below")));
             }
-            let key = "original_max_position_embeddings";
-            let missing = || r.fault(key, "is missing; want a whole number");
-            let positions = r.optional_count(key, 1..=1 << 24)?.ok_or_else(missing)?;
-            RotaryScaling::Llama3 { factor, low, high, positions }
+            RotaryScaling::Llama3 { factor, low, high, positions: positions()? }
+        }
+        "yarn" => {
+            let (factor, positions) = (number("factor", 1.0)?, positions()?);
+            // What transformers takes for left out may be null, or 0.
+            let given = |key: &'static str| match r.get(key) {
+                None => Ok(None),
+                Some(value) if value.as_f64() == Some(0.0) => Ok(None),
+                Some(_) => r.number(key, 0.0, "a number above 0, up to 1e6", |x| x > 0.0 && x <= 1e6).map(Some),
+            };
+            let (high, low) = (given("beta_fast")?.unwrap_or(32.0), given("beta_slow")?.unwrap_or(1.0));
+            if low >= high {
+                return Err(r.fault("beta_slow", format!("is {low}, beta_fast {high}; want it below")));
+            }
+            if base <= 1.0 {
+                return Err(r.fault("rope_theta", format!("is {base}; yarn wants it above 1")));
+            }
+            let sharper = |scale: f64| 1.0 + 0.1 * scale * factor.ln();
+            let inferred = match (given("mscale")?, given("mscale_all_dim")?) {
+                (Some(own), Some(all)) => sharper(own) / sharper(all),
+                _ => sharper(1.0),
+            };
+            let stretch = given("attention_factor")?.unwrap_or(inferred);
+            RotaryScaling::Yarn { factor, low, high, positions, whole: r.flag("truncate", true)?, stretch }
         }
         _ => RotaryScaling::None,
     };

@@ -81,8 +81,8 @@ fn values_that_are_not_supported_are_named() {
     llama(json!({ "rope_theta": 0 }), &["rope_theta", "above 0"]);
     llama(json!({ "rope_scaling": [] }), &["rope_scaling", "want an object, got []"]);
     llama(
-        json!({ "rope_scaling": { "rope_type": "yarn" } }),
-        &["rope_scaling: rope_type", "\"yarn\"", "linear, llama3"],
+        json!({ "rope_scaling": { "rope_type": "longrope" } }),
+        &["rope_scaling: rope_type", "\"longrope\"", "linear, llama3, yarn"],
     );
     llama(json!({ "rope_scaling": { "type": "dynamic" } }), &["rope_scaling: type", "\"dynamic\""]);
     llama(json!({ "rope_scaling": { "type": "linear" } }), &["rope_scaling: factor", "is missing"]);
@@ -103,6 +103,17 @@ fn values_that_are_not_supported_are_named() {
         &["original_max_position_embeddings", "is missing"],
     );
     llama(scaling("low_freq_factor", json!(4.0)), &["low_freq_factor", "is 4, high_freq_factor 4"]);
+    let yarn = |key: &str, value: Value| {
+        let mut yarn = yarn_scaling();
+        yarn[key] = value;
+        json!({ "rope_scaling": yarn })
+    };
+    llama(yarn("factor", json!(0.5)), &["factor", "got 0.5"]);
+    llama(yarn("original_max_position_embeddings", Value::Null), &["original_max_position_embeddings", "is missing"]);
+    llama(yarn("beta_fast", json!(1)), &["beta_slow", "is 1, beta_fast 1; want it below"]);
+    llama(yarn("attention_factor", json!(-1)), &["attention_factor", "above 0", "got -1"]);
+    llama(yarn("rope_theta", json!(1)), &["rope_theta", "is 1; yarn wants it above 1"]);
+    llama(yarn("truncate", json!("no")), &["truncate", "true or false"]);
     refused(strict("mistral", json!({ "mlp_bias": true })), &["mlp_bias", "is no key that is known here"]);
     refused(strict("mistral", json!({ "sliding_window": 0 })), &["sliding_window", "from 1 to"]);
     let qwen3 = |config: Value, parts: &[&str]| {
@@ -124,6 +135,11 @@ fn values_that_are_not_supported_are_named() {
 /// As meta-llama/Llama-3.2-1B has it.
 fn llama_3_2_scaling() -> Value {
     json!({ "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192, "rope_type": "llama3" })
+}
+
+/// As Qwen2.5's card advises.
+fn yarn_scaling() -> Value {
+    json!({ "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768 })
 }
 
 /// Both forms of the rotary angles, read to one network and written so that either transformers reads it.
@@ -155,6 +171,24 @@ fn llamas_rotary_angles_have_two_forms() {
     let (linear, config) = of(with(json!({ "rope_scaling": { "type": "linear", "factor": 4 } })));
     assert_eq!(linear, (10_000.0, RotaryScaling::Linear { factor: 4.0 }));
     assert_eq!(config["rope_scaling"], json!({ "type": "linear", "factor": 4 }), "as it was given");
+    let yarn = |more: Value| {
+        let mut yarn = object(yarn_scaling());
+        yarn.extend(object(more));
+        match of(with(json!({ "rope_scaling": yarn }))).0 {
+            (10_000.0, RotaryScaling::Yarn { factor: 4.0, low, high, positions: 32768, whole, stretch }) => {
+                (low, high, whole, stretch)
+            }
+            other => panic!("{other:?}"),
+        }
+    };
+    let sharper = |scale: f64| 1.0 + 0.1 * scale * 4f64.ln();
+    let nothing = json!({ "beta_fast": null, "beta_slow": 0, "mscale": 0.7, "attention_factor": null });
+    for left_out in [json!({}), nothing] {
+        assert_eq!(yarn(left_out), (1.0, 32.0, true, sharper(1.0)));
+    }
+    let deep = json!({ "mscale": 1.0, "mscale_all_dim": 0.707, "truncate": false, "beta_fast": 64, "beta_slow": 2 });
+    assert_eq!(yarn(deep), (2.0, 64.0, false, sharper(1.0) / sharper(0.707)));
+    assert_eq!(yarn(json!({ "attention_factor": 1.5 })), (1.0, 32.0, true, 1.5));
 }
 
 #[test]

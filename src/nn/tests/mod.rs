@@ -17,7 +17,8 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 /// The reference cases that are here.
-const CASES: [&str; 9] = ["gpt2", "llama", "mistral", "qwen2", "qwen3", "resnet", "resnet-basic", "bert", "vit"];
+const CASES: [&str; 10] =
+    ["gpt2", "llama", "mistral", "qwen2", "qwen3", "yarn", "resnet", "resnet-basic", "bert", "vit"];
 
 fn fixture(case: &str) -> PathBuf {
     PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures")).join(case)

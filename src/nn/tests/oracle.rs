@@ -242,12 +242,27 @@ fn slide(window: Window, image: &[usize], out: &[usize], mut at: impl FnMut(&[(u
 /// Heads that fill their rows, turned by complex numbers: with Llama's pairs, element i and i + width/2 are one.
 fn rotary(rotation: &Rotation, x: &[f64], shape: &[usize]) -> Vec<f64> {
     let (width, half) = (rotation.width, rotation.width / 2);
-    assert!(rotation.scaling == RotaryScaling::None && !rotation.back && shape[2] == rotation.heads * width);
+    assert!(!rotation.back && shape[2] == rotation.heads * width);
+    // How fast a pair turns, and what all are stretched by.
+    let (speed, stretch): (Box<dyn Fn(usize) -> f64>, f64) = match rotation.scaling {
+        RotaryScaling::None => (Box::new(|_| 1.0), 1.0),
+        RotaryScaling::Yarn { factor, low, high, positions, whole: true, stretch } => {
+            let pair = |turns: f64| {
+                let wave = positions as f64 / (turns * std::f64::consts::TAU);
+                width as f64 * wave.ln() / (2.0 * rotation.base.ln())
+            };
+            let (first, last) = (pair(high).floor().max(0.0), pair(low).ceil().min(width as f64 - 1.0));
+            assert!(first < last && last <= half as f64, "some pairs lie between");
+            let ramp = move |i: usize| ((i as f64 - first) / (last - first)).clamp(0.0, 1.0);
+            (Box::new(move |i| ramp(i) / factor + 1.0 - ramp(i)), stretch)
+        }
+        other => panic!("{other:?}: the cases here have no such"),
+    };
     let value = |i: usize| {
         let (position, of) = (i / shape[2] % shape[1], i % width);
         let (re, im) = (x[i - of + of % half], x[i - of + of % half + half]);
-        let angle = position as f64 * rotation.base.powf(-((of % half) as f64) / half as f64);
-        if of < half { re * angle.cos() - im * angle.sin() } else { re * angle.sin() + im * angle.cos() }
+        let angle = position as f64 * speed(of % half) * rotation.base.powf(-((of % half) as f64) / half as f64);
+        stretch * if of < half { re * angle.cos() - im * angle.sin() } else { re * angle.sin() + im * angle.cos() }
     };
     (0..x.len()).map(value).collect()
 }
