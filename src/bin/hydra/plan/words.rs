@@ -1,49 +1,13 @@
-//! `hydra plan`: the cut, where everything lies, what a step will take, what bounds it and what would help.
+//! A plan in words, for people.
 
-use crate::advice::{what_would_help, what_would_help_all};
-use crate::fitting::{plan_to_fit, why_not};
-use crate::job::Job;
-use crate::machine::free_memory_bytes;
-use crate::placing::Sharing;
-use crate::planning::{Planned, PlannedJob, warn_of_warmups};
-use crate::print::{say, table, warn};
-use crate::rundir::{PLAN, keep_run};
-use hydra::base::{Error, Result, format_bytes, format_secs};
+use crate::plan::advice::what_would_help;
+use crate::plan::placing::Sharing;
+use crate::plan::planned::{Planned, PlannedJob};
+use crate::print::{count, say, table};
+use hydra::base::{format_bytes, format_secs};
 use hydra::device::sim::DISK_BYTES_PER_SEC;
 use hydra::spill::{BoundaryTier, Home, OnDisk};
 use hydra::trace::Bound;
-use hydra::train::write_safely;
-use std::path::Path;
-use std::rc::Rc;
-
-/// Plans the job at `path` and prints the plan; with `out`, also writes plan.json there.
-///
-/// # Errors
-/// When `out` holds a run, the job is at fault, no plan fits, or plan.json cannot be written.
-pub fn run(path: &Path, sets: &[String], out: Option<&Path>, json: bool) -> Result<()> {
-    // Before the plan is searched, which may take minutes.
-    out.map_or(Ok(()), keep_run)?;
-    let free = free_memory_bytes();
-    let planned = plan_to_fit(path, Job::load(path, sets)?, &Rc::default(), false, free)?;
-    why_not(path, &planned, free).into_iter().for_each(warn);
-    warn_of_warmups(&planned.job, 0, &planned.models);
-    if let Some(out) = out {
-        std::fs::create_dir_all(out).map_err(|e| Error::refused("create", out, e))?;
-        write_safely(&out.join(PLAN), |file| writeln!(file, "{:#}", planned.json()))?;
-    }
-    if json {
-        say(planned.json());
-        return Ok(());
-    }
-    for model in &planned.models {
-        say(describe(model, &planned));
-    }
-    together(&planned);
-    if planned.sharing != Sharing::Alone {
-        say(format!("\nwhat would help:\n{}", what_would_help_all(&planned).trim_end()));
-    }
-    Ok(())
-}
 
 /// Prints a few lines on each model's plan.
 pub fn summary(planned: &PlannedJob) {
@@ -54,12 +18,11 @@ pub fn summary(planned: &PlannedJob) {
 }
 
 /// Prints how several models or devices work together.
-fn together(planned: &PlannedJob) {
+pub fn together(planned: &PlannedJob) {
     if planned.sharing == Sharing::Alone {
         planned.idle_devices().into_iter().for_each(say);
         return;
     }
-    let count = |n: usize, what: &str| if n == 1 { format!("{n} {what}") } else { format!("{n} {what}s") };
     say(format!(
         "{} on {}, {}: {}; a step of every model is predicted to take {} (no less than {})",
         count(planned.models.len(), "model"),
@@ -96,7 +59,6 @@ fn shards_held(planned: &PlannedJob) -> Option<String> {
 
 fn headline(model: &Planned, planned: &PlannedJob) -> String {
     let plan = model.plan();
-    let count = |n: usize, what: &str| if n == 1 { format!("{n} {what}") } else { format!("{n} {what}s") };
     let place = match (plan.choice.resident, &model.placed.home) {
         (true, Home::On(homes)) if planned.machine.devices.len() > 1 => {
             let mut homes: Vec<u16> = homes.clone();
@@ -142,7 +104,8 @@ fn headline(model: &Planned, planned: &PlannedJob) -> String {
     )
 }
 
-fn describe(model: &Planned, planned: &PlannedJob) -> String {
+/// All that a model's plan says.
+pub fn describe(model: &Planned, planned: &PlannedJob) -> String {
     let (plan, cost) = (model.plan(), &planned.machine.first().cost);
     let host_tier = planned.machine.first().kind.host_tier();
     let microbatches = model.model().microbatches as f64;

@@ -1,8 +1,8 @@
 //! What a run shows as it goes: a bar for each model on a terminal, else a line now and then; of several models or
 //! devices JSON lines.
 
-use crate::live::{self, Live, ModelState, Models, Show};
 use crate::print::say;
+use crate::run::live::{self, Live, ModelState, Models, Show};
 use hydra::base::format_secs;
 use hydra::engine::Engine;
 use hydra::train::results::Status;

@@ -6,8 +6,8 @@
 
 use crate::job::{DeviceKind, Job};
 use crate::machine::{SHARE_OF_FREE_MEMORY, free_memory_bytes};
-use crate::placing::fleet_model;
-use crate::planning::{Planned, PlannedJob, predict_alone, trace};
+use crate::plan::placing::fleet_model;
+use crate::plan::planned::{Planned, PlannedJob, predict_alone, trace};
 use crate::setup::prepare;
 use hydra::base::{Error, Result, format_bytes};
 use hydra::spill::{FleetDevice, FleetMap, FleetModel, Placed, find_homes, named, plan_anywhere};

@@ -1,11 +1,11 @@
 //! What became of a run's models: the rows of results.csv, of the JSON object at the end, and of the table.
 
 use crate::job::Job;
-use crate::planning::PlannedJob;
+use crate::plan::planned::PlannedJob;
 use crate::print::{say, table};
+use crate::run::standing::Standing;
+use crate::run::watch::Watch;
 use crate::rundir::{self, RunDir};
-use crate::standing::Standing;
-use crate::watch::Watch;
 use hydra::base::{Result, format_secs};
 use hydra::train::metrics::{Row, read_rows, secs};
 use hydra::train::results::{self, ModelResult, Status};

@@ -2,8 +2,8 @@
 
 use crate::job;
 use crate::job::model::{Data, ValidPart};
-use crate::texts::Texts;
-use crate::tokenizer::FileTokenizer;
+use crate::text::Texts;
+use crate::text::tokenizer::FileTokenizer;
 use flate2::CrcWriter;
 use hydra::base::{DType, Error, Result, Shape};
 use hydra::data::{

@@ -5,9 +5,9 @@
 
 use crate::job::{DeviceKind, Job};
 use crate::machine::SHARE_OF_FREE_MEMORY;
-use crate::planning::{PlannedJob, plan_loaded};
+use crate::plan::planned::{PlannedJob, plan_loaded};
 use crate::print::warn;
-use crate::texts::Texts;
+use crate::text::Texts;
 use hydra::base::{Result, format_bytes};
 use std::path::Path;
 use std::rc::Rc;

@@ -3,6 +3,7 @@
 //! They are blocked, and one thread waits for them, so that what they do is plain code. One that the program was
 //! started to ignore, as `nohup` does with SIGHUP, stays ignored.
 
+use crate::print::complain;
 use hydra::base::{Error, Result};
 use nix::sys::signal::{SigSet, Signal};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -38,12 +39,12 @@ impl Signals {
             // Held until the end, so that no run begins meanwhile.
             if *preparing.lock().unwrap_or_else(PoisonError::into_inner) {
                 let error = Error::Interrupted { at: "the job's preparation".into(), checkpoint: Some(false) };
-                crate::complain(&error.to_string());
+                complain(&error);
                 std::process::exit(error.exit_code().into());
             }
             flag.store(true, Ordering::Relaxed);
             if asked_at.get_or_insert_with(Instant::now).elapsed() > REPEATS {
-                crate::complain("a second signal: the run ends at once; of each model its last checkpoint is kept");
+                complain("a second signal: the run ends at once; of each model its last checkpoint is kept");
                 std::process::exit(1);
             }
         };

@@ -2,7 +2,7 @@
 //!
 //! Known names alone are taken. Their bytes are kept as they were read, whatever becomes of the files meanwhile.
 
-use crate::tokenizer;
+use crate::text::tokenizer;
 use hydra::base::Result;
 use hydra::data::{ImageFiles, ImageOptions};
 use serde_json::json;

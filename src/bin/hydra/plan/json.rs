@@ -2,8 +2,8 @@
 
 use crate::job::RECOMPUTE;
 use crate::machine::MachineDevice;
-use crate::placing::Sharing;
-use crate::planning::{Planned, PlannedJob};
+use crate::plan::placing::Sharing;
+use crate::plan::planned::{Planned, PlannedJob};
 use hydra::spill::{BoundaryTier, Home, OnDisk};
 use serde_json::{Value, json};
 use std::rc::Rc;

@@ -3,7 +3,7 @@
 
 use crate::job::{Pipeline, Policy, Run};
 use crate::machine::Machine;
-use crate::placing::{COMPARED_STEPS, Sharing, fewer_steps, is_worth_it, simulate};
+use crate::plan::placing::{COMPARED_STEPS, Sharing, fewer_steps, is_worth_it, simulate};
 use hydra::base::Result;
 use hydra::sched::{LocalityLrtf, Rehearsal, rehearse};
 use hydra::spill::{Home, Placed};

@@ -1,24 +1,24 @@
 //! `hydra train`: plans, makes the run's directory, trains the models together, and says what became of each.
 
 use crate::args::Resume;
-use crate::fitting::{plan_to_fit, why_not};
-use crate::inbox::{Inbox, Taken};
 use crate::job::Job;
-use crate::judge::Judges;
 use crate::machine::free_memory_bytes;
-use crate::observer::RunObserver;
-use crate::outcome;
-use crate::placing::Sharing;
-use crate::planning::{PlannedJob, warn_of_warmups};
+use crate::plan::fitting::{plan_to_fit, why_not};
+use crate::plan::placing::Sharing;
+use crate::plan::planned::{PlannedJob, warn_of_warmups};
+use crate::plan::rehearsal::describe_rehearsal;
+use crate::plan::room::roomy_arenas;
+use crate::plan::words::summary;
 use crate::print::{say, warn};
-use crate::progress::Board;
-use crate::rehearsing::describe_rehearsal;
-use crate::room::roomy_arenas;
+use crate::run::inbox::{Inbox, Taken};
+use crate::run::judge::Judges;
+use crate::run::observer::RunObserver;
+use crate::run::outcome;
+use crate::run::progress::Board;
+use crate::run::signals::Signals;
+use crate::run::standing::{Standing, check_names, open_checkpoints, standings, tell_changes, tell_lost};
+use crate::run::watch::Watch;
 use crate::rundir::{self, Found, RunDir, inspect};
-use crate::show::summary;
-use crate::signals::Signals;
-use crate::standing::{Standing, check_names, open_checkpoints, standings, tell_changes, tell_lost};
-use crate::watch::Watch;
 use hydra::base::{Error, Result};
 use hydra::device::{Device, FleetMemory, start_fleet};
 use hydra::engine::TurnOptions;

@@ -1,5 +1,5 @@
-//! What control groups leave a process of the machine's memory: Linux ends a process whose group goes beyond its limit,
-//! whatever else is free.
+//! The machine's memory, and what control groups leave a process of it: Linux ends a process whose group goes beyond its
+//! limit, whatever else is free.
 //!
 //! A limit holds for a group and all groups in it, so the process has what is least of its own group's and of those
 //! around it. Both versions of the files are read. Pages of files that nobody has used for a while count as used and
@@ -26,8 +26,25 @@ const FIRST: Names = Names {
     inactive: ["total_inactive_file", "inactive_file"],
 };
 
+/// Memory that this program can still have, where the system says: Linux's MemAvailable, or less where a control group
+/// has a limit.
+pub fn free_memory_bytes() -> Option<u64> {
+    [memory_line("MemAvailable:"), group_limits_leave()].into_iter().flatten().min()
+}
+
+/// Memory of the machine, where the system says.
+pub fn total_memory_bytes() -> Option<u64> {
+    memory_line("MemTotal:")
+}
+
+fn memory_line(key: &str) -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(key))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
 /// Bytes that this process may still have before a limit of a group ends it; `None` where there is no such limit.
-pub fn free_bytes() -> Option<u64> {
+fn group_limits_leave() -> Option<u64> {
     let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
     free_bytes_under(Path::new("/sys/fs/cgroup"), &groups)
 }

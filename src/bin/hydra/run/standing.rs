@@ -1,10 +1,10 @@
 //! How far the models of a run had come before, by their checkpoints.
 
 use crate::args::Resume;
-use crate::inbox::Taken;
-use crate::judge::Judges;
-use crate::planning::{Planned, PlannedJob};
+use crate::plan::planned::{Planned, PlannedJob};
 use crate::print::warn;
+use crate::run::inbox::Taken;
+use crate::run::judge::Judges;
 use crate::rundir;
 use crate::setup::Prepared;
 use hydra::base::{Error, Result, nearest};

@@ -1,10 +1,10 @@
 //! What the program does as a model trains: metrics, checkpoints, progress, selection, and at the end the model's
 //! directory.
 
-use crate::judge::Judge;
-use crate::planning::Planned;
+use crate::plan::planned::Planned;
 use crate::print::{note, warn};
-use crate::progress::Progress;
+use crate::run::judge::Judge;
+use crate::run::progress::Progress;
 use crate::rundir;
 use hydra::base::{Result, format_secs};
 use hydra::engine::{Engine, Stored};
@@ -265,8 +265,8 @@ impl Observer for Watch<'_> {
 mod tests {
     use super::*;
     use crate::job::Job;
-    use crate::planning::plan_loaded;
-    use crate::progress::Board;
+    use crate::plan::planned::plan_loaded;
+    use crate::run::progress::Board;
     use hydra::device::{FleetMemory, start_fleet};
     use hydra::train::Fleet;
 

@@ -4,8 +4,8 @@
 
 use crate::job::{Job, Pipeline};
 use crate::machine::Machine;
-use crate::placing::{Placing, fleet_model, may_fill, predict_turn};
-use crate::planning::{Planned, PlannedJob};
+use crate::plan::placing::{Placing, fleet_model, may_fill, predict_turn};
+use crate::plan::planned::{Planned, PlannedJob};
 use crate::print::table;
 use hydra::base::format_bytes;
 use hydra::device::sim::CostModel;

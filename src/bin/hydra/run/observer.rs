@@ -4,17 +4,17 @@
 //! A model has its number in the job, where those that came later stand last, and one in the fleet, which knows only
 //! models that train. Nothing that lies in the inbox ends the run: what cannot be done is refused with its reason.
 
-use crate::inbox::{Inbox, InboxFile, Request};
-use crate::judge::{Judge, Judges};
-use crate::live::Live;
-use crate::placing::Sharing;
-use crate::planning::{PlannedJob, warn_of_warmups};
+use crate::plan::placing::Sharing;
+use crate::plan::planned::{PlannedJob, warn_of_warmups};
+use crate::plan::room::plan_added;
 use crate::print::{note, warn};
-use crate::progress::{Board, Progress};
-use crate::room::plan_added;
+use crate::run::inbox::{Inbox, InboxFile, Request};
+use crate::run::judge::{Judge, Judges};
+use crate::run::live::Live;
+use crate::run::progress::{Board, Progress};
+use crate::run::standing::Standing;
+use crate::run::watch::Watch;
 use crate::rundir::{self, RunDir};
-use crate::standing::Standing;
-use crate::watch::Watch;
 use hydra::base::{Error, Result, nearest};
 use hydra::engine::Engine;
 use hydra::spill::{FleetMap, Placed};

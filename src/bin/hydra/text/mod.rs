@@ -1,7 +1,11 @@
-//! The texts of a job, and other files that its models share: those that read the same ones have them once.
+//! The texts of a job, what cuts them into tokens, and what lies beside its models: those that read the same files have
+//! them once.
 
-use crate::companions::Companions;
-use crate::tokenizer::{FileTokenizer, Tokenizers, cut_by};
+mod added_tokens;
+pub mod companions;
+pub mod tokenizer;
+
+use companions::Companions;
 use hydra::base::Result;
 use hydra::data::Text;
 use std::cell::RefCell;
@@ -9,6 +13,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};
+use tokenizer::{FileTokenizer, Tokenizers, cut_by};
 
 /// The texts of a job and what cuts them, each read once.
 #[derive(Default)]
@@ -53,5 +58,4 @@ impl Texts {
 }
 
 #[cfg(test)]
-#[path = "texts_tests.rs"]
 mod tests;

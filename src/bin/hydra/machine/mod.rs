@@ -1,25 +1,25 @@
 //! What a job runs on: its devices with what they achieve, measured or stated, and the memory there is.
 
-use crate::cgroup;
+mod memory;
+mod profile;
+
 use crate::job::{self, DeviceKind, Job, Policy};
+use crate::print::count;
 use hydra::base::{Error, Result};
 use hydra::device::host::HostSpec;
-use hydra::device::sim::{CostModel, PROFILES, Profile};
+use hydra::device::sim::CostModel;
 use hydra::device::{DeviceSpec, calibrate_fleet, gpus, why_no_cuda, why_no_emulator};
 use hydra::spill::{Baseline, HomeBudgets};
+pub use memory::{free_memory_bytes, total_memory_bytes};
+use profile::stated_cost;
 use std::cell::RefCell;
 use std::collections::BTreeSet;
-use std::ops::RangeInclusive;
-use std::path::Path;
 
 /// Of the memory that is free, the part that the host's store may take unless the job says otherwise.
 pub const SHARE_OF_FREE_MEMORY: f64 = 0.8;
 
 /// Each takes part in every plan and choice.
 const MOST_DEVICES: usize = 4096;
-
-/// What the parts of a task or a copy may cost each time, in seconds.
-const SANE_SECS: RangeInclusive<f64> = 0.0..=1000.0;
 
 /// What devices achieve with so many of them at work.
 struct Measured {
@@ -79,7 +79,6 @@ impl Machine {
 
     /// How many devices there are, in words, and on how many GPUs several lie.
     pub fn devices_text(&self) -> String {
-        let count = |n: usize, what: &str| if n == 1 { format!("{n} {what}") } else { format!("{n} {what}s") };
         let gpu = |device: &MachineDevice| match device.spec {
             DeviceSpec::Cuda { ordinal, .. } => Some(ordinal),
             _ => None,
@@ -134,80 +133,6 @@ pub fn check_devices(file: &str, job: &Job, trains: bool) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// The rates of a device that states them.
-fn stated_cost(file: &str, i: usize, device: &job::Device) -> Result<CostModel> {
-    let Some(profile) = &device.profile else {
-        let (flops, memory) = (device.flops.unwrap_or(1e12), device.memory_bandwidth.unwrap_or(1e11));
-        return Ok(CostModel::stated(flops, memory, device.link.unwrap_or(memory)));
-    };
-    if let Some(known) = Profile::find(profile) {
-        return Ok(known.cost());
-    }
-    let fault = |what: String| Error::bad(format!("{file}: device.{i}.profile: {what}"));
-    if profile.ends_with(".json") {
-        let path = device.profile_path.as_deref().unwrap_or(Path::new(profile));
-        let text =
-            std::fs::read_to_string(path).map_err(|e| fault(format!("{}: cannot be read: {e}", path.display())))?;
-        let cost: CostModel = serde_json::from_str(&text)
-            .map_err(|e| fault(format!("{}: is no profile of `hydra devices --profile`: {e}", path.display())))?;
-        check_cost(&cost).map_err(|what| fault(format!("{}: {what}", path.display())))?;
-        return Ok(cost);
-    }
-    let names = PROFILES.map(|p| p.name);
-    let hint = hydra::base::nearest(profile, names).map_or(String::new(), |near| format!("; did you mean \"{near}\"?"));
-    let known = names.join(", ");
-    Err(fault(format!("\"{profile}\" is not known, only {known}, and files that end in .json{hint}")))
-}
-
-/// Refuses numbers that no device has: a plan by them would be one in words alone. Says the field at fault.
-fn check_cost(cost: &CostModel) -> std::result::Result<(), String> {
-    // A field that a later version adds is one that this must name.
-    let CostModel {
-        rates,
-        memory_bytes_per_sec,
-        op_secs,
-        run_secs,
-        h2d_bytes_per_sec,
-        d2h_bytes_per_sec,
-        copy_secs,
-        device_update_bytes_per_sec,
-        host_update_bytes_per_sec,
-        device_norm_bytes_per_sec,
-        host_norm_bytes_per_sec,
-        hand_over_secs,
-        disk_bytes_per_sec,
-        cores,
-    } = cost;
-    let rate = |field: &str, rate: f64| match job::SANE_RATES.contains(&rate) {
-        true => Ok(()),
-        false => Err(format!("{field}: want a rate from 1 to 1e21 a second, got {rate:?}")),
-    };
-    let secs = |field: &str, secs: f64| match SANE_SECS.contains(&secs) {
-        true => Ok(()),
-        false => Err(format!("{field}: want seconds from 0 to 1000, got {secs:?}")),
-    };
-    for (i, measured) in rates.iter().enumerate() {
-        rate(&format!("rates.{i}.work_per_sec"), measured.work_per_sec)?;
-    }
-    rate("memory_bytes_per_sec", *memory_bytes_per_sec)?;
-    rate("h2d_bytes_per_sec", *h2d_bytes_per_sec)?;
-    rate("d2h_bytes_per_sec", *d2h_bytes_per_sec)?;
-    rate("device_update_bytes_per_sec", *device_update_bytes_per_sec)?;
-    rate("host_update_bytes_per_sec", *host_update_bytes_per_sec)?;
-    device_norm_bytes_per_sec.map_or(Ok(()), |n| rate("device_norm_bytes_per_sec", n))?;
-    host_norm_bytes_per_sec.map_or(Ok(()), |n| rate("host_norm_bytes_per_sec", n))?;
-    disk_bytes_per_sec.map_or(Ok(()), |n| rate("disk_bytes_per_sec", n))?;
-    secs("op_secs", *op_secs)?;
-    secs("run_secs", *run_secs)?;
-    secs("copy_secs", *copy_secs)?;
-    secs("hand_over_secs", *hand_over_secs)?;
-    let Some(cores) = cores else { return Ok(()) };
-    if cores.count == 0 {
-        return Err("cores.count: want a number above 0, got 0".into());
-    }
-    rate("cores.copy_bytes_per_sec", cores.copy_bytes_per_sec)
 }
 
 /// What is started for a device of a job; of the machine's GPUs `ordinal` is the one on which it lies.
@@ -280,23 +205,6 @@ fn at_work(policy: Policy, models: usize, devices: usize) -> usize {
         // A model runs on one device at a time.
         Policy::Turns(_) | Policy::Lines(Baseline::TaskParallel) => devices.min(models),
     }
-}
-
-/// Memory that this program can still have, where the system says: Linux's MemAvailable, or less where a control group
-/// has a limit.
-pub fn free_memory_bytes() -> Option<u64> {
-    [memory_line("MemAvailable:"), cgroup::free_bytes()].into_iter().flatten().min()
-}
-
-/// Memory of the machine, where the system says.
-pub fn total_memory_bytes() -> Option<u64> {
-    memory_line("MemTotal:")
-}
-
-fn memory_line(key: &str) -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix(key))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
 }
 
 #[cfg(test)]

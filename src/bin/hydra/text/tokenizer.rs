@@ -4,7 +4,7 @@
 //! fault. Their bytes are kept as they were read, to be saved beside the model that is trained with them, whatever
 //! becomes of the files meanwhile.
 
-use crate::added_tokens::{ADDED, AddedTokens, CONFIG, SPECIAL, fault};
+use crate::text::added_tokens::{ADDED, AddedTokens, CONFIG, SPECIAL, fault};
 use flate2::Crc;
 use hydra::base::{Error, Result};
 use hydra::data::{self, Encode};

@@ -1,18 +1,20 @@
 //! A job's models made ready: the network, its data, and how to train it; nothing is planned yet and no weight is read.
 
-use crate::companions::{self, Files, PREPROCESSOR};
+pub mod recipe;
+
 use crate::job::model::{Data, Length, Precision, Source as Whence, TOKENIZERS, Tokenizer, ValidPart};
 use crate::job::{self, DeviceKind, Job, Pipeline, Policy};
 use crate::print::note;
-use crate::recipe::{Recipe, Sources};
-use crate::texts::Texts;
-use crate::tokenizer::{FileTokenizer, Tokenizers, cut_by};
+use crate::text::Texts;
+use crate::text::companions::{self, Files, PREPROCESSOR};
+use crate::text::tokenizer::{FileTokenizer, Tokenizers, cut_by};
 use hydra::base::{DType, Error, Result};
 use hydra::data::{Source, names};
 use hydra::graph::{Graph, Parameter, adapted_layer};
 use hydra::nn::{self, Form, InputShape, Network, Pretrained};
 use hydra::spill::{Baseline, PlanOptions};
 use hydra::train::{TrainOptions, Weights, inputs_of};
+use recipe::{Recipe, Sources};
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};

@@ -1,9 +1,9 @@
 //! `hydra simulate --sweep`: every combination of a few values, as a table, a CSV and a plot.
 
+use crate::commands::simulate::{Wishes, quoted, simulate_job};
 use crate::print::{say, table};
 use crate::rundir::keep_run;
-use crate::simulate::{Wishes, quoted, simulate_job};
-use crate::texts::Texts;
+use crate::text::Texts;
 use hydra::base::{Error, Result, format_secs, parse_bytes, parse_bytes_per_sec};
 use hydra::trace::{SweepLine, SweepPlot, sweep_svg};
 use hydra::train::write_safely;

@@ -2,12 +2,12 @@
 
 use crate::job::{self, DeviceKind, Job};
 use crate::machine::{Machine, check_devices, device_spec, machine};
-use crate::placing::{self, Placing, Sharing, fleet_model};
-use crate::print::warn;
-use crate::recipe::Sources;
-use crate::rehearsing::rehearse_turns;
+use crate::plan::placing::{self, Placing, Sharing, fleet_model};
+use crate::plan::rehearsal::rehearse_turns;
+use crate::print::{count, warn};
+use crate::setup::recipe::Sources;
 use crate::setup::{Prepared, check_scope, prepare};
-use crate::texts::Texts;
+use crate::text::Texts;
 use hydra::base::{Error, Result, format_bytes};
 use hydra::device::DiskSpec;
 use hydra::engine::{Prediction, SimulateOptions, Simulation, busiest, predict, simulate};
@@ -302,7 +302,6 @@ impl PlannedJob {
             }
             _ => "every model is at home on another",
         };
-        let count = |n: usize, what: &str| if n == 1 { format!("{n} {what}") } else { format!("{n} {what}s") };
         Some(format!("{} of {devices} idle at any time: {} and {why}", count(spare, "device"), count(models, "model")))
     }
 

@@ -1,12 +1,12 @@
 //! `hydra simulate`: a job's schedule by the executor that trains, on simulated devices and a virtual clock.
 
 use crate::job::Job;
-use crate::placing::Sharing;
-use crate::planning::{PlannedJob, plan_job};
-use crate::print::{say, table};
-use crate::rehearsing::describe_rehearsal;
+use crate::plan::placing::Sharing;
+use crate::plan::planned::{PlannedJob, plan_job};
+use crate::plan::rehearsal::describe_rehearsal;
+use crate::print::{count, say, table};
 use crate::rundir::{SCHEDULE, TRACE, keep_run};
-use crate::texts::Texts;
+use crate::text::Texts;
 use hydra::base::{Error, LaneKind, Result, format_secs};
 use hydra::engine::Simulation;
 use hydra::sched::LowerBound;
@@ -197,7 +197,6 @@ fn figures(planned: &PlannedJob, simulation: &Simulation) -> Value {
 
 fn describe(planned: &PlannedJob, simulation: &Simulation) -> String {
     let (bounds, makespan) = (&simulation.bounds, simulation.makespan_secs);
-    let count = |n: usize, what: &str| if n == 1 { format!("{n} {what}") } else { format!("{n} {what}s") };
     let mean = simulation.utilisation.iter().sum::<f64>() / simulation.utilisation.len().max(1) as f64;
     let mut text = format!(
         "{} on {}, {}: makespan {}, {:.1} % of the devices' time computed; {}\n",
