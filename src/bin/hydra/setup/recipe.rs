@@ -74,24 +74,6 @@ impl Recipe {
         Ok(KEYS_OF_DATA.into_iter().zip(all).collect())
     }
 
-    /// Refuses random inputs of a kind that the network does not take; says the job file's key, and why.
-    ///
-    /// # Errors
-    /// As said.
-    pub fn check_random(&self, network: &dyn Network) -> std::result::Result<(), (&'static str, &'static str)> {
-        let Data::Random { context, image } = &self.data else { return Ok(()) };
-        let of_images = |name: &str| name == names::PIXEL_VALUES;
-        for input in network.inputs() {
-            if of_images(&input.name) && image.is_none() && context.is_some() {
-                return Err(("data.context", "the model takes images; write image = [3, 224, 224]"));
-            }
-            if !of_images(&input.name) && image.is_some() {
-                return Err(("data.image", "the model takes tokens; write context = 128"));
-            }
-        }
-        Ok(())
-    }
-
     /// Opens it, from the start.
     ///
     /// # Errors
