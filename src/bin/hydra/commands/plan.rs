@@ -2,7 +2,7 @@
 
 use crate::job::Job;
 use crate::machine::free_memory_bytes;
-use crate::plan::advice::what_would_help_all;
+use crate::plan::advice::what_would_help;
 use crate::plan::fitting::{plan_to_fit, why_not};
 use crate::plan::placing::Sharing;
 use crate::plan::planned::warn_of_warmups;
@@ -38,7 +38,7 @@ pub fn run(path: &Path, sets: &[String], out: Option<&Path>, json: bool) -> Resu
     }
     together(&planned);
     if planned.sharing != Sharing::Alone {
-        say(format!("\nwhat would help:\n{}", what_would_help_all(&planned).trim_end()));
+        say(format!("\nwhat would help:\n{}", what_would_help(&planned).trim_end()));
     }
     Ok(())
 }

@@ -5,7 +5,7 @@ use crate::job::{DeviceKind, Job, Pipeline, Policy, Run};
 use crate::machine::{Machine, MachineDevice};
 use crate::setup::Prepared;
 use hydra::base::{Error, Result};
-use hydra::engine::{self, SimulateOptions, Simulation, plan_alone};
+use hydra::engine::{SimulateOptions, Simulation, plan_alone, simulate};
 use hydra::sched::{self, LocalityLrtf, by_name};
 use hydra::spill::{
     FleetDevice, FleetMap, FleetModel, FleetPlan, Home, Lined, Model, Placed, PlanOptions, find_homes, named,
@@ -163,12 +163,16 @@ impl Placing {
         Ok(best)
     }
 
+    /// The `fleet` where it is placed.
+    pub fn scenario<'a>(&'a self, job: &'a Job, machine: &'a Machine, fleet: &[FleetModel]) -> Scenario<'a> {
+        let clips = fleet.iter().map(|m| m.options.clips).collect();
+        Scenario { placed: &self.placed, clips, sharing: &self.sharing, run: &job.run, machine }
+    }
+
     /// Simulates a part of all steps, by which ways are compared.
     fn simulated(&self, job: &Job, machine: &Machine, fleet: &[FleetModel]) -> Result<Simulation> {
         let steps: Vec<u64> = fleet.iter().map(|m| m.steps).collect();
-        let clips = fleet.iter().map(|m| m.options.clips).collect();
-        let steps = (fewer_steps(&steps, COMPARED_STEPS), clips);
-        simulate(&self.placed, &self.sharing, &job.run, machine, steps, None)
+        self.scenario(job, machine, fleet).simulate(fewer_steps(&steps, COMPARED_STEPS), None)
     }
 
     /// Finds every model's home, on the disk where the host's store cannot hold all, or refuses.
@@ -228,50 +232,54 @@ pub fn may_fill(machine: &Machine) -> Vec<Option<u64>> {
     machine.devices.iter().map(of).collect()
 }
 
-/// Simulates so many steps of each model, which clips its gradients or not.
-///
-/// # Errors
-/// When the schedule stalls: our own bug.
-pub fn simulate(
-    placed: &[Placed],
-    sharing: &Sharing,
-    run: &Run,
-    machine: &Machine,
-    (steps, clips): (Vec<u64>, Vec<bool>),
-    recorder: Option<Recorder>,
-) -> Result<Simulation> {
-    let lines = match sharing {
-        Sharing::Lines(lines) => lines.clone(),
-        Sharing::Alone | Sharing::Turns { .. } => Vec::new(),
-    };
-    let options = SimulateOptions {
-        steps,
-        clips,
-        costs: machine.costs(),
-        shared_bytes_per_sec: machine.shared_bytes_per_sec,
-        arena_bytes: FleetMap::within(placed, &may_fill(machine)).arena_bytes,
-        policy: sharing.policy(run),
-        units: units(placed, run),
-        lines,
-        recorder,
-    };
-    engine::simulate(placed, options)
+/// All that a schedule depends on but how many steps it has.
+#[derive(Clone)]
+pub struct Scenario<'a> {
+    /// Models where they run.
+    pub placed: &'a [Placed],
+    /// Whether each clips its gradients.
+    pub clips: Vec<bool>,
+    /// How they share the devices.
+    pub sharing: &'a Sharing,
+    /// The job's word on it.
+    pub run: &'a Run,
+    /// What they run on.
+    pub machine: &'a Machine,
 }
 
-/// Seconds of a steady step of every model, and those that no schedule of these plans can beat.
-///
-/// # Errors
-/// When the schedule stalls: our own bug.
-pub fn predict_turn(
-    placed: &[Placed],
-    sharing: &Sharing,
-    run: &Run,
-    machine: &Machine,
-    clips: Vec<bool>,
-) -> Result<(f64, f64)> {
-    let steps = |n: u64| simulate(placed, sharing, run, machine, (vec![n; placed.len()], clips.clone()), None);
-    let (first, third) = (steps(1)?, steps(3)?);
-    // Without what comes before the first step and after the last.
-    let bound_secs = (third.bounds.secs - first.bounds.secs) / 2.0;
-    Ok((((third.makespan_secs - first.makespan_secs) / 2.0).max(bound_secs), bound_secs))
+impl Scenario<'_> {
+    /// Simulates so many steps of each model.
+    ///
+    /// # Errors
+    /// When the schedule stalls: our own bug.
+    pub fn simulate(&self, steps: Vec<u64>, recorder: Option<Recorder>) -> Result<Simulation> {
+        let lines = match self.sharing {
+            Sharing::Lines(lines) => lines.clone(),
+            Sharing::Alone | Sharing::Turns { .. } => Vec::new(),
+        };
+        let options = SimulateOptions {
+            steps,
+            clips: self.clips.clone(),
+            costs: self.machine.costs(),
+            shared_bytes_per_sec: self.machine.shared_bytes_per_sec,
+            arena_bytes: FleetMap::within(self.placed, &may_fill(self.machine)).arena_bytes,
+            policy: self.sharing.policy(self.run),
+            units: units(self.placed, self.run),
+            lines,
+            recorder,
+        };
+        simulate(self.placed, options)
+    }
+
+    /// Seconds of a steady step of every model, and those that no schedule of these plans can beat.
+    ///
+    /// # Errors
+    /// When the schedule stalls: our own bug.
+    pub fn predict_step(&self) -> Result<(f64, f64)> {
+        let steps = |n: u64| self.simulate(vec![n; self.placed.len()], None);
+        let (first, third) = (steps(1)?, steps(3)?);
+        // Without what comes before the first step and after the last.
+        let bound_secs = (third.bounds.secs - first.bounds.secs) / 2.0;
+        Ok((((third.makespan_secs - first.makespan_secs) / 2.0).max(bound_secs), bound_secs))
+    }
 }

@@ -2,17 +2,17 @@
 
 use crate::job::{self, DeviceKind, Job};
 use crate::machine::{Machine, check_devices, device_spec, machine};
-use crate::plan::placing::{self, Placing, Sharing, fleet_model};
+use crate::plan::placing::{self, Placing, Scenario, Sharing, fleet_model};
 use crate::plan::rehearsal::rehearse_turns;
-use crate::print::{count, warn};
+use crate::print::warn;
 use crate::setup::recipe::Sources;
 use crate::setup::{Prepared, check_scope, prepare};
 use crate::text::Texts;
-use hydra::base::{Error, Result, format_bytes};
+use hydra::base::{Error, Result};
 use hydra::device::DiskSpec;
 use hydra::engine::{Prediction, SimulateOptions, Simulation, busiest, predict, simulate};
 use hydra::sched::{LocalityLrtf, Policy, Rehearsal};
-use hydra::spill::{Baseline, FleetMap, FleetModel, Home, Model, Placed, Plan};
+use hydra::spill::{FleetMap, FleetModel, Home, Model, Placed, Plan};
 use hydra::trace::{Bound, Recorder};
 use hydra::train::{ModelToTrain, Schedule, trace_model};
 use std::path::Path;
@@ -184,9 +184,9 @@ pub fn predict_alone(
     arena_bytes: &[u64],
     clip: bool,
 ) -> Result<Prediction> {
-    let alone = matches!(&placed.home, Home::On(devices) if devices.iter().all(|d| *d == devices[0]));
-    if alone {
-        let Home::On(devices) = &placed.home else { unreachable!("matched just above") };
+    if let Home::On(devices) = &placed.home
+        && devices.iter().all(|d| *d == devices[0])
+    {
         return predict(&placed.model, &placed.plan, &machine.devices[usize::from(devices[0])].cost, clip);
     }
     /// Steps that are run, the first of which is left out of every average.
@@ -236,13 +236,14 @@ impl PlannedJob {
     /// # Errors
     /// When the schedule stalls: our own bug.
     pub fn simulate(&self, steps: Vec<u64>, recorder: Option<Recorder>) -> Result<Simulation> {
-        let clips = self.clips();
-        placing::simulate(&self.placed(), &self.sharing, &self.job.run, &self.machine, (steps, clips), recorder)
+        let placed = self.placed();
+        self.scenario(&placed, &self.models).simulate(steps, recorder)
     }
 
-    /// Whether each model clips its gradients.
-    fn clips(&self) -> Vec<bool> {
-        self.models.iter().map(|m| m.prepared.options.clip.is_some()).collect()
+    /// Some of its `models` and where they are `placed`, as a fleet of their own.
+    fn scenario<'a>(&'a self, placed: &'a [Placed], models: impl IntoIterator<Item = &'a Rc<Planned>>) -> Scenario<'a> {
+        let clips = models.into_iter().map(|m| m.prepared.options.clip.is_some()).collect();
+        Scenario { placed, clips, sharing: &self.sharing, run: &self.job.run, machine: &self.machine }
     }
 
     /// Finds out how the models numbered `active` take turns best over so many steps each, as a fleet of their own;
@@ -251,10 +252,9 @@ impl PlannedJob {
     /// # Errors
     /// When the schedule stalls: our own bug.
     pub fn rehearse(&self, active: &[usize], steps: &[u64]) -> Result<Option<Rehearsal>> {
-        let (placed, clips) = (self.placed(), self.clips());
-        let placed: Vec<Placed> = active.iter().map(|&m| placed[m].clone()).collect();
-        let clips: Vec<bool> = active.iter().map(|&m| clips[m]).collect();
-        rehearse_turns(&placed, &self.sharing, &self.job.run, &self.machine, (steps, &clips))
+        let models = || active.iter().map(|&m| &self.models[m]);
+        let placed: Vec<Placed> = models().map(|m| m.placed.clone()).collect();
+        rehearse_turns(&self.scenario(&placed, models()), steps)
     }
 
     /// Predicts one step of every model.
@@ -267,42 +267,14 @@ impl PlannedJob {
             (self.step_secs, self.bound_secs) = (prediction.step_secs, prediction.bound_secs);
             return Ok(());
         }
-        let (placed, clips) = (self.placed(), self.clips());
-        let (step_secs, bound_secs) =
-            placing::predict_turn(&placed, &self.sharing, &self.job.run, &self.machine, clips)?;
+        let placed = self.placed();
+        let (step_secs, bound_secs) = self.scenario(&placed, &self.models).predict_step()?;
         // Nor do they beat what one of them does not, where it has its lanes whatever the schedule.
         let stays = |m: &&Rc<Planned>| self.machine.devices.len() == 1 || m.placed.home != Home::Anywhere;
         let alone = self.models.iter().filter(stays).map(|m| m.prediction.bound_secs);
         self.bound_secs = alone.fold(bound_secs, f64::max);
         self.step_secs = step_secs.max(self.bound_secs);
         Ok(())
-    }
-
-    /// Devices that will have nothing to do for want of models, and why; empty where there are none.
-    pub fn idle_devices(&self) -> Option<String> {
-        let (models, devices) = (self.models.len(), self.machine.devices.len());
-        let used = |d: u16| {
-            self.models.iter().any(|m| match &m.placed.home {
-                Home::Anywhere => true,
-                Home::On(homes) => homes.contains(&d),
-            })
-        };
-        let unused = (0..devices as u16).filter(|&d| !used(d)).count();
-        let spare = match self.sharing {
-            Sharing::Turns(_) if !self.sharing.pipelines() => devices.saturating_sub(models).max(unused),
-            _ => unused,
-        };
-        if spare == 0 {
-            return None;
-        }
-        let why = match self.sharing {
-            Sharing::Alone | Sharing::Turns(_) if models < devices => "a model runs on one device at a time",
-            Sharing::Lines(_) if self.job.run.policy == job::Policy::Lines(Baseline::OneAtATime) => {
-                "one-at-a-time uses the first device alone"
-            }
-            _ => "every model is at home on another",
-        };
-        Some(format!("{} of {devices} idle at any time: {} and {why}", count(spare, "device"), count(models, "model")))
     }
 
     /// The disk tier, where the plan puts anything there, or models that come later may.
@@ -320,16 +292,5 @@ impl PlannedJob {
             DeviceKind::Cuda | DeviceKind::Sim => 0,
         };
         arenas + self.map.host_bytes
-    }
-
-    /// Bytes as people read them, of the largest arena and of the store.
-    pub fn memory_text(&self) -> String {
-        let most = self.map.arena_bytes.iter().copied().max().unwrap_or(0);
-        let memory = format!("device memory {}, host memory {}", format_bytes(most), format_bytes(self.map.host_bytes));
-        if self.map.disk_bytes == 0 {
-            return memory;
-        }
-        let on_disk = self.models.iter().map(|m| m.plan().choice.on_disk).max().unwrap_or_default();
-        format!("{memory}, disk {} ({})", format_bytes(self.map.disk_bytes), on_disk.words())
     }
 }

@@ -1,9 +1,8 @@
 //! Rehearsals: before models take turns, a small part of the time that they will take goes into finding out how they do
 //! it best.
 
-use crate::job::{Pipeline, Policy, Run};
-use crate::machine::Machine;
-use crate::plan::placing::{COMPARED_STEPS, Sharing, fewer_steps, is_worth_it, simulate};
+use crate::job::{Pipeline, Policy};
+use crate::plan::placing::{COMPARED_STEPS, Scenario, Sharing, fewer_steps, is_worth_it};
 use hydra::base::Result;
 use hydra::sched::{LocalityLrtf, Rehearsal, rehearse};
 use hydra::spill::{Home, Placed};
@@ -32,26 +31,20 @@ const LEAST_GAIN: f64 = 0.01;
 ///
 /// # Errors
 /// When the schedule stalls: our own bug.
-pub fn rehearse_turns(
-    placed: &[Placed],
-    sharing: &Sharing,
-    run: &Run,
-    machine: &Machine,
-    (steps, clips): (&[u64], &[bool]),
-) -> Result<Option<Rehearsal>> {
-    let Sharing::Turns(plain) = sharing else { return Ok(None) };
+pub fn rehearse_turns(scenario: &Scenario, steps: &[u64]) -> Result<Option<Rehearsal>> {
+    let &Scenario { placed, sharing: Sharing::Turns(plain), run, .. } = scenario else { return Ok(None) };
     // A model alone on its device has nobody to take turns with.
     let chooses = placed.len() > 1 && placed.iter().any(|p| p.home == Home::Anywhere);
     let longest = steps.iter().copied().max().unwrap_or(0);
     if run.policy != Policy::LOCALITY_LRTF || !run.rehearse || !chooses || longest == 0 {
         return Ok(None);
     }
-    let makespan_secs = |sharing: &Sharing, most: u64| {
-        let what = (fewer_steps(steps, most), clips.to_vec());
-        simulate(placed, sharing, run, machine, what, None).map(|s| s.makespan_secs)
+    let makespan_secs = |policy: &LocalityLrtf, most: u64| {
+        let scenario = Scenario { sharing: &Sharing::Turns(policy.clone()), ..scenario.clone() };
+        scenario.simulate(fewer_steps(steps, most), None).map(|s| s.makespan_secs)
     };
     let some = COMPARED_STEPS.min(longest);
-    let whole_secs = makespan_secs(sharing, some)? * longest as f64 / some as f64;
+    let whole_secs = makespan_secs(plain, some)? * longest as f64 / some as f64;
     let units: Vec<usize> = placed.iter().map(|p| 2 * p.plan.shards.len() - 1).collect();
     let visits =
         |((p, &units), &steps): ((&Placed, &usize), &u64)| (units * p.model.microbatches) as f64 * steps as f64;
@@ -61,10 +54,9 @@ pub fn rehearse_turns(
     let tried = ((may_take_secs / (WANTED_TRIES * step_secs)) as u64).clamp(some, longest);
     let tries = (may_take_secs / (tried as f64 * step_secs)).min(MOST_TRIES) as usize;
     let may_pipeline = run.pipeline != Pipeline::Never && is_worth_it(placed);
-    let secs = |policy: &LocalityLrtf| makespan_secs(&Sharing::Turns(policy.clone()), tried);
-    let mut found = rehearse(plain, may_pipeline, &units, tries, secs)?;
+    let mut found = rehearse(plain, may_pipeline, &units, tries, |policy| makespan_secs(policy, tried))?;
     if found.policy != *plain && tried < longest {
-        let more = |policy: &LocalityLrtf| makespan_secs(&Sharing::Turns(policy.clone()), CHECKED * tried);
+        let more = |policy: &LocalityLrtf| makespan_secs(policy, CHECKED * tried);
         (found.plain_secs, found.makespan_secs) = (more(plain)?, more(&found.policy)?);
     }
     Ok((found.gain() > LEAST_GAIN).then_some(found))

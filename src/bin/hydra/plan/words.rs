@@ -1,13 +1,54 @@
 //! A plan in words, for people.
 
+use crate::job::Policy;
 use crate::plan::advice::what_would_help;
 use crate::plan::placing::Sharing;
 use crate::plan::planned::{Planned, PlannedJob};
 use crate::print::{count, say, table};
 use hydra::base::{format_bytes, format_secs};
 use hydra::device::sim::DISK_BYTES_PER_SEC;
-use hydra::spill::{BoundaryTier, Home, OnDisk};
+use hydra::spill::{Baseline, BoundaryTier, Home, OnDisk};
 use hydra::trace::Bound;
+
+impl PlannedJob {
+    /// Devices that will have nothing to do for want of models, and why; empty where there are none.
+    pub fn idle_devices(&self) -> Option<String> {
+        let (models, devices) = (self.models.len(), self.machine.devices.len());
+        let used = |d: u16| {
+            self.models.iter().any(|m| match &m.placed.home {
+                Home::Anywhere => true,
+                Home::On(homes) => homes.contains(&d),
+            })
+        };
+        let unused = (0..devices as u16).filter(|&d| !used(d)).count();
+        let spare = match self.sharing {
+            Sharing::Turns(_) if !self.sharing.pipelines() => devices.saturating_sub(models).max(unused),
+            _ => unused,
+        };
+        if spare == 0 {
+            return None;
+        }
+        let why = match self.sharing {
+            Sharing::Alone | Sharing::Turns(_) if models < devices => "a model runs on one device at a time",
+            Sharing::Lines(_) if self.job.run.policy == Policy::Lines(Baseline::OneAtATime) => {
+                "one-at-a-time uses the first device alone"
+            }
+            _ => "every model is at home on another",
+        };
+        Some(format!("{} of {devices} idle at any time: {} and {why}", count(spare, "device"), count(models, "model")))
+    }
+
+    /// Bytes as people read them, of the largest arena and of the store.
+    pub fn memory_text(&self) -> String {
+        let most = self.map.arena_bytes.iter().copied().max().unwrap_or(0);
+        let memory = format!("device memory {}, host memory {}", format_bytes(most), format_bytes(self.map.host_bytes));
+        if self.map.disk_bytes == 0 {
+            return memory;
+        }
+        let on_disk = self.models.iter().map(|m| m.plan().choice.on_disk).max().unwrap_or_default();
+        format!("{memory}, disk {} ({})", format_bytes(self.map.disk_bytes), on_disk.words())
+    }
+}
 
 /// Prints a few lines on each model's plan.
 pub fn summary(planned: &PlannedJob) {
@@ -170,7 +211,7 @@ pub fn describe(model: &Planned, planned: &PlannedJob) -> String {
     text += &bound_table(&model.prediction.bound);
     if planned.sharing == Sharing::Alone {
         text += &format!("\n{}; what would help:\n", the_bound(model));
-        text += &what_would_help(model, planned);
+        text += &what_would_help(planned);
     }
     text.trim_end().to_string()
 }
