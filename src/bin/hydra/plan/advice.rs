@@ -59,18 +59,14 @@ pub fn what_would_help(planned: &PlannedJob) -> String {
     job.run.pipeline = if planned.sharing.pipelines() { Pipeline::Always } else { Pipeline::Never };
     let fleet = models.iter().map(|m| fleet_model(&m.prepared, m.model())).collect();
     let alone = planned.sharing == Sharing::Alone;
-    let mut machine = planned.machine.clone();
-    if alone {
-        machine.devices.truncate(1);
-    }
-    let as_it_is = Try { what: String::new(), job, machine, fleet, work: 1.0 };
+    let as_it_is = Try { what: String::new(), job, machine: planned.machine.clone(), fleet, work: 1.0 };
     let mut tries = Vec::new();
     let mut add = |what: &str, change: &dyn Fn(&mut Try)| {
         let mut one = Try { what: what.into(), ..as_it_is.clone() };
         change(&mut one);
         tries.push(one);
     };
-    if as_it_is.machine.devices.iter().any(|d| d.budget.is_some()) {
+    if planned.machine.devices.iter().any(|d| d.budget.is_some()) {
         add("twice the device memory", &|t| {
             t.machine.devices.iter_mut().for_each(|d| d.budget = d.budget.map(|bytes| 2 * bytes));
         });
