@@ -8,4 +8,5 @@ pub mod outcome;
 pub mod progress;
 pub mod signals;
 pub mod standing;
+pub mod training;
 pub mod watch;

@@ -62,7 +62,36 @@ struct Files {
     judge: Option<Judge>,
 }
 
-impl RunObserver<'_> {
+impl<'a> RunObserver<'a> {
+    /// Looks after the run of a job, how far whose models had come, and what judges them, in a fleet whose arenas have
+    /// so many bytes. It watches no model yet.
+    pub fn new(
+        (planned, standings, judges): (PlannedJob, Vec<Standing>, Judges),
+        dir: &'a mut RunDir,
+        (fleet, arenas): (&Fleet, Vec<u64>),
+        stop: &'a AtomicBool,
+        quiet: bool,
+    ) -> RunObserver<'a> {
+        let active = standings.iter().filter(|s| s.ended.is_none()).count();
+        let board = Board::new(quiet, active, planned.machine.devices.len());
+        RunObserver {
+            live: board.live(fleet.engine()),
+            inbox: Inbox::new(dir.at(rundir::INBOX)),
+            filled: planned.map.arena_bytes.iter().copied().map(Some).collect(),
+            planned,
+            standings,
+            watches: Vec::new(),
+            active: Vec::new(),
+            dir,
+            board,
+            judges,
+            arenas,
+            stop,
+            codes: BTreeMap::new(),
+            saving: Rc::default(),
+        }
+    }
+
     /// Watches model number `number` of the job, which the fleet has as its next.
     ///
     /// # Errors

@@ -80,6 +80,14 @@ pub fn drop_lost_rows(job: &Job, standings: &[Standing]) -> Result<()> {
     Ok(())
 }
 
+/// Writes results.csv, of several models.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn write_results(path: &Path, rows: &[ModelResult]) -> Result<()> {
+    if rows.len() > 1 { results::write(path, rows) } else { Ok(()) }
+}
+
 /// What stands for the status of a model that the run's end found in training.
 const INTERRUPTED: &str = "interrupted";
 
