@@ -15,9 +15,9 @@ mod rundir;
 mod setup;
 mod text;
 
-use args::{Args, Command};
+use args::{Command, CommandLine};
 use clap::Parser;
-use commands::{devices, forward, plan as plan_command, report, simulate, sweep, train};
+use commands::{devices, forward, report, simulate, sweep, train};
 use hydra::base::Result;
 use print::complain;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -36,8 +36,8 @@ fn main() -> ExitCode {
         let place = panic.location().map_or(String::new(), |l| format!(" ({}:{})", l.file(), l.line()));
         complain(format!("bug in hydra: {}{place}", text.replace('\n', " ")));
     }));
-    let args = Args::parse();
-    match catch_unwind(AssertUnwindSafe(|| run(&args))) {
+    let line = CommandLine::parse();
+    match catch_unwind(AssertUnwindSafe(|| run(&line))) {
         Ok(Ok(())) => match print::refused() {
             None => ExitCode::SUCCESS,
             Some(error) => {
@@ -53,19 +53,14 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(args: &Args) -> Result<()> {
-    match &args.command {
-        Command::Train { job, resume, set } => train::run(job, set, *resume, args.json),
-        Command::Plan { job, set, out } => plan_command::run(job, set, out.as_deref(), args.json),
-        Command::Forward { model, input, output } => forward::run(model, input, output, args.json),
-        Command::Simulate { job, set, policy, devices, slots, sweep, out } => {
-            let wishes = simulate::Wishes { sets: set, policy: policy.as_deref(), devices: *devices, slots: *slots };
-            match &sweep[..] {
-                [] => simulate::run(job, &wishes, out.as_deref(), args.json),
-                sweep => sweep::run(job, &wishes, sweep, out.as_deref(), args.json),
-            }
-        }
-        Command::Devices { out, profile } => devices::run(out.as_deref(), profile.as_deref(), args.json),
-        Command::Report { run } => report::run(run, args.json),
+fn run(line: &CommandLine) -> Result<()> {
+    match &line.command {
+        Command::Train { file, resume } => train::run(file, *resume, line.json),
+        Command::Plan { file, out } => commands::plan::run(file, out.as_deref(), line.json),
+        Command::Forward { model, input, output } => forward::run(model, input, output, line.json),
+        Command::Simulate(wishes) if wishes.sweep.is_empty() => simulate::run(wishes, line.json),
+        Command::Simulate(wishes) => sweep::run(wishes, line.json),
+        Command::Devices { out, profile } => devices::run(out.as_deref(), profile.as_deref(), line.json),
+        Command::Report { run } => report::run(run, line.json),
     }
 }

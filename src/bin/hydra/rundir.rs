@@ -78,6 +78,15 @@ pub fn keep_run(out: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Writes a file of a command that trains nothing into the folder `out`, which is made where it is missing.
+///
+/// # Errors
+/// When the system refuses.
+pub fn write_into(out: &Path, name: &str, text: &str) -> Result<()> {
+    fs::create_dir_all(out).map_err(|e| Error::refused("create", out, e))?;
+    write_safely(&out.join(name), |file| file.write_all(text.as_bytes()))
+}
+
 /// Looks at `out`, changing nothing. `models` are the names of the job's models.
 ///
 /// # Errors

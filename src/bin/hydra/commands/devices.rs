@@ -3,6 +3,7 @@
 
 use crate::machine::{free_memory_bytes, total_memory_bytes};
 use crate::print::{say, table};
+use crate::rundir::write_into;
 use hydra::base::{Error, Result, format_bytes};
 use hydra::device::sim::{CostModel, PROFILES};
 use hydra::device::{DeviceSpec, calibrate, gpus, why_no_cuda, why_no_emulator};
@@ -62,8 +63,7 @@ pub fn run(out: Option<&Path>, profile: Option<&Path>, json: bool) -> Result<()>
         missing("emulated", why_no_emulator()),
     ] });
     if let Some(out) = out {
-        std::fs::create_dir_all(out).map_err(|e| Error::refused("create", out, e))?;
-        write_safely(&out.join("devices.json"), |file| writeln!(file, "{devices:#}"))?;
+        write_into(out, "devices.json", &format!("{devices:#}\n"))?;
     }
     if let Some(path) = profile {
         let rates = gpu_rates.iter().flatten().next().unwrap_or(&rates);

@@ -1,17 +1,18 @@
 //! `hydra simulate`: a job's schedule by the executor that trains, on simulated devices and a virtual clock.
 
+use crate::args::Wishes;
 use crate::job::Job;
 use crate::plan::placing::Sharing;
 use crate::plan::planned::{PlannedJob, plan_job};
 use crate::plan::rehearsal::describe_rehearsal;
 use crate::print::{count, say, table};
-use crate::rundir::{SCHEDULE, TRACE, keep_run};
+use crate::rundir::{SCHEDULE, TRACE, keep_run, write_into};
 use crate::text::Texts;
 use hydra::base::{Error, LaneKind, Result, format_secs};
 use hydra::engine::Simulation;
 use hydra::sched::LowerBound;
 use hydra::trace::{ColourBy, GanttOptions, Keep, Recorder, RecorderOptions, gantt_svg, read_trace};
-use hydra::train::{Selection, Verdict, write_safely};
+use hydra::train::{Selection, Verdict};
 use serde_json::{Value, json};
 use std::path::Path;
 use std::rc::Rc;
@@ -21,23 +22,11 @@ pub fn quoted(word: &str) -> String {
     toml::Value::from(word).to_string()
 }
 
-/// What the command line changes of the job.
-pub struct Wishes<'a> {
-    /// As in a job's `--set`.
-    pub sets: &'a [String],
-    /// Instead of the job's policy.
-    pub policy: Option<&'a str>,
-    /// Instead of the number of devices.
-    pub devices: Option<u64>,
-    /// Instead of the number of slots.
-    pub slots: Option<u64>,
-}
-
-impl Wishes<'_> {
+impl Wishes {
     /// The same as settings of the job.
     pub fn settings(&self) -> Vec<String> {
-        let mut sets = self.sets.to_vec();
-        sets.extend(self.policy.map(|p| format!("run.policy={}", quoted(p))));
+        let mut sets = self.file.set.clone();
+        sets.extend(self.policy.as_deref().map(|p| format!("run.policy={}", quoted(p))));
         sets.extend(self.devices.map(|n| format!("device.0.count={n}")));
         sets.extend(self.slots.map(|n| format!("run.slots={n}")));
         sets
@@ -48,8 +37,9 @@ impl Wishes<'_> {
     ///
     /// # Errors
     /// [`Error::BadInput`] that names `option`; and as [`Job::load`].
-    pub fn check_counts(&self, path: &Path, option: &str) -> Result<()> {
-        match Job::load(path, self.sets)?.devices.len() {
+    pub fn check_counts(&self, option: &str) -> Result<()> {
+        let path = &self.file.job;
+        match Job::load(path, &self.file.set)?.devices.len() {
             0 | 1 => Ok(()),
             n => Err(Error::bad(format!(
                 "{option}: {} has {n} [[device]] tables, and one number says nothing of how many there are of each; set device.0.count and the others",
@@ -59,19 +49,20 @@ impl Wishes<'_> {
     }
 }
 
-/// Simulates the job at `path`; with `out`, writes the schedule, the trace and the figures there.
+/// Simulates a job; where the command line says where, writes the schedule, the trace and the figures there.
 ///
 /// # Errors
-/// When `out` holds a run, the job is at fault, no plan fits, or a file cannot be written.
-pub fn run(path: &Path, wishes: &Wishes, out: Option<&Path>, json: bool) -> Result<()> {
+/// When that folder holds a run, the job is at fault, no plan fits, or a file cannot be written.
+pub fn run(wishes: &Wishes, json: bool) -> Result<()> {
+    let out = wishes.out.as_deref();
     out.map_or(Ok(()), keep_run)?;
     if let Some(devices) = wishes.devices {
-        wishes.check_counts(path, &format!("--devices {devices}"))?;
+        wishes.check_counts(&format!("--devices {devices}"))?;
     }
-    let (planned, simulation) = simulate_job(path, &wishes.settings(), &Rc::default(), out)?;
+    let (planned, simulation) = simulate_job(&wishes.file.job, &wishes.settings(), &Rc::default(), out)?;
     let figures = figures(&planned, &simulation);
     if let Some(out) = out {
-        write_safely(&out.join("simulation.json"), |file| writeln!(file, "{figures:#}"))?;
+        write_into(out, "simulation.json", &format!("{figures:#}\n"))?;
     }
     if json {
         say(figures);
@@ -159,7 +150,7 @@ fn draw(planned: &PlannedJob, out: &Path) -> Result<()> {
         models: planned.models.iter().map(|m| m.prepared.name.clone()).collect(),
         ..GanttOptions::default()
     };
-    write_safely(&out.join(SCHEDULE), |file| file.write_all(gantt_svg(&events, &options).as_bytes()))
+    write_into(out, SCHEDULE, &gantt_svg(&events, &options))
 }
 
 fn bound_name(bound: LowerBound) -> &'static str {

@@ -1,12 +1,14 @@
 //! `hydra simulate --sweep`: every combination of a few values, as a table, a CSV and a plot.
 
-use crate::commands::simulate::{Wishes, quoted, simulate_job};
+use crate::args::Wishes;
+use crate::commands::simulate::{quoted, simulate_job};
+use crate::plan::planned::PlannedJob;
 use crate::print::{say, table};
-use crate::rundir::keep_run;
+use crate::rundir::{keep_run, write_into};
 use crate::text::Texts;
 use hydra::base::{Error, Result, format_secs, parse_bytes, parse_bytes_per_sec};
+use hydra::engine::Simulation;
 use hydra::trace::{SweepLine, SweepPlot, sweep_svg};
-use hydra::train::write_safely;
 use serde_json::{Value, json};
 use std::path::Path;
 use std::rc::Rc;
@@ -48,24 +50,33 @@ struct Figures {
 }
 
 impl Figures {
+    fn new((planned, simulation): (PlannedJob, Simulation)) -> Figures {
+        Figures {
+            makespan_secs: simulation.makespan_secs,
+            bound_secs: simulation.bounds.secs,
+            utilisation: simulation.utilisation,
+            policy: planned.job.run.policy.word(),
+        }
+    }
+
     fn mean_utilisation(&self) -> f64 {
         self.utilisation.iter().sum::<f64>() / self.utilisation.len().max(1) as f64
     }
 }
 
-/// Simulates every combination; with `out`, writes sweep.csv and sweep.svg there.
+/// Simulates every combination; where the command line says where, writes sweep.csv and sweep.svg there.
 ///
 /// # Errors
-/// When `out` holds a run, a key is not known or has its value twice, or a file cannot be written. A combination that
-/// does not fit, or whose values do not go together, is a row that says so; where all are, [`Error::OutOfBudget`] if
-/// any would fit more memory, else what the first says.
-pub fn run(path: &Path, wishes: &Wishes, sweep: &[String], out: Option<&Path>, json: bool) -> Result<()> {
+/// When that folder holds a run, a key is not known or has its value twice, or a file cannot be written. A combination
+/// that does not fit, or whose values do not go together, is a row that says so; where all are, [`Error::OutOfBudget`]
+/// if any would fit more memory, else what the first says.
+pub fn run(wishes: &Wishes, json: bool) -> Result<()> {
+    let out = wishes.out.as_deref();
     out.map_or(Ok(()), keep_run)?;
-    let axes = sweep.iter().map(|text| read_axis(text)).collect::<Result<Vec<Axis>>>()?;
+    let axes = wishes.sweep.iter().map(|text| read_axis(text)).collect::<Result<Vec<Axis>>>()?;
     check_once(&axes, wishes)?;
     if wishes.devices.is_some() || axes.iter().any(|axis| axis.key == "devices") {
-        let option = if wishes.devices.is_some() { "--devices" } else { "--sweep devices" };
-        wishes.check_counts(path, option)?;
+        wishes.check_counts(if wishes.devices.is_some() { "--devices" } else { "--sweep devices" })?;
     }
     let combinations: usize = axes.iter().map(|a| a.values.len()).product();
     if combinations > MOST {
@@ -73,50 +84,33 @@ pub fn run(path: &Path, wishes: &Wishes, sweep: &[String], out: Option<&Path>, j
     }
     // No key changes what the models read.
     let texts = Rc::new(Texts::kept());
-    let mut points = Vec::new();
-    // The smallest budget of all that do not fit.
-    let mut would_fit: Option<u64> = None;
-    let mut first_fault = None;
-    for mut number in 0..combinations {
-        let mut values = vec![String::new(); axes.len()];
-        let mut sets = wishes.settings();
-        // The last axis is the fastest.
-        for (axis, value) in axes.iter().zip(&mut values).rev() {
-            *value = axis.values[number % axis.values.len()].clone();
-            number /= axis.values.len();
-            let setting = KEYS.iter().find(|(key, _)| *key == axis.key).expect("read_axis knows the key").1;
-            let plain = value.parse::<f64>().is_ok() || value.parse::<bool>().is_ok();
-            sets.push(if plain { format!("{setting}={value}") } else { format!("{setting}={}", quoted(value)) });
-        }
-        let outcome = match simulate_job(path, &sets, &texts, None) {
-            Ok((planned, s)) => Ok(Figures {
-                makespan_secs: s.makespan_secs,
-                bound_secs: s.bounds.secs,
-                utilisation: s.utilisation,
-                policy: planned.job.run.policy.word(),
-            }),
-            Err(Error::OutOfBudget { message, smallest_device_bytes: bytes }) => {
-                would_fit = Some(would_fit.map_or(bytes, |least| least.min(bytes)));
-                Err(message.lines().next().unwrap_or_default().to_string())
-            }
-            Err(error @ Error::BadInput(_)) => {
-                let why = error.to_string();
-                first_fault = first_fault.or(Some(error));
-                Err(why)
-            }
-            Err(error) => return Err(error),
-        };
+    let (mut points, mut faults) = (Vec::new(), Vec::new());
+    for number in 0..combinations {
+        let (values, sets) = combination(&axes, number, wishes.settings());
+        let outcome =
+            simulate_job(&wishes.file.job, &sets, &texts, None).map(Figures::new).map(Ok).or_else(|error| {
+                let why = match &error {
+                    Error::OutOfBudget { message, .. } => message.lines().next().unwrap_or_default().to_string(),
+                    Error::BadInput(_) => error.to_string(),
+                    _ => return Err(error),
+                };
+                faults.push(error);
+                Ok(Err(why))
+            })?;
         points.push(Point { values, outcome });
     }
-    let none = points.iter().all(|p| p.outcome.is_err());
-    if let (true, None, Some(fault)) = (none, would_fit, first_fault) {
-        return Err(fault);
+    // The smallest budget of all that do not fit.
+    let budget = |fault: &Error| match fault {
+        Error::OutOfBudget { smallest_device_bytes, .. } => Some(*smallest_device_bytes),
+        _ => None,
+    };
+    let (none, would_fit) = (points.iter().all(|p| p.outcome.is_err()), faults.iter().filter_map(budget).min());
+    if none && would_fit.is_none() {
+        return Err(faults.swap_remove(0));
     }
     if let Some(out) = out {
-        std::fs::create_dir_all(out).map_err(|e| Error::refused("create", out, e))?;
-        write_safely(&out.join("sweep.csv"), |file| file.write_all(csv(&axes, &points).as_bytes()))?;
-        let svg = sweep_svg(&plot(&axes, &points));
-        write_safely(&out.join("sweep.svg"), |file| file.write_all(svg.as_bytes()))?;
+        write_into(out, "sweep.csv", &csv(&axes, &points))?;
+        write_into(out, "sweep.svg", &sweep_svg(&plot(&axes, &points)))?;
     }
     if json {
         say(json!({ "sweep": points.iter().map(|p| point_json(&axes, p)).collect::<Vec<_>>() }));
@@ -133,6 +127,19 @@ pub fn run(path: &Path, wishes: &Wishes, sweep: &[String], out: Option<&Path>, j
         }),
         _ => Ok(()),
     }
+}
+
+/// The values of a combination by its number, of which the last axis is the fastest, and the `sets` with them.
+fn combination(axes: &[Axis], mut number: usize, mut sets: Vec<String>) -> (Vec<String>, Vec<String>) {
+    let mut values = vec![String::new(); axes.len()];
+    for (axis, value) in axes.iter().zip(&mut values).rev() {
+        *value = axis.values[number % axis.values.len()].clone();
+        number /= axis.values.len();
+        let setting = KEYS.iter().find(|(key, _)| *key == axis.key).expect("read_axis knows the key").1;
+        let plain = value.parse::<f64>().is_ok() || value.parse::<bool>().is_ok();
+        sets.push(if plain { format!("{setting}={value}") } else { format!("{setting}={}", quoted(value)) });
+    }
+    (values, sets)
 }
 
 /// Prints a row for each combination, and where the files are.
@@ -165,7 +172,7 @@ fn tell(axes: &[Axis], points: &[Point], out: Option<&Path>) {
 /// Refuses a key that is swept twice, or swept and set by an option of its own: one of the two would be passed over.
 fn check_once(axes: &[Axis], wishes: &Wishes) -> Result<()> {
     let stated = [
-        ("policy", wishes.policy.map(str::to_string)),
+        ("policy", wishes.policy.clone()),
         ("devices", wishes.devices.map(|n| n.to_string())),
         ("slots", wishes.slots.map(|n| n.to_string())),
     ];

@@ -1,6 +1,6 @@
 //! `hydra train`: plans, makes the run's directory, trains the models together, and says what became of each.
 
-use crate::args::Resume;
+use crate::args::{JobFile, Resume};
 use crate::job::Job;
 use crate::machine::free_memory_bytes;
 use crate::plan::fitting::{plan_to_fit, why_not};
@@ -19,14 +19,14 @@ use serde_json::{Value, json};
 use std::path::Path;
 use std::rc::Rc;
 
-/// Trains the job at `path`.
+/// Trains the job of a file.
 ///
 /// # Errors
 /// What the job, the data or the machine is at fault for; [`Error::Interrupted`] after a checkpoint, or before there
 /// was one.
-pub fn run(path: &Path, sets: &[String], resume: Resume, json: bool) -> Result<()> {
+pub fn run(JobFile { job: path, set }: &JobFile, resume: Resume, json: bool) -> Result<()> {
     let signals = Signals::install()?;
-    let mut job = Job::load(path, sets)?;
+    let mut job = Job::load(path, set)?;
     let out = job.run.out.clone();
     let goes_on = resume != Resume::Never && rundir::holds_run(&out);
     // Before anything of it is read, so that nobody changes it meanwhile.
