@@ -1,6 +1,7 @@
 //! A plan in words, for people.
 
 use crate::job::Policy;
+use crate::machine::MachineDevice;
 use crate::plan::advice::what_would_help;
 use crate::plan::placing::Sharing;
 use crate::plan::planned::{Planned, PlannedJob};
@@ -148,42 +149,7 @@ fn headline(model: &Planned, planned: &PlannedJob) -> String {
 /// All that a model's plan says.
 pub fn describe(model: &Planned, planned: &PlannedJob) -> String {
     let (plan, cost) = (model.plan(), &planned.machine.first().cost);
-    let host_tier = planned.machine.first().kind.host_tier();
-    let microbatches = model.model().microbatches as f64;
-    let mut text = headline(model, planned);
-    text += "\n\n";
-    let mut rows = vec![["shard", "bytes", "tier", "forward", "backward", "recomputes"].map(String::from).to_vec()];
-    for (s, shard) in plan.shards.iter().enumerate() {
-        let names = plan.layer_names(model.model(), s);
-        let layers = match names[..] {
-            [one] => one.to_string(),
-            [first, .., last] => format!("{first} to {last} ({})", names.len()),
-            [] => String::new(),
-        };
-        let forward = match shard.forward {
-            Some(_) => format_secs(microbatches * shard.forward_secs(cost)),
-            None => "with backward".to_string(),
-        };
-        let backward = match shard.idles_back() {
-            true => "nothing to do".to_string(),
-            false => format_secs(microbatches * shard.backward_secs(cost)),
-        };
-        let again = if shard.recomputes() { "yes" } else { "" };
-        rows.push(vec![
-            format!("{s}  {layers}"),
-            format_bytes(shard.fetch_bytes()),
-            match (plan.choice.rests(s), plan.choice.on_disk) {
-                (true, _) => "device".to_string(),
-                (false, OnDisk::Nothing) => host_tier.to_string(),
-                (false, OnDisk::Weights) => "disk".to_string(),
-                (false, _) => format!("{host_tier}, disk"),
-            },
-            forward,
-            backward,
-            again.to_string(),
-        ]);
-    }
-    text += &table(&rows);
+    let mut text = format!("{}\n\n{}", headline(model, planned), shard_table(model, planned.machine.first()));
     let tier = |tier: &BoundaryTier| match tier {
         BoundaryTier::Device => "the device",
         BoundaryTier::Host { .. } => "host memory",
@@ -210,10 +176,43 @@ pub fn describe(model: &Planned, planned: &PlannedJob) -> String {
     text += &format!("\na step: {}, of which\n", format_secs(model.prediction.step_secs));
     text += &bound_table(&model.prediction.bound);
     if planned.sharing == Sharing::Alone {
-        text += &format!("\n{}; what would help:\n", the_bound(model));
-        text += &what_would_help(planned);
+        text += &format!("\n{}; what would help:\n{}", the_bound(model), what_would_help(planned));
     }
     text.trim_end().to_string()
+}
+
+/// A row for each shard: its layers, where it is at home, and what it takes.
+fn shard_table(model: &Planned, on: &MachineDevice) -> String {
+    let (plan, host_tier, microbatches) = (model.plan(), on.kind.host_tier(), model.model().microbatches as f64);
+    let mut rows = vec![["shard", "bytes", "tier", "forward", "backward", "recomputes"].map(String::from).to_vec()];
+    for (s, shard) in plan.shards.iter().enumerate() {
+        let names = plan.layer_names(model.model(), s);
+        let layers = match names[..] {
+            [one] => one.to_string(),
+            [first, .., last] => format!("{first} to {last} ({})", names.len()),
+            [] => String::new(),
+        };
+        rows.push(vec![
+            format!("{s}  {layers}"),
+            format_bytes(shard.fetch_bytes()),
+            match (plan.choice.rests(s), plan.choice.on_disk) {
+                (true, _) => "device".to_string(),
+                (false, OnDisk::Nothing) => host_tier.to_string(),
+                (false, OnDisk::Weights) => "disk".to_string(),
+                (false, _) => format!("{host_tier}, disk"),
+            },
+            match shard.forward {
+                Some(_) => format_secs(microbatches * shard.forward_secs(&on.cost)),
+                None => "with backward".to_string(),
+            },
+            match shard.idles_back() {
+                true => "nothing to do".to_string(),
+                false => format_secs(microbatches * shard.backward_secs(&on.cost)),
+            },
+            if shard.recomputes() { "yes".to_string() } else { String::new() },
+        ]);
+    }
+    table(&rows)
 }
 
 /// The seconds of a step by what bound them.
