@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::chart::{Plot, head};
+use super::chart::{Plot, empty, open};
 use super::svg::{self, escape, px};
 use crate::base::format_secs;
 
@@ -33,28 +33,13 @@ impl StackedBars {
         let total = |bar: &Bar| bar.secs.iter().map(|&secs| clean(secs)).sum::<f64>();
         let most = self.bars.iter().map(total).fold(0.0, f64::max);
         if most <= 0.0 || !most.is_finite() {
-            let mut out = svg::open(self.width, 90.0, &self.title);
-            head(&mut out, &self.title, self.width, []);
-            out.push_str("<text class=\"soft\" x=\"14\" y=\"58\">No steps yet.</text>\n</svg>\n");
-            return out;
+            return empty(&self.title, self.width, "No steps yet.");
         }
-        let (unit, name) = match most {
-            m if m >= 1.0 => (1.0, "seconds"),
-            m if m >= 1e-3 => (1e-3, "milliseconds"),
-            _ => (1e-6, "microseconds"),
-        };
-        let mut out = svg::open(self.width, self.height, &self.title);
+        let (unit, _, name) = svg::time_unit(most);
         let there = (0..6).filter(|&part| self.bars.iter().any(|bar| clean(bar.secs[part]) > 0.0));
         let entries = there.map(|part| (self.parts[part].1, self.parts[part].0.to_string()));
-        let top = head(&mut out, &self.title, self.width, entries);
-        let plot = Plot {
-            left: 74.0,
-            right: self.width - 18.0,
-            top,
-            bottom: self.height - 46.0,
-            x: (0.0, 1.0),
-            y: (0.0, most / unit * 1.04),
-        };
+        let (mut out, top) = open(&self.title, self.width, self.height, entries);
+        let plot = Plot::new(self.width, self.height, top, (0.0, 1.0), (0.0, most / unit * 1.04));
         plot.axes(&mut out, "step", &format!("{name} a step"));
         let pitch = (plot.right - plot.left) / self.bars.len() as f64;
         let width = (pitch * 0.82).min(64.0);

@@ -136,55 +136,41 @@ impl What {
 
     /// The kind in words; also its category in the trace file.
     pub const fn label(self) -> &'static str {
-        match self {
-            What::Forward => "forward",
-            What::Backward => "backward",
-            What::LastUnit => "last unit",
-            What::Eval => "eval",
-            What::Update => "update",
-            What::Norm => "norm",
-            What::FetchWeights => "fetch weights",
-            What::FetchState => "fetch state",
-            What::FetchGradient => "fetch gradient",
-            What::FetchBoundary => "fetch boundary",
-            What::SpillWeights => "spill weights",
-            What::SpillState => "spill state",
-            What::SpillGradient => "spill gradient",
-            What::SpillBoundary => "spill boundary",
-            What::Input => "input",
-            What::Result => "result",
-            What::DiskRead => "disk read",
-            What::DiskWrite => "disk write",
-        }
+        self.looks().0
     }
 
     /// The kind whose [`What::label`] is `label`.
-    pub fn from_label(label: &str) -> Option<What> {
+    pub(super) fn from_label(label: &str) -> Option<What> {
         What::ALL.into_iter().find(|what| what.label() == label)
     }
 
-    /// A CSS colour. Arithmetic is cool, fetches are warm, spills are purple to pink, the disk is brown; each is
-    /// legible on white and on near-black.
-    pub const fn colour(self) -> &'static str {
+    /// A CSS colour.
+    pub(super) const fn colour(self) -> &'static str {
+        self.looks().1
+    }
+
+    /// Its words and its colour. Arithmetic is cool, fetches are warm, spills are purple to pink, the disk is brown; each
+    /// is legible on white and on near-black.
+    const fn looks(self) -> (&'static str, &'static str) {
         match self {
-            What::Forward => "#4c8bd6",
-            What::Backward => "#2f5fa8",
-            What::LastUnit => "#1fa3a3",
-            What::Eval => "#8fb8e8",
-            What::Update => "#3f9d5a",
-            What::Norm => "#8cc56d",
-            What::FetchWeights => "#f0993a",
-            What::FetchState => "#e3b93c",
-            What::FetchGradient => "#f3c98b",
-            What::FetchBoundary => "#dd6f3c",
-            What::SpillWeights => "#9a6fd0",
-            What::SpillState => "#7a55b8",
-            What::SpillGradient => "#d0649c",
-            What::SpillBoundary => "#e395bd",
-            What::Input => "#9aa5b1",
-            What::Result => "#7b8794",
-            What::DiskRead => "#a97b55",
-            What::DiskWrite => "#8a5a3b",
+            What::Forward => ("forward", "#4c8bd6"),
+            What::Backward => ("backward", "#2f5fa8"),
+            What::LastUnit => ("last unit", "#1fa3a3"),
+            What::Eval => ("eval", "#8fb8e8"),
+            What::Update => ("update", "#3f9d5a"),
+            What::Norm => ("norm", "#8cc56d"),
+            What::FetchWeights => ("fetch weights", "#f0993a"),
+            What::FetchState => ("fetch state", "#e3b93c"),
+            What::FetchGradient => ("fetch gradient", "#f3c98b"),
+            What::FetchBoundary => ("fetch boundary", "#dd6f3c"),
+            What::SpillWeights => ("spill weights", "#9a6fd0"),
+            What::SpillState => ("spill state", "#7a55b8"),
+            What::SpillGradient => ("spill gradient", "#d0649c"),
+            What::SpillBoundary => ("spill boundary", "#e395bd"),
+            What::Input => ("input", "#9aa5b1"),
+            What::Result => ("result", "#7b8794"),
+            What::DiskRead => ("disk read", "#a97b55"),
+            What::DiskWrite => ("disk write", "#8a5a3b"),
         }
     }
 }

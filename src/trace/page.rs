@@ -187,20 +187,16 @@ fn table(out: &mut String, columns: &[String], rows: &[Vec<String>]) {
     let classes: Vec<&str> = (0..rows.iter().map(Vec::len).fold(columns.len(), usize::max))
         .map(|i| if numbers(i) { " class=\"n\"" } else { "" })
         .collect();
+    let line = |tag: &str, cells: &[String]| -> String {
+        let cell = |(class, cell): (&&str, &String)| format!("<{tag}{class}>{}</{tag}>", escape(cell));
+        classes.iter().zip(cells).map(cell).collect()
+    };
     if !columns.is_empty() {
-        out.push_str("<thead><tr>");
-        for (i, column) in columns.iter().enumerate() {
-            let _ = write!(out, "<th{}>{}</th>", classes[i], escape(column));
-        }
-        out.push_str("</tr></thead>\n");
+        let _ = writeln!(out, "<thead><tr>{}</tr></thead>", line("th", columns));
     }
     out.push_str("<tbody>\n");
     for row in rows {
-        out.push_str("<tr>");
-        for (i, cell) in row.iter().enumerate() {
-            let _ = write!(out, "<td{}>{}</td>", classes[i], escape(cell));
-        }
-        out.push_str("</tr>\n");
+        let _ = writeln!(out, "<tr>{}</tr>", line("td", row));
     }
     out.push_str("</tbody></table></div>\n");
 }
