@@ -4,7 +4,7 @@
 
 use std::fmt::Write;
 
-use super::bars::{Bar, StackedBars};
+use super::bars::{Bar, stacked_bars};
 use super::chart::{LineChart, LineStyle, Series, smoothed};
 use super::svg::{BOUND_COLOURS, colour, escape};
 use super::{Bound, ColourBy, Event, GanttOptions, LaneSum, gantt_svg};
@@ -305,7 +305,7 @@ fn time(out: &mut String, data: &ReportData) {
             let bars = bars(&data.steps);
             let title =
                 if bars.len() < data.steps.len() { "What bound the steps, averaged" } else { "What bound each step" };
-            let chart = StackedBars { title: title.into(), parts, width: 700.0, height: 340.0, bars };
+            let chart = stacked_bars(title, parts, (700.0, 340.0), &bars);
             let columns = ["bound by", "seconds", "a step", "share"].map(String::from);
             let rows: Vec<Vec<String>> = Bound::NAMES
                 .iter()
@@ -318,7 +318,7 @@ fn time(out: &mut String, data: &ReportData) {
                     vec![name.to_string(), format!("{secs:.3}"), step, format!("{share:.1} %")]
                 })
                 .collect();
-            let _ = write!(out, "<div class=\"beside\"><figure>{}</figure><div>", chart.svg());
+            let _ = write!(out, "<div class=\"beside\"><figure>{chart}</figure><div>");
             table(out, &columns, &rows);
             out.push_str("</div></div>\n");
         }

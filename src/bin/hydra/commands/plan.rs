@@ -3,11 +3,7 @@
 use crate::args::JobFile;
 use crate::job::Job;
 use crate::machine::free_memory_bytes;
-use crate::plan::advice::what_would_help;
-use crate::plan::fitting::{plan_to_fit, why_not};
-use crate::plan::placing::Sharing;
-use crate::plan::planned::warn_of_warmups;
-use crate::plan::words::{describe, together};
+use crate::plan::{Sharing, describe, plan_to_fit, together, warn_of_warmups, what_would_help, why_not};
 use crate::print::{say, warn};
 use crate::rundir::{PLAN, keep_run, write_into};
 use hydra::base::Result;

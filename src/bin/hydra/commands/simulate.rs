@@ -2,9 +2,7 @@
 
 use crate::args::Wishes;
 use crate::job::Job;
-use crate::plan::placing::Sharing;
-use crate::plan::planned::{PlannedJob, plan_job};
-use crate::plan::rehearsal::describe_rehearsal;
+use crate::plan::{PlannedJob, Sharing, describe_rehearsal, plan_job};
 use crate::print::{count, say, table};
 use crate::rundir::{SCHEDULE, TRACE, keep_run, write_into};
 use crate::text::Texts;

@@ -2,7 +2,7 @@
 
 use crate::args::Wishes;
 use crate::commands::simulate::{quoted, simulate_job};
-use crate::plan::planned::PlannedJob;
+use crate::plan::PlannedJob;
 use crate::print::{say, table};
 use crate::rundir::{keep_run, write_into};
 use crate::text::Texts;

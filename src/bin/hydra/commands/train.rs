@@ -3,9 +3,7 @@
 use crate::args::{JobFile, Resume};
 use crate::job::Job;
 use crate::machine::free_memory_bytes;
-use crate::plan::fitting::{plan_to_fit, why_not};
-use crate::plan::planned::warn_of_warmups;
-use crate::plan::words::summary;
+use crate::plan::{plan_to_fit, summary, warn_of_warmups, why_not};
 use crate::print::{say, warn};
 use crate::run::inbox::{Inbox, Taken};
 use crate::run::judge::Judges;

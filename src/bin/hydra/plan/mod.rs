@@ -4,11 +4,19 @@
 //! holds plans to the memory that is free, [`room`] plans models that come later, [`rehearsal`] tries ways to take
 //! turns. What a plan says is in [`words`] and [`json`], and in [`advice`] what would help.
 
-pub mod advice;
-pub mod fitting;
+mod advice;
+mod fitting;
 mod json;
-pub mod placing;
-pub mod planned;
-pub mod rehearsal;
-pub mod room;
-pub mod words;
+mod placing;
+mod planned;
+mod rehearsal;
+mod room;
+mod words;
+
+pub use advice::what_would_help;
+pub use fitting::{plan_to_fit, why_not};
+pub use placing::Sharing;
+pub use planned::{Planned, PlannedJob, plan_job, warn_of_warmups};
+pub use rehearsal::describe_rehearsal;
+pub use room::{plan_added, roomy_arenas};
+pub use words::{describe, summary, together};

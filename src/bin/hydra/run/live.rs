@@ -8,7 +8,7 @@ use crate::print::say;
 use hydra::engine::{DeviceState, Engine};
 use hydra::trace::TaskName;
 use indicatif::ProgressBar;
-use serde::{Serialize, Serializer};
+use serde::Serialize;
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -47,52 +47,32 @@ pub type Models = Rc<RefCell<Vec<ModelState>>>;
 struct Line<'a> {
     event: &'static str,
     models: &'a [ModelState],
-    devices: Vec<Device<'a>>,
+    devices: Vec<Device>,
 }
 
 /// What a device is at.
 #[derive(Debug, Serialize)]
-struct Device<'a> {
+struct Device {
     device: usize,
-    runs: Option<Unit<'a>>,
-    next: Option<Unit<'a>>,
+    /// In words: `gpt shard 2 backward`.
+    runs: Option<String>,
+    next: Option<String>,
     /// The part of the time since the start of training in which it computed nothing.
     idle_share: f64,
 }
 
-/// A unit in words: `gpt shard 2 backward`.
-#[derive(Debug)]
-struct Unit<'a> {
-    model: &'a str,
-    shard: u16,
-    what: &'static str,
-}
-
-impl std::fmt::Display for Unit<'_> {
+impl std::fmt::Display for Device {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-        write!(f, "{} shard {} {}", self.model, self.shard, self.what)
-    }
-}
-
-impl Serialize for Unit<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl std::fmt::Display for Device<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-        let or_nothing = |unit: &Option<Unit>| unit.as_ref().map_or("nothing".to_string(), Unit::to_string);
-        let (runs, next) = (or_nothing(&self.runs), or_nothing(&self.next));
+        let [runs, next] = [&self.runs, &self.next].map(|unit| unit.as_deref().unwrap_or("nothing"));
         write!(f, "runs {runs}  next {next}  idle {:.0} %", 100.0 * self.idle_share)
     }
 }
 
-impl Device<'_> {
-    fn new<'a>(device: usize, state: &DeviceState, models: &'a [ModelState], secs: f64) -> Device<'a> {
+impl Device {
+    fn new(device: usize, state: &DeviceState, models: &[ModelState], secs: f64) -> Device {
         let unit = |task: TaskName| {
             let model = models.get(usize::from(task.model)).map_or("a model", |m| m.name.as_str());
-            Unit { model, shard: task.shard, what: task.what.label() }
+            format!("{model} shard {} {}", task.shard, task.what.label())
         };
         let idle_share = if secs > 0.0 { (1.0 - state.busy_secs / secs).clamp(0.0, 1.0) } else { 0.0 };
         Device { device, runs: state.runs.map(unit), next: state.next.map(unit), idle_share }

@@ -4,9 +4,7 @@
 //! A model has its number in the job, where those that came later stand last, and one in the fleet, which knows only
 //! models that train. Nothing that lies in the inbox ends the run: what cannot be done is refused with its reason.
 
-use crate::plan::placing::Sharing;
-use crate::plan::planned::{PlannedJob, warn_of_warmups};
-use crate::plan::room::plan_added;
+use crate::plan::{PlannedJob, Sharing, plan_added, warn_of_warmups};
 use crate::print::{note, warn};
 use crate::run::inbox::{Inbox, InboxFile, Request};
 use crate::run::judge::{Judge, Judges};
@@ -55,13 +53,6 @@ pub struct RunObserver<'a> {
     pub saving: Rc<Cell<Duration>>,
 }
 
-/// What a model writes while it trains.
-struct Files {
-    folder: PathBuf,
-    metrics: Metrics,
-    judge: Option<Judge>,
-}
-
 impl<'a> RunObserver<'a> {
     /// Looks after the run of a job, how far whose models had come, and what judges them, in a fleet whose arenas have
     /// so many bytes. It watches no model yet.
@@ -102,7 +93,8 @@ impl<'a> RunObserver<'a> {
         Ok(())
     }
 
-    fn files(&mut self, number: usize) -> Result<Files> {
+    /// What a model writes while it trains: its folder, its metrics in it, and what it reports to its judge.
+    fn files(&mut self, number: usize) -> Result<(PathBuf, Metrics, Option<Judge>)> {
         let name = &self.planned.job.models[number].name;
         let folder = self.dir.folder(name)?;
         let metrics = folder.join(rundir::METRICS);
@@ -115,11 +107,15 @@ impl<'a> RunObserver<'a> {
             let (path, missing) = (metrics.path().display(), metrics.missing());
             warn(format!("{path}: {missing} of the rows of {from} steps are missing; the run goes on without them"));
         }
-        Ok(Files { metrics, folder, judge })
+        Ok((folder, metrics, judge))
     }
 
-    fn watch_with(&mut self, number: usize, validates: bool, files: Files) {
-        let Files { folder, metrics, judge } = files;
+    fn watch_with(
+        &mut self,
+        number: usize,
+        validates: bool,
+        (folder, metrics, judge): (PathBuf, Metrics, Option<Judge>),
+    ) {
         let (model, from) = (&self.planned.models[number], self.standings[number].from);
         let progress = Progress::new(&self.board, &model.prepared.name, from, model.prepared.options.steps);
         let mut watch =
@@ -162,11 +158,7 @@ impl<'a> RunObserver<'a> {
         warn_of_warmups(&job, first, &added);
         self.planned.job = job;
         self.planned.models.extend(added);
-        self.standings.extend((first..self.planned.models.len()).map(|_| Standing {
-            from: 0,
-            ended: None,
-            ends: None,
-        }));
+        self.standings.resize_with(self.planned.models.len(), Standing::default);
         let from: Vec<u64> = self.standings.iter().map(|s| s.from).collect();
         self.judges.extend(&self.planned.job, &from);
         for number in first..self.planned.models.len() {

@@ -1,7 +1,7 @@
 //! What became of a run's models: the rows of results.csv, of the JSON object at the end, and of the table.
 
 use crate::job::Job;
-use crate::plan::planned::PlannedJob;
+use crate::plan::PlannedJob;
 use crate::print::{say, table};
 use crate::run::standing::Standing;
 use crate::run::watch::Watch;

@@ -1,7 +1,7 @@
 //! How far the models of a run had come before, by their checkpoints.
 
 use crate::args::Resume;
-use crate::plan::planned::{Planned, PlannedJob};
+use crate::plan::{Planned, PlannedJob};
 use crate::print::warn;
 use crate::run::inbox::Taken;
 use crate::run::judge::Judges;
@@ -14,6 +14,7 @@ use std::path::Path;
 use std::rc::Rc;
 
 /// How far a model of the job had come when the run began, or when it came to the run.
+#[derive(Default)]
 pub struct Standing {
     /// Steps that it goes on from.
     pub from: u64,

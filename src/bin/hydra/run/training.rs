@@ -1,9 +1,6 @@
 //! The training of a run's models together: devices are started, the fleet is run, and what became of it is told.
 
-use crate::plan::placing::Sharing;
-use crate::plan::planned::PlannedJob;
-use crate::plan::rehearsal::describe_rehearsal;
-use crate::plan::room::roomy_arenas;
+use crate::plan::{PlannedJob, Sharing, describe_rehearsal, roomy_arenas};
 use crate::print::{say, warn};
 use crate::run::judge::Judges;
 use crate::run::observer::RunObserver;

@@ -1,7 +1,7 @@
 //! What the program does as a model trains: metrics, checkpoints, progress, selection, and at the end the model's
 //! directory.
 
-use crate::plan::planned::Planned;
+use crate::plan::Planned;
 use crate::print::{note, warn};
 use crate::run::judge::Judge;
 use crate::run::progress::Progress;
@@ -35,14 +35,11 @@ pub struct Watch<'a> {
     progress: Progress,
     stop: &'a AtomicBool,
     folder: PathBuf,
-    steps: u64,
     /// When the last checkpoint was written, and what that took.
     saved_at: Instant,
     took: Duration,
     /// What the last checkpoints of all models in training took.
     saving: Rc<Cell<Duration>>,
-    tokens: Option<u64>,
-    samples: u64,
     /// What may end it early.
     judge: Option<Judge>,
     validates: bool,
@@ -73,12 +70,9 @@ impl<'a> Watch<'a> {
             progress,
             stop,
             folder: folder.to_path_buf(),
-            steps: planned.prepared.options.steps,
             saved_at: Instant::now(),
             took: Duration::ZERO,
             saving: Rc::clone(saving),
-            tokens: planned.prepared.step_tokens(),
-            samples: planned.prepared.options.batch as u64,
             judge,
             validates,
             ends: None,
@@ -88,6 +82,10 @@ impl<'a> Watch<'a> {
             status: None,
             planned: Rc::clone(planned),
         }
+    }
+
+    fn steps(&self) -> u64 {
+        self.planned.prepared.options.steps
     }
 
     /// Lets it end after the steps in flight, and as what; what it has learnt is saved.
@@ -101,7 +99,7 @@ impl<'a> Watch<'a> {
         self.progress.end(&status);
         if status == Status::Cancelled {
             let name = &self.planned.prepared.name;
-            note(format!("{name}: has left the run after {} of {} steps", self.done, self.steps));
+            note(format!("{name}: has left the run after {} of {} steps", self.done, self.steps()));
         }
         self.status = Some(status);
     }
@@ -161,7 +159,7 @@ impl<'a> Watch<'a> {
     fn report(&mut self, step: u64, metric: f32) -> Result<()> {
         let Some(judge) = &self.judge else { return Ok(()) };
         if let Verdict::Stop(reason) = judge.report(step, metric)?
-            && step < self.steps
+            && step < self.steps()
         {
             self.progress.note(&format!("stopped: {reason}"));
             self.end_early(Status::Stopped(reason));
@@ -174,12 +172,13 @@ impl Observer for Watch<'_> {
     fn step(&mut self, report: &StepReport) -> Result<()> {
         let result = &report.result;
         let per_sec = |count: u64| count as f64 / result.secs.max(1e-9);
-        let tokens_per_sec = self.tokens.map(per_sec);
-        let samples_per_sec = if self.tokens.is_none() { Some(per_sec(self.samples)) } else { None };
+        let prepared = &self.planned.prepared;
+        let tokens_per_sec = prepared.step_tokens().map(per_sec);
+        let samples_per_sec = tokens_per_sec.is_none().then(|| per_sec(prepared.options.batch as u64));
         let row = StepRow { tokens_per_sec, samples_per_sec, ..StepRow::new(report) };
         self.metrics.write(&Row::Step(row))?;
         (self.loss, self.done) = (Some(result.loss), result.step + 1);
-        let units = if self.tokens.is_some() { "tokens" } else { "samples" };
+        let units = if tokens_per_sec.is_some() { "tokens" } else { "samples" };
         let rate = tokens_per_sec.or(samples_per_sec).unwrap_or(0.0);
         self.progress.step(result.step, result.loss, rate, units);
         if !self.validates {
@@ -209,7 +208,7 @@ impl Observer for Watch<'_> {
 
     fn checkpoint(&mut self, step: u64, engine: &Engine, model: usize) -> Result<()> {
         // At its end the model itself is saved, and a checkpoint after it; but for a run that stops before.
-        let ends = step == self.steps || self.ends.is_some();
+        let ends = step == self.steps() || self.ends.is_some();
         if self.stop.load(Ordering::Relaxed) {
             return self.save(step, engine, model);
         }
@@ -255,7 +254,7 @@ impl Observer for Watch<'_> {
                 "{name}: the model is saved, and its last checkpoint is not; to go on trains it again: {error}"
             ));
         }
-        let early = self.ends.take().filter(|_| self.done < self.steps);
+        let early = self.ends.take().filter(|_| self.done < self.steps());
         self.end(early.unwrap_or(Status::Done));
         Ok(())
     }
@@ -264,8 +263,7 @@ impl Observer for Watch<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::job::Job;
-    use crate::plan::planned::plan_loaded;
+    use crate::plan::plan_job;
     use crate::run::progress::Board;
     use hydra::device::{FleetMemory, start_fleet};
     use hydra::train::Fleet;
@@ -287,7 +285,7 @@ steps = 5
         std::fs::write(&path, JOB).unwrap();
         // No file takes the place of a folder.
         std::fs::create_dir(&checkpoint).unwrap();
-        let planned = plan_loaded(&path, Job::load(&path, &[]).unwrap(), &Rc::default(), true).unwrap();
+        let planned = plan_job(&path, &[], &Rc::default()).unwrap();
         let memory = FleetMemory {
             arena_bytes: planned.map.arena_bytes.clone(),
             host_bytes: planned.map.host_bytes,

@@ -1,10 +1,10 @@
 //! What a job may ask for only where its parts go together: the device with the precision, the network with the data.
 
-use crate::job::model::{Data, Model, Precision, ValidPart};
+use crate::job::model::{Data, Model, ValidPart};
 use crate::job::{DeviceKind, Job, Pipeline, Policy};
 use hydra::base::{Error, Result};
 use hydra::data::names;
-use hydra::nn::{self, Network};
+use hydra::nn::{self, InputShape, Network};
 use hydra::spill::Baseline;
 
 /// Refuses what a job may ask for and this program cannot do yet.
@@ -29,49 +29,33 @@ pub fn check_scope(file: &str, job: &Job) -> Result<()> {
     Ok(())
 }
 
-/// Refuses a precision that the device has not.
-pub fn check_precision(model: &Model, kind: DeviceKind) -> Result<()> {
-    if model.dtype == Precision::Tf32 && !matches!(kind, DeviceKind::Cuda | DeviceKind::Emulated) {
-        let what = format!("tf32 goes with kind = \"cuda\", not \"{}\"; write dtype = \"f32\"", kind.word());
-        return Err(model.fault("dtype", what));
+/// Refuses data of a kind that the network does not learn from, or that cannot be split where a part is to be held out;
+/// `vocab` has the ids into which a text is cut: before it is, which may take long.
+pub fn check_data(model: &Model, network: &dyn Network, vocab: Option<usize>) -> Result<()> {
+    let is_image = |input: &InputShape| input.name == names::PIXEL_VALUES;
+    let fault = |key: &str, what: &str| Err(model.fault(key, what));
+    if vocab.is_some() {
+        if network.inputs().iter().any(is_image) {
+            return fault("data.text", "the model takes images, not text; write images, or batches of them");
+        }
+        let labels = network.labels();
+        if labels.vocab.is_some() && !labels.shift {
+            let what = "labels each token by the next one, which is not what the model learns; write batches, or random = true";
+            return fault("data.text", what);
+        }
+        check_fit(model, network, vocab, vocab)?;
     }
-    Ok(())
-}
-
-/// Refuses text, cut into ids below `vocab`, to a network that learns something else, before it is cut, which may take
-/// long.
-pub fn check_text(model: &Model, network: &dyn Network, vocab: usize) -> Result<()> {
-    if takes_images(network) {
-        return Err(model.fault("data.text", "the model takes images, not text; write images, or batches of them"));
-    }
-    let labels = network.labels();
-    if labels.vocab.is_some() && !labels.shift {
-        let what =
-            "labels each token by the next one, which is not what the model learns; write batches, or random = true";
-        return Err(model.fault("data.text", what));
-    }
-    check_fit(model, network, Some(vocab), Some(vocab))
-}
-
-fn takes_images(network: &dyn Network) -> bool {
-    network.inputs().iter().any(|input| input.name == names::PIXEL_VALUES)
-}
-
-/// Refuses a fraction to hold out of data that cannot be split, and random inputs of a kind that the network does not
-/// take.
-pub fn check_data(model: &Model, network: &dyn Network) -> Result<()> {
     let splits = matches!(model.data, Data::Text { .. } | Data::Images { .. });
-    if model.valid.as_ref().is_some_and(|v| matches!(v.part, ValidPart::Fraction(_))) && !splits {
-        return Err(model.fault("valid.fraction", "goes with text and images only; leave valid out"));
+    if !splits && model.valid.as_ref().is_some_and(|v| matches!(v.part, ValidPart::Fraction(_))) {
+        return fault("valid.fraction", "goes with text and images only; leave valid out");
     }
     let Data::Random { context, image } = &model.data else { return Ok(()) };
     for input in network.inputs() {
-        let is_image = input.name == names::PIXEL_VALUES;
-        if is_image && image.is_none() && context.is_some() {
-            return Err(model.fault("data.context", "the model takes images; write image = [3, 224, 224]"));
+        if is_image(&input) && image.is_none() && context.is_some() {
+            return fault("data.context", "the model takes images; write image = [3, 224, 224]");
         }
-        if !is_image && image.is_some() {
-            return Err(model.fault("data.image", "the model takes tokens; write context = 128"));
+        if !is_image(&input) && image.is_some() {
+            return fault("data.image", "the model takes tokens; write context = 128");
         }
     }
     Ok(())
@@ -80,17 +64,16 @@ pub fn check_data(model: &Model, network: &dyn Network) -> Result<()> {
 /// Refuses data with ids or labels that the network does not take.
 pub fn check_fit(model: &Model, network: &dyn Network, vocab: Option<usize>, classes: Option<usize>) -> Result<()> {
     let labels = network.labels();
-    if let (Some(have), Some(takes)) = (vocab, labels.vocab)
-        && have > takes
-    {
-        let what = format!("its tokens are 0..{have}, the model's vocab_size is {takes}; it must be at least {have}");
-        return Err(model.fault("data", what));
-    }
-    if let Some(have) = classes.filter(|&have| have > labels.classes) {
-        let what = format!("its labels are 0..{have}, the model has {} classes", labels.classes);
-        return Err(model.fault("data", what));
-    }
-    Ok(())
+    let what = match (vocab, labels.vocab, classes) {
+        (Some(have), Some(takes), _) if have > takes => {
+            format!("its tokens are 0..{have}, the model's vocab_size is {takes}; it must be at least {have}")
+        }
+        (_, _, Some(have)) if have > labels.classes => {
+            format!("its labels are 0..{have}, the model has {} classes", labels.classes)
+        }
+        _ => return Ok(()),
+    };
+    Err(model.fault("data", what))
 }
 
 /// Refuses beginnings with which no parameter's name begins.

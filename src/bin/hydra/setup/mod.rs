@@ -7,15 +7,15 @@ pub mod recipe;
 #[cfg(test)]
 mod tests;
 
-use crate::job::model::{Data, Source, TOKENIZERS, Tokenizer};
-use crate::job::{self, Job};
+use crate::job::model::{Data, Precision, Source, TOKENIZERS, Tokenizer};
+use crate::job::{self, DeviceKind, Job};
 use crate::print::note;
 use crate::text::Texts;
 use crate::text::tokenizer::{FileTokenizer, Tokenizers, cut_by};
 pub use checks::check_scope;
-use checks::{check_data, check_fit, check_precision, check_text};
+use checks::{check_data, check_fit};
 use hydra::base::{Error, Result};
-use hydra::nn::{self, Network};
+use hydra::nn;
 use hydra::train::inputs_of;
 use options::train_options;
 use prepared::Origin;
@@ -31,25 +31,25 @@ use std::sync::Arc;
 /// # Errors
 /// When a file is missing or at fault, or the parts do not go together; the message names the file or the key.
 pub fn prepare(job: &Job, i: usize, texts: &Texts) -> Result<Prepared> {
-    let model = &job.models[i];
-    check_precision(model, job.devices[0].kind)?;
-    let mut origin = open_network(model)?;
+    let (model, kind) = (&job.models[i], job.devices[0].kind);
+    if model.dtype == Precision::Tf32 && !matches!(kind, DeviceKind::Cuda | DeviceKind::Emulated) {
+        let what = format!("tf32 goes with kind = \"cuda\", not \"{}\"; write dtype = \"f32\"", kind.word());
+        return Err(model.fault("dtype", what));
+    }
+    let mut origin = open_network(model, None)?;
     let tokenizer = open_tokenizer(model, &texts.tokenizers)?;
     let (cut_by, identity) = cut_by(tokenizer.as_ref());
-    let identity = matches!(model.data, Data::Text { .. }).then(|| identity.to_string());
-    if identity.is_some() {
-        if let Source::Family { family, config } = &model.source
-            && !config.contains_key("vocab_size")
-            && origin.network().labels().vocab.is_some()
-        {
-            let mut config = config.clone();
-            config.insert("vocab_size".into(), cut_by.vocab().into());
-            origin = Origin::Family(of_family(model, family, config)?);
-        }
-        check_text(model, origin.network(), cut_by.vocab())?;
+    let of_text = matches!(model.data, Data::Text { .. });
+    let (vocab, identity) = (of_text.then(|| cut_by.vocab()), of_text.then(|| identity.to_string()));
+    if let Source::Family { config, .. } = &model.source
+        && of_text
+        && !config.contains_key("vocab_size")
+        && origin.network().labels().vocab.is_some()
+    {
+        origin = open_network(model, vocab)?;
     }
     let network = origin.network();
-    check_data(model, network)?;
+    check_data(model, network, vocab)?;
     let recipe = Recipe {
         data: model.data.clone(),
         tokenizer,
@@ -70,24 +70,21 @@ pub fn prepare(job: &Job, i: usize, texts: &Texts) -> Result<Prepared> {
     Ok(Prepared { name, origin, options, inputs, opened: RefCell::new(Some(sources)), recipe, companions })
 }
 
-/// The network of a model, of a family with the vocabulary that is stated.
-fn open_network(model: &job::Model) -> Result<Origin> {
+/// The network of a model; of a family with so many tokens, where that is said.
+fn open_network(model: &job::Model, vocab: Option<usize>) -> Result<Origin> {
     match &model.source {
         Source::From(dir) => {
             let pretrained = nn::open(dir)?;
             note_unused(dir, &pretrained.unused);
             Ok(Origin::Pretrained(Box::new(pretrained)))
         }
-        Source::Family { family, config } => Ok(Origin::Family(of_family(model, family, config.clone())?)),
+        Source::Family { family, config } => {
+            let mut config = config.clone();
+            config.extend(vocab.map(|vocab| ("vocab_size".to_string(), vocab.into())));
+            let network = nn::from_config(family, &config.into()).map_err(|e| model.fault("family", e))?;
+            Ok(Origin::Family(network))
+        }
     }
-}
-
-fn of_family(
-    model: &job::Model,
-    family: &str,
-    config: serde_json::Map<String, serde_json::Value>,
-) -> Result<Box<dyn Network>> {
-    nn::from_config(family, &config.into()).map_err(|e| model.fault("family", e))
 }
 
 thread_local! {

@@ -53,20 +53,18 @@ impl Prepared {
         self.origin.network()
     }
 
+    fn pretrained(&self) -> Option<&Pretrained> {
+        if let Origin::Pretrained(pretrained) = &self.origin { Some(pretrained) } else { None }
+    }
+
     /// Where the first weights come from.
     pub fn weights(&self) -> Weights<'_> {
-        match &self.origin {
-            Origin::Pretrained(pretrained) => Weights::Pretrained(pretrained),
-            Origin::Family(_) => Weights::Random,
-        }
+        self.pretrained().map_or(Weights::Random, Weights::Pretrained)
     }
 
     /// The directory that it comes from, if it does from one.
     pub fn base(&self) -> Option<&Path> {
-        match &self.origin {
-            Origin::Pretrained(pretrained) => Some(pretrained.dir()),
-            Origin::Family(_) => None,
-        }
+        self.pretrained().map(Pretrained::dir)
     }
 
     /// Reads the weights of `graph` once, so that damaged ones are told before anything is done with them.
@@ -74,7 +72,7 @@ impl Prepared {
     /// # Errors
     /// When one is missing, has another shape, or is not finite.
     pub fn check_weights(&self, graph: &Graph) -> Result<()> {
-        let Origin::Pretrained(pretrained) = &self.origin else { return Ok(()) };
+        let Some(pretrained) = self.pretrained() else { return Ok(()) };
         let in_files = |p: &&Parameter| adapted_layer(&p.name).is_none();
         graph.parameters.iter().filter(in_files).try_for_each(|p| pretrained.tensor(&p.name, &p.shape).map(drop))?;
         graph.states.iter().try_for_each(|s| pretrained.tensor(&s.name, &s.shape).map(drop))

@@ -134,11 +134,7 @@ impl AddedTokens {
             if file == CONFIG || !known(inner, &text) {
                 add(inner, token)?;
             }
-            let given = inner.token_to_id(&text);
-            if given != Some(id) {
-                let given = given.map_or("none".to_string(), |given| given.to_string());
-                return Err(fault(&path, format!("added token {text:?} has the id {id}; by its place it is {given}")));
-            }
+            check_id(&path, &text, id.into(), inner.token_to_id(&text))?;
         }
         for (key, token, file) in self.named() {
             if known(inner, &token.content) {
@@ -205,6 +201,15 @@ fn token_of(value: &Value, special: bool) -> Option<AddedToken> {
     let normalized = is("normalized", token.normalized);
     let token = token.single_word(is("single_word", false)).normalized(normalized);
     Some(token.lstrip(is("lstrip", false)).rstrip(is("rstrip", false)))
+}
+
+/// Refuses an added token of which the file at `path` says another id than was `given` to it.
+pub fn check_id(path: &Path, text: &str, id: u64, given: Option<u32>) -> Result<()> {
+    if given.map(u64::from) == Some(id) {
+        return Ok(());
+    }
+    let given = given.map_or("none".to_string(), |given| given.to_string());
+    Err(fault(path, format!("added token {text:?} has the id {id}; by its place it is {given}")))
 }
 
 /// What is wrong with the tokenizer's file at `path`, in one line.

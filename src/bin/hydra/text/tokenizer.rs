@@ -4,7 +4,7 @@
 //! fault. Their bytes are kept as they were read, to be saved beside the model that is trained with them, whatever
 //! becomes of the files meanwhile.
 
-use crate::text::added_tokens::{ADDED, AddedTokens, CONFIG, SPECIAL, fault};
+use crate::text::added_tokens::{ADDED, AddedTokens, CONFIG, SPECIAL, check_id, fault};
 use flate2::Crc;
 use hydra::base::{Error, Result};
 use hydra::data::{self, Encode};
@@ -162,12 +162,8 @@ fn one(path: &Path, bytes: &[u8], beside: &AddedTokens) -> Result<(tokenizers::T
     // The crate numbers added tokens by itself, and only warns where the file has another number.
     for token in json["added_tokens"].as_array().into_iter().flatten() {
         let (Some(text), Some(id)) = (token["content"].as_str(), token["id"].as_u64()) else { continue };
-        match inner.token_to_id(text) {
-            Some(given) if u64::from(given) != id => {
-                let what = format!("added token {text:?} has the id {id}; by its place it is {given}");
-                return Err(fault(path, what));
-            }
-            _ => {}
+        if let given @ Some(_) = inner.token_to_id(text) {
+            check_id(path, text, id, given)?;
         }
     }
     let in_bytes = is_byte_level(&json["pre_tokenizer"]);
