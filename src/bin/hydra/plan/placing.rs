@@ -235,15 +235,11 @@ pub fn may_fill(machine: &Machine) -> Vec<Option<u64>> {
 /// All that a schedule depends on but how many steps it has.
 #[derive(Clone)]
 pub struct Scenario<'a> {
-    /// Models where they run.
     pub placed: &'a [Placed],
     /// Whether each clips its gradients.
     pub clips: Vec<bool>,
-    /// How they share the devices.
     pub sharing: &'a Sharing,
-    /// The job's word on it.
     pub run: &'a Run,
-    /// What they run on.
     pub machine: &'a Machine,
 }
 

@@ -73,8 +73,6 @@ fn style(template: &str) -> ProgressStyle {
 
 /// Shows a model's training.
 pub struct Progress {
-    name: String,
-    steps: u64,
     began: Instant,
     first_step: u64,
     way: Way,
@@ -118,12 +116,11 @@ impl Progress {
             Target::Lines => Way::Lines { last: now, tenth: 0 },
             Target::Json => Way::Json,
         };
-        let full_name = name.to_string();
         let models = board.models.clone();
         let number = models.borrow().len();
         let (name, status) = (name.to_string(), live::WAITING);
         models.borrow_mut().push(ModelState { name, step: first_step, steps, loss: None, status, reason: None });
-        Progress { name: full_name, steps, began: now, first_step, way, models, number, rate: None }
+        Progress { began: now, first_step, way, models, number, rate: None }
     }
 
     /// Step `step` (from 0) has ended with `loss`; `per_sec` `units` (tokens, samples) went through a second.
@@ -140,17 +137,17 @@ impl Progress {
                 bar.set_position(done);
             }
             Way::Lines { last, tenth } => {
-                let now_tenth = done * 10 / self.steps.max(1);
+                let now_tenth = done * 10 / state.steps.max(1);
                 // The first step, the last, and between them tenths of the run; where those are rare, one a while.
                 let rested = last.elapsed();
                 let due = rested >= BETWEEN_LINES && now_tenth > *tenth || rested >= LONGEST_SILENCE;
-                if done == self.first_step + 1 || done == self.steps || due {
+                if done == self.first_step + 1 || done == state.steps || due {
                     (*last, *tenth) = (Instant::now(), now_tenth);
                     let per_step = self.began.elapsed().as_secs_f64() / (done - self.first_step) as f64;
-                    let left = format_secs(per_step * (self.steps - done) as f64);
+                    let left = format_secs(per_step * (state.steps - done) as f64);
                     say(format!(
                         "{}: step {done} of {}  loss {loss:.4}  {rate:.0} {units}/s  {left} left",
-                        self.name, self.steps
+                        state.name, state.steps
                     ));
                 }
             }
@@ -159,11 +156,13 @@ impl Progress {
 
     /// Says something in between.
     pub fn note(&self, line: &str) {
+        let models = self.models.borrow();
+        let name = &models[self.number].name;
         match &self.way {
             Way::Quiet => {}
-            Way::Bar(bar) => bar.println(format!("{}: {line}", self.name)),
-            Way::Lines { .. } => say(format!("{}: {line}", self.name)),
-            Way::Json => say(json!({ "event": "note", "model": self.name, "text": line })),
+            Way::Bar(bar) => bar.println(format!("{name}: {line}")),
+            Way::Lines { .. } => say(format!("{name}: {line}")),
+            Way::Json => say(json!({ "event": "note", "model": name, "text": line })),
         }
     }
 

@@ -22,9 +22,7 @@ use std::sync::atomic::AtomicBool;
 
 /// What a run begins with.
 pub struct Beginning {
-    /// The job with its plans.
     pub planned: PlannedJob,
-    /// How far each model has come.
     pub standings: Vec<Standing>,
     /// What each goes on from.
     pub checkpoints: Vec<Option<Checkpoint>>,
