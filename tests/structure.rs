@@ -4,7 +4,7 @@
 //! The rules work on tokens, with comments and literals taken apart, so that a word in a message is no violation.
 //! Planted violations in the last tests show that each rule can fail.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// The modules from the ground up: each may use those before it.
@@ -428,20 +428,50 @@ fn circle(uses: &BTreeMap<String, Vec<String>>) -> Option<Vec<String>> {
     None
 }
 
+/// The program's own modules that a file names, `plan::placing` or `print`: after `crate::`, and those that it declares.
+/// Of what comes after a module's name only other modules in `all` count.
+fn used_by_program(path: &str, source: &Source, all: &BTreeSet<String>) -> Vec<String> {
+    let own = module_path(path);
+    let (tokens, contexts) = (&source.tokens, contexts(&source.tokens));
+    let text = |i: usize| tokens.get(i).map_or("", |t: &Token| t.text.as_str());
+    let mut used = Vec::new();
+    for i in (0..tokens.len()).filter(|&i| !contexts[i].0) {
+        if text(i) == "mod" && text(i + 2) == ";" {
+            used.push([&own[..], &[text(i + 1).to_string()]].concat().join("::"));
+        }
+        if text(i) != "crate" || text(i + 1) != ":" {
+            continue;
+        }
+        assert_ne!(text(i + 3), "{", "{path}: write a use for each module");
+        let names: Vec<&str> = match text(i + 6) {
+            "{" => tokens[i + 6..].iter().map(|t| t.text.as_str()).take_while(|text| *text != ";").collect(),
+            name => vec![name],
+        };
+        let inner = names.iter().map(|name| format!("{}::{name}", text(i + 3))).filter(|name| all.contains(name));
+        let inner: Vec<String> = inner.collect();
+        used.extend(if inner.is_empty() { vec![text(i + 3).to_string()] } else { inner });
+    }
+    used
+}
+
 #[test]
 fn modules_of_the_program_do_not_use_each_other_in_circles() {
     let folder = "src/bin/hydra/";
-    let mut uses: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    for path in rust_files(folder).into_iter().filter(|path| !is_test_file(path)) {
-        // As if it stood at the crate's root: the program is a crate of its own.
-        let inner = format!("src/{}", &path[folder.len()..]);
-        let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(&path)).expect("a readable file");
-        let module = module_path(&inner).remove(0);
-        let used = used_modules(&inner, &read(&text)).into_iter().map(|(name, _)| name);
-        uses.entry(module.clone()).or_default().extend(used.filter(|name| *name != module));
+    let paths: Vec<String> = rust_files(folder).into_iter().filter(|path| !is_test_file(path)).collect();
+    // As if they stood at the crate's root: the program is a crate of its own.
+    let inner = |path: &String| format!("src/{}", &path[folder.len()..]);
+    let all: BTreeSet<String> = paths.iter().map(|path| module_path(&inner(path)).join("::")).collect();
+    let (mut files, mut folders) = (BTreeMap::new(), BTreeMap::<String, Vec<String>>::new());
+    for path in &paths {
+        let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).expect("a readable file");
+        let (module, used) = (module_path(&inner(path)), used_by_program(&inner(path), &read(&text), &all));
+        let outer = |name: &String| name.split("::").next().map(String::from).filter(|outer| *outer != module[0]);
+        folders.entry(module[0].clone()).or_default().extend(used.iter().filter_map(outer));
+        files.insert(module.join("::"), used);
     }
-    assert!(uses.len() > 20 && uses["sweep"].iter().any(|name| name == "simulate"), "{uses:?}");
-    assert_eq!(circle(&uses), None);
+    assert!(files.len() > 40 && files["plan::planned"].contains(&"plan::placing".to_string()), "{files:?}");
+    assert!(folders["run"].iter().any(|name| name == "plan"), "{folders:?}");
+    assert_eq!((circle(&files), circle(&folders)), (None, None));
 }
 
 #[test]
@@ -457,6 +487,9 @@ fn planted_circles_are_found() {
     let way = circle(&uses(&[("a", "b"), ("b", "c"), ("c", "b")])).expect("a circle");
     assert!(way.len() == 3 && way[0] == way[2], "{way:?}");
     assert_eq!(circle(&uses(&[("a", "a")])), Some(vec!["a".into(), "a".into()]));
+    let all = ["a", "b", "b::c", "b::d"].map(String::from).into_iter().collect();
+    let text = "mod c;\nuse crate::b::{C, c, d::{D}};\nuse crate::a::X;\n#[cfg(test)]\nmod tests { use crate::e; }";
+    assert_eq!(used_by_program("src/b/mod.rs", &read(text), &all), ["b::c", "b::c", "b::d", "a"]);
 }
 
 /// Asserts that `text` as the file `path` breaks exactly the rules whose messages hold `want`.

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::chart::{Plot, head};
+use super::chart::{Plot, empty, open};
 use super::svg::{self, escape, px};
 use crate::base::format_secs;
 
@@ -12,91 +12,70 @@ pub(super) struct Bar {
     pub label: String,
     /// The step it begins with.
     pub step: u64,
-    /// Seconds of each part, in the order of [`StackedBars::parts`].
+    /// Seconds of each part.
     pub secs: [f64; 6],
 }
 
-/// Bars of seconds, stacked from the first part up.
-#[derive(Clone, Debug)]
-pub(super) struct StackedBars {
-    pub title: String,
-    pub parts: [(&'static str, &'static str); 6],
-    pub width: f64,
-    pub height: f64,
-    pub bars: Vec<Bar>,
-}
-
-impl StackedBars {
-    /// The chart as an SVG document; parts that are not finite or negative count as 0.
-    pub(super) fn svg(&self) -> String {
-        let clean = |secs: f64| if secs.is_finite() { secs.max(0.0) } else { 0.0 };
-        let total = |bar: &Bar| bar.secs.iter().map(|&secs| clean(secs)).sum::<f64>();
-        let most = self.bars.iter().map(total).fold(0.0, f64::max);
-        if most <= 0.0 || !most.is_finite() {
-            let mut out = svg::open(self.width, 90.0, &self.title);
-            head(&mut out, &self.title, self.width, []);
-            out.push_str("<text class=\"soft\" x=\"14\" y=\"58\">No steps yet.</text>\n</svg>\n");
-            return out;
-        }
-        let (unit, name) = match most {
-            m if m >= 1.0 => (1.0, "seconds"),
-            m if m >= 1e-3 => (1e-3, "milliseconds"),
-            _ => (1e-6, "microseconds"),
-        };
-        let mut out = svg::open(self.width, self.height, &self.title);
-        let there = (0..6).filter(|&part| self.bars.iter().any(|bar| clean(bar.secs[part]) > 0.0));
-        let entries = there.map(|part| (self.parts[part].1, self.parts[part].0.to_string()));
-        let top = head(&mut out, &self.title, self.width, entries);
-        let plot = Plot {
-            left: 74.0,
-            right: self.width - 18.0,
-            top,
-            bottom: self.height - 46.0,
-            x: (0.0, 1.0),
-            y: (0.0, most / unit * 1.04),
-        };
-        plot.axes(&mut out, "step", &format!("{name} a step"));
-        let pitch = (plot.right - plot.left) / self.bars.len() as f64;
-        let width = (pitch * 0.82).min(64.0);
-        let mut labelled_until = f64::NEG_INFINITY;
-        for (i, bar) in self.bars.iter().enumerate() {
-            let middle = plot.left + pitch * (i as f64 + 0.5);
-            let mut base = 0.0;
-            for (part, (name, colour)) in self.parts.iter().enumerate() {
-                let secs = clean(bar.secs[part]);
-                if secs <= 0.0 {
-                    continue;
-                }
-                let (low, high) = (plot.y(base / unit), plot.y((base + secs) / unit));
-                base += secs;
-                let _ = writeln!(
-                    out,
-                    "<rect x=\"{}\" y=\"{}\" width=\"{}\" height=\"{}\" fill=\"{colour}\"><title>{}, {name}: {}, {:.1} \
-                     %</title></rect>",
-                    px(middle - width / 2.0),
-                    px(high),
-                    px(width),
-                    px((low - high).max(0.1)),
-                    escape(&bar.label),
-                    format_secs(secs),
-                    secs / total(bar) * 100.0
-                );
-            }
-            let label = bar.step.to_string();
-            let half = svg::text_width(&label) / 2.0;
-            if middle - half > labelled_until {
-                labelled_until = middle + half + 14.0;
-                let _ = writeln!(
-                    out,
-                    "<text class=\"soft\" x=\"{}\" y=\"{}\" text-anchor=\"middle\">{label}</text>",
-                    px(middle),
-                    px(plot.bottom + 19.0)
-                );
-            }
-        }
-        out.push_str("</svg>\n");
-        out
+/// Draws bars of seconds, stacked from the first of the `parts`, names and colours, up: an SVG document. Parts that are
+/// not finite or negative count as 0.
+pub(super) fn stacked_bars(
+    title: &str,
+    parts: [(&'static str, &'static str); 6],
+    (width, height): (f64, f64),
+    bars: &[Bar],
+) -> String {
+    let clean = |secs: f64| if secs.is_finite() { secs.max(0.0) } else { 0.0 };
+    let total = |bar: &Bar| bar.secs.iter().map(|&secs| clean(secs)).sum::<f64>();
+    let most = bars.iter().map(total).fold(0.0, f64::max);
+    if most <= 0.0 || !most.is_finite() {
+        return empty(title, width, "No steps yet.");
     }
+    let (unit, _, name) = svg::time_unit(most);
+    let there = (0..6).filter(|&part| bars.iter().any(|bar| clean(bar.secs[part]) > 0.0));
+    let entries = there.map(|part| (parts[part].1, parts[part].0.to_string()));
+    let (mut out, top) = open(title, width, height, entries);
+    let plot = Plot::new(width, height, top, (0.0, 1.0), (0.0, most / unit * 1.04));
+    plot.axes(&mut out, "step", &format!("{name} a step"));
+    let pitch = (plot.right - plot.left) / bars.len() as f64;
+    let width = (pitch * 0.82).min(64.0);
+    let mut labelled_until = f64::NEG_INFINITY;
+    for (i, bar) in bars.iter().enumerate() {
+        let middle = plot.left + pitch * (i as f64 + 0.5);
+        let mut base = 0.0;
+        for (part, (name, colour)) in parts.iter().enumerate() {
+            let secs = clean(bar.secs[part]);
+            if secs <= 0.0 {
+                continue;
+            }
+            let (low, high) = (plot.y(base / unit), plot.y((base + secs) / unit));
+            base += secs;
+            let _ = writeln!(
+                out,
+                "<rect x=\"{}\" y=\"{}\" width=\"{}\" height=\"{}\" fill=\"{colour}\"><title>{}, {name}: {}, {:.1} \
+                 %</title></rect>",
+                px(middle - width / 2.0),
+                px(high),
+                px(width),
+                px((low - high).max(0.1)),
+                escape(&bar.label),
+                format_secs(secs),
+                secs / total(bar) * 100.0
+            );
+        }
+        let label = bar.step.to_string();
+        let half = svg::text_width(&label) / 2.0;
+        if middle - half > labelled_until {
+            labelled_until = middle + half + 14.0;
+            let _ = writeln!(
+                out,
+                "<text class=\"soft\" x=\"{}\" y=\"{}\" text-anchor=\"middle\">{label}</text>",
+                px(middle),
+                px(plot.bottom + 19.0)
+            );
+        }
+    }
+    out.push_str("</svg>\n");
+    out
 }
 
 #[cfg(test)]
@@ -110,7 +89,7 @@ mod tests {
         for count in [0usize, 1, 2, 33] {
             let bar = |i| Bar { label: format!("step {i}"), step: i, secs: [0.5, 0.0, f64::NAN, 0.25, -1.0, 0.25] };
             let bars: Vec<Bar> = (0..count as u64).map(bar).collect();
-            let svg = StackedBars { title: "t".into(), parts, width: 600.0, height: 300.0, bars }.svg();
+            let svg = stacked_bars("t", parts, (600.0, 300.0), &bars);
             check_tags(&svg);
             assert_eq!(svg.matches("<title>").count(), 3 * count);
             assert_eq!(svg.contains("No steps yet"), count == 0);

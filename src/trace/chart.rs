@@ -44,6 +44,11 @@ pub(super) struct Plot {
 }
 
 impl Plot {
+    /// The plot of a chart of `width` by `height` pixels, whose head ends at `top`.
+    pub(super) fn new(width: f64, height: f64, top: f64, x: (f64, f64), y: (f64, f64)) -> Plot {
+        Plot { left: 74.0, right: width - 18.0, top, bottom: height - 46.0, x, y }
+    }
+
     pub(super) fn x(&self, value: f64) -> f64 {
         self.left + (value - self.x.0) / (self.x.1 - self.x.0) * (self.right - self.left)
     }
@@ -72,16 +77,10 @@ impl Plot {
         let middle = px((self.top + self.bottom) / 2.0);
         let _ = writeln!(
             out,
-            "<line class=\"axis\" x1=\"{}\" x2=\"{}\" y1=\"{b}\" y2=\"{b}\"/><text class=\"soft\" x=\"{}\" y=\"{}\" \
-             text-anchor=\"end\">{}</text><text class=\"soft\" x=\"14\" y=\"{middle}\" text-anchor=\"middle\" \
+            "{}<text class=\"soft\" x=\"14\" y=\"{middle}\" text-anchor=\"middle\" \
              transform=\"rotate(-90 14 {middle})\">{}</text>",
-            px(self.left),
-            px(self.right),
-            px(self.right),
-            px(self.bottom + 36.0),
-            escape(x_label),
+            svg::axis(self.left, self.right, self.bottom, 36.0, x_label),
             escape(y_label),
-            b = px(self.bottom)
         );
     }
 
@@ -117,17 +116,25 @@ impl Plot {
     }
 }
 
-/// Draws the head of a chart, its title and legend; returns the pixel where the plot may begin.
-pub(super) fn head<'a>(
-    out: &mut String,
+/// Opens the drawing of a chart and draws its head, title and legend; with the pixel where the plot may begin.
+pub(super) fn open<'a>(
     title: &str,
     width: f64,
+    height: f64,
     entries: impl IntoIterator<Item = (&'a str, String)>,
-) -> f64 {
+) -> (String, f64) {
+    let mut out = svg::open(width, height, title);
     let _ = writeln!(out, "<text class=\"name\" x=\"14\" y=\"24\" style=\"font-size:14px\">{}</text>", escape(title));
     let (legend, height) = svg::legend(entries, 14.0, 36.0, width - 28.0);
     out.push_str(&legend);
-    if legend.is_empty() { 42.0 } else { 36.0 + height + 10.0 }
+    (out, if legend.is_empty() { 42.0 } else { 36.0 + height + 10.0 })
+}
+
+/// A chart without anything to show, which `says` so.
+pub(super) fn empty(title: &str, width: f64, says: &str) -> String {
+    let (mut out, _) = open(title, width, 90.0, []);
+    let _ = writeln!(out, "<text class=\"soft\" x=\"14\" y=\"58\">{says}</text>\n</svg>");
+    out
 }
 
 impl LineChart {
@@ -141,24 +148,15 @@ impl LineChart {
         let first = values().map(|point| point.0).min();
         let last = values().map(|point| point.0).max();
         let (Some(first), Some(last)) = (first, last) else {
-            let mut out = svg::open(self.width, 90.0, &self.title);
-            head(&mut out, &self.title, self.width, []);
-            out.push_str("<text class=\"soft\" x=\"14\" y=\"58\">No values yet.</text>\n</svg>\n");
-            return out;
+            return empty(&self.title, self.width, "No values yet.");
         };
-        let mut out = svg::open(self.width, self.height, &self.title);
         let named = self.series.iter().filter(|series| series.style != LineStyle::Faint && !series.points.is_empty());
         let entries: Vec<(&str, String)> = named.map(|series| (series.colour, series.label.clone())).collect();
-        let top = head(&mut out, &self.title, self.width, if entries.len() > 1 { entries } else { Vec::new() });
-        let plot = Plot {
-            left: 74.0,
-            right: self.width - 18.0,
-            top,
-            bottom: self.height - 46.0,
-            // Far up, steps that differ may be one f64: the range must not be empty then either.
-            x: (first as f64, (last as f64).max(first as f64 + 1.0).max(first as f64 * (1.0 + 1e-12))),
-            y: padded(low, high),
-        };
+        let entries = if entries.len() > 1 { entries } else { Vec::new() };
+        let (mut out, top) = open(&self.title, self.width, self.height, entries);
+        // Far up, steps that differ may be one f64: the range must not be empty then either.
+        let last = (last as f64).max(first as f64 + 1.0).max(first as f64 * (1.0 + 1e-12));
+        let plot = Plot::new(self.width, self.height, top, (first as f64, last), padded(low, high));
         plot.axes(&mut out, "step", &self.y_label);
         plot.step_ticks(&mut out);
         for series in &self.series {
@@ -174,22 +172,15 @@ impl LineChart {
             let at: Vec<(f64, f64)> = run.iter().map(|&(step, value)| (plot.x(step as f64), plot.y(value))).collect();
             if series.style == LineStyle::Dots || run.len() == 1 {
                 let radius = if series.style == LineStyle::Dots { 4 } else { 3 };
-                for (&(x, y), (step, value)) in at.iter().zip(run) {
-                    let _ = writeln!(
-                        out,
-                        "<circle class=\"dot\" cx=\"{}\" cy=\"{}\" r=\"{radius}\" fill=\"{colour}\"><title>{}, step {step}: \
-                         {}</title></circle>",
-                        px(x),
-                        px(y),
-                        escape(&series.label),
-                        tick_label(*value, (value.abs() * 1e-5).max(f64::MIN_POSITIVE))
-                    );
+                for (&point, (step, value)) in at.iter().zip(run) {
+                    let value = tick_label(*value, (value.abs() * 1e-5).max(f64::MIN_POSITIVE));
+                    svg::dot(out, point, radius, colour, &format!("{}, step {step}: {value}", series.label));
                 }
                 continue;
             }
             let class = if series.style == LineStyle::Faint { "faint" } else { "curve" };
-            let points: Vec<String> = thinned(&at).into_iter().map(|(x, y)| format!("{},{}", px(x), px(y))).collect();
-            let _ = writeln!(out, "<polyline class=\"{class}\" stroke=\"{colour}\" points=\"{}\"/>", points.join(" "));
+            let points = svg::points(&thinned(&at));
+            let _ = writeln!(out, "<polyline class=\"{class}\" stroke=\"{colour}\" points=\"{points}\"/>");
         }
     }
 }

@@ -4,6 +4,7 @@
 //! nanoseconds printed as microseconds: a task that starts the moment another ends never overlaps it by rounding.
 //! Format: "Trace Event Format" (Google, 2016), the JSON object form with complete ("X") and metadata ("M") events.
 
+use std::fmt;
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
@@ -122,26 +123,23 @@ impl ChromeWriter {
         }
         let first_of_process = self.lanes.iter().all(|known| known.device != lane.device);
         self.lanes.push(lane);
+        let (pid, tid) = (process(lane), thread(lane));
+        let process = if lane.is_host() { "host".to_string() } else { format!("device {}", lane.device) };
+        if first_of_process {
+            self.metadata(format_args!("{pid},\"name\":\"process_name\",\"args\":{{\"name\":\"{process}\"}}"));
+            self.metadata(format_args!("{pid},\"name\":\"process_sort_index\",\"args\":{{\"sort_index\":{pid}}}"));
+        }
+        let row = format!("{pid},\"tid\":{tid}");
+        self.metadata(format_args!("{row},\"name\":\"thread_name\",\"args\":{{\"name\":\"{lane}\"}}"));
+        let index = lane.kind as u32;
+        self.metadata(format_args!("{row},\"name\":\"thread_sort_index\",\"args\":{{\"sort_index\":{index}}}"));
+    }
+
+    /// Writes what is known of a process from its number on.
+    fn metadata(&mut self, of_process: fmt::Arguments) {
         self.attempt(|this| {
-            let (pid, tid) = (process(lane), thread(lane));
-            if first_of_process {
-                this.next_line()?;
-                write!(this.out, "{{\"ph\":\"M\",\"pid\":{pid},\"name\":\"process_name\",\"args\":{{\"name\":\"")?;
-                if lane.is_host() {
-                    write!(this.out, "host\"}}}}")?;
-                } else {
-                    write!(this.out, "device {}\"}}}}", lane.device)?;
-                }
-                this.next_line()?;
-                write!(this.out, "{{\"ph\":\"M\",\"pid\":{pid},\"name\":\"process_sort_index\"")?;
-                write!(this.out, ",\"args\":{{\"sort_index\":{pid}}}}}")?;
-            }
             this.next_line()?;
-            write!(this.out, "{{\"ph\":\"M\",\"pid\":{pid},\"tid\":{tid},\"name\":\"thread_name\"")?;
-            write!(this.out, ",\"args\":{{\"name\":\"{lane}\"}}}}")?;
-            this.next_line()?;
-            write!(this.out, "{{\"ph\":\"M\",\"pid\":{pid},\"tid\":{tid},\"name\":\"thread_sort_index\"")?;
-            write!(this.out, ",\"args\":{{\"sort_index\":{}}}}}", lane.kind as u32)
+            write!(this.out, "{{\"ph\":\"M\",\"pid\":{of_process}}}")
         });
     }
 

@@ -108,26 +108,15 @@ pub enum What {
 
 impl What {
     /// Every kind, in the order of a legend.
-    pub const ALL: [What; 18] = [
-        What::Forward,
-        What::Backward,
-        What::LastUnit,
-        What::Eval,
-        What::Update,
-        What::Norm,
-        What::FetchWeights,
-        What::FetchState,
-        What::FetchGradient,
-        What::FetchBoundary,
-        What::SpillWeights,
-        What::SpillState,
-        What::SpillGradient,
-        What::SpillBoundary,
-        What::Input,
-        What::Result,
-        What::DiskRead,
-        What::DiskWrite,
-    ];
+    pub const ALL: [What; 18] = {
+        let mut all = [What::Forward; 18];
+        let mut i = 0;
+        while i < all.len() {
+            all[i] = LOOKS[i].0;
+            i += 1;
+        }
+        all
+    };
 
     /// Whether it is the arithmetic of a shard's unit.
     pub const fn is_unit(self) -> bool {
@@ -136,58 +125,42 @@ impl What {
 
     /// The kind in words; also its category in the trace file.
     pub const fn label(self) -> &'static str {
-        match self {
-            What::Forward => "forward",
-            What::Backward => "backward",
-            What::LastUnit => "last unit",
-            What::Eval => "eval",
-            What::Update => "update",
-            What::Norm => "norm",
-            What::FetchWeights => "fetch weights",
-            What::FetchState => "fetch state",
-            What::FetchGradient => "fetch gradient",
-            What::FetchBoundary => "fetch boundary",
-            What::SpillWeights => "spill weights",
-            What::SpillState => "spill state",
-            What::SpillGradient => "spill gradient",
-            What::SpillBoundary => "spill boundary",
-            What::Input => "input",
-            What::Result => "result",
-            What::DiskRead => "disk read",
-            What::DiskWrite => "disk write",
-        }
+        LOOKS[self as usize].1
     }
 
     /// The kind whose [`What::label`] is `label`.
-    pub fn from_label(label: &str) -> Option<What> {
+    pub(super) fn from_label(label: &str) -> Option<What> {
         What::ALL.into_iter().find(|what| what.label() == label)
     }
 
-    /// A CSS colour. Arithmetic is cool, fetches are warm, spills are purple to pink, the disk is brown; each is
-    /// legible on white and on near-black.
-    pub const fn colour(self) -> &'static str {
-        match self {
-            What::Forward => "#4c8bd6",
-            What::Backward => "#2f5fa8",
-            What::LastUnit => "#1fa3a3",
-            What::Eval => "#8fb8e8",
-            What::Update => "#3f9d5a",
-            What::Norm => "#8cc56d",
-            What::FetchWeights => "#f0993a",
-            What::FetchState => "#e3b93c",
-            What::FetchGradient => "#f3c98b",
-            What::FetchBoundary => "#dd6f3c",
-            What::SpillWeights => "#9a6fd0",
-            What::SpillState => "#7a55b8",
-            What::SpillGradient => "#d0649c",
-            What::SpillBoundary => "#e395bd",
-            What::Input => "#9aa5b1",
-            What::Result => "#7b8794",
-            What::DiskRead => "#a97b55",
-            What::DiskWrite => "#8a5a3b",
-        }
+    /// A CSS colour.
+    pub(super) const fn colour(self) -> &'static str {
+        LOOKS[self as usize].2
     }
 }
+
+/// Every kind in the order of the enum, its words and its colour. Arithmetic is cool, fetches are warm, spills are purple
+/// to pink, the disk is brown; each is legible on white and on near-black.
+const LOOKS: [(What, &str, &str); 18] = [
+    (What::Forward, "forward", "#4c8bd6"),
+    (What::Backward, "backward", "#2f5fa8"),
+    (What::LastUnit, "last unit", "#1fa3a3"),
+    (What::Eval, "eval", "#8fb8e8"),
+    (What::Update, "update", "#3f9d5a"),
+    (What::Norm, "norm", "#8cc56d"),
+    (What::FetchWeights, "fetch weights", "#f0993a"),
+    (What::FetchState, "fetch state", "#e3b93c"),
+    (What::FetchGradient, "fetch gradient", "#f3c98b"),
+    (What::FetchBoundary, "fetch boundary", "#dd6f3c"),
+    (What::SpillWeights, "spill weights", "#9a6fd0"),
+    (What::SpillState, "spill state", "#7a55b8"),
+    (What::SpillGradient, "spill gradient", "#d0649c"),
+    (What::SpillBoundary, "spill boundary", "#e395bd"),
+    (What::Input, "input", "#9aa5b1"),
+    (What::Result, "result", "#7b8794"),
+    (What::DiskRead, "disk read", "#a97b55"),
+    (What::DiskWrite, "disk write", "#8a5a3b"),
+];
 
 #[cfg(test)]
 mod tests {

@@ -158,11 +158,7 @@ impl Chart<'_> {
     /// Grid lines and the time axis, which counts from the window's start in the unit that suits its length.
     fn axis(&self, out: &mut String, bottom: f64) {
         let length = self.until - self.from;
-        let (unit, name) = match length {
-            l if l >= 1.0 => (1.0, "s"),
-            l if l >= 1e-3 => (1e-3, "ms"),
-            _ => (1e-6, "us"),
-        };
+        let (unit, name, _) = svg::time_unit(length);
         let marks = ticks(0.0, length / unit, ((self.width - self.left()) / 110.0) as usize);
         for &at in &marks.at {
             let x = px(self.x(self.from + at * unit));
@@ -176,17 +172,9 @@ impl Chart<'_> {
                 tick_label(at, marks.step)
             );
         }
-        let _ = writeln!(
-            out,
-            "<line class=\"axis\" x1=\"{}\" x2=\"{}\" y1=\"{b}\" y2=\"{b}\"/><text class=\"soft\" x=\"{}\" y=\"{}\" \
-             text-anchor=\"end\">{name} since {} of the run</text>",
-            px(self.left()),
-            px(self.width - MARGIN),
-            px(self.width - MARGIN),
-            px(bottom + 37.0),
-            if self.from == 0.0 { "the start".to_string() } else { format!("{:.6} s", self.from) },
-            b = px(bottom)
-        );
+        let start = if self.from == 0.0 { "the start".to_string() } else { format!("{:.6} s", self.from) };
+        let name = format!("{name} since {start} of the run");
+        let _ = writeln!(out, "{}", svg::axis(self.left(), self.width - MARGIN, bottom, 37.0, &name));
     }
 
     /// A dashed line where each step of the one model begins: where its first unit starts, since copies work ahead.

@@ -4,7 +4,7 @@
 
 use std::fmt::Write;
 
-use super::bars::{Bar, StackedBars};
+use super::bars::{Bar, stacked_bars};
 use super::chart::{LineChart, LineStyle, Series, smoothed};
 use super::svg::{BOUND_COLOURS, colour, escape};
 use super::{Bound, ColourBy, Event, GanttOptions, LaneSum, gantt_svg};
@@ -187,20 +187,16 @@ fn table(out: &mut String, columns: &[String], rows: &[Vec<String>]) {
     let classes: Vec<&str> = (0..rows.iter().map(Vec::len).fold(columns.len(), usize::max))
         .map(|i| if numbers(i) { " class=\"n\"" } else { "" })
         .collect();
+    let line = |tag: &str, cells: &[String]| -> String {
+        let cell = |(class, cell): (&&str, &String)| format!("<{tag}{class}>{}</{tag}>", escape(cell));
+        classes.iter().zip(cells).map(cell).collect()
+    };
     if !columns.is_empty() {
-        out.push_str("<thead><tr>");
-        for (i, column) in columns.iter().enumerate() {
-            let _ = write!(out, "<th{}>{}</th>", classes[i], escape(column));
-        }
-        out.push_str("</tr></thead>\n");
+        let _ = writeln!(out, "<thead><tr>{}</tr></thead>", line("th", columns));
     }
     out.push_str("<tbody>\n");
     for row in rows {
-        out.push_str("<tr>");
-        for (i, cell) in row.iter().enumerate() {
-            let _ = write!(out, "<td{}>{}</td>", classes[i], escape(cell));
-        }
-        out.push_str("</tr>\n");
+        let _ = writeln!(out, "<tr>{}</tr>", line("td", row));
     }
     out.push_str("</tbody></table></div>\n");
 }
@@ -309,7 +305,7 @@ fn time(out: &mut String, data: &ReportData) {
             let bars = bars(&data.steps);
             let title =
                 if bars.len() < data.steps.len() { "What bound the steps, averaged" } else { "What bound each step" };
-            let chart = StackedBars { title: title.into(), parts, width: 700.0, height: 340.0, bars };
+            let chart = stacked_bars(title, parts, (700.0, 340.0), &bars);
             let columns = ["bound by", "seconds", "a step", "share"].map(String::from);
             let rows: Vec<Vec<String>> = Bound::NAMES
                 .iter()
@@ -322,7 +318,7 @@ fn time(out: &mut String, data: &ReportData) {
                     vec![name.to_string(), format!("{secs:.3}"), step, format!("{share:.1} %")]
                 })
                 .collect();
-            let _ = write!(out, "<div class=\"beside\"><figure>{}</figure><div>", chart.svg());
+            let _ = write!(out, "<div class=\"beside\"><figure>{chart}</figure><div>");
             table(out, &columns, &rows);
             out.push_str("</div></div>\n");
         }

@@ -36,7 +36,7 @@ pub struct Keep {
 impl Keep {
     /// True where the step is written as it comes, known to be among the last of a model or, as it goes on from step
     /// `begin`, among its first.
-    pub fn is_certain(&self, step: u64, begin: u64) -> bool {
+    fn is_certain(&self, step: u64, begin: u64) -> bool {
         step < self.first.saturating_add(begin) || (self.last > 0 && step.saturating_add(self.last) >= self.total_steps)
     }
 }

@@ -83,6 +83,38 @@ pub(super) fn text_width(text: &str) -> f64 {
     text.chars().map(width).sum()
 }
 
+/// The unit that suits times of up to `secs`: its seconds, its sign and its name.
+pub(super) fn time_unit(secs: f64) -> (f64, &'static str, &'static str) {
+    match secs {
+        s if s >= 1.0 => (1.0, "s", "seconds"),
+        s if s >= 1e-3 => (1e-3, "ms", "milliseconds"),
+        _ => (1e-6, "us", "microseconds"),
+    }
+}
+
+/// The points of a line.
+pub(super) fn points(points: &[(f64, f64)]) -> String {
+    points.iter().map(|&(x, y)| format!("{},{}", px(x), px(y))).collect::<Vec<_>>().join(" ")
+}
+
+/// Draws a dot that says what it is.
+pub(super) fn dot(out: &mut String, (x, y): (f64, f64), radius: u32, colour: &str, title: &str) {
+    let (x, y, title) = (px(x), px(y), escape(title));
+    let _ = writeln!(
+        out,
+        "<circle class=\"dot\" cx=\"{x}\" cy=\"{y}\" r=\"{radius}\" fill=\"{colour}\"><title>{title}</title></circle>"
+    );
+}
+
+/// The line of an axis from `left` to `right` at `y`, with its name so far `below` the right end.
+pub(super) fn axis(left: f64, right: f64, y: f64, below: f64, name: &str) -> String {
+    let (left, right, at, name_y, name) = (px(left), px(right), px(y), px(y + below), escape(name));
+    format!(
+        "<line class=\"axis\" x1=\"{left}\" x2=\"{right}\" y1=\"{at}\" y2=\"{at}\"/>\
+         <text class=\"soft\" x=\"{right}\" y=\"{name_y}\" text-anchor=\"end\">{name}</text>"
+    )
+}
+
 /// A line of coloured squares with labels, wrapped at `width`. Returns the drawing and its height.
 pub(super) fn legend<'a>(
     entries: impl IntoIterator<Item = (&'a str, String)>,

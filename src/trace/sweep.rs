@@ -2,8 +2,8 @@
 
 use std::fmt::Write;
 
-use super::chart::{Plot, head, padded};
-use super::svg::{self, colour, escape, px};
+use super::chart::{Plot, empty, open, padded};
+use super::svg::{self, colour};
 use crate::base::format_secs;
 
 /// Where an axis is longer than this, from its lowest value to its highest, equal ratios are equally long.
@@ -44,32 +44,17 @@ pub fn sweep_svg(plot: &SweepPlot) -> String {
     let lines: Vec<_> = plot.lines.iter().map(line).collect();
     let most = lines.iter().flatten().flatten().map(|point| point.0.max(point.1)).fold(0.0, f64::max);
     if most == 0.0 {
-        let mut out = svg::open(WIDTH, 90.0, &plot.title);
-        head(&mut out, &plot.title, WIDTH, []);
-        out.push_str("<text class=\"soft\" x=\"14\" y=\"58\">No combination runs.</text>\n</svg>\n");
-        return out;
+        return empty(&plot.title, WIDTH, "No combination runs.");
     }
-    let (unit, name) = match most {
-        m if m >= 1.0 => (1.0, "seconds"),
-        m if m >= 1e-3 => (1e-3, "milliseconds"),
-        _ => (1e-6, "microseconds"),
-    };
+    let (unit, _, name) = svg::time_unit(most);
     let height = 420.0 + 20.0 * (plot.lines.len() / 4) as f64;
-    let mut out = svg::open(WIDTH, height, &plot.title);
     let labels = plot.lines.iter().enumerate().map(|(i, line)| (colour(i), line.label.clone()));
-    let top = head(&mut out, &plot.title, WIDTH, labels.filter(|(_, label)| !label.is_empty()));
+    let (mut out, top) = open(&plot.title, WIDTH, height, labels.filter(|(_, label)| !label.is_empty()));
     let places = places(plot);
     let (first, last) = places.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), &x| (a.min(x), b.max(x)));
     // Room beside the outermost points, and around a lone one.
     let room = if last > first { 0.04 * (last - first) } else { 1.0 };
-    let frame = Plot {
-        left: 74.0,
-        right: WIDTH - 18.0,
-        top,
-        bottom: height - 46.0,
-        x: (first - room, last + room),
-        y: padded(0.0, most / unit),
-    };
+    let frame = Plot::new(WIDTH, height, top, (first - room, last + room), padded(0.0, most / unit));
     frame.axes(&mut out, &plot.axis, &format!("makespan, {name} (bound dashed)"));
     frame.value_ticks(&mut out, places.iter().copied().zip(plot.values.iter().map(String::as_str)));
     for (i, line) in lines.iter().enumerate() {
@@ -88,16 +73,9 @@ pub fn sweep_svg(plot: &SweepPlot) -> String {
         for ((&x, point), value) in places.iter().zip(points).zip(&plot.values) {
             let Some((makespan, bound)) = point else { continue };
             let label = if line.label.is_empty() { String::new() } else { format!("{}, ", line.label) };
-            let _ = writeln!(
-                out,
-                "<circle class=\"dot\" cx=\"{}\" cy=\"{}\" r=\"4\" fill=\"{}\"><title>{}: {}, bound {}</title></circle>",
-                px(frame.x(x)),
-                px(frame.y(makespan / unit)),
-                colour(i),
-                escape(&format!("{label}{} = {value}", plot.axis)),
-                format_secs(*makespan),
-                format_secs(*bound)
-            );
+            let figures = format!("{}, bound {}", format_secs(*makespan), format_secs(*bound));
+            let title = format!("{label}{} = {value}: {figures}", plot.axis);
+            svg::dot(&mut out, (frame.x(x), frame.y(makespan / unit)), 4, colour(i), &title);
         }
     }
     out.push_str("</svg>\n");
@@ -137,22 +115,17 @@ fn draw(
     } else {
         Vec::new()
     };
+    let mut polyline = |points: &[(f64, f64)]| {
+        let points = svg::points(points);
+        let _ = writeln!(out, "<polyline class=\"{class}\" style=\"stroke:{stroke}\" points=\"{points}\"/>");
+    };
     for run in runs.iter().filter(|run| run.len() > 1) {
-        let points: Vec<String> = run.iter().map(|&(x, y)| format!("{},{}", px(x), px(y))).collect();
-        let _ =
-            writeln!(out, "<polyline class=\"{class}\" style=\"stroke:{stroke}\" points=\"{}\"/>", points.join(" "));
+        polyline(run);
     }
     // A bound that no line leads to.
     let alone = |x: f64| runs.iter().all(|run| run.len() < 2 || run.iter().all(|point| point.0 != x));
     for &(x, y) in points.iter().filter(|point| class == "bound" && alone(point.0)) {
-        let Some(y) = y else { continue };
-        let _ = writeln!(
-            out,
-            "<polyline class=\"{class}\" style=\"stroke:{stroke}\" points=\"{},{y} {},{y}\"/>",
-            px(x - 14.0),
-            px(x + 14.0),
-            y = px(y)
-        );
+        y.into_iter().for_each(|y| polyline(&[(x - 14.0, y), (x + 14.0, y)]));
     }
 }
 

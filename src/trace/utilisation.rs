@@ -191,12 +191,9 @@ impl StepAccount {
             settled: Vec::with_capacity(64),
             compute: Vec::with_capacity(events_per_step),
         };
-        let mut sorted = lanes.to_vec();
-        sorted.sort_unstable();
-        sorted.dedup();
-        for lane in sorted {
-            account.open.push(LaneSum::new(lane));
-        }
+        account.open.extend(lanes.iter().map(|&lane| LaneSum::new(lane)));
+        account.open.sort_unstable_by_key(|sum| sum.lane);
+        account.open.dedup_by_key(|sum| sum.lane);
         account
     }
 
@@ -221,12 +218,9 @@ impl StepAccount {
             self.sort_compute();
             bound = self.window_bound(start_secs, end_secs);
         }
-        self.tasks.retain(|task| task.end > end_secs);
         self.settled.clear();
         self.settled.extend_from_slice(&self.open);
-        for sum in &mut self.open {
-            *sum = LaneSum::new(sum.lane);
-        }
+        self.discard(end_secs);
         bound
     }
 

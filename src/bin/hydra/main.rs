@@ -4,109 +4,63 @@
 //! checkpoint if a step was done. An error is one line on standard error that begins with `error: `; only a budget's
 //! refusal goes on with its table.
 
-mod added_tokens;
-mod advice;
 mod args;
-mod cgroup;
-mod companions;
-mod devices;
-mod fitting;
-mod forward;
-mod inbox;
+mod commands;
 mod job;
-mod judge;
-mod live;
 mod machine;
-mod observer;
-mod outcome;
-mod placing;
-mod plan_json;
-mod planning;
+mod plan;
 mod print;
-mod progress;
-mod recipe;
-mod rehearsing;
-mod room;
+mod run;
 mod rundir;
 mod setup;
-mod show;
-mod signals;
-mod simulate;
-mod standing;
-mod sweep;
-mod texts;
-mod tokenizer;
-mod train;
-mod watch;
+mod text;
 
-use args::{Args, Command};
+use args::{Command, CommandLine};
 use clap::Parser;
+use commands::{devices, forward, report, simulate, sweep, train};
 use hydra::base::Result;
-use hydra::train::write_report;
-use std::io::Write;
+use print::complain;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
     // A panic is our own bug, whichever thread it is in: one line, like every error. But for those that a file has
     // provoked in another's code.
     std::panic::set_hook(Box::new(|panic| {
-        if tokenizer::panics_are_contained() {
+        if text::tokenizer::panics_are_contained() {
             return;
         }
         let payload = panic.payload();
         let text = payload.downcast_ref::<&str>().copied();
         let text = text.or_else(|| payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message");
         let place = panic.location().map_or(String::new(), |l| format!(" ({}:{})", l.file(), l.line()));
-        complain(&format!("bug in hydra: {}{place}", text.replace('\n', " ")));
+        complain(format!("bug in hydra: {}{place}", text.replace('\n', " ")));
     }));
-    let args = Args::parse();
-    match catch_unwind(AssertUnwindSafe(|| run(&args))) {
+    let line = CommandLine::parse();
+    match catch_unwind(AssertUnwindSafe(|| run(&line))) {
         Ok(Ok(())) => match print::refused() {
             None => ExitCode::SUCCESS,
             Some(error) => {
-                complain(&format!("cannot write to standard output: {error}"));
+                complain(format!("cannot write to standard output: {error}"));
                 ExitCode::FAILURE
             }
         },
         Ok(Err(error)) => {
-            complain(&error.to_string());
+            complain(&error);
             ExitCode::from(error.exit_code())
         }
         Err(_) => ExitCode::FAILURE,
     }
 }
 
-/// Prints an error. Standard error may be closed; then nobody wants to know.
-fn complain(message: &str) {
-    let _ = writeln!(std::io::stderr().lock(), "error: {message}");
-}
-
-fn run(args: &Args) -> Result<()> {
-    match &args.command {
-        Command::Train { job, resume, set } => train::run(job, set, *resume, args.json),
-        Command::Plan { job, set, out } => show::run(job, set, out.as_deref(), args.json),
-        Command::Forward { model, input, output } => forward::run(model, input, output, args.json),
-        Command::Simulate { job, set, policy, devices, slots, sweep, out } => {
-            let wishes = simulate::Wishes { sets: set, policy: policy.as_deref(), devices: *devices, slots: *slots };
-            match &sweep[..] {
-                [] => simulate::run(job, &wishes, out.as_deref(), args.json),
-                sweep => sweep::run(job, &wishes, sweep, out.as_deref(), args.json),
-            }
-        }
-        Command::Devices { out, profile } => devices::run(out.as_deref(), profile.as_deref(), args.json),
-        Command::Report { run } => report(run, args.json),
+fn run(line: &CommandLine) -> Result<()> {
+    match &line.command {
+        Command::Train { file, resume } => train::run(file, *resume, line.json),
+        Command::Plan { file, out } => commands::plan::run(file, out.as_deref(), line.json),
+        Command::Forward { model, input, output } => forward::run(model, input, output, line.json),
+        Command::Simulate(wishes) if wishes.sweep.is_empty() => simulate::run(wishes, line.json),
+        Command::Simulate(wishes) => sweep::run(wishes, line.json),
+        Command::Devices { out, profile } => devices::run(out.as_deref(), profile.as_deref(), line.json),
+        Command::Report { run } => report::run(run, line.json),
     }
-}
-
-/// Writes the report of the run in `run`.
-fn report(run: &Path, json: bool) -> Result<()> {
-    let page = write_report(run)?;
-    if json {
-        print::say(serde_json::json!({ "report": page.display().to_string() }));
-    } else {
-        print::say(format!("{}: open it in a browser", page.display()));
-    }
-    Ok(())
 }

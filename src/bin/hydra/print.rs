@@ -24,19 +24,30 @@ pub fn refused() -> Option<&'static io::Error> {
     REFUSED.get()
 }
 
-/// Prints a line on standard error, where standard output holds something else.
+/// Prints a line on standard error, where standard output holds something else. It may be closed; then nobody wants to
+/// know.
 pub fn say_beside(line: impl Display) {
     let _ = writeln!(io::stderr().lock(), "{line}");
 }
 
 /// Prints a line on standard error: something that the user should know and that ends nothing.
 pub fn warn(line: impl Display) {
-    let _ = writeln!(io::stderr().lock(), "warning: {line}");
+    say_beside(format!("warning: {line}"));
 }
 
 /// Prints a line on standard error: something that happened because somebody asked for it.
 pub fn note(line: impl Display) {
-    let _ = writeln!(io::stderr().lock(), "note: {line}");
+    say_beside(format!("note: {line}"));
+}
+
+/// Prints an error on standard error: what ends the program.
+pub fn complain(line: impl Display) {
+    say_beside(format!("error: {line}"));
+}
+
+/// So many of `what`, which has its plural in s.
+pub fn count(n: usize, what: &str) -> String {
+    if n == 1 { format!("{n} {what}") } else { format!("{n} {what}s") }
 }
 
 /// Rows as aligned columns, two spaces between; the first column to the left, the others to the right.

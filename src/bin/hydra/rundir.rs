@@ -7,7 +7,7 @@ use crate::args::Resume;
 use hydra::base::{Error, Result};
 pub use hydra::train::run_files::{METRICS, PLAN, REPORT, RESULTS, SCHEDULE, TRACE};
 use hydra::train::write_safely;
-use serde::Deserialize;
+use serde_json::Value;
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 
@@ -55,16 +55,9 @@ pub fn holds_run(out: &Path) -> bool {
 
 /// The names of the models of the run in `out`, by its plan; one that cannot be read names nobody.
 pub fn planned_names(out: &Path) -> Vec<String> {
-    #[derive(Deserialize)]
-    struct Model {
-        name: String,
-    }
-    #[derive(Deserialize)]
-    struct Plan {
-        models: Vec<Model>,
-    }
-    let plan = fs::read(out.join(PLAN)).ok().and_then(|bytes| serde_json::from_slice::<Plan>(&bytes).ok());
-    plan.map_or(Vec::new(), |plan| plan.models.into_iter().map(|model| model.name).collect())
+    let plan: Option<Value> = fs::read(out.join(PLAN)).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    let name = |model: &Value| model["name"].as_str().map(String::from);
+    plan.and_then(|plan| plan["models"].as_array()?.iter().map(name).collect()).unwrap_or_default()
 }
 
 /// Refuses the folder `out` to a command that trains nothing, where it would write over a run's plan or trace.
@@ -76,6 +69,15 @@ pub fn keep_run(out: &Path) -> Result<()> {
         return Err(Error::bad(format!("{}: holds a run, whose files are kept; name another folder", out.display())));
     }
     Ok(())
+}
+
+/// Writes a file of a command that trains nothing into the folder `out`, which is made where it is missing.
+///
+/// # Errors
+/// When the system refuses.
+pub fn write_into(out: &Path, name: &str, text: &str) -> Result<()> {
+    fs::create_dir_all(out).map_err(|e| Error::refused("create", out, e))?;
+    write_safely(&out.join(name), |file| file.write_all(text.as_bytes()))
 }
 
 /// Looks at `out`, changing nothing. `models` are the names of the job's models.

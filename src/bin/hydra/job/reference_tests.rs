@@ -1,6 +1,8 @@
 //! docs/job.md has a table for each table of a job file, with a row for each key, in the order of the code.
 
-use super::{DEVICE_KEYS, DISK_KEYS, HOST_KEYS, RUN_KEYS, model, optimizer, search};
+use super::device::{DEVICE_KEYS, DISK_KEYS, HOST_KEYS};
+use super::run::RUN_KEYS;
+use super::{model, optimizer, search};
 
 /// The document's tables: the name in each heading, and the keys of the rows below it.
 fn tables(text: &str) -> Vec<(&str, Vec<&str>)> {

@@ -1,0 +1,9 @@
+//! The program's commands, a file each: what they print and write.
+
+pub mod devices;
+pub mod forward;
+pub mod plan;
+pub mod report;
+pub mod simulate;
+pub mod sweep;
+pub mod train;
