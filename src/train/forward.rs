@@ -16,11 +16,12 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 /// Runs `batch`, whose tensors have the sample as their first axis, through `network` in evaluation mode, and returns
-/// the logits with their shape: what the last layer computes before the loss. Labels are ignored. Weights that `weights`
-/// does not give are drawn with seed 0. Waits for the device.
+/// the logits with their shape: what the last layer computes before the loss. Labels are ignored. Weights that
+/// `weights` does not give are drawn with seed 0. Waits for the device.
 ///
-/// It runs on the host in f32 by the smallest plan: the weights are in host memory (4 bytes a parameter), and the device
-/// has room for two of the largest layers and for the activations of the whole batch, layer by layer. No budget applies.
+/// It runs on the host in f32 by the smallest plan: the weights are in host memory (4 bytes a parameter), and the
+/// device has room for two of the largest layers and for the activations of the whole batch, layer by layer. No budget
+/// applies.
 ///
 /// # Errors
 /// When the network does not take these tensors, an id is out of range, a weight is missing, has another shape or is to
@@ -74,8 +75,8 @@ pub fn wait_forward(network: &dyn Network, weights: Weights, batch: &Batch) -> R
     Ok((shape, logits))
 }
 
-/// The logits of a batch with the trained weights of the engine's model number `model`, whose state is at home; adapters
-/// of `low_rank` are merged into the weights.
+/// The logits of a batch with the trained weights of the engine's model number `model`, whose state is at home;
+/// adapters of `low_rank` are merged into the weights.
 ///
 /// # Errors
 /// As [`wait_forward`]; when the network's tensors are not the model's; and when steps were begun since the state came

@@ -33,8 +33,8 @@ pub struct TrainOptions {
     pub disk: Option<PathBuf>,
     /// Steps between validations, where there is held-out data; at least 1.
     pub valid_every: u64,
-    /// Seconds without any completion after which the run ends, or ten estimated steps where that is longer. On the host,
-    /// time in which a task computes does not count.
+    /// Seconds without any completion after which the run ends, or ten estimated steps where that is longer. On the
+    /// host, time in which a task computes does not count.
     pub patience_secs: f64,
     /// Fill the arena with NaN first, so that reads of memory that was never written show.
     pub poison: bool,
@@ -50,8 +50,8 @@ pub struct TrainOptions {
     /// The settings of the network, [`crate::nn::settings`]. A checkpoint is refused where they differ, since its
     /// weights would mean something else; `None`: not compared.
     pub network: Option<String>,
-    /// Parameters whose names begin with one of these are not trained: a step needs only their weights, no gradients and
-    /// no moments.
+    /// Parameters whose names begin with one of these are not trained: a step needs only their weights, no gradients
+    /// and no moments.
     pub frozen: Vec<String>,
     /// Low-rank adapters to train beside linear layers' weights; everything else is frozen.
     pub low_rank: Option<LowRank>,

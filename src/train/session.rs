@@ -30,8 +30,8 @@ pub struct Session {
 }
 
 impl Session {
-    /// Measures the options' device, which takes a second or two, traces the network, plans with the measured rates, and
-    /// starts: [`prepare`](super::prepare()) and [`Session::new`] in one call.
+    /// Measures the options' device, which takes a second or two, traces the network, plans with the measured rates,
+    /// and starts: [`prepare`](super::prepare()) and [`Session::new`] in one call.
     ///
     /// # Errors
     /// As both: when an option is invalid, the network does not take the source's tensors, no plan fits the budgets, or
@@ -88,8 +88,8 @@ impl Session {
         Ok(Session { fleet: Fleet::new(vec![model], device, None)?, options, untold: VecDeque::new() })
     }
 
-    /// Resumes from the checkpoint at `path`, before the first step. Returns the number of steps done by then, or `None`
-    /// where there is no such file.
+    /// Resumes from the checkpoint at `path`, before the first step. Returns the number of steps done by then, or
+    /// `None` where there is no such file.
     ///
     /// # Errors
     /// When the file cannot be read or belongs to another run ([`Checkpoint::check`]), or a step has begun.
@@ -159,9 +159,9 @@ impl Session {
 
     /// The logits of a batch of any size, and their shape, after all steps that have begun; later steps are not
     /// affected. `network` is the one in training. The logits are those of [`wait_forward`](super::wait_forward()) with
-    /// the weights that [`Session::wait_save`] writes, bit for bit where those are f32: computed on the host in f32, for
-    /// a bf16 model from the f32 masters, with adapters merged into the weights. This takes memory in addition to the
-    /// plan's, as described there. Frozen parameters of a bf16 model are rounded to bf16, as in training.
+    /// the weights that [`Session::wait_save`] writes, bit for bit where those are f32: computed on the host in f32,
+    /// for a bf16 model from the f32 masters, with adapters merged into the weights. This takes memory in addition to
+    /// the plan's, as described there. Frozen parameters of a bf16 model are rounded to bf16, as in training.
     ///
     /// # Errors
     /// As [`wait_forward`](super::wait_forward()); when `network` has other tensors or shapes than the model; when
@@ -175,8 +175,8 @@ impl Session {
         logits
     }
 
-    /// Writes a checkpoint of all steps that have begun, from which [`Session::resume`] continues. After an error of the
-    /// data or the observer it holds these steps too; after a loss that is not finite, the steps before that one.
+    /// Writes a checkpoint of all steps that have begun, from which [`Session::resume`] continues. After an error of
+    /// the data or the observer it holds these steps too; after a loss that is not finite, the steps before that one.
     ///
     /// # Errors
     /// When the engine fails, or the file cannot be written; an older checkpoint stays intact. After a loss that is not
@@ -186,7 +186,8 @@ impl Session {
         write_checkpoint(path, self.engine(), 0, &self.options, self.steps_done())
     }
 
-    /// Saves the model after all steps that have begun, as [`save_model`] does. `first` are the weights it started from.
+    /// Saves the model after all steps that have begun, as [`save_model`] does. `first` are the weights it started
+    /// from.
     ///
     /// # Errors
     /// As [`save_model`]; when the engine fails; and after a loss that is not finite, as [`Session::wait_checkpoint`].

@@ -31,8 +31,8 @@ pub enum Weights<'a> {
 }
 
 impl Weights<'_> {
-    /// Writes the weights and the initial running statistics to their homes in `engine`'s store, before the first step of
-    /// the model. A [`super::Session`] does this by itself.
+    /// Writes the weights and the initial running statistics to their homes in `engine`'s store, before the first step
+    /// of the model. A [`super::Session`] does this by itself.
     ///
     /// # Errors
     /// When a tensor is missing, has another shape or cannot be read, when none at all is given, or a step has begun.
