@@ -1,9 +1,9 @@
 //! Trains Transformers and CNNs that are larger than the memory they are given.
 //!
 //! A model is traced once into a graph ([`graph`]), differentiated, cut into shards under a memory budget ([`spill`])
-//! and run on lanes with the copies beside the arithmetic ([`engine`]). The bits of the result do not depend on the
-//! budget, the cut, the devices or the number of threads. A small GPT on a device with a quarter of the memory that its
-//! state takes:
+//! and run on lanes, with copies overlapping compute ([`engine`]). The bits of the result do not depend on the budget,
+//! the cut, the number of devices or the number of threads. A small GPT on a device with a quarter of the memory that
+//! its state takes:
 //!
 //! ```
 //! use hydra::data::{RandomSource, RandomOptions, names};
@@ -28,23 +28,23 @@
 //! # }
 //! ```
 //!
-//! | to | see |
+//! | to do this | see |
 //! | --- | --- |
 //! | train step by step, evaluate, save and resume | [`train::Session`]; examples/08_fine_tuning |
-//! | train to the end, observed, with validation and checkpoints as they come due | [`train::Session::run`]; for several models [`train::Fleet`] |
+//! | train to the end, with an observer, validation and checkpoints on schedule | [`train::Session::run`]; for several models [`train::Fleet`] |
 //! | run steps in a loop of your own, and read and write weights | [`engine::Engine`], which takes a [`spill::Plan`] and a [`device::Device`]; examples/07_own_loop |
-//! | train a part of a model, and leave the rest as it is | [`train::TrainOptions::frozen`] |
+//! | train part of a model and freeze the rest | [`train::TrainOptions::frozen`] |
 //! | train low-rank adapters beside a model's weights | [`train::TrainOptions::low_rank`], [`train::save_adapters`] |
-//! | begin from weights of your own | [`train::Weights`] |
+//! | start from weights of your own | [`train::Weights`] |
 //! | describe a network or a layer | [`nn::Network`], [`nn::layers`], [`graph::Builder`] |
 //! | add an op with a kernel and a gradient | [`graph::CustomOp`] |
 //! | read and save Hugging Face directories | [`nn::open`], [`nn::save`], [`nn::from_config`] |
-//! | read back what a network of your own was saved as | [`nn::open_own`]; examples/02_own_model |
-//! | logits of a model | [`train::Session::wait_forward`] as it trains, [`train::wait_forward`], [`engine::Engine::wait_logits`] |
-//! | decide which model's unit a device takes next | [`sched::Policy`]; on a virtual clock [`engine::simulate`] |
+//! | read back a saved network of your own | [`nn::open_own`]; examples/02_own_model |
+//! | compute a model's logits | [`train::Session::wait_forward`] during training, [`train::wait_forward`], [`engine::Engine::wait_logits`] |
+//! | choose which model's unit a device takes next | [`sched::Policy`]; on a virtual clock [`engine::simulate`] |
 //! | see where the time went | [`trace`] |
 //!
-//! README.md has examples of each, ARCHITECTURE.md the map.
+//! README.md lists the examples; ARCHITECTURE.md has the map of the code.
 
 pub mod base;
 pub mod data;

@@ -1,6 +1,7 @@
-//! Devices: where units run. A device is its lanes; a task goes to a lane with the tickets it waits for.
+//! Devices: where units run. A device is a set of lanes; a task is submitted to a lane with the tickets it waits for.
 //!
-//! The executor knows this trait and nothing below it, so what drives the host device drives a GPU and the simulator.
+//! The executor knows this trait and nothing below it, so the code that drives the host device also drives a GPU and
+//! the simulator.
 //! This module and those under it are the only ones that touch memory by address (`unsafe`).
 
 mod attached;
@@ -23,7 +24,7 @@ pub use task::{
 
 use crate::base::{LaneId, Result};
 
-/// The promise of one task's completion. Lanes run in order, so it names the lane and how many tasks it must have done.
+/// The promise of one task's completion. Lanes run in order, so it names a lane and how many tasks are done there then.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Ticket {
     /// Index of the lane among the device's [`Device::lanes`].
@@ -43,15 +44,15 @@ pub struct Completion {
     pub end_secs: f64,
     /// What went wrong, if anything did: the device runs nothing after that.
     pub result: Result<()>,
-    /// With [`Run::check`]: the first layer whose output was not finite.
+    /// Where [`Run::check`] is set: the first layer whose output was not finite.
     pub not_finite_layer: Option<usize>,
 }
 
 /// One or more devices of one kind, with the host's lanes beside them.
 ///
-/// `after` may only name tickets that were given out before, so no order of submission can deadlock. Completions come
-/// one by one, and they are the only source of time. What may touch the same bytes at once is for the caller to rule
-/// out, hence `unsafe`; [`crate::engine::Engine`] does it for whole models, and is safe.
+/// `after` may only name tickets that were issued before, so no order of submission can deadlock. Completions come one
+/// by one and are the only source of time. The caller must rule out that tasks touch the same bytes at once, hence
+/// `unsafe`; [`crate::engine::Engine`] does so for whole models, and is safe.
 pub trait Device: Send {
     /// The lanes, in the order that [`Ticket::lane`] counts.
     fn lanes(&self) -> &[LaneId];
@@ -59,14 +60,14 @@ pub trait Device: Send {
     /// Queues `task` on a lane, to start when the lane's earlier tasks and all of `after` are done. Never waits.
     ///
     /// # Safety
-    /// Of two tasks that touch the same bytes, one of them writing, the later one waits for the earlier: by its lane or
-    /// by `after`, in one step or several. A program's buffers are as [`crate::graph::Program::new`] placed them, each
-    /// area whole at its base and none over another; the spans of the other tasks overlap nowhere within the task, and
-    /// hold all the elements that its segments name.
+    /// Of two tasks that touch the same bytes, at least one of them writing, the later must wait for the earlier: by
+    /// its lane or by `after`, directly or through other tasks. A program's buffers must be as
+    /// [`crate::graph::Program::new`] placed them, each area whole at its base and none overlapping another. The spans
+    /// of any other task must not overlap within the task, and must hold all the elements that its segments name.
     unsafe fn submit(&mut self, lane: u16, task: Task, after: &[Ticket]) -> Ticket;
 
-    /// Waits up to `patience_secs` for the next completion; `None` when none came. Time in which it sees a task at work
-    /// does not count.
+    /// Waits up to `patience_secs` for the next completion; `None` when none came. Time in which the device sees a task
+    /// at work does not count.
     fn next_completion(&mut self, patience_secs: f64) -> Option<Completion>;
 
     /// Now, on the device's clock, in seconds.
@@ -75,16 +76,16 @@ pub trait Device: Send {
     /// Whether tasks compute and memory holds anything; a simulated device does neither.
     fn computes(&self) -> bool;
 
-    /// Adds `bytes` zeroed bytes to host memory while tasks run, and gives the offset where they begin.
+    /// Adds `bytes` zeroed bytes to host memory while tasks run, and returns the offset where they begin.
     ///
     /// # Errors
-    /// When the machine has no such memory.
+    /// When the machine does not have that much memory.
     fn grow_host(&mut self, bytes: u64) -> Result<u64>;
 
-    /// Adds `bytes` zeroed bytes to the disk tier, and gives the offset where they begin.
+    /// Adds `bytes` zeroed bytes to the disk tier, and returns the offset where they begin.
     ///
     /// # Errors
-    /// When there is no disk tier, or no such room.
+    /// When there is no disk tier, or not enough room.
     fn grow_disk(&mut self, bytes: u64) -> Result<u64>;
 
     /// Copies `bytes` into host memory at `offset`.
@@ -114,13 +115,13 @@ pub trait Device: Send {
     /// The highest byte of a device's arena that any task has touched so far, plus one.
     fn high_water_bytes(&self, device: u16) -> u64;
 
-    /// Bytes of a device's arena; `None` where it has no end, as a simulated one, or does not say.
+    /// Bytes of a device's arena; `None` where it is unlimited, as a simulated one's, or not known.
     fn arena_bytes(&self, device: u16) -> Option<u64> {
         let _ = device;
         None
     }
 
-    /// Bytes of host memory, what was added included; `None` as for an arena.
+    /// Bytes of host memory, including what was added; `None` as for an arena.
     fn host_bytes(&self) -> Option<u64> {
         None
     }

@@ -1,9 +1,9 @@
-//! Networks: what is traced into a graph, and how they are read from and written to Hugging Face directories, those of
-//! one's own too.
+//! Networks: what is traced into a graph, and how networks, including one's own, are read from and written to Hugging
+//! Face directories.
 //!
 //! A network describes its forward computation against [`Builder`]; it knows nothing of shards, devices or where its
-//! weights are. Parameters bear the names that transformers gives them, so that a saved model loads there. Each family
-//! decides where a cut may fall: between any two of its layers.
+//! weights are. Parameters have the names that transformers gives them, so that a saved model loads there. Each family
+//! decides where a cut may fall by where its layers begin and end.
 
 pub mod families;
 mod fields;
@@ -21,7 +21,7 @@ pub use save::{Form, SavedTensor, save, save_adapters};
 use crate::base::{DType, Error, Result, Shape, nearest};
 use crate::graph::{Builder, Graph, Mode, Value};
 
-/// What a batch brings.
+/// One input tensor of a batch.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InputShape {
     /// `input_ids`, `attention_mask`, `pixel_values` or `labels`.
@@ -33,7 +33,7 @@ pub struct InputShape {
 }
 
 impl InputShape {
-    /// An input from its parts.
+    /// Makes an input from its parts.
     pub fn new(name: impl Into<String>, axes: impl Into<Vec<usize>>, dtype: DType) -> Self {
         InputShape { name: name.into(), axes: axes.into(), dtype }
     }
@@ -42,39 +42,38 @@ impl InputShape {
 /// What a network's labels are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Labels {
-    /// Whether the label of a position is the input id of the next one. The data are shifted before they reach the
+    /// Whether the label of a position is the input id of the next position. Labels are shifted before they reach the
     /// graph.
     pub shift: bool,
-    /// Labels are below this, or -100. Where they are numbers, as the targets of a regression, it says nothing.
+    /// Labels are below this, or -100. Ignored where labels are numbers, such as the targets of a regression.
     pub classes: usize,
     /// Input ids are below this, where the network takes ids.
     pub vocab: Option<usize>,
 }
 
-/// A model that can describe itself.
+/// A model that can be traced.
 pub trait Network: Send + Sync {
     /// Traces the model for microbatches of `batch` samples. With `labels` among the inputs the graph ends in the loss;
     /// without, in the logits.
     ///
     /// # Errors
-    /// When an input is unknown, missing, of another type than the model takes, or of axes that do not fit it.
+    /// When an input is unknown or missing, has another type than the model takes, or has axes that do not fit it.
     fn trace(&self, mode: Mode, float: DType, batch: usize, inputs: &[InputShape]) -> Result<Graph>;
 
-    /// The inputs that the model takes where nothing else is said, `labels` not among them: the longest context, the
-    /// usual image.
+    /// The model's default inputs, without `labels`: the longest context, the usual image.
     fn inputs(&self) -> Vec<InputShape>;
 
-    /// What its labels are, and the limits of ids.
+    /// What its labels are, and the limits of its ids.
     fn labels(&self) -> Labels;
 
     /// The config.json that describes it: an object.
     fn config(&self) -> serde_json::Value;
 }
 
-/// Names and shapes of all that a network keeps in files: its parameters, then its running statistics.
+/// Names and shapes of all tensors that a network keeps in files: its parameters, then its running statistics.
 ///
 /// # Errors
-/// When the network does not trace with its own inputs.
+/// When the network does not trace with its default inputs.
 pub fn tensors(network: &dyn Network) -> Result<Vec<(String, Shape)>> {
     let graph = network.trace(Mode::Evaluation, DType::F32, 1, &network.inputs())?;
     let parameters = graph.parameters.into_iter().map(|p| (p.name, p.shape));
@@ -90,10 +89,10 @@ pub struct Inputs<'a> {
 }
 
 impl<'a> Inputs<'a> {
-    /// Takes `inputs` for microbatches of `batch` samples of a model in `float`.
+    /// Takes `inputs` for microbatches of `batch` samples of a model with elements of type `float`.
     ///
     /// # Errors
-    /// When the batch or an axis is 0, or an input is not in `known` or comes twice.
+    /// When the batch or an axis is 0, or an input is not in `known` or is given twice.
     pub fn new(batch: usize, float: DType, inputs: &'a [InputShape], known: &[&str]) -> Result<Self> {
         if batch == 0 {
             return Err(Error::bad("a microbatch needs at least one sample"));
@@ -115,7 +114,7 @@ impl<'a> Inputs<'a> {
         Ok(Inputs { batch, float, inputs })
     }
 
-    /// The axes of one sample of an input that must be there, of which there must be `N`.
+    /// The axes of one sample of a required input, which must have `N` of them.
     ///
     /// # Errors
     /// When the input is missing or has another number of axes.
@@ -127,10 +126,10 @@ impl<'a> Inputs<'a> {
         })
     }
 
-    /// Declares an input with a sample of `axes`, if it is there.
+    /// Declares an input whose samples have `axes`, if it is there.
     ///
     /// # Errors
-    /// When its axes differ, or it is floating-point where `integers` are wanted or the other way around.
+    /// When its axes differ, or it is floating-point where `integers` are wanted, or the reverse.
     pub fn declare(&self, b: &mut Builder, name: &str, axes: &[usize], integers: bool) -> Result<Option<Value>> {
         let Some(input) = self.find(name) else { return Ok(None) };
         if (input.dtype == DType::I32) != integers {

@@ -1,5 +1,5 @@
-//! The schedules that others use, as placements on the same executor: where each model's shards are at home, and which
-//! models run one after another.
+//! Baseline schedules, as placements on the same executor: where each model's shards have their homes, and which models
+//! run one after another.
 
 use super::cut::balanced;
 use super::fleet::{FleetMap, Home, Placed};
@@ -12,22 +12,22 @@ use crate::device::sim::CostModel;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// A way to run several models without taking turns.
+/// A way to run several models without their shards taking turns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Baseline {
-    /// Models in their order on the first device, spilling where they must.
+    /// Models one after another on the first device, spilled where necessary.
     OneAtATime,
-    /// Each model cut into as many stages as there are devices, a minibatch at a time, models one after another.
+    /// Each model cut into as many stages as there are devices, one minibatch at a time; models one after another.
     ModelParallel,
-    /// The same stages with microbatches in a pipeline that is emptied after every minibatch (Huang et al. 2019,
+    /// The same stages, with microbatches in a pipeline that is drained after every minibatch (Huang et al. 2019,
     /// "GPipe", arXiv:1811.06965).
     Gpipe,
-    /// Each model whole on one device, the longest first.
+    /// Each model whole on one device, the longest assigned first.
     TaskParallel,
 }
 
 impl Baseline {
-    /// Each with its name in a job file.
+    /// Each baseline with its name in a job file.
     pub const NAMES: [(&'static str, Baseline); 4] = [
         ("one-at-a-time", Baseline::OneAtATime),
         ("model-parallel", Baseline::ModelParallel),
@@ -39,11 +39,11 @@ impl Baseline {
 /// Models placed for a baseline.
 #[derive(Clone, Debug)]
 pub struct Lined {
-    /// Where each is, in the models' order.
+    /// Where each model is, in the models' order.
     pub placed: Vec<Placed>,
-    /// Models that run one after another.
+    /// Groups of models; those of a group run one after another.
     pub lines: Vec<Vec<usize>>,
-    /// The smallest budget of every device that would work.
+    /// The smallest budget per device that would work.
     pub smallest_device_bytes: u64,
 }
 
@@ -56,10 +56,10 @@ fn smallest(placed: &[Placed]) -> u64 {
 /// executor.
 pub type PlanAlone = fn(&Arc<Model>, &PlanOptions, &CostModel) -> Result<Arc<Plan>>;
 
-/// Places `models` on `devices` as the baseline has it; models that run one at a time are planned by `plan_alone`.
+/// Places `models` on `devices` as the baseline does; models that run one at a time are planned by `plan_alone`.
 ///
 /// # Errors
-/// [`Error::OutOfBudget`] that names what does not fit; [`Error::BadInput`] for absurd options.
+/// [`Error::OutOfBudget`] that names what does not fit; [`Error::BadInput`] for invalid options.
 pub fn place_baseline(
     baseline: Baseline,
     models: &[FleetModel],

@@ -1,9 +1,9 @@
-//! Plans for models that share devices: which may run anywhere and which stay, and slots that hold the shards of all of
-//! them.
+//! Plans for models that share devices: which may run anywhere and which stay on one device, and slots that hold any
+//! model's shards.
 //!
-//! Each model is planned by itself, as large as the budget allows; if their slots and rings together are then too
-//! large, all are held to the same share of what they asked for beyond their smallest plans. Models that fit whole, in
-//! lines that are even enough, stay where they are and copy nothing.
+//! Each model is planned by itself, as large as the budget allows. If their slots and rings together are then too
+//! large, each gets the same share of what it asked for beyond its smallest plan. Where all models fit whole and the
+//! devices' loads are even enough, they stay on their devices and copy nothing.
 
 use super::fleet::{FleetMap, Home, Placed};
 use super::homes::{HomeBudgets, find_homes, first_at_home};
@@ -15,44 +15,44 @@ use crate::base::{Error, Result, format_bytes};
 use crate::device::sim::CostModel;
 use std::sync::Arc;
 
-/// A model that is to be planned among others.
+/// A model to be planned among others.
 #[derive(Clone, Debug)]
 pub struct FleetModel {
     /// Its name, for messages.
     pub name: String,
     /// Its graphs. Equal models may share one, and are then planned once.
     pub model: Arc<Model>,
-    /// Its wishes; budgets and what concerns other models are filled in.
+    /// Its options; budgets and what depends on other models are filled in.
     pub options: PlanOptions,
-    /// Steps that it is to do.
+    /// Number of steps to train.
     pub steps: u64,
 }
 
-/// What a device is to a plan.
+/// What a plan needs to know of a device.
 #[derive(Clone, Debug)]
 pub struct FleetDevice {
-    /// Bytes of its arena; `None` is as many as are wanted.
+    /// Bytes of its arena; `None`: as many as the plan wants.
     pub budget: Option<u64>,
-    /// What it achieves.
+    /// Its rates.
     pub cost: CostModel,
 }
 
-/// How unequal the loads of devices may be before models that could stay had better move.
+/// How uneven the devices' loads may be before models that could stay move instead.
 const UNEVEN: f64 = 1.05;
 
 /// Models placed on devices.
 #[derive(Clone, Debug)]
 pub struct FleetPlan {
-    /// Where each is, in the models' order.
+    /// Where each model is, in the models' order.
     pub placed: Vec<Placed>,
-    /// The smallest budget of every device for which there is a plan under the same options.
+    /// The smallest budget per device for which there is a plan under the same options.
     pub smallest_device_bytes: u64,
 }
 
-/// Plans `models` for turns on `devices`.
+/// Plans `models` that take turns on `devices`.
 ///
 /// # Errors
-/// [`Error::OutOfBudget`] that names the models which do not fit; [`Error::BadInput`] for absurd options.
+/// [`Error::OutOfBudget`] that names the models which do not fit; [`Error::BadInput`] for invalid options.
 pub fn plan_fleet(models: &[FleetModel], devices: &[FleetDevice], budgets: HomeBudgets) -> Result<FleetPlan> {
     let _held = hold(models);
     let Ways { mut ways, smallest_device_bytes } = or_nominal(devices, |devices| sketch_fleet(models, devices))?;
@@ -75,8 +75,9 @@ struct Ways {
     smallest_device_bytes: u64,
 }
 
-/// What `plan` makes of `devices`, or else of devices of nominal costs: what is refused and what is named then must not
-/// depend on what was measured, as plans that are chosen without a look at the host's memory do.
+/// Calls `plan` for `devices` and, where these are refused, for the same devices with nominal costs: whether a job is
+/// refused, and the budget that the refusal names, must not depend on measured rates, which choose plans here without
+/// regard to host memory.
 ///
 /// # Errors
 /// As `plan`.
@@ -210,7 +211,7 @@ pub(super) fn speeds(models: &[FleetModel], devices: &[FleetDevice]) -> Vec<f64>
     devices.iter().map(|d| first / secs(&d.cost).max(f64::MIN_POSITIVE)).collect()
 }
 
-/// Plans with every shard anywhere.
+/// Plans in which every shard may run anywhere.
 ///
 /// # Errors
 /// As [`plan_fleet`].
@@ -291,12 +292,12 @@ pub(super) fn sketch_anywhere(
     Ok(plan(best))
 }
 
-/// Plans with every model whole on one device, the longest first onto the device that is done soonest (Graham 1969,
-/// "Bounds on multiprocessing timing anomalies"), and the seconds until the last is done; `None` where they do not all
-/// fit.
+/// Plans in which every model stays whole on one device, assigned longest first to the device that finishes soonest
+/// (Graham 1969, "Bounds on multiprocessing timing anomalies"), and the seconds until the last device is done; `None`
+/// where they do not all fit.
 ///
 /// # Errors
-/// [`Error::BadInput`] for absurd options.
+/// [`Error::BadInput`] for invalid options.
 pub fn plan_at_home(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Option<(Vec<Placed>, f64)>> {
     let sketch = sketch_at_home(models, devices)?;
     Ok(sketch.map(|(placed, secs)| (with_own_programs(models, placed), secs)))
@@ -403,7 +404,7 @@ fn distribute(
     Some(Distributed { devices, secs, most_bytes: loads.iter().map(|load| load.bytes()).max().unwrap_or(0) })
 }
 
-/// An error about a model, with its name first.
+/// An error about a model, with the model's name in front.
 pub fn named(model: &str, error: Error) -> Error {
     match error {
         Error::BadInput(message) => Error::BadInput(format!("{model}: {message}")),

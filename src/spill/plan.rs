@@ -1,7 +1,7 @@
-//! The plan: the cut, what stays on the device, what is recomputed; the fastest by a cost model among those that fit
-//! the budgets.
+//! The plan: the cut, what stays on the device, what is recomputed. Of the plans that fit the budgets it is the fastest
+//! by a cost model.
 //!
-//! A plan never decides a bit of the result, only time and bytes.
+//! A plan never changes a bit of the result, only time and bytes.
 
 use super::found::Found;
 use super::homes::{HomeBudgets, Homes, choose_homes, no_home};
@@ -21,9 +21,9 @@ pub enum Recompute {
     /// Only where memory forces it.
     #[default]
     Auto,
-    /// Everywhere, the last shard included, whatever the cut: so that compared schedules do equal work.
+    /// Everywhere, including the last shard, whatever the cut, so that compared schedules do equal work.
     Always,
-    /// Nowhere; refused where that does not fit.
+    /// Nowhere; an error where that does not fit.
     Never,
 }
 
@@ -32,12 +32,12 @@ pub enum Recompute {
 pub struct Updates {
     /// Moments that the optimizer keeps for each parameter: 2 for AdamW, 1 for SGD with momentum, else 0.
     pub moments: usize,
-    /// Whether gradients are clipped by their global norm: no update before the last gradient.
+    /// Whether gradients are clipped by their global norm: then no update starts before the last gradient.
     pub clips: bool,
 }
 
 impl Updates {
-    /// None, as of a model that is only evaluated, and of SGD without momentum.
+    /// No moments and no clipping: SGD without momentum, or a model that is only evaluated.
     pub const PLAIN: Updates = Updates { moments: 0, clips: false };
 }
 
@@ -51,43 +51,44 @@ impl Default for Updates {
 /// How a model's shards spread over devices.
 #[derive(Clone, Copy, Debug, PartialEq, Default)]
 pub enum Spread {
-    /// All run on one.
+    /// All run on one device.
     #[default]
     One,
-    /// Each is at home on one of several.
+    /// Each shard has one of several devices as its home.
     Stages {
-        /// Microbatches go through the shards one behind the other, instead of all through one before the next.
+        /// Microbatches flow through the shards as a pipeline, instead of all through one shard before the next.
         pipelined: bool,
     },
-    /// Each may run on another every time, and nothing stays on a device after a visit.
+    /// Each shard may run on a different device every time, and nothing stays on a device after a visit.
     Anywhere(Anywhere),
 }
 
-/// Of a model whose shards run anywhere: what is wanted of its units.
+/// Requirements on the units of a model whose shards run anywhere.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Anywhere {
-    /// Devices.
+    /// Number of devices.
     pub devices: usize,
-    /// Where the model bounds the makespan: the seconds in which a step should pass if it never waits for a device, by
-    /// its microbatches going on from unit to unit. Not only what it takes of devices counts then.
+    /// Where the model bounds the makespan: the seconds that a step should take if it never waits for a device, with
+    /// its microbatches pipelined from unit to unit. The plan is then judged by this chain too, not only by device
+    /// time.
     pub chain_secs: Option<f64>,
-    /// The seconds that no unit should take longer than. The finer the units of all, the better one of them can follow
-    /// another on the next device that is free.
+    /// The most seconds that a unit should take. The finer the units of all models, the sooner a device is free for the
+    /// next one.
     pub unit_secs: Option<f64>,
 }
 
 impl Spread {
-    /// Anywhere on so many devices, with units as they come.
+    /// Anywhere on this many devices, with no requirement on units.
     pub fn anywhere(devices: usize) -> Spread {
         Spread::Anywhere(Anywhere { devices, chain_secs: None, unit_secs: None })
     }
 
-    /// Whether shards are at home on several devices.
+    /// Whether shards have homes on several devices.
     pub(super) fn is_stages(self) -> bool {
         matches!(self, Spread::Stages { .. })
     }
 
-    /// Whether microbatches go through such shards one behind the other.
+    /// Whether microbatches flow through such shards as a pipeline.
     pub(super) fn is_pipelined(self) -> bool {
         self == Spread::Stages { pipelined: true }
     }
@@ -98,15 +99,15 @@ impl Spread {
     }
 }
 
-/// What a plan must keep to: first the budgets and the wishes, then what is forced instead of searched for, which
-/// studies and tests do.
+/// What a plan must keep to: first budgets and preferences, then choices that are forced instead of searched for, for
+/// studies and tests.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PlanOptions {
-    /// Bytes of the device's arena; `None` is as many as the fastest plan wants.
+    /// Bytes of the device's arena; `None`: as many as the fastest plan wants.
     pub device_budget: Option<u64>,
-    /// Bytes of the host's store and of the disk tier.
+    /// Bytes of the host store and of the disk tier.
     pub homes: HomeBudgets,
-    /// Weight slots; 1 is no double buffering.
+    /// Weight slots; 1: no double buffering.
     pub slots: usize,
     /// Recomputation.
     pub recompute: Recompute,
@@ -116,18 +117,18 @@ pub struct PlanOptions {
     pub spread: Spread,
     /// A cut to use instead of searching.
     pub cut: Option<Vec<Range<usize>>>,
-    /// For each shard of `cut`, whether its forward is kept instead of recomputed; none is of a model that runs
-    /// anywhere.
+    /// For each shard of `cut`, whether its forward's activations are kept instead of recomputed; a model that runs
+    /// anywhere keeps none.
     pub kept: Option<Vec<bool>>,
-    /// Force what is at home on the disk, whatever the budgets; `None` is as little as will do.
+    /// Force what has its home on disk, whatever the budgets; `None`: as little as possible.
     pub on_disk: Option<OnDisk>,
     /// Force state to stay on the device, or all of it to leave it.
     pub resident: Option<bool>,
-    /// Force how many shards rest on the device where not all do, as far as there are as many; `None` is as many as
-    /// fit.
+    /// Force how many shards' state rests on the device where not all does, as far as there are as many; `None`: as
+    /// many as fit.
     pub resting: Option<usize>,
-    /// Force how many of the shards that visit are updated on the device, as far as there are as many; `None` is as
-    /// many as make a step shortest.
+    /// Force how many of the visiting shards are updated on the device, as far as there are as many; `None`: the number
+    /// with the shortest step.
     pub visiting_updates: Option<usize>,
     /// Force boundary tensors to stay on the device, or to leave it.
     pub boundaries_stay: Option<bool>,
@@ -158,26 +159,26 @@ impl Default for PlanOptions {
 pub struct Plan {
     /// The shards, in order.
     pub shards: Vec<ShardPrograms>,
-    /// Where state lives.
+    /// Which state stays on the device and which visits.
     pub choice: Choice,
     /// The device's arena.
     pub arena: ArenaMap,
     /// The host's store.
     pub host: HostMap,
-    /// What updates need.
+    /// What the updates need.
     pub updates: Updates,
     /// The smallest device budget for which there is a plan under the same options.
     pub smallest_device_bytes: u64,
-    /// Estimated seconds of a step, by which it was chosen.
+    /// Estimated seconds of a step, by which the plan was chosen.
     pub estimated_secs: f64,
 }
 
 impl Plan {
-    /// The plan that fits and is the fastest by a quick estimate; [`plan_alone`](crate::engine::plan_alone) tells the
-    /// best few apart by what the executor makes of them.
+    /// The fastest plan that fits, by a quick estimate; [`plan_alone`](crate::engine::plan_alone) compares the best few
+    /// by simulating the executor.
     ///
     /// # Errors
-    /// [`Error::OutOfBudget`] when none fits, with a table of what the smallest needs.
+    /// [`Error::OutOfBudget`] when no plan fits, with a table of what the smallest needs.
     pub fn new(model: &Model, options: &PlanOptions, cost: &CostModel) -> Result<Plan> {
         Ok(Plan::sketch(model, options, cost)?.own(model, options.recompute))
     }
@@ -237,12 +238,12 @@ impl Plan {
         self
     }
 
-    /// The stretches in which a shard's own gradients leave, are applied, and its weights come back for the next step,
-    /// in bytes of weights from the shard's first.
+    /// The pieces in which a shard's own gradients leave, are applied, and its weights come back for the next step, as
+    /// ranges in bytes of weights from the shard's first.
     ///
-    /// In pieces these three overlap, which matters most at the turn of the step, where the first shard's gradient is
-    /// the last to leave and its weights are the first to be needed; and no copy that can wait keeps a lane from a more
-    /// urgent one for long. With one slot there is one piece: no double buffering means that nothing of a shard moves
+    /// In pieces these three overlap, which matters most between two steps, where the first shard's gradient is the
+    /// last to leave and its weights are the first to be needed. Pieces also keep a copy that can wait from blocking a
+    /// lane for a more urgent one. With one slot there is one piece: without double buffering nothing of a shard moves
     /// while another computes.
     pub fn pieces(&self, shard: usize) -> Vec<Range<u64>> {
         pieces_of(&self.choice, shard, self.shards[shard].own_bytes(), self.host.copy_stage_bytes)
@@ -263,7 +264,7 @@ impl Plan {
         Plan { host: host_map(model, &self.shards, &choice, self.updates.moments), choice, ..self.clone() }
     }
 
-    /// How many shards are updated on the device that has computed their gradients.
+    /// How many shards are updated on the device that computed their gradients.
     pub fn device_updates(&self) -> usize {
         (0..self.shards.len()).filter(|&s| self.choice.updates_on_device(s)).count()
     }
@@ -293,7 +294,7 @@ impl Plan {
         self.shards[shard].layout.layers.clone().map(|l| model.train.layers[l].name.as_str()).collect()
     }
 
-    /// Stretches of the arena by purpose, for people: name and bytes.
+    /// The arena's bytes by purpose, for display: name and bytes.
     pub fn arena_table(&self) -> Vec<(&'static str, u64)> {
         let (a, n) = (&self.arena, self.shards.len());
         let until = |from: Option<&u64>, to: u64| from.map_or(0, |&f| to.saturating_sub(f));

@@ -15,16 +15,17 @@ use std::cell::RefCell;
 use std::collections::HashSet;
 use std::sync::Arc;
 
-/// Runs `batch`, whose tensors have the sample as their first axis, through `network` in evaluation mode, and gives the
-/// logits with their shape: what its last layer computes before the loss. Labels are not looked at where there are
-/// some. What `weights` do not give is drawn by the seed 0. Waits for the device.
+/// Runs `batch`, whose tensors have the sample as their first axis, through `network` in evaluation mode, and returns
+/// the logits with their shape: what the last layer computes before the loss. Labels are ignored. Weights that
+/// `weights` does not give are drawn with seed 0. Waits for the device.
 ///
-/// It runs on the host in f32, in as little memory as the weights' visits to a device take: 4 bytes a parameter, two of
-/// the largest layers once more, and the activations of the whole batch, layer by layer. No budget is kept to.
+/// It runs on the host in f32 by the smallest plan: the weights are in host memory (4 bytes a parameter), and the
+/// device has room for two of the largest layers and for the activations of the whole batch, layer by layer. No budget
+/// applies.
 ///
 /// # Errors
-/// When the network does not take these tensors, an id is out of range, a weight is missing, of another shape or to
-/// come from a checkpoint, memory cannot be had, or a weight or a logit is not finite.
+/// When the network does not take these tensors, an id is out of range, a weight is missing, has another shape or is to
+/// come from a checkpoint, memory is not available, or a weight or a logit is not finite.
 pub fn wait_forward(network: &dyn Network, weights: Weights, batch: &Batch) -> Result<(Shape, Vec<f32>)> {
     if matches!(weights, Weights::Later) {
         return Err(Error::bad("the weights are to come from a checkpoint, which a session reads"));
@@ -74,12 +75,12 @@ pub fn wait_forward(network: &dyn Network, weights: Weights, batch: &Batch) -> R
     Ok((shape, logits))
 }
 
-/// The logits of a batch with what training has made of the engine's model number `model`, which has come home;
-/// adapters that were learned by `low_rank` are in the weights.
+/// The logits of a batch with the trained weights of the engine's model number `model`, whose state is at home;
+/// adapters of `low_rank` are merged into the weights.
 ///
 /// # Errors
-/// As [`wait_forward`]; when the network's tensors are not the model's; and when steps were begun since it came home,
-/// or it has ended in the middle of one.
+/// As [`wait_forward`]; when the network's tensors are not the model's; and when steps were begun since the state came
+/// home, or the model ended in the middle of one.
 pub(super) fn wait_forward_trained(
     network: &dyn Network,
     (engine, model): (&Engine, usize),

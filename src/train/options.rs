@@ -21,42 +21,42 @@ pub struct TrainOptions {
     pub steps: u64,
     /// The update.
     pub optimizer: Optimizer,
-    /// The learning rate over the steps.
+    /// The learning rate as a function of the step.
     pub schedule: Schedule,
-    /// Greatest global norm of a gradient; larger ones are scaled down.
+    /// Largest global norm of the gradient; larger gradients are scaled down to it.
     pub clip: Option<f64>,
-    /// The plan's budgets and wishes; `updates` are filled in from the optimizer.
+    /// Budgets and preferences for the plan; `updates` is filled in from the optimizer.
     pub plan: PlanOptions,
     /// The device; its arena's size comes from the plan.
     pub device: DeviceSpec,
-    /// The folder of the disk tier, for plans that put anything there.
+    /// The folder of the disk tier, for plans that use it.
     pub disk: Option<PathBuf>,
-    /// Validate after every so many steps, where there is held-out data; at least 1.
+    /// Steps between validations, where there is held-out data; at least 1.
     pub valid_every: u64,
-    /// Seconds without any completion after which the run ends; ten estimated steps where that is longer. On the host
-    /// those in which a task computes do not count.
+    /// Seconds without any completion after which the run ends, or ten estimated steps where that is longer. On the
+    /// host, time in which a task computes does not count.
     pub patience_secs: f64,
-    /// Fill the arena with NaN first, so that use of what was never written shows.
+    /// Fill the arena with NaN first, so that reads of memory that was never written show.
     pub poison: bool,
     /// Element type of weights and activations: F32, or Bf16 with f32 masters.
     pub dtype: DType,
-    /// Products of f32 may round their factors to tf32; for the cuda device, emulated or not.
+    /// Matrix products of f32 may round their factors to tf32; for the cuda device, emulated or not.
     pub tf32: bool,
-    /// Rows of logits that are made at a time, as in [`crate::graph::Graph::loss_rows`].
+    /// Rows of logits that are computed at a time, as in [`crate::graph::Graph::loss_rows`].
     pub loss_rows: Option<usize>,
-    /// What cuts its text into tokens: any words that are the same as long as it is. With another, a checkpoint's
-    /// weights mean nothing; none: not compared.
+    /// Identifies the tokenizer: any text that changes whenever the tokenizer does. A checkpoint is refused where it
+    /// differs, since its weights would mean nothing; `None`: not compared.
     pub tokenizer: Option<String>,
-    /// The settings of the network, [`crate::nn::settings`]: with others, a checkpoint's weights mean something else;
-    /// none: not compared.
+    /// The settings of the network, [`crate::nn::settings`]. A checkpoint is refused where they differ, since its
+    /// weights would mean something else; `None`: not compared.
     pub network: Option<String>,
-    /// Parameters whose names begin with one of these stay as they are: of them a step needs the weights alone, no
-    /// gradients and no moments.
+    /// Parameters whose names begin with one of these are not trained: a step needs only their weights, no gradients
+    /// and no moments.
     pub frozen: Vec<String>,
-    /// Linear layers learn low-rank adapters beside their weights, and all else stays as it is.
+    /// Low-rank adapters to train beside linear layers' weights; everything else is frozen.
     pub low_rank: Option<LowRank>,
-    /// What it is trained and validated on, by keys that begin with `data.` or `valid.`: any words that are the same as
-    /// long as that is. A change is told.
+    /// Identifies the training and validation data, by keys that begin with `data.` or `valid.`: any text that changes
+    /// whenever the data does. On resume a change is reported.
     pub data: Vec<(&'static str, String)>,
 }
 
@@ -88,7 +88,7 @@ impl TrainOptions {
         }
     }
 
-    /// Refuses what cannot be meant.
+    /// Refuses invalid options.
     ///
     /// # Errors
     /// When a number is out of its range, or a key of `data` does not begin as it should.
@@ -126,7 +126,7 @@ impl TrainOptions {
         }
     }
 
-    /// What the optimizer needs of a plan.
+    /// What the optimizer needs from a plan.
     pub fn updates(&self) -> Updates {
         Updates { moments: self.optimizer.moments(), clips: self.clip.is_some() }
     }
@@ -139,7 +139,7 @@ impl TrainOptions {
         }
     }
 
-    /// How an engine runs the model: for a loop of one's own.
+    /// The options with which an engine runs the model: for a loop of one's own.
     pub fn engine_options(&self, model: &Model, plan: &Plan) -> EngineOptions {
         let parameters = &model.train.parameters;
         let decays = parameters.iter().map(|p| self.optimizer.decays(p.shape.axes().len())).collect();

@@ -1,4 +1,4 @@
-//! A session trains one model on one device. It is a fleet of one.
+//! A session trains one model on one device: a fleet of one.
 
 use super::checkpoint::{Checkpoint, write_checkpoint};
 use super::fleet::Fleet;
@@ -25,17 +25,17 @@ use std::sync::atomic::AtomicBool;
 pub struct Session {
     fleet: Fleet,
     options: TrainOptions,
-    /// Steps that have ended and that nobody was told of.
+    /// Steps that have ended and have not been reported yet.
     untold: VecDeque<StepReport>,
 }
 
 impl Session {
-    /// Measures the options' device, which takes a second or two, traces and plans by what it achieves, and starts: all
-    /// that [`prepare`](super::prepare()) and [`Session::new`] do.
+    /// Measures the options' device, which takes a second or two, traces the network, plans with the measured rates,
+    /// and starts: [`prepare`](super::prepare()) and [`Session::new`] in one call.
     ///
     /// # Errors
-    /// As both: when an option is absurd, the network does not take the source's tensors, no plan fits the budgets, or
-    /// memory, threads or weights cannot be had.
+    /// As both: when an option is invalid, the network does not take the source's tensors, no plan fits the budgets, or
+    /// memory, threads or weights are not available.
     pub fn start(
         network: &dyn Network,
         weights: Weights,
@@ -53,8 +53,8 @@ impl Session {
     /// [`plan_model`](super::plan_model).
     ///
     /// # Errors
-    /// When memory, threads or the disk cannot be had, weights are missing, an option is absurd or another than the
-    /// model's or the plan's, or the plan is another model's or crosses devices.
+    /// When memory, threads or the disk are not available, weights are missing, an option is invalid or disagrees with
+    /// the model or the plan, or the plan is for another model or for several devices.
     pub fn new(
         weights: Weights,
         (model, plan): (Arc<Model>, Arc<Plan>),
@@ -88,11 +88,11 @@ impl Session {
         Ok(Session { fleet: Fleet::new(vec![model], device, None)?, options, untold: VecDeque::new() })
     }
 
-    /// Goes on from the checkpoint at `path`, before the first step; gives the steps that it had done, or `None` where
-    /// there is no such file.
+    /// Resumes from the checkpoint at `path`, before the first step. Returns the number of steps done by then, or
+    /// `None` where there is no such file.
     ///
     /// # Errors
-    /// When the file cannot be read or is of another run ([`Checkpoint::check`]), or a step has begun.
+    /// When the file cannot be read or belongs to another run ([`Checkpoint::check`]), or a step has begun.
     pub fn resume(&mut self, path: &Path) -> Result<Option<u64>> {
         let Some(mut checkpoint) = Checkpoint::open(path)? else { return Ok(None) };
         checkpoint.check(&self.options, self.engine().model(0))?;
@@ -106,8 +106,8 @@ impl Session {
         self.fleet.engine()
     }
 
-    /// The engine, to record events or write state. Steps and evaluations that are begun here are waited for here,
-    /// before the session goes on.
+    /// The engine, to record events or write state. A caller who begins steps or evaluations on it must wait for them
+    /// before calling the session again.
     pub fn engine_mut(&mut self) -> &mut Engine {
         self.fleet.engine_mut()
     }
@@ -117,14 +117,14 @@ impl Session {
         self.fleet.steps_done(0)
     }
 
-    /// Runs the remaining steps, or until `stop` is set; then the state is in the host's store. Validates every
+    /// Runs the remaining steps, or until `stop` is set; the state is then in the host store. Validates every
     /// [`TrainOptions::valid_every`] steps and at the end. Waits for the device throughout.
     ///
     /// # Errors
-    /// What the engine, the data or `observer` gives; [`Error::Interrupted`] when `stop` was set before the end, the
-    /// validation there included. A model that has failed trains no more: every later call is an error that says why,
-    /// but that [`Session::wait_checkpoint`], [`Session::wait_save`] and [`Session::wait_forward`] take what is whole
-    /// of it.
+    /// Errors of the engine, the data or `observer`; [`Error::Interrupted`] when `stop` was set before the end,
+    /// including the last validation. A model that has failed cannot be trained further: every later call is an error
+    /// that says why, except that [`Session::wait_checkpoint`], [`Session::wait_save`] and [`Session::wait_forward`]
+    /// still work on the state of its last whole step, where there is one.
     pub fn run(&mut self, observer: &mut dyn Observer, stop: &AtomicBool) -> Result<()> {
         self.fleet.check_failed(0)?;
         while let Some(report) = self.untold.pop_front() {
@@ -135,11 +135,11 @@ impl Session {
         self.fleet.take_failure(0).map_or(Ok(()), Err)
     }
 
-    /// Waits for the next step and tells of it; `None` after the last. The step after it has begun by then, so that the
-    /// device does not wait for the caller. Nothing is validated or saved but when asked for.
+    /// Waits for the next step and reports it; `None` after the last. The step after it has already begun by then, so
+    /// that the device does not wait for the caller. Validates and saves nothing by itself.
     ///
     /// # Errors
-    /// What the engine or the data gives; then as after [`Session::run`].
+    /// Errors of the engine or the data; after one, later calls behave as after [`Session::run`].
     pub fn wait_step(&mut self) -> Result<Option<StepReport>> {
         match self.untold.pop_front() {
             Some(report) => Ok(Some(report)),
@@ -147,25 +147,25 @@ impl Session {
         }
     }
 
-    /// Evaluates the model on one pass over `source`, and gives the mean loss of its labelled positions. A step that
+    /// Evaluates the model on one pass over `source` and returns the mean loss over its labelled positions. A step that
     /// has begun ends first.
     ///
     /// # Errors
-    /// When the data is at fault, has no label or no end, or the engine fails.
+    /// When the data is invalid, has no label or no end, or the engine fails.
     pub fn wait_evaluation(&mut self, source: &mut dyn Source) -> Result<f32> {
         self.wait_begun()?;
         self.fleet.wait_evaluation(0, source)
     }
 
-    /// The logits of a batch of any size, and their shape, after all steps that have begun; later steps are as if
-    /// nobody had asked. `network` is the one that is trained. They are those of
-    /// [`wait_forward`](super::wait_forward()) with what [`Session::wait_save`] writes, to the bit where that is f32:
-    /// on the host and in f32, of a bf16 model by the f32 masters, with adapters in the weights. So they take memory
-    /// beside the plan's, as is said there. What is frozen of a bf16 model is rounded, as steps have it.
+    /// The logits of a batch of any size, and their shape, after all steps that have begun; later steps are not
+    /// affected. `network` is the one in training. The logits are those of [`wait_forward`](super::wait_forward()) with
+    /// the weights that [`Session::wait_save`] writes, bit for bit where those are f32: computed on the host in f32,
+    /// for a bf16 model from the f32 masters, with adapters merged into the weights. This takes memory in addition to
+    /// the plan's, as described there. Frozen parameters of a bf16 model are rounded to bf16, as in training.
     ///
     /// # Errors
-    /// As [`wait_forward`](super::wait_forward()); when `network` has other tensors than the model, or of other shapes;
-    /// when weights were to come from a checkpoint and none came, the engine fails, and after a loss that is not
+    /// As [`wait_forward`](super::wait_forward()); when `network` has other tensors or shapes than the model; when
+    /// weights were to come from a checkpoint that was never read; when the engine fails; and after a loss that is not
     /// finite, as [`Session::wait_checkpoint`].
     pub fn wait_forward(&mut self, network: &dyn Network, batch: &Batch) -> Result<(Shape, Vec<f32>)> {
         self.fleet.trainees[0].check_weights()?;
@@ -175,18 +175,19 @@ impl Session {
         logits
     }
 
-    /// Writes a checkpoint of all steps that have begun, from which [`Session::resume`] goes on. Of a model that its
-    /// data or its observer has ended these are whole too; where a loss is not finite, it is of the steps before.
+    /// Writes a checkpoint of all steps that have begun, from which [`Session::resume`] continues. After an error of
+    /// the data or the observer it holds these steps too; after a loss that is not finite, the steps before that one.
     ///
     /// # Errors
-    /// When the engine fails, or the file cannot be written; an older one is whole then. After a loss that is not
-    /// finite, when the step itself has changed running statistics, or the step behind it weights.
+    /// When the engine fails, or the file cannot be written; an older checkpoint stays intact. After a loss that is not
+    /// finite, when that step has already changed running statistics, or the step after it weights.
     pub fn wait_checkpoint(&mut self, path: &Path) -> Result<()> {
         self.wait_home()?;
         write_checkpoint(path, self.engine(), 0, &self.options, self.steps_done())
     }
 
-    /// Saves the model, which began with the weights `first`, after all steps that have begun, as [`save_model`] does.
+    /// Saves the model after all steps that have begun, as [`save_model`] does. `first` are the weights it started
+    /// from.
     ///
     /// # Errors
     /// As [`save_model`]; when the engine fails; and after a loss that is not finite, as [`Session::wait_checkpoint`].
@@ -196,7 +197,7 @@ impl Session {
         save_model(dir, form, (self.engine(), 0), first, low_rank, self.steps_done())
     }
 
-    /// Brings home what the steps that have begun leave; of a model that has failed, what its last whole step has left.
+    /// Brings the state home after the steps that have begun; of a model that has failed, after its last whole step.
     fn wait_home(&mut self) -> Result<()> {
         let standing = self.fleet.check_failed(0);
         if standing.is_ok() {

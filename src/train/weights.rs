@@ -1,4 +1,4 @@
-//! A model's first weights, and how they come into the host's store.
+//! A model's initial weights, and how they are written to the host store.
 
 use crate::base::{Error, Result, Shape};
 use crate::engine::{Engine, Stored};
@@ -7,35 +7,35 @@ use crate::nn::{Pretrained, init};
 use std::fmt;
 use std::sync::Arc;
 
-/// Names of the model that are told where none was given.
+/// How many of the model's names an error lists where none was given.
 const SHOWN_NAMES: usize = 3;
 
-/// Gives the elements of a tensor, row-major, by its name and shape in the graph, where it has them.
+/// Returns the elements of a tensor, row-major, by its name and shape in the graph; `None` where it has no such tensor.
 pub type GiveTensor<'a> = dyn Fn(&str, &Shape) -> Result<Option<Vec<f32>>> + 'a;
 
-/// Where a model's first weights come from.
+/// Where a model's initial weights come from.
 #[derive(Clone, Copy)]
 pub enum Weights<'a> {
-    /// A Hugging Face directory, or what a network of one's own was saved as ([`open_own`](crate::nn::open_own)).
+    /// A Hugging Face directory, or a saved network of one's own ([`open_own`](crate::nn::open_own)).
     Pretrained(&'a Pretrained),
     /// Drawn from the seed.
     Random,
-    /// From anywhere, by name: another model, or what of a file has its place under a new head
-    /// ([`Pretrained::tensor`]). What it does not give is drawn from the seed, as [`Weights::Random`] would; it must
-    /// know one name of the model's at least.
+    /// From anywhere, by name: another model, or the tensors of a file that fit a model with a new head
+    /// ([`Pretrained::tensor`]). Tensors that it does not give are drawn from the seed, as by [`Weights::Random`]; it
+    /// must give at least one of the model's tensors.
     Given(&'a GiveTensor<'a>),
     /// From a checkpoint, which the caller restores before the first step ([`super::Session::resume`],
-    /// [`super::Fleet::start_at`]): until then they are 0, and a step is an error. Not of a model with frozen weights,
-    /// which no checkpoint has.
+    /// [`super::Fleet::start_at`]): until then they are 0, and a step is an error. Not for a model with frozen weights,
+    /// since no checkpoint holds these.
     Later,
 }
 
 impl Weights<'_> {
-    /// Writes them, and the first running statistics, to where a model of `engine` has them at home; no step of it has
-    /// begun. A [`super::Session`] does it by itself.
+    /// Writes the weights and the initial running statistics to their homes in `engine`'s store, before the first step
+    /// of the model. A [`super::Session`] does this by itself.
     ///
     /// # Errors
-    /// When a tensor is missing or has another shape, cannot be read, none at all is given, or a step has begun.
+    /// When a tensor is missing, has another shape or cannot be read, when none at all is given, or a step has begun.
     pub fn write(&self, engine: &mut Engine, model: usize, seed: u64) -> Result<()> {
         if matches!(self, Weights::Later) {
             return Ok(());
@@ -67,7 +67,7 @@ impl Weights<'_> {
         Ok(())
     }
 
-    /// A tensor by its name in the graph, where they are not drawn.
+    /// A tensor by its name in the graph; `None` where the weights are drawn.
     pub(super) fn named(&self, name: &str, shape: &Shape) -> Result<Option<Vec<f32>>> {
         match self {
             // A directory has none of the adapters that are learned beside it.
