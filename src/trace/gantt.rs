@@ -75,6 +75,33 @@ pub fn gantt_svg(events: &[Event], options: &GanttOptions) -> String {
     Chart { options, from: span.0, until: span.1, width, top: 0.0 }.draw(&shown)
 }
 
+/// When no lane has a task, and steps of some model are not among the `events`: they were not kept.
+fn unrecorded(events: &[Event]) -> Vec<(f64, f64)> {
+    let mut steps: BTreeMap<u16, BTreeMap<u32, (f64, f64)>> = BTreeMap::new();
+    for event in events {
+        let (from, until) = (event.start_secs, event.end_secs);
+        let step = steps.entry(event.name.model).or_default().entry(event.step).or_insert((from, until));
+        *step = (step.0.min(from), step.1.max(until));
+    }
+    let jumps: Vec<(f64, f64)> = steps
+        .values()
+        .flat_map(|steps| steps.iter().zip(steps.iter().skip(1)))
+        .filter(|((before, _), (after, _))| **after > **before + 1)
+        .map(|((_, before), (_, after))| (before.1, after.0))
+        .collect();
+    let mut times: Vec<(f64, f64)> = events.iter().map(|event| (event.start_secs, event.end_secs)).collect();
+    times.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let mut gaps = Vec::new();
+    let mut until = times.first().map_or(0.0, |first| first.1);
+    for (start, end) in times {
+        if start > until && jumps.iter().any(|jump| jump.0 < start && until < jump.1) {
+            gaps.push((until, start));
+        }
+        until = until.max(end);
+    }
+    gaps
+}
+
 /// The chart being drawn: its window and where its rows begin.
 struct Chart<'a> {
     options: &'a GanttOptions,
@@ -110,6 +137,9 @@ impl Chart<'_> {
         self.axis(&mut out, bottom);
         if one_model {
             self.steps(&mut out, events, bottom);
+        }
+        for gap in unrecorded(events) {
+            self.gap(&mut out, gap, bottom);
         }
         for (row, lane_events) in events.chunk_by(|a, b| a.lane == b.lane).enumerate() {
             self.row(&mut out, row, lane_events, one_model);
@@ -175,6 +205,28 @@ impl Chart<'_> {
         let start = if self.from == 0.0 { "the start".to_string() } else { format!("{:.6} s", self.from) };
         let name = format!("{name} since {start} of the run");
         let _ = writeln!(out, "{}", svg::axis(self.left(), self.width - MARGIN, bottom, 37.0, &name));
+    }
+
+    /// A shade where nothing was recorded.
+    fn gap(&self, out: &mut String, (from, until): (f64, f64), bottom: f64) {
+        const LABEL: &str = "not recorded";
+        let (left, right) = (self.x(from), self.x(until));
+        if right - left < 3.0 {
+            return;
+        }
+        let _ = writeln!(
+            out,
+            "<rect class=\"gap\" x=\"{}\" y=\"{}\" width=\"{}\" height=\"{}\"><title>{LABEL}: {}</title></rect>",
+            px(left),
+            px(self.top),
+            px(right - left),
+            px(bottom - self.top),
+            format_secs(until - from)
+        );
+        if right - left > svg::text_width(LABEL) + 8.0 {
+            let (x, y) = (px(0.5 * (left + right)), px(0.5 * (self.top + bottom) + 4.0));
+            let _ = writeln!(out, "<text class=\"soft\" x=\"{x}\" y=\"{y}\" text-anchor=\"middle\">{LABEL}</text>");
+        }
     }
 
     /// A dashed line where each step of the one model begins: where its first unit starts, since copies work ahead.
@@ -305,6 +357,32 @@ mod tests {
         assert!(!svg.contains("NaN") && !svg.contains("inf"), "{svg}");
         assert_eq!(svg, gantt_svg(events, options), "equal data give equal bytes");
         svg
+    }
+
+    /// Where steps are left out and no lane has a task; not where a lane merely waits.
+    #[test]
+    fn what_was_not_recorded_is_shaded() {
+        let moved = |event: &Event, step: u32, secs: f64| Event {
+            step: event.step + step,
+            start_secs: event.start_secs + secs,
+            end_secs: event.end_secs + secs,
+            ..*event
+        };
+        let first = sample::two_steps();
+        let until = first.iter().map(|event| event.end_secs).fold(0.0, f64::max);
+        let with = |step: u32, secs: f64| -> Vec<Event> {
+            first.iter().copied().chain(first.iter().map(|event| moved(event, step, secs))).collect()
+        };
+        let later = with(9, 9.0 * until);
+        assert_eq!(
+            unrecorded(&later),
+            [(until, 9.0 * until + first.iter().map(|e| e.start_secs).fold(f64::INFINITY, f64::min))]
+        );
+        assert!(check(&later, &GanttOptions::default()).contains(">not recorded</text>"));
+        for none in [with(2, 9.0 * until), with(9, 0.5 * until), first.clone()] {
+            assert_eq!(unrecorded(&none), []);
+            assert!(!check(&none, &GanttOptions::default()).contains("not recorded"));
+        }
     }
 
     #[test]

@@ -69,6 +69,7 @@ svg.hydra .step{stroke:var(--soft);stroke-width:1;stroke-dasharray:2 3}\
 svg.hydra .band{fill:var(--line);opacity:.35}svg.hydra .in{fill:#fff;font-size:11px;font-weight:600;pointer-events:none}\
 svg.hydra .curve{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}\
 svg.hydra .bound{fill:none;stroke-width:1.5;stroke-dasharray:5 4}\
+svg.hydra .gap{fill:var(--line);opacity:.6}\
 svg.hydra .faint{fill:none;stroke-width:1;opacity:.55}svg.hydra .dot{stroke:var(--paper);stroke-width:1.5}";
 
 /// Pixels that `text` takes at 12 px, roughly, in the wider of the common sans-serif faces.
