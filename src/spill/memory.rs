@@ -377,6 +377,10 @@ pub fn visiting_gradients_at(shards: &[ShardPrograms], shard: usize) -> u64 {
 /// Bytes of those accumulators: every use of its parameters in another shard.
 pub(super) fn visiting_gradient_bytes(model: &Model, shards: &[ShardPrograms], shard: usize) -> u64 {
     let own = &shards[shard].layout.own;
+    // Of most shards there are none, and they are many.
+    if !model.layout.shared.iter().any(|&p| own.contains(&model.layout.parameter[p])) {
+        return 0;
+    }
     let others = shards.iter().enumerate().filter(|&(s, _)| s != shard).flat_map(|(_, o)| &o.layout.shared);
     let owned = others.filter(|u| own.contains(&model.layout.parameter[u.parameter]));
     owned.map(|u| align_up(model.gradient_bytes(u.parameter), ALIGNMENT)).sum()

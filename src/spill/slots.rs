@@ -27,7 +27,11 @@ impl SlotMap {
         let mut at: Vec<u64> = bytes[..own].iter().map(|&bytes| bump.take(bytes)).collect();
         let mut of: Vec<Range<usize>> = (0..own).map(|s| s..s + 1).collect();
         let visiting = &bytes[own..];
-        let Some(&Sizes { large, others, count }) = sizes(visiting, count).first() else { return SlotMap { at, of } };
+        if visiting.is_empty() {
+            return SlotMap { at, of };
+        }
+        let peaks = (0..visiting.len()).fold(Peaks::default(), |peaks, s| peaks.with_first(&visiting[s..], count));
+        let Sizes { large, others, count } = peaks.sizes(visiting, count);
         at.extend(large.map(|bytes| bump.take(bytes)));
         let small = at.len();
         at.extend(bump.take_many(count, others));
@@ -87,27 +91,47 @@ impl Sizes {
     }
 }
 
+/// What the sizes of slots depend on, of shards from one on: the largest of them, and the largest size that two of so
+/// many neighbours reach.
+#[derive(Clone, Copy, Default)]
+struct Peaks {
+    largest: u64,
+    second: u64,
+}
+
+impl Peaks {
+    /// Those of one shard more, which is the first of `bytes`, with `count` slots.
+    fn with_first(self, bytes: &[u64], count: usize) -> Peaks {
+        let neighbours = bytes[1..count.clamp(1, bytes.len())].iter();
+        let second = neighbours.map(|&other| other.min(bytes[0])).fold(self.second, u64::max);
+        Peaks { largest: self.largest.max(bytes[0]), second }
+    }
+
+    /// The sizes for shards of so many `bytes` that have these peaks.
+    fn sizes(self, bytes: &[u64], count: usize) -> Sizes {
+        let Peaks { largest, second } = self;
+        let even = Sizes { large: None, others: largest, count: count.min(bytes.len()) };
+        if count < 2 || second == largest {
+            return even;
+        }
+        // What takes long to come begins best long before: its slot is not for what is half as large.
+        let is_small = |&&bytes: &&u64| bytes <= second || 2 * bytes <= largest;
+        let small = bytes.iter().filter(is_small);
+        let others = small.clone().copied().max().unwrap_or(0);
+        let apart = Sizes { large: Some(largest), others, count: count.min(small.count()) };
+        if apart.sum() < even.sum() { apart } else { even }
+    }
+}
+
 /// The sizes for the shards from each one on, with `count` slots.
 fn sizes(bytes: &[u64], count: usize) -> Vec<Sizes> {
-    let mut sizes = vec![Sizes { large: None, others: 0, count: 0 }; bytes.len()];
-    // The largest of those from a shard on, and the largest size that two of so many neighbours reach.
-    let (mut largest, mut second) = (0, 0);
-    for (first, &this) in bytes.iter().enumerate().rev() {
-        let visiting = &bytes[first..];
-        let neighbours = &visiting[1..count.clamp(1, visiting.len())];
-        largest = largest.max(this);
-        second = neighbours.iter().map(|&other| other.min(this)).fold(second, u64::max);
-        let even = Sizes { large: None, others: largest, count: count.min(visiting.len()) };
-        sizes[first] = even;
-        if count > 1 && second < largest {
-            // What takes long to come begins best long before: its slot is not for what is half as large.
-            let is_small = |&&bytes: &&u64| bytes <= second || 2 * bytes <= largest;
-            let small = visiting.iter().filter(is_small);
-            let others = small.clone().copied().max().unwrap_or(0);
-            let apart = Sizes { large: Some(largest), others, count: count.min(small.count()) };
-            sizes[first] = if apart.sum() < even.sum() { apart } else { even };
-        }
-    }
+    let mut peaks = Peaks::default();
+    let of = |first: usize| {
+        peaks = peaks.with_first(&bytes[first..], count);
+        peaks.sizes(&bytes[first..], count)
+    };
+    let mut sizes: Vec<Sizes> = (0..bytes.len()).rev().map(of).collect();
+    sizes.reverse();
     sizes
 }
 
