@@ -2,7 +2,7 @@
 
 use super::member::{Ending, Member, Pending, Purpose};
 use super::misfit::check_step;
-use super::queue::Finished;
+use super::queue::{Finished, Tag};
 use super::{EVALUATIONS, Ended, Engine, StepInput, StepResult};
 use crate::base::{Error, LaneKind, Result};
 use crate::device::UpdateRule;
@@ -295,11 +295,12 @@ impl Engine {
             return Err(error);
         }
         let finished = self.queue.complete(completion.ticket, completion.end_secs);
-        let model = usize::from(finished.name.model);
+        let Tag { name, step, ends_unit, .. } = finished.tag;
+        let model = usize::from(name.model);
         let event = Event {
             lane: finished.lane,
-            name: finished.name,
-            step: finished.step.min(self.members[model].last_begun) as u32,
+            name,
+            step: step.min(self.members[model].last_begun) as u32,
             start_secs: completion.start_secs,
             end_secs: completion.end_secs,
             bytes: finished.bytes,
@@ -313,10 +314,10 @@ impl Engine {
             recorder.record(&event);
         }
         if let (Some(turns), LaneKind::Compute) = (&mut self.turns, event.lane.kind) {
-            turns.task_ended(&event, finished.ends_unit, &self.members[model]);
+            turns.task_ended(&event, ends_unit, &self.members[model]);
         }
         self.task_ended(model, &finished, &event, completion.not_finite_layer)?;
-        if self.turns.is_some() && finished.ends_unit {
+        if self.turns.is_some() && ends_unit {
             self.take_turns()?;
         }
         Ok(model)
@@ -333,7 +334,7 @@ impl Engine {
         let member = &mut self.members[model];
         // Shards run microbatch by microbatch, so a later one may name an earlier layer.
         member.not_finite_layer = member.not_finite_layer.into_iter().chain(not_finite).min();
-        match member.pending.iter().position(|p| p.serial == finished.serial) {
+        match member.pending.iter().position(|p| p.serial == finished.tag.serial) {
             None => member.loose_tasks -= 1,
             Some(at) => {
                 let pending = &mut member.pending[at];

@@ -1,9 +1,11 @@
 //! A model on a device: where its tensors lie there and at home.
 
+use super::queue::Tag;
 use super::rings::{BoundaryKey, ShardOf};
 use super::{Engine, Lanes, NO_STEP};
 use crate::device::{Memory, Span};
 use crate::spill::{ArenaMap, Model, OnDisk, Plan};
+use crate::trace::{TaskName, What};
 use std::sync::Arc;
 
 /// A model on a device, at work: where its tensors are there, and what the tasks belong to.
@@ -49,6 +51,13 @@ impl Site {
     /// A stretch of moments or remainders at home.
     pub fn update_state(&self, offset: u64, bytes: u64) -> Span {
         self.home(OnDisk::UpdateState, offset, bytes)
+    }
+
+    /// What a task is called that is of a shard, and of a microbatch if it is of one.
+    pub fn tag(&self, what: What, shard: usize, microbatch: Option<usize>) -> Tag {
+        let microbatch = microbatch.filter(|_| self.model.microbatches > 1).map(|m| m as u16);
+        let name = TaskName { what, model: self.member as u16, shard: shard as u16, microbatch };
+        Tag { name, serial: self.serial, step: self.step, ends_unit: false }
     }
 
     pub fn shard(&self, shard: usize) -> ShardOf {
