@@ -96,16 +96,23 @@ impl Engine {
     /// # Errors
     /// When a task fails or stalls, or the loss is not finite (the message names the first layer whose output is not).
     pub fn wait_step(&mut self, model: usize) -> Result<StepResult> {
+        match self.wait_ended(model, "wait_step: no step is in flight")? {
+            Ended::Step(_, result) => Ok(result),
+            Ended::Model(_, error) => Err(error),
+            Ended::Evaluation(..) => Err(Error::bad("wait_step: an evaluation is in flight")),
+        }
+    }
+
+    /// Waits for what ends next of a model; `nothing` is in flight is an error.
+    fn wait_ended(&mut self, model: usize, nothing: &str) -> Result<Ended> {
         loop {
-            match self.ended(model) {
-                Some(Ended::Step(_, result)) => return Ok(result),
-                Some(Ended::Model(_, error)) => return Err(error),
-                Some(Ended::Evaluation(..)) => return Err(Error::bad("wait_step: an evaluation is in flight")),
-                None if self.members[model].pending.is_empty() => {
-                    return Err(Error::bad("wait_step: no step is in flight"));
-                }
-                None => self.wait_one().map(drop)?,
+            if let Some(ended) = self.ended(model) {
+                return Ok(ended);
             }
+            if self.members[model].pending.is_empty() {
+                return Err(Error::bad(nothing));
+            }
+            self.wait_one()?;
         }
     }
 
@@ -227,18 +234,10 @@ impl Engine {
     /// # Errors
     /// As [`Engine::wait_step`].
     pub fn wait_begun_evaluation(&mut self, model: usize) -> Result<f32> {
-        loop {
-            match self.ended(model) {
-                Some(Ended::Evaluation(_, loss)) => return Ok(loss),
-                Some(Ended::Model(_, error)) => return Err(error),
-                Some(Ended::Step(..)) => {
-                    return Err(Error::bad("an evaluation is waited for, and a step is in flight"));
-                }
-                None if self.members[model].pending.is_empty() => {
-                    return Err(Error::bad("an evaluation is waited for, and none is in flight"));
-                }
-                None => self.wait_one().map(drop)?,
-            }
+        match self.wait_ended(model, "an evaluation is waited for, and none is in flight")? {
+            Ended::Evaluation(_, loss) => Ok(loss),
+            Ended::Model(_, error) => Err(error),
+            Ended::Step(..) => Err(Error::bad("an evaluation is waited for, and a step is in flight")),
         }
     }
 

@@ -2,6 +2,7 @@
 
 use super::queue::Tag;
 use super::rings::{BoundaryKey, ShardOf};
+use super::tables::Tables;
 use super::{Engine, Lanes, NO_STEP};
 use crate::device::{Memory, Span};
 use crate::spill::{ArenaMap, Model, OnDisk, Plan};
@@ -16,6 +17,7 @@ pub(super) struct Site {
     pub model: Arc<Model>,
     pub plan: Arc<Plan>,
     pub map: Arc<ArenaMap>,
+    pub tables: Arc<Tables>,
     pub rings: usize,
     pub lanes: Lanes,
     /// Where the model's part of the host's store begins.
@@ -88,6 +90,7 @@ impl Engine {
             model: Arc::clone(&m.model),
             plan: Arc::clone(&m.plan),
             map: Arc::clone(&m.maps[usize::from(device)]),
+            tables: Arc::clone(&m.tables),
             rings: m.rings[usize::from(device)],
             lanes: self.lanes[usize::from(device)],
             store: m.store,
