@@ -103,7 +103,7 @@ impl Engine {
         }
     }
 
-    /// Waits for what ends next of a model; `nothing` is in flight is an error.
+    /// Waits for what ends next of a model; `nothing` says what is wrong where nothing of it is in flight.
     fn wait_ended(&mut self, model: usize, nothing: &str) -> Result<Ended> {
         loop {
             if let Some(ended) = self.ended(model) {
