@@ -154,8 +154,7 @@ impl<'a> Steps<'a> {
             let (bytes, wide) = traffic(s);
             cost.device_settle_secs(bytes, wide)
         };
-        let resting = if choice.resident { shards.len() } else { choice.resting };
-        let first_by_host = (resting + choice.visiting_updates).min(shards.len());
+        let (resting, first_by_host) = (choice.resting_of(shards.len()), choice.updated_of(shards.len()));
         Steps {
             by_host_secs: shards[first_by_host..].iter().map(by_host).collect(),
             resting_secs: shards[..resting].iter().map(here).sum(),

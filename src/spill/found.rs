@@ -1,10 +1,9 @@
 //! What a search has found, and which of it is to be had.
 
 use super::fleet::anywhere_map;
-use super::memory::{ArenaMap, BoundaryTier, Choice, arena_map};
+use super::memory::{ArenaMap, BoundaryTier, Choice, Tenant, arena_map};
 use super::model::Model;
 use super::plan::{Plan, PlanOptions, Recompute, Spread};
-use super::shard::ShardPrograms;
 use super::stand_in::Shards;
 use super::store::host_map;
 use std::cmp::Ordering;
@@ -24,11 +23,11 @@ const REST: f64 = 0.95;
 /// that leaves.
 pub(super) const FEW_PIECES: usize = 3;
 
-/// The arena that a plan of these shards would have.
-pub(super) fn arena_of(model: &Model, shards: &[ShardPrograms], choice: &Choice, options: &PlanOptions) -> ArenaMap {
-    match options.spread {
-        Spread::One | Spread::Stages { .. } => arena_map(model, shards, choice, options.updates.moments),
-        Spread::Anywhere(_) => anywhere_map(model, shards, choice, options.updates.moments),
+/// The arena that a plan would have.
+pub(super) fn arena_of(of: Tenant, spread: Spread) -> ArenaMap {
+    match spread {
+        Spread::One | Spread::Stages { .. } => arena_map(of),
+        Spread::Anywhere(_) => anywhere_map(of),
     }
 }
 
@@ -66,9 +65,11 @@ pub struct Found {
 impl Found {
     /// The plan, of stand-ins.
     pub fn plan(self, model: &Model, options: &PlanOptions, smallest_device_bytes: u64) -> Plan {
-        debug_assert_eq!(self.arena, arena_of(model, &self.shards.programs, &self.choice, options));
+        let moments = options.updates.moments;
+        let of = Tenant { model, shards: &self.shards.programs, choice: &self.choice, moments };
+        debug_assert_eq!(self.arena, arena_of(of, options.spread));
         Plan {
-            host: host_map(model, &self.shards.programs, &self.choice, options.updates.moments),
+            host: host_map(of),
             shards: self.shards.programs,
             choice: self.choice,
             arena: self.arena,

@@ -7,7 +7,7 @@ use super::cut::Balanced;
 use super::estimate::{disk_secs, estimate_secs};
 use super::estimate_anywhere::{chain_secs, estimate_anywhere_secs};
 use super::found::{FEW_PIECES, Fastest, Found, arena_of};
-use super::memory::{BoundaryTier, Choice, VisitBytes, arena_map, bytes_at_rest, have_large, resting_counts};
+use super::memory::{BoundaryTier, Choice, Tenant, VisitBytes, arena_map, bytes_at_rest, have_large, resting_counts};
 use super::model::Model;
 use super::plan::{PlanOptions, Recompute, Spread};
 use super::shard::ShardPrograms;
@@ -114,8 +114,7 @@ impl<'a> Search<'a> {
         }
         if let Some(keep) = &self.options.kept {
             let shards = self.build(cut, |s| keep.get(s).copied().unwrap_or(false), twice);
-            self.visits =
-                VisitBytes::of(self.model, &shards.programs, self.options.updates.moments, self.options.slots.min(n));
+            self.look_at_visits(&shards);
             for choice in self.choices(n) {
                 self.offer(&shards, &choice);
             }
@@ -124,8 +123,7 @@ impl<'a> Search<'a> {
         let kept = (self.options.recompute != Recompute::Always).then(|| self.build(cut, |_| true, twice));
         let again = (self.options.recompute != Recompute::Never || n == 1).then(|| self.build(cut, |_| false, twice));
         if let Some(either) = kept.as_ref().or(again.as_ref()) {
-            self.visits =
-                VisitBytes::of(self.model, &either.programs, self.options.updates.moments, self.options.slots.min(n));
+            self.look_at_visits(either);
         }
         for choice in self.choices(n) {
             match (&kept, &again) {
@@ -138,6 +136,11 @@ impl<'a> Search<'a> {
                 (None, None) => unreachable!("each way to recompute builds one of the two"),
             }
         }
+    }
+
+    fn look_at_visits(&mut self, Shards { programs, .. }: &Shards) {
+        let slots = self.options.slots.min(programs.len());
+        self.visits = VisitBytes::of(self.model, programs, self.options.updates.moments, slots);
     }
 
     /// The ways to place state that are worth trying for a cut into `n`, smallest first.
@@ -217,6 +220,10 @@ impl<'a> Search<'a> {
         of(0).chain(of(n)).collect()
     }
 
+    fn tenant<'s>(&'s self, shards: &'s Shards, choice: &'s Choice) -> Tenant<'s> {
+        Tenant { model: self.model, shards: &shards.programs, choice, moments: self.options.updates.moments }
+    }
+
     fn fits(&self, arena_bytes: u64) -> bool {
         self.options.device_budget.is_none_or(|budget| arena_bytes <= budget)
     }
@@ -228,7 +235,7 @@ impl<'a> Search<'a> {
         let Some(host) = options.homes.host else { return Some(options.on_disk.unwrap_or(OnDisk::Nothing)) };
         let bytes = |on_disk: OnDisk| {
             let choice = Choice { on_disk, ..found.choice.clone() };
-            let map = host_map(self.model, &found.shards.programs, &choice, options.updates.moments);
+            let map = host_map(self.tenant(&found.shards, &choice));
             (map.bytes, map.disk_bytes)
         };
         let homes: Vec<(u64, u64)> = match options.on_disk {
@@ -265,7 +272,7 @@ impl<'a> Search<'a> {
     }
 
     fn offer_one(&mut self, shards: &Shards, choice: &Choice) {
-        let arena = arena_of(self.model, &shards.programs, choice, self.options);
+        let arena = arena_of(self.tenant(shards, choice), self.options.spread);
         // The smallest must not depend on the budget, as what a mixed plan keeps does.
         let keeps = |s: &ShardPrograms| s.kept;
         let inner = &shards.programs[..shards.programs.len() - 1];
@@ -327,7 +334,7 @@ impl<'a> Search<'a> {
         let at_rest = bytes_at_rest(&self.visits);
         // What rests alone may be too much already.
         let within = |search: &Self, resting: usize, most: u64| {
-            let map = || arena_of(search.model, &shards.programs, &with(resting), options);
+            let map = || arena_of(search.tenant(shards, &with(resting)), options.spread);
             at_rest[resting] <= most && map().bytes <= most
         };
         let starts = resting_counts(&self.visits, choice);
@@ -380,8 +387,7 @@ impl<'a> Search<'a> {
     /// Keeps the activations of as many shards as fit, those first that save most seconds a byte.
     fn offer_mixed(&mut self, kept: &Shards, again: &Shards, choice: &Choice) {
         let Some(budget) = self.options.device_budget else { return };
-        let bytes =
-            |shards: &Shards| arena_map(self.model, &shards.programs, choice, self.options.updates.moments).bytes;
+        let bytes = |shards: &Shards| arena_map(self.tenant(shards, choice)).bytes;
         if bytes(kept) <= budget || bytes(again) > budget {
             return;
         }
