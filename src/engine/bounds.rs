@@ -110,9 +110,7 @@ fn parts(placed: &Placed, steps: f64, costs: &[CostModel], pipelined: bool) -> V
             runs.push(Part { secs, times: microbatches, chain_times, pinned });
         }
         if plan.choice.updates_on_device(s) && shard.own_bytes() > 0 {
-            let own = shard.own_bytes();
-            let (update, norm) = (model.update_bytes(own, plan.updates.moments), model.wide_bytes(own));
-            let secs = by_device(&|cost| cost.device_settle_secs(update, norm));
+            let secs = by_device(&|cost| model.device_settle_secs(shard.own_bytes(), plan.updates.moments, cost));
             // Beside others' backwards on other devices, but for the first shard's: the next step begins with that.
             let in_chain = !pipelined && (one_device || s == 0);
             updates.push(Part { secs, times: steps, chain_times: if in_chain { steps } else { 0.0 }, pinned });

@@ -61,7 +61,7 @@ pub(super) fn unit_costs(placed: &Placed, cost: &CostModel) -> Vec<UnitCost> {
             let secs = if backward { shard.backward_secs(cost) } else { shard.forward_secs(cost) };
             let own = shard.own_bytes();
             let update = match backward && on_device {
-                true => cost.device_settle_secs(model.update_bytes(own, plan.updates.moments), model.wide_bytes(own)),
+                true => model.device_settle_secs(own, plan.updates.moments, cost),
                 false => 0.0,
             };
             let idles = backward && shard.idles_back();

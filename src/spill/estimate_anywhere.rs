@@ -25,9 +25,8 @@ pub fn estimate_anywhere_secs(
     let last = shards[n - 1].fetch_bytes() as f64;
     let gradients: f64 = shards.iter().map(|s| s.layout.gradient_bytes as f64).sum();
     let inputs: f64 = shards.iter().map(|s| 2.0 * m * s.input_bytes() as f64).sum();
-    let own = model.layout.parameter_bytes;
-    let (traffic, wide) = (model.update_bytes(own, updates.moments), model.wide_bytes(own));
-    let own = own as f64;
+    let own_bytes = model.layout.parameter_bytes;
+    let own = own_bytes as f64;
     let state: f64 = (0..n).map(|s| update_state_bytes(model, shards, updates.moments, s) as f64).sum();
     // Every visit comes twice, but the last shard's, and those of shards that idle in the backward.
     let once: f64 = shards.iter().filter(|s| s.idles_back()).map(|s| s.fetch_bytes() as f64).sum();
@@ -40,12 +39,12 @@ pub fn estimate_anywhere_secs(
             // They wait at home for the norm.
             (h2d, d2h) = (h2d + gradients, d2h + gradients);
         }
-        compute += traffic as f64 / cost.device_update_bytes_per_sec;
+        compute += model.update_bytes(own_bytes, updates.moments) as f64 / cost.device_update_bytes_per_sec;
     } else {
         d2h += gradients;
         // The host's threads serve all devices, where these have no cores of their own.
         let shared = if cost.cores.is_some() { 1.0 } else { devices as f64 };
-        host = shared * cost.host_settle_secs(traffic, wide);
+        host = shared * model.host_settle_secs(own_bytes, updates.moments, cost);
     }
     if cost.cores.is_some() {
         // Units, copies and the host's arithmetic take turns on the same cores.
