@@ -51,10 +51,6 @@ impl Placed {
             Home::On(devices) => devices[s] == device,
         }
     }
-
-    fn tenant(&self) -> Tenant<'_> {
-        self.plan.tenant(&self.model)
-    }
 }
 
 /// Where everything of a set of models lies.
@@ -166,7 +162,7 @@ fn device_maps(models: &[Placed], device: u16, spare: Spare) -> Vec<ArenaMap> {
     let own = |placed: &Placed| match &placed.home {
         Home::On(devices) if devices.contains(&device) => {
             let here = |s: usize| devices.get(s) == Some(&device);
-            Some(arena_map_of(placed.tenant(), &here))
+            Some(arena_map_of(placed.plan.tenant(&placed.model), &here))
         }
         _ => None,
     };
@@ -191,7 +187,7 @@ fn device_maps(models: &[Placed], device: u16, spare: Spare) -> Vec<ArenaMap> {
         bump.end = end;
     }
     let movers: Vec<usize> = (0..models.len()).filter(|&m| models[m].home == Home::Anywhere).collect();
-    let tenants: Vec<Tenant> = movers.iter().map(|&m| models[m].tenant()).collect();
+    let tenants: Vec<Tenant> = movers.iter().map(|&m| models[m].plan.tenant(&models[m].model)).collect();
     let shards: usize = tenants.iter().map(|t| t.shards.len()).sum();
     let asked = tenants.iter().map(|t| t.choice.slots).max().unwrap_or(0);
     // No more slots than there is to put in them.

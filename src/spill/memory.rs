@@ -31,9 +31,10 @@ impl Bump {
 }
 
 /// Where boundary tensors of one kind live.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum BoundaryTier {
     /// On the device until they are used.
+    #[default]
     Device,
     /// In host memory, visiting this many entries of the device.
     Host {
@@ -43,7 +44,7 @@ pub enum BoundaryTier {
 }
 
 /// What of a plan decides the maps.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Choice {
     /// Weights, gradients and optimizer state stay on the device.
     pub resident: bool,

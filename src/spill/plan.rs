@@ -9,7 +9,7 @@ use super::memory::{ArenaMap, Choice, Tenant};
 use super::model::Model;
 use super::search::Search;
 use super::shard::ShardPrograms;
-use super::store::{HostMap, OnDisk, host_map, pieces_of};
+use super::store::{HostMap, OnDisk, home_bytes, host_map, pieces_of};
 use crate::base::{Error, Result, format_bytes};
 use crate::device::sim::CostModel;
 use crate::graph::ShardLayout;
@@ -255,11 +255,7 @@ impl Plan {
 
     /// What it takes of host memory and of the disk tier, by what is at home in that.
     pub(super) fn homes(&self, model: &Model) -> Homes {
-        OnDisk::ALL.map(|on_disk| {
-            let choice = Choice { on_disk, ..self.choice.clone() };
-            let map = host_map(Tenant { choice: &choice, ..self.tenant(model) });
-            (map.bytes, map.disk_bytes)
-        })
+        OnDisk::ALL.map(|on_disk| home_bytes(self.tenant(model), on_disk))
     }
 
     /// The same plan with more or less of its state at home in the disk tier.
@@ -322,9 +318,7 @@ impl Plan {
         rows.retain(|&(_, bytes)| bytes > 0 || n == 0);
         rows
     }
-}
 
-impl Plan {
     /// The table as lines of a message.
     pub(super) fn arena_lines(&self) -> String {
         let line = |(what, bytes)| format!("  {what:<26} {bytes:>14} bytes  {:>12}\n", format_bytes(bytes));

@@ -12,7 +12,7 @@ use super::model::Model;
 use super::plan::{PlanOptions, Recompute, Spread};
 use super::shard::ShardPrograms;
 use super::stand_in::{Shards, Timed};
-use super::store::{OnDisk, host_map};
+use super::store::{OnDisk, home_bytes};
 use crate::base::{Error, Result};
 use crate::device::sim::CostModel;
 use std::collections::HashSet;
@@ -103,44 +103,24 @@ impl<'a> Search<'a> {
     }
 
     fn try_cut(&mut self, cut: &[Range<usize>]) {
-        let n = cut.len();
-        let twice = self.options.recompute == Recompute::Always;
-        if self.options.spread.is_anywhere() {
-            if self.options.recompute != Recompute::Never || n == 1 {
-                let shards = self.build(cut, |_| false, twice);
-                self.choices_anywhere(n).iter().for_each(|choice| self.offer(&shards, choice));
-            }
-            return;
-        }
-        if let Some(keep) = &self.options.kept {
-            let shards = self.build(cut, |s| keep.get(s).copied().unwrap_or(false), twice);
-            self.look_at_visits(&shards);
-            for choice in self.choices(n) {
-                self.offer(&shards, &choice);
-            }
-            return;
-        }
-        let kept = (self.options.recompute != Recompute::Always).then(|| self.build(cut, |_| true, twice));
-        let again = (self.options.recompute != Recompute::Never || n == 1).then(|| self.build(cut, |_| false, twice));
-        if let Some(either) = kept.as_ref().or(again.as_ref()) {
-            self.look_at_visits(either);
-        }
-        for choice in self.choices(n) {
-            match (&kept, &again) {
-                (Some(kept), Some(again)) => {
-                    self.offer(again, &choice);
-                    self.offer(kept, &choice);
-                    self.offer_mixed(kept, again, &choice);
-                }
-                (Some(only), None) | (None, Some(only)) => self.offer(only, &choice),
-                (None, None) => unreachable!("each way to recompute builds one of the two"),
+        let (options, n) = (self.options, cut.len());
+        let twice = options.recompute == Recompute::Always;
+        let anywhere = options.spread.is_anywhere();
+        let told = options.kept.as_ref().filter(|_| !anywhere);
+        let kept = match told {
+            Some(keep) => Some(self.build(cut, |s| keep.get(s) == Some(&true), twice)),
+            None => (!anywhere && !twice).then(|| self.build(cut, |_| true, twice)),
+        };
+        let may_again = told.is_none() && (options.recompute != Recompute::Never || n == 1);
+        let again = may_again.then(|| self.build(cut, |_| false, twice));
+        let Some(either) = kept.as_ref().or(again.as_ref()) else { return };
+        self.visits = VisitBytes::of(self.model, &either.programs, options.updates.moments, options.slots.min(n));
+        for choice in if anywhere { self.choices_anywhere(n) } else { self.choices(n) } {
+            kept.iter().chain(&again).rev().for_each(|shards| self.offer(shards, &choice));
+            if let (Some(kept), Some(again)) = (&kept, &again) {
+                self.offer_mixed(kept, again, &choice);
             }
         }
-    }
-
-    fn look_at_visits(&mut self, Shards { programs, .. }: &Shards) {
-        let slots = self.options.slots.min(programs.len());
-        self.visits = VisitBytes::of(self.model, programs, self.options.updates.moments, slots);
     }
 
     /// The ways to place state that are worth trying for a cut into `n`, smallest first.
@@ -148,7 +128,7 @@ impl<'a> Search<'a> {
         let (slots, microbatches) = (self.options.slots.min(n), self.model.microbatches);
         let deep = slots > 1;
         let spread = self.options.spread;
-        let told_updates = if spread.is_stages() { 0 } else { self.options.visiting_updates.unwrap_or(0).min(n) };
+        let told_updates = self.options.visiting_updates.filter(|_| !spread.is_stages()).map_or(0, |told| told.min(n));
         let mut choices = Vec::new();
         for resident in [false, true] {
             let lone = self.model.layers() == 1;
@@ -185,7 +165,7 @@ impl<'a> Search<'a> {
                         update_pieces: usize::MAX,
                         crosses: spread.is_stages(),
                         pipelined: spread.is_pipelined(),
-                        on_disk: OnDisk::Nothing,
+                        ..Choice::default()
                     });
                 }
             }
@@ -202,8 +182,6 @@ impl<'a> Search<'a> {
         let depths = if slots == 1 { &DEPTHS[..1] } else { &DEPTHS };
         let of = |visiting_updates: usize| {
             depths.iter().map(move |&(gradient_slots, activations, gradients, input_entries)| Choice {
-                resident: false,
-                resting: 0,
                 slots,
                 even_slots: true,
                 gradient_slots,
@@ -212,9 +190,7 @@ impl<'a> Search<'a> {
                 input_entries,
                 visiting_updates,
                 update_pieces: usize::MAX,
-                crosses: false,
-                pipelined: false,
-                on_disk: OnDisk::Nothing,
+                ..Choice::default()
             })
         };
         of(0).chain(of(n)).collect()
@@ -233,11 +209,7 @@ impl<'a> Search<'a> {
     fn home(&mut self, found: &Found) -> Option<OnDisk> {
         let options = self.options;
         let Some(host) = options.homes.host else { return Some(options.on_disk.unwrap_or(OnDisk::Nothing)) };
-        let bytes = |on_disk: OnDisk| {
-            let choice = Choice { on_disk, ..found.choice.clone() };
-            let map = host_map(self.tenant(&found.shards, &choice));
-            (map.bytes, map.disk_bytes)
-        };
+        let bytes = |on_disk: OnDisk| home_bytes(self.tenant(&found.shards, &found.choice), on_disk);
         let homes: Vec<(u64, u64)> = match options.on_disk {
             None => OnDisk::ALL.into_iter().map(bytes).collect(),
             // However large that disk is.

@@ -180,6 +180,12 @@ pub(super) fn host_map(of: Tenant) -> HostMap {
     HostMap { bytes: store.end, ..map }
 }
 
+/// Bytes that a model takes of the host's store and of the disk tier with so much at home on the disk.
+pub(super) fn home_bytes(of: Tenant, on_disk: OnDisk) -> (u64, u64) {
+    let map = host_map(Tenant { choice: &Choice { on_disk, ..of.choice.clone() }, ..of });
+    (map.bytes, map.disk_bytes)
+}
+
 /// Where each shard's gradients lie in the store: nowhere for shards at rest. Once they are on the disk, or applied,
 /// the place is free for another shard's; only those with accumulators for other shards' parameters keep theirs, until
 /// these shards have fetched them.
@@ -234,19 +240,10 @@ mod tests {
     #[test]
     fn no_piece_is_longer_than_what_is_reckoned_with() {
         let choice = |slots: usize, visiting_updates: usize, on_disk: OnDisk| Choice {
-            resident: false,
-            resting: 0,
             slots,
-            even_slots: false,
-            gradient_slots: 1,
-            activations: BoundaryTier::Device,
-            gradients: BoundaryTier::Device,
-            input_entries: 1,
             visiting_updates,
-            update_pieces: 1,
-            crosses: false,
-            pipelined: false,
             on_disk,
+            ..Choice::default()
         };
         let choices = [(1, 0), (2, 0), (2, 1)]
             .map(|(s, v)| [OnDisk::Nothing, OnDisk::Weights].map(|on_disk| choice(s, v, on_disk)));
