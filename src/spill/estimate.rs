@@ -4,7 +4,7 @@
 //! The executor on a simulated device gives the exact prediction of the plan that is chosen; this recurrence only
 //! ranks.
 
-use super::memory::{ArenaMap, BoundaryTier, Choice, update_state_bytes};
+use super::memory::{ArenaMap, BoundaryTier, Choice, Tenant, update_state_bytes};
 use super::model::Model;
 use super::plan::Updates;
 use super::shard::ShardPrograms;
@@ -20,21 +20,38 @@ use std::ops::Range;
 /// Steps that are gone through: the last one is taken, which begins on what one before it has left.
 const STEPS: usize = 3;
 
+/// What an estimate is of: shards under a choice, and what they cost.
+#[derive(Clone, Copy)]
+pub(super) struct Draft<'a> {
+    pub model: &'a Model,
+    pub shards: &'a Shards,
+    pub choice: &'a Choice,
+    pub updates: Updates,
+    pub cost: &'a CostModel,
+}
+
+impl<'a> Draft<'a> {
+    /// What of it decides where everything lies.
+    pub fn tenant(&self) -> Tenant<'a> {
+        let Draft { model, shards, choice, updates, .. } = *self;
+        Tenant { model, shards: &shards.programs, choice, moments: updates.moments }
+    }
+
+    /// Bytes of a shard's moments and remainders.
+    pub fn update_state_bytes(&self, shard: usize) -> u64 {
+        update_state_bytes(self.model, &self.shards.programs, self.updates.moments, shard)
+    }
+}
+
 /// Estimated seconds of a training step.
-pub fn estimate_secs(
-    model: &Model,
-    shards: &Shards,
-    (choice, arena): (&Choice, &ArenaMap),
-    updates: Updates,
-    cost: &CostModel,
-) -> f64 {
-    let Shards { programs: shards, secs } = shards;
-    let (n, m) = (shards.len(), model.microbatches as f64);
+pub(super) fn estimate_secs(draft: Draft, arena: &ArenaMap) -> f64 {
+    let Draft { shards: Shards { programs, secs }, cost, .. } = draft;
+    let (n, m) = (programs.len(), draft.model.microbatches as f64);
     let forwards = (0..n - 1).map(|s| Visit { s, secs: m * secs[s][0], first: true, backward: false });
     let backwards = (0..n).rev().map(|s| Visit { s, secs: m * secs[s][1], first: s + 1 == n, backward: true });
     let visits: Vec<Visit> = forwards.chain(backwards).collect();
     let arithmetic = visits.iter().map(|v| v.secs).sum::<f64>();
-    let mut steps = Steps::new(model, shards, (choice, arena), updates, cost);
+    let mut steps = Steps::new(draft, arena);
     let ends: Vec<f64> = (0..STEPS).map(|_| steps.step(&visits)).collect();
     let turn = ends[STEPS - 1] - ends[STEPS - 2];
     // Cores that units, copies and the host's arithmetic share.
@@ -47,31 +64,23 @@ pub fn estimate_secs(
 
 /// Seconds of a step in which the disk is at work, where so much of a model's state is at home there: it reads and
 /// writes at once.
-pub fn disk_secs(
-    model: &Model,
-    shards: &Shards,
-    choice: &Choice,
-    on_disk: OnDisk,
-    updates: Updates,
-    cost: &CostModel,
-) -> f64 {
-    let shards = &shards.programs;
+pub(super) fn disk_secs(draft: Draft, on_disk: OnDisk) -> f64 {
+    let shards = &draft.shards.programs;
     let of = |(s, shard): (usize, &ShardPrograms)| {
         let own = shard.own_bytes();
-        let state = update_state_bytes(model, shards, updates.moments, s);
         let visits = if s + 1 == shards.len() || shard.idles_back() { 1 } else { 2 };
         // With clipping gradients wait there for the norm.
-        let gradients = if updates.clips { model.wide_bytes(own) } else { 0 };
+        let gradients = if draft.updates.clips { draft.model.wide_bytes(own) } else { 0 };
         // No more is written: what visits read does not come back.
         let reads = [
-            (OnDisk::UpdateState, state),
+            (OnDisk::UpdateState, draft.update_state_bytes(s)),
             (OnDisk::Gradients, gradients),
             (OnDisk::Weights, own + visits * shard.fetch_bytes()),
         ];
         reads.into_iter().filter(|(least, _)| on_disk >= *least).map(|(_, bytes)| bytes).sum::<u64>()
     };
-    let read: u64 = shards.iter().enumerate().filter(|(s, _)| !choice.rests(*s)).map(of).sum();
-    read as f64 / cost.disk_bytes_per_sec()
+    let read: u64 = shards.iter().enumerate().filter(|(s, _)| !draft.choice.rests(*s)).map(of).sum();
+    read as f64 / draft.cost.disk_bytes_per_sec()
 }
 
 /// A visit of a shard: its first of the step, its backward, or both.
@@ -103,11 +112,11 @@ struct Shared {
 
 /// Lanes, slots and what the host has, in the course of steps. Times are in seconds from the start.
 struct Steps<'a> {
+    draft: Draft<'a>,
     model: &'a Model,
     shards: &'a [ShardPrograms],
     choice: &'a Choice,
     cost: &'a CostModel,
-    updates: Updates,
     weights: &'a SlotMap,
     gradients: &'a SlotMap,
     /// Of each shard.
@@ -144,13 +153,8 @@ struct Steps<'a> {
 }
 
 impl<'a> Steps<'a> {
-    fn new(
-        model: &'a Model,
-        shards: &'a [ShardPrograms],
-        (choice, arena): (&'a Choice, &'a ArenaMap),
-        updates: Updates,
-        cost: &'a CostModel,
-    ) -> Steps<'a> {
+    fn new(draft: Draft<'a>, arena: &'a ArenaMap) -> Steps<'a> {
+        let Draft { model, shards: Shards { programs: shards, .. }, choice, updates, cost } = draft;
         let mut shared = vec![Shared::default(); shards.len()];
         for (s, shard) in shards.iter().enumerate() {
             for parameter in shard.layout.shared.iter().map(|u| u.parameter) {
@@ -170,11 +174,11 @@ impl<'a> Steps<'a> {
             by_host_secs: shards[first_by_host..].iter().map(by_host).collect(),
             resting_secs: shards[..resting].iter().map(here).sum(),
             new: vec![There::default(); shards.len()],
+            draft,
             model,
             shards,
             choice,
             cost,
-            updates,
             weights: &arena.weight_slots,
             gradients: &arena.gradient_slots,
             shared,
@@ -200,7 +204,7 @@ impl<'a> Steps<'a> {
     fn step(&mut self, visits: &[Visit]) -> f64 {
         (self.in_secs, self.out_secs, self.moved_bytes) = (0.0, 0.0, 0);
         visits.iter().for_each(|visit| self.visit(visit));
-        if self.updates.clips {
+        if self.draft.updates.clips {
             self.norm = self.compute.max(self.home);
             self.compute = if self.resting_secs > 0.0 { self.norm + self.resting_secs } else { self.compute };
             self.arrived.iter_mut().for_each(|(_, there)| *there = There { piece: self.norm, all: self.norm });
@@ -236,9 +240,9 @@ impl<'a> Steps<'a> {
         let &Visit { s, first, backward, .. } = visit;
         let rests = self.choice.rests(s);
         let ready = self.fetch(visit);
-        let visiting_update = self.is_updated_here(s) && if self.updates.clips { first } else { backward };
+        let visiting_update = self.is_updated_here(s) && if self.draft.updates.clips { first } else { backward };
         let mut slot_leaves = 0.0;
-        if self.updates.clips && visiting_update {
+        if self.draft.updates.clips && visiting_update {
             self.compute = self.compute.max(self.norm).max(ready);
             let gradient = if self.waits_at_home(s) { self.shards[s].layout.gradient_bytes } else { 0 };
             let room = room_of(&self.states_left, self.choice.gradient_slots);
@@ -254,7 +258,7 @@ impl<'a> Steps<'a> {
         let ready = ready.max(self.batch_comes(visit));
         let secs = self.arithmetic_secs(visit);
         self.compute = self.compute.max(ready).max(room) + secs;
-        if backward && (rests || self.updates.clips && self.is_updated_here(s)) {
+        if backward && (rests || self.draft.updates.clips && self.is_updated_here(s)) {
             self.bring(self.shared[s].comes_bytes);
         }
         if self.batch_bytes(visit) > 0 {
@@ -263,7 +267,7 @@ impl<'a> Steps<'a> {
         if rests {
             return;
         }
-        if !self.updates.clips && visiting_update {
+        if !self.draft.updates.clips && visiting_update {
             self.update_here(s, room, self.shared[s].comes_bytes);
             // New weights are in their slot until they have left.
             slot_leaves = self.d2h;
@@ -338,7 +342,7 @@ impl<'a> Steps<'a> {
     /// The device's update of a shard that visits, with its state and so many bytes more, and room from then on; what is
     /// new goes home.
     fn update_here(&mut self, s: usize, room: f64, more_bytes: u64) {
-        let state = update_state_bytes(self.model, self.shards, self.updates.moments, s);
+        let state = self.draft.update_state_bytes(s);
         let secs = self.copy_here(state + more_bytes);
         // Of the state what has room comes beside the arithmetic before, the rest piece by piece.
         let own = self.shards[s].own_bytes();
@@ -346,7 +350,7 @@ impl<'a> Steps<'a> {
         let ahead = secs * self.choice.update_pieces.min(pieces) as f64 / pieces as f64;
         let came = self.h2d.max(room) + ahead;
         self.h2d = if ahead < secs { came.max(self.compute) + secs - ahead } else { came };
-        let settles = self.model.device_settle_secs(own, self.updates.moments, self.cost);
+        let settles = self.model.device_settle_secs(own, self.draft.updates.moments, self.cost);
         self.compute = self.compute.max(self.h2d) + settles;
         self.copy_home(own + state);
         self.new[s] = There { piece: self.d2h, all: self.d2h };
@@ -440,7 +444,7 @@ impl<'a> Steps<'a> {
     /// Whether its gradients wait at home for the norm: with clipping those of what the device updates, but for what its
     /// slots hold.
     fn waits_at_home(&self, s: usize) -> bool {
-        self.updates.clips && self.is_updated_here(s) && !self.gradients.stays(s, self.choice.resting)
+        self.draft.updates.clips && self.is_updated_here(s) && !self.gradients.stays(s, self.choice.resting)
     }
 
     /// Pieces in which a shard's gradients leave and its weights come.

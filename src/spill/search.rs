@@ -4,12 +4,12 @@
 //! It works on stand-ins (see `stand_in`).
 
 use super::cut::Balanced;
-use super::estimate::{disk_secs, estimate_secs};
+use super::estimate::{Draft, disk_secs, estimate_secs};
 use super::estimate_anywhere::{chain_secs, estimate_anywhere_secs};
 use super::found::{FEW_PIECES, Fastest, Found, arena_of};
-use super::memory::{BoundaryTier, Choice, Tenant, VisitBytes, arena_map, bytes_at_rest, have_large, resting_counts};
+use super::memory::{BoundaryTier, Choice, VisitBytes, arena_map, bytes_at_rest, have_large, resting_counts};
 use super::model::Model;
-use super::plan::{PlanOptions, Recompute, Spread};
+use super::plan::{Anywhere, PlanOptions, Recompute, Spread};
 use super::shard::ShardPrograms;
 use super::stand_in::{Shards, Timed};
 use super::store::{OnDisk, home_bytes};
@@ -196,8 +196,11 @@ impl<'a> Search<'a> {
         of(0).chain(of(n)).collect()
     }
 
-    fn tenant<'s>(&'s self, shards: &'s Shards, choice: &'s Choice) -> Tenant<'s> {
-        Tenant { model: self.model, shards: &shards.programs, choice, moments: self.options.updates.moments }
+    fn draft<'s>(&self, shards: &'s Shards, choice: &'s Choice) -> Draft<'s>
+    where
+        'a: 's,
+    {
+        Draft { model: self.model, shards, choice, updates: self.options.updates, cost: self.cost }
     }
 
     fn fits(&self, arena_bytes: u64) -> bool {
@@ -209,7 +212,7 @@ impl<'a> Search<'a> {
     fn home(&mut self, found: &Found) -> Option<OnDisk> {
         let options = self.options;
         let Some(host) = options.homes.host else { return Some(options.on_disk.unwrap_or(OnDisk::Nothing)) };
-        let bytes = |on_disk: OnDisk| home_bytes(self.tenant(&found.shards, &found.choice), on_disk);
+        let bytes = |on_disk: OnDisk| home_bytes(self.draft(&found.shards, &found.choice).tenant(), on_disk);
         let homes: Vec<(u64, u64)> = match options.on_disk {
             None => OnDisk::ALL.into_iter().map(bytes).collect(),
             // However large that disk is.
@@ -244,7 +247,8 @@ impl<'a> Search<'a> {
     }
 
     fn offer_one(&mut self, shards: &Shards, choice: &Choice) {
-        let arena = arena_of(self.tenant(shards, choice), self.options.spread);
+        let draft = self.draft(shards, choice);
+        let arena = arena_of(draft.tenant(), self.options.spread);
         // The smallest must not depend on the budget, as what a mixed plan keeps does.
         let keeps = |s: &ShardPrograms| s.kept;
         let inner = &shards.programs[..shards.programs.len() - 1];
@@ -253,16 +257,11 @@ impl<'a> Search<'a> {
         if !is_smallest && !self.fits(arena.bytes) {
             return;
         }
-        let updates = self.options.updates;
-        let estimated_secs = match self.options.spread {
-            Spread::One | Spread::Stages { .. } => {
-                estimate_secs(self.model, shards, (choice, &arena), updates, self.cost)
-            }
-            Spread::Anywhere(want) => {
-                estimate_anywhere_secs(self.model, shards, choice, updates, want.devices, self.cost)
-            }
+        let (estimated_secs, too_long_secs) = match self.options.spread {
+            Spread::One | Spread::Stages { .. } => (estimate_secs(draft, &arena), 0.0),
+            Spread::Anywhere(want) => (estimate_anywhere_secs(draft, want.devices), too_long_secs(draft, want)),
         };
-        let rank_secs = estimated_secs + self.too_long_secs(shards, choice);
+        let rank_secs = estimated_secs + too_long_secs;
         let found = |arena| Found { shards: shards.clone(), choice: choice.clone(), arena, estimated_secs, rank_secs };
         if is_smallest {
             self.smallest = Some(found(arena.clone()));
@@ -276,22 +275,13 @@ impl<'a> Search<'a> {
         }
         let Some(on_disk) = self.home(&found) else { return };
         // Not all of the shorter is hidden behind the longer.
-        let disk = disk_secs(self.model, shards, choice, on_disk, updates, self.cost);
+        let disk = disk_secs(draft, on_disk);
         let more = (disk - estimated_secs).max(0.0) + 0.1 * disk.min(estimated_secs);
         found.estimated_secs += more;
         found.rank_secs += more;
         if self.fastest.wants(&found) {
             self.fastest.keep(found);
         }
-    }
-
-    /// By how much the chain and the longest unit of a model that runs anywhere take longer than is wanted.
-    fn too_long_secs(&self, shards: &Shards, choice: &Choice) -> f64 {
-        let Spread::Anywhere(want) = self.options.spread else { return 0.0 };
-        let chain = || chain_secs(self.model, shards, choice, self.options.updates.moments, self.cost);
-        let unit = || self.model.microbatches as f64 * shards.secs.iter().map(|s| s[1]).fold(0.0, f64::max);
-        let late = want.chain_secs.map_or(0.0, |want| (chain() - want).max(0.0));
-        late + want.unit_secs.map_or(0.0, |want| (unit() - want).max(0.0))
     }
 
     /// The same with some shards at rest: as many as fit, and as many as take the fewest bytes.
@@ -306,7 +296,7 @@ impl<'a> Search<'a> {
         let at_rest = bytes_at_rest(&self.visits);
         // What rests alone may be too much already.
         let within = |search: &Self, resting: usize, most: u64| {
-            let map = || arena_of(search.tenant(shards, &with(resting)), options.spread);
+            let map = || arena_of(search.draft(shards, &with(resting)).tenant(), options.spread);
             at_rest[resting] <= most && map().bytes <= most
         };
         let starts = resting_counts(&self.visits, choice);
@@ -359,7 +349,7 @@ impl<'a> Search<'a> {
     /// Keeps the activations of as many shards as fit, those first that save most seconds a byte.
     fn offer_mixed(&mut self, kept: &Shards, again: &Shards, choice: &Choice) {
         let Some(budget) = self.options.device_budget else { return };
-        let bytes = |shards: &Shards| arena_map(self.tenant(shards, choice)).bytes;
+        let bytes = |shards: &Shards| arena_map(self.draft(shards, choice).tenant()).bytes;
         if bytes(kept) <= budget || bytes(again) > budget {
             return;
         }
@@ -382,4 +372,11 @@ impl<'a> Search<'a> {
         }
         self.offer(&mixed, choice);
     }
+}
+
+/// By how much the chain and the longest unit of a model that runs anywhere take longer than is wanted.
+fn too_long_secs(draft: Draft, want: Anywhere) -> f64 {
+    let longest = || draft.shards.secs.iter().map(|s| s[1]).fold(0.0, f64::max);
+    let late = want.chain_secs.map_or(0.0, |want| (chain_secs(draft) - want).max(0.0));
+    late + want.unit_secs.map_or(0.0, |want| (draft.model.microbatches as f64 * longest() - want).max(0.0))
 }
