@@ -106,6 +106,7 @@ impl<'a> Search<'a> {
         let (options, n) = (self.options, cut.len());
         let twice = options.recompute == Recompute::Always;
         let anywhere = options.spread.is_anywhere();
+        // Shards that keep what their backward reads, or those that are told to; and shards that compute it again.
         let told = options.kept.as_ref().filter(|_| !anywhere);
         let kept = match told {
             Some(keep) => Some(self.build(cut, |s| keep.get(s) == Some(&true), twice)),
