@@ -115,7 +115,9 @@ impl<'a> Search<'a> {
         let may_again = told.is_none() && (options.recompute != Recompute::Never || n == 1);
         let again = may_again.then(|| self.build(cut, |_| false, twice));
         let Some(either) = kept.as_ref().or(again.as_ref()) else { return };
-        self.visits = VisitBytes::of(self.model, &either.programs, options.updates.moments, options.slots.min(n));
+        if !anywhere {
+            self.visits = VisitBytes::of(self.model, &either.programs, options.updates.moments, options.slots.min(n));
+        }
         for choice in if anywhere { self.choices_anywhere(n) } else { self.choices(n) } {
             kept.iter().chain(&again).rev().for_each(|shards| self.offer(shards, &choice));
             if let (Some(kept), Some(again)) = (&kept, &again) {
