@@ -5,6 +5,7 @@
 use super::Engine;
 use super::settle::{Due, Settled, within};
 use super::site::Site;
+use super::tables::Piece;
 use super::visit::Pass;
 use crate::device::CopySpan;
 use crate::spill::{Home, OnDisk};
@@ -106,9 +107,9 @@ impl Engine {
     /// Brings to the device, where it updates shards, the norms that the host has summed: no update of theirs can be
     /// clipped without.
     fn bring_norms(&mut self, site: &Site) {
-        let (choice, tables) = (&site.plan.choice, &self.members[site.member].tables);
+        let choice = &site.plan.choice;
         let by_host = (0..site.plan.shards.len()).filter(|&s| !choice.updates_on_device(s));
-        let segments = by_host.flat_map(|s| tables.segments[s].iter());
+        let segments = by_host.flat_map(|s| site.tables.segments[s].iter());
         let (first, end) = segments.fold((u64::MAX, 0), |(first, end), s| {
             let index = u64::from(s.index);
             (first.min(8 * index), end.max(8 * index + 8))
@@ -124,12 +125,11 @@ impl Engine {
     /// Sends a shard's own gradients from a device's slot to where they wait for its update there, or brings them back.
     fn move_gradient(&mut self, site: &Site, s: usize, slot: usize, what: What) {
         let ratio = site.model.layout.wide_ratio;
-        for i in 0..self.members[site.member].tables.pieces[s].len() {
-            let stretch = self.members[site.member].tables.pieces[s][i].range.clone();
-            let (at, bytes) = (stretch.start * ratio, (stretch.end - stretch.start) * ratio);
+        for Piece { range, .. } in &site.tables.pieces[s] {
+            let (at, bytes) = (range.start * ratio, (range.end - range.start) * ratio);
             let here = site.arena(site.map.gradient_slots.at[slot] + at, bytes);
             let home = match site.plan.choice.on_disk >= OnDisk::Gradients {
-                true => Self::waiting_gradient(site, s, &stretch),
+                true => Self::waiting_gradient(site, s, range),
                 false => site.store(site.plan.host.shard_gradients[s] + at, bytes),
             };
             let span = match what {

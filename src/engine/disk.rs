@@ -7,6 +7,7 @@
 use super::Engine;
 use super::settle::{Settled, within};
 use super::site::Site;
+use super::tables::Piece;
 use crate::base::align_up;
 use crate::device::{CopySpan, Memory, Span, Task};
 use crate::graph::ALIGNMENT;
@@ -69,10 +70,9 @@ impl Engine {
     pub(super) fn put_off_gradient(&mut self, site: &Site, done: &Settled) {
         let (s, ratio) = (done.shard, site.model.layout.wide_ratio);
         let gradient = Self::gradients(site, done);
-        for i in 0..self.members[site.member].tables.pieces[s].len() {
-            let Range { start, end } = self.members[site.member].tables.pieces[s][i].range;
-            let from = within(gradient, start * ratio, (end - start) * ratio);
-            let to = Self::waiting_gradient(site, s, &(start..end));
+        for Piece { range, .. } in &site.tables.pieces[s] {
+            let from = within(gradient, range.start * ratio, (range.end - range.start) * ratio);
+            let to = Self::waiting_gradient(site, s, range);
             self.write_disk(site, s, self.sequence, vec![CopySpan { from, to }]);
         }
     }

@@ -36,16 +36,15 @@ impl Engine {
         // What a shard at rest has updated is newer there than at home.
         let by_device =
             |b: &Borrow| !plan.choice.resident && b.owner.is_some_and(|(owner, _)| plan.choice.rests(owner));
-        let tables = &self.members[site.member].tables;
-        let count = if first_visit || shared_lane { tables.pieces[s].len() } else { 1 };
+        let (pieces, borrows) = (&site.tables.pieces[s], &site.tables.borrows[s]);
+        let count = if first_visit || shared_lane { pieces.len() } else { 1 };
         for i in 0..count {
-            let tables = &self.members[site.member].tables;
-            let piece = if count == 1 { 0..own } else { tables.pieces[s][i].range.clone() };
+            let piece = if count == 1 { 0..own } else { pieces[i].range.clone() };
             let bytes = piece.end - piece.start;
             let from = site.weights(shard.own.start + piece.start, bytes);
             let mut spans = vec![CopySpan { from, to: site.arena(base + piece.start, bytes) }];
             if i + 1 == count {
-                for b in tables.borrows[s].iter().filter(|b| !by_device(b)) {
+                for b in borrows.iter().filter(|b| !by_device(b)) {
                     spans.push(CopySpan { from: site.weights(b.flat, b.bytes), to: site.arena(base + b.at, b.bytes) });
                 }
                 let states = shard.states.end - shard.states.start;
@@ -56,11 +55,8 @@ impl Engine {
             }
             self.copy(site, What::FetchWeights, s, None, spans);
         }
-        for i in 0..self.members[site.member].tables.borrows[s].len() {
-            let borrow = self.members[site.member].tables.borrows[s][i];
-            if by_device(&borrow) {
-                self.bring_borrowed(site, s, slot, borrow);
-            }
+        for borrow in borrows.iter().filter(|b| by_device(b)) {
+            self.bring_borrowed(site, s, slot, borrow);
         }
         slot
     }
@@ -68,15 +64,12 @@ impl Engine {
     /// Brings the weights that a shard in a slot borrows up to date: from their owner's slot where it is beside it,
     /// else from home.
     fn refresh_borrowed(&mut self, site: &Site, s: usize, slot: usize) {
-        for i in 0..self.members[site.member].tables.borrows[s].len() {
-            let borrow = self.members[site.member].tables.borrows[s][i];
-            if borrow.owner.is_some() {
-                self.bring_borrowed(site, s, slot, borrow);
-            }
+        for borrow in site.tables.borrows[s].iter().filter(|b| b.owner.is_some()) {
+            self.bring_borrowed(site, s, slot, borrow);
         }
     }
 
-    fn bring_borrowed(&mut self, site: &Site, s: usize, slot: usize, borrow: Borrow) {
+    fn bring_borrowed(&mut self, site: &Site, s: usize, slot: usize, borrow: &Borrow) {
         let beside = borrow.owner.and_then(|(owner, in_owner)| {
             let slot = self.rings[site.rings].weights.slot_of(site.shard(owner))?;
             Some(site.map.weight_slots.at[slot] + in_owner)

@@ -25,9 +25,16 @@ impl Stretch {
         Stretch { end, writer, readers, open }
     }
 
-    /// Adds a reader. Those that have ended are left out whenever there are twice as many as after the last time, so
-    /// that many readers of one stretch cost each of them little.
-    fn read(&mut self, task: TaskId, done: impl Fn(TaskId) -> bool) {
+    /// Makes `task` the writer, which waits for the one before and for the readers since.
+    fn write(&mut self, task: TaskId, wait: impl FnMut(TaskId)) {
+        self.writer.replace(task).into_iter().chain(self.readers.drain(..)).for_each(wait);
+        self.open = 0;
+    }
+
+    /// Adds a reader, which waits for the writer. Those that have ended are left out whenever there are twice as many as
+    /// after the last time, so that many readers of one stretch cost each of them little.
+    fn read(&mut self, task: TaskId, done: impl Fn(TaskId) -> bool, wait: impl FnMut(TaskId)) {
+        self.writer.into_iter().for_each(wait);
         if self.readers.last() == Some(&task) {
             return;
         }
@@ -77,41 +84,30 @@ impl Hazards {
         };
         // Most tasks touch just the stretches that others before them did.
         if let Some(stretch) = stretches.get_mut(&span.offset).filter(|s| s.end == span.end()) {
-            stretch.writer.into_iter().for_each(&mut wait);
-            if write {
-                stretch.readers.drain(..).for_each(&mut wait);
-                (stretch.writer, stretch.open) = (Some(task), 0);
-            } else {
-                stretch.read(task, &done);
-            }
-            return;
+            return if write { stretch.write(task, wait) } else { stretch.read(task, &done, wait) };
         }
         split(stretches, span.offset);
         split(stretches, span.end());
         self.inside.clear();
         self.inside.extend(stretches.range(span.offset..span.end()).map(|(&start, _)| start));
         if write {
-            let mut kept: Option<Stretch> = None;
+            let mut first: Option<Stretch> = None;
             for start in &self.inside {
-                let stretch = stretches.remove(start).expect("listed just above");
-                stretch.writer.into_iter().chain(stretch.readers.iter().copied()).for_each(&mut wait);
-                kept = kept.or(Some(stretch));
+                let mut stretch = stretches.remove(start).expect("listed just above");
+                stretch.write(task, &mut wait);
+                first = first.or(Some(stretch));
             }
-            let mut whole = kept.unwrap_or(Stretch::new(0, None, Vec::new()));
-            (whole.end, whole.writer, whole.open) = (span.end(), Some(task), 0);
-            whole.readers.clear();
-            stretches.insert(span.offset, whole);
+            let whole = first.unwrap_or(Stretch::new(0, Some(task), Vec::new()));
+            stretches.insert(span.offset, Stretch { end: span.end(), ..whole });
             return;
         }
         let mut at = span.offset;
-        for i in 0..self.inside.len() {
-            let start = self.inside[i];
+        for &start in &self.inside {
             if at < start {
                 stretches.insert(at, Stretch::new(start, None, vec![task]));
             }
             let stretch = stretches.get_mut(&start).expect("listed just above");
-            stretch.writer.into_iter().for_each(&mut wait);
-            stretch.read(task, &done);
+            stretch.read(task, &done, &mut wait);
             at = stretch.end;
         }
         if at < span.end() {

@@ -48,41 +48,31 @@ impl Engine {
         }
         let home = home?;
         self.patience_secs = self.patience_secs.max(options.patience_secs);
-        let number = self.members.len();
-        let new_maps = map.maps.into_iter().map(|maps| maps.into_iter().map(Arc::new).collect::<Vec<_>>());
-        let mut ring_of = Vec::new();
-        for (m, maps) in new_maps.enumerate() {
-            if let Some(member) = self.members.get_mut(m) {
-                if all[m].home == Home::Anywhere {
-                    member.losses_on.fill(0);
-                    member.norms_on.fill(0);
-                }
-                member.maps = maps;
-                continue;
+        let mut maps = map.maps.into_iter().map(|maps| maps.into_iter().map(Arc::new).collect::<Vec<_>>());
+        for (member, maps) in self.members.iter_mut().zip(maps.by_ref()) {
+            if member.placed.home == Home::Anywhere {
+                member.losses_on.fill(0);
+                member.norms_on.fill(0);
             }
-            for (map, shared) in maps.iter().zip(&mut self.shared_rings) {
-                let ring = *shared.get_or_insert(self.rings.len());
-                // Slots are empty again: what they held lies elsewhere now.
-                match self.rings.get_mut(ring) {
-                    Some(rings) => *rings = Rings::new(map, true),
-                    None => self.rings.push(Rings::new(map, true)),
-                }
-                ring_of.push(ring);
-            }
-            let options = options.clone();
-            self.members.push(Member::new(
-                placed,
-                maps,
-                std::mem::take(&mut ring_of),
-                home,
-                self.device.lanes(),
-                options,
-            ));
+            member.maps = maps;
         }
+        let maps = maps.next().expect("the models have maps, and so has the one that joins them");
+        let mut rings = Vec::new();
+        for (map, shared) in maps.iter().zip(&mut self.shared_rings) {
+            let ring = *shared.get_or_insert(self.rings.len());
+            // Slots are empty again: what they held lies elsewhere now.
+            match self.rings.get_mut(ring) {
+                Some(rings) => *rings = Rings::new(map, true),
+                None => self.rings.push(Rings::new(map, true)),
+            }
+            rings.push(ring);
+        }
+        let member = Member::new(placed, maps, rings, home, self.device.lanes(), options);
         if let Some(turns) = &mut self.turns {
-            turns.add(&self.members[number]);
+            turns.add(&member);
         }
+        self.members.push(member);
         self.take_turns()?;
-        Ok(number)
+        Ok(self.members.len() - 1)
     }
 }

@@ -89,7 +89,7 @@ pub(super) struct Member {
     pub maps: Vec<Arc<ArenaMap>>,
     /// Its slots on each device, by number among the executor's.
     pub rings: Vec<usize>,
-    pub tables: Tables,
+    pub tables: Arc<Tables>,
     pub pending: VecDeque<Pending>,
     /// Where the time of its steps goes.
     pub account: StepAccount,
@@ -143,7 +143,7 @@ impl Member {
         // The three units of a shard, with their copies, for every microbatch, twice over for two steps in flight.
         let events = 16 * plan.shards.len() * (model.microbatches + 2);
         Member {
-            tables: Tables::new(model, plan, &options),
+            tables: Arc::new(Tables::new(model, plan, &options)),
             model: Arc::clone(model),
             plan: Arc::clone(plan),
             placed: placed.clone(),

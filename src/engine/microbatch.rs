@@ -2,7 +2,7 @@
 
 use super::Engine;
 use super::member::{Pending, Purpose};
-use super::queue::Order;
+use super::queue::{Order, Tag};
 use super::rings::{BoundaryKey, Spill};
 use super::site::Site;
 use super::visit::Pass;
@@ -147,15 +147,8 @@ impl Engine {
         let Operands { bases, reads, writes } = operands;
         let check = pending.purpose == Purpose::Check;
         let run = Run { program: Arc::clone(program), device: site.device, bases, scalars, check };
-        let order = Order {
-            lane: site.lanes.compute,
-            task: Task::Run(Box::new(run)),
-            name: self.name(site, of.what(), s, Some(m)),
-            serial: site.serial,
-            step: site.step,
-            deadline: self.sequence,
-            ends_unit,
-        };
+        let tag = Tag { ends_unit, ..site.tag(of.what(), s, Some(m)) };
+        let order = Order { lane: site.lanes.compute, task: Task::Run(Box::new(run)), tag, deadline: self.sequence };
         let maker = self.queue.next_id();
         let reads = reads.into_iter().chain([of.handed_over()]).flatten();
         self.enter(order, reads, writes.into_iter().flatten());

@@ -8,6 +8,7 @@
 //! never for longer than the watchdog's patience.
 
 mod alone;
+mod bounds;
 mod clipped;
 mod disk;
 mod fault;
@@ -31,8 +32,9 @@ mod update;
 mod visit;
 
 pub use alone::plan_alone;
+pub use bounds::bounds_of;
 pub(crate) use simulate::check_lines;
-pub use simulate::{Prediction, SimulateOptions, Simulation, bounds_of, busiest, predict, simulate};
+pub use simulate::{Prediction, SimulateOptions, Simulation, busiest, predict, simulate};
 pub use state::Stored;
 pub use turns::TurnOptions;
 

@@ -18,17 +18,23 @@ pub(super) struct Spill {
     pub maker: TaskId,
 }
 
+/// What a slot holds.
+#[derive(Clone, Debug)]
+struct Slot<K> {
+    holds: Option<K>,
+    /// What it held last, forgotten or not.
+    held: Option<K>,
+    /// What it holds is good but for a part.
+    marked: bool,
+    /// The task that copies what it holds home.
+    spill: Option<Spill>,
+    used: u64,
+}
+
 /// Slots that are handed out again in the order of their last use.
 #[derive(Debug)]
 pub(super) struct Slots<K> {
-    holds: Vec<Option<K>>,
-    /// What it held last, forgotten or not.
-    held: Vec<Option<K>>,
-    /// What it holds is good but for a part.
-    marked: Vec<bool>,
-    /// The task that copies what it holds home.
-    spills: Vec<Option<Spill>>,
-    used: Vec<u64>,
+    all: Vec<Slot<K>>,
     clock: u64,
     /// Empty slots go first, whenever they were used.
     empty_first: bool,
@@ -36,38 +42,28 @@ pub(super) struct Slots<K> {
 
 impl<K: Copy + PartialEq> Slots<K> {
     fn new(count: usize, empty_first: bool) -> Self {
-        let nothing = || (0..count).map(|_| None).collect();
-        Slots {
-            holds: nothing(),
-            held: nothing(),
-            marked: vec![false; count],
-            spills: vec![None; count],
-            used: vec![0; count],
-            clock: 0,
-            empty_first,
-        }
+        let empty = Slot { holds: None, held: None, marked: false, spill: None, used: 0 };
+        Slots { all: vec![empty; count], clock: 0, empty_first }
     }
 
     /// Marks the slots that hold what satisfies `partly`: a part of it is stale.
     pub fn mark(&mut self, partly: impl Fn(K) -> bool) {
-        for (mark, held) in self.marked.iter_mut().zip(&self.holds) {
-            *mark |= held.is_some_and(&partly);
-        }
+        self.all.iter_mut().for_each(|slot| slot.marked |= slot.holds.is_some_and(&partly));
     }
 
     /// Takes a slot's mark away and tells whether it had one.
     pub fn take_mark(&mut self, slot: usize) -> bool {
-        std::mem::take(&mut self.marked[slot])
+        std::mem::take(&mut self.all[slot].marked)
     }
 
     /// How many there are.
     pub fn len(&self) -> usize {
-        self.holds.len()
+        self.all.len()
     }
 
     /// The slot that holds `key`.
     pub fn slot_of(&self, key: K) -> Option<usize> {
-        self.holds.iter().position(|&h| h == Some(key))
+        self.all.iter().position(|slot| slot.holds == Some(key))
     }
 
     /// The same, which counts as a use.
@@ -80,14 +76,14 @@ impl<K: Copy + PartialEq> Slots<K> {
     /// A slot for `key` of all: an empty one if there is one, else the least recently used; never one that holds any of
     /// `pinned`.
     pub fn take(&mut self, key: K, pinned: &[K]) -> usize {
-        self.take_of(0..self.holds.len(), key, pinned)
+        self.take_of(0..self.all.len(), key, pinned)
     }
 
     /// The same of `slots`.
     pub fn take_of(&mut self, slots: Range<usize>, key: K, pinned: &[K]) -> usize {
-        let free = slots.filter(|&s| self.holds[s].is_none_or(|h| !pinned.contains(&h)));
+        let free = slots.filter(|&s| self.all[s].holds.is_none_or(|held| !pinned.contains(&held)));
         let slot = free
-            .min_by_key(|&s| (self.empty_first && self.holds[s].is_some(), self.used[s]))
+            .min_by_key(|&s| (self.empty_first && self.all[s].holds.is_some(), self.all[s].used))
             .expect("a ring has more entries than a task pins");
         self.pin(slot, key);
         slot
@@ -95,50 +91,49 @@ impl<K: Copy + PartialEq> Slots<K> {
 
     /// The empty slot that held `key` last, for `key` again.
     pub fn take_back(&mut self, key: K) -> Option<usize> {
-        let slot = (0..self.holds.len()).find(|&s| self.holds[s].is_none() && self.held[s] == Some(key))?;
+        let slot = self.all.iter().position(|slot| slot.holds.is_none() && slot.held == Some(key))?;
         self.pin(slot, key);
         Some(slot)
     }
 
     /// Puts `key` into a slot of its own.
-    pub fn pin(&mut self, slot: usize, key: K) {
-        (self.holds[slot], self.held[slot]) = (Some(key), Some(key));
-        (self.marked[slot], self.spills[slot]) = (false, None);
+    fn pin(&mut self, slot: usize, key: K) {
+        self.all[slot] = Slot { holds: Some(key), held: Some(key), marked: false, spill: None, used: 0 };
         self.touch(slot);
     }
 
     /// Notes the copy home of what the slot that holds `key` does.
     pub fn note_spill(&mut self, key: K, spill: Spill) {
         if let Some(slot) = self.slot_of(key) {
-            self.spills[slot] = Some(spill);
+            self.all[slot].spill = Some(spill);
         }
     }
 
     /// Forgets `key`, which nobody reads again, and gives its copy home.
     pub fn let_go(&mut self, key: K) -> Option<Spill> {
         let slot = self.slot_of(key)?;
-        self.holds[slot] = None;
-        self.spills[slot].take()
+        self.all[slot].holds = None;
+        self.all[slot].spill.take()
     }
 
     /// What the slots hold.
     pub fn held(&self) -> impl Iterator<Item = K> {
-        self.holds.iter().copied().flatten()
+        self.all.iter().filter_map(|slot| slot.holds)
     }
 
     /// Whether `slot` holds `key`.
     pub fn has(&self, slot: usize, key: K) -> bool {
-        self.holds[slot] == Some(key)
+        self.all[slot].holds == Some(key)
     }
 
     /// Forgets what satisfies `stale`.
     pub fn forget(&mut self, stale: impl Fn(K) -> bool) {
-        self.holds.iter_mut().for_each(|h| *h = h.filter(|&k| !stale(k)));
+        self.all.iter_mut().for_each(|slot| slot.holds = slot.holds.filter(|&key| !stale(key)));
     }
 
     fn touch(&mut self, slot: usize) {
         self.clock += 1;
-        self.used[slot] = self.clock;
+        self.all[slot].used = self.clock;
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::member::{Ending, Member, Pending, Purpose};
 use super::misfit::check_step;
-use super::queue::Finished;
+use super::queue::{Finished, Tag};
 use super::{EVALUATIONS, Ended, Engine, StepInput, StepResult};
 use crate::base::{Error, LaneKind, Result};
 use crate::device::UpdateRule;
@@ -96,16 +96,23 @@ impl Engine {
     /// # Errors
     /// When a task fails or stalls, or the loss is not finite (the message names the first layer whose output is not).
     pub fn wait_step(&mut self, model: usize) -> Result<StepResult> {
+        match self.wait_ended(model, "wait_step: no step is in flight")? {
+            Ended::Step(_, result) => Ok(result),
+            Ended::Model(_, error) => Err(error),
+            Ended::Evaluation(..) => Err(Error::bad("wait_step: an evaluation is in flight")),
+        }
+    }
+
+    /// Waits for what ends next of a model; `nothing` says what is wrong where nothing of it is in flight.
+    fn wait_ended(&mut self, model: usize, nothing: &str) -> Result<Ended> {
         loop {
-            match self.ended(model) {
-                Some(Ended::Step(_, result)) => return Ok(result),
-                Some(Ended::Model(_, error)) => return Err(error),
-                Some(Ended::Evaluation(..)) => return Err(Error::bad("wait_step: an evaluation is in flight")),
-                None if self.members[model].pending.is_empty() => {
-                    return Err(Error::bad("wait_step: no step is in flight"));
-                }
-                None => self.wait_one().map(drop)?,
+            if let Some(ended) = self.ended(model) {
+                return Ok(ended);
             }
+            if self.members[model].pending.is_empty() {
+                return Err(Error::bad(nothing));
+            }
+            self.wait_one()?;
         }
     }
 
@@ -227,18 +234,10 @@ impl Engine {
     /// # Errors
     /// As [`Engine::wait_step`].
     pub fn wait_begun_evaluation(&mut self, model: usize) -> Result<f32> {
-        loop {
-            match self.ended(model) {
-                Some(Ended::Evaluation(_, loss)) => return Ok(loss),
-                Some(Ended::Model(_, error)) => return Err(error),
-                Some(Ended::Step(..)) => {
-                    return Err(Error::bad("an evaluation is waited for, and a step is in flight"));
-                }
-                None if self.members[model].pending.is_empty() => {
-                    return Err(Error::bad("an evaluation is waited for, and none is in flight"));
-                }
-                None => self.wait_one().map(drop)?,
-            }
+        match self.wait_ended(model, "an evaluation is waited for, and none is in flight")? {
+            Ended::Evaluation(_, loss) => Ok(loss),
+            Ended::Model(_, error) => Err(error),
+            Ended::Step(..) => Err(Error::bad("an evaluation is waited for, and a step is in flight")),
         }
     }
 
@@ -295,11 +294,12 @@ impl Engine {
             return Err(error);
         }
         let finished = self.queue.complete(completion.ticket, completion.end_secs);
-        let model = usize::from(finished.name.model);
+        let Tag { name, step, ends_unit, .. } = finished.tag;
+        let model = usize::from(name.model);
         let event = Event {
             lane: finished.lane,
-            name: finished.name,
-            step: finished.step.min(self.members[model].last_begun) as u32,
+            name,
+            step: step.min(self.members[model].last_begun) as u32,
             start_secs: completion.start_secs,
             end_secs: completion.end_secs,
             bytes: finished.bytes,
@@ -313,10 +313,10 @@ impl Engine {
             recorder.record(&event);
         }
         if let (Some(turns), LaneKind::Compute) = (&mut self.turns, event.lane.kind) {
-            turns.task_ended(&event, finished.ends_unit, &self.members[model]);
+            turns.task_ended(&event, ends_unit, &self.members[model]);
         }
         self.task_ended(model, &finished, &event, completion.not_finite_layer)?;
-        if self.turns.is_some() && finished.ends_unit {
+        if self.turns.is_some() && ends_unit {
             self.take_turns()?;
         }
         Ok(model)
@@ -333,7 +333,7 @@ impl Engine {
         let member = &mut self.members[model];
         // Shards run microbatch by microbatch, so a later one may name an earlier layer.
         member.not_finite_layer = member.not_finite_layer.into_iter().chain(not_finite).min();
-        match member.pending.iter().position(|p| p.serial == finished.serial) {
+        match member.pending.iter().position(|p| p.serial == finished.tag.serial) {
             None => member.loose_tasks -= 1,
             Some(at) => {
                 let pending = &mut member.pending[at];

@@ -8,10 +8,9 @@
 
 use super::Engine;
 use super::site::Site;
-use super::tables::Join;
+use super::tables::{Join, Piece};
 use crate::device::{CopySpan, Norm, Span, Task, UpdateRule, norm_scratch_bytes};
 use crate::trace::What;
-use std::ops::Range;
 use std::sync::Arc;
 
 /// A shard whose gradients are complete once the tasks made so far have run.
@@ -89,25 +88,24 @@ impl Engine {
         Site { step: site.step, serial: site.serial, ..self.site(site.member, device) }
     }
 
+    /// The same on the device where a shard's state is at home.
+    pub(super) fn moved_home(&self, site: &Site, s: usize) -> Site {
+        self.moved(site, self.members[site.member].home_of(s).expect("state at rest is at home on a device"))
+    }
+
     /// Settles a model whose state is at home on devices: norms everywhere, then updates everywhere.
     fn settle_resident(&mut self, site: &Site, done: &Settled) {
         let n = site.plan.shards.len();
-        let home = |engine: &Engine, s: usize| {
-            let device = engine.members[site.member].home_of(s).expect("resident state is at home on a device");
-            (engine.moved(site, device), Settled { shard: s, slot: s, ..*done })
-        };
+        let settled = |s: usize| Settled { shard: s, slot: s, ..*done };
         for s in (0..n).rev() {
-            let (there, settled) = home(self, s);
-            self.join_and_norm(&there, &settled, self.sequence);
+            self.join_and_norm(&self.moved_home(site, s), &settled(s), self.sequence);
         }
-        let (last, _) = home(self, n - 1);
-        self.result(&last);
+        self.result(&self.moved_home(site, n - 1));
         if site.plan.choice.crosses {
             self.gather_norms(site, done.clip.is_some());
         }
         for s in 0..n {
-            let (there, settled) = home(self, s);
-            self.update(&there, &settled, self.sequence);
+            self.update(&self.moved_home(site, s), &settled(s), self.sequence);
         }
     }
 
@@ -115,8 +113,7 @@ impl Engine {
     fn gather_norms(&mut self, site: &Site, clips: bool) {
         let parity = site.parity();
         for s in 0..site.plan.shards.len() {
-            let there = self.moved(site, self.members[site.member].home_of(s).expect("it has a home"));
-            self.send_norms(&there, s);
+            self.send_norms(&self.moved_home(site, s), s);
         }
         for device in 0..self.lanes.len() as u16 {
             let visits = (0..site.plan.shards.len()).any(|s| self.members[site.member].home_of(s) == Some(device));
@@ -135,7 +132,7 @@ impl Engine {
 
     /// Sends the norms of a shard's tensors from its device to the host.
     fn send_norms(&mut self, site: &Site, s: usize) {
-        let segments = &self.members[site.member].tables.segments[s];
+        let segments = &site.tables.segments[s];
         if segments.is_empty() {
             return;
         }
@@ -150,11 +147,10 @@ impl Engine {
         let s = done.shard;
         let all = site.plan.shards[s].layout.gradient_bytes;
         let (from, to) = (site.map.gradient_slots.at[done.slot], site.plan.host.shard_gradients[s]);
-        let (count, ratio) = (self.members[site.member].tables.pieces[s].len(), site.model.layout.wide_ratio);
-        for i in 0..count {
-            let Range { start, end } = self.members[site.member].tables.pieces[s][i].range;
-            let (start, end) = (start * ratio, end * ratio);
-            let bytes = if i + 1 == count { all - start } else { end - start };
+        let (pieces, ratio) = (&site.tables.pieces[s], site.model.layout.wide_ratio);
+        for (i, Piece { range, .. }) in pieces.iter().enumerate() {
+            let (start, end) = (range.start * ratio, range.end * ratio);
+            let bytes = if i + 1 == pieces.len() { all - start } else { end - start };
             let span = CopySpan { from: site.arena(from + start, bytes), to: site.store(to + start, bytes) };
             self.copy(site, What::SpillGradient, s, None, vec![span]);
         }
@@ -229,9 +225,8 @@ impl Engine {
     pub(super) fn join_and_norm(&mut self, site: &Site, done: &Settled, deadline: u64) {
         let (s, lane) = (done.shard, Self::math_lane(site, done.shard));
         let gradient = Self::gradients(site, done);
-        for i in 0..self.members[site.member].tables.joins[s].len() {
-            let join = self.members[site.member].tables.joins[s][i];
-            let from = self.joining(site, done, &join);
+        for join in &site.tables.joins[s] {
+            let from = self.joining(site, done, join);
             let to = within(gradient, join.to, join.bytes);
             // What visits comes in pieces of what has room.
             let piece_bytes = if from.memory == to.memory { to.bytes.max(1) } else { site.map.update_slot_bytes };
@@ -248,7 +243,7 @@ impl Engine {
                 self.add(site, lane, (What::Update, s), self.sequence, task, &[from], &[to]);
             }
         }
-        let segments = Arc::clone(&self.members[site.member].tables.segments[s]);
+        let segments = Arc::clone(&site.tables.segments[s]);
         if segments.is_empty() {
             return;
         }

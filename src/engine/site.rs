@@ -1,9 +1,12 @@
 //! A model on a device: where its tensors lie there and at home.
 
+use super::queue::Tag;
 use super::rings::{BoundaryKey, ShardOf};
+use super::tables::Tables;
 use super::{Engine, Lanes, NO_STEP};
 use crate::device::{Memory, Span};
 use crate::spill::{ArenaMap, Model, OnDisk, Plan};
+use crate::trace::{TaskName, What};
 use std::sync::Arc;
 
 /// A model on a device, at work: where its tensors are there, and what the tasks belong to.
@@ -14,6 +17,7 @@ pub(super) struct Site {
     pub model: Arc<Model>,
     pub plan: Arc<Plan>,
     pub map: Arc<ArenaMap>,
+    pub tables: Arc<Tables>,
     pub rings: usize,
     pub lanes: Lanes,
     /// Where the model's part of the host's store begins.
@@ -51,6 +55,13 @@ impl Site {
         self.home(OnDisk::UpdateState, offset, bytes)
     }
 
+    /// What a task is called that is of a shard, and of a microbatch if it is of one.
+    pub fn tag(&self, what: What, shard: usize, microbatch: Option<usize>) -> Tag {
+        let microbatch = microbatch.filter(|_| self.model.microbatches > 1).map(|m| m as u16);
+        let name = TaskName { what, model: self.member as u16, shard: shard as u16, microbatch };
+        Tag { name, serial: self.serial, step: self.step, ends_unit: false }
+    }
+
     pub fn shard(&self, shard: usize) -> ShardOf {
         ShardOf { model: self.member, shard }
     }
@@ -79,6 +90,7 @@ impl Engine {
             model: Arc::clone(&m.model),
             plan: Arc::clone(&m.plan),
             map: Arc::clone(&m.maps[usize::from(device)]),
+            tables: Arc::clone(&m.tables),
             rings: m.rings[usize::from(device)],
             lanes: self.lanes[usize::from(device)],
             store: m.store,

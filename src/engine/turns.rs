@@ -6,18 +6,18 @@
 //! on another device, and each of its microbatches then waits for the bytes that the same one leaves there. A device
 //! holds as many units as it has weight slots: one that runs, the others on their way.
 
+mod chain;
 mod moment;
 
 use super::Engine;
-use super::member::{Ending, Member, Purpose};
+use super::member::Member;
 use super::rings::Rings;
-use super::unit_cost::{UnitCost, unit_costs};
-use super::visit::Pass;
 use crate::base::{Error, LaneId, LaneKind, Result};
 use crate::device::sim::CostModel;
 use crate::sched::{Claim, DeviceView, ModelId, ModelView, Policy, View};
 use crate::spill::{FleetMap, Home, Placed};
 use crate::trace::Event;
+use chain::Chain;
 use std::collections::VecDeque;
 
 /// How several models take turns on devices.
@@ -59,28 +59,21 @@ struct Claimed {
     last: f64,
 }
 
-/// When a model's next unit can have fetched what its last one leaves behind.
-#[derive(Clone, Copy, Debug, Default)]
-struct Ready {
-    weights: f64,
-    /// The same for weights that a slot keeps: an update elsewhere has to come back to it.
-    held: f64,
-    boundary: f64,
-    /// The first microbatch's.
-    first: f64,
-}
-
-/// What a model's next unit takes in.
-#[derive(Clone, Copy, Debug, Default)]
-struct Wanted {
-    /// Of the step or evaluation that it belongs to.
-    serial: u64,
-    shard: usize,
-    /// It is a backward, which wants the gradient of its boundary too.
-    backward: bool,
-    /// Bytes of one microbatch's activation, and of its gradient.
-    activation_bytes: u64,
-    gradient_bytes: u64,
+/// A device's units, and when its lanes should have done what these ask of them. Times are in seconds of the devices'
+/// clock.
+#[derive(Clone, Debug)]
+struct DeviceQueue {
+    units: VecDeque<Claimed>,
+    /// When the running unit can have started, and its seconds of arithmetic so far.
+    since: f64,
+    running_secs: f64,
+    /// When the copies to the device that were asked for should have arrived.
+    arrived: f64,
+    d2h_bytes_per_sec: f64,
+    /// When all that units leave behind should have left.
+    left: f64,
+    /// The same for what each gradient slot holds, the one that is free first in front.
+    gradients_left: VecDeque<f64>,
 }
 
 /// The state of a schedule.
@@ -94,29 +87,11 @@ pub(super) struct Turns {
     cost: CostModel,
     /// No unit is given out: the devices are to come to rest.
     pub paused: bool,
+    /// What policies see of models and devices, and what that is made of.
     models: Vec<ModelView>,
     devices: Vec<DeviceView>,
-    /// Predictions, by model and unit of a step.
-    costs: Vec<Vec<UnitCost>>,
-    /// Measured seconds over predicted ones, by model.
-    corrections: Vec<f64>,
-    queues: Vec<VecDeque<Claimed>>,
-    /// Seconds of arithmetic of each device's running unit so far.
-    running_secs: Vec<f64>,
-    /// When each device's running unit can have started, and when the copies to it that were asked for should have
-    /// arrived.
-    since: Vec<f64>,
-    arrived: Vec<f64>,
-    d2h_bytes_per_sec: Vec<f64>,
-    /// The unit of its step that comes next, by model.
-    next_unit: Vec<usize>,
-    /// When all that units leave behind should have left.
-    left: Vec<f64>,
-    /// The same for what each gradient slot of a device holds, the one that is free first in front.
-    gradients_left: Vec<VecDeque<f64>>,
-    /// By model.
-    ready: Vec<Ready>,
-    wanted: Vec<Wanted>,
+    chains: Vec<Chain>,
+    queues: Vec<DeviceQueue>,
     choices: u64,
     last: Option<ModelId>,
     /// A model has begun work, or has left its places in queues, since devices were asked last.
@@ -144,6 +119,15 @@ impl Turns {
             h2d_secs: 0.0,
             gradients_secs: 0.0,
         };
+        let queue = |d: usize| DeviceQueue {
+            units: VecDeque::with_capacity(units + 1),
+            since: 0.0,
+            running_secs: 0.0,
+            arrived: 0.0,
+            d2h_bytes_per_sec: cost(d).d2h_bytes_per_sec,
+            left: 0.0,
+            gradients_left: VecDeque::new(),
+        };
         let mut turns = Turns {
             policy,
             units: units.max(1),
@@ -154,18 +138,8 @@ impl Turns {
             paused: false,
             models: Vec::new(),
             devices: (0..devices).map(view).collect(),
-            costs: Vec::new(),
-            corrections: Vec::new(),
-            queues: vec![VecDeque::with_capacity(units + 1); devices],
-            running_secs: vec![0.0; devices],
-            since: vec![0.0; devices],
-            arrived: vec![0.0; devices],
-            d2h_bytes_per_sec: (0..devices).map(|d| cost(d).d2h_bytes_per_sec).collect(),
-            next_unit: Vec::new(),
-            left: vec![0.0; devices],
-            gradients_left: vec![VecDeque::new(); devices],
-            ready: Vec::new(),
-            wanted: Vec::new(),
+            chains: Vec::new(),
+            queues: (0..devices).map(queue).collect(),
             choices: 0,
             last: None,
             dirty: false,
@@ -178,103 +152,32 @@ impl Turns {
     /// Adds a model after those that are there.
     pub fn add(&mut self, member: &Member) {
         let number = self.models.len();
-        self.costs.push(unit_costs(&member.placed, &self.cost));
-        self.corrections.push(1.0);
-        self.next_unit.push(0);
-        self.ready.push(Ready::default());
-        self.wanted.push(Wanted::default());
+        self.chains.push(Chain::new(&member.placed, &self.cost));
         self.models.push(ModelView::away(number as u16));
         self.refresh(number, member);
-    }
-
-    /// Brings the view of a model up to date.
-    pub fn refresh(&mut self, model: usize, member: &Member) {
-        let costs = &self.costs[model];
-        let correction = self.corrections[model];
-        let view = &mut self.models[model];
-        let steps = member.steps_to_begin();
-        let to_begin = steps as f64 * costs[0].rest_secs;
-        let in_flight =
-            member.pending.iter().filter(|p| p.made < p.units && matches!(p.purpose, Purpose::Step { .. })).count();
-        let turns = (steps as usize + in_flight).saturating_sub(1) as f64;
-        view.remaining_wait_secs = turns * costs[costs.len() - 1].wait_secs;
-        let chain_to_begin = steps as f64 * costs[0].rest_chain_secs;
-        let bytes_to_begin = steps * costs[0].rest_bytes;
-        let Some(at) = member.next_work().filter(|_| !member.over) else {
-            view.claim = Claim::Away;
-            (view.remaining_secs, view.remaining_bytes) = (to_begin * correction, bytes_to_begin);
-            view.remaining_chain_secs = chain_to_begin * correction;
-            return;
-        };
-        let pending = &member.pending[at];
-        let shards = member.plan.shards.len();
-        let visit = pending.unit(pending.made, shards, member.model.microbatches);
-        let (shard, pass) = (visit.shard, visit.pass);
-        // An evaluation's unit costs what a forward does; what is left to train comes on top.
-        let next = match pass {
-            Pass::Backward => 2 * (shards - 1) - shard,
-            Pass::Forward | Pass::Evaluate => shard,
-        };
-        self.next_unit[model] = next;
-        let unit = costs[next];
-        let bytes = |s: Option<usize>| s.map_or(0, |s| member.plan.shards[s].boundary_bytes);
-        let hands_back = pass == Pass::Backward && shard + 1 < shards;
-        self.wanted[model] = Wanted {
-            serial: pending.serial,
-            shard,
-            backward: pass == Pass::Backward,
-            activation_bytes: bytes(shard.checked_sub(1)),
-            gradient_bytes: bytes(hands_back.then_some(shard)),
-        };
-        let of_steps = |p: &super::member::Pending| match p.purpose {
-            Purpose::Step { .. } => {
-                costs.get(p.made).map_or((0.0, 0.0, 0), |u| (u.rest_secs, u.rest_chain_secs, u.rest_bytes))
-            }
-            _ => (unit.secs, unit.secs, unit.weight_bytes),
-        };
-        let (mut secs, mut chain, mut bytes) = (to_begin, chain_to_begin, bytes_to_begin);
-        for (of_secs, of_chain, of_bytes) in member.pending.iter().map(of_steps) {
-            (secs, chain, bytes) = (secs + of_secs, chain + of_chain, bytes + of_bytes);
-        }
-        (view.remaining_secs, view.remaining_bytes) = (secs * correction, bytes);
-        view.remaining_chain_secs = chain * correction;
-        view.unit_secs = unit.secs * correction;
-        view.microbatches = member.model.microbatches as u32;
-        (view.shard, view.unit, view.units) = (shard as u16, next as u16, costs.len() as u16);
-        view.boundary_bytes = unit.boundary_bytes;
-        view.leave_bytes = unit.leave_bytes;
-        view.leaves_gradients = unit.leaves_gradients && pass == Pass::Backward;
-        view.weight_bytes = unit.weight_bytes;
-        view.pinned = member.home_of(shard);
-        // Its last unit is the last to end, whoever has it.
-        let claimed = |&device: &u16| self.queues[usize::from(device)].iter().any(|c| c.model == model);
-        view.claim = view.last_device.filter(claimed).map_or(Claim::Idle, Claim::By);
-        if matches!(member.ending, Some(Ending::Cancelled | Ending::NotFinite { .. })) {
-            view.claim = Claim::Away;
-        }
     }
 
     /// A compute task has ended: measures the unit, and with its last task frees its place.
     pub fn task_ended(&mut self, event: &Event, ends_unit: bool, member: &Member) {
         let (device, model) = (usize::from(event.lane.device), usize::from(event.name.model));
-        self.running_secs[device] += event.secs();
+        let queue = &mut self.queues[device];
+        queue.running_secs += event.secs();
         // A model that ends early has left its queue already.
-        if !ends_unit || self.queues[device].front().is_none_or(|c| c.model != model) {
+        if !ends_unit || queue.units.front().is_none_or(|c| c.model != model) {
             return;
         }
-        let claimed = self.queues[device].pop_front().expect("looked at just above");
-        let measured = std::mem::take(&mut self.running_secs[device]);
-        let correction = &mut self.corrections[model];
+        let claimed = queue.units.pop_front().expect("looked at just above");
+        let measured = std::mem::take(&mut queue.running_secs);
+        queue.since = event.end_secs;
         // Predictions are in seconds of the first device, corrected so far.
         let ratio = measured * self.devices[device].speed / claimed.secs.max(1e-12);
-        *correction *= 0.9 + 0.1 * ratio.clamp(0.1, 10.0);
-        self.since[device] = event.end_secs;
+        self.chains[model].correction *= 0.9 + 0.1 * ratio.clamp(0.1, 10.0);
         self.refresh(model, member);
     }
 
     /// Takes a model's units out of every queue.
     pub fn release(&mut self, model: usize) {
-        self.queues.iter_mut().for_each(|q| q.retain(|c| c.model != model));
+        self.queues.iter_mut().for_each(|q| q.units.retain(|c| c.model != model));
         // Where no other unit runs, none ends after which devices would be asked.
         self.dirty = true;
     }
@@ -284,7 +187,9 @@ impl Turns {
     fn next<'a>(&mut self, now: f64, rings: impl Fn(usize) -> Option<&'a Rings>) -> Result<Option<(usize, usize)>> {
         let mut order = std::mem::take(&mut self.order);
         order.clear();
-        order.extend((0..self.devices.len()).filter(|&d| self.queues[d].len() < self.units && self.has_candidate(d)));
+        order.extend(
+            (0..self.devices.len()).filter(|&d| self.queues[d].units.len() < self.units && self.has_candidate(d)),
+        );
         self.order = order;
         if self.order.is_empty() {
             return Ok(None);
@@ -351,7 +256,7 @@ impl Turns {
     pub fn describe(&self) -> String {
         let mut text = format!("\n  policy {}: ", self.policy.name());
         for (device, queue) in self.queues.iter().enumerate() {
-            let models: Vec<String> = queue.iter().map(|c| format!("model {}", c.model)).collect();
+            let models: Vec<String> = queue.units.iter().map(|c| format!("model {}", c.model)).collect();
             let models = if models.is_empty() { "nothing".into() } else { models.join(", ") };
             text += &format!("{}device {device} has {models}", if device > 0 { "; " } else { "" });
         }

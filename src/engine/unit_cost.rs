@@ -3,15 +3,35 @@
 use crate::device::sim::CostModel;
 use crate::spill::{Home, Placed, update_state_bytes};
 
+/// What several units are predicted to take on the first device.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Rest {
+    pub secs: f64,
+    /// Of those, what must run one after another where microbatches go on from unit to unit.
+    pub chain_secs: f64,
+    /// Of weights.
+    pub bytes: u64,
+}
+
+impl Rest {
+    /// So many times the same.
+    pub fn times(self, times: u64) -> Rest {
+        Rest { secs: times as f64 * self.secs, chain_secs: times as f64 * self.chain_secs, bytes: times * self.bytes }
+    }
+
+    /// The sum of both.
+    pub fn and(self, more: Rest) -> Rest {
+        let Rest { secs, chain_secs, bytes } = self;
+        Rest { secs: secs + more.secs, chain_secs: chain_secs + more.chain_secs, bytes: bytes + more.bytes }
+    }
+}
+
 /// What a unit of a training step is predicted to take on the first device.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct UnitCost {
     pub secs: f64,
     /// Of it and all units after it in the step.
-    pub rest_secs: f64,
-    /// Of those, what must run one after another where microbatches go on from unit to unit.
-    pub rest_chain_secs: f64,
-    pub rest_bytes: u64,
+    pub rest: Rest,
     pub weight_bytes: u64,
     pub boundary_bytes: u64,
     pub leave_bytes: u64,
@@ -41,7 +61,7 @@ pub(super) fn unit_costs(placed: &Placed, cost: &CostModel) -> Vec<UnitCost> {
             let secs = if backward { shard.backward_secs(cost) } else { shard.forward_secs(cost) };
             let own = shard.own_bytes();
             let update = match backward && on_device {
-                true => cost.device_settle_secs(model.update_bytes(own, plan.updates.moments), model.wide_bytes(own)),
+                true => model.device_settle_secs(own, plan.updates.moments, cost),
                 false => 0.0,
             };
             let idles = backward && shard.idles_back();
@@ -67,9 +87,7 @@ pub(super) fn unit_costs(placed: &Placed, cost: &CostModel) -> Vec<UnitCost> {
             let hand_on_secs = out as f64 * (1.0 / cost.d2h_bytes_per_sec + 1.0 / cost.h2d_bytes_per_sec);
             UnitCost {
                 secs: secs * microbatches + update,
-                rest_secs: 0.0,
-                rest_chain_secs: 0.0,
-                rest_bytes: 0,
+                rest: Rest::default(),
                 weight_bytes: if rests || idles { 0 } else { shard.fetch_bytes() },
                 boundary_bytes: if placed.home == Home::Anywhere { boundary } else { 0 },
                 leave_bytes: out * microbatches as u64 + gradient,
@@ -83,9 +101,9 @@ pub(super) fn unit_costs(placed: &Placed, cost: &CostModel) -> Vec<UnitCost> {
     let (mut secs, mut bytes, mut longest) = (0.0, 0, 0.0f64);
     for unit in costs.iter_mut().rev() {
         (secs, bytes, longest) = (secs + unit.secs, bytes + unit.weight_bytes, longest.max(unit.secs));
-        (unit.rest_secs, unit.rest_bytes) = (secs, bytes);
         // One microbatch through all units, and the others through the longest.
-        unit.rest_chain_secs = (secs + (microbatches - 1.0) * longest) / microbatches;
+        let chain_secs = (secs + (microbatches - 1.0) * longest) / microbatches;
+        unit.rest = Rest { secs, chain_secs, bytes };
     }
     costs
 }

@@ -13,6 +13,7 @@ use crate::graph::ALIGNMENT;
 use crate::spill::{Home, OnDisk, update_parts};
 use crate::trace::What;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Moments or remainders that visit a device, there and at home.
 #[derive(Clone, Copy, Debug)]
@@ -25,27 +26,33 @@ impl Engine {
     /// Makes the update of a shard whose gradients and norms are there once the tasks made so far have run.
     pub(super) fn update(&mut self, site: &Site, done: &Settled, deadline: u64) {
         let s = done.shard;
-        if self.members[site.member].tables.segments[s].is_empty() {
+        if site.tables.segments[s].is_empty() {
             return;
         }
         if site.plan.choice.rests(s) {
             self.fetch_state(site);
         }
         let visits = !site.plan.choice.rests(s) && Self::on_device(site, s);
-        for i in 0..self.members[site.member].tables.pieces[s].len() {
-            let state = visits.then(|| self.fetch_update_state(site, s, i));
-            self.update_piece(site, done, i, state.as_deref(), deadline);
+        for piece in &site.tables.pieces[s] {
+            let state = visits.then(|| self.fetch_update_state(site, s, &piece.range));
+            self.update_piece(site, done, piece, state.as_deref(), deadline);
             if let Some(state) = state {
-                self.spill_updated(site, done, i, &state);
+                self.spill_updated(site, done, &piece.range, &state);
             }
         }
         self.refresh_copies(site, s, deadline);
     }
 
     /// Makes the update of a piece. `visiting`: its moments and remainder, if they visit.
-    fn update_piece(&mut self, site: &Site, done: &Settled, i: usize, visiting: Option<&[Visitor]>, deadline: u64) {
-        let (s, plan, map) = (done.shard, &site.plan, &site.map);
-        let Piece { range: Range { start, end }, segments } = self.members[site.member].tables.pieces[s][i].clone();
+    fn update_piece(
+        &mut self,
+        site: &Site,
+        done: &Settled,
+        Piece { range, segments }: &Piece,
+        visiting: Option<&[Visitor]>,
+        deadline: u64,
+    ) {
+        let (s, plan, map, start, end) = (done.shard, &site.plan, &site.map, range.start, range.end);
         let (flat, bytes) = (plan.shards[s].layout.own.start + start, end - start);
         // Moments and gradients may be wider than weights, and lie as many times further on.
         let ratio = site.model.layout.wide_ratio;
@@ -66,7 +73,7 @@ impl Engine {
             let remainder = site.model.has_remainders().then(|| site.update_state(plan.host.remainders + flat, bytes));
             let moments = [0, 1].map(|i| (i < plan.updates.moments).then(|| of(i)));
             let waits = done.clip.is_some() && plan.choice.on_disk >= OnDisk::Gradients;
-            let gradient = if waits { Self::waiting_gradient(site, s, &(start..end)) } else { gradient };
+            let gradient = if waits { Self::waiting_gradient(site, s, range) } else { gradient };
             UpdatePiece { weight: site.weights(flat, bytes), remainder, moments, gradient }
         };
         let goes_back = self.stage_update(site, s, &mut piece, deadline);
@@ -81,6 +88,7 @@ impl Engine {
         reads.extend(clip.map(|c| c.table));
         let mut writes = vec![weight];
         writes.extend(remainder.iter().chain(moments.iter().flatten()));
+        let segments = Arc::clone(segments);
         let update = Update { rule: done.rule, segments, weight, remainder, moments, gradient, clip, gate };
         let task = Task::Update(Box::new(update));
         self.add(site, Self::math_lane(site, s), (What::Update, s), deadline, task, &reads, &writes);
@@ -88,11 +96,10 @@ impl Engine {
     }
 
     /// Brings a piece of a shard's moments and remainders to the device for one update.
-    fn fetch_update_state(&mut self, site: &Site, s: usize, i: usize) -> Vec<Visitor> {
-        let Range { start, end } = self.members[site.member].tables.pieces[s][i].range;
+    fn fetch_update_state(&mut self, site: &Site, s: usize, piece: &Range<u64>) -> Vec<Visitor> {
         let (own, host) = (site.plan.shards[s].layout.own.start, &site.plan.host);
         let ratio = site.model.layout.wide_ratio;
-        let parts = update_parts(&site.model, site.plan.updates.moments, end - start);
+        let parts = update_parts(&site.model, site.plan.updates.moments, piece.end - piece.start);
         if parts.iter().sum::<u64>() == 0 {
             return Vec::new();
         }
@@ -102,7 +109,7 @@ impl Engine {
         let visitors = homes.into_iter().zip(parts).filter(|(_, bytes)| *bytes > 0).map(|((home, ratio), bytes)| {
             let at = here;
             here += align_up(bytes, ALIGNMENT);
-            Visitor { home: site.update_state(home + (own + start) * ratio, bytes), here: site.arena(at, bytes) }
+            Visitor { home: site.update_state(home + (own + piece.start) * ratio, bytes), here: site.arena(at, bytes) }
         });
         let visitors: Vec<Visitor> = visitors.collect();
         let spans = visitors.iter().map(|v| CopySpan { from: v.home, to: v.here }).collect();
@@ -111,9 +118,8 @@ impl Engine {
     }
 
     /// Sends an updated piece of a shard's weights home, and the state that visited.
-    fn spill_updated(&mut self, site: &Site, done: &Settled, i: usize, state: &[Visitor]) {
-        let s = done.shard;
-        let Range { start, end } = self.members[site.member].tables.pieces[s][i].range;
+    fn spill_updated(&mut self, site: &Site, done: &Settled, piece: &Range<u64>, state: &[Visitor]) {
+        let (s, bytes) = (done.shard, piece.end - piece.start);
         let own = site.plan.shards[s].layout.own.start;
         let slot = self.rings[site.rings].weights.find(site.shard(s)).expect("its update has just been made");
         // The next unit's boundary tensors go first: what goes home is needed in the next step, its slot not before the
@@ -121,8 +127,8 @@ impl Engine {
         let deadline = self.sequence + done.visit;
         let spans = state.iter().map(|v| CopySpan { from: v.here, to: v.home }).collect();
         self.copy_by(site, What::SpillState, s, None, spans, deadline);
-        let from = site.arena(site.map.weight_slots.at[slot] + start, end - start);
-        let to = site.weights(own + start, end - start);
+        let from = site.arena(site.map.weight_slots.at[slot] + piece.start, bytes);
+        let to = site.weights(own + piece.start, bytes);
         self.copy_by(site, What::SpillWeights, s, None, vec![CopySpan { from, to }], deadline);
     }
 
@@ -132,11 +138,11 @@ impl Engine {
             // Where the device has made the update, its own copy is the new one.
             let stays = Self::on_device(site, s) || self.fetch_updated(site, s, deadline);
             for device in 0..self.lanes.len() {
-                let member = &self.members[site.member];
-                let (rings, borrows) = (member.rings[device], &member.tables.borrows);
+                let rings = self.members[site.member].rings[device];
                 let stale = |shard: usize| shard == s && !(stays && rings == site.rings);
-                let borrower =
-                    |shard: usize| borrows[shard].iter().any(|b| b.owner.is_some_and(|(owner, _)| owner == s));
+                let borrower = |shard: usize| {
+                    site.tables.borrows[shard].iter().any(|b| b.owner.is_some_and(|(owner, _)| owner == s))
+                };
                 let weights = &mut self.rings[rings].weights;
                 weights.forget(|held| held.model == site.member && stale(held.shard));
                 weights.mark(|held| held.model == site.member && borrower(held.shard));
@@ -144,8 +150,8 @@ impl Engine {
             return;
         }
         for user in 0..site.plan.shards.len() {
-            let there = self.moved(site, self.members[site.member].home_of(user).expect("it has a home"));
-            let borrows = self.members[site.member].tables.borrows[user].iter();
+            let there = self.moved_home(site, user);
+            let borrows = site.tables.borrows[user].iter();
             let copies = borrows.filter_map(|b| {
                 let (_, in_owner) = b.owner.filter(|&(owner, _)| owner == s)?;
                 let from = site.arena(site.map.weight_slots.at[s] + in_owner, b.bytes);
@@ -193,8 +199,7 @@ impl Engine {
         };
         let next = Site { step: next.0, serial: next.1, ..site.clone() };
         let (base, own) = (site.map.weight_slots.at[slot], site.plan.shards[s].layout.own.start);
-        for i in 0..self.members[site.member].tables.pieces[s].len() {
-            let Range { start, end } = self.members[site.member].tables.pieces[s][i].range;
+        for &Piece { range: Range { start, end }, .. } in &site.tables.pieces[s] {
             let from = site.store(site.plan.host.weights + own + start, end - start);
             let to = site.arena(base + start, end - start);
             let task = Task::Copy(vec![CopySpan { from, to }]);
@@ -211,7 +216,7 @@ impl Engine {
         }
         *fetched = Some(site.serial);
         for s in (0..site.plan.shards.len()).filter(|&s| site.plan.choice.rests(s)) {
-            let there = self.moved(site, self.members[site.member].home_of(s).expect("it has a home"));
+            let there = self.moved_home(site, s);
             let spans = Self::resident_state(&there, s).map(|(to, from)| CopySpan { from, to }).collect();
             self.copy(&there, What::FetchState, s, None, spans);
         }

@@ -12,7 +12,7 @@ use super::microbatch::Microbatch;
 use super::queue::Order;
 use super::site::Site;
 use crate::device::{AdamwRule, CopySpan, Memory, SgdRule, Span, Task, UpdateRule};
-use crate::trace::{TaskName, What};
+use crate::trace::What;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -157,11 +157,6 @@ impl Engine {
         }
     }
 
-    pub(super) fn name(&self, site: &Site, what: What, s: usize, m: Option<usize>) -> TaskName {
-        let microbatch = m.filter(|_| site.model.microbatches > 1).map(|m| m as u16);
-        TaskName { what, model: site.member as u16, shard: s as u16, microbatch }
-    }
-
     /// Adds a task and books it under its work.
     pub(super) fn enter(
         &mut self,
@@ -169,8 +164,8 @@ impl Engine {
         reads: impl IntoIterator<Item = Span>,
         writes: impl IntoIterator<Item = Span>,
     ) {
-        let member = &mut self.members[usize::from(order.name.model)];
-        member.book(order.serial);
+        let member = &mut self.members[usize::from(order.tag.name.model)];
+        member.book(order.tag.serial);
         reads.into_iter().for_each(|span| self.queue.access(span, false));
         writes.into_iter().for_each(|span| self.queue.access(span, true));
         self.queue.add(order);
@@ -186,9 +181,7 @@ impl Engine {
         reads: &[Span],
         writes: &[Span],
     ) {
-        let name = self.name(site, what, s, None);
-        let (step, serial) = (site.step, site.serial);
-        let order = Order { lane, task, name, serial, step, deadline, ends_unit: false };
+        let order = Order { lane, task, tag: site.tag(what, s, None), deadline };
         self.enter(order, reads.iter().copied(), writes.iter().copied());
     }
 
@@ -221,8 +214,6 @@ impl Engine {
             self.queue.access(*from, false);
             self.queue.access(*to, true);
         }
-        let name = self.name(site, what, s, m);
-        let (step, serial, task) = (site.step, site.serial, Task::Copy(spans));
-        self.enter(Order { lane, task, name, serial, step, deadline, ends_unit: false }, [], []);
+        self.enter(Order { lane, task: Task::Copy(spans), tag: site.tag(what, s, m), deadline }, [], []);
     }
 }

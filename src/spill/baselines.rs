@@ -105,11 +105,7 @@ fn one_at_a_time(models: &[FleetModel], devices: &[FleetDevice], plan_alone: Pla
 }
 
 fn task_parallel(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Lined> {
-    let plans = for_each(models, |m| {
-        let whole = std::iter::once(0..m.model.layers()).collect();
-        let options = PlanOptions { resident: Some(true), cut: Some(whole), device_budget: None, ..m.options.clone() };
-        Plan::new(&m.model, &options, &devices[0].cost).map(Arc::new)
-    })?;
+    let plans = for_each(models, |m| Plan::new(&m.model, &m.whole(), &devices[0].cost).map(Arc::new))?;
     let secs = |i: usize| models[i].steps as f64 * plans[i].estimated_secs;
     let speeds = speeds(models, devices);
     let mut order: Vec<usize> = (0..models.len()).collect();
@@ -143,13 +139,11 @@ fn task_parallel(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Lined
         message += &format!("  smallest budget that works {needs:>14} bytes: memory = {needs}");
         return Err(Error::OutOfBudget { message, smallest_device_bytes: needs });
     }
-    let placed = models.iter().zip(plans).zip(&homes).map(|((m, plan), &d)| Placed {
-        model: Arc::clone(&m.model),
-        home: Home::On(vec![d as u16; plan.shards.len()]),
-        plan,
-        line: d,
-    });
-    let placed: Vec<Placed> = placed.collect();
+    let place = |((m, plan), d): ((&FleetModel, Arc<Plan>), usize)| {
+        let home = Home::On(vec![d as u16; plan.shards.len()]);
+        m.placed(plan, home, d)
+    };
+    let placed: Vec<Placed> = models.iter().zip(plans).zip(homes).map(place).collect();
     let smallest_device_bytes = smallest(&placed);
     Ok(Lined { placed, lines, smallest_device_bytes })
 }
@@ -190,7 +184,7 @@ fn stage(m: &FleetModel, devices: &[FleetDevice], pipelined: bool) -> Result<(Pl
             ..m.options.clone()
         };
         let home = Home::On(home);
-        let placed = |plan| Placed { model: Arc::clone(&m.model), plan: Arc::new(plan), home: home.clone(), line: 0 };
+        let placed = |plan| m.placed(Arc::new(plan), home.clone(), 0);
         let fastest = Plan::sketch(&m.model, &options(None), cost)?;
         let least = fastest.smallest_device_bytes;
         let smaller = fastest.arena.bytes > least;

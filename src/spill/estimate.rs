@@ -4,7 +4,7 @@
 //! The executor on a simulated device gives the exact prediction of the plan that is chosen; this recurrence only
 //! ranks.
 
-use super::memory::{ArenaMap, BoundaryTier, Choice, update_state_bytes};
+use super::memory::{ArenaMap, BoundaryTier, Choice, Tenant, update_state_bytes};
 use super::model::Model;
 use super::plan::Updates;
 use super::shard::ShardPrograms;
@@ -20,77 +20,107 @@ use std::ops::Range;
 /// Steps that are gone through: the last one is taken, which begins on what one before it has left.
 const STEPS: usize = 3;
 
+/// What an estimate is of: shards under a choice, and what they cost.
+#[derive(Clone, Copy)]
+pub(super) struct Draft<'a> {
+    pub model: &'a Model,
+    pub shards: &'a Shards,
+    pub choice: &'a Choice,
+    pub updates: Updates,
+    pub cost: &'a CostModel,
+}
+
+impl<'a> Draft<'a> {
+    /// What of it decides where everything lies.
+    pub fn tenant(&self) -> Tenant<'a> {
+        let Draft { model, shards, choice, updates, .. } = *self;
+        Tenant { model, shards: &shards.programs, choice, moments: updates.moments }
+    }
+
+    /// Bytes of a shard's moments and remainders.
+    pub fn update_state_bytes(&self, shard: usize) -> u64 {
+        update_state_bytes(self.model, &self.shards.programs, self.updates.moments, shard)
+    }
+}
+
 /// Estimated seconds of a training step.
-pub fn estimate_secs(
-    model: &Model,
-    shards: &Shards,
-    (choice, arena): (&Choice, &ArenaMap),
-    updates: Updates,
-    cost: &CostModel,
-) -> f64 {
-    let Shards { programs: shards, secs } = shards;
-    let (n, m) = (shards.len(), model.microbatches as f64);
-    let units: Vec<(usize, f64)> = (0..n.saturating_sub(1))
-        .map(|s| (s, m * secs[s][0]))
-        .chain((0..n).rev().map(|s| (s, m * secs[s][1])))
-        .collect();
-    let arithmetic = units.iter().map(|u| u.1).sum::<f64>();
-    let mut steps = Steps::new(model, shards, (choice, arena), updates, cost);
-    let ends: Vec<f64> = (0..STEPS).map(|_| steps.step(&units)).collect();
+pub(super) fn estimate_secs(draft: Draft, arena: &ArenaMap) -> f64 {
+    let Draft { shards: Shards { programs, secs }, cost, .. } = draft;
+    let (n, m) = (programs.len(), draft.model.microbatches as f64);
+    let forwards = (0..n - 1).map(|s| Visit { s, secs: m * secs[s][0], first: true, backward: false });
+    let backwards = (0..n).rev().map(|s| Visit { s, secs: m * secs[s][1], first: s + 1 == n, backward: true });
+    let visits: Vec<Visit> = forwards.chain(backwards).collect();
+    let arithmetic = visits.iter().map(|v| v.secs).sum::<f64>();
+    let mut steps = Steps::new(draft, arena);
+    let ends: Vec<f64> = (0..STEPS).map(|_| steps.step(&visits)).collect();
     let turn = ends[STEPS - 1] - ends[STEPS - 2];
     // Cores that units, copies and the host's arithmetic share.
     let updates: f64 = steps.by_host_secs.iter().sum();
     let here = steps.resting_secs;
-    let copies = || cost.copy_core_secs(steps.moved_bytes, units.len() + n);
+    let copies = || cost.copy_core_secs(steps.moved_bytes, visits.len() + n);
     let shared = cost.cores.map_or(0.0, |_| arithmetic + updates + here + copies());
     turn.max(updates).max(steps.out_secs).max(steps.in_secs).max(shared)
 }
 
 /// Seconds of a step in which the disk is at work, where so much of a model's state is at home there: it reads and
 /// writes at once.
-pub fn disk_secs(
-    model: &Model,
-    shards: &Shards,
-    choice: &Choice,
-    on_disk: OnDisk,
-    updates: Updates,
-    cost: &CostModel,
-) -> f64 {
-    let shards = &shards.programs;
-    let (mut read, mut written) = (0, 0);
-    for (s, shard) in shards.iter().enumerate().filter(|(s, _)| !choice.rests(*s)) {
+pub(super) fn disk_secs(draft: Draft, on_disk: OnDisk) -> f64 {
+    let shards = &draft.shards.programs;
+    let of = |(s, shard): (usize, &ShardPrograms)| {
         let own = shard.own_bytes();
-        if on_disk >= OnDisk::UpdateState {
-            read += update_state_bytes(model, shards, updates.moments, s);
-            written += update_state_bytes(model, shards, updates.moments, s);
-        }
-        // With clipping they wait there for the norm.
-        if on_disk >= OnDisk::Gradients && updates.clips {
-            read += own * model.layout.wide_ratio;
-            written += own * model.layout.wide_ratio;
-        }
-        if on_disk >= OnDisk::Weights {
-            let visits = if s + 1 == shards.len() || shard.idles_back() { 1 } else { 2 };
-            read += own + visits * shard.fetch_bytes();
-            written += own;
-        }
-    }
-    read.max(written) as f64 / cost.disk_bytes_per_sec()
+        let visits = if s + 1 == shards.len() || shard.idles_back() { 1 } else { 2 };
+        // With clipping gradients wait there for the norm.
+        let gradients = if draft.updates.clips { draft.model.wide_bytes(own) } else { 0 };
+        // No more is written: what visits read does not come back.
+        let reads = [
+            (OnDisk::UpdateState, draft.update_state_bytes(s)),
+            (OnDisk::Gradients, gradients),
+            (OnDisk::Weights, own + visits * shard.fetch_bytes()),
+        ];
+        reads.into_iter().filter(|(least, _)| on_disk >= *least).map(|(_, bytes)| bytes).sum::<u64>()
+    };
+    let read: u64 = shards.iter().enumerate().filter(|(s, _)| !draft.choice.rests(*s)).map(of).sum();
+    read as f64 / draft.cost.disk_bytes_per_sec()
+}
+
+/// A visit of a shard: its first of the step, its backward, or both.
+#[derive(Clone, Copy)]
+struct Visit {
+    s: usize,
+    /// Of arithmetic.
+    secs: f64,
+    first: bool,
+    backward: bool,
+}
+
+/// When the first piece of something is there, and all of it.
+#[derive(Clone, Copy, Default)]
+struct There {
+    piece: f64,
+    all: f64,
+}
+
+/// What a shard has to do with others whose parameters it uses too, or that use its own.
+#[derive(Clone, Default)]
+struct Shared {
+    /// Bytes of accumulators that leave for the shard that owns their parameter, and that come to it.
+    leaves_bytes: u64,
+    comes_bytes: u64,
+    /// The shards whose parameters it uses.
+    owners: Vec<usize>,
 }
 
 /// Lanes, slots and what the host has, in the course of steps. Times are in seconds from the start.
 struct Steps<'a> {
+    draft: Draft<'a>,
     model: &'a Model,
     shards: &'a [ShardPrograms],
     choice: &'a Choice,
     cost: &'a CostModel,
-    updates: Updates,
     weights: &'a SlotMap,
     gradients: &'a SlotMap,
-    /// Of each shard, bytes of accumulators that leave for the shard that owns their parameter, and that come to it.
-    joined: Vec<[u64; 2]>,
-    /// Of each shard, those whose parameters it uses too.
-    owners: Vec<Vec<usize>>,
+    /// Of each shard.
+    shared: Vec<Shared>,
     /// Updates by the host, of each shard that it updates.
     by_host_secs: Vec<f64>,
     /// The device's of shards that rest.
@@ -107,10 +137,10 @@ struct Steps<'a> {
     /// When the last gradients that the host updates are there, and when the norm of all is known.
     home: f64,
     norm: f64,
-    /// Gradients that the host updates by: when the first piece of a shard's is there, and all of them; in this order.
-    arrived: Vec<(f64, f64, usize)>,
-    /// Of each shard, when the first piece of its new weights is at home, and all of them.
-    new: Vec<[f64; 2]>,
+    /// Gradients of shards that the host updates by, in the order in which they come.
+    arrived: Vec<(usize, There)>,
+    /// Of each shard, its new weights at home.
+    new: Vec<There>,
     /// Ends of visits that took a slot, and when what used gradient slots had left, each for shards that are not large
     /// and for large ones; and the same of slots of state that visits.
     ends: [Vec<f64>; 2],
@@ -123,52 +153,35 @@ struct Steps<'a> {
 }
 
 impl<'a> Steps<'a> {
-    fn new(
-        model: &'a Model,
-        shards: &'a [ShardPrograms],
-        (choice, arena): (&'a Choice, &'a ArenaMap),
-        updates: Updates,
-        cost: &'a CostModel,
-    ) -> Steps<'a> {
-        let (mut joined, mut owners) = (vec![[0, 0]; shards.len()], vec![Vec::new(); shards.len()]);
+    fn new(draft: Draft<'a>, arena: &'a ArenaMap) -> Steps<'a> {
+        let Draft { model, shards: Shards { programs: shards, .. }, choice, updates, cost } = draft;
+        let mut shared = vec![Shared::default(); shards.len()];
         for (s, shard) in shards.iter().enumerate() {
             for parameter in shard.layout.shared.iter().map(|u| u.parameter) {
                 let (at, bytes) = (&model.layout.parameter[parameter], model.gradient_bytes(parameter));
                 let owner = shards.iter().position(|o| o.layout.own.contains(at)).filter(|&owner| owner != s);
                 if let Some(owner) = owner {
-                    joined[s][0] += bytes;
-                    joined[owner][1] += bytes;
-                    owners[s].push(owner);
+                    shared[s].leaves_bytes += bytes;
+                    shared[owner].comes_bytes += bytes;
+                    shared[s].owners.push(owner);
                 }
             }
         }
-        let traffic = |s: &ShardPrograms| {
-            let own = s.own_bytes();
-            (model.update_bytes(own, updates.moments), model.wide_bytes(own))
-        };
-        let by_host = |s: &ShardPrograms| {
-            let (bytes, wide) = traffic(s);
-            cost.host_settle_secs(bytes, wide)
-        };
-        let here = |s: &ShardPrograms| {
-            let (bytes, wide) = traffic(s);
-            cost.device_settle_secs(bytes, wide)
-        };
-        let resting = if choice.resident { shards.len() } else { choice.resting };
-        let first_by_host = (resting + choice.visiting_updates).min(shards.len());
+        let by_host = |s: &ShardPrograms| model.host_settle_secs(s.own_bytes(), updates.moments, cost);
+        let here = |s: &ShardPrograms| model.device_settle_secs(s.own_bytes(), updates.moments, cost);
+        let (resting, first_by_host) = (choice.resting_of(shards.len()), choice.updated_of(shards.len()));
         Steps {
             by_host_secs: shards[first_by_host..].iter().map(by_host).collect(),
             resting_secs: shards[..resting].iter().map(here).sum(),
-            new: vec![[0.0; 2]; shards.len()],
+            new: vec![There::default(); shards.len()],
+            draft,
             model,
             shards,
             choice,
             cost,
-            updates,
             weights: &arena.weight_slots,
             gradients: &arena.gradient_slots,
-            joined,
-            owners,
+            shared,
             compute: 0.0,
             h2d: 0.0,
             d2h: 0.0,
@@ -188,16 +201,13 @@ impl<'a> Steps<'a> {
     }
 
     /// Goes through a step and returns its end.
-    fn step(&mut self, units: &[(usize, f64)]) -> f64 {
-        let n = self.shards.len();
+    fn step(&mut self, visits: &[Visit]) -> f64 {
         (self.in_secs, self.out_secs, self.moved_bytes) = (0.0, 0.0, 0);
-        for (u, &(s, secs)) in units.iter().enumerate() {
-            self.visit(s, secs, u < n, u + 1 >= n);
-        }
-        if self.updates.clips {
+        visits.iter().for_each(|visit| self.visit(visit));
+        if self.draft.updates.clips {
             self.norm = self.compute.max(self.home);
             self.compute = if self.resting_secs > 0.0 { self.norm + self.resting_secs } else { self.compute };
-            self.arrived.iter_mut().for_each(|(piece, all, _)| (*piece, *all) = (self.norm, self.norm));
+            self.arrived.iter_mut().for_each(|(_, there)| *there = There { piece: self.norm, all: self.norm });
         } else {
             self.compute += self.resting_secs;
         }
@@ -212,27 +222,27 @@ impl<'a> Steps<'a> {
         let mut next = arrived.iter().enumerate().peekable();
         let mut waiting = BinaryHeap::new();
         loop {
-            if let (true, Some(&(_, &(piece, ..)))) = (waiting.is_empty(), next.peek()) {
-                self.host = self.host.max(piece);
+            if let (true, Some((_, (_, there)))) = (waiting.is_empty(), next.peek()) {
+                self.host = self.host.max(there.piece);
             }
-            while let Some((i, &(.., s))) = next.next_if(|&(_, &(piece, ..))| piece <= self.host) {
-                waiting.push(Reverse((s, i)));
+            while let Some((i, (s, _))) = next.next_if(|(_, (_, there))| there.piece <= self.host) {
+                waiting.push(Reverse((*s, i)));
             }
             let Some(Reverse((s, i))) = waiting.pop() else { break };
             let secs = self.by_host_secs[s + self.by_host_secs.len() - self.shards.len()];
             let (begins, a_piece) = (self.host, secs / self.pieces(s));
-            self.host = (begins + secs).max(arrived[i].1 + a_piece);
-            self.new[s] = [begins + a_piece, self.host];
+            self.host = (begins + secs).max(arrived[i].1.all + a_piece);
+            self.new[s] = There { piece: begins + a_piece, all: self.host };
         }
     }
 
-    /// A visit of a shard: its `first` of the step, and its backward.
-    fn visit(&mut self, s: usize, secs: f64, first: bool, backward: bool) {
+    fn visit(&mut self, visit: &Visit) {
+        let &Visit { s, first, backward, .. } = visit;
         let rests = self.choice.rests(s);
-        let ready = self.fetch(s, first, backward);
-        let visiting_update = self.is_updated_here(s) && if self.updates.clips { first } else { backward };
+        let ready = self.fetch(visit);
+        let visiting_update = self.is_updated_here(s) && if self.draft.updates.clips { first } else { backward };
         let mut slot_leaves = 0.0;
-        if self.updates.clips && visiting_update {
+        if self.draft.updates.clips && visiting_update {
             self.compute = self.compute.max(self.norm).max(ready);
             let gradient = if self.waits_at_home(s) { self.shards[s].layout.gradient_bytes } else { 0 };
             let room = room_of(&self.states_left, self.choice.gradient_slots);
@@ -240,47 +250,48 @@ impl<'a> Steps<'a> {
             slot_leaves = self.d2h;
             self.states_left.push(self.d2h);
         }
-        let slots = is_large(self.gradients, s);
+        let ring = ring_of(self.gradients, s);
         let room = match backward && !rests {
-            true => room_of(&self.left[slots], self.gradients.of[s].len()),
+            true => room_of(&self.left[ring], self.gradients.of[s].len()),
             false => 0.0,
         };
-        let ready = ready.max(self.batch_comes(s, backward));
-        let secs = self.arithmetic_secs(s, secs, first, backward);
+        let ready = ready.max(self.batch_comes(visit));
+        let secs = self.arithmetic_secs(visit);
         self.compute = self.compute.max(ready).max(room) + secs;
-        if backward && (rests || self.updates.clips && self.is_updated_here(s)) {
-            self.bring(self.joined[s][1]);
+        if backward && (rests || self.draft.updates.clips && self.is_updated_here(s)) {
+            self.bring(self.shared[s].comes_bytes);
         }
-        if self.batch_bytes(s, backward) > 0 {
+        if self.batch_bytes(visit) > 0 {
             self.batch_read = self.compute;
         }
         if rests {
             return;
         }
-        if !self.updates.clips && visiting_update {
-            self.update_here(s, room, self.joined[s][1]);
+        if !self.draft.updates.clips && visiting_update {
+            self.update_here(s, room, self.shared[s].comes_bytes);
             // New weights are in their slot until they have left.
             slot_leaves = self.d2h;
         }
         if backward {
             let gradients = self.shards[s].layout.gradient_bytes;
             let bytes = match self.is_updated_here(s) && !self.waits_at_home(s) {
-                true => self.joined[s][0],
+                true => self.shared[s].leaves_bytes,
                 false => gradients,
             };
             let begins = self.d2h.max(self.compute);
             let leaves = self.copy_home(bytes);
-            self.left[slots].push(self.d2h.max(self.compute));
+            self.left[ring].push(self.d2h.max(self.compute));
             if !self.is_updated_here(s) {
                 self.home = self.d2h;
-                self.arrived.push((begins + leaves / self.pieces(s), self.d2h, s));
+                let piece = begins + leaves / self.pieces(s);
+                self.arrived.push((s, There { piece, all: self.d2h }));
             }
         }
-        self.ends[is_large(self.weights, s)].push(self.compute.max(slot_leaves));
+        self.ends[ring_of(self.weights, s)].push(self.compute.max(slot_leaves));
     }
 
     /// Brings a shard's weights, where no slot has them, and returns when they are there.
-    fn fetch(&mut self, s: usize, first: bool, backward: bool) -> f64 {
+    fn fetch(&mut self, &Visit { s, first, backward, .. }: &Visit) -> f64 {
         let (rests, resting) = (self.choice.rests(s), self.choice.resting);
         let hit = rests
             || (backward && self.shards[s].idles_back())
@@ -291,15 +302,12 @@ impl<'a> Steps<'a> {
         if hit {
             return 0.0;
         }
-        let bytes = self.shards[s].fetch_bytes();
-        let secs = self.cost.copy_secs + bytes as f64 / self.cost.h2d_bytes_per_sec;
-        self.in_secs += secs;
-        self.moved_bytes += bytes;
-        let free = room_of(&self.ends[is_large(self.weights, s)], self.weights.of[s].len());
-        let [piece, mut all] = self.new[s];
+        let secs = self.copy_here(self.shards[s].fetch_bytes());
+        let free = room_of(&self.ends[ring_of(self.weights, s)], self.weights.of[s].len());
+        let There { piece, mut all } = self.new[s];
         // What it borrows comes last.
-        for &owner in self.owners[s].iter().filter(|&&owner| !self.choice.rests(owner)) {
-            all = all.max(self.new[owner][1]);
+        for &owner in self.shared[s].owners.iter().filter(|&&owner| !self.choice.rests(owner)) {
+            all = all.max(self.new[owner].all);
         }
         let starts = self.gap.start.max(free).max(piece);
         let before = (self.gap.end - starts).clamp(0.0, secs);
@@ -320,29 +328,32 @@ impl<'a> Steps<'a> {
 
     /// Copies to the device, of what is there.
     fn bring(&mut self, bytes: u64) {
-        let secs = if bytes > 0 { self.cost.copy_secs + bytes as f64 / self.cost.h2d_bytes_per_sec } else { 0.0 };
-        self.h2d += secs;
+        self.h2d += if bytes > 0 { self.copy_here(bytes) } else { 0.0 };
+    }
+
+    /// Counts a copy to the device, and returns the seconds that it takes.
+    fn copy_here(&mut self, bytes: u64) -> f64 {
+        let secs = self.cost.copy_secs + bytes as f64 / self.cost.h2d_bytes_per_sec;
         self.in_secs += secs;
         self.moved_bytes += bytes;
+        secs
     }
 
     /// The device's update of a shard that visits, with its state and so many bytes more, and room from then on; what is
     /// new goes home.
     fn update_here(&mut self, s: usize, room: f64, more_bytes: u64) {
-        let state = update_state_bytes(self.model, self.shards, self.updates.moments, s);
-        let secs = self.cost.copy_secs + (state + more_bytes) as f64 / self.cost.h2d_bytes_per_sec;
-        self.in_secs += secs;
+        let state = self.draft.update_state_bytes(s);
+        let secs = self.copy_here(state + more_bytes);
         // Of the state what has room comes beside the arithmetic before, the rest piece by piece.
         let own = self.shards[s].own_bytes();
         let pieces = count_pieces(own, self.choice.slots, true) as usize;
         let ahead = secs * self.choice.update_pieces.min(pieces) as f64 / pieces as f64;
         let came = self.h2d.max(room) + ahead;
         self.h2d = if ahead < secs { came.max(self.compute) + secs - ahead } else { came };
-        let (bytes, wide) = (self.model.update_bytes(own, self.updates.moments), self.model.wide_bytes(own));
-        self.compute = self.compute.max(self.h2d) + self.cost.device_settle_secs(bytes, wide);
-        self.moved_bytes += state + more_bytes;
+        let settles = self.model.device_settle_secs(own, self.draft.updates.moments, self.cost);
+        self.compute = self.compute.max(self.h2d) + settles;
         self.copy_home(own + state);
-        self.new[s] = [self.d2h; 2];
+        self.new[s] = There { piece: self.d2h, all: self.d2h };
     }
 
     /// Copies what is there, and returns the seconds that it takes.
@@ -358,14 +369,15 @@ impl<'a> Steps<'a> {
     }
 
     /// Bytes that a visit reads of the batch.
-    fn batch_bytes(&self, s: usize, backward: bool) -> u64 {
-        let program = if backward { &self.shards[s].backward } else { &self.shards[s].forward };
+    fn batch_bytes(&self, visit: &Visit) -> u64 {
+        let shard = &self.shards[visit.s];
+        let program = if visit.backward { &shard.backward } else { &shard.forward };
         self.model.microbatches as u64 * program.as_ref().map_or(0, |p| p.bytes(Area::Inputs))
     }
 
     /// When the first microbatch's part of the batch is there: a single entry is in use until it has been read.
-    fn batch_comes(&self, s: usize, backward: bool) -> f64 {
-        let secs = self.copies_secs(self.batch_bytes(s, backward), self.cost.h2d_bytes_per_sec);
+    fn batch_comes(&self, visit: &Visit) -> f64 {
+        let secs = self.copies_secs(self.batch_bytes(visit), self.cost.h2d_bytes_per_sec);
         if self.choice.input_entries > 1 { 0.0 } else { self.batch_read + secs / self.model.microbatches as f64 }
     }
 
@@ -377,7 +389,8 @@ impl<'a> Steps<'a> {
 
     /// Seconds of a visit's arithmetic beside the copies of its boundary tensors and of the batch's, which take their
     /// time on the lanes.
-    fn arithmetic_secs(&mut self, s: usize, secs: f64, first: bool, backward: bool) -> f64 {
+    fn arithmetic_secs(&mut self, visit: &Visit) -> f64 {
+        let &Visit { s, secs, first, backward } = visit;
         let (choice, shards, m) = (self.choice, self.shards, self.model.microbatches);
         let boundary = |crosses: bool, at: Option<usize>| match at {
             Some(at) if crosses => m as u64 * shards[at].boundary_bytes,
@@ -403,7 +416,7 @@ impl<'a> Steps<'a> {
                 (activations, boundary(at_home && !is_read_at_once, behind), 0)
             }
         };
-        let batch = self.batch_bytes(s, backward);
+        let batch = self.batch_bytes(visit);
         self.moved_bytes += batch + comes + beside + leaves;
         let to_device = |bytes: u64| self.copies_secs(bytes, self.cost.h2d_bytes_per_sec);
         let (batch, comes, beside) = (to_device(batch), to_device(comes), to_device(beside));
@@ -431,7 +444,7 @@ impl<'a> Steps<'a> {
     /// Whether its gradients wait at home for the norm: with clipping those of what the device updates, but for what its
     /// slots hold.
     fn waits_at_home(&self, s: usize) -> bool {
-        self.updates.clips && self.is_updated_here(s) && !self.gradients.stays(s, self.choice.resting)
+        self.draft.updates.clips && self.is_updated_here(s) && !self.gradients.stays(s, self.choice.resting)
     }
 
     /// Pieces in which a shard's gradients leave and its weights come.
@@ -446,6 +459,6 @@ fn room_of(used: &[f64], slots: usize) -> f64 {
 }
 
 /// Which of two rings a shard that visits uses.
-fn is_large(slots: &SlotMap, s: usize) -> usize {
+fn ring_of(slots: &SlotMap, s: usize) -> usize {
     usize::from(slots.of[s].end < slots.at.len())
 }

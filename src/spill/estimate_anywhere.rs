@@ -1,23 +1,14 @@
 //! A quick estimate of what a model that runs anywhere takes of devices, to choose between its plans.
 
-use super::memory::{BoundaryTier, Choice, update_state_bytes};
-use super::model::Model;
-use super::plan::Updates;
+use super::estimate::Draft;
+use super::memory::BoundaryTier;
 use super::stand_in::Shards;
-use crate::device::sim::CostModel;
 
 /// Estimated seconds of device time of a step of a model whose shards run on any of so many `devices`, among others
 /// that fill every gap: its busiest lane decides. A little of the other lanes is added, since not everything can be
 /// hidden.
-pub fn estimate_anywhere_secs(
-    model: &Model,
-    shards: &Shards,
-    choice: &Choice,
-    updates: Updates,
-    devices: usize,
-    cost: &CostModel,
-) -> f64 {
-    let Shards { programs: shards, secs } = shards;
+pub(super) fn estimate_anywhere_secs(draft: Draft, devices: usize) -> f64 {
+    let Draft { model, shards: Shards { programs: shards, secs }, choice, updates, cost } = draft;
     let (n, m) = (shards.len(), model.microbatches as f64);
     let mut compute: f64 = secs.iter().map(|[forward, backward]| m * (forward + backward)).sum();
     let boundaries: f64 = shards.iter().map(|s| s.boundary_bytes as f64).sum::<f64>() * m;
@@ -25,10 +16,9 @@ pub fn estimate_anywhere_secs(
     let last = shards[n - 1].fetch_bytes() as f64;
     let gradients: f64 = shards.iter().map(|s| s.layout.gradient_bytes as f64).sum();
     let inputs: f64 = shards.iter().map(|s| 2.0 * m * s.input_bytes() as f64).sum();
-    let own = model.layout.parameter_bytes;
-    let (traffic, wide) = (model.update_bytes(own, updates.moments), model.wide_bytes(own));
-    let own = own as f64;
-    let state: f64 = (0..n).map(|s| update_state_bytes(model, shards, updates.moments, s) as f64).sum();
+    let own_bytes = model.layout.parameter_bytes;
+    let own = own_bytes as f64;
+    let state: f64 = (0..n).map(|s| draft.update_state_bytes(s) as f64).sum();
     // Every visit comes twice, but the last shard's, and those of shards that idle in the backward.
     let once: f64 = shards.iter().filter(|s| s.idles_back()).map(|s| s.fetch_bytes() as f64).sum();
     let mut h2d = 2.0 * weights - last - once + 3.0 * boundaries + inputs;
@@ -40,12 +30,12 @@ pub fn estimate_anywhere_secs(
             // They wait at home for the norm.
             (h2d, d2h) = (h2d + gradients, d2h + gradients);
         }
-        compute += traffic as f64 / cost.device_update_bytes_per_sec;
+        compute += model.update_bytes(own_bytes, updates.moments) as f64 / cost.device_update_bytes_per_sec;
     } else {
         d2h += gradients;
         // The host's threads serve all devices, where these have no cores of their own.
         let shared = if cost.cores.is_some() { 1.0 } else { devices as f64 };
-        host = shared * cost.host_settle_secs(traffic, wide);
+        host = shared * model.host_settle_secs(own_bytes, updates.moments, cost);
     }
     if cost.cores.is_some() {
         // Units, copies and the host's arithmetic take turns on the same cores.
@@ -75,8 +65,8 @@ pub fn estimate_anywhere_secs(
 
 /// Estimated seconds of a step of a model that runs anywhere, if it never waits for a device: each microbatch goes on
 /// from unit to unit, and the next step begins when the first shard is updated.
-pub fn chain_secs(model: &Model, shards: &Shards, choice: &Choice, moments: usize, cost: &CostModel) -> f64 {
-    let Shards { programs: shards, secs } = shards;
+pub(super) fn chain_secs(draft: Draft) -> f64 {
+    let Draft { model, shards: Shards { programs: shards, secs }, choice, updates, cost } = draft;
     let last = shards.len() - 1;
     let units = || (0..last).map(|s| secs[s][0]).chain((0..=last).map(|s| secs[s][1]));
     let longest = units().fold(0.0, f64::max);
@@ -85,6 +75,6 @@ pub fn chain_secs(model: &Model, shards: &Shards, choice: &Choice, moments: usiz
         return microbatches;
     }
     let leaves_secs = shards[0].layout.gradient_bytes as f64 / cost.d2h_bytes_per_sec;
-    let update_bytes = model.update_bytes(shards[0].own_bytes(), moments) as f64;
+    let update_bytes = model.update_bytes(shards[0].own_bytes(), updates.moments) as f64;
     microbatches + leaves_secs + update_bytes / cost.host_update_bytes_per_sec
 }

@@ -5,13 +5,12 @@
 //! them. The workspace is shared by all, since a device runs one unit at a time. What a budget leaves over becomes
 //! further weight slots, which keep shards for their next visit, and entries for boundary activations.
 
-use super::memory::{ArenaMap, BoundaryTier, Bump, Choice, arena_map_of, update_room};
+use super::memory::{ArenaMap, BoundaryTier, Bump, Choice, Tenant, arena_map_of, update_room};
 use super::model::Model;
 use super::plan::Plan;
 use super::shard::ShardPrograms;
 use super::slots::SlotMap;
 use crate::base::align_up;
-use crate::device::norm_scratch_bytes;
 use crate::graph::ALIGNMENT;
 use std::sync::Arc;
 
@@ -51,11 +50,6 @@ impl Placed {
             Home::Anywhere => true,
             Home::On(devices) => devices[s] == device,
         }
-    }
-
-    fn tenant(&self) -> Tenant<'_> {
-        let Plan { shards, choice, updates, .. } = self.plan.as_ref();
-        Tenant { model: &self.model, shards, choice, moments: updates.moments }
     }
 }
 
@@ -168,8 +162,7 @@ fn device_maps(models: &[Placed], device: u16, spare: Spare) -> Vec<ArenaMap> {
     let own = |placed: &Placed| match &placed.home {
         Home::On(devices) if devices.contains(&device) => {
             let here = |s: usize| devices.get(s) == Some(&device);
-            let Placed { model, plan, .. } = placed;
-            Some(arena_map_of(model, &plan.shards, &plan.choice, plan.updates.moments, &here))
+            Some(arena_map_of(placed.plan.tenant(&placed.model), &here))
         }
         _ => None,
     };
@@ -194,7 +187,7 @@ fn device_maps(models: &[Placed], device: u16, spare: Spare) -> Vec<ArenaMap> {
         bump.end = end;
     }
     let movers: Vec<usize> = (0..models.len()).filter(|&m| models[m].home == Home::Anywhere).collect();
-    let tenants: Vec<Tenant> = movers.iter().map(|&m| models[m].tenant()).collect();
+    let tenants: Vec<Tenant> = movers.iter().map(|&m| models[m].plan.tenant(&models[m].model)).collect();
     let shards: usize = tenants.iter().map(|t| t.shards.len()).sum();
     let asked = tenants.iter().map(|t| t.choice.slots).max().unwrap_or(0);
     // No more slots than there is to put in them.
@@ -213,21 +206,12 @@ fn device_maps(models: &[Placed], device: u16, spare: Spare) -> Vec<ArenaMap> {
     maps
 }
 
-/// What of a model decides how much of shared slots it needs.
-#[derive(Clone, Copy)]
-struct Tenant<'a> {
-    model: &'a Model,
-    shards: &'a [ShardPrograms],
-    choice: &'a Choice,
-    moments: usize,
-}
-
 /// Maps the arena of a model that runs anywhere, if it were alone.
-pub(super) fn anywhere_map(model: &Model, shards: &[ShardPrograms], choice: &Choice, moments: usize) -> ArenaMap {
+pub(super) fn anywhere_map(of: Tenant) -> ArenaMap {
     let mut bump = Bump::default();
-    let slots = choice.slots.min(shards.len());
-    let mut map = shared_maps(&[Tenant { model, shards, choice, moments }], slots, 0, &mut bump).remove(0);
-    map.workspace = bump.take(shards.iter().map(ShardPrograms::workspace_bytes).max().unwrap_or(0));
+    let slots = of.choice.slots.min(of.shards.len());
+    let mut map = shared_maps(&[of], slots, 0, &mut bump).remove(0);
+    map.workspace = bump.take(of.shards.iter().map(ShardPrograms::workspace_bytes).max().unwrap_or(0));
     ArenaMap { bytes: bump.end, ..map }
 }
 
@@ -243,12 +227,12 @@ fn shared_maps(tenants: &[Tenant], slots: usize, spare_entries: usize, bump: &mu
         BoundaryTier::Device => unreachable!("a model that runs anywhere keeps nothing on a device"),
     };
     let scratch = of(&|t, s| match t.model.train.scratch && t.choice.updates_on_device(s) {
-        true => norm_scratch_bytes(&t.model.segments(&t.shards[s].layout.own, |_| true)),
+        true => t.norm_scratch_bytes(s),
         false => 0,
     });
     let shards = tenants.iter().map(|t| t.shards.len()).max().unwrap_or(0);
     let gradients = of(&|t, s| t.shards[s].layout.gradient_bytes);
-    let updates = || tenants.iter().map(|t| update_room(t.model, t.shards, t.choice, t.moments));
+    let updates = || tenants.iter().map(|t| update_room(*t));
     let update_slot_bytes = updates().map(|(_, bytes)| bytes).max().unwrap_or(0);
     let boundary = of(&|t, s| t.shards[s].boundary_bytes);
     let shared = ArenaMap {

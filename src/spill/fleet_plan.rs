@@ -28,6 +28,22 @@ pub struct FleetModel {
     pub steps: u64,
 }
 
+impl FleetModel {
+    /// Its wishes where it is to stay on a device in one piece.
+    pub(super) fn whole(&self) -> PlanOptions {
+        let whole = std::iter::once(0..self.model.layers()).collect();
+        PlanOptions { resident: Some(true), cut: Some(whole), device_budget: None, ..self.options.clone() }
+    }
+
+    fn sketch(&self, options: &PlanOptions, cost: &CostModel) -> Result<Arc<Plan>> {
+        Plan::sketch(&self.model, options, cost).map(Arc::new).map_err(|error| named(&self.name, error))
+    }
+
+    pub(super) fn placed(&self, plan: Arc<Plan>, home: Home, line: usize) -> Placed {
+        Placed { model: Arc::clone(&self.model), plan, home, line }
+    }
+}
+
 /// What a plan needs to know of a device.
 #[derive(Clone, Debug)]
 pub struct FleetDevice {
@@ -227,69 +243,79 @@ pub(super) fn sketch_anywhere(
     devices: &[FleetDevice],
     at_home: Option<u64>,
 ) -> Result<FleetPlan> {
-    // A shard must fit wherever it may go.
-    let budget = devices.iter().filter_map(|d| d.budget).min();
-    let cost = &devices[0].cost;
-    // Of more slots than the models can have shards nothing is gained.
-    let most_slots = models.iter().map(|m| m.model.layers()).sum();
-    let plans = |budget_of: &dyn Fn(usize) -> Option<u64>| -> Result<Vec<Placed>> {
-        let plans = once_for_equal(models, |i, m| {
-            let spread = match m.options.spread {
-                fine @ Spread::Anywhere(_) => fine,
-                Spread::One | Spread::Stages { .. } => Spread::anywhere(devices.len()),
-            };
-            let (device_budget, slots) = (budget_of(i), m.options.slots.min(most_slots));
-            let mut options = PlanOptions { spread, slots, device_budget, ..m.options.clone() };
-            (options.resident, options.boundaries_stay) = (None, None);
-            Plan::sketch(&m.model, &options, cost).map(Arc::new).map_err(|e| named(&m.name, e))
-        })?;
-        let place = |(line, (m, plan)): (usize, (&FleetModel, Arc<Plan>))| {
-            let model = Arc::clone(&m.model);
-            Placed { model, plan, home: Home::Anywhere, line }
-        };
-        Ok(models.iter().zip(plans).enumerate().map(place).collect())
-    };
-    let arena = |placed: &[Placed]| FleetMap::new(placed, 1).arena_bytes[0];
-    let wishes = plans(&|_| None)?;
+    let within = |budget_of: &dyn Fn(usize) -> Option<u64>| sketch_within(models, devices, budget_of);
+    let wishes = within(&|_| None)?;
     let smallest: Vec<u64> = wishes.iter().map(|p| p.plan.smallest_device_bytes).collect();
-    let least = plans(&|i| Some(smallest[i]))?;
-    let least_bytes = arena(&least);
+    let least = within(&|i| Some(smallest[i]))?;
+    let least_bytes = shared_bytes(&least);
     let smallest_device_bytes = least_bytes.min(at_home.unwrap_or(u64::MAX));
     let plan = |placed| FleetPlan { placed, smallest_device_bytes };
-    // What is named is refused a byte below it, whatever the fastest plans take.
-    let is_little = |&budget: &u64| least_bytes > budget || arena(&wishes) > budget;
-    let Some(budget) = budget.filter(is_little) else { return Ok(plan(wishes)) };
+    // A shard must fit wherever it may go. What is named is refused a byte below it, whatever the fastest plans take.
+    let is_little = |&budget: &u64| least_bytes > budget || shared_bytes(&wishes) > budget;
+    let Some(budget) = devices.iter().filter_map(|d| d.budget).min().filter(is_little) else {
+        return Ok(plan(wishes));
+    };
     if least_bytes > budget {
-        let needs = smallest_device_bytes;
-        let mut message = format!(
-            "device memory: the models together need {needs} bytes ({}) of every device, the smallest has {budget} bytes ({})\n",
-            format_bytes(needs),
-            format_bytes(budget)
-        );
-        for (m, placed) in models.iter().zip(&least) {
-            let bytes = arena(std::slice::from_ref(placed));
-            let fits = if bytes > budget { ", does not fit" } else { "" };
-            message += &format!("  {:<26} {bytes:>14} bytes  {:>12} alone{fits}\n", m.name, format_bytes(bytes));
-        }
-        message += &format!("  smallest budget that works {needs:>14} bytes: memory = {needs}");
-        return Err(Error::OutOfBudget { message, smallest_device_bytes: needs });
+        return Err(refusal(models, &least, budget, smallest_device_bytes));
     }
-    let widest = plans(&|_| Some(budget))?;
-    if arena(&widest) <= budget {
+    let widest = within(&|_| Some(budget))?;
+    if shared_bytes(&widest) <= budget {
         return Ok(plan(widest));
     }
-    let at_share = |share: f64| plans(&|i| Some(smallest[i] + ((budget - smallest[i]) as f64 * share) as u64));
     let (mut low, mut high, mut best) = (0.0, 1.0, least);
     for _ in 0..6 {
-        let middle = 0.5 * (low + high);
-        let placed = at_share(middle)?;
-        if arena(&placed) <= budget {
-            (low, best) = (middle, placed);
+        let share = 0.5 * (low + high);
+        let placed = within(&|i| Some(smallest[i] + ((budget - smallest[i]) as f64 * share) as u64))?;
+        if shared_bytes(&placed) <= budget {
+            (low, best) = (share, placed);
         } else {
-            high = middle;
+            high = share;
         }
     }
     Ok(plan(best))
+}
+
+/// Sketches with every shard anywhere, each within a budget of its own.
+fn sketch_within(
+    models: &[FleetModel],
+    devices: &[FleetDevice],
+    budget_of: &dyn Fn(usize) -> Option<u64>,
+) -> Result<Vec<Placed>> {
+    // Of more slots than the models can have shards nothing is gained.
+    let most_slots = models.iter().map(|m| m.model.layers()).sum();
+    let plans = once_for_equal(models, |i, m| {
+        let spread = match m.options.spread {
+            fine @ Spread::Anywhere(_) => fine,
+            Spread::One | Spread::Stages { .. } => Spread::anywhere(devices.len()),
+        };
+        let (device_budget, slots) = (budget_of(i), m.options.slots.min(most_slots));
+        let mut options = PlanOptions { spread, slots, device_budget, ..m.options.clone() };
+        (options.resident, options.boundaries_stay) = (None, None);
+        m.sketch(&options, &devices[0].cost)
+    })?;
+    let place = |(line, (m, plan)): (usize, (&FleetModel, Arc<Plan>))| m.placed(plan, Home::Anywhere, line);
+    Ok(models.iter().zip(plans).enumerate().map(place).collect())
+}
+
+/// Bytes of the arena of a device that models share whose shards run anywhere.
+fn shared_bytes(placed: &[Placed]) -> u64 {
+    FleetMap::new(placed, 1).arena_bytes[0]
+}
+
+/// Says what each of these models needs that do not fit in the smallest device.
+fn refusal(models: &[FleetModel], least: &[Placed], budget: u64, needs: u64) -> Error {
+    let mut message = format!(
+        "device memory: the models together need {needs} bytes ({}) of every device, the smallest has {budget} bytes ({})\n",
+        format_bytes(needs),
+        format_bytes(budget)
+    );
+    for (m, placed) in models.iter().zip(least) {
+        let bytes = shared_bytes(std::slice::from_ref(placed));
+        let fits = if bytes > budget { ", does not fit" } else { "" };
+        message += &format!("  {:<26} {bytes:>14} bytes  {:>12} alone{fits}\n", m.name, format_bytes(bytes));
+    }
+    message += &format!("  smallest budget that works {needs:>14} bytes: memory = {needs}");
+    Error::OutOfBudget { message, smallest_device_bytes: needs }
 }
 
 /// Plans in which every model stays whole on one device, assigned longest first to the device that finishes soonest
@@ -312,11 +338,7 @@ fn sketch_at_home(models: &[FleetModel], devices: &[FleetDevice]) -> Result<Opti
 
 /// A sketch of each model that stays on a device in one piece.
 fn sketch_whole(models: &[FleetModel], cost: &CostModel) -> Result<Vec<Arc<Plan>>> {
-    once_for_equal(models, |_, m| {
-        let whole = std::iter::once(0..m.model.layers()).collect();
-        let options = PlanOptions { resident: Some(true), cut: Some(whole), device_budget: None, ..m.options.clone() };
-        Plan::sketch(&m.model, &options, cost).map(Arc::new).map_err(|e| named(&m.name, e))
-    })
+    once_for_equal(models, |_, m| m.sketch(&m.whole(), cost))
 }
 
 /// Every model whole on one of so many devices, as close together as [`distribute`] finds, and the bytes of the
@@ -346,8 +368,7 @@ struct Distributed {
 impl Distributed {
     fn placed(&self, models: &[FleetModel], plans: &[Arc<Plan>]) -> Vec<Placed> {
         let place = |(line, (m, plan)): (usize, (&FleetModel, &Arc<Plan>))| {
-            let home = Home::On(vec![self.devices[line] as u16; plan.shards.len()]);
-            Placed { model: Arc::clone(&m.model), plan: Arc::clone(plan), home, line }
+            m.placed(Arc::clone(plan), Home::On(vec![self.devices[line] as u16; plan.shards.len()]), line)
         };
         let placed: Vec<Placed> = models.iter().zip(plans).enumerate().map(place).collect();
         let devices = self.devices.iter().map(|d| d + 1).max().unwrap_or(0);

@@ -1,13 +1,13 @@
 //! What a search has found, and which of it is to be had.
 
 use super::fleet::anywhere_map;
-use super::memory::{ArenaMap, BoundaryTier, Choice, arena_map};
+use super::memory::{ArenaMap, BoundaryTier, Choice, Tenant, arena_map};
 use super::model::Model;
 use super::plan::{Plan, PlanOptions, Recompute, Spread};
-use super::shard::ShardPrograms;
 use super::stand_in::Shards;
 use super::store::host_map;
 use std::cmp::Ordering;
+use std::collections::BTreeMap;
 
 /// Plans of each kind that are kept: estimates are rough, and the executor can look at so many.
 const OF_A_KIND: usize = 10;
@@ -23,12 +23,28 @@ const REST: f64 = 0.95;
 /// that leaves.
 pub(super) const FEW_PIECES: usize = 3;
 
-/// The arena that a plan of these shards would have.
-pub(super) fn arena_of(model: &Model, shards: &[ShardPrograms], choice: &Choice, options: &PlanOptions) -> ArenaMap {
-    match options.spread {
-        Spread::One | Spread::Stages { .. } => arena_map(model, shards, choice, options.updates.moments),
-        Spread::Anywhere(_) => anywhere_map(model, shards, choice, options.updates.moments),
+/// The arena that a plan would have.
+pub(super) fn arena_of(of: Tenant, spread: Spread) -> ArenaMap {
+    match spread {
+        Spread::One | Spread::Stages { .. } => arena_map(of),
+        Spread::Anywhere(_) => anywhere_map(of),
     }
+}
+
+/// What plans have in common among which estimates are truest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Kind {
+    updates: Updater,
+    even_slots: bool,
+    boundaries_stay: bool,
+}
+
+/// Who updates what visits: with the state that comes to the device in few pieces or `whole`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Updater {
+    Host,
+    Both { whole: bool },
+    Device { whole: bool },
 }
 
 /// A choice that the search has looked at.
@@ -49,9 +65,11 @@ pub struct Found {
 impl Found {
     /// The plan, of stand-ins.
     pub fn plan(self, model: &Model, options: &PlanOptions, smallest_device_bytes: u64) -> Plan {
-        debug_assert_eq!(self.arena, arena_of(model, &self.shards.programs, &self.choice, options));
+        let moments = options.updates.moments;
+        let of = Tenant { model, shards: &self.shards.programs, choice: &self.choice, moments };
+        debug_assert_eq!(self.arena, arena_of(of, options.spread));
         Plan {
-            host: host_map(model, &self.shards.programs, &self.choice, options.updates.moments),
+            host: host_map(of),
             shards: self.shards.programs,
             choice: self.choice,
             arena: self.arena,
@@ -61,19 +79,18 @@ impl Found {
         }
     }
 
-    /// Boundary tensors on the device or in host memory, slots equal or not, updates of what visits by the host alone, by
-    /// both or by the device alone, with the state coming in few pieces or in all. Estimates are truest among plans of
-    /// one kind.
-    fn kind(&self) -> usize {
-        let all = self.choice.updates_on_device(self.shards.programs.len() - 1);
-        let updates = match (self.choice.visiting_updates, self.choice.update_pieces) {
-            (0, _) => 0,
-            (_, FEW_PIECES) => 1 + 2 * usize::from(all),
-            _ => 2 + 2 * usize::from(all),
-        };
-        let on_device = |tier| tier == BoundaryTier::Device;
-        let stay = on_device(self.choice.activations) && on_device(self.choice.gradients);
-        4 * updates + 2 * usize::from(self.choice.even_slots) + usize::from(stay)
+    fn kind(&self) -> Kind {
+        let choice = &self.choice;
+        let whole = choice.update_pieces != FEW_PIECES;
+        Kind {
+            updates: match choice.updates_on_device(self.shards.programs.len() - 1) {
+                _ if choice.visiting_updates == 0 => Updater::Host,
+                false => Updater::Both { whole },
+                true => Updater::Device { whole },
+            },
+            even_slots: choice.even_slots,
+            boundaries_stay: [choice.activations, choice.gradients] == [BoundaryTier::Device; 2],
+        }
     }
 
     /// Its shards, and the bytes of its arena.
@@ -91,18 +108,18 @@ impl Found {
 /// The fastest found, by estimate: of each kind a few, each of another fineness.
 pub struct Fastest {
     recompute: Recompute,
-    kinds: [Vec<Found>; 20],
+    kinds: BTreeMap<Kind, Vec<Found>>,
 }
 
 impl Fastest {
     /// Of plans that recompute so.
     pub fn new(recompute: Recompute) -> Fastest {
-        Fastest { recompute, kinds: Default::default() }
+        Fastest { recompute, kinds: BTreeMap::new() }
     }
 
     /// Whether a plan is one of them, so far.
     pub fn wants(&self, found: &Found) -> bool {
-        let kept = &self.kinds[found.kind()];
+        let Some(kept) = self.kinds.get(&found.kind()) else { return true };
         match kept.iter().find(|other| other.is_as_fine_as(found)) {
             Some(twin) => self.order(found, twin).is_lt(),
             None => kept.len() < OF_A_KIND || kept.last().is_some_and(|last| self.order(found, last).is_lt()),
@@ -111,23 +128,23 @@ impl Fastest {
 
     /// Keeps a plan that it [`Fastest::wants`].
     pub fn keep(&mut self, found: Found) {
-        let mut kept = std::mem::take(&mut self.kinds[found.kind()]);
+        let kind = found.kind();
+        let mut kept = self.kinds.remove(&kind).unwrap_or_default();
         kept.retain(|other| !other.is_as_fine_as(&found));
         let place = kept.partition_point(|other| self.exact_order(other, &found).is_le());
-        let kind = found.kind();
         kept.insert(place, found);
         kept.truncate(OF_A_KIND);
-        self.kinds[kind] = kept;
+        self.kinds.insert(kind, kept);
     }
 
     /// Whether one of them takes less than these seconds.
     pub fn is_below(&self, secs: f64) -> bool {
-        self.kinds.iter().flatten().any(|found| found.estimated_secs < secs)
+        self.kinds.values().flatten().any(|found| found.estimated_secs < secs)
     }
 
     /// Those that might be the fastest of all, the best by estimate first.
     pub fn into_candidates(self) -> Vec<Found> {
-        let mut all: Vec<&Found> = self.kinds.iter().flatten().collect();
+        let mut all: Vec<&Found> = self.kinds.values().flatten().collect();
         all.sort_by(|a, b| self.exact_order(a, b));
         let best = all.iter().copied().reduce(|best, found| if self.order(found, best).is_lt() { found } else { best });
         let Some(best) = best else { return Vec::new() };

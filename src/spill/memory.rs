@@ -31,9 +31,10 @@ impl Bump {
 }
 
 /// Where boundary tensors of one kind live.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum BoundaryTier {
     /// On the device until they are used.
+    #[default]
     Device,
     /// In host memory, visiting this many entries of the device.
     Host {
@@ -43,7 +44,7 @@ pub enum BoundaryTier {
 }
 
 /// What of a plan decides the maps.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Choice {
     /// Weights, gradients and optimizer state stay on the device.
     pub resident: bool,
@@ -88,6 +89,16 @@ impl Choice {
     /// Whether a shard is updated on the device that has computed its gradients.
     pub fn updates_on_device(&self, shard: usize) -> bool {
         self.resident || shard < self.resting + self.visiting_updates
+    }
+
+    /// How many of so many shards rest, from the first on.
+    pub(super) fn resting_of(&self, shards: usize) -> usize {
+        if self.resident { shards } else { self.resting.min(shards) }
+    }
+
+    /// How many of so many shards are updated on the device: those that rest, and the next ones with state that visits.
+    pub(super) fn updated_of(&self, shards: usize) -> usize {
+        if self.resident { shards } else { (self.resting + self.visiting_updates).min(shards) }
     }
 }
 
@@ -152,116 +163,110 @@ impl ArenaMap {
     }
 }
 
-/// Maps an arena that is a model's own.
-pub fn arena_map(model: &Model, shards: &[ShardPrograms], choice: &Choice, moments: usize) -> ArenaMap {
-    arena_map_of(model, shards, choice, moments, &|_| true)
+/// What of a model decides where everything of it lies.
+#[derive(Clone, Copy)]
+pub(super) struct Tenant<'a> {
+    pub model: &'a Model,
+    pub shards: &'a [ShardPrograms],
+    pub choice: &'a Choice,
+    /// Moments that the optimizer keeps.
+    pub moments: usize,
 }
 
-/// Maps the arena of one of the devices that a model's shards are at home on; `here` tells which are on this one. The
-/// others have stretches of no bytes.
-pub fn arena_map_of(
-    model: &Model,
-    shards: &[ShardPrograms],
-    choice: &Choice,
-    moments: usize,
-    here: &dyn Fn(usize) -> bool,
-) -> ArenaMap {
-    let (n, microbatches) = (shards.len(), model.microbatches);
-    let if_here = |s: usize, bytes: u64| if here(s) { bytes } else { 0 };
-    let all_here = || shards.iter().enumerate().filter(|(s, _)| here(*s)).map(|(_, shard)| shard);
-    let parameters = model.layout.order.len() as u64;
-    let mut bump = Bump::default();
-    let losses = [0, 1].map(|_| bump.take(4 * microbatches as u64));
-    let resting = if choice.resident { n } else { choice.resting.min(n) };
-    // Of these the device makes updates, of the last ones with state that visits.
-    let updated = if choice.resident { n } else { (choice.resting + choice.visiting_updates).min(n) };
-    let norms = [0, 1].map(|_| if updated > 0 { bump.take(8 * parameters) } else { 0 });
-    let norm_scratch = if updated > 0 && model.train.scratch {
-        let bytes = |s: usize| norm_scratch_bytes(&model.segments(&shards[s].layout.own, |_| true));
-        bump.take((0..updated).filter(|&s| here(s)).map(bytes).max().unwrap_or(0))
-    } else {
-        0
-    };
-    let input_bytes = all_here().map(ShardPrograms::input_bytes).max().unwrap_or(0);
-    let inputs = bump.take_many(choice.input_entries, input_bytes);
-    let states_at: Vec<u64> = shards.iter().map(ShardPrograms::states_at).collect();
-    let slot_bytes = |s: usize| if_here(s, shards[s].slot_bytes());
-    // With room for what visits of parameters that other shards use too.
-    let joins = |s: usize| if choice.resident { choice.crosses } else { choice.rests(s) };
-    let gradient_bytes = |s: usize| match joins(s) {
-        true => if_here(s, visiting_gradients_at(shards, s) + visiting_gradient_bytes(model, shards, s)),
-        false => if_here(s, shards[s].layout.gradient_bytes),
-    };
-    let slots = |bump: &mut Bump, own: usize, shared: usize, bytes: &dyn Fn(usize) -> u64| {
-        let mut bytes: Vec<u64> = (0..n).map(bytes).collect();
+impl Tenant<'_> {
+    /// Bytes that a device asks for as scratch for the norm of a shard.
+    pub fn norm_scratch_bytes(&self, shard: usize) -> u64 {
+        norm_scratch_bytes(&self.model.segments(&self.shards[shard].layout.own, |_| true))
+    }
+
+    /// Bytes of the gradient slot that a shard fills, with room for what visits of parameters that other shards use too.
+    fn gradient_slot_bytes(&self, shard: usize) -> u64 {
+        let joins = if self.choice.resident { self.choice.crosses } else { self.choice.rests(shard) };
+        match joins {
+            true => visiting_gradients_at(self.shards, shard) + visiting_gradient_bytes(self.model, self.shards, shard),
+            false => self.shards[shard].layout.gradient_bytes,
+        }
+    }
+
+    /// Lays out a slot for each of the first `own` shards, and for the others so many. `bytes`: of each shard.
+    fn slots(&self, bump: &mut Bump, own: usize, shared: usize, bytes: impl Fn(usize) -> u64) -> SlotMap {
+        let mut bytes: Vec<u64> = (0..self.shards.len()).map(bytes).collect();
         // In a pipeline any two shards may follow each other.
-        if choice.even_slots || choice.pipelined {
+        if self.choice.even_slots || self.choice.pipelined {
             let largest = bytes[own..].iter().copied().max().unwrap_or(0);
             bytes[own..].fill(largest);
         }
         SlotMap::new(bump, &bytes, own, shared)
-    };
-    let weight_slots = slots(&mut bump, resting, choice.slots, &slot_bytes);
-    // In a pipeline a shard's gradients wait for the next microbatch while others' are computed.
-    let own = if choice.pipelined { n } else { resting };
-    let gradient_slots = slots(&mut bump, own, choice.gradient_slots, &gradient_bytes);
-    let ratio = model.layout.wide_ratio;
-    let (update_slots, update_slot_bytes) = update_room(model, shards, choice, moments);
+    }
+}
+
+/// Maps an arena that is a model's own.
+pub(super) fn arena_map(of: Tenant) -> ArenaMap {
+    arena_map_of(of, &|_| true)
+}
+
+/// Maps the arena of one of the devices that a model's shards are at home on; `here` tells which are on this one. The
+/// others have stretches of no bytes.
+pub(super) fn arena_map_of(of: Tenant, here: &dyn Fn(usize) -> bool) -> ArenaMap {
+    let Tenant { model, shards, choice, moments } = of;
+    let (n, microbatches, ratio) = (shards.len(), model.microbatches, model.layout.wide_ratio);
+    let (resting, updated) = (choice.resting_of(n), choice.updated_of(n));
+    let if_here = |s: usize, bytes: u64| if here(s) { bytes } else { 0 };
     let own = |s: usize| if_here(s, shards[s].own_bytes());
-    let with_remainders = if model.has_remainders() { resting } else { 0 };
-    let remainders = (0..with_remainders).map(|s| bump.take(own(s))).collect();
-    let moments = [0, 1].map(|i| {
-        let with_moment = if i < moments { resting } else { 0 };
-        (0..with_moment).map(|s| bump.take(own(s) * ratio)).collect()
-    });
-    let update_slots = bump.take_many(update_slots, update_slot_bytes);
+    let most = |bytes: fn(&ShardPrograms) -> u64| (0..n).map(|s| if_here(s, bytes(&shards[s]))).max().unwrap_or(0);
     // A boundary tensor is handed out by one shard and taken in by the next.
     let boundary = |s: usize| if here(s) || here(s + 1) { shards[s].boundary_bytes } else { 0 };
-    let largest = (0..n.saturating_sub(1)).map(boundary).max().unwrap_or(0);
-    let mut activations = Vec::new();
-    let mut gradients = Vec::new();
-    if n > 1 {
-        match choice.activations {
-            BoundaryTier::Device => {
-                for s in 0..n - 1 {
-                    activations.extend(bump.take_many(microbatches, boundary(s)));
-                }
-            }
-            BoundaryTier::Host { entries } => activations = bump.take_many(entries, largest),
-        }
-        let entries = match choice.gradients {
-            BoundaryTier::Device => microbatches + 1,
-            BoundaryTier::Host { entries } => entries,
-        };
-        gradients = bump.take_many(entries, largest);
-    }
-    let saved = (0..n)
-        .map(|s| match shards[s].forward.as_ref().map(|p| p.bytes(Area::Saved)) {
-            Some(bytes) if bytes > 0 => bump.take_many(microbatches, if_here(s, bytes)),
-            _ => Vec::new(),
-        })
-        .collect();
-    let workspace_bytes = all_here().map(ShardPrograms::workspace_bytes).max().unwrap_or(0);
-    let workspace = bump.take(workspace_bytes);
-    ArenaMap {
-        losses,
-        norms,
-        inputs,
+    let ring = |bump: &mut Bump, entries: usize| match (1..n).map(|s| boundary(s - 1)).max() {
+        Some(largest) => bump.take_many(entries, largest),
+        None => Vec::new(),
+    };
+    let (update_slots, update_slot_bytes) = update_room(of);
+    let mut bump = Bump::default();
+    // In the order in which they lie.
+    let map = ArenaMap {
+        losses: [0, 1].map(|_| bump.take(4 * microbatches as u64)),
+        norms: [0, 1].map(|_| if updated > 0 { bump.take(8 * model.layout.order.len() as u64) } else { 0 }),
+        norm_scratch: match updated > 0 && model.train.scratch {
+            true => bump.take((0..updated).filter(|&s| here(s)).map(|s| of.norm_scratch_bytes(s)).max().unwrap_or(0)),
+            false => 0,
+        },
+        inputs: bump.take_many(choice.input_entries, most(ShardPrograms::input_bytes)),
         resting,
-        weight_slots,
-        states_at,
-        gradient_slots,
-        norm_scratch,
-        remainders,
-        moments,
-        update_slots,
+        weight_slots: of.slots(&mut bump, resting, choice.slots, |s| if_here(s, shards[s].slot_bytes())),
+        states_at: shards.iter().map(ShardPrograms::states_at).collect(),
+        gradient_slots: {
+            // In a pipeline a shard's gradients wait for the next microbatch while others' are computed.
+            let own = if choice.pipelined { n } else { resting };
+            of.slots(&mut bump, own, choice.gradient_slots, |s| if_here(s, of.gradient_slot_bytes(s)))
+        },
+        remainders: match model.has_remainders() {
+            true => (0..resting).map(|s| bump.take(own(s))).collect(),
+            false => Vec::new(),
+        },
+        moments: [0, 1].map(|i| match i < moments {
+            true => (0..resting).map(|s| bump.take(own(s) * ratio)).collect(),
+            false => Vec::new(),
+        }),
+        update_slots: bump.take_many(update_slots, update_slot_bytes),
         update_slot_bytes,
-        activations,
-        gradients,
-        saved,
-        workspace,
-        bytes: bump.end,
-    }
+        activations: match choice.activations {
+            BoundaryTier::Device => (1..n).flat_map(|s| bump.take_many(microbatches, boundary(s - 1))).collect(),
+            BoundaryTier::Host { entries } => ring(&mut bump, entries),
+        },
+        gradients: match choice.gradients {
+            BoundaryTier::Device => ring(&mut bump, microbatches + 1),
+            BoundaryTier::Host { entries } => ring(&mut bump, entries),
+        },
+        saved: (0..n)
+            .map(|s| match shards[s].forward.as_ref().map(|p| p.bytes(Area::Saved)) {
+                Some(bytes) if bytes > 0 => bump.take_many(microbatches, if_here(s, bytes)),
+                _ => Vec::new(),
+            })
+            .collect(),
+        workspace: bump.take(most(ShardPrograms::workspace_bytes)),
+        bytes: 0,
+    };
+    ArenaMap { bytes: bump.end, ..map }
 }
 
 /// What of a shard decides how much room it needs as one that visits.
@@ -325,7 +330,7 @@ pub(super) fn resting_counts(shards: &[VisitBytes], choice: &Choice) -> Vec<usiz
 }
 
 /// How many slots there are for what visits for an update, and the bytes of one.
-pub(super) fn update_room(model: &Model, shards: &[ShardPrograms], choice: &Choice, moments: usize) -> (usize, u64) {
+pub(super) fn update_room(Tenant { model, shards, choice, moments }: Tenant) -> (usize, u64) {
     let visiting = (choice.resting..shards.len()).take(if choice.resident { 0 } else { choice.visiting_updates });
     let at_once = choice.gradient_slots.min(visiting.len());
     let (count, bytes) = visiting

@@ -3,6 +3,7 @@
 use super::stand_in::StandInCache;
 use crate::base::{DType, Error, Result};
 use crate::device::Segment;
+use crate::device::sim::CostModel;
 use crate::graph::{Graph, ModelLayout, differentiate, split_loss};
 use std::ops::Range;
 
@@ -71,6 +72,16 @@ impl Model {
     /// Bytes of the gradient of `own` bytes of weights, or of one of their moments.
     pub fn wide_bytes(&self, own: u64) -> u64 {
         own * self.layout.wide_ratio
+    }
+
+    /// Seconds in which a device sums the squares of the gradient of `own` bytes of weights and updates them.
+    pub fn device_settle_secs(&self, own: u64, moments: usize, cost: &CostModel) -> f64 {
+        cost.device_settle_secs(self.update_bytes(own, moments), self.wide_bytes(own))
+    }
+
+    /// Those in which the host does.
+    pub fn host_settle_secs(&self, own: u64, moments: usize, cost: &CostModel) -> f64 {
+        cost.host_settle_secs(self.update_bytes(own, moments), self.wide_bytes(own))
     }
 
     fn laid_out(train: Graph, eval: Option<Graph>, microbatches: usize) -> Result<Model> {

@@ -5,11 +5,11 @@
 
 use super::found::Found;
 use super::homes::{HomeBudgets, Homes, choose_homes, no_home};
-use super::memory::{ArenaMap, Choice};
+use super::memory::{ArenaMap, Choice, Tenant};
 use super::model::Model;
 use super::search::Search;
 use super::shard::ShardPrograms;
-use super::store::{HostMap, OnDisk, host_map, pieces_of};
+use super::store::{HostMap, OnDisk, home_bytes, host_map, pieces_of};
 use crate::base::{Error, Result, format_bytes};
 use crate::device::sim::CostModel;
 use crate::graph::ShardLayout;
@@ -249,24 +249,26 @@ impl Plan {
         pieces_of(&self.choice, shard, self.shards[shard].own_bytes(), self.host.copy_stage_bytes)
     }
 
+    /// What of it decides where everything lies.
+    pub(super) fn tenant<'a>(&'a self, model: &'a Model) -> Tenant<'a> {
+        Tenant { model, shards: &self.shards, choice: &self.choice, moments: self.updates.moments }
+    }
+
     /// What it takes of host memory and of the disk tier, by what is at home in that.
     pub(super) fn homes(&self, model: &Model) -> Homes {
-        OnDisk::ALL.map(|on_disk| {
-            let choice = Choice { on_disk, ..self.choice.clone() };
-            let map = host_map(model, &self.shards, &choice, self.updates.moments);
-            (map.bytes, map.disk_bytes)
-        })
+        OnDisk::ALL.map(|on_disk| home_bytes(self.tenant(model), on_disk))
     }
 
     /// The same plan with more or less of its state at home in the disk tier.
     pub(super) fn at_home(&self, model: &Model, on_disk: OnDisk) -> Plan {
         let choice = Choice { on_disk, ..self.choice.clone() };
-        Plan { host: host_map(model, &self.shards, &choice, self.updates.moments), choice, ..self.clone() }
+        let host = host_map(Tenant { choice: &choice, ..self.tenant(model) });
+        Plan { host, choice, ..self.clone() }
     }
 
     /// How many shards are updated on the device that computed their gradients.
     pub fn device_updates(&self) -> usize {
-        (0..self.shards.len()).filter(|&s| self.choice.updates_on_device(s)).count()
+        self.choice.updated_of(self.shards.len())
     }
 
     /// Whether it is of `model`: the same layers, with state and tensors of the same sizes.
@@ -279,14 +281,12 @@ impl Plan {
                 && layers.end <= model.layers()
                 && shard.layout == ShardLayout::new(&model.train, &model.layout, layers)
         };
-        self.shards.iter().all(is_next)
-            && next == model.layers()
-            && self.host == host_map(model, &self.shards, &self.choice, self.updates.moments)
+        self.shards.iter().all(is_next) && next == model.layers() && self.host == host_map(self.tenant(model))
     }
 
     /// How many shards' state stays on the device.
     pub fn resting_shards(&self) -> usize {
-        if self.choice.resident { self.shards.len() } else { self.choice.resting }
+        self.choice.resting_of(self.shards.len())
     }
 
     /// Names of a shard's layers.
@@ -319,9 +319,7 @@ impl Plan {
         rows.retain(|&(_, bytes)| bytes > 0 || n == 0);
         rows
     }
-}
 
-impl Plan {
     /// The table as lines of a message.
     pub(super) fn arena_lines(&self) -> String {
         let line = |(what, bytes)| format!("  {what:<26} {bytes:>14} bytes  {:>12}\n", format_bytes(bytes));

@@ -4,15 +4,15 @@
 //! It works on stand-ins (see `stand_in`).
 
 use super::cut::Balanced;
-use super::estimate::{disk_secs, estimate_secs};
+use super::estimate::{Draft, disk_secs, estimate_secs};
 use super::estimate_anywhere::{chain_secs, estimate_anywhere_secs};
 use super::found::{FEW_PIECES, Fastest, Found, arena_of};
 use super::memory::{BoundaryTier, Choice, VisitBytes, arena_map, bytes_at_rest, have_large, resting_counts};
 use super::model::Model;
-use super::plan::{PlanOptions, Recompute, Spread};
+use super::plan::{Anywhere, PlanOptions, Recompute, Spread};
 use super::shard::ShardPrograms;
 use super::stand_in::{Shards, Timed};
-use super::store::{OnDisk, host_map};
+use super::store::{OnDisk, home_bytes};
 use crate::base::{Error, Result};
 use crate::device::sim::CostModel;
 use std::collections::HashSet;
@@ -103,39 +103,25 @@ impl<'a> Search<'a> {
     }
 
     fn try_cut(&mut self, cut: &[Range<usize>]) {
-        let n = cut.len();
-        let twice = self.options.recompute == Recompute::Always;
-        if self.options.spread.is_anywhere() {
-            if self.options.recompute != Recompute::Never || n == 1 {
-                let shards = self.build(cut, |_| false, twice);
-                self.choices_anywhere(n).iter().for_each(|choice| self.offer(&shards, choice));
-            }
-            return;
+        let (options, n) = (self.options, cut.len());
+        let twice = options.recompute == Recompute::Always;
+        let anywhere = options.spread.is_anywhere();
+        // Shards that keep what their backward reads, or those that are told to; and shards that compute it again.
+        let told = options.kept.as_ref().filter(|_| !anywhere);
+        let kept = match told {
+            Some(keep) => Some(self.build(cut, |s| keep.get(s) == Some(&true), twice)),
+            None => (!anywhere && !twice).then(|| self.build(cut, |_| true, twice)),
+        };
+        let may_again = told.is_none() && (options.recompute != Recompute::Never || n == 1);
+        let again = may_again.then(|| self.build(cut, |_| false, twice));
+        let Some(either) = kept.as_ref().or(again.as_ref()) else { return };
+        if !anywhere {
+            self.visits = VisitBytes::of(self.model, &either.programs, options.updates.moments, options.slots.min(n));
         }
-        if let Some(keep) = &self.options.kept {
-            let shards = self.build(cut, |s| keep.get(s).copied().unwrap_or(false), twice);
-            self.visits =
-                VisitBytes::of(self.model, &shards.programs, self.options.updates.moments, self.options.slots.min(n));
-            for choice in self.choices(n) {
-                self.offer(&shards, &choice);
-            }
-            return;
-        }
-        let kept = (self.options.recompute != Recompute::Always).then(|| self.build(cut, |_| true, twice));
-        let again = (self.options.recompute != Recompute::Never || n == 1).then(|| self.build(cut, |_| false, twice));
-        if let Some(either) = kept.as_ref().or(again.as_ref()) {
-            self.visits =
-                VisitBytes::of(self.model, &either.programs, self.options.updates.moments, self.options.slots.min(n));
-        }
-        for choice in self.choices(n) {
-            match (&kept, &again) {
-                (Some(kept), Some(again)) => {
-                    self.offer(again, &choice);
-                    self.offer(kept, &choice);
-                    self.offer_mixed(kept, again, &choice);
-                }
-                (Some(only), None) | (None, Some(only)) => self.offer(only, &choice),
-                (None, None) => unreachable!("each way to recompute builds one of the two"),
+        for choice in if anywhere { self.choices_anywhere(n) } else { self.choices(n) } {
+            kept.iter().chain(&again).rev().for_each(|shards| self.offer(shards, &choice));
+            if let (Some(kept), Some(again)) = (&kept, &again) {
+                self.offer_mixed(kept, again, &choice);
             }
         }
     }
@@ -145,7 +131,7 @@ impl<'a> Search<'a> {
         let (slots, microbatches) = (self.options.slots.min(n), self.model.microbatches);
         let deep = slots > 1;
         let spread = self.options.spread;
-        let told_updates = if spread.is_stages() { 0 } else { self.options.visiting_updates.unwrap_or(0).min(n) };
+        let told_updates = self.options.visiting_updates.filter(|_| !spread.is_stages()).map_or(0, |told| told.min(n));
         let mut choices = Vec::new();
         for resident in [false, true] {
             let lone = self.model.layers() == 1;
@@ -182,7 +168,7 @@ impl<'a> Search<'a> {
                         update_pieces: usize::MAX,
                         crosses: spread.is_stages(),
                         pipelined: spread.is_pipelined(),
-                        on_disk: OnDisk::Nothing,
+                        ..Choice::default()
                     });
                 }
             }
@@ -199,8 +185,6 @@ impl<'a> Search<'a> {
         let depths = if slots == 1 { &DEPTHS[..1] } else { &DEPTHS };
         let of = |visiting_updates: usize| {
             depths.iter().map(move |&(gradient_slots, activations, gradients, input_entries)| Choice {
-                resident: false,
-                resting: 0,
                 slots,
                 even_slots: true,
                 gradient_slots,
@@ -209,12 +193,17 @@ impl<'a> Search<'a> {
                 input_entries,
                 visiting_updates,
                 update_pieces: usize::MAX,
-                crosses: false,
-                pipelined: false,
-                on_disk: OnDisk::Nothing,
+                ..Choice::default()
             })
         };
         of(0).chain(of(n)).collect()
+    }
+
+    fn draft<'s>(&self, shards: &'s Shards, choice: &'s Choice) -> Draft<'s>
+    where
+        'a: 's,
+    {
+        Draft { model: self.model, shards, choice, updates: self.options.updates, cost: self.cost }
     }
 
     fn fits(&self, arena_bytes: u64) -> bool {
@@ -226,11 +215,7 @@ impl<'a> Search<'a> {
     fn home(&mut self, found: &Found) -> Option<OnDisk> {
         let options = self.options;
         let Some(host) = options.homes.host else { return Some(options.on_disk.unwrap_or(OnDisk::Nothing)) };
-        let bytes = |on_disk: OnDisk| {
-            let choice = Choice { on_disk, ..found.choice.clone() };
-            let map = host_map(self.model, &found.shards.programs, &choice, options.updates.moments);
-            (map.bytes, map.disk_bytes)
-        };
+        let bytes = |on_disk: OnDisk| home_bytes(self.draft(&found.shards, &found.choice).tenant(), on_disk);
         let homes: Vec<(u64, u64)> = match options.on_disk {
             None => OnDisk::ALL.into_iter().map(bytes).collect(),
             // However large that disk is.
@@ -265,7 +250,8 @@ impl<'a> Search<'a> {
     }
 
     fn offer_one(&mut self, shards: &Shards, choice: &Choice) {
-        let arena = arena_of(self.model, &shards.programs, choice, self.options);
+        let draft = self.draft(shards, choice);
+        let arena = arena_of(draft.tenant(), self.options.spread);
         // The smallest must not depend on the budget, as what a mixed plan keeps does.
         let keeps = |s: &ShardPrograms| s.kept;
         let inner = &shards.programs[..shards.programs.len() - 1];
@@ -274,16 +260,11 @@ impl<'a> Search<'a> {
         if !is_smallest && !self.fits(arena.bytes) {
             return;
         }
-        let updates = self.options.updates;
-        let estimated_secs = match self.options.spread {
-            Spread::One | Spread::Stages { .. } => {
-                estimate_secs(self.model, shards, (choice, &arena), updates, self.cost)
-            }
-            Spread::Anywhere(want) => {
-                estimate_anywhere_secs(self.model, shards, choice, updates, want.devices, self.cost)
-            }
+        let (estimated_secs, too_long_secs) = match self.options.spread {
+            Spread::One | Spread::Stages { .. } => (estimate_secs(draft, &arena), 0.0),
+            Spread::Anywhere(want) => (estimate_anywhere_secs(draft, want.devices), too_long_secs(draft, want)),
         };
-        let rank_secs = estimated_secs + self.too_long_secs(shards, choice);
+        let rank_secs = estimated_secs + too_long_secs;
         let found = |arena| Found { shards: shards.clone(), choice: choice.clone(), arena, estimated_secs, rank_secs };
         if is_smallest {
             self.smallest = Some(found(arena.clone()));
@@ -297,22 +278,13 @@ impl<'a> Search<'a> {
         }
         let Some(on_disk) = self.home(&found) else { return };
         // Not all of the shorter is hidden behind the longer.
-        let disk = disk_secs(self.model, shards, choice, on_disk, updates, self.cost);
+        let disk = disk_secs(draft, on_disk);
         let more = (disk - estimated_secs).max(0.0) + 0.1 * disk.min(estimated_secs);
         found.estimated_secs += more;
         found.rank_secs += more;
         if self.fastest.wants(&found) {
             self.fastest.keep(found);
         }
-    }
-
-    /// By how much the chain and the longest unit of a model that runs anywhere take longer than is wanted.
-    fn too_long_secs(&self, shards: &Shards, choice: &Choice) -> f64 {
-        let Spread::Anywhere(want) = self.options.spread else { return 0.0 };
-        let chain = || chain_secs(self.model, shards, choice, self.options.updates.moments, self.cost);
-        let unit = || self.model.microbatches as f64 * shards.secs.iter().map(|s| s[1]).fold(0.0, f64::max);
-        let late = want.chain_secs.map_or(0.0, |want| (chain() - want).max(0.0));
-        late + want.unit_secs.map_or(0.0, |want| (unit() - want).max(0.0))
     }
 
     /// The same with some shards at rest: as many as fit, and as many as take the fewest bytes.
@@ -327,7 +299,7 @@ impl<'a> Search<'a> {
         let at_rest = bytes_at_rest(&self.visits);
         // What rests alone may be too much already.
         let within = |search: &Self, resting: usize, most: u64| {
-            let map = || arena_of(search.model, &shards.programs, &with(resting), options);
+            let map = || arena_of(search.draft(shards, &with(resting)).tenant(), options.spread);
             at_rest[resting] <= most && map().bytes <= most
         };
         let starts = resting_counts(&self.visits, choice);
@@ -380,8 +352,7 @@ impl<'a> Search<'a> {
     /// Keeps the activations of as many shards as fit, those first that save most seconds a byte.
     fn offer_mixed(&mut self, kept: &Shards, again: &Shards, choice: &Choice) {
         let Some(budget) = self.options.device_budget else { return };
-        let bytes =
-            |shards: &Shards| arena_map(self.model, &shards.programs, choice, self.options.updates.moments).bytes;
+        let bytes = |shards: &Shards| arena_map(self.draft(shards, choice).tenant()).bytes;
         if bytes(kept) <= budget || bytes(again) > budget {
             return;
         }
@@ -404,4 +375,11 @@ impl<'a> Search<'a> {
         }
         self.offer(&mixed, choice);
     }
+}
+
+/// By how much the chain and the longest unit of a model that runs anywhere take longer than is wanted.
+fn too_long_secs(draft: Draft, want: Anywhere) -> f64 {
+    let longest = || draft.shards.secs.iter().map(|s| s[1]).fold(0.0, f64::max);
+    let late = want.chain_secs.map_or(0.0, |want| (chain_secs(draft) - want).max(0.0));
+    late + want.unit_secs.map_or(0.0, |want| (draft.model.microbatches as f64 * longest() - want).max(0.0))
 }

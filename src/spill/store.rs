@@ -3,7 +3,7 @@
 //! What is at home on the disk comes to the host for as long as it is used there, or is on its way to a device: in
 //! pieces, through a few stages that are used over and over.
 
-use super::memory::{BoundaryTier, Bump, Choice};
+use super::memory::{BoundaryTier, Bump, Choice, Tenant};
 use super::model::Model;
 use super::shard::ShardPrograms;
 use crate::base::align_up;
@@ -121,7 +121,8 @@ pub(super) fn longest_piece(bytes: u64, count: u64) -> u64 {
 }
 
 /// Maps a model's part of the host's store and of the disk tier.
-pub fn host_map(model: &Model, shards: &[ShardPrograms], choice: &Choice, moments: usize) -> HostMap {
+pub(super) fn host_map(of: Tenant) -> HostMap {
+    let Tenant { model, shards, choice, moments } = of;
     let (mut store, mut disk) = (Bump::default(), Bump::default());
     let (n, microbatches) = (shards.len(), model.microbatches);
     let graph = &model.train;
@@ -141,7 +142,7 @@ pub fn host_map(model: &Model, shards: &[ShardPrograms], choice: &Choice, moment
         true => disk.take(bytes),
         false => store.take(bytes),
     };
-    let update_stage_bytes = update_stage_bytes(model, shards, choice, moments);
+    let update_stage_bytes = update_stage_bytes(of);
     let copy_stage_bytes = if on_disk > OnDisk::Nothing { disk_piece_bytes(model) } else { 0 };
     let stages = match (on_disk, choice.slots) {
         (OnDisk::Nothing, _) => 0,
@@ -179,6 +180,12 @@ pub fn host_map(model: &Model, shards: &[ShardPrograms], choice: &Choice, moment
     HostMap { bytes: store.end, ..map }
 }
 
+/// Bytes that a model takes of the host's store and of the disk tier with so much at home on the disk.
+pub(super) fn home_bytes(of: Tenant, on_disk: OnDisk) -> (u64, u64) {
+    let map = host_map(Tenant { choice: &Choice { on_disk, ..of.choice.clone() }, ..of });
+    (map.bytes, map.disk_bytes)
+}
+
 /// Where each shard's gradients lie in the store: nowhere for shards at rest. Once they are on the disk, or applied,
 /// the place is free for another shard's; only those with accumulators for other shards' parameters keep theirs, until
 /// these shards have fetched them.
@@ -197,7 +204,7 @@ fn gradient_places(shards: &[ShardPrograms], choice: &Choice, store: &mut Bump) 
 }
 
 /// Bytes of a stage for what an update on the host reads from the disk: moments, then remainder, gradient and weight.
-fn update_stage_bytes(model: &Model, shards: &[ShardPrograms], choice: &Choice, moments: usize) -> u64 {
+fn update_stage_bytes(Tenant { model, shards, choice, moments }: Tenant) -> u64 {
     if choice.on_disk == OnDisk::Nothing {
         return 0;
     }
@@ -233,19 +240,10 @@ mod tests {
     #[test]
     fn no_piece_is_longer_than_what_is_reckoned_with() {
         let choice = |slots: usize, visiting_updates: usize, on_disk: OnDisk| Choice {
-            resident: false,
-            resting: 0,
             slots,
-            even_slots: false,
-            gradient_slots: 1,
-            activations: BoundaryTier::Device,
-            gradients: BoundaryTier::Device,
-            input_entries: 1,
             visiting_updates,
-            update_pieces: 1,
-            crosses: false,
-            pipelined: false,
             on_disk,
+            ..Choice::default()
         };
         let choices = [(1, 0), (2, 0), (2, 1)]
             .map(|(s, v)| [OnDisk::Nothing, OnDisk::Weights].map(|on_disk| choice(s, v, on_disk)));
