@@ -1,5 +1,5 @@
-//! A graph by hand: softmax regression is traced, differentiated, placed and run on the host device, and its gradient
-//! printed.
+//! A graph by hand: traces, differentiates and places softmax regression, runs it on the host device, and prints its
+//! gradient.
 //!
 //! This is what the engine does for every shard, in its smallest form: one layer, one program, three tasks.
 
@@ -69,8 +69,8 @@ pub fn main() -> Result<()> {
     ];
     let mut before: Option<Ticket> = None;
     for (kind, task) in steps {
-        // SAFETY: each waits for the one before it, and the areas lie one behind the other, as large as the program has
-        // them.
+        // SAFETY: each waits for the one before it, and the areas lie one after the other, each as large as the program
+        // needs.
         before = Some(unsafe { device.submit(lane(kind), task, before.as_slice()) });
     }
     for _ in 0..3 {

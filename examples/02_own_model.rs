@@ -1,5 +1,5 @@
-//! A layer and a model of one's own, trained on labels that are random among 4 of 32 classes: ln 4 is all there is to
-//! learn. Then it predicts, is saved, read back and trained on.
+//! A layer and a model of one's own, trained on labels drawn at random from 4 of 32 classes, so the best possible loss
+//! is ln 4. Then the model predicts, is saved and read back, and goes on training.
 //!
 //! Implementing `Network` is all it takes: gradients, placement, spilling and the optimizer follow from the traced
 //! graph.
@@ -15,8 +15,8 @@ const INIT: Init = Init::Normal(0.1);
 /// The embedding's table: vocabulary and width.
 const TABLE: [usize; 2] = [32, 32];
 
-/// A layer of one's own: `x + dropout(W2 gelu(W1 norm(x)))`, x (B, T, C). It names its parameters and traces its ops,
-/// no more.
+/// A layer of one's own: `x + dropout(W2 gelu(W1 norm(x)))`, x (B, T, C). It only names its parameters and traces its
+/// ops.
 fn residual_mlp(b: &mut Builder, x: Value, name: &str, hidden: usize) -> Result<Value> {
     let width = b.shape(x).cols();
     let (layout, weight, bias) = (WeightLayout::OutIn, INIT, Some(Init::Constant(0.0)));
@@ -62,7 +62,7 @@ impl Network for Own {
     }
 }
 
-/// Trains the model for sixty steps, and asks it and what it has saved for the same predictions.
+/// Trains the model for sixty steps, and compares its predictions with those of its saved copy.
 pub fn main() -> Result<()> {
     let tensors = [names::INPUT_IDS, names::LABELS].map(|name| (name.to_string(), DType::I32, Shape::from([16])));
     let random = RandomOptions { tensors: tensors.to_vec(), vocab: 32, classes: 4, batch: 8, seed: 1 };

@@ -1,5 +1,5 @@
 //! Training under a budget: a small GPT learns this repository's own text on a device smaller than its state, and ends
-//! with the very bits of a run that has all the memory it wants.
+//! with the same bits as a run with all the memory it wants.
 
 use hydra::base::{Result, format_bytes};
 use hydra::data::{Text, TextOptions, TextSource, Tokenizer};
@@ -12,7 +12,7 @@ use hydra::train::{Session, StepReport, TrainOptions, Weights, prepare};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
-/// Trains `gpt` and gives the bits of every weight and of every loss. Prints the plan.
+/// Trains `gpt` and returns the bits of every weight and of every loss. Prints the plan.
 fn train(gpt: &dyn Network, options: &TrainOptions, cost: &CostModel) -> Result<(Vec<u32>, Vec<u32>)> {
     let text = Text::read(&[Path::new(env!("CARGO_MANIFEST_DIR")).join("src/graph")], &Tokenizer::Bytes)?;
     let windows = TextOptions { context: 32, batch: options.batch, seed: options.seed, valid_fraction: 0.0 };

@@ -1,5 +1,5 @@
-//! A policy of one's own: the model with the least part of its work done goes first, so that all models of a search can
-//! be compared at any moment.
+//! A policy of one's own: the model with the smallest fraction of its work done goes first, so that all models of a
+//! search can be compared at any time.
 //!
 //! A policy is a pure function from a view of models and devices to a choice. It is tried here on two simulated
 //! devices; `TurnOptions` takes the same object where models are trained.
@@ -14,7 +14,7 @@ use hydra::train::{TrainOptions, trace_model};
 use serde_json::json;
 use std::sync::Arc;
 
-/// All models side by side: each has all its seconds here, as they are before the first unit.
+/// Keeps all models at equal progress; holds each model's total seconds, before its first unit.
 struct EvenProgress {
     total_secs: Vec<f64>,
 }
@@ -26,7 +26,7 @@ impl Policy for EvenProgress {
 
     fn choose(&self, view: &View) -> Option<ModelId> {
         let left = |model: &ModelView| model.remaining_secs / self.total_secs[usize::from(model.id)];
-        // Of equals max_by takes the last, and the lowest id is to win.
+        // max_by takes the last of equals, so ids are reversed to let the lowest win.
         let first = view.candidates().max_by(|a, b| left(a).total_cmp(&left(b)).then(b.id.cmp(&a.id)));
         first.map(|model| model.id)
     }

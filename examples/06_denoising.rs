@@ -1,5 +1,5 @@
-//! A regression: a network learns to take noise off waves, by mean squared error, on data of one's own. On a device
-//! smaller than its state it ends with the very bits of a run that has all the memory it wants.
+//! A regression on your own data: a network learns to remove noise from waves, with mean squared error. On a device
+//! smaller than its state it ends with the same bits as a run with all the memory it wants.
 
 use hydra::base::philox::Sequence;
 use hydra::base::{DType, Result, Shape, format_bytes};
@@ -55,7 +55,7 @@ impl Source for Waves {
     }
 }
 
-/// Residual blocks over the points of a line: each adds what an MLP makes of it.
+/// Residual blocks over the points of a line: each adds an MLP's output to its input.
 pub struct Denoiser {
     /// Columns of the hidden layers.
     pub hidden: usize,
@@ -84,7 +84,7 @@ impl Network for Denoiser {
             })?;
         }
         let predicted = b.layer("head", |b, _| down.trace(b, x, "head"))?;
-        // Targets are floats like any other input of the kind, in the model's own type.
+        // Targets are floats like other floating-point inputs, in the model's own type.
         if let Some(clean) = inputs.declare(&mut b, names::LABELS, &[points], false)? {
             b.mean_squared_error(predicted, clean)?;
         }
@@ -101,7 +101,7 @@ impl Network for Denoiser {
     }
 }
 
-/// Trains and gives the bits of every weight, and the losses.
+/// Trains and returns the bits of every weight, and the losses.
 fn train(network: &Denoiser, options: &TrainOptions, cost: &CostModel) -> Result<(Vec<u32>, Vec<f32>)> {
     let waves = Waves::new(options.batch, options.seed)?;
     let planned = prepare(network, &waves, options, cost)?;

@@ -1,7 +1,7 @@
-//! A loop over steps of one's own: a learning rate that follows the losses, and an average of the last weights
-//! (Izmailov et al. 2018, arXiv:1803.05407) that is validated and written back, under a budget.
+//! A training loop of your own: a learning rate that follows the losses, and an average of the last weights (Izmailov
+//! et al. 2018, arXiv:1803.05407) that is validated and written back, under a budget.
 //!
-//! `Session` has a loop for what is usual. Beneath it is the engine, which takes minibatches and updates one at a time.
+//! `Session` has the usual loop. Below it is the engine, which takes minibatches and updates one at a time.
 
 use hydra::base::{DType, Result, Shape};
 use hydra::data::{Batch, BatchTensor, names};
@@ -14,15 +14,15 @@ use std::ops::Range;
 use std::sync::Arc;
 
 const STEPS: u64 = 160;
-/// Samples, positions and numbers that there are.
+/// Samples, positions, and size of the vocabulary of numbers.
 const SIZES: [usize; 3] = [8, 16, 61];
-/// With what sequences begin that are trained on, and those that are not.
+/// First numbers of the sequences for training, and of the held-out ones.
 const TRAINED: Range<usize> = 0..49;
 const HELD_OUT: Range<usize> = 49..61;
 /// A loss is the mean over all positions.
 const LOSS_SCALE: f64 = 1.0 / (SIZES[0] * SIZES[1]) as f64;
 
-/// Sequences that count up by a stride of their own, modulo a prime, from one of the numbers of `starts`; the label of
+/// Sequences that count up modulo a prime, each with its own stride, from one of the numbers of `starts`; the label of
 /// a position is the number that follows.
 fn minibatch(number: u64, starts: Range<usize>) -> Batch {
     let [batch, time, numbers] = SIZES;
@@ -40,7 +40,7 @@ fn minibatch(number: u64, starts: Range<usize>) -> Batch {
     Batch { tensors: [(names::INPUT_IDS, 0), (names::LABELS, 1)].map(tensor).to_vec() }
 }
 
-/// The weights, which have come home.
+/// Reads the weights, which must be in the host's store.
 fn read(engine: &Engine) -> Result<Vec<Vec<f32>>> {
     (0..engine.model(0).train.parameters.len()).map(|i| engine.read_parameter(0, Stored::Weight, i)).collect()
 }
@@ -72,14 +72,14 @@ pub fn main() -> Result<()> {
     Weights::Random.write(&mut engine, 0, options.seed)?;
 
     let (adamw, mut lr) = (options.optimizer, 1e-2);
-    // The average loss of the last steps, and the least that it was.
+    // The running average of recent losses, and its minimum so far.
     let (mut recent, mut least, mut patience) = (f32::NAN, f32::INFINITY, 0);
     let (mut first, mut sums, mut averaged) = (f32::NAN, Vec::<Vec<f32>>::new(), 0);
     for step in 0..STEPS {
         let batch = minibatch(step, TRAINED);
         let (inputs, rule) = (batch_inputs(&model.train, &batch)?, adamw.rule(step, lr));
         engine.begin_step(0, &StepInput { step, inputs, loss_scale: LOSS_SCALE, rule, clip: options.clip })?;
-        // It is begun while the step before it runs: a device never waits for this loop.
+        // A step is begun while the one before it runs, so a device never waits for this loop.
         if step == 0 {
             continue;
         }
@@ -92,7 +92,7 @@ pub fn main() -> Result<()> {
             println!("step {step}: loss {recent:.3} has stopped falling; learning rate {lr:.1e}");
         }
         if step >= STEPS - 40 && (step + 1).is_multiple_of(8) {
-            // Waits for the step in flight too, whose result is told as ever.
+            // Also waits for the step in flight, whose result is reported as usual.
             engine.wait_home(0)?;
             let weights = read(&engine)?;
             sums.resize_with(weights.len(), Vec::new);

@@ -1,5 +1,5 @@
-//! Fine-tuning: a model from a Hugging Face directory, its first layers frozen, on data of one's own, validated as it
-//! goes; the best of it is kept as a checkpoint, gone back to at the end, and saved as a directory again.
+//! Fine-tuning: trains a model from a Hugging Face directory, with its first layers frozen, on your own data, and
+//! validates it regularly; the best state is kept as a checkpoint, restored at the end, and saved as a directory again.
 
 use hydra::base::{DType, Result};
 use hydra::data::{Batch, Source, Text, TextOptions, TextSource, Tokenizer};
@@ -13,7 +13,7 @@ use std::path::Path;
 const CONTEXT: usize = 32;
 const BATCH: usize = 8;
 
-/// A directory as one would download it; here a small GPT of random weights over bytes.
+/// Makes a directory like one you would download; here a small GPT over bytes with random weights.
 fn make_model(dir: &Path) -> Result<()> {
     let config = serde_json::json!({ "n_layer": 4, "n_embd": 64, "n_head": 4, "n_positions": CONTEXT, "vocab_size": 256,
         "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0 });
@@ -26,7 +26,7 @@ fn make_model(dir: &Path) -> Result<()> {
     })
 }
 
-/// Trains, goes back to the best and saves it; gives the held-out loss before and after.
+/// Trains, restores the best state and saves it; returns the held-out loss before and after.
 fn fine_tune(from: &Path, text: &Path, to: &Path) -> Result<[f32; 2]> {
     let pretrained = open(from)?;
     let text = Text::read(&[text.to_path_buf()], &Tokenizer::Bytes)?;
@@ -34,7 +34,7 @@ fn fine_tune(from: &Path, text: &Path, to: &Path) -> Result<[f32; 2]> {
     let data = || TextSource::open(&text, &windows);
     let (source, mut held_out) = (data()?.train, data()?.valid.expect("a tenth of the text"));
 
-    // The embeddings and half of the blocks stay as they are: they take their weights' memory alone.
+    // The position embeddings and half of the blocks are frozen: they take memory only for their weights.
     let frozen = ["transformer.wpe", "transformer.h.0.", "transformer.h.1."].map(String::from).to_vec();
     let plan = PlanOptions { device_budget: Some(1_200_000), ..PlanOptions::default() };
     let options =
@@ -67,7 +67,7 @@ fn fine_tune(from: &Path, text: &Path, to: &Path) -> Result<[f32; 2]> {
     Ok([before, after])
 }
 
-/// Makes a model, tunes it, and asks what it has learnt.
+/// Makes a model, fine-tunes it, and checks what it has learned.
 pub fn main() -> Result<()> {
     let dir = std::env::temp_dir().join(format!("hydra-fine-tuning-{}", std::process::id()));
     let [from, to, text] = ["model", "tuned", "text"].map(|name| dir.join(name));

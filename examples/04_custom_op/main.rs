@@ -1,9 +1,9 @@
 //! An op of one's own, with its host body, its kernel and its gradient: squared ReLU, trained in a small network on
-//! every device here.
+//! every available device.
 //!
-//! Nothing in the crate knows of it. Its kernels (`squared_relu.cu`) are compiled like the crate's own: by nvcc into a
-//! fatbin, and for the emulator by `kernels/emulator/build.sh`; see `build.rs`, whose lines an embedder's own build
-//! script repeats.
+//! The crate knows nothing of this op. Its kernels (`squared_relu.cu`) are compiled like the crate's own: by nvcc into
+//! a fatbin, and for the emulator by `kernels/emulator/build.sh`; see `build.rs`, whose lines can be copied to your own
+//! build script.
 
 use hydra::base::{DType, Result, Shape};
 use hydra::data::{RandomOptions, RandomSource, names};
@@ -46,7 +46,7 @@ impl CustomOp for SquaredRelu {
     }
     fn kernels(&self) -> Option<Kernels> {
         // SAFETY: each entry point of squared_relu.cu takes its output, its inputs and the number of their elements, as
-        // `launch` gives them.
+        // `launch` passes them.
         Some(unsafe { Kernels::new("squared_relu", FATBIN, EMULATED) })
     }
     fn launch(&self, dtype: DType, shapes: &[&Shape], launch: &mut dyn FnMut(&KernelCall)) {
@@ -118,7 +118,7 @@ fn train(device: DeviceSpec, dtype: DType) -> Result<Vec<f32>> {
     Ok(losses)
 }
 
-/// Trains on the host, and on the emulator and a GPU where they are there, and compares the losses.
+/// Trains on the host, and on the emulator and a GPU where available, and compares the losses.
 pub fn main() -> Result<()> {
     let emulated = DeviceSpec::Emulated { arch: 90, seed: 3, threads: None };
     let others = [

@@ -6,12 +6,12 @@ use std::fmt;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DType {
-    /// IEEE single precision: what models train in.
+    /// IEEE single precision, in which models train.
     #[default]
     F32,
-    /// IEEE double precision: the oracle that tests hold the others against.
+    /// IEEE double precision, for the oracle that tests compare the others with.
     F64,
-    /// The upper half of an IEEE single: what models train in on tensor cores, with an f32 master beside it.
+    /// The upper half of an IEEE single, in which models train on tensor cores, with f32 master weights.
     Bf16,
     /// 32-bit signed integers: token ids, labels, masks, positions of maxima.
     I32,
@@ -27,8 +27,7 @@ impl DType {
         }
     }
 
-    /// The type of what is summed up beside tensors of this type: statistics, losses, parameters' gradients and
-    /// moments.
+    /// The type of sums that belong to tensors of this type: statistics, losses, parameters' gradients and moments.
     pub const fn wide(self) -> DType {
         match self {
             DType::Bf16 => DType::F32,

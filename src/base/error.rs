@@ -1,4 +1,4 @@
-//! The library's one error type: what went wrong, by whose fault.
+//! The library's one error type: what went wrong, and whose fault it is.
 
 use std::path::Path;
 
@@ -17,28 +17,28 @@ pub enum Error {
         /// The smallest device budget, in bytes, that works.
         smallest_device_bytes: u64,
     },
-    /// A device failed, stalled, or is not there.
+    /// A device failed, stalled, or is not available.
     #[error("{0}")]
     Device(String),
     /// The operating system refused: a full disk, a directory that cannot be written.
     #[error("{what}: {source}")]
     Io {
-        /// The path and what was tried with it.
+        /// The operation that was tried and its path.
         what: String,
-        /// The operating system's own words.
+        /// The operating system's error.
         source: std::io::Error,
     },
-    /// The loss of a step is infinite or no number: a learning rate that is too large, or data at fault.
+    /// The loss of a step is infinite or NaN: the learning rate is too large, or the data is faulty.
     #[error("the loss is {loss} at step {step}{}", match layer {
         Some(layer) => format!("; the first layer whose output is not finite is {layer}"),
         None => ", though every layer's output is finite".into(),
     })]
     NotFinite {
-        /// Which, from 0.
+        /// The step, from 0.
         step: u64,
-        /// What it is.
+        /// The loss.
         loss: f32,
-        /// The first layer whose output is not finite; of a large loss on finite logits there is none.
+        /// The first layer whose output is not finite; `None` when the logits are finite and only the loss is not.
         layer: Option<String>,
     },
     /// A model was taken out of the run.
@@ -49,7 +49,7 @@ pub enum Error {
     Interrupted {
         /// Steps done: `step 12` or, of several models, `step 12 of gpt, step 7 of bert`.
         at: String,
-        /// Whether a checkpoint was left, where it is known: whoever watches the run saves, not the run itself.
+        /// Whether a checkpoint was saved, where that is known: the run's observer saves it, not the run itself.
         checkpoint: Option<bool>,
     },
 }
@@ -58,17 +58,17 @@ pub enum Error {
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
-    /// An input's fault; takes anything that prints.
+    /// Makes an [`Error::BadInput`] from anything that prints.
     pub fn bad(message: impl std::fmt::Display) -> Self {
         Error::BadInput(message.to_string())
     }
 
-    /// The operating system's refusal of `verb` (such as "read", "create") on `path`.
+    /// Makes an [`Error::Io`] for `verb` (such as "read", "create") on `path`.
     pub fn io(verb: &str, path: &Path, source: std::io::Error) -> Self {
         Error::Io { what: format!("cannot {verb} {}", path.display()), source }
     }
 
-    /// Wraps a system's error on a path that the user named: [`Error::BadInput`] where such a path cannot be meant,
+    /// Wraps a system's error on a path that the user named: [`Error::BadInput`] where the path itself is at fault,
     /// else [`Error::Io`].
     pub fn refused(verb: &str, path: &Path, source: std::io::Error) -> Self {
         use std::io::ErrorKind::{AlreadyExists, InvalidFilename, InvalidInput, IsADirectory, NotADirectory, NotFound};

@@ -1,10 +1,10 @@
 //! Names of lanes: ordered queues that each do one kind of work.
 //!
-//! The device module queues tasks on lanes and the trace records what ran on them, so the name stands below both.
+//! The device module queues tasks on lanes and the trace records what ran on them, so the name is defined below both.
 
 use std::fmt;
 
-/// Which kind of work a lane does. The order is the order of rows in a chart.
+/// The kind of work that a lane does, in the order of a chart's rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LaneKind {
@@ -87,10 +87,10 @@ impl fmt::Display for LaneId {
 impl std::str::FromStr for LaneId {
     type Err = super::Error;
 
-    /// Reads what a lane prints as.
+    /// Parses a lane's printed form.
     ///
     /// # Errors
-    /// When the text is no lane's.
+    /// When the text does not name a lane.
     fn from_str(text: &str) -> super::Result<Self> {
         let read = || {
             let (device, kind) = match text.strip_prefix("host ") {

@@ -1,4 +1,4 @@
-//! The words every other module speaks: element types, shapes, random numbers, units of bytes and time, errors.
+//! The vocabulary of all other modules: element types, shapes, random numbers, units of bytes and time, errors.
 //!
 //! Nothing here does I/O, starts a thread, or is unsafe.
 
@@ -10,7 +10,7 @@ mod shape;
 pub mod tensorfile;
 mod units;
 
-/// The label of a position that has no part in the loss, as in torch's cross-entropy and in transformers.
+/// The label of a position that does not count in the loss, as in torch's cross-entropy and in transformers.
 pub const IGNORED: i32 = -100;
 
 pub use dtype::DType;

@@ -1,7 +1,7 @@
 //! Philox4x32-10, a counter-based random number generator (Salmon, Moraes, Dror & Shaw 2011, "Parallel random numbers:
 //! as easy as 1, 2, 3").
 //!
-//! A number depends on its coordinates alone (seed, step, microbatch, op, element), never on who asked before, so a
+//! A number depends only on its coordinates (seed, step, microbatch, op, element), never on earlier draws, so a
 //! recomputed dropout repeats itself exactly and any split of the work over threads or shards gives the same bits.
 
 const MULTIPLIER: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
@@ -55,7 +55,7 @@ pub fn drop_below(p: f64) -> u32 {
     (p * 4_294_967_296.0).round().clamp(0.0, f64::from(u32::MAX)) as u32
 }
 
-/// A seeded sequence of numbers for host work that has no op: initial weights, shuffles, random data.
+/// A seeded sequence of numbers for host work outside ops: initial weights, shuffles, random data.
 #[derive(Clone, Debug)]
 pub struct Sequence {
     key: [u32; 2],
@@ -70,7 +70,7 @@ impl Sequence {
         Sequence { key: [seed as u32, (seed >> 32) as u32], stream, next: 0, left: [0; 4] }
     }
 
-    /// This sequence from its word `words` on.
+    /// This sequence, starting at its word number `words`.
     pub fn from_word(&self, words: u64) -> Self {
         let mut later = Sequence { next: words - words % 4, ..self.clone() };
         (0..words % 4).for_each(|_| _ = later.next_u32());

@@ -8,7 +8,7 @@ use std::fmt;
 pub struct Shape(pub Vec<usize>);
 
 impl Shape {
-    /// A shape from its axes.
+    /// Makes a shape from its axes.
     pub fn new(axes: impl Into<Vec<usize>>) -> Self {
         Shape(axes.into())
     }
@@ -40,12 +40,12 @@ impl Shape {
         self.0.last().copied().unwrap_or(1)
     }
 
-    /// Elements over the last axis' size: all axes but the last, multiplied.
+    /// Product of all axes but the last.
     pub fn rows(&self) -> usize {
         self.0[..self.0.len().saturating_sub(1)].iter().product()
     }
 
-    /// Element number `flat` in row-major order, by its coordinates: `(2, 5)`.
+    /// The coordinates of element number `flat` in row-major order, such as `(2, 5)`.
     pub fn position(&self, mut flat: usize) -> String {
         let mut coordinates: Vec<String> = Vec::with_capacity(self.0.len());
         for &axis in self.0.iter().rev() {

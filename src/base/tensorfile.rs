@@ -1,8 +1,8 @@
 //! Reads the header of a safetensors file and trusts none of it; writes one ([`header`]).
 //!
-//! The safetensors crate reads the format but keeps the last of two equal keys, lets `[2^64-1, 0]` pass for a shape,
-//! and seldom names the tensor at fault. Here every tensor is checked by itself first, and the crate has the last word.
-//! Parsing needs the header alone, so that files larger than memory can be read piece by piece; what it allocates is
+//! The safetensors crate reads the format but keeps the last of two equal keys, accepts `[2^64-1, 0]` as a shape, and
+//! seldom names the faulty tensor. Here every tensor is checked individually first, and then the crate checks the
+//! whole. Parsing needs only the header, so files larger than memory can be read piece by piece; its allocations are
 //! bounded by the header's length, whatever the numbers in it claim. Invariant of [`TensorIndex`]: the tensors cover
 //! the bytes after the header exactly, without gap or overlap, and each is as long as its shape says.
 
@@ -19,15 +19,15 @@ use std::path::Path;
 
 /// The longest header that is read: the safetensors crate's own limit.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
-/// The most axes of a tensor. No model has more; two characters of header would otherwise buy an axis each.
+/// The most axes of a tensor. No model has more, and every two characters of header could otherwise cost another axis.
 const MAX_AXES: usize = 16;
 /// Bytes of the header's length at the start of the file.
 const LENGTH_BYTES: u64 = 8;
 /// The key that holds free text rather than a tensor.
 const METADATA: &str = "__metadata__";
 
-/// The type of one element in a file; wider than [`DType`](super::DType), which is what we compute in. In rising order
-/// of the format: where the widest come first, all are aligned.
+/// The type of one element in a file; there are more of them than of [`DType`](super::DType), which are the types we
+/// compute in. In the format's ascending order: with the widest first, all tensors are aligned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Element {
     /// One byte, 0 or 1.
@@ -99,7 +99,7 @@ pub struct TensorEntry {
     pub shape: Shape,
     /// Its first byte, counted from the start of the file.
     pub start_bytes: u64,
-    /// Its length: elements times bytes of one.
+    /// Its length: elements times bytes per element.
     pub len_bytes: u64,
 }
 
@@ -112,11 +112,11 @@ pub struct TensorIndex {
 }
 
 impl TensorIndex {
-    /// Reads the header of a file of `file_bytes` bytes, from its start; `path` is what messages call it.
+    /// Reads the header of a file of `file_bytes` bytes, from its start; messages call the file `path`.
     ///
     /// # Errors
-    /// When reading fails; the file is shorter than eight bytes, or its header longer than the rest of the file or
-    /// 100 MB; the header is no UTF-8 or no JSON object of tensors, a key occurs twice, a dtype is unknown, a shape and
+    /// When reading fails; the file is shorter than eight bytes, or its header longer than the rest of the file or 100
+    /// MB; the header is not UTF-8 or not a JSON object of tensors, a key occurs twice, a dtype is unknown, a shape and
     /// its bytes disagree, or the tensors do not cover the rest of the file exactly.
     pub fn read(mut reader: impl Read, file_bytes: u64, path: &Path) -> Result<TensorIndex> {
         let io = |e| Error::io("read", path, e);
@@ -128,7 +128,8 @@ impl TensorIndex {
         TensorIndex::parse(&header, file_bytes, &file)
     }
 
-    /// Bytes of JSON that follow the first eight of a file, given those eight (or fewer, where the file is shorter).
+    /// The number of bytes of JSON after a file's first eight bytes, given those eight (or fewer, where the file is
+    /// shorter).
     fn header_bytes(prefix: &[u8], file_bytes: u64, file: &str) -> Result<usize> {
         let Some(length) = prefix.first_chunk::<8>().filter(|_| file_bytes >= LENGTH_BYTES) else {
             return Err(Error::bad(format!("{file}: {file_bytes} bytes are too few for a safetensors file")));
@@ -168,7 +169,7 @@ impl TensorIndex {
             entries.push(entry);
         }
         check_cover(&entries, data_start, data_bytes).map_err(bad)?;
-        // The format's own reader has the last word, should it ever learn of a rule that is not known here.
+        // The format's own reader also checks the header, in case it has a rule that is not known here.
         serde_json::from_str::<safetensors::tensor::Metadata>(text)
             .map_err(|e| bad(format!("header: {}", shortened(&e.to_string()))))?;
         Ok(TensorIndex { entries, metadata: raw.metadata })
@@ -191,7 +192,7 @@ impl TensorIndex {
     }
 }
 
-/// One tensor of a file that is in memory.
+/// One tensor of a file in memory.
 #[derive(Clone, Copy, Debug)]
 pub struct TensorView<'a> {
     /// Its name, element type and shape.
@@ -208,7 +209,7 @@ pub struct TensorFile<'a> {
 }
 
 impl<'a> TensorFile<'a> {
-    /// Parses the bytes of a whole file; `file` is what messages call it.
+    /// Parses the bytes of a whole file, which messages call `file`.
     ///
     /// # Errors
     /// As [`TensorIndex::read`].
@@ -238,13 +239,13 @@ impl<'a> TensorFile<'a> {
     }
 }
 
-/// The header as it stands in the file, keys in order.
+/// The header as it is in the file, keys in order.
 struct Header {
     tensors: BTreeMap<String, RawTensor>,
     metadata: BTreeMap<String, String>,
 }
 
-/// One tensor's value in the header, before anything is believed.
+/// One tensor's value in the header, before any check.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawTensor {
@@ -256,7 +257,7 @@ struct RawTensor {
 /// At most [`MAX_AXES`] axes.
 struct Axes(Vec<usize>);
 
-/// A map of text to text in which no key occurs twice; the index of a model in several files is one too.
+/// A map of text to text in which no key occurs twice; also used for the index of a model in several files.
 pub(crate) struct Texts(pub(crate) BTreeMap<String, String>);
 
 impl RawTensor {
@@ -265,8 +266,8 @@ impl RawTensor {
         let element = Element::named(&self.dtype)
             .ok_or_else(|| format!("{called}: element type {} is not supported", quoted(&self.dtype)))?;
         let shape = Shape::new(self.shape.0);
-        // Zero axes are left out of the product: a shape such as [2^64-1, 0] has no element, yet one axis that no
-        // loop could ever walk.
+        // Zero axes are left out of the product: a shape such as [2^64-1, 0] has no elements, but an axis that no loop
+        // could ever finish.
         let walked = Shape::new(shape.axes().iter().copied().filter(|&axis| axis > 0).collect::<Vec<_>>());
         if walked.checked_elems().is_err() {
             return Err(format!("{called}: shape {shape} has more elements than fit in memory"));
@@ -405,7 +406,7 @@ pub fn quoted(name: &str) -> String {
     format!("'{}'", shortened(name))
 }
 
-/// The first characters of a text that may hold pieces of a file, escaped so that a message stays one line.
+/// The first characters of a text that may contain parts of a file, escaped so that a message stays on one line.
 pub(crate) fn shortened(text: &str) -> String {
     const CHARS: usize = 200;
     let mut short = String::new();

@@ -5,7 +5,7 @@ use super::{Error, Result};
 /// A number of bytes.
 pub type Bytes = u64;
 
-/// `value` rounded up to a multiple of `alignment`, or the largest number where 64 bits hold no such multiple.
+/// `value` rounded up to a multiple of `alignment`, or the largest 64-bit number where that multiple does not fit.
 pub const fn align_up(value: u64, alignment: u64) -> u64 {
     value.div_ceil(alignment).saturating_mul(alignment)
 }
@@ -33,10 +33,10 @@ fn byte_unit(unit: &str) -> Option<f64> {
     })
 }
 
-/// No size is as large: a signed 64-bit number holds it, which files and messages have.
+/// Sizes must be below this, so that they fit the signed 64-bit numbers of files and messages.
 const TOO_LARGE: f64 = 9e18;
 
-/// A size of any magnitude, in bytes.
+/// Parses a size of any magnitude, in bytes.
 fn size(text: &str) -> Option<f64> {
     number_and_unit(text).and_then(|(n, unit)| Some(n * byte_unit(unit)?))
 }
@@ -44,7 +44,7 @@ fn size(text: &str) -> Option<f64> {
 /// Reads a size such as `64 MiB`, `1.5 GB` or `4096`.
 ///
 /// # Errors
-/// When the text is no number with a unit of bytes, or more of them than 64 bits hold.
+/// When the text is not a number with a unit of bytes, or the size is too large.
 pub fn parse_bytes(text: &str) -> Result<Bytes> {
     match size(text) {
         Some(n) if n < TOO_LARGE => Ok(n.round() as u64),
@@ -53,7 +53,7 @@ pub fn parse_bytes(text: &str) -> Result<Bytes> {
     }
 }
 
-/// Whether the text is a size that is larger than [`parse_bytes`] takes.
+/// Whether the text is a size larger than [`parse_bytes`] accepts.
 pub fn is_too_large(text: &str) -> bool {
     size(text).is_some_and(|n| n >= TOO_LARGE)
 }
@@ -61,7 +61,7 @@ pub fn is_too_large(text: &str) -> bool {
 /// Reads a bandwidth such as `2 GB/s`, in bytes per second.
 ///
 /// # Errors
-/// When the text is no size followed by `/s`.
+/// When the text is not a size followed by `/s`.
 pub fn parse_bytes_per_sec(text: &str) -> Result<f64> {
     text.trim()
         .strip_suffix("/s")
@@ -74,7 +74,7 @@ pub fn parse_bytes_per_sec(text: &str) -> Result<f64> {
 /// Reads an arithmetic rate such as `60 TFLOP/s`, in floating-point operations per second.
 ///
 /// # Errors
-/// When the text is no number with a unit of FLOP/s.
+/// When the text is not a number with a unit of FLOP/s.
 pub fn parse_flops_per_sec(text: &str) -> Result<f64> {
     number_and_unit(text)
         .and_then(|(n, unit)| {
@@ -90,7 +90,7 @@ pub fn parse_flops_per_sec(text: &str) -> Result<f64> {
         .ok_or_else(|| Error::bad(format!("'{text}' is no arithmetic rate; write it like \"60 TFLOP/s\"")))
 }
 
-/// Bytes for people: `1.50 MiB`.
+/// Bytes for people to read: `1.50 MiB`.
 pub fn format_bytes(bytes: Bytes) -> String {
     const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
     let mut value = bytes as f64;
@@ -102,7 +102,7 @@ pub fn format_bytes(bytes: Bytes) -> String {
     if unit == 0 { format!("{bytes} B") } else { format!("{value:.2} {}", UNITS[unit]) }
 }
 
-/// Seconds for people: `1.25 ms`, `3.10 s`, `2 h 05 min`.
+/// Seconds for people to read: `1.25 ms`, `3.10 s`, `2 h 05 min`.
 pub fn format_secs(secs: f64) -> String {
     if secs < 1e-3 {
         format!("{:.1} us", secs * 1e6)
@@ -117,8 +117,7 @@ pub fn format_secs(secs: f64) -> String {
     }
 }
 
-/// The one of `known` most like `word` by edits, if any is close. That letters are large or small counts only where
-/// nothing else tells two apart.
+/// The word of `known` with the fewest edits from `word`, if any is close. Case matters only to break ties.
 pub fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let small = word.to_lowercase();
     let edits =

@@ -1,7 +1,7 @@
-//! One minibatch in memory, and the description of it that is known beforehand.
+//! One minibatch in memory, and its description, which is known beforehand.
 //!
 //! A tensor's elements live in a buffer of 32-bit words: both element types are that wide, so the buffer is aligned for
-//! either by construction and a minibatch can be filled again without a new allocation.
+//! either by construction, and a minibatch can be refilled without a new allocation.
 
 use super::checks::not_finite;
 use crate::base::tensorfile::Element;
@@ -16,7 +16,7 @@ pub struct BatchTensor {
     pub dtype: DType,
     /// Its axes; the first is the sample within the minibatch.
     pub shape: Shape,
-    /// The elements' bits; as many as `shape` has elements.
+    /// The elements' bits; one word per element of `shape`.
     words: Vec<u32>,
 }
 
@@ -31,7 +31,8 @@ impl BatchTensor {
         BatchTensor { name: name.into(), dtype, shape, words }
     }
 
-    /// Refuses a type or a shape that is not that of the elements: whoever fills a minibatch may write both.
+    /// Refuses a type or a shape that does not match the elements: both fields are public, and a source may overwrite
+    /// them.
     pub(crate) fn check(&self) -> Result<()> {
         let BatchTensor { name, dtype, shape, words } = self;
         if !matches!(dtype, DType::F32 | DType::I32) {
@@ -61,7 +62,7 @@ impl BatchTensor {
         bytemuck::cast_slice(&self.words)
     }
 
-    /// As [`as_f32`](Self::as_f32), to be written.
+    /// As [`as_f32`](Self::as_f32), for writing.
     ///
     /// # Panics
     /// When the tensor is not `F32`.
@@ -70,7 +71,7 @@ impl BatchTensor {
         bytemuck::cast_slice_mut(&mut self.words)
     }
 
-    /// As [`as_i32`](Self::as_i32), to be written.
+    /// As [`as_i32`](Self::as_i32), for writing.
     ///
     /// # Panics
     /// When the tensor is not `I32`.
@@ -79,20 +80,20 @@ impl BatchTensor {
         bytemuck::cast_slice_mut(&mut self.words)
     }
 
-    /// The elements' bytes in the machine's own order, aligned to 4: what is copied to a device.
+    /// The elements' bytes in the machine's byte order, aligned to 4, as copied to a device.
     pub fn bytes(&self) -> &[u8] {
         bytemuck::cast_slice(&self.words)
     }
 
-    /// Fills it with a file's little-endian elements, which `read` puts into bytes: those of an `I64` are as many
-    /// 64-bit numbers, which go through `wide`. Gives the first element that does not fit 32 bits or is not finite, by
-    /// its place, with what is wrong with it; those after it are then unspecified.
+    /// Fills the tensor with a file's little-endian elements, which `read` writes into the given bytes; 64-bit elements
+    /// (`I64`) go through `wide`. Returns the position of the first element that does not fit 32 bits or is not finite,
+    /// and what is wrong with it; the elements after it are then unspecified.
     ///
     /// # Errors
     /// What `read` returns.
     ///
     /// # Panics
-    /// When `element` is neither the tensor's own type nor, of an `I32`, `I64`.
+    /// When `element` is neither the tensor's own type nor, for an `I32` tensor, `I64`.
     pub fn fill_from(
         &mut self,
         element: Element,
@@ -121,7 +122,7 @@ impl BatchTensor {
     }
 }
 
-/// One minibatch. An empty one (`Batch::default()`) grows at its first filling.
+/// One minibatch. An empty one (`Batch::default()`) is allocated when it is first filled.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Batch {
     /// The tensors, in the order of the source's [`InputSpec`].
@@ -129,7 +130,7 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// A minibatch of zeros that fits `spec`.
+    /// Makes a minibatch of zeros as `spec` describes.
     pub fn zeros(spec: &InputSpec) -> Batch {
         let tensor =
             |(name, dtype, shape): &(String, DType, Shape)| BatchTensor::zeros(name, *dtype, spec.batched(shape));
@@ -141,7 +142,7 @@ impl Batch {
         self.tensors.iter().find(|tensor| tensor.name == name)
     }
 
-    /// Makes the tensors those of `spec`. Allocates only where they are not already; elements keep what they held.
+    /// Makes the tensors match `spec`. Allocates only where they do not yet; other tensors keep their elements.
     pub fn conform(&mut self, spec: &InputSpec) {
         let fits = self.tensors.len() == spec.tensors.len()
             && self.tensors.iter().zip(&spec.tensors).all(|(have, (name, dtype, shape))| {
@@ -155,7 +156,7 @@ impl Batch {
     }
 }
 
-/// What a source yields, known before any minibatch is read.
+/// A description of a source's minibatches, known before any is read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InputSpec {
     /// Name, element type and shape of each tensor, the shape without the leading axis of samples.
@@ -164,16 +165,16 @@ pub struct InputSpec {
     pub batch: usize,
     /// Samples in one pass over the data; `None` where it never ends.
     pub samples: Option<u64>,
-    /// Minibatches there are at all; `None` where the data is passed over again and again.
+    /// Total number of minibatches; `None` where the data is passed over repeatedly.
     pub batches: Option<u64>,
-    /// Token ids lie below this, where the source knows.
+    /// Token ids are below this; `None` where the source does not know.
     pub vocab: Option<usize>,
-    /// Labels lie below this, where the source knows.
+    /// Labels are below this; `None` where the source does not know.
     pub classes: Option<usize>,
 }
 
 impl InputSpec {
-    /// A description with nothing known but the tensors and the samples in a minibatch.
+    /// Makes a description with only the tensors and the samples per minibatch known.
     ///
     /// # Errors
     /// When `batch` or an axis is 0, a tensor is neither `F32` nor `I32`, or a minibatch would not fit in memory.

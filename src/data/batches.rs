@@ -1,9 +1,8 @@
 //! Ready-made minibatches from a safetensors file, in the file's order.
 //!
 //! Every tensor has the leading axes (step, batch). One step's rows are read at a time, straight into the minibatch, so
-//! the file may be larger than memory. The header is trusted in nothing (see
-//! [`tensorfile`](crate::base::tensorfile)), nor are the values: what does not fit an i32 and pixels that are not
-//! finite are errors.
+//! the file may be larger than memory. Neither the header (see [`tensorfile`](crate::base::tensorfile)) nor the values
+//! are trusted: integers that do not fit an i32 and pixels that are not finite are errors.
 
 use super::{Batch, IGNORED, InputSpec, Source, files, names};
 use crate::base::tensorfile::{Element, TensorEntry, TensorIndex, quoted};
@@ -12,20 +11,21 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::PathBuf;
 
-/// Which file, and how its labels are meant.
+/// Which file, and how its labels are aligned.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BatchesOptions {
-    /// A safetensors file with `labels`, as I64 or I32, or as F32 where they are numbers, and either `input_ids` (and
-    /// perhaps `attention_mask`) as I64 or I32, or `pixel_values` as F32.
+    /// A safetensors file with `labels`, as I64 or I32, or as F32 for a regression, and either `input_ids` (and perhaps
+    /// `attention_mask`) as I64 or I32, or `pixel_values` as F32.
     pub path: PathBuf,
-    /// Samples in a minibatch, where the caller has a number in mind: the file's must equal it.
+    /// Samples in a minibatch; where given, the file's number must equal it.
     pub batch: Option<usize>,
-    /// The file's labels stand where their tokens stand, as transformers' language models take them, and are shifted
-    /// here: `labels[t] = file[t + 1]`, the last one [`IGNORED`]. Labels (step, batch) and numbers cannot be shifted.
+    /// Whether the file's labels are aligned with the tokens, as transformers' language models take them, and have to
+    /// be shifted here: `labels[t] = file[t + 1]`, the last one [`IGNORED`]. Labels of shape (step, batch) and F32
+    /// labels cannot be shifted.
     pub shift_labels: bool,
 }
 
-/// Makes minibatch i of step i of a file.
+/// Makes minibatch i from step i of a file.
 pub struct BatchesSource {
     name: String,
     path: PathBuf,
@@ -34,7 +34,7 @@ pub struct BatchesSource {
     steps: u64,
     tensors: Vec<Stored>,
     shift_labels: bool,
-    /// One step of a tensor of 64-bit integers, on its way to 32 bits.
+    /// One step of a tensor of 64-bit integers, before conversion to 32 bits.
     wide: Vec<i64>,
 }
 
@@ -49,7 +49,7 @@ impl BatchesSource {
     ///
     /// # Errors
     /// When the file is missing or damaged, a tensor is missing, unknown, of another type or of a shape that does not
-    /// go with the others, or the minibatch differs from the one asked for. Messages name the file and the tensor.
+    /// match the others, or the minibatch size differs from the one asked for. Messages name the file and the tensor.
     pub fn open(options: &BatchesOptions) -> Result<BatchesSource> {
         let path = options.path.clone();
         let name = path.display().to_string();
@@ -72,7 +72,7 @@ impl BatchesSource {
     }
 }
 
-/// The file's tensors as minibatches.
+/// How the file's tensors form minibatches.
 struct Layout {
     steps: u64,
     batch: usize,
@@ -163,7 +163,7 @@ impl Source for BatchesSource {
         batch.conform(&self.spec);
         for (tensor, stored) in batch.tensors.iter_mut().zip(&self.tensors) {
             let elems = tensor.shape.elems();
-            // Below the file's length, which the header was checked against.
+            // Cannot overflow: it is below the file's length, against which the header was checked.
             let start = stored.start_bytes + index * elems as u64 * stored.element.bytes();
             let fault = tensor.fill_from(stored.element, &mut self.wide, |bytes| {
                 let read = self.file.seek(SeekFrom::Start(start)).and_then(|_| self.file.read_exact(bytes));

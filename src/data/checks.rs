@@ -1,15 +1,15 @@
-//! What is checked and counted in a minibatch before a model sees it.
+//! Checks and counts on a minibatch before a model sees it.
 
 use super::{Batch, BatchTensor, names};
 use crate::base::{DType, Error, IGNORED, Result};
 
-/// Checks that token ids are not negative, labels neither, but for [`IGNORED`], and that masks hold 0 and 1; that
-/// labels which are numbers are finite. What lies above them the model knows:
-/// [`Graph::id_range`](crate::graph::Graph::id_range).
+/// Checks that token ids are not negative, that class labels are not negative except for [`IGNORED`], that masks
+/// contain only 0 and 1, and that floating-point labels are finite. The upper bounds of ids and labels are the model's
+/// to check: [`Graph::id_range`](crate::graph::Graph::id_range).
 ///
 /// # Errors
-/// When a value is outside, ids or a mask are no integers, or a tensor's type or shape is not that of its elements; the
-/// message names the tensor, the position and the value.
+/// When a value is out of range, ids or a mask are not integers, or a tensor's type or shape does not match its
+/// elements; the message names the tensor, the position and the value.
 pub fn check_ids(batch: &Batch) -> Result<()> {
     batch.tensors.iter().try_for_each(check_tensor)
 }
@@ -47,18 +47,18 @@ fn check_finite(tensor: &BatchTensor) -> Result<()> {
     Err(Error::bad(format!("{}: value at {}: {fault}", tensor.name, tensor.shape.position(at))))
 }
 
-/// Finds the first element of an `F32` tensor that is infinite or no number.
+/// Finds the first element of an `F32` tensor that is infinite or NaN.
 pub(super) fn not_finite(tensor: &BatchTensor) -> Option<(usize, String)> {
     let at = tensor.as_f32().iter().position(|value| !value.is_finite())?;
     Some((at, format!("{} is not a finite number", tensor.as_f32()[at])))
 }
 
-/// Counts the labels of a minibatch that have a part in its loss, which is divided by their number: classes that are
-/// not [`IGNORED`]; of numbers (B, .., C), the targets of a regression, all rows. It is known before any forward.
+/// Counts the labels of a minibatch that contribute to its loss, which is divided by their number: classes that are not
+/// [`IGNORED`], or all rows of regression targets (B, .., C). The number is known before any forward.
 ///
 /// # Errors
-/// When the minibatch has no labels, they are numbers without an axis of columns, or their type or shape is not that of
-/// their elements.
+/// When the minibatch has no labels, they are floating-point without an axis of columns, or their type or shape does
+/// not match their elements.
 pub fn labelled(batch: &Batch) -> Result<u64> {
     let Some(labels) = batch.get(names::LABELS) else {
         return Err(Error::bad("the minibatch has no labels to count"));

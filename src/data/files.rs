@@ -1,4 +1,4 @@
-//! Opening the files that people name: what is missing is their input's fault, what fails later the system's.
+//! Opening the files that users name: a missing file is an error in the input, a later failure is the system's.
 
 use crate::base::{Error, Result};
 use flate2::bufread::GzDecoder;
@@ -7,11 +7,11 @@ use std::fs::{self, File};
 use std::io::{self, BufRead, ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
-/// What the two first bytes of a gzip file are.
+/// The first two bytes of a gzip file.
 const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
-/// Deflate cannot make more than this many bytes out of one.
+/// Deflate cannot expand one byte to more than this many.
 const MOST_BYTES_PER_DEFLATED: u64 = 1032;
-/// The endings of the files that are taken from a folder.
+/// Extensions of the files that are read from a folder.
 const TEXT_ENDINGS: [&str; 3] = ["rs", "md", "txt"];
 
 /// Opens a file and finds its length in bytes.
@@ -19,7 +19,7 @@ const TEXT_ENDINGS: [&str; 3] = ["rs", "md", "txt"];
 /// # Errors
 /// When there is no such file, it is a folder or a pipe, or it cannot be opened.
 pub(super) fn open(path: &Path) -> Result<(File, u64)> {
-    // Asked before opening, which would wait for the other end of a pipe.
+    // Checked before opening, which would block on a pipe until its other end is opened.
     let metadata = fs::metadata(path).map_err(|e| refused(path, e))?;
     if metadata.is_dir() {
         return Err(Error::bad(format!("{}: is a folder, a file is needed", path.display())));
@@ -49,7 +49,7 @@ fn refused(path: &Path, source: std::io::Error) -> Error {
     }
 }
 
-/// The members of a gzip file one after the other. Zeros behind one are padding, as gunzip takes them.
+/// The members of a gzip file one after the other. Zeros after a member are padding, as for gunzip.
 struct Members<R> {
     /// `None` at the end.
     decoder: Option<GzDecoder<R>>,
@@ -80,14 +80,14 @@ impl<R: BufRead> Read for Members<R> {
 /// The bytes of a file that may be gzipped, handed out piece by piece.
 pub(super) struct Unpacked {
     reader: Box<dyn Read>,
-    /// No more than this many bytes can come, by the file's length.
+    /// The most bytes that can come, given the file's length.
     pub most_bytes: u64,
     gzipped: bool,
     path: PathBuf,
 }
 
 impl Unpacked {
-    /// Opens a file, gzipped or not, which its first two bytes tell.
+    /// Opens a file; its first two bytes tell whether it is gzipped.
     ///
     /// # Errors
     /// As [`open`], and when reading fails.
@@ -105,7 +105,8 @@ impl Unpacked {
         Ok(Unpacked { reader, most_bytes, gzipped, path: path.to_path_buf() })
     }
 
-    /// The next bytes, `most` of them at most; fewer at the file's end alone. Memory grows with what really comes.
+    /// Returns the next bytes, at most `most`; fewer only at the file's end. Memory grows only with the bytes actually
+    /// read.
     ///
     /// # Errors
     /// When reading fails, or a gzipped file is damaged.
@@ -121,13 +122,13 @@ impl Unpacked {
     }
 }
 
-/// The text files that `paths` name: a file is itself, a folder every `*.rs`, `*.md` and `*.txt` in it and its folders,
-/// but for hidden folders and those called `target`. The paths keep their order; a folder's files are sorted, so that
-/// the text is the same on every machine. Links are followed; a folder that is reached in two ways is taken once, by its
-/// own place rather than a link.
+/// The text files that `paths` name: a file is itself, a folder stands for every `*.rs`, `*.md` and `*.txt` in it and
+/// its subfolders, except in hidden folders and those called `target`. The paths keep their order; a folder's files are
+/// sorted, so that the text is the same on every machine. Links are followed; a folder that is reached in two ways is
+/// read once, by its own path rather than a link.
 ///
 /// # Errors
-/// When a path does not exist, a folder holds no such file, or a folder cannot be read.
+/// When a path does not exist, a folder contains no such file, or a folder cannot be read.
 pub(super) fn text_files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for path in paths {
@@ -175,7 +176,7 @@ fn walk(root: &Path, found: &mut Vec<PathBuf>) -> Result<()> {
                 }
             }
         }
-        // Not before all that is reached without one has been.
+        // Links are followed only after everything reachable without them.
         let Some(link) = links.pop_first() else { return Ok(()) };
         if seen.insert(place(&link)?) {
             folders.push(link);

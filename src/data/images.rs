@@ -14,7 +14,7 @@ use std::sync::Arc;
 /// First four bytes of an IDX file: two zeros, 8 for unsigned bytes, the number of axes.
 const IDX_IMAGES: u32 = 0x0803;
 const IDX_LABELS: u32 = 0x0801;
-/// CIFAR-10: one label and the planes of red, green and blue, row by row.
+/// Axes of a CIFAR-10 image: a record is one label and then the red, green and blue planes, row by row.
 const CIFAR_AXES: [usize; 3] = [3, 32, 32];
 const CIFAR_RECORD_BYTES: usize = 1 + 3 * 32 * 32;
 const CIFAR_CLASSES: usize = 10;
@@ -24,14 +24,14 @@ const CIFAR_CLASSES: usize = 10;
 pub enum ImageFiles {
     /// Images (N, H, W) and labels (N) in the IDX format of MNIST; one channel.
     Idx {
-        /// Magic number 0x803.
+        /// The images' file, with magic number 0x803.
         images: PathBuf,
-        /// Magic number 0x801.
+        /// The labels' file, with magic number 0x801.
         labels: PathBuf,
     },
-    /// Files of records of 3073 bytes, one after the other; three channels.
+    /// Files of consecutive 3073-byte records; three channels.
     Cifar10 {
-        /// In the order given.
+        /// The files, read in this order.
         files: Vec<PathBuf>,
     },
 }
@@ -47,7 +47,7 @@ impl ImageFiles {
     }
 }
 
-/// Which images, and how they are cut and scaled.
+/// Which images, and how they are split and scaled.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ImageOptions {
     /// Where the images are.
@@ -56,11 +56,12 @@ pub struct ImageOptions {
     pub batch: usize,
     /// Fixes the order of the images.
     pub seed: u64,
-    /// Taken off every pixel once it is in `[0, 1]`.
+    /// Subtracted from every pixel once it is in `[0, 1]`.
     pub mean: f32,
-    /// What the difference is divided by.
+    /// Divides the difference.
     pub std: f32,
-    /// The part of the images to hold out, in `[0, 1)`: the last ones, rounded, at least one unless it is 0.
+    /// The fraction of the images to hold out, in `[0, 1)`: the last ones, their number rounded, at least one unless
+    /// the fraction is 0.
     pub valid_fraction: f64,
 }
 
@@ -74,7 +75,7 @@ impl ImageOptions {
 
 /// All images of the files.
 struct Images {
-    /// (N, C, H, W), without the first axis.
+    /// (C, H, W) of each image.
     axes: [usize; 3],
     pixels: Vec<u8>,
     /// One for each image.
@@ -86,14 +87,14 @@ pub struct ImageSource {
     images: Arc<Images>,
     /// The image that is sample 0.
     first: usize,
-    /// What each byte becomes.
+    /// The scaled value of each byte.
     scaled: Box<[f32; 256]>,
     order: Order,
     spec: InputSpec,
 }
 
 impl ImageSource {
-    /// Reads all the images, and sets the last ones aside where a fraction is to be held out. Those come in order, the
+    /// Reads all images, and holds out the last ones where a fraction is asked for. Held-out images come in order, the
     /// last minibatch padded with rows whose label is [`IGNORED`].
     ///
     /// # Errors
@@ -190,7 +191,8 @@ fn read_idx_file<const AXES: usize>(path: &Path, magic: u32, what: &str) -> Resu
 fn read_cifar10(files: &[PathBuf]) -> Result<Images> {
     let mut images = Images { axes: CIFAR_AXES, pixels: Vec::new(), labels: Vec::new() };
     for path in files {
-        // A record may begin as an IDX file does; one that is at fault elsewhere has hardly done so by chance.
+        // A valid record may by chance begin like an IDX file; in a file that is also invalid otherwise this is hardly
+        // chance.
         let mut is_idx = false;
         let bad = |is_idx: bool, text: String| match is_idx {
             true => Error::bad(format!(

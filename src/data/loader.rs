@@ -1,8 +1,8 @@
 //! Runs a source ahead of its reader on a thread of its own.
 //!
-//! Full minibatches come through a bounded channel; emptied ones go back through another and are filled again. All
-//! buffers are allocated at the start: `ahead` full ones and one in the reader's hands. Invariant: the thread waits for
-//! nothing but room in the channel, so dropping the reader's end always ends it.
+//! Full minibatches come through a bounded channel; used ones go back through another and are refilled. All buffers are
+//! allocated at the start: `ahead` full ones and one held by the reader. Invariant: the thread waits for nothing but
+//! room in the channel, so dropping the reader's end always ends it.
 
 use super::{Batch, InputSpec, Source, check_ids};
 use crate::base::{Error, Result};
@@ -11,7 +11,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::{Builder, JoinHandle};
 
-/// How many minibatches are made ahead unless asked otherwise: one to be taken next, one being made.
+/// How many minibatches are made ahead by default: one ready to be taken, one being made.
 pub const DEFAULT_AHEAD: usize = 2;
 
 /// Hands out the minibatches of a source, which is run ahead on its own thread.
@@ -25,19 +25,19 @@ pub struct Loader {
 }
 
 impl Loader {
-    /// Starts at minibatch `first_index`, which counts over epochs, `ahead` minibatches ahead (at least one). What
-    /// [`check_ids`] checks is checked.
+    /// Starts at minibatch `first_index`, which counts over epochs, and runs `ahead` minibatches ahead (at least one).
+    /// Every minibatch is checked with [`check_ids`].
     ///
     /// # Errors
-    /// When the system has no thread for it.
+    /// When the thread cannot be started.
     pub fn start(source: Box<dyn Source>, first_index: u64, ahead: usize) -> Result<Loader> {
         let ahead = ahead.max(1);
         let spec = source.spec().clone();
-        // The one minibatch that the thread holds finished while the channel is full counts as made ahead.
+        // The finished minibatch that the thread holds while the channel is full counts as made ahead.
         let (full_in, full) = sync_channel(ahead - 1);
         let (empty, empty_out) = sync_channel(ahead + 1);
         for _ in 0..=ahead {
-            // There is room for every one of them.
+            // The channel has room for all of them.
             let _ = empty.try_send(Batch::zeros(&spec));
         }
         let thread = Builder::new()
@@ -52,11 +52,11 @@ impl Loader {
         &self.spec
     }
 
-    /// Waits for the next minibatch and takes it. Give it back with [`recycle`](Self::recycle) before taking another,
-    /// or every one is a new allocation.
+    /// Waits for the next minibatch and takes it. Give it back with [`recycle`](Self::recycle) before taking another;
+    /// otherwise each one is a new allocation.
     ///
     /// # Errors
-    /// When the source failed or panicked at this minibatch, or has ended after an earlier failure.
+    /// When the source fails or panics at this minibatch, or has ended after an earlier failure.
     pub fn next(&self) -> Result<Batch> {
         match self.full.as_ref().map(Receiver::recv) {
             Some(Ok(result)) => result,
@@ -64,7 +64,7 @@ impl Loader {
         }
     }
 
-    /// Gives a minibatch back to be filled again. Never waits; a buffer too many is freed.
+    /// Gives a minibatch back to be refilled. Never waits; a surplus buffer is freed.
     pub fn recycle(&self, batch: Batch) {
         let _ = self.empty.try_send(batch);
     }
@@ -72,21 +72,21 @@ impl Loader {
 
 impl Drop for Loader {
     fn drop(&mut self) {
-        // First the channel: the thread may be waiting for room in it.
+        // Drop the channel first: the thread may be waiting for room in it.
         self.full = None;
         if let Some(thread) = self.thread.take() {
-            // A panic of the source has been caught and sent; there is nobody left to tell of another.
+            // A panic of the source has been caught and sent; nobody is left to receive another.
             let _ = thread.join();
         }
     }
 }
 
-/// The thread: fills and sends until there is an error or nobody to send to.
+/// The thread: fills and sends until there is an error or no receiver.
 fn run(mut source: Box<dyn Source>, first_index: u64, full: &SyncSender<Result<Batch>>, empty: &Receiver<Batch>) {
     let mut index = first_index;
     loop {
         let mut batch = empty.try_recv().unwrap_or_default();
-        // The source is not used again after a panic, so a torn state of it is never seen.
+        // The source is not used again after a panic, so its possibly inconsistent state is never seen.
         let filled = catch_unwind(AssertUnwindSafe(|| {
             source.fill(index, &mut batch)?;
             check_ids(&batch).map_err(|e| Error::bad(format!("minibatch {index}: {e}")))

@@ -1,15 +1,16 @@
 //! Text, tokens and images become minibatches, in a seeded order, ahead of need on their own thread.
 //!
-//! A [`Source`] makes minibatch number `index` from `index` alone, so that a run resumes anywhere and two runs of one
-//! seed see the same bits. A [`Loader`] runs a source ahead and hands its buffers round. What is in a minibatch:
+//! A [`Source`] makes minibatch number `index` from `index` alone, so that a run can resume anywhere and two runs with
+//! the same seed see the same bits. A [`Loader`] runs a source ahead and recycles its buffers. The tensors of a
+//! minibatch:
 //!
 //! | tensor | shape | element | |
 //! | --- | --- | --- | --- |
 //! | `input_ids` | (B, T) | i32 | token ids |
-//! | `attention_mask` | (B, T) | i32 | 1 for a token, 0 for padding; left out where all are tokens |
+//! | `attention_mask` | (B, T) | i32 | 1 for a token, 0 for padding; left out where there is no padding |
 //! | `pixel_values` | (B, C, H, W) | f32 | normalised pixels |
-//! | `labels` | (B, T) or (B) | i32 | what position t shall predict, or [`IGNORED`] |
-//! | | (B, .., C) | f32 | or the numbers that it shall predict |
+//! | `labels` | (B, T) or (B) | i32 | the target of position t, or [`IGNORED`] |
+//! | | (B, .., C) | f32 | or the target numbers |
 //!
 //! `labels` are never shifted again downstream: for a language model `labels[b, t]` is already the token after
 //! `input_ids[b, t]`.
@@ -53,14 +54,14 @@ pub mod names {
 
 /// Makes minibatches by number.
 pub trait Source: Send {
-    /// What every minibatch of this source looks like; known before the first is made.
+    /// Describes every minibatch of this source; known before the first is made.
     fn spec(&self) -> &InputSpec;
 
     /// Overwrites `batch` with minibatch `index`, which counts from 0 over all epochs. A pure function of the source's
-    /// options and `index`. Allocates nothing of note when `batch` is one that this source has filled before.
+    /// options and `index`. Allocates almost nothing when this source has filled `batch` before.
     ///
     /// # Errors
-    /// When the source has no such minibatch, or its file fails or holds what no minibatch may hold. What is left in
+    /// When the source has no such minibatch, or its file cannot be read or contains invalid values. The content of
     /// `batch` is then unspecified.
     fn fill(&mut self, index: u64, batch: &mut Batch) -> Result<()>;
 

@@ -6,11 +6,11 @@ use crate::base::{Error, Result};
 /// Keeps shuffles apart from every other use of the run's seed; the epoch is added to it.
 const SHUFFLE_STREAM: u64 = 0x5368_0000_0000;
 
-/// A source for training, and one that holds what was kept out of it.
+/// A source for training, and one for the held-out data.
 pub struct Split<S> {
-    /// Shuffled anew every epoch.
+    /// Reshuffled every epoch.
     pub train: S,
-    /// The last samples, in order; `None` where no fraction was asked for.
+    /// The last samples, in order; `None` where nothing is held out.
     pub valid: Option<S>,
 }
 
@@ -24,7 +24,7 @@ pub(super) struct Order {
 
 #[derive(Clone, Debug)]
 enum Kind {
-    /// `permutation` is that of `epoch`, or not yet made.
+    /// `permutation` is that of `epoch`, or none has been made yet.
     Shuffled {
         seed: u64,
         epoch: Option<u64>,
@@ -58,10 +58,10 @@ impl Order {
         }
     }
 
-    /// The samples of minibatch `index`, which counts over epochs; as many as the minibatch has rows. `None` is a row
-    /// of padding.
+    /// The samples of minibatch `index`, which counts over epochs; as many as the minibatch has rows. `None` is a
+    /// padding row.
     pub fn rows(&mut self, index: u64) -> impl Iterator<Item = Option<usize>> + '_ {
-        // An order without a minibatch is refused by the sources; one epoch of nothing keeps the arithmetic whole.
+        // Sources refuse an order without a minibatch; `max` only avoids a division by zero here.
         let per_epoch = self.batches_per_epoch().max(1);
         let (epoch, first) = (index / per_epoch, (index % per_epoch) as usize * self.batch);
         self.shuffle_for(epoch);
@@ -79,7 +79,7 @@ impl Order {
             return;
         }
         let mut random = Sequence::new(*seed, SHUFFLE_STREAM.wrapping_add(wanted));
-        // From the identity, not from the last epoch's order: resuming must not need the epochs before.
+        // Starts from the identity, not from the last epoch's order: resuming must not depend on earlier epochs.
         for (at, sample) in permutation.iter_mut().enumerate() {
             *sample = at;
         }
@@ -90,7 +90,8 @@ impl Order {
     }
 }
 
-/// How many of `total` samples a fraction holds out: the nearest number, at least one; none where the fraction is 0.
+/// How many of `total` samples a fraction holds out: rounded to the nearest, at least one; none where the fraction is
+/// 0.
 pub(super) fn held_out(total: usize, fraction: f64) -> usize {
     if fraction == 0.0 { 0 } else { ((total as f64 * fraction).round() as usize).clamp(1, total.max(1)) }
 }

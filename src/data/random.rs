@@ -1,4 +1,4 @@
-//! Seeded random inputs, for plans, simulations and measurements of speed.
+//! Seeded random inputs, for plans, simulations and benchmarks.
 
 use super::{Batch, InputSpec, Source, names};
 use crate::base::philox::Sequence;
@@ -7,15 +7,15 @@ use crate::base::{DType, Error, Result, Shape};
 /// Keeps random inputs apart from every other use of the run's seed; the minibatch's number is added to it.
 const RANDOM_STREAM: u64 = 0x5261_0000_0000;
 
-/// What random inputs look like.
+/// The form of random inputs.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RandomOptions {
     /// Name, element type and shape of each tensor, the shape without the leading axis of samples. The names are those
-    /// of [`names`]; `pixel_values` is `F32`, `labels` either, the others are `I32`.
+    /// of [`names`]; `pixel_values` is `F32`, `labels` is either, and the others are `I32`.
     pub tensors: Vec<(String, DType, Shape)>,
     /// Token ids are uniform below this.
     pub vocab: usize,
-    /// Labels that are `I32` are uniform below this.
+    /// `I32` labels are uniform below this.
     pub classes: usize,
     /// Samples in a minibatch.
     pub batch: usize,
@@ -23,8 +23,8 @@ pub struct RandomOptions {
     pub seed: u64,
 }
 
-/// Makes random minibatches without end: ids and classes uniform, pixels and labels that are numbers standard normal,
-/// masks all ones.
+/// Makes endless random minibatches: ids and class labels are uniform, pixels and floating-point labels standard
+/// normal, masks all ones.
 pub struct RandomSource {
     spec: InputSpec,
     fills: Vec<Fill>,
@@ -42,7 +42,7 @@ impl RandomSource {
     /// Checks the options.
     ///
     /// # Errors
-    /// When a tensor is none that models take or has another element type, `vocab` or `classes` is 0 or more than
+    /// When a tensor is not one that models take or has another element type, `vocab` or `classes` is 0 or more than
     /// 2^31, or a shape is out of range.
     pub fn new(options: &RandomOptions) -> Result<RandomSource> {
         let spec = InputSpec::new(options.tensors.clone(), options.batch)?;

@@ -1,7 +1,7 @@
 //! Windows of text for language models.
 //!
 //! A [`Text`] is one stream of tokens, cut into windows that do not overlap: window i of context T has the tokens
-//! `s[i*T .. i*T + T + 1]`, one more than it feeds, so that the last position too has a token to predict:
+//! `s[i*T .. i*T + T + 1]`, one more than its inputs, so that the last position also has a token to predict:
 //!
 //! ```text
 //!   input_ids[t] = w[t]        t in 0..T
@@ -13,16 +13,17 @@ use super::{Batch, IGNORED, InputSpec, Source, Text, names};
 use crate::base::{DType, Error, Result, Shape};
 use std::sync::Arc;
 
-/// How a text is cut into samples.
+/// How a text is divided into samples.
 #[derive(Clone, Debug)]
 pub struct TextOptions {
-    /// Tokens that a sample feeds (T).
+    /// Input tokens of a sample (T).
     pub context: usize,
     /// Samples in a minibatch (B).
     pub batch: usize,
     /// Fixes the order of the windows.
     pub seed: u64,
-    /// The part of the windows to hold out, in `[0, 1)`: the last ones, rounded, at least one unless it is 0.
+    /// The fraction of the windows to hold out, in `[0, 1)`: the last ones, their number rounded, at least one unless
+    /// the fraction is 0.
     pub valid_fraction: f64,
 }
 
@@ -37,19 +38,19 @@ pub struct TextSource {
 }
 
 impl TextSource {
-    /// Cuts `text` into windows to train on and those held out. Nothing of it is copied.
+    /// Cuts `text` into windows for training and held-out ones, without copying it.
     ///
-    /// Held-out windows begin after the last label of training, one token later than the windows would run on: no token
-    /// is in both. They come in order, the last minibatch padded with rows whose labels are all [`IGNORED`].
+    /// Held-out windows begin after training's last label, one token later than the next window would: no token is in
+    /// both. They come in order, the last minibatch padded with rows whose labels are all [`IGNORED`].
     ///
     /// # Errors
-    /// When an option is out of range, or the text is too short for one minibatch of training and one window held out;
-    /// the message says how many tokens are needed.
+    /// When an option is out of range, or the text is too short for one training minibatch and one held-out window; the
+    /// message says how many tokens are needed.
     pub fn open(text: &Arc<Text>, options: &TextOptions) -> Result<Split<TextSource>> {
         check_fraction(options.valid_fraction)?;
         let spec = spec_of(text, options)?;
         let context = options.context;
-        // A label after the last window, and one token that lies between training and held-out data.
+        // A label after the last window, and with held-out data also one token between the two parts.
         let between = if options.valid_fraction > 0.0 { 2 } else { 1 };
         let windows = text.tokens.len().saturating_sub(between) / context;
         let valid_windows = held_out(windows, options.valid_fraction).min(windows);
@@ -70,8 +71,8 @@ impl TextSource {
         Ok(Split { train: source(0, Order::shuffled(train_windows, options.batch, options.seed)), valid })
     }
 
-    /// Cuts text that is held out as a whole: every window in order, the last minibatch padded as in
-    /// [`open`](Self::open). `seed` and `valid_fraction` have no part in it.
+    /// Cuts text that is entirely held out: every window in order, the last minibatch padded as in
+    /// [`open`](Self::open). `seed` and `valid_fraction` are ignored.
     ///
     /// # Errors
     /// When an option is out of range, or the text is shorter than one window.

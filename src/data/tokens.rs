@@ -1,7 +1,7 @@
-//! Text as tokens: what cuts it, and the stream of ids that comes of it.
+//! Text as tokens: tokenizers, and the streams of ids that they produce.
 //!
-//! The whole text stays in memory, once for all that read it, so ids are kept in the narrowest type that has room for
-//! the vocabulary: a byte for each of bytes, two for those of GPT-2's 50,257 tokens.
+//! The whole text stays in memory, shared by all its readers, so ids are stored in the narrowest type that fits the
+//! vocabulary: one byte for byte tokens, two for GPT-2's 50,257 tokens.
 
 use super::files;
 use crate::base::{Error, Result};
@@ -14,27 +14,28 @@ use std::sync::{Arc, OnceLock};
 /// How text becomes tokens.
 #[derive(Clone, Debug, Default)]
 pub enum Tokenizer {
-    /// Each byte is a token: a vocabulary of 256, and any file will do.
+    /// Each byte is a token: a vocabulary of 256, for any file.
     #[default]
     Bytes,
-    /// Whatever else: the caller's own.
+    /// The caller's own.
     Own(Arc<dyn Encode>),
 }
 
-/// Cuts text into tokens. Equal texts must give equal tokens: what a minibatch holds follows from its number alone.
+/// Cuts text into tokens. Equal texts must give equal tokens, since a minibatch's content must follow from its number
+/// alone.
 pub trait Encode: fmt::Debug + Send + Sync {
-    /// Token ids lie below this.
+    /// Token ids are below this.
     fn vocab(&self) -> usize;
 
-    /// The tokens of `text`, all the bytes of one file. Files are encoded on several threads at once.
+    /// Returns the tokens of `text`, all bytes of one file. Called for several files at once, on several threads.
     ///
     /// # Errors
-    /// When it cannot be cut. The caller puts the file's name in front of the message.
+    /// When the text cannot be encoded. The caller prefixes the message with the file's name.
     fn encode(&self, text: &[u8]) -> Result<Vec<u32>>;
 }
 
 impl Tokenizer {
-    /// Token ids lie below this.
+    /// Token ids are below this.
     pub fn vocab(&self) -> usize {
         match self {
             Tokenizer::Bytes => 256,
@@ -57,22 +58,22 @@ pub struct Text {
     vocab: usize,
     /// What its tokens are called in messages.
     pub(super) unit: &'static str,
-    /// What it is called itself: its first file or folder, and how many more there are.
+    /// The text's own name: its first file or folder, and how many more there are.
     pub(super) name: String,
-    /// Found when it is first asked for.
+    /// Computed when it is first asked for.
     identity: OnceLock<String>,
 }
 
 impl Text {
-    /// Reads `paths`, one after another, into one stream: files, and folders whose `*.rs`, `*.md` and `*.txt` are taken
-    /// in the order of their paths. Hidden folders and those called `target` are left out.
+    /// Reads `paths`, one after another, into one stream: files, and folders, of which `*.rs`, `*.md` and `*.txt` files
+    /// are read in the order of their paths. Hidden folders and those called `target` are left out.
     ///
-    /// A file is encoded whole, and nothing stands between two: who wants a token there, as GPT-2 had between its
-    /// documents, writes it into the text.
+    /// A file is encoded whole, and nothing is inserted between two files: a separator token, such as GPT-2 had between
+    /// its documents, must be written in the text.
     ///
     /// # Errors
-    /// When a file is missing or cannot be cut, or an id or the vocabulary is out of range; of several at fault the
-    /// first is named.
+    /// When a file is missing or cannot be encoded, or an id or the vocabulary is out of range; of several faulty files
+    /// the first is named.
     pub fn read(paths: &[PathBuf], tokenizer: &Tokenizer) -> Result<Arc<Text>> {
         let tokens = Tokens::read(paths, tokenizer)?;
         let first = paths.first().map_or_else(|| "no file".to_string(), |path| path.display().to_string());
@@ -83,7 +84,7 @@ impl Text {
         Ok(Arc::new(Text { tokens, vocab: tokenizer.vocab(), unit: tokenizer.unit(), name, identity: OnceLock::new() }))
     }
 
-    /// The same words for the same tokens, from whatever files they come.
+    /// A string that identifies the tokens, whatever files they come from.
     pub fn identity(&self) -> &str {
         self.identity.get_or_init(|| {
             let mut crc = Crc::new();
@@ -96,13 +97,13 @@ impl Text {
         })
     }
 
-    /// Token ids lie below this.
+    /// Token ids are below this.
     pub fn vocab(&self) -> usize {
         self.vocab
     }
 }
 
-/// Token ids in a row.
+/// A sequence of token ids.
 pub(super) enum Tokens {
     U8(Vec<u8>),
     U16(Vec<u16>),
@@ -148,7 +149,7 @@ impl Tokens {
         }
     }
 
-    /// `ids`, all below `vocab`, in the type that has room for them.
+    /// `ids`, all below `vocab`, in the narrowest type that fits them.
     fn narrowed(ids: Vec<u32>, vocab: usize) -> Tokens {
         match vocab {
             0..=0x100 => Tokens::U8(ids.into_iter().map(|id| id as u8).collect()),
@@ -166,7 +167,7 @@ impl Tokens {
         }
     }
 
-    /// How many there are.
+    /// Number of tokens.
     pub fn len(&self) -> usize {
         match self {
             Tokens::U8(all) => all.len(),
@@ -175,13 +176,12 @@ impl Tokens {
         }
     }
 
-    /// Copies the tokens from `first` on into `ids`, and those that follow each of them into `labels`, which is as
-    /// long.
+    /// Copies the tokens from `first` on into `ids`, and each one's successor into `labels`, which has the same length.
     pub fn window(&self, first: usize, ids: &mut [i32], labels: &mut [i32]) {
         match self {
             Tokens::U8(all) => copy(&all[first..], |&id| i32::from(id), ids, labels),
             Tokens::U16(all) => copy(&all[first..], |&id| i32::from(id), ids, labels),
-            // No id is beyond the vocabulary, which is no larger than i32::MAX.
+            // Every id is below the vocabulary's size, which is at most i32::MAX.
             Tokens::U32(all) => copy(&all[first..], |&id| id as i32, ids, labels),
         }
     }

@@ -1,14 +1,14 @@
-//! A device in the crate's own hands.
+//! A device owned by the crate itself.
 
 use super::{Device, Task, Ticket};
 use std::ops::{Deref, DerefMut};
 
-/// A device to which nobody but one owner gives tasks, who keeps what [`Device`] asks of its callers, and for whom
-/// alone these functions are safe:
-/// - the engine's queue enters every task with the bytes that it touches, in program order, and lets it wait for all
-///   before it that touch them too (`engine::hazards`); it reads and writes the host's store where nothing is in
-///   flight, and not after a failure; its programs and spans are a plan's;
-/// - calibration gives each lane memory of its own, and waits for a lane before it gives that memory to another.
+/// A device that receives tasks from a single owner. The owner upholds what [`Device`] requires of its callers, so that
+/// these functions are safe for it alone:
+/// - the engine's queue enters every task with the bytes that it touches, in program order, and makes it wait for all
+///   earlier tasks that touch them too (`engine::hazards`); it reads and writes the host's store only when nothing is
+///   in flight, and not after a failure; its programs and spans come from a plan;
+/// - calibration gives each lane memory of its own, and waits for the lane before it gives that memory to another.
 pub(crate) struct Attached(Box<dyn Device>);
 
 impl Attached {
@@ -18,19 +18,19 @@ impl Attached {
 
     /// As [`Device::submit`].
     pub fn submit(&mut self, lane: u16, task: Task, after: &[Ticket]) -> Ticket {
-        // SAFETY: the owner has ordered it, see above.
+        // SAFETY: the owner has ordered the task after all that conflict with it, see above.
         unsafe { self.0.submit(lane, task, after) }
     }
 
     /// As [`Device::write_host`].
     pub fn write_host(&mut self, offset: u64, bytes: &[u8]) {
-        // SAFETY: the owner has waited for all that touch these bytes, see above.
+        // SAFETY: the owner has waited for all tasks that touch these bytes, see above.
         unsafe { self.0.write_host(offset, bytes) }
     }
 
     /// As [`Device::read_host`].
     pub fn read_host(&self, offset: u64, bytes: &mut [u8]) {
-        // SAFETY: the owner has waited for all that write these bytes, see above.
+        // SAFETY: the owner has waited for all tasks that write these bytes, see above.
         unsafe { self.0.read_host(offset, bytes) }
     }
 }

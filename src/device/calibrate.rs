@@ -1,10 +1,10 @@
-//! Measures devices in about a second, so that plans are predicted in their own seconds.
+//! Measures devices in about a second, so that plans are predicted with this machine's rates.
 //!
-//! Networks of usual shapes (see `networks`), small ones for the host and for a GPU such as fill it, are traced and
+//! Networks of usual shapes (see `networks`), small ones for the host and ones that fill it for a GPU, are traced and
 //! placed like any model; their programs run op by op, each op as a task of its own, so that an op is measured with the
-//! operands, the caches and the threads that it has in a model. The host's devices are measured while all that a job
-//! has at work are: they share the memory, the last cache and the clock, so each is slower beside the others than
-//! alone. Invariant: what a job starts together is started and timed together.
+//! operands, the caches and the threads that it has in a model. Host devices are measured while as many others run as
+//! in the job: they share memory, last-level cache and clock, so each is slower next to the others than alone.
+//! Invariant: devices that a job starts together are started and timed together.
 
 mod bench;
 mod networks;
@@ -17,8 +17,8 @@ use crate::base::Result;
 use bench::Bench;
 use rates::Network;
 
-/// What an emulated device is taken to do, without measuring: its seconds serve no plan, and a second of it computes
-/// little.
+/// Assumed rates of an emulated device, which is not measured: no plan depends on its seconds, and it computes little
+/// in a second.
 const EMULATED: (f64, f64, f64) = (1e9, 1e9, 1e10);
 /// Elements of the update that is timed, on the host and on a GPU: four arrays of this are larger than most last-level
 /// caches.
@@ -32,12 +32,12 @@ pub fn calibrate(spec: &DeviceSpec) -> Result<CostModel> {
     Ok(calibrate_fleet(std::slice::from_ref(spec), 1)?.remove(0))
 }
 
-/// Measures devices of which `at_work` compute at the same time, each beside so many of the others. Waits about a
+/// Measures devices of which `at_work` compute at the same time, each while that many in all are running. Waits about a
 /// second for each kind of device among them.
 ///
-/// Devices that have to share cores are measured as many at once as have cores, and all get their share of the rates.
-/// GPUs are measured as many at once as are at work, each once, however many logical devices lie on it: what GPUs share
-/// is the host's memory. Those of one model are alike.
+/// If devices have to share cores, as many are measured at once as the cores allow, and all are assigned their share of
+/// the rates. As many GPUs are measured at once as are at work, each once, however many logical devices it has: GPUs
+/// share only the host's memory. GPUs of the same model are alike.
 ///
 /// # Errors
 /// When the devices cannot be started, or a task fails on one.
@@ -58,7 +58,7 @@ pub fn calibrate_fleet(specs: &[DeviceSpec], at_work: usize) -> Result<Vec<CostM
     Ok(costs.into_iter().map(|cost| cost.expect("each device is a member of a group, or like one")).collect())
 }
 
-/// For each device the first that is like it; of `gpus`, name and memory are known.
+/// For each device, the first one like it; `gpus` are the names and memory sizes of the GPUs.
 fn alike(specs: &[DeviceSpec], gpus: &[(String, u64)]) -> Vec<usize> {
     let model = |spec: &DeviceSpec| match spec {
         DeviceSpec::Cuda { ordinal, .. } => gpus.get(*ordinal).cloned(),
@@ -71,14 +71,15 @@ fn alike(specs: &[DeviceSpec], gpus: &[(String, u64)]) -> Vec<usize> {
 /// Devices that are measured at the same time.
 #[derive(Debug, PartialEq)]
 struct Group {
-    /// Places in the list of all devices.
+    /// Indices in the list of all devices.
     members: Vec<usize>,
-    /// What of a member's rates a device has once all that are at work share the cores.
+    /// The fraction of a member's rates that a device has once all working devices share the cores.
     share: f64,
 }
 
-/// Groups in which every device, or one that is like it, is measured once: each the next that was not yet, and those
-/// after it in turn, up to `at_work` and, on the host, to what the cores hold. A GPU is in a group once.
+/// Groups in which every device, or one like it, is measured once. Each group begins with the next device not yet
+/// covered and continues with those after it, cyclically, up to `at_work` and, on the host, up to what fits the cores.
+/// A GPU is in a group only once.
 fn groups(specs: &[DeviceSpec], alike: &[usize], at_work: usize, cores: usize) -> Vec<Group> {
     let mut groups: Vec<Group> = Vec::new();
     for first in 0..specs.len() {
@@ -99,7 +100,8 @@ fn groups(specs: &[DeviceSpec], alike: &[usize], at_work: usize, cores: usize) -
             continue;
         };
         let wants = |place: &usize| match &specs[*place] {
-            // Without cores of its own it shares all of them: so many at once as there are cores show what that costs.
+            // A device without cores of its own shares all of them: measuring as many at once as there are cores shows
+            // the cost of that.
             DeviceSpec::Host(HostSpec { threads, .. }) => threads.unwrap_or(1).clamp(1, cores),
             _ => 1,
         };
@@ -112,12 +114,12 @@ fn groups(specs: &[DeviceSpec], alike: &[usize], at_work: usize, cores: usize) -
     groups
 }
 
-/// The rates of a device of so many that has `share` of what was measured.
+/// The rates of a device, one of `devices`, that has the fraction `share` of what was measured.
 fn share(measured: &CostModel, spec: &DeviceSpec, devices: usize, share: f64) -> CostModel {
     let mut cost = measured.slowed(share);
     if let DeviceSpec::Host(host) = spec {
         let all = std::thread::available_parallelism().map_or(1, usize::from);
-        // Copies are measured without a stated link: what they take of the cores does not depend on it.
+        // Copies are measured without the stated link limit: the core time that they take does not depend on it.
         let copy_bytes_per_sec = cost.h2d_bytes_per_sec.min(cost.d2h_bytes_per_sec);
         let own = host.threads.is_some() || devices == 1;
         let count = host.threads.unwrap_or(all).clamp(1, all);
@@ -130,8 +132,8 @@ fn share(measured: &CostModel, spec: &DeviceSpec, devices: usize, share: f64) ->
     cost
 }
 
-/// Measures devices at the same time; those that are alike get the same. For each, `alike` is the first that is like
-/// it.
+/// Measures devices at the same time; those that are alike get the same rates. For each device, `alike` is the first
+/// one like it.
 fn measure(specs: &[DeviceSpec], alike: &[usize]) -> Result<Vec<CostModel>> {
     if let DeviceSpec::Emulated { .. } = specs[0] {
         return Ok(vec![CostModel::stated(EMULATED.0, EMULATED.1, EMULATED.2); specs.len()]);
@@ -140,11 +142,11 @@ fn measure(specs: &[DeviceSpec], alike: &[usize]) -> Result<Vec<CostModel>> {
     let mut networks = Vec::new();
     for mut graph in if is_gpu { networks::large()? } else { networks::all()? } {
         graph.scratch = specs[0].wants_scratch();
-        // The host computes in f32 whatever a graph allows.
+        // The host computes in f32, even where a graph allows tf32.
         graph.tf32 = is_gpu;
         networks.push(Network::new(graph)?);
     }
-    // A GPU's networks are so large that each gets the arena to itself.
+    // A GPU's networks are so large that each has the arena to itself.
     let regions: Vec<u64> = networks.iter().map(|n| n.arena_bytes).collect();
     let update_elems = UPDATE_ELEMS[usize::from(is_gpu)];
     let state_bytes = bench::state_bytes(update_elems);

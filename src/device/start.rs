@@ -1,28 +1,28 @@
-//! Starting a device of any kind, from what a job says of it.
+//! Starting a device of any kind, from a job's description of it.
 
 use super::Device;
 use super::host::{HostConfig, HostDevice, HostSpec};
 use crate::base::Result;
 
-/// Which device, besides the sizes that a plan decides.
+/// Which device, without the sizes that a plan determines.
 #[derive(Clone, Debug, PartialEq)]
 pub enum DeviceSpec {
     /// The machine's own cores.
     Host(HostSpec),
-    /// A logical device on an NVIDIA GPU; several may lie on one, each with its own arena.
+    /// A logical device on an NVIDIA GPU; several may share a GPU, each with its own arena.
     Cuda {
         /// The machine's number for the GPU.
         ordinal: usize,
-        /// Cores for the host's arithmetic; `None` is all.
+        /// Cores for the host's arithmetic; `None` means all.
         threads: Option<usize>,
     },
-    /// The GPU's kernels on the CPU; each of a fleet is an emulated GPU of its own.
+    /// The GPU's kernels on the CPU; each device of a fleet is an emulated GPU of its own.
     Emulated {
-        /// Compute capability that is emulated: 80, 90.
+        /// Emulated compute capability, such as 80 or 90.
         arch: u32,
-        /// Order of threads, blocks and streams; 0 is in order.
+        /// Seed for the order of threads, blocks and streams; 0 means in order.
         seed: u32,
-        /// Cores for the host's arithmetic; `None` is all.
+        /// Cores for the host's arithmetic; `None` means all.
         threads: Option<usize>,
     },
 }
@@ -39,14 +39,14 @@ impl From<HostSpec> for DeviceSpec {
     }
 }
 
-/// The disk tier: a file without a name in a folder.
+/// The disk tier: an unnamed file in a folder.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct DiskSpec {
-    /// The folder, which is made where it is missing.
+    /// The folder, which is created if missing.
     pub path: std::path::PathBuf,
     /// Bytes of the file.
     pub bytes: u64,
-    /// Bandwidth each way, in bytes per second; `None` is as fast as the disk goes.
+    /// Bandwidth each way, in bytes per second; `None` means unlimited.
     pub bytes_per_sec: Option<f64>,
 }
 
@@ -57,20 +57,20 @@ pub struct FleetMemory {
     pub arena_bytes: Vec<u64>,
     /// Bytes of the host's store.
     pub host_bytes: u64,
-    /// Fill the arenas with NaN first.
+    /// Whether to fill the arenas with NaN first.
     pub poison: bool,
-    /// Bytes per second each way that the links of all devices share; host devices alone.
+    /// Bytes per second each way that the links of all devices share; for host devices only.
     pub shared_bytes_per_sec: Option<f64>,
     /// The disk tier, if plans put anything there.
     pub disk: Option<DiskSpec>,
 }
 
-/// Allocates memory and starts devices of one kind. Threads, and the emulator's seed, are those of the first.
+/// Allocates memory and starts devices of one kind. Threads, and the emulator's seed, are those of the first device.
 ///
 /// # Errors
-/// When there are none or not as many arenas, their kinds differ or are not built in
-/// ([`crate::base::Error::BadInput`]), their GPUs' compute capabilities differ, which would let bits depend on where a
-/// shard ran, or memory or threads cannot be had.
+/// When there are no devices or a different number of arenas, their kinds differ or are not built in
+/// ([`crate::base::Error::BadInput`]), their GPUs' compute capabilities differ, which would make bits depend on where a
+/// shard ran, or memory or threads are not available.
 pub fn start_fleet(specs: &[DeviceSpec], memory: FleetMemory) -> Result<Box<dyn Device>> {
     let first = specs.first().ok_or_else(|| crate::base::Error::bad("no device"))?;
     if specs.iter().any(|s| std::mem::discriminant(s) != std::mem::discriminant(first)) {
@@ -129,7 +129,7 @@ pub struct DeviceMemory {
     pub arena_bytes: u64,
     /// Bytes of the host's store.
     pub host_bytes: u64,
-    /// Fill the arena with NaN first.
+    /// Whether to fill the arena with NaN first.
     pub poison: bool,
 }
 
@@ -142,7 +142,8 @@ impl DeviceSpec {
     /// Allocates memory and starts one device.
     ///
     /// # Errors
-    /// When it is not built in ([`crate::base::Error::BadInput`]) or not there, or memory or threads cannot be had.
+    /// When its kind is not built in ([`crate::base::Error::BadInput`]), it does not exist, or memory or threads are
+    /// not available.
     pub fn start(&self, memory: DeviceMemory) -> Result<Box<dyn Device>> {
         let DeviceMemory { arena_bytes, host_bytes, poison } = memory;
         let memory = FleetMemory { arena_bytes: vec![arena_bytes], host_bytes, poison, ..FleetMemory::default() };
@@ -150,7 +151,7 @@ impl DeviceSpec {
     }
 }
 
-/// Why a kind is missing.
+/// Why a kind of device is missing.
 #[cfg(not(all(feature = "cuda", feature = "emulator")))]
 fn not_built(feature: &str) -> crate::base::Error {
     crate::base::Error::bad(format!("this program was built without the feature \"{feature}\""))
@@ -184,7 +185,7 @@ pub fn gpus() -> Vec<(String, u64)> {
     Vec::new()
 }
 
-/// Why there is no device of this kind here; `None` where there is one.
+/// Why no CUDA device is available; `None` where one is.
 pub fn why_no_cuda() -> Option<String> {
     #[cfg(feature = "cuda")]
     return match super::cuda::count() {
@@ -196,7 +197,7 @@ pub fn why_no_cuda() -> Option<String> {
     Some(not_built("cuda").to_string())
 }
 
-/// Why the emulator is not there; `None` where it is.
+/// Why the emulator is not available; `None` where it is.
 pub fn why_no_emulator() -> Option<String> {
     if cfg!(feature = "emulator") {
         None

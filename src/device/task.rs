@@ -16,7 +16,7 @@ pub enum Memory {
     Device(u16),
 }
 
-/// A stretch of memory.
+/// A range of memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Span {
     /// Whose memory it is in.
@@ -34,7 +34,7 @@ impl Span {
     }
 }
 
-/// A copy of one stretch to another of the same size.
+/// A copy of one range to another of the same size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CopySpan {
     /// What is read.
@@ -52,9 +52,9 @@ pub struct Scalars {
     pub step: u32,
     /// Microbatch within the step, from 0.
     pub microbatch: u32,
-    /// Multiplies the sum of the rows' losses: 1 over the minibatch's labelled positions.
+    /// Multiplies the sum of the rows' losses: 1 divided by the number of the minibatch's labelled positions.
     pub loss_scale: f64,
-    /// Add to the gradient accumulators instead of overwriting them: every microbatch but the first.
+    /// Whether to add to the gradient accumulators instead of overwriting them: in every microbatch but the first.
     pub accumulate: bool,
 }
 
@@ -76,14 +76,14 @@ pub struct Run {
     pub bases: [u64; AREAS],
     /// The step's numbers.
     pub scalars: Scalars,
-    /// Look at each layer's output and report the first that is not finite.
+    /// Whether to check each layer's output and report the first that is not finite.
     pub check: bool,
 }
 
 /// One tensor of a shard's flat state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segment {
-    /// Start within the flat stretch, in elements.
+    /// Start within the flat range, in elements.
     pub offset: u64,
     /// Length in elements.
     pub elems: u64,
@@ -93,14 +93,14 @@ pub struct Segment {
     pub index: u32,
 }
 
-/// Sums the squares of gradients, one f64 a tensor.
+/// Sums the squares of gradients, one f64 per tensor.
 #[derive(Clone, Debug)]
 pub struct Norm {
     /// The flat gradients.
     pub gradient: Span,
     /// The tensors in them.
     pub segments: Arc<[Segment]>,
-    /// The whole model's table of sums, one f64 a tensor; only this shard's entries are written.
+    /// The whole model's table of sums, one f64 per tensor; only this shard's entries are written.
     pub table: Span,
     /// Room for [`norm_scratch_bytes`], for devices that ask for scratch.
     pub scratch: Option<Span>,
@@ -115,7 +115,7 @@ pub fn norm_scratch_bytes(segments: &[Segment]) -> u64 {
 /// gradients are multiplied by min(1, max_norm / (norm + 1e-6)).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Clip {
-    /// The greatest norm.
+    /// The largest norm that is not scaled down.
     pub max_norm: f64,
     /// The whole model's table of sums of squares, complete by then.
     pub table: Span,
@@ -165,11 +165,11 @@ pub enum UpdateRule {
 pub struct Update {
     /// The numbers.
     pub rule: UpdateRule,
-    /// The tensors in the stretch.
+    /// The tensors in the range.
     pub segments: Arc<[Segment]>,
     /// Weights, changed in place: f32, or with a `remainder` bf16.
     pub weight: Span,
-    /// Of bf16 weights the lower halves of their f32 masters, changed in place (see [`super::host::master`]).
+    /// For bf16 weights, the lower halves of their f32 masters, changed in place (see [`super::host::master`]).
     pub remainder: Option<Span>,
     /// Moments, changed in place: two for AdamW, one for SGD with momentum, none for SGD without.
     pub moments: [Option<Span>; 2],
@@ -177,7 +177,7 @@ pub struct Update {
     pub gradient: Span,
     /// Clipping, if any.
     pub clip: Option<Clip>,
-    /// The step's losses; where one is not finite nothing is updated.
+    /// The step's losses; if one is not finite, nothing is updated.
     pub gate: Span,
 }
 
@@ -186,9 +186,9 @@ pub struct Update {
 pub enum Task {
     /// A program, on a compute lane.
     Run(Box<Run>),
-    /// Copies, on a copy lane; from and to the disk, on a disk lane and with the host's store alone.
+    /// Copies, on a copy lane; copies between the disk and the host's store, on a disk lane.
     Copy(Vec<CopySpan>),
-    /// `acc[i] += x[i]` over stretches of f32: shared parameters' accumulators are joined.
+    /// `acc[i] += x[i]` over ranges of f32: joins shared parameters' accumulators.
     Add(Vec<CopySpan>),
     /// Sums of squares.
     Norm(Box<Norm>),

@@ -1,8 +1,8 @@
-//! Which layers are alike: those whose ops are the same on tensors of the same shapes, and differ in names, random
-//! numbers and their place in the model alone.
+//! Which layers are alike: those with the same ops on tensors of the same shapes, which differ only in names, random
+//! numbers and their place in the model.
 //!
-//! What a program needs and costs follows from its layers' likeness in order, so a search over cuts has to look at few
-//! of them. Where it is not plain that two layers are alike, they are told apart.
+//! What a program needs and costs depends only on which layers are alike and their order, so a search over cuts has to
+//! look at few programs. Two layers not clearly alike are treated as different.
 
 use super::graph::{Graph, Source, Value};
 use super::layout::ModelLayout;
@@ -11,7 +11,7 @@ use super::padding::padded;
 use crate::base::{DType, Shape};
 use std::collections::HashSet;
 
-/// For each layer the first one that it is like: itself where there is none before it.
+/// For each layer, the first layer that is like it: itself where no earlier one is.
 ///
 /// Shards of equally many layers, each like its counterpart, have programs of the same ops on buffers at the same
 /// offsets, unless one of them is the model's last.
@@ -30,7 +30,7 @@ pub fn alike(graph: &Graph, layout: &ModelLayout) -> Vec<usize> {
     first
 }
 
-/// Where a layer finds a tensor: a [`Source`] by numbers that are the layer's own.
+/// Where a layer finds a tensor: a [`Source`] with indices local to the layer.
 #[derive(Clone, Debug, PartialEq)]
 enum LayerSource {
     /// Output of one of its own nodes, forward ones first.
@@ -52,13 +52,13 @@ struct Operand {
     source: LayerSource,
     shape: Shape,
     dtype: DType,
-    /// Of the tensor whose elements it shows, and the first of them.
+    /// The shape of the tensor that a view shows, and the first element shown.
     root: Shape,
     first: usize,
     is_padded: bool,
 }
 
-/// All of a layer that its part of a program depends on.
+/// Everything in a layer that its part of a program depends on.
 #[derive(Debug, PartialEq)]
 struct Likeness {
     /// Ops without the numbers of their random streams, with inputs and outputs.
@@ -69,7 +69,7 @@ struct Likeness {
     state_bytes: u64,
     has_input: bool,
     output: Option<LayerSource>,
-    /// The gradient that it hands on.
+    /// The gradient that it passes on.
     input_gradient: Option<LayerSource>,
     loss: Option<LayerSource>,
     logits: Option<LayerSource>,
@@ -84,7 +84,7 @@ struct View<'a> {
 }
 
 impl View<'_> {
-    /// `None` where the layer shares a parameter with another: what it borrows depends on the cut.
+    /// The layer's likeness; `None` where it shares a parameter with another layer: what it borrows depends on the cut.
     fn likeness(&self) -> Option<Likeness> {
         let (graph, layout, l) = (self.graph, self.layout, self.layer);
         let layer = &graph.layers[l];
@@ -161,7 +161,7 @@ impl View<'_> {
     }
 }
 
-/// The op, as if its random numbers were those of the model's first.
+/// The op with its random stream's number set to 0.
 fn without_stream(op: &Op) -> Op {
     match op {
         Op::Dropout { p, .. } => Op::Dropout { p: *p, stream: 0 },

@@ -1,6 +1,6 @@
 //! Traces a model: each call checks shapes and appends a node.
 //!
-//! A builder is in one layer at a time. A value may be used in the layer that made it and, where it is that layer's
+//! A builder is in one layer at a time. A value may be used in the layer that computed it and, if it is that layer's
 //! output, in the next layer; nothing else crosses a place where a cut may fall. Errors carry the operands.
 
 mod ops;
@@ -17,7 +17,7 @@ pub struct Builder {
     graph: Graph,
     mode: Mode,
     open: bool,
-    /// The layer whose tracing has failed: what there is of it stays in the graph, of which nothing is made any more.
+    /// The layer whose tracing failed: its partial trace stays in the graph, which is then no longer usable.
     failed: Option<String>,
 }
 
@@ -42,7 +42,7 @@ impl Builder {
         Builder { graph: Graph { float, ..Graph::default() }, mode, open: false, failed: None }
     }
 
-    /// Whether the graph is for training.
+    /// The graph's mode: training or evaluation.
     pub fn mode(&self) -> Mode {
         self.mode
     }
@@ -52,11 +52,12 @@ impl Builder {
         &self.graph.info(value).shape
     }
 
-    /// Traces one layer: `body` gets the previous layer's output (`None` in the first layer) and returns this one's.
+    /// Traces one layer: `body` receives the previous layer's output (`None` in the first layer) and returns this
+    /// layer's.
     ///
     /// # Errors
-    /// What `body` returns, and an output that the layer did not compute; then nothing more is traced, and every later
-    /// layer, loss and [`Builder::finish`] is refused.
+    /// What `body` returns, and when the layer did not compute its output; after that every further layer, loss and
+    /// [`Builder::finish`] is refused.
     pub fn layer(
         &mut self,
         name: impl Into<String>,
@@ -91,14 +92,14 @@ impl Builder {
         }
     }
 
-    /// The output of the layer that is open, which it has computed.
+    /// Checks that the open layer has computed its output, and returns it.
     fn handed_on(&self, output: Value) -> Result<Value> {
         let here = self.graph.layers.len() - 1;
         let made_here = self.graph.producer(output).is_some_and(|n| self.graph.nodes[n].layer == here);
         if made_here { Ok(output) } else { Err(Error::bad("hands on a value that it did not compute")) }
     }
 
-    /// Refuses to go on after a layer that has failed.
+    /// Refuses to go on after a failed layer.
     fn check_whole(&self, what: &str) -> Result<()> {
         match &self.failed {
             Some(failed) => Err(Error::bad(format!("{what}: layer {failed} has failed before"))),
@@ -124,11 +125,11 @@ impl Builder {
     }
 
     /// Appends the loss to the last layer: mean squared error of `predictions` (.., C) with `targets` (.., C), an input
-    /// of the batch (see [`Op::MeanSquaredError`]). Divided by the number of rows it is torch's `mse_loss`.
+    /// of the batch (see [`Op::MeanSquaredError`]). Divided by the number of rows, it equals torch's `mse_loss`.
     ///
     /// # Errors
-    /// When the shapes differ or have no columns, the targets are no input, the predictions are not the last layer's
-    /// output, or there is a loss or a failed layer already.
+    /// When the shapes differ or have no columns, the targets are not an input, the predictions are not the last
+    /// layer's output, or there is a loss or a failed layer already.
     pub fn mean_squared_error(&mut self, predictions: Value, targets: Value) -> Result<Value> {
         self.expect_last("mean_squared_error", predictions)?;
         let (x, t) = (self.shape(predictions), self.shape(targets));
@@ -137,7 +138,7 @@ impl Builder {
                 "mean_squared_error: predictions are {x}, targets {t}; want rows of one size, of a column or more"
             )));
         }
-        // They have no gradient, and their rows are what the loss scale counts.
+        // Targets have no gradient, and the loss scale counts their rows.
         if !matches!(self.graph.info(targets).source, Source::Input(_)) {
             return Err(Error::bad("mean_squared_error: wants targets as the batch brings them"));
         }
@@ -145,8 +146,8 @@ impl Builder {
         self.loss(Op::MeanSquaredError, vec![predictions, targets], vec![rows])
     }
 
-    /// Appends a loss to the last layer, whose output is `inputs[0]`: `op`, whose outputs have these shapes and whose
-    /// first one holds the losses of rows, and their sum.
+    /// Appends a loss to the last layer, whose output is `inputs[0]`: `op`, whose outputs have these shapes and the
+    /// first of which holds the rows' losses, and then the sum of these losses.
     fn loss(&mut self, op: Op, inputs: Vec<Value>, shapes: Vec<Shape>) -> Result<Value> {
         let output = inputs[0];
         self.open = true;
@@ -175,10 +176,10 @@ impl Builder {
         Ok(self.graph)
     }
 
-    /// A tensor that each microbatch brings; the same name is the same tensor.
+    /// Declares an input tensor of every microbatch; the same name means the same tensor.
     ///
     /// # Errors
-    /// When the name is taken with another shape or type.
+    /// When the name already has another shape or type.
     pub fn input(&mut self, name: &str, shape: impl Into<Shape>, dtype: DType) -> Result<Value> {
         let shape = shape.into();
         if let Some(found) = self.graph.inputs.iter().find(|i| i.name == name) {
@@ -196,10 +197,10 @@ impl Builder {
         Ok(value)
     }
 
-    /// A trainable tensor of the current layer; the same name in a later layer is the same, shared, tensor.
+    /// Declares a trainable tensor of the current layer; the same name in a later layer means the same, shared, tensor.
     ///
     /// # Errors
-    /// When the name is taken with another shape.
+    /// When the name already has another shape.
     pub fn parameter(&mut self, name: impl Into<String>, shape: impl Into<Shape>, init: Init) -> Result<Value> {
         let (name, shape) = (name.into(), shape.into());
         let here = self.here(&name)?;
@@ -226,7 +227,7 @@ impl Builder {
         Ok(value)
     }
 
-    /// A running statistic of the current layer, which starts as `start` everywhere.
+    /// Declares a running statistic of the current layer, whose elements all start as `start`.
     ///
     /// # Errors
     /// When the name is taken.
@@ -268,7 +269,7 @@ impl Builder {
                 return Err(Error::bad(format!("{}: operand {i} is {found}, want {want}", op.name())));
             }
             match self.graph.info(self.graph.root(input)).source {
-                // Whoever uses it shares it, asked for by name or not.
+                // A layer that uses a parameter shares it, whether it asked for it by name or not.
                 Source::Parameter(p) if self.graph.parameters[p].layers.last() != Some(&here) => {
                     self.graph.parameters[p].layers.push(here);
                 }

@@ -8,19 +8,20 @@ use super::kinds::Activation;
 use super::op::Op;
 use crate::base::{DType, Shape};
 
-/// The kind of work, which decides the rate that it runs at. Kinds are told apart where their rates on the host differ.
+/// The kind of work, which determines the rate it runs at. Kinds are distinguished where their rates on the host
+/// differ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Family {
     /// A linear layer's product.
     Gemm,
-    /// A linear layer's product with a transcendental function fused behind it.
+    /// A linear layer's product with a transcendental function fused after it.
     GemmActivation,
-    /// The product that is its input's gradient.
+    /// The product that computes its input's gradient.
     GemmGradInput,
-    /// That with the gradient of a transcendental function fused behind it.
+    /// The same, with the gradient of a transcendental function fused after it.
     GemmGradActivation,
-    /// The product that is its weight's gradient.
+    /// The product that computes its weight's gradient.
     GemmGradWeight,
     /// Fused attention.
     Attention,
@@ -34,7 +35,7 @@ pub enum Family {
     ConvGradWeight,
     /// Activations with a transcendental function, and their gradients.
     Activation,
-    /// Elements dropped by random words.
+    /// Dropout.
     Dropout,
     /// Softmax over the vocabulary, with the loss.
     Softmax,
@@ -46,11 +47,11 @@ pub enum Family {
     Sum,
     /// Pooling, both directions, and copies that permute axes.
     Pool,
-    /// Everything else: bound by memory.
+    /// Everything else: memory-bound.
     Memory,
 }
 
-/// What a family's rate is a rate of.
+/// The unit of work in which a family's rate is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Work {
     /// Floating-point operations.
@@ -94,7 +95,7 @@ impl Family {
         )
     }
 
-    /// What bounds it.
+    /// What its rate is measured in: flops or bytes.
     pub fn work(self) -> Work {
         match self {
             Family::Gemm
@@ -123,9 +124,9 @@ pub struct Cost {
     pub family: Family,
     /// Element type of the model's weights and activations.
     pub float: DType,
-    /// Whether it is a product of f32 whose factors may be rounded to tf32.
+    /// Whether it is an f32 product whose factors may be rounded to tf32.
     pub tf32: bool,
-    /// Elements of the largest operand, by which elementwise work is counted.
+    /// Elements of the largest operand, the measure of elementwise work.
     pub elems: u64,
     /// What the rate depends on. A product: rows, columns and depth. Attention: sequences times heads, keys, a head's
     /// width. A convolution: output channels, input channels times taps, output positions of an image. The rest: bytes,
@@ -134,7 +135,7 @@ pub struct Cost {
 }
 
 impl Cost {
-    /// Flops or bytes, by which the family is counted.
+    /// Flops or bytes, whichever the family is measured in.
     pub fn work(&self) -> f64 {
         match self.family.work() {
             Work::Flops => self.flops,
@@ -150,7 +151,7 @@ pub fn cost(graph: &Graph, node: &Node) -> Cost {
     let out = || graph.info(node.outputs[0]).shape.elems() as f64;
     let touched = node.inputs.iter().chain(&node.outputs);
     let bytes = match node.op {
-        // Of the table only the rows that are picked.
+        // Only the selected rows of the table.
         Op::Embedding { .. } => 2 * graph.bytes(node.outputs[0]) + graph.bytes(node.inputs[0]),
         _ => touched.clone().map(|&v| graph.bytes(v)).sum(),
     };
@@ -209,7 +210,7 @@ pub fn cost(graph: &Graph, node: &Node) -> Cost {
         Op::CrossEntropy | Op::CrossEntropyGrad => (Family::Softmax, 5.0 * elems(0)),
         Op::MeanSquaredError | Op::MeanSquaredErrorGrad => (Family::Memory, 3.0 * elems(0)),
         Op::LossSum => (Family::Sum, elems(0)),
-        // Two products and a sum an element; the sines and cosines are shared by all heads.
+        // Two multiplications and an addition per element; the sines and cosines are shared by all heads.
         Op::Rotary(_) => (Family::Memory, 3.0 * elems(0)),
         Op::LayerNorm { .. } | Op::RmsNorm { .. } | Op::BatchNorm { .. } | Op::BatchNormEval { .. } => {
             (Family::Norm, 8.0 * elems(0))

@@ -1,7 +1,7 @@
-//! Ops of an embedder's own: everything that the crate asks of an op, behind one trait.
+//! Custom ops from outside the crate: everything that the crate needs of an op, behind one trait.
 //!
-//! An op says its shape rule, its cost, its body on the host, its kernel, and its gradient, which is an op like itself.
-//! Placement, recomputation, spilling and the same bits under any cut follow as for any other.
+//! An op states its shape rule, its cost, its host implementation, its kernel, and its gradient, which is itself such
+//! an op. Placement, recomputation, spilling and the same bits under any cut follow as for built-in ops.
 
 use crate::base::{DType, Result, Shape};
 use std::fmt;
@@ -12,7 +12,8 @@ pub const CUSTOM_OPERANDS: usize = 8;
 
 /// An op that the crate does not know.
 ///
-/// It must be a function of its inputs alone, always summing in the same order, or the promise of equal bits is gone.
+/// It must be a function of its inputs alone and always sum in the same order; otherwise the same bits are not
+/// guaranteed.
 pub trait CustomOp: fmt::Debug + Send + Sync {
     /// Its name in messages and tables.
     fn name(&self) -> &'static str;
@@ -20,26 +21,26 @@ pub trait CustomOp: fmt::Debug + Send + Sync {
     /// The shape rule: the outputs' shapes for inputs of these shapes.
     ///
     /// # Errors
-    /// When it does not take such inputs; the message has the shapes.
+    /// When it does not accept such inputs; the message should state the shapes.
     fn shapes(&self, inputs: &[&Shape]) -> Result<Vec<Shape>>;
 
-    /// Floating-point operations for inputs of these shapes. Bytes are those of the operands, once each.
+    /// Floating-point operations for inputs of these shapes. Bytes are counted as those of the operands, once each.
     fn flops(&self, inputs: &[&Shape]) -> f64 {
         inputs.iter().map(|s| s.elems() as f64).sum()
     }
 
-    /// The body on the host. Overwrites all of `outputs`. In a bf16 model the slices are f32 copies, rounded
-    /// afterwards.
+    /// Computes the op on the host. Overwrites all of `outputs`. In a bf16 model the slices are f32 copies, and results
+    /// are rounded afterwards.
     fn host(&self, outputs: &mut [&mut [f32]], inputs: &[&[f32]], shapes: &[&Shape]);
 
-    /// The kernels, for a GPU or the emulator; `None` where the op runs on the host alone. Always the same.
+    /// The kernels, for a GPU or the emulator; `None` where the op runs only on the host. Must always return the same.
     fn kernels(&self) -> Option<Kernels> {
         None
     }
 
-    /// The launch for elements of `dtype` (f32 or bf16) and inputs of these shapes, given to `launch`.
+    /// Passes `launch` the launch for elements of `dtype` (f32 or bf16) and inputs of these shapes.
     ///
-    /// The kernel gets the outputs' addresses, then the inputs', then `numbers`.
+    /// The kernel's arguments are the outputs' addresses, then the inputs', then `numbers`.
     fn launch(&self, dtype: DType, shapes: &[&Shape], launch: &mut dyn FnMut(&KernelCall)) {
         let _ = (dtype, shapes, launch);
     }
@@ -51,23 +52,23 @@ pub trait CustomOp: fmt::Debug + Send + Sync {
     }
 }
 
-/// Compiled kernels of custom ops, as they go into a program. Entry points of different kernels may have one name.
+/// Compiled kernels of custom ops, as a program holds them. Entry points of different `Kernels` may have the same name.
 #[derive(Clone, Copy, Debug)]
 pub struct Kernels {
-    // Private, so that they are those of which `new` was promised something.
+    // Private, so that the caller of `new` has vouched for every value.
     name: &'static str,
     fatbin: &'static [u8],
     emulated: &'static [u8],
 }
 
 impl Kernels {
-    /// Kernels under a name that no others have: a fatbin or a cubin, and a shared object that
-    /// `kernels/emulator/build.sh` made of the same sources; empty where there is none.
+    /// Makes kernels with a unique name: a fatbin or a cubin, and a shared object that `kernels/emulator/build.sh`
+    /// built from the same sources, which is empty where there is none.
     ///
     /// # Safety
-    /// They are native code: in every launch that [`CustomOp::launch`] asks for, the entry point takes the arguments
-    /// that it is given, reads of the inputs and overwrites of the outputs as many elements as their shapes have, and
-    /// touches nothing else.
+    /// They are native code: in every launch that [`CustomOp::launch`] asks for, the entry point must accept the
+    /// arguments that it is given, read no elements beyond each input's shape, overwrite exactly the elements of each
+    /// output's shape, and touch nothing else.
     pub const unsafe fn new(name: &'static str, fatbin: &'static [u8], emulated: &'static [u8]) -> Kernels {
         Kernels { name, fatbin, emulated }
     }
@@ -99,11 +100,11 @@ pub struct KernelCall<'a> {
     pub block: u32,
     /// Bytes of dynamic shared memory.
     pub shared_bytes: u32,
-    /// What follows the addresses.
+    /// The arguments after the addresses.
     pub numbers: &'a [Number],
 }
 
-/// An argument that is no address.
+/// An argument that is not an address.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Number {
     /// An `int`.

@@ -1,12 +1,12 @@
 //! Reverse mode: appends to a graph the nodes of its gradient.
 //!
 //! Nodes are visited from the loss back; each op's rule (see `gradient`) emits nodes of the same layer, and
-//! contributions to one value are added in that fixed order. Every layer's part is closed: what it hands to the layer
-//! before it, and what it adds to its parameters' accumulators, are outputs of its own nodes, so a cut between any two
-//! layers computes the same bits.
+//! contributions to one value are added in that fixed order. Every layer's part is self-contained: the gradient that it
+//! passes to the layer before it, and those that it adds to its parameters' accumulators, are outputs of its own nodes,
+//! so a cut between any two layers computes the same bits.
 //!
-//! A value's gradient has the value's element type, a parameter's the wide one ([`DType::wide`]): what comes in another
-//! is converted by a copy before it is added.
+//! A value's gradient has the value's element type, a parameter's gradient the wide one ([`DType::wide`]): a
+//! contribution of another type is converted by a copy before it is added.
 
 use super::fuse;
 use super::gradient;
@@ -15,17 +15,17 @@ use super::op::Op;
 use crate::base::{DType, Error, Result, Shape};
 
 /// Appends the gradient of `graph.loss` with respect to every parameter that is not frozen. Layers before the first
-/// that is trained have none.
+/// trained one have no backward pass.
 ///
 /// # Errors
-/// When the graph has no loss or its gradient already, a layer's output does not reach the loss, or all parameters are
-/// frozen. Where an op has no gradient, or a wrong one, the message names its layer.
+/// When the graph has no loss or already has its gradient, a layer's output does not reach the loss, or all parameters
+/// are frozen. Where an op has no gradient, or a wrong one, the message names its layer.
 pub fn differentiate(graph: &mut Graph) -> Result<()> {
     if !graph.input_gradients.is_empty() {
         return Err(Error::bad("differentiate: the graph has its gradient already"));
     }
     let loss = graph.loss.ok_or_else(|| Error::bad("differentiate: the graph has no loss"))?;
-    // The gradient of every row's loss is the step's loss scale, which the loss' own gradient op knows.
+    // The gradient of every row's loss is the step's loss scale, which the loss' own gradient op applies.
     let losses = match graph.producer(loss).map(|n| &graph.nodes[n]) {
         Some(Node { op: Op::LossSum, inputs, .. }) => graph.root(inputs[0]),
         _ => return Err(Error::bad("differentiate: the loss is no sum over rows")),
@@ -56,7 +56,7 @@ pub fn differentiate(graph: &mut Graph) -> Result<()> {
     Ok(())
 }
 
-/// For each root value, whether a parameter that is trained reaches it.
+/// For each root value, whether it depends on a trained parameter.
 fn needed(graph: &Graph) -> Vec<bool> {
     let mut needed = vec![false; graph.values.len()];
     for parameter in graph.parameters.iter().filter(|p| !p.frozen) {
@@ -74,7 +74,7 @@ fn needed(graph: &Graph) -> Vec<bool> {
 pub(super) struct Sweep<'a> {
     pub(super) graph: &'a mut Graph,
     needed: Vec<bool>,
-    /// The gradient of each root value so far.
+    /// The gradient of each root value accumulated so far.
     gradients: Vec<Option<Value>>,
     layer: usize,
 }
@@ -100,7 +100,7 @@ impl Sweep<'_> {
         gradient::emit(self, &op, &inputs, &outputs, d_out)
     }
 
-    /// Whether anybody needs the gradient of `value`.
+    /// Whether the gradient of `value` is needed.
     pub(super) fn wants(&self, value: Value) -> bool {
         self.needed[self.graph.root(value).0 as usize]
     }
@@ -134,7 +134,7 @@ impl Sweep<'_> {
         self.push(op, inputs, vec![shape])[0]
     }
 
-    /// `gradient` under the shape of `value`: where a view was differentiated, they differ.
+    /// `gradient` with the shape of `value`: the two differ where a view was differentiated.
     fn shaped_like(&mut self, gradient: Value, value: Value) -> Value {
         let shape = self.graph.info(value).shape.clone();
         let info = self.graph.info(gradient);
@@ -148,7 +148,7 @@ impl Sweep<'_> {
         Value(self.graph.values.len() as u32 - 1)
     }
 
-    /// Adds `gradient` to what has come for `value` so far.
+    /// Adds `gradient` to the gradient of `value` so far.
     pub(super) fn contribute(&mut self, value: Value, gradient: Value) {
         let root = self.graph.root(value);
         if !self.needed[root.0 as usize] {
@@ -167,7 +167,8 @@ impl Sweep<'_> {
         self.gradients[root.0 as usize] = Some(sum);
     }
 
-    /// Settles what a layer hands on: its input's gradient and its parameters', each as an output of a node of its own.
+    /// Finishes a layer: makes its input's gradient and each of its parameters' gradients an output of one of the
+    /// layer's own nodes.
     fn close_layer(&mut self, layer: usize) -> Result<()> {
         if let Some(input) = self.graph.layers[layer].input
             && self.wants(input)
@@ -187,7 +188,8 @@ impl Sweep<'_> {
             }
             let value = self.graph.parameters[parameter].value;
             let own = match self.gradients[value.0 as usize].take() {
-                // Another of the layer's parameters may get the same gradient later: `own` must not give it away.
+                // Another of the layer's parameters may get the same gradient later, so `own` must not return it
+                // uncopied.
                 Some(gradient) => {
                     let root = self.graph.root(gradient);
                     let alone = !self.graph.parameters.iter().any(|p| {
@@ -241,7 +243,7 @@ impl Sweep<'_> {
     }
 }
 
-/// Removes backward nodes none of whose outputs is used.
+/// Removes backward nodes whose outputs are all unused.
 fn drop_unused(graph: &mut Graph) {
     let mut used = vec![false; graph.values.len()];
     for value in

@@ -1,15 +1,15 @@
-//! Fusion: a linear layer's product and the elementwise op that alone reads it become one op, which spares a pass over
-//! memory.
+//! Fusion: a linear layer's product and the elementwise op that is its only reader become one op, which saves a pass
+//! over memory.
 //!
-//! A pair lies in one layer, and whether it is one shows in that layer alone: so a cut between any two layers computes
-//! the same bits.
+//! A pair lies within one layer, and whether it is fused depends on that layer alone, so a cut between any two layers
+//! computes the same bits.
 
 use super::graph::{Graph, Node, Source, Value};
 use super::kinds::Activation;
 use super::op::Op;
 
-/// Fuses each sum with a linear layer without activation: the other summand becomes its residual. For forward graphs,
-/// before they are differentiated.
+/// Fuses each sum with a linear layer that has no activation: the other summand becomes the layer's residual. For
+/// forward graphs that are not yet differentiated.
 pub(super) fn residuals(graph: &mut Graph) {
     pairs(graph, |product, reader, operand| match (&product.op, &reader.op) {
         (&Op::Linear { activation: Activation::None, layout, residual: false }, Op::Add) => {
@@ -19,8 +19,8 @@ pub(super) fn residuals(graph: &mut Graph) {
     });
 }
 
-/// Fuses the gradient of a linear layer's input with that of the activation which that input came from, and then with
-/// the sum of what several readers of that input contribute.
+/// Fuses the gradient of a linear layer's input with the gradient of the activation that computed this input, and then
+/// with the sum of the contributions of the input's several readers.
 pub(super) fn input_gradients(graph: &mut Graph) {
     const PLAIN: Activation = Activation::None;
     pairs(graph, |product, reader, operand| match (&product.op, &reader.op) {
@@ -37,8 +37,8 @@ pub(super) fn input_gradients(graph: &mut Graph) {
     });
 }
 
-/// Replaces pairs of a product and the one op that reads it, in that op's place. `fused` gets both, with the number of
-/// the operand that is the product, and says what they are together and which value joins the product's inputs.
+/// Replaces each pair of a product and its only reader by a fused op in the reader's place. `fused` receives both and
+/// the operand number of the product, and returns the fused op and the value that joins the product's inputs.
 fn pairs(graph: &mut Graph, fused: impl Fn(&Node, &Node, usize) -> Option<(Op, Value)>) {
     let uses = uses(graph);
     let mut keep = vec![true; graph.nodes.len()];
@@ -48,8 +48,8 @@ fn pairs(graph: &mut Graph, fused: impl Fn(&Node, &Node, usize) -> Option<(Op, V
             let root = graph.root(value);
             let Source::Node { node, .. } = graph.info(root).source else { return None };
             let product = &graph.nodes[node];
-            // Seen as rows of another width, by the reader or in what it makes, columns of the product would not be
-            // those of what joins it.
+            // If the reader sees the product, or shapes its output, as rows of another width, the product's columns
+            // would not correspond to those of the value that joins it.
             let same = |other: Value| graph.info(other).shape.cols() == graph.info(root).shape.cols();
             let same_rows = same(value) && reader.outputs.first().is_some_and(|&out| same(out));
             let alone = uses[root.0 as usize] == 1 && product.layer == reader.layer;
@@ -69,7 +69,7 @@ fn pairs(graph: &mut Graph, fused: impl Fn(&Node, &Node, usize) -> Option<(Op, V
     graph.keep_nodes(&keep);
 }
 
-/// How often each root is read by nodes, handed on or kept.
+/// How often each root is read by nodes, passed on or kept.
 fn uses(graph: &Graph) -> Vec<usize> {
     let mut uses = vec![0; graph.values.len()];
     let read = graph.nodes.iter().flat_map(|node| &node.inputs).copied();

@@ -1,7 +1,7 @@
-//! One rule an op: the nodes of its gradient.
+//! One rule per op: the nodes of its gradient.
 //!
-//! A rule gets the gradient of the op's first output (`None` for the losses of rows, whose gradient is the loss scale) and contributes one
-//! gradient to each input that wants one. No rule computes anything: it only names ops.
+//! A rule receives the gradient of the op's first output (`None` for the rows' losses, whose gradient is the loss
+//! scale) and contributes one gradient to each input that wants one. Rules compute nothing: they only name ops.
 
 use super::custom::Custom;
 use super::differentiate::Sweep;
@@ -49,7 +49,7 @@ pub(super) fn emit(s: &mut Sweep, op: &Op, inputs: &[Value], outputs: &[Value], 
                 let of = shape(s, outputs[0]);
                 s.push_one(Op::ActivationGrad(*activation), vec![d, outputs[1]], of)
             };
-            // Parameters both, so that whoever wants one gradient wants the other.
+            // Both are parameters, so if one gradient is wanted, so is the other.
             let parameters = &inputs[1..];
             if parameters.iter().any(|&v| s.wants(v)) {
                 let shapes = parameters.iter().map(|&v| shape(s, v)).collect();

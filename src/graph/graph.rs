@@ -25,16 +25,16 @@ pub enum Source {
     State(usize),
     /// An input of the batch, by its index.
     Input(usize),
-    /// Another value's elements under another shape, or some of them; never a view of a view.
+    /// All or some of another value's elements with another shape; never a view of a view.
     View {
         /// The other value.
         of: Value,
-        /// The element of it that comes first.
+        /// The index of its first element shown.
         first: usize,
     },
 }
 
-/// What is known of a value.
+/// A value's description.
 #[derive(Clone, Debug)]
 pub struct ValueInfo {
     /// Its shape.
@@ -45,7 +45,7 @@ pub struct ValueInfo {
     pub source: Source,
 }
 
-/// One op in its place.
+/// One op with its operands.
 #[derive(Clone, Debug)]
 pub struct Node {
     /// What it computes.
@@ -67,11 +67,11 @@ pub struct Parameter {
     pub value: Value,
     /// Its shape.
     pub shape: Shape,
-    /// How it starts.
+    /// Its initial values.
     pub init: Init,
     /// The layers that use it, in order; the first owns it.
     pub layers: Vec<usize>,
-    /// It stays as it is: it has no gradient and no moments, and nobody owns it.
+    /// It is not trained: it has no gradient and no moments, and no layer owns it.
     pub frozen: bool,
 }
 
@@ -84,13 +84,13 @@ pub struct State {
     pub value: Value,
     /// Its shape.
     pub shape: Shape,
-    /// What every element starts as.
+    /// Every element's initial value.
     pub start: f64,
     /// The layer that owns it.
     pub layer: usize,
 }
 
-/// A tensor that each microbatch brings.
+/// An input tensor of every microbatch.
 #[derive(Clone, Debug)]
 pub struct Input {
     /// Its name in batches.
@@ -110,7 +110,7 @@ pub struct Layer {
     pub name: String,
     /// The previous layer's output; `None` for the first.
     pub input: Option<Value>,
-    /// The boundary activation that it hands on; `None` for the last one once the loss is in it.
+    /// The boundary activation that it passes on; `None` for the last layer once it contains the loss.
     pub output: Option<Value>,
 }
 
@@ -128,17 +128,18 @@ pub struct ParameterGradient {
 /// A traced model, and after [`super::differentiate`] its gradient.
 ///
 /// Nodes are in an order in which every input precedes its use: the forward pass layer by layer, up to `forward_nodes`,
-/// then the backward pass from the last layer to the first. The numbers that forward nodes were traced under key the
-/// random numbers, whatever the cut.
+/// then the backward pass from the last layer to the first. Forward nodes' indices at tracing key their random numbers,
+/// whatever the cut.
 #[derive(Clone, Debug, Default)]
 pub struct Graph {
-    /// Element type of weights and activations. What is summed up beside them is [`DType::wide`].
+    /// Element type of weights and activations. Sums (statistics, losses, parameters' gradients) have the type
+    /// [`DType::wide`].
     pub float: DType,
     /// All values.
     pub values: Vec<ValueInfo>,
     /// All nodes: forward, then backward.
     pub nodes: Vec<Node>,
-    /// Parameters in the order they were first used.
+    /// Parameters in order of first use.
     pub parameters: Vec<Parameter>,
     /// Running statistics.
     pub states: Vec<State>,
@@ -152,27 +153,27 @@ pub struct Graph {
     pub loss: Option<Value>,
     /// How many of `nodes` are forward.
     pub forward_nodes: usize,
-    /// Per layer, the gradient of its input (the boundary gradient that its backward pass hands on).
+    /// Per layer, the gradient of its input (the boundary gradient that its backward pass passes on).
     pub input_gradients: Vec<Option<Value>>,
     /// Gradients of parameters, one for each use, in the order of layers.
     pub parameter_gradients: Vec<ParameterGradient>,
-    /// Whether its programs run on a device whose kernels want scratch in the workspace (see [`super::scratch_bytes`]).
+    /// Whether its programs run on a device whose kernels need scratch in the workspace (see [`super::scratch_bytes`]).
     pub scratch: bool,
-    /// Whether products of f32 may round their factors to tf32 (10 bits of fraction), on a device that has it.
+    /// Whether f32 products may round their factors to tf32 (10 bits of fraction), on a device that supports it.
     pub tf32: bool,
-    /// Rows of logits that are made at a time, in a model whose vocabulary may be of any size; none: as
-    /// [`super::split_loss`] thinks right.
+    /// Rows of logits that are computed at a time, whatever the size of the vocabulary; `None` leaves the choice to
+    /// [`super::split_loss`].
     pub loss_rows: Option<usize>,
-    /// Nodes of the parts that the loss runs in, in order; none where it runs whole (see [`super::split_loss`]).
+    /// Nodes of the parts in which the loss runs, in order; empty where it runs whole (see [`super::split_loss`]).
     pub loss_parts: Vec<LossPart>,
 }
 
-/// Some rows of the logits: the nodes that make them and their loss, and those that use their gradient.
+/// Some rows of the logits: the nodes that compute them and their loss, and those that use their gradient.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LossPart {
-    /// The product that makes the logits comes first.
+    /// The product that computes the logits comes first.
     pub forward: Range<usize>,
-    /// None before [`super::differentiate`] was called.
+    /// Empty before [`super::differentiate`] is called.
     pub backward: Range<usize>,
 }
 
@@ -204,12 +205,12 @@ impl Graph {
         }
     }
 
-    /// Freezes the parameters that `frozen` says so of by their names. Call it before [`super::differentiate`].
+    /// Freezes the parameters for whose names `frozen` returns true. Call it before [`super::differentiate`].
     pub fn freeze(&mut self, frozen: impl Fn(&str) -> bool) {
         self.parameters.iter_mut().for_each(|p| p.frozen |= frozen(&p.name));
     }
 
-    /// Removes the nodes that are not to be kept; nobody may read what they compute.
+    /// Removes the nodes that are not to be kept; no other node may read their outputs.
     pub(super) fn keep_nodes(&mut self, keep: &[bool]) {
         let mut moved = vec![0usize; self.nodes.len()];
         let mut next = 0;
@@ -229,26 +230,26 @@ impl Graph {
         }
     }
 
-    /// The layers' number of parameters, of each parameter counted once.
+    /// Number of parameter elements, shared ones counted once.
     pub fn parameter_elems(&self) -> usize {
         self.parameters.iter().map(|p| p.shape.elems()).sum()
     }
 
-    /// The forward nodes of a layer range, which lie together.
+    /// The forward nodes of a layer range, which are contiguous.
     pub fn forward_of(&self, layers: Range<usize>) -> Range<usize> {
         let nodes = &self.nodes[..self.forward_nodes];
         let before = |layer: usize| nodes.partition_point(|n| n.layer < layer);
         before(layers.start)..before(layers.end)
     }
 
-    /// The backward nodes of a layer range, which lie together.
+    /// The backward nodes of a layer range, which are contiguous.
     pub fn backward_of(&self, layers: Range<usize>) -> Range<usize> {
         let nodes = &self.nodes[self.forward_nodes..];
         let from = |layer: usize| self.forward_nodes + nodes.partition_point(|n| n.layer >= layer);
         from(layers.end)..from(layers.start)
     }
 
-    /// The gradients of parameters' uses in a layer range, which lie together.
+    /// The gradients of parameters' uses in a layer range, which are contiguous.
     pub fn gradients_of(&self, layers: Range<usize>) -> &[ParameterGradient] {
         let before = |layer: usize| self.parameter_gradients.partition_point(|g| g.layer < layer);
         &self.parameter_gradients[before(layers.start)..before(layers.end)]

@@ -1,4 +1,4 @@
-//! Which integers a batch may bring: those with which no op reads beside a table or a row.
+//! Which integers a batch may contain: those with which no op reads outside a table or a row.
 
 use super::graph::{Graph, Source};
 use super::op::Op;
@@ -7,14 +7,14 @@ use crate::base::IGNORED;
 /// The integers that an input may hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IdRange {
-    /// They are at least 0 and lie below this: the rows of a table, the columns of logits.
+    /// Ids are at least 0 and below this: the rows of a table, the columns of logits.
     pub below: usize,
-    /// Or they are [`IGNORED`]: labels, for rows that do not count.
+    /// Whether [`IGNORED`] is allowed too: for labels of rows that do not count.
     pub or_ignored: bool,
 }
 
 impl IdRange {
-    /// Whether it holds a number.
+    /// Whether the range contains `id`.
     pub fn contains(&self, id: i32) -> bool {
         usize::try_from(id).is_ok_and(|id| id < self.below) || self.or_ignored && id == IGNORED
     }
@@ -25,8 +25,8 @@ impl IdRange {
 }
 
 impl Graph {
-    /// The integers that an input may hold, as the ops that read it need it; `None` where any will do: a mask's, and
-    /// what holds no integers.
+    /// The integers that an input may hold, as required by the ops that read it; `None` without a restriction: for a
+    /// mask, and for inputs that are not integers.
     pub fn id_range(&self, input: usize) -> Option<IdRange> {
         let forward = self.nodes[..self.forward_nodes].iter();
         let reads = |&value: &_| self.info(self.root(value)).source == Source::Input(input);

@@ -9,10 +9,10 @@ pub enum Activation {
     None,
     /// max(x, 0).
     Relu,
-    /// GELU by tanh: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), GPT-2's `gelu_new` (Hendrycks & Gimpel 2016,
-    /// arXiv:1606.08415).
+    /// GELU approximated by tanh: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), GPT-2's `gelu_new` (Hendrycks &
+    /// Gimpel 2016, arXiv:1606.08415).
     GeluTanh,
-    /// GELU exactly: 0.5 x (1 + erf(x / sqrt 2)).
+    /// Exact GELU: 0.5 x (1 + erf(x / sqrt 2)).
     GeluErf,
     /// SiLU, or swish: x / (1 + exp(-x)) (Elfwing, Uchibe & Doya 2017, arXiv:1702.03118).
     Silu,
@@ -24,7 +24,7 @@ impl Activation {
         [Activation::None, Activation::Relu, Activation::GeluTanh, Activation::GeluErf, Activation::Silu];
 }
 
-/// How a linear layer's weight lies in memory.
+/// The memory layout of a linear layer's weight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum WeightLayout {
     /// (inputs, outputs): GPT-2's `Conv1D`.
@@ -33,7 +33,7 @@ pub enum WeightLayout {
     OutIn,
 }
 
-/// How a parameter starts when no file gives it.
+/// A parameter's initial values when no file provides them.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Init {
     /// Every element the same.

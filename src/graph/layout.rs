@@ -1,13 +1,13 @@
 //! Where parameters and running statistics lie: one flat order for the whole model, so that a shard is a contiguous
-//! stretch.
+//! range.
 //!
-//! Invariant: the flat order depends on the model alone, never on the cut. Parameters come by the layer that owns them
-//! (the first that uses them), then by first use; behind all of them the frozen ones, which no shard owns. Every tensor
-//! starts at a multiple of [`ALIGNMENT`](super::ALIGNMENT); the bytes between are 0. Even an empty parameter takes
-//! [`ALIGNMENT`](super::ALIGNMENT) bytes, so that a start belongs to one parameter and one shard.
+//! Invariant: the flat order depends on the model alone, never on the cut. Parameters are ordered by the layer that
+//! owns them (the first that uses them), then by first use; the frozen ones, which no shard owns, come after all
+//! others. Every tensor starts at a multiple of [`ALIGNMENT`](super::ALIGNMENT); padding bytes are 0. Even an empty
+//! parameter takes [`ALIGNMENT`](super::ALIGNMENT) bytes, so that a start belongs to one parameter and one shard.
 //!
-//! What has an element for each of a weight's (gradients, moments) lies in the same order; where its elements are
-//! wider, every offset is as many times the weight's ([`ModelLayout::wide_ratio`]).
+//! Gradients and moments, which have an element for each of a weight's, lie in the same order; where their elements are
+//! wider, every offset is the weight's times [`ModelLayout::wide_ratio`].
 
 use super::graph::Graph;
 use super::place::ALIGNMENT;
@@ -20,27 +20,27 @@ use std::ops::Range;
 pub struct ModelLayout {
     /// Parameters that are trained, in flat order.
     pub order: Vec<usize>,
-    /// Of these those that several layers use, in the graph's order.
+    /// Those of them that several layers use, in the graph's order.
     pub shared: Vec<usize>,
-    /// Those that are not trained, in the graph's order.
+    /// Parameters that are not trained, in the graph's order.
     pub frozen: Vec<usize>,
     /// Start of each parameter, by its index in the graph.
     pub parameter: Vec<u64>,
-    /// Stretch of parameters that each layer owns, and trains.
+    /// Range of the trained parameters that each layer owns.
     pub layers: Vec<Range<u64>>,
     /// Bytes of all parameters that are trained.
     pub parameter_bytes: u64,
-    /// Stretch of frozen parameters that each layer is the first to use.
+    /// Range of the frozen parameters that each layer is the first to use.
     pub frozen_layers: Vec<Range<u64>>,
-    /// Bytes of these and of frozen ones.
+    /// Bytes of all parameters, frozen ones included.
     pub weight_bytes: u64,
     /// Start of each state, by its index in the graph.
     pub state: Vec<u64>,
-    /// Stretch of states that each layer owns.
+    /// Range of the states that each layer owns.
     pub state_layers: Vec<Range<u64>>,
     /// Bytes of all states.
     pub state_bytes: u64,
-    /// Bytes of a gradient's or a moment's element over those of a weight's: 2 for bf16 weights, else 1.
+    /// Bytes of a gradient's or a moment's element divided by those of a weight's: 2 for bf16 weights, else 1.
     pub wide_ratio: u64,
 }
 
@@ -98,7 +98,7 @@ pub struct SharedUse {
     pub parameter: usize,
     /// The layer that uses it.
     pub layer: usize,
-    /// Start of this use's gradient accumulator in the shard's gradients, in their own bytes.
+    /// Start of this use's gradient accumulator in the shard's gradients, in bytes of these.
     pub gradient: u64,
     /// Start of a copy of the weight in the shard's weights; `None` where the shard owns the parameter.
     pub borrowed: Option<u64>,
@@ -106,16 +106,16 @@ pub struct SharedUse {
 
 /// How one shard's weights, states and gradients lie on a device.
 ///
-/// Weights are the shard's own stretch of the flat order, then copies of what it borrows from other shards, then the
-/// frozen ones that its layers use. Gradients are the own stretch, then an accumulator for every further use of a
-/// shared parameter.
+/// Weights are the shard's own range of the flat order, then copies of the parameters it borrows from other shards,
+/// then the frozen parameters that its layers use. Gradients are those of its own range, then an accumulator for every
+/// further use of a shared parameter.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ShardLayout {
     /// The shard's layers.
     pub layers: Range<usize>,
-    /// Its own stretch of the model's parameters.
+    /// Its own range of the model's parameters.
     pub own: Range<u64>,
-    /// Its own stretch of the model's states.
+    /// Its own range of the model's states.
     pub states: Range<u64>,
     /// Uses of shared parameters by layers that do not own them, in the order of layers.
     pub shared: Vec<SharedUse>,
@@ -160,7 +160,7 @@ impl ShardLayout {
                 shard.gradient_bytes += bytes * model.wide_ratio;
             }
         }
-        // By the first of these layers that uses each.
+        // Ordered by the first of these layers that uses each.
         let first_use = |&i: &usize| Some((*graph.parameters[i].layers.iter().find(|l| layers.contains(l))?, i));
         let mut frozen: Vec<(usize, usize)> = model.frozen.iter().filter_map(first_use).collect();
         frozen.sort_unstable();

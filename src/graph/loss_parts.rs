@@ -1,9 +1,10 @@
-//! The loss in parts: logits over a large vocabulary are made, used and forgotten some rows at a time.
+//! The loss in parts: logits over a large vocabulary are computed, used and discarded some rows at a time.
 //!
-//! Logits and their gradient are by far a language model's largest tensors: 3 GiB for 32 x 1024 tokens of GPT-2 in bf16.
-//! So the product that makes them, the loss, its gradient and that product's two gradients are done for some rows, then
-//! for the next ones. Rows are independent but for the weight's gradient, to which the parts add in order. How many rows
-//! a part has follows from shapes and type, or is asked for; from no budget. So it changes no bit from plan to plan.
+//! Logits and their gradient are by far a language model's largest tensors: 3 GiB for 32 x 1024 tokens of GPT-2 in
+//! bf16. So the product that computes them, the loss, its gradient and that product's two gradients run for some rows,
+//! then for the next. Rows are independent except in the weight's gradient, to which the parts add in order. The number
+//! of rows per part follows from shapes and type, or is set by the user, but never depends on the budget, so it changes
+//! no bit from plan to plan.
 
 use super::graph::{Graph, LossPart, Node, Source, Value, ValueInfo};
 use super::kinds::Activation;
@@ -11,15 +12,15 @@ use super::op::Op;
 use crate::base::{DType, Shape};
 use std::collections::HashSet;
 
-/// Columns from which on the logits are made in parts.
+/// Number of columns from which on the logits are computed in parts.
 const LARGE_VOCABULARY: usize = 8192;
 
-/// Rows of a part are a multiple of this, so that it starts where an access of 16 bytes may.
+/// A part's number of rows is a multiple of this, so that each part starts at an address aligned for 16-byte accesses.
 const ROW_STEP: usize = 8;
 
-/// Rows of a part. Adding to the weight's gradient moves 8 bytes an element where its product does 2 rows operations:
-/// a quarter of the rows in operations a byte, which is to be well above what makes a device wait for its memory, for
-/// an H200 some 180 in bf16 and 15 in f32.
+/// Rows of a part. For each element, adding to the weight's gradient moves 8 bytes, and its product does 2 operations
+/// per row. That is rows / 4 operations per byte, which must be well above the point where a device becomes
+/// memory-bound: for an H200 some 180 in bf16 and 15 in f32.
 fn rows_wanted(float: DType, cols: usize) -> usize {
     match float {
         _ if cols < LARGE_VOCABULARY => usize::MAX,
@@ -68,10 +69,10 @@ pub fn split_loss(graph: &mut Graph) {
 
 /// The nodes of a loss that can be split.
 struct Found {
-    /// Of the linear layer: the last forward nodes are it, the loss of rows and their sum.
+    /// Index of the linear layer: the last forward nodes are this layer, the rows' losses and their sum.
     product: usize,
     logits: Value,
-    /// How many nodes at the start of the backward pass are the loss' gradient and the linear layer's.
+    /// Number of nodes at the start of the backward pass that are the loss' gradient and the linear layer's gradients.
     backward: usize,
 }
 
@@ -85,7 +86,7 @@ fn find(graph: &Graph) -> Option<Found> {
     if !is_product || !is_loss || graph.loss != sum.outputs.first().copied() {
         return None;
     }
-    // Whoever reads the logits, or their gradient, has to come with them.
+    // Every reader of the logits, or of their gradient, has to be among the nodes split.
     let readers = |of: Value| {
         let reads = move |node: &&Node| node.inputs.iter().any(|&v| graph.root(v) == of);
         graph.nodes.iter().filter(reads).count()
@@ -107,11 +108,11 @@ fn find(graph: &Graph) -> Option<Found> {
 
 /// Some rows.
 struct Part {
-    /// Of all.
+    /// Rows of the whole logits.
     rows: usize,
     start: usize,
     end: usize,
-    /// What is the part's alone: logits and their gradient, each beside the whole.
+    /// Pairs of a whole tensor and the part's own tensor: logits and their gradient.
     own: Vec<(Value, Value)>,
 }
 
@@ -166,7 +167,7 @@ impl Part {
         own
     }
 
-    /// These rows of `whole`, which has a row, or a number, for each row of the logits.
+    /// A view of these rows of `whole`, which has a row, or one element, for each row of the logits.
     fn some_rows(&self, graph: &mut Graph, whole: Value) -> Value {
         let ValueInfo { shape, dtype, source } = graph.info(whole).clone();
         let cols = shape.elems() / self.rows;
@@ -183,7 +184,7 @@ fn push_value(graph: &mut Graph, info: ValueInfo) -> Value {
     Value(graph.values.len() as u32 - 1)
 }
 
-/// Tells values where the nodes are that make them; of what is made in parts, the first.
+/// Updates each value's producing node; for values computed in parts, the first part's.
 fn renumber(graph: &mut Graph) {
     let mut seen = HashSet::new();
     for (node, of) in graph.nodes.iter().enumerate() {

@@ -1,10 +1,10 @@
-//! A program's loss and its gradient in one step, where the one follows the other: logits are the largest tensor there is,
-//! and a row of them is still in a cache when its loss is known.
+//! Joins a program's loss and its gradient into one step where one follows the other: logits are the largest tensor,
+//! and a row of them is still in cache when its loss is known.
 
 use super::op::Op;
 use super::program::Step;
 
-/// Takes steps of a cross-entropy out, where the next one, of its gradient, has the losses of rows too.
+/// Removes each cross-entropy step that its gradient's step follows, and makes the latter compute the rows' losses too.
 pub(super) fn join_loss_steps(steps: &mut Vec<Step>) {
     let follows = |pair: &[Step]| {
         let [loss, grad] = pair else { return false };

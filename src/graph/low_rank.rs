@@ -1,5 +1,5 @@
-//! Low-rank adapters (Hu et al. 2021, "LoRA", arXiv:2106.09685): a linear layer's weight stays as it is, and a product
-//! of two narrow matrices is learned beside it, y = x W + alpha / r (x A) B.
+//! Low-rank adapters (Hu et al. 2021, "LoRA", arXiv:2106.09685): a linear layer's weight is frozen, and a product of
+//! two narrow matrices is learned in addition to it, y = x W + alpha / r (x A) B.
 
 use super::graph::{Graph, Node, Parameter, Source, Value, ValueInfo};
 use super::kinds::{Activation, Init, Mode, WeightLayout};
@@ -7,7 +7,7 @@ use super::op::Op;
 use crate::base::{DType, Error, Result, Shape};
 use serde::{Deserialize, Serialize};
 
-/// Ends of the names of an adapter's matrices, behind its linear layer's.
+/// Suffixes that name an adapter's matrices after its linear layer.
 const ENDS: [&str; 2] = [".lora_A.weight", ".lora_B.weight"];
 /// The end of the name of a linear layer's weight.
 const WEIGHT: &str = ".weight";
@@ -19,21 +19,21 @@ pub const MOST_RANK: usize = 1 << 14;
 pub struct LowRank {
     /// r, the columns of A and rows of B; 1 or more.
     pub rank: usize,
-    /// Their product counts alpha / r times.
+    /// The product A B is scaled by alpha / r.
     pub alpha: f64,
-    /// Probability, in training, of dropping an element of what goes into A.
+    /// Probability, in training, of dropping an element of A's input.
     pub dropout: f64,
-    /// Names of linear layers, or their ends behind a point: `q_proj` is that of every layer.
+    /// Names of linear layers, or their last parts after a dot: `q_proj` means that of every layer.
     pub targets: Vec<String>,
 }
 
 impl LowRank {
-    /// What A and B's product is multiplied by.
+    /// The factor of the product A B: alpha / r.
     pub fn scale(&self) -> f64 {
         self.alpha / self.rank as f64
     }
 
-    /// Refuses what cannot be meant.
+    /// Refuses invalid values.
     ///
     /// # Errors
     /// When a number is out of its range, or there are no targets.
@@ -66,11 +66,12 @@ pub fn adapted_layer(name: &str) -> Option<&str> {
 }
 
 impl Graph {
-    /// Gives the linear layers of `low_rank` adapters, and freezes all other parameters. A starts uniform in plus or
-    /// minus 1 / sqrt(K), B as 0, so that the model starts as it is. Call it before [`super::differentiate`].
+    /// Gives the linear layers of `low_rank` adapters, and freezes all other parameters. A is initially uniform in plus
+    /// or minus 1 / sqrt(K) and B is 0, so the adapted model initially computes the same as before. Call it before
+    /// [`super::differentiate`].
     ///
     /// # Errors
-    /// As [`LowRank::check`]; when a target is no linear layer's name, or such a layer's weight is used elsewhere too.
+    /// As [`LowRank::check`]; when a target is no linear layer's name, or such a layer's weight is also used elsewhere.
     pub fn adapt(&mut self, low_rank: &LowRank, mode: Mode) -> Result<()> {
         low_rank.check()?;
         let names: Vec<Option<String>> = self.nodes.iter().map(|node| self.linear_layer(node)).collect();
@@ -80,7 +81,7 @@ impl Graph {
             }
         }
         self.freeze(|_| true);
-        // Of random numbers each op has a stream of its own.
+        // Each op has a random stream of its own.
         let mut stream = self.nodes.iter().filter_map(|node| stream_of(&node.op)).max().map_or(0, |last| last + 1);
         let nodes = std::mem::take(&mut self.nodes);
         for (node, name) in nodes.into_iter().zip(names) {
@@ -104,8 +105,8 @@ impl Graph {
         self.parameters[weight].name.strip_suffix(WEIGHT).map(str::to_string)
     }
 
-    /// Appends, in place of a linear layer, the same with an adapter: dropout(x) A, that scaled, that times B plus the
-    /// layer's residual, and the layer with this as its residual, its activation apart.
+    /// Appends, in place of a linear layer, the layer with an adapter: u = dropout(x) A, scaled; u B plus the layer's
+    /// residual; the layer with this sum as its residual; and its activation as an op of its own.
     fn adapt_layer(&mut self, mut node: Node, name: &str, low_rank: &LowRank, dropped: Option<u32>) -> Result<()> {
         let layer = node.layer;
         let &Op::Linear { activation, layout, residual } = &node.op else { unreachable!("the caller has matched it") };
@@ -140,7 +141,7 @@ impl Graph {
         if activation == Activation::None {
             self.append(node);
         } else {
-            // What came before the activation was the second output.
+            // The value before the activation was the second output.
             let pre = node.outputs[1];
             node.outputs = vec![pre];
             self.append(node);
@@ -165,7 +166,7 @@ impl Graph {
         Value(self.values.len() as u32 - 1)
     }
 
-    /// Appends a node whose outputs are there already.
+    /// Appends a node whose outputs exist already.
     fn append(&mut self, node: Node) {
         for (output, &value) in node.outputs.iter().enumerate() {
             self.values[value.0 as usize].source = Source::Node { node: self.nodes.len(), output };
@@ -173,7 +174,7 @@ impl Graph {
         self.nodes.push(node);
     }
 
-    /// Appends a node with an output of its own, of this shape.
+    /// Appends a node with a new output of this shape.
     fn append_new(&mut self, op: Op, inputs: Vec<Value>, shape: Shape, layer: usize) -> Value {
         let out = self.new_value(shape, self.float, Source::Node { node: self.nodes.len(), output: 0 });
         self.append(Node { op, inputs, outputs: vec![out], layer });
@@ -181,7 +182,7 @@ impl Graph {
     }
 }
 
-/// Whether a target means the linear layer of this name.
+/// Whether a target names this linear layer.
 fn is_of(target: &str, name: &str) -> bool {
     name.strip_suffix(target).is_some_and(|before| before.is_empty() || before.ends_with('.'))
 }

@@ -2,7 +2,7 @@
 //!
 //! The order of inputs and outputs is stated once, here, on each variant. Rules about an op live beside this file:
 //! shapes and construction in `builder`, arithmetic and traffic in `cost`, gradients in `gradient`. Parentheses mark
-//! what may be absent.
+//! optional operands.
 
 use super::custom::Custom;
 use super::kinds::{Activation, WeightLayout};
@@ -30,33 +30,32 @@ pub enum Op {
     Linear {
         /// Fused after the bias.
         activation: Activation,
-        /// Of the weight.
+        /// The weight's layout.
         layout: WeightLayout,
-        /// A residual is the last input, added after the bias. There is none with an activation.
+        /// A residual is the last input, added after the bias. Never with an activation.
         residual: bool,
     },
     /// d_pre (.., N), weight, (pre or addend (.., K)) -> d_x (.., K).
     LinearGradInput {
-        /// Of the weight.
+        /// The weight's layout.
         layout: WeightLayout,
-        /// What x came from, if it was an activation of the last input: then the output is the gradient of that.
+        /// The activation that computed x from the last input, if any: then the output is the gradient of that input.
         activation: Activation,
-        /// The last input is added: what others who read x contribute to its gradient. There is none with an
-        /// activation.
+        /// The last input is added: the contribution of x's other readers to its gradient. Never with an activation.
         adds: bool,
     },
     /// x (.., K), d_pre (.., N) -> d_weight, (d_bias (N)).
     LinearGradWeight {
-        /// Of the weight.
+        /// The weight's layout.
         layout: WeightLayout,
-        /// Whether there is a bias' gradient.
+        /// Whether the bias' gradient is computed.
         bias: bool,
-        /// Both are added to what is there: other rows of the same microbatch came before.
+        /// Both gradients are added to the existing values: other rows of the same microbatch came before.
         adds: bool,
     },
     /// x -> out, elementwise.
     Activation(Activation),
-    /// d_out, x -> d_x, elementwise; x is what went into the activation.
+    /// d_out, x -> d_x, elementwise; x is the activation's input.
     ActivationGrad(Activation),
     /// gate, up of one shape -> activation(gate) * up: a gated linear unit (Shazeer 2020, arXiv:2002.05202).
     Glu(Activation),
@@ -64,9 +63,10 @@ pub enum Op {
     GluGrad(Activation),
     /// a, b of one shape -> a + b.
     Add,
-    /// x -> out: each element times this number; its gradient is itself on d_out.
+    /// x -> out: each element times this number; its gradient is the same op on d_out.
     Scale(f64),
-    /// x -> out: each element is dropped with probability `p` or scaled by 1/(1-p); its gradient is itself on d_out.
+    /// x -> out: each element is dropped with probability `p` or scaled by 1/(1-p); its gradient is the same op on
+    /// d_out.
     Dropout {
         /// Probability of dropping.
         p: f64,
@@ -87,23 +87,24 @@ pub enum Op {
     },
     /// d_out, x, weight, rstd -> d_x, d_weight.
     RmsNormGrad,
-    /// x (B, T, R) with R >= H D -> out: the first H heads of width D of position t turned by t's angles, the rest
-    /// copied. Its gradient is the turn back, on d_out.
+    /// x (B, T, R) with R >= H D -> out: the first H heads of width D of position t rotated by t's angles, the rest
+    /// copied. Its gradient is the inverse rotation of d_out.
     Rotary(Rotation),
     /// qkv (B, T, (H + 2 Hkv) D) packed, or q (B, Tq, H D), k, v (B, Tk, Hkv D); (mask (B, Tk) i32: 1 = attend)
     /// -> out (B, Tq, H D), lse (B, H, Tq).
     Attention(AttentionKind),
     /// d_out, out, lse, then Attention's inputs -> d_qkv, or d_q, d_k, d_v.
     AttentionGrad(AttentionKind),
-    /// logits (.., V), labels (..) i32 -> row_losses (rows): -log softmax at the label. A row with label -100 counts for
-    /// nothing: its loss is 0.
+    /// logits (.., V), labels (..) i32 -> row_losses (rows): -log softmax at the label. A row with label -100 does not
+    /// count: its loss is 0.
     CrossEntropy,
-    /// logits (.., V), labels (..) -> d_logits (.., V), over the logits where they die; where wanted row_losses (rows), as
-    /// of the op above, whose step it takes over where it follows.
+    /// logits (.., V), labels (..) -> d_logits (.., V), written over the logits if this is their last use, (row_losses
+    /// (rows), as of `CrossEntropy`, whose step it takes over if it directly follows it).
     CrossEntropyGrad,
     /// predictions (.., C), targets (.., C) -> row_losses (rows): the mean of squared differences.
     MeanSquaredError,
-    /// predictions (.., C), targets (.., C) -> d_predictions (.., C), over the predictions where they die.
+    /// predictions (.., C), targets (.., C) -> d_predictions (.., C), written over the predictions if this is their
+    /// last use.
     MeanSquaredErrorGrad,
     /// row_losses (rows) -> loss (1): their sum, times the step's loss scale.
     LossSum,
@@ -120,9 +121,9 @@ pub enum Op {
         /// Added to the variance.
         epsilon: f64,
     },
-    /// mean (C), var (C) of `count` values a channel; running_mean, running_var change in place. No output.
+    /// mean (C), var (C) of `count` values a channel; running_mean and running_var are updated in place. No output.
     UpdateRunning {
-        /// The share of the new value.
+        /// The new value's share.
         momentum: f64,
         /// Values a channel, for the unbiased variance.
         count: usize,
@@ -147,15 +148,15 @@ pub enum Op {
         /// Output axis i is input axis `axes[i]`.
         axes: Vec<usize>,
     },
-    /// x (B, T, C) -> out (B, T', C): row t of each sequence becomes row t + `by`, where there is one; rows that none
-    /// comes to are 0. Its gradient is the shift by -`by`, on d_out.
+    /// x (B, T, C) -> out (B, T', C): row t of each sequence becomes row t + `by`, where that exists; rows to which
+    /// none is shifted are 0. Its gradient is the shift by -`by`, on d_out.
     Shift {
         /// Rows down; up where it is negative.
         by: isize,
     },
-    /// x -> out, copied: where a value must lie in a place of its own.
+    /// x -> out, copied: where a value needs a buffer of its own.
     Copy,
-    /// An embedder's own: its inputs -> its outputs.
+    /// A custom op: its inputs -> its outputs.
     Custom(Custom),
     /// Nothing -> out, all 0: the gradient of a parameter that the loss does not depend on.
     Zero,
@@ -182,35 +183,35 @@ pub struct AttentionKind {
     pub dropout: Option<(f64, u32)>,
 }
 
-/// How a rotary position embedding turns heads.
+/// How a rotary position embedding rotates heads.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rotation {
-    /// Heads that are turned; what lies behind them in a row is copied.
+    /// Heads that are rotated; the rest of a row after them is copied.
     pub heads: usize,
-    /// Width of a head, even: elements i and i + width/2 are turned together.
+    /// Width of a head, even: elements i and i + width/2 are rotated as a pair.
     pub width: usize,
-    /// They are turned by t * base^(-2i/width) at position t, but for `scaling`.
+    /// Without `scaling`, they are rotated by t * base^(-2i/width) at position t.
     pub base: f64,
-    /// How that is slowed.
+    /// How these angles are scaled.
     pub scaling: RotaryScaling,
-    /// By minus that; stretched alike, which is the gradient.
+    /// Rotates by the negative angle, with the same stretch: the gradient.
     pub back: bool,
 }
 
-/// How rotary angles are slowed, for contexts longer than a model was first trained on.
+/// How rotary angles are reduced, for contexts longer than a model was pretrained on.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub enum RotaryScaling {
     /// Not at all.
     #[default]
     None,
-    /// All by one factor (Chen, Wong, Chen & Tian 2023, "Extending context window by positional interpolation",
+    /// All divided by one factor (Chen, Wong, Chen & Tian 2023, "Extending context window by positional interpolation",
     /// arXiv:2306.15595).
     Linear {
         /// 1 or more.
         factor: f64,
     },
-    /// Llama 3.1's: those that turn less than `low` times over `positions` by the factor, those that turn more than
-    /// `high` times not at all, the others by a part that is linear in their turns.
+    /// Llama 3.1's: pairs that turn less than `low` times over `positions` are slowed by the factor, those that turn
+    /// more than `high` times not at all, and those between by a share that is linear in their turns.
     Llama3 {
         /// 1 or more.
         factor: f64,
@@ -218,12 +219,12 @@ pub enum RotaryScaling {
         low: f64,
         /// Turns.
         high: f64,
-        /// The context of the first training.
+        /// The context length of pretraining.
         positions: usize,
     },
     /// YaRN (Peng, Quesnelle, Fan & Shippole 2023, arXiv:2309.00071): pairs that turn less than `low` times over
-    /// `positions` by the factor, those that turn more than `high` times not at all, those between by a part that is
-    /// linear in the pair's number. And what is turned is stretched, so that scores are sharper.
+    /// `positions` are slowed by the factor, those that turn more than `high` times not at all, and those between by a
+    /// share that is linear in the pair's index. Rotated heads are also scaled by `stretch`, which sharpens the scores.
     Yarn {
         /// 1 or more.
         factor: f64,
@@ -231,27 +232,26 @@ pub enum RotaryScaling {
         low: f64,
         /// Turns, `beta_fast`.
         high: f64,
-        /// The context of the first training.
+        /// The context length of pretraining.
         positions: usize,
-        /// Whether the first pair between is a whole number, and the last.
+        /// Whether the first and the last pair between are rounded to whole indices.
         whole: bool,
-        /// What queries and keys are multiplied by, above 0.
+        /// The factor of queries and keys, above 0.
         stretch: f64,
     },
 }
 
-/// How the frequencies of a rotation are slowed, in numbers: of the frequency f of pair i, in radians a position, the
-/// share `k = clamp(constant + slope f + along i, 0, 1)` stays, and the rest is multiplied by `slowed`: f (k + (1 - k)
-/// slowed).
+/// How the frequencies of a rotation are slowed, as numbers: the frequency f of pair i, in radians per position,
+/// becomes f (k + (1 - k) slowed) with `k = clamp(constant + slope f + along i, 0, 1)`.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Slowing {
-    /// What the rest is multiplied by.
+    /// The factor of the share 1 - k.
     pub slowed: f64,
-    /// The share of frequency 0 in pair 0.
+    /// k of frequency 0 in pair 0.
     pub constant: f64,
-    /// How much more of it a frequency's unit makes.
+    /// The increase of k per unit of frequency.
     pub slope: f64,
-    /// How much more each pair.
+    /// The increase of k per pair.
     pub along: f64,
 }
 
@@ -274,7 +274,7 @@ impl Rotation {
                 Slowing { slowed: 1.0 / factor, constant: -low * slope, slope: turns * slope, along: 0.0 }
             }
             RotaryScaling::Yarn { factor, low, high, positions, whole, .. } => {
-                // The pair that turns so many times.
+                // The index of the pair that turns `turns` times.
                 let pair = |turns: f64| (positions as f64 / (turns * TAU)).log2() / -self.per_pair();
                 let (first, last) = (pair(high), pair(low));
                 let (first, last) = if whole { (first.floor(), last.ceil()) } else { (first, last) };
@@ -285,7 +285,7 @@ impl Rotation {
         }
     }
 
-    /// What turned heads are multiplied by.
+    /// The factor of rotated heads.
     pub fn stretch(&self) -> f64 {
         match self.scaling {
             RotaryScaling::None | RotaryScaling::Linear { .. } | RotaryScaling::Llama3 { .. } => 1.0,
@@ -293,7 +293,7 @@ impl Rotation {
         }
     }
 
-    /// log2 of a pair's frequency over that of the pair before, unscaled.
+    /// log2 of the ratio of a pair's frequency to that of the pair before, without scaling.
     pub fn per_pair(&self) -> f64 {
         -2.0 / self.width.max(1) as f64 * self.base.log2()
     }
@@ -392,7 +392,7 @@ impl Op {
     }
 
     /// The element type of an output, in a model of `float`: statistics, losses and parameters' gradients are wide. A
-    /// sum and a copy in the backward pass have the type of what they are part of.
+    /// sum or a copy in the backward pass has the type of the gradient that it is part of.
     pub fn output_dtype(&self, output: usize, float: DType) -> DType {
         match self {
             Op::MaxPool(_) if output == 1 => DType::I32,
@@ -421,7 +421,7 @@ impl Op {
         }
     }
 
-    /// The input over which output 0 may be written when that input dies here, of an op with so many inputs.
+    /// The input that output 0 may overwrite if this is that input's last use, for an op with `inputs` inputs.
     pub fn in_place_input(&self, inputs: usize) -> Option<usize> {
         match self {
             Op::Activation(_)
@@ -443,7 +443,8 @@ impl Op {
         }
     }
 
-    /// Whether the output may be added to what is there, so that it can be a parameter's gradient over microbatches.
+    /// Whether the output can be added to the existing values, so that it can accumulate a parameter's gradient over
+    /// microbatches.
     pub fn accumulates(&self, output: usize) -> bool {
         match self {
             Op::EmbeddingGrad { .. }
@@ -458,7 +459,7 @@ impl Op {
         }
     }
 
-    /// Whether the op does without this output when nobody reads it.
+    /// Whether the op can omit this output when nothing reads it.
     pub fn output_is_optional(&self, output: usize) -> bool {
         matches!(self, Op::Linear { .. } | Op::CrossEntropyGrad) && output == 1
     }

@@ -1,4 +1,4 @@
-//! Which rows lie further apart than they are long, for devices whose kernels take that.
+//! Which rows have padding between them, for devices whose kernels support it.
 
 use super::graph::{Graph, Node, Value};
 use super::kinds::Activation;
@@ -6,15 +6,14 @@ use super::op::Op;
 use crate::base::DType;
 use std::collections::HashSet;
 
-/// Columns that a row of `cols` has room for where rows are to start at multiples of 16 bytes: what bulk copies of bf16
-/// need.
+/// The padded width of a row of `cols` columns whose rows start at multiples of 16 bytes, as bulk copies of bf16 need.
 pub(super) fn padded_cols(cols: usize) -> usize {
     cols.next_multiple_of(8)
 }
 
-/// Logits and their gradients in bf16 whose rows are an odd number of elements long, as those over a vocabulary of
-/// 50,257 are, for a device whose kernels can take rows that lie further apart. Products of such rows take half the
-/// time when they start at multiples of 16 bytes.
+/// Logits and their gradients in bf16 whose width is not a multiple of 8, such as those over a vocabulary of 50,257,
+/// for a device whose kernels support padded rows. Products of such rows take half the time when they start at
+/// multiples of 16 bytes.
 pub(super) fn padded(graph: &Graph) -> HashSet<Value> {
     if !graph.scratch || graph.float != DType::Bf16 {
         return HashSet::new();
@@ -42,7 +41,7 @@ pub(super) fn padded(graph: &Graph) -> HashSet<Value> {
             }
         }
     }
-    // A loss' kernel is told one distance, of what the loss is of and of its gradient.
+    // A loss' kernel takes a single pitch, for both its input and its gradient.
     for node in &graph.nodes {
         if matches!(node.op, Op::CrossEntropyGrad | Op::MeanSquaredErrorGrad) {
             let both = [graph.root(node.inputs[0]), node.outputs[0]];

@@ -1,11 +1,11 @@
 //! Memory placement: gives every buffer an offset before anything runs.
 //!
-//! A buffer lives from the step that writes it first to the step that reads it last. Two that live at one time never
-//! overlap; the peak is the highest byte of any buffer, known exactly.
+//! A buffer lives from the step that first writes it to the step that last reads it. Two that are alive at the same
+//! time never overlap; the peak is the highest byte of any buffer, known exactly.
 
 use crate::base::align_up;
 
-/// Every buffer starts at a multiple of this many bytes: a cache line, and what wide loads like.
+/// Every buffer starts at a multiple of this many bytes: a cache line, and enough for wide loads.
 pub const ALIGNMENT: u64 = 64;
 
 /// A buffer and its life, as inclusive steps.
@@ -19,12 +19,13 @@ pub struct Lifetime {
     pub last: usize,
 }
 
-/// Offsets for `buffers`, in their order, and the peak in bytes: largest first, each at the tightest gap that holds it.
+/// Offsets for `buffers`, in their order, and the peak in bytes. Places the largest first, each in the smallest gap
+/// that holds it.
 pub fn place(buffers: &[Lifetime]) -> (Vec<u64>, u64) {
     let mut order: Vec<usize> = (0..buffers.len()).collect();
     order.sort_by_key(|&i| (std::cmp::Reverse(buffers[i].bytes), buffers[i].first, i));
     let mut offsets = vec![0; buffers.len()];
-    // Those that have a place, from the lowest to the highest.
+    // The buffers placed so far, from the lowest to the highest.
     let mut placed: Vec<(u64, u64, usize)> = Vec::new();
     let mut peak = 0;
     for i in order {
@@ -44,7 +45,7 @@ pub fn place(buffers: &[Lifetime]) -> (Vec<u64>, u64) {
     (offsets, peak)
 }
 
-/// The start of the smallest gap between the sorted stretches `taken` that holds `bytes`; the end of all when none
+/// The start of the smallest gap between the sorted ranges `taken` that holds `bytes`; the end of all of them when none
 /// does.
 fn tightest_gap(taken: impl Iterator<Item = (u64, u64)>, bytes: u64) -> u64 {
     let mut best: Option<(u64, u64)> = None;

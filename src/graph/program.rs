@@ -1,17 +1,17 @@
 //! Programs: what a unit runs, as ops on buffers with fixed offsets.
 //!
-//! A program is a slice of the model's one graph: the nodes of a shard's layers, forward or backward, with every tensor
-//! given a place (see `slice`). Tensors that live within the unit share a workspace; the others lie in areas whose
-//! bases are given when the program is submitted, so that one program serves every slot and microbatch.
+//! A program is a slice of the model's one graph: the nodes of a shard's layers, forward or backward, with a place for
+//! every tensor (see `slice`). Tensors that live within the unit share a workspace; the others lie in areas whose bases
+//! are set when the program is submitted, so that one program serves every slot and microbatch.
 
 use super::cost::Cost;
 use super::op::Op;
 use crate::base::{DType, Shape};
 
-/// A stretch of memory that a program addresses from a base of its own.
+/// A range of memory that a program addresses from a base of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Area {
-    /// What lives and dies within the unit and microbatch.
+    /// Tensors that live only within the unit and microbatch.
     Workspace,
     /// The shard's weights.
     Weights,
@@ -19,7 +19,7 @@ pub enum Area {
     Gradients,
     /// The shard's running statistics.
     States,
-    /// What forward leaves for backward when nothing is recomputed.
+    /// Activations that forward keeps for backward when nothing is recomputed.
     Saved,
     /// The boundary activation from the shard before.
     ActivationIn,
@@ -41,7 +41,7 @@ pub const AREAS: usize = Area::Results as usize + 1;
 /// A tensor in its place.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Buffer {
-    /// Where its offset counts from.
+    /// The area from whose base its offset counts.
     pub area: Area,
     /// First byte.
     pub offset: u64,
@@ -49,13 +49,13 @@ pub struct Buffer {
     pub shape: Shape,
     /// Its element type.
     pub dtype: DType,
-    /// Elements from one row (of the last axis) to the next: as many as a row has, or in the workspace up to 7 more, so
-    /// that rows start at multiples of 16 bytes.
+    /// Elements from the start of one row (of the last axis) to the next: a row's length, or in the workspace up to 7
+    /// more, so that rows start at multiples of 16 bytes.
     pub pitch: usize,
 }
 
 impl Buffer {
-    /// With its rows next to each other.
+    /// Makes a buffer whose rows are contiguous.
     pub fn new(area: Area, offset: u64, shape: Shape, dtype: DType) -> Buffer {
         let pitch = shape.cols();
         Buffer { area, offset, shape, dtype, pitch }
@@ -76,11 +76,11 @@ pub struct Step {
     pub layer: usize,
     /// Inputs, in the op's order.
     pub inputs: Vec<Buffer>,
-    /// Outputs, in the op's order; `None` where an optional one is not wanted.
+    /// Outputs, in the op's order; `None` where an optional one is not needed.
     pub outputs: Vec<Option<Buffer>>,
-    /// Room in the workspace for this step alone, where the graph asks for it (see [`super::scratch_bytes`]).
+    /// Scratch in the workspace for this step alone, where the graph asks for it (see [`super::scratch_bytes`]).
     pub scratch: Option<Buffer>,
-    /// What it costs.
+    /// Its cost.
     pub cost: Cost,
     /// Whether this step computes its layer's output: where a check for finite values looks.
     pub ends_layer: bool,
@@ -100,20 +100,20 @@ pub struct UsedInput {
 /// Which slice of the graph a program runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kind {
-    /// Forward of a shard; with `keep`, what backward needs is left in the saved area. On the last shard of an
-    /// evaluation graph it ends in the loss or the logits.
+    /// Forward of a shard; with `keep`, the activations that backward needs are kept in the saved area. On the last
+    /// shard of an evaluation graph it ends in the loss or the logits.
     Forward {
-        /// Leave what backward needs.
+        /// Keep the activations that backward needs.
         keep: bool,
     },
     /// Backward of a shard that is not the last; without `kept` its forward is recomputed first.
     Backward {
-        /// Forward left what is needed.
+        /// Forward kept the activations needed.
         kept: bool,
-        /// Recompute all of the forward, and not only what backward reads: so that the work does not depend on the cut.
+        /// Recompute all of the forward, not only what backward reads, so that the work does not depend on the cut.
         whole: bool,
     },
-    /// Forward, loss and backward of the last shard; with `recompute` the whole forward but for the loss is computed a
+    /// Forward, loss and backward of the last shard; with `recompute`, the whole forward except the loss is computed a
     /// second time for the backward, as in the other shards.
     Last {
         /// Compute the forward twice.
@@ -130,7 +130,7 @@ pub struct Program {
     pub area_bytes: [u64; AREAS],
     /// The batch's tensors that it reads.
     pub inputs: Vec<UsedInput>,
-    /// Whether products of f32 may round their factors to tf32, on a device that has it.
+    /// Whether f32 products may round their factors to tf32, on a device that supports it.
     pub tf32: bool,
     /// Floating-point operations of all ops.
     pub flops: f64,
@@ -139,7 +139,7 @@ pub struct Program {
 }
 
 impl Program {
-    /// A program of these ops, whose operands have been placed.
+    /// Makes a program of these ops, whose operands have been placed.
     pub fn of_steps(steps: Vec<Step>, area_bytes: [u64; AREAS], inputs: Vec<UsedInput>, tf32: bool) -> Program {
         let flops = steps.iter().map(|s| s.cost.flops).sum();
         let traffic_bytes = steps.iter().map(|s| s.cost.bytes).sum();

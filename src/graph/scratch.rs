@@ -1,7 +1,7 @@
 //! Scratch: what an op's kernels need besides its operands, in bytes of the workspace, for devices that ask for it.
 //!
-//! Kernels that reduce over many blocks leave partial results for a second kernel. How many is a function of shapes
-//! alone, never of the chip, so neither the plan's bytes nor the order of any sum depend on the machine.
+//! Kernels that reduce over many blocks leave partial results for a second kernel. Their number is a function of shapes
+//! alone, never of the chip, so neither the plan's bytes nor the order of any sum depends on the machine.
 
 mod conv;
 mod product;
@@ -14,10 +14,10 @@ pub use product::{K_STEP, KParts, ProductCut, product_bytes, product_cut};
 /// Columns that one block of `kernels/column_sum.cu` sums.
 pub const COLUMN_TILE: usize = 256;
 
-/// Blocks that a launch is divided into where a matrix has the rows for it: 8 on each of an H200's 132 multiprocessors.
+/// Blocks that a launch is divided into where a matrix has enough rows: 8 on each of an H200's 132 multiprocessors.
 const BLOCKS: usize = 1056;
 
-/// Fewest images of a part, so that writing partial sums is cheap beside reading the images.
+/// Fewest images of a part, so that writing partial sums is cheap compared with reading the images.
 const LEAST_ROWS: usize = 32;
 
 /// A matrix's rows cut into parts, each summed by itself.
@@ -32,15 +32,15 @@ pub struct RowParts {
 /// Blocks of `column_sum` that run at once on an H200, 4 a multiprocessor.
 const SUM_BLOCKS: usize = 528;
 
-/// Fewest rows of a part of column sums: what a block has on its way at once.
+/// Fewest rows of a part of column sums: the rows that a block has in flight at once.
 const SUM_ROWS: usize = 64;
 
-/// Parts for the column sums of (rows, cols): those that a machine of the size of an H200 is done with first. A
-/// function of the shape alone.
+/// Parts for the column sums of (rows, cols): the division that is fastest on a machine of an H200's size. A function
+/// of the shape alone.
 pub fn row_parts(rows: usize, cols: usize) -> RowParts {
     let tiles = cols.div_ceil(COLUMN_TILE).max(1);
-    // In rows of a block: those of its part, as many as go by until the first of them is there, and a share of the sum
-    // over parts.
+    // Cost in rows per block: the rows of its part, as many as pass during the latency of the first load, and a share
+    // of the sum over parts.
     let cost = |parts: usize| {
         let waves = (tiles * parts).div_ceil(SUM_BLOCKS);
         16 * waves * (rows.div_ceil(parts) + 24) + parts
@@ -49,14 +49,14 @@ pub fn row_parts(rows: usize, cols: usize) -> RowParts {
     parts_of(rows, (1..=most).min_by_key(|&parts| cost(parts)).unwrap_or(1))
 }
 
-/// Parts for the sums over images of a matrix (images, cols) whose columns are a channel's positions.
+/// Parts for the sums over the images of a matrix (images, cols) whose columns are a channel's positions.
 fn image_parts(images: usize, cols: usize) -> RowParts {
     let tiles = cols.div_ceil(COLUMN_TILE).max(1);
     parts_of(images, images.div_ceil(LEAST_ROWS).min(BLOCKS.div_ceil(tiles)))
 }
 
-/// Columns of a row that the threads of one block of `kernels/norm_grad.cu` keep at the least, whatever the element
-/// type and the address.
+/// Columns of a row that the threads of one block of `kernels/norm_grad.cu` can always keep, whatever the element type
+/// and the alignment.
 pub const NORM_COLUMNS: usize = 4096;
 
 /// Parts for the gradient of a normalization of (rows, cols): two blocks on each of an H200's multiprocessors.
@@ -65,14 +65,14 @@ pub fn norm_parts(rows: usize, cols: usize) -> RowParts {
     parts_of(rows, rows.div_ceil(8).min(264_usize.div_ceil(tiles)))
 }
 
-/// Bytes of `sums` partial column sums of (rows, cols), f32 (sums, parts, cols), and of the two means of each row where
-/// it is long: f32 (rows, 2).
+/// Bytes of `sums` partial column sums of (rows, cols), f32 (sums, parts, cols), and of the two means of each row,
+/// where rows are long: f32 (rows, 2).
 fn norm_bytes(sums: usize, rows: usize, cols: usize) -> u64 {
     let means = if cols > NORM_COLUMNS { 2 * rows } else { 0 };
     ((sums * norm_parts(rows, cols).parts * cols + means) * 4) as u64
 }
 
-/// Positions from which on a plane of a batch normalization is summed by itself.
+/// Number of positions from which on a plane of a batch normalization is summed on its own.
 const LARGE_PLANE: usize = 256;
 
 /// Elements of a plane that a warp of `kernels/gpu/batchnorm.cuh` takes at a time.
@@ -81,8 +81,8 @@ pub const PLANE_PIECE: usize = 8192;
 /// How the sums of a batch normalization of (images, channels, positions) are divided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ChannelParts {
-    /// Large planes: parts of a channel's pieces, with one partial result a channel and part. Else: parts of the images
-    /// as rows of a matrix, with one partial result a column and part.
+    /// For large planes, parts of a channel's pieces, with one partial result per channel and part. Otherwise, parts of
+    /// the images as rows of a matrix, with one partial result per column and part.
     pub parts: RowParts,
     /// Partial results that a channel has in each part: 1, or `positions`.
     pub width: usize,
@@ -104,7 +104,7 @@ pub fn channel_parts(images: usize, channels: usize, positions: usize) -> Channe
     ChannelParts { parts: parts_of(pieces, pieces.div_ceil(16).min(BLOCKS.div_ceil(channels.max(1)))), width: 1 }
 }
 
-/// At most `parts` parts of `rows` rows, none of them empty.
+/// Divides `rows` rows into at most `parts` parts, none of them empty.
 fn parts_of(rows: usize, parts: usize) -> RowParts {
     let per_part = rows.div_ceil(parts.max(1));
     RowParts { parts: rows.checked_div(per_part).map_or(0, |_| rows.div_ceil(per_part)), rows: per_part }
@@ -115,14 +115,14 @@ pub fn column_sum_bytes(rows: usize, cols: usize) -> u64 {
     (row_parts(rows, cols).parts * cols * 4) as u64
 }
 
-/// Warps that sum columns beside a product on an H200, 3 a multiprocessor.
+/// Warps that sum columns alongside a product on an H200, 3 per multiprocessor.
 const BESIDE_WARPS: usize = 396;
 
-/// Fewest rows of a part that a warp sums: twice what it has on its way at once.
+/// Fewest rows of a part that a warp sums: twice as many as it has in flight at once.
 const BESIDE_ROWS: usize = 32;
 
-/// Parts for the column sums of (rows, cols) that are made beside a product (`kernels/gpu/gemm_beside.cuh`): about two
-/// a warp, for there may be fewer warps than an H200 has. A function of the shape alone.
+/// Parts for the column sums of (rows, cols) that are computed alongside a product (`kernels/gpu/gemm_beside.cuh`):
+/// about two per warp, since there may be fewer warps than on an H200. A function of the shape alone.
 pub fn beside_parts(rows: usize, cols: usize) -> RowParts {
     let tiles = cols.div_ceil(COLUMN_TILE).max(1);
     parts_of(rows, rows.div_ceil(BESIDE_ROWS).min((2 * BESIDE_WARPS).div_ceil(tiles)))
@@ -145,19 +145,19 @@ pub struct EmbeddingSort {
     pub table_rows: usize,
     /// Blocks of [`SORT_KEYS`] tokens.
     pub blocks: usize,
-    /// Passes, so that V itself, which stands for an id outside the table, is told apart too.
+    /// Number of passes, enough to also distinguish V itself, which stands for an id outside the table.
     pub passes: usize,
 }
 
 impl EmbeddingSort {
-    /// For so many tokens and a table of so many rows.
+    /// Sizes the sort of `tokens` tokens for a table of `table_rows` rows.
     pub fn new(tokens: usize, table_rows: usize) -> EmbeddingSort {
         let bits = (usize::BITS - table_rows.leading_zeros()).max(1);
         EmbeddingSort { tokens, table_rows, blocks: tokens.div_ceil(SORT_KEYS), passes: bits.div_ceil(8) as usize }
     }
 
     /// Where its parts start in the scratch, in bytes: which ids occur (V), counts of digits (blocks, 256), and the
-    /// tokens' order (tokens) after passes of even number and of odd number. All i32.
+    /// tokens' order (tokens) after even-numbered and after odd-numbered passes. All i32.
     pub fn starts(&self) -> [u64; 4] {
         let counts = 4 * self.table_rows as u64;
         let even = counts + 1024 * self.blocks as u64;
@@ -193,13 +193,13 @@ pub fn scratch_bytes(graph: &Graph, node: &Node) -> u64 {
         Op::BatchNorm { .. } | Op::BatchNormGrad => {
             let x = input(if node.op == Op::BatchNormGrad { 1 } else { 0 }).axes();
             let partials = channel_parts(x[0], x[1], x[2..].iter().product()).count(x[1]);
-            // Count, mean and squares of each; or two sums of each, and three numbers a channel for the elementwise
-            // pass.
+            // Count, mean and sum of squares of each; or two sums of each, and three numbers per channel for the
+            // elementwise pass.
             let floats = if node.op == Op::BatchNormGrad { 2 * partials + 3 * x[1] } else { 3 * partials };
             (floats * 4) as u64
         }
-        // For each query of each head the sum of d_out * out, f32: as many as lse has.
-        // A number for each row, then one for each pass.
+        // For each query of each head, the sum of d_out * out, f32: as many as lse has elements. Then one number for
+        // each of two passes.
         Op::AttentionGrad(_) => (input(2).elems() as u64 + 2) * 4,
         Op::Conv2d(_) | Op::Conv2dGradInput(_) | Op::Conv2dGradWeight(_) => conv_bytes(graph, node),
         Op::Conv2dGradBias => conv_bias_bytes(input(0).axes()[1], input(0).elems() / input(0).axes()[1].max(1)),
@@ -207,7 +207,7 @@ pub fn scratch_bytes(graph: &Graph, node: &Node) -> u64 {
     }
 }
 
-/// Of a convolution or one of its gradients but the bias'.
+/// Bytes for a convolution or one of its gradients, except the bias'.
 fn conv_bytes(graph: &Graph, node: &Node) -> u64 {
     let axes = |value| graph.info(value).shape.axes();
     let (window, x, out) = match &node.op {

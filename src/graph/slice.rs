@@ -1,8 +1,8 @@
-//! How a program is cut out of a graph: which nodes run, what is computed again, and where each tensor lies.
+//! How a program is cut out of a graph: which nodes run, what is recomputed, and where each tensor lies.
 //!
-//! Slicing never changes an op, so a cut never changes a bit. A tensor that somebody outside the unit reads or writes
-//! has a fixed place; the others share the workspace by their lifetimes (see `place`), and an output may take over the
-//! buffer of an input that dies with its step.
+//! Slicing never changes an op, so a cut never changes a bit. A tensor that is also read or written outside the unit
+//! has a fixed place; the others share the workspace according to their lifetimes (see `place`), and an output may take
+//! over the buffer of an input whose last use is the same step.
 
 use super::cost::{Cost, Family, cost};
 use super::graph::{Graph, ParameterGradient, Source, Value};
@@ -18,10 +18,10 @@ use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 
 impl Program {
-    /// The program of `kind` for the shard that `shard` lays out.
+    /// Makes the program of `kind` for the shard with the layout `shard`.
     ///
     /// # Panics
-    /// When `kind` does not fit the graph: a backward without a gradient.
+    /// When `kind` does not fit the graph, such as a backward without a gradient.
     pub fn new(graph: &Graph, model: &ModelLayout, shard: &ShardLayout, kind: Kind) -> Program {
         Slice::new(graph, model, shard, kind).program()
     }
@@ -30,16 +30,16 @@ impl Program {
 /// One computation of a value: a recomputed value is another instance.
 type Instance = (Value, u8);
 
-/// The nodes that a program runs, and what it finds where.
+/// The nodes that a program runs, and where it finds its tensors.
 struct Slice<'a> {
     graph: &'a Graph,
     model: &'a ModelLayout,
     shard: &'a ShardLayout,
     kind: Kind,
-    /// Nodes to run, each with the instance that it reads and writes.
+    /// Nodes to run, each with the instance of the values that it reads and writes.
     sequence: Vec<(usize, u8)>,
     saved: HashMap<Value, u64>,
-    /// Where in the shard's gradients each parameter's gradient is summed up.
+    /// Where in the shard's gradients each parameter's gradient is accumulated.
     gradients: HashMap<Value, u64>,
     inputs: Vec<UsedInput>,
     /// Values that get [`padded_cols`] columns where they lie in the workspace.
@@ -91,7 +91,7 @@ impl<'a> Slice<'a> {
         slice
     }
 
-    /// The forward nodes that must run again for `backward`, in order; of the `whole` forward all but the loss.
+    /// The forward nodes that must be recomputed for `backward`, in order; with `whole`, all but the loss.
     fn needed_again(&self, forward: Range<usize>, backward: Range<usize>, whole: bool) -> Vec<usize> {
         let mut wanted = self.read_by(backward);
         let mut needed = Vec::new();
@@ -108,7 +108,7 @@ impl<'a> Slice<'a> {
         needed
     }
 
-    /// Gives an offset in the saved area to each value that passes from forward to backward.
+    /// Assigns an offset in the saved area to each value that passes from forward to backward.
     fn place_saved(&mut self, forward: Range<usize>, backward: Range<usize>) {
         let read = self.read_by(backward);
         let mut end = 0;
@@ -166,7 +166,7 @@ impl<'a> Slice<'a> {
         self.gradients.get(&value).map(|&offset| (Area::Gradients, offset))
     }
 
-    /// Offset of an input of the batch, which is given one when it is first asked for.
+    /// Offset of an input of the batch, assigned at the first call for it.
     fn input(&mut self, input: usize) -> u64 {
         if let Some(used) = self.inputs.iter().find(|u| u.input == input) {
             return used.offset;
@@ -284,7 +284,7 @@ impl<'a> Slice<'a> {
         }
     }
 
-    /// An input of node `n` that dies at step `at` and may be overwritten by output 0, with its operand number.
+    /// An input of node `n` whose last use is step `at` and that output 0 may overwrite, with its operand number.
     fn dying_input(
         &self,
         workspace: &Workspace,
@@ -295,7 +295,7 @@ impl<'a> Slice<'a> {
     ) -> Option<(Instance, usize)> {
         let node = &self.graph.nodes[n];
         let first = node.op.in_place_input(node.inputs.len())?;
-        // On the host, which writes a product before it reads what joins it, that would only cost a copy.
+        // The host writes a product before it reads the value that joins it, so this would only cost a copy.
         if matches!(node.op, Op::Linear { .. } | Op::LinearGradInput { .. }) && !self.graph.scratch {
             return None;
         }
@@ -318,7 +318,7 @@ impl<'a> Slice<'a> {
         ends_part || node.outputs.first().is_some_and(|&v| Some(v) == ends)
     }
 
-    /// Copies into the saved area the boundary activation that backward reads too.
+    /// Copies the boundary activation into the saved area if backward reads it too.
     fn save_handed_on(&self, steps: &mut Vec<Step>) {
         let Kind::Forward { keep: true } = self.kind else { return };
         let Some(output) = self.graph.layers[self.shard.layers.end - 1].output.map(|v| self.graph.root(v)) else {
@@ -350,8 +350,8 @@ impl<'a> Slice<'a> {
     }
 }
 
-/// The nodes of `forward` and then those of `backward`, but that a loss' gradient follows it at once, and each part of the
-/// loss runs its backward nodes right behind its forward ones.
+/// The nodes of `forward` and then those of `backward`, except that a loss' gradient follows it immediately, and each
+/// part of the loss runs its backward nodes right after its forward ones.
 fn part_by_part(graph: &Graph, forward: &[(usize, u8)], backward: Range<usize>) -> impl Iterator<Item = usize> {
     let mut order = Vec::with_capacity(forward.len() + backward.len());
     let mut rest = backward.clone();
@@ -380,7 +380,7 @@ fn last_reads(graph: &Graph, sequence: &[(usize, u8)]) -> HashMap<Instance, usiz
     last
 }
 
-/// Buffers of the workspace and their lives.
+/// Buffers of the workspace and their lifetimes.
 #[derive(Default)]
 struct Workspace {
     buffers: Vec<Lifetime>,
@@ -388,7 +388,8 @@ struct Workspace {
 }
 
 impl Workspace {
-    /// Of what is written in parts, or added to, the first step makes the buffer.
+    /// Records that a step writes a value. Where a value is written in parts, or added to, the first step makes the
+    /// buffer.
     fn write(&mut self, key: Instance, bytes: u64, at: usize) {
         if self.of.contains_key(&key) {
             return self.read(key, at);

@@ -1,4 +1,4 @@
-//! Reads a config: every value is checked as it is read, and a key that nobody read can be refused.
+//! Reads a config: every value is checked as it is read, and keys that nobody read can be refused.
 
 use crate::base::tensorfile::shortened;
 use crate::base::{Error, Result, nearest};
@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 use std::cell::RefCell;
 use std::ops::RangeInclusive;
 
-/// Keys that any config.json may have, whether its family reads them or not.
+/// Keys that any config.json may have, even if its family does not read them.
 const USUAL: [&str; 21] = [
     "_name_or_path",
     "architectures",
@@ -67,7 +67,7 @@ impl<'a> Fields<'a> {
         Error::bad(format!("{}: {what}", self.place(key)))
     }
 
-    /// The keys that were read, there or not.
+    /// The keys that were asked for, present or not.
     pub fn read_keys(&self) -> Vec<&'static str> {
         self.read.borrow().clone()
     }
@@ -100,7 +100,7 @@ impl<'a> Fields<'a> {
         Ok(given.or(Some(default).filter(|_| !self.map.contains_key(key))))
     }
 
-    /// A list of whole numbers in `range`, one at least and `most` at most.
+    /// A list of at least one and at most `most` whole numbers in `range`.
     pub fn counts(
         &self,
         key: &'static str,
@@ -116,7 +116,7 @@ impl<'a> Fields<'a> {
         list.iter().map(|value| self.as_count(key, value, &range)).collect()
     }
 
-    /// A number for which `fits` holds; `want` says in words which those are.
+    /// A number for which `fits` holds; `want` describes such numbers in words.
     pub fn number(&self, key: &'static str, default: f64, want: &str, fits: impl Fn(f64) -> bool) -> Result<f64> {
         self.refuse_null(key)?;
         let Some(value) = self.get(key) else { return Ok(default) };
@@ -131,7 +131,7 @@ impl<'a> Fields<'a> {
         self.number(key, default, "a number from 0 to below 1", |p| (0.0..1.0).contains(&p))
     }
 
-    /// A standard deviation of first weights.
+    /// A standard deviation of initial weights.
     pub fn deviation(&self, key: &'static str, default: f64) -> Result<f64> {
         self.number(key, default, "a number from 0 to 1000", |r| (0.0..=1000.0).contains(&r))
     }
@@ -148,7 +148,7 @@ impl<'a> Fields<'a> {
         value.as_bool().ok_or_else(|| self.fault(key, format!("want true or false, got {}", shown(value))))
     }
 
-    /// One of `known` words, as what it stands for.
+    /// One of the `known` words, as the value that it stands for.
     pub fn word<T: Copy>(&self, key: &'static str, default: T, known: &[(&str, T)]) -> Result<T> {
         self.refuse_null(key)?;
         let Some(value) = self.get(key) else { return Ok(default) };
@@ -159,7 +159,7 @@ impl<'a> Fields<'a> {
         })
     }
 
-    /// Refuses another name of a key, under which transformers would take it and we would not.
+    /// Refuses another name of a key, which transformers would accept and we would not.
     pub fn refuse_alias(&self, alias: &str, key: &str) -> Result<()> {
         if self.map.contains_key(alias) { Err(self.fault(alias, format!("write it as {key}"))) } else { Ok(()) }
     }
@@ -172,7 +172,7 @@ impl<'a> Fields<'a> {
         let read = self.read.borrow();
         let known = |key: &str| read.contains(&key) || USUAL.contains(&key) || more.contains(&key);
         let unknown: Vec<&String> = self.map.keys().filter(|key| !known(key)).collect();
-        // A slip of the pen rather than what is unknown because of it.
+        // Report the misspelt key rather than one that is unknown because of it.
         let near = |key: &String| nearest(key, read.iter().copied());
         if let Some((key, near)) = unknown.iter().find_map(|key| near(key).map(|near| (key, near))) {
             return Err(self.fault(&shortened(key), format!("is no key that is known here; did you mean {near}?")));

@@ -1,8 +1,8 @@
 //! Reads Hugging Face model directories: config.json and the weights, in one file or in several; and the weights of a
 //! network of one's own.
 //!
-//! Nothing in them is trusted. Opening checks names, types and shapes of all tensors against the network; the numbers
-//! are read when they are asked for, tensor by tensor, so that a model larger than memory can be opened.
+//! Nothing in the files is trusted. Opening checks names, types and shapes of all tensors against the network; numbers
+//! are read on demand, tensor by tensor, so that a model larger than memory can be opened.
 
 use super::Network;
 use super::families::{Customs, Family, family};
@@ -19,7 +19,7 @@ use std::path::Path;
 
 /// The end of the names of BatchNorm's running variances.
 const RUNNING_VAR: &str = "running_var";
-/// Read at once where two tensors are compared.
+/// Bytes read at a time where two tensors are compared.
 const PIECE_BYTES: usize = 1 << 20;
 
 /// A network with its weights still in files: from a directory, or of one's own.
@@ -28,7 +28,8 @@ pub struct Pretrained {
     pub network: Box<dyn Network>,
     /// How [`super::save`] writes it back: same names, same types.
     pub form: Form,
-    /// Weights in the files of heads and layers that the network has not, by name; they are not saved again.
+    /// Weights in the files that belong to heads and layers which the network does not have, by name; they are not
+    /// saved again.
     pub unused: Vec<String>,
     parts: Parts,
     /// Where each of the form's tensors lies, by its name in the graph.
@@ -45,7 +46,7 @@ impl fmt::Debug for Pretrained {
 ///
 /// # Errors
 /// When a file is missing or damaged, the family or a value of the config is not supported, or the tensors are not
-/// those of the network: one is missing, of another shape or type, or nobody's. Messages name the file and the key or
+/// those of the network: one is missing, unknown, or has another shape or type. Messages name the file and the key or
 /// tensor.
 pub fn open(dir: &Path) -> Result<Pretrained> {
     let (family, network, config) = read_config(&dir.join("config.json"))?;
@@ -57,13 +58,13 @@ pub fn open(dir: &Path) -> Result<Pretrained> {
 }
 
 /// Opens the weights of a network of one's own: a directory that [`save`](super::save()) has written, or a safetensors
-/// file of whatever origin, with the network's tensors under their names in the graph. The network says what it is: a
-/// config.json is not read.
+/// file from anywhere, with the network's tensors under their names in the graph. The network is given, so no
+/// config.json is read.
 ///
 /// # Errors
-/// When a file is missing or damaged, the network does not trace with its own inputs, or the tensors are not those of
-/// the network: one is missing, of another shape or type, or nobody's; BatchNorm's counts of batches may be there or
-/// not. Messages name the file and the tensor.
+/// When a file is missing or damaged, the network does not trace with its default inputs, or the tensors are not those
+/// of the network: one is missing, unknown, or has another shape or type; BatchNorm's batch counts may be missing.
+/// Messages name the file and the tensor.
 pub fn open_own(path: &Path, network: Box<dyn Network>) -> Result<Pretrained> {
     Pretrained::open(path, network, &Customs::NONE)
 }
@@ -83,7 +84,7 @@ impl Pretrained {
         Ok(pretrained)
     }
 
-    /// The directory that the weights lie in.
+    /// The directory that contains the weights.
     pub fn dir(&self) -> &Path {
         self.parts.path.parent().unwrap_or(Path::new(""))
     }
@@ -91,7 +92,7 @@ impl Pretrained {
     /// The elements of a tensor by its name in the graph, row-major, as f32.
     ///
     /// # Errors
-    /// When the network has no such tensor, or of another shape, a value is not finite in f32, a running variance
+    /// When the network has no such tensor, or it has another shape, a value is not finite in f32, a running variance
     /// is negative, or reading fails.
     pub fn tensor(&self, name: &str, shape: &Shape) -> Result<Vec<f32>> {
         let place = self.places.get(name);
@@ -115,7 +116,7 @@ impl Pretrained {
         }
     }
 
-    /// Takes the files' tensors that are no weights of the network: counts, constants, a copy of the tied head.
+    /// Accounts for the files' tensors that are no weights of the network: counts, constants, a copy of the tied head.
     fn account_for_the_rest(&mut self, customs: &Customs) -> Result<()> {
         let used: BTreeSet<&str> = self.places.values().map(|place| place.entry.name.as_str()).collect();
         let mut unexpected = Vec::new();
@@ -154,7 +155,7 @@ impl Pretrained {
         }
     }
 
-    /// Checks that the files' own copy of a tied head is the table.
+    /// Checks that the files' own copy of a tied head equals the table.
     fn check_tied(&self, head: &Place, table: &str) -> Result<()> {
         let found = self.places.get(table);
         let differs = |what: &str| {
@@ -182,7 +183,7 @@ impl Pretrained {
     }
 }
 
-/// Reads and checks a config.json; gives the family, the network and the text.
+/// Reads and checks a config.json; returns the family, the network and the text.
 fn read_config(path: &Path) -> Result<(&'static Family, Box<dyn Network>, String)> {
     let whence = path.display().to_string();
     let bytes = read_small(path)?;
@@ -210,14 +211,14 @@ fn read_config(path: &Path) -> Result<(&'static Family, Box<dyn Network>, String
     Ok((family, (family.build)(&fields)?, text))
 }
 
-/// What files of TensorFlow's first models call a normalisation's weight and bias; transformers renames them too.
+/// The name for a normalisation's weight or bias in files of early TensorFlow models; transformers renames them too.
 fn old_name(name: &str) -> Option<String> {
     let old = |new: &str, old: &str| name.strip_suffix(new).map(|start| format!("{start}{old}"));
     old("LayerNorm.weight", "LayerNorm.gamma").or_else(|| old("LayerNorm.bias", "LayerNorm.beta"))
 }
 
-/// Finds every tensor of the network in the files, with or without the family's prefix, and notes under which name and
-/// of which type.
+/// Finds every tensor of the network in the files, with or without the family's prefix, and notes its name and type
+/// there.
 fn match_tensors(parts: &Parts, customs: &Customs, wanted: &mut [SavedTensor]) -> Result<BTreeMap<String, Place>> {
     let mut places = BTreeMap::new();
     let short = |name: &str| customs.prefix.and_then(|p| name.strip_prefix(p)).and_then(|short| parts.get(short));

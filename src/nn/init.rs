@@ -1,13 +1,12 @@
-//! First values of parameters and running statistics.
+//! Initial values of parameters and running statistics.
 //!
-//! A parameter's numbers depend on the seed and its place in the model alone, so that any shard can make its own at any
-//! time.
+//! A parameter's numbers depend only on the seed and its place in the model, so any shard can make its own at any time.
 
 use crate::base::philox::Sequence;
 use crate::graph::{Init, Parameter, State};
 use rayon::prelude::*;
 
-/// First values of the parameter numbered `index` in the model, under the run's `seed`.
+/// Initial values of the parameter numbered `index` in the model, under the run's `seed`.
 pub fn initial(parameter: &Parameter, index: usize, seed: u64) -> Vec<f32> {
     let elems = parameter.shape.elems();
     let numbers = Sequence::new(seed, index as u64);
@@ -21,7 +20,7 @@ pub fn initial(parameter: &Parameter, index: usize, seed: u64) -> Vec<f32> {
 /// Elements that a thread draws at a time.
 const CHUNK: usize = 1 << 14;
 
-/// Numbers that take so many `words` of the sequence each, drawn by all threads.
+/// Numbers that take `words` words of the sequence each, drawn by all threads.
 fn drawn(elems: usize, numbers: &Sequence, words: u64, draw: impl Fn(&mut Sequence) -> f64 + Sync) -> Vec<f32> {
     let mut out = vec![0.0; elems];
     out.par_chunks_mut(CHUNK).enumerate().for_each(|(i, chunk)| {
@@ -31,7 +30,7 @@ fn drawn(elems: usize, numbers: &Sequence, words: u64, draw: impl Fn(&mut Sequen
     out
 }
 
-/// First values of a running statistic.
+/// Initial values of a running statistic.
 pub fn initial_state(state: &State) -> Vec<f32> {
     vec![state.start as f32; state.shape.elems()]
 }

@@ -5,7 +5,7 @@
 use crate::base::Result;
 use crate::graph::{Activation, AttentionOptions, Builder, Init, Value, WeightLayout};
 
-/// Batch normalisation's epsilon and the running statistics' share of the new value: torch's defaults.
+/// Batch normalisation's epsilon and momentum, the new value's share in the running statistics: torch's defaults.
 const BATCHNORM: (f64, f64) = (1e-5, 0.1);
 
 /// `x` (.., K) times `{name}.weight`, plus `{name}.bias`, through an activation -> (.., N).
@@ -13,18 +13,18 @@ const BATCHNORM: (f64, f64) = (1e-5, 0.1);
 pub struct Linear {
     /// N.
     pub outputs: usize,
-    /// How the weight lies in its file.
+    /// The weight's layout in its file.
     pub layout: WeightLayout,
-    /// How the weight starts.
+    /// The weight's initial values.
     pub weight: Init,
-    /// How the bias starts; `None` where there is none.
+    /// The bias' initial values; `None` for no bias.
     pub bias: Option<Init>,
     /// Fused after the bias.
     pub activation: Activation,
 }
 
 impl Linear {
-    /// As torch's `nn.Linear` lies in its file, (N, K), with a bias from 0.
+    /// Makes a layer like torch's `nn.Linear`: weight (N, K), and a bias that starts at 0.
     pub fn new(outputs: usize, weight: Init, activation: Activation) -> Linear {
         Linear { outputs, layout: WeightLayout::OutIn, weight, bias: Some(Init::Constant(0.0)), activation }
     }
@@ -32,7 +32,7 @@ impl Linear {
     /// Traces the layer.
     ///
     /// # Errors
-    /// When a parameter is there with another shape.
+    /// When a parameter already exists with another shape.
     pub fn trace(&self, b: &mut Builder, x: Value, name: &str) -> Result<Value> {
         let (k, n) = (b.shape(x).cols(), self.outputs);
         let shape = match self.layout {
@@ -45,10 +45,10 @@ impl Linear {
     }
 }
 
-/// Layer normalisation over the last axis with `{name}.weight` from 1 and `{name}.bias` from 0.
+/// Layer normalisation over the last axis with `{name}.weight`, initially 1, and `{name}.bias`, initially 0.
 ///
 /// # Errors
-/// When a parameter is there with another shape.
+/// When a parameter already exists with another shape.
 pub fn layernorm(b: &mut Builder, x: Value, name: &str, epsilon: f64) -> Result<Value> {
     let width = b.shape(x).cols();
     let weight = b.parameter(format!("{name}.weight"), [width], Init::Constant(1.0))?;
@@ -56,21 +56,21 @@ pub fn layernorm(b: &mut Builder, x: Value, name: &str, epsilon: f64) -> Result<
     b.layernorm(x, weight, bias, epsilon)
 }
 
-/// Normalisation by the root mean square of the last axis, with `{name}.weight` from 1.
+/// Normalisation by the root mean square of the last axis, with `{name}.weight`, initially 1.
 ///
 /// # Errors
-/// When the parameter is there with another shape.
+/// When the parameter already exists with another shape.
 pub fn rmsnorm(b: &mut Builder, x: Value, name: &str, epsilon: f64) -> Result<Value> {
     let width = b.shape(x).cols();
     let weight = b.parameter(format!("{name}.weight"), [width], Init::Constant(1.0))?;
     b.rmsnorm(x, weight, epsilon)
 }
 
-/// Attention of `x` (B, T, C) over itself -> (B, T, C), with `linear` as each of `{name}.query`, `{name}.key` and
-/// `{name}.value`, as BERT and its kin have it; `mask` (B, T) is 1 where a key may be seen.
+/// Self-attention of `x` (B, T, C) -> (B, T, C), with `linear` as each of `{name}.query`, `{name}.key` and
+/// `{name}.value`, as in BERT and ViT; `mask` (B, T) is 1 where a key may be seen.
 ///
 /// # Errors
-/// When a parameter is there with another shape, or the heads do not divide the width.
+/// When a parameter already exists with another shape, or the heads do not divide the width.
 pub fn self_attention(
     b: &mut Builder,
     x: Value,
@@ -88,7 +88,7 @@ pub fn self_attention(
 /// Rows of `{name}.weight` (V, C) at `ids` (..) -> (.., C).
 ///
 /// # Errors
-/// When the parameter is there with another shape, or the ids are no integers.
+/// When the parameter already exists with another shape, or the ids are no integers.
 pub fn embedding(b: &mut Builder, ids: Value, name: &str, table: [usize; 2], init: Init) -> Result<Value> {
     let table = b.parameter(format!("{name}.weight"), table, init)?;
     b.embedding(ids, table)
@@ -109,8 +109,8 @@ pub struct ConvNorm {
 }
 
 impl ConvNorm {
-    /// Traces the layer. The weight starts normal with variance 2 / (O kh kw), which keeps the gradient's size through
-    /// ReLU (He, Zhang, Ren & Sun 2015, arXiv:1502.01852, section 2.2, backward case).
+    /// Traces the layer. The initial weight is normal with variance 2 / (O kh kw), which keeps the gradient's size
+    /// through ReLU (He, Zhang, Ren & Sun 2015, arXiv:1502.01852, section 2.2, backward case).
     ///
     /// # Errors
     /// When `x` is no image, or too small for the kernel.

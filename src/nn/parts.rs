@@ -1,10 +1,10 @@
 //! Where a model's tensors lie: in model.safetensors, in the files that model.safetensors.index.json names, or in one
 //! file of another name.
 //!
-//! Opening reads all headers and no number. Every file then stays open, so that what is read is what was checked,
-//! whatever takes its name meanwhile: a model of 400 billion parameters has some 200 files, a process may open a
-//! thousand or more. Invariant: no two files hold a tensor of one name, and a tensor that the network needs lies where
-//! the index says.
+//! Opening reads all headers and no numbers. Every file then stays open, so that what is read is what was checked, even
+//! if another file takes its name meanwhile: a model of 400 billion parameters has some 200 files, and a process may
+//! open a thousand or more. Invariant: no two files contain a tensor of the same name, and every tensor that the
+//! network needs is where the index says.
 
 use crate::base::tensorfile::{TensorEntry, TensorIndex, Texts, quoted, shortened};
 use crate::base::{Error, Result};
@@ -17,7 +17,7 @@ use std::sync::{Mutex, PoisonError};
 
 const WHOLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
-/// What is not read, but named where it is all there is.
+/// Files that are not read; messages name one if it is all there is.
 const PICKLED: [&str; 2] = ["pytorch_model.bin", "pytorch_model.bin.index.json"];
 /// The longest JSON that is read: a config for 22,000 classes with their names is a tenth of this, an index of 100,000
 /// tensors two thirds.
@@ -26,7 +26,7 @@ const MOST_JSON_BYTES: u64 = 16 << 20;
 /// The files of a model's weights.
 #[derive(Debug)]
 pub struct Parts {
-    /// What says which tensors there are: the one file, or the index of several.
+    /// The file that lists the tensors: the weights themselves, or the index of several files.
     pub path: PathBuf,
     files: Vec<Part>,
     /// All tensors, by their names in the files.
@@ -37,7 +37,7 @@ pub struct Parts {
 #[derive(Debug)]
 struct Part {
     path: PathBuf,
-    /// One reader at a time: reading moves the file's place.
+    /// One reader at a time: reading moves the file's position.
     file: Mutex<File>,
 }
 
@@ -50,8 +50,8 @@ pub struct Place {
     pub entry: TensorEntry,
 }
 
-/// What is read of an index. Its `metadata` is for people: transformers compares `total_size` with nothing, and some
-/// state it as a fraction or not at all.
+/// The part of an index that is read. Its `metadata` is informative: transformers does not check `total_size`, and some
+/// files state it as a fraction or not at all.
 #[derive(Deserialize)]
 struct Index {
     /// The name of each tensor's file.
@@ -59,15 +59,15 @@ struct Index {
 }
 
 impl Parts {
-    /// Opens the weights of a directory: those in one file where there is one, as transformers does. What is no
-    /// directory is such a file itself.
+    /// Opens the weights of a directory, preferring a single file where there is one, as transformers does. A path that
+    /// is no directory is taken as such a file.
     ///
-    /// `spared` says which tensors the network does without. The index may have an outdated place for them or none:
-    /// tools that turn older files into these leave out a tied head and keep its line in the index.
+    /// `spared` says which tensors the network does not need. The index may have an outdated place for them or none:
+    /// tools that convert older files leave out a tied head but keep its line in the index.
     ///
     /// # Errors
-    /// When a file is missing or damaged, the index names a file that is not in the directory or has another place for
-    /// a tensor than the files, or a tensor is in two files.
+    /// When a file is missing or damaged, the index names a file outside the directory or disagrees with the files on a
+    /// tensor's place, or a tensor is in two files.
     pub fn open(dir: &Path, spared: &dyn Fn(&str) -> bool) -> Result<Parts> {
         if !dir.is_dir() {
             return Parts::open_whole(dir.to_path_buf());
@@ -152,10 +152,10 @@ impl Parts {
     /// Reads bytes of a tensor, from its byte `from` on.
     ///
     /// # Errors
-    /// What the operating system refuses.
+    /// When the operating system refuses.
     pub fn read(&self, place: &Place, from: u64, bytes: &mut [u8]) -> Result<()> {
         let Part { path, file } = &self.files[place.part];
-        // A reader that panicked may have moved the file's place, which every reader sets anew.
+        // A reader that panicked may have moved the file's position, which every reader sets anew.
         let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
         let start = SeekFrom::Start(place.entry.start_bytes + from);
         file.seek(start).and_then(|_| file.read_exact(bytes)).map_err(|e| Error::io("read", path, e))
@@ -175,7 +175,7 @@ impl Parts {
     }
 }
 
-/// Whether a directory holds parts of a model, by the names that transformers gives them.
+/// Whether a directory contains parts of a model, under the names that transformers gives them.
 fn has_parts(dir: &Path) -> bool {
     let names = std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.file_name());
     names.into_iter().any(|name| name.to_string_lossy().starts_with("model-00001-of-"))
@@ -191,7 +191,7 @@ pub(super) fn is_plain(name: &str) -> bool {
 }
 
 fn open_file(path: &Path) -> Result<(File, u64)> {
-    // Asked before opening, which would wait for the other end of a pipe.
+    // Checked before opening, which would block on a pipe until its other end is opened.
     let metadata = std::fs::metadata(path).map_err(|e| match e.kind() {
         ErrorKind::NotFound | ErrorKind::NotADirectory => bad(path, "no such file".into()),
         _ => Error::io("read", path, e),
@@ -206,7 +206,7 @@ fn open_file(path: &Path) -> Result<(File, u64)> {
 /// Reads a whole file of at most [`MOST_JSON_BYTES`].
 ///
 /// # Errors
-/// When there is no such file, it is longer or none that can be read.
+/// When there is no such file, or it is longer or cannot be read.
 pub fn read_small(path: &Path) -> Result<Vec<u8>> {
     let (file, bytes) = open_file(path)?;
     if bytes > MOST_JSON_BYTES {

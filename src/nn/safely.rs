@@ -1,25 +1,25 @@
 //! Files that appear whole or not at all.
 //!
 //! A file is written under another name in the same folder, flushed to the disk, and then renamed: a crash or a full
-//! disk leaves what was there before. A link stays, and what it leads to is written. A device or a pipe is no file to
-//! replace: it is written into as it is.
+//! disk leaves what was there before. A link stays, and its target is written. A device or a pipe is not replaced but
+//! written into.
 
 use crate::base::{Error, Result};
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-/// Bytes that are written at once.
+/// Bytes written at a time.
 const AT_ONCE: usize = 1 << 18;
-/// Links that are followed, as many as Linux follows.
+/// The most links that are followed, as in Linux.
 const MOST_LINKS: usize = 40;
 
-/// Writes `path` with what `body` writes, replacing the file there once all of it is on the disk; waits for a reader
-/// where a pipe is there.
+/// Writes what `body` writes to `path`, replacing the file there once all of it is on the disk. Where `path` is a pipe,
+/// waits for its reader.
 ///
 /// # Errors
-/// When the folder is not there ([`Error::BadInput`]), or the operating system refuses; as it is, an [`Error`] that
-/// `body` has wrapped with [`io::Error::other`]: what was to be written could not be had.
+/// When the folder does not exist ([`Error::BadInput`]), or the operating system refuses. An [`Error`] that `body` has
+/// wrapped with [`io::Error::other`] is returned unchanged: the content itself was not available.
 pub fn write_safely(path: &Path, body: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
     let there = fs::metadata(path).ok();
     if there.as_ref().is_some_and(fs::Metadata::is_dir) {
@@ -45,35 +45,35 @@ fn failure(path: &Path, error: io::Error) -> Error {
     error.downcast().unwrap_or_else(|error| Error::io("write", path, error))
 }
 
-/// The place to which `path` leads through links, though nothing may be there yet.
+/// The path to which `path` leads through links, which may not exist yet.
 fn resolve_links(path: &Path) -> Result<PathBuf> {
     let mut place = path.to_path_buf();
     for _ in 0..MOST_LINKS {
-        // What cannot be read as a link is none.
+        // A path that cannot be read as a link is not one.
         let Ok(target) = fs::read_link(&place) else { return Ok(place) };
         place = place.parent().unwrap_or(Path::new("")).join(target);
     }
     Err(Error::bad(format!("{}: is a link that leads from link to link and to no file", path.display())))
 }
 
-/// A file that is on the disk, but not yet in its place. Dropped, it vanishes.
+/// A file that is on the disk, but not yet in its place. Dropping it removes it.
 pub(crate) struct Pending {
     temporary: PathBuf,
     target: PathBuf,
 }
 
 impl Pending {
-    /// Writes what is to be at `target` with `body`. A link that is there will be replaced.
+    /// Writes with `body` what will be at `target`. A link there will be replaced.
     ///
     /// # Errors
-    /// What `body` returns; when the folder is not there ([`Error::BadInput`]), or the operating system refuses.
+    /// What `body` returns; when the folder does not exist ([`Error::BadInput`]), or the operating system refuses.
     pub fn write(target: &Path, body: impl FnOnce(&mut BufWriter<File>) -> Result<()>) -> Result<Pending> {
         let Some(name) = target.file_name() else {
             return Err(Error::bad(format!("{}: is no name of a file", target.display())));
         };
         let temporary = target.with_file_name(format!(".{}.part", name.to_string_lossy()));
         let file = File::create(&temporary).map_err(|e| Error::refused("create", target, e))?;
-        // From here on the temporary file is removed on every way out but commit().
+        // From here on the temporary file is removed unless commit() is called.
         let pending = Pending { temporary, target: target.to_path_buf() };
         let mut out = BufWriter::with_capacity(AT_ONCE, file);
         body(&mut out)?;
@@ -82,7 +82,7 @@ impl Pending {
         Ok(pending)
     }
 
-    /// Puts it into its place. [`sync_folder`] makes that last.
+    /// Renames it to its target. [`sync_folder`] makes that durable.
     ///
     /// # Errors
     /// When the operating system refuses.
@@ -93,7 +93,7 @@ impl Pending {
 
 impl Drop for Pending {
     fn drop(&mut self) {
-        // After commit() there is nothing under this name; where it cannot be removed, the next try overwrites it.
+        // After commit() nothing has this name; if the file cannot be removed, the next write overwrites it.
         let _ = fs::remove_file(&self.temporary);
     }
 }

@@ -2,8 +2,7 @@
 //!
 //! Every file is written under another name, flushed to the disk and then renamed: a crash or a full disk leaves the
 //! old files whole. Tensors are asked for one by one, so that a model larger than memory can be saved. The weights are
-//! one file, however many bytes they take: transformers maps it into memory, and prefers it to parts that lie beside
-//! it.
+//! always one file, whatever its size: transformers maps it into memory, and prefers it to parts in the same directory.
 
 use super::Network;
 use super::parts::is_plain;
@@ -16,7 +15,7 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
-/// The end of the name of a running statistic, and of its layer's count of training batches.
+/// Ends of the names of a running statistic and of its layer's count of training batches.
 const RUNNING_MEAN: &str = "running_mean";
 const COUNTER: &str = "num_batches_tracked";
 
@@ -33,7 +32,7 @@ pub struct SavedTensor {
     pub element: Element,
 }
 
-/// What a model directory looks like: all of it but the numbers.
+/// A model directory's form: everything but the weights' values.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Form {
     /// The text of config.json.
@@ -44,16 +43,16 @@ pub struct Form {
     pub files: Vec<(String, Vec<u8>)>,
     /// The parameters and running statistics.
     pub tensors: Vec<SavedTensor>,
-    /// The counts of training batches that BatchNorm layers keep beside them, by name.
+    /// The counts of training batches that BatchNorm layers keep besides running statistics, by name.
     pub counters: BTreeMap<String, i64>,
 }
 
 impl Form {
-    /// The form of a network that came from no directory: f32, under the graph's names, of the shapes that they have
-    /// with the network's own inputs. [`open_own`](super::open_own) reads back what is saved so.
+    /// The form of a network that came from no directory: f32, with the graph's names, and the shapes for the network's
+    /// default inputs. [`open_own`](super::open_own) reads back a directory of this form.
     ///
     /// # Errors
-    /// When the network does not trace with its own inputs.
+    /// When the network does not trace with its default inputs.
     pub fn of(network: &dyn Network) -> Result<Form> {
         let tensors: Vec<SavedTensor> = super::tensors(network)?
             .into_iter()
@@ -66,25 +65,25 @@ impl Form {
     }
 }
 
-/// The counts that stand beside the running means among `tensors`, at 0.
+/// The batch counts that belong to the running means among `tensors`, at 0.
 fn counters<'a>(tensors: impl Iterator<Item = &'a str>) -> BTreeMap<String, i64> {
     let layers = tensors.filter_map(|name| name.strip_suffix(RUNNING_MEAN));
     layers.map(|layer| (format!("{layer}{COUNTER}"), 0)).collect()
 }
 
-/// Writes the directory `dir`, making it where it is missing.
+/// Writes the directory `dir`, creating it if necessary.
 ///
-/// `read` gives a tensor's elements by its name in the graph; it is asked once for each, in the order of the file.
+/// `read` returns a tensor's elements by its name in the graph; it is called once for each, in the order of the file.
 ///
 /// # Errors
-/// What `read` returns, a tensor of another length than its shape's, a value that is not finite in the file's type, a
-/// name of another file that is no plain one, and what the operating system refuses.
+/// What `read` returns; when a tensor's length is not its shape's, a value is not finite in the file's type, another
+/// file's name is not a plain file name, or the operating system refuses.
 pub fn save(dir: &Path, form: &Form, read: &mut dyn FnMut(&str) -> Result<Vec<f32>>) -> Result<()> {
     if let Some((name, _)) = form.files.iter().find(|(name, _)| !is_plain(name)) {
         return Err(Error::bad(format!("{}: {} is no plain file name", dir.display(), quoted(name))));
     }
     std::fs::create_dir_all(dir).map_err(|e| Error::io("create", dir, e))?;
-    // The weights last: a config alone is no model, weights with an old config would be a wrong one.
+    // The weights come last: a config alone is no model, but weights with an old config would be a wrong one.
     let mut pending = vec![write(dir, "config.json", |out| out.bytes(form.config.as_bytes()))?];
     if let Some(bytes) = &form.generation_config {
         pending.push(write(dir, "generation_config.json", |out| out.bytes(bytes))?);
@@ -97,8 +96,8 @@ pub fn save(dir: &Path, form: &Form, read: &mut dyn FnMut(&str) -> Result<Vec<f3
     sync_folder(dir)
 }
 
-/// Writes the directory `dir` of adapters as Hugging Face's peft reads them, with the text of its adapter_config.json;
-/// tensors by their names in the graph and their shapes, in f32.
+/// Writes adapters to the directory `dir` as Hugging Face's peft reads them: the text of adapter_config.json, and the
+/// tensors, given by their names in the graph and their shapes, in f32.
 ///
 /// # Errors
 /// As [`save`].
@@ -109,7 +108,7 @@ pub fn save_adapters(
     read: &mut dyn FnMut(&str) -> Result<Vec<f32>>,
 ) -> Result<()> {
     std::fs::create_dir_all(dir).map_err(|e| Error::io("create", dir, e))?;
-    // The model as peft sees it is wrapped twice.
+    // peft wraps the model twice.
     let tensor = |(name, shape): &(String, Shape)| SavedTensor {
         name: name.clone(),
         file_name: format!("base_model.model.{name}"),
@@ -128,7 +127,7 @@ fn write(dir: &Path, name: &str, body: impl FnOnce(&mut Output) -> Result<()>) -
     Pending::write(&target, |file| body(&mut Output { file, target: &target }))
 }
 
-/// What stands at one place of the file.
+/// One entry of the file.
 enum Entry<'a> {
     Counter(&'a str, i64),
     Tensor(&'a SavedTensor),
@@ -200,7 +199,7 @@ fn padded<const N: usize>(bytes: [u8; N]) -> [u8; 8] {
     all
 }
 
-/// A file being written, and what messages call it.
+/// A file being written, and its name in messages.
 struct Output<'a> {
     file: &'a mut BufWriter<File>,
     target: &'a Path,

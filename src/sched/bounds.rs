@@ -1,20 +1,20 @@
 //! Lower bounds on a makespan: what no policy can beat, whatever it does.
 //!
-//! Each bound leaves out everything but one resource, so it holds for every order of units, and the greatest of them is
-//! the one to compare with. Bytes are the least that must move; the caller knows what may stay where it is.
+//! Each bound considers only one resource, so it holds for every order of units, and makespans are compared with the
+//! greatest of them. Bytes are the least that must move; the caller knows what may stay where it is.
 
 use super::DeviceId;
 use serde::Serialize;
 
-/// Arithmetic of a model that runs on one device from its beginning to its end, so many times.
+/// Compute of a model that runs from beginning to end on one device, a number of times.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Part {
-    /// Seconds of one time, by device.
+    /// Seconds of one run, by device.
     pub secs: Vec<f64>,
     /// How often it runs.
     pub times: f64,
-    /// Of those, the ones that must run one after another, also those of the model's other parts: all, unless
-    /// microbatches follow each other through its shards.
+    /// How many of those runs must follow one another, also across the model's parts: all, unless microbatches are
+    /// pipelined through its shards.
     pub chain_times: f64,
     /// The one device that may run it; `None` where any may.
     pub pinned: Option<DeviceId>,
@@ -23,12 +23,12 @@ pub struct Part {
 /// All of a model's work.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelWork {
-    /// Its arithmetic.
+    /// Its compute.
     pub parts: Vec<Part>,
-    /// The least seconds of copies before its first unit, when nothing of it can run.
+    /// The least seconds of copies before its first unit, during which none of its units can run.
     pub first_secs: f64,
-    /// Seconds between its steps in which nothing of it can run, in all: gradients on their way home, updates, new
-    /// weights on their way back.
+    /// Total seconds between its steps in which none of its units can run: copies of gradients to their home, updates,
+    /// and copies of new weights back.
     pub turns_secs: f64,
     /// Seconds after its last unit until its state is at home.
     pub last_secs: f64,
@@ -51,16 +51,16 @@ pub struct DeviceRates {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum LowerBound {
-    /// All arithmetic over all devices, between the shortest first copies of any model and the shortest last ones.
+    /// All compute divided over all devices, plus the shortest first copies of any model and the shortest last ones.
     Work,
-    /// One model's arithmetic and the copies between: its units run one after another, each at best on the device that
-    /// is the fastest for it. Or the same of so many models on as many of the fastest devices.
+    /// One model's compute and the copies in between: its units run one after another, each at best on the device that
+    /// is fastest for it. Or the same for the k longest models on the k fastest devices.
     Chain,
-    /// All bytes to devices over the sum of the links to them.
+    /// All bytes to devices divided by the total bandwidth of the links to them.
     HostToDevice,
-    /// All bytes from devices over the sum of the links from them.
+    /// All bytes from devices divided by the total bandwidth of the links from them.
     DeviceToHost,
-    /// The greater direction's bytes over what all links share.
+    /// The bytes of the direction with more of them, divided by the bandwidth that all links share.
     SharedLink,
 }
 
@@ -77,16 +77,15 @@ pub struct Bounds {
     pub d2h_secs: f64,
     /// [`LowerBound::SharedLink`]; 0 where no link is shared.
     pub shared_secs: f64,
-    /// Which of them is the greatest; of equal ones the first.
+    /// Which of them is the greatest; among equals, the first.
     pub greatest: LowerBound,
     /// The greatest of them.
     pub secs: f64,
 }
 
 impl Bounds {
-    /// The bounds of all `models` on all `devices`; links share `shared_bytes_per_sec` each way, where it is given. A
-    /// device that a model is pinned to must be among the devices. Work with nothing to run it takes for ever: its
-    /// bound is infinite.
+    /// The bounds of all `models` on all `devices`; links share `shared_bytes_per_sec` each way, if given. A device
+    /// that a model is pinned to must be among the devices. Work that no device can run has an infinite bound.
     pub fn new(models: &[ModelWork], devices: &[DeviceRates], shared_bytes_per_sec: Option<f64>) -> Self {
         let speeds = speeds(models, devices.len());
         let all = sum(speeds.iter().copied());
@@ -108,14 +107,15 @@ impl Bounds {
         Bounds { work_secs, chain_secs, h2d_secs, d2h_secs, shared_secs, greatest, secs }
     }
 
-    /// By what part of the greatest bound a makespan is above it: 0 where it is met.
+    /// How far a makespan is above the greatest bound, as a fraction of that bound: 0 where it is met.
     pub fn gap(&self, makespan_secs: f64) -> f64 {
         over(makespan_secs - self.secs, self.secs)
     }
 }
 
 impl Part {
-    /// The least of one time's seconds on any device that may run it, with those of each device times its weight.
+    /// The least weighted seconds of one run over the devices that may run it, where each device's seconds are
+    /// multiplied by its weight.
     pub fn least_secs(&self, weight: impl Fn(usize) -> f64) -> f64 {
         let may = |d: usize| self.pinned.is_none_or(|device| usize::from(device) == d);
         let secs = (0..self.secs.len()).filter(|&d| may(d)).map(|d| weight(d) * self.secs[d]);
@@ -123,38 +123,39 @@ impl Part {
     }
 }
 
-// Each bound on arithmetic is a weighted sum of busy seconds. Give devices and models weights that are together 1. In a
-// makespan of T a device is busy for T at most, and a model with its chain and its waits too, of which no two are at
-// once. So the sum of all these seconds by their weights is T at most; and a part, wherever it runs, adds its seconds
-// there times the device's weight and, where it is in the chain, the model's.
+// Each bound on compute is a weighted sum of busy seconds. Give devices and models weights that sum to 1. In a makespan
+// of T a device is busy for at most T, and so is a model with its chain and its waits, no two of which overlap. So the
+// weighted sum of all these seconds is at most T; and a part, wherever it runs, contributes its seconds there times the
+// device's weight plus, if it is in the chain, the model's weight.
 impl ModelWork {
-    /// What its arithmetic adds at least to a sum in which devices have these weights, and it has none.
+    /// The least that its compute contributes to a sum in which devices have these weights and the model has none.
     fn arithmetic_secs(&self, devices: &[f64]) -> f64 {
         sum(self.parts.iter().map(|part| times(part.times, part.least_secs(|d| devices[d]))))
     }
 
-    /// What its chain and its waits add at least to a sum in which devices have these weights, and it has `own`.
+    /// The least that its compute and its waits contribute to a sum in which devices have these weights and the model
+    /// has the weight `own`.
     fn chain_secs(&self, devices: &[f64], own: f64) -> f64 {
         let chain = self.parts.iter().map(|part| times(part.chain_times, part.least_secs(|d| devices[d] + own)));
         sum(chain) + own * (self.first_secs + self.turns_secs + self.last_secs)
     }
 }
 
-/// How fast each device is with all models' work, over the slowest. Where devices differ by one factor, weights made of
-/// it give the greatest bounds.
+/// Each device's speed with all models' work, relative to the slowest. Where devices differ only by such a factor,
+/// weights derived from it give the greatest bounds.
 fn speeds(models: &[ModelWork], devices: usize) -> Vec<f64> {
     let parts = || models.iter().flat_map(|model| &model.parts);
     let secs: Vec<f64> = (0..devices).map(|d| sum(parts().map(|part| times(part.times, part.secs[d])))).collect();
     let most = secs.iter().copied().fold(0.0, f64::max);
-    // What takes no time at all is fast, and no more.
+    // Work that takes no time counts as fast, but not infinitely fast.
     let least = 1e-12 * most;
     secs.iter().map(|&secs| if most > 0.0 { most / secs.max(least) } else { 1.0 }).collect()
 }
 
-/// The least seconds of the longest `k` models on the `k` fastest devices, for the `k` where that is most (Horvath, Lam
-/// & Sethi 1977, "A level algorithm for preemptive scheduling", which has no waits and devices that differ by one
-/// factor). They keep no more devices busy than they are, and while one of them waits the slowest of those at least has
-/// nothing of theirs to do.
+/// The least seconds of the `k` longest models on the `k` fastest devices, for the `k` where that is most (Horvath, Lam
+/// & Sethi 1977, "A level algorithm for preemptive scheduling", without waits and with devices that differ only by a
+/// factor). `k` models keep at most `k` devices busy, and while one of them waits, at least the slowest of these
+/// devices has no work of theirs.
 fn few_models_secs(models: &[ModelWork], speeds: &[f64]) -> f64 {
     let mut order: Vec<usize> = (0..speeds.len()).collect();
     order.sort_by(|&a, &b| speeds[b].total_cmp(&speeds[a]));
@@ -162,11 +163,11 @@ fn few_models_secs(models: &[ModelWork], speeds: &[f64]) -> f64 {
     for (k, &d) in order.iter().enumerate().take_while(|&(k, _)| k < models.len()) {
         let slowest = speeds[d];
         all += slowest;
-        // On equal devices the longest model alone takes longest.
+        // On equal devices the bound for the longest model alone is the greatest.
         if k > 0 && slowest == speeds[order[0]] {
             continue;
         }
-        // What is faster than the slowest of them, and each of the models as much as that one.
+        // A device's weight is its speed above the slowest of them; each model's weight is the slowest one's speed.
         let devices: Vec<f64> = speeds.iter().map(|speed| (speed - slowest).max(0.0) / all).collect();
         let mut secs: Vec<f64> = models.iter().map(|m| m.chain_secs(&devices, slowest / all)).collect();
         secs.sort_by(|a, b| b.total_cmp(a));
@@ -175,12 +176,12 @@ fn few_models_secs(models: &[ModelWork], speeds: &[f64]) -> f64 {
     greatest
 }
 
-/// `secs` so many times, where nothing takes no time, however long that is.
+/// `times * secs`, or 0 where `times` is 0, even if `secs` is infinite.
 fn times(times: f64, secs: f64) -> f64 {
     if times == 0.0 { 0.0 } else { times * secs }
 }
 
-/// `amount / rate`, where no amount takes no time, whatever the rate.
+/// `amount / rate`, or 0 where `amount` is 0, whatever the rate.
 fn over(amount: f64, rate: f64) -> f64 {
     if amount == 0.0 { 0.0 } else { amount / rate }
 }

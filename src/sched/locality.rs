@@ -1,10 +1,10 @@
-//! Locality-LRTF: sharded-LRTF where a model bounds the makespan, and where none does, the unit that leaves the device
-//! waiting least.
+//! Locality-LRTF: sharded-LRTF where a model bounds the makespan, and otherwise the unit that makes the device wait
+//! least.
 //!
-//! LRTF cares for one thing, that no chain of units is left over at the end. Most of the time none is about to be: the
-//! work ahead is more than any one model's, and whichever unit goes next, the run ends at the same moment if only no
-//! device waits. That freedom is spent on copies. Where copies cost nothing the choices are sharded-LRTF's own, on
-//! devices of one speed.
+//! LRTF has one aim: that no chain of units is left over at the end. Most of the time none would be: the remaining work
+//! exceeds any one model's, and whichever unit goes next, the run ends at the same time as long as no device waits.
+//! That freedom is used to save copies. Where copies cost nothing and devices have one speed, the choices are
+//! sharded-LRTF's own.
 
 use super::policies::{by_place, by_remaining};
 use super::{Claim, DeviceView, ModelId, ModelView, Policy, View};
@@ -12,70 +12,67 @@ use super::{Claim, DeviceView, ModelId, ModelView, Policy, View};
 /// Sharded-LRTF that weighs what is resident, links and unequal devices, in three passes over the models and one over
 /// the devices.
 ///
-/// `s`, `r`, `b` and `h` are a device's speed, its link's bytes per second, the seconds until its queue has run and
-/// until its copies are there;
-/// `R`, `B`, `W` and `u` a model's remaining seconds, bytes and waits, and its next unit's seconds, at speed 1. All
-/// sums and maxima are over all models and devices but where it is said.
+/// `s`, `r`, `b` and `h` are a device's speed, its link's bytes per second, and the seconds until its queue has run and
+/// until its copies have arrived; `R`, `B`, `W` and `u` are a model's remaining seconds, bytes and waits, and its next
+/// unit's seconds, at speed 1. All sums and maxima are over all models and devices unless stated otherwise.
 ///
-/// 1. **Chain** of a model: `C = max(R / max s, B / max r) + W`. It takes at least that long wherever it runs, one unit
-///    at a time.
+/// 1. **Chain** of a model: `C = max(R / max s, B / max r) + W`. A model takes at least that long wherever it runs, one
+///    unit at a time.
 /// 2. **Horizon**: the run does not end before `T = max(max C, (sum R + sum b s) / sum s, sum B / sum r)`. A shared
-///    link caps `max r` and `sum r`. Where microbatches can go on from unit to unit, what must run one after another
-///    stands for `R` in `C` here.
+///    link caps `max r` and `sum r`. Where microbatches are pipelined from unit to unit, only the seconds that must run
+///    one after another count as `R` in `C` here.
 /// 3. **Critical** is a candidate that might end last if it were passed over once: `b + C + turn >= T`, where a turn is
-///    the longest that any candidate's next unit takes by the same two measures. If there are critical candidates, only
-///    they are considered.
+///    the longest time that any candidate's next unit takes by the same two measures. If there are critical candidates,
+///    only they are considered.
 /// 4. **Useful share** of a candidate: `(u / s) / (w + u / s)`, where `w = max(0, h + bytes / rate - b)` is how long
-///    the device would wait for its copies, or longer where what it fetches is not at home by then, or no gradient slot
-///    is free that it needs. `bytes` leaves out a shard that a slot holds and boundary tensors that are here; `rate` is
-///    `r`, or an equal part of the shared link among the devices that are copying. Candidates within 1/8 of the best
-///    share are equals, critical ones within 1/2.
-/// 5. Of equals the longest chain goes first, with sharded-LRTF's ties.
-/// 6. Where it pipelines, a **follower** is considered where its model is critical, since every other model comes to
-///    its end in time without, and where its useful share is within 1/8 of the best candidate's. It waits for
-///    microbatches too: its last one ends no sooner than the unit's before it has. It is left to the device that has
-///    the unit before, where that ends it as soon; and a device leaves a critical successor of its own unit to one that
-///    is free before and ends it sooner.
+///    the device would wait for its copies; it waits longer if what it fetches is not at home by then, or if it needs a
+///    gradient slot and none is free. `bytes` leaves out a shard that a slot holds and boundary tensors already on the
+///    device; `rate` is `r`, or an equal share of the shared link among the devices that are copying. Candidates within
+///    1/8 of the best share are equals, critical ones within 1/2.
+/// 5. Among equals the longest chain goes first, with ties broken as in sharded-LRTF.
+/// 6. If the policy pipelines, a **follower** (a unit whose predecessor runs on another device) is considered if its
+///    model is critical, since every other model ends in time without that, and if its useful share is within 1/8 of
+///    the best candidate's. It also waits for microbatches: its last one ends no sooner than one microbatch after the
+///    predecessor. It is left to the predecessor's device if that would end it as soon; and a device leaves a critical
+///    successor of its own unit to a device that is free earlier and ends it sooner.
 ///
-/// On unequal devices a unit is left to the fastest device that is free soonest, where that would end it sooner, if its
-/// chain is the longest and critical, or if its model could otherwise only end after all others: later than the horizon
-/// of the other devices and half a turn.
-/// So is every unit after which its model could only end half a turn later than everything could without the asking
-/// device.
+/// On unequal devices a unit is left to the fastest device (the one of them that is free soonest), if that would end it
+/// sooner and either its chain is the longest and critical, or its model could otherwise only end after all others:
+/// later than the horizon of the other devices plus half a turn.
 ///
-/// The numbers among these rules are [`LocalityTuning`].
+/// The constants in these rules are the defaults of [`LocalityTuning`].
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LocalityLrtf {
-    /// Considers followers.
+    /// Whether followers are considered.
     pub pipelines: bool,
-    /// Which of two things that speak for different units weighs more.
+    /// How much weight the rules give to conflicting aims.
     pub tuning: LocalityTuning,
 }
 
-/// What locality-LRTF gives more weight. The default is good for most sets of models; [`rehearse`](super::rehearse)
-/// finds better ones for one.
+/// The weights of locality-LRTF's aims. The defaults are good for most sets of models; [`rehearse`](super::rehearse)
+/// finds better ones for a given set.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LocalityTuning {
-    /// Candidates whose useful share is within this part of the best one's are equals: predictions are no better.
+    /// Candidates whose useful share is within this fraction of the best one's are equals, since predictions are no
+    /// more precise.
     pub tolerance: f64,
-    /// The part within which critical models are equals; the longest of them is worth more waiting.
+    /// The same fraction for critical models; for the longest of them more waiting is acceptable.
     pub critical_tolerance: f64,
-    /// The turns for which a critical model may not be passed over. Without end, and a critical tolerance of 1, the
-    /// choices are sharded-LRTF's.
+    /// A model is critical if being passed over for this many turns might make it end last. If this is infinite, and
+    /// the critical tolerance 1, the choices are sharded-LRTF's.
     pub critical_turns: f64,
-    /// Seconds of waiting that a second of copies counts for, though the device would not wait for them. What is
-    /// fetched now is evicted for it, and a busy link makes the next unit late.
+    /// Seconds of waiting that a second of copies counts as, even if the device would not wait for them: a copy
+    /// displaces what its slot held, and a busy link delays the next unit.
     pub copy_price: f64,
-    /// A device that has something to run leaves a unit for later whose copies arrive within this part of its
-    /// arithmetic at speed 1: a model that no device has claimed can go to whichever is free first.
+    /// A device that has work queued does not yet take a unit whose copies would arrive within this fraction of the
+    /// unit's seconds at speed 1: an unclaimed model can go to whichever device is free first.
     pub least_copies: f64,
-    /// How much more urgent the end of a step is than its beginning, in parts: models that are in the middle of a step
+    /// How much more urgent the end of a step is than its beginning, as a fraction: models in the middle of a step
     /// occupy entries.
     pub depth: f64,
-    /// Leaves units to faster devices.
+    /// Whether units are left to faster devices.
     pub leaves: bool,
-    /// How urgent each unit of a step is, by model and unit: its chain counts as so many times as long. 1 where nothing
-    /// is said.
+    /// How urgent each unit of a step is, by model and unit: a factor on the length of its chain; 1 where not given.
     pub urgency: Vec<Vec<f64>>,
 }
 
@@ -113,12 +110,13 @@ impl Policy for LocalityLrtf {
 
     fn choose(&self, view: &View) -> Option<ModelId> {
         let outlook = Outlook::new(view, self);
-        // Whether a model is left to another device is asked last: for most it makes no difference.
+        // Whether a model is left to another device is checked last: for most models it makes no difference.
         let (mut best, mut best_critical) = (0f64, None);
         for model in view.candidates() {
             let critical = outlook.is_critical(model);
             let raises = |share: f64| share > best || critical && best_critical.is_none_or(|best| share > best);
-            // No share is greater than 1, and beside critical candidates followers alone are measured by the others.
+            // No share is greater than 1; and once there are critical candidates, the others matter only for comparison
+            // with followers.
             if !raises(1.0) || !critical && !self.pipelines && best_critical.is_some() {
                 continue;
             }
@@ -140,7 +138,7 @@ impl Policy for LocalityLrtf {
                 best_critical = Some(share);
             }
         }
-        // Where there are critical candidates, one of them is the longest that is good enough.
+        // Where there are critical candidates, the choice is the longest of them that is good enough.
         let enough = best_critical.map_or(followed, |best| (1.0 - critical_tolerance) * best);
         let mut first: Option<(&ModelView, f64)> = None;
         let all = view.candidates().map(|model| (model, enough));
@@ -158,32 +156,32 @@ impl Policy for LocalityLrtf {
     }
 }
 
-/// What all candidates of one choice are measured by.
+/// The quantities by which all candidates of one choice are measured.
 struct Outlook<'a> {
     view: &'a View<'a>,
     here: &'a DeviceView,
     /// Of the fastest devices, the one that is free soonest.
     fastest: &'a DeviceView,
-    /// The least seconds for a second of arithmetic at speed 1, and for a byte. There are many models to multiply by
-    /// them.
+    /// The least seconds for a second of compute at speed 1, and for a byte. Stored as reciprocals, since they are
+    /// multiplied for many models.
     second_secs: f64,
     byte_secs: f64,
-    /// What falls to each copying device of a shared link.
+    /// Each copying device's share of a shared link.
     shared_rate: f64,
-    /// Seconds of a byte to the asking device.
+    /// Seconds per byte to the asking device.
     here_byte_secs: f64,
-    /// The candidate with the longest chain, and that.
+    /// The candidate with the longest chain, and the length of that chain.
     longest: Option<(&'a ModelView, f64)>,
-    /// The chain from which a candidate is critical.
+    /// The chain length from which on a candidate is critical.
     critical_secs: f64,
-    /// The end that is too late for a model whose unit the asking device takes.
+    /// A model whose unit the asking device takes must not end later than this.
     late_secs: f64,
-    /// Units may follow each other on several devices.
+    /// Whether units may be pipelined over several devices.
     pipelines: bool,
     tuning: &'a LocalityTuning,
-    /// Some units are more urgent than others.
+    /// Whether some units are more urgent than others.
     leans: bool,
-    /// There is a faster device, and something runs, so that a device which is left waiting will be asked again.
+    /// Whether there is a faster device and something is running, so that a device left waiting will be asked again.
     may_leave: bool,
 }
 
@@ -239,7 +237,7 @@ impl<'a> Outlook<'a> {
             }
         }
         let horizon = chain.max(work / speeds).max(bytes / rates.min(shared));
-        // The horizon of the other devices: it is nearer than the run's end, the more so the fewer units there are.
+        // The horizon of the other devices alone, with the asking device's queue left out.
         let (others, other_rates) = (speeds - here.speed, (rates - here.h2d_bytes_per_sec).min(shared));
         let without = chain.max((work - here.busy_secs * here.speed) / others).max(bytes / other_rates);
         outlook.late_secs = without + 0.5 * turn;
@@ -247,7 +245,7 @@ impl<'a> Outlook<'a> {
         outlook
     }
 
-    /// The least seconds for some arithmetic and some bytes of one model on any device.
+    /// The least seconds on any device for `secs` of compute and `bytes` of copies of one model.
     fn least_secs(&self, secs: f64, bytes: u64) -> f64 {
         greater(secs * self.second_secs, bytes as f64 * self.byte_secs)
     }
@@ -256,7 +254,7 @@ impl<'a> Outlook<'a> {
         self.least_secs(model.remaining_secs, model.remaining_bytes) + model.remaining_wait_secs
     }
 
-    /// Its chain, as long as it counts for.
+    /// A model's chain, weighted by its urgency.
     fn urgent_secs(&self, model: &ModelView) -> f64 {
         self.urgent(model, self.chain_secs(model))
     }
@@ -265,8 +263,8 @@ impl<'a> Outlook<'a> {
         if self.leans { self.tuning.urgency(model) * secs } else { secs }
     }
 
-    /// Whether a model, with its chain, comes before another: equal chains (of equal bytes, or by rounding) are ordered
-    /// by remaining time.
+    /// Whether a model, given with its chain, comes before another: equal chains (due to equal bytes or to rounding)
+    /// are ordered by remaining time.
     fn is_longer(&self, (a, a_secs): (&ModelView, f64), b: Option<(&ModelView, f64)>) -> bool {
         let Some((b, b_secs)) = b else { return true };
         let ties = || by_remaining(a, b).then_with(|| by_place(self.view, a, b)).is_gt();
@@ -281,7 +279,7 @@ impl<'a> Outlook<'a> {
     #[inline(always)]
     fn missing_bytes(&self, model: &ModelView, device: &DeviceView) -> (u64, u64) {
         let held = device.held.contains(&(model.id, model.shard));
-        // Of the others it is not known what they still have.
+        // For other devices it is not known what they still hold.
         let here_bytes = match (device.id == self.here.id, model.last_device == Some(device.id)) {
             (true, _) => model.here_bytes,
             (false, true) => model.boundary_bytes,
@@ -295,7 +293,7 @@ impl<'a> Outlook<'a> {
         device.h2d_bytes_per_sec.min(self.shared_rate)
     }
 
-    /// Seconds until a model's next unit has its copies on a device that can ask for them in `from_secs`.
+    /// Seconds until the copies of a model's next unit have arrived on a device that can request them in `from_secs`.
     #[inline(always)]
     fn arrival_secs(&self, model: &ModelView, device: &DeviceView, from_secs: f64) -> f64 {
         let (weight_bytes, boundary_bytes) = self.missing_bytes(model, device);
@@ -312,15 +310,14 @@ impl<'a> Outlook<'a> {
         greater(arrival, greater(weights_ready, boundary_ready))
     }
 
-    /// The same until it has all that it wants, a gradient slot included.
+    /// The same until the unit has everything that it needs, including a gradient slot.
     #[inline(always)]
     fn ready_secs(&self, model: &ModelView, device: &DeviceView, from_secs: f64) -> f64 {
         let gradients = if model.leaves_gradients { device.gradients_secs } else { 0.0 };
         greater(self.arrival_secs(model, device, from_secs), gradients)
     }
 
-    /// The part of the time that a unit takes, from the end of the asking device's queue on, in which the device
-    /// computes.
+    /// The share of a unit's time, from the end of the asking device's queue on, in which the device computes.
     #[inline(always)]
     fn useful_share(&self, model: &ModelView) -> f64 {
         let wait_secs = match self.follows(model, self.here) {
@@ -334,7 +331,7 @@ impl<'a> Outlook<'a> {
         model.unit_secs / (wait_secs * self.here.speed + model.unit_secs)
     }
 
-    /// Seconds of the copies that its next unit wants, times `price`.
+    /// Seconds of the copies that its next unit needs, times `price`.
     fn copies_secs(&self, model: &ModelView, price: f64) -> f64 {
         if price == 0.0 {
             return 0.0;
@@ -343,19 +340,19 @@ impl<'a> Outlook<'a> {
         price * (weight_bytes + boundary_bytes) as f64 * self.here_byte_secs
     }
 
-    /// Whether the asking device has something to run, and copies so little for this unit that it need not ask for them
+    /// Whether the asking device has work queued, and this unit's copies are so short that it need not request them
     /// yet.
     fn can_wait(&self, model: &ModelView) -> bool {
         let least_secs = self.tuning.least_copies * model.unit_secs;
         self.here.claimed > 0 && self.arrival_secs(model, self.here, 0.0) < least_secs
     }
 
-    /// Whether a model's next unit would follow one on another device, microbatch by microbatch.
+    /// Whether a model's next unit would be pipelined, microbatch by microbatch, after one on another device.
     fn follows(&self, model: &ModelView, device: &DeviceView) -> bool {
         self.pipelines && matches!(model.claim, Claim::By(by) if by != device.id)
     }
 
-    /// When a model's next unit would end on a device that can ask for its copies in `from_secs`.
+    /// When a model's next unit would end on a device that can request its copies in `from_secs`.
     fn end_secs(&self, model: &ModelView, device: &DeviceView, from_secs: f64) -> f64 {
         let unit_secs = model.unit_secs / device.speed;
         let end = device.busy_secs.max(self.ready_secs(model, device, from_secs)) + unit_secs;
@@ -365,20 +362,21 @@ impl<'a> Outlook<'a> {
         }
     }
 
-    /// Whether the asking device leaves a model's next unit to another, which ends it sooner: in a pipeline; and on
-    /// unequal devices to the fastest one a critical longest chain, and any model that could only end late.
+    /// Whether the asking device leaves a model's next unit to another device that ends it sooner: in a pipeline; and
+    /// on unequal devices, to the fastest one, if the model has the longest chain and is critical, or could only end
+    /// late.
     fn is_left(&self, model: &ModelView) -> bool {
         if let Claim::By(by) = model.claim
             && by != self.here.id
         {
-            // What it follows ends with that device's queue at the latest, and the unit is best placed there: nothing
-            // has to be brought.
+            // Its predecessor ends with that device's queue at the latest, and the unit is best placed there: nothing
+            // has to be copied.
             let there = &self.view.devices[usize::from(by)];
             return there.busy_secs + model.unit_secs / there.speed <= self.end_secs(model, self.here, 0.0);
         }
         let end_secs = self.end_secs(model, self.here, 0.0);
         if self.pipelines && model.claim == Claim::By(self.here.id) && self.is_critical(model) {
-            // One that has room before this queue has run will be asked in time.
+            // A device that has room before this queue has run will be asked in time.
             let sooner = |d: &DeviceView| d.busy_secs < self.here.busy_secs && self.end_secs(model, d, 0.0) < end_secs;
             if model.pinned.is_none() && self.view.devices.iter().any(sooner) {
                 return true;
@@ -391,13 +389,13 @@ impl<'a> Outlook<'a> {
         let rest = self.least_secs(model.remaining_secs - model.unit_secs, bytes) + model.remaining_wait_secs;
         let late = end_secs + self.urgent(model, rest) > self.late_secs;
         let longest = self.longest.is_some_and(|(longest, _)| longest.id == model.id) && self.is_critical(model);
-        // Where this device's queue holds the predecessor, no other can claim the unit before that has run.
+        // If the predecessor is in this device's queue, no other device can claim the unit before it has run.
         let claimed_secs = if model.claim == Claim::By(self.here.id) { self.here.busy_secs } else { 0.0 };
         (late || longest) && self.end_secs(model, self.fastest, claimed_secs) < end_secs
     }
 }
 
-/// The greater of two numbers, without `f64::max`'s care for what is none: a choice asks thousands of times.
+/// The greater of two numbers, without `f64::max`'s handling of NaN: a choice calls this thousands of times.
 fn greater(a: f64, b: f64) -> f64 {
     if b > a { b } else { a }
 }

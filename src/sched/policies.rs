@@ -1,13 +1,13 @@
-//! The built-in policies that look at models alone, and all built-in ones by name.
+//! The built-in policies that consider only models, and a table of all built-in policies by name.
 //!
-//! Each is one pass over the candidates, with ties broken down to the id, so that equal views give equal choices and a
+//! Each is one pass over the candidates, with ties broken down to the id, so that equal views yield equal choices and a
 //! run can be repeated.
 
 use super::{LocalityLrtf, ModelId, ModelView, Policy, View};
 use crate::base::philox::philox;
 use std::cmp::Ordering;
 
-/// Makes a policy with a seed, which is of use to `random` alone.
+/// Makes a policy with a seed, which only `random` uses.
 pub type MakePolicy = fn(u64) -> Box<dyn Policy>;
 
 /// The built-in policies by name, the default first. None pipelines.
@@ -27,8 +27,8 @@ pub fn by_name(name: &str, seed: u64) -> Option<Box<dyn Policy>> {
 
 /// The longest remaining time first (sharded-LRTF; Nagrecha & Kumar 2021, arXiv:2110.08633).
 ///
-/// The longest chain of units bounds the makespan, so it goes first. Unlike the paper's, a unit that is claimed counts
-/// as done, and a device may take the successor of a unit in its own queue.
+/// The longest chain of units bounds the makespan, so it goes first. Unlike in the paper, a claimed unit counts as
+/// done, and a device may take the successor of a unit in its own queue.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ShardedLrtf;
 
@@ -43,7 +43,7 @@ impl Policy for ShardedLrtf {
     }
 }
 
-/// The shortest remaining time first: models end early, and the longest one is left over. A yardstick.
+/// The shortest remaining time first: models end early, and the longest one is left over. A baseline.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Srtf;
 
@@ -58,7 +58,7 @@ impl Policy for Srtf {
     }
 }
 
-/// Models in the order in which they came.
+/// Models in the order in which they were added.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Fifo;
 
@@ -72,15 +72,15 @@ impl Policy for Fifo {
     }
 }
 
-/// Any candidate with equal chance. The number of the choice is the counter, so that a run can be repeated from any
+/// Any candidate with equal probability. The choice's number is the counter, so that a run can be repeated from any
 /// choice on.
 #[derive(Clone, Copy, Debug)]
 pub struct Random {
-    /// Another seed, another run.
+    /// Seeds the choices.
     pub seed: u64,
 }
 
-/// The fourth word of this policy's counters; no op and no other sequence has it under the same seed.
+/// The fourth word of this policy's counters; no op and no other sequence uses it under the same seed.
 const RANDOM_COUNTERS: u32 = u32::MAX;
 
 impl Policy for Random {
@@ -97,7 +97,7 @@ impl Policy for Random {
     }
 }
 
-/// The next candidate after the model chosen last, by whichever device, in the order of ids; after the last one the
+/// The next candidate in the order of ids after the model that was chosen last, by any device; after the last comes the
 /// first.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RoundRobin;
@@ -118,7 +118,8 @@ pub(super) fn by_remaining(a: &ModelView, b: &ModelView) -> Ordering {
     a.remaining_secs.total_cmp(&b.remaining_secs)
 }
 
-/// Breaks ties: a model already on the asking device is greater than one that is not, and a lower id than a higher one.
+/// Breaks ties: a model already on the asking device is greater than one that is not, and a lower id is greater than a
+/// higher one.
 pub(super) fn by_place(view: &View, a: &ModelView, b: &ModelView) -> Ordering {
     let here = |model: &ModelView| model.last_device == Some(view.device);
     here(a).cmp(&here(b)).then(b.id.cmp(&a.id))

@@ -1,37 +1,36 @@
-//! Rehearsals: what a set of models is scheduled best by is found out by scheduling it, on simulated devices, before it
-//! runs.
+//! Rehearsals: the best policy for a set of models is found by scheduling it on simulated devices before it runs.
 //!
 //! No rule is good for all sets of models. But a schedule is a function of the policy, the executor simulates it in a
-//! small part of the time that it takes, and no bit of any model depends on it: so locality-LRTF's [`LocalityTuning`]
-//! are searched for, by changing a few of them at a time and keeping what does not end later, from the beginning again
-//! where that leads nowhere. They are few and say nothing of moments, so that what was found holds where units take a
-//! little longer than was predicted.
+//! small fraction of its time, and no bit of any model depends on it. So the numbers of locality-LRTF's
+//! [`LocalityTuning`] are searched for: a few are changed at a time, a change that does not end later is kept, and the
+//! search restarts when it makes no progress. The numbers are few and refer to no points in time, so a result still
+//! holds if units take a little longer than predicted.
 
 use super::{LocalityLrtf, LocalityTuning};
 use crate::base::philox::Sequence;
 
-/// What was found.
+/// The result of a rehearsal.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rehearsal {
     /// The policy that ends soonest.
     pub policy: LocalityLrtf,
     /// Its makespan, in the caller's seconds.
     pub makespan_secs: f64,
-    /// The makespan of the policy that was given.
+    /// The makespan of the given policy.
     pub plain_secs: f64,
     /// Schedules that were simulated.
     pub tries: usize,
 }
 
 impl Rehearsal {
-    /// The part of the makespan that is saved.
+    /// The fraction of the makespan that is saved.
     pub fn gain(&self) -> f64 {
         1.0 - self.makespan_secs / self.plain_secs
     }
 }
 
-/// What is tried first, each alone, in the order in which each adds most to those before it over a thousand random sets
-/// of models.
+/// The changes that are tried first, each alone, ordered so that each adds most to those before it, over a thousand
+/// random sets of models.
 const FIRST: [fn(&mut LocalityLrtf); 12] = [
     |p| (p.pipelines, p.tuning.depth, p.tuning.copy_price) = (true, 1.0, 0.25),
     |p| (p.tuning.depth, p.tuning.critical_tolerance) = (AT_ONCE, 1.0),
@@ -51,22 +50,22 @@ const FIRST: [fn(&mut LocalityLrtf); 12] = [
     |p| p.tuning.least_copies = 0.02,
 ];
 
-/// A depth at which steps that have begun are ended before any other begins.
+/// A depth at which steps that have begun are finished before any other begins.
 const AT_ONCE: f64 = 1000.0;
 
-/// Tries in vain after which the search begins anew: of several short ones the best is better than a long one, which
-/// comes to where nothing helps.
+/// The number of unsuccessful tries after which the search restarts: the best of several short searches is better than
+/// one long search, which ends where no change helps.
 const PATIENCE: usize = 32;
 
-/// The greatest factor of one change of an urgency.
+/// The greatest factor by which one change alters an urgency.
 const GREATEST_FACTOR: f64 = 4.0;
 
-/// Searches for tuning of locality-LRTF in at most `tries` simulations; the first is of `plain` itself. `may_pipeline`:
-/// one that pipelines may be found, though `plain` does not. `units` are those of each model's step, `makespan_secs`
-/// simulates. Equal arguments find the same.
+/// Searches for a tuning of locality-LRTF in at most `tries` simulations, the first of which is of `plain` itself. With
+/// `may_pipeline`, the result may pipeline even if `plain` does not. `units` are the numbers of units in each model's
+/// step, and `makespan_secs` simulates. Equal arguments give the same result.
 ///
 /// # Errors
-/// The first of `makespan_secs`.
+/// The first error of `makespan_secs`.
 pub fn rehearse<E>(
     plain: &LocalityLrtf,
     may_pipeline: bool,
@@ -83,7 +82,7 @@ pub fn rehearse<E>(
         policy
     });
     let mut first = first.filter(|policy| policy.pipelines == plain.pipelines || may_pipeline);
-    // Where the search is, and the tries since that became better.
+    // Where the search is, and the number of tries since it last improved.
     let (mut at, mut in_vain) = ((plain.clone(), plain_secs), 0);
     while found.tries < tries {
         let policy = first.next().unwrap_or_else(|| {
@@ -97,7 +96,7 @@ pub fn rehearse<E>(
         found.tries += 1;
         let secs = makespan_secs(&policy)?;
         in_vain = if secs < at.1 { 0 } else { in_vain + 1 };
-        // What is no worse may be on the way to what is better.
+        // An equally good tuning may lead to a better one.
         if secs <= at.1 {
             at = (policy, secs);
         }
@@ -108,7 +107,7 @@ pub fn rehearse<E>(
     Ok(found)
 }
 
-/// Changes one number, every other time an urgency, of which there are many.
+/// Changes one number; every other time it is an urgency, of which there are many.
 fn change(policy: &mut LocalityLrtf, may_pipeline: bool, units: &[usize], numbers: &mut Sequence) {
     let tuning = &mut policy.tuning;
     if numbers.below(2) > 0 {
@@ -126,7 +125,7 @@ fn change(policy: &mut LocalityLrtf, may_pipeline: bool, units: &[usize], number
     }
 }
 
-/// Changes how urgent a model is, or one of its shards, forward and backward.
+/// Changes the urgency of a model, or of one of its shards in both directions.
 fn change_urgency(tuning: &mut LocalityTuning, units: &[usize], numbers: &mut Sequence) {
     if tuning.urgency.is_empty() {
         tuning.urgency = units.iter().map(|&n| vec![1.0; n]).collect();

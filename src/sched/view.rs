@@ -1,9 +1,9 @@
 //! What a policy sees: models and devices at the moment when one device can take another unit.
 
-/// A model's number, in the order in which models came.
+/// A model's number, in the order in which models were added.
 pub type ModelId = u16;
 
-/// Models that have a number each.
+/// The most models that can be numbered.
 pub const MOST_MODELS: usize = ModelId::MAX as usize + 1;
 
 /// A device's number.
@@ -16,25 +16,25 @@ pub enum Claim {
     Idle,
     /// This device has all of its claimed units in its queue; only there may the next one follow them.
     By(DeviceId),
-    /// It has no unit to give: it has ended, or waits for its data.
+    /// No unit is available: the model has ended, or waits for its data.
     Away,
 }
 
 /// A model as a policy sees it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelView {
-    /// Which; its place in [`View::models`] too.
+    /// Its number, which is also its index in [`View::models`].
     pub id: ModelId,
     /// Who has claimed its units.
     pub claim: Claim,
     /// The one device that may run its next unit, where its state is at home on a device.
     pub pinned: Option<DeviceId>,
-    /// Predicted seconds, on a device of speed 1, of all units to come; claimed ones are left out.
+    /// Predicted seconds, on a device of speed 1, of all remaining units; claimed ones are left out.
     pub remaining_secs: f64,
-    /// Of those, the ones that must run one after another where each microbatch goes on to the next unit as soon as it
-    /// can.
+    /// The part of those seconds that must run one after another even if each microbatch goes on to the next unit as
+    /// soon as it can.
     pub remaining_chain_secs: f64,
-    /// Predicted seconds between the same units in which it can run nowhere, since its weights are on their way home
+    /// Predicted seconds between the same units in which it can run nowhere, while its weights are on their way home
     /// and back.
     pub remaining_wait_secs: f64,
     /// Bytes of weights that the same units fetch where no slot holds them.
@@ -45,27 +45,28 @@ pub struct ModelView {
     pub unit: u16,
     /// Units of a step.
     pub units: u16,
-    /// The next unit's arithmetic, in seconds on a device of speed 1.
+    /// The next unit's compute, in seconds on a device of speed 1.
     pub unit_secs: f64,
-    /// The microbatches that it is made of, equal parts of that.
+    /// The number of microbatches in that unit, each an equal part of it.
     pub microbatches: u32,
     /// Bytes of weights that the next unit fetches, unless the device holds its shard ([`DeviceView::held`]).
     pub weight_bytes: u64,
     /// Bytes of boundary tensors that it takes in, where units run on any device.
     pub boundary_bytes: u64,
-    /// Of those, what the asking device ([`View::device`]) has already: they were made there or fetched before, and
-    /// nothing has taken their place.
+    /// The part of those bytes that the asking device ([`View::device`]) still holds: the tensors were computed there
+    /// or fetched before, and have not been overwritten.
     pub here_bytes: u64,
-    /// Predicted seconds until those weights are at home, updated, and can have been fetched.
+    /// Predicted seconds until those weights are updated, at home, and could have been fetched.
     pub weights_ready_secs: f64,
-    /// Predicted seconds until those boundary tensors are at home and can have been fetched.
+    /// Predicted seconds until those boundary tensors are at home and could have been fetched.
     pub boundary_ready_secs: f64,
-    /// When the first microbatch's boundary tensor will be there: the unit may begin then, while the one before it
-    /// still runs on another device.
+    /// Predicted seconds until the first microbatch's boundary tensor is available: the unit may begin then, while its
+    /// predecessor still runs on another device.
     pub first_ready_secs: f64,
-    /// Bytes that leave after it.
+    /// Bytes that leave the device after the next unit.
     pub leave_bytes: u64,
-    /// Gradients are among those: it needs one of the device's gradient slots ([`DeviceView::gradients_secs`]).
+    /// Whether gradients are among those, so that the unit needs one of the device's gradient slots
+    /// ([`DeviceView::gradients_secs`]).
     pub leaves_gradients: bool,
     /// Where its last claimed unit ran or will run.
     pub last_device: Option<DeviceId>,
@@ -103,11 +104,11 @@ impl ModelView {
 /// A device as a policy sees it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DeviceView {
-    /// Which; its place in [`View::devices`] too.
+    /// Its number, which is also its index in [`View::devices`].
     pub id: DeviceId,
-    /// Its arithmetic rate over that of the first device.
+    /// Its compute rate relative to that of the first device.
     pub speed: f64,
-    /// Of the models' next shards, those that its weight slots hold as they are now.
+    /// Those of the models' next shards that its weight slots hold, up to date.
     pub held: Vec<(ModelId, u16)>,
     /// Units in its queue, the running one included.
     pub claimed: usize,
@@ -115,9 +116,9 @@ pub struct DeviceView {
     pub busy_secs: f64,
     /// Bytes per second to it.
     pub h2d_bytes_per_sec: f64,
-    /// Predicted seconds until all copies to it that are asked for have arrived.
+    /// Predicted seconds until all copies requested to it have arrived.
     pub h2d_secs: f64,
-    /// Predicted seconds until one of its gradient slots is free, since what it held has left.
+    /// Predicted seconds until one of its gradient slots is free again.
     pub gradients_secs: f64,
 }
 
@@ -126,9 +127,9 @@ pub struct DeviceView {
 pub struct View<'a> {
     /// The device that can take another unit.
     pub device: DeviceId,
-    /// How many choices were made before.
+    /// The number of choices made before.
     pub choices: u64,
-    /// The model chosen last, by whichever device.
+    /// The model that was chosen last, by any device.
     pub last: Option<ModelId>,
     /// All models, by number.
     pub models: &'a [ModelView],
@@ -149,8 +150,8 @@ impl<'a> View<'a> {
         free && model.pinned.is_none_or(|device| device == self.device)
     }
 
-    /// Whether the device may let this model's next unit follow one that another device has: its weights are fetched
-    /// meanwhile, and each microbatch goes on as soon as it has left there.
+    /// Whether this model's next unit may follow, on the asking device, one that another device has: its weights are
+    /// fetched meanwhile, and each microbatch goes on as soon as it has left the other device.
     pub fn may_follow(&self, model: &ModelView) -> bool {
         let elsewhere = matches!(model.claim, Claim::By(device) if device != self.device);
         elsewhere && model.pinned.is_none_or(|device| device == self.device)
@@ -162,7 +163,7 @@ impl<'a> View<'a> {
         self.models.iter().filter(move |model| view.may_take(model))
     }
 
-    /// The models whose next unit may follow one on another device, by number. Only for a policy that pipelines.
+    /// The models whose next unit may follow one on another device, by number. Only for policies that pipeline.
     pub fn followers(&self) -> impl Iterator<Item = &'a ModelView> {
         let view = *self;
         self.models.iter().filter(move |model| view.may_follow(model))
@@ -179,13 +180,13 @@ pub trait Policy: Send {
     /// Its name, for messages and results.
     fn name(&self) -> &str;
 
-    /// Whether it may choose [`View::followers`] too, and is asked when there are no others.
+    /// Whether it may also choose [`View::followers`], and is also asked when there are only followers.
     fn pipelines(&self) -> bool {
         false
     }
 
-    /// One of [`View::candidates`], or `None` to leave the device waiting until something ends. It is asked only when
-    /// there is a candidate. Anything else ends the run with an error that names the policy, and so does `None` for all
-    /// devices where nothing runs.
+    /// Returns one of [`View::candidates`], or `None` to leave the device waiting until something ends. Called only
+    /// when there is a candidate. Any other model ends the run with an error that names the policy, and so does `None`
+    /// for all devices when nothing is running.
     fn choose(&self, view: &View) -> Option<ModelId>;
 }

@@ -1,4 +1,4 @@
-//! The chart of what bound each step: a bar of stacked seconds per step.
+//! The chart of what bound each step: one stacked bar of seconds per step.
 
 use std::fmt::Write;
 
@@ -10,14 +10,14 @@ use crate::base::format_secs;
 #[derive(Clone, Debug)]
 pub(super) struct Bar {
     pub label: String,
-    /// The step it begins with.
+    /// The first step that it stands for.
     pub step: u64,
     /// Seconds of each part.
     pub secs: [f64; 6],
 }
 
-/// Draws bars of seconds, stacked from the first of the `parts`, names and colours, up: an SVG document. Parts that are
-/// not finite or negative count as 0.
+/// Draws stacked bars of seconds as an SVG document. `parts` are names and colours, from the bottom up. Parts that are
+/// negative or not finite count as 0.
 pub(super) fn stacked_bars(
     title: &str,
     parts: [(&'static str, &'static str); 6],

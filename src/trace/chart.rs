@@ -1,4 +1,4 @@
-//! Charts for the report: lines over steps, and the axes they share with the bars.
+//! Charts for the report: lines over steps, and the axes that bar charts use too.
 
 use std::fmt::Write;
 
@@ -92,7 +92,7 @@ impl Plot {
         self.value_ticks(out, whole.iter().map(|(at, label)| (*at, label.as_str())));
     }
 
-    /// Ticks across with their labels; one whose label has no room has none.
+    /// Ticks along the horizontal axis with their labels; a label that does not fit is left out.
     pub(super) fn value_ticks<'a>(&self, out: &mut String, ticks: impl Iterator<Item = (f64, &'a str)>) {
         let mut ticks: Vec<(f64, &str)> = ticks.collect();
         ticks.sort_by(|a, b| a.0.total_cmp(&b.0));
@@ -116,7 +116,7 @@ impl Plot {
     }
 }
 
-/// Opens the drawing of a chart and draws its head, title and legend; with the pixel where the plot may begin.
+/// Opens the drawing of a chart and draws its head (title and legend); also returns the pixel where the plot may begin.
 pub(super) fn open<'a>(
     title: &str,
     width: f64,
@@ -130,7 +130,7 @@ pub(super) fn open<'a>(
     (out, if legend.is_empty() { 42.0 } else { 36.0 + height + 10.0 })
 }
 
-/// A chart without anything to show, which `says` so.
+/// A chart without data, which shows the text `says` instead.
 pub(super) fn empty(title: &str, width: f64, says: &str) -> String {
     let (mut out, _) = open(title, width, 90.0, []);
     let _ = writeln!(out, "<text class=\"soft\" x=\"14\" y=\"58\">{says}</text>\n</svg>");
@@ -138,9 +138,9 @@ pub(super) fn empty(title: &str, width: f64, says: &str) -> String {
 }
 
 impl LineChart {
-    /// The chart as an SVG document; without a value to show it says so.
+    /// The chart as an SVG document; a chart without values says so.
     pub(super) fn svg(&self) -> String {
-        // Nothing drawn comes near it; within it, differences and ratios stay finite.
+        // No plotted value comes near this; within it, differences and ratios stay finite.
         let shown = |value: f64| value.abs() < 1e150;
         let values = || self.series.iter().flat_map(|series| &series.points).filter(|point| shown(point.1));
         let low = values().map(|point| point.1).fold(f64::INFINITY, f64::min);
@@ -154,7 +154,7 @@ impl LineChart {
         let entries: Vec<(&str, String)> = named.map(|series| (series.colour, series.label.clone())).collect();
         let entries = if entries.len() > 1 { entries } else { Vec::new() };
         let (mut out, top) = open(&self.title, self.width, self.height, entries);
-        // Far up, steps that differ may be one f64: the range must not be empty then either.
+        // Very large steps that differ may be the same f64: the range must not be empty even then.
         let last = (last as f64).max(first as f64 + 1.0).max(first as f64 * (1.0 + 1e-12));
         let plot = Plot::new(self.width, self.height, top, (first as f64, last), padded(low, high));
         plot.axes(&mut out, "step", &self.y_label);
@@ -189,12 +189,12 @@ impl LineChart {
 pub(super) fn padded(low: f64, high: f64) -> (f64, f64) {
     let length = high - low;
     let room = if length > low.abs().max(high.abs()) * 1e-9 { length * 0.05 } else { high.abs().max(1e-12) * 0.5 };
-    // Zero is worth showing when it is near, and a positive quantity has nothing below it.
+    // Zero is shown when it is near, and a quantity that is never negative needs no room below it.
     let floor = if low >= 0.0 && low - room <= length * 0.25 { 0.0 } else { low - room };
     (floor, high + room)
 }
 
-/// The points that can be seen: in each pixel column the lowest and the highest, where there are more than a few.
+/// The points that are visible: where a pixel column has more than a few, its lowest and highest.
 fn thinned(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     if points.len() < 2000 {
         return points.to_vec();
@@ -212,8 +212,8 @@ fn thinned(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     out
 }
 
-/// The finite values, each averaged with its neighbours on both sides by weights that fall with `exp(-distance /
-/// span)`. Both sides, since an average of the past alone lies above a falling curve.
+/// The finite values, each averaged with its neighbours on both sides with weights that decay as `exp(-distance /
+/// span)`. Both sides, since an average of only the past would lie above a falling curve.
 pub(super) fn smoothed(points: &[(u64, f64)], span: f64) -> Vec<(u64, f64)> {
     let keep = (-1.0 / span.max(1e-9)).exp();
     let mut out: Vec<(u64, f64)> = points.iter().copied().filter(|point| point.1.is_finite()).collect();

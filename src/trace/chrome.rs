@@ -1,7 +1,7 @@
 //! The trace file: Chrome's trace-event JSON, which Perfetto opens with a process per device and a row per lane.
 //!
-//! One event a line, so that a file whose end was lost with its writer can still be read up to there. Times are whole
-//! nanoseconds printed as microseconds: a task that starts the moment another ends never overlaps it by rounding.
+//! One event per line, so that a file whose writer was killed can still be read up to where it ends. Times are whole
+//! nanoseconds printed as microseconds: a task that starts when another ends never overlaps it through rounding.
 //! Format: "Trace Event Format" (Google, 2016), the JSON object form with complete ("X") and metadata ("M") events.
 
 use std::fmt;
@@ -14,7 +14,7 @@ use serde::Deserialize;
 use super::{Event, LaneSum, Summary, TaskName, What};
 use crate::base::{Error, LaneId, LaneKind, Result};
 
-/// Bytes gathered before a write to the file.
+/// Bytes buffered before a write to the file.
 const BUFFER_BYTES: usize = 64 << 10;
 
 /// Chrome's process number of a lane: 1 for device 0; the host comes after every device. 0 means "idle" to Perfetto.
@@ -22,22 +22,22 @@ fn process(lane: LaneId) -> u32 {
     u32::from(lane.device) + 1
 }
 
-/// Chrome's thread number of a lane. Unique over processes too, since Perfetto keys threads by this number alone.
+/// Chrome's thread number of a lane. Unique also across processes, since Perfetto keys threads by this number alone.
 fn thread(lane: LaneId) -> u32 {
     process(lane) * 8 + lane.kind as u32
 }
 
-/// Nanoseconds since the run's start; times that are no numbers become 0, and the cast holds the rest in range.
+/// Nanoseconds since the run's start; NaN becomes 0, and the cast clamps all others to the range.
 fn nanos(secs: f64) -> u64 {
     (secs * 1e9).round() as u64
 }
 
-/// `value` where it is finite, else 0, since JSON has no word for the others.
+/// `value` if it is finite, else 0, since JSON cannot represent the others.
 fn finite(value: f64) -> f64 {
     if value.is_finite() { value } else { 0.0 }
 }
 
-/// Writes the file from its first byte to its last; after the first failure it writes nothing more.
+/// Writes the file from first byte to last; after the first failure it writes nothing more.
 #[derive(Debug)]
 pub(super) struct ChromeWriter {
     out: BufWriter<File>,
@@ -72,12 +72,12 @@ impl ChromeWriter {
         self.events += u64::from(self.failure.is_none());
     }
 
-    /// Hands what is buffered to the operating system.
+    /// Passes buffered bytes to the operating system.
     pub(super) fn flush(&mut self) {
         self.attempt(|this| this.out.flush());
     }
 
-    /// Closes the JSON with what is known at the end; the first failure of any write comes out here.
+    /// Closes the JSON with the summary; returns the first failure of any write.
     pub(super) fn close(mut self, dropped: u64, displaced: u64, sums: &[LaneSum], models: &[String]) -> io::Result<()> {
         self.attempt(|this| {
             write!(this.out, "\n],\"otherData\":{{\"events\":{},\"dropped\":{dropped}", this.events)?;
@@ -135,7 +135,7 @@ impl ChromeWriter {
         self.metadata(format_args!("{row},\"name\":\"thread_sort_index\",\"args\":{{\"sort_index\":{index}}}"));
     }
 
-    /// Writes what is known of a process from its number on.
+    /// Writes a metadata event of a process, from its number on.
     fn metadata(&mut self, of_process: fmt::Arguments) {
         self.attempt(|this| {
             this.next_line()?;
@@ -157,7 +157,7 @@ impl ChromeWriter {
             write!(self.out, ",\"microbatch\":{microbatch}")?;
         }
         let flops = finite(event.flops);
-        // A number per nanosecond is a billion per second: bytes over nanoseconds are GB/s.
+        // One per nanosecond is a billion per second: bytes divided by nanoseconds are GB/s.
         if bytes > 0 {
             write!(self.out, ",\"bytes\":{bytes}")?;
             if duration > 0 {
@@ -182,7 +182,7 @@ struct Document {
     end: Option<End>,
 }
 
-/// What [`ChromeWriter::close`] says; other programs' traces have other things here.
+/// What [`ChromeWriter::close`] writes; other programs' traces have other data here.
 #[derive(Deserialize)]
 struct End {
     events: Option<u64>,
@@ -241,7 +241,8 @@ const HEAD: &str = "{\"displayTimeUnit\":\"ms\",\"traceEvents\":[";
 pub struct Trace {
     /// The events, in file order, times to the nanosecond.
     pub events: Vec<Event>,
-    /// What the recorder said at the end; `None` where the file breaks off before it, or another program wrote it.
+    /// The recorder's summary at the end; `None` where the file is truncated before it, or another program wrote the
+    /// file.
     pub summary: Option<Summary>,
     /// Names of the models, by number; empty where the file does not say.
     pub models: Vec<String>,
@@ -250,12 +251,12 @@ pub struct Trace {
 impl Trace {
     /// Reads a trace that a [`Recorder`](super::Recorder) wrote.
     ///
-    /// Lines of other kinds and categories that are not ours are passed over. A file that breaks off, because its
-    /// writer was killed, gives the events up to there; it may have broken off before its first byte.
+    /// Lines of other kinds and categories that are not ours are skipped. A file that is truncated because its writer
+    /// was killed yields the events up to there; it may even be empty.
     ///
     /// # Errors
-    /// When the file cannot be read, is no trace, or an event of ours lacks a field or holds an impossible one; the
-    /// message has the path and the event's place.
+    /// When the file cannot be read, is not a trace, or one of our events lacks a field or has an impossible one; the
+    /// message states the path and the event's position.
     pub fn read(path: &Path) -> Result<Trace> {
         let bytes = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
         let text = std::str::from_utf8(&bytes).map_err(|e| Error::bad(format!("{}: no trace: {e}", path.display())))?;
@@ -301,7 +302,7 @@ pub fn read_trace(path: &Path) -> Result<Vec<Event>> {
     Ok(Trace::read(path)?.events)
 }
 
-/// The lines of a broken-off file that are whole.
+/// The complete lines of a truncated file.
 fn whole_lines(text: &str) -> Vec<Line> {
     text.lines().filter_map(|line| serde_json::from_str(line.trim_end_matches(',')).ok()).collect()
 }
@@ -312,7 +313,7 @@ fn to_event(what: What, line: Line) -> std::result::Result<Event, String> {
     if !(line.ts >= 0.0 && line.dur >= 0.0 && (line.ts + line.dur).is_finite()) {
         return Err(format!("ts {} and dur {} are no times", line.ts, line.dur));
     }
-    // Through whole nanoseconds, so that equal times before the file are equal times after it.
+    // Via whole nanoseconds, so that times that were equal before writing are equal after reading.
     let (start, duration) = ((line.ts * 1e3).round(), (line.dur * 1e3).round());
     Ok(Event {
         lane,

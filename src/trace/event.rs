@@ -1,4 +1,4 @@
-//! Events: what ran where, from when to when, and what it had waited for.
+//! Events: what ran where, from when to when, and what it waited for.
 //!
 //! An event is `Copy` and holds no text, so that recording one costs no allocation.
 
@@ -65,7 +65,7 @@ impl fmt::Display for TaskName {
     }
 }
 
-/// Kinds of tasks. The order is the order in a legend.
+/// Kinds of tasks, in the order of a legend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum What {
     /// A shard's forward unit.
@@ -80,29 +80,29 @@ pub enum What {
     Update,
     /// A gradient's share of the global norm.
     Norm,
-    /// Weights on their way to the device.
+    /// A copy of weights to the device.
     FetchWeights,
-    /// Masters and moments on their way to the device.
+    /// A copy of masters and moments to the device.
     FetchState,
-    /// A gradient on its way to the device.
+    /// A copy of a gradient to the device.
     FetchGradient,
-    /// A boundary activation or boundary gradient on its way to the device.
+    /// A copy of a boundary activation or boundary gradient to the device.
     FetchBoundary,
-    /// Updated weights on their way to their home.
+    /// A copy of updated weights to their home.
     SpillWeights,
-    /// Updated masters and moments on their way to their home.
+    /// A copy of updated masters and moments to their home.
     SpillState,
-    /// A gradient on its way to the host.
+    /// A copy of a gradient to the host.
     SpillGradient,
-    /// A boundary activation or boundary gradient on its way to the host.
+    /// A copy of a boundary activation or boundary gradient to the host.
     SpillBoundary,
-    /// A batch on its way to the device.
+    /// A copy of a batch to the device.
     Input,
-    /// A loss or logits on their way to the host.
+    /// A copy of a loss or logits to the host.
     Result,
-    /// State read from the disk tier.
+    /// A read of state from the disk tier.
     DiskRead,
-    /// State written to the disk tier.
+    /// A write of state to the disk tier.
     DiskWrite,
 }
 
@@ -118,7 +118,7 @@ impl What {
         all
     };
 
-    /// Whether it is the arithmetic of a shard's unit.
+    /// Whether it is the compute of a shard's unit.
     pub const fn is_unit(self) -> bool {
         matches!(self, What::Forward | What::Backward | What::LastUnit | What::Eval)
     }
@@ -139,8 +139,8 @@ impl What {
     }
 }
 
-/// Every kind in the order of the enum, its words and its colour. Arithmetic is cool, fetches are warm, spills are purple
-/// to pink, the disk is brown; each is legible on white and on near-black.
+/// Every kind in the order of the enum, with its label and its colour. Compute has cool colours, fetches warm ones,
+/// spills purple to pink, the disk brown; each is legible on white and on near-black.
 const LOOKS: [(What, &str, &str); 18] = [
     (What::Forward, "forward", "#4c8bd6"),
     (What::Backward, "backward", "#2f5fa8"),

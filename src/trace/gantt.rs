@@ -1,7 +1,7 @@
 //! The Gantt chart: a row per lane, a bar per task, as one SVG.
 //!
-//! Bars thinner than half a pixel that follow each other in one colour are drawn as one, so that a chart of a million
-//! tasks stays as small as what can be seen of it.
+//! Consecutive bars of one colour that are thinner than half a pixel are drawn as one, so that a chart of a million
+//! tasks is only as large as what is visible of it.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -17,7 +17,7 @@ const BAR: f64 = 22.0;
 /// Bars that are thinner than this, in pixels, merge.
 const THIN: f64 = 0.5;
 
-/// What a bar's colour tells.
+/// What a bar's colour shows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ColourBy {
     /// The kind of task.
@@ -32,13 +32,13 @@ pub enum ColourBy {
 pub struct GanttOptions {
     /// The chart's title; none where empty.
     pub title: String,
-    /// Pixels across; at least 400 are taken.
+    /// Width in pixels; at least 400.
     pub width: f64,
-    /// What colours tell.
+    /// What colours show.
     pub colour_by: ColourBy,
-    /// Names of the models, by number; a model without one is called by its number.
+    /// Names of the models, by number; a model without a name is called by its number.
     pub models: Vec<String>,
-    /// The seconds to show, from and until; the events' own span where `None`.
+    /// The seconds to show, from and until; `None` means the events' own span.
     pub window: Option<(f64, f64)>,
 }
 
@@ -55,7 +55,7 @@ impl Default for GanttOptions {
 }
 
 /// Draws `events`, in any order, as an SVG document. Events outside the window or with impossible times are left out;
-/// with none left the chart says so.
+/// if none remain, the chart says so.
 pub fn gantt_svg(events: &[Event], options: &GanttOptions) -> String {
     let mut shown: Vec<Event> = events.iter().copied().filter(Event::has_times).collect();
     let span = options.window.unwrap_or_else(|| {
@@ -75,7 +75,7 @@ pub fn gantt_svg(events: &[Event], options: &GanttOptions) -> String {
     Chart { options, from: span.0, until: span.1, width, top: 0.0 }.draw(&shown)
 }
 
-/// When no lane has a task, and steps of some model are not among the `events`: they were not kept.
+/// The times in which no lane has a task and steps of some model are missing from `events`, since they were not kept.
 fn unrecorded(events: &[Event]) -> Vec<(f64, f64)> {
     let mut steps: BTreeMap<u16, BTreeMap<u32, (f64, f64)>> = BTreeMap::new();
     for event in events {
@@ -179,13 +179,13 @@ impl Chart<'_> {
         MARGIN + LABELS
     }
 
-    /// The pixel of a time, held within the chart.
+    /// The pixel of a time, clamped to the chart.
     fn x(&self, secs: f64) -> f64 {
         let share = ((secs - self.from) / (self.until - self.from)).clamp(0.0, 1.0);
         self.left() + share * (self.width - MARGIN - self.left())
     }
 
-    /// Grid lines and the time axis, which counts from the window's start in the unit that suits its length.
+    /// Grid lines and the time axis, which counts from the window's start in a unit that suits its length.
     fn axis(&self, out: &mut String, bottom: f64) {
         let length = self.until - self.from;
         let (unit, name, _) = svg::time_unit(length);
@@ -207,7 +207,7 @@ impl Chart<'_> {
         let _ = writeln!(out, "{}", svg::axis(self.left(), self.width - MARGIN, bottom, 37.0, &name));
     }
 
-    /// A shade where nothing was recorded.
+    /// A shaded area where nothing was recorded.
     fn gap(&self, out: &mut String, (from, until): (f64, f64), bottom: f64) {
         const LABEL: &str = "not recorded";
         let (left, right) = (self.x(from), self.x(until));
@@ -229,7 +229,7 @@ impl Chart<'_> {
         }
     }
 
-    /// A dashed line where each step of the one model begins: where its first unit starts, since copies work ahead.
+    /// A dashed line where each step of the only model begins: at the start of its first unit, since copies run ahead.
     fn steps(&self, out: &mut String, events: &[Event], bottom: f64) {
         let computes = events.iter().any(|event| event.lane.kind == LaneKind::Compute);
         let mut begins: BTreeMap<u32, f64> = BTreeMap::new();
@@ -237,7 +237,7 @@ impl Chart<'_> {
             let begin = begins.entry(event.step).or_insert(event.start_secs);
             *begin = begin.min(event.start_secs);
         }
-        // A step that began before the window has no beginning in it.
+        // A step that began before the window has no start in it.
         begins.retain(|_, begin| (self.from..self.until).contains(begin));
         let mut labelled_until = f64::NEG_INFINITY;
         for (step, begin) in begins {
@@ -301,7 +301,7 @@ impl Chart<'_> {
                 "<rect x=\"{}\" y=\"{}\" width=\"{}\" height=\"{BAR}\" rx=\"{}\" fill=\"{fill}\"><title>{}</title></rect>",
                 px(begin),
                 px(y + (ROW - BAR) / 2.0),
-                // A hair less, so that neighbours stay apart.
+                // Slightly less, so that neighbours stay apart.
                 px(if width > 3.0 { width - 0.6 } else { width }),
                 if width > 6.0 { 3 } else { 0 },
                 escape(&title)

@@ -1,9 +1,10 @@
-//! The event log: a Chrome trace, a Gantt chart, where the time went, and the report page.
+//! The event log and what is made from it: a Chrome trace, a Gantt chart, an account of where the time went, and the
+//! report page.
 //!
-//! Everything here reads one kind of record, the [`Event`], and keeps no clock: times are given. The [`Recorder`] takes
-//! events from the executor without holding it up and streams the chosen steps to `trace.json`; [`read_trace`] reads
-//! that file back; [`StepAccount`] says what bound a step; [`gantt_svg`], [`report_page`] and [`sweep_svg`] draw.
-//! Uses [`base`](crate::base) alone.
+//! Everything here uses one kind of record, the [`Event`], and has no clock: times are given. The [`Recorder`] takes
+//! events from the executor without delaying it and streams the chosen steps to `trace.json`; [`read_trace`] reads that
+//! file back; [`StepAccount`] determines what bound a step; [`gantt_svg`], [`report_page`] and [`sweep_svg`] draw. Uses
+//! [`base`](crate::base) alone.
 
 mod bars;
 mod chart;

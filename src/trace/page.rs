@@ -1,6 +1,6 @@
-//! The report: one HTML page that holds all it shows, follows the reader's light or dark setting and needs no script.
+//! The report: one self-contained HTML page that follows the reader's light or dark setting and needs no script.
 //!
-//! It is drawn from plain values; whoever calls reads the files.
+//! It is drawn from plain values; the caller reads the files.
 
 use std::fmt::Write;
 
@@ -10,7 +10,7 @@ use super::svg::{BOUND_COLOURS, colour, escape};
 use super::{Bound, ColourBy, Event, GanttOptions, LaneSum, gantt_svg};
 use crate::base::{LaneKind, format_bytes, format_secs};
 
-/// More bars than this are averaged into so many.
+/// More bars than this are averaged into this many.
 const MOST_BARS: usize = 60;
 const WIDTH: f64 = 1160.0;
 
@@ -38,25 +38,25 @@ pub struct StepBound {
     pub bound: Bound,
 }
 
-/// A lane's totals beside its ceiling.
+/// A lane's totals and its ceiling.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LaneRow {
     /// Totals over the steps shown.
     pub sum: LaneSum,
-    /// The most it can do in a second: flop/s for compute, bytes/s for the others; `None` where nobody measured.
+    /// Its ceiling: flop/s for compute, bytes/s for the others; `None` where it was not measured.
     pub peak_per_sec: Option<f64>,
-    /// The part of the time in which it worked, where the time is known.
+    /// The share of the time in which it worked, where the time is known.
     pub busy_share: Option<f64>,
 }
 
-/// What a device did, in shares of the time; computing, copying alone and idle sum to one.
+/// What a device did, in shares of the time; `computes`, `copies_alone` and `idle` sum to one.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct DeviceRow {
     /// The device.
     pub device: u16,
     /// It computed.
     pub computes: f64,
-    /// Something was copied to it or from it.
+    /// Something was copied to or from it.
     pub copies: f64,
     /// Something was copied while it did not compute.
     pub copies_alone: f64,
@@ -64,20 +64,20 @@ pub struct DeviceRow {
     pub idle: f64,
 }
 
-/// All that the page shows.
+/// Everything that the page shows.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ReportData {
     /// The page's title.
     pub title: String,
     /// Short sentences under the title: when, where, what was dropped from the trace.
     pub notes: Vec<String>,
-    /// What the plan comes to: names and values.
+    /// The plan's key figures: names and values.
     pub facts: Vec<(String, String)>,
     /// Names of the shards' columns; may be empty.
     pub plan_columns: Vec<String>,
     /// The shards, a row each.
     pub plan_rows: Vec<Vec<String>>,
-    /// Names of the columns of what became of the models; may be empty.
+    /// Names of the columns of the models' outcomes; may be empty.
     pub outcome_columns: Vec<String>,
     /// What became of each model.
     pub outcome_rows: Vec<Vec<String>>,
@@ -89,7 +89,7 @@ pub struct ReportData {
     pub devices: Vec<DeviceRow>,
     /// Totals of the lanes.
     pub lanes: Vec<LaneRow>,
-    /// Which time the totals of devices and lanes are of.
+    /// Which time the totals of devices and lanes cover.
     pub lanes_note: String,
     /// Events of the steps whose schedule is drawn.
     pub events: Vec<Event>,
@@ -97,12 +97,12 @@ pub struct ReportData {
     pub window: Option<(f64, f64)>,
     /// Which steps the schedule shows.
     pub schedule_note: String,
-    /// What colours tell in the schedule.
+    /// What colours show in the schedule.
     pub colour_by: ColourBy,
 }
 
 impl ReportData {
-    /// How the schedule is drawn, in the page and alone.
+    /// How the schedule is drawn, in the page and in its own file.
     pub fn gantt_options(&self) -> GanttOptions {
         let models = self.models.iter().map(|model| model.name.clone()).collect();
         GanttOptions { width: WIDTH, colour_by: self.colour_by, models, window: self.window, ..GanttOptions::default() }
@@ -158,14 +158,14 @@ fn section(out: &mut String, title: &str, body: impl FnOnce(&mut String)) {
     out.push_str("</section>\n");
 }
 
-/// A sentence under a heading, where there is one.
+/// A sentence under a heading, unless it is empty.
 fn note(out: &mut String, text: &str) {
     if !text.is_empty() {
         let _ = writeln!(out, "<p class=\"none\">{}</p>", escape(text));
     }
 }
 
-/// What the plan comes to.
+/// The plan's key figures.
 fn facts(out: &mut String, data: &ReportData) {
     if data.facts.is_empty() {
         return;
@@ -179,7 +179,7 @@ fn facts(out: &mut String, data: &ReportData) {
     });
 }
 
-/// A table of text; columns of numbers stand to the right, but for the first, which names the rows.
+/// A table of text; columns of numbers are right-aligned, except the first, which names the rows.
 fn table(out: &mut String, columns: &[String], rows: &[Vec<String>]) {
     let is_number = |cell: &String| cell.starts_with(|c: char| c.is_ascii_digit() || c == '-');
     let numbers = |i: usize| i > 0 && rows.iter().filter_map(|row| row.get(i)).all(is_number);
@@ -235,7 +235,7 @@ fn headline(out: &mut String, data: &ReportData) {
     out.push_str("</div>\n");
 }
 
-/// Steps over which the loss is smoothed, to either side: more where there are more to show.
+/// Steps on either side over which the loss is smoothed: more where more are shown.
 fn span(model: &ModelCurves) -> f64 {
     (model.train_loss.len() as f64 / 80.0).max(2.0)
 }
@@ -257,7 +257,7 @@ fn curves(out: &mut String, data: &ReportData) {
         ));
         loss.push(series(label("held out"), held_out, LineStyle::Dots, model.valid_loss.clone()));
     }
-    // Faint lines first, so that none covers a curve; sorting is stable.
+    // Faint lines come first, so that none covers a curve; sorting is stable.
     loss.sort_by_key(|series| series.style != LineStyle::Faint);
     let small = |title: &str, of: fn(&ModelCurves) -> &Vec<(u64, f64)>| {
         let series = data.models.iter().enumerate().map(|(i, model)| Series {
@@ -368,7 +368,7 @@ fn share_bar(out: &mut String, sum: &Bound) {
     out.push_str("</div>\n");
 }
 
-/// A bar per step, or the averages of runs of steps where there are many.
+/// A bar per step; where there are many, one per run of consecutive steps, with their average.
 fn bars(steps: &[StepBound]) -> Vec<Bar> {
     let run = steps.len().div_ceil(MOST_BARS).max(1);
     let bar = |steps: &[StepBound]| {
@@ -381,7 +381,7 @@ fn bars(steps: &[StepBound]) -> Vec<Bar> {
     steps.chunks(run).map(bar).collect()
 }
 
-/// `value` with the prefix that leaves one to three digits before the point: `61.2 GFLOP/s`.
+/// `value` with the unit prefix that leaves one to three digits before the point: `61.2 GFLOP/s`.
 fn rate(value: f64, unit: &str) -> String {
     const PREFIXES: [(f64, &str); 5] = [(1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")];
     match PREFIXES.into_iter().find(|&(size, _)| value >= size) {

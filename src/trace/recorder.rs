@@ -1,8 +1,9 @@
-//! The recorder: takes every event from the executor and never holds it up.
+//! The recorder: takes every event from the executor and never delays it.
 //!
 //! `record` adds to the sums and puts a copy into a bounded ring; a writer thread drains the ring into the trace file.
-//! An event that finds the ring full is counted, not waited for. Whole events are kept for the first and the last steps
-//! only; since a run may end early (a failure, an early stop), the last steps so far also wait in a bounded window.
+//! An event that finds the ring full is counted as dropped; the executor does not wait. Events themselves are kept only
+//! for the first and the last steps; since a run may end early (a failure, an early stop), the events of the last steps
+//! so far are also held in a bounded window.
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
@@ -17,25 +18,25 @@ use super::utilisation::add_to_sums;
 use super::{Event, LaneSum};
 use crate::base::{Error, LaneId, Result};
 
-/// How long the writer rests once the ring is empty. While it rests, `record` has nobody to wake and makes no system
-/// call.
+/// How long the writer sleeps once the ring is empty. While it sleeps, `record` has no thread to wake and makes no
+/// system call.
 const REST: Duration = Duration::from_millis(2);
 
-/// Which steps' events are kept whole; sums are kept for all.
+/// Which steps' events are kept; sums are kept for all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Keep {
     /// This many of each model's first steps.
     pub first: u64,
     /// This many of each model's last steps.
     pub last: u64,
-    /// Steps of the longest model; `u64::MAX` where nobody knows. A model that ends before has its last steps taken
-    /// from the window.
+    /// Steps of the longest model; `u64::MAX` where unknown. The last steps of a model that ends earlier are taken from
+    /// the window.
     pub total_steps: u64,
 }
 
 impl Keep {
-    /// True where the step is written as it comes, known to be among the last of a model or, as it goes on from step
-    /// `begin`, among its first.
+    /// Whether the step is written immediately: it is known to be among its model's last steps, or among the first
+    /// after `begin`, the step from which the model goes on.
     fn is_certain(&self, step: u64, begin: u64) -> bool {
         step < self.first.saturating_add(begin) || (self.last > 0 && step.saturating_add(self.last) >= self.total_steps)
     }
@@ -44,33 +45,33 @@ impl Keep {
 /// How to record.
 #[derive(Clone, Debug)]
 pub struct RecorderOptions {
-    /// The steps to keep whole.
+    /// The steps whose events are kept.
     pub keep: Keep,
-    /// The lanes there are; each gets a row even if nothing runs on it.
+    /// All lanes; each gets a row even if nothing runs on it.
     pub lanes: Vec<LaneId>,
-    /// Names of the models, by number, for whoever reads the file.
+    /// Names of the models, by number, for readers of the file.
     pub models: Vec<String>,
-    /// The steps that models go on from, by number; 0 beyond the list.
+    /// The steps from which models go on, by model number; 0 beyond the list.
     pub begins: Vec<u64>,
-    /// Events that the ring holds (about 80 bytes each); at least 1.
+    /// Capacity of the ring in events (about 80 bytes each); at least 1.
     pub ring_events: usize,
-    /// Events that the window of last steps holds, for runs that end early.
+    /// Capacity in events of the window of last steps, for runs that end early.
     pub window_events: usize,
 }
 
 impl RecorderOptions {
-    /// A ring and a window that hold tens of thousands of events, about 8 MB together.
+    /// Options with a ring and a window for tens of thousands of events, about 8 MB together.
     pub fn new(keep: Keep, lanes: Vec<LaneId>, models: Vec<String>) -> Self {
         RecorderOptions { keep, lanes, models, begins: Vec::new(), ring_events: 1 << 16, window_events: 1 << 15 }
     }
 }
 
-/// What a run's recording came to.
+/// The summary of a run's recording.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Summary {
     /// Events in the file.
     pub written: u64,
-    /// Events that found the ring full. They are in the sums but not in the file.
+    /// Events that found the ring full; they are in the sums but not in the file.
     pub dropped: u64,
     /// Events of the last steps of a run that ended early, missing from the file because the window was full.
     pub displaced: u64,
@@ -88,7 +89,7 @@ pub struct Recorder {
     path: PathBuf,
     keep: Keep,
     begins: Vec<u64>,
-    /// The keep's steps in all, for the writer: a longer model may come.
+    /// [`Keep::total_steps`], shared with the writer, since a longer model may be added.
     total_steps: Arc<AtomicU64>,
     models: Vec<String>,
     sums: Vec<LaneSum>,
@@ -122,7 +123,7 @@ impl Recorder {
             .name("trace writer".into())
             .spawn(move || writer.run(events))
             .map_err(|e| Error::Io { what: "cannot start the trace writer's thread".into(), source: e })?;
-        // Room for lanes nobody named, so that meeting one allocates nothing.
+        // Room for lanes that were not named, so that an event on one allocates nothing.
         let mut sums = Vec::with_capacity(lanes.len() + 64);
         sums.extend(lanes.iter().map(|&lane| LaneSum::new(lane)));
         let (ring, writer, path) = (Some(ring), Some(thread), path.into());
@@ -135,20 +136,21 @@ impl Recorder {
         if self.keep.last == 0 && !self.keep.is_certain(u64::from(event.step), begin_of(&self.begins, event)) {
             return;
         }
-        // The ring is open until `finish` or `drop`. A closed far end (the writer panicked) loses the event just so.
+        // The ring is open until `finish` or `drop`. If the receiving end is closed (the writer panicked), the event is
+        // lost in the same way.
         if self.ring.as_ref().is_none_or(|ring| ring.try_send(*event).is_err()) {
             self.dropped += 1;
         }
     }
 
-    /// Names a model of so many `steps` that comes after those that were named before.
+    /// Adds the name of the next model, which has `steps` steps.
     pub fn add_model(&mut self, name: String, steps: u64) {
         self.models.push(name);
         self.keep.total_steps = self.keep.total_steps.max(steps);
         self.total_steps.store(self.keep.total_steps, Ordering::Relaxed);
     }
 
-    /// Waits until the writer has written what is in the ring, closes the file and says what it came to.
+    /// Waits until the writer has written what is in the ring, closes the file and returns the summary.
     ///
     /// # Errors
     /// When any write failed, such as on a full disk; the file is then incomplete.
@@ -172,32 +174,32 @@ impl Recorder {
 impl Drop for Recorder {
     fn drop(&mut self) {
         if self.writer.is_some() {
-            // A run that drops its recorder is failing for another reason, which its own error says; a trace that could
-            // not be closed on top of that is an incomplete file, and `read_trace` copes with those.
+            // A run that drops its recorder is failing for another reason, which its own error states; if the trace
+            // cannot be closed either, the file is incomplete, which `read_trace` can handle.
             let _ = self.close();
         }
     }
 }
 
-/// The step that an event's model goes on from.
+/// The step from which an event's model goes on.
 fn begin_of(begins: &[u64], event: &Event) -> u64 {
     begins.get(usize::from(event.name.model)).copied().unwrap_or(0)
 }
 
-/// The far end of the ring.
+/// The receiving end of the ring.
 #[derive(Debug)]
 struct Writer {
     file: ChromeWriter,
     keep: Keep,
     begins: Vec<u64>,
     total_steps: Arc<AtomicU64>,
-    /// Events not known to be among the last steps until the run ends; never more than `window_events`.
+    /// Events of steps that will prove to be among the last only if the run ends early; at most `window_events`.
     window: VecDeque<Event>,
     window_events: usize,
     /// The newest step of each model, by number.
     newest: Vec<u32>,
-    /// Events that left the full window too early: model, step, how many. Steps that are among the last no more go
-    /// again.
+    /// Events that were pushed out of the full window: model, step, how many. Entries of steps that are no longer among
+    /// the last are removed.
     displaced: VecDeque<(u16, u32, u64)>,
 }
 
@@ -260,8 +262,8 @@ impl Writer {
         missing.map(|entry| entry.2).sum()
     }
 
-    /// True where the step is one of its model's last so far. Steps that were certain are not in the window, so none is
-    /// written twice.
+    /// Whether the step is one of its model's last so far. Steps that were written immediately are not in the window,
+    /// so none is written twice.
     fn is_among_last(&self, model: u16, step: u32) -> bool {
         u64::from(step).saturating_add(self.keep.last) > u64::from(self.newest[usize::from(model)])
     }

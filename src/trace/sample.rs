@@ -8,7 +8,7 @@ const UP: LaneId = LaneId::device(0, LaneKind::HostToDevice);
 const DOWN: LaneId = LaneId::device(0, LaneKind::DeviceToHost);
 const MATH: LaneId = LaneId::host(LaneKind::HostMath);
 
-/// Submits tasks to lanes and works out when they run.
+/// Submits tasks to lanes and computes when they run.
 #[derive(Default)]
 pub(super) struct Schedule {
     pub events: Vec<Event>,

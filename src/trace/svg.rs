@@ -1,10 +1,10 @@
-//! What every drawing shares: escaping, coordinates, ticks of axes, colours, the style.
+//! What all drawings share: escaping, coordinates, axis ticks, colours, the style.
 //!
-//! Drawings are text, put together in a fixed order, so that equal data give equal bytes.
+//! Drawings are text, built in a fixed order, so that equal data gives equal bytes.
 
 use std::fmt::Write;
 
-/// Colours of series and models, in the order they are handed out; legible on white and on near-black.
+/// Colours of series and models, in the order of assignment; legible on white and on near-black.
 pub(super) const COLOURS: [&str; 16] = [
     "#4c8bd6", "#dd6f3c", "#3f9d5a", "#9a6fd0", "#d0649c", "#1fa3a3", "#b8902a", "#7b8794", "#c74b4b", "#7d9b2f",
     "#5b66c9", "#a0623a", "#b35ab8", "#5aa0c4", "#d98aa0", "#6f7a4f",
@@ -44,7 +44,7 @@ pub(super) fn px(value: f64) -> String {
     if short == "-0" { "0".into() } else { short.into() }
 }
 
-/// Opens a drawing of `width` by `height` pixels that scales to the room it is given; `title` names it to screen
+/// Opens a drawing of `width` by `height` pixels that scales to the available space; `title` names it for screen
 /// readers.
 pub(super) fn open(width: f64, height: f64, title: &str) -> String {
     let (w, h) = (px(width), px(height));
@@ -57,8 +57,8 @@ pub(super) fn open(width: f64, height: f64, title: &str) -> String {
     out
 }
 
-/// Stands in every drawing, so that each can be saved alone; a page may set the same variables. Everything is under
-/// `svg.hydra`, because a style inside a page is the whole page's.
+/// Included in every drawing, so that each can be saved alone; a page may set the same variables. Everything is under
+/// `svg.hydra`, because a style inside a page applies to the whole page.
 const STYLE: &str = "svg.hydra{--ink:#1d2733;--soft:#5d6b7a;--line:#dfe4ea;--paper:#ffffff;max-width:100%;height:auto}\
 @media (prefers-color-scheme:dark){svg.hydra{--ink:#e6ebf0;--soft:#9aa7b4;--line:#313b46;--paper:#171d24}}\
 svg.hydra text{font:12px system-ui,-apple-system,'Segoe UI','DejaVu Sans',sans-serif;fill:var(--ink)}\
@@ -72,7 +72,7 @@ svg.hydra .bound{fill:none;stroke-width:1.5;stroke-dasharray:5 4}\
 svg.hydra .gap{fill:var(--line);opacity:.6}\
 svg.hydra .faint{fill:none;stroke-width:1;opacity:.55}svg.hydra .dot{stroke:var(--paper);stroke-width:1.5}";
 
-/// Pixels that `text` takes at 12 px, roughly, in the wider of the common sans-serif faces.
+/// Approximate width in pixels of `text` at 12 px, in the wider ones of the common sans-serif fonts.
 pub(super) fn text_width(text: &str) -> f64 {
     let width = |c: char| match c {
         'i' | 'j' | 'l' | '.' | ',' | ' ' | ':' | '\'' => 3.6,
@@ -84,7 +84,7 @@ pub(super) fn text_width(text: &str) -> f64 {
     text.chars().map(width).sum()
 }
 
-/// The unit that suits times of up to `secs`: its seconds, its sign and its name.
+/// The unit that suits times of up to `secs`: its length in seconds, its symbol and its name.
 pub(super) fn time_unit(secs: f64) -> (f64, &'static str, &'static str) {
     match secs {
         s if s >= 1.0 => (1.0, "s", "seconds"),
@@ -98,7 +98,7 @@ pub(super) fn points(points: &[(f64, f64)]) -> String {
     points.iter().map(|&(x, y)| format!("{},{}", px(x), px(y))).collect::<Vec<_>>().join(" ")
 }
 
-/// Draws a dot that says what it is.
+/// Draws a dot with a tooltip.
 pub(super) fn dot(out: &mut String, (x, y): (f64, f64), radius: u32, colour: &str, title: &str) {
     let (x, y, title) = (px(x), px(y), escape(title));
     let _ = writeln!(
@@ -107,7 +107,7 @@ pub(super) fn dot(out: &mut String, (x, y): (f64, f64), radius: u32, colour: &st
     );
 }
 
-/// The line of an axis from `left` to `right` at `y`, with its name so far `below` the right end.
+/// The line of an axis from `left` to `right` at `y`, with its name `below` pixels below the right end.
 pub(super) fn axis(left: f64, right: f64, y: f64, below: f64, name: &str) -> String {
     let (left, right, at, name_y, name) = (px(left), px(right), px(y), px(y + below), escape(name));
     format!(
@@ -153,22 +153,22 @@ pub(super) fn ticks(low: f64, high: f64, count: usize) -> Ticks {
         [1.0, 2.0, 5.0, 10.0].into_iter().map(|m| m * power).find(|&step| step >= rough * 0.999).unwrap_or(rough);
     let first = (low / step - 1e-9).ceil();
     let last = (high / step + 1e-9).floor();
-    // Not finite, or no longer told apart by f64: one tick is better than a million.
+    // Not finite, or no longer distinguishable as f64: one tick is better than a million.
     if !(last - first).is_finite() || !(0.0..=1000.0).contains(&(last - first)) || low + step == low {
         return Ticks { at: vec![low], step: (high - low).max(f64::MIN_POSITIVE) };
     }
     Ticks { at: (0..=(last - first) as u32).map(|i| (first + f64::from(i)) * step).collect(), step }
 }
 
-/// The numbers of an axis, all in one form: with powers of ten where the greatest needs them, or where it is small and
-/// its neighbours would.
+/// The numbers of an axis, all in the same format: with powers of ten if the greatest needs them, or if it is small and
+/// the others would.
 pub(super) fn tick_labels(ticks: &Ticks) -> Vec<String> {
     let most = ticks.at.iter().fold(ticks.step, |most, at| most.max(at.abs()));
     let powers = !(1e-3..1e6).contains(&most) || (ticks.step < 1e-3 && most < 1e-2);
     ticks.at.iter().map(|&at| number(at, ticks.step, powers)).collect()
 }
 
-/// A number alone: as many decimals as `step` needs, with a power of ten where the zeros would take over.
+/// A single number: as many decimals as `step` needs, with a power of ten where it would otherwise be mostly zeros.
 pub(super) fn tick_label(value: f64, step: f64) -> String {
     number(value, step, !(1e-3..1e6).contains(&value.abs().max(step)))
 }

@@ -1,4 +1,5 @@
-//! The plot of a sweep: makespans over one axis, a line for each combination of the other axes, and the bounds dashed.
+//! The plot of a sweep: makespans over one swept parameter, with a line for each combination of the others, and dashed
+//! lines for the bounds.
 
 use std::fmt::Write;
 
@@ -6,7 +7,7 @@ use super::chart::{Plot, empty, open, padded};
 use super::svg::{self, colour};
 use crate::base::format_secs;
 
-/// Where an axis is longer than this, from its lowest value to its highest, equal ratios are equally long.
+/// If the ratio of an axis' highest value to its lowest exceeds this, the axis is logarithmic.
 const LONG: f64 = 20.0;
 
 /// A sweep to draw.
@@ -14,22 +15,22 @@ const LONG: f64 = 20.0;
 pub struct SweepPlot {
     /// The chart's title.
     pub title: String,
-    /// What the axis across is.
+    /// The label of the horizontal axis.
     pub axis: String,
-    /// The values along it, as they are written.
+    /// The values along it, as text.
     pub values: Vec<String>,
-    /// The values as numbers; `None`: they are words, and nothing lies between them.
+    /// The values as numbers; `None` if they are words, with nothing in between.
     pub numbers: Option<Vec<f64>>,
-    /// A line for each combination of what else was swept.
+    /// A line for each combination of the other swept parameters.
     pub lines: Vec<SweepLine>,
 }
 
-/// What one combination came to.
+/// The results of one combination.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct SweepLine {
     /// The combination; empty where it is the only one.
     pub label: String,
-    /// Makespan and bound at each of the values, in seconds; `None` where it does not run.
+    /// Makespan and bound at each of the values, in seconds; `None` where the combination does not run.
     pub secs: Vec<Option<(f64, f64)>>,
 }
 
@@ -52,13 +53,13 @@ pub fn sweep_svg(plot: &SweepPlot) -> String {
     let (mut out, top) = open(&plot.title, WIDTH, height, labels.filter(|(_, label)| !label.is_empty()));
     let places = places(plot);
     let (first, last) = places.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), &x| (a.min(x), b.max(x)));
-    // Room beside the outermost points, and around a lone one.
+    // Room beside the outermost points, or around a single one.
     let room = if last > first { 0.04 * (last - first) } else { 1.0 };
     let frame = Plot::new(WIDTH, height, top, (first - room, last + room), padded(0.0, most / unit));
     frame.axes(&mut out, &plot.axis, &format!("makespan, {name} (bound dashed)"));
     frame.value_ticks(&mut out, places.iter().copied().zip(plot.values.iter().map(String::as_str)));
     for (i, line) in lines.iter().enumerate() {
-        // Bounds that are the same for several lines are drawn once, in nobody's colour.
+        // Bounds that are the same for several lines are drawn once, in a neutral colour.
         let bounds = |line: &[Option<(f64, f64)>]| line.iter().map(|point| point.map(|p| p.1)).collect::<Vec<_>>();
         let (own, same) = (bounds(line), |other: &Vec<_>| bounds(other) == bounds(line));
         let shared = lines.iter().filter(|other| same(other)).count() > 1;
@@ -82,7 +83,7 @@ pub fn sweep_svg(plot: &SweepPlot) -> String {
     out
 }
 
-/// Where the values stand along the axis: by number, by its logarithm where they lie far apart, or one after another.
+/// The values' positions along the axis: by number, by logarithm where they are far apart, or evenly spaced for words.
 fn places(plot: &SweepPlot) -> Vec<f64> {
     let one_by_one = || (0..plot.values.len()).map(|i| i as f64).collect();
     let Some(numbers) = plot.numbers.as_ref().filter(|n| n.len() == plot.values.len()) else { return one_by_one() };
@@ -122,7 +123,7 @@ fn draw(
     for run in runs.iter().filter(|run| run.len() > 1) {
         polyline(run);
     }
-    // A bound that no line leads to.
+    // A bound that no line reaches.
     let alone = |x: f64| runs.iter().all(|run| run.len() < 2 || run.iter().all(|point| point.0 != x));
     for &(x, y) in points.iter().filter(|point| class == "bound" && alone(point.0)) {
         y.into_iter().for_each(|y| polyline(&[(x - 14.0, y), (x + 14.0, y)]));

@@ -1,8 +1,9 @@
-//! Where the time went: what each second of a step was bound by, and how near each lane came to its ceiling.
+//! Where the time went: what bound each second of a step, and how close each lane came to its ceiling.
 //!
-//! The second a compute lane works is bound by compute. When it stands still, the task that it runs next was waiting,
-//! and the event says for which task. That task's time is charged to its lane's kind; where it, too, had waited, the
-//! walk goes on along the chain until the gap is filled. What no task ran in is idle: latency, or nothing to do.
+//! A second in which a compute lane works is bound by compute. When the lane stalls, its next task was waiting, and
+//! that task's event says for which task. The waited-for task's time is charged to the kind of its lane; if that task
+//! had waited too, the walk continues along the chain until the gap is filled. Time in which no such task ran is idle:
+//! latency, or nothing to do.
 
 use super::Event;
 use crate::base::{LaneId, LaneKind};
@@ -48,7 +49,7 @@ impl Bound {
         self.idle += other.idle;
     }
 
-    /// Of a sum over `count` windows, their mean.
+    /// The mean, where `self` is a sum over `count` windows.
     pub fn mean(self, count: f64) -> Bound {
         let [compute, h2d, d2h, host, disk, idle] = self.parts().map(|part| part / count);
         Bound { compute, h2d, d2h, host, disk, idle }
@@ -81,7 +82,7 @@ pub struct LaneSum {
 }
 
 impl LaneSum {
-    /// A lane on which nothing ran.
+    /// Totals of a lane on which nothing has run.
     pub fn new(lane: LaneId) -> Self {
         LaneSum { lane, tasks: 0, busy_secs: 0.0, bytes: 0, flops: 0.0 }
     }
@@ -137,7 +138,7 @@ impl Ceilings {
     }
 }
 
-/// Adds `event` to its lane's row, which is put in lane order where it is new.
+/// Adds `event` to its lane's row; a new row is inserted in lane order.
 pub(super) fn add_to_sums(sums: &mut Vec<LaneSum>, event: &Event) {
     let row = sums.binary_search_by_key(&event.lane, |sum| sum.lane).unwrap_or_else(|place| {
         sums.insert(place, LaneSum::new(event.lane));
@@ -146,7 +147,7 @@ pub(super) fn add_to_sums(sums: &mut Vec<LaneSum>, event: &Event) {
     sums[row].add(event);
 }
 
-/// Says what bound the window from `start_secs` to `end_secs`, given the events that touch it, in any order.
+/// Computes what bound the window from `start_secs` to `end_secs`, given the events that overlap it, in any order.
 ///
 /// Several devices count as one: while any of them works, the window is bound by compute. The parts sum to the window.
 #[cfg(test)]
@@ -157,15 +158,15 @@ pub(super) fn where_time_went(events: &[Event], start_secs: f64, end_secs: f64) 
     account.finish_step(start_secs, end_secs)
 }
 
-/// Takes one model's events as its tasks complete and settles them step by step. What its tasks waited for another
-/// model's it has no event of, so that this time is idle.
+/// Takes one model's events as its tasks complete and accounts for them step by step. It has no events of other models'
+/// tasks, so time spent waiting for those counts as idle.
 ///
-/// Its memory is what the largest step so far needed, and is used again.
+/// Its memory is reused, and as large as the largest step so far needed.
 #[derive(Debug)]
 pub struct StepAccount {
     /// Events of the open step; those with impossible times are left out.
     tasks: Vec<Task>,
-    /// Sums of the open step and of the one settled last; each has the same lanes.
+    /// Sums of the open step and of the last finished one; both have the same lanes.
     open: Vec<LaneSum>,
     settled: Vec<LaneSum>,
     /// Indices of the devices' compute tasks by start; scratch space of `finish_step`.
@@ -183,7 +184,7 @@ struct Task {
 }
 
 impl StepAccount {
-    /// An account for a run with these lanes, with room for `events_per_step`.
+    /// Makes an account for a run with these lanes, with room for `events_per_step` events.
     pub fn new(lanes: &[LaneId], events_per_step: usize) -> Self {
         let mut account = StepAccount {
             tasks: Vec::with_capacity(events_per_step),
@@ -206,10 +207,10 @@ impl StepAccount {
         }
     }
 
-    /// Says what bound the window from `start_secs` to `end_secs`, and opens the next step. Several devices count as one:
-    /// while any of them works, the window is bound by compute. The parts sum to the window.
+    /// Computes what bound the window from `start_secs` to `end_secs`, and opens the next step. Several devices count
+    /// as one: while any of them works, the window is bound by compute. The parts sum to the window.
     ///
-    /// Tasks that ended after the window stay, since they reach into the next one.
+    /// Tasks that ended after the window are kept, since they extend into the next one.
     pub fn finish_step(&mut self, start_secs: f64, end_secs: f64) -> Bound {
         let mut bound = Bound::default();
         let window = end_secs - start_secs;
@@ -224,7 +225,7 @@ impl StepAccount {
         bound
     }
 
-    /// Forgets what ended by `end_secs` and belongs to no step.
+    /// Drops tasks that ended by `end_secs` and belong to no step.
     pub fn discard(&mut self, end_secs: f64) {
         self.tasks.retain(|task| task.end > end_secs);
         for sum in &mut self.open {
@@ -232,7 +233,7 @@ impl StepAccount {
         }
     }
 
-    /// Sums of the step that was settled last, in lane order. A task counts, whole, in the step in which it was added.
+    /// Sums of the last finished step, in lane order. A task counts entirely in the step in which it was added.
     pub fn sums(&self) -> &[LaneSum] {
         &self.settled
     }
@@ -271,7 +272,7 @@ impl StepAccount {
             }
         }
         if now < end {
-            // No such task ends the last gap; what ended the window did: the task that finished last in it.
+            // No compute task ends the last gap, so the task that finished last in the window is taken.
             let last = self
                 .tasks
                 .iter()
@@ -279,12 +280,13 @@ impl StepAccount {
                 .max_by(|a, b| a.end.total_cmp(&b.end).then(a.ticket.cmp(&b.ticket)));
             self.charge_gap(&mut bound, last.map_or(0, |task| task.ticket), now, end);
         }
-        // From the other parts, so that all sum to the window however the differences above were rounded.
+        // Computed from the other parts, so that all sum to the window regardless of rounding above.
         bound.idle = (end - start - (bound.compute + bound.h2d + bound.d2h + bound.host + bound.disk)).max(0.0);
         bound
     }
 
-    /// Charges the gap between `from` and `until` to the chain of tasks that begins with `ticket`, back in time.
+    /// Charges the gap between `from` and `until` to the chain of tasks that begins with `ticket` and goes back in
+    /// time.
     fn charge_gap(&self, bound: &mut Bound, mut ticket: u64, from: f64, until: f64) {
         let mut now = until;
         while ticket != 0 && now > from {
@@ -295,7 +297,7 @@ impl StepAccount {
                 bound.charge(task.lane.kind, ended - began);
             }
             now = now.min(began);
-            // A task waits for tasks submitted before it; an event that says otherwise would send the walk in circles.
+            // A task waits only for tasks submitted before it; an event that says otherwise would make the walk cycle.
             if task.after >= ticket {
                 return;
             }

@@ -1,10 +1,10 @@
-//! A checkpoint: weights, moments and running statistics after some steps, in one safetensors file; of weights that are
-//! not trained a checksum.
+//! A checkpoint: weights, moments and running statistics after some steps, in one safetensors file, with a checksum in
+//! place of the weights that are not trained.
 //!
-//! The numbers are exact, and everything else that a step depends on follows from the step's number (order of the data,
-//! dropout, learning rate), so that a resumed run gives the bits of one that was never stopped. What must be the same
-//! for that is written in the file's metadata and compared: without some of it the numbers mean nothing, the rest may
-//! be changed on purpose and is told.
+//! The numbers are exact, and everything else that a step depends on (order of the data, dropout, learning rate)
+//! follows from the step's number, so a resumed run computes the same bits as one that was never stopped. The settings
+//! that must be the same for that are written to the file's metadata and compared: with some of them different the
+//! numbers mean nothing; the others may be changed on purpose, and the change is reported.
 
 use super::optimizer::{Optimizer, Schedule};
 use super::options::TrainOptions;
@@ -22,34 +22,34 @@ use std::path::{Path, PathBuf};
 
 /// The value of `format` in the file's metadata.
 const FORMAT: &str = "hydra-checkpoint-2";
-/// The key of the model's element type. Numbers are f32 in any case: a bf16 model's weights are kept as their masters.
+/// The key of the model's element type. Numbers are always f32: a bf16 model's weights are stored as their f32 masters.
 const DTYPE: &str = "dtype";
-/// The key of whether products round their factors to tf32, which another `dtype` of the job says.
+/// The key of whether products round their factors to tf32, which the job file sets with a `dtype` of its own.
 const TF32: &str = "tf32";
-/// The key of how many rows of logits are made at a time, in the order of whose sums its gradients are.
+/// The key of how many rows of logits are computed at a time, which fixes the order in which gradients are summed.
 const LOSS_ROWS: &str = "loss_rows";
-/// The key of what cuts the model's text.
+/// The key of the tokenizer of the model's text.
 const TOKENIZER: &str = "tokenizer";
-/// Under which it says what is not trained, of which it has nothing but a checksum.
+/// The key of which parameters are not trained; of those the file has only a checksum.
 const FROZEN: &str = "frozen";
 const LOW_RANK: &str = "lora";
 /// The key of the CRC-32 of the frozen weights' f32s, in the model's order.
 const FROZEN_CHECKSUM: &str = "frozen.checksum";
 /// The key of the network's settings, by config.json's keys.
 const NETWORK: &str = "network";
-/// Of those the keys that are of no account to a model in training, or that its tensors' shapes tell.
+/// Those of config.json's keys that do not matter in training, or that the tensors' shapes imply.
 const OF_NO_ACCOUNT: [&str; 6] =
     ["id2label", "initializer_range", "n_inner", "position_embedding_type", "problem_type", "reorder_and_upcast_attn"];
 /// The key of whether the model had come to its end.
 const ENDED: &str = "ended";
 /// The file's last tensor: the CRC-32 of all bytes before it, as the bits of one I32.
 const CHECKSUM: &str = "checksum";
-/// Keys of the optimizer on which it depends what the moments are.
+/// Keys of the optimizer that determine what the moments mean.
 const KIND: &str = "optimizer.kind";
 const MOMENTUM: &str = "optimizer.momentum";
 
-/// What of a run must stay the same, besides its model and the model's element type: what minibatches and dropout are
-/// made of.
+/// What must stay the same in a run besides its model and the model's element type: what determines minibatches and
+/// dropout.
 fn identity(options: &TrainOptions) -> [(&'static str, u64); 3] {
     [("seed", options.seed), ("batch", options.batch as u64), ("microbatch", options.microbatch as u64)]
 }
@@ -93,8 +93,8 @@ fn updates(options: &TrainOptions) -> Vec<(&'static str, String)> {
     all
 }
 
-/// The first key of which both settings know, and that makes another network of it, with its values. A key that only
-/// one of them has is from another version of this program.
+/// The first key whose values in the two settings make them different networks, with both values. A key that only one
+/// of them has is from another version of this program.
 fn network_change(was: &str, is: &str) -> Option<(String, Value, Value)> {
     let read = |text| serde_json::from_str::<Map<String, Value>>(text).ok();
     let (was, is) = (read(was)?, read(is)?);
@@ -107,7 +107,7 @@ fn network_change(was: &str, is: &str) -> Option<(String, Value, Value)> {
     is.into_iter().filter(|(key, _)| counts(key)).find_map(change)
 }
 
-/// A setting that is another than it was.
+/// A setting that has changed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Change {
     /// The job file's key, within the model.
@@ -151,7 +151,7 @@ fn frozen_checksum(engine: &Engine, of: usize) -> Result<Option<u32>> {
     Ok(sum.map(Hasher::finalize))
 }
 
-/// The bytes of `values`, some at a time.
+/// The bytes of `values`, in pieces.
 fn pieces(values: &[f32]) -> impl Iterator<Item = Vec<u8>> {
     values.chunks(1 << 14).map(|some| some.iter().flat_map(|value| value.to_le_bytes()).collect())
 }
@@ -161,13 +161,13 @@ fn pieces(values: &[f32]) -> impl Iterator<Item = Vec<u8>> {
 ///
 /// # Errors
 /// When the file cannot be written, or the state cannot be read ([`Engine::read_parameter`], [`Engine::read_state`]):
-/// steps were begun since it came home, or the model has ended in the middle of one.
+/// steps were begun since the state came home, or the model ended in the middle of one.
 pub fn write_checkpoint(path: &Path, engine: &Engine, of: usize, options: &TrainOptions, step: u64) -> Result<()> {
     write(path, engine, of, options, (step, false))
 }
 
-/// Writes the checkpoint of a model that has come to its end, once all else of it is saved: whoever finds the file has
-/// nothing left to do.
+/// Writes the checkpoint of a model that has come to its end, after everything else of it is saved: whoever finds this
+/// file has nothing left to do.
 ///
 /// # Errors
 /// As [`write_checkpoint`].
@@ -250,7 +250,7 @@ impl Checkpoint {
         self.index.metadata().get(ENDED).is_some_and(|ended| ended == "true")
     }
 
-    /// How `options` would update the model otherwise than the run that wrote this, or from other data.
+    /// In what `options` would update the model differently from the run that wrote this, or with other data.
     pub fn changes(&self, options: &TrainOptions) -> Vec<Change> {
         let change = |(key, is): (&'static str, String)| {
             let was = self.index.metadata().get(key).filter(|was| **was != is)?.clone();
@@ -259,10 +259,11 @@ impl Checkpoint {
         updates(options).into_iter().chain(options.data.iter().cloned()).filter_map(change).collect()
     }
 
-    /// Compares it with the run that is to go on from it. What that may change is left to [`Checkpoint::changes`].
+    /// Compares it with the run that is to resume from it. Settings that the run may change are left to
+    /// [`Checkpoint::changes`].
     ///
     /// # Errors
-    /// [`Error::BadInput`] that names the first difference with which its numbers mean nothing.
+    /// [`Error::BadInput`] that names the first difference that makes its numbers meaningless.
     pub fn check(&self, options: &TrainOptions, model: &Model) -> Result<()> {
         for (key, want) in identity(options) {
             let found = self.index.metadata().get(key).map_or("missing", String::as_str);
@@ -285,13 +286,13 @@ impl Checkpoint {
             let found = found.map_or("none", String::as_str);
             return Err(self.fault(format!("{LOW_RANK} is {found} in the checkpoint, {want} in the job")));
         }
-        // Either may not say it.
+        // Either may leave it out.
         if let (Some(found), Some(want)) = (self.index.metadata().get(TOKENIZER), &options.tokenizer)
             && found != want
         {
             return Err(self.fault(format!("{TOKENIZER} is {found} in the checkpoint, {want} in the job")));
         }
-        // Another rule takes its moments for something else, and no momentum has none.
+        // Another rule would interpret the moments differently, and SGD without momentum has none.
         let none = |momentum: &str| momentum.parse() == Ok(0.0);
         let meaningless = |c: &Change| c.key == KIND || c.key == MOMENTUM && none(&c.was) != none(&c.is);
         if let Some(Change { key, was, is }) = self.changes(options).into_iter().find(meaningless) {
@@ -312,7 +313,7 @@ impl Checkpoint {
             let extra = self.index.entries().iter().find(|e| !known(&e.name)).map_or("?", |e| &e.name);
             return Err(self.fault(format!("tensor {extra}: the job's model has no such tensor")));
         }
-        // What the tensors do not tell, where both say it.
+        // What the tensors do not imply, where both sides state it.
         if let (Some(found), Some(want)) = (self.index.metadata().get(NETWORK), &options.network)
             && let Some((key, was, is)) = network_change(found, want)
         {
@@ -321,7 +322,7 @@ impl Checkpoint {
         self.check_sum()
     }
 
-    /// Whether all bytes are those that were written.
+    /// Checks that all bytes are those that were written.
     fn check_sum(&self) -> Result<()> {
         let Some(entry) = self.index.get(CHECKSUM) else { return Err(self.fault("has no checksum".into())) };
         let io = |e| Error::io("read", &self.path, e);
@@ -343,11 +344,11 @@ impl Checkpoint {
         }
     }
 
-    /// Writes all tensors into the part of the host's store that the engine's model number `of` has, whose frozen
-    /// weights are there. Call [`Checkpoint::check`] first, and this before the first step.
+    /// Writes all tensors into the host's store for the engine's model number `of`, whose frozen weights must already
+    /// be there. Call [`Checkpoint::check`] first, and this before the first step.
     ///
     /// # Errors
-    /// When the file cannot be read, or lacks a tensor, or the frozen weights are others than those that it was trained
+    /// When the file cannot be read or lacks a tensor, or the frozen weights differ from those that it was trained
     /// with.
     pub fn restore(&mut self, engine: &mut Engine, of: usize) -> Result<()> {
         let (found, want) = (self.index.metadata().get(FROZEN_CHECKSUM), frozen_checksum(engine, of)?);

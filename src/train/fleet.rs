@@ -1,8 +1,8 @@
 //! Models in training together: one loop that keeps two steps of each in flight and takes whatever ends next.
 //!
-//! A model's data, validation, checkpoints and end are its own, and what one computes does not depend on the others.
-//! Nor does one wait for what another does, but where a model is saved: one thread does all of this, and meanwhile the
-//! devices run out of work. One that fails ends with its reason, and the rest go on.
+//! A model's data, validation, checkpoints and end are its own, and what it computes does not depend on the others. Nor
+//! does it wait for another, except while one is saved: one thread does all of this, and meanwhile the devices run out
+//! of work. A model that fails ends with its reason, and the rest go on.
 
 use super::observer::{FleetObserver, StepReport};
 use super::options::TrainOptions;
@@ -20,18 +20,18 @@ use std::sync::atomic::{AtomicBool, Ordering};
 pub struct Fleet {
     pub(super) engine: Engine,
     pub(super) trainees: Vec<Trainee>,
-    /// Models that run one after another; by default each has a line of its own, and all run at once.
+    /// Models of one line run one after another; by default each model has a line of its own, and all run at once.
     lines: Vec<VecDeque<usize>>,
 }
 
 impl Fleet {
-    /// Fills the store of `device` with the first weights. Its arenas and store are at least as large as
-    /// [`FleetMap::new`](crate::spill::FleetMap::new) says for the models.
+    /// Fills the store of `device` with the first weights. The device's arenas and store must be at least as large as
+    /// [`FleetMap::new`](crate::spill::FleetMap::new) computes for the models.
     ///
     /// # Errors
-    /// When threads cannot be had, weights are missing, an option is absurd or another than its model's or its plan's,
-    /// a plan is another model's, or models, memory, devices and turns do not fit each other; when there are more models
-    /// than [`MOST_MODELS`](crate::sched::MOST_MODELS).
+    /// When threads cannot be started, weights are missing, an option is invalid or differs from what its model was
+    /// traced or planned with, a plan belongs to another model, or models, memory, devices and turns do not fit each
+    /// other; when there are more models than [`MOST_MODELS`](crate::sched::MOST_MODELS).
     pub fn new(models: Vec<ModelToTrain>, device: Box<dyn Device>, turns: Option<TurnOptions>) -> Result<Fleet> {
         check_count(models.len())?;
         let engine_options = models.iter().map(engine_options).collect::<Result<Vec<_>>>()?;
@@ -45,13 +45,14 @@ impl Fleet {
         Ok(fleet)
     }
 
-    /// Adds a model to those in training, and gives its number. Waits until the devices have come to rest between
-    /// units; no other model's bits change by that. One whose weights cannot be read is added all the same, and fails
+    /// Adds a model to those in training, and returns its number. Waits until the devices are at rest between units;
+    /// this does not change the bits of any other model. A model whose weights cannot be read is still added, and fails
     /// ([`Fleet::failure`]).
     ///
     /// # Errors
-    /// As [`Engine::wait_add`]; and when its data cannot be opened, an option is absurd or another than the model's or
-    /// the plan's, or the plan is another model's. But for a failed device nothing has changed then.
+    /// As [`Engine::wait_add`]; and when its data cannot be opened, an option is invalid or differs from what the model
+    /// was traced or planned with, or the plan belongs to another model. Unless a device has failed, nothing has
+    /// changed then.
     pub fn wait_add(&mut self, model: ModelToTrain) -> Result<usize> {
         let options = engine_options(&model)?;
         let (placed, weights, seed) = (model.placed.clone(), model.weights, model.options.seed);
@@ -60,7 +61,7 @@ impl Fleet {
         let filled = weights.write(&mut self.engine, number, seed);
         self.add(number, trainee);
         if let Err(error) = filled {
-            // The engine has it by now, so that it can only end.
+            // The engine has it by now, so it can only be ended.
             self.trainees[number].stage = Stage::Training;
             self.fail(number, error)?;
         }
@@ -72,22 +73,22 @@ impl Fleet {
         self.lines.push(VecDeque::from([number]));
     }
 
-    /// Lets models run one after another: each of `lines` lists models in their order, and every model is in one of
-    /// them.
+    /// Lets models run one after another: each of `lines` lists models in the order in which they run, and every model
+    /// is in one of them.
     ///
     /// # Errors
-    /// When one is in none of them or comes twice, or there is no such model.
+    /// When a model is in no line or appears twice, or there is no such model.
     pub fn run_in_order(&mut self, lines: Vec<Vec<usize>>) -> Result<()> {
         check_lines(&lines, self.trainees.len())?;
         self.lines = lines.into_iter().map(VecDeque::from).collect();
         Ok(())
     }
 
-    /// A model goes on after `step` steps, its data with it: its state was written by the caller, as a
+    /// Lets a model and its data go on after `step` steps. The caller has written its state, as
     /// [`Checkpoint`](super::Checkpoint) does.
     ///
     /// # Errors
-    /// When the model has begun already, or that is after its last step.
+    /// When the model has begun already, or `step` is after its last step.
     pub fn start_at(&mut self, model: usize, step: u64) -> Result<()> {
         self.trainees[model].start_at(step)?;
         self.engine.starts_at(model, step);
@@ -99,8 +100,8 @@ impl Fleet {
         &self.engine
     }
 
-    /// The engine, to record events or write state. Steps and evaluations that are begun here are waited for here,
-    /// before the fleet goes on.
+    /// The engine, to record events or write state. Steps and evaluations that the caller begins must have been waited
+    /// for by the caller before the fleet goes on.
     pub fn engine_mut(&mut self) -> &mut Engine {
         &mut self.engine
     }
@@ -115,7 +116,7 @@ impl Fleet {
         self.trainees.iter().all(Trainee::is_over)
     }
 
-    /// Whether a model waits for its turn: nothing of it has run.
+    /// Whether a model waits for its turn and has not run at all.
     pub fn is_waiting(&self, model: usize) -> bool {
         matches!(self.trainees[model].stage, Stage::Waiting)
     }
@@ -128,7 +129,7 @@ impl Fleet {
         }
     }
 
-    /// Refuses to go on with a model that has failed, or of which something is in flight that was not begun here.
+    /// Refuses to go on with a model that has failed, or that has work in flight which the fleet did not begin.
     pub(super) fn check_failed(&self, model: usize) -> Result<()> {
         match &self.trainees[model].stage {
             Stage::Failed(why, _) => Err(Error::bad(format!("the model has failed before: {why}"))),
@@ -136,7 +137,7 @@ impl Fleet {
         }
     }
 
-    /// Refuses to go on where something of a model is in flight that was begun through [`Fleet::engine_mut`].
+    /// Refuses to go on where a model has work in flight that was begun through [`Fleet::engine_mut`].
     fn check_begun(&self, model: usize) -> Result<()> {
         let (found, own) = (self.engine.steps_in_flight(model), self.trainees[model].rates.len());
         if found == own || self.engine.has_failed() || self.engine.is_ending(model) {
@@ -148,7 +149,7 @@ impl Fleet {
         )))
     }
 
-    /// Takes why a model has failed; another call gives `None`.
+    /// Takes the reason why a model has failed; a second call returns `None`.
     pub fn take_failure(&mut self, model: usize) -> Option<Error> {
         match &mut self.trainees[model].stage {
             Stage::Failed(_, error) => error.take(),
@@ -172,8 +173,8 @@ impl Fleet {
         }
     }
 
-    /// Ends a model for a fault of its own: of its data, of its observer, or of its very end. What of it is in flight
-    /// ends first, so that its last step is whole.
+    /// Ends a model for a fault of its own: in its data, its observer, or its ending. Its work in flight finishes
+    /// first, so that its last step is whole.
     fn fail(&mut self, model: usize, why: Error) -> Result<()> {
         match &mut self.trainees[model].stage {
             Stage::Failed(..) => Ok(()),
@@ -188,7 +189,7 @@ impl Fleet {
         }
     }
 
-    /// Ends a model with a fault once nothing of it is in flight.
+    /// Ends a model that has a fault once it has nothing in flight.
     pub(super) fn end_at_rest(&mut self, model: usize) -> Result<()> {
         if self.engine.steps_in_flight(model) == 0 { self.engine.cancel(model) } else { Ok(()) }
     }
@@ -198,23 +199,23 @@ impl Fleet {
         if self.engine.has_failed() { Err(error) } else { self.fail(model, error) }
     }
 
-    /// Runs every model to its end, or until `stop` is set; then each one's state is in the host's store and was
-    /// offered to its observer as a checkpoint. A model that fails is told by [`Fleet::take_failure`] afterwards. Waits
-    /// for the devices throughout.
+    /// Runs every model to its end, or until `stop` is set; afterwards each model's state is in the host's store and
+    /// has been offered to its observer as a checkpoint. [`Fleet::take_failure`] then returns why a model failed, if it
+    /// did. Waits for the devices throughout.
     ///
     /// # Errors
     /// When a device fails, or a step is in flight that was begun through [`Fleet::engine_mut`];
     /// [`Error::Interrupted`] when `stop` was set before all was done.
     ///
     /// # Panics
-    /// When `observers` has none for a model: a `Vec` that is shorter than there are models.
+    /// When `observers` has none for a model, such as a `Vec` with fewer elements than there are models.
     pub fn run(&mut self, observers: &mut dyn FleetObserver, stop: &AtomicBool) -> Result<()> {
-        // Evaluations of a validation that goes on are its own.
+        // Evaluations of a validation in progress are the fleet's own.
         let validates = |model: &usize| matches!(self.trainees[*model].stage, Stage::Validating { .. });
         let mut others = (0..self.trainees.len()).filter(|model| !validates(model));
         others.try_for_each(|model| self.check_begun(model))?;
         loop {
-            // What nobody else reads goes with it.
+            // Data that nobody else reads is freed with it.
             self.trainees.iter_mut().filter(|t| t.is_over()).for_each(Trainee::wait_close);
             observers.between(self)?;
             let stopping = stop.load(Ordering::Relaxed);
@@ -237,7 +238,7 @@ impl Fleet {
                 Ended::Step(model, result) => {
                     let report = self.report(model, result);
                     if self.trainees[model].fault.is_some() && !self.engine.is_ending(model) {
-                        // Its observer has had enough, and the step had begun.
+                        // Its observer has failed, and the step had already begun.
                         continue;
                     }
                     let observer = observers.of_model(model);
@@ -254,7 +255,7 @@ impl Fleet {
                     let Stage::Validating { labels, sum, count, .. } = &mut self.trainees[model].stage else {
                         unreachable!("an evaluation belongs to a validation");
                     };
-                    // The sum over labelled positions; batches weigh by their number.
+                    // The loss is a sum over labelled positions, so each batch is weighted by their number.
                     *sum += f64::from(loss);
                     *count += labels.pop_front().expect("each minibatch in flight has its labels");
                 }
@@ -270,7 +271,7 @@ impl Fleet {
         }
     }
 
-    /// Books a step that has ended.
+    /// Records a step that has ended.
     fn report(&mut self, model: usize, result: StepResult) -> StepReport {
         let trainee = &mut self.trainees[model];
         trainee.done = result.step + 1;
@@ -278,8 +279,8 @@ impl Fleet {
         StepReport { result, lr }
     }
 
-    /// Waits for the next step of a model that trains alone; with `begins` the steps after it are begun first, as far
-    /// as there is room. `None` where nothing is in flight then.
+    /// Waits for the next step of a model that trains alone; with `begins`, further steps are begun first, as far as
+    /// there is room. `None` where no step is in flight then.
     pub(super) fn wait_step(&mut self, model: usize, begins: bool) -> Result<Option<StepReport>> {
         self.check_failed(model)?;
         if begins && self.is_waiting(model) {
@@ -287,7 +288,7 @@ impl Fleet {
             self.engine.skip_time(model);
         }
         while begins && self.has_room(model) {
-            // Who steps by himself validates by himself.
+            // A caller that takes steps itself also validates itself.
             self.trainees[model].owes_validation = false;
             if let Err(error) = self.try_begin(model, &mut ()) {
                 self.fault_of(model, error)?;
@@ -313,7 +314,7 @@ impl Fleet {
         }
     }
 
-    /// How far the models have come that are not at their end; `None` where all are.
+    /// How far the unfinished models have come; `None` where all are finished.
     fn unfinished(&self, observers: &dyn FleetObserver) -> Option<String> {
         let unfinished = |t: &Trainee| !matches!(t.stage, Stage::Done | Stage::Failed(..));
         let models = (0..self.trainees.len()).filter(|&m| unfinished(&self.trainees[m]));
@@ -325,7 +326,7 @@ impl Fleet {
         (!steps.is_empty()).then(|| steps_text(&steps))
     }
 
-    /// Lets the first of each line begin that is not at its end.
+    /// Starts the first unfinished model of each line.
     fn start_waiting(&mut self, stopping: bool) {
         for line in &mut self.lines {
             while let Some(&model) = line.front() {
@@ -334,8 +335,8 @@ impl Fleet {
                     Stage::Done | Stage::Failed(..) => drop(line.pop_front()),
                     Stage::Waiting if !stopping => {
                         *stage = Stage::Training;
-                        // What it waited for is no part of its first step: models ahead of it, or weights on their way
-                        // into the store.
+                        // The time that it waited, for models ahead of it or for weights to reach the store, is no part
+                        // of its first step.
                         self.engine.skip_time(model);
                     }
                     _ => break,
@@ -352,14 +353,14 @@ impl fmt::Debug for Fleet {
     }
 }
 
-/// How the engine runs a model, whose options are those that it was traced and planned with.
+/// How the engine runs a model; its options must be those that it was traced and planned with.
 fn engine_options(model: &ModelToTrain) -> Result<EngineOptions> {
     model.options.check()?;
     check_options(&model.options, &model.placed)?;
     Ok(model.options.engine_options(&model.placed.model, &model.placed.plan))
 }
 
-/// Refuses options that a model was not traced or planned with, and a plan of another model.
+/// Refuses options that differ from those that a model was traced or planned with, and a plan of another model.
 fn check_options(options: &TrainOptions, placed: &Placed) -> Result<()> {
     let Placed { model, plan, .. } = placed;
     let fault = |what: String| Err(Error::bad(format!("the options are not those of the model: {what}")));
@@ -391,7 +392,7 @@ fn check_options(options: &TrainOptions, placed: &Placed) -> Result<()> {
     Ok(())
 }
 
-/// Steps of models in words; of more than a line can tell, the first.
+/// Steps of models in words; only the first ones where a line cannot hold all.
 fn steps_text(steps: &[(u64, Option<String>)]) -> String {
     const MOST: usize = 8;
     let text = |(step, name): &(u64, Option<String>)| match name {

@@ -1,6 +1,6 @@
-//! A file with a JSON object a line, which a run appends to while it goes on, and one that goes on from there reads.
+//! A file with one JSON object per line, which a run appends to as it goes and a resumed run reads.
 //!
-//! A row is in the file before its writer goes on. What a run that was killed leaves is whole but for its last line.
+//! A row is in the file before its writer goes on. After a killed run only the last line may be incomplete.
 
 use crate::base::{Error, Result};
 use crate::nn::safely::write_safely;
@@ -20,7 +20,7 @@ pub struct JsonLines<T> {
 }
 
 impl<T: Serialize> JsonLines<T> {
-    /// Writes `rows` in place of what is there, whole or not at all, and goes on after them.
+    /// Replaces the file's content with `rows`, whole or not at all; later rows are appended after them.
     ///
     /// # Errors
     /// When the file cannot be written.
@@ -44,7 +44,7 @@ impl<T: Serialize> JsonLines<T> {
         written.map_err(|e| Error::io("write", &self.path, e))
     }
 
-    /// Waits until all rows are on the disk, where a power cut leaves them.
+    /// Waits until all rows are on the disk, where they survive a power cut.
     ///
     /// # Errors
     /// When the system refuses.
@@ -62,10 +62,10 @@ fn put<T: Serialize>(out: &mut dyn Write, row: &T) -> io::Result<()> {
     out.write_all(b"\n")
 }
 
-/// Reads a file's rows. Empty lines are left out, and so is a last line that was cut off.
+/// Reads a file's rows. Empty lines are skipped, and so is a last line that was cut off.
 ///
 /// # Errors
-/// When the file cannot be read, or a whole line is no row.
+/// When the file cannot be read, or a complete line is not a row.
 pub(super) fn read<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     let bytes = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
     let mut lines = bytes.split(|&byte| byte == b'\n').enumerate().peekable();
@@ -80,7 +80,7 @@ pub(super) fn read<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     Ok(rows)
 }
 
-/// What of a file is rows, whatever else lies there, and how many whole lines are none.
+/// Reads the rows of a file, whatever else it holds, and counts the complete lines that are not rows.
 ///
 /// # Errors
 /// When the file cannot be read.

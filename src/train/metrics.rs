@@ -1,4 +1,4 @@
-//! metrics.jsonl: one JSON object a line, for every step and every validation.
+//! metrics.jsonl: one JSON object per line, for every step and every validation.
 
 use super::json_lines::{JsonLines, read, salvage};
 use super::observer::StepReport;
@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::path::Path;
 
-/// One line. The loss is f32 and is written with the digits that give the same f32 back.
+/// One line. The loss is f32 and is written with digits that read back as the same f32.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Row {
@@ -20,7 +20,7 @@ pub enum Row {
 }
 
 impl Row {
-    /// Seconds that it accounts for.
+    /// Seconds that the row accounts for.
     pub fn secs(&self) -> f64 {
         match self {
             Row::Step(row) => row.secs,
@@ -127,9 +127,9 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Starts a file, or goes on with the one there: its rows from `step` on are dropped first, and so is what is no
-    /// row. A run that was killed or a machine that lost its power may have left anything there, and the training does
-    /// not depend on it; [`Metrics::missing`] says what is gone.
+    /// Starts a file, or continues an existing one, dropping its rows from `step` on and whatever is not a row. A
+    /// killed run or a power cut may have left anything there, and training does not depend on the file;
+    /// [`Metrics::missing`] counts the rows that are gone.
     ///
     /// # Errors
     /// When the file cannot be read or written.
@@ -137,10 +137,10 @@ impl Metrics {
         let mut kept = if step == 0 || !path.exists() { Vec::new() } else { salvage(path)?.0 };
         kept.retain(|row| match row {
             Row::Step(r) => r.step < step,
-            // A validation at the very step is done again.
+            // A validation after exactly this step is done again.
             Row::Valid(r) => r.step < step,
         });
-        // Whole or not at all: rows of steps that a checkpoint has are made by nobody again.
+        // Whole or not at all: rows of steps that a checkpoint covers would never be written again.
         let lines = JsonLines::open(path, &kept)?;
         let secs = secs(&kept);
         let steps = kept.iter().filter_map(|row| if let Row::Step(r) = row { Some(r.step) } else { None });
@@ -153,12 +153,12 @@ impl Metrics {
         self.lines.path()
     }
 
-    /// Steps before the one gone on from whose rows were not there.
+    /// How many steps before the one resumed from have no row.
     pub fn missing(&self) -> u64 {
         self.missing
     }
 
-    /// Waits until all rows are on the disk, where a power cut leaves them.
+    /// Waits until all rows are on the disk, where they survive a power cut.
     ///
     /// # Errors
     /// When the system refuses.
@@ -184,14 +184,14 @@ impl Metrics {
 
 /// Seconds of all `rows`.
 pub fn secs(rows: &[Row]) -> f64 {
-    // A plain sum of nothing is -0, which would be printed so.
+    // A plain sum of nothing is -0, and would be printed as such.
     rows.iter().map(Row::secs).fold(0.0, |sum, secs| sum + secs)
 }
 
-/// Reads a file's rows. A last line that was cut off is left out.
+/// Reads a file's rows. A last line that was cut off is skipped.
 ///
 /// # Errors
-/// When the file cannot be read, or a whole line is no row.
+/// When the file cannot be read, or a complete line is not a row.
 pub fn read_rows(path: &Path) -> Result<Vec<Row>> {
     read(path)
 }

@@ -1,4 +1,4 @@
-//! Who is told what happens as models train, and asked what shall.
+//! Observers: they are told what happens as models train, and asked what should happen next.
 
 use super::fleet::Fleet;
 use crate::base::Result;
@@ -7,7 +7,7 @@ use crate::engine::{Engine, StepResult};
 /// A training step as a caller sees it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepReport {
-    /// What the engine gave.
+    /// What the engine returned.
     pub result: StepResult,
     /// Learning rate of the update.
     pub lr: f64,
@@ -18,7 +18,7 @@ pub trait Observer {
     /// A step has ended.
     ///
     /// # Errors
-    /// Whatever should end the run. The step that has begun by then ends first, and is not told.
+    /// Whatever should end the run. A step that has begun by then ends first, and is not reported.
     fn step(&mut self, report: &StepReport) -> Result<()>;
 
     /// Held-out data was evaluated after `step` steps.
@@ -27,23 +27,23 @@ pub trait Observer {
     /// Whatever should end the run.
     fn valid(&mut self, step: u64, loss: f32, secs: f64) -> Result<()>;
 
-    /// Asked before a step is begun, for its learning rate; `scheduled` is what
-    /// [`TrainOptions::schedule`](super::TrainOptions::schedule) says. Steps are begun ahead of what runs, so the loss
-    /// of the step before is not known yet.
+    /// Asked before a step is begun, for its learning rate; `scheduled` is the rate by
+    /// [`TrainOptions::schedule`](super::TrainOptions::schedule). Steps are begun ahead of the one that runs, so the
+    /// previous step's loss is not known yet.
     fn lr(&mut self, step: u64, scheduled: f64) -> f64 {
         let _ = step;
         scheduled
     }
 
-    /// Asked before a step is begun: whether to let the model rest after `step` steps and validate it, beside the times
-    /// that are due anyway.
+    /// Asked before a step is begun: whether to let the model rest after `step` steps and validate it, in addition to
+    /// the validations that are due anyway.
     fn wants_rest(&mut self, step: u64) -> bool {
         let _ = step;
         false
     }
 
-    /// Asked before a step is begun, and after every step and validation: whether the model ends here, as if these had
-    /// been all its steps.
+    /// Asked before a step is begun, and after every step and validation: whether the model ends here, as if it had no
+    /// further steps.
     fn wants_end(&mut self) -> bool {
         false
     }
@@ -54,7 +54,7 @@ pub trait Observer {
     }
 
     /// The model, number `model` of the engine's, is at rest after `step` steps, and its state is in the host's store:
-    /// where [`Observer::wants_checkpoint`] has asked for it, where the run is to stop, and at the model's end.
+    /// called where [`Observer::wants_checkpoint`] asked for it, where the run is to stop, and at the model's end.
     ///
     /// # Errors
     /// Whatever should end the run.
@@ -63,7 +63,7 @@ pub trait Observer {
         Ok(())
     }
 
-    /// The model cannot go on, since its next step cannot begin: its data fail. It is at rest, and its state is in the
+    /// The model cannot go on: its data failed, so its next step cannot begin. It is at rest, and its state is in the
     /// host's store.
     fn stuck(&mut self, engine: &Engine, model: usize) {
         let _ = (engine, model);
@@ -72,7 +72,7 @@ pub trait Observer {
     /// The model has come to its end, validated and at rest; its state is in the host's store.
     ///
     /// # Errors
-    /// Whatever should make a failure of it.
+    /// Whatever should count as the model's failure.
     fn ended(&mut self, engine: &Engine, model: usize) -> Result<()> {
         let _ = (engine, model);
         Ok(())
@@ -101,12 +101,12 @@ impl<F: FnMut(&StepReport) -> Result<()>> Observer for F {
     }
 }
 
-/// Who observes the models of a fleet.
+/// The observers of a fleet's models.
 pub trait FleetObserver {
-    /// Who observes one of them.
+    /// The observer of one model.
     fn of_model(&mut self, model: usize) -> &mut dyn Observer;
 
-    /// What a model is called in a message; `None`: by its number, where there are several.
+    /// What a model is called in messages; with `None`, its number is used where there are several models.
     fn name(&self, model: usize) -> Option<String> {
         let _ = model;
         None
@@ -117,7 +117,7 @@ pub trait FleetObserver {
         let _ = engine;
     }
 
-    /// Called whenever something has ended, and once more when all has: models may be added here, and cancelled.
+    /// Called whenever something has ended, and once more when everything has: models may be added and cancelled here.
     ///
     /// # Errors
     /// Whatever should end the run.
@@ -127,7 +127,7 @@ pub trait FleetObserver {
     }
 }
 
-/// An observer for each model, in their order; there is one for each.
+/// An observer for each model, in order; there must be one for each.
 impl FleetObserver for Vec<&mut dyn Observer> {
     fn of_model(&mut self, model: usize) -> &mut dyn Observer {
         let observers = self.len();

@@ -1,4 +1,4 @@
-//! Optimizers and learning-rate schedules as values: what a step's update gets.
+//! Optimizers and learning-rate schedules as values, from which each step's update rule follows.
 
 use crate::base::{Error, Result};
 use crate::device::{AdamwRule, SgdRule, UpdateRule};
@@ -82,7 +82,7 @@ impl Optimizer {
         }
     }
 
-    /// Refuses numbers that cannot be meant.
+    /// Refuses invalid numbers.
     ///
     /// # Errors
     /// When one is negative, not finite, or a decay is not below 1.
@@ -90,7 +90,7 @@ impl Optimizer {
         self.fault().map_or(Ok(()), |(key, what)| Err(Error::bad(format!("optimizer.{key}: {what}"))))
     }
 
-    /// The key of the first number that cannot be meant, as a job file has it, with what is wanted and what it is.
+    /// The first invalid number: its key in a job file, with what is wanted and what it is.
     pub fn fault(&self) -> Option<(&'static str, String)> {
         let lr = at_least_0("lr", self.lr());
         lr.or_else(|| match *self {
@@ -146,8 +146,8 @@ pub enum Schedule {
 
 impl Schedule {
     /// The learning rate of `step` (from 0) of `steps`. The first step of a warm-up of n has 1/n of the peak, the first
-    /// after it the peak, and the last of all `min_lr`, also where it is the first after a warm-up. A run of a single
-    /// step has the peak.
+    /// step after the warm-up has the peak, and the last step has `min_lr`, even if it is the first after the warm-up.
+    /// A run of a single step has the peak.
     pub fn lr(&self, peak: f64, step: u64, steps: u64) -> f64 {
         let (warmup, min_lr) = match *self {
             Schedule::Constant => return peak,
@@ -173,7 +173,7 @@ impl Schedule {
         min_lr + (peak - min_lr) * left
     }
 
-    /// Refuses a last learning rate that cannot be meant.
+    /// Refuses an invalid last learning rate.
     ///
     /// # Errors
     /// When it is negative or not finite.
@@ -181,7 +181,7 @@ impl Schedule {
         self.fault().map_or(Ok(()), |(key, what)| Err(Error::bad(format!("schedule.{key}: {what}"))))
     }
 
-    /// The same by its key, as a job file has it, with what is wanted and what it is.
+    /// An invalid last learning rate: its key in a job file, with what is wanted and what it is.
     pub fn fault(&self) -> Option<(&'static str, String)> {
         match *self {
             Schedule::Constant => None,

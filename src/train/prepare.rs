@@ -1,4 +1,4 @@
-//! From a network and its data to what a session or an engine is made of: graphs and a plan.
+//! Makes what a session or an engine needs, graphs and a plan, from a network and its data.
 
 use super::options::TrainOptions;
 use crate::base::{DType, Error, Result, Shape};
@@ -14,7 +14,8 @@ use std::sync::Arc;
 /// graph with its gradient and the evaluation graph.
 ///
 /// # Errors
-/// As [`TrainOptions::check`]; and when the network does not take the inputs, or reads others or of other axes.
+/// As [`TrainOptions::check`]; and when the network does not take the inputs, or its graph reads other inputs or other
+/// axes.
 pub fn trace_model(network: &dyn Network, inputs: &[InputShape], options: &TrainOptions) -> Result<Model> {
     options.check()?;
     let &TrainOptions { batch, microbatch, dtype, tf32, loss_rows, .. } = options;
@@ -36,8 +37,8 @@ pub fn trace_model(network: &dyn Network, inputs: &[InputShape], options: &Train
     Model::new(trace(Mode::Training)?, Some(trace(Mode::Evaluation)?), batch / microbatch)
 }
 
-/// Refuses an input of a graph that is not one of those asked for, with a microbatch of samples before its axes: a loss
-/// would be taken over other rows than the data's labels are.
+/// Refuses an input of a graph that is not one of those asked for, or whose axes are not a microbatch of such samples:
+/// otherwise the loss would be over other rows than the data's labels.
 fn check_traced(input: &Input, microbatch: usize, asked: &[InputShape]) -> Result<()> {
     let name = &input.name;
     let Some(of) = asked.iter().find(|asked| asked.name == *name) else {
@@ -61,7 +62,7 @@ pub fn inputs_of(source: &dyn Source) -> Vec<InputShape> {
 /// [`Engine::begin_step`](crate::engine::Engine::begin_step) takes.
 ///
 /// # Errors
-/// When the minibatch lacks an input, has numbers where the graph wants integers, or the other way round, or samples of
+/// When the minibatch lacks an input, has floats where the graph wants integers or the reverse, or has samples with
 /// other axes; when a tensor's type or shape is not that of its elements.
 pub fn batch_inputs<'a>(graph: &Graph, batch: &'a Batch) -> Result<Vec<&'a [u8]>> {
     let of = |input: &Input| {
@@ -74,7 +75,7 @@ pub fn batch_inputs<'a>(graph: &Graph, batch: &'a Batch) -> Result<Vec<&'a [u8]>
             return Err(Error::bad(format!("{name}: is {found} in the batch, the model reads {want}")));
         }
         let (found, want) = (&tensor.shape, &input.shape);
-        // How many samples there are the engine sees by the bytes.
+        // The engine derives the number of samples from the bytes.
         if found.axes().is_empty() || found.axes()[1..] != want.axes()[want.axes().len().min(1)..] {
             return Err(Error::bad(format!("{name}: is {found} in the batch, the model reads {want} a microbatch")));
         }
@@ -83,10 +84,10 @@ pub fn batch_inputs<'a>(graph: &Graph, batch: &'a Batch) -> Result<Vec<&'a [u8]>
     graph.inputs.iter().map(of).collect()
 }
 
-/// Plans a traced model that has a device to itself, under `options` with this machine's measured rates.
+/// Plans a traced model that has a device to itself, under `options`, with the rates of `cost`.
 ///
 /// # Errors
-/// As [`Plan::new`]; and when the plan is to cross devices.
+/// As [`Plan::new`]; and when the options spread the plan over several devices.
 pub fn plan_model(model: &Arc<Model>, options: &TrainOptions, cost: &CostModel) -> Result<Arc<Plan>> {
     if options.plan.spread != Spread::One {
         return Err(Error::bad("plan.spread: a model that has a device to itself spreads over no other"));
@@ -99,7 +100,7 @@ pub fn plan_model(model: &Arc<Model>, options: &TrainOptions, cost: &CostModel) 
 /// besides weights and data.
 ///
 /// # Errors
-/// As [`trace_model`] and [`Plan::new`]; and when the source's minibatch is not `options.batch`.
+/// As [`trace_model`] and [`Plan::new`]; and when the source's minibatch size is not `options.batch`.
 pub fn prepare(
     network: &dyn Network,
     source: &dyn Source,

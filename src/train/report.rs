@@ -1,8 +1,8 @@
 //! The report of a run: reads what the run left in its directory and draws it as report.html and schedule.svg.
 //!
 //! Nothing is asked of a running program, and nothing but these two files is written, each under a temporary name
-//! first: a run may be looked at while it goes on. What is missing (a trace, a validation, ceilings) is said on the
-//! page; what is damaged is an error.
+//! first: a run may be looked at while it goes on. The page says what is missing (a trace, a validation, ceilings); a
+//! damaged file is an error.
 
 mod devices;
 mod outcomes;
@@ -22,17 +22,17 @@ use plan_file::PlanFile;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-/// Steps at the start that are not steady: the first fetches all, the second still overlaps with it.
+/// Steps at the start that are not steady: the first prefetches everything, the second still overlaps with it.
 const WARM_UP: u64 = 2;
 
-/// Writes `report.html` (one page that needs nothing else) and `schedule.svg` into the run directory `run`; gives the
-/// page's path.
+/// Writes `report.html` (one self-contained page) and `schedule.svg` into the run directory `run`; returns the page's
+/// path.
 ///
-/// Reads `plan.json`, `trace.json` (which may be missing or break off), `results.csv` where there is one, and the
+/// Reads `plan.json`, `trace.json` (which may be missing or truncated), `results.csv` where there is one, and the
 /// `metrics.jsonl` of every model that plan.json names and of every subfolder that has one.
 ///
 /// # Errors
-/// [`Error::BadInput`], naming the file, when there is no such directory, no plan.json, or a file is damaged;
+/// [`Error::BadInput`], naming the file, when the directory or its plan.json does not exist, or a file is damaged;
 /// [`Error::Io`] when one cannot be read or written.
 pub fn write_report(run: &Path) -> Result<PathBuf> {
     if !run.is_dir() {
@@ -57,11 +57,11 @@ pub fn write_report(run: &Path) -> Result<PathBuf> {
 struct ModelRows {
     name: String,
     steps: Vec<StepRow>,
-    /// Steps done and the loss on held-out data then.
+    /// Steps done, and the loss on held-out data at that point.
     valid: Vec<(u64, f64)>,
 }
 
-/// The directory's own name, `runs/demo/.` included.
+/// The directory's own name, also for a path such as `runs/demo/.`.
 fn title(run: &Path) -> String {
     let whole = run.canonicalize().unwrap_or_else(|_| run.to_path_buf());
     whole.file_name().map_or_else(|| whole.display().to_string(), |name| name.to_string_lossy().into_owned())
@@ -97,8 +97,7 @@ fn read_model(run: &Path, name: String) -> Result<ModelRows> {
     Ok(ModelRows { name, steps, valid })
 }
 
-/// Gives the events the numbers that the models have on the page: a run that goes on without those that are done counts
-/// the others anew.
+/// Renumbers the events' models as on the page: a resumed run without the models that are done numbers the others anew.
 fn renumber(trace: &mut Trace, models: &[ModelRows]) {
     let number = |name: &String| models.iter().position(|model| model.name == *name);
     let numbers: Vec<Option<usize>> = trace.models.iter().map(number).collect();
@@ -186,7 +185,7 @@ fn notes(models: &[ModelRows], trace: Option<&Trace>, events: &[Event], kept: &B
     notes
 }
 
-/// The median speed of the steady steps: another than that of all of them together, which have a warm-up.
+/// The median speed of the steady steps, which differs from the average over all steps, as those include the warm-up.
 fn speed(model: &ModelRows) -> Option<String> {
     let of = |what: fn(&StepRow) -> Option<f64>| median(steady(model).filter_map(what).collect());
     let tokens = of(|row| row.tokens_per_sec).map(|speed| format!("{speed:.0} tokens/s"));
@@ -200,7 +199,7 @@ fn steady(model: &ModelRows) -> impl Iterator<Item = &StepRow> {
     model.steps.iter().filter(move |row| row.step >= skipped)
 }
 
-/// The middle value, or the mean of the two; finite values alone count.
+/// The middle value, or the mean of the two middle ones; only finite values count.
 fn median(mut values: Vec<f64>) -> Option<f64> {
     values.retain(|value| value.is_finite());
     values.sort_by(f64::total_cmp);
@@ -212,7 +211,7 @@ fn median(mut values: Vec<f64>) -> Option<f64> {
     }
 }
 
-/// What the plan comes to, and what came of it.
+/// The plan's key figures, and what the run made of them.
 fn facts(plan: &PlanFile, models: &[ModelRows]) -> Vec<(String, String)> {
     let mut facts: Vec<(String, String)> = Vec::new();
     let mut add = |name: &str, value: Option<String>| facts.extend(value.map(|value| (name.to_string(), value)));
@@ -235,7 +234,7 @@ fn facts(plan: &PlanFile, models: &[ModelRows]) -> Vec<(String, String)> {
     add("weight slots", plan.slots.filter(|_| plan.resident != Some(true)).map(|slots| slots.to_string()));
     add("recomputation", plan.recompute.as_str().map(String::from));
     add("predicted step", plan.step_secs.map(format_secs));
-    // Steps of several models overlap in ways that a median of each does not tell.
+    // Steps of several models overlap in ways that the median of each does not show.
     let measured = match models {
         [model] => median(steady(model).map(|row| row.secs).collect()),
         _ => None,
@@ -270,8 +269,8 @@ fn curves(model: &ModelRows) -> ModelCurves {
     }
 }
 
-/// What bound each step; several models' seconds at one step number are averaged, since each counts the whole time.
-/// Nothing where nobody knows: runs of older programs did not take the steps of several models apart.
+/// What bound each step; with several models, their seconds at the same step number are averaged, since each counts the
+/// whole time. Empty where it is not known: older versions did not separate the steps of several models.
 fn step_bounds(models: &[ModelRows]) -> Vec<StepBound> {
     let mut rows = models.iter().flat_map(|model| &model.steps);
     if rows.all(|row| row.bound().total() == row.idle_secs) {
@@ -286,7 +285,7 @@ fn step_bounds(models: &[ModelRows]) -> Vec<StepBound> {
     steps.into_iter().map(|(step, (bound, count))| StepBound { step, bound: bound.mean(count) }).collect()
 }
 
-/// Totals of each lane over the kept steps, and a sentence on what they are of.
+/// Totals of each lane over the kept steps, and a sentence that says what they cover.
 fn lanes(plan: &PlanFile, events: &[Event], kept: &BTreeSet<u32>) -> (Vec<LaneRow>, String) {
     let mut sums = BTreeMap::new();
     for event in events.iter().filter(|event| event.has_times()) {
@@ -310,7 +309,7 @@ fn lanes(plan: &PlanFile, events: &[Event], kept: &BTreeSet<u32>) -> (Vec<LaneRo
     let kept = shown::steps_text(kept);
     let mut note = match one_model {
         true => format!("Over the steps {kept}, which took {}.", format_secs(secs)),
-        // Other models' steps that were not kept run beside some of those that were.
+        // Steps of other models that were not kept ran at the same time as some that were.
         false => {
             format!("Over the steps {kept}; shares are of the {} in which every model's were kept.", format_secs(secs))
         }

@@ -1,7 +1,7 @@
 //! results.csv and the table at the end of a run: what became of each model.
 //!
-//! Rows come in any order, as models end, and stand in the order of the models' numbers. Every number in the file reads
-//! back as the same number; what is not known is an empty field.
+//! Rows arrive in any order, as models end, and are written in the order of the models' numbers. Every number in the
+//! file reads back as the same number; an unknown value is an empty field.
 
 use super::selection::best_first;
 use crate::base::{Error, Result, format_secs};
@@ -15,7 +15,7 @@ pub struct ModelResult {
     pub model: usize,
     /// Its name.
     pub name: String,
-    /// The keys that its search varies, each with the model's own value as the job file would have it.
+    /// The keys that its search varies, each with the model's value as written in a job file.
     pub searched: Vec<(String, String)>,
     /// How it ended.
     pub status: Status,
@@ -23,9 +23,9 @@ pub struct ModelResult {
     pub steps: u64,
     /// Loss of the last minibatch.
     pub train_loss: Option<f32>,
-    /// Loss on held-out data, when it was last evaluated.
+    /// Loss on held-out data at the last evaluation.
     pub valid_loss: Option<f32>,
-    /// Seconds of its steps and validations, over all parts of a run that was interrupted: those of its rows in
+    /// Seconds of its steps and validations, over all parts of an interrupted run: the sum over its rows in
     /// metrics.jsonl.
     pub secs: f64,
     /// Its folder.
@@ -41,7 +41,7 @@ pub enum Status {
     Stopped(String),
     /// It went wrong, for this reason.
     Failed(String),
-    /// Nobody wanted more of it.
+    /// It was ended before its last step on request.
     Cancelled,
 }
 
@@ -56,7 +56,7 @@ impl Status {
         }
     }
 
-    /// Why, where there is a reason; else empty.
+    /// The reason, where there is one; otherwise empty.
     pub fn reason(&self) -> &str {
         match self {
             Status::Stopped(reason) | Status::Failed(reason) => reason,
@@ -65,9 +65,9 @@ impl Status {
     }
 }
 
-/// The best of the models of a search: the lowest loss on held-out data or, where no model has one, the lowest loss in
-/// training. Losses of models with different data do not compare. Failed models and losses that are NaN are left out;
-/// of equal ones the lower number wins.
+/// The best model of a search: the lowest loss on held-out data or, where no model has one, the lowest loss in
+/// training. Losses of models with different data are not comparable. Failed models and NaN losses are left out; among
+/// equals the lower model number wins.
 pub fn best(results: &[ModelResult]) -> Option<&ModelResult> {
     let of = |metric: fn(&ModelResult) -> Option<f32>| {
         let candidates = results.iter().filter(|r| !matches!(r.status, Status::Failed(_)));
@@ -75,16 +75,16 @@ pub fn best(results: &[ModelResult]) -> Option<&ModelResult> {
             candidates.filter_map(|r| Some((f64::from(metric(r)?), r))).filter(|(metric, _)| !metric.is_nan());
         numbers.min_by(|a, b| best_first((a.0, a.1.model), (b.0, b.1.model))).map(|(_, result)| result)
     };
-    // A loss in training and one on held-out data do not compare.
+    // A training loss and a held-out loss are not comparable.
     of(|r| r.valid_loss).or_else(|| of(|r| r.train_loss))
 }
 
-/// Writes results.csv: a header, then a line per model. Quoted as RFC 4180 has it; lines end in a plain line feed.
+/// Writes results.csv: a header, then a line per model. Quoted as in RFC 4180; lines end in a plain line feed.
 ///
 /// The columns are name, the searched keys, status, reason, steps_done, train_loss, valid_loss, secs, directory.
 ///
 /// # Errors
-/// When the operating system refuses; what was there before is left.
+/// When the operating system refuses; an existing file is then left as it was.
 pub fn write(path: &Path, results: &[ModelResult]) -> Result<()> {
     let text = csv(results);
     write_safely(path, |out| out.write_all(text.as_bytes()))
@@ -119,7 +119,7 @@ fn csv(results: &[ModelResult]) -> String {
     text
 }
 
-/// Adds a line of CSV. A field with a comma, a quote or a line break stands in quotes, its own quotes doubled.
+/// Adds a line of CSV. A field with a comma, a quote or a line break is put in quotes, its own quotes doubled.
 fn push_line<'a>(text: &mut String, fields: impl Iterator<Item = &'a str>) {
     for (i, field) in fields.enumerate() {
         if i > 0 {
@@ -139,7 +139,7 @@ fn push_line<'a>(text: &mut String, fields: impl Iterator<Item = &'a str>) {
 /// Reads a results.csv: the fields of each line, the header first.
 ///
 /// # Errors
-/// When the file cannot be read, a quote stands open, or a line has not as many fields as the header.
+/// When the file cannot be read, a quote is not closed, or a line has a different number of fields from the header.
 pub fn read(path: &Path) -> Result<Vec<Vec<String>>> {
     let damaged = |what: String| Error::bad(format!("{}: damaged: {what}", path.display()));
     let bytes = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
@@ -151,7 +151,7 @@ pub fn read(path: &Path) -> Result<Vec<Vec<String>>> {
     }
 }
 
-/// Takes CSV apart as RFC 4180 says, lines ending in a plain line feed; `None` where it does not end with a whole line.
+/// Parses CSV as in RFC 4180, lines ending in a plain line feed; `None` where it does not end with a whole line.
 fn parse(text: &str) -> Option<Vec<Vec<String>>> {
     let (mut rows, mut row, mut field) = (Vec::new(), Vec::new(), String::new());
     let mut chars = text.chars().peekable();
@@ -171,7 +171,8 @@ fn parse(text: &str) -> Option<Vec<Vec<String>>> {
     (!quoted && row.is_empty() && field.is_empty()).then_some(rows)
 }
 
-/// The table for people: a header, then a row per model. A reason stands on one line, cut where it is long.
+/// The table for people to read: a header, then a row per model. A reason is put on one line, shortened where it is
+/// long.
 pub fn table(results: &[ModelResult]) -> Vec<Vec<String>> {
     let header = ["model", "steps", "loss", "held-out loss", "time", "status"].map(String::from).to_vec();
     let rows = in_order(results).into_iter().map(|row| {

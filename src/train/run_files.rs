@@ -4,11 +4,11 @@
 pub const PLAN: &str = "plan.json";
 /// Events of the first and last steps.
 pub const TRACE: &str = "trace.json";
-/// What became of each model, of a run of several.
+/// What became of each model, in a run of several.
 pub const RESULTS: &str = "results.csv";
-/// In a model's folder: one line a step.
+/// In a model's folder: one line per step.
 pub const METRICS: &str = "metrics.jsonl";
 /// The report.
 pub const REPORT: &str = "report.html";
-/// When what ran, as a picture.
+/// The schedule as a picture.
 pub const SCHEDULE: &str = "schedule.svg";

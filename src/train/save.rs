@@ -9,16 +9,16 @@ use rayon::prelude::*;
 use serde_json::json;
 use std::path::Path;
 
-/// Writes the Hugging Face directory `dir`, tensor by tensor, of the engine's model number `model` after `steps` steps,
-/// which have come home ([`Engine::wait_home`]). `form` says how it looks: [`Form::of`] its network, or that of the
-/// directory it came from ([`Pretrained::form`](crate::nn::Pretrained::form)), whose counts of batches go on by these
-/// steps'. What is frozen of a bf16 model, which the engine has rounded, is taken from `first`, the weights that it
-/// began with. Weights that adapters were learned beside, by `low_rank`, are saved with these in them, W + alpha / r
-/// (A B).
+/// Writes the Hugging Face directory `dir`, tensor by tensor, from the state of the engine's model number `model` after
+/// `steps` steps, which must be in the host's store ([`Engine::wait_home`]). `form` describes the directory:
+/// [`Form::of`] the network, or the form of the directory it came from
+/// ([`Pretrained::form`](crate::nn::Pretrained::form)), whose batch counts are advanced by these steps. A bf16 model's
+/// frozen weights, which the engine has rounded, are taken from `first`, the weights that training began with. Weights
+/// with adapters (`low_rank`) are saved with the adapters merged, W + alpha / r (A B).
 ///
 /// # Errors
-/// As [`nn::save`]; and when `form` names a tensor that the model has not, steps were begun since it came home, or it
-/// has ended in the middle of one.
+/// As [`nn::save`]; and when `form` names a tensor that the model does not have, steps were begun since its state came
+/// home, or it ended in the middle of a step.
 pub fn save_model(
     dir: &Path,
     form: &Form,
@@ -34,10 +34,10 @@ pub fn save_model(
     nn::save(dir, &form, &mut |name| trained(name, None, (engine, model), first, low_rank))
 }
 
-/// What training has made of a weight, with adapters in it, or of a running statistic, by its name in the graph.
+/// The trained value of a weight, with adapters merged, or of a running statistic, by its name in the graph.
 ///
 /// # Errors
-/// When the model has no such tensor, or another than `shape`; as [`Engine::read_parameter`] and
+/// When the model has no such tensor, or one with another shape than `shape`; and as [`Engine::read_parameter`] and
 /// [`Engine::read_state`].
 pub(super) fn trained(
     name: &str,
@@ -69,11 +69,11 @@ pub(super) fn trained(
 }
 
 /// Writes the adapters that the engine's model number `model` has learned to the directory `dir`, in the form of
-/// Hugging Face's peft: `adapter_config.json` and `adapter_model.safetensors`, in f32. `base` is the directory of the model beside
-/// which they were learned, if it came from one. Call [`Engine::wait_home`] first.
+/// Hugging Face's peft: `adapter_config.json` and `adapter_model.safetensors`, in f32. `base` is the directory of the
+/// base model, if it came from one. Call [`Engine::wait_home`] first.
 ///
 /// # Errors
-/// As [`nn::save`]; and when steps were begun since it came home.
+/// As [`nn::save`]; and when steps were begun since the model's state came home.
 pub fn save_adapters(
     dir: &Path,
     (engine, model): (&Engine, usize),
@@ -90,7 +90,7 @@ pub fn save_adapters(
         "lora_dropout": low_rank.dropout,
         "target_modules": low_rank.targets,
         "bias": "none",
-        // GPT-2's weights lie the other way around.
+        // GPT-2's weights are transposed.
         "fan_in_fan_out": graph.nodes.iter().any(|node| in_out(&node.op)),
         "inference_mode": true,
     });
@@ -105,7 +105,7 @@ pub fn save_adapters(
     })
 }
 
-/// Adds to the weight numbered `parameter` what its adapters, if it has any, are in its place.
+/// Merges its adapters, if it has any, into the weight numbered `parameter`.
 fn merge(weight: &mut [f32], (engine, model): (&Engine, usize), parameter: usize, low_rank: &LowRank) -> Result<()> {
     let graph = &engine.model(model).train;
     let Some(layer) = graph.parameters[parameter].name.strip_suffix(".weight") else { return Ok(()) };
@@ -123,7 +123,7 @@ fn merge(weight: &mut [f32], (engine, model): (&Engine, usize), parameter: usize
     Ok(())
 }
 
-/// How the weight of a linear layer lies.
+/// The memory layout of a linear layer's weight.
 fn layout_of(graph: &Graph, parameter: usize) -> WeightLayout {
     let weight = graph.parameters[parameter].value;
     let of = |op: &Op| if let Op::Linear { layout, .. } = op { Some(*layout) } else { None };
@@ -143,7 +143,7 @@ fn add_product(out: &mut [f32], x: &[f32], y: &[f32], rank: usize, scale: f32) {
     });
 }
 
-/// `x` of so many rows as its transpose.
+/// The transpose of `x`, which has `rows` rows.
 fn transposed(x: &[f32], rows: usize) -> Vec<f32> {
     let cols = x.len() / rows;
     (0..x.len()).map(|i| x[i % rows * cols + i / rows]).collect()

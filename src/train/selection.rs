@@ -1,9 +1,9 @@
 //! Which models of a search go on and which stop early: asynchronous successive halving, patience, or a table.
 //!
-//! Pure: metrics in, verdicts out. A metric is a loss, so lower is better; NaN is worse than any number, and of equal
-//! ones the lower model number is better. Invariant: what was once said stands. A report that was made before (as when
-//! a resumed run repeats steps) changes nothing and gets the same verdict, so a run can be brought back to where it was
-//! by repeating its reports in their order.
+//! Pure: metrics in, verdicts out. A metric is a loss, so lower is better; NaN is worse than any number, and among
+//! equals the lower model number is better. Invariant: a verdict is final. A repeated report (as when a resumed run
+//! repeats steps) changes nothing and gets the same verdict, so a run's state can be restored by repeating its reports
+//! in order.
 
 use crate::base::{Error, Result};
 use std::cmp::Ordering;
@@ -12,26 +12,26 @@ use std::collections::BTreeMap;
 /// What becomes of a model that has reported.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// It is trained on.
+    /// It goes on training.
     GoOn,
     /// It ends here; the reason is one line.
     Stop(String),
 }
 
-/// What ends models early, whichever it is.
+/// Any rule that ends models early.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Selection {
     /// Successive halving.
     Asha(Asha),
-    /// Each model by its own losses.
+    /// Each model judged by its own losses.
     Patience(Patience),
-    /// By a table, where there are no losses.
+    /// A table of survivors, where there are no losses.
     Survivors(Survivors),
 }
 
 impl Selection {
     /// Takes the metric of `model` after `step` steps and says whether it goes on. After a model's last step there is
-    /// nothing to decide, and whoever asks all the same should ignore the verdict.
+    /// nothing to decide, and callers should ignore the verdict.
     pub fn report(&mut self, model: usize, step: u64, metric: f64) -> Verdict {
         match self {
             Selection::Asha(asha) => asha.report(model, step, metric),
@@ -40,8 +40,8 @@ impl Selection {
         }
     }
 
-    /// Whether a report of `model` after `step` steps changes anything, so that a run which goes on needs it
-    /// ([`Selection::replay`]). One that was made before does not.
+    /// Whether a report of `model` after `step` steps changes anything, so that a resumed run needs it
+    /// ([`Selection::replay`]). A repeated report does not.
     pub fn would_note(&self, model: usize, step: u64) -> bool {
         match self {
             Selection::Asha(asha) => asha.would_note(model, step),
@@ -50,7 +50,7 @@ impl Selection {
         }
     }
 
-    /// Whether models are compared after `step` steps, so that each needs a metric of just then.
+    /// Whether models are compared after `step` steps, so that each model needs a metric at exactly that step.
     pub fn has_rung(&self, step: u64) -> bool {
         match self {
             Selection::Asha(asha) => asha.rungs.at(step).is_some(),
@@ -63,14 +63,14 @@ impl Selection {
 /// The numbers of steps after which models are compared: `first * eta^k` for k = 0, 1, 2, ...
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rungs {
-    /// At least 1: rungs grow from it.
+    /// The first rung, at least 1.
     first: u64,
-    /// At least 2: rungs grow by it.
+    /// The factor between rungs, at least 2.
     eta: u64,
 }
 
 impl Rungs {
-    /// Rungs from `first` steps on, each `eta` times as far as the one before.
+    /// Makes rungs that start at `first` steps, each `eta` times as many steps as the one before.
     ///
     /// # Errors
     /// [`Error::BadInput`] when `first` is 0 or `eta` is below 2: the rungs would not grow.
@@ -95,20 +95,20 @@ impl Rungs {
 }
 
 /// Asynchronous successive halving (Li, Jamieson, Rostamizadeh, Gonina, Hardt, Recht & Talwalkar 2018, "A System for
-/// Massively Parallel Hyperparameter Tuning", arXiv:1810.05934), in the variant that stops.
+/// Massively Parallel Hyperparameter Tuning", arXiv:1810.05934), in its stopping variant.
 ///
 /// A model that reports at a rung goes on if it is among the best 1 in `eta` of those that have reported there so far,
-/// itself included, rounded down but never to none: so the first always goes on, and of the first `2 * eta - 1` each
-/// that is the best yet.
-/// In the paper's algorithm 2 a model waits at a rung and is promoted later, when enough worse ones have come; here it
-/// is told at once and for good, so that no model holds memory while it waits. The price: verdicts depend on the order
-/// of arrival. A good model is never stopped by worse ones, but early arrivals go on more easily than late ones.
+/// itself included; this number is rounded down, but is at least one. So the first always goes on, and of the first `2
+/// * eta - 1` each that is the best so far. In the paper's algorithm 2 a model waits at a rung and is promoted later,
+/// when enough worse ones have reported; here the verdict is immediate and final, so that no model holds memory while
+/// it waits. The price: verdicts depend on the order of arrival. A good model is never stopped by worse ones, but early
+/// arrivals go on more easily than late ones.
 ///
-/// A NaN is counted among those that have reported and never goes on.
+/// A model that reports NaN counts as one that has reported, and never goes on.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Asha {
     rungs: Rungs,
-    /// For each rung, who has reported, in order of arrival; no model twice.
+    /// For each rung the reports in order of arrival, at most one per model.
     reports: Vec<Vec<Report>>,
 }
 
@@ -120,7 +120,7 @@ struct Report {
 }
 
 impl Asha {
-    /// Nobody has reported yet.
+    /// Starts without any reports.
     pub fn new(rungs: Rungs) -> Asha {
         Asha { rungs, reports: Vec::new() }
     }
@@ -131,7 +131,7 @@ impl Asha {
         self.rungs.at(step).is_some_and(|rung| !reported(rung))
     }
 
-    /// Takes the metric of `model` after `step` steps; where there is no rung, it goes on and nothing is noted.
+    /// Takes the metric of `model` after `step` steps; where there is no rung, the model goes on and nothing is noted.
     pub fn report(&mut self, model: usize, step: u64, metric: f64) -> Verdict {
         let Some(rung) = self.rungs.at(step) else { return Verdict::GoOn };
         if self.reports.len() <= rung {
@@ -157,20 +157,20 @@ impl Asha {
     }
 }
 
-/// Plain early stopping: a model ends after so many evaluations without improvement, whatever the others do.
+/// Plain early stopping: a model ends after a number of evaluations without improvement, whatever the others do.
 ///
 /// Every report is an evaluation. Only a lower metric than all before is an improvement; NaN never is.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Patience {
-    /// Evaluations without improvement that end a model, at least 1.
+    /// Number of evaluations without improvement after which a model ends, at least 1.
     evaluations: u64,
     models: BTreeMap<usize, Course>,
 }
 
-/// How a model has done.
+/// A model's record so far.
 #[derive(Clone, Debug, PartialEq)]
 struct Course {
-    /// Lowest metric; NaN as long as there was no number.
+    /// Lowest metric; NaN until a report is a number.
     best: f64,
     best_step: u64,
     last_step: u64,
@@ -179,7 +179,7 @@ struct Course {
 }
 
 impl Patience {
-    /// Ends a model after so many `evaluations` without improvement; 0 is taken for 1.
+    /// Ends a model after `evaluations` evaluations without improvement; 0 is treated as 1.
     pub fn new(evaluations: u64) -> Patience {
         Patience { evaluations: evaluations.max(1), models: BTreeMap::new() }
     }
@@ -188,8 +188,8 @@ impl Patience {
         self.models.get(&model).is_none_or(|course| step > course.last_step)
     }
 
-    /// Takes the metric of `model` after `step` steps. Steps come in rising order; one that is not after the last
-    /// changes nothing.
+    /// Takes the metric of `model` after `step` steps. Steps come in ascending order; a report that is not after the
+    /// last one changes nothing.
     pub fn report(&mut self, model: usize, step: u64, metric: f64) -> Verdict {
         let start = Course { best: f64::NAN, best_step: 0, last_step: 0, stale: 0 };
         let course = self.models.entry(model).or_insert(start);
@@ -209,11 +209,11 @@ impl Patience {
     }
 }
 
-/// Who survives each rung, as a table says: what the simulator, which has no losses, takes in place of [`Asha`].
+/// Which models survive each rung, given as a table: the simulator, which has no losses, uses it in place of [`Asha`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Survivors {
     rungs: Rungs,
-    /// Model numbers per rung, each list within the one before.
+    /// Model numbers per rung, each list a subset of the one before.
     table: Vec<Vec<usize>>,
 }
 
@@ -221,8 +221,8 @@ impl Survivors {
     /// `table[k]` holds the models that go on after rung k. Rungs beyond the table stop nobody.
     ///
     /// # Errors
-    /// [`Error::BadInput`] when a list is empty, has a model twice, or one that the list before has not: no halving
-    /// looks so.
+    /// [`Error::BadInput`] when a list is empty, has a model twice, or has one that the list before lacks, as no
+    /// halving produces.
     pub fn new(rungs: Rungs, table: Vec<Vec<usize>>) -> Result<Survivors> {
         for (k, list) in table.iter().enumerate() {
             if list.is_empty() {

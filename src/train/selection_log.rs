@@ -1,9 +1,9 @@
-//! selection.jsonl: what models of searches have reported, one JSON object a line, in the order in which verdicts were
+//! selection.jsonl: the reports of searches' models, one JSON object per line, in the order in which verdicts were
 //! given.
 //!
-//! Asynchronous halving depends on who reports first, so a run that goes on needs the order and not just the losses.
-//! Lines carry names: numbers may differ from one start of a run to the next. A line is in the file before its verdict
-//! is acted on.
+//! Asynchronous halving depends on who reports first, so a resumed run needs the order and not just the losses. Lines
+//! carry models' names, since their numbers may differ from one start of a run to the next. A line is in the file
+//! before its verdict is acted on.
 
 use super::json_lines::{JsonLines, salvage};
 use super::selection::{Selection, Verdict};
@@ -11,19 +11,19 @@ use crate::base::Result;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
-/// What a model has reported.
+/// One report of a model.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SelectionRow {
     /// The model's name.
     pub model: String,
     /// Steps done.
     pub step: u64,
-    /// The loss then, as a word: JSON has none for an infinite one.
+    /// The loss at that step, as a string: JSON cannot represent an infinite number.
     metric: String,
 }
 
 impl SelectionRow {
-    /// A report of `model` after `step` steps.
+    /// Makes a report of `model` after `step` steps.
     pub fn new(model: &str, step: u64, metric: f32) -> SelectionRow {
         // Debug prints the fewest digits that read back as the same number.
         SelectionRow { model: model.to_string(), step, metric: format!("{metric:?}") }
@@ -35,13 +35,12 @@ impl SelectionRow {
     }
 }
 
-/// Appends reports to a file: after those that [`read_selection`] gave.
+/// Appends reports to a file, after those that [`read_selection`] returned.
 pub type SelectionLog = JsonLines<SelectionRow>;
 
-/// Reads a file's reports in their order, none where there is no file, and counts the damaged lines, which are left out.
-/// A machine that lost its power may have left anything behind the last report that a checkpoint has seen; models report
-/// again what came after. A last line that was cut off is left out without being counted: its verdict was never acted
-/// on.
+/// Reads a file's reports in order (none where there is no file), and counts the damaged lines, which are skipped.
+/// After a power cut anything may follow the last report that a checkpoint covers; models repeat the reports after it.
+/// A last line that was cut off is skipped without being counted: its verdict was never acted on.
 ///
 /// # Errors
 /// When the file cannot be read.
@@ -50,10 +49,10 @@ pub fn read_selection(path: &Path) -> Result<(Vec<SelectionRow>, usize)> {
 }
 
 impl Selection {
-    /// Brings a selection back to where `rows` had brought it, and gives the last verdict on each of the `models`: a
-    /// number in the selection, a name, and the steps that it goes on from. What models have reported beyond those
-    /// steps they will report again. A comparison stands all the same, since others were judged by it; of a model that
-    /// is judged by itself alone it counts when it comes.
+    /// Restores a selection from `rows`, and returns the verdict on each of the `models`, which are given as a number
+    /// in the selection, a name, and the step from which it resumes. A model will repeat its reports after that step.
+    /// Where models are compared with each other, these reports are noted now too, since others were judged by them;
+    /// where each is judged alone, they count when they are repeated.
     pub fn replay(&mut self, rows: &[SelectionRow], models: &[(usize, &str, u64)]) -> Vec<Verdict> {
         let mut verdicts = vec![Verdict::GoOn; models.len()];
         for row in rows {

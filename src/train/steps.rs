@@ -1,5 +1,5 @@
-//! Steps of a model in a fleet: two in flight, until it rests because it is to be saved or validated, or has come to
-//! its end.
+//! Steps of a model in a fleet: two are in flight, until the model rests because it is to be saved or validated or has
+//! come to its end.
 
 use super::fleet::Fleet;
 use super::observer::Observer;
@@ -10,9 +10,9 @@ use crate::data::labelled;
 use crate::engine::StepInput;
 
 impl Fleet {
-    /// Begins what a model can begin, be it a step or an evaluation, and does with it what is due when it is at rest.
+    /// Begins what a model can begin, a step or an evaluation; when the model is at rest, does what is due.
     pub(super) fn advance(&mut self, model: usize, observer: &mut dyn Observer, stopping: bool) -> Result<()> {
-        // Of one that is about to end, the engine tells when.
+        // If the model is about to end, the engine reports when it has.
         if self.trainees[model].fault.is_some() || self.engine.is_ending(model) {
             return self.end_at_rest(model);
         }
@@ -23,7 +23,7 @@ impl Fleet {
         }
     }
 
-    /// Begins the steps that there is room for, and does with a model at rest what is due.
+    /// Begins the steps that there is room for; when the model is at rest, does what is due.
     pub(super) fn train_on(&mut self, model: usize, observer: &mut dyn Observer, stopping: bool) -> Result<()> {
         let every = self.trainees[model].options.valid_every;
         let done = self.trainees[model].done;
@@ -58,13 +58,13 @@ impl Fleet {
             let trainee = &self.trainees[model];
             (trainee.done, trainee.ends || trainee.done == trainee.options.steps)
         };
-        // A validation reads what lies on the devices.
+        // A validation reads what is on the devices.
         if std::mem::take(&mut self.trainees[model].saves) || stopping || over {
             self.offer(model, observer)?;
         }
         let trainee = &mut self.trainees[model];
         trainee.pause = false;
-        // A validation may take long; the run that goes on does it.
+        // A validation may take long, so it is left to the resumed run.
         if stopping && (!over || trainee.valid.is_some()) {
             trainee.owes_validation = done > 0;
             trainee.stage = Stage::Waiting;
@@ -77,7 +77,7 @@ impl Fleet {
         self.rested(model, observer)
     }
 
-    /// After a rest: on with the steps, or the end.
+    /// After a rest: continues with the steps, or ends the model.
     pub(super) fn rested(&mut self, model: usize, observer: &mut dyn Observer) -> Result<()> {
         self.engine.skip_time(model);
         let trainee = &mut self.trainees[model];
@@ -87,7 +87,7 @@ impl Fleet {
             return Ok(());
         }
         self.engine.begins_no_more(model);
-        // A validation may have ended it, for which nothing had to come home.
+        // A validation, for which no state had to come home, may have ended the model.
         if self.trainees[model].offered != Some(self.trainees[model].done) {
             self.offer(model, observer)?;
         }
@@ -102,8 +102,8 @@ impl Fleet {
         observer.checkpoint(done, &self.engine, model)
     }
 
-    /// Begins a step. What is wrong with it, such as its data, is kept until the steps before it have ended, as for a loss
-    /// that is not finite.
+    /// Begins a step. A fault, such as in its data, is kept until the steps before it have ended, as is a loss that is
+    /// not finite.
     ///
     /// # Errors
     /// When a device fails, or no step is in flight.
@@ -156,7 +156,7 @@ impl Fleet {
         begins && self.engine.steps_in_flight(model) < 2 && trainee.begun < trainee.options.steps
     }
 
-    /// Whether nothing of a model runs though it is at work: something is to be done with it.
+    /// Whether a model in training or validation has nothing in flight, so that something is due for it.
     pub(super) fn is_at_rest(&self, model: usize) -> bool {
         let trainee = &self.trainees[model];
         let works = matches!(trainee.stage, Stage::Training | Stage::Validating { .. });

@@ -1,4 +1,4 @@
-//! A model of a fleet: what it is made of, and how far it has come.
+//! A model of a fleet: its parts, and how far it has come.
 
 use super::options::TrainOptions;
 use super::validation::check_held_out;
@@ -9,17 +9,17 @@ use crate::spill::Placed;
 use std::collections::VecDeque;
 use std::time::Instant;
 
-/// A model to train, with everything that it takes.
+/// A model to train, with everything that it needs.
 pub struct ModelToTrain<'a> {
     /// Where its first weights come from.
     pub weights: Weights<'a>,
-    /// Its graphs, its plan and where it runs.
+    /// Its graphs, its plan and the devices that it runs on.
     pub placed: Placed,
     /// What it is trained on.
     pub source: Box<dyn Source>,
     /// What it is validated on.
     pub valid: Option<Box<dyn Source>>,
-    /// How it is trained; the device's part is of no account here.
+    /// How it is trained; the options about the device are ignored here.
     pub options: TrainOptions,
 }
 
@@ -29,8 +29,8 @@ pub(super) enum Stage {
     /// Not its turn yet.
     Waiting,
     Training,
-    /// Held-out minibatches before `next` have begun, of which those with so many `labels` are in flight and the rest
-    /// are in the sum.
+    /// Held-out minibatches before `next` have begun; the last of them, whose label counts are in `labels`, are in
+    /// flight, and the rest are in the sum.
     Validating {
         next: u64,
         labels: VecDeque<u64>,
@@ -69,7 +69,7 @@ pub(super) struct Trainee {
     /// Steps done and begun.
     pub(super) done: u64,
     pub(super) begun: u64,
-    /// Its weights come from a checkpoint, which has not come yet.
+    /// Its weights come from a checkpoint that has not been restored yet.
     owes_weights: bool,
     /// Learning rates of the steps in flight.
     pub(super) rates: VecDeque<f64>,
@@ -79,11 +79,11 @@ pub(super) struct Trainee {
     pub(super) saves: bool,
     /// Steps done when its state was last offered to its observer as a checkpoint.
     pub(super) offered: Option<u64>,
-    /// Nobody wants more of it: it ends at its next rest.
+    /// Its observer wants it to end, at its next rest.
     pub(super) ends: bool,
-    /// It goes on from a rest: a validation that was due there was left to the run that goes on.
+    /// It resumes from a rest at which a validation was due that was left to the resumed run.
     pub(super) owes_validation: bool,
-    /// Why its next step could not be begun: it ends for that once the steps in flight have ended.
+    /// Why its next step could not be begun: the model ends for this reason once the steps in flight have ended.
     pub(super) refused: Option<Error>,
     /// Why it is to end, as soon as nothing of it is in flight: the data's fault, or the observer's.
     pub(super) fault: Option<Error>,
@@ -118,10 +118,10 @@ impl Trainee {
         matches!(self.stage, Stage::Done | Stage::Failed(..))
     }
 
-    /// Goes on after `step` steps.
+    /// Lets the model go on after `step` steps.
     ///
     /// # Errors
-    /// When it has begun already, or that is after its last step.
+    /// When it has begun already, or `step` is after its last step.
     pub(super) fn start_at(&mut self, step: u64) -> Result<()> {
         let steps = self.options.steps;
         match self.feed {
@@ -137,10 +137,10 @@ impl Trainee {
         Ok(())
     }
 
-    /// Refuses to train from the zeros that were to become a checkpoint's weights.
+    /// Refuses to train from zeros that a checkpoint's weights should have replaced.
     ///
     /// # Errors
-    /// When it was not told that they have come.
+    /// When no checkpoint has been restored.
     pub(super) fn check_weights(&self) -> Result<()> {
         match self.owes_weights {
             true => Err(Error::bad("the weights were to come from a checkpoint, and none came")),
@@ -148,7 +148,7 @@ impl Trainee {
         }
     }
 
-    /// Its minibatches, from that of the next step to begin when it is first asked for.
+    /// The loader of its minibatches; its first call starts it at the minibatch of the next step to begin.
     ///
     /// # Errors
     /// When its thread cannot be started, or the model has ended.
@@ -164,7 +164,7 @@ impl Trainee {
         }
     }
 
-    /// Gives up the data; waits for the minibatch that is being made.
+    /// Gives up the data; waits for the minibatch in progress.
     pub(super) fn wait_close(&mut self) {
         (self.feed, self.valid) = (Feed::Closed, None);
     }

@@ -1,5 +1,5 @@
-//! Validation: the mean loss of held-out data, with two minibatches in flight. As it comes due in a fleet, beside what
-//! other models do, and asked for of one that trains alone.
+//! Validation: the mean loss of held-out data, with two minibatches in flight. In a fleet a validation runs when it is
+//! due, at the same time as other models' work; for a model that trains alone it runs when asked for.
 
 use super::fleet::Fleet;
 use super::observer::Observer;
@@ -11,7 +11,7 @@ use std::collections::VecDeque;
 use std::time::Instant;
 
 impl Fleet {
-    /// Whether there is held-out data to begin with.
+    /// Begins a validation; returns whether there is held-out data for one.
     pub(super) fn begin_validation(&mut self, model: usize) -> bool {
         let trainee = &mut self.trainees[model];
         if trainee.valid.is_none() {
@@ -27,8 +27,8 @@ impl Fleet {
         true
     }
 
-    /// Begins the evaluation of the next held-out minibatch, or tells the observer what they came to. Where the run is
-    /// to stop, those before were in vain: the run that goes on begins anew.
+    /// Begins the evaluation of the next held-out minibatch, or reports the mean loss to the observer. Where the run is
+    /// to stop, the evaluations so far are discarded: the resumed run begins the validation anew.
     pub(super) fn validate_on(&mut self, model: usize, observer: &mut dyn Observer, stopping: bool) -> Result<()> {
         loop {
             let trainee = &mut self.trainees[model];
@@ -64,7 +64,7 @@ impl Fleet {
         }
     }
 
-    /// Evaluates a model, of which no step is in flight, on one pass over `source`.
+    /// Evaluates a model that has no step in flight, on one pass over `source`.
     pub(super) fn wait_evaluation(&mut self, model: usize, source: &mut dyn Source) -> Result<f32> {
         self.check_failed(model)?;
         check_held_out(source)?;
@@ -85,7 +85,7 @@ impl Fleet {
             Ok(())
         };
         let begun = begin_all();
-        // Where the data is at fault the model is not: what has begun ends, and it can go on.
+        // If the data is at fault, the model is not: what has begun ends, and the model can go on.
         while self.engine.steps_in_flight(model) > 0 && !self.engine.is_ending(model) {
             sum += f64::from(self.engine.wait_begun_evaluation(model)?);
         }
@@ -95,7 +95,7 @@ impl Fleet {
     }
 }
 
-/// Refuses held-out data that a validation would not come to the end of.
+/// Refuses held-out data that never ends.
 pub(super) fn check_held_out(source: &dyn Source) -> Result<()> {
     match source.batches_per_epoch() {
         u64::MAX => Err(Error::bad("held-out data without an end: a validation would have none")),
@@ -110,7 +110,7 @@ fn fill_held_out(source: &mut dyn Source, index: u64, batch: &mut Batch) -> Resu
     labelled(batch)
 }
 
-/// The loss of held-out data: the sum over its labelled positions by their number.
+/// The loss of held-out data: the sum over its labelled positions, divided by their number.
 fn mean_loss(sum: f64, count: u64) -> Result<f32> {
     match count {
         0 => Err(Error::bad("no position of the held-out data has a label")),

@@ -1,4 +1,4 @@
-//! Writes what stands before the tensors of a safetensors file.
+//! Writes the part of a safetensors file before its tensors.
 
 use super::{Element, METADATA};
 use serde_json::json;

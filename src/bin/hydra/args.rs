@@ -66,7 +66,7 @@ pub enum Command {
     },
 }
 
-// Comments would take the place of the command's own.
+// Not a doc comment: clap would use it in place of the command's own.
 #[derive(Args, Clone, Debug)]
 pub struct JobFile {
     /// The job file
@@ -77,7 +77,7 @@ pub struct JobFile {
     pub set: Vec<String>,
 }
 
-// What is simulated, and what of it is other than in the job.
+// What is simulated, and the settings that differ from the job's.
 #[derive(Args, Clone, Debug)]
 pub struct Wishes {
     #[command(flatten)]

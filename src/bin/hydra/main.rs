@@ -1,8 +1,8 @@
 //! The command-line program: reads a job file, runs it, prints what happens.
 //!
-//! Exit codes: 0 done; 1 failed, the machine or a bug is at fault; 2 the input is at fault; 75 interrupted, after a
-//! checkpoint if a step was done. An error is one line on standard error that begins with `error: `; only a budget's
-//! refusal goes on with its table.
+//! Exit codes: 0 done; 1 failed because of the machine or a bug; 2 the input is at fault; 75 interrupted, after a
+//! checkpoint if a step was done. An error is one line on standard error that begins with `error: `; only the refusal
+//! of a budget is followed by a table.
 
 mod args;
 mod commands;
@@ -24,8 +24,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    // A panic is our own bug, whichever thread it is in: one line, like every error. But for those that a file has
-    // provoked in another's code.
+    // A panic in any thread is our own bug and is printed as one line, like every error. Excepted are panics that a
+    // file provokes in another crate's code.
     std::panic::set_hook(Box::new(|panic| {
         if text::tokenizer::panics_are_contained() {
             return;

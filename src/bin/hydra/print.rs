@@ -1,56 +1,56 @@
-//! Printing to standard output, which may be a pipe that nobody reads any more, or a file on a disk that is full.
+//! Printing to standard output, which may be a closed pipe or a file on a full disk.
 
 use std::fmt::Display;
 use std::io::{self, ErrorKind, Write};
 use std::sync::OnceLock;
 
-/// Why a line could not be printed, the first time.
+/// The first error of printing a line.
 static REFUSED: OnceLock<io::Error> = OnceLock::new();
 
-/// Prints a line. Where nobody reads, the work goes on in silence: a run must not fail because `head` has seen enough.
-/// What the system refuses is told at the end, since the work is of use without its words: by [`refused`].
+/// Prints a line. If the pipe is closed, the program goes on silently: a run must not fail because `head` has exited.
+/// Other errors are reported at the end, through [`refused`], since the work is useful without its output.
 pub fn say(line: impl Display) {
     let mut out = io::stdout().lock();
     if let Err(error) = writeln!(out, "{line}").and_then(|()| out.flush())
         && error.kind() != ErrorKind::BrokenPipe
     {
-        // The first says it.
+        // Only the first error is kept.
         let _ = REFUSED.set(error);
     }
 }
 
-/// Why not all was printed, if somebody reads and it was not.
+/// The error for which not everything was printed, if there was one other than a closed pipe.
 pub fn refused() -> Option<&'static io::Error> {
     REFUSED.get()
 }
 
-/// Prints a line on standard error, where standard output holds something else. It may be closed; then nobody wants to
-/// know.
+/// Prints a line on standard error, when standard output carries something else. If standard error is closed, the line
+/// is dropped.
 pub fn say_beside(line: impl Display) {
     let _ = writeln!(io::stderr().lock(), "{line}");
 }
 
-/// Prints a line on standard error: something that the user should know and that ends nothing.
+/// Prints a line on standard error: a warning that does not end the program.
 pub fn warn(line: impl Display) {
     say_beside(format!("warning: {line}"));
 }
 
-/// Prints a line on standard error: something that happened because somebody asked for it.
+/// Prints a line on standard error: something that happened on request.
 pub fn note(line: impl Display) {
     say_beside(format!("note: {line}"));
 }
 
-/// Prints an error on standard error: what ends the program.
+/// Prints the error that ends the program on standard error.
 pub fn complain(line: impl Display) {
     say_beside(format!("error: {line}"));
 }
 
-/// So many of `what`, which has its plural in s.
+/// `n` of `what`, whose plural is formed with s.
 pub fn count(n: usize, what: &str) -> String {
     if n == 1 { format!("{n} {what}") } else { format!("{n} {what}s") }
 }
 
-/// Rows as aligned columns, two spaces between; the first column to the left, the others to the right.
+/// Rows as aligned columns, two spaces between; the first column is left-aligned, the others right-aligned.
 pub fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |c: usize| rows.iter().filter_map(|r| r.get(c)).map(|cell| cell.chars().count()).max().unwrap_or(0);

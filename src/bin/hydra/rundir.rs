@@ -1,7 +1,7 @@
-//! A run's directory: who may write into it, and what a failed start takes back.
+//! A run's directory: who may write to it, and what a failed start removes again.
 //!
-//! `plan.json` is the first file written, and `job.toml` beside it marks a directory as a run's: a plan alone may be
-//! one that `hydra plan` has left. Nothing is overwritten but such a plan, unless a resumed run asks for it.
+//! `plan.json` is the first file written, and together with `job.toml` it marks a directory as a run's: a plan alone
+//! may come from `hydra plan`. Only such a plan is overwritten, unless a run is resumed.
 
 use crate::args::Resume;
 use hydra::base::{Error, Result};
@@ -13,28 +13,28 @@ use std::path::{Path, PathBuf};
 
 /// The job as it was run; with the plan it marks a run's directory.
 pub const JOB: &str = "job.toml";
-/// What models of searches have reported, of a run that ends models early.
+/// The reports of searches' models, in a run that ends models early.
 pub const SELECTION: &str = "selection.jsonl";
-/// Job files and cancellations for a run that goes on.
+/// Job files and cancellations for a run in progress.
 pub const INBOX: &str = "inbox";
-/// In a model's folder: what to resume from.
+/// In a model's folder: the checkpoint to resume from.
 pub const CHECKPOINT: &str = "checkpoint.safetensors";
 /// In a model's folder: the trained model, a Hugging Face directory.
 pub const MODEL: &str = "model";
-/// In a model's folder: the adapters that it learned, where it learned such, as peft reads them.
+/// In a model's folder: the adapters that it learned, if any, as peft reads them.
 pub const ADAPTERS: &str = "adapters";
 /// In that directory: its weights, which are written last.
 pub const WEIGHTS: &str = "model.safetensors";
 
-/// All in the directory that has a name of its own and is no model's.
+/// All names in the directory that are not those of models.
 const TAKEN: [&str; 8] = [JOB, PLAN, TRACE, RESULTS, SELECTION, INBOX, REPORT, SCHEDULE];
 
-/// The name of the `n`th trace of a run that went on at step `until`, from 1.
+/// The name of the `n`th (from 1) older trace of a run that resumed at step `until`.
 pub fn older_trace(until: u64, n: u64) -> String {
     if n == 1 { format!("trace-until-{until}.json") } else { format!("trace-until-{until}-{n}.json") }
 }
 
-/// Whether the directory has another use for `name` than as a model's folder.
+/// Whether `name` is used in the directory for something other than a model's folder.
 pub fn is_taken(name: &str) -> bool {
     TAKEN.contains(&name) || name.starts_with("trace-until-") && name.ends_with(".json")
 }
@@ -42,7 +42,7 @@ pub fn is_taken(name: &str) -> bool {
 /// What is at the path that a job names for its run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Found {
-    /// Nothing that is in the way.
+    /// Nothing that would be overwritten.
     Free,
     /// A run.
     Run,
@@ -53,17 +53,17 @@ pub fn holds_run(out: &Path) -> bool {
     out.join(PLAN).exists() && out.join(JOB).exists()
 }
 
-/// The names of the models of the run in `out`, by its plan; one that cannot be read names nobody.
+/// The names of the models of the run in `out`, from its plan; none if that cannot be read.
 pub fn planned_names(out: &Path) -> Vec<String> {
     let plan: Option<Value> = fs::read(out.join(PLAN)).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
     let name = |model: &Value| model["name"].as_str().map(String::from);
     plan.and_then(|plan| plan["models"].as_array()?.iter().map(name).collect()).unwrap_or_default()
 }
 
-/// Refuses the folder `out` to a command that trains nothing, where it would write over a run's plan or trace.
+/// Refuses the folder `out` for a command that does not train, if the command would overwrite a run's plan or trace.
 ///
 /// # Errors
-/// [`Error::BadInput`] when it holds a run.
+/// [`Error::BadInput`] when it contains a run.
 pub fn keep_run(out: &Path) -> Result<()> {
     if holds_run(out) {
         return Err(Error::bad(format!("{}: holds a run, whose files are kept; name another folder", out.display())));
@@ -71,7 +71,7 @@ pub fn keep_run(out: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Writes a file of a command that trains nothing into the folder `out`, which is made where it is missing.
+/// Writes a file of a command that does not train to the folder `out`, which is created if missing.
 ///
 /// # Errors
 /// When the system refuses.
@@ -83,8 +83,8 @@ pub fn write_into(out: &Path, name: &str, text: &str) -> Result<()> {
 /// Looks at `out`, changing nothing. `models` are the names of the job's models.
 ///
 /// # Errors
-/// [`Error::BadInput`] when a run is there and `resume` does not want one, none is there and it must, or something else
-/// is in the way.
+/// [`Error::BadInput`] when there is a run and `resume` forbids it, there is none and `resume` requires it, or
+/// something else is in the way.
 pub fn inspect(out: &Path, models: &[&str], resume: Resume) -> Result<Found> {
     let found = match fs::metadata(out) {
         Ok(metadata) if !metadata.is_dir() => {
@@ -116,8 +116,8 @@ pub fn inspect(out: &Path, models: &[&str], resume: Resume) -> Result<Found> {
     }
 }
 
-/// A file that another run took from its inbox in `out`: this one would obey it when it is resumed. What lies there to
-/// be taken is welcome.
+/// A file in `out` that another run took from its inbox: this run would obey it when resumed. Files still waiting there
+/// are fine.
 fn taken_before(out: &Path) -> Option<String> {
     let names =
         fs::read_dir(out.join(INBOX)).ok()?.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
@@ -129,15 +129,15 @@ pub struct RunDir {
     path: PathBuf,
     /// Held for as long as the run lasts, so that no second one writes here.
     _lock: File,
-    /// What this run has made, outermost first.
+    /// The files and folders that this run has made, outermost first.
     made: Vec<PathBuf>,
 }
 
 impl RunDir {
-    /// Makes the directory where it is missing, and takes it for this process.
+    /// Creates the directory if missing, and locks it for this process.
     ///
     /// # Errors
-    /// When it cannot be made, or another process has it.
+    /// When it cannot be created, or another process has locked it.
     pub fn take(path: &Path) -> Result<RunDir> {
         let mut made: Vec<PathBuf> =
             path.ancestors().take_while(|a| !a.as_os_str().is_empty() && !a.exists()).map(Path::to_path_buf).collect();
@@ -149,7 +149,7 @@ impl RunDir {
             Err(TryLockError::WouldBlock) => {
                 Err(Error::bad(format!("{}: another process is training there", path.display())))
             }
-            // Some file systems have no locks; the run is as good without.
+            // Some file systems have no locks; the run then goes on without one.
             Err(TryLockError::Error(_)) => Ok(RunDir { path: path.to_path_buf(), _lock: lock, made }),
         }
     }
@@ -159,7 +159,7 @@ impl RunDir {
         self.path.join(name)
     }
 
-    /// Makes a folder in it, where it is missing.
+    /// Creates a folder in it if missing.
     ///
     /// # Errors
     /// When the system refuses.
@@ -180,18 +180,18 @@ impl RunDir {
         write_safely(&path, |out| out.write_all(bytes))
     }
 
-    /// Notes that a file is about to be made.
+    /// Notes that a file is about to be created.
     pub fn will_make(&mut self, path: &Path) {
         if !path.exists() {
             self.made.push(path.to_path_buf());
         }
     }
 
-    /// Takes back what this run has made: a job that was at fault before its first step leaves nothing. Folders go only
-    /// where they are empty.
+    /// Removes what this run has made: a job that fails before its first step leaves nothing behind. Folders are
+    /// removed only if empty.
     pub fn abandon(self) {
         for path in self.made.iter().rev() {
-            // What cannot be taken back is left: the error that is reported is another.
+            // What cannot be removed is left: the error to report is a different one.
             let _ = if path.is_dir() { fs::remove_dir(path) } else { fs::remove_file(path) };
         }
     }

@@ -1,9 +1,9 @@
-//! Devices that were started together, timed together.
+//! Times devices that were started together, together.
 //!
-//! Every device gets the same list of tasks, and each begins at another place of it, as devices of a job are not in
-//! step. What one network leaves in the caches the next drives out, as where models take turns, so that all but small
-//! operands come from where a step's come from.
-//! The first round is thrown away; of the others counts the mean, without what other programs have interrupted.
+//! Every device gets the same list of tasks, but each begins at a different place of it, since a job's devices are not
+//! in step. Each network drives the one before out of the caches, as when models take turns, so all but small operands
+//! come from the same level of memory as in a training step. The first round is discarded; the result is the mean of
+//! the others, without outliers caused by other programs.
 
 use super::networks;
 use super::rates::{Network, Rates, run};
@@ -17,19 +17,19 @@ use crate::graph::{AREAS, Area, Buffer, Cost, Family, Op, Program, Step};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Rounds that are timed: as many as fit the networks' shares of the second, within these bounds.
+/// Number of timed rounds: as many as fit the networks' shares of the second, within these bounds.
 const ROUNDS: std::ops::RangeInclusive<usize> = 3..=9;
-/// A network's share.
+/// A network's share, in seconds.
 const NETWORK_SECS: f64 = 0.07;
-/// Times that a copy or an update on the host is timed.
+/// How often a copy or an update on the host is timed.
 const TIMES: usize = 5;
 /// The large copy that is timed.
 pub(super) const LARGE_COPY_BYTES: u64 = 16 << 20;
-/// The small one: mostly what starting a copy costs.
+/// The small copy, whose time is mostly the start-up cost.
 const SMALL_COPY_BYTES: u64 = 4096;
 /// Bytes of each pattern that devices are filled with: numbers, ids, zeros.
 const PATTERN_BYTES: u64 = 4 << 20;
-/// Room behind an update's four arrays for losses and a table of norms.
+/// Room after an update's four arrays for losses and a table of norms.
 const TABLE_BYTES: u64 = 128;
 
 /// Bytes of the state that an update of `elems` is timed with: weights, two moments, gradients; losses, norms and their
@@ -38,7 +38,7 @@ pub(super) fn state_bytes(elems: u64) -> u64 {
     16 * elems + TABLE_BYTES + norm_scratch_bytes(&[segment(elems)])
 }
 
-/// Bytes of the host's store for so many devices: a state for each of its arithmetic lanes, patterns and sources of
+/// Bytes of the host's store for so many devices: a state for each of its arithmetic lanes, patterns, and sources of
 /// copies.
 pub(super) fn host_bytes(devices: u64, elems: u64) -> u64 {
     devices * state_bytes(elems).max(LARGE_COPY_BYTES).max(3 * PATTERN_BYTES)
@@ -51,13 +51,13 @@ fn segment(elems: u64) -> Segment {
 /// Devices that are measured.
 pub(super) struct Bench<'a> {
     device: Attached,
-    /// For each device the first that is like it: what they take is put together.
+    /// For each device, the first one like it: the times of devices that are alike are pooled.
     alike: &'a [usize],
     update_elems: u64,
     wants_scratch: bool,
 }
 
-/// What one lane of one device did: seconds of each of its tasks, and when they ended.
+/// For one lane of one device, the seconds of each of its tasks and when it ended.
 type Times = Vec<(f64, f64)>;
 
 impl<'a> Bench<'a> {
@@ -72,8 +72,8 @@ impl<'a> Bench<'a> {
         self.alike.len() as u16
     }
 
-    /// Measures every device. `on_host`: all networks fit the arena together, and the host's arithmetic is the devices'
-    /// own, on the same cores.
+    /// Measures every device. With `on_host`, all networks fit the arena together, and the host's arithmetic is done by
+    /// the devices themselves, on the same cores.
     pub fn measure(&mut self, networks: &[Network], on_host: bool) -> Result<Vec<CostModel>> {
         let starts = self.starts()?;
         let mut rates: Vec<Rates> = self.alike.iter().map(|_| Rates::default()).collect();
@@ -136,8 +136,8 @@ impl<'a> Bench<'a> {
         lanes
     }
 
-    /// Runs `tasks` of each lane of `kind` on all of them at once and gives their times. Waits for `secs` before it
-    /// looks: to wait for each completion would take the time of the cores that are measured.
+    /// Runs `tasks` of each lane of `kind` on all these lanes at once and returns their times. Sleeps for `secs` before
+    /// it polls: waiting for each completion would take time from the cores that are measured.
     fn time(&mut self, kind: LaneKind, secs: f64, tasks: impl Fn(u16) -> Vec<Task>) -> Result<Vec<Times>> {
         let lanes = self.lanes(kind);
         let mut lists: Vec<_> = (0..lanes.len() as u16).map(|d| tasks(d).into_iter()).collect();
@@ -169,7 +169,7 @@ impl<'a> Bench<'a> {
         Ok((done.ticket, done.start_secs, done.end_secs))
     }
 
-    /// Writes what devices are filled with into the host's store: small numbers, ids, zeros.
+    /// Writes the patterns that devices are filled with into the host's store: small numbers, ids, zeros.
     fn write_patterns(&mut self) {
         let numbers: Vec<f32> = (0..PATTERN_BYTES / 4).map(|i| (i * 7919 % 4099) as f32 / 4e4 - 0.05).collect();
         let ids: Vec<i32> =
@@ -179,7 +179,7 @@ impl<'a> Bench<'a> {
         self.device.write_host(2 * PATTERN_BYTES, &vec![0; PATTERN_BYTES as usize]);
     }
 
-    /// A copy of pattern number `pattern` over all of `to`.
+    /// Copies that fill all of `to` with pattern number `pattern`.
     fn fill(pattern: u64, to: Span) -> Vec<CopySpan> {
         (0..to.bytes.div_ceil(PATTERN_BYTES))
             .map(|i| {
@@ -191,8 +191,8 @@ impl<'a> Bench<'a> {
             .collect()
     }
 
-    /// Seconds of each op of `networks`, which lie side by side, for each device; with `updates` of a norm and an
-    /// update after them.
+    /// Seconds of each op of `networks`, which lie side by side, for each device; with `updates`, also those of a norm
+    /// and an update after them.
     fn walk(&mut self, networks: &[Network], updates: bool) -> Result<Vec<Vec<f64>>> {
         let mut starts = Vec::new();
         let mut end = 0;
@@ -220,12 +220,12 @@ impl<'a> Bench<'a> {
         self.rounds(&lists, NETWORK_SECS * networks.len().max(1) as f64)
     }
 
-    /// Runs each device's list over and over on all compute lanes at once, for about `total_secs`; gives each task's
-    /// usual time, of alike devices together.
+    /// Runs each device's list over and over on all compute lanes at once, for about `total_secs`; returns each task's
+    /// usual time, pooled over devices that are alike.
     fn rounds(&mut self, lists: &[Vec<Task>], total_secs: f64) -> Result<Vec<Vec<f64>>> {
         let devices = lists.len();
         let len = lists[0].len();
-        // The place of a list at which a device begins.
+        // The index in its list at which a device begins.
         let first = |d: usize| d * len / devices;
         let begin = self.device.now_secs();
         let times = |rounds: usize| {
@@ -249,7 +249,8 @@ impl<'a> Bench<'a> {
         Ok(self.alike.iter().map(|&like| (0..len).map(|task| of(like, task)).collect()).collect())
     }
 
-    /// The usual one of each device's times, of alike devices together; of lanes that all share, the same for each.
+    /// The usual time of each device, pooled over devices that are alike; for lanes that all devices share, the same
+    /// for each.
     fn usual(&self, times: &[Times], each: impl Fn(&Times) -> Vec<f64>) -> Vec<f64> {
         let all: Vec<Vec<f64>> = times.iter().map(each).collect();
         let of = |like: usize| {
@@ -260,7 +261,7 @@ impl<'a> Bench<'a> {
         self.alike.iter().map(|&like| usual(of(like))).collect()
     }
 
-    /// Seconds that starting a program costs, and each op in it, for each device.
+    /// The start-up costs, in seconds, of a program and of each op in it, for each device.
     fn starts(&mut self) -> Result<Vec<(f64, f64)>> {
         const OPS: usize = 64;
         const TASKS: usize = 50;
@@ -290,7 +291,8 @@ impl<'a> Bench<'a> {
         Ok(empty.into_iter().zip(full).map(|(e, f)| (e, (f - e).max(0.0) / OPS as f64)).collect())
     }
 
-    /// Seconds that starting a copy on a lane of `kind` costs, and bytes per second of a large one, for each device.
+    /// The start-up cost in seconds of a copy on a lane of `kind`, and the bytes per second of a large one, for each
+    /// device.
     fn copies(&mut self, kind: LaneKind) -> Result<Vec<(f64, f64)>> {
         let tasks = |bytes: u64| {
             move |d: u16| {
@@ -304,8 +306,7 @@ impl<'a> Bench<'a> {
         let small = self.time(kind, 0.0, tasks(SMALL_COPY_BYTES))?;
         let large = self.time(kind, 0.0, tasks(LARGE_COPY_BYTES))?;
         let (small, large) = (self.usual(&small, secs), self.usual(&large, secs));
-        // On a machine that does much else a small copy may look as slow as a large one, which is no rate without an
-        // end.
+        // On a busy machine a small copy may look as slow as a large one, which must not yield an infinite rate.
         let rate = |small: f64, large: f64| {
             (LARGE_COPY_BYTES - SMALL_COPY_BYTES) as f64 / (large - small).max(0.25 * large).max(1e-9)
         };
@@ -328,8 +329,8 @@ impl<'a> Bench<'a> {
         Ok(norms.into_iter().zip(updates).collect())
     }
 
-    /// A norm and an AdamW update of a state that lies at `start`. Gradients and moments are zeros: second moments must
-    /// not be negative.
+    /// A norm and an AdamW update of the state at `start`. Gradients and moments are zeros: second moments must not be
+    /// negative.
     fn settle(&self, memory: Memory, start: u64) -> [Task; 2] {
         let (elems, bytes) = (self.update_elems, 4 * self.update_elems);
         let span = |at: u64, bytes: u64| Span { memory, offset: start + at, bytes };
@@ -353,7 +354,7 @@ impl<'a> Bench<'a> {
         [Task::Norm(Box::new(norm)), Task::Update(Box::new(update))]
     }
 
-    /// Seconds between the end of a task and the start of one on another lane that waited for it, for each device.
+    /// Seconds from the end of a task to the start of one on another lane that waited for it, for each device.
     fn hand_over(&mut self) -> Result<Vec<f64>> {
         const TASKS: usize = 50;
         let devices = self.devices();
@@ -381,18 +382,18 @@ impl<'a> Bench<'a> {
     }
 }
 
-/// The middle one of the gaps between spans of which each began after another's end. Here the least says nothing of the
-/// others: a thread that is still awake takes over at once, one that sleeps must be woken.
+/// The median gap between spans each of which begins after the end of another. The minimum would not be representative:
+/// a thread that is still awake takes over at once, but a sleeping one must be woken.
 fn gap(spans: &mut [(f64, f64)]) -> f64 {
-    // Completions of two lanes may come in another order.
+    // Completions of two lanes may come in a different order.
     spans.sort_by(|a, b| a.0.total_cmp(&b.0));
     let mut gaps: Vec<f64> = spans.windows(2).map(|w| (w[1].0 - w[0].1).max(0.0)).collect();
     gaps.sort_by(f64::total_cmp);
     gaps[gaps.len() / 2]
 }
 
-/// The mean of those that are at most twice the least: devices that share the memory slow each other by less than that,
-/// and what took longer another program has interrupted.
+/// The mean of the values that are at most twice the least: devices that share memory slow each other down by less than
+/// that, and what took longer was interrupted by another program.
 fn usual(x: Vec<f64>) -> f64 {
     let least = x.iter().copied().fold(f64::INFINITY, f64::min);
     let undisturbed = || x.iter().filter(|&&secs| secs <= 2.0 * least);

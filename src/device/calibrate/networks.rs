@@ -1,4 +1,4 @@
-//! The networks that calibration walks: between them every family of ops, small, middling and large.
+//! The networks that calibration walks: together they cover every family of ops in small, medium and large sizes.
 
 use crate::base::{DType, Result, Shape};
 use crate::graph::{Activation, AttentionOptions, Builder, Graph, Init, Mode, Value, WeightLayout};
@@ -6,7 +6,7 @@ use crate::graph::{Activation, AttentionOptions, Builder, Graph, Init, Mode, Val
 /// Ids and labels are below this.
 pub(super) const CLASSES: usize = 10;
 
-/// All networks for the host, smallest first. In f32: the host computes in it whatever the element type.
+/// All networks for the host, smallest first. In f32: the host computes in f32 whatever the element type.
 pub(super) fn all() -> Result<Vec<Graph>> {
     let float = DType::F32;
     Ok(vec![
@@ -23,7 +23,7 @@ pub(super) fn all() -> Result<Vec<Graph>> {
 }
 
 /// Networks that fill a GPU, in each element type that models train in there; where their graphs allow tf32, products
-/// are timed in it too. Of less than that, starting an op is what takes the time.
+/// are timed in it too. In smaller networks start-up costs would dominate an op's time.
 pub(super) fn large() -> Result<Vec<Graph>> {
     let mut graphs = Vec::new();
     for float in [DType::F32, DType::Bf16] {
@@ -36,7 +36,7 @@ pub(super) fn large() -> Result<Vec<Graph>> {
     Ok(graphs)
 }
 
-/// Embeddings, one block in GPT-2's manner, and a head over `vocabulary`: (B, T, C), heads.
+/// Embeddings, one block as in GPT-2, and a head over `vocabulary`: (B, T, C), heads.
 fn transformer(float: DType, batch: usize, len: usize, width: usize, heads: usize, vocabulary: usize) -> Result<Graph> {
     let mut b = Builder::new(Mode::Training, float);
     let logits = b.layer("transformer", |b, _| {
@@ -57,7 +57,7 @@ fn transformer(float: DType, batch: usize, len: usize, width: usize, heads: usiz
         let h = linear(b, h, "down", 4 * width, width, Activation::None)?;
         let h = b.dropout(h, 0.1)?;
         let x = b.add(x, h)?;
-        // By itself, with a gradient that is no product's.
+        // An activation of its own, whose gradient is not fused with a product's.
         let x = b.activation(x, Activation::GeluTanh)?;
         let n = norm(b, x, "norm 3", width)?;
         b.linear(n, table, None, Activation::None, WeightLayout::OutIn)
@@ -65,8 +65,8 @@ fn transformer(float: DType, batch: usize, len: usize, width: usize, heads: usiz
     finish(b, logits, &[batch, len])
 }
 
-/// A residual network's kinds of convolution on square images: 3x3 from few channels, 3x3 and 1x1 among many, 3x3 with
-/// stride, pooling.
+/// A residual network's kinds of convolution on square images: 3x3 from few channels, 3x3 and 1x1 between many, 3x3
+/// with a stride, and pooling.
 fn images(float: DType, batch: usize, side: usize, channels: usize) -> Result<Graph> {
     let mut b = Builder::new(Mode::Training, float);
     let logits = b.layer("images", |b, _| {

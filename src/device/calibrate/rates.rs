@@ -1,4 +1,4 @@
-//! Networks as calibration runs them, op by op, and the rates that come of their seconds.
+//! Networks as calibration runs them, op by op, and the rates derived from their seconds.
 
 use crate::base::{DType, Result, align_up};
 use crate::device::sim::Rate;
@@ -11,13 +11,13 @@ use std::sync::Arc;
 
 /// A network's one program, and where its areas lie in its part of the arena.
 pub(super) struct Network {
-    /// What is timed: the program's ops, as in f32 where the graph allows tf32, and there its products once more, in
-    /// tf32.
+    /// The ops that are timed: all of the program's, without tf32, and where the graph allows tf32, its products once
+    /// more in tf32.
     pub steps: Vec<Step>,
     area_bytes: [u64; AREAS],
     pub bases: [u64; AREAS],
     pub arena_bytes: u64,
-    /// Stretches of its part that hold ids and labels, which must be below [`super::networks::CLASSES`].
+    /// Offsets and lengths, in its part, of ids and labels, which must be below [`super::networks::CLASSES`].
     integers: Vec<(u64, u64)>,
 }
 
@@ -50,7 +50,7 @@ impl Network {
         self.integers.iter().map(move |&(at, bytes)| Span { memory: Memory::Device(device), offset: start + at, bytes })
     }
 
-    /// What is timed, each op as a program of its own, in its place on `device`.
+    /// The ops that are timed, each as a program of its own, in its place on `device`.
     pub fn tasks(&self, device: u16, start: u64) -> impl Iterator<Item = Task> + '_ {
         self.steps.iter().map(move |step| {
             let one = Program::of_steps(vec![step.clone()], self.area_bytes, Vec::new(), step.cost.tf32);
@@ -65,22 +65,22 @@ pub(super) fn run(program: Program, device: u16, bases: [u64; AREAS]) -> Task {
     Task::Run(Box::new(Run { program: Arc::new(program), device, bases, scalars, check: false }))
 }
 
-/// What has a rate of its own: a family in an element type, in tf32 or not, at a size.
+/// The key of a rate: a family, an element type, whether in tf32, and a size.
 type Measured = (Family, DType, bool, [usize; 3]);
 
-/// Rates while they are gathered.
+/// Rates while they are being gathered.
 #[derive(Default)]
 pub(super) struct Rates {
-    /// Work and seconds of all ops that share a rate.
+    /// Total work and seconds of all ops that share a rate.
     sums: BTreeMap<Measured, (f64, f64)>,
     pub fastest_bytes_per_sec: f64,
 }
 
 impl Rates {
-    /// Adds the ops of a network, which took `secs` each, of which starting took `start_secs`.
+    /// Adds the ops of a network, whose seconds `secs` each include a start-up time of `start_secs`.
     pub fn add(&mut self, network: &Network, secs: &[f64], start_secs: f64) {
         for (Step { cost, .. }, &secs) in network.steps.iter().zip(secs) {
-            // What is below the clock's and the start's own spread tells nothing of a rate.
+            // A time below the noise of the clock and of the start-up time says nothing about a rate.
             let secs = (secs - start_secs).max(0.05 * start_secs).max(1e-7);
             self.fastest_bytes_per_sec = self.fastest_bytes_per_sec.max(cost.bytes as f64 / secs);
             if cost.work() > 0.0 {

@@ -1,7 +1,7 @@
-//! Seconds for tasks: rates of a machine, stated or measured, over the counts that ops give.
+//! Seconds of tasks: the counts of their ops, divided by a machine's rates, which are stated or measured.
 //!
-//! An op's seconds are its work over its family's rate at its size, and a little for starting it. Rates are known at a
-//! few sizes; between them the nearer ones count for more.
+//! An op's seconds are its work divided by its family's rate at its size, plus a start-up cost. Rates are known at a
+//! few sizes; between them the nearer ones have more weight.
 
 use crate::base::{DType, LaneKind};
 use crate::device::Task;
@@ -28,55 +28,54 @@ pub struct Rate {
 pub struct CostModel {
     /// Rates by family and size; several for a family where it was measured at several sizes.
     pub rates: Vec<Rate>,
-    /// Memory traffic that no op can beat.
+    /// Memory bandwidth, which no op can exceed.
     pub memory_bytes_per_sec: f64,
-    /// Seconds that starting an op costs.
+    /// Start-up cost of an op, in seconds.
     pub op_secs: f64,
-    /// Seconds that starting a program costs.
+    /// Start-up cost of a program, in seconds.
     pub run_secs: f64,
     /// Host-to-device bandwidth.
     pub h2d_bytes_per_sec: f64,
     /// Device-to-host bandwidth.
     pub d2h_bytes_per_sec: f64,
-    /// Seconds that starting a copy costs.
+    /// Start-up cost of a copy, in seconds.
     pub copy_secs: f64,
-    /// Memory traffic of optimizers and sums on the device.
+    /// Memory traffic per second of optimizers and sums on the device.
     pub device_update_bytes_per_sec: f64,
-    /// Memory traffic of optimizers and sums on the host.
+    /// Memory traffic per second of optimizers and sums on the host.
     pub host_update_bytes_per_sec: f64,
-    /// Memory traffic of a norm of gradients on the device; `None`: as fast as updates.
+    /// Memory traffic per second of a norm of gradients on the device; `None` means as fast as updates.
     #[serde(default)]
     pub device_norm_bytes_per_sec: Option<f64>,
-    /// Memory traffic of a norm of gradients on the host; `None`: as fast as updates.
+    /// Memory traffic per second of a norm of gradients on the host; `None` means as fast as updates.
     #[serde(default)]
     pub host_norm_bytes_per_sec: Option<f64>,
-    /// Seconds between a task's end and the start of one that waited for it on another lane.
+    /// Seconds from a task's end to the start of one on another lane that waited for it.
     pub hand_over_secs: f64,
-    /// The disk tier's bandwidth each way; `None`: [`DISK_BYTES_PER_SEC`].
+    /// The disk tier's bandwidth each way; `None` means [`DISK_BYTES_PER_SEC`].
     #[serde(default)]
     pub disk_bytes_per_sec: Option<f64>,
-    /// The cores that all lanes of the device share; `None` where copies and the host's arithmetic take nothing from
-    /// it.
+    /// The cores that all lanes of the device share; `None` where copies and the host's arithmetic take no time from
+    /// its units.
     #[serde(default)]
     pub cores: Option<Cores>,
 }
 
-/// What a disk is taken to read and to write a second where nobody says it: a good one of those that machines have, at
-/// half of its best.
+/// The bandwidth assumed for a disk, each way, where none is stated: half the peak of a good disk.
 pub const DISK_BYTES_PER_SEC: f64 = 1e9;
 
-/// Cores on which a device's units, its copies and its part of the host's arithmetic all run: what one takes the others
-/// lack.
+/// Cores on which a device's units, its copies and its part of the host's arithmetic all run, so that they take time
+/// from each other.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Cores {
     /// Number of cores.
     pub count: usize,
-    /// Bytes per second that one core copies, whatever the link is held to.
+    /// Bytes per second that one core copies, whatever the link's limit.
     pub copy_bytes_per_sec: f64,
 }
 
 impl CostModel {
-    /// A device of stated rates: `flops` for all arithmetic that is not bound by memory.
+    /// Makes a device with stated rates: `flops_per_sec` for all arithmetic that is not memory-bound.
     pub fn stated(flops_per_sec: f64, memory_bytes_per_sec: f64, link_bytes_per_sec: f64) -> CostModel {
         let rate = |family: Family| {
             let work_per_sec = match family.work() {
@@ -103,7 +102,7 @@ impl CostModel {
         }
     }
 
-    /// Rates by which models are cut: the same always, where those that are measured differ a little each time.
+    /// Rates used to choose cuts: always the same, while measured ones differ a little each time.
     pub fn nominal() -> CostModel {
         CostModel::stated(1e11, 2e10, 1e10)
     }
@@ -120,33 +119,36 @@ impl CostModel {
         self.op_secs + of_family.max(cost.bytes as f64 / self.memory_bytes_per_sec)
     }
 
-    /// The rate at the op's size: the geometric mean of the family's measured rates, each weighted by how near it is.
-    /// Sizes are apart as their ratios are, so a size that was measured gets just that rate. Where nothing was measured
-    /// in the op's precision, its element type counts, and where nothing was in that, others do.
+    /// The rate at the op's size: the geometric mean of the family's measured rates, each weighted by how near its size
+    /// is. The distance of sizes is that of their logarithms, and a measured size gets exactly its rate. Where nothing
+    /// was measured in the op's precision, rates in its element type are used, and where there are none either, those
+    /// in other types.
     fn rate(&self, cost: &Cost) -> f64 {
         let log = |size: usize| (size.max(1) as f64).ln();
         let (mut weights, mut sum) = (0.0, 0.0);
         for rate in self.likest(cost.float, cost.tf32, |family| family == cost.family) {
             let apart: f64 = rate.sizes.iter().zip(cost.sizes).map(|(&a, b)| (log(a) - log(b)).powi(2)).sum();
-            // The square of the squared distance: a far size has next to no say beside a near one.
+            // The square of the squared distance: a far size has almost no weight next to a near one.
             let weight = 1.0 / (apart + 1e-3).powi(2);
             weights += weight;
-            // The geometric mean: what is so small that starting it takes the time has a rate thousands of times lower,
-            // and would drown the others.
+            // The geometric mean: a size so small that start-up dominates has a rate thousands of times lower, which
+            // must not outweigh the others.
             sum += weight * rate.work_per_sec.ln();
         }
-        // A family that nobody measured moves its operands as fast as memory goes, or computes as fast as the best one.
+        // A family that was not measured moves its operands at memory bandwidth, or computes as fast as the fastest
+        // one.
         if weights > 0.0 { (sum / weights).exp() } else { self.best_rate(cost.family.work()) }
     }
 
-    /// Rates of some families in a precision; where there are none those in its element type, else all.
+    /// Rates of some families in a precision; where there are none, those in its element type; else all of them.
     fn likest(&self, float: DType, tf32: bool, of: impl Fn(Family) -> bool) -> impl Iterator<Item = &Rate> {
         let like = move |r: &Rate| (r.float == float, r.float == float && r.tf32 == tf32);
         let likest = self.rates.iter().filter(|r| of(r.family)).map(like).max();
         self.rates.iter().filter(move |r| of(r.family) && Some(like(r)) == likest)
     }
 
-    /// The best arithmetic rate of any family in a precision: the ceiling of a compute lane of a model in it.
+    /// The best arithmetic rate of any family in a precision: the ceiling of a compute lane for a model in that
+    /// precision.
     pub fn ceiling_flops_per_sec(&self, float: DType, tf32: bool) -> f64 {
         self.likest(float, tf32, |family| family.work() == Work::Flops).map(|r| r.work_per_sec).fold(0.0, f64::max)
     }
@@ -166,7 +168,7 @@ impl CostModel {
         self.run_secs + program.steps.iter().map(|step| self.op_secs(&step.cost)).sum::<f64>()
     }
 
-    /// The same device with `share` of every rate: what it has of cores that others are at work on too.
+    /// The same device with the fraction `share` of every rate, as when others work on the same cores.
     pub fn slowed(&self, share: f64) -> CostModel {
         let mut slow = self.clone();
         slow.rates.iter_mut().for_each(|rate| rate.work_per_sec *= share);
@@ -184,23 +186,22 @@ impl CostModel {
         slow
     }
 
-    /// Seconds that updates of so many bytes of memory traffic take on the device, and norms of so many bytes of
-    /// gradients.
+    /// Seconds on the device of updates with `update_bytes` of memory traffic and norms of `norm_bytes` of gradients.
     pub fn device_settle_secs(&self, update_bytes: u64, norm_bytes: u64) -> f64 {
         let norms = self.device_norm_bytes_per_sec.unwrap_or(self.device_update_bytes_per_sec);
         update_bytes as f64 / self.device_update_bytes_per_sec + norm_bytes as f64 / norms
     }
 
-    /// Seconds that the host takes for an update and a norm of so many bytes.
+    /// Seconds on the host of updates with `update_bytes` of memory traffic and norms of `norm_bytes` of gradients.
     pub fn host_settle_secs(&self, update_bytes: u64, norm_bytes: u64) -> f64 {
         let norms = self.host_norm_bytes_per_sec.unwrap_or(self.host_update_bytes_per_sec);
         update_bytes as f64 / self.host_update_bytes_per_sec + norm_bytes as f64 / norms
     }
 
-    /// Seconds that copies of so many bytes take from each of the device's cores.
+    /// Seconds that `copies` copies of `bytes` in all take from each of the device's cores.
     pub fn copy_core_secs(&self, bytes: u64, copies: usize) -> f64 {
         let of = |cores: Cores| {
-            // One core copies.
+            // A copy occupies one core.
             let secs = copies as f64 * self.copy_secs + bytes as f64 / cores.copy_bytes_per_sec;
             secs / cores.count as f64
         };

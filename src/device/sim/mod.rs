@@ -1,9 +1,9 @@
-//! The simulated device: no arithmetic, a cost model and a virtual clock.
+//! The simulated device: no computation, only a cost model and a virtual clock.
 //!
 //! A task's start is the latest of: its lane's last end, the ends of what it waits for, and the moment it was
-//! submitted. All of them are known at submission, since tickets only point back, so a lane is one number and the clock
-//! is a heap. Where a device's lanes share its cores, a copy or an update that meets units takes twice its share of the
-//! cores' time, and what it took the next unit ends later.
+//! submitted. All of these are known at submission, since tickets only point to earlier tasks, so a lane is one number
+//! and the clock is a heap. Where a device's lanes share its cores, a copy or an update that overlaps units is delayed
+//! by its share of the cores' time, and so is the end of the next unit.
 
 mod cost_model;
 mod profiles;
@@ -39,35 +39,35 @@ pub struct SimDevice {
     lanes: Vec<LaneId>,
     models: Vec<CostModel>,
     now: f64,
-    /// Ends of each lane's tasks, from the first.
+    /// End times of each lane's tasks.
     ends: Vec<Lane>,
-    /// Seconds of each device's cores that its other lanes took while units were queued, and that no unit has paid for
-    /// yet.
+    /// Seconds of each device's cores that its other lanes took while units were queued and by which no unit has been
+    /// delayed yet.
     taken: Vec<f64>,
-    /// Seconds of programs that have run, by device and address; a program lives as long as the plan that it is of.
+    /// Seconds of programs that have run, by device and address; a program lives as long as its plan.
     programs: HashMap<(u16, usize), f64>,
     /// One past the last byte that was added to host memory.
     host_end: u64,
-    /// What all links share each way, and when what was asked for until now will have crossed.
+    /// The bandwidth that all links share each way, and when the copies requested so far will have crossed.
     shared: Option<SharedLink>,
     /// Bytes per second of the disk tier, each way.
     disk_bytes_per_sec: f64,
     /// One past the last byte that was added to the disk tier.
     disk_end: u64,
-    /// Completions to come: equal times are ordered by device, lane and task.
+    /// Completions to come; equal times are ordered by device, lane and task.
     coming: BinaryHeap<Reverse<(Secs, LaneId, Ticket, Secs)>>,
 }
 
-/// A link behind the devices' own. It carries what is asked of it in that order; who is first on a device's own link
-/// does not matter to it.
+/// A link shared behind the devices' own links. It carries copies in the order in which they are requested, whatever
+/// the order on a device's own link.
 #[derive(Clone, Copy, Debug)]
 struct SharedLink {
     bytes_per_sec: f64,
-    /// To devices, and from them.
+    /// When the last copy will have crossed: to devices, and from them.
     crossed: [f64; 2],
 }
 
-/// Ends of a lane's tasks. Old ones are forgotten once told: a ticket below them is long done.
+/// End times of a lane's tasks. Old ones are dropped once reported: a ticket below them is already done.
 #[derive(Debug, Default)]
 struct Lane {
     forgotten: u64,
@@ -82,7 +82,7 @@ impl Lane {
 }
 
 impl SimDevice {
-    /// Devices that cost what `models` say, one for each.
+    /// Makes one device for each cost model in `models`.
     pub fn new(models: Vec<CostModel>) -> SimDevice {
         let mut lanes = Vec::new();
         for device in 0..models.len() as u16 {
@@ -90,7 +90,7 @@ impl SimDevice {
                 lanes.push(LaneId { device, kind });
             }
         }
-        // Devices with cores of their own do the host's arithmetic there, as `host::HostDevice` has it.
+        // Devices with cores of their own do the host's arithmetic there, as in `host::HostDevice`.
         if models.len() > 1 && models.iter().all(|m| m.cores.is_some()) {
             lanes.extend((0..models.len() as u16).map(|d| LaneId::device(d, LaneKind::HostMath)));
         } else {
@@ -112,13 +112,13 @@ impl SimDevice {
         }
     }
 
-    /// The same devices with links that share so many bytes per second each way.
+    /// The same devices with links that share `bytes_per_sec` each way.
     pub fn with_shared_link(mut self, bytes_per_sec: Option<f64>) -> SimDevice {
         self.shared = bytes_per_sec.map(|bytes_per_sec| SharedLink { bytes_per_sec, crossed: [0.0; 2] });
         self
     }
 
-    /// The same devices with a disk tier of so many bytes per second each way.
+    /// The same devices with a disk tier of `bytes_per_sec` each way.
     pub fn with_disk(mut self, bytes_per_sec: Option<f64>) -> SimDevice {
         if let Some(bytes_per_sec) = bytes_per_sec {
             let lanes = [LaneKind::DiskRead, LaneKind::DiskWrite].map(LaneId::host);
@@ -157,7 +157,7 @@ impl Device for SimDevice {
         if id.kind == LaneKind::Compute {
             end += std::mem::take(&mut self.taken[owner]);
         } else if model.cores.is_some() && !on_disk {
-            // Both get on half as fast for as long as both are there.
+            // While both run, each progresses at half speed.
             let met = model.core_secs(&task, id.kind).min((units_until - start).max(0.0));
             self.taken[owner] += met;
             end += met;
@@ -180,8 +180,8 @@ impl Device for SimDevice {
         let Reverse((Secs(end_secs), _, ticket, Secs(start_secs))) = self.coming.pop()?;
         self.now = end_secs;
         let lane = &mut self.ends[ticket.lane as usize];
-        // Nobody who is submitted from now on can be held up by what has ended, so its end may be forgotten: 0 stands
-        // for "past".
+        // Tasks submitted from now on cannot be delayed by tasks that have ended, so these ends can be dropped: 0
+        // stands for "past".
         while lane.ends.front().is_some_and(|&e| e <= self.now) && lane.forgotten < ticket.number {
             lane.ends.pop_front();
             lane.forgotten += 1;
@@ -198,7 +198,8 @@ impl Device for SimDevice {
     }
 
     fn grow_host(&mut self, bytes: u64) -> Result<u64> {
-        // Nothing lies there: offsets need only be apart from those of the first models, whose store nobody measured.
+        // There is no memory behind these offsets: they only need to be distinct from those of the first models, whose
+        // store's size is not known here.
         let base = self.host_end.max(1 << 60);
         self.host_end = base + bytes.next_multiple_of(4096);
         Ok(base)

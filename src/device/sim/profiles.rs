@@ -12,14 +12,14 @@ pub struct Profile {
     pub name: &'static str,
     /// f32 arithmetic outside tensor cores, in floating-point operations per second.
     pub flops_per_sec: f64,
-    /// Products of f32 whose factors are rounded to tf32, dense; without such tensor cores what f32 has.
+    /// Dense f32 products whose factors are rounded to tf32; without such tensor cores, the f32 rate.
     pub tf32_flops_per_sec: f64,
-    /// Products of bf16, dense; without such tensor cores what f32 has.
+    /// Dense bf16 products; without such tensor cores, the f32 rate.
     pub bf16_flops_per_sec: f64,
     /// Bandwidth of its own memory, in bytes per second.
     pub memory_bytes_per_sec: f64,
-    /// What its link to the host carries each way, in bytes per second: four fifths of the stated rate, which is what
-    /// copies of pinned memory reach.
+    /// Bandwidth of its link to the host each way, in bytes per second: four fifths of the stated rate, which copies of
+    /// pinned memory reach.
     pub link_bytes_per_sec: f64,
 }
 
@@ -33,7 +33,7 @@ pub const PROFILES: [Profile; 4] = [
     profile("h200", [67.0, 494.5, 989.0], 4800.0, 51.2),
 ];
 
-/// By TFLOP/s in f32, tf32 and bf16, and GB/s of its memory and its link.
+/// Makes a profile from TFLOP/s in f32, tf32 and bf16, and GB/s of memory and link.
 const fn profile(name: &'static str, tflops: [f64; 3], memory: f64, link: f64) -> Profile {
     Profile {
         name,

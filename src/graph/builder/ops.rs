@@ -1,4 +1,4 @@
-//! The builder's ops, one method each: checks shapes, gives the output's.
+//! The builder's ops, one method each: it checks the inputs' shapes and appends the node.
 
 use super::{AttentionOptions, Builder};
 use crate::base::{DType, Error, Result, Shape};
@@ -8,10 +8,10 @@ use crate::graph::kinds::{Activation, Init, Mode, WeightLayout};
 use crate::graph::op::{AttentionKind, Op, RotaryScaling, Rotation, Window};
 use std::sync::Arc;
 
-/// Elements that one dropout may draw for: four to each of the counter's blocks.
+/// Most elements that one dropout can draw for: four per block of the counter.
 const MOST_DRAWS: u128 = 1 << 34;
 
-/// Refuses a dropout over more elements than its random numbers have places for: masks would repeat.
+/// Refuses a dropout over more elements than its counter can number: masks would repeat.
 fn expect_draws(what: &str, axes: &[usize]) -> Result<()> {
     let elems = axes.iter().map(|&axis| axis as u128).try_fold(1u128, u128::checked_mul);
     match elems.is_some_and(|elems| elems <= MOST_DRAWS) {
@@ -29,7 +29,7 @@ impl Builder {
         self.embedding_padded(ids, table, None)
     }
 
-    /// [`Builder::embedding`] in whose gradient the row of the id `padding` is 0, as that of torch's `padding_idx`.
+    /// [`Builder::embedding`], but the gradient of the row of id `padding` is 0, as with torch's `padding_idx`.
     ///
     /// # Errors
     /// When the table is no matrix or has no such row, or the ids are no integers.
@@ -92,17 +92,17 @@ impl Builder {
         Ok(self.node(Op::Linear { activation, layout, residual: false }, inputs, outputs)?[0])
     }
 
-    /// An activation on its own.
+    /// An activation as an op of its own.
     ///
     /// # Errors
-    /// When `x` is no floating-point tensor of this layer.
+    /// When `x` is not a floating-point tensor of this layer.
     pub fn activation(&mut self, x: Value, activation: Activation) -> Result<Value> {
         let shape = self.shape(x).clone();
         self.one(Op::Activation(activation), vec![x], shape)
     }
 
-    /// `activation(gate) * up`, of one shape: what stands between the two products of a gated MLP (Shazeer 2020, "GLU
-    /// variants improve Transformer", arXiv:2002.05202).
+    /// `activation(gate) * up`, of one shape: the op between the products of a gated MLP (Shazeer 2020, "GLU variants
+    /// improve Transformer", arXiv:2002.05202).
     ///
     /// # Errors
     /// When the shapes differ.
@@ -176,20 +176,21 @@ impl Builder {
     }
 
     /// Rotary position embedding of the first `heads` heads of `width` of each row of `x` (B, T, R); the rest of the
-    /// row passes (Su et al. 2021, arXiv:2104.09864, eq. 34, with Llama's pairs: element i of a head and i + width/2).
-    /// For packed qkv, (B, T, (H + 2 Hkv) D), `heads` is H + Hkv.
+    /// row is copied (Su et al. 2021, arXiv:2104.09864, eq. 34, with Llama's pairs: element i of a head and i +
+    /// width/2). For packed qkv, (B, T, (H + 2 Hkv) D), `heads` is H + Hkv.
     ///
     /// # Errors
-    /// When `x` has not three axes, its rows are shorter than the heads, the width is odd, or the base not above 0.
+    /// When `x` does not have three axes, its rows are shorter than the heads, the width is odd, or the base is not
+    /// above 0.
     pub fn rotary(&mut self, x: Value, heads: usize, width: usize, base: f64) -> Result<Value> {
         self.rotary_scaled(x, heads, width, base, RotaryScaling::None)
     }
 
-    /// [`Builder::rotary`] with angles slowed for long contexts.
+    /// [`Builder::rotary`] with angles scaled for long contexts.
     ///
     /// # Errors
-    /// As [`Builder::rotary`], and when a factor is below 1, the limits of turns are not in order, or a stretch is not
-    /// above 0.
+    /// As [`Builder::rotary`], and when a factor is below 1, the limits of turns are not in order, or the stretch is
+    /// not above 0.
     pub fn rotary_scaled(
         &mut self,
         x: Value,
@@ -340,10 +341,10 @@ impl Builder {
     }
 
     /// Batch normalisation over all axes but the second (Ioffe & Szegedy 2015, arXiv:1502.03167), with running
-    /// statistics as states. In training one value a channel is refused, as in torch.
+    /// statistics as states. In training a single value per channel is refused, as in torch.
     ///
     /// # Errors
-    /// When the sizes do not match, or training has one value a channel.
+    /// When the sizes do not match, or in training there is only one value per channel.
     pub fn batchnorm(&mut self, x: Value, name: &str, epsilon: f64, momentum: f64) -> Result<Value> {
         let shape = self.shape(x).clone();
         let &[_, channels, ..] = shape.axes() else {
@@ -370,7 +371,7 @@ impl Builder {
         Ok(out[0])
     }
 
-    /// Greatest value of each window.
+    /// Maximum of each window.
     ///
     /// # Errors
     /// When the kernel is larger than the padded image, or the padding over half the kernel.
@@ -402,17 +403,17 @@ impl Builder {
     /// Mean of each plane: (N, C, H, W) -> (N, C).
     ///
     /// # Errors
-    /// When `x` is no image or has empty planes.
+    /// When `x` is not an image or has empty planes.
     pub fn global_avg_pool(&mut self, x: Value) -> Result<Value> {
         let [n, c, h, w] = self.axes("global_avg_pool: x", x)?;
         let pooled = self.avg_pool(x, [h, w], 1, 0)?;
         self.reshape(pooled, [n, c])
     }
 
-    /// An embedder's own op.
+    /// A custom op.
     ///
     /// # Errors
-    /// What its shape rule says; and in a model of f64, which its body does not compute in, or with more operands than
+    /// What its shape rule returns; and in an f64 model, which custom ops do not support, or with more operands than
     /// [`CUSTOM_OPERANDS`].
     pub fn custom(&mut self, op: Arc<dyn CustomOp>, inputs: Vec<Value>) -> Result<Vec<Value>> {
         if self.graph.float == DType::F64 {
@@ -420,7 +421,7 @@ impl Builder {
         }
         let shapes: Vec<&Shape> = inputs.iter().map(|&v| self.shape(v)).collect();
         let outputs = op.shapes(&shapes)?;
-        // Its gradient has as operands all of these and one more.
+        // Its gradient has all of these and one more as inputs.
         if inputs.len() + outputs.len() >= CUSTOM_OPERANDS || outputs.is_empty() {
             return Err(Error::bad(format!(
                 "{}: has {} inputs and {} outputs; there must be an output, and fewer than {CUSTOM_OPERANDS} of both",
@@ -432,7 +433,7 @@ impl Builder {
         self.node(Op::Custom(Custom(op)), inputs, outputs)
     }
 
-    /// The same elements under another shape; nothing is computed.
+    /// The same elements with another shape; nothing is computed.
     ///
     /// # Errors
     /// When the number of elements differs.
@@ -451,11 +452,11 @@ impl Builder {
         Ok(self.value(shape, dtype, Source::View { of: root, first: 0 }))
     }
 
-    /// Row t of each sequence of `x` (B, T, C) at place t + `by` of `rows` -> (B, rows, C); rows that fall outside are
-    /// left out, and those that none comes to are 0.
+    /// Shifts row t of each sequence of `x` (B, T, C) to row t + `by` of `rows` -> (B, rows, C); rows that would fall
+    /// outside are dropped, and rows to which none is shifted are 0.
     ///
     /// # Errors
-    /// When `x` has not three axes.
+    /// When `x` does not have three axes.
     pub fn shift(&mut self, x: Value, by: isize, rows: usize) -> Result<Value> {
         let [b, _, c] = self.axes("shift: x", x)?;
         if by.checked_neg().is_none() {
@@ -467,7 +468,7 @@ impl Builder {
     /// `x` with its axes in another order: a view where only axes of size 1 move, else a copy.
     ///
     /// # Errors
-    /// When `axes` is no permutation.
+    /// When `axes` is not a permutation.
     pub fn transpose(&mut self, x: Value, axes: &[usize]) -> Result<Value> {
         let shape = self.shape(x).clone();
         let mut sorted = axes.to_vec();

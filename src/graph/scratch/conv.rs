@@ -1,23 +1,23 @@
-//! Scratch of convolutions: tensors with their channels last, for the kernels in bf16, and partial sums of weight
+//! Scratch of convolutions: channels-last copies of tensors, for the bf16 kernels, and partial sums of weight
 //! gradients.
 
 use super::{RowParts, parts_of};
 use crate::base::DType;
 use crate::graph::op::{Op, Window};
 
-/// Blocks that a weight gradient is cut into where it has the pixels for it: 4 on each of an H200's 132
+/// Blocks that a weight gradient is divided into where it has enough pixels: 4 on each of an H200's 132
 /// multiprocessors.
 const BLOCKS: usize = 528;
-/// Most parts, so that adding them up stays short beside making them.
+/// Most parts, so that adding them up stays short compared with computing them.
 const MOST_PARTS: usize = 128;
 /// Fewest pixels of a part.
 const LEAST_PIXELS: usize = 256;
 /// Values of one channel that a block of the bias gradient sums; a multiple of what one load moves.
 const BIAS_PART: usize = 16_384;
-/// Bytes that copies with their channels last may take at once, where one image takes no more: they are read again
-/// while the L2 cache has them, and the workspace stays small.
+/// Bytes that channels-last copies may take at once, unless a single image takes more: they are read again while they
+/// are in the L2 cache, and the workspace stays small.
 const COPY_BYTES: u64 = 32 << 20;
-/// Channels of a group: what one asynchronous copy moves in bf16.
+/// Channels of a group: as many as one asynchronous copy moves in bf16.
 const GROUP: usize = 8;
 /// Regions start at multiples of this many bytes, as tensors do.
 const ALIGNMENT: u64 = 64;
@@ -32,16 +32,16 @@ pub struct ConvTile {
 }
 
 impl ConvTile {
-    /// That of `kernels/conv.cu`.
+    /// The tile of `kernels/conv.cu`.
     pub const PLAIN: ConvTile = ConvTile { rows: 64, columns: 128 };
-    /// Of `kernels/conv_mma.cu` and `kernels/conv_mma_weight.cu`.
+    /// A tile of `kernels/conv_mma.cu` and `kernels/conv_mma_weight.cu`.
     pub const SQUARE: ConvTile = ConvTile { rows: 128, columns: 128 };
-    /// Of the same, for few rows.
+    /// A tile of the same kernels, for few rows.
     pub const FLAT: ConvTile = ConvTile { rows: 64, columns: 256 };
-    /// Of `kernels/conv_mma.cu`, for few tiles.
+    /// A tile of `kernels/conv_mma.cu`, for few tiles.
     pub const SMALL: ConvTile = ConvTile { rows: 64, columns: 64 };
 
-    /// Tiles that cover (rows, columns).
+    /// Number of tiles that cover (rows, columns).
     pub fn count(&self, rows: usize, columns: usize) -> usize {
         rows.div_ceil(self.rows) * columns.div_ceil(self.columns)
     }
@@ -69,12 +69,12 @@ pub struct ConvSizes {
     pub out_height: usize,
     /// Columns of an image of out.
     pub out_width: usize,
-    /// The filter's size and its way over the image.
+    /// The filter's size, stride and padding.
     pub window: Window,
 }
 
 impl ConvSizes {
-    /// From the axes of x and out.
+    /// Makes sizes from the axes of x and out.
     pub fn new(window: &Window, x: &[usize], out: &[usize]) -> ConvSizes {
         ConvSizes {
             batch: x[0],
@@ -93,7 +93,7 @@ impl ConvSizes {
         ConvSizes { batch, ..*self }
     }
 
-    /// Images that are worked on at once: all of them, unless they are copied.
+    /// Images that are processed at once: all of them, unless they are copied.
     pub fn images_at_once(&self, dtype: DType) -> usize {
         if dtype != DType::Bf16 || self.is_pointwise() {
             return self.batch.max(1);
@@ -104,14 +104,14 @@ impl ConvSizes {
         self.batch.div_ceil(rounds.clamp(1, self.batch.max(1))).max(1)
     }
 
-    /// Whether the convolution is a matrix product of images as they lie, whose planes are whole groups:
+    /// Whether the convolution is a matrix product of images as they are in memory, with planes of whole groups:
     /// `kernels/conv_pointwise.cu`.
     pub fn is_pointwise(&self) -> bool {
         let Window { kernel, stride, padding } = self.window;
         kernel == [1, 1] && stride == 1 && padding == 0 && self.plane().is_multiple_of(GROUP)
     }
 
-    /// The convolution of x's copy with its channels last: that of a filter of one tap has the pixels alone that the
+    /// The convolution of x's channels-last copy: for a filter with one tap, the copy has only the pixels that the
     /// filter reads.
     pub fn copied(&self) -> ConvSizes {
         let Window { kernel, stride, padding } = self.window;
@@ -122,7 +122,7 @@ impl ConvSizes {
         ConvSizes { height: self.out_height, width: self.out_width, window, ..*self }
     }
 
-    /// Bytes of x's copy; 0 where x itself will do.
+    /// Bytes of x's copy; 0 where x itself can be used.
     fn x_copy_bytes(&self) -> u64 {
         let whole = channels_last_bytes(self.batch, self.in_channels, self.plane());
         if whole == 0 { 0 } else { (self.batch * self.copied().plane() * padded(self.in_channels) * 2) as u64 }
@@ -166,7 +166,7 @@ impl ConvSizes {
         self.taps() * if dtype == DType::Bf16 { padded(self.in_channels) } else { self.in_channels }
     }
 
-    /// Tile of the weight gradient.
+    /// The tile of the weight gradient.
     pub fn weight_tile(&self, dtype: DType) -> ConvTile {
         match dtype {
             DType::Bf16 => ConvTile::covering(self.out_channels, self.weight_columns(dtype)),
@@ -174,8 +174,8 @@ impl ConvSizes {
         }
     }
 
-    /// How the pixels that a weight gradient sums over are cut, of the images that are worked on at once. A part has a
-    /// multiple of 32 pixels, the last one excepted.
+    /// How the pixels that a weight gradient sums over are divided into parts, for the images that are processed at
+    /// once. Every part but the last has a multiple of 32 pixels.
     pub fn weight_parts(&self, dtype: DType) -> RowParts {
         let tiles = self.weight_tile(dtype).count(self.out_channels, self.weight_columns(dtype)).max(1);
         let pixels = self.with_batch(self.images_at_once(dtype).min(self.batch)).out_pixels();
@@ -185,28 +185,29 @@ impl ConvSizes {
     }
 }
 
-/// How the values that a bias gradient sums in each channel are cut.
+/// How the values that a bias gradient sums in each channel are divided into parts.
 pub fn conv_bias_parts(out_pixels: usize) -> RowParts {
     RowParts { parts: out_pixels.div_ceil(BIAS_PART).max(1), rows: BIAS_PART }
 }
 
-/// `channels` and the zeros that make whole groups of them.
+/// `channels` rounded up to whole groups.
 fn padded(channels: usize) -> usize {
     channels.next_multiple_of(GROUP)
 }
 
-/// Whether a tensor (batch, channels, positions) is the same with its channels last and padded.
+/// Whether a tensor (batch, channels, positions) is identical to its padded channels-last copy.
 pub fn is_channels_last(channels: usize, positions: usize) -> bool {
     positions == 1 && channels.is_multiple_of(GROUP)
 }
 
-/// Bytes of a bf16 tensor (batch, channels, positions) with its channels last; 0 where the tensor itself will do.
+/// Bytes of the channels-last copy of a bf16 tensor (batch, channels, positions); 0 where the tensor itself can be
+/// used.
 fn channels_last_bytes(batch: usize, channels: usize, positions: usize) -> u64 {
     if is_channels_last(channels, positions) { 0 } else { (batch * positions * padded(channels) * 2) as u64 }
 }
 
 /// Where the regions of a convolution's scratch begin, in bytes, and where the last one ends. Each serves the images
-/// that are worked on at once, and then the next of them.
+/// that are processed at once, and is then reused for the next ones.
 ///
 /// | op | first | second | third |
 /// | --- | --- | --- | --- |
@@ -214,7 +215,7 @@ fn channels_last_bytes(batch: usize, channels: usize, positions: usize) -> u64 {
 /// | `Conv2dGradInput` | d_out, channels last | weight (C, taps, O) | |
 /// | `Conv2dGradWeight` | d_out, channels last | x, channels last | partial sums, f32 (parts, O, weight_columns) |
 ///
-/// A pointwise convolution's images stay as they are. In f32 there are partial sums alone, and those only for several
+/// A pointwise convolution's images are not copied. In f32 there are only partial sums, and those only with several
 /// parts.
 pub fn conv_regions(op: &Op, dtype: DType, s: &ConvSizes) -> [u64; 4] {
     let s = s.with_batch(s.images_at_once(dtype).min(s.batch));
@@ -241,7 +242,7 @@ pub fn conv_regions(op: &Op, dtype: DType, s: &ConvSizes) -> [u64; 4] {
     begins
 }
 
-/// Bytes of a bias gradient's partial sums: f32 (O, parts), where there are several.
+/// Bytes of a bias gradient's partial sums: f32 (O, parts), where there are several parts.
 pub fn conv_bias_bytes(channels: usize, out_pixels: usize) -> u64 {
     let parts = conv_bias_parts(out_pixels).parts;
     if parts > 1 { (channels * parts * 4) as u64 } else { 0 }

@@ -1,43 +1,43 @@
-//! How a matrix product is cut: into tiles of the output, and k into parts whose sums a second kernel adds.
+//! How a matrix product is divided: its output into tiles, and k into parts whose partial sums a second kernel adds.
 //!
-//! A function of shape and element type alone, by a model of one machine, an H100 or H200: neither bits nor bytes of
+//! A function of shape and element type alone, from a model of one machine, an H100 or H200: neither bits nor bytes of
 //! scratch depend on the chip at hand. The parts hold for every kernel of that type; the tile is that of
 //! `kernels/gemm_hopper.cu` or `gemm_f32.cu`, and changes no bit.
 
 use super::{RowParts, parts_of};
 use crate::base::DType;
 
-/// k of one step of a product's kernels: a part of k is a multiple of it.
+/// Depth in k of one step of a product's kernels: a part of k is a multiple of it.
 pub const K_STEP: usize = 64;
 
 /// Rows of a tile.
 const TILE_ROWS: usize = 128;
 
-/// A width of tiles, with what a multiprocessor takes for one, in cycles.
+/// A tile width, with the cycles that a multiprocessor takes for a tile.
 struct Width {
     cols: usize,
-    /// Tiles that it works on at a time.
+    /// Tiles that a multiprocessor works on at a time.
     at_once: usize,
-    /// A step of k: the products' own 4 a column, and what the widths lose beside the widest, which brings the fewest
-    /// bytes a product.
+    /// Cycles of a step of k: 4 per column for the products themselves, and what narrower tiles lose to the widest one,
+    /// which loads the fewest bytes per product.
     step: usize,
-    /// Its sums' way out as they are, by the account in `gemm_hopper.cu`.
+    /// Cycles to write its sums without further ops, by the account in `gemm_hopper.cu`.
     end: usize,
-    /// Whether the next tile's products go on meanwhile.
+    /// Whether the next tile's products run meanwhile.
     overlaps: bool,
 }
 
-/// The widths of bf16, the widest first: that is taken where others are no faster.
+/// The widths for bf16, the widest first: it is chosen where others are no faster.
 const WIDTHS: [Width; 3] = [
     Width { cols: 256, at_once: 1, step: 1024, end: 3700, overlaps: false },
     Width { cols: 192, at_once: 1, step: 800, end: 6200, overlaps: true },
     Width { cols: 128, at_once: 1, step: 600, end: 3900, overlaps: true },
 ];
-/// The one width of f32, at three quarters of what the arithmetic units could.
+/// The only width for f32, at three quarters of the arithmetic units' peak.
 const F32_WIDTHS: [Width; 1] = [Width { cols: 128, at_once: 2, step: 21_800, end: 5000, overlaps: false }];
 
-/// The machine's multiprocessors, and bytes a cycle at which partial sums are written and read back; cycles that a
-/// second launch costs.
+/// The machine's number of multiprocessors; then the bytes per cycle at which partial sums are written and read back,
+/// and the cycles that a second launch costs.
 const MULTIPROCESSORS: usize = 132;
 const PARTIAL_BYTES_PER_CYCLE: usize = 1800;
 const FINISH_CYCLES: usize = 6000;
@@ -49,11 +49,11 @@ const MOST_K_PARTS: usize = 32;
 pub struct KParts {
     /// How many parts, at least one.
     pub parts: usize,
-    /// k of each but the last, which may have less; a multiple of [`K_STEP`].
+    /// k of each part but the last, which may have less; a multiple of [`K_STEP`].
     pub k: usize,
 }
 
-/// How a product (m, k) x (k, n) is cut.
+/// How a product (m, k) x (k, n) is divided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProductCut {
     /// Columns of a tile of 128 rows: 256, 192 or 128.
@@ -62,12 +62,12 @@ pub struct ProductCut {
     pub parts: KParts,
 }
 
-/// The cut that takes the machine the least time, for factors of this type.
+/// The division that takes the modelled machine the least time, for factors of this type.
 pub fn product_cut(dtype: DType, m: usize, n: usize, k: usize) -> ProductCut {
     let widths = if dtype == DType::Bf16 { &WIDTHS[..] } else { &F32_WIDTHS[..] };
     let steps = k.div_ceil(K_STEP).max(1);
-    // From so many tiles on, cutting gains too little to be looked at, and a part's place in (parts, m, n) would
-    // outgrow 32 bits.
+    // With this many tiles or more, dividing k gains too little to consider, and an offset in (parts, m, n) would
+    // exceed 32 bits.
     let most = if tiles(m, n, WIDTHS[0].cols) >= MULTIPROCESSORS { 1 } else { MOST_K_PARTS.min(steps) };
     let cuts = (1..=most).flat_map(|parts| widths.iter().map(move |width| (parts, width)));
     let best = cuts.min_by_key(|&(parts, width)| cycles(m, n, steps, parts, width));
@@ -80,11 +80,11 @@ fn tiles(m: usize, n: usize, cols: usize) -> usize {
     m.div_ceil(TILE_ROWS) * n.div_ceil(cols)
 }
 
-/// Time by the model, with k in so many steps and parts.
+/// Modelled time in cycles, with k divided into `steps` steps and `parts` parts.
 fn cycles(m: usize, n: usize, steps: usize, parts: usize, width: &Width) -> usize {
     let rounds = (tiles(m, n, width.cols) * parts).div_ceil(MULTIPROCESSORS * width.at_once);
     let products = steps.div_ceil(parts) * width.step;
-    // Two warpgroups that take turns: one's sums leave beside the other's products, but the last ones'.
+    // Two warpgroups take turns: one's sums are written during the other's products, except the last ones.
     let alone = if width.overlaps { products.max((products + width.end) / 2) } else { products + width.end };
     let adding_up = if parts == 1 { 0 } else { FINISH_CYCLES + 8 * m * n * parts / PARTIAL_BYTES_PER_CYCLE };
     rounds * alone + if width.overlaps { width.end } else { 0 } + adding_up

@@ -1,9 +1,9 @@
 //! BERT with its masked-language-modelling head (Devlin, Chang, Lee & Toutanova 2018, arXiv:1810.04805), as
-//! transformers' `BertForMaskedLM` computes it: normalisation comes after each sum, and the decoder is the word
-//! embeddings with a bias of its own.
+//! transformers' `BertForMaskedLM` computes it: normalisation comes after each residual sum, and the decoder is tied to
+//! the word embeddings, with a bias of its own.
 //!
-//! Every token is of type 0, as transformers takes it where no `token_type_ids` are given. A cut may fall after the
-//! embeddings, and after either half of a layer: attention, or the MLP.
+//! Every token has type 0, as in transformers when no `token_type_ids` are given. A cut may fall after the embeddings,
+//! and after either half of a layer: attention, or the MLP.
 
 use super::text::{self, TextModel};
 use super::{ACTIVATIONS, Customs, Family};
@@ -21,17 +21,17 @@ pub(super) const FAMILY: Family = Family {
         prefix: None,
         tied: &[("cls.predictions.decoder.weight", WORDS), ("cls.predictions.decoder.bias", BIAS)],
         is_buffer: |name| name == "bert.embeddings.position_ids",
-        // Files of the first training have its second task's head too.
+        // Files of pretraining also contain the head of its second task.
         is_elsewhere: |name| name.starts_with("bert.pooler.") || name.starts_with("cls.seq_relationship."),
     },
     build: |fields| Ok(Box::new(Bert::read(fields)?)),
 };
 
-/// The word embeddings, (V, C), which are the decoder too.
+/// The word embeddings, (V, C), which are also the decoder.
 const WORDS: &str = "bert.embeddings.word_embeddings.weight";
 /// The decoder's bias, (V).
 const BIAS: &str = "cls.predictions.bias";
-/// Layers beyond this are a mistake.
+/// More layers than this are a mistake.
 const MOST_LAYERS: usize = 1024;
 
 /// A BERT, described by transformers' `BertConfig`.
@@ -49,18 +49,19 @@ pub struct Bert {
     pub inner: usize,
     /// Inside the MLP and the head: `hidden_act`, gelu by default.
     pub activation: Activation,
-    /// Dropout of the embeddings and of what a half layer adds to its input: `hidden_dropout_prob`, 0.1 by default.
+    /// Dropout of the embeddings and of each half layer's output before the residual sum: `hidden_dropout_prob`, 0.1 by
+    /// default.
     pub hidden_dropout: f64,
     /// Dropout of attention weights: `attention_probs_dropout_prob`, 0.1 by default.
     pub attention_dropout: f64,
     /// The longest context: `max_position_embeddings`, 512 by default.
     pub positions: usize,
-    /// Types of tokens, of which the first is used: `type_vocab_size`, 2 by default.
+    /// Number of token types, of which the first is used: `type_vocab_size`, 2 by default.
     pub types: usize,
-    /// The token whose row the embedding's gradient leaves alone (the decoder's does not): `pad_token_id`, 0 by
-    /// default; null is none.
+    /// The token whose row gets no gradient from the embedding (it does from the decoder): `pad_token_id`, 0 by
+    /// default; null means none.
     pub padding: Option<usize>,
-    /// Standard deviation of the first weights: `initializer_range`, 0.02 by default.
+    /// Standard deviation of initial weights: `initializer_range`, 0.02 by default.
     pub initializer_range: f64,
     /// Layer normalisation's epsilon: `layer_norm_eps`, 1e-12 by default.
     pub epsilon: f64,
@@ -118,7 +119,8 @@ impl Bert {
         Linear::new(outputs, self.normal(), activation)
     }
 
-    /// The end of a half layer: a dense layer, whose dropped-out output is added to what the half got and normalised.
+    /// The end of a half layer: a dense layer and dropout, then the residual sum with the half layer's input and
+    /// normalisation.
     fn output(&self, b: &mut Builder, name: &str, x: Value, input: Value) -> Result<Value> {
         let x = self.linear(self.width, Activation::None).trace(b, x, &format!("{name}.dense"))?;
         let x = b.dropout(x, self.hidden_dropout)?;
@@ -148,7 +150,7 @@ impl TextModel for Bert {
             b.parameter(format!("{name}.position_embeddings.weight"), [self.positions, self.width], self.normal())?;
         let x = b.embedding_padded(ids, words, self.padding)?;
         let shape = b.shape(x).clone();
-        // The first row of a table is added to each token where every token is a sequence of one.
+        // With every token as a sequence of length one, the first row of a table is added to each token.
         let tokens = b.reshape(x, [shape.rows(), 1, self.width])?;
         let typed = b.add_position(tokens, types)?;
         let x = b.reshape(typed, shape)?;

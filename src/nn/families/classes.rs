@@ -6,10 +6,10 @@ use serde_json::{Map, Value};
 
 const MOST_CLASSES: usize = 1 << 20;
 
-/// The number of classes: as many as have names, else `num_labels`, else 2.
+/// The number of classes: the number of names, else `num_labels`, else 2.
 ///
 /// # Errors
-/// When the two differ, the names are none, or the problem is not to find one class.
+/// When the two differ, the names are malformed, or the problem is not single-label classification.
 pub(super) fn classes(f: &Fields) -> Result<usize> {
     if let Some(kind) = f.get("problem_type").filter(|&kind| kind != "single_label_classification") {
         return Err(
@@ -29,7 +29,7 @@ pub(super) fn classes(f: &Fields) -> Result<usize> {
     }
 }
 
-/// The config that a network was given, with a name for every class: transformers counts them, and knows them both
+/// The config that a network was given, with a name for every class: transformers counts the names, and maps them both
 /// ways.
 pub(super) fn with_named_classes(given: &Map<String, Value>, classes: usize) -> Map<String, Value> {
     let mut given = given.clone();

@@ -25,9 +25,9 @@ pub(super) const FAMILY: Family = Family {
 };
 
 const ARCHITECTURE: &str = "GPT2LMHeadModel";
-/// The token embeddings, (V, C), which are the head too where it is tied.
+/// The token embeddings, (V, C), which are also the head where it is tied.
 const TABLE: &str = "transformer.wte.weight";
-/// Layers beyond this are a mistake: the deepest published one has 48.
+/// More layers than this are a mistake: the deepest published model has 48.
 const MOST_LAYERS: usize = 1024;
 
 /// A GPT-2, described by transformers' `GPT2Config`.
@@ -47,7 +47,7 @@ pub struct Gpt2 {
     pub inner: usize,
     /// Inside the MLP.
     pub activation: Activation,
-    /// Dropout of what a half block adds to its input.
+    /// Dropout of each half block's output before the residual sum.
     pub resid_pdrop: f64,
     /// Dropout of the embeddings.
     pub embd_pdrop: f64,
@@ -55,13 +55,13 @@ pub struct Gpt2 {
     pub attn_pdrop: f64,
     /// Layer normalisation's epsilon.
     pub epsilon: f64,
-    /// Standard deviation of the first weights.
+    /// Standard deviation of initial weights.
     pub initializer_range: f64,
     /// Whether scores are divided by the square root of a head's width.
     pub scale_attn_weights: bool,
-    /// Whether scores are divided by the block's number, from 1, too.
+    /// Whether scores are also divided by the block's number, from 1.
     pub scale_attn_by_inverse_layer_idx: bool,
-    /// Whether the head is the token embeddings.
+    /// Whether the head is tied to the token embeddings.
     pub tied: bool,
     given: Map<String, serde_json::Value>,
 }
@@ -96,7 +96,7 @@ impl Gpt2 {
             tied: f.flag("tie_word_embeddings", true)?,
             given: f.map().clone(),
         };
-        // Old files say n_positions twice; by this name alone transformers would not hear it.
+        // Old files state n_positions twice; under this name alone transformers would ignore it.
         if let Some(context) = f.optional_count("n_ctx", 1..=1 << 24)?.filter(|&context| context != gpt2.positions) {
             return Err(
                 f.fault("n_ctx", format!("is {context}, n_positions {}; write it as n_positions", gpt2.positions))
@@ -125,8 +125,8 @@ impl Gpt2 {
         Linear { outputs, layout: WeightLayout::InOut, weight, bias, activation }
     }
 
-    /// The layers that add to the residual path start smaller, since 2 n_layer of them add up (Radford et al. 2019,
-    /// section 2.3).
+    /// The layers that add to the residual path have smaller initial weights, since 2 n_layer of them add up (Radford
+    /// et al. 2019, section 2.3).
     fn projection(&self) -> Linear {
         let deviation = self.initializer_range / (2.0 * self.layers as f64).sqrt();
         self.linear(self.width, deviation, Activation::None)
@@ -228,7 +228,7 @@ impl Network for Gpt2 {
     }
 }
 
-/// The causal masks that old files hold beside the weights: `h.N.attn.bias` and `h.N.attn.masked_bias`.
+/// The causal masks that old files contain besides the weights: `h.N.attn.bias` and `h.N.attn.masked_bias`.
 fn is_buffer(name: &str) -> bool {
     let name = name.strip_prefix("transformer.").unwrap_or(name);
     let Some((number, rest)) = name.strip_prefix("h.").and_then(|rest| rest.split_once('.')) else { return false };

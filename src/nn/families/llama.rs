@@ -1,7 +1,7 @@
 //! Llama with its language-modelling head (Touvron et al. 2023, arXiv:2302.13971 and 2307.09288; Grattafiori et al.
 //! 2024, arXiv:2407.21783), as transformers' `LlamaForCausalLM` computes it: RMS norms, rotary positions, grouped key
-//! and value heads, a gated MLP. And its kin, which differ in a bias, a norm or a window: Mistral (Jiang et al. 2023,
-//! arXiv:2310.06825), Qwen2 and 2.5 (Yang et al. 2024, arXiv:2407.10671 and 2412.15115), Qwen3 (Yang et al. 2025,
+//! and value heads, a gated MLP. And its relatives, which differ in a bias, a norm or a window: Mistral (Jiang et al.
+//! 2023, arXiv:2310.06825), Qwen2 and 2.5 (Yang et al. 2024, arXiv:2407.10671 and 2412.15115), Qwen3 (Yang et al. 2025,
 //! arXiv:2505.09388).
 //!
 //! A cut may fall after the embeddings, and after either half of a layer: attention, or the MLP.
@@ -34,16 +34,16 @@ const fn family(
     Family { name, architecture, files, build }
 }
 
-/// Llama or one of its kin.
+/// Llama or one of its relatives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// Llama.
     Llama,
-    /// No biases, and attention that may see a window only.
+    /// No biases, and optionally sliding-window attention.
     Mistral,
     /// Queries, keys and values have a bias.
     Qwen2,
-    /// Queries and keys are normalised head by head before they are turned.
+    /// Queries and keys are normalised head by head before they are rotated.
     Qwen3,
 }
 
@@ -67,13 +67,13 @@ impl Kind {
     }
 }
 
-/// The token embeddings, (V, C), which are the head too where it is tied.
+/// The token embeddings, (V, C), which are also the head where it is tied.
 const TABLE: &str = "model.embed_tokens.weight";
-/// Layers beyond this are a mistake: the deepest published one has 126.
+/// More layers than this are a mistake: the deepest published model has 126.
 const MOST_LAYERS: usize = 1024;
 
-/// A Llama or one of its kin, described by transformers' `LlamaConfig`, `MistralConfig`, `Qwen2Config` or
-/// `Qwen3Config`. Defaults below are Llama's where nothing else is said.
+/// A Llama or one of its relatives, described by transformers' `LlamaConfig`, `MistralConfig`, `Qwen2Config` or
+/// `Qwen3Config`. Defaults below are Llama's unless stated otherwise.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Llama {
     /// Which of them.
@@ -96,26 +96,27 @@ pub struct Llama {
     pub activation: Activation,
     /// The longest context: `max_position_embeddings`, 2048 by default, Mistral's 131072, Qwen's 32768.
     pub positions: usize,
-    /// How many positions a query sees, its own and those before it, in a layer of sliding attention: `sliding_window`.
-    /// `None` is all of them: Llama; Mistral by `null`, where 4096 is the default; Qwen, unless `use_sliding_window` is
-    /// there and a layer slides. Longer contexts are refused, shorter ones see the same with a window as without.
+    /// How many positions a query sees, its own included, in a layer with sliding-window attention: `sliding_window`.
+    /// `None` means all of them: always for Llama; for Mistral where it is `null` (the default is 4096); for Qwen,
+    /// unless `use_sliding_window` is set and a layer has a window. Longer contexts are refused; with shorter ones the
+    /// window changes nothing.
     pub window: Option<usize>,
-    /// Standard deviation of the first weights: `initializer_range`, 0.02 by default.
+    /// Standard deviation of initial weights: `initializer_range`, 0.02 by default.
     pub initializer_range: f64,
     /// RMS normalisation's epsilon: `rms_norm_eps`, 1e-6 by default.
     pub epsilon: f64,
-    /// The token whose row the embedding's gradient leaves alone: `pad_token_id`, none by default.
+    /// The token whose row gets no gradient from the embedding: `pad_token_id`, none by default.
     pub padding: Option<usize>,
-    /// Whether the head is the token embeddings: `tie_word_embeddings`, false by default.
+    /// Whether the head is tied to the token embeddings: `tie_word_embeddings`, false by default.
     pub tied: bool,
     /// Base of the rotary angles: `rope_theta`, 10000 by default.
     pub rotary_base: f64,
-    /// How they are slowed: `rope_scaling`, not at all by default.
+    /// How these are scaled for long contexts: `rope_scaling`, not at all by default.
     pub rotary_scaling: RotaryScaling,
-    /// Whether queries, keys and values have a bias: `attention_bias` of Llama and Qwen3, false by default; Qwen2's have,
-    /// Mistral's have not.
+    /// Whether queries, keys and values have a bias: `attention_bias` of Llama and Qwen3, false by default; always in
+    /// Qwen2, never in Mistral.
     pub qkv_bias: bool,
-    /// Whether the layer after attention has one: `attention_bias` too, but not Qwen2's.
+    /// Whether the output projection of attention has a bias: also `attention_bias`, but never in Qwen2.
     pub out_bias: bool,
     /// Dropout of attention weights: `attention_dropout`, 0 by default.
     pub attention_dropout: f64,
@@ -167,7 +168,7 @@ impl Llama {
             mlp_bias: kind == Kind::Llama && f.flag("mlp_bias", false)?,
             given: f.map().clone(),
         };
-        // How products were once split to repeat a training run's roundings; it says nothing about the mathematics.
+        // How products were split to reproduce a training run's rounding; it does not change the mathematics.
         f.finish(&["pretraining_tp"])?;
         if head_width.is_none() && !width.is_multiple_of(heads) {
             return Err(f.fault("hidden_size", format!("{width} is no multiple of num_attention_heads, {heads}")));
@@ -187,7 +188,7 @@ impl Llama {
         Linear { bias: linear.bias.filter(|_| bias), ..linear }
     }
 
-    /// Each head of `x` (B, T, heads x width) by its root mean square.
+    /// Divides each head of `x` (B, T, heads x width) by its root mean square.
     fn norm_heads(&self, b: &mut Builder, x: Value, name: &str) -> Result<Value> {
         let shape = b.shape(x).clone();
         let heads = b.reshape(x, [shape.elems() / self.head_width, self.head_width])?;
@@ -195,7 +196,7 @@ impl Llama {
         b.reshape(heads, shape)
     }
 
-    /// `rope_scaling`, as transformers up to 4 calls it and later ones take it too.
+    /// `rope_scaling`, under the name of transformers up to version 4, which later versions also accept.
     fn scaling_config(&self) -> serde_json::Value {
         match self.rotary_scaling {
             RotaryScaling::None => serde_json::Value::Null,
@@ -328,7 +329,7 @@ impl Network for Llama {
             Kind::Qwen2 => {}
             Kind::Qwen3 => settings["attention_bias"] = self.qkv_bias.into(),
         }
-        // What was given says both, and may say it in the newer form.
+        // The given config states both, possibly in the newer form.
         if !self.given.contains_key("rope_parameters") {
             settings["rope_theta"] = self.rotary_base.into();
             settings["rope_scaling"] = self.scaling_config();
@@ -337,7 +338,7 @@ impl Network for Llama {
     }
 }
 
-/// How far layers of sliding attention see, if there is one.
+/// The window of sliding-window layers, if there are any.
 fn read_window(f: &Fields, kind: Kind, layers: usize) -> Result<Option<usize>> {
     if kind == Kind::Llama {
         return Ok(None);
@@ -366,8 +367,8 @@ fn read_window(f: &Fields, kind: Kind, layers: usize) -> Result<Option<usize>> {
     Ok(window.filter(|_| slides))
 }
 
-/// Base and scaling of the rotary angles: `rope_parameters`, or `rope_theta` and `rope_scaling` as transformers up to 4
-/// has them.
+/// Base and scaling of the rotary angles: `rope_parameters`, or `rope_theta` and `rope_scaling` as in transformers up
+/// to version 4.
 fn read_rotary(f: &Fields) -> Result<(f64, RotaryScaling)> {
     let theta = |f: &Fields, default: f64| {
         f.number("rope_theta", default, "a number above 0, up to 1e12", |base| base > 0.0 && base <= 1e12)
@@ -389,7 +390,7 @@ fn read_rotary(f: &Fields) -> Result<(f64, RotaryScaling)> {
     let whence = f.place(key);
     let r = Fields::new(map, &whence, f.is_strict());
     let base = theta(&r, base)?;
-    // Old files say `type`.
+    // Old files have `type`.
     let kind = if r.get("rope_type").is_some() { "rope_type" } else { "type" };
     const KINDS: [&str; 4] = ["default", "linear", "llama3", "yarn"];
     let kind = r.word(kind, "default", &KINDS.map(|kind| (kind, kind)))?;
@@ -417,7 +418,7 @@ fn read_rotary(f: &Fields) -> Result<(f64, RotaryScaling)> {
         }
         "yarn" => {
             let (factor, positions) = (number("factor", 1.0)?, positions()?);
-            // What transformers takes for left out may be null, or 0.
+            // transformers also treats null and 0 as absent.
             let given = |key: &'static str| match r.get(key) {
                 None => Ok(None),
                 Some(value) if value.as_f64() == Some(0.0) => Ok(None),
@@ -445,7 +446,7 @@ fn read_rotary(f: &Fields) -> Result<(f64, RotaryScaling)> {
     Ok((base, scaling))
 }
 
-/// The rotary frequencies that old files hold beside the weights: `model.layers.N.self_attn.rotary_emb.inv_freq`.
+/// The rotary frequencies that old files contain besides the weights: `model.layers.N.self_attn.rotary_emb.inv_freq`.
 fn is_buffer(name: &str) -> bool {
     let name = name.strip_prefix("model.").unwrap_or(name);
     let Some((number, rest)) = name.strip_prefix("layers.").and_then(|rest| rest.split_once('.')) else { return false };

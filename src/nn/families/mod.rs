@@ -1,4 +1,4 @@
-//! The families of networks that are built in, by the names that config.json's `model_type` gives them.
+//! The built-in families of networks, named as in config.json's `model_type`.
 
 pub mod bert;
 mod classes;
@@ -25,32 +25,32 @@ pub(super) const ACTIVATIONS: [(&str, Activation); 6] = [
     ("swish", Activation::Silu),
 ];
 
-/// What is known of a family besides its networks.
+/// A family's name and its conventions.
 pub(super) struct Family {
     /// `model_type`.
     pub name: &'static str,
     /// The one of `architectures` that is supported.
     pub architecture: &'static str,
-    /// What its files hold.
+    /// How its files differ from its networks.
     pub files: Customs,
     /// Builds the network.
     pub build: fn(&Fields) -> Result<Box<dyn Network>>,
 }
 
-/// In what a family's files differ from the tensors of its networks.
+/// How a family's files differ from the tensors of its networks.
 pub(super) struct Customs {
-    /// The start of tensors' names that old files leave out.
+    /// The prefix of tensors' names that old files leave out.
     pub prefix: Option<&'static str>,
-    /// Tied tensors of the head that a file may hold, each with the tensor that it must equal.
+    /// Tied tensors of the head that a file may contain, each with the tensor that it must equal.
     pub tied: &'static [(&'static str, &'static str)],
-    /// Whether a file's tensor is a constant that the network does without.
+    /// Whether a file's tensor is a constant that the network does not need.
     pub is_buffer: fn(&str) -> bool,
-    /// Whether a file's tensor is a weight of a head or a layer that this architecture has not.
+    /// Whether a file's tensor is a weight of a head or a layer that this architecture does not have.
     pub is_elsewhere: fn(&str) -> bool,
 }
 
 impl Customs {
-    /// In nothing: the tensors are in the files under their own names, and no others.
+    /// No difference: the files contain exactly the network's tensors, under their own names.
     pub const NONE: Customs = Customs { prefix: None, tied: &[], is_buffer: |_| false, is_elsewhere: |_| false };
 }
 
@@ -67,7 +67,7 @@ pub(super) fn family(name: &str, whence: &str) -> Result<&'static Family> {
     })
 }
 
-/// Builds the network of a family from the keys of its config.json; what is left out has transformers' default.
+/// Builds the network of a family from the keys of its config.json; missing keys have transformers' defaults.
 ///
 /// ```
 /// let config = serde_json::json!({ "n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 16, "vocab_size": 64 });
@@ -85,8 +85,8 @@ pub fn from_config(name: &str, config: &Value) -> Result<Box<dyn Network>> {
     }
 }
 
-/// Builds a network; `strict` refuses keys that mean nothing to the family, for configs that people write: Hugging
-/// Face's own files hold many.
+/// Builds a network; `strict` refuses keys that mean nothing to the family, for hand-written configs: Hugging Face's
+/// own files have many such keys.
 pub(in crate::nn) fn build(name: &str, config: &Map<String, Value>, strict: bool) -> Result<Box<dyn Network>> {
     let family = family(name, "model")?;
     let whence = format!("{name} config");
@@ -97,8 +97,8 @@ pub(in crate::nn) fn build(name: &str, config: &Map<String, Value>, strict: bool
     (family.build)(&fields)
 }
 
-/// Of a network's config.json what its family reads: all that its arithmetic depends on. Of a config that no family
-/// takes, all.
+/// The keys of a network's config.json that its family reads, and so all that its arithmetic depends on; of a config
+/// that no family accepts, all keys.
 pub fn settings(config: &Value) -> Value {
     let family = config["model_type"].as_str().and_then(|name| FAMILIES.iter().find(|family| family.name == name));
     let (Value::Object(all), Some(family)) = (config, family) else { return config.clone() };
@@ -113,7 +113,7 @@ pub fn settings(config: &Value) -> Value {
         .collect()
 }
 
-/// The config.json of a new model: what it was made from, what that left out, and what its files are.
+/// The config.json of a new model: the given keys, the defaults of those left out, and a description of its files.
 fn whole_config(family: &Family, given: &Map<String, Value>, settings: Value) -> Value {
     let Value::Object(mut config) = settings else { unreachable!("families state their settings as an object") };
     config.extend(given.iter().map(|(key, value)| (key.clone(), value.clone())));

@@ -22,8 +22,8 @@ pub(super) const FAMILY: Family = Family {
 const ARCHITECTURE: &str = "ResNetForImageClassification";
 /// A bottleneck is this many times narrower inside.
 const REDUCTION: usize = 4;
-/// Blocks beyond this are a mistake: the deepest published one has 50 bottlenecks, and 1202 layers' worth of basic
-/// ones.
+/// More blocks than this are a mistake: the deepest published networks have 50 bottlenecks, or basic blocks for 1202
+/// layers.
 const MOST_BLOCKS: usize = 1024;
 const MOST_STAGES: usize = 32;
 const MOST_CHANNELS: usize = 1 << 16;
@@ -41,8 +41,7 @@ pub struct ResNet {
     pub depths: Vec<usize>,
     /// Blocks of 1x1, 3x3 and 1x1 convolutions instead of two 3x3 ones.
     pub bottleneck: bool,
-    /// After the stem, and after the sum that ends a block; inside a block it is ReLU whatever the config says, as in
-    /// transformers.
+    /// After the stem, and after the sum that ends a block; inside a block it is always ReLU, as in transformers.
     pub activation: Activation,
     /// Whether the first stage halves the image, as the others do.
     pub downsample_in_first_stage: bool,
@@ -106,7 +105,7 @@ impl ResNet {
         blocks
     }
 
-    /// The convolutions of a block, in order; the last is summed before its activation.
+    /// The convolutions of a block, in order; the residual is added before the last one's activation.
     fn convolutions(&self, block: &Block) -> Vec<ConvNorm> {
         let (outputs, stride, activation) = (block.outputs, block.stride, Activation::Relu);
         let last = Activation::None;
@@ -147,7 +146,7 @@ impl ResNet {
         b.activation(sum, self.activation)
     }
 
-    /// Weight and bias start uniform in plus or minus 1 / sqrt(K), torch's default for a linear layer.
+    /// Initial weight and bias are uniform in plus or minus 1 / sqrt(K), torch's default for a linear layer.
     fn classifier(&self, b: &mut Builder, input: Value) -> Result<Value> {
         let x = b.global_avg_pool(input)?;
         let uniform = Init::Uniform((b.shape(x).cols() as f64).sqrt().recip());

@@ -1,4 +1,4 @@
-//! What the families of text have in common: tokens in, layers of two halves, logits over the vocabulary out.
+//! What the text families share: tokens in, layers of two halves, logits over the vocabulary out.
 
 use crate::base::{DType, Error, Result};
 use crate::graph::{Builder, Graph, Mode, Value};
@@ -25,7 +25,7 @@ pub(super) trait TextModel {
     fn head(&self, b: &mut Builder, input: Value) -> Result<Value>;
 }
 
-/// Traces it, as [`crate::nn::Network::trace`] asks.
+/// Traces the model, for [`crate::nn::Network::trace`].
 pub(super) fn trace<M: TextModel>(
     model: &M,
     mode: Mode,

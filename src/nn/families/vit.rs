@@ -1,5 +1,5 @@
 //! Vision Transformer for image classification (Dosovitskiy et al. 2020, arXiv:2010.11929), as transformers'
-//! `ViTForImageClassification` computes it: an image's patches are its tokens, after one that stands for the class.
+//! `ViTForImageClassification` computes it: an image's tokens are a class token and then its patches.
 //!
 //! A cut may fall after the embeddings, and after either half of a layer: attention, or the MLP.
 
@@ -19,7 +19,7 @@ pub(super) const FAMILY: Family = Family {
     build: |fields| Ok(Box::new(Vit::read(fields)?)),
 };
 
-/// Layers beyond this are a mistake.
+/// More layers than this are a mistake.
 const MOST_LAYERS: usize = 1024;
 
 /// A Vision Transformer, described by transformers' `ViTConfig`.
@@ -35,19 +35,20 @@ pub struct Vit {
     pub inner: usize,
     /// Inside the MLP: `hidden_act`, gelu by default.
     pub activation: Activation,
-    /// Dropout of the embeddings and of what a half layer adds to its input: `hidden_dropout_prob`, 0 by default.
+    /// Dropout of the embeddings and of each half layer's output before the residual sum: `hidden_dropout_prob`, 0 by
+    /// default.
     pub hidden_dropout: f64,
     /// Dropout of attention weights: `attention_probs_dropout_prob`, 0 by default.
     pub attention_dropout: f64,
-    /// Standard deviation of the first weights, and of the first class token and positions: `initializer_range`, 0.02
-    /// by default.
+    /// Standard deviation of initial weights, class token and position embeddings: `initializer_range`, 0.02 by
+    /// default.
     pub initializer_range: f64,
     /// Layer normalisation's epsilon: `layer_norm_eps`, 1e-12 by default.
     pub epsilon: f64,
     /// Height and width of the image: `image_size`, 224 by default.
     pub image: usize,
-    /// Height and width of a patch; what is left of the image at the right and at the bottom is not seen: `patch_size`,
-    /// 16 by default.
+    /// Height and width of a patch; a remainder at the image's right and bottom edges is ignored: `patch_size`, 16 by
+    /// default.
     pub patch: usize,
     /// Channels of the image: `num_channels`, 3 by default.
     pub channels: usize,
@@ -115,8 +116,8 @@ impl Vit {
         let batch = b.shape(x).axes()[0];
         let planes = b.reshape(x, [batch, c, side * side])?;
         let patches = b.transpose(planes, &[0, 2, 1])?;
-        // The class token goes into the row that the shift leaves 0; its own shift makes a table that is 0 everywhere
-        // else.
+        // The class token goes into the row that the shift leaves 0; shifting it likewise makes a table that is 0
+        // everywhere else.
         let mut x = b.shift(patches, 1, tokens)?;
         let class = b.shift(class, 0, tokens)?;
         for table in [class, positions] {
@@ -153,7 +154,7 @@ impl Vit {
         b.add(x, input)
     }
 
-    /// The class token alone is normalised: each row's normalisation is its own.
+    /// Only the class token is normalised, since rows are normalised independently.
     fn head(&self, b: &mut Builder, input: Value) -> Result<Value> {
         let batch = b.shape(input).axes()[0];
         let first = b.shift(input, 0, 1)?;

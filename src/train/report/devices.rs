@@ -1,11 +1,11 @@
-//! What each device did in the time of which the trace has everything.
+//! What each device did in the time that the trace covers completely.
 
 use super::shown::{covered_secs, kept_windows};
 use crate::base::LaneKind;
 use crate::trace::{DeviceRow, Trace};
 use std::collections::BTreeSet;
 
-/// Shares of that time, by device; a device on which nothing ran has its row too, where the trace names its lanes.
+/// Shares of that time, by device; a device on which nothing ran also has a row, if the trace names its lanes.
 pub(super) fn device_rows(trace: &Trace) -> Vec<DeviceRow> {
     let windows = kept_windows(&trace.events);
     let secs: f64 = windows.iter().map(|window| window.1 - window.0).sum();

@@ -1,4 +1,4 @@
-//! What became of each model, as results.csv tells it.
+//! What became of each model, from results.csv.
 
 use crate::base::{Result, format_secs};
 use crate::train::results;
@@ -11,7 +11,7 @@ use std::path::Path;
 pub(super) fn outcomes(path: &Path) -> Result<(Vec<String>, Vec<Vec<String>>)> {
     let lines = if path.exists() { results::read(path)? } else { Vec::new() };
     let Some((header, rows)) = lines.split_first() else { return Ok((Vec::new(), Vec::new())) };
-    // Where a model's files are is of no interest on a page that lies beside them; a reason goes with its status.
+    // The page lies beside the models' files, so their directory is left out; a reason is shown with its status.
     let shown: Vec<usize> = (0..header.len()).filter(|&c| !matches!(&*header[c], "reason" | "directory")).collect();
     let title = |c: &usize| match &*header[*c] {
         "name" => "model",

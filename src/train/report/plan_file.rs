@@ -1,8 +1,8 @@
-//! plan.json as the report reads it: every key may be missing, keys that it does not know are passed over.
+//! plan.json as the report reads it: every key may be missing, and unknown keys are ignored.
 //!
-//! A report must be possible for runs of older and newer versions, so this is no mirror of what writes the file: a
-//! missing number leaves out what it would have said. A key of another type than it ever had means that the file is
-//! damaged.
+//! A report must be possible for runs of older and newer versions, so this is no mirror of what writes the file: where
+//! a number is missing, the report leaves out what depends on it. A key with a type that it never had means that the
+//! file is damaged.
 
 use crate::base::{Error, LaneKind, Result, format_bytes};
 use crate::trace::Ceilings;
@@ -25,9 +25,9 @@ pub(super) struct PlanFile {
     pub slots: Option<u64>,
     /// State stays on the device.
     pub resident: Option<bool>,
-    /// How many shards' state does, count over models.
+    /// How many shards have their state there, count over models.
     pub resting_shards: Option<u64>,
-    /// Bytes, or words; one or a list of one a device.
+    /// Bytes, or words; one value, or a list with one per device.
     pub budget: Value,
     pub recompute: Value,
     /// Rates of a cost model.
@@ -52,13 +52,13 @@ pub(super) struct ShardPlan {
     pub bytes: Option<u64>,
     /// A tier, a list of them, or one for each kind of state.
     pub tiers: Value,
-    /// Its forward is computed again in its backward.
+    /// Its forward is recomputed in its backward.
     pub recompute: Option<bool>,
     pub forward_secs: Option<f64>,
     pub backward_secs: Option<f64>,
 }
 
-/// The rates that are ceilings of lanes.
+/// The rates that are the ceilings of lanes.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct Rates {
@@ -86,8 +86,8 @@ impl PlanFile {
     /// Reads `path`.
     ///
     /// # Errors
-    /// When the file is not there, is no JSON object, a key has another type than it ever had, or a model's name is no
-    /// folder's.
+    /// When the file does not exist or is no JSON object, a key has a type that it never had, or a model's name cannot
+    /// be a folder's.
     pub(super) fn read(path: &Path) -> Result<PlanFile> {
         let fault = |what: &dyn std::fmt::Display| Error::bad(format!("{}: {what}", path.display()));
         let bytes = std::fs::read(path).map_err(|e| match e.kind() {
@@ -95,7 +95,7 @@ impl PlanFile {
             _ => Error::io("read", path, e),
         })?;
         let value: Value = serde_json::from_slice(&bytes).map_err(|e| fault(&format!("damaged: {e}")))?;
-        // serde would take a list of the values too.
+        // serde would also accept a list of the values.
         if !value.is_object() {
             return Err(fault(&"damaged: is no JSON object"));
         }
@@ -116,7 +116,7 @@ impl PlanFile {
         self.ceilings.as_ref()?.ceilings().of(kind)
     }
 
-    /// The device budget for people; `None` where the file says nothing of it.
+    /// The device budget for people to read; `None` where the file does not state it.
     pub(super) fn budget_text(&self) -> Option<String> {
         match &self.budget {
             Value::Number(bytes) => bytes.as_u64().map(format_bytes),
@@ -153,7 +153,7 @@ impl PlanFile {
     }
 }
 
-/// The layers of a shard in few words: the first and the last of many.
+/// The layers of a shard in few words: where there are many, the first and the last.
 fn layers(value: &Value) -> String {
     match value.as_array().map(Vec::as_slice) {
         Some([first, .., last]) => {
@@ -163,7 +163,7 @@ fn layers(value: &Value) -> String {
     }
 }
 
-/// A value for people: `pageable`; `pageable: gradients, weights; disk: moments`; nothing for null.
+/// A value for people to read: `pageable`; `pageable: gradients, weights; disk: moments`; nothing for null.
 fn text(value: &Value) -> String {
     match value {
         Value::Null => String::new(),

@@ -1,4 +1,5 @@
-//! Which part of a trace is looked at: the steps whose events were kept, and the few of them whose schedule is drawn.
+//! Which part of a trace the report uses: the steps whose events were kept, and the few of them whose schedule is
+//! drawn.
 
 use crate::base::LaneKind;
 use crate::trace::{Event, What};
@@ -6,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// Steps drawn at most.
 const MOST_STEPS: u32 = 3;
-/// More events than this are not drawn if fewer steps will do.
+/// If a choice has more events than this, fewer steps are drawn.
 const MANY_EVENTS: usize = 3000;
 
 /// Consecutive steps of one model and the seconds they took.
@@ -15,10 +16,10 @@ pub(super) struct Shown {
     pub model: u16,
     pub first: u32,
     pub last: u32,
-    /// From the first arithmetic of `first` to that of the step after `last`: what repeats. To the end of `last` where
-    /// no more is known.
+    /// From the first compute task of `first` to that of the step after `last`, which is one period of the schedule; to
+    /// the end of `last` where there is no step after it.
     pub window: (f64, f64),
-    /// Everything that ran in the window, other steps' tasks too.
+    /// Everything that ran in the window, including other steps' tasks.
     pub events: Vec<Event>,
 }
 
@@ -30,19 +31,20 @@ struct Step {
     /// When its first unit started; other lanes work ahead of it.
     begin: f64,
     count: usize,
-    /// Held-out data were evaluated after it, or it is the model's first or second: what follows or runs is not steady.
+    /// Held-out data was evaluated after it, or it is the model's first or second step: it, or the step after it, is
+    /// not steady.
     unsteady: bool,
 }
 
-/// A choice and how good it is: the more models the better; then steady steps (no start, no validation, not the last of
-/// all, whose end nothing overlaps); then more of them, up to three.
+/// A choice and its rank: more models first; then steady steps (not at the start, no validation, not the very last,
+/// whose end nothing overlaps); then more steps, up to three.
 struct Candidate {
     rank: (usize, bool, u32),
     shown: Shown,
 }
 
-/// Chooses what to draw: the best run of kept steps of any model, of equal ones the last one of the lowest model.
-/// `None` without events.
+/// Chooses what to draw: the best run of kept steps of any model; among equals, the last one of the lowest-numbered
+/// model. `None` without events.
 pub(super) fn choose(events: &[Event]) -> Option<Shown> {
     let models: BTreeSet<u16> = events.iter().filter(|event| event.has_times()).map(|event| event.name.model).collect();
     let mut best: Option<Candidate> = None;
@@ -109,8 +111,8 @@ fn window(events: &[Event], steps: &BTreeMap<u32, Step>, model: u16, (first, las
     Shown { model, first, last, window, events: events.iter().filter(is_inside).copied().collect() }
 }
 
-/// The times in which the trace misses nothing: from its first event to its last, but for those in which a model was at
-/// steps that were not kept.
+/// The times that the trace covers completely: from its first event to its last, except while a model ran steps that
+/// were not kept.
 pub(super) fn kept_windows(events: &[Event]) -> Vec<(f64, f64)> {
     let mut steps: BTreeMap<(u16, u32), (f64, f64)> = BTreeMap::new();
     for event in events.iter().filter(|event| event.has_times()) {
@@ -135,11 +137,11 @@ pub(super) fn kept_windows(events: &[Event]) -> Vec<(f64, f64)> {
 /// Seconds of the windows that lie in at least one of the spans.
 pub(super) fn covered_secs(spans: Vec<(f64, f64)>, windows: &[(f64, f64)]) -> f64 {
     let within = |span: (f64, f64)| windows.iter().map(move |w| (span.1.min(w.1) - span.0.max(w.0)).max(0.0));
-    // From 0 on: the sum of nothing is -0.
+    // Starts at 0, since the sum of nothing is -0.
     merged(spans).into_iter().flat_map(within).fold(0.0, |sum, secs| sum + secs)
 }
 
-/// The same times as spans that do not touch, in order.
+/// The same times as disjoint spans, in order.
 fn merged(mut spans: Vec<(f64, f64)>) -> Vec<(f64, f64)> {
     spans.retain(|span| span.1 > span.0);
     spans.sort_by(|a, b| a.0.total_cmp(&b.0));
@@ -165,7 +167,7 @@ pub(super) fn steps_text(steps: &BTreeSet<u32>) -> String {
     let word =
         |&(first, last): &(u32, u32)| if first == last { first.to_string() } else { format!("{first} to {last}") };
     let words: Vec<String> = match runs.len() {
-        // A trace has few runs of steps; one that has many is best told by its ends.
+        // A trace has few runs of steps; one with many is best described by its ends.
         7.. => return format!("{} of those from {} to {}", steps.len(), runs[0].0, runs[runs.len() - 1].1),
         _ => runs.iter().map(word).collect(),
     };

@@ -1,5 +1,5 @@
-//! `hydra devices`: what is here, how fast it is, and why a kind is missing. Always ends well, but for files that it is
-//! told to write and cannot.
+//! `hydra devices`: which devices are available, how fast they are, and why a kind is missing. Always succeeds, unless
+//! it is told to write files and cannot.
 
 use crate::machine::{free_memory_bytes, total_memory_bytes};
 use crate::print::{say, table};
@@ -11,13 +11,13 @@ use hydra::train::write_safely;
 use serde_json::{Value, json};
 use std::path::Path;
 
-/// Prints the devices; with `out`, also writes devices.json there; with `profile`, the measured rates of the first GPU,
-/// or without one of the host, into that file.
+/// Prints the devices; with `out`, also writes devices.json there; with `profile`, also writes the measured rates of
+/// the first GPU, or of the host if there is none, to that file.
 ///
 /// # Errors
-/// When a file cannot be written, or there are no rates for `profile`, or its name is another than jobs take.
+/// When a file cannot be written, or there are no rates for `profile`, or its name is not one that jobs accept.
 pub fn run(out: Option<&Path>, profile: Option<&Path>, json: bool) -> Result<()> {
-    // Jobs know such files by that.
+    // Jobs recognise such files by this extension.
     if let Some(path) = profile.filter(|path| path.extension().is_none_or(|end| end != "json")) {
         return Err(Error::bad(format!("--profile {}: want a name that ends in .json", path.display())));
     }
@@ -30,7 +30,7 @@ pub fn run(out: Option<&Path>, profile: Option<&Path>, json: bool) -> Result<()>
     put_rates(&mut host, &rates, |cost| cost.host_update_bytes_per_sec);
     let gpus = gpus();
     let mut cuda = missing("cuda", why_no_cuda());
-    // With the rates of the first of each model; those of the very first stand with the kind too.
+    // Lists the rates of the first GPU of each model; those of the very first are also listed with the kind.
     let measured = |ordinal: usize| {
         let first = gpus[..ordinal].iter().all(|gpu| *gpu != gpus[ordinal]);
         first.then(|| calibrate(&DeviceSpec::Cuda { ordinal, threads: None }))
@@ -112,7 +112,7 @@ fn put_rates(device: &mut Value, rates: &Result<CostModel>, update: impl Fn(&Cos
     }
 }
 
-/// The same as lines.
+/// Prints the same as lines.
 fn say_rates(rates: &Result<CostModel>, update: impl Fn(&CostModel) -> f64) {
     match rates {
         Ok(cost) => {
@@ -124,13 +124,13 @@ fn say_rates(rates: &Result<CostModel>, update: impl Fn(&CostModel) -> f64) {
     }
 }
 
-/// What links were found to carry, in both directions.
+/// The measured bandwidth of links, in both directions.
 fn copies(cost: &CostModel) -> String {
     let [h2d, d2h] = [cost.h2d_bytes_per_sec, cost.d2h_bytes_per_sec].map(|rate| format!("{:.1} GB/s", rate / 1e9));
     format!("{h2d} to the device, {d2h} back")
 }
 
-/// A kind with the reason for which it is missing, or as one that is here.
+/// A kind of device, with the reason why it is missing, or as available.
 fn missing(kind: &str, why: Option<String>) -> Value {
     match why {
         None => json!({ "kind": kind, "here": true }),

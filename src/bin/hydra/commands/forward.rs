@@ -15,7 +15,7 @@ use std::path::Path;
 /// Runs the model in `model` on the tensors of `input` and writes `output`.
 ///
 /// # Errors
-/// When a file is missing or at fault, a tensor is none that the model takes, or `output` is one of the files read or
+/// When a file is missing or faulty, a tensor is not one that the model takes, or `output` is one of the files read or
 /// cannot be written.
 pub fn run(model: &Path, input: &Path, output: &Path, json: bool) -> Result<()> {
     let pretrained = nn::open(model)?;
@@ -35,12 +35,12 @@ pub fn run(model: &Path, input: &Path, output: &Path, json: bool) -> Result<()> 
     drop(bytes);
     let weights = Weights::Pretrained(&pretrained);
     let (shape, logits) = wait_forward(pretrained.network.as_ref(), weights, &batch).map_err(|error| match error {
-        // What is wrong with the weights names their file already.
+        // Errors about the weights already name their file.
         Error::BadInput(what) if what.starts_with(&model.display().to_string()) => Error::BadInput(what),
         other => fault(other),
     })?;
     let header = header(&BTreeMap::new(), [("logits", Element::F32, shape.axes())]);
-    // Where the file goes to standard output, the line would be a part of it.
+    // If the file goes to standard output, this line would become part of it.
     let say = |line: String| if is_stdout(output) { say_beside(line) } else { say(line) };
     write_safely(output, |out| {
         out.write_all(&header)?;
@@ -69,9 +69,9 @@ fn is_stdout(path: &Path) -> bool {
     }
 }
 
-/// Refuses to write over what is read: the input, and whatever lies with the model.
+/// Refuses to overwrite what is read: the input, and anything in the model's directory.
 fn check_output(model: &Path, input: &Path, output: &Path) -> Result<()> {
-    // What is not there yet lies in its folder all the same. Where that is missing too, who writes says so.
+    // A file that does not exist yet still belongs to its folder. If that is missing too, writing will report it.
     let folder = || output.parent().map(|p| if p.as_os_str().is_empty() { Path::new(".") } else { p });
     let beside = || Some(folder()?.canonicalize().ok()?.join(output.file_name()?));
     let Some(place) = output.canonicalize().ok().or_else(beside) else { return Ok(()) };

@@ -1,4 +1,4 @@
-//! The program's commands, a file each: what they print and write.
+//! The program's commands, one file each: what they print and write.
 
 pub mod devices;
 pub mod forward;

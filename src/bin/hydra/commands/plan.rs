@@ -13,9 +13,9 @@ use std::rc::Rc;
 /// Plans the job of a file and prints the plan; with `out`, also writes plan.json there.
 ///
 /// # Errors
-/// When `out` holds a run, the job is at fault, no plan fits, or plan.json cannot be written.
+/// When `out` contains a run, the job is faulty, no plan fits, or plan.json cannot be written.
 pub fn run(JobFile { job: path, set }: &JobFile, out: Option<&Path>, json: bool) -> Result<()> {
-    // Before the plan is searched, which may take minutes.
+    // Checked before the search for a plan, which may take minutes.
     out.map_or(Ok(()), keep_run)?;
     let free = free_memory_bytes();
     let planned = plan_to_fit(path, Job::load(path, set)?, &Rc::default(), false, free)?;

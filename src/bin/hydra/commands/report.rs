@@ -8,7 +8,7 @@ use std::path::Path;
 /// Writes the report of the run in `run`.
 ///
 /// # Errors
-/// When `run` holds no run, or a file cannot be read or written.
+/// When `run` does not contain a run, or a file cannot be read or written.
 pub fn run(run: &Path, json: bool) -> Result<()> {
     let page = write_report(run)?;
     match json {

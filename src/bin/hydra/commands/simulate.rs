@@ -1,4 +1,4 @@
-//! `hydra simulate`: a job's schedule by the executor that trains, on simulated devices and a virtual clock.
+//! `hydra simulate`: a job's schedule, run by the executor that trains, on simulated devices and a virtual clock.
 
 use crate::args::Wishes;
 use crate::job::Job;
@@ -15,13 +15,13 @@ use serde_json::{Value, json};
 use std::path::Path;
 use std::rc::Rc;
 
-/// A word as TOML has it, whatever is in it.
+/// A word as a TOML string, whatever it contains.
 pub fn quoted(word: &str) -> String {
     toml::Value::from(word).to_string()
 }
 
 impl Wishes {
-    /// The same as settings of the job.
+    /// These wishes as settings of the job.
     pub fn settings(&self) -> Vec<String> {
         let mut sets = self.file.set.clone();
         sets.extend(self.policy.as_deref().map(|p| format!("run.policy={}", quoted(p))));
@@ -30,8 +30,8 @@ impl Wishes {
         sets
     }
 
-    /// Refuses to count the devices of a job that has several kinds of them: the number would be of the first table
-    /// alone.
+    /// Refuses to set the number of devices for a job with several kinds of them: the number would apply to the first
+    /// table only.
     ///
     /// # Errors
     /// [`Error::BadInput`] that names `option`; and as [`Job::load`].
@@ -47,10 +47,10 @@ impl Wishes {
     }
 }
 
-/// Simulates a job; where the command line says where, writes the schedule, the trace and the figures there.
+/// Simulates a job; writes the schedule, the trace and the figures to the folder that the command line names, if any.
 ///
 /// # Errors
-/// When that folder holds a run, the job is at fault, no plan fits, or a file cannot be written.
+/// When that folder contains a run, the job is faulty, no plan fits, or a file cannot be written.
 pub fn run(wishes: &Wishes, json: bool) -> Result<()> {
     let out = wishes.out.as_deref();
     out.map_or(Ok(()), keep_run)?;
@@ -100,7 +100,7 @@ pub fn simulate_job(
     Ok((planned, simulation))
 }
 
-/// Steps of each model. There are no losses here: models that a search may end early need a table of who survives.
+/// Steps of each model. There are no losses here, so models that a search may end early need a table of survivors.
 fn steps(planned: &PlannedJob) -> Result<Vec<u64>> {
     let mut steps: Vec<u64> = planned.models.iter().map(|m| m.prepared.options.steps).collect();
     for search in &planned.job.searches {
@@ -132,8 +132,7 @@ fn recorder(planned: &PlannedJob, steps: &[u64], out: &Path) -> Result<Recorder>
         Keep { first: run.trace_first, last: run.trace_last, total_steps: steps.iter().copied().max().unwrap_or(0) };
     let names = planned.models.iter().map(|m| m.prepared.name.clone()).collect();
     let mut options = RecorderOptions::new(keep, Vec::new(), names);
-    // Nobody is kept from training by a full ring here, and a simulation makes events much faster than they can be
-    // written.
+    // Larger than in training, since a simulation makes events much faster than they can be written.
     (options.ring_events, options.window_events) = (1 << 20, 1 << 18);
     Recorder::create(&out.join(TRACE), options)
 }

@@ -34,17 +34,17 @@ const KEYS: [(&str, &str); 8] = [
 /// Most combinations of one sweep.
 const MOST: usize = 10_000;
 
-/// What one combination came to.
+/// The result of one combination.
 struct Point {
     values: Vec<String>,
-    /// Its figures, or why there are none.
+    /// Its figures, or the reason why there are none.
     outcome: std::result::Result<Figures, String>,
 }
 
 struct Figures {
     makespan_secs: f64,
     bound_secs: f64,
-    /// Of each device.
+    /// The utilisation of each device.
     utilisation: Vec<f64>,
     policy: &'static str,
 }
@@ -64,12 +64,12 @@ impl Figures {
     }
 }
 
-/// Simulates every combination; where the command line says where, writes sweep.csv and sweep.svg there.
+/// Simulates every combination; writes sweep.csv and sweep.svg to the folder that the command line names, if any.
 ///
 /// # Errors
-/// When that folder holds a run, a key is not known or has its value twice, or a file cannot be written. A combination
-/// that does not fit, or whose values do not go together, is a row that says so; where all are, [`Error::OutOfBudget`]
-/// if any would fit more memory, else what the first says.
+/// When that folder contains a run, a key is unknown or set twice, or a file cannot be written. A combination that does
+/// not fit, or whose values are incompatible, becomes a row that says so; if all of them do, [`Error::OutOfBudget`] if
+/// any would fit with more memory, else the first one's error.
 pub fn run(wishes: &Wishes, json: bool) -> Result<()> {
     let out = wishes.out.as_deref();
     out.map_or(Ok(()), keep_run)?;
@@ -82,7 +82,7 @@ pub fn run(wishes: &Wishes, json: bool) -> Result<()> {
     if combinations > MOST {
         return Err(Error::bad(format!("--sweep: {combinations} combinations; at most {MOST}")));
     }
-    // No key changes what the models read.
+    // No key changes the texts that the models read.
     let texts = Rc::new(Texts::kept());
     let (mut points, mut faults) = (Vec::new(), Vec::new());
     for number in 0..combinations {
@@ -99,7 +99,7 @@ pub fn run(wishes: &Wishes, json: bool) -> Result<()> {
             })?;
         points.push(Point { values, outcome });
     }
-    // The smallest budget of all that do not fit.
+    // The smallest budget among those that do not fit.
     let budget = |fault: &Error| match fault {
         Error::OutOfBudget { smallest_device_bytes, .. } => Some(*smallest_device_bytes),
         _ => None,
@@ -129,7 +129,7 @@ pub fn run(wishes: &Wishes, json: bool) -> Result<()> {
     }
 }
 
-/// The values of a combination by its number, of which the last axis is the fastest, and the `sets` with them.
+/// The values of combination number `number`, where the last axis varies fastest, and the `sets` extended by them.
 fn combination(axes: &[Axis], mut number: usize, mut sets: Vec<String>) -> (Vec<String>, Vec<String>) {
     let mut values = vec![String::new(); axes.len()];
     for (axis, value) in axes.iter().zip(&mut values).rev() {
@@ -142,7 +142,7 @@ fn combination(axes: &[Axis], mut number: usize, mut sets: Vec<String>) -> (Vec<
     (values, sets)
 }
 
-/// Prints a row for each combination, and where the files are.
+/// Prints a row for each combination, and the files' paths.
 fn tell(axes: &[Axis], points: &[Point], out: Option<&Path>) {
     let mut rows: Vec<Vec<String>> = vec![axes.iter().map(|a| a.key.clone()).collect()];
     rows[0].extend(["makespan", "bound", "gap", "computes"].map(String::from));
@@ -169,7 +169,7 @@ fn tell(axes: &[Axis], points: &[Point], out: Option<&Path>) {
     }
 }
 
-/// Refuses a key that is swept twice, or swept and set by an option of its own: one of the two would be passed over.
+/// Refuses a key that is swept twice, or swept and also set by its own option: one of the two would be ignored.
 fn check_once(axes: &[Axis], wishes: &Wishes) -> Result<()> {
     let stated = [
         ("policy", wishes.policy.clone()),
@@ -217,7 +217,7 @@ fn csv(axes: &[Axis], points: &[Point]) -> String {
     let mut text = format!("{},makespan_secs,bound_secs,utilisation,reason\n", keys.join(","));
     for point in points {
         let in_quotes = |word: &str| format!("\"{}\"", word.replace('"', "\"\""));
-        // No value has a comma.
+        // No value contains a comma.
         let field = |value: &String| if value.contains(['"', '\n', '\r']) { in_quotes(value) } else { value.clone() };
         let values = point.values.iter().map(field).collect::<Vec<_>>().join(",");
         text += &match &point.outcome {
@@ -261,7 +261,7 @@ fn plot(axes: &[Axis], points: &[Point]) -> SweepPlot {
     SweepPlot { title, axis: axis.key.clone(), values: axis.values.clone(), numbers: numbers(axis), lines }
 }
 
-/// The values, numbers as such, with what a simulation of its own says under the same keys.
+/// The values (numbers as numbers), and the figures under the same keys as in a single simulation.
 fn point_json(axes: &[Axis], point: &Point) -> Value {
     let mut json = match &point.outcome {
         Ok(f) => json!({

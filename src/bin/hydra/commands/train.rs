@@ -1,4 +1,4 @@
-//! `hydra train`: plans, makes the run's directory, trains the models together, and says what became of each.
+//! `hydra train`: plans, makes the run's directory, trains the models together, and reports what became of each.
 
 use crate::args::{JobFile, Resume};
 use crate::job::Job;
@@ -20,14 +20,14 @@ use std::rc::Rc;
 /// Trains the job of a file.
 ///
 /// # Errors
-/// What the job, the data or the machine is at fault for; [`Error::Interrupted`] after a checkpoint, or before there
-/// was one.
+/// When the job, the data or the machine is at fault; [`Error::Interrupted`] when the run was stopped, after a
+/// checkpoint or before there was one.
 pub fn run(JobFile { job: path, set }: &JobFile, resume: Resume, json: bool) -> Result<()> {
     let signals = Signals::install()?;
     let mut job = Job::load(path, set)?;
     let out = job.run.out.clone();
     let goes_on = resume != Resume::Never && rundir::holds_run(&out);
-    // Before anything of it is read, so that nobody changes it meanwhile.
+    // Locked before anything in it is read, so that no other process changes it meanwhile.
     let held = goes_on.then(|| RunDir::take(&out)).transpose()?;
     let taken = if goes_on { Inbox::taken(&out.join(rundir::INBOX)) } else { Taken::default() };
     taken.jobs.iter().try_for_each(|path| job.add(path))?;
@@ -88,7 +88,7 @@ fn say_models(out: &Path, models: Vec<Value>) {
     say(json!({ "run": out.display().to_string(), "models": models }));
 }
 
-/// Says so, and writes what the run may have had no time for.
+/// Reports that all is done, and writes files for which the run may have had no time.
 fn already_done(job: &Job, standings: &[Standing], json: bool) -> Result<()> {
     let out = &job.run.out;
     outcome::drop_lost_rows(job, standings)?;

@@ -5,31 +5,30 @@ use hydra::base::Result;
 use std::path::PathBuf;
 use toml::Table;
 
-/// One `[[device]]`: `count` devices alike.
+/// One `[[device]]`: `count` identical devices.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Device {
-    /// What they are.
+    /// The kind of the devices.
     pub kind: DeviceKind,
     /// How many; default 1.
     pub count: usize,
-    /// Budget of each, in bytes; none: all that there is.
+    /// Budget of each, in bytes; `None` means all there is.
     pub memory: Option<u64>,
-    /// Host and sim: bytes per second each way; none: as fast as it goes.
+    /// Host and sim: bytes per second each way; `None` means unlimited.
     pub link: Option<f64>,
-    /// Host: cores of each; none: all, shared.
+    /// Host: cores of each; `None` means all, shared.
     pub threads: Option<usize>,
     /// Sim: floating-point operations per second.
     pub flops: Option<f64>,
-    /// Sim: bytes per second of its own memory; there exactly when `flops` is.
+    /// Sim: bytes per second of its own memory; given exactly when `flops` is.
     pub memory_bandwidth: Option<f64>,
-    /// A named set of rates, or a file with one. Sim: there exactly when `flops` is not; others: in place of what would
-    /// be measured.
+    /// A named set of rates, or a file with one. Sim: given exactly when `flops` is not; others: replaces measurement.
     pub profile: Option<String>,
-    /// The same as a path, absolute.
+    /// The same as an absolute path.
     pub profile_path: Option<PathBuf>,
 }
 
-/// What a device is.
+/// The kind of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceKind {
     /// Rust op loops in host memory.
@@ -57,7 +56,7 @@ impl DeviceKind {
         found.expect("WORDS has every kind").0
     }
 
-    /// What the memory of its host's store is called.
+    /// The name for the memory of its host's store.
     pub fn host_tier(self) -> &'static str {
         match self {
             DeviceKind::Cuda | DeviceKind::Emulated => "pinned",
@@ -69,9 +68,9 @@ impl DeviceKind {
 /// The store behind the devices.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Host {
-    /// Budget in bytes; none: 80 % of what is free.
+    /// Budget in bytes; `None` means 80 % of free memory.
     pub memory: Option<u64>,
-    /// Bytes per second that all devices share; none: as fast as it goes.
+    /// Bytes per second that all devices share; `None` means unlimited.
     pub link: Option<f64>,
     /// The disk tier, if there is one.
     pub disk: Option<Disk>,
@@ -84,7 +83,7 @@ pub struct Disk {
     pub path: PathBuf,
     /// Budget in bytes.
     pub memory: u64,
-    /// Bytes per second each way; none: as fast as it goes.
+    /// Bytes per second each way; `None` means unlimited.
     pub link: Option<f64>,
 }
 
@@ -96,7 +95,7 @@ pub const DEVICE_KEYS: &[&str] =
 pub fn read_devices(root: &Section) -> Result<Vec<Device>> {
     let sections = root.sections("device", DEVICE_KEYS)?;
     if sections.is_empty() {
-        // An empty [[device]] is the default: one host device with all that there is.
+        // An empty [[device]] is the default: one host device with everything there is.
         return Ok(vec![read_device(&Section::open(root.origin(), "device".into(), &Table::new(), DEVICE_KEYS)?)?]);
     }
     sections.iter().map(read_device).collect()

@@ -1,7 +1,7 @@
 //! The job file: TOML text in, plain values out.
 //!
 //! Reading checks everything that can be checked without opening another file or asking a device: types, ranges, words,
-//! keys that do not exist or do not go together. Every error is one line that says the file, the dotted key, what is
+//! keys that do not exist or are incompatible. Every error is one line that states the file, the dotted key, what is
 //! wrong and what to write instead. Paths come out absolute; a relative one starts from the job file's folder.
 
 mod device;
@@ -51,27 +51,28 @@ pub struct Job {
     pub devices: Vec<Device>,
     /// The store behind the devices.
     pub host: Host,
-    /// What to train, at least one, names all different; in the file's order, each search in the place of its model.
+    /// The models to train, at least one, with distinct names; in the file's order, a search's models in the place of
+    /// its `[[model]]`.
     pub models: Vec<Model>,
     /// The searches, in the file's order.
     pub searches: Vec<Search>,
     /// The folder from which relative paths start, absolute.
     pub folder: PathBuf,
-    /// The job as TOML with the overrides in it; the file's own text where there are none.
+    /// The job as TOML with the overrides applied; the file's own text where there are none.
     pub source_text: String,
 }
 
 impl Job {
-    /// The job as a run's directory keeps it: a first line says from where its relative paths start, which is no longer
-    /// the file's own folder.
+    /// The job as a run's directory keeps it: its first line states the folder where relative paths start, which is no
+    /// longer the file's own.
     pub fn record(&self) -> String {
         format!("# Relative paths start from {:?}.\n{}", self.folder, self.source_text)
     }
 
-    /// Reads the job file at `path` with the `sets` (`PATH=VALUE`, see [`set`]) put over it in order.
+    /// Reads the job file at `path` with the `sets` (`PATH=VALUE`, see [`set`]) applied in order.
     ///
     /// # Errors
-    /// [`Error::BadInput`] in every case; a file that cannot be read too, since its name was the user's.
+    /// Always [`Error::BadInput`], even for a file that cannot be read, since the user named it.
     pub fn load(path: &Path, sets: &[String]) -> Result<Job> {
         let (file, full, text) = read_text(path)?;
         let folder = full.parent().unwrap_or(Path::new("/"));
@@ -79,11 +80,11 @@ impl Job {
         read_job(Origin { file: &file, folder }, &stem, text, sets)
     }
 
-    /// Adds the models of the file at `path`, which holds `[[model]]` tables and nothing else, after those that are
-    /// there. Relative paths in it start from its own folder. A job that refuses the file is left as it was.
+    /// Adds the models of the file at `path`, which contains `[[model]]` tables and nothing else, after the existing
+    /// ones. Relative paths in it start from its own folder. On an error the job is unchanged.
     ///
     /// # Errors
-    /// As [`Job::load`]; and when a model has the name of one that is there.
+    /// As [`Job::load`]; and when a model has the name of an existing one.
     pub fn add(&mut self, path: &Path) -> Result<()> {
         let (file, full, text) = read_text(path)?;
         let origin = Origin { file: &file, folder: full.parent().unwrap_or(Path::new("/")) };
@@ -96,7 +97,7 @@ impl Job {
     }
 }
 
-/// The longest job file that is read: a thousand models with long searches are a hundredth of it.
+/// The longest job file that is read: a thousand models with long searches take a hundredth of this.
 const MOST_BYTES: u64 = 16 << 20;
 
 /// The file's name as it was written, its absolute path, and its text.
@@ -135,7 +136,7 @@ fn read_job(origin: Origin, stem: &str, text: String, sets: &[String]) -> Result
     Ok(Job { run, devices, host, models, searches, folder: origin.folder.to_path_buf(), source_text })
 }
 
-/// A part's models and searches of a file, which come after the models that are `there`.
+/// Reads the part's models and searches from a file; they come after the models `there`.
 fn read_all_models(
     root: &Section,
     there: &[Model],

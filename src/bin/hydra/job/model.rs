@@ -13,15 +13,15 @@ use toml::Value;
 /// One thing to train.
 #[derive(Clone, Debug)]
 pub struct Model {
-    /// The file that it stands in, as errors name it.
+    /// The file that defines it, as errors name it.
     pub file: String,
-    /// Where it stands in the file: `model.0`, or `model.0.search: lr = 1e-3, batch = 16` for one of a search.
+    /// Its place in the file: `model.0`, or `model.0.search: lr = 1e-3, batch = 16` for one of a search.
     pub at: String,
-    /// The keys that its search varies, each with its own value as a word; none for a model that stands alone.
+    /// The keys that its search varies, each with its own value as a word; empty for a model outside a search.
     pub searched: Vec<(String, String)>,
-    /// Its folder in the run's directory; a plain file name, unlike any other model's.
+    /// Its folder in the run's directory; a plain file name, distinct from every other model's.
     pub name: String,
-    /// Where the network and its first weights come from.
+    /// Where the network and its initial weights come from.
     pub source: Source,
     /// Type of weights and activations.
     pub dtype: Precision,
@@ -33,17 +33,17 @@ pub struct Model {
     pub batch: usize,
     /// Samples that run together; divides `batch`.
     pub microbatch: usize,
-    /// Rows of logits that are made at a time; none: as many as suit the vocabulary.
+    /// Rows of logits that are computed at a time; `None` means chosen by the vocabulary.
     pub loss_rows: Option<usize>,
-    /// Beginnings of the names of parameters that stay as they are.
+    /// Prefixes of the names of parameters that are frozen.
     pub frozen: Vec<String>,
-    /// Adapters that are trained beside the weights of linear layers, and nothing else.
+    /// Adapters of linear layers; if given, only they are trained.
     pub lora: Option<LowRank>,
     /// How long it is trained.
     pub length: Length,
     /// The update rule.
     pub optimizer: Optimizer,
-    /// Largest global norm of its gradients, above 0; none: they are left as they are.
+    /// Largest global norm of its gradients, above 0; `None` means no clipping.
     pub clip: Option<f64>,
     /// How the learning rate changes.
     pub schedule: Schedule,
@@ -72,7 +72,7 @@ impl Model {
         Error::bad(format!("{}: {}: {message}", self.file, self.place(key)))
     }
 
-    /// What an error at `key` of it says first, after the file.
+    /// The place that an error at `key` states, after the file.
     pub fn place(&self, key: &str) -> String {
         let between = if self.searched.is_empty() { "." } else { ": " };
         format!("{}{between}{key}", self.at)
@@ -88,7 +88,7 @@ pub enum Source {
     Family {
         /// The family, such as `gpt2`; not checked here.
         family: String,
-        /// config.json's own names; what is left out has transformers' default.
+        /// Values under config.json's names; missing ones have transformers' defaults.
         config: Map<String, serde_json::Value>,
     },
 }
@@ -98,9 +98,9 @@ pub enum Source {
 pub enum Data {
     /// Text files, or folders of them, cut into pieces of `context` tokens.
     Text {
-        /// Files and folders, never none.
+        /// Files and folders, at least one.
         paths: Vec<PathBuf>,
-        /// What cuts the text into tokens.
+        /// The tokenizer.
         tokenizer: Tokenizer,
         /// Tokens of one sample.
         context: usize,
@@ -112,28 +112,28 @@ pub enum Data {
     },
     /// Seeded random inputs.
     Random {
-        /// Tokens of one sample; none: the model's own.
+        /// Tokens of one sample; `None` means the model's own.
         context: Option<usize>,
-        /// Channels, height and width of one image; none: the model's own.
+        /// Channels, height and width of one image; `None` means the model's own.
         image: Option<[usize; 3]>,
     },
     /// Images in MNIST's (idx) or CIFAR-10's binary format.
     Images {
-        /// The files, never none.
+        /// The files, at least one.
         images: Vec<PathBuf>,
-        /// The labels' file, where the images' files do not hold them.
+        /// The labels' file, where the images' files do not contain them.
         labels: Option<PathBuf>,
     },
 }
 
-/// What cuts text into tokens.
+/// A tokenizer.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Tokenizer {
     /// Each byte is a token.
     Bytes,
-    /// A tokenizer.json, or a folder that holds one, or vocab.json and merges.txt.
+    /// A tokenizer.json, or a folder that contains one or vocab.json and merges.txt.
     File(PathBuf),
-    /// That of the directory which the model comes from.
+    /// The tokenizer in the directory from which the model comes.
     OfModel,
 }
 
@@ -141,7 +141,7 @@ pub enum Tokenizer {
 pub const TOKENIZERS: &str =
     "tokenizer = \"bytes\", or the path of a tokenizer.json or of a folder with one, or with vocab.json and merges.txt";
 
-/// Held-out data and how often it is looked at.
+/// Held-out data and how often it is evaluated.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Valid {
     /// The data.
@@ -150,7 +150,7 @@ pub struct Valid {
     pub every: u64,
 }
 
-/// Which data are held out.
+/// Which data is held out.
 #[derive(Clone, Debug, PartialEq)]
 pub enum ValidPart {
     /// A fraction of the training data, above 0 and below 1, which is then not trained on.
@@ -162,9 +162,9 @@ pub enum ValidPart {
 /// How long a model is trained.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Length {
-    /// So many updates.
+    /// A number of updates.
     Steps(u64),
-    /// So many passes over the data.
+    /// A number of passes over the data.
     Epochs(u64),
 }
 
@@ -254,7 +254,7 @@ pub fn read_model(s: &Section) -> Result<Model> {
 pub fn read_name<'a>(s: &Section<'a>) -> Result<&'a str> {
     let want = "a plain file name in quotes, such as \"gpt\"";
     let name = s.string("name", want)?.ok_or_else(|| s.fault("name", format!("is missing; write {want}")))?;
-    // The name becomes a folder in the run's directory, and must not lead out of it or onto a file there.
+    // The name becomes a folder in the run's directory, and must not lead out of it or collide with a file there.
     let plain = !name.chars().any(|c| c == '/' || c == '\\' || c.is_control())
         && name.len() <= LONGEST_NAME
         && name.trim() == name;
@@ -266,8 +266,8 @@ pub fn read_name<'a>(s: &Section<'a>) -> Result<&'a str> {
     if !plain {
         return Err(s.fault("name", format!("want {want}, got {}", show(&Value::String(name.to_string())))));
     }
-    // Files that begin so are hidden: the inbox does not look at them, and the program's own are called so while they
-    // are written.
+    // Files with such names are hidden: the inbox ignores them, and the program uses such names for files that are
+    // still being written.
     if name.starts_with('.') {
         return Err(s.fault("name", format!("{name:?} begins with a dot; write another")));
     }

@@ -1,5 +1,5 @@
-//! How a model of a job is trained: `optimizer` and `schedule`, read into the library's own values, which say what is
-//! wrong with a number.
+//! How a model of a job is trained: `optimizer` and `schedule`, read into the library's own values, which check the
+//! numbers.
 
 use super::section::{MOST, Section};
 use hydra::base::Result;
@@ -8,11 +8,11 @@ use hydra::train::{Optimizer, Schedule};
 /// The keys of `optimizer`.
 pub const KEYS: &[&str] = &["kind", "lr", "betas", "eps", "weight_decay", "clip", "decay", "momentum", "nesterov"];
 
-/// The optimizer's keys but `kind`: those that `--set model.N.KEY` reaches without saying `optimizer`.
+/// The optimizer's keys except `kind`: those that `--set model.N.KEY` reaches without `optimizer` in the path.
 pub const SHORT_KEYS: &[&str] = KEYS.split_at(1).1;
 
 /// Reads `optimizer` of a model, AdamW with its defaults where it is left out, and the largest global norm of its
-/// gradients, `clip`; `None`: they are left as they are.
+/// gradients, `clip`; `None` means no clipping.
 pub fn read_optimizer(model: &Section) -> Result<(Optimizer, Option<f64>)> {
     #[derive(Clone, Copy)]
     enum Kind {

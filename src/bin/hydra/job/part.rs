@@ -1,6 +1,6 @@
-//! `run.part`: of a job's models those that one of several machines trains.
+//! `run.part`: the models of a job that one of several machines trains.
 //!
-//! They are dealt out in the file's order, so that each machine knows its own without asking another.
+//! Models are dealt out in the file's order, so that each machine knows its own without asking another.
 
 use super::model::Model;
 use super::search::Search;
@@ -32,7 +32,7 @@ impl Part {
         part.map(Some).ok_or_else(|| s.fault("part", format!("{want}, got {}", show(value))))
     }
 
-    /// The folder of its run in that of the whole.
+    /// The folder of its run within the whole run's.
     pub fn folder(self) -> String {
         format!("part-{}-of-{}", self.index, self.count)
     }
@@ -44,31 +44,31 @@ impl fmt::Display for Part {
     }
 }
 
-/// Deals out what stays together.
+/// Deals out groups of models that stay together.
 pub struct Dealer {
     part: Part,
     dealt: u64,
 }
 
 impl Dealer {
-    /// Nothing has been dealt out yet; without a part, all goes to one.
+    /// Starts with nothing dealt out; without a part, everything goes to this machine.
     pub fn new(part: Option<Part>) -> Dealer {
         Dealer { part: part.unwrap_or(Part { index: 0, count: 1 }), dealt: 0 }
     }
 
-    /// Whether the next one is this part's.
+    /// Whether the next group belongs to this part.
     fn is_mine(&mut self) -> bool {
         self.dealt += 1;
         (self.dealt - 1) % self.part.count == self.part.index
     }
 
-    /// What has been dealt out.
+    /// The number of groups dealt out so far.
     pub fn dealt(&self) -> u64 {
         self.dealt
     }
 
-    /// This part's of what was made of one `[[model]]`, whose first is to have the number `first`. Models that are
-    /// compared with each other stay together.
+    /// This part's share of the models made from one `[[model]]`, the first of which gets the number `first`. Models
+    /// that are compared with each other stay together.
     pub fn deal(&mut self, first: usize, models: Vec<Model>, search: Option<Search>) -> (Vec<Model>, Option<Search>) {
         let compares = search.as_ref().is_some_and(|search| matches!(search.stop, Some(Selection::Asha(_))));
         let mine: Vec<Model> = match compares {

@@ -13,39 +13,39 @@ use toml::Table;
 pub struct Run {
     /// The run's directory, absolute; default `runs/` and the job file's stem, and a folder in it for a part.
     pub out: PathBuf,
-    /// The part of the models that this machine trains; none: all.
+    /// The part of the models that this machine trains; `None` means all.
     pub part: Option<Part>,
     /// Seed of all random numbers; default 0.
     pub seed: u64,
-    /// Which model's shard goes next; default the first of [`POLICIES`].
+    /// The policy that chooses which model's shard is next; default the first of [`POLICIES`].
     pub policy: Policy,
-    /// Weight slots per device; none: 2.
+    /// Weight slots per device; `None` means 2.
     pub slots: Option<usize>,
     /// What is recomputed in the backward.
     pub recompute: Recompute,
-    /// So many of the first steps have their events kept whole; default 5.
+    /// How many of the first steps have their events kept; default 5.
     pub trace_first: u64,
-    /// So many of the last steps, too; default 20.
+    /// How many of the last steps have their events kept; default 20.
     pub trace_last: u64,
-    /// Whether microbatches of one model may go on from device to device, where the policy can have that.
+    /// Whether microbatches of one model may be pipelined from device to device, if the policy supports it.
     pub pipeline: Pipeline,
-    /// Whether rehearsals may find out what [`Policy::LOCALITY_LRTF`] should lean to.
+    /// Whether rehearsals may tune [`Policy::LOCALITY_LRTF`].
     pub rehearse: bool,
-    /// Microbatches that [`Baseline::Gpipe`] keeps in its pipeline; none: as many as devices.
+    /// Microbatches that [`Baseline::Gpipe`] keeps in its pipeline; `None` means as many as devices.
     pub pipeline_microbatches: Option<usize>,
 }
 
 /// How models share the devices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Policy {
-    /// They take turns by the one of [`POLICIES`] that has this name.
+    /// They take turns, by the policy of this name in [`POLICIES`].
     Turns(&'static str),
-    /// They run in lines.
+    /// They run in lines, by a baseline.
     Lines(Baseline),
 }
 
 impl Policy {
-    /// The policy that can lean, and let a model run on several devices at once.
+    /// The policy that can be tuned, and that can run a model on several devices at once.
     pub const LOCALITY_LRTF: Policy = Policy::Turns("locality-lrtf");
 
     /// Each with the word for it: the policies and, after them, the baselines.
@@ -62,10 +62,10 @@ impl Policy {
     }
 }
 
-/// Whether microbatches of one model may go on from device to device, while others of them are still on the one before.
+/// Whether microbatches of one model may go on to the next device while others are still on the one before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pipeline {
-    /// Where that is predicted to end sooner.
+    /// Where the job is predicted to end sooner with it.
     Auto,
     /// Wherever one model bounds the makespan.
     Always,
@@ -87,14 +87,14 @@ pub const RECOMPUTE: [(&str, Recompute); 3] =
 pub const RUN_KEYS: &[&str] =
     &["out", "part", "seed", "policy", "slots", "recompute", "trace", "pipeline", "rehearse", "pipeline_microbatches"];
 
-/// Reads `[run]`; `stem` is the file's.
+/// Reads `[run]`; `stem` is the file's name without its extension.
 pub fn read_run(root: &Section, stem: &str) -> Result<Run> {
     let empty = Table::new();
     let s = root.section_or("run", &empty, RUN_KEYS)?;
     let trace = s.section_or("trace", &empty, &["first", "last"])?;
     let out = s.path("out")?.unwrap_or_else(|| root.origin().resolve(&format!("runs/{stem}")));
     let part = Part::read(&s)?;
-    // No folder can be made there.
+    // A folder cannot be created there.
     if out.is_symlink() && !out.exists() {
         return Err(s.fault("out", format!("{} is a link to nothing; a run needs a folder", out.display())));
     }

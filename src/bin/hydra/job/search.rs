@@ -1,7 +1,7 @@
 //! `search` of a `[[model]]`: one model per combination of values, and what ends models early.
 //!
-//! A combination is put into the model's TOML and read as if somebody had written it, so it passes the same checks.
-//! Names come from the values and not from how the file spells them: the record of a job, written anew, names the same
+//! A combination is put into the model's TOML and read as if written by hand, so it passes the same checks. Names come
+//! from the values and not from their spelling in the file, so that the rewritten record of a job names the same
 //! models.
 
 use super::model::{LONGEST_NAME, Length, MODEL_KEYS, Model, read_model, read_name};
@@ -14,7 +14,7 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use toml::{Table, Value};
 
-/// What a search made of one `[[model]]`, but for the models themselves.
+/// What a search made from one `[[model]]`, without the models themselves.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Search {
     /// Its dotted path, such as `model.0.search`.
@@ -22,13 +22,13 @@ pub struct Search {
     /// The numbers of its models in the job.
     pub models: Range<usize>,
     /// What ends its models early, if anything. The metric is the loss on held-out data where the model has any, else
-    /// the training loss; models have the job's numbers.
+    /// the training loss; models have their numbers in the job.
     pub stop: Option<Selection>,
-    /// What stands for `stop` where there are no losses: a table of survivors; none: the job has no such table.
+    /// The replacement for `stop` where there are no losses, a table of survivors; `None` if the job has no such table.
     pub simulated: Option<Selection>,
 }
 
-/// The keys of a search. The order of those that vary, not the file's, is that of names and of the grid.
+/// The keys of a search. Names and the grid use the order of the varied ones here, not the file's.
 pub const KEYS: &[&str] = &[
     "lr",
     "betas",
@@ -46,22 +46,22 @@ pub const KEYS: &[&str] = &[
     "draw",
     "stop",
 ];
-/// Those of them that hold values to try.
+/// Those of them that contain values to try.
 const VARIED: &[&str] = KEYS.split_at(13).0;
-/// More models than this from one search are a slip, and the memory for them might not be there.
+/// More models than this from one search are a mistake, and there might not be enough memory for them.
 const MOST_COMBINATIONS: u64 = 1000;
-/// Added to the model's place in the file it numbers the random numbers that draw its combinations ("Se").
+/// This plus the model's place in the file is the number of the random sequence that draws its combinations ("Se").
 const DRAW_STREAM: u64 = 0x5365_0000_0000;
 
-/// A key that varies, with its values and their words in names.
+/// A varied key, with its values and the words for them in names.
 struct Axis<'a> {
     key: &'static str,
     values: &'a [Value],
     words: Vec<String>,
 }
 
-/// Reads the `[[model]]` that stands at `place` in the file: one model or, with a search, one per combination. The
-/// first is number `first` of the job.
+/// Reads the `[[model]]` at index `place` in the file: one model or, with a search, one per combination. The first is
+/// number `first` of the job.
 pub fn read_models(s: &Section, place: usize, first: usize, seed: u64) -> Result<(Vec<Model>, Option<Search>)> {
     let Some(d) = s.section("search", KEYS)? else { return Ok((vec![read_model(s)?], None)) };
     if !KEYS.iter().any(|key| d.has(key)) {
@@ -110,8 +110,8 @@ fn choose(d: &Section, axes: &[Axis], seed: u64, place: u64) -> Result<Vec<u64>>
     }
 }
 
-/// `count` different numbers below `all`, in rising order, every set of them equally likely (Floyd's way of sampling;
-/// Bentley & Floyd 1987, "A sample of brilliance").
+/// `count` different numbers below `all`, in ascending order, every set of them equally likely (Floyd's sampling
+/// algorithm; Bentley & Floyd 1987, "A sample of brilliance").
 fn draw_distinct(all: u64, count: u64, seed: u64, place: u64) -> Vec<u64> {
     let mut random = Sequence::new(seed, DRAW_STREAM + place);
     let mut drawn = BTreeSet::new();
@@ -123,7 +123,7 @@ fn draw_distinct(all: u64, count: u64, seed: u64, place: u64) -> Vec<u64> {
     drawn.into_iter().collect()
 }
 
-/// Combination number `n` of the model at `s`, read.
+/// Reads combination number `n` of the model at `s`.
 fn combination(s: &Section, name: &str, axes: &[Axis], n: u64) -> Result<Model> {
     if axes.is_empty() {
         return read_model(s);
@@ -158,7 +158,7 @@ fn combination(s: &Section, name: &str, axes: &[Axis], n: u64) -> Result<Model> 
     Ok(Model { file: s.origin().file.to_string(), at, searched, ..model })
 }
 
-/// Puts a value where a person would write it. Where `optimizer` is no table, reading it will say so.
+/// Puts a value where a person would write it. If `optimizer` is not a table, reading it will report that.
 fn put(model: &mut Table, key: &str, value: Value) {
     if !SHORT_KEYS.contains(&key) {
         model.insert(key.into(), value);
@@ -167,7 +167,8 @@ fn put(model: &mut Table, key: &str, value: Value) {
     }
 }
 
-/// A value as a word for names and tables: the shortest form of a number, and nothing that a file name must not hold.
+/// A value as a word for names and tables: the shortest form of a number, and no characters that are invalid in a file
+/// name.
 fn word(value: &Value) -> String {
     // Longer than any value that is valid: two numbers of 24 characters.
     const LONGEST: usize = 64;
@@ -188,7 +189,7 @@ fn word(value: &Value) -> String {
 /// The keys of `stop`.
 pub const STOP_KEYS: &[&str] = &["kind", "first", "eta", "survivors", "evaluations"];
 
-/// Reads `stop`: the rule, and the table that a simulation takes for it.
+/// Reads `stop`: the rule, and the table that a simulation uses instead.
 fn read_stop(d: &Section, range: &Range<usize>, models: &[Model]) -> Result<Option<(Selection, Option<Selection>)>> {
     #[derive(Clone, Copy)]
     enum Kind {
@@ -230,7 +231,7 @@ fn read_survivors(s: &Section, rungs: Rungs, range: &Range<usize>) -> Result<Opt
         let want = "a list per rung with the models that go on, such as [[0, 2], [2]]";
         s.fault("survivors", format!("want {want}, numbers from 0 to {}, got {}", range.len() - 1, show(value)))
     })?;
-    // Checked with the numbers that the file has, then moved to the job's.
+    // Checked with the file's numbers, then shifted to the job's.
     let moved = table.iter().map(|list| list.iter().map(|n| n + range.start).collect()).collect();
     let survivors = Survivors::new(rungs, table).and_then(|_| Survivors::new(rungs, moved));
     survivors.map(Some).map_err(|error| s.fault("survivors", error))

@@ -1,19 +1,19 @@
 //! Reads one table of a job file, key by key, and says exactly where a value is wrong.
 //!
 //! A [`Section`] knows its dotted path and every key it may hold. The keys are checked when it is opened, before any is
-//! read, so that a misspelt key is reported as misspelt and not as the missing key that it was meant to be.
+//! read, so that a misspelt key is reported as misspelt and not as the intended key missing.
 
 use hydra::base::{Error, Result, is_too_large, nearest, parse_bytes, parse_bytes_per_sec, parse_flops_per_sec};
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use toml::{Table, Value};
 
-/// Most that a count (of steps, samples, devices, slots) may be: half of what 32 bits hold, as steps are numbered in
-/// the random numbers' coordinates.
+/// The largest count (of steps, samples, devices, slots): half of the range of 32 bits, since step numbers are
+/// coordinates of the random numbers.
 pub const MOST: u64 = i32::MAX as u64;
 
-/// Rates that some device may have, in bytes or floating-point operations per second. By others a plan would be one in
-/// words alone: its seconds would be nothing, or more than can be counted.
+/// Plausible rates of a device, in bytes or floating-point operations per second. With others a plan would be
+/// meaningless: its seconds would be zero or too large to count.
 pub const SANE_RATES: RangeInclusive<f64> = 1.0..=1e21;
 
 /// Where a job file's text comes from: the name that errors carry, and the folder that relative paths start from.
@@ -49,10 +49,10 @@ pub struct Section<'a> {
 }
 
 impl<'a> Section<'a> {
-    /// Opens the table at the dotted path `at`, which may hold `keys` and no other.
+    /// Opens the table at the dotted path `at`, which may contain only `keys`.
     ///
     /// # Errors
-    /// When it holds another key.
+    /// When it contains another key.
     pub fn open(origin: Origin<'a>, at: String, table: &'a Table, keys: &'static [&'static str]) -> Result<Self> {
         let section = Section { origin, at, table, keys };
         if let Some(unknown) = table.keys().find(|key| !keys.contains(&key.as_str())) {
@@ -76,14 +76,14 @@ impl<'a> Section<'a> {
         &self.at
     }
 
-    /// All that it holds.
+    /// The whole table.
     pub fn whole(&self) -> &'a Table {
         self.table
     }
 
     /// The dotted path of `key`.
     pub fn path_of(&self, key: &str) -> String {
-        // A key with a dot or a space in it is quoted, as TOML would have it.
+        // A key with a dot or a space in it is quoted, as in TOML.
         let plain = !key.is_empty() && key.chars().all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '-');
         let key = if plain { key.to_string() } else { clip(&format!("{key:?}")) };
         if self.at.is_empty() { key } else { format!("{}.{key}", self.at) }
@@ -105,12 +105,12 @@ impl<'a> Section<'a> {
         self.table.get(key)
     }
 
-    /// Whether `key` is there.
+    /// Whether `key` is present.
     pub fn has(&self, key: &str) -> bool {
         self.value(key).is_some()
     }
 
-    /// Refuses each of `keys` that is there, because it `belongs` elsewhere.
+    /// Refuses any of `keys` that is present, because it `belongs` elsewhere.
     pub fn refuse(&self, keys: &[&str], belongs: &str) -> Result<()> {
         match keys.iter().find(|key| self.has(key)) {
             Some(key) => Err(self.fault(key, belongs)),
@@ -142,7 +142,7 @@ impl<'a> Section<'a> {
         Ok(self.integer(key, 1..=MOST)?.map(|n| n as usize))
     }
 
-    /// A finite number for which `holds`; `want` says in words what that is.
+    /// A finite number for which `holds` is true; `want` describes such numbers in words.
     pub fn number(&self, key: &str, want: &str, holds: impl Fn(f64) -> bool) -> Result<Option<f64>> {
         self.read(key, want, |value| number(value).filter(|&n| holds(n)))
     }
@@ -183,7 +183,7 @@ impl<'a> Section<'a> {
         })
     }
 
-    /// One of `words`, with what it stands for.
+    /// One of `words`, as the value that it stands for.
     pub fn word<T: Copy>(&self, key: &str, words: &[(&str, T)]) -> Result<Option<T>> {
         let Some(value) = self.value(key) else { return Ok(None) };
         let text = value.as_str().unwrap_or_default();
@@ -239,12 +239,12 @@ impl<'a> Section<'a> {
         })
     }
 
-    /// A table of any keys, as it stands.
+    /// A table with any keys, unchecked.
     pub fn table(&self, key: &str) -> Result<Option<&'a Table>> {
         self.read(key, "a table such as { key = value }", Value::as_table)
     }
 
-    /// A table that may hold `keys`.
+    /// A table that may contain `keys`.
     pub fn section(&self, key: &str, keys: &'static [&'static str]) -> Result<Option<Section<'a>>> {
         let table = self.table(key)?;
         table.map(|table| Section::open(self.origin, self.path_of(key), table, keys)).transpose()
@@ -255,7 +255,7 @@ impl<'a> Section<'a> {
         Section::open(self.origin, self.path_of(key), self.table(key)?.unwrap_or(default), keys)
     }
 
-    /// The tables of `[[key]]`, each of which may hold `keys`; none where the key is missing.
+    /// The tables of `[[key]]`, each of which may contain `keys`; empty where the key is missing.
     pub fn sections(&self, key: &str, keys: &'static [&'static str]) -> Result<Vec<Section<'a>>> {
         let tables: Option<Vec<&'a Table>> = self.read(key, &format!("tables under [[{key}]]"), |value| {
             value.as_array()?.iter().map(Value::as_table).collect()

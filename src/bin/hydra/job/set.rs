@@ -11,11 +11,11 @@ use toml::{Table, Value};
 /// Deepest path that is followed; a job file has no value deeper than five, and a parser's own limit is 80.
 const DEEPEST: usize = 16;
 
-/// Puts the value of `setting`, which is written `path=value`, into `job`.
+/// Applies `setting`, of the form `path=value`, to `job`.
 ///
 /// # Errors
-/// When the setting has no `=`, its path leads through a value that is no table or list, an index is out of range, or
-/// its value is no TOML.
+/// When the setting has no `=`, its path leads through a value that is not a table or list, an index is out of range,
+/// or its value is not TOML.
 pub fn apply(origin: Origin, job: &mut Table, setting: &str) -> Result<()> {
     let fault = |message: String| origin.fault("", format!("--set {setting}: {message}"));
     let (path, text) =
@@ -30,12 +30,12 @@ pub fn apply(origin: Origin, job: &mut Table, setting: &str) -> Result<()> {
         keys.insert(2, "optimizer");
     }
     let value = read_value(text.trim()).map_err(fault)?;
-    // A job without [[device]] has one all the same, the host.
+    // A job without [[device]] implicitly has one, the host.
     if keys.starts_with(&["device", "0"]) && keys.len() > 2 && !job.contains_key("device") {
         let host = Table::from_iter([("kind".to_string(), Value::from("host"))]);
         job.insert("device".into(), Value::Array(vec![Value::Table(host)]));
     }
-    // A missing list is not created otherwise: no index is in its range.
+    // Otherwise a missing list is not created: no index is in its range.
     if ["model", "device"].contains(&keys[0]) && keys.len() > 1 && !job.contains_key(keys[0]) {
         return Err(fault(format!("{}: the job file has no [[{}]]", keys[0], keys[0])));
     }
@@ -51,7 +51,7 @@ pub fn apply(origin: Origin, job: &mut Table, setting: &str) -> Result<()> {
 fn read_value(text: &str) -> std::result::Result<Value, String> {
     match text.parse::<Value>() {
         Ok(value) => Ok(value),
-        // What opens a list, a table or a quote was meant as TOML; taking it for a string would hide the slip.
+        // Text that opens a list, a table or a quote was meant as TOML; treating it as a string would hide the mistake.
         Err(error) if text.starts_with(['[', '{', '"', '\'']) => {
             Err(format!("the value is no TOML: {}", error.message()))
         }
@@ -59,14 +59,14 @@ fn read_value(text: &str) -> std::result::Result<Value, String> {
     }
 }
 
-/// Where a path has led: to something that has parts.
+/// Where a path has led: a value with parts.
 enum Container<'a> {
     Table(&'a mut Table),
     List(&'a mut Vec<Value>),
 }
 
 impl<'a> Container<'a> {
-    /// The table or list under `key`, created as a table where a table lacks it.
+    /// The table or list under `key`; if a table lacks the key, a table is created there.
     fn step(self, key: &str) -> std::result::Result<Container<'a>, String> {
         let value = match self {
             Container::Table(table) => table.entry(key).or_insert_with(|| Value::Table(Table::new())),

@@ -1,38 +1,38 @@
-//! The machine's memory, and what control groups leave a process of it: Linux ends a process whose group goes beyond its
-//! limit, whatever else is free.
+//! The machine's memory, and how much of it control groups leave to a process: Linux kills a process whose group
+//! exceeds its limit, however much memory is free.
 //!
-//! A limit holds for a group and all groups in it, so the process has what is least of its own group's and of those
-//! around it. Both versions of the files are read. Pages of files that nobody has used for a while count as used and
-//! are given back when they are wanted, so here they are free.
+//! A limit applies to a group and all groups in it, so the process has the least of what its own group and its
+//! ancestors leave. Files of both cgroup versions are read. Inactive file pages count as used there but are reclaimed
+//! on demand, so they are treated as free here.
 
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 
-/// Where a version of the files has what.
+/// The file names and keys of one cgroup version.
 struct Names {
-    /// The limit, in bytes or a word for none.
+    /// The limit, in bytes, or a word that means none.
     limit: &'static str,
     usage: &'static str,
-    /// In memory.stat, the first of these that is there: bytes of files not used of late.
+    /// The first of these keys that memory.stat has: bytes of inactive file pages.
     inactive: [&'static str; 2],
 }
 
 const SECOND: Names =
     Names { limit: "memory.max", usage: "memory.current", inactive: ["inactive_file", "inactive_file"] };
-/// Of the first version the plain key is the group's own, without those in it.
+/// In version 1 the plain key counts only the group itself, without its descendants.
 const FIRST: Names = Names {
     limit: "memory.limit_in_bytes",
     usage: "memory.usage_in_bytes",
     inactive: ["total_inactive_file", "inactive_file"],
 };
 
-/// Memory that this program can still have, where the system says: Linux's MemAvailable, or less where a control group
-/// has a limit.
+/// Memory that this program can still allocate, if the system reports it: Linux's MemAvailable, or less where a control
+/// group has a limit.
 pub fn free_memory_bytes() -> Option<u64> {
     [memory_line("MemAvailable:"), group_limits_leave()].into_iter().flatten().min()
 }
 
-/// Memory of the machine, where the system says.
+/// Memory of the machine, if the system reports it.
 pub fn total_memory_bytes() -> Option<u64> {
     memory_line("MemTotal:")
 }
@@ -43,14 +43,14 @@ fn memory_line(key: &str) -> Option<u64> {
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
 }
 
-/// Bytes that this process may still have before a limit of a group ends it; `None` where there is no such limit.
+/// Bytes that this process may still allocate before it exceeds a group's limit; `None` where there is no such limit.
 fn group_limits_leave() -> Option<u64> {
     let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
     free_bytes_under(Path::new("/sys/fs/cgroup"), &groups)
 }
 
-/// The same for a process whose `groups` are those, as /proc/self/cgroup has them, where the files of all groups lie
-/// under `root`.
+/// The same for a process in `groups`, in the format of /proc/self/cgroup, where the files of all groups are under
+/// `root`.
 fn free_bytes_under(root: &Path, groups: &str) -> Option<u64> {
     let of_line = |line: &str| {
         let mut parts = line.splitn(3, ':').skip(1);
@@ -64,8 +64,8 @@ fn free_bytes_under(root: &Path, groups: &str) -> Option<u64> {
     groups.lines().filter_map(of_line).min()
 }
 
-/// What is least of `group`'s and of those around it. In a container a group's path may be one that is not there, seen
-/// from within: then its root is.
+/// The least of what `group` and its ancestors leave. In a container a group's path may not exist as seen from inside:
+/// then the root is used.
 fn least_free_bytes(root: &Path, group: &str, names: &Names) -> Option<u64> {
     let inside = Path::new(group).components().filter(|part| matches!(part, Component::Normal(_)));
     let group: PathBuf = inside.collect();

@@ -1,4 +1,4 @@
-//! What a job runs on: its devices with what they achieve, measured or stated, and the memory there is.
+//! What a job runs on: its devices with their rates, measured or stated, and the available memory.
 
 mod memory;
 mod profile;
@@ -15,13 +15,13 @@ use profile::stated_cost;
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 
-/// Of the memory that is free, the part that the host's store may take unless the job says otherwise.
+/// The fraction of free memory that the host's store may take unless the job says otherwise.
 pub const SHARE_OF_FREE_MEMORY: f64 = 0.8;
 
-/// Each takes part in every plan and choice.
+/// The most devices of a job: each takes part in every plan and choice.
 const MOST_DEVICES: usize = 4096;
 
-/// What devices achieve with so many of them at work.
+/// The rates of devices with `at_work` of them working at the same time.
 struct Measured {
     specs: Vec<DeviceSpec>,
     at_work: usize,
@@ -29,11 +29,11 @@ struct Measured {
 }
 
 thread_local! {
-    /// What was measured so far: rates of one command are of one measurement, so that what it compares can be compared.
+    /// The measurements so far: all rates in one command come from one measurement, so that its results are comparable.
     static MEASURED: RefCell<Vec<Measured>> = const { RefCell::new(Vec::new()) };
 }
 
-/// What `specs` achieve with so many of them at work.
+/// The rates of `specs` with `at_work` of them working at the same time.
 fn measured(specs: Vec<DeviceSpec>, at_work: usize) -> Result<Vec<CostModel>> {
     let before = MEASURED.with_borrow(|all| {
         let same = all.iter().find(|m| m.specs == specs && m.at_work == at_work);
@@ -52,11 +52,11 @@ fn measured(specs: Vec<DeviceSpec>, at_work: usize) -> Result<Vec<CostModel>> {
 pub struct MachineDevice {
     /// Its kind.
     pub kind: DeviceKind,
-    /// What is started; for sim, which starts none, the host.
+    /// The device that is started; for sim, which starts none, the host.
     pub spec: DeviceSpec,
     /// Measured or stated rates.
     pub cost: CostModel,
-    /// Bytes of its memory; `None` is no limit.
+    /// Bytes of its memory; `None` means no limit.
     pub budget: Option<u64>,
 }
 
@@ -77,7 +77,7 @@ impl Machine {
         &self.devices[0]
     }
 
-    /// How many devices there are, in words, and on how many GPUs several lie.
+    /// The number of devices in words, and the number of GPUs if several devices share one.
     pub fn devices_text(&self) -> String {
         let gpu = |device: &MachineDevice| match device.spec {
             DeviceSpec::Cuda { ordinal, .. } => Some(ordinal),
@@ -92,13 +92,13 @@ impl Machine {
         }
     }
 
-    /// What each device costs.
+    /// The cost model of each device.
     pub fn costs(&self) -> Vec<CostModel> {
         self.devices.iter().map(|d| d.cost.clone()).collect()
     }
 }
 
-/// Refuses devices that are not there, that cannot work together or, where the job `trains`, that cannot compute.
+/// Refuses devices that are not available, that cannot work together or, if the job `trains`, that cannot compute.
 ///
 /// # Errors
 /// [`Error::BadInput`] that names the key; [`Error::Device`] for a machine that lacks a GPU.
@@ -135,11 +135,11 @@ pub fn check_devices(file: &str, job: &Job, trains: bool) -> Result<()> {
     Ok(())
 }
 
-/// What is started for a device of a job; of the machine's GPUs `ordinal` is the one on which it lies.
+/// What is started for a device of a job; `ordinal` is the number of the machine's GPU that it uses.
 pub fn device_spec(device: &job::Device, ordinal: usize) -> DeviceSpec {
     match device.kind {
         DeviceKind::Cuda => DeviceSpec::Cuda { ordinal, threads: None },
-        // In order, as a GPU of the Hopper generation.
+        // Runs in order, as a GPU of the Hopper generation.
         DeviceKind::Emulated => DeviceSpec::Emulated { arch: 90, seed: 0, threads: None },
         DeviceKind::Host | DeviceKind::Sim => {
             HostSpec { arena_bytes: 0, link_bytes_per_sec: device.link, threads: device.threads }.into()
@@ -147,13 +147,13 @@ pub fn device_spec(device: &job::Device, ordinal: usize) -> DeviceSpec {
     }
 }
 
-/// The job's devices. Real ones that state no profile are measured, as many at once as will be at work.
+/// The job's devices. Real ones without a stated profile are measured, as many at once as will work at the same time.
 ///
 /// # Errors
-/// When rates are at fault or cannot be measured.
+/// When stated rates are invalid or rates cannot be measured.
 pub fn machine(file: &str, job: &Job) -> Result<Machine> {
     let (mut devices, mut unmeasured) = (Vec::new(), Vec::new());
-    // The n-th device lies on GPU n, over and over where there are fewer.
+    // The n-th device uses GPU n modulo the number of GPUs.
     let gpus = if job.devices[0].kind == DeviceKind::Cuda { gpus().len().max(1) } else { 1 };
     for (i, device) in job.devices.iter().enumerate() {
         let measured = device.kind != DeviceKind::Sim && device.profile.is_none();
@@ -179,7 +179,7 @@ pub fn machine(file: &str, job: &Job) -> Result<Machine> {
             cost.h2d_bytes_per_sec = if sim { link } else { cost.h2d_bytes_per_sec.min(link) };
             cost.d2h_bytes_per_sec = if sim { link } else { cost.d2h_bytes_per_sec.min(link) };
         }
-        // What all devices share none has more of.
+        // No device has more than the link that all share.
         let most = job.host.link.unwrap_or(f64::INFINITY);
         device.cost.h2d_bytes_per_sec = device.cost.h2d_bytes_per_sec.min(most);
         device.cost.d2h_bytes_per_sec = device.cost.d2h_bytes_per_sec.min(most);
@@ -197,7 +197,7 @@ pub fn machine(file: &str, job: &Job) -> Result<Machine> {
     Ok(Machine { devices, homes, shared_bytes_per_sec: job.host.link })
 }
 
-/// Devices that compute at the same time, of so many, with so many models.
+/// How many of `devices` compute at the same time, with this many models.
 fn at_work(policy: Policy, models: usize, devices: usize) -> usize {
     match policy {
         Policy::Lines(Baseline::OneAtATime | Baseline::ModelParallel) => 1,

@@ -6,7 +6,7 @@ use hydra::device::sim::{CostModel, PROFILES, Profile};
 use std::ops::RangeInclusive;
 use std::path::Path;
 
-/// What the parts of a task or a copy may cost each time, in seconds.
+/// Plausible start-up costs of a task or a copy, in seconds.
 const SANE_SECS: RangeInclusive<f64> = 0.0..=1000.0;
 
 /// The rates of a device that states them: device `i` of the job `file`.
@@ -37,9 +37,9 @@ pub fn stated_cost(file: &str, i: usize, device: &Device) -> Result<CostModel> {
     Err(fault(format!("\"{profile}\" is not known, only {known}, and files that end in .json{hint}")))
 }
 
-/// Refuses numbers that no device has: a plan by them would be one in words alone. Says the field at fault.
+/// Refuses numbers that no device has, with which a plan would be meaningless. Returns the faulty field.
 fn check_cost(cost: &CostModel) -> std::result::Result<(), String> {
-    // A field that a later version adds is one that this must name.
+    // Destructured, so that a field that a later version adds must be named here.
     let CostModel {
         rates,
         memory_bytes_per_sec,

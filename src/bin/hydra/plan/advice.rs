@@ -1,6 +1,6 @@
-//! What would help: predictions of the same job with more of one thing, the best first.
+//! What would help: predictions for the same job with more of one resource, the best first.
 //!
-//! Everything is planned anew for that, so that what is promised is what a job with that thing would be told.
+//! Each variant is planned anew, so that the promised figures are those that a job with that resource would get.
 
 use crate::job::{Job, Pipeline};
 use crate::machine::Machine;
@@ -18,14 +18,14 @@ use std::sync::Arc;
 /// Gains below this are not worth a line.
 const WORTH_SAYING: f64 = 1.03;
 
-/// A job that has more of one thing.
+/// A job that has more of one resource.
 #[derive(Clone)]
 struct Try {
     what: String,
     job: Job,
     machine: Machine,
     fleet: Vec<FleetModel>,
-    /// What a step does, by what it does in the job as it is.
+    /// The work of a step, relative to the job as it is.
     work: f64,
 }
 
@@ -34,8 +34,8 @@ impl Try {
         self.machine.devices.iter_mut().for_each(|d| change(&mut d.cost));
     }
 
-    /// Seconds in which the work of a step of every model is done, what makes it so, and the bytes of the largest arena;
-    /// `None` where there is no such plan. `alone`: there is one model, which has its device to itself.
+    /// Seconds for the work of a step of every model, what was changed, and the bytes of the largest arena; `None`
+    /// where there is no such plan. `alone` means that a single model has its device to itself.
     fn predicted(self, alone: bool) -> Option<(f64, String, u64)> {
         let Try { what, job, machine, fleet, work } = self;
         let placing = Placing::new(&job, &machine, &fleet).ok()?;
@@ -48,12 +48,12 @@ impl Try {
     }
 }
 
-/// Predictions of the same models with more of one thing, by a step of every model, the best first.
+/// Predictions of a step of every model for the same job with more of one resource, the best first.
 pub fn what_would_help(planned: &PlannedJob) -> String {
     let models = &planned.models;
     let _held: Vec<_> = models.iter().map(|m| m.model().stand_ins()).collect();
     let mut job = planned.job.clone();
-    // What is compared is of one kind: a job that would be better off with the other has been given that.
+    // Only jobs that pipeline alike are compared: this job already has the better choice.
     job.run.pipeline = if planned.sharing.pipelines() { Pipeline::Always } else { Pipeline::Never };
     let fleet = models.iter().map(|m| fleet_model(&m.prepared, m.model())).collect();
     let alone = planned.sharing == Sharing::Alone;
@@ -108,7 +108,7 @@ pub fn what_would_help(planned: &PlannedJob) -> String {
     if alone && let Some(fleet) = with_twice_the_batch(planned) {
         add("twice the batch, so more work per visit", &|t| (t.fleet, t.work) = (fleet.clone(), 2.0));
     }
-    // Each is a job to plan; together they take hardly longer than the longest.
+    // Each is a job to plan; in parallel they take little longer than the longest.
     let found: Vec<_> = std::thread::scope(|scope| {
         let begun: Vec<_> = tries.into_iter().map(|one| scope.spawn(move || one.predicted(alone))).collect();
         begun.into_iter().map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
@@ -117,7 +117,7 @@ pub fn what_would_help(planned: &PlannedJob) -> String {
     best_first(found.into_iter().flatten().map(gain).collect(), if alone { "on the device" } else { "on a device" })
 }
 
-/// The same models, whose steps have twice as many samples.
+/// The same models with twice as many samples per step.
 fn with_twice_the_batch(planned: &PlannedJob) -> Option<Vec<FleetModel>> {
     let twice = |m: &Rc<Planned>| {
         let options = TrainOptions { batch: 2 * m.prepared.options.batch, ..m.prepared.options.clone() };
@@ -127,7 +127,7 @@ fn with_twice_the_batch(planned: &PlannedJob) -> Option<Vec<FleetModel>> {
     planned.models.iter().map(twice).collect()
 }
 
-/// The lines of gains with what they need.
+/// The lines of gains, each with what it needs.
 fn best_first(mut gains: Vec<(f64, String, u64)>, place: &str) -> String {
     gains.retain(|(gain, _, _)| *gain >= WORTH_SAYING);
     gains.sort_by(|a, b| b.0.total_cmp(&a.0));

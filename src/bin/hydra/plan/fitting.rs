@@ -1,7 +1,7 @@
-//! Plans within the memory that the machine has free, where the devices' arenas lie in it too.
+//! Plans that fit the machine's free memory, where the devices' arenas are in it too.
 //!
-//! Memory is handed out before it is there, so that a run which will not get it should not begin. A job that leaves the
-//! devices' memory to the program is planned to fit; one that states it is refused, with what would do.
+//! The system overcommits memory, so a run that would not get its memory must not begin. A job that leaves the devices'
+//! memory to the program is planned to fit; a job that states too much is refused, with a budget that would fit.
 
 use crate::job::{DeviceKind, Job};
 use crate::machine::SHARE_OF_FREE_MEMORY;
@@ -12,8 +12,8 @@ use hydra::base::{Result, format_bytes};
 use std::path::Path;
 use std::rc::Rc;
 
-/// Plans a job that was read from `path`, as [`plan_loaded`]. Where its devices state no memory and would take more
-/// than is `free`, they get what is left of it beside the host's store.
+/// Plans a job that was read from `path`, as [`plan_loaded`]. If its devices state no memory and would take more than
+/// is `free`, they get what the host's store leaves of it.
 ///
 /// # Errors
 /// As [`plan_loaded`].
@@ -31,10 +31,10 @@ pub fn plan_to_fit(path: &Path, job: Job, texts: &Rc<Texts>, trains: bool, free:
     Ok(fits)
 }
 
-/// Why the machine will not give what the run takes, with a budget that would do; `None` where it will.
+/// Why the machine does not have the memory that the run takes, with a budget that would fit; `None` if it does.
 pub fn why_not(path: &Path, planned: &PlannedJob, free: Option<u64>) -> Option<String> {
     let wants = planned.wants_bytes();
-    // What is simulated takes no memory here.
+    // Simulated devices take no memory here.
     let is_here = planned.machine.first().kind != DeviceKind::Sim;
     let free = free.filter(|&free| is_here && wants > free)?;
     let names: Vec<&str> = planned.models.iter().map(|m| m.prepared.name.as_str()).collect();
@@ -60,7 +60,7 @@ fn lies_in_host_memory(planned: &PlannedJob) -> bool {
     matches!(planned.machine.first().kind, DeviceKind::Host | DeviceKind::Emulated)
 }
 
-/// The same job planned to take no more than `free` bytes, and the budget of each device by which it does.
+/// The same job planned to take at most `free` bytes, and the budget of each device with which it does.
 fn within(path: &Path, planned: &PlannedJob, free: u64) -> Option<(PlannedJob, u64)> {
     if !lies_in_host_memory(planned) {
         return None;
@@ -71,7 +71,8 @@ fn within(path: &Path, planned: &PlannedJob, free: u64) -> Option<(PlannedJob, u
         let fits = plan_loaded(path, job, &planned.texts, false).ok()?;
         (fits.wants_bytes() <= free).then_some((fits, budget))
     };
-    // The least on the devices is the most in the store: what it leaves, no other budget takes away.
+    // With the least memory on the devices, the store is largest: any other budget leaves it at least what remains
+    // then.
     let least = by(planned.smallest_device_bytes)?;
     let room = (free as f64 * SHARE_OF_FREE_MEMORY) as u64;
     let devices = least.0.machine.devices.len() as u64;
@@ -109,7 +110,7 @@ steps = 5
         for free in [wants - 1, wants / 4 * 3] {
             let fits = plan(None, Some(free));
             assert!(fits.wants_bytes() <= free && fits.machine.first().budget.is_some(), "{free} of {wants}");
-            // What is stated is kept, and the budget that is named does.
+            // A stated budget is kept, and the suggested budget fits.
             let stated = plan(Some(wants), Some(free));
             assert_eq!(stated.machine.first().budget, Some(wants));
             let why = why_not(&path, &stated, Some(free)).expect("it does not fit");

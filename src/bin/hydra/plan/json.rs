@@ -1,4 +1,4 @@
-//! What plan.json holds.
+//! The content of plan.json.
 
 use crate::job::RECOMPUTE;
 use crate::machine::MachineDevice;
@@ -72,14 +72,14 @@ impl Planned {
 }
 
 impl PlannedJob {
-    /// plan.json itself.
+    /// The text of plan.json.
     pub fn text(&self) -> String {
         format!("{:#}\n", self.json())
     }
 
-    /// What plan.json holds. A shard's seconds are those of a step, all microbatches, on the first device; the last
-    /// shard's forward, loss and backward are one unit, whose seconds are `backward_secs`. A model's own seconds are
-    /// those with the devices to itself.
+    /// The content of plan.json. A shard's seconds are those of a step, all microbatches, on the first device; the last
+    /// shard's forward, loss and backward are one unit, whose seconds are `backward_secs`. A model's seconds are those
+    /// it takes when it has the devices to itself.
     pub fn json(&self) -> Value {
         let cost = &self.machine.first().cost;
         let ceiling = |model: &Rc<Planned>| {

@@ -1,8 +1,8 @@
 //! From a job to plans: how each model is cut, where it runs, and how models share the devices.
 //!
-//! [`planned`] is the whole: it has models traced, [`placing`] plan and place them, and predicts a step. [`fitting`]
-//! holds plans to the memory that is free, [`room`] plans models that come later, [`rehearsal`] tries ways to take
-//! turns. What a plan says is in [`words`] and [`json`], and in [`advice`] what would help.
+//! [`planned`] is the entry: it traces the models, has [`placing`] plan and place them, and predicts a step.
+//! [`fitting`] makes plans fit free memory, [`room`] plans models that are added later, and [`rehearsal`] tries ways to
+//! take turns. [`words`] and [`json`] describe a plan, and [`advice`] says what would help.
 
 mod advice;
 mod fitting;

@@ -1,5 +1,5 @@
-//! Where the models of a job run, and how they share its devices: as the policy has it, of the ways there are the one
-//! that ends soonest.
+//! Where the models of a job run, and how they share its devices: of the ways that the policy allows, the one that ends
+//! soonest.
 
 use crate::job::{DeviceKind, Job, Pipeline, Policy, Run};
 use crate::machine::{Machine, MachineDevice};
@@ -14,20 +14,20 @@ use hydra::spill::{
 use hydra::trace::Recorder;
 use std::sync::Arc;
 
-/// Steps of the longest model, by which ways are compared.
+/// Steps of the longest model over which ways are compared.
 pub const COMPARED_STEPS: u64 = 24;
 
-/// The gain that a pipeline is to promise: predictions are no better.
+/// The least predicted gain for which a pipeline is used: predictions are no more precise.
 const LEAST_GAIN: f64 = 0.1;
 
-/// Parts of the memory that plans take in which they are tried too, and the gain that these are to promise.
+/// Fractions of the plans' memory in which plans are tried too, and the least predicted gain for using those.
 const LESS_MEMORY: [u64; 2] = [2, 4];
 const LEAST_GAIN_OF_LESS: f64 = 0.02;
 
-/// Seconds of a microbatch in a unit below which handing it on costs too much, whatever a simulation says of it.
+/// Seconds of a microbatch in a unit below which passing it on costs too much, whatever a simulation predicts.
 const LEAST_TASK_SECS: f64 = 2e-4;
 
-/// Whether microbatches take long enough to be handed on.
+/// Whether microbatches take long enough to be passed on.
 pub fn is_worth_it(placed: &[Placed]) -> bool {
     placed.iter().all(|p| {
         let tasks = (2 * p.plan.shards.len() - 1) * p.model.microbatches;
@@ -40,14 +40,14 @@ pub fn is_worth_it(placed: &[Placed]) -> bool {
 pub enum Sharing {
     /// One model on one device.
     Alone,
-    /// Units go where the policy wants them; where that is locality-LRTF, it is this one.
+    /// Units go where the policy chooses; if that is locality-LRTF, it is this one.
     Turns(LocalityLrtf),
     /// Models run one after another in these lines.
     Lines(Vec<Vec<usize>>),
 }
 
 impl Sharing {
-    /// Who says which unit is next, where models take turns.
+    /// The policy that chooses the next unit, where models take turns.
     pub fn policy(&self, run: &Run) -> Option<Box<dyn sched::Policy>> {
         match self {
             Sharing::Turns(policy) if run.policy == Policy::LOCALITY_LRTF => Some(Box::new(policy.clone())),
@@ -56,15 +56,15 @@ impl Sharing {
         }
     }
 
-    /// Whether a unit may follow one on another device before that has ended.
+    /// Whether a unit may follow one on another device before the latter has ended.
     pub fn pipelines(&self) -> bool {
         matches!(self, Sharing::Turns(policy) if policy.pipelines)
     }
 }
 
-/// Models where they run.
+/// Models and where they run.
 pub struct Placing {
-    /// By number.
+    /// The models, by number.
     pub placed: Vec<Placed>,
     /// How they share the devices.
     pub sharing: Sharing,
@@ -73,7 +73,7 @@ pub struct Placing {
 }
 
 impl Placing {
-    /// Plans and places all models as the job's policy has it.
+    /// Plans and places all models under the job's policy.
     ///
     /// # Errors
     /// When no plan fits the budgets.
@@ -95,7 +95,7 @@ impl Placing {
         let may_pipeline = job.run.policy == Policy::LOCALITY_LRTF && job.run.pipeline != Pipeline::Never;
         let plan = if may_pipeline { plan_pipelined(fleet, &devices) } else { Ok(None) };
         let never = || match &plan {
-            // Memory that is asked for must be of use: where none would do, that is said first.
+            // A suggested budget must be useful: if no budget would fit, that is reported first.
             Err(Error::OutOfBudget { smallest_device_bytes, .. }) => {
                 let budget = Some(*smallest_device_bytes);
                 let enough: Vec<FleetDevice> = devices.iter().map(|d| FleetDevice { budget, ..d.clone() }).collect();
@@ -104,12 +104,12 @@ impl Placing {
             plan => matches!(plan, Ok(None)),
         };
         if job.run.pipeline == Pipeline::Always && never() {
-            // The first model is in the job file itself, where the key is.
+            // The first model is in the job file itself, which also has the key.
             let file = &job.models[0].file;
             let what = "\"always\" wants a model with a microbatch below its batch that would end last; leave it out";
             return Err(Error::bad(format!("{file}: run.pipeline: {what}")));
         }
-        // What does not fit with fine units may fit without.
+        // Plans that do not fit with fine units may fit without.
         let plan = plan.ok().flatten().filter(|plan| job.run.pipeline == Pipeline::Always || is_worth_it(&plan.placed));
         let Some(plan) = plan else { return one_at_a_time()?.checked(machine) };
         let fine = |plan: FleetPlan| {
@@ -131,8 +131,8 @@ impl Placing {
         Ok(if ends_sooner { Placing { smallest_device_bytes, ..pipelined } } else { without })
     }
 
-    /// Plans and places models that take turns. What fits in less memory fits in more, and may be better there: plans
-    /// are made for each model by itself, and how they do together shows in simulation alone.
+    /// Plans and places models that take turns. A plan for less memory also fits in more, and may be better there:
+    /// plans are made for each model alone, and only a simulation shows how they do together.
     fn by_turns(job: &Job, machine: &Machine, fleet: &[FleetModel], devices: &[FleetDevice]) -> Result<Placing> {
         let within = |devices: &[FleetDevice]| {
             let FleetPlan { placed, smallest_device_bytes, .. } = plan_fleet(fleet, devices, machine.homes)?;
@@ -142,7 +142,7 @@ impl Placing {
         let simulated = best.simulated(job, machine, fleet)?;
         let mut secs = simulated.makespan_secs;
         let gains = |found: f64, secs: f64| found < (1.0 - LEAST_GAIN_OF_LESS) * secs;
-        // Of less memory comes no less work.
+        // Less memory does not mean less work.
         if !gains(simulated.bounds.secs, secs) {
             return Ok(best);
         }
@@ -164,18 +164,18 @@ impl Placing {
         Ok(best)
     }
 
-    /// The models where they are placed.
+    /// The placed models as a scenario to simulate.
     pub fn scenario<'a>(&'a self, job: &'a Job, machine: &'a Machine) -> Scenario<'a> {
         Scenario { placed: &self.placed, sharing: &self.sharing, run: &job.run, machine }
     }
 
-    /// Simulates a part of all steps, by which ways are compared.
+    /// Simulates a part of all steps, to compare ways.
     fn simulated(&self, job: &Job, machine: &Machine, fleet: &[FleetModel]) -> Result<Simulation> {
         let steps: Vec<u64> = fleet.iter().map(|m| m.steps).collect();
         self.scenario(job, machine).simulate(fewer_steps(&steps, COMPARED_STEPS), None)
     }
 
-    /// Finds every model's home, on the disk where the host's store cannot hold all, or refuses.
+    /// Assigns every model's home, on the disk where the host's store cannot hold everything, or refuses.
     fn checked(self, machine: &Machine) -> Result<Placing> {
         Ok(Placing { placed: find_homes(&self.placed, machine.homes)?, ..self })
     }
@@ -183,7 +183,7 @@ impl Placing {
     /// One model on one device.
     fn alone(machine: &Machine, fleet_model: &FleetModel) -> Result<Placing> {
         let FleetModel { name, model, options, .. } = fleet_model;
-        // It may as well be the one with the most memory, of equals the first.
+        // Chooses the device with the most memory; among equals, the first.
         let wants = |d: &usize| machine.devices[*d].budget.unwrap_or(u64::MAX);
         let best = (0..machine.devices.len()).rev().max_by_key(wants).unwrap_or(0);
         let options =
@@ -202,7 +202,7 @@ pub fn fewer_steps(steps: &[u64], most: u64) -> Vec<u64> {
     steps.iter().map(|steps| (steps * most.min(longest)).div_ceil(longest)).collect()
 }
 
-/// A model as the planner of several takes it.
+/// A model as input to the planner of a fleet.
 pub fn fleet_model(prepared: &Prepared, model: &Arc<Model>) -> FleetModel {
     FleetModel {
         name: prepared.name.clone(),
@@ -217,14 +217,14 @@ pub fn units(placed: &[Placed], run: &Run) -> usize {
     placed.iter().map(|p| p.plan.choice.slots).max().unwrap_or(1).min(run.slots.unwrap_or(2))
 }
 
-/// Bytes of each device's memory that more weight slots than are needed may fill. Without a stated budget a real device
-/// gives what plans need, and no more; a simulated one has no end of memory.
+/// Bytes of each device's memory that extra weight slots may fill. Without a stated budget a real device provides only
+/// what plans need; a simulated one has unlimited memory.
 pub fn may_fill(machine: &Machine) -> Vec<Option<u64>> {
     let of = |d: &MachineDevice| d.budget.or((d.kind != DeviceKind::Sim).then_some(0));
     machine.devices.iter().map(of).collect()
 }
 
-/// All that a schedule depends on but how many steps it has.
+/// Everything that a schedule depends on except the number of steps.
 #[derive(Clone)]
 pub struct Scenario<'a> {
     pub placed: &'a [Placed],
@@ -234,10 +234,10 @@ pub struct Scenario<'a> {
 }
 
 impl Scenario<'_> {
-    /// Simulates so many steps of each model.
+    /// Simulates `steps` steps of each model.
     ///
     /// # Errors
-    /// When the schedule stalls: our own bug.
+    /// When the schedule stalls, which is our own bug.
     pub fn simulate(&self, steps: Vec<u64>, recorder: Option<Recorder>) -> Result<Simulation> {
         let lines = match self.sharing {
             Sharing::Lines(lines) => lines.clone(),
@@ -255,14 +255,14 @@ impl Scenario<'_> {
         simulate(self.placed, options)
     }
 
-    /// Seconds of a steady step of every model, and those that no schedule of these plans can beat.
+    /// Seconds of a steady step of every model, and a lower bound for any schedule of these plans.
     ///
     /// # Errors
-    /// When the schedule stalls: our own bug.
+    /// When the schedule stalls, which is our own bug.
     pub fn predict_step(&self) -> Result<(f64, f64)> {
         let steps = |n: u64| self.simulate(vec![n; self.placed.len()], None);
         let (first, third) = (steps(1)?, steps(3)?);
-        // Without what comes before the first step and after the last.
+        // Without the time before the first step and after the last.
         let bound_secs = (third.bounds.secs - first.bounds.secs) / 2.0;
         Ok((((third.makespan_secs - first.makespan_secs) / 2.0).max(bound_secs), bound_secs))
     }

@@ -21,11 +21,11 @@ use std::sync::Arc;
 
 /// A model with its plan.
 pub struct Planned {
-    /// What was planned.
+    /// The model as it was prepared.
     pub prepared: Prepared,
     /// Its graphs, its plan and where it runs.
     pub placed: Placed,
-    /// What a step takes, alone.
+    /// The prediction of a step when it runs alone.
     pub prediction: Prediction,
 }
 
@@ -56,21 +56,21 @@ impl Planned {
 pub struct PlannedJob {
     /// The job.
     pub job: Job,
-    /// What its models read.
+    /// The texts that its models read.
     pub texts: Rc<Texts>,
     /// What it runs on.
     pub machine: Machine,
-    /// Its models, in the file's order; models that came later after them.
+    /// Its models, in the file's order, followed by models that were added later.
     pub models: Vec<Rc<Planned>>,
     /// How they share the devices.
     pub sharing: Sharing,
-    /// What rehearsals have made of that, in a simulation.
+    /// The result of rehearsals of that, for a simulation.
     pub rehearsal: Option<Rehearsal>,
     /// The smallest budget of every device that would work.
     pub smallest_device_bytes: u64,
     /// Bytes of each device's arena, and of the host's store.
     pub map: FleetMap,
-    /// A steady step of every model: seconds, and those that no schedule of these plans can beat.
+    /// Seconds of a steady step of every model, and a lower bound for any schedule of these plans.
     pub step_secs: f64,
     pub bound_secs: f64,
 }
@@ -78,12 +78,12 @@ pub struct PlannedJob {
 /// Reads and plans the job at `path`, to look at it or to simulate it.
 ///
 /// # Errors
-/// When the job or what it names is at fault, or no plan fits the budgets.
+/// When the job or a file that it names is faulty, or no plan fits the budgets.
 pub fn plan_job(path: &Path, sets: &[String], texts: &Rc<Texts>) -> Result<PlannedJob> {
     plan_loaded(path, Job::load(path, sets)?, texts, false)
 }
 
-/// Plans a job that was read from `path`. `trains`: a device that cannot compute is refused.
+/// Plans a job that was read from `path`. With `trains`, a device that cannot compute is refused.
 ///
 /// # Errors
 /// As [`plan_job`].
@@ -92,7 +92,7 @@ pub fn plan_loaded(path: &Path, job: Job, texts: &Rc<Texts>, trains: bool) -> Re
     check_scope(&file, &job)?;
     check_devices(&file, &job, trains)?;
     let prepared = (0..job.models.len()).map(|i| prepare(&job, i, texts)).collect::<Result<Vec<_>>>()?;
-    // Graphs before rates: what a network refuses is said before a second goes into measuring.
+    // Graphs before rates, so that a network's errors are reported before a second is spent on measuring.
     let mut traced: Vec<(Prepared, Arc<Model>)> = Vec::new();
     for prepared in prepared {
         let before: Vec<_> = traced.iter().map(|(p, m)| (p, m)).collect();
@@ -128,8 +128,8 @@ pub fn plan_loaded(path: &Path, job: Job, texts: &Rc<Texts>, trains: bool) -> Re
     Ok(planned)
 }
 
-/// Says in a line of each model after the first `from` whose learning rate would still rise when it ends: it never
-/// comes to the peak that was asked for.
+/// Prints a line for each model after the first `from` whose learning rate would still rise when it ends, and so never
+/// reaches the peak that was asked for.
 pub fn warn_of_warmups(job: &Job, from: usize, models: &[Rc<Planned>]) {
     for (model, planned) in job.models[from..].iter().zip(models) {
         let options = &planned.prepared.options;
@@ -142,7 +142,7 @@ pub fn warn_of_warmups(job: &Job, from: usize, models: &[Rc<Planned>]) {
     }
 }
 
-/// Traces the model of a job that comes after those `before`; equal ones share a graph.
+/// Traces a model of a job, after the models `before`; identical models share a graph.
 ///
 /// # Errors
 /// When the network does not take the data, or the microbatch does not divide the batch.
@@ -155,7 +155,7 @@ pub fn trace(job: &Job, mut prepared: Prepared, before: &[(&Prepared, &Arc<Model
         let (one, other) = (&twin.options, &prepared.options);
         let traced_alike =
             one.microbatch == other.microbatch && (&one.frozen, &one.low_rank) == (&other.frozen, &other.low_rank);
-        // Of one family and config, networks differ where the vocabulary comes from the data.
+        // Networks of the same family and config differ if the vocabulary comes from the data.
         let labels = twin.network().labels() == prepared.network().labels();
         a.source == b.source && labels && sizes(a) == sizes(b) && traced_alike && twin.inputs == prepared.inputs
     };
@@ -169,7 +169,7 @@ pub fn trace(job: &Job, mut prepared: Prepared, before: &[(&Prepared, &Arc<Model
     Ok((prepared, model))
 }
 
-/// What a step of a model takes with the devices to itself.
+/// Predicts a step of a model that has the devices to itself.
 ///
 /// # Errors
 /// When the schedule stalls: our own bug.
@@ -179,7 +179,7 @@ pub fn predict_alone(placed: &Placed, sharing: &Sharing, machine: &Machine, aren
     {
         return predict(&placed.model, &placed.plan, &machine.devices[usize::from(devices[0])].cost);
     }
-    /// Steps that are run, the first of which is left out of every average.
+    /// Number of simulated steps; the first is left out of every average.
     const STEPS: u64 = 4;
     let run = |steps: u64| {
         let pipelines = sharing.pipelines();
@@ -195,7 +195,7 @@ pub fn predict_alone(placed: &Placed, sharing: &Sharing, machine: &Machine, aren
         simulate(std::slice::from_ref(placed), options)
     };
     let (first, all) = (run(1)?, run(STEPS)?);
-    // What comes once, as the first loads of what then stays, is in both.
+    // One-time costs, such as the first loads of state that then stays, are in both.
     let of_a_step = |all: f64, first: f64| (all - first) / (STEPS - 1) as f64;
     let lanes = all.sums.iter().zip(&first.sums);
     let (busiest, bound_secs) = busiest(lanes.map(|(a, f)| (a.lane, of_a_step(a.busy_secs, f.busy_secs))));
@@ -207,7 +207,7 @@ pub fn predict_alone(placed: &Placed, sharing: &Sharing, machine: &Machine, aren
 }
 
 impl PlannedJob {
-    /// All models where they are placed.
+    /// All models, as they are placed.
     pub fn placed(&self) -> Vec<Placed> {
         self.models.iter().map(|m| m.placed.clone()).collect()
     }
@@ -217,7 +217,7 @@ impl PlannedJob {
         placing::units(&self.placed(), &self.job.run)
     }
 
-    /// Simulates the job with so many steps of each model.
+    /// Simulates the job with `steps` steps of each model.
     ///
     /// # Errors
     /// When the schedule stalls: our own bug.
@@ -225,13 +225,13 @@ impl PlannedJob {
         self.scenario(&self.placed()).simulate(steps, recorder)
     }
 
-    /// Models that are `placed`, as a fleet of their own.
+    /// The models `placed`, as a fleet of their own.
     fn scenario<'a>(&'a self, placed: &'a [Placed]) -> Scenario<'a> {
         Scenario { placed, sharing: &self.sharing, run: &self.job.run, machine: &self.machine }
     }
 
-    /// Finds out how the models numbered `active` take turns best over so many steps each, as a fleet of their own;
-    /// `None` where nothing is gained.
+    /// Finds how the models numbered `active`, as a fleet of their own, best take turns over `steps` steps each; `None`
+    /// where nothing is gained.
     ///
     /// # Errors
     /// When the schedule stalls: our own bug.
@@ -251,7 +251,7 @@ impl PlannedJob {
             return Ok(());
         }
         let (step_secs, bound_secs) = self.scenario(&self.placed()).predict_step()?;
-        // Nor do they beat what one of them does not, where it has its lanes whatever the schedule.
+        // Nor can they beat the bound of a single model that has its lanes to itself under any schedule.
         let stays = |m: &&Rc<Planned>| self.machine.devices.len() == 1 || m.placed.home != Home::Anywhere;
         let alone = self.models.iter().filter(stays).map(|m| m.prediction.bound_secs);
         self.bound_secs = alone.fold(bound_secs, f64::max);
@@ -259,7 +259,7 @@ impl PlannedJob {
         Ok(())
     }
 
-    /// The disk tier, where the plan puts anything there, or models that come later may.
+    /// The disk tier, if the plan, or models added later, may put anything there.
     pub fn disk(&self) -> Option<DiskSpec> {
         let disk = self.job.host.disk.as_ref()?;
         let grows = matches!(self.sharing, Sharing::Turns(_));
@@ -267,7 +267,7 @@ impl PlannedJob {
         (self.map.disk_bytes > 0 || grows).then(spec)
     }
 
-    /// What of memory a run takes: arenas that lie in the machine's own memory, and the host's store.
+    /// Bytes of host memory that a run takes: arenas in the machine's own memory, and the host's store.
     pub fn wants_bytes(&self) -> u64 {
         let arenas: u64 = match self.machine.first().kind {
             DeviceKind::Host | DeviceKind::Emulated => self.map.arena_bytes.iter().sum(),

@@ -1,5 +1,5 @@
-//! Rehearsals: before models take turns, a small part of the time that they will take goes into finding out how they do
-//! it best.
+//! Rehearsals: before models take turns, a small fraction of the time that they will take is spent on finding the best
+//! way to do so.
 
 use crate::job::{Pipeline, Policy};
 use crate::plan::placing::{COMPARED_STEPS, Scenario, Sharing, fewer_steps, is_worth_it};
@@ -7,33 +7,33 @@ use hydra::base::Result;
 use hydra::sched::{LocalityLrtf, Rehearsal, rehearse};
 use hydra::spill::{Home, Placed};
 
-/// The part of a job's predicted seconds that its rehearsals may take, and their most seconds.
+/// The fraction of a job's predicted seconds that its rehearsals may take, and their most seconds.
 const PART: f64 = 0.01;
 const MOST_SECS: f64 = 5.0;
 
-/// Seconds in which a microbatch's visit of a shard is simulated, at most. A stated number, so that the same job is
-/// rehearsed the same.
+/// Assumed seconds, an upper bound, to simulate a microbatch's visit to a shard. A constant, so that the same job is
+/// always rehearsed in the same way.
 const VISIT_SECS: f64 = 1e-5;
 
-/// As many tries are wanted: where there is time for more, more steps are tried instead, which are more like the whole.
-/// More than the most find nothing.
+/// The number of tries wanted: if there is time for more, more steps are simulated instead, which represent the whole
+/// job better. Beyond the greatest number, further tries find nothing.
 const WANTED_TRIES: f64 = 48.0;
 const MOST_TRIES: f64 = 512.0;
 
-/// What was found in a part of the steps must hold for so many times as many.
+/// A result found over a part of the steps must also hold over this many times as many.
 const CHECKED: u64 = 4;
 
-/// The gain that a rehearsal is to promise.
+/// The least gain for which a rehearsal's result is used.
 const LEAST_GAIN: f64 = 0.01;
 
-/// Finds out how these models take turns best over so many steps each; `None` where there is nothing to choose, or
-/// nothing gained.
+/// Finds how these models best take turns over `steps` steps each; `None` where there is nothing to choose or nothing
+/// is gained.
 ///
 /// # Errors
 /// When the schedule stalls: our own bug.
 pub fn rehearse_turns(scenario: &Scenario, steps: &[u64]) -> Result<Option<Rehearsal>> {
     let &Scenario { placed, sharing: Sharing::Turns(plain), run, .. } = scenario else { return Ok(None) };
-    // A model alone on its device has nobody to take turns with.
+    // A model alone on its device has no other to take turns with.
     let chooses = placed.len() > 1 && placed.iter().any(|p| p.home == Home::Anywhere);
     let longest = steps.iter().copied().max().unwrap_or(0);
     if run.policy != Policy::LOCALITY_LRTF || !run.rehearse || !chooses || longest == 0 {
@@ -48,7 +48,7 @@ pub fn rehearse_turns(scenario: &Scenario, steps: &[u64]) -> Result<Option<Rehea
     let units: Vec<usize> = placed.iter().map(|p| 2 * p.plan.shards.len() - 1).collect();
     let visits =
         |((p, &units), &steps): ((&Placed, &usize), &u64)| (units * p.model.microbatches) as f64 * steps as f64;
-    // Of a step of the longest model, and what goes with it.
+    // Seconds to simulate a step of the longest model, with the other models' share of steps.
     let step_secs = VISIT_SECS * placed.iter().zip(&units).zip(steps).map(visits).sum::<f64>() / longest as f64;
     let may_take_secs = (PART * whole_secs).min(MOST_SECS);
     let tried = ((may_take_secs / (WANTED_TRIES * step_secs)) as u64).clamp(some, longest);
@@ -62,7 +62,7 @@ pub fn rehearse_turns(scenario: &Scenario, steps: &[u64]) -> Result<Option<Rehea
     Ok((found.gain() > LEAST_GAIN).then_some(found))
 }
 
-/// What was found, for people.
+/// A rehearsal's result in words.
 pub fn describe_rehearsal(found: &Rehearsal) -> String {
     format!("of {} rehearsals the best ends {:.1} % sooner (run.rehearse)", found.tries, 100.0 * found.gain())
 }

@@ -1,8 +1,7 @@
-//! Room for models that come to a run later: how much more the arenas have than the first models' plans need, and plans
-//! that fit into it.
+//! Room for models that join a run later: how much larger the arenas are than the first models' plans need, and plans
+//! that fit into that.
 //!
-//! Arenas do not grow. What is not touched costs a host no memory; a GPU that has no more than the plan needs gets no
-//! more.
+//! Arenas do not grow. Untouched pages cost a host no memory; a GPU without spare memory gets only what the plan needs.
 
 use crate::job::{DeviceKind, Job};
 use crate::machine::{SHARE_OF_FREE_MEMORY, free_memory_bytes};
@@ -13,11 +12,11 @@ use hydra::base::{Error, Result, format_bytes};
 use hydra::spill::{FleetDevice, FleetMap, FleetModel, Placed, find_homes, named, plan_anywhere};
 use std::rc::Rc;
 
-/// Halvings of the interval between a model's smallest plan and the widest.
+/// Bisection steps between a model's smallest and widest plan.
 const TRIES: usize = 6;
 
-/// Bytes of each device's arena where others may come: its budget or, where it has none, as much again as is needed; no
-/// more than the machine has free where arenas lie in its own memory.
+/// Bytes of each device's arena when other models may join: its budget or, without one, twice what is needed; if arenas
+/// are in the machine's own memory, at most what is free there.
 pub fn roomy_arenas(planned: &PlannedJob) -> Vec<u64> {
     let needs = &planned.map.arena_bytes;
     let budget = |d: usize| planned.machine.devices[d].budget;
@@ -33,11 +32,11 @@ pub fn roomy_arenas(planned: &PlannedJob) -> Vec<u64> {
     needs.iter().zip(extra).map(|(needs, extra)| needs + (extra as f64 * share) as u64).collect()
 }
 
-/// Prepares and plans the models that `job` has beyond those of `planned`, so that they fit into `arenas` beside the
-/// models that are `there`.
+/// Prepares and plans the models that `job` has beyond those of `planned`, so that they fit into `arenas` together with
+/// the models `there`.
 ///
 /// # Errors
-/// When a model is at fault or does not fit.
+/// When a model is faulty or does not fit.
 pub fn plan_added(planned: &PlannedJob, job: &Job, there: &[Placed], arenas: &[u64]) -> Result<Vec<Rc<Planned>>> {
     let devices = planned.machine.devices.len();
     let mut placed = there.to_vec();
@@ -47,7 +46,7 @@ pub fn plan_added(planned: &PlannedJob, job: &Job, there: &[Placed], arenas: &[u
         let (prepared, model) = trace(job, prepare(job, i, &planned.texts)?, &before)?;
         prepared.check_weights(&model.train)?;
         let one = fit(&fleet_model(&prepared, &model), planned, &placed, arenas)?;
-        // Those that are there stay where they are at home.
+        // The existing models keep their homes.
         let homes = planned.machine.homes.beside(&FleetMap::new(&placed, devices));
         let one = find_homes(&[Placed { line: i, ..one }], homes).map_err(|e| named(&prepared.name, e))?.remove(0);
         placed.push(one.clone());
@@ -57,7 +56,7 @@ pub fn plan_added(planned: &PlannedJob, job: &Job, there: &[Placed], arenas: &[u
     Ok(added)
 }
 
-/// The widest plan found with which `model` fits beside those that are `there`.
+/// The widest plan found with which `model` fits together with the models `there`.
 fn fit(model: &FleetModel, planned: &PlannedJob, there: &[Placed], arenas: &[u64]) -> Result<Placed> {
     let machine = &planned.machine;
     let at = |budget: u64| -> Result<Placed> {

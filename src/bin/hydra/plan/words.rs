@@ -1,4 +1,4 @@
-//! A plan in words, for people.
+//! A plan in words, for people to read.
 
 use crate::job::Policy;
 use crate::machine::MachineDevice;
@@ -12,7 +12,7 @@ use hydra::spill::{Baseline, BoundaryTier, Home, OnDisk};
 use hydra::trace::Bound;
 
 impl PlannedJob {
-    /// Devices that will have nothing to do for want of models, and why; empty where there are none.
+    /// A sentence on the devices that will be idle for lack of models, and why; `None` where there are none.
     pub fn idle_devices(&self) -> Option<String> {
         let (models, devices) = (self.models.len(), self.machine.devices.len());
         let used = |d: u16| {
@@ -39,7 +39,7 @@ impl PlannedJob {
         Some(format!("{} of {devices} idle at any time: {} and {why}", count(spare, "device"), count(models, "model")))
     }
 
-    /// Bytes as people read them, of the largest arena and of the store.
+    /// The bytes of the largest arena and of the store, for people to read.
     pub fn memory_text(&self) -> String {
         let most = self.map.arena_bytes.iter().copied().max().unwrap_or(0);
         let memory = format!("device memory {}, host memory {}", format_bytes(most), format_bytes(self.map.host_bytes));
@@ -51,7 +51,7 @@ impl PlannedJob {
     }
 }
 
-/// Prints a few lines on each model's plan.
+/// Prints a few lines about each model's plan.
 pub fn summary(planned: &PlannedJob) {
     for model in &planned.models {
         say(headline(model, planned));
@@ -85,7 +85,7 @@ pub fn together(planned: &PlannedJob) {
     planned.idle_devices().into_iter().for_each(say);
 }
 
-/// How many shards each device's weight slots hold, where that is more than the plans ask for.
+/// How many shards each device's weight slots hold, if that is more than the plans ask for.
 fn shards_held(planned: &PlannedJob) -> Option<String> {
     let anywhere = || (0..planned.models.len()).filter(|&m| planned.models[m].placed.home == Home::Anywhere);
     let slots: Vec<usize> = planned.map.maps[anywhere().next()?].iter().map(|map| map.weight_slots.at.len()).collect();
@@ -146,7 +146,7 @@ fn headline(model: &Planned, planned: &PlannedJob) -> String {
     )
 }
 
-/// All that a model's plan says.
+/// A full description of a model's plan.
 pub fn describe(model: &Planned, planned: &PlannedJob) -> String {
     let (plan, cost) = (model.plan(), &planned.machine.first().cost);
     let mut text = format!("{}\n\n{}", headline(model, planned), shard_table(model, planned.machine.first()));
@@ -181,7 +181,7 @@ pub fn describe(model: &Planned, planned: &PlannedJob) -> String {
     text.trim_end().to_string()
 }
 
-/// A row for each shard: its layers, where it is at home, and what it takes.
+/// A row for each shard: its layers, its bytes, its tier, its seconds, and what it recomputes.
 fn shard_table(model: &Planned, on: &MachineDevice) -> String {
     let (plan, host_tier, microbatches) = (model.plan(), on.kind.host_tier(), model.model().microbatches as f64);
     let mut rows = vec![["shard", "bytes", "tier", "forward", "backward", "recomputes"].map(String::from).to_vec()];
@@ -215,7 +215,7 @@ fn shard_table(model: &Planned, on: &MachineDevice) -> String {
     table(&rows)
 }
 
-/// The seconds of a step by what bound them.
+/// A step's seconds by what bound them.
 fn bound_table(bound: &Bound) -> String {
     let total = bound.total().max(f64::MIN_POSITIVE);
     let rows: Vec<Vec<String>> = Bound::NAMES
@@ -227,7 +227,7 @@ fn bound_table(bound: &Bound) -> String {
     table(&rows)
 }
 
-/// What a step waits for most, and how near it comes to what its busiest lane allows.
+/// What a step waits for most, and how close it comes to the limit of its busiest lane.
 fn the_bound(model: &Planned) -> String {
     let parts = model.prediction.bound.parts();
     let most = (0..parts.len()).max_by(|&a, &b| parts[a].total_cmp(&parts[b])).unwrap_or(0);

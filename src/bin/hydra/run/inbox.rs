@@ -1,8 +1,8 @@
-//! RUN/inbox: files by which somebody adds models to a run that goes on, and cancels them.
+//! RUN/inbox: files through which a user adds models to a running run and cancels them.
 //!
-//! `NAME.toml` holds `[[model]]` tables, `MODEL.cancel` needs to hold nothing. What was read is renamed, so that a look
-//! at the folder says what became of each: `.taken`, or `.refused` with the reason in a `.reason` beside it. What
-//! nothing can be done with, folders and links to nothing too, never ends the run.
+//! `NAME.toml` contains `[[model]]` tables; `MODEL.cancel` may be empty. A file that was read is renamed, so that the
+//! folder shows what became of each: `.taken`, or `.refused` with the reason in a `.reason` file beside it. Entries
+//! that are of no use, including folders and dangling links, never end the run.
 
 use crate::print::warn;
 use hydra::base::{Error, Result};
@@ -11,40 +11,40 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
-/// Looks come no closer than this.
+/// The least time between two looks.
 const BETWEEN_LOOKS: Duration = Duration::from_millis(500);
-/// A file that was changed less than this ago may still be written; it is left for the next look.
+/// A file that was changed less than this ago may still be being written; it is left for the next look.
 const SETTLES: Duration = Duration::from_millis(200);
 
-/// What a file asks for.
+/// The request that a file makes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Request {
-    /// Its models are to be trained too.
+    /// Train its models too.
     Add,
-    /// The model of this name is to end.
+    /// End the model of this name.
     Cancel(String),
-    /// Nobody can tell: it is this, and no file.
+    /// Unknown: the entry is not a file, but this.
     Nothing(&'static str),
 }
 
-/// A file that waits.
+/// A waiting file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InboxFile {
-    /// What it asks for.
+    /// Its request.
     pub request: Request,
-    /// Where it lies.
+    /// Its path.
     pub path: PathBuf,
 }
 
-/// The folder.
+/// The inbox folder.
 pub struct Inbox {
     folder: PathBuf,
     looked: Option<Instant>,
-    /// Files that could not be renamed: each is answered once.
+    /// Files that could not be renamed; each is answered only once.
     stuck: BTreeSet<PathBuf>,
 }
 
-/// What a run took before it was interrupted.
+/// The files that a run took before it was interrupted.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Taken {
     /// Job files, in the order in which they were written.
@@ -60,25 +60,25 @@ fn with(path: &Path, ending: &str) -> PathBuf {
     name.into()
 }
 
-/// What lies in the folder.
+/// An entry of the folder.
 struct Entry {
     name: String,
     path: PathBuf,
     changed: SystemTime,
-    /// What it is, where it is no file.
+    /// What the entry is, if it is not a file.
     no_file: Option<&'static str>,
 }
 
-/// What lies in a folder, by name; nothing where there is no folder.
+/// A folder's entries, by name; empty if the folder does not exist.
 fn entries(folder: &Path) -> Vec<Entry> {
     let entry = |entry: fs::DirEntry| {
         let path = entry.path();
-        // Of a link, what it leads to.
+        // For a link, the metadata of its target.
         let (metadata, no_file) = match fs::metadata(&path) {
             Ok(metadata) if metadata.is_file() => (metadata, None),
             Ok(metadata) if metadata.is_dir() => (metadata, Some("a folder")),
             Ok(metadata) => (metadata, Some("a device, a pipe or a socket")),
-            // It may also be gone by now, like one that was written under another name first.
+            // It may also be gone by now, like a file that was first written under another name.
             Err(_) => (fs::symlink_metadata(&path).ok()?, Some("a link that leads nowhere")),
         };
         let changed = metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH);
@@ -90,12 +90,12 @@ fn entries(folder: &Path) -> Vec<Entry> {
 }
 
 impl Inbox {
-    /// The inbox at `folder`, which need not be there.
+    /// The inbox at `folder`, which need not exist.
     pub fn new(folder: PathBuf) -> Inbox {
         Inbox { folder, looked: None, stuck: BTreeSet::new() }
     }
 
-    /// The files that wait, job files first and then by name; none when the last look was just now.
+    /// The waiting files, job files first and then by name; none if the last look was too recent.
     pub fn look(&mut self) -> Vec<InboxFile> {
         if self.looked.is_some_and(|at| at.elapsed() < BETWEEN_LOOKS) {
             return Vec::new();
@@ -103,7 +103,8 @@ impl Inbox {
         self.look_now().0
     }
 
-    /// The same at once, for a run that would end otherwise. Waits a moment where a file may still be written.
+    /// The same without regard to the last look, for a run that would otherwise end. Waits a moment if a file may still
+    /// be being written.
     pub fn wait_look(&mut self) -> Vec<InboxFile> {
         let (mut files, unsettled) = self.look_now();
         if unsettled {
@@ -113,7 +114,7 @@ impl Inbox {
         files
     }
 
-    /// The files that wait, and whether there are others that may still be written.
+    /// The waiting files, and whether there are others that may still be being written.
     fn look_now(&mut self) -> (Vec<InboxFile>, bool) {
         self.looked = Some(Instant::now());
         let (mut adds, mut others, mut unsettled) = (Vec::new(), Vec::new(), false);
@@ -126,7 +127,7 @@ impl Inbox {
                 (None, Some(model), None) => Request::Cancel(model.to_string()),
                 (None, None, None) => continue,
             };
-            // A time to come is a clock's fault, not the file's.
+            // A time in the future is the clock's fault, not the file's.
             if changed.elapsed().is_ok_and(|age| age < SETTLES) {
                 unsettled = true;
                 continue;
@@ -138,10 +139,10 @@ impl Inbox {
         (adds, unsettled)
     }
 
-    /// Whether a file of this name was taken before: its record must not be lost.
+    /// Refuses a file if one of the same name was taken before, whose record must not be lost.
     ///
     /// # Errors
-    /// [`Error::BadInput`] where it was.
+    /// [`Error::BadInput`] if one was.
     pub fn check_new(&self, file: &InboxFile) -> Result<()> {
         match with(&file.path, ".taken").exists() {
             true => {
@@ -151,16 +152,16 @@ impl Inbox {
         }
     }
 
-    /// Marks a file as taken. An older refusal under its name is of no interest any more.
+    /// Marks a file as taken. Removes an older refusal under its name.
     pub fn take(&mut self, file: &InboxFile) {
         for ending in [".refused", ".reason"] {
-            // Mostly there is none.
+            // Usually there is none.
             let _ = fs::remove_file(with(&file.path, ending));
         }
         self.rename(&file.path, ".taken");
     }
 
-    /// Marks a file as refused and says why, beside it and on standard error.
+    /// Marks a file as refused and gives the reason, in a file beside it and on standard error.
     pub fn refuse(&mut self, file: &InboxFile, why: &Error) {
         let path = &file.path;
         let text = why.to_string();
@@ -181,7 +182,7 @@ impl Inbox {
         }
     }
 
-    /// What was taken from the inbox at `folder`.
+    /// The files that were taken from the inbox at `folder`.
     pub fn taken(folder: &Path) -> Taken {
         let mut taken = Taken::default();
         let mut jobs = Vec::new();

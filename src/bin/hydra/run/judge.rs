@@ -1,7 +1,7 @@
-//! What ends models of searches early: the rule of each search, with the record of what was reported to it.
+//! What ends models of searches early: each search's rule, with the record of the reports to it.
 //!
-//! A report is in selection.jsonl before its verdict is acted on. A run that goes on begins by repeating the file's
-//! reports, so that verdicts are those of a run that was never interrupted.
+//! A report is in selection.jsonl before its verdict is acted on. A resumed run begins by repeating the file's reports,
+//! so that its verdicts are those of a run that was never interrupted.
 
 use crate::job::Job;
 use crate::print::warn;
@@ -22,7 +22,7 @@ pub struct Judge {
 }
 
 impl Judge {
-    /// Says whether the model goes on, whose loss after `step` steps is `metric`.
+    /// Judges whether the model, whose loss after `step` steps is `metric`, goes on.
     ///
     /// # Errors
     /// When the report cannot be recorded.
@@ -34,7 +34,7 @@ impl Judge {
         Ok(selection.report(self.number, step, f64::from(metric)))
     }
 
-    /// Waits until what was reported is on the disk.
+    /// Waits until all reports are on the disk.
     ///
     /// # Errors
     /// When the system refuses.
@@ -51,17 +51,17 @@ impl Judge {
 /// The rules of a run.
 pub struct Judges {
     path: PathBuf,
-    /// What was reported before this start of the run.
+    /// The reports before this start of the run.
     rows: Vec<SelectionRow>,
-    /// The rule of each model; none for one that nothing ends early.
+    /// The rule of each model; `None` for one that no rule ends early.
     rules: Vec<Option<Rc<RefCell<Selection>>>>,
-    /// Searches whose rules are there.
+    /// Number of searches whose rules have been added.
     searches: usize,
     log: Option<Rc<RefCell<SelectionLog>>>,
 }
 
 impl Judges {
-    /// Those of the run in `out`, whose record is read where one was `found` there.
+    /// Makes the rules of the run in `out`; if a run was `found` there, its record is read.
     ///
     /// # Errors
     /// When the record cannot be read.
@@ -74,8 +74,8 @@ impl Judges {
         Ok(Judges { rows, path, rules: Vec::new(), searches: 0, log: None })
     }
 
-    /// Takes the rules of `job`'s models that came since the last call, and gives each one's verdict so far; `from` are
-    /// the steps that models go on from.
+    /// Adds the rules of `job`'s models that were added since the last call, and returns each one's verdict so far;
+    /// `from` are the steps from which the models go on.
     pub fn extend(&mut self, job: &Job, from: &[u64]) -> Vec<Verdict> {
         let first = self.rules.len();
         let mut verdicts = vec![Verdict::GoOn; job.models.len() - first];
@@ -86,7 +86,8 @@ impl Judges {
             let models: Vec<(usize, &str, u64)> =
                 search.models.clone().map(|m| (m, job.models[m].name.as_str(), from[m])).collect();
             let shared_verdicts = selection.replay(&self.rows, &models);
-            // Judged by itself alone, a model reports again what it will do again, and what it did then counts no more.
+            // A model that is judged alone will repeat its reports for the steps that it repeats, so the earlier ones
+            // no longer count.
             if matches!(selection, Selection::Patience(_)) {
                 let undone =
                     |row: &SelectionRow| models.iter().any(|(_, name, from)| row.model == *name && row.step > *from);

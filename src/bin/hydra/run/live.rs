@@ -1,7 +1,7 @@
-//! What a run of several models or devices shows of itself while it goes on: on a terminal a line for each device
-//! beside the models' bars, else a JSON object a line.
+//! What a run of several models or devices shows while it goes on: on a terminal, a line for each device in addition to
+//! the models' bars; otherwise one JSON object per line.
 //!
-//! It looks at the engine after every task, and draws no more than a few times a second: training must not wait for a
+//! It looks at the engine after every task, but draws at most a few times per second: training must not wait for a
 //! terminal.
 
 use crate::print::say;
@@ -13,7 +13,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-/// JSON lines come no closer than this; a terminal is drawn more often, since it keeps nothing.
+/// The least time between JSON lines; a terminal is redrawn more often, since its lines are not kept.
 const BETWEEN_LINES: Duration = Duration::from_secs(1);
 const BETWEEN_DRAWINGS: Duration = Duration::from_millis(200);
 
@@ -25,18 +25,18 @@ pub struct ModelState {
     pub step: u64,
     /// Steps in all.
     pub steps: u64,
-    /// Of the last step.
+    /// Loss of the last step.
     pub loss: Option<f32>,
     /// [`WAITING`], [`TRAINING`], or the word for how it ended: `done`, `stopped`, `failed`, `cancelled`.
     pub status: &'static str,
-    /// Why it ended before its time, where there is a reason.
+    /// Why it ended early, if there is a reason.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
 }
 
-/// Nothing of it has run.
+/// The model has not run at all.
 pub const WAITING: &str = "waiting";
-/// It has begun and not ended.
+/// The model has begun and not ended.
 pub const TRAINING: &str = "training";
 
 /// The models of a run by their numbers, shared with what watches each.
@@ -50,14 +50,14 @@ struct Line<'a> {
     devices: Vec<Device>,
 }
 
-/// What a device is at.
+/// What a device is doing.
 #[derive(Debug, Serialize)]
 struct Device {
     device: usize,
     /// In words: `gpt shard 2 backward`.
     runs: Option<String>,
     next: Option<String>,
-    /// The part of the time since the start of training in which it computed nothing.
+    /// The share of the time since the start of training in which it did not compute.
     idle_share: f64,
 }
 
@@ -86,7 +86,7 @@ pub enum Show {
     Json,
 }
 
-/// Shows the state of a run now and then.
+/// Shows the state of a run from time to time.
 pub struct Live {
     models: Models,
     show: Show,
@@ -96,12 +96,12 @@ pub struct Live {
 }
 
 impl Live {
-    /// Of training that begins at `began_secs` of the devices' clock.
+    /// Shows training that begins at `began_secs` on the devices' clock.
     pub fn new(models: Models, show: Show, began_secs: f64) -> Live {
         Live { models, show, began_secs, last: Instant::now() }
     }
 
-    /// Looks, and shows what there is if it is time to.
+    /// Looks at the engine, and shows the state if it is time to.
     pub fn look(&mut self, engine: &Engine) {
         let between = if matches!(self.show, Show::Json) { BETWEEN_LINES } else { BETWEEN_DRAWINGS };
         if self.last.elapsed() >= between {
@@ -110,7 +110,7 @@ impl Live {
         }
     }
 
-    /// Takes the devices' lines away; of JSON lines the last one says how it ended.
+    /// Removes the devices' lines; the last JSON line tells how the run ended.
     pub fn finish(&mut self, engine: &Engine) {
         match &self.show {
             Show::Bars(bars) => bars.iter().for_each(ProgressBar::finish_and_clear),
@@ -132,7 +132,7 @@ impl Live {
             Show::Bars(bars) => bars.iter().zip(devices).for_each(|(bar, device)| bar.set_message(device.to_string())),
             Show::Json => {
                 let line = Line { event: "progress", models: &models, devices: devices.collect() };
-                // Names and numbers alone: there is nothing that could fail.
+                // Only names and numbers, so this cannot fail.
                 say(serde_json::to_string(&line).unwrap_or_default());
             }
         }

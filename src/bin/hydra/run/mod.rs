@@ -1,4 +1,4 @@
-//! A run while it goes on: what it goes on from, who looks after its models, what it shows, and how it ends.
+//! A run in progress: what it resumes from, what watches its models, what it shows, and how it ends.
 
 pub mod inbox;
 pub mod judge;

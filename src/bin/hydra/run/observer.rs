@@ -1,8 +1,8 @@
-//! Who looks after the models of a run: a watch for each, and the inbox, by which models come and go while others
+//! The observer of a run's models: a watch for each, and the inbox, through which models join and leave while others
 //! train.
 //!
-//! A model has its number in the job, where those that came later stand last, and one in the fleet, which knows only
-//! models that train. Nothing that lies in the inbox ends the run: what cannot be done is refused with its reason.
+//! A model has a number in the job, where models that were added later come last, and one in the fleet, which has only
+//! models that train. Nothing in the inbox ends the run: a request that cannot be met is refused with a reason.
 
 use crate::plan::{PlannedJob, Sharing, plan_added, warn_of_warmups};
 use crate::print::{note, warn};
@@ -26,36 +26,36 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-/// Looks after the models of one run.
+/// Observes the models of one run.
 pub struct RunObserver<'a> {
-    /// The job with the models that have come since.
+    /// The job, including models that were added since.
     pub planned: PlannedJob,
-    /// By number in the job.
+    /// Each model's standing, by number in the job.
     pub standings: Vec<Standing>,
-    /// By number in the fleet.
+    /// Each model's watch, by number in the fleet.
     pub watches: Vec<Watch<'a>>,
     /// The models' numbers in the job, by number in the fleet.
     pub active: Vec<usize>,
     pub dir: &'a mut RunDir,
     pub board: Board,
-    /// What shows how the devices are at work, where that is shown.
+    /// The display of the devices' work, if it is shown.
     pub live: Option<Live>,
     pub judges: Judges,
     pub inbox: Inbox,
     /// Bytes of each device's arena.
     pub arenas: Vec<u64>,
-    /// Those of them that weight slots fill, however many models come: the first map's.
+    /// The part of them that weight slots fill, however many models are added: as in the first map.
     pub filled: Vec<Option<u64>>,
     pub stop: &'a AtomicBool,
     /// The exit codes of models that have failed, by number in the job.
     pub codes: BTreeMap<usize, u8>,
-    /// What the last checkpoints of all models took.
+    /// The time that the last checkpoints of all models took.
     pub saving: Rc<Cell<Duration>>,
 }
 
 impl<'a> RunObserver<'a> {
-    /// Looks after the run of a job, how far whose models had come, and what judges them, in a fleet whose arenas have
-    /// so many bytes. It watches no model yet.
+    /// Observes the run of a job, given how far its models had come, what judges them, and the bytes of the fleet's
+    /// arenas. It watches no model yet.
     pub fn new(
         (planned, standings, judges): (PlannedJob, Vec<Standing>, Judges),
         dir: &'a mut RunDir,
@@ -83,7 +83,7 @@ impl<'a> RunObserver<'a> {
         }
     }
 
-    /// Watches model number `number` of the job, which the fleet has as its next.
+    /// Watches model number `number` of the job, which is the fleet's next model.
     ///
     /// # Errors
     /// When its files cannot be written.
@@ -93,7 +93,7 @@ impl<'a> RunObserver<'a> {
         Ok(())
     }
 
-    /// What a model writes while it trains: its folder, its metrics in it, and what it reports to its judge.
+    /// Opens what a model writes to while it trains: its folder, the metrics in it, and its judge.
     fn files(&mut self, number: usize) -> Result<(PathBuf, Metrics, Option<Judge>)> {
         let name = &self.planned.job.models[number].name;
         let folder = self.dir.folder(name)?;
@@ -125,7 +125,7 @@ impl<'a> RunObserver<'a> {
         self.active.push(number);
     }
 
-    /// Takes the models of a file in, all of them or none.
+    /// Adds the models of a file, all of them or none.
     fn add(&mut self, fleet: &mut Fleet, file: &InboxFile) -> Result<()> {
         let path = &file.path;
         let why_not = match &self.planned.sharing {
@@ -152,8 +152,8 @@ impl<'a> RunObserver<'a> {
         }
         let there: Vec<Placed> = self.active.iter().map(|&m| self.planned.models[m].placed.clone()).collect();
         let added = plan_added(&self.planned, &job, &there, &self.arenas)?;
-        // From here on they are the run's: one that is interrupted and goes on has them too, and what goes wrong is a
-        // model's failure.
+        // From here on they belong to the run: they are still there when it is resumed, and any error is a model's
+        // failure.
         self.inbox.take(file);
         warn_of_warmups(&job, first, &added);
         self.planned.job = job;
@@ -177,7 +177,7 @@ impl<'a> RunObserver<'a> {
         Ok(())
     }
 
-    /// Takes model number `number` of the job into the fleet.
+    /// Adds model number `number` of the job to the fleet.
     fn add_model(&mut self, fleet: &mut Fleet, number: usize) -> Result<()> {
         let model = Rc::clone(&self.planned.models[number]);
         let (sources, files) = (model.prepared.sources(&self.planned.texts)?, self.files(number)?);
@@ -191,19 +191,19 @@ impl<'a> RunObserver<'a> {
         Ok(())
     }
 
-    /// Writes plan.json anew, with the models that have come.
+    /// Rewrites plan.json with the models that were added.
     fn plan_again(&mut self) {
         let in_run = |(_, standing): &(_, &Standing)| !matches!(standing.ended, Some(Status::Failed(_)));
         let models = self.planned.models.iter().zip(&self.standings).filter(in_run);
         let placed: Vec<Placed> = models.map(|(model, _)| model.placed.clone()).collect();
         let before = std::mem::replace(&mut self.planned.map, FleetMap::within(&placed, &self.filled));
-        // What was in use once is part of the peak.
+        // Memory that was once in use is part of the peak.
         let bytes = self.planned.map.arena_bytes.iter_mut().zip(before.arena_bytes);
         bytes.for_each(|(now, before)| *now = before.max(*now));
         let plan =
             self.planned.predict_step().and_then(|()| self.dir.write(rundir::PLAN, self.planned.text().as_bytes()));
         if let Err(error) = plan {
-            // The run is as good with the plan that it began with.
+            // The run does not depend on the file, so keeping its first plan is no failure.
             warn(format!("{}: {error}", rundir::PLAN));
         }
     }
@@ -217,7 +217,7 @@ impl<'a> RunObserver<'a> {
         };
         let at = self.active.iter().position(|&m| m == number).filter(|&at| self.watches[at].status.is_none());
         let Some(at) = at else { return Err(Error::bad(format!("{name:?} has come to its end already"))) };
-        // One that goes on from a checkpoint has something to save, once it is its turn.
+        // A model that resumes from a checkpoint has something to save, once it is its turn.
         if fleet.is_waiting(at) && self.standings[number].from == 0 {
             fleet.cancel(at, Error::bad("cancelled"))?;
             self.watches[at].end(Status::Cancelled);
@@ -227,7 +227,7 @@ impl<'a> RunObserver<'a> {
         Ok(())
     }
 
-    /// Models that have failed since the last look.
+    /// Notes models that have failed since the last look.
     fn note_failures(&mut self, fleet: &Fleet) {
         for (number, watch) in self.watches.iter_mut().enumerate().filter(|(_, w)| w.status.is_none()) {
             if let Some(error) = fleet.failure(number) {
@@ -252,12 +252,12 @@ impl FleetObserver for RunObserver<'_> {
         self.live.iter_mut().for_each(|live| live.look(engine));
     }
 
-    /// Looks into the inbox, twice a second at most, and once more before the run ends. Planning a model that comes
-    /// takes a moment, in which what the devices have in their queues goes on.
+    /// Looks into the inbox, at most twice a second, and once more before the run ends. Planning an added model takes a
+    /// moment, in which the devices go on with their queues.
     fn between(&mut self, fleet: &mut Fleet) -> Result<()> {
         self.note_failures(fleet);
         if self.stop.load(Ordering::Relaxed) {
-            // What lies there waits for the run that goes on.
+            // Files there wait for the resumed run.
             return Ok(());
         }
         let files = if fleet.is_over() { self.inbox.wait_look() } else { self.inbox.look() };

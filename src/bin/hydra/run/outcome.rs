@@ -13,8 +13,8 @@ use hydra::train::write_safely;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
-/// A row for each model of the job, those that ended before this start of the run included; `watch` gives who watches a
-/// model by its number.
+/// A row for each model of the job, including those that ended before this start of the run; `watch` returns a model's
+/// watch by its number.
 pub fn rows<'a>(job: &Job, standings: &[Standing], watch: impl Fn(usize) -> Option<&'a Watch<'a>>) -> Vec<ModelResult> {
     let row = |m: usize| {
         let (model, standing, watch) = (&job.models[m], &standings[m], watch(m));
@@ -44,7 +44,8 @@ pub fn rows<'a>(job: &Job, standings: &[Standing], watch: impl Fn(usize) -> Opti
     (0..job.models.len()).map(row).collect()
 }
 
-/// The last losses and the seconds of a model that trained before, for `steps` steps; what cannot be read is not known.
+/// The last losses and the seconds of a model that trained before, for `steps` steps; unreadable values count as
+/// unknown.
 fn from_before(metrics: &Path, steps: u64) -> (Option<f32>, Option<f32>, f64) {
     let mut rows = read_rows(metrics).unwrap_or_default();
     rows.retain(|row| is_within(row, steps));
@@ -53,7 +54,7 @@ fn from_before(metrics: &Path, steps: u64) -> (Option<f32>, Option<f32>, f64) {
     (train, valid, secs(&rows))
 }
 
-/// Whether a row is of the first `steps` steps, the validation after them included.
+/// Whether a row belongs to the first `steps` steps, including the validation after them.
 fn is_within(row: &Row, steps: u64) -> bool {
     match row {
         Row::Step(row) => row.step < steps,
@@ -61,8 +62,8 @@ fn is_within(row: &Row, steps: u64) -> bool {
     }
 }
 
-/// Takes out of the metrics of models that had ended before what a later start has added and then lost: rows of steps
-/// beyond the checkpoint. A file that cannot be read is left as it is.
+/// Removes from the metrics of models that had already ended the rows of steps beyond the checkpoint, which a later
+/// start added and then lost. A file that cannot be read is left as it is.
 ///
 /// # Errors
 /// When a file cannot be written.
@@ -80,7 +81,7 @@ pub fn drop_lost_rows(job: &Job, standings: &[Standing]) -> Result<()> {
     Ok(())
 }
 
-/// Writes results.csv, of several models.
+/// Writes results.csv, if there are several models.
 ///
 /// # Errors
 /// When it cannot be written.
@@ -88,10 +89,10 @@ pub fn write_results(path: &Path, rows: &[ModelResult]) -> Result<()> {
     if rows.len() > 1 { results::write(path, rows) } else { Ok(()) }
 }
 
-/// What stands for the status of a model that the run's end found in training.
+/// The status shown for a model that was still training when the run ended.
 const INTERRUPTED: &str = "interrupted";
 
-/// The row in the JSON object at the end; `has_ended`: the model had come to its own end before the run did.
+/// The row in the JSON object at the end; with `has_ended`, the model had come to its own end before the run did.
 pub fn row_json(row: &ModelResult, has_ended: bool) -> Value {
     let mut json = json!({
         "name": row.name,
@@ -110,14 +111,14 @@ pub fn row_json(row: &ModelResult, has_ended: bool) -> Value {
     json
 }
 
-/// The folder of the trained model, where a model that has ended was saved. One that failed may have left an earlier
-/// part's there, or a folder without weights.
+/// The folder where a model that ended was saved. A failed one may have left a folder from an earlier part of the run
+/// there, or a folder without weights.
 fn saved(row: &ModelResult) -> Option<PathBuf> {
     let failed = matches!(row.status, Status::Failed(_));
     Some(row.directory.join(rundir::MODEL)).filter(|model| !failed && model.join(rundir::WEIGHTS).exists())
 }
 
-/// Prints how it ended.
+/// Prints how the run ended.
 pub fn tell(planned: &PlannedJob, dir: &RunDir, rows: &[ModelResult]) {
     if let [row] = rows {
         let valid = row.valid_loss.map_or(String::new(), |v| format!(", held-out loss {v:.4}"));
@@ -130,7 +131,7 @@ pub fn tell(planned: &PlannedJob, dir: &RunDir, rows: &[ModelResult]) {
         say(format!("  metrics     {}", row.directory.join(rundir::METRICS).display()));
     } else {
         say(table(&results::table(rows)).trim_end());
-        // Losses compare within a search: other models have other data, or are held to other data.
+        // Losses are comparable only within a search: other models have different training or held-out data.
         let is_one_search = matches!(&planned.job.searches[..], [search] if search.models.len() == rows.len());
         if let Some(best) = results::best(rows).filter(|_| is_one_search) {
             say(format!("best: {}, in {}", best.name, best.directory.join(rundir::MODEL).display()));

@@ -1,5 +1,5 @@
-//! What a run shows as it goes: a bar for each model on a terminal, else a line now and then; of several models or
-//! devices JSON lines.
+//! What a run shows as it goes: on a terminal, a bar for each model; otherwise a line from time to time, or JSON lines
+//! for several models or devices.
 
 use crate::print::say;
 use crate::run::live::{self, Live, ModelState, Models, Show};
@@ -10,12 +10,12 @@ use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 use std::time::{Duration, Instant};
 
-/// Lines come no closer than this.
+/// The least time between lines.
 const BETWEEN_LINES: Duration = Duration::from_secs(2);
-/// A line comes at least this often.
+/// The most time between lines.
 const LONGEST_SILENCE: Duration = Duration::from_secs(30);
 
-/// Where the models and devices of a run show theirs.
+/// Where the models and devices of a run show their progress.
 pub struct Board {
     target: Target,
     models: Models,
@@ -30,8 +30,8 @@ enum Target {
 }
 
 impl Board {
-    /// Bars on a terminal that can draw them; else lines of text where one model trains alone on one of `devices`, and
-    /// JSON lines where there are more. `quiet`: nothing is shown.
+    /// Bars on a terminal that can draw them; otherwise lines of text where one model trains alone on one device, and
+    /// JSON lines where there are more of either. With `quiet`, nothing is shown.
     pub fn new(quiet: bool, models: usize, devices: usize) -> Board {
         let drawn = ProgressDrawTarget::stdout();
         let target = if quiet {
@@ -56,7 +56,7 @@ impl Board {
         Board { target, models: Models::default(), devices }
     }
 
-    /// What looks at the engine as it runs, where anything of it is shown.
+    /// The live display of the engine, if it is shown.
     pub fn live(&self, engine: &Engine) -> Option<Live> {
         let show = match &self.target {
             Target::Bars(_) if !self.devices.is_empty() => Show::Bars(self.devices.clone()),
@@ -77,7 +77,7 @@ pub struct Progress {
     first_step: u64,
     way: Way,
     models: Models,
-    /// Among `models`.
+    /// Its index among `models`.
     number: usize,
     /// A smoothed rate of units per second.
     rate: Option<f64>,
@@ -89,13 +89,13 @@ enum Way {
         last: Instant,
         tenth: u64,
     },
-    /// Its steps stand in the run's lines.
+    /// Its steps are part of the run's lines.
     Json,
     Quiet,
 }
 
 impl Progress {
-    /// For `steps` steps from `first_step` on. Models come in the order of their numbers.
+    /// Shows `steps` steps from `first_step` on. To be called for models in the order of their numbers.
     pub fn new(board: &Board, name: &str, first_step: u64, steps: u64) -> Progress {
         let now = Instant::now();
         let way = match &board.target {
@@ -123,7 +123,7 @@ impl Progress {
         Progress { began: now, first_step, way, models, number, rate: None }
     }
 
-    /// Step `step` (from 0) has ended with `loss`; `per_sec` `units` (tokens, samples) went through a second.
+    /// Step `step` (from 0) has ended with `loss`; `per_sec` is the throughput in `units` (tokens, samples) per second.
     pub fn step(&mut self, step: u64, loss: f32, per_sec: f64, units: &str) {
         let rate = self.rate.map_or(per_sec, |rate| 0.8 * rate + 0.2 * per_sec);
         self.rate = Some(rate);
@@ -138,7 +138,8 @@ impl Progress {
             }
             Way::Lines { last, tenth } => {
                 let now_tenth = done * 10 / state.steps.max(1);
-                // The first step, the last, and between them tenths of the run; where those are rare, one a while.
+                // Shows the first step, the last, and every tenth of the run; if those are rare, also a line from time
+                // to time.
                 let rested = last.elapsed();
                 let due = rested >= BETWEEN_LINES && now_tenth > *tenth || rested >= LONGEST_SILENCE;
                 if done == self.first_step + 1 || done == state.steps || due {
@@ -154,7 +155,7 @@ impl Progress {
         }
     }
 
-    /// Says something in between.
+    /// Prints a note in between.
     pub fn note(&self, line: &str) {
         let models = self.models.borrow();
         let name = &models[self.number].name;
@@ -166,11 +167,11 @@ impl Progress {
         }
     }
 
-    /// The model has ended: says how, where it was before its time, and takes the bar away.
+    /// The model has ended: says how, if it ended early, and removes the bar.
     pub fn end(&self, status: &Status) {
         match status {
-            // Where it trains alone its failure is the run's, which is told at the end; what stopped it was told when
-            // it was decided.
+            // If it trains alone, its failure is the run's, which is reported at the end; the reason for a stop was
+            // reported when it was decided.
             Status::Failed(reason) if !matches!(self.way, Way::Lines { .. }) => self.note(&format!("failed: {reason}")),
             Status::Cancelled => self.note("cancelled"),
             Status::Failed(_) | Status::Stopped(_) | Status::Done => {}
@@ -181,7 +182,7 @@ impl Progress {
         self.finish();
     }
 
-    /// Takes the bar away.
+    /// Removes the bar.
     pub fn finish(&self) {
         if let Way::Bar(bar) = &self.way {
             bar.finish_and_clear();

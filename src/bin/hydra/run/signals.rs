@@ -1,7 +1,7 @@
-//! SIGINT, SIGTERM and SIGHUP: what ends a run before its time.
+//! SIGINT, SIGTERM and SIGHUP: signals that end a run early.
 //!
-//! They are blocked, and one thread waits for them, so that what they do is plain code. One that the program was
-//! started to ignore, as `nohup` does with SIGHUP, stays ignored.
+//! They are blocked, and one thread waits for them, so that they are handled in ordinary code. A signal that was
+//! ignored when the program started, such as SIGHUP under `nohup`, stays ignored.
 
 use crate::print::complain;
 use hydra::base::{Error, Result};
@@ -10,16 +10,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// What asks a run to stop.
+/// The signals that ask a run to stop.
 const ASKING: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
 
-/// A signal so soon after the first is the same wish: `timeout` sends one to its child and one to the child's group,
-/// and who types may type twice.
+/// A signal so soon after the first is the same request: `timeout` sends one to its child and one to the child's group,
+/// and a user may press the keys twice.
 const REPEATS: Duration = Duration::from_secs(2);
 
-/// What signals that ask a run to stop do. While a job is prepared, which may take minutes where a text is cut or a plan
-/// is searched, there is nothing to keep: they end the program. Later the first sets a flag, which is heeded between
-/// steps, and another that is no repeat of it ends the program.
+/// How signals that ask a run to stop are handled. While a job is prepared, which may take minutes for tokenizing a
+/// text or searching for a plan, there is nothing to save, and they end the program. Later the first sets a flag, which
+/// is checked between steps, and a further one that does not repeat the first ends the program.
 pub struct Signals {
     /// Set by the first signal once training may have begun.
     pub stop: Arc<AtomicBool>,
@@ -27,7 +27,8 @@ pub struct Signals {
 }
 
 impl Signals {
-    /// Listens from now on. Threads that are started later block the signals as well, so this comes before any is.
+    /// Listens from now on. Threads that are started later also block the signals, so this must be called before any is
+    /// started.
     ///
     /// # Errors
     /// When the system refuses.
@@ -36,7 +37,7 @@ impl Signals {
         let (flag, preparing) = (Arc::clone(&signals.stop), Arc::clone(&signals.preparing));
         let mut asked_at: Option<Instant> = None;
         let handler = move || {
-            // Held until the end, so that no run begins meanwhile.
+            // Held until the program exits, so that no run begins meanwhile.
             if *preparing.lock().unwrap_or_else(PoisonError::into_inner) {
                 let error = Error::Interrupted { at: "the job's preparation".into(), checkpoint: Some(false) };
                 complain(&error);
@@ -52,13 +53,13 @@ impl Signals {
         Ok(signals)
     }
 
-    /// From now on there is something to put in order first.
+    /// From now on the first signal lets the step end before the run stops.
     pub fn wait_for_the_step(&self) {
         *self.preparing.lock().unwrap_or_else(PoisonError::into_inner) = false;
     }
 }
 
-/// Calls `heed` at each of the signals that are not ignored, on a thread of its own.
+/// Calls `heed` for each of the signals that are not ignored, on a thread of its own.
 fn listen(mut heed: impl FnMut() + Send + 'static) -> Result<()> {
     let refused = |why: String| Error::Device(format!("cannot listen for signals: {why}"));
     let ignored = ignored();
@@ -72,7 +73,7 @@ fn listen(mut heed: impl FnMut() + Send + 'static) -> Result<()> {
     std::thread::Builder::new().name("signals".into()).spawn(body).map(drop).map_err(|e| refused(e.to_string()))
 }
 
-/// The signals that this process ignores, from the lowest bit on, where the system says so.
+/// A bit mask of the signals that this process ignores, from the lowest bit on, if the system reports it.
 fn ignored() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

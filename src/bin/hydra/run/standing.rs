@@ -1,4 +1,4 @@
-//! How far the models of a run had come before, by their checkpoints.
+//! How far the models of a run had come before, according to their checkpoints.
 
 use crate::args::Resume;
 use crate::plan::{Planned, PlannedJob};
@@ -13,23 +13,22 @@ use hydra::train::{Checkpoint, Verdict};
 use std::path::Path;
 use std::rc::Rc;
 
-/// How far a model of the job had come when the run began, or when it came to the run.
+/// How far a model of the job had come when the run began, or when the model was added.
 #[derive(Default)]
 pub struct Standing {
-    /// Steps that it goes on from.
+    /// The step from which it goes on.
     pub from: u64,
-    /// How it had ended; nothing of it is trained then.
+    /// How it had ended, if it had; then it is not trained.
     pub ended: Option<Status>,
-    /// How it is to end where it was to before, and the run ended first: no step of it is trained, and what it has
-    /// learnt is saved.
+    /// How it is to end, if it was to end but the run ended first: no further step is trained, and the model is saved.
     pub ends: Option<Status>,
 }
 
-/// Looks for models of the run in `out` that have a checkpoint and that the job, whose models are called `names`, has
-/// no more: under another name a model would begin anew.
+/// Looks for models of the run in `out` that have a checkpoint but are no longer among the job's models `names`: under
+/// another name a model would begin anew.
 ///
 /// # Errors
-/// [`Error::BadInput`] where the run must go on from what it has.
+/// [`Error::BadInput`] if the run is required to resume.
 pub fn check_names(out: &Path, names: &[&str], resume: Resume) -> Result<()> {
     let has_checkpoint = |name: &str| out.join(name).join(rundir::CHECKPOINT).exists();
     let gone = rundir::planned_names(out).into_iter().filter(|old| !names.contains(&old.as_str()));
@@ -48,10 +47,10 @@ pub fn check_names(out: &Path, names: &[&str], resume: Resume) -> Result<()> {
     }
 }
 
-/// The checkpoints of a run that is there, compared with the job.
+/// The checkpoints of an existing run, compared with the job.
 ///
 /// # Errors
-/// When one cannot be read or is of another training, or there is none and `resume` wants one.
+/// When one cannot be read or does not match the job, or there is none and `resume` requires one.
 pub fn open_checkpoints(planned: &PlannedJob, resume: Resume) -> Result<Vec<Option<Checkpoint>>> {
     let mut checkpoints = Vec::new();
     for model in &planned.models {
@@ -73,10 +72,10 @@ pub fn open_checkpoints(planned: &PlannedJob, resume: Resume) -> Result<Vec<Opti
     Ok(checkpoints)
 }
 
-/// Says which models have rows of steps and no checkpoint, so that they begin anew.
+/// Prints which models have rows of steps but no checkpoint, so that they begin anew.
 ///
 /// # Errors
-/// [`Error::BadInput`] where the run must go on from what it has.
+/// [`Error::BadInput`] if the run is required to resume.
 pub fn tell_lost(
     planned: &PlannedJob,
     checkpoints: &[Option<Checkpoint>],
@@ -98,7 +97,7 @@ pub fn tell_lost(
     Ok(())
 }
 
-/// Says in a line what of a model's training is other than before: it may be meant, and it may be a slip.
+/// Prints a line about what has changed in a model's training, which may be intended or a mistake.
 pub fn tell_changes(prepared: &Prepared, checkpoint: &Checkpoint) {
     let changes = checkpoint.changes(&prepared.options);
     if !changes.is_empty() {
@@ -125,7 +124,7 @@ pub fn standings(
             Verdict::Stop(reason) => Some(Status::Stopped(reason)),
             Verdict::GoOn => None,
         };
-        // Where there is no checkpoint, there is nothing to save either.
+        // Without a checkpoint there is nothing to save either.
         match checkpoint.as_ref().is_none_or(Checkpoint::ended) {
             true => Standing { from, ended: end, ends: None },
             false => Standing { from, ended: None, ends: end.filter(|end| *end != Status::Done) },

@@ -1,4 +1,4 @@
-//! The training of a run's models together: devices are started, the fleet is run, and what became of it is told.
+//! Trains a run's models together: starts the devices, runs the fleet, and reports the outcome.
 
 use crate::plan::{PlannedJob, Sharing, describe_rehearsal, roomy_arenas};
 use crate::print::{say, warn};
@@ -20,11 +20,11 @@ use serde_json::Value;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
-/// What a run begins with.
+/// What a run starts from.
 pub struct Beginning {
     pub planned: PlannedJob,
     pub standings: Vec<Standing>,
-    /// What each goes on from.
+    /// The checkpoint that each model resumes from.
     pub checkpoints: Vec<Option<Checkpoint>>,
     /// What ends models early.
     pub judges: Judges,
@@ -34,17 +34,17 @@ pub struct Beginning {
 pub struct Trained {
     /// How far each model came.
     pub models: Vec<Value>,
-    /// Some of its models have failed.
+    /// The error of the models that failed, if some did.
     pub failed: Option<Error>,
 }
 
 /// Why training ended early.
 pub struct Failure {
-    /// Told when all is in order.
+    /// Reported once everything is in order.
     pub error: Error,
-    /// No step has ended: there is nothing worth keeping.
+    /// Whether no step has ended, so that there is nothing worth keeping.
     pub untouched: bool,
-    /// How far each model had come; empty before the first could.
+    /// How far each model had come; empty if training had not begun.
     pub models: Vec<Value>,
 }
 
@@ -54,21 +54,21 @@ impl From<Error> for Failure {
     }
 }
 
-/// Trains all models that have not ended, from their checkpoints or from the start. `quiet`: nothing is printed.
+/// Trains all models that have not ended, from their checkpoints or from the start. With `quiet`, nothing is printed.
 ///
 /// # Errors
-/// What the data or the machine is at fault for; [`Error::Interrupted`] after a checkpoint.
+/// When the data or the machine is at fault; [`Error::Interrupted`] after a checkpoint.
 pub fn train(
     dir: &mut RunDir,
     mut beginning: Beginning,
     stop: &AtomicBool,
     quiet: bool,
 ) -> std::result::Result<Trained, Failure> {
-    // What marks the directory as a run's.
+    // These files mark the directory as a run's.
     dir.write(rundir::PLAN, beginning.planned.text().as_bytes())?;
     dir.write(rundir::JOB, beginning.planned.job.record().as_bytes())?;
     dir.folder(rundir::INBOX)?;
-    // Models that have ended keep out; the others have numbers of their own in the fleet.
+    // Models that have ended stay out; the others have their own numbers in the fleet.
     let active = (0..beginning.planned.models.len()).filter(|&m| beginning.standings[m].ended.is_none());
     let active: Vec<usize> = active.collect();
     let (mut fleet, arenas, validates) = beginning.start(&active, quiet)?;
@@ -79,12 +79,12 @@ pub fn train(
         observer.watch(m, valid)?;
     }
     outcome::drop_lost_rows(&observer.planned.job, &observer.standings)?;
-    // It would be of models that have not come so far.
+    // An existing results.csv would describe an earlier state of the models.
     let results = observer.dir.at(rundir::RESULTS);
     if results.exists() {
         std::fs::remove_file(&results).map_err(|e| Error::io("remove", &results, e))?;
     }
-    // Last, so that a start that was refused leaves the older trace in its place.
+    // Done last, so that a refused start leaves the older trace in its place.
     record(&mut observer, &mut fleet)?;
     let result = fleet.run(&mut observer, stop);
     observer.watches.iter().for_each(Watch::finish);
@@ -93,8 +93,8 @@ pub fn train(
 }
 
 impl Beginning {
-    /// Starts the devices, and the fleet of the `active` models on them where each goes on; says how large the arenas
-    /// are, and which models have data held out.
+    /// Starts the devices, and on them the fleet of the `active` models, each from where it resumes; also returns the
+    /// arenas' sizes and which models have held-out data.
     fn start(&mut self, active: &[usize], quiet: bool) -> Result<(Fleet, Vec<u64>, Vec<bool>)> {
         let (planned, checkpoints) = (&self.planned, &mut self.checkpoints);
         let open = |&m: &usize| planned.models[m].prepared.sources(&planned.texts);
@@ -103,14 +103,14 @@ impl Beginning {
         let (device, arenas) = start_devices(planned)?;
         let model = |(&m, sources): (&usize, Sources)| {
             let model = planned.models[m].fleet_model(sources);
-            // What a checkpoint has is not read, drawn or written twice; it has nothing that is frozen.
+            // Weights that a checkpoint contains are not also read or drawn; it does not contain frozen ones.
             let has_all = checkpoints[m].is_some() && !model.placed.model.train.parameters.iter().any(|p| p.frozen);
             let weights = if has_all { Weights::Later } else { model.weights };
             ModelToTrain { weights, ..model }
         };
         let models: Vec<ModelToTrain> = active.iter().zip(sources).map(model).collect();
         let validates = models.iter().map(|model| model.valid.is_some()).collect();
-        // One that is only to be saved runs through none; a rehearsal wants one.
+        // A model that is only to be saved has no steps left, but a rehearsal needs at least one.
         let left = |&m: &usize| planned.models[m].prepared.options.steps.saturating_sub(self.standings[m].from).max(1);
         let rehearsal = planned.rehearse(active, &active.iter().map(left).collect::<Vec<u64>>())?;
         rehearsal.iter().filter(|_| !quiet).for_each(|found| say(describe_rehearsal(found)));
@@ -138,8 +138,8 @@ impl Beginning {
     }
 }
 
-/// Closes the trace, writes the results and tells what became of a run of `began_with` models, which has come to
-/// `result`.
+/// Closes the trace, writes the results and reports the outcome of a run that began with `began_with` models and ended
+/// with `result`.
 fn ended(
     observer: &RunObserver,
     fleet: &mut Fleet,
@@ -148,7 +148,7 @@ fn ended(
     quiet: bool,
 ) -> std::result::Result<Trained, Failure> {
     let recorded = fleet.engine_mut().take_recorder().map(Recorder::finish).transpose();
-    // Files that were taken are worth keeping too.
+    // Files taken from the inbox are worth keeping too.
     let nothing_done = observer.planned.models.len() == began_with
         && observer.standings.iter().all(|s| s.from == 0)
         && (0..observer.active.len()).all(|i| fleet.steps_done(i) == 0);
@@ -173,19 +173,19 @@ fn ended(
     let failed = failed.first().map(|first| {
         let (count, all, name, why) = (failed.len(), rows.len(), &first.name, first.status.reason());
         let message = format!("{count} of {all} models failed; {name}: {why}");
-        // The code that the first would have had alone.
+        // The exit code that the first failed model would have had alone.
         if observer.codes.get(&first.model) == Some(&2) { Error::BadInput(message) } else { Error::Device(message) }
     });
     match (written, &failed) {
         (Ok(()), _) => {}
         (Err(error), None) => return Err(kept(error)),
-        // What became of the models tells more.
+        // The models' outcome is more informative.
         (Err(error), Some(_)) => warn(error),
     }
     Ok(Trained { models: models(), failed })
 }
 
-/// Starts the devices, with room for models that come later where they can, and says how large the arenas are.
+/// Starts the devices, if possible with room for models added later, and returns the arenas' sizes.
 fn start_devices(planned: &PlannedJob) -> Result<(Box<dyn Device>, Vec<u64>)> {
     let specs: Vec<_> = planned.machine.devices.iter().map(|d| d.spec.clone()).collect();
     let start = |arena_bytes: &[u64]| {
@@ -201,7 +201,8 @@ fn start_devices(planned: &PlannedJob) -> Result<(Box<dyn Device>, Vec<u64>)> {
     let needed = planned.map.arena_bytes.clone();
     if matches!(planned.sharing, Sharing::Turns(_)) {
         let roomy = roomy_arenas(planned);
-        // A machine that refuses what might be of use later has enough for what is needed now, or says so itself.
+        // If the machine refuses the spare room, try with only what is needed now; that may succeed, or return its own
+        // error.
         if roomy != needed
             && let Ok(device) = start(&roomy)
         {
@@ -216,7 +217,7 @@ fn record(observer: &mut RunObserver, fleet: &mut Fleet) -> Result<()> {
     let (planned, standings, active) = (&observer.planned, &observer.standings, &observer.active);
     let trace = observer.dir.at(rundir::TRACE);
     let first = active.iter().map(|&m| standings[m].from).min().unwrap_or(0);
-    // Of a run that begins anew the trace is of steps that nothing else is left of.
+    // If the run begins anew, an older trace is about steps of which nothing else is left.
     if standings.iter().any(|s| s.from > 0) {
         keep_older_trace(&trace, first)?;
     }
@@ -231,12 +232,12 @@ fn record(observer: &mut RunObserver, fleet: &mut Fleet) -> Result<()> {
     Ok(())
 }
 
-/// A resumed run has a trace of its own; the one before it is kept beside it.
+/// A resumed run has its own trace; the previous one is kept beside it.
 fn keep_older_trace(trace: &Path, from: u64) -> Result<()> {
     if !trace.exists() {
         return Ok(());
     }
-    // It may have gone on from there before, and been killed before its next checkpoint.
+    // The run may have resumed from there before, and been killed before its next checkpoint.
     let mut names = (1..).map(|n| trace.with_file_name(rundir::older_trace(from, n)));
     let older = names.find(|older| !older.exists()).expect("there are more numbers than files");
     std::fs::rename(trace, &older).map_err(|e| Error::io("rename", trace, e))

@@ -1,4 +1,4 @@
-//! What the program does as a model trains: metrics, checkpoints, progress, selection, and at the end the model's
+//! What the program does while a model trains: metrics, checkpoints, progress, selection, and at the end the model's
 //! directory.
 
 use crate::plan::Planned;
@@ -18,12 +18,12 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// A run that is killed without a word loses no more than this, unless saving takes long.
+/// A run that is killed without warning loses at most this much, unless saving takes long.
 const BETWEEN_CHECKPOINTS: Duration = Duration::from_secs(600);
-/// Saving holds up all models of the run: it takes no more than a twentieth of the time.
+/// Saving delays all models of the run, so it takes at most a twentieth of the time.
 const SHARE_OF_SAVING: u32 = 20;
 
-/// Time between a model's checkpoints, where one of each model takes `saving` in all.
+/// Time between a model's checkpoints, if a checkpoint of every model takes `saving` in all.
 fn between_checkpoints(saving: Duration) -> Duration {
     BETWEEN_CHECKPOINTS.max(saving.saturating_mul(SHARE_OF_SAVING))
 }
@@ -35,15 +35,15 @@ pub struct Watch<'a> {
     progress: Progress,
     stop: &'a AtomicBool,
     folder: PathBuf,
-    /// When the last checkpoint was written, and what that took.
+    /// When the last checkpoint was written, and how long that took.
     saved_at: Instant,
     took: Duration,
-    /// What the last checkpoints of all models in training took.
+    /// The time that the last checkpoints of all training models took.
     saving: Rc<Cell<Duration>>,
-    /// What may end it early.
+    /// The judge that may end it early.
     judge: Option<Judge>,
     validates: bool,
-    /// Why it is to end early, though it has not come to it.
+    /// How it is to end early, once its steps in flight are done.
     ends: Option<Status>,
     /// Steps done.
     pub done: u64,
@@ -55,7 +55,7 @@ pub struct Watch<'a> {
 }
 
 impl<'a> Watch<'a> {
-    /// Watches `planned`, which goes on from step `from`, and writes into `folder`, where `metrics` are.
+    /// Watches `planned`, which goes on from step `from`, and writes to `folder`, which also contains `metrics`.
     pub fn new(
         planned: &Rc<Planned>,
         (folder, from): (&Path, u64),
@@ -88,12 +88,12 @@ impl<'a> Watch<'a> {
         self.planned.prepared.options.steps
     }
 
-    /// Lets it end after the steps in flight, and as what; what it has learnt is saved.
+    /// Ends the model after its steps in flight, with this status; the model is saved.
     pub fn end_early(&mut self, status: Status) {
         self.ends.get_or_insert(status);
     }
 
-    /// Notes how it ended.
+    /// Notes how the model ended.
     pub fn end(&mut self, status: Status) {
         self.note_saving(Duration::ZERO);
         self.progress.end(&status);
@@ -104,12 +104,12 @@ impl<'a> Watch<'a> {
         self.status = Some(status);
     }
 
-    /// Seconds of its steps and validations, those before the run was interrupted too.
+    /// Seconds of its steps and validations, including those before an interruption.
     pub fn secs(&self) -> f64 {
         self.metrics.secs()
     }
 
-    /// Takes its progress line away.
+    /// Removes its progress line.
     pub fn finish(&self) {
         self.progress.finish();
     }
@@ -124,15 +124,15 @@ impl<'a> Watch<'a> {
         Ok(())
     }
 
-    /// Waits until the records of the steps done are on the disk. A checkpoint goes there after them: rows of steps
-    /// that it has are made by nobody again.
+    /// Waits until the records of the steps done are on the disk. A checkpoint must follow them there: rows of steps
+    /// that it covers would never be written again.
     fn wait_records(&mut self) -> Result<()> {
         self.metrics.wait_sync()?;
         self.judge.as_ref().map_or(Ok(()), Judge::wait_sync)
     }
 
-    /// Writes what a model has learnt that ends by this fault, so that a run which goes on has nothing to train again.
-    /// What is not finite nobody can go on from: the checkpoint before it stays.
+    /// Writes a checkpoint of a model that ends with this fault, so that a resumed run need not repeat its steps. A
+    /// state that is not finite cannot be resumed from, so the previous checkpoint stays.
     fn keep(&mut self, engine: &Engine, model: usize, fault: &str) {
         let graph = &engine.model(model).train;
         let is_finite = |read: Result<Vec<f32>>| read.is_ok_and(|values| values.iter().all(|x| x.is_finite()));
@@ -155,7 +155,7 @@ impl<'a> Watch<'a> {
         self.took = took;
     }
 
-    /// Tells its judge how it does.
+    /// Reports a loss to its judge.
     fn report(&mut self, step: u64, metric: f32) -> Result<()> {
         let Some(judge) = &self.judge else { return Ok(()) };
         if let Verdict::Stop(reason) = judge.report(step, metric)?
@@ -207,7 +207,7 @@ impl Observer for Watch<'_> {
     }
 
     fn checkpoint(&mut self, step: u64, engine: &Engine, model: usize) -> Result<()> {
-        // At its end the model itself is saved, and a checkpoint after it; but for a run that stops before.
+        // At its end the model itself is saved and then a checkpoint, unless the run stops before.
         let ends = step == self.steps() || self.ends.is_some();
         if self.stop.load(Ordering::Relaxed) {
             return self.save(step, engine, model);
@@ -216,7 +216,7 @@ impl Observer for Watch<'_> {
             && !ends
             && let Err(error) = self.save(step, engine, model)
         {
-            // The disk may have room again by then, and the model is worth more than one checkpoint of it.
+            // The disk may have room again by the next time, and a failed checkpoint is no reason to lose the model.
             self.saved_at = Instant::now();
             let (name, wait) = (&self.planned.prepared.name, between_checkpoints(self.saving.get()));
             let wait = format_secs(wait.as_secs_f64());
@@ -229,7 +229,7 @@ impl Observer for Watch<'_> {
         self.keep(engine, model, "its next step could not begin");
     }
 
-    /// Saves the model; a checkpoint of its last step is written only after it, and so tells that there is nothing left
+    /// Saves the model; a checkpoint of its last step is written only after that, and so indicates that nothing is left
     /// to do.
     fn ended(&mut self, engine: &Engine, model: usize) -> Result<()> {
         self.wait_records()?;

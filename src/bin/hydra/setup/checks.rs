@@ -1,4 +1,4 @@
-//! What a job may ask for only where its parts go together: the device with the precision, the network with the data.
+//! Checks that a job's parts are compatible: the device with the precision, the network with the data.
 
 use crate::job::model::{Data, Model, ValidPart};
 use crate::job::{DeviceKind, Job, Pipeline, Policy};
@@ -7,7 +7,7 @@ use hydra::data::names;
 use hydra::nn::{self, InputShape, Network};
 use hydra::spill::Baseline;
 
-/// Refuses what a job may ask for and this program cannot do yet.
+/// Refuses requests that are valid in a job but not supported yet.
 ///
 /// # Errors
 /// [`Error::BadInput`] that names the key.
@@ -29,8 +29,8 @@ pub fn check_scope(file: &str, job: &Job) -> Result<()> {
     Ok(())
 }
 
-/// Refuses data of a kind that the network does not learn from, or that cannot be split where a part is to be held out;
-/// `vocab` has the ids into which a text is cut: before it is, which may take long.
+/// Refuses data of a kind that the network cannot train on, or that cannot be split if a part is to be held out;
+/// `vocab` is the number of ids of a text's tokenizer. Called before the text is tokenized, which may take long.
 pub fn check_data(model: &Model, network: &dyn Network, vocab: Option<usize>) -> Result<()> {
     let is_image = |input: &InputShape| input.name == names::PIXEL_VALUES;
     let fault = |key: &str, what: &str| Err(model.fault(key, what));
@@ -76,7 +76,7 @@ pub fn check_fit(model: &Model, network: &dyn Network, vocab: Option<usize>, cla
     Err(model.fault("data", what))
 }
 
-/// Refuses beginnings with which no parameter's name begins.
+/// Refuses prefixes that match no parameter's name.
 pub fn check_frozen(model: &Model, network: &dyn Network) -> Result<()> {
     if model.frozen.is_empty() {
         return Ok(());

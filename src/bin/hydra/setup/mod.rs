@@ -1,4 +1,4 @@
-//! A job's models made ready: the network, its data, and how to train it; nothing is planned yet and no weight is read.
+//! Prepares a job's models: the network, its data, and how to train it; nothing is planned yet and no weights are read.
 
 mod checks;
 mod options;
@@ -26,10 +26,10 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Makes model number `i` of the job ready.
+/// Prepares model number `i` of the job.
 ///
 /// # Errors
-/// When a file is missing or at fault, or the parts do not go together; the message names the file or the key.
+/// When a file is missing or faulty, or the parts are incompatible; the message names the file or the key.
 pub fn prepare(job: &Job, i: usize, texts: &Texts) -> Result<Prepared> {
     let (model, kind) = (&job.models[i], job.devices[0].kind);
     if model.dtype == Precision::Tf32 && !matches!(kind, DeviceKind::Cuda | DeviceKind::Emulated) {
@@ -70,7 +70,7 @@ pub fn prepare(job: &Job, i: usize, texts: &Texts) -> Result<Prepared> {
     Ok(Prepared { name, origin, options, inputs, opened: RefCell::new(Some(sources)), recipe, companions })
 }
 
-/// The network of a model; of a family with so many tokens, where that is said.
+/// The network of a model; `vocab`, if given, is the vocabulary of a family's network.
 fn open_network(model: &job::Model, vocab: Option<usize>) -> Result<Origin> {
     match &model.source {
         Source::From(dir) => {
@@ -88,11 +88,11 @@ fn open_network(model: &job::Model, vocab: Option<usize>) -> Result<Origin> {
 }
 
 thread_local! {
-    /// Directories of which a command has said so, for however many models and plans it opens them.
+    /// Directories that this command has already reported, however many models and plans it opens them for.
     static NOTED: RefCell<BTreeSet<PathBuf>> = const { RefCell::new(BTreeSet::new()) };
 }
 
-/// Says which weights of a directory the network has no use for, once.
+/// Reports, once, which weights of a directory the network does not use.
 pub fn note_unused(dir: &Path, unused: &[String]) {
     let Some(first) = unused.first() else { return };
     if !NOTED.with_borrow_mut(|noted| noted.insert(dir.to_path_buf())) {

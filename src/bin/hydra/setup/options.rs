@@ -1,4 +1,4 @@
-//! How a model is trained, as its job says.
+//! How a model is trained, according to its job.
 
 use crate::job::model::{Length, Model, Precision};
 use crate::job::{Job, Policy};
@@ -9,13 +9,13 @@ use hydra::nn::{self, Network};
 use hydra::spill::{Baseline, PlanOptions};
 use hydra::train::TrainOptions;
 
-/// Steps beyond this are refused, as the job file's own key does.
+/// More steps than this are refused, as for the job file's own key.
 const MOST_STEPS: u64 = i32::MAX as u64;
 
-/// The options of a `model` of the job; what names its data, and the device's part, are filled in by others.
+/// The options of a `model` of the job; the data's identity and the options about the device are filled in by others.
 ///
 /// # Errors
-/// When a key does not go with the data or the network.
+/// When a key is incompatible with the data or the network.
 pub fn train_options(job: &Job, model: &Model, network: &dyn Network, source: &dyn Source) -> Result<TrainOptions> {
     let mut options = TrainOptions::new(steps(model, source)?);
     options.seed = job.run.seed;
@@ -38,8 +38,8 @@ pub fn train_options(job: &Job, model: &Model, network: &dyn Network, source: &d
     Ok(options)
 }
 
-/// Samples that run together. In a pipeline they follow from how many microbatches it is to hold: by default as many as
-/// there are devices, or the most below that which divide the batch.
+/// Samples of a microbatch. In a pipeline they follow from the number of microbatches in it: by default as many as
+/// there are devices, or the largest smaller number that divides the batch.
 fn microbatch(job: &Job, model: &Model) -> Result<usize> {
     if job.run.policy != Policy::Lines(Baseline::Gpipe) {
         return Ok(model.microbatch);

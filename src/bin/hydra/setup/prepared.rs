@@ -1,4 +1,4 @@
-//! A model that is ready to be planned: its network, its options, and its data, opened once to see what is there.
+//! A model that is ready to be planned: its network, its options, and its data, opened once to check it.
 
 use crate::job::model::{Data, Tokenizer};
 use crate::setup::recipe::{Recipe, Sources};
@@ -19,18 +19,18 @@ pub struct Prepared {
     pub name: String,
     /// Its network, with or without weights.
     pub origin: Origin,
-    /// How to train it; the device's part is filled in by whoever plans.
+    /// How to train it; the options about the device are filled in by the planner.
     pub options: TrainOptions,
     /// The tensors of a sample.
     pub inputs: Vec<InputShape>,
-    /// Its data, opened once to see what is there.
+    /// Its data, opened once to check it.
     pub(super) opened: RefCell<Option<Sources>>,
     pub(super) recipe: Recipe,
-    /// What lay beside the model in its directory.
+    /// The other files in the model's directory.
     pub(super) companions: Arc<Files>,
 }
 
-/// Where a network and its first weights come from.
+/// Where a network and its initial weights come from.
 pub enum Origin {
     /// A Hugging Face directory.
     Pretrained(Box<Pretrained>),
@@ -57,17 +57,17 @@ impl Prepared {
         if let Origin::Pretrained(pretrained) = &self.origin { Some(pretrained) } else { None }
     }
 
-    /// Where the first weights come from.
+    /// Where the initial weights come from.
     pub fn weights(&self) -> Weights<'_> {
         self.pretrained().map_or(Weights::Random, Weights::Pretrained)
     }
 
-    /// The directory that it comes from, if it does from one.
+    /// The directory that it comes from, if any.
     pub fn base(&self) -> Option<&Path> {
         self.pretrained().map(Pretrained::dir)
     }
 
-    /// Reads the weights of `graph` once, so that damaged ones are told before anything is done with them.
+    /// Reads the weights of `graph` once, so that damaged ones are reported before they are used.
     ///
     /// # Errors
     /// When one is missing, has another shape, or is not finite.
@@ -78,17 +78,17 @@ impl Prepared {
         graph.states.iter().try_for_each(|s| pretrained.tensor(&s.name, &s.shape).map(drop))
     }
 
-    /// What its directory looks like when it is saved, and the counts that it began with.
+    /// The form in which it is saved, with the batch counts that it began with.
     ///
     /// # Errors
-    /// When the network does not trace with its own inputs.
+    /// When the network does not trace with its default inputs.
     pub fn form(&self) -> Result<Form> {
         let form = match &self.origin {
             Origin::Pretrained(pretrained) => pretrained.form.clone(),
             Origin::Family(network) => Form::of(network.as_ref())?,
         };
         let mut files = self.recipe.tokenizer.as_ref().map_or_else(Vec::new, |tokenizer| tokenizer.files.clone());
-        // What cut the text stands in the place of another tokenizer.
+        // The tokenizer of the training text replaces any other.
         let cut_by_own = match &self.recipe.data {
             Data::Text { tokenizer, .. } => *tokenizer == Tokenizer::OfModel,
             _ => true,
@@ -106,7 +106,7 @@ impl Prepared {
     /// Its data, from the start.
     ///
     /// # Errors
-    /// When a file is missing or at fault.
+    /// When a file is missing or faulty.
     pub fn sources(&self, texts: &Texts) -> Result<Sources> {
         match self.opened.take() {
             Some(sources) => Ok(sources),
@@ -114,7 +114,7 @@ impl Prepared {
         }
     }
 
-    /// Closes its data: it will not be trained.
+    /// Closes its data, since it will not be trained.
     pub fn close(&self) {
         self.opened.take();
     }

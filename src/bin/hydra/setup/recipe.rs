@@ -1,4 +1,4 @@
-//! A model's data by its job: how it is opened, and what tells it from other data.
+//! A model's data according to its job: how it is opened, and how it is identified.
 
 use crate::job;
 use crate::job::model::{Data, ValidPart};
@@ -16,41 +16,41 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Bytes of a file of batches or images that are looked at to tell it from others: it may be larger than memory.
+/// Bytes of a file of batches or images that are read to identify it: the file may be larger than memory.
 const LOOKED_AT: u64 = 64 << 20;
 
-/// The job file's keys of what a model is trained and validated on.
+/// The job file's keys for a model's training and validation data.
 const KEYS_OF_DATA: [&str; 7] =
     ["data.context", "data.text", "data.batches", "data.images", "valid.fraction", "valid.text", "valid.every"];
 
-/// Data to train on, and data held out.
+/// Training data and held-out data.
 pub struct Sources {
-    /// To train on.
+    /// Training data.
     pub train: Box<dyn Source>,
-    /// Held out.
+    /// Held-out data.
     pub valid: Option<Box<dyn Source>>,
 }
 
-/// What it takes to open a model's data, again and again.
+/// Everything needed to open a model's data, any number of times.
 pub struct Recipe {
     /// What it is trained on.
     pub data: Data,
-    /// What cuts its text, where that comes from files.
+    /// Its text's tokenizer, if that comes from files.
     pub tokenizer: Option<Arc<FileTokenizer>>,
     /// What it is validated on.
     pub valid: Option<job::Valid>,
     /// Samples of a minibatch.
     pub batch: usize,
-    /// The run's seed, for the order.
+    /// The run's seed, for the data's order.
     pub seed: u64,
 }
 
 impl Recipe {
-    /// What the data is, by the job file's keys: a checkpoint keeps it, so that another is told. Its files have been
-    /// opened before.
+    /// The data's identity, by the job file's keys: a checkpoint stores it, so that different data is noticed. The
+    /// files have been opened before.
     ///
     /// # Errors
-    /// When a file cannot be read any more.
+    /// When a file can no longer be read.
     pub fn identity(&self, texts: &Texts) -> Result<Vec<(&'static str, String)>> {
         let none = || "none".to_string();
         let of_text = |paths: &[PathBuf]| -> Result<String> {
@@ -74,10 +74,10 @@ impl Recipe {
         Ok(KEYS_OF_DATA.into_iter().zip(all).collect())
     }
 
-    /// Opens it, from the start.
+    /// Opens the data, from the start.
     ///
     /// # Errors
-    /// When a file is missing or at fault.
+    /// When a file is missing or faulty.
     pub fn open(&self, network: &dyn Network, texts: &Texts) -> Result<Sources> {
         let (batch, seed) = (self.batch, self.seed);
         let valid_fraction = match self.valid.as_ref().map(|v| &v.part) {
@@ -123,7 +123,7 @@ impl Recipe {
     }
 }
 
-/// The same words for the same files: how long they are, and a checksum of each one's first [`LOOKED_AT`] bytes.
+/// A string that identifies files: their lengths, and a checksum of each one's first [`LOOKED_AT`] bytes.
 fn of_files<'a>(paths: impl IntoIterator<Item = &'a PathBuf>) -> Result<String> {
     let (mut bytes, mut sum) = (0, CrcWriter::new(io::sink()));
     for path in paths {
@@ -135,7 +135,7 @@ fn of_files<'a>(paths: impl IntoIterator<Item = &'a PathBuf>) -> Result<String> 
     Ok(format!("{bytes} bytes with CRC-32 {:08x}", sum.crc().sum()))
 }
 
-/// Random inputs of the network's own sizes, or of `context` tokens, or of an `image`.
+/// Random inputs with the network's own sizes, or with `context` tokens, or of size `image`.
 fn random(
     network: &dyn Network,
     context: Option<usize>,
@@ -148,7 +148,7 @@ fn random(
     for input in network.inputs() {
         let axes = match (input.name.as_str(), context, image) {
             (names::PIXEL_VALUES, _, Some(image)) => image.to_vec(),
-            // What does not go together has been refused.
+            // Incompatible combinations have been refused before.
             (names::PIXEL_VALUES, _, None) => input.axes,
             (_, Some(context), _) => vec![context],
             _ => input.axes,
@@ -156,7 +156,7 @@ fn random(
         tensors.push((input.name, input.dtype, Shape::new(axes)));
     }
     let label = match tensors.first() {
-        // Where the classes are the tokens, each token has a label.
+        // If the classes are the tokens, each token has a label.
         Some((_, _, shape)) if labels.vocab == Some(labels.classes) => shape.clone(),
         _ => Shape::default(),
     };

@@ -1,7 +1,7 @@
-//! What lies beside a tokenizer's main file and changes how a text is cut, read as transformers reads it.
+//! The files beside a tokenizer's main file that change how a text is tokenized, read as by transformers.
 //!
-//! Added tokens are added, in the order of their ids. A setting that the main file contradicts, and a special token that
-//! has no id anywhere, is refused: no text is cut otherwise than by transformers in silence.
+//! Added tokens are added in the order of their ids. A setting that the main file contradicts, or a special token
+//! without an id anywhere, is refused: no text is silently tokenized differently from transformers.
 
 use hydra::base::{Error, Result};
 use serde_json::{Map, Value};
@@ -10,26 +10,26 @@ use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use tokenizers::{AddedToken, Tokenizer};
 
-/// The tokenizer's settings; since they hold added tokens too, the two others are left alone where it does.
+/// The tokenizer's settings; if they contain added tokens, the other two files are ignored.
 pub const CONFIG: &str = "tokenizer_config.json";
 /// The names of special tokens.
 pub const SPECIAL: &str = "special_tokens_map.json";
-/// Tokens beside those of the vocabulary, with their ids.
+/// Tokens in addition to those of the vocabulary, with their ids.
 pub const ADDED: &str = "added_tokens.json";
 
-/// Classes that take a tokenizer.json as it is; the others read some settings from [`CONFIG`].
+/// Classes that use a tokenizer.json as it is; the others read some settings from [`CONFIG`].
 const PLAIN: [&str; 2] = ["PreTrainedTokenizerFast", "TokenizersBackend"];
 /// The class of vocab.json and merges.txt.
 const GPT2: [&str; 2] = ["GPT2Tokenizer", "GPT2TokenizerFast"];
 
-/// What [`CONFIG`] calls a setting, and what the normalizer of BERT's tokenizer.json does.
+/// Names of settings in [`CONFIG`], and in the normalizer of BERT's tokenizer.json.
 const OF_BERT: [(&str, &str); 3] = [
     ("do_lower_case", "lowercase"),
     ("strip_accents", "strip_accents"),
     ("tokenize_chinese_chars", "handle_chinese_chars"),
 ];
 
-/// The files beside the main one; what is not there is empty.
+/// The files beside the main one; missing ones are empty.
 pub struct AddedTokens {
     folder: PathBuf,
     config: Map<String, Value>,
@@ -38,7 +38,7 @@ pub struct AddedTokens {
 }
 
 impl AddedTokens {
-    /// Reads those of `files` that lie in `folder`.
+    /// Reads those of `files` that are in `folder`.
     ///
     /// # Errors
     /// When one is damaged.
@@ -55,7 +55,7 @@ impl AddedTokens {
         Ok(AddedTokens { folder: folder.to_path_buf(), config: object(CONFIG)?, special: object(SPECIAL)?, added })
     }
 
-    /// Whether a text begins as if a space stood before it, where the settings say so.
+    /// Whether a text is treated as if it began with a space, if the settings say so.
     pub fn add_prefix_space(&self) -> Option<bool> {
         self.config.get("add_prefix_space").and_then(Value::as_bool)
     }
@@ -64,7 +64,7 @@ impl AddedTokens {
         self.config.get("tokenizer_class").and_then(Value::as_str).unwrap_or_default()
     }
 
-    /// Refuses what vocab.json and merges.txt cannot be read as.
+    /// Refuses settings that are incompatible with vocab.json and merges.txt.
     ///
     /// # Errors
     /// When the class is not GPT-2's, or special tokens are to be split.
@@ -81,7 +81,7 @@ impl AddedTokens {
     /// Refuses settings that a tokenizer.json contradicts.
     ///
     /// # Errors
-    /// As said; the message names the setting.
+    /// When a setting contradicts it; the message names the setting.
     pub fn check_one(&self, json: &Value) -> Result<()> {
         self.check_split()?;
         if PLAIN.contains(&self.class()) {
@@ -94,14 +94,14 @@ impl AddedTokens {
             }
             _ => Ok(()),
         };
-        // A class of GPT-2's goes without where nothing is said.
+        // GPT-2's classes add no space by default.
         let space = self.add_prefix_space().or(GPT2.contains(&self.class()).then_some(false));
         check("add_prefix_space", space, adds_space(json))?;
         let normalizer = &json["normalizer"];
         if normalizer["type"] == "BertNormalizer" {
             for (key, name) in OF_BERT {
                 let wanted = self.config.get(key).and_then(Value::as_bool);
-                // Accents go with capitals where nothing is said.
+                // By default accents are stripped if text is lowercased.
                 check(key, wanted, normalizer[name].as_bool().or(normalizer["lowercase"].as_bool()))?;
             }
         }
@@ -117,10 +117,10 @@ impl AddedTokens {
         }
     }
 
-    /// Adds the tokens to `inner`; says whether that changed anything.
+    /// Adds the tokens to `inner`; returns whether that changed anything.
     ///
     /// # Errors
-    /// When a token gets another id than its file says, or a special token has none.
+    /// When a token gets a different id from the one in its file, or a special token has none.
     pub fn add_to(&self, inner: &mut Tokenizer) -> Result<bool> {
         let before = inner.get_added_tokens_decoder();
         let known =
@@ -130,7 +130,7 @@ impl AddedTokens {
         let add = |inner: &mut Tokenizer, token| inner.add_tokens([token]).map_err(|e| fault(&path, e)).map(drop);
         for (id, token) in stated {
             let text = token.content.clone();
-            // An added_tokens.json knows no more of a token than its id.
+            // An added_tokens.json contains only a token's id.
             if file == CONFIG || !known(inner, &text) {
                 add(inner, token)?;
             }
@@ -149,7 +149,7 @@ impl AddedTokens {
         Ok(inner.get_added_tokens_decoder() != before)
     }
 
-    /// The tokens with an id of their own, by that, and the file that says so.
+    /// The tokens with a stated id, by id, and the file that states it.
     fn stated(&self) -> Result<(BTreeMap<u32, AddedToken>, &'static str)> {
         let Some(decoder) = self.config.get("added_tokens_decoder") else {
             let named = self.named();
@@ -171,7 +171,7 @@ impl AddedTokens {
         Ok((tokens.collect::<Result<_>>()?, CONFIG))
     }
 
-    /// The special tokens with their names, and the files that name them; those count first that overrule others.
+    /// The special tokens with their names, and the files that name them; those that take precedence come first.
     fn named(&self) -> Vec<(String, AddedToken, &'static str)> {
         let mut named = Vec::new();
         let older = !self.config.contains_key("added_tokens_decoder");
@@ -193,7 +193,7 @@ impl AddedTokens {
     }
 }
 
-/// A token as text alone, or with what it does.
+/// Parses a token, given as text alone or with its properties.
 fn token_of(value: &Value, special: bool) -> Option<AddedToken> {
     let text = value.as_str().or_else(|| value["content"].as_str())?;
     let token = AddedToken::from(text, special);
@@ -203,7 +203,7 @@ fn token_of(value: &Value, special: bool) -> Option<AddedToken> {
     Some(token.lstrip(is("lstrip", false)).rstrip(is("rstrip", false)))
 }
 
-/// Refuses an added token of which the file at `path` says another id than was `given` to it.
+/// Refuses an added token whose id in the file at `path` differs from the one `given` to it.
 pub fn check_id(path: &Path, text: &str, id: u64, given: Option<u32>) -> Result<()> {
     if given.map(u64::from) == Some(id) {
         return Ok(());
@@ -212,13 +212,13 @@ pub fn check_id(path: &Path, text: &str, id: u64, given: Option<u32>) -> Result<
     Err(fault(path, format!("added token {text:?} has the id {id}; by its place it is {given}")))
 }
 
-/// What is wrong with the tokenizer's file at `path`, in one line.
+/// An error about the tokenizer's file at `path`, in one line.
 pub fn fault(path: &Path, what: impl Display) -> Error {
     // The crate's messages may have several lines.
     Error::bad(format!("{}: {what}", path.display()).replace(['\n', '\r'], " "))
 }
 
-/// Whether a tokenizer.json takes a text as if a space stood before it; `None` where it has no step that could.
+/// Whether a tokenizer.json treats a text as if it began with a space; `None` if it has no step that could.
 fn adds_space(json: &Value) -> Option<bool> {
     let steps = |part: &str, list: &str| -> Vec<Value> {
         json[part][list].as_array().cloned().unwrap_or_else(|| vec![json[part].clone()])

@@ -1,6 +1,6 @@
-//! What lies in a model's directory beside the model and goes with it into what is saved: how its inputs are made.
+//! Files in a model's directory that describe how its inputs are made, and that are saved with it.
 //!
-//! Known names alone are taken. Their bytes are kept as they were read, whatever becomes of the files meanwhile.
+//! Only files with known names are taken. Their bytes are kept as read, whatever happens to the files meanwhile.
 
 use crate::text::tokenizer;
 use hydra::base::Result;
@@ -13,9 +13,9 @@ use std::sync::Arc;
 
 /// How images become inputs.
 pub const PREPROCESSOR: &str = "preprocessor_config.json";
-/// What goes with the model whatever it is trained on.
+/// Files that are saved with the model whatever it is trained on.
 const OF_ANY: [&str; 2] = [PREPROCESSOR, "processor_config.json"];
-/// How text becomes tokens: what goes with the model unless another tokenizer takes its place.
+/// How text becomes tokens: files that are saved with the model unless another tokenizer replaces them.
 const OF_TEXT: [&str; 12] = [
     "tokenizer.json",
     "tokenizer_config.json",
@@ -44,7 +44,7 @@ impl Companions {
     /// The known files in `folder`.
     ///
     /// # Errors
-    /// When one is no file, is too long, or cannot be read.
+    /// When one is not a file, is too long, or cannot be read.
     pub fn open(&self, folder: &Path) -> Result<Arc<Files>> {
         if let Some(files) = self.read.borrow().get(folder) {
             return Ok(Arc::clone(files));
@@ -58,7 +58,7 @@ impl Companions {
     }
 }
 
-/// Adds to `files` those of `companions` that they lack; `of_text` says whether what is of text goes along.
+/// Adds to `files` those of `companions` that they lack; `of_text` says whether to include those about text.
 pub fn complete(files: &mut Files, companions: &Files, of_text: bool) {
     for (name, bytes) in companions {
         if (of_text || OF_ANY.contains(&name.as_str())) && files.iter().all(|(other, _)| other != name) {
@@ -67,8 +67,8 @@ pub fn complete(files: &mut Files, companions: &Files, of_text: bool) {
     }
 }
 
-/// The [`PREPROCESSOR`] of images of `axes` (C, H, W) as they are made of IDX and CIFAR-10 files. transformers takes the
-/// processor of ViT for images of any kind of model.
+/// The [`PREPROCESSOR`] of images of `axes` (C, H, W) as made from IDX and CIFAR-10 files. transformers uses ViT's
+/// processor for any kind of image model.
 pub fn preprocessor(axes: [usize; 3]) -> (String, Vec<u8>) {
     let scaling = ImageOptions::new(ImageFiles::Cifar10 { files: Vec::new() });
     let [channels, height, width] = axes;

@@ -1,5 +1,5 @@
-//! The texts of a job, what cuts them into tokens, and what lies beside its models: those that read the same files have
-//! them once.
+//! The texts of a job, their tokenizers, and the other files of its models' directories; models that read the same
+//! files share them.
 
 mod added_tokens;
 pub mod companions;
@@ -15,36 +15,36 @@ use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 use tokenizer::{FileTokenizer, Tokenizers, cut_by};
 
-/// The texts of a job and what cuts them, each read once.
+/// The texts of a job and their tokenizers, each read once.
 #[derive(Default)]
 pub struct Texts {
-    /// What cuts them.
+    /// The tokenizers.
     pub tokenizers: Tokenizers,
-    /// What lies beside the models that it begins with.
+    /// The other files in the directories of its initial models.
     pub companions: Companions,
-    /// Those that a model reads, which alone holds on to them.
+    /// Texts in use, kept alive only by the models that read them.
     read: RefCell<BTreeMap<Key, Weak<Text>>>,
-    /// Those that stay, whoever reads them; `None` where none does.
+    /// Texts that stay in memory without readers; `None` if none do.
     kept: Option<RefCell<Vec<Arc<Text>>>>,
 }
 
-/// Where a text lies, by whatever way one gets there, and the identity of what cuts it.
+/// A text's canonical paths, and its tokenizer's identity.
 type Key = (Vec<PathBuf>, String);
 
 impl Texts {
-    /// Those that stay once they were read: for jobs on the same texts, one after another.
+    /// Makes texts that stay in memory once read, for successive jobs on the same texts.
     pub fn kept() -> Texts {
         Texts { kept: Some(RefCell::default()), ..Texts::default() }
     }
 
-    /// The text at `paths`, cut by `tokenizer` or else into bytes. What is being read is not looked at again, whatever
-    /// has become of its files.
+    /// The text at `paths`, cut by `tokenizer` or else into bytes. A text in use is not read again, whatever has
+    /// happened to its files.
     ///
     /// # Errors
     /// As [`Text::read`].
     pub fn open(&self, paths: &[PathBuf], tokenizer: Option<&Arc<FileTokenizer>>) -> Result<Arc<Text>> {
         let (cut_by, identity) = cut_by(tokenizer);
-        // What is not there is told by who reads it.
+        // Missing files are reported when they are read.
         let places = paths.iter().map(|path| fs::canonicalize(path).unwrap_or_else(|_| path.clone())).collect();
         let key = (places, identity.to_string());
         if let Some(text) = self.read.borrow().get(&key).and_then(Weak::upgrade) {

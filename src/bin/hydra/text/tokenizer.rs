@@ -1,8 +1,8 @@
 //! Tokenizers from files: a tokenizer.json, or GPT-2's vocab.json and merges.txt.
 //!
-//! Nothing in them is trusted: what the `tokenizers` crate would panic at, or take for something else, is the file's
-//! fault. Their bytes are kept as they were read, to be saved beside the model that is trained with them, whatever
-//! becomes of the files meanwhile.
+//! Nothing in them is trusted: content at which the `tokenizers` crate would panic, or which it would misread, is
+//! reported as the file's fault. Their bytes are kept as read, to be saved with the model that is trained with them,
+//! whatever happens to the files meanwhile.
 
 use crate::text::added_tokens::{ADDED, AddedTokens, CONFIG, SPECIAL, check_id, fault};
 use flate2::Crc;
@@ -23,22 +23,23 @@ use tokenizers::models::ModelWrapper;
 use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 
-/// The file that says everything.
+/// The file that describes a whole tokenizer.
 const TOKENIZER: &str = "tokenizer.json";
-/// The two that GPT-2 has.
+/// GPT-2's two files.
 const VOCAB: &str = "vocab.json";
 const MERGES: &str = "merges.txt";
-/// The token that stands between GPT-2's texts.
+/// The token that separates GPT-2's texts.
 const END: &str = "<|endoftext|>";
-/// What transformers keeps beside either.
+/// Files that transformers keeps beside either form.
 const BESIDE: [&str; 3] = [CONFIG, SPECIAL, ADDED];
 
 /// The longest file that is read: one for a million tokens with their merges is a third of this.
 const MOST_BYTES: u64 = 256 << 20;
-/// Ids are kept as positive i32 on devices.
+/// Ids are positive i32 on devices.
 const MOST_ID: u32 = i32::MAX as u32 - 1;
 
-/// Bytes of text that are cut at once, where that can be chosen: the crate takes more than a hundred times as many.
+/// Bytes of text that are tokenized at once, where that can be chosen: the crate needs more than a hundred times as
+/// much memory.
 const PIECE_BYTES: usize = 1 << 18;
 
 /// A tokenizer from files.
@@ -47,11 +48,11 @@ pub struct FileTokenizer {
     vocab: usize,
     /// Whether [`pieces`] of a text give the tokens of the whole.
     in_pieces: bool,
-    /// Whether letters without a token leave the text in silence, which [`lost`] then finds.
+    /// Whether letters without a token vanish from the text silently; [`lost`] then finds them.
     may_lose: bool,
-    /// What it was made of and what lay beside that, by the names that transformers looks for.
+    /// The files it was made from and those beside them, by the names that transformers looks for.
     pub files: Vec<(String, Vec<u8>)>,
-    /// The same words for the same tokenizer.
+    /// A string that identifies the tokenizer.
     pub identity: String,
 }
 
@@ -61,7 +62,7 @@ impl fmt::Debug for FileTokenizer {
     }
 }
 
-/// What a tokenizer is made of.
+/// The files that a tokenizer is made from.
 #[derive(Debug, PartialEq)]
 enum Parts {
     /// A tokenizer.json, whatever it is called here.
@@ -71,8 +72,8 @@ enum Parts {
 }
 
 impl Parts {
-    /// What there is at `path`: a file, or in a folder the one file rather than the two. `None` for a folder with
-    /// neither.
+    /// Finds a tokenizer at `path`: a file, or in a folder the one file in preference to the two. `None` for a folder
+    /// with neither.
     fn find(path: &Path) -> Result<Option<Parts>> {
         let metadata = fs::metadata(path).map_err(|e| match e.kind() {
             ErrorKind::NotFound | ErrorKind::NotADirectory => fault(path, "no such file or folder"),
@@ -130,7 +131,7 @@ impl Parts {
             return Err(fault(path, format!("the highest id is {most}; want {MOST_ID} at most")));
         }
         let in_pieces = cuts_at_lines(&inner);
-        // The other models name what is unknown, or fail; a byte-level one has been seen to have all letters.
+        // The other models map unknown text to a token, or fail; a byte-level one has been checked to have all letters.
         let may_lose = match inner.get_model() {
             ModelWrapper::BPE(bpe) => bpe.unk_token.is_none() && !bpe.byte_fallback && !in_bytes,
             _ => false,
@@ -139,7 +140,7 @@ impl Parts {
     }
 }
 
-/// A tokenizer.json, and whether its letters stand for bytes.
+/// Loads a tokenizer.json; also returns whether its letters stand for bytes.
 fn one(path: &Path, bytes: &[u8], beside: &AddedTokens) -> Result<(tokenizers::Tokenizer, bool)> {
     let json: Value = serde_json::from_slice(bytes).map_err(|e| fault(path, format!("damaged JSON: {e}")))?;
     if !json["model"].is_object() {
@@ -159,7 +160,7 @@ fn one(path: &Path, bytes: &[u8], beside: &AddedTokens) -> Result<(tokenizers::T
             format!("model.dropout is {dropout}, which cuts a text otherwise each time; write null"),
         ));
     }
-    // The crate numbers added tokens by itself, and only warns where the file has another number.
+    // The crate numbers added tokens itself, and only warns if the file has a different number.
     for token in json["added_tokens"].as_array().into_iter().flatten() {
         let (Some(text), Some(id)) = (token["content"].as_str(), token["id"].as_u64()) else { continue };
         if let given @ Some(_) = inner.token_to_id(text) {
@@ -175,7 +176,7 @@ fn one(path: &Path, bytes: &[u8], beside: &AddedTokens) -> Result<(tokenizers::T
         let vocab = inner.get_vocab(false);
         check_alphabet(path, |letter| vocab.contains_key(letter))?;
     }
-    // Both are for single samples; a text is cut whole.
+    // Both are for single samples; a text is tokenized whole.
     inner.with_truncation(None).map_err(|e| fault(path, e))?.with_padding(None);
     if inner.get_vocab(true).is_empty() {
         return Err(fault(path, "the vocabulary is empty"));
@@ -190,8 +191,8 @@ fn is_byte_level(pre_tokenizer: &Value) -> bool {
     is(pre_tokenizer) || pre_tokenizer["pretokenizers"].as_array().is_some_and(|steps| steps.iter().any(is))
 }
 
-/// Refuses a byte-level vocabulary without a token for each byte, since bytes without one would vanish from the text in
-/// silence.
+/// Refuses a byte-level vocabulary without a token for each byte, since bytes without one would vanish from the text
+/// silently.
 fn check_alphabet(path: &Path, has: impl Fn(&str) -> bool) -> Result<()> {
     match ByteLevel::alphabet().into_iter().filter(|c| !has(&c.to_string())).min() {
         None => Ok(()),
@@ -203,9 +204,10 @@ fn check_alphabet(path: &Path, has: impl Fn(&str) -> bool) -> Result<()> {
     }
 }
 
-/// GPT-2's byte-level BPE of the `files` in `folder`, and that its letters stand for bytes.
+/// Loads GPT-2's byte-level BPE from the `files` in `folder`; also returns that its letters stand for bytes.
 ///
-/// As in transformers' GPT2Tokenizer [`END`], where the vocabulary has it, is one token and not cut into its letters.
+/// As in transformers' GPT2Tokenizer, [`END`] is a single token if the vocabulary has it, and is not split into
+/// letters.
 fn two(folder: &Path, files: &[(String, Vec<u8>)], beside: &AddedTokens) -> Result<(tokenizers::Tokenizer, bool)> {
     let bytes = |name: &str| files.iter().find(|(file, _)| file == name).map(|(_, bytes)| bytes.as_slice());
     let (path, want) = (folder.join(VOCAB), "want an object of tokens and their ids");
@@ -243,12 +245,12 @@ fn two(folder: &Path, files: &[(String, Vec<u8>)], beside: &AddedTokens) -> Resu
     Ok((inner, true))
 }
 
-/// Whether [`pieces`] of any text have the tokens of the whole: whether words are found by GPT-2's regex, or by one like
-/// Llama 3's, in a text that nothing changes before, and no added token reaches over spaces.
+/// Whether the [`pieces`] of any text have the same tokens as the whole: words must be split by GPT-2's regex, or by
+/// one like Llama 3's, in a text that no earlier step changes, and no added token may extend over spaces.
 ///
-/// No alternative of these takes a line's end and, behind it, what is neither space nor slash; none looks back; and of a
-/// line's end that stands alone all take the same, whatever comes behind it. Of other ways to cut it is not known. NFC
-/// joins nothing to a line's end and moves nothing past it.
+/// No alternative of these regexes matches a line end followed by a character that is neither space nor slash; none
+/// looks back; and a line end that stands alone is matched in the same way whatever follows it. For other ways to split
+/// this is not known. NFC joins nothing to a line end and moves nothing past it.
 fn cuts_at_lines(tokenizer: &tokenizers::Tokenizer) -> bool {
     let json = |part: serde_json::Result<Value>| part.unwrap_or(Value::Bool(true));
     let pre_tokenizer = json(serde_json::to_value(tokenizer.get_pre_tokenizer()));
@@ -270,7 +272,7 @@ fn cuts_at_lines(tokenizer: &tokenizers::Tokenizer) -> bool {
         && tokenizer.get_added_tokens_decoder().values().all(apart)
 }
 
-/// Whether a regex is one of Llama 3, Qwen, Mistral (Tekken), OLMo 2 or gpt-oss, or between them.
+/// Whether a regex is that of Llama 3, Qwen, Mistral (Tekken), OLMo 2 or gpt-oss, or a combination of their parts.
 fn is_known_split(regex: &str) -> bool {
     const SHORT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)";
     const UPPER: &str = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]";
@@ -287,8 +289,8 @@ fn is_known_split(regex: &str) -> bool {
     signs.iter().any(|signs| rest == format!(r"{signs}|\s*[\r\n]+|\s+(?!\S)|\s+"))
 }
 
-/// A text in pieces of at least `least` bytes but for the last, cut behind line ends that stand alone between two
-/// characters that are no spaces, the second no slash.
+/// Splits a text into pieces of at least `least` bytes, except the last, after line ends that stand alone between two
+/// characters that are not spaces, the second of which is not a slash.
 fn pieces(text: &str, least: usize) -> Vec<&str> {
     let mut pieces = Vec::new();
     let mut start = 0;
@@ -305,11 +307,11 @@ fn pieces(text: &str, least: usize) -> Vec<&str> {
     pieces
 }
 
-/// The first word of which no token takes some letter. Spaces may go, and where a normalizer is at work also other
-/// signs than letters and digits, such as accents of their own.
+/// The first word with a letter that no token covers. Spaces may vanish, and with a normalizer also characters other
+/// than letters and digits, such as combining accents.
 ///
-/// The crate's places within a word are off once a letter of it has gone, so that it is the word's end that no token
-/// reaches.
+/// The crate's offsets within a word are wrong once one of its letters has vanished, so the check is that no token
+/// reaches the word's end.
 fn lost<'a>(text: &'a str, taken: &[(usize, usize)], normalized: bool) -> Option<&'a str> {
     let counts = |c: char| if normalized { c.is_alphanumeric() } else { !c.is_whitespace() };
     let mut reached = 0;
@@ -331,7 +333,7 @@ fn lost<'a>(text: &'a str, taken: &[(usize, usize)], normalized: bool) -> Option
 impl FileTokenizer {
     fn encode_in(&self, pieces: &[&str]) -> Result<Vec<u32>> {
         let encode = |piece: &&str| {
-            // Only the slower of the two says where in the text a token comes from.
+            // Only the slower of the two encoders returns the tokens' offsets in the text.
             let encoding = contained(|| match self.may_lose {
                 true => self.inner.encode(*piece, false).map_err(|e| e.to_string()),
                 false => self.inner.encode_fast(*piece, false).map_err(|e| e.to_string()),
@@ -357,8 +359,8 @@ impl Encode for FileTokenizer {
         self.vocab
     }
 
-    /// Adds no token of the file's post-processor, such as Llama's `<s>`: windows are cut from one stream. Tokens
-    /// that a tokenizer.json or a file beside it has added to the vocabulary are found in the text, as in transformers.
+    /// Adds no token of the file's post-processor, such as Llama's `<s>`, since windows are cut from one stream. Tokens
+    /// that a tokenizer.json or a file beside it adds to the vocabulary are recognised in the text, as in transformers.
     fn encode(&self, text: &[u8]) -> Result<Vec<u32>> {
         let text = std::str::from_utf8(text).map_err(|e| Error::bad(not_utf8(e.valid_up_to())))?;
         match self.in_pieces {
@@ -375,7 +377,7 @@ pub struct Tokenizers {
 }
 
 impl Tokenizers {
-    /// The tokenizer at `path`; `None` for a folder that holds none.
+    /// The tokenizer at `path`; `None` for a folder without one.
     ///
     /// # Errors
     /// When there is nothing at `path`, or a file is damaged or not supported.
@@ -390,7 +392,7 @@ impl Tokenizers {
     }
 }
 
-/// A model's tokenizer as the library takes it, and its identity; bytes where it comes from no files.
+/// A model's tokenizer as the library expects it, and its identity; bytes if it does not come from files.
 pub fn cut_by(tokenizer: Option<&Arc<FileTokenizer>>) -> (data::Tokenizer, &str) {
     match tokenizer {
         Some(own) => (data::Tokenizer::Own(Arc::clone(own) as Arc<dyn Encode>), &own.identity),
@@ -402,7 +404,8 @@ fn not_utf8(offset: usize) -> String {
     format!("byte {offset} is not UTF-8; tokenizer = \"bytes\" takes any file")
 }
 
-/// Reads a whole file of at most [`MOST_BYTES`]; what is none is the input's fault, and a pipe is not waited for.
+/// Reads a whole file of at most [`MOST_BYTES`]; anything that is not a file is an input error, and a pipe is not
+/// waited for.
 pub fn read(path: &Path) -> Result<Vec<u8>> {
     let io = |e| Error::io("read", path, e);
     let metadata = fs::metadata(path).map_err(io)?;
@@ -422,12 +425,12 @@ thread_local! {
     static CONTAINED: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Whether a panic on this thread is caught and told as the input's fault.
+/// Whether a panic on this thread is caught and reported as the input's fault.
 pub fn panics_are_contained() -> bool {
     CONTAINED.get()
 }
 
-/// Calls the crate, whose panics are the file's fault: it indexes by what it has read.
+/// Calls the crate, and reports its panics as the file's fault: it uses numbers from the file as indices.
 fn contained<T>(call: impl FnOnce() -> std::result::Result<T, String>) -> std::result::Result<T, String> {
     CONTAINED.set(true);
     let result = catch_unwind(AssertUnwindSafe(call));
