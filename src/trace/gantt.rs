@@ -75,7 +75,8 @@ pub fn gantt_svg(events: &[Event], options: &GanttOptions) -> String {
     Chart { options, from: span.0, until: span.1, width, top: 0.0 }.draw(&shown)
 }
 
-/// The times in which no lane has a task and steps of some model are missing from `events`, since they were not kept.
+/// The times in which steps of some model ran that are missing from `events`, since they were not kept: in order, none
+/// touching another.
 fn unrecorded(events: &[Event]) -> Vec<(f64, f64)> {
     let mut steps: BTreeMap<u16, BTreeMap<u32, (f64, f64)>> = BTreeMap::new();
     for event in events {
@@ -83,21 +84,20 @@ fn unrecorded(events: &[Event]) -> Vec<(f64, f64)> {
         let step = steps.entry(event.name.model).or_default().entry(event.step).or_insert((from, until));
         *step = (step.0.min(from), step.1.max(until));
     }
-    let jumps: Vec<(f64, f64)> = steps
+    let mut jumps: Vec<(f64, f64)> = steps
         .values()
         .flat_map(|steps| steps.iter().zip(steps.iter().skip(1)))
         .filter(|((before, _), (after, _))| **after > **before + 1)
         .map(|((_, before), (_, after))| (before.1, after.0))
+        .filter(|(from, until)| from < until)
         .collect();
-    let mut times: Vec<(f64, f64)> = events.iter().map(|event| (event.start_secs, event.end_secs)).collect();
-    times.sort_by(|a, b| a.0.total_cmp(&b.0));
-    let mut gaps = Vec::new();
-    let mut until = times.first().map_or(0.0, |first| first.1);
-    for (start, end) in times {
-        if start > until && jumps.iter().any(|jump| jump.0 < start && until < jump.1) {
-            gaps.push((until, start));
+    jumps.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let mut gaps: Vec<(f64, f64)> = Vec::new();
+    for (from, until) in jumps {
+        match gaps.last_mut() {
+            Some(last) if from <= last.1 => last.1 = last.1.max(until),
+            _ => gaps.push((from, until)),
         }
-        until = until.max(end);
     }
     gaps
 }
@@ -209,7 +209,7 @@ impl Chart<'_> {
 
     /// A shaded area where nothing was recorded.
     fn gap(&self, out: &mut String, (from, until): (f64, f64), bottom: f64) {
-        const LABEL: &str = "not recorded";
+        const LABEL: &str = "steps not recorded";
         let (left, right) = (self.x(from), self.x(until));
         if right - left < 3.0 {
             return;
@@ -359,7 +359,7 @@ mod tests {
         svg
     }
 
-    /// Where steps are left out and no lane has a task; not where a lane merely waits.
+    /// Where steps are left out; not where a lane merely waits.
     #[test]
     fn what_was_not_recorded_is_shaded() {
         let moved = |event: &Event, step: u32, secs: f64| Event {
@@ -378,7 +378,7 @@ mod tests {
             unrecorded(&later),
             [(until, 9.0 * until + first.iter().map(|e| e.start_secs).fold(f64::INFINITY, f64::min))]
         );
-        assert!(check(&later, &GanttOptions::default()).contains(">not recorded</text>"));
+        assert!(check(&later, &GanttOptions::default()).contains(">steps not recorded</text>"));
         for none in [with(2, 9.0 * until), with(9, 0.5 * until), first.clone()] {
             assert_eq!(unrecorded(&none), []);
             assert!(!check(&none, &GanttOptions::default()).contains("not recorded"));

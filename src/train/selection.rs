@@ -98,8 +98,8 @@ impl Rungs {
 /// Massively Parallel Hyperparameter Tuning", arXiv:1810.05934), in its stopping variant.
 ///
 /// A model that reports at a rung goes on if it is among the best 1 in `eta` of those that have reported there so far,
-/// itself included; this number is rounded down, but is at least one. So the first always goes on, and of the first `2
-/// * eta - 1` each that is the best so far. In the paper's algorithm 2 a model waits at a rung and is promoted later,
+/// itself included; this number is rounded down, but is at least one. So the first always goes on, and so does, of the
+/// first `2 eta - 1`, each that is the best so far. In the paper's algorithm 2 a model waits at a rung and is promoted later,
 /// when enough worse ones have reported; here the verdict is immediate and final, so that no model holds memory while
 /// it waits. The price: verdicts depend on the order of arrival. A good model is never stopped by worse ones, but early
 /// arrivals go on more easily than late ones.

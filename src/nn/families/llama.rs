@@ -226,9 +226,14 @@ impl TextModel for Llama {
     const ATTENTION: &'static str = "attn";
 
     fn longest(&self) -> (&'static str, usize) {
-        match self.window.filter(|&window| window < self.positions) {
+        // YaRN's factor makes the first training's context longer, whether or not `max_position_embeddings` says so.
+        let positions = match self.rotary_scaling {
+            RotaryScaling::Yarn { factor, positions, .. } => self.positions.max((factor * positions as f64) as usize),
+            _ => self.positions,
+        };
+        match self.window.filter(|&window| window < positions) {
             Some(window) => ("sliding_window", window),
-            None => ("max_position_embeddings", self.positions),
+            None => ("max_position_embeddings", positions),
         }
     }
 
@@ -418,11 +423,12 @@ fn read_rotary(f: &Fields) -> Result<(f64, RotaryScaling)> {
         }
         "yarn" => {
             let (factor, positions) = (number("factor", 1.0)?, positions()?);
+            let above = |x: f64| x > 0.0 && x <= 1e6;
             // transformers also treats null and 0 as absent.
             let given = |key: &'static str| match r.get(key) {
                 None => Ok(None),
                 Some(value) if value.as_f64() == Some(0.0) => Ok(None),
-                Some(_) => r.number(key, 0.0, "a number above 0, up to 1e6", |x| x > 0.0 && x <= 1e6).map(Some),
+                Some(_) => r.number(key, 0.0, "a number above 0, up to 1e6", above).map(Some),
             };
             let (high, low) = (given("beta_fast")?.unwrap_or(32.0), given("beta_slow")?.unwrap_or(1.0));
             if low >= high {
@@ -436,7 +442,10 @@ fn read_rotary(f: &Fields) -> Result<(f64, RotaryScaling)> {
                 (Some(own), Some(all)) => sharper(own) / sharper(all),
                 _ => sharper(1.0),
             };
-            let stretch = given("attention_factor")?.unwrap_or(inferred);
+            let stretch = match r.get("attention_factor") {
+                None => inferred,
+                Some(_) => r.number("attention_factor", inferred, "a number above 0, up to 1e6", above)?,
+            };
             RotaryScaling::Yarn { factor, low, high, positions, whole: r.flag("truncate", true)?, stretch }
         }
         _ => RotaryScaling::None,

@@ -171,7 +171,7 @@ impl Network for Vit {
         let image = [self.channels, self.image, self.image];
         if found != image {
             return Err(Error::bad(format!(
-                "pixel_values: an image of {found:?}, want num_channels and twice image_size, {image:?}"
+                "pixel_values: an image of {found:?}, want num_channels, image_size, image_size: {image:?}"
             )));
         }
         let mut b = Builder::new(mode, float);

@@ -111,7 +111,9 @@ fn values_that_are_not_supported_are_named() {
     llama(yarn("factor", json!(0.5)), &["factor", "got 0.5"]);
     llama(yarn("original_max_position_embeddings", Value::Null), &["original_max_position_embeddings", "is missing"]);
     llama(yarn("beta_fast", json!(1)), &["beta_slow", "is 1, beta_fast 1; want it below"]);
-    llama(yarn("attention_factor", json!(-1)), &["attention_factor", "above 0", "got -1"]);
+    for factor in [0, -1] {
+        llama(yarn("attention_factor", json!(factor)), &["attention_factor", "above 0", &format!("got {factor}")]);
+    }
     llama(yarn("rope_theta", json!(1)), &["rope_theta", "is 1; yarn wants it above 1"]);
     llama(yarn("truncate", json!("no")), &["truncate", "true or false"]);
     refused(strict("mistral", json!({ "mlp_bias": true })), &["mlp_bias", "is no key that is known here"]);
@@ -189,6 +191,11 @@ fn llamas_rotary_angles_have_two_forms() {
     let deep = json!({ "mscale": 1.0, "mscale_all_dim": 0.707, "truncate": false, "beta_fast": 64, "beta_slow": 2 });
     assert_eq!(yarn(deep), (2.0, 64.0, false, sharper(1.0) / sharper(0.707)));
     assert_eq!(yarn(json!({ "attention_factor": 1.5 })), (1.0, 32.0, true, 1.5));
+    // Four times the first training's context, whatever max_position_embeddings says.
+    let scaling = json!({ "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8 });
+    let network = strict("qwen2", with(json!({ "max_position_embeddings": 8, "rope_scaling": scaling }))).unwrap();
+    assert!(network.trace(Mode::Training, DType::F32, 1, &text(32)).is_ok());
+    refused(network.trace(Mode::Training, DType::F32, 1, &text(33)), &["max_position_embeddings"]);
 }
 
 #[test]

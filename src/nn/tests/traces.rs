@@ -432,7 +432,7 @@ fn inputs_that_do_not_fit_are_named() {
         assert!(network.trace(Mode::Training, DType::F32, 1, &text(most)).is_ok());
         check(&*network, 1, &text(most + 1), &[&format!("context of {}", most + 1), &format!("{key}, {most}")]);
     }
-    check(&*vit, 2, &images([3, 33, 32]), &["[3, 33, 32]", "image_size, [3, 33, 33]"]);
+    check(&*vit, 2, &images([3, 33, 32]), &["[3, 33, 32]", "image_size: [3, 33, 33]"]);
     let one = strict("vit", json!({ "num_labels": 1, "image_size": 32 })).unwrap();
     check(&*one, 2, &images([3, 32, 32]), &["labels", "regression"]);
     check(&*gpt2, 0, &text(33), &["one sample"]);

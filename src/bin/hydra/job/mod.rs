@@ -146,7 +146,7 @@ fn read_all_models(
     let origin = root.origin();
     let (mut models, mut searches): (Vec<Model>, Vec<Search>) = (Vec::new(), Vec::new());
     let mut names: BTreeMap<String, String> = BTreeMap::new();
-    let mut dealer = Dealer::new(part);
+    let (mut dealer, mut searches_compare) = (Dealer::new(part), false);
     for (place, section) in root.sections("model", model::MODEL_KEYS)?.iter().enumerate() {
         let first = there.len() + models.len();
         let (made, search) = search::read_models(section, place, first, seed)?;
@@ -161,6 +161,7 @@ fn read_all_models(
                 return Err(origin.fault(&model.place("name"), message));
             }
         }
+        searches_compare |= search.as_ref().is_some_and(Search::compares);
         let (mine, search) = dealer.deal(first, made, search);
         if first + mine.len() > MOST_MODELS {
             return Err(origin.fault("model", format!("there are more than {MOST_MODELS}; no more can run together")));
@@ -172,8 +173,9 @@ fn read_all_models(
         return Err(origin.fault("model", "there is none; add a [[model]] with name, from or family, data and steps"));
     }
     if let Some(part) = part.filter(|_| models.is_empty()) {
-        let few = "models that are not compared with each other; write fewer parts";
-        return Err(origin.fault("run.part", format!("{part} has none of the {} {few}", dealer.dealt())));
+        let counted = if searches_compare { ", of which those that asha compares count as one" } else { "" };
+        let message = format!("{part} has no model: there are {}{counted}; write fewer parts", dealer.dealt());
+        return Err(origin.fault("run.part", message));
     }
     Ok((models, searches))
 }

@@ -6,7 +6,6 @@ use super::model::Model;
 use super::search::Search;
 use super::section::{MOST, Section, show};
 use hydra::base::Result;
-use hydra::train::Selection;
 use std::fmt;
 
 /// Part `index` of `count`.
@@ -70,7 +69,7 @@ impl Dealer {
     /// This part's share of the models made from one `[[model]]`, the first of which gets the number `first`. Models
     /// that are compared with each other stay together.
     pub fn deal(&mut self, first: usize, models: Vec<Model>, search: Option<Search>) -> (Vec<Model>, Option<Search>) {
-        let compares = search.as_ref().is_some_and(|search| matches!(search.stop, Some(Selection::Asha(_))));
+        let compares = search.as_ref().is_some_and(Search::compares);
         let mine: Vec<Model> = match compares {
             true if self.is_mine() => models,
             true => Vec::new(),

@@ -67,6 +67,6 @@ fn bad_parts() {
         );
     }
     let error = fault(&with("'1/2'"), &[]);
-    assert!(error.contains("run.part: 1/2 has none of the 1 models"), "{error}");
+    assert!(error.contains("run.part: 1/2 has no model: there are 1; write fewer parts"), "{error}");
     assert_eq!(good(&with("'0/2'")).models.len(), 1);
 }

@@ -28,6 +28,13 @@ pub struct Search {
     pub simulated: Option<Selection>,
 }
 
+impl Search {
+    /// Whether its models are compared with each other.
+    pub fn compares(&self) -> bool {
+        matches!(self.stop, Some(Selection::Asha(_)))
+    }
+}
+
 /// The keys of a search. Names and the grid use the order of the varied ones here, not the file's.
 pub const KEYS: &[&str] = &[
     "lr",

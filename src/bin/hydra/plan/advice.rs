@@ -2,7 +2,7 @@
 //!
 //! Each variant is planned anew, so that the promised figures are those that a job with that resource would get.
 
-use crate::job::{Job, Pipeline};
+use crate::job::{DeviceKind, Job, Pipeline};
 use crate::machine::Machine;
 use crate::plan::placing::{Placing, Sharing, fleet_model, may_fill};
 use crate::plan::planned::{Planned, PlannedJob, predict_alone};
@@ -100,7 +100,14 @@ pub fn what_would_help(planned: &PlannedJob) -> String {
         add("twice the host memory", &|t| t.machine.homes.host = t.machine.homes.host.map(|bytes| 2 * bytes));
     }
     if !alone {
-        add("one device more", &|t| t.machine.devices.push(t.machine.first().clone()));
+        // Of cores that are shared already another device has none.
+        let unlike = planned.machine.devices.iter().any(|d| d.budget != planned.machine.first().budget);
+        let what = match (unlike, planned.machine.first().kind) {
+            (true, _) => "one device more, like the first",
+            (false, DeviceKind::Host) => "one device more, with cores of its own",
+            (false, _) => "one device more",
+        };
+        add(what, &|t| t.machine.devices.push(t.machine.first().clone()));
     }
     if models.iter().any(|m| m.prepared.options.plan.recompute == Recompute::Always) {
         add("recompute = \"auto\"", &|t| t.fleet.iter_mut().for_each(|m| m.options.recompute = Recompute::Auto));
